@@ -1,0 +1,63 @@
+# make help lists the targets. Two of them do all the set-up on a fresh machine
+# with Go and root: `make run` and `make test`.
+
+SHELL := /bin/bash
+GO    ?= go
+export CGO_ENABLED := 0
+# Finished template images, by content: never needed, only faster.
+export CAY_IMAGES_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cay/images
+
+TOOL     = $(GO) tool -modfile=tools/go.mod
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS  = -s -w
+PROGRAMS = internal/payload/programs
+# How long each fuzz test runs in `make test`, as -fuzztime: a count of tries, some seconds' worth,
+# since a run that is ended by the clock on a busy machine can fail for that alone.
+FUZZTIME ?= 30000x
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.PHONY: run
+run: needs build ## install what the host lacks, start the server and run a first sandbox
+	@scripts/run.sh
+
+.PHONY: build
+build: programs ## build bin/cay
+	@$(GO) build -trimpath -ldflags "$(LDFLAGS) -X main.version=$(VERSION)" -o bin/cay ./cmd/cay
+
+.PHONY: programs
+programs: ## build the programs that cay carries
+	@$(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/ ./cmd/cay-agent ./cmd/cay-runsc
+	@scripts/pack.sh bin/cay-agent bin/cay-runsc $(PROGRAMS)
+
+.PHONY: needs
+needs: ## install the Debian packages that the host lacks
+	@scripts/needs.sh run
+
+.PHONY: test
+test: build ## run every test, the real ones included
+	@scripts/needs.sh test
+	@FUZZTIME=$(FUZZTIME) scripts/fuzz.sh
+	@$(GO) test -run '^$$' ./... >/dev/null # builds side by side; what follows runs one by one
+	CAY_TEST_REQUIRE=1 $(GO) test -p 1 -timeout 40m ./...
+
+.PHONY: check
+check: build ## formatting, vet, staticcheck, locks, generated files, modules
+	@scripts/check.sh
+
+.PHONY: generate
+generate: ## make the generated files anew
+	@scripts/needs.sh generate
+	internal/api/generate.sh
+	internal/agentapi/generate.sh
+
+.PHONY: bench
+bench: build ## measure, and print a table and JSON
+	@scripts/needs.sh run
+	$(GO) run ./e2e/bench $(BENCH)
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -rf bin $(PROGRAMS)/*.gz

@@ -1,0 +1,142 @@
+package client
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"iter"
+)
+
+// ListTemplates returns a page of templates, newest first.
+func (c *Client) ListTemplates(ctx context.Context, o ListOptions) (*TemplateList, error) {
+	var p ListTemplatesParams
+	p.Limit, p.Cursor = o.params()
+	return decode[TemplateList](c.wire.ListTemplates(ctx, &p))
+}
+
+// Templates walks all templates and ends after the first error.
+func (c *Client) Templates(ctx context.Context, o ListOptions) iter.Seq2[Template, error] {
+	return all(o, func(page ListOptions) ([]Template, *string, error) {
+		l, err := c.ListTemplates(ctx, page)
+		if err != nil {
+			return nil, nil, err
+		}
+		return l.Templates, l.NextCursor, nil
+	})
+}
+
+// GetTemplate returns a template by name or id.
+func (c *Client) GetTemplate(ctx context.Context, nameOrID string) (*Template, error) {
+	return decode[Template](c.wire.GetTemplate(ctx, nameOrID))
+}
+
+// TemplateLogs returns the log of a template's newest build, oldest line first.
+func (c *Client) TemplateLogs(ctx context.Context, nameOrID string) ([]TemplateLogLine, error) {
+	l, err := decode[TemplateLogs](c.wire.GetTemplateLogs(ctx, nameOrID))
+	if err != nil {
+		return nil, err
+	}
+	return l.Lines, nil
+}
+
+// ListSizes returns the sizes a sandbox may have.
+func (c *Client) ListSizes(ctx context.Context) ([]Size, error) {
+	l, err := decode[SizeList](c.wire.ListSizes(ctx))
+	if err != nil {
+		return nil, err
+	}
+	return l.Sizes, nil
+}
+
+// Me returns the organization and the key that make the calls.
+func (c *Client) Me(ctx context.Context) (*Me, error) {
+	return decode[Me](c.wire.GetMe(ctx))
+}
+
+// CreateAPIKey makes a key. Its secret is in APIKey of the answer and nowhere
+// else, ever.
+func (c *Client) CreateAPIKey(ctx context.Context, r CreateAPIKeyRequest) (*NewAPIKey, error) {
+	return decode[NewAPIKey](c.wire.CreateAPIKey(ctx, r))
+}
+
+// ListAPIKeys returns a page of the organization's keys, newest first.
+func (c *Client) ListAPIKeys(ctx context.Context, o ListOptions) (*APIKeyList, error) {
+	var p ListAPIKeysParams
+	p.Limit, p.Cursor = o.params()
+	return decode[APIKeyList](c.wire.ListAPIKeys(ctx, &p))
+}
+
+// APIKeys walks all of the organization's keys and ends after the first error.
+func (c *Client) APIKeys(ctx context.Context, o ListOptions) iter.Seq2[APIKey, error] {
+	return all(o, func(page ListOptions) ([]APIKey, *string, error) {
+		l, err := c.ListAPIKeys(ctx, page)
+		if err != nil {
+			return nil, nil, err
+		}
+		return l.APIKeys, l.NextCursor, nil
+	})
+}
+
+// RevokeAPIKey revokes a key. It is safe to repeat.
+func (c *Client) RevokeAPIKey(ctx context.Context, id string) error {
+	return done(c.wire.RevokeAPIKey(ctx, id))
+}
+
+// CreateOrg makes an organization with its first key, whose secret is in APIKey
+// of the answer and nowhere else, ever.
+func (c *Client) CreateOrg(ctx context.Context, r CreateOrgRequest) (*NewOrg, error) {
+	return decode[NewOrg](c.wire.CreateOrg(ctx, r))
+}
+
+// ListOrgs returns a page of organizations, newest first.
+func (c *Client) ListOrgs(ctx context.Context, o ListOptions) (*OrgList, error) {
+	var p ListOrgsParams
+	p.Limit, p.Cursor = o.params()
+	return decode[OrgList](c.wire.ListOrgs(ctx, &p))
+}
+
+// Orgs walks all organizations and ends after the first error.
+func (c *Client) Orgs(ctx context.Context, o ListOptions) iter.Seq2[Org, error] {
+	return all(o, func(page ListOptions) ([]Org, *string, error) {
+		l, err := c.ListOrgs(ctx, page)
+		if err != nil {
+			return nil, nil, err
+		}
+		return l.Orgs, l.NextCursor, nil
+	})
+}
+
+// Health asks whether the server answers.
+func (c *Client) Health(ctx context.Context) (*Health, error) {
+	return decode[Health](c.wire.GetHealth(ctx))
+}
+
+// Ready asks whether the server can create sandboxes; an [*Error] with code
+// "not_ready" says that it cannot.
+func (c *Client) Ready(ctx context.Context) (*Health, error) {
+	return decode[Health](c.wire.GetReady(ctx))
+}
+
+// Metrics opens the server's metrics in the text format of Prometheus. The caller
+// closes them.
+func (c *Client) Metrics(ctx context.Context) (io.ReadCloser, error) {
+	resp, err := open(c.wire.GetMetrics(ctx))
+	if err != nil {
+		return nil, err
+	}
+	return resp.Body, nil
+}
+
+// OpenAPI returns the server's openapi.yaml.
+func (c *Client) OpenAPI(ctx context.Context) ([]byte, error) {
+	resp, err := open(c.wire.GetOpenAPI(ctx))
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return nil, fmt.Errorf("reading openapi.yaml: %w", err)
+	}
+	return b, nil
+}

@@ -1,0 +1,236 @@
+// Package client talks to a cay server: create sandboxes, run commands in them,
+// move files in and out.
+//
+//	c, err := client.New("http://127.0.0.1:7070", os.Getenv("CAY_API_KEY"))
+//	box, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Template: "python"}, client.CreateOptions{})
+//	defer c.DestroySandbox(context.WithoutCancel(ctx), box.ID)
+//	res, err := c.Execute(ctx, box.ID, client.ExecuteRequest{Args: []string{"python3", "-c", "print(6*7)"}})
+//
+// The types of requests and answers are generated from openapi.yaml, which
+// describes every field. What the server refuses comes back as an [*Error]; anything
+// else is an error of the connection. A [Client] is safe for concurrent use and
+// keeps nothing but idle connections. It never tries a call again: with
+// [CreateOptions].IdempotencyKey the caller safely can.
+package client
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const (
+	// dialTimeout and headerTimeout end calls to a server that is gone. A
+	// command may run for 5 minutes before its answer begins, and a create wait for
+	// a boot, so the latter must stay above that.
+	dialTimeout   = 10 * time.Second
+	headerTimeout = 6 * time.Minute
+	// maxAnswer bounds what a broken server can make us hold, bytes. The largest
+	// honest answer is two streams of 8 MiB that JSON escapes to six times their size.
+	maxAnswer = 128 << 20
+)
+
+// Client calls one server with one API key.
+type Client struct {
+	wire *wire
+}
+
+// Option changes how a [Client] works.
+type Option func(*options)
+
+type options struct {
+	http      *http.Client
+	userAgent string
+}
+
+// WithHTTPClient makes the client use h, with its transport and timeouts. A
+// Timeout of h also ends commands and transfers that take longer.
+func WithHTTPClient(h *http.Client) Option { return func(o *options) { o.http = h } }
+
+// WithUserAgent sets the User-Agent header.
+func WithUserAgent(name string) Option { return func(o *options) { o.userAgent = name } }
+
+// New makes a client for the server at baseURL (http or https, with a path if the
+// server stands behind one). It makes no call. An empty apiKey is enough for
+// [Client.Health], [Client.Ready] and [Client.OpenAPI].
+func New(baseURL, apiKey string, opts ...Option) (*Client, error) {
+	u, err := url.Parse(baseURL)
+	if err != nil {
+		return nil, fmt.Errorf("parsing the server's URL: %w", err)
+	}
+	if u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+		return nil, fmt.Errorf("%q is not the URL of a server such as http://127.0.0.1:7070", baseURL)
+	}
+	o := options{userAgent: "cay-client"}
+	for _, opt := range opts {
+		opt(&o)
+	}
+	if o.http == nil {
+		o.http = &http.Client{Transport: transport()}
+	}
+	w, err := newWire(u.String(), wireWithHTTPClient(o.http), wireWithRequestEditorFn(func(_ context.Context, r *http.Request) error {
+		if apiKey != "" {
+			r.Header.Set("Authorization", "Bearer "+apiKey)
+		}
+		r.Header.Set("User-Agent", o.userAgent)
+		return nil
+	}))
+	if err != nil {
+		return nil, err
+	}
+	return &Client{wire: w}, nil
+}
+
+func transport() *http.Transport {
+	return &http.Transport{
+		Proxy:                 http.ProxyFromEnvironment,
+		DialContext:           (&net.Dialer{Timeout: dialTimeout}).DialContext,
+		TLSHandshakeTimeout:   dialTimeout,
+		ResponseHeaderTimeout: headerTimeout,
+		ExpectContinueTimeout: 2 * time.Second, // a server that does not answer gets the body anyway
+		IdleConnTimeout:       90 * time.Second,
+		MaxIdleConnsPerHost:   32, // more calls at once dial anew
+	}
+}
+
+// Error is what the server answered instead of a result.
+type Error struct {
+	Status    int    // HTTP status
+	Code      string // stable, e.g. "sandbox_not_found"; "" when the answer was not cay's
+	Detail    string // for people
+	Field     string // the offending field of the request, "" if none
+	RequestID string // leads to the server's log
+
+	// RetryAfter is how long the server asks to wait before trying again; 0
+	// when it does not say.
+	RetryAfter time.Duration
+}
+
+// Error says what is wrong, where, and how to find it in the server's log.
+func (e *Error) Error() string {
+	var b strings.Builder
+	if e.Field != "" {
+		b.WriteString(e.Field + ": ")
+	}
+	b.WriteString(e.Detail)
+	fmt.Fprintf(&b, " (%d", e.Status)
+	if e.Code != "" {
+		b.WriteString(" " + e.Code)
+	}
+	if e.RequestID != "" {
+		b.WriteString(", request " + e.RequestID)
+	}
+	return b.String() + ")"
+}
+
+// HasCode reports whether err is an [*Error] with the code.
+func HasCode(err error, code string) bool {
+	var e *Error
+	return errors.As(err, &e) && e.Code == code
+}
+
+// errorOf reads an answer that is no success.
+func errorOf(resp *http.Response) *Error {
+	e := &Error{Status: resp.StatusCode, RequestID: resp.Header.Get("X-Request-Id")}
+	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds > 0 {
+		e.RetryAfter = time.Duration(seconds) * time.Second
+	}
+	const maxProblem = 64 << 10 // bytes; cay's are under 1 KiB
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxProblem))
+	var p Problem
+	if err == nil && strings.HasPrefix(resp.Header.Get("Content-Type"), "application/problem+json") && json.Unmarshal(body, &p) == nil {
+		e.Code, e.Detail = p.Code, p.Detail
+		if p.Field != nil {
+			e.Field = *p.Field
+		}
+	}
+	if e.Detail == "" {
+		e.Detail = "the server answered " + resp.Status
+	}
+	return e
+}
+
+// open gives the answer if it is a success; the caller closes its body.
+func open(resp *http.Response, err error) (*http.Response, error) {
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode/100 != 2 {
+		defer resp.Body.Close()
+		return nil, errorOf(resp)
+	}
+	return resp, nil
+}
+
+// decode reads a JSON answer.
+func decode[T any](resp *http.Response, err error) (*T, error) {
+	if resp, err = open(resp, err); err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	v := new(T)
+	body := io.LimitReader(resp.Body, maxAnswer)
+	if err := json.NewDecoder(body).Decode(v); err != nil {
+		return nil, fmt.Errorf("decoding the server's answer: %w", err)
+	}
+	// What follows the value is a newline; reading it lets the connection be used
+	// again, and an error there changes nothing about the value.
+	_, _ = io.CopyN(io.Discard, body, 512)
+	return v, nil
+}
+
+// done is for answers without a body.
+func done(resp *http.Response, err error) error {
+	if resp, err = open(resp, err); err != nil {
+		return err
+	}
+	return resp.Body.Close()
+}
+
+// ListOptions pages a listing.
+type ListOptions struct {
+	Limit  int    // entries on a page, 1 to 200; 0 is the server's default, 50
+	Cursor string // NextCursor of the page before; "" is the first page
+}
+
+func (o ListOptions) params() (limit *int, cursor *string) {
+	if o.Limit != 0 {
+		limit = &o.Limit
+	}
+	if o.Cursor != "" {
+		cursor = &o.Cursor
+	}
+	return limit, cursor
+}
+
+// all walks the pages of a listing and ends after the first error.
+func all[T any](o ListOptions, page func(ListOptions) ([]T, *string, error)) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		for {
+			entries, next, err := page(o)
+			if err != nil {
+				var zero T
+				yield(zero, err)
+				return
+			}
+			for _, e := range entries {
+				if !yield(e, nil) {
+					return
+				}
+			}
+			if next == nil || *next == "" {
+				return
+			}
+			o.Cursor = *next
+		}
+	}
+}

@@ -1,0 +1,68 @@
+// Command cay-agent is PID 1 of a sandbox. It takes no arguments; the
+// environment variable CAY_PIDS_MAX limits the processes and threads of all
+// commands together. It never ends by itself: if it cannot serve it says why on
+// standard error and exits with status 1, which ends the sandbox.
+package main
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"runtime/debug"
+	"strconv"
+	"syscall"
+
+	"github.com/cayhq/cay/internal/agent"
+	"github.com/cayhq/cay/internal/agentapi"
+)
+
+const cgroupRoot = "/sys/fs/cgroup"
+
+// The agent's heap is memory the sandbox's owner pays for. A small heap makes
+// for frequent collections, which are cheap while it holds next to nothing.
+const (
+	gcPercent   = 50
+	memoryLimit = 24 << 20 // bytes; above it the collector works harder, nothing fails
+)
+
+func main() {
+	debug.SetGCPercent(gcPercent)
+	debug.SetMemoryLimit(memoryLimit)
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "cay-agent:", err)
+		os.Exit(1)
+	}
+}
+
+func run() error {
+	agent.IgnoreSignals()
+	syscall.Umask(0o022)
+	limit, err := pidsMax(os.Getenv("CAY_PIDS_MAX"))
+	if err != nil {
+		return err
+	}
+	a, err := agent.New(agent.Config{MaxProcesses: limit})
+	if err != nil {
+		return err
+	}
+	if err := agent.Harden(cgroupRoot); err != nil {
+		return err
+	}
+	l, err := net.Listen("tcp4", fmt.Sprintf("0.0.0.0:%d", agentapi.Port))
+	if err != nil {
+		return err
+	}
+	return http.Serve(l, a.Handler())
+}
+
+func pidsMax(s string) (int, error) {
+	if s == "" {
+		return agent.DefaultMaxProcesses, nil
+	}
+	n, err := strconv.Atoi(s)
+	if err != nil || n < 1 {
+		return 0, fmt.Errorf("CAY_PIDS_MAX=%q is no positive number", s)
+	}
+	return n, nil
+}

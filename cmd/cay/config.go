@@ -1,0 +1,307 @@
+package main
+
+import (
+	"encoding"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/BurntSushi/toml"
+
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// config is everything an operator decides. It is read from, in rising order of
+// precedence: the defaults below, a TOML file, the environment (CAY_ and the
+// key's path in upper case, such as CAY_NETWORK_RANGE; lists are separated by
+// commas), and flags. docs/operating.md lists the keys.
+type config struct {
+	DataDir         string   `toml:"data_dir"`
+	Listen          string   `toml:"listen"`
+	MetricsListen   string   `toml:"metrics_listen"`
+	LogLevel        string   `toml:"log_level"`
+	LogFormat       string   `toml:"log_format"`
+	ShutdownTimeout duration `toml:"shutdown_timeout"`
+
+	Network   networkConfig   `toml:"network"`
+	Sandbox   sandboxConfig   `toml:"sandbox"`
+	Capacity  capacityConfig  `toml:"capacity"`
+	Quota     quotaConfig     `toml:"quota"`
+	RateLimit rateLimitConfig `toml:"rate_limit"`
+	Images    imagesConfig    `toml:"images"`
+}
+
+type networkConfig struct {
+	Range       string   `toml:"range"`
+	AlwaysDeny  []string `toml:"always_deny"`
+	Nameservers []string `toml:"nameservers"`
+	Ready       int      `toml:"ready"`
+	MTU         int      `toml:"mtu"`
+}
+
+type sandboxConfig struct {
+	Platform      string         `toml:"platform"`
+	DefaultSize   string         `toml:"default_size"`
+	DefaultDiskMB int            `toml:"default_disk_mb"`
+	MaxDiskMB     int            `toml:"max_disk_mb"`
+	MaxPIDs       int            `toml:"max_pids"`
+	KeepDestroyed duration       `toml:"keep_destroyed"`
+	Sizes         []sandbox.Size `toml:"sizes"`
+}
+
+type capacityConfig struct {
+	MaxSandboxes    int `toml:"max_sandboxes"`
+	MinFreeMemoryMB int `toml:"min_free_memory_mb"`
+	MinFreeDiskMB   int `toml:"min_free_disk_mb"`
+}
+
+type quotaConfig struct {
+	Sandboxes int `toml:"sandboxes"`
+	VCPUs     int `toml:"vcpus"`
+	MemoryMB  int `toml:"memory_mb"`
+}
+
+type rateLimitConfig struct {
+	PerSecond float64 `toml:"per_second"`
+	Burst     int     `toml:"burst"`
+}
+
+type imagesConfig struct {
+	CacheDir string `toml:"cache_dir"`
+	Registry bool   `toml:"registry"`
+}
+
+// defaults are for one machine with one operator.
+func defaults() config {
+	return config{
+		DataDir: "/var/lib/cay", Listen: "127.0.0.1:7070", LogLevel: "info", LogFormat: "text",
+		ShutdownTimeout: duration(30 * time.Second),
+		Network:         networkConfig{Ready: 8},
+		Sandbox: sandboxConfig{
+			Platform: "systrap", DefaultSize: "shared-cpu-1x", DefaultDiskMB: 2048, MaxDiskMB: 20480,
+			MaxPIDs: 4096, KeepDestroyed: duration(7 * 24 * time.Hour), Sizes: presets(),
+		},
+		Capacity:  capacityConfig{MaxSandboxes: 1000, MinFreeMemoryMB: 512, MinFreeDiskMB: 1024},
+		Quota:     quotaConfig{Sandboxes: 500, VCPUs: 2000, MemoryMB: 1 << 20},
+		RateLimit: rateLimitConfig{PerSecond: 500, Burst: 1000},
+		Images:    imagesConfig{Registry: true},
+	}
+}
+
+// presets are the sizes of the API contract.
+func presets() []sandbox.Size {
+	var sizes []sandbox.Size
+	for _, vcpus := range []int{1, 2, 4, 8} {
+		sizes = append(sizes, sandbox.Size{Name: fmt.Sprintf("shared-cpu-%dx", vcpus), VCPUs: vcpus, MemoryMB: 512 * vcpus})
+	}
+	for _, vcpus := range []int{1, 2, 4, 8} {
+		sizes = append(sizes, sandbox.Size{Name: fmt.Sprintf("performance-%dx", vcpus), VCPUs: vcpus, MemoryMB: 2048 * vcpus, Dedicated: true})
+	}
+	return sizes
+}
+
+// duration is a time.Duration written as "30s" in files and variables.
+type duration time.Duration
+
+func (d *duration) UnmarshalText(text []byte) error {
+	v, err := time.ParseDuration(string(text))
+	*d = duration(v)
+	return err
+}
+
+// readConfig reads the file, if any, and the environment over the defaults.
+// A key that does not exist is an error: it is a typing mistake.
+func readConfig(file string, environ []string) (config, error) {
+	c := defaults()
+	// Decoding over the presets would mix them into the file's sizes.
+	c.Sandbox.Sizes = nil
+	if file != "" {
+		meta, err := toml.DecodeFile(file, &c)
+		if err != nil {
+			return c, fmt.Errorf("reading %s: %w", file, err)
+		}
+		if unknown := meta.Undecoded(); len(unknown) > 0 {
+			return c, fmt.Errorf("reading %s: there is no setting %s", file, unknown[0])
+		}
+	}
+	if len(c.Sandbox.Sizes) == 0 {
+		c.Sandbox.Sizes = presets()
+	}
+	env := map[string]string{}
+	for _, pair := range environ {
+		name, value, _ := strings.Cut(pair, "=")
+		env[name] = value
+	}
+	return c, overlay(reflect.ValueOf(&c).Elem(), "CAY", env)
+}
+
+// overlay sets fields from variables named by the path of their toml keys.
+func overlay(v reflect.Value, path string, env map[string]string) error {
+	for i := range v.NumField() {
+		name := path + "_" + strings.ToUpper(v.Type().Field(i).Tag.Get("toml"))
+		field := v.Field(i)
+		if field.Kind() == reflect.Struct {
+			if err := overlay(field, name, env); err != nil {
+				return err
+			}
+			continue
+		}
+		text, ok := env[name]
+		if !ok {
+			continue
+		}
+		if err := setText(field, text); err != nil {
+			return fmt.Errorf("reading %s=%q: %w", name, text, err)
+		}
+	}
+	return nil
+}
+
+func setText(field reflect.Value, text string) (err error) {
+	if u, ok := field.Addr().Interface().(encoding.TextUnmarshaler); ok {
+		return u.UnmarshalText([]byte(text))
+	}
+	switch field.Kind() {
+	case reflect.String:
+		field.SetString(text)
+	case reflect.Bool:
+		var v bool
+		if v, err = strconv.ParseBool(text); err == nil {
+			field.SetBool(v)
+		}
+	case reflect.Int:
+		var v int64
+		if v, err = strconv.ParseInt(text, 10, 64); err == nil {
+			field.SetInt(v)
+		}
+	case reflect.Float64:
+		var v float64
+		if v, err = strconv.ParseFloat(text, 64); err == nil {
+			field.SetFloat(v)
+		}
+	default:
+		if list, ok := field.Addr().Interface().(*[]string); ok {
+			*list = nil
+			if text != "" {
+				*list = strings.Split(text, ",")
+			}
+			return nil
+		}
+		return errors.New("can only be set in the file")
+	}
+	return err
+}
+
+// check refuses settings that cannot work, naming the key and the rule.
+func (c *config) check() error {
+	if c.DataDir == "" {
+		return errors.New("data_dir must not be empty")
+	}
+	abs, err := filepath.Abs(c.DataDir)
+	if err != nil {
+		return fmt.Errorf("finding data_dir %q: %w", c.DataDir, err)
+	}
+	c.DataDir = abs
+	names := map[string]bool{}
+	for _, s := range c.Sandbox.Sizes {
+		if s.Name == "" || s.VCPUs < 1 || s.MemoryMB < 128 || names[s.Name] {
+			return fmt.Errorf("sandbox.sizes: %q needs a name of its own, at least 1 vCPU and 128 MiB", s.Name)
+		}
+		names[s.Name] = true
+	}
+	if !names[c.Sandbox.DefaultSize] {
+		return fmt.Errorf("sandbox.default_size: %q is not among sandbox.sizes", c.Sandbox.DefaultSize)
+	}
+	if c.Sandbox.Platform != "systrap" && c.Sandbox.Platform != "kvm" {
+		return fmt.Errorf("sandbox.platform: must be systrap or kvm, not %q", c.Sandbox.Platform)
+	}
+	for _, rule := range []struct {
+		key       string
+		got, from int
+	}{
+		{"sandbox.default_disk_mb", c.Sandbox.DefaultDiskMB, sandbox.MinDiskMB},
+		{"sandbox.max_disk_mb", c.Sandbox.MaxDiskMB, c.Sandbox.DefaultDiskMB},
+		{"sandbox.max_pids", c.Sandbox.MaxPIDs, 16},
+		{"capacity.max_sandboxes", c.Capacity.MaxSandboxes, 1},
+		{"capacity.min_free_memory_mb", c.Capacity.MinFreeMemoryMB, 0},
+		{"capacity.min_free_disk_mb", c.Capacity.MinFreeDiskMB, 0},
+		{"network.ready", c.Network.Ready, 0},
+		{"quota.sandboxes", c.Quota.Sandboxes, 0},
+		{"rate_limit.burst", c.RateLimit.Burst, 1},
+	} {
+		if rule.got < rule.from {
+			return fmt.Errorf("%s: must be at least %d, not %d", rule.key, rule.from, rule.got)
+		}
+	}
+	if _, err := c.networkRange(); err != nil {
+		return err
+	}
+	if _, err := parsePrefixes("network.always_deny", c.Network.AlwaysDeny); err != nil {
+		return err
+	}
+	return nil
+}
+
+// networkRange is network.range, the zero Prefix when cay is to choose.
+func (c *config) networkRange() (netip.Prefix, error) {
+	if c.Network.Range == "" {
+		return netip.Prefix{}, nil
+	}
+	p, err := parsePrefixes("network.range", []string{c.Network.Range})
+	if err != nil {
+		return netip.Prefix{}, err
+	}
+	return p[0], nil
+}
+
+func parsePrefixes(key string, texts []string) ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for _, text := range texts {
+		p, err := netip.ParsePrefix(text)
+		if err != nil || p != p.Masked() {
+			return nil, fmt.Errorf("%s: %q is not a range such as 10.0.0.0/8", key, text)
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}
+
+// nameservers are the configured ones, else the host's own that a sandbox can
+// reach: a resolver on the loopback is not.
+func (c *config) nameservers() []string {
+	if len(c.Network.Nameservers) > 0 {
+		return c.Network.Nameservers
+	}
+	// systemd-resolved keeps the real ones beside the stub's.
+	for _, path := range []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"} {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			continue
+		}
+		if found := parseResolvConf(string(data)); len(found) > 0 {
+			return found
+		}
+	}
+	return []string{"1.1.1.1", "8.8.8.8"} // public resolvers, when the host names none
+}
+
+func parseResolvConf(text string) []string {
+	var found []string
+	for line := range strings.Lines(text) {
+		fields := strings.Fields(line)
+		if len(fields) < 2 || fields[0] != "nameserver" {
+			continue
+		}
+		addr, err := netip.ParseAddr(fields[1])
+		if err == nil && addr.Is4() && !addr.IsLoopback() {
+			found = append(found, addr.String())
+		}
+	}
+	return found
+}

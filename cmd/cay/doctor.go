@@ -1,0 +1,129 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/spf13/cobra"
+)
+
+// finding is one thing that doctor looked at.
+type finding struct {
+	Check  string `json:"check"`
+	OK     bool   `json:"ok"`
+	Detail string `json:"detail"`
+	Fix    string `json:"fix,omitempty"` // what to do about it
+}
+
+// hostChecks looks at what the server needs of this machine. Set by the file that
+// knows, so that doctor itself knows nothing of gVisor or namespaces.
+var hostChecks func(ctx context.Context) []finding
+
+func (a *app) doctorCommand() *cobra.Command {
+	var doClean bool
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Check what this machine lacks, and what a dead server left",
+		Long: `Check whether this machine has what cay server needs, whether a server answers, and
+whether servers that are dead left something behind, and say what to do about it.
+--clean looks at nothing and removes what they left: their sandboxes' processes, networks,
+control groups and files. The rest of a data directory stays; cay server --purge removes
+that. The exit status is 1 if something is wrong.`,
+		Example: "  cay doctor\n  sudo cay doctor --clean",
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if doClean {
+				return a.cleanDead(cmd.Context())
+			}
+			var all []finding
+			if hostChecks != nil {
+				all = hostChecks(cmd.Context())
+			}
+			all = append(all, deadFinding(), a.serverFinding(cmd.Context()))
+			return a.showFindings(all)
+		},
+	}
+	cmd.Flags().BoolVar(&doClean, "clean", false, "remove what dead servers left on this machine")
+	return cmd
+}
+
+func (a *app) showFindings(all []finding) error {
+	wrong := 0
+	for _, f := range all {
+		if !f.OK {
+			wrong++
+		}
+	}
+	err := a.show(struct {
+		Findings []finding `json:"findings"`
+	}{all}, func() error {
+		for _, f := range all {
+			mark := "ok   "
+			if !f.OK {
+				mark = "WRONG"
+			}
+			fmt.Fprintf(a.out, "%s  %s: %s\n", mark, f.Check, printable(oneLine(f.Detail)))
+			if f.Fix != "" && !f.OK {
+				fmt.Fprintf(a.out, "       -> %s\n", f.Fix)
+			}
+		}
+		return nil
+	})
+	if err == nil && wrong > 0 {
+		return exitError{exitFailed}
+	}
+	return err
+}
+
+// serverFinding asks the server that the other commands would use.
+func (a *app) serverFinding(ctx context.Context) finding {
+	f := finding{Check: "server", Fix: "start one with cay server, or name yours with --api-url and --api-key"}
+	c, err := a.client(ctx)
+	if err != nil { // nobody asked for one
+		f.OK, f.Detail, f.Fix = true, "none is configured here", ""
+		return f
+	}
+	me, err := c.Me(ctx)
+	if err != nil {
+		f.Detail = err.Error()
+		return f
+	}
+	f.OK, f.Detail, f.Fix = true, fmt.Sprintf("answers, with the key %s of the organization %s", me.APIKey.Name, me.Org.Name), ""
+	return f
+}
+
+func deadFinding() finding {
+	f := finding{Check: "leftovers", OK: true, Detail: "no dead server left anything"}
+	dead, err := deadInstances()
+	switch {
+	case err != nil:
+		f.OK, f.Detail = false, "looking for dead servers: "+err.Error()
+	case len(dead) > 0:
+		f.OK, f.Detail = false, fmt.Sprintf("of servers that do not run: %v", slices.Sorted(maps.Keys(dead)))
+		f.Fix = "start those servers again, or remove what they left with cay doctor --clean"
+	}
+	return f
+}
+
+// cleanDead removes what dead servers left, going on after errors.
+func (a *app) cleanDead(ctx context.Context) error {
+	dead, err := deadInstances()
+	if err != nil {
+		return fmt.Errorf("looking for dead servers: %w", err)
+	}
+	if len(dead) == 0 {
+		fmt.Fprintln(a.err, "no dead server left anything")
+	}
+	var errs []error
+	for _, instance := range slices.Sorted(maps.Keys(dead)) {
+		if err := clean(ctx, instance, dead[instance]); err != nil {
+			errs = append(errs, fmt.Errorf("removing what server %s left: %w", instance, err))
+			continue
+		}
+		fmt.Fprintf(a.err, "removed what server %s left\n", instance)
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,66 @@
+package main
+
+import (
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+// execTimeout is the API's own default, said in --help.
+const execTimeout = 30 * time.Second
+
+func (a *app) execCommand() *cobra.Command {
+	var flags commandFlags
+	cmd := &cobra.Command{
+		Use:   "exec [flags] ID [flags] -- COMMAND [ARG...]",
+		Short: "Run a command in a sandbox",
+		Long: `Run a command in a sandbox: with cay's standard input if that is a pipe or a file,
+its output on cay's own streams, and its exit status as cay's. 124 is a command
+killed at its timeout, 128+N one killed by signal N, 125 a failure of cay itself.
+A suspended sandbox is woken first.`,
+		Example: `  cay sandbox exec sbx_… -- python3 -c 'print(6*7)'
+  echo hello | cay sandbox exec sbx_… -- tr a-z A-Z
+  cay sandbox exec sbx_… --timeout 2m -u user -w /tmp -- sh -c 'ls | wc -l'`,
+		Annotations: map[string]string{runsCommands: "yes"},
+		Args:        theArgs("ID", "COMMAND..."),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			// Flags may stand on either side of the id, but never after the command
+			// has begun: those are the command's own.
+			id := args[0]
+			if err := cmd.Flags().Parse(args[1:]); err != nil {
+				return cmd.FlagErrorFunc()(cmd, err)
+			}
+			if help, err := cmd.Flags().GetBool("help"); err == nil && help {
+				return cmd.Help()
+			}
+			args = cmd.Flags().Args()
+			env, err := pairs("--env", flags.env, a.getenv)
+			if err != nil {
+				return err
+			}
+			r, err := a.request(flags, env, args)
+			if err != nil {
+				return err
+			}
+			c, err := a.client(cmd.Context())
+			if err != nil {
+				return err
+			}
+			var stdin []byte
+			if !flags.noStdin {
+				if stdin, err = a.readStdin(cmd.Context()); err != nil {
+					return err
+				}
+			}
+			result, err := execute(cmd.Context(), c, id, r, stdin)
+			if err != nil {
+				return err
+			}
+			return a.deliver(result, flags.timeout)
+		},
+		ValidArgsFunction: a.completeSandboxes,
+	}
+	cmd.Flags().SetInterspersed(false)
+	flags.add(cmd.Flags(), execTimeout)
+	return cmd
+}

@@ -1,0 +1,261 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cayhq/cay/client"
+)
+
+func (a *app) sandboxCommand() *cobra.Command {
+	cmd := group("sandbox", "Create and use sandboxes", "  id=$(cay sandbox create -t python)\n  cay sandbox exec $id -- python3 -V\n  cay sandbox destroy $id")
+	cmd.Aliases = []string{"sandboxes", "sbx"}
+	cmd.AddCommand(a.createCommand(), a.sandboxListCommand(), a.statusCommand(), a.execCommand(), a.uploadCommand(), a.downloadCommand(), a.lsCommand(),
+		a.keepaliveCommand(), a.oneSandbox("suspend", "Suspend a persistent sandbox", (*client.Client).Suspend),
+		a.oneSandbox("wake", "Wake a suspended sandbox", (*client.Client).Wake), a.destroyCommand(), a.eventsCommand())
+	return cmd
+}
+
+// group is a command that only holds others.
+func group(name, short, example string) *cobra.Command {
+	return &cobra.Command{
+		Use: name, Short: short, Example: example,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return fmt.Errorf("%q: %s has no such command; see %s --help", args[0], cmd.CommandPath(), cmd.CommandPath())
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+}
+
+func (a *app) sandboxListCommand() *cobra.Command {
+	var status, metadata []string
+	var limit int
+	cmd := &cobra.Command{
+		Use:     "list",
+		Short:   "List sandboxes, newest first",
+		Example: "  cay sandbox list\n  cay sandbox list --status running --metadata team=red\n  cay sandbox list --status destroyed --json",
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			labels, err := pairs("--metadata", metadata, nil)
+			if err != nil {
+				return err
+			}
+			o := client.ListSandboxesOptions{Metadata: labels, ListOptions: client.ListOptions{Limit: pageSize(limit)}}
+			for _, s := range status {
+				o.Status = append(o.Status, client.SandboxStatus(s))
+			}
+			c, err := a.client(cmd.Context())
+			if err != nil {
+				return err
+			}
+			all, err := collect(c.Sandboxes(cmd.Context(), o), limit)
+			if err != nil {
+				return err
+			}
+			return a.show(client.SandboxList{Sandboxes: all}, func() error {
+				var rows [][]string
+				for _, s := range all {
+					rows = append(rows, []string{s.ID, s.Template, string(s.Status), s.Size, age(s.CreatedAt), until(expiry(&s)), labelsText(s.Metadata)})
+				}
+				return a.table([]string{"ID", "TEMPLATE", "STATUS", "SIZE", "CREATED", "EXPIRES", "METADATA"}, rows)
+			})
+		},
+	}
+	cmd.Flags().StringArrayVar(&status, "status", nil, "creating, running, suspended or destroyed (repeatable; default all but destroyed)")
+	cmd.Flags().StringArrayVar(&metadata, "metadata", nil, "only those with the label NAME=VALUE (repeatable)")
+	cmd.Flags().IntVar(&limit, "limit", 0, "print so many at most (default all)")
+	return cmd
+}
+
+// expiry is when a sandbox will be destroyed; nil if it is already.
+func expiry(s *client.Sandbox) *time.Time {
+	if s.Status == client.SandboxStatusDestroyed {
+		return nil
+	}
+	return s.ExpiresAt
+}
+
+func labelsText(m map[string]string) string {
+	var all []string
+	for _, name := range slices.Sorted(maps.Keys(m)) {
+		all = append(all, name+"="+m[name])
+	}
+	return strings.Join(all, ",")
+}
+
+func (a *app) statusCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:               "status ID",
+		Short:             "Show a sandbox",
+		Long:              "Show a sandbox. This neither wakes it nor counts as use.",
+		Example:           "  cay sandbox status sbx_…\n  cay sandbox status sbx_… --json",
+		Args:              theArgs("ID"),
+		ValidArgsFunction: a.completeSandboxes,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client(cmd.Context())
+			if err != nil {
+				return err
+			}
+			s, err := c.GetSandbox(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return a.show(s, func() error { return a.showSandbox(s) })
+		},
+	}
+}
+
+func (a *app) showSandbox(s *client.Sandbox) error {
+	state := string(s.Status)
+	if string(s.State) != state {
+		state += " (" + string(s.State) + ")"
+	}
+	created := s.CreatedAt
+	return a.details("id", s.ID, "status", state, "error", deref(s.Error), "reason", deref(s.DestroyReason),
+		"template", fmt.Sprintf("%s version %d", s.Template, s.TemplateVersion), "mode", string(s.Mode),
+		"size", fmt.Sprintf("%s: %d vCPU, %d MiB memory, %d MiB disk", s.Size, s.VCPUs, s.MemoryMB, s.DiskMB),
+		"egress", egressText(s.Egress), "env", labelsText(s.Env), "metadata", labelsText(s.Metadata),
+		"created", moment(&created), "started", moment(s.StartedAt), "expires", moment(expiry(s)), "timeout", seconds(s.TimeoutSeconds),
+		"idle timeout", seconds(s.IdleTimeoutSeconds), "last used", moment(s.LastActivityAt), "suspended", moment(s.SuspendedAt), "destroyed", moment(s.DestroyedAt))
+}
+
+func egressText(e client.Egress) string {
+	text := string(e.Mode)
+	if len(e.AllowCIDRs) > 0 {
+		text += ", allow " + strings.Join(e.AllowCIDRs, " ")
+	}
+	if len(e.AllowPorts) > 0 {
+		text += ", TCP ports " + strings.Trim(fmt.Sprint(e.AllowPorts), "[]")
+	}
+	if len(e.DenyCIDRs) > 0 {
+		text += ", deny " + strings.Join(e.DenyCIDRs, " ")
+	}
+	return text
+}
+
+// oneSandbox is a command that does one thing to one sandbox and shows it.
+func (a *app) oneSandbox(verb, short string, do func(*client.Client, context.Context, string) (*client.Sandbox, error)) *cobra.Command {
+	return &cobra.Command{
+		Use:               verb + " ID",
+		Short:             short,
+		Example:           "  cay sandbox " + verb + " sbx_…",
+		Args:              theArgs("ID"),
+		ValidArgsFunction: a.completeSandboxes,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client(cmd.Context())
+			if err != nil {
+				return err
+			}
+			s, err := do(c, cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return a.show(s, func() error {
+				_, err := fmt.Fprintln(a.out, s.ID, s.Status)
+				return err
+			})
+		},
+	}
+}
+
+func (a *app) keepaliveCommand() *cobra.Command {
+	var timeout time.Duration
+	cmd := &cobra.Command{
+		Use:               "keepalive ID",
+		Short:             "Give an ephemeral sandbox a new lifetime from now",
+		Example:           "  cay sandbox keepalive sbx_…\n  cay sandbox keepalive sbx_… --timeout 1h",
+		Args:              theArgs("ID"),
+		ValidArgsFunction: a.completeSandboxes,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if cmd.Flags().Changed("timeout") && timeout <= 0 {
+				return fmt.Errorf("--timeout: must be at least 1s, not %s", timeout)
+			}
+			c, err := a.client(cmd.Context())
+			if err != nil {
+				return err
+			}
+			s, err := c.Keepalive(cmd.Context(), args[0], timeout)
+			if err != nil {
+				return err
+			}
+			return a.show(s, func() error {
+				_, err := fmt.Fprintln(a.out, s.ID, ends(s))
+				return err
+			})
+		},
+	}
+	cmd.Flags().DurationVar(&timeout, "timeout", 0, "the new lifetime, 1s to 24h (default the sandbox's own)")
+	return cmd
+}
+
+func (a *app) destroyCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:               "destroy ID...",
+		Aliases:           []string{"rm"},
+		Short:             "Destroy sandboxes",
+		Long:              "Destroy sandboxes with everything in them. It is safe to repeat.",
+		Example:           "  cay sandbox destroy sbx_…\n  cay sandbox list --json | jq -r '.sandboxes[].id' | xargs cay sandbox destroy",
+		Args:              theArgs("ID..."),
+		ValidArgsFunction: a.completeSandboxes,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client(cmd.Context())
+			if err != nil {
+				return err
+			}
+			// One that fails does not keep the others.
+			var failed error
+			for _, id := range args {
+				if err := c.DestroySandbox(cmd.Context(), id); err != nil {
+					if failed != nil {
+						fmt.Fprintf(a.err, "cay: %s\n", oneLine(explain(failed, cmd)))
+					}
+					failed = fmt.Errorf("destroying %s: %w", id, err)
+					continue
+				}
+				if !a.json {
+					fmt.Fprintln(a.out, id)
+				}
+			}
+			return failed
+		},
+	}
+}
+
+func (a *app) eventsCommand() *cobra.Command {
+	var limit int
+	cmd := &cobra.Command{
+		Use:               "events ID",
+		Short:             "List what happened to a sandbox, newest first",
+		Example:           "  cay sandbox events sbx_…",
+		Args:              theArgs("ID"),
+		ValidArgsFunction: a.completeSandboxes,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client(cmd.Context())
+			if err != nil {
+				return err
+			}
+			all, err := collect(c.Events(cmd.Context(), args[0], client.ListOptions{Limit: pageSize(limit)}), limit)
+			if err != nil {
+				return err
+			}
+			return a.show(client.EventList{Events: all}, func() error {
+				var rows [][]string
+				for _, e := range all {
+					rows = append(rows, []string{e.Time.Local().Format("2006-01-02 15:04:05.000"), age(e.Time), first(string(deref(e.From)), "-"), string(e.To), e.Reason})
+				}
+				return a.table([]string{"TIME", "AGE", "FROM", "TO", "REASON"}, rows)
+			})
+		},
+	}
+	cmd.Flags().IntVar(&limit, "limit", 0, "print so many at most (default all)")
+	return cmd
+}

@@ -1,0 +1,170 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cayhq/cay/client"
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/node"
+)
+
+// What is measured about commands.
+const (
+	commandTrue   = "execute args [true]"
+	commandDirect = "  the same asked of the agent itself"
+	commandAdded  = "  what the API adds (difference, pair by pair)"
+	commandInside = "  the command's own time inside"
+	commandShell  = `execute command "true" (by /bin/sh)`
+	commandPython = "execute python3 -c 'print(1)'"
+	commandLine   = "cay sandbox exec … true"
+	dockerTrue    = "docker exec … true"
+	dockerShell   = `docker exec … sh -c "true"`
+	dockerPython  = "docker exec … python3 -c 'print(1)'"
+)
+
+var python = []string{"python3", "-c", "print(1)"}
+
+// measureCommands runs commands in one sandbox and one container, one at a time.
+func measureCommands(ctx context.Context, o options, s *server, d *docker, r *results) error {
+	id, err := s.create(ctx)
+	if err != nil {
+		return err
+	}
+	direct, err := s.agent(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer direct.close()
+	container := ""
+	if d != nil {
+		if container, err = d.run(ctx); err != nil {
+			return err
+		}
+	}
+	for i := range o.commands() + 1 {
+		into := r
+		if i == 0 { // warms up and is not counted
+			into = &results{}
+		}
+		if err := s.commandsOnce(ctx, id, direct, into); err != nil {
+			return err
+		}
+		if d != nil {
+			if err := d.commandsOnce(ctx, container, into); err != nil {
+				return err
+			}
+		}
+	}
+	if d != nil {
+		if _, err := d.do(ctx, "rm", "--force", container); err != nil {
+			return err
+		}
+	}
+	return s.api.DestroySandbox(ctx, id)
+}
+
+func (s *server) commandsOnce(ctx context.Context, id string, direct *agent, r *results) error {
+	began := time.Now()
+	if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
+		return err
+	}
+	whole := time.Since(began)
+	began = time.Now()
+	inside, err := direct.execute(ctx, "true")
+	if err != nil {
+		return err
+	}
+	asked := time.Since(began)
+	r.add(commandTrue, unitMS, milliseconds(whole))
+	r.add(commandDirect, unitMS, milliseconds(asked))
+	r.add(commandAdded, unitMS, milliseconds(whole-asked))
+	r.add(commandInside, unitMS, milliseconds(inside))
+	began = time.Now()
+	if _, err := s.execute(ctx, id, client.ExecuteRequest{Command: new("true")}); err != nil {
+		return err
+	}
+	r.took(commandShell, began)
+	began = time.Now()
+	if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: python}); err != nil {
+		return err
+	}
+	r.took(commandPython, began)
+	began = time.Now()
+	if err := s.line(ctx, "sandbox", "exec", id, "--", "true"); err != nil {
+		return err
+	}
+	r.took(commandLine, began)
+	return nil
+}
+
+func (d *docker) commandsOnce(ctx context.Context, container string, r *results) error {
+	for _, c := range []struct {
+		name string
+		args []string
+	}{
+		{dockerTrue, []string{"true"}},
+		{dockerShell, []string{"sh", "-c", "true"}},
+		{dockerPython, python},
+	} {
+		began := time.Now()
+		if _, err := d.do(ctx, append([]string{"exec", container}, c.args...)...); err != nil {
+			return err
+		}
+		r.took(c.name, began)
+	}
+	return nil
+}
+
+// agent asks a sandbox's agent without the server between: what is left of the
+// time of a call is what the API adds to it.
+type agent struct {
+	calls  *agentapi.Client
+	target agentapi.Target
+}
+
+func (s *server) agent(ctx context.Context, id string) (*agent, error) {
+	res, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"python3", "-c",
+		"import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect(('192.0.2.1', 9)); print(s.getsockname()[0])"}})
+	if err != nil {
+		return nil, fmt.Errorf("asking a sandbox for its address: %w", err)
+	}
+	address := net.JoinHostPort(strings.TrimSpace(res.Stdout), strconv.Itoa(node.AgentPort))
+	// The node's own record of the sandbox has the secret.
+	data, err := os.ReadFile(filepath.Join(s.dataDir(), "sandboxes", id, "life.json"))
+	if err != nil {
+		return nil, fmt.Errorf("reading the record of a sandbox: %w", err)
+	}
+	var life struct{ Run, Token string }
+	if err := json.Unmarshal(data, &life); err != nil {
+		return nil, fmt.Errorf("reading the record of a sandbox: %w", err)
+	}
+	var dialer net.Dialer
+	return &agent{
+		calls: agentapi.NewClient(func(ctx context.Context, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "tcp4", address)
+		}),
+		target: agentapi.Target{SandboxID: id, Run: life.Run, Token: life.Token},
+	}, nil
+}
+
+// execute runs a command and returns its own time, as the agent took it.
+func (a *agent) execute(ctx context.Context, args ...string) (time.Duration, error) {
+	res, err := a.calls.Execute(ctx, a.target, agentapi.ExecuteRequest{Args: args, Timeout: 30 * time.Second})
+	if err != nil {
+		return 0, fmt.Errorf("asking the agent: %w", err)
+	}
+	if res.ExitCode != 0 {
+		return 0, fmt.Errorf("a command ended with %d: %s", res.ExitCode, res.Stderr)
+	}
+	return res.Duration, nil
+}
+
+func (a *agent) close() { a.calls.CloseIdle() }

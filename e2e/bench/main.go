@@ -1,0 +1,131 @@
+// Command bench measures a cay server of its own on this machine, and Docker beside
+// it, run by run in turn, when an engine answers. It prints a table and, with -json,
+// writes everything it measured to a file.
+//
+// It needs root and a built cay. The server, its sandboxes, and what was put into the
+// engine are removed at the end, after an error and after ^C too. docs/performance.md
+// says what the numbers mean.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+)
+
+// options say how much to measure.
+type options struct {
+	cay    string // the program
+	json   string // file for the results, "" is none
+	starts int    // sandboxes created one after the other
+	idle   int    // sandboxes at rest, for their memory
+	docker bool
+}
+
+// commands is how often each command runs in one sandbox.
+func (o options) commands() int { return 2 * o.starts }
+
+func main() {
+	var o options
+	var quick bool
+	flag.StringVar(&o.cay, "cay", "bin/cay", "the program to measure")
+	flag.StringVar(&o.json, "json", "", "write the results to this `file` as well")
+	flag.IntVar(&o.starts, "n", 25, "how many sandboxes to create one after the other, 2 to 200; commands run twice as often")
+	flag.IntVar(&o.idle, "idle", 10, "how many sandboxes at rest to take the memory of, 1 to 100")
+	flag.BoolVar(&o.docker, "docker", true, "measure Docker beside it when an engine answers")
+	flag.BoolVar(&quick, "quick", false, "few runs: shows that everything works, and little more")
+	flag.Parse()
+	if quick {
+		o.starts, o.idle = 4, 3
+	}
+	if flag.NArg() > 0 || o.starts < 2 || o.starts > 200 || o.idle < 1 || o.idle > 100 {
+		flag.Usage()
+		os.Exit(2)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := bench(ctx, o)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// cleanTimeout bounds the clean-up, which also runs when everything else was broken off.
+const cleanTimeout = 2 * time.Minute
+
+func bench(ctx context.Context, o options) (err error) {
+	if os.Geteuid() != 0 {
+		return errors.New("the server needs root")
+	}
+	began := time.Now()
+	r := &results{Host: lookAtHost()}
+	s, err := startServer(ctx, o.cay)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.close()) }()
+	progress("waiting for the template")
+	if err := s.awaitTemplate(ctx); err != nil {
+		return err
+	}
+	r.Host.Cay, err = s.version(ctx)
+	if err != nil {
+		return err
+	}
+	d, err := beside(ctx, o, s, r)
+	if err != nil {
+		return err
+	}
+	if d != nil {
+		defer func() { err = errors.Join(err, d.close()) }()
+	}
+	for _, part := range []struct {
+		name    string
+		measure func(context.Context, options, *server, *docker, *results) error
+	}{
+		{"starts", measureStarts},
+		{"commands", measureCommands},
+		{"files", measureFiles},
+		{"sandboxes at rest", measureIdle},
+	} {
+		progress("measuring " + part.name)
+		if err := part.measure(ctx, o, s, d, r); err != nil {
+			return fmt.Errorf("measuring %s: %w", part.name, err)
+		}
+	}
+	r.Host.LoadAfter = load()
+	r.TookSeconds = time.Since(began).Seconds()
+	r.summarise()
+	r.print(os.Stdout)
+	if o.json != "" {
+		return r.write(o.json)
+	}
+	return nil
+}
+
+// beside finds the engine and gives it the image; nil is none.
+func beside(ctx context.Context, o options, s *server, r *results) (*docker, error) {
+	if !o.docker {
+		r.Host.Docker = "not asked for"
+		return nil, nil
+	}
+	d := findDocker(ctx)
+	if d == nil {
+		r.Host.Docker = "no engine answers"
+		return nil, nil
+	}
+	progress("giving Docker an image of the same files")
+	if err := d.takeImage(ctx, s); err != nil {
+		return nil, errors.Join(err, d.close())
+	}
+	r.Host.Docker, r.Host.DockerNetwork = d.version, d.networkName()
+	return d, nil
+}
+
+func progress(what string) { fmt.Fprintln(os.Stderr, "bench: "+what) }

@@ -1,0 +1,182 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"slices"
+	"text/tabwriter"
+	"time"
+)
+
+// Units of what is measured.
+const (
+	unitMS   = "ms"
+	unitMB   = "MB" // 10⁶ bytes
+	unitMBps = "MB/s"
+	unitRate = "calls/s"
+)
+
+// results is everything that was measured, and where.
+type results struct {
+	Host        host       `json:"host"`
+	Measures    []*measure `json:"measures"`
+	Aims        []aim      `json:"aims"`
+	TookSeconds float64    `json:"took_seconds"`
+}
+
+// measure is one thing measured many times.
+type measure struct {
+	Name    string    `json:"name"`
+	Unit    string    `json:"unit"`
+	N       int       `json:"n"`
+	P50     float64   `json:"p50"`
+	P95     float64   `json:"p95"`
+	Min     float64   `json:"min"`
+	Samples []float64 `json:"samples"` // in the order they were taken
+
+	// Beside is the measure that this one was taken in turn with, "" if none, and
+	// Ratio is this median by that one.
+	Beside string  `json:"beside,omitempty"`
+	Ratio  float64 `json:"ratio,omitempty"`
+}
+
+// aim is what a number should be. Missing one is told and is no error: machines differ.
+type aim struct {
+	What  string  `json:"what"`
+	Limit float64 `json:"limit"`
+	Got   float64 `json:"got"`
+	Met   bool    `json:"met"`
+}
+
+// add takes one sample.
+func (r *results) add(name, unit string, value float64) {
+	m := r.find(name)
+	if m == nil {
+		m = &measure{Name: name, Unit: unit}
+		r.Measures = append(r.Measures, m)
+	}
+	m.Samples = append(m.Samples, value)
+}
+
+// took adds the time since began.
+func (r *results) took(name string, began time.Time) {
+	r.add(name, unitMS, milliseconds(time.Since(began)))
+}
+
+func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+// find is the measure of the name, nil if there is none.
+func (r *results) find(name string) *measure {
+	for _, m := range r.Measures {
+		if m.Name == name {
+			return m
+		}
+	}
+	return nil
+}
+
+// percentile is the nearest-rank one of sorted samples, of which there is at least one.
+func percentile(sorted []float64, p float64) float64 {
+	return sorted[max(0, int(math.Ceil(p*float64(len(sorted))))-1)]
+}
+
+// summarise computes what the table shows from the samples.
+func (r *results) summarise() {
+	for _, m := range r.Measures {
+		sorted := slices.Sorted(slices.Values(m.Samples))
+		m.N, m.P50, m.P95, m.Min = len(sorted), percentile(sorted, 0.5), percentile(sorted, 0.95), sorted[0]
+	}
+	for _, m := range r.Measures {
+		if other := r.find(counterparts[m.Name]); other != nil {
+			m.Beside, m.Ratio = other.Name, m.P50/other.P50
+		}
+	}
+	r.aim("cold create until the first command answered, by docker run -d until docker exec answered", 0.6, r.ratio(startAnswered, dockerStartAnswered))
+	r.aim("cold create, by docker run -d", 0.6, r.ratio(startCreate, dockerStartCreate))
+	r.aim("execute true, by docker exec true", 0.2, r.ratio(commandTrue, dockerTrue))
+	r.aim("what the API adds to the agent, ms", 4, r.ratio(commandAdded, ""))
+	r.aim("private memory of a sandbox at rest, MB", 18, r.ratio(memoryPrivate, ""))
+}
+
+// ratio is the median of one measure by another's, "" being 1; not a number when one
+// was not measured.
+func (r *results) ratio(name, by string) float64 {
+	m, other := r.find(name), r.find(by)
+	switch {
+	case m == nil || by != "" && other == nil:
+		return math.NaN()
+	case by == "":
+		return m.P50
+	}
+	return m.P50 / other.P50
+}
+
+func (r *results) aim(what string, limit, got float64) {
+	if !math.IsNaN(got) {
+		r.Aims = append(r.Aims, aim{What: what, Limit: limit, Got: got, Met: got <= limit})
+	}
+}
+
+// print writes the table for people.
+func (r *results) print(w io.Writer) {
+	h := r.Host
+	fmt.Fprintf(w, "cay:      %s\n", h.Cay)
+	fmt.Fprintf(w, "docker:   %s\n", h.Docker)
+	if h.DockerNetwork != "" {
+		fmt.Fprintf(w, "          network %s\n", h.DockerNetwork)
+	}
+	fmt.Fprintf(w, "machine:  %d CPUs (%s), %d MB memory, Linux %s, cgroup %s\n", h.CPUs, h.CPUModel, h.MemoryMB, h.Kernel, h.Cgroup)
+	fmt.Fprintf(w, "load:     %.2f before, %.2f after; the bench took %.0f s\n\n", h.LoadBefore, h.LoadAfter, r.TookSeconds)
+
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "measure\tn\tp50\tp95\tmin\tunit\tby docker's p50")
+	for _, m := range r.Measures {
+		ratio := ""
+		if m.Beside != "" {
+			ratio = fmt.Sprintf("%.2f", m.Ratio)
+		}
+		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%s\n", m.Name, m.N, number(m.P50), number(m.P95), number(m.Min), m.Unit, ratio)
+	}
+	t.Flush()
+	fmt.Fprintf(w, "\n%s\n", notes)
+	for _, a := range r.Aims {
+		verdict := "met"
+		if !a.Met {
+			verdict = "MISSED"
+		}
+		fmt.Fprintf(w, "aim at most %g: %s: %.2f, %s\n", a.Limit, a.What, a.Got, verdict)
+	}
+}
+
+// number has three digits that mean something.
+func number(v float64) string {
+	switch {
+	case v >= 100:
+		return fmt.Sprintf("%.0f", v)
+	case v >= 10:
+		return fmt.Sprintf("%.1f", v)
+	}
+	return fmt.Sprintf("%.2f", v)
+}
+
+func (r *results) write(path string) error {
+	data, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return fmt.Errorf("encoding the results: %w", err)
+	}
+	if err := os.WriteFile(path, append(data, '\n'), 0o644); err != nil {
+		return fmt.Errorf("writing the results: %w", err)
+	}
+	return nil
+}
+
+// notes tell what the names alone do not.
+const notes = `Samples of cay and of docker are taken in turn; a ratio is of the medians. Docker is
+driven by its command line, whose own start is in its numbers as in those of "cay …"
+lines; the others are calls of the Go client. The agent is asked over the same network
+as the server asks it. MB are 10⁶ bytes. A sandbox's own memory is what is anonymous or in its
+memory file, and of other files what nobody else maps.
+`

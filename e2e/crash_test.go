@@ -1,0 +1,175 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// sandboxes lists the sandboxes of a server by status.
+func (s *server) sandboxes(status string) []string {
+	s.t.Helper()
+	var ids []string
+	for cursor := ""; ; {
+		code, body := s.call("GET", "/v1/sandboxes?limit=200&status="+status+"&cursor="+url.QueryEscape(cursor), nil)
+		var page struct {
+			Sandboxes []struct {
+				ID string `json:"id"`
+			} `json:"sandboxes"`
+			NextCursor string `json:"next_cursor"`
+		}
+		if code != 200 || json.Unmarshal(body, &page) != nil {
+			s.t.Fatalf("list: %d %s", code, body)
+		}
+		for _, box := range page.Sandboxes {
+			ids = append(ids, box.ID)
+		}
+		if cursor = page.NextCursor; cursor == "" {
+			return ids
+		}
+	}
+}
+
+// TestRestartAdopts ends the server with SIGTERM and with SIGKILL: sandboxes go on,
+// with what runs in them, and their time still ends.
+func TestRestartAdopts(t *testing.T) {
+	s := newServer(t)
+	s.start()
+	s.needTemplate("python")
+	long, short := s.create(nil), s.create(object{"timeout": "12s"})
+	s.want(long, "nohup sh -c 'while true; do date +%s%N > /tmp/next; mv /tmp/next /tmp/beat; sleep 0.05; done' >/dev/null 2>&1 & sleep 0.2")
+	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		before := s.want(long, "cat /tmp/beat; cat /proc/sys/kernel/random/boot_id")
+		s.stop(signal)
+		s.start()
+		after := s.want(long, "sleep 0.2; cat /tmp/beat; cat /proc/sys/kernel/random/boot_id")
+		b, a := strings.Fields(before), strings.Fields(after)
+		if len(b) != 2 || len(a) != 2 || b[1] != a[1] || b[0] == a[0] {
+			t.Errorf("after %s: before %q, after %q", signal, before, after)
+		}
+	}
+	if reason := s.waitState(short, "destroyed"); reason != "expired" {
+		t.Errorf("the short one was destroyed with reason %q", reason)
+	}
+	// The memory limit is guarded by the new process.
+	if r := s.exec(long, "exec python3 -c 'b = bytearray(2 << 30)'"); !r.OOMKilled {
+		t.Errorf("after adoption: %+v", r)
+	}
+	s.alive(long)
+}
+
+// TestTermLetsCallsFinish sends SIGTERM while a command runs.
+func TestTermLetsCallsFinish(t *testing.T) {
+	s := newServer(t)
+	s.start()
+	s.needTemplate("python")
+	id := s.create(nil)
+	answer := make(chan string, 1)
+	go func() {
+		_, body, err := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/execute", object{"command": "touch /tmp/begun; sleep 2; echo finished"})
+		answer <- fmt.Sprint(string(body), err)
+	}()
+	for deadline := time.Now().Add(patience); s.exec(id, "test -e /tmp/begun").ExitCode != 0; {
+		if time.Now().After(deadline) {
+			t.Fatal("the command does not begin")
+		}
+	}
+	s.stop(syscall.SIGTERM)
+	if got := <-answer; !strings.Contains(got, "finished") {
+		t.Errorf("the call in flight got %s", got)
+	}
+}
+
+// TestKilledAtAnyMoment kills the server with SIGKILL while it creates and destroys,
+// again and again, until both claims were found by a next start. After each start every sandbox is running or destroyed, what
+// runs works, and nothing on the host is without a row.
+func TestKilledAtAnyMoment(t *testing.T) {
+	s := newServer(t)
+	s.start()
+	s.needTemplate("python")
+	const rounds, most = 10, 60
+	for round := 0; round < rounds || !s.reconciled("abandon", "finish"); round++ {
+		if round == most {
+			t.Fatalf("in %d rounds no start found a create and a destroy to finish", most)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		var wg sync.WaitGroup
+		for range 3 {
+			wg.Go(func() { s.churn(ctx) })
+		}
+		// Spread over what a create and a destroy take.
+		time.Sleep(time.Duration(50+round%rounds*75+rand.IntN(75)) * time.Millisecond)
+		s.stop(syscall.SIGKILL)
+		cancel()
+		wg.Wait()
+		began := time.Now()
+		s.start()
+		s.agree(began)
+	}
+	for _, id := range s.sandboxes("running") {
+		s.destroy(id)
+	}
+	s.agree(time.Now())
+}
+
+// reconciled reports whether the server's starts had to do each of the actions.
+func (s *server) reconciled(actions ...string) bool {
+	s.t.Helper()
+	log, err := os.ReadFile(s.logFile())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, a := range actions {
+		if !bytes.Contains(log, []byte("action="+a)) {
+			return false
+		}
+	}
+	return true
+}
+
+// churn creates sandboxes and destroys two in three, until the server is gone.
+func (s *server) churn(ctx context.Context) {
+	for ctx.Err() == nil {
+		code, body, err := s.try(ctx, "POST", "/v1/sandboxes", object{"template": "python", "timeout": "10m"})
+		if err != nil {
+			return
+		}
+		if code != 201 {
+			s.t.Errorf("create: %d %s", code, body)
+			return
+		}
+		if rand.IntN(3) > 0 {
+			if _, _, err := s.try(ctx, "DELETE", "/v1/sandboxes/"+text(body, "id"), nil); err != nil {
+				return
+			}
+		}
+	}
+}
+
+// agree waits until every sandbox is running or destroyed, and checks that those that
+// run work and that the host has no others.
+func (s *server) agree(since time.Time) {
+	s.t.Helper()
+	for len(s.sandboxes("creating")) > 0 {
+		if time.Since(since) > patience {
+			s.t.Fatalf("still creating after %s: %v", patience, s.sandboxes("creating"))
+		}
+		time.Sleep(20 * time.Millisecond) // a poll with a deadline
+	}
+	running := s.sandboxes("running")
+	for _, id := range running {
+		s.alive(id)
+	}
+	if onHost := s.groupsOnHost(); len(onHost) != len(running) {
+		s.t.Errorf("the host has %v, rows say %v", onHost, running)
+	}
+}

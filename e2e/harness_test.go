@@ -1,0 +1,491 @@
+// Package e2e tests the real binary on the real host: the story of the README,
+// hostile commands, crashes, and that nothing is left behind.
+//
+// The tests need root and bin/cay (make build). One server serves most of them;
+// those that kill servers start their own. Every server has a data directory, an
+// instance and a range of addresses of its own.
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cayhq/cay/internal/caytest"
+)
+
+// patience bounds every wait for something that normally takes milliseconds. The
+// machine may be busy with other tests.
+const patience = 90 * time.Second
+
+// templatePatience bounds the first preparation of a template without a cache.
+const templatePatience = 20 * time.Minute
+
+func cayBinary(t testing.TB) string {
+	t.Helper()
+	path, err := filepath.Abs("../bin/cay")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return caytest.RequireProgram(t, path)
+}
+
+// server is a cay server as a process.
+type server struct {
+	t       testing.TB
+	binary  string
+	dataDir string
+	url     string
+	key     string
+	env     []string
+	args    []string
+
+	*process
+}
+
+// process is the server's, if it runs.
+type process struct {
+	mu     sync.Mutex
+	cmd    *exec.Cmd
+	exited chan struct{} // closed when cmd ended
+	name   string        // the instance, once it is known
+}
+
+// newServer makes a server that is not started. When the test ends it is purged,
+// and whatever it left on the host fails the test.
+func newServer(t testing.TB, env ...string) *server {
+	t.Helper()
+	caytest.RequireRoot(t)
+	caytest.RequireProgram(t, "mmdebstrap")
+	dir, err := os.MkdirTemp("", "cay-e2e-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &server{t: t, binary: cayBinary(t), dataDir: filepath.Join(dir, "data"), env: append(os.Environ(), env...), process: &process{}}
+	s.url = "http://" + freeAddress(t)
+	t.Cleanup(func() {
+		s.stop(syscall.SIGTERM)
+		s.purge()
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+func freeAddress(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+func (s *server) logFile() string { return filepath.Join(filepath.Dir(s.dataDir), "server.log") }
+
+// start runs the server and waits until it is ready.
+func (s *server) start() {
+	s.t.Helper()
+	log, err := os.OpenFile(s.logFile(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer log.Close()
+	args := append([]string{"server", "--data-dir", s.dataDir, "--listen", strings.TrimPrefix(s.url, "http://"), "--log-level", "debug"}, s.args...)
+	cmd := exec.Command(s.binary, args...)
+	cmd.Env, cmd.Stdout, cmd.Stderr = s.env, log, log
+	if err := cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	exited := make(chan struct{})
+	go func() { _ = cmd.Wait(); close(exited) }() // its state says how it ended
+	s.mu.Lock()
+	s.cmd, s.exited = cmd, exited
+	s.mu.Unlock()
+	s.waitReady()
+	key, err := os.ReadFile(filepath.Join(s.dataDir, "api-key"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.key = strings.TrimSpace(string(key))
+}
+
+func (s *server) waitReady() {
+	s.t.Helper()
+	deadline := time.Now().Add(patience)
+	for {
+		resp, err := http.Get(s.url + "/readyz")
+		if err == nil {
+			resp.Body.Close()
+			if resp.StatusCode == http.StatusOK {
+				return
+			}
+		}
+		select {
+		case <-s.exited:
+			s.t.Fatalf("the server ended while starting:\n%s", s.lastLog())
+		case <-time.After(20 * time.Millisecond):
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("the server is not ready after %s: %v\n%s", patience, err, s.lastLog())
+		}
+	}
+}
+
+func (s *server) lastLog() string {
+	data, err := os.ReadFile(s.logFile())
+	if err != nil {
+		return err.Error()
+	}
+	return string(data[max(0, len(data)-6000):])
+}
+
+// stop signals the server and waits for its end. A server that does not run is fine.
+func (s *server) stop(signal syscall.Signal) {
+	s.t.Helper()
+	s.mu.Lock()
+	cmd, exited := s.cmd, s.exited
+	s.cmd = nil
+	s.mu.Unlock()
+	if cmd == nil {
+		return
+	}
+	if err := cmd.Process.Signal(signal); err != nil && err != os.ErrProcessDone {
+		s.t.Error(err)
+	}
+	select {
+	case <-exited:
+	case <-time.After(patience):
+		s.t.Errorf("the server did not end on %s:\n%s", signal, s.lastLog())
+		_ = cmd.Process.Kill() // it did not want to
+		<-exited
+	}
+}
+
+// instance is the name of the server's things on the host.
+func (s *server) instance() string {
+	s.t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.name == "" {
+		s.name = s.recordedInstance()
+	}
+	return s.name
+}
+
+// recordedInstance is what the server told about itself, "" if it never ran.
+func (s *server) recordedInstance() string {
+	s.t.Helper()
+	records, err := filepath.Glob("/run/cay/servers/*.json")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, path := range records {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			continue // of a server of another test, which ended
+		}
+		var record struct {
+			Instance string `json:"instance"`
+			DataDir  string `json:"data_dir"`
+		}
+		if json.Unmarshal(data, &record) == nil && record.DataDir == s.dataDir {
+			return record.Instance
+		}
+	}
+	return ""
+}
+
+// purge removes the server from the host and fails the test for what it leaves.
+func (s *server) purge() {
+	s.t.Helper()
+	instance := s.instance()
+	out, err := exec.Command(s.binary, "server", "--data-dir", s.dataDir, "--purge").CombinedOutput()
+	if err != nil {
+		s.t.Errorf("purging: %v: %s", err, out)
+	}
+	if instance != "" {
+		for _, left := range caytest.Leftovers(s.t, instance, s.dataDir) {
+			s.t.Errorf("left on the host: %s", left)
+		}
+	}
+	if s.t.Failed() {
+		s.t.Logf("end of the server's log:\n%s", s.lastLog())
+	}
+}
+
+// needTemplate waits until a template is ready.
+func (s *server) needTemplate(name string) {
+	s.t.Helper()
+	deadline := time.Now().Add(templatePatience)
+	for {
+		status, body := s.call("GET", "/v1/templates/"+name, nil)
+		if status != 200 {
+			s.t.Fatalf("reading template %s: %d %s", name, status, body)
+		}
+		switch text(body, "status") {
+		case "ready":
+			return
+		case "failed":
+			s.t.Fatalf("template %s: %s", name, body)
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("template %s is not ready after %s: %s", name, templatePatience, body)
+		}
+		time.Sleep(100 * time.Millisecond) // a poll with a deadline
+	}
+}
+
+// call does one request with the server's first key. A body that is not a reader
+// is sent as JSON.
+func (s *server) call(method, path string, body any) (int, []byte) {
+	s.t.Helper()
+	status, answer, err := s.try(context.Background(), method, path, body)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return status, answer
+}
+
+func (s *server) try(ctx context.Context, method, path string, body any) (int, []byte, error) {
+	var r io.Reader
+	contentType := "application/json"
+	switch b := body.(type) {
+	case nil:
+	case io.Reader:
+		r, contentType = b, "application/octet-stream"
+	default:
+		data, err := json.Marshal(b)
+		if err != nil {
+			return 0, nil, err
+		}
+		r = bytes.NewReader(data)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, s.url+path, r)
+	if err != nil {
+		return 0, nil, err
+	}
+	req.Header.Set("Authorization", "Bearer "+s.key)
+	if body != nil {
+		req.Header.Set("Content-Type", contentType)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(resp.Body)
+	return resp.StatusCode, answer, err
+}
+
+type object = map[string]any
+
+// text is a string field of a JSON object, "" if it is not there.
+func text(body []byte, field string) string {
+	var o object
+	if json.Unmarshal(body, &o) != nil {
+		return ""
+	}
+	v, _ := o[field].(string)
+	return v
+}
+
+// create makes a sandbox of the template python.
+func (s *server) create(more object) string {
+	s.t.Helper()
+	request := object{"template": "python", "timeout": "10m"}
+	for k, v := range more {
+		request[k] = v
+	}
+	status, body := s.call("POST", "/v1/sandboxes", request)
+	if status != 201 || text(body, "status") != "running" {
+		s.t.Fatalf("create: %d %s", status, body)
+	}
+	return text(body, "id")
+}
+
+func (s *server) destroy(id string) {
+	s.t.Helper()
+	if status, body := s.call("DELETE", "/v1/sandboxes/"+id, nil); status != 204 {
+		s.t.Errorf("destroy: %d %s", status, body)
+	}
+}
+
+// result is the answer of execute.
+type result struct {
+	ExitCode        int    `json:"exit_code"`
+	Stdout          string `json:"stdout"`
+	Stderr          string `json:"stderr"`
+	StdoutTruncated bool   `json:"stdout_truncated"`
+	StderrTruncated bool   `json:"stderr_truncated"`
+	StdoutEncoding  string `json:"stdout_encoding"`
+	DurationMS      int64  `json:"duration_ms"`
+	TimedOut        bool   `json:"timed_out"`
+	OOMKilled       bool   `json:"oom_killed"`
+	Signal          string `json:"signal"`
+}
+
+// exec runs a command line and wants an answer.
+func (s *server) exec(id, command string, more ...object) result {
+	s.t.Helper()
+	request := object{"command": command}
+	for _, m := range more {
+		for k, v := range m {
+			request[k] = v
+		}
+	}
+	status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", request)
+	if status != 200 {
+		s.t.Fatalf("execute %q: %d %s", command, status, body)
+	}
+	var r result
+	if err := json.Unmarshal(body, &r); err != nil {
+		s.t.Fatalf("execute %q: %v in %s", command, err, body)
+	}
+	return r
+}
+
+// want runs a command line that must succeed and returns its output.
+func (s *server) want(id, command string, more ...object) string {
+	s.t.Helper()
+	r := s.exec(id, command, more...)
+	if r.ExitCode != 0 {
+		s.t.Errorf("%q ended with %d: %s%s", command, r.ExitCode, r.Stdout, r.Stderr)
+	}
+	return strings.TrimSpace(r.Stdout)
+}
+
+// alive checks that a sandbox still works.
+func (s *server) alive(id string) {
+	s.t.Helper()
+	if got := s.want(id, "echo alive"); got != "alive" {
+		s.t.Errorf("the sandbox answers %q", got)
+	}
+}
+
+// state is the exact state of a sandbox and why it was destroyed.
+func (s *server) state(id string) (state, reason string) {
+	s.t.Helper()
+	code, body := s.call("GET", "/v1/sandboxes/"+id, nil)
+	if code != 200 {
+		s.t.Fatalf("get: %d %s", code, body)
+	}
+	return text(body, "state"), text(body, "destroy_reason")
+}
+
+// waitState polls until the sandbox is in the state.
+func (s *server) waitState(id, want string) string {
+	s.t.Helper()
+	deadline := time.Now().Add(patience)
+	for {
+		state, reason := s.state(id)
+		if state == want {
+			return reason
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("sandbox %s is %s after %s, want %s", id, state, patience, want)
+		}
+		time.Sleep(20 * time.Millisecond) // a poll with a deadline
+	}
+}
+
+// cli runs the command line against the server.
+func (s *server) cli(stdin string, args ...string) (stdout, stderr string, code int) {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, s.binary, args...)
+	cmd.Env = append(s.env, "CAY_API_URL="+s.url, "CAY_API_KEY="+s.key)
+	cmd.Stdin = strings.NewReader(stdin)
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	err := cmd.Run()
+	if ctx.Err() != nil {
+		s.t.Fatalf("cay %s did not end", strings.Join(args, " "))
+	}
+	if err != nil && cmd.ProcessState == nil {
+		s.t.Fatal(err)
+	}
+	return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
+}
+
+// The server that most tests use, started by the first that asks.
+var (
+	sharedOnce   sync.Once
+	sharedServer *server
+)
+
+// shared returns it with the template python ready.
+func shared(t *testing.T) *server {
+	t.Helper()
+	caytest.RequireRoot(t)
+	sharedOnce.Do(func() {
+		s := newServer(suite)
+		s.start()
+		s.needTemplate("python")
+		sharedServer = s
+	})
+	if sharedServer == nil {
+		t.Fatal("the shared server did not start")
+	}
+	own := *sharedServer // the same process; failures are told to this test
+	own.t = t
+	return &own
+}
+
+// suite stands for the whole run where a helper wants a test.
+var suite = &suiteTB{}
+
+type suiteTB struct {
+	testing.TB
+	mu       sync.Mutex
+	failed   bool
+	cleanups []func()
+}
+
+func (s *suiteTB) Helper() {}
+func (s *suiteTB) Cleanup(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cleanups = append(s.cleanups, f)
+}
+func (s *suiteTB) Failed() bool                      { s.mu.Lock(); defer s.mu.Unlock(); return s.failed }
+func (s *suiteTB) Log(args ...any)                   { fmt.Println(args...) }
+func (s *suiteTB) Logf(format string, args ...any)   { fmt.Printf(format+"\n", args...) }
+func (s *suiteTB) fail()                             { s.mu.Lock(); defer s.mu.Unlock(); s.failed = true }
+func (s *suiteTB) Error(args ...any)                 { s.fail(); fmt.Println(args...) }
+func (s *suiteTB) Errorf(format string, args ...any) { s.fail(); s.Logf(format, args...) }
+func (s *suiteTB) Fatal(args ...any)                 { s.Error(args...); panic("the suite cannot go on") }
+func (s *suiteTB) Fatalf(format string, args ...any) {
+	s.Errorf(format, args...)
+	panic("the suite cannot go on")
+}
+func (s *suiteTB) Skipf(format string, args ...any) {
+	s.Logf(format, args...)
+	panic("the suite was skipped after it began")
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	for i := len(suite.cleanups) - 1; i >= 0; i-- {
+		suite.cleanups[i]()
+	}
+	if suite.Failed() && code == 0 {
+		code = 1
+	}
+	os.Exit(code)
+}

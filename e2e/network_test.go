@@ -1,0 +1,259 @@
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/caytest"
+)
+
+// outside is a host of the test's own in a network namespace, with an address that
+// documentation uses. It greets whoever connects and says who that was.
+type outside struct {
+	name    string
+	address string // of the host outside
+	gateway string // of this machine on that network
+}
+
+func newOutside(t *testing.T) *outside {
+	t.Helper()
+	const net24 = "198.51.100"
+	ip := caytest.RequireProgram(t, "ip")
+	o := &outside{name: "out" + caytest.Instance(), address: net24 + ".2", gateway: net24 + ".1"}
+	run := func(args ...string) {
+		t.Helper()
+		if out, err := exec.Command(ip, args...).CombinedOutput(); err != nil {
+			t.Fatalf("ip %s: %v: %s", strings.Join(args, " "), err, out)
+		}
+	}
+	run("netns", "add", o.name)
+	t.Cleanup(func() { run("netns", "del", o.name) })
+	run("link", "add", o.name, "type", "veth", "peer", "name", "eth0", "netns", o.name)
+	run("addr", "add", o.gateway+"/24", "dev", o.name)
+	run("link", "set", o.name, "up")
+	run("-n", o.name, "addr", "add", o.address+"/24", "dev", "eth0")
+	run("-n", o.name, "link", "set", "eth0", "up")
+	run("-n", o.name, "link", "set", "lo", "up")
+	return o
+}
+
+// listen greets on a TCP port in the namespace.
+func (o *outside) listen(t *testing.T, port int) {
+	t.Helper()
+	l := inNamespace(t, o.name, func() (net.Listener, error) { return net.Listen("tcp4", fmt.Sprintf(":%d", port)) })
+	greet(t, l)
+}
+
+func greet(t *testing.T, l net.Listener) {
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			host, _, _ := net.SplitHostPort(c.RemoteAddr().String())
+			fmt.Fprintf(c, "hello %s\n", host)
+			c.Close()
+		}
+	}()
+}
+
+// inNamespace makes a socket in a namespace. The thread that went there ends there.
+func inNamespace[T any](t *testing.T, name string, f func() (T, error)) T {
+	t.Helper()
+	var result T
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		ns, err := os.Open("/run/netns/" + name)
+		if err == nil {
+			err = unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET)
+			ns.Close()
+		}
+		if err == nil {
+			result, err = f()
+		}
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	return result
+}
+
+// connect tries a TCP connection from inside and returns what it was greeted with.
+func (s *server) connect(id, host string, port int) string {
+	s.t.Helper()
+	r := s.exec(id, fmt.Sprintf(`python3 -c '
+import socket
+try:
+    c = socket.create_connection(("%s", %d), timeout=1.5)
+    c.settimeout(1.5)
+    print("connected", c.recv(100).decode().strip())
+except Exception as e:
+    print("failed", type(e).__name__)'`, host, port))
+	return strings.TrimSpace(r.Stdout)
+}
+
+func TestReachesTheOutside(t *testing.T) {
+	s := shared(t)
+	id := s.create(nil)
+	defer s.destroy(id)
+	o := newOutside(t)
+	o.listen(t, 8080)
+	// NAT: the host outside sees this machine, not the sandbox.
+	if got, want := s.connect(id, o.address, 8080), "connected hello "+o.gateway; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	dns := inNamespace(t, o.name, func() (net.PacketConn, error) { return net.ListenPacket("udp4", ":5353") })
+	t.Cleanup(func() { dns.Close() })
+	go func() {
+		buf := make([]byte, 100)
+		for {
+			n, from, err := dns.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			_, _ = dns.WriteTo(buf[:n], from) // the sandbox sees whether it came
+		}
+	}()
+	got := s.want(id, fmt.Sprintf(`python3 -c '
+import socket
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.settimeout(3)
+u.sendto(b"ping", ("%s", 5353)); print(u.recv(10).decode())'`, o.address))
+	if got != "ping" {
+		t.Errorf("UDP: got %q", got)
+	}
+}
+
+func TestNeverReachable(t *testing.T) {
+	s := shared(t)
+	id, other := s.create(nil), s.create(nil)
+	defer s.destroy(id)
+	defer s.destroy(other)
+	o := newOutside(t)
+	// The control: what follows fails for a reason, not because nothing works.
+	o.listen(t, 8080)
+	if got := s.connect(id, o.address, 8080); !strings.HasPrefix(got, "connected") {
+		t.Fatalf("the outside is not reachable: %q", got)
+	}
+
+	l, err := net.Listen("tcp4", "0.0.0.0:0") // on every address this host has
+	if err != nil {
+		t.Fatal(err)
+	}
+	greet(t, l)
+	port := l.Addr().(*net.TCPAddr).Port
+	apiPort := netip.MustParseAddrPort(strings.TrimPrefix(s.url, "http://")).Port()
+	addresses, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	type target struct {
+		host string
+		port int
+		who  string
+	}
+	var targets []target
+	for _, a := range addresses {
+		if ip := a.(*net.IPNet).IP.To4(); ip != nil && !ip.IsLoopback() { // inside, 127.0.0.1 is the sandbox itself
+			targets = append(targets, target{ip.String(), port, "the host"}, target{ip.String(), int(apiPort), "the API"})
+		}
+	}
+	otherIP := s.want(other, `python3 -c '
+import socket
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.connect(("198.51.100.9", 1)); print(u.getsockname()[0])'`)
+	s.want(other, "nohup python3 -m http.server 8000 >/dev/null 2>&1 & sleep 1; curl -sf http://127.0.0.1:8000/ >/dev/null")
+	targets = append(targets, target{otherIP, 8000, "another sandbox"}, target{otherIP, 49983, "another's agent"})
+	for _, address := range []string{"169.254.169.254", "169.254.1.1", "224.0.0.1", "255.255.255.255", "fe80::1%eth0"} {
+		targets = append(targets, target{address, 80, "a reserved address"})
+	}
+	var wg sync.WaitGroup
+	for _, to := range targets {
+		wg.Go(func() {
+			if got := s.connect(id, to.host, to.port); !strings.HasPrefix(got, "failed") {
+				t.Errorf("the sandbox reaches %s at %s:%d: %q", to.who, to.host, to.port, got)
+			}
+		})
+	}
+	wg.Wait()
+	if got := s.want(id, "cat /proc/net/if_inet6 2>/dev/null | grep -v ' lo$' || true"); got != "" {
+		t.Errorf("the sandbox has IPv6: %s", got)
+	}
+}
+
+// TestAgentIsNotForTheInside connects to the agent from inside its own sandbox:
+// without the token it gives nothing away.
+func TestAgentIsNotForTheInside(t *testing.T) {
+	s := shared(t)
+	id := s.create(nil)
+	defer s.destroy(id)
+	for _, path := range []string{"/files?path=/etc/passwd", "/envs", "/metrics"} {
+		if got := s.want(id, "curl -s -o /dev/null -w '%{http_code}' 'http://127.0.0.1:49983"+path+"'"); got != "401" {
+			t.Errorf("%s answers %s", path, got)
+		}
+	}
+	for _, path := range []string{"/init", "/process.Process/List", "/memory/relieve"} {
+		if got := s.want(id, "curl -s -o /dev/null -w '%{http_code}' -H 'Content-Type: application/json' -d '{}' 'http://127.0.0.1:49983"+path+"'"); got != "401" {
+			t.Errorf("%s answers %s", path, got)
+		}
+	}
+}
+
+// TestNameResolution resolves through a name server of the test's own, which the
+// server's configuration names.
+func TestNameResolution(t *testing.T) {
+	o := newOutside(t)
+	queries := inNamespace(t, o.name, func() (net.PacketConn, error) { return net.ListenPacket("udp4", ":53") })
+	t.Cleanup(func() { queries.Close() })
+	go answerNames(queries, [4]byte{198, 51, 100, 77})
+	s := newServer(t, "CAY_NETWORK_NAMESERVERS="+o.address)
+	s.start()
+	s.needTemplate("python")
+	id := s.create(nil)
+	defer s.destroy(id)
+	if got := s.want(id, "cat /etc/resolv.conf"); !strings.Contains(got, "nameserver "+o.address) {
+		t.Errorf("resolv.conf is %q", got)
+	}
+	for name, want := range map[string]string{"www.example.test": "198.51.100.77", "localhost": "127.0.0.1"} {
+		if got := s.want(id, "getent ahostsv4 "+name+" | head -1 | cut -d' ' -f1"); got != want {
+			t.Errorf("%s is %q, want %q", name, got, want)
+		}
+	}
+	if got := s.want(id, "getent hosts $(hostname) | head -1"); got == "" {
+		t.Error("the sandbox does not know its own name")
+	}
+}
+
+// answerNames is a name server that knows one address for every name.
+func answerNames(c net.PacketConn, address [4]byte) {
+	buf := make([]byte, 1500)
+	for {
+		n, from, err := c.ReadFrom(buf)
+		if err != nil {
+			return
+		}
+		var m dnsmessage.Message
+		if m.Unpack(buf[:n]) != nil || len(m.Questions) == 0 {
+			continue
+		}
+		m.Response, m.RecursionAvailable, m.Additionals = true, true, nil
+		if q := m.Questions[0]; q.Type == dnsmessage.TypeA {
+			m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 60}, Body: &dnsmessage.AResource{A: address}}}
+		}
+		if answer, err := m.Pack(); err == nil {
+			_, _ = c.WriteTo(answer, from) // who asked sees whether it came
+		}
+	}
+}

@@ -1,0 +1,326 @@
+package e2e
+
+import (
+	"bytes"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// groupsOnHost lists the sandboxes that have a control group.
+func (s *server) groupsOnHost() []string {
+	s.t.Helper()
+	found := map[string]bool{}
+	for _, pattern := range []string{"/sys/fs/cgroup/memory/cay-%s/sbx_*", "/sys/fs/cgroup/cay-%s/sbx_*"} {
+		paths, err := filepath.Glob(fmt.Sprintf(pattern, s.instance()))
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		for _, p := range paths {
+			found[filepath.Base(p)] = true
+		}
+	}
+	var ids []string
+	for id := range found {
+		ids = append(ids, id)
+	}
+	return ids
+}
+
+// TestStory is the README's: one command, and the ones it goes on with.
+func TestStory(t *testing.T) {
+	s := shared(t)
+	out, errOut, code := s.cli("", "run", "-t", "python", "--", "python3", "-c", "print(6*7)")
+	if out != "42\n" || code != 0 {
+		t.Fatalf("got %q, %q, exit code %d", out, errOut, code)
+	}
+	out, _, code = s.cli("hello", "run", "-t", "python", "--", "sh", "-c", "cat; echo oops >&2; exit 3")
+	if out != "hello" || code != 3 {
+		t.Errorf("got %q, exit code %d", out, code)
+	}
+	if n := len(s.sandboxes("running")); n != 0 {
+		t.Errorf("cay run left %d sandboxes", n)
+	}
+
+	out, errOut, code = s.cli("", "sandbox", "create", "-t", "python", "--timeout", "10m", "-e", "A=b", "--metadata", "k=v", "--json")
+	id := text([]byte(out), "id")
+	if code != 0 || id == "" {
+		t.Fatalf("create: %q %q %d", out, errOut, code)
+	}
+	dir := t.TempDir()
+	local := filepath.Join(dir, "local")
+	data := make([]byte, 1<<20)
+	rand.Read(data)
+	if err := os.WriteFile(local, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"sandbox", "exec", id, "--", "sh", "-c", "echo $A; id -un"}, "b\nroot\n"},
+		{[]string{"sandbox", "upload", id, local, "/tmp/there"}, ""},
+		{[]string{"sandbox", "download", id, "/tmp/there", filepath.Join(dir, "back")}, ""},
+	} {
+		out, errOut, code := s.cli("", step.args...)
+		if code != 0 || step.want != "" && out != step.want {
+			t.Errorf("%v: %q %q %d", step.args, out, errOut, code)
+		}
+	}
+	back, err := os.ReadFile(filepath.Join(dir, "back"))
+	if err != nil || !bytes.Equal(back, data) {
+		t.Errorf("the file came back changed: %d bytes, %v", len(back), err)
+	}
+	for _, args := range [][]string{
+		{"sandbox", "list"}, {"sandbox", "status", id}, {"sandbox", "ls", id, "/tmp"}, {"sandbox", "events", id},
+		{"sandbox", "keepalive", id, "--timeout", "5m"}, {"templates", "list"}, {"templates", "show", "python"},
+		{"templates", "logs", "python"}, {"keys", "list"}, {"orgs", "list"}, {"version"},
+	} {
+		if out, errOut, code := s.cli("", args...); code != 0 || out == "" {
+			t.Errorf("%v: %q %q %d", args, out, errOut, code)
+		}
+	}
+	if _, errOut, code := s.cli("", "sandbox", "destroy", id); code != 0 {
+		t.Errorf("destroy: %q %d", errOut, code)
+	}
+	if _, errOut, code := s.cli("", "sandbox", "exec", id, "--", "true"); code != 125 || errOut == "" {
+		t.Errorf("exec in a destroyed sandbox: %q %d", errOut, code)
+	}
+}
+
+// TestThirtyAtOnce creates and destroys thirty sandboxes concurrently.
+func TestThirtyAtOnce(t *testing.T) {
+	s := shared(t)
+	before := len(s.groupsOnHost())
+	var wg sync.WaitGroup
+	for i := range 30 {
+		wg.Go(func() {
+			code, body := s.call("POST", "/v1/sandboxes", object{"template": "python"})
+			if code != 201 {
+				t.Errorf("create: %d %s", code, body)
+				return
+			}
+			id := text(body, "id")
+			if got := s.want(id, fmt.Sprintf("echo %d > /tmp/n; cat /tmp/n", i)); got != fmt.Sprint(i) {
+				t.Errorf("sandbox %d says %q", i, got)
+			}
+			s.destroy(id)
+		})
+	}
+	wg.Wait()
+	if after := len(s.groupsOnHost()); after != before {
+		t.Errorf("%d sandboxes are left on the host", after-before)
+	}
+}
+
+// TestTimeIsUp watches the life of an ephemeral sandbox end by itself.
+func TestTimeIsUp(t *testing.T) {
+	s := shared(t)
+	id := s.create(object{"timeout": "3s"})
+	s.alive(id)
+	if reason := s.waitState(id, "destroyed"); reason != "expired" {
+		t.Errorf("destroyed with reason %q", reason)
+	}
+	code, body := s.call("GET", "/v1/sandboxes/"+id, nil)
+	if code != 200 {
+		t.Fatalf("a destroyed sandbox is not readable: %d", code)
+	}
+	expires, err1 := time.Parse(time.RFC3339, text(body, "expires_at"))
+	destroyed, err2 := time.Parse(time.RFC3339, text(body, "destroyed_at"))
+	if err := errors.Join(err1, err2); err != nil || destroyed.Before(expires) {
+		t.Errorf("expires %v, destroyed %v", text(body, "expires_at"), text(body, "destroyed_at"))
+	}
+	if code, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"command": "true"}); code != 409 || text(body, "code") != "sandbox_not_running" {
+		t.Errorf("execute: %d %s", code, body)
+	}
+}
+
+// TestSizesAreLimits reads what the host enforces on sandboxes of two sizes.
+func TestSizesAreLimits(t *testing.T) {
+	s := shared(t)
+	for size, want := range map[string]map[string]string{
+		// Memory and tasks are what the size has and what the sandbox's kernel needs beside.
+		"shared-cpu-1x":  {"cpu.shares": "1024", "cpu.cfs_quota_us": "-1", "memory.limit_in_bytes": fmt.Sprint((512 + 64) << 20), "pids.max": fmt.Sprint(256*12 + 1024)},
+		"performance-2x": {"cpu.shares": "2048", "cpu.cfs_quota_us": "200000", "memory.limit_in_bytes": fmt.Sprint((4096 + 64) << 20), "pids.max": fmt.Sprint(1024*12 + 1024)},
+	} {
+		id := s.create(object{"size": size})
+		for file, value := range want {
+			controller, _, _ := strings.Cut(file, ".")
+			path := filepath.Join("/sys/fs/cgroup", controller, "cay-"+s.instance(), id, file)
+			if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err == nil {
+				path, value = s.unified(id, file, value)
+			}
+			got, err := os.ReadFile(path)
+			if err != nil || strings.TrimSpace(string(got)) != value {
+				t.Errorf("%s: %s is %q, %v, want %s", size, file, got, err, value)
+			}
+		}
+		s.destroy(id)
+	}
+}
+
+// unified is where cgroup v2 has a value of v1, and how it writes it.
+func (s *server) unified(id, file, value string) (string, string) {
+	dir := filepath.Join("/sys/fs/cgroup", "cay-"+s.instance(), id)
+	switch file {
+	case "cpu.shares": // runsc converts 2..262144 to 1..10000
+		var shares int
+		_, _ = fmt.Sscan(value, &shares) // a number, above
+		return filepath.Join(dir, "cpu.weight"), fmt.Sprint(1 + (shares-2)*9999/262142)
+	case "cpu.cfs_quota_us":
+		return filepath.Join(dir, "cpu.max"), strings.Replace(value, "-1", "max", 1) + " 100000"
+	case "memory.limit_in_bytes":
+		return filepath.Join(dir, "memory.high"), value
+	}
+	return filepath.Join(dir, file), value
+}
+
+// TestLostSandbox kills a sentry from outside: the sandbox is destroyed as lost.
+func TestLostSandbox(t *testing.T) {
+	s := shared(t)
+	id := s.create(nil)
+	if err := syscall.Kill(s.sentry(id), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if reason := s.waitState(id, "destroyed"); reason != "lost" {
+		t.Errorf("destroyed with reason %q", reason)
+	}
+}
+
+// sentry is the process of a sandbox's kernel.
+func (s *server) sentry(id string) int {
+	s.t.Helper()
+	data, err := os.ReadFile(filepath.Join(s.dataDir, "sandboxes", id, "sandbox.pid"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	var pid int
+	if _, err := fmt.Sscan(string(data), &pid); err != nil {
+		s.t.Fatal(err)
+	}
+	return pid
+}
+
+// TestFiles moves large and odd files.
+func TestFiles(t *testing.T) {
+	s := shared(t)
+	id := s.create(nil)
+	defer s.destroy(id)
+	data := make([]byte, 100_000_000) // the largest there may be
+	rand.Read(data[:1<<20])
+	path := "/v1/sandboxes/" + id + "/files?path="
+	if code, body := s.call("PUT", path+"/srv/new/dir/big", bytes.NewReader(data)); code != 204 {
+		t.Fatalf("upload: %d %s", code, body)
+	}
+	if code, body := s.call("PUT", path+"/srv/too-big", bytes.NewReader(append(data, 0))); code != 400 {
+		t.Errorf("one byte more: %d %s", code, body)
+	}
+	if code, body := s.call("GET", path+"/srv/new/dir/big", nil); code != 200 || !bytes.Equal(body, data) {
+		t.Errorf("download: %d, %d bytes", code, len(body))
+	}
+	if code, body := s.part(path+"/srv/new/dir/big", "bytes=10-19"); code != 206 || !bytes.Equal(body, data[10:20]) {
+		t.Errorf("range: %d %x", code, body)
+	}
+	if code, body := s.call("PUT", path+"/home/user/mine&mode=0640&owner=user", strings.NewReader("x")); code != 204 {
+		t.Errorf("upload with mode and owner: %d %s", code, body)
+	}
+	if got := s.want(id, "stat -c '%a %U' /home/user/mine"); got != "640 user" {
+		t.Errorf("stat says %q", got)
+	}
+	if code, body := s.call("DELETE", path+"/srv/new&recursive=true", nil); code != 204 {
+		t.Errorf("delete: %d %s", code, body)
+	}
+	for bad, want := range map[string]int{"": 400, "relative": 400, "/a/../b": 400, "/tmp": 400, "/nothing/here": 404, "/a%00b": 400} {
+		if code, body := s.call("GET", path+bad, nil); code != want {
+			t.Errorf("GET %q: %d %s, want %d", bad, code, body, want)
+		}
+	}
+	s.cutUpload(path + "/srv/cut")
+	// The agent hears of it a moment after the caller.
+	if left := s.want(id, "for i in $(seq 100); do n=$(find /srv -type f | wc -l); [ $n = 0 ] && break; sleep 0.1; done; echo $n", object{"timeout": "2m"}); left != "0" {
+		t.Errorf("%s files are left of an upload that was cut", left)
+	}
+}
+
+// part downloads a range.
+func (s *server) part(path, byteRange string) (int, []byte) {
+	s.t.Helper()
+	req, err := http.NewRequest("GET", s.url+path, nil)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+s.key)
+	req.Header.Set("Range", byteRange)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body := new(bytes.Buffer)
+	if _, err := body.ReadFrom(resp.Body); err != nil {
+		s.t.Fatal(err)
+	}
+	return resp.StatusCode, body.Bytes()
+}
+
+// cutUpload breaks off in the middle of a body.
+func (s *server) cutUpload(path string) {
+	s.t.Helper()
+	req, err := http.NewRequest("PUT", s.url+path, &cutReader{left: 1 << 20})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+s.key)
+	req.ContentLength = 2 << 20
+	if resp, err := http.DefaultClient.Do(req); err == nil {
+		resp.Body.Close()
+		if resp.StatusCode < 400 {
+			s.t.Errorf("an upload that was cut answers %d", resp.StatusCode)
+		}
+	}
+}
+
+type cutReader struct{ left int }
+
+func (c *cutReader) Read(p []byte) (int, error) {
+	if c.left <= 0 {
+		return 0, errors.New("cut on purpose")
+	}
+	n := min(len(p), c.left)
+	c.left -= n
+	return n, nil
+}
+
+// TestDoctorCleans stops a server with sandboxes alive: doctor finds what is left and
+// removes it.
+func TestDoctorCleans(t *testing.T) {
+	s := newServer(t)
+	s.start()
+	s.needTemplate("python")
+	s.create(nil)
+	s.create(nil)
+	s.stop(syscall.SIGTERM)
+	if n := len(s.groupsOnHost()); n != 2 {
+		t.Errorf("SIGTERM left %d sandboxes, want both", n)
+	}
+	out, errOut, code := s.cli("", "doctor", "--clean")
+	if code != 0 {
+		t.Errorf("doctor: %q %q %d", out, errOut, code)
+	}
+	if n := len(s.groupsOnHost()); n != 0 {
+		t.Errorf("doctor left %d sandboxes", n)
+	}
+	// The next server starts, and says of both that they are lost.
+	s.start()
+	if n := len(s.sandboxes("running")); n != 0 {
+		t.Errorf("%d sandboxes are said to run", n)
+	}
+}

@@ -1,0 +1,264 @@
+// Package agent is what runs as PID 1 inside a sandbox: it starts the commands,
+// knows and kills what descends from them, reads and writes files, and reaps what
+// nobody else waits for. It speaks the protocol of the agentapi room and
+// behaves as E2B's envd where that speaks, so that E2B's clients work unmodified.
+//
+// It owns the sandbox's processes and, through the control groups of gVisor's
+// kernel, their limit. It does not own the sandbox's life, network or disk: the
+// host does. It runs as root and acts for whatever user a call names; who may call
+// is decided by one token, which the host gives it at init.
+//
+// Everything is safe for concurrent use. The agent goes on after every error:
+// a full disk, no more processes, a flood of output end a call, never PID 1.
+package agent
+
+import (
+	"cmp"
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+
+	"connectrpc.com/connect"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/agentapi/filesystem"
+	"github.com/cayhq/cay/internal/agentapi/process"
+)
+
+// DefaultMaxProcesses is how many processes and threads the commands of a
+// sandbox may have at once when nothing else is said. Each costs the sandbox's
+// kernel some 30 KB of the sandbox's memory.
+const DefaultMaxProcesses = 1024
+
+// Config is what an Agent is made with.
+type Config struct {
+	// MountPoint is a directory to mount control groups on for a moment, "" is /sys.
+	MountPoint   string
+	MaxProcesses int // 0 is DefaultMaxProcesses
+}
+
+// Agent is the inside of one sandbox.
+type Agent struct {
+	settings  *settings
+	users     *users
+	processes *processes
+	files     *files
+	watchers  *watchers
+	memory    *memory
+}
+
+// New makes the agent of this sandbox and starts to reap children; there can be
+// only one in a process, and nothing else there may wait for children.
+func New(cfg Config) (*Agent, error) {
+	if cfg.MaxProcesses == 0 {
+		cfg.MaxProcesses = DefaultMaxProcesses
+	}
+	g, err := openGroups(cmp.Or(cfg.MountPoint, "/sys"), cfg.MaxProcesses)
+	if err != nil {
+		return nil, err
+	}
+	r := newReaper()
+	s := newSpawner(g, r)
+	go r.run()
+	a := &Agent{
+		settings: &settings{},
+		users:    &users{passwd: "/etc/passwd", group: "/etc/group"},
+	}
+	a.processes = &processes{settings: a.settings, users: a.users, spawner: s, commands: map[int]*command{}}
+	a.processes.guard = newGuard(a.processes, g)
+	go a.processes.guard.run()
+	a.files = &files{settings: a.settings, users: a.users}
+	a.watchers = &watchers{}
+	a.memory = newMemory(a.processes)
+	return a, nil
+}
+
+// maxMessage is the largest Connect message taken, bytes: a command's standard
+// input comes in one.
+const maxMessage = 64 << 20
+
+// Handler serves the whole wire.
+func (a *Agent) Handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	mux.HandleFunc("POST /init", a.init)
+	mux.HandleFunc("GET /envs", func(w http.ResponseWriter, _ *http.Request) {
+		env, _ := a.settings.commandDefaults()
+		writeJSON(w, http.StatusOK, env)
+	})
+	mux.HandleFunc("GET /metrics", a.memory.metrics)
+	mux.HandleFunc("POST /memory/relieve", a.memory.relieve)
+	mux.HandleFunc("GET /files", a.files.get)
+	mux.HandleFunc("HEAD /files", a.files.get)
+	mux.HandleFunc("POST /files", a.files.post)
+	mux.HandleFunc("PUT /files", a.files.put)
+	mux.HandleFunc("DELETE /files", a.files.remove)
+	mux.HandleFunc("GET /files/list", a.files.list)
+	mux.HandleFunc("POST /files/compose", a.files.compose)
+	opts := []connect.HandlerOption{connect.WithReadMaxBytes(maxMessage)}
+	mux.Handle(process.NewProcessHandler(a.processes, opts...))
+	mux.Handle(filesystem.NewFilesystemHandler(&filesystemService{files: a.files, watchers: a.watchers}, opts...))
+	return cors(a.authorise(mux))
+}
+
+// authorise lets through who has the token. Signed requests for /files may come
+// without one; their handler checks the signature.
+func (a *Agent) authorise(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		token := a.settings.accessToken()
+		given, has := r.Header[http.CanonicalHeaderKey(agentapi.TokenHeader)]
+		signable := r.URL.Path == "/files" && (r.Method == http.MethodGet || r.Method == http.MethodHead || r.Method == http.MethodPost)
+		switch {
+		case token == "" || r.URL.Path == "/health":
+		case has && len(given) == 1 && subtle.ConstantTimeCompare([]byte(given[0]), []byte(token)) == 1:
+		case !has && signable:
+			if err := checkSignature(r, token); err != nil {
+				httpError(w, &problem{status: http.StatusUnauthorized, text: err.Error()})
+				return
+			}
+		default:
+			httpError(w, &problem{status: http.StatusUnauthorized, text: "unauthorized access, please provide a valid access token or method signing if supported"})
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// cors lets browsers call from any page; the token is what protects.
+func cors(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Origin") != "" {
+			h := w.Header()
+			h.Set("Access-Control-Allow-Origin", "*")
+			h.Set("Access-Control-Expose-Headers", "*")
+			if r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != "" {
+				h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
+				h.Set("Access-Control-Allow-Headers", allowedHeaders(r))
+				h.Set("Access-Control-Max-Age", "7200")
+				w.WriteHeader(http.StatusNoContent)
+				return
+			}
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// allowedHeaders repeats what the browser asks for: "*" does not cover Authorization.
+func allowedHeaders(r *http.Request) string {
+	if asked := r.Header.Get("Access-Control-Request-Headers"); asked != "" {
+		return asked
+	}
+	return "*"
+}
+
+// settings is what the host told the agent about its sandbox.
+type settings struct {
+	mu      sync.RWMutex
+	token   string
+	env     map[string]string // replaced, never changed
+	user    string
+	workdir string
+}
+
+func (s *settings) accessToken() string {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.token
+}
+
+func (s *settings) defaultUser() string {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.user
+}
+
+// commandDefaults are the environment (not to be changed) and working directory
+// of commands that bring none.
+func (s *settings) commandDefaults() (env map[string]string, workdir string) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.env, s.workdir
+}
+
+// init takes what the host says about the sandbox. Fields that are absent stay.
+func (a *Agent) init(w http.ResponseWriter, r *http.Request) {
+	const maxInit = 1 << 20 // bytes; an environment has at most 128 KiB
+	var req agentapi.InitRequest
+	body := http.MaxBytesReader(w, r.Body, maxInit)
+	if err := json.NewDecoder(body).Decode(&req); err != nil && !errors.Is(err, io.EOF) {
+		httpError(w, badRequest("init: %s", err))
+		return
+	}
+	if err := a.settings.apply(req); err != nil {
+		httpError(w, err)
+		return
+	}
+	if err := tellSystem(req); err != nil {
+		httpError(w, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (s *settings) apply(req agentapi.InitRequest) error {
+	for name := range req.Env {
+		if name == "" || strings.ContainsAny(name, "=\x00") {
+			return newProblem(agentapi.CodeInvalidEnv, "%q is no name of an environment variable", name)
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if req.AccessToken != "" {
+		s.token = req.AccessToken
+	}
+	if req.Env != nil {
+		s.env = maps.Clone(req.Env)
+	}
+	if req.DefaultUser != "" {
+		s.user = req.DefaultUser
+	}
+	if req.DefaultWorkdir != "" {
+		s.workdir = req.DefaultWorkdir
+	}
+	return nil
+}
+
+// tellSystem sets what programs ask the system for.
+func tellSystem(req agentapi.InitRequest) error {
+	if req.Hostname != "" {
+		if err := syscall.Sethostname([]byte(req.Hostname)); err != nil {
+			return fmt.Errorf("setting the host name: %w", err)
+		}
+		// Programs look their own name up, sudo before anything else.
+		hosts := "127.0.0.1\tlocalhost\n127.0.1.1\t" + req.Hostname + "\n"
+		if err := errors.Join(
+			os.WriteFile("/etc/hosts", []byte(hosts), 0o644),
+			os.WriteFile("/etc/hostname", []byte(req.Hostname+"\n"), 0o644)); err != nil {
+			return fmt.Errorf("writing the host name: %w", err)
+		}
+	}
+	if len(req.Nameservers) == 0 {
+		return nil
+	}
+	var text strings.Builder
+	for _, s := range req.Nameservers {
+		addr, err := netip.ParseAddr(s)
+		if err != nil {
+			return badRequest("nameserver %q is no address", s)
+		}
+		fmt.Fprintf(&text, "nameserver %s\n", addr)
+	}
+	if err := os.WriteFile("/etc/resolv.conf", []byte(text.String()), 0o644); err != nil {
+		return fmt.Errorf("writing resolv.conf: %w", err)
+	}
+	return nil
+}

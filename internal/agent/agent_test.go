@@ -1,0 +1,287 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agentapi"
+)
+
+// E2B's own vector.
+func TestSignatureVector(t *testing.T) {
+	got := signature("hello.txt", "read", "user", "0tQG31xiMp0IOQfaz9dcwi72L1CPo8e0", "")
+	if want := "v1_gUtH/s9YCJWgCizjfUxuWfhFE4QSydOWEIIvfLwDr6E"; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+func TestSignatureExpires(t *testing.T) {
+	now := time.Unix(1000, 0)
+	for exp, want := range map[string]error{"1000": nil, "1001": nil, "999": errSignatureExpired, "x": errSignatureInvalid} {
+		q := url.Values{"path": {"p"}, "signature": {signature("p", "write", "", "t", exp)}, "signature_expiration": {exp}}
+		if err := verifySignature(q, "write", "t", now); !errors.Is(err, want) || err == nil && want != nil {
+			t.Errorf("expiration %s: %v, want %v", exp, err, want)
+		}
+	}
+	if err := verifySignature(url.Values{}, "read", "t", now); err != errSignatureMissing {
+		t.Error(err)
+	}
+}
+
+func FuzzSignature(f *testing.F) {
+	f.Add("path=a&signature=v1_x&signature_expiration=9", "read")
+	f.Add("path=a&path=b&signature=", "write")
+	f.Fuzz(func(t *testing.T, query, op string) {
+		q, _ := url.ParseQuery(query) // what parsed of it
+		const token = "a token that the fuzzer does not know"
+		if err := verifySignature(q, op, token, time.Unix(0, 0)); err == nil {
+			t.Errorf("%q passed", query)
+		}
+	})
+}
+
+func TestAuthorise(t *testing.T) {
+	a := &Agent{settings: &settings{}}
+	h := a.authorise(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(299) }))
+	ask := func(method, target string, tokens ...string) int {
+		r := httptest.NewRequest(method, target, nil)
+		for _, v := range tokens {
+			r.Header.Add(agentapi.TokenHeader, v)
+		}
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		return w.Code
+	}
+	if got := ask("POST", "/init"); got != 299 {
+		t.Errorf("before a token is set: %d", got)
+	}
+	a.settings.token = "secret"
+	signed := "/files?path=x&signature=" + url.QueryEscape(signature("x", "read", "", "secret", ""))
+	for _, c := range []struct {
+		method, target string
+		tokens         []string
+		want           int
+	}{
+		{"GET", "/health", nil, 299}, {"GET", "/envs", nil, 401}, {"GET", "/envs", []string{"secret"}, 299}, {"GET", "/envs", []string{"secre"}, 401},
+		{"GET", "/envs", []string{""}, 401}, {"GET", "/envs", []string{"secret", "secret"}, 401}, {"POST", "/init", nil, 401},
+		{"GET", signed, nil, 299}, {"GET", signed, []string{"wrong"}, 401}, {"POST", signed, nil, 401}, {"DELETE", signed, nil, 401}, {"PUT", signed, nil, 401},
+		{"GET", strings.Replace(signed, "/files", "/files/list", 1), nil, 401}, {"POST", "/process.Process/Start", nil, 401},
+	} {
+		if got := ask(c.method, c.target, c.tokens...); got != c.want {
+			t.Errorf("%s %s %q: %d, want %d", c.method, c.target, c.tokens, got, c.want)
+		}
+	}
+}
+
+func testUsers(t testing.TB, passwd, group string) *users {
+	t.Helper()
+	dir := t.TempDir()
+	u := &users{passwd: filepath.Join(dir, "passwd"), group: filepath.Join(dir, "group")}
+	for path, text := range map[string]string{u.passwd: passwd, u.group: group} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return u
+}
+
+func TestUsers(t *testing.T) {
+	u := testUsers(t, "# comment\nroot:x:0:0:root:/root:/bin/sh\nbroken:x:one\nann:x:10:20:Ann:/home/ann:/bin/sh\n4:x:11:11::relative:\n", "ann:x:20:\nextra:x:30:bob,ann\nbroken:x:no:ann\nalso:x:25:ann\n")
+	for spec, want := range map[string]string{
+		"root": "0:0 [0] /root", "ann": "10:20 [20 25 30] /home/ann", "10": "10:20 [20 25 30] /home/ann", "ann:extra": "10:30 [30] /home/ann", "10:77": "10:77 [77] /home/ann",
+		"4": "11:11 [11] /", "77": "77:0 [0] /", "": "?", "bob": "?", "broken": "?", "ann:": "?", "ann:nosuch": "?", ":20": "?", "4294967295": "?", "-1": "?", "ann:4294967295": "?",
+	} {
+		got := "?"
+		if who, err := u.lookup(spec); err == nil {
+			got = fmt.Sprintf("%d:%d %v %s", who.uid, who.gid, who.groups, who.home)
+		} else if !errors.Is(err, errUnknownUser) {
+			t.Errorf("%q: %v", spec, err)
+		}
+		if got != want {
+			t.Errorf("%q: %s, want %s", spec, got, want)
+		}
+	}
+	if got := u.ownerName(10) + " " + u.groupName(30) + " " + u.ownerName(99); got != "ann extra 99" {
+		t.Errorf("names %q", got)
+	}
+	// A change is seen.
+	if err := os.WriteFile(u.passwd, []byte("ann:x:1234:1:::\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if who, err := u.lookup("ann"); err != nil || who.uid != 1234 {
+		t.Errorf("after a change: %v, %v", who, err)
+	}
+	// Without files there is root nevertheless; a fifo does not stop anything.
+	if err := errors.Join(os.Remove(u.passwd), os.Remove(u.group)); err != nil {
+		t.Fatal(err)
+	}
+	if who, err := u.lookup("root"); err != nil || who.uid != 0 || who.home != "/" {
+		t.Errorf("without files: %v, %v", who, err)
+	}
+	if err := unix.Mkfifo(u.passwd, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if who, err := u.lookup("root"); err == nil {
+		t.Errorf("from a fifo: %v", who)
+	}
+}
+
+func FuzzUsers(f *testing.F) {
+	f.Add("root:x:0:0:root:/root:/bin/sh\n", "root:x:0:\nextra:x:7:root,x\n", "root")
+	f.Add(":::::\n::", "a:b:c", "a:b")
+	f.Add("a:x:1:2::/h\x00:", "", "1:2")
+	f.Fuzz(func(t *testing.T, passwd, group, spec string) {
+		u := testUsers(t, passwd, group)
+		who, err := u.lookup(spec)
+		if err != nil {
+			return
+		}
+		if !strings.HasPrefix(who.home, "/") || !slices.IsSorted(who.groups) || !slices.Contains(who.groups, who.gid) {
+			t.Errorf("%q is %+v", spec, who)
+		}
+		u.ownerName(who.uid)
+		u.groupName(who.gid)
+	})
+}
+
+func TestResolvePath(t *testing.T) {
+	for p, want := range map[string]string{
+		"": "/home/u", "~": "/home/u", "~/x": "/home/u/x", "x/y": "/home/u/x/y", "../x": "/home/x", "/a/../b": "/b", "/": "/", "~other/x": "?", "a\x00": "?", "./~": "/home/u/~",
+	} {
+		got, err := resolvePath(p, "/home/u")
+		if err != nil {
+			got = "?"
+		}
+		if got != want {
+			t.Errorf("%q: %q, want %q", p, got, want)
+		}
+	}
+}
+
+func FuzzResolvePath(f *testing.F) {
+	f.Add("~/x", "/home/u")
+	f.Add("../..", "/")
+	f.Fuzz(func(t *testing.T, p, home string) {
+		if !strings.HasPrefix(home, "/") {
+			home = "/" + home
+		}
+		got, err := resolvePath(p, home)
+		if err == nil && (!filepath.IsAbs(got) || filepath.Clean(got) != got) {
+			t.Errorf("%q in %q is %q", p, home, got)
+		}
+	})
+}
+
+func TestPartNames(t *testing.T) {
+	for disposition, want := range map[string][2]string{
+		`form-data; name="file"; filename="a/b c.txt"`: {"file", "a/b c.txt"}, `form-data; name="file"`: {"file", ""},
+		`form-data; name=file; filename="/tmp/ü.txt"`: {"file", "/tmp/ü.txt"}, `form-data; name="file"; filename*=UTF-8''%C3%BC`: {"file", "ü"},
+		`attachment; name="file"`: {}, `form-data; name="`: {}, ``: {},
+	} {
+		name, filename := partNames(disposition)
+		if name != want[0] || filename != want[1] {
+			t.Errorf("%s: %q %q, want %q", disposition, name, filename, want)
+		}
+	}
+}
+
+func FuzzPartNames(f *testing.F) {
+	f.Add(`form-data; name="file"; filename="a/b"`)
+	f.Add(`form-data; name="file"; filename*0="a"; filename*1="b"`)
+	f.Fuzz(func(t *testing.T, disposition string) {
+		_, filename := partNames(disposition)
+		if p, err := resolvePath(filename, "/home/u"); err == nil && !filepath.IsAbs(p) {
+			t.Errorf("%q gives %q", disposition, p)
+		}
+	})
+}
+
+func TestMetadataLimits(t *testing.T) {
+	header := func(key, value string) http.Header { return http.Header{"X-Metadata-" + key: {value}} }
+	for name, c := range map[string]struct {
+		h  http.Header
+		ok bool
+	}{
+		"usual": {header("Key", "value"), true}, "key at its limit": {header(strings.Repeat("k", 246), "v"), true}, "key over it": {header(strings.Repeat("k", 247), "v"), false},
+		"not ascii": {header("Key", "ü"), false}, "control": {header("Key", "a\tb"), false}, "too much": {header("Key", strings.Repeat("v", 4096)), false}, "none": {http.Header{}, true},
+	} {
+		meta, err := metadataOf(c.h)
+		if (err == nil) != c.ok {
+			t.Errorf("%s: %v, %v", name, meta, err)
+		}
+	}
+}
+
+func TestProcParsers(t *testing.T) {
+	if got := residentPages([]byte("1000 250 30 1 0 1 0\n")); got != 250 {
+		t.Errorf("statm: %d", got)
+	}
+	if state, ppid := parseStat([]byte("12 (a) Z) R) Z 7 12 12 0")); state != 'Z' || ppid != 7 {
+		t.Errorf("stat: %c %d", state, ppid)
+	}
+	if got := nameOf([]byte("7:pids:/cay-12\n6:memory:/\n")); got != "cay-12" {
+		t.Errorf("cgroup: %q", got)
+	}
+	if got := nameOf([]byte("7:pids:/\n6:memory:/cay-1\n")); got != "" {
+		t.Errorf("no group of ours: %q", got)
+	}
+	if busy, idle := parseCPU("cpu  10 1 5 100 20 3 0\ncpu0 1 1 1\n"); busy != 19 || idle != 120 {
+		t.Errorf("stat: %d busy, %d idle", busy, idle)
+	}
+}
+
+func FuzzProcParsers(f *testing.F) {
+	f.Add([]byte("12 (a) Z 7"))
+	f.Add([]byte("7:pids:/cay-1\n"))
+	f.Add([]byte{1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 24, 0, 4, '1', '2', 0, 0, 0})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		parseStat(data)
+		nameOf(data)
+		residentPages(data)
+		parseCPU(string(data))
+		eachPID(data, func(pid int) {
+			if pid <= 0 {
+				t.Errorf("pid %d", pid)
+			}
+		})
+		// What it walks never goes beyond the buffer; an error would be one of ours.
+		if err := eachInotify(data, func(int32, uint32, string) error { return nil }); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestLargestFirst(t *testing.T) {
+	m := newMemory(nil)
+	for i := range 200 {
+		m.consider(victim{pid: i + 1, rss: int64(i * 37 % 200)})
+	}
+	if len(m.victims) != maxVictims || m.victims[0].rss != 199 || !slices.IsSortedFunc(m.victims, func(a, b victim) int { return int(b.rss - a.rss) }) {
+		t.Errorf("kept %v", m.victims)
+	}
+}
+
+func TestCommandEnv(t *testing.T) {
+	who := &user{name: "ann", home: "/home/ann"}
+	env, err := commandEnv(who, map[string]string{"A": "sandbox", "B": "sandbox"}, map[string]string{"B": "call", "HOME": "/x"})
+	slices.Sort(env)
+	if got, want := strings.Join(env, " "), "A=sandbox B=call HOME=/x LOGNAME=ann PATH="+defaultPath+" USER=ann"; err != nil || got != want {
+		t.Errorf("got %s, %v\nwant %s", got, err, want)
+	}
+	for _, bad := range []map[string]string{{"": "x"}, {"A=B": "x"}, {"A": "\x00"}} {
+		if _, err := commandEnv(who, nil, bad); err == nil {
+			t.Errorf("%q was taken", bad)
+		}
+	}
+}

@@ -1,0 +1,345 @@
+package agent_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
+)
+
+func TestExecuteResults(t *testing.T) {
+	s := startSandbox(t, options{})
+	binary := bytes.Repeat([]byte{0, 0xff, 1, '\n'}, 50_000) // more than a pipe holds
+	for name, c := range map[string]struct {
+		give agentapi.ExecuteRequest
+		want agentapi.ExecuteResult
+	}{
+		"shell":            {agentapi.ExecuteRequest{Command: "echo out; echo err >&2; exit 3"}, agentapi.ExecuteResult{ExitCode: 3, Stdout: []byte("out\n"), Stderr: []byte("err\n")}},
+		"no shell":         {agentapi.ExecuteRequest{Args: []string{"echo", "$HOME", "a b"}}, agentapi.ExecuteResult{Stdout: []byte("$HOME a b\n")}},
+		"binary both ways": {agentapi.ExecuteRequest{Args: []string{"cat"}, Stdin: binary}, agentapi.ExecuteResult{Stdout: binary}},
+		"no input":         {agentapi.ExecuteRequest{Args: []string{"cat"}}, agentapi.ExecuteResult{}},
+		"input not read":   {agentapi.ExecuteRequest{Args: []string{"true"}, Stdin: binary}, agentapi.ExecuteResult{}},
+		"own signal":       {agentapi.ExecuteRequest{Command: "kill -9 $$"}, agentapi.ExecuteResult{ExitCode: 137, Signal: 9}},
+		"signal of child":  {agentapi.ExecuteRequest{Command: "sh -c 'kill -9 $$'; exit $?"}, agentapi.ExecuteResult{ExitCode: 137, Stderr: []byte("Killed\n")}},
+		"no such program":  {agentapi.ExecuteRequest{Args: []string{"nosuch"}}, agentapi.ExecuteResult{ExitCode: 127, Stderr: []byte("nosuch: no such file or directory\n")}},
+		"not executable":   {agentapi.ExecuteRequest{Args: []string{"/etc/passwd"}}, agentapi.ExecuteResult{ExitCode: 126, Stderr: []byte("/etc/passwd: permission denied\n")}},
+		"user":             {agentapi.ExecuteRequest{Command: "id; pwd; echo $HOME $USER $LOGNAME", User: "user"}, agentapi.ExecuteResult{Stdout: []byte("uid=1000(user) gid=1000(user) groups=1000(user),2000(extra),2001(more)\n/home/user\n/home/user user user\n")}},
+		"user by number":   {agentapi.ExecuteRequest{Command: "id; pwd", User: "4711:2000"}, agentapi.ExecuteResult{Stdout: []byte("uid=4711 gid=2000(extra) groups=2000(extra)\n/\n")}},
+		"home is missing":  {agentapi.ExecuteRequest{Command: "pwd", User: "nohome"}, agentapi.ExecuteResult{Stdout: []byte("/\n")}},
+		"env":              {agentapi.ExecuteRequest{Command: "echo $FROM_SANDBOX $A", Env: map[string]string{"A": "x y", "FROM_SANDBOX": "no"}}, agentapi.ExecuteResult{Stdout: []byte("no x y\n")}},
+		"workdir":          {agentapi.ExecuteRequest{Command: "pwd", Workdir: "/tmp"}, agentapi.ExecuteResult{Stdout: []byte("/tmp\n")}},
+		"umask":            {agentapi.ExecuteRequest{Command: "umask"}, agentapi.ExecuteResult{Stdout: []byte("0022\n")}},
+		"own path":         {agentapi.ExecuteRequest{Args: []string{"nosuch"}, Env: map[string]string{"PATH": "/nowhere"}}, agentapi.ExecuteResult{ExitCode: 127, Stderr: []byte("nosuch: no such file or directory\n")}},
+		"signals are not ignored": {agentapi.ExecuteRequest{Command: "sh -c 'kill -TERM $$'; echo $?; sh -c 'kill -HUP $$'; echo $?"},
+			agentapi.ExecuteResult{Stdout: []byte("143\n129\n"), Stderr: []byte("Terminated\nHangup\n")}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := s.in(t)
+			got := s.exec(c.give)
+			if got.Duration <= 0 || got.Duration > 20*time.Second {
+				t.Errorf("duration %s", got.Duration)
+			}
+			if diff := cmp.Diff(c.want, got, cmpopts.IgnoreFields(agentapi.ExecuteResult{}, "Duration"), cmpopts.EquateEmpty()); diff != "" {
+				t.Errorf("result (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestExecuteRefused(t *testing.T) {
+	s := startSandbox(t, options{})
+	for name, c := range map[string]struct {
+		give  agentapi.ExecuteRequest
+		code  string
+		field string
+	}{
+		"missing workdir":   {agentapi.ExecuteRequest{Command: "true", Workdir: "/nosuch"}, agentapi.CodeWorkdirNotFound, "workdir"},
+		"workdir is a file": {agentapi.ExecuteRequest{Command: "true", Workdir: "/etc/passwd"}, agentapi.CodeWorkdirNotFound, "workdir"},
+		"unknown user":      {agentapi.ExecuteRequest{Command: "true", User: "nobody-we-know"}, agentapi.CodeUnknownUser, "user"},
+		"environment name":  {agentapi.ExecuteRequest{Command: "true", Env: map[string]string{"A=B": ""}}, agentapi.CodeInvalidEnv, "env"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := s.client.Execute(t.Context(), s.target, c.give)
+			f := fault.As(err)
+			if f == nil || f.Kind != fault.Invalid || f.Code != c.code || f.Field != c.field {
+				t.Errorf("got %v, want Invalid %s in %s", err, c.code, c.field)
+			}
+		})
+	}
+	t.Run("wrong token", func(t *testing.T) {
+		target := s.target
+		target.Token = "wrong"
+		if _, err := s.client.Execute(t.Context(), target, agentapi.ExecuteRequest{Command: "true"}); err == nil {
+			t.Error("a wrong token was accepted")
+		}
+	})
+}
+
+// A command over its time dies with everything it started, wherever that went.
+func TestTimeoutReachesEveryDescendant(t *testing.T) {
+	s := startSandbox(t, options{})
+	res := s.exec(agentapi.ExecuteRequest{
+		Command: "setsid sleep 1000 & (sleep 1001 &) & nohup sleep 1002 & trap '' TERM HUP; echo begun; probe daemon; sleep 1003",
+		Timeout: 2 * time.Second,
+	})
+	if !res.TimedOut || res.ExitCode != agentapi.ExitTimedOut || !strings.HasPrefix(string(res.Stdout), "begun\n") {
+		t.Errorf("got %+v, want timed out with output", res)
+	}
+	lines := strings.Fields(string(res.Stdout))
+	if len(lines) != 2 {
+		t.Fatalf("the daemon did not say its pid: %q", res.Stdout)
+	}
+	if got := s.sh("kill -0 " + lines[1] + " 2>/dev/null && echo alive || echo gone"); got != "gone" {
+		t.Errorf("the daemon is %s", got)
+	}
+	if left := s.sh("ps | grep -E '[s]leep|[d]aemon' || true"); left != "" {
+		t.Errorf("left behind:\n%s", left)
+	}
+}
+
+// When the caller goes away, so does the command.
+func TestCancelKills(t *testing.T) {
+	s := startSandbox(t, options{})
+	ctx, cancel := context.WithCancel(t.Context())
+	over := make(chan error)
+	go func() {
+		_, err := s.client.Execute(ctx, s.target, agentapi.ExecuteRequest{Command: "setsid sleep 4242 & sleep 4242"})
+		over <- err
+	}()
+	s.eventually("the command runs", func() bool {
+		return s.sh("ps | grep -c '[s]leep 4242' || true") == "2" || s.sh("ps | grep -c '[s]leep 4242' || true") == "3"
+	})
+	cancel()
+	if err := <-over; err == nil || ctx.Err() == nil {
+		t.Errorf("a cancelled execute returned %v", err)
+	}
+	s.eventually("the command is gone", func() bool { return s.sh("ps | grep -c '[s]leep 4242' || true") == "0" })
+}
+
+// A job left in the background lives on, and does not hold the answer though it
+// holds the output.
+func TestBackgroundJobSurvives(t *testing.T) {
+	s := startSandbox(t, options{})
+	start := time.Now()
+	res := s.exec(agentapi.ExecuteRequest{Command: "(while :; do echo tick; sleep 0.05; done) & echo $!"})
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("the answer took %s", took)
+	}
+	pid := strings.Fields(string(res.Stdout))[0]
+	if pid == "tick" {
+		pid = strings.Fields(string(res.Stdout))[1]
+	}
+	// It goes on writing to the pipe that nobody's answer needs any more.
+	s.sh("sleep 1; kill -0 " + pid)
+	s.sh("kill -9 " + pid)
+}
+
+func TestOutputFlood(t *testing.T) {
+	s := startSandbox(t, options{})
+	start := time.Now()
+	res := s.exec(agentapi.ExecuteRequest{Command: "yes | head -c 100000000; echo done >&2"})
+	took := time.Since(start)
+	if len(res.Stdout) != agentapi.DefaultMaxOutput || !res.StdoutTruncated {
+		t.Errorf("%d bytes, truncated %v; want %d, true", len(res.Stdout), res.StdoutTruncated, agentapi.DefaultMaxOutput)
+	}
+	if string(res.Stderr) != "done\n" || res.StderrTruncated || res.ExitCode != 0 {
+		t.Errorf("stderr %q, truncated %v, exit code %d", res.Stderr, res.StderrTruncated, res.ExitCode)
+	}
+	if took > 25*time.Second {
+		t.Errorf("took %s", took)
+	}
+	t.Logf("100 MB through both pipes, 8 MiB kept: %s", took)
+
+	res = s.exec(agentapi.ExecuteRequest{Command: "yes", Timeout: time.Second, MaxOutput: 1000})
+	if len(res.Stdout) != 1000 || !res.StdoutTruncated || !res.TimedOut {
+		t.Errorf("endless: %d bytes, truncated %v, timed out %v", len(res.Stdout), res.StdoutTruncated, res.TimedOut)
+	}
+	res = s.exec(agentapi.ExecuteRequest{Command: "printf 0123456789", MaxOutput: 10})
+	if string(res.Stdout) != "0123456789" || res.StdoutTruncated {
+		t.Errorf("exactly the limit: %q, truncated %v", res.Stdout, res.StdoutTruncated)
+	}
+}
+
+func TestManyAtOnce(t *testing.T) {
+	s := startSandbox(t, options{})
+	var wg sync.WaitGroup
+	for i := range 20 {
+		wg.Go(func() {
+			res, err := s.client.Execute(t.Context(), s.target, agentapi.ExecuteRequest{
+				Command: fmt.Sprintf("sleep 0.2; cat; echo %d >&2; exit %d", i, i), Stdin: []byte(strconv.Itoa(i)), Timeout: 30 * time.Second,
+			})
+			if err != nil || res.ExitCode != i || string(res.Stdout) != strconv.Itoa(i) || string(res.Stderr) != strconv.Itoa(i)+"\n" {
+				t.Errorf("command %d: %+v, %v", i, res, err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// A bomb goes over the limit and is ended, the agent answering all the while.
+func TestForkBomb(t *testing.T) {
+	s := startSandbox(t, options{pidsMax: 64})
+	res := s.exec(agentapi.ExecuteRequest{Command: "b() { b | b & b; }; b", Timeout: 15 * time.Second})
+	if res.ExitCode == 0 {
+		t.Errorf("the bomb ended with %+v", res)
+	}
+	// Its first process may have failed to fork and ended; the rest goes too.
+	s.eventually("nothing of the bomb is left", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		entries, err := s.client.List(ctx, s.target, "/proc", "", 1)
+		if err != nil {
+			return false // there is little CPU for the agent while it burns
+		}
+		processes := 0
+		for _, e := range entries {
+			if _, err := strconv.Atoi(e.Name); err == nil {
+				processes++
+			}
+		}
+		return processes == 1
+	})
+	s.sh("for i in $(seq 40); do sleep 1 & done; wait")
+}
+
+// Most programs take the first fork that fails for an answer.
+func TestProcessLimit(t *testing.T) {
+	s := startSandbox(t, options{pidsMax: 64})
+	res := s.exec(agentapi.ExecuteRequest{Command: "for i in $(seq 200); do sleep 3 & done; wait"})
+	if !strings.Contains(string(res.Stderr), "fork") && res.Signal != 9 {
+		t.Errorf("200 processes were possible: %+v", res)
+	}
+}
+
+// What the limit does not count is ended before it takes the sandbox's memory.
+func TestZombieHoarder(t *testing.T) {
+	s := startSandbox(t, options{pidsMax: 100})
+	res := s.exec(agentapi.ExecuteRequest{Args: []string{"probe", "hoard"}, Timeout: 25 * time.Second})
+	if res.Signal != 9 || res.TimedOut {
+		t.Errorf("the hoarder ended with %+v, want killed", res)
+	}
+	s.eventually("zombies are gone", func() bool {
+		return s.sh("cat /proc/[0-9]*/stat 2>/dev/null | grep -c ' Z ' || true") == "0"
+	})
+}
+
+func TestOrphansAreReaped(t *testing.T) {
+	s := startSandbox(t, options{})
+	s.sh("probe zombies 1000")
+	s.eventually("zombies are gone", func() bool {
+		return s.sh("cat /proc/[0-9]*/stat 2>/dev/null | grep -c ' Z ' || true") == "0"
+	})
+	// The ends of commands went to those who wait for them all the while.
+	for i := range 20 {
+		if res := s.exec(agentapi.ExecuteRequest{Command: fmt.Sprintf("(exit 1 &) ; (exit 2 &); exit %d", i)}); res.ExitCode != i {
+			t.Errorf("command %d: exit code %d", i, res.ExitCode)
+		}
+	}
+}
+
+func TestReliefKillsTheLargest(t *testing.T) {
+	s := startSandbox(t, options{})
+	type end struct {
+		res agentapi.ExecuteResult
+		err error
+	}
+	run := func(command string) chan end {
+		over := make(chan end, 1)
+		go func() {
+			res, err := s.client.Execute(t.Context(), s.target, agentapi.ExecuteRequest{Command: command, Timeout: 30 * time.Second})
+			over <- end{res, err}
+		}()
+		return over
+	}
+	large, small := run("probe alloc 200 > /tmp/large"), run("probe alloc 20 >/tmp/small & wait $!; echo ended")
+	s.eventually("memory is held", func() bool {
+		return s.sh("cat /tmp/large /tmp/small 2>/dev/null | wc -l") == "2"
+	})
+	freed, killed, err := s.client.RelieveMemory(t.Context(), s.target, 100<<20)
+	if err != nil || killed != 1 || freed < 200<<20 || freed > 300<<20 {
+		t.Fatalf("freed %d MiB, killed %d, %v; want 200, 1", freed>>20, killed, err)
+	}
+	e := <-large
+	if e.err != nil || !e.res.OOMKilled || e.res.ExitCode != 137 || e.res.TimedOut {
+		t.Errorf("the large one: %+v, %v; want OOM killed, 137", e.res, e.err)
+	}
+	if got := s.sh("ps | grep -c '[p]robe alloc 20$'"); got == "0" {
+		t.Error("the small one is gone too")
+	}
+	// More than there is: everything but the agent goes.
+	freed, killed, err = s.client.RelieveMemory(t.Context(), s.target, 1<<40)
+	if err != nil || killed < 1 || freed < 20<<20 {
+		t.Errorf("freed %d MiB, killed %d, %v", freed>>20, killed, err)
+	}
+	if e := <-small; e.err != nil || !e.res.OOMKilled {
+		t.Errorf("the small one: %+v, %v", e.res, e.err)
+	}
+	if res := s.exec(agentapi.ExecuteRequest{Command: "echo alive"}); res.OOMKilled || string(res.Stdout) != "alive\n" {
+		t.Errorf("afterwards: %+v", res)
+	}
+}
+
+// What the agent shuts before it serves stays shut, for root as well.
+func TestHardening(t *testing.T) {
+	s := startSandbox(t, options{})
+	const docker = "00000000a80405fb"
+	if got, want := s.sh("probe status CapInh CapPrm CapEff CapBnd"), "CapInh:\t0000000000000000\nCapPrm:\t"+docker+"\nCapEff:\t"+docker+"\nCapBnd:\t"+docker; got != want {
+		t.Errorf("root's capabilities:\n%s\nwant:\n%s", got, want)
+	}
+	res := s.exec(agentapi.ExecuteRequest{Command: "probe status CapEff; suidprobe id; suidprobe status CapEff", User: "user"})
+	if want := "CapEff:\t0000000000000000\n1000 0\nCapEff:\t" + docker + "\n"; string(res.Stdout) != want {
+		t.Errorf("user and set-uid: %q %q, want %q", res.Stdout, res.Stderr, want)
+	}
+	for name, command := range map[string]string{
+		"cgroup mounts":       "ls /sys/fs/cgroup/pids",
+		"mounting":            "mkdir -p /tmp/m && mount -t cgroup -o pids none /tmp/m",
+		"the agent's files":   "cat /proc/1/fd/* >/dev/null || ls /proc/1/fd/3/",
+		"the agent's memory":  "dd if=/proc/1/mem of=/dev/null bs=1 count=1",
+		"the agent's environ": "cat /proc/1/environ | grep -q PATH",
+	} {
+		if res := s.exec(agentapi.ExecuteRequest{Command: command}); res.ExitCode == 0 {
+			t.Errorf("%s: root could: %s", name, res.Stdout)
+		}
+	}
+	// Signals that end other programs.
+	s.sh("for s in HUP INT QUIT ABRT USR1 USR2 PIPE ALRM TERM TSTP TTIN TTOU; do kill -$s 1; done; sleep 0.2")
+	s.waitHealthy()
+}
+
+// BenchmarkExecute says what the agent adds to the making of a process.
+func BenchmarkExecute(b *testing.B) {
+	s := startSandbox(b, options{})
+	for name, r := range map[string]agentapi.ExecuteRequest{
+		"args=true":    {Args: []string{"true"}},
+		"command=true": {Command: "true"},
+	} {
+		b.Run(name, func(b *testing.B) {
+			inside := time.Duration(0)
+			for b.Loop() {
+				res, err := s.client.Execute(b.Context(), s.target, r)
+				if err != nil || res.ExitCode != 0 {
+					b.Fatal(res, err)
+				}
+				inside += res.Duration
+			}
+			b.ReportMetric(float64(inside.Microseconds())/float64(b.N), "µs-inside/op")
+		})
+	}
+	b.Run("health", func(b *testing.B) {
+		for b.Loop() {
+			if err := s.client.Health(b.Context(), s.target); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}

@@ -1,0 +1,394 @@
+package agent
+
+import (
+	"bufio"
+	"cmp"
+	"encoding/json"
+	"errors"
+	"io"
+	"io/fs"
+	"mime"
+	"net/http"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agentapi"
+)
+
+// files reads and writes files over plain HTTP. It acts as root whomever a call
+// names: the user decides about home and ownership, not about access, since who
+// may call may name root as well.
+type files struct {
+	settings *settings
+	users    *users
+}
+
+// target is the user and the absolute path of a request's query.
+func (f *files) target(r *http.Request) (*user, string, error) {
+	u, err := f.named(r.URL.Query().Get("username"))
+	if err != nil {
+		return nil, "", err
+	}
+	p, err := resolvePath(r.URL.Query().Get("path"), u.home)
+	return u, p, err
+}
+
+// named is a user by name, "" being the sandbox's default.
+func (f *files) named(name string) (*user, error) {
+	return knownUser(f.users, cmp.Or(name, f.settings.defaultUser(), "root"))
+}
+
+// openRegular opens a file for reading or writing. It fails on what would block
+// or is no file; flag is without O_NONBLOCK.
+func openRegular(p string, flag int, perm fs.FileMode) (*os.File, fs.FileInfo, error) {
+	file, err := os.OpenFile(p, flag|unix.O_NONBLOCK, perm)
+	if errors.Is(err, unix.ENXIO) {
+		return nil, nil, newProblem(agentapi.CodeInvalidPath, "path %q is no regular file", p)
+	}
+	if err != nil {
+		return nil, nil, fileProblem(err, p)
+	}
+	st, err := file.Stat()
+	switch {
+	case err != nil:
+	case st.IsDir():
+		err = newProblem(agentapi.CodeIsDirectory, "path %q is a directory", p)
+	case !st.Mode().IsRegular():
+		err = newProblem(agentapi.CodeInvalidPath, "path %q is no regular file", p)
+	}
+	if err != nil {
+		closeAll(file)
+		return nil, nil, err
+	}
+	return file, st, nil
+}
+
+// get answers GET and HEAD /files with the file's bytes, or ranges of them.
+func (f *files) get(w http.ResponseWriter, r *http.Request) {
+	_, p, err := f.target(r)
+	if err != nil {
+		httpError(w, err)
+		return
+	}
+	file, st, err := openRegular(p, os.O_RDONLY, 0)
+	var known *problem
+	if errors.As(err, &known) && known.code == agentapi.CodeNotDirectory {
+		err = newProblem(agentapi.CodeFileNotFound, "path %q does not exist", p)
+	}
+	if err != nil {
+		httpError(w, err)
+		return
+	}
+	defer file.Close()
+	h := w.Header()
+	h.Set("Content-Type", "application/octet-stream")
+	h.Set("Content-Disposition", mime.FormatMediaType("inline", map[string]string{"filename": path.Base(p)}))
+	h.Set("Vary", "Accept-Encoding")
+	http.ServeContent(w, r, "", st.ModTime(), file)
+}
+
+// makeParents makes the directories above p that are missing, for the user.
+func makeParents(p string, u *user) error {
+	return makeDirs(path.Dir(p), u)
+}
+
+func makeDirs(dir string, u *user) error {
+	switch st, err := os.Stat(dir); {
+	case err == nil && st.IsDir():
+		return nil
+	case err == nil:
+		return syscall.ENOTDIR
+	case !errors.Is(err, os.ErrNotExist):
+		return err
+	}
+	if err := makeDirs(path.Dir(dir), u); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o755); errors.Is(err, os.ErrExist) {
+		// Somebody else made it just now; or it is a dangling link.
+		return makeDirsRaced(dir)
+	} else if err != nil {
+		return err
+	}
+	return os.Chown(dir, int(u.uid), int(u.gid))
+}
+
+func makeDirsRaced(dir string) error {
+	st, err := os.Stat(dir)
+	if err != nil {
+		return syscall.ENOTDIR
+	}
+	if !st.IsDir() {
+		return syscall.ENOTDIR
+	}
+	return nil
+}
+
+// put answers PUT /files, which is cay's own: the file appears whole under its
+// path, with its owner and mode, or not at all.
+func (f *files) put(w http.ResponseWriter, r *http.Request) {
+	err := f.replace(r)
+	if err != nil {
+		// The rest of the body is read, so that the client, which may still be
+		// sending, gets to read the answer.
+		const maxRest = 128 << 20 // bytes; more than an upload may have
+		_, _ = io.CopyN(io.Discard, r.Body, maxRest)
+		httpError(w, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (f *files) replace(r *http.Request) error {
+	u, p, err := f.target(r)
+	if err != nil {
+		return err
+	}
+	if p == "/" {
+		return newProblem(agentapi.CodeIsDirectory, "path %q is a directory", p)
+	}
+	owner := u
+	if spec := r.URL.Query().Get("owner"); spec != "" {
+		if owner, err = f.users.lookup(spec); errors.Is(err, errUnknownUser) {
+			return newProblem(agentapi.CodeUnknownOwner, "%s", err)
+		} else if err != nil {
+			return err
+		}
+	}
+	mode, err := parseMode(r.URL.Query().Get("mode"))
+	if err != nil {
+		return err
+	}
+	// Writing to a link writes to what it points to.
+	if real, err := realPath(p); err == nil {
+		p = real
+	}
+	if err := makeParents(p, u); err != nil {
+		return fileProblem(err, p)
+	}
+	switch st, err := os.Lstat(p); {
+	case err == nil && st.IsDir():
+		return newProblem(agentapi.CodeIsDirectory, "path %q is a directory", p)
+	case err == nil && mode == nil && st.Mode().IsRegular():
+		perm := st.Mode().Perm()
+		mode = &perm
+	}
+	return fileProblem(writeWhole(p, owner, mode, r.Body), p)
+}
+
+// parseMode reads octal permission bits; "" is nil.
+func parseMode(s string) (*fs.FileMode, error) {
+	if s == "" {
+		return nil, nil
+	}
+	n, err := strconv.ParseUint(s, 8, 32)
+	if err != nil || n > 0o777 {
+		return nil, newProblem(agentapi.CodeInvalidMode, "mode %q is no octal number up to 0777", s)
+	}
+	mode := fs.FileMode(n)
+	return &mode, nil
+}
+
+// realPath follows the links in p, the last element's included.
+func realPath(p string) (string, error) {
+	st, err := os.Lstat(p)
+	if err != nil || st.Mode()&fs.ModeSymlink == 0 {
+		return p, err
+	}
+	return filepath.EvalSymlinks(p)
+}
+
+// writeWhole writes body to a temporary file beside p and renames it to p. After
+// an error the temporary file is gone.
+func writeWhole(p string, owner *user, mode *fs.FileMode, body io.Reader) (err error) {
+	file, err := os.CreateTemp(path.Dir(p), ".cay-upload-*")
+	if err != nil {
+		return err
+	}
+	temp := file.Name()
+	defer func() {
+		if err != nil {
+			closeAll(file)
+			err = errors.Join(err, os.Remove(temp))
+		}
+	}()
+	if err := copyInto(file, body); err != nil {
+		return err
+	}
+	perm := fs.FileMode(0o644)
+	if mode != nil {
+		perm = *mode
+	}
+	// The owner first: changing it may take bits away.
+	if err := file.Chown(int(owner.uid), int(owner.gid)); err != nil {
+		return err
+	}
+	if err := file.Chmod(perm); err != nil {
+		return err
+	}
+	if err := file.Close(); err != nil {
+		return err
+	}
+	return os.Rename(temp, p)
+}
+
+// copyBuffer is how much an upload reads at once, bytes. A system call costs
+// tens of microseconds in gVisor: with a smaller buffer they, not the copying,
+// take the time.
+const copyBuffer = 256 << 10
+
+var copyBuffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
+
+func copyInto(file *os.File, body io.Reader) error {
+	buf := copyBuffers.Get().(*[copyBuffer]byte)
+	defer copyBuffers.Put(buf)
+	// Without the methods that would make io choose another way.
+	_, err := io.CopyBuffer(struct{ io.Writer }{file}, struct{ io.Reader }{body}, buf[:])
+	return err
+}
+
+// remove answers DELETE /files.
+func (f *files) remove(w http.ResponseWriter, r *http.Request) {
+	_, p, err := f.target(r)
+	if err == nil {
+		err = removePath(p, r.URL.Query().Get("recursive") == "true")
+	}
+	if err != nil {
+		httpError(w, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func removePath(p string, recursive bool) error {
+	if p == "/" {
+		return newProblem(agentapi.CodeInvalidPath, "the root directory cannot be removed")
+	}
+	st, err := os.Lstat(p)
+	switch {
+	case errors.Is(err, syscall.ENOTDIR):
+		err = syscall.ENOENT // below a file there is nothing
+	case err != nil:
+	case !st.IsDir():
+		err = unix.Unlink(p)
+	case recursive:
+		err = os.RemoveAll(p)
+	default:
+		err = unix.Rmdir(p)
+	}
+	if err != nil {
+		return fileProblem(err, p)
+	}
+	return nil
+}
+
+// maxDepth is how deep a listing may go.
+const maxDepth = 64
+
+// list answers GET /files/list with one JSON object per line.
+func (f *files) list(w http.ResponseWriter, r *http.Request) {
+	_, p, err := f.target(r)
+	if err != nil {
+		httpError(w, err)
+		return
+	}
+	depth := 1
+	if s := r.URL.Query().Get("depth"); s != "" {
+		if depth, err = strconv.Atoi(s); err != nil || depth < 1 || depth > maxDepth {
+			httpError(w, badRequest("depth %q is no number from 1 to %d", s, maxDepth))
+			return
+		}
+	}
+	names, err := readNames(p)
+	if err != nil {
+		httpError(w, fileProblem(err, p))
+		return
+	}
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	out := bufio.NewWriterSize(w, 32<<10)
+	enc := json.NewEncoder(out)
+	// The first error is one of writing: the client has gone.
+	if f.listInto(enc, p, names, depth) == nil {
+		_ = out.Flush()
+	}
+}
+
+// readNames lists a directory in lexical order.
+func readNames(dir string) ([]string, error) {
+	st, err := os.Stat(dir)
+	if err != nil {
+		return nil, err
+	}
+	if !st.IsDir() {
+		return nil, newProblem(agentapi.CodeNotDirectory, "path %q is not a directory", dir)
+	}
+	d, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	names, err := d.Readdirnames(-1)
+	slices.Sort(names)
+	return names, err
+}
+
+func (f *files) listInto(enc *json.Encoder, dir string, names []string, depth int) error {
+	for _, name := range names {
+		p := path.Join(dir, name)
+		e, err := f.entry(p)
+		if err != nil {
+			continue // gone meanwhile
+		}
+		if err := enc.Encode(e); err != nil {
+			return err
+		}
+		if e.Type != agentapi.TypeDirectory || depth <= 1 {
+			continue
+		}
+		// What cannot be listed is there nevertheless.
+		if below, err := readNames(p); err == nil {
+			if err := f.listInto(enc, p, below, depth-1); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// entry describes what is at p itself, for the v1 API.
+func (f *files) entry(p string) (agentapi.Entry, error) {
+	st, err := os.Lstat(p)
+	if err != nil {
+		return agentapi.Entry{}, err
+	}
+	sys := st.Sys().(*syscall.Stat_t)
+	e := agentapi.Entry{
+		Name:       path.Base(p),
+		Path:       p,
+		Size:       st.Size(),
+		Mode:       sys.Mode & 0o7777,
+		Owner:      f.users.ownerName(sys.Uid),
+		Group:      f.users.groupName(sys.Gid),
+		ModifiedAt: st.ModTime().UTC(),
+	}
+	switch {
+	case st.Mode().IsRegular():
+		e.Type = agentapi.TypeFile
+	case st.IsDir():
+		e.Type = agentapi.TypeDirectory
+	case st.Mode()&fs.ModeSymlink != 0:
+		e.Type = agentapi.TypeSymlink
+		// A link removed meanwhile has no target.
+		e.SymlinkTarget, _ = os.Readlink(p)
+	default:
+		e.Type = agentapi.TypeOther
+	}
+	return e, nil
+}

@@ -1,0 +1,217 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"net/http"
+	"os"
+	"path"
+	"path/filepath"
+	"syscall"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/agentapi/filesystem"
+)
+
+// filesystemService is the service filesystem.Filesystem; the methods that
+// watch are in watch.go.
+type filesystemService struct {
+	filesystem.UnimplementedFilesystemHandler
+
+	files    *files
+	watchers *watchers
+}
+
+// resolve makes a call's path absolute for the user of the call.
+func (s *filesystemService) resolve(h http.Header, p string) (*user, string, error) {
+	u, err := callUser(s.files.users, s.files.settings, h, "")
+	if err != nil {
+		return nil, "", connectErr(err)
+	}
+	abs, err := resolvePath(p, u.home)
+	if err != nil {
+		return nil, "", connectErr(err)
+	}
+	return u, abs, nil
+}
+
+// Stat describes what a path names.
+func (s *filesystemService) Stat(_ context.Context, req *connect.Request[filesystem.StatRequest]) (*connect.Response[filesystem.StatResponse], error) {
+	_, p, err := s.resolve(req.Header(), req.Msg.GetPath())
+	if err != nil {
+		return nil, err
+	}
+	e, err := s.files.entryInfo(p)
+	if err != nil {
+		return nil, statErr(err, p)
+	}
+	return connect.NewResponse(&filesystem.StatResponse{Entry: e}), nil
+}
+
+// statErr takes "below a file" for "not there", which it is to who asks.
+func statErr(err error, p string) error {
+	if errors.Is(err, syscall.ENOTDIR) {
+		err = syscall.ENOENT
+	}
+	return connectErr(fileProblem(err, p))
+}
+
+// MakeDir makes a directory and its parents.
+func (s *filesystemService) MakeDir(_ context.Context, req *connect.Request[filesystem.MakeDirRequest]) (*connect.Response[filesystem.MakeDirResponse], error) {
+	u, p, err := s.resolve(req.Header(), req.Msg.GetPath())
+	if err != nil {
+		return nil, err
+	}
+	switch st, err := os.Stat(p); {
+	case err == nil && st.IsDir():
+		return nil, connect.NewError(connect.CodeAlreadyExists, errors.New("directory "+p+" exists already"))
+	case err == nil:
+		return nil, connectErr(newProblem(agentapi.CodeNotDirectory, "path %q exists and is not a directory", p))
+	}
+	if err := makeDirs(p, u); err != nil {
+		return nil, connectErr(fileProblem(err, p))
+	}
+	e, err := s.files.entryInfo(p)
+	if err != nil {
+		return nil, statErr(err, p)
+	}
+	return connect.NewResponse(&filesystem.MakeDirResponse{Entry: e}), nil
+}
+
+// Move renames; the destination's parents are made.
+func (s *filesystemService) Move(_ context.Context, req *connect.Request[filesystem.MoveRequest]) (*connect.Response[filesystem.MoveResponse], error) {
+	u, from, err := s.resolve(req.Header(), req.Msg.GetSource())
+	if err != nil {
+		return nil, err
+	}
+	to, err := resolvePath(req.Msg.GetDestination(), u.home)
+	if err != nil {
+		return nil, connectErr(err)
+	}
+	if _, err := os.Lstat(from); err != nil {
+		return nil, statErr(err, from)
+	}
+	if err := makeParents(to, u); err != nil {
+		return nil, connectErr(fileProblem(err, to))
+	}
+	if err := os.Rename(from, to); err != nil {
+		return nil, connectErr(fileProblem(err, to))
+	}
+	e, err := s.files.entryInfo(to)
+	if err != nil {
+		return nil, statErr(err, to)
+	}
+	return connect.NewResponse(&filesystem.MoveResponse{Entry: e}), nil
+}
+
+// ListDir lists a directory some levels deep, parents before children.
+func (s *filesystemService) ListDir(ctx context.Context, req *connect.Request[filesystem.ListDirRequest]) (*connect.Response[filesystem.ListDirResponse], error) {
+	_, p, err := s.resolve(req.Header(), req.Msg.GetPath())
+	if err != nil {
+		return nil, err
+	}
+	names, err := readNames(p)
+	if err != nil {
+		return nil, connectErr(fileProblem(err, p))
+	}
+	reply := &filesystem.ListDirResponse{}
+	depth := min(max(req.Msg.GetDepth(), 1), maxDepth)
+	s.listInto(ctx, reply, p, names, int(depth))
+	if ctx.Err() != nil {
+		return nil, contextError(ctx)
+	}
+	return connect.NewResponse(reply), nil
+}
+
+func (s *filesystemService) listInto(ctx context.Context, reply *filesystem.ListDirResponse, dir string, names []string, depth int) {
+	for _, name := range names {
+		if ctx.Err() != nil {
+			return
+		}
+		p := path.Join(dir, name)
+		e, err := s.files.entryInfo(p)
+		if err != nil {
+			continue // gone meanwhile
+		}
+		reply.Entries = append(reply.Entries, e)
+		if depth <= 1 || e.Type != filesystem.FileType_FILE_TYPE_DIRECTORY || e.SymlinkTarget != nil {
+			continue
+		}
+		// What cannot be listed is there nevertheless.
+		if below, err := readNames(p); err == nil {
+			s.listInto(ctx, reply, p, below, depth-1)
+		}
+	}
+}
+
+// Remove removes whatever a path names, with all below it. Nothing there is
+// success.
+func (s *filesystemService) Remove(_ context.Context, req *connect.Request[filesystem.RemoveRequest]) (*connect.Response[filesystem.RemoveResponse], error) {
+	_, p, err := s.resolve(req.Header(), req.Msg.GetPath())
+	if err != nil {
+		return nil, err
+	}
+	var known *problem
+	if err := removePath(p, true); errors.As(err, &known) && known.code == agentapi.CodeFileNotFound {
+		return connect.NewResponse(&filesystem.RemoveResponse{}), nil
+	} else if err != nil {
+		return nil, connectErr(err)
+	}
+	return connect.NewResponse(&filesystem.RemoveResponse{}), nil
+}
+
+// entryInfo describes what is at p as E2B's server does: of a link, type and
+// mode are those of what it leads to, everything else is the link's own.
+func (f *files) entryInfo(p string) (*filesystem.EntryInfo, error) {
+	st, err := os.Lstat(p)
+	if err != nil {
+		return nil, err
+	}
+	sys := st.Sys().(*syscall.Stat_t)
+	e := &filesystem.EntryInfo{
+		Name:         path.Base(p),
+		Type:         fileType(st.Mode()),
+		Path:         p,
+		Size:         st.Size(),
+		Mode:         uint32(st.Mode().Perm()),
+		Permissions:  st.Mode().String(),
+		Owner:        f.users.ownerName(sys.Uid),
+		Group:        f.users.groupName(sys.Gid),
+		ModifiedTime: timestamppb.New(st.ModTime()),
+	}
+	if st.Mode()&fs.ModeSymlink == 0 {
+		e.Metadata = getMetadata(p)
+		return e, nil
+	}
+	e.Type = filesystem.FileType_FILE_TYPE_UNSPECIFIED
+	target, err := filepath.EvalSymlinks(p)
+	if err != nil {
+		// Dangling or a loop: where it points to is all there is.
+		if target, err = os.Readlink(p); err != nil {
+			return nil, err
+		}
+		e.SymlinkTarget = &target
+		return e, nil
+	}
+	e.SymlinkTarget = &target
+	if real, err := os.Stat(p); err == nil {
+		e.Type, e.Mode, e.Metadata = fileType(real.Mode()), uint32(real.Mode().Perm()), getMetadata(p)
+	}
+	return e, nil
+}
+
+func fileType(m fs.FileMode) filesystem.FileType {
+	switch {
+	case m.IsRegular():
+		return filesystem.FileType_FILE_TYPE_FILE
+	case m.IsDir():
+		return filesystem.FileType_FILE_TYPE_DIRECTORY
+	case m&fs.ModeSymlink != 0:
+		return filesystem.FileType_FILE_TYPE_SYMLINK
+	}
+	return filesystem.FileType_FILE_TYPE_UNSPECIFIED
+}

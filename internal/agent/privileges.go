@@ -1,0 +1,82 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Harden takes from everything the agent will start what would let it out of
+// its control group or into the agent:
+//
+//   - control groups that are mounted below cgroupRoot are detached; the agent's
+//     own are already;
+//   - CAP_SYS_ADMIN goes out of the bounding set, so that no child, sudo
+//     included, can mount them again (the agent itself keeps it, for the host
+//     name, and since it thereby has more than they, none may trace it);
+//   - the agent becomes undumpable: /proc/1/fd and /proc/1/mem are closed to
+//     all without CAP_SYS_PTRACE.
+//
+// It does not hold root inside who means to: in a user namespace of its own it may
+// mount control groups and leave its group, and it may kill PID 1. Both hurt only
+// its own sandbox, whose limits on the host stand.
+//
+// It is for a process of its own that serves afterwards, and must be called
+// before it starts the first command. Without the right to unmount, the error
+// says so and the capability stays.
+func Harden(cgroupRoot string) error {
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("closing the agent to tracing: %w", err)
+	}
+	controllers, err := filepath.Glob(filepath.Join(cgroupRoot, "*"))
+	if err != nil {
+		return err
+	}
+	for _, dir := range append(controllers, cgroupRoot) {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("detaching %s: %w", dir, err)
+		}
+	}
+	// gVisor mounts a tmpfs without a limit over an image's empty /tmp. Files there would
+	// be memory that no process holds; below it is the image's own, on the disk.
+	if err := unix.Unmount("/tmp", unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("detaching the tmpfs at /tmp: %w", err)
+	}
+	if err := allThreads(unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, unix.CAP_SYS_ADMIN); err != nil {
+		return fmt.Errorf("dropping CAP_SYS_ADMIN for children: %w", err)
+	}
+	return nil
+}
+
+// allThreads makes a system call on every thread, for what the kernel keeps per
+// thread. Go has no other way without cgo.
+func allThreads(trap, a1, a2 uintptr) error {
+	if _, _, errno := syscall.AllThreadsSyscall(trap, a1, a2, 0); errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// IgnoreSignals keeps the process alive whatever signal it is sent, short of
+// SIGKILL. The signals are caught, not ignored: ignoring would be inherited by
+// every command.
+func IgnoreSignals() {
+	var all []os.Signal
+	for s := syscall.Signal(1); s < 65; s++ {
+		switch s {
+		case syscall.SIGURG, // Go's own, for preemption, thousands a second
+			syscall.SIGCHLD, // the reaper waits without it
+			syscall.SIGKILL, syscall.SIGSTOP, syscall.SIGPROF,
+			syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGFPE: // real faults must not be hidden
+			continue
+		}
+		all = append(all, s)
+	}
+	sink := make(chan os.Signal, 1)
+	signal.Notify(sink, all...) // what finds the channel full is dropped
+}

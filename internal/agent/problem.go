@@ -1,0 +1,126 @@
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"syscall"
+
+	"connectrpc.com/connect"
+
+	"github.com/cayhq/cay/internal/agentapi"
+)
+
+// problem is an error that a client decides by: an HTTP status for plain HTTP,
+// a Connect code for Connect, and a code of agentapi for the host.
+type problem struct {
+	code    string // "" has none
+	status  int
+	connect connect.Code
+	text    string
+}
+
+func (p *problem) Error() string { return p.text }
+
+// problems is how each code of the host's looks to the other two.
+var problems = map[string]struct {
+	status  int
+	connect connect.Code
+}{
+	agentapi.CodeFileNotFound:     {http.StatusNotFound, connect.CodeNotFound},
+	agentapi.CodeIsDirectory:      {http.StatusBadRequest, connect.CodeInvalidArgument},
+	agentapi.CodeNotDirectory:     {http.StatusBadRequest, connect.CodeInvalidArgument},
+	agentapi.CodeNotEmpty:         {http.StatusBadRequest, connect.CodeInvalidArgument},
+	agentapi.CodeInvalidPath:      {http.StatusBadRequest, connect.CodeInvalidArgument},
+	agentapi.CodeInvalidMode:      {http.StatusBadRequest, connect.CodeInvalidArgument},
+	agentapi.CodeInvalidEnv:       {http.StatusBadRequest, connect.CodeInvalidArgument},
+	agentapi.CodeInvalidCommand:   {http.StatusBadRequest, connect.CodeInvalidArgument},
+	agentapi.CodeFileDenied:       {http.StatusForbidden, connect.CodePermissionDenied},
+	agentapi.CodeWorkdirNotFound:  {http.StatusBadRequest, connect.CodeInvalidArgument},
+	agentapi.CodeUnknownUser:      {http.StatusUnauthorized, connect.CodeUnauthenticated},
+	agentapi.CodeUnknownOwner:     {http.StatusBadRequest, connect.CodeInvalidArgument},
+	agentapi.CodeDiskFull:         {http.StatusInsufficientStorage, connect.CodeResourceExhausted},
+	agentapi.CodeTooManyProcesses: {http.StatusTooManyRequests, connect.CodeResourceExhausted},
+}
+
+func newProblem(code, text string, args ...any) *problem {
+	p := problems[code]
+	return &problem{code: code, status: p.status, connect: p.connect, text: fmt.Sprintf(text, args...)}
+}
+
+// badRequest is a mistake in the request that the host's client does not make.
+func badRequest(text string, args ...any) *problem {
+	return &problem{status: http.StatusBadRequest, connect: connect.CodeInvalidArgument, text: fmt.Sprintf(text, args...)}
+}
+
+// fileProblem says what an error of a file operation on path means; one that
+// means nothing in particular is returned as it is.
+func fileProblem(err error, path string) error {
+	var known *problem
+	var errno syscall.Errno
+	switch {
+	case errors.As(err, &known):
+		return err
+	case errors.Is(err, errUnknownUser):
+		return newProblem(agentapi.CodeUnknownUser, "%s", err)
+	case !errors.As(err, &errno):
+		return err
+	}
+	switch errno {
+	case syscall.ENOENT:
+		return newProblem(agentapi.CodeFileNotFound, "path %q does not exist", path)
+	case syscall.ENOTDIR:
+		return newProblem(agentapi.CodeNotDirectory, "path %q, or a part of it, is not a directory", path)
+	case syscall.EISDIR:
+		return newProblem(agentapi.CodeIsDirectory, "path %q is a directory", path)
+	case syscall.ENOTEMPTY:
+		return newProblem(agentapi.CodeNotEmpty, "directory %q is not empty", path)
+	case syscall.ENOSPC, syscall.EDQUOT:
+		return newProblem(agentapi.CodeDiskFull, "not enough disk space for %q", path)
+	case syscall.EACCES, syscall.EPERM, syscall.EROFS, syscall.EBUSY, syscall.ETXTBSY:
+		return newProblem(agentapi.CodeFileDenied, "path %q: %s", path, errno)
+	case syscall.ENAMETOOLONG, syscall.ELOOP, syscall.EINVAL:
+		return newProblem(agentapi.CodeInvalidPath, "path %q: %s", path, errno)
+	case syscall.EEXIST:
+		return &problem{status: http.StatusConflict, connect: connect.CodeAlreadyExists, text: fmt.Sprintf("path %q exists already", path)}
+	}
+	return err
+}
+
+// connectErr is err as a Connect method returns it.
+func connectErr(err error) error {
+	var p *problem
+	if !errors.As(err, &p) {
+		var c *connect.Error
+		if errors.As(err, &c) {
+			return err
+		}
+		return connect.NewError(connect.CodeInternal, err)
+	}
+	e := connect.NewError(p.connect, p)
+	if p.code != "" {
+		e.Meta().Set(agentapi.CodeHeader, p.code)
+	}
+	return e
+}
+
+// httpError answers a plain HTTP request with err.
+func httpError(w http.ResponseWriter, err error) {
+	p := &problem{status: http.StatusInternalServerError, text: err.Error()}
+	errors.As(err, &p)
+	if p.code != "" {
+		w.Header().Set(agentapi.CodeHeader, p.code)
+	}
+	writeJSON(w, p.status, struct {
+		Code    int    `json:"code"`
+		Message string `json:"message"`
+	}{p.status, p.text})
+}
+
+// writeJSON answers with v. A client that has gone has nobody to be told.
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(v)
+}

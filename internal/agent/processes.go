@@ -1,0 +1,523 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/creack/pty"
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/agentapi/process"
+)
+
+const (
+	// endKept is how long the end of a command can still be asked for by a
+	// client that was not connected when it came.
+	endKept = 30 * time.Second
+
+	// defaultKeepalive is E2B's, for clients that ask for no other; it keeps
+	// proxies from closing a silent stream.
+	defaultKeepalive = 90 * time.Second
+
+	// Exit codes of a shell for a program that could not be started.
+	exitCannotRun = 126
+	exitNotFound  = 127
+)
+
+// processes is the service process.Process.
+type processes struct {
+	process.UnimplementedProcessHandler
+
+	settings *settings
+	users    *users
+	spawner  *spawner
+	guard    *guard
+
+	mu       sync.Mutex
+	commands map[int]*command // by pid; ended ones for endKept
+}
+
+// Start runs a command and streams what becomes of it.
+func (p *processes) Start(ctx context.Context, req *connect.Request[process.StartRequest], out *connect.ServerStream[process.StartResponse]) error {
+	send := func(ev *process.ProcessEvent) error { return out.Send(&process.StartResponse{Event: ev}) }
+	who, err := p.userOf(req.Header(), req.Msg.GetExecute().GetUser())
+	if err != nil {
+		return connectErr(err)
+	}
+	l, err := p.prepare(req.Msg, who)
+	if err != nil {
+		return connectErr(err)
+	}
+	started := time.Now()
+	c, streams, err := p.launch(l)
+	if err != nil {
+		if ev := notStarted(req.Msg, err, time.Since(started)); ev != nil {
+			for _, e := range ev {
+				if err := send(e); err != nil {
+					return err
+				}
+			}
+			return nil
+		}
+		return connectErr(startProblem(l, err))
+	}
+	sub, _ := c.subscribe(send)
+	defer c.unsubscribe(sub)
+	sub.deliver(&process.ProcessEvent{Event: &process.ProcessEvent_Start{Start: &process.StartEvent{Pid: uint32(c.pid)}}})
+	p.run(c, streams, req.Msg.GetExecute())
+	return p.follow(ctx, c, sub, keepaliveOf(req.Header()), req.Msg.GetExecute())
+}
+
+// run starts what reads, feeds and waits for a command.
+func (p *processes) run(c *command, streams []*stream, opts *process.ExecuteOptions) {
+	for _, s := range streams {
+		go c.pump(s)
+	}
+	if in := opts.GetStdin(); len(in) > 0 {
+		go func() {
+			// A command that does not read its input to the end is no error.
+			_ = c.write(&process.ProcessInput{Input: &process.ProcessInput_Stdin{Stdin: in}})
+			if opts.GetCloseStdin() {
+				_ = c.closeStdin()
+			}
+		}()
+	}
+	go c.supervise(streams, func() { p.retire(c, opts == nil) })
+}
+
+// follow holds the stream of the client that started the command until the
+// command has ended. The client's time limit kills the command; so does its going
+// away when the command lives for the call alone.
+func (p *processes) follow(ctx context.Context, c *command, sub *subscriber, keepalive time.Duration, opts *process.ExecuteOptions) error {
+	if opts == nil {
+		err := p.listen(ctx, c, sub, keepalive)
+		if connect.CodeOf(err) == connect.CodeDeadlineExceeded {
+			err = errors.Join(err, c.stop(true))
+		}
+		return err
+	}
+	var limit <-chan time.Time
+	if ms := opts.GetTimeoutMs(); ms > 0 {
+		timer := time.NewTimer(time.Duration(ms)*time.Millisecond - time.Since(c.started))
+		defer timer.Stop()
+		limit = timer.C
+	}
+	for {
+		select {
+		case <-c.done:
+			return nil
+		case <-limit:
+			if err := c.stop(true); err != nil {
+				return connect.NewError(connect.CodeInternal, err)
+			}
+		case <-ctx.Done():
+			return errors.Join(contextError(ctx), c.stop(false))
+		}
+	}
+}
+
+// listen holds a client's stream until the command has ended or the client has.
+func (p *processes) listen(ctx context.Context, c *command, sub *subscriber, keepalive time.Duration) error {
+	ticker := time.NewTicker(keepalive)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-c.done:
+			return nil
+		case <-ticker.C:
+			sub.deliver(&process.ProcessEvent{Event: &process.ProcessEvent_Keepalive{Keepalive: &process.KeepAlive{}}})
+		case <-ctx.Done():
+			return contextError(ctx)
+		}
+	}
+}
+
+func contextError(ctx context.Context) error {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return connect.NewError(connect.CodeDeadlineExceeded, errors.New("the time limit of the call is over"))
+	}
+	return connect.NewError(connect.CodeCanceled, errors.New("the client has gone"))
+}
+
+// userOf is who a call acts as: the name in its Authorization header, else the
+// fallback, else the sandbox's default.
+func (p *processes) userOf(h http.Header, fallback string) (*user, error) {
+	return callUser(p.users, p.settings, h, fallback)
+}
+
+func callUser(users *users, settings *settings, h http.Header, fallback string) (*user, error) {
+	name, _, _ := (&http.Request{Header: h}).BasicAuth()
+	for _, spec := range []string{name, fallback, settings.defaultUser()} {
+		if spec != "" {
+			return knownUser(users, spec)
+		}
+	}
+	return knownUser(users, "root")
+}
+
+// knownUser is lookup with the error clients expect.
+func knownUser(users *users, spec string) (*user, error) {
+	u, err := users.lookup(spec)
+	if errors.Is(err, errUnknownUser) {
+		return nil, newProblem(agentapi.CodeUnknownUser, "%s", err)
+	}
+	return u, err
+}
+
+// launchSpec is a command ready to be made.
+type launchSpec struct {
+	argv []string
+	env  []string
+	dir  string
+	user *user
+	req  *process.StartRequest
+}
+
+// prepare checks a request and works out what it leaves open.
+func (p *processes) prepare(req *process.StartRequest, who *user) (*launchSpec, error) {
+	cfg := req.GetProcess()
+	l := &launchSpec{user: who, req: req, argv: append([]string{cfg.GetCmd()}, cfg.GetArgs()...)}
+	if cfg.GetCmd() == "" {
+		return nil, newProblem(agentapi.CodeInvalidCommand, "the command is empty")
+	}
+	for _, a := range l.argv {
+		if strings.IndexByte(a, 0) >= 0 {
+			return nil, newProblem(agentapi.CodeInvalidCommand, "the command contains a NUL")
+		}
+	}
+	sandboxEnv, workdir := p.settings.commandDefaults()
+	var err error
+	if l.env, err = commandEnv(who, sandboxEnv, cfg.GetEnvs()); err != nil {
+		return nil, err
+	}
+	if l.dir, err = p.workdir(cfg.GetCwd(), workdir, who); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// commandEnv is what a command finds in its environment: who it is, then the
+// sandbox's variables, then the call's.
+func commandEnv(who *user, sandbox, call map[string]string) ([]string, error) {
+	vars := map[string]string{"PATH": defaultPath, "HOME": who.home}
+	if who.name != "" {
+		vars["USER"], vars["LOGNAME"] = who.name, who.name
+	}
+	for _, m := range []map[string]string{sandbox, call} {
+		for name, value := range m {
+			if name == "" || strings.ContainsAny(name, "=\x00") || strings.IndexByte(value, 0) >= 0 {
+				return nil, newProblem(agentapi.CodeInvalidEnv, "%q is no name of an environment variable, or its value contains a NUL", name)
+			}
+			vars[name] = value
+		}
+	}
+	env := make([]string, 0, len(vars))
+	for name, value := range vars {
+		env = append(env, name+"="+value)
+	}
+	return env, nil
+}
+
+// workdir is where a command starts: the call's directory, else the sandbox's,
+// else the user's home. Only a home may be missing; then it is the root.
+func (p *processes) workdir(call, sandbox string, who *user) (string, error) {
+	asked := call
+	if asked == "" {
+		asked = sandbox
+	}
+	dir, err := resolvePath(asked, who.home)
+	if err != nil {
+		return "", newProblem(agentapi.CodeWorkdirNotFound, "working directory: %s", err)
+	}
+	var st unix.Stat_t
+	switch err := unix.Stat(dir, &st); {
+	case err == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR:
+		return dir, nil
+	case asked == "":
+		return "/", nil
+	case err == nil:
+		return "", newProblem(agentapi.CodeWorkdirNotFound, "working directory %q is not a directory", dir)
+	}
+	return "", newProblem(agentapi.CodeWorkdirNotFound, "working directory %q does not exist", dir)
+}
+
+// launch makes the process. Nothing reads its output yet.
+func (p *processes) launch(l *launchSpec) (*command, []*stream, error) {
+	program, err := lookPath(l.argv[0], l.dir, l.env)
+	if err != nil {
+		return nil, nil, err
+	}
+	ends, err := openEnds(l.req)
+	if err != nil {
+		return nil, nil, fmt.Errorf("making pipes: %w", err)
+	}
+	c := &command{
+		tag:     l.req.Tag,
+		config:  l.req.GetProcess(),
+		started: time.Now(),
+		limit:   l.req.GetExecute().GetMaxOutputBytes(),
+		exited:  make(chan struct{}),
+		done:    make(chan struct{}),
+		stdin:   ends.stdin,
+		pty:     ends.pty,
+	}
+	sp := &spawn{path: program, argv: l.argv, attr: &syscall.ProcAttr{
+		Dir:   l.dir,
+		Env:   l.env,
+		Files: ends.child[:],
+		Sys: &syscall.SysProcAttr{
+			// A session of its own: signals to one command reach no other, and
+			// nothing in it can take the agent's terminal, if there were one.
+			Setsid:     true,
+			Setctty:    ends.pty != nil,
+			Credential: &syscall.Credential{Uid: l.user.uid, Gid: l.user.gid, Groups: l.user.groups},
+		},
+	}}
+	err = p.spawner.start(sp)
+	ends.closeChild()
+	if err != nil {
+		ends.closeOurs()
+		return nil, nil, err
+	}
+	c.pid, c.group, c.groupName, c.ended = sp.pid, sp.group, sp.group.name, sp.ended
+	c.group.leader = c.pid
+	p.mu.Lock()
+	p.commands[c.pid] = c
+	p.mu.Unlock()
+	p.guard.wake()
+	return c, ends.streams, nil
+}
+
+// ends is both sides of a new command's pipes, or its terminal.
+type ends struct {
+	child   [3]uintptr
+	stdin   *os.File
+	pty     *os.File
+	streams []*stream
+	opened  []int // the child's descriptors, to close after the fork
+}
+
+func openEnds(req *process.StartRequest) (*ends, error) {
+	e := &ends{}
+	if err := e.open(req); err != nil {
+		e.closeChild()
+		e.closeOurs()
+		return nil, err
+	}
+	return e, nil
+}
+
+func (e *ends) open(req *process.StartRequest) error {
+	if req.GetPty() != nil {
+		return e.openPTY(req.GetPty().GetSize())
+	}
+	needsStdin := req.Stdin == nil || req.GetStdin()
+	if x := req.GetExecute(); x != nil {
+		needsStdin = len(x.GetStdin()) > 0 || !x.GetCloseStdin()
+	}
+	if needsStdin {
+		fds, err := e.pipe(1)
+		if err != nil {
+			return err
+		}
+		e.child[0], e.stdin = uintptr(fds[0]), os.NewFile(uintptr(fds[1]), "stdin")
+		e.opened = append(e.opened, fds[0])
+	} else {
+		fd, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		e.child[0] = uintptr(fd)
+		e.opened = append(e.opened, fd)
+	}
+	for i, kind := range []string{"stdout", "stderr"} {
+		fds, err := e.pipe(0)
+		if err != nil {
+			return err
+		}
+		e.child[i+1] = uintptr(fds[1])
+		e.opened = append(e.opened, fds[1])
+		e.streams = append(e.streams, newStream(os.NewFile(uintptr(fds[0]), kind), kind))
+	}
+	return nil
+}
+
+// pipe makes a pipe of which end ours does not block, so that waiting on it
+// holds no thread; the child's end must, as programs expect.
+func (e *ends) pipe(ours int) ([2]int, error) {
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+		return fds, err
+	}
+	if err := unix.SetNonblock(fds[ours], true); err != nil {
+		return fds, errors.Join(err, unix.Close(fds[0]), unix.Close(fds[1]))
+	}
+	return fds, nil
+}
+
+func (e *ends) openPTY(size *process.PTY_Size) error {
+	master, slave, err := pty.Open()
+	if err != nil {
+		return err
+	}
+	e.pty = master
+	e.streams = []*stream{newStream(master, "pty")}
+	fd, err := unix.FcntlInt(slave.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	closeAll(slave)
+	if err != nil {
+		return err
+	}
+	e.opened = []int{fd}
+	e.child = [3]uintptr{uintptr(fd), uintptr(fd), uintptr(fd)}
+	if size.GetCols() == 0 && size.GetRows() == 0 {
+		return nil
+	}
+	return pty.Setsize(master, winsize(size))
+}
+
+func (e *ends) closeChild() {
+	for _, fd := range e.opened {
+		// Nothing was written through it.
+		_ = unix.Close(fd)
+	}
+	e.opened = nil
+}
+
+func (e *ends) closeOurs() {
+	closeAll(e.stdin)
+	for _, s := range e.streams {
+		closeAll(s.file)
+	}
+}
+
+// startProblem says why a process could not be made.
+func startProblem(l *launchSpec, err error) error {
+	var errno syscall.Errno
+	if !errors.As(err, &errno) {
+		return err
+	}
+	switch errno {
+	case syscall.EAGAIN, syscall.ENOMEM, syscall.EMFILE, syscall.ENFILE:
+		return newProblem(agentapi.CodeTooManyProcesses, "no more processes can be started in the sandbox: %s", errno)
+	case syscall.ENOENT, syscall.EACCES, syscall.ENOTDIR, syscall.ENOEXEC, syscall.E2BIG, syscall.EISDIR, syscall.EPERM, syscall.ENAMETOOLONG, syscall.ELOOP, syscall.ETXTBSY:
+		return newProblem(agentapi.CodeInvalidCommand, "starting %q: %s", l.argv[0], errno)
+	}
+	return fmt.Errorf("starting %q: %w", l.argv[0], err)
+}
+
+// notStarted answers a one-shot execution of a program that cannot be run as a
+// shell would: 127 or 126, and the reason on standard error. It is nil for
+// other errors and other calls.
+func notStarted(req *process.StartRequest, err error, took time.Duration) []*process.ProcessEvent {
+	if req.GetExecute() == nil {
+		return nil
+	}
+	var errno syscall.Errno
+	if !errors.As(err, &errno) {
+		return nil
+	}
+	code := int32(0)
+	switch errno {
+	case syscall.ENOENT, syscall.ENOTDIR:
+		code = exitNotFound
+	case syscall.EACCES, syscall.ENOEXEC, syscall.EISDIR, syscall.EPERM, syscall.ENAMETOOLONG, syscall.ELOOP, syscall.ETXTBSY, syscall.E2BIG:
+		code = exitCannotRun
+	default:
+		return nil
+	}
+	text := fmt.Sprintf("%s: %s\n", req.GetProcess().GetCmd(), errno)
+	return []*process.ProcessEvent{
+		{Event: &process.ProcessEvent_Data{Data: &process.DataEvent{Output: &process.DataEvent_Stderr{Stderr: []byte(text)}}}},
+		{Event: &process.ProcessEvent_End{End: &process.EndEvent{
+			ExitCode: code, Exited: true, Status: fmt.Sprintf("exit status %d", code), DurationUs: took.Microseconds(),
+		}}},
+	}
+}
+
+// retire takes an ended command off the list, at once or when its end need not
+// be kept any longer.
+func (p *processes) retire(c *command, keep bool) {
+	remove := func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.commands[c.pid] == c { // the pid may be another's by now
+			delete(p.commands, c.pid)
+		}
+	}
+	if keep {
+		time.AfterFunc(endKept, remove)
+	} else {
+		remove()
+	}
+}
+
+// find returns the command a selector names, one that runs before one that has ended.
+func (p *processes) find(sel *process.ProcessSelector) (*command, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var found *command
+	switch s := sel.GetSelector().(type) {
+	case *process.ProcessSelector_Pid:
+		found = p.commands[int(s.Pid)]
+	case *process.ProcessSelector_Tag:
+		for _, c := range p.commands {
+			if c.tag != nil && *c.tag == s.Tag && (found == nil || c.running()) {
+				found = c
+			}
+		}
+	default:
+		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("the process is not named"))
+	}
+	if found == nil {
+		return nil, connect.NewError(connect.CodeNotFound, errors.New("no such process"))
+	}
+	return found, nil
+}
+
+// inGroup is the running command in the control group of that name, nil if none.
+func (p *processes) inGroup(name string) *command {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, c := range p.commands {
+		if c.groupName == name && c.running() {
+			return c
+		}
+	}
+	return nil
+}
+
+// findRunning is find for what only a running process can do.
+func (p *processes) findRunning(sel *process.ProcessSelector) (*command, error) {
+	c, err := p.find(sel)
+	if err == nil && !c.running() {
+		return nil, connect.NewError(connect.CodeNotFound, errors.New("the process has ended"))
+	}
+	return c, err
+}
+
+func (c *command) running() bool {
+	select {
+	case <-c.exited:
+		return false
+	default:
+		return true
+	}
+}
+
+// keepaliveOf is the interval a client asks for.
+func keepaliveOf(h http.Header) time.Duration {
+	if s, err := strconv.Atoi(h.Get("Keepalive-Ping-Interval")); err == nil && s > 0 && s <= 3600 {
+		return time.Duration(s) * time.Second
+	}
+	return defaultKeepalive
+}

@@ -1,0 +1,133 @@
+// Command probe does inside a sandbox what the tests of the agent cannot do
+// with a shell.
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+func main() {
+	if len(os.Args) < 2 {
+		os.Exit(2)
+	}
+	switch os.Args[1] {
+	case "status": // lines of /proc/self/status that start with the words given
+		status(os.Args[2:])
+	case "id":
+		fmt.Println(os.Getuid(), os.Geteuid())
+	case "alloc": // MiB to hold for ever
+		alloc(os.Args[2])
+	case "daemon": // leave the session, forked twice, and ignore what can be ignored
+		daemon(os.Args[2:])
+	case "forkbomb":
+		forkBomb()
+	case "hoard": // make children that end at once, and wait for none
+		for {
+			zombies("1000")
+		}
+	case "processes": // start that many that stay for a while, and say how many were possible
+		processes(os.Args[2])
+	case "zombies": // leave that many children that have ended to init
+		zombies(os.Args[2])
+	case "true":
+	}
+}
+
+func status(words []string) {
+	f, err := os.Open("/proc/self/status")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		for _, w := range words {
+			if strings.HasPrefix(lines.Text(), w+":") {
+				fmt.Println(lines.Text())
+			}
+		}
+	}
+}
+
+func alloc(mib string) {
+	n, err := strconv.Atoi(mib)
+	if err != nil {
+		os.Exit(2)
+	}
+	b := make([]byte, n<<20)
+	for i := 0; i < len(b); i += 4096 {
+		b[i] = 1
+	}
+	fmt.Println("holding", n)
+	for {
+		time.Sleep(time.Hour)
+		b[0]++
+	}
+}
+
+// daemon runs itself again in a new session, that one again, and the last sleeps.
+func daemon(rest []string) {
+	depth := 0
+	if len(rest) > 0 {
+		depth, _ = strconv.Atoi(rest[0])
+	}
+	if depth >= 2 {
+		signal.Ignore(syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT)
+		fmt.Println(os.Getpid())
+		time.Sleep(time.Hour)
+	}
+	cmd := exec.Command("/proc/self/exe", "daemon", strconv.Itoa(depth+1))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	cmd.Stdout = os.Stdout
+	if err := cmd.Start(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	if depth == 0 {
+		// The command itself stays, so that there is something to time out.
+		time.Sleep(time.Hour)
+	}
+}
+
+func forkBomb() {
+	for {
+		// The raw system call, as a shell's fork: both copies go on here.
+		if _, _, errno := syscall.RawSyscall6(syscall.SYS_CLONE, uintptr(syscall.SIGCHLD), 0, 0, 0, 0, 0); errno != 0 {
+			syscall.RawSyscall(syscall.SYS_SCHED_YIELD, 0, 0, 0)
+		}
+	}
+}
+
+func zombies(count string) {
+	n, err := strconv.Atoi(count)
+	if err != nil {
+		os.Exit(2)
+	}
+	for range n {
+		if _, err := syscall.ForkExec("/bin/probe", []string{"probe", "true"}, &syscall.ProcAttr{}); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	}
+}
+
+func processes(count string) {
+	n, err := strconv.Atoi(count)
+	if err != nil {
+		os.Exit(2)
+	}
+	made := 0
+	for range n {
+		if _, err := syscall.ForkExec("/bin/sleep", []string{"sleep", "3"}, &syscall.ProcAttr{}); err == nil {
+			made++
+		}
+	}
+	fmt.Println(made)
+}

@@ -1,0 +1,344 @@
+package agent
+
+import (
+	"compress/gzip"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"mime/multipart"
+	"net/http"
+	"os"
+	"path"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agentapi"
+)
+
+// written is E2B's description of a file that was written.
+type written struct {
+	Name     string            `json:"name"`
+	Path     string            `json:"path"`
+	Type     string            `json:"type"`
+	Metadata map[string]string `json:"metadata,omitempty"`
+}
+
+// post answers POST /files as E2B's server does: files are written in place, so
+// that watchers see a write and links stay links.
+func (f *files) post(w http.ResponseWriter, r *http.Request) {
+	done, err := f.upload(r)
+	if err != nil {
+		const maxRest = 128 << 20 // bytes; see put
+		_, _ = io.CopyN(io.Discard, r.Body, maxRest)
+		httpError(w, err)
+		return
+	}
+	writeJSON(w, http.StatusOK, done)
+}
+
+func (f *files) upload(r *http.Request) ([]written, error) {
+	u, err := f.named(r.URL.Query().Get("username"))
+	if err != nil {
+		return nil, err
+	}
+	meta, err := metadataOf(r.Header)
+	if err != nil {
+		return nil, err
+	}
+	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err != nil {
+		return nil, badRequest("content type: %s", err)
+	}
+	var body io.Reader = r.Body
+	switch enc := strings.ToLower(strings.TrimSpace(r.Header.Get("Content-Encoding"))); enc {
+	case "", "identity":
+	case "gzip":
+		unzipped, err := gzip.NewReader(r.Body)
+		if err != nil {
+			return nil, badRequest("gzip: %s", err)
+		}
+		body = unzipped
+	default:
+		return nil, badRequest("content encoding %q is not supported", enc)
+	}
+	q := r.URL.Query().Get("path")
+	switch kind {
+	case "multipart/form-data":
+		return f.uploadParts(multipart.NewReader(body, params["boundary"]), q, u, meta)
+	case "application/octet-stream":
+		one, err := f.writeInPlace(q, u, meta, body)
+		if err != nil {
+			return nil, err
+		}
+		return []written{one}, nil
+	}
+	return nil, badRequest("content type %q is neither multipart/form-data nor application/octet-stream", kind)
+}
+
+func (f *files) uploadParts(parts *multipart.Reader, query string, u *user, meta map[string]string) ([]written, error) {
+	done := []written{}
+	seen := map[string]bool{}
+	for {
+		part, err := parts.NextRawPart()
+		if errors.Is(err, io.EOF) {
+			return done, nil
+		}
+		if err != nil {
+			return nil, badRequest("multipart: %s", err)
+		}
+		name, filename := partNames(part.Header.Get("Content-Disposition"))
+		if name != "file" {
+			continue
+		}
+		p := query
+		if p == "" {
+			p = filename
+		}
+		if abs, err := resolvePath(p, u.home); err == nil {
+			if seen[abs] {
+				return nil, badRequest("path %q is uploaded twice in one request", p)
+			}
+			seen[abs] = true
+		}
+		one, err := f.writeInPlace(p, u, meta, part)
+		if err != nil {
+			return nil, err
+		}
+		done = append(done, one)
+	}
+}
+
+// partNames reads a part's name and file name. The file name is a path; the
+// standard library's own accessor would cut its directories off.
+func partNames(disposition string) (name, filename string) {
+	kind, params, err := mime.ParseMediaType(disposition)
+	if err != nil || kind != "form-data" {
+		return "", ""
+	}
+	return params["name"], params["filename"]
+}
+
+// writeInPlace writes a file, keeping it the same file if it exists.
+func (f *files) writeInPlace(query string, u *user, meta map[string]string, body io.Reader) (written, error) {
+	p, err := resolvePath(query, u.home)
+	if err != nil {
+		return written{}, err
+	}
+	if err := makeParents(p, u); err != nil {
+		return written{}, fileProblem(err, p)
+	}
+	file, _, err := openRegular(p, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o666)
+	if err != nil {
+		return written{}, err
+	}
+	defer file.Close()
+	if err := file.Chown(int(u.uid), int(u.gid)); err != nil {
+		return written{}, fileProblem(err, p)
+	}
+	if err := copyInto(file, body); err != nil {
+		return written{}, bodyProblem(err, p)
+	}
+	if err := setMetadata(p, meta); err != nil {
+		return written{}, err
+	}
+	if err := file.Close(); err != nil {
+		return written{}, fileProblem(err, p)
+	}
+	return written{Name: path.Base(p), Path: p, Type: "file", Metadata: meta}, nil
+}
+
+// bodyProblem tells errors of the file from those of the body.
+func bodyProblem(err error, p string) error {
+	var onPath *os.PathError
+	if errors.As(err, &onPath) {
+		return fileProblem(err, p)
+	}
+	return badRequest("reading the body: %s", err)
+}
+
+// Metadata of files: extended attributes with this prefix.
+const (
+	metadataPrefix = "user.e2b."
+	metadataHeader = "X-Metadata-"
+	maxMetadataKey = 246  // bytes: Linux takes 255 with the prefix
+	maxMetadata    = 4096 // bytes of all keys and values
+)
+
+// metadataOf reads the X-Metadata-… headers; nil when there are none.
+func metadataOf(h http.Header) (map[string]string, error) {
+	var meta map[string]string
+	total := 0
+	for name, values := range h {
+		if len(name) <= len(metadataHeader) || !strings.EqualFold(name[:len(metadataHeader)], metadataHeader) {
+			continue
+		}
+		key, value := strings.ToLower(name[len(metadataHeader):]), values[0]
+		if len(key) > maxMetadataKey {
+			return nil, badRequest("metadata key of %d bytes: at most %d are possible", len(key), maxMetadataKey)
+		}
+		for _, c := range []byte(key + value) {
+			if c < 0x20 || c > 0x7e {
+				return nil, badRequest("metadata %q is not printable ASCII", key)
+			}
+		}
+		if total += len(key) + len(value); total > maxMetadata {
+			return nil, badRequest("metadata is longer than %d bytes", maxMetadata)
+		}
+		if meta == nil {
+			meta = map[string]string{}
+		}
+		meta[key] = value
+	}
+	return meta, nil
+}
+
+// setMetadata makes meta the metadata of the file.
+func setMetadata(p string, meta map[string]string) error {
+	for key := range getMetadata(p) {
+		if _, stays := meta[key]; stays {
+			continue
+		}
+		if err := unix.Removexattr(p, metadataPrefix+key); err != nil {
+			return fileProblem(err, p)
+		}
+	}
+	for key, value := range meta {
+		if err := unix.Setxattr(p, metadataPrefix+key, []byte(value), 0); err != nil {
+			return fmt.Errorf("setting metadata: %w", err)
+		}
+	}
+	return nil
+}
+
+// getMetadata reads a file's metadata; nil when it has none or its file system
+// has no extended attributes.
+func getMetadata(p string) map[string]string {
+	n, err := unix.Listxattr(p, nil)
+	if err != nil || n == 0 {
+		return nil
+	}
+	names := make([]byte, n)
+	if n, err = unix.Listxattr(p, names); err != nil {
+		return nil
+	}
+	var meta map[string]string
+	for name := range strings.SplitSeq(string(names[:n]), "\x00") {
+		key, ours := strings.CutPrefix(name, metadataPrefix)
+		if !ours || key == "" {
+			continue
+		}
+		value := make([]byte, maxMetadata)
+		n, err := unix.Getxattr(p, name, value)
+		if err != nil {
+			continue
+		}
+		if meta == nil {
+			meta = map[string]string{}
+		}
+		meta[key] = strings.ToValidUTF8(string(value[:n]), "\uFFFD")
+	}
+	return meta
+}
+
+// compose answers POST /files/compose: the destination becomes the sources one
+// after the other, and the sources go.
+func (f *files) compose(w http.ResponseWriter, r *http.Request) {
+	var req struct {
+		SourcePaths []string `json:"source_paths"`
+		Destination string   `json:"destination"`
+		Username    string   `json:"username"`
+	}
+	const maxRequest = 1 << 20 // bytes
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxRequest)).Decode(&req); err != nil {
+		httpError(w, badRequest("compose: %s", err))
+		return
+	}
+	one, err := f.concat(req.SourcePaths, req.Destination, req.Username)
+	if err != nil {
+		httpError(w, err)
+		return
+	}
+	writeJSON(w, http.StatusOK, one)
+}
+
+func (f *files) concat(sources []string, destination, username string) (written, error) {
+	u, err := f.named(username)
+	if err != nil {
+		return written{}, err
+	}
+	if len(sources) == 0 || destination == "" {
+		return written{}, badRequest("source_paths and destination are required")
+	}
+	p, err := resolvePath(destination, u.home)
+	if err != nil {
+		return written{}, err
+	}
+	if st, err := os.Lstat(p); err == nil && st.IsDir() {
+		return written{}, newProblem(agentapi.CodeIsDirectory, "path %q is a directory", p)
+	}
+	all := &chain{}
+	defer all.close()
+	for _, s := range sources {
+		abs, err := resolvePath(s, u.home)
+		if err != nil {
+			return written{}, err
+		}
+		// Opened one by one when their turn comes; here only that they are there.
+		file, _, err := openRegular(abs, os.O_RDONLY, 0)
+		if err != nil {
+			return written{}, err
+		}
+		closeAll(file)
+		all.paths = append(all.paths, abs)
+	}
+	if err := makeParents(p, u); err != nil {
+		return written{}, fileProblem(err, p)
+	}
+	paths := all.paths
+	if err := writeWhole(p, u, nil, all); err != nil {
+		return written{}, fileProblem(err, p)
+	}
+	for _, s := range paths {
+		if s == p {
+			continue
+		}
+		if err := os.Remove(s); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return written{}, fileProblem(err, s)
+		}
+	}
+	return written{Name: path.Base(p), Path: p, Type: "file"}, nil
+}
+
+// chain reads files one after the other, one open at a time.
+type chain struct {
+	paths []string
+	file  *os.File
+}
+
+func (c *chain) Read(b []byte) (int, error) {
+	for {
+		if c.file == nil {
+			if len(c.paths) == 0 {
+				return 0, io.EOF
+			}
+			file, _, err := openRegular(c.paths[0], os.O_RDONLY, 0)
+			if err != nil {
+				return 0, err
+			}
+			c.file, c.paths = file, c.paths[1:]
+		}
+		n, err := c.file.Read(b)
+		if n > 0 || !errors.Is(err, io.EOF) {
+			return n, err
+		}
+		c.close()
+	}
+}
+
+func (c *chain) close() {
+	closeAll(c.file)
+	c.file = nil
+}

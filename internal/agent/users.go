@@ -1,0 +1,270 @@
+package agent
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// user is who a command runs as and whom new files belong to.
+type user struct {
+	name   string
+	uid    uint32
+	gid    uint32
+	groups []uint32 // supplementary, sorted, with gid
+	home   string
+}
+
+var errUnknownUser = errors.New("unknown user")
+
+// users knows /etc/passwd and /etc/group. It reads them again when they have
+// changed. Safe for concurrent use.
+type users struct {
+	passwd, group string // paths
+
+	mu     sync.Mutex
+	stamps [2]fileStamp // of the files behind what follows
+	cached map[string]*user
+	names  [2]map[uint32]string // of user and group numbers; nil when not read yet
+}
+
+type fileStamp struct {
+	ino   uint64
+	size  int64
+	mtime unix.Timespec
+}
+
+func stampOf(path string) fileStamp {
+	var st unix.Stat_t
+	if unix.Stat(path, &st) != nil {
+		return fileStamp{}
+	}
+	return fileStamp{ino: st.Ino, size: st.Size, mtime: st.Mtim}
+}
+
+func (u *users) refreshLocked() {
+	now := [2]fileStamp{stampOf(u.passwd), stampOf(u.group)}
+	if now != u.stamps || u.cached == nil {
+		u.stamps, u.cached, u.names = now, map[string]*user{}, [2]map[uint32]string{}
+	}
+}
+
+// lookup finds a user as docker does: "name", "uid", "name:group" or "uid:gid".
+// A number that no line has is a user without a name, whose home is "/". With a
+// group, the supplementary groups are left out. The error is errUnknownUser or
+// one of reading the files.
+func (u *users) lookup(spec string) (*user, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.refreshLocked()
+	if known, ok := u.cached[spec]; ok {
+		return known, nil
+	}
+	found, err := u.find(spec)
+	if err != nil {
+		return nil, err
+	}
+	const enough = 256 // users; so that asking for many numbers costs no memory
+	if len(u.cached) >= enough {
+		clear(u.cached)
+	}
+	u.cached[spec] = found
+	return found, nil
+}
+
+func (u *users) find(spec string) (*user, error) {
+	name, group, withGroup := strings.Cut(spec, ":")
+	if name == "" || withGroup && group == "" {
+		return nil, fmt.Errorf("%w %q", errUnknownUser, spec)
+	}
+	found, err := u.findUser(name)
+	if err != nil {
+		return nil, err
+	}
+	if withGroup {
+		if found.gid, err = u.findGroup(group); err != nil {
+			return nil, err
+		}
+		found.groups = []uint32{found.gid}
+		return found, nil
+	}
+	found.groups = []uint32{found.gid}
+	err = eachLine(u.group, func(line string) {
+		g, ok := parseGroup(line)
+		if ok && found.name != "" && slices.Contains(g.members, found.name) {
+			found.groups = append(found.groups, g.gid)
+		}
+	})
+	slices.Sort(found.groups)
+	found.groups = slices.Compact(found.groups)
+	return found, err
+}
+
+func (u *users) findUser(name string) (*user, error) {
+	number, numErr := parseID(name)
+	var byName, byNumber *user
+	err := eachLine(u.passwd, func(line string) {
+		p, ok := parsePasswd(line)
+		if !ok {
+			return
+		}
+		if p.name == name && byName == nil {
+			byName = &p
+		}
+		if numErr == nil && p.uid == number && byNumber == nil {
+			byNumber = &p
+		}
+	})
+	switch {
+	case err != nil:
+		return nil, err
+	case byName != nil:
+		return byName, nil
+	case byNumber != nil:
+		return byNumber, nil
+	case numErr == nil:
+		return &user{uid: number, gid: 0, home: "/"}, nil
+	case name == "root":
+		// An image without any passwd has a root nevertheless.
+		return &user{name: "root", home: "/"}, nil
+	}
+	return nil, fmt.Errorf("%w %q", errUnknownUser, name)
+}
+
+func (u *users) findGroup(name string) (uint32, error) {
+	number, numErr := parseID(name)
+	var gid uint32
+	var found bool
+	err := eachLine(u.group, func(line string) {
+		if g, ok := parseGroup(line); ok && g.name == name && !found {
+			gid, found = g.gid, true
+		}
+	})
+	switch {
+	case err != nil:
+		return 0, err
+	case found:
+		return gid, nil
+	case numErr == nil:
+		return number, nil
+	}
+	return 0, fmt.Errorf("%w: group %q", errUnknownUser, name)
+}
+
+// nameOf is the name of a user's number (kind 0) or a group's (kind 1), else the
+// number itself.
+func (u *users) nameOf(kind int, id uint32) string {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.refreshLocked()
+	if u.names[kind] == nil {
+		names := map[uint32]string{}
+		// A file that cannot be read names nobody.
+		_ = eachLine([]string{u.passwd, u.group}[kind], func(line string) {
+			name, number := "", uint32(0)
+			if kind == 0 {
+				p, _ := parsePasswd(line)
+				name, number = p.name, p.uid
+			} else {
+				g, _ := parseGroup(line)
+				name, number = g.name, g.gid
+			}
+			if _, taken := names[number]; name != "" && !taken {
+				names[number] = name
+			}
+		})
+		u.names[kind] = names
+	}
+	if name, ok := u.names[kind][id]; ok {
+		return name
+	}
+	return strconv.FormatUint(uint64(id), 10)
+}
+
+func (u *users) ownerName(uid uint32) string { return u.nameOf(0, uid) }
+func (u *users) groupName(gid uint32) string { return u.nameOf(1, gid) }
+
+// parseID reads a number of a user or group. The largest is "no change" to the
+// kernel and nobody's.
+func parseID(s string) (uint32, error) {
+	n, err := strconv.ParseUint(s, 10, 32)
+	if err == nil && n == 1<<32-1 {
+		err = strconv.ErrRange
+	}
+	return uint32(n), err
+}
+
+// parsePasswd reads name:password:uid:gid:comment:home:shell.
+func parsePasswd(line string) (user, bool) {
+	f := strings.Split(line, ":")
+	if len(f) < 6 || f[0] == "" {
+		return user{}, false
+	}
+	uid, err := parseID(f[2])
+	if err != nil {
+		return user{}, false
+	}
+	gid, err := parseID(f[3])
+	if err != nil {
+		return user{}, false
+	}
+	u := user{name: f[0], uid: uid, gid: gid, home: f[5]}
+	if !strings.HasPrefix(u.home, "/") {
+		u.home = "/"
+	}
+	return u, true
+}
+
+type groupLine struct {
+	name    string
+	gid     uint32
+	members []string
+}
+
+// parseGroup reads name:password:gid:member,member.
+func parseGroup(line string) (groupLine, bool) {
+	f := strings.Split(line, ":")
+	if len(f) < 4 || f[0] == "" {
+		return groupLine{}, false
+	}
+	gid, err := parseID(f[2])
+	if err != nil {
+		return groupLine{}, false
+	}
+	return groupLine{name: f[0], gid: gid, members: strings.Split(f[3], ",")}, true
+}
+
+// eachLine calls f with every line of a file that is no comment. A missing file
+// has none. A file longer than 4 MiB or a line longer than 64 KiB ends the reading.
+func eachLine(path string, f func(line string)) error {
+	// Not blocking: a fifo in the file's place must not stop the agent.
+	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("reading users: %w", err)
+	}
+	defer file.Close()
+	if st, err := file.Stat(); err != nil || !st.Mode().IsRegular() {
+		return fmt.Errorf("reading users: %s is no regular file", path)
+	}
+	lines := bufio.NewScanner(io.LimitReader(file, 4<<20))
+	for lines.Scan() {
+		if line := strings.TrimSpace(lines.Text()); line != "" && line[0] != '#' {
+			f(line)
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return fmt.Errorf("reading users from %s: %w", path, err)
+	}
+	return nil
+}

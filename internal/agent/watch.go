@@ -1,0 +1,370 @@
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path"
+	"strings"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/agentapi/filesystem"
+)
+
+const (
+	// maxWatchers bounds the watchers that are asked for their events, which
+	// nobody but their makers can tell to be forgotten.
+	maxWatchers = 128
+
+	// maxQueued is how many events such a watcher keeps; older ones go first.
+	maxQueued = 10_000
+
+	// maxWatched is how many directories one recursive watch covers.
+	maxWatched = 10_000
+
+	watchMask = unix.IN_CREATE | unix.IN_MODIFY | unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_MOVED_TO |
+		unix.IN_ATTRIB | unix.IN_ONLYDIR | unix.IN_EXCL_UNLINK | unix.IN_DONT_FOLLOW
+)
+
+// watch is an inotify instance on one directory, or a tree of them. It is used
+// by one goroutine, except for close.
+type watch struct {
+	files     *files
+	root      string
+	recursive bool
+	entries   bool // describe what events are about
+	file      *os.File
+	dirs      map[int32]string // by watch descriptor, relative to root, "" is root
+}
+
+// watchRequest is what both kinds of watching take.
+type watchRequest interface {
+	GetPath() string
+	GetRecursive() bool
+	GetIncludeEntry() bool
+	GetAllowNetworkMounts() bool
+}
+
+func (s *filesystemService) newWatch(h http.Header, req watchRequest) (*watch, error) {
+	_, p, err := s.resolve(h, req.GetPath())
+	if err != nil {
+		return nil, err
+	}
+	st, err := os.Stat(p)
+	if err != nil {
+		return nil, statErr(err, p)
+	}
+	if !st.IsDir() {
+		return nil, connectErr(newProblem(agentapi.CodeNotDirectory, "path %q is not a directory", p))
+	}
+	if !req.GetAllowNetworkMounts() && onNetwork(p) {
+		return nil, connectErr(badRequest("path %q is on a network mount, where not all changes are seen", p))
+	}
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		return nil, connectErr(fmt.Errorf("starting to watch: %w", err))
+	}
+	w := &watch{
+		files: s.files, root: p, recursive: req.GetRecursive(), entries: req.GetIncludeEntry(),
+		file: os.NewFile(uintptr(fd), "inotify"), dirs: map[int32]string{},
+	}
+	// The root is followed if it is a link; what is below it is not.
+	wd, err := unix.InotifyAddWatch(fd, p, watchMask&^unix.IN_DONT_FOLLOW)
+	if err != nil {
+		w.close()
+		return nil, connectErr(fileProblem(err, p))
+	}
+	w.dirs[int32(wd)] = ""
+	if w.recursive {
+		w.addBelow("", nil)
+	}
+	return w, nil
+}
+
+// onNetwork reports whether p is on a file system that others change too.
+func onNetwork(p string) bool {
+	var st unix.Statfs_t
+	if unix.Statfs(p, &st) != nil {
+		return false
+	}
+	switch uint32(st.Type) {
+	case unix.NFS_SUPER_MAGIC, unix.SMB_SUPER_MAGIC, unix.SMB2_SUPER_MAGIC, unix.CIFS_SUPER_MAGIC, unix.FUSE_SUPER_MAGIC:
+		return true
+	}
+	return false
+}
+
+func (w *watch) close() { closeAll(w.file) }
+
+// addBelow watches the directories below dir (relative to the root). found, if
+// not nil, is called for everything that is there already: it may have
+// appeared between the making of dir and the watch on it.
+func (w *watch) addBelow(dir string, found func(name string)) {
+	names, err := readNames(path.Join(w.root, dir))
+	if err != nil {
+		return // gone meanwhile
+	}
+	for _, name := range names {
+		rel := path.Join(dir, name)
+		if found != nil {
+			found(rel)
+		}
+		st, err := os.Lstat(path.Join(w.root, rel))
+		if err == nil && st.IsDir() && w.add(rel) {
+			w.addBelow(rel, found)
+		}
+	}
+}
+
+// add watches one directory below the root. It reports false when it cannot, or
+// did already.
+func (w *watch) add(rel string) bool {
+	if len(w.dirs) >= maxWatched {
+		return false
+	}
+	wd, err := -1, error(nil)
+	raw, closed := w.file.SyscallConn()
+	if closed != nil {
+		return false
+	}
+	// Through the file, so that its number is not another's by now.
+	closed = raw.Control(func(fd uintptr) { wd, err = unix.InotifyAddWatch(int(fd), path.Join(w.root, rel), watchMask) })
+	if closed != nil || err != nil {
+		return false // gone meanwhile
+	}
+	known, again := w.dirs[int32(wd)]
+	w.dirs[int32(wd)] = rel // it may have been renamed
+	return !again || known != rel
+}
+
+// run calls emit with every event until the watch is closed or emit fails.
+func (w *watch) run(emit func(*filesystem.FilesystemEvent) error) error {
+	buf := make([]byte, 16<<10)
+	for {
+		n, err := w.file.Read(buf)
+		if errors.Is(err, os.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("reading events: %w", err)
+		}
+		if err := w.handle(buf[:n], emit); err != nil {
+			return err
+		}
+	}
+}
+
+func (w *watch) handle(buf []byte, emit func(*filesystem.FilesystemEvent) error) error {
+	return eachInotify(buf, func(wd int32, mask uint32, name string) error {
+		dir, ok := w.dirs[wd]
+		if mask&unix.IN_IGNORED != 0 {
+			delete(w.dirs, wd)
+			return nil
+		}
+		if !ok || name == "" {
+			return nil
+		}
+		kind := eventType(mask)
+		if kind == filesystem.EventType_EVENT_TYPE_UNSPECIFIED {
+			return nil
+		}
+		rel := path.Join(dir, name)
+		if err := emit(w.event(rel, kind)); err != nil {
+			return err
+		}
+		if !w.recursive || kind != filesystem.EventType_EVENT_TYPE_CREATE || mask&unix.IN_ISDIR == 0 || !w.add(rel) {
+			return nil
+		}
+		var err error
+		w.addBelow(rel, func(found string) {
+			if err == nil {
+				err = emit(w.event(found, filesystem.EventType_EVENT_TYPE_CREATE))
+			}
+		})
+		return err
+	})
+}
+
+func (w *watch) event(rel string, kind filesystem.EventType) *filesystem.FilesystemEvent {
+	ev := &filesystem.FilesystemEvent{Name: strings.ToValidUTF8(rel, "\uFFFD"), Type: kind}
+	gone := kind == filesystem.EventType_EVENT_TYPE_REMOVE || kind == filesystem.EventType_EVENT_TYPE_RENAME
+	if w.entries && !gone {
+		if e, err := w.files.entryInfo(path.Join(w.root, rel)); err == nil {
+			ev.Entry = e
+		}
+	}
+	return ev
+}
+
+func eventType(mask uint32) filesystem.EventType {
+	switch {
+	case mask&(unix.IN_CREATE|unix.IN_MOVED_TO) != 0:
+		return filesystem.EventType_EVENT_TYPE_CREATE
+	case mask&unix.IN_MODIFY != 0:
+		return filesystem.EventType_EVENT_TYPE_WRITE
+	case mask&unix.IN_DELETE != 0:
+		return filesystem.EventType_EVENT_TYPE_REMOVE
+	case mask&unix.IN_MOVED_FROM != 0:
+		return filesystem.EventType_EVENT_TYPE_RENAME
+	case mask&unix.IN_ATTRIB != 0:
+		return filesystem.EventType_EVENT_TYPE_CHMOD
+	}
+	return filesystem.EventType_EVENT_TYPE_UNSPECIFIED
+}
+
+// eachInotify walks the records of an inotify read: wd, mask, cookie, length of
+// the name, the name padded with NULs.
+func eachInotify(buf []byte, f func(wd int32, mask uint32, name string) error) error {
+	for len(buf) >= unix.SizeofInotifyEvent {
+		wd := int32(binary.NativeEndian.Uint32(buf))
+		mask := binary.NativeEndian.Uint32(buf[4:])
+		length := int(binary.NativeEndian.Uint32(buf[12:]))
+		buf = buf[unix.SizeofInotifyEvent:]
+		if length < 0 || length > len(buf) {
+			return nil
+		}
+		name, _, _ := strings.Cut(string(buf[:length]), "\x00")
+		buf = buf[length:]
+		if err := f(wd, mask, name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// WatchDir streams the changes in a directory until the client goes.
+func (s *filesystemService) WatchDir(ctx context.Context, req *connect.Request[filesystem.WatchDirRequest], out *connect.ServerStream[filesystem.WatchDirResponse]) error {
+	w, err := s.newWatch(req.Header(), req.Msg)
+	if err != nil {
+		return err
+	}
+	defer w.close()
+	if err := out.Send(&filesystem.WatchDirResponse{Event: &filesystem.WatchDirResponse_Start{Start: &filesystem.WatchDirResponse_StartEvent{}}}); err != nil {
+		return err
+	}
+	// Events and keepalives come from two goroutines; a stream takes one.
+	var mu sync.Mutex
+	over := make(chan error, 1)
+	go func() {
+		over <- w.run(func(ev *filesystem.FilesystemEvent) error {
+			mu.Lock()
+			defer mu.Unlock()
+			return out.Send(&filesystem.WatchDirResponse{Event: &filesystem.WatchDirResponse_Filesystem{Filesystem: ev}})
+		})
+	}()
+	ticker := time.NewTicker(keepaliveOf(req.Header()))
+	defer ticker.Stop()
+	for {
+		select {
+		case err := <-over:
+			return err
+		case <-ctx.Done():
+			w.close()
+			<-over // the stream is not used after we return
+			return contextError(ctx)
+		case <-ticker.C:
+			mu.Lock()
+			err := out.Send(&filesystem.WatchDirResponse{Event: &filesystem.WatchDirResponse_Keepalive{Keepalive: &filesystem.WatchDirResponse_KeepAlive{}}})
+			mu.Unlock()
+			if err != nil {
+				w.close()
+				<-over
+				return err
+			}
+		}
+	}
+}
+
+// watchers keeps the watches that are asked for their events.
+type watchers struct {
+	mu   sync.Mutex
+	byID map[string]*watcher
+}
+
+type watcher struct {
+	watch *watch
+
+	mu     sync.Mutex
+	events []*filesystem.FilesystemEvent
+}
+
+// CreateWatcher starts to collect the changes in a directory.
+func (s *filesystemService) CreateWatcher(_ context.Context, req *connect.Request[filesystem.CreateWatcherRequest]) (*connect.Response[filesystem.CreateWatcherResponse], error) {
+	w, err := s.newWatch(req.Header(), req.Msg)
+	if err != nil {
+		return nil, err
+	}
+	kept := &watcher{watch: w}
+	id, err := s.watchers.keep(kept)
+	if err != nil {
+		w.close()
+		return nil, err
+	}
+	go func() {
+		// It ends when the watcher is removed.
+		_ = w.run(func(ev *filesystem.FilesystemEvent) error {
+			kept.mu.Lock()
+			defer kept.mu.Unlock()
+			if len(kept.events) >= maxQueued {
+				kept.events = kept.events[1:]
+			}
+			kept.events = append(kept.events, ev)
+			return nil
+		})
+	}()
+	return connect.NewResponse(&filesystem.CreateWatcherResponse{WatcherId: id}), nil
+}
+
+func (ws *watchers) keep(w *watcher) (string, error) {
+	var b [8]byte
+	rand.Read(b[:])
+	id := "w" + hex.EncodeToString(b[:])
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	if len(ws.byID) >= maxWatchers {
+		return "", connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("there are %d watchers already", maxWatchers))
+	}
+	if ws.byID == nil {
+		ws.byID = map[string]*watcher{}
+	}
+	ws.byID[id] = w
+	return id, nil
+}
+
+// GetWatcherEvents hands out what was collected since the last call.
+func (s *filesystemService) GetWatcherEvents(_ context.Context, req *connect.Request[filesystem.GetWatcherEventsRequest]) (*connect.Response[filesystem.GetWatcherEventsResponse], error) {
+	s.watchers.mu.Lock()
+	w := s.watchers.byID[req.Msg.GetWatcherId()]
+	s.watchers.mu.Unlock()
+	if w == nil {
+		return nil, connect.NewError(connect.CodeNotFound, errors.New("no such watcher"))
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	reply := &filesystem.GetWatcherEventsResponse{Events: w.events}
+	w.events = nil
+	return connect.NewResponse(reply), nil
+}
+
+// RemoveWatcher ends a watcher.
+func (s *filesystemService) RemoveWatcher(_ context.Context, req *connect.Request[filesystem.RemoveWatcherRequest]) (*connect.Response[filesystem.RemoveWatcherResponse], error) {
+	s.watchers.mu.Lock()
+	w := s.watchers.byID[req.Msg.GetWatcherId()]
+	delete(s.watchers.byID, req.Msg.GetWatcherId())
+	s.watchers.mu.Unlock()
+	if w == nil {
+		return nil, connect.NewError(connect.CodeNotFound, errors.New("no such watcher"))
+	}
+	w.watch.close()
+	return connect.NewResponse(&filesystem.RemoveWatcherResponse{}), nil
+}

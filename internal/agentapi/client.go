@@ -1,0 +1,283 @@
+package agentapi
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// Target names one life of one sandbox.
+type Target struct {
+	SandboxID string
+	Run       string // connections are pooled per life, so that none outlives it
+	Token     string // what the agent was given at init
+}
+
+// Limits on what an agent may make the host hold or wait for.
+const (
+	maxErrorText    = 4 << 10          // bytes of an error's text; longer ones are cut
+	maxReplyHeader  = 64 << 10         // bytes; our own replies have under 1 KiB
+	idleConnTimeout = 90 * time.Second // shorter costs a dial, 1-2 ms, on the next call
+	// maxIdlePerLife is how many connections of a sandbox are kept; more calls
+	// at once dial anew.
+	maxIdlePerLife = 8
+)
+
+// Client calls agents. The zero value does not work; see [NewClient].
+type Client struct {
+	http *http.Client
+	dial func(ctx context.Context, sandboxID string) (net.Conn, error)
+
+	mu sync.Mutex
+	// +checklocks:mu
+	conns map[string]map[*trackedConn]struct{} // by sandbox id
+}
+
+// NewClient makes a client that reaches agents through dial. An error of dial
+// that is a *fault.Error comes back from the calls as it is.
+func NewClient(dial func(ctx context.Context, sandboxID string) (net.Conn, error)) *Client {
+	c := &Client{dial: dial, conns: map[string]map[*trackedConn]struct{}{}}
+	c.http = &http.Client{
+		Transport: &http.Transport{
+			DialContext:            c.dialHost,
+			DisableCompression:     true,
+			MaxIdleConnsPerHost:    maxIdlePerLife,
+			IdleConnTimeout:        idleConnTimeout,
+			MaxResponseHeaderBytes: maxReplyHeader,
+			ExpectContinueTimeout:  5 * time.Second, // an agent that does not answer gets the body anyway
+			ReadBufferSize:         32 << 10,        // one chunk of output
+			WriteBufferSize:        32 << 10,
+		},
+		// A redirect can only come from somebody who is not the agent.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	return c
+}
+
+// host is the host part of a target's URLs, which is what the transport pools
+// connections by.
+func (t Target) host() string {
+	return t.SandboxID + "." + hex.EncodeToString([]byte(t.Run))
+}
+
+func (t Target) url(path string, query url.Values) string {
+	u := url.URL{Scheme: "http", Host: t.host(), Path: path, RawQuery: query.Encode()}
+	return u.String()
+}
+
+func (c *Client) dialHost(ctx context.Context, _, addr string) (net.Conn, error) {
+	id, _, _ := strings.Cut(addr, ".")
+	conn, err := c.dial(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	t := &trackedConn{Conn: conn, client: c, id: id}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.conns[id] == nil {
+		c.conns[id] = map[*trackedConn]struct{}{}
+	}
+	c.conns[id][t] = struct{}{}
+	return t, nil
+}
+
+// trackedConn leaves the client's books when it is closed.
+type trackedConn struct {
+	net.Conn
+	client *Client
+	id     string
+}
+
+func (t *trackedConn) Close() error {
+	t.client.mu.Lock()
+	delete(t.client.conns[t.id], t)
+	if len(t.client.conns[t.id]) == 0 {
+		delete(t.client.conns, t.id)
+	}
+	t.client.mu.Unlock()
+	return t.Conn.Close()
+}
+
+// Drop breaks every connection to the sandbox, idle or in use. Calls in flight
+// end with Unavailable. For a sandbox that goes away or is suspended: its
+// connections would otherwise keep its network namespace alive.
+func (c *Client) Drop(sandboxID string) {
+	c.mu.Lock()
+	var conns []*trackedConn
+	for t := range c.conns[sandboxID] {
+		conns = append(conns, t)
+	}
+	c.mu.Unlock()
+	for _, t := range conns {
+		// The peer is gone or about to be; there is nobody to tell.
+		_ = t.Close()
+	}
+}
+
+// CloseIdle closes the connections that no call uses.
+func (c *Client) CloseIdle() { c.http.CloseIdleConnections() }
+
+// Health asks whether the agent answers. It needs no token.
+func (c *Client) Health(ctx context.Context, t Target) error {
+	return c.call(ctx, t, http.MethodGet, "/health", nil, nil, nil)
+}
+
+// InitRequest is what an agent is told about its sandbox. Absent fields leave
+// what the agent has.
+type InitRequest struct {
+	AccessToken    string            `json:"accessToken,omitempty"`
+	Env            map[string]string `json:"envVars,omitempty"`
+	DefaultUser    string            `json:"defaultUser,omitempty"`
+	DefaultWorkdir string            `json:"defaultWorkdir,omitempty"`
+	Hostname       string            `json:"hostname,omitempty"`
+	Nameservers    []string          `json:"nameservers,omitempty"` // replaces /etc/resolv.conf
+}
+
+// Init gives the agent its token and the sandbox's defaults. An agent without a
+// token takes any, one that has a token must be called with it; a second init
+// replaces the first.
+func (c *Client) Init(ctx context.Context, t Target, r InitRequest) error {
+	return c.call(ctx, t, http.MethodPost, "/init", nil, r, nil)
+}
+
+// RelieveMemory kills the largest processes of the sandbox, by resident memory,
+// until that many bytes were freed or nothing is left to kill, and waits until
+// they are gone. The commands they belonged to end with OOMKilled.
+func (c *Client) RelieveMemory(ctx context.Context, t Target, bytes int64) (freed int64, killed int, err error) {
+	var reply RelieveReply
+	err = c.call(ctx, t, http.MethodPost, "/memory/relieve", nil, RelieveRequest{Bytes: bytes}, &reply)
+	return reply.Freed, reply.Killed, err
+}
+
+// RelieveRequest is the body of POST /memory/relieve.
+type RelieveRequest struct {
+	Bytes int64 `json:"bytes"`
+}
+
+// RelieveReply is its answer.
+type RelieveReply struct {
+	Freed  int64 `json:"freed"`
+	Killed int   `json:"killed"`
+}
+
+// call does one request with a JSON body and answer; body and reply may be nil.
+func (c *Client) call(ctx context.Context, t Target, method, path string, query url.Values, body, reply any) error {
+	var r io.Reader
+	if body != nil {
+		b, err := json.Marshal(body)
+		if err != nil {
+			return fmt.Errorf("encoding the request: %w", err)
+		}
+		r = bytes.NewReader(b)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, t.url(path, query), r)
+	if err != nil {
+		return fmt.Errorf("making the request: %w", err)
+	}
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	resp, err := c.do(req, t)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if reply == nil {
+		return drain(resp.Body)
+	}
+	const maxReply = 1 << 20 // bytes; the replies read here have two numbers
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxReply)).Decode(reply); err != nil {
+		return unreachable(fmt.Errorf("decoding the reply of %s: %w", path, err))
+	}
+	return nil
+}
+
+// drain reads the little that is left, so that the connection can be reused.
+func drain(r io.Reader) error {
+	if _, err := io.CopyN(io.Discard, r, maxErrorText); err != nil && !errors.Is(err, io.EOF) {
+		return unreachable(err)
+	}
+	return nil
+}
+
+// do sends the request and turns answers other than 2xx and 416 into errors.
+// The caller closes the body.
+func (c *Client) do(req *http.Request, t Target) (*http.Response, error) {
+	if t.Token != "" {
+		req.Header.Set(TokenHeader, t.Token)
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, callError(req.Context(), err)
+	}
+	if resp.StatusCode/100 == 2 || resp.StatusCode == http.StatusRequestedRangeNotSatisfiable {
+		return resp, nil
+	}
+	defer resp.Body.Close()
+	return nil, replyError(resp)
+}
+
+// replyError reads {"code":N,"message":"…"}.
+func replyError(resp *http.Response) error {
+	var body struct {
+		Message string `json:"message"`
+	}
+	// A body that is no JSON leaves the status to speak.
+	_ = json.NewDecoder(io.LimitReader(resp.Body, maxErrorText)).Decode(&body)
+	return codeError(resp.Header.Get(CodeHeader), body.Message, fmt.Errorf("agent answered %s: %.200s", resp.Status, body.Message))
+}
+
+// codeError makes the fault of a code; one that is not known is a plain error.
+func codeError(code, text string, cause error) error {
+	k, ok := kinds[code]
+	if !ok {
+		return cause
+	}
+	if len(text) > maxErrorText {
+		text = text[:maxErrorText]
+	}
+	e := fault.New(k.kind, code, "%s", strings.ToValidUTF8(text, "\uFFFD"))
+	e.Field = k.field
+	return e
+}
+
+// callError says what an error of the connection means.
+func callError(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return fmt.Errorf("calling the agent: %w", context.Cause(ctx))
+	}
+	if f := fault.As(err); f != nil {
+		return f
+	}
+	return unreachable(err)
+}
+
+// connectError is callError for errors of the Connect protocol.
+func connectError(ctx context.Context, err error) error {
+	var e *connect.Error
+	if errors.As(err, &e) && e.Meta().Get(CodeHeader) != "" {
+		return codeError(e.Meta().Get(CodeHeader), e.Message(), err)
+	}
+	if connect.IsWireError(err) && connect.CodeOf(err) != connect.CodeUnavailable {
+		return fmt.Errorf("agent refused the call: %w", err)
+	}
+	return callError(ctx, err)
+}
+
+func unreachable(cause error) error {
+	return fault.New(fault.Unavailable, CodeUnreachable, "the sandbox does not answer").Because(cause)
+}

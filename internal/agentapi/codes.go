@@ -1,0 +1,59 @@
+package agentapi
+
+import "github.com/cayhq/cay/internal/fault"
+
+// Port is the TCP port the agent listens on inside the sandbox, E2B's.
+const Port = 49983
+
+// EnvdVersion is the version of E2B's in-sandbox daemon whose behaviour the
+// agent has; E2B's clients decide by it what they may ask for.
+const EnvdVersion = "0.6.13"
+
+// Headers of the wire. The codes travel beside E2B's error bodies, whose form
+// is fixed and has no room for them.
+const (
+	TokenHeader = "X-Access-Token"
+	CodeHeader  = "Cay-Error-Code" // one of the Code constants
+)
+
+// Codes of what can go wrong inside, as users of the v1 API see them.
+const (
+	CodeFileNotFound     = "file_not_found"
+	CodeIsDirectory      = "path_is_directory"
+	CodeNotDirectory     = "path_not_directory"
+	CodeNotEmpty         = "directory_not_empty"
+	CodeInvalidPath      = "invalid_path"
+	CodeFileDenied       = "file_denied"
+	CodeWorkdirNotFound  = "workdir_not_found"
+	CodeUnknownUser      = "unknown_user"
+	CodeUnknownOwner     = "unknown_owner"
+	CodeInvalidMode      = "invalid_mode"
+	CodeInvalidEnv       = "invalid_env"
+	CodeInvalidCommand   = "invalid_command"
+	CodeDiskFull         = "disk_full"
+	CodeTooManyProcesses = "too_many_processes"
+	CodeUnreachable      = "sandbox_unreachable"
+	CodeListingTooLarge  = "listing_too_large"
+)
+
+// kinds says what a caller can do about each code, and which field of its
+// request is at fault.
+var kinds = map[string]struct {
+	kind  fault.Kind
+	field string
+}{
+	CodeFileNotFound:     {fault.NotFound, ""},
+	CodeIsDirectory:      {fault.Invalid, "path"},
+	CodeNotDirectory:     {fault.Invalid, "path"},
+	CodeNotEmpty:         {fault.Invalid, "path"},
+	CodeInvalidPath:      {fault.Invalid, "path"},
+	CodeFileDenied:       {fault.Denied, ""},
+	CodeWorkdirNotFound:  {fault.Invalid, "workdir"},
+	CodeUnknownUser:      {fault.Invalid, "user"},
+	CodeUnknownOwner:     {fault.Invalid, "owner"},
+	CodeInvalidMode:      {fault.Invalid, "mode"},
+	CodeInvalidEnv:       {fault.Invalid, "env"},
+	CodeInvalidCommand:   {fault.Invalid, "command"},
+	CodeDiskFull:         {fault.NoSpace, ""},
+	CodeTooManyProcesses: {fault.Unavailable, ""},
+}

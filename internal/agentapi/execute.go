@@ -1,0 +1,207 @@
+package agentapi
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/cayhq/cay/internal/agentapi/process"
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// DefaultMaxOutput is how much of each stream of a command is kept when the
+// call says nothing, bytes.
+const DefaultMaxOutput = 8 << 20
+
+// executeSlack is how much longer than a command's own time limit the host
+// waits for the agent's answer. A sandbox whose processes compete for its CPU
+// may take seconds to kill thousands of them.
+const executeSlack = 20 * time.Second
+
+// Exit codes of commands that did not exit by themselves.
+const (
+	ExitTimedOut = 124 // as timeout(1)
+	exitSignal   = 128 // plus the signal's number, as the shell
+)
+
+// ExecuteRequest is one command to run to its end.
+type ExecuteRequest struct {
+	Command string   // run by /bin/sh -c; or
+	Args    []string // run as they are, looked up in the PATH of Env
+	Env     map[string]string
+	Workdir string        // "" is the sandbox's, else the user's home
+	User    string        // "" is the sandbox's default
+	Stdin   []byte        // then end of file
+	Timeout time.Duration // 0 is none
+	// MaxOutput is how many bytes of each stream are kept; 0 is DefaultMaxOutput.
+	MaxOutput int64
+}
+
+// ExecuteResult is how a command ended.
+type ExecuteResult struct {
+	// ExitCode is the command's own, ExitTimedOut, or 128 and the signal.
+	ExitCode                         int
+	Stdout, Stderr                   []byte
+	StdoutTruncated, StderrTruncated bool
+	Duration                         time.Duration // inside the sandbox
+	TimedOut                         bool
+	// OOMKilled says that some process of the command was killed to relieve the
+	// sandbox's memory.
+	OOMKilled bool
+	Signal    int // that ended the command; 0 if it exited
+}
+
+// Check refuses a request that no sandbox could run: neither or both of Command
+// and Args, an empty program name, a NUL anywhere, an environment name that is
+// empty or has a "=". Errors are Invalid and name the field.
+func (r ExecuteRequest) Check() error {
+	switch {
+	case r.Command == "" && len(r.Args) == 0:
+		return fault.InField("missing_command", "command", "give command or args")
+	case r.Command != "" && len(r.Args) > 0:
+		return fault.InField("invalid_command", "command", "give command or args, not both")
+	case len(r.Args) > 0 && r.Args[0] == "":
+		return fault.InField("invalid_args", "args[0]", "is empty")
+	case strings.Contains(r.Command, "\x00"):
+		return fault.InField("invalid_command", "command", "contains a NUL")
+	case strings.Contains(r.Workdir, "\x00"):
+		return fault.InField("invalid_workdir", "workdir", "contains a NUL")
+	case r.Timeout < 0:
+		return fault.InField("invalid_timeout", "timeout", "is negative")
+	}
+	for i, a := range r.Args {
+		if strings.Contains(a, "\x00") {
+			return fault.InField("invalid_args", fmt.Sprintf("args[%d]", i), "contains a NUL")
+		}
+	}
+	for name, value := range r.Env {
+		if name == "" || strings.ContainsAny(name, "=\x00") || strings.Contains(value, "\x00") {
+			return fault.InField(CodeInvalidEnv, "env", "%q is no name of an environment variable, or its value contains a NUL", name)
+		}
+	}
+	return nil
+}
+
+// Execute runs a command to its end in a single HTTP request. When its Timeout
+// is over, or ctx ends, the command is killed with all its descendants; in the
+// first case Execute returns its result with TimedOut set. What a finished
+// command left in the background lives on; output it writes after the command's
+// end is lost.
+func (c *Client) Execute(ctx context.Context, t Target, r ExecuteRequest) (ExecuteResult, error) {
+	if err := r.Check(); err != nil {
+		return ExecuteResult{}, err
+	}
+	if r.MaxOutput <= 0 {
+		r.MaxOutput = DefaultMaxOutput
+	}
+	waitCtx, cancel := ctx, context.CancelFunc(func() {})
+	if r.Timeout > 0 {
+		waitCtx, cancel = context.WithTimeout(ctx, r.Timeout+executeSlack)
+	}
+	defer cancel()
+
+	call := connect.NewClient[process.StartRequest, process.StartResponse](c.http,
+		t.url(process.ProcessStartProcedure, nil), connect.WithReadMaxBytes(1<<20))
+	req := connect.NewRequest(r.message())
+	if t.Token != "" {
+		req.Header().Set(TokenHeader, t.Token)
+	}
+	stream, err := call.CallServerStream(waitCtx, req)
+	if err != nil {
+		return ExecuteResult{}, executeError(ctx, err)
+	}
+	// Closing tells the agent that nobody waits; its own error says nothing new.
+	defer func() { _ = stream.Close() }()
+
+	stdout, stderr := capped{max: r.MaxOutput}, capped{max: r.MaxOutput}
+	for stream.Receive() {
+		event := stream.Msg().GetEvent()
+		if data := event.GetData(); data != nil {
+			stdout.write(data.GetStdout())
+			stderr.write(data.GetStderr())
+		}
+		if end := event.GetEnd(); end != nil {
+			// Read the end of the stream, so that the connection can be reused.
+			stream.Receive()
+			return result(end, &stdout, &stderr), nil
+		}
+	}
+	if err := stream.Err(); err != nil {
+		return ExecuteResult{}, executeError(ctx, err)
+	}
+	return ExecuteResult{}, unreachable(fmt.Errorf("the agent ended the stream without a result"))
+}
+
+// executeError is connectError, told which context was the caller's: when only
+// our own deadline passed it is the sandbox that does not answer.
+func executeError(ctx context.Context, err error) error {
+	if ctx.Err() == nil && connect.CodeOf(err) == connect.CodeDeadlineExceeded {
+		return unreachable(err)
+	}
+	return connectError(ctx, err)
+}
+
+func (r ExecuteRequest) message() *process.StartRequest {
+	m := &process.StartRequest{
+		Process: &process.ProcessConfig{Envs: r.Env},
+		Execute: &process.ExecuteOptions{
+			Stdin:          r.Stdin,
+			CloseStdin:     true,
+			TimeoutMs:      r.Timeout.Milliseconds(),
+			MaxOutputBytes: r.MaxOutput,
+			User:           r.User,
+		},
+	}
+	if r.Timeout > 0 && m.Execute.TimeoutMs == 0 {
+		m.Execute.TimeoutMs = 1
+	}
+	if r.Command != "" {
+		m.Process.Cmd, m.Process.Args = "/bin/sh", []string{"-c", r.Command}
+	} else {
+		m.Process.Cmd, m.Process.Args = r.Args[0], r.Args[1:]
+	}
+	if r.Workdir != "" {
+		m.Process.Cwd = &r.Workdir
+	}
+	return m
+}
+
+func result(end *process.EndEvent, stdout, stderr *capped) ExecuteResult {
+	res := ExecuteResult{
+		ExitCode:        int(end.GetExitCode()),
+		Stdout:          stdout.Bytes(),
+		Stderr:          stderr.Bytes(),
+		StdoutTruncated: end.GetStdoutTruncated() || stdout.cut,
+		StderrTruncated: end.GetStderrTruncated() || stderr.cut,
+		Duration:        time.Duration(end.GetDurationUs()) * time.Microsecond,
+		TimedOut:        end.GetTimedOut(),
+		OOMKilled:       end.GetOomKilled(),
+		Signal:          int(end.GetSignal()),
+	}
+	switch {
+	case res.TimedOut:
+		res.ExitCode = ExitTimedOut
+	case res.Signal != 0:
+		res.ExitCode = exitSignal + res.Signal
+	}
+	return res
+}
+
+// capped keeps the first max bytes and notes that there were more.
+type capped struct {
+	bytes.Buffer
+	max int64
+	cut bool
+}
+
+func (c *capped) write(b []byte) {
+	if room := c.max - int64(c.Len()); int64(len(b)) > room {
+		c.cut = true
+		b = b[:max(room, 0)]
+	}
+	c.Write(b)
+}

@@ -1,0 +1,203 @@
+package api
+
+import (
+	"net/http"
+	"time"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/template"
+)
+
+// ListTemplates answers GET /v1/templates.
+func (s *server) ListTemplates(w http.ResponseWriter, r *http.Request, params ListTemplatesParams) {
+	limit, cursor, err := page(params.Limit, params.Cursor)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	templates, next, err := s.Templates.List(r.Context(), callOf(r).who.Org.ID, limit, cursor)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusOK, TemplateList{Templates: each(templates, templateOf), NextCursor: optional(next)})
+}
+
+// GetTemplate answers GET /v1/templates/{template}.
+func (s *server) GetTemplate(w http.ResponseWriter, r *http.Request, ref TemplateRef) {
+	t, err := s.Templates.Get(r.Context(), callOf(r).who.Org.ID, ref)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusOK, templateOf(t))
+}
+
+// GetTemplateLogs answers GET /v1/templates/{template}/logs.
+func (s *server) GetTemplateLogs(w http.ResponseWriter, r *http.Request, ref TemplateRef) {
+	lines, err := s.Templates.Log(r.Context(), callOf(r).who.Org.ID, ref)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusOK, TemplateLogs{Lines: each(lines, func(l template.LogLine) TemplateLogLine {
+		return TemplateLogLine{Time: l.At.UTC(), Text: l.Text}
+	})})
+}
+
+// CreateTemplate answers POST /v1/templates.
+func (s *server) CreateTemplate(w http.ResponseWriter, r *http.Request) {
+	s.fail(w, r, errUnsupported("templates of one's own"))
+}
+
+// DeleteTemplate answers DELETE /v1/templates/{template}.
+func (s *server) DeleteTemplate(w http.ResponseWriter, r *http.Request, _ TemplateRef) {
+	s.fail(w, r, errUnsupported("deleting templates"))
+}
+
+// RebuildTemplate answers POST /v1/templates/{template}/rebuild.
+func (s *server) RebuildTemplate(w http.ResponseWriter, r *http.Request, _ TemplateRef) {
+	s.fail(w, r, errUnsupported("rebuilding templates"))
+}
+
+// ListSizes answers GET /v1/sizes.
+func (s *server) ListSizes(w http.ResponseWriter, r *http.Request) {
+	s.answer(w, r, http.StatusOK, SizeList{Sizes: each(s.Sandboxes.Sizes(), sizeOf)})
+}
+
+// GetPool answers GET /v1/pool.
+func (s *server) GetPool(w http.ResponseWriter, r *http.Request) {
+	s.fail(w, r, errUnsupported("the warm pool"))
+}
+
+// GetMe answers GET /v1/me.
+func (s *server) GetMe(w http.ResponseWriter, r *http.Request) {
+	who := callOf(r).who
+	s.answer(w, r, http.StatusOK, Me{Org: orgOf(who.Org), APIKey: keyOf(who.Key)})
+}
+
+// CreateAPIKey answers POST /v1/api-keys.
+func (s *server) CreateAPIKey(w http.ResponseWriter, r *http.Request) {
+	var in CreateAPIKeyRequest
+	if _, err := read(w, r, maxBody, true, &in); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	expiresIn, err := duration("expires_in", in.ExpiresIn)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	if expiresIn == nil {
+		expiresIn = new(time.Duration) // never
+	}
+	k, secret, err := s.Auth.CreateKey(r.Context(), callOf(r).who, in.Name, in.Scopes, *expiresIn)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusCreated, NewAPIKey{
+		ID: k.ID, Name: k.Name, Prefix: k.Prefix, Scopes: scopesOf(k.Scopes), CreatedAt: k.CreatedAt.UTC(), ExpiresAt: at(k.ExpiresAt),
+		APIKey: secret,
+	})
+}
+
+// ListAPIKeys answers GET /v1/api-keys.
+func (s *server) ListAPIKeys(w http.ResponseWriter, r *http.Request, params ListAPIKeysParams) {
+	limit, cursor, err := page(params.Limit, params.Cursor)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	keys, next, err := s.Auth.ListKeys(r.Context(), callOf(r).who, limit, cursor)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusOK, APIKeyList{APIKeys: each(keys, keyOf), NextCursor: optional(next)})
+}
+
+// RevokeAPIKey answers DELETE /v1/api-keys/{key}.
+func (s *server) RevokeAPIKey(w http.ResponseWriter, r *http.Request, id string) {
+	if err := s.Auth.RevokeKey(r.Context(), callOf(r).who, id); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// CreateOrg answers POST /v1/orgs.
+func (s *server) CreateOrg(w http.ResponseWriter, r *http.Request) {
+	var in CreateOrgRequest
+	if _, err := read(w, r, maxBody, true, &in); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	var quota auth.QuotaRequest
+	if q := in.Quota; q != nil {
+		quota = auth.QuotaRequest{Sandboxes: q.Sandboxes, VCPUs: q.VCPUs, MemoryMB: q.MemoryMB}
+	}
+	o, k, secret, err := s.Auth.CreateOrg(r.Context(), callOf(r).who, in.Name, quota)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusCreated, NewOrg{
+		ID: o.ID, Name: o.Name, Quota: quotaOf(o.Quota), CreatedAt: o.CreatedAt.UTC(), APIKey: secret, APIKeyID: k.ID,
+	})
+}
+
+// ListOrgs answers GET /v1/orgs.
+func (s *server) ListOrgs(w http.ResponseWriter, r *http.Request, params ListOrgsParams) {
+	limit, cursor, err := page(params.Limit, params.Cursor)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	orgs, next, err := s.Auth.ListOrgs(r.Context(), callOf(r).who, limit, cursor)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusOK, OrgList{Orgs: each(orgs, orgOf), NextCursor: optional(next)})
+}
+
+// GetHealth answers GET /healthz.
+func (s *server) GetHealth(w http.ResponseWriter, r *http.Request) {
+	s.answer(w, r, http.StatusOK, Health{Status: HealthStatusOk, Version: s.Version})
+}
+
+// GetReady answers GET /readyz.
+func (s *server) GetReady(w http.ResponseWriter, r *http.Request) {
+	if s.Ready != nil {
+		if err := s.Ready(); err != nil {
+			detail := "the server cannot create sandboxes now; its log says why"
+			if f := fault.As(err); f != nil {
+				detail = f.Detail
+			}
+			s.fail(w, r, fault.New(fault.Unavailable, "not_ready", "%s", detail).Because(err))
+			return
+		}
+	}
+	s.GetHealth(w, r)
+}
+
+// GetMetrics answers GET /metrics. They tell of all organizations, so an admin of
+// another one than the operator's is refused.
+func (s *server) GetMetrics(w http.ResponseWriter, r *http.Request) {
+	if callOf(r).who.Org.Name != auth.OperatorOrg {
+		s.fail(w, r, fault.New(fault.Denied, "not_the_operator", "metrics are read with keys of the organization %q", auth.OperatorOrg))
+		return
+	}
+	s.Metrics.ServeHTTP(w, r)
+}
+
+// GetOpenAPI answers GET /openapi.yaml.
+func (s *server) GetOpenAPI(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "application/yaml")
+	if _, err := w.Write(cay.OpenAPI); err != nil {
+		callOf(r).err = err
+	}
+}

@@ -1,0 +1,143 @@
+// Package api is HTTP in, HTTP out: it decodes a request, says who asks and
+// whether the key's scopes cover it, calls one method of the core, and encodes
+// the answer. It owns the wire format of openapi.yaml, the HTTP statuses, the access log,
+// and the limits on bodies and slow callers. It holds no state of its own and
+// decides nothing about sandboxes: what a core room refuses is a fault, which only
+// this package turns into a status.
+//
+// The handler is safe for concurrent use. Files stream both ways and are never
+// whole in memory. After an error nothing is left behind: every lease is
+// released with the call it was taken for, and a command whose caller has gone is
+// killed.
+//
+// api.gen.go is generated from openapi.yaml; run generate.sh after changing it.
+package api
+
+//go:generate ./generate.sh
+
+import (
+	"context"
+	"log/slog"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/template"
+)
+
+// Sandboxes is what is called of the sandbox room; [*sandbox.Service] has it.
+type Sandboxes interface {
+	Create(ctx context.Context, orgID string, q sandbox.Quota, r sandbox.Request, once sandbox.Once, wait bool) (sandbox.Sandbox, error)
+	Get(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
+	List(ctx context.Context, f sandbox.Filter) ([]sandbox.Sandbox, string, error)
+	Destroy(ctx context.Context, orgID string, id sandbox.ID) error
+	Keepalive(ctx context.Context, orgID string, id sandbox.ID, timeout *time.Duration) (sandbox.Sandbox, error)
+	Wake(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
+	Connect(ctx context.Context, orgID string, id sandbox.ID) (*sandbox.Lease, error)
+	Suspend(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
+	Checkpoint(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
+	SetEgress(ctx context.Context, orgID string, id sandbox.ID, e sandbox.Egress) (sandbox.Sandbox, error)
+	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
+	Sizes() []sandbox.Size
+}
+
+// Templates is what is called of the template room; [*template.Service] has it.
+type Templates interface {
+	Get(ctx context.Context, orgID, nameOrID string) (template.Template, error)
+	List(ctx context.Context, orgID string, limit int, cursor string) ([]template.Template, string, error)
+	Log(ctx context.Context, orgID, nameOrID string) ([]template.LogLine, error)
+}
+
+// Auth is what is called of the auth room; [*auth.Service] has it.
+type Auth interface {
+	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
+	Allow(p auth.Principal) error
+	CreateKey(ctx context.Context, p auth.Principal, name string, scopes []string, expiresIn time.Duration) (auth.Key, string, error)
+	ListKeys(ctx context.Context, p auth.Principal, limit int, cursor string) ([]auth.Key, string, error)
+	RevokeKey(ctx context.Context, p auth.Principal, id string) error
+	CreateOrg(ctx context.Context, p auth.Principal, name string, r auth.QuotaRequest) (auth.Org, auth.Key, string, error)
+	ListOrgs(ctx context.Context, p auth.Principal, limit int, cursor string) ([]auth.Org, string, error)
+}
+
+// Agent is what is called inside sandboxes; [*agentapi.Client] has it.
+type Agent interface {
+	Execute(ctx context.Context, t agentapi.Target, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error)
+	Upload(ctx context.Context, t agentapi.Target, r agentapi.UploadRequest) error
+	Download(ctx context.Context, t agentapi.Target, path, user, rng string) (*agentapi.Download, error)
+	Remove(ctx context.Context, t agentapi.Target, path, user string, recursive bool) error
+	List(ctx context.Context, t agentapi.Target, path, user string, depth int) ([]agentapi.Entry, error)
+}
+
+// Config is what the API needs. Every field but Ready is required.
+type Config struct {
+	Sandboxes Sandboxes
+	Templates Templates
+	Auth      Auth
+	Agent     Agent
+
+	// Ready says whether sandboxes can be created; nil, or a nil error, is yes.
+	// The text of a fault is shown, that of any other error only logged.
+	Ready func() error
+	// Metrics answers /metrics; Registry takes the metrics of this package.
+	Metrics  http.Handler
+	Registry prometheus.Registerer
+
+	Log     *slog.Logger
+	Version string // of the server, for /healthz
+}
+
+// server answers the operations of openapi.yaml.
+type server struct {
+	Config
+	mux      *http.ServeMux
+	metrics  *metrics
+	patience patience
+}
+
+var _ ServerInterface = (*server)(nil)
+
+// New makes the handler of the whole API. It registers metrics, so it can be
+// called once per registry.
+func New(cfg Config) http.Handler {
+	s := &server{Config: cfg, mux: http.NewServeMux(), metrics: newMetrics(cfg.Registry), patience: usual}
+	HandlerWithOptions(s, StdHTTPServerOptions{
+		BaseRouter:       s.mux,
+		ErrorHandlerFunc: func(w http.ResponseWriter, r *http.Request, err error) { s.fail(w, r, parameterError(err)) },
+	})
+	return s
+}
+
+// Limits on callers who are slow or gone. A caller on a phone line must be able to
+// work; one who only holds connections must not.
+const (
+	headerTimeout  = 10 * time.Second // to send a request's headers
+	idleTimeout    = 2 * time.Minute  // between two requests on a connection
+	maxHeaderBytes = 64 << 10         // a key, a path of 4 KiB escaped, filters
+)
+
+// patience is how long a caller may take.
+type patience struct {
+	body  time.Duration // to send a JSON body, 8 MiB at most
+	stall time.Duration // between two pieces of a file, and to take a piece of an answer
+	drain time.Duration // to send the rest of what is refused already
+}
+
+var usual = patience{body: time.Minute, stall: time.Minute, drain: 30 * time.Second}
+
+// Server makes an HTTP server that protects itself against slow callers. It has no
+// timeout for whole requests: commands and transfers take as long as they take,
+// and the handler watches that they move.
+func Server(addr string, h http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Addr:              addr,
+		Handler:           h,
+		ReadHeaderTimeout: headerTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+}

@@ -1,0 +1,295 @@
+package api
+
+import (
+	"crypto/sha256"
+	"encoding/json"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/getkin/kin-openapi/openapi3"
+
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// sample is a request that would do something, were it allowed. An operation of
+// openapi.yaml that is not here fails the matrix.
+type sample struct {
+	query string
+	body  string
+	// others is what a key of another organization gets: the status, and the code
+	// where it is refused.
+	others     int
+	othersCode string
+}
+
+const notYours = "not_your_sandbox"
+
+var samples = map[string]sample{
+	"createSandbox":     {body: `{"template":"python"}`, others: 201},
+	"listSandboxes":     {others: 200},
+	"getSandbox":        {others: 403, othersCode: notYours},
+	"destroySandbox":    {others: 403, othersCode: notYours},
+	"keepaliveSandbox":  {body: `{"timeout":"1h"}`, others: 403, othersCode: notYours},
+	"wakeSandbox":       {others: 403, othersCode: notYours},
+	"suspendSandbox":    {others: 403, othersCode: notYours},
+	"checkpointSandbox": {others: 403, othersCode: notYours},
+	"setEgress":         {body: `{"mode":"allow_all"}`, others: 403, othersCode: notYours},
+	"listEvents":        {others: 403, othersCode: notYours},
+	"executeCommand":    {body: `{"command":"id"}`, others: 403, othersCode: notYours},
+	"writeFile":         {query: "path=/tmp/a", body: "x", others: 403, othersCode: notYours},
+	"readFile":          {query: "path=/tmp/a", others: 403, othersCode: notYours},
+	"removeFile":        {query: "path=/tmp/a", others: 403, othersCode: notYours},
+	"listFiles":         {query: "path=/tmp", others: 403, othersCode: notYours},
+	"listTemplates":     {others: 200},
+	"createTemplate":    {others: 501, othersCode: "unsupported"},
+	"getTemplate":       {others: 404, othersCode: "template_not_found"},
+	"deleteTemplate":    {others: 501, othersCode: "unsupported"},
+	"rebuildTemplate":   {others: 501, othersCode: "unsupported"},
+	"getTemplateLogs":   {others: 404, othersCode: "template_not_found"},
+	"listSizes":         {others: 200},
+	"getPool":           {others: 501, othersCode: "unsupported"},
+	"getMe":             {others: 200},
+	"createAPIKey":      {body: `{"name":"k","scopes":["exec"]}`, others: 201},
+	"listAPIKeys":       {others: 200},
+	"revokeAPIKey":      {others: 404, othersCode: "api_key_not_found"},
+	"createOrg":         {body: `{"name":"third"}`, others: 403, othersCode: "not_the_operator"},
+	"listOrgs":          {others: 403, othersCode: "not_the_operator"},
+	"getMetrics":        {others: 403, othersCode: "not_the_operator"},
+	"getHealth":         {others: 200},
+	"getReady":          {others: 200},
+	"getOpenAPI":        {others: 200},
+}
+
+// cover lists for each scope which scopes grant it.
+var cover = map[auth.Scope][]auth.Scope{
+	auth.SandboxesRead:  {auth.SandboxesRead, auth.SandboxesWrite, auth.Admin},
+	auth.SandboxesWrite: {auth.SandboxesWrite, auth.Admin},
+	auth.Exec:           {auth.Exec, auth.Admin},
+	auth.Files:          {auth.Files, auth.Admin},
+	auth.TemplatesRead:  {auth.TemplatesRead, auth.TemplatesWrite, auth.Admin},
+	auth.TemplatesWrite: {auth.TemplatesWrite, auth.Admin},
+	auth.Admin:          {auth.Admin},
+}
+
+// Every operation of openapi.yaml × every way not to be allowed.
+func TestAuthorizationMatrix(t *testing.T) {
+	h := newHouse(t)
+	box := h.newBox(t)
+	h.agent.files["/tmp/a"] = []byte("private")
+	revoked, revokedSecret := h.newKey(t, 0, auth.Admin)
+	if err := h.auth.RevokeKey(t.Context(), h.org, revoked.ID); err != nil {
+		t.Fatal(err)
+	}
+	expired := h.expiredKey(t)
+	victim, _ := h.newKey(t, 0, auth.Exec)
+	unknown := "cay_" + strings.Repeat("0123456789", 4)
+
+	refused := map[string]func(*http.Request){
+		"no key":            func(*http.Request) {},
+		"unknown key":       header("Authorization", "Bearer "+unknown),
+		"revoked key":       header("Authorization", "Bearer "+revokedSecret),
+		"expired key":       header("Authorization", "Bearer "+expired),
+		"no scheme":         header("Authorization", h.key),
+		"another scheme":    header("Authorization", "Basic "+h.key),
+		"nothing after it":  header("Authorization", "Bearer"),
+		"an empty key":      header("Authorization", "Bearer "),
+		"more after it":     header("Authorization", "Bearer "+h.key+" x"),
+		"a longer key":      header("Authorization", "Bearer "+h.key+"0"),
+		"a shorter key":     header("Authorization", "Bearer "+h.key[:len(h.key)-1]),
+		"an upper-case key": header("Authorization", "Bearer "+strings.ToUpper(h.key)),
+		"another header":    header("X-API-Key", h.key),
+		"two headers": func(r *http.Request) {
+			r.Header["Authorization"] = []string{"Bearer " + h.key, "Bearer " + unknown}
+		},
+		"in the query": func(r *http.Request) { r.URL.RawQuery += "&access_token=" + h.key },
+	}
+	replace := strings.NewReplacer("{id}", box.ID, "{template}", "mine", "{key}", victim.ID)
+	operations(h.spec, func(pattern, path string, op *openapi3.Operation, _ openapi3.Parameters) {
+		s, known := samples[op.OperationID]
+		if !known {
+			t.Errorf("%s (%s) is not in the matrix: add a sample", pattern, op.OperationID)
+			return
+		}
+		method, _, _ := strings.Cut(pattern, " ")
+		target := replace.Replace(path) + "?" + s.query
+		t.Run(op.OperationID, func(t *testing.T) {
+			if op.Security != nil && len(*op.Security) == 0 {
+				if r := h.send(t, method, target, "", s.body); r.status != 200 {
+					t.Errorf("without a key: status %d, want 200", r.status)
+				}
+				return
+			}
+			for name, edit := range refused {
+				r := h.send(t, method, target, "", s.body, edit)
+				if r.status != 401 || r.problem.Code != "unauthenticated" || r.header.Get("WWW-Authenticate") != "Bearer" {
+					t.Errorf("%s: status %d %s, want 401 unauthenticated with WWW-Authenticate", name, r.status, r.body)
+				}
+			}
+			h.checkScopes(t, method, target, s, auth.Scope(op.Extensions["x-cay-scope"].(string)))
+			if r := h.send(t, method, target, h.other, s.body); r.status != s.others || r.problem.Code != s.othersCode {
+				t.Errorf("another organization: status %d %s, want %d %s", r.status, r.body, s.others, s.othersCode)
+			} else if strings.Contains(string(r.body), h.org.Org.ID) || r.problem.Code == "" && strings.Contains(string(r.body), box.ID) {
+				t.Errorf("another organization is told about ours: %s", r.body)
+			}
+		})
+	})
+
+	// Nothing of all that did anything.
+	after := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, ""))
+	if after.Status != "running" || !after.ExpiresAt.Equal(*box.ExpiresAt) {
+		t.Errorf("the sandbox is %s until %s, was running until %s", after.Status, after.ExpiresAt, box.ExpiresAt)
+	}
+	if string(h.agent.files["/tmp/a"]) != "private" || len(h.agent.targets) != 0 {
+		t.Error("the inside of the sandbox was touched")
+	}
+	orgs := as[OrgList](t, 200, h.send(t, "GET", "/v1/orgs", h.key, ""))
+	if len(orgs.Orgs) != 2 {
+		t.Errorf("%d organizations, want 2", len(orgs.Orgs))
+	}
+}
+
+// checkScopes tries keys that have every scope but those which cover the one that
+// is needed, and each of these alone.
+func (h *house) checkScopes(t *testing.T, method, target string, s sample, needed auth.Scope) {
+	var without []auth.Scope
+	for _, scope := range auth.Scopes() {
+		if scope != auth.Admin && !slices.Contains(cover[needed], scope) {
+			without = append(without, scope)
+		}
+	}
+	_, poor := h.newKey(t, 0, without...)
+	if needed == "" && !strings.HasPrefix(target, "/v1/api-keys/") {
+		if r := h.send(t, method, target, poor, s.body); r.status != 200 {
+			t.Errorf("any key will do, but status %d: %s", r.status, r.body)
+		}
+		return
+	}
+	want := needed
+	if want == "" {
+		want = auth.Admin // of a key other than oneself
+	}
+	r := h.send(t, method, target, poor, s.body)
+	if r.status != 403 || r.problem.Code != "scope_missing" || !strings.Contains(r.problem.Detail, string(want)) {
+		t.Errorf("without %s: status %d %s, want 403 scope_missing that names it", want, r.status, r.body)
+	}
+	if method != http.MethodGet {
+		return // what is allowed would be done
+	}
+	for _, scope := range cover[needed] {
+		_, enough := h.newKey(t, 0, scope)
+		if r := h.send(t, method, target, enough, s.body); r.status == 401 || r.status == 403 {
+			t.Errorf("with %s: status %d %s", scope, r.status, r.body)
+		}
+	}
+}
+
+// expiredKey stores a key whose time is over.
+func (h *house) expiredKey(t *testing.T) string {
+	t.Helper()
+	secret := "cay_" + strings.Repeat("9876543210", 4)
+	hash := sha256.Sum256([]byte(secret))
+	err := h.db.PutKey(t.Context(), auth.Key{ID: "key_" + strings.Repeat("e", 20), OrgID: h.org.Org.ID, Name: "expired", Hash: hash[:],
+		Prefix: secret[:12], Scopes: []auth.Scope{auth.Admin}, CreatedAt: time.Now().Add(-time.Hour), ExpiresAt: time.Now().Add(-time.Minute)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return secret
+}
+
+// What is not there at all also needs a key: routes are not told to strangers.
+func TestUnknownPaths(t *testing.T) {
+	h := newHouse(t)
+	for _, path := range []string{"/", "/v1", "/v2/sandboxes", "/v1/sandboxes/", "/v1//sandboxes", "/v1/sandboxes/../me", "/v1/sandboxes/x/nope", "/debug/pprof/"} {
+		if r := h.send(t, "GET", path, "", ""); r.status != 401 {
+			t.Errorf("%s without a key: status %d, want 401", path, r.status)
+		}
+		if r := h.send(t, "GET", path, h.key, ""); r.status != 404 || r.problem.Code != "no_such_route" {
+			t.Errorf("%s: status %d %s, want 404 no_such_route", path, r.status, r.body)
+		}
+	}
+	for _, c := range []struct{ method, path, allow string }{
+		{"PATCH", "/v1/sandboxes", "GET, HEAD, POST"},
+		{"GET", "/v1/sandboxes/sbx_aaaaaaaaaaaaaaaaaaaa/execute", "POST"},
+		{"POST", "/healthz", "GET, HEAD"},
+		{"PROPFIND", "/v1/me", "GET, HEAD"},
+	} {
+		r := h.send(t, c.method, c.path, h.key, "")
+		if r.status != 405 || r.problem.Code != "method_not_allowed" || r.header.Get("Allow") != c.allow {
+			t.Errorf("%s %s: status %d, Allow %q: %s", c.method, c.path, r.status, r.header.Get("Allow"), r.body)
+		}
+	}
+}
+
+func TestKeysAndOrganizations(t *testing.T) {
+	h := newHouse(t)
+	made := as[NewAPIKey](t, 201, h.send(t, "POST", "/v1/api-keys", h.key, `{"name":"ci","scopes":["exec","files"],"expires_in":"1h"}`))
+	if d := time.Until(*made.ExpiresAt); d < 59*time.Minute || d > time.Hour {
+		t.Errorf("expires in %s, want an hour", d)
+	}
+	me := as[Me](t, 200, h.send(t, "GET", "/v1/me", made.APIKey, ""))
+	if me.APIKey.ID != made.ID || me.Org.ID != h.org.Org.ID || !slices.Equal(me.APIKey.Scopes, []Scope{ScopeExec, ScopeFiles}) {
+		t.Errorf("me is %+v", me)
+	}
+	for _, body := range []string{string(h.send(t, "GET", "/v1/api-keys", h.key, "").body), string(h.send(t, "GET", "/v1/me", made.APIKey, "").body), h.log.String()} {
+		if strings.Contains(body, made.APIKey) || strings.Contains(body, h.key) {
+			t.Errorf("a secret is shown: %s", body)
+		}
+	}
+	if r := h.send(t, "DELETE", "/v1/api-keys/"+made.ID, made.APIKey, ""); r.status != 204 {
+		t.Errorf("revoking oneself: status %d %s", r.status, r.body)
+	}
+	if r := h.send(t, "GET", "/v1/me", made.APIKey, ""); r.status != 401 {
+		t.Errorf("revoked key: status %d", r.status)
+	}
+	if r := h.send(t, "DELETE", "/v1/api-keys/"+made.ID, h.key, ""); r.status != 204 {
+		t.Errorf("revoking again: status %d %s", r.status, r.body)
+	}
+
+	org := as[NewOrg](t, 201, h.send(t, "POST", "/v1/orgs", h.key, `{"name":"acme","quota":{"sandboxes":1}}`))
+	if org.Quota.Sandboxes != 1 {
+		t.Errorf("quota %+v", org.Quota)
+	}
+	h.send(t, "POST", "/v1/sandboxes", org.APIKey, `{"template":"python"}`)
+	if r := h.send(t, "POST", "/v1/sandboxes", org.APIKey, `{"template":"python"}`); r.status != 429 || r.problem.Code != "quota_exceeded" {
+		t.Errorf("over quota: status %d %s", r.status, r.body)
+	}
+	page := as[OrgList](t, 200, h.send(t, "GET", "/v1/orgs?limit=2", h.key, ""))
+	if len(page.Orgs) != 2 || page.Orgs[0].Name != "acme" || page.NextCursor == nil {
+		t.Fatalf("first page %+v", page)
+	}
+	page = as[OrgList](t, 200, h.send(t, "GET", "/v1/orgs?cursor="+url.QueryEscape(*page.NextCursor), h.key, ""))
+	if len(page.Orgs) != 1 || page.Orgs[0].Name != auth.OperatorOrg || page.NextCursor != nil {
+		t.Errorf("second page %+v", page)
+	}
+}
+
+// A sandbox's token opens its inside, so nobody is shown it.
+func TestTokensStayInside(t *testing.T) {
+	h := newHouse(t)
+	box := h.newBox(t)
+	h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/execute", h.key, `{"command":"id"}`)
+	token := h.agent.targets[0].Token
+	if token == "" {
+		t.Fatal("the agent was called without a token")
+	}
+	for _, path := range []string{"/v1/sandboxes", "/v1/sandboxes/" + box.ID, "/v1/sandboxes/" + box.ID + "/events"} {
+		if r := h.send(t, "GET", path, h.key, ""); strings.Contains(string(r.body), token) {
+			t.Errorf("%s shows the token", path)
+		}
+	}
+	if strings.Contains(h.log.String(), token) {
+		t.Error("the log shows the token")
+	}
+	row, err := h.boxes.Get(t.Context(), h.org.Org.ID, sandbox.ID(box.ID))
+	if err != nil || row.Token != token {
+		t.Errorf("the row has token %q (%v), the agent got %q", row.Token, err, token)
+	}
+	if b, err := json.Marshal(sandboxOf(row)); err != nil || strings.Contains(string(b), token) {
+		t.Errorf("encoded: %s, %v", b, err)
+	}
+}

@@ -1,0 +1,301 @@
+package api
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"path"
+	"regexp"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// call is what is known of one request while it is answered. It belongs to the
+// goroutine that answers it.
+type call struct {
+	id       string
+	patience patience
+	received *countingBody
+
+	route string // pattern, e.g. "/v1/sandboxes/{id}"; "" when there is none
+	who   auth.Principal
+
+	code string // of the problem that was answered
+	err  error  // for the log, when the server or the connection broke
+	gone bool   // the caller left before the answer
+}
+
+type callKey struct{}
+
+func callOf(r *http.Request) *call { return r.Context().Value(callKey{}).(*call) }
+
+// saneID is what is taken over of a caller's own X-Request-Id: nothing that could
+// disturb a log.
+var saneID = regexp.MustCompile(`^[A-Za-z0-9._-]{1,128}$`)
+
+func requestID(r *http.Request) string {
+	if id := r.Header.Get("X-Request-Id"); saneID.MatchString(id) {
+		return id
+	}
+	return "req_" + strings.ToLower(rand.Text())
+}
+
+// ServeHTTP answers one request: who asks, may they, do it, write it down.
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	start := time.Now()
+	c := &call{id: requestID(r), patience: s.patience, received: &countingBody{ReadCloser: r.Body}}
+	r = r.WithContext(context.WithValue(r.Context(), callKey{}, c))
+	rec := &recorder{ResponseWriter: w, control: http.NewResponseController(w), stall: s.patience.stall}
+	// The deadline of the answer before this one on the connection is not for this
+	// one. A writer without deadlines is one of a test.
+	_ = rec.control.SetWriteDeadline(time.Time{})
+	if r.Body != nil && r.Body != http.NoBody {
+		r.Body = c.received
+	}
+	rec.Header().Set("X-Request-Id", c.id)
+	rec.Header().Set("X-Content-Type-Options", "nosniff")
+	s.metrics.inFlight.Inc()
+	defer func() {
+		s.metrics.inFlight.Dec()
+		broken := s.recovered(rec, r, recover())
+		s.finish(r, rec, time.Since(start))
+		if broken {
+			// The answer has begun and is not whole: only a broken connection says so.
+			panic(http.ErrAbortHandler)
+		}
+	}()
+	s.serve(rec, r)
+}
+
+func (s *server) serve(w *recorder, r *http.Request) {
+	c := callOf(r)
+	_, pattern := s.mux.Handler(r)
+	route, known := routes[pattern]
+	if path.Clean(r.URL.Path) != r.URL.Path {
+		known = false // the mux would redirect; no client of ours needs that
+	}
+	if known {
+		_, c.route, _ = strings.Cut(pattern, " ")
+	}
+	if !known || !route.open {
+		if err := s.admit(r, route.scope); err != nil {
+			s.fail(w, r, err)
+			return
+		}
+	}
+	if !known {
+		s.noRoute(w, r)
+		return
+	}
+	if err := checkQuery(r, route); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.mux.ServeHTTP(w, r)
+}
+
+// admit says who asks and whether the key covers the scope.
+func (s *server) admit(r *http.Request, scope auth.Scope) error {
+	c := callOf(r)
+	who, err := s.Auth.Authenticate(r.Context(), bearer(r))
+	if err != nil {
+		return err
+	}
+	c.who = who
+	if err := s.Auth.Allow(who); err != nil {
+		return err
+	}
+	if scope != "" && !who.May(scope) {
+		return fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s", scope)
+	}
+	return nil
+}
+
+// bearer is the secret of the Authorization header, "" when there is none or it
+// is not of the form.
+func bearer(r *http.Request) string {
+	values := r.Header.Values("Authorization")
+	if len(values) != 1 {
+		return ""
+	}
+	scheme, secret, ok := strings.Cut(values[0], " ")
+	if !ok || !strings.EqualFold(scheme, "Bearer") {
+		return ""
+	}
+	return secret
+}
+
+// noRoute tells 404 from 405: the mux knows which methods a path has.
+func (s *server) noRoute(w http.ResponseWriter, r *http.Request) {
+	probe := probe{header: http.Header{}}
+	if path.Clean(r.URL.Path) == r.URL.Path {
+		if h, pattern := s.mux.Handler(r); pattern == "" {
+			h.ServeHTTP(&probe, r)
+		}
+	}
+	if probe.status == http.StatusMethodNotAllowed {
+		allow := probe.header.Get("Allow")
+		w.Header().Set("Allow", allow)
+		s.problem(w, r, http.StatusMethodNotAllowed, fault.New(fault.Invalid, "method_not_allowed", "this path has %s", allow))
+		return
+	}
+	s.fail(w, r, fault.New(fault.NotFound, "no_such_route", "this API has no such path; see /openapi.yaml"))
+}
+
+// probe takes the head of an answer and nothing else.
+type probe struct {
+	header http.Header
+	status int
+}
+
+func (p *probe) Header() http.Header         { return p.header }
+func (p *probe) WriteHeader(status int)      { p.status = status }
+func (p *probe) Write(b []byte) (int, error) { return len(b), nil }
+
+// checkQuery refuses what a route does not know. A misspelt filter would select
+// everything, so it is not ignored.
+func checkQuery(r *http.Request, route access) error {
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return fault.New(fault.Invalid, "invalid_query", "the query cannot be parsed").Because(err)
+	}
+	for name, values := range query {
+		switch {
+		case !route.takes(name):
+			return fault.InField("unknown_parameter", name, "is no parameter of this operation")
+		case len(values) > 1 && name != route.many:
+			return fault.InField(codeOf(name), name, "is given more than once")
+		}
+	}
+	return nil
+}
+
+// recovered answers a panic. It reports whether the connection has to be broken
+// because an answer has begun.
+func (s *server) recovered(w *recorder, r *http.Request, p any) (broken bool) {
+	if p == nil {
+		return false
+	}
+	c := callOf(r)
+	if err, ok := p.(error); ok && errors.Is(err, http.ErrAbortHandler) {
+		return true
+	}
+	c.err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+	if w.status != 0 {
+		return true
+	}
+	s.fail(w, r, c.err)
+	return false
+}
+
+// finish writes the access log line and counts. Of the query nothing is logged:
+// paths and metadata are the caller's own.
+func (s *server) finish(r *http.Request, w *recorder, took time.Duration) {
+	c := callOf(r)
+	status := w.status
+	switch {
+	case c.gone:
+		status = statusGone
+	case status == 0:
+		status = http.StatusOK
+	}
+	level := slog.LevelInfo
+	switch {
+	case status == http.StatusInternalServerError:
+		level = slog.LevelError
+	case status == http.StatusServiceUnavailable:
+		level = slog.LevelWarn
+	case c.route == "/healthz" || c.route == "/readyz" || c.route == "/metrics":
+		level = slog.LevelDebug // asked every few seconds
+	}
+	attrs := []slog.Attr{
+		slog.String("request_id", c.id),
+		slog.String("method", r.Method),
+		slog.String("route", c.route),
+		slog.String("path", r.URL.Path),
+		slog.Int("status", status),
+		slog.Float64("duration_ms", float64(took.Microseconds())/1000),
+		slog.Int64("bytes_in", c.received.n),
+		slog.Int64("bytes_out", w.bytes),
+		slog.String("remote", r.RemoteAddr),
+	}
+	if c.who.Key.ID != "" {
+		attrs = append(attrs, slog.String("org", c.who.Org.ID), slog.String("key", c.who.Key.ID))
+	}
+	if c.code != "" {
+		attrs = append(attrs, slog.String("code", c.code))
+	}
+	if c.err != nil {
+		attrs = append(attrs, slog.String("error", c.err.Error()))
+	}
+	s.Log.LogAttrs(context.WithoutCancel(r.Context()), level, "request", attrs...)
+	s.metrics.observe(c.route, r.Method, status, took)
+}
+
+// recorder notes what was answered, and ends a caller who does not take it.
+type recorder struct {
+	http.ResponseWriter
+	control *http.ResponseController
+	stall   time.Duration
+	status  int
+	bytes   int64
+}
+
+// Unwrap lets http.ResponseController reach the connection.
+func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// WriteHeader begins the answer.
+func (w *recorder) WriteHeader(status int) {
+	if w.status == 0 && status >= 200 {
+		w.status = status
+	}
+	w.soon()
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// soon gives the caller time to take the next piece. A writer without deadlines
+// is one of a test.
+func (w *recorder) soon() { _ = w.control.SetWriteDeadline(time.Now().Add(w.stall)) }
+
+// writePiece is how much is written under one deadline, bytes: with a minute for
+// each, a caller has to take 4 KiB a second.
+const writePiece = 256 << 10
+
+// Write writes in pieces, each of which has to be taken in time.
+func (w *recorder) Write(b []byte) (int, error) {
+	if w.status == 0 {
+		w.WriteHeader(http.StatusOK)
+	}
+	written := 0
+	for {
+		piece := b[written:min(written+writePiece, len(b))]
+		w.soon()
+		n, err := w.ResponseWriter.Write(piece)
+		written += n
+		w.bytes += int64(n)
+		if err != nil || written == len(b) {
+			return written, err
+		}
+	}
+}
+
+// countingBody counts what was read of a body.
+type countingBody struct {
+	io.ReadCloser
+	n int64
+}
+
+func (b *countingBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.n += int64(n)
+	return n, err
+}

@@ -1,0 +1,282 @@
+package api
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"io/fs"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/getkin/kin-openapi/openapi3"
+	"github.com/getkin/kin-openapi/openapi3filter"
+	"github.com/getkin/kin-openapi/routers"
+	"github.com/getkin/kin-openapi/routers/gorillamux"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/client"
+	"github.com/cayhq/cay/internal/agentapi"
+)
+
+// notInClient is what the client has no method for: this version's server has none
+// of it either.
+var notInClient = map[string]bool{"createTemplate": true, "deleteTemplate": true, "rebuildTemplate": true, "getPool": true}
+
+// requestChecker fails the test when a request is not what openapi.yaml says, and
+// notes which operations were called.
+type requestChecker struct {
+	t      testing.TB
+	router routers.Router
+	base   http.RoundTripper
+
+	mu   sync.Mutex
+	seen map[string]bool // operation ids; guarded by mu
+}
+
+func (c *requestChecker) RoundTrip(r *http.Request) (*http.Response, error) {
+	route, params, err := c.router.FindRoute(r)
+	if err != nil {
+		c.t.Errorf("%s %s: %v", r.Method, r.URL, err)
+		return c.base.RoundTrip(r)
+	}
+	c.mu.Lock()
+	c.seen[route.Operation.OperationID] = true
+	c.mu.Unlock()
+	in := &openapi3filter.RequestValidationInput{Request: r.Clone(r.Context()), PathParams: params, Route: route, Options: &openapi3filter.Options{
+		AuthenticationFunc: func(_ context.Context, a *openapi3filter.AuthenticationInput) error {
+			if !strings.HasPrefix(a.RequestValidationInput.Request.Header.Get("Authorization"), "Bearer cay_") {
+				return errors.New("no bearer key")
+			}
+			return nil
+		},
+		ExcludeRequestBody: route.Operation.OperationID == "writeFile",
+	}}
+	in.Request.Body = http.NoBody
+	if r.Body != nil && r.Header.Get("Content-Type") == "application/json" {
+		b, err := io.ReadAll(r.Body)
+		if err != nil {
+			return nil, err
+		}
+		r.Body, in.Request.Body = io.NopCloser(bytes.NewReader(b)), io.NopCloser(bytes.NewReader(b))
+	}
+	if err := openapi3filter.ValidateRequest(r.Context(), in); err != nil {
+		c.t.Errorf("%s %s: the request is not what openapi.yaml says: %v", r.Method, r.URL, err)
+	}
+	return c.base.RoundTrip(r)
+}
+
+// Every operation through the client, requests and answers held against
+// openapi.yaml.
+func TestClient(t *testing.T) {
+	h := newHouse(t)
+	router, err := gorillamux.NewRouter(h.spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	checker := &requestChecker{t: t, router: router, base: h.http.Transport, seen: map[string]bool{}}
+	c, err := client.New(h.url+"/", h.key, client.WithHTTPClient(&http.Client{Transport: checker}), client.WithUserAgent("test"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := t.Context()
+	fatal := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	box := clientSandboxes(t, ctx, c, fatal)
+	clientFiles(t, ctx, c, h, box, fatal)
+	fatal(c.DestroySandbox(ctx, box))
+	if b, err := c.GetSandbox(ctx, box); err != nil || b.Status != client.SandboxStatusDestroyed {
+		t.Errorf("destroyed: %+v, %v", b, err)
+	}
+	clientAccount(t, ctx, c, fatal)
+
+	operations(h.spec, func(pattern, _ string, op *openapi3.Operation, _ openapi3.Parameters) {
+		if checker.seen[op.OperationID] == notInClient[op.OperationID] {
+			t.Errorf("%s (%s): called %t", pattern, op.OperationID, checker.seen[op.OperationID])
+		}
+	})
+}
+
+func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal func(error)) (id string) {
+	r := client.CreateSandboxRequest{Template: "python", Timeout: new("5m"), Env: client.Env{"A": "1"}, Metadata: client.Metadata{"k": "v w"}}
+	first, err := c.CreateSandbox(ctx, r, client.CreateOptions{IdempotencyKey: "a key"})
+	fatal(err)
+	again, err := c.CreateSandbox(ctx, r, client.CreateOptions{IdempotencyKey: "a key", NoWait: true})
+	fatal(err)
+	if again.ID != first.ID || first.Status != client.SandboxStatusRunning {
+		t.Errorf("created %+v and %+v", first, again)
+	}
+	for range 3 {
+		_, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Template: "python"}, client.CreateOptions{})
+		fatal(err)
+	}
+	n := 0
+	for b, err := range c.Sandboxes(ctx, client.ListSandboxesOptions{Status: []client.SandboxStatus{"running", "creating"}, ListOptions: client.ListOptions{Limit: 3}}) {
+		fatal(err)
+		if n++; n == 4 && b.ID != first.ID {
+			t.Errorf("the oldest is %s, want %s", b.ID, first.ID)
+		}
+	}
+	l, err := c.ListSandboxes(ctx, client.ListSandboxesOptions{Metadata: map[string]string{"k": "v w"}})
+	fatal(err)
+	if n != 4 || len(l.Sandboxes) != 1 {
+		t.Errorf("%d sandboxes, %d with the metadata; want 4 and 1", n, len(l.Sandboxes))
+	}
+	kept, err := c.Keepalive(ctx, first.ID, time.Hour)
+	fatal(err)
+	if *kept.TimeoutSeconds != 3600 {
+		t.Errorf("kept for %d s", *kept.TimeoutSeconds)
+	}
+	_, err = c.Keepalive(ctx, first.ID, 0)
+	fatal(err)
+	_, err = c.Wake(ctx, first.ID)
+	fatal(err)
+	_, err = c.SetEgress(ctx, first.ID, client.Egress{Mode: client.EgressModeAllowAll})
+	fatal(err)
+	if _, err := c.Suspend(ctx, first.ID); !client.HasCode(err, "sandbox_not_persistent") {
+		t.Errorf("suspend: %v", err)
+	}
+	if _, err := c.Checkpoint(ctx, first.ID); !client.HasCode(err, "sandbox_not_persistent") {
+		t.Errorf("checkpoint: %v", err)
+	}
+	n = 0
+	for _, err := range c.Events(ctx, first.ID, client.ListOptions{Limit: 1}) {
+		fatal(err)
+		n++
+	}
+	if n != 2 {
+		t.Errorf("%d events, want 2", n)
+	}
+	for b, err := range c.Sandboxes(ctx, client.ListSandboxesOptions{ListOptions: client.ListOptions{Cursor: "nonsense"}}) {
+		if !client.HasCode(err, "invalid_cursor") {
+			t.Errorf("%v, %v", b, err)
+		}
+	}
+	return first.ID
+}
+
+func clientFiles(t *testing.T, ctx context.Context, c *client.Client, h *house, id string, fatal func(error)) {
+	h.agent.execute = func(_ context.Context, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error) {
+		return agentapi.ExecuteResult{Stdout: append([]byte{0xff}, r.Stdin...), Stderr: []byte("é")}, nil
+	}
+	res, err := c.Execute(ctx, id, client.ExecuteRequest{Args: []string{"cat"}, Stdin: new("in")})
+	fatal(err)
+	stdout, err := res.StdoutBytes()
+	fatal(err)
+	stderr, err := res.StderrBytes()
+	fatal(err)
+	if string(stdout) != "\xffin" || string(stderr) != "é" {
+		t.Errorf("output %q, %q", stdout, stderr)
+	}
+
+	name := filepath.Join(t.TempDir(), "local")
+	fatal(os.WriteFile(name, []byte("0123456789"), 0o600))
+	local, err := os.Open(name)
+	fatal(err)
+	defer local.Close()
+	_, err = local.Seek(2, io.SeekStart)
+	fatal(err)
+	fatal(c.WriteFile(ctx, id, "/home/user/a?b&c", local, client.WriteFileOptions{Mode: new(fs.FileMode(0o700)), Owner: "user"}))
+	if up := h.agent.uploads[0]; up.Path != "/home/user/a?b&c" || up.Size != 8 || *up.Mode != 0o700 || up.User != "user" {
+		t.Errorf("uploaded %+v", up)
+	}
+	fatal(c.WriteFile(ctx, id, "/home/user/piped", io.MultiReader(strings.NewReader("piped")), client.WriteFileOptions{}))
+	fatal(c.WriteFile(ctx, id, "/home/user/empty", nil, client.WriteFileOptions{}))
+	if up := h.agent.uploads[1:]; up[0].Size != -1 || up[1].Size != 0 {
+		t.Errorf("uploaded %+v", up)
+	}
+	for _, part := range []struct {
+		o          client.ReadFileOptions
+		want, part string
+	}{
+		{client.ReadFileOptions{}, "23456789", ""},
+		{client.ReadFileOptions{Offset: 6}, "89", "bytes 6-7/8"},
+		{client.ReadFileOptions{Length: 3}, "234", "bytes 0-2/8"},
+		{client.ReadFileOptions{Offset: 1, Length: 2}, "34", "bytes 1-2/8"},
+	} {
+		f, err := c.ReadFile(ctx, id, "/home/user/a?b&c", part.o)
+		fatal(err)
+		b, err := io.ReadAll(f)
+		fatal(err)
+		fatal(f.Close())
+		if string(b) != part.want || f.Size != int64(len(part.want)) || f.ContentRange != part.part {
+			t.Errorf("%+v: %q of %d bytes, %q", part.o, b, f.Size, f.ContentRange)
+		}
+	}
+	entries, err := c.ListFiles(ctx, id, "/home", 2)
+	fatal(err)
+	if len(entries) != 3 {
+		t.Errorf("entries %+v", entries)
+	}
+	fatal(c.RemoveFile(ctx, id, "/home/user/empty", false))
+	fatal(c.RemoveFile(ctx, id, "/home/user", true))
+	_, err = c.ReadFile(ctx, id, "/home/user/piped", client.ReadFileOptions{})
+	var e *client.Error
+	if !errors.As(err, &e) || e.Status != 404 || e.Code != "file_not_found" || e.Detail == "" || e.RequestID == "" || !strings.Contains(e.Error(), e.RequestID) {
+		t.Errorf("reading what is gone: %#v", err)
+	}
+	_, err = c.ReadFile(ctx, id, "relative", client.ReadFileOptions{})
+	if !errors.As(err, &e) || e.Field != "path" || !strings.HasPrefix(e.Error(), "path: ") {
+		t.Errorf("reading a relative path: %v", err)
+	}
+}
+
+func clientAccount(t *testing.T, ctx context.Context, c *client.Client, fatal func(error)) {
+	n := 0
+	for _, err := range c.Templates(ctx, client.ListOptions{Limit: 2}) {
+		fatal(err)
+		n++
+	}
+	python, err := c.GetTemplate(ctx, "python")
+	fatal(err)
+	lines, err := c.TemplateLogs(ctx, "python")
+	fatal(err)
+	sizes, err := c.ListSizes(ctx)
+	fatal(err)
+	if n != 4 || python.Status != client.TemplateStatusReady || len(lines) != 2 || len(sizes) != 2 {
+		t.Errorf("%d templates, %+v, %v, %v", n, python, lines, sizes)
+	}
+	key, err := c.CreateAPIKey(ctx, client.CreateAPIKeyRequest{Name: "k", Scopes: []string{string(client.ScopeExec)}, ExpiresIn: new("1h")})
+	fatal(err)
+	me, err := c.Me(ctx)
+	fatal(err)
+	keys := map[string]client.APIKey{}
+	fatal(c.RevokeAPIKey(ctx, key.ID))
+	for k, err := range c.APIKeys(ctx, client.ListOptions{Limit: 1}) {
+		fatal(err)
+		keys[k.ID] = k
+	}
+	if len(keys) != 2 || keys[key.ID].RevokedAt == nil || keys[me.APIKey.ID].Prefix == "" {
+		t.Errorf("keys %+v", keys)
+	}
+	org, err := c.CreateOrg(ctx, client.CreateOrgRequest{Name: "acme", Quota: &client.QuotaRequest{VCPUs: new(2)}})
+	fatal(err)
+	n = 0
+	for o, err := range c.Orgs(ctx, client.ListOptions{}) {
+		fatal(err)
+		if n++; n == 1 && (o.ID != org.ID || o.Quota.VCPUs != 2) {
+			t.Errorf("newest organization %+v", o)
+		}
+	}
+	_, err = c.Health(ctx)
+	fatal(err)
+	_, err = c.Ready(ctx)
+	fatal(err)
+	metrics, err := c.Metrics(ctx)
+	fatal(err)
+	fatal(metrics.Close())
+	doc, err := c.OpenAPI(ctx)
+	fatal(err)
+	if n != 3 || !bytes.Equal(doc, cay.OpenAPI) {
+		t.Errorf("%d organizations, a document of %d bytes", n, len(doc))
+	}
+}

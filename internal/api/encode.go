@@ -1,0 +1,159 @@
+package api
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/template"
+)
+
+// optional is nil for the zero value, which the wire leaves out.
+func optional[T comparable](v T) *T {
+	var zero T
+	if v == zero {
+		return nil
+	}
+	return &v
+}
+
+// at is a time of the wire, nil for "not yet" and "does not apply".
+func at(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
+	}
+	return new(t.UTC())
+}
+
+// seconds rounds up, so that a short time never shows as none.
+func seconds(d time.Duration) int64 { return int64((d + time.Second - 1) / time.Second) }
+
+// each maps a list; the result is never nil, so that an empty one is [].
+func each[T, U any](list []T, f func(T) U) []U {
+	out := make([]U, len(list))
+	for i, v := range list {
+		out[i] = f(v)
+	}
+	return out
+}
+
+func orEmpty(m map[string]string) map[string]string {
+	if m == nil {
+		return map[string]string{}
+	}
+	return m
+}
+
+func sandboxOf(b sandbox.Sandbox) Sandbox {
+	out := Sandbox{
+		ID:              string(b.ID),
+		Template:        b.Template,
+		TemplateID:      b.TemplateID,
+		TemplateVersion: b.TemplateVersion,
+		Mode:            SandboxMode(b.Mode),
+		Status:          SandboxStatus(b.State.Status()),
+		State:           SandboxState(b.State),
+		Size:            b.Size.Name,
+		VCPUs:           b.Size.VCPUs,
+		MemoryMB:        b.Size.MemoryMB,
+		DiskMB:          b.DiskMB,
+		Env:             orEmpty(b.Env),
+		Metadata:        orEmpty(b.Metadata),
+		Egress:          egressOf(b.Egress),
+		CreatedAt:       b.CreatedAt.UTC(),
+		StartedAt:       at(b.StartedAt),
+		SuspendedAt:     at(b.SuspendedAt),
+		DestroyedAt:     at(b.DestroyedAt),
+		DestroyReason:   optional(string(b.DestroyReason)),
+		Error:           optional(b.Error),
+		Source:          optional(SandboxSource(b.Source)),
+	}
+	switch b.Mode {
+	case sandbox.Ephemeral:
+		out.ExpiresAt = at(b.ExpiresAt)
+		out.TimeoutSeconds = new(seconds(b.Timeout))
+	case sandbox.Persistent:
+		out.IdleTimeoutSeconds = new(seconds(b.IdleTimeout))
+		out.LastActivityAt = at(b.LastActivityAt)
+	}
+	return out
+}
+
+func egressOf(e sandbox.Egress) Egress {
+	out := Egress{Mode: EgressMode(e.Mode)}
+	if e.Mode == "" {
+		out.Mode = EgressMode(sandbox.AllowAll)
+	}
+	for _, p := range e.AllowCIDRs {
+		out.AllowCIDRs = append(out.AllowCIDRs, netip.Prefix.String(p))
+	}
+	for _, p := range e.DenyCIDRs {
+		out.DenyCIDRs = append(out.DenyCIDRs, netip.Prefix.String(p))
+	}
+	for _, port := range e.AllowPorts {
+		out.AllowPorts = append(out.AllowPorts, int(port))
+	}
+	return out
+}
+
+func eventOf(e sandbox.Event) Event {
+	return Event{ID: e.ID, Time: e.At.UTC(), From: optional(SandboxState(e.From)), To: SandboxState(e.To), Reason: e.Reason}
+}
+
+func entryOf(e agentapi.Entry) FileEntry {
+	return FileEntry{
+		Name: e.Name, Path: e.Path, Type: FileEntryType(e.Type), Size: e.Size, Mode: fmt.Sprintf("%04o", e.Mode&0o7777),
+		Owner: e.Owner, Group: e.Group, ModifiedAt: e.ModifiedAt.UTC(), SymlinkTarget: optional(e.SymlinkTarget),
+	}
+}
+
+func templateOf(t template.Template) Template {
+	return Template{
+		ID:             t.ID,
+		Name:           t.Name,
+		Description:    t.Description,
+		Builtin:        t.Builtin(),
+		Status:         TemplateStatus(t.Status),
+		Progress:       optional(t.Progress),
+		BuildError:     optional(t.BuildError),
+		Version:        t.Version,
+		Source:         optional(t.Source),
+		ImageSizeBytes: optional(t.ImageSize),
+		Env:            orEmpty(t.Env),
+		Workdir:        optional(t.Workdir),
+		User:           optional(t.User),
+		StartCommand:   optional(t.StartCommand),
+		Size:           optional(t.Size),
+		DiskSizeMB:     optional(t.DiskMB),
+		Egress:         egressOf(t.Egress),
+		CreatedAt:      t.CreatedAt.UTC(),
+		UpdatedAt:      t.UpdatedAt.UTC(),
+		BuiltAt:        at(t.BuiltAt),
+	}
+}
+
+func sizeOf(s sandbox.Size) Size {
+	return Size{Name: s.Name, VCPUs: s.VCPUs, MemoryMB: s.MemoryMB, Dedicated: s.Dedicated}
+}
+
+func quotaOf(q auth.Quota) Quota {
+	return Quota{Sandboxes: q.Sandboxes, VCPUs: q.VCPUs, MemoryMB: q.MemoryMB}
+}
+
+func orgOf(o auth.Org) Org {
+	return Org{ID: o.ID, Name: o.Name, Quota: quotaOf(o.Quota), CreatedAt: o.CreatedAt.UTC()}
+}
+
+func scopesOf(scopes []auth.Scope) []Scope {
+	return each(scopes, func(s auth.Scope) Scope { return Scope(s) })
+}
+
+func keyOf(k auth.Key) APIKey {
+	return APIKey{
+		ID: k.ID, Name: k.Name, Prefix: k.Prefix, Scopes: scopesOf(k.Scopes), CreatedAt: k.CreatedAt.UTC(),
+		ExpiresAt: at(k.ExpiresAt), RevokedAt: at(k.RevokedAt), LastUsedAt: at(k.LastUsedAt),
+	}
+}

@@ -1,0 +1,150 @@
+package api
+
+import (
+	"encoding/base64"
+	"fmt"
+	"net/http"
+	"syscall"
+	"time"
+	"unicode/utf8"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// Limits of a command. Part of the contract.
+const (
+	defaultCommandTimeout = 30 * time.Second
+	maxCommandTimeout     = 5 * time.Minute
+)
+
+func target(box sandbox.Sandbox) agentapi.Target {
+	return agentapi.Target{SandboxID: string(box.ID), Run: box.Run, Token: box.Token}
+}
+
+// ExecuteCommand answers POST /v1/sandboxes/{id}/execute.
+func (s *server) ExecuteCommand(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var in ExecuteRequest
+	if _, err := read(w, r, maxExecuteBody, true, &in); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	request, err := commandOf(in)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	lease, err := s.Sandboxes.Connect(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	defer lease.Release()
+	result, err := s.Agent.Execute(r.Context(), target(lease.Sandbox), request)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusOK, resultOf(result))
+}
+
+func commandOf(in ExecuteRequest) (agentapi.ExecuteRequest, error) {
+	out := agentapi.ExecuteRequest{Args: in.Args, Env: in.Env, Timeout: defaultCommandTimeout}
+	if in.Command != nil {
+		if in.Args != nil {
+			return out, fault.InField("invalid_command", "command", "give command or args, not both")
+		}
+		out.Command = *in.Command
+	}
+	timeout, err := duration("timeout", in.Timeout)
+	if err != nil {
+		return out, err
+	}
+	if timeout != nil {
+		if *timeout <= 0 || *timeout > maxCommandTimeout {
+			return out, fault.InField("invalid_timeout", "timeout", "must be more than 0 and at most %s", maxCommandTimeout)
+		}
+		out.Timeout = *timeout
+	}
+	if err := sandbox.CheckEnv(in.Env); err != nil {
+		return out, err
+	}
+	if in.Workdir != nil {
+		if len(*in.Workdir) == 0 || (*in.Workdir)[0] != '/' {
+			return out, fault.InField("invalid_workdir", "workdir", "must be an absolute path")
+		}
+		out.Workdir = *in.Workdir
+	}
+	if in.User != nil {
+		if *in.User == "" {
+			return out, fault.InField("invalid_user", "user", "must be the name or number of a user, not empty")
+		}
+		out.User = *in.User
+	}
+	if in.Stdin != nil {
+		out.Stdin = []byte(*in.Stdin)
+	}
+	return out, out.Check()
+}
+
+func resultOf(r agentapi.ExecuteResult) ExecuteResult {
+	out := ExecuteResult{
+		ExitCode:        r.ExitCode,
+		StdoutTruncated: r.StdoutTruncated,
+		StderrTruncated: r.StderrTruncated,
+		DurationMs:      r.Duration.Milliseconds(),
+		TimedOut:        r.TimedOut,
+		OOMKilled:       r.OOMKilled,
+	}
+	var encoded bool
+	if out.Stdout, encoded = text(r.Stdout, r.StdoutTruncated); encoded {
+		out.StdoutEncoding = new(ExecuteResultStdoutEncodingBase64)
+	}
+	if out.Stderr, encoded = text(r.Stderr, r.StderrTruncated); encoded {
+		out.StderrEncoding = new(ExecuteResultStderrEncodingBase64)
+	}
+	if r.Signal != 0 {
+		out.Signal = new(signalName(r.Signal))
+	}
+	return out
+}
+
+// text is output as JSON can carry it: as it is, or base64 when it is not UTF-8.
+// A cut in the middle of a character does not make text binary: the piece of the
+// character goes.
+func text(b []byte, cut bool) (s string, encoded bool) {
+	if utf8.Valid(b) {
+		return string(b), false
+	}
+	if cut {
+		for n := 1; n < utf8.UTFMax && n <= len(b); n++ {
+			tail := b[len(b)-n:]
+			if utf8.RuneStart(tail[0]) {
+				if !utf8.FullRune(tail) && utf8.Valid(b[:len(b)-n]) {
+					return string(b[:len(b)-n]), false
+				}
+				break
+			}
+		}
+	}
+	return base64.StdEncoding.EncodeToString(b), true
+}
+
+// firstRealtime is SIGRTMIN of Linux; what lies above has no names of its own.
+const firstRealtime = 34
+
+func signalName(n int) string {
+	if name := unix.SignalName(syscall.Signal(n)); name != "" {
+		return name
+	}
+	if n > firstRealtime {
+		return fmt.Sprintf("SIGRTMIN+%d", n-firstRealtime)
+	}
+	if n == firstRealtime {
+		return "SIGRTMIN"
+	}
+	return fmt.Sprintf("SIG%d", n)
+}

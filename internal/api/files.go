@@ -1,0 +1,258 @@
+package api
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"path"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+const (
+	// maxFile is the largest file that can be written, bytes. Part of the contract.
+	maxFile = 100_000_000
+	// Depths of a listing. Part of the contract.
+	defaultDepth = 1
+	maxDepth     = 10
+)
+
+// WriteFile answers PUT /v1/sandboxes/{id}/files.
+func (s *server) WriteFile(w http.ResponseWriter, r *http.Request, id SandboxID, params WriteFileParams) {
+	upload, err := uploadOf(w, r, params)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	lease, err := s.Sandboxes.Connect(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	defer lease.Release()
+	if err := s.Agent.Upload(r.Context(), target(lease.Sandbox), upload); err != nil {
+		s.fail(w, r, ownerError(err))
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func uploadOf(w http.ResponseWriter, r *http.Request, params WriteFileParams) (agentapi.UploadRequest, error) {
+	out := agentapi.UploadRequest{Path: params.Path, Size: r.ContentLength, Body: http.NoBody}
+	if err := agentapi.CheckFilePath(params.Path); err != nil {
+		return out, err
+	}
+	if params.Mode != nil {
+		mode, err := fileMode(*params.Mode)
+		if err != nil {
+			return out, err
+		}
+		out.Mode = &mode
+	}
+	if params.Owner != nil {
+		if *params.Owner == "" {
+			return out, fault.InField("invalid_owner", "owner", "must be the name or number of a user, not empty")
+		}
+		// The file is written as its owner, so that parents become theirs too.
+		out.User = *params.Owner
+	}
+	if r.ContentLength > maxFile {
+		return out, errFileTooLarge
+	}
+	if r.Body != nil {
+		out.Body = &upload{body: r.Body, control: http.NewResponseController(w), stall: callOf(r).patience.stall, left: maxFile}
+	}
+	return out, nil
+}
+
+// ownerError names the parameter of this call where the agent names its own.
+func ownerError(err error) error {
+	f := fault.As(err)
+	if f == nil || f.Field != "user" {
+		return err
+	}
+	named := f.Because(err)
+	named.Field = "owner"
+	return named
+}
+
+// errFileTooLarge is Invalid, not TooLarge: the contract has 400 here.
+var errFileTooLarge = fault.New(fault.Invalid, "file_too_large", "a file may have %d bytes", maxFile)
+
+// upload reads a file from the caller: no more than is left, and each piece in time.
+type upload struct {
+	body    io.Reader
+	control *http.ResponseController
+	stall   time.Duration
+	left    int64
+}
+
+func (u *upload) Read(p []byte) (int, error) {
+	// A writer without deadlines is one of a test.
+	_ = u.control.SetReadDeadline(time.Now().Add(u.stall))
+	n, err := u.body.Read(p)
+	if u.left -= int64(n); u.left < 0 {
+		return 0, errFileTooLarge
+	}
+	switch {
+	case err == io.EOF:
+		// See body for why it must go.
+		_ = u.control.SetReadDeadline(time.Time{})
+	case err != nil:
+		err = incomplete(err)
+	}
+	return n, err
+}
+
+// contentRange is what a Content-Range may look like; it comes from inside the
+// sandbox.
+var contentRange = regexp.MustCompile(`^bytes (\d+-\d+|\*)/(\d+|\*)$`)
+
+// copyPiece is how much of a file is held at once, bytes.
+const copyPiece = 128 << 10
+
+// ReadFile answers GET /v1/sandboxes/{id}/files.
+func (s *server) ReadFile(w http.ResponseWriter, r *http.Request, id SandboxID, params ReadFileParams) {
+	if err := checkNotRoot(params.Path); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	lease, err := s.Sandboxes.Connect(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	defer lease.Release()
+	file, err := s.Agent.Download(r.Context(), target(lease.Sandbox), params.Path, "", rangeOf(r.Header))
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	defer file.Body.Close()
+	s.sendFile(w, r, file)
+}
+
+// checkNotRoot refuses the paths that no file can have, without touching the
+// sandbox.
+func checkNotRoot(p string) error {
+	if err := agentapi.CheckPath(p); err != nil {
+		return err
+	}
+	if path.Clean(p) == "/" {
+		return fault.InField(agentapi.CodeInvalidPath, "path", "is the root directory")
+	}
+	return nil
+}
+
+// rangeOf is the range to ask for. Several at once, and one that depends on what
+// the file was (If-Range), are answered with the whole file, as RFC 9110 allows.
+func rangeOf(h http.Header) string {
+	text := h.Get("Range")
+	if strings.Contains(text, ",") || h.Get("If-Range") != "" {
+		return ""
+	}
+	return text
+}
+
+func (s *server) sendFile(w http.ResponseWriter, r *http.Request, file *agentapi.Download) {
+	h := w.Header()
+	part := file.Header.Get("Content-Range")
+	if !contentRange.MatchString(part) {
+		part = ""
+	}
+	if file.Status == http.StatusRequestedRangeNotSatisfiable {
+		if part != "" {
+			h.Set("Content-Range", part)
+		}
+		s.problem(w, r, file.Status, fault.InField("invalid_range", "Range", "lies outside the file"))
+		return
+	}
+	h.Set("Content-Type", "application/octet-stream")
+	h.Set("Cache-Control", "no-store")
+	h.Set("Accept-Ranges", "bytes")
+	if file.Size >= 0 {
+		h.Set("Content-Length", strconv.FormatInt(file.Size, 10))
+	}
+	status := http.StatusOK
+	if file.Status == http.StatusPartialContent && part != "" {
+		status = http.StatusPartialContent
+		h.Set("Content-Range", part)
+	}
+	w.WriteHeader(status)
+	if r.Method == http.MethodHead {
+		return
+	}
+	if _, err := io.CopyBuffer(w, file.Body, make([]byte, copyPiece)); err != nil {
+		if r.Context().Err() != nil {
+			callOf(r).gone = true
+		}
+		callOf(r).err = fmt.Errorf("sending a file: %w", err)
+		// The status is out; only a broken connection says that this is not all.
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// RemoveFile answers DELETE /v1/sandboxes/{id}/files.
+func (s *server) RemoveFile(w http.ResponseWriter, r *http.Request, id SandboxID, params RemoveFileParams) {
+	if err := checkNotRoot(params.Path); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	lease, err := s.Sandboxes.Connect(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	defer lease.Release()
+	recursive := params.Recursive != nil && *params.Recursive
+	if err := s.Agent.Remove(r.Context(), target(lease.Sandbox), params.Path, "", recursive); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// ListFiles answers GET /v1/sandboxes/{id}/files/list.
+func (s *server) ListFiles(w http.ResponseWriter, r *http.Request, id SandboxID, params ListFilesParams) {
+	depth := defaultDepth
+	if params.Depth != nil {
+		depth = *params.Depth
+	}
+	err := agentapi.CheckPath(params.Path)
+	if err == nil && (depth < 1 || depth > maxDepth) {
+		err = fault.InField("invalid_depth", "depth", "must be between 1 and %d", maxDepth)
+	}
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	lease, err := s.Sandboxes.Connect(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	defer lease.Release()
+	entries, err := s.Agent.List(r.Context(), target(lease.Sandbox), params.Path, "", depth)
+	if err != nil {
+		s.fail(w, r, tooManyEntries(err))
+		return
+	}
+	s.answer(w, r, http.StatusOK, FileList{Entries: each(entries, entryOf)})
+}
+
+// tooManyEntries makes a listing that is too large the fault of the depth: 413
+// speaks of the caller's body.
+func tooManyEntries(err error) error {
+	var f *fault.Error
+	if errors.As(err, &f) && f.Code == agentapi.CodeListingTooLarge {
+		return fault.InField(f.Code, "depth", "%s", f.Detail).Because(err)
+	}
+	return err
+}

@@ -1,0 +1,442 @@
+package api
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/getkin/kin-openapi/openapi3"
+	"github.com/getkin/kin-openapi/openapi3filter"
+	"github.com/getkin/kin-openapi/routers"
+	"github.com/getkin/kin-openapi/routers/gorillamux"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/store"
+	"github.com/cayhq/cay/internal/template"
+)
+
+// house is the real core on a real database behind the real HTTP stack; only the
+// machine and what is inside the sandboxes is played.
+type house struct {
+	url    string
+	spec   *openapi3.T
+	http   *http.Client // checks every answer against openapi.yaml
+	log    *logBuffer
+	db     *store.DB
+	node   *caytest.Node
+	agent  *fakeAgent
+	server *server // not to be changed once a request was made
+	boxes  *sandbox.Service
+	auth   *auth.Service
+	ready  error
+
+	key   string // admin of the operator's organization
+	org   auth.Principal
+	other string // admin of another organization
+}
+
+type option func(*auth.Config, *sandbox.Config, *Config)
+
+// withAgent plays the inside of the sandboxes in another way.
+func withAgent(a Agent) option {
+	return func(_ *auth.Config, _ *sandbox.Config, c *Config) { c.Agent = a }
+}
+
+func newHouse(t testing.TB, options ...option) *house {
+	t.Helper()
+	ctx := t.Context()
+	h := &house{log: &logBuffer{}, node: caytest.NewNode(), agent: newFakeAgent(), spec: loadSpec(t)}
+	log := slog.New(slog.NewJSONHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	db, err := store.Open(ctx, filepath.Join(t.TempDir(), "cay.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.db = db
+	authConfig := auth.Config{Quota: auth.Quota{Sandboxes: 50}, Log: log}
+	boxConfig := sandbox.Config{
+		Sizes:       []sandbox.Size{{Name: "shared-cpu-1x", VCPUs: 1, MemoryMB: 512}, {Name: "performance-1x", VCPUs: 1, MemoryMB: 2048, Dedicated: true}},
+		DefaultSize: "shared-cpu-1x", DefaultDisk: 2048, MaxDisk: 8192, KeepDestroyed: time.Hour,
+	}
+	templates := template.New(template.Config{}, db, nil, db, log)
+	registry := prometheus.NewRegistry()
+	cfg := Config{
+		Agent: h.agent, Templates: templates, Log: log, Version: "test", Registry: registry,
+		Metrics: promhttp.HandlerFor(registry, promhttp.HandlerOpts{}),
+		Ready:   func() error { return h.ready },
+	}
+	for _, o := range options {
+		o(&authConfig, &boxConfig, &cfg)
+	}
+	h.auth = auth.New(db, authConfig)
+	h.boxes = sandbox.New(boxConfig, db, h.node, templates, log, nil)
+	if cfg.Sandboxes == nil {
+		cfg.Sandboxes = h.boxes
+	}
+	cfg.Auth = h.auth
+	if _, err := h.auth.Bootstrap(ctx, func(secret string) error { h.key = secret; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if h.org, err = h.auth.Authenticate(ctx, h.key); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, h.other, err = h.auth.CreateOrg(ctx, h.org, "other", auth.QuotaRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	h.putTemplates(t)
+
+	listener := httptest.NewUnstartedServer(nil)
+	h.server = New(cfg).(*server)
+	listener.Config = Server("", h.server, log)
+	listener.Start()
+	h.url = listener.URL
+	router, err := gorillamux.NewRouter(h.spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.http = &http.Client{Transport: &checkedTransport{t: t, router: router, base: &http.Transport{ExpectContinueTimeout: 10 * time.Second}}}
+	t.Cleanup(func() {
+		listener.Close()
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		defer cancel()
+		for _, err := range []error{h.boxes.Close(ctx), h.auth.Close(ctx), db.Close()} {
+			if err != nil {
+				t.Errorf("closing: %v", err)
+			}
+		}
+	})
+	return h
+}
+
+// putTemplates stores one template of each kind; only python is ready.
+func (h *house) putTemplates(t testing.TB) {
+	t.Helper()
+	at := time.Now().UTC().Add(-time.Hour)
+	for i, v := range []template.Template{
+		{Name: "python", Status: template.Ready, Version: 3, Image: strings.Repeat("ab", 32), ImageSize: 5, Source: "debian:bookworm", BuiltAt: at,
+			Env: map[string]string{"LANG": "C.UTF-8"}, Workdir: "/home/user", User: "user", Size: "shared-cpu-1x", DiskMB: 512},
+		{Name: "slow", Status: template.Building, Progress: "installing packages, 3 of 9"},
+		{Name: "broken", Status: template.Failed, BuildError: "step 2: exit code 100"},
+		{Name: "mine", OrgID: h.org.Org.ID, Status: template.Pending},
+	} {
+		v.ID = "tpl_" + strings.Repeat(string(rune('a'+i)), 20)
+		v.CreatedAt, v.UpdatedAt = at.Add(time.Duration(i)*time.Second), at.Add(time.Duration(i)*time.Second)
+		v.Egress.Mode = sandbox.AllowAll
+		if err := h.db.PutTemplate(t.Context(), v); err != nil {
+			t.Fatal(err)
+		}
+		if err := h.db.AppendTemplateLog(t.Context(), v.ID, true, []template.LogLine{{At: at, Text: "first"}, {At: at, Text: "second"}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func loadSpec(t testing.TB) *openapi3.T {
+	t.Helper()
+	spec, err := openapi3.NewLoader().LoadFromData(cay.OpenAPI)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return spec
+}
+
+// checkedTransport fails the test when an answer is not what openapi.yaml says
+// that operation answers, or lacks what every answer has.
+type checkedTransport struct {
+	t      testing.TB
+	router routers.Router
+	base   http.RoundTripper
+}
+
+func (c *checkedTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := c.base.RoundTrip(r)
+	if err != nil {
+		return nil, err
+	}
+	if resp.Header.Get("X-Request-Id") == "" {
+		c.t.Errorf("%s %s: no X-Request-Id", r.Method, r.URL)
+	}
+	route, params, err := c.router.FindRoute(&http.Request{Method: r.Method, URL: r.URL, Host: r.Host})
+	if err != nil {
+		return resp, nil // no operation: 404 and 405 are in no document
+	}
+	if resp.ContentLength > 1<<20 {
+		return resp, nil // large files are checked by those who ask for them
+	}
+	body, err := io.ReadAll(resp.Body)
+	resp.Body.Close()
+	resp.Body = io.NopCloser(bytes.NewReader(body))
+	if err != nil {
+		resp.Body = io.NopCloser(io.MultiReader(bytes.NewReader(body), brokenReader{err}))
+		return resp, nil
+	}
+	err = openapi3filter.ValidateResponse(context.Background(), &openapi3filter.ResponseValidationInput{
+		RequestValidationInput: &openapi3filter.RequestValidationInput{Request: r, PathParams: params, Route: route},
+		Status:                 resp.StatusCode, Header: resp.Header, Body: io.NopCloser(bytes.NewReader(body)),
+		Options: &openapi3filter.Options{IncludeResponseStatus: true, ExcludeResponseBody: resp.Header.Get("Content-Type") == "application/yaml"},
+	})
+	if err != nil {
+		c.t.Errorf("%s %s: the answer is not what openapi.yaml says: %v", r.Method, r.URL, err)
+	}
+	return resp, nil
+}
+
+type brokenReader struct{ err error }
+
+func (b brokenReader) Read([]byte) (int, error) { return 0, b.err }
+
+// reply is an answer read to its end.
+type reply struct {
+	status  int
+	header  http.Header
+	body    []byte
+	problem Problem // if it is one
+}
+
+// send makes a request as it is; a body that is not "" is JSON.
+func (h *house) send(t testing.TB, method, path, key, body string, edit ...func(*http.Request)) reply {
+	t.Helper()
+	var in io.Reader
+	if body != "" {
+		in = strings.NewReader(body)
+	}
+	r, err := http.NewRequestWithContext(t.Context(), method, h.url+path, in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if body != "" {
+		r.Header.Set("Content-Type", "application/json")
+	}
+	if key != "" {
+		r.Header.Set("Authorization", "Bearer "+key)
+	}
+	for _, e := range edit {
+		e(r)
+	}
+	resp, err := h.http.Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	out := reply{status: resp.StatusCode, header: resp.Header}
+	if out.body, err = io.ReadAll(resp.Body); err != nil {
+		t.Fatalf("reading the answer: %v", err)
+	}
+	if resp.Header.Get("Content-Type") == "application/problem+json" && len(out.body) > 0 {
+		if err := json.Unmarshal(out.body, &out.problem); err != nil {
+			t.Fatal(err)
+		}
+		if out.problem.RequestID != resp.Header.Get("X-Request-Id") || out.problem.Status != resp.StatusCode {
+			t.Errorf("problem %s does not match the head of its answer", out.body)
+		}
+	}
+	return out
+}
+
+func header(name, value string) func(*http.Request) {
+	return func(r *http.Request) { r.Header.Set(name, value) }
+}
+
+// as decodes the body of an answer that must have the status.
+func as[T any](t testing.TB, status int, r reply) T {
+	t.Helper()
+	var v T
+	if r.status != status {
+		t.Fatalf("status %d, want %d: %s", r.status, status, r.body)
+	}
+	if err := json.Unmarshal(r.body, &v); err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+// newBox creates a running sandbox of the operator's organization.
+func (h *house) newBox(t testing.TB) Sandbox {
+	t.Helper()
+	return as[Sandbox](t, http.StatusCreated, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python"}`))
+}
+
+// newKey makes a key of the operator's organization.
+func (h *house) newKey(t testing.TB, expiresIn time.Duration, scopes ...auth.Scope) (auth.Key, string) {
+	t.Helper()
+	var names []string
+	for _, s := range scopes {
+		names = append(names, string(s))
+	}
+	k, secret, err := h.auth.CreateKey(t.Context(), h.org, "test", names, expiresIn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k, secret
+}
+
+// putBox stores a sandbox as a crash or a later version might have left it.
+func (h *house) putBox(t testing.TB, mode sandbox.Mode, state sandbox.State) sandbox.ID {
+	t.Helper()
+	now := time.Now().UTC()
+	b := sandbox.Sandbox{ID: sandbox.NewID(), OrgID: h.org.Org.ID, Mode: mode, State: sandbox.Creating, Run: "r", Template: "python",
+		TemplateID: "tpl_aaaaaaaaaaaaaaaaaaaa", TemplateVersion: 3, Size: sandbox.Size{Name: "shared-cpu-1x", VCPUs: 1, MemoryMB: 512},
+		DiskMB: 64, Timeout: time.Minute, IdleTimeout: time.Minute, CreatedAt: now, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, Source: sandbox.Cold}
+	if _, _, err := h.db.Insert(t.Context(), b, sandbox.Quota{}, sandbox.Once{}); err != nil {
+		t.Fatal(err)
+	}
+	if state != sandbox.Creating {
+		if _, err := h.db.Transition(t.Context(), sandbox.Change{ID: b.ID, From: []sandbox.State{sandbox.Creating}, To: state, At: now}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return b.ID
+}
+
+// fakeAgent plays the inside of every sandbox: files in a map, and whatever
+// execute is set to.
+type fakeAgent struct {
+	execute func(ctx context.Context, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error)
+	fail    error // of every call but execute
+
+	mu      sync.Mutex
+	files   map[string][]byte
+	uploads []agentapi.UploadRequest // without bodies; guarded by mu
+	targets []agentapi.Target        // guarded by mu
+}
+
+func newFakeAgent() *fakeAgent {
+	return &fakeAgent{files: map[string][]byte{}, execute: func(context.Context, agentapi.ExecuteRequest) (agentapi.ExecuteResult, error) {
+		return agentapi.ExecuteResult{Stdout: []byte("42\n"), Duration: 1500 * time.Microsecond}, nil
+	}}
+}
+
+func (a *fakeAgent) Execute(ctx context.Context, t agentapi.Target, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error) {
+	a.mu.Lock()
+	a.targets = append(a.targets, t)
+	execute := a.execute
+	a.mu.Unlock()
+	return execute(ctx, r)
+}
+
+func (a *fakeAgent) Upload(_ context.Context, _ agentapi.Target, r agentapi.UploadRequest) error {
+	if a.fail != nil {
+		return a.fail
+	}
+	b, err := io.ReadAll(r.Body)
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.files[r.Path] = b
+	r.Body = nil
+	a.uploads = append(a.uploads, r)
+	return nil
+}
+
+var errNoFile = fault.New(fault.NotFound, agentapi.CodeFileNotFound, "no such file")
+
+func (a *fakeAgent) Download(_ context.Context, _ agentapi.Target, path, _, rng string) (*agentapi.Download, error) {
+	if a.fail != nil {
+		return nil, a.fail
+	}
+	a.mu.Lock()
+	b, ok := a.files[path]
+	a.mu.Unlock()
+	if !ok {
+		return nil, errNoFile
+	}
+	// net/http's own file server plays the agent's.
+	rec := httptest.NewRecorder()
+	r := httptest.NewRequest("GET", "/files", nil)
+	if rng != "" {
+		r.Header.Set("Range", rng)
+	}
+	http.ServeContent(rec, r, "", time.Time{}, bytes.NewReader(b))
+	resp := rec.Result()
+	return &agentapi.Download{Body: resp.Body, Size: int64(rec.Body.Len()), Status: resp.StatusCode, Header: resp.Header}, nil
+}
+
+func (a *fakeAgent) Remove(_ context.Context, _ agentapi.Target, path, _ string, recursive bool) error {
+	if a.fail != nil {
+		return a.fail
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	found := false
+	for name := range a.files {
+		if name == path || recursive && strings.HasPrefix(name, path+"/") {
+			delete(a.files, name)
+			found = true
+		}
+	}
+	if !found {
+		return errNoFile
+	}
+	return nil
+}
+
+func (a *fakeAgent) List(_ context.Context, _ agentapi.Target, path, _ string, depth int) ([]agentapi.Entry, error) {
+	if a.fail != nil {
+		return nil, a.fail
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var entries []agentapi.Entry
+	for name, b := range a.files {
+		rest, ok := strings.CutPrefix(name, strings.TrimSuffix(path, "/")+"/")
+		if ok && strings.Count(rest, "/") < depth {
+			entries = append(entries, agentapi.Entry{Name: filepath.Base(name), Path: name, Type: agentapi.TypeFile, Size: int64(len(b)),
+				Mode: 0o100644, Owner: "user", Group: "user", ModifiedAt: time.Now()})
+		}
+	}
+	return entries, nil
+}
+
+// logBuffer takes log lines from several goroutines.
+type logBuffer struct {
+	mu sync.Mutex
+	// +checklocks:mu
+	buf bytes.Buffer // guarded by mu
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+// line waits for the access log line of a request, which is written after the
+// answer has left.
+func (l *logBuffer) line(t testing.TB, requestID string) map[string]any {
+	t.Helper()
+	for deadline := time.Now().Add(5 * time.Second); ; {
+		for text := range strings.Lines(l.String()) {
+			var line map[string]any
+			if json.Unmarshal([]byte(text), &line) == nil && line["request_id"] == requestID && line["msg"] == "request" {
+				return line
+			}
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("no log line for request %s in:\n%s", requestID, l)
+		}
+		time.Sleep(time.Millisecond) // between two looks, until the deadline
+	}
+}

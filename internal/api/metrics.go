@@ -1,0 +1,48 @@
+package api
+
+import (
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// metrics counts requests by route pattern, never by path: ids would make a
+// series each.
+type metrics struct {
+	inFlight prometheus.Gauge
+	requests *prometheus.CounterVec
+	duration *prometheus.HistogramVec
+}
+
+func newMetrics(registry prometheus.Registerer) *metrics {
+	m := &metrics{
+		inFlight: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "cay_http_requests_in_flight", Help: "Requests being answered now.",
+		}),
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "cay_http_requests_total", Help: "Requests answered, by route pattern, method and class of status (4xx).",
+		}, []string{"route", "method", "code"}),
+		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "cay_http_request_duration_seconds", Help: "Time to answer a request, its body included, by route pattern and method.",
+			// From a lookup to a command of five minutes.
+			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300},
+		}, []string{"route", "method"}),
+	}
+	registry.MustRegister(m.inFlight, m.requests, m.duration)
+	return m
+}
+
+func (m *metrics) observe(route, method string, status int, took time.Duration) {
+	if route == "" {
+		route = "none"
+	}
+	switch method {
+	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete:
+	default:
+		method = "other" // callers choose it; each would make a series
+	}
+	m.requests.WithLabelValues(route, method, strconv.Itoa(status/100)+"xx").Inc()
+	m.duration.WithLabelValues(route, method).Observe(took.Seconds())
+}

@@ -1,0 +1,68 @@
+package api
+
+import (
+	"strings"
+
+	"github.com/cayhq/cay/internal/auth"
+)
+
+// access says who may call a route and what its query may hold. The zero value
+// needs a valid key and takes no parameters.
+type access struct {
+	open  bool       // needs no key
+	scope auth.Scope // the key must cover it; "" is any valid key
+	query []string   // known parameters; one that ends in "." is a prefix
+	many  string     // the one parameter that may be repeated
+}
+
+// routes is the one table of who may call what. A test holds it and openapi.yaml
+// together; a route that is not here is refused.
+var routes = map[string]access{
+	"POST /v1/sandboxes":                 {scope: auth.SandboxesWrite, query: []string{"wait"}},
+	"GET /v1/sandboxes":                  {scope: auth.SandboxesRead, query: []string{"status", "limit", "cursor", "metadata."}, many: "status"},
+	"GET /v1/sandboxes/{id}":             {scope: auth.SandboxesRead},
+	"DELETE /v1/sandboxes/{id}":          {scope: auth.SandboxesWrite},
+	"POST /v1/sandboxes/{id}/keepalive":  {scope: auth.SandboxesWrite},
+	"POST /v1/sandboxes/{id}/wake":       {scope: auth.SandboxesWrite},
+	"POST /v1/sandboxes/{id}/suspend":    {scope: auth.SandboxesWrite},
+	"POST /v1/sandboxes/{id}/checkpoint": {scope: auth.SandboxesWrite},
+	"PUT /v1/sandboxes/{id}/egress":      {scope: auth.SandboxesWrite},
+	"GET /v1/sandboxes/{id}/events":      {scope: auth.SandboxesRead, query: []string{"limit", "cursor"}},
+
+	"POST /v1/sandboxes/{id}/execute":   {scope: auth.Exec},
+	"PUT /v1/sandboxes/{id}/files":      {scope: auth.Files, query: []string{"path", "mode", "owner"}},
+	"GET /v1/sandboxes/{id}/files":      {scope: auth.Files, query: []string{"path"}},
+	"DELETE /v1/sandboxes/{id}/files":   {scope: auth.Files, query: []string{"path", "recursive"}},
+	"GET /v1/sandboxes/{id}/files/list": {scope: auth.Files, query: []string{"path", "depth"}},
+
+	"GET /v1/templates":                     {scope: auth.TemplatesRead, query: []string{"limit", "cursor"}},
+	"POST /v1/templates":                    {scope: auth.TemplatesWrite},
+	"GET /v1/templates/{template}":          {scope: auth.TemplatesRead},
+	"DELETE /v1/templates/{template}":       {scope: auth.TemplatesWrite},
+	"POST /v1/templates/{template}/rebuild": {scope: auth.TemplatesWrite},
+	"GET /v1/templates/{template}/logs":     {scope: auth.TemplatesRead},
+
+	"GET /v1/sizes":             {},
+	"GET /v1/me":                {},
+	"GET /v1/pool":              {scope: auth.Admin},
+	"POST /v1/api-keys":         {scope: auth.Admin},
+	"GET /v1/api-keys":          {scope: auth.Admin, query: []string{"limit", "cursor"}},
+	"DELETE /v1/api-keys/{key}": {}, // a key may revoke itself; auth asks for admin else
+	"POST /v1/orgs":             {scope: auth.Admin},
+	"GET /v1/orgs":              {scope: auth.Admin, query: []string{"limit", "cursor"}},
+
+	"GET /healthz":      {open: true},
+	"GET /readyz":       {open: true},
+	"GET /openapi.yaml": {open: true},
+	"GET /metrics":      {scope: auth.Admin},
+}
+
+// takes reports whether the route knows the query parameter.
+func (a access) takes(parameter string) bool {
+	for _, known := range a.query {
+		if known == parameter || strings.HasSuffix(known, ".") && strings.HasPrefix(parameter, known) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,276 @@
+package api
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"net/http"
+	"strings"
+
+	"github.com/go-json-experiment/json/jsontext"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// CreateSandbox answers POST /v1/sandboxes.
+func (s *server) CreateSandbox(w http.ResponseWriter, r *http.Request, params CreateSandboxParams) {
+	var in CreateSandboxRequest
+	b, err := read(w, r, maxBody, true, &in)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	once, err := onceOf(r, b)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	request, err := requestOf(in)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	org := callOf(r).who.Org
+	wait := params.Wait == nil || *params.Wait
+	box, err := s.Sandboxes.Create(r.Context(), org.ID, sandbox.Quota(org.Quota), request, once, wait)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	w.Header().Set("Location", "/v1/sandboxes/"+string(box.ID))
+	s.answer(w, r, http.StatusCreated, sandboxOf(box))
+}
+
+// onceOf is the Idempotency-Key with the hash of the body as it is meant: without
+// white space, its fields in order.
+func onceOf(r *http.Request, body []byte) (sandbox.Once, error) {
+	const name, maxKey = "Idempotency-Key", 255
+	values := r.Header.Values(name)
+	if len(values) == 0 {
+		return sandbox.Once{}, nil
+	}
+	key := values[0]
+	if len(values) > 1 || key == "" || len(key) > maxKey || strings.ContainsFunc(key, func(c rune) bool { return c < ' ' || c > '~' }) {
+		return sandbox.Once{}, fault.InField(codeOf(name), name, "must be one text of 1 to %d printable ASCII characters", maxKey)
+	}
+	canonical := jsontext.Value(body).Clone()
+	if err := canonical.Canonicalize(); err != nil {
+		return sandbox.Once{}, fmt.Errorf("bringing a body that was decoded into canonical form: %w", err)
+	}
+	sum := sha256.Sum256(canonical)
+	return sandbox.Once{Key: key, Hash: hex.EncodeToString(sum[:])}, nil
+}
+
+func requestOf(in CreateSandboxRequest) (sandbox.Request, error) {
+	out := sandbox.Request{Template: in.Template, DiskSizeMB: in.DiskSizeMB, Env: in.Env, Metadata: in.Metadata}
+	if in.Mode != nil {
+		if *in.Mode == "" {
+			return out, fault.InField("invalid_mode", "mode", "must be %s or %s, not empty", sandbox.Ephemeral, sandbox.Persistent)
+		}
+		out.Mode = *in.Mode
+	}
+	if in.Size != nil {
+		if *in.Size == "" {
+			return out, fault.InField("invalid_size", "size", "must be one of the sizes in GET /v1/sizes, not empty")
+		}
+		out.Size = *in.Size
+	}
+	var err error
+	if out.Timeout, err = duration("timeout", in.Timeout); err != nil {
+		return out, err
+	}
+	if out.IdleTimeout, err = duration("idle_timeout", in.IdleTimeout); err != nil {
+		return out, err
+	}
+	if out.RecoveryInterval, err = duration("recovery_interval", in.RecoveryInterval); err != nil {
+		return out, err
+	}
+	if in.Egress != nil {
+		e, err := policyOf(*in.Egress)
+		if err != nil {
+			return out, err
+		}
+		out.Egress = &e
+	}
+	return out, nil
+}
+
+func policyOf(in Egress) (sandbox.Egress, error) {
+	return sandbox.ParseEgress(string(in.Mode), in.AllowCIDRs, in.DenyCIDRs, in.AllowPorts)
+}
+
+// metadataPrefix begins the query parameters that filter by metadata.
+const metadataPrefix = "metadata."
+
+// ListSandboxes answers GET /v1/sandboxes.
+func (s *server) ListSandboxes(w http.ResponseWriter, r *http.Request, params ListSandboxesParams) {
+	limit, cursor, err := page(params.Limit, params.Cursor)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	f := sandbox.Filter{OrgID: callOf(r).who.Org.ID, Limit: limit, Cursor: cursor, Metadata: map[string]string{}}
+	if f.States, err = statesOf(params.Status); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	for name, values := range r.URL.Query() {
+		key, ok := strings.CutPrefix(name, metadataPrefix)
+		if !ok {
+			continue
+		}
+		if key == "" {
+			s.fail(w, r, fault.InField("invalid_metadata", name, "must be metadata.KEY=VALUE"))
+			return
+		}
+		f.Metadata[key] = values[0]
+	}
+	boxes, next, err := s.Sandboxes.List(r.Context(), f)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusOK, SandboxList{Sandboxes: each(boxes, sandboxOf), NextCursor: optional(next)})
+}
+
+// statesOf is the states of the statuses asked for: all but destroyed when none is.
+func statesOf(statuses []SandboxStatus) ([]sandbox.State, error) {
+	if len(statuses) == 0 {
+		statuses = []SandboxStatus{SandboxStatusCreating, SandboxStatusRunning, SandboxStatusSuspended}
+	}
+	var states []sandbox.State
+	for _, status := range statuses {
+		of := sandbox.Status(status).Of()
+		if len(of) == 0 {
+			return nil, fault.InField("invalid_status", "status", "must be creating, running, suspended or destroyed, not %.40q", status)
+		}
+		states = append(states, of...)
+	}
+	return states, nil
+}
+
+// GetSandbox answers GET /v1/sandboxes/{id}.
+func (s *server) GetSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	box, err := s.Sandboxes.Get(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	s.answerSandbox(w, r, box, err)
+}
+
+func (s *server) answerSandbox(w http.ResponseWriter, r *http.Request, box sandbox.Sandbox, err error) {
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusOK, sandboxOf(box))
+}
+
+// DestroySandbox answers DELETE /v1/sandboxes/{id}.
+func (s *server) DestroySandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	if err := s.Sandboxes.Destroy(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id)); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// KeepaliveSandbox answers POST /v1/sandboxes/{id}/keepalive.
+func (s *server) KeepaliveSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var in KeepaliveRequest
+	if _, err := read(w, r, maxBody, false, &in); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	timeout, err := duration("timeout", in.Timeout)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	box, err := s.Sandboxes.Keepalive(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id), timeout)
+	s.answerSandbox(w, r, box, err)
+}
+
+// WakeSandbox answers POST /v1/sandboxes/{id}/wake.
+func (s *server) WakeSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	if _, err := read(w, r, maxBody, false, &nothing{}); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	box, err := s.Sandboxes.Wake(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	s.answerSandbox(w, r, box, err)
+}
+
+// SuspendSandbox answers POST /v1/sandboxes/{id}/suspend.
+func (s *server) SuspendSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	if _, err := read(w, r, maxBody, false, &nothing{}); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	box, err := s.Sandboxes.Suspend(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	s.answerSandbox(w, r, box, err)
+}
+
+// CheckpointSandbox answers POST /v1/sandboxes/{id}/checkpoint. The core refuses it
+// for every sandbox there can be in this version, so there is no recovery point to
+// describe yet; should it ever succeed, that is told as what it is.
+func (s *server) CheckpointSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	if _, err := read(w, r, maxBody, false, &nothing{}); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	_, err := s.Sandboxes.Checkpoint(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	if err == nil {
+		err = errUnsupported("recovery points")
+	}
+	s.fail(w, r, err)
+}
+
+// SetEgress answers PUT /v1/sandboxes/{id}/egress.
+func (s *server) SetEgress(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var in Egress
+	_, err := read(w, r, maxBody, true, &in)
+	if err != nil {
+		s.fail(w, r, egressError(err))
+		return
+	}
+	policy, err := policyOf(in)
+	if err != nil {
+		s.fail(w, r, egressError(err))
+		return
+	}
+	box, err := s.Sandboxes.SetEgress(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id), policy)
+	if err != nil {
+		s.fail(w, r, egressError(err))
+		return
+	}
+	s.answer(w, r, http.StatusOK, sandboxOf(box))
+}
+
+// egressError names fields as they are where the policy is the whole body, and
+// gives what is wrong in one the code it has in a create.
+func egressError(err error) error {
+	f := fault.As(err)
+	if f == nil || f.Field == "" {
+		return err
+	}
+	named := f.Because(err)
+	named.Field = strings.TrimPrefix(f.Field, "egress.")
+	if f.Kind == fault.Invalid && strings.HasPrefix(f.Code, "invalid_") {
+		named.Code = "invalid_egress"
+	}
+	return named
+}
+
+// ListEvents answers GET /v1/sandboxes/{id}/events.
+func (s *server) ListEvents(w http.ResponseWriter, r *http.Request, id SandboxID, params ListEventsParams) {
+	limit, cursor, err := page(params.Limit, params.Cursor)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	events, next, err := s.Sandboxes.Events(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id), limit, cursor)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusOK, EventList{Events: each(events, eventOf), NextCursor: optional(next)})
+}

@@ -1,0 +1,136 @@
+package api
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cayhq/cay/internal/agentapi"
+)
+
+// dial sends the head of a request and what follows it, and leaves the rest to
+// the test.
+func (h *house) dial(t *testing.T, method, path, id string, headers string, body string) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(h.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	_, err = fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer %s\r\nX-Request-Id: %s\r\n%s\r\n%s", method, path, h.key, id, headers, body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+// endless is an inside whose files never end and whose uploads are thrown away.
+type endless struct{ *fakeAgent }
+
+func (endless) Download(ctx context.Context, _ agentapi.Target, _, _, _ string) (*agentapi.Download, error) {
+	return &agentapi.Download{Body: io.NopCloser(zeros{}), Size: -1, Status: 200, Header: http.Header{}}, nil
+}
+
+func (endless) Upload(_ context.Context, _ agentapi.Target, r agentapi.UploadRequest) error {
+	if _, err := io.Copy(io.Discard, r.Body); err != nil {
+		return fmt.Errorf("reading the body: %w", err)
+	}
+	return nil
+}
+
+// Callers who send nothing more are answered and let go, whatever they promised.
+func TestSlowSenders(t *testing.T) {
+	h := newHouse(t, withAgent(endless{newFakeAgent()}))
+	h.server.patience = patience{body: 50 * time.Millisecond, stall: 50 * time.Millisecond, drain: 50 * time.Millisecond}
+	box := "/v1/sandboxes/" + h.newBox(t).ID
+	for name, c := range map[string]struct {
+		method, path, headers, body string
+		status                      int
+	}{
+		"json":            {"POST", box + "/execute", "Content-Length: 100\r\n", `{"comm`, 400},
+		"json in chunks":  {"POST", box + "/execute", "Transfer-Encoding: chunked\r\n", "5\r\n{\"com\r\n", 400},
+		"file":            {"PUT", box + "/files?path=/a", "Content-Length: 100\r\n", "half", 400},
+		"file in chunks":  {"PUT", box + "/files?path=/a", "Transfer-Encoding: chunked\r\n", "4\r\nhalf\r\n", 400},
+		"refused at once": {"PUT", box + "/files?path=a", "Content-Length: 100\r\n", "half", 400},
+		"without a route": {"POST", "/v1/nope", "Content-Length: 100\r\n", "half", 404},
+	} {
+		t.Run(name, func(t *testing.T) {
+			conn := h.dial(t, c.method, c.path, "slow", c.headers, c.body)
+			resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b, err := io.ReadAll(resp.Body)
+			if resp.StatusCode != c.status || err != nil {
+				t.Errorf("status %d %s, %v; want %d", resp.StatusCode, b, err, c.status)
+			}
+			if rest, err := io.ReadAll(conn); len(rest) > 0 || err != nil {
+				t.Errorf("the connection is still open: %q, %v", rest, err)
+			}
+		})
+	}
+	if n := h.boxes.InUse(); n != 0 {
+		t.Errorf("%d leases are still held", n)
+	}
+}
+
+// A caller who does not take a file does not hold its sandbox.
+func TestSlowTaker(t *testing.T) {
+	h := newHouse(t, withAgent(endless{newFakeAgent()}))
+	h.server.patience.stall = 100 * time.Millisecond
+	box := "/v1/sandboxes/" + h.newBox(t).ID
+	h.dial(t, "GET", box+"/files?path=/a", "taker", "", "")
+	if line := h.log.line(t, "taker"); line["error"] == nil || line["status"] != float64(200) && line["status"] != float64(statusGone) {
+		t.Errorf("log line %v", line)
+	}
+	if n := h.boxes.InUse(); n != 0 {
+		t.Errorf("%d leases are still held", n)
+	}
+}
+
+// A deadline of one call must not hit the next one on the same connection, nor a
+// command that takes longer than it.
+func TestDeadlinesEndWithTheCall(t *testing.T) {
+	h := newHouse(t)
+	h.server.patience = patience{body: 60 * time.Millisecond, stall: 60 * time.Millisecond, drain: 60 * time.Millisecond}
+	box := "/v1/sandboxes/" + h.newBox(t).ID
+	h.agent.execute = func(ctx context.Context, _ agentapi.ExecuteRequest) (agentapi.ExecuteResult, error) {
+		select {
+		case <-ctx.Done():
+			return agentapi.ExecuteResult{}, ctx.Err()
+		case <-time.After(200 * time.Millisecond): // longer than any deadline
+			return agentapi.ExecuteResult{Stdout: []byte("done")}, nil
+		}
+	}
+	conn := h.dial(t, "GET", "/v1/me", "first", "", "")
+	in := bufio.NewReader(conn)
+	for i, next := range []string{
+		"PUT " + box + "/files?path=/a HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer " + h.key + "\r\nContent-Length: 4\r\n\r\nfile",
+		"POST " + box + "/execute HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer " + h.key + "\r\nContent-Length: 16\r\n\r\n{\"command\":\"id\"}",
+		"PUT " + box + "/files?path=/b HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer " + h.key + "\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\nfile",
+		"DELETE " + box + "/files?path=/a HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer " + h.key + "\r\n\r\n",
+		"",
+	} {
+		resp, err := http.ReadResponse(in, nil)
+		for err == nil && resp.StatusCode == http.StatusContinue {
+			resp, err = http.ReadResponse(in, nil)
+		}
+		if err != nil {
+			t.Fatalf("answer %d: %v", i, err)
+		}
+		if b, err := io.ReadAll(resp.Body); resp.StatusCode/100 != 2 || err != nil {
+			t.Fatalf("answer %d: %d %s, %v", i, resp.StatusCode, b, err)
+		}
+		<-time.After(100 * time.Millisecond) // the deadlines of that call pass
+		if _, err := io.WriteString(conn, next); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

@@ -1,0 +1,240 @@
+package auth
+
+import (
+	"context"
+	"crypto/subtle"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// OperatorOrg is the name of the organization whose admin keys administer the
+// organizations of the server.
+const OperatorOrg = "default"
+
+// minExpiry keeps a key from being dead before its answer arrives.
+const minExpiry = time.Second
+
+// Config is what the operator decides about keys and organizations.
+type Config struct {
+	// Quota is that of an organization that is made without one.
+	Quota Quota
+	// Rate is how many calls a second each key may make in the long run, Burst
+	// how many at once; a Rate of 0 is no limit.
+	Rate  float64
+	Burst int
+	// Log is told when a last use cannot be written. Never nil.
+	Log *slog.Logger
+}
+
+// Service answers who may do what. Close it.
+type Service struct {
+	cfg     Config
+	store   Store
+	buckets buckets
+	uses    *uses
+}
+
+// New makes a Service on store. It starts one goroutine, which Close ends.
+func New(store Store, cfg Config) *Service {
+	s := &Service{cfg: cfg, store: store, uses: newUses(store, cfg.Log)}
+	s.buckets.rate, s.buckets.burst = cfg.Rate, max(cfg.Burst, 1)
+	return s
+}
+
+// Close writes the last uses that are not written yet, until ctx ends.
+func (s *Service) Close(ctx context.Context) error { return s.uses.close(ctx) }
+
+// Bootstrap makes the operator's organization and its first key, with the scope
+// admin, if there is no organization yet. save gets the secret before anything is
+// stored: should the process die in between, the next start makes another one,
+// and there is never a first key that nobody knows.
+func (s *Service) Bootstrap(ctx context.Context, save func(secret string) error) (made bool, err error) {
+	orgs, _, err := s.store.ListOrgs(ctx, 1, "")
+	if err != nil {
+		return false, fmt.Errorf("looking for organizations: %w", err)
+	}
+	if len(orgs) > 0 {
+		return false, nil
+	}
+	org := Org{ID: newID("org_"), Name: OperatorOrg, Quota: s.cfg.Quota, CreatedAt: time.Now().UTC()}
+	key, secret := newKey(org.ID, "first key of the server", []Scope{Admin}, 0)
+	if err := save(secret); err != nil {
+		return false, fmt.Errorf("saving the first key: %w", err)
+	}
+	if err := s.store.PutOrg(ctx, org, key); err != nil {
+		return false, fmt.Errorf("making the first organization: %w", err)
+	}
+	return true, nil
+}
+
+func newKey(orgID, name string, scopes []Scope, expiresIn time.Duration) (Key, string) {
+	secret := newSecret()
+	hash, _ := parseSecret(secret)
+	k := Key{ID: newID("key_"), OrgID: orgID, Name: name, Hash: hash[:], Prefix: secret[:prefixLength], Scopes: scopes, CreatedAt: time.Now().UTC()}
+	if expiresIn > 0 {
+		k.ExpiresAt = k.CreatedAt.Add(expiresIn)
+	}
+	return k, secret
+}
+
+// Authenticate says whose secret it is. A secret that is missing, malformed,
+// unknown, expired or revoked is Unauthenticated, always with the same text.
+func (s *Service) Authenticate(ctx context.Context, secret string) (Principal, error) {
+	refused := fault.New(fault.Unauthenticated, "unauthenticated", "a valid API key is needed: Authorization: Bearer cay_…")
+	hash, ok := parseSecret(secret)
+	if !ok {
+		return Principal{}, refused
+	}
+	// The database compares a hash, whose bits nobody can choose, so its timing
+	// says nothing about a secret; the comparison here is for stores that find
+	// more loosely than they should.
+	key, org, err := s.store.KeyByHash(ctx, hash[:])
+	if fault.Is(err, fault.NotFound) {
+		return Principal{}, refused
+	}
+	if err != nil {
+		return Principal{}, fmt.Errorf("looking up key: %w", err)
+	}
+	now := time.Now()
+	if subtle.ConstantTimeCompare(key.Hash, hash[:]) != 1 || !key.RevokedAt.IsZero() ||
+		!key.ExpiresAt.IsZero() && !now.Before(key.ExpiresAt) {
+		return Principal{}, refused
+	}
+	s.uses.note(key, now)
+	return Principal{Org: org, Key: key}, nil
+}
+
+// Allow takes one call from the key's bucket: Exhausted, code "rate_limited", with
+// RetryAfter when it is empty.
+func (s *Service) Allow(p Principal) error {
+	if wait := s.buckets.take(p.Key.ID, time.Now()); wait > 0 {
+		return fault.New(fault.Exhausted, "rate_limited", "this key may make %g calls a second, %d at once", s.cfg.Rate, s.buckets.burst).After(wait)
+	}
+	return nil
+}
+
+// needAdmin refuses a key without the scope admin.
+func needAdmin(p Principal) error {
+	if !p.May(Admin) {
+		return fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s", Admin)
+	}
+	return nil
+}
+
+// needOperator refuses a key that does not administer organizations.
+func needOperator(p Principal) error {
+	if err := needAdmin(p); err != nil {
+		return err
+	}
+	if p.Org.Name != OperatorOrg {
+		return fault.New(fault.Denied, "not_the_operator", "organizations are administered with keys of the organization %q", OperatorOrg)
+	}
+	return nil
+}
+
+// CreateKey makes a key in p's organization and returns it with its secret, which
+// is not kept. expiresIn 0 is never. It needs the scope admin, and gives no scope
+// that p's key lacks: Denied, code "scope_missing". Invalid, naming the field, for
+// a name, scopes or an expiry that are not right.
+func (s *Service) CreateKey(ctx context.Context, p Principal, name string, scopes []string, expiresIn time.Duration) (Key, string, error) {
+	if err := needAdmin(p); err != nil {
+		return Key{}, "", err
+	}
+	if err := checkKeyName(name); err != nil {
+		return Key{}, "", err
+	}
+	parsed, err := ParseScopes(scopes)
+	if err != nil {
+		return Key{}, "", err
+	}
+	for _, scope := range parsed {
+		if !p.May(scope) {
+			return Key{}, "", fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s itself", scope)
+		}
+	}
+	if expiresIn != 0 && expiresIn < minExpiry {
+		return Key{}, "", fault.InField("invalid_expires_in", "expires_in", "must be 0 for never, or at least %s", minExpiry)
+	}
+	k, secret := newKey(p.Org.ID, name, parsed, expiresIn)
+	if err := s.store.PutKey(ctx, k); err != nil {
+		return Key{}, "", fmt.Errorf("storing key: %w", err)
+	}
+	return k, secret, nil
+}
+
+// ListKeys pages the keys of p's organization, newest first, revoked and expired
+// ones too. It needs the scope admin.
+func (s *Service) ListKeys(ctx context.Context, p Principal, limit int, cursor string) ([]Key, string, error) {
+	if err := needAdmin(p); err != nil {
+		return nil, "", err
+	}
+	return s.store.ListKeys(ctx, p.Org.ID, limit, cursor)
+}
+
+// RevokeKey ends a key of p's organization for good, from the next call on. It
+// needs the scope admin, but any key may revoke itself. It is safe to repeat.
+// NotFound, code "api_key_not_found", when the organization has no such key.
+func (s *Service) RevokeKey(ctx context.Context, p Principal, id string) error {
+	if id != p.Key.ID {
+		if err := needAdmin(p); err != nil {
+			return err
+		}
+	}
+	return s.store.RevokeKey(ctx, p.Org.ID, id, time.Now())
+}
+
+// QuotaRequest is a quota as the operator asks for it: nil is the configured default.
+type QuotaRequest struct {
+	Sandboxes, VCPUs, MemoryMB *int
+}
+
+func (s *Service) quota(r QuotaRequest) (Quota, error) {
+	q := s.cfg.Quota
+	for _, of := range []struct {
+		name string
+		ask  *int
+		set  *int
+	}{{"sandboxes", r.Sandboxes, &q.Sandboxes}, {"vcpus", r.VCPUs, &q.VCPUs}, {"memory_mb", r.MemoryMB, &q.MemoryMB}} {
+		if of.ask == nil {
+			continue
+		}
+		if *of.ask < 0 {
+			return Quota{}, fault.InField("invalid_quota", "quota."+of.name, "must be 0 for no limit, or more")
+		}
+		*of.set = *of.ask
+	}
+	return q, nil
+}
+
+// CreateOrg makes an organization with a first key of the scope admin and returns
+// both, with the key's secret, which is not kept. Only the operator may: Denied
+// else. Conflict, code "org_exists", for a name that is taken.
+func (s *Service) CreateOrg(ctx context.Context, p Principal, name string, r QuotaRequest) (Org, Key, string, error) {
+	if err := needOperator(p); err != nil {
+		return Org{}, Key{}, "", err
+	}
+	if err := checkOrgName(name); err != nil {
+		return Org{}, Key{}, "", err
+	}
+	quota, err := s.quota(r)
+	if err != nil {
+		return Org{}, Key{}, "", err
+	}
+	org := Org{ID: newID("org_"), Name: name, Quota: quota, CreatedAt: time.Now().UTC()}
+	key, secret := newKey(org.ID, "first key of "+name, []Scope{Admin}, 0)
+	if err := s.store.PutOrg(ctx, org, key); err != nil {
+		return Org{}, Key{}, "", fmt.Errorf("storing organization: %w", err)
+	}
+	return org, key, secret, nil
+}
+
+// ListOrgs pages all organizations, newest first. Only the operator may.
+func (s *Service) ListOrgs(ctx context.Context, p Principal, limit int, cursor string) ([]Org, string, error) {
+	if err := needOperator(p); err != nil {
+		return nil, "", err
+	}
+	return s.store.ListOrgs(ctx, limit, cursor)
+}

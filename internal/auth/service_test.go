@@ -1,0 +1,459 @@
+package auth
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"log/slog"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// begin makes a Service on an empty memory store with its operator.
+func begin(t *testing.T, cfg Config) (*Service, *memory, Principal) {
+	t.Helper()
+	st := &memory{}
+	cfg.Log = slog.New(slog.DiscardHandler)
+	s := New(st, cfg)
+	t.Cleanup(func() {
+		if err := s.Close(context.Background()); err != nil {
+			t.Errorf("closing: %v", err)
+		}
+	})
+	var secret string
+	if made, err := s.Bootstrap(t.Context(), func(sec string) error { secret = sec; return nil }); err != nil || !made {
+		t.Fatal(made, err)
+	}
+	p, err := s.Authenticate(t.Context(), secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, st, p
+}
+
+// principal makes a key of p's organization and authenticates with it.
+func principal(t *testing.T, s *Service, p Principal, scopes ...string) (Principal, string) {
+	t.Helper()
+	_, secret, err := s.CreateKey(t.Context(), p, "test", scopes, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	made, err := s.Authenticate(t.Context(), secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return made, secret
+}
+
+func wantFault(t *testing.T, err error, kind fault.Kind, code string) {
+	t.Helper()
+	if fe := fault.As(err); fe == nil || fe.Kind != kind || fe.Code != code {
+		t.Errorf("got error %v, want %s with code %q", err, kind, code)
+	}
+}
+
+func TestBootstrap(t *testing.T) {
+	s, st, p := begin(t, Config{Quota: Quota{Sandboxes: 7}})
+	if p.Org.Name != OperatorOrg || p.Org.Quota.Sandboxes != 7 || !p.May(Admin) {
+		t.Errorf("the first principal is %+v", p)
+	}
+	if ok, _ := regexp.MatchString(`^org_[a-z2-7]{20}$`, p.Org.ID); !ok {
+		t.Errorf("organization ID %q", p.Org.ID)
+	}
+	if ok, _ := regexp.MatchString(`^key_[a-z2-7]{20}$`, p.Key.ID); !ok {
+		t.Errorf("key ID %q", p.Key.ID)
+	}
+	made, err := s.Bootstrap(t.Context(), func(string) error { t.Error("a second first key"); return nil })
+	if made || err != nil || len(st.orgs) != 1 || len(st.keys) != 1 {
+		t.Errorf("bootstrapped again: %v, %v, %d organizations, %d keys", made, err, len(st.orgs), len(st.keys))
+	}
+}
+
+// A crash or a full disk between saving and storing must leave a server that can
+// still be bootstrapped.
+func TestBootstrapFails(t *testing.T) {
+	st := &memory{}
+	s := New(st, Config{Log: slog.New(slog.DiscardHandler)})
+	defer func() {
+		if err := s.Close(context.Background()); err != nil {
+			t.Error(err)
+		}
+	}()
+	full := errors.New("disk full")
+	if made, err := s.Bootstrap(t.Context(), func(string) error { return full }); made || !errors.Is(err, full) || len(st.orgs) != 0 {
+		t.Errorf("with a save that fails: %v, %v, %d organizations", made, err, len(st.orgs))
+	}
+	st.broken = full
+	var saved []string
+	save := func(secret string) error { saved = append(saved, secret); return nil }
+	if made, err := s.Bootstrap(t.Context(), save); made || !errors.Is(err, full) {
+		t.Errorf("with a store that fails: %v, %v", made, err)
+	}
+	st.broken = nil
+	if made, err := s.Bootstrap(t.Context(), save); !made || err != nil {
+		t.Fatal(made, err)
+	}
+	if _, err := s.Authenticate(t.Context(), saved[1]); err != nil {
+		t.Errorf("the second one saved: %v", err)
+	}
+	if _, err := s.Authenticate(t.Context(), saved[0]); !fault.Is(err, fault.Unauthenticated) {
+		t.Errorf("the first one saved: %v", err)
+	}
+}
+
+func TestAuthenticateRefuses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, st, p := begin(t, Config{})
+		_, valid := principal(t, s, p, "exec")
+		_, revoked := principal(t, s, p, "exec")
+		if err := s.RevokeKey(t.Context(), p, st.keys[2].ID); err != nil {
+			t.Fatal(err)
+		}
+		_, expiring, err := s.CreateKey(t.Context(), p, "short", []string{"exec"}, time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute - 1)
+		if _, err := s.Authenticate(t.Context(), expiring); err != nil {
+			t.Errorf("a nanosecond before it expires: %v", err)
+		}
+		time.Sleep(time.Nanosecond)
+		texts := make(map[string]bool)
+		before := st.looked
+		for name, secret := range map[string]string{
+			"missing": "", "malformed": "Bearer x", "short": valid[:len(valid)-1], "long": valid + "0", "upper case": "cay_" + strings.ToUpper(valid[4:]),
+			"another mark": "key_" + valid[4:], "not hex": valid[:len(valid)-1] + "g", "with a space": " " + valid, "line break": valid + "\n",
+			"unknown": "cay_" + strings.Repeat("0", 40), "revoked": revoked, "expired": expiring,
+		} {
+			got, err := s.Authenticate(t.Context(), secret)
+			wantFault(t, err, fault.Unauthenticated, "unauthenticated")
+			if got.Key.ID != "" || got.Org.ID != "" {
+				t.Errorf("%s: got principal %+v with the error", name, got)
+			}
+			texts[err.Error()] = true
+		}
+		if len(texts) != 1 {
+			t.Errorf("the refusals differ: %v", texts)
+		}
+		if st.looked-before != 3 {
+			t.Errorf("%d look-ups, want one each for unknown, revoked and expired", st.looked-before)
+		}
+		if _, err := s.Authenticate(t.Context(), valid); err != nil {
+			t.Errorf("the valid one: %v", err)
+		}
+	})
+}
+
+// A store that fails is not a wrong key: the caller must not be told to give up.
+func TestAuthenticateStoreFails(t *testing.T) {
+	s := New(failing{}, Config{Log: slog.New(slog.DiscardHandler)})
+	_, err := s.Authenticate(t.Context(), newSecret())
+	if fault.KindOf(err) != fault.Internal || err == nil {
+		t.Errorf("got %v, want an internal error", err)
+	}
+	if err := s.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+type failing struct{ Store }
+
+func (failing) KeyByHash(context.Context, []byte) (Key, Org, error) {
+	return Key{}, Org{}, errors.New("disk on fire")
+}
+
+func TestSecretsAreNotKept(t *testing.T) {
+	s, st, p := begin(t, Config{})
+	k, secret, err := s.CreateKey(t.Context(), p, "ci", []string{"files", "exec", "exec"}, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ok, _ := regexp.MatchString(`^cay_[0-9a-f]{40}$`, secret); !ok {
+		t.Errorf("secret %q", secret)
+	}
+	if hash := sha256.Sum256([]byte(secret)); !bytes.Equal(k.Hash, hash[:]) {
+		t.Error("the hash is not that of the secret")
+	}
+	if k.Prefix != secret[:12] || !slices.Equal(k.Scopes, []Scope{Exec, Files}) || !k.ExpiresAt.Equal(k.CreatedAt.Add(time.Hour)) {
+		t.Errorf("the key is %+v", k)
+	}
+	for _, stored := range st.keys {
+		if strings.Contains(stored.Name+stored.ID+stored.Prefix+string(stored.Hash), secret[12:]) {
+			t.Errorf("the secret is in %+v", stored)
+		}
+	}
+}
+
+func TestCreateKeyRefuses(t *testing.T) {
+	s, st, p := begin(t, Config{})
+	lesser, _ := principal(t, s, p, "exec", "templates:write")
+	before := len(st.keys)
+	for _, c := range []struct {
+		who       Principal
+		name      string
+		scopes    []string
+		expires   time.Duration
+		kind      fault.Kind
+		code, fld string
+	}{
+		{p, "", []string{"exec"}, 0, fault.Invalid, "invalid_name", "name"},
+		{p, strings.Repeat("ü", maxKeyName+1), []string{"exec"}, 0, fault.Invalid, "invalid_name", "name"},
+		{p, "two\nlines", []string{"exec"}, 0, fault.Invalid, "invalid_name", "name"},
+		{p, "bad \xff", []string{"exec"}, 0, fault.Invalid, "invalid_name", "name"},
+		{p, "n", nil, 0, fault.Invalid, "invalid_scopes", "scopes"},
+		{p, "n", []string{"exec", "fly"}, 0, fault.Invalid, "invalid_scopes", "scopes"},
+		{p, "n", []string{"Exec"}, 0, fault.Invalid, "invalid_scopes", "scopes"},
+		{p, "n", []string{"exec"}, -1, fault.Invalid, "invalid_expires_in", "expires_in"},
+		{p, "n", []string{"exec"}, time.Second - 1, fault.Invalid, "invalid_expires_in", "expires_in"},
+		{lesser, "n", []string{"exec"}, 0, fault.Denied, "scope_missing", ""},
+	} {
+		_, secret, err := s.CreateKey(t.Context(), c.who, c.name, c.scopes, c.expires)
+		wantFault(t, err, c.kind, c.code)
+		if fe := fault.As(err); fe != nil && fe.Field != c.fld {
+			t.Errorf("field %q, want %q", fe.Field, c.fld)
+		}
+		if secret != "" {
+			t.Error("a secret with an error")
+		}
+	}
+	if len(st.keys) != before {
+		t.Errorf("%d keys were made", len(st.keys)-before)
+	}
+	if _, _, err := s.CreateKey(t.Context(), p, strings.Repeat("ü", maxKeyName), []string{"exec"}, time.Second); err != nil {
+		t.Errorf("exactly at the limits: %v", err)
+	}
+}
+
+func TestMay(t *testing.T) {
+	implied := map[Scope][]Scope{SandboxesWrite: {SandboxesRead}, TemplatesWrite: {TemplatesRead}, Admin: Scopes()}
+	for _, have := range Scopes() {
+		p := Principal{Key: Key{Scopes: []Scope{have}}}
+		for _, want := range Scopes() {
+			if may := want == have || slices.Contains(implied[have], want); p.May(want) != may {
+				t.Errorf("a key with %s may %s: %v, want %v", have, want, !may, may)
+			}
+		}
+	}
+	if (Principal{}).May(SandboxesRead) {
+		t.Error("a key without scopes may read")
+	}
+}
+
+func TestRevoke(t *testing.T) {
+	s, _, p := begin(t, Config{})
+	lesser, secret := principal(t, s, p, "exec")
+	wantFault(t, s.RevokeKey(t.Context(), lesser, p.Key.ID), fault.Denied, "scope_missing")
+	wantFault(t, s.RevokeKey(t.Context(), p, "key_none"), fault.NotFound, "api_key_not_found")
+	if err := s.RevokeKey(t.Context(), lesser, lesser.Key.ID); err != nil {
+		t.Errorf("a key that revokes itself: %v", err)
+	}
+	if _, err := s.Authenticate(t.Context(), secret); !fault.Is(err, fault.Unauthenticated) {
+		t.Errorf("the next call of a revoked key: %v", err)
+	}
+}
+
+func TestOrganizationsAreApart(t *testing.T) {
+	s, _, operator := begin(t, Config{Quota: Quota{Sandboxes: 10, VCPUs: 20, MemoryMB: 30}})
+	none := 0
+	org, key, secret, err := s.CreateOrg(t.Context(), operator, "acme", QuotaRequest{VCPUs: &none})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if org.Quota != (Quota{Sandboxes: 10, VCPUs: 0, MemoryMB: 30}) || key.OrgID != org.ID {
+		t.Errorf("made %+v with %+v", org, key)
+	}
+	acme, err := s.Authenticate(t.Context(), secret)
+	if err != nil || acme.Org.ID != org.ID || !acme.May(Admin) {
+		t.Fatalf("its first key is %+v, %v", acme, err)
+	}
+
+	wantFault(t, s.RevokeKey(t.Context(), acme, operator.Key.ID), fault.NotFound, "api_key_not_found")
+	keys, _, err := s.ListKeys(t.Context(), acme, 50, "")
+	if err != nil || len(keys) != 1 || keys[0].ID != key.ID {
+		t.Errorf("keys of acme: %v, %v", keys, err)
+	}
+	lesser, _ := principal(t, s, operator, "exec")
+	for _, c := range []struct {
+		who  Principal
+		code string
+	}{{acme, "not_the_operator"}, {lesser, "scope_missing"}} {
+		_, _, _, err := s.CreateOrg(t.Context(), c.who, "other", QuotaRequest{})
+		wantFault(t, err, fault.Denied, c.code)
+		_, _, err = s.ListOrgs(t.Context(), c.who, 50, "")
+		wantFault(t, err, fault.Denied, c.code)
+	}
+	_, _, err = s.ListKeys(t.Context(), lesser, 50, "")
+	wantFault(t, err, fault.Denied, "scope_missing")
+
+	_, _, _, err = s.CreateOrg(t.Context(), operator, "acme", QuotaRequest{})
+	wantFault(t, err, fault.Conflict, "org_exists")
+	less := -1
+	_, _, _, err = s.CreateOrg(t.Context(), operator, "other", QuotaRequest{MemoryMB: &less})
+	wantFault(t, err, fault.Invalid, "invalid_quota")
+	for _, bad := range []string{"", "-a", "A", "a b", "a_b", "ü", strings.Repeat("a", 64)} {
+		_, _, _, err = s.CreateOrg(t.Context(), operator, bad, QuotaRequest{})
+		wantFault(t, err, fault.Invalid, "invalid_name")
+	}
+	if orgs, _, err := s.ListOrgs(t.Context(), operator, 50, ""); err != nil || len(orgs) != 2 {
+		t.Errorf("organizations: %v, %v", orgs, err)
+	}
+}
+
+func TestRateLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, _, p := begin(t, Config{Rate: 2, Burst: 3})
+		other, _ := principal(t, s, p, "exec")
+		for i := range 3 {
+			if err := s.Allow(p); err != nil {
+				t.Fatalf("call %d of the burst: %v", i, err)
+			}
+		}
+		for range 5 { // being refused costs nothing
+			err := s.Allow(p)
+			wantFault(t, err, fault.Exhausted, "rate_limited")
+			if wait := fault.As(err).RetryAfter; wait != 500*time.Millisecond {
+				t.Errorf("retry after %s, want 500ms", wait)
+			}
+		}
+		if err := s.Allow(other); err != nil {
+			t.Errorf("another key: %v", err)
+		}
+		time.Sleep(500 * time.Millisecond)
+		if err := s.Allow(p); err != nil {
+			t.Errorf("after waiting as told: %v", err)
+		}
+		if err := s.Allow(p); !fault.Is(err, fault.Exhausted) {
+			t.Errorf("twice after waiting once: %v", err)
+		}
+
+		// Idle buckets go, without giving anybody more than the burst.
+		time.Sleep(sweepEvery)
+		if err := s.Allow(other); err != nil {
+			t.Fatal(err)
+		}
+		if n := len(s.buckets.byKey); n != 1 {
+			t.Errorf("%d buckets after a minute of quiet, want that of the last call alone", n)
+		}
+		for i := range 4 {
+			if err := s.Allow(p); (err == nil) != (i < 3) {
+				t.Errorf("call %d after idling: %v", i, err)
+			}
+		}
+	})
+}
+
+func TestNoRateLimit(t *testing.T) {
+	s, _, p := begin(t, Config{})
+	for range 10_000 {
+		if err := s.Allow(p); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestLastUse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, st, p := begin(t, Config{})
+		time.Sleep(30 * time.Second) // so that the minute is not the key's
+		_, secret := principal(t, s, p, "exec")
+		synctest.Wait()
+		if k := st.keys[1]; !k.LastUsedAt.Equal(k.CreatedAt) {
+			t.Errorf("made at %s, used at %s: not before it was made", k.CreatedAt, k.LastUsedAt)
+		}
+		use := func() {
+			t.Helper()
+			if _, err := s.Authenticate(t.Context(), secret); err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		begun := st.touches
+		for range 100 {
+			use()
+			synctest.Wait()
+		}
+		if n := st.touches - begun; n != 0 {
+			t.Errorf("%d writes for 100 uses in the minute that is written already", n)
+		}
+		time.Sleep(useEvery)
+		use()
+		synctest.Wait()
+		if st.touches != begun+1 {
+			t.Errorf("%d writes a minute later, want 1", st.touches-begun)
+		}
+		if last := st.keys[1].LastUsedAt; !last.Equal(time.Now().Truncate(time.Minute)) || last.Location() != time.UTC {
+			t.Errorf("last used %s, now %s", last, time.Now())
+		}
+
+		// A write that fails is tried again by the next use.
+		time.Sleep(useEvery)
+		st.broken = errors.New("disk full")
+		use()
+		synctest.Wait()
+		st.broken = nil
+		use()
+		synctest.Wait()
+		if st.touches != begun+2 {
+			t.Errorf("%d writes, want 2", st.touches-begun)
+		}
+
+		// What is pending is written by Close.
+		time.Sleep(useEvery)
+		use()
+		if err := s.Close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if st.touches != begun+3 {
+			t.Errorf("%d writes after closing, want 3", st.touches-begun)
+		}
+	})
+}
+
+func FuzzParseSecret(f *testing.F) {
+	for _, seed := range []string{"", "cay_", "cay_" + strings.Repeat("a", 40), "cay_" + strings.Repeat("A", 40), "cay_" + strings.Repeat("0", 39) + "\x00", newSecret()} {
+		f.Add(seed)
+	}
+	form := regexp.MustCompile(`\Acay_[0-9a-f]{40}\z`)
+	f.Fuzz(func(t *testing.T, text string) {
+		hash, ok := parseSecret(text)
+		if ok != form.MatchString(text) {
+			t.Fatalf("%q is a secret: %v", text, ok)
+		}
+		if ok && hash != sha256.Sum256([]byte(text)) {
+			t.Fatalf("%q has another hash", text)
+		}
+	})
+}
+
+func FuzzParseScopes(f *testing.F) {
+	for _, seed := range []string{"", "exec", "exec,admin", "exec,,", "ADMIN", "admin,admin", "sandboxes:read,sandboxes:write,files"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		names := strings.Split(text, ",")
+		scopes, err := ParseScopes(names)
+		if err != nil {
+			if fe := fault.As(err); fe == nil || fe.Kind != fault.Invalid || fe.Field != "scopes" {
+				t.Fatalf("%q: %v is not Invalid in field scopes", text, err)
+			}
+			return
+		}
+		for _, s := range scopes {
+			if !slices.Contains(names, string(s)) || !slices.Contains(Scopes(), s) {
+				t.Fatalf("%q gave the scope %q", text, s)
+			}
+		}
+		for _, name := range names {
+			if !slices.Contains(scopes, Scope(name)) {
+				t.Fatalf("%q lost %q", text, name)
+			}
+		}
+	})
+}

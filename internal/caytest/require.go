@@ -1,0 +1,39 @@
+// Package caytest holds what the tests of several rooms share: the checks of
+// what a test needs from the machine.
+//
+// A test that cannot run says why and is skipped; with CAY_TEST_REQUIRE=1 it
+// fails instead, so that a CI machine that lacks something cannot look green.
+package caytest
+
+import (
+	"os"
+	"os/exec"
+	"testing"
+)
+
+// RequireRoot skips the test unless it runs as root.
+func RequireRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		missing(t, "needs root")
+	}
+}
+
+// RequireProgram skips the test unless the program is on PATH or is a path to
+// an executable, and returns its path.
+func RequireProgram(t testing.TB, name string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		missing(t, "needs the program "+name)
+	}
+	return path
+}
+
+func missing(t testing.TB, reason string) {
+	t.Helper()
+	if os.Getenv("CAY_TEST_REQUIRE") == "1" {
+		t.Fatalf("%s, and CAY_TEST_REQUIRE=1 makes that a failure", reason)
+	}
+	t.Skipf("skipped: %s", reason)
+}

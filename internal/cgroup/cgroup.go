@@ -1,0 +1,261 @@
+// Package cgroup finds, measures, kills and removes the control groups that hold
+// sandboxes, and keeps a sandbox's memory below its limit without the kernel
+// killing its sentry.
+//
+// It works on cgroup v1 (also a hybrid of both, where the controllers are v1) and
+// on v2. It makes no groups: runsc does, from the spec. It knows nothing of the
+// product. A [Group] is a path and holds no state; its methods may be called
+// concurrently.
+package cgroup
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// mountRoot is where every Linux distribution mounts its control groups.
+const mountRoot = "/sys/fs/cgroup"
+
+// Hierarchy is the machine's control groups.
+type Hierarchy struct {
+	unified bool     // v2: one tree with all controllers
+	mounts  []string // v1: one tree per controller
+}
+
+// Detect reads how this machine mounts its control groups.
+func Detect() (*Hierarchy, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(mountRoot, &st); err != nil {
+		return nil, fmt.Errorf("looking at %s: %w", mountRoot, err)
+	}
+	if st.Type == unix.CGROUP2_SUPER_MAGIC {
+		return &Hierarchy{unified: true}, nil
+	}
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("reading the mounts: %w", err)
+	}
+	defer f.Close()
+	h := &Hierarchy{}
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		// 39 32 0:34 / /sys/fs/cgroup/memory rw,… shared:18 - cgroup cgroup rw,memory
+		before, after, ok := strings.Cut(lines.Text(), " - ")
+		fields := strings.Fields(before)
+		if ok && len(fields) > 4 && strings.HasPrefix(after, "cgroup ") {
+			h.mounts = append(h.mounts, fields[4])
+		}
+	}
+	if !h.has("memory") || !h.has("pids") || !h.has("cpu") {
+		return nil, errors.New("the memory, pids and cpu controllers are not all mounted below " + mountRoot)
+	}
+	return h, nil
+}
+
+func (h *Hierarchy) has(controller string) bool {
+	return slices.Contains(h.mounts, filepath.Join(mountRoot, controller)) || h.unified
+}
+
+// Version says which interface the controllers have, for people.
+func (h *Hierarchy) Version() string {
+	if h.unified {
+		return "v2"
+	}
+	return "v1"
+}
+
+// Group is the group at an absolute path such as "/cay-1a2b3c/sbx_…", the same in
+// every controller's tree.
+func (h *Hierarchy) Group(path string) Group { return Group{h: h, path: path} }
+
+// Group is one control group.
+type Group struct {
+	h    *Hierarchy
+	path string
+}
+
+// dirs lists the group's directories: one on v2, one a controller on v1.
+func (g Group) dirs() []string {
+	if g.h.unified {
+		return []string{filepath.Join(mountRoot, g.path)}
+	}
+	dirs := make([]string, 0, len(g.h.mounts))
+	for _, m := range g.h.mounts {
+		dirs = append(dirs, filepath.Join(m, g.path))
+	}
+	return dirs
+}
+
+// dir is the group's directory in one controller's tree.
+func (g Group) dir(controller string) string {
+	if g.h.unified {
+		return filepath.Join(mountRoot, g.path)
+	}
+	return filepath.Join(mountRoot, controller, g.path)
+}
+
+// Children lists the names of the groups below, in any controller's tree.
+func (g Group) Children() ([]string, error) {
+	var names []string
+	for _, dir := range g.dirs() {
+		entries, err := os.ReadDir(dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("listing the groups below %s: %w", g.path, err)
+		}
+		for _, e := range entries {
+			if e.IsDir() && !slices.Contains(names, e.Name()) {
+				names = append(names, e.Name())
+			}
+		}
+	}
+	return names, nil
+}
+
+// Procs lists the processes in the group, in any controller's tree.
+func (g Group) Procs() ([]int, error) {
+	var pids []int
+	for _, dir := range g.dirs() {
+		data, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("listing the processes of %s: %w", g.path, err)
+		}
+		for _, field := range strings.Fields(string(data)) {
+			pid, err := strconv.Atoi(field)
+			if err != nil {
+				return nil, fmt.Errorf("listing the processes of %s: %w", g.path, err)
+			}
+			if !slices.Contains(pids, pid) {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids, nil
+}
+
+// killPoll is how long Kill waits between two looks. A killed sentry with
+// little memory is gone in about 5 ms; one with gigabytes takes longer to give them back.
+const killPoll = 2 * time.Millisecond
+
+// Kill ends every process in the group and returns when none is left, or with
+// ctx's error. A group that does not exist has none.
+func (g Group) Kill(ctx context.Context) error {
+	if !g.h.unified {
+		// Processes that wait for memory at the limit cannot run to their end.
+		_ = g.set("memory", "memory.oom_control", "0") // gone or never there: nothing waits
+	}
+	for {
+		if g.h.unified {
+			// One write instead of a race with fork; absent before Linux 5.14.
+			_ = g.set("", "cgroup.kill", "1") // what it misses, the loop below kills
+		}
+		pids, err := g.Procs()
+		if err != nil || len(pids) == 0 {
+			return err
+		}
+		for _, pid := range pids {
+			if err := unix.Kill(pid, unix.SIGKILL); err != nil && err != unix.ESRCH {
+				return fmt.Errorf("killing process %d of %s: %w", pid, g.path, err)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for %d processes of %s to end: %w", len(pids), g.path, ctx.Err())
+		case <-time.After(killPoll):
+		}
+	}
+}
+
+// Remove removes the group, which must be empty, and what is below it. None
+// there is success. It goes on after errors and joins them.
+func (g Group) Remove() error {
+	var errs []error
+	for _, dir := range g.dirs() {
+		if err := removeTree(dir); err != nil {
+			errs = append(errs, fmt.Errorf("removing group %s: %w", dir, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// removeTree removes directories bottom up; their files are the kernel's. A group
+// whose last process has just ended may be busy for a moment.
+func removeTree(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.IsDir() {
+			if err := removeTree(filepath.Join(dir, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	for try := 0; ; try++ {
+		err := unix.Rmdir(dir)
+		if err == nil || errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		if !errors.Is(err, unix.EBUSY) || try == 50 {
+			return err
+		}
+		time.Sleep(killPoll)
+	}
+}
+
+func (g Group) set(controller, file, value string) error {
+	f, err := os.OpenFile(filepath.Join(g.dir(controller), file), os.O_WRONLY, 0)
+	if err != nil {
+		return fmt.Errorf("opening %s of %s: %w", file, g.path, err)
+	}
+	defer f.Close()
+	if _, err := f.WriteString(value); err != nil {
+		return fmt.Errorf("setting %s of %s to %s: %w", file, g.path, value, err)
+	}
+	return nil
+}
+
+// value reads a file that holds one number.
+func (g Group) value(controller, file string) (int64, error) {
+	data, err := os.ReadFile(filepath.Join(g.dir(controller), file))
+	if err != nil {
+		return 0, fmt.Errorf("reading %s of %s: %w", file, g.path, err)
+	}
+	n, err := strconv.ParseInt(strings.TrimSpace(string(data)), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("reading %s of %s: %w", file, g.path, err)
+	}
+	return n, nil
+}
+
+// stat reads a file of "name value" lines.
+func (g Group) stat(controller, file string) (map[string]int64, error) {
+	data, err := os.ReadFile(filepath.Join(g.dir(controller), file))
+	if err != nil {
+		return nil, fmt.Errorf("reading %s of %s: %w", file, g.path, err)
+	}
+	values := map[string]int64{}
+	for line := range strings.Lines(string(data)) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if n, err := strconv.ParseInt(value, 10, 64); err == nil {
+			values[name] = n
+		}
+	}
+	return values, nil
+}

@@ -1,0 +1,317 @@
+package cgroup
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/caytest"
+)
+
+// childMode makes the test binary a process that waits to be told and then takes
+// memory without end, or sleeps.
+const childMode = "CAY_TEST_CHILD"
+
+func TestMain(m *testing.M) {
+	switch os.Getenv(childMode) {
+	case "allocate":
+		_, _ = os.Stdin.Read(make([]byte, 1)) // until the parent has put us into the group
+		for {
+			b, err := unix.Mmap(-1, 0, 8<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_ANONYMOUS)
+			if err != nil {
+				os.Exit(3)
+			}
+			for i := 0; i < len(b); i += 4096 {
+				b[i] = 1
+			}
+		}
+	case "sleep":
+		time.Sleep(time.Hour)
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// newGroup makes a group with the test's own name in every controller's tree.
+func newGroup(t *testing.T) Group {
+	t.Helper()
+	caytest.RequireRoot(t)
+	h, err := Detect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := h.Group("/cay-test-" + caytest.Instance())
+	for _, dir := range g.dirs() {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(g.Kill(context.Background()), g.Remove()); err != nil {
+			t.Error(err)
+		}
+		for _, dir := range g.dirs() {
+			if _, err := os.Stat(dir); err == nil {
+				t.Errorf("%s is left", dir)
+			}
+		}
+	})
+	return g
+}
+
+// child starts a process in the group. Closing go_ lets it begin.
+func child(t *testing.T, g Group, mode string) (cmd *exec.Cmd, begin func()) {
+	t.Helper()
+	cmd = exec.Command("/proc/self/exe")
+	cmd.Env = []string{childMode + "=" + mode}
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range g.dirs() {
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(cmd.Process.Pid)), 0o600); err != nil {
+			// A cpuset without CPUs takes nobody; it is not needed here.
+			if filepath.Base(filepath.Dir(dir)) != "cpuset" {
+				t.Fatal(err)
+			}
+		}
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill() // ended by most tests
+		_ = cmd.Wait()
+	})
+	return cmd, func() {
+		if err := stdin.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestGuard lets processes take memory without end: each is ended through Relieve, and
+// never by the kernel; who holds little lives.
+func TestGuard(t *testing.T) {
+	g := newGroup(t)
+	bystander, _ := child(t, g, "sleep")
+	const limit = 128 << 20
+	victims := make(chan *exec.Cmd, 1)
+	guard := &Guard{Group: g, Limit: limit, Reserve: 32 << 20, Log: slog.New(slog.DiscardHandler),
+		Relieve: func(context.Context, int64) (int64, error) {
+			select {
+			case v := <-victims:
+				if err := v.Process.Kill(); err != nil {
+					return 0, err
+				}
+				_ = v.Wait() // killed, as meant
+				return limit, nil
+			default:
+				return 0, nil
+			}
+		}}
+	if err := guard.Arm(); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- guard.Run(ctx) }()
+	for round := range 3 {
+		v, begin := child(t, g, "allocate")
+		victims <- v
+		begin()
+		for deadline := time.Now().Add(30 * time.Second); v.ProcessState == nil && len(victims) > 0; time.Sleep(time.Millisecond) { // a poll with a deadline
+			if time.Now().After(deadline) {
+				t.Fatalf("round %d: the allocator was not ended", round)
+			}
+		}
+	}
+	stop()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if err := bystander.Process.Signal(unix.Signal(0)); err != nil {
+		t.Errorf("the bystander is gone: %v", err)
+	}
+	if kills := kernelKills(t, g); kills != 0 {
+		t.Errorf("the kernel killed %d times", kills)
+	}
+}
+
+func kernelKills(t *testing.T, g Group) int64 {
+	t.Helper()
+	file := "memory.oom_control"
+	if g.h.unified {
+		file = "memory.events"
+	}
+	values, err := g.stat("memory", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return values["oom_kill"]
+}
+
+// TestGuardGivesUp says so when nothing can be ended.
+func TestGuardGivesUp(t *testing.T) {
+	g := newGroup(t)
+	_, begin := child(t, g, "allocate")
+	guard := &Guard{Group: g, Limit: 64 << 20, Reserve: 8 << 20, Log: slog.New(slog.DiscardHandler),
+		Relieve: func(context.Context, int64) (int64, error) { return 0, errors.New("nobody answers") }}
+	if err := guard.Arm(); err != nil {
+		t.Fatal(err)
+	}
+	begin()
+	if err := guard.Run(t.Context()); !errors.Is(err, ErrHopeless) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// TestKillAndRemove ends everything in a group, also processes that wait at the limit.
+func TestKillAndRemove(t *testing.T) {
+	g := newGroup(t)
+	guard := &Guard{Group: g, Limit: 64 << 20, Reserve: 8 << 20}
+	if err := guard.Arm(); err != nil {
+		t.Fatal(err)
+	}
+	a, begin := child(t, g, "allocate")
+	child(t, g, "sleep")
+	begin()
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) { // a poll with a deadline
+		held, err := g.MemoryHeld()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if held > 60<<20 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the allocator does not allocate")
+		}
+	}
+	reaped := make(chan struct{})
+	go func() { _ = a.Wait(); close(reaped) }()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if pids, err := g.Procs(); err != nil || len(pids) != 2 {
+		t.Errorf("processes are %v, %v", pids, err)
+	}
+	if err := g.Kill(ctx); err != nil {
+		t.Error(err)
+	}
+	<-reaped
+	if err := g.Remove(); err != nil {
+		t.Error(err)
+	}
+	// Again, of nothing.
+	if err := errors.Join(g.Kill(ctx), g.Remove()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestMover is used by several at once, and again when nobody wanted it for a while.
+func TestMover(t *testing.T) {
+	g := newGroup(t)
+	m, err := g.h.NewMover()
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		var releases []func()
+		for range 5 {
+			releases = append(releases, m.Hurry())
+		}
+		child(t, g, "sleep") // moves while it is wanted
+		for _, release := range releases {
+			release()
+		}
+	}
+	after, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil || string(after) != string(before) {
+		t.Errorf("this process was moved: before %s, after %s, %v", before, after, err)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.wanted != 0 {
+		t.Errorf("wanted by %d", m.wanted)
+	}
+}
+
+// TestUnified reads and sets the files of cgroup v2 in a directory that stands for one, since
+// a machine has its controllers in one version only.
+func TestUnified(t *testing.T) {
+	g := newGroup(t)
+	if g.h.unified {
+		t.Skip("the other tests run on v2 here")
+	}
+	dir := t.TempDir()
+	rel, err := filepath.Rel(mountRoot, dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v2 := Group{h: &Hierarchy{unified: true}, path: rel}
+	for name, text := range map[string]string{
+		"memory.stat": "anon 10\nfile 1000\nshmem 5\nkernel_stack 3\npagetables 2\nslab_unreclaimable 1\nslab_reclaimable 100\n",
+		"memory.max":  "max\n", "memory.high": "max\n", "memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n", "cgroup.procs": "",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if held, err := v2.MemoryHeld(); err != nil || held != 21 {
+		t.Errorf("held %d, %v, want 21", held, err)
+	}
+	relieved := make(chan int64, 1)
+	guard := &Guard{Group: v2, Limit: 1000, Reserve: 100, Log: slog.New(slog.DiscardHandler),
+		Relieve: func(_ context.Context, over int64) (int64, error) {
+			relieved <- over
+			return over, os.WriteFile(filepath.Join(dir, "memory.stat"), []byte("anon 10\n"), 0o600)
+		}}
+	if err := guard.Arm(); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{"memory.max": "1100", "memory.high": "1000"} {
+		if got, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(got[:4]) != want {
+			t.Errorf("%s is %q, %v, want %s", name, got, err, want)
+		}
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	done := make(chan error, 1)
+	go func() { done <- guard.Run(ctx) }()
+	// The kernel would say: usage is high.
+	if err := os.WriteFile(filepath.Join(dir, "memory.stat"), []byte("anon 1500\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	deadline := time.After(30 * time.Second)
+	for told := false; !told; {
+		if err := os.WriteFile(filepath.Join(dir, "memory.events"), []byte("high 1\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case over := <-relieved:
+			told = true
+			if over < 500 {
+				t.Errorf("relief of %d asked for", over)
+			}
+		case <-time.After(10 * time.Millisecond):
+		case <-deadline:
+			t.Fatal("nobody was relieved")
+		}
+	}
+	stop()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,121 @@
+// Package fault holds the kinds of error that somebody in cay decides by.
+//
+// A room sets a kind where a caller acts on it (a lookup that found nothing is
+// [NotFound], a lost race for a sandbox is [Conflict]); everything else is a
+// plain wrapped error and is treated as internal: its text reaches the log and
+// never a user. The texts of an [Error] are written for the user. Only the api
+// room turns kinds into HTTP statuses.
+//
+// The package imports nothing of cay. Errors are immutable and safe to share.
+package fault
+
+import (
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Kind says what a caller can do about an error.
+type Kind int
+
+// The kinds. The zero value is Internal: a defect or a broken machine, whose
+// text stays in the log.
+const (
+	Internal        Kind = iota
+	NotFound             // no such thing
+	Conflict             // it exists, in a state that forbids the call
+	Invalid              // the request itself is wrong; Field names the part
+	Unauthenticated      // nobody we know asks
+	Denied               // somebody we know asks for what is not theirs
+	Exhausted            // a quota or rate of the caller's is used up
+	Unavailable          // this machine cannot now; trying again later may work
+	NoSpace              // a disk is full
+	TooLarge             // a body or a result is over its limit
+	Unsupported          // promised for later; never pretended
+)
+
+var kindNames = [...]string{"internal", "not found", "conflict", "invalid", "unauthenticated", "denied",
+	"exhausted", "unavailable", "no space", "too large", "unsupported"}
+
+// String names the kind for logs.
+func (k Kind) String() string {
+	if k < 0 || int(k) >= len(kindNames) {
+		return fmt.Sprintf("kind(%d)", int(k))
+	}
+	return kindNames[k]
+}
+
+// Error is an error with a kind, a stable code for machines and a text for
+// people. Code is part of the API contract (snake_case, never renamed).
+type Error struct {
+	Kind   Kind
+	Code   string // stable, e.g. "sandbox_not_found"
+	Detail string // for the user; names the rule that was broken
+	Field  string // the offending field of the request, "" if none
+
+	// RetryAfter is how long to wait before trying again; 0 when unknown.
+	// Only Exhausted and Unavailable carry it.
+	RetryAfter time.Duration
+
+	cause error // for the log; never shown to a user
+}
+
+// New makes an error of a kind; detail is formatted with args.
+func New(kind Kind, code, detail string, args ...any) *Error {
+	return &Error{Kind: kind, Code: code, Detail: fmt.Sprintf(detail, args...)}
+}
+
+// InField makes an Invalid error that names the field of the request at fault.
+func InField(code, field, detail string, args ...any) *Error {
+	return &Error{Kind: Invalid, Code: code, Field: field, Detail: fmt.Sprintf(detail, args...)}
+}
+
+// Because returns a copy that wraps cause. The cause is for errors.Is and the log.
+func (e *Error) Because(cause error) *Error {
+	c := *e
+	c.cause = cause
+	return &c
+}
+
+// After returns a copy that tells the caller when to try again.
+func (e *Error) After(d time.Duration) *Error {
+	c := *e
+	c.RetryAfter = d
+	return &c
+}
+
+// Error is the text for logs: code, detail and the cause.
+func (e *Error) Error() string {
+	s := e.Detail
+	if e.Code != "" {
+		s = e.Code + ": " + s
+	}
+	if e.cause != nil {
+		s += ": " + e.cause.Error()
+	}
+	return s
+}
+
+// Unwrap returns the cause, nil if there is none.
+func (e *Error) Unwrap() error { return e.cause }
+
+// As returns the outermost Error in err's chain, nil if there is none.
+func As(err error) *Error {
+	var e *Error
+	if errors.As(err, &e) {
+		return e
+	}
+	return nil
+}
+
+// KindOf is the kind of err: that of the outermost Error in its chain, and
+// Internal for any other error.
+func KindOf(err error) Kind {
+	if e := As(err); e != nil {
+		return e.Kind
+	}
+	return Internal
+}
+
+// Is reports whether err is of the kind.
+func Is(err error, kind Kind) bool { return err != nil && KindOf(err) == kind }

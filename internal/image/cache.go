@@ -1,0 +1,201 @@
+package image
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"time"
+)
+
+// recipe counts the changes of how images are made from the same source: a new
+// number makes every image anew.
+const recipe = 1
+
+// inputsDir holds, per key of inputs, what was made of them.
+const inputsDir = "inputs"
+
+// maxInput bounds one such file, in bytes; the environment of an image is the most of it.
+const maxInput = 1 << 20
+
+// input is what was made of one set of inputs.
+type input struct {
+	Image  Image     `json:"image"`
+	MadeAt time.Time `json:"made_at"`
+	Moving bool      `json:"moving"` // may be another tomorrow
+}
+
+// key names the inputs of a build.
+func (src Source) key() (string, error) {
+	b, err := json.Marshal(struct {
+		Recipe int    `json:"recipe"`
+		Arch   string `json:"arch"`
+		Source Source `json:"source"`
+	}{recipe, runtime.GOARCH, src})
+	if err != nil {
+		return "", fmt.Errorf("encoding source: %w", err)
+	}
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:]), nil
+}
+
+// known finds what the same inputs gave before, here or in the shared cache,
+// with the image verified.
+func (s *Store) known(ctx context.Context, key string, progress func(string)) (Image, bool) {
+	if in, ok := s.recall(s.cfg.Dir, key); ok {
+		_, err := s.Path(ctx, in.Image.Digest)
+		if err == nil {
+			progress("the same inputs were built before: nothing to do")
+			return in.Image, true
+		}
+		if !errors.Is(err, ErrMissing) {
+			s.log.Warn("cannot use image of earlier build", "digest", in.Image.Digest, "error", err)
+		}
+	}
+	if s.cfg.CacheDir == "" {
+		return Image{}, false
+	}
+	in, ok := s.recall(s.cfg.CacheDir, key)
+	if !ok {
+		return Image{}, false
+	}
+	if err := s.fetch(ctx, in.Image.Digest); err != nil {
+		s.log.Warn("cannot use cached image", "digest", in.Image.Digest, "error", err)
+		return Image{}, false
+	}
+	if err := writeInput(s.cfg.Dir, key, in); err != nil {
+		s.log.Warn("cannot note what an image was built from", "error", err)
+	}
+	progress("found in the cache")
+	return in.Image, true
+}
+
+// recall reads what inputs gave, unless it is too old.
+func (s *Store) recall(dir, key string) (input, bool) {
+	f, err := os.Open(filepath.Join(dir, inputsDir, key+".json"))
+	if err != nil {
+		return input{}, false
+	}
+	defer f.Close()
+	var in input
+	if err := json.NewDecoder(io.LimitReader(f, maxInput)).Decode(&in); err != nil || !isDigest(in.Image.Digest) {
+		return input{}, false
+	}
+	age := s.cfg.Now().Sub(in.MadeAt)
+	if in.Moving && (age < 0 || age >= s.cfg.MovingFor) {
+		return input{}, false
+	}
+	return in, true
+}
+
+// remember notes what inputs gave, here and in the shared cache. Failing costs
+// a later build and nothing else.
+func (s *Store) remember(key string, in input) {
+	if err := writeInput(s.cfg.Dir, key, in); err != nil {
+		s.log.Warn("cannot note what an image was built from", "error", err)
+	}
+	if s.cfg.CacheDir == "" {
+		return
+	}
+	err := s.offer(in.Image.Digest)
+	if err == nil {
+		err = writeInput(s.cfg.CacheDir, key, in)
+	}
+	if err != nil {
+		s.log.Warn("cannot put image into the cache", "cache", s.cfg.CacheDir, "error", err)
+	}
+}
+
+func writeInput(dir, key string, in input) error {
+	b, err := json.Marshal(in)
+	if err != nil {
+		return fmt.Errorf("encoding: %w", err)
+	}
+	dir = filepath.Join(dir, inputsDir)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("making directory: %w", err)
+	}
+	f, err := os.CreateTemp(dir, ".new-")
+	if err != nil {
+		return fmt.Errorf("making file: %w", err)
+	}
+	defer os.Remove(f.Name()) // fails when it was moved to its place
+	_, err = f.Write(append(b, '\n'))
+	if err := errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("writing: %w", err)
+	}
+	return os.Rename(f.Name(), filepath.Join(dir, key+".json"))
+}
+
+// fetch takes an image out of the shared cache, checking what it takes.
+func (s *Store) fetch(ctx context.Context, digest string) error {
+	in, err := os.Open(filepath.Join(s.cfg.CacheDir, digest+suffix))
+	if err != nil {
+		return fmt.Errorf("opening cached image: %w", err)
+	}
+	defer in.Close()
+	f, err := os.CreateTemp(s.tmpDir(), "image-")
+	if err != nil {
+		return fmt.Errorf("making file: %w", err)
+	}
+	defer f.Close()
+	defer os.Remove(f.Name()) // fails when it was moved to its place
+	// A copy and not a hard link: a file that others can write to is no content
+	// address. It is hashed on its way, so the copy costs little more.
+	hash := sha256.New()
+	if _, err := io.CopyBuffer(struct{ io.Writer }{io.MultiWriter(f, hash)}, contextReader{ctx, in}, make([]byte, 1<<20)); err != nil {
+		return fmt.Errorf("copying cached image: %w", err)
+	}
+	if got := hex.EncodeToString(hash.Sum(nil)); got != digest {
+		// The next build puts a good one there.
+		return errors.Join(fmt.Errorf("%w: cached file has the digest %s", ErrCorrupt, got), os.Remove(in.Name()))
+	}
+	_, err = s.place(f, digest)
+	return err
+}
+
+// offer puts an image into the shared cache.
+func (s *Store) offer(digest string) error {
+	to := filepath.Join(s.cfg.CacheDir, digest+suffix)
+	if _, err := os.Stat(to); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.MkdirAll(s.cfg.CacheDir, 0o755); err != nil {
+		return fmt.Errorf("making cache: %w", err)
+	}
+	in, err := os.Open(s.file(digest))
+	if err != nil {
+		return fmt.Errorf("opening image: %w", err)
+	}
+	defer in.Close()
+	f, err := os.CreateTemp(s.cfg.CacheDir, ".new-")
+	if err != nil {
+		return fmt.Errorf("making file: %w", err)
+	}
+	defer os.Remove(f.Name()) // fails when it was moved to its place
+	_, err = io.Copy(f, in)   // the kernel shares the blocks where it can
+	if err := errors.Join(err, f.Chmod(0o444), f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("copying image: %w", err)
+	}
+	return os.Rename(f.Name(), to)
+}
+
+// contextReader ends a long copy when nobody wants it any more.
+type contextReader struct {
+	ctx context.Context
+	io.Reader
+}
+
+func (r contextReader) Read(p []byte) (int, error) {
+	if r.ctx.Err() != nil {
+		return 0, context.Cause(r.ctx)
+	}
+	return r.Reader.Read(p)
+}

@@ -1,0 +1,242 @@
+package image
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/erofs/go-erofs"
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/cayhq/cay/internal/caytest"
+)
+
+// TestRealThings makes an image of a real Debian package, and starts real
+// gVisor on an image that holds a program of it: what is seen inside must be
+// what the layers said.
+func TestRealThings(t *testing.T) {
+	if testing.Short() {
+		t.Skip("skipped: downloads from Debian, and -short is given")
+	}
+	caytest.RequireRoot(t)
+	caytest.RequireProgram(t, "mmdebstrap")
+	s := openStore(t)
+	// "extract" unpacks and runs nothing: the smallest thing that goes all the way.
+	src := Source{Debian: &Debian{Suite: "bookworm", Variant: "extract", Packages: []string{"busybox-static"}},
+		Setup: Setup{Users: []User{account}}, Require: []string{"busybox"}}
+	var lines record
+	img, err := s.Build(t.Context(), src, lines.line)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines.has(t, "installing Debian bookworm: extracting archives")
+	for _, line := range lines {
+		if strings.Contains(line, s.cfg.Dir) {
+			t.Errorf("progress tells where on the machine things are: %q", line)
+		}
+	}
+	if img.Source != "debian:bookworm" {
+		t.Errorf("source is %q", img.Source)
+	}
+	leftovers(t, s)
+	path, err := s.Path(t.Context(), img.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fsck(t, path)
+	if mounts, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(mounts), s.cfg.Dir) {
+		t.Errorf("mounts left below %s (%v)", s.cfg.Dir, err)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	fsys, err := erofs.Open(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	busybox, err := fs.ReadFile(fsys, "bin/busybox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Run("InGVisor", func(t *testing.T) { bootInGVisor(t, string(busybox)) })
+}
+
+// tinyProgram is an ELF that ends with exit code 42 and is smaller than a page:
+// a writer that packs small files beside their inodes makes it unmappable.
+func tinyProgram() string {
+	var b bytes.Buffer
+	code := []byte{0xbf, 42, 0, 0, 0, 0xb8, 60, 0, 0, 0, 0x0f, 0x05} // exit(42)
+	const base, headers = 0x400000, 64 + 56
+	b.WriteString("\x7fELF\x02\x01\x01" + strings.Repeat("\x00", 9))
+	for _, v := range []any{uint16(2), uint16(62), uint32(1), uint64(base + headers), uint64(64), uint64(0), uint32(0), // executable, x86-64, entry, program header at 64
+		uint16(64), uint16(56), uint16(1), uint16(0), uint16(0), uint16(0),
+		uint32(1), uint32(5), uint64(0), uint64(base), uint64(base), uint64(headers + len(code)), uint64(headers + len(code)), uint64(4096)} {
+		binary.Write(&b, binary.LittleEndian, v)
+	}
+	b.Write(code)
+	return b.String()
+}
+
+// bootInGVisor compares what a program inside sees with what was put there.
+func bootInGVisor(t *testing.T, busybox string) {
+	runsc := caytest.RequireProgram(t, absolute(t, "../../bin/cay-runsc"))
+	members := []member{
+		dir("./", mode(0o755)), dir("proc"), dir("sys"), dir("dev"), dir("tmp", mode(0o1777)),
+		file("bin/busybox", busybox, mode(0o755)), symlink("bin/sh", "busybox"), hardlink("bin/ash", "bin/busybox"),
+		file("etc/shadow", "secret", mode(0o640), owner(0, 42)), file("bin/suid", "x", mode(0o4755)), file("bin/sgid", "x", mode(0o2755), owner(5, 6)),
+		file("uids", "x", owner(4000000000, 3000000000)), file("empty", ""), file("block", strings.Repeat("b", blockSize)), file("more", strings.Repeat("m", 10*blockSize+7)),
+		symlink("abs", "/etc/shadow"), symlink("long-target", strings.Repeat("t", 4000)), file(strings.Repeat("n", maxName), "long"),
+		file("has-xattr", "readable", func(h *tar.Header) { h.PAXRecords = map[string]string{"SCHILY.xattr.security.capability": "\x01"} }),
+		newMember(tar.Header{Typeflag: tar.TypeFifo, Name: "pipe", Mode: 0o600}, "", nil), file("-x", "before the dots"), dir("no/children"),
+	}
+	for k := range 1000 {
+		members = append(members, file(fmt.Sprintf("many/%d", k), fmt.Sprint(k)))
+	}
+	script := `/bin/busybox find / -xdev -exec /bin/busybox stat -c '%f %u:%g %h %s %Y %i %n' {} +; echo ---
+/bin/busybox find / -xdev -type f -exec /bin/busybox sha256sum {} +; echo ---
+/bin/busybox find / -xdev -type l -exec /bin/busybox readlink {} \;; echo ---`
+	if runtime.GOARCH == "amd64" {
+		members = append(members, file("bin/tiny", tinyProgram(), mode(0o755)))
+		script += "\n/bin/tiny; echo tiny ended with $?"
+	}
+	tree, err := layers(t, archive(t, append(members, file("gone", "x"))...), archive(t, file(".wh.gone", "")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sections := strings.Split(runInGVisor(t, runsc, write(t, tree), script), "---\n")
+	if len(sections) != 4 {
+		t.Fatalf("output has %d parts: %q", len(sections), sections)
+	}
+	stats, sums, targets := inside(t, tree)
+	mounted := []string{"/proc", "/sys", "/dev", "/tmp"} // gVisor's own
+	got := slices.DeleteFunc(sortedLines(sections[0]), func(line string) bool {
+		return slices.ContainsFunc(mounted, func(m string) bool { return strings.HasSuffix(line, " "+m) })
+	})
+	if diff := cmp.Diff(stats, got); diff != "" {
+		t.Errorf("what stat says inside (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(sums, sortedLines(sections[1])); diff != "" {
+		t.Errorf("contents inside (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(targets, sortedLines(sections[2])); diff != "" {
+		t.Errorf("links inside (-want +got):\n%s", diff)
+	}
+	if runtime.GOARCH == "amd64" && sections[3] != "tiny ended with 42\n" {
+		t.Errorf("a program smaller than a page: %q", sections[3])
+	}
+}
+
+// inside is what stat, sha256sum and readlink must say of a tree that has been written.
+func inside(t *testing.T, tree *tree) (stats, sums, targets []string) {
+	t.Helper()
+	var walk func(n *node)
+	walk = func(n *node) {
+		i, path := n.inode, tree.path(n)
+		switch path {
+		case "/proc", "/sys", "/dev", "/tmp":
+		default:
+			stats = append(stats, fmt.Sprintf("%x %d:%d %d %d %d %d %s", i.mode, i.uid, i.gid, i.links, i.plan.size, i.mtime, i.nid, path))
+		}
+		switch i.kind() {
+		case typeRegular:
+			b, err := tree.read(i, 1<<30)
+			if err != nil {
+				t.Fatal(err)
+			}
+			sums = append(sums, fmt.Sprintf("%x  %s", sha256.Sum256(b), path))
+		case typeSymlink:
+			targets = append(targets, i.target)
+		}
+		for _, c := range n.children {
+			walk(c)
+		}
+	}
+	walk(tree.root)
+	slices.Sort(stats)
+	slices.Sort(sums)
+	slices.Sort(targets)
+	return stats, sums, targets
+}
+
+func sortedLines(s string) []string {
+	lines := strings.Split(strings.TrimSuffix(s, "\n"), "\n")
+	slices.Sort(lines)
+	return lines
+}
+
+func absolute(t *testing.T, path string) string {
+	t.Helper()
+	p, err := filepath.Abs(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// runInGVisor runs a shell script in a sandbox whose root is the image, and
+// returns its output.
+func runInGVisor(t *testing.T, runsc, image, script string) string {
+	t.Helper()
+	bundle := t.TempDir()
+	spec := map[string]any{
+		"ociVersion": "1.0.2",
+		"process": map[string]any{"args": []string{"/bin/busybox", "sh", "-c", script}, "cwd": "/", "env": []string{"PATH=/bin"}, "user": map[string]any{"uid": 0, "gid": 0},
+			// Root reads everything, as in a sandbox of cay's.
+			"capabilities": map[string]any{"bounding": []string{"CAP_DAC_OVERRIDE"}, "effective": []string{"CAP_DAC_OVERRIDE"}, "permitted": []string{"CAP_DAC_OVERRIDE"}}},
+		"root":        map[string]any{"path": bundle, "readonly": true},
+		"annotations": map[string]string{"dev.gvisor.spec.rootfs.source": image, "dev.gvisor.spec.rootfs.type": "erofs"},
+		"linux":       map[string]any{"namespaces": []map[string]string{{"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}}},
+	}
+	b, err := json.Marshal(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(bundle, "config.json"), b, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	// Files and not pipes: the sandbox inherits them, and who reads a pipe waits for all of it.
+	stdout, stderr := filepath.Join(bundle, "stdout"), filepath.Join(bundle, "stderr")
+	out, err1 := os.Create(stdout)
+	errs, err2 := os.Create(stderr)
+	if err1 != nil || err2 != nil {
+		t.Fatal(err1, err2)
+	}
+	defer out.Close()
+	defer errs.Close()
+	id := fmt.Sprintf("cay-image-test-%d", os.Getpid())
+	global := []string{"--root=" + filepath.Join(bundle, "state"), "--network=none", "--ignore-cgroups", "--overlay2=none"}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, runsc, append(global, "run", "--bundle="+bundle, id)...)
+	cmd.Stdout, cmd.Stderr = out, errs
+	err = cmd.Run()
+	// After a run to its end there is nothing to delete: that this fails then is fine.
+	_ = exec.Command(runsc, append(global, "delete", "--force", id)...).Run()
+	said, _ := os.ReadFile(stderr) // for the message only
+	if err != nil {
+		t.Fatalf("running in gVisor: %v\n%s", err, said)
+	}
+	result, err := os.ReadFile(stdout)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(said) > 0 {
+		t.Logf("on stderr: %s", said)
+	}
+	return string(result)
+}

@@ -1,0 +1,167 @@
+package image
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+)
+
+// verification is one check of one image; the first that needs it does it, the
+// others wait for it.
+type verification struct {
+	mu sync.Mutex
+	// +checklocks:mu
+	ok bool // guarded by mu
+}
+
+// isDigest reports whether text can name an image: also what keeps paths out.
+func isDigest(text string) bool {
+	return len(text) == 2*sha256.Size && strings.Trim(text, "0123456789abcdef") == ""
+}
+
+// Path returns the file of an image, for reading only. The first call in this
+// process's life reads the whole file and checks its SHA-256; later ones are
+// free. A file that is not there is [ErrMissing]; one that is not what its name
+// says is [ErrCorrupt], and moved aside to NAME.corrupt, so that the next build
+// puts a good one there.
+func (s *Store) Path(ctx context.Context, digest string) (string, error) {
+	if !isDigest(digest) {
+		return "", fmt.Errorf("%w: %.80q is not the name of one", ErrMissing, digest)
+	}
+	s.mu.Lock()
+	s.used[digest] = s.cfg.Now()
+	v := s.verified[digest]
+	if v == nil {
+		v = new(verification)
+		s.verified[digest] = v
+	}
+	s.mu.Unlock()
+
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	path := s.file(digest)
+	if v.ok {
+		if _, err := os.Stat(path); err == nil {
+			return path, nil
+		}
+		v.ok = false // somebody removed it
+	}
+	got, err := hashFile(ctx, path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("%w: %s", ErrMissing, digest)
+	}
+	if err != nil {
+		return "", fmt.Errorf("verifying image %s: %w", digest, err)
+	}
+	if got != digest {
+		aside := filepath.Join(s.cfg.Dir, digest+".corrupt")
+		s.log.Error("image is corrupt", "digest", digest, "found", got, "moved_to", aside)
+		return "", errors.Join(fmt.Errorf("%w: %s has the digest %s", ErrCorrupt, path, got), os.Rename(path, aside))
+	}
+	v.ok = true
+	return path, nil
+}
+
+// trust notes that an image was just written by this process, which hashed it.
+func (s *Store) trust(digest string) {
+	v := &verification{ok: true}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.verified[digest] = v
+}
+
+// touch notes that an image is wanted now.
+func (s *Store) touch(digest string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.used[digest] = s.cfg.Now()
+}
+
+// collectGrace is how long an image that was built or asked for stays, wanted or
+// not: between being chosen and being written down as needed, nobody can name it.
+const collectGrace = 15 * time.Minute
+
+// Collect removes the images that are not in keep, and what was noted about
+// them. It never removes one that was built or asked for in the last 15 minutes.
+// Sandboxes that have a removed file open are not disturbed. It goes on after
+// errors and joins them.
+func (s *Store) Collect(keep []string) (removed []string, freed int64, err error) {
+	kept := map[string]bool{}
+	for _, digest := range keep {
+		kept[digest] = true
+	}
+	entries, err := os.ReadDir(s.cfg.Dir)
+	if err != nil {
+		return nil, 0, fmt.Errorf("listing images: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		digest, isImage := strings.CutSuffix(e.Name(), suffix)
+		corrupt, isCorrupt := strings.CutSuffix(e.Name(), ".corrupt")
+		switch {
+		case isImage && isDigest(digest) && !kept[digest]:
+		case isCorrupt && isDigest(corrupt):
+			digest = "" // kept for whoever looks into it, until now
+		default:
+			continue
+		}
+		info, err := e.Info()
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		gone, err := s.removeUnused(digest, e.Name(), info)
+		if err != nil {
+			errs = append(errs, err)
+		}
+		if gone {
+			freed += info.Size()
+			if digest != "" {
+				removed = append(removed, digest)
+			}
+		}
+	}
+	return removed, freed, errors.Join(errs...)
+}
+
+// removeUnused removes a file of the store that nobody has asked for lately.
+func (s *Store) removeUnused(digest, name string, info fs.FileInfo) (bool, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock() // held, so that Path cannot hand it out meanwhile
+	last, ok := s.used[digest]
+	if !ok {
+		last = info.ModTime() // a former life of the process may have
+	}
+	if s.cfg.Now().Sub(last) < collectGrace {
+		return false, nil
+	}
+	if err := os.Remove(filepath.Join(s.cfg.Dir, name)); err != nil {
+		return false, fmt.Errorf("removing image: %w", err)
+	}
+	delete(s.used, digest)
+	delete(s.verified, digest)
+	return true, nil
+}
+
+// hashFile returns the hex SHA-256 of a file.
+func hashFile(ctx context.Context, path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	hash := sha256.New()
+	if _, err := io.CopyBuffer(hash, contextReader{ctx, f}, make([]byte, 1<<20)); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(hash.Sum(nil)), nil
+}

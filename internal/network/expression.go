@@ -1,0 +1,156 @@
+package network
+
+import (
+	"errors"
+	"net/netip"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// The words rules are written in. Each is a piece of an nftables expression; join
+// puts a rule together. Registers 1 and 2 are 16 bytes each, so a link's name in
+// 1 is followed by an address in 2, as a concatenated key is laid out.
+
+// direction says which link a word is about.
+type direction bool
+
+const (
+	incoming direction = false // the link a packet came in by
+	outgoing direction = true  // the link it goes out by
+)
+
+// end says which end of a packet's way a word is about.
+type end bool
+
+const (
+	source      end = false
+	destination end = true
+)
+
+func join(parts ...[]expr.Any) []expr.Any {
+	var out []expr.Any
+	for _, p := range parts {
+		out = append(out, p...)
+	}
+	return out
+}
+
+func accept() []expr.Any { return []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}} }
+func drop() []expr.Any   { return []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}} }
+func gotoChain(name string) []expr.Any {
+	return []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: name}}
+}
+func masquerade() []expr.Any { return []expr.Any{&expr.Masq{}} }
+
+func metaLink(d direction, register uint32) expr.Any {
+	key := expr.MetaKeyIIFNAME
+	if d == outgoing {
+		key = expr.MetaKeyOIFNAME
+	}
+	return &expr.Meta{Key: key, Register: register}
+}
+
+// linkIs matches links whose name begins with prefix: a comparison shorter than
+// the name.
+func linkIs(d direction, prefix string) []expr.Any {
+	return []expr.Any{metaLink(d, 1), &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte(prefix)}}
+}
+
+func linkIsNot(d direction, prefix string) []expr.Any {
+	return []expr.Any{metaLink(d, 1), &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: []byte(prefix)}}
+}
+
+func isIPv4() []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.NFPROTO_IPV4}}}
+}
+
+func notIPv4() []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: []byte{unix.NFPROTO_IPV4}}}
+}
+
+// address reads an IPv4 address of the packet into a register.
+func address(e end, register uint32) expr.Any {
+	const sourceOffset, destinationOffset = 12, 16 // in the IPv4 header, RFC 791
+	offset := uint32(sourceOffset)
+	if e == destination {
+		offset = destinationOffset
+	}
+	return &expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4}
+}
+
+func load(e end) []expr.Any { return []expr.Any{address(e, 1)} }
+
+// linkAnd reads a link's name and an address, the key of slots and policies.
+func linkAnd(d direction, e end) []expr.Any { return []expr.Any{metaLink(d, 1), address(e, 2)} }
+
+func inSet(s *nftables.Set) []expr.Any {
+	return []expr.Any{&expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID}}
+}
+
+func notInSet(s *nftables.Set) []expr.Any {
+	return []expr.Any{&expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID, Invert: true}}
+}
+
+// verdictOf ends with what the map says; without an element the rule does not match.
+func verdictOf(m *nftables.Set) []expr.Any {
+	return []expr.Any{&expr.Lookup{SourceRegister: 1, DestRegister: 0, IsDestRegSet: true, SetName: m.Name, SetID: m.ID}}
+}
+
+// sourceIn matches a source address by its prefix.
+func sourceIn(p netip.Prefix) []expr.Any {
+	first := p.Masked().Addr().As4()
+	mask := binaryutil.BigEndian.PutUint32(^uint32(0) << (32 - p.Bits()))
+	return []expr.Any{address(source, 1),
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mask, Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: first[:]}}
+}
+
+func addressType(op expr.CmpOp, kind uint32) []expr.Any {
+	return []expr.Any{&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true},
+		&expr.Cmp{Op: op, Register: 1, Data: binaryutil.NativeEndian.PutUint32(kind)}}
+}
+
+// addressTypeIs asks the routing table, at the time of the packet, what the
+// destination is to the host (unix.RTN_LOCAL: one of its addresses).
+func addressTypeIs(kind uint32) []expr.Any    { return addressType(expr.CmpOpEq, kind) }
+func addressTypeIsNot(kind uint32) []expr.Any { return addressType(expr.CmpOpNeq, kind) }
+
+// state matches connections in any of the states.
+func state(bits uint32) []expr.Any {
+	return []expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)}}
+}
+
+// isReply matches packets against the direction in which their connection was opened.
+func isReply() []expr.Any {
+	const reply = 1 // IP_CT_DIR_REPLY
+	return []expr.Any{&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{reply}}}
+}
+
+func protocolIs(p byte) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{p}}}
+}
+
+func isICMP() []expr.Any { return protocolIs(unix.IPPROTO_ICMP) }
+
+func tcpPort(e end, port uint16) []expr.Any {
+	offset := uint32(0)
+	if e == destination {
+		offset = 2
+	}
+	return join(protocolIs(unix.IPPROTO_TCP), []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(port)}})
+}
+
+// isGone reports that what should be deleted was not there.
+func isGone(err error) bool { return errors.Is(err, unix.ENOENT) }

@@ -1,0 +1,93 @@
+package network
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+)
+
+// frame is an Ethernet frame with a UDP packet, as a sandbox that obeys nothing
+// would write it to its link.
+type frame struct {
+	to       net.HardwareAddr // nil: the gateway
+	src, dst netip.AddrPort
+	ttl      byte // 0: 64
+	payload  string
+}
+
+// send writes the frame to eth0 of the namespace the thread is in.
+func (f frame) send() error {
+	link, err := net.InterfaceByName(insideLink)
+	if err != nil {
+		return err
+	}
+	kind := uint16(unix.ETH_P_IP)
+	if f.dst.Addr().Is6() {
+		kind = unix.ETH_P_IPV6
+	}
+	to := f.to
+	if to == nil {
+		to = hostMAC
+	}
+	return sendRaw(link.Index, to, kind, f.packet())
+}
+
+// sendRaw writes one Ethernet frame to a link.
+func sendRaw(link int, to net.HardwareAddr, kind uint16, packet []byte) error {
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("opening a packet socket: %w", err)
+	}
+	defer unix.Close(fd)
+	raw := append(append(append([]byte{}, to...), sandboxMAC...), byte(kind>>8), byte(kind))
+	return unix.Sendto(fd, append(raw, packet...), 0, &unix.SockaddrLinklayer{Ifindex: link})
+}
+
+func (f frame) packet() []byte {
+	udp := make([]byte, 8, 8+len(f.payload))
+	binary.BigEndian.PutUint16(udp[0:], f.src.Port())
+	binary.BigEndian.PutUint16(udp[2:], f.dst.Port())
+	binary.BigEndian.PutUint16(udp[4:], uint16(8+len(f.payload)))
+	udp = append(udp, f.payload...)
+	src, dst := f.src.Addr().AsSlice(), f.dst.Addr().AsSlice()
+	pseudo := append(append([]byte{}, src...), dst...)
+	pseudo = append(pseudo, 0, unix.IPPROTO_UDP, udp[4], udp[5])
+	binary.BigEndian.PutUint16(udp[6:], checksum(append(pseudo, udp...)))
+	ttl := f.ttl
+	if ttl == 0 {
+		ttl = 64
+	}
+	if f.dst.Addr().Is6() {
+		ip := []byte{0x60, 0, 0, 0, udp[4], udp[5], unix.IPPROTO_UDP, ttl}
+		return append(append(append(ip, src...), dst...), udp...)
+	}
+	ip := make([]byte, 12, 20)
+	ip[0] = 0x45
+	binary.BigEndian.PutUint16(ip[2:], uint16(20+len(udp)))
+	ip[8], ip[9] = ttl, unix.IPPROTO_UDP
+	ip = append(append(ip, src...), dst...)
+	binary.BigEndian.PutUint16(ip[10:], checksum(ip))
+	return append(ip, udp...)
+}
+
+// checksum is the Internet checksum, RFC 1071. Zero is sent as all ones, as UDP wants.
+func checksum(b []byte) uint16 {
+	var sum uint32
+	for i, v := range b {
+		if i%2 == 0 {
+			sum += uint32(v) << 8
+		} else {
+			sum += uint32(v)
+		}
+	}
+	for sum>>16 != 0 {
+		sum = sum&0xffff + sum>>16
+	}
+	if sum == 0xffff {
+		return 0xffff
+	}
+	return ^uint16(sum)
+}

@@ -1,0 +1,93 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// listAttempts bounds how often a listing is repeated that the kernel says
+// changed while it was read. Links come and go all the time on a busy host; each
+// attempt takes milliseconds.
+const listAttempts = 20
+
+// complete repeats a listing until it was not interrupted.
+func complete[T any](list func() ([]T, error)) ([]T, error) {
+	var out []T
+	var err error
+	for range listAttempts {
+		out, err = list()
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return out, err
+}
+
+func listLinks() ([]netlink.Link, error) {
+	links, err := complete(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("listing links: %w", err)
+	}
+	return links, nil
+}
+
+// remains lists the slots of which a link or a namespace is on the host, by
+// instance.
+func remains() (map[string]map[int]bool, error) {
+	out := map[string]map[int]bool{}
+	add := func(instance string, index int, ok bool) {
+		if !ok {
+			return
+		}
+		if out[instance] == nil {
+			out[instance] = map[int]bool{}
+		}
+		out[instance][index] = true
+	}
+	links, err := listLinks()
+	if err != nil {
+		return nil, err
+	}
+	for _, l := range links {
+		add(parseLink(l.Attrs().Name))
+	}
+	entries, err := os.ReadDir(netnsDir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("listing namespaces: %w", err)
+	}
+	for _, e := range entries {
+		add(parseNamespace(e.Name()))
+	}
+	return out, nil
+}
+
+// defaultMTU is the MTU of the link the default route uses, so that packets of
+// sandboxes fit without being cut; ethernetMTU without a default route.
+func defaultMTU() (int, error) {
+	const ethernetMTU = 1500
+	routes, err := complete(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	})
+	if err != nil {
+		return 0, fmt.Errorf("listing routes: %w", err)
+	}
+	for _, r := range routes {
+		if r.Dst != nil && !r.Dst.IP.IsUnspecified() {
+			continue
+		}
+		index := r.LinkIndex
+		if index == 0 && len(r.MultiPath) > 0 {
+			index = r.MultiPath[0].LinkIndex
+		}
+		link, err := netlink.LinkByIndex(index)
+		if err != nil {
+			return 0, fmt.Errorf("finding the default route's link: %w", err)
+		}
+		return link.Attrs().MTU, nil
+	}
+	return ethernetMTU, nil
+}

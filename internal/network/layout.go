@@ -1,0 +1,176 @@
+package network
+
+import (
+	"cmp"
+	"encoding/binary"
+	"net/netip"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+const (
+	// linkPrefix and namePrefix begin everything of ours on a host.
+	linkPrefix = "cay"
+	namePrefix = "cay-"
+
+	// netnsDir is where iproute2 looks for named namespaces, so that
+	// `ip netns exec cay-…` works for an operator.
+	netnsDir = "/run/netns"
+
+	// shortestPrefix is the largest range: 65,536 slots, so that an index has at
+	// most five digits and "cay" + instance + "-" + index fits into the 15
+	// characters of a link's name.
+	shortestPrefix = 15
+	// longestPrefix is the smallest range: two slots.
+	longestPrefix = 30
+)
+
+var instanceForm = regexp.MustCompile(`^[a-z0-9]{6}$`)
+
+// checkInstance refuses names that would not be recognised again on the host.
+func checkInstance(instance string) error {
+	if !instanceForm.MatchString(instance) {
+		return fault.InField("invalid_instance", "instance", "%q is not 6 characters of a-z and 0-9", instance)
+	}
+	return nil
+}
+
+// checkRange refuses blocks that cannot be laid out in slots.
+func checkRange(p netip.Prefix) error {
+	switch {
+	case !p.IsValid() || !p.Addr().Is4():
+		return fault.InField("invalid_range", "network.range", "%v is not an IPv4 range", p)
+	case p != p.Masked():
+		return fault.InField("invalid_range", "network.range", "%v has host bits set: write %v", p, p.Masked())
+	case p.Bits() < shortestPrefix || p.Bits() > longestPrefix:
+		return fault.InField("invalid_range", "network.range", "%v must be between /%d and /%d", p, shortestPrefix, longestPrefix)
+	}
+	for _, never := range neverRanges {
+		if p.Overlaps(never) {
+			return fault.InField("invalid_range", "network.range", "%v overlaps %v, which sandboxes may never use", p, never)
+		}
+	}
+	return nil
+}
+
+// checkDeny refuses prefixes that would be passed over in silence.
+func checkDeny(prefixes []netip.Prefix) error {
+	for _, p := range prefixes {
+		if !p.IsValid() || p.Addr().Is4In6() {
+			return fault.InField("invalid_range", "network.always_deny", "%v is not a range of IPv4 or IPv6 addresses", p)
+		}
+	}
+	return nil
+}
+
+// layout is the arithmetic of one instance's slots. The range is valid.
+type layout struct {
+	instance string
+	block    netip.Prefix
+}
+
+// capacity is the number of slots, two addresses each.
+func (l layout) capacity() int { return 1 << (31 - l.block.Bits()) }
+
+// slot describes slot index, which is below the capacity.
+func (l layout) slot(index int) *Slot {
+	base := l.block.Addr().As4()
+	first := binary.BigEndian.Uint32(base[:]) + 2*uint32(index)
+	return &Slot{
+		Index:     index,
+		Namespace: filepath.Join(netnsDir, l.namespace(index)),
+		Addr:      addrOf(first + 1),
+		Gateway:   addrOf(first),
+		Link:      l.link(index),
+	}
+}
+
+// links begins the name of every link of the instance, with a dash so that the
+// rules can match all of them, and no other's, by this prefix.
+func (l layout) links() string              { return linkPrefix + l.instance + "-" }
+func (l layout) link(index int) string      { return l.links() + strconv.Itoa(index) }
+func (l layout) table() string              { return namePrefix + l.instance }
+func (l layout) namespaces() string         { return namePrefix + l.instance + "-" }
+func (l layout) namespace(index int) string { return l.namespaces() + strconv.Itoa(index) }
+
+func addrOf(n uint32) netip.Addr {
+	var b [4]byte
+	binary.BigEndian.PutUint32(b[:], n)
+	return netip.AddrFrom4(b)
+}
+
+// parseLink takes a link's name apart; ok is false for a name that is not ours.
+func parseLink(name string) (instance string, index int, ok bool) {
+	rest, found := strings.CutPrefix(name, linkPrefix)
+	if !found {
+		return "", 0, false
+	}
+	return parseIndexed(rest)
+}
+
+// parseNamespace takes a namespace's file name apart.
+func parseNamespace(name string) (instance string, index int, ok bool) {
+	rest, found := strings.CutPrefix(name, namePrefix)
+	if !found {
+		return "", 0, false
+	}
+	return parseIndexed(rest)
+}
+
+// parseTable takes a table's name apart.
+func parseTable(name string) (instance string, ok bool) {
+	instance, found := strings.CutPrefix(name, namePrefix)
+	return instance, found && instanceForm.MatchString(instance)
+}
+
+// parseIndexed reads "<instance>-<index>" as this package writes it, and only
+// so: a name with a leading zero or a sign is somebody else's.
+func parseIndexed(s string) (string, int, bool) {
+	instance, digits, found := strings.Cut(s, "-")
+	if !found || !instanceForm.MatchString(instance) {
+		return "", 0, false
+	}
+	index, err := strconv.Atoi(digits)
+	if err != nil || index < 0 || index >= 1<<(31-shortestPrefix) || strconv.Itoa(index) != digits {
+		return "", 0, false
+	}
+	return instance, index, true
+}
+
+// interval is a closed range of IPv4 addresses.
+type interval struct{ first, last uint32 }
+
+// merge turns prefixes into disjoint intervals in ascending order, which is what
+// an interval set of nftables takes. IPv6 prefixes are left out.
+func merge(prefixes []netip.Prefix) []interval {
+	var in []interval
+	for _, p := range prefixes {
+		if !p.Addr().Is4() {
+			continue
+		}
+		b := p.Masked().Addr().As4()
+		first := binary.BigEndian.Uint32(b[:])
+		in = append(in, interval{first, first | uint32(1<<(32-p.Bits())-1)})
+	}
+	return mergeIntervals(in)
+}
+
+func mergeIntervals(in []interval) []interval {
+	slices.SortFunc(in, func(a, b interval) int { return cmp.Compare(a.first, b.first) })
+	var out []interval
+	for _, i := range in {
+		// One that touches the previous joins it; last+1 would overflow at the
+		// end of the address space.
+		if n := len(out); n > 0 && (i.first <= out[n-1].last || i.first-1 == out[n-1].last) {
+			out[n-1].last = max(out[n-1].last, i.last)
+			continue
+		}
+		out = append(out, i)
+	}
+	return out
+}

@@ -1,0 +1,464 @@
+// Package network gives every sandbox a network namespace of its own, joined to
+// the host by a veth pair, an address out of the instance's range, and the rules
+// that keep it away from the host, from its neighbours and from what the
+// operator forbids. It speaks netlink only and starts no program. It knows
+// slots, not sandboxes: who owns a slot is the caller's business.
+//
+// # What a slot may do
+//
+// A slot is a /31 of the range: the even address is the gateway, on the host's
+// end of the veth pair, the odd one is the sandbox's. Whatever else is installed
+// on the host, a sandbox
+//   - sends with its own address and from its own link, or nothing arrives;
+//   - reaches no address of the host, also none that the host gets later. The
+//     only packets the host takes from it are answers of the agent's port on
+//     connections that the host opened;
+//   - reaches no other slot, nothing in 169.254.0.0/16, no multicast or broadcast
+//     address and nothing in [Config.AlwaysDeny];
+//   - has no IPv6, and no ARP towards the host (both ends know each other by
+//     permanent entries);
+//   - is reached by nobody: from the host on the agent's port alone, from other
+//     machines not at all. Only answers to what it sent come in.
+//
+// Everything else goes out with the host's address (masquerade). One way to the
+// host cannot be seen from here: a public address that a cloud's router
+// translates to this host. An operator who has one lists it in AlwaysDeny.
+//
+// The rules are one nftables table, "inet cay-<instance>", whose chains only
+// drop: no verdict depends on the policy of somebody else's chain, and no chain
+// of somebody else is touched. The reverse does not hold: another firewall that
+// drops what it does not know in FORWARD drops sandboxes' traffic too, which
+// [Probe] reports.
+//
+// # Concurrency and errors
+//
+// A [Network] is safe for concurrent use. Handing out a ready slot never waits
+// for one being made. No thread of the process is left in another namespace:
+// work inside one is done on threads that end with it. After an error from
+// [Network.Acquire] nothing of the slot is left; [Network.Release] goes on after
+// errors, joins them, and keeps what it could not remove out of circulation
+// until [Network.Sweep] or another Release succeeds.
+//
+// # What is left on the host
+//
+// Slots in use and their rules outlive the process, and its successor takes them
+// over ([Network.Adopt]). Names carry the instance, so that several instances on
+// one machine do not meet: namespaces "cay-<instance>-<slot>" in /run/netns,
+// links "cay<instance>-<slot>", locks in /run/cay/network. net.ipv4.ip_forward
+// stays on.
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+const (
+	// capacityRetry is what a caller is told to wait when the range is used up:
+	// about as long as taking a slot apart takes, rounded up to a whole second.
+	capacityRetry = time.Second
+
+	// closeTimeout bounds how long Close waits for the lock of the claims, which
+	// another process holds for milliseconds. After it the files stay, unlocked.
+	closeTimeout = 5 * time.Second
+)
+
+var errClosed = errors.New("the network is closed")
+
+// Config says what a Network is to manage. It is not changed after Open.
+type Config struct {
+	// Instance names this server's things on the host: 6 characters of a-z and 0-9.
+	Instance string
+	// Range is where addresses come from, two per slot: IPv4, /15 to /30. The
+	// zero value takes the first free block of Candidates.
+	Range netip.Prefix
+	// AlwaysDeny are destinations no sandbox ever reaches. IPv6 prefixes are
+	// accepted and change nothing: there is no IPv6.
+	AlwaysDeny []netip.Prefix
+	// Ready is how many slots the pool keeps made; 0 makes each on demand.
+	Ready int
+	// MTU of the links in bytes; 0 is that of the default route's link.
+	MTU int
+	// AgentPort is the only TCP port the host may open inside. Slots in use
+	// across a restart are reached only if it stays the same.
+	AgentPort uint16
+}
+
+// Slot is a namespace with its link and address. Its fields do not change.
+type Slot struct {
+	Index     int
+	Namespace string     // path of the namespace, in /run/netns
+	Addr      netip.Addr // the sandbox's
+	Gateway   netip.Addr // the host's end
+	Link      string     // the host's end of the veth pair
+}
+
+// Network manages the slots of one instance. Safe for concurrent use.
+type Network struct {
+	layout layout
+	agent  uint16
+	ready  int // the pool's target
+	mtu    int
+	log    *slog.Logger
+	claim  *claim
+
+	stop context.CancelFunc // of the background goroutines
+	done sync.WaitGroup     // for them
+	fill chan struct{}      // wakes the pool, capacity 1
+
+	// rulesMu serialises what changes or inspects the table. It may be taken
+	// while mu is not held, never the other way round.
+	rulesMu sync.Mutex
+	rules   *table
+	ruled   map[int]*Slot // the slots in the table
+	shape   []string      // the table as the kernel listed it after installing
+	// +checklocks:rulesMu
+	repairs int
+
+	mu sync.Mutex
+	// +checklocks:mu
+	closed bool
+	next   int   // indices from here on were never used
+	freed  []int // used before, longest free first
+	// +checklocks:mu
+	idle []*Slot // made and not handed out, oldest first
+	// +checklocks:mu
+	used map[int]*Slot // handed out or adopted
+	left map[int]*Slot // of a predecessor, or not wholly removed
+}
+
+// Open claims the range, installs the rules and starts the pool. What a
+// predecessor of the same instance left keeps its rules until Adopt or Sweep
+// decide about it; what it left outside of the range is removed. After an error
+// nothing was changed but the rules and ip_forward.
+func Open(ctx context.Context, c Config, log *slog.Logger) (*Network, error) {
+	if err := checkDeny(c.AlwaysDeny); err != nil {
+		return nil, err
+	}
+	if c.AgentPort == 0 {
+		return nil, fault.InField("invalid_port", "agent_port", "the agent's port is not set")
+	}
+	claim, block, err := take(ctx, c.Instance, c.Range)
+	if err != nil {
+		return nil, fmt.Errorf("claiming addresses: %w", err)
+	}
+	n := &Network{
+		layout: layout{instance: c.Instance, block: block},
+		agent:  c.AgentPort, ready: c.Ready, mtu: c.MTU, log: log, claim: claim,
+		fill:  make(chan struct{}, 1),
+		ruled: map[int]*Slot{}, used: map[int]*Slot{}, left: map[int]*Slot{},
+	}
+	n.rules = newTable(n.layout, c.AlwaysDeny, c.AgentPort)
+	if err := n.prepare(); err != nil {
+		return nil, errors.Join(err, n.giveUpClaim(false))
+	}
+	background, stop := context.WithCancel(context.WithoutCancel(ctx))
+	n.stop = stop
+	n.done.Go(func() { n.refill(background) })
+	n.done.Go(func() { n.watch(background) })
+	log.Info("network is ready", "instance", c.Instance, "range", block.String(), "slots", n.layout.capacity(),
+		"mtu", n.mtu, "left_by_predecessor", len(n.left))
+	return n, nil
+}
+
+// prepare makes the host ready: what is there is taken stock of, then the rules
+// are installed, and only then forwarding is turned on.
+func (n *Network) prepare() error {
+	if n.mtu == 0 {
+		var err error
+		if n.mtu, err = defaultMTU(); err != nil {
+			return err
+		}
+	}
+	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
+		return fmt.Errorf("making the directory of namespaces: %w", err)
+	}
+	all, err := remains()
+	if err != nil {
+		return err
+	}
+	for index := range all[n.layout.instance] {
+		s, err := n.leftover(index)
+		if err != nil {
+			return err
+		}
+		if s != nil {
+			n.left[index], n.ruled[index] = s, s
+		}
+		// After a restart new slots come after the old ones: the longer an
+		// address rests, the better.
+		n.next = max(n.next, index+1)
+	}
+	n.next = min(n.next, n.layout.capacity())
+	for i := range n.next {
+		if n.left[i] == nil {
+			n.freed = append(n.freed, i)
+		}
+	}
+	n.rulesMu.Lock()
+	defer n.rulesMu.Unlock()
+	if err := n.installLocked(); err != nil {
+		return err
+	}
+	return enableForwarding()
+}
+
+// leftover is the slot of an index a predecessor left something of, nil if it
+// was of another range and is removed now.
+func (n *Network) leftover(index int) (*Slot, error) {
+	if index < n.layout.capacity() {
+		s := n.layout.slot(index)
+		if has, err := s.elsewhere(); err != nil || !has {
+			return s, err
+		}
+	}
+	n.log.Warn("removing a slot of another address range", "link", n.layout.link(index))
+	return nil, demolish(n.layout.instance, index)
+}
+
+// Range is the block in use, chosen or configured.
+func (n *Network) Range() netip.Prefix { return n.layout.block }
+
+// Acquire hands out a ready slot, or makes one. When the range is used up the
+// error is Unavailable, code "no_capacity".
+func (n *Network) Acquire(ctx context.Context) (*Slot, error) {
+	s, made, err := n.take()
+	if err != nil {
+		return nil, err
+	}
+	n.wakePool()
+	if made {
+		return s, nil
+	}
+	if err := ctx.Err(); err != nil {
+		n.putBack(s.Index)
+		return nil, fmt.Errorf("making a slot: %w", err)
+	}
+	if err := n.build(s); err != nil {
+		return nil, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.used[s.Index] = s
+	return s, nil
+}
+
+// take hands out a ready slot (made true), else reserves an index for a new one.
+func (n *Network) take() (s *Slot, made bool, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return nil, false, errClosed
+	}
+	if len(n.idle) > 0 {
+		s, n.idle = n.idle[0], n.idle[1:]
+		n.used[s.Index] = s
+		return s, true, nil
+	}
+	index, ok := n.reserveLocked()
+	if !ok {
+		return nil, false, fault.New(fault.Unavailable, "no_capacity",
+			"all %d addresses of this machine's range are in use", n.layout.capacity()).After(capacityRetry)
+	}
+	return n.layout.slot(index), false, nil
+}
+
+// reserveLocked takes an index out of circulation: one that was never used, else
+// the one that was free the longest.
+func (n *Network) reserveLocked() (int, bool) {
+	switch {
+	case n.next < n.layout.capacity():
+		n.next++
+		return n.next - 1, true
+	case len(n.freed) > 0:
+		index := n.freed[0]
+		n.freed = n.freed[1:]
+		return index, true
+	}
+	return 0, false
+}
+
+func (n *Network) putBack(index int) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.left, index)
+	n.freed = append(n.freed, index)
+}
+
+// build makes a reserved slot, its rules first. After an error nothing is left
+// of it, or it waits among the left ones.
+func (n *Network) build(s *Slot) error {
+	err := n.admit(s)
+	if err == nil {
+		err = s.build(n.mtu)
+	}
+	if err == nil {
+		return nil
+	}
+	return errors.Join(fmt.Errorf("making slot %s: %w", s.Link, err), n.dismantle(context.Background(), s))
+}
+
+// dismantle removes a slot that is in none of the lists any more, and gives its
+// index back. What could not be removed goes to the left ones.
+func (n *Network) dismantle(ctx context.Context, s *Slot) error {
+	// Most of the time goes by waiting in the kernel, so links and rules go side
+	// by side. Connections are forgotten once the rules let no new ones begin.
+	var parts error
+	var group sync.WaitGroup
+	group.Go(func() { parts = removeParts(s.Link, s.Namespace) })
+	err := errors.Join(n.expel(s), forgetConnections(ctx, s.Addr))
+	group.Wait()
+	if err := errors.Join(err, parts); err != nil {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		n.left[s.Index] = s
+		return fmt.Errorf("removing slot %s: %w", s.Link, err)
+	}
+	n.putBack(s.Index)
+	return nil
+}
+
+// Release takes a slot apart. A slot released before is no error.
+func (n *Network) Release(ctx context.Context, s *Slot) error {
+	n.mu.Lock()
+	// The same index may belong to a newer slot by now: compare the slot itself.
+	switch {
+	case n.used[s.Index] == s:
+		delete(n.used, s.Index)
+	case n.left[s.Index] == s:
+		delete(n.left, s.Index)
+	default:
+		n.mu.Unlock()
+		return nil
+	}
+	n.mu.Unlock()
+	defer n.wakePool()
+	return n.dismantle(ctx, s)
+}
+
+// Adopt takes over the slot of a sandbox that outlived the server. One that is
+// not there, or not whole, is NotFound, code "slot_not_found"; what there is of
+// it remains for Sweep.
+func (n *Network) Adopt(index int) (*Slot, error) {
+	n.mu.Lock()
+	s := n.left[index]
+	delete(n.left, index)
+	n.mu.Unlock()
+	missing := fault.New(fault.NotFound, "slot_not_found", "there is no slot %d to take over", index)
+	if s == nil {
+		return nil, missing
+	}
+	err := s.whole()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if err != nil {
+		n.left[index] = s
+		return nil, missing.Because(err)
+	}
+	n.used[index] = s
+	return s, nil
+}
+
+// Slots lists the slots handed out or adopted, by index.
+func (n *Network) Slots() []*Slot {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var out []*Slot
+	for _, s := range n.used {
+		out = append(out, s)
+	}
+	slices.SortFunc(out, func(a, b *Slot) int { return a.Index - b.Index })
+	return out
+}
+
+// Sweep removes what a predecessor left and nobody adopted, except the indices
+// in keep, and what a failed Release left. Slots handed out by this Network are
+// never touched. It goes on after errors and joins them.
+func (n *Network) Sweep(keep map[int]bool) error {
+	n.mu.Lock()
+	var out []*Slot
+	for index, s := range n.left {
+		if !keep[index] {
+			out = append(out, s)
+			delete(n.left, index)
+		}
+	}
+	n.mu.Unlock()
+	defer n.wakePool()
+	var errs []error
+	for _, s := range out {
+		errs = append(errs, n.dismantle(context.Background(), s))
+	}
+	return errors.Join(errs...)
+}
+
+// Dial connects from the host to a TCP port in the slot. The rules let only
+// [Config.AgentPort] through.
+func (n *Network) Dial(ctx context.Context, s *Slot, port uint16) (net.Conn, error) {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "tcp4", net.JoinHostPort(s.Addr.String(), strconv.Itoa(int(port))))
+	if err != nil {
+		return nil, fmt.Errorf("dialing slot %d: %w", s.Index, err)
+	}
+	return c, nil
+}
+
+// Close stops the pool and removes idle slots. Slots in use, and then the rules,
+// stay; with none in use nothing is left but net.ipv4.ip_forward. A second Close
+// does nothing.
+func (n *Network) Close() error {
+	n.mu.Lock()
+	if n.closed {
+		n.mu.Unlock()
+		return nil
+	}
+	n.closed = true
+	n.mu.Unlock()
+	n.stop()
+	n.done.Wait()
+
+	n.mu.Lock()
+	idle := n.idle
+	n.idle = nil
+	n.mu.Unlock()
+	var errs []error
+	for _, s := range idle {
+		errs = append(errs, n.dismantle(context.Background(), s))
+	}
+	n.mu.Lock()
+	busy := len(n.used)+len(n.left) > 0
+	n.mu.Unlock()
+	if !busy {
+		n.rulesMu.Lock()
+		errs = append(errs, n.rules.remove())
+		n.rulesMu.Unlock()
+	}
+	return errors.Join(append(errs, n.giveUpClaim(busy))...)
+}
+
+// giveUpClaim lets the next process claim what this one had. The files stay if
+// slots do; they mean nothing without their locks.
+func (n *Network) giveUpClaim(keepFiles bool) error {
+	if keepFiles {
+		return n.claim.close()
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	unlock, err := lockClaims(ctx)
+	if err != nil {
+		return errors.Join(err, n.claim.close())
+	}
+	defer unlock()
+	return n.claim.release()
+}

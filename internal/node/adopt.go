@@ -1,0 +1,69 @@
+package node
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/cayhq/cay/internal/runsc"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// adopt takes over the sandboxes that a former process of this server left, those
+// that run and what is left of the others, and then removes slots that no directory
+// speaks of.
+func (n *Node) adopt() error {
+	dirs, err := os.ReadDir(n.cfg.Dir)
+	if err != nil {
+		return fmt.Errorf("listing the sandboxes' directories: %w", err)
+	}
+	keep := map[int]bool{}
+	for _, d := range dirs {
+		id := sandbox.ID(d.Name())
+		if !id.Valid() {
+			continue
+		}
+		l, err := readLife(n.dir(id))
+		if err != nil || l.ID != id {
+			continue // it never ran: its directory is all there is, and List shows it
+		}
+		b := &box{node: n, life: l}
+		n.boxes[id] = b
+		if b.slot, err = n.net.Adopt(l.Slot); err != nil {
+			n.log.Warn("a sandbox has no network any more", "sandbox", id, "slot", l.Slot, "error", err)
+			continue
+		}
+		keep[l.Slot] = true
+		if b.pid, err = runsc.PID(n.dir(id)); err == nil {
+			err = b.watch()
+		}
+		if err != nil {
+			n.log.Warn("a sandbox does not run any more", "sandbox", id, "error", err)
+			continue
+		}
+		n.log.Info("adopted a sandbox", "sandbox", id, "pid", b.pid)
+	}
+	return n.net.Sweep(keep)
+}
+
+// availableMemory is what the machine can give without swapping, in bytes.
+func availableMemory() (int64, error) {
+	f, err := os.Open("/proc/meminfo")
+	if err != nil {
+		return 0, fmt.Errorf("reading the machine's memory: %w", err)
+	}
+	defer f.Close()
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		if rest, ok := strings.CutPrefix(lines.Text(), "MemAvailable:"); ok {
+			kib, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 10, 64)
+			if err != nil {
+				return 0, fmt.Errorf("reading the machine's memory: %w", err)
+			}
+			return kib << 10, nil
+		}
+	}
+	return 0, errors.New("reading the machine's memory: /proc/meminfo has no MemAvailable")
+}

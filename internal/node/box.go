@@ -1,0 +1,144 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/cgroup"
+	"github.com/cayhq/cay/internal/network"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// box is one sandbox on this machine.
+type box struct {
+	node *Node
+	life life
+	slot *network.Slot // nil until there is one
+	pid  int           // of the sentry; 0 until there is one
+
+	watched atomic.Bool        // death is noticed by a watch
+	gone    atomic.Bool        // the sentry has ended
+	ending  atomic.Bool        // its end is wanted
+	stop    context.CancelFunc // ends the watches; nil until there are any
+}
+
+func (b *box) target() agentapi.Target {
+	return agentapi.Target{SandboxID: string(b.life.ID), Run: b.life.Run, Token: b.life.Token}
+}
+
+// dead reports whether the sandbox ran and does not any more, or never did.
+func (b *box) dead() bool { return b.gone.Load() || !b.watched.Load() }
+
+// end says that the sandbox's death from here on is wanted.
+func (b *box) end() {
+	b.ending.Store(true)
+	if b.stop != nil {
+		b.stop()
+	}
+}
+
+// watch starts to guard the sandbox's memory and to wait for its end.
+func (b *box) watch() error {
+	n := b.node
+	pidfd, err := openProcess(b.pid, string(b.life.ID))
+	if err != nil {
+		return err
+	}
+	guard := &cgroup.Guard{
+		Group: n.groups.Group(n.groupPath(b.life.ID)), Limit: int64(b.life.MemoryMB)<<20 + overhead, Reserve: reserve,
+		Relieve: func(ctx context.Context, over int64) (int64, error) {
+			freed, killed, err := n.agents.RelieveMemory(ctx, b.target(), over)
+			n.log.InfoContext(ctx, "sandbox out of memory", "sandbox", b.life.ID, "over_bytes", over, "freed_bytes", freed, "killed", killed)
+			return freed, err
+		},
+		Log: n.log,
+	}
+	if err := guard.Arm(); err != nil {
+		pidfd.Close()
+		return err
+	}
+	ctx, stop := context.WithCancel(n.ctx)
+	b.stop = stop
+	b.watched.Store(true)
+	n.watches.Add(2)
+	go func() {
+		defer n.watches.Done()
+		b.guardMemory(ctx, guard)
+	}()
+	go func() {
+		defer n.watches.Done()
+		b.awaitEnd(ctx, pidfd)
+	}()
+	return nil
+}
+
+func (b *box) guardMemory(ctx context.Context, guard *cgroup.Guard) {
+	err := guard.Run(ctx)
+	if err == nil || ctx.Err() != nil {
+		return
+	}
+	b.node.log.ErrorContext(ctx, "ending a sandbox whose memory cannot be bounded", "sandbox", b.life.ID, "error", err)
+	// The watch for its end does the rest.
+	if err := guard.Group.Kill(ctx); err != nil && ctx.Err() == nil {
+		b.node.log.ErrorContext(ctx, "ending a sandbox", "sandbox", b.life.ID, "error", err)
+	}
+}
+
+// awaitEnd waits for the sentry to end and reports it if nobody wanted it.
+func (b *box) awaitEnd(ctx context.Context, pidfd *os.File) {
+	stop := context.AfterFunc(ctx, func() { pidfd.Close() })
+	defer func() {
+		if stop() {
+			pidfd.Close()
+		}
+	}()
+	raw, err := pidfd.SyscallConn()
+	if err == nil {
+		err = raw.Read(func(fd uintptr) bool {
+			poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+			n, err := unix.Poll(poll, 0)
+			return err == nil && n > 0
+		})
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	if err != nil {
+		b.node.log.ErrorContext(ctx, "watching a sandbox", "sandbox", b.life.ID, "error", err)
+		return
+	}
+	b.gone.Store(true)
+	if b.ending.Load() {
+		return
+	}
+	select {
+	case b.node.lost <- sandbox.Fact{ID: b.life.ID, Run: b.life.Run}:
+	case <-ctx.Done():
+	}
+}
+
+// openProcess opens the sentry's process, and makes sure that it is the sandbox's:
+// process IDs are used again.
+func openProcess(pid int, id string) (*os.File, error) {
+	// The runtime's poller takes the descriptor only when it does not block.
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("opening the sentry of %s: %w", id, err)
+	}
+	file := os.NewFile(uintptr(fd), "sentry of "+id)
+	cmdline, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cmdline")
+	if err != nil || !slices.Contains(strings.Split(string(cmdline), "\x00"), id) {
+		file.Close()
+		return nil, errors.Join(fmt.Errorf("process %d is not the sentry of %s", pid, id), err)
+	}
+	return file, nil
+}

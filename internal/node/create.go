@@ -1,0 +1,242 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/runsc"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+const (
+	// overhead is what the sandbox's own kernel, its gofer and the agent need beside
+	// the memory that the size promises, in bytes. An idle sandbox has about 20 MB of
+	// it; the rest is for page tables, sockets and open files. Too little kills
+	// commands below the promised size.
+	overhead = 64 << 20
+	// reserve is what the memory guard lends while somebody is being ended.
+	reserve = 64 << 20
+	// bootMemory is what a sandbox takes until its agent answers.
+	bootMemory = 64 << 20
+	// hostPIDs is how many host tasks a sandbox may have for each task inside, and
+	// hostPIDsBase how many beside them: systrap runs every address space in two
+	// processes, keeps those of ended ones for a while, and the sentry has threads. It is
+	// the last line only: a sentry that runs into it dies. The agent bounds what is inside.
+	hostPIDs, hostPIDsBase = 12, 1024
+	// sharesPerCPU is the kernel's weight of a group that nobody gave one.
+	sharesPerCPU = 1024
+	// agentPath is where sandboxes find the agent.
+	agentPath = "/.cay"
+)
+
+// lifeFile holds the record of a sandbox's life in its directory.
+const lifeFile = "life.json"
+
+// life is what a later process of the server must know to adopt the sandbox.
+type life struct {
+	ID       sandbox.ID `json:"id"`
+	Run      string     `json:"run"`
+	Token    string     `json:"token"` // secret: the file is 0600
+	Slot     int        `json:"slot"`
+	MemoryMB int        `json:"memory_mb"`
+}
+
+// step is one part of a create. What it did is undone by Destroy, which works
+// from what it finds.
+type step struct {
+	name string
+	do   func(context.Context) error
+}
+
+// Create makes a sandbox and returns when its agent answers and knows its token.
+func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
+	b := &box{node: n, life: life{ID: spec.ID, Run: spec.Run, Token: spec.Token, MemoryMB: spec.Size.MemoryMB}}
+	n.mu.Lock()
+	if n.boxes[spec.ID] != nil {
+		n.mu.Unlock()
+		return fmt.Errorf("sandbox %s is on this machine already", spec.ID)
+	}
+	n.boxes[spec.ID] = b
+	n.mu.Unlock()
+
+	var image string
+	steps := []step{
+		{"image", func(ctx context.Context) (err error) {
+			image, err = n.images.Path(ctx, spec.Image)
+			return err
+		}},
+		{"directory", func(context.Context) error { return os.Mkdir(n.dir(spec.ID), 0o700) }},
+		{"network", func(ctx context.Context) (err error) {
+			if b.slot, err = n.net.Acquire(ctx); err == nil {
+				b.life.Slot = b.slot.Index
+			}
+			return err
+		}},
+		{"record", func(context.Context) error { return b.record() }},
+		{"start", func(ctx context.Context) error { return n.start(ctx, b, spec, image) }},
+		{"watch", func(context.Context) error { return b.watch() }},
+		{"agent", func(ctx context.Context) error { return n.awaitAgent(ctx, b) }},
+		{"favour", func(ctx context.Context) error {
+			if err := n.groups.Group(n.groupPath(spec.ID)).Favour(); err != nil {
+				// A host that does not let us: the sandbox works, and is easier to overrun.
+				n.log.WarnContext(ctx, "the sandbox's kernel runs with the weight of its processes", "sandbox", spec.ID, "error", err)
+			}
+			return nil
+		}},
+		{"init", func(ctx context.Context) error { return n.initAgent(ctx, b, spec) }},
+	}
+	for _, s := range steps {
+		began := time.Now()
+		err := s.do(ctx)
+		if err == nil && n.after != nil {
+			err = n.after(s.name)
+		}
+		if err != nil {
+			return n.undo(ctx, spec.ID, fmt.Errorf("making sandbox %s, step %s: %w", spec.ID, s.name, err))
+		}
+		n.log.DebugContext(ctx, "made a step", "sandbox", spec.ID, "step", s.name, "took", time.Since(began))
+	}
+	return nil
+}
+
+// undoTimeout bounds the clean-up after a failed create, which goes on when the
+// create's own time is over.
+const undoTimeout = 30 * time.Second
+
+func (n *Node) undo(ctx context.Context, id sandbox.ID, cause error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	if err := n.Destroy(ctx, id); err != nil {
+		return errors.Join(cause, fmt.Errorf("undoing: %w", err))
+	}
+	return cause
+}
+
+// start boots gVisor with the agent as the first process.
+func (n *Node) start(ctx context.Context, b *box, spec sandbox.Spec, image string) error {
+	quota := int64(0)
+	if spec.Size.Dedicated {
+		quota = int64(spec.Size.VCPUs) * runsc.CPUPeriod
+	}
+	defer n.mover.Hurry()()
+	memory := int64(spec.Size.MemoryMB) << 20
+	pids := min(n.cfg.MaxPIDs, tasksFor(spec.Size.MemoryMB))
+	pid, err := n.runtime.Run(ctx, runsc.Container{
+		ID: string(spec.ID), Bundle: n.dir(spec.ID),
+		Spec: runsc.NewSpec(runsc.Box{
+			Hostname:  hostname(spec.ID),
+			Root:      runsc.Root{Image: image, Overlay: n.dir(spec.ID), MaxBytes: int64(spec.DiskMB) << 20},
+			Binds:     []runsc.Bind{{From: n.cfg.Programs.AgentDir, To: agentPath}},
+			Args:      []string{filepath.Join(agentPath, "cay-agent")},
+			Env:       []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", fmt.Sprintf("CAY_PIDS_MAX=%d", pids)},
+			Namespace: b.slot.Namespace,
+			Limits: runsc.Limits{
+				CgroupsPath: n.groupPath(spec.ID),
+				// What the sandbox sees as its memory; the guard sets what the host
+				// enforces, which is more by what the sandbox's kernel needs.
+				MemoryBytes: memory,
+				CPUShares:   uint64(spec.Size.VCPUs) * sharesPerCPU,
+				CPUQuota:    quota,
+				PIDs:        int64(pids)*hostPIDs + hostPIDsBase,
+			},
+			ShmBytes: memory / 2, // as Linux does
+		}),
+	})
+	b.pid = pid
+	return err
+}
+
+// tasksFor is how many tasks a sandbox with so much memory may have inside: one for
+// each 2 MiB up to 256, and one for each 4 MiB in a larger one.
+//
+// An idle process costs the host 0.6 MiB (two processes, their page tables and stacks, and
+// what it touches), a shell twice that, and a bomb of them also what the dead have not given
+// back yet. With this no number of them comes near the limit, where the sandbox's kernel
+// could not start another and would die of it; and the agent, which has to end the bomb,
+// does so in 2 s among 256 and in 6 s among 512, measured on 2 CPUs.
+func tasksFor(memoryMB int) int { return max(min(memoryMB/2, 256), memoryMB/4) }
+
+// hostname is the name a sandbox has for itself: its ID without the prefix, whose
+// underscore no host name may have.
+func hostname(id sandbox.ID) string { return strings.TrimPrefix(string(id), "sbx_") }
+
+const (
+	// agentPoll is how long to wait between two tries to reach a starting agent. It
+	// answers about 100 ms after its start; a try costs the sandbox's network
+	// stack some tens of microseconds.
+	agentPoll = 4 * time.Millisecond
+	// agentTry bounds one try, since a packet that comes before the sandbox's
+	// network stack is up is lost, and TCP sends it again after a second only.
+	agentTry = 250 * time.Millisecond
+)
+
+// awaitAgent returns when the agent answers, or with an error when the sandbox died
+// or ctx ended.
+func (n *Node) awaitAgent(ctx context.Context, b *box) error {
+	for {
+		try, cancel := context.WithTimeout(ctx, agentTry)
+		err := n.agents.Health(try, b.target())
+		cancel()
+		if err == nil {
+			return nil
+		}
+		if b.dead() {
+			return errors.New("the sandbox died before its agent answered")
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for the agent: %w", errors.Join(ctx.Err(), err))
+		case <-time.After(agentPoll):
+		}
+	}
+}
+
+func (n *Node) initAgent(ctx context.Context, b *box, spec sandbox.Spec) error {
+	err := n.agents.Init(ctx, b.target(), agentapi.InitRequest{
+		AccessToken: spec.Token, Env: spec.Env, DefaultUser: spec.User, DefaultWorkdir: spec.Workdir,
+		Hostname: hostname(spec.ID), Nameservers: n.cfg.Nameservers,
+	})
+	if err != nil {
+		return fmt.Errorf("telling the agent about its sandbox: %w", err)
+	}
+	return nil
+}
+
+// record writes the life file, whole or not at all.
+func (b *box) record() error {
+	data, err := json.Marshal(b.life)
+	if err != nil {
+		return fmt.Errorf("encoding the record of %s: %w", b.life.ID, err)
+	}
+	path := filepath.Join(b.node.dir(b.life.ID), lifeFile)
+	if err := os.WriteFile(path+".new", data, 0o600); err != nil {
+		return fmt.Errorf("writing the record of %s: %w", b.life.ID, err)
+	}
+	// Not synced: after a crash of the machine no sandbox runs that could be adopted.
+	if err := os.Rename(path+".new", path); err != nil {
+		return fmt.Errorf("writing the record of %s: %w", b.life.ID, err)
+	}
+	return nil
+}
+
+// readLife reads the record of a sandbox's directory. None, or one that is not
+// whole, is NotFound.
+func readLife(dir string) (life, error) {
+	var l life
+	data, err := os.ReadFile(filepath.Join(dir, lifeFile))
+	if err == nil {
+		err = json.Unmarshal(data, &l)
+	}
+	if err != nil {
+		return life{}, fault.New(fault.NotFound, "", "no record in %s", dir).Because(err)
+	}
+	return l, nil
+}

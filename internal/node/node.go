@@ -1,0 +1,257 @@
+// Package node puts sandboxes together on this machine and takes them apart: a
+// network slot, a root file system, a control group, gVisor, and the agent inside.
+//
+// It owns the order of the steps and the directory of each sandbox (0700, with the
+// bundle, the writable layer and a record of its life), and adopts what a former
+// process of the same server left running. It decides nothing about sandboxes:
+// states, lifetimes and rows are the sandbox room's.
+//
+// A [Node] is safe for concurrent use for different sandboxes; calls for one sandbox
+// are made one at a time by the sandbox room. After an error of [Node.Create] nothing
+// of the sandbox is left, except what the error says could not be removed; a Destroy
+// later removes that too. Sandboxes outlive the process.
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/cgroup"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/network"
+	"github.com/cayhq/cay/internal/payload"
+	"github.com/cayhq/cay/internal/runsc"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// AgentPort is where the agent listens inside: the port E2B's clients know.
+const AgentPort = 49983
+
+// Images finds root file systems. Implemented by the image room.
+type Images interface {
+	// Path returns the verified EROFS file with that content hash.
+	Path(ctx context.Context, digest string) (string, error)
+}
+
+// Config says where a Node keeps things and how much it takes on.
+type Config struct {
+	Instance string // names this server's things on the host
+	Dir      string // one directory a sandbox; on disk, holds the writable layers
+	RunDir   string // runsc's state; on a tmpfs, and short: see [runsc.Runtime]
+	Platform string // gVisor platform
+	Programs payload.Programs
+
+	Nameservers []string // what sandboxes resolve names with
+
+	MaxSandboxes int // beyond it Room says no
+	// MinHostMemory and MinDisk are what must stay free for the machine itself, in
+	// bytes; below that Room says no.
+	MinHostMemory, MinDisk int64
+	// MaxPIDs is how many tasks a sandbox may have inside at the most; see tasksFor
+	// for what a small one may have.
+	MaxPIDs int
+}
+
+// Node is this machine.
+type Node struct {
+	cfg     Config
+	log     *slog.Logger
+	net     *network.Network
+	images  Images
+	groups  *cgroup.Hierarchy
+	mover   *cgroup.Mover
+	runtime *runsc.Runtime
+	agents  *agentapi.Client
+	lost    chan sandbox.Fact
+	ctx     context.Context // of the watches; ends with Close
+	stop    context.CancelFunc
+	watches sync.WaitGroup
+
+	// after, when set, is called after each step of Create; its error fails the
+	// step. Tests break a create everywhere with it.
+	after func(step string) error
+
+	mu    sync.Mutex
+	boxes map[sandbox.ID]*box // everything that has a directory; guarded by mu
+}
+
+// Open makes a Node and adopts the sandboxes that still run. What is left of dead
+// ones shows in [Node.List] until it is destroyed.
+func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (*Node, error) {
+	groups, err := cgroup.Detect()
+	if err != nil {
+		return nil, err
+	}
+	mover, err := groups.NewMover()
+	if err != nil {
+		return nil, err
+	}
+	for _, dir := range []string{cfg.Dir, cfg.RunDir} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("making the directory for sandboxes: %w", err)
+		}
+	}
+	n := &Node{cfg: cfg, log: log, net: slots, images: images, groups: groups, mover: mover,
+		runtime: &runsc.Runtime{Program: cfg.Programs.Runsc, Root: cfg.RunDir, Platform: cfg.Platform},
+		lost:    make(chan sandbox.Fact), boxes: map[sandbox.ID]*box{}}
+	n.agents = agentapi.NewClient(func(ctx context.Context, id string) (net.Conn, error) {
+		return n.Dial(ctx, sandbox.ID(id))
+	})
+	n.ctx, n.stop = context.WithCancel(context.Background())
+	if err := n.adopt(); err != nil {
+		n.stop()
+		return nil, err
+	}
+	return n, nil
+}
+
+// Agents is the client that talks to the agents of this node's sandboxes.
+func (n *Node) Agents() *agentapi.Client { return n.agents }
+
+// Lost yields sandboxes whose processes ended without being asked to.
+func (n *Node) Lost() <-chan sandbox.Fact { return n.lost }
+
+// Close stops watching. Sandboxes go on running.
+func (n *Node) Close() {
+	n.stop()
+	n.agents.CloseIdle()
+	n.watches.Wait()
+}
+
+const codeNoCapacity = "no_capacity"
+
+// retryRoom is when a caller who found no room should come back: sandboxes end all
+// the time, so soon, but not at once.
+const retryRoom = 5 * time.Second
+
+// Room says whether one more sandbox of the size can be made now.
+func (n *Node) Room(_ context.Context, size sandbox.Size) error {
+	n.mu.Lock()
+	count := len(n.boxes)
+	n.mu.Unlock()
+	if count >= n.cfg.MaxSandboxes {
+		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has its %d sandboxes", n.cfg.MaxSandboxes).After(retryRoom)
+	}
+	free, err := availableMemory()
+	if err != nil {
+		return err
+	}
+	// A new sandbox takes about 20 MB and grows to its size only if it is used that
+	// way; what is checked is that it can start without hurting the machine.
+	if free < n.cfg.MinHostMemory+bootMemory {
+		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has no memory for a sandbox of size %s", size.Name).After(retryRoom)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(n.cfg.Dir, &st); err != nil {
+		return fmt.Errorf("looking at the free space below %s: %w", n.cfg.Dir, err)
+	}
+	if int64(st.Bavail)*st.Bsize < n.cfg.MinDisk {
+		return fault.New(fault.Unavailable, codeNoCapacity, "this machine's disk is full").After(retryRoom)
+	}
+	return nil
+}
+
+// Dial connects to the agent of a running sandbox.
+func (n *Node) Dial(ctx context.Context, id sandbox.ID) (net.Conn, error) {
+	b := n.box(id)
+	if b == nil || b.slot == nil || b.dead() {
+		return nil, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s has no agent on this machine", id)
+	}
+	return n.net.Dial(ctx, b.slot, AgentPort)
+}
+
+// List says what the machine has of each sandbox of this instance: those with a
+// directory, and those that only a control group or a state file of runsc is left of.
+func (n *Node) List(context.Context) ([]sandbox.Fact, error) {
+	facts := map[sandbox.ID]sandbox.Fact{}
+	groups, err := n.groups.Group(n.groupPath("")).Children()
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range groups {
+		facts[sandbox.ID(name)] = sandbox.Fact{ID: sandbox.ID(name)}
+	}
+	states, err := n.runtime.IDs()
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range states {
+		facts[sandbox.ID(name)] = sandbox.Fact{ID: sandbox.ID(name)}
+	}
+	dirs, err := os.ReadDir(n.cfg.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("listing the sandboxes' directories: %w", err)
+	}
+	for _, d := range dirs {
+		facts[sandbox.ID(d.Name())] = sandbox.Fact{ID: sandbox.ID(d.Name())}
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for id, b := range n.boxes {
+		facts[id] = sandbox.Fact{ID: id, Run: b.life.Run, Alive: !b.dead()}
+	}
+	var list []sandbox.Fact
+	for id, fact := range facts {
+		if id.Valid() { // a name of somebody else's is not ours to remove
+			list = append(list, fact)
+		}
+	}
+	return list, nil
+}
+
+func (n *Node) box(id sandbox.ID) *box {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.boxes[id]
+}
+
+func (n *Node) dir(id sandbox.ID) string { return filepath.Join(n.cfg.Dir, string(id)) }
+
+// groupPath is the control group of a sandbox, and of "" the one that holds all.
+func (n *Node) groupPath(id sandbox.ID) string {
+	return filepath.Join(GroupRoot(n.cfg.Instance), string(id))
+}
+
+// GroupRoot is the control group that holds all sandboxes of an instance.
+func GroupRoot(instance string) string { return "/cay-" + instance }
+
+// Destroy removes everything of the sandbox from the machine. It works from what is
+// there, so it also finishes what a crash interrupted and undoes a create that
+// failed at any step. It goes on after errors and joins them.
+func (n *Node) Destroy(ctx context.Context, id sandbox.ID) error {
+	b := n.box(id)
+	if b != nil {
+		b.end() // from here on its death is wanted
+	}
+	n.agents.Drop(string(id))
+	group := n.groups.Group(n.groupPath(id))
+	var errs []error
+	if err := group.Kill(ctx); err != nil {
+		// With processes left nothing else may go: they use it.
+		return err
+	}
+	errs = append(errs, group.Remove(), n.runtime.Remove(string(id)))
+	if b != nil && b.slot != nil {
+		errs = append(errs, n.net.Release(ctx, b.slot))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err // the directory, with its record of the slot, goes last
+	}
+	if err := os.RemoveAll(n.dir(id)); err != nil {
+		return fmt.Errorf("removing the directory of %s: %w", id, err)
+	}
+	n.mu.Lock()
+	delete(n.boxes, id)
+	n.mu.Unlock()
+	return nil
+}

@@ -1,0 +1,387 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/network"
+	"github.com/cayhq/cay/internal/payload"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// oneImage is a root file system with a static shell and nothing else.
+type oneImage struct{ path string }
+
+func (i oneImage) Path(_ context.Context, digest string) (string, error) {
+	if digest != "busybox" {
+		return "", errors.New("no such image")
+	}
+	return i.path, nil
+}
+
+// makeImage builds it.
+func makeImage(t *testing.T) oneImage {
+	t.Helper()
+	busybox := caytest.RequireProgram(t, "/bin/busybox")
+	mkfs := caytest.RequireProgram(t, "mkfs.erofs")
+	dir := t.TempDir()
+	root := filepath.Join(dir, "root")
+	program, err := os.ReadFile(busybox)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range []string{"bin", "etc", "tmp", "root"} {
+		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err = errors.Join(
+		os.WriteFile(filepath.Join(root, "bin/busybox"), program, 0o755),
+		os.Symlink("busybox", filepath.Join(root, "bin/sh")),
+		os.WriteFile(filepath.Join(root, "etc/passwd"), []byte("root:x:0:0:root:/root:/bin/sh\n"), 0o644))
+	if err != nil {
+		t.Fatal(err)
+	}
+	image := filepath.Join(dir, "image.erofs")
+	if out, err := exec.Command(mkfs, "-E", "noinline_data", image, root).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return oneImage{image}
+}
+
+// machine is what a Node needs, on this host, for one test.
+type machine struct {
+	t        *testing.T
+	instance string
+	dir      string
+	images   oneImage
+	programs payload.Programs
+	slots    *network.Network
+	node     *Node
+	log      *slog.Logger
+}
+
+func newMachine(t *testing.T) *machine {
+	t.Helper()
+	caytest.RequireRoot(t)
+	m := &machine{t: t, instance: caytest.Instance(), dir: t.TempDir(), images: makeImage(t), log: slog.New(slog.NewTextHandler(logWriter{t}, nil))}
+	var err error
+	if m.programs, err = payload.Unpack(filepath.Join(m.dir, "programs")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		m.close()
+		err := Purge(context.Background(), Remains{Instance: m.instance, Dir: filepath.Join(m.dir, "sandboxes"), RunDir: m.runDir()})
+		if err != nil {
+			t.Error(err)
+		}
+		for _, left := range caytest.Leftovers(t, m.instance, filepath.Join(m.dir, "sandboxes")) {
+			t.Errorf("left on the host: %s", left)
+		}
+	})
+	m.open()
+	return m
+}
+
+// logWriter shows the log of a failing test.
+type logWriter struct{ t *testing.T }
+
+func (w logWriter) Write(p []byte) (int, error) {
+	w.t.Log(strings.TrimSpace(string(p)))
+	return len(p), nil
+}
+
+func (m *machine) runDir() string { return "/run/cay/" + m.instance }
+
+// open opens network and node, as a start of the server does.
+func (m *machine) open() {
+	m.t.Helper()
+	var err error
+	m.slots, err = network.Open(m.t.Context(), network.Config{Instance: m.instance, Ready: 1, AgentPort: AgentPort}, m.log)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.node, err = Open(Config{Instance: m.instance, Dir: filepath.Join(m.dir, "sandboxes"), RunDir: m.runDir(), Platform: "systrap",
+		Programs: m.programs, Nameservers: []string{"192.0.2.53"}, MaxSandboxes: 10, MaxPIDs: 64}, m.slots, m.images, m.log)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// close ends both; sandboxes go on.
+func (m *machine) close() {
+	if m.node != nil {
+		m.node.Close()
+		if err := m.slots.Close(); err != nil {
+			m.t.Error(err)
+		}
+		m.node = nil
+	}
+}
+
+func (m *machine) spec() sandbox.Spec {
+	return sandbox.Spec{ID: sandbox.NewID(), Run: "run1", Image: "busybox", DiskMB: 64, Token: "secret",
+		Size: sandbox.Size{Name: "small", VCPUs: 1, MemoryMB: 256}, Env: map[string]string{"PATH": "/bin"}}
+}
+
+func (m *machine) ctx() context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	m.t.Cleanup(cancel)
+	return ctx
+}
+
+// works runs a command in the sandbox.
+func (m *machine) works(spec sandbox.Spec) {
+	m.t.Helper()
+	r, err := m.node.Agents().Execute(m.ctx(), agentapi.Target{SandboxID: string(spec.ID), Run: spec.Run, Token: spec.Token},
+		agentapi.ExecuteRequest{Command: "echo $((6*7))", Timeout: 30 * time.Second, MaxOutput: 1000})
+	if err != nil || string(r.Stdout) != "42\n" {
+		m.t.Errorf("the sandbox answers %q %q, %v", r.Stdout, r.Stderr, err)
+	}
+}
+
+func (m *machine) wantNothing() {
+	m.t.Helper()
+	facts, err := m.node.List(m.ctx())
+	if err != nil || len(facts) > 0 {
+		m.t.Errorf("the machine has %+v, %v", facts, err)
+	}
+	if slots := m.slots.Slots(); len(slots) > 0 {
+		m.t.Errorf("slots are still handed out: %d", len(slots))
+	}
+	left, err := os.ReadDir(filepath.Join(m.dir, "sandboxes"))
+	if err != nil || len(left) > 0 {
+		m.t.Errorf("directories are left: %v, %v", left, err)
+	}
+}
+
+// TestCreateFailsAtEveryStep breaks a create after each of its steps: nothing is
+// left, and the next try succeeds.
+func TestCreateFailsAtEveryStep(t *testing.T) {
+	m := newMachine(t)
+	broken := errors.New("broken on purpose")
+	for _, step := range []string{"image", "directory", "network", "record", "start", "watch", "agent", "favour", "init"} {
+		t.Run(step, func(t *testing.T) {
+			reached := false
+			m.node.after = func(name string) error {
+				if name == step {
+					reached = true
+					return broken
+				}
+				return nil
+			}
+			spec := m.spec()
+			if err := m.node.Create(m.ctx(), spec); !errors.Is(err, broken) || !reached {
+				t.Fatalf("got %v, reached: %v", err, reached)
+			}
+			m.wantNothing()
+			m.node.after = nil
+			if err := m.node.Create(m.ctx(), spec); err != nil {
+				t.Fatalf("the retry failed: %v", err)
+			}
+			m.works(spec)
+			if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+				t.Fatal(err)
+			}
+			m.wantNothing()
+		})
+	}
+}
+
+// TestCreateGivesUpWithItsContext ends a create in the middle of the start.
+func TestCreateGivesUpWithItsContext(t *testing.T) {
+	m := newMachine(t)
+	for _, after := range []time.Duration{time.Millisecond, 30 * time.Millisecond, 120 * time.Millisecond} {
+		ctx, cancel := context.WithTimeout(context.Background(), after)
+		spec := m.spec()
+		err := m.node.Create(ctx, spec)
+		cancel()
+		if err == nil { // the machine was quick
+			err = m.node.Destroy(m.ctx(), spec.ID)
+		} else if errors.Is(err, context.DeadlineExceeded) {
+			err = nil
+		}
+		if err != nil && !strings.Contains(err.Error(), "killed") {
+			t.Errorf("after %s: %v", after, err)
+		}
+		m.wantNothing()
+	}
+}
+
+func TestDestroyTwiceAndOfNothing(t *testing.T) {
+	m := newMachine(t)
+	if err := m.node.Destroy(m.ctx(), sandbox.NewID()); err != nil {
+		t.Error(err)
+	}
+	spec := m.spec()
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+			t.Error(err)
+		}
+	}
+	m.wantNothing()
+	if _, err := m.node.Dial(m.ctx(), spec.ID); !fault.Is(err, fault.Conflict) {
+		t.Errorf("dialling a destroyed sandbox: %v", err)
+	}
+}
+
+// TestAdoption lets another Node take over: what runs goes on, what died meanwhile
+// shows as dead, and both can be destroyed.
+func TestAdoption(t *testing.T) {
+	m := newMachine(t)
+	lives, dies := m.spec(), m.spec()
+	for _, spec := range []sandbox.Spec{lives, dies} {
+		if err := m.node.Create(m.ctx(), spec); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sentry := m.node.box(dies.ID).pid
+	m.close()
+	if err := unix.Kill(sentry, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	m.awaitExit(sentry)
+	m.open()
+	facts, err := m.node.List(m.ctx())
+	if err != nil || len(facts) != 2 {
+		t.Fatalf("facts are %+v, %v", facts, err)
+	}
+	for _, fact := range facts {
+		if want := fact.ID == lives.ID; fact.Alive != want || fact.Run != "run1" {
+			t.Errorf("got %+v, want alive %v", fact, want)
+		}
+	}
+	m.works(lives)
+	for _, spec := range []sandbox.Spec{lives, dies} {
+		if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+			t.Error(err)
+		}
+	}
+	m.wantNothing()
+}
+
+func (m *machine) awaitExit(pid int) {
+	m.t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) { // a poll with a deadline
+		state, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
+		if err != nil || strings.Contains(string(state), ") Z ") {
+			return
+		}
+		if time.Now().After(deadline) {
+			m.t.Fatal("the killed sentry does not end")
+		}
+	}
+}
+
+// TestLost reports a sentry that is killed, once, and not one that is destroyed.
+func TestLost(t *testing.T) {
+	m := newMachine(t)
+	asked, killed := m.spec(), m.spec()
+	for _, spec := range []sandbox.Spec{asked, killed} {
+		if err := m.node.Create(m.ctx(), spec); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := m.node.Destroy(m.ctx(), asked.ID); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Kill(m.node.box(killed.ID).pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case fact := <-m.node.Lost():
+		if fact.ID != killed.ID || fact.Run != killed.Run || fact.Alive {
+			t.Errorf("lost %+v", fact)
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("nobody noticed")
+	}
+	if err := m.node.Destroy(m.ctx(), killed.ID); err != nil {
+		t.Error(err)
+	}
+	m.wantNothing()
+}
+
+// TestManyAtOnce makes and destroys sandboxes concurrently.
+func TestManyAtOnce(t *testing.T) {
+	m := newMachine(t)
+	var wg sync.WaitGroup
+	for range 6 {
+		wg.Go(func() {
+			spec := m.spec()
+			if err := m.node.Create(m.ctx(), spec); err != nil {
+				t.Error(err)
+				return
+			}
+			m.works(spec)
+			if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	m.wantNothing()
+}
+
+func TestRoom(t *testing.T) {
+	m := newMachine(t)
+	size := sandbox.Size{Name: "small", VCPUs: 1, MemoryMB: 256}
+	if err := m.node.Room(m.ctx(), size); err != nil {
+		t.Fatal(err)
+	}
+	for name, set := range map[string]func(*Config){
+		"count":  func(c *Config) { c.MaxSandboxes = 0 },
+		"memory": func(c *Config) { c.MinHostMemory = 1 << 60 },
+		"disk":   func(c *Config) { c.MinDisk = 1 << 60 },
+	} {
+		before := m.node.cfg
+		set(&m.node.cfg)
+		err := m.node.Room(m.ctx(), size)
+		if e := fault.As(err); e == nil || e.Kind != fault.Unavailable || e.RetryAfter <= 0 {
+			t.Errorf("%s: got %v", name, err)
+		}
+		m.node.cfg = before
+	}
+}
+
+// TestAgentNeedsToken talks to a running agent without and with a wrong token.
+func TestAgentNeedsToken(t *testing.T) {
+	m := newMachine(t)
+	spec := m.spec()
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	for _, token := range []string{"", "wrong"} {
+		target := agentapi.Target{SandboxID: string(spec.ID), Run: spec.Run, Token: token}
+		if _, err := m.node.Agents().Execute(m.ctx(), target, agentapi.ExecuteRequest{Command: "id", Timeout: time.Second, MaxOutput: 100}); err == nil {
+			t.Errorf("token %q executes", token)
+		}
+		if d, err := m.node.Agents().Download(m.ctx(), target, "/etc/passwd", "", ""); err == nil {
+			_, _ = io.Copy(io.Discard, d.Body)
+			d.Body.Close()
+			t.Errorf("token %q downloads", token)
+		}
+		if err := m.node.Agents().Init(m.ctx(), target, agentapi.InitRequest{AccessToken: "mine"}); err == nil {
+			t.Errorf("token %q takes the agent over", token)
+		}
+	}
+	m.works(spec)
+}

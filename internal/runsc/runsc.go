@@ -1,0 +1,195 @@
+// Package runsc drives gVisor's runsc: it writes the OCI bundle of a sandbox,
+// starts it, finds its processes again, and ends it.
+//
+// It knows gVisor and nothing of the product. A [Runtime] keeps no state in
+// memory: what it knows of a sandbox is in its bundle directory and below the
+// runtime's root, so it finds everything again after a restart of the server. Its
+// methods may be called concurrently for different sandboxes.
+//
+// After an error of [Runtime.Run] nothing of the sandbox runs and nothing is left
+// but the bundle directory, which belongs to the caller.
+package runsc
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// Runtime starts sandboxes with one build of runsc.
+type Runtime struct {
+	// Program is the path of cay-runsc.
+	Program string
+	// Root is where runsc keeps its own state and its control sockets. The path
+	// must be short: a Unix socket's name ends at 107 bytes, and runsc puts the
+	// socket elsewhere when it does not fit. It should not outlive a reboot.
+	Root string
+	// Platform is systrap (everywhere) or kvm (where /dev/kvm is).
+	Platform string
+}
+
+// Container is what one sandbox is made of.
+type Container struct {
+	ID     string // also the name of its state below Root
+	Bundle string // directory for config.json and logs; exists, belongs to the sandbox alone
+	Spec   *specs.Spec
+}
+
+// Names of the files in a bundle.
+const (
+	specFile = "config.json"
+	pidFile  = "sandbox.pid"
+	logFile  = "runsc.log" // runsc's own messages, JSON lines; read when a start fails
+	panicLog = "panic.log" // a sentry that panics says why here
+)
+
+// Run creates and starts the sandbox and returns the process ID of its sentry
+// once the first process inside has been started. It does not wait for that
+// process to be of use. ctx bounds the start; when it ends first, the start is
+// killed and what it had made is removed by [Runtime.Remove], as after any error.
+func (r *Runtime) Run(ctx context.Context, c Container) (pid int, err error) {
+	if err := writeSpec(c); err != nil {
+		return 0, err
+	}
+	// The sandbox's first process inherits these; it must not be able to fill the
+	// host's disk through them, so they lead nowhere. runsc's messages have
+	// a file of their own.
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return 0, fmt.Errorf("opening the null device: %w", err)
+	}
+	defer null.Close()
+	args := append(r.flags(c),
+		"run", "--detach", "--bundle="+c.Bundle, "--pid-file="+filepath.Join(c.Bundle, pidFile), c.ID)
+	cmd := exec.CommandContext(ctx, r.Program, args...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = null, null, null
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+	// A ^C at the server's terminal is not for sandboxes. And should the server be
+	// killed, a start under way must not go on where the next server cannot see it:
+	// what it started already is in the control group. The signal comes when the
+	// thread ends that started the program, hence the lock.
+	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, Pdeathsig: unix.SIGKILL}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := cmd.Run(); err != nil {
+		return 0, fmt.Errorf("starting sandbox %s: %w: %s", c.ID, err, lastMessages(c.Bundle))
+	}
+	return PID(c.Bundle)
+}
+
+// flags are those before the verb. Every one differs from runsc's default for a reason.
+func (r *Runtime) flags(c Container) []string {
+	return []string{
+		"--root=" + r.Root,
+		"--platform=" + r.Platform,
+		"--log=" + filepath.Join(c.Bundle, logFile),
+		"--log-format=json",
+		"--panic-log=" + filepath.Join(c.Bundle, panicLog),
+		// The writable layer is made by annotations on the root; this makes the
+		// gofer hand over its file.
+		"--overlay2=root:dir=" + c.Bundle,
+		"--network=sandbox",
+		// sudo and su work as in any image; what root inside may do is bounded
+		// by the capability set, not by missing setuid.
+		"--allow-suid",
+		// Host settings are the operator's; doctor speaks of them.
+		"--host-settings=ignore",
+		// The images are immutable and nobody else writes below them.
+		"--file-access=exclusive",
+		"--file-access-mounts=exclusive",
+		// Weighted sizes have no quota to count CPUs from.
+		"--cpu-num-from-quota=true",
+	}
+}
+
+func writeSpec(c Container) error {
+	data, err := json.Marshal(c.Spec)
+	if err != nil {
+		return fmt.Errorf("encoding the spec of %s: %w", c.ID, err)
+	}
+	if err := os.WriteFile(filepath.Join(c.Bundle, specFile), data, 0o600); err != nil {
+		return fmt.Errorf("writing the spec of %s: %w", c.ID, err)
+	}
+	return nil
+}
+
+// PID is the process ID that the sentry of a bundle had when it was started.
+func PID(bundle string) (int, error) {
+	data, err := os.ReadFile(filepath.Join(bundle, pidFile))
+	if err != nil {
+		return 0, fmt.Errorf("reading the sentry's process id: %w", err)
+	}
+	var pid int
+	if _, err := fmt.Sscan(string(data), &pid); err != nil || pid <= 1 {
+		return 0, fmt.Errorf("reading the sentry's process id: %q is none", data)
+	}
+	return pid, nil
+}
+
+// lastMessages is the end of what runsc and a panicking sentry wrote, for an error text.
+func lastMessages(bundle string) string {
+	const most = 2000 // bytes; the last messages say what failed
+	var out []string
+	for _, name := range []string{logFile, panicLog} {
+		data, err := os.ReadFile(filepath.Join(bundle, name))
+		if err != nil {
+			continue
+		}
+		data = bytes.TrimSpace(data)
+		if len(data) > most {
+			data = data[len(data)-most:]
+		}
+		if len(data) > 0 {
+			out = append(out, string(data))
+		}
+	}
+	return strings.Join(out, "; ")
+}
+
+// IDs lists the sandboxes that runsc keeps a state of, dead or alive.
+func (r *Runtime) IDs() ([]string, error) {
+	entries, err := os.ReadDir(r.Root)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("listing runsc's state: %w", err)
+	}
+	var ids []string
+	for _, e := range entries {
+		// <id>_sandbox:<id>.state
+		if _, rest, ok := strings.Cut(e.Name(), "_sandbox:"); ok {
+			if id, ok := strings.CutSuffix(rest, ".state"); ok {
+				ids = append(ids, id)
+			}
+		}
+	}
+	return ids, nil
+}
+
+// Remove drops what runsc keeps of a sandbox whose processes are gone. Nothing
+// there is success.
+func (r *Runtime) Remove(id string) error {
+	matches, err := filepath.Glob(filepath.Join(r.Root, "*"+id+"*"))
+	if err != nil {
+		return fmt.Errorf("looking for the state of %s: %w", id, err)
+	}
+	var errs []error
+	for _, path := range matches {
+		if err := os.RemoveAll(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("removing the state of %s: %w", id, err))
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,109 @@
+package runsc
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+// TestSpec holds the OCI spec of a sandbox: what isolates it should not change
+// without somebody reading the difference.
+func TestSpec(t *testing.T) {
+	for name, limits := range map[string]Limits{
+		"shared":    {CgroupsPath: "/cay-abc123/sbx_x", MemoryBytes: 512 << 20, CPUShares: 1024, PIDs: 2048},
+		"dedicated": {CgroupsPath: "/cay-abc123/sbx_x", MemoryBytes: 2 << 30, CPUShares: 2048, CPUQuota: 2 * CPUPeriod, PIDs: 4096},
+	} {
+		t.Run(name, func(t *testing.T) {
+			spec := NewSpec(Box{
+				Hostname: "x", Root: Root{Image: "/images/i.erofs", Overlay: "/sandboxes/sbx_x", MaxBytes: 100 << 20},
+				Binds: []Bind{{From: "/programs/1", To: "/.cay"}}, Args: []string{"/.cay/cay-agent"}, Env: []string{"A=b"},
+				Namespace: "/run/netns/n", Limits: limits, ShmBytes: 256 << 20,
+			})
+			got, err := json.MarshalIndent(spec, "", "  ")
+			if err != nil {
+				t.Fatal(err)
+			}
+			golden := filepath.Join("testdata", name+".json")
+			if *update {
+				if err := os.WriteFile(golden, append(got, '\n'), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(golden)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(strings.TrimSpace(string(want)), string(got)); diff != "" {
+				t.Errorf("the spec changed (-update writes it anew):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestRunReportsWhatRunscSays starts a program that fails as runsc does.
+func TestRunReportsWhatRunscSays(t *testing.T) {
+	dir := t.TempDir()
+	program := filepath.Join(dir, "runsc")
+	script := "#!/bin/sh\nfor a in \"$@\"; do case $a in --log=*) echo '{\"msg\":\"no such image\"}' > ${a#--log=};; esac; done\nexit 128\n"
+	if err := os.WriteFile(program, []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	r := &Runtime{Program: program, Root: filepath.Join(dir, "root"), Platform: "systrap"}
+	_, err := r.Run(context.Background(), Container{ID: "sbx_x", Bundle: dir, Spec: NewSpec(Box{})})
+	if err == nil || !strings.Contains(err.Error(), "no such image") {
+		t.Errorf("got %v", err)
+	}
+	info, err := os.Stat(filepath.Join(dir, specFile))
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("the spec's mode is %v, %v", info.Mode(), err)
+	}
+}
+
+func TestStateIsFoundAndRemoved(t *testing.T) {
+	r := &Runtime{Root: t.TempDir()}
+	for _, name := range []string{"sbx_a_sandbox:sbx_a.state", "sbx_a_sandbox:sbx_a.lock", "runsc-sbx_a.sock", "sbx_b_sandbox:sbx_b.state", "other"} {
+		if err := os.WriteFile(filepath.Join(r.Root, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ids, err := r.IDs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{"sbx_a", "sbx_b"}, ids); diff != "" {
+		t.Error(diff)
+	}
+	for range 2 { // again, of nothing
+		if err := r.Remove("sbx_a"); err != nil {
+			t.Error(err)
+		}
+	}
+	left, err := os.ReadDir(r.Root)
+	if err != nil || len(left) != 2 {
+		t.Errorf("left are %v, %v", left, err)
+	}
+	if ids, err := (&Runtime{Root: filepath.Join(r.Root, "none")}).IDs(); err != nil || len(ids) != 0 {
+		t.Errorf("no state gives %v, %v", ids, err)
+	}
+}
+
+func TestPID(t *testing.T) {
+	for text, want := range map[string]int{"4711": 4711, "": 0, "x": 0, "-3": 0, "1": 0} {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, pidFile), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		got, err := PID(dir)
+		if (err == nil) != (want != 0) || err == nil && got != want {
+			t.Errorf("%q: got %d, %v", text, got, err)
+		}
+	}
+}

@@ -1,0 +1,110 @@
+package runsc
+
+import (
+	"strconv"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// Root is a sandbox's root file system.
+type Root struct {
+	Image    string // path of an EROFS file, opened read-only and shared
+	Overlay  string // directory on the host for the writable layer's unlinked file
+	MaxBytes int64  // limit of the writable layer; beyond it writes get ENOSPC
+}
+
+// Bind is a read-only mount of a host directory.
+type Bind struct {
+	From, To string
+}
+
+// Limits are what the host enforces on all processes of the sandbox together.
+// What they bound inside is the agent's business.
+type Limits struct {
+	CgroupsPath string // absolute, below every controller's root
+	MemoryBytes int64  // also what the sandbox sees as its total memory
+	CPUShares   uint64 // weight against other sandboxes; 1024 is one CPU's worth
+	CPUQuota    int64  // µs per CPUPeriod; 0 is no quota
+	PIDs        int64  // host tasks: about three for every task inside
+}
+
+// CPUPeriod is the length, in µs, over which a CPU quota is accounted: the kernel's default.
+const CPUPeriod = 100_000
+
+// Box describes a sandbox for [NewSpec].
+type Box struct {
+	Hostname  string
+	Root      Root
+	Binds     []Bind // at least one: without a gofer the writable layer cannot be a file
+	Args, Env []string
+	Namespace string // path of the network namespace
+	Limits    Limits
+	ShmBytes  int64 // limit of /dev/shm
+}
+
+// capabilities is docker's default set, which is what ordinary images expect of
+// root inside a container (chown, su, low ports, chroot, …), and CAP_SYS_ADMIN, with
+// which the agent detaches the control groups and sets the host name, and which
+// it takes from everything it starts. All of it is answered by the sandbox's own
+// kernel and gives nothing on the host. runsc takes CAP_NET_RAW out again: without
+// --net-raw there are no raw sockets.
+var capabilities = []string{"CAP_SYS_ADMIN",
+	"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW",
+	"CAP_SETGID", "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE",
+	"CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
+}
+
+// NewSpec is the OCI spec of a sandbox. The same Box gives the same spec, which
+// a restore demands.
+func NewSpec(b Box) *specs.Spec {
+	shares, quota, period := b.Limits.CPUShares, b.Limits.CPUQuota, uint64(CPUPeriod)
+	memory, pids := b.Limits.MemoryBytes, b.Limits.PIDs
+	cpu := &specs.LinuxCPU{Shares: &shares}
+	if quota > 0 {
+		cpu.Quota, cpu.Period = &quota, &period
+	}
+	mounts := []specs.Mount{
+		{Destination: "/proc", Type: "proc", Source: "proc"},
+		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"ro", "nosuid", "noexec", "nodev"}},
+		// Read-only, since it is a tmpfs without a limit: a file in it would be memory that
+		// no process holds and none can be ended for. Devices can be written all the same.
+		{Destination: "/dev", Type: "tmpfs", Source: "dev", Options: []string{"nosuid", "strictatime", "mode=755", "ro"}},
+		{Destination: "/dev/shm", Type: "tmpfs", Source: "shm",
+			Options: []string{"nosuid", "noexec", "nodev", "mode=1777", "size=" + strconv.FormatInt(b.ShmBytes, 10)}},
+	}
+	for _, bind := range b.Binds {
+		mounts = append(mounts, specs.Mount{Destination: bind.To, Type: "bind", Source: bind.From, Options: []string{"ro", "rbind", "nosuid", "nodev"}})
+	}
+	return &specs.Spec{
+		Version:  "1.1.0",
+		Hostname: b.Hostname,
+		Root:     &specs.Root{Path: b.Root.Overlay}, // not used: the annotations give the root
+		Process: &specs.Process{
+			Args: b.Args, Env: b.Env, Cwd: "/",
+			User: specs.User{UID: 0, GID: 0},
+			Capabilities: &specs.LinuxCapabilities{
+				Bounding: capabilities, Effective: capabilities, Permitted: capabilities,
+			},
+			Rlimits: []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 1 << 16, Hard: 1 << 20}},
+		},
+		Mounts: mounts,
+		Annotations: map[string]string{
+			"dev.gvisor.spec.rootfs.source":  b.Root.Image,
+			"dev.gvisor.spec.rootfs.type":    "erofs",
+			"dev.gvisor.spec.rootfs.overlay": "dir=" + b.Root.Overlay,
+			"dev.gvisor.spec.rootfs.options": "size=" + strconv.FormatInt(b.Root.MaxBytes, 10),
+		},
+		Linux: &specs.Linux{
+			CgroupsPath: b.Limits.CgroupsPath,
+			Resources: &specs.LinuxResources{
+				Memory: &specs.LinuxMemory{Limit: &memory},
+				CPU:    cpu,
+				Pids:   &specs.LinuxPids{Limit: pids},
+			},
+			Namespaces: []specs.LinuxNamespace{
+				{Type: specs.PIDNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace}, {Type: specs.MountNamespace},
+				{Type: specs.NetworkNamespace, Path: b.Namespace},
+			},
+		},
+	}
+}

@@ -1,0 +1,245 @@
+package sandbox
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"maps"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// Limits of a request. All are part of the contract, except those with a reason.
+const (
+	DefaultTimeout          = 5 * time.Minute
+	MinTimeout              = time.Second
+	MaxTimeout              = 24 * time.Hour
+	DefaultIdleTimeout      = 10 * time.Minute
+	MinIdleTimeout          = 10 * time.Second
+	DefaultRecoveryInterval = 10 * time.Minute
+	MinRecoveryInterval     = time.Minute
+
+	// What one row may hold, so that a listing of 200 stays a few MB:
+	MaxEnv           = 256       // entries
+	MaxEnvBytes      = 128 << 10 // names and values together; Linux refuses more in one exec
+	MaxMetadata      = 64        // entries
+	MaxMetadataKey   = 128       // bytes
+	MaxMetadataValue = 1024      // bytes
+	MinDiskMB        = 64        // below it a package manager cannot start
+)
+
+// Request asks for a sandbox. Pointers distinguish "not given" from zero.
+type Request struct {
+	Template string // name or id
+	Mode     string // "" is ephemeral
+
+	Timeout          *time.Duration // ephemeral only
+	IdleTimeout      *time.Duration // persistent only
+	RecoveryInterval *time.Duration // persistent only
+
+	Size       string // "" is the template's, else the configured default
+	DiskSizeMB *int
+	Env        map[string]string
+	Metadata   map[string]string
+	Egress     *Egress // nil is the template's default
+}
+
+// TemplateVersion is what sandbox needs to know of a ready template.
+type TemplateVersion struct {
+	ID, Name string
+	Version  int
+	Image    string
+	Env      map[string]string
+	User     string
+	Workdir  string
+	Size     string // "" is the configured default
+	DiskMB   int    // 0 is the configured default
+	Egress   Egress
+}
+
+// Templates finds templates. Implemented by the template room.
+type Templates interface {
+	// Ready returns the version that a new sandbox of orgID is made from:
+	// NotFound code "template_not_found"; Conflict code "template_not_ready" with
+	// the state and progress in the detail.
+	Ready(ctx context.Context, orgID, nameOrID string) (TemplateVersion, error)
+}
+
+func invalid(field, detail string, args ...any) error {
+	return fault.InField("invalid_"+strings.Map(func(r rune) rune {
+		if r == '.' || r == '[' {
+			return -1
+		}
+		return r
+	}, field), field, detail, args...)
+}
+
+func index(field string, i int) string { return fmt.Sprintf("%s[%d]", field, i) }
+
+// check refuses what is wrong in the request by itself.
+func (r Request) check(cfg Config) error {
+	if r.Template == "" {
+		return invalid("template", "is required")
+	}
+	switch Mode(r.Mode) {
+	case "", Ephemeral:
+		if r.IdleTimeout != nil {
+			return invalid("idle_timeout", "is for persistent sandboxes; an ephemeral one has a timeout")
+		}
+		if r.RecoveryInterval != nil {
+			return invalid("recovery_interval", "is for persistent sandboxes")
+		}
+		if t := r.Timeout; t != nil && (*t < MinTimeout || *t > MaxTimeout) {
+			return invalid("timeout", "must be between %s and %s", MinTimeout, MaxTimeout)
+		}
+	case Persistent:
+		if r.Timeout != nil {
+			return invalid("timeout", "is for ephemeral sandboxes; a persistent one has an idle_timeout")
+		}
+		if t := r.IdleTimeout; t != nil && *t != 0 && (*t < MinIdleTimeout || *t > MaxTimeout) {
+			return invalid("idle_timeout", "must be 0 (never) or between %s and %s", MinIdleTimeout, MaxTimeout)
+		}
+		if t := r.RecoveryInterval; t != nil && *t != 0 && (*t < MinRecoveryInterval || *t > MaxTimeout) {
+			return invalid("recovery_interval", "must be 0 (off) or between %s and %s", MinRecoveryInterval, MaxTimeout)
+		}
+	default:
+		return invalid("mode", "must be %s or %s, not %q", Ephemeral, Persistent, r.Mode)
+	}
+	if _, ok := cfg.size(r.Size); r.Size != "" && !ok {
+		return invalid("size", "%q is none of the sizes in GET /v1/sizes", r.Size)
+	}
+	if d := r.DiskSizeMB; d != nil && (*d < MinDiskMB || *d > cfg.MaxDisk) {
+		return invalid("disk_size_mb", "must be between %d and %d", MinDiskMB, cfg.MaxDisk)
+	}
+	if err := CheckEnv(r.Env); err != nil {
+		return err
+	}
+	if err := checkMetadata(r.Metadata); err != nil {
+		return err
+	}
+	// Last: a request that is wrong should hear of that first.
+	if Mode(r.Mode) == Persistent {
+		return fault.New(fault.Unsupported, "persistent_unsupported", "persistent sandboxes are not part of this version yet; use mode ephemeral")
+	}
+	return nil
+}
+
+var envName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+
+// CheckEnv refuses environment variables that no process could be given: Invalid
+// in field "env" or "env.NAME".
+func CheckEnv(env map[string]string) error {
+	if len(env) > MaxEnv {
+		return fault.InField("invalid_env", "env", "has %d entries; at most %d", len(env), MaxEnv)
+	}
+	bytes := 0
+	for name, value := range env {
+		if !envName.MatchString(name) {
+			return fault.InField("invalid_env", "env."+name, "a name is letters, digits and _, and does not begin with a digit")
+		}
+		if strings.ContainsRune(value, 0) {
+			return fault.InField("invalid_env", "env."+name, "a value cannot contain a NUL")
+		}
+		bytes += len(name) + len(value)
+	}
+	if bytes > MaxEnvBytes {
+		return fault.InField("invalid_env", "env", "is %d bytes; at most %d", bytes, MaxEnvBytes)
+	}
+	return nil
+}
+
+func checkMetadata(metadata map[string]string) error {
+	if len(metadata) > MaxMetadata {
+		return fault.InField("invalid_metadata", "metadata", "has %d entries; at most %d", len(metadata), MaxMetadata)
+	}
+	for key, value := range metadata {
+		if key == "" || len(key) > MaxMetadataKey {
+			return fault.InField("invalid_metadata", "metadata", "a key is 1 to %d bytes long", MaxMetadataKey)
+		}
+		if len(value) > MaxMetadataValue {
+			return fault.InField("invalid_metadata", "metadata."+key, "a value is at most %d bytes long", MaxMetadataValue)
+		}
+	}
+	return nil
+}
+
+// resolve fills in what the request leaves to the template and the operator.
+func (r Request) resolve(cfg Config, orgID string, v TemplateVersion, now time.Time) (Sandbox, error) {
+	box := Sandbox{
+		ID: NewID(), Run: newSecret(10), Token: newSecret(32), OrgID: orgID, Mode: Ephemeral, State: Creating,
+		Template: v.Name, TemplateID: v.ID, TemplateVersion: v.Version, Image: v.Image,
+		User: v.User, Workdir: v.Workdir, Metadata: r.Metadata,
+		DiskMB: firstPositive(v.DiskMB, cfg.DefaultDisk), Egress: v.Egress,
+		Timeout: DefaultTimeout, CreatedAt: now.UTC(), Source: Cold,
+	}
+	box.Env = maps.Clone(v.Env)
+	if box.Env == nil {
+		box.Env = map[string]string{}
+	}
+	maps.Copy(box.Env, r.Env)
+	for _, name := range []string{r.Size, v.Size, cfg.DefaultSize} {
+		if size, ok := cfg.size(name); ok {
+			box.Size = size
+			break
+		}
+	}
+	if box.Size.Name == "" {
+		return Sandbox{}, invalid("size", "neither the request nor the template nor the server names a known size")
+	}
+	if r.DiskSizeMB != nil {
+		box.DiskMB = *r.DiskSizeMB
+	}
+	if r.Timeout != nil {
+		box.Timeout = *r.Timeout
+	}
+	if r.Egress != nil {
+		box.Egress = *r.Egress
+	}
+	if box.Egress.Mode == "" {
+		box.Egress.Mode = AllowAll
+	}
+	return box, enforceable(box.Egress)
+}
+
+// enforceable refuses a policy that this version would not enforce: a sandbox is
+// never open where its owner asked for closed.
+func enforceable(e Egress) error {
+	if e.Mode == DenyAll {
+		return &fault.Error{Kind: fault.Unsupported, Code: "egress_unsupported", Field: "egress.mode",
+			Detail: "deny_all is not enforced by this version yet, so it is refused rather than ignored"}
+	}
+	return nil
+}
+
+func (c Config) size(name string) (Size, bool) {
+	for _, size := range c.Sizes {
+		if size.Name == name {
+			return size, true
+		}
+	}
+	return Size{}, false
+}
+
+func firstPositive(values ...int) int {
+	for _, v := range values {
+		if v > 0 {
+			return v
+		}
+	}
+	return 0
+}
+
+// newSecret is n random bytes in base32.
+func newSecret(n int) string {
+	b := make([]byte, n)
+	rand.Read(b)
+	return strings.ToLower(idEncoding.EncodeToString(b))
+}
+
+func (b Sandbox) spec() Spec {
+	return Spec{ID: b.ID, Run: b.Run, Image: b.Image, Size: b.Size, DiskMB: b.DiskMB, Env: b.Env,
+		User: b.User, Workdir: b.Workdir, Egress: b.Egress, Token: b.Token}
+}

@@ -1,0 +1,442 @@
+package sandbox_test
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/store"
+)
+
+const org = "org_aaaaaaaaaaaaaaaaaaaa"
+
+type oneTemplate struct{}
+
+func (oneTemplate) Ready(_ context.Context, _, name string) (sandbox.TemplateVersion, error) {
+	if name != "python" {
+		return sandbox.TemplateVersion{}, fault.New(fault.NotFound, "template_not_found", "there is no template %q", name)
+	}
+	return sandbox.TemplateVersion{ID: "tpl_aaaaaaaaaaaaaaaaaaaa", Name: "python", Version: 1, Image: "abc", Env: map[string]string{"A": "template", "B": "template"}}, nil
+}
+
+// house is a Service on a real store and a fake node, to be used in a synctest bubble.
+type house struct {
+	*sandbox.Service
+	t     *testing.T
+	db    *store.DB
+	node  *caytest.Node
+	quota sandbox.Quota
+	stop  context.CancelFunc
+}
+
+func newHouse(t *testing.T) *house {
+	t.Helper()
+	db, err := store.Open(t.Context(), filepath.Join(t.TempDir(), "cay.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &house{t: t, db: db, node: caytest.NewNode()}
+	h.start()
+	t.Cleanup(func() {
+		h.crash()
+		if err := db.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return h
+}
+
+// start runs a Service on what is there, as a start of the server does.
+func (h *house) start() {
+	h.Service = sandbox.New(sandbox.Config{
+		Sizes:       []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}, {Name: "big", VCPUs: 4, MemoryMB: 8192, Dedicated: true}},
+		DefaultSize: "small", DefaultDisk: 2048, MaxDisk: 20480, KeepDestroyed: time.Hour,
+	}, h.db, h.node, oneTemplate{}, slog.New(slog.DiscardHandler), nil)
+	ctx, stop := context.WithCancel(context.Background())
+	h.stop = stop
+	if err := h.Reconcile(ctx); err != nil {
+		h.t.Error(err)
+	}
+	go h.Run(ctx)
+}
+
+// crash ends the Service as a dying server does: nothing is finished.
+func (h *house) crash() {
+	h.stop()
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	_ = h.Close(ctx) // operations under way go on; a test that crashes has ended them
+}
+
+func (h *house) create(r sandbox.Request) (sandbox.Sandbox, error) {
+	if r.Template == "" {
+		r.Template = "python"
+	}
+	return h.Create(context.Background(), org, h.quota, r, sandbox.Once{}, true)
+}
+
+func (h *house) mustCreate(r sandbox.Request) sandbox.Sandbox {
+	h.t.Helper()
+	box, err := h.create(r)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return box
+}
+
+func (h *house) get(id sandbox.ID) sandbox.Sandbox {
+	h.t.Helper()
+	box, err := h.Get(context.Background(), org, id)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return box
+}
+
+// wantState checks the row, and that the node has the sandbox exactly if it lives.
+func (h *house) wantState(id sandbox.ID, state sandbox.State, reason sandbox.Reason) {
+	h.t.Helper()
+	box := h.get(id)
+	if box.State != state || box.DestroyReason != reason {
+		h.t.Errorf("sandbox is %s (%s), want %s (%s)", box.State, box.DestroyReason, state, reason)
+	}
+	facts, _ := h.node.List(context.Background())
+	there := false
+	for _, f := range facts {
+		there = there || f.ID == id
+	}
+	if there != (state == sandbox.Running) {
+		h.t.Errorf("sandbox is %s and the node has it: %v", state, there)
+	}
+}
+
+func ptr[T any](v T) *T { return &v }
+
+func wantCode(t *testing.T, err error, kind fault.Kind, code string) {
+	t.Helper()
+	if e := fault.As(err); e == nil || e.Kind != kind || e.Code != code {
+		t.Errorf("got error %v, want %s %s", err, kind, code)
+	}
+}
+
+func TestCreateFillsInAndRuns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		box := h.mustCreate(sandbox.Request{Env: map[string]string{"B": "request"}, DiskSizeMB: ptr(100)})
+		if box.State != sandbox.Running || box.Size.Name != "small" || box.DiskMB != 100 || box.Egress.Mode != sandbox.AllowAll {
+			t.Errorf("unexpected sandbox %+v", box)
+		}
+		if box.Env["A"] != "template" || box.Env["B"] != "request" {
+			t.Errorf("env is %v", box.Env)
+		}
+		if got := box.ExpiresAt.Sub(box.StartedAt); got != sandbox.DefaultTimeout {
+			t.Errorf("lifetime is %s", got)
+		}
+		events, _, err := h.Events(context.Background(), org, box.ID, 10, "")
+		if err != nil || len(events) != 2 || events[0].To != sandbox.Running || events[1].To != sandbox.Creating {
+			t.Errorf("events are %+v, %v", events, err)
+		}
+	})
+}
+
+func TestExpiresToTheSecond(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		box := h.mustCreate(sandbox.Request{Timeout: ptr(10 * time.Second)})
+		time.Sleep(10*time.Second - time.Millisecond) // the bubble's clock, not the machine's
+		synctest.Wait()
+		h.wantState(box.ID, sandbox.Running, "")
+		time.Sleep(time.Second)
+		synctest.Wait()
+		h.wantState(box.ID, sandbox.Destroyed, sandbox.Expired)
+	})
+}
+
+func TestKeepalive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		ctx := context.Background()
+		box := h.mustCreate(sandbox.Request{Timeout: ptr(10 * time.Second)})
+		time.Sleep(8 * time.Second)
+		got, err := h.Keepalive(ctx, org, box.ID, ptr(time.Minute))
+		if err != nil || !got.ExpiresAt.Equal(time.Now().UTC().Add(time.Minute)) {
+			t.Fatalf("expires at %s, %v", got.ExpiresAt, err)
+		}
+		time.Sleep(59 * time.Second)
+		synctest.Wait()
+		h.wantState(box.ID, sandbox.Running, "")
+		if got, err = h.Keepalive(ctx, org, box.ID, ptr(100*time.Hour)); err != nil || got.ExpiresAt.After(time.Now().Add(sandbox.MaxTimeout)) {
+			t.Errorf("above 24 h is not clamped: %s, %v", got.ExpiresAt, err)
+		}
+		if _, err = h.Keepalive(ctx, org, box.ID, ptr(time.Second)); err != nil { // shorter is allowed
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		h.wantState(box.ID, sandbox.Destroyed, sandbox.Expired)
+		_, err = h.Keepalive(ctx, org, box.ID, nil)
+		wantCode(t, err, fault.Conflict, "sandbox_not_running")
+		_, err = h.Keepalive(ctx, org, box.ID, ptr(time.Millisecond))
+		wantCode(t, err, fault.Invalid, "invalid_timeout")
+	})
+}
+
+func TestDestroyIsSafeToRepeat(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		box := h.mustCreate(sandbox.Request{})
+		errs := make(chan error, 10)
+		for range cap(errs) {
+			go func() { errs <- h.Destroy(context.Background(), org, box.ID) }()
+		}
+		for range cap(errs) {
+			if err := <-errs; err != nil {
+				t.Error(err)
+			}
+		}
+		h.wantState(box.ID, sandbox.Destroyed, sandbox.Requested)
+		if n := strings.Count(strings.Join(h.node.Calls(), ","), "destroy"); n != 1 {
+			t.Errorf("the host was touched %d times", n)
+		}
+	})
+}
+
+func TestDestroyInterruptsCreate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		h.node.OnCreate = func(ctx context.Context, _ sandbox.Spec) error { <-ctx.Done(); return ctx.Err() }
+		box, err := h.Create(context.Background(), org, h.quota, sandbox.Request{Template: "python"}, sandbox.Once{}, false)
+		if err != nil || box.State != sandbox.Creating {
+			t.Fatalf("%+v, %v", box, err)
+		}
+		if err := h.Destroy(context.Background(), org, box.ID); err != nil {
+			t.Fatal(err)
+		}
+		h.wantState(box.ID, sandbox.Destroyed, sandbox.Requested)
+	})
+}
+
+func TestCreateGoesOnWhenTheCallerLeaves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		h.node.OnCreate = func(context.Context, sandbox.Spec) error { time.Sleep(time.Second); return nil }
+		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+		defer cancel()
+		_, err := h.Create(ctx, org, h.quota, sandbox.Request{Template: "python"}, sandbox.Once{}, true)
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Second)
+		all, _, err := h.List(context.Background(), sandbox.Filter{OrgID: org, Limit: 10})
+		if err != nil || len(all) != 1 {
+			t.Fatalf("%d sandboxes, %v", len(all), err)
+		}
+		h.wantState(all[0].ID, sandbox.Running, "")
+	})
+}
+
+func TestFailedStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		h.node.OnCreate = func(context.Context, sandbox.Spec) error { return errors.New("secret path /etc/x") }
+		once := sandbox.Once{Key: "k", Hash: "h"}
+		_, err := h.Create(context.Background(), org, h.quota, sandbox.Request{Template: "python"}, once, true)
+		wantCode(t, err, fault.Internal, "boot_failed")
+		all, _, err := h.List(context.Background(), sandbox.Filter{OrgID: org, Limit: 10, States: []sandbox.State{sandbox.Failed}})
+		if err != nil || len(all) != 1 {
+			t.Fatalf("%d failed sandboxes, %v", len(all), err)
+		}
+		h.wantState(all[0].ID, sandbox.Failed, sandbox.BootFailed)
+		if text := all[0].Error; text == "" || strings.Contains(text, "secret") {
+			t.Errorf("error text is %q", text)
+		}
+		// The same key may try again.
+		h.node.OnCreate = nil
+		box, err := h.Create(context.Background(), org, h.quota, sandbox.Request{Template: "python"}, once, true)
+		if err != nil || box.ID == all[0].ID {
+			t.Errorf("the retry gave %s, %v", box.ID, err)
+		}
+	})
+}
+
+func TestIdempotentCreate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		h.node.OnCreate = func(context.Context, sandbox.Spec) error { time.Sleep(time.Second); return nil }
+		ids := make(chan sandbox.ID, 5)
+		for range cap(ids) {
+			go func() {
+				box, err := h.Create(context.Background(), org, h.quota, sandbox.Request{Template: "python"}, sandbox.Once{Key: "k", Hash: "h"}, true)
+				if err != nil || box.State != sandbox.Running {
+					t.Errorf("%s, %v", box.State, err)
+				}
+				ids <- box.ID
+			}()
+		}
+		first := <-ids
+		for range cap(ids) - 1 {
+			if id := <-ids; id != first {
+				t.Errorf("one key made %s and %s", first, id)
+			}
+		}
+		_, err := h.Create(context.Background(), org, h.quota, sandbox.Request{Template: "python"}, sandbox.Once{Key: "k", Hash: "other"}, true)
+		wantCode(t, err, fault.Conflict, "idempotency_key_reused")
+	})
+}
+
+func TestCleanupIsTriedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		box := h.mustCreate(sandbox.Request{})
+		broken := errors.New("device busy")
+		h.node.OnDestroy = func(context.Context, sandbox.ID) error { return broken }
+		if err := h.Destroy(context.Background(), org, box.ID); !errors.Is(err, broken) {
+			t.Errorf("got %v", err)
+		}
+		if got := h.get(box.ID); got.State != sandbox.Destroying {
+			t.Errorf("sandbox is %s", got.State)
+		}
+		h.node.OnDestroy = nil
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		h.wantState(box.ID, sandbox.Destroyed, sandbox.Requested)
+	})
+}
+
+func TestLostSandbox(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		box := h.mustCreate(sandbox.Request{})
+		h.node.Die(box.ID)
+		synctest.Wait()
+		h.wantState(box.ID, sandbox.Destroyed, sandbox.Lost)
+	})
+}
+
+func TestRestartAdopts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		box := h.mustCreate(sandbox.Request{Timeout: ptr(time.Minute)})
+		h.crash()
+		time.Sleep(30 * time.Second)
+		h.start()
+		h.wantState(box.ID, sandbox.Running, "")
+		time.Sleep(31 * time.Second)
+		synctest.Wait()
+		h.wantState(box.ID, sandbox.Destroyed, sandbox.Expired)
+	})
+}
+
+func TestExpiredWhileTheServerWasAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		box := h.mustCreate(sandbox.Request{Timeout: ptr(time.Minute)})
+		h.crash()
+		time.Sleep(time.Hour)
+		h.start()
+		synctest.Wait()
+		h.wantState(box.ID, sandbox.Destroyed, sandbox.Expired)
+	})
+}
+
+func TestRefusals(t *testing.T) {
+	long := strings.Repeat("x", sandbox.MaxMetadataValue+1)
+	for name, tt := range map[string]struct {
+		r     sandbox.Request
+		kind  fault.Kind
+		field string
+	}{
+		"no template":             {sandbox.Request{Template: "-"}, fault.NotFound, ""},
+		"mode":                    {sandbox.Request{Mode: "forever"}, fault.Invalid, "mode"},
+		"persistent":              {sandbox.Request{Mode: "persistent"}, fault.Unsupported, ""},
+		"idle timeout, ephemeral": {sandbox.Request{IdleTimeout: ptr(time.Minute)}, fault.Invalid, "idle_timeout"},
+		"recovery, ephemeral":     {sandbox.Request{RecoveryInterval: ptr(time.Minute)}, fault.Invalid, "recovery_interval"},
+		"timeout, persistent":     {sandbox.Request{Mode: "persistent", Timeout: ptr(time.Minute)}, fault.Invalid, "timeout"},
+		"idle timeout too short":  {sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Second)}, fault.Invalid, "idle_timeout"},
+		"recovery too short":      {sandbox.Request{Mode: "persistent", RecoveryInterval: ptr(time.Second)}, fault.Invalid, "recovery_interval"},
+		"timeout 0":               {sandbox.Request{Timeout: ptr(time.Duration(0))}, fault.Invalid, "timeout"},
+		"timeout too long":        {sandbox.Request{Timeout: ptr(25 * time.Hour)}, fault.Invalid, "timeout"},
+		"size":                    {sandbox.Request{Size: "huge"}, fault.Invalid, "size"},
+		"disk too small":          {sandbox.Request{DiskSizeMB: ptr(1)}, fault.Invalid, "disk_size_mb"},
+		"disk too big":            {sandbox.Request{DiskSizeMB: ptr(1 << 20)}, fault.Invalid, "disk_size_mb"},
+		"env name":                {sandbox.Request{Env: map[string]string{"1A": ""}}, fault.Invalid, "env.1A"},
+		"env value":               {sandbox.Request{Env: map[string]string{"A": "\x00"}}, fault.Invalid, "env.A"},
+		"metadata key":            {sandbox.Request{Metadata: map[string]string{"": "v"}}, fault.Invalid, "metadata"},
+		"metadata value":          {sandbox.Request{Metadata: map[string]string{"k": long}}, fault.Invalid, "metadata.k"},
+		"deny_all":                {sandbox.Request{Egress: &sandbox.Egress{Mode: sandbox.DenyAll}}, fault.Unsupported, "egress.mode"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := newHouse(t)
+				_, err := h.create(tt.r)
+				if e := fault.As(err); e == nil || e.Kind != tt.kind || e.Field != tt.field {
+					t.Errorf("got %v (field %q), want %s in %q", err, fault.As(err).Field, tt.kind, tt.field)
+				}
+				if calls := h.node.Calls(); len(calls) > 0 {
+					t.Errorf("the host was touched: %v", calls)
+				}
+			})
+		})
+	}
+}
+
+func TestOwnership(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		box := h.mustCreate(sandbox.Request{})
+		ctx := context.Background()
+		const other = "org_bbbbbbbbbbbbbbbbbbbb"
+		_, err := h.Get(ctx, other, box.ID)
+		wantCode(t, err, fault.Denied, "not_your_sandbox")
+		wantCode(t, h.Destroy(ctx, other, box.ID), fault.Denied, "not_your_sandbox")
+		_, err = h.Connect(ctx, other, box.ID)
+		wantCode(t, err, fault.Denied, "not_your_sandbox")
+		_, err = h.Get(ctx, org, sandbox.NewID())
+		wantCode(t, err, fault.NotFound, "sandbox_not_found")
+		_, err = h.Get(ctx, org, "sbx_../../etc")
+		wantCode(t, err, fault.NotFound, "sandbox_not_found")
+	})
+}
+
+func TestQuotaAndRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		h.quota = sandbox.Quota{Sandboxes: 1}
+		box := h.mustCreate(sandbox.Request{})
+		_, err := h.create(sandbox.Request{})
+		wantCode(t, err, fault.Exhausted, "quota_exceeded")
+		if err := h.Destroy(context.Background(), org, box.ID); err != nil {
+			t.Fatal(err)
+		}
+		h.mustCreate(sandbox.Request{})
+		h.quota = sandbox.Quota{}
+		h.node.SetFull(true)
+		_, err = h.create(sandbox.Request{})
+		wantCode(t, err, fault.Unavailable, "no_capacity")
+	})
+}
+
+func TestPurge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		box := h.mustCreate(sandbox.Request{})
+		if err := h.Destroy(context.Background(), org, box.ID); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(50 * time.Minute)
+		synctest.Wait()
+		h.get(box.ID)
+		time.Sleep(30 * time.Minute)
+		synctest.Wait()
+		_, err := h.Get(context.Background(), org, box.ID)
+		wantCode(t, err, fault.NotFound, "sandbox_not_found")
+	})
+}

@@ -1,0 +1,194 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/fault"
+)
+
+const (
+	orgColumns = "id, name, quota_sandboxes, quota_vcpus, quota_memory_mb, created_at"
+	keyColumns = "id, org_id, name, hash, prefix, scopes, created_at, expires_at, revoked_at, last_used_at"
+)
+
+func orgFields(o *auth.Org) []any {
+	return []any{&o.ID, &o.Name, &o.Quota.Sandboxes, &o.Quota.VCPUs, &o.Quota.MemoryMB, timeColumn{&o.CreatedAt}}
+}
+
+// keyFields are k's columns but for the hash, which is hex in the table, so that
+// it is the same type and searchable by hand everywhere.
+func keyFields(k *auth.Key, hash *string) []any {
+	return []any{&k.ID, &k.OrgID, &k.Name, hash, &k.Prefix, jsonColumn{&k.Scopes},
+		timeColumn{&k.CreatedAt}, timeColumn{&k.ExpiresAt}, timeColumn{&k.RevokedAt}, timeColumn{&k.LastUsedAt}}
+}
+
+func noOrg(id string) error {
+	return fault.New(fault.NotFound, "org_not_found", "there is no organization %q", id)
+}
+
+// PutOrg implements [auth.Store].
+func (db *DB) PutOrg(ctx context.Context, o auth.Org, first auth.Key) error {
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		fields := orgFields(&o)
+		_, err := tx.ExecContext(ctx, "INSERT INTO orgs ("+orgColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
+		if violates(err, false) {
+			return fault.New(fault.Conflict, "org_exists", "there is an organization %q already", o.Name).Because(err)
+		}
+		if err != nil {
+			return fmt.Errorf("writing row: %w", err)
+		}
+		return insertKey(ctx, tx, first)
+	})
+	if err != nil {
+		return fmt.Errorf("adding organization %q: %w", o.Name, err)
+	}
+	return nil
+}
+
+func insertKey(ctx context.Context, tx *sql.Tx, k auth.Key) error {
+	hash := hex.EncodeToString(k.Hash)
+	fields := keyFields(&k, &hash)
+	_, err := tx.ExecContext(ctx, "INSERT INTO api_keys ("+keyColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
+	if violates(err, true) {
+		return noOrg(k.OrgID)
+	}
+	if err != nil {
+		return fmt.Errorf("writing key: %w", err)
+	}
+	return nil
+}
+
+// GetOrg implements [auth.Store].
+func (db *DB) GetOrg(ctx context.Context, id string) (auth.Org, error) {
+	var o auth.Org
+	err := db.reader.QueryRowContext(ctx, "SELECT "+orgColumns+" FROM orgs WHERE id = $1", id).Scan(orgFields(&o)...)
+	if errors.Is(err, sql.ErrNoRows) {
+		return auth.Org{}, noOrg(id)
+	}
+	if err != nil {
+		return auth.Org{}, fmt.Errorf("reading organization %s: %w", id, err)
+	}
+	return o, nil
+}
+
+// ListOrgs implements [auth.Store].
+func (db *DB) ListOrgs(ctx context.Context, limit int, after string) ([]auth.Org, string, error) {
+	var p params
+	end, err := page(listOrgs, limit, after, &p)
+	if err != nil {
+		return nil, "", err
+	}
+	rows, err := db.reader.QueryContext(ctx, "SELECT "+orgColumns+" FROM orgs WHERE 1 = 1"+end, p...)
+	if err != nil {
+		return nil, "", fmt.Errorf("listing organizations: %w", err)
+	}
+	defer rows.Close()
+	var all []auth.Org
+	for rows.Next() {
+		var o auth.Org
+		if err := rows.Scan(orgFields(&o)...); err != nil {
+			return nil, "", fmt.Errorf("listing organizations: %w", err)
+		}
+		all = append(all, o)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, "", fmt.Errorf("listing organizations: %w", err)
+	}
+	all, next := cut(listOrgs, all, limit, func(o auth.Org) (time.Time, string) { return o.CreatedAt, o.ID })
+	return all, next, nil
+}
+
+// PutKey implements [auth.Store]. No such organization is NotFound.
+func (db *DB) PutKey(ctx context.Context, k auth.Key) error {
+	if err := db.write(ctx, func(tx *sql.Tx) error { return insertKey(ctx, tx, k) }); err != nil {
+		return fmt.Errorf("adding key %s: %w", k.ID, err)
+	}
+	return nil
+}
+
+// keyByHash is constant so that the hottest query of all is the same text always.
+const keyByHash = `SELECT k.id, k.org_id, k.name, k.hash, k.prefix, k.scopes, k.created_at, k.expires_at, k.revoked_at, k.last_used_at,
+	o.id, o.name, o.quota_sandboxes, o.quota_vcpus, o.quota_memory_mb, o.created_at
+	FROM api_keys k JOIN orgs o ON o.id = k.org_id WHERE k.hash = $1`
+
+// KeyByHash implements [auth.Store].
+func (db *DB) KeyByHash(ctx context.Context, hash []byte) (auth.Key, auth.Org, error) {
+	var k auth.Key
+	var o auth.Org
+	var text string
+	err := db.reader.QueryRowContext(ctx, keyByHash, hex.EncodeToString(hash)).Scan(append(keyFields(&k, &text), orgFields(&o)...)...)
+	if errors.Is(err, sql.ErrNoRows) {
+		return auth.Key{}, auth.Org{}, fault.New(fault.NotFound, "api_key_not_found", "there is no such API key")
+	}
+	if err == nil {
+		k.Hash, err = hex.DecodeString(text)
+	}
+	if err != nil {
+		return auth.Key{}, auth.Org{}, fmt.Errorf("reading key: %w", err)
+	}
+	return k, o, nil
+}
+
+// ListKeys implements [auth.Store].
+func (db *DB) ListKeys(ctx context.Context, orgID string, limit int, after string) ([]auth.Key, string, error) {
+	var p params
+	q := "SELECT " + keyColumns + " FROM api_keys WHERE org_id = " + p.add(orgID)
+	end, err := page(listKeys, limit, after, &p)
+	if err != nil {
+		return nil, "", err
+	}
+	rows, err := db.reader.QueryContext(ctx, q+end, p...)
+	if err != nil {
+		return nil, "", fmt.Errorf("listing keys: %w", err)
+	}
+	defer rows.Close()
+	var all []auth.Key
+	for rows.Next() {
+		var k auth.Key
+		var hash string
+		if err := rows.Scan(keyFields(&k, &hash)...); err != nil {
+			return nil, "", fmt.Errorf("listing keys: %w", err)
+		}
+		if k.Hash, err = hex.DecodeString(hash); err != nil {
+			return nil, "", fmt.Errorf("listing keys: %w", err)
+		}
+		all = append(all, k)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, "", fmt.Errorf("listing keys: %w", err)
+	}
+	all, next := cut(listKeys, all, limit, func(k auth.Key) (time.Time, string) { return k.CreatedAt, k.ID })
+	return all, next, nil
+}
+
+// RevokeKey implements [auth.Store].
+func (db *DB) RevokeKey(ctx context.Context, orgID, id string, when time.Time) error {
+	r, err := db.writer.ExecContext(ctx, "UPDATE api_keys SET revoked_at = COALESCE(revoked_at, $1) WHERE org_id = $2 AND id = $3", at(when), orgID, id)
+	if err != nil {
+		return fmt.Errorf("revoking key %s: %w", id, err)
+	}
+	n, err := r.RowsAffected()
+	if err != nil {
+		return fmt.Errorf("revoking key %s: %w", id, err)
+	}
+	if n == 0 {
+		return fault.New(fault.NotFound, "api_key_not_found", "there is no API key %s", id)
+	}
+	return nil
+}
+
+// TouchKey implements [auth.Store]. An earlier use, or one of a key that is not
+// there, changes nothing.
+func (db *DB) TouchKey(ctx context.Context, id string, when time.Time) error {
+	_, err := db.writer.ExecContext(ctx, "UPDATE api_keys SET last_used_at = $1 WHERE id = $2 AND (last_used_at IS NULL OR last_used_at < $1)", at(when), id)
+	if err != nil {
+		return fmt.Errorf("recording a use of key %s: %w", id, err)
+	}
+	return nil
+}

@@ -1,0 +1,91 @@
+package store
+
+import (
+	"encoding/base64"
+	"encoding/binary"
+	"fmt"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// cursor is the place after the last row of a page: the pair that listings are
+// ordered by. A page therefore neither repeats nor skips a row when others come
+// or go meanwhile. Its text is opaque to users but not secret.
+type cursor struct {
+	list byte  // which listing it belongs to
+	at   int64 // created_at in microseconds, or the seq of an event
+	id   string
+}
+
+// The listings. They are in cursors that users hold: never renumber.
+const (
+	listSandboxes byte = 's'
+	listEvents    byte = 'e'
+	listTemplates byte = 't'
+	listOrgs      byte = 'o'
+	listKeys      byte = 'k'
+)
+
+const (
+	cursorVersion = 1
+	// maxCursorID bounds the id in a cursor, in bytes. Ours have 24; room for
+	// longer ones costs nothing.
+	maxCursorID = 64
+)
+
+// String is base64url of version, list, at (8 bytes) and id.
+func (c cursor) String() string {
+	b := []byte{cursorVersion, c.list}
+	b = binary.BigEndian.AppendUint64(b, uint64(c.at))
+	return base64.RawURLEncoding.EncodeToString(append(b, c.id...))
+}
+
+func parseCursor(list byte, text string) (cursor, error) {
+	bad := fault.InField("invalid_cursor", "cursor", "is not a next_cursor of this listing")
+	if len(text) > base64.RawURLEncoding.EncodedLen(2+8+maxCursorID) {
+		return cursor{}, bad
+	}
+	b, err := base64.RawURLEncoding.Strict().DecodeString(text)
+	if err != nil || len(b) <= 2+8 || b[0] != cursorVersion || b[1] != list {
+		return cursor{}, bad
+	}
+	c := cursor{list: list, at: int64(binary.BigEndian.Uint64(b[2:])), id: string(b[10:])}
+	for _, r := range c.id {
+		if r != '_' && (r < 'a' || r > 'z') && (r < '0' || r > '9') {
+			return cursor{}, bad
+		}
+	}
+	// DecodeString skips line breaks, so that two texts could be one place.
+	if c.String() != text {
+		return cursor{}, bad
+	}
+	return c, nil
+}
+
+// page puts the end on a listing's query: only rows after the cursor, in order,
+// one more than the limit to see whether there is a next page.
+func page(list byte, limit int, after string, p *params) (string, error) {
+	if limit < 1 {
+		return "", fmt.Errorf("listing with limit %d", limit)
+	}
+	var where string
+	if after != "" {
+		c, err := parseCursor(list, after)
+		if err != nil {
+			return "", err
+		}
+		where = " AND (created_at, id) < (" + p.add(c.at) + ", " + p.add(c.id) + ")"
+	}
+	return where + " ORDER BY created_at DESC, id DESC LIMIT " + p.add(limit+1), nil
+}
+
+// cut takes the one row too many off and makes the next page's cursor.
+func cut[T any](list byte, rows []T, limit int, key func(T) (time.Time, string)) ([]T, string) {
+	if len(rows) <= limit {
+		return rows, ""
+	}
+	rows = rows[:limit]
+	at, id := key(rows[limit-1])
+	return rows, cursor{list, at.UnixMicro(), id}.String()
+}

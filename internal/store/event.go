@@ -1,0 +1,69 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// eventID is "evt_" and the event's number in its sandbox, with so many digits
+// that a sandbox suspended and woken every second for a century stays sortable.
+func eventID(seq int64) string { return fmt.Sprintf("evt_%010d", seq) }
+
+// insertEvent gives the event the sandbox's next number. The transaction has
+// written the sandbox's row, so nobody else can be numbering its events.
+func insertEvent(ctx context.Context, tx *sql.Tx, e sandbox.Event) error {
+	_, err := tx.ExecContext(ctx, `INSERT INTO sandbox_events (sandbox_id, seq, at, from_state, to_state, reason)
+		VALUES ($1, (SELECT COALESCE(MAX(seq), 0) + 1 FROM sandbox_events WHERE sandbox_id = $1), $2, $3, $4, $5)`,
+		e.SandboxID, at(e.At), e.From, e.To, e.Reason)
+	if err != nil {
+		return fmt.Errorf("writing event: %w", err)
+	}
+	return nil
+}
+
+// Events implements [sandbox.Store]. Events of one sandbox are ordered by their
+// number, not by their time, which a clock set back would upset.
+func (db *DB) Events(ctx context.Context, id sandbox.ID, limit int, after string) ([]sandbox.Event, string, error) {
+	if limit < 1 {
+		return nil, "", fmt.Errorf("listing events with limit %d", limit)
+	}
+	var p params
+	q := "SELECT seq, at, from_state, to_state, reason FROM sandbox_events WHERE sandbox_id = " + p.add(id)
+	if after != "" {
+		c, err := parseCursor(listEvents, after)
+		if err != nil {
+			return nil, "", err
+		}
+		if c.id != string(id) {
+			return nil, "", fault.InField("invalid_cursor", "cursor", "is of another sandbox's events")
+		}
+		q += " AND seq < " + p.add(c.at)
+	}
+	rows, err := db.reader.QueryContext(ctx, q+" ORDER BY seq DESC LIMIT "+p.add(limit+1), p...)
+	if err != nil {
+		return nil, "", fmt.Errorf("listing events of %s: %w", id, err)
+	}
+	defer rows.Close()
+	var all []sandbox.Event
+	var last int64
+	for rows.Next() {
+		e := sandbox.Event{SandboxID: id}
+		var seq int64
+		if err := rows.Scan(&seq, timeColumn{&e.At}, &e.From, &e.To, &e.Reason); err != nil {
+			return nil, "", fmt.Errorf("listing events of %s: %w", id, err)
+		}
+		if len(all) == limit {
+			return all, cursor{listEvents, last, string(id)}.String(), rows.Close()
+		}
+		e.ID, last = eventID(seq), seq
+		all = append(all, e)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, "", fmt.Errorf("listing events of %s: %w", id, err)
+	}
+	return all, "", nil
+}

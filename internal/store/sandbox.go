@@ -1,0 +1,383 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// onceFor is how long an idempotency key is remembered. Part of the contract.
+const onceFor = 24 * time.Hour
+
+// purgeBatch is how many sandboxes one transaction of [DB.Purge] drops, some
+// milliseconds of work: more would hold up creates, fewer would sync more often.
+const purgeBatch = 200
+
+// sandboxColumns lists what sandboxFields reads and writes, in its order.
+const sandboxColumns = `id, org_id, mode, state, run, template, template_id, template_version, image,
+	size, vcpus, memory_mb, dedicated, disk_mb, env, metadata, egress, run_as, workdir,
+	timeout, idle_timeout, recovery_interval, created_at, started_at, expires_at, last_activity_at,
+	suspended_at, destroyed_at, destroy_reason, error, source, token`
+
+// sandboxFields are s's columns, to scan into or to write.
+func sandboxFields(s *sandbox.Sandbox) []any {
+	return []any{&s.ID, &s.OrgID, &s.Mode, &s.State, &s.Run, &s.Template, &s.TemplateID, &s.TemplateVersion, &s.Image,
+		&s.Size.Name, &s.Size.VCPUs, &s.Size.MemoryMB, &s.Size.Dedicated, &s.DiskMB,
+		jsonColumn{&s.Env}, jsonColumn{&s.Metadata}, jsonColumn{&s.Egress}, &s.User, &s.Workdir,
+		durationColumn{&s.Timeout}, durationColumn{&s.IdleTimeout}, durationColumn{&s.RecoveryInterval},
+		timeColumn{&s.CreatedAt}, timeColumn{&s.StartedAt}, timeColumn{&s.ExpiresAt}, timeColumn{&s.LastActivityAt},
+		timeColumn{&s.SuspendedAt}, timeColumn{&s.DestroyedAt}, &s.DestroyReason, &s.Error, &s.Source, &s.Token}
+}
+
+func scanSandbox(row scanner) (sandbox.Sandbox, error) {
+	var s sandbox.Sandbox
+	err := row.Scan(sandboxFields(&s)...)
+	return s, err
+}
+
+func scanSandboxes(rows *sql.Rows) ([]sandbox.Sandbox, error) {
+	defer rows.Close()
+	var all []sandbox.Sandbox
+	for rows.Next() {
+		s, err := scanSandbox(rows)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, s)
+	}
+	return all, rows.Err()
+}
+
+func noSandbox(id sandbox.ID) error {
+	return fault.New(fault.NotFound, "sandbox_not_found", "there is no sandbox %s", id)
+}
+
+// querier is what a lookup needs of a connection: a *sql.DB or a *sql.Tx.
+type querier interface {
+	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+}
+
+func getSandbox(ctx context.Context, q querier, id sandbox.ID) (sandbox.Sandbox, error) {
+	s, err := scanSandbox(q.QueryRowContext(ctx, "SELECT "+sandboxColumns+" FROM sandboxes WHERE id = $1", id))
+	if errors.Is(err, sql.ErrNoRows) {
+		return sandbox.Sandbox{}, noSandbox(id)
+	}
+	if err != nil {
+		return sandbox.Sandbox{}, fmt.Errorf("reading sandbox %s: %w", id, err)
+	}
+	return s, nil
+}
+
+// Insert implements [sandbox.Store].
+func (db *DB) Insert(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota, once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
+	if s.State != sandbox.Creating {
+		return prior, false, fmt.Errorf("inserting sandbox %s in state %q", s.ID, s.State)
+	}
+	err = db.write(ctx, func(tx *sql.Tx) error {
+		if once.Key != "" {
+			if prior, found, err = first(ctx, tx, s, once); err != nil || found {
+				return err
+			}
+		}
+		if err := checkQuota(ctx, tx, s, q); err != nil {
+			return err
+		}
+		if err := insertSandbox(ctx, tx, s); err != nil {
+			return err
+		}
+		if once.Key == "" {
+			return nil
+		}
+		_, err := tx.ExecContext(ctx, `INSERT INTO idempotency (org_id, name, hash, sandbox_id, created_at) VALUES ($1, $2, $3, $4, $5)
+			ON CONFLICT (org_id, name) DO UPDATE SET hash = excluded.hash, sandbox_id = excluded.sandbox_id, created_at = excluded.created_at`,
+			s.OrgID, once.Key, once.Hash, s.ID, at(s.CreatedAt))
+		return err
+	})
+	if err != nil {
+		return sandbox.Sandbox{}, false, fmt.Errorf("inserting sandbox %s: %w", s.ID, err)
+	}
+	return prior, found, nil
+}
+
+// first finds the sandbox that the once key made before, if it did.
+func first(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, once sandbox.Once) (sandbox.Sandbox, bool, error) {
+	var hash string
+	var id sandbox.ID
+	err := tx.QueryRowContext(ctx, "SELECT hash, sandbox_id FROM idempotency WHERE org_id = $1 AND name = $2 AND created_at > $3",
+		s.OrgID, once.Key, at(s.CreatedAt.Add(-onceFor))).Scan(&hash, &id)
+	switch {
+	case errors.Is(err, sql.ErrNoRows):
+		return sandbox.Sandbox{}, false, nil
+	case err != nil:
+		return sandbox.Sandbox{}, false, fmt.Errorf("reading idempotency key: %w", err)
+	case hash != once.Hash:
+		return sandbox.Sandbox{}, false, fault.New(fault.Conflict, "idempotency_key_reused",
+			"this Idempotency-Key was used with another request within the last 24 hours")
+	}
+	prior, err := getSandbox(ctx, tx, id)
+	return prior, err == nil, err
+}
+
+// checkQuota refuses s if its organization's sandboxes that are not over would
+// exceed q with it. Suspended ones hold no CPU and no memory.
+func checkQuota(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, q sandbox.Quota) error {
+	if q == (sandbox.Quota{}) {
+		return nil
+	}
+	var have sandbox.Quota
+	err := tx.QueryRowContext(ctx, `SELECT COUNT(*),
+		COALESCE(SUM(CASE WHEN state = $1 THEN 0 ELSE vcpus END), 0),
+		COALESCE(SUM(CASE WHEN state = $1 THEN 0 ELSE memory_mb END), 0)
+		FROM sandboxes WHERE org_id = $2 AND ended_at IS NULL`, sandbox.Suspended, s.OrgID).
+		Scan(&have.Sandboxes, &have.VCPUs, &have.MemoryMB)
+	if err != nil {
+		return fmt.Errorf("counting the organization's sandboxes: %w", err)
+	}
+	for _, of := range []struct {
+		limit, have, more int
+		what              string
+	}{
+		{q.Sandboxes, have.Sandboxes, 1, "sandboxes"},
+		{q.VCPUs, have.VCPUs, s.Size.VCPUs, "vCPUs"},
+		{q.MemoryMB, have.MemoryMB, s.Size.MemoryMB, "MiB of memory"},
+	} {
+		if of.limit > 0 && of.have+of.more > of.limit {
+			return fault.New(fault.Exhausted, "quota_exceeded", "the organization may have %d %s at once, has %d and asks for %d more",
+				of.limit, of.what, of.have, of.more)
+		}
+	}
+	return nil
+}
+
+func insertSandbox(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox) error {
+	fields := sandboxFields(&s)
+	if _, err := tx.ExecContext(ctx, "INSERT INTO sandboxes ("+sandboxColumns+") VALUES ("+placeholders(len(fields))+")", fields...); err != nil {
+		return fmt.Errorf("writing row: %w", err)
+	}
+	for name, value := range s.Metadata {
+		if _, err := tx.ExecContext(ctx, "INSERT INTO sandbox_metadata (sandbox_id, org_id, name, value) VALUES ($1, $2, $3, $4)",
+			s.ID, s.OrgID, name, value); err != nil {
+			return fmt.Errorf("writing metadata: %w", err)
+		}
+	}
+	return insertEvent(ctx, tx, sandbox.Event{SandboxID: s.ID, At: s.CreatedAt, To: s.State})
+}
+
+// Forget implements [sandbox.Store].
+func (db *DB) Forget(ctx context.Context, id sandbox.ID) error {
+	if _, err := db.writer.ExecContext(ctx, "DELETE FROM idempotency WHERE sandbox_id = $1", id); err != nil {
+		return fmt.Errorf("forgetting the idempotency key of %s: %w", id, err)
+	}
+	return nil
+}
+
+// Get implements [sandbox.Store].
+func (db *DB) Get(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, error) {
+	return getSandbox(ctx, db.reader, id)
+}
+
+// List implements [sandbox.Store].
+func (db *DB) List(ctx context.Context, f sandbox.Filter) ([]sandbox.Sandbox, string, error) {
+	query, args, err := listQuery(f)
+	if err != nil {
+		return nil, "", err
+	}
+	rows, err := db.reader.QueryContext(ctx, query, args...)
+	if err != nil {
+		return nil, "", fmt.Errorf("listing sandboxes: %w", err)
+	}
+	all, err := scanSandboxes(rows)
+	if err != nil {
+		return nil, "", fmt.Errorf("listing sandboxes: %w", err)
+	}
+	all, next := cut(listSandboxes, all, f.Limit, func(s sandbox.Sandbox) (time.Time, string) { return s.CreatedAt, string(s.ID) })
+	return all, next, nil
+}
+
+func listQuery(f sandbox.Filter) (string, params, error) {
+	var p params
+	q := "SELECT " + sandboxColumns + " FROM sandboxes WHERE org_id = " + p.add(f.OrgID)
+	if len(f.States) > 0 {
+		if !slices.ContainsFunc(f.States, sandbox.State.Over) {
+			q += " AND ended_at IS NULL" // says nothing new, but lets the small index be used
+		}
+		q += " AND state IN (" + states(&p, f.States) + ")"
+	}
+	for name, value := range f.Metadata {
+		q += " AND id IN (SELECT sandbox_id FROM sandbox_metadata WHERE org_id = " + p.add(f.OrgID) +
+			" AND name = " + p.add(name) + " AND value = " + p.add(value) + ")"
+	}
+	end, err := page(listSandboxes, f.Limit, f.Cursor, &p)
+	return q + end, p, err
+}
+
+func states(p *params, all []sandbox.State) string {
+	var marks []string
+	for _, s := range all {
+		marks = append(marks, p.add(s))
+	}
+	return strings.Join(marks, ", ")
+}
+
+// Transition implements [sandbox.Store].
+func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.Sandbox, err error) {
+	err = db.write(ctx, func(tx *sql.Tx) error {
+		before, err := getSandbox(ctx, tx, c.ID)
+		if err != nil {
+			return err
+		}
+		after = before
+		if !slices.Contains(c.From, before.State) {
+			return fault.New(fault.Conflict, "sandbox_state", "the sandbox is %s", before.State)
+		}
+		if c.Run != "" && c.Run != before.Run {
+			return fault.New(fault.Conflict, "sandbox_state", "the sandbox has been started anew meanwhile")
+		}
+		query, args := updateQuery(c, before)
+		moved, err := scanSandbox(tx.QueryRowContext(ctx, query, args...))
+		if errors.Is(err, sql.ErrNoRows) {
+			return fault.New(fault.Conflict, "sandbox_state", "the sandbox is no longer %s", before.State)
+		}
+		if err != nil {
+			return fmt.Errorf("writing row: %w", err)
+		}
+		if err := insertEvent(ctx, tx, sandbox.Event{SandboxID: c.ID, At: c.At, From: before.State, To: c.To, Reason: c.Reason}); err != nil {
+			return err
+		}
+		after = moved
+		return nil
+	})
+	if err != nil {
+		return after, fmt.Errorf("moving sandbox %s to %s: %w", c.ID, c.To, err)
+	}
+	return after, nil
+}
+
+// updateQuery is the one conditional update of a transition: it hits the row only
+// while it is in the state and the life that were read.
+func updateQuery(c sandbox.Change, before sandbox.Sandbox) (string, params) {
+	var p params
+	set := []string{"state = " + p.add(c.To)}
+	add := func(column string, v any) { set = append(set, column+" = "+p.add(v)) }
+	ended := timeColumn{&time.Time{}}
+	if c.To.Over() {
+		ended = at(c.At)
+	}
+	add("ended_at", ended)
+	if c.NewRun != nil {
+		add("run", *c.NewRun)
+	}
+	if c.StartedAt != nil {
+		add("started_at", at(*c.StartedAt))
+	}
+	if c.ExpiresAt != nil {
+		add("expires_at", at(*c.ExpiresAt))
+	}
+	if c.DestroyedAt != nil {
+		add("destroyed_at", at(*c.DestroyedAt))
+	}
+	if c.DestroyReason != nil {
+		add("destroy_reason", *c.DestroyReason)
+	}
+	if c.Error != nil {
+		add("error", *c.Error)
+	}
+	if c.Source != nil {
+		add("source", *c.Source)
+	}
+	if c.Token != nil {
+		add("token", *c.Token)
+	}
+	return "UPDATE sandboxes SET " + strings.Join(set, ", ") +
+		" WHERE id = " + p.add(c.ID) + " AND state = " + p.add(before.State) + " AND run = " + p.add(before.Run) +
+		" RETURNING " + sandboxColumns, p
+}
+
+// SetExpiry implements [sandbox.Store].
+func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time, timeout time.Duration) (s sandbox.Sandbox, err error) {
+	err = db.write(ctx, func(tx *sql.Tx) error {
+		s, err = scanSandbox(tx.QueryRowContext(ctx, `UPDATE sandboxes SET expires_at = $1, timeout = $2
+			WHERE id = $3 AND state = $4 RETURNING `+sandboxColumns, at(expiresAt), durationColumn{&timeout}, id, sandbox.Running))
+		if !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
+		if s, err = getSandbox(ctx, tx, id); err != nil {
+			return err
+		}
+		return fault.New(fault.Conflict, "sandbox_not_running", "the sandbox is %s", s.State)
+	})
+	if err != nil {
+		return s, fmt.Errorf("moving the end of sandbox %s: %w", id, err)
+	}
+	return s, nil
+}
+
+// Unfinished implements [sandbox.Store].
+func (db *DB) Unfinished(ctx context.Context) ([]sandbox.Sandbox, error) {
+	rows, err := db.reader.QueryContext(ctx, "SELECT "+sandboxColumns+" FROM sandboxes WHERE ended_at IS NULL ORDER BY created_at, id")
+	if err != nil {
+		return nil, fmt.Errorf("listing unfinished sandboxes: %w", err)
+	}
+	all, err := scanSandboxes(rows)
+	if err != nil {
+		return nil, fmt.Errorf("listing unfinished sandboxes: %w", err)
+	}
+	return all, nil
+}
+
+// Images implements [sandbox.Store].
+func (db *DB) Images(ctx context.Context) ([]string, error) {
+	return db.texts(ctx, "listing images of sandboxes", "SELECT DISTINCT image FROM sandboxes WHERE ended_at IS NULL AND image <> '' ORDER BY image")
+}
+
+// texts runs a query for one column of text.
+func (db *DB) texts(ctx context.Context, doing, query string) ([]string, error) {
+	rows, err := db.reader.QueryContext(ctx, query)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", doing, err)
+	}
+	defer rows.Close()
+	var all []string
+	for rows.Next() {
+		var text string
+		if err := rows.Scan(&text); err != nil {
+			return nil, fmt.Errorf("%s: %w", doing, err)
+		}
+		all = append(all, text)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("%s: %w", doing, err)
+	}
+	return all, nil
+}
+
+// Purge implements [sandbox.Store]. It works in batches so that creates get
+// between them; after an error the count says what is gone already.
+func (db *DB) Purge(ctx context.Context, over, now time.Time) (int, error) {
+	if _, err := db.writer.ExecContext(ctx, "DELETE FROM idempotency WHERE created_at <= $1", at(now.Add(-onceFor))); err != nil {
+		return 0, fmt.Errorf("dropping old idempotency keys: %w", err)
+	}
+	var gone int
+	for {
+		r, err := db.writer.ExecContext(ctx, `DELETE FROM sandboxes WHERE id IN
+			(SELECT id FROM sandboxes WHERE ended_at IS NOT NULL AND ended_at < $1 ORDER BY ended_at LIMIT $2)`, at(over), purgeBatch)
+		if err != nil {
+			return gone, fmt.Errorf("dropping old sandboxes: %w", err)
+		}
+		n, err := r.RowsAffected()
+		if err != nil {
+			return gone, fmt.Errorf("counting dropped sandboxes: %w", err)
+		}
+		gone += int(n)
+		if n < purgeBatch {
+			return gone, nil
+		}
+	}
+}

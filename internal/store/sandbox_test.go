@@ -1,0 +1,735 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"reflect"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// prefixes compares addresses by value.
+var prefixes = cmpopts.EquateComparable(netip.Prefix{})
+
+// fullSandbox has a value in every field, so that a column that is forgotten shows.
+func fullSandbox(org string, i int) sandbox.Sandbox {
+	created := start.Add(time.Duration(i) * time.Second)
+	return sandbox.Sandbox{
+		ID: sandbox.NewID(), OrgID: org, Mode: sandbox.Ephemeral, State: sandbox.Creating, Run: fmt.Sprint("run", i),
+		Template: "python", TemplateID: "tpl_python", TemplateVersion: 3, Image: "abcdef",
+		Size: sandbox.Size{Name: "performance-2x", VCPUs: 2, MemoryMB: 4096, Dedicated: true}, DiskMB: 2048,
+		Env: map[string]string{"A": "1", "ü": "\"\\\x01\u2028"}, Metadata: map[string]string{"team": "red", "n": fmt.Sprint(i)},
+		Egress: sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
+			DenyCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}, AllowPorts: []uint16{80, 443}},
+		User: "user", Workdir: "/srv", Timeout: 5 * time.Minute, IdleTimeout: 90 * time.Second, RecoveryInterval: 1500 * time.Millisecond,
+		CreatedAt: created, StartedAt: created.Add(1), ExpiresAt: created.Add(time.Hour), LastActivityAt: created.Add(2 * time.Second),
+		SuspendedAt: created.Add(3 * time.Second), DestroyedAt: created.Add(4 * time.Second), DestroyReason: sandbox.Lost,
+		Error: "it broke", Source: sandbox.Warm, Token: "secret",
+	}
+}
+
+// asStored is s as it comes back: to the microsecond.
+func asStored(s sandbox.Sandbox) sandbox.Sandbox {
+	s.StartedAt = s.StartedAt.Truncate(time.Microsecond)
+	return s
+}
+
+// small is a sandbox with the least that a row needs.
+func small(org string, i int) sandbox.Sandbox {
+	return sandbox.Sandbox{ID: sandbox.NewID(), OrgID: org, Mode: sandbox.Ephemeral, State: sandbox.Creating, Run: "run1",
+		Size: sandbox.Size{Name: "s", VCPUs: 1, MemoryMB: 512}, CreatedAt: start.Add(time.Duration(i) * time.Second)}
+}
+
+func mustInsert(t *testing.T, st sandbox.Store, s sandbox.Sandbox) sandbox.Sandbox {
+	t.Helper()
+	if _, found, err := st.Insert(t.Context(), s, sandbox.Quota{}, sandbox.Once{}); err != nil || found {
+		t.Fatalf("inserting: found %v, %v", found, err)
+	}
+	return s
+}
+
+func mustMove(t *testing.T, st sandbox.Store, id sandbox.ID, from, to sandbox.State, at time.Time) sandbox.Sandbox {
+	t.Helper()
+	s, err := st.Transition(t.Context(), sandbox.Change{ID: id, From: []sandbox.State{from}, To: to, At: at})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// wantFault checks kind and code, and that a plain error has not slipped in.
+func wantFault(t *testing.T, err error, kind fault.Kind, code string) {
+	t.Helper()
+	if fe := fault.As(err); fe == nil || fe.Kind != kind || fe.Code != code {
+		t.Errorf("got error %v, want %s with code %q", err, kind, code)
+	}
+}
+
+// testSandboxStore is the contract of sandbox.Store: every implementation keeps it.
+func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
+	for name, f := range map[string]func(*testing.T, sandbox.Store){
+		"round trip":             sandboxRoundTrip,
+		"not found":              sandboxNotFound,
+		"quota":                  sandboxQuota,
+		"quota in a race":        sandboxQuotaRace,
+		"idempotency":            sandboxOnce,
+		"idempotency in a race":  sandboxOnceRace,
+		"listing":                sandboxList,
+		"paging while it grows":  sandboxPaging,
+		"bad cursors":            sandboxBadCursors,
+		"transition":             sandboxTransition,
+		"transition refused":     sandboxTransitionRefused,
+		"transition in a race":   sandboxTransitionRace,
+		"expiry":                 sandboxExpiry,
+		"unfinished and images":  sandboxUnfinished,
+		"events":                 sandboxEvents,
+		"purge":                  sandboxPurge,
+		"a context that is over": sandboxContext,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f(t, open(t))
+		})
+	}
+}
+
+func sandboxRoundTrip(t *testing.T, st sandbox.Store) {
+	full := fullSandbox("org_a", 0)
+	for i, f := range reflect.VisibleFields(reflect.TypeFor[sandbox.Sandbox]()) {
+		if reflect.ValueOf(full).Field(i).IsZero() {
+			t.Errorf("the test leaves field %s empty", f.Name)
+		}
+	}
+	for _, s := range []sandbox.Sandbox{full, small("org_a", 1)} {
+		mustInsert(t, st, s)
+		got, err := st.Get(t.Context(), s.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(asStored(s), got, prefixes); diff != "" {
+			t.Errorf("stored and read back (-want +got):\n%s", diff)
+		}
+	}
+	wrong := small("org_a", 2)
+	wrong.State = sandbox.Running
+	if _, _, err := st.Insert(t.Context(), wrong, sandbox.Quota{}, sandbox.Once{}); err == nil {
+		t.Error("inserted a sandbox that is not creating")
+	}
+	if _, _, err := st.Insert(t.Context(), full, sandbox.Quota{}, sandbox.Once{}); err == nil {
+		t.Error("inserted the same ID twice")
+	}
+}
+
+func sandboxNotFound(t *testing.T, st sandbox.Store) {
+	id := sandbox.NewID()
+	_, err := st.Get(t.Context(), id)
+	wantFault(t, err, fault.NotFound, "sandbox_not_found")
+	_, err = st.Transition(t.Context(), sandbox.Change{ID: id, From: sandbox.States(), To: sandbox.Running, At: start})
+	wantFault(t, err, fault.NotFound, "sandbox_not_found")
+	_, err = st.SetExpiry(t.Context(), id, start, time.Second)
+	wantFault(t, err, fault.NotFound, "sandbox_not_found")
+	if err := st.Forget(t.Context(), id); err != nil {
+		t.Errorf("forgetting what is not there: %v", err)
+	}
+	events, next, err := st.Events(t.Context(), id, 5, "")
+	if len(events) != 0 || next != "" || err != nil {
+		t.Errorf("events of nobody: %v, %q, %v", events, next, err)
+	}
+}
+
+func sandboxQuota(t *testing.T, st sandbox.Store) {
+	insert := func(org string, q sandbox.Quota) (sandbox.ID, error) {
+		s := small(org, 0)
+		_, _, err := st.Insert(t.Context(), s, q, sandbox.Once{Key: string(s.ID), Hash: "h"})
+		return s.ID, err
+	}
+	two := sandbox.Quota{Sandboxes: 2}
+	first, err := insert("org_a", two)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := insert("org_a", two); err != nil {
+		t.Fatal(err)
+	}
+	third, err := insert("org_a", two)
+	wantFault(t, err, fault.Exhausted, "quota_exceeded")
+	if _, err := st.Get(t.Context(), third); !fault.Is(err, fault.NotFound) {
+		t.Errorf("a sandbox over quota was written: %v", err)
+	}
+	if _, err := insert("org_b", two); err != nil {
+		t.Errorf("another organization's quota: %v", err)
+	}
+	_, err = insert("org_a", sandbox.Quota{VCPUs: 2})
+	wantFault(t, err, fault.Exhausted, "quota_exceeded")
+	_, err = insert("org_a", sandbox.Quota{MemoryMB: 1535})
+	wantFault(t, err, fault.Exhausted, "quota_exceeded")
+	if _, err := insert("org_a", sandbox.Quota{VCPUs: 3, MemoryMB: 1536}); err != nil {
+		t.Errorf("exactly up to the quota: %v", err)
+	}
+
+	// A suspended one counts as a sandbox and for nothing else.
+	mustMove(t, st, first, sandbox.Creating, sandbox.Suspended, start)
+	if _, err := insert("org_a", sandbox.Quota{VCPUs: 3, MemoryMB: 1536}); err != nil {
+		t.Errorf("a suspended sandbox counts for CPU or memory: %v", err)
+	}
+	_, err = insert("org_a", sandbox.Quota{Sandboxes: 4})
+	wantFault(t, err, fault.Exhausted, "quota_exceeded")
+	// One being destroyed still counts, one that is over does not.
+	mustMove(t, st, first, sandbox.Suspended, sandbox.Destroying, start)
+	_, err = insert("org_a", sandbox.Quota{Sandboxes: 4})
+	wantFault(t, err, fault.Exhausted, "quota_exceeded")
+	mustMove(t, st, first, sandbox.Destroying, sandbox.Destroyed, start)
+	if _, err := insert("org_a", sandbox.Quota{Sandboxes: 4}); err != nil {
+		t.Errorf("a destroyed sandbox counts: %v", err)
+	}
+}
+
+func sandboxQuotaRace(t *testing.T, st sandbox.Store) {
+	var mu sync.Mutex
+	var made, refused int
+	var wg sync.WaitGroup
+	for range 40 {
+		wg.Go(func() {
+			_, _, err := st.Insert(t.Context(), small("org_a", 0), sandbox.Quota{Sandboxes: 7}, sandbox.Once{})
+			mu.Lock()
+			defer mu.Unlock()
+			switch {
+			case err == nil:
+				made++
+			case fault.Is(err, fault.Exhausted):
+				refused++
+			default:
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if made != 7 || refused != 33 {
+		t.Errorf("%d made and %d refused, want 7 and 33", made, refused)
+	}
+}
+
+func sandboxOnce(t *testing.T, st sandbox.Store) {
+	s := fullSandbox("org_a", 0)
+	once := sandbox.Once{Key: "k", Hash: "h1"}
+	if _, found, err := st.Insert(t.Context(), s, sandbox.Quota{Sandboxes: 1}, once); err != nil || found {
+		t.Fatal(found, err)
+	}
+	moved := mustMove(t, st, s.ID, sandbox.Creating, sandbox.Running, start)
+
+	again := small("org_a", 3600)
+	prior, found, err := st.Insert(t.Context(), again, sandbox.Quota{Sandboxes: 1}, once) // the quota is used up, and that must not matter
+	if err != nil || !found {
+		t.Fatal(found, err)
+	}
+	if diff := cmp.Diff(moved, prior, prefixes); diff != "" {
+		t.Errorf("the first sandbox as it is now (-want +got):\n%s", diff)
+	}
+	if _, err := st.Get(t.Context(), again.ID); !fault.Is(err, fault.NotFound) {
+		t.Errorf("the repeated create wrote a row: %v", err)
+	}
+	_, _, err = st.Insert(t.Context(), again, sandbox.Quota{}, sandbox.Once{Key: "k", Hash: "h2"})
+	wantFault(t, err, fault.Conflict, "idempotency_key_reused")
+	if _, found, err := st.Insert(t.Context(), small("org_b", 0), sandbox.Quota{}, sandbox.Once{Key: "k", Hash: "h2"}); err != nil || found {
+		t.Errorf("the same key of another organization: %v, %v", found, err)
+	}
+
+	// A microsecond before 24 h it is known, then it is a new one.
+	late := small("org_a", 0)
+	late.CreatedAt = s.CreatedAt.Add(onceFor - time.Microsecond)
+	if _, found, err := st.Insert(t.Context(), late, sandbox.Quota{}, once); err != nil || !found {
+		t.Errorf("just inside 24 h: %v, %v", found, err)
+	}
+	late.CreatedAt = s.CreatedAt.Add(onceFor)
+	if _, found, err := st.Insert(t.Context(), late, sandbox.Quota{}, sandbox.Once{Key: "k", Hash: "h3"}); err != nil || found {
+		t.Errorf("after 24 h: %v, %v", found, err)
+	}
+
+	// What is forgotten may be tried again.
+	if err := st.Forget(t.Context(), late.ID); err != nil {
+		t.Fatal(err)
+	}
+	anew := small("org_a", 90000)
+	if _, found, err := st.Insert(t.Context(), anew, sandbox.Quota{}, sandbox.Once{Key: "k", Hash: "h4"}); err != nil || found {
+		t.Errorf("after forgetting: %v, %v", found, err)
+	}
+}
+
+func sandboxOnceRace(t *testing.T, st sandbox.Store) {
+	var mu sync.Mutex
+	ids := make(map[sandbox.ID]int)
+	var made int
+	var wg sync.WaitGroup
+	for range 30 {
+		wg.Go(func() {
+			s := small("org_a", 0)
+			prior, found, err := st.Insert(t.Context(), s, sandbox.Quota{}, sandbox.Once{Key: "k", Hash: "h"})
+			if err != nil {
+				t.Error(err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if found {
+				ids[prior.ID]++
+			} else {
+				ids[s.ID]++
+				made++
+			}
+		})
+	}
+	wg.Wait()
+	if made != 1 || len(ids) != 1 {
+		t.Errorf("%d made, answers named %d sandboxes; want 1 and 1", made, len(ids))
+	}
+}
+
+func listIDs(t *testing.T, st sandbox.Store, f sandbox.Filter) []sandbox.ID {
+	t.Helper()
+	var ids []sandbox.ID
+	for pages := 0; ; pages++ {
+		all, next, err := st.List(t.Context(), f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(all) > f.Limit || next != "" && len(all) != f.Limit {
+			t.Errorf("a page of %d with limit %d, next %q", len(all), f.Limit, next)
+		}
+		for _, s := range all {
+			ids = append(ids, s.ID)
+		}
+		if next == "" {
+			return ids
+		}
+		if f.Cursor = next; pages > 1000 {
+			t.Fatal("paging does not end")
+		}
+	}
+}
+
+func sandboxList(t *testing.T, st sandbox.Store) {
+	var newest []sandbox.ID // of org_a
+	for i := range 7 {
+		s := fullSandbox("org_a", i/2) // pairs share their second
+		s.Metadata = map[string]string{"even": fmt.Sprint(i%2 == 0), "i": fmt.Sprint(i)}
+		mustInsert(t, st, s)
+		newest = append(newest, s.ID)
+	}
+	mustInsert(t, st, fullSandbox("org_b", 0))
+	byAge := make(map[sandbox.ID]int)
+	for i, id := range newest {
+		byAge[id] = i / 2
+	}
+	slices.SortFunc(newest, func(a, b sandbox.ID) int {
+		if byAge[a] != byAge[b] {
+			return byAge[b] - byAge[a]
+		}
+		return cmp2(b, a)
+	})
+	for _, limit := range []int{1, 2, 3, 6, 7, 8, 200} {
+		if diff := cmp.Diff(newest, listIDs(t, st, sandbox.Filter{OrgID: "org_a", Limit: limit})); diff != "" {
+			t.Errorf("limit %d (-want +got):\n%s", limit, diff)
+		}
+	}
+	count := func(f sandbox.Filter) int {
+		f.OrgID, f.Limit = "org_a", 2
+		return len(listIDs(t, st, f))
+	}
+	if n := count(sandbox.Filter{Metadata: map[string]string{"even": "true"}}); n != 4 {
+		t.Errorf("%d with even=true, want 4", n)
+	}
+	if n := count(sandbox.Filter{Metadata: map[string]string{"even": "true", "i": "4"}}); n != 1 {
+		t.Errorf("%d with both, want 1", n)
+	}
+	if n := count(sandbox.Filter{Metadata: map[string]string{"even": "true", "i": "3"}}); n != 0 {
+		t.Errorf("%d with both of two, want 0", n)
+	}
+	if n := count(sandbox.Filter{Metadata: map[string]string{"team": "red"}}); n != 0 {
+		t.Errorf("%d of another organization, want 0", n)
+	}
+
+	mustMove(t, st, newest[0], sandbox.Creating, sandbox.Destroyed, start)
+	mustMove(t, st, newest[1], sandbox.Creating, sandbox.Running, start)
+	mustMove(t, st, newest[2], sandbox.Creating, sandbox.Failed, start)
+	for want, states := range map[int][]sandbox.State{
+		7: nil,
+		1: {sandbox.Running},
+		4: {sandbox.Creating},
+		5: {sandbox.Creating, sandbox.Running, sandbox.Suspended},
+		2: {sandbox.Destroyed, sandbox.Failed},
+		3: {sandbox.Destroyed, sandbox.Failed, sandbox.Running},
+		0: {sandbox.Waking},
+	} {
+		if n := count(sandbox.Filter{States: states}); n != want {
+			t.Errorf("%d in states %v, want %d", n, states, want)
+		}
+	}
+	if _, _, err := st.List(t.Context(), sandbox.Filter{OrgID: "org_a"}); err == nil {
+		t.Error("a listing without a limit was answered")
+	}
+}
+
+func cmp2(a, b sandbox.ID) int {
+	switch {
+	case a < b:
+		return -1
+	case a > b:
+		return 1
+	}
+	return 0
+}
+
+// sandboxPaging: whoever was there when paging began is seen exactly once, however
+// many come meanwhile.
+func sandboxPaging(t *testing.T, st sandbox.Store) {
+	want := make(map[sandbox.ID]bool)
+	for i := range 30 {
+		want[mustInsert(t, st, small("org_a", i)).ID] = true
+	}
+	seen := make(map[sandbox.ID]int)
+	f := sandbox.Filter{OrgID: "org_a", Limit: 4}
+	for i := 0; ; i++ {
+		page, next, err := st.List(t.Context(), f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range page {
+			seen[s.ID]++
+		}
+		mustInsert(t, st, small("org_a", 1000+i))
+		if next == "" {
+			break
+		}
+		f.Cursor = next
+	}
+	for id := range want {
+		if seen[id] != 1 {
+			t.Errorf("%s was seen %d times", id, seen[id])
+		}
+	}
+	if len(seen) != len(want) {
+		t.Errorf("%d seen, %d were there", len(seen), len(want))
+	}
+}
+
+func sandboxBadCursors(t *testing.T, st sandbox.Store) {
+	s := mustInsert(t, st, small("org_a", 0))
+	for range 2 {
+		mustInsert(t, st, small("org_a", 1))
+		if err := errors.Join(move(t, st, s.ID, sandbox.Creating, sandbox.Running), move(t, st, s.ID, sandbox.Running, sandbox.Creating)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, list, err := st.List(t.Context(), sandbox.Filter{OrgID: "org_a", Limit: 1})
+	if err != nil || list == "" {
+		t.Fatal(list, err)
+	}
+	_, events, err := st.Events(t.Context(), s.ID, 1, "")
+	if err != nil || events == "" {
+		t.Fatal(events, err)
+	}
+	for _, bad := range []string{"x", "!", "AAAA", list + "A", list[:len(list)-1], list + "=", " " + list, list + "\n", events, "' OR 1=1 --"} {
+		_, _, err := st.List(t.Context(), sandbox.Filter{OrgID: "org_a", Limit: 1, Cursor: bad})
+		if fe := fault.As(err); fe == nil || fe.Kind != fault.Invalid || fe.Field != "cursor" {
+			t.Errorf("listing with cursor %q: %v, want Invalid in field cursor", bad, err)
+		}
+	}
+	_, _, err = st.Events(t.Context(), s.ID, 1, list)
+	wantFault(t, err, fault.Invalid, "invalid_cursor")
+	_, _, err = st.Events(t.Context(), sandbox.NewID(), 1, events)
+	wantFault(t, err, fault.Invalid, "invalid_cursor")
+}
+
+func move(t *testing.T, st sandbox.Store, id sandbox.ID, from, to sandbox.State) error {
+	t.Helper()
+	_, err := st.Transition(t.Context(), sandbox.Change{ID: id, From: []sandbox.State{from}, To: to, At: start})
+	return err
+}
+
+func sandboxTransition(t *testing.T, st sandbox.Store) {
+	s := mustInsert(t, st, small("org_a", 0))
+	run, source, token, started, expires := "run2", sandbox.Warm, "tok", start.Add(time.Second), start.Add(time.Hour)
+	got, err := st.Transition(t.Context(), sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Running, sandbox.Creating}, Run: "run1", To: sandbox.Running,
+		At: started, Reason: "booted", NewRun: &run, StartedAt: &started, ExpiresAt: &expires, Source: &source, Token: &token})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := s
+	want.State, want.Run, want.Source, want.Token, want.StartedAt, want.ExpiresAt = sandbox.Running, run, source, token, started, expires
+	if diff := cmp.Diff(want, got, prefixes); diff != "" {
+		t.Errorf("after the first (-want +got):\n%s", diff)
+	}
+
+	reason, text, ended := sandbox.Lost, "it went away", start.Add(2*time.Second)
+	got, err = st.Transition(t.Context(), sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Running}, Run: "run2", To: sandbox.Destroyed,
+		At: ended, DestroyedAt: &ended, DestroyReason: &reason, Error: &text, ExpiresAt: &time.Time{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want.State, want.DestroyedAt, want.DestroyReason, want.Error, want.ExpiresAt = sandbox.Destroyed, ended, reason, text, time.Time{}
+	if diff := cmp.Diff(want, got, prefixes); diff != "" {
+		t.Errorf("after the second (-want +got):\n%s", diff)
+	}
+	read, err := st.Get(t.Context(), s.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, read, prefixes); diff != "" {
+		t.Errorf("read afterwards (-want +got):\n%s", diff)
+	}
+}
+
+func sandboxTransitionRefused(t *testing.T, st sandbox.Store) {
+	s := mustInsert(t, st, small("org_a", 0))
+	for name, c := range map[string]sandbox.Change{
+		"state":         {From: []sandbox.State{sandbox.Running, sandbox.Suspended}},
+		"nothing named": {},
+		"run":           {From: []sandbox.State{sandbox.Creating}, Run: "run0"},
+	} {
+		text := "must not be written"
+		c.ID, c.To, c.At, c.Error = s.ID, sandbox.Destroyed, start, &text
+		got, err := st.Transition(t.Context(), c)
+		wantFault(t, err, fault.Conflict, "sandbox_state")
+		if diff := cmp.Diff(s, got, prefixes); diff != "" {
+			t.Errorf("%s: the row as it is (-want +got):\n%s", name, diff)
+		}
+	}
+	if read, err := st.Get(t.Context(), s.ID); err != nil || !cmp.Equal(s, read, prefixes) {
+		t.Errorf("the row was changed: %+v, %v", read, err)
+	}
+	if events, _, err := st.Events(t.Context(), s.ID, 10, ""); err != nil || len(events) != 1 {
+		t.Errorf("events %v, %v; want the first alone", events, err)
+	}
+}
+
+func sandboxTransitionRace(t *testing.T, st sandbox.Store) {
+	s := mustInsert(t, st, small("org_a", 0))
+	const racers = 100
+	var mu sync.Mutex
+	var winners []string
+	var lost int
+	var wg sync.WaitGroup
+	for i := range racers {
+		wg.Go(func() {
+			run := fmt.Sprint("racer", i)
+			_, err := st.Transition(t.Context(), sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Creating}, Run: "run1", To: sandbox.Running, At: start, NewRun: &run})
+			mu.Lock()
+			defer mu.Unlock()
+			switch {
+			case err == nil:
+				winners = append(winners, run)
+			case fault.As(err) != nil && fault.As(err).Code == "sandbox_state":
+				lost++
+			default:
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if len(winners) != 1 || lost != racers-1 {
+		t.Fatalf("%d won and %d lost, want 1 and %d", len(winners), lost, racers-1)
+	}
+	got, err := st.Get(t.Context(), s.ID)
+	if err != nil || got.Run != winners[0] || got.State != sandbox.Running {
+		t.Errorf("the row says %s in %s, %v; the winner is %s", got.State, got.Run, err, winners[0])
+	}
+	if events, _, err := st.Events(t.Context(), s.ID, 10, ""); err != nil || len(events) != 2 {
+		t.Errorf("%d events, %v; want 2", len(events), err)
+	}
+}
+
+func sandboxExpiry(t *testing.T, st sandbox.Store) {
+	s := mustInsert(t, st, small("org_a", 0))
+	got, err := st.SetExpiry(t.Context(), s.ID, start.Add(time.Hour), time.Hour)
+	wantFault(t, err, fault.Conflict, "sandbox_not_running")
+	if diff := cmp.Diff(s, got, prefixes); diff != "" {
+		t.Errorf("the row as it is (-want +got):\n%s", diff)
+	}
+	want := mustMove(t, st, s.ID, sandbox.Creating, sandbox.Running, start)
+	want.ExpiresAt, want.Timeout = start.Add(time.Hour), time.Hour
+	if got, err = st.SetExpiry(t.Context(), s.ID, want.ExpiresAt, want.Timeout); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, got, prefixes); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	if read, err := st.Get(t.Context(), s.ID); err != nil || !cmp.Equal(want, read, prefixes) {
+		t.Errorf("read afterwards: %+v, %v", read, err)
+	}
+}
+
+func sandboxUnfinished(t *testing.T, st sandbox.Store) {
+	var want []sandbox.ID
+	for i, state := range sandbox.States() {
+		s := small("org_"+fmt.Sprint(i%2), i)
+		s.Image = fmt.Sprint("image", i/2)
+		mustInsert(t, st, s)
+		if state != sandbox.Creating {
+			mustMove(t, st, s.ID, sandbox.Creating, state, start)
+		}
+		if !state.Over() {
+			want = append(want, s.ID)
+		}
+	}
+	all, err := st.Unfinished(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []sandbox.ID
+	for _, s := range all {
+		got = append(got, s.ID)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("unfinished, oldest first (-want +got):\n%s", diff)
+	}
+	images, err := st.Images(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(images)
+	if diff := cmp.Diff([]string{"image0", "image1", "image2"}, images); diff != "" {
+		t.Errorf("images (-want +got):\n%s", diff)
+	}
+
+	// A sandbox that failed and is being destroyed again is not over any more.
+	failed := mustInsert(t, st, small("org_f", 100))
+	mustMove(t, st, failed.ID, sandbox.Creating, sandbox.Failed, start)
+	mustMove(t, st, failed.ID, sandbox.Failed, sandbox.Destroying, start)
+	if again, err := st.Unfinished(t.Context()); err != nil || len(again) != len(want)+1 {
+		t.Errorf("%d unfinished, %v; want %d", len(again), err, len(want)+1)
+	}
+}
+
+func sandboxEvents(t *testing.T, st sandbox.Store) {
+	s := mustInsert(t, st, small("org_a", 0))
+	other := mustInsert(t, st, small("org_a", 0))
+	const rounds = 12
+	for i := range rounds {
+		from, to := sandbox.Creating, sandbox.Running
+		if i%2 == 1 {
+			from, to = to, from
+		}
+		// The clock goes backwards: the order must not.
+		mustMove(t, st, s.ID, from, to, start.Add(-time.Duration(i)*time.Minute))
+		mustMove(t, st, other.ID, from, to, start)
+	}
+	var got []sandbox.Event
+	for after := ""; ; {
+		page, next, err := st.Events(t.Context(), s.ID, 5, after)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, page...)
+		if after = next; next == "" {
+			break
+		}
+	}
+	if len(got) != rounds+1 {
+		t.Fatalf("%d events, want %d", len(got), rounds+1)
+	}
+	for i := range got[1:] {
+		if got[i].ID <= got[i+1].ID {
+			t.Errorf("event %q comes before the older %q", got[i].ID, got[i+1].ID)
+		}
+		if got[i].From != got[i+1].To {
+			t.Errorf("event %d comes from %q, the one before went to %q", i, got[i].From, got[i+1].To)
+		}
+	}
+	first := got[rounds]
+	if diff := cmp.Diff(sandbox.Event{ID: first.ID, SandboxID: s.ID, At: s.CreatedAt, To: sandbox.Creating}, first); diff != "" {
+		t.Errorf("the first event (-want +got):\n%s", diff)
+	}
+	if _, _, err := st.Events(t.Context(), s.ID, 0, ""); err == nil {
+		t.Error("a listing without a limit was answered")
+	}
+}
+
+func sandboxPurge(t *testing.T, st sandbox.Store) {
+	const old, young = purgeBatch + 3, 2
+	var ids []sandbox.ID
+	for i := range old + young {
+		s := small("org_a", 0)
+		s.Metadata = map[string]string{"a": "b"}
+		if _, _, err := st.Insert(t.Context(), s, sandbox.Quota{}, sandbox.Once{Key: fmt.Sprint(i), Hash: "h"}); err != nil {
+			t.Fatal(err)
+		}
+		at := start
+		if i >= old {
+			at = start.Add(time.Hour)
+		}
+		to := sandbox.Destroyed
+		if i%2 == 0 {
+			to = sandbox.Failed
+		}
+		mustMove(t, st, s.ID, sandbox.Creating, to, at)
+		ids = append(ids, s.ID)
+	}
+	living := mustInsert(t, st, small("org_a", 0))
+
+	if n, err := st.Purge(t.Context(), start, start); err != nil || n != 0 {
+		t.Errorf("purged %d, %v; nothing was over before", n, err)
+	}
+	if _, found, err := st.Insert(t.Context(), small("org_a", 1), sandbox.Quota{}, sandbox.Once{Key: "1", Hash: "h"}); err != nil || !found {
+		t.Errorf("an idempotency key of today: %v, %v", found, err)
+	}
+	n, err := st.Purge(t.Context(), start.Add(time.Minute), start)
+	if err != nil || n != old {
+		t.Errorf("purged %d, %v; want %d", n, err, old)
+	}
+	if _, err := st.Get(t.Context(), ids[0]); !fault.Is(err, fault.NotFound) {
+		t.Errorf("an old one is still there: %v", err)
+	}
+	if events, _, err := st.Events(t.Context(), ids[0], 10, ""); err != nil || len(events) != 0 {
+		t.Errorf("an old one's events are still there: %v, %v", events, err)
+	}
+	for _, id := range []sandbox.ID{ids[old], ids[old+1], living.ID} {
+		if _, err := st.Get(t.Context(), id); err != nil {
+			t.Errorf("purged too much: %v", err)
+		}
+	}
+	// The same body under a young sandbox's key, a day later, is a new create.
+	if _, err := st.Purge(t.Context(), start, start.Add(onceFor)); err != nil {
+		t.Fatal(err)
+	}
+	if _, found, err := st.Insert(t.Context(), small("org_a", 1), sandbox.Quota{}, sandbox.Once{Key: fmt.Sprint(old), Hash: "other"}); err != nil || found {
+		t.Errorf("an idempotency key that was dropped: %v, %v", found, err)
+	}
+}
+
+// sandboxContext: a call that is given up writes nothing, and the store goes on.
+func sandboxContext(t *testing.T, st sandbox.Store) {
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	s := small("org_a", 0)
+	if _, _, err := st.Insert(over, s, sandbox.Quota{}, sandbox.Once{}); !errors.Is(err, context.Canceled) {
+		t.Errorf("inserting: %v", err)
+	}
+	if _, err := st.Get(t.Context(), s.ID); !fault.Is(err, fault.NotFound) {
+		t.Errorf("a call that was given up wrote: %v", err)
+	}
+	// Calls that are given up at any moment leave no lock behind and no half row.
+	for range 30 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(rand.IntN(1500))*time.Microsecond)
+		s := small("org_c", 0)
+		_, _, err := st.Insert(ctx, s, sandbox.Quota{}, sandbox.Once{Key: string(s.ID), Hash: "h"})
+		cancel()
+		_, getErr := st.Get(t.Context(), s.ID)
+		if err == nil && getErr != nil {
+			t.Errorf("lost what was acknowledged: %v", getErr)
+		}
+		if events, _, eventsErr := st.Events(t.Context(), s.ID, 5, ""); eventsErr != nil || (len(events) == 1) != (getErr == nil) {
+			t.Errorf("half a row: %d events, row %v, %v", len(events), getErr, eventsErr)
+		}
+	}
+	mustInsert(t, st, small("org_a", 0))
+}

@@ -1,0 +1,391 @@
+package store
+
+import (
+	"bufio"
+	"context"
+	"database/sql"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/template"
+)
+
+// start is when the tests' world begins, to the microsecond.
+var start = time.Date(2026, 3, 1, 12, 30, 15, 123456000, time.UTC)
+
+func TestMain(m *testing.M) {
+	if path := os.Getenv("CAY_STORE_TEST_CRASH"); path != "" {
+		commitForever(path)
+	}
+	os.Exit(m.Run())
+}
+
+func openAt(t testing.TB, path string) *DB {
+	t.Helper()
+	db, err := Open(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := db.Close(); err != nil {
+			t.Errorf("closing: %v", err)
+		}
+	})
+	return db
+}
+
+func open(t testing.TB) *DB {
+	t.Helper()
+	return openAt(t, filepath.Join(t.TempDir(), "cay.db"))
+}
+
+func TestSQLite(t *testing.T) {
+	t.Run("sandbox", func(t *testing.T) { testSandboxStore(t, func(t *testing.T) sandbox.Store { return open(t) }) })
+	t.Run("template", func(t *testing.T) { testTemplateStore(t, func(t *testing.T) template.Store { return open(t) }) })
+	t.Run("auth", func(t *testing.T) { testAuthStore(t, func(t *testing.T) auth.Store { return open(t) }) })
+}
+
+func TestOpenIsPrivate(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "odd name?#%20&.db")
+	if err := os.WriteFile(path, nil, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	db := openAt(t, path)
+	if err := db.SetSetting(t.Context(), "a", "b"); err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob(filepath.Dir(path) + "/*")
+	if err != nil || len(files) < 2 {
+		t.Fatalf("files %q, %v: want the database and its log", files, err)
+	}
+	for _, f := range files {
+		info, err := os.Stat(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info.Mode().Perm() != 0o600 {
+			t.Errorf("%s has mode %o, want 600", f, info.Mode().Perm())
+		}
+		if !strings.HasPrefix(f, path) {
+			t.Errorf("unexpected file %s", f)
+		}
+	}
+}
+
+func TestPragmas(t *testing.T) {
+	db := open(t)
+	for _, c := range []struct {
+		db           *sql.DB
+		pragma, want string
+	}{
+		{db.writer, "journal_mode", "wal"},
+		{db.writer, "synchronous", "2"},
+		{db.writer, "foreign_keys", "1"},
+		{db.writer, "busy_timeout", fmt.Sprint(busyMillis)},
+		{db.writer, "query_only", "0"},
+		{db.reader, "query_only", "1"},
+		{db.reader, "busy_timeout", fmt.Sprint(busyMillis)},
+	} {
+		var got string
+		if err := c.db.QueryRowContext(t.Context(), "PRAGMA "+c.pragma).Scan(&got); err != nil || got != c.want {
+			t.Errorf("%s is %q, %v; want %q", c.pragma, got, err, c.want)
+		}
+	}
+}
+
+func TestOpenAgain(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "cay.db")
+	for i := range 3 {
+		db, err := Open(t.Context(), path)
+		if err != nil {
+			t.Fatalf("opening, time %d: %v", i+1, err)
+		}
+		value, found, err := db.Setting(t.Context(), "instance")
+		if err != nil || found != (i > 0) || found && value != fmt.Sprint(i-1) {
+			t.Errorf("time %d: setting %q, %v, %v", i+1, value, found, err)
+		}
+		if err := db.SetSetting(t.Context(), "instance", fmt.Sprint(i)); err != nil {
+			t.Fatal(err)
+		}
+		if err := db.Ping(t.Context()); err != nil {
+			t.Errorf("ping: %v", err)
+		}
+		if err := db.Close(); err != nil {
+			t.Errorf("closing: %v", err)
+		}
+		if err := db.Ping(context.Background()); err == nil {
+			t.Error("a closed database answers")
+		}
+	}
+}
+
+func TestOpenRefusesNewerSchema(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "cay.db")
+	db, err := Open(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.writer.Exec("INSERT INTO goose_db_version (version_id, is_applied) VALUES (99999, 1)"); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_, err = Open(t.Context(), path)
+	if err == nil || !strings.Contains(err.Error(), "newer cay") {
+		t.Errorf("opening a newer database: %v", err)
+	}
+}
+
+func TestOpenRefusesWhatIsNoDatabase(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "cay.db")
+	text := strings.Repeat("this is a letter to a friend\n", 100)
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if db, err := Open(t.Context(), path); err == nil {
+		t.Error("opened a letter", db.Close())
+	}
+	if after, err := os.ReadFile(path); err != nil || string(after) != text {
+		t.Errorf("the letter was changed (%v)", err)
+	}
+	if _, err := Open(t.Context(), filepath.Join(t.TempDir(), "no", "such", "folder")); err == nil {
+		t.Error("opened a file in a folder that is not there")
+	}
+}
+
+// commitForever is the process that the crash test kills: it makes sandboxes and
+// moves each on, and says so only after the store has.
+func commitForever(path string) {
+	ctx := context.Background()
+	db, err := Open(ctx, path)
+	if err != nil {
+		fmt.Println("error", err)
+		os.Exit(1)
+	}
+	for i := 0; ; i++ {
+		s := sandbox.Sandbox{ID: sandbox.NewID(), OrgID: "org_crash", State: sandbox.Creating, CreatedAt: start.Add(time.Duration(i) * time.Second)}
+		_, _, err := db.Insert(ctx, s, sandbox.Quota{}, sandbox.Once{Key: string(s.ID), Hash: "h"})
+		if err == nil {
+			fmt.Println(sandbox.Creating, s.ID)
+			_, err = db.Transition(ctx, sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Creating}, To: sandbox.Running, At: start})
+		}
+		if err != nil {
+			fmt.Println("error", err)
+			os.Exit(1)
+		}
+		fmt.Println(sandbox.Running, s.ID)
+	}
+}
+
+// TestKilled kills a process that commits and finds everything that was promised.
+func TestKilled(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "cay.db")
+	promised := make(map[sandbox.ID]sandbox.State)
+	for round := range 3 {
+		killWhileCommitting(t, path, 40+17*round, promised)
+		db, err := Open(t.Context(), path)
+		if err != nil {
+			t.Fatalf("round %d: opening after the kill: %v", round, err)
+		}
+		checkWhole(t, db, promised)
+		if err := db.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// killWhileCommitting adds to promised what the process said before it died.
+func killWhileCommitting(t *testing.T, path string, after int, promised map[sandbox.ID]sandbox.State) {
+	t.Helper()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "CAY_STORE_TEST_CRASH="+path)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(out)
+	for n := 0; lines.Scan(); n++ {
+		state, id, _ := strings.Cut(lines.Text(), " ")
+		if state == "error" {
+			t.Errorf("the process said: %s", lines.Text())
+		}
+		promised[sandbox.ID(id)] = sandbox.State(state)
+		if n == after {
+			if err := cmd.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := cmd.Wait(); err == nil || cmd.ProcessState.Exited() {
+		t.Fatalf("the process was not killed: %v", cmd.ProcessState)
+	}
+	if len(promised) < after/2 {
+		t.Fatalf("only %d sandboxes promised", len(promised))
+	}
+}
+
+// checkWhole checks that every promise is kept and that no row is half.
+func checkWhole(t *testing.T, db *DB, promised map[sandbox.ID]sandbox.State) {
+	t.Helper()
+	for id, state := range promised {
+		s, err := db.Get(t.Context(), id)
+		if err != nil {
+			t.Errorf("lost %s: %v", id, err)
+			continue
+		}
+		// The kill may have come between the commit and the word about it.
+		if s.State != state && !(state == sandbox.Creating && s.State == sandbox.Running) {
+			t.Errorf("%s is %s, promised %s", id, s.State, state)
+		}
+		events, _, err := db.Events(t.Context(), id, 10, "")
+		if err != nil || len(events) == 0 || events[0].To != s.State {
+			t.Errorf("%s is %s but its events are %v (%v)", id, s.State, events, err)
+		}
+	}
+	var verdict string
+	if err := db.reader.QueryRowContext(t.Context(), "PRAGMA integrity_check").Scan(&verdict); err != nil || verdict != "ok" {
+		t.Errorf("integrity check: %q, %v", verdict, err)
+	}
+	var sandboxes, once int
+	if err := db.reader.QueryRowContext(t.Context(), "SELECT (SELECT COUNT(*) FROM sandboxes), (SELECT COUNT(*) FROM idempotency)").Scan(&sandboxes, &once); err != nil {
+		t.Fatal(err)
+	}
+	if sandboxes < len(promised) || sandboxes > len(promised)+3 || sandboxes < once {
+		t.Errorf("%d sandboxes, %d idempotency keys, %d promised", sandboxes, once, len(promised))
+	}
+}
+
+// TestPlans holds the hot queries to their indexes: a scan of a table of destroyed
+// rows would be found only on a machine that has run for a week.
+func TestPlans(t *testing.T) {
+	db := open(t)
+	live := []sandbox.State{sandbox.Creating, sandbox.Running}
+	list := func(f sandbox.Filter) (string, params) {
+		f.OrgID, f.Limit = "o", 50
+		q, p, err := listQuery(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return q, p
+	}
+	q1, p1 := list(sandbox.Filter{States: live})
+	q2, p2 := list(sandbox.Filter{States: []sandbox.State{sandbox.Destroyed}, Cursor: cursor{listSandboxes, 5, "sbx_a"}.String()})
+	for _, c := range []struct {
+		query string
+		args  []any
+		index string
+	}{
+		{q1, p1, "sandboxes_live_page"},
+		{q2, p2, "sandboxes_page"},
+		{keyByHash, []any{"x"}, "sqlite_autoindex_api_keys"},
+		{"SELECT COUNT(*) FROM sandboxes WHERE org_id = $1 AND ended_at IS NULL", []any{"o"}, "sandboxes_live_page"},
+		{"SELECT id FROM sandboxes WHERE ended_at IS NULL ORDER BY created_at, id", nil, "sandboxes_live"},
+		{"SELECT id FROM sandboxes WHERE ended_at IS NOT NULL AND ended_at < $1 ORDER BY ended_at LIMIT 5", []any{5}, "sandboxes_ended"},
+		{"SELECT sandbox_id FROM sandbox_metadata WHERE org_id = $1 AND name = $2 AND value = $3", []any{"o", "n", "v"}, "sandbox_metadata_search"},
+	} {
+		rows, err := db.reader.QueryContext(t.Context(), "EXPLAIN QUERY PLAN "+c.query, c.args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var plan []string
+		for rows.Next() {
+			var a, b, d int
+			var step string
+			if err := rows.Scan(&a, &b, &d, &step); err != nil {
+				t.Fatal(err)
+			}
+			plan = append(plan, step)
+		}
+		if err := rows.Close(); err != nil {
+			t.Fatal(err)
+		}
+		text := strings.Join(plan, "; ")
+		if !strings.Contains(text, c.index) || strings.Contains(text, "TEMP B-TREE") {
+			t.Errorf("%s\n\tplan %q does not go by %s alone", c.query, text, c.index)
+		}
+	}
+}
+
+func BenchmarkInsertTransition(b *testing.B) {
+	db := open(b)
+	for i := 0; b.Loop(); i++ {
+		s := fullSandbox("org_bench", i)
+		if _, _, err := db.Insert(b.Context(), s, sandbox.Quota{Sandboxes: 1 << 30}, sandbox.Once{}); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := db.Transition(b.Context(), sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Creating}, To: sandbox.Running, At: start}); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkGet(b *testing.B) {
+	db := open(b)
+	s := fullSandbox("org_bench", 0)
+	if _, _, err := db.Insert(b.Context(), s, sandbox.Quota{}, sandbox.Once{}); err != nil {
+		b.Fatal(err)
+	}
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			if _, err := db.Get(b.Context(), s.ID); err != nil {
+				b.Error(err)
+				return
+			}
+		}
+	})
+}
+
+func BenchmarkKeyByHash(b *testing.B) {
+	db := open(b)
+	org, key := anOrg("bench", 0)
+	if err := db.PutOrg(b.Context(), org, key); err != nil {
+		b.Fatal(err)
+	}
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			if _, _, err := db.KeyByHash(b.Context(), key.Hash); err != nil {
+				b.Error(err)
+				return
+			}
+		}
+	})
+}
+
+func BenchmarkList50Of10000(b *testing.B) {
+	db := open(b)
+	for i := range 10_000 {
+		s := fullSandbox("org_bench", i)
+		tx, err := db.writer.BeginTx(b.Context(), nil)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := insertSandbox(b.Context(), tx, s); err != nil {
+			b.Fatal(err)
+		}
+		if i%10 != 0 {
+			if _, err := tx.Exec("UPDATE sandboxes SET state = 'destroyed', ended_at = 5 WHERE id = $1", s.ID); err != nil {
+				b.Fatal(err)
+			}
+		}
+		if err := tx.Commit(); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for b.Loop() {
+		page, _, err := db.List(b.Context(), sandbox.Filter{OrgID: "org_bench", States: []sandbox.State{sandbox.Creating, sandbox.Running}, Limit: 50})
+		if err != nil || len(page) != 50 {
+			b.Fatal(len(page), err)
+		}
+	}
+}

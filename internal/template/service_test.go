@@ -1,0 +1,491 @@
+package template
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// memory is a Store in memory. The contract suite of the store room holds for
+// the real ones; here only the service is tested.
+type memory struct {
+	mu   sync.Mutex
+	rows map[string]Template
+	// +checklocks:mu
+	logs map[string][]LogLine
+	fail error // of the next calls
+}
+
+func newMemory() *memory {
+	return &memory{rows: map[string]Template{}, logs: map[string][]LogLine{}}
+}
+
+func (m *memory) PutTemplate(_ context.Context, t Template) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.fail != nil {
+		return m.fail
+	}
+	m.rows[t.ID] = t
+	return nil
+}
+
+func (m *memory) GetTemplate(_ context.Context, orgID, nameOrID string) (Template, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, org := range []string{orgID, ""} {
+		for _, t := range m.rows {
+			if t.OrgID == org && (t.ID == nameOrID || t.Name == nameOrID) {
+				return t, nil
+			}
+		}
+	}
+	return Template{}, fault.New(fault.NotFound, "template_not_found", "there is no template %q", nameOrID)
+}
+
+func (m *memory) ListTemplates(context.Context, string, int, string) ([]Template, string, error) {
+	panic("the service hands lists through")
+}
+
+func (m *memory) TemplateImages(context.Context) ([]string, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var out []string
+	for _, t := range m.rows {
+		if t.Image != "" {
+			out = append(out, t.Image)
+		}
+	}
+	return out, nil
+}
+
+func (m *memory) AppendTemplateLog(_ context.Context, id string, reset bool, lines []LogLine) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if reset {
+		m.logs[id] = nil
+	}
+	m.logs[id] = append(m.logs[id], lines...)
+	return nil
+}
+
+func (m *memory) TemplateLog(_ context.Context, id string) ([]LogLine, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.logs[id]), nil
+}
+
+// builder is a Builder that a test tells what to do.
+type builder struct {
+	mu sync.Mutex
+	// +checklocks:mu
+	built []string         // names, in order
+	fail  map[string]error // by name
+	// +checklocks:mu
+	gone     map[string]bool // by image
+	checkErr error
+	// +checklocks:mu
+	collected [][]string
+	block     chan struct{} // if not nil, Build waits for it after its first line
+	made      func(d Definition) string
+}
+
+func newBuilder() *builder {
+	return &builder{fail: map[string]error{}, gone: map[string]bool{}, made: func(d Definition) string { return "image of " + d.Name + " " + d.Image }}
+}
+
+func (b *builder) Build(ctx context.Context, d Definition, progress func(string)) (Built, error) {
+	b.mu.Lock()
+	b.built = append(b.built, d.Name)
+	err, block := b.fail[d.Name], b.block
+	b.mu.Unlock()
+	progress("working on " + d.Name)
+	if block != nil {
+		select {
+		case <-block:
+		case <-ctx.Done():
+			return Built{}, context.Cause(ctx)
+		}
+	}
+	if err != nil {
+		return Built{}, err
+	}
+	progress("done with " + d.Name)
+	image := b.made(d)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.gone, image)
+	return Built{Image: image, Size: 7, Source: "from " + d.Image, Env: map[string]string{"A": "image", "B": "image"}, User: "app", Workdir: "/srv"}, nil
+}
+
+func (b *builder) Check(_ context.Context, image string) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.gone[image] {
+		return fmt.Errorf("test: %w", ErrImageGone)
+	}
+	return b.checkErr
+}
+
+func (b *builder) Collect(_ context.Context, keep []string) ([]string, int64, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	slices.Sort(keep)
+	b.collected = append(b.collected, keep)
+	return nil, 0, nil
+}
+
+// kept is what each collection was told to keep.
+func (b *builder) kept() [][]string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.Clone(b.collected)
+}
+
+func (b *builder) take() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	out := b.built
+	b.built = nil
+	return out
+}
+
+// sandboxes are the images that sandboxes need.
+type sandboxes []string
+
+func (s sandboxes) Images(context.Context) ([]string, error) { return s, nil }
+
+func definition(name string) Definition {
+	return Definition{Name: name, Description: "about " + name, Image: name + ":1", Env: map[string]string{"A": "definition"}, DiskMB: 100}
+}
+
+// house is a service with its parts, for one life of the process.
+type house struct {
+	*Service
+	store   *memory
+	builder *builder
+	stop    func() // ends this life
+}
+
+// start begins a life. Call inside a synctest bubble.
+func start(t *testing.T, store *memory, b *builder, ds ...Definition) *house {
+	t.Helper()
+	s := New(Config{Builtins: ds}, store, b, sandboxes{"of a sandbox"}, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	if err := s.Register(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	var once sync.Once
+	stop := func() {
+		once.Do(func() {
+			cancel()
+			if err := <-done; err != nil {
+				t.Errorf("Run ended with %v", err)
+			}
+		})
+	}
+	t.Cleanup(stop)
+	return &house{s, store, b, stop}
+}
+
+func (h *house) get(t *testing.T, name string) Template {
+	t.Helper()
+	tpl, err := h.Get(t.Context(), "org", name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tpl
+}
+
+func (h *house) wantBuilt(t *testing.T, names ...string) {
+	t.Helper()
+	synctest.Wait()
+	if got := h.builder.take(); !slices.Equal(got, names) {
+		t.Errorf("built %v, want %v", got, names)
+	}
+}
+
+func (h *house) wantStatus(t *testing.T, name string, status Status, version int) Template {
+	t.Helper()
+	synctest.Wait()
+	tpl := h.get(t, name)
+	if tpl.Status != status || tpl.Version != version {
+		t.Errorf("%s is %s, version %d; want %s, version %d", name, tpl.Status, tpl.Version, status, version)
+	}
+	return tpl
+}
+
+func TestBuiltinsAreBuilt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := start(t, newMemory(), newBuilder(), definition("base"), definition("python"))
+		h.wantBuilt(t, "base", "python")
+		got := h.wantStatus(t, "python", Ready, 1)
+		want := Template{ID: got.ID, Name: "python", Description: "about python", Status: Ready, Version: 1, Image: "image of python python:1", ImageSize: 7,
+			Source: "from python:1", Inputs: definition("python").inputs(), Env: map[string]string{"A": "definition", "B": "image"}, User: "app", Workdir: "/srv",
+			DiskMB: 100, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, CreatedAt: got.CreatedAt, UpdatedAt: time.Now().UTC(), BuiltAt: time.Now().UTC()}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("template (-want +got):\n%s", diff)
+		}
+		if !strings.HasPrefix(got.ID, "tpl_") || len(got.ID) != 24 {
+			t.Errorf("id is %q", got.ID)
+		}
+		version, err := h.Ready(t.Context(), "org", got.ID)
+		if err != nil || version.Image != got.Image || version.Version != 1 || version.Name != "python" || version.User != "app" {
+			t.Errorf("Ready gave %+v, %v", version, err)
+		}
+		lines, err := h.Log(t.Context(), "org", "python")
+		if err != nil || len(lines) != 4 || lines[1].Text != "working on python" || lines[1].At.IsZero() {
+			t.Errorf("log is %v, %v", lines, err)
+		}
+		time.Sleep(30 * time.Minute)
+		h.wantBuilt(t)
+	})
+}
+
+func TestReadyWhileBuilding(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBuilder()
+		b.block = make(chan struct{})
+		h := start(t, newMemory(), b, definition("base"), definition("node"), definition("python"))
+		synctest.Wait()
+		if _, err := h.Ready(t.Context(), "org", "none"); !fault.Is(err, fault.NotFound) || fault.As(err).Code != "template_not_found" {
+			t.Errorf("error is %v", err)
+		}
+		_, err := h.Ready(t.Context(), "org", "base")
+		if e := fault.As(err); e == nil || e.Kind != fault.Conflict || e.Code != "template_not_ready" || e.Detail != `template "base" is building: working on base` {
+			t.Errorf("error is %v", err)
+		}
+		_, err = h.Ready(t.Context(), "org", "python") // and so it is preferred
+		if e := fault.As(err); e == nil || e.Code != "template_not_ready" || e.Detail != `template "python" is pending` {
+			t.Errorf("error is %v", err)
+		}
+		if got := h.get(t, "base"); got.Progress != "working on base" || got.Status != Building {
+			t.Errorf("base is %+v", got)
+		}
+		close(b.block)
+		h.wantBuilt(t, "base", "python", "node")
+		if got := h.wantStatus(t, "base", Ready, 1); got.Progress != "" {
+			t.Errorf("progress is still %q", got.Progress)
+		}
+	})
+}
+
+func TestRestartBuildsNothingAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, b := newMemory(), newBuilder()
+		h := start(t, store, b, definition("base"))
+		h.wantBuilt(t, "base")
+		before := h.get(t, "base")
+		h.stop()
+		h = start(t, store, b, definition("base"))
+		h.wantBuilt(t)
+		if diff := cmp.Diff(before, h.get(t, "base")); diff != "" {
+			t.Errorf("the restart changed (-before +after):\n%s", diff)
+		}
+	})
+}
+
+func TestChangedDefinitionMakesANewVersion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, b := newMemory(), newBuilder()
+		h := start(t, store, b, definition("base"))
+		h.wantBuilt(t, "base")
+		h.stop()
+		row := store.rows[h.get(t, "base").ID]
+		row.Egress = sandbox.Egress{Mode: sandbox.DenyAll}
+		store.rows[row.ID] = row
+
+		d := definition("base")
+		d.Image = "base:2"
+		b.block = make(chan struct{})
+		h = start(t, store, b, d)
+		old := h.wantStatus(t, "base", Building, 1)
+		if v, err := h.Ready(t.Context(), "org", "base"); err != nil || v.Version != 1 || v.Image != old.Image {
+			t.Errorf("while version 2 is built Ready gives %+v, %v", v, err)
+		}
+		close(b.block)
+		got := h.wantStatus(t, "base", Ready, 2)
+		if got.ID != old.ID || got.Image != "image of base base:2" || got.Egress.Mode != sandbox.DenyAll || !got.CreatedAt.Equal(old.CreatedAt) {
+			t.Errorf("version 2 is %+v", got)
+		}
+
+		// Another text that gives the same image is no new version.
+		h.stop()
+		d.Description = "in other words"
+		h = start(t, store, b, d)
+		if got := h.wantStatus(t, "base", Ready, 2); got.Description != "in other words" {
+			t.Errorf("description is %q", got.Description)
+		}
+	})
+}
+
+func TestFailedBuildIsTriedAgainLaterAndLater(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, b := newMemory(), newBuilder()
+		b.fail["base"] = errors.New("installing: mmdebstrap ended with exit code 25\nE: no network")
+		h := start(t, store, b, definition("base"), definition("python"))
+		h.wantBuilt(t, "base", "python") // one failure does not hold up the other
+		got := h.wantStatus(t, "base", Failed, 0)
+		if !strings.Contains(got.BuildError, "exit code 25\nE: no network") || got.Progress != "" {
+			t.Errorf("failed template is %+v", got)
+		}
+		if _, err := h.Ready(t.Context(), "org", "base"); fault.As(err) == nil || !strings.Contains(fault.As(err).Detail, `is failed: installing`) {
+			t.Errorf("error is %v", err)
+		}
+		lines, err := h.Log(t.Context(), "org", "base")
+		if err != nil || lines[len(lines)-1].Text != "E: no network" {
+			t.Errorf("log is %v, %v", lines, err)
+		}
+		wait := retryFirst
+		for range 10 {
+			time.Sleep(wait - time.Second)
+			h.Recheck() // does not shorten the wait
+			h.wantBuilt(t)
+			time.Sleep(time.Second)
+			h.wantBuilt(t, "base")
+			wait = min(2*wait, retryMost)
+		}
+		b.mu.Lock()
+		delete(b.fail, "base")
+		b.mu.Unlock()
+		time.Sleep(wait)
+		h.wantBuilt(t, "base")
+		if got := h.wantStatus(t, "base", Ready, 1); got.BuildError != "" {
+			t.Errorf("error is still %q", got.BuildError)
+		}
+	})
+}
+
+func TestFailedRebuildKeepsTheLastVersion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, b := newMemory(), newBuilder()
+		h := start(t, store, b, definition("base"))
+		h.wantBuilt(t, "base")
+		h.stop()
+		b.fail["base"] = errors.New("no")
+		d := definition("base")
+		d.Image = "base:2"
+		h = start(t, store, b, d)
+		h.wantStatus(t, "base", Failed, 1)
+		if v, err := h.Ready(t.Context(), "org", "base"); err != nil || v.Image != "image of base base:1" {
+			t.Errorf("Ready gives %+v, %v", v, err)
+		}
+	})
+}
+
+func TestImageThatIsGoneIsBuiltAgain(t *testing.T) {
+	tests := []struct {
+		name string
+		when func(t *testing.T, h *house) *house // makes the service look
+	}{
+		{"found by a restart", func(t *testing.T, h *house) *house {
+			h.stop()
+			return start(t, h.store, h.builder, definition("base"))
+		}},
+		{"found by somebody", func(_ *testing.T, h *house) *house { h.Recheck(); return h }},
+		{"found in time", func(_ *testing.T, h *house) *house { time.Sleep(collectEvery); return h }},
+	}
+	for _, tc := range tests {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := start(t, newMemory(), newBuilder(), definition("base"))
+				h.wantBuilt(t, "base")
+				image := h.get(t, "base").Image
+				h.builder.mu.Lock()
+				h.builder.gone[image] = true
+				h.builder.block = make(chan struct{})
+				h.builder.mu.Unlock()
+				h = tc.when(t, h)
+				h.wantBuilt(t, "base")
+				if _, err := h.Ready(t.Context(), "org", "base"); !fault.Is(err, fault.Conflict) {
+					t.Errorf("without an image Ready gives %v", err)
+				}
+				close(h.builder.block)
+				if got := h.wantStatus(t, "base", Ready, 1); got.Image != image {
+					t.Errorf("image is %q, want %q again", got.Image, image)
+				}
+			})
+		})
+	}
+}
+
+func TestImageNobodyCanCheckIsKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, b := newMemory(), newBuilder()
+		h := start(t, store, b, definition("base"))
+		h.wantBuilt(t, "base")
+		h.stop()
+		b.checkErr = errors.New("input/output error")
+		h = start(t, store, b, definition("base"))
+		h.wantBuilt(t)
+		h.wantStatus(t, "base", Ready, 1)
+	})
+}
+
+func TestInterruptedBuildStartsAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, b := newMemory(), newBuilder()
+		b.block = make(chan struct{})
+		h := start(t, store, b, definition("base"))
+		h.wantStatus(t, "base", Building, 0)
+		h.stop()
+		row := h.get(t, "base")
+		if row.Status != Pending || row.Progress != "" || row.BuildError != "" {
+			t.Errorf("after a stop the row is %+v", row)
+		}
+		// A crash leaves it building.
+		row.Status, row.Progress = Building, "half way"
+		store.rows[row.ID] = row
+		close(b.block)
+		h = start(t, store, b, definition("base"))
+		h.wantBuilt(t, "base", "base")
+		h.wantStatus(t, "base", Ready, 1)
+	})
+}
+
+func TestRegisterSaysPendingBeforeAnythingIsBuilt(t *testing.T) {
+	store := newMemory()
+	s := New(Config{Builtins: []Definition{definition("base")}}, store, newBuilder(), sandboxes{}, slog.New(slog.DiscardHandler))
+	if err := s.Register(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	got, err := s.Get(t.Context(), "org", "base")
+	if err != nil || got.Status != Pending || got.Description != "about base" || !got.Builtin() {
+		t.Errorf("row is %+v, %v", got, err)
+	}
+	store.fail = errors.New("disk full")
+	other := New(Config{Builtins: []Definition{definition("python")}}, store, newBuilder(), sandboxes{}, slog.New(slog.DiscardHandler))
+	if err := other.Register(t.Context()); !errors.Is(err, store.fail) {
+		t.Errorf("error is %v", err)
+	}
+}
+
+func TestImagesOfTemplatesAndSandboxesAreKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := start(t, newMemory(), newBuilder(), definition("base"), definition("python"))
+		h.wantBuilt(t, "base", "python")
+		want := []string{"image of base base:1", "image of python python:1", "of a sandbox"}
+		if diff := cmp.Diff([][]string{want}, h.builder.kept()); diff != "" {
+			t.Errorf("kept at the first collection (-want +got):\n%s", diff)
+		}
+		time.Sleep(2 * collectEvery)
+		synctest.Wait()
+		if n := len(h.builder.kept()); n != 3 {
+			t.Errorf("collected %d times in two hours and at the start, want 3", n)
+		}
+	})
+}

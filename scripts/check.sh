@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Everything that can be said about the code without running the product.
+set -euo pipefail
+tool() { go tool -modfile=tools/go.mod "$@"; }
+step() { echo "check: $*"; }
+
+step formatting
+unformatted=$(gofmt -l $(git ls-files --cached --others --exclude-standard '*.go'))
+if [[ -n $unformatted ]]; then
+	echo "not formatted as gofmt does (gofmt -w): $unformatted" >&2
+	exit 1
+fi
+for script in $(git ls-files --cached --others --exclude-standard '*.sh' .ci/run); do
+	bash -n "$script"
+done
+
+step modules are tidy
+go mod tidy -diff
+
+step vet
+go vet ./...
+
+step staticcheck
+tool staticcheck ./...
+
+step locks
+# Only what is annotated: guesses about the rest are wrong too often to stop for.
+tool checklocks -inferred=false -test=false $(go list ./internal/... ./cmd/cay ./cmd/cay-agent ./client/...)
+
+step who may import whom
+go test -count=1 .
+
+step generated files are current
+before=$(git status --porcelain; git diff; git ls-files --others --exclude-standard -z | xargs -0 -r sha256sum)
+make -s generate
+after=$(git status --porcelain; git diff; git ls-files --others --exclude-standard -z | xargs -0 -r sha256sum)
+if [[ $before != "$after" ]]; then
+	echo "generated files were not current; make generate has made them so" >&2
+	git status --short >&2
+	exit 1
+fi

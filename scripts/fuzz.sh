@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs every fuzz test for FUZZTIME (Go runs one at a time).
+set -euo pipefail
+grep -rlE '^func Fuzz' --include='*_test.go' . | xargs -r -n1 dirname | sort -u | while read -r dir; do
+	binary=$(mktemp)
+	go test -c -o "$binary" "$dir"
+	grep -hoE '^func Fuzz[A-Za-z0-9_]*' "$dir"/*_test.go | sed 's/func //' | while read -r name; do
+		echo "fuzzing $dir $name for ${FUZZTIME:=30000x}"
+		(cd "$dir" && "$binary" -test.run='^$' -test.fuzz="^$name\$" -test.fuzztime="$FUZZTIME" \
+			-test.fuzzcachedir="$(dirname "$binary")/cay-fuzz" >"$binary.log" 2>&1) || { cat "$binary.log"; exit 1; }
+	done
+	rm -f "$binary" "$binary.log"
+done

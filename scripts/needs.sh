@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that the host lacks for a purpose.
+#   needs.sh run|test|generate
+set -euo pipefail
+
+declare -A package=(
+	[mmdebstrap]=mmdebstrap # makes root file systems where no image registry is reached
+	[ip]=iproute2           # tests look at the host with it
+	[nft]=nftables          # tests look at the rules with it
+	[fsck.erofs]=erofs-utils # tests check images with it
+	[protoc]=protobuf-compiler
+	[curl]=curl
+)
+case ${1:-} in
+run) programs=(mmdebstrap curl) ;;
+test) programs=(mmdebstrap curl ip nft fsck.erofs) ;;
+generate) programs=(protoc) ;;
+*) echo "usage: $0 run|test|generate" >&2; exit 2 ;;
+esac
+
+missing=()
+for program in "${programs[@]}"; do
+	PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || missing+=("${package[$program]}")
+done
+# Debian's keys, which other distributions do not have installed.
+if [[ $1 != generate && ! -e /usr/share/keyrings/debian-archive-keyring.gpg ]]; then
+	missing+=(debian-archive-keyring)
+fi
+# Protocol Buffers' own definitions, which their compiler does not bring.
+if [[ $1 == generate && ! -e /usr/include/google/protobuf/timestamp.proto ]]; then
+	missing+=(libprotobuf-dev)
+fi
+# A program to start inside test sandboxes that needs no library.
+if [[ $1 == test ]] && ! dpkg -s busybox-static >/dev/null 2>&1; then
+	missing+=(busybox-static)
+fi
+[[ ${#missing[@]} -eq 0 ]] && exit 0
+
+if [[ $EUID -ne 0 ]]; then
+	echo "these packages are needed, and installing them needs root: ${missing[*]}" >&2
+	exit 1
+fi
+echo "installing ${missing[*]}"
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
