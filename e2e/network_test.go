@@ -4,15 +4,14 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"os/exec"
 	"runtime"
 	"strings"
 	"sync"
 	"testing"
 
+	"github.com/vishvananda/netns"
 	"golang.org/x/net/dns/dnsmessage"
-	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/caytest"
 )
@@ -37,7 +36,9 @@ func newOutside(t *testing.T) *outside {
 		}
 	}
 	run("netns", "add", o.name)
-	t.Cleanup(func() { run("netns", "del", o.name) })
+	// The link goes first, by its own name: whatever still holds the namespace, no
+	// route to it stays behind for the next test.
+	t.Cleanup(func() { run("link", "del", o.name); run("netns", "del", o.name) })
 	run("link", "add", o.name, "type", "veth", "peer", "name", "eth0", "netns", o.name)
 	run("addr", "add", o.gateway+"/24", "dev", o.name)
 	run("link", "set", o.name, "up")
@@ -69,26 +70,29 @@ func greet(t *testing.T, l net.Listener) {
 	}()
 }
 
-// inNamespace makes a socket in a namespace. The thread that went there ends there.
+// inNamespace makes a socket in a namespace. The thread comes back before anyone
+// else gets it: it may be the process's main one, which cannot end and would keep
+// the namespace.
 func inNamespace[T any](t *testing.T, name string, f func() (T, error)) T {
 	t.Helper()
-	var result T
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		ns, err := os.Open("/run/netns/" + name)
-		if err == nil {
-			err = unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET)
-			ns.Close()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatalf("in namespace %s: %v", name, err)
 		}
-		if err == nil {
-			result, err = f()
-		}
-		done <- err
-	}()
-	if err := <-done; err != nil {
-		t.Fatal(err)
 	}
+	home, err := netns.Get()
+	must(err)
+	defer home.Close()
+	there, err := netns.GetFromName(name)
+	must(err)
+	defer there.Close()
+	must(netns.Set(there))
+	result, err := f()
+	must(netns.Set(home))
+	must(err)
 	return result
 }
 
