@@ -37,10 +37,17 @@ type Change struct {
 	At     time.Time
 	Reason string // for the event
 
+	// Quota, if not nil, is checked as in Insert before the row is touched, as if
+	// the sandbox were new: waking one takes the vCPUs and the memory that a
+	// suspended one gave back. Exhausted, code "quota_exceeded", when it is over.
+	Quota *Quota
+
 	// What else is written with the transition; nil leaves it as it is.
-	NewRun        *string
-	StartedAt     *time.Time
-	ExpiresAt     *time.Time
+	NewRun         *string
+	StartedAt      *time.Time
+	ExpiresAt      *time.Time
+	SuspendedAt    *time.Time // the zero time writes "does not apply"
+	LastActivityAt *time.Time
 	DestroyedAt   *time.Time
 	DestroyReason *Reason
 	Error         *string
@@ -73,6 +80,9 @@ type Store interface {
 	// SetExpiry moves the end of a running sandbox's life; Conflict, code
 	// "sandbox_not_running", when it is not in state running.
 	SetExpiry(ctx context.Context, id ID, expiresAt time.Time, timeout time.Duration) (Sandbox, error)
+	// SetActivity moves the last activity of sandboxes forward, never back, all in
+	// one transaction. Sandboxes that are over or unknown are left out.
+	SetActivity(ctx context.Context, last map[ID]time.Time) error
 	// Unfinished returns every sandbox that is not over, oldest first.
 	Unfinished(ctx context.Context) ([]Sandbox, error)
 	// Events pages a sandbox's events, newest first.
@@ -98,11 +108,26 @@ type Spec struct {
 	Token   string
 }
 
-// Fact is what a node has of one sandbox.
+// Point is a recovery point: a checkpoint on the machine's disk that is whole, from
+// which a sandbox can be woken as it was at that time.
+type Point struct {
+	At   time.Time
+	Size int64  // bytes on disk
+	Run  string // the life it was taken in
+}
+
+// Fact is what a node has of one sandbox. A sandbox of which the node has nothing
+// at all has no Fact.
 type Fact struct {
 	ID    ID
-	Run   string // "" if the node cannot tell
+	Run   string // of the present life, running or dead; "" if the node cannot tell or there is none
 	Alive bool   // its processes run and its agent can be expected to answer
+	// Remains says that something of a life is there that Rest would remove:
+	// processes, a control group, a network slot, files. True when Alive is.
+	Remains bool
+	// Point is its latest recovery point, nil if it has none. There is at most one
+	// beside the one being written.
+	Point *Point
 }
 
 // Node makes sandboxes on a machine and takes them apart. The fake in caytest and
@@ -115,8 +140,33 @@ type Node interface {
 	// error nothing of it is left, except what the error says could not be undone.
 	// No room on the machine is Unavailable, code "no_capacity", with RetryAfter.
 	Create(ctx context.Context, spec Spec) error
-	// Destroy removes everything of the sandbox, going on after errors and joining
-	// them. No such sandbox is success.
+	// Suspend writes a recovery point of the whole sandbox and then ends it: when it
+	// returns without an error only the point is left. After an error the sandbox
+	// runs on, or is dead with its previous or its new point whole: Inspect says
+	// which. Not enough space is NoSpace, code "disk_full", found out before
+	// anything is done to the sandbox.
+	Suspend(ctx context.Context, id ID) (Point, error)
+	// Checkpoint writes a recovery point while the sandbox runs on, after a pause
+	// that grows with its memory. The point before it is given up once the new
+	// one is whole. Errors are as Suspend's.
+	Checkpoint(ctx context.Context, id ID) (Point, error)
+	// Wake makes the sandbox run from its latest recovery point, as spec.Run and with
+	// spec.Token, and returns when its agent answers; only ID, Run, Token and Egress
+	// of the spec are new, the rest must be what Create was given. After an error
+	// what was begun is undone and the point is still there. No room on the machine is
+	// Unavailable, code "no_capacity", with RetryAfter; a point that cannot be restored
+	// is Internal, code "wake_failed", with a detail for the user.
+	Wake(ctx context.Context, spec Spec) error
+	// Rest ends what runs of the sandbox and removes everything of it but its recovery
+	// point, going on after errors and joining them. Nothing there is success.
+	Rest(ctx context.Context, id ID) error
+	// Busy reports whether anything but the agent runs inside, which could have changed
+	// the sandbox since its latest point without any call.
+	Busy(ctx context.Context, id ID) (bool, error)
+	// Inspect says what the machine has of one sandbox; nil is nothing.
+	Inspect(ctx context.Context, id ID) (*Fact, error)
+	// Destroy removes everything of the sandbox, its recovery point too, going on
+	// after errors and joining them. No such sandbox is success.
 	Destroy(ctx context.Context, id ID) error
 	// Dial connects to the sandbox's agent. A sandbox that is not there is Conflict,
 	// code "sandbox_not_running".
