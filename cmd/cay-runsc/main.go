@@ -1,6 +1,7 @@
-// Command cay-runsc is gVisor's runsc and nothing else. Every start of a
+// Command cay-runsc is what cay needs of gVisor's runsc: the verbs that start,
+// restore and save a sandbox, and those that runsc calls itself. Every start of a
 // sandbox starts it several times (client, gofer, sandbox, and both again in
-// their chroots), so nothing may be linked here that runsc does not need: each
+// their chroots), so nothing may be linked here that they do not need: each
 // package's init is paid on every create. It is embedded into cay and unpacked
 // under its content hash.
 package main
@@ -11,7 +12,9 @@ import (
 	"strings"
 	"time"
 
-	"gvisor.dev/gvisor/runsc/cli/maincli"
+	"gvisor.dev/gvisor/runsc/cli"
+	"gvisor.dev/gvisor/runsc/cmd"
+	"gvisor.dev/gvisor/runsc/cmd/util"
 )
 
 func main() {
@@ -19,7 +22,15 @@ func main() {
 	if strings.HasPrefix(os.Args[0], "runsc-") {
 		time.AfterFunc(startGarbage, debug.FreeOSMemory)
 	}
-	maincli.Main()
+	const called, internal = "", "internal use only"
+	cli.Run(map[util.SubCommand]string{
+		new(cmd.Run):     called,
+		new(cmd.Restore): called,
+		new(save):        called,
+		new(cmd.Boot):    internal,
+		new(cmd.Gofer):   internal,
+		new(cmd.Umount):  internal,
+	}, nil)
 }
 
 // startGarbage is when what the start of a sandbox left in its two processes is

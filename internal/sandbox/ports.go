@@ -48,11 +48,11 @@ type Change struct {
 	ExpiresAt      *time.Time
 	SuspendedAt    *time.Time // the zero time writes "does not apply"
 	LastActivityAt *time.Time
-	DestroyedAt   *time.Time
-	DestroyReason *Reason
-	Error         *string
-	Source        *Source
-	Token         *string
+	DestroyedAt    *time.Time
+	DestroyReason  *Reason
+	Error          *string
+	Source         *Source
+	Token          *string
 }
 
 // Store keeps the rows. Every method is atomic and durable when it returns.
