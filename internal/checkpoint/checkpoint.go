@@ -145,6 +145,14 @@ func (d *Draft) Abandon() error {
 	return nil
 }
 
+// Full reports whether the disk has no room left for the draft: its writer may not have
+// said so.
+func (d *Draft) Full() bool {
+	const least = 1 << 20 // bytes; what several writers at once leave of a full disk
+	var st unix.Statfs_t
+	return unix.Statfs(d.store.dir, &st) == nil && int64(st.Bavail)*st.Bsize < least
+}
+
 func (d *Draft) end() {
 	d.store.mu.Lock()
 	defer d.store.mu.Unlock()

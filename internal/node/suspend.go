@@ -41,23 +41,18 @@ func (n *Node) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Point, error
 	n.agents.Drop(string(id))
 	now := time.Now()
 	hold, err := b.runtime().Save(ctx, b.container(), draft.Dir())
-	if err == nil {
-		err = n.passed("save")
+	if err != nil {
+		return sandbox.Point{}, n.giveUp(b, draft, err)
 	}
-	if err == nil {
-		point, err := n.commit(b, draft, now)
-		if err == nil {
-			// From here on the checkpoint is the sandbox, and what stands still is not.
-			b.gone.Store(true)
-			err := n.Rest(ctx, id)
-			return point, errors.Join(err, hold.Release())
-		}
-		return sandbox.Point{}, errors.Join(err, draft.Abandon(), hold.Release(), n.revive(b))
-	}
-	if hold != nil {
+	point, err := n.commit(b, draft, now)
+	if err != nil {
 		err = errors.Join(err, hold.Release())
+		return sandbox.Point{}, n.giveUp(b, draft, err)
 	}
-	return sandbox.Point{}, errors.Join(err, draft.Abandon(), n.revive(b))
+	// From here on the checkpoint is the sandbox, and what stands still is not.
+	b.gone.Store(true)
+	err = n.Rest(ctx, id)
+	return point, errors.Join(err, hold.Release())
 }
 
 // Checkpoint implements sandbox.Node.
@@ -67,13 +62,22 @@ func (n *Node) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Point, er
 		return sandbox.Point{}, err
 	}
 	now := time.Now()
-	if err = b.runtime().SaveLive(ctx, b.container(), draft.Dir()); err == nil {
-		var point sandbox.Point
-		if point, err = n.commit(b, draft, now); err == nil {
-			return point, nil
-		}
+	if err := b.runtime().SaveLive(ctx, b.container(), draft.Dir()); err != nil {
+		return sandbox.Point{}, n.giveUp(b, draft, err)
 	}
-	return sandbox.Point{}, errors.Join(err, draft.Abandon(), n.revive(b))
+	point, err := n.commit(b, draft, now)
+	if err != nil {
+		return sandbox.Point{}, n.giveUp(b, draft, err)
+	}
+	return point, nil
+}
+
+// giveUp is the end of a checkpoint that failed. The one before is still there.
+func (n *Node) giveUp(b *box, draft *checkpoint.Draft, cause error) error {
+	if errors.Is(cause, unix.ENOSPC) || draft.Full() {
+		cause = fault.New(fault.NoSpace, "disk_full", "this machine's disk filled up while the checkpoint was written").Because(cause)
+	}
+	return errors.Join(cause, draft.Abandon(), n.revive(b))
 }
 
 // draft begins a checkpoint of a sandbox that runs.
@@ -91,6 +95,9 @@ func (n *Node) draft(id sandbox.ID) (*box, *checkpoint.Draft, error) {
 }
 
 func (n *Node) commit(b *box, draft *checkpoint.Draft, at time.Time) (sandbox.Point, error) {
+	if err := n.passed("save"); err != nil {
+		return sandbox.Point{}, err
+	}
 	c, err := draft.Commit(at, about{b.life, n.cfg.Nameservers})
 	if err != nil {
 		return sandbox.Point{}, err
@@ -143,7 +150,7 @@ func (b *box) layer() (int64, error) {
 // revivePatience is how long a sandbox may take to go on after a checkpoint that failed or
 // was interrupted. It takes milliseconds when it can at all; on a machine that swaps,
 // some seconds.
-const revivePatience = 15 * time.Second
+const revivePatience = 10 * time.Second
 
 // revive makes sure that a sandbox goes on which stood still: one that does not is ended,
 // so that it is lost like any other and found again at its latest checkpoint.

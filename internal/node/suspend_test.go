@@ -5,10 +5,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
@@ -367,4 +370,142 @@ func TestDamagedMemory(t *testing.T) {
 	if got := m.sh(spec, "md5sum /root/data"); got != sum {
 		t.Errorf("the data is %s, was %s", got, sum)
 	}
+}
+
+// TestDiskFillsUp lets the disk fill while a checkpoint is written, as it does when others
+// write too: the sandbox goes on, with the checkpoint it had, and sleeps once there is room.
+func TestDiskFillsUp(t *testing.T) {
+	m := newMachine(t)
+	spec := m.spec()
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.sh(spec, worker)
+	n := m.counts(spec, 0)
+	if _, err := m.node.Checkpoint(m.ctx(), spec.ID); err != nil {
+		t.Fatal(err)
+	}
+	m.close()
+	dir := filepath.Join(m.dir, "checkpoints")
+	small := filepath.Join(m.dir, "small")
+	if err := errors.Join(os.Rename(dir, small), os.Mkdir(dir, 0o700), unix.Mount("tmpfs", dir, "tmpfs", 0, "size=9m,mode=0700")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := errors.Join(os.CopyFS(dir, os.DirFS(small)), os.Chmod(filepath.Join(dir, string(spec.ID)), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	m.minDisk = -1 << 60 // it looks as if there were room
+	m.open()
+	m.sh(spec, "head -c 20000000 /dev/urandom >/root/data")
+	sum := m.sh(spec, "md5sum /root/data")
+	for name, f := range map[string]func() (sandbox.Point, error){
+		"suspend":    func() (sandbox.Point, error) { return m.node.Suspend(m.ctx(), spec.ID) },
+		"checkpoint": func() (sandbox.Point, error) { return m.node.Checkpoint(m.ctx(), spec.ID) },
+	} {
+		if _, err := f(); err == nil {
+			t.Fatalf("%s: 20 MB fit into 9", name)
+		} else if !fault.Is(err, fault.NoSpace) {
+			t.Errorf("%s: %v", name, err)
+		}
+		n = m.counts(spec, n)
+		if c, err := m.node.checkpoints.Latest(string(spec.ID)); err != nil || c.Verify(t.Context(), func(string) bool { return true }) != nil {
+			t.Errorf("%s: the checkpoint it had is %v, %v", name, c, err)
+		}
+	}
+	if err := unix.Mount("", dir, "", unix.MS_REMOUNT, "size=100m"); err != nil {
+		t.Fatal(err)
+	}
+	m.suspend(spec)
+	spec = m.wake(spec)
+	if got := m.sh(spec, "md5sum /root/data"); got != sum {
+		t.Errorf("the data is %s, was %s", got, sum)
+	}
+	m.counts(spec, n)
+}
+
+// TestServerDiesInTheMiddle ends the server while a sandbox stands still for its
+// checkpoint: it goes on by itself, and the next server finds it running.
+func TestServerDiesInTheMiddle(t *testing.T) {
+	m := newMachine(t)
+	spec := m.spec()
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.sh(spec, worker)
+	n := m.counts(spec, 0)
+	b, draft, err := m.node.draft(spec.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// What the death of the server does to its child: the end of its input.
+	hold, err := b.runtime().Save(m.ctx(), b.container(), draft.Dir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := hold.Release(); err != nil {
+		t.Fatal(err)
+	}
+	m.close()
+	m.open()
+	n = m.counts(spec, n)
+
+	// Both are killed: nobody is left to let the sandbox go on, so the next server
+	// ends it and it is found at its latest checkpoint.
+	m.suspend(spec)
+	spec = m.wake(spec)
+	if b, draft, err = m.node.draft(spec.ID); err != nil {
+		t.Fatal(err)
+	}
+	if hold, err = b.runtime().Save(m.ctx(), b.container(), draft.Dir()); err != nil {
+		t.Fatal(err)
+	}
+	killSaver(t, spec.ID)
+	if err := hold.Release(); err == nil {
+		t.Error("who keeps the sandbox paused was not killed")
+	}
+	m.close()
+	m.open()
+	select {
+	case lost := <-m.node.Lost():
+		if lost.ID != spec.ID {
+			t.Errorf("lost %+v", lost)
+		}
+	case <-time.After(4 * revivePatience):
+		t.Fatal("a sandbox that stands still is adopted as if it ran")
+	}
+	if err := m.node.Rest(m.ctx(), spec.ID); err != nil {
+		t.Fatal(err)
+	}
+	spec = m.wake(spec)
+	m.counts(spec, n)
+}
+
+// killSaver kills the program that writes a sandbox down and keeps it paused.
+func killSaver(t *testing.T, id sandbox.ID) {
+	t.Helper()
+	paths, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range paths {
+		cmdline, err := os.ReadFile(path)
+		args := strings.Split(string(cmdline), "\x00")
+		if err != nil || !slices.Contains(args, "save") || !slices.Contains(args, string(id)) {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
+		if err == nil {
+			err = unix.Kill(pid, unix.SIGKILL)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	t.Fatal("nobody saves the sandbox")
 }
