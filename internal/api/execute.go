@@ -37,7 +37,7 @@ func (s *server) ExecuteCommand(w http.ResponseWriter, r *http.Request, id Sandb
 		s.fail(w, r, err)
 		return
 	}
-	lease, err := s.Sandboxes.Connect(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	lease, err := s.Sandboxes.Connect(r.Context(), callerOf(r), sandbox.ID(id))
 	if err != nil {
 		s.fail(w, r, err)
 		return

@@ -31,7 +31,7 @@ func (s *server) WriteFile(w http.ResponseWriter, r *http.Request, id SandboxID,
 		s.fail(w, r, err)
 		return
 	}
-	lease, err := s.Sandboxes.Connect(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	lease, err := s.Sandboxes.Connect(r.Context(), callerOf(r), sandbox.ID(id))
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -124,7 +124,7 @@ func (s *server) ReadFile(w http.ResponseWriter, r *http.Request, id SandboxID, 
 		s.fail(w, r, err)
 		return
 	}
-	lease, err := s.Sandboxes.Connect(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	lease, err := s.Sandboxes.Connect(r.Context(), callerOf(r), sandbox.ID(id))
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -205,7 +205,7 @@ func (s *server) RemoveFile(w http.ResponseWriter, r *http.Request, id SandboxID
 		s.fail(w, r, err)
 		return
 	}
-	lease, err := s.Sandboxes.Connect(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	lease, err := s.Sandboxes.Connect(r.Context(), callerOf(r), sandbox.ID(id))
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -233,7 +233,7 @@ func (s *server) ListFiles(w http.ResponseWriter, r *http.Request, id SandboxID,
 		s.fail(w, r, err)
 		return
 	}
-	lease, err := s.Sandboxes.Connect(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	lease, err := s.Sandboxes.Connect(r.Context(), callerOf(r), sandbox.ID(id))
 	if err != nil {
 		s.fail(w, r, err)
 		return

@@ -31,15 +31,20 @@ func (s *server) CreateSandbox(w http.ResponseWriter, r *http.Request, params Cr
 		s.fail(w, r, err)
 		return
 	}
-	org := callOf(r).who.Org
 	wait := params.Wait == nil || *params.Wait
-	box, err := s.Sandboxes.Create(r.Context(), org.ID, sandbox.Quota(org.Quota), request, once, wait)
+	box, err := s.Sandboxes.Create(r.Context(), callerOf(r), request, once, wait)
 	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
 	w.Header().Set("Location", "/v1/sandboxes/"+string(box.ID))
 	s.answer(w, r, http.StatusCreated, sandboxOf(box))
+}
+
+// callerOf is who asks for a sandbox to run.
+func callerOf(r *http.Request) sandbox.Caller {
+	org := callOf(r).who.Org
+	return sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}
 }
 
 // onceOf is the Idempotency-Key with the hash of the body as it is meant: without
@@ -195,7 +200,7 @@ func (s *server) WakeSandbox(w http.ResponseWriter, r *http.Request, id SandboxI
 		s.fail(w, r, err)
 		return
 	}
-	box, err := s.Sandboxes.Wake(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	box, err := s.Sandboxes.Wake(r.Context(), callerOf(r), sandbox.ID(id))
 	s.answerSandbox(w, r, box, err)
 }
 

@@ -36,6 +36,7 @@ type Change struct {
 	To     State
 	At     time.Time
 	Reason string // for the event
+	Detail string // for the event
 
 	// Quota, if not nil, is checked as in Insert before the row is touched, as if
 	// the sandbox were new: waking one takes the vCPUs and the memory that a
