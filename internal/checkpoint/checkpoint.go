@@ -89,6 +89,12 @@ func (s *Store) Names() ([]string, error) {
 	return names, nil
 }
 
+// Has reports whether there is anything of a name, be it only a draft.
+func (s *Store) Has(name string) bool {
+	_, err := os.Stat(filepath.Join(s.dir, name))
+	return err == nil
+}
+
 // Remove removes everything of a name. Nothing there is success.
 func (s *Store) Remove(name string) error {
 	if err := os.RemoveAll(filepath.Join(s.dir, name)); err != nil {

@@ -17,7 +17,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -191,43 +190,7 @@ func (n *Node) Dial(ctx context.Context, id sandbox.ID) (net.Conn, error) {
 // List says what the machine has of each sandbox of this instance: those with a
 // directory or a checkpoint, and those that only a control group or a state file of
 // runsc is left of.
-func (n *Node) List(context.Context) ([]sandbox.Fact, error) {
-	remains, err := n.remains()
-	if err != nil {
-		return nil, err
-	}
-	facts := map[sandbox.ID]*sandbox.Fact{}
-	for _, name := range remains {
-		facts[name] = &sandbox.Fact{ID: name, Remains: true}
-	}
-	names, err := n.checkpoints.Names()
-	if err != nil {
-		return nil, err
-	}
-	for _, name := range names {
-		id := sandbox.ID(name)
-		if facts[id] == nil {
-			facts[id] = &sandbox.Fact{ID: id}
-		}
-		if facts[id].Point, err = n.point(id); err != nil {
-			return nil, err
-		}
-	}
-	var list []sandbox.Fact
-	for id, fact := range facts {
-		if !id.Valid() { // a name of somebody else's is not ours to remove
-			continue
-		}
-		if b := n.box(id); b != nil {
-			fact.Run, fact.Alive, fact.Remains = b.life.Run, !b.dead(), true
-		}
-		list = append(list, *fact)
-	}
-	return list, nil
-}
-
-// remains lists the sandboxes that a life has left anything of on the machine.
-func (n *Node) remains() ([]sandbox.ID, error) {
+func (n *Node) List(ctx context.Context) ([]sandbox.Fact, error) {
 	names, err := n.groups.Group(n.groupPath("")).Children()
 	if err != nil {
 		return nil, err
@@ -236,7 +199,10 @@ func (n *Node) remains() ([]sandbox.ID, error) {
 	if err != nil {
 		return nil, err
 	}
-	names = append(names, states...)
+	points, err := n.checkpoints.Names()
+	if err != nil {
+		return nil, err
+	}
 	dirs, err := os.ReadDir(n.cfg.Dir)
 	if err != nil {
 		return nil, fmt.Errorf("listing the sandboxes' directories: %w", err)
@@ -244,22 +210,45 @@ func (n *Node) remains() ([]sandbox.ID, error) {
 	for _, d := range dirs {
 		names = append(names, d.Name())
 	}
-	var ids []sandbox.ID
-	for _, name := range names {
-		ids = append(ids, sandbox.ID(name))
-	}
 	n.mu.Lock()
-	defer n.mu.Unlock()
-	return slices.AppendSeq(ids, maps.Keys(n.boxes)), nil
+	for id := range n.boxes {
+		names = append(names, string(id))
+	}
+	n.mu.Unlock()
+	names = slices.Concat(names, states, points)
+	slices.Sort(names)
+	var facts []sandbox.Fact
+	for _, name := range slices.Compact(names) {
+		if !sandbox.ID(name).Valid() { // a name of somebody else's is not ours to remove
+			continue
+		}
+		fact, err := n.Inspect(ctx, sandbox.ID(name))
+		if err != nil {
+			return nil, err
+		}
+		if fact != nil { // it may have gone meanwhile
+			facts = append(facts, *fact)
+		}
+	}
+	return facts, nil
 }
 
 // Inspect says what the machine has of one sandbox, nil if nothing.
-func (n *Node) Inspect(ctx context.Context, id sandbox.ID) (*sandbox.Fact, error) {
-	all, err := n.List(ctx)
-	if i := slices.IndexFunc(all, func(f sandbox.Fact) bool { return f.ID == id }); err == nil && i >= 0 {
-		return &all[i], nil
+func (n *Node) Inspect(_ context.Context, id sandbox.ID) (*sandbox.Fact, error) {
+	fact := &sandbox.Fact{ID: id}
+	b := n.box(id)
+	if b != nil {
+		fact.Run, fact.Alive = b.life.Run, !b.dead()
 	}
-	return nil, err
+	_, err := os.Stat(n.dir(id))
+	fact.Remains = b != nil || err == nil || n.state.Knows(string(id)) || n.groups.Group(n.groupPath(id)).Exists()
+	if fact.Point, err = n.point(id); err != nil {
+		return nil, err
+	}
+	if !fact.Remains && fact.Point == nil && !n.checkpoints.Has(string(id)) {
+		return nil, nil
+	}
+	return fact, nil
 }
 
 func (n *Node) box(id sandbox.ID) *box {

@@ -172,6 +172,12 @@ func lastMessages(bundle string) string {
 	return strings.Join(out, "; ")
 }
 
+// runsc keeps the state of a sandbox in <id>_sandbox:<id>.state.
+const (
+	stateInfix  = "_sandbox:"
+	stateSuffix = ".state"
+)
+
 // IDs lists the sandboxes that runsc keeps a state of, dead or alive.
 func (r *Runtime) IDs() ([]string, error) {
 	entries, err := os.ReadDir(r.Root)
@@ -183,14 +189,19 @@ func (r *Runtime) IDs() ([]string, error) {
 	}
 	var ids []string
 	for _, e := range entries {
-		// <id>_sandbox:<id>.state
-		if _, rest, ok := strings.Cut(e.Name(), "_sandbox:"); ok {
-			if id, ok := strings.CutSuffix(rest, ".state"); ok {
+		if _, rest, ok := strings.Cut(e.Name(), stateInfix); ok {
+			if id, ok := strings.CutSuffix(rest, stateSuffix); ok {
 				ids = append(ids, id)
 			}
 		}
 	}
 	return ids, nil
+}
+
+// Knows reports whether runsc keeps a state of a sandbox, dead or alive.
+func (r *Runtime) Knows(id string) bool {
+	_, err := os.Stat(filepath.Join(r.Root, id+stateInfix+id+stateSuffix))
+	return err == nil
 }
 
 // Remove drops what runsc keeps of a sandbox whose processes are gone. Nothing
