@@ -1,0 +1,462 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cayhq/cay/internal/caytest"
+)
+
+// persistent makes a persistent sandbox that never falls asleep by itself.
+func (s *server) persistent(more object) string {
+	s.t.Helper()
+	request := object{"mode": "persistent", "timeout": nil, "idle_timeout": "0", "recovery_interval": "0"}
+	for k, v := range more {
+		request[k] = v
+	}
+	return s.create(request)
+}
+
+// ask does a POST that must answer 200, and returns the sandbox's state in the answer.
+func (s *server) ask(id, verb string) string {
+	s.t.Helper()
+	status, body := s.call("POST", "/v1/sandboxes/"+id+"/"+verb, nil)
+	if status != 200 {
+		s.t.Fatalf("%s: %d %s", verb, status, body)
+	}
+	return text(body, "state")
+}
+
+func (s *server) suspend(id string) {
+	s.t.Helper()
+	if state := s.ask(id, "suspend"); state != "suspended" {
+		s.t.Errorf("after suspend it is %s", state)
+	}
+}
+
+func (s *server) wake(id string) {
+	s.t.Helper()
+	if state := s.ask(id, "wake"); state != "running" {
+		s.t.Errorf("after wake it is %s", state)
+	}
+}
+
+// onHost lists what the host has of a sandbox beside the files in the server's directory.
+func (s *server) onHost(id string) []string {
+	s.t.Helper()
+	var found []string
+	processes, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, path := range processes {
+		if cmdline, err := os.ReadFile(path); err == nil && strings.Contains(string(cmdline), id) {
+			found = append(found, "process "+strings.ReplaceAll(string(cmdline), "\x00", " "))
+		}
+	}
+	if slices.Contains(s.groupsOnHost(), id) {
+		found = append(found, "a control group")
+	}
+	for _, pattern := range []string{"/run/cay/" + s.instance() + "/*" + id + "*", filepath.Join(s.dataDir, "sandboxes", id)} {
+		files, err := filepath.Glob(pattern)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		found = append(found, files...)
+	}
+	return found
+}
+
+// keeper is a program with one of everything that must survive a sleep. It answers each
+// line "check N" on its own socket with what it finds.
+const keeper = `
+import hashlib, mmap, os, select, signal, socket, struct, subprocess, threading, time
+
+memory = os.urandom(8 << 20)
+digest = hashlib.sha256(memory).hexdigest()
+deleted = open("/root/deleted", "w+b"); deleted.write(b"still here"); deleted.flush(); os.unlink("/root/deleted")
+offset = open("/root/offset", "w+b"); offset.write(bytes(range(100))); offset.seek(42)
+reader, writer = os.pipe(); os.write(writer, b"in the pipe")
+shared = open("/dev/shm/kept", "w+b"); shared.write(b"in shm"); shared.flush()
+mapped = mmap.mmap(-1, 4096); mapped[:6] = b"mapped"
+server = socket.create_server(("127.0.0.1", 8001))
+near = socket.create_connection(("127.0.0.1", 8001)); far, _ = server.accept(); near.sendall(b"on the loopback")
+unix_a, unix_b = socket.socketpair(); unix_a.sendall(b"between two ends")
+child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+stopped = subprocess.Popen(["sleep", "1000"], start_new_session=True); os.kill(stopped.pid, signal.SIGSTOP)
+timers = []
+def timer():
+    began = time.monotonic()
+    while True:
+        time.sleep(0.1)
+        timers.append(time.monotonic() - began)
+threading.Thread(target=timer, daemon=True).start()
+poll = select.epoll(); poll.register(reader, select.EPOLLIN)
+lock = open("/root/lock", "w"); import fcntl; fcntl.flock(lock, fcntl.LOCK_EX)
+
+def check():
+    faults = []
+    def want(what, got, wanted):
+        if got != wanted: faults.append("%s: %r, not %r" % (what, got, wanted))
+    want("memory", hashlib.sha256(memory).hexdigest(), digest)
+    deleted.seek(0); want("deleted file", deleted.read(), b"still here")
+    want("offset", offset.tell(), 42)
+    want("epoll", [fd for fd, _ in poll.poll(1)], [reader])
+    want("pipe", os.read(reader, 100), b"in the pipe"); os.write(writer, b"in the pipe")
+    want("shm", open("/dev/shm/kept", "rb").read(), b"in shm")
+    want("mapping", mapped[:6], b"mapped")
+    want("loopback", far.recv(100), b"on the loopback"); near.sendall(b"on the loopback")
+    want("socket pair", unix_b.recv(100), b"between two ends"); unix_a.sendall(b"between two ends")
+    child.stdin.write(b"ping\n"); child.stdin.flush(); want("child", child.stdout.readline(), b"ping\n")
+    want("stopped child", open("/proc/%d/stat" % stopped.pid).read().split()[2], "T")
+    before = len(timers); time.sleep(0.5)
+    if len(timers) <= before: faults.append("the timer stands still")
+    return "; ".join(faults) or "whole"
+
+front = socket.create_server(("", 8000))
+open("/root/ready", "w").write(str(os.getpid()))
+while True:
+    c, _ = front.accept()
+    try: answer = check()
+    except Exception as e: answer = "failed: %r" % e
+    c.sendall(answer.encode()); c.close()
+`
+
+// TestSleepKeepsEverything suspends and wakes a sandbox a few times and looks at all that
+// it should still have, and at what the host must not have meanwhile.
+func TestSleepKeepsEverything(t *testing.T) {
+	s := shared(t)
+	id := s.persistent(object{"env": object{"KEPT": "yes"}})
+	defer s.destroy(id)
+	if status, body := s.call("PUT", "/v1/sandboxes/"+id+"/files?path=/root/keeper.py", strings.NewReader(keeper)); status != 204 {
+		t.Fatalf("upload: %d %s", status, body)
+	}
+	s.want(id, "nohup python3 /root/keeper.py >/root/keeper.log 2>&1 & until [ -e /root/ready ] || ! kill -0 $!; do sleep 0.05; done; cat /root/keeper.log")
+	// What the user made of files that cay writes at the start is the user's.
+	s.want(id, "echo 192.0.2.9 mine >>/etc/hosts; echo mine >/tmp/mine; useradd -m kept; umount /sys 2>/dev/null; true")
+	limits := s.limits(id)
+	const check = `python3 -c 'import socket; print(socket.create_connection(("127.0.0.1", 8000)).recv(1000).decode())'`
+	for cycle := range 4 {
+		if got := s.want(id, check); got != "whole" {
+			t.Fatalf("cycle %d: %s; its log: %s", cycle, got, s.want(id, "cat /root/keeper.log"))
+		}
+		s.suspend(id)
+		for _, left := range s.onHost(id) {
+			t.Errorf("asleep: %s", left)
+		}
+		if status, body := s.call("GET", "/v1/sandboxes/"+id, nil); status != 200 || text(body, "status") != "suspended" || text(body, "suspended_at") == "" {
+			t.Errorf("asleep it is %d %s", status, body)
+		}
+		s.wake(id)
+	}
+	if got := s.want(id, "tail -1 /etc/hosts; cat /tmp/mine; id -un 0; id kept >/dev/null && echo $KEPT"); got != "192.0.2.9 mine\nmine\nroot\nyes" {
+		t.Errorf("after all that: %q", got)
+	}
+	if got := s.limits(id); got != limits {
+		t.Errorf("its limits on the host are\n%s\nand were\n%s", got, limits)
+	}
+	now := time.Now()
+	if inside, err := time.Parse("2006-01-02T15:04:05Z", s.want(id, "date -u +%Y-%m-%dT%H:%M:%SZ")); err != nil || inside.Sub(now).Abs() > 10*time.Second {
+		t.Errorf("inside it is %s, outside %s, %v", inside, now, err)
+	}
+	// The memory limit is guarded in every life.
+	if r := s.exec(id, "exec python3 -c 'b = bytearray(2 << 30)'"); !r.OOMKilled {
+		t.Errorf("too much memory after a wake: %+v", r)
+	}
+	if got := s.want(id, check); got != "whole" {
+		t.Error(got)
+	}
+}
+
+// limits are the limits that the host has for a sandbox.
+func (s *server) limits(id string) string {
+	s.t.Helper()
+	var all []string
+	for _, file := range []string{"memory.limit_in_bytes", "memory.oom_control", "cpu.shares", "cpu.cfs_quota_us", "pids.max", "memory.max", "memory.high", "cpu.weight", "cpu.max"} {
+		paths, err := filepath.Glob("/sys/fs/cgroup/*/cay-" + s.instance() + "/" + id + "/" + file)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		slices.Sort(paths)
+		for _, path := range paths {
+			data, err := os.ReadFile(path)
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			all = append(all, path+" "+string(data))
+		}
+	}
+	if len(all) < 3 {
+		s.t.Fatalf("the host has these limits for %s: %q", id, all)
+	}
+	return strings.Join(all, "")
+}
+
+// TestSleepCutsTheOutside looks at a connection to another host across a sleep, and that
+// the rules hold afterwards.
+func TestSleepCutsTheOutside(t *testing.T) {
+	s := shared(t)
+	o := newOutside(t)
+	l := inNamespace(t, o.name, func() (net.Listener, error) { return net.Listen("tcp4", ":8080") })
+	t.Cleanup(func() { l.Close() })
+	peers := make(chan net.Conn, 1)
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			peers <- c
+		}
+	}()
+	o.listen(t, 8081)
+	id := s.persistent(nil)
+	defer s.destroy(id)
+	s.want(id, fmt.Sprintf(`cat >/root/c.py <<'EOF'
+import socket
+c = socket.create_connection(("%s", 8080)); c.sendall(b"hello"); open("/root/connected", "w").close()
+try: result = repr(c.recv(10))
+except OSError as e: result = type(e).__name__
+open("/root/result", "w").write(result)
+EOF
+nohup python3 /root/c.py >/root/c.log 2>&1 & until [ -e /root/connected ] || ! kill -0 $!; do sleep 0.05; done; cat /root/c.log`, o.address))
+	peer := <-peers
+	defer peer.Close()
+	s.suspend(id)
+	s.wake(id)
+	if got := s.want(id, "until [ -e /root/result ]; do sleep 0.05; done; cat /root/result"); got != "ConnectionAbortedError" && got != "ConnectionResetError" && got != "b''" {
+		t.Errorf("the connection inside ended with %s", got)
+	}
+	// The other side hears of it as soon as it says something.
+	if err := peer.SetDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 10)
+	if _, err := peer.Read(buf); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		if _, err := peer.Write([]byte("anyone?")); err != nil {
+			if e, ok := err.(net.Error); ok && e.Timeout() {
+				t.Error("the other side never hears that the connection is gone")
+			}
+			break
+		}
+		time.Sleep(50 * time.Millisecond) // bounded by the deadline
+	}
+	if got := s.connect(id, o.address, 8081); !strings.HasPrefix(got, "connected hello "+o.gateway) {
+		t.Errorf("after the wake the outside is %q", got)
+	}
+	_, port, err := net.SplitHostPort(strings.TrimPrefix(s.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, host := range []string{o.gateway, "127.0.0.1"} {
+		if got := s.connect(id, host, atoi(t, port)); !strings.HasPrefix(got, "failed") {
+			t.Errorf("after the wake %s is %q", host, got)
+		}
+	}
+}
+
+func atoi(t *testing.T, text string) (n int) {
+	t.Helper()
+	if _, err := fmt.Sscan(text, &n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// TestEachUseWakes lets every kind of call find the sandbox asleep.
+func TestEachUseWakes(t *testing.T) {
+	s := shared(t)
+	id := s.persistent(nil)
+	defer s.destroy(id)
+	base := "/v1/sandboxes/" + id
+	for _, c := range []struct {
+		method, path string
+		body         any
+		status       int
+	}{
+		{"POST", base + "/execute", object{"command": "true"}, 200},
+		{"PUT", base + "/files?path=/root/f", strings.NewReader("text"), 204},
+		{"GET", base + "/files?path=/root/f", nil, 200},
+		{"GET", base + "/files/list?path=/root", nil, 200},
+		{"DELETE", base + "/files?path=/root/f", nil, 204},
+		{"POST", base + "/wake", nil, 200},
+	} {
+		s.suspend(id)
+		if status, body := s.call(c.method, c.path, c.body); status != c.status {
+			t.Errorf("%s %s: %d %s", c.method, c.path, status, body)
+		}
+		if state, _ := s.state(id); state != "running" {
+			t.Errorf("after %s %s it is %s", c.method, c.path, state)
+		}
+	}
+	s.suspend(id)
+	for _, path := range []string{base, base + "/events", "/v1/sandboxes?status=suspended"} {
+		if status, body := s.call("GET", path, nil); status != 200 || !strings.Contains(string(body), id) && !strings.Contains(path, "events") {
+			t.Errorf("GET %s: %d %s", path, status, body)
+		}
+	}
+	for _, verb := range []string{"suspend", "checkpoint"} {
+		if status, body := s.call("POST", base+"/"+verb, nil); status != 409 {
+			t.Errorf("%s of one asleep: %d %s", verb, status, body)
+		}
+	}
+	if state, _ := s.state(id); state != "suspended" {
+		t.Errorf("after reading about it, it is %s", state)
+	}
+}
+
+// TestManyWakeIt lets many callers find the sandbox asleep, or falling asleep: all get
+// their answer, and it is woken once for each time it slept.
+func TestManyWakeIt(t *testing.T) {
+	s := shared(t)
+	id := s.persistent(nil)
+	defer s.destroy(id)
+	const callers = 20
+	for round := range 3 {
+		if round == 0 {
+			s.suspend(id)
+		}
+		var wg sync.WaitGroup
+		if round > 0 {
+			wg.Go(func() { s.call("POST", "/v1/sandboxes/"+id+"/suspend", nil) })
+		}
+		for i := range callers {
+			wg.Go(func() {
+				status, body, err := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/execute", object{"command": fmt.Sprintf("echo %d", i)})
+				if err != nil || status != 200 || text(body, "stdout") != fmt.Sprintln(i) {
+					t.Errorf("caller %d: %d %s, %v", i, status, body, err)
+				}
+			})
+		}
+		wg.Wait()
+	}
+	slept, woken := 0, 0
+	for _, e := range s.events(id) {
+		switch e.To {
+		case "suspended":
+			slept++
+		case "waking":
+			woken++
+		}
+	}
+	if slept == 0 || woken > slept {
+		t.Errorf("it slept %d times and was woken %d times", slept, woken)
+	}
+}
+
+type event struct{ From, To, Reason, Detail string }
+
+// events lists a sandbox's events, newest first.
+func (s *server) events(id string) []event {
+	s.t.Helper()
+	status, body := s.call("GET", "/v1/sandboxes/"+id+"/events?limit=200", nil)
+	var page struct{ Events []event }
+	if err := json.Unmarshal(body, &page); status != 200 || err != nil {
+		s.t.Fatalf("events: %d %s, %v", status, body, err)
+	}
+	return page.Events
+}
+
+// TestIdle lets sandboxes fall asleep when nobody uses them, and not before.
+func TestIdle(t *testing.T) {
+	s := shared(t)
+	const least = "10s" // the least that may be asked for
+	left, used, working := s.persistent(object{"idle_timeout": least}), s.persistent(object{"idle_timeout": least}), s.persistent(object{"idle_timeout": least})
+	for _, id := range []string{left, used, working} {
+		defer s.destroy(id)
+	}
+	began := time.Now()
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if r := s.exec(working, "sleep 15; echo done"); r.Stdout != "done\n" {
+			t.Errorf("the command that ran longer than the idle time: %+v", r)
+		}
+	})
+	// Reading about one is no use of it; the other is used all the time.
+	for {
+		if state, _ := s.state(left); state == "suspended" {
+			break
+		}
+		if time.Since(began) > patience {
+			t.Fatal("it does not fall asleep")
+		}
+		s.alive(used)
+		time.Sleep(200 * time.Millisecond) // a poll with a deadline
+	}
+	if slept := time.Since(began); slept < 9*time.Second {
+		t.Errorf("it fell asleep after %s", slept)
+	}
+	for _, id := range []string{used, working} {
+		if state, _ := s.state(id); state != "running" {
+			t.Errorf("one in use is %s", state)
+		}
+	}
+	if e := s.events(left)[0]; e.To != "suspended" || e.Reason != "idle" {
+		t.Errorf("its last event is %+v", e)
+	}
+	wg.Wait()
+	s.waitState(used, "suspended")
+	s.waitState(working, "suspended")
+	s.alive(left)
+}
+
+// TestActivitySurvives holds the last activity over the death of the server: it is as old
+// as it was, within 5 seconds.
+func TestActivitySurvives(t *testing.T) {
+	s := newServer(t)
+	s.start()
+	s.needTemplate("python")
+	id := s.persistent(nil)
+	s.alive(id)
+	last := func() time.Time {
+		t.Helper()
+		_, body := s.call("GET", "/v1/sandboxes/"+id, nil)
+		at, err := time.Parse(time.RFC3339, text(body, "last_activity_at"))
+		if err != nil {
+			t.Fatalf("%v in %s", err, body)
+		}
+		return at
+	}
+	used := last()
+	time.Sleep(6 * time.Second) // the promise is 5
+	if now := last(); !now.Equal(used) {
+		t.Errorf("reading moved the last activity from %s to %s", used, now)
+	}
+	s.stop(9)
+	s.start()
+	if now := last(); now.Sub(used).Abs() > 5*time.Second {
+		t.Errorf("the last activity was %s, and after the restart %s", used, now)
+	}
+	s.alive(id)
+}
+
+// TestPurgeTakesTheSleeping leaves nothing of a suspended sandbox.
+func TestPurgeTakesTheSleeping(t *testing.T) {
+	s := newServer(t)
+	s.start()
+	s.needTemplate("python")
+	id := s.persistent(nil)
+	s.suspend(id)
+	files, err := filepath.Glob(filepath.Join(s.dataDir, "checkpoints", id, "*", "*"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("asleep it has the files %v, %v", files, err)
+	}
+	for _, file := range files {
+		if info, err := os.Stat(file); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %v, %v", file, info.Mode(), err)
+		}
+	}
+	s.stop(15)
+	s.purge()
+	if left := caytest.Leftovers(t, s.instance(), s.dataDir); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+}
