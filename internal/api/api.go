@@ -31,15 +31,15 @@ import (
 
 // Sandboxes is what is called of the sandbox room; [*sandbox.Service] has it.
 type Sandboxes interface {
-	Create(ctx context.Context, orgID string, q sandbox.Quota, r sandbox.Request, once sandbox.Once, wait bool) (sandbox.Sandbox, error)
+	Create(ctx context.Context, c sandbox.Caller, r sandbox.Request, once sandbox.Once, wait bool) (sandbox.Sandbox, error)
 	Get(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
 	List(ctx context.Context, f sandbox.Filter) ([]sandbox.Sandbox, string, error)
 	Destroy(ctx context.Context, orgID string, id sandbox.ID) error
 	Keepalive(ctx context.Context, orgID string, id sandbox.ID, timeout *time.Duration) (sandbox.Sandbox, error)
-	Wake(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
-	Connect(ctx context.Context, orgID string, id sandbox.ID) (*sandbox.Lease, error)
+	Wake(ctx context.Context, c sandbox.Caller, id sandbox.ID) (sandbox.Sandbox, error)
+	Connect(ctx context.Context, c sandbox.Caller, id sandbox.ID) (*sandbox.Lease, error)
 	Suspend(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
-	Checkpoint(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
+	Checkpoint(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Point, error)
 	SetEgress(ctx context.Context, orgID string, id sandbox.ID, e sandbox.Egress) (sandbox.Sandbox, error)
 	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
 	Sizes() []sandbox.Size
