@@ -772,7 +772,7 @@ type Sandbox struct {
 	// Status What a sandbox is doing.
 	Status SandboxStatus `json:"status"`
 
-	// SuspendedAt Persistent only: when it was suspended; absent while it runs.
+	// SuspendedAt Persistent only: the time of the state it is suspended in and would wake from; absent while it runs.
 	SuspendedAt *time.Time `json:"suspended_at,omitempty"`
 
 	// Template Name of the template it was made from.
@@ -1330,8 +1330,8 @@ type wireInterface interface {
 	// A recovery point is what the sandbox falls back to when the machine or the sandbox's kernel dies. The newest replaces the one before. The sandbox runs on, after a pause that grows
 	// with its memory. Does not count as activity, and does not wake a suspended sandbox.
 	//
-	// 409 when it is not persistent (`sandbox_not_persistent`) or not running (`sandbox_not_running`). 507, code `disk_full`, when the machine's disk has no room for it; the one before
-	// is then still there.
+	// 409 when it is not persistent (`sandbox_not_persistent`) or not running (`sandbox_not_running`). 507, code `disk_full`, when the machine's disk has no room for it, and 500,
+	// code `checkpoint_failed`, when it could not be written; the one before is then still there.
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/checkpoint (the `CheckpointSandbox` operationId).
 	CheckpointSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
@@ -1438,8 +1438,9 @@ type wireInterface interface {
 	//
 	// Writes its processes, memory, open files and disk to a checkpoint and frees the machine. Connections to the outside are cut.
 	//
-	// 409 when it is not persistent (`sandbox_not_persistent`), not running (`sandbox_not_running`) or when other calls use it (`sandbox_in_use`). 507, code `disk_full`, when
-	// the machine's disk has no room for the checkpoint. After an error it runs on.
+	// 409 when it is not persistent (`sandbox_not_persistent`), not running (`sandbox_not_running`) or when calls that use it do not end within 5 seconds (`sandbox_in_use`).
+	// 507, code `disk_full`, when the machine's disk has no room for the checkpoint: it runs on. 500, code `suspend_failed`, when it could not be written: it runs on if it still lives,
+	// else it is suspended at its latest recovery point.
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/suspend (the `SuspendSandbox` operationId).
 	SuspendSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
@@ -1836,8 +1837,8 @@ func (c *wire) GetSandbox(ctx context.Context, id SandboxID, reqEditors ...reque
 // A recovery point is what the sandbox falls back to when the machine or the sandbox's kernel dies. The newest replaces the one before. The sandbox runs on, after a pause that grows
 // with its memory. Does not count as activity, and does not wake a suspended sandbox.
 //
-// 409 when it is not persistent (`sandbox_not_persistent`) or not running (`sandbox_not_running`). 507, code `disk_full`, when the machine's disk has no room for it; the one before
-// is then still there.
+// 409 when it is not persistent (`sandbox_not_persistent`) or not running (`sandbox_not_running`). 507, code `disk_full`, when the machine's disk has no room for it, and 500,
+// code `checkpoint_failed`, when it could not be written; the one before is then still there.
 //
 // Corresponds with POST /v1/sandboxes/{id}/checkpoint (the `CheckpointSandbox` operationId).
 func (c *wire) CheckpointSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
@@ -2064,8 +2065,9 @@ func (c *wire) KeepaliveSandbox(ctx context.Context, id SandboxID, body Keepaliv
 //
 // Writes its processes, memory, open files and disk to a checkpoint and frees the machine. Connections to the outside are cut.
 //
-// 409 when it is not persistent (`sandbox_not_persistent`), not running (`sandbox_not_running`) or when other calls use it (`sandbox_in_use`). 507, code `disk_full`, when
-// the machine's disk has no room for the checkpoint. After an error it runs on.
+// 409 when it is not persistent (`sandbox_not_persistent`), not running (`sandbox_not_running`) or when calls that use it do not end within 5 seconds (`sandbox_in_use`).
+// 507, code `disk_full`, when the machine's disk has no room for the checkpoint: it runs on. 500, code `suspend_failed`, when it could not be written: it runs on if it still lives,
+// else it is suspended at its latest recovery point.
 //
 // Corresponds with POST /v1/sandboxes/{id}/suspend (the `SuspendSandbox` operationId).
 func (c *wire) SuspendSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {

@@ -769,7 +769,7 @@ type Sandbox struct {
 	// Status What a sandbox is doing.
 	Status SandboxStatus `json:"status"`
 
-	// SuspendedAt Persistent only: when it was suspended; absent while it runs.
+	// SuspendedAt Persistent only: the time of the state it is suspended in and would wake from; absent while it runs.
 	SuspendedAt *time.Time `json:"suspended_at,omitempty"`
 
 	// Template Name of the template it was made from.
