@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"sync"
+	"time"
 
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
@@ -13,10 +14,16 @@ import (
 // Node is a sandbox.Node that keeps its sandboxes in memory. It is for the order
 // of things and for faults, never the proof that a sandbox works.
 type Node struct {
-	// OnCreate and OnDestroy, if set, are called before the node does anything;
-	// an error fails the call. They may block until ctx ends.
-	OnCreate  func(ctx context.Context, spec sandbox.Spec) error
-	OnDestroy func(ctx context.Context, id sandbox.ID) error
+	// The hooks, if set, are called before the node does anything; an error fails
+	// the call. They may block until ctx ends. Set them while nothing is under way.
+	OnCreate     func(ctx context.Context, spec sandbox.Spec) error
+	OnDestroy    func(ctx context.Context, id sandbox.ID) error
+	OnSuspend    func(ctx context.Context, id sandbox.ID) error
+	OnCheckpoint func(ctx context.Context, id sandbox.ID) error
+	OnWake       func(ctx context.Context, spec sandbox.Spec) error
+	OnRest       func(ctx context.Context, id sandbox.ID) error
+	OnInspect    func(ctx context.Context, id sandbox.ID) error
+	OnBusy       func(ctx context.Context, id sandbox.ID) (bool, error) // unset: not busy
 	// OnDial, if set, answers Dial for a sandbox that is there.
 	OnDial func(ctx context.Context, id sandbox.ID) (net.Conn, error)
 
@@ -55,28 +62,115 @@ func (n *Node) Room(context.Context, sandbox.Size) error {
 
 // Create implements sandbox.Node.
 func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
-	n.note("create " + string(spec.ID))
-	if n.OnCreate != nil {
-		if err := n.OnCreate(ctx, spec); err != nil {
-			return err
-		}
+	if err := called(ctx, n, "create", spec.ID, spec, n.OnCreate); err != nil {
+		return err
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if _, there := n.boxes[spec.ID]; there {
 		return errors.New("created twice")
 	}
-	n.boxes[spec.ID] = sandbox.Fact{ID: spec.ID, Run: spec.Run, Alive: true}
+	n.boxes[spec.ID] = sandbox.Fact{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true}
 	return nil
+}
+
+// Suspend implements sandbox.Node.
+func (n *Node) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
+	if err := called(ctx, n, "suspend", id, id, n.OnSuspend); err != nil {
+		return sandbox.Point{}, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	point, err := n.write(id)
+	if err == nil {
+		n.boxes[id] = sandbox.Fact{ID: id, Point: &point}
+	}
+	return point, err
+}
+
+// Checkpoint implements sandbox.Node.
+func (n *Node) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
+	if err := called(ctx, n, "checkpoint", id, id, n.OnCheckpoint); err != nil {
+		return sandbox.Point{}, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.write(id)
+}
+
+// write gives a sandbox that is alive a new recovery point.
+//
+// +checklocks:n.mu
+func (n *Node) write(id sandbox.ID) (sandbox.Point, error) {
+	fact := n.boxes[id]
+	if !fact.Alive {
+		return sandbox.Point{}, errors.New("a recovery point of a sandbox that is not alive")
+	}
+	fact.Point = &sandbox.Point{At: time.Now().UTC(), Size: 1 << 20, Run: fact.Run}
+	n.boxes[id] = fact
+	return *fact.Point, nil
+}
+
+// Wake implements sandbox.Node.
+func (n *Node) Wake(ctx context.Context, spec sandbox.Spec) error {
+	if err := called(ctx, n, "wake", spec.ID, spec, n.OnWake); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	fact := n.boxes[spec.ID]
+	switch {
+	case fact.Remains:
+		return errors.New("woken over what remains of another life")
+	case fact.Point == nil:
+		return fault.New(fault.Internal, "wake_failed", "the sandbox has no recovery point")
+	}
+	n.boxes[spec.ID] = sandbox.Fact{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Point: fact.Point}
+	return nil
+}
+
+// Rest implements sandbox.Node.
+func (n *Node) Rest(ctx context.Context, id sandbox.ID) error {
+	if err := called(ctx, n, "rest", id, id, n.OnRest); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if point := n.boxes[id].Point; point != nil {
+		n.boxes[id] = sandbox.Fact{ID: id, Point: point}
+	} else {
+		delete(n.boxes, id)
+	}
+	return nil
+}
+
+// Busy implements sandbox.Node.
+func (n *Node) Busy(ctx context.Context, id sandbox.ID) (bool, error) {
+	if n.OnBusy == nil {
+		return false, nil
+	}
+	return n.OnBusy(ctx, id)
+}
+
+// Inspect implements sandbox.Node.
+func (n *Node) Inspect(ctx context.Context, id sandbox.ID) (*sandbox.Fact, error) {
+	if n.OnInspect != nil {
+		if err := n.OnInspect(ctx, id); err != nil {
+			return nil, err
+		}
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if fact, there := n.boxes[id]; there {
+		return &fact, nil
+	}
+	return nil, nil
 }
 
 // Destroy implements sandbox.Node.
 func (n *Node) Destroy(ctx context.Context, id sandbox.ID) error {
-	n.note("destroy " + string(id))
-	if n.OnDestroy != nil {
-		if err := n.OnDestroy(ctx, id); err != nil {
-			return err
-		}
+	if err := called(ctx, n, "destroy", id, id, n.OnDestroy); err != nil {
+		return err
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -116,14 +210,25 @@ func (n *Node) Put(fact sandbox.Fact) {
 	n.boxes[fact.ID] = fact
 }
 
-// Die ends a sandbox's processes and reports it lost, as the real node does.
-func (n *Node) Die(id sandbox.ID) {
+// Kill ends a sandbox's processes, if it has any, and tells nobody, as when the
+// machine restarts. Its recovery point stays.
+func (n *Node) Kill(id sandbox.ID) (fact sandbox.Fact, killed bool) {
 	n.mu.Lock()
-	fact := n.boxes[id]
+	defer n.mu.Unlock()
+	fact = n.boxes[id]
+	if !fact.Alive {
+		return fact, false
+	}
 	fact.Alive = false
 	n.boxes[id] = fact
-	n.mu.Unlock()
-	n.lost <- fact
+	return fact, true
+}
+
+// Die ends a sandbox's processes and reports it lost, as the real node does.
+func (n *Node) Die(id sandbox.ID) {
+	if fact, killed := n.Kill(id); killed {
+		n.lost <- fact
+	}
 }
 
 // Calls lists what was called, in order.
@@ -133,8 +238,13 @@ func (n *Node) Calls() []string {
 	return append([]string(nil), n.calls...)
 }
 
-func (n *Node) note(call string) {
+// called notes a call and asks its hook.
+func called[T any](ctx context.Context, n *Node, what string, id sandbox.ID, arg T, hook func(context.Context, T) error) error {
 	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.calls = append(n.calls, call)
+	n.calls = append(n.calls, what+" "+string(id))
+	n.mu.Unlock()
+	if hook == nil {
+		return nil
+	}
+	return hook(ctx, arg)
 }

@@ -26,31 +26,33 @@ func (s *Service) Destroy(ctx context.Context, orgID string, id ID) error {
 // destroy ends the sandbox if it is still in the given life ("" is any). It goes on
 // when ctx ends; ctx only bounds the wait.
 func (s *Service) destroy(ctx context.Context, id ID, run string, why Reason) error {
+	done := make(chan error, 1)
+	go func() { done <- s.end(id, run, why) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// end interrupts what is being done to the sandbox and takes it apart.
+func (s *Service) end(id ID, run string, why Reason) error {
 	for {
-		if op := s.begin(id, opDestroy); op != nil {
-			go func() {
-				s.finish(id, op, Sandbox{}, s.takeApart(op.ctx, id, run, why))
-			}()
-			_, err := op.wait(ctx)
-			return err
-		}
-		s.mu.Lock()
-		op, closed := s.work[id], s.closed
-		s.mu.Unlock()
+		op, mine := s.begin(id, opDestroy)
 		switch {
-		case op == nil && closed:
+		case op == nil:
 			return errClosing
-		case op == nil: // it ended in between
-		case op.kind == opDestroy:
-			_, err := op.wait(ctx)
+		case mine:
+			err := s.takeApart(op.ctx, id, run, why)
+			s.finish(id, op, Sandbox{}, err)
 			return err
+		case op.kind == opDestroy:
+			<-op.done
+			return op.err
 		default:
 			op.cancel(errInterrupted)
-			select {
-			case <-op.done:
-			case <-ctx.Done():
-				return ctx.Err()
-			}
+			<-op.done
 		}
 	}
 }
@@ -73,7 +75,7 @@ func (s *Service) takeApart(ctx context.Context, id ID, run string, why Reason) 
 			return fmt.Errorf("claiming %s to destroy it: %w", id, err)
 		}
 	}
-	s.disarm(id)
+	s.untrack(id)
 	if err := s.node.Destroy(ctx, id); err != nil {
 		return fmt.Errorf("taking %s apart: %w", id, err)
 	}
@@ -86,28 +88,12 @@ func (s *Service) takeApart(ctx context.Context, id ID, run string, why Reason) 
 	return err
 }
 
-// arm sets the timer of an ephemeral sandbox's end, replacing an earlier one.
-func (s *Service) arm(box Sandbox) {
-	if box.Mode != Ephemeral || box.ExpiresAt.IsZero() {
-		return
-	}
+// extend moves the end of an ephemeral sandbox's life to where its row has it.
+func (s *Service) extend(box Sandbox) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed {
-		return
-	}
-	if t := s.timers[box.ID]; t != nil {
-		t.Stop()
-	}
-	s.timers[box.ID] = time.AfterFunc(time.Until(box.ExpiresAt), func() { s.expire(box.ID) })
-}
-
-func (s *Service) disarm(id ID) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if t := s.timers[id]; t != nil {
-		t.Stop()
-		delete(s.timers, id)
+	if l := s.lives[box.ID]; l != nil && l.run == box.Run && l.end != nil && !s.closed {
+		l.end.Reset(time.Until(box.ExpiresAt))
 	}
 }
 
@@ -116,15 +102,21 @@ func (s *Service) expire(id ID) {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanupTimeout)
 	defer cancel()
 	box, err := s.store.Get(ctx, id)
-	if err != nil {
-		s.log.ErrorContext(ctx, "reading an expired sandbox", "sandbox", id, "error", err)
+	if err == nil && time.Now().Before(box.ExpiresAt) {
+		s.extend(box)
 		return
 	}
-	if time.Now().Before(box.ExpiresAt) {
-		s.arm(box)
+	if err == nil {
+		err = s.destroy(ctx, id, box.Run, Expired)
+	}
+	if err == nil {
 		return
 	}
-	if err := s.destroy(ctx, id, box.Run, Expired); err != nil {
-		s.log.ErrorContext(ctx, "destroying an expired sandbox", "sandbox", id, "error", err)
+	s.log.ErrorContext(ctx, "destroying an expired sandbox", "sandbox", id, "error", err)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	// Once it is claimed reconcile has it; before that nobody but this timer.
+	if l := s.lives[id]; l != nil && !s.closed {
+		l.end.Reset(retryAfter)
 	}
 }

@@ -11,8 +11,12 @@ import (
 type opKind string
 
 const (
-	opCreate  opKind = "create"
-	opDestroy opKind = "destroy"
+	opCreate     opKind = "create"
+	opDestroy    opKind = "destroy"
+	opSuspend    opKind = "suspend"
+	opWake       opKind = "wake"
+	opCheckpoint opKind = "checkpoint"
+	opSettle     opKind = "settle" // makes row and host agree
 )
 
 // operation is work on one sandbox under way in this process. Its context
@@ -21,18 +25,27 @@ type operation struct {
 	kind   opKind
 	ctx    context.Context
 	cancel context.CancelCauseFunc
-	done   chan struct{} // closed by finish, after result and err are set
+	done   chan struct{} // closed by finish, after what follows is set
 	result Sandbox
+	point  Point // of a checkpoint
 	err    error
 }
 
 // wait returns the operation's result, or ctx's error if that ends first.
 func (op *operation) wait(ctx context.Context) (Sandbox, error) {
+	if err := op.ended(ctx); err != nil {
+		return Sandbox{}, err
+	}
+	return op.result, op.err
+}
+
+// ended waits until the operation is over, whatever came of it.
+func (op *operation) ended(ctx context.Context) error {
 	select {
 	case <-op.done:
-		return op.result, op.err
+		return nil
 	case <-ctx.Done():
-		return Sandbox{}, ctx.Err()
+		return ctx.Err()
 	}
 }
 
@@ -41,19 +54,28 @@ var (
 	errClosing     = fault.New(fault.Unavailable, "shutting_down", "the server is shutting down").After(2 * time.Second)
 )
 
-// begin registers an operation on a sandbox nobody works on. It returns nil when
-// somebody does, or when the service is closing.
-func (s *Service) begin(id ID, kind opKind) *operation {
+// begin registers an operation on a sandbox nobody works on (mine), or returns the
+// one that is under way. It returns nil when there is none and the service is
+// closing.
+func (s *Service) begin(id ID, kind opKind) (op *operation, mine bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed || s.work[id] != nil {
-		return nil
+	if op := s.work[id]; op != nil || s.closed {
+		return op, false
 	}
-	op := &operation{kind: kind, done: make(chan struct{})}
+	op = &operation{kind: kind, done: make(chan struct{})}
 	op.ctx, op.cancel = context.WithCancelCause(context.Background())
 	s.work[id] = op
 	s.wg.Add(1)
-	return op
+	return op, true
+}
+
+// do works on the operation that the caller has begun, and finishes it.
+func (s *Service) do(id ID, op *operation, work func(ctx context.Context) (Sandbox, error)) {
+	go func() {
+		result, err := work(op.ctx)
+		s.finish(id, op, result, err)
+	}()
 }
 
 // finish hands the result to everybody who waits.

@@ -36,6 +36,7 @@ type Change struct {
 	To     State
 	At     time.Time
 	Reason string // for the event
+	Detail string // for the event
 
 	// Quota, if not nil, is checked as in Insert before the row is touched, as if
 	// the sandbox were new: waking one takes the vCPUs and the memory that a
@@ -48,11 +49,11 @@ type Change struct {
 	ExpiresAt      *time.Time
 	SuspendedAt    *time.Time // the zero time writes "does not apply"
 	LastActivityAt *time.Time
-	DestroyedAt   *time.Time
-	DestroyReason *Reason
-	Error         *string
-	Source        *Source
-	Token         *string
+	DestroyedAt    *time.Time
+	DestroyReason  *Reason
+	Error          *string
+	Source         *Source
+	Token          *string
 }
 
 // Store keeps the rows. Every method is atomic and durable when it returns.

@@ -5,26 +5,31 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/cayhq/cay/internal/fault"
 )
 
 // Action is what has to be done so that a row and the host agree again.
 type Action string
 
-// The actions.
+// The actions. Those that clean the host leave the recovery point where it is, except
+// Remove, Abandon, Lose and Finish.
 const (
 	Leave   Action = "leave"   // they agree
-	Adopt   Action = "adopt"   // it runs: set its timers
+	Adopt   Action = "adopt"   // it runs: make it usable, set its timers
 	Remove  Action = "remove"  // the host has what no living row owns
 	Abandon Action = "abandon" // a start that a crash interrupted: clean up, failed
-	Lose    Action = "lose"    // its processes are gone: clean up, destroyed with reason lost
+	Lose    Action = "lose"    // its processes are gone and there is no recovery point: clean up, destroyed with reason lost
+	Fall    Action = "fall"    // its processes are gone: clean the host, suspended at its recovery point
 	Finish  Action = "finish"  // a destroy that a crash interrupted: do it again
-	Rest    Action = "rest"    // clean the host, suspended with the checkpoint it has
-	Resume  Action = "resume"  // a suspend that a crash interrupted before it took: running
+	Rest    Action = "rest"    // a suspend or a wake that a crash interrupted: clean the host, suspended
+	Clear   Action = "clear"   // suspended already, with something of a life left: clean the host
+	Resume  Action = "resume"  // a suspend that did not take: running
 )
 
-// Decide is the whole of what cay makes of a crash: a pure function of a row (nil if
-// there is none) and of what the host has (nil if nothing). Nobody may be at work
-// on the sandbox.
+// Decide is the whole of what cay makes of a crash, and of a suspend or a wake that
+// failed: a pure function of a row (nil if there is none) and of what the host has
+// (nil if nothing). Nobody else may be at work on the sandbox.
 func Decide(row *Sandbox, fact *Fact) Action {
 	if row == nil {
 		if fact == nil {
@@ -33,24 +38,36 @@ func Decide(row *Sandbox, fact *Fact) Action {
 		return Remove
 	}
 	alive := fact != nil && fact.Alive && fact.Run == row.Run
+	point := fact != nil && fact.Point != nil
 	switch row.State {
 	case Creating:
 		return Abandon
 	case Running:
-		if alive {
+		switch {
+		case alive:
 			return Adopt
+		case point:
+			return Fall
 		}
 		return Lose
 	case Suspending:
-		if alive {
+		switch {
+		case alive:
 			return Resume
+		case point:
+			return Rest
 		}
 		return Lose
+	case Suspended:
+		if fact != nil && fact.Remains {
+			return Clear
+		}
+		return Leave // also without a point: to wake it says why not, to destroy it is up to the user
 	case Waking:
-		return Rest
+		return Rest // what was woken has not been used by anybody
 	case Destroying:
 		return Finish
-	default: // suspended, destroyed, failed: they own nothing that runs
+	default: // destroyed, failed: they own nothing
 		if fact != nil {
 			return Remove
 		}
@@ -61,8 +78,6 @@ func Decide(row *Sandbox, fact *Fact) Action {
 // Reconcile makes rows and host agree. It skips sandboxes that somebody works on.
 // It goes on after errors and joins them.
 func (s *Service) Reconcile(ctx context.Context) error {
-	// Facts first: a sandbox that is made in between has a row by the time the rows
-	// are read, one that goes in between has none.
 	facts, err := s.node.List(ctx)
 	if err != nil {
 		return fmt.Errorf("listing what the machine has: %w", err)
@@ -78,72 +93,143 @@ func (s *Service) Reconcile(ctx context.Context) error {
 	var errs []error
 	for i := range rows {
 		row := &rows[i]
-		fact := byID[row.ID]
+		a := Decide(row, byID[row.ID])
 		delete(byID, row.ID)
-		errs = append(errs, s.apply(ctx, row.ID, row, fact, Decide(row, fact)))
+		if a == Leave || a == Adopt && s.tracked(*row) {
+			continue
+		}
+		errs = append(errs, s.lookAfter(row.ID))
 	}
-	for id, fact := range byID {
-		errs = append(errs, s.apply(ctx, id, nil, fact, Decide(nil, fact)))
+	for id := range byID {
+		errs = append(errs, s.lookAfter(id))
 	}
 	return errors.Join(errs...)
 }
 
-func (s *Service) apply(ctx context.Context, id ID, row *Sandbox, fact *Fact, a Action) error {
-	if s.busy(id) || a == Leave {
+// lookAfter settles a sandbox, unless somebody works on it.
+func (s *Service) lookAfter(id ID) error {
+	op, mine := s.begin(id, opSettle)
+	if !mine {
 		return nil
 	}
-	if a != Adopt {
-		s.log.WarnContext(ctx, "reconciling", "sandbox", id, "action", a)
-	}
-	switch a {
-	case Adopt:
-		s.mu.Lock()
-		armed := s.timers[id] != nil
-		s.mu.Unlock()
-		if !armed {
-			s.arm(*row)
-		}
-		return nil
-	case Lose:
-		return s.destroy(ctx, id, row.Run, Lost)
-	case Finish:
-		return s.destroy(ctx, id, row.Run, row.DestroyReason)
-	}
-	op := s.begin(id, opDestroy)
-	if op == nil {
-		return nil
-	}
-	err := s.settle(ctx, id, row, a)
+	err := s.settle(op.ctx, id, note{reason: reasonInterrupted})
 	s.finish(id, op, Sandbox{}, err)
 	return err
 }
 
-// settle carries out the actions that are neither a destroy nor an adoption.
-func (s *Service) settle(ctx context.Context, id ID, row *Sandbox, a Action) error {
-	if row != nil {
-		// Somebody may have finished with it since it was read.
-		now, err := s.store.Get(ctx, id)
-		if err != nil {
-			return err
-		}
-		if now.State != row.State || now.Run != row.Run {
-			return nil
-		}
-	}
-	if a == Resume {
-		_, err := s.transition(ctx, Change{ID: id, From: []State{Suspending}, To: Running, At: time.Now().UTC(), Reason: "interrupted"})
+// note is what is written down with what [Service.settle] does.
+type note struct {
+	reason, detail string  // of the event
+	hinders        *string // the row's Error, if a wake failed by the sandbox's own fault
+}
+
+// settle makes one sandbox's row and the host agree; the caller holds the operation,
+// so that neither changes meanwhile.
+func (s *Service) settle(ctx context.Context, id ID, why note) error {
+	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
+	defer cancel()
+	var row *Sandbox
+	box, err := s.store.Get(ctx, id)
+	switch {
+	case err == nil:
+		row = &box
+	case !fault.Is(err, fault.NotFound):
 		return err
+	}
+	fact, err := s.node.Inspect(ctx, id)
+	if err != nil {
+		return fmt.Errorf("looking at what the machine has of %s: %w", id, err)
+	}
+	a := Decide(row, fact)
+	if a != Leave && a != Adopt {
+		s.log.WarnContext(ctx, "reconciling", "sandbox", id, "action", a)
+	}
+	switch a {
+	case Leave:
+		return nil
+	case Adopt:
+		s.adopt(*row, fact)
+		return nil
+	case Resume:
+		return s.resume(ctx, *row, fact, why)
+	case Fall, Rest, Clear:
+		return s.rest(ctx, *row, fact, a, why)
+	case Lose:
+		return s.takeApart(ctx, id, row.Run, Lost)
+	case Finish:
+		return s.takeApart(ctx, id, row.Run, row.DestroyReason)
 	}
 	if err := s.node.Destroy(ctx, id); err != nil {
 		return fmt.Errorf("clearing what is left of %s: %w", id, err)
 	}
-	switch a {
-	case Abandon:
+	if a == Abandon {
 		return s.fail(ctx, *row, BootFailed, "the server stopped while the sandbox was being created")
-	case Rest:
-		_, err := s.transition(ctx, Change{ID: id, From: []State{Waking}, To: Suspended, At: time.Now().UTC(), Reason: "interrupted"})
+	}
+	return nil // Remove
+}
+
+// adopt makes a sandbox usable that was running before this server.
+func (s *Service) adopt(row Sandbox, fact *Fact) {
+	if s.tracked(row) {
+		return
+	}
+	l := newLife(row)
+	if fact.Point != nil {
+		l.looked = fact.Point.At
+	}
+	s.track(l)
+}
+
+// resume takes a sandbox whose suspend did not take back to running, where its timer
+// leaves it alone for a while.
+func (s *Service) resume(ctx context.Context, row Sandbox, fact *Fact, why note) error {
+	now := time.Now().UTC()
+	running, err := s.transition(ctx, Change{ID: row.ID, From: []State{Suspending}, Run: row.Run, To: Running, At: now,
+		Reason: why.reason, Detail: why.detail})
+	if err != nil {
 		return err
-	default: // Remove
+	}
+	l := newLife(running)
+	l.after = now.Add(retryAfter)
+	if fact.Point != nil {
+		l.looked = fact.Point.At
+	}
+	s.track(l)
+	return nil
+}
+
+// rest clears the host of a sandbox but for its recovery point, and makes its row
+// suspended. When the host cannot be cleared the row stays as it is.
+func (s *Service) rest(ctx context.Context, row Sandbox, fact *Fact, a Action, why note) error {
+	last := s.untrack(row.ID)
+	if err := s.node.Rest(ctx, row.ID); err != nil {
+		return fmt.Errorf("clearing what is left of %s: %w", row.ID, err)
+	}
+	if a == Clear {
 		return nil
 	}
+	c := Change{ID: row.ID, From: []State{row.State}, Run: row.Run, To: Suspended, At: time.Now().UTC(),
+		Reason: why.reason, Detail: why.detail, Error: why.hinders}
+	if row.State != Waking { // it comes from a life that was used
+		c.SuspendedAt, c.LastActivityAt = &fact.Point.At, last
+		c.Detail = "fell back to the recovery point of " + fact.Point.At.UTC().Format(time.RFC3339)
+		if a == Fall {
+			c.Reason = string(Lost)
+		}
+	}
+	_, err := s.transition(ctx, c)
+	return err
+}
+
+// present reads the row for whoever holds the operation. A claim that nobody works on,
+// and a running sandbox that nobody has adopted, are settled first.
+func (s *Service) present(ctx context.Context, id ID) (Sandbox, error) {
+	box, err := s.store.Get(ctx, id)
+	if err != nil || !box.State.Claim() && (box.State != Running || s.tracked(box)) {
+		return box, err
+	}
+	if err := s.settle(ctx, id, note{reason: reasonInterrupted}); err != nil {
+		return Sandbox{}, err
+	}
+	return s.store.Get(ctx, id)
 }

@@ -16,22 +16,44 @@ import (
 
 // TestDecide holds the whole product of rows and facts.
 func TestDecide(t *testing.T) {
+	point := &sandbox.Point{Run: "before"}
 	facts := map[string]*sandbox.Fact{
-		"nothing": nil,
-		"alive":   {Run: "now", Alive: true},
-		"dead":    {Run: "now"},
-		"other":   {Run: "before", Alive: true}, // an earlier life's processes
+		"nothing":     nil,
+		"alive":       {Run: "now", Alive: true, Remains: true},
+		"dead":        {Run: "now", Remains: true},
+		"other":       {Run: "before", Alive: true, Remains: true}, // an earlier life's processes
+		"part":        {Remains: true},                             // the node cannot tell which life it is of
+		"alive+point": {Run: "now", Alive: true, Remains: true, Point: point},
+		"dead+point":  {Run: "now", Remains: true, Point: point},
+		"other+point": {Run: "before", Alive: true, Remains: true, Point: point},
+		"part+point":  {Remains: true, Point: point},
+		"point":       {Point: point},
+		"directory":   {}, // neither a life nor a point
 	}
+	all := func(a sandbox.Action) map[string]sandbox.Action {
+		m := map[string]sandbox.Action{}
+		for name := range facts {
+			m[name] = a
+		}
+		return m
+	}
+	but := func(m map[string]sandbox.Action, a sandbox.Action, names ...string) map[string]sandbox.Action {
+		for _, name := range names {
+			m[name] = a
+		}
+		return m
+	}
+	withPoint := []string{"dead+point", "other+point", "part+point", "point"}
 	want := map[sandbox.State]map[string]sandbox.Action{
-		"":                 {"nothing": sandbox.Leave, "alive": sandbox.Remove, "dead": sandbox.Remove, "other": sandbox.Remove},
-		sandbox.Creating:   {"nothing": sandbox.Abandon, "alive": sandbox.Abandon, "dead": sandbox.Abandon, "other": sandbox.Abandon},
-		sandbox.Running:    {"nothing": sandbox.Lose, "alive": sandbox.Adopt, "dead": sandbox.Lose, "other": sandbox.Lose},
-		sandbox.Suspending: {"nothing": sandbox.Lose, "alive": sandbox.Resume, "dead": sandbox.Lose, "other": sandbox.Lose},
-		sandbox.Suspended:  {"nothing": sandbox.Leave, "alive": sandbox.Remove, "dead": sandbox.Remove, "other": sandbox.Remove},
-		sandbox.Waking:     {"nothing": sandbox.Rest, "alive": sandbox.Rest, "dead": sandbox.Rest, "other": sandbox.Rest},
-		sandbox.Destroying: {"nothing": sandbox.Finish, "alive": sandbox.Finish, "dead": sandbox.Finish, "other": sandbox.Finish},
-		sandbox.Destroyed:  {"nothing": sandbox.Leave, "alive": sandbox.Remove, "dead": sandbox.Remove, "other": sandbox.Remove},
-		sandbox.Failed:     {"nothing": sandbox.Leave, "alive": sandbox.Remove, "dead": sandbox.Remove, "other": sandbox.Remove},
+		"":                 but(all(sandbox.Remove), sandbox.Leave, "nothing"),
+		sandbox.Creating:   all(sandbox.Abandon),
+		sandbox.Running:    but(but(all(sandbox.Lose), sandbox.Adopt, "alive", "alive+point"), sandbox.Fall, withPoint...),
+		sandbox.Suspending: but(but(all(sandbox.Lose), sandbox.Resume, "alive", "alive+point"), sandbox.Rest, withPoint...),
+		sandbox.Suspended:  but(all(sandbox.Clear), sandbox.Leave, "nothing", "point", "directory"),
+		sandbox.Waking:     all(sandbox.Rest),
+		sandbox.Destroying: all(sandbox.Finish),
+		sandbox.Destroyed:  but(all(sandbox.Remove), sandbox.Leave, "nothing"),
+		sandbox.Failed:     but(all(sandbox.Remove), sandbox.Leave, "nothing"),
 	}
 	for _, state := range append(sandbox.States(), "") {
 		for name, fact := range facts {

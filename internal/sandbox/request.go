@@ -117,14 +117,7 @@ func (r Request) check(cfg Config) error {
 	if err := CheckEnv(r.Env); err != nil {
 		return err
 	}
-	if err := checkMetadata(r.Metadata); err != nil {
-		return err
-	}
-	// Last: a request that is wrong should hear of that first.
-	if Mode(r.Mode) == Persistent {
-		return fault.New(fault.Unsupported, "persistent_unsupported", "persistent sandboxes are not part of this version yet; use mode ephemeral")
-	}
-	return nil
+	return checkMetadata(r.Metadata)
 }
 
 var envName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
@@ -173,7 +166,14 @@ func (r Request) resolve(cfg Config, orgID string, v TemplateVersion, now time.T
 		Template: v.Name, TemplateID: v.ID, TemplateVersion: v.Version, Image: v.Image,
 		User: v.User, Workdir: v.Workdir, Metadata: r.Metadata,
 		DiskMB: firstPositive(v.DiskMB, cfg.DefaultDisk), Egress: v.Egress,
-		Timeout: DefaultTimeout, CreatedAt: now.UTC(), Source: Cold,
+		CreatedAt: now.UTC(), Source: Cold,
+	}
+	if Mode(r.Mode) == Persistent {
+		box.Mode, box.LastActivityAt = Persistent, box.CreatedAt
+		box.IdleTimeout = or(r.IdleTimeout, DefaultIdleTimeout)
+		box.RecoveryInterval = or(r.RecoveryInterval, DefaultRecoveryInterval)
+	} else {
+		box.Timeout = or(r.Timeout, DefaultTimeout)
 	}
 	box.Env = maps.Clone(v.Env)
 	if box.Env == nil {
@@ -191,9 +191,6 @@ func (r Request) resolve(cfg Config, orgID string, v TemplateVersion, now time.T
 	}
 	if r.DiskSizeMB != nil {
 		box.DiskMB = *r.DiskSizeMB
-	}
-	if r.Timeout != nil {
-		box.Timeout = *r.Timeout
 	}
 	if r.Egress != nil {
 		box.Egress = *r.Egress
@@ -221,6 +218,14 @@ func (c Config) size(name string) (Size, bool) {
 		}
 	}
 	return Size{}, false
+}
+
+// or is what p points to, else what stands in for it.
+func or[T any](p *T, otherwise T) T {
+	if p != nil {
+		return *p
+	}
+	return otherwise
 }
 
 func firstPositive(values ...int) int {

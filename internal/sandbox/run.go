@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"errors"
 	"time"
 )
 
@@ -15,9 +16,10 @@ const (
 )
 
 // Run does what has to be done over time until ctx ends: it notices sandboxes
-// whose processes ended, reconciles, and drops old rows. Call [Service.Reconcile]
+// whose processes ended, reconciles, writes down last activities, and drops old rows. Call [Service.Reconcile]
 // once before, so that timers are set when the first request comes.
 func (s *Service) Run(ctx context.Context) {
+	go s.flushing(ctx)
 	reconcile, purge := time.NewTicker(reconcileEvery), time.NewTicker(purgeEvery)
 	defer reconcile.Stop()
 	defer purge.Stop()
@@ -26,7 +28,7 @@ func (s *Service) Run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case fact := <-s.node.Lost():
-			go s.lost(context.WithoutCancel(ctx), fact)
+			go s.lost(ctx, fact)
 		case <-reconcile.C:
 			if err := s.Reconcile(ctx); err != nil && ctx.Err() == nil {
 				s.log.ErrorContext(ctx, "reconciling", "error", err)
@@ -42,34 +44,45 @@ func (s *Service) Run(ctx context.Context) {
 	}
 }
 
+// lost looks after a sandbox whose processes ended, when whoever is at work on it is
+// through.
 func (s *Service) lost(ctx context.Context, fact Fact) {
-	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
-	defer cancel()
-	if s.busy(fact.ID) { // somebody is at work on it and sees for himself
-		return
-	}
-	if err := s.destroy(ctx, fact.ID, fact.Run, Lost); err != nil {
-		s.log.ErrorContext(ctx, "destroying a lost sandbox", "sandbox", fact.ID, "error", err)
+	for {
+		op, mine := s.begin(fact.ID, opSettle)
+		if op == nil {
+			return
+		}
+		if mine {
+			err := s.settle(op.ctx, fact.ID, note{reason: reasonInterrupted})
+			s.finish(fact.ID, op, Sandbox{}, err)
+			if err != nil { // reconcile comes back for it
+				s.log.ErrorContext(ctx, "looking after a lost sandbox", "sandbox", fact.ID, "error", err)
+			}
+			return
+		}
+		<-op.done
 	}
 }
 
 // Close stops the timers, lets operations under way finish until ctx ends, and
-// interrupts the rest: reconcile finds their claims at the next start. Sandboxes
-// go on running.
+// writes down last activities. What is not finished by then is given up with the
+// process: reconcile finds the claims at the next start. Sandboxes go on running.
 func (s *Service) Close(ctx context.Context) error {
 	s.mu.Lock()
 	s.closed = true
-	for id, t := range s.timers {
-		t.Stop()
-		delete(s.timers, id)
+	for _, l := range s.lives {
+		l.stop()
 	}
 	s.mu.Unlock()
 	done := make(chan struct{})
 	go func() { s.wg.Wait(); close(done) }()
+	var err error
 	select {
 	case <-done:
-		return nil
 	case <-ctx.Done():
-		return ctx.Err()
+		err = ctx.Err()
 	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushTimeout)
+	defer cancel()
+	return errors.Join(err, s.flush(ctx))
 }

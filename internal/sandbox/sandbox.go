@@ -99,10 +99,10 @@ type Sandbox struct {
 	StartedAt      time.Time
 	ExpiresAt      time.Time // ephemeral only
 	LastActivityAt time.Time // persistent only
-	SuspendedAt    time.Time
+	SuspendedAt    time.Time // the time of the recovery point it would wake from
 	DestroyedAt    time.Time
 	DestroyReason  Reason
-	Error          string // why it failed, for the user
+	Error          string // why it failed, or why it could not be woken, for the user
 	Source         Source
 
 	// Token authorises the host to the agent inside. Secret: never in an
@@ -129,4 +129,5 @@ type Event struct {
 	From      State // "" for the first
 	To        State
 	Reason    string
+	Detail    string // what there is to say beyond the reason, for people; "" is nothing
 }

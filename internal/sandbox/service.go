@@ -30,11 +30,13 @@ type Service struct {
 	observe   func(Event)
 	leases    atomic.Int64
 
+	recoveries chan struct{} // one in it for each recovery point being taken by timer
+
 	mu sync.Mutex
 	// +checklocks:mu
 	work map[ID]*operation // what is being done, at most one per sandbox; guarded by mu
 	// +checklocks:mu
-	timers map[ID]*time.Timer // ends of ephemeral lives; guarded by mu
+	lives map[ID]*life // of running sandboxes, while they may be used; guarded by mu
 	// +checklocks:mu
 	closed bool           // no timers and no operations start any more; guarded by mu
 	wg     sync.WaitGroup // operations under way
@@ -47,36 +49,29 @@ func New(cfg Config, store Store, node Node, templates Templates, log *slog.Logg
 		observe = func(Event) {}
 	}
 	return &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe,
-		work: map[ID]*operation{}, timers: map[ID]*time.Timer{}}
+		recoveries: make(chan struct{}, recoveriesAtOnce), work: map[ID]*operation{}, lives: map[ID]*life{}}
 }
 
-// Lease is the right to talk to a running sandbox's agent. While it is held the
-// sandbox counts as in use. Release it exactly once.
-type Lease struct {
-	Sandbox Sandbox // with its Token
-	leases  *atomic.Int64
+// Caller is the organization that asks for a sandbox to run, and what it may have.
+type Caller struct {
+	OrgID string
+	Quota Quota
 }
-
-// Release ends the lease.
-func (l *Lease) Release() { l.leases.Add(-1) }
-
-// InUse is the number of leases held now.
-func (s *Service) InUse() int64 { return s.leases.Load() }
 
 // Create makes a sandbox for an organization and returns it running; with
 // wait false it returns at once, creating. See [Request] for what is refused:
 // Invalid naming the field, NotFound or Conflict for the template, Exhausted
 // over quota, Unavailable when no machine has room, Unsupported for what this
 // version does not enforce yet. The sandbox goes on being made when ctx ends.
-func (s *Service) Create(ctx context.Context, orgID string, q Quota, r Request, once Once, wait bool) (Sandbox, error) {
+func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wait bool) (Sandbox, error) {
 	if err := r.check(s.cfg); err != nil {
 		return Sandbox{}, err
 	}
-	version, err := s.templates.Ready(ctx, orgID, r.Template)
+	version, err := s.templates.Ready(ctx, c.OrgID, r.Template)
 	if err != nil {
 		return Sandbox{}, err
 	}
-	box, err := r.resolve(s.cfg, orgID, version, time.Now())
+	box, err := r.resolve(s.cfg, c.OrgID, version, time.Now())
 	if err != nil {
 		return Sandbox{}, err
 	}
@@ -85,11 +80,11 @@ func (s *Service) Create(ctx context.Context, orgID string, q Quota, r Request, 
 	}
 	// The claim is taken before the row exists, so that nobody who finds the row
 	// can come between.
-	op := s.begin(box.ID, opCreate)
+	op, _ := s.begin(box.ID, opCreate)
 	if op == nil {
 		return Sandbox{}, errClosing
 	}
-	prior, found, err := s.store.Insert(ctx, box, q, once)
+	prior, found, err := s.store.Insert(ctx, box, c.Quota, once)
 	if err != nil || found {
 		s.finish(box.ID, op, Sandbox{}, err)
 		if err != nil {
@@ -98,10 +93,7 @@ func (s *Service) Create(ctx context.Context, orgID string, q Quota, r Request, 
 		return s.repeated(ctx, prior, wait)
 	}
 	s.observe(Event{SandboxID: box.ID, At: box.CreatedAt, To: Creating})
-	go func() {
-		made, err := s.boot(op.ctx, box)
-		s.finish(box.ID, op, made, err)
-	}()
+	s.do(box.ID, op, func(ctx context.Context) (Sandbox, error) { return s.boot(ctx, box) })
 	if !wait {
 		return box, nil
 	}
@@ -132,10 +124,12 @@ func (s *Service) boot(ctx context.Context, box Sandbox) (Sandbox, error) {
 		if box.Mode == Ephemeral {
 			end := now.Add(box.Timeout)
 			change.ExpiresAt = &end
+		} else {
+			change.LastActivityAt = &now
 		}
 		running, err := s.transition(ctx, change)
 		if err == nil {
-			s.arm(running)
+			s.track(newLife(running))
 			return running, nil
 		}
 		return Sandbox{}, s.bootFailed(ctx, box, err)
@@ -146,7 +140,7 @@ func (s *Service) boot(ctx context.Context, box Sandbox) (Sandbox, error) {
 // bootFailed cleans up and writes down why, unless destroy took over.
 func (s *Service) bootFailed(ctx context.Context, box Sandbox, cause error) error {
 	if context.Cause(ctx) == errInterrupted {
-		return fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s was destroyed while it was being created", box.ID)
+		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while it was being created", box.ID)
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 	defer cancel()
@@ -156,7 +150,7 @@ func (s *Service) bootFailed(ctx context.Context, box Sandbox, cause error) erro
 		s.log.ErrorContext(ctx, "cleaning up a failed start", "sandbox", box.ID, "error", err)
 		return startError(box.ID, cause)
 	}
-	if err := s.fail(ctx, box, BootFailed, publicText(cause)); err != nil {
+	if err := s.fail(ctx, box, BootFailed, publicText(cause, "the sandbox did not start; the server's log has the cause")); err != nil {
 		s.log.ErrorContext(ctx, "writing down a failed start", "sandbox", box.ID, "error", err)
 	}
 	return startError(box.ID, cause)
@@ -171,11 +165,12 @@ func startError(id ID, cause error) error {
 	return fault.New(fault.Internal, "boot_failed", "sandbox %s did not start", id).Because(cause)
 }
 
-func publicText(err error) string {
-	if e := fault.As(err); e != nil {
+// publicText is what a user may read of an error: its detail, else what stands in.
+func publicText(err error, otherwise string) string {
+	if e := fault.As(err); e != nil && e.Detail != "" {
 		return e.Detail
 	}
-	return "the sandbox did not start; the server's log has the cause"
+	return otherwise
 }
 
 // fail ends a sandbox that never ran, or whose start a crash interrupted.
@@ -190,7 +185,7 @@ func (s *Service) fail(ctx context.Context, box Sandbox, why Reason, text string
 }
 
 // Get returns a sandbox of the organization: NotFound if there is none, Denied
-// (code "not_your_sandbox") if it is another's.
+// (code "not_your_sandbox") if it is another's. It is no activity and wakes nobody.
 func (s *Service) Get(ctx context.Context, orgID string, id ID) (Sandbox, error) {
 	if !id.Valid() {
 		return Sandbox{}, notFound(id)
@@ -202,21 +197,27 @@ func (s *Service) Get(ctx context.Context, orgID string, id ID) (Sandbox, error)
 	if box.OrgID != orgID {
 		return Sandbox{}, fault.New(fault.Denied, "not_your_sandbox", "sandbox %s belongs to another organization", id)
 	}
-	return box, nil
+	return s.shown(box), nil
 }
 
 func notFound(id ID) error {
 	return fault.New(fault.NotFound, "sandbox_not_found", "there is no sandbox %q", string(id))
 }
 
+const codeNotRunning = "sandbox_not_running"
+
 // notRunning is the answer to a call that needs a running sandbox.
 func notRunning(box Sandbox) error {
-	return fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is %s", box.ID, box.State)
+	return fault.New(fault.Conflict, codeNotRunning, "sandbox %s is %s", box.ID, box.State)
 }
 
 // List returns a page of the organization's sandboxes.
 func (s *Service) List(ctx context.Context, f Filter) ([]Sandbox, string, error) {
-	return s.store.List(ctx, f)
+	boxes, next, err := s.store.List(ctx, f)
+	for i := range boxes {
+		boxes[i] = s.shown(boxes[i])
+	}
+	return boxes, next, err
 }
 
 // Keepalive gives an ephemeral sandbox a new lifetime from now; nil is its own,
@@ -240,61 +241,19 @@ func (s *Service) Keepalive(ctx context.Context, orgID string, id ID, timeout *t
 	if box, err = s.store.SetExpiry(ctx, id, time.Now().UTC().Add(life), life); err != nil {
 		return Sandbox{}, err
 	}
-	s.arm(box)
+	s.extend(box)
 	return box, nil
-}
-
-// Connect waits until a sandbox being created runs and leases it. A state that
-// cannot become running is Conflict, code "sandbox_not_running".
-func (s *Service) Connect(ctx context.Context, orgID string, id ID) (*Lease, error) {
-	box, err := s.Wake(ctx, orgID, id)
-	if err != nil {
-		return nil, err
-	}
-	s.leases.Add(1)
-	return &Lease{Sandbox: box, leases: &s.leases}, nil
-}
-
-// Wake answers with a running sandbox as it is. Creating and destroyed ones are
-// Conflict, code "sandbox_not_running".
-func (s *Service) Wake(ctx context.Context, orgID string, id ID) (Sandbox, error) {
-	box, err := s.Get(ctx, orgID, id)
-	if err != nil {
-		return Sandbox{}, err
-	}
-	if box.State != Running {
-		return Sandbox{}, notRunning(box)
-	}
-	return box, nil
-}
-
-// Suspend is Conflict for every sandbox of this version: none is persistent.
-func (s *Service) Suspend(ctx context.Context, orgID string, id ID) (Sandbox, error) {
-	return s.persistentOnly(ctx, orgID, id)
-}
-
-// Checkpoint is Conflict for every sandbox of this version: none is persistent.
-func (s *Service) Checkpoint(ctx context.Context, orgID string, id ID) (Sandbox, error) {
-	return s.persistentOnly(ctx, orgID, id)
-}
-
-func (s *Service) persistentOnly(ctx context.Context, orgID string, id ID) (Sandbox, error) {
-	box, err := s.Get(ctx, orgID, id)
-	if err != nil {
-		return Sandbox{}, err
-	}
-	if box.State != Running {
-		return Sandbox{}, notRunning(box)
-	}
-	return Sandbox{}, fault.New(fault.Conflict, "sandbox_not_persistent", "sandbox %s is %s: only persistent ones are suspended", id, box.Mode)
 }
 
 // SetEgress replaces the policy of a running sandbox. Until deny_all is enforced
 // it is refused as Unsupported, and allow_all is what every sandbox has.
 func (s *Service) SetEgress(ctx context.Context, orgID string, id ID, e Egress) (Sandbox, error) {
-	box, err := s.Wake(ctx, orgID, id)
+	box, err := s.Get(ctx, orgID, id)
 	if err != nil {
 		return Sandbox{}, err
+	}
+	if box.State != Running {
+		return Sandbox{}, notRunning(box)
 	}
 	return box, enforceable(e)
 }
@@ -317,7 +276,7 @@ func (s *Service) transition(ctx context.Context, c Change) (Sandbox, error) {
 	if err != nil {
 		return before, err
 	}
-	s.log.InfoContext(ctx, "sandbox "+string(c.To), "sandbox", c.ID, "state", c.To, "reason", c.Reason)
-	s.observe(Event{SandboxID: c.ID, At: c.At, To: c.To, Reason: c.Reason})
+	s.log.InfoContext(ctx, "sandbox "+string(c.To), "sandbox", c.ID, "state", c.To, "reason", c.Reason, "detail", c.Detail)
+	s.observe(Event{SandboxID: c.ID, At: c.At, To: c.To, Reason: c.Reason, Detail: c.Detail})
 	return before, nil
 }

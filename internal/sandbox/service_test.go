@@ -76,11 +76,13 @@ func (h *house) crash() {
 	_ = h.Close(ctx) // operations under way go on; a test that crashes has ended them
 }
 
+func (h *house) caller() sandbox.Caller { return sandbox.Caller{OrgID: org, Quota: h.quota} }
+
 func (h *house) create(r sandbox.Request) (sandbox.Sandbox, error) {
 	if r.Template == "" {
 		r.Template = "python"
 	}
-	return h.Create(context.Background(), org, h.quota, r, sandbox.Once{}, true)
+	return h.Create(context.Background(), h.caller(), r, sandbox.Once{}, true)
 }
 
 func (h *house) mustCreate(r sandbox.Request) sandbox.Sandbox {
@@ -101,20 +103,23 @@ func (h *house) get(id sandbox.ID) sandbox.Sandbox {
 	return box
 }
 
-// wantState checks the row, and that the node has the sandbox exactly if it lives.
+// wantState checks the row, and that the node has of the sandbox what belongs to it.
 func (h *house) wantState(id sandbox.ID, state sandbox.State, reason sandbox.Reason) {
 	h.t.Helper()
 	box := h.get(id)
 	if box.State != state || box.DestroyReason != reason {
 		h.t.Errorf("sandbox is %s (%s), want %s (%s)", box.State, box.DestroyReason, state, reason)
 	}
-	facts, _ := h.node.List(context.Background())
-	there := false
-	for _, f := range facts {
-		there = there || f.ID == id
+	fact, _ := h.node.Inspect(context.Background(), id)
+	agree := fact == nil
+	switch state {
+	case sandbox.Running:
+		agree = fact != nil && fact.Alive && fact.Run == box.Run
+	case sandbox.Suspended:
+		agree = fact != nil && !fact.Remains && fact.Point != nil && fact.Point.At.Truncate(time.Microsecond).Equal(box.SuspendedAt)
 	}
-	if there != (state == sandbox.Running) {
-		h.t.Errorf("sandbox is %s and the node has it: %v", state, there)
+	if !agree {
+		h.t.Errorf("sandbox is %+v and the node has of it: %+v", box, fact)
 	}
 }
 
@@ -213,7 +218,7 @@ func TestDestroyInterruptsCreate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
 		h.node.OnCreate = func(ctx context.Context, _ sandbox.Spec) error { <-ctx.Done(); return ctx.Err() }
-		box, err := h.Create(context.Background(), org, h.quota, sandbox.Request{Template: "python"}, sandbox.Once{}, false)
+		box, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, sandbox.Once{}, false)
 		if err != nil || box.State != sandbox.Creating {
 			t.Fatalf("%+v, %v", box, err)
 		}
@@ -230,7 +235,7 @@ func TestCreateGoesOnWhenTheCallerLeaves(t *testing.T) {
 		h.node.OnCreate = func(context.Context, sandbox.Spec) error { time.Sleep(time.Second); return nil }
 		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 		defer cancel()
-		_, err := h.Create(ctx, org, h.quota, sandbox.Request{Template: "python"}, sandbox.Once{}, true)
+		_, err := h.Create(ctx, h.caller(), sandbox.Request{Template: "python"}, sandbox.Once{}, true)
 		if !errors.Is(err, context.DeadlineExceeded) {
 			t.Fatal(err)
 		}
@@ -248,7 +253,7 @@ func TestFailedStart(t *testing.T) {
 		h := newHouse(t)
 		h.node.OnCreate = func(context.Context, sandbox.Spec) error { return errors.New("secret path /etc/x") }
 		once := sandbox.Once{Key: "k", Hash: "h"}
-		_, err := h.Create(context.Background(), org, h.quota, sandbox.Request{Template: "python"}, once, true)
+		_, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, once, true)
 		wantCode(t, err, fault.Internal, "boot_failed")
 		all, _, err := h.List(context.Background(), sandbox.Filter{OrgID: org, Limit: 10, States: []sandbox.State{sandbox.Failed}})
 		if err != nil || len(all) != 1 {
@@ -260,7 +265,7 @@ func TestFailedStart(t *testing.T) {
 		}
 		// The same key may try again.
 		h.node.OnCreate = nil
-		box, err := h.Create(context.Background(), org, h.quota, sandbox.Request{Template: "python"}, once, true)
+		box, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, once, true)
 		if err != nil || box.ID == all[0].ID {
 			t.Errorf("the retry gave %s, %v", box.ID, err)
 		}
@@ -274,7 +279,7 @@ func TestIdempotentCreate(t *testing.T) {
 		ids := make(chan sandbox.ID, 5)
 		for range cap(ids) {
 			go func() {
-				box, err := h.Create(context.Background(), org, h.quota, sandbox.Request{Template: "python"}, sandbox.Once{Key: "k", Hash: "h"}, true)
+				box, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, sandbox.Once{Key: "k", Hash: "h"}, true)
 				if err != nil || box.State != sandbox.Running {
 					t.Errorf("%s, %v", box.State, err)
 				}
@@ -287,7 +292,7 @@ func TestIdempotentCreate(t *testing.T) {
 				t.Errorf("one key made %s and %s", first, id)
 			}
 		}
-		_, err := h.Create(context.Background(), org, h.quota, sandbox.Request{Template: "python"}, sandbox.Once{Key: "k", Hash: "other"}, true)
+		_, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, sandbox.Once{Key: "k", Hash: "other"}, true)
 		wantCode(t, err, fault.Conflict, "idempotency_key_reused")
 	})
 }
@@ -356,7 +361,6 @@ func TestRefusals(t *testing.T) {
 	}{
 		"no template":             {sandbox.Request{Template: "-"}, fault.NotFound, ""},
 		"mode":                    {sandbox.Request{Mode: "forever"}, fault.Invalid, "mode"},
-		"persistent":              {sandbox.Request{Mode: "persistent"}, fault.Unsupported, ""},
 		"idle timeout, ephemeral": {sandbox.Request{IdleTimeout: ptr(time.Minute)}, fault.Invalid, "idle_timeout"},
 		"recovery, ephemeral":     {sandbox.Request{RecoveryInterval: ptr(time.Minute)}, fault.Invalid, "recovery_interval"},
 		"timeout, persistent":     {sandbox.Request{Mode: "persistent", Timeout: ptr(time.Minute)}, fault.Invalid, "timeout"},
@@ -397,7 +401,7 @@ func TestOwnership(t *testing.T) {
 		_, err := h.Get(ctx, other, box.ID)
 		wantCode(t, err, fault.Denied, "not_your_sandbox")
 		wantCode(t, h.Destroy(ctx, other, box.ID), fault.Denied, "not_your_sandbox")
-		_, err = h.Connect(ctx, other, box.ID)
+		_, err = h.Connect(ctx, sandbox.Caller{OrgID: other}, box.ID)
 		wantCode(t, err, fault.Denied, "not_your_sandbox")
 		_, err = h.Get(ctx, org, sandbox.NewID())
 		wantCode(t, err, fault.NotFound, "sandbox_not_found")

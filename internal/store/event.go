@@ -16,9 +16,9 @@ func eventID(seq int64) string { return fmt.Sprintf("evt_%010d", seq) }
 // insertEvent gives the event the sandbox's next number. The transaction has
 // written the sandbox's row, so nobody else can be numbering its events.
 func insertEvent(ctx context.Context, tx *sql.Tx, e sandbox.Event) error {
-	_, err := tx.ExecContext(ctx, `INSERT INTO sandbox_events (sandbox_id, seq, at, from_state, to_state, reason)
-		VALUES ($1, (SELECT COALESCE(MAX(seq), 0) + 1 FROM sandbox_events WHERE sandbox_id = $1), $2, $3, $4, $5)`,
-		e.SandboxID, at(e.At), e.From, e.To, e.Reason)
+	_, err := tx.ExecContext(ctx, `INSERT INTO sandbox_events (sandbox_id, seq, at, from_state, to_state, reason, detail)
+		VALUES ($1, (SELECT COALESCE(MAX(seq), 0) + 1 FROM sandbox_events WHERE sandbox_id = $1), $2, $3, $4, $5, $6)`,
+		e.SandboxID, at(e.At), e.From, e.To, e.Reason, e.Detail)
 	if err != nil {
 		return fmt.Errorf("writing event: %w", err)
 	}
@@ -32,7 +32,7 @@ func (db *DB) Events(ctx context.Context, id sandbox.ID, limit int, after string
 		return nil, "", fmt.Errorf("listing events with limit %d", limit)
 	}
 	var p params
-	q := "SELECT seq, at, from_state, to_state, reason FROM sandbox_events WHERE sandbox_id = " + p.add(id)
+	q := "SELECT seq, at, from_state, to_state, reason, detail FROM sandbox_events WHERE sandbox_id = " + p.add(id)
 	if after != "" {
 		c, err := parseCursor(listEvents, after)
 		if err != nil {
@@ -53,7 +53,7 @@ func (db *DB) Events(ctx context.Context, id sandbox.ID, limit int, after string
 	for rows.Next() {
 		e := sandbox.Event{SandboxID: id}
 		var seq int64
-		if err := rows.Scan(&seq, timeColumn{&e.At}, &e.From, &e.To, &e.Reason); err != nil {
+		if err := rows.Scan(&seq, timeColumn{&e.At}, &e.From, &e.To, &e.Reason, &e.Detail); err != nil {
 			return nil, "", fmt.Errorf("listing events of %s: %w", id, err)
 		}
 		if len(all) == limit {

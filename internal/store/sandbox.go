@@ -126,7 +126,8 @@ func first(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, once sandbox.Once
 }
 
 // checkQuota refuses s if its organization's sandboxes that are not over would
-// exceed q with it. Suspended ones hold no CPU and no memory.
+// exceed q with it. Suspended ones hold no CPU and no memory. A row that s may have
+// already does not count, so that one to be woken is weighed like a new one.
 func checkQuota(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, q sandbox.Quota) error {
 	if q == (sandbox.Quota{}) {
 		return nil
@@ -135,7 +136,7 @@ func checkQuota(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, q sandbox.Qu
 	err := tx.QueryRowContext(ctx, `SELECT COUNT(*),
 		COALESCE(SUM(CASE WHEN state = $1 THEN 0 ELSE vcpus END), 0),
 		COALESCE(SUM(CASE WHEN state = $1 THEN 0 ELSE memory_mb END), 0)
-		FROM sandboxes WHERE org_id = $2 AND ended_at IS NULL`, sandbox.Suspended, s.OrgID).
+		FROM sandboxes WHERE org_id = $2 AND ended_at IS NULL AND id <> $3`, sandbox.Suspended, s.OrgID, s.ID).
 		Scan(&have.Sandboxes, &have.VCPUs, &have.MemoryMB)
 	if err != nil {
 		return fmt.Errorf("counting the organization's sandboxes: %w", err)
@@ -240,6 +241,11 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 		if c.Run != "" && c.Run != before.Run {
 			return fault.New(fault.Conflict, "sandbox_state", "the sandbox has been started anew meanwhile")
 		}
+		if c.Quota != nil {
+			if err := checkQuota(ctx, tx, before, *c.Quota); err != nil {
+				return err
+			}
+		}
 		query, args := updateQuery(c, before)
 		moved, err := scanSandbox(tx.QueryRowContext(ctx, query, args...))
 		if errors.Is(err, sql.ErrNoRows) {
@@ -248,7 +254,7 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 		if err != nil {
 			return fmt.Errorf("writing row: %w", err)
 		}
-		if err := insertEvent(ctx, tx, sandbox.Event{SandboxID: c.ID, At: c.At, From: before.State, To: c.To, Reason: c.Reason}); err != nil {
+		if err := insertEvent(ctx, tx, sandbox.Event{SandboxID: c.ID, At: c.At, From: before.State, To: c.To, Reason: c.Reason, Detail: c.Detail}); err != nil {
 			return err
 		}
 		after = moved
@@ -279,6 +285,12 @@ func updateQuery(c sandbox.Change, before sandbox.Sandbox) (string, params) {
 	}
 	if c.ExpiresAt != nil {
 		add("expires_at", at(*c.ExpiresAt))
+	}
+	if c.SuspendedAt != nil {
+		add("suspended_at", at(*c.SuspendedAt))
+	}
+	if c.LastActivityAt != nil {
+		add("last_activity_at", at(*c.LastActivityAt))
 	}
 	if c.DestroyedAt != nil {
 		add("destroyed_at", at(*c.DestroyedAt))
@@ -317,6 +329,31 @@ func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time,
 		return s, fmt.Errorf("moving the end of sandbox %s: %w", id, err)
 	}
 	return s, nil
+}
+
+// SetActivity implements [sandbox.Store].
+func (db *DB) SetActivity(ctx context.Context, last map[sandbox.ID]time.Time) error {
+	if len(last) == 0 {
+		return nil
+	}
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		set, err := tx.PrepareContext(ctx, `UPDATE sandboxes SET last_activity_at = $1
+			WHERE id = $2 AND ended_at IS NULL AND (last_activity_at IS NULL OR last_activity_at < $1)`)
+		if err != nil {
+			return err
+		}
+		defer set.Close()
+		for id, t := range last {
+			if _, err := set.ExecContext(ctx, at(t), id); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("writing the last activity of %d sandboxes: %w", len(last), err)
+	}
+	return nil
 }
 
 // Unfinished implements [sandbox.Store].
