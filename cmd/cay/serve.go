@@ -41,7 +41,7 @@ const (
 
 // dataFiles is everything a server puts into its data directory, and the log that
 // make run keeps there.
-var dataFiles = []string{databaseFile, databaseFile + "-wal", databaseFile + "-shm", keyFile, "lock", "programs", "images", "sandboxes", "server.log"}
+var dataFiles = []string{databaseFile, databaseFile + "-wal", databaseFile + "-shm", keyFile, "lock", "programs", "images", "sandboxes", "checkpoints", "server.log"}
 
 func serverCommand() *cobra.Command {
 	var file string
@@ -199,7 +199,8 @@ func (s *server) setting(ctx context.Context, name string, first func() string) 
 // openHost brings up what touches the machine.
 func (s *server) openHost(ctx context.Context) error {
 	cfg := s.cfg
-	programs, err := payload.Unpack(filepath.Join(cfg.DataDir, "programs"))
+	programsDir := filepath.Join(cfg.DataDir, "programs")
+	programs, err := payload.Unpack(programsDir)
 	if err != nil {
 		return err
 	}
@@ -213,7 +214,8 @@ func (s *server) openHost(ctx context.Context) error {
 	}
 	s.node, err = node.Open(node.Config{
 		Instance: s.instance, Dir: filepath.Join(cfg.DataDir, "sandboxes"), RunDir: stateDir(s.instance),
-		Platform: cfg.Sandbox.Platform, Programs: programs, Nameservers: cfg.nameservers(),
+		Platform: cfg.Sandbox.Platform, Programs: programs, ProgramsDir: programsDir,
+		Checkpoints: filepath.Join(cfg.DataDir, "checkpoints"), Nameservers: cfg.nameservers(),
 		MaxSandboxes: cfg.Capacity.MaxSandboxes, MinHostMemory: int64(cfg.Capacity.MinFreeMemoryMB) << 20,
 		MinDisk: int64(cfg.Capacity.MinFreeDiskMB) << 20, MaxPIDs: cfg.Sandbox.MaxPIDs,
 	}, s.slots, rootFS{s.images, func() { s.templates.Recheck() }}, s.log)

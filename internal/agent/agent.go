@@ -97,6 +97,10 @@ func (a *Agent) Handler() http.Handler {
 	})
 	mux.HandleFunc("GET /metrics", a.memory.metrics)
 	mux.HandleFunc("POST /memory/relieve", a.memory.relieve)
+	mux.HandleFunc("GET /busy", func(w http.ResponseWriter, _ *http.Request) {
+		_, anything := a.processes.spawner.groups.busy()
+		writeJSON(w, http.StatusOK, agentapi.BusyReply{Busy: anything})
+	})
 	mux.HandleFunc("GET /files", a.files.get)
 	mux.HandleFunc("HEAD /files", a.files.get)
 	mux.HandleFunc("POST /files", a.files.post)

@@ -295,6 +295,16 @@ func (c *command) stop(timedOut bool) error {
 	return c.group.kill(killPatience)
 }
 
+// stopAt stops the command at a time, unless it has ended before. It is for a
+// command whose client has gone: nobody is left to tell what could not be killed.
+func (c *command) stopAt(end time.Time) {
+	select {
+	case <-c.done:
+	case <-time.After(time.Until(end)):
+		_ = c.stop(true)
+	}
+}
+
 // signal sends a signal to the command and its process group. After SIGKILL it
 // returns when the command has been reaped, so that its pid is free.
 func (c *command) signal(sig syscall.Signal) error {

@@ -101,8 +101,14 @@ func (p *processes) run(c *command, streams []*stream, opts *process.ExecuteOpti
 func (p *processes) follow(ctx context.Context, c *command, sub *subscriber, keepalive time.Duration, opts *process.ExecuteOptions) error {
 	if opts == nil {
 		err := p.listen(ctx, c, sub, keepalive)
-		if connect.CodeOf(err) == connect.CodeDeadlineExceeded {
+		end, limited := ctx.Deadline()
+		switch {
+		case connect.CodeOf(err) == connect.CodeDeadlineExceeded:
 			err = errors.Join(err, c.stop(true))
+		case err != nil && limited:
+			// The limit is the command's, whoever listens. A client's clock is a
+			// little ahead: mostly it has gone when its limit comes.
+			go c.stopAt(end)
 		}
 		return err
 	}

@@ -163,6 +163,19 @@ func (c *Client) RelieveMemory(ctx context.Context, t Target, bytes int64) (free
 	return reply.Freed, reply.Killed, err
 }
 
+// Busy reports whether any process runs inside beside the agent: a command, or what one
+// that has ended left in the background.
+func (c *Client) Busy(ctx context.Context, t Target) (bool, error) {
+	var reply BusyReply
+	err := c.call(ctx, t, http.MethodGet, "/busy", nil, nil, &reply)
+	return reply.Busy, err
+}
+
+// BusyReply is the answer to GET /busy.
+type BusyReply struct {
+	Busy bool `json:"busy"`
+}
+
 // RelieveRequest is the body of POST /memory/relieve.
 type RelieveRequest struct {
 	Bytes int64 `json:"bytes"`

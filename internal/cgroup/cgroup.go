@@ -121,6 +121,14 @@ func (g Group) Children() ([]string, error) {
 	return names, nil
 }
 
+// Exists reports whether the group is there, in any controller's tree.
+func (g Group) Exists() bool {
+	return slices.ContainsFunc(g.dirs(), func(dir string) bool {
+		_, err := os.Stat(dir)
+		return err == nil
+	})
+}
+
 // Procs lists the processes in the group, in any controller's tree.
 func (g Group) Procs() ([]int, error) {
 	var pids []int

@@ -91,3 +91,21 @@ func defaultMTU() (int, error) {
 	}
 	return ethernetMTU, nil
 }
+
+// shareDir makes dir a shared mount of its own, as iproute2 does the first time it
+// names a namespace. Were it to do so later, when ours are there, it would mount a
+// copy of each over it, and none could be removed any more.
+func shareDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	err := unix.Mount("", dir, "", unix.MS_SHARED|unix.MS_REC, "")
+	if !errors.Is(err, unix.EINVAL) {
+		return err
+	}
+	// It is no mount yet.
+	if err := unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		return err
+	}
+	return unix.Mount("", dir, "", unix.MS_SHARED|unix.MS_REC, "")
+}

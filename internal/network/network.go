@@ -55,7 +55,6 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strconv"
 	"sync"
@@ -181,7 +180,7 @@ func (n *Network) prepare() error {
 			return err
 		}
 	}
-	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
+	if err := shareDir(netnsDir); err != nil {
 		return fmt.Errorf("making the directory of namespaces: %w", err)
 	}
 	all, err := remains()

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -593,4 +594,26 @@ func BenchmarkSlot(b *testing.B) {
 	}
 	b.ReportMetric(float64(making.Microseconds())/float64(b.N)/1000, "ms/make")
 	b.ReportMetric(float64(removing.Microseconds())/float64(b.N)/1000, "ms/remove")
+}
+
+// TestBesideIproute2 names a namespace with iproute2 while slots are in use: they can
+// still be taken apart.
+func TestBesideIproute2(t *testing.T) {
+	ip := caytest.RequireProgram(t, "ip")
+	n := open(t, newConfig())
+	s, err := n.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, verb := range []string{"add", "del"} {
+		if out, err := exec.Command(ip, "netns", verb, "another").CombinedOutput(); err != nil {
+			t.Fatalf("ip netns %s: %v: %s", verb, err, out)
+		}
+	}
+	if err := n.Release(t.Context(), s); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(s.Namespace); err == nil {
+		t.Errorf("%s is still there", s.Namespace)
+	}
 }

@@ -15,6 +15,8 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/cgroup"
 	"github.com/cayhq/cay/internal/network"
+	"github.com/cayhq/cay/internal/payload"
+	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -28,11 +30,23 @@ type box struct {
 	watched atomic.Bool        // death is noticed by a watch
 	gone    atomic.Bool        // the sentry has ended
 	ending  atomic.Bool        // its end is wanted
-	stop    context.CancelFunc // ends the watches; nil until there are any
+	ctx     context.Context    // of the watches; nil until there are any
+	stop    context.CancelFunc // ends them
 }
 
 func (b *box) target() agentapi.Target {
 	return agentapi.Target{SandboxID: string(b.life.ID), Run: b.life.Run, Token: b.life.Token}
+}
+
+// container is the sandbox for the runtime, as far as it has to be known after the start.
+func (b *box) container() runsc.Container {
+	return runsc.Container{ID: string(b.life.ID), Bundle: b.node.dir(b.life.ID)}
+}
+
+// runtime is the runsc that the sandbox was first started with.
+func (b *box) runtime() *runsc.Runtime {
+	cfg := b.node.cfg
+	return &runsc.Runtime{Program: payload.At(cfg.ProgramsDir, b.life.Programs).Runsc, Flags: b.life.Flags, Root: cfg.RunDir}
 }
 
 // dead reports whether the sandbox ran and does not any more, or never did.
@@ -67,7 +81,7 @@ func (b *box) watch() error {
 		return err
 	}
 	ctx, stop := context.WithCancel(n.ctx)
-	b.stop = stop
+	b.ctx, b.stop = ctx, stop
 	b.watched.Store(true)
 	n.watches.Add(2)
 	go func() {

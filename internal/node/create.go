@@ -12,6 +12,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -47,6 +48,9 @@ type life struct {
 	Token    string     `json:"token"` // secret: the file is 0600
 	Slot     int        `json:"slot"`
 	MemoryMB int        `json:"memory_mb"`
+	// What the sandbox was first started with, and its checkpoints need.
+	Programs payload.Version `json:"programs"`
+	Flags    []string        `json:"flags"`
 }
 
 // step is one part of a create. What it did is undone by Destroy, which works
@@ -58,17 +62,49 @@ type step struct {
 
 // Create makes a sandbox and returns when its agent answers and knows its token.
 func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
-	b := &box{node: n, life: life{ID: spec.ID, Run: spec.Run, Token: spec.Token, MemoryMB: spec.Size.MemoryMB}}
-	n.mu.Lock()
-	if n.boxes[spec.ID] != nil {
-		n.mu.Unlock()
-		return fmt.Errorf("sandbox %s is on this machine already", spec.ID)
-	}
-	n.boxes[spec.ID] = b
-	n.mu.Unlock()
+	b := &box{node: n, life: life{ID: spec.ID, Run: spec.Run, Token: spec.Token, MemoryMB: spec.Size.MemoryMB,
+		Programs: n.cfg.Programs.Version, Flags: runsc.Flags(n.cfg.Platform)}}
+	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
+		return b.runtime().Run(ctx, n.container(b, spec, image))
+	}, func(ctx context.Context) error { return n.initAgent(ctx, b, spec) })
+	return n.take(ctx, b, steps, n.Destroy)
+}
 
+// take makes a life of a sandbox that has none, step by step, and undoes it when one fails.
+func (n *Node) take(ctx context.Context, b *box, steps []step, undo func(context.Context, sandbox.ID) error) error {
+	id := b.life.ID
+	n.mu.Lock()
+	if n.boxes[id] != nil {
+		n.mu.Unlock()
+		return fmt.Errorf("sandbox %s is on this machine already", id)
+	}
+	n.boxes[id] = b
+	n.mu.Unlock()
+	for _, s := range steps {
+		began := time.Now()
+		err := s.do(ctx)
+		if err == nil {
+			err = n.passed(s.name)
+		}
+		if err != nil {
+			cause := fmt.Errorf("making sandbox %s, step %s: %w", id, s.name, err)
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+			defer cancel()
+			if err := undo(ctx, id); err != nil {
+				return errors.Join(cause, fmt.Errorf("undoing: %w", err))
+			}
+			return cause
+		}
+		n.log.DebugContext(ctx, "made a step", "sandbox", id, "step", s.name, "took", time.Since(began))
+	}
+	return nil
+}
+
+// steps is how a life is made: start boots or restores gVisor, meet tells the agent
+// what is new to it.
+func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, image string) (pid int, err error), meet func(context.Context) error) []step {
 	var image string
-	steps := []step{
+	return []step{
 		{"image", func(ctx context.Context) (err error) {
 			image, err = n.images.Path(ctx, spec.Image)
 			return err
@@ -81,7 +117,11 @@ func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
 			return err
 		}},
 		{"record", func(context.Context) error { return b.record() }},
-		{"start", func(ctx context.Context) error { return n.start(ctx, b, spec, image) }},
+		{"start", func(ctx context.Context) (err error) {
+			defer n.mover.Hurry()()
+			b.pid, err = start(ctx, image)
+			return err
+		}},
 		{"watch", func(context.Context) error { return b.watch() }},
 		{"agent", func(ctx context.Context) error { return n.awaitAgent(ctx, b) }},
 		{"favour", func(ctx context.Context) error {
@@ -91,67 +131,47 @@ func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
 			}
 			return nil
 		}},
-		{"init", func(ctx context.Context) error { return n.initAgent(ctx, b, spec) }},
+		{"init", meet},
 	}
-	for _, s := range steps {
-		began := time.Now()
-		err := s.do(ctx)
-		if err == nil && n.after != nil {
-			err = n.after(s.name)
-		}
-		if err != nil {
-			return n.undo(ctx, spec.ID, fmt.Errorf("making sandbox %s, step %s: %w", spec.ID, s.name, err))
-		}
-		n.log.DebugContext(ctx, "made a step", "sandbox", spec.ID, "step", s.name, "took", time.Since(began))
-	}
-	return nil
 }
 
-// undoTimeout bounds the clean-up after a failed create, which goes on when the
-// create's own time is over.
+// undoTimeout bounds the clean-up after a failed create or wake, which goes on when the
+// operation's own time is over.
 const undoTimeout = 30 * time.Second
 
-func (n *Node) undo(ctx context.Context, id sandbox.ID, cause error) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
-	defer cancel()
-	if err := n.Destroy(ctx, id); err != nil {
-		return errors.Join(cause, fmt.Errorf("undoing: %w", err))
-	}
-	return cause
-}
-
-// start boots gVisor with the agent as the first process.
-func (n *Node) start(ctx context.Context, b *box, spec sandbox.Spec, image string) error {
+// container is what gVisor boots: the agent as the first process.
+func (n *Node) container(b *box, spec sandbox.Spec, image string) runsc.Container {
 	quota := int64(0)
 	if spec.Size.Dedicated {
 		quota = int64(spec.Size.VCPUs) * runsc.CPUPeriod
 	}
-	defer n.mover.Hurry()()
 	memory := int64(spec.Size.MemoryMB) << 20
 	pids := min(n.cfg.MaxPIDs, tasksFor(spec.Size.MemoryMB))
-	pid, err := n.runtime.Run(ctx, runsc.Container{
-		ID: string(spec.ID), Bundle: n.dir(spec.ID),
-		Spec: runsc.NewSpec(runsc.Box{
-			Hostname:  hostname(spec.ID),
-			Root:      runsc.Root{Image: image, Overlay: n.dir(spec.ID), MaxBytes: int64(spec.DiskMB) << 20},
-			Binds:     []runsc.Bind{{From: n.cfg.Programs.AgentDir, To: agentPath}},
-			Args:      []string{filepath.Join(agentPath, "cay-agent")},
-			Env:       []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", fmt.Sprintf("CAY_PIDS_MAX=%d", pids)},
-			Namespace: b.slot.Namespace,
-			Limits: runsc.Limits{
-				CgroupsPath: n.groupPath(spec.ID),
-				// What the sandbox sees as its memory; the guard sets what the host
-				// enforces, which is more by what the sandbox's kernel needs.
-				MemoryBytes: memory,
-				CPUShares:   uint64(spec.Size.VCPUs) * sharesPerCPU,
-				CPUQuota:    quota,
-				PIDs:        int64(pids)*hostPIDs + hostPIDsBase,
-			},
-			ShmBytes: memory / 2, // as Linux does
-		}),
+	c := b.container()
+	c.Spec = runsc.NewSpec(runsc.Box{
+		Hostname:  hostname(spec.ID),
+		Root:      runsc.Root{Image: image, Overlay: n.dir(spec.ID), MaxBytes: int64(spec.DiskMB) << 20},
+		Binds:     binds(n.cfg.Programs),
+		Args:      []string{filepath.Join(agentPath, "cay-agent")},
+		Env:       []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", fmt.Sprintf("CAY_PIDS_MAX=%d", pids)},
+		Namespace: b.slot.Namespace,
+		Limits: runsc.Limits{
+			CgroupsPath: n.groupPath(spec.ID),
+			// What the sandbox sees as its memory; the guard sets what the host
+			// enforces, which is more by what the sandbox's kernel needs.
+			MemoryBytes: memory,
+			CPUShares:   uint64(spec.Size.VCPUs) * sharesPerCPU,
+			CPUQuota:    quota,
+			PIDs:        int64(pids)*hostPIDs + hostPIDsBase,
+		},
+		ShmBytes: memory / 2, // as Linux does
 	})
-	b.pid = pid
-	return err
+	return c
+}
+
+// binds are the directories of the host that a sandbox sees.
+func binds(p payload.Programs) []runsc.Bind {
+	return []runsc.Bind{{From: p.AgentDir, To: agentPath}}
 }
 
 // tasksFor is how many tasks a sandbox with so much memory may have inside: one for

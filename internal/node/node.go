@@ -20,6 +20,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -27,6 +28,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/cgroup"
+	"github.com/cayhq/cay/internal/checkpoint"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/payload"
@@ -45,11 +47,14 @@ type Images interface {
 
 // Config says where a Node keeps things and how much it takes on.
 type Config struct {
-	Instance string // names this server's things on the host
-	Dir      string // one directory a sandbox; on disk, holds the writable layers
-	RunDir   string // runsc's state; on a tmpfs, and short: see [runsc.Runtime]
-	Platform string // gVisor platform
-	Programs payload.Programs
+	Instance string           // names this server's things on the host
+	Dir      string           // one directory a sandbox; on disk, holds the writable layers
+	RunDir   string           // runsc's state; on a tmpfs, and short: see [runsc.Runtime]
+	Platform string           // gVisor platform
+	Programs payload.Programs // what new sandboxes start with
+	// ProgramsDir holds Programs, and those that older sandboxes and checkpoints need.
+	ProgramsDir string
+	Checkpoints string // one directory a sandbox that has any; on disk
 
 	Nameservers []string // what sandboxes resolve names with
 
@@ -70,15 +75,18 @@ type Node struct {
 	images  Images
 	groups  *cgroup.Hierarchy
 	mover   *cgroup.Mover
-	runtime *runsc.Runtime
+	state   *runsc.Runtime // for what runsc keeps below RunDir
 	agents  *agentapi.Client
 	lost    chan sandbox.Fact
 	ctx     context.Context // of the watches; ends with Close
 	stop    context.CancelFunc
 	watches sync.WaitGroup
 
-	// after, when set, is called after each step of Create; its error fails the
-	// step. Tests break a create everywhere with it.
+	checkpoints *checkpoint.Store
+	verifying   sync.Mutex // held while pages are verified: one at a time, since it is the disk's time
+
+	// after, when set, is called after each step of an operation; its error fails the
+	// step. Tests break operations everywhere with it.
 	after func(step string) error
 
 	mu    sync.Mutex
@@ -102,17 +110,26 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 		}
 	}
 	n := &Node{cfg: cfg, log: log, net: slots, images: images, groups: groups, mover: mover,
-		runtime: &runsc.Runtime{Program: cfg.Programs.Runsc, Root: cfg.RunDir, Platform: cfg.Platform},
-		lost:    make(chan sandbox.Fact), boxes: map[sandbox.ID]*box{}}
+		state: &runsc.Runtime{Root: cfg.RunDir},
+		lost:  make(chan sandbox.Fact), boxes: map[sandbox.ID]*box{}}
 	n.agents = agentapi.NewClient(func(ctx context.Context, id string) (net.Conn, error) {
 		return n.Dial(ctx, sandbox.ID(id))
 	})
+	var interrupted []string
+	if n.checkpoints, interrupted, err = checkpoint.Open(cfg.Checkpoints, cfg.MinDisk); err != nil {
+		return nil, err
+	}
 	n.ctx, n.stop = context.WithCancel(context.Background())
 	if err := n.adopt(); err != nil {
 		n.stop()
 		return nil, err
 	}
-	return n, nil
+	for _, name := range interrupted {
+		if b := n.box(sandbox.ID(name)); b != nil && !b.dead() {
+			n.watches.Go(func() { n.revive(b) })
+		}
+	}
+	return n, n.collect()
 }
 
 // Agents is the client that talks to the agents of this node's sandboxes.
@@ -171,42 +188,67 @@ func (n *Node) Dial(ctx context.Context, id sandbox.ID) (net.Conn, error) {
 }
 
 // List says what the machine has of each sandbox of this instance: those with a
-// directory, and those that only a control group or a state file of runsc is left of.
-func (n *Node) List(context.Context) ([]sandbox.Fact, error) {
-	facts := map[sandbox.ID]sandbox.Fact{}
-	groups, err := n.groups.Group(n.groupPath("")).Children()
+// directory or a checkpoint, and those that only a control group or a state file of
+// runsc is left of.
+func (n *Node) List(ctx context.Context) ([]sandbox.Fact, error) {
+	names, err := n.groups.Group(n.groupPath("")).Children()
 	if err != nil {
 		return nil, err
 	}
-	for _, name := range groups {
-		facts[sandbox.ID(name)] = sandbox.Fact{ID: sandbox.ID(name)}
-	}
-	states, err := n.runtime.IDs()
+	states, err := n.state.IDs()
 	if err != nil {
 		return nil, err
 	}
-	for _, name := range states {
-		facts[sandbox.ID(name)] = sandbox.Fact{ID: sandbox.ID(name)}
+	points, err := n.checkpoints.Names()
+	if err != nil {
+		return nil, err
 	}
 	dirs, err := os.ReadDir(n.cfg.Dir)
 	if err != nil {
 		return nil, fmt.Errorf("listing the sandboxes' directories: %w", err)
 	}
 	for _, d := range dirs {
-		facts[sandbox.ID(d.Name())] = sandbox.Fact{ID: sandbox.ID(d.Name())}
+		names = append(names, d.Name())
 	}
 	n.mu.Lock()
-	defer n.mu.Unlock()
-	for id, b := range n.boxes {
-		facts[id] = sandbox.Fact{ID: id, Run: b.life.Run, Alive: !b.dead()}
+	for id := range n.boxes {
+		names = append(names, string(id))
 	}
-	var list []sandbox.Fact
-	for id, fact := range facts {
-		if id.Valid() { // a name of somebody else's is not ours to remove
-			list = append(list, fact)
+	n.mu.Unlock()
+	names = slices.Concat(names, states, points)
+	slices.Sort(names)
+	var facts []sandbox.Fact
+	for _, name := range slices.Compact(names) {
+		if !sandbox.ID(name).Valid() { // a name of somebody else's is not ours to remove
+			continue
+		}
+		fact, err := n.Inspect(ctx, sandbox.ID(name))
+		if err != nil {
+			return nil, err
+		}
+		if fact != nil { // it may have gone meanwhile
+			facts = append(facts, *fact)
 		}
 	}
-	return list, nil
+	return facts, nil
+}
+
+// Inspect says what the machine has of one sandbox, nil if nothing.
+func (n *Node) Inspect(_ context.Context, id sandbox.ID) (*sandbox.Fact, error) {
+	fact := &sandbox.Fact{ID: id}
+	b := n.box(id)
+	if b != nil {
+		fact.Run, fact.Alive = b.life.Run, !b.dead()
+	}
+	_, err := os.Stat(n.dir(id))
+	fact.Remains = b != nil || err == nil || n.state.Knows(string(id)) || n.groups.Group(n.groupPath(id)).Exists()
+	if fact.Point, err = n.point(id); err != nil {
+		return nil, err
+	}
+	if !fact.Remains && fact.Point == nil && !n.checkpoints.Has(string(id)) {
+		return nil, nil
+	}
+	return fact, nil
 }
 
 func (n *Node) box(id sandbox.ID) *box {
@@ -229,6 +271,17 @@ func GroupRoot(instance string) string { return "/cay-" + instance }
 // there, so it also finishes what a crash interrupted and undoes a create that
 // failed at any step. It goes on after errors and joins them.
 func (n *Node) Destroy(ctx context.Context, id sandbox.ID) error {
+	if err := n.Rest(ctx, id); err != nil {
+		return err // the checkpoint may be all that can be used of it
+	}
+	if err := n.checkpoints.Remove(string(id)); err != nil {
+		return err
+	}
+	return n.collect()
+}
+
+// Rest removes everything of the sandbox but its checkpoint, as Destroy does.
+func (n *Node) Rest(ctx context.Context, id sandbox.ID) error {
 	b := n.box(id)
 	if b != nil {
 		b.end() // from here on its death is wanted
@@ -240,7 +293,7 @@ func (n *Node) Destroy(ctx context.Context, id sandbox.ID) error {
 		// With processes left nothing else may go: they use it.
 		return err
 	}
-	errs = append(errs, group.Remove(), n.runtime.Remove(string(id)))
+	errs = append(errs, group.Remove(), n.state.Remove(string(id)))
 	if b != nil && b.slot != nil {
 		errs = append(errs, n.net.Release(ctx, b.slot))
 	}

@@ -2,10 +2,11 @@
 // cay-agent, which is the first process of every sandbox, and cay-runsc, which is
 // gVisor.
 //
-// They are unpacked under their content hash, so several versions stand side by side
-// and a sandbox goes on with the programs it was started with. Unpacking is
-// atomic and may be done by several processes at once; after an error nothing but a
-// temporary file with a recognisable name can be left.
+// They are unpacked under their content hash, so several versions stand side by side:
+// a sandbox goes on with the programs it was started with, and a checkpoint is only
+// restored by the gVisor that made it. [Collect] removes those that nobody names any
+// more. Unpacking is atomic and may be done by several processes at once; after an
+// error nothing but a temporary file with a recognisable name can be left.
 package payload
 
 import (
@@ -20,6 +21,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 // A README is always there, so that the package compiles before the programs are built.
@@ -27,27 +29,82 @@ import (
 //go:embed programs
 var programs embed.FS
 
-// Programs are the unpacked programs.
+// Version names one build of the two programs: each a prefix of its content hash.
+type Version struct {
+	Agent string `json:"agent"`
+	Runsc string `json:"runsc"`
+}
+
+// Programs are the unpacked programs of a version.
 type Programs struct {
+	Version
 	AgentDir string // directory that holds cay-agent and nothing else: mounted into sandboxes
 	Agent    string // path of cay-agent
 	Runsc    string // path of cay-runsc
 }
 
+const (
+	agentName = "cay-agent"
+	runscName = "cay-runsc"
+	// unpacking begins the name of a file that is not whole yet.
+	unpacking = ".unpacking-"
+)
+
+// At says where the programs of a version are below dir, if they are there.
+func At(dir string, v Version) Programs {
+	agentDir := filepath.Join(dir, v.Agent)
+	return Programs{Version: v, AgentDir: agentDir, Agent: filepath.Join(agentDir, agentName), Runsc: filepath.Join(dir, v.Runsc, runscName)}
+}
+
 // Unpack makes sure that the programs of this build are below dir and returns
 // where. dir is made if it does not exist. It needs about 100 MB the first time.
 func Unpack(dir string) (Programs, error) {
-	agent, err := unpack(dir, "cay-agent")
+	agent, err := unpack(dir, agentName)
 	if err != nil {
 		return Programs{}, err
 	}
-	runsc, err := unpack(dir, "cay-runsc")
+	runsc, err := unpack(dir, runscName)
 	if err != nil {
 		return Programs{}, err
 	}
-	return Programs{AgentDir: filepath.Dir(agent), Agent: agent, Runsc: runsc}, nil
+	return At(dir, Version{Agent: agent, Runsc: runsc}), nil
 }
 
+// Find returns the programs of a version that was unpacked before, by this build of
+// cay or by another.
+func Find(dir string, v Version) (Programs, error) {
+	p := At(dir, v)
+	for _, path := range []string{p.Agent, p.Runsc} {
+		if _, err := os.Stat(path); err != nil {
+			return Programs{}, fmt.Errorf("looking for an earlier version's program: %w", err)
+		}
+	}
+	return p, nil
+}
+
+// Collect removes the programs below dir that none of the versions names, and what
+// interrupted unpacking left; nobody may be unpacking meanwhile. It says what it
+// removed, goes on after errors and joins them.
+func Collect(dir string, keep []Version) (removed []string, err error) {
+	named := map[string]bool{}
+	for _, v := range keep {
+		named[v.Agent], named[v.Runsc] = true, true
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("listing programs: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		if name := e.Name(); !named[name] && (e.IsDir() || strings.HasPrefix(name, unpacking)) {
+			errs = append(errs, os.RemoveAll(filepath.Join(dir, name)))
+			removed = append(removed, name)
+		}
+	}
+	return removed, errors.Join(errs...)
+}
+
+// unpack returns the name of the directory that holds the program.
 func unpack(dir, name string) (string, error) {
 	packed, err := programs.ReadFile("programs/" + name + ".gz")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -57,9 +114,10 @@ func unpack(dir, name string) (string, error) {
 		return "", fmt.Errorf("reading the packed %s: %w", name, err)
 	}
 	sum := sha256.Sum256(packed)
-	path := filepath.Join(dir, hex.EncodeToString(sum[:8]), name)
+	hash := hex.EncodeToString(sum[:8])
+	path := filepath.Join(dir, hash, name)
 	if _, err := os.Stat(path); err == nil {
-		return path, nil // renamed there whole, or not at all
+		return hash, nil // renamed there whole, or not at all
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return "", fmt.Errorf("making a directory for %s: %w", name, err)
@@ -68,7 +126,7 @@ func unpack(dir, name string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("unpacking %s: %w", name, err)
 	}
-	tmp, err := os.CreateTemp(dir, ".unpacking-*")
+	tmp, err := os.CreateTemp(dir, unpacking+"*")
 	if err != nil {
 		return "", fmt.Errorf("unpacking %s: %w", name, err)
 	}
@@ -81,5 +139,5 @@ func unpack(dir, name string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("unpacking %s: %w", name, err)
 	}
-	return path, nil
+	return hash, nil
 }

@@ -1,6 +1,8 @@
 package payload
 
 import (
+	"errors"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -47,5 +49,45 @@ func TestUnpack(t *testing.T) {
 	out, err := exec.Command(results[0].Runsc, "--version").CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "runsc") {
 		t.Errorf("runsc says %q, %v", out, err)
+	}
+}
+
+// TestCollect keeps what somebody names, and finds it again.
+func TestCollect(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "programs")
+	now, err := Unpack(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	earlier := Version{Agent: "00aa", Runsc: "00bb"}
+	for _, file := range []string{"00aa/cay-agent", "00bb/cay-runsc", "00cc/cay-runsc", ".unpacking-1"} {
+		path := filepath.Join(dir, file)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, nil, 0o555)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, step := range []struct {
+		keep    []Version
+		removed []string
+	}{
+		{[]Version{now.Version, earlier}, []string{".unpacking-1", "00cc"}},
+		{[]Version{now.Version, earlier}, nil},
+		{[]Version{now.Version}, []string{"00aa", "00bb"}},
+	} {
+		removed, err := Collect(dir, step.keep)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(step.removed, removed); diff != "" {
+			t.Error(diff)
+		}
+		for _, v := range step.keep {
+			if _, err := Find(dir, v); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	if _, err := Find(dir, earlier); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("finding what is gone: %v", err)
 	}
 }

@@ -21,22 +21,24 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
-// Runtime starts sandboxes with one build of runsc.
+// Runtime drives sandboxes with one build of runsc.
 type Runtime struct {
 	// Program is the path of cay-runsc.
 	Program string
+	// Flags come before the verb of every call: those of [Flags] at the time when the
+	// sandbox was first started, since its checkpoints are only restored with the same.
+	Flags []string
 	// Root is where runsc keeps its own state and its control sockets. The path
 	// must be short: a Unix socket's name ends at 107 bytes, and runsc puts the
 	// socket elsewhere when it does not fit. It should not outlive a reboot.
 	Root string
-	// Platform is systrap (everywhere) or kvm (where /dev/kvm is).
-	Platform string
 }
 
 // Container is what one sandbox is made of.
@@ -62,6 +64,10 @@ func (r *Runtime) Run(ctx context.Context, c Container) (pid int, err error) {
 	if err := writeSpec(c); err != nil {
 		return 0, err
 	}
+	return r.start(ctx, c, "run")
+}
+
+func (r *Runtime) start(ctx context.Context, c Container, verb ...string) (pid int, err error) {
 	// The sandbox's first process inherits these; it must not be able to fill the
 	// host's disk through them, so they lead nowhere. runsc's messages have
 	// a file of their own.
@@ -70,16 +76,13 @@ func (r *Runtime) Run(ctx context.Context, c Container) (pid int, err error) {
 		return 0, fmt.Errorf("opening the null device: %w", err)
 	}
 	defer null.Close()
-	args := append(r.flags(c),
-		"run", "--detach", "--bundle="+c.Bundle, "--pid-file="+filepath.Join(c.Bundle, pidFile), c.ID)
-	cmd := exec.CommandContext(ctx, r.Program, args...)
+	cmd := r.command(ctx, c, append(verb,
+		"--detach", "--bundle="+c.Bundle, "--pid-file="+filepath.Join(c.Bundle, pidFile), c.ID)...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = null, null, null
-	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
-	// A ^C at the server's terminal is not for sandboxes. And should the server be
-	// killed, a start under way must not go on where the next server cannot see it:
-	// what it started already is in the control group. The signal comes when the
-	// thread ends that started the program, hence the lock.
-	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, Pdeathsig: unix.SIGKILL}
+	// Should the server be killed, a start under way must not go on where the next
+	// server cannot see it: what it started already is in the control group. The signal
+	// comes when the thread ends that started the program, hence the lock.
+	cmd.SysProcAttr.Pdeathsig = unix.SIGKILL
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if err := cmd.Run(); err != nil {
@@ -88,17 +91,29 @@ func (r *Runtime) Run(ctx context.Context, c Container) (pid int, err error) {
 	return PID(c.Bundle)
 }
 
-// flags are those before the verb. Every one differs from runsc's default for a reason.
-func (r *Runtime) flags(c Container) []string {
-	return []string{
-		"--root=" + r.Root,
-		"--platform=" + r.Platform,
-		"--log=" + filepath.Join(c.Bundle, logFile),
-		"--log-format=json",
-		"--panic-log=" + filepath.Join(c.Bundle, panicLog),
+// command is a call of runsc for the sandbox.
+func (r *Runtime) command(ctx context.Context, c Container, verb ...string) *exec.Cmd {
+	args := append(slices.Clone(r.Flags),
+		"--root="+r.Root,
+		"--log="+filepath.Join(c.Bundle, logFile),
+		"--panic-log="+filepath.Join(c.Bundle, panicLog),
 		// The writable layer is made by annotations on the root; this makes the
 		// gofer hand over its file.
-		"--overlay2=root:dir=" + c.Bundle,
+		"--overlay2=root:dir="+c.Bundle)
+	cmd := exec.CommandContext(ctx, r.Program, append(args, verb...)...)
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+	// A ^C at the server's terminal is not for sandboxes.
+	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	return cmd
+}
+
+// Flags are the flags that sandboxes are started with on a platform: systrap
+// (everywhere) or kvm (where /dev/kvm is). Every one differs from runsc's default for
+// a reason.
+func Flags(platform string) []string {
+	return []string{
+		"--platform=" + platform,
+		"--log-format=json",
 		"--network=sandbox",
 		// sudo and su work as in any image; what root inside may do is bounded
 		// by the capability set, not by missing setuid.
@@ -157,6 +172,12 @@ func lastMessages(bundle string) string {
 	return strings.Join(out, "; ")
 }
 
+// runsc keeps the state of a sandbox in <id>_sandbox:<id>.state.
+const (
+	stateInfix  = "_sandbox:"
+	stateSuffix = ".state"
+)
+
 // IDs lists the sandboxes that runsc keeps a state of, dead or alive.
 func (r *Runtime) IDs() ([]string, error) {
 	entries, err := os.ReadDir(r.Root)
@@ -168,14 +189,19 @@ func (r *Runtime) IDs() ([]string, error) {
 	}
 	var ids []string
 	for _, e := range entries {
-		// <id>_sandbox:<id>.state
-		if _, rest, ok := strings.Cut(e.Name(), "_sandbox:"); ok {
-			if id, ok := strings.CutSuffix(rest, ".state"); ok {
+		if _, rest, ok := strings.Cut(e.Name(), stateInfix); ok {
+			if id, ok := strings.CutSuffix(rest, stateSuffix); ok {
 				ids = append(ids, id)
 			}
 		}
 	}
 	return ids, nil
+}
+
+// Knows reports whether runsc keeps a state of a sandbox, dead or alive.
+func (r *Runtime) Knows(id string) bool {
+	_, err := os.Stat(filepath.Join(r.Root, id+stateInfix+id+stateSuffix))
+	return err == nil
 }
 
 // Remove drops what runsc keeps of a sandbox whose processes are gone. Nothing

@@ -56,7 +56,7 @@ func TestRunReportsWhatRunscSays(t *testing.T) {
 	if err := os.WriteFile(program, []byte(script), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	r := &Runtime{Program: program, Root: filepath.Join(dir, "root"), Platform: "systrap"}
+	r := &Runtime{Program: program, Root: filepath.Join(dir, "root"), Flags: Flags("systrap")}
 	_, err := r.Run(context.Background(), Container{ID: "sbx_x", Bundle: dir, Spec: NewSpec(Box{})})
 	if err == nil || !strings.Contains(err.Error(), "no such image") {
 		t.Errorf("got %v", err)

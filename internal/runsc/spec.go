@@ -54,6 +54,12 @@ var capabilities = []string{"CAP_SYS_ADMIN",
 	"CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
 }
 
+// Annotations that a restore changes; see [Place].
+const (
+	rootSource  = "dev.gvisor.spec.rootfs.source"
+	rootOverlay = "dev.gvisor.spec.rootfs.overlay"
+)
+
 // NewSpec is the OCI spec of a sandbox. The same Box gives the same spec, which
 // a restore demands.
 func NewSpec(b Box) *specs.Spec {
@@ -89,9 +95,9 @@ func NewSpec(b Box) *specs.Spec {
 		},
 		Mounts: mounts,
 		Annotations: map[string]string{
-			"dev.gvisor.spec.rootfs.source":  b.Root.Image,
+			rootSource:                       b.Root.Image,
 			"dev.gvisor.spec.rootfs.type":    "erofs",
-			"dev.gvisor.spec.rootfs.overlay": "dir=" + b.Root.Overlay,
+			rootOverlay:                      "dir=" + b.Root.Overlay,
 			"dev.gvisor.spec.rootfs.options": "size=" + strconv.FormatInt(b.Root.MaxBytes, 10),
 		},
 		Linux: &specs.Linux{

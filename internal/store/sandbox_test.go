@@ -83,6 +83,9 @@ func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
 		"not found":              sandboxNotFound,
 		"quota":                  sandboxQuota,
 		"quota in a race":        sandboxQuotaRace,
+		"quota of a wake":        sandboxQuotaWake,
+		"wakes in a race":        sandboxQuotaWakeRace,
+		"activity":               sandboxActivity,
 		"idempotency":            sandboxOnce,
 		"idempotency in a race":  sandboxOnceRace,
 		"listing":                sandboxList,
@@ -217,6 +220,105 @@ func sandboxQuotaRace(t *testing.T, st sandbox.Store) {
 	wg.Wait()
 	if made != 7 || refused != 33 {
 		t.Errorf("%d made and %d refused, want 7 and 33", made, refused)
+	}
+}
+
+// sandboxQuotaWake: a suspended sandbox that is to wake is weighed as if it were new,
+// and not twice.
+func sandboxQuotaWake(t *testing.T, st sandbox.Store) {
+	mustInsert(t, st, small("org_a", 0))
+	mustInsert(t, st, small("org_b", 0))
+	asleep := mustInsert(t, st, small("org_a", 1))
+	want := mustMove(t, st, asleep.ID, sandbox.Creating, sandbox.Suspended, start)
+	wake := func(q sandbox.Quota) (sandbox.Sandbox, error) {
+		run := "run2"
+		return st.Transition(t.Context(), sandbox.Change{ID: asleep.ID, From: []sandbox.State{sandbox.Suspended}, To: sandbox.Waking, At: start, Quota: &q, NewRun: &run})
+	}
+	for _, q := range []sandbox.Quota{{Sandboxes: 1}, {VCPUs: 1}, {MemoryMB: 1023}} {
+		got, err := wake(q)
+		wantFault(t, err, fault.Exhausted, "quota_exceeded")
+		if diff := cmp.Diff(want, got, prefixes); diff != "" {
+			t.Errorf("the row as it is (-want +got):\n%s", diff)
+		}
+		if now, err := st.Get(t.Context(), asleep.ID); err != nil || !cmp.Equal(want, now, prefixes) {
+			t.Errorf("a refused wake changed the row: %+v, %v", now, err)
+		}
+	}
+	if events, _, err := st.Events(t.Context(), asleep.ID, 10, ""); err != nil || len(events) != 2 {
+		t.Errorf("refused wakes left events: %v, %v", events, err)
+	}
+	if got, err := wake(sandbox.Quota{Sandboxes: 2, VCPUs: 2, MemoryMB: 1024}); err != nil || got.State != sandbox.Waking {
+		t.Errorf("exactly up to the quota: %s, %v", got.State, err)
+	}
+	// From here it counts.
+	_, _, err := st.Insert(t.Context(), small("org_a", 2), sandbox.Quota{VCPUs: 2}, sandbox.Once{})
+	wantFault(t, err, fault.Exhausted, "quota_exceeded")
+	// A change without a quota asks for none.
+	mustMove(t, st, asleep.ID, sandbox.Waking, sandbox.Running, start)
+}
+
+func sandboxQuotaWakeRace(t *testing.T, st sandbox.Store) {
+	var ids []sandbox.ID
+	for i := range 20 {
+		s := mustInsert(t, st, small("org_a", i))
+		mustMove(t, st, s.ID, sandbox.Creating, sandbox.Suspended, start)
+		ids = append(ids, s.ID)
+	}
+	var mu sync.Mutex
+	var woken, refused int
+	var wg sync.WaitGroup
+	for _, id := range ids {
+		wg.Go(func() {
+			_, err := st.Transition(t.Context(), sandbox.Change{ID: id, From: []sandbox.State{sandbox.Suspended}, To: sandbox.Waking, At: start, Quota: &sandbox.Quota{VCPUs: 7}})
+			mu.Lock()
+			defer mu.Unlock()
+			switch {
+			case err == nil:
+				woken++
+			case fault.Is(err, fault.Exhausted):
+				refused++
+			default:
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if woken != 7 || refused != 13 {
+		t.Errorf("%d woken and %d refused, want 7 and 13", woken, refused)
+	}
+}
+
+func sandboxActivity(t *testing.T, st sandbox.Store) {
+	if err := st.SetActivity(t.Context(), nil); err != nil {
+		t.Errorf("of nobody: %v", err)
+	}
+	older := small("org_a", 0)
+	older.LastActivityAt = start.Add(time.Minute)
+	mustInsert(t, st, older)
+	fresh, gone, other := mustInsert(t, st, small("org_a", 1)), mustInsert(t, st, small("org_a", 2)), mustInsert(t, st, small("org_a", 3))
+	mustMove(t, st, gone.ID, sandbox.Creating, sandbox.Destroyed, start)
+	set := func(at time.Time) {
+		t.Helper()
+		if err := st.SetActivity(t.Context(), map[sandbox.ID]time.Time{older.ID: at, fresh.ID: at, gone.ID: at, sandbox.NewID(): at}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check := func(id sandbox.ID, want time.Time) {
+		t.Helper()
+		if s, err := st.Get(t.Context(), id); err != nil || !s.LastActivityAt.Equal(want) {
+			t.Errorf("last activity %s, %v; want %s", s.LastActivityAt, err, want)
+		}
+	}
+	set(start)
+	check(older.ID, start.Add(time.Minute)) // never back
+	check(fresh.ID, start)
+	check(gone.ID, time.Time{})
+	check(other.ID, time.Time{})
+	set(start.Add(time.Hour))
+	check(older.ID, start.Add(time.Hour))
+	check(fresh.ID, start.Add(time.Hour))
+	if events, _, err := st.Events(t.Context(), fresh.ID, 10, ""); err != nil || len(events) != 1 {
+		t.Errorf("activity left an event: %v, %v", events, err)
 	}
 }
 
@@ -459,24 +561,28 @@ func move(t *testing.T, st sandbox.Store, id sandbox.ID, from, to sandbox.State)
 func sandboxTransition(t *testing.T, st sandbox.Store) {
 	s := mustInsert(t, st, small("org_a", 0))
 	run, source, token, started, expires := "run2", sandbox.Warm, "tok", start.Add(time.Second), start.Add(time.Hour)
+	suspended, active := start.Add(2*time.Second), start.Add(3*time.Second)
 	got, err := st.Transition(t.Context(), sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Running, sandbox.Creating}, Run: "run1", To: sandbox.Running,
-		At: started, Reason: "booted", NewRun: &run, StartedAt: &started, ExpiresAt: &expires, Source: &source, Token: &token})
+		At: started, Reason: "booted", NewRun: &run, StartedAt: &started, ExpiresAt: &expires, Source: &source, Token: &token,
+		SuspendedAt: &suspended, LastActivityAt: &active})
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := s
 	want.State, want.Run, want.Source, want.Token, want.StartedAt, want.ExpiresAt = sandbox.Running, run, source, token, started, expires
+	want.SuspendedAt, want.LastActivityAt = suspended, active
 	if diff := cmp.Diff(want, got, prefixes); diff != "" {
 		t.Errorf("after the first (-want +got):\n%s", diff)
 	}
 
 	reason, text, ended := sandbox.Lost, "it went away", start.Add(2*time.Second)
 	got, err = st.Transition(t.Context(), sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Running}, Run: "run2", To: sandbox.Destroyed,
-		At: ended, DestroyedAt: &ended, DestroyReason: &reason, Error: &text, ExpiresAt: &time.Time{}})
+		At: ended, DestroyedAt: &ended, DestroyReason: &reason, Error: &text, ExpiresAt: &time.Time{}, SuspendedAt: &time.Time{}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	want.State, want.DestroyedAt, want.DestroyReason, want.Error, want.ExpiresAt = sandbox.Destroyed, ended, reason, text, time.Time{}
+	want.SuspendedAt = time.Time{}
 	if diff := cmp.Diff(want, got, prefixes); diff != "" {
 		t.Errorf("after the second (-want +got):\n%s", diff)
 	}
@@ -601,6 +707,15 @@ func sandboxUnfinished(t *testing.T, st sandbox.Store) {
 		t.Errorf("images (-want +got):\n%s", diff)
 	}
 
+	// What a suspended one was made from is needed to wake it.
+	asleep := small("org_s", 50)
+	asleep.Image = "of one asleep"
+	mustMove(t, st, mustInsert(t, st, asleep).ID, sandbox.Creating, sandbox.Suspended, start)
+	if images, err = st.Images(t.Context()); err != nil || !slices.Contains(images, asleep.Image) {
+		t.Errorf("images are %q, %v; a suspended sandbox needs its own", images, err)
+	}
+	mustMove(t, st, asleep.ID, sandbox.Suspended, sandbox.Destroyed, start)
+
 	// A sandbox that failed and is being destroyed again is not over any more.
 	failed := mustInsert(t, st, small("org_f", 100))
 	mustMove(t, st, failed.ID, sandbox.Creating, sandbox.Failed, start)
@@ -644,6 +759,12 @@ func sandboxEvents(t *testing.T, st sandbox.Store) {
 		if got[i].From != got[i+1].To {
 			t.Errorf("event %d comes from %q, the one before went to %q", i, got[i].From, got[i+1].To)
 		}
+	}
+	if _, err := st.Transition(t.Context(), sandbox.Change{ID: other.ID, From: sandbox.States(), To: sandbox.Suspended, At: start, Reason: "lost", Detail: "fell back"}); err != nil {
+		t.Fatal(err)
+	}
+	if page, _, err := st.Events(t.Context(), other.ID, 1, ""); err != nil || len(page) != 1 || page[0].Reason != "lost" || page[0].Detail != "fell back" {
+		t.Errorf("an event with a detail: %+v, %v", page, err)
 	}
 	first := got[rounds]
 	if diff := cmp.Diff(sandbox.Event{ID: first.ID, SandboxID: s.ID, At: s.CreatedAt, To: sandbox.Creating}, first); diff != "" {

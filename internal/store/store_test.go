@@ -144,6 +144,32 @@ func TestOpenRefusesNewerSchema(t *testing.T) {
 	}
 }
 
+// TestOpenMigrates: what an earlier cay wrote is there, and can be written on.
+func TestOpenMigrates(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "cay.db")
+	db, err := Open(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := mustInsert(t, db, small("org_a", 0))
+	for _, back := range []string{"ALTER TABLE sandbox_events DROP COLUMN detail", "DELETE FROM goose_db_version WHERE version_id > 1"} {
+		if _, err := db.writer.Exec(back); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	db = openAt(t, path)
+	if _, err := db.Transition(t.Context(), sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Creating}, To: sandbox.Suspended, At: start, Detail: "new"}); err != nil {
+		t.Fatal(err)
+	}
+	events, _, err := db.Events(t.Context(), s.ID, 10, "")
+	if err != nil || len(events) != 2 || events[0].Detail != "new" || events[1].Detail != "" {
+		t.Errorf("events are %+v, %v", events, err)
+	}
+}
+
 func TestOpenRefusesWhatIsNoDatabase(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "cay.db")
 	text := strings.Repeat("this is a letter to a friend\n", 100)

@@ -1,0 +1,108 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+
+	"github.com/google/subcommands"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"gvisor.dev/gvisor/pkg/state/statefile"
+	"gvisor.dev/gvisor/runsc/cmd/util"
+	"gvisor.dev/gvisor/runsc/config"
+	"gvisor.dev/gvisor/runsc/container"
+	"gvisor.dev/gvisor/runsc/flag"
+	"gvisor.dev/gvisor/runsc/sandbox"
+)
+
+// save writes a sandbox down and leaves it running, or paused for as long as the caller
+// wants. gVisor's own checkpoint ends the sandbox, also when the disk was full; and
+// pause, checkpoint and resume are three programs, of which each can be the last that
+// runs. This is one, which resumes the sandbox before it goes.
+type save struct {
+	imagePath string
+	hold      bool
+}
+
+// Name implements subcommands.Command.
+func (*save) Name() string { return "save" }
+
+// Synopsis implements subcommands.Command.
+func (*save) Synopsis() string { return "save a sandbox without ending it" }
+
+// Usage implements subcommands.Command.
+func (*save) Usage() string {
+	return `save [--hold] --image-path=DIR <container id> - save a sandbox without ending it.
+With --hold the sandbox stays paused: "saved" is written to the standard output, and
+the sandbox goes on when the standard input ends.
+`
+}
+
+// SetFlags implements subcommands.Command.
+func (s *save) SetFlags(f *flag.FlagSet) {
+	f.StringVar(&s.imagePath, "image-path", "", "directory to write to; it must exist")
+	f.BoolVar(&s.hold, "hold", false, "keep the sandbox paused until the standard input ends")
+}
+
+// FetchSpec implements util.SubCommand.
+func (*save) FetchSpec(conf *config.Config, f *flag.FlagSet) (string, *specs.Spec, error) {
+	c, err := load(conf, f)
+	if err != nil {
+		return "", nil, err
+	}
+	return c.ID, c.Spec, nil
+}
+
+func load(conf *config.Config, f *flag.FlagSet) (*container.Container, error) {
+	if f.NArg() != 1 {
+		return nil, fmt.Errorf("a container id is required")
+	}
+	c, err := container.Load(conf.RootDir, container.FullID{ContainerID: f.Arg(0)}, container.LoadOpts{})
+	if err != nil {
+		return nil, fmt.Errorf("loading container: %w", err)
+	}
+	return c, nil
+}
+
+// Execute implements subcommands.Command.
+func (s *save) Execute(_ context.Context, f *flag.FlagSet, args ...any) subcommands.ExitStatus {
+	conf := args[0].(*config.Config)
+	c, err := load(conf, f)
+	if err != nil {
+		return util.Errorf("%v", err)
+	}
+	// From here on nothing but SIGKILL ends this process before the sandbox goes on.
+	asked := make(chan os.Signal, 1)
+	signal.Notify(asked, os.Interrupt)
+	if s.hold {
+		if err := c.Sandbox.Pause(c.ID); err != nil {
+			return util.Errorf("pausing: %v", err)
+		}
+		// The sandbox may be gone by then, which is what most callers wait for.
+		defer func() { _ = c.Sandbox.Resume(c.ID) }()
+	}
+	if err := c.Checkpoint(conf, s.imagePath, sandbox.CheckpointOpts{
+		Compression: statefile.CompressionLevelNone, // memory is read from the file in any order
+		Resume:      true,
+		// Memory that was given back is zero, and half of what a sandbox has used.
+		ExcludeCommittedZeroPages: true,
+	}); err != nil {
+		return util.Errorf("saving: %v", err)
+	}
+	if !s.hold {
+		return subcommands.ExitSuccess
+	}
+	fmt.Println("saved")
+	ended := make(chan struct{})
+	go func() {
+		_, _ = io.Copy(io.Discard, os.Stdin) // an error is an end too
+		close(ended)
+	}()
+	select {
+	case <-ended:
+	case <-asked:
+	}
+	return subcommands.ExitSuccess
+}

@@ -1,0 +1,437 @@
+// Package checkpoint keeps checkpoints on disk: for each name (of a sandbox) the
+// latest one that is whole, and while it is being made the next.
+//
+// A checkpoint is a directory of files that somebody else writes, a sum of each, and a
+// manifest. It becomes the latest by one rename, after everything of it was summed and
+// synced, and only then the one before it goes: after a crash at any moment, the latest
+// is the previous one or the new one, and whole. What a checkpoint holds is of no
+// interest here; it is secret, so directories are 0700 and files 0600.
+//
+// A [Store] is safe for concurrent use for different names; for one name, one call at
+// a time. It keeps nothing in memory but the space promised to drafts.
+package checkpoint
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+const (
+	manifestFile = "manifest.json"
+	// suspectFile marks a checkpoint that once did not have its sums.
+	suspectFile = "suspect"
+	// draftDir is where the next checkpoint of a name is made.
+	draftDir = "draft"
+	// format is the version of the manifest; others are refused, not guessed at.
+	format = 1
+)
+
+// Store is a directory of checkpoints.
+type Store struct {
+	dir     string
+	minFree int64 // bytes that drafts leave free on the disk
+
+	mu sync.Mutex
+	// +checklocks:mu
+	promised int64 // bytes that drafts under way may still write; guarded by mu
+}
+
+// Open makes the directory if it does not exist, and removes drafts that a crash
+// left: it says whose. Drafts must leave minFree bytes of the disk free.
+func Open(dir string, minFree int64) (s *Store, interrupted []string, err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, nil, fmt.Errorf("making the directory of checkpoints: %w", err)
+	}
+	s = &Store{dir: dir, minFree: minFree}
+	names, err := s.Names()
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, name := range names {
+		d := &Draft{store: s, name: name}
+		if _, err := os.Stat(d.Dir()); err != nil {
+			continue
+		}
+		if err := d.Abandon(); err != nil {
+			return nil, nil, err
+		}
+		interrupted = append(interrupted, name)
+	}
+	return s, interrupted, nil
+}
+
+// Names lists what there are checkpoints or drafts of.
+func (s *Store) Names() ([]string, error) {
+	entries, err := os.ReadDir(s.dir)
+	if err != nil {
+		return nil, fmt.Errorf("listing checkpoints: %w", err)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names, nil
+}
+
+// Has reports whether there is anything of a name, be it only a draft.
+func (s *Store) Has(name string) bool {
+	_, err := os.Stat(filepath.Join(s.dir, name))
+	return err == nil
+}
+
+// Remove removes everything of a name. Nothing there is success.
+func (s *Store) Remove(name string) error {
+	if err := os.RemoveAll(filepath.Join(s.dir, name)); err != nil {
+		return fmt.Errorf("removing the checkpoints of %s: %w", name, err)
+	}
+	return nil
+}
+
+// Draft is a checkpoint being made. End it with [Draft.Commit] or [Draft.Abandon].
+type Draft struct {
+	store *Store
+	name  string
+	size  int64
+}
+
+// Begin starts the next checkpoint of a name, which will need about size bytes. Not
+// enough space is NoSpace, code "disk_full", and nothing is done.
+func (s *Store) Begin(name string, size int64) (*Draft, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(s.dir, &st); err != nil {
+		return nil, fmt.Errorf("looking at the free space below %s: %w", s.dir, err)
+	}
+	s.mu.Lock()
+	free := int64(st.Bavail)*st.Bsize - s.promised - s.minFree
+	if free < size {
+		s.mu.Unlock()
+		return nil, fault.New(fault.NoSpace, "disk_full", "a checkpoint needs about %d MiB of this machine's disk, and %d MiB are left for it",
+			mib(size), mib(max(0, free)))
+	}
+	s.promised += size
+	s.mu.Unlock()
+	d := &Draft{store: s, name: name, size: size}
+	if err := errors.Join(os.RemoveAll(d.Dir()), os.MkdirAll(d.Dir(), 0o700)); err != nil {
+		return nil, errors.Join(fmt.Errorf("making a directory for a checkpoint: %w", err), d.Abandon())
+	}
+	return d, nil
+}
+
+// mib rounds up: a small need is not shown as none.
+func mib(bytes int64) int64 { return (bytes + 1<<20 - 1) >> 20 }
+
+// Dir is the empty directory to write the checkpoint's files to.
+func (d *Draft) Dir() string { return filepath.Join(d.store.dir, d.name, draftDir) }
+
+// Abandon removes the draft. The latest checkpoint is what it was.
+func (d *Draft) Abandon() error {
+	d.end()
+	err := os.RemoveAll(d.Dir())
+	// Fails while there is a checkpoint beside it, and should.
+	_ = os.Remove(filepath.Dir(d.Dir()))
+	if err != nil {
+		return fmt.Errorf("removing an abandoned checkpoint: %w", err)
+	}
+	return nil
+}
+
+// Full reports whether the disk has no room left for the draft: its writer may not have
+// said so.
+func (d *Draft) Full() bool {
+	const least = 1 << 20 // bytes; what several writers at once leave of a full disk
+	var st unix.Statfs_t
+	return unix.Statfs(d.store.dir, &st) == nil && int64(st.Bavail)*st.Bsize < least
+}
+
+func (d *Draft) end() {
+	d.store.mu.Lock()
+	defer d.store.mu.Unlock()
+	d.store.promised -= d.size
+	d.size = 0
+}
+
+// Commit makes the draft the latest checkpoint of its name, durably, with about as what
+// its maker must know to use it, and removes the one before. After an error the latest
+// is what it was, and the draft is still to be abandoned.
+func (d *Draft) Commit(at time.Time, about any) (*Checkpoint, error) {
+	data, err := json.Marshal(about)
+	if err != nil {
+		return nil, fmt.Errorf("encoding what a checkpoint is about: %w", err)
+	}
+	m := manifest{Format: format, At: at.UTC(), About: data}
+	if m.Files, m.Size, err = seal(d.Dir()); err != nil {
+		return nil, err
+	}
+	if data, err = m.encode(); err != nil {
+		return nil, err
+	}
+	if err := writeSynced(filepath.Join(d.Dir(), manifestFile), data); err != nil {
+		return nil, err
+	}
+	home := filepath.Dir(d.Dir())
+	older, err := numbers(home)
+	if err != nil {
+		return nil, err
+	}
+	next := 1
+	if len(older) > 0 {
+		next = older[0] + 1
+	}
+	c := &Checkpoint{Dir: filepath.Join(home, strconv.Itoa(next)), manifest: m}
+	if err := errors.Join(syncDir(d.Dir()), os.Rename(d.Dir(), c.Dir), syncDir(home), syncDir(d.store.dir)); err != nil {
+		return nil, fmt.Errorf("putting a checkpoint in place: %w", err)
+	}
+	d.end()
+	for _, n := range older {
+		// One that stays is removed by the next commit, and never read before.
+		_ = os.RemoveAll(filepath.Join(home, strconv.Itoa(n)))
+	}
+	return c, nil
+}
+
+// seal sums, syncs and closes off the files in dir, and says what they take on disk.
+func seal(dir string) (files []file, size int64, err error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, 0, fmt.Errorf("listing a checkpoint's files: %w", err)
+	}
+	for _, e := range entries {
+		f, err := os.Open(filepath.Join(dir, e.Name()))
+		if err != nil {
+			return nil, 0, fmt.Errorf("sealing a checkpoint: %w", err)
+		}
+		one := file{Name: e.Name()}
+		one.Size, one.Sum, err = sum(context.Background(), f)
+		var st unix.Stat_t
+		err = errors.Join(err, f.Chmod(0o600), f.Sync(), unix.Fstat(int(f.Fd()), &st), f.Close())
+		if err != nil {
+			return nil, 0, fmt.Errorf("sealing a checkpoint: %w", err)
+		}
+		files, size = append(files, one), size+st.Blocks*512
+	}
+	return files, size, nil
+}
+
+func writeSynced(path string, data []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return fmt.Errorf("writing a checkpoint's manifest: %w", err)
+	}
+	_, err = f.Write(data)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("writing a checkpoint's manifest: %w", err)
+	}
+	return nil
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// numbers lists the checkpoints in a name's directory, latest first.
+func numbers(home string) ([]int, error) {
+	entries, err := os.ReadDir(home)
+	if err != nil {
+		return nil, fmt.Errorf("listing checkpoints: %w", err)
+	}
+	var all []int
+	for _, e := range entries {
+		if n, err := strconv.Atoi(e.Name()); err == nil {
+			all = append(all, n)
+		}
+	}
+	slices.Sort(all)
+	slices.Reverse(all)
+	return all, nil
+}
+
+// castagnoli is CRC-32C, which processors compute at some 10 GB/s: it finds damage, and
+// is no protection against somebody who may write here.
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// sumPiece is how much is read at once, bytes; ctx is looked at between two.
+const sumPiece = 1 << 20
+
+func sum(ctx context.Context, r io.Reader) (size int64, crc uint32, err error) {
+	buf := make([]byte, sumPiece)
+	for ctx.Err() == nil {
+		n, err := r.Read(buf)
+		size, crc = size+int64(n), crc32.Update(crc, castagnoli, buf[:n])
+		if errors.Is(err, io.EOF) {
+			return size, crc, nil
+		}
+		if err != nil {
+			return 0, 0, err
+		}
+	}
+	return 0, 0, context.Cause(ctx)
+}
+
+// manifest is what a checkpoint's directory says of itself.
+type manifest struct {
+	Format int             `json:"format"`
+	At     time.Time       `json:"at"`
+	Size   int64           `json:"size"` // bytes on disk, without holes
+	Files  []file          `json:"files"`
+	About  json.RawMessage `json:"about"`
+}
+
+type file struct {
+	Name string `json:"name"`
+	Size int64  `json:"size"`
+	Sum  uint32 `json:"crc32c"`
+}
+
+// envelope is what the manifest's file holds: damage to it shows as to any other.
+type envelope struct {
+	Sum      uint32          `json:"crc32c"`
+	Manifest json.RawMessage `json:"manifest"`
+}
+
+func (m *manifest) encode() ([]byte, error) {
+	data, err := json.Marshal(m)
+	if err == nil {
+		data, err = json.Marshal(envelope{crc32.Checksum(data, castagnoli), data})
+	}
+	if err != nil {
+		return nil, fmt.Errorf("encoding a checkpoint's manifest: %w", err)
+	}
+	return data, nil
+}
+
+func (m *manifest) decode(data []byte) error {
+	var e envelope
+	if err := json.Unmarshal(data, &e); err != nil {
+		return damaged("%s cannot be understood", manifestFile).Because(err)
+	}
+	if crc32.Checksum(e.Manifest, castagnoli) != e.Sum {
+		return damaged("%s does not have the content that was written", manifestFile)
+	}
+	if err := json.Unmarshal(e.Manifest, m); err != nil {
+		return damaged("%s cannot be understood", manifestFile).Because(err)
+	}
+	if m.Format != format {
+		return damaged("%s has format %d; this version of cay knows %d", manifestFile, m.Format, format)
+	}
+	return nil
+}
+
+// Checkpoint is one that is whole.
+type Checkpoint struct {
+	Dir string // where its files are
+	manifest
+}
+
+// Latest returns the latest checkpoint of a name, nil if there is none. Its files are
+// there and have their sizes; [Checkpoint.Verify] reads them.
+func (s *Store) Latest(name string) (*Checkpoint, error) {
+	home := filepath.Join(s.dir, name)
+	all, err := numbers(home)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && len(all) == 0 {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return read(filepath.Join(home, strconv.Itoa(all[0])))
+}
+
+func read(dir string) (*Checkpoint, error) {
+	c := &Checkpoint{Dir: dir}
+	data, err := os.ReadFile(filepath.Join(dir, manifestFile))
+	if err != nil {
+		return nil, damaged("%s cannot be read", manifestFile).Because(err)
+	}
+	return c, c.decode(data)
+}
+
+// damaged says what is wrong with a checkpoint, to the user who wants to use it.
+func damaged(what string, args ...any) *fault.Error {
+	return fault.New(fault.Internal, "checkpoint_damaged", "the checkpoint is damaged: "+what, args...)
+}
+
+// Understand decodes what Commit was given about the checkpoint.
+func (c *Checkpoint) Understand(about any) error {
+	if err := json.Unmarshal(c.About, about); err != nil {
+		return damaged("%s cannot be understood", manifestFile).Because(err)
+	}
+	return nil
+}
+
+// Verify checks that every file is there with its size, and reads those that pick
+// chooses to compare their sums. What is wrong is Internal, code "checkpoint_damaged",
+// with a detail for the user.
+func (c *Checkpoint) Verify(ctx context.Context, pick func(name string) bool) error {
+	for _, want := range c.Files {
+		if err := c.verify(ctx, want, pick(want.Name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *Checkpoint) verify(ctx context.Context, want file, whole bool) error {
+	if strings.Contains(want.Name, "/") {
+		return damaged("%s names %q", manifestFile, want.Name)
+	}
+	f, err := os.Open(filepath.Join(c.Dir, want.Name))
+	if err != nil {
+		return damaged("%s cannot be read", want.Name).Because(err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return damaged("%s cannot be read", want.Name).Because(err)
+	}
+	if info.Size() != want.Size {
+		return damaged("%s has %d bytes instead of %d", want.Name, info.Size(), want.Size)
+	}
+	if !whole {
+		return nil
+	}
+	_, crc, err := sum(ctx, f)
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case err != nil:
+		return damaged("%s cannot be read", want.Name).Because(err)
+	case crc != want.Sum:
+		return damaged("%s does not have the content that was written", want.Name)
+	}
+	return nil
+}
+
+// Suspect reports whether the checkpoint once did not have its sums: it should be
+// verified as a whole before it is used again.
+func (c *Checkpoint) Suspect() bool {
+	_, err := os.Stat(filepath.Join(c.Dir, suspectFile))
+	return err == nil
+}
+
+// Distrust makes the checkpoint suspect.
+func (c *Checkpoint) Distrust() error {
+	if err := os.WriteFile(filepath.Join(c.Dir, suspectFile), nil, 0o600); err != nil {
+		return fmt.Errorf("marking a damaged checkpoint: %w", err)
+	}
+	return nil
+}

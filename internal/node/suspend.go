@@ -1,0 +1,324 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/checkpoint"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/payload"
+	"github.com/cayhq/cay/internal/runsc"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// stateSize is what a checkpoint takes beside the sandbox's memory and files, in
+// bytes: the state of its kernel is 1 to 2 MiB, more with very many open files.
+const stateSize = 16 << 20
+
+// about is what a checkpoint's manifest says for its restore.
+type about struct {
+	life
+	Nameservers []string `json:"nameservers"`
+}
+
+// Suspend implements sandbox.Node. The sandbox stands still from before it is written
+// down until it is ended or its checkpoint has failed, so nothing that it did is lost.
+func (n *Node) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
+	b, draft, err := n.draft(id)
+	if err != nil {
+		return sandbox.Point{}, err
+	}
+	// The agent should not wake with connections to somebody who has gone.
+	n.agents.Drop(string(id))
+	now := time.Now()
+	hold, err := b.runtime().Save(ctx, b.container(), draft.Dir())
+	if err != nil {
+		return sandbox.Point{}, n.giveUp(b, draft, err)
+	}
+	point, err := n.commit(b, draft, now)
+	if err != nil {
+		err = errors.Join(err, hold.Release())
+		return sandbox.Point{}, n.giveUp(b, draft, err)
+	}
+	// From here on the checkpoint is the sandbox, and what stands still is not.
+	b.gone.Store(true)
+	err = n.Rest(ctx, id)
+	return point, errors.Join(err, hold.Release())
+}
+
+// Checkpoint implements sandbox.Node.
+func (n *Node) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
+	b, draft, err := n.draft(id)
+	if err != nil {
+		return sandbox.Point{}, err
+	}
+	now := time.Now()
+	if err := b.runtime().SaveLive(ctx, b.container(), draft.Dir()); err != nil {
+		return sandbox.Point{}, n.giveUp(b, draft, err)
+	}
+	point, err := n.commit(b, draft, now)
+	if err != nil {
+		return sandbox.Point{}, n.giveUp(b, draft, err)
+	}
+	return point, nil
+}
+
+// giveUp is the end of a checkpoint that failed. The one before is still there.
+func (n *Node) giveUp(b *box, draft *checkpoint.Draft, cause error) error {
+	if errors.Is(cause, unix.ENOSPC) || draft.Full() {
+		cause = fault.New(fault.NoSpace, "disk_full", "this machine's disk filled up while the checkpoint was written").Because(cause)
+	}
+	return errors.Join(cause, draft.Abandon(), n.revive(b))
+}
+
+// draft begins a checkpoint of a sandbox that runs.
+func (n *Node) draft(id sandbox.ID) (*box, *checkpoint.Draft, error) {
+	b := n.box(id)
+	if b == nil || b.dead() {
+		return nil, nil, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
+	}
+	size, err := b.size()
+	if err != nil {
+		return nil, nil, err
+	}
+	draft, err := n.checkpoints.Begin(string(id), size)
+	return b, draft, err
+}
+
+func (n *Node) commit(b *box, draft *checkpoint.Draft, at time.Time) (sandbox.Point, error) {
+	if err := n.passed("save"); err != nil {
+		return sandbox.Point{}, err
+	}
+	c, err := draft.Commit(at, about{b.life, n.cfg.Nameservers})
+	if err != nil {
+		return sandbox.Point{}, err
+	}
+	return sandbox.Point{At: c.At, Size: c.Size, Run: b.life.Run}, n.passed("commit")
+}
+
+// passed is the tests' door to break an operation after a step.
+func (n *Node) passed(step string) error {
+	if n.after == nil {
+		return nil
+	}
+	return n.after(step)
+}
+
+// size is about what a checkpoint of the sandbox will take, in bytes: its memory and what
+// it has written to its disk, less the pages that are zero, which nobody knows before.
+func (b *box) size() (int64, error) {
+	memory, err := b.node.groups.Group(b.node.groupPath(b.life.ID)).MemoryHeld()
+	if err != nil {
+		return 0, err
+	}
+	disk, err := b.layer()
+	return memory + disk + stateSize, err
+}
+
+// layer is what the writable layer takes on disk, in bytes. It is a file without a name,
+// which only the sentry has open.
+func (b *box) layer() (int64, error) {
+	dir := fmt.Sprintf("/proc/%d/fd", b.pid)
+	fds, err := os.ReadDir(dir)
+	if err != nil {
+		return 0, fmt.Errorf("looking for the writable layer of %s: %w", b.life.ID, err)
+	}
+	var size int64
+	for _, fd := range fds {
+		path := filepath.Join(dir, fd.Name())
+		target, err := os.Readlink(path)
+		if err != nil || !strings.Contains(target, ".gvisor.filestore") {
+			continue // it may be closed already
+		}
+		var st unix.Stat_t
+		if err := unix.Stat(path, &st); err == nil {
+			size += st.Blocks * 512
+		}
+	}
+	return size, nil
+}
+
+// revivePatience is how long a sandbox may take to go on after a checkpoint that failed or
+// was interrupted. It takes milliseconds when it can at all; on a machine that swaps,
+// some seconds.
+const revivePatience = 10 * time.Second
+
+// revive makes sure that a sandbox goes on which stood still: one that does not is ended,
+// so that it is lost like any other and found again at its latest checkpoint.
+func (n *Node) revive(b *box) error {
+	ctx, cancel := context.WithTimeout(b.ctx, revivePatience)
+	defer cancel()
+	err := n.awaitAgent(ctx, b)
+	if err == nil || b.dead() || b.ctx.Err() != nil {
+		return nil
+	}
+	n.log.ErrorContext(ctx, "ending a sandbox that did not go on after its checkpoint failed", "sandbox", b.life.ID, "error", err)
+	b.gone.Store(true)
+	return n.groups.Group(n.groupPath(b.life.ID)).Kill(b.ctx)
+}
+
+// wakeFailed is the error of a checkpoint that cannot be restored.
+func wakeFailed(cause error, why string, args ...any) error {
+	return fault.New(fault.Internal, "wake_failed", why, args...).Because(cause)
+}
+
+// Wake implements sandbox.Node.
+func (n *Node) Wake(ctx context.Context, spec sandbox.Spec) error {
+	c, was, err := n.restorable(ctx, spec.ID)
+	if err != nil {
+		if f := fault.As(err); f != nil {
+			return wakeFailed(err, "%s", f.Detail)
+		}
+		return err
+	}
+	programs, err := payload.Find(n.cfg.ProgramsDir, was.Programs)
+	if err != nil {
+		return wakeFailed(err, "the version of cay's runtime that made the checkpoint (%s) is not on this machine any more", was.Programs.Runsc)
+	}
+	b := &box{node: n, life: was.life}
+	b.life.Run, b.life.Token = spec.Run, spec.Token
+	restored := false
+	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
+		pid, err := b.runtime().Restore(ctx, b.container(), c.Dir, runsc.Place{
+			Image: image, Binds: binds(programs), Namespace: b.slot.Namespace, Cgroups: n.groupPath(spec.ID)})
+		restored = err == nil
+		return pid, err
+	}, func(ctx context.Context) error { return n.greetAgent(ctx, b, was) })
+	if err := n.take(ctx, b, steps, n.Rest); err != nil {
+		if restored || fault.As(err) != nil || ctx.Err() != nil {
+			return err
+		}
+		return wakeFailed(err, "gVisor could not restore the checkpoint; the server's log has the cause")
+	}
+	n.watches.Go(func() { n.verifyPages(b, c) })
+	return nil
+}
+
+// restorable finds the sandbox's latest checkpoint and looks at it: at the sums of all
+// files but the pages, which take as long to read as the sandbox is large. They are
+// verified while it runs, and before it does once they were found wrong.
+func (n *Node) restorable(ctx context.Context, id sandbox.ID) (*checkpoint.Checkpoint, about, error) {
+	var was about
+	c, err := n.checkpoints.Latest(string(id))
+	if err != nil {
+		return nil, was, err
+	}
+	if c == nil {
+		return nil, was, wakeFailed(nil, "its checkpoint is not on this machine")
+	}
+	if err := c.Understand(&was); err != nil {
+		return nil, was, err
+	}
+	suspect := c.Suspect()
+	return c, was, c.Verify(ctx, func(name string) bool { return suspect || name != runsc.PagesFile })
+}
+
+// greetAgent gives a restored agent its new token, and the name servers if they are
+// others now. Nothing else: what is in its files since may be the user's.
+func (n *Node) greetAgent(ctx context.Context, b *box, was about) error {
+	before := b.target()
+	before.Token = was.Token
+	hello := agentapi.InitRequest{AccessToken: b.life.Token}
+	if strings.Join(was.Nameservers, " ") != strings.Join(n.cfg.Nameservers, " ") {
+		hello.Nameservers = n.cfg.Nameservers
+	}
+	if err := n.agents.Init(ctx, before, hello); err != nil {
+		return fmt.Errorf("giving the agent its new token: %w", err)
+	}
+	return nil
+}
+
+// verifyPages reads the memory that a sandbox was restored with, and ends the sandbox if
+// it is not what was written: it would go on with somebody else's memory.
+func (n *Node) verifyPages(b *box, c *checkpoint.Checkpoint) {
+	n.verifying.Lock()
+	defer n.verifying.Unlock()
+	err := c.Verify(b.ctx, func(name string) bool { return name == runsc.PagesFile })
+	if err == nil || b.ctx.Err() != nil {
+		return
+	}
+	if _, gone := os.Stat(c.Dir); errors.Is(gone, fs.ErrNotExist) {
+		return // a newer one took its place meanwhile
+	}
+	n.log.ErrorContext(b.ctx, "ending a sandbox whose checkpoint is damaged", "sandbox", b.life.ID, "checkpoint", c.Dir, "error", err)
+	if err := errors.Join(c.Distrust(), n.groups.Group(n.groupPath(b.life.ID)).Kill(b.ctx)); err != nil && b.ctx.Err() == nil {
+		n.log.ErrorContext(b.ctx, "ending a sandbox", "sandbox", b.life.ID, "error", err)
+	}
+}
+
+// point is the sandbox's recovery point, nil if it has none. One that cannot be read is
+// one too: it is kept, and a wake says what is wrong with it.
+func (n *Node) point(id sandbox.ID) (*sandbox.Point, error) {
+	c, err := n.checkpoints.Latest(string(id))
+	if err != nil {
+		if fault.As(err) == nil {
+			return nil, err
+		}
+		info, err := os.Stat(filepath.Join(n.cfg.Checkpoints, string(id)))
+		if err != nil {
+			return nil, fmt.Errorf("looking at a damaged checkpoint: %w", err)
+		}
+		return &sandbox.Point{At: info.ModTime().UTC()}, nil
+	}
+	if c == nil {
+		return nil, nil
+	}
+	var was about
+	if err := c.Understand(&was); err != nil {
+		return &sandbox.Point{At: c.At, Size: c.Size}, nil
+	}
+	return &sandbox.Point{At: c.At, Size: c.Size, Run: was.Run}, nil
+}
+
+// Busy implements sandbox.Node.
+func (n *Node) Busy(ctx context.Context, id sandbox.ID) (bool, error) {
+	b := n.box(id)
+	if b == nil || b.dead() {
+		return false, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
+	}
+	return n.agents.Busy(ctx, b.target())
+}
+
+// collect removes the programs of earlier versions that no sandbox and no checkpoint
+// needs any more.
+func (n *Node) collect() error {
+	if entries, err := os.ReadDir(n.cfg.ProgramsDir); err == nil && len(entries) <= 2 {
+		return nil // those of this version: nothing to read all checkpoints for
+	}
+	keep := []payload.Version{n.cfg.Programs.Version}
+	n.mu.Lock()
+	for _, b := range n.boxes {
+		keep = append(keep, b.life.Programs)
+	}
+	n.mu.Unlock()
+	names, err := n.checkpoints.Names()
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		c, err := n.checkpoints.Latest(name)
+		var was about
+		if err == nil && c != nil {
+			err = c.Understand(&was)
+		}
+		if err != nil {
+			n.log.Warn("keeping all versions of the runtime: a checkpoint does not say which it needs", "sandbox", name, "error", err)
+			return nil
+		}
+		keep = append(keep, was.Programs)
+	}
+	removed, err := payload.Collect(n.cfg.ProgramsDir, keep)
+	if len(removed) > 0 {
+		n.log.Info("removed versions of the runtime that nothing needs any more", "removed", removed)
+	}
+	return err
+}

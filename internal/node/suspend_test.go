@@ -1,0 +1,511 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// sh runs a command in the sandbox and returns what it wrote.
+func (m *machine) sh(spec sandbox.Spec, command string) string {
+	m.t.Helper()
+	r, err := m.node.Agents().Execute(m.ctx(), agentapi.Target{SandboxID: string(spec.ID), Run: spec.Run, Token: spec.Token},
+		agentapi.ExecuteRequest{Command: command, Timeout: 30 * time.Second, MaxOutput: 1 << 16})
+	if err != nil || r.ExitCode != 0 {
+		m.t.Errorf("%s: exit code %d, %v: %s%s", command, r.ExitCode, err, r.Stdout, r.Stderr)
+	}
+	return strings.TrimSpace(string(r.Stdout))
+}
+
+// next is the spec of the sandbox's next life.
+func next(spec sandbox.Spec) sandbox.Spec {
+	spec.Run += "+"
+	spec.Token += "+"
+	return spec
+}
+
+// suspend and wake, each of which must work.
+func (m *machine) suspend(spec sandbox.Spec) sandbox.Point {
+	m.t.Helper()
+	point, err := m.node.Suspend(m.ctx(), spec.ID)
+	if err != nil {
+		m.t.Fatalf("suspending: %v", err)
+	}
+	m.wantAsleep(spec.ID)
+	return point
+}
+
+func (m *machine) wake(spec sandbox.Spec) sandbox.Spec {
+	m.t.Helper()
+	spec = next(spec)
+	if err := m.node.Wake(m.ctx(), spec); err != nil {
+		m.t.Fatalf("waking: %v", err)
+	}
+	return spec
+}
+
+// wantAsleep checks that the sandbox is files and nothing else.
+func (m *machine) wantAsleep(id sandbox.ID) {
+	m.t.Helper()
+	fact, err := m.node.Inspect(m.ctx(), id)
+	if err != nil || fact == nil || fact.Remains || fact.Alive || fact.Point == nil {
+		m.t.Fatalf("asleep the machine has %+v, %v", fact, err)
+	}
+	for _, slot := range m.slots.Slots() {
+		m.t.Errorf("slot %s is still handed out", slot.Link)
+	}
+	err = filepath.WalkDir(filepath.Join(m.dir, "checkpoints", string(id)), func(path string, d os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if want := map[bool]os.FileMode{true: 0o700, false: 0o600}[d.IsDir()]; err == nil && info.Mode().Perm() != want {
+			m.t.Errorf("%s has mode %s", path, info.Mode())
+		}
+		return err
+	})
+	if err != nil {
+		m.t.Error(err)
+	}
+}
+
+// worker counts into a file that it holds open, into memory, and to a reader of a pipe.
+const worker = `mkfifo /tmp/pipe
+(i=0; exec 3>>/root/log; while :; do i=$((i+1)); echo $i >&3; echo $i; sleep 0.05; done >/tmp/pipe) &
+(while read n; do echo $n >/dev/shm/now; done </tmp/pipe) &
+until [ -s /dev/shm/now ]; do sleep 0.01; done`
+
+// count is how far the worker has come, with every line of its log in place.
+func (m *machine) count(spec sandbox.Spec) int {
+	m.t.Helper()
+	lines := strings.Fields(m.sh(spec, "cat /root/log"))
+	for i, line := range lines {
+		if line != strconv.Itoa(i+1) {
+			m.t.Fatalf("line %d of the log is %q", i+1, line)
+		}
+	}
+	return len(lines)
+}
+
+// counts waits until the worker is beyond where it was, both in its file and behind
+// the pipe.
+func (m *machine) counts(spec sandbox.Spec, before int) int {
+	m.t.Helper()
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); {
+		now := m.count(spec)
+		if piped, _ := strconv.Atoi(m.sh(spec, "cat /dev/shm/now")); now > before && piped > before {
+			return now
+		}
+	}
+	m.t.Fatalf("the worker does not count beyond %d", before)
+	return 0
+}
+
+func TestSuspendAndWake(t *testing.T) {
+	m := newMachine(t)
+	spec := m.spec()
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.sh(spec, worker)
+	n := m.counts(spec, 0)
+	for i := range 3 {
+		began := time.Now()
+		point := m.suspend(spec)
+		slept := time.Now()
+		spec = m.wake(spec)
+		t.Logf("cycle %d: %d KiB, suspend %s, wake %s", i, point.Size>>10, slept.Sub(began), time.Since(slept))
+		n = m.counts(spec, n)
+		inside, err := strconv.ParseInt(m.sh(spec, "date +%s"), 10, 64)
+		if now := time.Now().Unix(); err != nil || inside < now-2 || inside > now+2 {
+			t.Errorf("the clock inside is %d, outside %d, %v", inside, now, err)
+		}
+	}
+	if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+		t.Fatal(err)
+	}
+	m.wantNothing()
+}
+
+// TestSuspendFailsAtEveryStep breaks a suspend after each of its steps: the sandbox goes
+// on, or sleeps with a checkpoint that is whole, and can be used either way.
+func TestSuspendFailsAtEveryStep(t *testing.T) {
+	m := newMachine(t)
+	spec := m.spec()
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.sh(spec, worker)
+	n := m.counts(spec, 0)
+	broken := errors.New("broken on purpose")
+	for _, step := range []string{"save", "commit"} {
+		m.node.after = func(name string) error {
+			if name == step {
+				return broken
+			}
+			return nil
+		}
+		if _, err := m.node.Suspend(m.ctx(), spec.ID); !errors.Is(err, broken) {
+			t.Fatalf("%s: got %v", step, err)
+		}
+		m.node.after = nil
+		fact, err := m.node.Inspect(m.ctx(), spec.ID)
+		if err != nil || fact == nil || !fact.Alive || (fact.Point != nil) != (step == "commit") {
+			t.Fatalf("%s: the machine has %+v, %v", step, fact, err)
+		}
+		n = m.counts(spec, n)
+		m.suspend(spec)
+		spec = m.wake(spec)
+		n = m.counts(spec, n)
+		if err := m.node.checkpoints.Remove(string(spec.ID)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestWakeFailsAtEveryStep breaks a wake after each of its steps: the sandbox sleeps on
+// and the next try succeeds.
+func TestWakeFailsAtEveryStep(t *testing.T) {
+	m := newMachine(t)
+	spec := m.spec()
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.sh(spec, worker)
+	n := m.counts(spec, 0)
+	broken := errors.New("broken on purpose")
+	for _, step := range []string{"image", "directory", "network", "record", "start", "watch", "agent", "favour", "init"} {
+		m.suspend(spec)
+		reached := false
+		m.node.after = func(name string) error {
+			if name == step {
+				reached = true
+				return broken
+			}
+			return nil
+		}
+		if err := m.node.Wake(m.ctx(), next(spec)); !errors.Is(err, broken) || !reached {
+			t.Fatalf("%s: got %v, reached: %v", step, err, reached)
+		}
+		m.node.after = nil
+		m.wantAsleep(spec.ID)
+		spec = m.wake(spec)
+		n = m.counts(spec, n)
+	}
+}
+
+// TestCheckpointWhileRunning takes recovery points of a running sandbox, kills its sentry,
+// and finds it again where it was at the last of them.
+func TestCheckpointWhileRunning(t *testing.T) {
+	m := newMachine(t)
+	spec := m.spec()
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	if busy, err := m.node.Busy(m.ctx(), spec.ID); err != nil || busy {
+		t.Errorf("a new sandbox is busy: %v, %v", busy, err)
+	}
+	m.sh(spec, worker)
+	if busy, err := m.node.Busy(m.ctx(), spec.ID); err != nil || !busy {
+		t.Errorf("with a job in the background it is busy: %v, %v", busy, err)
+	}
+	n := m.counts(spec, 0)
+	var last sandbox.Point
+	for range 2 {
+		var err error
+		if last, err = m.node.Checkpoint(m.ctx(), spec.ID); err != nil {
+			t.Fatal(err)
+		}
+		n = m.counts(spec, n)
+	}
+	all, err := os.ReadDir(filepath.Join(m.dir, "checkpoints", string(spec.ID)))
+	if err != nil || len(all) != 1 {
+		t.Errorf("there are %v, %v", all, err)
+	}
+	if err := m.node.groups.Group(m.node.groupPath(spec.ID)).Kill(m.ctx()); err != nil {
+		t.Fatal(err)
+	}
+	if lost := <-m.node.Lost(); lost.ID != spec.ID {
+		t.Errorf("lost %+v", lost)
+	}
+	fact, err := m.node.Inspect(m.ctx(), spec.ID)
+	if err != nil || fact.Alive || !fact.Remains || fact.Point == nil || !fact.Point.At.Equal(last.At) || fact.Point.Run != spec.Run {
+		t.Fatalf("the machine has %+v with %+v, %v", fact, fact.Point, err)
+	}
+	if err := m.node.Rest(m.ctx(), spec.ID); err != nil {
+		t.Fatal(err)
+	}
+	m.wantAsleep(spec.ID)
+	spec = m.wake(spec)
+	if back := m.count(spec); back > n {
+		t.Errorf("it woke at %d, and had been at %d", back, n)
+	}
+	m.counts(spec, 0)
+}
+
+// TestNoRoomForACheckpoint refuses before anything is done to the sandbox.
+func TestNoRoomForACheckpoint(t *testing.T) {
+	m := newMachine(t)
+	spec := m.spec()
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.close()
+	m.minDisk = 1 << 60
+	m.open()
+	for name, f := range map[string]func() error{
+		"suspend":    func() error { _, err := m.node.Suspend(m.ctx(), spec.ID); return err },
+		"checkpoint": func() error { _, err := m.node.Checkpoint(m.ctx(), spec.ID); return err },
+	} {
+		if err := f(); !fault.Is(err, fault.NoSpace) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	m.works(spec)
+}
+
+// TestDamagedCheckpoint breaks a checkpoint in every way: it is kept, the wake says what
+// is wrong, and once that is mended the sandbox wakes.
+func TestDamagedCheckpoint(t *testing.T) {
+	m := newMachine(t)
+	spec := m.spec()
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.sh(spec, worker)
+	n := m.counts(spec, 0)
+	m.suspend(spec)
+	c, err := m.node.checkpoints.Latest(string(spec.ID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, change := range map[string]func([]byte) []byte{
+		"cut":     func(b []byte) []byte { return b[:len(b)/2] },
+		"flipped": func(b []byte) []byte { b[len(b)/2] ^= 1; return b },
+		"gone":    func([]byte) []byte { return nil },
+	} {
+		for _, file := range []string{"checkpoint.img", "pages_meta.img", "config.json", "manifest.json"} {
+			path := filepath.Join(c.Dir, file)
+			good, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if bad := change([]byte(string(good))); bad == nil {
+				err = os.Remove(path)
+			} else {
+				err = os.WriteFile(path, bad, 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = m.node.Wake(m.ctx(), next(spec))
+			if f := fault.As(err); f == nil || f.Code != "wake_failed" || !strings.Contains(f.Detail, file) {
+				t.Errorf("%s, %s: %v", file, name, err)
+			}
+			m.wantAsleep(spec.ID)
+			if err := os.WriteFile(path, good, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	spec = m.wake(spec)
+	m.counts(spec, n)
+}
+
+// TestDamagedMemory breaks the pages, which are read after the wake: the sandbox is ended
+// as soon as it is seen, and then does not wake until they are what they were.
+func TestDamagedMemory(t *testing.T) {
+	m := newMachine(t)
+	spec := m.spec()
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.sh(spec, "head -c 20000000 /dev/urandom >/root/data")
+	sum := m.sh(spec, "md5sum /root/data")
+	m.suspend(spec)
+	c, err := m.node.checkpoints.Latest(string(spec.ID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages := filepath.Join(c.Dir, "pages.img")
+	good, err := os.ReadFile(pages)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bad := []byte(string(good))
+	bad[len(bad)-5000] ^= 1
+	if err := os.WriteFile(pages, bad, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	spec = m.wake(spec)
+	select {
+	case <-m.node.Lost():
+	case <-time.After(20 * time.Second):
+		t.Fatal("a sandbox with damaged memory goes on")
+	}
+	if err := m.node.Rest(m.ctx(), spec.ID); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := m.node.Wake(m.ctx(), next(spec)); err == nil || !strings.Contains(fmt.Sprint(err), "pages.img") {
+			t.Errorf("waking it again: %v", err)
+		}
+	}
+	if err := os.WriteFile(pages, good, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	spec = m.wake(spec)
+	if got := m.sh(spec, "md5sum /root/data"); got != sum {
+		t.Errorf("the data is %s, was %s", got, sum)
+	}
+}
+
+// TestDiskFillsUp lets the disk fill while a checkpoint is written, as it does when others
+// write too: the sandbox goes on, with the checkpoint it had, and sleeps once there is room.
+func TestDiskFillsUp(t *testing.T) {
+	m := newMachine(t)
+	spec := m.spec()
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.sh(spec, worker)
+	n := m.counts(spec, 0)
+	if _, err := m.node.Checkpoint(m.ctx(), spec.ID); err != nil {
+		t.Fatal(err)
+	}
+	m.close()
+	dir := filepath.Join(m.dir, "checkpoints")
+	small := filepath.Join(m.dir, "small")
+	if err := errors.Join(os.Rename(dir, small), os.Mkdir(dir, 0o700), unix.Mount("tmpfs", dir, "tmpfs", 0, "size=9m,mode=0700")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := errors.Join(os.CopyFS(dir, os.DirFS(small)), os.Chmod(filepath.Join(dir, string(spec.ID)), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	m.minDisk = -1 << 60 // it looks as if there were room
+	m.open()
+	m.sh(spec, "head -c 20000000 /dev/urandom >/root/data")
+	sum := m.sh(spec, "md5sum /root/data")
+	for name, f := range map[string]func() (sandbox.Point, error){
+		"suspend":    func() (sandbox.Point, error) { return m.node.Suspend(m.ctx(), spec.ID) },
+		"checkpoint": func() (sandbox.Point, error) { return m.node.Checkpoint(m.ctx(), spec.ID) },
+	} {
+		if _, err := f(); err == nil {
+			t.Fatalf("%s: 20 MB fit into 9", name)
+		} else if !fault.Is(err, fault.NoSpace) {
+			t.Errorf("%s: %v", name, err)
+		}
+		n = m.counts(spec, n)
+		if c, err := m.node.checkpoints.Latest(string(spec.ID)); err != nil || c.Verify(t.Context(), func(string) bool { return true }) != nil {
+			t.Errorf("%s: the checkpoint it had is %v, %v", name, c, err)
+		}
+	}
+	if err := unix.Mount("", dir, "", unix.MS_REMOUNT, "size=100m"); err != nil {
+		t.Fatal(err)
+	}
+	m.suspend(spec)
+	spec = m.wake(spec)
+	if got := m.sh(spec, "md5sum /root/data"); got != sum {
+		t.Errorf("the data is %s, was %s", got, sum)
+	}
+	m.counts(spec, n)
+}
+
+// TestServerDiesInTheMiddle ends the server while a sandbox stands still for its
+// checkpoint: it goes on by itself, and the next server finds it running.
+func TestServerDiesInTheMiddle(t *testing.T) {
+	m := newMachine(t)
+	spec := m.spec()
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.sh(spec, worker)
+	n := m.counts(spec, 0)
+	b, draft, err := m.node.draft(spec.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// What the death of the server does to its child: the end of its input.
+	hold, err := b.runtime().Save(m.ctx(), b.container(), draft.Dir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := hold.Release(); err != nil {
+		t.Fatal(err)
+	}
+	m.close()
+	m.open()
+	n = m.counts(spec, n)
+
+	// Both are killed: nobody is left to let the sandbox go on, so the next server
+	// ends it and it is found at its latest checkpoint.
+	m.suspend(spec)
+	spec = m.wake(spec)
+	if b, draft, err = m.node.draft(spec.ID); err != nil {
+		t.Fatal(err)
+	}
+	if hold, err = b.runtime().Save(m.ctx(), b.container(), draft.Dir()); err != nil {
+		t.Fatal(err)
+	}
+	killSaver(t, spec.ID)
+	if err := hold.Release(); err == nil {
+		t.Error("who keeps the sandbox paused was not killed")
+	}
+	m.close()
+	m.open()
+	select {
+	case lost := <-m.node.Lost():
+		if lost.ID != spec.ID {
+			t.Errorf("lost %+v", lost)
+		}
+	case <-time.After(4 * revivePatience):
+		t.Fatal("a sandbox that stands still is adopted as if it ran")
+	}
+	if err := m.node.Rest(m.ctx(), spec.ID); err != nil {
+		t.Fatal(err)
+	}
+	spec = m.wake(spec)
+	m.counts(spec, n)
+}
+
+// killSaver kills the program that writes a sandbox down and keeps it paused.
+func killSaver(t *testing.T, id sandbox.ID) {
+	t.Helper()
+	paths, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range paths {
+		cmdline, err := os.ReadFile(path)
+		args := strings.Split(string(cmdline), "\x00")
+		if err != nil || !slices.Contains(args, "save") || !slices.Contains(args, string(id)) {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
+		if err == nil {
+			err = unix.Kill(pid, unix.SIGKILL)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	t.Fatal("nobody saves the sandbox")
+}

@@ -1,0 +1,145 @@
+package runsc
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// PagesFile is the part of a checkpoint that holds the memory of the sandbox and what was
+// written to its file system: nearly all of it. A restored sandbox still reads it in
+// the background for a while.
+const PagesFile = "pages.img"
+
+// saved is what cay-runsc says when the sandbox has been written down.
+const saved = "saved\n"
+
+// Hold keeps a sandbox paused after it was saved.
+type Hold struct {
+	client interface{ Wait() error }
+	stdin  io.Closer
+}
+
+// Release lets the sandbox go on, if it still exists, and returns when it does.
+func (h *Hold) Release() error {
+	if err := errors.Join(h.stdin.Close(), h.client.Wait()); err != nil {
+		return fmt.Errorf("resuming a paused sandbox: %w", err)
+	}
+	return nil
+}
+
+// Save pauses the sandbox, writes it into dir, which must be empty, with its spec, and
+// keeps it paused until the hold is released: whoever ends the sandbox after that knows
+// that nothing has happened in it since. Should this process end first, the sandbox goes
+// on by itself. After an error the sandbox goes on, if its sentry still can.
+func (r *Runtime) Save(ctx context.Context, c Container, dir string) (*Hold, error) {
+	if err := copySpec(c.Bundle, dir); err != nil {
+		return nil, err
+	}
+	cmd := r.command(ctx, c, "save", "--hold", "--image-path="+dir, c.ID)
+	// Asked nicely, and by the end of its input, it resumes the sandbox before it goes.
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, fmt.Errorf("making a pipe: %w", err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("making a pipe: %w", err), stdin.Close())
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("starting to save %s: %w", c.ID, err)
+	}
+	hold := &Hold{client: cmd, stdin: stdin}
+	if line, err := bufio.NewReader(stdout).ReadString('\n'); line != saved {
+		err = errors.Join(err, hold.Release())
+		return nil, fmt.Errorf("saving sandbox %s: %w: %s", c.ID, err, lastMessages(c.Bundle))
+	}
+	return hold, nil
+}
+
+// SaveLive writes the sandbox into dir, which must be empty, with its spec. The sandbox
+// stands still meanwhile and then goes on; its connections live.
+func (r *Runtime) SaveLive(ctx context.Context, c Container, dir string) error {
+	if err := copySpec(c.Bundle, dir); err != nil {
+		return err
+	}
+	if err := r.command(ctx, c, "save", "--image-path="+dir, c.ID).Run(); err != nil {
+		return fmt.Errorf("saving sandbox %s: %w: %s", c.ID, err, lastMessages(c.Bundle))
+	}
+	return nil
+}
+
+func copySpec(bundle, dir string) error {
+	data, err := os.ReadFile(filepath.Join(bundle, specFile))
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, specFile), data, 0o600)
+	}
+	if err != nil {
+		return fmt.Errorf("copying the spec of a sandbox: %w", err)
+	}
+	return nil
+}
+
+// Place is where a restored sandbox finds what is not in the checkpoint: all that
+// gVisor lets change between save and restore.
+type Place struct {
+	Image     string // path of the root's EROFS file, the same content as before
+	Binds     []Bind // the same, maybe from elsewhere
+	Namespace string // path of the network namespace
+	Cgroups   string // as in [Limits]
+}
+
+// Restore starts the sandbox that was saved into dir, with the spec it was saved with, in
+// another place. c.Spec is not used. It returns as [Runtime.Run] does, with every process
+// inside where it was; most of its memory is read afterwards, in the background or when
+// it is touched. Root.Overlay of the spec becomes c.Bundle.
+func (r *Runtime) Restore(ctx context.Context, c Container, dir string, p Place) (pid int, err error) {
+	data, err := os.ReadFile(filepath.Join(dir, specFile))
+	if err != nil {
+		return 0, fmt.Errorf("reading the spec of a checkpoint: %w", err)
+	}
+	c.Spec = &specs.Spec{}
+	if err := json.Unmarshal(data, c.Spec); err != nil {
+		return 0, fmt.Errorf("reading the spec of a checkpoint: %w", err)
+	}
+	if err := p.apply(c.Spec, c.Bundle); err != nil {
+		return 0, err
+	}
+	if err := writeSpec(c); err != nil {
+		return 0, err
+	}
+	return r.start(ctx, c, "restore", "--background", "--image-path="+dir)
+}
+
+// apply changes a spec of [NewSpec] to the place.
+func (p Place) apply(s *specs.Spec, overlay string) error {
+	if s.Root == nil || s.Linux == nil || s.Annotations == nil {
+		return errors.New("the spec of a checkpoint is not one of ours")
+	}
+	s.Root.Path = overlay
+	s.Annotations[rootSource] = p.Image
+	s.Annotations[rootOverlay] = "dir=" + overlay
+	s.Linux.CgroupsPath = p.Cgroups
+	for i := range s.Linux.Namespaces {
+		if n := &s.Linux.Namespaces[i]; n.Type == specs.NetworkNamespace {
+			n.Path = p.Namespace
+		}
+	}
+	for i := range s.Mounts {
+		for _, b := range p.Binds {
+			if m := &s.Mounts[i]; m.Type == "bind" && strings.TrimRight(m.Destination, "/") == b.To {
+				m.Source = b.From
+			}
+		}
+	}
+	return nil
+}
