@@ -146,7 +146,7 @@ func (a *app) suspendCommand() *cobra.Command {
 	cmd.Short = "Suspend a persistent sandbox"
 	cmd.Long = `Write a persistent sandbox to disk, its memory and processes included, so that it
 takes nothing else of the machine. Using it wakes it. Connections to the outside are
-cut. It is refused while other calls use the sandbox.`
+cut. It waits 5s for other calls that use the sandbox, and is refused after that.`
 	return cmd
 }
 
