@@ -336,21 +336,21 @@ type CreateSandboxRequest struct {
 	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
-	// IdleTimeout Persistent only: suspend after this time without activity, 10s to 24h, or 0 for never. Default 10m.
+	// IdleTimeout Persistent only: suspend after this time without activity, 10s to 24h, or 0 for never; the number 0 will do too. Default 10m.
 	//
 	// Example: 10m
-	IdleTimeout *string `json:"idle_timeout,omitempty"`
+	IdleTimeout *DurationOrZero `json:"idle_timeout,omitempty"`
 
 	// Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
 	Metadata Metadata `json:"metadata,omitempty"`
 
-	// Mode `ephemeral` (default) or `persistent`, which is not in this version (501).
+	// Mode `ephemeral` (default) or `persistent`.
 	Mode *string `json:"mode,omitempty"`
 
-	// RecoveryInterval Persistent only: how often to take a recovery point, 1m to 24h, or 0 for never. Default 10m.
+	// RecoveryInterval Persistent only: how often to take a recovery point while the sandbox runs and changes, 1m to 24h, or 0 for never; the number 0 will do too. Default 10m.
 	//
 	// Example: 10m
-	RecoveryInterval *string `json:"recovery_interval,omitempty"`
+	RecoveryInterval *DurationOrZero `json:"recovery_interval,omitempty"`
 
 	// Size Name of a size, see `GET /v1/sizes`. Default is the template's, else `shared-cpu-1x` unless the operator says otherwise.
 	//
@@ -392,6 +392,9 @@ type Env map[string]string
 
 // Event One transition of a sandbox.
 type Event struct {
+	// Detail More about it, for people, e.g. to what time a sandbox fell back; absent when there is nothing more.
+	Detail *string `json:"detail,omitempty"`
+
 	// From The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
 	From *SandboxState `json:"from,omitempty"`
 
@@ -693,13 +696,13 @@ type QuotaRequest struct {
 	VCPUs *int `json:"vcpus,omitempty"`
 }
 
-// RecoveryPoint A state a persistent sandbox can be brought back to after a crash.
+// RecoveryPoint A state that a persistent sandbox falls back to after a crash.
 type RecoveryPoint struct {
+	// CreatedAt The time of the state it holds.
+	CreatedAt time.Time `json:"created_at"`
+
 	// SizeBytes Its size on disk.
 	SizeBytes int64 `json:"size_bytes"`
-
-	// TakenAt When it was taken.
-	TakenAt time.Time `json:"taken_at"`
 }
 
 // Sandbox A sandbox.
@@ -725,7 +728,7 @@ type Sandbox struct {
 	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env"`
 
-	// Error What went wrong, for people.
+	// Error What went wrong, for people: why it did not start, or why a suspended one could not be woken. Absent when nothing did.
 	Error *string `json:"error,omitempty"`
 
 	// ExpiresAt Ephemeral only: when it will be destroyed.
@@ -751,6 +754,9 @@ type Sandbox struct {
 	// Mode `ephemeral` sandboxes are destroyed when their timeout is over, `persistent` ones suspended when idle and woken by the next call.
 	Mode SandboxMode `json:"mode"`
 
+	// RecoveryIntervalSeconds Persistent only: how often a recovery point is taken while it runs and changes; 0 is never.
+	RecoveryIntervalSeconds *int64 `json:"recovery_interval_seconds,omitempty"`
+
 	// Size Name of its size.
 	Size string `json:"size"`
 
@@ -766,7 +772,7 @@ type Sandbox struct {
 	// Status What a sandbox is doing.
 	Status SandboxStatus `json:"status"`
 
-	// SuspendedAt When it was last suspended.
+	// SuspendedAt Persistent only: the time of the state it is suspended in and would wake from; absent while it runs.
 	SuspendedAt *time.Time `json:"suspended_at,omitempty"`
 
 	// Template Name of the template it was made from.
@@ -1321,7 +1327,11 @@ type wireInterface interface {
 
 	// CheckpointSandbox Take a recovery point of a persistent sandbox
 	//
-	// The sandbox runs on. 409 when it is not persistent or not running. Persistent sandboxes are not in this version.
+	// A recovery point is what the sandbox falls back to when the machine or the sandbox's kernel dies. The newest replaces the one before. The sandbox runs on, after a pause that grows
+	// with its memory. Does not count as activity, and does not wake a suspended sandbox.
+	//
+	// 409 when it is not persistent (`sandbox_not_persistent`) or not running (`sandbox_not_running`). 507, code `disk_full`, when the machine's disk has no room for it, and 500,
+	// code `checkpoint_failed`, when it could not be written; the one before is then still there.
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/checkpoint (the `CheckpointSandbox` operationId).
 	CheckpointSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
@@ -1355,7 +1365,7 @@ type wireInterface interface {
 	//
 	// Runs `command` by `/bin/sh -c`, or `args` without a shell: exactly one of them. The answer is 200 whenever the command ended, whatever its exit code.
 	// A command over its `timeout` is killed with all its descendants: `timed_out` is true and `exit_code` 124. A command killed by signal N has exit code 128+N
-	// and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends; wakes a suspended sandbox.
+	// and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`.
 	// The body may have up to 8 MiB, `stdin` included.
 	//
 	// Takes any type of body and a specified content type.
@@ -1367,7 +1377,7 @@ type wireInterface interface {
 	//
 	// Runs `command` by `/bin/sh -c`, or `args` without a shell: exactly one of them. The answer is 200 whenever the command ended, whatever its exit code.
 	// A command over its `timeout` is killed with all its descendants: `timed_out` is true and `exit_code` 124. A command killed by signal N has exit code 128+N
-	// and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends; wakes a suspended sandbox.
+	// and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`.
 	// The body may have up to 8 MiB, `stdin` included.
 	//
 	// Takes a body of the `application/json` content type.
@@ -1377,14 +1387,14 @@ type wireInterface interface {
 
 	// RemoveFile Remove a file or directory
 	//
-	// 400 for a directory that is not empty, unless `recursive=true`. A symbolic link is removed, not what it points to. Counts as activity.
+	// 400 for a directory that is not empty, unless `recursive=true`. A symbolic link is removed, not what it points to. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Corresponds with DELETE /v1/sandboxes/{id}/files (the `RemoveFile` operationId).
 	RemoveFile(ctx context.Context, id SandboxID, params *RemoveFileParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// ReadFile Read a file
 	//
-	// The content of a file as it is, of any size. One `Range` of bytes is honoured with 206. 404 with code `file_not_found` when there is none, 400 when `path` is a directory. Counts as activity.
+	// The content of a file as it is, of any size. One `Range` of bytes is honoured with 206. 404 with code `file_not_found` when there is none, 400 when `path` is a directory. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/files (the `ReadFile` operationId).
 	ReadFile(ctx context.Context, id SandboxID, params *ReadFileParams, reqEditors ...requestEditor) (*http.Response, error)
@@ -1392,7 +1402,7 @@ type wireInterface interface {
 	// WriteFileWithBody Write a file
 	//
 	// Writes the body, up to 100 MB (100·10⁶ bytes; more is 400, code `file_too_large`), to `path`, replacing what is there. Parents that do not exist are made. The file appears whole or not at all.
-	// Any `Content-Type` will do. Counts as activity.
+	// Any `Content-Type` will do. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -1401,14 +1411,14 @@ type wireInterface interface {
 
 	// ListFiles List a directory
 	//
-	// All entries of a directory down to `depth` levels, parents before their children. Not paged. 404 when it does not exist, 400 when it is not a directory. Counts as activity.
+	// All entries of a directory down to `depth` levels, parents before their children. Not paged. 404 when it does not exist, 400 when it is not a directory. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/files/list (the `ListFiles` operationId).
 	ListFiles(ctx context.Context, id SandboxID, params *ListFilesParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// KeepaliveSandboxWithBody Give a sandbox a new lifetime
 	//
-	// An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral or not running.
+	// An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -1417,7 +1427,7 @@ type wireInterface interface {
 
 	// KeepaliveSandbox Give a sandbox a new lifetime
 	//
-	// An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral or not running.
+	// An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -1426,14 +1436,23 @@ type wireInterface interface {
 
 	// SuspendSandbox Suspend a persistent sandbox
 	//
-	// Writes its memory and processes to disk and frees the machine. 409 when it is not persistent or not running. Persistent sandboxes are not in this version.
+	// Writes its processes, memory, open files and disk to a checkpoint and frees the machine. Connections to the outside are cut.
+	//
+	// 409 when it is not persistent (`sandbox_not_persistent`), not running (`sandbox_not_running`) or when calls that use it do not end within 5 seconds (`sandbox_in_use`).
+	// 507, code `disk_full`, when the machine's disk has no room for the checkpoint: it runs on. 500, code `suspend_failed`, when it could not be written: it runs on if it still lives,
+	// else it is suspended at its latest recovery point.
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/suspend (the `SuspendSandbox` operationId).
 	SuspendSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
 
 	// WakeSandbox Make sure a sandbox runs
 	//
-	// Wakes a suspended sandbox; one that runs stays as it is. 409 in a state that cannot be woken (creating, destroyed).
+	// Wakes a suspended sandbox; one that runs stays as it is. The answer comes when it runs and is ready to execute. Counts as activity. Callers at the same time
+	// wake it once and all get the answer. 409, code `sandbox_not_running`, in a state that cannot be woken (creating, destroyed).
+	//
+	// Calls that use a sandbox (execute, read, write, remove and list files) wake a suspended one by themselves, and refuse it for the same reasons: 429, code `quota_exceeded`, when it
+	// would bring the organization over its quota; 503, code `no_capacity`, when the machine has no room; 500, code `wake_failed`, when its checkpoint cannot
+	// be restored. In all three it stays suspended; after `wake_failed` its `error` says why, and it may be tried again or destroyed.
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/wake (the `WakeSandbox` operationId).
 	WakeSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
@@ -1815,7 +1834,11 @@ func (c *wire) GetSandbox(ctx context.Context, id SandboxID, reqEditors ...reque
 
 // CheckpointSandbox Take a recovery point of a persistent sandbox
 //
-// The sandbox runs on. 409 when it is not persistent or not running. Persistent sandboxes are not in this version.
+// A recovery point is what the sandbox falls back to when the machine or the sandbox's kernel dies. The newest replaces the one before. The sandbox runs on, after a pause that grows
+// with its memory. Does not count as activity, and does not wake a suspended sandbox.
+//
+// 409 when it is not persistent (`sandbox_not_persistent`) or not running (`sandbox_not_running`). 507, code `disk_full`, when the machine's disk has no room for it, and 500,
+// code `checkpoint_failed`, when it could not be written; the one before is then still there.
 //
 // Corresponds with POST /v1/sandboxes/{id}/checkpoint (the `CheckpointSandbox` operationId).
 func (c *wire) CheckpointSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
@@ -1889,7 +1912,7 @@ func (c *wire) ListEvents(ctx context.Context, id SandboxID, params *ListEventsP
 //
 // Runs `command` by `/bin/sh -c`, or `args` without a shell: exactly one of them. The answer is 200 whenever the command ended, whatever its exit code.
 // A command over its `timeout` is killed with all its descendants: `timed_out` is true and `exit_code` 124. A command killed by signal N has exit code 128+N
-// and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends; wakes a suspended sandbox.
+// and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`.
 // The body may have up to 8 MiB, `stdin` included.
 //
 // Takes any type of body and a specified content type.
@@ -1911,7 +1934,7 @@ func (c *wire) ExecuteCommandWithBody(ctx context.Context, id SandboxID, content
 //
 // Runs `command` by `/bin/sh -c`, or `args` without a shell: exactly one of them. The answer is 200 whenever the command ended, whatever its exit code.
 // A command over its `timeout` is killed with all its descendants: `timed_out` is true and `exit_code` 124. A command killed by signal N has exit code 128+N
-// and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends; wakes a suspended sandbox.
+// and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`.
 // The body may have up to 8 MiB, `stdin` included.
 //
 // Takes a body of the `application/json` content type.
@@ -1931,7 +1954,7 @@ func (c *wire) ExecuteCommand(ctx context.Context, id SandboxID, body ExecuteCom
 
 // RemoveFile Remove a file or directory
 //
-// 400 for a directory that is not empty, unless `recursive=true`. A symbolic link is removed, not what it points to. Counts as activity.
+// 400 for a directory that is not empty, unless `recursive=true`. A symbolic link is removed, not what it points to. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Corresponds with DELETE /v1/sandboxes/{id}/files (the `RemoveFile` operationId).
 func (c *wire) RemoveFile(ctx context.Context, id SandboxID, params *RemoveFileParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -1948,7 +1971,7 @@ func (c *wire) RemoveFile(ctx context.Context, id SandboxID, params *RemoveFileP
 
 // ReadFile Read a file
 //
-// The content of a file as it is, of any size. One `Range` of bytes is honoured with 206. 404 with code `file_not_found` when there is none, 400 when `path` is a directory. Counts as activity.
+// The content of a file as it is, of any size. One `Range` of bytes is honoured with 206. 404 with code `file_not_found` when there is none, 400 when `path` is a directory. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Corresponds with GET /v1/sandboxes/{id}/files (the `ReadFile` operationId).
 func (c *wire) ReadFile(ctx context.Context, id SandboxID, params *ReadFileParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -1966,7 +1989,7 @@ func (c *wire) ReadFile(ctx context.Context, id SandboxID, params *ReadFileParam
 // WriteFileWithBody Write a file
 //
 // Writes the body, up to 100 MB (100·10⁶ bytes; more is 400, code `file_too_large`), to `path`, replacing what is there. Parents that do not exist are made. The file appears whole or not at all.
-// Any `Content-Type` will do. Counts as activity.
+// Any `Content-Type` will do. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Takes any type of body and a specified content type.
 //
@@ -1985,7 +2008,7 @@ func (c *wire) WriteFileWithBody(ctx context.Context, id SandboxID, params *Writ
 
 // ListFiles List a directory
 //
-// All entries of a directory down to `depth` levels, parents before their children. Not paged. 404 when it does not exist, 400 when it is not a directory. Counts as activity.
+// All entries of a directory down to `depth` levels, parents before their children. Not paged. 404 when it does not exist, 400 when it is not a directory. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Corresponds with GET /v1/sandboxes/{id}/files/list (the `ListFiles` operationId).
 func (c *wire) ListFiles(ctx context.Context, id SandboxID, params *ListFilesParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -2002,7 +2025,7 @@ func (c *wire) ListFiles(ctx context.Context, id SandboxID, params *ListFilesPar
 
 // KeepaliveSandboxWithBody Give a sandbox a new lifetime
 //
-// An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral or not running.
+// An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
 //
 // Takes any type of body and a specified content type.
 //
@@ -2021,7 +2044,7 @@ func (c *wire) KeepaliveSandboxWithBody(ctx context.Context, id SandboxID, conte
 
 // KeepaliveSandbox Give a sandbox a new lifetime
 //
-// An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral or not running.
+// An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
 //
 // Takes a body of the `application/json` content type.
 //
@@ -2040,7 +2063,11 @@ func (c *wire) KeepaliveSandbox(ctx context.Context, id SandboxID, body Keepaliv
 
 // SuspendSandbox Suspend a persistent sandbox
 //
-// Writes its memory and processes to disk and frees the machine. 409 when it is not persistent or not running. Persistent sandboxes are not in this version.
+// Writes its processes, memory, open files and disk to a checkpoint and frees the machine. Connections to the outside are cut.
+//
+// 409 when it is not persistent (`sandbox_not_persistent`), not running (`sandbox_not_running`) or when calls that use it do not end within 5 seconds (`sandbox_in_use`).
+// 507, code `disk_full`, when the machine's disk has no room for the checkpoint: it runs on. 500, code `suspend_failed`, when it could not be written: it runs on if it still lives,
+// else it is suspended at its latest recovery point.
 //
 // Corresponds with POST /v1/sandboxes/{id}/suspend (the `SuspendSandbox` operationId).
 func (c *wire) SuspendSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
@@ -2057,7 +2084,12 @@ func (c *wire) SuspendSandbox(ctx context.Context, id SandboxID, reqEditors ...r
 
 // WakeSandbox Make sure a sandbox runs
 //
-// Wakes a suspended sandbox; one that runs stays as it is. 409 in a state that cannot be woken (creating, destroyed).
+// Wakes a suspended sandbox; one that runs stays as it is. The answer comes when it runs and is ready to execute. Counts as activity. Callers at the same time
+// wake it once and all get the answer. 409, code `sandbox_not_running`, in a state that cannot be woken (creating, destroyed).
+//
+// Calls that use a sandbox (execute, read, write, remove and list files) wake a suspended one by themselves, and refuse it for the same reasons: 429, code `quota_exceeded`, when it
+// would bring the organization over its quota; 503, code `no_capacity`, when the machine has no room; 500, code `wake_failed`, when its checkpoint cannot
+// be restored. In all three it stays suspended; after `wake_failed` its `error` says why, and it may be tried again or destroyed.
 //
 // Corresponds with POST /v1/sandboxes/{id}/wake (the `WakeSandbox` operationId).
 func (c *wire) WakeSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {

@@ -78,7 +78,7 @@ func (c *Client) Sandboxes(ctx context.Context, o ListSandboxesOptions) iter.Seq
 	})
 }
 
-// GetSandbox returns a sandbox. It never wakes it.
+// GetSandbox returns a sandbox. It never wakes it and does not count as activity.
 func (c *Client) GetSandbox(ctx context.Context, id string) (*Sandbox, error) {
 	return decode[Sandbox](c.wire.GetSandbox(ctx, id))
 }
@@ -98,17 +98,25 @@ func (c *Client) Keepalive(ctx context.Context, id string, timeout time.Duration
 	return decode[Sandbox](c.wire.KeepaliveSandbox(ctx, id, r))
 }
 
-// Wake makes sure a sandbox runs.
+// DurationOrZero is a duration such as "10m"; "0" is never.
+type DurationOrZero = string
+
+// Wake makes sure a sandbox runs: a suspended one is woken where it was. Calls that
+// use a sandbox do it by themselves.
 func (c *Client) Wake(ctx context.Context, id string) (*Sandbox, error) {
 	return decode[Sandbox](c.wire.WakeSandbox(ctx, id))
 }
 
-// Suspend suspends a persistent sandbox.
+// Suspend writes a persistent sandbox to disk, its memory and processes included,
+// and returns when it takes none of the machine any more. The next call that uses
+// it wakes it. "sandbox_in_use" is the code when calls are being made in it.
 func (c *Client) Suspend(ctx context.Context, id string) (*Sandbox, error) {
 	return decode[Sandbox](c.wire.SuspendSandbox(ctx, id))
 }
 
-// Checkpoint takes a recovery point of a persistent sandbox.
+// Checkpoint takes a recovery point of a running persistent sandbox, what it falls
+// back to when the machine or the sandbox's kernel dies. The sandbox runs on after a
+// pause that grows with its memory.
 func (c *Client) Checkpoint(ctx context.Context, id string) (*RecoveryPoint, error) {
 	return decode[RecoveryPoint](c.wire.CheckpointSandbox(ctx, id))
 }
@@ -136,8 +144,9 @@ func (c *Client) Events(ctx context.Context, id string, o ListOptions) iter.Seq2
 	})
 }
 
-// Execute runs a command and returns when it has ended. A command that fails is
-// no error: see ExitCode. When ctx ends, the command is killed.
+// Execute runs a command and returns when it has ended, waking the sandbox first if
+// it is suspended. A command that fails is no error: see ExitCode. When ctx ends,
+// the command is killed.
 func (c *Client) Execute(ctx context.Context, id string, r ExecuteRequest) (*ExecuteResult, error) {
 	return decode[ExecuteResult](c.wire.ExecuteCommand(ctx, id, r))
 }

@@ -92,8 +92,14 @@ func (a *app) createCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "create",
 		Short: "Create a sandbox and print its id",
-		Long:  "Create a sandbox and print its id when it runs.",
+		Long: `Create a sandbox and print its id when it runs.
+
+It is ephemeral unless --persistent is given: destroyed with everything in it when
+its --timeout is over. A persistent one is suspended when nobody has used it for
+its --idle-timeout, and the next use wakes it where it was. It stays until it is
+destroyed.`,
 		Example: `  cay sandbox create -t python --timeout 1h
+  cay sandbox create -t python --persistent --idle-timeout 30m
   cay sandbox create -s shared-cpu-2x -e TOKEN=abc --metadata team=red
   cay sandbox create --egress-allow-cidr 203.0.113.0/24 --egress-allow-port 443`,
 		Args: noArgs,

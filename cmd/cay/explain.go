@@ -13,7 +13,7 @@ import (
 
 // flagOf says what on the command line a field of the API's requests comes from.
 var flagOf = map[string]string{
-	"template": "--template", "timeout": "--timeout", "idle_timeout": "--idle-timeout", "mode": "--mode", "size": "--size",
+	"template": "--template", "timeout": "--timeout", "idle_timeout": "--idle-timeout", "recovery_interval": "--recovery-interval", "mode": "--mode", "size": "--size",
 	"env": "--env", "metadata": "--metadata", "disk_size_mb": "--disk-size-mb", "workdir": "--workdir", "user": "--user",
 	"egress.mode": "--egress-mode", "egress.allow_cidrs": "--egress-allow-cidr", "egress.deny_cidrs": "--egress-deny-cidr",
 	"egress.allow_ports": "--egress-allow-port", "egress": "--egress-mode", "owner": "--owner", "depth": "--depth", "status": "--status",

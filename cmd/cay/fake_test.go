@@ -44,10 +44,17 @@ func newFakeAPI() *fakeAPI {
 		"GET /v1/sandboxes/{id}":            f.withBox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) { answer(w, 200, s) }),
 		"DELETE /v1/sandboxes/{id}":         f.destroy,
 		"POST /v1/sandboxes/{id}/keepalive": f.withBox(f.keepalive),
-		"POST /v1/sandboxes/{id}/wake":      f.withBox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) { answer(w, 200, s) }),
-		"POST /v1/sandboxes/{id}/suspend": f.withBox(func(w http.ResponseWriter, _ *client.Sandbox, _ []byte) {
-			refuse(w, 409, "sandbox_not_persistent", "", "the sandbox is ephemeral")
+		"POST /v1/sandboxes/{id}/wake": f.withBox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
+			s.Status, s.State, s.SuspendedAt = "running", "running", nil
+			answer(w, 200, s)
 		}),
+		"POST /v1/sandboxes/{id}/suspend": f.withBox(persistentOnly(func(w http.ResponseWriter, s *client.Sandbox) {
+			s.Status, s.State, s.SuspendedAt = "suspended", "suspended", new(time.Now().UTC())
+			answer(w, 200, s)
+		})),
+		"POST /v1/sandboxes/{id}/checkpoint": f.withBox(persistentOnly(func(w http.ResponseWriter, _ *client.Sandbox) {
+			answer(w, 200, client.RecoveryPoint{CreatedAt: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), SizeBytes: 2_200_000})
+		})),
 		"POST /v1/sandboxes/{id}/execute":   f.execute,
 		"PUT /v1/sandboxes/{id}/files":      f.writeFile,
 		"GET /v1/sandboxes/{id}/files":      f.readFile,
@@ -130,9 +137,17 @@ func (f *fakeAPI) create(w http.ResponseWriter, r *http.Request, body []byte) {
 		refuse(w, 400, "invalid_egress", "egress.allow_cidrs[0]", `"10.0.0.1/8" has host bits set: write 10.0.0.0/8`)
 		return
 	}
+	if field, detail := wrongLife(in); field != "" {
+		refuse(w, 400, "invalid_"+field, field, detail)
+		return
+	}
 	s := client.Sandbox{ID: fmt.Sprintf("sbx_%020d", len(f.boxes)+1), Template: in.Template, TemplateID: "tpl_1", TemplateVersion: 3, Mode: "ephemeral",
 		Status: "running", State: "running", Size: "shared-cpu-1x", VCPUs: 1, MemoryMB: 512, DiskMB: 2048, Env: in.Env, Metadata: in.Metadata,
 		Egress: client.Egress{Mode: "allow_all"}, CreatedAt: time.Now().UTC(), ExpiresAt: new(time.Now().UTC().Add(5 * time.Minute)), TimeoutSeconds: new(int64(300))}
+	if deref(in.Mode) == "persistent" {
+		s.Mode, s.ExpiresAt, s.TimeoutSeconds, s.LastActivityAt = "persistent", nil, nil, &s.CreatedAt
+		s.IdleTimeoutSeconds, s.RecoveryIntervalSeconds = fakeSeconds(in.IdleTimeout), fakeSeconds(in.RecoveryInterval)
+	}
 	if in.Egress != nil {
 		s.Egress = *in.Egress
 	}
@@ -141,6 +156,41 @@ func (f *fakeAPI) create(w http.ResponseWriter, r *http.Request, body []byte) {
 	}
 	f.boxes = append(f.boxes, s)
 	answer(w, 201, s)
+}
+
+// wrongLife finds a field that is for sandboxes of the other mode.
+func wrongLife(in client.CreateSandboxRequest) (field, detail string) {
+	switch persistent := deref(in.Mode) == "persistent"; {
+	case persistent && in.Timeout != nil:
+		return "timeout", "is for ephemeral sandboxes; a persistent one has an idle_timeout"
+	case !persistent && in.IdleTimeout != nil:
+		return "idle_timeout", "is for persistent sandboxes; an ephemeral one has a timeout"
+	case !persistent && in.RecoveryInterval != nil:
+		return "recovery_interval", "is for persistent sandboxes"
+	}
+	return "", ""
+}
+
+// fakeSeconds is a duration of a request on the wire of an answer, 10m if absent.
+func fakeSeconds(text *string) *int64 {
+	d, err := time.ParseDuration(first(deref(text), "10m"))
+	if err != nil {
+		panic(err) // the command line sends what a Duration prints
+	}
+	return new(int64(d.Seconds()))
+}
+
+func persistentOnly(h func(http.ResponseWriter, *client.Sandbox)) func(http.ResponseWriter, *client.Sandbox, []byte) {
+	return func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
+		switch {
+		case s.Mode != "persistent":
+			refuse(w, 409, "sandbox_not_persistent", "", "sandbox "+s.ID+" is ephemeral")
+		case s.Status != "running":
+			refuse(w, 409, "sandbox_not_running", "", "sandbox "+s.ID+" is "+string(s.Status))
+		default:
+			h(w, s)
+		}
+	}
 }
 
 func (f *fakeAPI) list(w http.ResponseWriter, r *http.Request, _ []byte) {
@@ -326,7 +376,9 @@ func (f *fakeAPI) listFiles(w http.ResponseWriter, r *http.Request, _ []byte) {
 func (f *fakeAPI) events(w http.ResponseWriter, _ *http.Request, _ []byte) {
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	from := client.SandboxState("creating")
-	answer(w, 200, client.EventList{Events: []client.Event{{ID: "evt_2", Time: at.Add(time.Second), From: &from, To: "running", Reason: "created"}, {ID: "evt_1", Time: at, To: "creating"}}})
+	lost := client.Event{ID: "evt_3", Time: at.Add(time.Minute), From: new(client.SandboxState("running")), To: "suspended", Reason: "lost",
+		Detail: new("fell back to the recovery point of 03:05")}
+	answer(w, 200, client.EventList{Events: []client.Event{lost, {ID: "evt_2", Time: at.Add(time.Second), From: &from, To: "running", Reason: "created"}, {ID: "evt_1", Time: at, To: "creating"}}})
 }
 
 func (f *fakeAPI) aTemplate(name string) (client.Template, bool) {

@@ -17,8 +17,7 @@ func (a *app) sandboxCommand() *cobra.Command {
 	cmd := group("sandbox", "Create and use sandboxes", "  id=$(cay sandbox create -t python)\n  cay sandbox exec $id -- python3 -V\n  cay sandbox destroy $id")
 	cmd.Aliases = []string{"sandboxes", "sbx"}
 	cmd.AddCommand(a.createCommand(), a.sandboxListCommand(), a.statusCommand(), a.execCommand(), a.uploadCommand(), a.downloadCommand(), a.lsCommand(),
-		a.keepaliveCommand(), a.oneSandbox("suspend", "Suspend a persistent sandbox", (*client.Client).Suspend),
-		a.oneSandbox("wake", "Wake a suspended sandbox", (*client.Client).Wake), a.destroyCommand(), a.eventsCommand())
+		a.keepaliveCommand(), a.suspendCommand(), a.wakeCommand(), a.checkpointCommand(), a.destroyCommand(), a.eventsCommand())
 	return cmd
 }
 
@@ -42,7 +41,7 @@ func (a *app) sandboxListCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "list",
 		Short:   "List sandboxes, newest first",
-		Example: "  cay sandbox list\n  cay sandbox list --status running --metadata team=red\n  cay sandbox list --status destroyed --json",
+		Example: "  cay sandbox list\n  cay sandbox list --status running --metadata team=red\n  cay sandbox list --status suspended --status destroyed --json",
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			labels, err := pairs("--metadata", metadata, nil)
@@ -125,7 +124,7 @@ func (a *app) showSandbox(s *client.Sandbox) error {
 		"size", fmt.Sprintf("%s: %d vCPU, %d MiB memory, %d MiB disk", s.Size, s.VCPUs, s.MemoryMB, s.DiskMB),
 		"egress", egressText(s.Egress), "env", labelsText(s.Env), "metadata", labelsText(s.Metadata),
 		"created", moment(&created), "started", moment(s.StartedAt), "expires", moment(expiry(s)), "timeout", seconds(s.TimeoutSeconds),
-		"idle timeout", seconds(s.IdleTimeoutSeconds), "last used", moment(s.LastActivityAt), "suspended", moment(s.SuspendedAt), "destroyed", moment(s.DestroyedAt))
+		"idle timeout", seconds(s.IdleTimeoutSeconds), "recovery every", seconds(s.RecoveryIntervalSeconds), "last used", moment(s.LastActivityAt), "suspended", moment(s.SuspendedAt), "destroyed", moment(s.DestroyedAt))
 }
 
 func egressText(e client.Egress) string {
@@ -142,12 +141,45 @@ func egressText(e client.Egress) string {
 	return text
 }
 
-// oneSandbox is a command that does one thing to one sandbox and shows it.
-func (a *app) oneSandbox(verb, short string, do func(*client.Client, context.Context, string) (*client.Sandbox, error)) *cobra.Command {
+func (a *app) suspendCommand() *cobra.Command {
+	cmd := oneSandbox(a, "suspend", (*client.Client).Suspend, (*app).showStatus)
+	cmd.Short = "Suspend a persistent sandbox"
+	cmd.Long = `Write a persistent sandbox to disk, its memory and processes included, so that it
+takes nothing else of the machine. Using it wakes it. Connections to the outside are
+cut. It waits 5s for other calls that use the sandbox, and is refused after that.`
+	return cmd
+}
+
+func (a *app) wakeCommand() *cobra.Command {
+	cmd := oneSandbox(a, "wake", (*client.Client).Wake, (*app).showStatus)
+	cmd.Short = "Wake a suspended sandbox"
+	cmd.Long = "Wake a suspended sandbox where it was; one that runs stays as it is.\nexec, upload, download and ls do it by themselves."
+	return cmd
+}
+
+func (a *app) showStatus(s *client.Sandbox, _ string) error {
+	_, err := fmt.Fprintln(a.out, s.ID, s.Status)
+	return err
+}
+
+func (a *app) checkpointCommand() *cobra.Command {
+	cmd := oneSandbox(a, "checkpoint", (*client.Client).Checkpoint, func(a *app, p *client.RecoveryPoint, id string) error {
+		_, err := fmt.Fprintln(a.out, id, "has a recovery point of", p.CreatedAt.Local().Format("2006-01-02 15:04:05")+",", bytesText(p.SizeBytes))
+		return err
+	})
+	cmd.Short = "Take a recovery point of a persistent sandbox"
+	cmd.Long = `Take a recovery point of a running persistent sandbox: what it falls back to when
+the machine or the sandbox's kernel dies. It runs on after a pause that grows with
+its memory. See --recovery-interval of cay sandbox create.`
+	return cmd
+}
+
+// oneSandbox is a command that does one thing to one sandbox and shows what came
+// of it.
+func oneSandbox[T any](a *app, verb string, do func(*client.Client, context.Context, string) (*T, error), show func(*app, *T, string) error) *cobra.Command {
 	return &cobra.Command{
 		Use:               verb + " ID",
-		Short:             short,
-		Example:           "  cay sandbox " + verb + " sbx_…",
+		Example:           "  cay sandbox " + verb + " sbx_…\n  cay sandbox " + verb + " sbx_… --json",
 		Args:              theArgs("ID"),
 		ValidArgsFunction: a.completeSandboxes,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -155,14 +187,11 @@ func (a *app) oneSandbox(verb, short string, do func(*client.Client, context.Con
 			if err != nil {
 				return err
 			}
-			s, err := do(c, cmd.Context(), args[0])
+			v, err := do(c, cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}
-			return a.show(s, func() error {
-				_, err := fmt.Fprintln(a.out, s.ID, s.Status)
-				return err
-			})
+			return a.show(v, func() error { return show(a, v, args[0]) })
 		},
 	}
 }
@@ -230,6 +259,14 @@ func (a *app) destroyCommand() *cobra.Command {
 	}
 }
 
+// why is the reason of an event with what more is known of it.
+func why(e client.Event) string {
+	if e.Detail == nil {
+		return e.Reason
+	}
+	return strings.TrimPrefix(e.Reason+": "+*e.Detail, ": ")
+}
+
 func (a *app) eventsCommand() *cobra.Command {
 	var limit int
 	cmd := &cobra.Command{
@@ -250,7 +287,7 @@ func (a *app) eventsCommand() *cobra.Command {
 			return a.show(client.EventList{Events: all}, func() error {
 				var rows [][]string
 				for _, e := range all {
-					rows = append(rows, []string{e.Time.Local().Format("2006-01-02 15:04:05.000"), age(e.Time), first(string(deref(e.From)), "-"), string(e.To), e.Reason})
+					rows = append(rows, []string{e.Time.Local().Format("2006-01-02 15:04:05.000"), age(e.Time), first(string(deref(e.From)), "-"), string(e.To), why(e)})
 				}
 				return a.table([]string{"TIME", "AGE", "FROM", "TO", "REASON"}, rows)
 			})

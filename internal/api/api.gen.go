@@ -333,21 +333,21 @@ type CreateSandboxRequest struct {
 	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
-	// IdleTimeout Persistent only: suspend after this time without activity, 10s to 24h, or 0 for never. Default 10m.
+	// IdleTimeout Persistent only: suspend after this time without activity, 10s to 24h, or 0 for never; the number 0 will do too. Default 10m.
 	//
 	// Example: 10m
-	IdleTimeout *string `json:"idle_timeout,omitempty"`
+	IdleTimeout *DurationOrZero `json:"idle_timeout,omitempty"`
 
 	// Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
 	Metadata Metadata `json:"metadata,omitempty"`
 
-	// Mode `ephemeral` (default) or `persistent`, which is not in this version (501).
+	// Mode `ephemeral` (default) or `persistent`.
 	Mode *string `json:"mode,omitempty"`
 
-	// RecoveryInterval Persistent only: how often to take a recovery point, 1m to 24h, or 0 for never. Default 10m.
+	// RecoveryInterval Persistent only: how often to take a recovery point while the sandbox runs and changes, 1m to 24h, or 0 for never; the number 0 will do too. Default 10m.
 	//
 	// Example: 10m
-	RecoveryInterval *string `json:"recovery_interval,omitempty"`
+	RecoveryInterval *DurationOrZero `json:"recovery_interval,omitempty"`
 
 	// Size Name of a size, see `GET /v1/sizes`. Default is the template's, else `shared-cpu-1x` unless the operator says otherwise.
 	//
@@ -389,6 +389,9 @@ type Env map[string]string
 
 // Event One transition of a sandbox.
 type Event struct {
+	// Detail More about it, for people, e.g. to what time a sandbox fell back; absent when there is nothing more.
+	Detail *string `json:"detail,omitempty"`
+
 	// From The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
 	From *SandboxState `json:"from,omitempty"`
 
@@ -690,13 +693,13 @@ type QuotaRequest struct {
 	VCPUs *int `json:"vcpus,omitempty"`
 }
 
-// RecoveryPoint A state a persistent sandbox can be brought back to after a crash.
+// RecoveryPoint A state that a persistent sandbox falls back to after a crash.
 type RecoveryPoint struct {
+	// CreatedAt The time of the state it holds.
+	CreatedAt time.Time `json:"created_at"`
+
 	// SizeBytes Its size on disk.
 	SizeBytes int64 `json:"size_bytes"`
-
-	// TakenAt When it was taken.
-	TakenAt time.Time `json:"taken_at"`
 }
 
 // Sandbox A sandbox.
@@ -722,7 +725,7 @@ type Sandbox struct {
 	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env"`
 
-	// Error What went wrong, for people.
+	// Error What went wrong, for people: why it did not start, or why a suspended one could not be woken. Absent when nothing did.
 	Error *string `json:"error,omitempty"`
 
 	// ExpiresAt Ephemeral only: when it will be destroyed.
@@ -748,6 +751,9 @@ type Sandbox struct {
 	// Mode `ephemeral` sandboxes are destroyed when their timeout is over, `persistent` ones suspended when idle and woken by the next call.
 	Mode SandboxMode `json:"mode"`
 
+	// RecoveryIntervalSeconds Persistent only: how often a recovery point is taken while it runs and changes; 0 is never.
+	RecoveryIntervalSeconds *int64 `json:"recovery_interval_seconds,omitempty"`
+
 	// Size Name of its size.
 	Size string `json:"size"`
 
@@ -763,7 +769,7 @@ type Sandbox struct {
 	// Status What a sandbox is doing.
 	Status SandboxStatus `json:"status"`
 
-	// SuspendedAt When it was last suspended.
+	// SuspendedAt Persistent only: the time of the state it is suspended in and would wake from; absent while it runs.
 	SuspendedAt *time.Time `json:"suspended_at,omitempty"`
 
 	// Template Name of the template it was made from.

@@ -106,6 +106,31 @@ func TestClient(t *testing.T) {
 	})
 }
 
+func clientSleep(t *testing.T, ctx context.Context, c *client.Client, fatal func(error)) {
+	r := client.CreateSandboxRequest{Template: "python", Mode: new("persistent"), IdleTimeout: new("0"), RecoveryInterval: new("30m")}
+	box, err := c.CreateSandbox(ctx, r, client.CreateOptions{})
+	fatal(err)
+	point, err := c.Checkpoint(ctx, box.ID)
+	fatal(err)
+	if *box.IdleTimeoutSeconds != 0 || *box.RecoveryIntervalSeconds != 1800 || point.CreatedAt.Before(box.CreatedAt) || point.SizeBytes == 0 {
+		t.Errorf("created %+v, recovery point %+v", box, point)
+	}
+	asleep, err := c.Suspend(ctx, box.ID)
+	fatal(err)
+	if asleep.Status != client.SandboxStatusSuspended || asleep.SuspendedAt == nil {
+		t.Errorf("suspended: %+v", asleep)
+	}
+	if _, err := c.Suspend(ctx, box.ID); !client.HasCode(err, "sandbox_not_running") {
+		t.Errorf("suspend twice: %v", err)
+	}
+	awake, err := c.Wake(ctx, box.ID)
+	fatal(err)
+	if awake.Status != client.SandboxStatusRunning || awake.SuspendedAt != nil {
+		t.Errorf("woken: %+v", awake)
+	}
+	fatal(c.DestroySandbox(ctx, box.ID))
+}
+
 func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal func(error)) (id string) {
 	r := client.CreateSandboxRequest{Template: "python", Timeout: new("5m"), Env: client.Env{"A": "1"}, Metadata: client.Metadata{"k": "v w"}}
 	first, err := c.CreateSandbox(ctx, r, client.CreateOptions{IdempotencyKey: "a key"})
@@ -142,12 +167,7 @@ func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal 
 	fatal(err)
 	_, err = c.SetEgress(ctx, first.ID, client.Egress{Mode: client.EgressModeAllowAll})
 	fatal(err)
-	if _, err := c.Suspend(ctx, first.ID); !client.HasCode(err, "sandbox_not_persistent") {
-		t.Errorf("suspend: %v", err)
-	}
-	if _, err := c.Checkpoint(ctx, first.ID); !client.HasCode(err, "sandbox_not_persistent") {
-		t.Errorf("checkpoint: %v", err)
-	}
+	clientSleep(t, ctx, c, fatal)
 	n = 0
 	for _, err := range c.Events(ctx, first.ID, client.ListOptions{Limit: 1}) {
 		fatal(err)

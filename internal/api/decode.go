@@ -106,12 +106,28 @@ func read(w http.ResponseWriter, r *http.Request, limit int64, required bool, ds
 // nothing is the body of an operation that takes none: absent or an empty object.
 type nothing struct{}
 
-// noNull refuses null where a value is: in a list, a map, or a field that is
+// DurationOrZero is a duration as text, for which the number 0 will do too.
+type DurationOrZero string
+
+// unmarshalers refuse null where a value is: in a list, a map, or a field that is
 // required. An optional field that is null never comes here.
-var noNull = json.WithUnmarshalers(json.JoinUnmarshalers(
+var unmarshalers = json.WithUnmarshalers(json.JoinUnmarshalers(
 	json.UnmarshalFromFunc(func(d *jsontext.Decoder, _ *string) error { return refuseNull(d) }),
 	json.UnmarshalFromFunc(func(d *jsontext.Decoder, _ *int) error { return refuseNull(d) }),
+	json.UnmarshalFromFunc(takeZero),
 ))
+
+func takeZero(d *jsontext.Decoder, dst *DurationOrZero) error {
+	if d.PeekKind() != '0' { // which is the kind of all numbers
+		return errors.ErrUnsupported // let the decoder do it
+	}
+	number, err := d.ReadValue()
+	if err == nil && string(number) != "0" {
+		err = errors.New("a number other than 0 has no unit")
+	}
+	*dst = "0"
+	return err
+}
 
 func refuseNull(d *jsontext.Decoder) error {
 	if d.PeekKind() == 'n' {
@@ -126,7 +142,7 @@ func decode(b []byte, dst any) error {
 	if trimmed := bytes.TrimLeft(b, " \t\r\n"); len(trimmed) > 0 && trimmed[0] != '{' {
 		return fault.New(fault.Invalid, "invalid_json", "the body must be a JSON object")
 	}
-	err := json.Unmarshal(b, dst, json.RejectUnknownMembers(true), noNull)
+	err := json.Unmarshal(b, dst, json.RejectUnknownMembers(true), unmarshalers)
 	if err == nil {
 		return nil
 	}
@@ -153,6 +169,9 @@ func wanted(t reflect.Type) string {
 	}
 	if t == nil {
 		return "of another type"
+	}
+	if t == reflect.TypeFor[DurationOrZero]() {
+		return "a duration such as 30s, 5m or 1h30m, or 0"
 	}
 	switch t.Kind() {
 	case reflect.String:

@@ -65,7 +65,6 @@ func sandboxOf(b sandbox.Sandbox) Sandbox {
 		Egress:          egressOf(b.Egress),
 		CreatedAt:       b.CreatedAt.UTC(),
 		StartedAt:       at(b.StartedAt),
-		SuspendedAt:     at(b.SuspendedAt),
 		DestroyedAt:     at(b.DestroyedAt),
 		DestroyReason:   optional(string(b.DestroyReason)),
 		Error:           optional(b.Error),
@@ -77,7 +76,9 @@ func sandboxOf(b sandbox.Sandbox) Sandbox {
 		out.TimeoutSeconds = new(seconds(b.Timeout))
 	case sandbox.Persistent:
 		out.IdleTimeoutSeconds = new(seconds(b.IdleTimeout))
+		out.RecoveryIntervalSeconds = new(seconds(b.RecoveryInterval))
 		out.LastActivityAt = at(b.LastActivityAt)
+		out.SuspendedAt = at(b.SuspendedAt)
 	}
 	return out
 }
@@ -100,7 +101,9 @@ func egressOf(e sandbox.Egress) Egress {
 }
 
 func eventOf(e sandbox.Event) Event {
-	return Event{ID: e.ID, Time: e.At.UTC(), From: optional(SandboxState(e.From)), To: SandboxState(e.To), Reason: e.Reason}
+	return Event{
+		ID: e.ID, Time: e.At.UTC(), From: optional(SandboxState(e.From)), To: SandboxState(e.To), Reason: e.Reason, Detail: optional(e.Detail),
+	}
 }
 
 func entryOf(e agentapi.Entry) FileEntry {

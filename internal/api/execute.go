@@ -21,8 +21,20 @@ const (
 	maxCommandTimeout     = 5 * time.Minute
 )
 
-func target(box sandbox.Sandbox) agentapi.Target {
-	return agentapi.Target{SandboxID: string(box.ID), Run: box.Run, Token: box.Token}
+// inside does the part of a call that needs a running sandbox: it leases the
+// sandbox, waking it if it is suspended, for as long as do takes. An error of
+// either is the answer; else do has answered.
+func (s *server) inside(w http.ResponseWriter, r *http.Request, id SandboxID, do func(agentapi.Target) error) {
+	lease, err := s.Sandboxes.Connect(r.Context(), callerOf(r), sandbox.ID(id))
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	defer lease.Release()
+	box := lease.Sandbox
+	if err := do(agentapi.Target{SandboxID: string(box.ID), Run: box.Run, Token: box.Token}); err != nil {
+		s.fail(w, r, err)
+	}
 }
 
 // ExecuteCommand answers POST /v1/sandboxes/{id}/execute.
@@ -37,18 +49,13 @@ func (s *server) ExecuteCommand(w http.ResponseWriter, r *http.Request, id Sandb
 		s.fail(w, r, err)
 		return
 	}
-	lease, err := s.Sandboxes.Connect(r.Context(), callerOf(r), sandbox.ID(id))
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	defer lease.Release()
-	result, err := s.Agent.Execute(r.Context(), target(lease.Sandbox), request)
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	s.answer(w, r, http.StatusOK, resultOf(result))
+	s.inside(w, r, id, func(t agentapi.Target) error {
+		result, err := s.Agent.Execute(r.Context(), t, request)
+		if err == nil {
+			s.answer(w, r, http.StatusOK, resultOf(result))
+		}
+		return err
+	})
 }
 
 func commandOf(in ExecuteRequest) (agentapi.ExecuteRequest, error) {

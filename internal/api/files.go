@@ -13,7 +13,6 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/sandbox"
 )
 
 const (
@@ -31,17 +30,13 @@ func (s *server) WriteFile(w http.ResponseWriter, r *http.Request, id SandboxID,
 		s.fail(w, r, err)
 		return
 	}
-	lease, err := s.Sandboxes.Connect(r.Context(), callerOf(r), sandbox.ID(id))
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	defer lease.Release()
-	if err := s.Agent.Upload(r.Context(), target(lease.Sandbox), upload); err != nil {
-		s.fail(w, r, ownerError(err))
-		return
-	}
-	w.WriteHeader(http.StatusNoContent)
+	s.inside(w, r, id, func(t agentapi.Target) error {
+		err := s.Agent.Upload(r.Context(), t, upload)
+		if err == nil {
+			w.WriteHeader(http.StatusNoContent)
+		}
+		return ownerError(err)
+	})
 }
 
 func uploadOf(w http.ResponseWriter, r *http.Request, params WriteFileParams) (agentapi.UploadRequest, error) {
@@ -124,19 +119,15 @@ func (s *server) ReadFile(w http.ResponseWriter, r *http.Request, id SandboxID, 
 		s.fail(w, r, err)
 		return
 	}
-	lease, err := s.Sandboxes.Connect(r.Context(), callerOf(r), sandbox.ID(id))
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	defer lease.Release()
-	file, err := s.Agent.Download(r.Context(), target(lease.Sandbox), params.Path, "", rangeOf(r.Header))
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	defer file.Body.Close()
-	s.sendFile(w, r, file)
+	s.inside(w, r, id, func(t agentapi.Target) error {
+		file, err := s.Agent.Download(r.Context(), t, params.Path, "", rangeOf(r.Header))
+		if err != nil {
+			return err
+		}
+		defer file.Body.Close()
+		s.sendFile(w, r, file)
+		return nil
+	})
 }
 
 // checkNotRoot refuses the paths that no file can have, without touching the
@@ -205,18 +196,14 @@ func (s *server) RemoveFile(w http.ResponseWriter, r *http.Request, id SandboxID
 		s.fail(w, r, err)
 		return
 	}
-	lease, err := s.Sandboxes.Connect(r.Context(), callerOf(r), sandbox.ID(id))
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	defer lease.Release()
 	recursive := params.Recursive != nil && *params.Recursive
-	if err := s.Agent.Remove(r.Context(), target(lease.Sandbox), params.Path, "", recursive); err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	w.WriteHeader(http.StatusNoContent)
+	s.inside(w, r, id, func(t agentapi.Target) error {
+		err := s.Agent.Remove(r.Context(), t, params.Path, "", recursive)
+		if err == nil {
+			w.WriteHeader(http.StatusNoContent)
+		}
+		return err
+	})
 }
 
 // ListFiles answers GET /v1/sandboxes/{id}/files/list.
@@ -233,18 +220,13 @@ func (s *server) ListFiles(w http.ResponseWriter, r *http.Request, id SandboxID,
 		s.fail(w, r, err)
 		return
 	}
-	lease, err := s.Sandboxes.Connect(r.Context(), callerOf(r), sandbox.ID(id))
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	defer lease.Release()
-	entries, err := s.Agent.List(r.Context(), target(lease.Sandbox), params.Path, "", depth)
-	if err != nil {
-		s.fail(w, r, tooManyEntries(err))
-		return
-	}
-	s.answer(w, r, http.StatusOK, FileList{Entries: each(entries, entryOf)})
+	s.inside(w, r, id, func(t agentapi.Target) error {
+		entries, err := s.Agent.List(r.Context(), t, params.Path, "", depth)
+		if err == nil {
+			s.answer(w, r, http.StatusOK, FileList{Entries: each(entries, entryOf)})
+		}
+		return tooManyEntries(err)
+	})
 }
 
 // tooManyEntries makes a listing that is too large the fault of the depth: 413

@@ -29,6 +29,7 @@ func FuzzBody(f *testing.F) {
 		``, `{}`, `null`, `[1]`, `{"template":"python","egress":{"mode":"deny_all","allow_cidrs":["10.0.0.0/8",null],"allow_ports":[1e400]}}`,
 		`{"template":"a","env":{"A":"1","A":"2"},"metadata":{"0":[]},"disk_size_mb":-0.0}`, `{"command":"\ud800","args":[{}],"timeout":"1h"}`,
 		"{\"name\":\"\xff\"}", `{"quota":{"vcpus":9223372036854775808}}`, strings.Repeat(`{"egress":`, 200), `{"scopes":["exec"],"expires_in":"-1ns"}`,
+		`{"template":"a","mode":"persistent","idle_timeout":0,"recovery_interval":"0"}`, `{"idle_timeout":-0,"recovery_interval":0e9}`,
 	} {
 		f.Add([]byte(seed))
 	}
@@ -105,7 +106,7 @@ func FuzzRequest(f *testing.F) {
 	h := newHouse(f)
 	h.agent.fail = fault.New(fault.NotFound, agentapi.CodeFileNotFound, "no such file")
 	handler := New(Config{Sandboxes: h.boxes, Templates: nil, Auth: h.auth, Agent: h.agent, Log: slog.New(slog.DiscardHandler), Registry: prometheus.NewRegistry(), Version: "fuzz"})
-	box := h.newBox(f).ID
+	box := as[Sandbox](f, http.StatusCreated, h.send(f, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`)).ID
 	for i, seed := range []string{
 		"limit=5&cursor=x", "status=running&status=x", "metadata.=x&metadata.a%00=%ff", "path=/a&mode=0644", "path=%2f..%2f&depth=3", "wait=1;wait=2",
 		"cursor=" + url.QueryEscape("c1_AAAA"), "%zz", "a=b&&&=", "path=/a&recursive=TRUE",
@@ -114,7 +115,7 @@ func FuzzRequest(f *testing.F) {
 		f.Add(uint8(i+7), seed, "/files/../%2e", `{"command":"id"}`)
 	}
 	methods := []string{"GET", "POST", "PUT", "DELETE", "HEAD", "PATCH"}
-	suffixes := []string{"", "/files", "/files/list", "/events", "/execute", "/keepalive", "/egress"}
+	suffixes := []string{"", "/files", "/files/list", "/events", "/execute", "/keepalive", "/egress", "/suspend", "/wake", "/checkpoint"}
 	f.Fuzz(func(t *testing.T, which uint8, query, path, body string) {
 		target := "/v1/sandboxes/" + box + suffixes[int(which)%len(suffixes)]
 		if which&1 == 0 {

@@ -271,6 +271,14 @@ func (h *house) newBox(t testing.TB) Sandbox {
 	return as[Sandbox](t, http.StatusCreated, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python"}`))
 }
 
+// newAsleep creates a persistent sandbox of the operator's organization and suspends
+// it.
+func (h *house) newAsleep(t testing.TB) Sandbox {
+	t.Helper()
+	box := as[Sandbox](t, http.StatusCreated, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`))
+	return as[Sandbox](t, http.StatusOK, h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/suspend", h.key, ""))
+}
+
 // newKey makes a key of the operator's organization.
 func (h *house) newKey(t testing.TB, expiresIn time.Duration, scopes ...auth.Scope) (auth.Key, string) {
 	t.Helper()

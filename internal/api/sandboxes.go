@@ -41,7 +41,7 @@ func (s *server) CreateSandbox(w http.ResponseWriter, r *http.Request, params Cr
 	s.answer(w, r, http.StatusCreated, sandboxOf(box))
 }
 
-// callerOf is who asks for a sandbox to run.
+// callerOf is who asks, as the core knows it.
 func callerOf(r *http.Request) sandbox.Caller {
 	org := callOf(r).who.Org
 	return sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}
@@ -85,10 +85,10 @@ func requestOf(in CreateSandboxRequest) (sandbox.Request, error) {
 	if out.Timeout, err = duration("timeout", in.Timeout); err != nil {
 		return out, err
 	}
-	if out.IdleTimeout, err = duration("idle_timeout", in.IdleTimeout); err != nil {
+	if out.IdleTimeout, err = duration("idle_timeout", (*string)(in.IdleTimeout)); err != nil {
 		return out, err
 	}
-	if out.RecoveryInterval, err = duration("recovery_interval", in.RecoveryInterval); err != nil {
+	if out.RecoveryInterval, err = duration("recovery_interval", (*string)(in.RecoveryInterval)); err != nil {
 		return out, err
 	}
 	if in.Egress != nil {
@@ -214,19 +214,18 @@ func (s *server) SuspendSandbox(w http.ResponseWriter, r *http.Request, id Sandb
 	s.answerSandbox(w, r, box, err)
 }
 
-// CheckpointSandbox answers POST /v1/sandboxes/{id}/checkpoint. The core refuses it
-// for every sandbox there can be in this version, so there is no recovery point to
-// describe yet; should it ever succeed, that is told as what it is.
+// CheckpointSandbox answers POST /v1/sandboxes/{id}/checkpoint.
 func (s *server) CheckpointSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
 	if _, err := read(w, r, maxBody, false, &nothing{}); err != nil {
 		s.fail(w, r, err)
 		return
 	}
-	_, err := s.Sandboxes.Checkpoint(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
-	if err == nil {
-		err = errUnsupported("recovery points")
+	point, err := s.Sandboxes.Checkpoint(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	if err != nil {
+		s.fail(w, r, err)
+		return
 	}
-	s.fail(w, r, err)
+	s.answer(w, r, http.StatusOK, RecoveryPoint{CreatedAt: point.At.UTC(), SizeBytes: point.Size})
 }
 
 // SetEgress answers PUT /v1/sandboxes/{id}/egress.

@@ -1,0 +1,266 @@
+package api
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/getkin/kin-openapi/openapi3"
+
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+func TestLifeOfAPersistentSandbox(t *testing.T) {
+	h := newHouse(t)
+	r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent","idle_timeout":"30m","recovery_interval":"1h"}`)
+	box := as[Sandbox](t, 201, r)
+	if box.Mode != "persistent" || box.Status != SandboxStatusRunning || *box.IdleTimeoutSeconds != 1800 || *box.RecoveryIntervalSeconds != 3600 ||
+		box.LastActivityAt.Before(box.CreatedAt) || box.StartedAt == nil {
+		t.Errorf("created %s", r.body)
+	}
+	for _, absent := range []string{"timeout_seconds", "expires_at", "suspended_at", "destroyed_at", "error"} {
+		if bytes.Contains(r.body, []byte(`"`+absent+`"`)) {
+			t.Errorf("%s does not apply and is there: %s", absent, r.body)
+		}
+	}
+	path := "/v1/sandboxes/" + box.ID
+	r = h.send(t, "POST", path+"/checkpoint", h.key, "{}")
+	if p := as[RecoveryPoint](t, 200, r); p.SizeBytes != 1<<20 || p.CreatedAt.Before(box.CreatedAt) || time.Since(p.CreatedAt) > time.Minute {
+		t.Errorf("recovery point %s", r.body)
+	}
+	asleep := as[Sandbox](t, 200, h.send(t, "POST", path+"/suspend", h.key, ""))
+	if asleep.Status != SandboxStatusSuspended || asleep.SuspendedAt.Before(box.CreatedAt) || asleep.Error != nil {
+		t.Errorf("suspended: %+v", asleep)
+	}
+	// Looking does not wake.
+	if got := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, "")); got.State != "suspended" || !got.LastActivityAt.Equal(*asleep.LastActivityAt) {
+		t.Errorf("read: %+v", got)
+	}
+	h.send(t, "GET", path+"/events", h.key, "")
+	listed := as[SandboxList](t, 200, h.send(t, "GET", "/v1/sandboxes?status=suspended", h.key, "")).Sandboxes
+	if len(listed) != 1 || listed[0].State != "suspended" {
+		t.Errorf("suspended ones: %+v", listed)
+	}
+	for range 2 {
+		awake := as[Sandbox](t, 200, h.send(t, "POST", path+"/wake", h.key, ""))
+		if awake.Status != SandboxStatusRunning || awake.SuspendedAt != nil || !awake.LastActivityAt.After(*asleep.LastActivityAt) {
+			t.Errorf("woken: %+v", awake)
+		}
+	}
+	var states []SandboxState
+	for _, e := range as[EventList](t, 200, h.send(t, "GET", path+"/events", h.key, "")).Events {
+		states = append(states, e.To)
+	}
+	if want := []SandboxState{"running", "waking", "suspended", "suspending", "running", "creating"}; !slices.Equal(states, want) {
+		t.Errorf("events %v, want %v", states, want)
+	}
+	as[Sandbox](t, 200, h.send(t, "POST", path+"/suspend", h.key, ""))
+	if r := h.send(t, "DELETE", path, h.key, ""); r.status != 204 {
+		t.Errorf("destroying a suspended one: %d %s", r.status, r.body)
+	}
+	if gone := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, "")); gone.Status != SandboxStatusDestroyed || *gone.DestroyReason != "requested" {
+		t.Errorf("destroyed: %+v", gone)
+	}
+}
+
+// insideCalls are the calls that need a running sandbox, with what they answer.
+var insideCalls = []struct {
+	method, path, body string
+	status             int
+}{
+	{"POST", "/execute", `{"command":"id"}`, 200},
+	{"PUT", "/files?path=/new", "x", 204},
+	{"GET", "/files?path=/a", "", 200},
+	{"GET", "/files/list?path=/", "", 200},
+	{"DELETE", "/files?path=/a", "", 204},
+}
+
+// Every use wakes, does its work with the new life's token, and leaves no lease.
+func TestUseWakes(t *testing.T) {
+	h := newHouse(t)
+	for _, c := range insideCalls {
+		h.agent.files["/a"] = []byte("kept")
+		box := h.newAsleep(t)
+		path := "/v1/sandboxes/" + box.ID
+		if r := h.send(t, c.method, path+c.path, h.key, c.body); r.status != c.status {
+			t.Errorf("%s %s: status %d %s, want %d", c.method, c.path, r.status, r.body, c.status)
+		}
+		awake := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, ""))
+		if awake.Status != SandboxStatusRunning || awake.SuspendedAt != nil || !awake.LastActivityAt.After(*box.SuspendedAt) {
+			t.Errorf("%s %s leaves it %+v", c.method, c.path, awake)
+		}
+		if calls := h.node.Calls(); calls[len(calls)-1] != "wake "+box.ID {
+			t.Errorf("%s %s: the machine was asked %v", c.method, c.path, calls)
+		}
+		if n := h.boxes.InUse(); n != 0 {
+			t.Errorf("%s %s: %d leases are still held", c.method, c.path, n)
+		}
+	}
+	row, err := h.boxes.Get(t.Context(), h.org.Org.ID, sandbox.ID(h.agent.targets[0].SandboxID))
+	if err != nil || h.agent.targets[0].Token != row.Token || h.agent.targets[0].Run != row.Run {
+		t.Errorf("the agent was called as %+v, the row is %+v, %v", h.agent.targets[0], row, err)
+	}
+}
+
+func TestZeroIsNever(t *testing.T) {
+	h := newHouse(t)
+	for _, zero := range []string{`0`, `"0"`, `"0s"`, `"0h0m"`} {
+		body := fmt.Sprintf(`{"template":"python","mode":"persistent","idle_timeout":%s,"recovery_interval":%s}`, zero, zero)
+		box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, body))
+		if *box.IdleTimeoutSeconds != 0 || *box.RecoveryIntervalSeconds != 0 {
+			t.Errorf("%s is %d s and %d s", zero, *box.IdleTimeoutSeconds, *box.RecoveryIntervalSeconds)
+		}
+	}
+	for _, absent := range []string{`{"template":"python","mode":"persistent"}`, `{"template":"python","mode":"persistent","idle_timeout":null,"recovery_interval":null}`} {
+		box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, absent))
+		if *box.IdleTimeoutSeconds != 600 || *box.RecoveryIntervalSeconds != 600 {
+			t.Errorf("%s is %d s and %d s, want 10m both", absent, *box.IdleTimeoutSeconds, *box.RecoveryIntervalSeconds)
+		}
+	}
+	detail := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent","idle_timeout":5}`).problem.Detail
+	if !strings.Contains(detail, "or 0") || !strings.Contains(detail, "30s") {
+		t.Errorf("a number is refused with %q", detail)
+	}
+}
+
+// A sandbox whose processes died is suspended where it was, and the event says when
+// that was.
+func TestFallsBack(t *testing.T) {
+	h := newHouse(t)
+	box := h.newAsleep(t)
+	path := "/v1/sandboxes/" + box.ID
+	as[Sandbox](t, 200, h.send(t, "POST", path+"/wake", h.key, ""))
+	point := as[RecoveryPoint](t, 200, h.send(t, "POST", path+"/checkpoint", h.key, ""))
+	h.node.Kill(sandbox.ID(box.ID))
+	if err := h.boxes.Reconcile(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	fallen := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, ""))
+	// Rows keep times to the microsecond.
+	if fallen.Status != SandboxStatusSuspended || fallen.SuspendedAt.Sub(point.CreatedAt).Abs() > time.Microsecond {
+		t.Errorf("suspended at %v, want %v: %+v", fallen.SuspendedAt, point.CreatedAt, fallen)
+	}
+	r := h.send(t, "GET", path+"/events", h.key, "")
+	events := as[EventList](t, 200, r).Events
+	if e := events[0]; e.To != "suspended" || e.Reason != "lost" || e.Detail == nil || !strings.Contains(*e.Detail, point.CreatedAt.Format(time.RFC3339)) {
+		t.Errorf("event %+v of %s", e, r.body)
+	}
+	if e := events[1]; e.Detail != nil {
+		t.Errorf("an event without a detail has one: %+v", e)
+	}
+	as[ExecuteResult](t, 200, h.send(t, "POST", path+"/execute", h.key, `{"command":"id"}`))
+}
+
+// A checkpoint that cannot be restored is told as what it is, and kept.
+func TestWakeFailed(t *testing.T) {
+	h := newHouse(t)
+	box := h.newAsleep(t)
+	path := "/v1/sandboxes/" + box.ID
+	h.node.OnWake = func(context.Context, sandbox.Spec) error {
+		return fault.New(fault.Internal, "wake_failed", "pages.img is damaged").Because(errors.New("reading /var/lib/secret"))
+	}
+	for _, c := range insideCalls {
+		r := h.send(t, c.method, path+c.path, h.key, c.body)
+		if r.status != 500 || r.problem.Code != "wake_failed" || r.problem.Detail != "pages.img is damaged" || bytes.Contains(r.body, []byte("secret")) {
+			t.Errorf("%s %s: status %d %s", c.method, c.path, r.status, r.body)
+		}
+		if line := h.log.line(t, r.header.Get("X-Request-Id")); !strings.Contains(fmt.Sprint(line["error"]), "/var/lib/secret") || line["level"] != "ERROR" {
+			t.Errorf("the log does not say why: %v", line)
+		}
+	}
+	kept := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, ""))
+	if kept.Status != SandboxStatusSuspended || kept.Error == nil || *kept.Error != "pages.img is damaged" {
+		t.Errorf("kept as %+v", kept)
+	}
+	h.node.OnWake = nil
+	awake := as[Sandbox](t, 200, h.send(t, "POST", path+"/wake", h.key, ""))
+	if awake.Status != SandboxStatusRunning || awake.Error != nil {
+		t.Errorf("woken at last: %+v", awake)
+	}
+}
+
+// What waking takes is counted as for a new sandbox, and refused in the same words.
+func TestNoRoomToWake(t *testing.T) {
+	h := newHouse(t, func(a *auth.Config, _ *sandbox.Config, _ *Config) { a.Quota.VCPUs = 1 })
+	path := "/v1/sandboxes/" + h.newAsleep(t).ID
+	refused := func(status int, code, after string) {
+		t.Helper()
+		for _, c := range append(slices.Clone(insideCalls), insideCalls[0]) {
+			r := h.send(t, c.method, path+c.path, h.key, c.body)
+			if r.status != status || r.problem.Code != code || r.header.Get("Retry-After") != after {
+				t.Errorf("%s %s: status %d, Retry-After %q: %s, want %d %s", c.method, c.path, r.status, r.header.Get("Retry-After"), r.body, status, code)
+			}
+		}
+		if r := h.send(t, "POST", path+"/wake", h.key, ""); r.status != status || r.problem.Code != code {
+			t.Errorf("wake: status %d %s, want %d %s", r.status, r.body, status, code)
+		}
+		if box := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, "")); box.Status != SandboxStatusSuspended || box.Error != nil {
+			t.Errorf("refused and %+v", box)
+		}
+	}
+	h.node.SetFull(true)
+	refused(503, "no_capacity", "5")
+	h.node.SetFull(false)
+	other := h.newBox(t)
+	refused(429, "quota_exceeded", "")
+	h.send(t, "DELETE", "/v1/sandboxes/"+other.ID, h.key, "")
+	as[Sandbox](t, 200, h.send(t, "POST", path+"/wake", h.key, ""))
+}
+
+// What the machine says of a checkpoint it could not write.
+func TestPointNotWritten(t *testing.T) {
+	h := newHouse(t)
+	box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`))
+	path := "/v1/sandboxes/" + box.ID
+	for _, c := range []struct {
+		err    error
+		status int
+		codes  []string // of suspend and of checkpoint
+	}{
+		{fault.New(fault.NoSpace, "disk_full", "a checkpoint needs 20 MiB and 3 are left"), 507, []string{"disk_full", "disk_full"}},
+		{errors.New("writing /var/lib/secret: EIO"), 500, []string{"suspend_failed", "checkpoint_failed"}},
+	} {
+		h.node.OnSuspend = func(context.Context, sandbox.ID) error { return c.err }
+		h.node.OnCheckpoint = h.node.OnSuspend
+		for i, verb := range []string{"/suspend", "/checkpoint"} {
+			r := h.send(t, "POST", path+verb, h.key, "")
+			if r.status != c.status || r.problem.Code != c.codes[i] || bytes.Contains(r.body, []byte("secret")) {
+				t.Errorf("%s with %v: status %d %s, want %d %s", verb, c.err, r.status, r.body, c.status, c.codes[i])
+			}
+			if got := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, "")); got.Status != SandboxStatusRunning {
+				t.Errorf("%s with %v leaves it %s", verb, c.err, got.Status)
+			}
+		}
+	}
+}
+
+// A suspended sandbox is not woken by those who may not use it, nor by looking at it.
+func TestNobodyElseWakes(t *testing.T) {
+	h := newHouse(t)
+	box := h.newAsleep(t)
+	_, reader := h.newKey(t, 0, auth.SandboxesRead, auth.TemplatesRead)
+	operations(h.spec, func(pattern, path string, op *openapi3.Operation, _ openapi3.Parameters) {
+		if !strings.Contains(path, "/sandboxes/{id}") {
+			return
+		}
+		method, _, _ := strings.Cut(pattern, " ")
+		s := samples[op.OperationID]
+		target := strings.Replace(path, "{id}", box.ID, 1) + "?" + s.query
+		for _, key := range []string{"", h.other, reader} {
+			h.send(t, method, target, key, s.body)
+		}
+	})
+	if got := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, "")); got.State != "suspended" || !got.LastActivityAt.Equal(*box.LastActivityAt) {
+		t.Errorf("it is %+v, was %+v", got, box)
+	}
+	if n := slices.Index(h.node.Calls(), "wake "+box.ID); n >= 0 {
+		t.Errorf("the machine was asked %v", h.node.Calls())
+	}
+}
