@@ -63,11 +63,12 @@ func (s *server) sleep(ctx context.Context, one sleeper, o options, d *docker, r
 		fill := fmt.Sprintf("b = os.urandom(%d << 20)", one.mib)
 		if one.zero {
 			// Touched, and zero all the same.
-			fill = fmt.Sprintf("b = bytearray(b'\\x01') * (%d << 20); b[:] = bytes(len(b))", one.mib)
+			fill = fmt.Sprintf("n = 1 << 20; b = bytearray(b'\\x01') * (%d * n)\nfor i in range(0, len(b), n): b[i:i+n] = bytes(n)\n", one.mib)
 		}
-		program := "import os, time; " + fill + "; open('/dev/shm/filled', 'w').close(); time.sleep(1e6)"
+		program := "import os, time\n" + fill + "\nopen('/dev/shm/filled', 'w').close(); time.sleep(1e6)"
 		if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"sh", "-c",
-			`python3 -c "$0" >/dev/null 2>&1 & until [ -e /dev/shm/filled ]; do sleep 0.1; done`, program}}); err != nil {
+			`python3 -c "$0" >/dev/null 2>&1 & until [ -e /dev/shm/filled ]; do kill -0 $! && sleep 0.1 || exit 1; done`, program},
+			Timeout: new(patience.String())}); err != nil {
 			return err
 		}
 	}

@@ -241,17 +241,27 @@ func (n *Node) greetAgent(ctx context.Context, b *box, was about) error {
 
 // verification is the reading of the memory that a sandbox was restored with.
 type verification struct {
-	done chan struct{} // closed when err is set
-	err  error
+	wanted chan struct{} // somebody waits for it
+	done   chan struct{} // closed when err is set
+	err    error
 }
+
+// verifyAfter is how long after a wake its memory is verified, if nobody waits for it. Until
+// then the sandbox's kernel reads the same file, and whoever woke it wants the machine.
+const verifyAfter = 5 * time.Second
 
 // verify reads, in the background, the memory that a sandbox was restored with, and ends
 // the sandbox if it is not what was written: it would go on with somebody else's memory.
 func (n *Node) verify(b *box, c *checkpoint.Checkpoint) {
-	v := &verification{done: make(chan struct{})}
+	v := &verification{wanted: make(chan struct{}, 1), done: make(chan struct{})}
 	b.verified = v
 	n.watches.Go(func() {
 		defer close(v.done)
+		select {
+		case <-time.After(verifyAfter):
+		case <-v.wanted:
+		case <-b.ctx.Done():
+		}
 		n.verifying.Lock()
 		defer n.verifying.Unlock()
 		v.err = c.Verify(b.ctx, func(name string) bool { return name == runsc.PagesFile })
@@ -270,6 +280,10 @@ func (n *Node) verify(b *box, c *checkpoint.Checkpoint) {
 func (b *box) sound(ctx context.Context) error {
 	if b.verified == nil {
 		return nil // it was booted
+	}
+	select {
+	case b.verified.wanted <- struct{}{}:
+	default: // somebody has said so
 	}
 	select {
 	case <-b.verified.done:
