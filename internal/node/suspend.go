@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -265,6 +266,11 @@ func (n *Node) verify(b *box, c *checkpoint.Checkpoint) {
 		n.verifying.Lock()
 		defer n.verifying.Unlock()
 		v.err = c.Verify(b.ctx, func(name string) bool { return name == runsc.PagesFile })
+		if errors.Is(v.err, fs.ErrNotExist) {
+			// Somebody removed it. What the sandbox has in memory is all there is now.
+			n.log.WarnContext(b.ctx, "a checkpoint is gone while its sandbox runs", "sandbox", b.life.ID, "checkpoint", c.Dir)
+			v.err = nil
+		}
 		if v.err == nil || b.ctx.Err() != nil {
 			return
 		}
