@@ -33,6 +33,7 @@ type house struct {
 	t     *testing.T
 	db    *store.DB
 	node  *caytest.Node
+	gate  *gate // of the server that runs now
 	quota sandbox.Quota
 	stop  context.CancelFunc
 }
@@ -47,6 +48,7 @@ func newHouse(t *testing.T) *house {
 	h.start()
 	t.Cleanup(func() {
 		h.crash()
+		time.Sleep(time.Minute) // the bubble's: what waits for something gives up
 		if err := db.Close(); err != nil {
 			t.Error(err)
 		}
@@ -56,10 +58,11 @@ func newHouse(t *testing.T) *house {
 
 // start runs a Service on what is there, as a start of the server does.
 func (h *house) start() {
+	h.gate = newGate()
 	h.Service = sandbox.New(sandbox.Config{
 		Sizes:       []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}, {Name: "big", VCPUs: 4, MemoryMB: 8192, Dedicated: true}},
 		DefaultSize: "small", DefaultDisk: 2048, MaxDisk: 20480, KeepDestroyed: time.Hour,
-	}, h.db, h.node, oneTemplate{}, slog.New(slog.DiscardHandler), nil)
+	}, gatedStore{h.db, h.gate}, gatedNode{h.node, h.gate}, oneTemplate{}, slog.New(slog.DiscardHandler), nil)
 	ctx, stop := context.WithCancel(context.Background())
 	h.stop = stop
 	if err := h.Reconcile(ctx); err != nil {
@@ -70,10 +73,12 @@ func (h *house) start() {
 
 // crash ends the Service as a dying server does: nothing is finished.
 func (h *house) crash() {
+	h.gate.shut()
 	h.stop()
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	_ = h.Close(ctx) // operations under way go on; a test that crashes has ended them
+	_ = h.Close(ctx) // what is under way fails at the gate
+	synctest.Wait()
 }
 
 func (h *house) caller() sandbox.Caller { return sandbox.Caller{OrgID: org, Quota: h.quota} }
