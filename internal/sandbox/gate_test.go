@@ -16,6 +16,15 @@ var (
 	errBroken = errors.New("injected: the database is broken")
 )
 
+// order is held for a moment before time passes and at the beginning of each call to a
+// node: a timer's goroutine then sees the hooks as the test has set them.
+var order sync.Mutex
+
+func barrier() {
+	order.Lock()
+	defer order.Unlock()
+}
+
 // gate is what one server's calls to its store and its node go through. Shut, it ends
 // those in flight and fails all others, as the death of the server does.
 type gate struct {
@@ -51,6 +60,7 @@ func (g *gate) onUnfinished(f func()) {
 
 // pass is for the beginning of a call.
 func (g *gate) pass(ctx context.Context) (context.Context, context.CancelFunc, error) {
+	barrier()
 	ctx, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(g.ctx, func() { cancel(errDead) })
 	var err error
@@ -160,4 +170,12 @@ func (n gatedNode) Rest(ctx context.Context, id sandbox.ID) error {
 func (n gatedNode) Destroy(ctx context.Context, id sandbox.ID) error {
 	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.Destroy(ctx, id) })
 	return err
+}
+
+func (n gatedNode) Busy(ctx context.Context, id sandbox.ID) (bool, error) {
+	return through(ctx, n.gate, func(ctx context.Context) (bool, error) { return n.Node.Busy(ctx, id) })
+}
+
+func (n gatedNode) Inspect(ctx context.Context, id sandbox.ID) (*sandbox.Fact, error) {
+	return through(ctx, n.gate, func(ctx context.Context) (*sandbox.Fact, error) { return n.Node.Inspect(ctx, id) })
 }

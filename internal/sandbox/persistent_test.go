@@ -86,6 +86,7 @@ func (h *house) calls(what string, id sandbox.ID) (n int) {
 
 // pass lets the bubble's time pass.
 func pass(d time.Duration) {
+	barrier()
 	time.Sleep(d)
 	synctest.Wait()
 }

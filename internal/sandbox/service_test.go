@@ -161,11 +161,9 @@ func TestExpiresToTheSecond(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
 		box := h.mustCreate(sandbox.Request{Timeout: ptr(10 * time.Second)})
-		time.Sleep(10*time.Second - time.Millisecond) // the bubble's clock, not the machine's
-		synctest.Wait()
+		pass(10*time.Second - time.Millisecond) // the bubble's clock, not the machine's
 		h.wantState(box.ID, sandbox.Running, "")
-		time.Sleep(time.Second)
-		synctest.Wait()
+		pass(time.Second)
 		h.wantState(box.ID, sandbox.Destroyed, sandbox.Expired)
 	})
 }
@@ -180,8 +178,7 @@ func TestKeepalive(t *testing.T) {
 		if err != nil || !got.ExpiresAt.Equal(time.Now().UTC().Add(time.Minute)) {
 			t.Fatalf("expires at %s, %v", got.ExpiresAt, err)
 		}
-		time.Sleep(59 * time.Second)
-		synctest.Wait()
+		pass(59 * time.Second)
 		h.wantState(box.ID, sandbox.Running, "")
 		if got, err = h.Keepalive(ctx, org, box.ID, ptr(100*time.Hour)); err != nil || got.ExpiresAt.After(time.Now().Add(sandbox.MaxTimeout)) {
 			t.Errorf("above 24 h is not clamped: %s, %v", got.ExpiresAt, err)
@@ -189,8 +186,7 @@ func TestKeepalive(t *testing.T) {
 		if _, err = h.Keepalive(ctx, org, box.ID, ptr(time.Second)); err != nil { // shorter is allowed
 			t.Fatal(err)
 		}
-		time.Sleep(2 * time.Second)
-		synctest.Wait()
+		pass(2 * time.Second)
 		h.wantState(box.ID, sandbox.Destroyed, sandbox.Expired)
 		_, err = h.Keepalive(ctx, org, box.ID, nil)
 		wantCode(t, err, fault.Conflict, "sandbox_not_running")
@@ -244,7 +240,7 @@ func TestCreateGoesOnWhenTheCallerLeaves(t *testing.T) {
 		if !errors.Is(err, context.DeadlineExceeded) {
 			t.Fatal(err)
 		}
-		time.Sleep(2 * time.Second)
+		pass(2 * time.Second)
 		all, _, err := h.List(context.Background(), sandbox.Filter{OrgID: org, Limit: 10})
 		if err != nil || len(all) != 1 {
 			t.Fatalf("%d sandboxes, %v", len(all), err)
@@ -315,8 +311,7 @@ func TestCleanupIsTriedAgain(t *testing.T) {
 			t.Errorf("sandbox is %s", got.State)
 		}
 		h.node.OnDestroy = nil
-		time.Sleep(time.Minute)
-		synctest.Wait()
+		pass(time.Minute)
 		h.wantState(box.ID, sandbox.Destroyed, sandbox.Requested)
 	})
 }
@@ -339,8 +334,7 @@ func TestRestartAdopts(t *testing.T) {
 		time.Sleep(30 * time.Second)
 		h.start()
 		h.wantState(box.ID, sandbox.Running, "")
-		time.Sleep(31 * time.Second)
-		synctest.Wait()
+		pass(31 * time.Second)
 		h.wantState(box.ID, sandbox.Destroyed, sandbox.Expired)
 	})
 }
@@ -440,11 +434,9 @@ func TestPurge(t *testing.T) {
 		if err := h.Destroy(context.Background(), org, box.ID); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(50 * time.Minute)
-		synctest.Wait()
+		pass(50 * time.Minute)
 		h.get(box.ID)
-		time.Sleep(30 * time.Minute)
-		synctest.Wait()
+		pass(30 * time.Minute)
 		_, err := h.Get(context.Background(), org, box.ID)
 		wantCode(t, err, fault.NotFound, "sandbox_not_found")
 	})
