@@ -36,6 +36,7 @@ type gate struct {
 	mu     sync.Mutex
 	broken func(to sandbox.State) bool // transitions that fail; guarded by mu
 	before func()                      // what happens once before Unfinished; guarded by mu
+	after  func()                      // what happens once after Get; guarded by mu
 }
 
 func newGate() *gate {
@@ -56,6 +57,13 @@ func (g *gate) onUnfinished(f func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.before = f
+}
+
+// afterGet makes something happen once a row has been read, before it is used.
+func (g *gate) afterGet(f func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.after = f
 }
 
 // pass is for the beginning of a call.
@@ -103,7 +111,15 @@ func (s gatedStore) Forget(ctx context.Context, id sandbox.ID) error {
 }
 
 func (s gatedStore) Get(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, error) {
-	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) { return s.Store.Get(ctx, id) })
+	box, err := through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) { return s.Store.Get(ctx, id) })
+	s.mu.Lock()
+	after := s.after
+	s.after = nil
+	s.mu.Unlock()
+	if after != nil {
+		after()
+	}
+	return box, err
 }
 
 func (s gatedStore) Transition(ctx context.Context, c sandbox.Change) (sandbox.Sandbox, error) {

@@ -206,6 +206,45 @@ func TestSuspendThatCannotBeWrittenDown(t *testing.T) {
 	}
 }
 
+// TestCallJustBeforeSuspend: a lease that is given when the suspend has begun to look,
+// and before it ends the use of the sandbox, makes it not happen.
+func TestCallJustBeforeSuspend(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		id := h.persistent(10 * time.Second)
+		var lease *sandbox.Lease
+		h.gate.afterGet(func() { lease = h.mustConnect(id) })
+		pass(time.Minute)
+		if lease == nil {
+			t.Fatal("the suspend did not look")
+		}
+		h.wantState(id, sandbox.Running, "")
+		if n := h.calls("suspend", id); n != 0 {
+			t.Errorf("suspended %d times in use", n)
+		}
+		lease.Release()
+		pass(10*time.Second - time.Millisecond)
+		h.wantState(id, sandbox.Running, "")
+		pass(time.Millisecond)
+		h.wantState(id, sandbox.Suspended, "")
+	})
+}
+
+// TestCallWithAnOldReading: a call that read the row before a suspend and a wake gets
+// the life and the token of now.
+func TestCallWithAnOldReading(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		id := h.persistent(time.Hour)
+		h.gate.afterGet(func() { h.mustSuspend(id); h.mustWake(id) })
+		lease := h.mustConnect(id)
+		defer lease.Release()
+		if now, _ := h.db.Get(context.Background(), id); lease.Sandbox.Run != now.Run || lease.Sandbox.Token != now.Token {
+			t.Errorf("leased life %s, it is in %s", lease.Sandbox.Run, now.Run)
+		}
+	})
+}
+
 // TestNobodyIsSuspendedInUse races real calls with suspends: never is a sandbox
 // suspended while somebody holds a lease, and no call fails.
 func TestNobodyIsSuspendedInUse(t *testing.T) {
