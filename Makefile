@@ -29,7 +29,8 @@ build: programs ## build bin/cay
 
 .PHONY: programs
 programs: ## build the programs that cay carries
-	@$(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/ ./cmd/cay-agent ./cmd/cay-runsc
+	@$(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/ ./cmd/cay-agent
+	@$(GO) build -trimpath -ldflags "$(LDFLAGS) -E main.entry" -o bin/ ./cmd/cay-runsc
 	@scripts/pack.sh bin/cay-agent bin/cay-runsc $(PROGRAMS)
 
 .PHONY: needs
