@@ -7,6 +7,7 @@ package main
 
 import (
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"time"
@@ -28,6 +29,7 @@ import (
 func entry()
 
 func main() {
+	keepGarbage()
 	// The processes that stay are named runsc-sandbox and runsc-gofer.
 	if strings.HasPrefix(os.Args[0], "runsc-") {
 		time.AfterFunc(startGarbage, debug.FreeOSMemory)
@@ -36,7 +38,23 @@ func main() {
 }
 
 // startGarbage is when what the start of a sandbox left in its two processes is
-// given back to the host: the spec, the seccomp programs and the like, some 3 MB
+// given back to the host: the spec, the seccomp programs and the like, some 6 MB
 // together, that a sandbox at rest would keep for ever, since nothing makes it
 // collect. Later than any start takes, so that no start pays for it.
 const startGarbage = 2 * time.Second
+
+// startMemory is how much a process of runsc may take before it collects garbage for the
+// first time, in bytes: twice what the restore of a small sandbox takes.
+const startMemory = 32 << 20
+
+// keepGarbage puts the first collection off until the start is over or has taken
+// startMemory. A start allocates some 10 MB, nearly all of which stays; collecting that
+// again and again from 4 MB on is 10 ms of a create's 190 and 25 of a restore's 180,
+// and saves 3 MB of memory for two seconds. After the first collection everything is as usual.
+func keepGarbage() {
+	percent, limit := debug.SetGCPercent(-1), debug.SetMemoryLimit(startMemory)
+	runtime.AddCleanup(new(*int), func(limit int64) {
+		debug.SetGCPercent(percent)
+		debug.SetMemoryLimit(limit)
+	}, limit)
+}
