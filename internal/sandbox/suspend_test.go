@@ -164,7 +164,7 @@ func TestSuspendThatFails(t *testing.T) {
 				}
 				h.wantState(id, tt.state, tt.reason)
 				e := h.latest(id)
-				if e.Reason != tt.event || strings.Contains(e.Detail, "secret") || strings.HasPrefix(e.Detail, "fell back to the recovery point of 20") != tt.fell {
+				if e.Reason != tt.event || strings.Contains(e.Detail, "secret") || strings.Contains(e.Detail, "at its recovery point of 20") != tt.fell {
 					t.Errorf("latest event is %+v", e)
 				}
 				h.node.OnSuspend = nil
