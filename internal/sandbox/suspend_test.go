@@ -72,7 +72,7 @@ func TestSuspendWaitsForCalls(t *testing.T) {
 		began = time.Now()
 		_, err := h.Suspend(context.Background(), org, id)
 		wantCode(t, err, fault.Conflict, "sandbox_in_use")
-		if e := fault.As(err); e != nil && !strings.Contains(e.Detail, "2 calls") {
+		if e := fault.As(err); e != nil && !strings.Contains(e.Detail, "calls in flight: 2") {
 			t.Errorf("told %q", e.Detail)
 		}
 		if d := time.Since(began); d != 5*time.Second {
