@@ -16,7 +16,7 @@ package sandbox
 //
 // Lost: the processes of a running sandbox ended without being asked to. With a
 // recovery point it is suspended as it was then. Without one, which is an ephemeral
-// sandbox or a persistent one that has not lived for one recovery interval yet, it
+// sandbox or a persistent one that has no recovery point yet, it
 // is destroyed. The same holds for one that dies while it is being suspended.
 //
 // The -ing states are claims: written before the host is touched, by one
