@@ -187,26 +187,10 @@ func (s *server) unified(id, file, value string) (string, string) {
 func TestLostSandbox(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
-	if err := syscall.Kill(s.sentry(id), syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
+	s.killSentry(id)
 	if reason := s.waitState(id, "destroyed"); reason != "lost" {
 		t.Errorf("destroyed with reason %q", reason)
 	}
-}
-
-// sentry is the process of a sandbox's kernel.
-func (s *server) sentry(id string) int {
-	s.t.Helper()
-	data, err := os.ReadFile(filepath.Join(s.dataDir, "sandboxes", id, "sandbox.pid"))
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	var pid int
-	if _, err := fmt.Sscan(string(data), &pid); err != nil {
-		s.t.Fatal(err)
-	}
-	return pid
 }
 
 // TestFiles moves large and odd files.

@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/subcommands"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/state/statefile"
 	"gvisor.dev/gvisor/runsc/cmd/util"
 	"gvisor.dev/gvisor/runsc/config"
@@ -76,6 +77,7 @@ func (s *save) Execute(_ context.Context, f *flag.FlagSet, args ...any) subcomma
 	// From here on nothing but SIGKILL ends this process before the sandbox goes on.
 	asked := make(chan os.Signal, 1)
 	signal.Notify(asked, os.Interrupt)
+	signal.Ignore(unix.SIGPIPE) // of "saved", when the caller has died meanwhile
 	if s.hold {
 		if err := c.Sandbox.Pause(c.ID); err != nil {
 			return util.Errorf("pausing: %v", err)

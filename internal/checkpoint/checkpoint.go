@@ -174,7 +174,8 @@ func (d *Draft) Commit(at time.Time, about any) (*Checkpoint, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encoding what a checkpoint is about: %w", err)
 	}
-	m := manifest{Format: format, At: at.UTC(), About: data}
+	// To the microsecond, as rows keep times: the same point has one time everywhere.
+	m := manifest{Format: format, At: at.UTC().Truncate(time.Microsecond), About: data}
 	if m.Files, m.Size, err = seal(d.Dir()); err != nil {
 		return nil, err
 	}

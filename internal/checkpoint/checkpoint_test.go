@@ -43,7 +43,7 @@ func write(t *testing.T, s *Store, text string) *Draft {
 
 func commit(t *testing.T, d *Draft, about string) {
 	t.Helper()
-	if _, err := d.Commit(time.Unix(1e9, 5), about); err != nil {
+	if _, err := d.Commit(time.Unix(1e9, 5000), about); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -70,7 +70,7 @@ func TestTheLatestReplacesTheOneBefore(t *testing.T) {
 	for _, text := range []string{"one", "two", "three"} {
 		commit(t, write(t, s, text), text)
 		c := want(t, s, text)
-		if !c.At.Equal(time.Unix(1e9, 5)) || c.Size == 0 {
+		if !c.At.Equal(time.Unix(1e9, 5000)) || c.Size == 0 {
 			t.Errorf("it is of %s with %d bytes", c.At, c.Size)
 		}
 		all, err := os.ReadDir(filepath.Dir(c.Dir))

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -455,6 +456,24 @@ func TestServerDiesInTheMiddle(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := hold.Release(); err != nil {
+		t.Fatal(err)
+	}
+	m.close()
+	m.open()
+	n = m.counts(spec, n)
+
+	// It dies before its child has finished: nobody reads what that says in the end.
+	b, draft, err = m.node.draft(spec.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := b.runtime()
+	save := exec.Command(r.Program, append(slices.Clone(r.Flags), "--root="+r.Root, "save", "--hold", "--image-path="+draft.Dir(), string(spec.ID))...)
+	stdout, err := save.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(save.Start(), stdout.Close(), save.Wait()); err != nil {
 		t.Fatal(err)
 	}
 	m.close()

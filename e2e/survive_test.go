@@ -1,0 +1,327 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// TestPersistentKilledAtAnyMoment kills the server with SIGKILL while clients suspend, wake,
+// checkpoint and use persistent sandboxes, again and again, until a next start has found a
+// suspend and a wake half done. The sandboxes' kernels are not killed, so nothing may be lost: no sandbox, and
+// no number that a worker has counted.
+func TestPersistentKilledAtAnyMoment(t *testing.T) {
+	s := newServer(t)
+	s.start()
+	s.needTemplate("python")
+	var workers []*worker
+	for range 3 {
+		workers = append(workers, s.startWorker(s.persistent(nil), 16))
+	}
+	const rounds, most = 10, 60
+	for round := 0; round < rounds || !s.interrupted(workers, "suspending") || !s.interrupted(workers, "waking"); round++ {
+		if round == most {
+			t.Fatalf("in %d rounds no start found a suspend and a wake half done", most)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		var wg sync.WaitGroup
+		for _, w := range workers {
+			for range 2 {
+				wg.Go(func() { w.use(ctx) })
+			}
+		}
+		time.Sleep(time.Duration(100+rand.IntN(900)) * time.Millisecond) // when it is killed
+		s.stop(syscall.SIGKILL)
+		cancel()
+		wg.Wait()
+		s.start()
+		var running []string
+		for _, w := range workers {
+			switch state := s.settled(w.id); state {
+			case "running":
+				running = append(running, w.id)
+			case "suspended":
+			default:
+				t.Fatalf("round %d: sandbox %s is %s", round, w.id, state)
+			}
+		}
+		onHost := s.groupsOnHost()
+		slices.Sort(onHost)
+		slices.Sort(running)
+		if !slices.Equal(onHost, running) {
+			t.Errorf("round %d: the host has %v, and %v run", round, onHost, running)
+		}
+		for _, w := range workers {
+			w.check()
+		}
+	}
+	for _, w := range workers {
+		s.destroy(w.id)
+		s.gone(w.id)
+	}
+}
+
+// interrupted reports whether a start has settled a sandbox that it found in the state.
+func (s *server) interrupted(workers []*worker, from string) bool {
+	s.t.Helper()
+	for _, w := range workers {
+		for _, e := range s.events(w.id) {
+			if e.From == from && e.Reason == "interrupted" {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// use does to the sandbox what clients do, until the server is gone.
+func (w *worker) use(ctx context.Context) {
+	for ctx.Err() == nil {
+		verb, body := "execute", any(nil)
+		switch rand.IntN(8) {
+		case 0, 1, 2:
+			verb = "suspend"
+		case 3, 4:
+			verb = "wake"
+		case 5:
+			verb = "checkpoint"
+		default:
+			body = object{"command": workerCheck}
+		}
+		least := w.last()
+		status, answer, err := w.s.try(ctx, "POST", "/v1/sandboxes/"+w.id+"/"+verb, body)
+		switch {
+		case err != nil:
+			return
+		case status == 409 && verb != "execute" && verb != "wake": // asleep, or in use
+		case status != 200:
+			w.s.t.Errorf("%s: %d %s", verb, status, answer)
+			return
+		case verb == "execute":
+			w.look(w.s.decoded(answer), least)
+		}
+	}
+}
+
+// TestSentryKilled ends sandboxes' kernels, as a bug in one or the host's memory would: a persistent
+// sandbox falls back to its latest recovery point, any other is lost.
+func TestSentryKilled(t *testing.T) {
+	s := shared(t)
+	id := s.persistent(nil)
+	defer s.destroy(id)
+	w := s.startWorker(id, 4)
+
+	t.Run("running", func(t *testing.T) {
+		s := s.in(t)
+		w.s = s
+		least := w.check()
+		point := s.checkpoint(id)
+		w.check()
+		s.killSentry(id)
+		s.waitState(id, "suspended")
+		s.fellBackTo(id, point)
+		w.fellBack(least)
+	})
+	t.Run("ephemeral", func(t *testing.T) {
+		s := s.in(t)
+		id := s.create(nil)
+		s.killSentry(id)
+		if reason := s.waitState(id, "destroyed"); reason != "lost" {
+			t.Errorf("destroyed with reason %q", reason)
+		}
+		s.gone(id)
+	})
+	t.Run("without a recovery point", func(t *testing.T) {
+		s := s.in(t)
+		id := s.persistent(nil)
+		s.killSentry(id)
+		if reason := s.waitState(id, "destroyed"); reason != "lost" {
+			t.Errorf("destroyed with reason %q", reason)
+		}
+		s.gone(id)
+	})
+	t.Run("suspending", func(t *testing.T) {
+		s := s.in(t)
+		w.s = s
+		before, after := 0, 0
+		for range 10 {
+			least := w.check() // wakes it
+			point := s.checkpoint(id)
+			latest := w.check()
+			began, pid := time.Now(), s.sentry(id)
+			status := make(chan int)
+			go func() {
+				code, _, _ := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/suspend", nil)
+				status <- code
+			}()
+			time.Sleep(time.Duration(rand.IntN(300)) * time.Millisecond) // when it is killed
+			_ = syscall.Kill(pid, syscall.SIGKILL)                       // it may have ended
+			code := <-status
+			if state := s.settled(id); state != "suspended" {
+				s.waitState(id, "suspended") // running as long as nobody has noticed
+			}
+			if at := s.suspendedAt(id); at.Before(began) {
+				before++
+				if code == 200 {
+					t.Error("the suspend answered 200 and has left nothing")
+				}
+				s.fellBackTo(id, point)
+				w.fellBack(least)
+			} else {
+				after++
+				w.from(latest)
+			}
+		}
+		t.Logf("killed while being suspended: %d times at the point before, %d times at the new one", before, after)
+	})
+	t.Run("waking", func(t *testing.T) {
+		s := s.in(t)
+		w.s = s
+		cut := 0
+		for range 10 {
+			least := w.check()
+			s.suspend(id)
+			point := s.suspendedAt(id)
+			status := make(chan int)
+			go func() {
+				code, _, _ := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/wake", nil)
+				status <- code
+			}()
+			pid := 0
+			for deadline := time.Now().Add(patience); pid == 0; pid = s.sentry(id) {
+				if time.Now().After(deadline) {
+					t.Fatal("no kernel comes up")
+				}
+			}
+			time.Sleep(time.Duration(rand.IntN(150)) * time.Millisecond) // when it is killed
+			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			if code := <-status; code != 200 {
+				cut++
+			}
+			s.waitState(id, "suspended")
+			if at := s.suspendedAt(id); !at.Equal(point) {
+				t.Errorf("it sleeps at %s and slept at %s", at, point)
+			}
+			w.fellBack(least)
+		}
+		t.Logf("killed while being woken: the wake failed %d times of 10", cut)
+		if cut == 0 {
+			t.Error("no wake was cut short")
+		}
+		if got := s.field(id, "error"); got != "" {
+			t.Errorf("it runs, with the error %q", got)
+		}
+	})
+}
+
+// fellBackTo checks that a sandbox sleeps at a recovery point, and that an event says so.
+func (s *server) fellBackTo(id string, point time.Time) {
+	s.t.Helper()
+	if at := s.suspendedAt(id); !at.Equal(point) {
+		s.t.Errorf("it sleeps at %s; its recovery point is of %s", at, point)
+	}
+	want := "fell back to the recovery point of " + point.UTC().Format(time.RFC3339)
+	if e := s.events(id)[0]; e.To != "suspended" || e.Detail != want {
+		s.t.Errorf("its last event is %+v, want %q", e, want)
+	}
+}
+
+// TestReboot takes from under sandboxes of every kind and state all that a machine loses when
+// it is started anew.
+func TestReboot(t *testing.T) {
+	s := newServer(t)
+	s.start()
+	s.needTemplate("python")
+	asleep, saved := s.startWorker(s.persistent(nil), 4), s.startWorker(s.persistent(nil), 4)
+	unsaved, ephemeral := s.persistent(nil), s.create(nil)
+	asleep.check()
+	s.suspend(asleep.id)
+	least := saved.check()
+	point := s.checkpoint(saved.id)
+	saved.check()
+	s.stop(syscall.SIGKILL)
+	s.reboot()
+	s.start()
+	for _, id := range []string{unsaved, ephemeral} {
+		if reason := s.waitState(id, "destroyed"); reason != "lost" {
+			t.Errorf("one without a recovery point was destroyed with reason %q", reason)
+		}
+		s.gone(id)
+	}
+	if state := s.settled(asleep.id); state != "suspended" {
+		t.Errorf("one asleep is %s", state)
+	}
+	s.waitState(saved.id, "suspended")
+	s.fellBackTo(saved.id, point)
+	slept := asleep.check()
+	saved.fellBack(least)
+
+	// Half way: one that falls asleep and one that wakes up.
+	for round := 0; !s.interrupted([]*worker{saved}, "suspending") || !s.interrupted([]*worker{asleep}, "waking"); round++ {
+		if round == 20 {
+			t.Fatalf("in %d rounds no start found a suspend and a wake half done", round)
+		}
+		slept = asleep.check()
+		s.suspend(asleep.id)
+		least, latest := saved.check(), 0
+		point = s.checkpoint(saved.id)
+		latest = saved.check()
+		s.killHalfWay(saved.id, asleep.id)
+		s.reboot()
+		s.start()
+		for _, w := range []*worker{saved, asleep} {
+			s.waitState(w.id, "suspended")
+		}
+		if s.suspendedAt(saved.id).Equal(point) {
+			s.fellBackTo(saved.id, point)
+			saved.fellBack(least)
+		} else {
+			saved.from(latest) // its new point was whole
+		}
+		asleep.fellBack(slept)
+	}
+	s.alive(s.create(nil))
+}
+
+// killHalfWay kills the server as soon as one sandbox is being suspended and another woken.
+func (s *server) killHalfWay(suspend, wake string) {
+	s.t.Helper()
+	var wg sync.WaitGroup
+	wg.Go(func() { _, _, _ = s.try(context.Background(), "POST", "/v1/sandboxes/"+suspend+"/suspend", nil) })
+	wg.Go(func() { _, _, _ = s.try(context.Background(), "POST", "/v1/sandboxes/"+wake+"/wake", nil) })
+	seen := map[string]bool{}
+	for deadline := time.Now().Add(patience); !seen["suspending"] || !seen["waking"]; {
+		if time.Now().After(deadline) {
+			s.t.Fatalf("no suspend and no wake begins: %v", seen)
+		}
+		for _, id := range []string{suspend, wake} {
+			state, _ := s.state(id)
+			seen[state] = true
+		}
+	}
+	s.stop(syscall.SIGKILL)
+	wg.Wait()
+}
+
+// decoded is the answer of execute.
+func (s *server) decoded(answer []byte) (r result) {
+	s.t.Helper()
+	if err := json.Unmarshal(answer, &r); err != nil {
+		s.t.Errorf("%v in %s", err, answer)
+	}
+	return r
+}
+
+// in is the server for a part of a test, which failures are told to.
+func (s *server) in(t testing.TB) *server {
+	own := *s
+	own.t = t
+	return &own
+}
