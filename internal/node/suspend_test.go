@@ -463,7 +463,7 @@ func TestServerDiesInTheMiddle(t *testing.T) {
 	n = m.counts(spec, n)
 
 	// It dies before its child has finished: nobody reads what that says in the end.
-	b, draft, err = m.node.draft(spec.ID)
+	b, draft, err = m.node.draft(m.ctx(), spec.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
