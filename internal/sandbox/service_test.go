@@ -374,7 +374,6 @@ func TestRefusals(t *testing.T) {
 		"env value":               {sandbox.Request{Env: map[string]string{"A": "\x00"}}, fault.Invalid, "env.A"},
 		"metadata key":            {sandbox.Request{Metadata: map[string]string{"": "v"}}, fault.Invalid, "metadata"},
 		"metadata value":          {sandbox.Request{Metadata: map[string]string{"k": long}}, fault.Invalid, "metadata.k"},
-		"deny_all":                {sandbox.Request{Egress: &sandbox.Egress{Mode: sandbox.DenyAll}}, fault.Unsupported, "egress.mode"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

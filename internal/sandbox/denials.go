@@ -1,0 +1,128 @@
+package sandbox
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Denial says that a sandbox's policy kept something from leaving.
+type Denial struct {
+	ID          ID
+	Protocol    string         // tcp, udp, icmp, …, or dns for a name that was not resolved
+	Destination netip.AddrPort // the zero value when it was a name only
+	Name        string         // if it was decided by name
+	Count       int            // times since the last one of the same
+}
+
+const (
+	// denialsEvery is how often denials become events of a sandbox. Its first ones do
+	// within flushEvery, since somebody may be waiting to see why nothing connects.
+	denialsEvery = time.Minute
+	// denialsAtOnce is how many events that makes at the most; the rest is one more
+	// that says how many there were.
+	denialsAtOnce = 4
+	// denialsKept is how many destinations of one sandbox are told apart meanwhile.
+	denialsKept = 64
+)
+
+// denials are those of one sandbox that no event tells of yet.
+type denials struct {
+	count  map[Denial]int // by what they are, with Count 0
+	others int            // of destinations that found no place
+	next   time.Time      // when they may become events
+}
+
+// denied notes what a policy kept in, until [Service.noteDenials].
+func (s *Service) denied(d Denial) {
+	n := max(d.Count, 1)
+	d.Count = 0
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	of := s.denials[d.ID]
+	if of == nil {
+		of = &denials{count: map[Denial]int{}}
+		s.denials[d.ID] = of
+	}
+	if _, known := of.count[d]; !known && len(of.count) >= denialsKept {
+		of.others += n
+		return
+	}
+	of.count[d] += n
+}
+
+// noteDenials makes events of the denials that are due, all in one transaction.
+func (s *Service) noteDenials(ctx context.Context) error {
+	now := time.Now().UTC()
+	var events []Event
+	s.mu.Lock()
+	for id, of := range s.denials {
+		if now.Before(of.next) {
+			continue
+		}
+		if len(of.count) == 0 {
+			delete(s.denials, id) // none for as long as they are kept apart
+			continue
+		}
+		events = append(events, of.events(id, now)...)
+		s.denials[id] = &denials{count: map[Denial]int{}, next: now.Add(denialsEvery)}
+	}
+	s.mu.Unlock()
+	if len(events) == 0 {
+		return nil
+	}
+	return s.store.Note(ctx, events)
+}
+
+// events are the most frequent denials, and one for the rest.
+func (of *denials) events(id ID, at time.Time) []Event {
+	all := make([]Denial, 0, len(of.count))
+	for d, n := range of.count {
+		d.Count = n
+		all = append(all, d)
+	}
+	slices.SortFunc(all, func(a, b Denial) int {
+		return cmp.Or(cmp.Compare(b.Count, a.Count), strings.Compare(a.String(), b.String()))
+	})
+	var events []Event
+	rest := of.others
+	for i, d := range all {
+		if i >= denialsAtOnce {
+			rest += d.Count
+			continue
+		}
+		events = append(events, Event{SandboxID: id, At: at, Reason: reasonEgressDenied, Detail: d.String()})
+	}
+	if rest > 0 {
+		events = append(events, Event{SandboxID: id, At: at, Reason: reasonEgressDenied, Detail: "other destinations " + times(rest)})
+	}
+	return events
+}
+
+// String is the denial as its event tells it: tcp 203.0.113.5:443 (example.org) 3 times.
+func (d Denial) String() string {
+	parts := []string{d.Protocol}
+	switch {
+	case !d.Destination.IsValid():
+		parts = append(parts, d.Name)
+	case d.Destination.Port() == 0:
+		parts = append(parts, d.Destination.Addr().String())
+	default:
+		parts = append(parts, d.Destination.String())
+	}
+	if d.Destination.IsValid() && d.Name != "" {
+		parts = append(parts, "("+d.Name+")")
+	}
+	return strings.Join(append(parts, times(d.Count)), " ")
+}
+
+func times(n int) string {
+	if n == 1 {
+		return "once"
+	}
+	return fmt.Sprintf("%d times", n)
+}
