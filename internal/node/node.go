@@ -59,8 +59,9 @@ type Config struct {
 
 	Nameservers []string // what sandboxes resolve names with
 
-	// PolicyChanged, if not nil, is told the address of a sandbox whose policy was
-	// replaced while it runs. It must not block.
+	// PolicyChanged, if not nil, is told the address of a sandbox that has another policy
+	// now, or has gone: what was decided for it before does not hold. It must not wait
+	// for this Node.
 	PolicyChanged func(addr netip.Addr)
 
 	MaxSandboxes int // beyond it Room says no
@@ -307,6 +308,7 @@ func (n *Node) Rest(ctx context.Context, id sandbox.ID) error {
 		n.mu.Lock()
 		delete(n.guests, b.slot)
 		n.mu.Unlock()
+		n.policyChanged(b.slot)
 		errs = append(errs, n.net.Release(ctx, b.slot))
 	}
 	if err := errors.Join(errs...); err != nil {

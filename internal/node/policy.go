@@ -51,10 +51,14 @@ func (n *Node) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) e
 		b.want(before)
 		err = errors.Join(err, b.record())
 	}
-	if n.cfg.PolicyChanged != nil {
-		n.cfg.PolicyChanged(b.slot.Addr)
-	}
+	n.policyChanged(b.slot)
 	return err
+}
+
+func (n *Node) policyChanged(s *network.Slot) {
+	if n.cfg.PolicyChanged != nil {
+		n.cfg.PolicyChanged(s.Addr)
+	}
 }
 
 // want changes the policy that others may be reading.

@@ -188,7 +188,7 @@ func TestWakeFailsAtEveryStep(t *testing.T) {
 	m.sh(spec, worker)
 	n := m.counts(spec, 0)
 	broken := errors.New("broken on purpose")
-	for _, step := range []string{"image", "directory", "network", "record", "start", "watch", "agent", "favour", "init"} {
+	for _, step := range []string{"image", "directory", "network", "record", "policy", "start", "watch", "agent", "favour", "init"} {
 		m.suspend(spec)
 		reached := false
 		m.node.after = func(name string) error {
