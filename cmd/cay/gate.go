@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -122,7 +123,7 @@ func (h gateHost) Permitted(handle any, a netip.Addr) error {
 func (h gateHost) Original(c *net.TCPConn) (netip.AddrPort, error) { return h.slots.Original(c) }
 
 func (h gateHost) Denied(handle any, protocol, name string, to netip.AddrPort) {
-	h.node.Deny(sandbox.Denial{ID: handle.(boxHandle).id, Protocol: protocol, Name: name, Destination: to, Count: 1})
+	h.node.Deny(sandbox.Denial{ID: handle.(boxHandle).id, Protocol: protocol, Name: strings.TrimSuffix(name, "."), Destination: to, Count: 1})
 }
 
 // serveGate serves until the server is closed.

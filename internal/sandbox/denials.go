@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -40,6 +41,7 @@ type denials struct {
 // denied notes what a policy kept in, until [Service.noteDenials].
 func (s *Service) denied(d Denial) {
 	n := max(d.Count, 1)
+	d.Name = plain(d.Name)
 	d.Count = 0
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -118,6 +120,16 @@ func (d Denial) String() string {
 		parts = append(parts, "("+d.Name+")")
 	}
 	return strings.Join(append(parts, times(d.Count)), " ")
+}
+
+// plain is a name that a program inside made up as a text that can be shown: at most as
+// long as a domain can be, and without what is not printable.
+func plain(name string) string {
+	name = name[:min(len(name), maxDomain)]
+	if strings.ContainsFunc(name, func(c rune) bool { return c <= ' ' || c > '~' }) {
+		return strconv.QuoteToASCII(name)
+	}
+	return name
 }
 
 func times(n int) string {

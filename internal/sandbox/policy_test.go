@@ -199,10 +199,12 @@ func TestDenialsBecomeEvents(t *testing.T) {
 		h.node.Deny(sandbox.Denial{ID: id, Protocol: "tcp", Destination: to("203.0.113.5:443"), Name: "example.org", Count: 1})
 		h.node.Deny(sandbox.Denial{ID: id, Protocol: "icmp", Destination: to("203.0.113.6:0"), Count: 1})
 		h.node.Deny(sandbox.Denial{ID: id, Protocol: "dns", Name: "example.net", Count: 1})
+		h.node.Deny(sandbox.Denial{ID: id, Protocol: "dns", Name: "\xff\n" + strings.Repeat("x", 1000), Count: 4})
 		h.node.Deny(sandbox.Denial{ID: sandbox.NewID(), Protocol: "dns", Name: "of.nobody", Count: 1})
 		time.Sleep(5 * time.Second)
 		first := []string{"running egress_denied: icmp 203.0.113.6 once", "running egress_denied: dns example.net once",
-			"running egress_denied: tcp 203.0.113.5:443 (example.org) 3 times"}
+			"running egress_denied: tcp 203.0.113.5:443 (example.org) 3 times",
+			"running egress_denied: dns \"\\xff\\n" + strings.Repeat("x", 251) + "\" 4 times"}
 		if diff := cmp.Diff(first, h.notes(id)); diff != "" {
 			t.Error(diff)
 		}
