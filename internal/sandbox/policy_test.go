@@ -73,6 +73,19 @@ func TestPolicyOfARunningSandbox(t *testing.T) {
 	})
 }
 
+func TestPolicyOfTheTemplate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		for _, tt := range []struct {
+			template string
+			asked    *sandbox.Egress
+			want     sandbox.Egress
+		}{{"python", nil, open}, {"closed", nil, closed}, {"closed", &named, named}, {"closed", &open, open}} {
+			h.wantPolicy(h.mustCreate(sandbox.Request{Template: tt.template, Egress: tt.asked}).ID, tt.want)
+		}
+	})
+}
+
 func TestPolicyOfASuspendedSandbox(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)

@@ -21,10 +21,15 @@ const org = "org_aaaaaaaaaaaaaaaaaaaa"
 type oneTemplate struct{}
 
 func (oneTemplate) Ready(_ context.Context, _, name string) (sandbox.TemplateVersion, error) {
+	var egress sandbox.Egress
+	if name == "closed" {
+		name, egress = "python", sandbox.Egress{Mode: sandbox.DenyAll}
+	}
 	if name != "python" {
 		return sandbox.TemplateVersion{}, fault.New(fault.NotFound, "template_not_found", "there is no template %q", name)
 	}
-	return sandbox.TemplateVersion{ID: "tpl_aaaaaaaaaaaaaaaaaaaa", Name: "python", Version: 1, Image: "abc", Env: map[string]string{"A": "template", "B": "template"}}, nil
+	return sandbox.TemplateVersion{ID: "tpl_aaaaaaaaaaaaaaaaaaaa", Name: "python", Version: 1, Image: "abc", Egress: egress,
+		Env: map[string]string{"A": "template", "B": "template"}}, nil
 }
 
 // house is a Service on a real store and a fake node, to be used in a synctest bubble.
