@@ -99,7 +99,7 @@ type Gate struct {
 
 	queries, dnsConns, proxied, metadataConns *meter
 	given                                     *given
-	idle                                      time.Duration // idleTime but in tests
+	idle, hello                               time.Duration // idleTime and helloTime but in tests
 
 	mu sync.Mutex
 	// changes counts calls of Recheck.
@@ -116,7 +116,7 @@ type Gate struct {
 // New makes a gate. It does nothing before [Gate.Serve].
 func New(host Host, log *slog.Logger) *Gate {
 	return &Gate{
-		host: host, log: log, idle: idleTime,
+		host: host, log: log, idle: idleTime, hello: helloTime,
 		queries: newMeter(queryLimit), dnsConns: newMeter(dnsConnLimit),
 		proxied: newMeter(proxyLimit), metadataConns: newMeter(metadataLimit),
 		given:    newGiven(),

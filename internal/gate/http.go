@@ -2,6 +2,7 @@ package gate
 
 import (
 	"context"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -34,7 +35,7 @@ func (c *webConn) Read(b []byte) (int, error) {
 // the server gets is written anew from what net/http understood, so that there is nothing
 // for it to understand otherwise: no second Host, no target of another name, no body whose
 // end is in doubt.
-func (s *session) serveHTTP(context.Context) error {
+func (s *session) serveHTTP() error {
 	transport := &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			c, err := s.connect(ctx)
@@ -50,11 +51,28 @@ func (s *session) serveHTTP(context.Context) error {
 		MaxResponseHeaderBytes: 1 << 20,
 	}
 	defer transport.CloseIdleConnections()
-	errorLog := slog.NewLogLogger(s.gate.log.Handler(), slog.LevelDebug)
-	proxy := &httputil.ReverseProxy{
+	server := &http.Server{
+		Handler:                      s.web(transport),
+		ReadHeaderTimeout:            s.gate.hello,
+		IdleTimeout:                  webIdle,
+		MaxHeaderBytes:               webHeader,
+		ErrorLog:                     s.webLog(),
+		DisableGeneralOptionsHandler: true,
+	}
+	serveConn(server, &webConn{TCPConn: s.client, first: s.first.take()})
+	return nil
+}
+
+func (s *session) webLog() *log.Logger {
+	return slog.NewLogLogger(s.gate.log.Handler(), slog.LevelDebug)
+}
+
+// web checks requests and passes them on over transport.
+func (s *session) web(transport http.RoundTripper) http.Handler {
+	return s.checked(&httputil.ReverseProxy{
 		Transport:     transport,
 		FlushInterval: -1, // what comes is passed on at once
-		ErrorLog:      errorLog,
+		ErrorLog:      s.webLog(),
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host = "http", s.to.String()
 			r.Out.URL.RawQuery = r.In.URL.RawQuery
@@ -62,17 +80,7 @@ func (s *session) serveHTTP(context.Context) error {
 		},
 		// As it would be without us: a server that cannot be reached, or breaks off.
 		ErrorHandler: func(http.ResponseWriter, *http.Request, error) { s.kill() },
-	}
-	server := &http.Server{
-		Handler:                      s.checked(proxy),
-		ReadHeaderTimeout:            helloTime,
-		IdleTimeout:                  webIdle,
-		MaxHeaderBytes:               webHeader,
-		ErrorLog:                     errorLog,
-		DisableGeneralOptionsHandler: true,
-	}
-	serveConn(server, &webConn{TCPConn: s.client, first: s.first.take()})
-	return nil
+	})
 }
 
 // checked refuses requests that are not for an allowed name.

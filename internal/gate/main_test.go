@@ -102,6 +102,7 @@ func newRig(t *testing.T, idle time.Duration) *rig {
 	if idle > 0 {
 		g.idle = idle
 	}
+	g.hello = time.Second
 	local := netip.MustParseAddr("127.0.0.1")
 	g.given.add(1, "allowed.example", []netip.Addr{local}, time.Now().Add(time.Hour))
 	on := Listeners{DNS: listen(t), Proxy: listen(t), Metadata: listen(t)}

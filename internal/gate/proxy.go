@@ -92,7 +92,7 @@ func (s *session) serve(ctx context.Context) error {
 		return err
 	}
 	serverFirst := s.to.Port() != 443 && s.to.Port() != 80
-	wait := helloTime
+	wait := s.gate.hello
 	if serverFirst {
 		wait = patience
 	}
@@ -111,7 +111,7 @@ func (s *session) serve(ctx context.Context) error {
 		return err
 	}
 	if what == speechHTTP {
-		return s.serveHTTP(ctx)
+		return s.serveHTTP()
 	}
 	if err := s.dial(ctx); err != nil {
 		return err
@@ -122,7 +122,7 @@ func (s *session) serve(ctx context.Context) error {
 // listen tells what the client speaks after it has spoken, and checks the name unless it
 // speaks HTTP, which is checked by request.
 func (s *session) listen() (speech, error) {
-	if err := s.client.SetReadDeadline(time.Now().Add(helloTime)); err != nil {
+	if err := s.client.SetReadDeadline(time.Now().Add(s.gate.hello)); err != nil {
 		return 0, err
 	}
 	what, err := sniff(&s.first)
@@ -273,6 +273,11 @@ func (s *session) serverFirst(ctx context.Context) error {
 		if err := s.first.more(); err != nil {
 			return err
 		}
+		// A server that speaks before it is asked takes no requests of HTTP, and its
+		// client may type letter by letter: no line is waited for.
+		if spoke.Load() && !beginsLikeTLS(s.first.said[0]) {
+			return nil
+		}
 		what, err := s.listen()
 		if err == nil && what == speechHTTP {
 			return errHTTP
@@ -282,12 +287,12 @@ func (s *session) serverFirst(ctx context.Context) error {
 	if !errors.Is(err, errHTTP) {
 		return err
 	}
-	// HTTP has connections of its own. A server that spoke before it was asked does not
-	// speak HTTP, whatever the client is up to.
+	// HTTP has connections of its own. That the server spoke in this very moment is odd
+	// enough to end it.
 	if spoke.Load() {
 		return s.deny("", errors.New("HTTP to a server that spoke first"))
 	}
-	return s.serveHTTP(ctx)
+	return s.serveHTTP()
 }
 
 // errHTTP is that a client turned out to speak HTTP.

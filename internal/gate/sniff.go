@@ -78,23 +78,11 @@ func classify(b []byte) (s speech, sure bool) {
 	switch {
 	case len(b) == 0:
 		return 0, false
-	// Any type of record: a server may pass over an alert before the ClientHello.
-	case b[0] >= 20 && b[0] <= 24:
-		if len(b) < 2 {
-			return 0, false
-		}
-		if b[1] == 3 {
-			return speechTLS, true
-		}
-		return speechOther, true
-	// A ClientHello in the format of SSL 2, which some servers still take: it has no name.
-	case b[0]&0x80 != 0:
-		if len(b) < 4 {
-			return 0, false
-		}
-		if b[2] == messageClientHello && (b[3] == 3 || b[3] == 0) {
-			return speechTLS, true
-		}
+	case isRecord(b[0]) && len(b) < 2, isSSL2(b[0]) && len(b) < 4:
+		return 0, false
+	case isRecord(b[0]) && b[1] == 3, isSSL2(b[0]) && b[2] == messageClientHello && (b[3] == 3 || b[3] == 0):
+		return speechTLS, true
+	case beginsLikeTLS(b[0]):
 		return speechOther, true
 	}
 	line := bytes.TrimLeft(b, " \t\r\n")
@@ -114,6 +102,16 @@ func classify(b []byte) (s speech, sure bool) {
 	}
 	return speechOther, true
 }
+
+// isRecord reports whether a record of TLS may begin so. Any type of record counts: a
+// server may pass over an alert before the ClientHello.
+func isRecord(first byte) bool { return first >= 20 && first <= 24 }
+
+// isSSL2 reports whether a ClientHello in the format of SSL 2 may begin so. Some servers
+// still take it; it has no name.
+func isSSL2(first byte) bool { return first&0x80 != 0 }
+
+func beginsLikeTLS(first byte) bool { return isRecord(first) || isSSL2(first) }
 
 // isMethod reports whether a method of HTTP may have the character, RFC 9110 section 5.6.2.
 func isMethod(r rune) bool {
