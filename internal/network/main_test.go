@@ -211,13 +211,22 @@ func open(t *testing.T, c Config) *Network {
 	return n
 }
 
+// acquire hands out a slot that reaches everything a slot may.
 func acquire(t *testing.T, n *Network) *Slot {
 	t.Helper()
 	s, err := n.Acquire(t.Context())
 	if err != nil {
 		t.Fatalf("acquiring: %v", err)
 	}
+	setPolicy(t, n, s, Policy{Open: true})
 	return s
+}
+
+func setPolicy(t testing.TB, n *Network, s *Slot, p Policy) {
+	t.Helper()
+	if err := n.SetPolicy(t.Context(), s, p); err != nil {
+		t.Fatalf("setting the policy of %s: %v", s.Link, err)
+	}
 }
 
 // traces lists everything of an instance on the host.

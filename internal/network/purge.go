@@ -130,7 +130,7 @@ func Purge(instance string) error {
 	for index := range slots[instance] {
 		errs = append(errs, demolish(instance, index))
 	}
-	errs = append(errs, newTable(layout{instance: instance}, nil, 0).remove(), unlink(f))
+	errs = append(errs, newTable(layout{instance: instance}, Config{}).remove(), unlink(f))
 	return errors.Join(errs...)
 }
 
