@@ -12,7 +12,6 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
@@ -114,11 +113,10 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 		}},
 		{"directory", func(context.Context) error { return os.Mkdir(n.dir(spec.ID), 0o700) }},
 		{"network", func(ctx context.Context) (err error) {
-			if b.slot, err = n.net.Acquire(ctx); err != nil {
-				return err
+			if b.slot, err = n.net.Acquire(ctx); err == nil {
+				b.life.Slot = b.slot.Index
 			}
-			b.life.Slot = b.slot.Index
-			return n.net.SetPolicy(ctx, b.slot, network.Policy{Open: true})
+			return err
 		}},
 		{"record", func(context.Context) error { return b.record() }},
 		{"policy", b.applyPolicy},
