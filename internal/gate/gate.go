@@ -97,9 +97,13 @@ type Gate struct {
 	host Host
 	log  *slog.Logger
 
-	queries, dnsConns, proxied, metadataConns *meter
-	given                                     *given
-	idle, hello                               time.Duration // idleTime and helloTime but in tests
+	queries       *meter
+	dnsConns      *meter
+	proxied       *meter
+	metadataConns *meter
+	given         *given
+	idle          time.Duration // idleTime but in tests
+	hello         time.Duration // helloTime but in tests
 
 	mu sync.Mutex
 	// changes counts calls of Recheck.

@@ -1,6 +1,7 @@
 package gate
 
 import (
+	"bufio"
 	"io"
 	"net/http"
 	"testing"
@@ -59,10 +60,21 @@ func TestMetadata(t *testing.T) {
 	}
 
 	// The connection that is open does not serve whoever has the address next.
-	r.set(func() { r.handle = 2 })
-	if resp, err := http.Get("http://" + r.about + "/id"); err == nil {
-		resp.Body.Close() // a new connection: the new box may ask
+	c := dial(t, r.about)
+	const ask = "GET /id HTTP/1.1\r\nHost: x\r\n\r\n"
+	for range 2 {
+		if _, err := io.WriteString(c, ask); err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.Copy(io.Discard, resp.Body)
 	}
+	r.set(func() { r.handle = 2 })
+	_, _ = io.WriteString(c, ask)
+	refused(t, c)
 	r.set(func() { r.gone = true })
 	http.DefaultClient.CloseIdleConnections()
 	if resp, err := http.Get("http://" + r.about + "/id"); err == nil {
