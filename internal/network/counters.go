@@ -53,13 +53,12 @@ func tallyOf(e nftables.SetElement) tally {
 }
 
 func (t *table) addTotals(c *nftables.Conn, was counts) {
-	for name, sum := range map[string]tally{
-		totalAllowed: {was.total.AllowedPackets, was.total.AllowedBytes},
-		totalDenied:  {was.total.DeniedPackets, was.total.DeniedBytes},
-	} {
+	add := func(name string, packets, bytes uint64) {
 		c.AddObj(&nftables.NamedObj{Table: t.table, Name: name, Type: nftables.ObjTypeCounter,
-			Obj: &expr.Counter{Packets: sum.packets, Bytes: sum.bytes}})
+			Obj: &expr.Counter{Packets: packets, Bytes: bytes}})
 	}
+	add(totalAllowed, was.total.AllowedPackets, was.total.AllowedBytes)
+	add(totalDenied, was.total.DeniedPackets, was.total.DeniedBytes)
 }
 
 // count reads all counters.
