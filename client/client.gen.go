@@ -374,8 +374,8 @@ type Egress struct {
 	// AllowCIDRs IPv4 ranges that may be reached, without host bits.
 	AllowCIDRs []string `json:"allow_cidrs,omitempty"`
 
-	// AllowDomains Names that may be reached, by TLS and HTTP on any TCP port: exact ones, or with `*.` in front all names below one, without itself. cay's resolver answers these names only, and a
-	// connection to their addresses must ask for an allowed name. `allow_ports` says nothing about them.
+	// AllowDomains Names that may be reached over TCP: exact ones, or with `*.` in front all names below one, without itself. cay's resolver answers these names only, and TLS and HTTP to their
+	// addresses must ask for an allowed name. `allow_ports` says nothing about them.
 	AllowDomains []string `json:"allow_domains,omitempty"`
 
 	// AllowPorts Restricts `allow_cidrs` to these destination TCP ports. Absent is every protocol and port.

@@ -25,7 +25,7 @@ func (e *egressFlags) add(f *pflag.FlagSet, otherwise string) {
 	f.StringArrayVar(&e.allowCIDR, "egress-allow-cidr", nil, "range that may be reached; implies deny_all for the rest (repeatable)")
 	f.StringArrayVar(&e.denyCIDR, "egress-deny-cidr", nil, "range that may not be reached, before what is allowed; implies deny_all (repeatable)")
 	f.IntSliceVar(&e.allowPort, "egress-allow-port", nil, "TCP port that the allowed ranges are restricted to (repeatable)")
-	f.StringArrayVar(&e.allowDomain, "egress-allow-domain", nil, "name that may be reached by TLS and HTTP, or *.NAME for those below it; implies deny_all for the rest (repeatable)")
+	f.StringArrayVar(&e.allowDomain, "egress-allow-domain", nil, "name that may be reached over TCP, or *.NAME for those below it; implies deny_all for the rest (repeatable)")
 }
 
 // policy is what the flags ask for; nil when none was given.

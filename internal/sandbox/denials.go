@@ -21,12 +21,9 @@ type Denial struct {
 }
 
 const (
-	// denialsEvery is how often denials become events of a sandbox. Its first ones do
-	// within flushEvery, since somebody may be waiting to see why nothing connects.
-	denialsEvery = time.Minute
-	// denialsAtOnce is how many events that makes at the most; the rest is one more
-	// that says how many there were.
-	denialsAtOnce = 4
+	// denialsPerMinute is how many events denials make of one sandbox at the most. They
+	// come within flushEvery, since somebody may be waiting to see why nothing connects.
+	denialsPerMinute = 6
 	// denialsKept is how many destinations of one sandbox are told apart meanwhile.
 	denialsKept = 64
 )
@@ -35,7 +32,8 @@ const (
 type denials struct {
 	count  map[Denial]int // by what they are, with Count 0
 	others int            // of destinations that found no place
-	next   time.Time      // when they may become events
+	since  time.Time      // when the present minute began
+	told   int            // events in it
 }
 
 // denied notes what a policy kept in, until [Service.noteDenials].
@@ -63,15 +61,18 @@ func (s *Service) noteDenials(ctx context.Context) error {
 	var events []Event
 	s.mu.Lock()
 	for id, of := range s.denials {
-		if now.Before(of.next) {
-			continue
+		if now.Sub(of.since) >= time.Minute {
+			if len(of.count) == 0 {
+				delete(s.denials, id)
+				continue
+			}
+			of.since, of.told = now, 0
 		}
-		if len(of.count) == 0 {
-			delete(s.denials, id) // none for as long as they are kept apart
-			continue
+		if room := denialsPerMinute - of.told; room > 0 && len(of.count) > 0 {
+			more := of.events(id, now, room)
+			events = append(events, more...)
+			of.count, of.others, of.told = map[Denial]int{}, 0, of.told+len(more)
 		}
-		events = append(events, of.events(id, now)...)
-		s.denials[id] = &denials{count: map[Denial]int{}, next: now.Add(denialsEvery)}
 	}
 	s.mu.Unlock()
 	if len(events) == 0 {
@@ -80,8 +81,8 @@ func (s *Service) noteDenials(ctx context.Context) error {
 	return s.store.Note(ctx, events)
 }
 
-// events are the most frequent denials, and one for the rest.
-func (of *denials) events(id ID, at time.Time) []Event {
+// events are the denials in at most so many events: the most frequent, and one for the rest.
+func (of *denials) events(id ID, at time.Time, room int) []Event {
 	all := make([]Denial, 0, len(of.count))
 	for d, n := range of.count {
 		d.Count = n
@@ -90,10 +91,13 @@ func (of *denials) events(id ID, at time.Time) []Event {
 	slices.SortFunc(all, func(a, b Denial) int {
 		return cmp.Or(cmp.Compare(b.Count, a.Count), strings.Compare(a.String(), b.String()))
 	})
+	if len(all) > room || of.others > 0 {
+		room-- // for the rest
+	}
 	var events []Event
 	rest := of.others
 	for i, d := range all {
-		if i >= denialsAtOnce {
+		if i >= room {
 			rest += d.Count
 			continue
 		}

@@ -222,22 +222,28 @@ func TestDenialsBecomeEvents(t *testing.T) {
 			t.Error(diff)
 		}
 		// One that scans makes a few events a minute, and the rest is a number.
-		for i := range 5000 {
-			h.node.Deny(sandbox.Denial{ID: id, Protocol: "udp", Destination: netip.AddrPortFrom(netip.MustParseAddr("203.0.113.9"), uint16(i+1)), Count: 1})
-		}
-		time.Sleep(5 * time.Second)
-		if got := h.notes(id); len(got) != len(first) {
-			t.Errorf("events came before their time: %v", got)
-		}
-		time.Sleep(time.Minute)
-		got := h.notes(id)
-		if len(got) != len(first)+5 || got[0] != "running egress_denied: other destinations 4996 times" {
-			t.Errorf("got %d events: %q", len(got), got[0])
-		}
-		for range 60 {
-			for i := range 100 {
+		scan := func(ports int) {
+			for i := range ports {
 				h.node.Deny(sandbox.Denial{ID: id, Protocol: "udp", Destination: netip.AddrPortFrom(netip.MustParseAddr("203.0.113.9"), uint16(i+1)), Count: 1})
 			}
+		}
+		scan(5000)
+		time.Sleep(5 * time.Second)
+		got := h.notes(id)
+		if len(got) != len(first)+2 || got[0] != "running egress_denied: other destinations 4999 times" {
+			t.Errorf("got %d events: %q", len(got), got)
+		}
+		scan(10)
+		time.Sleep(30 * time.Second)
+		if got := h.notes(id); len(got) != len(first)+2 {
+			t.Errorf("the seventh event of a minute: %q", got)
+		}
+		time.Sleep(30 * time.Second)
+		if got := h.notes(id); len(got) != len(first)+2+6 || got[0] != "running egress_denied: other destinations 5 times" {
+			t.Errorf("after a minute there are %d events: %q", len(got), got[0])
+		}
+		for range 60 {
+			scan(100)
 			time.Sleep(time.Minute)
 		}
 		if got := h.notes(id); len(got) != 100 {
