@@ -38,7 +38,8 @@ type shape map[string]string
 // +checklocks:n.rulesMu
 func (n *Network) installLocked() error {
 	n.recountLocked()
-	if err := n.rules.install(slices.Collect(maps.Values(n.ruled)), n.counted); err != nil {
+	entries := slices.SortedFunc(maps.Values(n.ruled), func(a, b *entry) int { return a.slot.Index - b.slot.Index })
+	if err := n.rules.install(entries, n.counted); err != nil {
 		return err
 	}
 	generation, err := n.rules.sockets.generation()
