@@ -38,10 +38,11 @@ type shape map[string]string
 // +checklocks:n.rulesMu
 func (n *Network) installLocked() error {
 	n.recountLocked()
-	if err := n.rules.install(slices.Collect(maps.Values(n.ruled)), n.counted); err != nil {
+	entries := slices.SortedFunc(maps.Values(n.ruled), func(a, b *entry) int { return a.slot.Index - b.slot.Index })
+	if err := n.rules.install(entries, n.counted); err != nil {
 		return err
 	}
-	generation, err := generation()
+	generation, err := n.rules.sockets.generation()
 	if err != nil {
 		return err
 	}
@@ -65,7 +66,8 @@ func (n *Network) installLocked() error {
 //
 // +checklocks:n.rulesMu
 func (n *Network) commitLocked(change func() error, e *entry) error {
-	before, err := generation()
+	sent := n.rules.sockets.transactions()
+	before, err := n.rules.sockets.generation()
 	if err != nil {
 		return err
 	}
@@ -76,12 +78,12 @@ func (n *Network) commitLocked(change func() error, e *entry) error {
 	} else if err != nil {
 		return err
 	}
-	after, err := generation()
+	after, err := n.rules.sockets.generation()
 	if err != nil {
 		return err
 	}
-	if n.generation == before && after == before+1 {
-		n.generation = after // it was our change, and nobody else's
+	if n.generation == before && after-before == n.rules.sockets.transactions()-sent {
+		n.generation = after // these were our changes, and nobody else's
 	}
 	if e == nil {
 		return nil
@@ -137,7 +139,7 @@ func (n *Network) Check(ctx context.Context) (repaired bool, err error) {
 	if err := ctx.Err(); err != nil {
 		return false, fmt.Errorf("checking the rules: %w", err)
 	}
-	now, err := generation()
+	now, err := n.rules.sockets.generation()
 	if err != nil {
 		return false, err
 	}
@@ -155,7 +157,6 @@ func (n *Network) Check(ctx context.Context) (repaired bool, err error) {
 		}
 	} else {
 		n.generation = now
-		n.recountLocked()
 	}
 	return found != "", enableForwarding()
 }
@@ -239,11 +240,15 @@ func chainName(name string) string { return "chain " + name }
 func setName(name string) string   { return "set " + name }
 
 // shape describes the whole table.
-func (t *table) shape() (shape, error) {
-	c, err := nftables.New()
-	if err != nil {
-		return nil, fmt.Errorf("opening nftables: %w", err)
-	}
+func (t *table) shape() (out shape, err error) {
+	err = t.sockets.use(func(c *nftables.Conn) error {
+		out, err = t.shapeBy(c)
+		return err
+	})
+	return out, err
+}
+
+func (t *table) shapeBy(c *nftables.Conn) (shape, error) {
 	known, err := c.ListTableOfFamily(t.table.Name, t.table.Family)
 	if err != nil {
 		return nil, fmt.Errorf("listing nftables table %s: %w", t.table.Name, err)
@@ -272,7 +277,7 @@ func (t *table) shape() (shape, error) {
 	for _, s := range sets {
 		out[setName(s.Name)] = ""
 	}
-	never, err := t.keys(t.never)
+	never, err := t.keysBy(c, t.never)
 	if err != nil {
 		return nil, err
 	}
@@ -282,20 +287,19 @@ func (t *table) shape() (shape, error) {
 
 // shapeOf describes what the entry owns.
 func (t *table) shapeOf(e *entry) (shape, error) {
-	c, err := nftables.New()
-	if err != nil {
-		return nil, fmt.Errorf("opening nftables: %w", err)
-	}
 	out := shape{}
 	for _, name := range e.owns(t) {
 		out[name] = ""
 	}
-	for _, name := range e.chains(t) {
-		if out[chainName(name)], err = t.rulesOf(c, name, nftables.ChainType("")); err != nil {
-			return nil, err
+	err := t.sockets.use(func(c *nftables.Conn) (err error) {
+		for _, name := range e.chains(t) {
+			if out[chainName(name)], err = t.rulesOf(c, name, nftables.ChainType("")); err != nil {
+				return err
+			}
 		}
-	}
-	return out, nil
+		return nil
+	})
+	return out, err
 }
 
 // rulesOf adds the handles of a chain's rules to what is known of it.
@@ -312,13 +316,8 @@ func (t *table) rulesOf(c *nftables.Conn, name string, line ...any) (string, err
 
 // generation numbers the state of all rules of the network namespace the host is:
 // every transaction of anybody counts it up.
-func generation() (uint32, error) {
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
-	if err != nil {
-		return 0, fmt.Errorf("opening nftables: %w", err)
-	}
-	defer c.Close()
-	answers, err := c.Execute(netlink.Message{
+func (s *sockets) generation() (uint32, error) {
+	answers, err := s.execute(netlink.Message{
 		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlink.Request},
 		Data:   make([]byte, headerLength),
 	})
@@ -344,11 +343,15 @@ func generation() (uint32, error) {
 }
 
 // keys lists the keys of a set in order. An end of an interval is a key too.
-func (t *table) keys(set *nftables.Set) ([][]byte, error) {
-	c, err := nftables.New()
-	if err != nil {
-		return nil, fmt.Errorf("opening nftables: %w", err)
-	}
+func (t *table) keys(set *nftables.Set) (out [][]byte, err error) {
+	err = t.sockets.use(func(c *nftables.Conn) error {
+		out, err = t.keysBy(c, set)
+		return err
+	})
+	return out, err
+}
+
+func (t *table) keysBy(c *nftables.Conn, set *nftables.Set) ([][]byte, error) {
 	elements, err := c.GetSetElements(set)
 	if err != nil {
 		return nil, fmt.Errorf("listing nftables set %s: %w", set.Name, err)
@@ -374,6 +377,9 @@ func (n *Network) watch(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+			n.rulesMu.Lock()
+			n.recountLocked()
+			n.rulesMu.Unlock()
 		case <-changed:
 		}
 		if _, err := n.Check(ctx); err != nil && ctx.Err() == nil {

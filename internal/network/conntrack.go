@@ -39,9 +39,9 @@ const (
 // forgetConnections removes what connection tracking remembers of an address:
 // the connections it opened, and those the host opened to it. Otherwise the next
 // sandbox with the address would get what is still sent to the previous one.
-func forgetConnections(ctx context.Context, a netip.Addr) error {
+func forgetConnections(ctx context.Context, s *sockets, a netip.Addr) error {
 	for _, tuple := range []uint16{attrTupleOrig, attrTupleReply} {
-		if err := forget(ctx, a, tuple, func(connection) bool { return true }); err != nil {
+		if err := forget(ctx, s, a, tuple, func(connection) bool { return true }); err != nil {
 			return err
 		}
 	}
@@ -51,8 +51,8 @@ func forgetConnections(ctx context.Context, a netip.Addr) error {
 // cutConnections forgets the connections of a slot that its policy does not
 // allow: what still comes from the other side finds no way in, and what the
 // sandbox sends on is looked at as if it were new.
-func cutConnections(ctx context.Context, s *Slot, r *ruling) error {
-	return forget(ctx, s.Addr, attrTupleOrig, func(c connection) bool {
+func cutConnections(ctx context.Context, by *sockets, s *Slot, r *ruling) error {
+	return forget(ctx, by, s.Addr, attrTupleOrig, func(c connection) bool {
 		// Only what is led to a service has the gateway at its other end.
 		if c.end.Addr() == s.Gateway {
 			direct := c.to == netip.AddrPortFrom(metadataAddr, metadataPort)
@@ -64,13 +64,8 @@ func cutConnections(ctx context.Context, s *Slot, r *ruling) error {
 
 // forget removes the connections whose tuple of one direction has the source
 // address, if which says so.
-func forget(ctx context.Context, a netip.Addr, tuple uint16, which func(connection) bool) error {
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
-	if err != nil {
-		return fmt.Errorf("opening connection tracking: %w", err)
-	}
-	defer c.Close()
-	found, err := connectionsFrom(c, tuple, a)
+func forget(ctx context.Context, s *sockets, a netip.Addr, tuple uint16, which func(connection) bool) error {
+	found, err := connectionsFrom(s, tuple, a)
 	if err != nil {
 		return fmt.Errorf("listing connections of %s: %w", a, err)
 	}
@@ -81,7 +76,7 @@ func forget(ctx context.Context, a netip.Addr, tuple uint16, which func(connecti
 		if err := ctx.Err(); err != nil {
 			return fmt.Errorf("forgetting connections of %s: %w", a, err)
 		}
-		_, err := c.Execute(conntrackMessage(conntrackDelete, netlink.Acknowledge, f.id))
+		_, err := s.execute(conntrackMessage(conntrackDelete, netlink.Acknowledge, f.id))
 		if err != nil && !errors.Is(err, unix.ENOENT) {
 			return fmt.Errorf("forgetting a connection of %s: %w", a, err)
 		}
@@ -101,7 +96,7 @@ type connection struct {
 // connectionsFrom lists the connections whose tuple (of one direction) has the
 // source address. The kernel filters; one older than 5.8 sends everything, so it
 // is looked at here again.
-func connectionsFrom(c *netlink.Conn, tuple uint16, a netip.Addr) ([]connection, error) {
+func connectionsFrom(s *sockets, tuple uint16, a netip.Addr) ([]connection, error) {
 	addr := a.As4()
 	e := netlink.NewAttributeEncoder()
 	e.Nested(tuple, func(e *netlink.AttributeEncoder) error {
@@ -124,7 +119,7 @@ func connectionsFrom(c *netlink.Conn, tuple uint16, a netip.Addr) ([]connection,
 	if err != nil {
 		return nil, err
 	}
-	messages, err := c.Execute(conntrackMessage(conntrackGet, netlink.Dump, request))
+	messages, err := s.execute(conntrackMessage(conntrackGet, netlink.Dump, request))
 	if err != nil {
 		return nil, err
 	}

@@ -62,12 +62,16 @@ func (t *table) addTotals(c *nftables.Conn, was counts) {
 }
 
 // count reads all counters.
-func (t *table) count() (counts, error) {
+func (t *table) count() (out counts, err error) {
+	err = t.sockets.use(func(c *nftables.Conn) error {
+		out, err = t.countBy(c)
+		return err
+	})
+	return out, err
+}
+
+func (t *table) countBy(c *nftables.Conn) (_ counts, err error) {
 	out := counts{slots: map[string]Counters{}}
-	c, err := nftables.New()
-	if err != nil {
-		return counts{}, fmt.Errorf("opening nftables: %w", err)
-	}
 	if out.total, err = t.totals(c); err != nil {
 		return counts{}, err
 	}
@@ -132,10 +136,10 @@ func (n *Network) Counters(s *Slot) (Counters, error) {
 }
 
 // Totals are the sums over all slots there are and were.
-func (n *Network) Totals() (Counters, error) {
-	c, err := nftables.New()
-	if err != nil {
-		return Counters{}, fmt.Errorf("opening nftables: %w", err)
-	}
-	return n.rules.totals(c)
+func (n *Network) Totals() (total Counters, err error) {
+	err = n.rules.sockets.use(func(c *nftables.Conn) error {
+		total, err = n.rules.totals(c)
+		return err
+	})
+	return total, err
 }

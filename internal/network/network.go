@@ -174,7 +174,7 @@ func Open(ctx context.Context, c Config, log *slog.Logger) (*Network, error) {
 		log.Warn("the kernel does not tell what it refuses; policies are enforced without telling", "error", err)
 	}
 	if err := n.prepare(); err != nil {
-		return nil, errors.Join(err, n.denials.close(), n.giveUpClaim(false))
+		return nil, errors.Join(err, n.denials.close(), n.rules.sockets.close(), n.giveUpClaim(false))
 	}
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	n.stop = stop
@@ -334,7 +334,7 @@ func (n *Network) dismantle(ctx context.Context, s *Slot) error {
 	var parts error
 	var group sync.WaitGroup
 	group.Go(func() { parts = removeParts(s.Link, s.Namespace) })
-	err := errors.Join(n.expel(s), forgetConnections(ctx, s.Addr))
+	err := errors.Join(n.expel(s), forgetConnections(ctx, &n.rules.sockets, s.Addr))
 	group.Wait()
 	if err := errors.Join(err, parts); err != nil {
 		n.mu.Lock()
@@ -461,7 +461,7 @@ func (n *Network) Close() error {
 		errs = append(errs, n.rules.remove())
 		n.rulesMu.Unlock()
 	}
-	return errors.Join(append(errs, n.giveUpClaim(busy))...)
+	return errors.Join(append(errs, n.rules.sockets.close(), n.giveUpClaim(busy))...)
 }
 
 // giveUpClaim lets the next process claim what this one had. The files stay if

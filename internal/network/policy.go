@@ -160,6 +160,12 @@ func (t *table) resolved(s *Slot) *nftables.Set {
 
 // addPolicy opens a known slot as its ruling says; none leaves it closed.
 func (t *table) addPolicy(c *nftables.Conn, e *entry) error {
+	return errors.Join(t.addOwn(c, e), t.follow(c, e))
+}
+
+// addOwn makes the entry's chains and sets, which nothing leads to yet. What is
+// denied comes first: whatever of it a packet could find is less than all of it.
+func (t *table) addOwn(c *nftables.Conn, e *entry) error {
 	if e.ruling == nil {
 		return nil
 	}
@@ -170,18 +176,54 @@ func (t *table) addPolicy(c *nftables.Conn, e *entry) error {
 		}
 		sets[f.kind] = f.set
 	}
+	if !e.ruling.open {
+		t.addChain(c, e.policyChain(), decide(sets, gotoChain(chainRefuse), gotoChain(chainAllow)))
+	}
+	if t.decidesNames(e) {
+		return t.addNames(c, e, sets)
+	}
+	return nil
+}
+
+// follow leads the slot's packets to the entry's chains.
+func (t *table) follow(c *nftables.Conn, e *entry) error {
+	if e.ruling == nil {
+		return nil
+	}
 	verdict := expr.Verdict{Kind: expr.VerdictGoto, Chain: chainAllow}
 	if !e.ruling.open {
 		// A jump comes back to where everything is refused.
 		verdict = expr.Verdict{Kind: expr.VerdictJump, Chain: e.policyChain()}
-		t.addChain(c, verdict.Chain, decide(sets, gotoChain(chainRefuse), gotoChain(chainAllow)))
 	}
+	err := c.SetAddElements(t.policies, []nftables.SetElement{{Key: slotKey(e.slot), VerdictData: &verdict}})
 	if t.decidesNames(e) {
-		if err := t.addNames(c, e, sets); err != nil {
-			return err
-		}
+		err = errors.Join(err, c.SetAddElements(t.named, []nftables.SetElement{{Key: slotKey(e.slot),
+			VerdictData: &expr.Verdict{Kind: expr.VerdictJump, Chain: e.namesChain()}}}))
 	}
-	return c.SetAddElements(t.policies, []nftables.SetElement{{Key: slotKey(e.slot), VerdictData: &verdict}})
+	return err
+}
+
+// unfollow closes the slot.
+func (t *table) unfollow(c *nftables.Conn, e *entry) error {
+	if e.ruling == nil {
+		return nil
+	}
+	key := []nftables.SetElement{{Key: slotKey(e.slot)}}
+	err := c.SetDeleteElements(t.policies, key)
+	if t.decidesNames(e) {
+		err = errors.Join(err, c.SetDeleteElements(t.named, key))
+	}
+	return err
+}
+
+// removeOwn removes what addOwn made, but the resolved addresses.
+func (t *table) removeOwn(c *nftables.Conn, e *entry) {
+	for _, name := range e.chains(t) {
+		c.DelChain(t.regular(name))
+	}
+	for _, f := range e.elements(t) {
+		c.DelSet(f.set)
+	}
 }
 
 // addNames hands what names decide about to the services.
@@ -202,8 +244,7 @@ func (t *table) addNames(c *nftables.Conn, e *entry, sets map[string]*nftables.S
 		rules = append(rules, join(protocolIs(unix.IPPROTO_TCP), isIPv4(), load(destination), inSet(resolved), redirectTo(port)))
 	}
 	t.addChain(c, e.namesChain(), rules)
-	return c.SetAddElements(t.named, []nftables.SetElement{{Key: slotKey(e.slot),
-		VerdictData: &expr.Verdict{Kind: expr.VerdictJump, Chain: e.namesChain()}}})
+	return nil
 }
 
 // decide are the rules for a policy's lists.
@@ -229,41 +270,38 @@ func (t *table) addChain(c *nftables.Conn, name string, rules [][]expr.Any) {
 	}
 }
 
-// removePolicy closes the slot again, and leaves its resolved addresses.
-func (t *table) removePolicy(c *nftables.Conn, e *entry) error {
-	if e.ruling == nil {
-		return nil
-	}
-	key := []nftables.SetElement{{Key: slotKey(e.slot)}}
-	err := c.SetDeleteElements(t.policies, key)
-	if t.decidesNames(e) {
-		err = errors.Join(err, c.SetDeleteElements(t.named, key))
-	}
-	for _, name := range e.chains(t) {
-		c.DelChain(t.regular(name))
-	}
-	for _, f := range e.elements(t) {
-		c.DelSet(f.set)
-	}
-	return err
-}
-
-func (t *table) removeResolved(c *nftables.Conn, e *entry) error {
+// removeResolved removes what was resolved for the entry.
+func (t *table) removeResolved(c *nftables.Conn, e *entry) {
 	if t.decidesNames(e) && t.services.Proxy != 0 {
 		c.DelSet(t.resolved(e.slot))
 	}
-	return nil
 }
 
-// replacePolicy goes from one ruling of a slot to the next: a packet meets the
-// one or the other.
+// replacePolicy goes from one ruling of a slot to the next. The step from one to
+// the other is a transaction that does nothing else, and a packet meets the one or
+// the other: what is new in a transaction, or removed by it, can for microseconds
+// be seen in part.
 func (t *table) replacePolicy(old, next *entry) error {
-	return t.change("changing the policy of "+next.slot.Link+" in", func(c *nftables.Conn) error {
-		err := t.removePolicy(c, old)
-		if !t.decidesNames(next) {
-			err = errors.Join(err, t.removeResolved(c, old))
+	doing := "changing the policy of " + next.slot.Link + " in"
+	if len(next.owns(t)) > 0 {
+		if err := t.change(doing, func(c *nftables.Conn) error { return t.addOwn(c, next) }); err != nil {
+			return err
 		}
-		return errors.Join(err, t.addPolicy(c, next))
+	}
+	if err := t.change(doing, func(c *nftables.Conn) error {
+		return errors.Join(t.unfollow(c, old), t.follow(c, next))
+	}); err != nil {
+		return errors.Join(err, present(t.change(doing, func(c *nftables.Conn) error { t.removeOwn(c, next); return nil })))
+	}
+	if len(old.owns(t)) == 0 {
+		return nil
+	}
+	return t.change(doing, func(c *nftables.Conn) error {
+		t.removeOwn(c, old)
+		if !t.decidesNames(next) {
+			t.removeResolved(c, old)
+		}
+		return nil
 	})
 }
 
@@ -284,10 +322,10 @@ func (n *Network) SetPolicy(ctx context.Context, s *Slot, p Policy) error {
 	if err != nil {
 		return err
 	}
-	if old.ruling == nil && old.fresh || next.ruling.open {
+	if old.ruling == nil && old.fresh {
 		return nil
 	}
-	return cutConnections(ctx, s, next.ruling)
+	return cutConnections(ctx, &n.rules.sockets, s, next.ruling)
 }
 
 func (n *Network) replacePolicy(s *Slot, r *ruling) (old, next *entry, err error) {

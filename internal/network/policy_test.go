@@ -364,6 +364,11 @@ func TestPolicyIsReplacedWhole(t *testing.T) {
 	if sent < rounds {
 		t.Fatalf("only %d packets in %d changes: the test proves nothing", sent, rounds)
 	}
+	got, err := n.Counters(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("sent %d each; counted %+v", sent, got)
 	eventually(t, func() error {
 		for i := range sent {
 			if !hear.hears(fmt.Sprintf("%s %d", always, i)) {
@@ -523,7 +528,7 @@ func FuzzRuling(f *testing.F) {
 func BenchmarkSetPolicy(b *testing.B) {
 	caytest.RequireRoot(b)
 	c := newConfig()
-	c.Range = netip.PrefixFrom(c.Range.Addr(), 22)
+	c.Range = netip.MustParsePrefix("10.78.0.0/22")
 	n, err := Open(b.Context(), c, testLog(b))
 	if err != nil {
 		b.Fatal(err)

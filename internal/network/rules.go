@@ -10,7 +10,6 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -42,12 +41,6 @@ const (
 	// elementsPerMessage keeps a message of set elements (about 70 bytes each)
 	// under the 64 KiB an attribute can hold.
 	elementsPerMessage = 400
-
-	// socketBuffer bounds, in bytes, what a transaction and its acknowledgements
-	// take: 10,000 ranges are about 0.7 MB, each slot about 20 acknowledgements
-	// of 768 bytes when everything is installed anew. Memory is only used as
-	// needed.
-	socketBuffer = 256 << 20
 )
 
 // table is the ruleset of one instance as it is sent to the kernel. The same
@@ -68,6 +61,7 @@ type table struct {
 	services Services
 	log      uint16 // the netfilter log's group, 0: nothing is logged
 
+	sockets  sockets
 	table    *nftables.Table
 	never    *nftables.Set
 	slots    *nftables.Set
@@ -113,19 +107,9 @@ const (
 	chainForbid   = "forbidden" // regular: to a destination that nobody reaches
 )
 
-// change sends what f adds to the kernel as one transaction: all or nothing, and
-// no packet meets a half of it.
+// change sends what f adds to the kernel as one transaction: all or nothing.
 func (t *table) change(doing string, f func(*nftables.Conn) error) error {
-	c, err := nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error {
-		return errors.Join(c.SetWriteBuffer(socketBuffer), c.SetReadBuffer(socketBuffer))
-	}))
-	if err != nil {
-		return fmt.Errorf("opening nftables: %w", err)
-	}
-	if err := f(c); err != nil {
-		return fmt.Errorf("%s nftables table %s: %w", doing, t.table.Name, err)
-	}
-	if err := c.Flush(); err != nil {
+	if err := t.sockets.transact(f); err != nil {
 		return fmt.Errorf("%s nftables table %s: %w", doing, t.table.Name, err)
 	}
 	return nil
@@ -222,8 +206,13 @@ func (t *table) addSlot(e *entry) error {
 func (t *table) removeSlot(e *entry) error {
 	return t.change("removing "+e.slot.Link+" from", func(c *nftables.Conn) error {
 		key := []nftables.SetElement{{Key: slotKey(e.slot)}}
-		return errors.Join(t.removePolicy(c, e), t.removeResolved(c, e),
-			c.SetDeleteElements(t.slots, key), c.SetDeleteElements(t.allowed, key), c.SetDeleteElements(t.denied, key))
+		err := errors.Join(t.unfollow(c, e), c.SetDeleteElements(t.slots, key),
+			c.SetDeleteElements(t.allowed, key), c.SetDeleteElements(t.denied, key))
+		if e.ruling != nil {
+			t.removeOwn(c, e)
+			t.removeResolved(c, e)
+		}
+		return err
 	})
 }
 
