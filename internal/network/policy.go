@@ -347,6 +347,8 @@ func (n *Network) replacePolicy(s *Slot, r *ruling) (old, next *entry, err error
 }
 
 // entryLocked is what the table has of a slot that is in use.
+//
+// +checklocks:n.rulesMu
 func (n *Network) entryLocked(s *Slot) (*entry, error) {
 	if e := n.ruled[s.Index]; e != nil && e.slot == s {
 		return e, nil
