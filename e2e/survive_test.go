@@ -262,7 +262,7 @@ func TestReboot(t *testing.T) {
 	}
 	s.waitState(saved.id, "suspended")
 	s.fellBackTo(saved.id, point)
-	slept := asleep.check()
+	asleep.check()
 	saved.fellBack(least)
 
 	// Half way: one that falls asleep and one that wakes up.
@@ -270,7 +270,7 @@ func TestReboot(t *testing.T) {
 		if round == 20 {
 			t.Fatalf("in %d rounds no start found a suspend and a wake half done", round)
 		}
-		slept = asleep.check()
+		slept := asleep.check()
 		s.suspend(asleep.id)
 		least, latest := saved.check(), 0
 		point = s.checkpoint(saved.id)

@@ -93,6 +93,7 @@ func bench(ctx context.Context, o options) (err error) {
 		{"commands", measureCommands},
 		{"files", measureFiles},
 		{"sandboxes at rest", measureIdle},
+		{"sleep", measureSleep},
 	} {
 		progress("measuring " + part.name)
 		if err := part.measure(ctx, o, s, d, r); err != nil {

@@ -98,6 +98,9 @@ func (r *results) summarise() {
 	r.aim("cold create, by docker run -d", 0.6, r.ratio(startCreate, dockerStartCreate))
 	r.aim("execute true, by docker exec true", 0.2, r.ratio(commandTrue, dockerTrue))
 	r.aim("what the API adds to the agent, ms", 4, r.ratio(commandAdded, ""))
+	small := fmt.Sprintf(wakeAnswered, smallSleeper)
+	r.aim("small wake until the first command answered, by docker run -d", 0.6, r.ratio(small, dockerWithWake))
+	r.aim("wake with 256 MiB, by the small one", 1.5, r.ratio(fmt.Sprintf(wakeAnswered, "256 MiB"), small))
 	r.aim("private memory of a sandbox at rest, MB", 18, r.ratio(memoryPrivate, ""))
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/cayhq/cay/client"
@@ -23,15 +24,16 @@ const (
 
 // counterparts are those of docker's, taken in turn with ours.
 var counterparts = map[string]string{
-	startAnswered: dockerStartAnswered,
-	startCreate:   dockerStartCreate,
-	startFirst:    dockerStartFirst,
-	startDestroy:  dockerStartDestroy,
-	startLine:     dockerStartLine,
-	commandTrue:   dockerTrue,
-	commandShell:  dockerShell,
-	commandPython: dockerPython,
-	commandLine:   dockerTrue,
+	startAnswered:                           dockerStartAnswered,
+	startCreate:                             dockerStartCreate,
+	startFirst:                              dockerStartFirst,
+	startDestroy:                            dockerStartDestroy,
+	startLine:                               dockerStartLine,
+	commandTrue:                             dockerTrue,
+	fmt.Sprintf(wakeAnswered, smallSleeper): dockerWithWake,
+	commandShell:                            dockerShell,
+	commandPython:                           dockerPython,
+	commandLine:                             dockerTrue,
 }
 
 // measureStarts creates and destroys, one at a time.

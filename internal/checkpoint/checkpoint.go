@@ -213,20 +213,30 @@ func seal(dir string) (files []file, size int64, err error) {
 		return nil, 0, fmt.Errorf("listing a checkpoint's files: %w", err)
 	}
 	for _, e := range entries {
-		f, err := os.Open(filepath.Join(dir, e.Name()))
+		one, blocks, err := sealFile(filepath.Join(dir, e.Name()))
 		if err != nil {
 			return nil, 0, fmt.Errorf("sealing a checkpoint: %w", err)
 		}
-		one := file{Name: e.Name()}
-		one.Size, one.Sum, err = sum(context.Background(), f)
-		var st unix.Stat_t
-		err = errors.Join(err, f.Chmod(0o600), f.Sync(), unix.Fstat(int(f.Fd()), &st), f.Close())
-		if err != nil {
-			return nil, 0, fmt.Errorf("sealing a checkpoint: %w", err)
-		}
-		files, size = append(files, one), size+st.Blocks*512
+		files, size = append(files, one), size+blocks*512
 	}
 	return files, size, nil
+}
+
+func sealFile(path string) (one file, blocks int64, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return one, 0, err
+	}
+	defer f.Close()
+	// The sum is of what is still in the page cache, so that it and the disk can work
+	// at the same time.
+	synced := make(chan error, 1)
+	go func() { synced <- f.Sync() }()
+	one.Name = filepath.Base(path)
+	one.Size, one.Sum, err = sum(context.Background(), f)
+	var st unix.Stat_t
+	err = errors.Join(err, <-synced, f.Chmod(0o600), unix.Fstat(int(f.Fd()), &st))
+	return one, st.Blocks, err
 }
 
 func writeSynced(path string, data []byte) error {

@@ -27,6 +27,8 @@ type box struct {
 	slot *network.Slot // nil until there is one
 	pid  int           // of the sentry; 0 until there is one
 
+	verified *verification // of the memory it was restored with; nil if it was booted
+
 	watched atomic.Bool        // death is noticed by a watch
 	gone    atomic.Bool        // the sentry has ended
 	ending  atomic.Bool        // its end is wanted

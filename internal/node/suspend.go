@@ -33,7 +33,7 @@ type about struct {
 // Suspend implements sandbox.Node. The sandbox stands still from before it is written
 // down until it is ended or its checkpoint has failed, so nothing that it did is lost.
 func (n *Node) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
-	b, draft, err := n.draft(id)
+	b, draft, err := n.draft(ctx, id)
 	if err != nil {
 		return sandbox.Point{}, err
 	}
@@ -57,7 +57,7 @@ func (n *Node) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Point, error
 
 // Checkpoint implements sandbox.Node.
 func (n *Node) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
-	b, draft, err := n.draft(id)
+	b, draft, err := n.draft(ctx, id)
 	if err != nil {
 		return sandbox.Point{}, err
 	}
@@ -81,10 +81,13 @@ func (n *Node) giveUp(b *box, draft *checkpoint.Draft, cause error) error {
 }
 
 // draft begins a checkpoint of a sandbox that runs.
-func (n *Node) draft(id sandbox.ID) (*box, *checkpoint.Draft, error) {
+func (n *Node) draft(ctx context.Context, id sandbox.ID) (*box, *checkpoint.Draft, error) {
 	b := n.box(id)
 	if b == nil || b.dead() {
 		return nil, nil, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
+	}
+	if err := b.sound(ctx); err != nil {
+		return nil, nil, err
 	}
 	size, err := b.size()
 	if err != nil {
@@ -199,7 +202,7 @@ func (n *Node) Wake(ctx context.Context, spec sandbox.Spec) error {
 		}
 		return wakeFailed(err, "gVisor could not restore the checkpoint; the server's log has the cause")
 	}
-	n.watches.Go(func() { n.verifyPages(b, c) })
+	n.verify(b, c)
 	return nil
 }
 
@@ -237,21 +240,62 @@ func (n *Node) greetAgent(ctx context.Context, b *box, was about) error {
 	return nil
 }
 
-// verifyPages reads the memory that a sandbox was restored with, and ends the sandbox if
-// it is not what was written: it would go on with somebody else's memory.
-func (n *Node) verifyPages(b *box, c *checkpoint.Checkpoint) {
-	n.verifying.Lock()
-	defer n.verifying.Unlock()
-	err := c.Verify(b.ctx, func(name string) bool { return name == runsc.PagesFile })
-	if err == nil || b.ctx.Err() != nil {
-		return
+// verification is the reading of the memory that a sandbox was restored with.
+type verification struct {
+	wanted chan struct{} // somebody waits for it
+	done   chan struct{} // closed when err is set
+	err    error
+}
+
+// verifyAfter is how long after a wake its memory is verified, if nobody waits for it. Until
+// then the sandbox's kernel reads the same file, and whoever woke it wants the machine.
+const verifyAfter = 5 * time.Second
+
+// verify reads, in the background, the memory that a sandbox was restored with, and ends
+// the sandbox if it is not what was written: it would go on with somebody else's memory.
+func (n *Node) verify(b *box, c *checkpoint.Checkpoint) {
+	v := &verification{wanted: make(chan struct{}, 1), done: make(chan struct{})}
+	b.verified = v
+	n.watches.Go(func() {
+		defer close(v.done)
+		select {
+		case <-time.After(verifyAfter):
+		case <-v.wanted:
+		case <-b.ctx.Done():
+		}
+		n.verifying.Lock()
+		defer n.verifying.Unlock()
+		v.err = c.Verify(b.ctx, func(name string) bool { return name == runsc.PagesFile })
+		if errors.Is(v.err, fs.ErrNotExist) {
+			// Somebody removed it. What the sandbox has in memory is all there is now.
+			n.log.WarnContext(b.ctx, "a checkpoint is gone while its sandbox runs", "sandbox", b.life.ID, "checkpoint", c.Dir)
+			v.err = nil
+		}
+		if v.err == nil || b.ctx.Err() != nil {
+			return
+		}
+		n.log.ErrorContext(b.ctx, "ending a sandbox whose checkpoint is damaged", "sandbox", b.life.ID, "checkpoint", c.Dir, "error", v.err)
+		if err := errors.Join(c.Distrust(), n.groups.Group(n.groupPath(b.life.ID)).Kill(b.ctx)); err != nil && b.ctx.Err() == nil {
+			n.log.ErrorContext(b.ctx, "ending a sandbox", "sandbox", b.life.ID, "error", err)
+		}
+	})
+}
+
+// sound waits until the memory that the sandbox was restored with is known to be right.
+// Before that no checkpoint may take the place of the one it came from.
+func (b *box) sound(ctx context.Context) error {
+	if b.verified == nil {
+		return nil // it was booted
 	}
-	if _, gone := os.Stat(c.Dir); errors.Is(gone, fs.ErrNotExist) {
-		return // a newer one took its place meanwhile
+	select {
+	case b.verified.wanted <- struct{}{}:
+	default: // somebody has said so
 	}
-	n.log.ErrorContext(b.ctx, "ending a sandbox whose checkpoint is damaged", "sandbox", b.life.ID, "checkpoint", c.Dir, "error", err)
-	if err := errors.Join(c.Distrust(), n.groups.Group(n.groupPath(b.life.ID)).Kill(b.ctx)); err != nil && b.ctx.Err() == nil {
-		n.log.ErrorContext(b.ctx, "ending a sandbox", "sandbox", b.life.ID, "error", err)
+	select {
+	case <-b.verified.done:
+		return b.verified.err
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for the memory of %s to be verified: %w", b.life.ID, ctx.Err())
 	}
 }
 

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -351,6 +352,12 @@ func TestDamagedMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	spec = m.wake(spec)
+	// Nothing that was made of it takes the place of what is damaged.
+	for _, write := range []func(context.Context, sandbox.ID) (sandbox.Point, error){m.node.Checkpoint, m.node.Suspend} {
+		if _, err := write(m.ctx(), spec.ID); err == nil {
+			t.Error("damaged memory was written down as if it were right")
+		}
+	}
 	select {
 	case <-m.node.Lost():
 	case <-time.After(20 * time.Second):
@@ -439,7 +446,7 @@ func TestServerDiesInTheMiddle(t *testing.T) {
 	}
 	m.sh(spec, worker)
 	n := m.counts(spec, 0)
-	b, draft, err := m.node.draft(spec.ID)
+	b, draft, err := m.node.draft(m.ctx(), spec.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -456,7 +463,7 @@ func TestServerDiesInTheMiddle(t *testing.T) {
 	n = m.counts(spec, n)
 
 	// It dies before its child has finished: nobody reads what that says in the end.
-	b, draft, err = m.node.draft(spec.ID)
+	b, draft, err = m.node.draft(m.ctx(), spec.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -477,7 +484,7 @@ func TestServerDiesInTheMiddle(t *testing.T) {
 	// ends it and it is found at its latest checkpoint.
 	m.suspend(spec)
 	spec = m.wake(spec)
-	if b, draft, err = m.node.draft(spec.ID); err != nil {
+	if b, draft, err = m.node.draft(m.ctx(), spec.ID); err != nil {
 		t.Fatal(err)
 	}
 	if hold, err = b.runtime().Save(m.ctx(), b.container(), draft.Dir()); err != nil {

@@ -48,10 +48,10 @@ type life struct {
 }
 
 // newLife is the life of a sandbox as its row is. It is taken as changed: it has no
-// recovery point yet, or nobody knows what happened since.
+// recovery point yet, which is then soon due, or nobody knows what happened since.
 func newLife(box Sandbox) *life {
 	return &life{id: box.ID, run: box.Run, mode: box.Mode, expires: box.ExpiresAt, idle: box.IdleTimeout, interval: box.RecoveryInterval,
-		last: box.LastActivityAt, saved: box.LastActivityAt, looked: box.StartedAt, changed: true}
+		last: box.LastActivityAt, saved: box.LastActivityAt, looked: box.StartedAt.Add(firstPoint - box.RecoveryInterval), changed: true}
 }
 
 // activity is the last one: now while somebody uses it.

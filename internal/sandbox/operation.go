@@ -98,10 +98,3 @@ func (s *Service) current(id ID, kind opKind) *operation {
 	}
 	return nil
 }
-
-// busy reports whether an operation is under way on the sandbox.
-func (s *Service) busy(id ID) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.work[id] != nil
-}

@@ -212,9 +212,10 @@ func (s *Service) rest(ctx context.Context, row Sandbox, fact *Fact, a Action, w
 		Reason: why.reason, Detail: why.detail, Error: why.hinders}
 	if row.State != Waking { // it comes from a life that was used
 		c.SuspendedAt, c.LastActivityAt = &fact.Point.At, last
-		c.Detail = "fell back to the recovery point of " + fact.Point.At.UTC().Format(time.RFC3339)
+		at := fact.Point.At.UTC().Format(time.RFC3339)
+		c.Detail = "is at its recovery point of " + at
 		if a == Fall {
-			c.Reason = string(Lost)
+			c.Reason, c.Detail = string(Lost), "fell back to the recovery point of "+at
 		}
 	}
 	_, err := s.transition(ctx, c)

@@ -2,15 +2,10 @@ package sandbox_test
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"testing"
 	"testing/synctest"
 	"time"
 
-	"pgregory.net/rapid"
-
-	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -87,96 +82,4 @@ func TestRestartAbandonsAnInterruptedCreate(t *testing.T) {
 			t.Errorf("the host still has %v", facts)
 		}
 	})
-}
-
-// TestRandomLives drives random operations, faults, deaths and restarts, and holds
-// after each that rows and host agree and that nothing is stuck.
-func TestRandomLives(t *testing.T) {
-	rapid.Check(t, func(rt *rapid.T) {
-		steps := rapid.SliceOfN(rapid.IntRange(0, 99), 1, 25).Draw(rt, "steps")
-		var failure string
-		synctest.Test(t, func(t *testing.T) { failure = randomLife(newHouse(t), steps) })
-		if failure != "" {
-			rt.Fatal(failure)
-		}
-	})
-}
-
-// randomLife plays the steps and says what was wrong, if anything.
-func randomLife(h *house, steps []int) string {
-	ctx := context.Background()
-	var ids []sandbox.ID
-	pick := func(n int) sandbox.ID { return ids[n%len(ids)] }
-	fail := errors.New("injected")
-	for i, n := range steps {
-		h.node.OnCreate, h.node.OnDestroy = nil, nil
-		switch {
-		case n < 30 || len(ids) == 0:
-			box, err := h.create(sandbox.Request{Timeout: ptr(time.Duration(1+n) * time.Second)})
-			if err != nil {
-				return fmt.Sprintf("step %d: create: %v", i, err)
-			}
-			ids = append(ids, box.ID)
-		case n < 40:
-			h.node.OnCreate = func(context.Context, sandbox.Spec) error { return fail }
-			if _, err := h.create(sandbox.Request{}); err == nil {
-				return fmt.Sprintf("step %d: a failing create succeeded", i)
-			}
-		case n < 55:
-			if err := h.Destroy(ctx, org, pick(n)); err != nil {
-				return fmt.Sprintf("step %d: destroy: %v", i, err)
-			}
-		case n < 60:
-			h.node.OnDestroy = func(context.Context, sandbox.ID) error { return fail }
-			_ = h.Destroy(ctx, org, pick(n)) // fails if it was alive; reconcile finishes it
-		case n < 70:
-			_, err := h.Keepalive(ctx, org, pick(n), ptr(time.Minute))
-			if err != nil && !fault.Is(err, fault.Conflict) {
-				return fmt.Sprintf("step %d: keepalive: %v", i, err)
-			}
-		case n < 80:
-			if h.get(pick(n)).State == sandbox.Running {
-				h.node.Die(pick(n))
-			}
-		case n < 90:
-			h.crash()
-			h.start()
-		default:
-			time.Sleep(time.Duration(n) * time.Second)
-		}
-		synctest.Wait()
-	}
-	h.node.OnCreate, h.node.OnDestroy = nil, nil
-	time.Sleep(time.Minute) // longer than the reconciler needs
-	synctest.Wait()
-	return agree(h)
-}
-
-// agree says where rows and host differ.
-func agree(h *house) string {
-	rows, err := h.db.Unfinished(context.Background())
-	if err != nil {
-		return err.Error()
-	}
-	facts, _ := h.node.List(context.Background())
-	running := map[sandbox.ID]bool{}
-	for _, row := range rows {
-		if row.State != sandbox.Running {
-			return fmt.Sprintf("sandbox %s is stuck in %s", row.ID, row.State)
-		}
-		if !row.ExpiresAt.After(time.Now()) {
-			return fmt.Sprintf("sandbox %s outlived its time", row.ID)
-		}
-		running[row.ID] = true
-	}
-	for _, f := range facts {
-		if !running[f.ID] || !f.Alive {
-			return fmt.Sprintf("the host has %+v without a living row", f)
-		}
-		delete(running, f.ID)
-	}
-	for id := range running {
-		return fmt.Sprintf("sandbox %s is running and the host has nothing", id)
-	}
-	return ""
 }

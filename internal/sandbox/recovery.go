@@ -8,6 +8,10 @@ import (
 )
 
 const (
+	// firstPoint is how long after its start a sandbox's first recovery point is due. Until
+	// then it would be lost with the machine, so not long; but whoever made it is setting
+	// it up now, and it stands still for about a tenth of a second.
+	firstPoint = 5 * time.Second
 	// recoveriesAtOnce is how many recovery points are taken at a time without being
 	// asked for. After a restart many are due together, and they share one disk with
 	// the calls; one alone would let a slow one hold up all others.

@@ -33,6 +33,7 @@ type house struct {
 	t     *testing.T
 	db    *store.DB
 	node  *caytest.Node
+	gate  *gate // of the server that runs now
 	quota sandbox.Quota
 	stop  context.CancelFunc
 }
@@ -47,6 +48,7 @@ func newHouse(t *testing.T) *house {
 	h.start()
 	t.Cleanup(func() {
 		h.crash()
+		time.Sleep(time.Minute) // the bubble's: what waits for something gives up
 		if err := db.Close(); err != nil {
 			t.Error(err)
 		}
@@ -56,10 +58,11 @@ func newHouse(t *testing.T) *house {
 
 // start runs a Service on what is there, as a start of the server does.
 func (h *house) start() {
+	h.gate = newGate()
 	h.Service = sandbox.New(sandbox.Config{
 		Sizes:       []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}, {Name: "big", VCPUs: 4, MemoryMB: 8192, Dedicated: true}},
 		DefaultSize: "small", DefaultDisk: 2048, MaxDisk: 20480, KeepDestroyed: time.Hour,
-	}, h.db, h.node, oneTemplate{}, slog.New(slog.DiscardHandler), nil)
+	}, gatedStore{h.db, h.gate}, gatedNode{h.node, h.gate}, oneTemplate{}, slog.New(slog.DiscardHandler), nil)
 	ctx, stop := context.WithCancel(context.Background())
 	h.stop = stop
 	if err := h.Reconcile(ctx); err != nil {
@@ -70,10 +73,12 @@ func (h *house) start() {
 
 // crash ends the Service as a dying server does: nothing is finished.
 func (h *house) crash() {
+	h.gate.shut()
 	h.stop()
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	_ = h.Close(ctx) // operations under way go on; a test that crashes has ended them
+	_ = h.Close(ctx) // what is under way fails at the gate
+	synctest.Wait()
 }
 
 func (h *house) caller() sandbox.Caller { return sandbox.Caller{OrgID: org, Quota: h.quota} }
@@ -156,11 +161,9 @@ func TestExpiresToTheSecond(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
 		box := h.mustCreate(sandbox.Request{Timeout: ptr(10 * time.Second)})
-		time.Sleep(10*time.Second - time.Millisecond) // the bubble's clock, not the machine's
-		synctest.Wait()
+		pass(10*time.Second - time.Millisecond) // the bubble's clock, not the machine's
 		h.wantState(box.ID, sandbox.Running, "")
-		time.Sleep(time.Second)
-		synctest.Wait()
+		pass(time.Second)
 		h.wantState(box.ID, sandbox.Destroyed, sandbox.Expired)
 	})
 }
@@ -175,8 +178,7 @@ func TestKeepalive(t *testing.T) {
 		if err != nil || !got.ExpiresAt.Equal(time.Now().UTC().Add(time.Minute)) {
 			t.Fatalf("expires at %s, %v", got.ExpiresAt, err)
 		}
-		time.Sleep(59 * time.Second)
-		synctest.Wait()
+		pass(59 * time.Second)
 		h.wantState(box.ID, sandbox.Running, "")
 		if got, err = h.Keepalive(ctx, org, box.ID, ptr(100*time.Hour)); err != nil || got.ExpiresAt.After(time.Now().Add(sandbox.MaxTimeout)) {
 			t.Errorf("above 24 h is not clamped: %s, %v", got.ExpiresAt, err)
@@ -184,8 +186,7 @@ func TestKeepalive(t *testing.T) {
 		if _, err = h.Keepalive(ctx, org, box.ID, ptr(time.Second)); err != nil { // shorter is allowed
 			t.Fatal(err)
 		}
-		time.Sleep(2 * time.Second)
-		synctest.Wait()
+		pass(2 * time.Second)
 		h.wantState(box.ID, sandbox.Destroyed, sandbox.Expired)
 		_, err = h.Keepalive(ctx, org, box.ID, nil)
 		wantCode(t, err, fault.Conflict, "sandbox_not_running")
@@ -239,7 +240,7 @@ func TestCreateGoesOnWhenTheCallerLeaves(t *testing.T) {
 		if !errors.Is(err, context.DeadlineExceeded) {
 			t.Fatal(err)
 		}
-		time.Sleep(2 * time.Second)
+		pass(2 * time.Second)
 		all, _, err := h.List(context.Background(), sandbox.Filter{OrgID: org, Limit: 10})
 		if err != nil || len(all) != 1 {
 			t.Fatalf("%d sandboxes, %v", len(all), err)
@@ -310,8 +311,7 @@ func TestCleanupIsTriedAgain(t *testing.T) {
 			t.Errorf("sandbox is %s", got.State)
 		}
 		h.node.OnDestroy = nil
-		time.Sleep(time.Minute)
-		synctest.Wait()
+		pass(time.Minute)
 		h.wantState(box.ID, sandbox.Destroyed, sandbox.Requested)
 	})
 }
@@ -334,8 +334,7 @@ func TestRestartAdopts(t *testing.T) {
 		time.Sleep(30 * time.Second)
 		h.start()
 		h.wantState(box.ID, sandbox.Running, "")
-		time.Sleep(31 * time.Second)
-		synctest.Wait()
+		pass(31 * time.Second)
 		h.wantState(box.ID, sandbox.Destroyed, sandbox.Expired)
 	})
 }
@@ -435,11 +434,9 @@ func TestPurge(t *testing.T) {
 		if err := h.Destroy(context.Background(), org, box.ID); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(50 * time.Minute)
-		synctest.Wait()
+		pass(50 * time.Minute)
 		h.get(box.ID)
-		time.Sleep(30 * time.Minute)
-		synctest.Wait()
+		pass(30 * time.Minute)
 		_, err := h.Get(context.Background(), org, box.ID)
 		wantCode(t, err, fault.NotFound, "sandbox_not_found")
 	})

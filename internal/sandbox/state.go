@@ -15,9 +15,9 @@ package sandbox
 //	                         └───── error ──────┘   destroy, from any state
 //
 // Lost: the processes of a running sandbox ended without being asked to. With a
-// recovery point it is suspended as it was then. Without one, which is an ephemeral
-// sandbox or a persistent one that has not lived for one recovery interval yet, it
-// is destroyed. The same holds for one that dies while it is being suspended.
+// recovery point it is suspended as it was then. Without one, as every ephemeral
+// sandbox is and a persistent one for its first seconds, it is destroyed. The same
+// holds for one that dies while it is being suspended.
 //
 // The -ing states are claims: written before the host is touched, by one
 // conditional update, and left by another.

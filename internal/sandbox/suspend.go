@@ -151,7 +151,7 @@ func (s *Service) partWhenFree(ctx context.Context, id ID) (*life, error) {
 		select {
 		case <-free:
 		case <-patience.C:
-			return nil, fault.New(fault.Conflict, "sandbox_in_use", "sandbox %s has %d calls in flight; suspend it when they have ended", id, calls)
+			return nil, fault.New(fault.Conflict, "sandbox_in_use", "sandbox %s is in use, calls in flight: %d; suspend it when they have ended", id, calls)
 		case <-ctx.Done():
 			return nil, fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed before it was suspended", id)
 		}

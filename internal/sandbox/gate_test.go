@@ -1,0 +1,197 @@
+package sandbox_test
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+var (
+	errDead   = errors.New("this server is dead")
+	errBroken = errors.New("injected: the database is broken")
+)
+
+// order is held for a moment before time passes and at the beginning of each call to a
+// node: a timer's goroutine then sees the hooks as the test has set them.
+var order sync.Mutex
+
+func barrier() {
+	order.Lock()
+	defer order.Unlock()
+}
+
+// gate is what one server's calls to its store and its node go through. Shut, it ends
+// those in flight and fails all others, as the death of the server does.
+type gate struct {
+	ctx  context.Context
+	shut context.CancelFunc
+
+	writes atomic.Int64 // to the store
+
+	mu     sync.Mutex
+	broken func(to sandbox.State) bool // transitions that fail; guarded by mu
+	before func()                      // what happens once before Unfinished; guarded by mu
+	after  func()                      // what happens once after Get; guarded by mu
+}
+
+func newGate() *gate {
+	g := &gate{}
+	g.ctx, g.shut = context.WithCancel(context.Background())
+	return g
+}
+
+// breakTransitions makes transitions to such states fail; nil heals them.
+func (g *gate) breakTransitions(broken func(to sandbox.State) bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.broken = broken
+}
+
+// onUnfinished makes something happen just before the rows are read the next time.
+func (g *gate) onUnfinished(f func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.before = f
+}
+
+// afterGet makes something happen once a row has been read, before it is used.
+func (g *gate) afterGet(f func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.after = f
+}
+
+// pass is for the beginning of a call.
+func (g *gate) pass(ctx context.Context) (context.Context, context.CancelFunc, error) {
+	barrier()
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(g.ctx, func() { cancel(errDead) })
+	var err error
+	if g.ctx.Err() != nil {
+		err = errDead
+	}
+	return ctx, func() { stop(); cancel(nil) }, err
+}
+
+// through makes a call through the gate.
+func through[T any](ctx context.Context, g *gate, call func(ctx context.Context) (T, error)) (T, error) {
+	ctx, done, err := g.pass(ctx)
+	defer done()
+	if err != nil {
+		var none T
+		return none, err
+	}
+	return call(ctx)
+}
+
+type gatedStore struct {
+	sandbox.Store
+	*gate
+}
+
+func (s gatedStore) Insert(ctx context.Context, b sandbox.Sandbox, q sandbox.Quota, once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
+	s.writes.Add(1)
+	ctx, done, err := s.pass(ctx)
+	defer done()
+	if err != nil {
+		return prior, false, err
+	}
+	return s.Store.Insert(ctx, b, q, once)
+}
+
+func (s gatedStore) Forget(ctx context.Context, id sandbox.ID) error {
+	s.writes.Add(1)
+	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) { return nil, s.Store.Forget(ctx, id) })
+	return err
+}
+
+func (s gatedStore) Get(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, error) {
+	box, err := through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) { return s.Store.Get(ctx, id) })
+	s.mu.Lock()
+	after := s.after
+	s.after = nil
+	s.mu.Unlock()
+	if after != nil {
+		after()
+	}
+	return box, err
+}
+
+func (s gatedStore) Transition(ctx context.Context, c sandbox.Change) (sandbox.Sandbox, error) {
+	s.writes.Add(1)
+	s.mu.Lock()
+	broken := s.broken
+	s.mu.Unlock()
+	if broken != nil && broken(c.To) {
+		return sandbox.Sandbox{}, errBroken
+	}
+	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) { return s.Store.Transition(ctx, c) })
+}
+
+func (s gatedStore) SetExpiry(ctx context.Context, id sandbox.ID, at time.Time, timeout time.Duration) (sandbox.Sandbox, error) {
+	s.writes.Add(1)
+	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) { return s.Store.SetExpiry(ctx, id, at, timeout) })
+}
+
+func (s gatedStore) SetActivity(ctx context.Context, last map[sandbox.ID]time.Time) error {
+	s.writes.Add(1)
+	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) { return nil, s.Store.SetActivity(ctx, last) })
+	return err
+}
+
+func (s gatedStore) Unfinished(ctx context.Context) ([]sandbox.Sandbox, error) {
+	s.mu.Lock()
+	before := s.before
+	s.before = nil
+	s.mu.Unlock()
+	if before != nil {
+		before()
+	}
+	return through(ctx, s.gate, s.Store.Unfinished)
+}
+
+type gatedNode struct {
+	*caytest.Node
+	*gate
+}
+
+func (n gatedNode) Create(ctx context.Context, spec sandbox.Spec) error {
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.Create(ctx, spec) })
+	return err
+}
+
+func (n gatedNode) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
+	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Point, error) { return n.Node.Suspend(ctx, id) })
+}
+
+func (n gatedNode) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
+	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Point, error) { return n.Node.Checkpoint(ctx, id) })
+}
+
+func (n gatedNode) Wake(ctx context.Context, spec sandbox.Spec) error {
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.Wake(ctx, spec) })
+	return err
+}
+
+func (n gatedNode) Rest(ctx context.Context, id sandbox.ID) error {
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.Rest(ctx, id) })
+	return err
+}
+
+func (n gatedNode) Destroy(ctx context.Context, id sandbox.ID) error {
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.Destroy(ctx, id) })
+	return err
+}
+
+func (n gatedNode) Busy(ctx context.Context, id sandbox.ID) (bool, error) {
+	return through(ctx, n.gate, func(ctx context.Context) (bool, error) { return n.Node.Busy(ctx, id) })
+}
+
+func (n gatedNode) Inspect(ctx context.Context, id sandbox.ID) (*sandbox.Fact, error) {
+	return through(ctx, n.gate, func(ctx context.Context) (*sandbox.Fact, error) { return n.Node.Inspect(ctx, id) })
+}

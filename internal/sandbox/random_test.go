@@ -1,0 +1,289 @@
+package sandbox_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// TestRandomLives drives random operations, faults, deaths and restarts, and holds
+// after them that rows and host agree, that nothing is stuck, and that no persistent
+// sandbox with a recovery point was lost.
+func TestRandomLives(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		steps := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) step {
+			return step{
+				what:  rapid.SampledFrom(whats).Draw(t, "what"),
+				which: rapid.IntRange(0, 9).Draw(t, "which"),
+				fault: rapid.SampledFrom(faults).Draw(t, "fault"),
+				secs:  rapid.IntRange(1, 90).Draw(t, "secs"),
+			}
+		}), 1, 25).Draw(rt, "steps")
+		var failure string
+		synctest.Test(t, func(t *testing.T) {
+			l := &lives{house: newHouse(t), had: map[sandbox.ID]bool{}, asked: map[sandbox.ID]bool{}}
+			failure = l.play(steps)
+		})
+		if failure != "" {
+			rt.Fatal(failure)
+		}
+	})
+}
+
+type step struct {
+	what  string
+	which int    // sandbox, of those made so far
+	fault string // of the machine during the step
+	secs  int
+}
+
+var (
+	whats = []string{"create ephemeral", "create persistent", "create persistent", "destroy", "keepalive",
+		"call", "connect", "release", "suspend", "suspend", "wake", "checkpoint", "die", "restart", "sleep", "sleep"}
+	// An operation that fails leaves the sandbox alive, or dead as it was, or dead with
+	// the new point; or the server dies in the middle of it, and maybe the machine too.
+	faults = []string{"", "", "", "fails", "fails and kills", "fails, kills, new point", "cannot clean", "crash", "crash and kill", "database"}
+
+	errInjected = errors.New("injected")
+)
+
+// lives is the model: what must not be lost.
+type lives struct {
+	*house
+	ids    []sandbox.ID
+	leases []*sandbox.Lease
+	had    map[sandbox.ID]bool // had a recovery point
+	asked  map[sandbox.ID]bool // somebody asked for its end
+}
+
+// play plays the steps and says what was wrong, if anything.
+func (l *lives) play(steps []step) string {
+	for i, s := range steps {
+		err := l.inject(s)
+		l.heal()
+		if err != nil {
+			return fmt.Sprintf("step %d, %+v: %v", i, s, err)
+		}
+		for _, id := range l.ids {
+			fact, _ := l.node.Inspect(context.Background(), id)
+			l.had[id] = l.had[id] || fact != nil && fact.Point != nil
+		}
+	}
+	for _, lease := range l.leases {
+		lease.Release()
+	}
+	pass(time.Minute) // longer than the reconciler needs
+	if s := l.agree(); s != "" {
+		return s
+	}
+	for _, id := range l.ids {
+		box, err := l.Get(context.Background(), org, id)
+		if fault.Is(err, fault.NotFound) && l.asked[id] {
+			continue // dropped, having been over for long
+		}
+		if err != nil {
+			return err.Error()
+		}
+		switch {
+		case box.State == sandbox.Suspended:
+			if _, err := l.Wake(context.Background(), l.caller(), id); err != nil {
+				return fmt.Sprintf("sandbox %s does not wake: %v", id, err)
+			}
+		case box.State.Over() && box.Mode == sandbox.Persistent && l.had[id] && !l.asked[id]:
+			return fmt.Sprintf("sandbox %s was lost, and it had a recovery point: %s", id, box.DestroyReason)
+		}
+	}
+	return l.agree()
+}
+
+func (l *lives) heal() {
+	n := l.node
+	n.OnCreate, n.OnDestroy, n.OnSuspend, n.OnCheckpoint, n.OnWake, n.OnRest = nil, nil, nil, nil, nil, nil
+	l.gate.breakTransitions(nil)
+	barrier()
+}
+
+// inject takes the step under its fault.
+func (l *lives) inject(s step) error {
+	n := l.node
+	after := func(ctx context.Context, id sandbox.ID) error { // what of it happens before the fault
+		switch s.fault {
+		case "fails, kills, new point":
+			_, _ = n.Checkpoint(ctx, id)
+			n.Kill(id)
+		case "fails and kills":
+			n.Kill(id)
+		case "crash", "crash and kill":
+			<-ctx.Done()
+		}
+		return errInjected
+	}
+	cannot := func(context.Context, sandbox.ID) error { return errInjected }
+	switch s.fault {
+	case "":
+	case "cannot clean":
+		n.OnDestroy, n.OnRest = cannot, cannot
+	case "database":
+		broken := sandbox.States()[s.secs%len(sandbox.States())]
+		l.gate.breakTransitions(func(to sandbox.State) bool { return to == broken })
+	default:
+		n.OnSuspend = after
+		n.OnCreate = func(ctx context.Context, spec sandbox.Spec) error { return after(ctx, spec.ID) }
+		n.OnWake = n.OnCreate
+		if s.fault != "fails, kills, new point" { // which itself makes one
+			n.OnCheckpoint = after
+		}
+	}
+	if s.fault != "crash" && s.fault != "crash and kill" {
+		err := l.take(s)
+		synctest.Wait()
+		return err
+	}
+	done := make(chan error, 1)
+	if s.what == "sleep" { // what timers begin is hit
+		pass(time.Duration(s.secs) * time.Second)
+		done <- nil
+	} else {
+		go func() { done <- l.take(s) }()
+		synctest.Wait()
+	}
+	l.crash()
+	if s.fault == "crash and kill" {
+		for _, id := range l.ids {
+			n.Kill(id)
+		}
+	}
+	pass(5 * time.Second) // who waits for a lease gives up
+	<-done                // failed, as its server did
+	l.heal()
+	l.start()
+	synctest.Wait()
+	return nil
+}
+
+// take takes the step; an error is one that no fault and no state explains.
+func (l *lives) take(s step) error {
+	ctx := context.Background()
+	if len(l.ids) == 0 && s.what != "create ephemeral" {
+		s.what = "create persistent"
+	}
+	var id sandbox.ID
+	if len(l.ids) > 0 {
+		id = l.ids[s.which%len(l.ids)]
+	}
+	fact, _ := l.node.Inspect(ctx, id)
+	expected := func(err error) error { // of a call that a state may forbid, or a death nobody noticed yet
+		if s.fault != "" || fact != nil && fact.Remains && !fact.Alive || fault.Is(err, fault.Conflict) || fault.Is(err, fault.NotFound) {
+			return nil
+		}
+		return err
+	}
+	switch s.what {
+	case "create ephemeral":
+		return l.make(s, sandbox.Request{Timeout: ptr(time.Duration(s.secs) * time.Second)})
+	case "create persistent":
+		r := sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Duration(10+s.secs) * time.Second), RecoveryInterval: ptr(time.Duration(0))}
+		if s.which%2 == 0 {
+			r.RecoveryInterval = ptr(time.Minute)
+		}
+		return l.make(s, r)
+	case "destroy":
+		l.asked[id] = true
+		if err := l.Destroy(ctx, org, id); err != nil && s.fault == "" && !fault.Is(err, fault.NotFound) {
+			return err
+		}
+	case "keepalive":
+		_, err := l.Keepalive(ctx, org, id, ptr(time.Minute))
+		return expected(err)
+	case "call", "connect":
+		lease, err := l.Connect(ctx, l.caller(), id)
+		if err != nil {
+			return expected(err)
+		}
+		if s.what == "connect" {
+			l.leases = append(l.leases, lease)
+			return nil
+		}
+		fact, _ = l.node.Inspect(ctx, id)
+		lease.Release()
+		if fact == nil || fact.Run != lease.Sandbox.Run { // dead it may be, before anybody noticed
+			return fmt.Errorf("leased life %s, the host has %+v", lease.Sandbox.Run, fact)
+		}
+	case "release":
+		if len(l.leases) > 0 {
+			l.leases[0].Release()
+			l.leases = l.leases[1:]
+		}
+	case "suspend":
+		_, err := l.Suspend(ctx, org, id)
+		return expected(err)
+	case "wake":
+		_, err := l.Wake(ctx, l.caller(), id)
+		return expected(err)
+	case "checkpoint":
+		_, err := l.Checkpoint(ctx, org, id)
+		return expected(err)
+	case "die":
+		if s.fault == "" || s.fault == "cannot clean" {
+			l.node.Die(id)
+		} else {
+			l.node.Kill(id)
+		}
+	case "restart":
+		if s.fault == "" {
+			l.crash()
+			l.start()
+		}
+	default:
+		pass(time.Duration(s.secs) * time.Second)
+	}
+	return nil
+}
+
+func (l *lives) make(s step, r sandbox.Request) error {
+	box, err := l.create(r)
+	if err == nil {
+		l.ids = append(l.ids, box.ID)
+	}
+	if s.fault == "" {
+		return err
+	}
+	return nil
+}
+
+// agree says where rows and host differ.
+func (l *lives) agree() string {
+	rows, err := l.db.Unfinished(context.Background())
+	if err != nil {
+		return err.Error()
+	}
+	facts, _ := l.node.List(context.Background())
+	has := map[sandbox.ID]sandbox.Fact{}
+	for _, f := range facts {
+		has[f.ID] = f
+	}
+	for _, row := range rows {
+		f, there := has[row.ID]
+		delete(has, row.ID)
+		switch {
+		case row.State == sandbox.Running && (!f.Alive || f.Run != row.Run), row.State == sandbox.Suspended && (f.Remains || f.Point == nil):
+			return fmt.Sprintf("sandbox %s is %s in life %s, and the host has (%v) %+v", row.ID, row.State, row.Run, there, f)
+		case row.State != sandbox.Running && row.State != sandbox.Suspended:
+			return fmt.Sprintf("sandbox %s is stuck in %s", row.ID, row.State)
+		case row.Mode == sandbox.Ephemeral && !row.ExpiresAt.After(time.Now()):
+			return fmt.Sprintf("sandbox %s outlived its time", row.ID)
+		}
+	}
+	for _, f := range has {
+		return fmt.Sprintf("the host has %+v without a living row", f)
+	}
+	return ""
+}
