@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // hostOOMKills is how often the kernel has killed in the sandbox's control group. It

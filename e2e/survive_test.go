@@ -16,6 +16,7 @@ import (
 // suspend and a wake half done. The sandboxes' kernels are not killed, so nothing may be lost: no sandbox, and
 // no number that a worker has counted.
 func TestPersistentKilledAtAnyMoment(t *testing.T) {
+	t.Parallel() // its server is its own
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")
@@ -236,6 +237,7 @@ func (s *server) fellBackTo(id string, point time.Time) {
 // TestReboot takes from under sandboxes of every kind and state all that a machine loses when
 // it is started anew.
 func TestReboot(t *testing.T) {
+	t.Parallel() // its server is its own
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")

@@ -122,21 +122,23 @@ func fill(t testing.TB, dir string, leave int64) string {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	var st unix.Statfs_t
-	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
-		t.Fatal(err)
-	}
-	info, err := f.Stat()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if size := int64(st.Bavail)*st.Bsize - leave; size > 0 {
-		// Less than that when somebody else was quicker, which is full too.
-		if err := unix.Fallocate(int(f.Fd()), 0, info.Size(), size); err != nil && err != unix.ENOSPC {
+	// In small pieces, since one that does not fit is given back as a whole.
+	const piece = 1 << 20
+	for size := int64(0); ; size += piece {
+		var st unix.Statfs_t
+		if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
+			t.Fatal(err)
+		}
+		n := min(piece, int64(st.Bavail)*st.Bsize-leave)
+		if n <= 0 {
+			return path
+		}
+		if err := unix.Fallocate(int(f.Fd()), 0, size, n); err == unix.ENOSPC {
+			return path // somebody else took it, which is full too
+		} else if err != nil {
 			t.Fatal(err)
 		}
 	}
-	return path
 }
 
 // TestNoDiskToSleep fills the disk of the checkpoints, before and while one is written:

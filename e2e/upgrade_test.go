@@ -106,6 +106,7 @@ func (s *server) runtimeOf(id string) string {
 // TestUpgrade starts another build of cay on the data of an older one. What the older has
 // started goes on with the older's programs for as long as it lives, however often it sleeps.
 func TestUpgrade(t *testing.T) {
+	t.Parallel() // its server is its own
 	s := newServer(t)
 	current := s.binary
 	s.binary = anotherBuild(t)
