@@ -210,6 +210,30 @@ func TestWakeFailsAtEveryStep(t *testing.T) {
 	}
 }
 
+// TestDiesWhileItWakes ends the sentry when its agent has answered and is to be told of its
+// new life: the wake fails at once instead of waiting for somebody who is silent.
+func TestDiesWhileItWakes(t *testing.T) {
+	m := newMachine(t)
+	spec, n := m.working()
+	m.suspend(spec)
+	m.node.after = func(name string) error {
+		if name == "favour" {
+			return m.node.groups.Group(m.node.groupPath(spec.ID)).Kill(m.ctx())
+		}
+		return nil
+	}
+	began := time.Now()
+	if err := m.node.Wake(m.ctx(), next(spec)); err == nil {
+		t.Fatal("a dead sandbox was woken")
+	}
+	if took := time.Since(began); took > meetTimeout {
+		t.Errorf("it took %s", took)
+	}
+	m.node.after = nil
+	m.wantAsleep(spec.ID)
+	m.counts(m.wake(spec), n)
+}
+
 // TestCheckpointWhileRunning takes recovery points of a running sandbox, kills its sentry,
 // and finds it again where it was at the last of them.
 func TestCheckpointWhileRunning(t *testing.T) {
