@@ -181,7 +181,7 @@ func (s *server) holdsNoMore(before holdings) {
 	slack := holdings{
 		"MiB of the server": soakSlack, "MiB of checkpoints": 4 + before["MiB of checkpoints"]/4,
 		// Go starts threads when others wait for the disk, and keeps them; connections come and go.
-		"threads of the server": 12, "goroutines": 12 + *soakSandboxes, "open files of the server": 8 + *soakSandboxes,
+		"threads of the server": 12 + *soakSandboxes, "goroutines": 12 + *soakSandboxes, "open files of the server": 8 + *soakSandboxes,
 	}
 	for deadline := time.Now().Add(patience); ; {
 		now := s.holds()
