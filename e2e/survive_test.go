@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"math/rand/v2"
 	"slices"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -229,8 +228,8 @@ func (s *server) fellBackTo(id string, point time.Time) {
 	if at := s.suspendedAt(id); !at.Equal(point) {
 		s.t.Errorf("it sleeps at %s; its recovery point is of %s", at, point)
 	}
-	want := "recovery point of " + point.UTC().Format(time.RFC3339)
-	if e := s.events(id)[0]; e.To != "suspended" || !strings.HasSuffix(e.Detail, want) || e.From == "running" && !strings.HasPrefix(e.Detail, "fell back to") {
+	want := "fell back to the recovery point of " + point.UTC().Format(time.RFC3339)
+	if e := s.events(id)[0]; e.To != "suspended" || e.Detail != want {
 		s.t.Errorf("its last event is %+v, want %q", e, want)
 	}
 }
