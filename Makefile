@@ -44,6 +44,11 @@ test: build ## run every test, the real ones included
 	@$(GO) test -run '^$$' ./... >/dev/null # builds side by side; what follows runs one by one
 	CAY_TEST_REQUIRE=1 $(GO) test -p 1 -timeout 40m ./...
 
+.PHONY: soak
+soak: build ## suspend and wake one sandbox 200 times and 20 at once, and look for losses and leaks
+	@scripts/needs.sh test
+	CAY_TEST_REQUIRE=1 $(GO) test -count=1 -timeout 60m ./e2e -run '^TestSoak$$' -v -soak.cycles=200 -soak.sandboxes=20 -soak.rounds=4
+
 .PHONY: check
 check: build ## formatting, vet, staticcheck, locks, generated files, modules
 	@scripts/check.sh

@@ -51,7 +51,7 @@ var mayImport = map[string]struct {
 	".":             {nil, "it only carries openapi.yaml"},
 	"client":        {nil, "public: it must build without our internals"},
 	"cmd/cay-agent": {[]string{"agent", "agentapi"}, "a main and nothing else: every sandbox starts it"},
-	"cmd/cay-runsc": {nil, "gVisor's main and nothing else: every sandbox starts it several times"},
+	"cmd/cay-runsc": {nil, "what is needed of gVisor's main: every sandbox starts it several times"},
 	"cmd/cay": {[]string{"api", "auth", "cgroup", "fault", "gate", "image", "network", "node", "payload", "sandbox", "store", "template"},
 		"all wiring is here; the CLI's verbs use client"},
 }

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // hostOOMKills is how often the kernel has killed in the sandbox's control group. It
@@ -138,6 +139,12 @@ func TestForkBomb(t *testing.T) {
 	}
 	s.alive(other)
 	s.alive(id)
+	// What is left of the first counts against the second until it is reaped.
+	for deadline := time.Now().Add(patience); len(s.want(id, "ls -d /proc/[0-9]* | wc -l")) > 1; {
+		if time.Now().After(deadline) {
+			t.Fatal("the fork bomb's processes do not go")
+		}
+	}
 	r = s.exec(id, `python3 -c '
 import subprocess, time
 n = 0

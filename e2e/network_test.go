@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os/exec"
@@ -26,9 +27,10 @@ type outside struct {
 
 func newOutside(t *testing.T) *outside {
 	t.Helper()
-	const net24 = "198.51.100"
 	ip := caytest.RequireProgram(t, "ip")
-	o := &outside{name: "out" + caytest.Instance(), address: net24 + ".2", gateway: net24 + ".1"}
+	// A block of four of its own, so that two runs on one machine do not meet.
+	first := 4 * rand.IntN(64)
+	o := &outside{name: "out" + caytest.Instance(), address: fmt.Sprintf("198.51.100.%d", first+2), gateway: fmt.Sprintf("198.51.100.%d", first+1)}
 	run := func(args ...string) {
 		t.Helper()
 		if out, err := exec.Command(ip, args...).CombinedOutput(); err != nil {
@@ -40,9 +42,9 @@ func newOutside(t *testing.T) *outside {
 	// route to it stays behind for the next test.
 	t.Cleanup(func() { run("link", "del", o.name); run("netns", "del", o.name) })
 	run("link", "add", o.name, "type", "veth", "peer", "name", "eth0", "netns", o.name)
-	run("addr", "add", o.gateway+"/24", "dev", o.name)
+	run("addr", "add", o.gateway+"/30", "dev", o.name)
 	run("link", "set", o.name, "up")
-	run("-n", o.name, "addr", "add", o.address+"/24", "dev", "eth0")
+	run("-n", o.name, "addr", "add", o.address+"/30", "dev", "eth0")
 	run("-n", o.name, "link", "set", "eth0", "up")
 	run("-n", o.name, "link", "set", "lo", "up")
 	return o

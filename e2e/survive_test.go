@@ -13,9 +13,10 @@ import (
 
 // TestPersistentKilledAtAnyMoment kills the server with SIGKILL while clients suspend, wake,
 // checkpoint and use persistent sandboxes, again and again, until a next start has found a
-// suspend and a wake half done. The sandboxes' kernels are not killed, so nothing may be lost: no sandbox, and
-// no number that a worker has counted.
+// suspend and a wake half done. The sandboxes' kernels are not killed, so nothing may be lost: no
+// sandbox, and no number that a worker has counted.
 func TestPersistentKilledAtAnyMoment(t *testing.T) {
+	t.Parallel() // its server is its own
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")
@@ -108,8 +109,8 @@ func (w *worker) use(ctx context.Context) {
 	}
 }
 
-// TestSentryKilled ends sandboxes' kernels, as a bug in one or the host's memory would: a persistent
-// sandbox falls back to its latest recovery point, any other is lost.
+// TestSentryKilled ends sandboxes' kernels, as a bug in one or the host's memory would: a
+// persistent sandbox falls back to its latest recovery point, any other is lost.
 func TestSentryKilled(t *testing.T) {
 	s := shared(t)
 	id := s.persistent(nil)
@@ -236,6 +237,7 @@ func (s *server) fellBackTo(id string, point time.Time) {
 // TestReboot takes from under sandboxes of every kind and state all that a machine loses when
 // it is started anew.
 func TestReboot(t *testing.T) {
+	t.Parallel() // its server is its own
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")
@@ -260,7 +262,7 @@ func TestReboot(t *testing.T) {
 	}
 	s.waitState(saved.id, "suspended")
 	s.fellBackTo(saved.id, point)
-	slept := asleep.check()
+	asleep.check()
 	saved.fellBack(least)
 
 	// Half way: one that falls asleep and one that wakes up.
@@ -268,11 +270,11 @@ func TestReboot(t *testing.T) {
 		if round == 20 {
 			t.Fatalf("in %d rounds no start found a suspend and a wake half done", round)
 		}
-		slept = asleep.check()
+		slept := asleep.check()
 		s.suspend(asleep.id)
-		least, latest := saved.check(), 0
+		least = saved.check()
 		point = s.checkpoint(saved.id)
-		latest = saved.check()
+		latest := saved.check()
 		s.killHalfWay(saved.id, asleep.id)
 		s.reboot()
 		s.start()

@@ -21,7 +21,7 @@ n, looked = 0, 0
 while True:
     n += 1
     log.write(b"%063d\n" % n)
-    os.pwrite(shared.fileno(), b"%012d" % n, 0)
+    os.pwrite(shared.fileno(), b"%012d\n" % n, 0)
     if time.monotonic() - looked >= 1:
         looked = time.monotonic()
         if hashlib.sha256(memory).hexdigest() != digest: open("/root/worker.broken", "w").close()
@@ -31,9 +31,10 @@ while True:
 // workerCheck waits until the worker has counted on, and prints its number if every line
 // of the log is there, in order and once.
 const workerCheck = `
-kill -0 $(cat /root/worker.pid) || { echo "the worker is dead: $(cat /root/worker.out)"; exit 1; }
-a=$(cat /dev/shm/worker); i=0
-while b=$(cat /dev/shm/worker); [ "$b" = "$a" ]; do
+read pid </root/worker.pid
+kill -0 $pid || { echo "the worker is dead: $(cat /root/worker.out)"; exit 1; }
+read a </dev/shm/worker; i=0
+while read b </dev/shm/worker; [ "$b" = "$a" ]; do
 	i=$((i+1)); [ $i -lt 400 ] || { echo "the worker stands still at $a"; exit 1; }
 	sleep 0.05
 done

@@ -44,6 +44,7 @@ func main() {
 		new(cmd.Run):     called,
 		new(cmd.Restore): called,
 		new(save):        called,
+		new(cmd.Delete):  called,
 		new(cmd.Boot):    internal,
 		new(cmd.Gofer):   internal,
 		new(cmd.Umount):  internal,

@@ -34,8 +34,8 @@ type box struct {
 	watched atomic.Bool        // death is noticed by a watch
 	gone    atomic.Bool        // the sentry has ended
 	ending  atomic.Bool        // its end is wanted
-	ctx     context.Context    // of the watches; nil until there are any
-	stop    context.CancelFunc // ends them
+	ctx     context.Context    // of the watches, ends with the sentry; nil until there are any
+	stop    context.CancelFunc // ends it
 }
 
 func (b *box) target() agentapi.Target {
@@ -135,12 +135,15 @@ func (b *box) awaitEnd(ctx context.Context, pidfd *os.File) {
 		return
 	}
 	b.gone.Store(true)
+	// Nobody is left to answer, or to say so: calls to the agent would wait for ever.
+	b.stop()
+	b.node.agents.Drop(string(b.life.ID))
 	if b.ending.Load() {
 		return
 	}
 	select {
 	case b.node.lost <- sandbox.Fact{ID: b.life.ID, Run: b.life.Run}:
-	case <-ctx.Done():
+	case <-b.node.ctx.Done():
 	}
 }
 

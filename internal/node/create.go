@@ -134,7 +134,11 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 			}
 			return nil
 		}},
-		{"init", meet},
+		{"init", func(ctx context.Context) error {
+			ctx, cancel := context.WithTimeout(ctx, meetTimeout)
+			defer cancel()
+			return meet(ctx)
+		}},
 	}
 }
 
@@ -221,6 +225,10 @@ func (n *Node) awaitAgent(ctx context.Context, b *box) error {
 		}
 	}
 }
+
+// meetTimeout bounds telling an agent that answers about its sandbox. It takes 3 ms; a
+// sandbox that dies just then says nothing more.
+const meetTimeout = 15 * time.Second
 
 func (n *Node) initAgent(ctx context.Context, b *box, spec sandbox.Spec) error {
 	err := n.agents.Init(ctx, b.target(), agentapi.InitRequest{

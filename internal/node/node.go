@@ -194,6 +194,9 @@ func (n *Node) Dial(ctx context.Context, id sandbox.ID) (net.Conn, error) {
 	if b == nil || b.slot == nil || b.dead() {
 		return nil, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s has no agent on this machine", id)
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(b.ctx, cancel)() // a dead sandbox does not refuse, it is silent
 	return n.net.Dial(ctx, b.slot, AgentPort)
 }
 

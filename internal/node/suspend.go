@@ -166,7 +166,7 @@ func (n *Node) revive(b *box) error {
 	}
 	n.log.ErrorContext(ctx, "ending a sandbox that did not go on after its checkpoint failed", "sandbox", b.life.ID, "error", err)
 	b.gone.Store(true)
-	return n.groups.Group(n.groupPath(b.life.ID)).Kill(b.ctx)
+	return n.groups.Group(n.groupPath(b.life.ID)).Kill(n.ctx)
 }
 
 // wakeFailed is the error of a checkpoint that cannot be restored.
@@ -275,8 +275,8 @@ func (n *Node) verify(b *box, c *checkpoint.Checkpoint) {
 			return
 		}
 		n.log.ErrorContext(b.ctx, "ending a sandbox whose checkpoint is damaged", "sandbox", b.life.ID, "checkpoint", c.Dir, "error", v.err)
-		if err := errors.Join(c.Distrust(), n.groups.Group(n.groupPath(b.life.ID)).Kill(b.ctx)); err != nil && b.ctx.Err() == nil {
-			n.log.ErrorContext(b.ctx, "ending a sandbox", "sandbox", b.life.ID, "error", err)
+		if err := errors.Join(c.Distrust(), n.groups.Group(n.groupPath(b.life.ID)).Kill(n.ctx)); err != nil && n.ctx.Err() == nil {
+			n.log.ErrorContext(n.ctx, "ending a sandbox", "sandbox", b.life.ID, "error", err)
 		}
 	})
 }

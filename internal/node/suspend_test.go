@@ -89,6 +89,23 @@ const worker = `mkfifo /tmp/pipe
 (while read n; do echo $n >/dev/shm/now; done </tmp/pipe) &
 until [ -s /dev/shm/now ]; do sleep 0.01; done`
 
+// working makes a sandbox with a worker in it, and says how far that is.
+func (m *machine) working() (sandbox.Spec, int) {
+	m.t.Helper()
+	spec := m.created()
+	m.sh(spec, worker)
+	return spec, m.counts(spec, 0)
+}
+
+func (m *machine) created() sandbox.Spec {
+	m.t.Helper()
+	spec := m.spec()
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		m.t.Fatal(err)
+	}
+	return spec
+}
+
 // count is how far the worker has come, with every line of its log in place.
 func (m *machine) count(spec sandbox.Spec) int {
 	m.t.Helper()
@@ -117,12 +134,7 @@ func (m *machine) counts(spec sandbox.Spec, before int) int {
 
 func TestSuspendAndWake(t *testing.T) {
 	m := newMachine(t)
-	spec := m.spec()
-	if err := m.node.Create(m.ctx(), spec); err != nil {
-		t.Fatal(err)
-	}
-	m.sh(spec, worker)
-	n := m.counts(spec, 0)
+	spec, n := m.working()
 	for i := range 3 {
 		began := time.Now()
 		point := m.suspend(spec)
@@ -145,12 +157,7 @@ func TestSuspendAndWake(t *testing.T) {
 // on, or sleeps with a checkpoint that is whole, and can be used either way.
 func TestSuspendFailsAtEveryStep(t *testing.T) {
 	m := newMachine(t)
-	spec := m.spec()
-	if err := m.node.Create(m.ctx(), spec); err != nil {
-		t.Fatal(err)
-	}
-	m.sh(spec, worker)
-	n := m.counts(spec, 0)
+	spec, n := m.working()
 	broken := errors.New("broken on purpose")
 	for _, step := range []string{"save", "commit"} {
 		m.node.after = func(name string) error {
@@ -181,12 +188,7 @@ func TestSuspendFailsAtEveryStep(t *testing.T) {
 // and the next try succeeds.
 func TestWakeFailsAtEveryStep(t *testing.T) {
 	m := newMachine(t)
-	spec := m.spec()
-	if err := m.node.Create(m.ctx(), spec); err != nil {
-		t.Fatal(err)
-	}
-	m.sh(spec, worker)
-	n := m.counts(spec, 0)
+	spec, n := m.working()
 	broken := errors.New("broken on purpose")
 	for _, step := range []string{"image", "directory", "network", "record", "policy", "start", "watch", "agent", "favour", "init"} {
 		m.suspend(spec)
@@ -208,14 +210,35 @@ func TestWakeFailsAtEveryStep(t *testing.T) {
 	}
 }
 
+// TestDiesWhileItWakes ends the sentry when its agent has answered and is to be told of its
+// new life: the wake fails at once instead of waiting for somebody who is silent.
+func TestDiesWhileItWakes(t *testing.T) {
+	m := newMachine(t)
+	spec, n := m.working()
+	m.suspend(spec)
+	m.node.after = func(name string) error {
+		if name == "favour" {
+			return m.node.groups.Group(m.node.groupPath(spec.ID)).Kill(m.ctx())
+		}
+		return nil
+	}
+	began := time.Now()
+	if err := m.node.Wake(m.ctx(), next(spec)); err == nil {
+		t.Fatal("a dead sandbox was woken")
+	}
+	if took := time.Since(began); took > meetTimeout {
+		t.Errorf("it took %s", took)
+	}
+	m.node.after = nil
+	m.wantAsleep(spec.ID)
+	m.counts(m.wake(spec), n)
+}
+
 // TestCheckpointWhileRunning takes recovery points of a running sandbox, kills its sentry,
 // and finds it again where it was at the last of them.
 func TestCheckpointWhileRunning(t *testing.T) {
 	m := newMachine(t)
-	spec := m.spec()
-	if err := m.node.Create(m.ctx(), spec); err != nil {
-		t.Fatal(err)
-	}
+	spec := m.created()
 	if busy, err := m.node.Busy(m.ctx(), spec.ID); err != nil || busy {
 		t.Errorf("a new sandbox is busy: %v, %v", busy, err)
 	}
@@ -260,10 +283,7 @@ func TestCheckpointWhileRunning(t *testing.T) {
 // TestNoRoomForACheckpoint refuses before anything is done to the sandbox.
 func TestNoRoomForACheckpoint(t *testing.T) {
 	m := newMachine(t)
-	spec := m.spec()
-	if err := m.node.Create(m.ctx(), spec); err != nil {
-		t.Fatal(err)
-	}
+	spec := m.created()
 	m.close()
 	m.minDisk = 1 << 60
 	m.open()
@@ -282,12 +302,7 @@ func TestNoRoomForACheckpoint(t *testing.T) {
 // is wrong, and once that is mended the sandbox wakes.
 func TestDamagedCheckpoint(t *testing.T) {
 	m := newMachine(t)
-	spec := m.spec()
-	if err := m.node.Create(m.ctx(), spec); err != nil {
-		t.Fatal(err)
-	}
-	m.sh(spec, worker)
-	n := m.counts(spec, 0)
+	spec, n := m.working()
 	m.suspend(spec)
 	c, err := m.node.checkpoints.Latest(string(spec.ID))
 	if err != nil {
@@ -330,10 +345,7 @@ func TestDamagedCheckpoint(t *testing.T) {
 // as soon as it is seen, and then does not wake until they are what they were.
 func TestDamagedMemory(t *testing.T) {
 	m := newMachine(t)
-	spec := m.spec()
-	if err := m.node.Create(m.ctx(), spec); err != nil {
-		t.Fatal(err)
-	}
+	spec := m.created()
 	m.sh(spec, "head -c 20000000 /dev/urandom >/root/data")
 	sum := m.sh(spec, "md5sum /root/data")
 	m.suspend(spec)
@@ -384,12 +396,7 @@ func TestDamagedMemory(t *testing.T) {
 // write too: the sandbox goes on, with the checkpoint it had, and sleeps once there is room.
 func TestDiskFillsUp(t *testing.T) {
 	m := newMachine(t)
-	spec := m.spec()
-	if err := m.node.Create(m.ctx(), spec); err != nil {
-		t.Fatal(err)
-	}
-	m.sh(spec, worker)
-	n := m.counts(spec, 0)
+	spec, n := m.working()
 	if _, err := m.node.Checkpoint(m.ctx(), spec.ID); err != nil {
 		t.Fatal(err)
 	}
@@ -440,12 +447,7 @@ func TestDiskFillsUp(t *testing.T) {
 // checkpoint: it goes on by itself, and the next server finds it running.
 func TestServerDiesInTheMiddle(t *testing.T) {
 	m := newMachine(t)
-	spec := m.spec()
-	if err := m.node.Create(m.ctx(), spec); err != nil {
-		t.Fatal(err)
-	}
-	m.sh(spec, worker)
-	n := m.counts(spec, 0)
+	spec, n := m.working()
 	b, draft, err := m.node.draft(m.ctx(), spec.ID)
 	if err != nil {
 		t.Fatal(err)

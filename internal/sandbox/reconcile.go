@@ -222,8 +222,11 @@ func (s *Service) rest(ctx context.Context, row Sandbox, fact *Fact, a Action, w
 		c.SuspendedAt, c.LastActivityAt = &fact.Point.At, last
 		at := fact.Point.At.UTC().Format(time.RFC3339)
 		c.Detail = "is at its recovery point of " + at
+		if a == Fall || fact.Point.At.Before(row.LastActivityAt) {
+			c.Detail = "fell back to the recovery point of " + at
+		}
 		if a == Fall {
-			c.Reason, c.Detail = string(Lost), "fell back to the recovery point of "+at
+			c.Reason = string(Lost)
 		}
 	}
 	_, err := s.transition(ctx, c)

@@ -1,0 +1,258 @@
+package e2e
+
+import (
+	"context"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// checkpointFiles lists the files of a sandbox's only checkpoint, by name.
+func (s *server) checkpointFiles(id string) map[string]string {
+	s.t.Helper()
+	paths, err := filepath.Glob(filepath.Join(s.dataDir, "checkpoints", id, "*", "*"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	files := map[string]string{}
+	for _, path := range paths {
+		if files[filepath.Base(path)] != "" {
+			s.t.Fatalf("there are two checkpoints: %v", paths)
+		}
+		files[filepath.Base(path)] = path
+	}
+	if len(files) < 3 || files["pages.img"] == "" {
+		s.t.Fatalf("the checkpoint's files are %v", paths)
+	}
+	return files
+}
+
+// flip changes a byte in the middle of a file. Twice is as it was.
+func flip(t testing.TB, path string) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 1)
+	if _, err := f.ReadAt(b, info.Size()/2); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 0x10
+	if _, err := f.WriteAt(b, info.Size()/2); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDamagedCheckpoint damages each file of a checkpoint. The sandbox stays asleep and says
+// why, and wakes where it was when the file is mended.
+func TestDamagedCheckpoint(t *testing.T) {
+	s := shared(t)
+	id := s.persistent(nil)
+	defer s.destroy(id)
+	w := s.startWorker(id, 4)
+	w.check()
+	s.suspend(id)
+	files := s.checkpointFiles(id)
+	for name := range files {
+		path := s.checkpointFiles(id)[name] // each check made another
+		flip(t, path)
+		if name == "pages.img" {
+			// Memory is read after the wake, which is why that is quick: it is looked at
+			// then, and the sandbox ended that has begun to use it.
+			if status, body := s.call("POST", "/v1/sandboxes/"+id+"/wake", nil); status != 200 && text(body, "code") != "wake_failed" {
+				t.Errorf("waking it with damaged memory: %d %s", status, body)
+			}
+			s.waitState(id, "suspended")
+		}
+		s.doesNotWake(id, "the checkpoint is damaged: "+name)
+		flip(t, path)
+		w.check()
+		if got := s.field(id, "error"); got != "" {
+			t.Errorf("%s is mended, and its error is %q", name, got)
+		}
+		s.suspend(id)
+	}
+	pages := s.checkpointFiles(id)["pages.img"]
+	info, err := os.Stat(pages)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(pages, info.Size()-1); err != nil {
+		t.Fatal(err)
+	}
+	s.doesNotWake(id, "the checkpoint is damaged: pages.img")
+	s.destroy(id)
+	s.gone(id)
+}
+
+// tmpfs mounts a small file system for the test.
+func tmpfs(t testing.TB, dir, size string) {
+	t.Helper()
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=700,size="+size); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// fill leaves so many bytes of the file system of dir free, in a file that it returns.
+func fill(t testing.TB, dir string, leave int64) string {
+	t.Helper()
+	path := filepath.Join(dir, "filler")
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	// In small pieces, since one that does not fit is given back as a whole.
+	const piece = 1 << 20
+	for size := int64(0); ; size += piece {
+		var st unix.Statfs_t
+		if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
+			t.Fatal(err)
+		}
+		n := min(piece, int64(st.Bavail)*st.Bsize-leave)
+		if n <= 0 {
+			return path
+		}
+		if err := unix.Fallocate(int(f.Fd()), 0, size, n); err == unix.ENOSPC {
+			return path // somebody else took it, which is full too
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestNoDiskToSleep fills the disk of the checkpoints, before and while one is written:
+// the sandbox runs on, and sleeps when there is room.
+func TestNoDiskToSleep(t *testing.T) {
+	t.Parallel() // it waits a minute
+	s := newServer(t, "CAY_CAPACITY_MIN_FREE_DISK_MB=1")
+	dir := filepath.Join(s.dataDir, "checkpoints")
+	tmpfs(t, dir, "256m")
+	t.Cleanup(func() { s.stop(syscall.SIGTERM) }) // before the disk goes
+	s.start()
+	s.needTemplate("python")
+	w := s.startWorker(s.persistent(nil), 16)
+	idle := s.startWorker(s.persistent(object{"idle_timeout": "10s"}), 4)
+	idle.check()
+	suspend := func() (int, []byte) { return s.call("POST", "/v1/sandboxes/"+w.id+"/suspend", nil) }
+
+	filler := fill(t, dir, 10<<20)
+	for range 2 {
+		w.check()
+		if status, body := suspend(); status != 507 || text(body, "code") != "disk_full" {
+			t.Errorf("suspend without room: %d %s", status, body)
+		}
+		if status, body := s.call("POST", "/v1/sandboxes/"+w.id+"/checkpoint", nil); status != 507 || text(body, "code") != "disk_full" {
+			t.Errorf("checkpoint without room: %d %s", status, body)
+		}
+	}
+	w.check()
+	for deadline := time.Now().Add(patience); s.events(idle.id)[0].Reason != "suspend_failed"; {
+		if time.Now().After(deadline) {
+			t.Fatalf("one that is idle: %+v", s.events(idle.id))
+		}
+		time.Sleep(50 * time.Millisecond) // a poll with a deadline
+	}
+	if e := s.events(idle.id)[0]; e.To != "running" || !strings.Contains(e.Detail, "disk") {
+		t.Errorf("its last event is %+v", e)
+	}
+	failed := time.Now()
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+
+	// Somebody else takes the room that was there when it began.
+	full := make(chan string)
+	go func() {
+		for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
+			if _, err := os.Stat(filepath.Join(dir, w.id, "draft")); err == nil {
+				break
+			}
+		}
+		full <- fill(t, dir, 0)
+	}()
+	status, body := suspend()
+	filler = <-full
+	if status != 507 || text(body, "code") != "disk_full" || !strings.Contains(text(body, "detail"), "filled up") {
+		t.Errorf("suspend while the disk fills up: %d %s", status, body)
+	}
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+	w.check()
+	s.suspend(w.id)
+	w.check()
+
+	// The idle one is tried again a minute after it failed.
+	for s.field(idle.id, "state") != "suspended" {
+		if time.Since(failed) > time.Minute+patience {
+			t.Fatalf("with room again, the idle one is not suspended: %+v", s.events(idle.id))
+		}
+		time.Sleep(100 * time.Millisecond) // a poll with a deadline
+	}
+	idle.check()
+	for _, id := range []string{w.id, idle.id} {
+		s.destroy(id)
+		s.gone(id)
+	}
+}
+
+// TestDestroyWins destroys sandboxes that are being suspended or woken, at any moment.
+func TestDestroyWins(t *testing.T) {
+	s := shared(t)
+	for _, verb := range []string{"suspend", "wake"} {
+		t.Run(verb, func(t *testing.T) {
+			s := s.in(t)
+			interrupted := 0
+			for range 10 {
+				id := s.persistent(nil)
+				s.want(id, "head -c 8M /dev/urandom >/dev/shm/memory")
+				if verb == "wake" {
+					s.suspend(id)
+				}
+				answer := make(chan int)
+				go func() {
+					status, _, _ := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/"+verb, nil)
+					answer <- status
+				}()
+				time.Sleep(time.Duration(rand.IntN(250)) * time.Millisecond) // when it is destroyed
+				s.destroy(id)
+				s.gone(id)
+				switch status := <-answer; status {
+				case 200:
+				case 409:
+					interrupted++
+				default:
+					t.Errorf("%s of one that is destroyed answers %d", verb, status)
+				}
+				if state, reason := s.state(id); state != "destroyed" || reason != "requested" {
+					t.Errorf("it is %s, reason %q", state, reason)
+				}
+			}
+			t.Logf("%d of 10 were interrupted", interrupted)
+			if interrupted == 0 {
+				t.Error("no destroy came in between")
+			}
+		})
+	}
+}

@@ -1,0 +1,212 @@
+package e2e
+
+import (
+	"compress/gzip"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/cayhq/cay/internal/caytest"
+)
+
+// anotherBuild builds cay with programs of the same sources that are other files, as another
+// version's are: what counts is the hash of their content. It returns the path of the binary.
+func anotherBuild(t testing.TB) string {
+	t.Helper()
+	dir, root := t.TempDir(), filepath.Dir(filepath.Dir(cayBinary(t)))
+	build := func(output, flags string, args ...string) {
+		t.Helper()
+		cmd := exec.Command(caytest.RequireProgram(t, "go"), append([]string{"build", "-trimpath", "-o", output, "-ldflags", "-s -w " + flags}, args...)...)
+		cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v: %s", cmd, err, out)
+		}
+	}
+	replace := map[string]string{}
+	for name, flags := range map[string]string{"cay-agent": "-buildid=another", "cay-runsc": "-E main.entry -buildid=another"} {
+		path := filepath.Join(dir, name)
+		build(path, flags, "./cmd/"+name)
+		pack(t, path)
+		replace[filepath.Join(root, "internal/payload/programs", name+".gz")] = path + ".gz"
+	}
+	overlay, err := json.Marshal(object{"Replace": replace})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "overlay.json"), overlay, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	build(filepath.Join(dir, "cay"), "-X main.version=another", "-overlay="+filepath.Join(dir, "overlay.json"), "./cmd/cay")
+	return filepath.Join(dir, "cay")
+}
+
+// pack compresses a file into one beside it.
+func pack(t testing.TB, path string) {
+	t.Helper()
+	from, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer from.Close()
+	to, err := os.Create(path + ".gz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer to.Close()
+	w, err := gzip.NewWriterLevel(to, gzip.BestSpeed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(w, from); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// programs lists the versions of the agent and of the runtime that the server keeps.
+func (s *server) programs() []string {
+	s.t.Helper()
+	entries, err := os.ReadDir(filepath.Join(s.dataDir, "programs"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// runtimeOf is the version of the runtime that a running sandbox runs with.
+func (s *server) runtimeOf(id string) string {
+	s.t.Helper()
+	running, err := os.Stat(fmt.Sprintf("/proc/%d/exe", s.sentry(id)))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, name := range s.programs() {
+		program, err := os.Stat(filepath.Join(s.dataDir, "programs", name, "cay-runsc"))
+		if err == nil && os.SameFile(running, program) {
+			return name
+		}
+	}
+	s.t.Fatalf("sandbox %s runs with none of the programs %v", id, s.programs())
+	return ""
+}
+
+// TestUpgrade starts another build of cay on the data of an older one. What the older has
+// started goes on with the older's programs for as long as it lives, however often it sleeps.
+func TestUpgrade(t *testing.T) {
+	t.Parallel() // its server is its own
+	s := newServer(t)
+	current := s.binary
+	s.binary = anotherBuild(t)
+	s.start()
+	s.needTemplate("python")
+	asleep, running, saved := s.startWorker(s.persistent(nil), 4), s.startWorker(s.persistent(nil), 4), s.startWorker(s.persistent(nil), 4)
+	old := s.programs()
+	runtime := s.runtimeOf(asleep.id)
+	asleep.check()
+	s.suspend(asleep.id)
+	running.check()
+	least := saved.check()
+	point := s.checkpoint(saved.id)
+	saved.check()
+
+	s.stop(syscall.SIGTERM)
+	s.binary = current
+	s.start()
+	if kept := s.programs(); len(old) != 2 || len(kept) != 4 || !slices.Contains(kept, old[0]) || !slices.Contains(kept, old[1]) {
+		t.Fatalf("the programs of the older build are %v; those after the upgrade %v", old, kept)
+	}
+	fresh := s.startWorker(s.persistent(nil), 4)
+	if version := s.runtimeOf(fresh.id); slices.Contains(old, version) {
+		t.Errorf("a new sandbox runs with the older runtime, %s", version)
+	}
+	asleep.check()
+	running.check()
+	s.suspend(running.id)
+	running.check()
+	s.killSentry(saved.id)
+	s.waitState(saved.id, "suspended")
+	s.fellBackTo(saved.id, point)
+	saved.fellBack(least)
+	s.suspend(fresh.id)
+	fresh.check()
+	for _, w := range []*worker{asleep, running, saved} {
+		if version := s.runtimeOf(w.id); version != runtime {
+			t.Errorf("one of the older build runs with the runtime %s and began with %s", version, runtime)
+		}
+	}
+	s.withoutRuntime(asleep, runtime)
+
+	s.destroy(asleep.id)
+	s.suspend(running.id)
+	s.destroy(saved.id)
+	if kept := s.programs(); len(kept) != 4 {
+		t.Errorf("a sandbox of the older build sleeps, and the programs are %v", kept)
+	}
+	running.check()
+	s.destroy(running.id)
+	if kept := s.programs(); len(kept) != 2 || slices.Contains(kept, old[0]) || slices.Contains(kept, old[1]) {
+		t.Errorf("no sandbox of the older build is left, and the programs are %v", kept)
+	}
+	// What a crash kept from being removed is removed by the next start.
+	s.stop(syscall.SIGKILL)
+	if err := os.Mkdir(filepath.Join(s.dataDir, "programs", runtime), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	s.start()
+	if kept := s.programs(); len(kept) != 2 || slices.Contains(kept, runtime) {
+		t.Errorf("after the next start the programs are %v", kept)
+	}
+	fresh.check()
+}
+
+// withoutRuntime takes the runtime away that a sandbox needs to wake, and puts it back.
+func (s *server) withoutRuntime(w *worker, version string) {
+	s.t.Helper()
+	s.suspend(w.id)
+	path := filepath.Join(s.dataDir, "programs", version)
+	aside := filepath.Join(filepath.Dir(s.dataDir), "aside")
+	if err := os.Rename(path, aside); err != nil {
+		s.t.Fatal(err)
+	}
+	s.doesNotWake(w.id, version)
+	if err := os.Rename(aside, path); err != nil {
+		s.t.Fatal(err)
+	}
+	w.check()
+	if got := s.field(w.id, "error"); got != "" {
+		s.t.Errorf("it woke, with the error %q", got)
+	}
+}
+
+// doesNotWake checks that a sandbox cannot be woken, and says why.
+func (s *server) doesNotWake(id, why string) {
+	s.t.Helper()
+	for range 2 { // and may be tried again
+		status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"command": "true"})
+		if status != 500 || text(body, "code") != "wake_failed" || !strings.Contains(text(body, "detail"), why) {
+			s.t.Errorf("waking it answers %d %s, want 500 wake_failed and %q", status, body, why)
+		}
+		if state := s.field(id, "state"); state != "suspended" {
+			s.t.Errorf("one that cannot be woken is %s", state)
+		}
+		if got := s.field(id, "error"); !strings.Contains(got, why) {
+			s.t.Errorf("its error is %q, want %q", got, why)
+		}
+	}
+	if left := s.onHost(id); len(left) > 0 {
+		s.t.Errorf("a wake that failed has left %v", left)
+	}
+}
