@@ -152,6 +152,10 @@ func parseDomains(field string, texts []string) ([]string, error) {
 			return nil, fault.InField(codeEgress, index(field, i), "%q is an address: it belongs in allow_cidrs", text)
 		}
 		name, err := idna.Lookup.ToASCII(strings.TrimSuffix(bare, "."))
+		if err == nil {
+			// Some encodings are made and not read again; what is stored must be.
+			_, err = idna.Lookup.ToASCII(name)
+		}
 		if err != nil || name == "" || len(name) > maxDomain || !domainName(name) {
 			return nil, fault.InField(codeEgress, index(field, i), "%.100q is not a name such as example.com, nor *.example.com for the names below it", text)
 		}
