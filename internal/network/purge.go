@@ -130,8 +130,7 @@ func Purge(instance string) error {
 	for index := range slots[instance] {
 		errs = append(errs, demolish(instance, index))
 	}
-	t := newTable(layout{instance: instance}, Config{})
-	errs = append(errs, t.remove(), t.sockets.close(), unlink(f))
+	errs = append(errs, newTable(layout{instance: instance}, nil, 0).remove(), unlink(f))
 	return errors.Join(errs...)
 }
 
