@@ -44,11 +44,8 @@ func (n *Node) adopt() error {
 			n.log.Warn("a sandbox does not run any more", "sandbox", id, "error", err)
 			continue
 		}
-		if c, err := n.checkpoints.Latest(string(id)); err == nil && c != nil {
-			var was about
-			if err := c.Understand(&was); err == nil && was.Run != l.Run {
-				n.verify(b, c) // it was woken from it, and who did may not have come to the end
-			}
+		if c, was, err := n.latest(id); err == nil && c != nil && was.Run != l.Run {
+			n.verify(b, c) // it was woken from it, and who did may not have come to the end
 		}
 		n.log.Info("adopted a sandbox", "sandbox", id, "pid", b.pid)
 	}

@@ -206,20 +206,26 @@ func (n *Node) Wake(ctx context.Context, spec sandbox.Spec) error {
 	return nil
 }
 
+// latest is the sandbox's latest checkpoint and what it is about; nil if it has none.
+func (n *Node) latest(id sandbox.ID) (*checkpoint.Checkpoint, about, error) {
+	var was about
+	c, err := n.checkpoints.Latest(string(id))
+	if err == nil && c != nil {
+		err = c.Understand(&was)
+	}
+	return c, was, err
+}
+
 // restorable finds the sandbox's latest checkpoint and looks at it: at the sums of all
 // files but the pages, which take as long to read as the sandbox is large. They are
 // verified while it runs, and before it does once they were found wrong.
 func (n *Node) restorable(ctx context.Context, id sandbox.ID) (*checkpoint.Checkpoint, about, error) {
-	var was about
-	c, err := n.checkpoints.Latest(string(id))
+	c, was, err := n.latest(id)
 	if err != nil {
 		return nil, was, err
 	}
 	if c == nil {
 		return nil, was, wakeFailed(nil, "its checkpoint is not on this machine")
-	}
-	if err := c.Understand(&was); err != nil {
-		return nil, was, err
 	}
 	suspect := c.Suspect()
 	return c, was, c.Verify(ctx, func(name string) bool { return suspect || name != runsc.PagesFile })
@@ -349,11 +355,7 @@ func (n *Node) collect() error {
 		return err
 	}
 	for _, name := range names {
-		c, err := n.checkpoints.Latest(name)
-		var was about
-		if err == nil && c != nil {
-			err = c.Understand(&was)
-		}
+		_, was, err := n.latest(sandbox.ID(name))
 		if err != nil {
 			n.log.Warn("keeping all versions of the runtime: a checkpoint does not say which it needs", "sandbox", name, "error", err)
 			return nil

@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
@@ -24,7 +26,7 @@ const saved = "saved\n"
 
 // Hold keeps a sandbox paused after it was saved.
 type Hold struct {
-	client interface{ Wait() error }
+	client *exec.Cmd
 	stdin  io.Closer
 }
 
@@ -35,6 +37,11 @@ func (h *Hold) Release() error {
 	}
 	return nil
 }
+
+// savePatience is how long a save that is not wanted any more may take to end by itself:
+// a sentry in the middle of one cannot be interrupted. After that the client is killed, and
+// whoever wanted the end, mostly a destroy, does not wait for a disk that hangs.
+const savePatience = 5 * time.Second
 
 // Save pauses the sandbox, writes it into dir, which must be empty, with its spec, and
 // keeps it paused until the hold is released: whoever ends the sandbox after that knows
@@ -47,6 +54,7 @@ func (r *Runtime) Save(ctx context.Context, c Container, dir string) (*Hold, err
 	cmd := r.command(ctx, c, "save", "--hold", "--image-path="+dir, c.ID)
 	// Asked nicely, and by the end of its input, it resumes the sandbox before it goes.
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = savePatience
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		return nil, fmt.Errorf("making a pipe: %w", err)
