@@ -33,6 +33,7 @@ var mayImport = map[string]struct {
 	"internal/cgroup":     {nil, "a technology room: it knows the kernel and nothing of the product"},
 	"internal/runsc":      {nil, "a technology room: it knows gVisor and nothing of the product"},
 	"internal/network":    {[]string{"fault"}, "a technology room: it knows netlink and nothing of the product"},
+	"internal/gate":       {[]string{"fault"}, "a technology room: it knows names on the wire, and neither the rules that lead to it nor the product"},
 	"internal/image":      {[]string{"fault"}, "a technology room: it knows file systems and nothing of the product"},
 	"internal/payload":    {nil, "it only carries programs"},
 	"internal/checkpoint": {[]string{"fault"}, "a technology room: it keeps files whole and knows nothing of what is in them"},
@@ -51,7 +52,7 @@ var mayImport = map[string]struct {
 	"client":        {nil, "public: it must build without our internals"},
 	"cmd/cay-agent": {[]string{"agent", "agentapi"}, "a main and nothing else: every sandbox starts it"},
 	"cmd/cay-runsc": {nil, "what is needed of gVisor's main: every sandbox starts it several times"},
-	"cmd/cay": {[]string{"api", "auth", "cgroup", "fault", "image", "network", "node", "payload", "sandbox", "store", "template"},
+	"cmd/cay": {[]string{"api", "auth", "cgroup", "fault", "gate", "image", "network", "node", "payload", "sandbox", "store", "template"},
 		"all wiring is here; the CLI's verbs use client"},
 }
 
@@ -148,6 +149,7 @@ func TestHeavyDependencies(t *testing.T) {
 		"github.com/google/nftables":              {[]string{"internal/network"}, "rules are made in one room"},
 		"github.com/vishvananda/netlink":          {[]string{"internal/network"}, "links are made in one room"},
 		"github.com/google/go-containerregistry/": {[]string{"internal/image"}, "registries are one room's business"},
+		"codeberg.org/miekg/dns":                  {[]string{"internal/gate"}, "names are decided in one room"},
 		"github.com/spf13/cobra":                  {[]string{"cmd/cay"}, "the command line is in one place"},
 	}
 	for dir, files := range goPackages(t) {

@@ -329,7 +329,7 @@ type CreateSandboxRequest struct {
 	// Example: 2048
 	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
 
-	// Egress What a sandbox may reach. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
 	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
 	Egress *Egress `json:"egress,omitempty"`
 
@@ -368,16 +368,20 @@ type CreateSandboxRequest struct {
 	Timeout *string `json:"timeout,omitempty"`
 }
 
-// Egress What a sandbox may reach. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
 // (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
 type Egress struct {
 	// AllowCIDRs IPv4 ranges that may be reached, without host bits.
 	AllowCIDRs []string `json:"allow_cidrs,omitempty"`
 
+	// AllowDomains Names that may be reached over TCP: exact ones, or with `*.` in front all names below one, without itself. cay's resolver answers these names only, and TLS and HTTP to their
+	// addresses must ask for an allowed name. `allow_ports` says nothing about them.
+	AllowDomains []string `json:"allow_domains,omitempty"`
+
 	// AllowPorts Restricts `allow_cidrs` to these destination TCP ports. Absent is every protocol and port.
 	AllowPorts []int `json:"allow_ports,omitempty"`
 
-	// DenyCIDRs IPv4 ranges that may not be reached. They may not touch 169.254.0.0/16.
+	// DenyCIDRs IPv4 ranges that may not be reached, whatever allows them. They may not touch 169.254.0.0/16.
 	DenyCIDRs []string `json:"deny_cidrs,omitempty"`
 
 	// Mode What happens to traffic that no list speaks of. `allow_all` takes no lists.
@@ -390,7 +394,7 @@ type EgressMode string
 // Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
 type Env map[string]string
 
-// Event One transition of a sandbox.
+// Event One transition of a sandbox, or something else that happened to it: then `from` is the same as `to`.
 type Event struct {
 	// Detail More about it, for people, e.g. to what time a sandbox fell back; absent when there is nothing more.
 	Detail *string `json:"detail,omitempty"`
@@ -567,6 +571,21 @@ type Me struct {
 // Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
 type Metadata map[string]string
 
+// NetworkUse What left the sandbox since it runs, as its policy decided. Only where one running sandbox is read, not in lists and not in answers to other calls.
+type NetworkUse struct {
+	// BytesAllowed Bytes of these.
+	BytesAllowed int64 `json:"bytes_allowed"`
+
+	// BytesDenied Bytes of these.
+	BytesDenied int64 `json:"bytes_denied"`
+
+	// PacketsAllowed Packets let out.
+	PacketsAllowed int64 `json:"packets_allowed"`
+
+	// PacketsDenied Packets kept in.
+	PacketsDenied int64 `json:"packets_denied"`
+}
+
 // NewAPIKey A new API key with its secret.
 type NewAPIKey struct {
 	// APIKey The secret. Shown this once.
@@ -721,7 +740,7 @@ type Sandbox struct {
 	// DiskMB What it may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
-	// Egress What a sandbox may reach. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
 	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
 	Egress Egress `json:"egress"`
 
@@ -753,6 +772,9 @@ type Sandbox struct {
 
 	// Mode `ephemeral` sandboxes are destroyed when their timeout is over, `persistent` ones suspended when idle and woken by the next call.
 	Mode SandboxMode `json:"mode"`
+
+	// Network What left the sandbox since it runs, as its policy decided. Only where one running sandbox is read, not in lists and not in answers to other calls.
+	Network *NetworkUse `json:"network,omitempty"`
 
 	// RecoveryIntervalSeconds Persistent only: how often a recovery point is taken while it runs and changes; 0 is never.
 	RecoveryIntervalSeconds *int64 `json:"recovery_interval_seconds,omitempty"`
@@ -858,7 +880,7 @@ type Template struct {
 	// DiskSizeMB Default of what a sandbox may write, in MiB; absent is the server's.
 	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
 
-	// Egress What a sandbox may reach. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
 	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
 	Egress Egress `json:"egress"`
 
@@ -1338,7 +1360,8 @@ type wireInterface interface {
 
 	// SetEgressWithBody Replace a sandbox's egress policy
 	//
-	// Takes effect at once, for established connections too. `deny_all` is not enforced by this version and is refused with 501; it is never silently open.
+	// When it is answered the new policy is in force, and established connections that it forbids are cut. A suspended sandbox is not woken: it has the policy when it wakes.
+	// It waits for what is being done to the sandbox, such as a suspend. It is no activity.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -1347,7 +1370,8 @@ type wireInterface interface {
 
 	// SetEgress Replace a sandbox's egress policy
 	//
-	// Takes effect at once, for established connections too. `deny_all` is not enforced by this version and is refused with 501; it is never silently open.
+	// When it is answered the new policy is in force, and established connections that it forbids are cut. A suspended sandbox is not woken: it has the policy when it wakes.
+	// It waits for what is being done to the sandbox, such as a suspend. It is no activity.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -1356,7 +1380,9 @@ type wireInterface interface {
 
 	// ListEvents List what happened to a sandbox
 	//
-	// Every transition of its state, newest first. Readable as long as the sandbox is. Never counts as activity.
+	// Every transition of its state, newest first, and what else is worth knowing: an event whose `from` and `to` are the same is no transition. Its `reason` is `egress_changed`
+	// (the policy was replaced) or `egress_denied` (the policy kept something in; `detail` says what and how often). Denials are gathered: a few events a minute at most, and the
+	// newest 100 of each such reason are kept. Readable as long as the sandbox is. Never counts as activity.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/events (the `ListEvents` operationId).
 	ListEvents(ctx context.Context, id SandboxID, params *ListEventsParams, reqEditors ...requestEditor) (*http.Response, error)
@@ -1855,7 +1881,8 @@ func (c *wire) CheckpointSandbox(ctx context.Context, id SandboxID, reqEditors .
 
 // SetEgressWithBody Replace a sandbox's egress policy
 //
-// Takes effect at once, for established connections too. `deny_all` is not enforced by this version and is refused with 501; it is never silently open.
+// When it is answered the new policy is in force, and established connections that it forbids are cut. A suspended sandbox is not woken: it has the policy when it wakes.
+// It waits for what is being done to the sandbox, such as a suspend. It is no activity.
 //
 // Takes any type of body and a specified content type.
 //
@@ -1874,7 +1901,8 @@ func (c *wire) SetEgressWithBody(ctx context.Context, id SandboxID, contentType 
 
 // SetEgress Replace a sandbox's egress policy
 //
-// Takes effect at once, for established connections too. `deny_all` is not enforced by this version and is refused with 501; it is never silently open.
+// When it is answered the new policy is in force, and established connections that it forbids are cut. A suspended sandbox is not woken: it has the policy when it wakes.
+// It waits for what is being done to the sandbox, such as a suspend. It is no activity.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -1893,7 +1921,9 @@ func (c *wire) SetEgress(ctx context.Context, id SandboxID, body SetEgressJSONRe
 
 // ListEvents List what happened to a sandbox
 //
-// Every transition of its state, newest first. Readable as long as the sandbox is. Never counts as activity.
+// Every transition of its state, newest first, and what else is worth knowing: an event whose `from` and `to` are the same is no transition. Its `reason` is `egress_changed`
+// (the policy was replaced) or `egress_denied` (the policy kept something in; `detail` says what and how often). Denials are gathered: a few events a minute at most, and the
+// newest 100 of each such reason are kept. Readable as long as the sandbox is. Never counts as activity.
 //
 // Corresponds with GET /v1/sandboxes/{id}/events (the `ListEvents` operationId).
 func (c *wire) ListEvents(ctx context.Context, id SandboxID, params *ListEventsParams, reqEditors ...requestEditor) (*http.Response, error) {

@@ -121,7 +121,8 @@ func (c *Client) Checkpoint(ctx context.Context, id string) (*RecoveryPoint, err
 	return decode[RecoveryPoint](c.wire.CheckpointSandbox(ctx, id))
 }
 
-// SetEgress replaces a sandbox's egress policy.
+// SetEgress replaces a sandbox's egress policy, at once and for established connections
+// too; a suspended sandbox has it when it wakes.
 func (c *Client) SetEgress(ctx context.Context, id string, e Egress) (*Sandbox, error) {
 	return decode[Sandbox](c.wire.SetEgress(ctx, id, e))
 }

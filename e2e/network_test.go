@@ -182,9 +182,11 @@ import socket
 u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.connect(("198.51.100.9", 1)); print(u.getsockname()[0])'`)
 	s.want(other, "nohup python3 -m http.server 8000 >/dev/null 2>&1 & sleep 1; curl -sf http://127.0.0.1:8000/ >/dev/null")
 	targets = append(targets, target{otherIP, 8000, "another sandbox"}, target{otherIP, 49983, "another's agent"})
-	for _, address := range []string{"169.254.169.254", "169.254.1.1", "224.0.0.1", "255.255.255.255", "fe80::1%eth0"} {
+	for _, address := range []string{"169.254.1.1", "224.0.0.1", "255.255.255.255", "fe80::1%eth0"} {
 		targets = append(targets, target{address, 80, "a reserved address"})
 	}
+	// Of that address cay's own metadata service is all there is.
+	targets = append(targets, target{"169.254.169.254", 443, "a cloud's metadata"})
 	var wg sync.WaitGroup
 	for _, to := range targets {
 		wg.Go(func() {

@@ -22,10 +22,7 @@ type createFlags struct {
 	env              []string
 	metadata         []string
 	diskSizeMB       int
-	egressMode       string
-	egressAllowCIDR  []string
-	egressDenyCIDR   []string
-	egressAllowPort  []int
+	egress           egressFlags
 }
 
 // addCommon adds the flags that create and run share.
@@ -34,10 +31,7 @@ func (c *createFlags) addCommon(f *pflag.FlagSet) {
 	f.StringVarP(&c.size, "size", "s", "", "size, such as shared-cpu-1x (default the template's)")
 	f.StringArrayVar(&c.metadata, "metadata", nil, "label NAME=VALUE (repeatable)")
 	f.IntVar(&c.diskSizeMB, "disk-size-mb", 0, "what the sandbox may write, in MiB (default the template's)")
-	f.StringVar(&c.egressMode, "egress-mode", "", "allow_all or deny_all (default the template's)")
-	f.StringArrayVar(&c.egressAllowCIDR, "egress-allow-cidr", nil, "range that may be reached; implies deny_all for the rest (repeatable)")
-	f.StringArrayVar(&c.egressDenyCIDR, "egress-deny-cidr", nil, "range that may not be reached, before what is allowed; implies deny_all (repeatable)")
-	f.IntSliceVar(&c.egressAllowPort, "egress-allow-port", nil, "TCP port that the allowed ranges are restricted to (repeatable)")
+	c.egress.add(f, " (default the template's)")
 }
 
 // addLife adds the flags of a sandbox that stays.
@@ -75,14 +69,7 @@ func (a *app) createRequest(c createFlags, f *pflag.FlagSet) (client.CreateSandb
 	if f.Changed("disk-size-mb") {
 		r.DiskSizeMB = &c.diskSizeMB
 	}
-	lists := len(c.egressAllowCIDR)+len(c.egressDenyCIDR)+len(c.egressAllowPort) > 0
-	if !lists && c.egressMode == "" {
-		return r, nil
-	}
-	if c.egressMode == "" {
-		c.egressMode = "deny_all"
-	}
-	r.Egress = &client.Egress{Mode: client.EgressMode(c.egressMode), AllowCIDRs: c.egressAllowCIDR, DenyCIDRs: c.egressDenyCIDR, AllowPorts: c.egressAllowPort}
+	r.Egress = c.egress.policy()
 	return r, nil
 }
 
@@ -101,7 +88,8 @@ destroyed.`,
 		Example: `  cay sandbox create -t python --timeout 1h
   cay sandbox create -t python --persistent --idle-timeout 30m
   cay sandbox create -s shared-cpu-2x -e TOKEN=abc --metadata team=red
-  cay sandbox create --egress-allow-cidr 203.0.113.0/24 --egress-allow-port 443`,
+  cay sandbox create --egress-allow-cidr 203.0.113.0/24 --egress-allow-port 443
+  cay sandbox create --egress-allow-domain pypi.org --egress-allow-domain '*.pythonhosted.org'`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			r, err := a.createRequest(flags, cmd.Flags())

@@ -16,7 +16,8 @@ var flagOf = map[string]string{
 	"template": "--template", "timeout": "--timeout", "idle_timeout": "--idle-timeout", "recovery_interval": "--recovery-interval", "mode": "--mode", "size": "--size",
 	"env": "--env", "metadata": "--metadata", "disk_size_mb": "--disk-size-mb", "workdir": "--workdir", "user": "--user",
 	"egress.mode": "--egress-mode", "egress.allow_cidrs": "--egress-allow-cidr", "egress.deny_cidrs": "--egress-deny-cidr",
-	"egress.allow_ports": "--egress-allow-port", "egress": "--egress-mode", "owner": "--owner", "depth": "--depth", "status": "--status",
+	"egress.allow_ports": "--egress-allow-port", "egress.allow_domains": "--egress-allow-domain",
+	"allow_cidrs": "--egress-allow-cidr", "deny_cidrs": "--egress-deny-cidr", "allow_ports": "--egress-allow-port", "allow_domains": "--egress-allow-domain", "egress": "--egress-mode", "owner": "--owner", "depth": "--depth", "status": "--status",
 	"scopes": "--scope", "expires_in": "--expires-in", "name": "NAME", "path": "PATH", "args": "COMMAND", "stdin": "standard input",
 	"quota.sandboxes": "--quota-sandboxes", "quota.vcpus": "--quota-vcpus", "quota.memory_mb": "--quota-memory-mb",
 }
@@ -24,6 +25,9 @@ var flagOf = map[string]string{
 // flagFor is the flag (or argument) for a field such as "egress.allow_cidrs[2]"
 // or "env.FOO", "" when there is none.
 func flagFor(field string, cmd *cobra.Command) string {
+	if field == "mode" && cmd.Flags().Lookup("egress-mode") != nil && cmd.Flags().Lookup("template") == nil {
+		return "--egress-mode"
+	}
 	if field == "mode" && cmd.Flags().Lookup("persistent") != nil {
 		return "--persistent"
 	}

@@ -39,9 +39,14 @@ func newFakeAPI() *fakeAPI {
 	f := &fakeAPI{files: map[string][]byte{"/data/hello.txt": []byte("hello\n")}, modes: map[string]string{}, building: 3}
 	mux := http.NewServeMux()
 	for pattern, h := range map[string]func(http.ResponseWriter, *http.Request, []byte){
-		"POST /v1/sandboxes":                f.create,
-		"GET /v1/sandboxes":                 f.list,
-		"GET /v1/sandboxes/{id}":            f.withBox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) { answer(w, 200, s) }),
+		"POST /v1/sandboxes": f.create,
+		"GET /v1/sandboxes":  f.list,
+		"GET /v1/sandboxes/{id}": f.withBox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
+			read := *s
+			read.Network = &client.NetworkUse{PacketsAllowed: 12, BytesAllowed: 1500, PacketsDenied: 3, BytesDenied: 180}
+			answer(w, 200, read)
+		}),
+		"PUT /v1/sandboxes/{id}/egress":     f.withBox(f.setEgress),
 		"DELETE /v1/sandboxes/{id}":         f.destroy,
 		"POST /v1/sandboxes/{id}/keepalive": f.withBox(f.keepalive),
 		"POST /v1/sandboxes/{id}/wake": f.withBox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
@@ -235,6 +240,20 @@ func (f *fakeAPI) destroy(w http.ResponseWriter, r *http.Request, body []byte) {
 		s.Status, s.State, s.DestroyReason, s.DestroyedAt = "destroyed", "destroyed", new("requested"), new(time.Now().UTC())
 		w.WriteHeader(204)
 	})(w, r, body)
+}
+
+func (f *fakeAPI) setEgress(w http.ResponseWriter, s *client.Sandbox, body []byte) {
+	var in client.Egress
+	if err := json.Unmarshal(body, &in); err != nil {
+		refuse(w, 400, "invalid_json", "", err.Error())
+		return
+	}
+	if slices.Contains(in.AllowDomains, "1.1.1.1") {
+		refuse(w, 400, "invalid_egress", "allow_domains[0]", `"1.1.1.1" is an address: it belongs in allow_cidrs`)
+		return
+	}
+	s.Egress = in
+	answer(w, 200, s)
 }
 
 func (f *fakeAPI) keepalive(w http.ResponseWriter, s *client.Sandbox, body []byte) {

@@ -17,7 +17,7 @@ func (a *app) sandboxCommand() *cobra.Command {
 	cmd := group("sandbox", "Create and use sandboxes", "  id=$(cay sandbox create -t python)\n  cay sandbox exec $id -- python3 -V\n  cay sandbox destroy $id")
 	cmd.Aliases = []string{"sandboxes", "sbx"}
 	cmd.AddCommand(a.createCommand(), a.sandboxListCommand(), a.statusCommand(), a.execCommand(), a.uploadCommand(), a.downloadCommand(), a.lsCommand(),
-		a.keepaliveCommand(), a.suspendCommand(), a.wakeCommand(), a.checkpointCommand(), a.destroyCommand(), a.eventsCommand())
+		a.keepaliveCommand(), a.suspendCommand(), a.wakeCommand(), a.checkpointCommand(), a.egressCommand(), a.destroyCommand(), a.eventsCommand())
 	return cmd
 }
 
@@ -122,23 +122,9 @@ func (a *app) showSandbox(s *client.Sandbox) error {
 	return a.details("id", s.ID, "status", state, "error", deref(s.Error), "reason", deref(s.DestroyReason),
 		"template", fmt.Sprintf("%s version %d", s.Template, s.TemplateVersion), "mode", string(s.Mode),
 		"size", fmt.Sprintf("%s: %d vCPU, %d MiB memory, %d MiB disk", s.Size, s.VCPUs, s.MemoryMB, s.DiskMB),
-		"egress", egressText(s.Egress), "env", labelsText(s.Env), "metadata", labelsText(s.Metadata),
+		"egress", egressText(s.Egress), "network", networkText(s.Network), "env", labelsText(s.Env), "metadata", labelsText(s.Metadata),
 		"created", moment(&created), "started", moment(s.StartedAt), "expires", moment(expiry(s)), "timeout", seconds(s.TimeoutSeconds),
 		"idle timeout", seconds(s.IdleTimeoutSeconds), "recovery every", seconds(s.RecoveryIntervalSeconds), "last used", moment(s.LastActivityAt), "suspended", moment(s.SuspendedAt), "destroyed", moment(s.DestroyedAt))
-}
-
-func egressText(e client.Egress) string {
-	text := string(e.Mode)
-	if len(e.AllowCIDRs) > 0 {
-		text += ", allow " + strings.Join(e.AllowCIDRs, " ")
-	}
-	if len(e.AllowPorts) > 0 {
-		text += ", TCP ports " + strings.Trim(fmt.Sprint(e.AllowPorts), "[]")
-	}
-	if len(e.DenyCIDRs) > 0 {
-		text += ", deny " + strings.Join(e.DenyCIDRs, " ")
-	}
-	return text
 }
 
 func (a *app) suspendCommand() *cobra.Command {

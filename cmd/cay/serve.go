@@ -22,6 +22,7 @@ import (
 
 	"github.com/cayhq/cay/internal/api"
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/gate"
 	"github.com/cayhq/cay/internal/image"
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/node"
@@ -124,6 +125,8 @@ type server struct {
 	slots     *network.Network
 	images    *image.Store
 	node      *node.Node
+	gate      *gate.Gate
+	doors     gate.Listeners // of the gate
 	templates *template.Service
 	auth      *auth.Service
 	sandboxes *sandbox.Service
@@ -204,6 +207,15 @@ func (s *server) openHost(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	host, err := newGateHost(s)
+	if err != nil {
+		return err
+	}
+	s.gate = gate.New(host, s.log)
+	if s.doors, err = listenGate(); err != nil {
+		return err
+	}
+	s.onClose(func(context.Context) error { closeListeners(s.doors); return nil })
 	if s.slots, err = s.openNetwork(ctx); err != nil {
 		return err
 	}
@@ -215,7 +227,7 @@ func (s *server) openHost(ctx context.Context) error {
 	s.node, err = node.Open(node.Config{
 		Instance: s.instance, Dir: filepath.Join(cfg.DataDir, "sandboxes"), RunDir: stateDir(s.instance),
 		Platform: cfg.Sandbox.Platform, Programs: programs, ProgramsDir: programsDir,
-		Checkpoints: filepath.Join(cfg.DataDir, "checkpoints"), Nameservers: cfg.nameservers(),
+		Checkpoints: filepath.Join(cfg.DataDir, "checkpoints"), Nameservers: cfg.nameservers(), PolicyChanged: s.gate.Recheck,
 		MaxSandboxes: cfg.Capacity.MaxSandboxes, MinHostMemory: int64(cfg.Capacity.MinFreeMemoryMB) << 20,
 		MinDisk: int64(cfg.Capacity.MinFreeDiskMB) << 20, MaxPIDs: cfg.Sandbox.MaxPIDs,
 	}, s.slots, rootFS{s.images, func() { s.templates.Recheck() }}, s.log)
@@ -239,6 +251,7 @@ func (s *server) openNetwork(ctx context.Context) (*network.Network, error) {
 	}
 	c := network.Config{Instance: s.instance, Range: configured, AlwaysDeny: deny,
 		Ready: s.cfg.Network.Ready, MTU: s.cfg.Network.MTU, AgentPort: node.AgentPort}
+	c.Services.DNS, c.Services.Proxy, c.Services.Metadata = portOf(s.doors.DNS), portOf(s.doors.Proxy), portOf(s.doors.Metadata)
 	if !configured.IsValid() {
 		last, found, err := s.db.Setting(ctx, settingRange)
 		if err != nil {
@@ -284,6 +297,7 @@ func (s *server) openCore(ctx context.Context) error {
 		MaxDisk: cfg.Sandbox.MaxDiskMB, KeepDestroyed: time.Duration(cfg.Sandbox.KeepDestroyed),
 	}, s.db, s.node, s.templates, s.log, s.observe())
 	s.onClose(s.sandboxes.Close)
+	s.serveGate(s.doors)
 	return s.sandboxes.Reconcile(ctx)
 }
 
@@ -291,7 +305,7 @@ func (s *server) openCore(ctx context.Context) error {
 func (s *server) observe() func(sandbox.Event) {
 	transitions := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "cay_sandbox_transitions_total",
 		Help: "Transitions of sandboxes by the state they went to and the reason."}, []string{"to", "reason"})
-	s.registry.MustRegister(transitions,
+	s.registry.MustRegister(transitions, trafficMetrics{s.slots},
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "cay_sandbox_leases", Help: "Calls that use a sandbox now."},
 			func() float64 { return float64(s.sandboxes.InUse()) }),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "cay_network_rules_repaired_total",

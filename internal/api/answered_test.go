@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -54,7 +56,16 @@ func TestLifeOfASandbox(t *testing.T) {
 		}
 	}
 	as[Sandbox](t, 200, h.send(t, "POST", path+"/wake", h.key, ""))
-	as[Sandbox](t, 200, h.send(t, "PUT", path+"/egress", h.key, `{"mode":"allow_all"}`))
+	policy := `{"mode":"deny_all","allow_cidrs":["10.0.0.0/8"],"deny_cidrs":["10.1.0.0/16"],"allow_ports":[443],"allow_domains":["*.Example.com"]}`
+	changed := as[Sandbox](t, 200, h.send(t, "PUT", path+"/egress", h.key, policy))
+	read := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, ""))
+	want := Egress{Mode: EgressModeDenyAll, AllowCIDRs: []string{"10.0.0.0/8"}, DenyCIDRs: []string{"10.1.0.0/16"}, AllowPorts: []int{443}, AllowDomains: []string{"*.example.com"}}
+	if !cmp.Equal(changed.Egress, want) || !cmp.Equal(read.Egress, want) {
+		t.Errorf("policy %+v, read %+v", changed.Egress, read.Egress)
+	}
+	if use := (&NetworkUse{PacketsAllowed: 4, BytesAllowed: 4096, PacketsDenied: 1, BytesDenied: 60}); !cmp.Equal(read.Network, use) || changed.Network != nil {
+		t.Errorf("network %+v, in the answer to another call %+v", read.Network, changed.Network)
+	}
 	for range 2 {
 		if r := h.send(t, "DELETE", path, h.key, ""); r.status != 204 || len(r.body) != 0 {
 			t.Errorf("destroy: %d %s", r.status, r.body)
@@ -69,8 +80,11 @@ func TestLifeOfASandbox(t *testing.T) {
 	for _, e := range events {
 		states = append(states, e.To)
 	}
-	if want := []SandboxState{"destroyed", "destroying", "running", "creating"}; !slices.Equal(states, want) || events[len(events)-1].From != nil {
+	if want := []SandboxState{"destroyed", "destroying", "running", "running", "creating"}; !slices.Equal(states, want) || events[len(events)-1].From != nil {
 		t.Errorf("events %v, want %v, the oldest from nothing", states, want)
+	}
+	if e := events[2]; e.From == nil || *e.From != e.To || e.Reason != "egress_changed" || e.Detail == nil {
+		t.Errorf("the change of policy is %+v", e)
 	}
 }
 

@@ -326,7 +326,7 @@ type CreateSandboxRequest struct {
 	// Example: 2048
 	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
 
-	// Egress What a sandbox may reach. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
 	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
 	Egress *Egress `json:"egress,omitempty"`
 
@@ -365,16 +365,20 @@ type CreateSandboxRequest struct {
 	Timeout *string `json:"timeout,omitempty"`
 }
 
-// Egress What a sandbox may reach. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
 // (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
 type Egress struct {
 	// AllowCIDRs IPv4 ranges that may be reached, without host bits.
 	AllowCIDRs []string `json:"allow_cidrs,omitempty"`
 
+	// AllowDomains Names that may be reached over TCP: exact ones, or with `*.` in front all names below one, without itself. cay's resolver answers these names only, and TLS and HTTP to their
+	// addresses must ask for an allowed name. `allow_ports` says nothing about them.
+	AllowDomains []string `json:"allow_domains,omitempty"`
+
 	// AllowPorts Restricts `allow_cidrs` to these destination TCP ports. Absent is every protocol and port.
 	AllowPorts []int `json:"allow_ports,omitempty"`
 
-	// DenyCIDRs IPv4 ranges that may not be reached. They may not touch 169.254.0.0/16.
+	// DenyCIDRs IPv4 ranges that may not be reached, whatever allows them. They may not touch 169.254.0.0/16.
 	DenyCIDRs []string `json:"deny_cidrs,omitempty"`
 
 	// Mode What happens to traffic that no list speaks of. `allow_all` takes no lists.
@@ -387,7 +391,7 @@ type EgressMode string
 // Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
 type Env map[string]string
 
-// Event One transition of a sandbox.
+// Event One transition of a sandbox, or something else that happened to it: then `from` is the same as `to`.
 type Event struct {
 	// Detail More about it, for people, e.g. to what time a sandbox fell back; absent when there is nothing more.
 	Detail *string `json:"detail,omitempty"`
@@ -564,6 +568,21 @@ type Me struct {
 // Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
 type Metadata map[string]string
 
+// NetworkUse What left the sandbox since it runs, as its policy decided. Only where one running sandbox is read, not in lists and not in answers to other calls.
+type NetworkUse struct {
+	// BytesAllowed Bytes of these.
+	BytesAllowed int64 `json:"bytes_allowed"`
+
+	// BytesDenied Bytes of these.
+	BytesDenied int64 `json:"bytes_denied"`
+
+	// PacketsAllowed Packets let out.
+	PacketsAllowed int64 `json:"packets_allowed"`
+
+	// PacketsDenied Packets kept in.
+	PacketsDenied int64 `json:"packets_denied"`
+}
+
 // NewAPIKey A new API key with its secret.
 type NewAPIKey struct {
 	// APIKey The secret. Shown this once.
@@ -718,7 +737,7 @@ type Sandbox struct {
 	// DiskMB What it may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
-	// Egress What a sandbox may reach. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
 	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
 	Egress Egress `json:"egress"`
 
@@ -750,6 +769,9 @@ type Sandbox struct {
 
 	// Mode `ephemeral` sandboxes are destroyed when their timeout is over, `persistent` ones suspended when idle and woken by the next call.
 	Mode SandboxMode `json:"mode"`
+
+	// Network What left the sandbox since it runs, as its policy decided. Only where one running sandbox is read, not in lists and not in answers to other calls.
+	Network *NetworkUse `json:"network,omitempty"`
 
 	// RecoveryIntervalSeconds Persistent only: how often a recovery point is taken while it runs and changes; 0 is never.
 	RecoveryIntervalSeconds *int64 `json:"recovery_interval_seconds,omitempty"`
@@ -855,7 +877,7 @@ type Template struct {
 	// DiskSizeMB Default of what a sandbox may write, in MiB; absent is the server's.
 	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
 
-	// Egress What a sandbox may reach. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
 	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
 	Egress Egress `json:"egress"`
 

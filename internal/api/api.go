@@ -41,6 +41,7 @@ type Sandboxes interface {
 	Suspend(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
 	Checkpoint(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Point, error)
 	SetEgress(ctx context.Context, orgID string, id sandbox.ID, e sandbox.Egress) (sandbox.Sandbox, error)
+	Traffic(ctx context.Context, box sandbox.Sandbox) (*sandbox.Traffic, error)
 	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
 	Sizes() []sandbox.Size
 }

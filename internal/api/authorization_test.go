@@ -38,7 +38,7 @@ var samples = map[string]sample{
 	"wakeSandbox":       {others: 403, othersCode: notYours},
 	"suspendSandbox":    {others: 403, othersCode: notYours},
 	"checkpointSandbox": {others: 403, othersCode: notYours},
-	"setEgress":         {body: `{"mode":"allow_all"}`, others: 403, othersCode: notYours},
+	"setEgress":         {body: `{"mode":"deny_all"}`, others: 403, othersCode: notYours},
 	"listEvents":        {others: 403, othersCode: notYours},
 	"executeCommand":    {body: `{"command":"id"}`, others: 403, othersCode: notYours},
 	"writeFile":         {query: "path=/tmp/a", body: "x", others: 403, othersCode: notYours},

@@ -165,7 +165,7 @@ func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal 
 	fatal(err)
 	_, err = c.Wake(ctx, first.ID)
 	fatal(err)
-	_, err = c.SetEgress(ctx, first.ID, client.Egress{Mode: client.EgressModeAllowAll})
+	_, err = c.SetEgress(ctx, first.ID, client.Egress{Mode: client.EgressModeDenyAll, AllowDomains: []string{"example.com"}})
 	fatal(err)
 	clientSleep(t, ctx, c, fatal)
 	n = 0
@@ -173,8 +173,8 @@ func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal 
 		fatal(err)
 		n++
 	}
-	if n != 2 {
-		t.Errorf("%d events, want 2", n)
+	if n != 3 { // with the change of its policy
+		t.Errorf("%d events, want 3", n)
 	}
 	for b, err := range c.Sandboxes(ctx, client.ListSandboxesOptions{ListOptions: client.ListOptions{Cursor: "nonsense"}}) {
 		if !client.HasCode(err, "invalid_cursor") {

@@ -97,7 +97,16 @@ func egressOf(e sandbox.Egress) Egress {
 	for _, port := range e.AllowPorts {
 		out.AllowPorts = append(out.AllowPorts, int(port))
 	}
+	out.AllowDomains = e.AllowDomains
 	return out
+}
+
+func networkOf(t *sandbox.Traffic) *NetworkUse {
+	if t == nil {
+		return nil
+	}
+	return &NetworkUse{PacketsAllowed: int64(t.PacketsAllowed), BytesAllowed: int64(t.BytesAllowed),
+		PacketsDenied: int64(t.PacketsDenied), BytesDenied: int64(t.BytesDenied)}
 }
 
 func eventOf(e sandbox.Event) Event {

@@ -102,7 +102,8 @@ func requestOf(in CreateSandboxRequest) (sandbox.Request, error) {
 }
 
 func policyOf(in Egress) (sandbox.Egress, error) {
-	return sandbox.ParseEgress(string(in.Mode), in.AllowCIDRs, in.DenyCIDRs, in.AllowPorts)
+	return sandbox.EgressRequest{Mode: string(in.Mode), AllowCIDRs: in.AllowCIDRs, DenyCIDRs: in.DenyCIDRs,
+		AllowPorts: in.AllowPorts, AllowDomains: in.AllowDomains}.Parse()
 }
 
 // metadataPrefix begins the query parameters that filter by metadata.
@@ -158,7 +159,18 @@ func statesOf(statuses []SandboxStatus) ([]sandbox.State, error) {
 // GetSandbox answers GET /v1/sandboxes/{id}.
 func (s *server) GetSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
 	box, err := s.Sandboxes.Get(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
-	s.answerSandbox(w, r, box, err)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	traffic, err := s.Sandboxes.Traffic(r.Context(), box)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	out := sandboxOf(box)
+	out.Network = networkOf(traffic)
+	s.answer(w, r, http.StatusOK, out)
 }
 
 func (s *server) answerSandbox(w http.ResponseWriter, r *http.Request, box sandbox.Sandbox, err error) {

@@ -23,11 +23,13 @@ type Node struct {
 	OnWake       func(ctx context.Context, spec sandbox.Spec) error
 	OnRest       func(ctx context.Context, id sandbox.ID) error
 	OnInspect    func(ctx context.Context, id sandbox.ID) error
+	OnSetEgress  func(ctx context.Context, id sandbox.ID) error
 	OnBusy       func(ctx context.Context, id sandbox.ID) (bool, error) // unset: not busy
 	// OnDial, if set, answers Dial for a sandbox that is there.
 	OnDial func(ctx context.Context, id sandbox.ID) (net.Conn, error)
 
-	lost chan sandbox.Fact
+	lost   chan sandbox.Fact
+	denied chan sandbox.Denial
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -40,7 +42,7 @@ type Node struct {
 
 // NewNode makes an empty node.
 func NewNode() *Node {
-	return &Node{lost: make(chan sandbox.Fact), boxes: map[sandbox.ID]sandbox.Fact{}}
+	return &Node{lost: make(chan sandbox.Fact), denied: make(chan sandbox.Denial), boxes: map[sandbox.ID]sandbox.Fact{}}
 }
 
 // SetFull makes Room say no, or yes again.
@@ -70,7 +72,7 @@ func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
 	if _, there := n.boxes[spec.ID]; there {
 		return errors.New("created twice")
 	}
-	n.boxes[spec.ID] = sandbox.Fact{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true}
+	n.boxes[spec.ID] = sandbox.Fact{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Egress: spec.Egress}
 	return nil
 }
 
@@ -125,7 +127,7 @@ func (n *Node) Wake(ctx context.Context, spec sandbox.Spec) error {
 	case fact.Point == nil:
 		return fault.New(fault.Internal, "wake_failed", "the sandbox has no recovery point")
 	}
-	n.boxes[spec.ID] = sandbox.Fact{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Point: fact.Point}
+	n.boxes[spec.ID] = sandbox.Fact{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Egress: spec.Egress, Point: fact.Point}
 	return nil
 }
 
@@ -151,6 +153,38 @@ func (n *Node) Busy(ctx context.Context, id sandbox.ID) (bool, error) {
 	}
 	return n.OnBusy(ctx, id)
 }
+
+// SetEgress implements sandbox.Node.
+func (n *Node) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) error {
+	if err := called(ctx, n, "egress", id, id, n.OnSetEgress); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	fact := n.boxes[id]
+	if !fact.Alive {
+		return fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is not here", id)
+	}
+	fact.Egress = e
+	n.boxes[id] = fact
+	return nil
+}
+
+// Traffic implements sandbox.Node.
+func (n *Node) Traffic(_ context.Context, id sandbox.ID) (sandbox.Traffic, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if !n.boxes[id].Alive {
+		return sandbox.Traffic{}, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is not here", id)
+	}
+	return sandbox.Traffic{PacketsAllowed: 4, BytesAllowed: 4096, PacketsDenied: 1, BytesDenied: 60}, nil
+}
+
+// Denied implements sandbox.Node.
+func (n *Node) Denied() <-chan sandbox.Denial { return n.denied }
+
+// Deny reports what a policy kept in, and returns when it was taken.
+func (n *Node) Deny(d sandbox.Denial) { n.denied <- d }
 
 // Inspect implements sandbox.Node.
 func (n *Node) Inspect(ctx context.Context, id sandbox.ID) (*sandbox.Fact, error) {

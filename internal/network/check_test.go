@@ -4,6 +4,9 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"regexp"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -14,11 +17,40 @@ import (
 
 // A firewall service that reloads flushes everybody's rules.
 func TestRepair(t *testing.T) {
-	n := open(t, newConfig())
-	s := acquire(t, n)
-	before := listTable(t, n.rules.table.Name)
+	c := newConfig()
+	c.Services = Services{DNS: 5301, Proxy: 5302, Metadata: 5303}
+	n := open(t, c)
+	s, names, ports := acquire(t, n), acquire(t, n), acquire(t, n)
+	setPolicy(t, n, names, Policy{Names: true, Deny: prefixes("203.0.113.0/28")})
+	if err := n.Resolve(names, []netip.Addr{farAddr}, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	setPolicy(t, n, ports, Policy{Allow: prefixes("203.0.113.0/24"), Ports: []uint16{443}})
+	named, ported := n.ruled[names.Index], n.ruled[ports.Index]
+	// What ends in an hour always ends a little sooner, and what was added later
+	// may be listed before.
+	list := func() []string {
+		text := regexp.MustCompile(`(timeout|expires) [0-9hms]+|elements = |[,{}]`).ReplaceAllString(listTable(t, n.rules.table.Name), "$1")
+		lines := strings.Split(text, "\n")
+		for i := range lines {
+			lines[i] = strings.TrimSpace(lines[i])
+		}
+		slices.Sort(lines)
+		return lines
+	}
+	before := list()
+	if want := farAddr.String() + " timeout expires"; !slices.Contains(before, want) {
+		t.Errorf("no line %q in\n%s", want, strings.Join(before, "\n"))
+	}
 	for i, text := range []string{
 		"flush ruleset",
+		"flush chain inet " + n.rules.table.Name + " " + named.policyChain(),
+		"flush chain inet " + n.rules.table.Name + " " + named.namesChain(),
+		"add rule inet " + n.rules.table.Name + " " + ported.policyChain() + " accept",
+		"flush set inet " + n.rules.table.Name + " " + named.name(kindDeny),
+		"add element inet " + n.rules.table.Name + " " + ported.name(kindPorts) + " { 80 }",
+		"delete element inet " + n.rules.table.Name + " named { \"" + names.Link + "\" . " + names.Addr.String() + " }",
+		"flush map inet " + n.rules.table.Name + " policies",
 		"flush chain inet " + n.rules.table.Name + " raw",
 		"flush set inet " + n.rules.table.Name + " never",
 		"delete element inet " + n.rules.table.Name + " slots { \"" + s.Link + "\" . " + s.Addr.String() + " }",
@@ -29,7 +61,7 @@ func TestRepair(t *testing.T) {
 		if _, err := n.Check(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if d := cmp.Diff(before, listTable(t, n.rules.table.Name)); d != "" {
+		if d := cmp.Diff(before, list()); d != "" {
 			t.Errorf("after %q (-want +got):\n%s", text, d)
 		}
 		if got := n.Repairs(); got != i+1 {

@@ -24,43 +24,79 @@ const (
 	attrFilter     = 25
 
 	attrTupleIP     = 1 // in a tuple
-	attrIPv4Source  = 1 // in a tuple's addresses
-	attrFilterOrig  = 1 // in a filter, as the reply's below
-	attrFilterReply = 2
-	filterSource    = 1 << 0 // compare the tuple's source address alone
+	attrTupleProto  = 2
+	attrIPv4Source  = 1 // in a tuple's addresses, as the destination
+	attrProtoNumber = 1 // in a tuple's protocol, as the ports
+
+	attrIPv4Destination  = 2
+	attrProtoSource      = 2
+	attrProtoDestination = 3
+	attrFilterOrig       = 1 // in a filter, as the reply's below
+	attrFilterReply      = 2
+	filterSource         = 1 << 0 // compare the tuple's source address alone
 )
 
 // forgetConnections removes what connection tracking remembers of an address:
 // the connections it opened, and those the host opened to it. Otherwise the next
 // sandbox with the address would get what is still sent to the previous one.
-func forgetConnections(ctx context.Context, a netip.Addr) error {
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
-	if err != nil {
-		return fmt.Errorf("opening connection tracking: %w", err)
-	}
-	defer c.Close()
+func forgetConnections(ctx context.Context, s *sockets, a netip.Addr) error {
 	for _, tuple := range []uint16{attrTupleOrig, attrTupleReply} {
-		found, err := connectionsFrom(c, tuple, a)
-		if err != nil {
-			return fmt.Errorf("listing connections of %s: %w", a, err)
-		}
-		for _, f := range found {
-			if err := ctx.Err(); err != nil {
-				return fmt.Errorf("forgetting connections of %s: %w", a, err)
-			}
-			_, err := c.Execute(conntrackMessage(conntrackDelete, netlink.Acknowledge, f))
-			if err != nil && !errors.Is(err, unix.ENOENT) {
-				return fmt.Errorf("forgetting a connection of %s: %w", a, err)
-			}
+		if err := forget(ctx, s, a, tuple, func(connection) bool { return true }); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
+// cutConnections forgets the connections of a slot that its policy does not
+// allow: what still comes from the other side finds no way in, and what the
+// sandbox sends on is looked at as if it were new.
+func cutConnections(ctx context.Context, by *sockets, s *Slot, r *ruling) error {
+	return forget(ctx, by, s.Addr, attrTupleOrig, func(c connection) bool {
+		// Only what is led to a service has the gateway at its other end.
+		if c.end.Addr() == s.Gateway {
+			direct := c.to == netip.AddrPortFrom(metadataAddr, metadataPort)
+			return !direct && (!r.names || c.to.Port() != dnsPort && contains(r.deny, c.to.Addr()))
+		}
+		return !r.allows(c.protocol, c.end) || r.names && c.to.Port() == dnsPort
+	})
+}
+
+// forget removes the connections whose tuple of one direction has the source
+// address, if which says so.
+func forget(ctx context.Context, s *sockets, a netip.Addr, tuple uint16, which func(connection) bool) error {
+	found, err := connectionsFrom(s, tuple, a)
+	if err != nil {
+		return fmt.Errorf("listing connections of %s: %w", a, err)
+	}
+	for _, f := range found {
+		if !which(f) {
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("forgetting connections of %s: %w", a, err)
+		}
+		_, err := s.execute(conntrackMessage(conntrackDelete, netlink.Acknowledge, f.id))
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("forgetting a connection of %s: %w", a, err)
+		}
+	}
+	return nil
+}
+
+// connection is what is tracked of one.
+type connection struct {
+	id       []byte // the attributes that identify it
+	protocol byte
+	source   netip.Addr     // of the tuple it was looked for by
+	to       netip.AddrPort // where it was opened to
+	end      netip.AddrPort // where it went, after destinations were rewritten
+}
+
 // connectionsFrom lists the connections whose tuple (of one direction) has the
-// source address, each as the attributes that identify it. The kernel filters;
-// one older than 5.8 sends everything, so it is looked at here again.
-func connectionsFrom(c *netlink.Conn, tuple uint16, a netip.Addr) ([][]byte, error) {
+// source address. The kernel filters; one older than 5.8 sends everything, so it
+// is looked at here again.
+func connectionsFrom(s *sockets, tuple uint16, a netip.Addr) ([]connection, error) {
 	addr := a.As4()
 	e := netlink.NewAttributeEncoder()
 	e.Nested(tuple, func(e *netlink.AttributeEncoder) error {
@@ -83,33 +119,33 @@ func connectionsFrom(c *netlink.Conn, tuple uint16, a netip.Addr) ([][]byte, err
 	if err != nil {
 		return nil, err
 	}
-	messages, err := c.Execute(conntrackMessage(conntrackGet, netlink.Dump, request))
+	messages, err := s.execute(conntrackMessage(conntrackGet, netlink.Dump, request))
 	if err != nil {
 		return nil, err
 	}
-	var out [][]byte
+	var out []connection
 	for _, m := range messages {
-		id, source, err := parseConnection(m.Data, tuple)
+		found, err := parseConnection(m.Data, tuple)
 		if err != nil {
 			return nil, err
 		}
-		if source == a {
-			out = append(out, id)
+		if found.source == a {
+			out = append(out, found)
 		}
 	}
 	return out, nil
 }
 
-// parseConnection reads one entry: the attributes that identify it and the
-// source address of the tuple asked for.
-func parseConnection(data []byte, tuple uint16) (id []byte, source netip.Addr, err error) {
+// parseConnection reads one entry; its source is that of the tuple asked for.
+func parseConnection(data []byte, tuple uint16) (connection, error) {
 	if len(data) < headerLength {
-		return nil, netip.Addr{}, errors.New("connection tracking sent a truncated entry")
+		return connection{}, errors.New("connection tracking sent a truncated entry")
 	}
 	d, err := netlink.NewAttributeDecoder(data[headerLength:])
 	if err != nil {
-		return nil, netip.Addr{}, err
+		return connection{}, err
 	}
+	var out connection
 	e := netlink.NewAttributeEncoder()
 	for d.Next() {
 		switch d.Type() {
@@ -118,30 +154,65 @@ func parseConnection(data []byte, tuple uint16) (id []byte, source netip.Addr, e
 		case attrID, attrZone:
 			e.Bytes(d.Type(), d.Bytes())
 		}
-		if d.Type() != tuple {
+		if d.Type() != attrTupleOrig && d.Type() != attrTupleReply {
 			continue
 		}
-		d.Nested(func(d *netlink.AttributeDecoder) error {
-			for d.Next() {
-				if d.Type() == attrTupleIP {
-					d.Nested(func(d *netlink.AttributeDecoder) error {
-						for d.Next() {
-							if b := d.Bytes(); d.Type() == attrIPv4Source && len(b) == 4 {
-								source = netip.AddrFrom4([4]byte(b))
-							}
-						}
-						return nil
-					})
-				}
-			}
-			return nil
-		})
+		var ends flow
+		kind := d.Type()
+		d.Nested(ends.parse)
+		if kind == tuple {
+			out.source = ends.source.Addr()
+		}
+		if kind == attrTupleOrig {
+			out.protocol, out.to = ends.protocol, ends.destination
+		} else {
+			out.end = ends.source
+		}
 	}
 	if err := d.Err(); err != nil {
-		return nil, netip.Addr{}, err
+		return connection{}, err
 	}
-	id, err = e.Encode()
-	return id, source, err
+	out.id, err = e.Encode()
+	return out, err
+}
+
+// flow is one direction of a connection. Protocols without ports have 0 for them.
+type flow struct {
+	protocol            byte
+	source, destination netip.AddrPort
+}
+
+// parse reads a tuple's attributes.
+func (f *flow) parse(d *netlink.AttributeDecoder) error {
+	var addrs [2]netip.Addr
+	var ports [2]uint16
+	for d.Next() {
+		switch d.Type() {
+		case attrTupleIP:
+			d.Nested(func(d *netlink.AttributeDecoder) error {
+				for d.Next() {
+					if b := d.Bytes(); len(b) == 4 && (d.Type() == attrIPv4Source || d.Type() == attrIPv4Destination) {
+						addrs[d.Type()-attrIPv4Source] = netip.AddrFrom4([4]byte(b))
+					}
+				}
+				return nil
+			})
+		case attrTupleProto:
+			d.Nested(func(d *netlink.AttributeDecoder) error {
+				for d.Next() {
+					switch b := d.Bytes(); {
+					case d.Type() == attrProtoNumber && len(b) == 1:
+						f.protocol = b[0]
+					case (d.Type() == attrProtoSource || d.Type() == attrProtoDestination) && len(b) == 2:
+						ports[d.Type()-attrProtoSource] = binary.BigEndian.Uint16(b)
+					}
+				}
+				return nil
+			})
+		}
+	}
+	f.source, f.destination = netip.AddrPortFrom(addrs[0], ports[0]), netip.AddrPortFrom(addrs[1], ports[1])
+	return nil
 }
 
 // headerLength is that of struct nfgenmsg: family, version, resource.

@@ -44,6 +44,33 @@ func gotoChain(name string) []expr.Any {
 	return []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: name}}
 }
 func masquerade() []expr.Any { return []expr.Any{&expr.Masq{}} }
+func leave() []expr.Any      { return []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}} }
+
+// count adds a packet to a counter of the table.
+func count(name string) []expr.Any {
+	return []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: name}}
+}
+
+// redirectTo sends a connection to a port of the host itself.
+func redirectTo(port uint16) []expr.Any {
+	return []expr.Any{&expr.Immediate{Register: 1, Data: binaryutil.BigEndian.PutUint16(port)},
+		&expr.Redir{RegisterProtoMin: 1, Flags: redirectPorts}}
+}
+
+// redirectPorts says that the ports are given (NF_NAT_RANGE_PROTO_SPECIFIED).
+const redirectPorts = 2
+
+// logTo tells the group of the netfilter log about the packet: its first snapLength bytes.
+func logTo(group uint16) []expr.Any {
+	return []expr.Any{&expr.Log{Key: 1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_SNAPLEN, Group: group, Snaplen: snapLength}}
+}
+
+// withinRate matches as long as the key in register 1 comes at most ratePerSlot
+// times a second; m remembers.
+func withinRate(m *nftables.Set) []expr.Any {
+	return []expr.Any{&expr.Dynset{SrcRegKey: 1, SetName: m.Name, SetID: m.ID, Operation: unix.NFT_DYNSET_OP_ADD,
+		Exprs: []expr.Any{&expr.Limit{Type: expr.LimitTypePkts, Rate: ratePerSlot, Unit: expr.LimitTimeSecond, Burst: rateBurst}}}}
+}
 
 func metaLink(d direction, register uint32) expr.Any {
 	key := expr.MetaKeyIIFNAME
@@ -128,29 +155,48 @@ func state(bits uint32) []expr.Any {
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)}}
 }
 
+// isRedirected matches connections of which the destination was rewritten.
+func isRedirected() []expr.Any {
+	const destinationRewritten = 1 << 5 // IPS_DST_NAT
+	return []expr.Any{&expr.Ct{Key: expr.CtKeySTATUS, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(destinationRewritten), Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)}}
+}
+
 // isReply matches packets against the direction in which their connection was opened.
-func isReply() []expr.Any {
-	const reply = 1 // IP_CT_DIR_REPLY
-	return []expr.Any{&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{reply}}}
+func isReply() []expr.Any    { return wayIs(1) } // IP_CT_DIR_REPLY
+func isOriginal() []expr.Any { return wayIs(0) } // IP_CT_DIR_ORIGINAL
+
+func wayIs(way byte) []expr.Any {
+	return join([]expr.Any{&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}}, equals([]byte{way}))
 }
 
 func protocolIs(p byte) []expr.Any {
-	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{p}}}
+	return join([]expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}}, equals([]byte{p}))
 }
 
 func isICMP() []expr.Any { return protocolIs(unix.IPPROTO_ICMP) }
 
-func tcpPort(e end, port uint16) []expr.Any {
+// equals compares register 1.
+func equals(data []byte) []expr.Any {
+	return []expr.Any{&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: data}}
+}
+
+// loadPort reads a port, of TCP as of UDP; what has none does not match.
+func loadPort(e end) []expr.Any {
 	offset := uint32(0)
 	if e == destination {
 		offset = 2
 	}
-	return join(protocolIs(unix.IPPROTO_TCP), []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(port)}})
+	return []expr.Any{&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2}}
 }
+
+func portOf(protocol byte, e end, port uint16) []expr.Any {
+	return join(protocolIs(protocol), loadPort(e), equals(binaryutil.BigEndian.PutUint16(port)))
+}
+
+func tcpPort(e end, port uint16) []expr.Any { return portOf(unix.IPPROTO_TCP, e, port) }
 
 // isGone reports that what should be deleted was not there.
 func isGone(err error) bool { return errors.Is(err, unix.ENOENT) }

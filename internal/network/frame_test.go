@@ -16,6 +16,9 @@ type frame struct {
 	src, dst netip.AddrPort
 	ttl      byte // 0: 64
 	payload  string
+	options  []byte     // of IPv4, a multiple of 4 bytes
+	pieces   bool       // in two fragments, IPv4 only
+	end      netip.Addr // where options lead it in the end, if not to dst
 }
 
 // send writes the frame to eth0 of the namespace the thread is in.
@@ -32,7 +35,33 @@ func (f frame) send() error {
 	if to == nil {
 		to = hostMAC
 	}
-	return sendRaw(link.Index, to, kind, f.packet())
+	packet := f.packet()
+	if !f.pieces {
+		return sendRaw(link.Index, to, kind, packet)
+	}
+	for _, piece := range fragments(packet) {
+		if err := sendRaw(link.Index, to, kind, piece); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fragments cuts an IPv4 packet in two, behind the ports.
+func fragments(packet []byte) [][]byte {
+	const first = 8 // bytes behind the header, also the unit of offsets
+	header := int(packet[0]&0xf) * 4
+	piece := func(flags uint16, data []byte) []byte {
+		out := append(append([]byte{}, packet[:header]...), data...)
+		binary.BigEndian.PutUint16(out[2:], uint16(len(out)))
+		binary.BigEndian.PutUint16(out[4:], binary.BigEndian.Uint16(packet[header+6:])) // an ID of its own
+		binary.BigEndian.PutUint16(out[6:], flags)
+		binary.BigEndian.PutUint16(out[10:], 0)
+		binary.BigEndian.PutUint16(out[10:], checksum(out[:header]))
+		return out
+	}
+	const more = 0x2000
+	return [][]byte{piece(more, packet[header:header+first]), piece(1, packet[header+first:])}
 }
 
 // sendRaw writes one Ethernet frame to a link.
@@ -54,6 +83,9 @@ func (f frame) packet() []byte {
 	udp = append(udp, f.payload...)
 	src, dst := f.src.Addr().AsSlice(), f.dst.Addr().AsSlice()
 	pseudo := append(append([]byte{}, src...), dst...)
+	if f.end.IsValid() {
+		copy(pseudo[len(src):], f.end.AsSlice())
+	}
 	pseudo = append(pseudo, 0, unix.IPPROTO_UDP, udp[4], udp[5])
 	binary.BigEndian.PutUint16(udp[6:], checksum(append(pseudo, udp...)))
 	ttl := f.ttl
@@ -65,10 +97,10 @@ func (f frame) packet() []byte {
 		return append(append(append(ip, src...), dst...), udp...)
 	}
 	ip := make([]byte, 12, 20)
-	ip[0] = 0x45
-	binary.BigEndian.PutUint16(ip[2:], uint16(20+len(udp)))
+	ip[0] = 0x45 + byte(len(f.options)/4)
+	binary.BigEndian.PutUint16(ip[2:], uint16(20+len(f.options)+len(udp)))
 	ip[8], ip[9] = ttl, unix.IPPROTO_UDP
-	ip = append(append(ip, src...), dst...)
+	ip = append(append(append(ip, src...), dst...), f.options...)
 	binary.BigEndian.PutUint16(ip[10:], checksum(ip))
 	return append(ip, udp...)
 }

@@ -130,6 +130,12 @@ func TestNever(t *testing.T) {
 		{"IPv6 link-local multicast", a.Namespace, frame{to: net.HardwareAddr{0x33, 0x33, 0, 0, 0, 1}, src: v6, dst: at("ff02::1", probePort)}},
 		{"IPv6 of the host", a.Namespace, frame{src: at("fd00:a::2", 5555), dst: at("fd00:1::1", probePort)}},
 		{"IPv6 to the outside", a.Namespace, frame{src: at("fd00:a::2", 5555), dst: at("fd00:2::2", probePort)}},
+		{"gateway with the route recorded", a.Namespace, frame{src: from, dst: netip.AddrPortFrom(a.Gateway, probePort), options: recordRoute}},
+		{"metadata with the route recorded", a.Namespace, frame{src: from, dst: at("169.254.169.254", probePort), options: recordRoute}},
+		{"by a loose source route over the host", a.Namespace, frame{src: from, dst: netip.AddrPortFrom(hostAddr, probePort), options: routeOver(deniedAddr), end: deniedAddr}},
+		{"gateway in fragments", a.Namespace, frame{src: from, dst: netip.AddrPortFrom(a.Gateway, probePort), pieces: true}},
+		{"other slot in fragments", a.Namespace, frame{src: from, dst: netip.AddrPortFrom(b.Addr, probePort), pieces: true}},
+		{"metadata in fragments", a.Namespace, frame{src: from, dst: at("169.254.169.254", probePort), pieces: true}},
 		{"from outside", outsidePath, frame{src: netip.AddrPortFrom(farAddr, 5555), dst: netip.AddrPortFrom(a.Addr, probePort)}},
 		{"from outside to the agent", outsidePath, frame{src: netip.AddrPortFrom(farAddr, 5555), dst: netip.AddrPortFrom(a.Addr, agentPort)}},
 		{"from outside as the host", outsidePath, frame{src: netip.AddrPortFrom(netip.MustParseAddr("203.0.113.8"), agentPort), dst: netip.AddrPortFrom(a.Addr, agentPort+1)}},
@@ -150,23 +156,55 @@ func TestNever(t *testing.T) {
 			}
 		}
 	}
-	send(t, "with rules: ", func(string) bool { return true })
-	// What is allowed still arrives, so the tries were not lost to something else.
-	open := frame{src: from, dst: far, payload: "allowed"}
-	eventually(t, func() error {
-		if err := inNamespace(a.Namespace, open.send); err != nil {
-			return err
-		}
-		if !hear.hears("allowed") {
-			return errors.New("what is allowed did not arrive")
-		}
-		return nil
-	})
-	time.Sleep(grace)
-	for _, try := range tries {
-		if hear.hears("with rules: " + try.name) {
-			t.Errorf("%s: arrived", try.name)
-		}
+	everything := prefixes("0.0.0.0/0")
+	for name, p := range map[string]struct {
+		Policy
+		allowed bool // what is allowed by the others is
+	}{
+		"closed":        {Policy{}, false},
+		"open":          {Policy{Open: true}, true},
+		"all addresses": {Policy{Allow: everything}, true},
+		"ports":         {Policy{Allow: everything, Ports: []uint16{probePort}}, false}, // of TCP
+		"denied":        {Policy{Allow: everything, Deny: prefixes("203.0.113.0/28")}, false},
+		"names":         {Policy{Names: true, Allow: everything}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			setPolicy(t, n, a, p.Policy)
+			send(t, name+": ", func(string) bool { return true })
+			// What is allowed still arrives, so the tries were not lost to something
+			// else; that also in fragments and with options.
+			open := []frame{{src: from, dst: far, payload: name + ", plain"}, {src: from, dst: far, pieces: true, payload: name + ", pieces"},
+				{src: from, dst: far, options: recordRoute, payload: name + ", options"}}
+			sendOpen := func() error {
+				var errs []error
+				for _, f := range open {
+					errs = append(errs, inNamespace(a.Namespace, f.send))
+				}
+				return errors.Join(errs...)
+			}
+			eventually(t, func() error {
+				if err := sendOpen(); err != nil {
+					return err
+				}
+				for _, f := range open {
+					if p.allowed && !hear.hears(f.payload) {
+						return fmt.Errorf("what is allowed did not arrive: %s", f.payload)
+					}
+				}
+				return nil
+			})
+			time.Sleep(grace)
+			for _, f := range open {
+				if !p.allowed && hear.hears(f.payload) {
+					t.Errorf("%s: arrived", f.payload)
+				}
+			}
+			for _, try := range tries {
+				if hear.hears(name + ": " + try.name) {
+					t.Errorf("%s: arrived", try.name)
+				}
+			}
+		})
 	}
 
 	withoutRules(t, n, func() {
@@ -177,6 +215,51 @@ func TestNever(t *testing.T) {
 				time.Sleep(time.Millisecond)
 				if !hear.hears(text) {
 					return fmt.Errorf("%s: does not arrive without the rules either: the try proves nothing", try.name)
+				}
+				return nil
+			})
+		}
+	})
+}
+
+// recordRoute has room for one address; routeOver sends over the packet's
+// destination to another (RFC 791).
+var recordRoute = []byte{7, 7, 4, 0, 0, 0, 0, 0}
+
+func routeOver(to netip.Addr) []byte { return append(append([]byte{131, 7, 4}, to.AsSlice()...), 0) }
+
+// No echo comes from where nothing else may come from.
+func TestNeverByPing(t *testing.T) {
+	c := newConfig()
+	c.Services = Services{DNS: 5301, Proxy: 5302, Metadata: 5303}
+	n := open(t, c)
+	a, b := acquire(t, n), acquire(t, n)
+	loosen(t, a, b)
+	hear := hearPings(t, a)
+	targets := []netip.Addr{a.Gateway, b.Gateway, b.Addr, hostAddr, deniedAddr, metadataAddr}
+	for round, p := range []Policy{{Open: true}, {}, {Allow: prefixes("0.0.0.0/0")}, {Names: true}} {
+		setPolicy(t, n, a, p)
+		for i, to := range targets {
+			if err := hear.send(to, uint16(round), uint16(i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(grace)
+		for i, to := range targets {
+			if hear.hears(uint16(round), uint16(i)) {
+				t.Errorf("%s answered under %+v", to, p)
+			}
+		}
+	}
+	withoutRules(t, n, func() {
+		for i, to := range targets {
+			eventually(t, func() error {
+				if err := hear.send(to, 99, uint16(i)); err != nil {
+					return err
+				}
+				time.Sleep(time.Millisecond)
+				if !hear.hears(99, uint16(i)) {
+					return fmt.Errorf("%s does not answer without the rules either: the try proves nothing", to)
 				}
 				return nil
 			})
@@ -206,9 +289,9 @@ func withoutRules(t *testing.T, n *Network, f func()) {
 func loosen(t *testing.T, slots ...*Slot) {
 	t.Helper()
 	settings := []string{"ipv4/conf/all/rp_filter=0", "ipv4/conf/all/route_localnet=1", "ipv4/conf/all/bc_forwarding=1",
-		"ipv4/conf/" + uplink + "/rp_filter=0", "ipv6/conf/all/forwarding=1", "ipv4/conf/all/accept_local=1"}
+		"ipv4/conf/" + uplink + "/rp_filter=0", "ipv6/conf/all/forwarding=1", "ipv4/conf/all/accept_local=1", "ipv4/conf/all/accept_source_route=1"}
 	for _, s := range slots {
-		for _, v := range []string{"rp_filter=0", "route_localnet=1", "bc_forwarding=1", "accept_local=1"} {
+		for _, v := range []string{"rp_filter=0", "route_localnet=1", "bc_forwarding=1", "accept_local=1", "accept_source_route=1"} {
 			settings = append(settings, "ipv4/conf/"+s.Link+"/"+v)
 		}
 		settings = append(settings, "ipv6/conf/"+s.Link+"/disable_ipv6=0", "ipv6/conf/"+s.Link+"/accept_dad=0")
@@ -223,6 +306,11 @@ func loosen(t *testing.T, slots ...*Slot) {
 		}); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if err := inNamespace(outsidePath, func() error {
+		return errors.Join(setting("ipv4/conf/all/accept_source_route", "1"), setting("ipv4/conf/eth0/accept_source_route", "1"))
+	}); err != nil {
+		t.Fatal(err)
 	}
 	addAddress(t, "", "lo", "fd00:1::1/128")
 	addAddress(t, "", uplink, "fd00:2::1/64")

@@ -90,6 +90,16 @@ func (l layout) slot(index int) *Slot {
 	}
 }
 
+// index is that of the slot whose sandbox has the address.
+func (l layout) index(a netip.Addr) (int, bool) {
+	if !l.block.Contains(a) {
+		return 0, false
+	}
+	base, b := l.block.Addr().As4(), a.As4()
+	offset := binary.BigEndian.Uint32(b[:]) - binary.BigEndian.Uint32(base[:])
+	return int(offset / 2), offset%2 == 1
+}
+
 // links begins the name of every link of the instance, with a dash so that the
 // rules can match all of them, and no other's, by this prefix.
 func (l layout) links() string              { return linkPrefix + l.instance + "-" }

@@ -78,7 +78,7 @@ func playHost() error {
 	if err := netlink.LinkSetUp(lo); err != nil {
 		return err
 	}
-	return makeOutside()
+	return errors.Join(makeOutside(), makeElsewhere())
 }
 
 const (
@@ -138,6 +138,54 @@ func makeOutside() error {
 	return netlink.RouteAdd(&netlink.Route{Gw: outsideAddr.AsSlice(), Dst: &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}})
 }
 
+// makeElsewhere makes a second network beside the outside, in which every address
+// of elsewhereRange answers, as every one of farRange does in the first.
+func makeElsewhere() error {
+	everything := func(r netip.Prefix) error {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		return netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL,
+			Scope: netlink.SCOPE_HOST, Dst: netPrefix(r)})
+	}
+	if err := inNamespace(outsidePath, func() error { return everything(farRange) }); err != nil {
+		return err
+	}
+	if err := os.WriteFile(elsewherePath, nil, 0o444); err != nil {
+		return err
+	}
+	host, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(host)
+	if err := onThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return err
+		}
+		if err := unix.Mount("/proc/thread-self/ns/net", elsewherePath, "", unix.MS_BIND, ""); err != nil {
+			return err
+		}
+		pair := netlink.NewVeth(netlink.LinkAttrs{Name: "eth0", MTU: 1400})
+		pair.PeerName, pair.PeerNamespace, pair.PeerMTU = "up1", netlink.NsFd(host), 1400
+		if err := netlink.LinkAdd(pair); err != nil {
+			return err
+		}
+		return errors.Join(setting(icmpLimit, "0"), configure("eth0", elsewhereAddr), everything(elsewhereRange))
+	}); err != nil {
+		return err
+	}
+	if err := configure("up1", netip.MustParseAddr("100.64.1.1")); err != nil {
+		return err
+	}
+	return netlink.RouteAdd(&netlink.Route{Gw: elsewhereAddr.AsSlice(), Dst: netPrefix(elsewhereRange)})
+}
+
+func netPrefix(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), 32)}
+}
+
 // configure sets a link up, the first address with its network, the others alone.
 func configure(name string, addrs ...netip.Addr) error {
 	link, err := netlink.LinkByName(name)
@@ -163,7 +211,16 @@ func configure(name string, addrs ...netip.Addr) error {
 	return netlink.LinkSetUp(lo)
 }
 
-const agentPort = 49983
+const (
+	agentPort     = 49983
+	elsewherePath = netnsDir + "/elsewhere"
+)
+
+var (
+	elsewhereAddr  = netip.MustParseAddr("100.64.1.2")
+	elsewhereRange = netip.MustParsePrefix("100.65.0.0/24")
+	farRange       = netip.MustParsePrefix("203.0.113.0/24")
+)
 
 var (
 	instancesMu sync.Mutex
@@ -211,13 +268,22 @@ func open(t *testing.T, c Config) *Network {
 	return n
 }
 
+// acquire hands out a slot that reaches everything a slot may.
 func acquire(t *testing.T, n *Network) *Slot {
 	t.Helper()
 	s, err := n.Acquire(t.Context())
 	if err != nil {
 		t.Fatalf("acquiring: %v", err)
 	}
+	setPolicy(t, n, s, Policy{Open: true})
 	return s
+}
+
+func setPolicy(t testing.TB, n *Network, s *Slot, p Policy) {
+	t.Helper()
+	if err := n.SetPolicy(t.Context(), s, p); err != nil {
+		t.Fatalf("setting the policy of %s: %v", s.Link, err)
+	}
 }
 
 // traces lists everything of an instance on the host.

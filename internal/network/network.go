@@ -92,6 +92,8 @@ type Config struct {
 	// AgentPort is the only TCP port the host may open inside. Slots in use
 	// across a restart are reached only if it stays the same.
 	AgentPort uint16
+	// Services are the ports of the host that answer sandboxes.
+	Services Services
 }
 
 // Slot is a namespace with its link and address. Its fields do not change.
@@ -120,10 +122,18 @@ type Network struct {
 	// while mu is not held, never the other way round.
 	rulesMu sync.Mutex
 	rules   *table
-	ruled   map[int]*Slot // the slots in the table
-	shape   []string      // the table as the kernel listed it after installing
+	// +checklocks:rulesMu
+	ruled map[int]*entry // the slots in the table, by index
+	// +checklocks:rulesMu
+	shape shape // the table without slots, as the kernel listed it after installing
+	// +checklocks:rulesMu
+	generation uint32 // of the host's rules when ours were as they should be, 0: not known
+	// +checklocks:rulesMu
+	counted counts // as they were last read
 	// +checklocks:rulesMu
 	repairs int
+
+	denials *denials
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -156,16 +166,21 @@ func Open(ctx context.Context, c Config, log *slog.Logger) (*Network, error) {
 		layout: layout{instance: c.Instance, block: block},
 		agent:  c.AgentPort, ready: c.Ready, mtu: c.MTU, log: log, claim: claim,
 		fill:  make(chan struct{}, 1),
-		ruled: map[int]*Slot{}, used: map[int]*Slot{}, left: map[int]*Slot{},
+		ruled: map[int]*entry{}, used: map[int]*Slot{}, left: map[int]*Slot{},
 	}
-	n.rules = newTable(n.layout, c.AlwaysDeny, c.AgentPort)
+	n.rules = newTable(n.layout, c)
+	n.denials = newDenials(n.SlotOf)
+	if n.rules.log, err = n.denials.listen(); err != nil {
+		log.Warn("the kernel does not tell what it refuses; policies are enforced without telling", "error", err)
+	}
 	if err := n.prepare(); err != nil {
-		return nil, errors.Join(err, n.giveUpClaim(false))
+		return nil, errors.Join(err, n.denials.close(), n.rules.sockets.close(), n.giveUpClaim(false))
 	}
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	n.stop = stop
 	n.done.Go(func() { n.refill(background) })
 	n.done.Go(func() { n.watch(background) })
+	n.done.Go(func() { n.denials.run(background) })
 	log.Info("network is ready", "instance", c.Instance, "range", block.String(), "slots", n.layout.capacity(),
 		"mtu", n.mtu, "left_by_predecessor", len(n.left))
 	return n, nil
@@ -193,7 +208,10 @@ func (n *Network) prepare() error {
 			return err
 		}
 		if s != nil {
-			n.left[index], n.ruled[index] = s, s
+			n.left[index] = s
+			n.rulesMu.Lock()
+			n.ruled[index] = &entry{slot: s}
+			n.rulesMu.Unlock()
 		}
 		// After a restart new slots come after the old ones: the longer an
 		// address rests, the better.
@@ -316,7 +334,7 @@ func (n *Network) dismantle(ctx context.Context, s *Slot) error {
 	var parts error
 	var group sync.WaitGroup
 	group.Go(func() { parts = removeParts(s.Link, s.Namespace) })
-	err := errors.Join(n.expel(s), forgetConnections(ctx, s.Addr))
+	err := errors.Join(n.expel(s), forgetConnections(ctx, &n.rules.sockets, s.Addr))
 	group.Wait()
 	if err := errors.Join(err, parts); err != nil {
 		n.mu.Lock()
@@ -443,7 +461,7 @@ func (n *Network) Close() error {
 		errs = append(errs, n.rules.remove())
 		n.rulesMu.Unlock()
 	}
-	return errors.Join(append(errs, n.giveUpClaim(busy))...)
+	return errors.Join(append(errs, n.rules.sockets.close(), n.giveUpClaim(busy))...)
 }
 
 // giveUpClaim lets the next process claim what this one had. The files stay if

@@ -49,16 +49,18 @@ func probeNamespaces() Finding {
 // and removes it.
 func probeTables() Finding {
 	// The name is not one an instance can have.
-	t := newTable(layout{instance: "probe-" + fmt.Sprint(os.Getpid()), block: Candidates()[0]}, nil, 1)
-	err := t.install(nil)
-	err = errors.Join(err, t.remove())
-	return finding("nftables", "tables with fib, conntrack and masquerade can be made", err,
-		"a kernel with nf_tables is needed (CONFIG_NF_TABLES_INET, NFT_FIB_INET, NFT_CT, NFT_MASQ; modprobe nf_tables)")
+	t := newTable(layout{instance: "probe-" + fmt.Sprint(os.Getpid()), block: Candidates()[0]},
+		Config{AgentPort: 1, Services: Services{DNS: 1, Proxy: 1, Metadata: 1}})
+	err := t.install(nil, counts{})
+	err = errors.Join(err, t.remove(), t.sockets.close())
+	return finding("nftables", "tables with fib, conntrack, masquerade and redirect can be made", err,
+		"a kernel with nf_tables is needed (CONFIG_NF_TABLES_INET, NFT_FIB_INET, NFT_CT, NFT_MASQ, NFT_REDIR, NFT_LIMIT; modprobe nf_tables)")
 }
 
 func probeConntrack() Finding {
 	// No connection can have this address: it is listed and nothing is found.
-	err := forgetConnections(context.Background(), netip.IPv4Unspecified())
+	var s sockets
+	err := errors.Join(forgetConnections(context.Background(), &s, netip.IPv4Unspecified()), s.close())
 	return finding("connection tracking", "can be read and cleaned", err,
 		"a kernel with CONFIG_NF_CT_NETLINK is needed (modprobe nf_conntrack_netlink)")
 }

@@ -130,7 +130,8 @@ func Purge(instance string) error {
 	for index := range slots[instance] {
 		errs = append(errs, demolish(instance, index))
 	}
-	errs = append(errs, newTable(layout{instance: instance}, nil, 0).remove(), unlink(f))
+	t := newTable(layout{instance: instance}, Config{})
+	errs = append(errs, t.remove(), t.sockets.close(), unlink(f))
 	return errors.Join(errs...)
 }
 

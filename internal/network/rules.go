@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -25,178 +26,194 @@ var neverRanges = []netip.Prefix{
 
 // Priorities of the base chains, relative to what else may hook there: raw is
 // before connection tracking (-200), guard after it and before destinations are
-// rewritten (-100), the others where filters and source NAT usually are. An
-// accept here never overrides a drop elsewhere, nor the reverse.
+// rewritten (-100), redirect before the others that rewrite them, the rest where
+// filters and source NAT usually are. An accept here never overrides a drop
+// elsewhere, nor the reverse.
 const (
-	rawPriority    = -300
-	guardPriority  = -150
-	filterPriority = 0
-	natPriority    = 100
+	rawPriority      = -300
+	guardPriority    = -150
+	redirectPriority = -110
+	filterPriority   = 0
+	natPriority      = 100
 )
 
-// elementsPerMessage keeps a message of set elements (about 70 bytes each) under
-// the 64 KiB an attribute can hold.
-const elementsPerMessage = 400
+const (
+	// elementsPerMessage keeps a message of set elements (about 70 bytes each)
+	// under the 64 KiB an attribute can hold.
+	elementsPerMessage = 400
+)
 
 // table is the ruleset of one instance as it is sent to the kernel. The same
 // structure is built for every installation, so that what is there can be
 // compared with what should be.
 //
 // Names of sets: "never" are the forbidden destinations; "slots" pairs each link
-// with its only address; "policies" gives the verdict on a slot's traffic to the
-// outside, so that a policy of one slot is one element and a chain, and packets
-// cost the same however many slots there are. A link that is in no set is
-// dropped: forgetting a slot closes it.
+// with its only address; "allowed" and "denied" have the same pairs and count
+// their packets; "policies" gives the verdict on a slot's traffic to the outside,
+// and "named" the chain that hands the traffic of slots whose policy has names to
+// the services. Packets cost the same however many slots there are, and a policy
+// is a chain and sets of its own (policy.go). A link that is in no set is dropped:
+// forgetting a slot closes it, and so does a policy without an element.
 type table struct {
-	layout layout
-	deny   []netip.Prefix
-	agent  uint16
+	layout   layout
+	deny     []netip.Prefix
+	agent    uint16
+	services Services
+	log      uint16 // the netfilter log's group, 0: nothing is logged
 
+	sockets  sockets
 	table    *nftables.Table
 	never    *nftables.Set
 	slots    *nftables.Set
+	allowed  *nftables.Set
+	denied   *nftables.Set
 	policies *nftables.Set
+	named    *nftables.Set
+	rates    *nftables.Set
 }
 
-func newTable(l layout, deny []netip.Prefix, agent uint16) *table {
+func newTable(l layout, c Config) *table {
 	t := &nftables.Table{Family: nftables.TableFamilyINet, Name: l.table()}
-	linkAndAddr := nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeIPAddr)
-	return &table{
-		layout: l, deny: deny, agent: agent, table: t,
-		never: &nftables.Set{Table: t, Name: "never", KeyType: nftables.TypeIPAddr, Interval: true},
-		slots: &nftables.Set{Table: t, Name: "slots", KeyType: linkAndAddr, Concatenation: true},
-		policies: &nftables.Set{Table: t, Name: "policies", KeyType: linkAndAddr, Concatenation: true,
-			IsMap: true, DataType: nftables.TypeVerdict},
+	set := func(name string) *nftables.Set {
+		return &nftables.Set{Table: t, Name: name, KeyType: nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeIPAddr), Concatenation: true}
 	}
+	out := &table{
+		layout: l, deny: c.AlwaysDeny, agent: c.AgentPort, services: c.Services, table: t,
+		never: &nftables.Set{Table: t, Name: "never", KeyType: nftables.TypeIPAddr, Interval: true},
+		slots: set("slots"), allowed: set("allowed"), denied: set("denied"),
+		policies: set("policies"), named: set("named"), rates: set("rates"),
+	}
+	out.allowed.Counter, out.denied.Counter = true, true
+	for _, m := range []*nftables.Set{out.policies, out.named} {
+		m.IsMap, m.DataType = true, nftables.TypeVerdict
+	}
+	out.rates.Dynamic, out.rates.HasTimeout, out.rates.Timeout, out.rates.Size = true, true, ratesTimeout, uint32(l.capacity())
+	return out
 }
 
 // chain names. The regular ones are reached for packets of our links only.
 const (
-	chainRaw     = "raw"     // from a sandbox, before anything else
-	chainGuard   = "guard"   // from a sandbox, before destinations are rewritten
-	chainInput   = "input"   // from a sandbox to the host
-	chainForward = "forward" // from or to a sandbox, through the host
-	chainOutput  = "output"  // from the host to a sandbox
-	chainNAT     = "nat"     // from a sandbox, leaving the host
-	chainOut     = "leaving" // regular: from a sandbox to the outside
-	chainIn      = "arriving"
-	chainAllow   = "allow_all" // regular: the policy of a slot without restrictions
+	chainRaw      = "raw"      // from a sandbox, before anything else
+	chainGuard    = "guard"    // from a sandbox, before destinations are rewritten
+	chainRedirect = "redirect" // from a sandbox, to what is answered here
+	chainInput    = "input"    // from a sandbox to the host
+	chainForward  = "forward"  // from or to a sandbox, through the host
+	chainOutput   = "output"   // from the host to a sandbox
+	chainNAT      = "nat"      // from a sandbox, leaving the host
+	chainOut      = "leaving"  // regular: from a sandbox to the outside
+	chainIn       = "arriving"
+	chainAllow    = "allow"     // regular: counts and accepts; the policy of a slot without restrictions
+	chainRefuse   = "refuse"    // regular: counts, logs and drops
+	chainForbid   = "forbidden" // regular: to a destination that nobody reaches
 )
 
-// install replaces the table, in one transaction: no packet meets a half-made
-// ruleset, and connections live on.
-func (t *table) install(slots []*Slot) error {
-	c, err := nftables.New()
-	if err != nil {
-		return fmt.Errorf("opening nftables: %w", err)
-	}
-	// Deleting needs a table; adding one that exists changes nothing.
-	c.AddTable(t.table)
-	c.DelTable(t.table)
-	c.AddTable(t.table)
-	for _, ch := range []*nftables.Chain{t.regular(chainAllow), t.regular(chainOut), t.regular(chainIn)} {
-		c.AddChain(ch)
-	}
-	if err := t.addSets(c, slots); err != nil {
-		return err
-	}
-	for _, r := range t.rules() {
-		c.AddRule(r)
-	}
-	for _, b := range t.bases() {
-		c.AddChain(b.chain)
-		for _, e := range b.rules {
-			c.AddRule(&nftables.Rule{Table: t.table, Chain: b.chain, Exprs: e})
-		}
-	}
-	if err := c.Flush(); err != nil {
-		return fmt.Errorf("installing nftables table %s: %w", t.table.Name, err)
+// change sends what f adds to the kernel as one transaction: all or nothing.
+func (t *table) change(doing string, f func(*nftables.Conn) error) error {
+	if err := t.sockets.transact(f); err != nil {
+		return fmt.Errorf("%s nftables table %s: %w", doing, t.table.Name, err)
 	}
 	return nil
 }
 
-func (t *table) addSets(c *nftables.Conn, slots []*Slot) error {
-	denied := append([]netip.Prefix{t.layout.block}, neverRanges...)
-	if err := c.AddSet(t.never, intervalElements(merge(append(denied, t.deny...)))); err != nil {
-		return fmt.Errorf("encoding nftables set %s: %w", t.never.Name, err)
-	}
-	for _, set := range []*nftables.Set{t.slots, t.policies} {
-		if err := c.AddSet(set, nil); err != nil {
-			return fmt.Errorf("encoding nftables set %s: %w", set.Name, err)
-		}
-	}
-	for len(slots) > 0 {
-		n := min(len(slots), elementsPerMessage)
-		if err := t.addElements(c, slots[:n]); err != nil {
+// install replaces the table, in one transaction; connections live on. Counting
+// goes on from was.
+func (t *table) install(entries []*entry, was counts) error {
+	return t.change("installing", func(c *nftables.Conn) error {
+		// Deleting needs a table; adding one that exists changes nothing.
+		c.AddTable(t.table)
+		c.DelTable(t.table)
+		c.AddTable(t.table)
+		if err := t.addSets(c); err != nil {
 			return err
 		}
-		slots = slots[n:]
+		t.addTotals(c, was)
+		for _, name := range []string{chainAllow, chainRefuse, chainForbid, chainOut, chainIn} {
+			c.AddChain(t.regular(name))
+		}
+		for _, r := range t.rules() {
+			c.AddRule(r)
+		}
+		for len(entries) > 0 {
+			n := min(len(entries), elementsPerMessage)
+			if err := t.addSlots(c, entries[:n], was); err != nil {
+				return err
+			}
+			for _, e := range entries[:n] {
+				if err := t.addPolicy(c, e); err != nil {
+					return err
+				}
+			}
+			entries = entries[n:]
+		}
+		for _, b := range t.bases() {
+			c.AddChain(b.chain)
+			for _, e := range b.rules {
+				c.AddRule(&nftables.Rule{Table: t.table, Chain: b.chain, Exprs: e})
+			}
+		}
+		return nil
+	})
+}
+
+func (t *table) addSets(c *nftables.Conn) error {
+	for _, set := range []*nftables.Set{t.slots, t.allowed, t.denied, t.policies, t.named, t.rates} {
+		if err := c.AddSet(set, nil); err != nil {
+			return fmt.Errorf("encoding set %s: %w", set.Name, err)
+		}
+	}
+	return addSet(c, t.never, intervalElements(t.forbidden()))
+}
+
+// forbidden is what no slot reaches, beside the host's addresses.
+func (t *table) forbidden() []interval {
+	denied := append([]netip.Prefix{t.layout.block}, neverRanges...)
+	return merge(append(denied, t.deny...))
+}
+
+// addSet adds a set with any number of elements.
+func addSet(c *nftables.Conn, set *nftables.Set, elements []nftables.SetElement) error {
+	if err := c.AddSet(set, nil); err != nil {
+		return fmt.Errorf("encoding set %s: %w", set.Name, err)
+	}
+	for part := range slices.Chunk(elements, elementsPerMessage) {
+		if err := c.SetAddElements(set, part); err != nil {
+			return fmt.Errorf("encoding elements of set %s: %w", set.Name, err)
+		}
 	}
 	return nil
 }
 
-func (t *table) addElements(c *nftables.Conn, slots []*Slot) error {
-	var known, policies []nftables.SetElement
-	for _, s := range slots {
-		known = append(known, nftables.SetElement{Key: slotKey(s)})
-		policies = append(policies, nftables.SetElement{Key: slotKey(s),
-			VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: chainAllow}})
+// addSlots makes slots known, closed, at most elementsPerMessage of them.
+func (t *table) addSlots(c *nftables.Conn, entries []*entry, was counts) error {
+	var known, allowed, denied []nftables.SetElement
+	for _, e := range entries {
+		key, before := slotKey(e.slot), was.slots[string(slotKey(e.slot))]
+		known = append(known, nftables.SetElement{Key: key})
+		allowed = append(allowed, nftables.SetElement{Key: key, Comment: tally{before.AllowedPackets, before.AllowedBytes}.comment()})
+		denied = append(denied, nftables.SetElement{Key: key, Comment: tally{before.DeniedPackets, before.DeniedBytes}.comment()})
 	}
-	if err := c.SetAddElements(t.slots, known); err != nil {
-		return fmt.Errorf("encoding elements of nftables set %s: %w", t.slots.Name, err)
-	}
-	if err := c.SetAddElements(t.policies, policies); err != nil {
-		return fmt.Errorf("encoding elements of nftables map %s: %w", t.policies.Name, err)
-	}
-	return nil
+	return errors.Join(c.SetAddElements(t.slots, known), c.SetAddElements(t.allowed, allowed), c.SetAddElements(t.denied, denied))
 }
 
-// addSlot lets a slot's traffic through. The table is there.
-func (t *table) addSlot(s *Slot) error {
-	c, err := nftables.New()
-	if err != nil {
-		return fmt.Errorf("opening nftables: %w", err)
-	}
-	if err := t.addElements(c, []*Slot{s}); err != nil {
+// addSlot makes a slot known; nothing of it but the agent's answers passes until
+// it has a policy. The table is there.
+func (t *table) addSlot(e *entry) error {
+	return t.change("adding "+e.slot.Link+" to", func(c *nftables.Conn) error { return t.addSlots(c, []*entry{e}, counts{}) })
+}
+
+// removeSlot stops a slot's traffic and removes all there is of it. The error is
+// isGone when anything of it was missing, and then nothing was removed.
+func (t *table) removeSlot(e *entry) error {
+	return t.change("removing "+e.slot.Link+" from", func(c *nftables.Conn) error {
+		key := []nftables.SetElement{{Key: slotKey(e.slot)}}
+		err := errors.Join(t.unfollow(c, e), c.SetDeleteElements(t.slots, key),
+			c.SetDeleteElements(t.allowed, key), c.SetDeleteElements(t.denied, key))
+		if e.ruling != nil {
+			t.removeOwn(c, e)
+			t.removeResolved(c, e)
+		}
 		return err
-	}
-	if err := c.Flush(); err != nil {
-		return fmt.Errorf("adding %s to nftables table %s: %w", s.Link, t.table.Name, err)
-	}
-	return nil
-}
-
-// removeSlot stops a slot's traffic. One that is not in the sets, or a table
-// that is not there, is no error.
-func (t *table) removeSlot(s *Slot) error {
-	err := t.removeElements(s, t.policies, t.slots)
-	if isGone(err) {
-		// A transaction fails as a whole: one each, so that an element that is
-		// missing does not keep the other.
-		err = errors.Join(present(t.removeElements(s, t.policies)), present(t.removeElements(s, t.slots)))
-	}
-	return err
-}
-
-// removeElements removes the slot from the sets, in one transaction.
-func (t *table) removeElements(s *Slot, sets ...*nftables.Set) error {
-	c, err := nftables.New()
-	if err != nil {
-		return fmt.Errorf("opening nftables: %w", err)
-	}
-	for _, set := range sets {
-		e := nftables.SetElement{Key: slotKey(s)}
-		if set.IsMap {
-			e.VerdictData = &expr.Verdict{Kind: expr.VerdictGoto, Chain: chainAllow}
-		}
-		if err := c.SetDeleteElements(set, []nftables.SetElement{e}); err != nil {
-			return fmt.Errorf("encoding elements of nftables set %s: %w", set.Name, err)
-		}
-	}
-	if err := c.Flush(); err != nil {
-		return fmt.Errorf("removing %s from nftables table %s: %w", s.Link, t.table.Name, err)
-	}
-	return nil
+	})
 }
 
 // present drops the error that something was not there.
@@ -209,15 +226,7 @@ func present(err error) error {
 
 // remove deletes the table; none is no error.
 func (t *table) remove() error {
-	c, err := nftables.New()
-	if err != nil {
-		return fmt.Errorf("opening nftables: %w", err)
-	}
-	c.DelTable(t.table)
-	if err := present(c.Flush()); err != nil {
-		return fmt.Errorf("deleting nftables table %s: %w", t.table.Name, err)
-	}
-	return nil
+	return present(t.change("deleting", func(c *nftables.Conn) error { c.DelTable(t.table); return nil }))
 }
 
 func (t *table) regular(name string) *nftables.Chain {
@@ -236,17 +245,28 @@ func (t *table) rules() []*nftables.Rule {
 	add := func(chain string, e ...[]expr.Any) {
 		out = append(out, &nftables.Rule{Table: t.table, Chain: t.regular(chain), Exprs: join(e...)})
 	}
-	add(chainAllow, accept())
+	// Looking a slot up counts; the lookup always succeeds.
+	add(chainAllow, isIPv4(), linkAnd(incoming, source), inSet(t.allowed), count(totalAllowed), accept())
+	add(chainRefuse, isIPv4(), linkAnd(incoming, source), inSet(t.denied), count(totalDenied))
+	if t.log != 0 {
+		add(chainRefuse, isIPv4(), linkAnd(incoming, source), withinRate(t.rates), logTo(t.log))
+	}
+	add(chainRefuse, drop())
+
+	if t.services.Metadata != 0 {
+		add(chainForbid, isIPv4(), load(destination), equals(metadataAddr.AsSlice()), tcpPort(destination, metadataPort), accept())
+	}
+	add(chainForbid, gotoChain(chainRefuse))
 
 	// Checked again although raw and guard did: what was addressed may have been
 	// rewritten since.
 	add(chainOut, notIPv4(), drop())
 	add(chainOut, linkIs(outgoing, t.layout.links()), drop())
-	add(chainOut, isIPv4(), load(destination), inSet(t.never), drop())
+	add(chainOut, isIPv4(), load(destination), inSet(t.never), gotoChain(chainRefuse))
 	add(chainOut, addressTypeIsNot(unix.RTN_UNICAST), drop())
 	add(chainOut, state(expr.CtStateBitINVALID|expr.CtStateBitUNTRACKED), drop())
 	add(chainOut, isIPv4(), linkAnd(incoming, source), verdictOf(t.policies))
-	add(chainOut, drop())
+	add(chainOut, gotoChain(chainRefuse))
 
 	// An answer, or an error about what was sent, travels in the direction of
 	// replies. Expected connections that a tracking helper would let in do not.
@@ -256,7 +276,7 @@ func (t *table) rules() []*nftables.Rule {
 }
 
 // bases are the chains the kernel calls. All of them let pass what is not to or
-// from one of our links.
+// from one of our links, except to the ports of the services.
 func (t *table) bases() []base {
 	fromUs, toUs := linkIs(incoming, t.layout.links()), linkIs(outgoing, t.layout.links())
 	chain := func(name string, kind nftables.ChainType, hook *nftables.ChainHook, priority int32) *nftables.Chain {
@@ -271,31 +291,32 @@ func (t *table) bases() []base {
 			join(fromUs, isIPv4(), linkAnd(incoming, source), notInSet(t.slots), drop()),
 			// Addresses of the host are guard's business: answers to the host go there.
 			join(fromUs, addressTypeIs(unix.RTN_LOCAL), accept()),
-			join(fromUs, addressTypeIsNot(unix.RTN_UNICAST), drop()),
-			join(fromUs, isIPv4(), load(destination), inSet(t.never), drop()),
+			join(fromUs, addressTypeIsNot(unix.RTN_UNICAST), gotoChain(chainRefuse)),
+			join(fromUs, isIPv4(), load(destination), inSet(t.never), gotoChain(chainForbid)),
 		}},
 		// Before another firewall's port forwarding can turn the host's address
 		// into somebody else's.
 		{chain(chainGuard, filter, nftables.ChainHookPrerouting, guardPriority), [][]expr.Any{
 			join(fromUs, addressTypeIs(unix.RTN_LOCAL), state(expr.CtStateBitESTABLISHED), isReply(), accept()),
-			join(fromUs, addressTypeIs(unix.RTN_LOCAL), drop()),
+			join(fromUs, addressTypeIs(unix.RTN_LOCAL), gotoChain(chainForbid)),
 		}},
-		{chain(chainInput, filter, nftables.ChainHookInput, filterPriority), [][]expr.Any{
+		{chain(chainRedirect, nftables.ChainTypeNAT, nftables.ChainHookPrerouting, redirectPriority), t.redirects(fromUs)},
+		{chain(chainInput, filter, nftables.ChainHookInput, filterPriority), append(t.serviceInput(fromUs),
 			join(fromUs, isIPv4(), tcpPort(source, t.agent), state(expr.CtStateBitESTABLISHED), isReply(), accept()),
 			join(fromUs, drop()),
-		}},
+		)},
 		{chain(chainForward, filter, nftables.ChainHookForward, filterPriority), [][]expr.Any{
 			join(fromUs, gotoChain(chainOut)),
 			join(toUs, gotoChain(chainIn)),
 		}},
-		{chain(chainOutput, filter, nftables.ChainHookOutput, filterPriority), [][]expr.Any{
+		{chain(chainOutput, filter, nftables.ChainHookOutput, filterPriority), append([][]expr.Any{
 			join(toUs, isIPv4(), linkAnd(outgoing, destination), notInSet(t.slots), drop()),
 			join(toUs, isIPv4(), tcpPort(destination, t.agent), accept()),
 			// Errors the host itself sends about the sandbox's traffic: too big,
 			// unreachable, time exceeded. They carry what was sent, nothing else.
-			join(toUs, isIPv4(), isICMP(), state(expr.CtStateBitRELATED), accept()),
-			join(toUs, drop()),
-		}},
+			join(toUs, isIPv4(), isICMP(), state(expr.CtStateBitRELATED), accept())},
+			append(t.serviceOutput(toUs), join(toUs, drop()))...,
+		)},
 		{chain(chainNAT, nftables.ChainTypeNAT, nftables.ChainHookPostrouting, natPriority), [][]expr.Any{
 			join(isIPv4(), sourceIn(t.layout.block), linkIsNot(outgoing, t.layout.links()), masquerade()),
 		}},
@@ -318,7 +339,7 @@ func linkName(name string) []byte {
 // intervalElements encodes intervals: a start each, and the address behind the
 // end. At the end of the address space there is none behind.
 func intervalElements(in []interval) []nftables.SetElement {
-	var out []nftables.SetElement
+	out := make([]nftables.SetElement, 0, 2*len(in))
 	for _, i := range in {
 		out = append(out, nftables.SetElement{Key: binaryutil.BigEndian.PutUint32(i.first)})
 		if end := i.last + 1; end != 0 {

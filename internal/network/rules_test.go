@@ -22,10 +22,18 @@ func TestRulesGolden(t *testing.T) {
 		netip.MustParsePrefix("10.0.0.128/25"), // inside of the one before
 		netip.MustParsePrefix("fd00::/8"),
 	}
+	c.Services = Services{DNS: 5301, Proxy: 5302, Metadata: 5303}
 	n := open(t, c)
 	acquire(t, n)
-	acquire(t, n)
+	names, lists, ports, closed := acquire(t, n), acquire(t, n), acquire(t, n), acquire(t, n)
+	allow := []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("203.0.113.0/26")}
+	deny := []netip.Prefix{netip.MustParsePrefix("203.0.113.8/32")}
+	setPolicy(t, n, names, Policy{Names: true, Allow: allow, Deny: deny})
+	setPolicy(t, n, lists, Policy{Allow: allow, Deny: deny})
+	setPolicy(t, n, ports, Policy{Allow: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}, Ports: []uint16{443, 80, 443}})
+	setPolicy(t, n, closed, Policy{})
 	got := regexp.MustCompile(c.Instance).ReplaceAllString(listTable(t, "cay-"+c.Instance), "abc123")
+	got = regexp.MustCompile(`log group \d+`).ReplaceAllString(got, "log group 51712")
 	const golden = "testdata/rules.nft"
 	if *update {
 		if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {

@@ -37,6 +37,10 @@ func (n *Node) adopt() error {
 			continue
 		}
 		keep[l.Slot] = true
+		if err := b.applyPolicy(n.ctx); err != nil {
+			// It keeps the rules it had; the sandbox room gives it its policy again.
+			n.log.Error("adopting a sandbox's policy", "sandbox", id, "error", err)
+		}
 		if b.pid, err = runsc.PID(n.dir(id)); err == nil {
 			err = b.watch()
 		}

@@ -25,7 +25,9 @@ type box struct {
 	node *Node
 	life life
 	slot *network.Slot // nil until there is one
-	pid  int           // of the sentry; 0 until there is one
+
+	policed bool // the slot has the policy of life; guarded by node.mu, as that policy is
+	pid     int  // of the sentry; 0 until there is one
 
 	verified *verification // of the memory it was restored with; nil if it was booted
 

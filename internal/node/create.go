@@ -51,6 +51,8 @@ type life struct {
 	// What the sandbox was first started with, and its checkpoints need.
 	Programs payload.Version `json:"programs"`
 	Flags    []string        `json:"flags"`
+	// Egress is the policy that is wanted. It changes while the sandbox runs.
+	Egress sandbox.Egress `json:"egress"`
 }
 
 // step is one part of a create. What it did is undone by Destroy, which works
@@ -62,7 +64,7 @@ type step struct {
 
 // Create makes a sandbox and returns when its agent answers and knows its token.
 func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
-	b := &box{node: n, life: life{ID: spec.ID, Run: spec.Run, Token: spec.Token, MemoryMB: spec.Size.MemoryMB,
+	b := &box{node: n, life: life{ID: spec.ID, Run: spec.Run, Token: spec.Token, MemoryMB: spec.Size.MemoryMB, Egress: spec.Egress,
 		Programs: n.cfg.Programs.Version, Flags: runsc.Flags(n.cfg.Platform)}}
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		return b.runtime().Run(ctx, n.container(b, spec, image))
@@ -117,6 +119,7 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 			return err
 		}},
 		{"record", func(context.Context) error { return b.record() }},
+		{"policy", b.applyPolicy},
 		{"start", func(ctx context.Context) (err error) {
 			defer n.mover.Hurry()()
 			b.pid, err = start(ctx, image)

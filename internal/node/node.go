@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -58,6 +59,11 @@ type Config struct {
 
 	Nameservers []string // what sandboxes resolve names with
 
+	// PolicyChanged, if not nil, is told the address of a sandbox that has another policy
+	// now, or has gone: what was decided for it before does not hold. It must not wait
+	// for this Node.
+	PolicyChanged func(addr netip.Addr)
+
 	MaxSandboxes int // beyond it Room says no
 	// MinHostMemory and MinDisk are what must stay free for the machine itself, in
 	// bytes; below that Room says no.
@@ -78,6 +84,7 @@ type Node struct {
 	state   *runsc.Runtime // for what runsc keeps below RunDir
 	agents  *agentapi.Client
 	lost    chan sandbox.Fact
+	denials chan sandbox.Denial
 	ctx     context.Context // of the watches; ends with Close
 	stop    context.CancelFunc
 	watches sync.WaitGroup
@@ -89,8 +96,9 @@ type Node struct {
 	// step. Tests break operations everywhere with it.
 	after func(step string) error
 
-	mu    sync.Mutex
-	boxes map[sandbox.ID]*box // everything that has a directory; guarded by mu
+	mu     sync.Mutex
+	boxes  map[sandbox.ID]*box    // everything that has a directory; guarded by mu
+	guests map[*network.Slot]*box // those whose slot has its policy; guarded by mu
 }
 
 // Open makes a Node and adopts the sandboxes that still run. What is left of dead
@@ -111,7 +119,8 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 	}
 	n := &Node{cfg: cfg, log: log, net: slots, images: images, groups: groups, mover: mover,
 		state: &runsc.Runtime{Root: cfg.RunDir},
-		lost:  make(chan sandbox.Fact), boxes: map[sandbox.ID]*box{}}
+		lost:  make(chan sandbox.Fact), denials: make(chan sandbox.Denial, denialsHeld),
+		boxes: map[sandbox.ID]*box{}, guests: map[*network.Slot]*box{}}
 	n.agents = agentapi.NewClient(func(ctx context.Context, id string) (net.Conn, error) {
 		return n.Dial(ctx, sandbox.ID(id))
 	})
@@ -129,6 +138,7 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 			n.watches.Go(func() { n.revive(b) })
 		}
 	}
+	n.watches.Go(n.reportDenials)
 	return n, n.collect()
 }
 
@@ -241,7 +251,7 @@ func (n *Node) Inspect(_ context.Context, id sandbox.ID) (*sandbox.Fact, error) 
 	fact := &sandbox.Fact{ID: id}
 	b := n.box(id)
 	if b != nil {
-		fact.Run, fact.Alive = b.life.Run, !b.dead()
+		fact.Run, fact.Alive, fact.Egress = b.life.Run, !b.dead(), b.policy()
 	}
 	_, err := os.Stat(n.dir(id))
 	fact.Remains = b != nil || err == nil || n.state.Knows(string(id)) || n.groups.Group(n.groupPath(id)).Exists()
@@ -298,6 +308,10 @@ func (n *Node) Rest(ctx context.Context, id sandbox.ID) error {
 	}
 	errs = append(errs, group.Remove(), n.state.Remove(string(id)))
 	if b != nil && b.slot != nil {
+		n.mu.Lock()
+		delete(n.guests, b.slot)
+		n.mu.Unlock()
+		n.policyChanged(b.slot)
 		errs = append(errs, n.net.Release(ctx, b.slot))
 	}
 	if err := errors.Join(errs...); err != nil {

@@ -176,7 +176,7 @@ func (m *machine) wantNothing() {
 func TestCreateFailsAtEveryStep(t *testing.T) {
 	m := newMachine(t)
 	broken := errors.New("broken on purpose")
-	for _, step := range []string{"image", "directory", "network", "record", "start", "watch", "agent", "favour", "init"} {
+	for _, step := range []string{"image", "directory", "network", "record", "policy", "start", "watch", "agent", "favour", "init"} {
 		t.Run(step, func(t *testing.T) {
 			reached := false
 			m.node.after = func(name string) error {

@@ -188,7 +188,7 @@ func (n *Node) Wake(ctx context.Context, spec sandbox.Spec) error {
 		return wakeFailed(err, "the version of cay's runtime that made the checkpoint (%s) is not on this machine any more", was.Programs.Runsc)
 	}
 	b := &box{node: n, life: was.life}
-	b.life.Run, b.life.Token = spec.Run, spec.Token
+	b.life.Run, b.life.Token, b.life.Egress = spec.Run, spec.Token, spec.Egress
 	restored := false
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		pid, err := b.runtime().Restore(ctx, b.container(), c.Dir, runsc.Place{

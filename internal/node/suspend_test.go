@@ -190,7 +190,7 @@ func TestWakeFailsAtEveryStep(t *testing.T) {
 	m := newMachine(t)
 	spec, n := m.working()
 	broken := errors.New("broken on purpose")
-	for _, step := range []string{"image", "directory", "network", "record", "start", "watch", "agent", "favour", "init"} {
+	for _, step := range []string{"image", "directory", "network", "record", "policy", "start", "watch", "agent", "favour", "init"} {
 		m.suspend(spec)
 		reached := false
 		m.node.after = func(name string) error {

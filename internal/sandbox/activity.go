@@ -280,7 +280,7 @@ func (s *Service) flush(ctx context.Context) error {
 	return nil
 }
 
-// flushing flushes until ctx ends.
+// flushing writes last activities and denials down until ctx ends.
 func (s *Service) flushing(ctx context.Context) {
 	tick := time.NewTicker(flushEvery)
 	defer tick.Stop()
@@ -291,6 +291,9 @@ func (s *Service) flushing(ctx context.Context) {
 		case <-tick.C:
 			if err := s.flush(ctx); err != nil && ctx.Err() == nil {
 				s.log.ErrorContext(ctx, "writing last activities", "error", err)
+			}
+			if err := s.noteDenials(ctx); err != nil && ctx.Err() == nil {
+				s.log.ErrorContext(ctx, "writing what policies denied", "error", err)
 			}
 		}
 	}

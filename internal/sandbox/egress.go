@@ -2,6 +2,10 @@ package sandbox
 
 import (
 	"net/netip"
+	"slices"
+	"strings"
+
+	"golang.org/x/net/idna"
 
 	"github.com/cayhq/cay/internal/fault"
 )
@@ -15,6 +19,14 @@ const (
 	DenyAll  EgressMode = "deny_all"
 )
 
+// Limits of one policy. The kernel looks a range up in a tree and would take more;
+// what bounds them is the row and the answer that shows it.
+const (
+	MaxEgressCIDRs   = 10_000 // in each list
+	MaxEgressPorts   = 1_000
+	MaxEgressDomains = 100 // each is compared with every name that is asked for
+)
+
 // Egress is a sandbox's outbound policy. Denies are evaluated before allows.
 type Egress struct {
 	Mode       EgressMode     `json:"mode"`
@@ -23,6 +35,16 @@ type Egress struct {
 	// AllowPorts restricts AllowCIDRs to these destination TCP ports; empty is
 	// every protocol and port.
 	AllowPorts []uint16 `json:"allow_ports,omitempty"`
+	// AllowDomains are reached by name, whatever their address: exact, or with
+	// "*." in front everything below the name and not the name itself. In lower
+	// case and ASCII.
+	AllowDomains []string `json:"allow_domains,omitempty"`
+}
+
+// Equal reports whether both policies say the same in the same order.
+func (e Egress) Equal(o Egress) bool {
+	return e.Mode == o.Mode && slices.Equal(e.AllowCIDRs, o.AllowCIDRs) && slices.Equal(e.DenyCIDRs, o.DenyCIDRs) &&
+		slices.Equal(e.AllowPorts, o.AllowPorts) && slices.Equal(e.AllowDomains, o.AllowDomains)
 }
 
 // metadataRange holds cay's own metadata service and the cloud providers'; no
@@ -31,24 +53,32 @@ var metadataRange = netip.MustParsePrefix("169.254.0.0/16")
 
 const codeEgress = "invalid_egress"
 
-// ParseEgress checks a policy as a user wrote it. Errors are Invalid, code
-// "invalid_egress", and name the field below "egress".
-func ParseEgress(mode string, allow, deny []string, ports []int) (Egress, error) {
-	e := Egress{Mode: EgressMode(mode)}
+// EgressRequest is a policy as a user wrote it.
+type EgressRequest struct {
+	Mode                  string
+	AllowCIDRs, DenyCIDRs []string
+	AllowPorts            []int
+	AllowDomains          []string
+}
+
+// Parse checks the policy. Errors are Invalid, code "invalid_egress", and name the
+// field below "egress".
+func (r EgressRequest) Parse() (Egress, error) {
+	e := Egress{Mode: EgressMode(r.Mode)}
 	switch e.Mode {
 	case AllowAll:
-		if len(allow)+len(deny)+len(ports) > 0 {
-			return Egress{}, fault.InField(codeEgress, "egress.mode", "allow_all takes no lists: use deny_all with allow_cidrs")
+		if len(r.AllowCIDRs)+len(r.DenyCIDRs)+len(r.AllowPorts)+len(r.AllowDomains) > 0 {
+			return Egress{}, fault.InField(codeEgress, "egress.mode", "allow_all takes no lists: use deny_all with allow_cidrs or allow_domains")
 		}
 	case DenyAll:
 	default:
-		return Egress{}, fault.InField(codeEgress, "egress.mode", "must be allow_all or deny_all, not %q", mode)
+		return Egress{}, fault.InField(codeEgress, "egress.mode", "must be allow_all or deny_all, not %.40q", r.Mode)
 	}
 	var err error
-	if e.AllowCIDRs, err = parseCIDRs("egress.allow_cidrs", allow); err != nil {
+	if e.AllowCIDRs, err = parseCIDRs("egress.allow_cidrs", r.AllowCIDRs); err != nil {
 		return Egress{}, err
 	}
-	if e.DenyCIDRs, err = parseCIDRs("egress.deny_cidrs", deny); err != nil {
+	if e.DenyCIDRs, err = parseCIDRs("egress.deny_cidrs", r.DenyCIDRs); err != nil {
 		return Egress{}, err
 	}
 	for i, p := range e.DenyCIDRs {
@@ -56,25 +86,36 @@ func ParseEgress(mode string, allow, deny []string, ports []int) (Egress, error)
 			return Egress{}, fault.InField(codeEgress, index("egress.deny_cidrs", i), "%s touches the metadata range %s, which is cay's own", p, metadataRange)
 		}
 	}
-	if len(ports) > 0 && len(allow) == 0 {
+	if len(r.AllowPorts) > 0 && len(r.AllowCIDRs) == 0 {
 		return Egress{}, fault.InField(codeEgress, "egress.allow_ports", "restricts allow_cidrs, which is empty")
 	}
-	for i, port := range ports {
-		if port < 1 || port > 65535 {
-			return Egress{}, fault.InField(codeEgress, index("egress.allow_ports", i), "port %d is outside 1-65535", port)
-		}
-		e.AllowPorts = append(e.AllowPorts, uint16(port))
+	if e.AllowPorts, err = parsePorts("egress.allow_ports", r.AllowPorts); err != nil {
+		return Egress{}, err
+	}
+	if e.AllowDomains, err = parseDomains("egress.allow_domains", r.AllowDomains); err != nil {
+		return Egress{}, err
 	}
 	return e, nil
 }
 
+// short refuses a list of more than limit entries.
+func short(field string, length, limit int) error {
+	if length > limit {
+		return fault.InField(codeEgress, field, "has %d entries; at most %d", length, limit)
+	}
+	return nil
+}
+
 func parseCIDRs(field string, texts []string) ([]netip.Prefix, error) {
+	if err := short(field, len(texts), MaxEgressCIDRs); err != nil {
+		return nil, err
+	}
 	var out []netip.Prefix
 	for i, text := range texts {
 		p, err := netip.ParsePrefix(text)
 		switch {
 		case err != nil:
-			return nil, fault.InField(codeEgress, index(field, i), "%q is not a CIDR such as 10.0.0.0/8", text)
+			return nil, fault.InField(codeEgress, index(field, i), "%.100q is not a CIDR such as 10.0.0.0/8", text)
 		case !p.Addr().Is4():
 			return nil, fault.InField(codeEgress, index(field, i), "%q is not IPv4: sandboxes have no IPv6", text)
 		case p != p.Masked():
@@ -83,4 +124,62 @@ func parseCIDRs(field string, texts []string) ([]netip.Prefix, error) {
 		out = append(out, p)
 	}
 	return out, nil
+}
+
+func parsePorts(field string, ports []int) ([]uint16, error) {
+	if err := short(field, len(ports), MaxEgressPorts); err != nil {
+		return nil, err
+	}
+	var out []uint16
+	for i, port := range ports {
+		if port < 1 || port > 65535 {
+			return nil, fault.InField(codeEgress, index(field, i), "port %d is outside 1-65535", port)
+		}
+		out = append(out, uint16(port))
+	}
+	return out, nil
+}
+
+func parseDomains(field string, texts []string) ([]string, error) {
+	if err := short(field, len(texts), MaxEgressDomains); err != nil {
+		return nil, err
+	}
+	var out []string
+	for i, text := range texts {
+		bare, isWild := strings.CutPrefix(text, "*.")
+		_, err := netip.ParseAddr(strings.TrimSuffix(bare, "."))
+		if err == nil {
+			return nil, fault.InField(codeEgress, index(field, i), "%q is an address: it belongs in allow_cidrs", text)
+		}
+		name, err := idna.Lookup.ToASCII(strings.TrimSuffix(bare, "."))
+		if err == nil {
+			// Some encodings are made and not read again; what is stored must be.
+			_, err = idna.Lookup.ToASCII(name)
+		}
+		if err != nil || name == "" || len(name) > maxDomain || !domainName(name) {
+			return nil, fault.InField(codeEgress, index(field, i), "%.100q is not a name such as example.com, nor *.example.com for the names below it", text)
+		}
+		if isWild {
+			name = "*." + name
+		}
+		out = append(out, name)
+	}
+	return out, nil
+}
+
+// maxDomain is how long a name in the DNS can be, in bytes as text without the last dot.
+const maxDomain = 253
+
+// domainName reports whether the labels of a name in ASCII and lower case are such as
+// the DNS has for hosts: 1 to 63 letters, digits and hyphens, no hyphen at either end.
+// A last label of digits alone is refused, for programs take the name for an address.
+func domainName(name string) bool {
+	labels := strings.Split(name, ".")
+	for _, l := range labels {
+		if l == "" || len(l) > 63 || l[0] == '-' || l[len(l)-1] == '-' ||
+			strings.Trim(l, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" {
+			return false
+		}
+	}
+	return strings.Trim(labels[len(labels)-1], "0123456789") != ""
 }

@@ -35,6 +35,7 @@ type gate struct {
 
 	mu     sync.Mutex
 	broken func(to sandbox.State) bool // transitions that fail; guarded by mu
+	locked bool                        // SetEgress of the store fails; guarded by mu
 	before func()                      // what happens once before Unfinished; guarded by mu
 	after  func()                      // what happens once after Get; guarded by mu
 }
@@ -50,6 +51,13 @@ func (g *gate) breakTransitions(broken func(to sandbox.State) bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.broken = broken
+}
+
+// breakPolicies makes writes of policies to the rows fail, or heals them.
+func (g *gate) breakPolicies(broken bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.locked = broken
 }
 
 // onUnfinished makes something happen just before the rows are read the next time.
@@ -138,6 +146,23 @@ func (s gatedStore) SetExpiry(ctx context.Context, id sandbox.ID, at time.Time, 
 	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) { return s.Store.SetExpiry(ctx, id, at, timeout) })
 }
 
+func (s gatedStore) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) (sandbox.Sandbox, error) {
+	s.writes.Add(1)
+	s.mu.Lock()
+	locked := s.locked
+	s.mu.Unlock()
+	if locked {
+		return sandbox.Sandbox{}, errBroken
+	}
+	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) { return s.Store.SetEgress(ctx, id, e) })
+}
+
+func (s gatedStore) Note(ctx context.Context, events []sandbox.Event) error {
+	s.writes.Add(1)
+	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) { return nil, s.Store.Note(ctx, events) })
+	return err
+}
+
 func (s gatedStore) SetActivity(ctx context.Context, last map[sandbox.ID]time.Time) error {
 	s.writes.Add(1)
 	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) { return nil, s.Store.SetActivity(ctx, last) })
@@ -190,6 +215,11 @@ func (n gatedNode) Destroy(ctx context.Context, id sandbox.ID) error {
 
 func (n gatedNode) Busy(ctx context.Context, id sandbox.ID) (bool, error) {
 	return through(ctx, n.gate, func(ctx context.Context) (bool, error) { return n.Node.Busy(ctx, id) })
+}
+
+func (n gatedNode) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) error {
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.SetEgress(ctx, id, e) })
+	return err
 }
 
 func (n gatedNode) Inspect(ctx context.Context, id sandbox.ID) (*sandbox.Fact, error) {

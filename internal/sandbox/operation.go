@@ -16,6 +16,7 @@ const (
 	opSuspend    opKind = "suspend"
 	opWake       opKind = "wake"
 	opCheckpoint opKind = "checkpoint"
+	opEgress     opKind = "egress"
 	opSettle     opKind = "settle" // makes row and host agree
 )
 

@@ -305,7 +305,7 @@ func TestRefusedWhenNotRunning(t *testing.T) {
 			_, err := h.Wake(ctx, h.caller(), id)
 			wantCode(t, err, fault.Conflict, "sandbox_not_running")
 		}
-		_, err = h.SetEgress(ctx, org, asleep, sandbox.Egress{Mode: sandbox.AllowAll})
+		_, err = h.SetEgress(ctx, org, gone, sandbox.Egress{Mode: sandbox.AllowAll})
 		wantCode(t, err, fault.Conflict, "sandbox_not_running")
 		// A call waits for a create under way.
 		lease, err := h.Connect(ctx, h.caller(), starting.ID)
@@ -320,6 +320,8 @@ func TestRefusedWhenNotRunning(t *testing.T) {
 		_, err = h.Suspend(ctx, other, asleep)
 		wantCode(t, err, fault.Denied, "not_your_sandbox")
 		_, err = h.Checkpoint(ctx, other, asleep)
+		wantCode(t, err, fault.Denied, "not_your_sandbox")
+		_, err = h.SetEgress(ctx, other, asleep, sandbox.Egress{Mode: sandbox.AllowAll})
 		wantCode(t, err, fault.Denied, "not_your_sandbox")
 		_, err = h.Wake(ctx, sandbox.Caller{OrgID: other}, asleep)
 		wantCode(t, err, fault.Denied, "not_your_sandbox")

@@ -84,6 +84,13 @@ type Store interface {
 	// SetActivity moves the last activity of sandboxes forward, never back, all in
 	// one transaction. Sandboxes that are over or unknown are left out.
 	SetActivity(ctx context.Context, last map[ID]time.Time) error
+	// SetEgress writes the policy of a sandbox that is not over; Conflict, code
+	// "sandbox_state", when it is.
+	SetEgress(ctx context.Context, id ID, e Egress) (Sandbox, error)
+	// Note adds events that are no transitions, all in one transaction: From and To are
+	// written as the state that the row is in. Of one reason a sandbox keeps its newest
+	// 100. Sandboxes that are over or unknown are left out.
+	Note(ctx context.Context, events []Event) error
 	// Unfinished returns every sandbox that is not over, oldest first.
 	Unfinished(ctx context.Context) ([]Sandbox, error)
 	// Events pages a sandbox's events, newest first.
@@ -126,6 +133,8 @@ type Fact struct {
 	// Remains says that something of a life is there that Rest would remove:
 	// processes, a control group, a network slot, files. True when Alive is.
 	Remains bool
+	// Egress is the policy that the machine has for it, in force if Alive.
+	Egress Egress
 	// Point is its latest recovery point, nil if it has none. There is at most one
 	// beside the one being written.
 	Point *Point
@@ -137,7 +146,8 @@ type Node interface {
 	// Room says whether a sandbox of the size could be made now: Unavailable, code
 	// "no_capacity", with RetryAfter when not. An answer is no reservation.
 	Room(ctx context.Context, size Size) error
-	// Create makes the sandbox and returns when its agent answers. After an
+	// Create makes the sandbox and returns when its agent answers. Its policy is in
+	// force before anything of it runs; so it is with Wake. After an
 	// error nothing of it is left, except what the error says could not be undone.
 	// No room on the machine is Unavailable, code "no_capacity", with RetryAfter.
 	Create(ctx context.Context, spec Spec) error
@@ -164,6 +174,12 @@ type Node interface {
 	// Busy reports whether anything but the agent runs inside, which could have changed
 	// the sandbox since its latest point without any call.
 	Busy(ctx context.Context, id ID) (bool, error)
+	// SetEgress replaces the policy of a sandbox that runs, for established connections
+	// too. After an error the one before is in force. A sandbox that does not run is
+	// Conflict, code "sandbox_not_running".
+	SetEgress(ctx context.Context, id ID, e Egress) error
+	// Traffic counts what left the sandbox in its present life. Errors are as SetEgress's.
+	Traffic(ctx context.Context, id ID) (Traffic, error)
 	// Inspect says what the machine has of one sandbox; nil is nothing.
 	Inspect(ctx context.Context, id ID) (*Fact, error)
 	// Destroy removes everything of the sandbox, its recovery point too, going on
@@ -177,4 +193,6 @@ type Node interface {
 	// Lost yields the sandboxes whose processes ended without being asked to.
 	// One channel for the node's whole life; never closed before the node is.
 	Lost() <-chan Fact
+	// Denied yields what policies kept in. It is lossy: what nobody takes is dropped.
+	Denied() <-chan Denial
 }

@@ -47,10 +47,12 @@ type step struct {
 
 var (
 	whats = []string{"create ephemeral", "create persistent", "create persistent", "destroy", "keepalive",
-		"call", "connect", "release", "suspend", "suspend", "wake", "checkpoint", "die", "restart", "sleep", "sleep"}
+		"call", "connect", "release", "suspend", "suspend", "wake", "checkpoint", "egress", "egress", "die", "restart", "sleep", "sleep"}
 	// An operation that fails leaves the sandbox alive, or dead as it was, or dead with
 	// the new point; or the server dies in the middle of it, and maybe the machine too.
 	faults = []string{"", "", "", "fails", "fails and kills", "fails, kills, new point", "cannot clean", "crash", "crash and kill", "database"}
+
+	policies = []sandbox.Egress{{Mode: sandbox.AllowAll}, {Mode: sandbox.DenyAll}, {Mode: sandbox.DenyAll, AllowDomains: []string{"example.com"}}}
 
 	errInjected = errors.New("injected")
 )
@@ -106,7 +108,7 @@ func (l *lives) play(steps []step) string {
 
 func (l *lives) heal() {
 	n := l.node
-	n.OnCreate, n.OnDestroy, n.OnSuspend, n.OnCheckpoint, n.OnWake, n.OnRest = nil, nil, nil, nil, nil, nil
+	n.OnCreate, n.OnDestroy, n.OnSuspend, n.OnCheckpoint, n.OnWake, n.OnRest, n.OnSetEgress = nil, nil, nil, nil, nil, nil, nil
 	l.gate.breakTransitions(nil)
 	barrier()
 }
@@ -138,6 +140,7 @@ func (l *lives) inject(s step) error {
 		n.OnSuspend = after
 		n.OnCreate = func(ctx context.Context, spec sandbox.Spec) error { return after(ctx, spec.ID) }
 		n.OnWake = n.OnCreate
+		n.OnSetEgress = after
 		if s.fault != "fails, kills, new point" { // which itself makes one
 			n.OnCheckpoint = after
 		}
@@ -231,6 +234,13 @@ func (l *lives) take(s step) error {
 	case "checkpoint":
 		_, err := l.Checkpoint(ctx, org, id)
 		return expected(err)
+	case "egress":
+		want := policies[s.secs%len(policies)]
+		box, err := l.SetEgress(ctx, org, id, want)
+		if err == nil && !box.Egress.Equal(want) {
+			return fmt.Errorf("asked for %+v and got %+v", want, box.Egress)
+		}
+		return expected(err)
 	case "die":
 		if s.fault == "" || s.fault == "cannot clean" {
 			l.node.Die(id)
@@ -276,6 +286,8 @@ func (l *lives) agree() string {
 		switch {
 		case row.State == sandbox.Running && (!f.Alive || f.Run != row.Run), row.State == sandbox.Suspended && (f.Remains || f.Point == nil):
 			return fmt.Sprintf("sandbox %s is %s in life %s, and the host has (%v) %+v", row.ID, row.State, row.Run, there, f)
+		case row.State == sandbox.Running && !f.Egress.Equal(row.Egress):
+			return fmt.Sprintf("sandbox %s has policy %+v, and the host %+v", row.ID, row.Egress, f.Egress)
 		case row.State != sandbox.Running && row.State != sandbox.Suspended:
 			return fmt.Sprintf("sandbox %s is stuck in %s", row.ID, row.State)
 		case row.Mode == sandbox.Ephemeral && !row.ExpiresAt.After(time.Now()):

@@ -93,9 +93,10 @@ func (s *Service) Reconcile(ctx context.Context) error {
 	var errs []error
 	for i := range rows {
 		row := &rows[i]
-		a := Decide(row, byID[row.ID])
+		fact := byID[row.ID]
+		a := Decide(row, fact)
 		delete(byID, row.ID)
-		if a == Leave || a == Adopt && s.tracked(*row) {
+		if a == Leave || a == Adopt && s.tracked(*row) && fact.Egress.Equal(row.Egress) {
 			continue
 		}
 		errs = append(errs, s.lookAfter(row.ID))
@@ -148,8 +149,7 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 	case Leave:
 		return nil
 	case Adopt:
-		s.adopt(*row, fact)
-		return nil
+		return s.adopt(ctx, *row, fact)
 	case Resume:
 		return s.resume(ctx, *row, fact, why)
 	case Fall, Rest, Clear:
@@ -168,16 +168,24 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 	return nil // Remove
 }
 
-// adopt makes a sandbox usable that was running before this server.
-func (s *Service) adopt(row Sandbox, fact *Fact) {
+// adopt makes a sandbox usable that was running before this server, under the policy
+// of its row: a change of it may have been interrupted.
+func (s *Service) adopt(ctx context.Context, row Sandbox, fact *Fact) error {
+	if !fact.Egress.Equal(row.Egress) {
+		s.log.WarnContext(ctx, "a sandbox has another policy than it should", "sandbox", row.ID)
+		if err := s.node.SetEgress(ctx, row.ID, row.Egress); err != nil {
+			return fmt.Errorf("giving %s the policy of its row: %w", row.ID, err)
+		}
+	}
 	if s.tracked(row) {
-		return
+		return nil
 	}
 	l := newLife(row)
 	if fact.Point != nil {
 		l.looked = fact.Point.At
 	}
 	s.track(l)
+	return nil
 }
 
 // resume takes a sandbox whose suspend did not take back to running, where its timer

@@ -198,17 +198,7 @@ func (r Request) resolve(cfg Config, orgID string, v TemplateVersion, now time.T
 	if box.Egress.Mode == "" {
 		box.Egress.Mode = AllowAll
 	}
-	return box, enforceable(box.Egress)
-}
-
-// enforceable refuses a policy that this version would not enforce: a sandbox is
-// never open where its owner asked for closed.
-func enforceable(e Egress) error {
-	if e.Mode == DenyAll {
-		return &fault.Error{Kind: fault.Unsupported, Code: "egress_unsupported", Field: "egress.mode",
-			Detail: "deny_all is not enforced by this version yet, so it is refused rather than ignored"}
-	}
-	return nil
+	return box, nil
 }
 
 func (c Config) size(name string) (Size, bool) {

@@ -16,7 +16,8 @@ const (
 )
 
 // Run does what has to be done over time until ctx ends: it notices sandboxes
-// whose processes ended, reconciles, writes down last activities, and drops old rows. Call [Service.Reconcile]
+// whose processes ended and what policies denied, reconciles, writes down last activities,
+// and drops old rows. Call [Service.Reconcile]
 // once before, so that timers are set when the first request comes.
 func (s *Service) Run(ctx context.Context) {
 	go s.flushing(ctx)
@@ -29,6 +30,8 @@ func (s *Service) Run(ctx context.Context) {
 			return
 		case fact := <-s.node.Lost():
 			go s.lost(ctx, fact)
+		case d := <-s.node.Denied():
+			s.denied(d)
 		case <-reconcile.C:
 			if err := s.Reconcile(ctx); err != nil && ctx.Err() == nil {
 				s.log.ErrorContext(ctx, "reconciling", "error", err)

@@ -38,6 +38,8 @@ type Service struct {
 	// +checklocks:mu
 	lives map[ID]*life // of running sandboxes, while they may be used; guarded by mu
 	// +checklocks:mu
+	denials map[ID]*denials // not yet events; guarded by mu
+	// +checklocks:mu
 	closed bool           // no timers and no operations start any more; guarded by mu
 	wg     sync.WaitGroup // operations under way
 }
@@ -49,7 +51,7 @@ func New(cfg Config, store Store, node Node, templates Templates, log *slog.Logg
 		observe = func(Event) {}
 	}
 	return &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe,
-		recoveries: make(chan struct{}, recoveriesAtOnce), work: map[ID]*operation{}, lives: map[ID]*life{}}
+		recoveries: make(chan struct{}, recoveriesAtOnce), work: map[ID]*operation{}, lives: map[ID]*life{}, denials: map[ID]*denials{}}
 }
 
 // Caller is the organization that asks for a sandbox to run, and what it may have.
@@ -61,8 +63,8 @@ type Caller struct {
 // Create makes a sandbox for an organization and returns it running; with
 // wait false it returns at once, creating. See [Request] for what is refused:
 // Invalid naming the field, NotFound or Conflict for the template, Exhausted
-// over quota, Unavailable when no machine has room, Unsupported for what this
-// version does not enforce yet. The sandbox goes on being made when ctx ends.
+// over quota, Unavailable when no machine has room. The sandbox goes on being made
+// when ctx ends.
 func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wait bool) (Sandbox, error) {
 	if err := r.check(s.cfg); err != nil {
 		return Sandbox{}, err
@@ -243,19 +245,6 @@ func (s *Service) Keepalive(ctx context.Context, orgID string, id ID, timeout *t
 	}
 	s.extend(box)
 	return box, nil
-}
-
-// SetEgress replaces the policy of a running sandbox. Until deny_all is enforced
-// it is refused as Unsupported, and allow_all is what every sandbox has.
-func (s *Service) SetEgress(ctx context.Context, orgID string, id ID, e Egress) (Sandbox, error) {
-	box, err := s.Get(ctx, orgID, id)
-	if err != nil {
-		return Sandbox{}, err
-	}
-	if box.State != Running {
-		return Sandbox{}, notRunning(box)
-	}
-	return box, enforceable(e)
 }
 
 // Events pages a sandbox's events, newest first.

@@ -21,10 +21,15 @@ const org = "org_aaaaaaaaaaaaaaaaaaaa"
 type oneTemplate struct{}
 
 func (oneTemplate) Ready(_ context.Context, _, name string) (sandbox.TemplateVersion, error) {
+	var egress sandbox.Egress
+	if name == "closed" {
+		name, egress = "python", sandbox.Egress{Mode: sandbox.DenyAll}
+	}
 	if name != "python" {
 		return sandbox.TemplateVersion{}, fault.New(fault.NotFound, "template_not_found", "there is no template %q", name)
 	}
-	return sandbox.TemplateVersion{ID: "tpl_aaaaaaaaaaaaaaaaaaaa", Name: "python", Version: 1, Image: "abc", Env: map[string]string{"A": "template", "B": "template"}}, nil
+	return sandbox.TemplateVersion{ID: "tpl_aaaaaaaaaaaaaaaaaaaa", Name: "python", Version: 1, Image: "abc", Egress: egress,
+		Env: map[string]string{"A": "template", "B": "template"}}, nil
 }
 
 // house is a Service on a real store and a fake node, to be used in a synctest bubble.
@@ -374,7 +379,6 @@ func TestRefusals(t *testing.T) {
 		"env value":               {sandbox.Request{Env: map[string]string{"A": "\x00"}}, fault.Invalid, "env.A"},
 		"metadata key":            {sandbox.Request{Metadata: map[string]string{"": "v"}}, fault.Invalid, "metadata"},
 		"metadata value":          {sandbox.Request{Metadata: map[string]string{"k": long}}, fault.Invalid, "metadata.k"},
-		"deny_all":                {sandbox.Request{Egress: &sandbox.Egress{Mode: sandbox.DenyAll}}, fault.Unsupported, "egress.mode"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -15,6 +15,8 @@ const (
 	reasonInterrupted   = "interrupted" // by a crash of the server
 	reasonSuspendFailed = "suspend_failed"
 	reasonWakeFailed    = "wake_failed"
+	reasonEgressChanged = "egress_changed"
+	reasonEgressDenied  = "egress_denied"
 )
 
 // leaseGrace is how long an explicit suspend waits for calls in flight. The caller

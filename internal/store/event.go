@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 
 	"github.com/cayhq/cay/internal/fault"
@@ -21,6 +22,48 @@ func insertEvent(ctx context.Context, tx *sql.Tx, e sandbox.Event) error {
 		e.SandboxID, at(e.At), e.From, e.To, e.Reason, e.Detail)
 	if err != nil {
 		return fmt.Errorf("writing event: %w", err)
+	}
+	return nil
+}
+
+// notesKept is how many notes of one reason a sandbox keeps: some hours of the most that
+// one which scans its network makes, some tens of KiB.
+const notesKept = 100
+
+// Note implements [sandbox.Store].
+func (db *DB) Note(ctx context.Context, events []sandbox.Event) error {
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		for _, e := range events {
+			if err := insertNote(ctx, tx, e); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("noting %d events: %w", len(events), err)
+	}
+	return nil
+}
+
+func insertNote(ctx context.Context, tx *sql.Tx, e sandbox.Event) error {
+	// Taking the state by an update makes this transaction a writer from its beginning.
+	err := tx.QueryRowContext(ctx, "UPDATE sandboxes SET state = state WHERE id = $1 AND ended_at IS NULL RETURNING state", e.SandboxID).Scan(&e.To)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("reading the state of %s: %w", e.SandboxID, err)
+	}
+	e.From = e.To
+	if err := insertEvent(ctx, tx, e); err != nil {
+		return err
+	}
+	_, err = tx.ExecContext(ctx, `DELETE FROM sandbox_events WHERE sandbox_id = $1 AND reason = $2 AND from_state = to_state AND seq <=
+		(SELECT seq FROM sandbox_events WHERE sandbox_id = $1 AND reason = $2 AND from_state = to_state ORDER BY seq DESC LIMIT 1 OFFSET $3)`,
+		e.SandboxID, e.Reason, notesKept)
+	if err != nil {
+		return fmt.Errorf("dropping old notes: %w", err)
 	}
 	return nil
 }

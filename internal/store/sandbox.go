@@ -331,6 +331,25 @@ func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time,
 	return s, nil
 }
 
+// SetEgress implements [sandbox.Store].
+func (db *DB) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) (s sandbox.Sandbox, err error) {
+	err = db.write(ctx, func(tx *sql.Tx) error {
+		s, err = scanSandbox(tx.QueryRowContext(ctx, `UPDATE sandboxes SET egress = $1
+			WHERE id = $2 AND ended_at IS NULL RETURNING `+sandboxColumns, jsonColumn{&e}, id))
+		if !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
+		if s, err = getSandbox(ctx, tx, id); err != nil {
+			return err
+		}
+		return fault.New(fault.Conflict, "sandbox_state", "the sandbox is %s", s.State)
+	})
+	if err != nil {
+		return s, fmt.Errorf("changing the policy of sandbox %s: %w", id, err)
+	}
+	return s, nil
+}
+
 // SetActivity implements [sandbox.Store].
 func (db *DB) SetActivity(ctx context.Context, last map[sandbox.ID]time.Time) error {
 	if len(last) == 0 {

@@ -31,7 +31,7 @@ func fullSandbox(org string, i int) sandbox.Sandbox {
 		Size: sandbox.Size{Name: "performance-2x", VCPUs: 2, MemoryMB: 4096, Dedicated: true}, DiskMB: 2048,
 		Env: map[string]string{"A": "1", "ü": "\"\\\x01\u2028"}, Metadata: map[string]string{"team": "red", "n": fmt.Sprint(i)},
 		Egress: sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
-			DenyCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}, AllowPorts: []uint16{80, 443}},
+			DenyCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}, AllowPorts: []uint16{80, 443}, AllowDomains: []string{"*.example.com"}},
 		User: "user", Workdir: "/srv", Timeout: 5 * time.Minute, IdleTimeout: 90 * time.Second, RecoveryInterval: 1500 * time.Millisecond,
 		CreatedAt: created, StartedAt: created.Add(1), ExpiresAt: created.Add(time.Hour), LastActivityAt: created.Add(2 * time.Second),
 		SuspendedAt: created.Add(3 * time.Second), DestroyedAt: created.Add(4 * time.Second), DestroyReason: sandbox.Lost,
@@ -95,6 +95,8 @@ func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
 		"transition refused":     sandboxTransitionRefused,
 		"transition in a race":   sandboxTransitionRace,
 		"expiry":                 sandboxExpiry,
+		"policy":                 sandboxEgress,
+		"notes":                  sandboxNotes,
 		"unfinished and images":  sandboxUnfinished,
 		"events":                 sandboxEvents,
 		"purge":                  sandboxPurge,
@@ -671,6 +673,67 @@ func sandboxExpiry(t *testing.T, st sandbox.Store) {
 	}
 	if read, err := st.Get(t.Context(), s.ID); err != nil || !cmp.Equal(want, read, prefixes) {
 		t.Errorf("read afterwards: %+v, %v", read, err)
+	}
+}
+
+func sandboxEgress(t *testing.T, st sandbox.Store) {
+	want := mustInsert(t, st, fullSandbox("org_a", 0))
+	want = asStored(want)
+	want.Egress = sandbox.Egress{Mode: sandbox.DenyAll, AllowDomains: []string{"example.org"}}
+	got, err := st.SetEgress(t.Context(), want.ID, want.Egress)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, got, prefixes); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	if read, err := st.Get(t.Context(), want.ID); err != nil || !cmp.Equal(want, read, prefixes) {
+		t.Errorf("read afterwards: %+v, %v", read, err)
+	}
+	mustMove(t, st, want.ID, sandbox.Creating, sandbox.Failed, start)
+	_, err = st.SetEgress(t.Context(), want.ID, sandbox.Egress{Mode: sandbox.AllowAll})
+	wantFault(t, err, fault.Conflict, "sandbox_state")
+	_, err = st.SetEgress(t.Context(), sandbox.NewID(), sandbox.Egress{Mode: sandbox.AllowAll})
+	wantFault(t, err, fault.NotFound, "sandbox_not_found")
+	if read, err := st.Get(t.Context(), want.ID); err != nil || !read.Egress.Equal(want.Egress) {
+		t.Errorf("refused, and now it is %+v, %v", read.Egress, err)
+	}
+}
+
+func sandboxNotes(t *testing.T, st sandbox.Store) {
+	lives, over := mustInsert(t, st, small("org_a", 0)).ID, mustInsert(t, st, small("org_a", 1)).ID
+	mustMove(t, st, lives, sandbox.Creating, sandbox.Running, start)
+	mustMove(t, st, over, sandbox.Creating, sandbox.Failed, start)
+	for i := range 150 {
+		at := start.Add(time.Duration(i) * time.Second)
+		err := st.Note(t.Context(), []sandbox.Event{{SandboxID: lives, At: at, Reason: "noise", Detail: fmt.Sprint(i)},
+			{SandboxID: over, At: at, Reason: "noise"}, {SandboxID: sandbox.NewID(), At: at, Reason: "noise"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i == 10 {
+			if err := st.Note(t.Context(), []sandbox.Event{{SandboxID: lives, At: at, Reason: "rare"}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	all, next, err := st.Events(t.Context(), lives, 200, "")
+	if err != nil || next != "" {
+		t.Fatalf("%v, %q", err, next)
+	}
+	// The newest hundred, the one of another reason, and the two transitions.
+	if len(all) != 103 {
+		t.Fatalf("there are %d events", len(all))
+	}
+	want := sandbox.Event{ID: all[0].ID, SandboxID: lives, At: start.Add(149 * time.Second), From: sandbox.Running, To: sandbox.Running, Reason: "noise", Detail: "149"}
+	if diff := cmp.Diff(want, all[0]); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	if all[99].Detail != "50" || all[100].Reason != "rare" || all[101].To != sandbox.Running || all[102].To != sandbox.Creating {
+		t.Errorf("the oldest are %+v", all[99:])
+	}
+	if all, _, err := st.Events(t.Context(), over, 200, ""); err != nil || len(all) != 2 {
+		t.Errorf("a sandbox that is over has %d events, %v", len(all), err)
 	}
 }
 

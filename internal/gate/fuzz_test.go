@@ -1,0 +1,139 @@
+package gate
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+)
+
+// FuzzHello compares the reader of ClientHellos with crypto/tls: what it takes, crypto/tls
+// takes too and sees the same name in; in whatever records the same handshake comes.
+func FuzzHello(f *testing.F) {
+	hello := clientHello("allowed.example")
+	f.Add(hello, byte(7))
+	f.Add(records(hello[recordHeader:], 50), byte(200))
+	f.Add(clientHello(""), byte(1))
+	f.Fuzz(func(t *testing.T, b []byte, size byte) {
+		in := bytes.NewReader(b)
+		name, err := readHello(in)
+		if err != nil {
+			return
+		}
+		if s, sure := classify(b); !sure || s != speechTLS {
+			t.Fatalf("%x is a ClientHello, and not taken for TLS", b)
+		}
+		if model, err := serverName(b); err != nil || model != name {
+			t.Fatalf("%x names %q, to crypto/tls %q, %v", b, name, model, err)
+		}
+		var handshake []byte
+		for rest := b[:len(b)-in.Len()]; len(rest) > 0; {
+			n := recordHeader + int(rest[3])<<8 + int(rest[4])
+			handshake, rest = append(handshake, rest[recordHeader:n]...), rest[n:]
+		}
+		again := records(handshake, int(size)+1)
+		if got, err := readHello(bytes.NewReader(again)); len(again) <= maxHello && (err != nil || got != name) {
+			t.Fatalf("in records of %d bytes: %q, %v, want %q", size+1, got, err, name)
+		}
+	})
+}
+
+// FuzzClassify holds that more bytes do not change what was sure, and that what net/http
+// takes for a request is not taken for anything else.
+func FuzzClassify(f *testing.F) {
+	for _, s := range []string{"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "\r\n\tGET\t/ http/1.0\n", "PING\r\n", "\x16\x03\x01", "\x80\x2e\x01\x03\x01"} {
+		f.Add([]byte(s), 5)
+	}
+	f.Fuzz(func(t *testing.T, b []byte, n int) {
+		whole, sure := classify(b)
+		if part, first := classify(b[:max(0, min(n, len(b)))]); first && (!sure || part != whole) {
+			t.Fatalf("%q is %d, its first %d bytes are %d", b, whole, n, part)
+		}
+		if _, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(b))); err == nil && (!sure || whole != speechHTTP) {
+			t.Fatalf("%q is a request, and taken for %d", b, whole)
+		}
+	})
+}
+
+// recorder keeps what a server would get.
+type recorder struct{ bytes.Buffer }
+
+func (r *recorder) RoundTrip(req *http.Request) (*http.Response, error) {
+	if err := req.Write(r); err != nil {
+		return nil, err
+	}
+	return &http.Response{StatusCode: 200, ProtoMajor: 1, ProtoMinor: 1, Header: http.Header{}, Body: http.NoBody, Request: req}, nil
+}
+
+// FuzzRequest looks at what leaves for a request, with a reader far simpler than net/http:
+// one request, one Host, which is allowed, and one end of its body.
+func FuzzRequest(f *testing.F) {
+	for _, s := range []string{
+		"GET / HTTP/1.1\r\nHost: allowed.example\r\n\r\n",
+		"GET http://a.wild.example:80/x?y HTTP/1.1\r\nHost: other.example\r\n\r\n",
+		"POST / HTTP/1.1\r\nHost: allowed.example\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+		"GET / HTTP/1.1\r\nHost: allowed.example\r\nConnection: Host, Upgrade\r\nUpgrade: h2c\r\n\r\n",
+		"OPTIONS * HTTP/1.1\r\nHost: allowed.example\r\nX-A: b\r\n folded\r\n\r\n",
+	} {
+		f.Add([]byte(s))
+	}
+	h := &fakeHost{handle: 1, box: Box{Domains: []string{"allowed.example", "*.wild.example"}}, opened: map[netip.Addr]time.Duration{}}
+	g := New(h, slog.New(slog.NewTextHandler(io.Discard, nil)))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		h.denied = nil
+		in, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(b)))
+		if err != nil {
+			return
+		}
+		s := &session{gate: g, from: netip.MustParseAddr("127.0.0.1"), handle: 1, to: netip.MustParseAddrPort("198.51.100.1:80"), dead: true}
+		var out recorder
+		if !served(t, s.web(&out), in) || out.Len() == 0 {
+			return
+		}
+		head, _, ok := strings.Cut(out.String(), "\r\n\r\n")
+		lines := strings.Split(head, "\r\n")
+		if !ok || strings.ContainsAny(strings.Join(lines, ""), "\r\n") {
+			t.Fatalf("%q became %q", b, out.String())
+		}
+		if parts := strings.Split(lines[0], " "); len(parts) != 3 || parts[2] != "HTTP/1.1" || parts[1] != "*" && parts[1][0] != '/' {
+			t.Fatalf("%q became a request of %q", b, lines[0])
+		}
+		seen := map[string]int{}
+		for _, line := range lines[1:] {
+			name, value, ok := strings.Cut(line, ":")
+			name, value = strings.ToLower(name), strings.ToLower(strings.TrimSpace(value))
+			if !ok || strings.ContainsAny(name, " \t") {
+				t.Fatalf("%q became a header with %q", b, line)
+			}
+			seen[name]++
+			switch host, _, _ := strings.Cut(value, ":"); {
+			case name == "host" && strings.TrimSuffix(host, ".") != "allowed.example" && !strings.HasSuffix(strings.TrimSuffix(host, "."), ".wild.example"),
+				name == "upgrade" && value != "websocket", name == "http2-settings":
+				t.Fatalf("%q became a header with %q", b, line)
+			}
+		}
+		if seen["host"] != 1 || seen["content-length"]+seen["transfer-encoding"] > 1 || strings.HasPrefix(lines[0], "CONNECT ") {
+			t.Fatalf("%q became %q", b, out.String())
+		}
+	})
+}
+
+// served reports whether the handler did not break off.
+func served(t *testing.T, h http.Handler, r *http.Request) (ok bool) {
+	defer func() {
+		if v := recover(); v != nil {
+			if err, is := v.(error); !is || !errors.Is(err, http.ErrAbortHandler) {
+				t.Fatalf("panic: %v", v)
+			}
+		}
+	}()
+	h.ServeHTTP(httptest.NewRecorder(), r)
+	return true
+}

@@ -1,0 +1,134 @@
+package gate
+
+import (
+	"context"
+	"encoding/json"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const (
+	metadataTime   = 5 * time.Second  // for a request, and for its answer
+	metadataIdle   = 30 * time.Second // between two requests of a connection
+	metadataHeader = 4 << 10          // bytes of a request's header (net/http adds 4 KiB of slack)
+)
+
+// about is [Metadata] as JSON.
+type about struct {
+	ID        string            `json:"id"`
+	Template  string            `json:"template"`
+	Mode      string            `json:"mode"`
+	Metadata  map[string]string `json:"metadata"`
+	ExpiresAt string            `json:"expires_at,omitempty"` // RFC 3339
+}
+
+// serveMetadata serves the requests of one connection.
+func (g *Gate) serveMetadata(_ context.Context, c *net.TCPConn) {
+	from := source(c)
+	_, handle, ok := g.host.Find(from)
+	if !ok || !g.metadataConns.enter(handle) {
+		reset(c)
+		return
+	}
+	defer g.metadataConns.leave(handle)
+	server := &http.Server{
+		Handler:                      g.metadataHandler(from, handle),
+		ReadTimeout:                  metadataTime,
+		WriteTimeout:                 metadataTime,
+		IdleTimeout:                  metadataIdle,
+		MaxHeaderBytes:               metadataHeader,
+		ErrorLog:                     slog.NewLogLogger(g.log.Handler(), slog.LevelDebug),
+		DisableGeneralOptionsHandler: true,
+	}
+	serveConn(server, c)
+}
+
+// metadataHandler answers the box whose connection it is, whatever the request says of
+// host or sender.
+func (g *Gate) metadataHandler(from netip.Addr, handle any) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, now, ok := g.host.Find(from); !ok || now != handle {
+			panic(http.ErrAbortHandler) // the box has ended; another may have its address
+		}
+		if r.Method != http.MethodGet && r.Method != http.MethodHead {
+			w.Header().Set("Allow", "GET, HEAD")
+			problem(w, http.StatusMethodNotAllowed, "method_not_allowed", "only GET and HEAD")
+			return
+		}
+		m, err := g.host.Metadata(r.Context(), handle)
+		if err != nil {
+			g.log.Error("looking up metadata for a sandbox", "error", err)
+			problem(w, http.StatusInternalServerError, "internal", "the metadata cannot be looked up now")
+			return
+		}
+		contentType, body, ok := m.at(r.URL.Path)
+		if !ok {
+			problem(w, http.StatusNotFound, "not_found",
+				"there are /, /id, /template, /mode, /expires_at (if it expires) and /metadata/KEY")
+			return
+		}
+		write(w, http.StatusOK, contentType, body)
+	})
+}
+
+// at is what the service shows at a path.
+func (m Metadata) at(path string) (contentType string, body []byte, ok bool) {
+	const text = "text/plain; charset=utf-8"
+	expires := ""
+	if !m.ExpiresAt.IsZero() {
+		expires = m.ExpiresAt.UTC().Format(time.RFC3339)
+	}
+	switch path {
+	case "/", "/v1":
+		a := about{m.ID, m.Template, m.Mode, m.Metadata, expires}
+		if a.Metadata == nil {
+			a.Metadata = map[string]string{}
+		}
+		return "application/json", mustJSON(a), true
+	case "/id":
+		return text, []byte(m.ID), true
+	case "/template":
+		return text, []byte(m.Template), true
+	case "/mode":
+		return text, []byte(m.Mode), true
+	case "/expires_at":
+		return text, []byte(expires), expires != ""
+	}
+	key, ok := strings.CutPrefix(path, "/metadata/")
+	value, is := m.Metadata[key]
+	return text, []byte(value), ok && is
+}
+
+// problem answers as RFC 9457 says.
+func problem(w http.ResponseWriter, status int, code, detail string) {
+	write(w, status, "application/problem+json", mustJSON(struct {
+		Type   string `json:"type"`
+		Title  string `json:"title"`
+		Status int    `json:"status"`
+		Detail string `json:"detail"`
+		Code   string `json:"code"`
+	}{"urn:cay:problem:" + code, http.StatusText(status), status, detail, code}))
+}
+
+func write(w http.ResponseWriter, status int, contentType string, body []byte) {
+	w.Header().Set("Content-Type", contentType)
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(status)
+	_, _ = w.Write(body) // the box has gone: its own business
+}
+
+// mustJSON encodes what cannot fail to be encoded: structs of strings.
+func mustJSON(v any) []byte {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic(err)
+	}
+	return append(b, '\n')
+}

@@ -1,0 +1,401 @@
+package gate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// helloTime is how long a client may take to say to whom it speaks, once it began or
+	// where it must begin.
+	helloTime = 10 * time.Second
+	// patience is how long a client is waited for before its server is called, where the
+	// server may have to speak first. It spares HTTP and TLS a connection in vain; nothing
+	// is decided by it.
+	patience = 200 * time.Millisecond
+	// dialTime is how long the server may take to accept.
+	dialTime = 30 * time.Second
+)
+
+// errRefused is that the box may not have the connection.
+var errRefused = errors.New("refused by policy")
+
+// session is one connection through the proxy.
+type session struct {
+	gate   *Gate
+	client *net.TCPConn
+	from   netip.Addr
+	handle any
+	to     netip.AddrPort // where the client wanted to go
+
+	first opening // of client
+
+	mu sync.Mutex
+	// names of which one must be allowed; none before the first was.
+	// +checklocks:mu
+	names []string
+	// server is the connection to the server, nil if there is none or HTTP has its own.
+	// +checklocks:mu
+	server *net.TCPConn
+	// +checklocks:mu
+	dead bool
+}
+
+// proxy serves one redirected connection.
+func (g *Gate) proxy(ctx context.Context, c *net.TCPConn) {
+	from := source(c)
+	_, handle, ok := g.host.Find(from)
+	if !ok || !g.proxied.enter(handle) {
+		reset(c)
+		return
+	}
+	defer g.proxied.leave(handle)
+	to, err := g.host.Original(c)
+	if err != nil {
+		g.log.Debug("looking up where a connection was to go", "from", from, "error", err)
+		reset(c)
+		return
+	}
+	s := &session{gate: g, client: c, from: from, handle: handle,
+		to: netip.AddrPortFrom(to.Addr().Unmap(), to.Port()), first: opening{r: c}}
+	g.mu.Lock()
+	g.sessions[s] = struct{}{}
+	g.mu.Unlock()
+	defer func() {
+		g.mu.Lock()
+		delete(g.sessions, s)
+		g.mu.Unlock()
+		s.kill()
+	}()
+	if err := s.serve(ctx); err != nil {
+		g.log.Debug("a sandbox's connection", "to", s.to, "error", err)
+		s.kill()
+	}
+}
+
+// serve returns nil after an end that both sides know of.
+func (s *session) serve(ctx context.Context) error {
+	names := s.gate.given.names(s.handle, s.to.Addr(), time.Now())
+	if err := s.admit(names...); err != nil {
+		return err
+	}
+	serverFirst := s.to.Port() != 443 && s.to.Port() != 80
+	wait := s.gate.hello
+	if serverFirst {
+		wait = patience
+	}
+	if err := s.client.SetReadDeadline(time.Now().Add(wait)); err != nil {
+		return err
+	}
+	err := s.first.more()
+	if serverFirst && errors.Is(err, os.ErrDeadlineExceeded) {
+		return s.serverFirst(ctx)
+	}
+	if err != nil && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("waiting for the client: %w", err)
+	}
+	what, err := s.listen()
+	if err != nil {
+		return err
+	}
+	if what == speechHTTP {
+		return s.serveHTTP()
+	}
+	if err := s.dial(ctx); err != nil {
+		return err
+	}
+	return s.splice(nil, nil)
+}
+
+// listen tells what the client speaks after it has spoken, and checks the name unless it
+// speaks HTTP, which is checked by request.
+func (s *session) listen() (speech, error) {
+	if err := s.client.SetReadDeadline(time.Now().Add(s.gate.hello)); err != nil {
+		return 0, err
+	}
+	what, err := sniff(&s.first)
+	if err != nil {
+		return 0, fmt.Errorf("listening to the client: %w", err)
+	}
+	switch what {
+	case speechTLS:
+		name, err := readHello(&s.first)
+		if err != nil {
+			return 0, s.deny(name, err)
+		}
+		if err := s.admit(name); err != nil {
+			return 0, err
+		}
+	case speechOther:
+		if s.to.Port() == 443 || s.to.Port() == 80 {
+			return 0, s.deny("", errors.New("neither TLS nor HTTP on a port of theirs"))
+		}
+	}
+	return what, s.client.SetReadDeadline(time.Time{})
+}
+
+// admit lets the session on if the policy of now allows one of the names, and its address.
+func (s *session) admit(names ...string) error {
+	canon := make([]string, 0, len(names))
+	for _, n := range names {
+		if c, ok := canonical(n); ok {
+			canon = append(canon, c)
+		}
+	}
+	for {
+		s.gate.mu.Lock()
+		changes := s.gate.changes
+		s.gate.mu.Unlock()
+		if err := s.allowed(canon); err != nil {
+			name := ""
+			if len(names) > 0 {
+				name = names[0]
+			}
+			return s.deny(name, err)
+		}
+		if s.take(canon, changes) {
+			return nil
+		}
+	}
+}
+
+// take sets the names unless Recheck was called since there were so many changes.
+func (s *session) take(names []string, changes uint64) bool {
+	s.gate.mu.Lock()
+	defer s.gate.mu.Unlock()
+	if s.gate.changes != changes {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.names = names
+	return true
+}
+
+// allowed asks the host whether one of the names and the address are allowed now.
+func (s *session) allowed(names []string) error {
+	box, handle, ok := s.gate.host.Find(s.from)
+	if !ok || handle != s.handle {
+		return errors.New("the box has ended")
+	}
+	if !box.allowsAny(names) {
+		return errRefused
+	}
+	return s.gate.host.Permitted(s.handle, s.to.Addr())
+}
+
+// deny reports a refusal, and is the error for it.
+func (s *session) deny(name string, err error) error {
+	s.gate.host.Denied(s.handle, "tcp", name, s.to)
+	return fmt.Errorf("%q at %s: %w", name, s.to, err)
+}
+
+// recheck ends a session that is not allowed any more. One that has no names yet is about
+// to ask.
+func (s *session) recheck() {
+	s.mu.Lock()
+	names := s.names
+	s.mu.Unlock()
+	if names == nil {
+		return
+	}
+	if err := s.allowed(names); err != nil {
+		s.gate.host.Denied(s.handle, "tcp", names[0], s.to)
+		s.kill()
+	}
+}
+
+// kill resets what is open. It may be called again.
+func (s *session) kill() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.dead {
+		return
+	}
+	s.dead = true
+	reset(s.client)
+	if s.server != nil {
+		reset(s.server)
+	}
+}
+
+// connect calls the address that the client wanted, after a last look whether it may.
+func (s *session) connect(ctx context.Context) (*net.TCPConn, error) {
+	if err := s.gate.host.Permitted(s.handle, s.to.Addr()); err != nil {
+		return nil, err
+	}
+	c, err := (&net.Dialer{Timeout: dialTime}).DialContext(ctx, "tcp4", s.to.String())
+	if err != nil {
+		return nil, fmt.Errorf("calling the server: %w", err)
+	}
+	return c.(*net.TCPConn), nil
+}
+
+// dial connects the session to its server.
+func (s *session) dial(ctx context.Context) error {
+	c, err := s.connect(ctx)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.dead {
+		reset(c)
+		return net.ErrClosed
+	}
+	s.server = c
+	return nil
+}
+
+// serverFirst connects to the server before the client said a word. The server's words go
+// to the client at once; the client's wait until they are checked, however late they come.
+func (s *session) serverFirst(ctx context.Context) error {
+	if err := s.client.SetReadDeadline(time.Time{}); err != nil {
+		return err
+	}
+	if err := s.dial(ctx); err != nil {
+		return err
+	}
+	var spoke atomic.Bool
+	err := s.splice(func() error {
+		if err := s.first.more(); err != nil {
+			return err
+		}
+		// A server that speaks before it is asked takes no requests of HTTP, and its
+		// client may type letter by letter: no line is waited for.
+		if spoke.Load() && !beginsLikeTLS(s.first.said[0]) {
+			return nil
+		}
+		what, err := s.listen()
+		if err == nil && what == speechHTTP {
+			return errHTTP
+		}
+		return err
+	}, &spoke)
+	if !errors.Is(err, errHTTP) {
+		return err
+	}
+	// HTTP has connections of its own. That the server spoke in this very moment is odd
+	// enough to end it.
+	if spoke.Load() {
+		return s.deny("", errors.New("HTTP to a server that spoke first"))
+	}
+	return s.serveHTTP()
+}
+
+// errHTTP is that a client turned out to speak HTTP.
+var errHTTP = errors.New("the client speaks HTTP")
+
+// splice copies both ways until both sides have ended or one has broken. What the client
+// says is passed on after check, if there is one; io.EOF from it is the client's end.
+func (s *session) splice(check func() error, spoke *atomic.Bool) error {
+	s.mu.Lock()
+	server := s.server
+	s.mu.Unlock()
+	var leaving atomic.Bool
+	down := make(chan error, 1)
+	go func() {
+		err := s.download(server, spoke)
+		if err != nil && !leaving.Load() {
+			s.kill() // ends the upload too
+		}
+		down <- err
+	}()
+	var err error
+	if check != nil {
+		err = check()
+	}
+	switch {
+	case errors.Is(err, errHTTP):
+		leaving.Store(true)
+		s.mu.Lock()
+		s.server = nil
+		s.mu.Unlock()
+		reset(server) // ends the download
+		<-down
+		return err
+	case errors.Is(err, io.EOF):
+		err = server.CloseWrite()
+	case err == nil:
+		err = s.upload(server)
+	}
+	if err != nil {
+		s.kill() // ends the download too
+	}
+	return errors.Join(err, <-down)
+}
+
+// upload copies from the client to the server, first what was looked at. The rest is moved
+// by the kernel: splice(2).
+func (s *session) upload(server *net.TCPConn) error {
+	if _, err := server.Write(s.first.take()); err != nil {
+		return fmt.Errorf("passing on what the client says: %w", err)
+	}
+	if _, err := io.Copy(server, s.client); err != nil {
+		return fmt.Errorf("passing on what the client says: %w", err)
+	}
+	return server.CloseWrite()
+}
+
+// download copies from the server to the client, and sets spoke, if not nil, once the
+// server has said anything, be it its end.
+func (s *session) download(server *net.TCPConn, spoke *atomic.Bool) error {
+	if spoke != nil {
+		b := make([]byte, 1024)
+		n, err := server.Read(b)
+		spoke.Store(n > 0 || !errors.Is(err, net.ErrClosed))
+		if err != nil && !errors.Is(err, io.EOF) {
+			return fmt.Errorf("passing on what the server says: %w", err)
+		}
+		if _, err := s.client.Write(b[:n]); err != nil {
+			return fmt.Errorf("passing on what the server says: %w", err)
+		}
+	}
+	if _, err := io.Copy(s.client, server); err != nil {
+		return fmt.Errorf("passing on what the server says: %w", err)
+	}
+	return s.client.CloseWrite()
+}
+
+// endIdle ends the sessions that carried nothing for long. All that passes is seen at the
+// client's socket, and the kernel counts there, so no byte costs anything for it.
+func (g *Gate) endIdle() {
+	g.mu.Lock()
+	all := slices.Collect(maps.Keys(g.sessions))
+	g.mu.Unlock()
+	for _, s := range all {
+		if quiet, err := quietTime(s.client); err == nil && quiet >= g.idle {
+			s.kill()
+		}
+	}
+}
+
+// quietTime is for how long no data came or went.
+func quietTime(c *net.TCPConn) (time.Duration, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var info *unix.TCPInfo
+	if cerr := raw.Control(func(fd uintptr) {
+		info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+	}); cerr != nil {
+		return 0, cerr
+	}
+	if err != nil {
+		return 0, err
+	}
+	return time.Duration(min(info.Last_data_recv, info.Last_data_sent)) * time.Millisecond, nil
+}

@@ -1,0 +1,145 @@
+package network
+
+import (
+	"fmt"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+)
+
+// Counters say what of a slot's traffic left and what was refused. Answers that
+// come in are not counted, nor is what is asked of the metadata service.
+type Counters struct {
+	AllowedPackets, AllowedBytes uint64
+	DeniedPackets, DeniedBytes   uint64
+}
+
+// The counters of all slots together, also those that are no more.
+const (
+	totalAllowed = "allowed_total"
+	totalDenied  = "denied_total"
+)
+
+// counts is what the whole table counted, slots by slotKey.
+type counts struct {
+	slots map[string]Counters
+	total Counters
+}
+
+// tally is one counter. The kernel cannot be told where to begin for a slot, so a
+// new element's comment says what was counted before it.
+type tally struct{ packets, bytes uint64 }
+
+const tallyForm = "before: %d packets %d bytes"
+
+func (t tally) comment() string {
+	if t == (tally{}) {
+		return ""
+	}
+	return fmt.Sprintf(tallyForm, t.packets, t.bytes)
+}
+
+func tallyOf(e nftables.SetElement) tally {
+	var out tally
+	// Nothing was counted before an element without a comment, or with another's.
+	if _, err := fmt.Sscanf(e.Comment, tallyForm, &out.packets, &out.bytes); err != nil {
+		out = tally{}
+	}
+	if e.Counter != nil {
+		out.packets += e.Counter.Packets
+		out.bytes += e.Counter.Bytes
+	}
+	return out
+}
+
+func (t *table) addTotals(c *nftables.Conn, was counts) {
+	add := func(name string, packets, bytes uint64) {
+		c.AddObj(&nftables.NamedObj{Table: t.table, Name: name, Type: nftables.ObjTypeCounter,
+			Obj: &expr.Counter{Packets: packets, Bytes: bytes}})
+	}
+	add(totalAllowed, was.total.AllowedPackets, was.total.AllowedBytes)
+	add(totalDenied, was.total.DeniedPackets, was.total.DeniedBytes)
+}
+
+// count reads all counters.
+func (t *table) count() (out counts, err error) {
+	err = t.sockets.use(func(c *nftables.Conn) error {
+		out, err = t.countBy(c)
+		return err
+	})
+	return out, err
+}
+
+func (t *table) countBy(c *nftables.Conn) (_ counts, err error) {
+	out := counts{slots: map[string]Counters{}}
+	if out.total, err = t.totals(c); err != nil {
+		return counts{}, err
+	}
+	for _, set := range []*nftables.Set{t.allowed, t.denied} {
+		elements, err := c.GetSetElements(set)
+		if err != nil {
+			return counts{}, fmt.Errorf("listing nftables set %s: %w", set.Name, err)
+		}
+		for _, e := range elements {
+			now, sum := out.slots[string(e.Key)], tallyOf(e)
+			if set == t.allowed {
+				now.AllowedPackets, now.AllowedBytes = sum.packets, sum.bytes
+			} else {
+				now.DeniedPackets, now.DeniedBytes = sum.packets, sum.bytes
+			}
+			out.slots[string(e.Key)] = now
+		}
+	}
+	return out, nil
+}
+
+func (t *table) totals(c *nftables.Conn) (Counters, error) {
+	var sums [2]expr.Counter
+	for i, name := range []string{totalAllowed, totalDenied} {
+		o, err := c.GetObject(&nftables.NamedObj{Table: t.table, Name: name, Type: nftables.ObjTypeCounter})
+		if err != nil {
+			return Counters{}, fmt.Errorf("reading nftables counter %s: %w", name, err)
+		}
+		if o, ok := o.(*nftables.NamedObj); ok {
+			if counter, ok := o.Obj.(*expr.Counter); ok {
+				sums[i] = *counter
+			}
+		}
+	}
+	return Counters{sums[0].Packets, sums[0].Bytes, sums[1].Packets, sums[1].Bytes}, nil
+}
+
+// recountLocked remembers what was counted, so that a new table goes on from
+// there; what cannot be read any more stays as it was.
+//
+// +checklocks:n.rulesMu
+func (n *Network) recountLocked() {
+	if now, err := n.rules.count(); err == nil {
+		n.counted = now
+	}
+}
+
+// Counters reads a slot's. They live as long as the slot, also across restarts;
+// when somebody else removed the rules, what was counted in the seconds before is
+// missing.
+func (n *Network) Counters(s *Slot) (Counters, error) {
+	n.rulesMu.Lock()
+	defer n.rulesMu.Unlock()
+	if _, err := n.entryLocked(s); err != nil {
+		return Counters{}, err
+	}
+	now, err := n.rules.count()
+	if err != nil {
+		return Counters{}, err
+	}
+	return now.slots[string(slotKey(s))], nil
+}
+
+// Totals are the sums over all slots there are and were.
+func (n *Network) Totals() (total Counters, err error) {
+	err = n.rules.sockets.use(func(c *nftables.Conn) error {
+		total, err = n.rules.totals(c)
+		return err
+	})
+	return total, err
+}

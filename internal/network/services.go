@@ -1,0 +1,119 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Services are TCP ports of the host, and one UDP port, that sandboxes are led to
+// and nobody else reaches, not even from the host itself. 0 is no such service.
+// They must listen on all addresses: a sandbox is led to its own gateway.
+type Services struct {
+	DNS      uint16 // UDP and TCP: what slots with names send to port 53, wherever to
+	Proxy    uint16 // what slots with names send by TCP to resolved addresses
+	Metadata uint16 // what any slot sends to 169.254.169.254, TCP port 80
+}
+
+const (
+	dnsPort      = 53
+	metadataPort = 80
+)
+
+// metadataAddr is where clouds have their metadata service, and sandboxes ours.
+var metadataAddr = netip.MustParseAddr("169.254.169.254")
+
+// redirects leads new connections of our links to the services. Those of slots
+// without names meet one lookup.
+func (t *table) redirects(fromUs []expr.Any) [][]expr.Any {
+	var out [][]expr.Any
+	if t.services.Metadata != 0 {
+		out = append(out, join(fromUs, isIPv4(), load(destination), equals(metadataAddr.AsSlice()),
+			tcpPort(destination, metadataPort), redirectTo(t.services.Metadata)))
+	}
+	if t.services.DNS != 0 || t.services.Proxy != 0 {
+		out = append(out, join(fromUs, isIPv4(), linkAnd(incoming, source), verdictOf(t.named)))
+	}
+	return out
+}
+
+// serviceInput lets to the services what was led there, and nothing else. A
+// sandbox cannot address them: guard drops what is sent to the host.
+func (t *table) serviceInput(fromUs []expr.Any) [][]expr.Any {
+	notFromUs := linkIsNot(incoming, t.layout.links())
+	led := join(isIPv4(), isRedirected(), isOriginal())
+	var out [][]expr.Any
+	add := func(protocol byte, port uint16, let []expr.Any) {
+		if port != 0 {
+			out = append(out, join(portOf(protocol, destination, port), fromUs, led, let),
+				join(portOf(protocol, destination, port), notFromUs, drop()))
+		}
+	}
+	add(unix.IPPROTO_TCP, t.services.Metadata, accept())
+	add(unix.IPPROTO_UDP, t.services.DNS, gotoChain(chainAllow))
+	add(unix.IPPROTO_TCP, t.services.DNS, gotoChain(chainAllow))
+	add(unix.IPPROTO_TCP, t.services.Proxy, gotoChain(chainAllow))
+	return out
+}
+
+// serviceOutput lets the services answer.
+func (t *table) serviceOutput(toUs []expr.Any) [][]expr.Any {
+	if t.services == (Services{}) {
+		return nil
+	}
+	return [][]expr.Any{join(toUs, isIPv4(), isRedirected(), isReply(), accept())}
+}
+
+// errForbidden is behind every refusal of Permitted.
+var errForbidden = errors.New("no sandbox may reach it")
+
+// Permitted is nil unless no slot ever reaches the address: for connections that
+// the services open on behalf of one. What a policy denies is not looked at.
+func (n *Network) Permitted(a netip.Addr) error {
+	a = a.Unmap()
+	if !a.Is4() {
+		return fmt.Errorf("%s is not an IPv4 address: %w", a, errForbidden)
+	}
+	if contains(n.rules.forbidden(), a) {
+		return fmt.Errorf("%s is in a range that is always denied: %w", a, errForbidden)
+	}
+	routes, err := netlink.RouteGet(a.AsSlice())
+	if err != nil {
+		return fmt.Errorf("looking up the way to %s: %w", a, err)
+	}
+	for _, r := range routes {
+		if r.Type != unix.RTN_UNICAST {
+			return fmt.Errorf("%s is this machine's or everybody's: %w", a, errForbidden)
+		}
+	}
+	return nil
+}
+
+// Original is where a redirected connection was going to.
+func (n *Network) Original(c *net.TCPConn) (netip.AddrPort, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("looking for the original destination: %w", err)
+	}
+	var was netip.AddrPort
+	var asked error
+	err = raw.Control(func(fd uintptr) {
+		// The option's value is a sockaddr_in; of the calls that read one of at
+		// least its size this has the simplest type.
+		var m *unix.IPv6Mreq
+		if m, asked = unix.GetsockoptIPv6Mreq(int(fd), unix.IPPROTO_IP, unix.SO_ORIGINAL_DST); asked == nil {
+			b := m.Multiaddr
+			was = netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), binaryutil.BigEndian.Uint16(b[2:4]))
+		}
+	})
+	if err := errors.Join(err, asked); err != nil {
+		return netip.AddrPort{}, fmt.Errorf("looking for the original destination: %w", err)
+	}
+	return was, nil
+}

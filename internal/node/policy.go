@@ -1,0 +1,149 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/network"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// policyOf is a policy as the rules have it. One without a mode, which no row has, is
+// closed.
+func policyOf(e sandbox.Egress) network.Policy {
+	if e.Mode == sandbox.AllowAll {
+		return network.Policy{Open: true}
+	}
+	return network.Policy{Allow: e.AllowCIDRs, Deny: e.DenyCIDRs, Ports: e.AllowPorts, Names: len(e.AllowDomains) > 0}
+}
+
+// applyPolicy puts the recorded policy in force. Before it was done the first time nothing
+// leaves the slot, and nobody is its guest.
+func (b *box) applyPolicy(ctx context.Context) error {
+	n := b.node
+	if err := n.net.SetPolicy(ctx, b.slot, policyOf(b.life.Egress)); err != nil {
+		return fmt.Errorf("installing the policy of %s: %w", b.life.ID, err)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	b.policed = true
+	n.guests[b.slot] = b
+	return nil
+}
+
+// SetEgress implements sandbox.Node. The record comes first, as what is wanted: a server
+// that dies in between is followed by one that goes by it.
+func (n *Node) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) error {
+	b := n.box(id)
+	if b == nil || b.slot == nil || b.dead() {
+		return fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
+	}
+	before := b.life.Egress
+	b.want(e)
+	err := b.record()
+	if err == nil {
+		err = b.applyPolicy(ctx)
+	}
+	if err != nil {
+		b.want(before)
+		err = errors.Join(err, b.record())
+	}
+	n.policyChanged(b.slot)
+	return err
+}
+
+func (n *Node) policyChanged(s *network.Slot) {
+	if n.cfg.PolicyChanged != nil {
+		n.cfg.PolicyChanged(s.Addr)
+	}
+}
+
+// want changes the policy that others may be reading.
+func (b *box) want(e sandbox.Egress) {
+	b.node.mu.Lock()
+	defer b.node.mu.Unlock()
+	b.life.Egress = e
+}
+
+// policy is what Inspect says: nothing, if the recorded one is not in force.
+func (b *box) policy() sandbox.Egress {
+	b.node.mu.Lock()
+	defer b.node.mu.Unlock()
+	if !b.policed {
+		return sandbox.Egress{}
+	}
+	return b.life.Egress
+}
+
+// Traffic implements sandbox.Node.
+func (n *Node) Traffic(_ context.Context, id sandbox.ID) (sandbox.Traffic, error) {
+	b := n.box(id)
+	if b == nil || b.slot == nil || b.dead() {
+		return sandbox.Traffic{}, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
+	}
+	c, err := n.net.Counters(b.slot)
+	if err != nil {
+		return sandbox.Traffic{}, err
+	}
+	return sandbox.Traffic{PacketsAllowed: c.AllowedPackets, BytesAllowed: c.AllowedBytes,
+		PacketsDenied: c.DeniedPackets, BytesDenied: c.DeniedBytes}, nil
+}
+
+// Denied implements sandbox.Node.
+func (n *Node) Denied() <-chan sandbox.Denial { return n.denials }
+
+// denialsHeld is how many denials wait for whoever takes them; more are dropped. The
+// rules report a few each second.
+const denialsHeld = 256
+
+// Deny reports what was kept from leaving a sandbox by something else than the rules. It
+// never blocks: a sandbox can cause any number.
+func (n *Node) Deny(d sandbox.Denial) {
+	select {
+	case n.denials <- d:
+	default:
+	}
+}
+
+// reportDenials passes on what the rules report.
+func (n *Node) reportDenials() {
+	for {
+		select {
+		case <-n.ctx.Done():
+			return
+		case d := <-n.net.Denials():
+			n.mu.Lock()
+			b := n.guests[d.Slot]
+			n.mu.Unlock()
+			if b != nil {
+				n.Deny(sandbox.Denial{ID: b.life.ID, Protocol: d.Protocol, Destination: d.Destination, Count: d.Count})
+			}
+		}
+	}
+}
+
+// Guest is the sandbox that has a slot, for what is decided outside of the rules.
+type Guest struct {
+	ID     sandbox.ID
+	Slot   *network.Slot
+	Egress sandbox.Egress
+}
+
+// Guest says whose packets come from an address; false is nobody's. What it says of the
+// policy may be in force a moment later only.
+func (n *Node) Guest(from netip.Addr) (Guest, bool) {
+	slot, ok := n.net.SlotOf(from)
+	if !ok {
+		return Guest{}, false
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	b := n.guests[slot]
+	if b == nil {
+		return Guest{}, false
+	}
+	return Guest{b.life.ID, slot, b.life.Egress}, true
+}

@@ -1,0 +1,107 @@
+package node
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+var (
+	openPolicy  = sandbox.Egress{Mode: sandbox.AllowAll}
+	rangePolicy = sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")}, AllowPorts: []uint16{443}}
+	namesPolicy = sandbox.Egress{Mode: sandbox.DenyAll, AllowDomains: []string{"example.com"}}
+)
+
+// wantPolicy checks what the node says of the sandbox, what is recorded, and what is
+// decided for its packets.
+func (m *machine) wantPolicy(id sandbox.ID, want sandbox.Egress) {
+	m.t.Helper()
+	fact, err := m.node.Inspect(m.ctx(), id)
+	if err != nil || fact == nil || !fact.Egress.Equal(want) {
+		m.t.Errorf("the node has %+v, %v, want policy %+v", fact, err, want)
+	}
+	if l, err := readLife(m.node.dir(id)); err != nil || !l.Egress.Equal(want) {
+		m.t.Errorf("recorded is %+v, %v, want %+v", l.Egress, err, want)
+	}
+	slot := m.node.box(id).slot
+	if g, ok := m.node.Guest(slot.Addr); !ok || g.ID != id || g.Slot != slot || !g.Egress.Equal(want) {
+		m.t.Errorf("the guest at %s is %+v (%v), want policy %+v", slot.Addr, g, ok, want)
+	}
+	if _, ok := m.node.Guest(slot.Gateway); ok {
+		m.t.Error("the gateway is a guest")
+	}
+}
+
+func TestPolicyThroughALife(t *testing.T) {
+	m := newMachine(t)
+	var told []netip.Addr
+	m.node.cfg.PolicyChanged = func(a netip.Addr) { told = append(told, a) }
+	spec := m.spec()
+	spec.Egress = rangePolicy
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.wantPolicy(spec.ID, rangePolicy)
+	if err := m.node.SetEgress(m.ctx(), spec.ID, namesPolicy); err != nil {
+		t.Fatal(err)
+	}
+	m.wantPolicy(spec.ID, namesPolicy)
+	if addr := m.node.box(spec.ID).slot.Addr; len(told) != 1 || told[0] != addr {
+		t.Errorf("told of %v, want %s", told, addr)
+	}
+	// The next server goes by the record.
+	m.close()
+	m.open()
+	m.wantPolicy(spec.ID, namesPolicy)
+	m.works(spec)
+	m.suspend(spec)
+	spec.Egress = rangePolicy // changed while it slept
+	spec = m.wake(spec)
+	m.wantPolicy(spec.ID, rangePolicy)
+	if _, err := m.node.Traffic(m.ctx(), spec.ID); err != nil {
+		t.Error(err)
+	}
+	addr := m.node.box(spec.ID).slot.Addr
+	if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+		t.Error(err)
+	}
+	if g, ok := m.node.Guest(addr); ok {
+		t.Errorf("a destroyed sandbox is a guest: %+v", g)
+	}
+	for _, id := range []sandbox.ID{spec.ID, sandbox.NewID()} {
+		if err := m.node.SetEgress(m.ctx(), id, openPolicy); !fault.Is(err, fault.Conflict) {
+			t.Errorf("setting the policy of nothing: %v", err)
+		}
+		if _, err := m.node.Traffic(m.ctx(), id); !fault.Is(err, fault.Conflict) {
+			t.Errorf("counting the traffic of nothing: %v", err)
+		}
+	}
+	m.wantNothing()
+}
+
+// TestPolicyThatCannotBeRecorded: the one before stays in force and in the record.
+func TestPolicyThatCannotBeRecorded(t *testing.T) {
+	m := newMachine(t)
+	spec := m.spec()
+	spec.Egress = rangePolicy
+	if err := m.node.Create(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	blocked := filepath.Join(m.node.dir(spec.ID), lifeFile+".new")
+	if err := os.Mkdir(blocked, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.node.SetEgress(m.ctx(), spec.ID, openPolicy); err == nil {
+		t.Error("it was set without a record")
+	}
+	if err := unix.Rmdir(blocked); err != nil {
+		t.Fatal(err)
+	}
+	m.wantPolicy(spec.ID, rangePolicy)
+}

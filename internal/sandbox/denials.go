@@ -1,0 +1,144 @@
+package sandbox
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Denial says that a sandbox's policy kept something from leaving.
+type Denial struct {
+	ID          ID
+	Protocol    string         // tcp, udp, icmp, …, or dns for a name that was not resolved
+	Destination netip.AddrPort // the zero value when it was a name only
+	Name        string         // if it was decided by name
+	Count       int            // times since the last one of the same
+}
+
+const (
+	// denialsPerMinute is how many events denials make of one sandbox at the most. They
+	// come within flushEvery, since somebody may be waiting to see why nothing connects.
+	denialsPerMinute = 6
+	// denialsKept is how many destinations of one sandbox are told apart meanwhile.
+	denialsKept = 64
+)
+
+// denials are those of one sandbox that no event tells of yet.
+type denials struct {
+	count  map[Denial]int // by what they are, with Count 0
+	others int            // of destinations that found no place
+	since  time.Time      // when the present minute began
+	told   int            // events in it
+}
+
+// denied notes what a policy kept in, until [Service.noteDenials].
+func (s *Service) denied(d Denial) {
+	n := max(d.Count, 1)
+	d.Name = plain(d.Name)
+	d.Count = 0
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	of := s.denials[d.ID]
+	if of == nil {
+		of = &denials{count: map[Denial]int{}}
+		s.denials[d.ID] = of
+	}
+	if _, known := of.count[d]; !known && len(of.count) >= denialsKept {
+		of.others += n
+		return
+	}
+	of.count[d] += n
+}
+
+// noteDenials makes events of the denials that are due, all in one transaction.
+func (s *Service) noteDenials(ctx context.Context) error {
+	now := time.Now().UTC()
+	var events []Event
+	s.mu.Lock()
+	for id, of := range s.denials {
+		if now.Sub(of.since) >= time.Minute {
+			if len(of.count) == 0 {
+				delete(s.denials, id)
+				continue
+			}
+			of.since, of.told = now, 0
+		}
+		if room := denialsPerMinute - of.told; room > 0 && len(of.count) > 0 {
+			more := of.events(id, now, room)
+			events = append(events, more...)
+			of.count, of.others, of.told = map[Denial]int{}, 0, of.told+len(more)
+		}
+	}
+	s.mu.Unlock()
+	if len(events) == 0 {
+		return nil
+	}
+	return s.store.Note(ctx, events)
+}
+
+// events are the denials in at most so many events: the most frequent, and one for the rest.
+func (of *denials) events(id ID, at time.Time, room int) []Event {
+	all := make([]Denial, 0, len(of.count))
+	for d, n := range of.count {
+		d.Count = n
+		all = append(all, d)
+	}
+	slices.SortFunc(all, func(a, b Denial) int {
+		return cmp.Or(cmp.Compare(b.Count, a.Count), strings.Compare(a.String(), b.String()))
+	})
+	if len(all) > room || of.others > 0 {
+		room-- // for the rest
+	}
+	var events []Event
+	rest := of.others
+	for i, d := range all {
+		if i >= room {
+			rest += d.Count
+			continue
+		}
+		events = append(events, Event{SandboxID: id, At: at, Reason: reasonEgressDenied, Detail: d.String()})
+	}
+	if rest > 0 {
+		events = append(events, Event{SandboxID: id, At: at, Reason: reasonEgressDenied, Detail: "other destinations " + times(rest)})
+	}
+	return events
+}
+
+// String is the denial as its event tells it: tcp 203.0.113.5:443 (example.org) 3 times.
+func (d Denial) String() string {
+	parts := []string{d.Protocol}
+	switch {
+	case !d.Destination.IsValid():
+		parts = append(parts, d.Name)
+	case d.Destination.Port() == 0:
+		parts = append(parts, d.Destination.Addr().String())
+	default:
+		parts = append(parts, d.Destination.String())
+	}
+	if d.Destination.IsValid() && d.Name != "" {
+		parts = append(parts, "("+d.Name+")")
+	}
+	return strings.Join(append(parts, times(d.Count)), " ")
+}
+
+// plain is a name that a program inside made up as a text that can be shown: at most as
+// long as a domain can be, and without what is not printable.
+func plain(name string) string {
+	name = name[:min(len(name), maxDomain)]
+	if strings.ContainsFunc(name, func(c rune) bool { return c <= ' ' || c > '~' }) {
+		return strconv.QuoteToASCII(name)
+	}
+	return name
+}
+
+func times(n int) string {
+	if n == 1 {
+		return "once"
+	}
+	return fmt.Sprintf("%d times", n)
+}

@@ -1,0 +1,127 @@
+package sandbox
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// SetEgress replaces the policy of a sandbox. Of one that runs it is in force when
+// SetEgress returns, for established connections too; one that is suspended has it when
+// it wakes. Neither is used or woken by it. It waits for what is being done to the
+// sandbox and goes on when ctx ends. A sandbox that is destroyed is Conflict, code
+// "sandbox_not_running". After an error the old policy is in force: the machine's own,
+// or Internal, code "egress_failed".
+func (s *Service) SetEgress(ctx context.Context, orgID string, id ID, e Egress) (Sandbox, error) {
+	for {
+		box, err := s.Get(ctx, orgID, id)
+		if err != nil {
+			return Sandbox{}, err
+		}
+		if box.State == Destroying || box.State.Over() {
+			return Sandbox{}, notRunning(box)
+		}
+		op, mine := s.begin(id, opEgress)
+		if op == nil {
+			return Sandbox{}, errClosing
+		}
+		if mine {
+			s.do(id, op, func(ctx context.Context) (Sandbox, error) { return s.setEgress(ctx, id, e) })
+			box, err := op.wait(ctx)
+			return s.shown(box), err
+		}
+		if err := op.ended(ctx); err != nil {
+			return Sandbox{}, err
+		}
+	}
+}
+
+// setEgress writes the policy to the row, as what is wanted, and then to the kernel; the
+// caller holds the operation. A server that dies between the two leaves a row that its
+// successor goes by.
+func (s *Service) setEgress(ctx context.Context, id ID, e Egress) (Sandbox, error) {
+	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
+	defer cancel()
+	before, err := s.present(ctx, id)
+	if err != nil {
+		return Sandbox{}, err
+	}
+	if before.State != Running && before.State != Suspended {
+		return Sandbox{}, notRunning(before)
+	}
+	box, err := s.store.SetEgress(ctx, id, e)
+	if err != nil {
+		return Sandbox{}, err
+	}
+	if box.State == Running {
+		if err := s.node.SetEgress(ctx, id, e); err != nil {
+			return Sandbox{}, s.egressFailed(ctx, before, err)
+		}
+	}
+	s.log.InfoContext(ctx, "sandbox has another egress policy", "sandbox", id, "egress", e.summary())
+	if err := s.store.Note(ctx, []Event{{SandboxID: id, At: time.Now().UTC(), Reason: reasonEgressChanged, Detail: e.summary()}}); err != nil {
+		s.log.ErrorContext(ctx, "noting a change of policy", "sandbox", id, "error", err)
+	}
+	return box, nil
+}
+
+// egressFailed writes the policy back that is still in force. When that fails too, what
+// row and machine have differs, and reconcile makes them agree.
+func (s *Service) egressFailed(ctx context.Context, before Sandbox, cause error) error {
+	if context.Cause(ctx) == errInterrupted {
+		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while its policy was changed", before.ID)
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
+	defer cancel()
+	s.log.ErrorContext(ctx, "changing the policy of a sandbox", "sandbox", before.ID, "error", cause)
+	if _, err := s.store.SetEgress(ctx, before.ID, before.Egress); err != nil {
+		s.log.ErrorContext(ctx, "writing back the policy of a sandbox", "sandbox", before.ID, "error", err)
+	}
+	if fault.As(cause) != nil {
+		return cause
+	}
+	return fault.New(fault.Internal, "egress_failed", "the policy of sandbox %s was not changed", before.ID).Because(cause)
+}
+
+// summary is the policy in one line: lists by their length, since they may be long.
+func (e Egress) summary() string {
+	parts := []string{string(e.Mode)}
+	for _, list := range []struct {
+		name   string
+		length int
+	}{{"allow_cidrs", len(e.AllowCIDRs)}, {"deny_cidrs", len(e.DenyCIDRs)}, {"allow_ports", len(e.AllowPorts)}, {"allow_domains", len(e.AllowDomains)}} {
+		if list.length > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", list.length, list.name))
+		}
+	}
+	return strings.Join(parts, ", ")
+}
+
+// Traffic is what came out of a sandbox since it runs: by its policy let through, or
+// denied. Answers to it are not counted.
+type Traffic struct {
+	PacketsAllowed, BytesAllowed uint64
+	PacketsDenied, BytesDenied   uint64
+}
+
+// Traffic counts what left the sandbox in its present life; nil when it does not run.
+func (s *Service) Traffic(ctx context.Context, box Sandbox) (*Traffic, error) {
+	if box.State.Status() != StatusRunning {
+		return nil, nil
+	}
+	t, err := s.node.Traffic(ctx, box.ID)
+	if fault.Is(err, fault.Conflict) {
+		return nil, nil // it has just ended
+	}
+	if err != nil {
+		return nil, fmt.Errorf("counting the traffic of %s: %w", box.ID, err)
+	}
+	return &t, nil
+}
+
+// Look returns the row of a sandbox for the machine itself, which acts for nobody. It is
+// no activity.
+func (s *Service) Look(ctx context.Context, id ID) (Sandbox, error) { return s.store.Get(ctx, id) }
