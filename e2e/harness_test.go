@@ -262,25 +262,37 @@ func (s *server) call(method, path string, body any) (int, []byte) {
 }
 
 func (s *server) try(ctx context.Context, method, path string, body any) (int, []byte, error) {
-	var r io.Reader
-	contentType := "application/json"
 	switch b := body.(type) {
 	case nil:
+		return s.request(ctx, method, path, "", nil)
 	case io.Reader:
-		r, contentType = b, "application/octet-stream"
+		return s.request(ctx, method, path, "application/octet-stream", b)
 	default:
 		data, err := json.Marshal(b)
 		if err != nil {
 			return 0, nil, err
 		}
-		r = bytes.NewReader(data)
+		return s.request(ctx, method, path, "application/json", bytes.NewReader(data))
 	}
-	req, err := http.NewRequestWithContext(ctx, method, s.url+path, r)
+}
+
+// send does one request with a body of any type.
+func (s *server) send(method, path, contentType string, body io.Reader) (int, []byte) {
+	s.t.Helper()
+	status, answer, err := s.request(context.Background(), method, path, contentType, body)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return status, answer
+}
+
+func (s *server) request(ctx context.Context, method, path, contentType string, body io.Reader) (int, []byte, error) {
+	req, err := http.NewRequestWithContext(ctx, method, s.url+path, body)
 	if err != nil {
 		return 0, nil, err
 	}
 	req.Header.Set("Authorization", "Bearer "+s.key)
-	if body != nil {
+	if contentType != "" {
 		req.Header.Set("Content-Type", contentType)
 	}
 	resp, err := http.DefaultClient.Do(req)

@@ -1,0 +1,500 @@
+package e2e
+
+import (
+	"archive/tar"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log"
+	"maps"
+	"mime/multipart"
+	"net/http/httptest"
+	"net/textproto"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/registry"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+)
+
+// tarOf packs files by path. A path that ends in "/" is a directory.
+func tarOf(t *testing.T, files map[string]string, more ...*tar.Header) []byte {
+	t.Helper()
+	var buf bytes.Buffer
+	w := tar.NewWriter(&buf)
+	for _, path := range slices.Sorted(maps.Keys(files)) {
+		h := &tar.Header{Name: path, Mode: 0o644, Size: int64(len(files[path])), Typeflag: tar.TypeReg}
+		if strings.HasPrefix(files[path], "#!") || strings.HasPrefix(files[path], "\x7fELF") {
+			h.Mode = 0o755
+		}
+		if strings.HasSuffix(path, "/") {
+			h.Mode, h.Typeflag = 0o755, tar.TypeDir
+		}
+		if err := w.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(w, files[path]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, h := range more {
+		if err := w.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return buf.Bytes()
+}
+
+// tinyImage is a busybox and the accounts that a sandbox wants, some 2 MB.
+func tinyImage(t *testing.T) v1.Image {
+	t.Helper()
+	busybox, err := os.ReadFile("/bin/busybox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var links []*tar.Header
+	for _, tool := range []string{"sh", "ls", "cat", "echo", "id", "stat", "env", "sleep", "true", "false", "mkdir", "chmod", "chown", "ln", "cp", "wget",
+		"httpd", "adduser", "grep", "dmesg", "find", "sort", "touch", "head", "tail", "wc", "dd", "nc", "ps", "kill", "rm", "ip", "readlink", "sha256sum", "date", "yes"} {
+		links = append(links, &tar.Header{Name: "bin/" + tool, Typeflag: tar.TypeSymlink, Linkname: "busybox", Mode: 0o777})
+	}
+	layer := tarOf(t, map[string]string{"bin/": "", "bin/busybox": string(busybox), "etc/": "", "tmp/": "", "root/": "", "var/": "",
+		"etc/passwd": "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n",
+		"etc/group":  "root:x:0:\nuser:x:1000:\n", "home/": "", "home/user/": "",
+	}, links...)
+	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layer)), nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	image, err := mutate.AppendLayers(empty.Image, l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config, err := image.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	config = config.DeepCopy()
+	config.OS, config.Architecture = "linux", "amd64"
+	config.Config.Env = []string{"PATH=/bin", "FROM_TINY=yes"}
+	if image, err = mutate.ConfigFile(image, config); err != nil {
+		t.Fatal(err)
+	}
+	return image
+}
+
+// newRegistry serves the tiny image as HOST:PORT/tiny.
+func newRegistry(t *testing.T) (reference string) {
+	t.Helper()
+	s := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	t.Cleanup(s.Close)
+	reference = strings.TrimPrefix(s.URL, "http://") + "/tiny:1"
+	ref, err := name.ParseReference(reference)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.Write(ref, tinyImage(t)); err != nil {
+		t.Fatal(err)
+	}
+	return reference
+}
+
+// template asks for a template, with a context if there is one, and returns the answer.
+func (s *server) template(method, path string, definition object, context []byte) (int, []byte) {
+	s.t.Helper()
+	if context == nil {
+		return s.call(method, path, definition)
+	}
+	var body bytes.Buffer
+	w := multipart.NewWriter(&body)
+	text, err := json.Marshal(definition)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, part := range []struct {
+		name, kind string
+		data       []byte
+	}{{"template", "application/json", text}, {"context", "application/x-tar", context}} {
+		header := textproto.MIMEHeader{}
+		header.Set("Content-Disposition", fmt.Sprintf(`form-data; name=%q; filename=%q`, part.name, part.name))
+		header.Set("Content-Type", part.kind)
+		p, err := w.CreatePart(header)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		if _, err := p.Write(part.data); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		s.t.Fatal(err)
+	}
+	return s.send(method, path, w.FormDataContentType(), &body)
+}
+
+// build makes a template and waits for its end.
+func (s *server) build(definition object, context []byte) (status string, body []byte) {
+	s.t.Helper()
+	if code, body := s.template("POST", "/v1/templates", definition, context); code != 202 {
+		s.t.Fatalf("creating template %v: %d %s", definition["name"], code, body)
+	}
+	return s.built(definition["name"].(string))
+}
+
+// built waits for the end of the newest build of a template.
+func (s *server) built(name string) (status string, body []byte) {
+	s.t.Helper()
+	for deadline := time.Now().Add(templatePatience); ; time.Sleep(50 * time.Millisecond) { // a poll with a deadline
+		code, body := s.call("GET", "/v1/templates/"+name, nil)
+		if code != 200 {
+			s.t.Fatalf("reading template %s: %d %s", name, code, body)
+		}
+		if status = text(body, "status"); status == "ready" || status == "failed" {
+			return status, body
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("template %s is not built after %s: %s", name, templatePatience, body)
+		}
+	}
+}
+
+// needBuilt wants a template that is ready.
+func (s *server) needBuilt(definition object, context []byte) {
+	s.t.Helper()
+	status, body := s.build(definition, context)
+	if status != "ready" {
+		_, log := s.call("GET", "/v1/templates/"+definition["name"].(string)+"/logs", nil)
+		s.t.Fatalf("template %v: %s\n%s", definition["name"], body, log)
+	}
+}
+
+// in runs a command in a new sandbox of a template.
+func (s *server) inside(template, command string) string {
+	s.t.Helper()
+	id := s.create(object{"template": template})
+	defer s.destroy(id)
+	return s.want(id, command)
+}
+
+// newBuilder is a server that may ask the registry of the test.
+func newBuilder(t *testing.T) (s *server, tiny string) {
+	t.Helper()
+	tiny = newRegistry(t)
+	s = newServer(t, "CAY_IMAGES_REGISTRIES="+strings.SplitN(tiny, "/", 2)[0])
+	s.start()
+	return s, tiny
+}
+
+// TestDockerfiles builds what Dockerfiles can say, and looks at it from inside a sandbox.
+func TestDockerfiles(t *testing.T) {
+	s, tiny := newBuilder(t)
+	for name, tt := range map[string]struct {
+		dockerfile string // "%s" is the tiny image
+		files      map[string]string
+		more       object
+		command    string
+		want       string
+	}{
+		"run-and-env": {
+			dockerfile: "FROM %s\nARG WHO=nobody\nENV GREETING=\"hello $WHO\"\nRUN echo \"$GREETING\" >/greeting\n",
+			more:       object{"build_args": object{"WHO": "world"}},
+			command:    `cat /greeting; echo "$GREETING $FROM_TINY"`, want: "hello world\nhello world yes",
+		},
+		"multi-stage": {
+			dockerfile: "FROM %[1]s AS build\nRUN mkdir /out && echo built >/out/result\nFROM %[1]s\nCOPY --from=build /out/result /result\n",
+			command:    "cat /result; ls /out 2>/dev/null || echo no out", want: "built\nno out",
+		},
+		"heredoc": {
+			dockerfile: "FROM %s\nRUN <<END\necho one >/lines\necho two >>/lines\nEND\nCOPY <<END /text\nsome text\nEND\n",
+			command:    "cat /lines /text", want: "one\ntwo\nsome text",
+		},
+		"copy-ignore": {
+			dockerfile: "FROM %s\nWORKDIR /app\nCOPY . .\nRUN find . -type f | sort >/list\n",
+			files:      map[string]string{"a.txt": "a", "sub/b.txt": "b", "secret.key": "x", "node_modules/m.js": "m", ".dockerignore": "*.key\nnode_modules\nDockerfile\n.dockerignore\n"},
+			command:    "pwd; cat /list", want: "/app\n./a.txt\n./sub/b.txt",
+		},
+		"owners-and-modes": {
+			dockerfile: "FROM %s\nCOPY --chown=1000:1000 --chmod=0640 a.txt /data/a.txt\nRUN touch /data/s && chmod 4755 /data/s && ln /data/s /data/hard && ln -s s /data/soft\n",
+			files:      map[string]string{"a.txt": "a"},
+			command:    "stat -c '%a %u:%g %h' /data/a.txt /data/s /data/hard; readlink /data/soft", want: "640 1000:1000 1\n4755 0:0 2\n4755 0:0 2\ns",
+		},
+		"user": {
+			dockerfile: "FROM %s\nUSER user\nWORKDIR /home/user\nRUN id -u >/tmp/build-user\n",
+			command:    "cat /tmp/build-user; id -u; pwd", want: "1000\n1000\n/home/user",
+		},
+		"mounts": {
+			dockerfile: "FROM %s\nRUN --mount=type=cache,target=/cache echo kept >/cache/file\n" +
+				"RUN --mount=type=cache,target=/cache --mount=type=bind,source=a.txt,target=/bound --mount=type=tmpfs,target=/scratch cat /cache/file /bound >/result && touch /scratch/x\n",
+			files:   map[string]string{"a.txt": "bound\n"},
+			command: "cat /result; ls /cache /scratch 2>/dev/null | wc -l", want: "kept\nbound\n0",
+		},
+		"shell-and-args": {
+			dockerfile: "FROM %s\nSHELL [\"/bin/sh\", \"-ec\"]\nRUN echo $0 >/shell\nRUN [\"/bin/sh\", \"-c\", \"echo exec form >/form\"]\n",
+			command:    "cat /form", want: "exec form",
+		},
+		"onbuild-target": {
+			dockerfile: "FROM %[1]s AS one\nRUN echo one >/which\nFROM %[1]s AS two\nRUN echo two >/which\nFROM two AS three\nRUN false\n",
+			more:       object{"target": "two"},
+			command:    "cat /which", want: "two",
+		},
+		"gvisor": {
+			dockerfile: "FROM %s\nRUN dmesg | grep -c -i gvisor >/kernel\n",
+			command:    "cat /kernel", want: "1",
+		},
+		"from-builtin": {
+			dockerfile: "FROM python\nRUN python3 -c 'import sys; open(\"/version\", \"w\").write(str(sys.version_info[0]))'\n",
+			command:    "cat /version; python3 -c 'print(1+1)'", want: "32",
+		},
+		"context-path": {
+			dockerfile: "",
+			files:      map[string]string{"docker/My.Dockerfile": "FROM " + tiny + "\nCOPY a.txt /a\n", "a.txt": "found"},
+			more:       object{"dockerfile": "docker/My.Dockerfile"},
+			command:    "cat /a", want: "found",
+		},
+		"long-and-odd-names": {
+			dockerfile: "FROM %s\nCOPY . /odd\n",
+			files:      map[string]string{"ünïcode name": "1", strings.Repeat("l", 200) + "/" + strings.Repeat("m", 200): "2", "empty/": ""},
+			command:    "cat '/odd/ünïcode name'; cat /odd/lll*/mmm*; ls /odd | wc -l", want: "123",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := *s
+			s.t = t
+			definition := object{"name": name}
+			if tt.dockerfile != "" {
+				definition["dockerfile"] = strings.ReplaceAll(strings.ReplaceAll(tt.dockerfile, "%[1]s", tiny), "%s", tiny)
+			}
+			maps.Copy(definition, tt.more)
+			var context []byte
+			if tt.files != nil {
+				files := maps.Clone(tt.files)
+				if tt.dockerfile != "" {
+					files["Dockerfile"] = definition["dockerfile"].(string)
+					definition["dockerfile"] = "Dockerfile"
+				}
+				context = tarOf(t, files)
+			}
+			if name == "from-builtin" {
+				s.needTemplate("python")
+			}
+			s.needBuilt(definition, context)
+			if got := s.inside(name, tt.command); got != tt.want {
+				t.Errorf("inside: %q, want %q", got, tt.want)
+			}
+		})
+	}
+}
+
+// TestBuildFails says what went wrong, where, and leaves nothing.
+func TestBuildFails(t *testing.T) {
+	s, tiny := newBuilder(t)
+	for name, tt := range map[string]struct {
+		dockerfile string
+		files      map[string]string
+		headers    []*tar.Header
+		want       []string // in the template
+	}{
+		"step":          {dockerfile: "FROM %s\nRUN echo compiling; echo missing semicolon >&2; exit 7\n", want: []string{"exit 7", "missing semicolon", "7"}},
+		"parse":         {dockerfile: "FROM %s\nRUNN x\n", want: []string{"RUNN"}},
+		"no-such-image": {dockerfile: "FROM nosuch-template-or-image.invalid/x\n", want: []string{"nosuch-template-or-image.invalid/x"}},
+		"no-such-file":  {dockerfile: "FROM %s\nCOPY nothing /x\n", files: map[string]string{"a": "b"}, want: []string{"nothing"}},
+		"forbidden":     {dockerfile: "FROM 127.0.0.1:1/x\n", want: []string{"127.0.0.1:1"}},
+		"memory":        {dockerfile: "FROM %s\nRUN dd if=/dev/zero of=/dev/null bs=3G count=1\n", want: []string{"dd"}},
+		"insecure":      {dockerfile: "FROM %s\nRUN --security=insecure true\n", want: []string{"insecure"}},
+		"host-network":  {dockerfile: "FROM %s\nRUN --network=host true\n", want: []string{"host"}},
+		"path-trick": {dockerfile: "FROM %s\nCOPY . /x\n", files: map[string]string{"a": "b"},
+			headers: []*tar.Header{{Name: "../../escaped", Typeflag: tar.TypeReg, Mode: 0o644}}, want: []string{"../../escaped"}},
+		"device": {dockerfile: "FROM %s\nCOPY . /x\n", files: map[string]string{"a": "b"},
+			headers: []*tar.Header{{Name: "disk", Typeflag: tar.TypeBlock, Devmajor: 8, Mode: 0o644}}, want: []string{"disk"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := *s
+			s.t = t
+			definition := object{"name": name, "dockerfile": strings.ReplaceAll(tt.dockerfile, "%s", tiny)}
+			var context []byte
+			if tt.files != nil {
+				files := maps.Clone(tt.files)
+				files["Dockerfile"] = definition["dockerfile"].(string)
+				definition["dockerfile"] = "Dockerfile"
+				context = tarOf(t, files, tt.headers...)
+			}
+			status, body := s.build(definition, context)
+			if status != "failed" {
+				t.Fatalf("it is %s: %s", status, body)
+			}
+			var failed struct {
+				BuildError json.RawMessage `json:"build_error"`
+			}
+			if err := json.Unmarshal(body, &failed); err != nil {
+				t.Fatal(err)
+			}
+			for _, want := range tt.want {
+				if !strings.Contains(string(failed.BuildError), want) {
+					t.Errorf("build_error %s does not say %q", failed.BuildError, want)
+				}
+			}
+			if code, body := s.call("POST", "/v1/sandboxes", object{"template": name}); code != 409 {
+				t.Errorf("a sandbox of it: %d %s", code, body)
+			}
+		})
+	}
+}
+
+// TestBuildReaches tries from RUN what a sandbox may not reach.
+func TestBuildReaches(t *testing.T) {
+	s, tiny := newBuilder(t)
+	o := newOutside(t)
+	o.listen(t, 8080)
+	api := s.url[strings.LastIndex(s.url, ":")+1:]
+	lines := []string{"FROM " + tiny, "RUN nc -w 3 " + o.address + " 8080 </dev/null | grep hello"}
+	for _, host := range []string{o.gateway, "127.0.0.1", "169.254.169.253"} {
+		lines = append(lines, fmt.Sprintf("RUN ! nc -w 2 %s %s </dev/null", host, api))
+	}
+	lines = append(lines, "RUN ! ls "+s.dataDir, "RUN test \"$(ps | grep -c cay)\" -le 1")
+	s.needBuilt(object{"name": "reaches", "dockerfile": strings.Join(lines, "\n") + "\n"}, nil)
+}
+
+// TestTemplateLife takes one through rebuilds, failures, use, and its end.
+func TestTemplateLife(t *testing.T) {
+	s, tiny := newBuilder(t)
+	s.needBuilt(object{"name": "mine", "dockerfile": "FROM " + tiny + "\nRUN echo one >/which\n", "env": object{"MODE": "dev"},
+		"egress": object{"mode": "deny_all"}}, nil)
+	old := s.create(object{"template": "mine"})
+	if got := s.want(old, "cat /which; echo $MODE"); got != "one\ndev" {
+		t.Errorf("version 1: %q", got)
+	}
+	if code, body := s.template("POST", "/v1/templates/mine/rebuild", object{"dockerfile": "FROM " + tiny + "\nRUN echo two >/which\n"}, nil); code != 202 {
+		t.Fatalf("rebuild: %d %s", code, body)
+	}
+	if status, body := s.built("mine"); status != "ready" || !strings.Contains(string(body), `"version":2`) {
+		t.Fatalf("after the rebuild: %s", body)
+	}
+	if got := s.inside("mine", "cat /which"); got != "two" {
+		t.Errorf("version 2: %q", got)
+	}
+	if got := s.want(old, "cat /which"); got != "one" {
+		t.Errorf("the sandbox of version 1: %q", got)
+	}
+	if code, body := s.template("POST", "/v1/templates/mine/rebuild", object{"dockerfile": "FROM " + tiny + "\nRUN exit 3\n"}, nil); code != 202 {
+		t.Fatalf("rebuild: %d %s", code, body)
+	}
+	if status, body := s.built("mine"); status != "failed" || !strings.Contains(string(body), `"version":2`) {
+		t.Errorf("after a rebuild that fails: %s", body)
+	}
+	if got := s.inside("mine", "cat /which"); got != "two" {
+		t.Errorf("after a rebuild that fails: %q", got)
+	}
+	if code, body := s.call("DELETE", "/v1/templates/mine", nil); code != 409 {
+		t.Errorf("deleting it with a sandbox alive: %d %s", code, body)
+	}
+	if code, body := s.call("DELETE", "/v1/templates/mine?force=true", nil); code != 204 {
+		t.Errorf("deleting it by force: %d %s", code, body)
+	}
+	if got := s.want(old, "cat /which"); got != "one" {
+		t.Errorf("after its template is gone: %q", got)
+	}
+	s.destroy(old)
+	if code, _ := s.call("GET", "/v1/templates/mine", nil); code != 404 {
+		t.Errorf("the deleted template: %d", code)
+	}
+}
+
+// TestBuildSurvives: a build goes on after the server was killed, and can be cancelled.
+func TestBuildSurvives(t *testing.T) {
+	s, tiny := newBuilder(t)
+	code, body := s.template("POST", "/v1/templates", object{"name": "slow", "dockerfile": "FROM " + tiny + "\nRUN sleep 4\nRUN echo done >/done\n"}, nil)
+	if code != 202 {
+		t.Fatalf("create: %d %s", code, body)
+	}
+	s.waitTemplate("slow", "building")
+	s.stop(syscall.SIGKILL)
+	s.start()
+	if status, body := s.built("slow"); status != "ready" {
+		t.Fatalf("after the crash: %s", body)
+	}
+	if got := s.inside("slow", "cat /done"); got != "done" {
+		t.Errorf("inside: %q", got)
+	}
+	code, body = s.template("POST", "/v1/templates", object{"name": "endless", "dockerfile": "FROM " + tiny + "\nRUN sleep 1000\n"}, nil)
+	if code != 202 {
+		t.Fatalf("create: %d %s", code, body)
+	}
+	s.waitTemplate("endless", "building")
+	if code, body := s.call("POST", "/v1/templates/endless/cancel", nil); code/100 != 2 {
+		t.Fatalf("cancel: %d %s", code, body)
+	}
+	if status, body := s.built("endless"); status != "failed" || !strings.Contains(string(body), "cancel") {
+		t.Errorf("after it was cancelled: %s", body)
+	}
+}
+
+func (s *server) waitTemplate(name, want string) {
+	s.t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) { // a poll with a deadline
+		_, body := s.call("GET", "/v1/templates/"+name, nil)
+		if text(body, "status") == want {
+			return
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("template %s is not %s: %s", name, want, body)
+		}
+	}
+}
+
+// TestTemplateStarts makes a sandbox with a service that is ready when the create answers.
+func TestTemplateStarts(t *testing.T) {
+	s, tiny := newBuilder(t)
+	s.needBuilt(object{"name": "web", "ready": object{"port": 8000, "timeout": "20s"},
+		"dockerfile": "FROM " + tiny + "\nRUN mkdir /www && echo served >/www/index.html\nCMD [\"httpd\", \"-f\", \"-p\", \"8000\", \"-h\", \"/www\"]\n"}, nil)
+	if got := s.inside("web", "wget -q -O - http://127.0.0.1:8000/"); got != "served" {
+		t.Errorf("the service says %q", got)
+	}
+	s.needBuilt(object{"name": "broken", "start_command": "echo no config; exit 4", "ready": object{"port": 8000}, "image": tiny}, nil)
+	code, body := s.call("POST", "/v1/sandboxes", object{"template": "broken"})
+	if code != 409 || !strings.Contains(string(body), "no config") {
+		t.Errorf("a service that does not start: %d %s", code, body)
+	}
+}
+
+// TestTemplateByLine goes through the command line.
+func TestTemplateByLine(t *testing.T) {
+	s, tiny := newBuilder(t)
+	dir := t.TempDir()
+	for path, content := range map[string]string{"Dockerfile": "FROM " + tiny + "\nCOPY hello /hello\n", "hello": "by line"} {
+		if err := os.WriteFile(dir+"/"+path, []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	out, errOut, code := s.cli("", "templates", "create", "lined", "--dockerfile", dir+"/Dockerfile", "--context", dir)
+	if code != 0 || !strings.Contains(out+errOut, "COPY hello /hello") {
+		t.Fatalf("create ended with %d:\n%s%s", code, out, errOut)
+	}
+	if out, errOut, code := s.cli("", "run", "-t", "lined", "--", "cat", "/hello"); code != 0 || out != "by line" {
+		t.Errorf("run ended with %d: %q %s", code, out, errOut)
+	}
+	if out, _, code := s.cli("", "templates", "logs", "lined"); code != 0 || !strings.Contains(out, "COPY") {
+		t.Errorf("logs ended with %d: %s", code, out)
+	}
+	if err := os.WriteFile(dir+"/Dockerfile", []byte("FROM "+tiny+"\nRUN echo broken; exit 9\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out, errOut, code = s.cli("", "templates", "rebuild", "lined", "--dockerfile", dir+"/Dockerfile", "--context", dir)
+	if code != 1 || !strings.Contains(out+errOut, "exit 9") {
+		t.Errorf("a rebuild that fails ended with %d:\n%s%s", code, out, errOut)
+	}
+	if _, errOut, code := s.cli("", "templates", "delete", "lined"); code != 0 {
+		t.Errorf("delete ended with %d: %s", code, errOut)
+	}
+}
