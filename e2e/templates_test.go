@@ -270,8 +270,7 @@ func TestDockerfiles(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := *s
-			s.t = t
+			s := s.in(t)
 			definition := object{"name": name}
 			if tt.dockerfile != "" {
 				definition["dockerfile"] = strings.ReplaceAll(strings.ReplaceAll(tt.dockerfile, "%[1]s", tiny), "%s", tiny)
@@ -320,8 +319,7 @@ func TestBuildFails(t *testing.T) {
 			headers: []*tar.Header{{Name: "disk", Typeflag: tar.TypeBlock, Devmajor: 8, Mode: 0o644}}, want: []string{"disk"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := *s
-			s.t = t
+			s := s.in(t)
 			definition := object{"name": name, "dockerfile": strings.ReplaceAll(tt.dockerfile, "%s", tiny)}
 			var context []byte
 			if tt.files != nil {
