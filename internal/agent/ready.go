@@ -1,0 +1,123 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"time"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/agentapi/process"
+)
+
+const (
+	// firstPause and longestPause are how long is waited between two checks of a start
+	// command: little at first, since a create waits for it, and never long beside what
+	// the command has taken. A check of a command takes the sandbox 20 ms of CPU.
+	firstPause   = 10 * time.Millisecond
+	longestPause = 250 * time.Millisecond
+
+	// checkTimeout bounds one check. A server that takes connections before it can answer
+	// is asked again after it; a check that needs longer never succeeds.
+	checkTimeout = 10 * time.Second
+)
+
+// readyCheck looks whether a start command is ready.
+type readyCheck struct {
+	processes *processes
+	ready     *agentapi.Ready
+	own       *net.TCPAddr // the sandbox's address; nil if not known
+}
+
+// do looks once. The error says what was seen.
+func (r readyCheck) do(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
+	switch {
+	case r.ready.HTTP != nil:
+		return r.get(ctx, r.ready.HTTP.Port, r.ready.HTTP.Path)
+	case r.ready.Command != "":
+		return r.run(ctx, r.ready.Command)
+	}
+	conn, err := r.dial(ctx, r.ready.Port)
+	if err != nil {
+		return err
+	}
+	return conn.Close()
+}
+
+// dial connects to a port inside: on the loopback, else on the sandbox's own address.
+func (r readyCheck) dial(ctx context.Context, port int) (net.Conn, error) {
+	hosts := []string{"127.0.0.1"}
+	if r.own != nil {
+		hosts = append(hosts, r.own.IP.String())
+	}
+	var dialer net.Dialer
+	for _, host := range hosts {
+		conn, err := dialer.DialContext(ctx, "tcp4", net.JoinHostPort(host, strconv.Itoa(port)))
+		if err == nil {
+			return conn, nil
+		}
+	}
+	return nil, fmt.Errorf("nothing listens on port %d", port)
+}
+
+// get asks for a path over HTTP. Where a redirect leads to is not looked at.
+func (r readyCheck) get(ctx context.Context, port int, path string) error {
+	address := fmt.Sprintf("http://127.0.0.1:%d%s", port, path)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
+	if err != nil {
+		return fmt.Errorf("GET %s: %w", address, err)
+	}
+	client := http.Client{
+		Transport: &http.Transport{
+			DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return r.dial(ctx, port) },
+			DisableKeepAlives:      true,
+			MaxResponseHeaderBytes: 64 << 10,
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		var because *url.Error // which repeats the address
+		if errors.As(err, &because) {
+			err = because.Err
+		}
+		return fmt.Errorf("GET %s: %w", address, err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode/100 != 2 && resp.StatusCode/100 != 3 {
+		return fmt.Errorf("GET %s answered %s", address, resp.Status)
+	}
+	return nil
+}
+
+// run executes a command, as a call without a user would, and ends it with ctx.
+func (r readyCheck) run(ctx context.Context, line string) error {
+	p := r.processes
+	who, err := p.userOf(nil, "")
+	if err != nil {
+		return err
+	}
+	opts := &process.ExecuteOptions{CloseStdin: true}
+	l, err := p.prepare(&process.StartRequest{Process: shell(line), Execute: opts}, who)
+	if err != nil {
+		return err
+	}
+	c, streams, err := p.launch(l)
+	if err != nil {
+		return fmt.Errorf("running its check: %w", startProblem(l, err))
+	}
+	p.run(c, streams, opts)
+	if err := p.follow(ctx, c, nil, 0, opts); err != nil {
+		return errors.New("its check did not end")
+	}
+	if !c.end.GetExited() || c.end.GetExitCode() != 0 {
+		return errors.New("its check " + howEnded(c.end))
+	}
+	return nil
+}
