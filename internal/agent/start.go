@@ -90,7 +90,7 @@ func (s *starter) launch(req agentapi.StartRequest) (*command, *startLog, error)
 	}
 	c, streams, err := s.processes.launch(l)
 	if err != nil {
-		closeAll(log.file)
+		log.close()
 		return nil, nil, startProblem(l, err)
 	}
 	c.subscribe(log.take)
@@ -119,9 +119,12 @@ func howEnded(end *process.EndEvent) string {
 type startLog struct {
 	path string
 
-	mu   sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	file *os.File
-	size int64
+	// +checklocks:mu
+	size int64 // bytes
+	// +checklocks:mu
 	tail []byte // the last of it
 }
 
@@ -155,31 +158,41 @@ func (l *startLog) take(ev *process.ProcessEvent) error {
 		if n := len(l.tail); n > 0 && l.tail[n-1] != '\n' {
 			text = "\n" + text
 		}
-		l.write([]byte(text))
+		l.writeLocked([]byte(text))
 		closeAll(l.file)
 		return nil
 	}
 	for _, b := range [][]byte{ev.GetData().GetStdout(), ev.GetData().GetStderr()} {
-		l.write(b)
+		l.writeLocked(b)
 		l.tail = append(l.tail, b...)
 		l.tail = append(l.tail[:0], l.tail[max(0, len(l.tail)-startTailSize):]...)
 	}
 	return nil
 }
 
-// write adds to the file; the caller holds the lock.
-func (l *startLog) write(b []byte) {
+func (l *startLog) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	closeAll(l.file)
+}
+
+// writeLocked adds to the file.
+//
+// +checklocks:l.mu
+func (l *startLog) writeLocked(b []byte) {
 	if l.size += int64(len(b)); l.size > startLogSize {
-		l.turn()
+		l.turnLocked()
 		l.size = int64(len(b))
 	}
 	// What does not fit on the disk is lost.
 	_, _ = l.file.Write(b)
 }
 
-// turn puts the file aside and begins a new one. Where somebody has made that
+// turnLocked puts the file aside and begins a new one. Where somebody has made that
 // impossible, the file begins anew itself, so that it does not grow without end.
-func (l *startLog) turn() {
+//
+// +checklocks:l.mu
+func (l *startLog) turnLocked() {
 	err := os.Rename(l.path, l.path+".1")
 	if err == nil {
 		var next *os.File

@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"context"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -27,7 +28,7 @@ func testLog(t *testing.T) *startLog {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { l.file.Close() })
+	t.Cleanup(func() { l.close() })
 	return l
 }
 
@@ -69,7 +70,7 @@ func TestStartLogInTheWay(t *testing.T) {
 	if err := l.take(stdout("out\n")); err != nil {
 		t.Error(err)
 	}
-	l.file.Close()
+	l.close()
 	wantFile(t, path, "out\n")
 	wantFile(t, precious, "precious")
 	if err := os.MkdirAll(filepath.Join(dir, "full.log/file"), 0o755); err != nil {
@@ -137,6 +138,12 @@ func TestReadyChecks(t *testing.T) {
 				t.Errorf("query %q", r.URL.RawQuery)
 			}
 			w.WriteHeader(http.StatusNoContent)
+		case "/hints":
+			w.WriteHeader(http.StatusEarlyHints)
+		case "/stream":
+			_, _ = io.WriteString(w, "first")
+			_ = http.NewResponseController(w).Flush()
+			<-block
 		case "/block":
 			<-block
 		default:
@@ -171,20 +178,25 @@ func TestReadyChecks(t *testing.T) {
 		"no port":          {agentapi.Ready{Port: unused}, own, "nothing listens on port"},
 		"http":             {agentapi.Ready{HTTP: &agentapi.ReadyHTTP{Port: port, Path: "/ok?a=b"}}, own, ""},
 		"redirect":         {agentapi.Ready{HTTP: &agentapi.ReadyHTTP{Port: port, Path: "/moved"}}, own, ""},
+		"endless answer":   {agentapi.Ready{HTTP: &agentapi.ReadyHTTP{Port: port, Path: "/stream"}}, own, ""},
+		"early hints":      {agentapi.Ready{HTTP: &agentapi.ReadyHTTP{Port: port, Path: "/hints"}}, own, ""},
 		"error":            {agentapi.Ready{HTTP: &agentapi.ReadyHTTP{Port: port, Path: "/"}}, own, "/ answered 503"},
 		"nobody answers":   {agentapi.Ready{HTTP: &agentapi.ReadyHTTP{Port: unused, Path: "/"}}, own, "/: nothing listens on port"},
 		"no path":          {agentapi.Ready{HTTP: &agentapi.ReadyHTTP{Port: port, Path: ":x"}}, own, "invalid port"},
-		"silent":           {agentapi.Ready{HTTP: &agentapi.ReadyHTTP{Port: port, Path: "/block"}}, own, "deadline exceeded"},
+		"silent":           {agentapi.Ready{HTTP: &agentapi.ReadyHTTP{Port: port, Path: "/block"}}, own, "/block: no answer"},
 	} {
-		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 		if name == "silent" {
 			cancel()
 			ctx, cancel = context.WithTimeout(t.Context(), 50*time.Millisecond)
 		}
+		defer cancel()
 		err := readyCheck{ready: &c.ready, own: c.own}.do(ctx)
-		cancel()
 		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 			t.Errorf("%s: got %v, want %q", name, err, c.want)
+		}
+		if name != "silent" && ctx.Err() != nil {
+			t.Errorf("%s: waited for what does not come", name)
 		}
 	}
 }

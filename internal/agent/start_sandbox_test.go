@@ -2,7 +2,6 @@ package agent_test
 
 import (
 	"context"
-	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -73,18 +72,17 @@ func TestStartGoesOn(t *testing.T) {
 		t.Errorf("busy: %v, %v", busy, err)
 	}
 	var list struct {
-		Processes []struct {
-			Tag string
-			Pid int
-		}
+		Processes []struct{ Tag string }
 	}
 	if _, err := s.rpc("/process.Process/List", "", struct{}{}, &list); err != nil || len(list.Processes) != 1 || list.Processes[0].Tag != "start_command" {
 		t.Errorf("the list is %+v, %v", list, err)
 	}
-	// Its end is written down, and starts nothing.
-	s.sh(fmt.Sprint("kill -9 ", list.Processes[0].Pid))
+	// It is a victim as all others. Its end is written down, and starts nothing.
+	if _, killed, err := s.client.RelieveMemory(t.Context(), s.target, 1<<40); err != nil || killed < 1 {
+		t.Errorf("killed %d, %v", killed, err)
+	}
 	s.eventually("the end in the log", func() bool {
-		return strings.HasSuffix(s.sh("cat "+agentapi.StartLog), "\ncay: the start command was ended by signal 9 (killed)")
+		return strings.HasSuffix(s.sh("cat "+agentapi.StartLog), "\ncay: the start command was ended by signal 9 (killed), out of memory")
 	})
 	s.sh("! ps | grep '[G]REETING'")
 }
