@@ -31,9 +31,9 @@ import (
 const (
 	// dialTimeout and headerTimeout end calls to a server that is gone. A
 	// command may run for 5 minutes before its answer begins, and a create wait for
-	// a boot, so the latter must stay above that.
+	// a boot and 10 minutes for its start command, so the latter must stay above that.
 	dialTimeout   = 10 * time.Second
-	headerTimeout = 6 * time.Minute
+	headerTimeout = 12 * time.Minute
 	// maxAnswer bounds what a broken server can make us hold, bytes. The largest
 	// honest answer is two streams of 8 MiB that JSON escapes to six times their size.
 	maxAnswer = 128 << 20

@@ -54,6 +54,7 @@ type Agent struct {
 	files     *files
 	watchers  *watchers
 	memory    *memory
+	starter   *starter
 }
 
 // New makes the agent of this sandbox and starts to reap children; there can be
@@ -79,6 +80,7 @@ func New(cfg Config) (*Agent, error) {
 	a.files = &files{settings: a.settings, users: a.users}
 	a.watchers = &watchers{}
 	a.memory = newMemory(a.processes)
+	a.starter = &starter{processes: a.processes, logPath: agentapi.StartLog}
 	return a, nil
 }
 
@@ -91,6 +93,7 @@ func (a *Agent) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	mux.HandleFunc("POST /init", a.init)
+	mux.HandleFunc("POST /start", a.starter.start)
 	mux.HandleFunc("GET /envs", func(w http.ResponseWriter, _ *http.Request) {
 		env, _ := a.settings.commandDefaults()
 		writeJSON(w, http.StatusOK, env)

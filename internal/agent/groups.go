@@ -192,6 +192,14 @@ func (g *groups) busy() (commands, anything bool) {
 	return len(g.running) > 0, len(g.running)+len(g.lingering) > 0
 }
 
+// lingers reports whether the command of the group of that name has ended and something
+// of it lives.
+func (g *groups) lingers(name string) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.ContainsFunc(g.lingering, func(gr *group) bool { return gr.name == name && !gr.empty() })
+}
+
 // takeLingering gives the group of that name if its command has ended and
 // something of it lives; the caller gives it back.
 func (g *groups) takeLingering(name string) *group {

@@ -42,6 +42,7 @@ var problems = map[string]struct {
 	agentapi.CodeUnknownOwner:     {http.StatusBadRequest, connect.CodeInvalidArgument},
 	agentapi.CodeDiskFull:         {http.StatusInsufficientStorage, connect.CodeResourceExhausted},
 	agentapi.CodeTooManyProcesses: {http.StatusTooManyRequests, connect.CodeResourceExhausted},
+	agentapi.CodeStartFailed:      {http.StatusConflict, connect.CodeFailedPrecondition},
 }
 
 func newProblem(code, text string, args ...any) *problem {

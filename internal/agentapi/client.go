@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"connectrpc.com/connect"
 
@@ -30,6 +31,7 @@ type Target struct {
 // Limits on what an agent may make the host hold or wait for.
 const (
 	maxErrorText    = 4 << 10          // bytes of an error's text; longer ones are cut
+	maxErrorBody    = 7 * maxErrorText // bytes; JSON makes up to six of one
 	maxReplyHeader  = 64 << 10         // bytes; our own replies have under 1 KiB
 	idleConnTimeout = 90 * time.Second // shorter costs a dial, 1-2 ms, on the next call
 	// maxIdlePerLife is how many connections of a sandbox are kept; more calls
@@ -250,7 +252,7 @@ func replyError(resp *http.Response) error {
 		Message string `json:"message"`
 	}
 	// A body that is no JSON leaves the status to speak.
-	_ = json.NewDecoder(io.LimitReader(resp.Body, maxErrorText)).Decode(&body)
+	_ = json.NewDecoder(io.LimitReader(resp.Body, maxErrorBody)).Decode(&body)
 	return codeError(resp.Header.Get(CodeHeader), body.Message, fmt.Errorf("agent answered %s: %.200s", resp.Status, body.Message))
 }
 
@@ -263,9 +265,17 @@ func codeError(code, text string, cause error) error {
 	if len(text) > maxErrorText {
 		text = text[:maxErrorText]
 	}
-	e := fault.New(k.kind, code, "%s", strings.ToValidUTF8(text, "\uFFFD"))
+	e := fault.New(k.kind, code, "%s", strings.Map(printable, strings.ToValidUTF8(text, "\uFFFD")))
 	e.Field = k.field
 	return e
+}
+
+// printable drops what a terminal would act on.
+func printable(r rune) rune {
+	if r != '\n' && r != '\t' && unicode.IsControl(r) {
+		return -1
+	}
+	return r
 }
 
 // callError says what an error of the connection means.

@@ -34,6 +34,7 @@ const (
 	CodeTooManyProcesses = "too_many_processes"
 	CodeUnreachable      = "sandbox_unreachable"
 	CodeListingTooLarge  = "listing_too_large"
+	CodeStartFailed      = "start_failed"
 )
 
 // kinds says what a caller can do about each code, and which field of its
@@ -56,4 +57,5 @@ var kinds = map[string]struct {
 	CodeInvalidCommand:   {fault.Invalid, "command"},
 	CodeDiskFull:         {fault.NoSpace, ""},
 	CodeTooManyProcesses: {fault.Unavailable, ""},
+	CodeStartFailed:      {fault.Conflict, ""}, // it is the template that does not allow the create
 }

@@ -62,13 +62,17 @@ type step struct {
 	do   func(context.Context) error
 }
 
-// Create makes a sandbox and returns when its agent answers and knows its token.
+// Create makes a sandbox and returns when its agent answers and knows its token, and its
+// start command, if it has one, is ready.
 func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
 	b := &box{node: n, life: life{ID: spec.ID, Run: spec.Run, Token: spec.Token, MemoryMB: spec.Size.MemoryMB, Egress: spec.Egress,
 		Programs: n.cfg.Programs.Version, Flags: runsc.Flags(n.cfg.Platform)}}
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		return b.runtime().Run(ctx, n.container(b, spec, image))
 	}, func(ctx context.Context) error { return n.initAgent(ctx, b, spec) })
+	if !spec.Start.None() {
+		steps = append(steps, step{"command", func(ctx context.Context) error { return n.startCommand(ctx, b, spec.Start) }})
+	}
 	return n.take(ctx, b, steps, n.Destroy)
 }
 
@@ -239,6 +243,29 @@ func (n *Node) initAgent(ctx context.Context, b *box, spec sandbox.Spec) error {
 		return fmt.Errorf("telling the agent about its sandbox: %w", err)
 	}
 	return nil
+}
+
+// startCommand starts the sandbox's start command and waits until it is ready. It is a call
+// beside init, which a wake makes too and must not start anything: a wake finds the
+// command as it was.
+func (n *Node) startCommand(ctx context.Context, b *box, s sandbox.Start) error {
+	ctx, cancel := context.WithTimeout(ctx, meetTimeout+s.Patience())
+	defer cancel()
+	req := agentapi.StartRequest{Command: s.Command, Args: s.Args}
+	if r := s.Ready; r != nil {
+		req.Ready = &agentapi.Ready{Port: r.Port, Command: r.Command, TimeoutMs: s.Patience().Milliseconds()}
+		if r.HTTP != nil {
+			req.Ready.HTTP = &agentapi.ReadyHTTP{Port: r.HTTP.Port, Path: r.HTTP.Path}
+		}
+	}
+	err := n.agents.Start(ctx, b.target(), req)
+	switch {
+	case err == nil:
+		return nil
+	case b.dead():
+		return fault.New(fault.Internal, "boot_failed", "the sandbox's kernel ended before its start command was ready").Because(err)
+	}
+	return fmt.Errorf("starting its start command: %w", err)
 }
 
 // record writes the life file, whole or not at all.

@@ -176,7 +176,7 @@ func (m *machine) wantNothing() {
 func TestCreateFailsAtEveryStep(t *testing.T) {
 	m := newMachine(t)
 	broken := errors.New("broken on purpose")
-	for _, step := range []string{"image", "directory", "network", "record", "policy", "start", "watch", "agent", "favour", "init"} {
+	for _, step := range []string{"image", "directory", "network", "record", "policy", "start", "watch", "agent", "favour", "init", "command"} {
 		t.Run(step, func(t *testing.T) {
 			reached := false
 			m.node.after = func(name string) error {
@@ -187,6 +187,7 @@ func TestCreateFailsAtEveryStep(t *testing.T) {
 				return nil
 			}
 			spec := m.spec()
+			spec.Start = sandbox.Start{Command: "while :; do sleep 1; done"}
 			if err := m.node.Create(m.ctx(), spec); !errors.Is(err, broken) || !reached {
 				t.Fatalf("got %v, reached: %v", err, reached)
 			}

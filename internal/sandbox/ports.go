@@ -114,6 +114,7 @@ type Spec struct {
 	Workdir string
 	Egress  Egress
 	Token   string
+	Start   Start // of a create; a wake goes on with the command that runs
 }
 
 // Point is a recovery point: a checkpoint on the machine's disk that is whole, from
@@ -146,10 +147,13 @@ type Node interface {
 	// Room says whether a sandbox of the size could be made now: Unavailable, code
 	// "no_capacity", with RetryAfter when not. An answer is no reservation.
 	Room(ctx context.Context, size Size) error
-	// Create makes the sandbox and returns when its agent answers. Its policy is in
+	// Create makes the sandbox and returns when its agent answers and its start
+	// command is ready, which takes as long as that is patient. Its policy is in
 	// force before anything of it runs; so it is with Wake. After an
 	// error nothing of it is left, except what the error says could not be undone.
-	// No room on the machine is Unavailable, code "no_capacity", with RetryAfter.
+	// No room on the machine is Unavailable, code "no_capacity", with RetryAfter;
+	// a start command that fails is Conflict, code "start_failed", with a detail for
+	// the user.
 	Create(ctx context.Context, spec Spec) error
 	// Suspend writes a recovery point of the whole sandbox and then ends it: when it
 	// returns without an error only the point is left. After an error the sandbox

@@ -63,8 +63,9 @@ type Caller struct {
 // Create makes a sandbox for an organization and returns it running; with
 // wait false it returns at once, creating. See [Request] for what is refused:
 // Invalid naming the field, NotFound or Conflict for the template, Exhausted
-// over quota, Unavailable when no machine has room. The sandbox goes on being made
-// when ctx ends.
+// over quota, Unavailable when no machine has room, Conflict with code "start_failed" when
+// the template's start command is not ready in time. The sandbox goes on being made when
+// ctx ends.
 func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wait bool) (Sandbox, error) {
 	if err := r.check(s.cfg); err != nil {
 		return Sandbox{}, err
@@ -95,7 +96,7 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wa
 		return s.repeated(ctx, prior, wait)
 	}
 	s.observe(Event{SandboxID: box.ID, At: box.CreatedAt, To: Creating})
-	s.do(box.ID, op, func(ctx context.Context) (Sandbox, error) { return s.boot(ctx, box) })
+	s.do(box.ID, op, func(ctx context.Context) (Sandbox, error) { return s.boot(ctx, box, version.Start) })
 	if !wait {
 		return box, nil
 	}
@@ -110,16 +111,18 @@ func (s *Service) repeated(ctx context.Context, prior Sandbox, wait bool) (Sandb
 	return s.store.Get(ctx, prior.ID)
 }
 
-// bootTimeout bounds one start. A cold start takes a third of a second on a quiet
+// bootTimeout bounds one start, but for what its start command may take to be ready. A cold start takes a third of a second on a quiet
 // machine; when fifty share it, some take seconds. Too low fails creates under load,
 // too high only delays the report of a machine that is broken.
 const bootTimeout = 60 * time.Second
 
 // boot takes a claimed row to running, or to failed.
-func (s *Service) boot(ctx context.Context, box Sandbox) (Sandbox, error) {
-	ctx, cancel := context.WithTimeout(ctx, bootTimeout)
+func (s *Service) boot(ctx context.Context, box Sandbox, start Start) (Sandbox, error) {
+	ctx, cancel := context.WithTimeout(ctx, bootTimeout+start.Patience())
 	defer cancel()
-	err := s.node.Create(ctx, box.spec())
+	spec := box.spec()
+	spec.Start = start // not in the row: a create that is interrupted is not taken up again
+	err := s.node.Create(ctx, spec)
 	if err == nil {
 		now := time.Now().UTC()
 		change := Change{ID: box.ID, From: []State{Creating}, Run: box.Run, To: Running, At: now, StartedAt: &now}

@@ -20,15 +20,22 @@ const org = "org_aaaaaaaaaaaaaaaaaaaa"
 
 type oneTemplate struct{}
 
+// service is the start command of the template of that name.
+var service = sandbox.Start{Command: "serve", Ready: &sandbox.Ready{Port: 80, Timeout: 10 * time.Minute}}
+
 func (oneTemplate) Ready(_ context.Context, _, name string) (sandbox.TemplateVersion, error) {
 	var egress sandbox.Egress
 	if name == "closed" {
 		name, egress = "python", sandbox.Egress{Mode: sandbox.DenyAll}
 	}
+	var start sandbox.Start
+	if name == "service" {
+		name, start = "python", service
+	}
 	if name != "python" {
 		return sandbox.TemplateVersion{}, fault.New(fault.NotFound, "template_not_found", "there is no template %q", name)
 	}
-	return sandbox.TemplateVersion{ID: "tpl_aaaaaaaaaaaaaaaaaaaa", Name: "python", Version: 1, Image: "abc", Egress: egress,
+	return sandbox.TemplateVersion{ID: "tpl_aaaaaaaaaaaaaaaaaaaa", Name: "python", Version: 1, Image: "abc", Egress: egress, Start: start,
 		Env: map[string]string{"A": "template", "B": "template"}}, nil
 }
 
