@@ -35,6 +35,7 @@ type config struct {
 	Quota     quotaConfig     `toml:"quota"`
 	RateLimit rateLimitConfig `toml:"rate_limit"`
 	Images    imagesConfig    `toml:"images"`
+	Pool      poolConfig      `toml:"pool"`
 }
 
 type networkConfig struct {
@@ -91,6 +92,7 @@ func defaults() config {
 		Quota:     quotaConfig{Sandboxes: 500, VCPUs: 2000, MemoryMB: 1 << 20},
 		RateLimit: rateLimitConfig{PerSecond: 500, Burst: 1000},
 		Images:    imagesConfig{Registry: true},
+		Pool:      poolConfig{Enabled: true, Target: 2, MaxMembers: 16},
 	}
 }
 
@@ -238,6 +240,9 @@ func (c *config) check() error {
 		if rule.got < rule.from {
 			return fmt.Errorf("%s: must be at least %d, not %d", rule.key, rule.from, rule.got)
 		}
+	}
+	if err := c.Pool.check(names); err != nil {
+		return err
 	}
 	if _, err := c.networkRange(); err != nil {
 		return err

@@ -56,7 +56,7 @@ func TestDecide(t *testing.T) {
 			if state != "" {
 				row = &sandbox.Sandbox{State: state, Run: "now"}
 			}
-			if got := sandbox.Decide(row, fact); got != want[state][name] {
+			if got := sandbox.Decide(row, nil, fact); got != want[state][name] {
 				t.Errorf("row %q, host %s: got %s, want %s", state, name, got, want[state][name])
 			}
 		}

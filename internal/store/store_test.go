@@ -396,7 +396,7 @@ func BenchmarkList50Of10000(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		if err := insertSandbox(b.Context(), tx, s); err != nil {
+		if err := insertSandbox(b.Context(), tx, s, sandbox.Once{}); err != nil {
 			b.Fatal(err)
 		}
 		if i%10 != 0 {
