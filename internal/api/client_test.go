@@ -262,6 +262,11 @@ func clientAccount(t *testing.T, ctx context.Context, c *client.Client, fatal fu
 	fatal(err)
 	sizes, err := c.ListSizes(ctx)
 	fatal(err)
+	pool, err := c.Pool(ctx)
+	fatal(err)
+	if len(pool) != 0 { // it is off
+		t.Errorf("the pool is %+v", pool)
+	}
 	if n != 4 || python.Status != client.TemplateStatusReady || len(lines) != 2 || len(sizes) != 2 {
 		t.Errorf("%d templates, %+v, %v, %v", n, python, lines, sizes)
 	}

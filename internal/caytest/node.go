@@ -119,7 +119,9 @@ func (n *Node) Claim(ctx context.Context, spec sandbox.Spec) error {
 		err = errors.New("the member is dead")
 	}
 	if err != nil {
-		delete(n.boxes, spec.ID)
+		if ctx.Err() == nil { // else there was no time to, or nobody is left to
+			delete(n.boxes, spec.ID)
+		}
 		return err
 	}
 	fact.Egress = spec.Egress

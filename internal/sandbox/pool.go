@@ -244,7 +244,9 @@ func (p *pool) members() []Member {
 
 // +checklocks:p.mu
 func (p *pool) membersLocked() []Member {
-	return slices.SortedFunc(maps.Values(p.ready), func(a, b Member) int { return a.CreatedAt.Compare(b.CreatedAt) })
+	return slices.SortedFunc(maps.Values(p.ready), func(a, b Member) int {
+		return cmp.Or(a.CreatedAt.Compare(b.CreatedAt), cmp.Compare(a.ID, b.ID))
+	})
 }
 
 // demandLocked is the demand for a template at one size, a new one if there was none.

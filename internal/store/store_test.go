@@ -152,7 +152,7 @@ func TestOpenMigrates(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := mustInsert(t, db, small("org_a", 0))
-	for _, back := range []string{"ALTER TABLE sandbox_events DROP COLUMN detail", "DELETE FROM goose_db_version WHERE version_id > 1"} {
+	for _, back := range []string{"ALTER TABLE sandbox_events DROP COLUMN detail", "DROP TABLE pool", "DELETE FROM goose_db_version WHERE version_id > 1"} {
 		if _, err := db.writer.Exec(back); err != nil {
 			t.Fatal(err)
 		}
