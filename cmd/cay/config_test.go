@@ -71,6 +71,11 @@ func TestConfigRefusals(t *testing.T) {
 		"platform":          {env: "CAY_SANDBOX_PLATFORM=xen", want: "sandbox.platform"},
 		"disk":              {env: "CAY_SANDBOX_DEFAULT_DISK_MB=1", want: "sandbox.default_disk_mb"},
 		"same size twice":   {file: "[[sandbox.sizes]]\nname = \"a\"\nvcpus = 1\nmemory_mb = 256\n[[sandbox.sizes]]\nname = \"a\"\nvcpus = 1\nmemory_mb = 256\n", want: "sandbox.sizes"},
+		"pool target":       {env: "CAY_POOL_TARGET=-1", want: "pool.target"},
+		"pool bound":        {env: "CAY_POOL_MAX_MEMBERS=-1", want: "pool.max_members"},
+		"pool template":     {file: "[[pool.templates]]\ntarget = 1\n", want: "pool.templates[0].template"},
+		"pool size":         {file: "[[pool.templates]]\ntemplate = \"python\"\nsize = \"huge\"\n", want: "pool.templates[0].size"},
+		"pool own target":   {file: "[[pool.templates]]\ntemplate = \"a\"\n[[pool.templates]]\ntemplate = \"b\"\ntarget = -1\n", want: "pool.templates[1].target"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c, err := readConfig(configFile(t, tt.file), []string{tt.env})
