@@ -90,7 +90,6 @@ const (
 type demand struct {
 	orgID   string
 	version TemplateVersion // the newest that is known
-	plain   Sandbox         // what a request for nothing else gives; its Kind is kind
 	kind    Kind
 	fixed   bool // the operator's target, which use does not end
 	target  int
@@ -259,6 +258,20 @@ func (p *pool) demandLocked(key demandKey, orgID string) *demand {
 		p.demands[key] = d
 	}
 	return d
+}
+
+// refresh changes a demand, a new one if there was none.
+func (p *pool) refresh(key demandKey, orgID string, change func(*demand)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	change(p.demandLocked(key, orgID))
+}
+
+// forget drops a demand; its members go then.
+func (p *pool) forget(key demandKey) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.demands, key)
 }
 
 // claimed counts what became of a create.

@@ -138,7 +138,7 @@ func (s *Service) want(orgID string, v TemplateVersion, key demandKey, kind Kind
 	}
 	d := s.pool.demandLocked(key, orgID)
 	if d.version.Version <= v.Version {
-		d.version, d.plain, d.kind = v, plain, kind
+		d.version, d.kind = v, kind
 	}
 	d.use(now)
 	return d.target > 0

@@ -117,7 +117,6 @@ func (s *Service) refreshDemands(ctx context.Context) {
 		keys[key] = t.OrgID
 	}
 	for key, orgID := range keys {
-		t, isFixed := fixed[key]
 		v, err := s.templates.Ready(ctx, orgID, key.templateID)
 		if err != nil && !fault.Is(err, fault.NotFound) {
 			continue // as it was: it may be being built anew
@@ -126,17 +125,17 @@ func (s *Service) refreshDemands(ctx context.Context) {
 		if err == nil {
 			plain, err = s.plain(orgID, v, key.size)
 		}
-		s.pool.mu.Lock()
+		t, isFixed := fixed[key]
 		if err != nil || !isFixed && key.size != s.defaultSize(v) {
-			delete(s.pool.demands, key)
-		} else {
-			d := s.pool.demandLocked(key, orgID)
-			d.version, d.plain, d.kind, d.fixed = v, plain, plain.kind(v.Start), isFixed
+			s.pool.forget(key)
+			continue
+		}
+		s.pool.refresh(key, orgID, func(d *demand) {
+			d.version, d.kind, d.fixed = v, plain.kind(v.Start), isFixed
 			if isFixed {
 				d.target = t.Target
 			}
-		}
-		s.pool.mu.Unlock()
+		})
 	}
 }
 

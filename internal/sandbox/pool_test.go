@@ -531,8 +531,13 @@ func TestPreparingIsPaced(t *testing.T) {
 		h.settled()
 		release := make(chan struct{})
 		h.node.OnCreate = func(context.Context, sandbox.Spec) error { <-release; return nil }
-		go h.mustCreate(sandbox.Request{}) // warm
-		go h.mustCreate(sandbox.Request{DiskSizeMB: ptr(100)})
+		for _, r := range []sandbox.Request{{}, {DiskSizeMB: ptr(100)}} { // warm, and cold
+			go func() {
+				if _, err := h.create(r); err != nil {
+					t.Error(err)
+				}
+			}()
+		}
 		prepares := func() int {
 			return len(slices.DeleteFunc(h.node.Calls(), func(c string) bool { return !strings.HasPrefix(c, "prepare ") }))
 		}
