@@ -39,7 +39,8 @@ func (c *Client) TemplateLogs(ctx context.Context, nameOrID string) ([]TemplateL
 	return l.Lines, nil
 }
 
-// Pool returns what is booted in advance, by template and size. Needs the scope admin.
+// Pool returns what is booted in advance, by template and size. For keys of the server's
+// first organization with the scope admin.
 func (c *Client) Pool(ctx context.Context) ([]PoolEntry, error) {
 	p, err := decode[Pool](c.wire.GetPool(ctx))
 	if err != nil {
