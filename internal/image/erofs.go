@@ -263,8 +263,8 @@ func encodeDirents(entries []entry) []byte {
 
 // writeData writes the data blocks in the order of their inodes.
 func (w *erofsWriter) writeData() error {
-	if err := w.t.buf.Flush(); err != nil {
-		return fmt.Errorf("flushing spool: %w", err)
+	if err := w.t.settle(); err != nil {
+		return err
 	}
 	for _, i := range w.inodes {
 		p := &i.plan

@@ -617,23 +617,15 @@ func TestOpenRemovesWhatACrashLeft(t *testing.T) {
 	leftovers(t, s)
 }
 
-// slowLayer is a layer whose bytes come through a pipe.
-type slowLayer struct {
-	v1.Layer
-	io.ReadCloser
-}
-
-func (l slowLayer) Uncompressed() (io.ReadCloser, error) { return l.ReadCloser, nil }
-
 func TestDownloadThatStallsIsGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		tree, err := newTree(t.TempDir(), 1<<20)
+		w, err := newLayout(t.TempDir())
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer tree.Close()
 		out, in := io.Pipe()
 		b := archive(t, file("a", strings.Repeat("x", 10000)))
+		desc := v1.Descriptor{Size: int64(len(b)), Digest: v1.Hash{Algorithm: "sha256", Hex: strings.Repeat("0", 64)}}
 		go func() {
 			for len(b) > 5000 { // slow, but it comes
 				time.Sleep(stallTimeout - time.Second)
@@ -644,7 +636,7 @@ func TestDownloadThatStallsIsGivenUp(t *testing.T) {
 			}
 		}()
 		start := time.Now()
-		err = applyLayer(t.Context(), tree, slowLayer{ReadCloser: out}, v1.Hash{})
+		err = w.layer(t.Context(), desc, func() (io.ReadCloser, error) { return out, nil })
 		if err == nil || !strings.Contains(err.Error(), "nothing came for 1m0s") || time.Since(start) < 5*stallTimeout {
 			t.Errorf("after %v the error is %v", time.Since(start), err)
 		}

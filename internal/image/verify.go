@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -150,6 +151,12 @@ func (s *Store) removeUnused(digest, name string, info fs.FileInfo) (bool, error
 	delete(s.used, digest)
 	delete(s.verified, digest)
 	return true, nil
+}
+
+// isSparse reports whether a file has parts that take no room.
+func isSparse(info fs.FileInfo) bool {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	return ok && st.Blocks*512 < info.Size()-hole
 }
 
 // hashFile returns the hex SHA-256 of a file.
