@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io/fs"
@@ -15,12 +16,15 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/erofs/go-erofs"
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
+	"github.com/cayhq/cay/internal/agent"
 	"github.com/cayhq/cay/internal/caytest"
 )
 
@@ -74,6 +78,7 @@ func TestRealThings(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Run("InGVisor", func(t *testing.T) { bootInGVisor(t, string(busybox)) })
+	t.Run("AttributesInGVisor", attributesInGVisor)
 }
 
 // tinyProgram is an ELF that ends with exit code 42 and is smaller than a page:
@@ -101,7 +106,7 @@ func bootInGVisor(t *testing.T, busybox string) {
 		file("etc/shadow", "secret", mode(0o640), owner(0, 42)), file("bin/suid", "x", mode(0o4755)), file("bin/sgid", "x", mode(0o2755), owner(5, 6)),
 		file("uids", "x", owner(4000000000, 3000000000)), file("empty", ""), file("block", strings.Repeat("b", blockSize)), file("more", strings.Repeat("m", 10*blockSize+7)),
 		symlink("abs", "/etc/shadow"), symlink("long-target", strings.Repeat("t", 4000)), file(strings.Repeat("n", maxName), "long"),
-		file("has-xattr", "readable", func(h *tar.Header) { h.PAXRecords = map[string]string{"SCHILY.xattr.security.capability": "\x01"} }),
+		file("has-xattr", "readable", func(h *tar.Header) { h.PAXRecords = map[string]string{"SCHILY.xattr.security.selinux": "x"} }),
 		newMember(tar.Header{Typeflag: tar.TypeFifo, Name: "pipe", Mode: 0o600}, "", nil), file("-x", "before the dots"), dir("no/children"),
 	}
 	for k := range 1000 {
@@ -138,6 +143,96 @@ func bootInGVisor(t *testing.T, busybox string) {
 	}
 	if runtime.GOARCH == "amd64" && sections[3] != "tiny ended with 42\n" {
 		t.Errorf("a program smaller than a page: %q", sections[3])
+	}
+}
+
+// insideKey chooses what the test program does when it is the first process of a
+// sandbox; see TestMain.
+const insideKey = "CAY_IMAGE_INSIDE"
+
+func TestMain(m *testing.M) {
+	switch os.Getenv(insideKey) {
+	case "":
+		os.Exit(m.Run())
+	case "attributes":
+		if err := showAttributes(); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+	case "capabilities":
+		status, err := os.ReadFile("/proc/self/status")
+		fmt.Printf("uid %d, %v", os.Geteuid(), err)
+		for line := range strings.Lines(string(status)) {
+			if strings.HasPrefix(line, "CapEff:") {
+				fmt.Print(" ", line)
+			}
+		}
+	}
+}
+
+// showAttributes sets attributes as the agent does, prints those there are, and
+// starts a program that has capabilities as a user who has none.
+func showAttributes() error {
+	if err := agent.SetAttributes("/", agent.AttributesPath); err != nil {
+		return err
+	}
+	for _, path := range []string{"/bin/capable", "/attributes", "/attributes2", "/attributed", "/empty"} {
+		names := make([]byte, 1<<16)
+		n, err := unix.Llistxattr(path, names)
+		if err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		for _, name := range slices.Sorted(strings.FieldsFuncSeq(string(names[:n]), func(r rune) bool { return r == 0 })) {
+			value := make([]byte, 1<<16)
+			k, err := unix.Lgetxattr(path, name, value)
+			if err != nil {
+				return fmt.Errorf("%s %s: %w", path, name, err)
+			}
+			fmt.Printf("%s %s=%x\n", path, name, value[:k])
+		}
+	}
+	cmd := exec.Command("/bin/capable")
+	cmd.Env = []string{insideKey + "=capabilities"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1000, Gid: 1000}}
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stdout
+	return cmd.Run()
+}
+
+// bindCapability is CAP_NET_BIND_SERVICE, permitted and effective, as a file has it.
+const bindCapability = "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+
+// attributesInGVisor looks at what became of extended attributes, from inside.
+func attributesInGVisor(t *testing.T) {
+	runsc := caytest.RequireProgram(t, absolute(t, "../../bin/cay-runsc"))
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	program, err := os.ReadFile(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tree, err := layers(t, everything(t), archive(t, dir("proc"), dir("sys"), dir("dev"),
+		file("bin/capable", string(program), mode(0o755), xattrs(map[string]string{"security.capability": bindCapability}))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tree.writeAttributes(); err != nil {
+		t.Fatal(err)
+	}
+	got := inGVisor(t, runsc, write(t, tree), "--overlay2=root:memory", []string{insideKey + "=attributes"}, "/bin/capable")
+	want := "/bin/capable security.capability=" + hex.EncodeToString([]byte(bindCapability)) + `
+/attributes user.a=
+/attributes user.b=00ff
+/attributes user.ünï=76616c7565
+/attributes2 user.a=
+/attributes2 user.b=00ff
+/attributes2 user.ünï=76616c7565
+/attributed user.dir=64
+uid 1000, <nil> CapEff:	0000000000000400
+`
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("inside (-want +got):\n%s", diff)
 	}
 }
 
@@ -192,14 +287,26 @@ func absolute(t *testing.T, path string) string {
 // returns its output.
 func runInGVisor(t *testing.T, runsc, image, script string) string {
 	t.Helper()
+	return inGVisor(t, runsc, image, "--overlay2=none", nil, "/bin/busybox", "sh", "-c", script)
+}
+
+// inGVisor runs a program in a sandbox whose root is the image, and returns its
+// output.
+func inGVisor(t *testing.T, runsc, image, overlay string, env []string, args ...string) string {
+	t.Helper()
 	bundle := t.TempDir()
+	caps := []string{"CAP_DAC_OVERRIDE", "CAP_SETFCAP", "CAP_FOWNER", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"}
+	annotations := map[string]string{"dev.gvisor.spec.rootfs.source": image, "dev.gvisor.spec.rootfs.type": "erofs"}
+	if overlay != "--overlay2=none" {
+		annotations["dev.gvisor.spec.rootfs.overlay"] = "memory"
+	}
 	spec := map[string]any{
 		"ociVersion": "1.0.2",
-		"process": map[string]any{"args": []string{"/bin/busybox", "sh", "-c", script}, "cwd": "/", "env": []string{"PATH=/bin"}, "user": map[string]any{"uid": 0, "gid": 0},
+		"process": map[string]any{"args": args, "cwd": "/", "env": append([]string{"PATH=/bin"}, env...), "user": map[string]any{"uid": 0, "gid": 0},
 			// Root reads everything, as in a sandbox of cay's.
-			"capabilities": map[string]any{"bounding": []string{"CAP_DAC_OVERRIDE"}, "effective": []string{"CAP_DAC_OVERRIDE"}, "permitted": []string{"CAP_DAC_OVERRIDE"}}},
-		"root":        map[string]any{"path": bundle, "readonly": true},
-		"annotations": map[string]string{"dev.gvisor.spec.rootfs.source": image, "dev.gvisor.spec.rootfs.type": "erofs"},
+			"capabilities": map[string]any{"bounding": caps, "effective": caps, "permitted": caps}},
+		"root":        map[string]any{"path": bundle, "readonly": overlay == "--overlay2=none"},
+		"annotations": annotations,
 		"linux":       map[string]any{"namespaces": []map[string]string{{"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}}},
 	}
 	b, err := json.Marshal(spec)
@@ -219,7 +326,7 @@ func runInGVisor(t *testing.T, runsc, image, script string) string {
 	defer out.Close()
 	defer errs.Close()
 	id := fmt.Sprintf("cay-image-test-%d", os.Getpid())
-	global := []string{"--root=" + filepath.Join(bundle, "state"), "--network=none", "--ignore-cgroups", "--overlay2=none"}
+	global := []string{"--root=" + filepath.Join(bundle, "state"), "--network=none", "--ignore-cgroups", "--allow-suid", overlay}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, runsc, append(global, "run", "--bundle="+bundle, id)...)
@@ -229,7 +336,8 @@ func runInGVisor(t *testing.T, runsc, image, script string) string {
 	_ = exec.Command(runsc, append(global, "delete", "--force", id)...).Run()
 	said, _ := os.ReadFile(stderr) // for the message only
 	if err != nil {
-		t.Fatalf("running in gVisor: %v\n%s", err, said)
+		printed, _ := os.ReadFile(stdout)
+		t.Fatalf("running in gVisor: %v\n%s\n%s", err, said, printed)
 	}
 	result, err := os.ReadFile(stdout)
 	if err != nil {

@@ -3,6 +3,7 @@ package image
 import (
 	"archive/tar"
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -19,7 +20,7 @@ import (
 // else runs. What layers have under this name is ignored.
 const AttributesPath = "/" + attributesFile
 
-const attributesFile = ".cay/xattrs.tar"
+const attributesFile = ".cay-xattrs"
 
 // Bounds of the attributes of one image. Each file that has any is copied to the
 // writable layer at every start: many or large ones would make every start slow.
@@ -35,6 +36,25 @@ const (
 	schilyXattr     = "SCHILY.xattr."
 	libarchiveXattr = "LIBARCHIVE.xattr." // values in base64, always beside SCHILY's
 )
+
+// capability is the attribute that holds a file's capabilities.
+const capability = "security.capability"
+
+// validCapability reports whether a kernel takes a value as capabilities
+// (capability.h: vfs_cap_data): what it would refuse at a start is refused here.
+func validCapability(value string) bool {
+	if len(value) < 4 {
+		return false
+	}
+	const effective, second, third = 1, 2 << 24, 3 << 24
+	switch form := binary.LittleEndian.Uint32([]byte(value)) &^ effective; len(value) {
+	case 20:
+		return form == second
+	case 24:
+		return form == third
+	}
+	return false
+}
 
 // xattr is one extended attribute.
 type xattr struct{ name, value string }
@@ -52,12 +72,15 @@ func (t *tree) takeAttributes(i *inode, h *tar.Header) error {
 		}
 		kind := i.kind()
 		fits := strings.HasPrefix(name, "user.") && name != "user." && (kind == typeRegular || kind == typeDir) ||
-			name == "security.capability" && kind == typeRegular
+			name == capability && kind == typeRegular
 		if !fits {
 			t.droppedXattrs++
 			continue
 		}
 		value := h.PAXRecords[key]
+		if name == capability && !validCapability(value) {
+			return fmt.Errorf("its file capabilities are not of the kernel's second or third form: %x", value[:min(len(value), 32)])
+		}
 		if len(name) > maxName || len(value) > maxValue || strings.IndexByte(name, 0) >= 0 {
 			return fmt.Errorf("extended attribute %.60q with a name of %d bytes and a value of %d; %d and %d are the most",
 				name, len(name), len(value), maxName, maxValue)
@@ -150,11 +173,7 @@ func (t *tree) readAttributes() error {
 			}
 		}
 	}
-	dir := n.parent
 	t.drop(n)
-	if len(dir.children) == 0 && dir.parent != nil {
-		t.drop(dir)
-	}
 	return nil
 }
 
