@@ -37,26 +37,35 @@ func (t *tarBlobs) open(name string) (io.ReadCloser, int64, error) {
 	return io.NopCloser(io.NewSectionReader(t.f, at.off, at.size)), at.size, nil
 }
 
-// openArchive opens the tar of an image. A packed one is unpacked to a file that
-// has no name. Close the file.
-func (s *Store) openArchive(ctx context.Context, name string, maxSize int64) (*tarBlobs, error) {
+// openArchive opens the tar of an image, and returns the SHA-256 of its bytes. A
+// packed one is unpacked to a file that has no name. Close the file.
+func (s *Store) openArchive(ctx context.Context, name string, maxSize int64) (*tarBlobs, string, error) {
 	f, err := openRegular(name)
 	if err != nil {
-		return nil, err
+		return nil, "", err
+	}
+	hash := sha256.New()
+	_, err = io.CopyBuffer(hash, contextReader{ctx, f}, make([]byte, chunk))
+	if err == nil {
+		_, err = f.Seek(0, io.SeekStart)
+	}
+	if err != nil {
+		f.Close()
+		return nil, "", fmt.Errorf("reading archive: %w", err)
 	}
 	plain, err := s.plainFile(ctx, f, maxSize)
 	if plain != f {
 		f.Close()
 	}
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	t := &tarBlobs{f: plain, at: map[string]section{}}
 	if err := t.list(ctx); err != nil {
 		plain.Close()
-		return nil, fmt.Errorf("reading archive: %w", err)
+		return nil, "", fmt.Errorf("reading archive: %w", err)
 	}
-	return t, nil
+	return t, hex.EncodeToString(hash.Sum(nil)), nil
 }
 
 // openRegular opens a file that must be one.

@@ -77,6 +77,7 @@ type opened struct {
 	done    bool // found is the result
 	image   *ociImage
 	name    string // of the image, for the record
+	pulled  string // the layout of the store that it is in, or ""
 	err     error  // why there is no image, where Debian packages are used instead
 	closers []func()
 }
@@ -153,11 +154,17 @@ func (s *Store) openLayout(ctx context.Context, in *opened, src Source, l Layout
 		return fmt.Errorf("opening layout: %w", err)
 	}
 	in.closers = append(in.closers, func() { root.Close() })
+	if id := filepath.Base(l.Dir); l.Dir == s.layoutPath(id) {
+		in.pulled = id
+	}
 	p, err := openOCI(dirBlobs{root}, l.Manifest, src.MaxSize)
 	if err != nil {
+		if errors.Is(err, errDamaged) && in.pulled != "" {
+			s.dropLayout(in.pulled)
+		}
 		return err
 	}
-	if l.Dir != s.layoutPath(filepath.Base(l.Dir)) {
+	if in.pulled == "" {
 		l.Reference = "" // anybody could say so
 		if err := p.verify(ctx); err != nil {
 			return err
@@ -174,11 +181,7 @@ func (s *Store) openLayout(ctx context.Context, in *opened, src Source, l Layout
 }
 
 func (s *Store) openArchiveOf(ctx context.Context, in *opened, src Source) error {
-	sum, err := hashFile(ctx, src.Archive)
-	if err != nil {
-		return fmt.Errorf("reading archive: %w", err)
-	}
-	b, err := s.openArchive(ctx, src.Archive, src.MaxSize)
+	b, sum, err := s.openArchive(ctx, src.Archive, src.MaxSize)
 	if err != nil {
 		return err
 	}
@@ -197,6 +200,9 @@ func (s *Store) make(ctx context.Context, src Source, in *opened, progress func(
 		img, err := s.makeOne(ctx, src, progress, func(t *tree) (Runtime, string, error) {
 			rt, err := in.image.unpack(ctx, t, progress)
 			if err != nil && ctx.Err() == nil {
+				if in.pulled != "" && in.image.verify(ctx) != nil && ctx.Err() == nil {
+					s.dropLayout(in.pulled)
+				}
 				err = &StepError{Step: "unpacking " + in.name, ExitCode: -1, Err: err}
 			}
 			return rt, in.name, err

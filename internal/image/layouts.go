@@ -97,6 +97,16 @@ func (s *Store) trimLayouts() {
 	}
 }
 
+// dropLayout removes a layout that is damaged, so that it is pulled again.
+func (s *Store) dropLayout(id string) {
+	aside, err := os.MkdirTemp(s.tmpDir(), "gone-")
+	if err == nil {
+		defer os.RemoveAll(aside) // what is left goes at the next Open
+		err = os.Rename(s.layoutPath(id), filepath.Join(aside, id))
+	}
+	s.log.Error("pulled image is damaged", "layout", id, "removing", err)
+}
+
 // removeLayout removes a layout that nobody holds or was given lately.
 func (s *Store) removeLayout(id string) (bool, error) {
 	aside, err := os.MkdirTemp(s.tmpDir(), "gone-")

@@ -31,6 +31,9 @@ const (
 	maxIndexes = 16
 )
 
+// errDamaged says that a part of an image is not what names it.
+var errDamaged = errors.New("the image is not whole")
+
 const mediaIndex = types.OCIImageIndex
 
 // platform is what images must be for.
@@ -221,7 +224,7 @@ func readBlob(from blobs, desc v1.Descriptor, limit int64) ([]byte, error) {
 	}
 	sum := sha256.Sum256(b)
 	if got := hex.EncodeToString(sum[:]); desc.Digest.Algorithm != "sha256" || got != desc.Digest.Hex {
-		return nil, fmt.Errorf("its bytes have the digest sha256:%s, %s names them", got, desc.Digest)
+		return nil, fmt.Errorf("%w: its bytes have the digest sha256:%s, %s names them", errDamaged, got, desc.Digest)
 	}
 	return b, nil
 }
@@ -233,7 +236,7 @@ func readAll(from blobs, name string, want, limit int64) ([]byte, error) {
 	}
 	defer f.Close()
 	if size > limit || want >= 0 && size != want {
-		return nil, fmt.Errorf("%s is %d bytes, not %d; %d is the most", name, size, want, limit)
+		return nil, fmt.Errorf("%w: %s is %d bytes, not %d; %d is the most", errDamaged, name, size, want, limit)
 	}
 	return io.ReadAll(io.LimitReader(f, limit))
 }

@@ -36,14 +36,18 @@ type hub struct {
 	host   string
 	asked  atomic.Int64                                                  // requests so far
 	tamper func(w http.ResponseWriter, r *http.Request, b []byte) []byte // changes answers
+	front  func(w http.ResponseWriter, r *http.Request) bool             // answers itself if it says so
 }
 
-func newHub(t *testing.T) *hub {
+func newHub(t testing.TB) *hub {
 	t.Helper()
 	h := new(hub)
 	real := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h.asked.Add(1)
+		if h.front != nil && h.front(w, r) {
+			return
+		}
 		if h.tamper == nil {
 			real.ServeHTTP(w, r)
 			return
@@ -62,7 +66,7 @@ func newHub(t *testing.T) *hub {
 }
 
 // picture makes an OCI image of layers, for an architecture.
-func picture(t *testing.T, arch string, config v1.Config, archives ...[]byte) v1.Image {
+func picture(t testing.TB, arch string, config v1.Config, archives ...[]byte) v1.Image {
 	t.Helper()
 	img := v1.Image(empty.Image)
 	for _, a := range archives {
@@ -88,7 +92,7 @@ func picture(t *testing.T, arch string, config v1.Config, archives ...[]byte) v1
 }
 
 // push puts an image into the registry and returns its reference.
-func (h *hub) push(t *testing.T, tag string, img v1.Image) string {
+func (h *hub) push(t testing.TB, tag string, img v1.Image) string {
 	t.Helper()
 	ref, err := name.ParseReference(h.host + "/" + tag)
 	if err != nil {

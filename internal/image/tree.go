@@ -16,11 +16,11 @@ const (
 	maxNodes   = 2 << 20
 	maxText    = 256 << 20 // bytes of names, links' targets and attributes together
 	maxEntries = 4 * maxNodes
-	maxSteps   = 256 << 20 // looks at a node; an honest image of a million files needs a tenth
-	maxName    = 255       // bytes, EROFS's and Linux's
-	maxTarget  = 4095      // bytes of a symbolic link, Linux's
-	maxDepth   = 1024      // directories
-	maxFollows = 40        // symbolic links in one path, Linux's
+	maxSteps   = 64 << 20 // looks at a node, seconds' worth; an honest image of a million files needs a tenth
+	maxName    = 255      // bytes, EROFS's and Linux's
+	maxTarget  = 4095     // bytes of a symbolic link, Linux's
+	maxDepth   = 1024     // directories
+	maxFollows = 40       // symbolic links in one path, Linux's
 )
 
 // File types as in st_mode.

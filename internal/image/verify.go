@@ -91,8 +91,8 @@ func (s *Store) touch(digest string) {
 // not: between being chosen and being written down as needed, nobody can name it.
 const collectGrace = 15 * time.Minute
 
-// Collect removes the images that are not in keep, and what was noted about
-// them. It never removes one that was built or asked for in the last 15 minutes.
+// Collect removes the images that are not in keep, and of the pulled OCI images
+// those that the budget has no room for. It never removes one that was built or asked for in the last 15 minutes.
 // Sandboxes that have a removed file open are not disturbed. It goes on after
 // errors and joins them.
 func (s *Store) Collect(keep []string) (removed []string, freed int64, err error) {
@@ -100,6 +100,7 @@ func (s *Store) Collect(keep []string) (removed []string, freed int64, err error
 	for _, digest := range keep {
 		kept[digest] = true
 	}
+	s.trimLayouts()
 	entries, err := os.ReadDir(s.cfg.Dir)
 	if err != nil {
 		return nil, 0, fmt.Errorf("listing images: %w", err)
