@@ -275,10 +275,7 @@ func (w *erofsWriter) writeData() error {
 		var err error
 		switch i.kind() {
 		case typeRegular:
-			n, err = io.Copy(w.out, io.NewSectionReader(w.t.spool, i.off, i.size))
-			if err == nil && n != i.size {
-				err = io.ErrUnexpectedEOF
-			}
+			n, err = i.size, copyRange(w.out, w.t.spool, i.off, i.size, w.t.buf)
 		case typeSymlink:
 			_, err = w.out.WriteString(i.target)
 			n = int64(len(i.target))

@@ -119,8 +119,7 @@ func (t *tree) writeTar(ctx context.Context, out io.Writer) error {
 		if h.Typeflag != tar.TypeReg || h.Size == 0 {
 			return nil
 		}
-		_, err := io.CopyBuffer(struct{ io.Writer }{w}, io.NewSectionReader(t.spool, n.inode.off, h.Size), t.buf)
-		return err
+		return copyRange(w, t.spool, n.inode.off, h.Size, t.buf)
 	})
 	return errors.Join(err, w.Close(), buffered.Flush())
 }

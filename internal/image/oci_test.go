@@ -354,7 +354,7 @@ func TestBadArchivesAreRefused(t *testing.T) {
 		{"layer outside", dockerSave(`[{"Config":"c.json","Layers":["/etc/passwd"]}]`), "the archive has no"},
 		{"layer linked outside", dockerSave(`[{"Config":"c.json","Layers":["l"]}]`, symlink("l", "/etc/passwd")), "the archive has no"},
 		{"another layer than its configuration names", dockerSave(`[{"Config":"c.json","Layers":["l"]}]`, file("l", string(archive(t, file("b", "1"))))), "have the digest"},
-		{"sparse part", sparseTar(t, "index.json"), "is sparse"},
+		{"sparse part", sparseTar(t, "index.json", 1<<20), "is sparse"},
 	}
 	for _, tc := range tests {
 		t.Run(tc.name, func(t *testing.T) {
@@ -375,16 +375,16 @@ func TestBadArchivesAreRefused(t *testing.T) {
 	}
 }
 
-// sparseTar is an archive with a sparse file of a megabyte that holds one byte, as
-// GNU tar writes it with --format=pax.
-func sparseTar(t testing.TB, name string) []byte {
+// sparseTar is an archive with a sparse file of a size that holds one byte, its
+// last, as GNU tar writes it with --format=pax.
+func sparseTar(t testing.TB, name string, size int64) []byte {
 	t.Helper()
-	content := append([]byte("1\n1048575\n1\n"), make([]byte, 512)...)[:512]
+	content := append(fmt.Appendf(nil, "1\n%d\n1\n", size-1), make([]byte, 512)...)[:512]
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	// The library writes no sparse files and refuses their records: they are put
 	// in afterwards, in place of records of the same length.
-	records := map[string]string{"XNU.sparse.major": "1", "XNU.sparse.minor": "0", "XNU.sparse.name": name, "XNU.sparse.realsize": "1048576"}
+	records := map[string]string{"XNU.sparse.major": "1", "XNU.sparse.minor": "0", "XNU.sparse.name": name, "XNU.sparse.realsize": fmt.Sprint(size)}
 	if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "sparse", Size: 513, Mode: 0o644, ModTime: entryTime, Format: tar.FormatPAX, PAXRecords: records}); err != nil {
 		t.Fatal(err)
 	}
@@ -437,7 +437,7 @@ func TestDamagedPullIsPulledAgain(t *testing.T) {
 }
 
 func TestSparseFilesTakeNoRoom(t *testing.T) {
-	const size = 4 << 30
+	const size = 1 << 30
 	zerosOf := func(n int64) io.Reader {
 		return io.LimitReader(readerFunc(func(p []byte) (int, error) { clear(p); return len(p), nil }), n)
 	}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -74,6 +75,38 @@ func (s *sparseFile) Write(p []byte) (int, error) {
 
 // finish gives the file its length, which zeros at its end have not.
 func (s *sparseFile) finish() error { return s.f.Truncate(s.size) }
+
+// copyRange copies a part of a file. What the file does not hold is not read:
+// reading a hole costs as much as reading data.
+func copyRange(w io.Writer, f *os.File, off, size int64, buf []byte) error {
+	for end := off + size; off < end; {
+		data, err := unix.Seek(int(f.Fd()), off, unix.SEEK_DATA)
+		if err != nil || data > end {
+			data = end // no data to the end of the file
+			if !errors.Is(err, unix.ENXIO) && err != nil {
+				data = off // a file system that does not know
+			}
+		}
+		for off < data {
+			n, err := w.Write(zeros[:min(hole, data-off)])
+			if off += int64(n); err != nil {
+				return err
+			}
+		}
+		stop, err := unix.Seek(int(f.Fd()), off, unix.SEEK_HOLE)
+		if err != nil || stop > end {
+			stop = end
+		}
+		n, err := io.CopyBuffer(struct{ io.Writer }{w}, io.NewSectionReader(f, off, stop-off), buf)
+		if off += n; err == nil && off != stop {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 // tee writes to a file and takes the hash of it, at once: each is about as slow
 // as the other.
