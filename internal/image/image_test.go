@@ -534,7 +534,7 @@ func TestTooMuchDataIsRefused(t *testing.T) {
 
 // Directories of many sizes cross block boundaries in all the ways there are.
 func TestLargeDirectories(t *testing.T) {
-	for _, n := range []int{1, 100, 203, 204, 205, 4000} {
+	for _, n := range []int{1, 100, 203, 204, 205, 4000, 100_000} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			var members []member
 			var want []string

@@ -16,15 +16,12 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/erofs/go-erofs"
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
 
-	"github.com/cayhq/cay/internal/agent"
 	"github.com/cayhq/cay/internal/caytest"
 )
 
@@ -109,7 +106,10 @@ func bootInGVisor(t *testing.T, busybox string) {
 		file("has-xattr", "readable", func(h *tar.Header) { h.PAXRecords = map[string]string{"SCHILY.xattr.security.selinux": "x"} }),
 		newMember(tar.Header{Typeflag: tar.TypeFifo, Name: "pipe", Mode: 0o600}, "", nil), file("-x", "before the dots"), dir("no/children"),
 	}
-	for k := range 1000 {
+	members = append(members, file("odd/\xff\xfe bytes", "1"), file("odd/ünï→", "2"), file(`odd/back\slash "quoted"`, "3"),
+		file("deep/"+strings.Repeat("d/", 60)+"f", "far down"), hardlink("no/pipe", "pipe"), hardlink("no/abs", "abs"),
+		file("sparse", strings.Repeat("\x00", 8<<20)+"end"), file("old", "from 1901", func(h *tar.Header) { h.ModTime = time.Unix(-2177452800, 0) }))
+	for k := range 10000 {
 		members = append(members, file(fmt.Sprintf("many/%d", k), fmt.Sprint(k)))
 	}
 	script := `/bin/busybox find / -xdev -exec /bin/busybox stat -c '%f %u:%g %h %s %Y %i %n' {} +; echo ---
@@ -146,69 +146,20 @@ func bootInGVisor(t *testing.T, busybox string) {
 	}
 }
 
-// insideKey chooses what the test program does when it is the first process of a
-// sandbox; see TestMain.
-const insideKey = "CAY_IMAGE_INSIDE"
-
-func TestMain(m *testing.M) {
-	switch os.Getenv(insideKey) {
-	case "":
-		os.Exit(m.Run())
-	case "attributes":
-		if err := showAttributes(); err != nil {
-			fmt.Println(err)
-			os.Exit(1)
-		}
-	case "capabilities":
-		status, err := os.ReadFile("/proc/self/status")
-		fmt.Printf("uid %d, %v", os.Geteuid(), err)
-		for line := range strings.Lines(string(status)) {
-			if strings.HasPrefix(line, "CapEff:") {
-				fmt.Print(" ", line)
-			}
-		}
-	}
-}
-
-// showAttributes sets attributes as the agent does, prints those there are, and
-// starts a program that has capabilities as a user who has none.
-func showAttributes() error {
-	if err := agent.SetAttributes("/", agent.AttributesPath); err != nil {
-		return err
-	}
-	for _, path := range []string{"/bin/capable", "/attributes", "/attributes2", "/attributed", "/empty"} {
-		names := make([]byte, 1<<16)
-		n, err := unix.Llistxattr(path, names)
-		if err != nil {
-			return fmt.Errorf("%s: %w", path, err)
-		}
-		for _, name := range slices.Sorted(strings.FieldsFuncSeq(string(names[:n]), func(r rune) bool { return r == 0 })) {
-			value := make([]byte, 1<<16)
-			k, err := unix.Lgetxattr(path, name, value)
-			if err != nil {
-				return fmt.Errorf("%s %s: %w", path, name, err)
-			}
-			fmt.Printf("%s %s=%x\n", path, name, value[:k])
-		}
-	}
-	cmd := exec.Command("/bin/capable")
-	cmd.Env = []string{insideKey + "=capabilities"}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1000, Gid: 1000}}
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stdout
-	return cmd.Run()
-}
-
 // bindCapability is CAP_NET_BIND_SERVICE, permitted and effective, as a file has it.
 const bindCapability = "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
 
 // attributesInGVisor looks at what became of extended attributes, from inside.
 func attributesInGVisor(t *testing.T) {
 	runsc := caytest.RequireProgram(t, absolute(t, "../../bin/cay-runsc"))
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
+	// A program of its own and not this one: it must be static.
+	built := filepath.Join(t.TempDir(), "inside")
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", built, "./testdata/inside")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("building the program inside: %v\n%s", err, out)
 	}
-	program, err := os.ReadFile(self)
+	program, err := os.ReadFile(built)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -220,7 +171,7 @@ func attributesInGVisor(t *testing.T) {
 	if err := tree.writeAttributes(); err != nil {
 		t.Fatal(err)
 	}
-	got := inGVisor(t, runsc, write(t, tree), "--overlay2=root:memory", []string{insideKey + "=attributes"}, "/bin/capable")
+	got := inGVisor(t, runsc, write(t, tree), "--overlay2=root:memory", "/bin/capable")
 	want := "/bin/capable security.capability=" + hex.EncodeToString([]byte(bindCapability)) + `
 /attributes user.a=
 /attributes user.b=00ff
@@ -287,12 +238,12 @@ func absolute(t *testing.T, path string) string {
 // returns its output.
 func runInGVisor(t *testing.T, runsc, image, script string) string {
 	t.Helper()
-	return inGVisor(t, runsc, image, "--overlay2=none", nil, "/bin/busybox", "sh", "-c", script)
+	return inGVisor(t, runsc, image, "--overlay2=none", "/bin/busybox", "sh", "-c", script)
 }
 
 // inGVisor runs a program in a sandbox whose root is the image, and returns its
 // output.
-func inGVisor(t *testing.T, runsc, image, overlay string, env []string, args ...string) string {
+func inGVisor(t *testing.T, runsc, image, overlay string, args ...string) string {
 	t.Helper()
 	bundle := t.TempDir()
 	caps := []string{"CAP_DAC_OVERRIDE", "CAP_SETFCAP", "CAP_FOWNER", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"}
@@ -302,7 +253,7 @@ func inGVisor(t *testing.T, runsc, image, overlay string, env []string, args ...
 	}
 	spec := map[string]any{
 		"ociVersion": "1.0.2",
-		"process": map[string]any{"args": args, "cwd": "/", "env": append([]string{"PATH=/bin"}, env...), "user": map[string]any{"uid": 0, "gid": 0},
+		"process": map[string]any{"args": args, "cwd": "/", "env": []string{"PATH=/bin"}, "user": map[string]any{"uid": 0, "gid": 0},
 			// Root reads everything, as in a sandbox of cay's.
 			"capabilities": map[string]any{"bounding": caps, "effective": caps, "permitted": caps}},
 		"root":        map[string]any{"path": bundle, "readonly": overlay == "--overlay2=none"},
