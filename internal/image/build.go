@@ -23,9 +23,6 @@ func (s *Store) Build(ctx context.Context, src Source, progress func(string)) (I
 	if err := src.check(); err != nil {
 		return Image{}, err
 	}
-	if src.MaxSize <= 0 || src.MaxSize > s.cfg.MaxSize {
-		src.MaxSize = s.cfg.MaxSize
-	}
 	in, err := s.open(ctx, src, progress)
 	if err != nil {
 		return Image{}, err
@@ -50,6 +47,14 @@ func (s *Store) Build(ctx context.Context, src Source, progress func(string)) (I
 		s.remember(in.key, input{Image: img, MadeAt: s.cfg.Now().UTC(), Moving: moving})
 	}
 	return img, err
+}
+
+// limit bounds the regular files of a source, in bytes.
+func (s *Store) limit(src Source) int64 {
+	if src.MaxSize <= 0 || src.MaxSize > s.cfg.MaxSize {
+		return s.cfg.MaxSize
+	}
+	return src.MaxSize
 }
 
 // check refuses a source that says nothing, or two things.
@@ -157,7 +162,7 @@ func (s *Store) openLayout(ctx context.Context, in *opened, src Source, l Layout
 	if id := filepath.Base(l.Dir); l.Dir == s.layoutPath(id) {
 		in.pulled = id
 	}
-	p, err := openOCI(dirBlobs{root}, l.Manifest, src.MaxSize)
+	p, err := openOCI(dirBlobs{root}, l.Manifest, s.limit(src))
 	if err != nil {
 		if errors.Is(err, errDamaged) && in.pulled != "" {
 			s.dropLayout(in.pulled)
@@ -181,12 +186,12 @@ func (s *Store) openLayout(ctx context.Context, in *opened, src Source, l Layout
 }
 
 func (s *Store) openArchiveOf(ctx context.Context, in *opened, src Source) error {
-	b, sum, err := s.openArchive(ctx, src.Archive, src.MaxSize)
+	b, sum, err := s.openArchive(ctx, src.Archive, s.limit(src))
 	if err != nil {
 		return err
 	}
 	in.closers = append(in.closers, func() { b.f.Close() })
-	if in.image, err = b.image(src.MaxSize); err != nil {
+	if in.image, err = b.image(s.limit(src)); err != nil {
 		return err
 	}
 	in.name = "oci:" + in.image.manifest
@@ -225,7 +230,7 @@ func (s *Store) make(ctx context.Context, src Source, in *opened, progress func(
 
 // makeOne fills a tree, sets it up, checks it and makes it an image.
 func (s *Store) makeOne(ctx context.Context, src Source, progress func(string), fill func(*tree) (Runtime, string, error)) (Image, error) {
-	t, err := newTree(s.tmpDir(), src.MaxSize)
+	t, err := newTree(s.tmpDir(), s.limit(src))
 	if err != nil {
 		return Image{}, err
 	}

@@ -161,6 +161,8 @@ func (p *pull) tell(line string) {
 func (s *Store) download(ctx context.Context, text string, ref name.Digest, auth *Auth, dir string, progress func(string)) error {
 	transport := s.transport()
 	defer transport.CloseIdleConnections()
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
 	img, err := s.find(ctx, ref, auth, transport)
 	if err != nil {
 		return err
@@ -178,8 +180,14 @@ func (s *Store) download(ctx context.Context, text string, ref name.Digest, auth
 		return err
 	}
 	defer os.RemoveAll(w.dir) // not there when it was moved to its place
+	// The library reads it in one go: only its end can be waited for.
+	stalled := time.AfterFunc(configTimeout, func() { end(fmt.Errorf("its configuration did not come within %v", configTimeout)) })
 	config, err := img.RawConfigFile()
+	stalled.Stop()
 	if err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		return fmt.Errorf("reading its configuration: %w", auth.hide(err))
 	}
 	if _, err := parseConfig(config, len(m.Layers)); err != nil {

@@ -27,6 +27,9 @@ const (
 	// stallTimeout ends a download that brings nothing: a dead connection would
 	// otherwise hold a build for hours.
 	stallTimeout = time.Minute
+	// configTimeout bounds how long the configuration of an image may take, a few
+	// kilobytes as a rule.
+	configTimeout = 2 * time.Minute
 	// pullTimeout bounds one download, for a registry that gives a byte now and
 	// then. Too short and a slow line never gets a large image.
 	pullTimeout = 2 * time.Hour

@@ -604,6 +604,9 @@ func TestCollect(t *testing.T) {
 	if _, err := s.Path(t.Context(), digests[0]); !errors.Is(err, ErrMissing) {
 		t.Errorf("error is %v, want that it is missing", err)
 	}
+	if notes, err := filepath.Glob(filepath.Join(s.cfg.Dir, inputsDir, "*")); err != nil || len(notes) > 0 {
+		t.Errorf("notes about images that are gone: %v, %v", notes, err)
+	}
 	if _, err := os.Stat(filepath.Join(s.cfg.Dir, "README")); err != nil {
 		t.Errorf("a file that is no image: %v", err)
 	}

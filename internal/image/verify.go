@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -132,7 +133,32 @@ func (s *Store) Collect(keep []string) (removed []string, freed int64, err error
 			}
 		}
 	}
-	return removed, freed, errors.Join(errs...)
+	return removed, freed, errors.Join(append(errs, s.forget())...)
+}
+
+// forget removes the notes about images that are gone.
+func (s *Store) forget() error {
+	notes, err := filepath.Glob(filepath.Join(s.cfg.Dir, inputsDir, "*.json"))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, note := range notes {
+		b, err := os.ReadFile(note)
+		if err != nil {
+			continue // gone meanwhile
+		}
+		var in input
+		if json.Unmarshal(b, &in) == nil && isDigest(in.Image.Digest) {
+			if _, err := os.Stat(s.file(in.Image.Digest)); !errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+		}
+		if err := os.Remove(note); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("removing note: %w", err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // removeUnused removes a file of the store that nobody has asked for lately.
