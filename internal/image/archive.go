@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"strings"
 	"syscall"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -37,35 +38,81 @@ func (t *tarBlobs) open(name string) (io.ReadCloser, int64, error) {
 	return io.NopCloser(io.NewSectionReader(t.f, at.off, at.size)), at.size, nil
 }
 
-// openArchive opens the tar of an image, and returns the SHA-256 of its bytes. A
-// packed one is unpacked to a file that has no name. Close the file.
-func (s *Store) openArchive(ctx context.Context, name string, maxSize int64) (*tarBlobs, string, error) {
+// openArchive opens the tar of an image, or what is within it, and returns the SHA-256
+// of the tar's bytes and of where in it the image is. A packed one is unpacked to a file that has no name. Close
+// the file.
+func (s *Store) openArchive(ctx context.Context, name, within string, maxSize int64) (*tarBlobs, string, error) {
 	f, err := openRegular(name)
 	if err != nil {
 		return nil, "", err
 	}
 	hash := sha256.New()
 	_, err = io.CopyBuffer(hash, contextReader{ctx, f}, make([]byte, chunk))
-	if err == nil {
-		_, err = f.Seek(0, io.SeekStart)
-	}
 	if err != nil {
 		f.Close()
 		return nil, "", fmt.Errorf("reading archive: %w", err)
+	}
+	t, err := s.listArchive(ctx, f, maxSize)
+	if err != nil {
+		return nil, "", err
+	}
+	if within = path.Clean("/" + within)[1:]; within != "" {
+		fmt.Fprintf(hash, "\n%s", within)
+		if t, err = s.within(ctx, t, within, maxSize); err != nil {
+			return nil, "", err
+		}
+	}
+	return t, hex.EncodeToString(hash.Sum(nil)), nil
+}
+
+// listArchive takes the file of a tar, plain or packed.
+func (s *Store) listArchive(ctx context.Context, f *os.File, maxSize int64) (*tarBlobs, error) {
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("reading archive: %w", err)
 	}
 	plain, err := s.plainFile(ctx, f, maxSize)
 	if plain != f {
 		f.Close()
 	}
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	t := &tarBlobs{f: plain, at: map[string]section{}}
 	if err := t.list(ctx); err != nil {
 		plain.Close()
-		return nil, "", fmt.Errorf("reading archive: %w", err)
+		return nil, fmt.Errorf("reading archive: %w", err)
 	}
-	return t, hex.EncodeToString(hash.Sum(nil)), nil
+	return t, nil
+}
+
+// within takes a tar and gives what it has at a path: a tar that is a file of it, or
+// a directory as if it were all there is.
+func (s *Store) within(ctx context.Context, t *tarBlobs, at string, maxSize int64) (*tarBlobs, error) {
+	if file, ok := t.at[at]; ok {
+		defer t.f.Close()
+		inner, err := os.CreateTemp(s.tmpDir(), "archive-")
+		if err != nil {
+			return nil, fmt.Errorf("taking %s out of the archive: %w", at, err)
+		}
+		_, err = io.CopyBuffer(struct{ io.Writer }{inner}, contextReader{ctx, io.NewSectionReader(t.f, file.off, file.size)}, make([]byte, chunk))
+		if err := errors.Join(err, os.Remove(inner.Name())); err != nil {
+			inner.Close()
+			return nil, fmt.Errorf("taking %s out of the archive: %w", at, err)
+		}
+		return s.listArchive(ctx, inner, maxSize)
+	}
+	below := map[string]section{}
+	for name, where := range t.at {
+		if rest, ok := strings.CutPrefix(name, at+"/"); ok {
+			below[rest] = where
+		}
+	}
+	if len(below) == 0 {
+		t.f.Close()
+		return nil, fmt.Errorf("the archive has no %.200q", at)
+	}
+	return &tarBlobs{f: t.f, at: below}, nil
 }
 
 // openRegular opens a file that must be one.

@@ -37,7 +37,7 @@ func (s *Store) Build(ctx context.Context, src Source, progress func(string)) (I
 	case <-ctx.Done():
 		return Image{}, context.Cause(ctx)
 	}
-	if in.key != "" { // another build of it may have had the turn before
+	if in.key != "" && !src.Fresh { // another build of it may have had the turn before
 		if img, ok := s.known(ctx, in.key, progress); ok {
 			return img, nil
 		}
@@ -103,7 +103,10 @@ func (s *Store) open(ctx context.Context, src Source, progress func(string)) (*o
 		if in.key, err = src.key(""); err != nil {
 			return nil, err
 		}
-		if in.found, in.done = s.known(ctx, in.key, progress); in.done || src.Image == "" {
+		if !src.Fresh {
+			in.found, in.done = s.known(ctx, in.key, progress)
+		}
+		if in.done || src.Image == "" {
 			return in, nil
 		}
 	}
@@ -186,7 +189,7 @@ func (s *Store) openLayout(ctx context.Context, in *opened, src Source, l Layout
 }
 
 func (s *Store) openArchiveOf(ctx context.Context, in *opened, src Source) error {
-	b, sum, err := s.openArchive(ctx, src.Archive, s.limit(src))
+	b, sum, err := s.openArchive(ctx, src.Archive, src.Within, s.limit(src))
 	if err != nil {
 		return err
 	}

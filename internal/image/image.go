@@ -97,13 +97,18 @@ type Source struct {
 	// Layout is an OCI image that lies on the disk.
 	Layout *Layout `json:"layout,omitempty"`
 	// Archive is the path of a tar, plain or gzip, of an OCI image layout or of
-	// what docker save writes.
+	// what docker save writes. With Within that is in the tar: a file that is such a
+	// tar, or the directory of a layout.
 	Archive string `json:"-"`
+	Within  string `json:"-"` // a path in Archive; "" is the whole of it
 
 	Debian  *Debian  `json:"debian,omitempty"`
 	Setup   Setup    `json:"setup"`             // done to either
 	Require []string `json:"require,omitempty"` // programs that must be on the usual PATH
 
+	// Fresh uses no result that was made while an Image or a Debian suite was
+	// something else, however lately.
+	Fresh bool `json:"-"`
 	// MaxSize bounds the regular files, in bytes; 0, or more than the store's, is
 	// the store's.
 	MaxSize int64 `json:"max_size,omitempty"`

@@ -149,6 +149,10 @@ func TestBuildFromLayoutsAndArchives(t *testing.T) {
 	docker["c.json"] = config
 	docker["manifest.json"] = []byte(`[{"Config":"c.json","RepoTags":["x:1"],"Layers":["l3/layer.tar","l2/layer.tar"]}]`)
 	dockerTar := docker.tar(t, symlink("l3/layer.tar", "../l1/layer.tar")) // as docker names a layer it has already
+	inside := parts{"sub/docker.tar": dockerTar, "sub/docker.tar.gz": gzipped(t, dockerTar), "index.json": []byte("of something else")}
+	for name, b := range p {
+		inside["a/layout/"+name] = b
+	}
 
 	s := openStore(t)
 	want, err := s.Build(t.Context(), Source{Layout: &Layout{Dir: p.dir(t)}}, quiet)
@@ -174,6 +178,9 @@ func TestBuildFromLayoutsAndArchives(t *testing.T) {
 		"archive, zstd":                    {Archive: saved(t, zstandard(t, p.tar(t)))},
 		"archive of docker save":           {Archive: saved(t, dockerTar)},
 		"archive of docker save, gzip":     {Archive: saved(t, gzipped(t, dockerTar))},
+		"layout within an archive":         {Archive: saved(t, gzipped(t, inside.tar(t))), Within: "a/layout/"},
+		"archive within an archive":        {Archive: saved(t, inside.tar(t)), Within: "./sub/docker.tar"},
+		"packed archive within a packed":   {Archive: saved(t, gzipped(t, inside.tar(t))), Within: "sub/docker.tar.gz"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := openStore(t)
@@ -191,6 +198,11 @@ func TestBuildFromLayoutsAndArchives(t *testing.T) {
 			lines.has(t, "nothing to do")
 			leftovers(t, s)
 		})
+	}
+	for _, within := range []string{"nothing", "../sub/other", "sub/docker.tar/x"} {
+		if img, err := s.Build(t.Context(), Source{Archive: saved(t, inside.tar(t)), Within: within}, quiet); err == nil {
+			t.Errorf("what is within at %q: %+v", within, img)
+		}
 	}
 }
 
