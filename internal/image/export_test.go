@@ -104,6 +104,29 @@ func TestExportComesBack(t *testing.T) {
 	leftovers(t, s)
 }
 
+// A list of attributes that a layer brings along is not believed.
+func TestListOfALayerIsDropped(t *testing.T) {
+	tree, err := layers(t, archive(t, symlink("l", "/"), file("l/"+attributesFile, "not a tar"), file("a", "1", xattrs(map[string]string{"user.a": "1"}))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tree.writeAttributes(); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(write(t, tree))
+	if err != nil {
+		t.Fatal(err)
+	}
+	read, err := readErofs(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer read.Close()
+	if got := read.root.children["a"].inode.xattrs; len(got) != 1 || got[0] != (xattr{"user.a", "1"}) || read.root.children[attributesFile] != nil {
+		t.Errorf("attributes are %q, beside %v", got, read.root.children)
+	}
+}
+
 func TestExportRefuses(t *testing.T) {
 	s := openStore(t)
 	if _, err := s.Export(t.Context(), strings.Repeat("0", 64), Runtime{}, t.TempDir()); !errors.Is(err, ErrMissing) {

@@ -37,6 +37,7 @@ func FuzzTarNames(f *testing.F) {
 	f.Add("d/e", "d/.wh.e", "d/.wh..wh..opq", byte(tar.TypeSymlink))
 	f.Add("../a", "/", "a/../b", byte(tar.TypeLink))
 	f.Add("l", "l/x", "/etc", byte(tar.TypeSymlink))
+	f.Add("l", attributesFile, "/", byte(tar.TypeSymlink))           // a list of attributes that is not ours
 	f.Add("l", "x", strings.Repeat("b", 300), byte(tar.TypeSymlink)) // dangling, and too long to be made
 	f.Add("\x00", strings.Repeat("a/", 2000), strings.Repeat("b", 300), byte(tar.TypeDir))
 	f.Fuzz(func(t *testing.T, one, two, link string, kind byte) {
@@ -81,6 +82,9 @@ func FuzzTar(f *testing.F) {
 // checkImage fails unless a tree makes an image with the tree's names.
 func checkImage(t *testing.T, tree *tree) {
 	t.Helper()
+	if err := tree.writeAttributes(); err != nil {
+		return // too many of them
+	}
 	var b bytes.Buffer
 	if err := writeErofs(&b, tree); err != nil {
 		t.Fatalf("writing image: %v", err)

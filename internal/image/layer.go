@@ -74,9 +74,6 @@ func (t *tree) entry(h *tar.Header, r io.Reader, whiteouts bool) error {
 		t.droppedDevices++
 		return nil
 	}
-	if strings.Join(parts, "/") == attributesFile {
-		return nil // what cay makes, out of attributes that are on the files
-	}
 	dir, err := t.parent(parts)
 	if err != nil {
 		return err

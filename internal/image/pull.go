@@ -1,6 +1,7 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
 // pull is one download that any number of callers wait for. It ends early when
@@ -71,6 +73,9 @@ func (s *Store) pull(ctx context.Context, text string, auth *Auth, progress func
 	digest, err := img.Digest()
 	if err != nil {
 		return Layout{}, auth.hide(err)
+	}
+	if digest.Algorithm != "sha256" {
+		return Layout{}, fmt.Errorf("its digest is %s; only sha256 is known", digest.Algorithm)
 	}
 	full := ref.Context().Digest(digest.String())
 	// By repository too: who may read one must not read another's blobs by naming
@@ -242,7 +247,8 @@ func (w layoutWriter) finish(manifest []byte, m *v1.Manifest) error {
 	sum := sha256.Sum256(manifest)
 	digest := v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(sum[:])}
 	index, err := json.Marshal(v1.IndexManifest{SchemaVersion: 2, MediaType: mediaIndex, Manifests: []v1.Descriptor{{
-		MediaType: m.MediaType, Size: int64(len(manifest)), Digest: digest, Platform: &platform}}})
+		MediaType: cmp.Or(m.MediaType, types.OCIManifestSchema1), // a manifest need not say what it is, an index must
+		Size:      int64(len(manifest)), Digest: digest, Platform: &platform}}})
 	if err != nil {
 		return fmt.Errorf("encoding index: %w", err)
 	}

@@ -96,6 +96,9 @@ func (t *tree) takeAttributes(i *inode, h *tar.Header) error {
 // writeAttributes puts the file of attributes into the tree, if there are any.
 // It is the last thing done to a tree before it is written.
 func (t *tree) writeAttributes() error {
+	if others, ok := t.root.children[attributesFile]; ok {
+		t.drop(others) // what layers have there would be believed
+	}
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	files, size, bulk := 0, 0, int64(0)
