@@ -203,8 +203,10 @@ func (b *build) options() map[string]string {
 		"build-arg:BUILDKIT_CACHE_MOUNT_NS": r.Scope,
 		"build-arg:BUILDKIT_MULTI_PLATFORM": "false",
 		"target":                            r.Target,
-		"memory":                            strconv.FormatInt(r.MemoryBytes, 10),
 	})
+	if r.MemoryBytes > 0 {
+		options["memory"] = strconv.FormatInt(r.MemoryBytes, 10)
+	}
 	if r.CPUs > 0 {
 		options["cpuperiod"] = strconv.Itoa(cgroup.CPUPeriod)
 		options["cpuquota"] = strconv.Itoa(int(r.CPUs * cgroup.CPUPeriod))
@@ -227,7 +229,7 @@ func (b *build) exporter(ctx context.Context) (llbsolver.ExporterRequest, error)
 	instance, err := exp.Resolve(ctx, 0, map[string]string{
 		"tar":                                   "false",
 		string(exptypes.OptKeyLayerCompression): "uncompressed",
-		string(exptypes.OptKeySourceDateEpoch):  strconv.FormatInt(b.request.Epoch, 10),
+		string(exptypes.OptKeySourceDateEpoch):  b.epoch(),
 		string(exptypes.OptKeyRewriteTimestamp): "true",
 	})
 	if err != nil {
@@ -235,6 +237,16 @@ func (b *build) exporter(ctx context.Context) (llbsolver.ExporterRequest, error)
 	}
 	r.Exporters = append(r.Exporters, instance)
 	return r, nil
+}
+
+// epoch is what the user says of it, or ours.
+func (b *build) epoch() string {
+	if said := b.request.Args["SOURCE_DATE_EPOCH"]; said != "" {
+		if _, err := strconv.ParseInt(said, 10, 64); err == nil {
+			return said
+		}
+	}
+	return strconv.Itoa(wire.Epoch)
 }
 
 // policy decides where a build's sources come from. Images are what the server gives for their

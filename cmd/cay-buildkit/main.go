@@ -28,7 +28,7 @@ import (
 const controlFD = 3
 
 func main() {
-	logrus.SetLevel(logrus.WarnLevel)
+	logrus.SetLevel(logrus.ErrorLevel)
 	if err := serve(); err != nil {
 		fmt.Fprintln(os.Stderr, "cay-buildkit:", err)
 		os.Exit(1)

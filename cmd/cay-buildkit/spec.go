@@ -6,11 +6,14 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/moby/buildkit/executor"
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/cayhq/cay/internal/buildkit/wire"
 )
 
 // capabilities are docker's default set, which is what Dockerfiles are written for. All of it
@@ -39,7 +42,7 @@ func (s *steps) spec(ctx context.Context, b *box, root string, mounts []executor
 		Hostname: hostname,
 		Root:     &specs.Root{Path: root},
 		Process: &specs.Process{
-			Args: m.Args, Env: m.Env, Cwd: m.Cwd, User: u,
+			Args: m.Args, Env: dated(m.Env), Cwd: m.Cwd, User: u,
 			Capabilities: &specs.LinuxCapabilities{Bounding: capabilities, Effective: capabilities, Permitted: capabilities},
 			Rlimits:      rlimits(m),
 		},
@@ -81,6 +84,15 @@ func (s *steps) spec(ctx context.Context, b *box, root string, mounts []executor
 		spec.Mounts = append(spec.Mounts, to)
 	}
 	return spec, nil
+}
+
+// dated tells a step's programs the date to use, unless the Dockerfile does.
+func dated(env []string) []string {
+	const name = "SOURCE_DATE_EPOCH="
+	if slices.ContainsFunc(env, func(v string) bool { return strings.HasPrefix(v, name) }) {
+		return env
+	}
+	return append(slices.Clone(env), name+strconv.Itoa(wire.Epoch))
 }
 
 // nameFiles are the step's files of names and of name servers.

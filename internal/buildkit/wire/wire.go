@@ -84,7 +84,6 @@ type Build struct {
 	MemoryBytes int64             `json:"memory_bytes"` // limit of one step
 	CPUs        float64           `json:"cpus"`         // limit of one step; 0 is none
 	NoCache     bool              `json:"no_cache,omitempty"`
-	Epoch       int64             `json:"epoch"` // Unix seconds; nothing in the image is dated later
 }
 
 // Answer is from the server on a build's connection, to a report's Base.
@@ -154,6 +153,12 @@ type Failure struct {
 	Message  string   `json:"message"`
 }
 
+// Epoch is the date, in Unix seconds, that nothing in an image is later than, so that the same
+// input gives the same image: the first day that zip files know. Steps see it as
+// SOURCE_DATE_EPOCH, without which programs that note the date of one file in another, as Python
+// does for what it compiles, would find them to differ.
+const Epoch = 315532800
+
 // MaxMessage is the size in bytes that no message exceeds.
 const MaxMessage = 192 << 10
 
@@ -199,6 +204,9 @@ func Open(file *os.File) (*Conn, error) {
 
 // Close ends the connection; what waits on it returns.
 func (c *Conn) Close() error { return c.socket.Close() }
+
+// Hangup says that nothing more will be sent. What the other end sends still comes.
+func (c *Conn) Hangup() error { return c.socket.CloseWrite() }
 
 // Send sends a message and, if it is not nil, an open file, which stays the caller's.
 func (c *Conn) Send(message any, file *os.File) error {
