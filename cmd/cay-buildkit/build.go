@@ -62,6 +62,8 @@ type build struct {
 	bases map[string]*given // by the name that was asked for
 	// +checklocks:mu
 	missing string // why an image was not given
+	// +checklocks:mu
+	places map[string]place // of steps, by the front end's name of them
 }
 
 // given is an image that was asked for.
@@ -84,18 +86,21 @@ func (b *build) run(ctx context.Context) (manifest string, err error) {
 	}
 	defer s.Close()
 	b.session = s.ID()
+	b.engine.builds.Store(b.session, b)
+	defer b.engine.builds.Delete(b.session)
 	exporter, err := b.exporter(ctx)
 	if err != nil {
 		return "", err
 	}
 	id := identity.NewID()
+	progress := newProgress(b.conn)
 	followed := make(chan struct{})
 	go func() {
 		defer close(followed)
 		statuses := make(chan *client.SolveStatus, 8)
 		// The solve's error says more than this one.
 		go b.engine.solver.Status(context.WithoutCancel(ctx), id, statuses)
-		newProgress(b.conn).follow(statuses)
+		progress.follow(statuses)
 	}()
 	done, err := b.engine.solver.Solve(ctx, id, s.ID(),
 		frontend.SolveRequest{Frontend: frontendName, FrontendOpt: b.options()}, 0,
@@ -105,7 +110,7 @@ func (b *build) run(ctx context.Context) (manifest string, err error) {
 	case <-time.After(lastEvents): // a solve that ended at once may never have been seen
 	}
 	if err != nil {
-		return "", b.explain(err)
+		return "", b.explain(err, progress)
 	}
 	return done.ExporterResponse[exptypes.ExporterImageDigestKey], writeIndex(b.request.Output, done.ExporterResponse)
 }
@@ -279,7 +284,7 @@ func (b *build) policy(ctx context.Context, r *policysession.CheckPolicyRequest)
 		if err != nil {
 			return nil, nil, err
 		}
-		pinned, err := reference.WithDigest(reference.TrimNamed(named), digest.Digest(answer.Manifest))
+		pinned, err := reference.WithDigest(named, digest.Digest(answer.Manifest))
 		if err != nil {
 			return nil, nil, fmt.Errorf("image %s: %w", rest, err)
 		}
@@ -300,11 +305,9 @@ func (b *build) ask(ctx context.Context, name string) (*wire.Answer, error) {
 	name = reference.FamiliarString(named)
 	b.mu.Lock()
 	// A name that was resolved comes again with the digest that it was resolved to.
-	if digested, ok := named.(reference.Digested); ok {
-		plain, _, _ := strings.Cut(name, "@")
-		if known := b.bases[plain]; known != nil && known.answer.Manifest == digested.Digest().String() {
-			name = plain
-		}
+	plain, wanted, _ := strings.Cut(name, "@")
+	if known := b.bases[plain]; known != nil && known.answer.Manifest == wanted {
+		name, wanted = plain, ""
 	}
 	asked, known := b.bases[name]
 	if !known {
@@ -327,6 +330,9 @@ func (b *build) ask(ctx context.Context, name string) (*wire.Answer, error) {
 		b.missing = asked.answer.Error
 		b.mu.Unlock()
 		return nil, errors.New(asked.answer.Error)
+	}
+	if wanted != "" && asked.answer.Manifest != wanted {
+		return nil, fmt.Errorf("image %s was given as %s", name, asked.answer.Manifest)
 	}
 	b.layouts.add(asked.answer.Layout)
 	return &asked.answer, nil

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/diff/apply"
@@ -22,7 +23,6 @@ import (
 	"github.com/moby/buildkit/cmd/buildkitd/config"
 	"github.com/moby/buildkit/executor"
 	"github.com/moby/buildkit/frontend"
-	dockerfile "github.com/moby/buildkit/frontend/dockerfile/builder"
 	"github.com/moby/buildkit/frontend/gateway/forwarder"
 	"github.com/moby/buildkit/session"
 	containerdsnapshot "github.com/moby/buildkit/snapshot/containerd"
@@ -49,6 +49,7 @@ type engine struct {
 	past        db.DB
 	snapshotter string
 	cacheBytes  int64
+	builds      sync.Map // of *build, by the id of its session
 }
 
 // openEngine opens the cache below dir, or makes one. Steps are run by exec.
@@ -87,7 +88,7 @@ func openEngine(ctx context.Context, dir string, cacheBytes int64, exec executor
 	// The only front end: a gateway would start others from images.
 	e.solver, err = llbsolver.New(llbsolver.Opt{
 		WorkerController: workers,
-		Frontends:        map[string]frontend.Frontend{frontendName: forwarder.NewGatewayForwarder(workers.Infos(), dockerfile.Build)},
+		Frontends:        map[string]frontend.Frontend{frontendName: forwarder.NewGatewayForwarder(workers.Infos(), e.frontEnd)},
 		CacheManager:     e.results,
 		SessionManager:   e.sessions,
 		HistoryQueue:     past,

@@ -175,7 +175,7 @@ func (d *daemon) connection(ctx context.Context, file *os.File) {
 	var done wire.Done
 	switch {
 	case r.Build != nil:
-		b := &build{engine: d.engine, conn: conn, request: r.Build, bases: map[string]*given{}}
+		b := &build{engine: d.engine, conn: conn, request: r.Build, bases: map[string]*given{}, places: map[string]place{}}
 		done.Manifest, err = b.run(ctx)
 	case r.Prune != nil:
 		done.Freed, err = d.engine.prune(ctx, r.Prune.Keep)

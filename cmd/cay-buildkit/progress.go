@@ -3,6 +3,7 @@ package main
 import (
 	"regexp"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/moby/buildkit/client"
@@ -12,11 +13,15 @@ import (
 )
 
 // progress turns what the solver says of its vertices into events. It belongs to one
-// goroutine.
+// goroutine, but for the names.
 type progress struct {
 	conn  *wire.Conn
 	steps map[digest.Digest]*stepState
 	gone  bool // nobody listens any more
+
+	mu sync.Mutex
+	// +checklocks:mu
+	names map[string]string // of steps, by digest
 }
 
 type stepState struct {
@@ -25,7 +30,7 @@ type stepState struct {
 }
 
 func newProgress(conn *wire.Conn) *progress {
-	return &progress{conn: conn, steps: map[digest.Digest]*stepState{}}
+	return &progress{conn: conn, steps: map[digest.Digest]*stepState{}, names: map[string]string{}}
 }
 
 func (p *progress) send(e wire.Event) {
@@ -62,7 +67,17 @@ func (p *progress) step(d digest.Digest) *stepState {
 	return s
 }
 
+// name is how the front end calls the step of a digest.
+func (p *progress) name(digest string) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.names[digest]
+}
+
 func (p *progress) vertex(v *client.Vertex) {
+	p.mu.Lock()
+	p.names[v.Digest.String()] = v.Name
+	p.mu.Unlock()
 	if v.Started == nil && !v.Cached {
 		return // it may never be needed
 	}
@@ -106,8 +121,12 @@ func (p *progress) log(l *client.VertexLog) {
 // vertexName is how the front end names what it does: "[build 2/5] RUN make".
 var vertexName = regexp.MustCompile(`^\[([^\]]*?) ?(?:(\d+)/(\d+))?\] (.*)$`)
 
+// spelledOut is what the front end adds to the name of an image.
+var spelledOut = regexp.MustCompile(`\bdocker\.io/(library/)?|@sha256:[0-9a-f]{64}\b`)
+
 // splitName splits such a name; one without brackets is internal.
 func splitName(name string) (stage string, number, total int, step string) {
+	name = spelledOut.ReplaceAllString(name, "")
 	m := vertexName.FindStringSubmatch(name)
 	if m == nil {
 		return "internal", 0, 0, name

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -55,9 +56,6 @@ func (s *steps) Run(ctx context.Context, _ string, root executor.Mount, mounts [
 	if started != nil {
 		defer close(started)
 	}
-	if err := permitted(p.Meta); err != nil {
-		return nil, err
-	}
 	b := &box{id: identity.NewID()}
 	b.dir = filepath.Join(s.dir, b.id)
 	if err := os.MkdirAll(filepath.Join(b.dir, "root"), 0o700); err != nil {
@@ -70,13 +68,19 @@ func (s *steps) Run(ctx context.Context, _ string, root executor.Mount, mounts [
 	if err != nil {
 		return nil, fmt.Errorf("mounting a step's root: %w", err)
 	}
-	clean := executor.MountStubsCleaner(context.WithoutCancel(ctx), rootPath, mounts, p.Meta.RemoveMountStubsRecursive)
+	// What is not there before and empty after was made for mounts.
+	stubs := append(slices.Clone(mounts), executor.Mount{Dest: "/tmp"}, executor.Mount{Dest: tmpMarker})
+	clean := executor.MountStubsCleaner(context.WithoutCancel(ctx), rootPath, stubs, p.Meta.RemoveMountStubsRecursive)
 	b.undo(func() error { clean(); return nil })
 	spec, err := s.spec(ctx, b, rootPath, mounts, p.Meta)
 	if err != nil {
 		return nil, err
 	}
-	spec.Root.Readonly = root.Readonly || p.Meta.ReadonlyRootFS
+	if spec.Root.Readonly = root.Readonly || p.Meta.ReadonlyRootFS; !spec.Root.Readonly {
+		if err := keepTmp(rootPath); err != nil {
+			return nil, fmt.Errorf("preparing a step's /tmp: %w", err)
+		}
+	}
 	if p.Meta.NetMode != pb.NetMode_NONE {
 		slot, err := s.slots.take(ctx)
 		if err != nil {
@@ -100,20 +104,6 @@ func (s *steps) Run(ctx context.Context, _ string, root executor.Mount, mounts [
 		spec.Linux.Resources.CPU = &specs.LinuxCPU{Quota: &limits.CPUQuota, Period: new(uint64(cgroup.CPUPeriod))}
 	}
 	return nil, s.run(ctx, b, spec, p, group, limits)
-}
-
-// permitted refuses what would lead out of the sandbox. The solver has refused it before,
-// since no build is given an entitlement.
-func permitted(m executor.Meta) error {
-	switch {
-	case m.NetMode == pb.NetMode_HOST:
-		return errors.New("--network=host is not permitted: a step has a network of its own")
-	case m.SecurityMode == pb.SecurityMode_INSECURE:
-		return errors.New("--security=insecure is not permitted")
-	case len(m.CDIDevices) > 0:
-		return errors.New("--device is not permitted")
-	}
-	return nil
 }
 
 // Exec is for debugging containers, which nobody asks for.
@@ -300,6 +290,9 @@ func (s *steps) run(ctx context.Context, b *box, spec *specs.Spec, p executor.Pr
 	return err
 }
 
+// commandNotFound is what a shell says of a program that it cannot start.
+const commandNotFound = 127
+
 // explain says why a step failed that was not interrupted.
 func (s *steps) explain(err error, group cgroup.Group, limits cgroup.Limits, logFile string) error {
 	happened, lookErr := group.Events()
@@ -318,7 +311,11 @@ func (s *steps) explain(err error, group cgroup.Group, limits cgroup.Limits, log
 	}
 	// gVisor's own failures end with 128, as its messages say; a program's may too.
 	if code := exit.ExitCode(); code > 0 {
-		if said := lastMessage(logFile); code == 128 && said != "" {
+		said := lastMessage(logFile)
+		if _, why, ok := strings.Cut(said, "creating process: "); ok && code == 128 {
+			return &stepError{kind: wire.Step, code: commandNotFound, text: why}
+		}
+		if code == 128 && said != "" {
 			return fmt.Errorf("gVisor failed: %s", said)
 		}
 		return &stepError{kind: wire.Step, code: code, text: "exit code " + strconv.Itoa(code)}
@@ -355,6 +352,36 @@ func (s *steps) forget(b *box) error {
 		errs = append(errs, os.RemoveAll(path))
 	}
 	return errors.Join(errs...)
+}
+
+// tmpMarker is a file that stands in an empty /tmp while a step runs. gVisor mounts
+// a file system of its own over an empty one, and what the step leaves there would be lost. A
+// mount of /tmp over itself would do as well, but nothing could be moved out of it.
+const tmpMarker = "/tmp/.cay-step"
+
+func keepTmp(rootPath string) error {
+	root, err := os.OpenRoot(rootPath)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	info, err := root.Lstat("tmp")
+	if err != nil || !info.IsDir() {
+		return nil // it has none that could be lost
+	}
+	dir, err := root.Open("tmp")
+	if err != nil {
+		return err
+	}
+	_, err = dir.ReadDir(1)
+	dir.Close()
+	if !errors.Is(err, io.EOF) {
+		return err
+	}
+	if err := root.WriteFile(tmpMarker[1:], nil, 0o600); err != nil {
+		return err
+	}
+	return root.Chtimes("tmp", info.ModTime(), info.ModTime())
 }
 
 // workingDir makes the step's working directory if it does not exist, as its user's.

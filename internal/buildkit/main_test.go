@@ -22,7 +22,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/caytest"
-	"github.com/cayhq/cay/internal/cgroup"
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/payload"
 )
@@ -275,4 +274,3 @@ func processesOf(program string) ([]string, error) {
 	return pids, nil
 }
 
-var _ = cgroup.Limits{}
