@@ -273,4 +273,3 @@ func processesOf(program string) ([]string, error) {
 	}
 	return pids, nil
 }
-

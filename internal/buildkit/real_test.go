@@ -72,7 +72,9 @@ func TestDockerfiles(t *testing.T) {
 			c := readCase(t, path)
 			c.request.Base = find
 			var log strings.Builder
-			result, err := r.Build(t.Context(), c.request, func(e Event) { fmt.Fprintf(&log, "%s %d %s %q %v %s\n", e.Kind, e.Step, e.Name, e.Text, e.Cached, e.Error) })
+			result, err := r.Build(t.Context(), c.request, func(e Event) {
+				fmt.Fprintf(&log, "%s %d %s %q %v %s\n", e.Kind, e.Step, e.Name, e.Text, e.Cached, e.Error)
+			})
 			defer func() {
 				if t.Failed() {
 					t.Log(log.String())
