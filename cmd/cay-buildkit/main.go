@@ -103,12 +103,6 @@ func (d *daemon) start(c *wire.Config) error {
 		return fmt.Errorf("finding control groups: %w", err)
 	}
 	scratch := filepath.Join(c.Dir, "scratch")
-	// Of an earlier life, whose processes and mounts ended with it.
-	for _, dir := range []string{scratch, filepath.Join(c.RunDir, "runsc")} {
-		if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o700)); err != nil {
-			return fmt.Errorf("clearing the scratch directories: %w", err)
-		}
-	}
 	if err := os.Setenv("TMPDIR", scratch); err != nil {
 		return err
 	}

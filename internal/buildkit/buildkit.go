@@ -110,7 +110,7 @@ func Open(cfg Config, log *slog.Logger) (*Builder, error) {
 	if err := b.clean(); err != nil {
 		return nil, fmt.Errorf("cleaning up after an earlier build: %w", err)
 	}
-	for _, dir := range []string{b.cfg.Dir, b.builds(), b.cfg.RunDir} {
+	for _, dir := range []string{b.cfg.Dir, b.builds()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("opening the build room: %w", err)
 		}
@@ -128,26 +128,26 @@ const cleanTimeout = 30 * time.Second
 func (b *Builder) clean() error {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
-	if err := b.cleanGroups(ctx); err != nil {
-		return err
-	}
-	return errors.Join(os.RemoveAll(b.builds()), os.RemoveAll(b.cfg.RunDir))
+	return errors.Join(b.sweep(ctx), os.RemoveAll(b.builds()))
 }
 
-// cleanGroups ends and removes every group of the room.
-func (b *Builder) cleanGroups(ctx context.Context) error {
+// sweep removes what a program leaves that did not end by itself: its groups with what runs in them, and
+// then the scratch files of its steps.
+func (b *Builder) sweep(ctx context.Context) error {
 	parent := b.groups.Group(b.cfg.CgroupParent)
 	names, err := parent.Children()
 	if err != nil {
 		return err
 	}
-	// All are killed before any is waited for: the program first would start others.
 	var errs []error
 	for _, name := range names {
 		g := b.groups.Group(filepath.Join(b.cfg.CgroupParent, name))
 		errs = append(errs, g.Kill(ctx), g.Remove())
 	}
-	return errors.Join(append(errs, parent.Remove())...)
+	if err := errors.Join(append(errs, parent.Remove())...); err != nil {
+		return err // what may still run uses the files
+	}
+	return errors.Join(os.RemoveAll(filepath.Join(b.cfg.Dir, "scratch")), os.RemoveAll(b.cfg.RunDir))
 }
 
 // use returns the running program, started if need be, and counts the caller among its

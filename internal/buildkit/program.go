@@ -125,14 +125,14 @@ func enterNetwork(path string) error {
 	return nil
 }
 
-// bury removes what the process leaves: the groups of steps, and its slots. The kernel has ended
+// bury removes what the process leaves: groups, scratch files, and its slots. The kernel has ended
 // all that it had started, with its PID namespace.
 func (p *program) bury() {
 	p.die()
 	p.taking.Wait()
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
-	err := p.builder.cleanGroups(ctx)
+	err := p.builder.sweep(ctx)
 	p.mu.Lock()
 	taken := p.taken
 	p.taken = nil
@@ -160,6 +160,11 @@ func (p *program) logLines(said io.Reader) {
 // configure limits the process, which waits, and then tells it how to work.
 func (p *program) configure(ctx context.Context) error {
 	cfg := p.builder.cfg
+	for _, dir := range []string{filepath.Join(cfg.Dir, "scratch"), filepath.Join(cfg.RunDir, "runsc")} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return err
+		}
+	}
 	group := p.builder.groups.Group(filepath.Join(cfg.CgroupParent, "program"))
 	err := group.Make(cgroup.Limits{MemoryBytes: cfg.MemoryBytes, PIDs: programPIDs})
 	if err == nil {
