@@ -166,7 +166,9 @@ func (b *build) checkSyntax() error {
 
 // open makes the build's session: what BuildKit may ask of the build.
 func (b *build) open(ctx context.Context) (*session.Session, error) {
-	s, err := session.NewSession(ctx, "")
+	// The key is nobody else's. Contexts of one key are kept in one place and only what differs in
+	// size or date is copied there, which of two users' files says nothing.
+	s, err := session.NewSession(ctx, identity.NewID())
 	if err != nil {
 		return nil, fmt.Errorf("making a session: %w", err)
 	}
