@@ -210,6 +210,10 @@ func (b *build) options() map[string]string {
 		"build-arg:BUILDKIT_CACHE_MOUNT_NS": r.Scope,
 		"build-arg:BUILDKIT_MULTI_PLATFORM": "false",
 		"target":                            r.Target,
+		// It is part of a RUN step's key in the cache, and nothing else, since steps have groups of our choice:
+		// a step's result may come from a cache mount or from the network, so one user's is
+		// nothing that another should trust.
+		"cgroup-parent": r.Scope,
 	})
 	if r.MemoryBytes > 0 {
 		options["memory"] = strconv.FormatInt(r.MemoryBytes, 10)
@@ -259,43 +263,29 @@ func (b *build) epoch() string {
 // policy decides where a build's sources come from. Images are what the server gives for their
 // names; an image of the user's own making is reached in no other way.
 func (b *build) policy(ctx context.Context, r *policysession.CheckPolicyRequest) (*policysession.DecisionResponse, *gatewaypb.ResolveSourceMetaRequest, error) {
-	allow := &policysession.DecisionResponse{Action: policypb.PolicyAction_ALLOW}
-	deny := func(why string) (*policysession.DecisionResponse, *gatewaypb.ResolveSourceMetaRequest, error) {
+	if why := b.forbiddenSource(r.Source.Source); why != "" {
 		return &policysession.DecisionResponse{Action: policypb.PolicyAction_DENY, DenyMessages: []*policysession.DenyMessage{{Message: why}}}, nil, nil
 	}
-	scheme, rest, _ := strings.Cut(r.Source.Source.Identifier, "://")
-	switch scheme {
-	case "local", "http", "https":
-		return allow, nil, nil
-	case "git":
-		if b.engine.worker.GitSource == nil {
-			return deny("adding a git repository needs the program git on the server, which is not there")
-		}
-		return allow, nil, nil
-	case "oci-layout":
-		if r.Source.Source.Attrs[pb.AttrOCILayoutSessionID] == b.session {
-			return allow, nil, nil // what is below
-		}
-		return deny("images come from the server only")
-	case "docker-image":
-		answer, err := b.ask(ctx, rest)
-		if err != nil {
-			return nil, nil, err
-		}
-		named, err := reference.ParseNormalizedNamed(rest)
-		if err != nil {
-			return nil, nil, err
-		}
-		pinned, err := reference.WithDigest(named, digest.Digest(answer.Manifest))
-		if err != nil {
-			return nil, nil, fmt.Errorf("image %s: %w", rest, err)
-		}
-		return &policysession.DecisionResponse{Action: policypb.PolicyAction_CONVERT, Update: &pb.SourceOp{
-			Identifier: "oci-layout://" + pinned.String(),
-			Attrs:      map[string]string{pb.AttrOCILayoutSessionID: b.session, pb.AttrOCILayoutStoreID: layoutStore},
-		}}, nil, nil
+	image, ok := strings.CutPrefix(r.Source.Source.Identifier, "docker-image://")
+	if !ok {
+		return &policysession.DecisionResponse{Action: policypb.PolicyAction_ALLOW}, nil, nil
 	}
-	return deny(scheme + " sources are not supported")
+	answer, err := b.ask(ctx, image)
+	if err != nil {
+		return nil, nil, err
+	}
+	named, err := reference.ParseNormalizedNamed(image)
+	if err != nil {
+		return nil, nil, err
+	}
+	pinned, err := reference.WithDigest(named, digest.Digest(answer.Manifest))
+	if err != nil {
+		return nil, nil, fmt.Errorf("image %s: %w", image, err)
+	}
+	return &policysession.DecisionResponse{Action: policypb.PolicyAction_CONVERT, Update: &pb.SourceOp{
+		Identifier: "oci-layout://" + pinned.String(),
+		Attrs:      map[string]string{pb.AttrOCILayoutSessionID: b.session, pb.AttrOCILayoutStoreID: layoutStore},
+	}}, nil, nil
 }
 
 // ask gets an image from the server, once for each name in a build.

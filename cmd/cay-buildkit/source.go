@@ -60,7 +60,11 @@ func (b *build) look(def *pb.Definition) error {
 		if err := op.UnmarshalVT(data); err != nil {
 			return fmt.Errorf("reading a definition: %w", err)
 		}
-		if why := forbidden(op.GetExec()); why != "" {
+		why := forbidden(op.GetExec())
+		if from := op.GetSource(); from != nil && why == "" {
+			why = b.forbiddenSource(from)
+		}
+		if why != "" {
 			return &failedError{&wire.Failure{Kind: wire.Dockerfile, Step: where.text, Line: where.line, ExitCode: -1, Message: why}}
 		}
 	}
@@ -83,6 +87,30 @@ func forbidden(e *pb.ExecOp) string {
 		return "--device is not permitted"
 	}
 	return ""
+}
+
+// forbiddenSource says why a source may not be used, "" if it may.
+func (b *build) forbiddenSource(s *pb.SourceOp) string {
+	scheme, _, _ := strings.Cut(s.Identifier, "://")
+	switch scheme {
+	case "local", "http", "https", "docker-image":
+		return ""
+	case "oci-layout":
+		if s.Attrs[pb.AttrOCILayoutSessionID] != b.session {
+			return "images come from the server only"
+		}
+		return "" // what the policy gives for an image
+	case "git":
+		if b.engine.worker.GitSource == nil {
+			return "adding a git repository needs the program git on the server, which is not there"
+		}
+		// Others would be reached as the server's own user, with its keys.
+		if url := s.Attrs[pb.AttrFullRemoteURL]; !strings.HasPrefix(url, "https://") && !strings.HasPrefix(url, "http://") {
+			return "git repositories are added from https:// and http:// only"
+		}
+		return ""
+	}
+	return scheme + " sources are not supported"
 }
 
 func placeOf(s *pb.Source, d string) place {

@@ -56,7 +56,7 @@ func (s *steps) Run(ctx context.Context, _ string, root executor.Mount, mounts [
 	if started != nil {
 		defer close(started)
 	}
-	b := &box{id: identity.NewID()}
+	b := &box{id: identity.NewID(), disk: disk{dir: s.dir, limit: s.config.StepDiskBytes}}
 	b.dir = filepath.Join(s.dir, b.id)
 	if err := os.MkdirAll(filepath.Join(b.dir, "root"), 0o700); err != nil {
 		return nil, fmt.Errorf("making a step's directory: %w", err)
@@ -115,7 +115,7 @@ func (s *steps) Exec(context.Context, string, executor.ProcessInfo) error {
 type box struct {
 	id, dir string
 	undos   []func() error
-	mounted int
+	disk    disk
 }
 
 func (b *box) undo(f func() error) { b.undos = append(b.undos, f) }
@@ -143,6 +143,9 @@ func (b *box) mount(ctx context.Context, m executor.Mount, where string, special
 	}
 	if release != nil {
 		b.undo(release)
+	}
+	for _, m := range mounts {
+		b.disk.writes(m)
 	}
 	if special != nil && len(mounts) == 1 && special(mounts[0]) {
 		return "", nil
@@ -253,6 +256,9 @@ func (s *steps) run(ctx context.Context, b *box, spec *specs.Spec, p executor.Pr
 	if err := os.WriteFile(filepath.Join(b.dir, "config.json"), data, 0o600); err != nil {
 		return fmt.Errorf("writing a step's spec: %w", err)
 	}
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	go b.disk.watch(ctx, stop)
 	logFile := filepath.Join(b.dir, "runsc.log")
 	cmd := exec.CommandContext(ctx, s.config.Runsc,
 		"--root="+filepath.Join(s.config.RunDir, "runsc"),
@@ -281,9 +287,10 @@ func (s *steps) run(ctx context.Context, b *box, spec *specs.Spec, p executor.Pr
 		return nil
 	}
 	if ctx.Err() != nil {
-		return context.Cause(ctx)
+		err = context.Cause(ctx)
+	} else {
+		err = s.explain(err, group, limits, logFile)
 	}
-	err = s.explain(err, group, limits, logFile)
 	if failed, ok := errors.AsType[*stepError](err); ok {
 		failed.tail = said.lines()
 	}

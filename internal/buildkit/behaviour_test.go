@@ -172,7 +172,7 @@ func TestServerDies(t *testing.T) {
 
 // TestBombs are steps that take too much: they fail, say why, and leave nothing.
 func TestBombs(t *testing.T) {
-	r := newRoom(t)
+	r := newRoom(t, func(c *Config) { c.StepBytes = 50 << 20 })
 	find := testBases(t)
 	for name, c := range map[string]struct {
 		step string
@@ -180,6 +180,8 @@ func TestBombs(t *testing.T) {
 	}{
 		"memory":    {"dd if=/dev/zero of=/dev/null bs=1G count=3", []error{ErrMemory}},
 		"files":     {"dd if=/dev/zero of=/dev/shm/a bs=1M count=60; dd if=/dev/zero of=/dev/a bs=1M count=900", []error{ErrMemory}},
+		"disk":      {"dd if=/dev/zero of=/a bs=1M count=100; sleep 1000", []error{ErrDisk}},
+		"caches":    {"--mount=type=cache,target=/c dd if=/dev/zero of=/c/a bs=1M count=100; sleep 1000", []error{ErrDisk}},
 		"processes": {"while true; do sleep 1000 & done", []error{ErrMemory, ErrProcesses}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -354,6 +356,16 @@ func TestCache(t *testing.T) {
 			t.Errorf("scope %s sees %q", scope, files["who"])
 		}
 	}
+	random := Request{Base: find, Dockerfile: "FROM base\nRUN --mount=type=cache,id=r,target=/c head -c 9 /dev/urandom >/random\nRUN head -c 9 /dev/urandom >/more\n"}
+	seen := map[string]bool{}
+	for _, scope := range []string{"a", "a", "b"} {
+		random.Scope = scope
+		_, files := opened(t, r.build(t, random))
+		seen[files["random"]], seen[files["more"]] = true, true
+	}
+	if len(seen) != 4 {
+		t.Errorf("two steps in two scopes, three builds, gave %d results, want 4", len(seen))
+	}
 	// Each leaves 30 MB, of which two do not fit.
 	for i := range 3 {
 		r.build(t, Request{Dockerfile: fmt.Sprintf("FROM base\nRUN dd if=/dev/zero of=/big bs=1M count=30 && echo %d >/n\n", i), Base: find})
@@ -476,6 +488,7 @@ func TestRequests(t *testing.T) {
 		"must be a path":               {DockerfilePath: "../x", Context: "/x", Base: find},
 		"must not be longer than 1048": {Dockerfile: strings.Repeat("#", 2<<20), Base: find},
 		"args: must not be longer":     {Dockerfile: "FROM scratch", Args: map[string]string{"A": strings.Repeat("x", 200<<10)}, Base: find},
+		"the scope":                    {Dockerfile: "FROM scratch", Scope: "a/b", Base: find},
 		"is not the name":              {Dockerfile: "FROM scratch", Args: map[string]string{"A=B": "x"}, Base: find},
 	} {
 		if _, err := r.Build(t.Context(), request, nil); err == nil || !strings.Contains("args: "+err.Error(), strings.TrimPrefix(want, "args: ")) {

@@ -27,9 +27,11 @@ type Request struct {
 	Context        string // path of a tar file, plain or gzip; "" is an empty context
 	Limits         Limits // of the context
 
-	Args    map[string]string
-	Target  string // the stage that is wanted; "" is the last
-	Scope   string // cache mounts are shared by builds of one scope, such as an organization
+	Args   map[string]string
+	Target string // the stage that is wanted; "" is the last
+	// Scope is within which results of RUN steps and cache mounts are shared, such as
+	// an organization; without "/".
+	Scope   string
 	NoCache bool
 
 	MemoryBytes int64   // limit of one RUN step; 0 is 2 GiB
@@ -99,6 +101,7 @@ func (e *StepError) Unwrap() error { return e.Err }
 // Errors in a [StepError] that somebody may decide by.
 var (
 	ErrMemory    = errors.New("out of memory")
+	ErrDisk      = errors.New("too much on disk")
 	ErrProcesses = errors.New("too many processes")
 )
 
@@ -112,6 +115,8 @@ func (r *Request) check() error {
 	switch {
 	case r.Base == nil:
 		return errors.New("a build request without Base")
+	case strings.Contains(r.Scope, "/"):
+		return fmt.Errorf("a build request with the scope %q", r.Scope)
 	case r.Dockerfile != "" && r.DockerfilePath != "":
 		return fault.InField("invalid_dockerfile", "dockerfile_path", "only one of dockerfile and dockerfile_path may be given")
 	case len(r.Dockerfile) > maxDockerfile:
@@ -260,6 +265,8 @@ func (b *bases) failure(f *wire.Failure) error {
 		e.Err = b.failed
 	case f.Kind == wire.Memory:
 		e.Err = fmt.Errorf("%w: %s", ErrMemory, f.Message)
+	case f.Kind == wire.Disk:
+		e.Err = fmt.Errorf("%w: %s", ErrDisk, f.Message)
 	case f.Kind == wire.Processes:
 		e.Err = fmt.Errorf("%w: %s", ErrProcesses, f.Message)
 	default:

@@ -46,12 +46,14 @@ type Config struct {
 	Nameservers  []netip.Addr  // for the program and for RUN steps
 	IdleTimeout  time.Duration // without builds, after which the program is stopped; 0 is 5 minutes
 	CacheBytes   int64         // what the cache is cut to after each build; 0 is 10 GiB
+	StepBytes    int64         // what one RUN step may write; 0 is 10 GiB
 	MemoryBytes  int64         // limit of the program itself, its page cache included; 0 is 1 GiB
 }
 
 const (
 	defaultIdle   = 5 * time.Minute
 	defaultCache  = 10 << 30
+	defaultStep   = 10 << 30
 	defaultMemory = 1 << 30
 	// programPIDs bounds the program's threads and the helpers of its steps.
 	programPIDs = 4096
@@ -67,7 +69,7 @@ func (c *Config) complete() error {
 	for _, d := range []struct {
 		value   *int64
 		without int64
-	}{{(*int64)(&c.IdleTimeout), int64(defaultIdle)}, {&c.CacheBytes, defaultCache}, {&c.MemoryBytes, defaultMemory}} {
+	}{{(*int64)(&c.IdleTimeout), int64(defaultIdle)}, {&c.CacheBytes, defaultCache}, {&c.StepBytes, defaultStep}, {&c.MemoryBytes, defaultMemory}} {
 		if *d.value == 0 {
 			*d.value = d.without
 		}

@@ -174,7 +174,7 @@ func (p *program) configure(ctx context.Context) error {
 		return err
 	}
 	c := &wire.Config{Dir: cfg.Dir, RunDir: cfg.RunDir, Runsc: cfg.Runsc, Platform: cfg.Platform,
-		CgroupParent: cfg.CgroupParent, CacheBytes: cfg.CacheBytes}
+		CgroupParent: cfg.CgroupParent, CacheBytes: cfg.CacheBytes, StepDiskBytes: cfg.StepBytes}
 	for _, n := range cfg.Nameservers {
 		c.Nameservers = append(c.Nameservers, n.String())
 	}

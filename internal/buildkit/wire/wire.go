@@ -39,6 +39,8 @@ type Config struct {
 	CgroupParent string   `json:"cgroup_parent"` // groups of steps are made below
 	Nameservers  []string `json:"nameservers"`
 	CacheBytes   int64    `json:"cache_bytes"`
+
+	StepDiskBytes int64 `json:"step_disk_bytes"` // that one step may write
 }
 
 // SlotGift answers an [Ask] for a slot. The file is its network namespace, if Error is empty.
@@ -139,6 +141,7 @@ const (
 	Dockerfile = "dockerfile" // the Dockerfile cannot be built as it is
 	Base       = "base"       // an image was not given
 	Memory     = "memory"     // a step needed more memory than it may have
+	Disk       = "disk"       // a step wrote more than it may
 	Processes  = "processes"  // a step started more processes than it may
 	Internal   = "internal"   // not the user's doing
 )
