@@ -15,6 +15,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sync"
 
 	"github.com/sirupsen/logrus"
@@ -189,7 +190,8 @@ func (d *daemon) connection(ctx context.Context, file *os.File) {
 }
 
 // count counts connections. When the last one ends, nothing that this process started itself is
-// waited for by anybody, and what is left to reap are orphans, whose parent PID 1 is.
+// waited for by anybody, and what is left to reap are orphans, whose parent PID 1 is. Memory that builds
+// took is given back then.
 func (d *daemon) count(by int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -199,7 +201,8 @@ func (d *daemon) count(by int) {
 	for {
 		pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil)
 		if pid <= 0 || err != nil {
-			return
+			break
 		}
 	}
+	debug.FreeOSMemory()
 }

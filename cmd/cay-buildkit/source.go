@@ -48,24 +48,33 @@ type place struct {
 // of the sandbox. The solver knows steps by digests, which change when their sources become
 // those that the policy gives; names stay.
 func (b *build) look(def *pb.Definition) error {
+	places := map[string]place{} // by digest
+	ops := map[string]*pb.Op{}
 	for _, data := range def.Def {
-		d := digest.FromBytes(data).String()
-		where := placeOf(def.Source, d)
-		if meta := def.Metadata[d]; meta != nil && where.line > 0 {
-			b.mu.Lock()
-			b.places[meta.Description[customName]] = where
-			b.mu.Unlock()
-		}
-		var op pb.Op
+		op := &pb.Op{}
 		if err := op.UnmarshalVT(data); err != nil {
 			return fmt.Errorf("reading a definition: %w", err)
 		}
+		d := digest.FromBytes(data).String()
+		ops[d], places[d] = op, placeOf(def.Source, d)
+		for _, in := range op.Inputs {
+			if places[in.Digest].line == 0 {
+				places[in.Digest] = places[d] // what ADD fetches is where the ADD is
+			}
+		}
+		if meta := def.Metadata[d]; meta != nil && places[d].line > 0 {
+			b.mu.Lock()
+			b.places[meta.Description[customName]] = places[d]
+			b.mu.Unlock()
+		}
+	}
+	for d, op := range ops {
 		why := forbidden(op.GetExec())
 		if from := op.GetSource(); from != nil && why == "" {
 			why = b.forbiddenSource(from)
 		}
 		if why != "" {
-			return &failedError{&wire.Failure{Kind: wire.Dockerfile, Step: where.text, Line: where.line, ExitCode: -1, Message: why}}
+			return &failedError{&wire.Failure{Kind: wire.Dockerfile, Step: places[d].text, Line: places[d].line, ExitCode: -1, Message: why}}
 		}
 	}
 	return nil
