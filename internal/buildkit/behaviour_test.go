@@ -121,7 +121,7 @@ const serverVariable = "CAY_BUILDKIT_TEST_SERVER"
 func TestServerDies(t *testing.T) {
 	if dir := os.Getenv(serverVariable); dir != "" {
 		r := newRoom(t, func(c *Config) {
-			c.Dir, c.CgroupParent, c.RunDir = dir, "/cay-"+filepath.Base(dir)+"/build", "/run/cay-"+filepath.Base(dir)
+			c.Dir, c.CgroupParent, c.RunDir = dir, "/cay-"+filepath.Base(dir)+"-build", "/run/cay-"+filepath.Base(dir)
 		})
 		_, err := r.Build(t.Context(), Request{Dockerfile: sleeping, Base: testBases(t)}, whenAsleep(func() { fmt.Println("asleep", filepath.Base(r.slots.net.Slots()[0].Namespace)) }))
 		t.Fatal("the build ended: ", err)
@@ -158,7 +158,7 @@ func TestServerDies(t *testing.T) {
 	})
 	// Nobody has killed these but the kernel.
 	r := newRoom(t, func(c *Config) {
-		c.Dir, c.CgroupParent, c.RunDir = dir, "/cay-"+filepath.Base(dir)+"/build", "/run/cay-"+filepath.Base(dir)
+		c.Dir, c.CgroupParent, c.RunDir = dir, "/cay-"+filepath.Base(dir)+"-build", "/run/cay-"+filepath.Base(dir)
 	})
 	r.nothingLeft(t)
 	if left, err := os.ReadDir(r.builds()); err != nil || len(left) > 0 {

@@ -41,7 +41,7 @@ type Config struct {
 	Program      string // path of cay-buildkit
 	Runsc        string // path of cay-runsc
 	Platform     string // of gVisor; "" is systrap
-	CgroupParent string // absolute, such as /cay-1a2b3c/build; holds no process; the room's alone
+	CgroupParent string // absolute, such as /cay-1a2b3c-build; holds no process; the room's alone
 	Slots        Slots
 	Nameservers  []netip.Addr  // for the program and for RUN steps
 	IdleTimeout  time.Duration // without builds, after which the program is stopped; 0 is 5 minutes
@@ -150,6 +150,23 @@ func (b *Builder) sweep(ctx context.Context) error {
 		return err // what may still run uses the files
 	}
 	return errors.Join(os.RemoveAll(filepath.Join(b.cfg.Dir, "scratch")), os.RemoveAll(b.cfg.RunDir))
+}
+
+// Purge removes everything of a room that nobody has open: processes, groups, directories, the cache. The
+// slots are for who gave them to remove. Nothing there is success.
+func Purge(cfg Config) error {
+	groups, err := cgroup.Detect()
+	if err != nil {
+		return err
+	}
+	b := &Builder{cfg: cfg, groups: groups}
+	if err := b.clean(); err != nil {
+		return fmt.Errorf("removing the build room: %w", err)
+	}
+	if err := os.RemoveAll(cfg.Dir); err != nil {
+		return fmt.Errorf("removing the build room: %w", err)
+	}
+	return nil
 }
 
 // use returns the running program, started if need be, and counts the caller among its

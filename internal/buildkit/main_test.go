@@ -205,7 +205,7 @@ func newRoom(t testing.TB, change ...func(*Config)) *room {
 	slots := &testSlots{net: n}
 	cfg := Config{
 		Dir: filepath.Join(t.TempDir(), "buildkit"), RunDir: "/run/cay-" + instance, Program: program, Runsc: built.Runsc,
-		CgroupParent: "/cay-" + instance + "/build", Slots: slots, Nameservers: []netip.Addr{netip.MustParseAddr(outsideAddr)},
+		CgroupParent: "/cay-" + instance + "-build", Slots: slots, Nameservers: []netip.Addr{netip.MustParseAddr(outsideAddr)},
 	}
 	for _, f := range change {
 		f(&cfg)
@@ -222,9 +222,16 @@ func newRoom(t testing.TB, change ...func(*Config)) *room {
 			t.Error(err)
 		}
 		r.nothingLeft(t)
-		parent := r.groups.Group(filepath.Dir(cfg.CgroupParent))
-		if err := errors.Join(parent.Remove(), n.Sweep(nil), n.Close()); err != nil {
+		if err := errors.Join(Purge(cfg), n.Sweep(nil), n.Close()); err != nil {
 			t.Error(err)
+		}
+		for _, path := range []string{cfg.Dir, cfg.RunDir} {
+			if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("%s is left: %v", path, err)
+			}
+		}
+		if r.groups.Group(cfg.CgroupParent).Exists() {
+			t.Errorf("the group %s is left", cfg.CgroupParent)
 		}
 	})
 	return r
