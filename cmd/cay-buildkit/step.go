@@ -1,0 +1,416 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/continuity/fs"
+	"github.com/moby/buildkit/executor"
+	"github.com/moby/buildkit/executor/oci"
+	resourcestypes "github.com/moby/buildkit/executor/resources/types"
+	"github.com/moby/buildkit/identity"
+	"github.com/moby/buildkit/solver/pb"
+	"github.com/moby/sys/user"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/cayhq/cay/internal/buildkit/wire"
+	"github.com/cayhq/cay/internal/cgroup"
+)
+
+// steps runs the RUN steps of builds: each in a gVisor sandbox of its own, with a network
+// namespace and a control group of its own. It implements BuildKit's executor.
+type steps struct {
+	config *wire.Config
+	slots  *slots
+	groups *cgroup.Hierarchy
+	dir    string // scratch for steps, one directory each
+}
+
+// stepError is a step that ran and failed.
+type stepError struct {
+	kind string // of wire.Failure
+	code int    // -1 if no program ended with one
+	text string
+	tail []string
+}
+
+func (e *stepError) Error() string { return e.text }
+
+// cleanup is how long taking a step apart may take, whatever became of the build.
+const cleanup = 30 * time.Second
+
+// Run runs one step to its end. Nothing of it is left when it returns.
+func (s *steps) Run(ctx context.Context, _ string, root executor.Mount, mounts []executor.Mount, p executor.ProcessInfo, started chan<- struct{}) (_ resourcestypes.Recorder, err error) {
+	if started != nil {
+		defer close(started)
+	}
+	b := &box{id: identity.NewID(), disk: disk{dir: s.dir, limit: s.config.StepDiskBytes}}
+	b.dir = filepath.Join(s.dir, b.id)
+	if err := os.MkdirAll(filepath.Join(b.dir, "root"), 0o700); err != nil {
+		return nil, fmt.Errorf("making a step's directory: %w", err)
+	}
+	b.undo(func() error { return os.RemoveAll(b.dir) })
+	defer func() { err = errors.Join(err, b.takeApart()) }()
+
+	rootPath, err := b.mount(ctx, root, filepath.Join(b.dir, "root"), nil)
+	if err != nil {
+		return nil, fmt.Errorf("mounting a step's root: %w", err)
+	}
+	// What is not there before and empty after was made for mounts.
+	stubs := append(slices.Clone(mounts), executor.Mount{Dest: "/tmp"}, executor.Mount{Dest: tmpMarker})
+	clean := executor.MountStubsCleaner(context.WithoutCancel(ctx), rootPath, stubs, p.Meta.RemoveMountStubsRecursive)
+	b.undo(func() error { clean(); return nil })
+	spec, err := s.spec(ctx, b, rootPath, mounts, p.Meta)
+	if err != nil {
+		return nil, err
+	}
+	if spec.Root.Readonly = root.Readonly || p.Meta.ReadonlyRootFS; !spec.Root.Readonly {
+		if err := keepTmp(rootPath); err != nil {
+			return nil, fmt.Errorf("preparing a step's /tmp: %w", err)
+		}
+	}
+	if p.Meta.NetMode != pb.NetMode_NONE {
+		slot, err := s.slots.take(ctx)
+		if err != nil {
+			return nil, err
+		}
+		b.undo(func() error { slot.release(); return nil })
+		spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: slot.path()})
+	}
+	group, limits, err := s.group(b, p.Meta.LinuxResources)
+	if err != nil {
+		return nil, err
+	}
+	b.undo(func() error {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
+		defer cancel()
+		return errors.Join(group.Kill(ctx), group.Remove())
+	})
+	spec.Linux.CgroupsPath = s.groupPath(b)
+	spec.Linux.Resources = &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &limits.MemoryBytes}}
+	if limits.CPUQuota > 0 {
+		spec.Linux.Resources.CPU = &specs.LinuxCPU{Quota: &limits.CPUQuota, Period: new(uint64(cgroup.CPUPeriod))}
+	}
+	return nil, s.run(ctx, b, spec, p, group, limits)
+}
+
+// Exec is for debugging containers, which nobody asks for.
+func (s *steps) Exec(context.Context, string, executor.ProcessInfo) error {
+	return errors.New("a step cannot be entered")
+}
+
+// box is one step while it runs.
+type box struct {
+	id, dir string
+	undos   []func() error
+	disk    disk
+}
+
+func (b *box) undo(f func() error) { b.undos = append(b.undos, f) }
+
+// takeApart undoes what was done, the last first, and goes on after errors.
+func (b *box) takeApart() error {
+	var errs []error
+	for _, f := range slices.Backward(b.undos) {
+		errs = append(errs, f())
+	}
+	return errors.Join(errs...)
+}
+
+// mount mounts what BuildKit gives at a directory of the box. where is used for a directory;
+// a selector leads to what is below or, if it is a file, to that. Links in it do not lead
+// out: they are resolved below the mount.
+func (b *box) mount(ctx context.Context, m executor.Mount, where string, special func(mount.Mount) bool) (string, error) {
+	ref, err := m.Src.Mount(ctx, m.Readonly)
+	if err != nil {
+		return "", err
+	}
+	mounts, release, err := ref.Mount()
+	if err != nil {
+		return "", err
+	}
+	if release != nil {
+		b.undo(release)
+	}
+	for _, m := range mounts {
+		b.disk.writes(m)
+	}
+	if special != nil && len(mounts) == 1 && special(mounts[0]) {
+		return "", nil
+	}
+	if len(mounts) == 1 && isFile(mounts[0]) {
+		return mounts[0].Source, nil // such as a secret: it is mounted over nothing
+	}
+	if err := os.MkdirAll(where, 0o700); err != nil {
+		return "", err
+	}
+	if err := mount.All(mounts, where); err != nil {
+		return "", err
+	}
+	b.undo(func() error { return mount.UnmountAll(where, 0) })
+	if m.Selector == "" || filepath.Clean("/"+m.Selector) == "/" {
+		return where, nil
+	}
+	return b.selected(where, m.Selector)
+}
+
+func isFile(m mount.Mount) bool {
+	if m.Type != "bind" && m.Type != "rbind" {
+		return false
+	}
+	info, err := os.Stat(m.Source)
+	return err == nil && !info.IsDir()
+}
+
+// selected resolves a path below a mount and pins what it leads to with a mount of its own,
+// since other steps may change what the path leads to: the path that was opened
+// is compared with the one that was resolved.
+func (b *box) selected(where, selector string) (string, error) {
+	path, err := fs.RootPath(where, selector)
+	if err != nil {
+		return "", fmt.Errorf("looking for %s: %w", selector, err)
+	}
+	f, err := os.OpenFile(path, syscall.O_CLOEXEC|0o10000000 /* O_PATH */, 0)
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", selector, underlying(err))
+	}
+	defer f.Close()
+	opened := "/proc/self/fd/" + strconv.Itoa(int(f.Fd()))
+	if now, err := os.Readlink(opened); err != nil || now != path {
+		return "", fmt.Errorf("%s was changed while it was mounted", selector)
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return "", fmt.Errorf("looking at %s: %w", selector, err)
+	}
+	pin := where + ".selected"
+	if info.IsDir() {
+		err = os.Mkdir(pin, 0o700)
+	} else {
+		err = os.WriteFile(pin, nil, 0o600)
+	}
+	if err != nil {
+		return "", err
+	}
+	if err := syscall.Mount(opened, pin, "", syscall.MS_BIND|syscall.MS_REC, ""); err != nil {
+		return "", fmt.Errorf("mounting %s: %w", selector, err)
+	}
+	b.undo(func() error { return mount.UnmountAll(pin, 0) })
+	return pin, nil
+}
+
+// underlying is an error without the path of ours that it names.
+func underlying(err error) error {
+	if p, ok := errors.AsType[*os.PathError](err); ok {
+		return p.Err
+	}
+	return err
+}
+
+func (s *steps) groupPath(b *box) string {
+	return filepath.Join(s.config.CgroupParent, "step-"+b.id)
+}
+
+// What a step may have if nobody says otherwise, and how many processes.
+const (
+	defaultMemory = 2 << 30
+	minMemory     = 128 << 20
+	// stepPIDs bounds tasks of the host: a process inside is about three.
+	stepPIDs = 8192
+)
+
+// group makes the step's control group, so that it can be asked what happened after gVisor has gone.
+func (s *steps) group(b *box, r *pb.LinuxResources) (cgroup.Group, cgroup.Limits, error) {
+	limits := cgroup.Limits{MemoryBytes: defaultMemory, PIDs: stepPIDs}
+	if r != nil && r.Memory > 0 {
+		limits.MemoryBytes = max(r.Memory, minMemory)
+	}
+	if r != nil && r.CpuQuota > 0 {
+		limits.CPUQuota = r.CpuQuota
+	}
+	g := s.groups.Group(s.groupPath(b))
+	if err := g.Make(limits); err != nil {
+		return g, limits, errors.Join(fmt.Errorf("making a step's control group: %w", err), g.Remove())
+	}
+	return g, limits, nil
+}
+
+// run runs gVisor until the step's program has ended.
+func (s *steps) run(ctx context.Context, b *box, spec *specs.Spec, p executor.ProcessInfo, group cgroup.Group, limits cgroup.Limits) error {
+	data, err := json.Marshal(spec)
+	if err != nil {
+		return fmt.Errorf("encoding a step's spec: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(b.dir, "config.json"), data, 0o600); err != nil {
+		return fmt.Errorf("writing a step's spec: %w", err)
+	}
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	go b.disk.watch(ctx, stop)
+	logFile := filepath.Join(b.dir, "runsc.log")
+	cmd := exec.CommandContext(ctx, s.config.Runsc,
+		"--root="+filepath.Join(s.config.RunDir, "runsc"),
+		"--log="+logFile, "--log-format=json", "--panic-log="+logFile,
+		"--platform="+s.config.Platform,
+		"--network=sandbox",
+		// What a step writes is the layer: it goes to the snapshot. Caches are shared
+		// between steps that run at the same time.
+		"--overlay2=none", "--file-access=exclusive", "--file-access-mounts=shared",
+		"--allow-suid", "--host-settings=ignore", "--cpu-num-from-quota=true",
+		"run", "--bundle="+b.dir, b.id)
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "TMPDIR=/tmp"}
+	var said tail
+	cmd.Stdout, cmd.Stderr = said.through(p.Stdout), said.through(p.Stderr)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	cmd.Cancel = func() error {
+		kill, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
+		defer cancel()
+		return errors.Join(cmd.Process.Kill(), group.Kill(kill))
+	}
+	// The sandbox holds the streams as long as it lives.
+	cmd.WaitDelay = cleanup
+	b.undo(func() error { return s.forget(b) })
+	err = cmd.Run()
+	if err == nil {
+		return nil
+	}
+	if ctx.Err() != nil {
+		err = context.Cause(ctx)
+	} else {
+		err = s.explain(err, group, limits, logFile)
+	}
+	if failed, ok := errors.AsType[*stepError](err); ok {
+		failed.tail = said.lines()
+	}
+	return err
+}
+
+// commandNotFound is what a shell says of a program that it cannot start.
+const commandNotFound = 127
+
+// explain says why a step failed that was not interrupted.
+func (s *steps) explain(err error, group cgroup.Group, limits cgroup.Limits, logFile string) error {
+	happened, lookErr := group.Events()
+	if lookErr != nil {
+		return lookErr
+	}
+	switch {
+	case happened.OutOfMemory > 0:
+		return &stepError{kind: wire.Memory, code: -1, text: fmt.Sprintf("the step needed more than the %d MiB of memory that it may have", limits.MemoryBytes>>20)}
+	case happened.NoMorePIDs > 0:
+		return &stepError{kind: wire.Processes, code: -1, text: "the step started more processes than it may have"}
+	}
+	exit, ok := errors.AsType[*exec.ExitError](err)
+	if !ok {
+		return fmt.Errorf("running gVisor: %w", err)
+	}
+	// gVisor's own failures end with 128, as its messages say; a program's may too.
+	if code := exit.ExitCode(); code > 0 {
+		said := lastMessage(logFile)
+		if _, why, ok := strings.Cut(said, "creating process: "); ok && code == 128 {
+			return &stepError{kind: wire.Step, code: commandNotFound, text: why}
+		}
+		if code == 128 && said != "" {
+			return fmt.Errorf("gVisor failed: %s", said)
+		}
+		return &stepError{kind: wire.Step, code: code, text: "exit code " + strconv.Itoa(code)}
+	}
+	return fmt.Errorf("running gVisor: %w: %s", err, lastMessage(logFile))
+}
+
+// lastMessage is the last error that gVisor wrote, "" if there is none.
+func lastMessage(logFile string) string {
+	data, err := os.ReadFile(logFile)
+	if err != nil {
+		return ""
+	}
+	last := ""
+	for line := range strings.Lines(string(data)) {
+		var entry struct{ Level, Msg string }
+		if json.Unmarshal([]byte(line), &entry) != nil {
+			last = strings.TrimSpace(line) // of a panic
+		} else if entry.Level == "error" || entry.Level == "fatal" {
+			last = entry.Msg
+		}
+	}
+	return last
+}
+
+// forget removes what gVisor keeps of a sandbox that it was not allowed to end by itself.
+func (s *steps) forget(b *box) error {
+	matches, err := filepath.Glob(filepath.Join(s.config.RunDir, "runsc", "*"+b.id+"*"))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, path := range matches {
+		errs = append(errs, os.RemoveAll(path))
+	}
+	return errors.Join(errs...)
+}
+
+// tmpMarker is a file that stands in an empty /tmp while a step runs. gVisor mounts
+// a file system of its own over an empty one, and what the step leaves there would be lost. A
+// mount of /tmp over itself would do as well, but nothing could be moved out of it.
+const tmpMarker = "/tmp/.cay-step"
+
+func keepTmp(rootPath string) error {
+	root, err := os.OpenRoot(rootPath)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	info, err := root.Lstat("tmp")
+	if err != nil || !info.IsDir() {
+		return nil // it has none that could be lost
+	}
+	dir, err := root.Open("tmp")
+	if err != nil {
+		return err
+	}
+	_, err = dir.ReadDir(1)
+	dir.Close()
+	if !errors.Is(err, io.EOF) {
+		return err
+	}
+	if err := root.WriteFile(tmpMarker[1:], nil, 0o600); err != nil {
+		return err
+	}
+	return root.Chtimes("tmp", info.ModTime(), info.ModTime())
+}
+
+// workingDir makes the step's working directory if it does not exist, as its user's.
+func workingDir(root, dir string, uid, gid uint32) error {
+	path, err := fs.RootPath(root, dir)
+	if err != nil {
+		return fmt.Errorf("working directory %s: %w", dir, underlying(err))
+	}
+	if _, err := os.Stat(path); err == nil {
+		return nil
+	}
+	if err := user.MkdirAllAndChown(path, 0o755, int(uid), int(gid)); err != nil {
+		return fmt.Errorf("working directory %s: %w", dir, underlying(err))
+	}
+	return nil
+}
+
+// userOf is the user that a step runs as, by the accounts of its root.
+func userOf(root, name string) (specs.User, error) {
+	uid, gid, groups, err := oci.GetUser(root, name)
+	if err != nil {
+		return specs.User{}, fmt.Errorf("user %s: %w", name, underlying(err))
+	}
+	return specs.User{UID: uid, GID: gid, AdditionalGids: groups}, nil
+}
