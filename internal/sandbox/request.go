@@ -58,6 +58,7 @@ type TemplateVersion struct {
 	Size     string // "" is the configured default
 	DiskMB   int    // 0 is the configured default
 	Egress   Egress
+	Start    Start
 }
 
 // Templates finds templates. Implemented by the template room.
