@@ -36,6 +36,7 @@ var mayImport = map[string]struct {
 	"internal/gate":       {[]string{"fault"}, "a technology room: it knows names on the wire, and neither the rules that lead to it nor the product"},
 	"internal/image":      {[]string{"fault"}, "a technology room: it knows file systems and nothing of the product"},
 	"internal/payload":    {nil, "it only carries programs"},
+	"internal/blob":       {[]string{"fault"}, "a technology room: it keeps files by their hash and knows nothing of what is in them"},
 	"internal/checkpoint": {[]string{"fault"}, "a technology room: it keeps files whole and knows nothing of what is in them"},
 	"internal/node": {[]string{"agentapi", "cgroup", "checkpoint", "fault", "network", "payload", "runsc", "sandbox"},
 		"it puts a sandbox together from the technology rooms, and implements the core's port"},
@@ -52,7 +53,7 @@ var mayImport = map[string]struct {
 	"client":        {nil, "public: it must build without our internals"},
 	"cmd/cay-agent": {[]string{"agent", "agentapi"}, "a main and nothing else: every sandbox starts it"},
 	"cmd/cay-runsc": {nil, "what is needed of gVisor's main: every sandbox starts it several times"},
-	"cmd/cay": {[]string{"api", "auth", "cgroup", "fault", "gate", "image", "network", "node", "payload", "sandbox", "store", "template"},
+	"cmd/cay": {[]string{"api", "auth", "blob", "cgroup", "fault", "gate", "image", "network", "node", "payload", "sandbox", "store", "template"},
 		"all wiring is here; the CLI's verbs use client"},
 }
 

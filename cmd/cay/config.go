@@ -35,6 +35,8 @@ type config struct {
 	Quota     quotaConfig     `toml:"quota"`
 	RateLimit rateLimitConfig `toml:"rate_limit"`
 	Images    imagesConfig    `toml:"images"`
+	Templates templatesConfig `toml:"templates"`
+	Build     buildConfig     `toml:"build"`
 }
 
 type networkConfig struct {
@@ -77,6 +79,18 @@ type imagesConfig struct {
 	Registry bool   `toml:"registry"`
 }
 
+type templatesConfig struct {
+	Prepare   []string `toml:"prepare"`
+	MaxPerOrg int      `toml:"max_per_org"`
+}
+
+type buildConfig struct {
+	Concurrent     int      `toml:"concurrent"`
+	PerOrg         int      `toml:"per_org"`
+	Timeout        duration `toml:"timeout"`
+	ContextLimitMB int      `toml:"context_limit_mb"`
+}
+
 // defaults are for one machine with one operator.
 func defaults() config {
 	return config{
@@ -91,6 +105,8 @@ func defaults() config {
 		Quota:     quotaConfig{Sandboxes: 500, VCPUs: 2000, MemoryMB: 1 << 20},
 		RateLimit: rateLimitConfig{PerSecond: 500, Burst: 1000},
 		Images:    imagesConfig{Registry: true},
+		Templates: templatesConfig{Prepare: []string{"python", "base"}, MaxPerOrg: 100},
+		Build:     buildConfig{Concurrent: 1, PerOrg: 1, Timeout: duration(30 * time.Minute), ContextLimitMB: 1024},
 	}
 }
 
@@ -234,10 +250,17 @@ func (c *config) check() error {
 		{"network.ready", c.Network.Ready, 0},
 		{"quota.sandboxes", c.Quota.Sandboxes, 0},
 		{"rate_limit.burst", c.RateLimit.Burst, 1},
+		{"templates.max_per_org", c.Templates.MaxPerOrg, 0},
+		{"build.concurrent", c.Build.Concurrent, 1},
+		{"build.per_org", c.Build.PerOrg, 1},
+		{"build.context_limit_mb", c.Build.ContextLimitMB, 1},
 	} {
 		if rule.got < rule.from {
 			return fmt.Errorf("%s: must be at least %d, not %d", rule.key, rule.from, rule.got)
 		}
+	}
+	if c.Build.Timeout < duration(time.Second) {
+		return fmt.Errorf("build.timeout: must be at least 1s, not %s", time.Duration(c.Build.Timeout))
 	}
 	if _, err := c.networkRange(); err != nil {
 		return err

@@ -42,7 +42,7 @@ const (
 
 // dataFiles is everything a server puts into its data directory, and the log that
 // make run keeps there.
-var dataFiles = []string{databaseFile, databaseFile + "-wal", databaseFile + "-shm", keyFile, "lock", "programs", "images", "sandboxes", "checkpoints", "server.log"}
+var dataFiles = []string{databaseFile, databaseFile + "-wal", databaseFile + "-shm", keyFile, "lock", "programs", "images", "sandboxes", "checkpoints", "contexts", "server.log"}
 
 func serverCommand() *cobra.Command {
 	var file string
@@ -230,7 +230,7 @@ func (s *server) openHost(ctx context.Context) error {
 		Checkpoints: filepath.Join(cfg.DataDir, "checkpoints"), Nameservers: cfg.nameservers(), PolicyChanged: s.gate.Recheck,
 		MaxSandboxes: cfg.Capacity.MaxSandboxes, MinHostMemory: int64(cfg.Capacity.MinFreeMemoryMB) << 20,
 		MinDisk: int64(cfg.Capacity.MinFreeDiskMB) << 20, MaxPIDs: cfg.Sandbox.MaxPIDs,
-	}, s.slots, rootFS{s.images, func() { s.templates.Recheck() }}, s.log)
+	}, s.slots, rootFS{s.images, func(image string) { s.templates.Recheck(image) }}, s.log)
 	if err != nil {
 		return err
 	}
@@ -335,6 +335,7 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 	defer stopWork()
 
 	servers := []*http.Server{api.Server(s.cfg.Listen, handler, s.log)}
+	servers[0].RegisterOnShutdown(s.templates.Hangup)
 	failed := make(chan error, 2)
 	go func() { failed <- servers[0].Serve(listener) }()
 	if s.cfg.MetricsListen != "" {
