@@ -40,6 +40,7 @@ var mayImport = map[string]struct {
 		"a technology room: it knows BuildKit's program and nothing of the product; it makes the control groups that gVisor runs steps in"},
 	"internal/buildkit/wire": {nil, "what the server and cay-buildkit say to each other: both link it"},
 	"internal/checkpoint":    {[]string{"fault"}, "a technology room: it keeps files whole and knows nothing of what is in them"},
+	"internal/blob":          {[]string{"fault"}, "a technology room: it keeps files by their hash and knows nothing of what is in them"},
 	"internal/node": {[]string{"agentapi", "cgroup", "checkpoint", "fault", "network", "payload", "runsc", "sandbox"},
 		"it puts a sandbox together from the technology rooms, and implements the core's port"},
 
@@ -56,7 +57,7 @@ var mayImport = map[string]struct {
 	"cmd/cay-agent":    {[]string{"agent", "agentapi"}, "a main and nothing else: every sandbox starts it"},
 	"cmd/cay-buildkit": {[]string{"buildkit/*", "cgroup"}, "a module of its own, so that nothing else of cay links BuildKit"},
 	"cmd/cay-runsc":    {nil, "what is needed of gVisor's main: every sandbox starts it several times"},
-	"cmd/cay": {[]string{"api", "auth", "cgroup", "fault", "gate", "image", "network", "node", "payload", "sandbox", "store", "template"},
+	"cmd/cay": {[]string{"api", "auth", "blob", "buildkit", "cgroup", "fault", "gate", "image", "network", "node", "payload", "sandbox", "store", "template"},
 		"all wiring is here; the CLI's verbs use client"},
 }
 

@@ -70,6 +70,10 @@ func TestConfigRefusals(t *testing.T) {
 		"default size":      {env: "CAY_SANDBOX_DEFAULT_SIZE=huge", want: "sandbox.default_size"},
 		"platform":          {env: "CAY_SANDBOX_PLATFORM=xen", want: "sandbox.platform"},
 		"disk":              {env: "CAY_SANDBOX_DEFAULT_DISK_MB=1", want: "sandbox.default_disk_mb"},
+		"no builds":         {env: "CAY_BUILD_CONCURRENT=0", want: "build.concurrent"},
+		"no context":        {file: "[build]\ncontext_limit_mb = 0", want: "build.context_limit_mb"},
+		"no time":           {env: "CAY_BUILD_TIMEOUT=0", want: "build.timeout"},
+		"fewer templates":   {env: "CAY_TEMPLATES_MAX_PER_ORG=-1", want: "templates.max_per_org"},
 		"same size twice":   {file: "[[sandbox.sizes]]\nname = \"a\"\nvcpus = 1\nmemory_mb = 256\n[[sandbox.sizes]]\nname = \"a\"\nvcpus = 1\nmemory_mb = 256\n", want: "sandbox.sizes"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -130,7 +130,7 @@ const cleanTimeout = 30 * time.Second
 func (b *Builder) clean() error {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
-	return errors.Join(b.sweep(ctx), os.RemoveAll(b.builds()))
+	return errors.Join(b.sweep(ctx), b.remove("builds"))
 }
 
 // sweep removes what a program leaves that did not end by itself: its groups with what runs in them, and
@@ -149,11 +149,20 @@ func (b *Builder) sweep(ctx context.Context) error {
 	if err := errors.Join(append(errs, parent.Remove())...); err != nil {
 		return err // what may still run uses the files
 	}
-	return errors.Join(os.RemoveAll(filepath.Join(b.cfg.Dir, "scratch")), os.RemoveAll(b.cfg.RunDir))
+	return errors.Join(b.remove("scratch"), os.RemoveAll(b.cfg.RunDir))
+}
+
+// remove removes a directory of the room's, if anybody knows where that is.
+func (b *Builder) remove(name string) error {
+	if b.cfg.Dir == "" {
+		return nil
+	}
+	return os.RemoveAll(filepath.Join(b.cfg.Dir, name))
 }
 
 // Purge removes everything of a room that nobody has open: processes, groups, directories, the cache. The
-// slots are for who gave them to remove. Nothing there is success.
+// slots are for who gave them to remove. Nothing there is success, and so is a [Config].Dir that nobody
+// knows any more.
 func Purge(cfg Config) error {
 	groups, err := cgroup.Detect()
 	if err != nil {
@@ -163,7 +172,7 @@ func Purge(cfg Config) error {
 	if err := b.clean(); err != nil {
 		return fmt.Errorf("removing the build room: %w", err)
 	}
-	if err := os.RemoveAll(cfg.Dir); err != nil {
+	if err := b.remove(""); err != nil {
 		return fmt.Errorf("removing the build room: %w", err)
 	}
 	return nil

@@ -51,6 +51,17 @@ func parseReference(text string, opts ...name.Option) (name.Reference, error) {
 	return ref, nil
 }
 
+// AskedOf reports whether what a reference names is asked of a registry, given by its host and
+// port as references have them ("docker.io", "registry.example.com:5000").
+func AskedOf(reference, registry string) bool {
+	ref, err := parseReference(reference)
+	if err != nil {
+		return false
+	}
+	asked, err := name.NewRegistry(registry)
+	return err == nil && ref.Context().RegistryStr() == asked.RegistryStr()
+}
+
 // reference reads a reference as this store asks for it.
 func (s *Store) reference(text string) (name.Reference, error) {
 	ref, err := parseReference(text)
