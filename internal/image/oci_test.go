@@ -409,6 +409,26 @@ func sparseTar(t testing.TB, name string, size int64) []byte {
 	return bytes.ReplaceAll(b.Bytes(), []byte("XNU.sparse"), []byte("GNU.sparse"))
 }
 
+func TestLimitOfOneBuild(t *testing.T) {
+	p := parts{}
+	p.index(t, p.image(t, runtime.GOARCH, gzipped, archive(t, file("a", strings.Repeat("a", 5000)))))
+	l := Layout{Dir: p.dir(t)}
+	s := openStore(t, func(c *Config) { c.MaxSize = 10000 })
+	if _, err := s.Build(t.Context(), Source{Layout: &l, MaxSize: 4999}, quiet); err == nil || !strings.Contains(err.Error(), "larger than 4999 bytes") || !strings.Contains(err.Error(), `tar entry "a"`) {
+		t.Errorf("error is %v, want the entry and the limit of the build", err)
+	}
+	for _, max := range []int64{0, 5000, 1 << 40} {
+		if _, err := s.Build(t.Context(), Source{Layout: &l, MaxSize: max}, quiet); err != nil {
+			t.Errorf("with a limit of %d: %v", max, err)
+		}
+	}
+	s = openStore(t, func(c *Config) { c.MaxSize = 4000 })
+	if _, err := s.Build(t.Context(), Source{Layout: &l, MaxSize: 5000}, quiet); err == nil || !strings.Contains(err.Error(), "larger than 4000 bytes") {
+		t.Errorf("error is %v, want the limit of the store", err)
+	}
+	leftovers(t, s)
+}
+
 // A damaged layout of the store's own is thrown away, and pulled again.
 func TestDamagedPullIsPulledAgain(t *testing.T) {
 	h := newHub(t)

@@ -171,7 +171,7 @@ func attributesInGVisor(t *testing.T) {
 	if err := tree.writeAttributes(); err != nil {
 		t.Fatal(err)
 	}
-	got := inGVisor(t, runsc, write(t, tree), "--overlay2=root:memory", "/bin/capable")
+	got := inGVisor(t, runsc, write(t, tree), true, "/bin/capable")
 	want := "/bin/capable security.capability=" + hex.EncodeToString([]byte(bindCapability)) + `
 /attributes user.a=
 /attributes user.b=00ff
@@ -238,27 +238,30 @@ func absolute(t *testing.T, path string) string {
 // returns its output.
 func runInGVisor(t *testing.T, runsc, image, script string) string {
 	t.Helper()
-	return inGVisor(t, runsc, image, "--overlay2=none", "/bin/busybox", "sh", "-c", script)
+	return inGVisor(t, runsc, image, false, "/bin/busybox", "sh", "-c", script)
 }
 
 // inGVisor runs a program in a sandbox whose root is the image, and returns its
 // output.
-func inGVisor(t *testing.T, runsc, image, overlay string, args ...string) string {
+func inGVisor(t *testing.T, runsc, image string, writable bool, args ...string) string {
 	t.Helper()
 	bundle := t.TempDir()
 	caps := []string{"CAP_DAC_OVERRIDE", "CAP_SETFCAP", "CAP_FOWNER", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"}
 	annotations := map[string]string{"dev.gvisor.spec.rootfs.source": image, "dev.gvisor.spec.rootfs.type": "erofs"}
-	if overlay != "--overlay2=none" {
-		annotations["dev.gvisor.spec.rootfs.overlay"] = "memory"
+	overlay, mounts := "--overlay2=none", []any{}
+	if writable { // as sandboxes are: a layer in a file, which takes a gofer, which takes a bind mount
+		annotations["dev.gvisor.spec.rootfs.overlay"] = "dir=" + bundle
+		overlay = "--overlay2=root:dir=" + bundle
+		mounts = append(mounts, map[string]any{"destination": "/.cay", "type": "bind", "source": t.TempDir(), "options": []string{"ro", "rbind"}})
 	}
 	spec := map[string]any{
 		"ociVersion": "1.0.2",
 		"process": map[string]any{"args": args, "cwd": "/", "env": []string{"PATH=/bin"}, "user": map[string]any{"uid": 0, "gid": 0},
 			// Root reads everything, as in a sandbox of cay's.
 			"capabilities": map[string]any{"bounding": caps, "effective": caps, "permitted": caps}},
-		"root":        map[string]any{"path": bundle, "readonly": overlay == "--overlay2=none"},
-		"annotations": annotations,
-		"linux":       map[string]any{"namespaces": []map[string]string{{"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}}},
+		"root":        map[string]any{"path": bundle, "readonly": !writable},
+		"annotations": annotations, "mounts": mounts,
+		"linux": map[string]any{"namespaces": []map[string]string{{"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}}},
 	}
 	b, err := json.Marshal(spec)
 	if err != nil {

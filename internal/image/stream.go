@@ -80,22 +80,15 @@ func (s *sparseFile) finish() error { return s.f.Truncate(s.size) }
 // reading a hole costs as much as reading data.
 func copyRange(w io.Writer, f *os.File, off, size int64, buf []byte) error {
 	for end := off + size; off < end; {
-		data, err := unix.Seek(int(f.Fd()), off, unix.SEEK_DATA)
-		if err != nil || data > end {
-			data = end // no data to the end of the file
-			if !errors.Is(err, unix.ENXIO) && err != nil {
-				data = off // a file system that does not know
-			}
+		data, stop := off, end
+		if size > 2*hole { // in small ones none is worth asking for
+			data, stop = dataIn(f, off, end)
 		}
 		for off < data {
 			n, err := w.Write(zeros[:min(hole, data-off)])
 			if off += int64(n); err != nil {
 				return err
 			}
-		}
-		stop, err := unix.Seek(int(f.Fd()), off, unix.SEEK_HOLE)
-		if err != nil || stop > end {
-			stop = end
 		}
 		n, err := io.CopyBuffer(struct{ io.Writer }{w}, io.NewSectionReader(f, off, stop-off), buf)
 		if off += n; err == nil && off != stop {
@@ -106,6 +99,22 @@ func copyRange(w io.Writer, f *os.File, off, size int64, buf []byte) error {
 		}
 	}
 	return nil
+}
+
+// dataIn finds the next piece of data between off and end: where it begins and
+// ends, end and end if there is none. A file system that does not know has all of it.
+func dataIn(f *os.File, off, end int64) (data, stop int64) {
+	data, err := unix.Seek(int(f.Fd()), off, unix.SEEK_DATA)
+	switch {
+	case errors.Is(err, unix.ENXIO), err == nil && data >= end:
+		return end, end
+	case err != nil:
+		return off, end
+	}
+	if stop, err = unix.Seek(int(f.Fd()), data, unix.SEEK_HOLE); err != nil || stop > end {
+		stop = end
+	}
+	return data, stop
 }
 
 // tee writes to a file and takes the hash of it, at once: each is about as slow
