@@ -489,6 +489,7 @@ func TestReadyWhileBuilding(t *testing.T) {
 		b := newBuilder()
 		b.block = make(chan struct{})
 		h := start(t, newMemory(), b, definition("base"), definition("node"), definition("python"))
+		time.Sleep(2 * flushEvery)
 		synctest.Wait()
 		if _, err := h.Ready(t.Context(), "org", "none"); !fault.Is(err, fault.NotFound) || fault.As(err).Code != "template_not_found" {
 			t.Errorf("error is %v", err)
