@@ -481,7 +481,9 @@ func TestProgress(t *testing.T) {
 func TestRequests(t *testing.T) {
 	r := newRoom(t)
 	find := testBases(t)
+	long := pack(t, map[string]string{"Dockerfile": "FROM scratch\n", ".dockerignore": strings.Repeat("x\n", 1<<20)})
 	for want, request := range map[string]Request{
+		`entry ".dockerignore": must`:  {Context: long, Base: find},
 		"without Base":                 {Dockerfile: "FROM scratch"},
 		"only one of":                  {Dockerfile: "FROM scratch", DockerfilePath: "x", Base: find},
 		"neither a Dockerfile nor":     {Base: find},

@@ -223,7 +223,25 @@ func prepare(ctx context.Context, dir string, r *Request) (*wire.Build, error) {
 			return nil, fmt.Errorf("writing the Dockerfile: %w", err)
 		}
 	}
-	return w, nil
+	return w, checkSizes(w)
+}
+
+// checkSizes refuses files of the context that the program would read as a whole and that are
+// too long for that.
+func checkSizes(w *wire.Build) error {
+	for _, file := range []struct{ dir, name string }{{w.Dockerfile, w.Filename}, {w.Dockerfile, w.Filename + ".dockerignore"}, {w.Context, ".dockerignore"}} {
+		root, err := os.OpenRoot(file.dir)
+		if err != nil {
+			return fmt.Errorf("opening the build's directory: %w", err)
+		}
+		info, err := root.Stat(file.name)
+		root.Close()
+		// One that is not there or leads out is for the front end to speak of.
+		if err == nil && info.Size() > maxDockerfile {
+			return refused(file.name, "must not be longer than %d bytes", maxDockerfile)
+		}
+	}
+	return nil
 }
 
 // bases answers what the program asks for images.
