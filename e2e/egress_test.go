@@ -12,23 +12,12 @@ import (
 	"math/big"
 	"net"
 	"net/http"
-	"os/exec"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/cayhq/cay/internal/caytest"
 )
-
-// also gives the host outside a second address.
-func (o *outside) also(t *testing.T, address string) {
-	t.Helper()
-	if out, err := exec.Command(caytest.RequireProgram(t, "ip"), "-n", o.name, "addr", "add", address+"/24", "dev", "eth0").CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-}
 
 // setEgress replaces the policy of a sandbox.
 func (s *server) setEgress(id string, policy object) {
@@ -95,8 +84,7 @@ func (s *server) awaitDenied(id, part string) {
 func TestEgressByRange(t *testing.T) {
 	s := shared(t)
 	o := newOutside(t)
-	const other = "198.51.100.3"
-	o.also(t, other)
+	other := o.second
 	o.listen(t, 8080)
 	o.listen(t, 8081)
 	one, onePort2, two := o.address+":8080", o.address+":8081", other+":8080"
@@ -114,7 +102,7 @@ func TestEgressByRange(t *testing.T) {
 		"everything":          {object{"mode": "allow_all"}, map[string]bool{one: true, onePort2: true, two: true}},
 		"one address":         {object{"mode": "deny_all", "allow_cidrs": []string{o.address + "/32"}}, map[string]bool{one: true, onePort2: true, two: false}},
 		"all but one address": {object{"mode": "deny_all", "allow_cidrs": []string{"0.0.0.0/0"}, "deny_cidrs": []string{other + "/32"}}, map[string]bool{one: true, onePort2: true, two: false}},
-		"one port":            {object{"mode": "deny_all", "allow_cidrs": []string{"198.51.100.0/24"}, "allow_ports": []int{8080}}, map[string]bool{one: true, onePort2: false, two: true}},
+		"one port":            {object{"mode": "deny_all", "allow_cidrs": []string{o.block}, "allow_ports": []int{8080}}, map[string]bool{one: true, onePort2: false, two: true}},
 	} {
 		s.setEgress(id, tt.policy)
 		t.Log(name)

@@ -22,15 +22,18 @@ import (
 type outside struct {
 	name    string
 	address string // of the host outside
+	second  string // another one of its
+	block   string // the range that both are in
 	gateway string // of this machine on that network
 }
 
 func newOutside(t *testing.T) *outside {
 	t.Helper()
 	ip := caytest.RequireProgram(t, "ip")
-	// A block of four of its own, so that two runs on one machine do not meet.
-	first := 4 * rand.IntN(64)
-	o := &outside{name: "out" + caytest.Instance(), address: fmt.Sprintf("198.51.100.%d", first+2), gateway: fmt.Sprintf("198.51.100.%d", first+1)}
+	// A block of eight of its own, so that two runs on one machine do not meet.
+	first := 8 * rand.IntN(32)
+	at := func(n int) string { return fmt.Sprintf("198.51.100.%d", first+n) }
+	o := &outside{name: "out" + caytest.Instance(), block: at(0) + "/29", gateway: at(1), address: at(2), second: at(3)}
 	run := func(args ...string) {
 		t.Helper()
 		if out, err := exec.Command(ip, args...).CombinedOutput(); err != nil {
@@ -42,9 +45,11 @@ func newOutside(t *testing.T) *outside {
 	// route to it stays behind for the next test.
 	t.Cleanup(func() { run("link", "del", o.name); run("netns", "del", o.name) })
 	run("link", "add", o.name, "type", "veth", "peer", "name", "eth0", "netns", o.name)
-	run("addr", "add", o.gateway+"/30", "dev", o.name)
+	run("addr", "add", o.gateway+"/29", "dev", o.name)
 	run("link", "set", o.name, "up")
-	run("-n", o.name, "addr", "add", o.address+"/30", "dev", "eth0")
+	for _, address := range []string{o.address, o.second} {
+		run("-n", o.name, "addr", "add", address+"/29", "dev", "eth0")
+	}
 	run("-n", o.name, "link", "set", "eth0", "up")
 	run("-n", o.name, "link", "set", "lo", "up")
 	return o

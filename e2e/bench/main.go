@@ -24,7 +24,9 @@ type options struct {
 	json   string // file for the results, "" is none
 	starts int    // sandboxes created one after the other
 	idle   int    // sandboxes at rest, for their memory
+	crowd  int    // sandboxes with policies that stand beside the one that sends
 	docker bool
+	only   string // the one part to measure; "" is all
 }
 
 // commands is how often each command runs in one sandbox.
@@ -37,13 +39,15 @@ func main() {
 	flag.StringVar(&o.json, "json", "", "write the results to this `file` as well")
 	flag.IntVar(&o.starts, "n", 25, "how many sandboxes to create one after the other, 2 to 200; commands run twice as often")
 	flag.IntVar(&o.idle, "idle", 10, "how many sandboxes at rest to take the memory of, 1 to 100")
+	flag.IntVar(&o.crowd, "crowd", 200, "how many sandboxes with egress policies stand beside the one that sends, 2 to 250; 200 need 4 GB of memory")
 	flag.BoolVar(&o.docker, "docker", true, "measure Docker beside it when an engine answers")
+	flag.StringVar(&o.only, "only", "", "measure this `part` alone: starts, commands, files, rest, sleep or egress")
 	flag.BoolVar(&quick, "quick", false, "few runs: shows that everything works, and little more")
 	flag.Parse()
 	if quick {
-		o.starts, o.idle = 4, 3
+		o.starts, o.idle, o.crowd = 4, 3, 5
 	}
-	if flag.NArg() > 0 || o.starts < 2 || o.starts > 200 || o.idle < 1 || o.idle > 100 {
+	if flag.NArg() > 0 || o.starts < 2 || o.starts > 200 || o.idle < 1 || o.idle > 100 || o.crowd < 2 || o.crowd > 250 {
 		flag.Usage()
 		os.Exit(2)
 	}
@@ -65,7 +69,12 @@ func bench(ctx context.Context, o options) (err error) {
 	}
 	began := time.Now()
 	r := &results{Host: lookAtHost()}
-	s, err := startServer(ctx, o.cay)
+	out, err := newOutside(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, out.close()) }()
+	s, err := startServer(ctx, o.cay, out)
 	if err != nil {
 		return err
 	}
@@ -92,9 +101,13 @@ func bench(ctx context.Context, o options) (err error) {
 		{"starts", measureStarts},
 		{"commands", measureCommands},
 		{"files", measureFiles},
-		{"sandboxes at rest", measureIdle},
+		{"rest", measureIdle},
 		{"sleep", measureSleep},
+		{"egress", measureEgress},
 	} {
+		if o.only != "" && o.only != part.name {
+			continue
+		}
 		progress("measuring " + part.name)
 		if err := part.measure(ctx, o, s, d, r); err != nil {
 			return fmt.Errorf("measuring %s: %w", part.name, err)

@@ -13,10 +13,11 @@ import (
 
 // Units of what is measured.
 const (
-	unitMS   = "ms"
-	unitMB   = "MB" // 10⁶ bytes
-	unitMBps = "MB/s"
-	unitRate = "calls/s"
+	unitMS          = "ms"
+	unitMB          = "MB" // 10⁶ bytes
+	unitMBps        = "MB/s"
+	unitRate        = "calls/s"
+	unitConnections = "conn/s"
 )
 
 // results is everything that was measured, and where.

@@ -34,6 +34,7 @@ type server struct {
 	key     string
 	cmd     *exec.Cmd
 	exited  chan struct{} // closed when cmd ended
+	outside *outside      // whose name server it uses
 }
 
 func (s *server) dataDir() string { return filepath.Join(s.dir, "data") }
@@ -41,7 +42,7 @@ func (s *server) logFile() string { return filepath.Join(s.dir, "server.log") }
 
 // startServer starts the program and waits until it is ready. After an error nothing
 // is left.
-func startServer(ctx context.Context, program string) (s *server, err error) {
+func startServer(ctx context.Context, program string, out *outside) (s *server, err error) {
 	if program, err = filepath.Abs(program); err != nil {
 		return nil, err
 	}
@@ -52,7 +53,7 @@ func startServer(ctx context.Context, program string) (s *server, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s = &server{program: program, dir: dir}
+	s = &server{program: program, dir: dir, outside: out}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.close())
@@ -107,7 +108,7 @@ func (s *server) run(address string) error {
 			s.cmd.Env = append(s.cmd.Env, v)
 		}
 	}
-	s.cmd.Env = append(s.cmd.Env, "CAY_RATE_LIMIT_PER_SECOND=1000000", "CAY_RATE_LIMIT_BURST=1000000")
+	s.cmd.Env = append(s.cmd.Env, "CAY_RATE_LIMIT_PER_SECOND=1000000", "CAY_RATE_LIMIT_BURST=1000000", "CAY_NETWORK_NAMESERVERS="+s.outside.address)
 	s.cmd.Stdout, s.cmd.Stderr = log, log
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // ^C is for the bench, which ends it in order
 	if err := s.cmd.Start(); err != nil {

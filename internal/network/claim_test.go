@@ -195,10 +195,13 @@ func TestProbe(t *testing.T) {
 	if got := bad(); len(got) != 0 {
 		t.Errorf("%v are not OK here", got)
 	}
-	runNFT(t, `table ip filter { chain FORWARD { type filter hook forward priority filter; policy drop; }; }`)
-	t.Cleanup(func() { runNFT(t, "delete table ip filter") })
-	if got := bad(); !slices.Equal(got, []string{"other firewalls"}) {
-		t.Errorf("%v are not OK with another firewall's policy, want it alone", got)
+	for hook, want := range map[string]string{"forward": "other firewalls, forwarding", "input": "other firewalls, input"} {
+		runNFT(t, "table ip filter { chain C { type filter hook "+hook+" priority filter; policy drop; }; }")
+		got := bad()
+		runNFT(t, "delete table ip filter")
+		if !slices.Equal(got, []string{want}) {
+			t.Errorf("%v are not OK with another firewall's policy, want %s alone", got, want)
+		}
 	}
 	left, err := Instances()
 	if err != nil || len(left) != 0 {

@@ -28,7 +28,7 @@ func Probe() []Finding {
 	if os.Geteuid() != 0 {
 		return []Finding{{Name: "root", Detail: "not running as root", Fix: "run as root: namespaces, links and rules need it"}}
 	}
-	return []Finding{probeNamespaces(), probeTables(), probeConntrack(), probeForwarding(), probeForeignDrops()}
+	return append([]Finding{probeNamespaces(), probeTables(), probeConntrack(), probeForwarding()}, probeForeignDrops()...)
 }
 
 // finding is OK with the detail, or carries the error and what to do.
@@ -81,37 +81,53 @@ func probeForwarding() Finding {
 // legacyTablesFile names the tables of the older packet filter, if it is in use.
 const legacyTablesFile = "/proc/net/ip_tables_names"
 
-// probeForeignDrops looks for chains of others that drop forwarded packets
-// unless a rule of theirs accepts them, as Docker and some firewalls set up.
-func probeForeignDrops() Finding {
-	const name = "other firewalls"
+// foreignDrops are where a firewall that drops what it does not know is in the way of
+// sandboxes, as Docker and most firewalls set it up: a verdict of ours cannot accept
+// what another chain drops.
+var foreignDrops = []struct {
+	name   string
+	hook   nftables.ChainHook
+	detail string // what is dropped
+	breaks string // what does not work then
+	fix    string
+}{
+	{"other firewalls, forwarding", *nftables.ChainHookForward, "forwarded packets", "sandboxes may reach nothing outside",
+		"let sandboxes' links through there; for Docker: iptables -I DOCKER-USER -i 'cay+' -j ACCEPT && " +
+			"iptables -I DOCKER-USER -o 'cay+' -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"},
+	{"other firewalls, input", *nftables.ChainHookInput, "packets to this machine",
+		"sandboxes may not reach cay's resolver, its proxy for allow_domains and the metadata service",
+		"let in what cay led to itself, everything else from there stays dropped: iptables -I INPUT -i 'cay+' -m conntrack --ctstate DNAT -j ACCEPT"},
+}
+
+// probeForeignDrops looks for base chains of others that drop unless a rule of theirs accepts.
+func probeForeignDrops() []Finding {
 	c, err := nftables.New()
 	if err != nil {
-		return finding(name, "", err, "see nftables")
+		return []Finding{finding("other firewalls", "", err, "see nftables")}
 	}
 	chains, err := c.ListChains()
 	if err != nil {
-		return finding(name, "", err, "see nftables")
+		return []Finding{finding("other firewalls", "", err, "see nftables")}
 	}
-	var found []string
-	for _, ch := range chains {
-		routes := ch.Table.Family == nftables.TableFamilyIPv4 || ch.Table.Family == nftables.TableFamilyINet
-		if !routes || ch.Hooknum == nil || ch.Policy == nil {
+	var out []Finding
+	for _, d := range foreignDrops {
+		var found []string
+		for _, ch := range chains {
+			ipv4 := ch.Table.Family == nftables.TableFamilyIPv4 || ch.Table.Family == nftables.TableFamilyINet
+			if ipv4 && ch.Hooknum != nil && *ch.Hooknum == d.hook && ch.Policy != nil && *ch.Policy == nftables.ChainPolicyDrop {
+				found = append(found, ch.Table.Name+" "+ch.Name)
+			}
+		}
+		if len(found) > 0 {
+			out = append(out, Finding{Name: d.name, Fix: d.fix,
+				Detail: "dropping " + d.detail + " by default: " + strings.Join(found, ", ") + "; " + d.breaks})
 			continue
 		}
-		if *ch.Hooknum == *nftables.ChainHookForward && *ch.Policy == nftables.ChainPolicyDrop {
-			found = append(found, ch.Table.Name+" "+ch.Name)
-		}
-	}
-	if len(found) == 0 {
-		detail := "none drops forwarded packets by default"
+		detail := "none drops " + d.detail + " by default"
 		if names, err := os.ReadFile(legacyTablesFile); err == nil && len(names) > 0 {
 			detail += "; rules of iptables-legacy are there too and cannot be seen from here"
 		}
-		return Finding{Name: name, OK: true, Detail: detail}
+		out = append(out, Finding{Name: d.name, OK: true, Detail: detail})
 	}
-	return Finding{Name: name,
-		Detail: "dropping forwarded packets by default: " + strings.Join(found, ", ") + "; sandboxes may reach nothing outside",
-		Fix: "let sandboxes' links through there; for Docker: iptables -I DOCKER-USER -i 'cay+' -j ACCEPT && " +
-			"iptables -I DOCKER-USER -o 'cay+' -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"}
+	return out
 }

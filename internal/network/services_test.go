@@ -355,3 +355,23 @@ func FuzzParsePacket(f *testing.F) {
 		}
 	})
 }
+
+// A firewall that drops what it does not know is in the way of the services, until it is told
+// what Probe advises.
+func TestBesideInputFirewall(t *testing.T) {
+	c := newConfig()
+	c.Services = Services{DNS: 5311, Proxy: 5312, Metadata: 5313}
+	n := open(t, c)
+	s := acquire(t, n)
+	serving(t, n)
+	const table = "table ip other { chain input { type filter hook input priority filter; policy drop; ct state established accept; %s }; }"
+	runNFT(t, fmt.Sprintf(table, ""))
+	t.Cleanup(func() { runNFT(t, "delete table ip other") })
+	if got := says(s.Namespace, "169.254.169.254:80"); got != "no connection" {
+		t.Errorf("behind the firewall the metadata service said %q: the advice is not needed", got)
+	}
+	runNFT(t, "delete table ip other; "+fmt.Sprintf(table, `iifname "cay*" ct status dnat accept;`))
+	if got, want := says(s.Namespace, "169.254.169.254:80"), fmt.Sprintf("metadata for slot %d to 169.254.169.254:80\n", s.Index); got != want {
+		t.Errorf("after what is advised the metadata service said %q, want %q", got, want)
+	}
+}
