@@ -107,7 +107,7 @@ func (d *daemon) start(c *wire.Config) error {
 	if err := errors.Join(os.Setenv("TMPDIR", scratch), withoutSSH(c.RunDir)); err != nil {
 		return err
 	}
-	run := &steps{config: c, slots: d.slots, groups: groups, dir: filepath.Join(scratch, "steps")}
+	run := &steps{config: c, slots: d.slots, groups: groups, dir: filepath.Join(scratch, "steps"), turns: map[string]chan struct{}{}}
 	cache := filepath.Join(c.Dir, "cache")
 	if d.engine, err = openEngine(context.Background(), cache, c.CacheBytes, run); err == nil {
 		return nil

@@ -107,8 +107,8 @@ var (
 
 // Bounds of a request.
 const (
-	maxDockerfile = 1 << 20   // bytes
-	maxArgs       = 100 << 10 // bytes of names and values together
+	maxDockerfile = 1 << 20  // bytes
+	maxArgs       = 24 << 10 // bytes of names and values together: as JSON, six times as long at most
 )
 
 func (r *Request) check() error {
@@ -259,7 +259,7 @@ func (b *bases) answer(ctx context.Context, conn *wire.Conn, name string) {
 		base, err := b.find(ctx, name)
 		a := wire.Answer{Name: name, Layout: base.Layout, Manifest: base.Manifest}
 		if err != nil {
-			a.Error = err.Error()
+			a.Error = wire.Short(err.Error())
 			b.mu.Lock()
 			if b.failed == nil {
 				b.failed = err
