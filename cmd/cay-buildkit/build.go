@@ -116,7 +116,7 @@ func (b *build) run(ctx context.Context) (manifest string, err error) {
 }
 
 // lastEvents is how long the end of a build waits for its last events.
-const lastEvents = time.Second
+const lastEvents = 5 * time.Second
 
 // answers hands on what the server says until the connection ends, which cancels the build.
 func (b *build) answers(cancel context.CancelCauseFunc) {

@@ -4,7 +4,6 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"regexp"
 
 	"github.com/moby/buildkit/solver/errdefs"
@@ -41,6 +40,9 @@ func (b *build) explain(err error, p *progress) error {
 			f.Kind, f.Step, f.Line = wire.Step, where.text, where.line
 		}
 	}
+	if _, ok := errors.AsType[*machineError](err); ok {
+		f.Kind = wire.Internal
+	}
 	if s, ok := errors.AsType[*stepError](err); ok {
 		f.Kind, f.ExitCode, f.Message, f.Tail = s.kind, s.code, s.text, s.tail
 	}
@@ -70,7 +72,8 @@ func decode(text string, to any) error {
 // failureOf is what is reported of any error.
 func failureOf(err error) *wire.Failure {
 	if f, ok := errors.AsType[*failedError](err); ok {
+		f.Message = wire.Short(f.Message)
 		return f.Failure
 	}
-	return &wire.Failure{Kind: wire.Internal, ExitCode: -1, Message: fmt.Sprint(err)}
+	return &wire.Failure{Kind: wire.Internal, ExitCode: -1, Message: wire.Short(err.Error())}
 }

@@ -104,10 +104,10 @@ func (d *daemon) start(c *wire.Config) error {
 		return fmt.Errorf("finding control groups: %w", err)
 	}
 	scratch := filepath.Join(c.Dir, "scratch")
-	if err := os.Setenv("TMPDIR", scratch); err != nil {
+	if err := errors.Join(os.Setenv("TMPDIR", scratch), withoutSSH(c.RunDir)); err != nil {
 		return err
 	}
-	run := &steps{config: c, slots: d.slots, groups: groups, dir: filepath.Join(scratch, "steps")}
+	run := &steps{config: c, slots: d.slots, groups: groups, dir: filepath.Join(scratch, "steps"), turns: map[string]chan struct{}{}}
 	cache := filepath.Join(c.Dir, "cache")
 	if d.engine, err = openEngine(context.Background(), cache, c.CacheBytes, run); err == nil {
 		return nil
@@ -119,6 +119,14 @@ func (d *daemon) start(c *wire.Config) error {
 	}
 	d.engine, err = openEngine(context.Background(), cache, c.CacheBytes, run)
 	return err
+}
+
+// withoutSSH keeps git from ssh, which would show the server's own keys to whomever a
+// repository's submodules name.
+func withoutSSH(dir string) error {
+	bin := filepath.Join(dir, "bin")
+	return errors.Join(os.Mkdir(bin, 0o700), os.Symlink("/bin/false", filepath.Join(bin, "ssh")),
+		os.Setenv("PATH", bin+":"+os.Getenv("PATH")))
 }
 
 // enter makes the mount namespace ours: nothing that is mounted here shows outside, and

@@ -34,6 +34,7 @@ func newProgress(conn *wire.Conn) *progress {
 }
 
 func (p *progress) send(e wire.Event) {
+	e.Name, e.Error = wire.Short(e.Name), wire.Short(e.Error)
 	if !p.gone {
 		p.gone = p.conn.Send(wire.Report{Event: &e}, nil) != nil
 	}
@@ -53,7 +54,7 @@ func (p *progress) follow(statuses <-chan *client.SolveStatus) {
 			if len(w.Range) > 0 && w.Range[0].Start != nil {
 				line = " (line " + strconv.Itoa(int(w.Range[0].Start.Line)) + ")"
 			}
-			p.send(wire.Event{Kind: wire.Note, Text: string(w.Short) + line, Time: time.Now()})
+			p.send(wire.Event{Kind: wire.Note, Text: wire.Short(string(w.Short)) + line, Time: time.Now()})
 		}
 	}
 }

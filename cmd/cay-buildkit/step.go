@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -36,6 +37,10 @@ type steps struct {
 	slots  *slots
 	groups *cgroup.Hierarchy
 	dir    string // scratch for steps, one directory each
+
+	mu sync.Mutex
+	// +checklocks:mu
+	turns map[string]chan struct{} // of scopes: holds as many as run
 }
 
 // stepError is a step that ran and failed.
@@ -48,25 +53,63 @@ type stepError struct {
 
 func (e *stepError) Error() string { return e.text }
 
+// machineError is a step that could not be run through no fault of its own.
+type machineError struct{ err error }
+
+func (e *machineError) Error() string { return e.err.Error() }
+func (e *machineError) Unwrap() error { return e.err }
+
 // cleanup is how long taking a step apart may take, whatever became of the build.
 const cleanup = 30 * time.Second
 
 // Run runs one step to its end. Nothing of it is left when it returns.
-func (s *steps) Run(ctx context.Context, _ string, root executor.Mount, mounts []executor.Mount, p executor.ProcessInfo, started chan<- struct{}) (_ resourcestypes.Recorder, err error) {
+func (s *steps) Run(ctx context.Context, _ string, root executor.Mount, mounts []executor.Mount, p executor.ProcessInfo, started chan<- struct{}) (resourcestypes.Recorder, error) {
 	if started != nil {
 		defer close(started)
 	}
+	// The front end was told to put the scope there.
+	end, err := s.turn(ctx, p.Meta.CgroupParent)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	err = s.step(ctx, root, mounts, p)
+	if _, ofStep := errors.AsType[*stepError](err); err != nil && !ofStep && ctx.Err() == nil {
+		err = &machineError{err}
+	}
+	return nil, err
+}
+
+// turn waits until the scope may run another step, so that one Dockerfile of a hundred stages
+// takes neither all memory nor others' turns.
+func (s *steps) turn(ctx context.Context, scope string) (end func(), err error) {
+	s.mu.Lock()
+	turns := s.turns[scope]
+	if turns == nil {
+		turns = make(chan struct{}, s.config.Steps)
+		s.turns[scope] = turns
+	}
+	s.mu.Unlock()
+	select {
+	case turns <- struct{}{}:
+		return func() { <-turns }, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+func (s *steps) step(ctx context.Context, root executor.Mount, mounts []executor.Mount, p executor.ProcessInfo) (err error) {
 	b := &box{id: identity.NewID(), disk: disk{dir: s.dir, limit: s.config.StepDiskBytes}}
 	b.dir = filepath.Join(s.dir, b.id)
 	if err := os.MkdirAll(filepath.Join(b.dir, "root"), 0o700); err != nil {
-		return nil, fmt.Errorf("making a step's directory: %w", err)
+		return fmt.Errorf("making a step's directory: %w", err)
 	}
 	b.undo(func() error { return os.RemoveAll(b.dir) })
 	defer func() { err = errors.Join(err, b.takeApart()) }()
 
 	rootPath, err := b.mount(ctx, root, filepath.Join(b.dir, "root"), nil)
 	if err != nil {
-		return nil, fmt.Errorf("mounting a step's root: %w", err)
+		return fmt.Errorf("mounting a step's root: %w", err)
 	}
 	// What is not there before and empty after was made for mounts.
 	stubs := append(slices.Clone(mounts), executor.Mount{Dest: "/tmp"}, executor.Mount{Dest: tmpMarker})
@@ -74,24 +117,24 @@ func (s *steps) Run(ctx context.Context, _ string, root executor.Mount, mounts [
 	b.undo(func() error { clean(); return nil })
 	spec, err := s.spec(ctx, b, rootPath, mounts, p.Meta)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if spec.Root.Readonly = root.Readonly || p.Meta.ReadonlyRootFS; !spec.Root.Readonly {
 		if err := keepTmp(rootPath); err != nil {
-			return nil, fmt.Errorf("preparing a step's /tmp: %w", err)
+			return fmt.Errorf("preparing a step's /tmp: %w", err)
 		}
 	}
 	if p.Meta.NetMode != pb.NetMode_NONE {
 		slot, err := s.slots.take(ctx)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		b.undo(func() error { slot.release(); return nil })
 		spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: slot.path()})
 	}
 	group, limits, err := s.group(b, p.Meta.LinuxResources)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	b.undo(func() error {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
@@ -103,7 +146,7 @@ func (s *steps) Run(ctx context.Context, _ string, root executor.Mount, mounts [
 	if limits.CPUQuota > 0 {
 		spec.Linux.Resources.CPU = &specs.LinuxCPU{Quota: &limits.CPUQuota, Period: new(uint64(cgroup.CPUPeriod))}
 	}
-	return nil, s.run(ctx, b, spec, p, group, limits)
+	return s.run(ctx, b, spec, p, group, limits)
 }
 
 // Exec is for debugging containers, which nobody asks for.
@@ -180,11 +223,11 @@ func isFile(m mount.Mount) bool {
 func (b *box) selected(where, selector string) (string, error) {
 	path, err := fs.RootPath(where, selector)
 	if err != nil {
-		return "", fmt.Errorf("looking for %s: %w", selector, err)
+		return "", &stepError{kind: wire.Step, code: -1, text: fmt.Sprintf("mount of %s: %v", selector, underlying(err))}
 	}
 	f, err := os.OpenFile(path, syscall.O_CLOEXEC|0o10000000 /* O_PATH */, 0)
 	if err != nil {
-		return "", fmt.Errorf("%s: %w", selector, underlying(err))
+		return "", &stepError{kind: wire.Step, code: -1, text: fmt.Sprintf("mount of %s: %v", selector, underlying(err))}
 	}
 	defer f.Close()
 	opened := "/proc/self/fd/" + strconv.Itoa(int(f.Fd()))
@@ -395,13 +438,13 @@ func keepTmp(rootPath string) error {
 func workingDir(root, dir string, uid, gid uint32) error {
 	path, err := fs.RootPath(root, dir)
 	if err != nil {
-		return fmt.Errorf("working directory %s: %w", dir, underlying(err))
+		return &stepError{kind: wire.Step, code: -1, text: fmt.Sprintf("working directory %s: %v", dir, underlying(err))}
 	}
 	if _, err := os.Stat(path); err == nil {
 		return nil
 	}
 	if err := user.MkdirAllAndChown(path, 0o755, int(uid), int(gid)); err != nil {
-		return fmt.Errorf("working directory %s: %w", dir, underlying(err))
+		return &stepError{kind: wire.Step, code: -1, text: fmt.Sprintf("working directory %s: %v", dir, underlying(err))}
 	}
 	return nil
 }
@@ -410,7 +453,7 @@ func workingDir(root, dir string, uid, gid uint32) error {
 func userOf(root, name string) (specs.User, error) {
 	uid, gid, groups, err := oci.GetUser(root, name)
 	if err != nil {
-		return specs.User{}, fmt.Errorf("user %s: %w", name, underlying(err))
+		return specs.User{}, &stepError{kind: wire.Step, code: -1, text: fmt.Sprintf("user %s: %v", name, underlying(err))}
 	}
 	return specs.User{UID: uid, GID: gid, AdditionalGids: groups}, nil
 }

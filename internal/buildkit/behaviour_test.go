@@ -445,6 +445,47 @@ func TestSideBySide(t *testing.T) {
 	r.nothingLeft(t)
 }
 
+// TestTurns: steps of one scope wait for each other's end, those of another do not wait for them.
+func TestTurns(t *testing.T) {
+	r := newRoom(t, func(c *Config) { c.Steps = 1 })
+	find := testBases(t)
+	dockerfile := "FROM base AS a\nRUN echo a-in; sleep 0.3; echo a-out >&2\nFROM base AS b\nRUN echo b-in; sleep 0.3; echo b-out >&2\nFROM scratch\nCOPY --from=a /etc/passwd /a\nCOPY --from=b /etc/passwd /b\n"
+	var order []string
+	_, err := r.Build(t.Context(), Request{Dockerfile: dockerfile, Scope: "one", Base: find}, func(e Event) {
+		if e.Kind == Log {
+			order = append(order, strings.TrimSpace(e.Text))
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Join(order, " "); got != "a-in a-out b-in b-out" && got != "b-in b-out a-in a-out" {
+		t.Errorf("the steps ran in the order %s", got)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	_, err = r.Build(ctx, Request{Dockerfile: sleeping, Scope: "one", Base: find}, whenAsleep(func() {
+		defer cancel()
+		r.build(t, Request{Dockerfile: "FROM base\nRUN echo x\n", Scope: "two", Base: find})
+	}))
+	if !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
+
+// TestLongTexts: a step of any length is run and reported.
+func TestLongTexts(t *testing.T) {
+	r := newRoom(t)
+	long := strings.Repeat("\x01\"", 30<<10)
+	_, err := r.Build(t.Context(), Request{Dockerfile: "FROM base\nRUN exit 7 # " + long + "\n", Base: testBases(t)}, nil)
+	if failed, ok := errors.AsType[*StepError](err); !ok || failed.ExitCode != 7 && !strings.Contains(failed.Err.Error(), "too long") {
+		t.Errorf("got %.300v", err)
+	}
+	_, err = r.Build(t.Context(), Request{Dockerfile: "FROM x\n", Base: func(context.Context, string) (Base, error) { return Base{}, errors.New(long) }}, nil)
+	if failed, ok := errors.AsType[*StepError](err); !ok || failed.Err.Error() != long {
+		t.Errorf("got %.300v", err)
+	}
+}
+
 // TestProgress gives what a live view and a log are made of.
 func TestProgress(t *testing.T) {
 	r := newRoom(t)
@@ -481,7 +522,9 @@ func TestProgress(t *testing.T) {
 func TestRequests(t *testing.T) {
 	r := newRoom(t)
 	find := testBases(t)
+	long := pack(t, map[string]string{"Dockerfile": "FROM scratch\n", ".dockerignore": strings.Repeat("x\n", 1<<20)})
 	for want, request := range map[string]Request{
+		`entry ".dockerignore": must`:  {Context: long, Base: find},
 		"without Base":                 {Dockerfile: "FROM scratch"},
 		"only one of":                  {Dockerfile: "FROM scratch", DockerfilePath: "x", Base: find},
 		"neither a Dockerfile nor":     {Base: find},

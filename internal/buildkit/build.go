@@ -107,8 +107,8 @@ var (
 
 // Bounds of a request.
 const (
-	maxDockerfile = 1 << 20   // bytes
-	maxArgs       = 100 << 10 // bytes of names and values together
+	maxDockerfile = 1 << 20  // bytes
+	maxArgs       = 24 << 10 // bytes of names and values together: as JSON, six times as long at most
 )
 
 func (r *Request) check() error {
@@ -223,7 +223,25 @@ func prepare(ctx context.Context, dir string, r *Request) (*wire.Build, error) {
 			return nil, fmt.Errorf("writing the Dockerfile: %w", err)
 		}
 	}
-	return w, nil
+	return w, checkSizes(w)
+}
+
+// checkSizes refuses files of the context that the program would read as a whole and that are
+// too long for that.
+func checkSizes(w *wire.Build) error {
+	for _, file := range []struct{ dir, name string }{{w.Dockerfile, w.Filename}, {w.Dockerfile, w.Filename + ".dockerignore"}, {w.Context, ".dockerignore"}} {
+		root, err := os.OpenRoot(file.dir)
+		if err != nil {
+			return fmt.Errorf("opening the build's directory: %w", err)
+		}
+		info, err := root.Stat(file.name)
+		root.Close()
+		// One that is not there or leads out is for the front end to speak of.
+		if err == nil && info.Size() > maxDockerfile {
+			return refused(file.name, "must not be longer than %d bytes", maxDockerfile)
+		}
+	}
+	return nil
 }
 
 // bases answers what the program asks for images.
@@ -241,7 +259,7 @@ func (b *bases) answer(ctx context.Context, conn *wire.Conn, name string) {
 		base, err := b.find(ctx, name)
 		a := wire.Answer{Name: name, Layout: base.Layout, Manifest: base.Manifest}
 		if err != nil {
-			a.Error = err.Error()
+			a.Error = wire.Short(err.Error())
 			b.mu.Lock()
 			if b.failed == nil {
 				b.failed = err

@@ -46,6 +46,7 @@ type Config struct {
 	Nameservers  []netip.Addr  // for the program and for RUN steps
 	IdleTimeout  time.Duration // without builds, after which the program is stopped; 0 is 5 minutes
 	CacheBytes   int64         // what the cache is cut to after each build; 0 is 10 GiB
+	Steps        int           // that run at once in one scope; 0 is 4
 	StepBytes    int64         // what one RUN step may write; 0 is 10 GiB
 	MemoryBytes  int64         // limit of the program itself, its page cache included; 0 is 1 GiB
 }
@@ -54,6 +55,7 @@ const (
 	defaultIdle   = 5 * time.Minute
 	defaultCache  = 10 << 30
 	defaultStep   = 10 << 30
+	defaultSteps  = 4
 	defaultMemory = 1 << 30
 	// programPIDs bounds the program's threads and the helpers of its steps.
 	programPIDs = 4096
@@ -65,6 +67,9 @@ func (c *Config) complete() error {
 	}
 	if c.Platform == "" {
 		c.Platform = "systrap"
+	}
+	if c.Steps == 0 {
+		c.Steps = defaultSteps
 	}
 	for _, d := range []struct {
 		value   *int64

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/cgi"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -19,6 +20,7 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/caytest"
@@ -136,8 +138,46 @@ func serveOutside(host int) error {
 	if err != nil {
 		return err
 	}
-	go http.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, served) }))
+	mux := http.NewServeMux()
+	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, served) })
+	mux.HandleFunc("/git/", func(w http.ResponseWriter, r *http.Request) {
+		(&cgi.Handler{Path: "/usr/lib/git-core/git-http-backend", Root: "/git",
+			Env: []string{"GIT_PROJECT_ROOT=" + repositories, "GIT_HTTP_EXPORT_ALL=1"}}).ServeHTTP(w, r)
+	})
+	go http.Serve(listener, mux)
+	names, err := net.ListenPacket("udp", outsideAddr+":53")
+	if err != nil {
+		return err
+	}
+	go serveNames(names)
 	return nil
+}
+
+// repositories is where the machine outside has its git repositories.
+const repositories = "/run/repositories"
+
+// serveNames answers that every name is the machine outside.
+func serveNames(conn net.PacketConn) {
+	buf := make([]byte, 1500)
+	for {
+		n, from, err := conn.ReadFrom(buf)
+		if err != nil {
+			return
+		}
+		var m dnsmessage.Message
+		if m.Unpack(buf[:n]) != nil || len(m.Questions) != 1 {
+			continue
+		}
+		m.Header = dnsmessage.Header{ID: m.ID, Response: true, RecursionAvailable: true}
+		m.Additionals = nil
+		if q := m.Questions[0]; q.Type == dnsmessage.TypeA {
+			m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: 1},
+				Body: &dnsmessage.AResource{A: netip.MustParseAddr(outsideAddr).As4()}}}
+		}
+		if answer, err := m.Pack(); err == nil {
+			conn.WriteTo(answer, from)
+		}
+	}
 }
 
 func address(link, addr string) error {

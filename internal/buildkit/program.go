@@ -174,7 +174,7 @@ func (p *program) configure(ctx context.Context) error {
 		return err
 	}
 	c := &wire.Config{Dir: cfg.Dir, RunDir: cfg.RunDir, Runsc: cfg.Runsc, Platform: cfg.Platform,
-		CgroupParent: cfg.CgroupParent, CacheBytes: cfg.CacheBytes, StepDiskBytes: cfg.StepBytes}
+		CgroupParent: cfg.CgroupParent, CacheBytes: cfg.CacheBytes, StepDiskBytes: cfg.StepBytes, Steps: cfg.Steps}
 	for _, n := range cfg.Nameservers {
 		c.Nameservers = append(c.Nameservers, n.String())
 	}
@@ -342,6 +342,8 @@ func (p *program) talk(ctx context.Context, r wire.Request, hear func(*wire.Conn
 		}
 		switch {
 		case errors.Is(err, io.EOF):
+			// Nothing but its end makes it leave without a word.
+			p.kill()
 			<-p.over
 			return nil, p.end()
 		case err != nil:

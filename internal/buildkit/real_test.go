@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -11,6 +12,8 @@ import (
 	"testing"
 
 	"github.com/rogpeppe/go-internal/txtar"
+
+	"github.com/cayhq/cay/internal/caytest"
 )
 
 // testCase is a file of testdata: a build, and what comes of it.
@@ -67,6 +70,7 @@ func TestDockerfiles(t *testing.T) {
 	}
 	r := newRoom(t)
 	find := testBases(t)
+	makeRepository(t)
 	for _, path := range paths {
 		t.Run(strings.TrimSuffix(filepath.Base(path), ".txtar"), func(t *testing.T) {
 			c := readCase(t, path)
@@ -93,6 +97,24 @@ func TestDockerfiles(t *testing.T) {
 	if left, err := os.ReadDir(r.builds()); err != nil || len(left) > 0 {
 		t.Errorf("in the directory of builds are %v, %v", left, err)
 	}
+}
+
+// makeRepository gives the machine outside a git repository with one file.
+func makeRepository(t *testing.T) {
+	t.Helper()
+	caytest.RequireProgram(t, "git")
+	dir := filepath.Join(repositories, "a.git")
+	work := t.TempDir()
+	if err := os.WriteFile(filepath.Join(work, "file"), []byte("from git\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"init", "-q", "-b", "main", work}, {"-C", work, "add", "file"},
+		{"-C", work, "-c", "user.name=t", "-c", "user.email=t@example.com", "commit", "-qm", "one"}, {"clone", "-q", "--bare", work, dir}} {
+		if out, err := exec.Command("git", args...).CombinedOutput(); err != nil {
+			t.Fatalf("git %v: %v: %s", args, err, out)
+		}
+	}
+	t.Cleanup(func() { os.RemoveAll(repositories) })
 }
 
 func checkResult(t *testing.T, result *Result, c testCase) {

@@ -17,6 +17,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -41,6 +42,7 @@ type Config struct {
 	CacheBytes   int64    `json:"cache_bytes"`
 
 	StepDiskBytes int64 `json:"step_disk_bytes"` // that one step may write
+	Steps         int   `json:"steps"`           // that run at once in one scope
 }
 
 // SlotGift answers an [Ask] for a slot. The file is its network namespace, if Error is empty.
@@ -164,6 +166,18 @@ const Epoch = 315532800
 
 // MaxMessage is the size in bytes that no message exceeds.
 const MaxMessage = 192 << 10
+
+// maxText is how long a text is that is not for reading as a whole, in bytes.
+const maxText = 4 << 10
+
+// Short cuts a text that may be any length, such as an error that quotes a step, to what a
+// message can carry.
+func Short(text string) string {
+	if len(text) <= maxText {
+		return text
+	}
+	return strings.ToValidUTF8(text[:maxText], "") + " …"
+}
 
 // Conn is one end of a connection. Send may be called concurrently, Receive may not.
 type Conn struct {
