@@ -85,12 +85,12 @@ func newFakeAPI() *fakeAPI {
 			}
 			w.WriteHeader(204)
 		},
-		"POST /v1/api-keys":                 f.createKey,
-		"GET /v1/api-keys":                  f.listKeys,
-		"DELETE /v1/api-keys/{id}":          func(w http.ResponseWriter, _ *http.Request, _ []byte) { w.WriteHeader(204) },
-		"POST /v1/orgs":                     f.createOrg,
-		"GET /v1/orgs":                      f.listOrgs,
-		"GET /v1/me":                        f.me,
+		"POST /v1/api-keys":        f.createKey,
+		"GET /v1/api-keys":         f.listKeys,
+		"DELETE /v1/api-keys/{id}": func(w http.ResponseWriter, _ *http.Request, _ []byte) { w.WriteHeader(204) },
+		"POST /v1/orgs":            f.createOrg,
+		"GET /v1/orgs":             f.listOrgs,
+		"GET /v1/me":               f.me,
 	} {
 		mux.HandleFunc(pattern, f.recorded(h))
 	}

@@ -22,7 +22,8 @@ import (
 // each other: one speaks of templates, the other of file systems.
 type builder struct {
 	images   *image.Store
-	registry bool // whether OCI images may be tried
+	dir      string // of the server's data, which is nobody's business
+	registry bool   // whether OCI images may be tried
 }
 
 // Build implements template.Builder.
@@ -47,7 +48,7 @@ func (b builder) Build(ctx context.Context, j template.Job, progress func(templa
 	}
 	img, err := b.images.Build(ctx, src, func(line string) { progress(template.Progress{Text: line}) })
 	if err != nil {
-		return template.Built{}, buildError(err)
+		return template.Built{}, b.buildError(err)
 	}
 	env := map[string]string{}
 	for _, pair := range img.Config.Env {
@@ -58,13 +59,18 @@ func (b builder) Build(ctx context.Context, j template.Job, progress func(templa
 		Workdir: img.Config.Workdir, Entrypoint: img.Config.Entrypoint, Cmd: img.Config.Cmd}, nil
 }
 
-// buildError tells a step that failed in the words of templates.
-func buildError(err error) error {
+// buildError tells a step that failed in the words of templates, and not where on the
+// machine things are.
+func (b builder) buildError(err error) error {
 	step := new(image.StepError)
 	if !errors.As(err, &step) {
 		return err
 	}
-	return &template.BuildError{Step: step.Step, ExitCode: step.ExitCode, Tail: step.Tail, Message: step.Err.Error()}
+	out := &template.BuildError{Step: step.Step, ExitCode: step.ExitCode, Message: strings.ReplaceAll(step.Err.Error(), b.dir, "…")}
+	for _, line := range step.Tail {
+		out.Tail = append(out.Tail, strings.ReplaceAll(line, b.dir, "…"))
+	}
+	return out
 }
 
 // Check implements template.Builder.
@@ -124,7 +130,7 @@ func (s *server) openTemplates(ctx context.Context) (*template.Service, error) {
 	for _, size := range s.cfg.Sandbox.Sizes {
 		cfg.Sizes = append(cfg.Sizes, size.Name)
 	}
-	templates := template.New(cfg, s.db, builder{images: s.images, registry: s.cfg.Images.Registry}, contexts, s.db,
+	templates := template.New(cfg, s.db, builder{images: s.images, dir: s.cfg.DataDir, registry: s.cfg.Images.Registry}, contexts, s.db,
 		s.log.With(slog.String("room", "template")))
 	return templates, templates.Register(ctx)
 }
