@@ -56,13 +56,13 @@ func (b builder) dockerfile(ctx context.Context, j template.Job, progress func(t
 	}
 	out, err := b.dockerfiles.Build(ctx, r, newSteps(bases.say).event)
 	if err != nil {
-		return template.Built{}, buildError(err)
+		return template.Built{}, b.buildError(err)
 	}
 	defer func() { err = errors.Join(err, out.Close()) }()
 	src := image.Source{Layout: &image.Layout{Dir: out.Layout, Manifest: out.Manifest}, MaxSize: j.MaxDisk}
 	img, err := b.images.Build(ctx, src, func(line string) { bases.say(template.Progress{Text: line}) })
 	if err != nil {
-		return template.Built{}, buildError(err)
+		return template.Built{}, b.buildError(err)
 	}
 	img.Source = "dockerfile"
 	if names := bases.names(); len(names) > 0 {

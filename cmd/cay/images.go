@@ -26,6 +26,7 @@ type builder struct {
 	images      *image.Store
 	dockerfiles *buildkit.Builder
 	registry    bool   // whether OCI images may be tried
+	dir         string // of the server's data, which is nobody's business
 	scratch     string // for what a build needs while it runs
 	limits      buildLimits
 }
@@ -62,7 +63,7 @@ func (b builder) Build(ctx context.Context, j template.Job, progress func(templa
 	}
 	img, err := b.images.Build(ctx, src, func(line string) { progress(template.Progress{Text: line}) })
 	if err != nil {
-		return template.Built{}, buildError(err)
+		return template.Built{}, b.buildError(err)
 	}
 	return built(img), nil
 }
@@ -88,19 +89,26 @@ func built(img image.Image) template.Built {
 		Workdir: img.Config.Workdir, Entrypoint: img.Config.Entrypoint, Cmd: img.Config.Cmd}
 }
 
-// buildError tells a step that failed in the words of templates.
-func buildError(err error) error {
+// buildError tells a step that failed in the words of templates, and not where on the
+// machine things are.
+func (b builder) buildError(err error) error {
+	var out *template.BuildError
 	if step := new(image.StepError); errors.As(err, &step) {
-		return &template.BuildError{Step: step.Step, ExitCode: step.ExitCode, Tail: step.Tail, Message: step.Err.Error()}
-	}
-	if step := new(buildkit.StepError); errors.As(err, &step) {
-		message := step.Err.Error()
+		out = &template.BuildError{Step: step.Step, ExitCode: step.ExitCode, Tail: step.Tail, Message: step.Err.Error()}
+	} else if step := new(buildkit.StepError); errors.As(err, &step) {
+		out = &template.BuildError{Step: step.Step, ExitCode: step.ExitCode, Tail: step.Tail, Message: step.Err.Error()}
 		if step.Line > 0 {
-			message = fmt.Sprintf("line %d: %s", step.Line, message)
+			out.Message = fmt.Sprintf("line %d: %s", step.Line, out.Message)
 		}
-		return &template.BuildError{Step: step.Step, ExitCode: step.ExitCode, Tail: step.Tail, Message: message}
+	} else {
+		return err
 	}
-	return err
+	out.Message = strings.ReplaceAll(out.Message, b.dir, "…")
+	out.Tail = slices.Clone(out.Tail)
+	for i, line := range out.Tail {
+		out.Tail[i] = strings.ReplaceAll(line, b.dir, "…")
+	}
+	return out
 }
 
 // Check implements template.Builder.
@@ -178,6 +186,6 @@ func (s *server) observeBuilds() func(result string, took time.Duration) {
 // builder joins the rooms that templates are built in.
 func (s *server) builder() builder {
 	c := s.cfg.Build
-	return builder{images: s.images, dockerfiles: s.dockerfiles, registry: s.cfg.Images.Registry, scratch: s.scratch(),
+	return builder{images: s.images, dockerfiles: s.dockerfiles, registry: s.cfg.Images.Registry, dir: s.cfg.DataDir, scratch: s.scratch(),
 		limits: buildLimits{memory: int64(c.MemoryMB) << 20, cpus: c.CPUs, context: buildkit.Limits{Bytes: int64(c.ContextLimitMB) << 20}}}
 }
