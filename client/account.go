@@ -7,6 +7,15 @@ import (
 	"iter"
 )
 
+// Pool returns what is booted in advance, by template and size. Needs the scope admin.
+func (c *Client) Pool(ctx context.Context) ([]PoolEntry, error) {
+	p, err := decode[Pool](c.wire.GetPool(ctx))
+	if err != nil {
+		return nil, err
+	}
+	return p.Pool, nil
+}
+
 // ListSizes returns the sizes a sandbox may have.
 func (c *Client) ListSizes(ctx context.Context) ([]Size, error) {
 	l, err := decode[SizeList](c.wire.ListSizes(ctx))

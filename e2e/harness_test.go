@@ -73,7 +73,9 @@ func newServer(t testing.TB, env ...string) *server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &server{t: t, binary: cayBinary(t), dataDir: filepath.Join(dir, "data"), env: append(os.Environ(), env...), process: &process{}}
+	s := &server{t: t, binary: cayBinary(t), dataDir: filepath.Join(dir, "data"), process: &process{}}
+	// Sandboxes nobody asked for would be in the way of most tests; those of the pool turn it on.
+	s.env = append(append(os.Environ(), "CAY_POOL_ENABLED=false"), env...)
 	s.url = "http://" + freeAddress(t)
 	t.Cleanup(func() {
 		s.stop(syscall.SIGTERM)

@@ -37,6 +37,7 @@ type config struct {
 	Images    imagesConfig    `toml:"images"`
 	Templates templatesConfig `toml:"templates"`
 	Build     buildConfig     `toml:"build"`
+	Pool      poolConfig      `toml:"pool"`
 }
 
 type networkConfig struct {
@@ -115,6 +116,7 @@ func defaults() config {
 		Templates: templatesConfig{Prepare: []string{"python", "base"}, MaxPerOrg: 100},
 		Build: buildConfig{Concurrent: 1, PerOrg: 1, Timeout: duration(30 * time.Minute), ContextLimitMB: 1024,
 			MemoryMB: 2048, CPUs: 2, DiskMB: 20 << 10, CacheMB: 10 << 10, IdleTimeout: duration(5 * time.Minute)},
+		Pool: poolConfig{Enabled: true, Target: 2, MaxMembers: 16},
 	}
 }
 
@@ -279,6 +281,9 @@ func (c *config) check() error {
 	}
 	if c.Build.Timeout < duration(time.Second) {
 		return fmt.Errorf("build.timeout: must be at least 1s, not %s", time.Duration(c.Build.Timeout))
+	}
+	if err := c.Pool.check(names); err != nil {
+		return err
 	}
 	if _, err := c.networkRange(); err != nil {
 		return err

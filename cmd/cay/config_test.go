@@ -75,6 +75,11 @@ func TestConfigRefusals(t *testing.T) {
 		"no time":           {env: "CAY_BUILD_TIMEOUT=0", want: "build.timeout"},
 		"fewer templates":   {env: "CAY_TEMPLATES_MAX_PER_ORG=-1", want: "templates.max_per_org"},
 		"same size twice":   {file: "[[sandbox.sizes]]\nname = \"a\"\nvcpus = 1\nmemory_mb = 256\n[[sandbox.sizes]]\nname = \"a\"\nvcpus = 1\nmemory_mb = 256\n", want: "sandbox.sizes"},
+		"pool target":       {env: "CAY_POOL_TARGET=-1", want: "pool.target"},
+		"pool bound":        {env: "CAY_POOL_MAX_MEMBERS=-1", want: "pool.max_members"},
+		"pool template":     {file: "[[pool.templates]]\ntarget = 1\n", want: "pool.templates[0].template"},
+		"pool size":         {file: "[[pool.templates]]\ntemplate = \"python\"\nsize = \"huge\"\n", want: "pool.templates[0].size"},
+		"pool own target":   {file: "[[pool.templates]]\ntemplate = \"a\"\n[[pool.templates]]\ntemplate = \"b\"\ntarget = -1\n", want: "pool.templates[1].target"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c, err := readConfig(configFile(t, tt.file), []string{tt.env})

@@ -91,6 +91,7 @@ func newFakeAPI() *fakeAPI {
 		"POST /v1/orgs":            f.createOrg,
 		"GET /v1/orgs":             f.listOrgs,
 		"GET /v1/me":               f.me,
+		"GET /v1/pool":             f.pool,
 	} {
 		mux.HandleFunc(pattern, f.recorded(h))
 	}
@@ -593,4 +594,8 @@ func (f *fakeAPI) listOrgs(w http.ResponseWriter, _ *http.Request, _ []byte) {
 
 func (f *fakeAPI) me(w http.ResponseWriter, _ *http.Request, _ []byte) {
 	answer(w, 200, client.Me{Org: client.Org{ID: "org_1", Name: "default"}, APIKey: client.APIKey{ID: "key_1", Name: "first", Scopes: []client.Scope{"admin"}}})
+}
+
+func (f *fakeAPI) pool(w http.ResponseWriter, _ *http.Request, _ []byte) {
+	answer(w, 200, client.Pool{Pool: []client.PoolEntry{{Template: "python", TemplateVersion: 2, Size: "shared-cpu-1x", Ready: 1, Claimed: 7, Target: 3}}})
 }

@@ -7,6 +7,7 @@ import (
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
 )
 
 // ListSizes answers GET /v1/sizes.
@@ -16,7 +17,9 @@ func (s *server) ListSizes(w http.ResponseWriter, r *http.Request) {
 
 // GetPool answers GET /v1/pool.
 func (s *server) GetPool(w http.ResponseWriter, r *http.Request) {
-	s.fail(w, r, errUnsupported("the warm pool"))
+	s.answer(w, r, http.StatusOK, Pool{Pool: each(s.Sandboxes.Pool(), func(p sandbox.PoolStatus) PoolEntry {
+		return PoolEntry{Template: p.Template, TemplateVersion: p.Version, Size: p.Size, Ready: p.Ready, Claimed: p.Claimed, Target: p.Target}
+	})})
 }
 
 // GetMe answers GET /v1/me.

@@ -747,6 +747,37 @@ type OrgList struct {
 	Orgs []Org `json:"orgs"`
 }
 
+// Pool The sandboxes that are booted in advance.
+type Pool struct {
+	// Pool One entry for each template and size that is in use or has a target, by name.
+	Pool []PoolEntry `json:"pool"`
+}
+
+// PoolEntry What the pool has of one template at one size.
+type PoolEntry struct {
+	// Claimed Creates that were served from the pool since the server started.
+	Claimed int `json:"claimed"`
+
+	// Ready Members that a create can take now.
+	Ready int `json:"ready"`
+
+	// Size Name of the size.
+	//
+	// Example: shared-cpu-1x
+	Size string `json:"size"`
+
+	// Target Members that there should be now. It follows demand.
+	Target int `json:"target"`
+
+	// Template Name of the template.
+	//
+	// Example: python
+	Template string `json:"template"`
+
+	// TemplateVersion The version that the members are of.
+	TemplateVersion int `json:"template_version"`
+}
+
 // Problem An error, as in RFC 9457.
 type Problem struct {
 	// Code What is wrong, for programs. Stable.
@@ -1200,9 +1231,6 @@ type Unauthorized = Problem
 
 // Unavailable An error, as in RFC 9457.
 type Unavailable = Problem
-
-// Unsupported An error, as in RFC 9457.
-type Unsupported = Problem
 
 // UnsupportedMediaType An error, as in RFC 9457.
 type UnsupportedMediaType = Problem

@@ -45,6 +45,7 @@ type Sandboxes interface {
 	Traffic(ctx context.Context, box sandbox.Sandbox) (*sandbox.Traffic, error)
 	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
 	Sizes() []sandbox.Size
+	Pool() []sandbox.PoolStatus
 }
 
 // Templates is what is called of the template room; [*template.Service] has it.

@@ -240,7 +240,6 @@ func TestSandboxCallsRefused(t *testing.T) {
 		{"organization there already", "POST", "/v1/orgs", `{"name":"other"}`, nil, 409, "org_exists", ""},
 		{"organization with a negative quota", "POST", "/v1/orgs", `{"name":"n","quota":{"vcpus":-1}}`, nil, 400, "invalid_quota", "quota.vcpus"},
 		{"organizations cursor", "GET", "/v1/orgs?cursor=x", "", nil, 400, "invalid_cursor", "cursor"},
-		{"pool", "GET", "/v1/pool", "", nil, 501, "unsupported", ""},
 	}
 	for _, c := range []struct{ method, path, body string }{
 		{"GET", "", ""}, {"DELETE", "", ""}, {"POST", "/keepalive", ""}, {"POST", "/wake", ""}, {"POST", "/suspend", ""}, {"POST", "/checkpoint", ""},

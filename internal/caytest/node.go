@@ -20,6 +20,9 @@ type Node struct {
 	OnDestroy    func(ctx context.Context, id sandbox.ID) error
 	OnSuspend    func(ctx context.Context, id sandbox.ID) error
 	OnCheckpoint func(ctx context.Context, id sandbox.ID) error
+	OnPrepare    func(ctx context.Context, spec sandbox.Spec) error
+	OnClaim      func(ctx context.Context, spec sandbox.Spec) error // an error ends the member
+	OnCheck      func(ctx context.Context, id sandbox.ID) error
 	OnWake       func(ctx context.Context, spec sandbox.Spec) error
 	OnRest       func(ctx context.Context, id sandbox.ID) error
 	OnInspect    func(ctx context.Context, id sandbox.ID) error
@@ -34,6 +37,8 @@ type Node struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	full bool // Room says no; guarded by mu
+	// +checklocks:mu
+	most int // sandboxes there may be; 0 is any number; guarded by mu
 	// +checklocks:mu
 	boxes map[sandbox.ID]sandbox.Fact // guarded by mu
 	// +checklocks:mu
@@ -56,10 +61,80 @@ func (n *Node) SetFull(full bool) {
 func (n *Node) Room(context.Context, sandbox.Size) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.full {
+	if n.full || n.most > 0 && len(n.boxes) >= n.most {
 		return fault.New(fault.Unavailable, "no_capacity", "full").After(5e9)
 	}
 	return nil
+}
+
+// SetMost makes Room and Spare say that there may be so many sandboxes.
+func (n *Node) SetMost(most int) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.most = most
+}
+
+// Spare implements sandbox.Node.
+func (n *Node) Spare(context.Context) (int, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	switch {
+	case n.full:
+		return 0, nil
+	case n.most > 0:
+		return max(0, n.most-len(n.boxes)), nil
+	}
+	return 1000, nil
+}
+
+// Prepare implements sandbox.Node.
+func (n *Node) Prepare(ctx context.Context, spec sandbox.Spec) error {
+	if err := called(ctx, n, "prepare", spec.ID, spec, n.OnPrepare); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if _, there := n.boxes[spec.ID]; there {
+		return errors.New("prepared twice")
+	}
+	n.boxes[spec.ID] = sandbox.Fact{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Warm: true}
+	return nil
+}
+
+// Claim implements sandbox.Node.
+func (n *Node) Claim(ctx context.Context, spec sandbox.Spec) error {
+	n.mu.Lock()
+	fact := n.boxes[spec.ID]
+	if !fact.Warm || fact.Run != spec.Run {
+		n.mu.Unlock()
+		return fault.New(fault.Conflict, "no_member", "there is no member %s", spec.ID)
+	}
+	fact.Warm = false
+	n.boxes[spec.ID] = fact
+	n.mu.Unlock()
+	err := called(ctx, n, "claim", spec.ID, spec, n.OnClaim)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if err == nil && !n.boxes[spec.ID].Alive {
+		err = errors.New("the member is dead")
+	}
+	if err != nil {
+		if ctx.Err() == nil { // else there was no time to, or nobody is left to
+			delete(n.boxes, spec.ID)
+		}
+		return err
+	}
+	fact.Egress = spec.Egress
+	n.boxes[spec.ID] = fact
+	return nil
+}
+
+// Check implements sandbox.Node.
+func (n *Node) Check(ctx context.Context, id sandbox.ID) error {
+	if n.OnCheck == nil {
+		return nil
+	}
+	return n.OnCheck(ctx, id)
 }
 
 // Create implements sandbox.Node.

@@ -37,7 +37,9 @@ func (n *Node) adopt() error {
 			continue
 		}
 		keep[l.Slot] = true
-		if err := b.applyPolicy(n.ctx); err != nil {
+		if l.Warm != "" && l.Egress.Mode == "" {
+			// A member that has no policy yet: its slot stays closed.
+		} else if err := b.applyPolicy(n.ctx); err != nil {
 			// It keeps the rules it had; the sandbox room gives it its policy again.
 			n.log.Error("adopting a sandbox's policy", "sandbox", id, "error", err)
 		}

@@ -51,6 +51,9 @@ type life struct {
 	// What the sandbox was first started with, and its checkpoints need.
 	Programs payload.Version `json:"programs"`
 	Flags    []string        `json:"flags"`
+	// Warm says what a member of the pool was made with, see Node.make. "" is no member, or
+	// one that is being claimed. Guarded by node.mu, as Egress.
+	Warm string `json:"warm,omitempty"`
 	// Egress is the policy that is wanted. It changes while the sandbox runs.
 	Egress sandbox.Egress `json:"egress"`
 }
@@ -65,15 +68,25 @@ type step struct {
 // Create makes a sandbox and returns when its agent answers and knows its token, and its
 // start command, if it has one, is ready.
 func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
-	b := &box{node: n, life: life{ID: spec.ID, Run: spec.Run, Token: spec.Token, MemoryMB: spec.Size.MemoryMB, Egress: spec.Egress,
+	b := n.newBox(spec)
+	return n.take(ctx, b, n.creation(b, spec), n.Destroy)
+}
+
+// newBox is a sandbox that is to be booted.
+func (n *Node) newBox(spec sandbox.Spec) *box {
+	return &box{node: n, life: life{ID: spec.ID, Run: spec.Run, Token: spec.Token, MemoryMB: spec.Size.MemoryMB, Egress: spec.Egress,
 		Programs: n.cfg.Programs.Version, Flags: runsc.Flags(n.cfg.Platform)}}
+}
+
+// creation is how it is.
+func (n *Node) creation(b *box, spec sandbox.Spec) []step {
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		return b.runtime().Run(ctx, n.container(b, spec, image))
 	}, func(ctx context.Context) error { return n.initAgent(ctx, b, spec) })
 	if !spec.Start.None() {
 		steps = append(steps, step{"command", func(ctx context.Context) error { return n.startCommand(ctx, b, spec.Start) }})
 	}
-	return n.take(ctx, b, steps, n.Destroy)
+	return steps
 }
 
 // take makes a life of a sandbox that has none, step by step, and undoes it when one fails.
@@ -86,6 +99,12 @@ func (n *Node) take(ctx context.Context, b *box, steps []step, undo func(context
 	}
 	n.boxes[id] = b
 	n.mu.Unlock()
+	return n.walk(ctx, b, steps, undo)
+}
+
+// walk takes the steps one after the other, and undoes all when one fails.
+func (n *Node) walk(ctx context.Context, b *box, steps []step, undo func(context.Context, sandbox.ID) error) error {
+	id := b.life.ID
 	for _, s := range steps {
 		began := time.Now()
 		err := s.do(ctx)

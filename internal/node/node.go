@@ -251,7 +251,7 @@ func (n *Node) Inspect(_ context.Context, id sandbox.ID) (*sandbox.Fact, error) 
 	fact := &sandbox.Fact{ID: id}
 	b := n.box(id)
 	if b != nil {
-		fact.Run, fact.Alive, fact.Egress = b.life.Run, !b.dead(), b.policy()
+		fact.Run, fact.Alive, fact.Warm, fact.Egress = b.life.Run, !b.dead(), b.warm(), b.policy()
 	}
 	_, err := os.Stat(n.dir(id))
 	fact.Remains = b != nil || err == nil || n.state.Knows(string(id)) || n.groups.Group(n.groupPath(id)).Exists()

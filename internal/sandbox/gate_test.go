@@ -112,6 +112,34 @@ func (s gatedStore) Insert(ctx context.Context, b sandbox.Sandbox, q sandbox.Quo
 	return s.Store.Insert(ctx, b, q, once)
 }
 
+func (s gatedStore) AddMember(ctx context.Context, m sandbox.Member) error {
+	s.writes.Add(1)
+	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) { return nil, s.Store.AddMember(ctx, m) })
+	return err
+}
+
+func (s gatedStore) DropMember(ctx context.Context, id sandbox.ID) error {
+	s.writes.Add(1)
+	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) { return nil, s.Store.DropMember(ctx, id) })
+	return err
+}
+
+func (s gatedStore) Claim(ctx context.Context, b sandbox.Sandbox, q sandbox.Quota, once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
+	s.writes.Add(1)
+	s.mu.Lock()
+	broken := s.broken
+	s.mu.Unlock()
+	if broken != nil && broken(b.State) {
+		return prior, false, errBroken
+	}
+	ctx, done, err := s.pass(ctx)
+	defer done()
+	if err != nil {
+		return prior, false, err
+	}
+	return s.Store.Claim(ctx, b, q, once)
+}
+
 func (s gatedStore) Forget(ctx context.Context, id sandbox.ID) error {
 	s.writes.Add(1)
 	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) { return nil, s.Store.Forget(ctx, id) })
@@ -187,6 +215,16 @@ type gatedNode struct {
 
 func (n gatedNode) Create(ctx context.Context, spec sandbox.Spec) error {
 	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.Create(ctx, spec) })
+	return err
+}
+
+func (n gatedNode) Prepare(ctx context.Context, spec sandbox.Spec) error {
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.Prepare(ctx, spec) })
+	return err
+}
+
+func (n gatedNode) Claim(ctx context.Context, spec sandbox.Spec) error {
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.Claim(ctx, spec) })
 	return err
 }
 

@@ -17,7 +17,9 @@ const (
 	opWake       opKind = "wake"
 	opCheckpoint opKind = "checkpoint"
 	opEgress     opKind = "egress"
-	opSettle     opKind = "settle" // makes row and host agree
+	opClaim      opKind = "claim"   // a create from the pool
+	opPrepare    opKind = "prepare" // a new member of the pool
+	opSettle     opKind = "settle"  // makes row and host agree
 )
 
 // operation is work on one sandbox under way in this process. Its context
@@ -83,7 +85,11 @@ func (s *Service) do(id ID, op *operation, work func(ctx context.Context) (Sandb
 func (s *Service) finish(id ID, op *operation, result Sandbox, err error) {
 	s.mu.Lock()
 	delete(s.work, id)
+	if op.kind.foreground() {
+		s.served = time.Now()
+	}
 	s.mu.Unlock()
+	s.pool.nudge()
 	op.result, op.err = result, err
 	op.cancel(nil)
 	close(op.done)

@@ -98,8 +98,23 @@ type Store interface {
 	// Purge drops sandboxes that were over before the time, with their events,
 	// and idempotency records older than 24 h at now. It says how many sandboxes went.
 	Purge(ctx context.Context, over, now time.Time) (int, error)
-	// Images lists the images that sandboxes which are not over need.
+	// Images lists the images that sandboxes which are not over need, and members of
+	// the pool.
 	Images(ctx context.Context) ([]string, error)
+
+	// AddMember adds a member of the pool. One with the ID of a member or of a sandbox
+	// is an error.
+	AddMember(ctx context.Context, m Member) error
+	// DropMember drops a member. None is no error.
+	DropMember(ctx context.Context, id ID) error
+	// Members returns the members, oldest first.
+	Members(ctx context.Context) ([]Member, error)
+	// Admit says what Insert would say now, and writes nothing.
+	Admit(ctx context.Context, s Sandbox, q Quota, once Once) (prior Sandbox, found bool, err error)
+	// Claim makes the member with the sandbox's ID the sandbox s, which is in state
+	// running, with the events of a create, and otherwise does and answers as Insert.
+	// No such member is a Conflict, code "no_member", and nothing is written.
+	Claim(ctx context.Context, s Sandbox, q Quota, once Once) (prior Sandbox, found bool, err error)
 }
 
 // Spec is everything a Node needs to make a sandbox.
@@ -134,6 +149,9 @@ type Fact struct {
 	// Remains says that something of a life is there that Rest would remove:
 	// processes, a control group, a network slot, files. True when Alive is.
 	Remains bool
+	// Warm says that it was prepared for the pool as a sandbox of this server would be
+	// created now, and that nobody began to claim it.
+	Warm bool
 	// Egress is the policy that the machine has for it, in force if Alive.
 	Egress Egress
 	// Point is its latest recovery point, nil if it has none. There is at most one
@@ -155,6 +173,21 @@ type Node interface {
 	// a start command that fails is Conflict, code "start_failed", with a detail for
 	// the user.
 	Create(ctx context.Context, spec Spec) error
+	// Spare is how many more sandboxes the machine could take by their number and its
+	// memory, at the least 0.
+	Spare(ctx context.Context) (int, error)
+	// Prepare makes a member of the pool: a sandbox as Create makes it, but for what
+	// Claim gives it, and closed: nothing leaves it. One with a start command, which
+	// has to run as if it were created, has the spec's policy, environment, user and
+	// working directory already. Errors are as Create's.
+	Prepare(ctx context.Context, spec Spec) error
+	// Claim gives a member environment, user, working directory and policy of the spec;
+	// the rest of it must be what Prepare was given. The policy is in force when it
+	// returns. After an error nothing of the member is left, except what the error says
+	// could not be undone, and it is no member any more.
+	Claim(ctx context.Context, spec Spec) error
+	// Check asks a sandbox's agent whether it answers.
+	Check(ctx context.Context, id ID) error
 	// Suspend writes a recovery point of the whole sandbox and then ends it: when it
 	// returns without an error only the point is left. After an error the sandbox
 	// runs on, or is dead with its previous or its new point whole: Inspect says

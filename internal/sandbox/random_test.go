@@ -27,9 +27,10 @@ func TestRandomLives(t *testing.T) {
 				secs:  rapid.IntRange(1, 90).Draw(t, "secs"),
 			}
 		}), 1, 25).Draw(rt, "steps")
+		pool := sandbox.PoolConfig{Enabled: rapid.Bool().Draw(rt, "pool"), Target: 2, MaxMembers: 4}
 		var failure string
 		synctest.Test(t, func(t *testing.T) {
-			l := &lives{house: newHouse(t), had: map[sandbox.ID]bool{}, asked: map[sandbox.ID]bool{}}
+			l := &lives{house: newPoolHouse(t, pool), had: map[sandbox.ID]bool{}, asked: map[sandbox.ID]bool{}}
 			failure = l.play(steps)
 		})
 		if failure != "" {
@@ -108,7 +109,8 @@ func (l *lives) play(steps []step) string {
 
 func (l *lives) heal() {
 	n := l.node
-	n.OnCreate, n.OnDestroy, n.OnSuspend, n.OnCheckpoint, n.OnWake, n.OnRest, n.OnSetEgress = nil, nil, nil, nil, nil, nil, nil
+	n.OnCreate, n.OnPrepare, n.OnClaim, n.OnWake = nil, nil, nil, nil
+	n.OnDestroy, n.OnSuspend, n.OnCheckpoint, n.OnRest, n.OnSetEgress = nil, nil, nil, nil, nil
 	l.gate.breakTransitions(nil)
 	barrier()
 }
@@ -139,7 +141,7 @@ func (l *lives) inject(s step) error {
 	default:
 		n.OnSuspend = after
 		n.OnCreate = func(ctx context.Context, spec sandbox.Spec) error { return after(ctx, spec.ID) }
-		n.OnWake = n.OnCreate
+		n.OnWake, n.OnPrepare, n.OnClaim = n.OnCreate, n.OnCreate, n.OnCreate
 		n.OnSetEgress = after
 		if s.fault != "fails, kills, new point" { // which itself makes one
 			n.OnCheckpoint = after
@@ -160,8 +162,9 @@ func (l *lives) inject(s step) error {
 	}
 	l.crash()
 	if s.fault == "crash and kill" {
-		for _, id := range l.ids {
-			n.Kill(id)
+		facts, _ := n.List(context.Background())
+		for _, fact := range facts {
+			n.Kill(fact.ID)
 		}
 	}
 	pass(5 * time.Second) // who waits for a lease gives up
@@ -293,6 +296,20 @@ func (l *lives) agree() string {
 		case row.Mode == sandbox.Ephemeral && !row.ExpiresAt.After(time.Now()):
 			return fmt.Sprintf("sandbox %s outlived its time", row.ID)
 		}
+	}
+	members, err := l.db.Members(context.Background())
+	if err != nil {
+		return err.Error()
+	}
+	for _, m := range members {
+		f, there := has[m.ID]
+		delete(has, m.ID)
+		if !f.Alive || !f.Warm || f.Run != m.Run {
+			return fmt.Sprintf("member %s of the pool is (%v) %+v", m.ID, there, f)
+		}
+	}
+	if want := l.pool.Target; l.pool.Enabled && len(members) > l.pool.MaxMembers || !l.pool.Enabled && len(members) > 0 {
+		return fmt.Sprintf("the pool has %d members, wants %d", len(members), want)
 	}
 	for _, f := range has {
 		return fmt.Sprintf("the host has %+v without a living row", f)

@@ -25,19 +25,28 @@ const (
 	Rest    Action = "rest"    // a suspend or a wake that a crash interrupted: clean the host, suspended
 	Clear   Action = "clear"   // suspended already, with something of a life left: clean the host
 	Resume  Action = "resume"  // a suspend that did not take: running
+	Keep    Action = "keep"    // a member of the pool that can be claimed
+	Discard Action = "discard" // a member of the pool that cannot: clean the host, drop its row
 )
 
 // Decide is the whole of what cay makes of a crash, and of a suspend or a wake that
-// failed: a pure function of a row (nil if there is none) and of what the host has
-// (nil if nothing). Nobody else may be at work on the sandbox.
-func Decide(row *Sandbox, fact *Fact) Action {
-	if row == nil {
-		if fact == nil {
-			return Leave
+// failed: a pure function of a row, of a row of the pool (each nil if there is none) and
+// of what the host has (nil if nothing). Nobody else may be at work on the sandbox. A
+// sandbox's row goes before one of the pool: the claim that wrote it took that.
+func Decide(row *Sandbox, member *Member, fact *Fact) Action {
+	switch {
+	case row != nil:
+	case member != nil:
+		if fact != nil && fact.Alive && fact.Warm && fact.Run == member.Run {
+			return Keep
 		}
+		return Discard // dead, made by another cay, or claimed for a sandbox that was never told to anybody
+	case fact == nil:
+		return Leave
+	default:
 		return Remove
 	}
-	alive := fact != nil && fact.Alive && fact.Run == row.Run
+	alive := fact != nil && fact.Alive && fact.Run == row.Run && !fact.Warm
 	point := fact != nil && fact.Point != nil
 	switch row.State {
 	case Creating:
@@ -86,6 +95,10 @@ func (s *Service) Reconcile(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listing unfinished sandboxes: %w", err)
 	}
+	members, err := s.store.Members(ctx)
+	if err != nil {
+		return fmt.Errorf("listing the pool: %w", err)
+	}
 	byID := make(map[ID]*Fact, len(facts))
 	for i := range facts {
 		byID[facts[i].ID] = &facts[i]
@@ -94,12 +107,20 @@ func (s *Service) Reconcile(ctx context.Context) error {
 	for i := range rows {
 		row := &rows[i]
 		fact := byID[row.ID]
-		a := Decide(row, fact)
+		a := Decide(row, nil, fact)
 		delete(byID, row.ID)
 		if a == Leave || a == Adopt && s.tracked(*row) && fact.Egress.Equal(row.Egress) {
 			continue
 		}
 		errs = append(errs, s.lookAfter(row.ID))
+	}
+	for i := range members {
+		m := &members[i]
+		a := Decide(nil, m, byID[m.ID])
+		delete(byID, m.ID)
+		if a != Keep || !s.pool.has(m.ID) {
+			errs = append(errs, s.lookAfter(m.ID))
+		}
 	}
 	for id := range byID {
 		errs = append(errs, s.lookAfter(id))
@@ -137,12 +158,18 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 	case !fault.Is(err, fault.NotFound):
 		return err
 	}
+	var member *Member
+	if row == nil {
+		if member, err = s.member(ctx, id); err != nil {
+			return err
+		}
+	}
 	fact, err := s.node.Inspect(ctx, id)
 	if err != nil {
 		return fmt.Errorf("looking at what the machine has of %s: %w", id, err)
 	}
-	a := Decide(row, fact)
-	if a != Leave && a != Adopt {
+	a := Decide(row, member, fact)
+	if a != Leave && a != Adopt && a != Keep {
 		s.log.WarnContext(ctx, "reconciling", "sandbox", id, "action", a)
 	}
 	switch a {
@@ -158,6 +185,10 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 		return s.takeApart(ctx, id, row.Run, Lost)
 	case Finish:
 		return s.takeApart(ctx, id, row.Run, row.DestroyReason)
+	case Keep:
+		return s.keep(ctx, *member)
+	case Discard:
+		return s.discard(ctx, id)
 	}
 	if err := s.node.Destroy(ctx, id); err != nil {
 		return fmt.Errorf("clearing what is left of %s: %w", id, err)

@@ -24,6 +24,10 @@ func TestDecide(t *testing.T) {
 		"part+point":  {Remains: true, Point: point},
 		"point":       {Point: point},
 		"directory":   {}, // neither a life nor a point
+		// Members of the pool.
+		"warm":       {Run: "now", Alive: true, Remains: true, Warm: true},
+		"warm dead":  {Run: "now", Remains: true, Warm: true},
+		"warm other": {Run: "before", Alive: true, Remains: true, Warm: true},
 	}
 	all := func(a sandbox.Action) map[string]sandbox.Action {
 		m := map[string]sandbox.Action{}
@@ -56,8 +60,19 @@ func TestDecide(t *testing.T) {
 			if state != "" {
 				row = &sandbox.Sandbox{State: state, Run: "now"}
 			}
-			if got := sandbox.Decide(row, fact); got != want[state][name] {
+			if got := sandbox.Decide(row, nil, fact); got != want[state][name] {
 				t.Errorf("row %q, host %s: got %s, want %s", state, name, got, want[state][name])
+			}
+			member := &sandbox.Member{Run: "now"}
+			want := want[state][name] // a row goes before one of the pool
+			switch {
+			case row == nil && name == "warm":
+				want = sandbox.Keep
+			case row == nil:
+				want = sandbox.Discard
+			}
+			if got := sandbox.Decide(row, member, fact); got != want {
+				t.Errorf("row %q, a member's row, host %s: got %s, want %s", state, name, got, want)
 			}
 		}
 	}

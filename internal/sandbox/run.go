@@ -17,10 +17,11 @@ const (
 
 // Run does what has to be done over time until ctx ends: it notices sandboxes
 // whose processes ended and what policies denied, reconciles, writes down last activities,
-// and drops old rows. Call [Service.Reconcile]
+// keeps the pool, and drops old rows. Call [Service.Reconcile]
 // once before, so that timers are set when the first request comes.
 func (s *Service) Run(ctx context.Context) {
 	go s.flushing(ctx)
+	go s.keepPool(ctx)
 	reconcile, purge := time.NewTicker(reconcileEvery), time.NewTicker(purgeEvery)
 	defer reconcile.Stop()
 	defer purge.Stop()

@@ -18,6 +18,7 @@ type Config struct {
 	MaxDisk     int    // MiB
 	// KeepDestroyed is how long a destroyed sandbox stays readable.
 	KeepDestroyed time.Duration
+	Pool          PoolConfig
 }
 
 // Service is the core of cay: all operations on sandboxes.
@@ -29,6 +30,7 @@ type Service struct {
 	log       *slog.Logger
 	observe   func(Event)
 	leases    atomic.Int64
+	pool      *pool
 
 	recoveries chan struct{} // one in it for each recovery point being taken by timer
 
@@ -40,6 +42,8 @@ type Service struct {
 	// +checklocks:mu
 	denials map[ID]*denials // not yet events; guarded by mu
 	// +checklocks:mu
+	served time.Time // when somebody last waited for a sandbox; guarded by mu
+	// +checklocks:mu
 	closed bool           // no timers and no operations start any more; guarded by mu
 	wg     sync.WaitGroup // operations under way
 }
@@ -50,7 +54,7 @@ func New(cfg Config, store Store, node Node, templates Templates, log *slog.Logg
 	if observe == nil {
 		observe = func(Event) {}
 	}
-	return &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe,
+	return &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe, pool: newPool(cfg.Pool),
 		recoveries: make(chan struct{}, recoveriesAtOnce), work: map[ID]*operation{}, lives: map[ID]*life{}, denials: map[ID]*denials{}}
 }
 
@@ -78,7 +82,10 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wa
 	if err != nil {
 		return Sandbox{}, err
 	}
-	if err := s.node.Room(ctx, box.Size); err != nil {
+	if warm, done, err := s.createWarm(ctx, c, box, version, once, wait); done {
+		return warm, err
+	}
+	if err := s.room(ctx, box.Size); err != nil {
 		return Sandbox{}, err
 	}
 	// The claim is taken before the row exists, so that nobody who finds the row
@@ -268,7 +275,12 @@ func (s *Service) transition(ctx context.Context, c Change) (Sandbox, error) {
 	if err != nil {
 		return before, err
 	}
-	s.log.InfoContext(ctx, "sandbox "+string(c.To), "sandbox", c.ID, "state", c.To, "reason", c.Reason, "detail", c.Detail)
-	s.observe(Event{SandboxID: c.ID, At: c.At, To: c.To, Reason: c.Reason, Detail: c.Detail})
+	s.announce(ctx, Event{SandboxID: c.ID, At: c.At, To: c.To, Reason: c.Reason, Detail: c.Detail})
 	return before, nil
+}
+
+// announce tells of a transition that is durable.
+func (s *Service) announce(ctx context.Context, e Event) {
+	s.log.InfoContext(ctx, "sandbox "+string(e.To), "sandbox", e.SandboxID, "state", e.To, "reason", e.Reason, "detail", e.Detail)
+	s.observe(e)
 }

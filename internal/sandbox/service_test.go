@@ -29,13 +29,14 @@ func (oneTemplate) Ready(_ context.Context, _, name string) (sandbox.TemplateVer
 		name, egress = "python", sandbox.Egress{Mode: sandbox.DenyAll}
 	}
 	var start sandbox.Start
-	if name == "service" {
-		name, start = "python", service
+	id := "tpl_aaaaaaaaaaaaaaaaaaaa"
+	if name == "service" || name == "tpl_bbbbbbbbbbbbbbbbbbbb" {
+		id, name, start = "tpl_bbbbbbbbbbbbbbbbbbbb", "python", service
 	}
-	if name != "python" {
+	if name != "python" && name != id {
 		return sandbox.TemplateVersion{}, fault.New(fault.NotFound, "template_not_found", "there is no template %q", name)
 	}
-	return sandbox.TemplateVersion{ID: "tpl_aaaaaaaaaaaaaaaaaaaa", Name: "python", Version: 1, Image: "abc", Egress: egress, Start: start,
+	return sandbox.TemplateVersion{ID: id, Name: "python", Version: 1, Image: "abc", Egress: egress, Start: start,
 		Env: map[string]string{"A": "template", "B": "template"}}, nil
 }
 
@@ -47,16 +48,23 @@ type house struct {
 	node  *caytest.Node
 	gate  *gate // of the server that runs now
 	quota sandbox.Quota
+	pool  sandbox.PoolConfig // of the next start
+	what  sandbox.Templates
 	stop  context.CancelFunc
 }
 
 func newHouse(t *testing.T) *house {
 	t.Helper()
+	return newPoolHouse(t, sandbox.PoolConfig{})
+}
+
+func newPoolHouse(t *testing.T, pool sandbox.PoolConfig) *house {
+	t.Helper()
 	db, err := store.Open(t.Context(), filepath.Join(t.TempDir(), "cay.db"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &house{t: t, db: db, node: caytest.NewNode()}
+	h := &house{t: t, db: db, node: caytest.NewNode(), pool: pool, what: oneTemplate{}}
 	h.start()
 	t.Cleanup(func() {
 		h.crash()
@@ -73,8 +81,8 @@ func (h *house) start() {
 	h.gate = newGate()
 	h.Service = sandbox.New(sandbox.Config{
 		Sizes:       []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}, {Name: "big", VCPUs: 4, MemoryMB: 8192, Dedicated: true}},
-		DefaultSize: "small", DefaultDisk: 2048, MaxDisk: 20480, KeepDestroyed: time.Hour,
-	}, gatedStore{h.db, h.gate}, gatedNode{h.node, h.gate}, oneTemplate{}, slog.New(slog.DiscardHandler), nil)
+		DefaultSize: "small", DefaultDisk: 2048, MaxDisk: 20480, KeepDestroyed: time.Hour, Pool: h.pool,
+	}, gatedStore{h.db, h.gate}, gatedNode{h.node, h.gate}, h.what, slog.New(slog.DiscardHandler), nil)
 	ctx, stop := context.WithCancel(context.Background())
 	h.stop = stop
 	if err := h.Reconcile(ctx); err != nil {

@@ -81,7 +81,7 @@ func (s *Service) wake(ctx context.Context, c Caller, id ID) (Sandbox, error) {
 		return Sandbox{}, notRunning(box)
 	}
 	// What only this caller need hear of leaves the row as it is.
-	if err := s.node.Room(ctx, box.Size); err != nil {
+	if err := s.room(ctx, box.Size); err != nil {
 		return Sandbox{}, err
 	}
 	run, token := newSecret(10), newSecret(32)

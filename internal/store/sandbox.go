@@ -81,24 +81,10 @@ func (db *DB) Insert(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota, on
 		return prior, false, fmt.Errorf("inserting sandbox %s in state %q", s.ID, s.State)
 	}
 	err = db.write(ctx, func(tx *sql.Tx) error {
-		if once.Key != "" {
-			if prior, found, err = first(ctx, tx, s, once); err != nil || found {
-				return err
-			}
-		}
-		if err := checkQuota(ctx, tx, s, q); err != nil {
+		if prior, found, err = admit(ctx, tx, s, q, once); err != nil || found {
 			return err
 		}
-		if err := insertSandbox(ctx, tx, s); err != nil {
-			return err
-		}
-		if once.Key == "" {
-			return nil
-		}
-		_, err := tx.ExecContext(ctx, `INSERT INTO idempotency (org_id, name, hash, sandbox_id, created_at) VALUES ($1, $2, $3, $4, $5)
-			ON CONFLICT (org_id, name) DO UPDATE SET hash = excluded.hash, sandbox_id = excluded.sandbox_id, created_at = excluded.created_at`,
-			s.OrgID, once.Key, once.Hash, s.ID, at(s.CreatedAt))
-		return err
+		return insertSandbox(ctx, tx, s, once)
 	})
 	if err != nil {
 		return sandbox.Sandbox{}, false, fmt.Errorf("inserting sandbox %s: %w", s.ID, err)
@@ -106,8 +92,18 @@ func (db *DB) Insert(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota, on
 	return prior, found, nil
 }
 
+// admit says whether s may be inserted, or what the once key made before.
+func admit(ctx context.Context, q querier, s sandbox.Sandbox, quota sandbox.Quota, once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
+	if once.Key != "" {
+		if prior, found, err = first(ctx, q, s, once); err != nil || found {
+			return prior, found, err
+		}
+	}
+	return prior, false, checkQuota(ctx, q, s, quota)
+}
+
 // first finds the sandbox that the once key made before, if it did.
-func first(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, once sandbox.Once) (sandbox.Sandbox, bool, error) {
+func first(ctx context.Context, tx querier, s sandbox.Sandbox, once sandbox.Once) (sandbox.Sandbox, bool, error) {
 	var hash string
 	var id sandbox.ID
 	err := tx.QueryRowContext(ctx, "SELECT hash, sandbox_id FROM idempotency WHERE org_id = $1 AND name = $2 AND created_at > $3",
@@ -128,7 +124,7 @@ func first(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, once sandbox.Once
 // checkQuota refuses s if its organization's sandboxes that are not over would
 // exceed q with it. Suspended ones hold no CPU and no memory. A row that s may have
 // already does not count, so that one to be woken is weighed like a new one.
-func checkQuota(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, q sandbox.Quota) error {
+func checkQuota(ctx context.Context, tx querier, s sandbox.Sandbox, q sandbox.Quota) error {
 	if q == (sandbox.Quota{}) {
 		return nil
 	}
@@ -157,7 +153,9 @@ func checkQuota(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, q sandbox.Qu
 	return nil
 }
 
-func insertSandbox(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox) error {
+// insertSandbox writes the row with what belongs to it, the event that it is created and
+// the once key.
+func insertSandbox(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, once sandbox.Once) error {
 	fields := sandboxFields(&s)
 	if _, err := tx.ExecContext(ctx, "INSERT INTO sandboxes ("+sandboxColumns+") VALUES ("+placeholders(len(fields))+")", fields...); err != nil {
 		return fmt.Errorf("writing row: %w", err)
@@ -168,7 +166,19 @@ func insertSandbox(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox) error {
 			return fmt.Errorf("writing metadata: %w", err)
 		}
 	}
-	return insertEvent(ctx, tx, sandbox.Event{SandboxID: s.ID, At: s.CreatedAt, To: s.State})
+	if err := insertEvent(ctx, tx, sandbox.Event{SandboxID: s.ID, At: s.CreatedAt, To: sandbox.Creating}); err != nil {
+		return err
+	}
+	if once.Key == "" {
+		return nil
+	}
+	_, err := tx.ExecContext(ctx, `INSERT INTO idempotency (org_id, name, hash, sandbox_id, created_at) VALUES ($1, $2, $3, $4, $5)
+		ON CONFLICT (org_id, name) DO UPDATE SET hash = excluded.hash, sandbox_id = excluded.sandbox_id, created_at = excluded.created_at`,
+		s.OrgID, once.Key, once.Hash, s.ID, at(s.CreatedAt))
+	if err != nil {
+		return fmt.Errorf("writing idempotency key: %w", err)
+	}
+	return nil
 }
 
 // Forget implements [sandbox.Store].
@@ -390,7 +400,8 @@ func (db *DB) Unfinished(ctx context.Context) ([]sandbox.Sandbox, error) {
 
 // Images implements [sandbox.Store].
 func (db *DB) Images(ctx context.Context) ([]string, error) {
-	return db.texts(ctx, "listing images of sandboxes", "SELECT DISTINCT image FROM sandboxes WHERE ended_at IS NULL AND image <> '' ORDER BY image")
+	return db.texts(ctx, "listing images of sandboxes",
+		"SELECT image FROM sandboxes WHERE ended_at IS NULL AND image <> '' UNION SELECT image FROM pool ORDER BY image")
 }
 
 // texts runs a query for one column of text.

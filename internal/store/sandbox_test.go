@@ -100,6 +100,9 @@ func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
 		"unfinished and images":  sandboxUnfinished,
 		"events":                 sandboxEvents,
 		"purge":                  sandboxPurge,
+		"pool":                   poolMembers,
+		"claim":                  poolClaim,
+		"claims in a race":       poolClaimRace,
 		"a context that is over": sandboxContext,
 	} {
 		t.Run(name, func(t *testing.T) {

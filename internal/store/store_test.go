@@ -153,7 +153,7 @@ func TestOpenMigrates(t *testing.T) {
 	}
 	s := mustInsert(t, db, small("org_a", 0))
 	for _, back := range []string{
-		"DROP TABLE template_builds", "DROP INDEX templates_queued", "DROP INDEX templates_image", "DROP INDEX sandboxes_of_template",
+		"DROP TABLE pool", "DROP TABLE template_builds", "DROP INDEX templates_queued", "DROP INDEX templates_image", "DROP INDEX sandboxes_of_template",
 		"ALTER TABLE templates DROP COLUMN build_id", "ALTER TABLE templates DROP COLUMN tries", "ALTER TABLE templates DROP COLUMN queued_at",
 		"ALTER TABLE templates DROP COLUMN start", "ALTER TABLE templates ADD COLUMN start_command TEXT NOT NULL DEFAULT ''",
 		"ALTER TABLE template_logs DROP COLUMN step", "ALTER TABLE template_logs DROP COLUMN heading",
@@ -415,7 +415,7 @@ func BenchmarkList50Of10000(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		if err := insertSandbox(b.Context(), tx, s); err != nil {
+		if err := insertSandbox(b.Context(), tx, s, sandbox.Once{}); err != nil {
 			b.Fatal(err)
 		}
 		if i%10 != 0 {

@@ -1,0 +1,201 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+type poolEntry struct {
+	Template string `json:"template"`
+	Size     string `json:"size"`
+	Ready    int    `json:"ready"`
+	Claimed  int    `json:"claimed"`
+	Target   int    `json:"target"`
+}
+
+// pool is what the server says of its pool's only template; the zero value is none.
+func (s *server) pool() poolEntry {
+	s.t.Helper()
+	status, body := s.call("GET", "/v1/pool", nil)
+	var answer struct {
+		Pool []poolEntry `json:"pool"`
+	}
+	if err := json.Unmarshal(body, &answer); err != nil || status != 200 || len(answer.Pool) > 1 {
+		s.t.Fatalf("the pool: %d %s, %v", status, body, err)
+	}
+	if len(answer.Pool) == 0 {
+		return poolEntry{}
+	}
+	return answer.Pool[0]
+}
+
+// awaitPool waits until the pool is full, with nothing on the host beside it and the
+// sandboxes that run.
+func (s *server) awaitPool(ready int) {
+	s.t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) { // a poll with a deadline
+		p, running, onHost := s.pool(), s.sandboxes("running"), s.groupsOnHost()
+		if p.Ready == ready && len(onHost) == len(running)+ready {
+			return
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("after %s the pool is %+v, %d sandboxes run and the host has %d", patience, p, len(running), len(onHost))
+		}
+	}
+}
+
+// createFrom makes a sandbox that must come from where it is said.
+func (s *server) createFrom(source string, request object) string {
+	s.t.Helper()
+	id := s.create(request)
+	if _, body := s.call("GET", "/v1/sandboxes/"+id, nil); text(body, "source") != source {
+		s.t.Fatalf("want it %s: %s", source, body)
+	}
+	return id
+}
+
+func TestPool(t *testing.T) {
+	s := newServer(t, "CAY_POOL_ENABLED=true")
+	s.start()
+	s.needTemplate("python")
+	cold := s.createFrom("cold", nil)
+	s.awaitPool(2)
+
+	// A warm one is what was asked for, and none is as another.
+	const identity = `hostname; cat /etc/hostname; cat /proc/sys/kernel/random/boot_id; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n'; echo; python3 -c 'import uuid, random; print(uuid.uuid4()); print(random.random())'`
+	lines := map[string]string{}
+	for _, id := range []string{cold, s.createFrom("warm", nil), s.createFrom("warm", nil)} {
+		for i, line := range strings.Split(s.want(id, identity), "\n") {
+			if i < 2 && line != strings.TrimPrefix(id, "sbx_") {
+				t.Errorf("sandbox %s is named %s", id, line)
+			}
+			if other := lines[fmt.Sprint(i, line)]; other != "" {
+				t.Errorf("%s and %s both have %q", id, other, line)
+			}
+			lines[fmt.Sprint(i, line)] = id
+		}
+		if id != cold {
+			s.destroy(id)
+		}
+	}
+	s.awaitPool(2)
+	id := s.createFrom("warm", object{"env": object{"MINE": "a b"}, "metadata": object{"team": "red"}})
+	if got, want := s.want(id, `env | grep -v '^\(MINE\|HOSTNAME\)=' | sort; id; pwd`), s.want(cold, `env | grep -v '^\(MINE\|HOSTNAME\)=' | sort; id; pwd`); got != want {
+		t.Errorf("a command in a warm sandbox sees\n%s\nin a cold one\n%s", got, want)
+	}
+	if got := s.want(id, "echo $MINE"); got != "a b" {
+		t.Errorf("its environment has %q", got)
+	}
+	if got := s.want(id, "date +%s"); len(got) < 10 || got[:8] != fmt.Sprint(time.Now().Unix())[:8] {
+		t.Errorf("its clock says %s", got)
+	}
+	if code, body := s.call("GET", "/v1/sandboxes?status=running&metadata.team=red", nil); code != 200 || !strings.Contains(string(body), id) {
+		t.Errorf("by its metadata: %d %s", code, body)
+	}
+	s.destroy(id)
+	s.destroy(cold)
+
+	out, _, code := s.cli("", "sandbox", "pool")
+	if fields := strings.Fields(out); code != 0 || !slices.Contains(fields, "python") {
+		t.Errorf("cay sandbox pool: %d %s", code, out)
+	}
+	if _, body := s.call("GET", "/metrics", nil); !strings.Contains(string(body), `cay_pool_creates_total{source="warm"} 3`) || !strings.Contains(string(body), "cay_pool_prepare_seconds_count") {
+		t.Error("the metrics do not tell of the pool")
+	}
+}
+
+// TestPoolPolicy: the policy of a warm sandbox is in force with the first answer.
+func TestPoolPolicy(t *testing.T) {
+	s := newServer(t, "CAY_POOL_ENABLED=true")
+	s.start()
+	s.needTemplate("python")
+	o := newOutside(t)
+	o.listen(t, 8080)
+	one, two := o.address+":8080", o.second+":8080"
+	s.destroy(s.createFrom("cold", nil))
+	for _, c := range []struct {
+		policy object
+		want   map[string]bool
+	}{
+		{object{"mode": "deny_all"}, map[string]bool{one: false, two: false}},
+		{object{"mode": "allow_all"}, map[string]bool{one: true, two: true}},
+		{object{"mode": "deny_all", "allow_cidrs": []string{o.address + "/32"}}, map[string]bool{one: true, two: false}},
+	} {
+		s.awaitPool(2)
+		id := s.createFrom("warm", object{"egress": c.policy})
+		s.reaches(id, c.want)
+		s.destroy(id)
+	}
+}
+
+// TestPoolOutlivesTheServer: what the pool has is there after a restart, for as long as
+// the pool is on.
+func TestPoolOutlivesTheServer(t *testing.T) {
+	s := newServer(t, "CAY_POOL_ENABLED=true")
+	s.start()
+	s.needTemplate("python")
+	s.createFrom("cold", nil)
+	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		s.awaitPool(2)
+		before := s.groupsOnHost()
+		s.stop(signal)
+		s.start()
+		if id := s.createFrom("warm", object{"mode": "persistent", "timeout": nil}); !slices.Contains(before, id) {
+			t.Errorf("after %s: %s was not there before: %v", signal, id, before)
+		} else {
+			s.alive(id)
+			if code, body := s.call("POST", "/v1/sandboxes/"+id+"/suspend", nil); code != 200 {
+				t.Errorf("suspending it: %d %s", code, body)
+			}
+			s.alive(id)
+		}
+	}
+	s.awaitPool(2)
+	s.stop(syscall.SIGTERM)
+	s.env = append(s.env, "CAY_POOL_ENABLED=false")
+	s.start()
+	s.agree(time.Now())
+	s.createFrom("cold", nil)
+	if p := s.pool(); p != (poolEntry{}) {
+		t.Errorf("a pool that is off is %+v", p)
+	}
+}
+
+// TestPoolKilledAtAnyMoment kills the server with SIGKILL while it claims and refills.
+// After each start every sandbox that runs works, and the host has nothing but those and
+// a full pool.
+func TestPoolKilledAtAnyMoment(t *testing.T) {
+	s := newServer(t, "CAY_POOL_ENABLED=true", "CAY_POOL_MAX_MEMBERS=3")
+	s.start()
+	s.needTemplate("python")
+	for round := range 10 {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		var wg sync.WaitGroup
+		for range 2 {
+			wg.Go(func() { s.churn(ctx) })
+		}
+		time.Sleep(time.Duration(30+round*60+rand.IntN(60)) * time.Millisecond) // spread over claims and refills
+		s.stop(syscall.SIGKILL)
+		cancel()
+		wg.Wait()
+		s.start()
+		for _, id := range s.sandboxes("running") {
+			s.alive(id)
+			if rand.IntN(2) == 0 {
+				s.destroy(id)
+			}
+		}
+	}
+	s.stop(syscall.SIGTERM)
+	s.env = append(s.env, "CAY_POOL_ENABLED=false")
+	s.start()
+	s.agree(time.Now())
+}

@@ -1,0 +1,100 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/runsc"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// make is what every sandbox of this Node is made with, beside its spec. A member of the
+// pool that a former process of the server made with something else is not what a create
+// would make now.
+func (n *Node) make() string {
+	return strings.Join(slices.Concat([]string{n.cfg.Programs.Version.Agent, n.cfg.Programs.Version.Runsc, fmt.Sprint(n.cfg.MaxPIDs)},
+		runsc.Flags(n.cfg.Platform), n.cfg.Nameservers), " ")
+}
+
+// Prepare implements sandbox.Node. The slot of a member without a start command gets no
+// policy, so that nothing leaves it.
+func (n *Node) Prepare(ctx context.Context, spec sandbox.Spec) error {
+	b := n.newBox(spec)
+	b.life.Warm = n.make()
+	steps := n.creation(b, spec)
+	if spec.Start.None() {
+		b.life.Egress = sandbox.Egress{}
+		steps = slices.DeleteFunc(steps, func(s step) bool { return s.name == "policy" })
+	}
+	return n.take(ctx, b, steps, n.Destroy)
+}
+
+// Claim implements sandbox.Node. The record comes first: from there on a server that finds
+// the sandbox knows that it is no member any more.
+func (n *Node) Claim(ctx context.Context, spec sandbox.Spec) error {
+	b := n.box(spec.ID)
+	if b == nil || !b.unwarm(spec) {
+		return fault.New(fault.Conflict, "no_member", "there is no member %s of the pool on this machine", spec.ID)
+	}
+	return n.walk(ctx, b, []step{
+		{"claimed", func(context.Context) error { return b.record() }},
+		{"policy", func(ctx context.Context) error {
+			err := b.applyPolicy(ctx)
+			n.policyChanged(b.slot)
+			return err
+		}},
+		{"init", func(ctx context.Context) error {
+			ctx, cancel := context.WithTimeout(ctx, meetTimeout)
+			defer cancel()
+			err := n.agents.Init(ctx, b.target(), agentapi.InitRequest{Env: spec.Env, DefaultUser: spec.User, DefaultWorkdir: spec.Workdir})
+			if err != nil {
+				return fmt.Errorf("telling the agent about its sandbox: %w", err)
+			}
+			return nil
+		}},
+	}, n.Destroy)
+}
+
+// unwarm makes a member one that is being claimed, with the policy that it is to have;
+// false if it is no member.
+func (b *box) unwarm(spec sandbox.Spec) bool {
+	b.node.mu.Lock()
+	defer b.node.mu.Unlock()
+	if b.life.Warm == "" || b.life.Run != spec.Run || b.life.Token != spec.Token {
+		return false
+	}
+	b.life.Warm, b.life.Egress = "", spec.Egress
+	return true
+}
+
+// warm reports whether it is a member as this Node would make it.
+func (b *box) warm() bool {
+	b.node.mu.Lock()
+	defer b.node.mu.Unlock()
+	return b.life.Warm != "" && b.life.Warm == b.node.make()
+}
+
+// Check implements sandbox.Node.
+func (n *Node) Check(ctx context.Context, id sandbox.ID) error {
+	b := n.box(id)
+	if b == nil || b.slot == nil || b.dead() {
+		return fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
+	}
+	return n.agents.Health(ctx, b.target())
+}
+
+// Spare implements sandbox.Node.
+func (n *Node) Spare(context.Context) (int, error) {
+	free, err := availableMemory()
+	if err != nil {
+		return 0, errors.Join(errors.New("looking how many sandboxes the machine could take"), err)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return max(0, min(n.cfg.MaxSandboxes-len(n.boxes), int((free-n.cfg.MinHostMemory)/bootMemory))), nil
+}

@@ -1,0 +1,246 @@
+package node
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// member prepares one; the claim of it may have another environment and policy.
+func (m *machine) member() sandbox.Spec {
+	m.t.Helper()
+	spec := m.spec()
+	spec.Run, spec.Token = "run-"+string(spec.ID), "secret-"+string(spec.ID)
+	if err := m.node.Prepare(m.ctx(), spec); err != nil {
+		m.t.Fatal(err)
+	}
+	return spec
+}
+
+func (m *machine) wantWarm(id sandbox.ID, want bool) {
+	m.t.Helper()
+	fact, err := m.node.Inspect(m.ctx(), id)
+	if err != nil || fact == nil || !fact.Alive || fact.Warm != want {
+		m.t.Errorf("the node has %+v, %v, want it alive and warm: %v", fact, err, want)
+	}
+}
+
+// closed checks that the slot has no policy: what has none is dropped.
+func (m *machine) closed(id sandbox.ID) {
+	m.t.Helper()
+	b := m.node.box(id)
+	if _, ok := m.node.Guest(b.slot.Addr); ok || b.policed {
+		m.t.Errorf("member %s has a policy", id)
+	}
+}
+
+// TestClaim makes members sandboxes, each with its own of everything.
+func TestClaim(t *testing.T) {
+	m := newMachine(t)
+	const look = "hostname; cat /etc/hostname; cat /etc/hosts; echo $MINE; env | grep -c SECRET; cat /etc/resolv.conf; head -c 16 /dev/urandom | md5sum; cat /proc/sys/kernel/random/uuid 2>/dev/null"
+	specs := []sandbox.Spec{m.member(), m.member()}
+	seen := map[string]bool{}
+	for i, spec := range specs {
+		m.wantWarm(spec.ID, true)
+		m.closed(spec.ID)
+		if err := m.node.Check(m.ctx(), spec.ID); err != nil {
+			t.Error(err)
+		}
+		spec.Env = map[string]string{"PATH": "/bin", "MINE": string(spec.ID)}
+		spec.Egress, spec.Workdir = rangePolicy, "/tmp"
+		if err := m.node.Claim(m.ctx(), spec); err != nil {
+			t.Fatal(err)
+		}
+		m.wantWarm(spec.ID, false)
+		m.wantPolicy(spec.ID, rangePolicy)
+		host := hostname(spec.ID)
+		got := m.sh(spec, look)
+		want := host + "\n" + host + "\n127.0.0.1\tlocalhost\n127.0.1.1\t" + host + "\n" + string(spec.ID) + "\n0\nnameserver 192.0.2.53\n"
+		random, ok := strings.CutPrefix(got, want)
+		if !ok || random == "" || seen[random] {
+			t.Errorf("member %d is\n%s\nwant it to begin with\n%s", i, got, want)
+		}
+		seen[random] = true
+		if dir := m.sh(spec, "pwd"); dir != "/tmp" {
+			t.Errorf("works in %s", dir)
+		}
+		// A second claim of it is none of a member, and leaves the sandbox alone.
+		if err := m.node.Claim(m.ctx(), spec); !fault.Is(err, fault.Conflict) {
+			t.Errorf("claimed twice: %v", err)
+		}
+		m.works(spec)
+	}
+	for _, spec := range specs {
+		if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+			t.Error(err)
+		}
+	}
+	m.wantNothing()
+	if err := m.node.Claim(m.ctx(), specs[0]); !fault.Is(err, fault.Conflict) {
+		t.Errorf("claimed what is not there: %v", err)
+	}
+	if err := m.node.Check(m.ctx(), specs[0].ID); err == nil {
+		t.Error("what is not there answers")
+	}
+}
+
+// TestWarmIsLikeCold compares what a command sees of a sandbox made for the request and
+// of one that was claimed.
+func TestWarmIsLikeCold(t *testing.T) {
+	m := newMachine(t)
+	const look = `env | sort; id; pwd; ps -o args; ls -la / /tmp /root; mount; ulimit -a; cat /proc/1/environ; df -k /; cat /proc/meminfo | head -1; ls /proc/self/fd; cat /etc/resolv.conf`
+	cold := m.spec()
+	cold.Env = map[string]string{"PATH": "/bin", "A": "1"}
+	if err := m.node.Create(m.ctx(), cold); err != nil {
+		t.Fatal(err)
+	}
+	warm := m.member()
+	warm.Env = cold.Env
+	if err := m.node.Claim(m.ctx(), warm); err != nil {
+		t.Fatal(err)
+	}
+	see := func(spec sandbox.Spec) string {
+		lines := strings.Split(strings.ReplaceAll(m.sh(spec, "{ "+look+"; } 2>&1"), hostname(spec.ID), "HOST"), "\n")
+		for i, line := range lines { // the times of what was made at the start
+			if fields := strings.Fields(line); len(fields) == 9 && strings.Contains(fields[7], ":") {
+				lines[i] = strings.Join(append(fields[:5], fields[8]), " ")
+			}
+		}
+		return strings.Join(lines, "\n")
+	}
+	if w, c := see(warm), see(cold); w != c {
+		t.Errorf("warm:\n%s\ncold:\n%s", w, c)
+	}
+	for _, spec := range []sandbox.Spec{cold, warm} {
+		if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+			t.Error(err)
+		}
+	}
+	m.wantNothing()
+}
+
+// TestPrepareAndClaimFailAtEveryStep: nothing is left.
+func TestPrepareAndClaimFailAtEveryStep(t *testing.T) {
+	m := newMachine(t)
+	broken := errors.New("broken on purpose")
+	fail := func(step string, do func() error) {
+		t.Helper()
+		reached := false
+		m.node.after = func(name string) error {
+			if name == step {
+				reached = true
+				return broken
+			}
+			return nil
+		}
+		if err := do(); !errors.Is(err, broken) || !reached {
+			t.Errorf("step %s: got %v, reached: %v", step, err, reached)
+		}
+		m.node.after = nil
+		m.wantNothing()
+	}
+	for _, step := range []string{"directory", "network", "record", "start", "watch", "agent", "favour", "init"} {
+		fail(step, func() error { return m.node.Prepare(m.ctx(), m.spec()) })
+	}
+	for _, step := range []string{"claimed", "policy", "init"} {
+		spec := m.member()
+		fail(step, func() error { return m.node.Claim(m.ctx(), spec) })
+	}
+	// One that died while it waited.
+	spec := m.member()
+	pid := m.node.box(spec.ID).pid
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	<-m.node.Lost()
+	if err := m.node.Claim(m.ctx(), spec); err == nil {
+		t.Error("claimed a dead member")
+	}
+	m.wantNothing()
+}
+
+// TestAdoptMembers lets another Node take over: a member is one, closed, and can be
+// claimed; one whose claim had begun is none; and none is one for a Node that makes
+// sandboxes in another way.
+func TestAdoptMembers(t *testing.T) {
+	m := newMachine(t)
+	idle, begun := m.member(), m.member()
+	b := m.node.box(begun.ID)
+	if !b.unwarm(begun) {
+		t.Fatal("not a member")
+	}
+	if err := b.record(); err != nil {
+		t.Fatal(err)
+	}
+	m.close()
+	m.open()
+	m.wantWarm(idle.ID, true)
+	m.closed(idle.ID)
+	m.wantWarm(begun.ID, false)
+	m.node.cfg.MaxPIDs++
+	m.wantWarm(idle.ID, false)
+	m.node.cfg.MaxPIDs--
+	idle.Egress = openPolicy
+	if err := m.node.Claim(m.ctx(), idle); err != nil {
+		t.Fatal(err)
+	}
+	m.works(idle)
+	m.wantPolicy(idle.ID, openPolicy)
+	for _, spec := range []sandbox.Spec{idle, begun} {
+		if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+			t.Error(err)
+		}
+	}
+	m.wantNothing()
+}
+
+// TestMembersServe: a start command is ready in the pool, under its policy, and is not
+// started again by the claim; and what was claimed sleeps and wakes as any other.
+func TestMembersServe(t *testing.T) {
+	m := newMachine(t)
+	spec := m.serving(sandbox.Ready{Port: 8080})
+	spec.Egress = rangePolicy
+	if err := m.node.Prepare(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.wantWarm(spec.ID, true)
+	m.wantPolicy(spec.ID, rangePolicy)
+	m.close()
+	m.open()
+	m.wantPolicy(spec.ID, rangePolicy)
+	if err := m.node.Claim(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.wantServing(spec)
+	m.suspend(spec)
+	spec = m.wake(spec)
+	m.wantServing(spec)
+	m.wantWarm(spec.ID, false)
+	if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+		t.Error(err)
+	}
+	m.wantNothing()
+}
+
+func TestSpare(t *testing.T) {
+	m := newMachine(t)
+	if n, err := m.node.Spare(m.ctx()); err != nil || n < 1 || n > 10 {
+		t.Errorf("%d spare of 10, %v", n, err)
+	}
+	for name, set := range map[string]func(*Config){
+		"count":  func(c *Config) { c.MaxSandboxes = 0 },
+		"memory": func(c *Config) { c.MinHostMemory = 1 << 60 },
+	} {
+		before := m.node.cfg
+		set(&m.node.cfg)
+		if n, err := m.node.Spare(m.ctx()); err != nil || n != 0 {
+			t.Errorf("%s: %d spare, %v", name, n, err)
+		}
+		m.node.cfg = before
+	}
+}

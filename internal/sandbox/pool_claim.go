@@ -1,0 +1,158 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// claimTimeout bounds giving a member to its sandbox, which takes milliseconds. Too low
+// throws members away on a machine that is slow for a moment, too high keeps a caller from
+// the cold start that would serve it.
+const claimTimeout = 5 * time.Second
+
+const codeNoMember = "no_member"
+
+// errNotWarm says that the pool cannot serve a create; a cold one can.
+var errNotWarm = errors.New("nothing of the pool could be claimed")
+
+// createWarm makes the sandbox of a create from the pool, if that has one of its kind;
+// done says that the create is answered.
+//
+// A member is claimed on the machine first and in the rows then, all in one transaction:
+// until that nobody knows the sandbox. A server that dies in between leaves a member that
+// is not warm any more, which reconcile removes.
+func (s *Service) createWarm(ctx context.Context, c Caller, box Sandbox, v TemplateVersion, once Once, wait bool) (_ Sandbox, done bool, err error) {
+	if !s.pool.cfg.Enabled {
+		return Sandbox{}, false, nil
+	}
+	key, kind := demandKey{v.ID, box.Size.Name}, box.kind(v.Start)
+	defer func() {
+		if !done {
+			s.pool.claimed(key, false)
+		}
+	}()
+	if !s.want(c.OrgID, v, key, kind) {
+		return Sandbox{}, false, nil
+	}
+	var op *operation
+	m, ok := s.pool.take(func(m Member) bool { return m.Kind == kind }, func(id ID) (mine bool) {
+		op, mine = s.begin(id, opClaim)
+		return mine
+	})
+	if !ok {
+		return Sandbox{}, false, nil
+	}
+	// Refused like this no member is spent. What decides is the claim's transaction.
+	if prior, found, err := s.store.Admit(ctx, box, c.Quota, once); err != nil || found {
+		s.pool.add(m)
+		s.finish(m.ID, op, Sandbox{}, nil)
+		return s.claimAnswered(ctx, prior, err, wait)
+	}
+	box.ID, box.Run, box.Token, box.Source = m.ID, m.Run, m.Token, Warm
+	var prior Sandbox
+	s.do(m.ID, op, func(ctx context.Context) (Sandbox, error) {
+		running, first, found, err := s.claim(ctx, box, c.Quota, once)
+		if found {
+			prior, err = first, errRepeated
+		}
+		return running, err
+	})
+	running, err := op.wait(ctx)
+	switch {
+	case err == nil:
+		return running, true, nil
+	case errors.Is(err, errRepeated):
+		return s.claimAnswered(ctx, prior, nil, wait)
+	case errors.Is(err, errNotWarm):
+		s.log.WarnContext(ctx, "a create goes on without the pool", "member", m.ID, "error", err)
+		return Sandbox{}, false, nil
+	}
+	return Sandbox{}, true, err
+}
+
+// errRepeated says that a create was made before under the same key.
+var errRepeated = errors.New("made before")
+
+// claimAnswered is the end of a create that is refused, or was made before.
+func (s *Service) claimAnswered(ctx context.Context, prior Sandbox, err error, wait bool) (Sandbox, bool, error) {
+	if err == nil {
+		prior, err = s.repeated(ctx, prior, wait)
+	}
+	return prior, true, err
+}
+
+// claim makes a member that the caller works on a sandbox that runs. What goes wrong ends
+// the member.
+func (s *Service) claim(ctx context.Context, box Sandbox, q Quota, once Once) (running, prior Sandbox, found bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
+	defer cancel()
+	defer func() {
+		if err == nil && !found {
+			return
+		}
+		if err := s.discard(context.WithoutCancel(ctx), box.ID); err != nil { // reconcile comes back for it
+			s.log.ErrorContext(ctx, "removing a member that could not be claimed", "member", box.ID, "error", err)
+		}
+	}()
+	if err := s.node.Claim(ctx, box.spec()); err != nil {
+		return running, prior, false, fmt.Errorf("%w: %w", errNotWarm, err)
+	}
+	box.State, box.StartedAt = Running, time.Now().UTC()
+	if box.Mode == Ephemeral {
+		box.ExpiresAt = box.StartedAt.Add(box.Timeout)
+	} else {
+		box.LastActivityAt = box.StartedAt
+	}
+	prior, found, err = s.store.Claim(ctx, box, q, once)
+	switch {
+	case err == nil && found:
+		return running, prior, true, nil
+	case err == nil:
+		s.announce(ctx, Event{SandboxID: box.ID, At: box.CreatedAt, To: Creating})
+		s.announce(ctx, Event{SandboxID: box.ID, At: box.StartedAt, From: Creating, To: Running})
+		s.track(newLife(box))
+		s.pool.claimed(demandKey{box.TemplateID, box.Size.Name}, true)
+		return box, prior, false, nil
+	case fault.As(err) != nil && fault.As(err).Code != codeNoMember:
+		return running, prior, false, err // what a cold one would be told
+	}
+	return running, prior, false, fmt.Errorf("%w: %w", errNotWarm, err)
+}
+
+// want notes what a create asks for, and says whether a member can be that. Of each
+// template in use the pool holds what a request for nothing special gives.
+func (s *Service) want(orgID string, v TemplateVersion, key demandKey, kind Kind) bool {
+	plain, err := s.plain(orgID, v, key.size)
+	if err != nil || plain.kind(v.Start) != kind {
+		return false
+	}
+	now := time.Now()
+	s.pool.mu.Lock()
+	defer s.pool.mu.Unlock()
+	if s.pool.demands[key] == nil && key.size != s.defaultSize(v) {
+		return false
+	}
+	d := s.pool.demandLocked(key, orgID)
+	if d.version.Version <= v.Version {
+		d.version, d.kind = v, kind
+	}
+	d.use(now)
+	return d.target > 0
+}
+
+// plain is the sandbox of a request for a template at a size and for nothing else.
+func (s *Service) plain(orgID string, v TemplateVersion, size string) (Sandbox, error) {
+	return Request{Size: size}.resolve(s.cfg, orgID, v, time.Now())
+}
+
+func (s *Service) defaultSize(v TemplateVersion) string {
+	box, err := s.plain("", v, "")
+	if err != nil {
+		return ""
+	}
+	return box.Size.Name
+}

@@ -1,0 +1,111 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// memberColumns lists what memberFields reads and writes, in its order.
+const memberColumns = `id, run, token, org_id, template, template_id, template_version, image,
+	size, vcpus, memory_mb, dedicated, disk_mb, started, created_at`
+
+// memberFields are m's columns, to scan into or to write.
+func memberFields(m *sandbox.Member) []any {
+	k := &m.Kind
+	return []any{&m.ID, &m.Run, &m.Token, &m.OrgID, &m.Template, &k.TemplateID, &k.Version, &k.Image,
+		&k.Size.Name, &k.Size.VCPUs, &k.Size.MemoryMB, &k.Size.Dedicated, &k.DiskMB, &k.Started, timeColumn{&m.CreatedAt}}
+}
+
+// AddMember implements [sandbox.Store].
+func (db *DB) AddMember(ctx context.Context, m sandbox.Member) error {
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		fields := memberFields(&m)
+		if _, err := tx.ExecContext(ctx, "INSERT INTO pool ("+memberColumns+") VALUES ("+placeholders(len(fields))+")", fields...); err != nil {
+			return err
+		}
+		var taken int
+		if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM sandboxes WHERE id = $1", m.ID).Scan(&taken); err != nil {
+			return err
+		}
+		if taken > 0 {
+			return fmt.Errorf("there is a sandbox of that ID")
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("adding member %s to the pool: %w", m.ID, err)
+	}
+	return nil
+}
+
+// DropMember implements [sandbox.Store].
+func (db *DB) DropMember(ctx context.Context, id sandbox.ID) error {
+	if _, err := db.writer.ExecContext(ctx, "DELETE FROM pool WHERE id = $1", id); err != nil {
+		return fmt.Errorf("dropping member %s of the pool: %w", id, err)
+	}
+	return nil
+}
+
+// Members implements [sandbox.Store].
+func (db *DB) Members(ctx context.Context) ([]sandbox.Member, error) {
+	rows, err := db.reader.QueryContext(ctx, "SELECT "+memberColumns+" FROM pool ORDER BY created_at, id")
+	if err != nil {
+		return nil, fmt.Errorf("listing the pool: %w", err)
+	}
+	defer rows.Close()
+	var all []sandbox.Member
+	for rows.Next() {
+		var m sandbox.Member
+		if err := rows.Scan(memberFields(&m)...); err != nil {
+			return nil, fmt.Errorf("listing the pool: %w", err)
+		}
+		all = append(all, m)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("listing the pool: %w", err)
+	}
+	return all, nil
+}
+
+// Admit implements [sandbox.Store].
+func (db *DB) Admit(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota, once sandbox.Once) (sandbox.Sandbox, bool, error) {
+	prior, found, err := admit(ctx, db.reader, s, q, once)
+	if err != nil {
+		return sandbox.Sandbox{}, false, fmt.Errorf("looking whether sandbox %s may be made: %w", s.ID, err)
+	}
+	return prior, found, nil
+}
+
+// Claim implements [sandbox.Store].
+func (db *DB) Claim(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota, once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
+	if s.State != sandbox.Running {
+		return prior, false, fmt.Errorf("claiming sandbox %s in state %q", s.ID, s.State)
+	}
+	err = db.write(ctx, func(tx *sql.Tx) error {
+		if prior, found, err = admit(ctx, tx, s, q, once); err != nil || found {
+			return err
+		}
+		r, err := tx.ExecContext(ctx, "DELETE FROM pool WHERE id = $1", s.ID)
+		if err != nil {
+			return fmt.Errorf("taking the member: %w", err)
+		}
+		if n, err := r.RowsAffected(); err != nil || n == 0 {
+			if err != nil {
+				return fmt.Errorf("taking the member: %w", err)
+			}
+			return fault.New(fault.Conflict, "no_member", "the pool has no member %s", s.ID)
+		}
+		if err := insertSandbox(ctx, tx, s, once); err != nil {
+			return err
+		}
+		return insertEvent(ctx, tx, sandbox.Event{SandboxID: s.ID, At: s.StartedAt, From: sandbox.Creating, To: sandbox.Running})
+	})
+	if err != nil {
+		return sandbox.Sandbox{}, false, fmt.Errorf("claiming sandbox %s: %w", s.ID, err)
+	}
+	return prior, found, nil
+}

@@ -1,0 +1,157 @@
+package store
+
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// fullMember has a value in every field.
+func fullMember(i int) sandbox.Member {
+	return sandbox.Member{ID: sandbox.NewID(), Run: fmt.Sprint("run", i), Token: "secret", OrgID: "org_a", Template: "python",
+		Kind: sandbox.Kind{TemplateID: "tpl_python", Version: 3, Image: "abcdef", DiskMB: 2048, Started: "0123",
+			Size: sandbox.Size{Name: "performance-2x", VCPUs: 2, MemoryMB: 4096, Dedicated: true}},
+		CreatedAt: start.Add(time.Duration(i) * time.Second)}
+}
+
+func mustAdd(t *testing.T, st sandbox.Store, m sandbox.Member) sandbox.Member {
+	t.Helper()
+	if err := st.AddMember(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// claimed is a sandbox that a member becomes.
+func claimed(m sandbox.Member, org string) sandbox.Sandbox {
+	s := fullSandbox(org, 0)
+	s.ID, s.Run, s.State = m.ID, m.Run, sandbox.Running
+	s.StartedAt = s.CreatedAt.Add(time.Millisecond)
+	return s
+}
+
+func wantMembers(t *testing.T, st sandbox.Store, want ...sandbox.Member) {
+	t.Helper()
+	got, err := st.Members(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("members (-want +got):\n%s", d)
+	}
+}
+
+func poolMembers(t *testing.T, st sandbox.Store) {
+	wantMembers(t, st)
+	b, a := mustAdd(t, st, fullMember(2)), mustAdd(t, st, fullMember(1))
+	wantMembers(t, st, a, b)
+	if err := st.AddMember(t.Context(), a); err == nil {
+		t.Error("added twice")
+	}
+	s := mustInsert(t, st, small("org_a", 0))
+	taken := fullMember(3)
+	taken.ID = s.ID
+	if err := st.AddMember(t.Context(), taken); err == nil {
+		t.Error("added with the ID of a sandbox")
+	}
+	if images, err := st.Images(t.Context()); err != nil || len(images) != 1 || images[0] != a.Kind.Image {
+		t.Errorf("images %v, %v", images, err)
+	}
+	for range 2 {
+		if err := st.DropMember(t.Context(), a.ID); err != nil {
+			t.Error(err)
+		}
+	}
+	wantMembers(t, st, b)
+}
+
+func poolClaim(t *testing.T, st sandbox.Store) {
+	ctx := t.Context()
+	a, b := mustAdd(t, st, fullMember(1)), mustAdd(t, st, fullMember(2))
+	once := sandbox.Once{Key: "key", Hash: "hash"}
+	want := claimed(a, "org_a")
+	if _, found, err := st.Claim(ctx, want, sandbox.Quota{Sandboxes: 1}, once); err != nil || found {
+		t.Fatalf("claiming: found %v, %v", found, err)
+	}
+	wantMembers(t, st, b)
+	got, err := st.Get(ctx, a.ID)
+	if d := cmp.Diff(asStored(want), got, prefixes); err != nil || d != "" {
+		t.Errorf("the row (-want +got), %v:\n%s", err, d)
+	}
+	events, _, err := st.Events(ctx, a.ID, 10, "")
+	if err != nil || len(events) != 2 || events[1].From != "" || events[1].To != sandbox.Creating || !events[1].At.Equal(want.CreatedAt) ||
+		events[0].From != sandbox.Creating || events[0].To != sandbox.Running || !events[0].At.Equal(asStored(want).StartedAt) {
+		t.Errorf("events %+v, %v", events, err)
+	}
+	if ids := listIDs(t, st, sandbox.Filter{OrgID: "org_a", Metadata: map[string]string{"team": "red"}, Limit: 10}); len(ids) != 1 {
+		t.Errorf("found by metadata: %v", ids)
+	}
+
+	// What is refused writes nothing, and Admit says the same before.
+	for name, c := range map[string]struct {
+		box  sandbox.Sandbox
+		q    sandbox.Quota
+		once sandbox.Once
+		code string
+		kind fault.Kind
+	}{
+		"quota":    {claimed(b, "org_a"), sandbox.Quota{Sandboxes: 1}, sandbox.Once{}, "quota_exceeded", fault.Exhausted},
+		"other":    {claimed(b, "org_a"), sandbox.Quota{}, sandbox.Once{Key: "key", Hash: "other"}, "idempotency_key_reused", fault.Conflict},
+		"repeated": {claimed(b, "org_a"), sandbox.Quota{}, once, "", 0},
+	} {
+		for what, do := range map[string]func() (sandbox.Sandbox, bool, error){
+			"admit": func() (sandbox.Sandbox, bool, error) { return st.Admit(ctx, c.box, c.q, c.once) },
+			"claim": func() (sandbox.Sandbox, bool, error) { return st.Claim(ctx, c.box, c.q, c.once) },
+		} {
+			prior, found, err := do()
+			switch {
+			case c.code != "":
+				wantFault(t, err, c.kind, c.code)
+			case err != nil || !found || prior.ID != a.ID:
+				t.Errorf("%s, %s: %s, found %v, %v", name, what, prior.ID, found, err)
+			}
+			wantMembers(t, st, b)
+		}
+	}
+	if _, found, err := st.Admit(ctx, claimed(b, "org_a"), sandbox.Quota{Sandboxes: 2}, sandbox.Once{Key: "new"}); err != nil || found {
+		t.Errorf("admitting what is allowed: found %v, %v", found, err)
+	}
+	if err := st.DropMember(ctx, b.ID); err != nil {
+		t.Fatal(err)
+	}
+	_, _, err = st.Claim(ctx, claimed(b, "org_a"), sandbox.Quota{}, sandbox.Once{})
+	wantFault(t, err, fault.Conflict, "no_member")
+	if _, err := st.Get(ctx, b.ID); !fault.Is(err, fault.NotFound) {
+		t.Errorf("a claim of nothing made %v", err)
+	}
+}
+
+// poolClaimRace: many claims of few members, and of a member by many.
+func poolClaimRace(t *testing.T, st sandbox.Store) {
+	members := []sandbox.Member{mustAdd(t, st, fullMember(1)), mustAdd(t, st, fullMember(2)), mustAdd(t, st, fullMember(3))}
+	var won atomic.Int64
+	var wg sync.WaitGroup
+	for i := range 12 {
+		wg.Go(func() {
+			m := members[i%len(members)]
+			_, _, err := st.Claim(t.Context(), claimed(m, fmt.Sprint("org_", i)), sandbox.Quota{}, sandbox.Once{})
+			if err == nil {
+				won.Add(1)
+				return
+			}
+			wantFault(t, err, fault.Conflict, "no_member")
+		})
+	}
+	wg.Wait()
+	if won.Load() != 3 {
+		t.Errorf("%d claims of 3 members succeeded", won.Load())
+	}
+	wantMembers(t, st)
+}
