@@ -30,13 +30,17 @@ type box struct {
 
 func (b *box) undo(f func() error) { b.undos = append(b.undos, f) }
 
-// takeApart undoes what was done, the last first, and goes on after errors.
+// takeApart undoes what was done, the last first, and goes on after errors. After one the directory stays,
+// since a mount may still be in it; the server removes it when the program has ended.
 func (b *box) takeApart() error {
 	var errs []error
 	for _, f := range slices.Backward(b.undos) {
 		errs = append(errs, f())
 	}
-	return errors.Join(errs...)
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	return os.RemoveAll(b.dir)
 }
 
 // mount mounts what BuildKit gives at a directory of the box. where is used for a directory;
@@ -69,11 +73,20 @@ func (b *box) mount(ctx context.Context, m executor.Mount, where string, special
 	if err := mount.All(mounts, where); err != nil {
 		return "", err
 	}
-	b.undo(func() error { return mount.UnmountAll(where, 0) })
+	b.undo(func() error { return unmount(where) })
 	if m.Selector == "" || filepath.Clean("/"+m.Selector) == "/" {
 		return where, nil
 	}
 	return b.selected(where, m.Selector)
+}
+
+// unmount unmounts what is mounted there, for good: the directory is removed next, and what is in the mount
+// must not be.
+func unmount(where string) error {
+	if mount.UnmountAll(where, 0) == nil {
+		return nil
+	}
+	return mount.UnmountAll(where, syscall.MNT_DETACH)
 }
 
 func isFile(m mount.Mount) bool {
@@ -117,7 +130,7 @@ func (b *box) selected(where, selector string) (string, error) {
 	if err := syscall.Mount(opened, pin, "", syscall.MS_BIND|syscall.MS_REC, ""); err != nil {
 		return "", fmt.Errorf("mounting %s: %w", selector, err)
 	}
-	b.undo(func() error { return mount.UnmountAll(pin, 0) })
+	b.undo(func() error { return unmount(pin) })
 	return pin, nil
 }
 

@@ -96,11 +96,10 @@ func (s *steps) turn(ctx context.Context, scope string) (end func(), err error) 
 func (s *steps) step(ctx context.Context, root executor.Mount, mounts []executor.Mount, p executor.ProcessInfo) (err error) {
 	b := &box{id: identity.NewID(), disk: disk{dir: s.dir, limit: s.config.StepDiskBytes}}
 	b.dir = filepath.Join(s.dir, b.id)
+	defer func() { err = errors.Join(err, b.takeApart()) }()
 	if err := os.MkdirAll(filepath.Join(b.dir, "root"), 0o700); err != nil {
 		return fmt.Errorf("making a step's directory: %w", err)
 	}
-	b.undo(func() error { return os.RemoveAll(b.dir) })
-	defer func() { err = errors.Join(err, b.takeApart()) }()
 
 	rootPath, err := b.mount(ctx, root, filepath.Join(b.dir, "root"), nil)
 	if err != nil {

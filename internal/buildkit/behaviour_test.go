@@ -128,7 +128,7 @@ func TestServerDies(t *testing.T) {
 	caytest.RequireRoot(t)
 	dir := filepath.Join(t.TempDir(), caytest.Instance())
 	server := exec.Command("/proc/self/exe", "-test.run=^TestServerDies$")
-	server.Env = append(os.Environ(), serverVariable+"="+dir)
+	server.Env = append(os.Environ(), serverVariable+"="+dir, "TMPDIR="+filepath.Dir(dir))
 	out, err := server.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
