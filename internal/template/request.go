@@ -32,9 +32,6 @@ type Request struct {
 	Credentials *Credentials
 }
 
-// hasSource reports whether the request says what to build from.
-func (r Request) hasSource() bool { return r.Image != "" || r.Dockerfile != "" || r.Debian != nil }
-
 // onlyCredentials reports whether the request says nothing but how to open a registry.
 func (r Request) onlyCredentials() bool {
 	return r.Egress == nil && digest(r.Definition) == digest(Definition{Name: r.Name})
