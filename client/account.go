@@ -7,7 +7,8 @@ import (
 	"iter"
 )
 
-// Pool returns what is booted in advance, by template and size. Needs the scope admin.
+// Pool returns what is booted in advance, by template and size. For keys of the server's
+// first organization with the scope admin.
 func (c *Client) Pool(ctx context.Context) ([]PoolEntry, error) {
 	p, err := decode[Pool](c.wire.GetPool(ctx))
 	if err != nil {

@@ -1562,7 +1562,7 @@ type wireInterface interface {
 
 	// GetPool Look at the warm pool
 	//
-	// Sandboxes that are booted in advance, by template and size. Empty while the pool is off. Not paged.
+	// Sandboxes that are booted in advance, by template and size. Empty while the pool is off. Only for keys of the organization `default`. Not paged.
 	//
 	// Corresponds with GET /v1/pool (the `GetPool` operationId).
 	GetPool(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error)
@@ -2078,7 +2078,7 @@ func (c *wire) CreateOrg(ctx context.Context, body CreateOrgJSONRequestBody, req
 
 // GetPool Look at the warm pool
 //
-// Sandboxes that are booted in advance, by template and size. Empty while the pool is off. Not paged.
+// Sandboxes that are booted in advance, by template and size. Empty while the pool is off. Only for keys of the organization `default`. Not paged.
 //
 // Corresponds with GET /v1/pool (the `GetPool` operationId).
 func (c *wire) GetPool(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error) {

@@ -90,7 +90,7 @@ func (a *app) poolCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:     "pool",
 		Short:   "Show the sandboxes that are booted in advance",
-		Long:    "Show the sandboxes that are booted in advance, by template and size. Needs a key with the scope admin.",
+		Long:    "Show the sandboxes that are booted in advance, by template and size. Needs a key of the server's first organization with the scope admin.",
 		Example: "  cay sandbox pool",
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

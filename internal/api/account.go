@@ -15,8 +15,13 @@ func (s *server) ListSizes(w http.ResponseWriter, r *http.Request) {
 	s.answer(w, r, http.StatusOK, SizeList{Sizes: each(s.Sandboxes.Sizes(), sizeOf)})
 }
 
-// GetPool answers GET /v1/pool.
+// GetPool answers GET /v1/pool. It tells of the templates of all organizations, so an admin
+// of another one than the operator's is refused.
 func (s *server) GetPool(w http.ResponseWriter, r *http.Request) {
+	if callOf(r).who.Org.Name != auth.OperatorOrg {
+		s.fail(w, r, fault.New(fault.Denied, "not_the_operator", "the pool is read with keys of the organization %q", auth.OperatorOrg))
+		return
+	}
 	s.answer(w, r, http.StatusOK, Pool{Pool: each(s.Sandboxes.Pool(), func(p sandbox.PoolStatus) PoolEntry {
 		return PoolEntry{Template: p.Template, TemplateVersion: p.Version, Size: p.Size, Ready: p.Ready, Claimed: p.Claimed, Target: p.Target}
 	})})

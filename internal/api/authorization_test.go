@@ -54,7 +54,7 @@ var samples = map[string]sample{
 	"cancelTemplateBuild": {others: 404, othersCode: "template_not_found"},
 	"getTemplateLogs":     {others: 404, othersCode: "template_not_found"},
 	"listSizes":           {others: 200},
-	"getPool":             {others: 200},
+	"getPool":             {others: 403, othersCode: "not_the_operator"},
 	"getMe":               {others: 200},
 	"createAPIKey":        {body: `{"name":"k","scopes":["exec"]}`, others: 201},
 	"listAPIKeys":         {others: 200},

@@ -147,9 +147,8 @@ func (s *Service) lacking() (demand, bool) {
 	defer p.mu.Unlock()
 	have := p.kindsLocked()
 	var most *demand
-	lack := func(d *demand) float64 { return float64(d.share-have[d.kind]) / float64(max(d.share, 1)) }
 	for _, d := range share(p.demands, p.cfg.MaxMembers, now) {
-		if d.share > have[d.kind] && d.version.ID != "" && now.After(d.paused) && (most == nil || lack(d) > lack(most)) {
+		if d.share > have[d.kind] && d.version.ID != "" && now.After(d.paused) && (most == nil || d.lacks(have) > most.lacks(have)) {
 			most = d
 		}
 	}
@@ -157,6 +156,11 @@ func (s *Service) lacking() (demand, bool) {
 		return demand{}, false
 	}
 	return *most, true
+}
+
+// lacks is the part of its share that a demand lacks.
+func (d *demand) lacks(have map[Kind]int) float64 {
+	return float64(d.share-have[d.kind]) / float64(max(d.share, 1))
 }
 
 // +checklocks:p.mu

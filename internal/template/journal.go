@@ -99,8 +99,8 @@ func (j *journal) say(p Progress) {
 		j.addLocked(LogLine{Step: p.Step, Heading: true, Text: text})
 	}
 	if p.Text != "" {
-		for line := range strings.Lines(p.Text) {
-			line = strings.TrimRight(line, "\r\n")
+		for _, line := range strings.Split(strings.TrimSuffix(p.Text, "\n"), "\n") {
+			line = strings.TrimSuffix(line, "\r")
 			if p.Step == 0 {
 				j.progress = line
 			}

@@ -252,109 +252,6 @@ func (s *Service) enqueue(ctx context.Context, o order) {
 	}
 }
 
-// Register writes the rows of built-in templates that are new, takes up the builds that
-// the last server did not end, and queues what is to be looked after. Call it once,
-// before anybody asks for a template.
-func (s *Service) Register(ctx context.Context) error {
-	for _, d := range s.cfg.Builtins {
-		t, err := s.store.GetTemplate(ctx, "", d.Name)
-		asked := slices.Contains(s.cfg.Prepare, d.Name)
-		switch {
-		case fault.Is(err, fault.NotFound):
-			t = Template{ID: newID("tpl_"), Name: d.Name, Status: Pending, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, CreatedAt: now()}
-			t.UpdatedAt = t.CreatedAt
-			d.describe(&t, Built{})
-			if !asked {
-				t.Progress = lazy
-			}
-			if err := s.store.InsertTemplate(ctx, t, nil, 0); err != nil {
-				return fmt.Errorf("writing template %s: %w", t.Name, err)
-			}
-		case err != nil:
-			return fmt.Errorf("reading template %s: %w", d.Name, err)
-		default:
-			asked = asked || t.Queued() || t.Version > 0 || t.Status == Failed
-			if t, err = s.store.UpdateTemplate(ctx, t.ID, nil, func(t *Template) error {
-				if t.Status == Building || t.Status == Pending {
-					t.Status, t.Progress = Pending, ""
-				}
-				if !asked {
-					t.Progress = lazy
-				}
-				return nil
-			}); err != nil {
-				return fmt.Errorf("writing template %s: %w", t.Name, err)
-			}
-		}
-		switch {
-		case t.Tries >= maxTries:
-			if err := s.tooOften(ctx, t, retryMost); err != nil {
-				return err
-			}
-		case asked:
-			s.enqueue(ctx, builtinOrder(t))
-		}
-	}
-	return s.resume(ctx)
-}
-
-// lazy is the progress of a built-in template that nobody has asked for.
-const lazy = "is built when it is first asked for"
-
-// resume takes up the builds of organizations' templates that the last server left.
-func (s *Service) resume(ctx context.Context) error {
-	queued, err := s.store.QueuedTemplates(ctx)
-	if err != nil {
-		return fmt.Errorf("listing builds: %w", err)
-	}
-	for _, t := range queued {
-		if t.Builtin() {
-			continue
-		}
-		b, err := s.store.GetBuild(ctx, t.ID)
-		if err != nil {
-			return fmt.Errorf("reading the build of template %s: %w", t.ID, err)
-		}
-		switch {
-		case t.Tries >= maxTries:
-			err = s.tooOften(ctx, t, 0)
-		case b.Private:
-			err = s.giveUp(ctx, t, "the server was restarted, and it keeps registry credentials in memory alone: rebuild the template with them")
-		default:
-			_, err = s.store.UpdateTemplate(ctx, t.ID, nil, func(t *Template) error {
-				t.Status, t.Progress = Pending, ""
-				return nil
-			})
-			s.enqueue(ctx, order{template: t.ID, org: t.OrgID, name: t.Name, build: t.BuildID, key: s.key(t.OrgID, t.BuildID, b)})
-		}
-		if err != nil {
-			return fmt.Errorf("taking up the build of template %s: %w", t.ID, err)
-		}
-	}
-	return nil
-}
-
-// tooOften ends a build that no server has lived to end; one of a built-in template
-// waits long before it is tried again.
-func (s *Service) tooOften(ctx context.Context, t Template, wait time.Duration) error {
-	if wait > 0 {
-		s.mu.Lock()
-		s.retry.failed(builtinOrder(t), wait)
-		s.mu.Unlock()
-	}
-	return s.giveUp(ctx, t, fmt.Sprintf("the server ended during each of %d tries", t.Tries))
-}
-
-func (s *Service) giveUp(ctx context.Context, t Template, why string) error {
-	s.log.Error("template build given up", "template", t.Name, "org", t.OrgID, "error", why)
-	_, err := s.store.UpdateTemplate(ctx, t.ID, nil, func(t *Template) error {
-		t.end(Failed, &BuildError{ExitCode: -1, Message: why})
-		return nil
-	})
-	s.changed(t.ID)
-	return err
-}
-
 // end is what becomes of a row whose build is over.
 func (t *Template) end(status Status, why *BuildError) {
 	t.Status, t.BuildError, t.Progress, t.Tries, t.QueuedAt, t.UpdatedAt = status, why, "", 0, time.Time{}, now()
@@ -409,14 +306,15 @@ func (s *Service) next() (r *run, due time.Time) {
 		s.queue.add(o)
 	}
 	due = s.retry.next()
-	total := 0
-	for _, n := range s.running {
+	total, full := 0, map[string]bool{}
+	for org, n := range s.running {
 		total += n
+		full[org] = n >= s.cfg.PerOrg
 	}
 	if total >= s.cfg.Concurrent {
 		return nil, due
 	}
-	orders := s.queue.next(func(org string) bool { return s.running[org] < s.cfg.PerOrg })
+	orders := s.queue.next(func(org string) bool { return !full[org] })
 	if orders == nil {
 		return nil, due
 	}
@@ -435,117 +333,12 @@ func (s *Service) idle() bool {
 	return len(s.running) == 0 && len(s.queue.orders) == 0
 }
 
-// lookAfter queues the built-in templates to be looked at, but for those that nobody
-// has asked for.
-func (s *Service) lookAfter(ctx context.Context) {
-	for _, d := range s.cfg.Builtins {
-		t, err := s.store.GetTemplate(ctx, "", d.Name)
-		if err != nil {
-			s.log.Error("cannot look after template", "template", d.Name, "error", err)
-			continue
-		}
-		if t.Version > 0 || t.Queued() {
-			s.enqueue(ctx, builtinOrder(t))
-		}
-	}
-}
-
-// checkSuspects builds the templates again whose images are gone.
-func (s *Service) checkSuspects(ctx context.Context) {
-	s.mu.Lock()
-	suspects := s.suspect
-	s.suspect = map[string]bool{}
-	s.mu.Unlock()
-	for image := range suspects {
-		if err := s.checkImage(ctx, image); err != nil {
-			s.log.Error("cannot look after an image", "image", image, "error", err)
-		}
-	}
-}
-
-func (s *Service) checkImage(ctx context.Context, image string) error {
-	if err := s.builder.Check(ctx, image); !errors.Is(err, ErrImageGone) {
-		return err
-	}
-	templates, err := s.store.TemplatesWithImage(ctx, image)
-	if err != nil {
-		return fmt.Errorf("listing templates: %w", err)
-	}
-	var errs []error
-	for _, t := range templates {
-		switch {
-		case !t.Builtin():
-			errs = append(errs, s.rebuildGone(ctx, t, image))
-		case s.definition(t.Name) != nil:
-			s.enqueue(ctx, builtinOrder(t)) // looks for itself
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// rebuildGone builds a template again whose image is gone. What is made from it until
-// then finds no image.
-func (s *Service) rebuildGone(ctx context.Context, t Template, image string) error {
-	s.log.Warn("image of template is gone: building it again", "template", t.Name, "org", t.OrgID, "image", image)
-	b, err := s.store.GetBuild(ctx, t.ID)
-	if err != nil {
-		return fmt.Errorf("reading the build of template %s: %w", t.ID, err)
-	}
-	b.Refresh, b.Private = false, false
-	id := newID("bld_")
-	t, err = s.store.UpdateTemplate(ctx, t.ID, &b, func(t *Template) error {
-		if t.Image != image || t.Queued() {
-			return errSettled
-		}
-		t.begin(id)
-		return nil
-	})
-	if errors.Is(err, errSettled) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("writing template %s: %w", t.ID, err)
-	}
-	s.changed(t.ID)
-	s.enqueue(ctx, order{template: t.ID, org: t.OrgID, name: t.Name, build: id, key: s.key(t.OrgID, id, b)})
-	return nil
-}
-
 // errSettled ends an update of a row that is not any more what it was for.
 var errSettled = errors.New("the build is not the newest one any more")
 
 // begin is what becomes of a row for which a build is asked for.
 func (t *Template) begin(buildID string) {
 	t.BuildID, t.Status, t.Progress, t.BuildError, t.Tries, t.QueuedAt, t.UpdatedAt = buildID, Pending, "", nil, 0, now(), now()
-}
-
-// Collect removes the images and the contexts that nothing needs.
-func (s *Service) Collect(ctx context.Context) (removed []string, freed int64, err error) {
-	templates, err := s.store.TemplateImages(ctx)
-	if err != nil {
-		return nil, 0, fmt.Errorf("listing images of templates: %w", err)
-	}
-	sandboxes, err := s.users.Images(ctx)
-	if err != nil {
-		return nil, 0, fmt.Errorf("listing images of sandboxes: %w", err)
-	}
-	contexts, err := s.store.TemplateContexts(ctx)
-	if err != nil {
-		return nil, 0, fmt.Errorf("listing contexts: %w", err)
-	}
-	removed, freed, err = s.builder.Collect(ctx, slices.Concat(templates, sandboxes))
-	gone, bytes, contextErr := s.contexts.Collect(contexts)
-	return append(removed, gone...), freed + bytes, errors.Join(err, contextErr)
-}
-
-func (s *Service) collect(ctx context.Context) {
-	removed, freed, err := s.Collect(ctx)
-	if err != nil && ctx.Err() == nil {
-		s.log.Error("cannot remove unused images and contexts", "error", err)
-	}
-	if len(removed) > 0 {
-		s.log.Info("removed unused images and contexts", "names", removed, "freed_bytes", freed)
-	}
 }
 
 func now() time.Time { return time.Now().UTC() }
