@@ -29,7 +29,7 @@ import (
 // Grace is how long a file that was put lately is safe from [Store.Collect], so that
 // whoever put it can write down that it is needed. Shorter and a slow caller loses its
 // file; longer keeps files nobody wants on the disk.
-const Grace = time.Hour
+const Grace = 10 * time.Minute
 
 const (
 	tmpDir = "tmp"
