@@ -31,7 +31,8 @@ build: programs ## build bin/cay
 programs: ## build the programs that cay carries
 	@$(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/ ./cmd/cay-agent
 	@$(GO) build -trimpath -ldflags "$(LDFLAGS) -E main.entry" -o bin/ ./cmd/cay-runsc
-	@scripts/pack.sh bin/cay-agent bin/cay-runsc $(PROGRAMS)
+	@cd cmd/cay-buildkit && $(GO) build -trimpath -ldflags "$(LDFLAGS)" -o ../../bin/ . # a module of its own
+	@scripts/pack.sh bin/cay-agent bin/cay-runsc bin/cay-buildkit $(PROGRAMS)
 
 .PHONY: needs
 needs: ## install the Debian packages that the host lacks

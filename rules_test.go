@@ -30,13 +30,17 @@ var mayImport = map[string]struct {
 	"internal/auth":     {[]string{"fault"}, "the core does no I/O"},
 	"internal/template": {[]string{"fault", "sandbox"}, "the core does no I/O; sandboxes are made from templates, so their words are used"},
 
-	"internal/cgroup":     {nil, "a technology room: it knows the kernel and nothing of the product"},
-	"internal/runsc":      {nil, "a technology room: it knows gVisor and nothing of the product"},
-	"internal/network":    {[]string{"fault"}, "a technology room: it knows netlink and nothing of the product"},
-	"internal/gate":       {[]string{"fault"}, "a technology room: it knows names on the wire, and neither the rules that lead to it nor the product"},
-	"internal/image":      {[]string{"fault"}, "a technology room: it knows file systems and nothing of the product"},
-	"internal/payload":    {nil, "it only carries programs"},
-	"internal/checkpoint": {[]string{"fault"}, "a technology room: it keeps files whole and knows nothing of what is in them"},
+	"internal/cgroup":  {nil, "a technology room: it knows the kernel and nothing of the product"},
+	"internal/runsc":   {nil, "a technology room: it knows gVisor and nothing of the product"},
+	"internal/network": {[]string{"fault"}, "a technology room: it knows netlink and nothing of the product"},
+	"internal/gate":    {[]string{"fault"}, "a technology room: it knows names on the wire, and neither the rules that lead to it nor the product"},
+	"internal/image":   {[]string{"fault"}, "a technology room: it knows file systems and nothing of the product"},
+	"internal/payload": {nil, "it only carries programs"},
+	"internal/buildkit": {[]string{"buildkit/*", "cgroup", "fault"},
+		"a technology room: it knows BuildKit's program and nothing of the product; it makes the control groups that gVisor runs steps in"},
+	"internal/buildkit/wire": {nil, "what the server and cay-buildkit say to each other: both link it"},
+	"internal/checkpoint":    {[]string{"fault"}, "a technology room: it keeps files whole and knows nothing of what is in them"},
+	"internal/blob":          {[]string{"fault"}, "a technology room: it keeps files by their hash and knows nothing of what is in them"},
 	"internal/node": {[]string{"agentapi", "cgroup", "checkpoint", "fault", "network", "payload", "runsc", "sandbox"},
 		"it puts a sandbox together from the technology rooms, and implements the core's port"},
 
@@ -48,11 +52,12 @@ var mayImport = map[string]struct {
 	"internal/store": {[]string{"auth", "fault", "sandbox", "template"}, "it implements the core's ports; all SQL is here"},
 	"internal/api":   {[]string{"agentapi", "auth", "fault", "sandbox", "template"}, "HTTP in, HTTP out: it calls the core and the agent"},
 
-	".":             {nil, "it only carries openapi.yaml"},
-	"client":        {nil, "public: it must build without our internals"},
-	"cmd/cay-agent": {[]string{"agent", "agentapi"}, "a main and nothing else: every sandbox starts it"},
-	"cmd/cay-runsc": {nil, "what is needed of gVisor's main: every sandbox starts it several times"},
-	"cmd/cay": {[]string{"api", "auth", "cgroup", "fault", "gate", "image", "network", "node", "payload", "sandbox", "store", "template"},
+	".":                {nil, "it only carries openapi.yaml"},
+	"client":           {nil, "public: it must build without our internals"},
+	"cmd/cay-agent":    {[]string{"agent", "agentapi"}, "a main and nothing else: every sandbox starts it"},
+	"cmd/cay-buildkit": {[]string{"buildkit/*", "cgroup"}, "a module of its own, so that nothing else of cay links BuildKit"},
+	"cmd/cay-runsc":    {nil, "what is needed of gVisor's main: every sandbox starts it several times"},
+	"cmd/cay": {[]string{"api", "auth", "blob", "buildkit", "cgroup", "fault", "gate", "image", "network", "node", "payload", "sandbox", "store", "template"},
 		"all wiring is here; the CLI's verbs use client"},
 }
 
@@ -145,6 +150,7 @@ func TestHeavyDependencies(t *testing.T) {
 		why  string
 	}{
 		"gvisor.dev/gvisor/":                      {[]string{"cmd/cay-runsc"}, "the server drives runsc as a program and must not carry it"},
+		"github.com/moby/buildkit/":               {[]string{"cmd/cay-buildkit"}, "the server talks to it as a program and must not carry it"},
 		"database/sql":                            {[]string{"internal/store"}, "all SQL is in one room"},
 		"github.com/google/nftables":              {[]string{"internal/network"}, "rules are made in one room"},
 		"github.com/vishvananda/netlink":          {[]string{"internal/network"}, "links are made in one room"},

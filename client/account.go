@@ -7,38 +7,6 @@ import (
 	"iter"
 )
 
-// ListTemplates returns a page of templates, newest first.
-func (c *Client) ListTemplates(ctx context.Context, o ListOptions) (*TemplateList, error) {
-	var p ListTemplatesParams
-	p.Limit, p.Cursor = o.params()
-	return decode[TemplateList](c.wire.ListTemplates(ctx, &p))
-}
-
-// Templates walks all templates and ends after the first error.
-func (c *Client) Templates(ctx context.Context, o ListOptions) iter.Seq2[Template, error] {
-	return all(o, func(page ListOptions) ([]Template, *string, error) {
-		l, err := c.ListTemplates(ctx, page)
-		if err != nil {
-			return nil, nil, err
-		}
-		return l.Templates, l.NextCursor, nil
-	})
-}
-
-// GetTemplate returns a template by name or id.
-func (c *Client) GetTemplate(ctx context.Context, nameOrID string) (*Template, error) {
-	return decode[Template](c.wire.GetTemplate(ctx, nameOrID))
-}
-
-// TemplateLogs returns the log of a template's newest build, oldest line first.
-func (c *Client) TemplateLogs(ctx context.Context, nameOrID string) ([]TemplateLogLine, error) {
-	l, err := decode[TemplateLogs](c.wire.GetTemplateLogs(ctx, nameOrID))
-	if err != nil {
-		return nil, err
-	}
-	return l.Lines, nil
-}
-
 // Pool returns what is booted in advance, by template and size. For keys of the server's
 // first organization with the scope admin.
 func (c *Client) Pool(ctx context.Context) ([]PoolEntry, error) {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/oapi-codegen/runtime"
+	openapi_types "github.com/oapi-codegen/runtime/types"
 )
 
 // Defines values for EgressMode.
@@ -295,6 +296,26 @@ type APIKeyList struct {
 	NextCursor *string `json:"next_cursor,omitempty"`
 }
 
+// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. They end up in the image's history: no place for secrets.
+type BuildArgs map[string]string
+
+// BuildError Why the newest build failed; absent when it did not.
+type BuildError struct {
+	// ExitCode Exit code of the command that failed; absent when none did.
+	ExitCode *int `json:"exit_code,omitempty"`
+
+	// Message What went wrong, for people.
+	Message string `json:"message"`
+
+	// Step The step that failed; absent when it was none in particular.
+	//
+	// Example: RUN npm ci
+	Step *string `json:"step,omitempty"`
+
+	// Tail The last lines of that step's output.
+	Tail []string `json:"tail,omitempty"`
+}
+
 // CreateAPIKeyRequest A key to make.
 type CreateAPIKeyRequest struct {
 	// ExpiresIn How long it is valid, at least 1s. Absent or 0 is for ever.
@@ -366,6 +387,78 @@ type CreateSandboxRequest struct {
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
+}
+
+// CreateTemplateRequest What template to make. Exactly one of `image`, `dockerfile` and `debian`.
+type CreateTemplateRequest struct {
+	// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. They end up in the image's history: no place for secrets.
+	BuildArgs BuildArgs `json:"build_args,omitempty"`
+
+	// Credentials How to open a registry. Never answered, logged or stored: a build that waits or runs while the server restarts fails and says so.
+	Credentials *RegistryCredentials `json:"credentials,omitempty"`
+
+	// Debian Source: a minimal Debian system with packages and all they depend on.
+	Debian *DebianSource `json:"debian,omitempty"`
+
+	// Description What it is for, at most 1024 bytes.
+	Description *string `json:"description,omitempty"`
+
+	// DiskSizeMB Default of what a sandbox may write, in MiB: at least 64, at most what the operator allows; absent is the server's.
+	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
+
+	// Dockerfile Source: the path of a Dockerfile in the context; without a context its text, at most 512 KiB. `FROM` finds templates of the organization and built-in ones by name before any registry.
+	//
+	// Example: FROM python
+	// RUN pip install numpy
+	Dockerfile *string `json:"dockerfile,omitempty"`
+
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	Egress *Egress `json:"egress,omitempty"`
+
+	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	Env Env `json:"env,omitempty"`
+
+	// Image Source: the reference of an OCI image; with a context the path in it of an OCI image layout or archive, as `docker save` and others write them, or `.` for the context itself.
+	//
+	// Example: docker.io/library/alpine:3.22
+	Image *string `json:"image,omitempty"`
+
+	// Name Unique inside the organization and not that of a built-in template: 1 to 63 of a-z, 0-9 and `-`, not beginning with `-`.
+	//
+	// Example: my-app
+	Name string `json:"name"`
+
+	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+	Ready *ReadyCheck `json:"ready,omitempty"`
+
+	// Size Default size of sandboxes, see `GET /v1/sizes`; absent is the server's.
+	Size *string `json:"size,omitempty"`
+
+	// StartCommand A shell command line that is started with every sandbox. Absent is the image's ENTRYPOINT and CMD; an empty one is none.
+	//
+	// Example: python3 -m http.server 8000
+	StartCommand *string `json:"start_command,omitempty"`
+
+	// Target Stage of the Dockerfile to build; absent is the last.
+	Target *string `json:"target,omitempty"`
+
+	// User Default user of commands and files, a name or a number. Absent is the image's, else root.
+	User *string `json:"user,omitempty"`
+
+	// Workdir Default working directory of commands, an absolute path. Absent is the image's.
+	Workdir *string `json:"workdir,omitempty"`
+}
+
+// DebianSource Source: a minimal Debian system with packages and all they depend on.
+type DebianSource struct {
+	// Packages Names of packages, with `=VERSION` if need be.
+	Packages []string `json:"packages,omitempty"`
+
+	// Suite Debian's name of the release.
+	//
+	// Example: bookworm
+	Suite *string `json:"suite,omitempty"`
 }
 
 // Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
@@ -746,6 +839,86 @@ type QuotaRequest struct {
 	VCPUs *int `json:"vcpus,omitempty"`
 }
 
+// ReadyCheck When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+type ReadyCheck struct {
+	// Command A shell command line ends with exit code 0.
+	Command *string `json:"command,omitempty"`
+
+	// HTTP A GET to the sandbox itself is answered with a status of 2xx or 3xx.
+	HTTP *ReadyHTTP `json:"http,omitempty"`
+
+	// Port Something listens on this TCP port.
+	Port *int `json:"port,omitempty"`
+
+	// Timeout How long it may take, 1s to 10m. Default 1m.
+	//
+	// Example: 1m
+	Timeout *string `json:"timeout,omitempty"`
+}
+
+// ReadyHTTP A GET to the sandbox itself is answered with a status of 2xx or 3xx.
+type ReadyHTTP struct {
+	// Path Path, beginning with `/`.
+	//
+	// Example: /healthz
+	Path string `json:"path"`
+
+	// Port TCP port.
+	Port int `json:"port"`
+}
+
+// RebuildTemplateRequest New inputs of a template. Exactly one of `image`, `dockerfile` and `debian`; or nothing but `credentials`.
+type RebuildTemplateRequest struct {
+	// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. They end up in the image's history: no place for secrets.
+	BuildArgs BuildArgs `json:"build_args,omitempty"`
+
+	// Credentials How to open a registry. Never answered, logged or stored: a build that waits or runs while the server restarts fails and says so.
+	Credentials *RegistryCredentials `json:"credentials,omitempty"`
+
+	// Debian Source: a minimal Debian system with packages and all they depend on.
+	Debian *DebianSource `json:"debian,omitempty"`
+
+	// Description What it is for, at most 1024 bytes.
+	Description *string `json:"description,omitempty"`
+
+	// DiskSizeMB Default of what a sandbox may write, in MiB: at least 64, at most what the operator allows; absent is the server's.
+	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
+
+	// Dockerfile Source: the path of a Dockerfile in the context; without a context its text, at most 512 KiB. `FROM` finds templates of the organization and built-in ones by name before any registry.
+	//
+	// Example: FROM python
+	// RUN pip install numpy
+	Dockerfile *string `json:"dockerfile,omitempty"`
+
+	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	Env Env `json:"env,omitempty"`
+
+	// Image Source: the reference of an OCI image; with a context the path in it of an OCI image layout or archive, as `docker save` and others write them, or `.` for the context itself.
+	//
+	// Example: docker.io/library/alpine:3.22
+	Image *string `json:"image,omitempty"`
+
+	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+	Ready *ReadyCheck `json:"ready,omitempty"`
+
+	// Size Default size of sandboxes, see `GET /v1/sizes`; absent is the server's.
+	Size *string `json:"size,omitempty"`
+
+	// StartCommand A shell command line that is started with every sandbox. Absent is the image's ENTRYPOINT and CMD; an empty one is none.
+	//
+	// Example: python3 -m http.server 8000
+	StartCommand *string `json:"start_command,omitempty"`
+
+	// Target Stage of the Dockerfile to build; absent is the last.
+	Target *string `json:"target,omitempty"`
+
+	// User Default user of commands and files, a name or a number. Absent is the image's, else root.
+	User *string `json:"user,omitempty"`
+
+	// Workdir Default working directory of commands, an absolute path. Absent is the image's.
+	Workdir *string `json:"workdir,omitempty"`
+}
+
 // RecoveryPoint A state that a persistent sandbox falls back to after a crash.
 type RecoveryPoint struct {
 	// CreatedAt The time of the state it holds.
@@ -753,6 +926,20 @@ type RecoveryPoint struct {
 
 	// SizeBytes Its size on disk.
 	SizeBytes int64 `json:"size_bytes"`
+}
+
+// RegistryCredentials How to open a registry. Never answered, logged or stored: a build that waits or runs while the server restarts fails and says so.
+type RegistryCredentials struct {
+	// Password Password or token.
+	Password string `json:"password"`
+
+	// Registry Host of the registry that may see them, with its port if it has one. Needed with a `dockerfile`; absent is that of `image`.
+	//
+	// Example: ghcr.io
+	Registry *string `json:"registry,omitempty"`
+
+	// Username User name.
+	Username string `json:"username"`
 }
 
 // Sandbox A sandbox.
@@ -894,7 +1081,7 @@ type SizeList struct {
 // Template What sandboxes are made from.
 type Template struct {
 	// BuildError Why the newest build failed; absent when it did not.
-	BuildError *string `json:"build_error,omitempty"`
+	BuildError *BuildError `json:"build_error,omitempty"`
 
 	// BuiltAt When the version in use became ready.
 	BuiltAt *time.Time `json:"built_at,omitempty"`
@@ -934,6 +1121,9 @@ type Template struct {
 	// Progress What the build is doing now; absent when there is none.
 	Progress *string `json:"progress,omitempty"`
 
+	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+	Ready *ReadyCheck `json:"ready,omitempty"`
+
 	// Size Default size; absent is the server's.
 	Size *string `json:"size,omitempty"`
 
@@ -942,7 +1132,7 @@ type Template struct {
 	// Example: debian:bookworm
 	Source *string `json:"source,omitempty"`
 
-	// StartCommand Command started with every sandbox.
+	// StartCommand Command started with every sandbox, as a shell command line; absent when there is none.
 	StartCommand *string `json:"start_command,omitempty"`
 
 	// Status Where the newest build stands. A template whose `version` is not 0 can be used whatever its status.
@@ -972,6 +1162,12 @@ type TemplateList struct {
 
 // TemplateLogLine One line of a build's log.
 type TemplateLogLine struct {
+	// Heading The line says what the step is.
+	Heading bool `json:"heading,omitempty"`
+
+	// Step Which step of the build said it, counted from 1; absent when it was none in particular.
+	Step *int `json:"step,omitempty"`
+
 	// Text The line, without its end.
 	Text string `json:"text"`
 
@@ -1038,9 +1234,6 @@ type Unauthorized = Problem
 
 // Unavailable An error, as in RFC 9457.
 type Unavailable = Problem
-
-// Unsupported An error, as in RFC 9457.
-type Unsupported = Problem
 
 // UnsupportedMediaType An error, as in RFC 9457.
 type UnsupportedMediaType = Problem
@@ -1141,6 +1334,36 @@ type ListTemplatesParams struct {
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
+// CreateTemplateMultipartBody defines parameters for CreateTemplate.
+type CreateTemplateMultipartBody struct {
+	// Context A tar, plain or compressed with gzip.
+	Context *openapi_types.File `json:"context,omitempty"`
+
+	// Template What template to make. Exactly one of `image`, `dockerfile` and `debian`.
+	Template CreateTemplateRequest `json:"template"`
+}
+
+// DeleteTemplateParams defines parameters for DeleteTemplate.
+type DeleteTemplateParams struct {
+	// Force Delete it though sandboxes of it are not destroyed.
+	Force *bool `form:"force,omitempty" json:"force,omitempty"`
+}
+
+// GetTemplateLogsParams defines parameters for GetTemplateLogs.
+type GetTemplateLogsParams struct {
+	// LastEventID `id` of the last event that was received; only what comes after it is sent.
+	LastEventID *string `json:"Last-Event-ID,omitempty"`
+}
+
+// RebuildTemplateMultipartBody defines parameters for RebuildTemplate.
+type RebuildTemplateMultipartBody struct {
+	// Context A tar, plain or compressed with gzip.
+	Context *openapi_types.File `json:"context,omitempty"`
+
+	// Template New inputs of a template. Exactly one of `image`, `dockerfile` and `debian`; or nothing but `credentials`.
+	Template RebuildTemplateRequest `json:"template"`
+}
+
 // CreateAPIKeyJSONRequestBody defines body for CreateAPIKey for application/json ContentType.
 type CreateAPIKeyJSONRequestBody = CreateAPIKeyRequest
 
@@ -1158,6 +1381,18 @@ type ExecuteCommandJSONRequestBody = ExecuteRequest
 
 // KeepaliveSandboxJSONRequestBody defines body for KeepaliveSandbox for application/json ContentType.
 type KeepaliveSandboxJSONRequestBody = KeepaliveRequest
+
+// CreateTemplateJSONRequestBody defines body for CreateTemplate for application/json ContentType.
+type CreateTemplateJSONRequestBody = CreateTemplateRequest
+
+// CreateTemplateMultipartRequestBody defines body for CreateTemplate for multipart/form-data ContentType.
+type CreateTemplateMultipartRequestBody CreateTemplateMultipartBody
+
+// RebuildTemplateJSONRequestBody defines body for RebuildTemplate for application/json ContentType.
+type RebuildTemplateJSONRequestBody = RebuildTemplateRequest
+
+// RebuildTemplateMultipartRequestBody defines body for RebuildTemplate for multipart/form-data ContentType.
+type RebuildTemplateMultipartRequestBody RebuildTemplateMultipartBody
 
 // requestEditor is the function signature for the RequestEditor callback function
 type requestEditor func(ctx context.Context, req *http.Request) error
@@ -1528,19 +1763,45 @@ type wireInterface interface {
 	// Corresponds with GET /v1/templates (the `ListTemplates` operationId).
 	ListTemplates(ctx context.Context, params *ListTemplatesParams, reqEditors ...requestEditor) (*http.Response, error)
 
-	// CreateTemplate Create a template
+	// CreateTemplateWithBody Create a template
 	//
-	// Not in this version. Always 501, code `unsupported`.
+	// Has a template built, from an OCI image, a Dockerfile or Debian packages, and answers at once; the template's `status` and `GET /v1/templates/{template}/logs`
+	// tell how it goes. Builds of an organization run one after the other unless the operator says otherwise, further ones wait for their turn.
+	//
+	// With a build context the body is `multipart/form-data` of two parts in this order: `template`, the JSON object, and `context`, a tar, plain or compressed with gzip, of
+	// up to 1 GiB unless the operator says otherwise.
+	//
+	// 409, code `template_exists`, for a name that the organization or a built-in template has; 413, code `context_too_large`; 429, code `quota_exceeded`, when the organization
+	// has as many templates as it may.
+	//
+	// Takes any type of body and a specified content type.
 	//
 	// Corresponds with POST /v1/templates (the `CreateTemplate` operationId).
-	CreateTemplate(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error)
+	CreateTemplateWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// CreateTemplate Create a template
+	//
+	// Has a template built, from an OCI image, a Dockerfile or Debian packages, and answers at once; the template's `status` and `GET /v1/templates/{template}/logs`
+	// tell how it goes. Builds of an organization run one after the other unless the operator says otherwise, further ones wait for their turn.
+	//
+	// With a build context the body is `multipart/form-data` of two parts in this order: `template`, the JSON object, and `context`, a tar, plain or compressed with gzip, of
+	// up to 1 GiB unless the operator says otherwise.
+	//
+	// 409, code `template_exists`, for a name that the organization or a built-in template has; 413, code `context_too_large`; 429, code `quota_exceeded`, when the organization
+	// has as many templates as it may.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/templates (the `CreateTemplate` operationId).
+	CreateTemplate(ctx context.Context, body CreateTemplateJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
 
 	// DeleteTemplate Delete a template
 	//
-	// Not in this version. Always 501, code `unsupported`.
+	// A build of it that waits or runs ends. While sandboxes of it are not destroyed it is 409, code `template_in_use`, unless `force` is given; they go on, suspended ones too.
+	// Built-in templates are read-only: 403, code `template_builtin`.
 	//
 	// Corresponds with DELETE /v1/templates/{template} (the `DeleteTemplate` operationId).
-	DeleteTemplate(ctx context.Context, template TemplateRef, reqEditors ...requestEditor) (*http.Response, error)
+	DeleteTemplate(ctx context.Context, template TemplateRef, params *DeleteTemplateParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// GetTemplate Get a template
 	//
@@ -1549,19 +1810,58 @@ type wireInterface interface {
 	// Corresponds with GET /v1/templates/{template} (the `GetTemplate` operationId).
 	GetTemplate(ctx context.Context, template TemplateRef, reqEditors ...requestEditor) (*http.Response, error)
 
+	// CancelTemplateBuild Cancel the build of a template
+	//
+	// Ends the build that waits or runs. The template has then failed, and its ready version stays in use. 409, code `no_build`, when there is none; built-in templates are
+	// read-only, 403, code `template_builtin`.
+	//
+	// Corresponds with POST /v1/templates/{template}/cancel (the `CancelTemplateBuild` operationId).
+	CancelTemplateBuild(ctx context.Context, template TemplateRef, reqEditors ...requestEditor) (*http.Response, error)
+
 	// GetTemplateLogs Read the log of a template's newest build
 	//
-	// All lines so far, oldest first. Not paged.
+	// All lines so far, oldest first. Not paged: a log has about 4 MiB at most, then older lines of the step that says the most are left out, with a note in their place.
+	//
+	// With `Accept: text/event-stream` the lines are sent as they are written, those that are there first: events `line`, whose data is a line. When the build is over, or
+	// if none waits or runs, an event `end` comes last, whose data is the template. A stream that breaks off before that, as it does when the server stops, can be taken up with the `id`
+	// of the last event as `Last-Event-ID`. When another build begins its log is sent from its first line on.
 	//
 	// Corresponds with GET /v1/templates/{template}/logs (the `GetTemplateLogs` operationId).
-	GetTemplateLogs(ctx context.Context, template TemplateRef, reqEditors ...requestEditor) (*http.Response, error)
+	GetTemplateLogs(ctx context.Context, template TemplateRef, params *GetTemplateLogsParams, reqEditors ...requestEditor) (*http.Response, error)
+
+	// RebuildTemplateWithBody Build a template anew
+	//
+	// Answers at once. The ready version stays in use until the new one is ready, and after a failure; sandboxes keep the version they were made from. `version` counts up
+	// if the result is another one.
+	//
+	// Without a body, or with `credentials` alone, the template is made again from the same inputs, and what changes by itself, a tag or a Debian suite, is looked up anew.
+	// With a body (and a context, as in a create) it is made from those inputs; if they are those of the ready version nothing is done. What is absent then has its
+	// default, not its former value. The egress policy is not changed by a rebuild.
+	//
+	// 409, code `build_in_progress`, while another build of it waits or runs. Built-in templates are read-only, 403, code `template_builtin`; but one that was never built
+	// can be asked for in advance, and keys of the operator with the scope `admin` can have all made anew, both without a body.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/templates/{template}/rebuild (the `RebuildTemplate` operationId).
+	RebuildTemplateWithBody(ctx context.Context, template TemplateRef, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
 
 	// RebuildTemplate Build a template anew
 	//
-	// Not in this version. Always 501, code `unsupported`.
+	// Answers at once. The ready version stays in use until the new one is ready, and after a failure; sandboxes keep the version they were made from. `version` counts up
+	// if the result is another one.
+	//
+	// Without a body, or with `credentials` alone, the template is made again from the same inputs, and what changes by itself, a tag or a Debian suite, is looked up anew.
+	// With a body (and a context, as in a create) it is made from those inputs; if they are those of the ready version nothing is done. What is absent then has its
+	// default, not its former value. The egress policy is not changed by a rebuild.
+	//
+	// 409, code `build_in_progress`, while another build of it waits or runs. Built-in templates are read-only, 403, code `template_builtin`; but one that was never built
+	// can be asked for in advance, and keys of the operator with the scope `admin` can have all made anew, both without a body.
+	//
+	// Takes a body of the `application/json` content type.
 	//
 	// Corresponds with POST /v1/templates/{template}/rebuild (the `RebuildTemplate` operationId).
-	RebuildTemplate(ctx context.Context, template TemplateRef, reqEditors ...requestEditor) (*http.Response, error)
+	RebuildTemplate(ctx context.Context, template TemplateRef, body RebuildTemplateJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
 }
 
 // GetHealth Is the process alive
@@ -2199,13 +2499,48 @@ func (c *wire) ListTemplates(ctx context.Context, params *ListTemplatesParams, r
 	return c.Client.Do(req)
 }
 
-// CreateTemplate Create a template
+// CreateTemplateWithBody Create a template
 //
-// Not in this version. Always 501, code `unsupported`.
+// Has a template built, from an OCI image, a Dockerfile or Debian packages, and answers at once; the template's `status` and `GET /v1/templates/{template}/logs`
+// tell how it goes. Builds of an organization run one after the other unless the operator says otherwise, further ones wait for their turn.
+//
+// With a build context the body is `multipart/form-data` of two parts in this order: `template`, the JSON object, and `context`, a tar, plain or compressed with gzip, of
+// up to 1 GiB unless the operator says otherwise.
+//
+// 409, code `template_exists`, for a name that the organization or a built-in template has; 413, code `context_too_large`; 429, code `quota_exceeded`, when the organization
+// has as many templates as it may.
+//
+// Takes any type of body and a specified content type.
 //
 // Corresponds with POST /v1/templates (the `CreateTemplate` operationId).
-func (c *wire) CreateTemplate(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error) {
-	req, err := newCreateTemplateRequest(c.Server)
+func (c *wire) CreateTemplateWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newCreateTemplateRequestWithBody(c.Server, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// CreateTemplate Create a template
+//
+// Has a template built, from an OCI image, a Dockerfile or Debian packages, and answers at once; the template's `status` and `GET /v1/templates/{template}/logs`
+// tell how it goes. Builds of an organization run one after the other unless the operator says otherwise, further ones wait for their turn.
+//
+// With a build context the body is `multipart/form-data` of two parts in this order: `template`, the JSON object, and `context`, a tar, plain or compressed with gzip, of
+// up to 1 GiB unless the operator says otherwise.
+//
+// 409, code `template_exists`, for a name that the organization or a built-in template has; 413, code `context_too_large`; 429, code `quota_exceeded`, when the organization
+// has as many templates as it may.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/templates (the `CreateTemplate` operationId).
+func (c *wire) CreateTemplate(ctx context.Context, body CreateTemplateJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newCreateTemplateRequest(c.Server, body)
 	if err != nil {
 		return nil, err
 	}
@@ -2218,11 +2553,12 @@ func (c *wire) CreateTemplate(ctx context.Context, reqEditors ...requestEditor) 
 
 // DeleteTemplate Delete a template
 //
-// Not in this version. Always 501, code `unsupported`.
+// A build of it that waits or runs ends. While sandboxes of it are not destroyed it is 409, code `template_in_use`, unless `force` is given; they go on, suspended ones too.
+// Built-in templates are read-only: 403, code `template_builtin`.
 //
 // Corresponds with DELETE /v1/templates/{template} (the `DeleteTemplate` operationId).
-func (c *wire) DeleteTemplate(ctx context.Context, template TemplateRef, reqEditors ...requestEditor) (*http.Response, error) {
-	req, err := newDeleteTemplateRequest(c.Server, template)
+func (c *wire) DeleteTemplate(ctx context.Context, template TemplateRef, params *DeleteTemplateParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newDeleteTemplateRequest(c.Server, template, params)
 	if err != nil {
 		return nil, err
 	}
@@ -2250,13 +2586,62 @@ func (c *wire) GetTemplate(ctx context.Context, template TemplateRef, reqEditors
 	return c.Client.Do(req)
 }
 
+// CancelTemplateBuild Cancel the build of a template
+//
+// Ends the build that waits or runs. The template has then failed, and its ready version stays in use. 409, code `no_build`, when there is none; built-in templates are
+// read-only, 403, code `template_builtin`.
+//
+// Corresponds with POST /v1/templates/{template}/cancel (the `CancelTemplateBuild` operationId).
+func (c *wire) CancelTemplateBuild(ctx context.Context, template TemplateRef, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newCancelTemplateBuildRequest(c.Server, template)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
 // GetTemplateLogs Read the log of a template's newest build
 //
-// All lines so far, oldest first. Not paged.
+// All lines so far, oldest first. Not paged: a log has about 4 MiB at most, then older lines of the step that says the most are left out, with a note in their place.
+//
+// With `Accept: text/event-stream` the lines are sent as they are written, those that are there first: events `line`, whose data is a line. When the build is over, or
+// if none waits or runs, an event `end` comes last, whose data is the template. A stream that breaks off before that, as it does when the server stops, can be taken up with the `id`
+// of the last event as `Last-Event-ID`. When another build begins its log is sent from its first line on.
 //
 // Corresponds with GET /v1/templates/{template}/logs (the `GetTemplateLogs` operationId).
-func (c *wire) GetTemplateLogs(ctx context.Context, template TemplateRef, reqEditors ...requestEditor) (*http.Response, error) {
-	req, err := newGetTemplateLogsRequest(c.Server, template)
+func (c *wire) GetTemplateLogs(ctx context.Context, template TemplateRef, params *GetTemplateLogsParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newGetTemplateLogsRequest(c.Server, template, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// RebuildTemplateWithBody Build a template anew
+//
+// Answers at once. The ready version stays in use until the new one is ready, and after a failure; sandboxes keep the version they were made from. `version` counts up
+// if the result is another one.
+//
+// Without a body, or with `credentials` alone, the template is made again from the same inputs, and what changes by itself, a tag or a Debian suite, is looked up anew.
+// With a body (and a context, as in a create) it is made from those inputs; if they are those of the ready version nothing is done. What is absent then has its
+// default, not its former value. The egress policy is not changed by a rebuild.
+//
+// 409, code `build_in_progress`, while another build of it waits or runs. Built-in templates are read-only, 403, code `template_builtin`; but one that was never built
+// can be asked for in advance, and keys of the operator with the scope `admin` can have all made anew, both without a body.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/templates/{template}/rebuild (the `RebuildTemplate` operationId).
+func (c *wire) RebuildTemplateWithBody(ctx context.Context, template TemplateRef, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newRebuildTemplateRequestWithBody(c.Server, template, contentType, body)
 	if err != nil {
 		return nil, err
 	}
@@ -2269,11 +2654,21 @@ func (c *wire) GetTemplateLogs(ctx context.Context, template TemplateRef, reqEdi
 
 // RebuildTemplate Build a template anew
 //
-// Not in this version. Always 501, code `unsupported`.
+// Answers at once. The ready version stays in use until the new one is ready, and after a failure; sandboxes keep the version they were made from. `version` counts up
+// if the result is another one.
+//
+// Without a body, or with `credentials` alone, the template is made again from the same inputs, and what changes by itself, a tag or a Debian suite, is looked up anew.
+// With a body (and a context, as in a create) it is made from those inputs; if they are those of the ready version nothing is done. What is absent then has its
+// default, not its former value. The egress policy is not changed by a rebuild.
+//
+// 409, code `build_in_progress`, while another build of it waits or runs. Built-in templates are read-only, 403, code `template_builtin`; but one that was never built
+// can be asked for in advance, and keys of the operator with the scope `admin` can have all made anew, both without a body.
+//
+// Takes a body of the `application/json` content type.
 //
 // Corresponds with POST /v1/templates/{template}/rebuild (the `RebuildTemplate` operationId).
-func (c *wire) RebuildTemplate(ctx context.Context, template TemplateRef, reqEditors ...requestEditor) (*http.Response, error) {
-	req, err := newRebuildTemplateRequest(c.Server, template)
+func (c *wire) RebuildTemplate(ctx context.Context, template TemplateRef, body RebuildTemplateJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newRebuildTemplateRequest(c.Server, template, body)
 	if err != nil {
 		return nil, err
 	}
@@ -3622,8 +4017,19 @@ func newListTemplatesRequest(server string, params *ListTemplatesParams) (*http.
 	return req, nil
 }
 
-// NewCreateTemplateRequest constructs an http.Request for the CreateTemplate method
-func newCreateTemplateRequest(server string) (*http.Request, error) {
+// NewCreateTemplateRequest calls the generic CreateTemplate builder with application/json body
+func newCreateTemplateRequest(server string, body CreateTemplateJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newCreateTemplateRequestWithBody(server, "application/json", bodyReader)
+}
+
+// NewCreateTemplateRequestWithBody constructs an http.Request for the CreateTemplate method, with any body, and a specified content type
+func newCreateTemplateRequestWithBody(server string, contentType string, body io.Reader) (*http.Request, error) {
 	var err error
 
 	serverURL, err := url.Parse(server)
@@ -3641,16 +4047,18 @@ func newCreateTemplateRequest(server string) (*http.Request, error) {
 		return nil, err
 	}
 
-	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
 	if err != nil {
 		return nil, err
 	}
+
+	req.Header.Add("Content-Type", contentType)
 
 	return req, nil
 }
 
 // NewDeleteTemplateRequest constructs an http.Request for the DeleteTemplate method
-func newDeleteTemplateRequest(server string, template TemplateRef) (*http.Request, error) {
+func newDeleteTemplateRequest(server string, template TemplateRef, params *DeleteTemplateParams) (*http.Request, error) {
 	var err error
 
 	var pathParam0 string
@@ -3673,6 +4081,33 @@ func newDeleteTemplateRequest(server string, template TemplateRef) (*http.Reques
 	queryURL, err := serverURL.Parse(operationPath)
 	if err != nil {
 		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if params.Force != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "force", *params.Force, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "boolean", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
 	}
 
 	req, err := http.NewRequest(http.MethodDelete, queryURL.String(), nil)
@@ -3717,8 +4152,42 @@ func newGetTemplateRequest(server string, template TemplateRef) (*http.Request, 
 	return req, nil
 }
 
+// NewCancelTemplateBuildRequest constructs an http.Request for the CancelTemplateBuild method
+func newCancelTemplateBuildRequest(server string, template TemplateRef) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "template", template, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/templates/%s/cancel", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
 // NewGetTemplateLogsRequest constructs an http.Request for the GetTemplateLogs method
-func newGetTemplateLogsRequest(server string, template TemplateRef) (*http.Request, error) {
+func newGetTemplateLogsRequest(server string, template TemplateRef, params *GetTemplateLogsParams) (*http.Request, error) {
 	var err error
 
 	var pathParam0 string
@@ -3748,11 +4217,37 @@ func newGetTemplateLogsRequest(server string, template TemplateRef) (*http.Reque
 		return nil, err
 	}
 
+	if params != nil {
+
+		if params.LastEventID != nil {
+			var headerParam0 string
+
+			headerParam0, err = runtime.StyleParamWithOptions("simple", false, "Last-Event-ID", *params.LastEventID, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationHeader, Type: "string", Format: ""})
+			if err != nil {
+				return nil, err
+			}
+
+			req.Header.Set("Last-Event-ID", headerParam0)
+		}
+
+	}
+
 	return req, nil
 }
 
-// NewRebuildTemplateRequest constructs an http.Request for the RebuildTemplate method
-func newRebuildTemplateRequest(server string, template TemplateRef) (*http.Request, error) {
+// NewRebuildTemplateRequest calls the generic RebuildTemplate builder with application/json body
+func newRebuildTemplateRequest(server string, template TemplateRef, body RebuildTemplateJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newRebuildTemplateRequestWithBody(server, template, "application/json", bodyReader)
+}
+
+// NewRebuildTemplateRequestWithBody constructs an http.Request for the RebuildTemplate method, with any body, and a specified content type
+func newRebuildTemplateRequestWithBody(server string, template TemplateRef, contentType string, body io.Reader) (*http.Request, error) {
 	var err error
 
 	var pathParam0 string
@@ -3777,10 +4272,12 @@ func newRebuildTemplateRequest(server string, template TemplateRef) (*http.Reque
 		return nil, err
 	}
 
-	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
 	if err != nil {
 		return nil, err
 	}
+
+	req.Header.Add("Content-Type", contentType)
 
 	return req, nil
 }
@@ -3800,4 +4297,4 @@ func (c *wire) applyEditors(ctx context.Context, req *http.Request, additionalEd
 }
 
 // What decodes the answers is in client.go.
-// 33 operations.
+// 34 operations.

@@ -155,7 +155,11 @@ try:
 except OSError as e:
     print(n, e.strerror, flush=True)
 time.sleep(600)'`, object{"timeout": "30s"})
-	if !r.TimedOut || r.ExitCode != 124 || !strings.Contains(r.Stdout, "Resource temporarily unavailable") {
+	// At the limit some forks fail, and Python tells of the first one that fails twice in a row,
+	// as vfork and as fork. Without such luck it comes to where the command is ended.
+	told := r.TimedOut && r.ExitCode == 124 && strings.Contains(r.Stdout, "Resource temporarily unavailable")
+	ended := r.Signal == "SIGKILL" && r.ExitCode == 137 && !r.TimedOut && !r.OOMKilled
+	if !told && !ended {
 		t.Errorf("got %+v", r)
 	}
 	// All descendants are gone with their command, though they left its session.

@@ -27,6 +27,18 @@ step locks
 # Only what is annotated: guesses about the rest are wrong too often to stop for.
 tool checklocks -inferred=false -test=false $(go list ./internal/... ./cmd/cay ./cmd/cay-agent ./client/...)
 
+step the builder, which is a module of its own
+# With the flags that it was built with, so that nothing is compiled twice.
+(
+	tools=$PWD/tools/go.mod
+	cd cmd/cay-buildkit
+	export GOFLAGS=-trimpath
+	go mod tidy -diff
+	go vet ./...
+	go tool -modfile="$tools" staticcheck ./...
+	go tool -modfile="$tools" checklocks -inferred=false -test=false ./...
+)
+
 step who may import whom
 go test -count=1 .
 

@@ -10,10 +10,11 @@ declare -A package=(
 	[fsck.erofs]=erofs-utils # tests check images with it
 	[protoc]=protobuf-compiler
 	[curl]=curl
+	[git]=git # a Dockerfile may ADD repositories with it
 )
 case ${1:-} in
 run) programs=(mmdebstrap curl) ;;
-test) programs=(mmdebstrap curl ip nft fsck.erofs) ;;
+test) programs=(mmdebstrap curl ip nft fsck.erofs git) ;;
 generate) programs=(protoc) ;;
 *) echo "usage: $0 run|test|generate" >&2; exit 2 ;;
 esac

@@ -42,6 +42,9 @@ func run() error {
 	if err != nil {
 		return err
 	}
+	if err := agent.SetAttributes("/", agent.AttributesPath); err != nil {
+		return err
+	}
 	a, err := agent.New(agent.Config{MaxProcesses: limit})
 	if err != nil {
 		return err

@@ -35,6 +35,8 @@ type config struct {
 	Quota     quotaConfig     `toml:"quota"`
 	RateLimit rateLimitConfig `toml:"rate_limit"`
 	Images    imagesConfig    `toml:"images"`
+	Templates templatesConfig `toml:"templates"`
+	Build     buildConfig     `toml:"build"`
 	Pool      poolConfig      `toml:"pool"`
 }
 
@@ -74,8 +76,27 @@ type rateLimitConfig struct {
 }
 
 type imagesConfig struct {
-	CacheDir string `toml:"cache_dir"`
-	Registry bool   `toml:"registry"`
+	CacheDir   string   `toml:"cache_dir"`
+	Registry   bool     `toml:"registry"`
+	Registries []string `toml:"registries"`
+	PulledMB   int      `toml:"pulled_mb"`
+}
+
+type templatesConfig struct {
+	Prepare   []string `toml:"prepare"`
+	MaxPerOrg int      `toml:"max_per_org"`
+}
+
+type buildConfig struct {
+	Concurrent     int      `toml:"concurrent"`
+	PerOrg         int      `toml:"per_org"`
+	Timeout        duration `toml:"timeout"`
+	ContextLimitMB int      `toml:"context_limit_mb"`
+	MemoryMB       int      `toml:"memory_mb"`
+	CPUs           float64  `toml:"cpus"`
+	DiskMB         int      `toml:"disk_mb"`
+	CacheMB        int      `toml:"cache_mb"`
+	IdleTimeout    duration `toml:"idle_timeout"`
 }
 
 // defaults are for one machine with one operator.
@@ -91,8 +112,11 @@ func defaults() config {
 		Capacity:  capacityConfig{MaxSandboxes: 1000, MinFreeMemoryMB: 512, MinFreeDiskMB: 1024},
 		Quota:     quotaConfig{Sandboxes: 500, VCPUs: 2000, MemoryMB: 1 << 20},
 		RateLimit: rateLimitConfig{PerSecond: 500, Burst: 1000},
-		Images:    imagesConfig{Registry: true},
-		Pool:      poolConfig{Enabled: true, Target: 2, MaxMembers: 16},
+		Images:    imagesConfig{Registry: true, PulledMB: 20 << 10},
+		Templates: templatesConfig{Prepare: []string{"python", "base"}, MaxPerOrg: 100},
+		Build: buildConfig{Concurrent: 1, PerOrg: 1, Timeout: duration(30 * time.Minute), ContextLimitMB: 1024,
+			MemoryMB: 2048, CPUs: 2, DiskMB: 20 << 10, CacheMB: 10 << 10, IdleTimeout: duration(5 * time.Minute)},
+		Pool: poolConfig{Enabled: true, Target: 2, MaxMembers: 16},
 	}
 }
 
@@ -236,10 +260,27 @@ func (c *config) check() error {
 		{"network.ready", c.Network.Ready, 0},
 		{"quota.sandboxes", c.Quota.Sandboxes, 0},
 		{"rate_limit.burst", c.RateLimit.Burst, 1},
+		{"templates.max_per_org", c.Templates.MaxPerOrg, 0},
+		{"build.concurrent", c.Build.Concurrent, 1},
+		{"build.per_org", c.Build.PerOrg, 1},
+		{"build.context_limit_mb", c.Build.ContextLimitMB, 1},
+		{"build.memory_mb", c.Build.MemoryMB, 64},
+		{"build.disk_mb", c.Build.DiskMB, 64},
+		{"build.cache_mb", c.Build.CacheMB, 1},
+		{"images.pulled_mb", c.Images.PulledMB, 1},
 	} {
 		if rule.got < rule.from {
 			return fmt.Errorf("%s: must be at least %d, not %d", rule.key, rule.from, rule.got)
 		}
+	}
+	if c.Build.CPUs < 0 {
+		return fmt.Errorf("build.cpus: must be at least 0, which is no limit, not %v", c.Build.CPUs)
+	}
+	if c.Build.IdleTimeout < duration(time.Second) {
+		return fmt.Errorf("build.idle_timeout: must be at least 1s, not %s", time.Duration(c.Build.IdleTimeout))
+	}
+	if c.Build.Timeout < duration(time.Second) {
+		return fmt.Errorf("build.timeout: must be at least 1s, not %s", time.Duration(c.Build.Timeout))
 	}
 	if err := c.Pool.check(names); err != nil {
 		return err

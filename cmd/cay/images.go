@@ -3,27 +3,53 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/cayhq/cay/internal/blob"
+	"github.com/cayhq/cay/internal/buildkit"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/image"
 	"github.com/cayhq/cay/internal/template"
 )
 
-// builder makes templates' images in the image room. The two rooms do not know
-// each other: one speaks of templates, the other of file systems.
+// builder makes templates' images in the image room, and those of Dockerfiles in the build
+// room before. The rooms do not know each other: one speaks of templates, one of file
+// systems, one of steps.
 type builder struct {
-	images   *image.Store
-	registry bool // whether OCI images may be tried
+	images      *image.Store
+	dockerfiles *buildkit.Builder
+	registry    bool   // whether OCI images may be tried
+	dir         string // of the server's data, which is nobody's business
+	scratch     string // for what a build needs while it runs
+	limits      buildLimits
+}
+
+// buildLimits bound one build.
+type buildLimits struct {
+	memory  int64   // of one step, bytes
+	cpus    float64 // of one step
+	context buildkit.Limits
 }
 
 // Build implements template.Builder.
-func (b builder) Build(ctx context.Context, d template.Definition, progress func(string)) (template.Built, error) {
-	src := image.Source{Require: d.Require, Setup: image.Setup{Remove: d.Remove}}
-	if b.registry || d.Debian == nil {
-		src.Image = d.Image
+func (b builder) Build(ctx context.Context, j template.Job, progress func(template.Progress)) (template.Built, error) {
+	d := j.Definition
+	if d.Dockerfile != "" {
+		return b.dockerfile(ctx, j, progress)
+	}
+	src := image.Source{Require: d.Require, Setup: image.Setup{Remove: d.Remove}, MaxSize: j.MaxDisk, Fresh: j.Refresh}
+	switch {
+	case d.Image != "" && j.Context != "":
+		src.Archive, src.Within = j.Context, d.Image
+	case d.Image != "" && (b.registry || d.Debian == nil):
+		src.Image, src.Auth = d.Image, b.auth(j, d.Image)
 	}
 	if d.Debian != nil {
 		src.Debian = &image.Debian{Suite: d.Debian.Suite, Packages: d.Debian.Packages, Mirrors: d.Debian.Mirrors,
@@ -35,17 +61,54 @@ func (b builder) Build(ctx context.Context, d template.Definition, progress func
 	for _, f := range d.Files {
 		src.Setup.Files = append(src.Setup.Files, image.File{Path: f.Path, Mode: f.Mode, Content: f.Content})
 	}
-	img, err := b.images.Build(ctx, src, progress)
+	img, err := b.images.Build(ctx, src, func(line string) { progress(template.Progress{Text: line}) })
 	if err != nil {
-		return template.Built{}, err
+		return template.Built{}, b.buildError(err)
 	}
+	return built(img), nil
+}
+
+// auth is what the job has for the registry of an image, nil for nothing.
+func (b builder) auth(j template.Job, ref string) *image.Auth {
+	c := j.Credentials
+	// Without a registry they are for the one image there is.
+	if c == nil || c.Registry != "" && !image.AskedOf(ref, c.Registry) {
+		return nil
+	}
+	return &image.Auth{Username: c.Username, Password: c.Password}
+}
+
+// built tells of an image in the words of templates.
+func built(img image.Image) template.Built {
 	env := map[string]string{}
 	for _, pair := range img.Config.Env {
 		name, value, _ := strings.Cut(pair, "=")
 		env[name] = value
 	}
-	return template.Built{Image: img.Digest, Size: img.Size, Source: img.Source, Env: env,
-		User: img.Config.User, Workdir: img.Config.Workdir}, nil
+	return template.Built{Image: img.Digest, Size: img.Size, Source: img.Source, Env: env, User: img.Config.User,
+		Workdir: img.Config.Workdir, Entrypoint: img.Config.Entrypoint, Cmd: img.Config.Cmd}
+}
+
+// buildError tells a step that failed in the words of templates, and not where on the
+// machine things are.
+func (b builder) buildError(err error) error {
+	var out *template.BuildError
+	if step := new(image.StepError); errors.As(err, &step) {
+		out = &template.BuildError{Step: step.Step, ExitCode: step.ExitCode, Tail: step.Tail, Message: step.Err.Error()}
+	} else if step := new(buildkit.StepError); errors.As(err, &step) {
+		out = &template.BuildError{Step: step.Step, ExitCode: step.ExitCode, Tail: step.Tail, Message: step.Err.Error()}
+		if step.Line > 0 {
+			out.Message = fmt.Sprintf("line %d: %s", step.Line, out.Message)
+		}
+	} else {
+		return err
+	}
+	out.Message = strings.ReplaceAll(out.Message, b.dir, "…")
+	out.Tail = slices.Clone(out.Tail)
+	for i, line := range out.Tail {
+		out.Tail[i] = strings.ReplaceAll(line, b.dir, "…")
+	}
+	return out
 }
 
 // Check implements template.Builder.
@@ -70,14 +133,14 @@ func unusable(err error) bool {
 // at the templates, which build it again.
 type rootFS struct {
 	images  *image.Store
-	recheck func()
+	recheck func(image string)
 }
 
 // Path implements node.Images.
 func (r rootFS) Path(ctx context.Context, digest string) (string, error) {
 	path, err := r.images.Path(ctx, digest)
 	if unusable(err) {
-		r.recheck()
+		r.recheck(digest)
 		return "", fault.New(fault.Unavailable, "image_unavailable",
 			"the template's image cannot be used and is being built again").After(30 * time.Second).Because(err)
 	}
@@ -90,7 +153,39 @@ func (s *server) openTemplates(ctx context.Context) (*template.Service, error) {
 	if err != nil {
 		return nil, err
 	}
-	templates := template.New(template.Config{Builtins: builtins}, s.db,
-		builder{images: s.images, registry: s.cfg.Images.Registry}, s.db, s.log.With(slog.String("room", "template")))
+	for _, name := range s.cfg.Templates.Prepare {
+		if !slices.ContainsFunc(builtins, func(d template.Definition) bool { return d.Name == name }) {
+			return nil, fmt.Errorf("templates.prepare: there is no built-in template %q", name)
+		}
+	}
+	contexts, err := blob.Open(filepath.Join(s.cfg.DataDir, "contexts"), int64(s.cfg.Capacity.MinFreeDiskMB)<<20)
+	if err != nil {
+		return nil, fmt.Errorf("opening the directory of build contexts: %w", err)
+	}
+	cfg := template.Config{Builtins: builtins, Prepare: s.cfg.Templates.Prepare, MaxDiskMB: s.cfg.Sandbox.MaxDiskMB,
+		MaxTemplates: s.cfg.Templates.MaxPerOrg, ContextLimit: int64(s.cfg.Build.ContextLimitMB) << 20,
+		Concurrent: s.cfg.Build.Concurrent, PerOrg: s.cfg.Build.PerOrg, Timeout: time.Duration(s.cfg.Build.Timeout), MaxDisk: int64(s.cfg.Build.DiskMB) << 20, Observe: s.observeBuilds()}
+	for _, size := range s.cfg.Sandbox.Sizes {
+		cfg.Sizes = append(cfg.Sizes, size.Name)
+	}
+	templates := template.New(cfg, s.db, s.builder(), contexts, s.db,
+		s.log.With(slog.String("room", "template")))
 	return templates, templates.Register(ctx)
+}
+
+// observeBuilds counts builds of templates.
+func (s *server) observeBuilds() func(result string, took time.Duration) {
+	builds := prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "cay_template_build_duration_seconds",
+		Help: "Time that builds of templates ran, by result: ready, failed, cancelled.",
+		// From one whose result was there already to the time limit and beyond.
+		Buckets: []float64{.1, 1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600}}, []string{"result"})
+	s.registry.MustRegister(builds)
+	return func(result string, took time.Duration) { builds.WithLabelValues(result).Observe(took.Seconds()) }
+}
+
+// builder joins the rooms that templates are built in.
+func (s *server) builder() builder {
+	c := s.cfg.Build
+	return builder{images: s.images, dockerfiles: s.dockerfiles, registry: s.cfg.Images.Registry, dir: s.cfg.DataDir, scratch: s.scratch(),
+		limits: buildLimits{memory: int64(c.MemoryMB) << 20, cpus: c.CPUs, context: buildkit.Limits{Bytes: int64(c.ContextLimitMB) << 20}}}
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 
+	"github.com/cayhq/cay/internal/buildkit"
 	"github.com/cayhq/cay/internal/node"
 	"github.com/cayhq/cay/internal/store"
 )
@@ -62,6 +63,9 @@ func purge(ctx context.Context, dataDir string) error {
 
 // clean removes an instance's sandboxes and its record from the machine.
 func clean(ctx context.Context, instance, dataDir string) error {
+	if err := buildkit.Purge(buildRemains(instance, dataDir)); err != nil {
+		return err // what still runs uses what follows
+	}
 	if err := node.Purge(ctx, remains(instance, dataDir)); err != nil {
 		return err
 	}

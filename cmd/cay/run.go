@@ -162,7 +162,7 @@ func waitForTemplate(ctx context.Context, c *client.Client, name string, p *prog
 			p.say("template %s is ready", t.Name)
 			return nil
 		case t.Status == "failed":
-			return fmt.Errorf("building template %s failed: %s; see cay templates logs %s", t.Name, first(deref(t.BuildError), "no reason is known"), t.Name)
+			return fmt.Errorf("building template %s failed: %s; see cay templates logs %s", t.Name, first(buildErrorText(t.BuildError), "no reason is known"), t.Name)
 		case t.Status != "pending" && t.Status != "building":
 			return refused
 		}

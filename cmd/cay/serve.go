@@ -22,6 +22,7 @@ import (
 
 	"github.com/cayhq/cay/internal/api"
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/buildkit"
 	"github.com/cayhq/cay/internal/gate"
 	"github.com/cayhq/cay/internal/image"
 	"github.com/cayhq/cay/internal/network"
@@ -42,7 +43,7 @@ const (
 
 // dataFiles is everything a server puts into its data directory, and the log that
 // make run keeps there.
-var dataFiles = []string{databaseFile, databaseFile + "-wal", databaseFile + "-shm", keyFile, "lock", "programs", "images", "sandboxes", "checkpoints", "server.log"}
+var dataFiles = []string{databaseFile, databaseFile + "-wal", databaseFile + "-shm", keyFile, "lock", "programs", "images", "sandboxes", "checkpoints", "contexts", buildDir, "scratch", "server.log"}
 
 func serverCommand() *cobra.Command {
 	var file string
@@ -121,16 +122,17 @@ type server struct {
 	instance string
 	closers  []func(context.Context) error
 
-	db        *store.DB
-	slots     *network.Network
-	images    *image.Store
-	node      *node.Node
-	gate      *gate.Gate
-	doors     gate.Listeners // of the gate
-	templates *template.Service
-	auth      *auth.Service
-	sandboxes *sandbox.Service
-	registry  *prometheus.Registry
+	db          *store.DB
+	slots       *network.Network
+	images      *image.Store
+	dockerfiles *buildkit.Builder
+	node        *node.Node
+	gate        *gate.Gate
+	doors       gate.Listeners // of the gate
+	templates   *template.Service
+	auth        *auth.Service
+	sandboxes   *sandbox.Service
+	registry    *prometheus.Registry
 }
 
 // serve runs the service until ctx ends. It calls ready, if not nil, with the
@@ -220,8 +222,14 @@ func (s *server) openHost(ctx context.Context) error {
 		return err
 	}
 	s.onClose(func(context.Context) error { return s.slots.Close() })
-	s.images, err = image.Open(image.Config{Dir: filepath.Join(cfg.DataDir, "images"), CacheDir: cfg.Images.CacheDir}, s.log)
+	s.images, err = image.Open(image.Config{Dir: filepath.Join(cfg.DataDir, "images"), CacheDir: cfg.Images.CacheDir,
+		Budget: int64(cfg.Images.PulledMB) << 20, PlainHTTP: cfg.Images.Registries,
+		// The name of a registry is anybody's: what no sandbox reaches, none is reached for.
+		Dial: func(to netip.AddrPort) error { return s.slots.Permitted(to.Addr()) }}, s.log)
 	if err != nil {
+		return err
+	}
+	if err := s.openBuilds(programsDir, programs); err != nil {
 		return err
 	}
 	s.node, err = node.Open(node.Config{
@@ -230,7 +238,7 @@ func (s *server) openHost(ctx context.Context) error {
 		Checkpoints: filepath.Join(cfg.DataDir, "checkpoints"), Nameservers: cfg.nameservers(), PolicyChanged: s.gate.Recheck,
 		MaxSandboxes: cfg.Capacity.MaxSandboxes, MinHostMemory: int64(cfg.Capacity.MinFreeMemoryMB) << 20,
 		MinDisk: int64(cfg.Capacity.MinFreeDiskMB) << 20, MaxPIDs: cfg.Sandbox.MaxPIDs,
-	}, s.slots, rootFS{s.images, func() { s.templates.Recheck() }}, s.log)
+	}, s.slots, rootFS{s.images, func(image string) { s.templates.Recheck(image) }}, s.log)
 	if err != nil {
 		return err
 	}
@@ -335,6 +343,7 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 	defer stopWork()
 
 	servers := []*http.Server{api.Server(s.cfg.Listen, handler, s.log)}
+	servers[0].RegisterOnShutdown(s.templates.Hangup)
 	failed := make(chan error, 2)
 	go func() { failed <- servers[0].Serve(listener) }()
 	if s.cfg.MetricsListen != "" {

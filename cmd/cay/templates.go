@@ -1,6 +1,8 @@
 package main
 
 import (
+	"encoding/json"
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -9,10 +11,37 @@ import (
 )
 
 func (a *app) templatesCommand() *cobra.Command {
-	cmd := group("templates", "See what sandboxes are made from", "  cay templates list\n  cay templates logs python")
+	cmd := group("templates", "Make and manage what sandboxes are made from", "  cay templates list\n  cay templates create my-app --dockerfile Dockerfile\n  cay templates logs -f my-app")
 	cmd.Aliases = []string{"template"}
-	cmd.AddCommand(a.templatesListCommand(), a.templatesShowCommand(), a.templatesLogsCommand())
+	cmd.AddCommand(a.templatesListCommand(), a.templatesShowCommand(), a.templatesLogsCommand(), a.templatesCreateCommand(),
+		a.templatesRebuildCommand(), a.templatesCancelCommand(), a.templatesDeleteCommand())
 	return cmd
+}
+
+// buildErrorText is why a build failed, in one line.
+func buildErrorText(e *client.BuildError) string {
+	if e == nil {
+		return ""
+	}
+	text := oneLine(e.Message)
+	if e.Step != nil {
+		text = *e.Step + ": " + text
+	}
+	return text
+}
+
+func readyText(r *client.ReadyCheck) string {
+	if r == nil {
+		return ""
+	}
+	within := " within " + deref(r.Timeout)
+	switch {
+	case r.Port != nil:
+		return fmt.Sprintf("port %d%s", *r.Port, within)
+	case r.HTTP != nil:
+		return fmt.Sprintf("GET http://localhost:%d%s%s", r.HTTP.Port, r.HTTP.Path, within)
+	}
+	return deref(r.Command) + within
 }
 
 func (a *app) templatesListCommand() *cobra.Command {
@@ -81,8 +110,8 @@ func (a *app) templatesShowCommand() *cobra.Command {
 				}
 				created, updated := t.CreatedAt, t.UpdatedAt
 				return a.details("name", t.Name, "id", t.ID, "description", t.Description, "built in", builtin, "status", string(t.Status),
-					"progress", deref(t.Progress), "build error", deref(t.BuildError), "version", fmt.Sprint(t.Version), "source", deref(t.Source), "image", image,
-					"user", deref(t.User), "workdir", deref(t.Workdir), "env", labelsText(t.Env), "start command", deref(t.StartCommand), "size", deref(t.Size),
+					"progress", deref(t.Progress), "build error", buildErrorText(t.BuildError), "version", fmt.Sprint(t.Version), "source", deref(t.Source), "image", image,
+					"user", deref(t.User), "workdir", deref(t.Workdir), "env", labelsText(t.Env), "start command", deref(t.StartCommand), "ready", readyText(t.Ready), "size", deref(t.Size),
 					"disk", disk, "egress", egressText(t.Egress), "created", moment(&created), "updated", moment(&updated), "built", moment(t.BuiltAt))
 			})
 		},
@@ -90,16 +119,21 @@ func (a *app) templatesShowCommand() *cobra.Command {
 }
 
 func (a *app) templatesLogsCommand() *cobra.Command {
-	return &cobra.Command{
+	var follow bool
+	cmd := &cobra.Command{
 		Use:               "logs NAME",
 		Short:             "Print the log of a template's newest build",
-		Example:           "  cay templates logs python",
+		Example:           "  cay templates logs python\n  cay templates logs -f my-app",
 		Args:              theArgs("NAME"),
 		ValidArgsFunction: a.completeTemplates,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client(cmd.Context())
 			if err != nil {
 				return err
+			}
+			if follow {
+				_, err := followTemplate(cmd.Context(), c, args[0], a.printLogLine)
+				return quiet(err)
 			}
 			lines, err := c.TemplateLogs(cmd.Context(), args[0])
 			if err != nil {
@@ -110,7 +144,7 @@ func (a *app) templatesLogsCommand() *cobra.Command {
 			}
 			return a.show(client.TemplateLogs{Lines: lines}, func() error {
 				for _, l := range lines {
-					if _, err := fmt.Fprintf(a.out, "%s  %s\n", l.Time.Local().Format("15:04:05"), printable(l.Text)); err != nil {
+					if err := a.printLogLine(l); err != nil {
 						return err
 					}
 				}
@@ -118,4 +152,69 @@ func (a *app) templatesLogsCommand() *cobra.Command {
 			})
 		},
 	}
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with new lines until the build is over; with --json a JSON object a line")
+	return cmd
+}
+
+// printLogLine prints a line of a log; as a line of JSON if that is wanted.
+func (a *app) printLogLine(l client.TemplateLogLine) error {
+	if a.json {
+		return json.NewEncoder(a.out).Encode(l)
+	}
+	_, err := fmt.Fprintf(a.out, "%s  %s\n", l.Time.Local().Format("15:04:05"), printable(l.Text))
+	return err
+}
+
+func (a *app) templatesCancelCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "cancel NAME",
+		Short: "Cancel the build of a template that waits or runs",
+		Long: `Cancel the build of a template that waits or runs. Its last ready version, if it has
+one, stays in use.`,
+		Example:           "  cay templates cancel my-app",
+		Args:              theArgs("NAME"),
+		ValidArgsFunction: a.completeTemplates,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client(cmd.Context())
+			if err != nil {
+				return err
+			}
+			t, err := c.CancelTemplateBuild(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return a.show(t, func() error { return nil })
+		},
+	}
+}
+
+func (a *app) templatesDeleteCommand() *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{
+		Use:   "delete NAME...",
+		Short: "Delete templates",
+		Long: `Delete templates, with their builds and logs. One that has sandboxes which are not
+destroyed is kept, unless --force is given: they go on without it.`,
+		Example:           "  cay templates delete my-app\n  cay templates delete --force old-app",
+		Args:              theArgs("NAME..."),
+		ValidArgsFunction: a.completeTemplates,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client(cmd.Context())
+			if err != nil {
+				return err
+			}
+			var errs []error
+			for _, name := range args {
+				if err := c.DeleteTemplate(cmd.Context(), name, force); err != nil {
+					if len(args) > 1 {
+						err = fmt.Errorf("deleting %s: %w", name, err)
+					}
+					errs = append(errs, err)
+				}
+			}
+			return errors.Join(errs...)
+		},
+	}
+	cmd.Flags().BoolVar(&force, "force", false, "delete it though sandboxes of it are not destroyed")
+	return cmd
 }

@@ -110,7 +110,7 @@ func (s *server) run(address string) error {
 	}
 	s.cmd.Env = append(s.cmd.Env, "CAY_RATE_LIMIT_PER_SECOND=1000000", "CAY_RATE_LIMIT_BURST=1000000",
 		"CAY_POOL_ENABLED=false", // it would boot sandboxes beside what is measured
-		"CAY_NETWORK_NAMESERVERS="+s.outside.address)
+		"CAY_TEMPLATES_PREPARE="+template, "CAY_NETWORK_NAMESERVERS="+s.outside.address)
 	s.cmd.Stdout, s.cmd.Stderr = log, log
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // ^C is for the bench, which ends it in order
 	if err := s.cmd.Start(); err != nil {

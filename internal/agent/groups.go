@@ -22,7 +22,8 @@ import (
 // charged to one hierarchy picked at random among the seven that gVisor always
 // has, so that past the limit about one fork in seven fails with EAGAIN and
 // the others do not. Programs that take the first failure for an answer stay near
-// the limit; what goes on nevertheless is ended by the guard.
+// the limit; what goes on nevertheless is ended by the guard. So is one in four programs that
+// try twice, as Python does, which forks when vfork fails.
 //
 // The thread that makes processes moves itself into a command's group before it
 // forks, because the new process inherits the groups of the forking thread; this

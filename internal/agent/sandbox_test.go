@@ -21,6 +21,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 
+	"github.com/cayhq/cay/internal/agent"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/cgroup"
@@ -84,6 +85,8 @@ type options struct {
 	pidsMax int    // 0 is the agent's default
 	disk    string // size of the writable layer, as 64m; "" is no limit
 	noInit  bool
+
+	attributes []byte // the image's list of extended attributes
 }
 
 func startSandbox(t testing.TB, o options) *sandbox {
@@ -97,6 +100,11 @@ func startSandbox(t testing.TB, o options) *sandbox {
 	}
 	dir := t.TempDir()
 	rootfs := makeRootfs(t, dir, busybox, built)
+	if o.attributes != nil {
+		if err := os.WriteFile(filepath.Join(rootfs, agent.AttributesPath), o.attributes, 0o400); err != nil {
+			t.Fatal(err)
+		}
+	}
 	id := fmt.Sprintf("cayagent%d", rand.Uint64())
 	ns, addr := makeNetwork(t)
 	writeSpec(t, dir, rootfs, ns, id, o)

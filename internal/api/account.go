@@ -8,60 +8,7 @@ import (
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
-	"github.com/cayhq/cay/internal/template"
 )
-
-// ListTemplates answers GET /v1/templates.
-func (s *server) ListTemplates(w http.ResponseWriter, r *http.Request, params ListTemplatesParams) {
-	limit, cursor, err := page(params.Limit, params.Cursor)
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	templates, next, err := s.Templates.List(r.Context(), callOf(r).who.Org.ID, limit, cursor)
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	s.answer(w, r, http.StatusOK, TemplateList{Templates: each(templates, templateOf), NextCursor: optional(next)})
-}
-
-// GetTemplate answers GET /v1/templates/{template}.
-func (s *server) GetTemplate(w http.ResponseWriter, r *http.Request, ref TemplateRef) {
-	t, err := s.Templates.Get(r.Context(), callOf(r).who.Org.ID, ref)
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	s.answer(w, r, http.StatusOK, templateOf(t))
-}
-
-// GetTemplateLogs answers GET /v1/templates/{template}/logs.
-func (s *server) GetTemplateLogs(w http.ResponseWriter, r *http.Request, ref TemplateRef) {
-	lines, err := s.Templates.Log(r.Context(), callOf(r).who.Org.ID, ref)
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	s.answer(w, r, http.StatusOK, TemplateLogs{Lines: each(lines, func(l template.LogLine) TemplateLogLine {
-		return TemplateLogLine{Time: l.At.UTC(), Text: l.Text}
-	})})
-}
-
-// CreateTemplate answers POST /v1/templates.
-func (s *server) CreateTemplate(w http.ResponseWriter, r *http.Request) {
-	s.fail(w, r, errUnsupported("templates of one's own"))
-}
-
-// DeleteTemplate answers DELETE /v1/templates/{template}.
-func (s *server) DeleteTemplate(w http.ResponseWriter, r *http.Request, _ TemplateRef) {
-	s.fail(w, r, errUnsupported("deleting templates"))
-}
-
-// RebuildTemplate answers POST /v1/templates/{template}/rebuild.
-func (s *server) RebuildTemplate(w http.ResponseWriter, r *http.Request, _ TemplateRef) {
-	s.fail(w, r, errUnsupported("rebuilding templates"))
-}
 
 // ListSizes answers GET /v1/sizes.
 func (s *server) ListSizes(w http.ResponseWriter, r *http.Request) {

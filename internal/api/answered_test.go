@@ -432,10 +432,10 @@ func TestTemplates(t *testing.T) {
 		}
 		return got
 	}
-	if got, want := names(h.key), []string{"mine", "broken", "slow", "python"}; !slices.Equal(got, want) {
+	if got, want := names(h.key), []string{"lazy", "mine", "broken", "slow", "python"}; !slices.Equal(got, want) {
 		t.Errorf("templates %v, want %v", got, want)
 	}
-	if got, want := names(h.other), []string{"broken", "slow", "python"}; !slices.Equal(got, want) {
+	if got, want := names(h.other), []string{"lazy", "broken", "slow", "python"}; !slices.Equal(got, want) {
 		t.Errorf("templates of another organization %v, want %v", got, want)
 	}
 	python := as[Template](t, 200, h.send(t, "GET", "/v1/templates/python", h.key, ""))

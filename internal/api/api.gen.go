@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/oapi-codegen/runtime"
+	openapi_types "github.com/oapi-codegen/runtime/types"
 )
 
 // Defines values for EgressMode.
@@ -292,6 +293,26 @@ type APIKeyList struct {
 	NextCursor *string `json:"next_cursor,omitempty"`
 }
 
+// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. They end up in the image's history: no place for secrets.
+type BuildArgs map[string]string
+
+// BuildError Why the newest build failed; absent when it did not.
+type BuildError struct {
+	// ExitCode Exit code of the command that failed; absent when none did.
+	ExitCode *int `json:"exit_code,omitempty"`
+
+	// Message What went wrong, for people.
+	Message string `json:"message"`
+
+	// Step The step that failed; absent when it was none in particular.
+	//
+	// Example: RUN npm ci
+	Step *string `json:"step,omitempty"`
+
+	// Tail The last lines of that step's output.
+	Tail []string `json:"tail,omitempty"`
+}
+
 // CreateAPIKeyRequest A key to make.
 type CreateAPIKeyRequest struct {
 	// ExpiresIn How long it is valid, at least 1s. Absent or 0 is for ever.
@@ -363,6 +384,78 @@ type CreateSandboxRequest struct {
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
+}
+
+// CreateTemplateRequest What template to make. Exactly one of `image`, `dockerfile` and `debian`.
+type CreateTemplateRequest struct {
+	// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. They end up in the image's history: no place for secrets.
+	BuildArgs BuildArgs `json:"build_args,omitempty"`
+
+	// Credentials How to open a registry. Never answered, logged or stored: a build that waits or runs while the server restarts fails and says so.
+	Credentials *RegistryCredentials `json:"credentials,omitempty"`
+
+	// Debian Source: a minimal Debian system with packages and all they depend on.
+	Debian *DebianSource `json:"debian,omitempty"`
+
+	// Description What it is for, at most 1024 bytes.
+	Description *string `json:"description,omitempty"`
+
+	// DiskSizeMB Default of what a sandbox may write, in MiB: at least 64, at most what the operator allows; absent is the server's.
+	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
+
+	// Dockerfile Source: the path of a Dockerfile in the context; without a context its text, at most 512 KiB. `FROM` finds templates of the organization and built-in ones by name before any registry.
+	//
+	// Example: FROM python
+	// RUN pip install numpy
+	Dockerfile *string `json:"dockerfile,omitempty"`
+
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	Egress *Egress `json:"egress,omitempty"`
+
+	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	Env Env `json:"env,omitempty"`
+
+	// Image Source: the reference of an OCI image; with a context the path in it of an OCI image layout or archive, as `docker save` and others write them, or `.` for the context itself.
+	//
+	// Example: docker.io/library/alpine:3.22
+	Image *string `json:"image,omitempty"`
+
+	// Name Unique inside the organization and not that of a built-in template: 1 to 63 of a-z, 0-9 and `-`, not beginning with `-`.
+	//
+	// Example: my-app
+	Name string `json:"name"`
+
+	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+	Ready *ReadyCheck `json:"ready,omitempty"`
+
+	// Size Default size of sandboxes, see `GET /v1/sizes`; absent is the server's.
+	Size *string `json:"size,omitempty"`
+
+	// StartCommand A shell command line that is started with every sandbox. Absent is the image's ENTRYPOINT and CMD; an empty one is none.
+	//
+	// Example: python3 -m http.server 8000
+	StartCommand *string `json:"start_command,omitempty"`
+
+	// Target Stage of the Dockerfile to build; absent is the last.
+	Target *string `json:"target,omitempty"`
+
+	// User Default user of commands and files, a name or a number. Absent is the image's, else root.
+	User *string `json:"user,omitempty"`
+
+	// Workdir Default working directory of commands, an absolute path. Absent is the image's.
+	Workdir *string `json:"workdir,omitempty"`
+}
+
+// DebianSource Source: a minimal Debian system with packages and all they depend on.
+type DebianSource struct {
+	// Packages Names of packages, with `=VERSION` if need be.
+	Packages []string `json:"packages,omitempty"`
+
+	// Suite Debian's name of the release.
+	//
+	// Example: bookworm
+	Suite *string `json:"suite,omitempty"`
 }
 
 // Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
@@ -743,6 +836,86 @@ type QuotaRequest struct {
 	VCPUs *int `json:"vcpus,omitempty"`
 }
 
+// ReadyCheck When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+type ReadyCheck struct {
+	// Command A shell command line ends with exit code 0.
+	Command *string `json:"command,omitempty"`
+
+	// HTTP A GET to the sandbox itself is answered with a status of 2xx or 3xx.
+	HTTP *ReadyHTTP `json:"http,omitempty"`
+
+	// Port Something listens on this TCP port.
+	Port *int `json:"port,omitempty"`
+
+	// Timeout How long it may take, 1s to 10m. Default 1m.
+	//
+	// Example: 1m
+	Timeout *string `json:"timeout,omitempty"`
+}
+
+// ReadyHTTP A GET to the sandbox itself is answered with a status of 2xx or 3xx.
+type ReadyHTTP struct {
+	// Path Path, beginning with `/`.
+	//
+	// Example: /healthz
+	Path string `json:"path"`
+
+	// Port TCP port.
+	Port int `json:"port"`
+}
+
+// RebuildTemplateRequest New inputs of a template. Exactly one of `image`, `dockerfile` and `debian`; or nothing but `credentials`.
+type RebuildTemplateRequest struct {
+	// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. They end up in the image's history: no place for secrets.
+	BuildArgs BuildArgs `json:"build_args,omitempty"`
+
+	// Credentials How to open a registry. Never answered, logged or stored: a build that waits or runs while the server restarts fails and says so.
+	Credentials *RegistryCredentials `json:"credentials,omitempty"`
+
+	// Debian Source: a minimal Debian system with packages and all they depend on.
+	Debian *DebianSource `json:"debian,omitempty"`
+
+	// Description What it is for, at most 1024 bytes.
+	Description *string `json:"description,omitempty"`
+
+	// DiskSizeMB Default of what a sandbox may write, in MiB: at least 64, at most what the operator allows; absent is the server's.
+	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
+
+	// Dockerfile Source: the path of a Dockerfile in the context; without a context its text, at most 512 KiB. `FROM` finds templates of the organization and built-in ones by name before any registry.
+	//
+	// Example: FROM python
+	// RUN pip install numpy
+	Dockerfile *string `json:"dockerfile,omitempty"`
+
+	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	Env Env `json:"env,omitempty"`
+
+	// Image Source: the reference of an OCI image; with a context the path in it of an OCI image layout or archive, as `docker save` and others write them, or `.` for the context itself.
+	//
+	// Example: docker.io/library/alpine:3.22
+	Image *string `json:"image,omitempty"`
+
+	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+	Ready *ReadyCheck `json:"ready,omitempty"`
+
+	// Size Default size of sandboxes, see `GET /v1/sizes`; absent is the server's.
+	Size *string `json:"size,omitempty"`
+
+	// StartCommand A shell command line that is started with every sandbox. Absent is the image's ENTRYPOINT and CMD; an empty one is none.
+	//
+	// Example: python3 -m http.server 8000
+	StartCommand *string `json:"start_command,omitempty"`
+
+	// Target Stage of the Dockerfile to build; absent is the last.
+	Target *string `json:"target,omitempty"`
+
+	// User Default user of commands and files, a name or a number. Absent is the image's, else root.
+	User *string `json:"user,omitempty"`
+
+	// Workdir Default working directory of commands, an absolute path. Absent is the image's.
+	Workdir *string `json:"workdir,omitempty"`
+}
+
 // RecoveryPoint A state that a persistent sandbox falls back to after a crash.
 type RecoveryPoint struct {
 	// CreatedAt The time of the state it holds.
@@ -750,6 +923,20 @@ type RecoveryPoint struct {
 
 	// SizeBytes Its size on disk.
 	SizeBytes int64 `json:"size_bytes"`
+}
+
+// RegistryCredentials How to open a registry. Never answered, logged or stored: a build that waits or runs while the server restarts fails and says so.
+type RegistryCredentials struct {
+	// Password Password or token.
+	Password string `json:"password"`
+
+	// Registry Host of the registry that may see them, with its port if it has one. Needed with a `dockerfile`; absent is that of `image`.
+	//
+	// Example: ghcr.io
+	Registry *string `json:"registry,omitempty"`
+
+	// Username User name.
+	Username string `json:"username"`
 }
 
 // Sandbox A sandbox.
@@ -891,7 +1078,7 @@ type SizeList struct {
 // Template What sandboxes are made from.
 type Template struct {
 	// BuildError Why the newest build failed; absent when it did not.
-	BuildError *string `json:"build_error,omitempty"`
+	BuildError *BuildError `json:"build_error,omitempty"`
 
 	// BuiltAt When the version in use became ready.
 	BuiltAt *time.Time `json:"built_at,omitempty"`
@@ -931,6 +1118,9 @@ type Template struct {
 	// Progress What the build is doing now; absent when there is none.
 	Progress *string `json:"progress,omitempty"`
 
+	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+	Ready *ReadyCheck `json:"ready,omitempty"`
+
 	// Size Default size; absent is the server's.
 	Size *string `json:"size,omitempty"`
 
@@ -939,7 +1129,7 @@ type Template struct {
 	// Example: debian:bookworm
 	Source *string `json:"source,omitempty"`
 
-	// StartCommand Command started with every sandbox.
+	// StartCommand Command started with every sandbox, as a shell command line; absent when there is none.
 	StartCommand *string `json:"start_command,omitempty"`
 
 	// Status Where the newest build stands. A template whose `version` is not 0 can be used whatever its status.
@@ -969,6 +1159,12 @@ type TemplateList struct {
 
 // TemplateLogLine One line of a build's log.
 type TemplateLogLine struct {
+	// Heading The line says what the step is.
+	Heading bool `json:"heading,omitempty"`
+
+	// Step Which step of the build said it, counted from 1; absent when it was none in particular.
+	Step *int `json:"step,omitempty"`
+
 	// Text The line, without its end.
 	Text string `json:"text"`
 
@@ -1035,9 +1231,6 @@ type Unauthorized = Problem
 
 // Unavailable An error, as in RFC 9457.
 type Unavailable = Problem
-
-// Unsupported An error, as in RFC 9457.
-type Unsupported = Problem
 
 // UnsupportedMediaType An error, as in RFC 9457.
 type UnsupportedMediaType = Problem
@@ -1138,6 +1331,36 @@ type ListTemplatesParams struct {
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
+// CreateTemplateMultipartBody defines parameters for CreateTemplate.
+type CreateTemplateMultipartBody struct {
+	// Context A tar, plain or compressed with gzip.
+	Context *openapi_types.File `json:"context,omitempty"`
+
+	// Template What template to make. Exactly one of `image`, `dockerfile` and `debian`.
+	Template CreateTemplateRequest `json:"template"`
+}
+
+// DeleteTemplateParams defines parameters for DeleteTemplate.
+type DeleteTemplateParams struct {
+	// Force Delete it though sandboxes of it are not destroyed.
+	Force *bool `form:"force,omitempty" json:"force,omitempty"`
+}
+
+// GetTemplateLogsParams defines parameters for GetTemplateLogs.
+type GetTemplateLogsParams struct {
+	// LastEventID `id` of the last event that was received; only what comes after it is sent.
+	LastEventID *string `json:"Last-Event-ID,omitempty"`
+}
+
+// RebuildTemplateMultipartBody defines parameters for RebuildTemplate.
+type RebuildTemplateMultipartBody struct {
+	// Context A tar, plain or compressed with gzip.
+	Context *openapi_types.File `json:"context,omitempty"`
+
+	// Template New inputs of a template. Exactly one of `image`, `dockerfile` and `debian`; or nothing but `credentials`.
+	Template RebuildTemplateRequest `json:"template"`
+}
+
 // CreateAPIKeyJSONRequestBody defines body for CreateAPIKey for application/json ContentType.
 type CreateAPIKeyJSONRequestBody = CreateAPIKeyRequest
 
@@ -1155,6 +1378,18 @@ type ExecuteCommandJSONRequestBody = ExecuteRequest
 
 // KeepaliveSandboxJSONRequestBody defines body for KeepaliveSandbox for application/json ContentType.
 type KeepaliveSandboxJSONRequestBody = KeepaliveRequest
+
+// CreateTemplateJSONRequestBody defines body for CreateTemplate for application/json ContentType.
+type CreateTemplateJSONRequestBody = CreateTemplateRequest
+
+// CreateTemplateMultipartRequestBody defines body for CreateTemplate for multipart/form-data ContentType.
+type CreateTemplateMultipartRequestBody CreateTemplateMultipartBody
+
+// RebuildTemplateJSONRequestBody defines body for RebuildTemplate for application/json ContentType.
+type RebuildTemplateJSONRequestBody = RebuildTemplateRequest
+
+// RebuildTemplateMultipartRequestBody defines body for RebuildTemplate for multipart/form-data ContentType.
+type RebuildTemplateMultipartRequestBody RebuildTemplateMultipartBody
 
 // ServerInterface represents all server handlers.
 type ServerInterface interface {
@@ -1247,13 +1482,16 @@ type ServerInterface interface {
 	CreateTemplate(w http.ResponseWriter, r *http.Request)
 	// DeleteTemplate Delete a template
 	// (DELETE /v1/templates/{template})
-	DeleteTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef)
+	DeleteTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef, params DeleteTemplateParams)
 	// GetTemplate Get a template
 	// (GET /v1/templates/{template})
 	GetTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef)
+	// CancelTemplateBuild Cancel the build of a template
+	// (POST /v1/templates/{template}/cancel)
+	CancelTemplateBuild(w http.ResponseWriter, r *http.Request, template TemplateRef)
 	// GetTemplateLogs Read the log of a template's newest build
 	// (GET /v1/templates/{template}/logs)
-	GetTemplateLogs(w http.ResponseWriter, r *http.Request, template TemplateRef)
+	GetTemplateLogs(w http.ResponseWriter, r *http.Request, template TemplateRef, params GetTemplateLogsParams)
 	// RebuildTemplate Build a template anew
 	// (POST /v1/templates/{template}/rebuild)
 	RebuildTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef)
@@ -2204,8 +2442,24 @@ func (siw *ServerInterfaceWrapper) DeleteTemplate(w http.ResponseWriter, r *http
 		return
 	}
 
+	// Parameter object where we will unmarshal all parameters from the context
+	var params DeleteTemplateParams
+
+	// ------------- Optional query parameter "force" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "force", r.URL.Query(), &params.Force, runtime.BindQueryParameterOptions{Type: "boolean", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "force"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "force", Err: err})
+		}
+		return
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		siw.Handler.DeleteTemplate(w, r, template)
+		siw.Handler.DeleteTemplate(w, r, template, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2241,6 +2495,32 @@ func (siw *ServerInterfaceWrapper) GetTemplate(w http.ResponseWriter, r *http.Re
 	handler.ServeHTTP(w, r)
 }
 
+// CancelTemplateBuild operation middleware
+func (siw *ServerInterfaceWrapper) CancelTemplateBuild(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "template" -------------
+	var template TemplateRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "template", r.PathValue("template"), &template, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "template", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CancelTemplateBuild(w, r, template)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // GetTemplateLogs operation middleware
 func (siw *ServerInterfaceWrapper) GetTemplateLogs(w http.ResponseWriter, r *http.Request) {
 
@@ -2256,8 +2536,32 @@ func (siw *ServerInterfaceWrapper) GetTemplateLogs(w http.ResponseWriter, r *htt
 		return
 	}
 
+	// Parameter object where we will unmarshal all parameters from the context
+	var params GetTemplateLogsParams
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Last-Event-ID" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Last-Event-ID")]; found {
+		var LastEventID string
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Last-Event-ID", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Last-Event-ID", valueList[0], &LastEventID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Last-Event-ID", Err: err})
+			return
+		}
+
+		params.LastEventID = &LastEventID
+
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		siw.Handler.GetTemplateLogs(w, r, template)
+		siw.Handler.GetTemplateLogs(w, r, template, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2433,6 +2737,7 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/templates/{template}", wrapper.DeleteTemplate)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/templates/{template}", wrapper.GetTemplate)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/templates/{template}/rebuild", wrapper.RebuildTemplate)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/templates/{template}/cancel", wrapper.CancelTemplateBuild)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/templates/{template}/logs", wrapper.GetTemplateLogs)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sizes", wrapper.ListSizes)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/pool", wrapper.GetPool)

@@ -17,6 +17,7 @@ package api
 
 import (
 	"context"
+	"io"
 	"log/slog"
 	"net/http"
 	"time"
@@ -51,7 +52,12 @@ type Sandboxes interface {
 type Templates interface {
 	Get(ctx context.Context, orgID, nameOrID string) (template.Template, error)
 	List(ctx context.Context, orgID string, limit int, cursor string) ([]template.Template, string, error)
+	Create(ctx context.Context, c template.Caller, r template.Request, source io.Reader) (template.Template, error)
+	Rebuild(ctx context.Context, c template.Caller, nameOrID string, r *template.Request, source io.Reader) (template.Template, error)
+	Cancel(ctx context.Context, c template.Caller, nameOrID string) (template.Template, error)
+	Delete(ctx context.Context, c template.Caller, nameOrID string, force bool) error
 	Log(ctx context.Context, orgID, nameOrID string) ([]template.LogLine, error)
+	Follow(ctx context.Context, orgID, nameOrID, after string, seq int64, emit func(build string, lines []template.LogLine) error) (template.Template, error)
 }
 
 // Auth is what is called of the auth room; [*auth.Service] has it.
@@ -126,9 +132,10 @@ type patience struct {
 	body  time.Duration // to send a JSON body, 8 MiB at most
 	stall time.Duration // between two pieces of a file, and to take a piece of an answer
 	drain time.Duration // to send the rest of what is refused already
+	quiet time.Duration // without a sign of life in a stream of events: proxies give up after a minute or so
 }
 
-var usual = patience{body: time.Minute, stall: time.Minute, drain: 30 * time.Second}
+var usual = patience{body: time.Minute, stall: time.Minute, drain: 30 * time.Second, quiet: 15 * time.Second}
 
 // Server makes an HTTP server that protects itself against slow callers. It has no
 // timeout for whole requests: commands and transfers take as long as they take,

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -23,10 +24,6 @@ import (
 	"github.com/cayhq/cay/client"
 	"github.com/cayhq/cay/internal/agentapi"
 )
-
-// notInClient is what the client has no method for: this version's server has none
-// of it either.
-var notInClient = map[string]bool{"createTemplate": true, "deleteTemplate": true, "rebuildTemplate": true}
 
 // requestChecker fails the test when a request is not what openapi.yaml says, and
 // notes which operations were called.
@@ -55,7 +52,7 @@ func (c *requestChecker) RoundTrip(r *http.Request) (*http.Response, error) {
 			}
 			return nil
 		},
-		ExcludeRequestBody: route.Operation.OperationID == "writeFile",
+		ExcludeRequestBody: route.Operation.OperationID == "writeFile" || strings.HasPrefix(r.Header.Get("Content-Type"), "multipart/"),
 	}}
 	in.Request.Body = http.NoBody
 	if r.Body != nil && r.Header.Get("Content-Type") == "application/json" {
@@ -98,10 +95,11 @@ func TestClient(t *testing.T) {
 		t.Errorf("destroyed: %+v, %v", b, err)
 	}
 	clientAccount(t, ctx, c, fatal)
+	clientTemplates(t, ctx, c, fatal)
 
 	operations(h.spec, func(pattern, _ string, op *openapi3.Operation, _ openapi3.Parameters) {
-		if checker.seen[op.OperationID] == notInClient[op.OperationID] {
-			t.Errorf("%s (%s): called %t", pattern, op.OperationID, checker.seen[op.OperationID])
+		if !checker.seen[op.OperationID] {
+			t.Errorf("%s (%s) was not called", pattern, op.OperationID)
 		}
 	})
 }
@@ -267,7 +265,7 @@ func clientAccount(t *testing.T, ctx context.Context, c *client.Client, fatal fu
 	if len(pool) != 0 { // it is off
 		t.Errorf("the pool is %+v", pool)
 	}
-	if n != 4 || python.Status != client.TemplateStatusReady || len(lines) != 2 || len(sizes) != 2 {
+	if n != 5 || python.Status != client.TemplateStatusReady || len(lines) != 2 || len(sizes) != 2 {
 		t.Errorf("%d templates, %+v, %v, %v", n, python, lines, sizes)
 	}
 	key, err := c.CreateAPIKey(ctx, client.CreateAPIKeyRequest{Name: "k", Scopes: []string{string(client.ScopeExec)}, ExpiresIn: new("1h")})
@@ -303,5 +301,47 @@ func clientAccount(t *testing.T, ctx context.Context, c *client.Client, fatal fu
 	fatal(err)
 	if n != 3 || !bytes.Equal(doc, cay.OpenAPI) {
 		t.Errorf("%d organizations, a document of %d bytes", n, len(doc))
+	}
+}
+
+func clientTemplates(t *testing.T, ctx context.Context, c *client.Client, fatal func(error)) {
+	tpl, err := c.CreateTemplate(ctx, client.CreateTemplateRequest{Name: "app", Dockerfile: new("Dockerfile"), BuildArgs: client.BuildArgs{"A": "1"}}, bytes.NewReader(aTar(t)))
+	fatal(err)
+	var lines []string
+	var ids []string
+	end, err := c.FollowTemplate(ctx, tpl.ID, "", func(id string, l client.TemplateLogLine) error {
+		lines, ids = append(lines, l.Text), append(ids, id)
+		return nil
+	})
+	fatal(err)
+	if end.Status != client.TemplateStatusReady || end.Version != 1 || !slices.Contains(lines, "step 2 of 2: RUN make") {
+		t.Errorf("the log ends with %+v after %q", end, lines)
+	}
+	rest := 0
+	_, err = c.FollowTemplate(ctx, "app", ids[1], func(string, client.TemplateLogLine) error { rest++; return nil })
+	fatal(err)
+	if rest != len(lines)-2 {
+		t.Errorf("%d lines after the second of %d", rest, len(lines))
+	}
+	no := errors.New("enough")
+	if _, err := c.FollowTemplate(ctx, "app", "", func(string, client.TemplateLogLine) error { return no }); !errors.Is(err, no) {
+		t.Errorf("error is %v", err)
+	}
+	_, err = c.RebuildTemplate(ctx, "app", nil, nil)
+	fatal(err)
+	_, err = c.FollowTemplate(ctx, "app", "", func(string, client.TemplateLogLine) error { return nil })
+	fatal(err)
+	_, err = c.RebuildTemplate(ctx, "app", &client.RebuildTemplateRequest{Image: new("alpine:3")}, nil)
+	fatal(err)
+	if _, err := c.CancelTemplateBuild(ctx, "app"); err != nil && !client.HasCode(err, "no_build") {
+		t.Errorf("cancel: %v", err)
+	}
+	_, err = c.FollowTemplate(ctx, "app", "", func(string, client.TemplateLogLine) error { return nil })
+	fatal(err)
+	_, err = c.RebuildTemplate(ctx, "app", &client.RebuildTemplateRequest{Dockerfile: new("Dockerfile")}, bytes.NewReader(aTar(t)))
+	fatal(err)
+	fatal(c.DeleteTemplate(ctx, "app", true))
+	if err := c.DeleteTemplate(ctx, "app", false); !client.HasCode(err, "template_not_found") {
+		t.Errorf("deleted again: %v", err)
 	}
 }

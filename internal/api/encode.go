@@ -3,6 +3,7 @@ package api
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
@@ -130,14 +131,15 @@ func templateOf(t template.Template) Template {
 		Builtin:        t.Builtin(),
 		Status:         TemplateStatus(t.Status),
 		Progress:       optional(t.Progress),
-		BuildError:     optional(t.BuildError),
+		BuildError:     buildErrorOf(t.BuildError),
 		Version:        t.Version,
 		Source:         optional(t.Source),
 		ImageSizeBytes: optional(t.ImageSize),
 		Env:            orEmpty(t.Env),
 		Workdir:        optional(t.Workdir),
 		User:           optional(t.User),
-		StartCommand:   optional(t.StartCommand),
+		StartCommand:   optional(startText(t.Start)),
+		Ready:          readyOf(t.Start.Ready),
 		Size:           optional(t.Size),
 		DiskSizeMB:     optional(t.DiskMB),
 		Egress:         egressOf(t.Egress),
@@ -145,6 +147,49 @@ func templateOf(t template.Template) Template {
 		UpdatedAt:      t.UpdatedAt.UTC(),
 		BuiltAt:        at(t.BuiltAt),
 	}
+}
+
+func buildErrorOf(e *template.BuildError) *BuildError {
+	if e == nil {
+		return nil
+	}
+	out := &BuildError{Message: e.Message, Step: optional(e.Step), Tail: e.Tail}
+	if e.ExitCode >= 0 {
+		out.ExitCode = &e.ExitCode
+	}
+	return out
+}
+
+// startText is a start command as a line for a shell.
+func startText(s sandbox.Start) string {
+	if len(s.Args) == 0 {
+		return s.Command
+	}
+	return strings.Join(each(s.Args, func(arg string) string {
+		if arg != "" && strings.Trim(arg, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_@%+=:,./-") == "" {
+			return arg
+		}
+		return "'" + strings.ReplaceAll(arg, "'", `'\''`) + "'"
+	}), " ")
+}
+
+func readyOf(r *sandbox.Ready) *ReadyCheck {
+	if r == nil {
+		return nil
+	}
+	timeout := r.Timeout
+	if timeout == 0 {
+		timeout = sandbox.DefaultReadyTimeout
+	}
+	out := &ReadyCheck{Port: optional(r.Port), Command: optional(r.Command), Timeout: new(timeout.String())}
+	if r.HTTP != nil {
+		out.HTTP = &ReadyHTTP{Port: r.HTTP.Port, Path: r.HTTP.Path}
+	}
+	return out
+}
+
+func logLineOf(l template.LogLine) TemplateLogLine {
+	return TemplateLogLine{Time: l.At.UTC(), Text: l.Text, Step: optional(l.Step), Heading: l.Heading}
 }
 
 func sizeOf(s sandbox.Size) Size {

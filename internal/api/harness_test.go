@@ -3,6 +3,8 @@ package api
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"io"
 	"log/slog"
@@ -24,6 +26,7 @@ import (
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/blob"
 	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
@@ -45,6 +48,8 @@ type house struct {
 	boxes  *sandbox.Service
 	auth   *auth.Service
 	ready  error
+	builds *fakeBuilder
+	tpls   *template.Service
 
 	key   string // admin of the operator's organization
 	org   auth.Principal
@@ -73,7 +78,15 @@ func newHouse(t testing.TB, options ...option) *house {
 		Sizes:       []sandbox.Size{{Name: "shared-cpu-1x", VCPUs: 1, MemoryMB: 512}, {Name: "performance-1x", VCPUs: 1, MemoryMB: 2048, Dedicated: true}},
 		DefaultSize: "shared-cpu-1x", DefaultDisk: 2048, MaxDisk: 8192, KeepDestroyed: time.Hour,
 	}
-	templates := template.New(template.Config{}, db, nil, db, log)
+	contexts, err := blob.Open(filepath.Join(t.TempDir(), "contexts"), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.builds = &fakeBuilder{}
+	templates := template.New(template.Config{
+		Builtins: []template.Definition{{Name: "lazy", Image: "lazy:1", StartCommand: new("")}},
+		Sizes:    []string{"shared-cpu-1x"}, MaxDiskMB: 8192, MaxTemplates: 20, ContextLimit: contextLimit,
+	}, db, h.builds, contexts, db, log)
 	registry := prometheus.NewRegistry()
 	cfg := Config{
 		Agent: h.agent, Templates: templates, Log: log, Version: "test", Registry: registry,
@@ -99,6 +112,16 @@ func newHouse(t testing.TB, options ...option) *house {
 		t.Fatal(err)
 	}
 	h.putTemplates(t)
+	h.tpls = templates
+	if err := templates.Register(ctx); err != nil {
+		t.Fatal(err)
+	}
+	building, stop := context.WithCancel(context.WithoutCancel(ctx))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = templates.Run(building) // returns nil
+	}()
 
 	listener := httptest.NewUnstartedServer(nil)
 	h.server = New(cfg).(*server)
@@ -111,7 +134,10 @@ func newHouse(t testing.TB, options ...option) *house {
 	}
 	h.http = &http.Client{Transport: &checkedTransport{t: t, router: router, base: &http.Transport{ExpectContinueTimeout: 10 * time.Second}}}
 	t.Cleanup(func() {
+		templates.Hangup()
 		listener.Close()
+		stop()
+		<-done
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer cancel()
 		for _, err := range []error{h.boxes.Close(ctx), h.auth.Close(ctx), db.Close()} {
@@ -131,16 +157,16 @@ func (h *house) putTemplates(t testing.TB) {
 		{Name: "python", Status: template.Ready, Version: 3, Image: strings.Repeat("ab", 32), ImageSize: 5, Source: "debian:bookworm", BuiltAt: at,
 			Env: map[string]string{"LANG": "C.UTF-8"}, Workdir: "/home/user", User: "user", Size: "shared-cpu-1x", DiskMB: 512},
 		{Name: "slow", Status: template.Building, Progress: "installing packages, 3 of 9"},
-		{Name: "broken", Status: template.Failed, BuildError: "step 2: exit code 100"},
+		{Name: "broken", Status: template.Failed, BuildError: &template.BuildError{Step: "step 2", ExitCode: 100, Message: "exit code 100", Tail: []string{"E: no"}}},
 		{Name: "mine", OrgID: h.org.Org.ID, Status: template.Pending},
 	} {
 		v.ID = "tpl_" + strings.Repeat(string(rune('a'+i)), 20)
 		v.CreatedAt, v.UpdatedAt = at.Add(time.Duration(i)*time.Second), at.Add(time.Duration(i)*time.Second)
 		v.Egress.Mode = sandbox.AllowAll
-		if err := h.db.PutTemplate(t.Context(), v); err != nil {
+		if err := h.db.InsertTemplate(t.Context(), v, &template.Build{Definition: template.Definition{Name: v.Name, Image: v.Name + ":1"}}, 0); err != nil {
 			t.Fatal(err)
 		}
-		if err := h.db.AppendTemplateLog(t.Context(), v.ID, true, []template.LogLine{{At: at, Text: "first"}, {At: at, Text: "second"}}); err != nil {
+		if err := h.db.ChangeTemplateLog(t.Context(), v.ID, template.LogChange{Add: []template.LogLine{{Seq: 1, At: at, Text: "first"}, {Seq: 2, At: at, Text: "second"}}}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -174,6 +200,9 @@ func (c *checkedTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	route, params, err := c.router.FindRoute(&http.Request{Method: r.Method, URL: r.URL, Host: r.Host})
 	if err != nil {
 		return resp, nil // no operation: 404 and 405 are in no document
+	}
+	if resp.Header.Get("Content-Type") == eventStream {
+		return resp, nil // has no end yet
 	}
 	if resp.ContentLength > 1<<20 {
 		return resp, nil // large files are checked by those who ask for them
@@ -309,6 +338,60 @@ func (h *house) putBox(t testing.TB, mode sandbox.Mode, state sandbox.State) san
 		}
 	}
 	return b.ID
+}
+
+// contextLimit is that of the house, bytes.
+const contextLimit = 2 << 20
+
+// fakeBuilder plays all builds: each says a few lines and then waits for hold, if that is
+// set; the definition's image "fail" fails.
+type fakeBuilder struct {
+	mu sync.Mutex
+	// +checklocks:mu
+	hold chan struct{}
+	// +checklocks:mu
+	jobs []template.Job
+}
+
+func (b *fakeBuilder) Build(ctx context.Context, j template.Job, progress func(template.Progress)) (template.Built, error) {
+	b.mu.Lock()
+	b.jobs = append(b.jobs, j)
+	hold := b.hold
+	b.mu.Unlock()
+	progress(template.Progress{Step: 1, Steps: 2, Name: "FROM " + j.Definition.Image, Cached: true})
+	progress(template.Progress{Step: 2, Steps: 2, Name: "RUN make"})
+	progress(template.Progress{Step: 2, Steps: 2, Text: "cc main.c"})
+	if hold != nil {
+		select {
+		case <-hold:
+		case <-ctx.Done():
+			return template.Built{}, context.Cause(ctx)
+		}
+	}
+	if j.Definition.Image == "fail" {
+		return template.Built{}, &template.BuildError{Step: "RUN make", ExitCode: 2, Tail: []string{"cc: no"}, Message: "the command ended with exit code 2"}
+	}
+	sum := sha256.Sum256([]byte(j.Definition.Image + j.Definition.Dockerfile + j.Context))
+	return template.Built{Image: hex.EncodeToString(sum[:]), Size: 9, Source: "test", Env: map[string]string{"FROM": "image"}, User: "app:app", Workdir: "/srv",
+		Entrypoint: []string{"serve"}, Cmd: []string{"--port", "80 80"}}, nil
+}
+
+func (b *fakeBuilder) Check(context.Context, string) error { return nil }
+
+func (b *fakeBuilder) Collect(context.Context, []string) ([]string, int64, error) { return nil, 0, nil }
+
+// holding makes builds wait until the returned function is called.
+func (b *fakeBuilder) holding() (release func()) {
+	hold := make(chan struct{})
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.hold = hold
+	return func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.hold = nil
+		close(hold)
+	}
 }
 
 // fakeAgent plays the inside of every sandbox: files in a map, and whatever

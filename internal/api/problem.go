@@ -25,7 +25,6 @@ var statuses = map[fault.Kind]int{
 	fault.Unavailable:     http.StatusServiceUnavailable,
 	fault.NoSpace:         http.StatusInsufficientStorage,
 	fault.TooLarge:        http.StatusRequestEntityTooLarge,
-	fault.Unsupported:     http.StatusNotImplemented,
 }
 
 // statusGone is what the log and the metrics say of a call whose caller left
@@ -179,11 +178,6 @@ func codeOf(field string) string {
 		field = field[:i]
 	}
 	return "invalid_" + strings.ToLower(strings.ReplaceAll(field, "-", "_"))
-}
-
-// errUnsupported answers the routes that later versions will have.
-func errUnsupported(what string) error {
-	return fault.New(fault.Unsupported, "unsupported", "%s: not in this version", what)
 }
 
 // duration is a Go-style duration of a request's field, nil if it was not given.

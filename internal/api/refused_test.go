@@ -240,9 +240,6 @@ func TestSandboxCallsRefused(t *testing.T) {
 		{"organization there already", "POST", "/v1/orgs", `{"name":"other"}`, nil, 409, "org_exists", ""},
 		{"organization with a negative quota", "POST", "/v1/orgs", `{"name":"n","quota":{"vcpus":-1}}`, nil, 400, "invalid_quota", "quota.vcpus"},
 		{"organizations cursor", "GET", "/v1/orgs?cursor=x", "", nil, 400, "invalid_cursor", "cursor"},
-		{"create a template", "POST", "/v1/templates", `{"name":"x"}`, nil, 501, "unsupported", ""},
-		{"delete a template", "DELETE", "/v1/templates/python", "", nil, 501, "unsupported", ""},
-		{"rebuild a template", "POST", "/v1/templates/python/rebuild", "", nil, 501, "unsupported", ""},
 	}
 	for _, c := range []struct{ method, path, body string }{
 		{"GET", "", ""}, {"DELETE", "", ""}, {"POST", "/keepalive", ""}, {"POST", "/wake", ""}, {"POST", "/suspend", ""}, {"POST", "/checkpoint", ""},

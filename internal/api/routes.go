@@ -38,8 +38,9 @@ var routes = map[string]access{
 	"GET /v1/templates":                     {scope: auth.TemplatesRead, query: []string{"limit", "cursor"}},
 	"POST /v1/templates":                    {scope: auth.TemplatesWrite},
 	"GET /v1/templates/{template}":          {scope: auth.TemplatesRead},
-	"DELETE /v1/templates/{template}":       {scope: auth.TemplatesWrite},
+	"DELETE /v1/templates/{template}":       {scope: auth.TemplatesWrite, query: []string{"force"}},
 	"POST /v1/templates/{template}/rebuild": {scope: auth.TemplatesWrite},
+	"POST /v1/templates/{template}/cancel":  {scope: auth.TemplatesWrite},
 	"GET /v1/templates/{template}/logs":     {scope: auth.TemplatesRead},
 
 	"GET /v1/sizes":             {},

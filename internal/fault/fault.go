@@ -31,7 +31,6 @@ const (
 	Unavailable          // this machine cannot now; trying again later may work
 	NoSpace              // a disk is full
 	TooLarge             // a body or a result is over its limit
-	Unsupported          // promised for later; never pretended
 )
 
 var kindNames = [...]string{"internal", "not found", "conflict", "invalid", "unauthenticated", "denied",

@@ -1,12 +1,12 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,12 +15,21 @@ import (
 
 // Build makes the image of a source, or finds it where the same inputs were
 // built before. progress is called with lines for people, from one goroutine at a
-// time. Builds run one at a time; waiting for the turn ends with ctx. A step that
-// failed is a *[StepError]. The image is safe from [Store.Collect] for a while
-// (see collectGrace), so that the caller can write down that it is needed.
+// time. Builds run one at a time, downloads side by side; waiting for the turn ends
+// with ctx. A step that failed is a *[StepError]. The image is safe from
+// [Store.Collect] for a while (see collectGrace), so that the caller can write down
+// that it is needed.
 func (s *Store) Build(ctx context.Context, src Source, progress func(string)) (Image, error) {
-	if src.Image == "" && src.Debian == nil {
-		return Image{}, errors.New("source names neither an OCI image nor Debian packages")
+	if err := src.check(); err != nil {
+		return Image{}, err
+	}
+	in, err := s.open(ctx, src, progress)
+	if err != nil {
+		return Image{}, err
+	}
+	defer in.close()
+	if in.done {
+		return in.found, nil
 	}
 	select {
 	case s.turn <- struct{}{}:
@@ -28,33 +37,193 @@ func (s *Store) Build(ctx context.Context, src Source, progress func(string)) (I
 	case <-ctx.Done():
 		return Image{}, context.Cause(ctx)
 	}
-	key, err := src.key()
+	if in.key != "" && !src.Fresh { // another build of it may have had the turn before
+		if img, ok := s.known(ctx, in.key, progress); ok {
+			return img, nil
+		}
+	}
+	img, moving, err := s.make(ctx, src, in, progress)
+	if err == nil && in.key != "" {
+		s.remember(in.key, input{Image: img, MadeAt: s.cfg.Now().UTC(), Moving: moving})
+	}
+	return img, err
+}
+
+// limit bounds the regular files of a source, in bytes.
+func (s *Store) limit(src Source) int64 {
+	if src.MaxSize <= 0 || src.MaxSize > s.cfg.MaxSize {
+		return s.cfg.MaxSize
+	}
+	return src.MaxSize
+}
+
+// check refuses a source that says nothing, or two things.
+func (src Source) check() error {
+	n := 0
+	for _, has := range []bool{src.Image != "", src.Layout != nil, src.Archive != ""} {
+		if has {
+			n++
+		}
+	}
+	if n > 1 {
+		return errors.New("source names more than one of an image, a layout and an archive")
+	}
+	if n == 0 && src.Debian == nil {
+		return errors.New("source names neither an OCI image nor Debian packages")
+	}
+	return nil
+}
+
+// opened is a source whose parts are at hand: found already, or an OCI image to
+// build from, or why there is none.
+type opened struct {
+	key     string // "" where the result must not be given to others
+	found   Image
+	done    bool // found is the result
+	image   *ociImage
+	name    string // of the image, for the record
+	pulled  string // the layout of the store that it is in, or ""
+	err     error  // why there is no image, where Debian packages are used instead
+	closers []func()
+}
+
+func (in *opened) close() {
+	for _, f := range in.closers {
+		f()
+	}
+}
+
+// open brings the parts of a source together. Whatever it says, what was built of
+// private things is found again only by who has them: the bytes of an archive or of
+// a layout's blobs, or the registry's leave to pull.
+func (s *Store) open(ctx context.Context, src Source, progress func(string)) (*opened, error) {
+	in := &opened{}
+	var err error
+	if src.Auth == nil && src.Layout == nil && src.Archive == "" {
+		if in.key, err = src.key(""); err != nil {
+			return nil, err
+		}
+		if !src.Fresh {
+			in.found, in.done = s.known(ctx, in.key, progress)
+		}
+		if in.done || src.Image == "" {
+			return in, nil
+		}
+	}
+	step := "reading the image"
+	switch {
+	case src.Image != "":
+		step = "pulling " + src.Image
+		err = s.openImage(ctx, in, src, progress)
+	case src.Layout != nil:
+		err = s.openLayout(ctx, in, src, *src.Layout)
+	default:
+		err = s.openArchiveOf(ctx, in, src)
+	}
+	if err == nil {
+		if in.key != "" && (src.Image == "" || src.Auth != nil) {
+			in.found, in.done = s.known(ctx, in.key, progress)
+		}
+		return in, nil
+	}
+	if ctx.Err() == nil && src.Debian != nil {
+		in.err = err
+		return in, nil
+	}
+	in.close()
+	if ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	if as := new(StepError); errors.As(err, &as) {
+		return nil, err
+	}
+	return nil, &StepError{Step: step, ExitCode: -1, Err: err}
+}
+
+func (s *Store) openImage(ctx context.Context, in *opened, src Source, progress func(string)) error {
+	l, err := s.Pull(ctx, src.Image, src.Auth, progress)
 	if err != nil {
-		return Image{}, err
+		return err
 	}
-	if img, ok := s.known(ctx, key, progress); ok {
-		return img, nil
+	key := in.key
+	if err := s.openLayout(ctx, in, src, l); err != nil {
+		return err
 	}
-	img, moving, err := s.make(ctx, src, progress)
+	if src.Auth == nil {
+		in.key = key // anybody may pull it
+	}
+	return nil
+}
+
+func (s *Store) openLayout(ctx context.Context, in *opened, src Source, l Layout) error {
+	in.closers = append(in.closers, s.Hold(l))
+	root, err := os.OpenRoot(l.Dir)
 	if err != nil {
-		return Image{}, err
+		return fmt.Errorf("opening layout: %w", err)
 	}
-	s.remember(key, input{Image: img, MadeAt: s.cfg.Now().UTC(), Moving: moving})
-	return img, nil
+	in.closers = append(in.closers, func() { root.Close() })
+	if id := filepath.Base(l.Dir); l.Dir == s.layoutPath(id) {
+		in.pulled = id
+	}
+	p, err := openOCI(dirBlobs{root}, l.Manifest, s.limit(src))
+	if err != nil {
+		if errors.Is(err, errDamaged) && in.pulled != "" {
+			s.dropLayout(in.pulled)
+		}
+		return err
+	}
+	if in.pulled == "" {
+		l.Reference = "" // anybody could say so
+		if err := p.verify(ctx); err != nil {
+			return err
+		}
+	}
+	l.Manifest = p.manifest
+	src.Image, src.Layout = "", &l
+	in.image, in.name = p, l.Reference
+	if in.name == "" {
+		in.name = "oci:" + p.manifest
+	}
+	in.key, err = src.key("")
+	return err
+}
+
+func (s *Store) openArchiveOf(ctx context.Context, in *opened, src Source) error {
+	b, sum, err := s.openArchive(ctx, src.Archive, src.Within, s.limit(src))
+	if err != nil {
+		return err
+	}
+	in.closers = append(in.closers, func() { b.f.Close() })
+	if in.image, err = b.image(s.limit(src)); err != nil {
+		return err
+	}
+	in.name = "oci:" + in.image.manifest
+	in.key, err = src.key(sum)
+	return err
 }
 
 // make builds from the first of the source's parts that gives what is required.
-func (s *Store) make(ctx context.Context, src Source, progress func(string)) (img Image, moving bool, err error) {
-	var from string
-	if src.Image != "" {
-		img, err := s.makeOne(ctx, src, progress, func(t *tree) (rt Runtime, from string, err error) {
-			return s.fromRegistry(ctx, t, src.Image, progress)
+func (s *Store) make(ctx context.Context, src Source, in *opened, progress func(string)) (img Image, moving bool, err error) {
+	if in.image != nil {
+		img, err := s.makeOne(ctx, src, progress, func(t *tree) (Runtime, string, error) {
+			rt, err := in.image.unpack(ctx, t, progress)
+			if err != nil && ctx.Err() == nil {
+				if in.pulled != "" && in.image.verify(ctx) != nil && ctx.Err() == nil {
+					s.dropLayout(in.pulled)
+				}
+				err = &StepError{Step: "unpacking " + in.name, ExitCode: -1, Err: err}
+			}
+			return rt, in.name, err
 		})
 		if err == nil || ctx.Err() != nil || src.Debian == nil {
 			return img, src.moves(), err
 		}
-		progress("Debian packages instead: " + short(err))
-		from = fmt.Sprintf(" (not %s: %s)", src.Image, short(err))
+		in.err = err
+	}
+	var from string
+	if in.err != nil {
+		progress("Debian packages instead: " + short(in.err))
+		from = fmt.Sprintf(" (not %s: %s)", cmp.Or(src.Image, in.name, "the image"), short(in.err))
 	}
 	img, err = s.makeOne(ctx, src, progress, func(t *tree) (Runtime, string, error) {
 		return Runtime{}, "debian:" + src.Debian.Suite + from, s.fromDebian(ctx, t, src.Debian, progress)
@@ -64,7 +233,7 @@ func (s *Store) make(ctx context.Context, src Source, progress func(string)) (im
 
 // makeOne fills a tree, sets it up, checks it and makes it an image.
 func (s *Store) makeOne(ctx context.Context, src Source, progress func(string), fill func(*tree) (Runtime, string, error)) (Image, error) {
-	t, err := newTree(s.tmpDir(), s.cfg.MaxSize)
+	t, err := newTree(s.tmpDir(), s.limit(src))
 	if err != nil {
 		return Image{}, err
 	}
@@ -79,8 +248,11 @@ func (s *Store) makeOne(ctx context.Context, src Source, progress func(string), 
 	if missing := t.missing(src.Require); len(missing) > 0 {
 		return Image{}, &StepError{Step: "checking " + from, ExitCode: -1, Err: fmt.Errorf("it lacks %s", strings.Join(missing, ", "))}
 	}
+	if err := t.writeAttributes(); err != nil {
+		return Image{}, &StepError{Step: "keeping extended attributes", ExitCode: -1, Err: err}
+	}
 	if t.droppedDevices > 0 || t.droppedXattrs > 0 {
-		progress(fmt.Sprintf("left out, since gVisor cannot have them: %d device nodes, the extended attributes of %d files",
+		progress(fmt.Sprintf("left out, since gVisor cannot have them: %d device nodes of /dev, %d extended attributes",
 			t.droppedDevices, t.droppedXattrs))
 	}
 	start := time.Now()
@@ -103,9 +275,12 @@ func (s *Store) write(t *tree) (Image, error) {
 	}
 	defer f.Close()
 	defer os.Remove(f.Name()) // fails when it was moved to its place
-	hash := sha256.New()
-	if err := writeErofs(io.MultiWriter(f, hash), t); err != nil {
+	hash, out := sha256.New(), &sparseFile{f: f}
+	if err := writeErofs(tee{hash, out}, t); err != nil {
 		return Image{}, err
+	}
+	if err := out.finish(); err != nil {
+		return Image{}, fmt.Errorf("ending image: %w", err)
 	}
 	return s.place(f, hex.EncodeToString(hash.Sum(nil)))
 }

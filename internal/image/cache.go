@@ -17,7 +17,7 @@ import (
 
 // recipe counts the changes of how images are made from the same source: a new
 // number makes every image anew.
-const recipe = 1
+const recipe = 2
 
 // inputsDir holds, per key of inputs, what was made of them.
 const inputsDir = "inputs"
@@ -32,13 +32,14 @@ type input struct {
 	Moving bool      `json:"moving"` // may be another tomorrow
 }
 
-// key names the inputs of a build.
-func (src Source) key() (string, error) {
+// key names the inputs of a build; archive is the SHA-256 of the source's.
+func (src Source) key(archive string) (string, error) {
 	b, err := json.Marshal(struct {
-		Recipe int    `json:"recipe"`
-		Arch   string `json:"arch"`
-		Source Source `json:"source"`
-	}{recipe, runtime.GOARCH, src})
+		Recipe  int    `json:"recipe"`
+		Arch    string `json:"arch"`
+		Source  Source `json:"source"`
+		Archive string `json:"archive,omitempty"`
+	}{recipe, runtime.GOARCH, src, archive})
 	if err != nil {
 		return "", fmt.Errorf("encoding source: %w", err)
 	}
@@ -149,8 +150,9 @@ func (s *Store) fetch(ctx context.Context, digest string) error {
 	defer os.Remove(f.Name()) // fails when it was moved to its place
 	// A copy and not a hard link: a file that others can write to is no content
 	// address. It is hashed on its way, so the copy costs little more.
-	hash := sha256.New()
-	if _, err := io.CopyBuffer(struct{ io.Writer }{io.MultiWriter(f, hash)}, contextReader{ctx, in}, make([]byte, 1<<20)); err != nil {
+	hash, out := sha256.New(), &sparseFile{f: f}
+	_, err = io.CopyBuffer(struct{ io.Writer }{tee{hash, out}}, contextReader{ctx, in}, make([]byte, chunk))
+	if err := errors.Join(err, out.finish()); err != nil {
 		return fmt.Errorf("copying cached image: %w", err)
 	}
 	if got := hex.EncodeToString(hash.Sum(nil)); got != digest {
@@ -180,7 +182,7 @@ func (s *Store) offer(digest string) error {
 		return fmt.Errorf("making file: %w", err)
 	}
 	defer os.Remove(f.Name()) // fails when it was moved to its place
-	_, err = io.Copy(f, in)   // the kernel shares the blocks where it can
+	err = copyFile(f, in)
 	if err := errors.Join(err, f.Chmod(0o444), f.Sync(), f.Close()); err != nil {
 		return fmt.Errorf("copying image: %w", err)
 	}

@@ -263,8 +263,8 @@ func encodeDirents(entries []entry) []byte {
 
 // writeData writes the data blocks in the order of their inodes.
 func (w *erofsWriter) writeData() error {
-	if err := w.t.buf.Flush(); err != nil {
-		return fmt.Errorf("flushing spool: %w", err)
+	if err := w.t.settle(); err != nil {
+		return err
 	}
 	for _, i := range w.inodes {
 		p := &i.plan
@@ -275,10 +275,7 @@ func (w *erofsWriter) writeData() error {
 		var err error
 		switch i.kind() {
 		case typeRegular:
-			n, err = io.Copy(w.out, io.NewSectionReader(w.t.spool, i.off, i.size))
-			if err == nil && n != i.size {
-				err = io.ErrUnexpectedEOF
-			}
+			n, err = i.size, copyRange(w.out, w.t.spool, i.off, i.size, w.t.buf)
 		case typeSymlink:
 			_, err = w.out.WriteString(i.target)
 			n = int64(len(i.target))

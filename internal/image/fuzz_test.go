@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"io"
+	"os"
 	"strings"
 	"testing"
 
@@ -36,6 +37,7 @@ func FuzzTarNames(f *testing.F) {
 	f.Add("d/e", "d/.wh.e", "d/.wh..wh..opq", byte(tar.TypeSymlink))
 	f.Add("../a", "/", "a/../b", byte(tar.TypeLink))
 	f.Add("l", "l/x", "/etc", byte(tar.TypeSymlink))
+	f.Add("l", attributesFile, "/", byte(tar.TypeSymlink))           // a list of attributes that is not ours
 	f.Add("l", "x", strings.Repeat("b", 300), byte(tar.TypeSymlink)) // dangling, and too long to be made
 	f.Add("\x00", strings.Repeat("a/", 2000), strings.Repeat("b", 300), byte(tar.TypeDir))
 	f.Fuzz(func(t *testing.T, one, two, link string, kind byte) {
@@ -80,6 +82,9 @@ func FuzzTar(f *testing.F) {
 // checkImage fails unless a tree makes an image with the tree's names.
 func checkImage(t *testing.T, tree *tree) {
 	t.Helper()
+	if err := tree.writeAttributes(); err != nil {
+		return // too many of them
+	}
 	var b bytes.Buffer
 	if err := writeErofs(&b, tree); err != nil {
 		t.Fatalf("writing image: %v", err)
@@ -115,4 +120,118 @@ func checkImage(t *testing.T, tree *tree) {
 	if seen != tree.nodes {
 		t.Fatalf("tree has %d names and counts %d", seen, tree.nodes)
 	}
+	comesBack(t, b.Bytes())
+}
+
+// comesBack fails unless an image makes itself again by way of a layer.
+func comesBack(t *testing.T, image []byte) {
+	t.Helper()
+	read, err := readErofs(onDisk(t, image))
+	if err != nil {
+		t.Fatalf("reading image: %v", err)
+	}
+	defer read.Close()
+	var layer, again bytes.Buffer
+	if err := read.writeTar(t.Context(), &layer); err != nil {
+		t.Fatalf("writing layer: %v", err)
+	}
+	tree, err := newTree(t.TempDir(), 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tree.Close()
+	if err := tree.apply(t.Context(), &layer, false); err != nil {
+		t.Fatalf("reading layer: %v", err)
+	}
+	if err := tree.writeAttributes(); err != nil {
+		t.Fatalf("writing attributes: %v", err)
+	}
+	if err := writeErofs(&again, tree); err != nil {
+		t.Fatalf("writing image again: %v", err)
+	}
+	if !bytes.Equal(image, again.Bytes()) {
+		t.Fatal("another image came back")
+	}
+}
+
+// onDisk is a file with no name.
+func onDisk(t *testing.T, b []byte) *os.File {
+	t.Helper()
+	f, err := os.CreateTemp(t.TempDir(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+// Whatever is in an image, reading it ends, and what is read can be exported.
+func FuzzImage(f *testing.F) {
+	tree, err := newTree(f.TempDir(), 1<<20)
+	if err != nil {
+		f.Fatal(err)
+	}
+	defer tree.Close()
+	if err := tree.apply(f.Context(), bytes.NewReader(everything(f)), true); err != nil {
+		f.Fatal(err)
+	}
+	if err := tree.writeAttributes(); err != nil {
+		f.Fatal(err)
+	}
+	var b bytes.Buffer
+	if err := writeErofs(&b, tree); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b.Bytes(), uint32(superOffset), []byte{0})
+	f.Add(b.Bytes(), uint32(blockSize), []byte{1, 0, 0, 0})
+	// A few bytes changed somewhere: a whole image of the fuzzer's own would not get far.
+	f.Fuzz(func(t *testing.T, image []byte, at uint32, change []byte) {
+		if len(image) == 0 || len(image) > 1<<20 {
+			return
+		}
+		image = bytes.Clone(image)
+		copy(image[int(at)%len(image):], change)
+		file := onDisk(t, image)
+		defer file.Close()
+		read, err := readErofs(file)
+		if err != nil {
+			return
+		}
+		if err := read.writeTar(t.Context(), io.Discard); err != nil {
+			t.Logf("writing layer: %v", err) // a file may be cut off
+		}
+	})
+}
+
+// Whatever an archive holds, finding the image in it ends.
+func FuzzArchive(f *testing.F) {
+	p := parts{}
+	p.index(f, p.image(f, platform.Architecture, gzipped, archive(f, file("a", "1"))))
+	f.Add(p.tar(f))
+	f.Add(archive(f, file("manifest.json", `[{"Config":"c.json","Layers":["l"]}]`), file("c.json", "{}"), symlink("l", "c.json")))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		file := onDisk(t, b)
+		defer file.Close()
+		if _, err := file.Seek(0, io.SeekStart); err != nil {
+			t.Fatal(err)
+		}
+		a := &tarBlobs{f: file, at: map[string]section{}}
+		if err := a.list(t.Context()); err != nil {
+			return
+		}
+		img, err := a.image(1 << 20)
+		if err != nil {
+			return
+		}
+		tree, err := newTree(t.TempDir(), 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer tree.Close()
+		if _, err := img.unpack(t.Context(), tree, quiet); err == nil {
+			checkImage(t, tree)
+		}
+	})
 }

@@ -1,24 +1,31 @@
 // Package image makes root file systems: one read-only EROFS file each, named
 // by the SHA-256 of its bytes.
 //
-// It owns the directory of finished images, the shared cache beside it, how an
-// OCI image or a set of Debian packages becomes an EROFS file, and the removal
-// of files nobody uses. It does not know what an image is for: callers say what
-// goes in ([Source]) and which images they still need.
+// It owns the directory of finished images, the shared cache beside it, the OCI
+// images that were pulled, how an OCI image or a set of Debian packages becomes an
+// EROFS file and how that becomes an OCI image again, and the removal of files
+// nobody uses. It does not know what an image is for: callers say what goes in
+// ([Source]), which registries may be asked ([Config]) and which images they still
+// need.
 //
-// A [Store] is safe for concurrent use. An image appears whole under its final
-// name or not at all, and never changes afterwards; after an error or a crash
-// only the directory "tmp" may hold leftovers, which the next [Open] removes.
+// A [Store] is safe for concurrent use. An image or a pulled layout appears whole
+// under its final name or not at all, and never changes afterwards; after an error
+// or a crash only the directory "tmp" may hold leftovers, which the next [Open]
+// removes.
 //
-// What gVisor's EROFS cannot hold is left out, counted and said in the progress
-// lines: device nodes (gVisor mounts a /dev of its own) and extended attributes,
-// file capabilities among them (it refuses to open a file that has any).
+// What comes in is a stranger's: every size, count and name is bounded, and what
+// is refused says which entry and why. Device nodes below /dev are left out,
+// counted and said, since gVisor mounts a /dev of its own; elsewhere they are
+// refused. gVisor's EROFS cannot hold extended attributes, file capabilities among
+// them: they stand in a file of the image (see [AttributesPath]) that the first
+// process inside applies.
 package image
 
 import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"sync"
@@ -47,6 +54,10 @@ const (
 	// DefaultMaxSize bounds the regular files of one image, in bytes, so that a
 	// hostile image (a compressed stream of zeros) cannot fill the disk.
 	DefaultMaxSize = 64 << 30
+
+	// DefaultBudget bounds what pulled OCI images take on the disk, in bytes. Less
+	// downloads the same again sooner.
+	DefaultBudget = 20 << 30
 )
 
 // Config says where images live.
@@ -60,18 +71,57 @@ type Config struct {
 	RegistryTimeout time.Duration // 0 is DefaultRegistryTimeout
 	MovingFor       time.Duration // 0 is DefaultMovingFor
 	MaxSize         int64         // 0 is DefaultMaxSize
+	Budget          int64         // of pulled OCI images, bytes; 0 is DefaultBudget
+
+	// Dial decides about every connection to a registry, what it redirects to and
+	// its token service included, by the address a name gave; its error is told to
+	// whoever named the registry. nil allows all. A proxy of the environment is the
+	// operator's and not asked about; names behind it are the proxy's to judge.
+	Dial func(netip.AddrPort) error
+	// PlainHTTP lists registries as references name them ("127.0.0.1:5000") that
+	// speak plain HTTP and are not subject to Dial.
+	PlainHTTP []string
 
 	// Now replaces the clock in tests; nil is time.Now.
 	Now func() time.Time
 }
 
-// Source is what an image is made from: Image if a registry gives it and it
-// holds every program of Require, else Debian. At least one must be set.
+// Source is what an image is made from: at most one of Image, Layout and Archive,
+// if it can be had and holds every program of Require, else Debian. At least one
+// must be set.
 type Source struct {
-	Image   string   `json:"image,omitempty"` // OCI reference
+	Image string `json:"image,omitempty"` // OCI reference
+	// Auth is what the registry of Image wants; nil asks anonymously. What was
+	// built with it is given again only to who may pull the same image.
+	Auth *Auth `json:"-"`
+	// Layout is an OCI image that lies on the disk.
+	Layout *Layout `json:"layout,omitempty"`
+	// Archive is the path of a tar, plain or gzip, of an OCI image layout or of
+	// what docker save writes. With Within that is in the tar: a file that is such a
+	// tar, or the directory of a layout.
+	Archive string `json:"-"`
+	Within  string `json:"-"` // a path in Archive; "" is the whole of it
+
 	Debian  *Debian  `json:"debian,omitempty"`
 	Setup   Setup    `json:"setup"`             // done to either
 	Require []string `json:"require,omitempty"` // programs that must be on the usual PATH
+
+	// Fresh uses no result that was made while an Image or a Debian suite was
+	// something else, however lately.
+	Fresh bool `json:"-"`
+	// MaxSize bounds the regular files, in bytes; 0, or more than the store's, is
+	// the store's.
+	MaxSize int64 `json:"max_size,omitempty"`
+}
+
+// Layout is an OCI image in a directory (https://github.com/opencontainers/image-spec, image-layout.md).
+type Layout struct {
+	Dir string `json:"-"`
+	// Manifest is the digest of the image's manifest, "sha256:…". Empty in a
+	// Source means the one of Dir's index that is for this machine's architecture.
+	Manifest string `json:"manifest"`
+	// Reference names the image by digest where it came from a registry, else "".
+	Reference string `json:"reference,omitempty"`
 }
 
 // Debian is a set of Debian packages with all they depend on.
@@ -128,8 +178,9 @@ type Runtime struct {
 type Image struct {
 	Digest string `json:"digest"` // hex SHA-256 of the file
 	Size   int64  `json:"size"`   // bytes
-	// Source says what it was made from: "debian:bookworm", or an OCI reference
-	// by digest; with the reason when the OCI image was not used.
+	// Source says what it was made from: "debian:bookworm", an OCI reference by
+	// digest, or "oci:" and the digest of a manifest that has no reference; with the
+	// reason when the OCI image was not used.
 	Source string  `json:"source"`
 	Config Runtime `json:"config"`
 }
@@ -148,6 +199,10 @@ type Store struct {
 	verified map[string]*verification // by digest: in this process's life
 	// +checklocks:mu
 	used map[string]time.Time // by digest: last handed out
+	// +checklocks:mu
+	held map[string]int // by name of a pulled layout: who reads it now
+	// +checklocks:mu
+	pulls map[string]*pull // by name of the layout: downloads under way
 }
 
 // Open opens a store, makes its directories and removes what a crash left.
@@ -161,15 +216,19 @@ func Open(cfg Config, log *slog.Logger) (*Store, error) {
 	if cfg.MaxSize == 0 {
 		cfg.MaxSize = DefaultMaxSize
 	}
+	if cfg.Budget == 0 {
+		cfg.Budget = DefaultBudget
+	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	s := &Store{cfg: cfg, log: log, verified: map[string]*verification{}, used: map[string]time.Time{}}
+	s := &Store{cfg: cfg, log: log, verified: map[string]*verification{}, used: map[string]time.Time{},
+		held: map[string]int{}, pulls: map[string]*pull{}}
 	s.turn = make(chan struct{}, 1)
 	if err := os.RemoveAll(s.tmpDir()); err != nil {
 		return nil, fmt.Errorf("removing leftovers of builds: %w", err)
 	}
-	for _, dir := range []string{cfg.Dir, s.tmpDir(), filepath.Join(cfg.Dir, inputsDir)} {
+	for _, dir := range []string{cfg.Dir, s.tmpDir(), filepath.Join(cfg.Dir, inputsDir), filepath.Join(cfg.Dir, layoutsDir)} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return nil, fmt.Errorf("making image directory: %w", err)
 		}

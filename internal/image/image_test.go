@@ -265,14 +265,16 @@ func TestOneLayerComesBackWhole(t *testing.T) {
 		newMember(tar.Header{Typeflag: tar.TypeFifo, Name: "pipe", Mode: 0o600}, "", nil),
 		newMember(tar.Header{Typeflag: tar.TypeChar, Name: "dev/null", Mode: 0o666, Devmajor: 1, Devminor: 3}, "", nil),
 		newMember(tar.Header{Typeflag: tar.TypeBlock, Name: "dev/sda", Mode: 0o660, Devmajor: 8}, "", nil),
-		file("bin/ping", "cap", func(h *tar.Header) { h.PAXRecords = map[string]string{"SCHILY.xattr.security.capability": "\x01\x00"} }),
+		file("bin/ping", "cap", func(h *tar.Header) {
+			h.PAXRecords = map[string]string{"SCHILY.xattr.security.selinux": "system_u", "LIBARCHIVE.xattr.security.selinux": "c3lz"}
+		}),
 		file("old", "from 1901", func(h *tar.Header) { h.ModTime = time.Unix(-2177452800, 0) }),
 	))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if tree.droppedDevices != 2 || tree.droppedXattrs != 1 {
-		t.Errorf("dropped %d devices and xattrs of %d files, want 2 and 1", tree.droppedDevices, tree.droppedXattrs)
+		t.Errorf("dropped %d devices and %d xattrs, want 2 and 1", tree.droppedDevices, tree.droppedXattrs)
 	}
 	const at = "1700000000.123456789"
 	want := []string{
@@ -365,6 +367,17 @@ func TestLayersMerge(t *testing.T) {
 	}
 }
 
+func TestSparseTarIsWhatItSays(t *testing.T) {
+	tree, err := layers(t, sparseTar(t, "a", 1<<20))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := tree.read(tree.root.children["a"].inode, 1<<20)
+	if err != nil || len(b) != 1<<20 || b[1<<20-1] != 'x' || bytes.Count(b, []byte{0}) != 1<<20-1 {
+		t.Errorf("read %d bytes, %v; want zeros and an x at the end", len(b), err)
+	}
+}
+
 func TestPlainTarHasNoWhiteouts(t *testing.T) {
 	tree, err := newTree(t.TempDir(), 1<<30)
 	if err != nil {
@@ -385,11 +398,23 @@ func TestBadTarsAreRefused(t *testing.T) {
 	for k := range 3 { // each link leads a thousand directories further down
 		deep = append(deep, file(fmt.Sprintf("l%d/", k)+strings.Repeat("d/", 500)+"f", ""), symlink(fmt.Sprintf("l%d", k+1), fmt.Sprintf("l%d/", k)+strings.Repeat("d/", 500)))
 	}
+	attribute := func(name, value string) []byte {
+		return archive(t, file("a", "1", xattrs(map[string]string{name: value})))
+	}
+	device := func(name string) []byte {
+		return archive(t, newMember(tar.Header{Typeflag: tar.TypeChar, Name: name, Mode: 0o666}, "", nil))
+	}
 	tests := []struct {
 		name string
 		tar  []byte
 		want string // in the error
 	}{
+		{"device node", device("var/x"), "a device node outside /dev"}, // of overlayfs it would be a whiteout
+		{"capabilities that are none", attribute("security.capability", "\x01"), "file capabilities are not"},
+		{"attribute with a huge name", attribute("user."+strings.Repeat("n", maxName), "1"), "a name of 260 bytes"},
+		{"attribute with a huge value", attribute("user.a", strings.Repeat("v", maxValue+1)), "a value of 65537"},
+		{"sparse file of a petabyte", sparseTar(t, "a", 1<<50), "larger than 1073741824 bytes"},
+		{"socket or the like", archive(t, newMember(tar.Header{Typeflag: 'Z', Name: "a"}, "", nil)), "unknown"},
 		{"parent in a name", archive(t, file("../a", "1")), ".. element"},
 		{"parent inside a name", archive(t, file("a/../../b", "1")), ".. element"},
 		{"parent in a hard link", archive(t, file("a", "1"), hardlink("b", "../a")), ".. element"},
@@ -418,6 +443,83 @@ func TestBadTarsAreRefused(t *testing.T) {
 	}
 }
 
+// A small archive must not make the machine work for long.
+func TestTooMuchWorkIsRefused(t *testing.T) {
+	var members []member
+	for k := range 5000 {
+		members = append(members, file(fmt.Sprintf("d/%d", k), ""))
+	}
+	for range 5000 { // each looks at all there are
+		members = append(members, file("d/.wh..wh..opq", ""))
+	}
+	if _, err := layers(t, archive(t, members...)); err == nil || !strings.Contains(err.Error(), "steps") {
+		t.Errorf("whiteouts of a large directory: %v", err)
+	}
+	members = []member{symlink("l0", "x")}
+	for k := range 39 { // links through links, each target as long as can be
+		members = append(members, symlink(fmt.Sprintf("l%d", k+1), strings.Repeat("./", 2000)+fmt.Sprintf("l%d", k)))
+	}
+	for k := range 2000 {
+		members = append(members, file(fmt.Sprintf("l39/%d", k), ""))
+	}
+	if _, err := layers(t, archive(t, members...)); err == nil || !strings.Contains(err.Error(), "steps") {
+		t.Errorf("links through links: %v", err)
+	}
+	tree, err := layers(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tree.text = maxText - 10 // as if that much had come
+	if err := tree.apply(t.Context(), bytes.NewReader(archive(t, symlink("l", "of ten bytes"))), true); err == nil || !strings.Contains(err.Error(), "names and links of more than") {
+		t.Errorf("text that fills memory: %v", err)
+	}
+	tree.entries = maxEntries
+	if err := tree.apply(t.Context(), bytes.NewReader(archive(t, file("a", ""))), true); err == nil || !strings.Contains(err.Error(), "entries") {
+		t.Errorf("entries without end: %v", err)
+	}
+}
+
+func TestBombsAreRefused(t *testing.T) {
+	solid := readerFunc(func(p []byte) (int, error) { p[0] = 'x'; return len(p), nil })
+	hollow := readerFunc(func(p []byte) (int, error) { clear(p); return len(p), nil })
+	for _, tc := range []struct {
+		name   string
+		plain  io.Reader
+		packed int64
+		max    int64
+		want   string
+	}{
+		{"more than its size allows", solid, 1 << 20, 1 << 40, "decompression bomb"},
+		{"zeros without end", hollow, 1 << 20, 1 << 20, "larger than 1048576 bytes"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			tree, err := newTree(t.TempDir(), tc.max)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer tree.Close()
+			n, err := io.CopyBuffer(io.Discard, struct{ io.Reader }{tree.metered(tc.plain, &counted{n: tc.packed})}, make([]byte, hole))
+			if err == nil || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("after %d bytes: %v", n, err)
+			}
+		})
+	}
+}
+
+func TestTooManyAttributesAreRefused(t *testing.T) {
+	var many []member
+	for k := range maxAttributed + 1 {
+		many = append(many, file(fmt.Sprint(k), "", xattrs(map[string]string{"user.a": "1"})))
+	}
+	tree, err := layers(t, archive(t, many...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tree.writeAttributes(); err == nil || !strings.Contains(err.Error(), "too many extended attributes: 4097 files") {
+		t.Errorf("error is %v", err)
+	}
+}
+
 func TestTooMuchDataIsRefused(t *testing.T) {
 	tree, err := newTree(t.TempDir(), 1000)
 	if err != nil {
@@ -432,7 +534,7 @@ func TestTooMuchDataIsRefused(t *testing.T) {
 
 // Directories of many sizes cross block boundaries in all the ways there are.
 func TestLargeDirectories(t *testing.T) {
-	for _, n := range []int{1, 100, 203, 204, 205, 4000} {
+	for _, n := range []int{1, 100, 203, 204, 205, 4000, 100_000} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			var members []member
 			var want []string

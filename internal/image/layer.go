@@ -42,6 +42,9 @@ func (t *tree) apply(ctx context.Context, r io.Reader, whiteouts bool) error {
 
 // entry lays one entry of a tar.
 func (t *tree) entry(h *tar.Header, r io.Reader, whiteouts bool) error {
+	if t.entries++; t.entries > maxEntries {
+		return fmt.Errorf("more than %d entries", maxEntries)
+	}
 	if h.Typeflag == tar.TypeXGlobalHeader {
 		return nil
 	}
@@ -65,6 +68,9 @@ func (t *tree) entry(h *tar.Header, r io.Reader, whiteouts bool) error {
 		return t.whiteout(parts[:len(parts)-1], name)
 	}
 	if h.Typeflag == tar.TypeChar || h.Typeflag == tar.TypeBlock {
+		if parts[0] != "dev" {
+			return errors.New("a device node outside /dev, where a sandbox has none")
+		}
 		t.droppedDevices++
 		return nil
 	}
@@ -138,20 +144,26 @@ func (t *tree) whiteout(parent []string, name string) error {
 		return err
 	}
 	if name == whiteoutOpaque {
+		// Going through a map takes longer than finding something in it.
+		if err := t.step(4 * len(dir.children)); err != nil {
+			return err
+		}
 		for _, c := range dir.children {
-			t.hide(c)
+			if _, err := t.hide(c); err != nil {
+				return err
+			}
 		}
 	} else if c, ok := dir.children[target]; ok {
-		t.hide(c)
+		_, err = t.hide(c)
 	}
-	return nil
+	return err
 }
 
 // inodeOf takes over what a header says of a file; its bytes are not its business.
 func (t *tree) inodeOf(h *tar.Header) (*inode, error) {
 	i := &inode{mode: uint16(h.Mode & 0o7777), size: h.Size}
 	switch h.Typeflag {
-	case tar.TypeReg, tar.TypeGNUSparse:
+	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont:
 		i.mode |= typeRegular
 	case tar.TypeDir:
 		i.mode |= typeDir
@@ -177,11 +189,5 @@ func (t *tree) inodeOf(h *tar.Header) (*inode, error) {
 	if !h.ModTime.IsZero() && h.ModTime.Unix() > 0 {
 		i.mtime, i.mtimeNs = h.ModTime.Unix(), uint32(h.ModTime.Nanosecond())
 	}
-	for key := range h.PAXRecords {
-		if strings.HasPrefix(key, "SCHILY.xattr.") || strings.HasPrefix(key, "LIBARCHIVE.xattr.") {
-			t.droppedXattrs++
-			break
-		}
-	}
-	return i, nil
+	return i, t.takeAttributes(i, h)
 }

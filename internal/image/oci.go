@@ -1,186 +1,315 @@
 package image
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/http"
 	"os"
+	"path"
 	"runtime"
+	"slices"
 	"strings"
-	"sync/atomic"
-	"time"
+	"syscall"
 
-	"github.com/google/go-containerregistry/pkg/authn"
-	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
 const (
-	// answerFactor times the time to connect is what a registry has to answer the
-	// question for a manifest, its token service included.
-	answerFactor = 4
-	// stallTimeout ends a download that brings nothing: a dead connection would
-	// otherwise hold a build for hours.
-	stallTimeout = time.Minute
 	// maxLayers bounds the layers of an image; Docker's own limit is 127.
 	maxLayers = 512
+	// maxManifest and maxConfig bound what is read into memory, in bytes. A
+	// configuration holds the history of its image.
+	maxManifest = 4 << 20
+	maxConfig   = 8 << 20
+	// maxIndexes bounds the indexes that are read to find one image.
+	maxIndexes = 16
 )
 
-// parseReference checks an OCI reference as users write it ("python:3.13",
-// "ghcr.io/a/b@sha256:…").
-func parseReference(text string) (name.Reference, error) {
-	ref, err := name.ParseReference(text)
-	if err != nil {
-		return nil, fmt.Errorf("%.200q is not an image reference: %w", text, err)
-	}
-	return ref, nil
+// errDamaged says that a part of an image is not what names it.
+var errDamaged = errors.New("the image is not whole")
+
+const mediaIndex = types.OCIImageIndex
+
+// platform is what images must be for.
+var platform = v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
+
+// blobs is where the parts of an OCI image are, by their path in a layout.
+type blobs interface {
+	// open gives a regular file and its size; fs.ErrNotExist if there is none.
+	open(name string) (io.ReadCloser, int64, error)
 }
 
-// moves reports whether a source can give something else tomorrow.
-func (src Source) moves() bool {
-	ref, err := parseReference(src.Image)
+// dirBlobs is a layout in a directory; links do not lead out of it.
+type dirBlobs struct{ *os.Root }
+
+func (d dirBlobs) open(name string) (io.ReadCloser, int64, error) {
+	// A pipe in place of a file must not hang the build.
+	f, err := d.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
-		return true
+		return nil, 0, err
 	}
-	_, digest := ref.(name.Digest)
-	return !digest
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = errors.New("not a regular file")
+	}
+	if err != nil {
+		f.Close()
+		return nil, 0, err
+	}
+	return f, info.Size(), nil
 }
 
-// fromRegistry lays the layers of an OCI image over an empty tree and returns
-// what the image says about starting it and its reference by digest. Every byte
-// is checked against the digests that lead to it.
-func (s *Store) fromRegistry(ctx context.Context, t *tree, image string, progress func(string)) (Runtime, string, error) {
-	step := "pulling " + image
-	fail := func(err error) (Runtime, string, error) {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
+// ociImage is an OCI image whose parts are at hand.
+type ociImage struct {
+	from     blobs
+	manifest string // digest; of the configuration where there is no manifest
+	config   *v1.ConfigFile
+	layers   []ociLayer
+}
+
+// ociLayer is one layer of an image.
+type ociLayer struct {
+	file   string
+	desc   v1.Descriptor // of the file; without a digest where nothing names one
+	diffID v1.Hash       // of its tar
+}
+
+func blobPath(h v1.Hash) string { return path.Join("blobs", h.Algorithm, h.Hex) }
+
+// openOCI finds the image of a layout: the named manifest, or what the index
+// has for this machine.
+func openOCI(from blobs, manifest string, maxSize int64) (*ociImage, error) {
+	raw, digest, err := findManifest(from, manifest)
+	if err != nil {
+		return nil, err
+	}
+	m, err := parseManifest(raw, maxSize)
+	if err != nil {
+		return nil, err
+	}
+	config, err := readBlob(from, m.Config, maxConfig)
+	if err != nil {
+		return nil, fmt.Errorf("reading its configuration: %w", err)
+	}
+	c, err := parseConfig(config, len(m.Layers))
+	if err != nil {
+		return nil, err
+	}
+	p := &ociImage{from: from, manifest: digest.String(), config: c}
+	for n, desc := range m.Layers {
+		p.layers = append(p.layers, ociLayer{blobPath(desc.Digest), desc, c.RootFS.DiffIDs[n]})
+	}
+	return p, nil
+}
+
+// findManifest reads the manifest of an image, through indexes where they are.
+func findManifest(from blobs, named string) (raw []byte, digest v1.Hash, err error) {
+	var todo []v1.Descriptor
+	if named != "" {
+		h, err := v1.NewHash(named)
+		if err != nil || h.Algorithm != "sha256" {
+			return nil, v1.Hash{}, fmt.Errorf("%.100q is not a sha256 digest", named)
 		}
-		return Runtime{}, "", &StepError{Step: step, ExitCode: -1, Err: err}
+		todo = []v1.Descriptor{{Digest: h, Size: -1}}
+	} else {
+		b, err := readAll(from, "index.json", -1, maxManifest)
+		if err != nil {
+			return nil, v1.Hash{}, fmt.Errorf("reading the index of the layout: %w", err)
+		}
+		if todo, err = forUs(b); err != nil {
+			return nil, v1.Hash{}, err
+		}
 	}
-	ref, err := parseReference(image)
-	if err != nil {
-		return fail(err)
+	for read := 0; len(todo) > 0 && read < maxIndexes; read++ {
+		desc := todo[0]
+		b, err := readBlob(from, desc, maxManifest)
+		if err != nil {
+			return nil, v1.Hash{}, fmt.Errorf("reading the manifest: %w", err)
+		}
+		var kind struct {
+			MediaType types.MediaType `json:"mediaType"`
+			Manifests json.RawMessage `json:"manifests"`
+		}
+		if err := json.Unmarshal(b, &kind); err != nil {
+			return nil, v1.Hash{}, fmt.Errorf("reading the manifest: %w", err)
+		}
+		if kind.Manifests == nil {
+			return b, desc.Digest, nil
+		}
+		if todo, err = forUs(b); err != nil {
+			return nil, v1.Hash{}, err
+		}
 	}
-	progress(step + ": asking " + ref.Context().RegistryStr())
-	img, err := s.find(ctx, ref)
-	if err != nil {
-		return fail(err)
+	return nil, v1.Hash{}, errors.New("its indexes lead to no manifest")
+}
+
+// forUs lists what an index has for this machine's architecture; what does not
+// say what it is for may be.
+func forUs(index []byte) ([]v1.Descriptor, error) {
+	var m v1.IndexManifest
+	if err := json.Unmarshal(index, &m); err != nil {
+		return nil, fmt.Errorf("reading the index: %w", err)
 	}
-	digest, err := img.Digest()
-	if err != nil {
-		return fail(err)
+	var fit []v1.Descriptor
+	var others []string
+	for _, desc := range m.Manifests {
+		switch p := desc.Platform; {
+		case p == nil || p.OS == "" && p.Architecture == "":
+			fit = append(fit, desc)
+		case p.OS == platform.OS && p.Architecture == platform.Architecture:
+			fit = slices.Insert(fit, 0, desc)
+		case len(others) < 10:
+			others = append(others, fmt.Sprintf("%.20s/%.20s", p.OS, p.Architecture))
+		}
 	}
-	config, err := img.ConfigFile()
+	if len(fit) == 0 {
+		return nil, fmt.Errorf("it has no image for %s/%s, only for %s", platform.OS, platform.Architecture, strings.Join(append(others, "nothing")[:max(1, len(others))], ", "))
+	}
+	return fit, nil
+}
+
+// parseManifest reads a manifest and holds its numbers to what an image may be.
+func parseManifest(raw []byte, maxSize int64) (*v1.Manifest, error) {
+	m, err := v1.ParseManifest(bytes.NewReader(raw))
 	if err != nil {
-		return fail(fmt.Errorf("reading its configuration: %w", err))
+		return nil, fmt.Errorf("reading the manifest: %w", err)
+	}
+	if len(m.Layers) > maxLayers {
+		return nil, fmt.Errorf("%d layers; %d are the most", len(m.Layers), maxLayers)
+	}
+	total := int64(0)
+	for n, desc := range append([]v1.Descriptor{m.Config}, m.Layers...) {
+		what := fmt.Sprintf("layer %d", n)
+		if n == 0 {
+			what = "the configuration"
+		}
+		if desc.Digest.Algorithm != "sha256" || len(desc.Digest.Hex) != 2*sha256.Size {
+			return nil, fmt.Errorf("%s is named by %.100q, which is not a sha256 digest", what, desc.Digest)
+		}
+		if desc.Size < 0 || n == 0 && desc.Size > maxConfig || desc.Size > maxSize-total {
+			return nil, fmt.Errorf("%s makes the image larger than it may be: %d bytes, after %d", what, desc.Size, total)
+		}
+		total += desc.Size
+	}
+	return m, nil
+}
+
+// parseConfig reads a configuration that must be for this machine and fit its manifest.
+func parseConfig(raw []byte, layers int) (*v1.ConfigFile, error) {
+	c, err := v1.ParseConfigFile(bytes.NewReader(raw))
+	if err != nil {
+		return nil, fmt.Errorf("reading its configuration: %w", err)
 	}
 	// An index is searched for this architecture; a lone image may be of any.
-	if config.OS != "linux" || config.Architecture != runtime.GOARCH {
-		return fail(fmt.Errorf("it is for %s/%s, this machine is linux/%s", config.OS, config.Architecture, runtime.GOARCH))
+	if c.OS != platform.OS || c.Architecture != platform.Architecture {
+		return nil, fmt.Errorf("it is for %.40s/%.40s, this machine is %s/%s", c.OS, c.Architecture, platform.OS, platform.Architecture)
 	}
-	layers, err := img.Layers()
-	if err != nil {
-		return fail(err)
+	if layers != len(c.RootFS.DiffIDs) {
+		return nil, fmt.Errorf("%d layers, %d of them named in its configuration", layers, len(c.RootFS.DiffIDs))
 	}
-	if len(layers) > maxLayers || len(layers) != len(config.RootFS.DiffIDs) {
-		return fail(fmt.Errorf("%d layers, %d of them named in its configuration; at most %d", len(layers), len(config.RootFS.DiffIDs), maxLayers))
-	}
-	for n, layer := range layers {
-		size, err := layer.Size()
-		if err != nil {
-			return fail(err)
-		}
-		progress(fmt.Sprintf("%s: layer %d of %d (%d MB)", step, n+1, len(layers), (size+500_000)/1_000_000))
-		if err := applyLayer(ctx, t, layer, config.RootFS.DiffIDs[n]); err != nil {
-			return fail(fmt.Errorf("layer %d: %w", n+1, err))
-		}
-	}
-	c := config.Config
-	return Runtime{Env: c.Env, User: c.User, Workdir: c.WorkingDir, Entrypoint: c.Entrypoint, Cmd: c.Cmd},
-		ref.Context().Name() + "@" + digest.String(), nil
+	return c, nil
 }
 
-// find asks the registry for the image of this machine's architecture. It gives
-// up soon: most machines without a registry must not wait for one.
-func (s *Store) find(ctx context.Context, ref name.Reference) (v1.Image, error) {
-	dialer := &net.Dialer{Timeout: s.cfg.RegistryTimeout}
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.DialContext = dialer.DialContext
-	transport.TLSHandshakeTimeout = s.cfg.RegistryTimeout
-	transport.ResponseHeaderTimeout = answerFactor * s.cfg.RegistryTimeout
-
-	asking, answered := context.WithCancelCause(ctx)
-	giveUp := time.AfterFunc(answerFactor*s.cfg.RegistryTimeout, func() {
-		answered(fmt.Errorf("no answer within %v", answerFactor*s.cfg.RegistryTimeout))
-	})
-	defer giveUp.Stop()
-	// The image keeps the context for its layers, so it must live on: only the
-	// timer above or ctx ends it.
-	img, err := remote.Image(ref, remote.WithContext(asking), remote.WithTransport(transport), remote.WithAuth(authn.Anonymous),
-		remote.WithPlatform(v1.Platform{OS: "linux", Architecture: runtime.GOARCH}),
-		remote.WithRetryBackoff(remote.Backoff{Duration: time.Millisecond, Factor: 1, Steps: 1}), remote.WithJobs(1))
+// readBlob reads a small blob and checks it; a size of -1 is unknown.
+func readBlob(from blobs, desc v1.Descriptor, limit int64) ([]byte, error) {
+	b, err := readAll(from, blobPath(desc.Digest), desc.Size, limit)
 	if err != nil {
-		if cause := context.Cause(asking); cause != nil {
-			err = fmt.Errorf("%w: %w", errUnreachable, cause)
-		} else if network := new(net.OpError); errors.As(err, &network) || os.IsTimeout(err) {
-			err = fmt.Errorf("%w: %w", errUnreachable, err)
-		}
-		answered(err)
-		return nil, fmt.Errorf("asking the registry: %w", err)
+		return nil, err
 	}
-	return img, nil
+	sum := sha256.Sum256(b)
+	if got := hex.EncodeToString(sum[:]); desc.Digest.Algorithm != "sha256" || got != desc.Digest.Hex {
+		return nil, fmt.Errorf("%w: its bytes have the digest sha256:%s, %s names them", errDamaged, got, desc.Digest)
+	}
+	return b, nil
 }
 
-// applyLayer lays one layer over the tree and checks that its bytes are those
+func readAll(from blobs, name string, want, limit int64) ([]byte, error) {
+	f, size, err := from.open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if size > limit || want >= 0 && size != want {
+		return nil, fmt.Errorf("%w: %s is %d bytes, not %d; %d is the most", errDamaged, name, size, want, limit)
+	}
+	return io.ReadAll(io.LimitReader(f, limit))
+}
+
+// unpack lays the layers over an empty tree. Every byte is checked against the
+// digests that lead to it.
+func (p *ociImage) unpack(ctx context.Context, t *tree, progress func(string)) (Runtime, error) {
+	for n, l := range p.layers {
+		progress(fmt.Sprintf("unpacking layer %d of %d", n+1, len(p.layers)))
+		if err := p.unpackLayer(ctx, t, l); err != nil {
+			if ctx.Err() != nil {
+				err = context.Cause(ctx)
+			}
+			return Runtime{}, fmt.Errorf("layer %d: %w", n+1, err)
+		}
+	}
+	c := p.config.Config
+	return Runtime{Env: c.Env, User: c.User, Workdir: c.WorkingDir, Entrypoint: c.Entrypoint, Cmd: c.Cmd}, nil
+}
+
+// unpackLayer lays one layer over the tree and checks that its bytes are those
 // its image names.
-func applyLayer(ctx context.Context, t *tree, layer v1.Layer, want v1.Hash) error {
-	stream, err := layer.Uncompressed()
+func (p *ociImage) unpackLayer(ctx context.Context, t *tree, l ociLayer) error {
+	f, size, err := p.from.open(l.file)
 	if err != nil {
 		return err
 	}
-	defer stream.Close()
-	// A read that hangs ends when its stream is closed under it.
-	var gaveUp atomic.Bool
-	stalled := time.AfterFunc(stallTimeout, func() {
-		gaveUp.Store(true)
-		stream.Close()
-	})
-	defer stalled.Stop()
-	hash := sha256.New()
-	r := io.TeeReader(readerFunc(func(p []byte) (int, error) {
-		n, err := stream.Read(p)
-		if n > 0 {
-			stalled.Reset(stallTimeout)
-		} else if err != nil && gaveUp.Load() {
-			err = fmt.Errorf("nothing came for %v", stallTimeout)
-		}
-		return n, err
-	}), hash)
-	if err := t.apply(ctx, r, true); err != nil {
+	defer f.Close()
+	if l.desc.Digest.Hex != "" && size != l.desc.Size {
+		return fmt.Errorf("it is %d bytes, the manifest names %d", size, l.desc.Size)
+	}
+	in := &counted{Reader: contextReader{ctx, f}}
+	plain, closePlain, err := decompress(in)
+	if err != nil {
 		return err
 	}
-	// What follows the end of the tar belongs to the digest too.
-	if _, err := io.Copy(io.Discard, r); err != nil {
-		return fmt.Errorf("reading the end of the layer: %w", err)
+	ahead := readAhead(t.metered(plain, in))
+	err = t.apply(ctx, ahead, true)
+	if err == nil {
+		// What follows the end of the tar belongs to the digest too.
+		_, err = io.Copy(io.Discard, ahead)
 	}
-	if got := hex.EncodeToString(hash.Sum(nil)); want.Algorithm != "sha256" || got != want.Hex {
+	got := ahead.stop() // nothing reads f any more
+	closePlain()
+	if err != nil {
+		return err
+	}
+	if want := l.diffID; want.Algorithm != "sha256" || got != want.Hex {
 		return fmt.Errorf("its bytes have the digest sha256:%s, the image names %s", got, want)
 	}
 	return nil
 }
 
-type readerFunc func([]byte) (int, error)
-
-func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
-
-// errUnreachable says that a registry gave no answer.
-var errUnreachable = errors.New("its registry is not reachable")
+// verify reads every layer and checks it against the manifest: what names a
+// manifest need not have what it names.
+func (p *ociImage) verify(ctx context.Context) error {
+	for n, l := range p.layers {
+		f, size, err := p.from.open(l.file)
+		if err != nil {
+			return fmt.Errorf("layer %d: %w", n+1, err)
+		}
+		hash := sha256.New()
+		_, err = io.CopyBuffer(hash, contextReader{ctx, f}, make([]byte, 1<<20))
+		f.Close()
+		if err != nil {
+			return fmt.Errorf("layer %d: %w", n+1, err)
+		}
+		if got := hex.EncodeToString(hash.Sum(nil)); got != l.desc.Digest.Hex || size != l.desc.Size {
+			return fmt.Errorf("layer %d: its bytes (%d) have the digest sha256:%s, the manifest names %d with %s", n+1, size, got, l.desc.Size, l.desc.Digest)
+		}
+	}
+	return nil
+}
 
 // short is an error's text for the record of a source, which users see: one
 // line, not endless, and nothing of the machine's network.

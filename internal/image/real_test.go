@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io/fs"
@@ -74,6 +75,7 @@ func TestRealThings(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Run("InGVisor", func(t *testing.T) { bootInGVisor(t, string(busybox)) })
+	t.Run("AttributesInGVisor", attributesInGVisor)
 }
 
 // tinyProgram is an ELF that ends with exit code 42 and is smaller than a page:
@@ -101,10 +103,13 @@ func bootInGVisor(t *testing.T, busybox string) {
 		file("etc/shadow", "secret", mode(0o640), owner(0, 42)), file("bin/suid", "x", mode(0o4755)), file("bin/sgid", "x", mode(0o2755), owner(5, 6)),
 		file("uids", "x", owner(4000000000, 3000000000)), file("empty", ""), file("block", strings.Repeat("b", blockSize)), file("more", strings.Repeat("m", 10*blockSize+7)),
 		symlink("abs", "/etc/shadow"), symlink("long-target", strings.Repeat("t", 4000)), file(strings.Repeat("n", maxName), "long"),
-		file("has-xattr", "readable", func(h *tar.Header) { h.PAXRecords = map[string]string{"SCHILY.xattr.security.capability": "\x01"} }),
+		file("has-xattr", "readable", func(h *tar.Header) { h.PAXRecords = map[string]string{"SCHILY.xattr.security.selinux": "x"} }),
 		newMember(tar.Header{Typeflag: tar.TypeFifo, Name: "pipe", Mode: 0o600}, "", nil), file("-x", "before the dots"), dir("no/children"),
 	}
-	for k := range 1000 {
+	members = append(members, file("odd/\xff\xfe bytes", "1"), file("odd/ünï→", "2"), file(`odd/back\slash "quoted"`, "3"),
+		file("deep/"+strings.Repeat("d/", 60)+"f", "far down"), hardlink("no/pipe", "pipe"), hardlink("no/abs", "abs"),
+		file("sparse", strings.Repeat("\x00", 8<<20)+"end"), file("old", "from 1901", func(h *tar.Header) { h.ModTime = time.Unix(-2177452800, 0) }))
+	for k := range 10000 {
 		members = append(members, file(fmt.Sprintf("many/%d", k), fmt.Sprint(k)))
 	}
 	script := `/bin/busybox find / -xdev -exec /bin/busybox stat -c '%f %u:%g %h %s %Y %i %n' {} +; echo ---
@@ -138,6 +143,47 @@ func bootInGVisor(t *testing.T, busybox string) {
 	}
 	if runtime.GOARCH == "amd64" && sections[3] != "tiny ended with 42\n" {
 		t.Errorf("a program smaller than a page: %q", sections[3])
+	}
+}
+
+// bindCapability is CAP_NET_BIND_SERVICE, permitted and effective, as a file has it.
+const bindCapability = "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+
+// attributesInGVisor looks at what became of extended attributes, from inside.
+func attributesInGVisor(t *testing.T) {
+	runsc := caytest.RequireProgram(t, absolute(t, "../../bin/cay-runsc"))
+	// A program of its own and not this one: it must be static.
+	built := filepath.Join(t.TempDir(), "inside")
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", built, "./testdata/inside")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("building the program inside: %v\n%s", err, out)
+	}
+	program, err := os.ReadFile(built)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tree, err := layers(t, everything(t), archive(t, dir("proc"), dir("sys"), dir("dev"),
+		file("bin/capable", string(program), mode(0o755), xattrs(map[string]string{"security.capability": bindCapability}))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tree.writeAttributes(); err != nil {
+		t.Fatal(err)
+	}
+	got := inGVisor(t, runsc, write(t, tree), true, "/bin/capable")
+	want := "/bin/capable security.capability=" + hex.EncodeToString([]byte(bindCapability)) + `
+/attributes user.a=
+/attributes user.b=00ff
+/attributes user.ünï=76616c7565
+/attributes2 user.a=
+/attributes2 user.b=00ff
+/attributes2 user.ünï=76616c7565
+/attributed user.dir=64
+uid 1000, <nil> CapEff:	0000000000000400
+`
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("inside (-want +got):\n%s", diff)
 	}
 }
 
@@ -192,15 +238,30 @@ func absolute(t *testing.T, path string) string {
 // returns its output.
 func runInGVisor(t *testing.T, runsc, image, script string) string {
 	t.Helper()
+	return inGVisor(t, runsc, image, false, "/bin/busybox", "sh", "-c", script)
+}
+
+// inGVisor runs a program in a sandbox whose root is the image, and returns its
+// output.
+func inGVisor(t *testing.T, runsc, image string, writable bool, args ...string) string {
+	t.Helper()
 	bundle := t.TempDir()
+	caps := []string{"CAP_DAC_OVERRIDE", "CAP_SETFCAP", "CAP_FOWNER", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"}
+	annotations := map[string]string{"dev.gvisor.spec.rootfs.source": image, "dev.gvisor.spec.rootfs.type": "erofs"}
+	overlay, mounts := "--overlay2=none", []any{}
+	if writable { // as sandboxes are: a layer in a file, which takes a gofer, which takes a bind mount
+		annotations["dev.gvisor.spec.rootfs.overlay"] = "dir=" + bundle
+		overlay = "--overlay2=root:dir=" + bundle
+		mounts = append(mounts, map[string]any{"destination": "/.cay", "type": "bind", "source": t.TempDir(), "options": []string{"ro", "rbind"}})
+	}
 	spec := map[string]any{
 		"ociVersion": "1.0.2",
-		"process": map[string]any{"args": []string{"/bin/busybox", "sh", "-c", script}, "cwd": "/", "env": []string{"PATH=/bin"}, "user": map[string]any{"uid": 0, "gid": 0},
+		"process": map[string]any{"args": args, "cwd": "/", "env": []string{"PATH=/bin"}, "user": map[string]any{"uid": 0, "gid": 0},
 			// Root reads everything, as in a sandbox of cay's.
-			"capabilities": map[string]any{"bounding": []string{"CAP_DAC_OVERRIDE"}, "effective": []string{"CAP_DAC_OVERRIDE"}, "permitted": []string{"CAP_DAC_OVERRIDE"}}},
-		"root":        map[string]any{"path": bundle, "readonly": true},
-		"annotations": map[string]string{"dev.gvisor.spec.rootfs.source": image, "dev.gvisor.spec.rootfs.type": "erofs"},
-		"linux":       map[string]any{"namespaces": []map[string]string{{"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}}},
+			"capabilities": map[string]any{"bounding": caps, "effective": caps, "permitted": caps}},
+		"root":        map[string]any{"path": bundle, "readonly": !writable},
+		"annotations": annotations, "mounts": mounts,
+		"linux": map[string]any{"namespaces": []map[string]string{{"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}}},
 	}
 	b, err := json.Marshal(spec)
 	if err != nil {
@@ -219,7 +280,7 @@ func runInGVisor(t *testing.T, runsc, image, script string) string {
 	defer out.Close()
 	defer errs.Close()
 	id := fmt.Sprintf("cay-image-test-%d", os.Getpid())
-	global := []string{"--root=" + filepath.Join(bundle, "state"), "--network=none", "--ignore-cgroups", "--overlay2=none"}
+	global := []string{"--root=" + filepath.Join(bundle, "state"), "--network=none", "--ignore-cgroups", "--allow-suid", overlay}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, runsc, append(global, "run", "--bundle="+bundle, id)...)
@@ -229,7 +290,8 @@ func runInGVisor(t *testing.T, runsc, image, script string) string {
 	_ = exec.Command(runsc, append(global, "delete", "--force", id)...).Run()
 	said, _ := os.ReadFile(stderr) // for the message only
 	if err != nil {
-		t.Fatalf("running in gVisor: %v\n%s", err, said)
+		printed, _ := os.ReadFile(stdout)
+		t.Fatalf("running in gVisor: %v\n%s\n%s", err, said, printed)
 	}
 	result, err := os.ReadFile(stdout)
 	if err != nil {

@@ -1,7 +1,6 @@
 package image
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"io"
@@ -12,13 +11,16 @@ import (
 )
 
 // Bounds of a tree. A hostile image must run into them before the machine runs
-// out of memory: a node costs about 300 bytes.
+// out of memory or time: a node costs about 400 bytes and its name.
 const (
 	maxNodes   = 2 << 20
-	maxName    = 255  // bytes, EROFS's and Linux's
-	maxTarget  = 4095 // bytes of a symbolic link, Linux's
-	maxDepth   = 1024 // directories
-	maxFollows = 40   // symbolic links in one path, Linux's
+	maxText    = 256 << 20 // bytes of names, links' targets and attributes together
+	maxEntries = 4 * maxNodes
+	maxSteps   = 64 << 20 // looks at a node, seconds' worth; an honest image of a million files needs a tenth
+	maxName    = 255      // bytes, EROFS's and Linux's
+	maxTarget  = 4095     // bytes of a symbolic link, Linux's
+	maxDepth   = 1024     // directories
+	maxFollows = 40       // symbolic links in one path, Linux's
 )
 
 // File types as in st_mode.
@@ -38,8 +40,9 @@ type inode struct {
 	mtimeNs  uint32
 	links    uint32
 	target   string // of a symbolic link
-	off      int64  // of a regular file's bytes in the spool
-	size     int64  // of a regular file, bytes
+	xattrs   []xattr
+	off      int64 // of a regular file's bytes in the spool
+	size     int64 // of a regular file, bytes
 
 	// Where the writer put it; nid 0 belongs to the root and to whom has not been placed.
 	placed bool
@@ -78,13 +81,16 @@ type tree struct {
 	nodes int
 	layer int
 
-	spool    *os.File // unlinked; the disk gets it back when it is closed
-	buf      *bufio.Writer
-	spoolLen int64
-	maxSize  int64
+	spool   *os.File // unlinked; the disk gets it back when it is closed
+	out     *sparseFile
+	buf     []byte // for copying
+	maxSize int64
+
+	// What the bounds are about, layers that were covered included.
+	text, entries, steps, streamed int64
 
 	droppedDevices int
-	droppedXattrs  int // files that had any
+	droppedXattrs  int // attributes that gVisor has no place for
 }
 
 // newTree makes an empty tree whose spool is in dir. Close it.
@@ -98,7 +104,7 @@ func newTree(dir string, maxSize int64) (*tree, error) {
 		return nil, fmt.Errorf("unlinking spool: %w", err)
 	}
 	root := &node{inode: &inode{mode: typeDir | 0o755}, children: map[string]*node{}}
-	return &tree{root: root, nodes: 1, spool: f, buf: bufio.NewWriterSize(f, 1<<20), maxSize: maxSize}, nil
+	return &tree{root: root, nodes: 1, spool: f, out: &sparseFile{f: f}, buf: make([]byte, chunk), maxSize: maxSize}, nil
 }
 
 // Close gives the spool back.
@@ -136,6 +142,9 @@ func (t *tree) walk(parts []string, follow, mkdir bool) (*node, error) {
 	at := t.root
 	follows := 0
 	for len(parts) > 0 {
+		if err := t.step(1); err != nil {
+			return nil, err
+		}
 		part := parts[0]
 		parts = parts[1:]
 		switch part {
@@ -172,11 +181,22 @@ func (t *tree) walk(parts []string, follow, mkdir bool) (*node, error) {
 				at = t.root
 			}
 			parts = slices.Concat(strings.Split(next.inode.target, "/"), parts)
+			if err := t.step(len(parts)); err != nil { // for having split them
+				return nil, err
+			}
 			continue
 		}
 		at = next
 	}
 	return at, nil
+}
+
+// step counts work that an archive makes, so that a small one cannot make much.
+func (t *tree) step(n int) error {
+	if t.steps += int64(n); t.steps > maxSteps {
+		return fmt.Errorf("its links and whiteouts lead to more than %d steps", maxSteps)
+	}
+	return nil
 }
 
 // lookup finds a path, following symbolic links everywhere.
@@ -216,6 +236,9 @@ func (t *tree) put(dir *node, name string, i *inode) (*node, error) {
 	if t.nodes >= maxNodes {
 		return nil, fmt.Errorf("more than %d files", maxNodes)
 	}
+	if t.text += int64(len(name) + len(i.target)); t.text > maxText {
+		return nil, fmt.Errorf("names and links of more than %d bytes", maxText)
+	}
 	if dir.depth >= maxDepth {
 		return nil, fmt.Errorf("more than %d directories deep", maxDepth)
 	}
@@ -241,27 +264,31 @@ func (t *tree) drop(n *node) {
 
 // hide removes what lower layers put at and below n, and reports whether
 // anything of the present layer remains there.
-func (t *tree) hide(n *node) (remains bool) {
+func (t *tree) hide(n *node) (remains bool, err error) {
+	if err := t.step(1); err != nil {
+		return true, err
+	}
 	for _, c := range n.children {
-		if t.hide(c) {
-			remains = true
+		left, err := t.hide(c)
+		if err != nil {
+			return true, err
 		}
+		remains = remains || left
 	}
 	if n.layer == t.layer || remains {
-		return true
+		return true, nil
 	}
 	t.drop(n)
-	return false
+	return false, nil
 }
 
 // store takes the bytes of a regular file into the spool.
 func (t *tree) store(r io.Reader, size int64) (off int64, err error) {
-	if size < 0 || size > t.maxSize-t.spoolLen {
+	if size < 0 || size > t.maxSize-t.out.size {
 		return 0, fmt.Errorf("the files of the image are larger than %d bytes", t.maxSize)
 	}
-	off = t.spoolLen
-	n, err := io.Copy(t.buf, io.LimitReader(r, size))
-	t.spoolLen += n
+	off = t.out.size
+	n, err := io.CopyBuffer(struct{ io.Writer }{t.out}, io.LimitReader(r, size), t.buf)
 	if err != nil {
 		return 0, fmt.Errorf("spooling: %w", err)
 	}
@@ -269,6 +296,17 @@ func (t *tree) store(r io.Reader, size int64) (off int64, err error) {
 		return 0, fmt.Errorf("spooling: %w", io.ErrUnexpectedEOF)
 	}
 	return off, nil
+}
+
+// settle makes the spool as long as what was stored, so that it can be read.
+func (t *tree) settle() error {
+	if t.out == nil {
+		return nil // the tree of a finished image
+	}
+	if err := t.out.finish(); err != nil {
+		return fmt.Errorf("ending spool: %w", err)
+	}
+	return nil
 }
 
 // read returns a regular file's bytes, refusing more than limit.
@@ -279,8 +317,8 @@ func (t *tree) read(i *inode, limit int64) ([]byte, error) {
 	if i.size > limit {
 		return nil, fmt.Errorf("is %d bytes; %d is the most", i.size, limit)
 	}
-	if err := t.buf.Flush(); err != nil {
-		return nil, fmt.Errorf("flushing spool: %w", err)
+	if err := t.settle(); err != nil {
+		return nil, err
 	}
 	b := make([]byte, i.size)
 	if _, err := t.spool.ReadAt(b, i.off); err != nil {

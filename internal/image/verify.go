@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -90,8 +92,8 @@ func (s *Store) touch(digest string) {
 // not: between being chosen and being written down as needed, nobody can name it.
 const collectGrace = 15 * time.Minute
 
-// Collect removes the images that are not in keep, and what was noted about
-// them. It never removes one that was built or asked for in the last 15 minutes.
+// Collect removes the images that are not in keep, and of the pulled OCI images
+// those that the budget has no room for. It never removes one that was built or asked for in the last 15 minutes.
 // Sandboxes that have a removed file open are not disturbed. It goes on after
 // errors and joins them.
 func (s *Store) Collect(keep []string) (removed []string, freed int64, err error) {
@@ -99,6 +101,7 @@ func (s *Store) Collect(keep []string) (removed []string, freed int64, err error
 	for _, digest := range keep {
 		kept[digest] = true
 	}
+	s.trimLayouts()
 	entries, err := os.ReadDir(s.cfg.Dir)
 	if err != nil {
 		return nil, 0, fmt.Errorf("listing images: %w", err)
@@ -130,7 +133,32 @@ func (s *Store) Collect(keep []string) (removed []string, freed int64, err error
 			}
 		}
 	}
-	return removed, freed, errors.Join(errs...)
+	return removed, freed, errors.Join(append(errs, s.forget())...)
+}
+
+// forget removes the notes about images that are gone.
+func (s *Store) forget() error {
+	notes, err := filepath.Glob(filepath.Join(s.cfg.Dir, inputsDir, "*.json"))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, note := range notes {
+		b, err := os.ReadFile(note)
+		if err != nil {
+			continue // gone meanwhile
+		}
+		var in input
+		if json.Unmarshal(b, &in) == nil && isDigest(in.Image.Digest) {
+			if _, err := os.Stat(s.file(in.Image.Digest)); !errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+		}
+		if err := os.Remove(note); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("removing note: %w", err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // removeUnused removes a file of the store that nobody has asked for lately.
@@ -150,6 +178,12 @@ func (s *Store) removeUnused(digest, name string, info fs.FileInfo) (bool, error
 	delete(s.used, digest)
 	delete(s.verified, digest)
 	return true, nil
+}
+
+// isSparse reports whether a file has parts that take no room.
+func isSparse(info fs.FileInfo) bool {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	return ok && st.Blocks*512 < info.Size()-hole
 }
 
 // hashFile returns the hex SHA-256 of a file.

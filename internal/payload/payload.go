@@ -1,6 +1,6 @@
 // Package payload carries the programs that cay brings with it and unpacks them:
-// cay-agent, which is the first process of every sandbox, and cay-runsc, which is
-// gVisor.
+// cay-agent, which is the first process of every sandbox, cay-runsc, which is
+// gVisor, and cay-buildkit, which builds Dockerfiles.
 //
 // They are unpacked under their content hash, so several versions stand side by side:
 // a sandbox goes on with the programs it was started with, and a checkpoint is only
@@ -22,6 +22,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 )
 
 // A README is always there, so that the package compiles before the programs are built.
@@ -29,7 +30,7 @@ import (
 //go:embed programs
 var programs embed.FS
 
-// Version names one build of the two programs: each a prefix of its content hash.
+// Version names one build of the two programs of a sandbox: each a prefix of its content hash.
 type Version struct {
 	Agent string `json:"agent"`
 	Runsc string `json:"runsc"`
@@ -44,8 +45,9 @@ type Programs struct {
 }
 
 const (
-	agentName = "cay-agent"
-	runscName = "cay-runsc"
+	agentName    = "cay-agent"
+	runscName    = "cay-runsc"
+	buildkitName = "cay-buildkit"
 	// unpacking begins the name of a file that is not whole yet.
 	unpacking = ".unpacking-"
 )
@@ -70,6 +72,26 @@ func Unpack(dir string) (Programs, error) {
 	return At(dir, Version{Agent: agent, Runsc: runsc}), nil
 }
 
+// UnpackBuildkit makes sure that this build's cay-buildkit is below dir and returns its
+// path. It needs about 35 MB the first time.
+func UnpackBuildkit(dir string) (path string, err error) {
+	hash, err := unpack(dir, buildkitName)
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(dir, hash, buildkitName), nil
+}
+
+// buildkitHash names the directory of this build's cay-buildkit, "" if it has none. No sandbox
+// and no checkpoint names it.
+var buildkitHash = sync.OnceValue(func() string {
+	hash, _, err := packed(buildkitName)
+	if err != nil {
+		return ""
+	}
+	return hash
+})
+
 // Find returns the programs of a version that was unpacked before, by this build of
 // cay or by another.
 func Find(dir string, v Version) (Programs, error) {
@@ -82,11 +104,11 @@ func Find(dir string, v Version) (Programs, error) {
 	return p, nil
 }
 
-// Collect removes the programs below dir that none of the versions names, and what
-// interrupted unpacking left; nobody may be unpacking meanwhile. It says what it
+// Collect removes the programs below dir that none of the versions names and that are not
+// this build's cay-buildkit, and what interrupted unpacking left; nobody may be unpacking meanwhile. It says what it
 // removed, goes on after errors and joins them.
 func Collect(dir string, keep []Version) (removed []string, err error) {
-	named := map[string]bool{}
+	named := map[string]bool{buildkitHash(): true}
 	for _, v := range keep {
 		named[v.Agent], named[v.Runsc] = true, true
 	}
@@ -104,17 +126,25 @@ func Collect(dir string, keep []Version) (removed []string, err error) {
 	return removed, errors.Join(errs...)
 }
 
-// unpack returns the name of the directory that holds the program.
-func unpack(dir, name string) (string, error) {
-	packed, err := programs.ReadFile("programs/" + name + ".gz")
+// packed returns a program as it is carried, and the prefix of its hash that names it.
+func packed(name string) (hash string, data []byte, err error) {
+	data, err = programs.ReadFile("programs/" + name + ".gz")
 	if errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("this binary was built without %s: build it with make", name)
+		return "", nil, fmt.Errorf("this binary was built without %s: build it with make", name)
 	}
 	if err != nil {
-		return "", fmt.Errorf("reading the packed %s: %w", name, err)
+		return "", nil, fmt.Errorf("reading the packed %s: %w", name, err)
 	}
-	sum := sha256.Sum256(packed)
-	hash := hex.EncodeToString(sum[:8])
+	sum := sha256.Sum256(data)
+	return hex.EncodeToString(sum[:8]), data, nil
+}
+
+// unpack returns the name of the directory that holds the program.
+func unpack(dir, name string) (string, error) {
+	hash, packed, err := packed(name)
+	if err != nil {
+		return "", err
+	}
 	path := filepath.Join(dir, hash, name)
 	if _, err := os.Stat(path); err == nil {
 		return hash, nil // renamed there whole, or not at all

@@ -59,6 +59,10 @@ func TestCollect(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	buildkit, err := UnpackBuildkit(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
 	earlier := Version{Agent: "00aa", Runsc: "00bb"}
 	for _, file := range []string{"00aa/cay-agent", "00bb/cay-runsc", "00cc/cay-runsc", ".unpacking-1"} {
 		path := filepath.Join(dir, file)
@@ -86,6 +90,9 @@ func TestCollect(t *testing.T) {
 				t.Error(err)
 			}
 		}
+	}
+	if info, err := os.Stat(buildkit); err != nil || info.Mode().Perm() != 0o555 {
+		t.Errorf("this build's cay-buildkit was not kept: %v, %v", info, err)
 	}
 	if _, err := Find(dir, earlier); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("finding what is gone: %v", err)

@@ -152,7 +152,17 @@ func TestOpenMigrates(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := mustInsert(t, db, small("org_a", 0))
-	for _, back := range []string{"ALTER TABLE sandbox_events DROP COLUMN detail", "DROP TABLE pool", "DELETE FROM goose_db_version WHERE version_id > 1"} {
+	for _, back := range []string{
+		"DROP TABLE pool", "DROP TABLE template_builds", "DROP INDEX templates_queued", "DROP INDEX templates_image", "DROP INDEX sandboxes_of_template",
+		"ALTER TABLE templates DROP COLUMN build_id", "ALTER TABLE templates DROP COLUMN tries", "ALTER TABLE templates DROP COLUMN queued_at",
+		"ALTER TABLE templates DROP COLUMN start", "ALTER TABLE templates ADD COLUMN start_command TEXT NOT NULL DEFAULT ''",
+		"ALTER TABLE template_logs DROP COLUMN step", "ALTER TABLE template_logs DROP COLUMN heading",
+		`INSERT INTO templates (id, org_id, name, description, status, progress, build_error, version, image, image_size, source, inputs,
+			env, workdir, run_as, size, disk_mb, egress, created_at) VALUES ('tpl_1', '', 'python', '', 'failed', '', 'exit code 100', 2, 'abc', 5, 's', 'i',
+			'{"A":"b"}', '', 'root', '', 0, '{"mode":"allow_all"}', 1000000)`,
+		"INSERT INTO template_logs (template_id, seq, at, line) VALUES ('tpl_1', 1, 1000000, 'old')",
+		"ALTER TABLE sandbox_events DROP COLUMN detail", "DELETE FROM goose_db_version WHERE version_id > 1",
+	} {
 		if _, err := db.writer.Exec(back); err != nil {
 			t.Fatal(err)
 		}
@@ -167,6 +177,13 @@ func TestOpenMigrates(t *testing.T) {
 	events, _, err := db.Events(t.Context(), s.ID, 10, "")
 	if err != nil || len(events) != 2 || events[0].Detail != "new" || events[1].Detail != "" {
 		t.Errorf("events are %+v, %v", events, err)
+	}
+	tpl, err := db.GetTemplate(t.Context(), "org_a", "python")
+	if err != nil || tpl.BuildError != nil || tpl.Queued() || tpl.Version != 2 || tpl.Image != "abc" || tpl.Env["A"] != "b" || !tpl.Start.None() {
+		t.Errorf("template is %+v, %v", tpl, err)
+	}
+	if lines, err := db.TemplateLog(t.Context(), "tpl_1", 0, 10); err != nil || len(lines) != 1 || lines[0].Text != "old" {
+		t.Errorf("its log is %v, %v", lines, err)
 	}
 }
 
@@ -318,6 +335,8 @@ func TestPlans(t *testing.T) {
 		{"SELECT COUNT(*) FROM sandboxes WHERE org_id = $1 AND ended_at IS NULL", []any{"o"}, "sandboxes_live_page"},
 		{"SELECT id FROM sandboxes WHERE ended_at IS NULL ORDER BY created_at, id", nil, "sandboxes_live"},
 		{"SELECT id FROM sandboxes WHERE ended_at IS NOT NULL AND ended_at < $1 ORDER BY ended_at LIMIT 5", []any{5}, "sandboxes_ended"},
+		{"SELECT COUNT(*) FROM sandboxes WHERE template_id = $1 AND ended_at IS NULL", []any{"t"}, "sandboxes_of_template"},
+		{"SELECT id FROM templates WHERE queued_at IS NOT NULL ORDER BY queued_at, id", nil, "templates_queued"},
 		{"SELECT sandbox_id FROM sandbox_metadata WHERE org_id = $1 AND name = $2 AND value = $3", []any{"o", "n", "v"}, "sandbox_metadata_search"},
 	} {
 		rows, err := db.reader.QueryContext(t.Context(), "EXPLAIN QUERY PLAN "+c.query, c.args...)

@@ -12,13 +12,13 @@ import (
 )
 
 // templateColumns lists what templateFields reads and writes, in its order.
-const templateColumns = `id, org_id, name, description, status, progress, build_error, version, image, image_size, source, inputs,
-	env, workdir, run_as, start_command, size, disk_mb, egress, created_at, updated_at, built_at`
+const templateColumns = `id, org_id, name, description, status, progress, build_error, build_id, tries, queued_at,
+	version, image, image_size, source, inputs, env, workdir, run_as, start, size, disk_mb, egress, created_at, updated_at, built_at`
 
 // templateFields are t's columns, to scan into or to write.
 func templateFields(t *template.Template) []any {
-	return []any{&t.ID, &t.OrgID, &t.Name, &t.Description, &t.Status, &t.Progress, &t.BuildError, &t.Version, &t.Image, &t.ImageSize, &t.Source, &t.Inputs,
-		jsonColumn{&t.Env}, &t.Workdir, &t.User, &t.StartCommand, &t.Size, &t.DiskMB, jsonColumn{&t.Egress},
+	return []any{&t.ID, &t.OrgID, &t.Name, &t.Description, &t.Status, &t.Progress, jsonColumn{&t.BuildError}, &t.BuildID, &t.Tries, timeColumn{&t.QueuedAt},
+		&t.Version, &t.Image, &t.ImageSize, &t.Source, &t.Inputs, jsonColumn{&t.Env}, &t.Workdir, &t.User, jsonColumn{&t.Start}, &t.Size, &t.DiskMB, jsonColumn{&t.Egress},
 		timeColumn{&t.CreatedAt}, timeColumn{&t.UpdatedAt}, timeColumn{&t.BuiltAt}}
 }
 
@@ -26,22 +26,120 @@ func noTemplate(nameOrID string) error {
 	return fault.New(fault.NotFound, "template_not_found", "there is no template %q", nameOrID)
 }
 
-// PutTemplate implements [template.Store]. A name that another template of the
-// organization has is Conflict, code "template_exists".
-func (db *DB) PutTemplate(ctx context.Context, t template.Template) error {
-	fields := templateFields(&t)
-	_, err := db.writer.ExecContext(ctx, "INSERT INTO templates ("+templateColumns+") VALUES ("+placeholders(len(fields))+`)
-		ON CONFLICT (id) DO UPDATE SET org_id = excluded.org_id, name = excluded.name, description = excluded.description,
-		status = excluded.status, progress = excluded.progress, build_error = excluded.build_error, version = excluded.version,
-		image = excluded.image, image_size = excluded.image_size, source = excluded.source, inputs = excluded.inputs, env = excluded.env,
-		workdir = excluded.workdir, run_as = excluded.run_as, start_command = excluded.start_command, size = excluded.size,
-		disk_mb = excluded.disk_mb, egress = excluded.egress, created_at = excluded.created_at,
-		updated_at = excluded.updated_at, built_at = excluded.built_at`, fields...)
-	if violates(err, false) {
-		return fault.New(fault.Conflict, "template_exists", "there is a template %q already", t.Name).Because(err)
+// InsertTemplate implements [template.Store].
+func (db *DB) InsertTemplate(ctx context.Context, t template.Template, b *template.Build, limit int) error {
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		if limit > 0 {
+			var n int
+			if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM templates WHERE org_id = $1", t.OrgID).Scan(&n); err != nil {
+				return fmt.Errorf("counting templates: %w", err)
+			}
+			if n >= limit {
+				return fault.New(fault.Exhausted, "quota_exceeded", "the organization has %d templates; it may have %d", n, limit)
+			}
+		}
+		fields := templateFields(&t)
+		_, err := tx.ExecContext(ctx, "INSERT INTO templates ("+templateColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
+		if violates(err, false) {
+			return fault.New(fault.Conflict, "template_exists", "there is a template %q already", t.Name).Because(err)
+		}
+		if err != nil {
+			return err
+		}
+		return putBuild(ctx, tx, t.ID, b)
+	})
+	if err != nil {
+		return fmt.Errorf("inserting template %s: %w", t.ID, err)
+	}
+	return nil
+}
+
+func putBuild(ctx context.Context, tx *sql.Tx, id string, b *template.Build) error {
+	if b == nil {
+		return nil
+	}
+	_, err := tx.ExecContext(ctx, `INSERT INTO template_builds (template_id, definition, context, refresh, private) VALUES ($1, $2, $3, $4, $5)
+		ON CONFLICT (template_id) DO UPDATE SET definition = excluded.definition, context = excluded.context,
+		refresh = excluded.refresh, private = excluded.private`, id, jsonColumn{&b.Definition}, b.Context, b.Refresh, b.Private)
+	if err != nil {
+		return fmt.Errorf("writing its build: %w", err)
+	}
+	return nil
+}
+
+// UpdateTemplate implements [template.Store].
+func (db *DB) UpdateTemplate(ctx context.Context, id string, b *template.Build, change func(*template.Template) error) (template.Template, error) {
+	var t template.Template
+	var refused error
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		err := tx.QueryRowContext(ctx, "SELECT "+templateColumns+" FROM templates WHERE id = $1", id).Scan(templateFields(&t)...)
+		if errors.Is(err, sql.ErrNoRows) {
+			return noTemplate(id)
+		}
+		if err != nil {
+			return err
+		}
+		build := t.BuildID
+		if refused = change(&t); refused != nil {
+			return refused
+		}
+		if t.BuildID != build {
+			if _, err := tx.ExecContext(ctx, "DELETE FROM template_logs WHERE template_id = $1", id); err != nil {
+				return fmt.Errorf("dropping the log: %w", err)
+			}
+		}
+		fields := templateFields(&t)
+		if _, err := tx.ExecContext(ctx, "UPDATE templates SET ("+templateColumns+") = ("+placeholders(len(fields))+") WHERE id = "+fmt.Sprintf("$%d", len(fields)+1), append(fields, id)...); err != nil {
+			return err
+		}
+		return putBuild(ctx, tx, id, b)
+	})
+	if refused != nil {
+		return template.Template{}, refused
 	}
 	if err != nil {
-		return fmt.Errorf("writing template %s: %w", t.ID, err)
+		return template.Template{}, fmt.Errorf("updating template %s: %w", id, err)
+	}
+	return t, nil
+}
+
+// GetBuild implements [template.Store].
+func (db *DB) GetBuild(ctx context.Context, id string) (template.Build, error) {
+	var b template.Build
+	err := db.reader.QueryRowContext(ctx, "SELECT definition, context, refresh, private FROM template_builds WHERE template_id = $1", id).
+		Scan(jsonColumn{&b.Definition}, &b.Context, &b.Refresh, &b.Private)
+	if errors.Is(err, sql.ErrNoRows) {
+		return template.Build{}, noTemplate(id)
+	}
+	if err != nil {
+		return template.Build{}, fmt.Errorf("reading the build of template %s: %w", id, err)
+	}
+	return b, nil
+}
+
+// DeleteTemplate implements [template.Store].
+func (db *DB) DeleteTemplate(ctx context.Context, id string, force bool) error {
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		if !force {
+			var n int
+			if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM sandboxes WHERE template_id = $1 AND ended_at IS NULL", id).Scan(&n); err != nil {
+				return fmt.Errorf("counting its sandboxes: %w", err)
+			}
+			if n > 0 {
+				return fault.New(fault.Conflict, "template_in_use", "%d sandboxes of it are not destroyed; with force they go on without it", n)
+			}
+		}
+		result, err := tx.ExecContext(ctx, "DELETE FROM templates WHERE id = $1", id)
+		if err != nil {
+			return err
+		}
+		if n, err := result.RowsAffected(); err != nil || n == 0 {
+			return errors.Join(err, noTemplate(id))
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("deleting template %s: %w", id, err)
 	}
 	return nil
 }
@@ -72,20 +170,47 @@ func (db *DB) ListTemplates(ctx context.Context, orgID string, limit int, after 
 	if err != nil {
 		return nil, "", fmt.Errorf("listing templates: %w", err)
 	}
+	all, err := scanTemplates(rows)
+	if err != nil {
+		return nil, "", err
+	}
+	all, next := cut(listTemplates, all, limit, func(t template.Template) (time.Time, string) { return t.CreatedAt, t.ID })
+	return all, next, nil
+}
+
+// scanTemplates reads all rows and closes them.
+func scanTemplates(rows *sql.Rows) ([]template.Template, error) {
 	defer rows.Close()
 	var all []template.Template
 	for rows.Next() {
 		var t template.Template
 		if err := rows.Scan(templateFields(&t)...); err != nil {
-			return nil, "", fmt.Errorf("listing templates: %w", err)
+			return nil, fmt.Errorf("listing templates: %w", err)
 		}
 		all = append(all, t)
 	}
 	if err := rows.Err(); err != nil {
-		return nil, "", fmt.Errorf("listing templates: %w", err)
+		return nil, fmt.Errorf("listing templates: %w", err)
 	}
-	all, next := cut(listTemplates, all, limit, func(t template.Template) (time.Time, string) { return t.CreatedAt, t.ID })
-	return all, next, nil
+	return all, nil
+}
+
+// QueuedTemplates implements [template.Store].
+func (db *DB) QueuedTemplates(ctx context.Context) ([]template.Template, error) {
+	rows, err := db.reader.QueryContext(ctx, "SELECT "+templateColumns+" FROM templates WHERE queued_at IS NOT NULL ORDER BY queued_at, id")
+	if err != nil {
+		return nil, fmt.Errorf("listing templates: %w", err)
+	}
+	return scanTemplates(rows)
+}
+
+// TemplatesWithImage implements [template.Store].
+func (db *DB) TemplatesWithImage(ctx context.Context, image string) ([]template.Template, error) {
+	rows, err := db.reader.QueryContext(ctx, "SELECT "+templateColumns+" FROM templates WHERE image = $1 AND version > 0 ORDER BY id", image)
+	if err != nil {
+		return nil, fmt.Errorf("listing templates: %w", err)
+	}
+	return scanTemplates(rows)
 }
 
 // TemplateImages implements [template.Store].
@@ -93,41 +218,41 @@ func (db *DB) TemplateImages(ctx context.Context) ([]string, error) {
 	return db.texts(ctx, "listing images of templates", "SELECT DISTINCT image FROM templates WHERE version > 0 AND image <> '' ORDER BY image")
 }
 
-// AppendTemplateLog implements [template.Store]. No such template is NotFound.
-func (db *DB) AppendTemplateLog(ctx context.Context, id string, reset bool, lines []template.LogLine) error {
+// TemplateContexts implements [template.Store].
+func (db *DB) TemplateContexts(ctx context.Context) ([]string, error) {
+	return db.texts(ctx, "listing contexts of templates", "SELECT DISTINCT context FROM template_builds WHERE context <> '' ORDER BY context")
+}
+
+// ChangeTemplateLog implements [template.Store].
+func (db *DB) ChangeTemplateLog(ctx context.Context, id string, c template.LogChange) error {
 	err := db.write(ctx, func(tx *sql.Tx) error {
-		if err := tx.QueryRowContext(ctx, "SELECT id FROM templates WHERE id = $1", id).Scan(new(string)); err != nil {
-			if errors.Is(err, sql.ErrNoRows) {
+		for _, d := range c.Drop {
+			if _, err := tx.ExecContext(ctx, "DELETE FROM template_logs WHERE template_id = $1 AND step = $2 AND seq BETWEEN $3 AND $4",
+				id, d.Step, d.From, d.To); err != nil {
+				return fmt.Errorf("dropping lines: %w", err)
+			}
+		}
+		for _, l := range c.Add {
+			_, err := tx.ExecContext(ctx, "INSERT INTO template_logs (template_id, seq, at, step, heading, line) VALUES ($1, $2, $3, $4, $5, $6)",
+				id, l.Seq, at(l.At), l.Step, l.Heading, l.Text)
+			if violates(err, true) {
 				return noTemplate(id)
 			}
-			return fmt.Errorf("reading template: %w", err)
-		}
-		if reset {
-			if _, err := tx.ExecContext(ctx, "DELETE FROM template_logs WHERE template_id = $1", id); err != nil {
-				return fmt.Errorf("dropping the log: %w", err)
-			}
-		}
-		var last int64
-		if err := tx.QueryRowContext(ctx, "SELECT COALESCE(MAX(seq), 0) FROM template_logs WHERE template_id = $1", id).Scan(&last); err != nil {
-			return fmt.Errorf("reading the log's length: %w", err)
-		}
-		for i, line := range lines {
-			if _, err := tx.ExecContext(ctx, "INSERT INTO template_logs (template_id, seq, at, line) VALUES ($1, $2, $3, $4)",
-				id, last+int64(i)+1, at(line.At), line.Text); err != nil {
+			if err != nil {
 				return fmt.Errorf("writing a line: %w", err)
 			}
 		}
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("appending to the log of template %s: %w", id, err)
+		return fmt.Errorf("writing to the log of template %s: %w", id, err)
 	}
 	return nil
 }
 
 // TemplateLog implements [template.Store]. A template that is not there has no log.
-func (db *DB) TemplateLog(ctx context.Context, id string) ([]template.LogLine, error) {
-	rows, err := db.reader.QueryContext(ctx, "SELECT at, line FROM template_logs WHERE template_id = $1 ORDER BY seq", id)
+func (db *DB) TemplateLog(ctx context.Context, id string, after int64, limit int) ([]template.LogLine, error) {
+	rows, err := db.reader.QueryContext(ctx, "SELECT seq, at, step, heading, line FROM template_logs WHERE template_id = $1 AND seq > $2 ORDER BY seq LIMIT $3", id, after, limit)
 	if err != nil {
 		return nil, fmt.Errorf("reading the log of template %s: %w", id, err)
 	}
@@ -135,7 +260,7 @@ func (db *DB) TemplateLog(ctx context.Context, id string) ([]template.LogLine, e
 	var all []template.LogLine
 	for rows.Next() {
 		var l template.LogLine
-		if err := rows.Scan(timeColumn{&l.At}, &l.Text); err != nil {
+		if err := rows.Scan(&l.Seq, timeColumn{&l.At}, &l.Step, &l.Heading, &l.Text); err != nil {
 			return nil, fmt.Errorf("reading the log of template %s: %w", id, err)
 		}
 		all = append(all, l)

@@ -1,9 +1,12 @@
 package store
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"reflect"
+	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -26,6 +29,10 @@ func testTemplateStore(t *testing.T, open func(t *testing.T) template.Store) {
 		"listing":    templateList,
 		"images":     templateImages,
 		"log":        templateLog,
+		"inserting":  templateInsert,
+		"updating":   templateUpdate,
+		"builds":     templateBuilds,
+		"queued":     templateQueued,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -34,10 +41,32 @@ func testTemplateStore(t *testing.T, open func(t *testing.T) template.Store) {
 	}
 }
 
+// put inserts templates.
+func put(t *testing.T, st template.Store, all ...template.Template) {
+	t.Helper()
+	for _, tpl := range all {
+		if err := st.InsertTemplate(t.Context(), tpl, nil, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// update changes a template.
+func update(t *testing.T, st template.Store, id string, change func(*template.Template)) template.Template {
+	t.Helper()
+	tpl, err := st.UpdateTemplate(t.Context(), id, nil, func(tpl *template.Template) error { change(tpl); return nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tpl
+}
+
 func templateRoundTrip(t *testing.T, st template.Store) {
-	full := template.Template{ID: "tpl_1", OrgID: "org_a", Name: "mine", Description: "what", Status: template.Building, Progress: "step 3 of 7", BuildError: "no",
-		Version: 4, Image: "abc", ImageSize: 5 << 30, Source: "debian:bookworm", Inputs: "1234", Env: map[string]string{"A": "b"}, Workdir: "/w", User: "u", StartCommand: "run me",
-		Size: "shared-cpu-1x", DiskMB: 99, Egress: sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("1.2.3.0/24")}},
+	full := template.Template{ID: "tpl_1", OrgID: "org_a", Name: "mine", Description: "what", Status: template.Building, Progress: "step 3 of 7",
+		BuildError: &template.BuildError{Step: "RUN x", ExitCode: 3, Tail: []string{"a", "b"}, Message: "no"}, BuildID: "bld_1", Tries: 2, QueuedAt: start.Add(3 * time.Second),
+		Version: 4, Image: "abc", ImageSize: 5 << 30, Source: "debian:bookworm", Inputs: "1234", Env: map[string]string{"A": "b"}, Workdir: "/w", User: "u",
+		Start: sandbox.Start{Args: []string{"run", "me"}, Ready: &sandbox.Ready{HTTP: &sandbox.ReadyHTTP{Port: 80, Path: "/"}, Timeout: time.Second}},
+		Size:  "shared-cpu-1x", DiskMB: 99, Egress: sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("1.2.3.0/24")}},
 		CreatedAt: start, UpdatedAt: start.Add(time.Second), BuiltAt: start.Add(2 * time.Second)}
 	for i, f := range reflect.VisibleFields(reflect.TypeFor[template.Template]()) {
 		if reflect.ValueOf(full).Field(i).IsZero() {
@@ -45,15 +74,15 @@ func templateRoundTrip(t *testing.T, st template.Store) {
 		}
 	}
 	later := full
-	later.OrgID, later.Name, later.Description, later.Status, later.Progress, later.BuildError = "org_b", "other", "else", template.Ready, "p", "e"
+	later.OrgID, later.Name, later.Description, later.Status, later.Progress = "org_b", "other", "else", template.Ready, "p"
+	later.BuildError, later.BuildID, later.Tries, later.QueuedAt = nil, "bld_2", 0, time.Time{}
 	later.Version, later.Image, later.ImageSize, later.Source, later.Inputs, later.Env = 5, "def", 7, "docker.io/x", "56", map[string]string{"C": "d"}
-	later.Workdir, later.User, later.StartCommand, later.Size, later.DiskMB = "/x", "v", "r", "z", 1
+	later.Workdir, later.User, later.Start, later.Size, later.DiskMB = "/x", "v", sandbox.Start{Command: "r"}, "z", 1
 	later.Egress = sandbox.Egress{Mode: sandbox.AllowAll}
 	later.CreatedAt, later.UpdatedAt, later.BuiltAt = start.Add(time.Minute), start.Add(time.Hour), start.Add(2*time.Hour)
-	for _, want := range []template.Template{full, later, {ID: "tpl_2", OrgID: "org_b", Name: "bare", CreatedAt: start}} {
-		if err := st.PutTemplate(t.Context(), want); err != nil {
-			t.Fatal(err)
-		}
+	bare := template.Template{ID: "tpl_2", OrgID: "org_b", Name: "bare", CreatedAt: start}
+	check := func(want template.Template) {
+		t.Helper()
 		got, err := st.GetTemplate(t.Context(), want.OrgID, want.ID)
 		if err != nil {
 			t.Fatal(err)
@@ -62,15 +91,133 @@ func templateRoundTrip(t *testing.T, st template.Store) {
 			t.Errorf("stored and read back (-want +got):\n%s", diff)
 		}
 	}
+	put(t, st, full, bare)
+	check(full)
+	check(bare)
+	if diff := cmp.Diff(later, update(t, st, full.ID, func(tpl *template.Template) { *tpl = later }), prefixes); diff != "" {
+		t.Errorf("updated (-want +got):\n%s", diff)
+	}
+	check(later)
+	check(bare)
+}
+
+func templateInsert(t *testing.T, st template.Store) {
+	put(t, st, aTemplate("org_a", "a", 0), aTemplate("org_b", "b", 0))
+	insert := func(org, name string, limit int) error {
+		tpl := aTemplate(org, name, 1)
+		tpl.ID += "_"
+		return st.InsertTemplate(t.Context(), tpl, &template.Build{Context: "c"}, limit)
+	}
+	wantFault(t, insert("org_a", "a", 0), fault.Conflict, "template_exists")
+	wantFault(t, insert("org_a", "x", 1), fault.Exhausted, "quota_exceeded")
+	if contexts, err := st.TemplateContexts(t.Context()); err != nil || len(contexts) > 0 {
+		t.Errorf("what was refused left %v, %v", contexts, err)
+	}
+	if err := insert("org_a", "x", 2); err != nil {
+		t.Error(err)
+	}
+	if err := insert("", "a", 0); err != nil {
+		t.Errorf("a name of another organization: %v", err)
+	}
+}
+
+func templateUpdate(t *testing.T, st template.Store) {
+	tpl := aTemplate("org_a", "a", 0)
+	put(t, st, tpl)
+	no := errors.New("no")
+	got, err := st.UpdateTemplate(t.Context(), tpl.ID, &template.Build{Context: "c"}, func(tpl *template.Template) error {
+		tpl.Description = "changed"
+		return no
+	})
+	if !errors.Is(err, no) || got.ID != "" {
+		t.Errorf("an update that was refused gives %+v, %v", got, err)
+	}
+	if read, err := st.GetTemplate(t.Context(), "org_a", "a"); err != nil || read.Description != "" {
+		t.Errorf("and wrote %+v, %v", read, err)
+	}
+	_, err = st.GetBuild(t.Context(), tpl.ID)
+	wantFault(t, err, fault.NotFound, "template_not_found")
+	_, err = st.UpdateTemplate(t.Context(), "tpl_none", nil, func(*template.Template) error { t.Error("called"); return nil })
+	wantFault(t, err, fault.NotFound, "template_not_found")
+	var wg sync.WaitGroup
+	const many = 20
+	for range many {
+		wg.Go(func() { update(t, st, tpl.ID, func(tpl *template.Template) { tpl.Version++ }) })
+	}
+	wg.Wait()
+	if read, err := st.GetTemplate(t.Context(), "org_a", "a"); err != nil || read.Version != many {
+		t.Errorf("after %d updates at once: %d, %v", many, read.Version, err)
+	}
+}
+
+func templateBuilds(t *testing.T, st template.Store) {
+	tpl, other := aTemplate("org_a", "a", 0), aTemplate("org_b", "b", 0)
+	first := template.Build{Definition: template.Definition{Name: "a", Dockerfile: "FROM base", Env: map[string]string{"A": "b"}, StartCommand: new(""),
+		BuildArgs: map[string]string{"C": "d"}, Debian: &template.Debian{Suite: "x", Packages: []string{"y"}}, Ready: &sandbox.Ready{Port: 5}}, Context: "c1", Refresh: true, Private: true}
+	if err := st.InsertTemplate(t.Context(), tpl, &first, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.InsertTemplate(t.Context(), other, &template.Build{Context: "c2"}, 0); err != nil {
+		t.Fatal(err)
+	}
+	check := func(want template.Build, contexts ...string) {
+		t.Helper()
+		got, err := st.GetBuild(t.Context(), tpl.ID)
+		if diff := cmp.Diff(want, got); err != nil || diff != "" {
+			t.Errorf("build (-want +got):\n%s%v", diff, err)
+		}
+		if all, err := st.TemplateContexts(t.Context()); err != nil || !slices.Equal(all, contexts) {
+			t.Errorf("contexts %v, %v; want %v", all, err, contexts)
+		}
+	}
+	check(first, "c1", "c2")
+	update(t, st, tpl.ID, func(tpl *template.Template) { tpl.Version = 2 })
+	check(first, "c1", "c2")
+	second := template.Build{Definition: template.Definition{Name: "a", Image: "x"}, Context: "c2"}
+	if _, err := st.UpdateTemplate(t.Context(), tpl.ID, &second, func(*template.Template) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	check(second, "c2")
+	if err := st.DeleteTemplate(t.Context(), other.ID, false); err != nil {
+		t.Fatal(err)
+	}
+	check(second, "c2")
+	if err := st.DeleteTemplate(t.Context(), tpl.ID, false); err != nil {
+		t.Fatal(err)
+	}
+	_, err := st.GetBuild(t.Context(), tpl.ID)
+	wantFault(t, err, fault.NotFound, "template_not_found")
+	wantFault(t, st.DeleteTemplate(t.Context(), tpl.ID, true), fault.NotFound, "template_not_found")
+}
+
+func templateQueued(t *testing.T, st template.Store) {
+	for i, at := range []time.Time{start.Add(time.Hour), {}, start} {
+		tpl := aTemplate("org_a", fmt.Sprint("t", i), i)
+		tpl.QueuedAt, tpl.Image, tpl.Version = at, "image", i
+		put(t, st, tpl)
+	}
+	names := func(all []template.Template, err error) []string {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out []string
+		for _, tpl := range all {
+			out = append(out, tpl.Name)
+		}
+		return out
+	}
+	if got := names(st.QueuedTemplates(t.Context())); !slices.Equal(got, []string{"t2", "t0"}) {
+		t.Errorf("queued %v", got)
+	}
+	if got := names(st.TemplatesWithImage(t.Context(), "image")); !slices.Equal(got, []string{"t1", "t2"}) {
+		t.Errorf("with the image %v", got)
+	}
 }
 
 func templateFind(t *testing.T, st template.Store) {
 	builtin, own, other := aTemplate("", "python", 0), aTemplate("org_a", "python", 1), aTemplate("org_b", "secret", 2)
-	for _, tpl := range []template.Template{builtin, own, other} {
-		if err := st.PutTemplate(t.Context(), tpl); err != nil {
-			t.Fatal(err)
-		}
-	}
+	put(t, st, builtin, own, other)
 	for _, c := range []struct{ org, nameOrID, want string }{
 		{"org_a", "python", own.ID},
 		{"org_b", "python", builtin.ID},
@@ -90,17 +237,12 @@ func templateFind(t *testing.T, st template.Store) {
 			t.Errorf("%q asks for %q: %q, %v; want %q", c.org, c.nameOrID, got.ID, err, c.want)
 		}
 	}
-	twin := aTemplate("org_a", "python", 3)
-	twin.ID = "tpl_twin"
-	wantFault(t, st.PutTemplate(t.Context(), twin), fault.Conflict, "template_exists")
 }
 
 func templateList(t *testing.T, st template.Store) {
 	for i := range 5 {
 		for _, org := range []string{"", "org_a", "org_b"} {
-			if err := st.PutTemplate(t.Context(), aTemplate(org, fmt.Sprint("t", i), i)); err != nil {
-				t.Fatal(err)
-			}
+			put(t, st, aTemplate(org, fmt.Sprint("t", i), i))
 		}
 	}
 	var got []string
@@ -134,9 +276,7 @@ func templateImages(t *testing.T, st template.Store) {
 		if image != "unbuilt" {
 			tpl.Version = 1
 		}
-		if err := st.PutTemplate(t.Context(), tpl); err != nil {
-			t.Fatal(err)
-		}
+		put(t, st, tpl)
 	}
 	got, err := st.TemplateImages(t.Context())
 	if err != nil {
@@ -148,19 +288,21 @@ func templateImages(t *testing.T, st template.Store) {
 }
 
 func templateLog(t *testing.T, st template.Store) {
-	line := func(i int) template.LogLine {
-		return template.LogLine{At: start.Add(time.Duration(i) * time.Second), Text: fmt.Sprint("line ", i)}
+	line := func(seq int64, step int) template.LogLine {
+		return template.LogLine{Seq: seq, At: start.Add(time.Duration(10-seq) * time.Second), Step: step, Heading: seq == 1, Text: fmt.Sprint("line ", seq)}
 	}
-	wantFault(t, st.AppendTemplateLog(t.Context(), "tpl_none", false, []template.LogLine{line(0)}), fault.NotFound, "template_not_found")
-	a, b := aTemplate("", "a", 0), aTemplate("", "b", 0)
-	for _, tpl := range []template.Template{a, b} {
-		if err := st.PutTemplate(t.Context(), tpl); err != nil {
+	change := func(id string, c template.LogChange) {
+		t.Helper()
+		if err := st.ChangeTemplateLog(t.Context(), id, c); err != nil {
 			t.Fatal(err)
 		}
 	}
-	check := func(what string, want ...template.LogLine) {
+	wantFault(t, st.ChangeTemplateLog(t.Context(), "tpl_none", template.LogChange{Add: []template.LogLine{line(1, 0)}}), fault.NotFound, "template_not_found")
+	a, b := aTemplate("", "a", 0), aTemplate("", "b", 0)
+	put(t, st, a, b)
+	check := func(what string, after int64, limit int, want ...template.LogLine) {
 		t.Helper()
-		got, err := st.TemplateLog(t.Context(), a.ID)
+		got, err := st.TemplateLog(t.Context(), a.ID, after, limit)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -168,27 +310,46 @@ func templateLog(t *testing.T, st template.Store) {
 			t.Errorf("%s (-want +got):\n%s", what, diff)
 		}
 	}
-	add := func(id string, reset bool, lines ...template.LogLine) {
-		t.Helper()
-		if err := st.AppendTemplateLog(t.Context(), id, reset, lines); err != nil {
-			t.Fatal(err)
-		}
-	}
-	check("empty")
-	add(a.ID, false, line(1), line(2))
-	add(b.ID, false, line(9))
-	add(a.ID, false, line(0)) // in the order they were written, whatever their times
-	check("appended", line(1), line(2), line(0))
-	a.Progress = "on"
-	if err := st.PutTemplate(t.Context(), a); err != nil {
-		t.Fatal(err)
-	}
-	check("after the template was replaced", line(1), line(2), line(0))
-	add(a.ID, true, line(5))
-	check("reset", line(5))
-	add(a.ID, true)
-	check("reset to nothing")
-	if other, err := st.TemplateLog(t.Context(), b.ID); err != nil || len(other) != 1 {
+	check("empty", 0, 9)
+	change(a.ID, template.LogChange{Add: []template.LogLine{line(1, 0), line(2, 1)}})
+	change(b.ID, template.LogChange{Add: []template.LogLine{line(9, 0)}})
+	change(a.ID, template.LogChange{Add: []template.LogLine{line(3, 2), line(4, 1), line(5, 1)}}) // in the order of their numbers, whatever their times
+	check("appended", 0, 9, line(1, 0), line(2, 1), line(3, 2), line(4, 1), line(5, 1))
+	check("a part", 1, 2, line(2, 1), line(3, 2))
+	update(t, st, a.ID, func(tpl *template.Template) { tpl.Progress = "on" })
+	check("after the template was changed", 4, 9, line(5, 1))
+	note := line(4, 1)
+	note.Text = "… 2 lines left out …"
+	change(a.ID, template.LogChange{Drop: []template.LogRange{{Step: 1, From: 2, To: 4}}, Add: []template.LogLine{note}})
+	check("dropped", 0, 9, line(1, 0), line(3, 2), note, line(5, 1))
+	update(t, st, a.ID, func(tpl *template.Template) { tpl.BuildID = "bld_2" })
+	check("another build", 0, 9)
+	if other, err := st.TemplateLog(t.Context(), b.ID, 0, 9); err != nil || len(other) != 1 {
 		t.Errorf("the other template's log: %v, %v", other, err)
+	}
+}
+
+// A template cannot go while sandboxes of it are alive, unless forced.
+func TestDeleteTemplateInUse(t *testing.T) {
+	db := open(t)
+	tpl := aTemplate("org_a", "a", 0)
+	put(t, db, tpl)
+	box := small("org_a", 1)
+	box.TemplateID = tpl.ID
+	mustInsert(t, db, box)
+	wantFault(t, db.DeleteTemplate(t.Context(), tpl.ID, false), fault.Conflict, "template_in_use")
+	if _, err := db.GetTemplate(t.Context(), "org_a", "a"); err != nil {
+		t.Error(err)
+	}
+	if err := db.DeleteTemplate(t.Context(), tpl.ID, true); err != nil {
+		t.Error(err)
+	}
+	if _, err := db.Get(t.Context(), box.ID); err != nil {
+		t.Errorf("its sandbox: %v", err)
+	}
+	put(t, db, tpl)
+	mustMove(t, db, box.ID, sandbox.Creating, sandbox.Destroyed, start)
+	if err := db.DeleteTemplate(t.Context(), tpl.ID, false); err != nil {
+		t.Errorf("with a destroyed sandbox: %v", err)
 	}
 }

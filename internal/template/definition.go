@@ -12,53 +12,63 @@ import (
 	"strings"
 
 	"github.com/BurntSushi/toml"
+
+	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// Definition is what a template is made from, as its TOML file says it: an OCI
-// image if a registry gives it and it holds what is required, else Debian
-// packages; then accounts and files are added and others removed.
+// Definition is what a template is made from and what its sandboxes get. It has one
+// source of an OCI image, a Dockerfile and Debian packages; a built-in one may have both
+// an image and packages, which are used where no registry gives the image with all that
+// is required. Then accounts and files are added and others removed.
 type Definition struct {
-	Name         string            `toml:"name"`
-	Description  string            `toml:"description"`
-	Env          map[string]string `toml:"env"` // over the image's own
-	Workdir      string            `toml:"workdir"`
-	User         string            `toml:"user"`
-	StartCommand string            `toml:"start_command"`
-	Size         string            `toml:"size"`
-	DiskMB       int               `toml:"disk_size_mb"`
+	Name        string            `toml:"name" json:"name"`
+	Description string            `toml:"description" json:"description,omitempty"`
+	Env         map[string]string `toml:"env" json:"env,omitempty"` // over the image's own
+	Workdir     string            `toml:"workdir" json:"workdir,omitempty"`
+	User        string            `toml:"user" json:"user,omitempty"`
+	// StartCommand is run by /bin/sh -c; "" is none, nil what the image says.
+	StartCommand *string        `toml:"start_command" json:"start_command,omitempty"`
+	Ready        *sandbox.Ready `toml:"-" json:"ready,omitempty"`
+	Size         string         `toml:"size" json:"size,omitempty"`
+	DiskMB       int            `toml:"disk_size_mb" json:"disk_size_mb,omitempty"`
 
-	Image   string    `toml:"image"`
-	Debian  *Debian   `toml:"debian"`
-	Require []string  `toml:"require"` // programs that must be there
-	Users   []Account `toml:"users"`
-	Files   []File    `toml:"files"`
-	Remove  []string  `toml:"remove"` // path patterns, one element at a time
+	Image      string  `toml:"image" json:"image,omitempty"`  // reference, or path in the context
+	Dockerfile string  `toml:"-" json:"dockerfile,omitempty"` // path in the context, or its text without one
+	Debian     *Debian `toml:"debian" json:"debian,omitempty"`
+
+	BuildArgs map[string]string `toml:"-" json:"build_args,omitempty"` // of the Dockerfile
+	Target    string            `toml:"-" json:"target,omitempty"`     // stage of the Dockerfile; "" is the last
+
+	Require []string  `toml:"require" json:"require,omitempty"` // programs that must be there
+	Users   []Account `toml:"users" json:"users,omitempty"`
+	Files   []File    `toml:"files" json:"files,omitempty"`
+	Remove  []string  `toml:"remove" json:"remove,omitempty"` // path patterns, one element at a time
 }
 
 // Debian is a set of Debian packages.
 type Debian struct {
-	Suite    string   `toml:"suite"`
-	Packages []string `toml:"packages"`
-	Mirrors  []string `toml:"mirrors"` // one-line apt sources; none are Debian's own
-	Exclude  []string `toml:"exclude"` // dpkg path-exclude patterns
-	Include  []string `toml:"include"` // dpkg path-include patterns
+	Suite    string   `toml:"suite" json:"suite"`
+	Packages []string `toml:"packages" json:"packages,omitempty"`
+	Mirrors  []string `toml:"mirrors" json:"mirrors,omitempty"` // one-line apt sources; none are Debian's own
+	Exclude  []string `toml:"exclude" json:"exclude,omitempty"` // dpkg path-exclude patterns
+	Include  []string `toml:"include" json:"include,omitempty"` // dpkg path-include patterns
 }
 
 // Account is a user with a group of the same name and number.
 type Account struct {
-	Name   string   `toml:"name"`
-	UID    int      `toml:"uid"`
-	Home   string   `toml:"home"`
-	Shell  string   `toml:"shell"`
-	Groups []string `toml:"groups"`
-	Sudo   bool     `toml:"sudo"` // without a password
+	Name   string   `toml:"name" json:"name"`
+	UID    int      `toml:"uid" json:"uid"`
+	Home   string   `toml:"home" json:"home"`
+	Shell  string   `toml:"shell" json:"shell"`
+	Groups []string `toml:"groups" json:"groups,omitempty"`
+	Sudo   bool     `toml:"sudo" json:"sudo,omitempty"` // without a password
 }
 
 // File is a file that is written.
 type File struct {
-	Path    string `toml:"path"`
-	Mode    uint32 `toml:"mode"` // 0 is 0644
-	Content string `toml:"content"`
+	Path    string `toml:"path" json:"path"`
+	Mode    uint32 `toml:"mode" json:"mode"` // 0 is 0644
+	Content string `toml:"content" json:"content,omitempty"`
 }
 
 // MaxDefinition bounds a definition, in bytes.
@@ -88,6 +98,9 @@ func ParseDefinition(text []byte) (Definition, error) {
 		if key[0] != "env" && strings.ToLower(key.String()) != key.String() {
 			return Definition{}, fmt.Errorf("definition has an unknown field %s", key)
 		}
+	}
+	if d.StartCommand == nil {
+		d.StartCommand = new("") // which of the sources is used must not decide about it
 	}
 	for i := range d.Files {
 		if d.Files[i].Mode == 0 {
@@ -149,9 +162,18 @@ func absolute(p string) error {
 	return nil
 }
 
-// inputs names everything a definition says: another text, another name.
-func (d Definition) inputs() string {
-	b, err := json.Marshal(d)
+// inputs names everything a template is made from: another text or another context,
+// another name.
+func (d Definition) inputs(context string) string { return digest(d, context) }
+
+// fileInputs names what its root file system is made from: equal ones can share a build.
+func (d Definition) fileInputs(context string, refresh bool) string {
+	d.Name, d.Description, d.Env, d.Workdir, d.User, d.StartCommand, d.Ready, d.Size, d.DiskMB = "", "", nil, "", "", nil, nil, "", 0
+	return digest(d, context, refresh)
+}
+
+func digest(parts ...any) string {
+	b, err := json.Marshal(parts)
 	if err != nil {
 		panic(err) // strings, numbers and maps of them always encode
 	}
@@ -165,7 +187,7 @@ var builtinFiles embed.FS
 // Builtins returns the built-in definitions in the order they are built in.
 func Builtins() ([]Definition, error) {
 	var ds []Definition
-	for _, name := range []string{"python", "base"} { // the first sandbox is usually a python
+	for _, name := range []string{"python", "base", "node", "go"} { // the first sandbox is usually a python
 		text, err := builtinFiles.ReadFile("builtin/" + name + ".toml")
 		if err != nil {
 			return nil, fmt.Errorf("reading built-in template: %w", err)

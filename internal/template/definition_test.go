@@ -30,10 +30,8 @@ func TestBuiltinDefinitions(t *testing.T) {
 		for _, p := range d.Require {
 			has[p] = true
 		}
-		want := []string{"bash", "python", "python3", "curl", "git", "sudo", "tput", "ps"}
-		if d.Name == "python" {
-			want = append(want, "pip")
-		}
+		want := append([]string{"bash", "python3", "curl", "git", "sudo", "tput", "ps"}, map[string][]string{
+			"python": {"python", "pip"}, "base": {"python"}, "node": {"node", "npm", "npx"}, "go": {"go", "gofmt"}}[d.Name]...)
 		for _, p := range want {
 			if !has[p] {
 				t.Errorf("%s: does not require %s", d.Name, p)
@@ -49,11 +47,15 @@ func TestBuiltinDefinitions(t *testing.T) {
 			}
 		}
 	}
-	if diff := cmp.Diff([]string{"python", "base"}, names); diff != "" {
+	if diff := cmp.Diff([]string{"python", "base", "node", "go"}, names); diff != "" {
 		t.Errorf("built-in templates (-want +got):\n%s", diff)
 	}
-	if cmp.Equal(ds[0].inputs(), ds[1].inputs()) {
-		t.Error("two definitions have the same inputs")
+	seen := map[string]bool{}
+	for _, d := range ds {
+		if seen[d.inputs("")] || d.inputs("") == d.inputs("context") {
+			t.Error("two definitions have the same inputs")
+		}
+		seen[d.inputs("")] = true
 	}
 }
 
@@ -73,7 +75,7 @@ content = "hello"
 path = "/usr/bin/x"
 mode = 0o755
 `))
-	want := Definition{Name: "x", Env: map[string]string{"A": "1"}, DiskMB: 100, Remove: []string{"/var/lib/apt/lists/*"},
+	want := Definition{Name: "x", StartCommand: new(""), Env: map[string]string{"A": "1"}, DiskMB: 100, Remove: []string{"/var/lib/apt/lists/*"},
 		Debian: &Debian{Suite: "bookworm", Packages: []string{"git"}},
 		Files:  []File{{Path: "/etc/motd", Mode: 0o644, Content: "hello"}, {Path: "/usr/bin/x", Mode: 0o755}}}
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
@@ -133,7 +135,7 @@ func FuzzParseDefinition(f *testing.F) {
 		if err := d.check(); err != nil {
 			t.Errorf("accepted and then refused: %v", err)
 		}
-		if again, err := ParseDefinition(b); err != nil || again.inputs() != d.inputs() {
+		if again, err := ParseDefinition(b); err != nil || again.inputs("") != d.inputs("") {
 			t.Errorf("one text gives two definitions: %v", err)
 		}
 	})

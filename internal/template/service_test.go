@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -21,25 +23,72 @@ import (
 // memory is a Store in memory. The contract suite of the store room holds for
 // the real ones; here only the service is tested.
 type memory struct {
-	mu   sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	rows map[string]Template
 	// +checklocks:mu
+	builds map[string]Build
+	// +checklocks:mu
 	logs map[string][]LogLine
+	// +checklocks:mu
 	fail error // of the next calls
+	// +checklocks:mu
+	inUse map[string]bool // templates with sandboxes
 }
 
 func newMemory() *memory {
-	return &memory{rows: map[string]Template{}, logs: map[string][]LogLine{}}
+	return &memory{rows: map[string]Template{}, builds: map[string]Build{}, logs: map[string][]LogLine{}, inUse: map[string]bool{}}
 }
 
-func (m *memory) PutTemplate(_ context.Context, t Template) error {
+var errNoTemplate = fault.New(fault.NotFound, "template_not_found", "there is no such template")
+
+func (m *memory) InsertTemplate(_ context.Context, t Template, b *Build, limit int) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.fail != nil {
 		return m.fail
 	}
+	n := 0
+	for _, other := range m.rows {
+		if other.OrgID == t.OrgID {
+			n++
+			if other.Name == t.Name {
+				return fault.New(fault.Conflict, "template_exists", "taken")
+			}
+		}
+	}
+	if limit > 0 && n >= limit {
+		return fault.New(fault.Exhausted, "quota_exceeded", "full")
+	}
 	m.rows[t.ID] = t
+	if b != nil {
+		m.builds[t.ID] = *b
+	}
 	return nil
+}
+
+func (m *memory) UpdateTemplate(_ context.Context, id string, b *Build, change func(*Template) error) (Template, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.fail != nil {
+		return Template{}, m.fail
+	}
+	t, ok := m.rows[id]
+	if !ok {
+		return Template{}, errNoTemplate
+	}
+	build := t.BuildID
+	if err := change(&t); err != nil {
+		return Template{}, err
+	}
+	if t.BuildID != build {
+		m.logs[id] = nil
+	}
+	m.rows[id] = t
+	if b != nil {
+		m.builds[id] = *b
+	}
+	return t, nil
 }
 
 func (m *memory) GetTemplate(_ context.Context, orgID, nameOrID string) (Template, error) {
@@ -52,66 +101,206 @@ func (m *memory) GetTemplate(_ context.Context, orgID, nameOrID string) (Templat
 			}
 		}
 	}
-	return Template{}, fault.New(fault.NotFound, "template_not_found", "there is no template %q", nameOrID)
+	return Template{}, errNoTemplate
+}
+
+func (m *memory) GetBuild(_ context.Context, id string) (Build, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	b, ok := m.builds[id]
+	if !ok {
+		return Build{}, errNoTemplate
+	}
+	return b, nil
+}
+
+func (m *memory) DeleteTemplate(_ context.Context, id string, force bool) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, ok := m.rows[id]; !ok {
+		return errNoTemplate
+	}
+	if m.inUse[id] && !force {
+		return fault.New(fault.Conflict, "template_in_use", "in use")
+	}
+	delete(m.rows, id)
+	delete(m.builds, id)
+	delete(m.logs, id)
+	return nil
 }
 
 func (m *memory) ListTemplates(context.Context, string, int, string) ([]Template, string, error) {
 	panic("the service hands lists through")
 }
 
+// select lists the rows that are wanted, the one whose build was asked for first before
+// the others.
+func (m *memory) choose(wanted func(Template) bool) []Template {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var out []Template
+	for _, t := range m.rows {
+		if wanted(t) {
+			out = append(out, t)
+		}
+	}
+	slices.SortFunc(out, func(a, b Template) int {
+		if c := a.QueuedAt.Compare(b.QueuedAt); c != 0 {
+			return c
+		}
+		return strings.Compare(a.ID, b.ID)
+	})
+	return out
+}
+
+func (m *memory) QueuedTemplates(context.Context) ([]Template, error) {
+	return m.choose(Template.Queued), nil
+}
+
+func (m *memory) TemplatesWithImage(_ context.Context, image string) ([]Template, error) {
+	return m.choose(func(t Template) bool { return t.Image == image }), nil
+}
+
 func (m *memory) TemplateImages(context.Context) ([]string, error) {
+	var out []string
+	for _, t := range m.choose(func(t Template) bool { return t.Image != "" }) {
+		out = append(out, t.Image)
+	}
+	return out, nil
+}
+
+func (m *memory) TemplateContexts(context.Context) ([]string, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var out []string
-	for _, t := range m.rows {
-		if t.Image != "" {
-			out = append(out, t.Image)
+	for _, b := range m.builds {
+		if b.Context != "" {
+			out = append(out, b.Context)
 		}
 	}
 	return out, nil
 }
 
-func (m *memory) AppendTemplateLog(_ context.Context, id string, reset bool, lines []LogLine) error {
+func (m *memory) ChangeTemplateLog(_ context.Context, id string, c LogChange) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if reset {
-		m.logs[id] = nil
+	if _, ok := m.rows[id]; !ok {
+		return errNoTemplate
 	}
-	m.logs[id] = append(m.logs[id], lines...)
+	for _, d := range c.Drop {
+		m.logs[id] = slices.DeleteFunc(m.logs[id], func(l LogLine) bool { return l.Step == d.Step && l.Seq >= d.From && l.Seq <= d.To })
+	}
+	m.logs[id] = append(m.logs[id], c.Add...)
+	slices.SortFunc(m.logs[id], func(a, b LogLine) int { return int(a.Seq - b.Seq) })
 	return nil
 }
 
-func (m *memory) TemplateLog(_ context.Context, id string) ([]LogLine, error) {
+func (m *memory) TemplateLog(_ context.Context, id string, after int64, limit int) ([]LogLine, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return slices.Clone(m.logs[id]), nil
+	var out []LogLine
+	for _, l := range m.logs[id] {
+		if l.Seq > after && len(out) < limit {
+			out = append(out, l)
+		}
+	}
+	return out, nil
+}
+
+// set changes a row as a crash or an older cay might have left it.
+func (m *memory) set(t *testing.T, name string, change func(*Template)) {
+	t.Helper()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for id, row := range m.rows {
+		if row.Name == name {
+			change(&row)
+			m.rows[id] = row
+			return
+		}
+	}
+	t.Fatalf("there is no row of %s", name)
+}
+
+// shelf is Contexts in memory.
+type shelf struct {
+	mu sync.Mutex
+	// +checklocks:mu
+	files map[string]string
+	// +checklocks:mu
+	kept [][]string
+}
+
+func newShelf() *shelf { return &shelf{files: map[string]string{}} }
+
+func (s *shelf) Put(_ context.Context, r io.Reader, limit int64) (string, int64, error) {
+	b, err := io.ReadAll(r)
+	if err != nil {
+		return "", 0, err
+	}
+	if int64(len(b)) > limit {
+		return "", 0, fault.New(fault.TooLarge, "blob_too_large", "too large")
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	name := digest(string(b))
+	s.files[name] = string(b)
+	return name, int64(len(b)), nil
+}
+
+func (s *shelf) Path(name string) (string, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.files[name]; !ok {
+		return "", errors.New("no such file")
+	}
+	return "/shelf/" + name, nil
+}
+
+func (s *shelf) Collect(keep []string) ([]string, int64, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.kept = append(s.kept, keep)
+	return nil, 0, nil
 }
 
 // builder is a Builder that a test tells what to do.
 type builder struct {
 	mu sync.Mutex
 	// +checklocks:mu
-	built []string         // names, in order
-	fail  map[string]error // by name
+	built []string // names, in order
 	// +checklocks:mu
-	gone     map[string]bool // by image
+	jobs []Job // in order
+	// +checklocks:mu
+	fail map[string]error // by name
+	// +checklocks:mu
+	gone map[string]bool // by image
+	// +checklocks:mu
+	from     map[string]string // the base of a template, by name
 	checkErr error
 	// +checklocks:mu
 	collected [][]string
-	block     chan struct{} // if not nil, Build waits for it after its first line
-	made      func(d Definition) string
+	// +checklocks:mu
+	block   chan struct{} // if not nil, Build waits for it after its first line
+	made    func(d Definition) string
+	running atomic.Int32
+	most    atomic.Int32 // builds at once
 }
 
 func newBuilder() *builder {
-	return &builder{fail: map[string]error{}, gone: map[string]bool{}, made: func(d Definition) string { return "image of " + d.Name + " " + d.Image }}
+	return &builder{fail: map[string]error{}, gone: map[string]bool{}, from: map[string]string{},
+		made: func(d Definition) string { return "image of " + d.Name + " " + d.Image + d.Dockerfile }}
 }
 
-func (b *builder) Build(ctx context.Context, d Definition, progress func(string)) (Built, error) {
+func (b *builder) Build(ctx context.Context, j Job, progress func(Progress)) (Built, error) {
+	b.most.Store(max(b.most.Load(), b.running.Add(1)))
+	defer b.running.Add(-1)
+	d := j.Definition
 	b.mu.Lock()
-	b.built = append(b.built, d.Name)
-	err, block := b.fail[d.Name], b.block
+	b.built, b.jobs = append(b.built, d.Name), append(b.jobs, j)
+	err, block, from := b.fail[d.Name], b.block, b.from[d.Name]
 	b.mu.Unlock()
-	progress("working on " + d.Name)
+	progress(Progress{Text: "working on " + d.Name})
 	if block != nil {
 		select {
 		case <-block:
@@ -119,15 +308,22 @@ func (b *builder) Build(ctx context.Context, d Definition, progress func(string)
 			return Built{}, context.Cause(ctx)
 		}
 	}
+	if from != "" {
+		if _, ok, err := j.Base(ctx, from); err != nil {
+			return Built{}, fmt.Errorf("resolving: %s", err) // its chain may be lost on the way
+		} else if !ok {
+			return Built{}, fmt.Errorf("there is no %s", from)
+		}
+	}
 	if err != nil {
 		return Built{}, err
 	}
-	progress("done with " + d.Name)
+	progress(Progress{Text: "done with " + d.Name})
 	image := b.made(d)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	delete(b.gone, image)
-	return Built{Image: image, Size: 7, Source: "from " + d.Image, Env: map[string]string{"A": "image", "B": "image"}, User: "app", Workdir: "/srv"}, nil
+	return Built{Image: image, Size: 7, Source: "from " + d.Image, Env: map[string]string{"A": "image", "B": "image"}, User: "app", Workdir: "/srv", Cmd: []string{"serve"}}, nil
 }
 
 func (b *builder) Check(_ context.Context, image string) error {
@@ -162,13 +358,34 @@ func (b *builder) take() []string {
 	return out
 }
 
+// hold makes builds wait until the returned function is called.
+func (b *builder) hold() (release func()) {
+	block := make(chan struct{})
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.block = block
+	return func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.block = nil
+		close(block)
+	}
+}
+
+// fails makes the builds of a name fail; nil lets them go well.
+func (b *builder) fails(name string, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.fail[name] = err
+}
+
 // sandboxes are the images that sandboxes need.
 type sandboxes []string
 
 func (s sandboxes) Images(context.Context) ([]string, error) { return s, nil }
 
 func definition(name string) Definition {
-	return Definition{Name: name, Description: "about " + name, Image: name + ":1", Env: map[string]string{"A": "definition"}, DiskMB: 100}
+	return Definition{Name: name, Description: "about " + name, StartCommand: new(""), Image: name + ":1", Env: map[string]string{"A": "definition"}, DiskMB: 100}
 }
 
 // house is a service with its parts, for one life of the process.
@@ -176,13 +393,24 @@ type house struct {
 	*Service
 	store   *memory
 	builder *builder
+	shelf   *shelf
 	stop    func() // ends this life
 }
 
 // start begins a life. Call inside a synctest bubble.
 func start(t *testing.T, store *memory, b *builder, ds ...Definition) *house {
 	t.Helper()
-	s := New(Config{Builtins: ds}, store, b, sandboxes{"of a sandbox"}, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	cfg := Config{Builtins: ds}
+	for _, d := range ds {
+		cfg.Prepare = append(cfg.Prepare, d.Name)
+	}
+	return startWith(t, cfg, store, b, newShelf())
+}
+
+func startWith(t *testing.T, cfg Config, store *memory, b *builder, contexts *shelf) *house {
+	t.Helper()
+	cfg.Sizes, cfg.MaxDiskMB = []string{"small"}, 1000
+	s := New(cfg, store, b, contexts, sandboxes{"of a sandbox"}, slog.New(slog.NewTextHandler(t.Output(), nil)))
 	if err := s.Register(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -199,7 +427,7 @@ func start(t *testing.T, store *memory, b *builder, ds ...Definition) *house {
 		})
 	}
 	t.Cleanup(stop)
-	return &house{s, store, b, stop}
+	return &house{s, store, b, contexts, stop}
 }
 
 func (h *house) get(t *testing.T, name string) Template {
@@ -235,8 +463,8 @@ func TestBuiltinsAreBuilt(t *testing.T) {
 		h.wantBuilt(t, "base", "python")
 		got := h.wantStatus(t, "python", Ready, 1)
 		want := Template{ID: got.ID, Name: "python", Description: "about python", Status: Ready, Version: 1, Image: "image of python python:1", ImageSize: 7,
-			Source: "from python:1", Inputs: definition("python").inputs(), Env: map[string]string{"A": "definition", "B": "image"}, User: "app", Workdir: "/srv",
-			DiskMB: 100, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, CreatedAt: got.CreatedAt, UpdatedAt: time.Now().UTC(), BuiltAt: time.Now().UTC()}
+			Source: "from python:1", Inputs: definition("python").inputs(""), Env: map[string]string{"A": "definition", "B": "image"}, User: "app", Workdir: "/srv",
+			DiskMB: 100, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, CreatedAt: got.CreatedAt, UpdatedAt: time.Now().UTC(), BuiltAt: time.Now().UTC(), BuildID: got.BuildID}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("template (-want +got):\n%s", diff)
 		}
@@ -261,6 +489,7 @@ func TestReadyWhileBuilding(t *testing.T) {
 		b := newBuilder()
 		b.block = make(chan struct{})
 		h := start(t, newMemory(), b, definition("base"), definition("node"), definition("python"))
+		time.Sleep(2 * flushEvery)
 		synctest.Wait()
 		if _, err := h.Ready(t.Context(), "org", "none"); !fault.Is(err, fault.NotFound) || fault.As(err).Code != "template_not_found" {
 			t.Errorf("error is %v", err)
@@ -305,9 +534,7 @@ func TestChangedDefinitionMakesANewVersion(t *testing.T) {
 		h := start(t, store, b, definition("base"))
 		h.wantBuilt(t, "base")
 		h.stop()
-		row := store.rows[h.get(t, "base").ID]
-		row.Egress = sandbox.Egress{Mode: sandbox.DenyAll}
-		store.rows[row.ID] = row
+		store.set(t, "base", func(row *Template) { row.Egress = sandbox.Egress{Mode: sandbox.DenyAll} })
 
 		d := definition("base")
 		d.Image = "base:2"
@@ -340,7 +567,7 @@ func TestFailedBuildIsTriedAgainLaterAndLater(t *testing.T) {
 		h := start(t, store, b, definition("base"), definition("python"))
 		h.wantBuilt(t, "base", "python") // one failure does not hold up the other
 		got := h.wantStatus(t, "base", Failed, 0)
-		if !strings.Contains(got.BuildError, "exit code 25\nE: no network") || got.Progress != "" {
+		if got.BuildError == nil || !strings.Contains(got.BuildError.Message, "exit code 25\nE: no network") || got.Progress != "" {
 			t.Errorf("failed template is %+v", got)
 		}
 		if _, err := h.Ready(t.Context(), "org", "base"); fault.As(err) == nil || !strings.Contains(fault.As(err).Detail, `is failed: installing`) {
@@ -353,7 +580,7 @@ func TestFailedBuildIsTriedAgainLaterAndLater(t *testing.T) {
 		wait := retryFirst
 		for range 10 {
 			time.Sleep(wait - time.Second)
-			h.Recheck() // does not shorten the wait
+			h.lookAfter(t.Context()) // does not shorten the wait
 			h.wantBuilt(t)
 			time.Sleep(time.Second)
 			h.wantBuilt(t, "base")
@@ -364,8 +591,8 @@ func TestFailedBuildIsTriedAgainLaterAndLater(t *testing.T) {
 		b.mu.Unlock()
 		time.Sleep(wait)
 		h.wantBuilt(t, "base")
-		if got := h.wantStatus(t, "base", Ready, 1); got.BuildError != "" {
-			t.Errorf("error is still %q", got.BuildError)
+		if got := h.wantStatus(t, "base", Ready, 1); got.BuildError != nil {
+			t.Errorf("error is still %v", got.BuildError)
 		}
 	})
 }
@@ -396,7 +623,7 @@ func TestImageThatIsGoneIsBuiltAgain(t *testing.T) {
 			h.stop()
 			return start(t, h.store, h.builder, definition("base"))
 		}},
-		{"found by somebody", func(_ *testing.T, h *house) *house { h.Recheck(); return h }},
+		{"found by somebody", func(t *testing.T, h *house) *house { h.Recheck(h.get(t, "base").Image); return h }},
 		{"found in time", func(_ *testing.T, h *house) *house { time.Sleep(collectEvery); return h }},
 	}
 	for _, tc := range tests {
@@ -444,12 +671,11 @@ func TestInterruptedBuildStartsAgain(t *testing.T) {
 		h.wantStatus(t, "base", Building, 0)
 		h.stop()
 		row := h.get(t, "base")
-		if row.Status != Pending || row.Progress != "" || row.BuildError != "" {
+		if row.Status != Pending || row.Progress != "" || row.BuildError != nil {
 			t.Errorf("after a stop the row is %+v", row)
 		}
 		// A crash leaves it building.
-		row.Status, row.Progress = Building, "half way"
-		store.rows[row.ID] = row
+		store.set(t, "base", func(row *Template) { row.Status, row.Progress = Building, "half way" })
 		close(b.block)
 		h = start(t, store, b, definition("base"))
 		h.wantBuilt(t, "base", "base")
@@ -459,7 +685,7 @@ func TestInterruptedBuildStartsAgain(t *testing.T) {
 
 func TestRegisterSaysPendingBeforeAnythingIsBuilt(t *testing.T) {
 	store := newMemory()
-	s := New(Config{Builtins: []Definition{definition("base")}}, store, newBuilder(), sandboxes{}, slog.New(slog.DiscardHandler))
+	s := New(Config{Builtins: []Definition{definition("base")}}, store, newBuilder(), newShelf(), sandboxes{}, slog.New(slog.DiscardHandler))
 	if err := s.Register(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -467,9 +693,12 @@ func TestRegisterSaysPendingBeforeAnythingIsBuilt(t *testing.T) {
 	if err != nil || got.Status != Pending || got.Description != "about base" || !got.Builtin() {
 		t.Errorf("row is %+v, %v", got, err)
 	}
-	store.fail = errors.New("disk full")
-	other := New(Config{Builtins: []Definition{definition("python")}}, store, newBuilder(), sandboxes{}, slog.New(slog.DiscardHandler))
-	if err := other.Register(t.Context()); !errors.Is(err, store.fail) {
+	full := errors.New("disk full")
+	store.mu.Lock()
+	store.fail = full
+	store.mu.Unlock()
+	other := New(Config{Builtins: []Definition{definition("python")}}, store, newBuilder(), newShelf(), sandboxes{}, slog.New(slog.DiscardHandler))
+	if err := other.Register(t.Context()); !errors.Is(err, full) {
 		t.Errorf("error is %v", err)
 	}
 }

@@ -1,0 +1,347 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/containerd/v2/plugins/content/local"
+	"github.com/distribution/reference"
+	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/exporter/containerimage/exptypes"
+	"github.com/moby/buildkit/frontend"
+	"github.com/moby/buildkit/frontend/dockerfile/parser"
+	gatewaypb "github.com/moby/buildkit/frontend/gateway/pb"
+	"github.com/moby/buildkit/identity"
+	"github.com/moby/buildkit/session"
+	sessioncontent "github.com/moby/buildkit/session/content"
+	"github.com/moby/buildkit/session/filesync"
+	"github.com/moby/buildkit/solver/llbsolver"
+	"github.com/moby/buildkit/solver/pb"
+	policypb "github.com/moby/buildkit/sourcepolicy/pb"
+	"github.com/moby/buildkit/sourcepolicy/policysession"
+	digest "github.com/opencontainers/go-digest"
+	"github.com/tonistiigi/fsutil"
+
+	"github.com/cayhq/cay/internal/buildkit/wire"
+	"github.com/cayhq/cay/internal/cgroup"
+)
+
+const (
+	frontendName = "dockerfile.v0"
+	// layoutStore names the images that a build was given, in its session.
+	layoutStore = "given"
+)
+
+// noRegistry is where images come from that the policy lets through: nowhere.
+func noRegistry(string) ([]docker.RegistryHost, error) {
+	return nil, errors.New("images come from the server only")
+}
+
+// build is one build under way.
+type build struct {
+	engine  *engine
+	conn    *wire.Conn
+	request *wire.Build
+	layouts layouts
+	session string
+
+	mu sync.Mutex
+	// +checklocks:mu
+	bases map[string]*given // by the name that was asked for
+	// +checklocks:mu
+	missing string // why an image was not given
+	// +checklocks:mu
+	places map[string]place // of steps, by the front end's name of them
+}
+
+// given is an image that was asked for.
+type given struct {
+	done   chan struct{} // closed when answer is there
+	answer wire.Answer
+}
+
+// run builds, and returns the digest of the image's manifest.
+func (b *build) run(ctx context.Context) (manifest string, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go b.answers(cancel)
+	if err := b.checkSyntax(); err != nil {
+		return "", err
+	}
+	s, err := b.open(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer s.Close()
+	b.session = s.ID()
+	b.engine.builds.Store(b.session, b)
+	defer b.engine.builds.Delete(b.session)
+	exporter, err := b.exporter(ctx)
+	if err != nil {
+		return "", err
+	}
+	id := identity.NewID()
+	progress := newProgress(b.conn)
+	followed := make(chan struct{})
+	go func() {
+		defer close(followed)
+		statuses := make(chan *client.SolveStatus, 8)
+		// The solve's error says more than this one.
+		go b.engine.solver.Status(context.WithoutCancel(ctx), id, statuses)
+		progress.follow(statuses)
+	}()
+	done, err := b.engine.solver.Solve(ctx, id, s.ID(),
+		frontend.SolveRequest{Frontend: frontendName, FrontendOpt: b.options()}, 0,
+		exporter, nil, nil, true, nil, s.ID(), false)
+	select {
+	case <-followed:
+	case <-time.After(lastEvents): // a solve that ended at once may never have been seen
+	}
+	if err != nil {
+		return "", b.explain(err, progress)
+	}
+	return done.ExporterResponse[exptypes.ExporterImageDigestKey], writeIndex(b.request.Output, done.ExporterResponse)
+}
+
+// lastEvents is how long the end of a build waits for its last events.
+const lastEvents = 5 * time.Second
+
+// answers hands on what the server says until the connection ends, which cancels the build.
+func (b *build) answers(cancel context.CancelCauseFunc) {
+	for {
+		var a wire.Answer
+		if _, err := b.conn.Receive(&a); err != nil {
+			cancel(errors.New("the build was cancelled"))
+			return
+		}
+		b.mu.Lock()
+		if asked := b.bases[a.Name]; asked != nil {
+			asked.answer = a
+			close(asked.done)
+		}
+		b.mu.Unlock()
+	}
+}
+
+// checkSyntax refuses a Dockerfile for a front end that is not this one.
+func (b *build) checkSyntax() error {
+	root, err := os.OpenRoot(b.request.Dockerfile)
+	if err != nil {
+		return fmt.Errorf("opening the Dockerfile: %w", err)
+	}
+	defer root.Close()
+	text, err := root.ReadFile(b.request.Filename)
+	if err != nil {
+		return nil // the front end says what is wrong
+	}
+	ref, _, location, ok := parser.DetectSyntax(text)
+	if !ok {
+		return nil
+	}
+	named, err := reference.ParseNormalizedNamed(ref)
+	if err == nil && (named.Name() == "docker.io/docker/dockerfile" || named.Name() == "docker.io/docker/dockerfile-upstream") {
+		if tagged, ok := named.(reference.Tagged); !ok || strings.HasPrefix(tagged.Tag(), "1") || tagged.Tag() == "latest" {
+			return nil // what this is
+		}
+	}
+	failure := &wire.Failure{Kind: wire.Dockerfile, ExitCode: -1, Step: "# syntax=" + ref,
+		Message: fmt.Sprintf("the Dockerfile wants the front end %s; only docker/dockerfile:1 can be used, which is built in", ref)}
+	if len(location) > 0 {
+		failure.Line = location[0].Start.Line
+	}
+	return &failedError{failure}
+}
+
+// open makes the build's session: what BuildKit may ask of the build.
+func (b *build) open(ctx context.Context) (*session.Session, error) {
+	// The key is nobody else's. Contexts of one key are kept in one place and only what differs in
+	// size or date is copied there, which of two users' files says nothing.
+	s, err := session.NewSession(ctx, identity.NewID())
+	if err != nil {
+		return nil, fmt.Errorf("making a session: %w", err)
+	}
+	contextFS, err := fsutil.NewFS(b.request.Context)
+	if err != nil {
+		return nil, fmt.Errorf("opening the context: %w", err)
+	}
+	dockerfileFS, err := fsutil.NewFS(b.request.Dockerfile)
+	if err != nil {
+		return nil, fmt.Errorf("opening the Dockerfile: %w", err)
+	}
+	out, err := local.NewStore(b.request.Output)
+	if err != nil {
+		return nil, fmt.Errorf("opening the output: %w", err)
+	}
+	s.Allow(filesync.NewFSSyncProvider(filesync.StaticDirSource{"context": contextFS, "dockerfile": dockerfileFS}, nil))
+	s.Allow(sessioncontent.NewAttachable(map[string]content.Store{"oci:" + layoutStore: &b.layouts, "export": out}))
+	s.Allow(policysession.NewPolicyProvider(b.policy))
+	go s.Run(ctx, func(ctx context.Context, _ string, meta map[string][]string) (net.Conn, error) {
+		here, there := net.Pipe()
+		go b.engine.sessions.HandleConn(ctx, there, meta)
+		return here, nil
+	})
+	return s, nil
+}
+
+// options are the front end's. What the user names are arguments only.
+func (b *build) options() map[string]string {
+	r := b.request
+	options := map[string]string{
+		"filename": r.Filename,
+		"cmdline":  frontendName, // so that a syntax line does not lead to another one
+	}
+	for name, value := range r.Args {
+		options["build-arg:"+name] = value
+	}
+	delete(options, "build-arg:BUILDKIT_SYNTAX")
+	maps.Copy(options, map[string]string{
+		"build-arg:BUILDKIT_CACHE_MOUNT_NS": r.Scope,
+		"build-arg:BUILDKIT_MULTI_PLATFORM": "false",
+		"target":                            r.Target,
+		// It is part of a RUN step's key in the cache, and nothing else, since steps have groups of our choice:
+		// a step's result may come from a cache mount or from the network, so one user's is
+		// nothing that another should trust.
+		"cgroup-parent": r.Scope,
+	})
+	if r.MemoryBytes > 0 {
+		options["memory"] = strconv.FormatInt(r.MemoryBytes, 10)
+	}
+	if r.CPUs > 0 {
+		options["cpuperiod"] = strconv.Itoa(cgroup.CPUPeriod)
+		options["cpuquota"] = strconv.Itoa(int(r.CPUs * cgroup.CPUPeriod))
+	}
+	if r.NoCache {
+		options["no-cache"] = ""
+	}
+	return options
+}
+
+// exporter writes the image's layout. Layers are not compressed, since the image is
+// unpacked next; and nothing in them is dated later than the epoch, so that the same input
+// gives the same image.
+func (b *build) exporter(ctx context.Context) (llbsolver.ExporterRequest, error) {
+	var r llbsolver.ExporterRequest
+	exp, err := b.engine.worker.Exporter(client.ExporterOCI, b.engine.sessions)
+	if err != nil {
+		return r, fmt.Errorf("making the exporter: %w", err)
+	}
+	instance, err := exp.Resolve(ctx, 0, map[string]string{
+		"tar":                                   "false",
+		string(exptypes.OptKeyLayerCompression): "uncompressed",
+		string(exptypes.OptKeySourceDateEpoch):  b.epoch(),
+		string(exptypes.OptKeyRewriteTimestamp): "true",
+	})
+	if err != nil {
+		return r, fmt.Errorf("making the exporter: %w", err)
+	}
+	r.Exporters = append(r.Exporters, instance)
+	return r, nil
+}
+
+// epoch is what the user says of it, or ours.
+func (b *build) epoch() string {
+	if said := b.request.Args["SOURCE_DATE_EPOCH"]; said != "" {
+		if _, err := strconv.ParseInt(said, 10, 64); err == nil {
+			return said
+		}
+	}
+	return strconv.Itoa(wire.Epoch)
+}
+
+// policy decides where a build's sources come from. Images are what the server gives for their
+// names; an image of the user's own making is reached in no other way.
+func (b *build) policy(ctx context.Context, r *policysession.CheckPolicyRequest) (*policysession.DecisionResponse, *gatewaypb.ResolveSourceMetaRequest, error) {
+	if why := b.forbiddenSource(r.Source.Source); why != "" {
+		return &policysession.DecisionResponse{Action: policypb.PolicyAction_DENY, DenyMessages: []*policysession.DenyMessage{{Message: why}}}, nil, nil
+	}
+	image, ok := strings.CutPrefix(r.Source.Source.Identifier, "docker-image://")
+	if !ok {
+		return &policysession.DecisionResponse{Action: policypb.PolicyAction_ALLOW}, nil, nil
+	}
+	answer, err := b.ask(ctx, image)
+	if err != nil {
+		return nil, nil, err
+	}
+	named, err := reference.ParseNormalizedNamed(image)
+	if err != nil {
+		return nil, nil, err
+	}
+	pinned, err := reference.WithDigest(named, digest.Digest(answer.Manifest))
+	if err != nil {
+		return nil, nil, fmt.Errorf("image %s: %w", image, err)
+	}
+	return &policysession.DecisionResponse{Action: policypb.PolicyAction_CONVERT, Update: &pb.SourceOp{
+		Identifier: "oci-layout://" + pinned.String(),
+		Attrs:      map[string]string{pb.AttrOCILayoutSessionID: b.session, pb.AttrOCILayoutStoreID: layoutStore},
+	}}, nil, nil
+}
+
+// ask gets an image from the server, once for each name in a build.
+func (b *build) ask(ctx context.Context, name string) (*wire.Answer, error) {
+	named, err := reference.ParseNormalizedNamed(name)
+	if err != nil {
+		return nil, fmt.Errorf("image name %q: %w", name, err)
+	}
+	name = reference.FamiliarString(named)
+	b.mu.Lock()
+	// A name that was resolved comes again with the digest that it was resolved to.
+	plain, wanted, _ := strings.Cut(name, "@")
+	if known := b.bases[plain]; known != nil && known.answer.Manifest == wanted {
+		name, wanted = plain, ""
+	}
+	asked, known := b.bases[name]
+	if !known {
+		asked = &given{done: make(chan struct{})}
+		b.bases[name] = asked
+	}
+	b.mu.Unlock()
+	if !known {
+		if err := b.conn.Send(wire.Report{Base: name}, nil); err != nil {
+			return nil, err
+		}
+	}
+	select {
+	case <-asked.done:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	if asked.answer.Error != "" {
+		b.mu.Lock()
+		b.missing = asked.answer.Error
+		b.mu.Unlock()
+		return nil, errors.New(asked.answer.Error)
+	}
+	if wanted != "" && asked.answer.Manifest != wanted {
+		return nil, fmt.Errorf("image %s was given as %s", name, asked.answer.Manifest)
+	}
+	b.layouts.add(asked.answer.Layout)
+	return &asked.answer, nil
+}
+
+// writeIndex makes the output a layout with one image in it.
+func writeIndex(dir string, response map[string]string) error {
+	var descriptor json.RawMessage
+	if err := decode(response[exptypes.ExporterImageDescriptorKey], &descriptor); err != nil {
+		return fmt.Errorf("reading the image's descriptor: %w", err)
+	}
+	index, err := json.Marshal(map[string]any{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []any{descriptor}})
+	if err != nil {
+		return fmt.Errorf("encoding the image's index: %w", err)
+	}
+	return errors.Join(
+		os.WriteFile(filepath.Join(dir, "index.json"), index, 0o644),
+		os.WriteFile(filepath.Join(dir, "oci-layout"), []byte(`{"imageLayoutVersion":"1.0.0"}`), 0o644),
+		os.RemoveAll(filepath.Join(dir, "ingest")))
+}

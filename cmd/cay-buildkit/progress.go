@@ -1,0 +1,138 @@
+package main
+
+import (
+	"regexp"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/moby/buildkit/client"
+	digest "github.com/opencontainers/go-digest"
+
+	"github.com/cayhq/cay/internal/buildkit/wire"
+)
+
+// progress turns what the solver says of its vertices into events. It belongs to one
+// goroutine, but for the names.
+type progress struct {
+	conn  *wire.Conn
+	steps map[digest.Digest]*stepState
+	gone  bool // nobody listens any more
+
+	mu sync.Mutex
+	// +checklocks:mu
+	names map[string]string // of steps, by digest
+}
+
+type stepState struct {
+	number       int
+	began, ended bool
+}
+
+func newProgress(conn *wire.Conn) *progress {
+	return &progress{conn: conn, steps: map[digest.Digest]*stepState{}, names: map[string]string{}}
+}
+
+func (p *progress) send(e wire.Event) {
+	e.Name, e.Error = wire.Short(e.Name), wire.Short(e.Error)
+	if !p.gone {
+		p.gone = p.conn.Send(wire.Report{Event: &e}, nil) != nil
+	}
+}
+
+// follow sends events until the solver has nothing more to say.
+func (p *progress) follow(statuses <-chan *client.SolveStatus) {
+	for s := range statuses {
+		for _, v := range s.Vertexes {
+			p.vertex(v)
+		}
+		for _, l := range s.Logs {
+			p.log(l)
+		}
+		for _, w := range s.Warnings {
+			line := ""
+			if len(w.Range) > 0 && w.Range[0].Start != nil {
+				line = " (line " + strconv.Itoa(int(w.Range[0].Start.Line)) + ")"
+			}
+			p.send(wire.Event{Kind: wire.Note, Text: wire.Short(string(w.Short)) + line, Time: time.Now()})
+		}
+	}
+}
+
+func (p *progress) step(d digest.Digest) *stepState {
+	s := p.steps[d]
+	if s == nil {
+		s = &stepState{number: len(p.steps) + 1}
+		p.steps[d] = s
+	}
+	return s
+}
+
+// name is how the front end calls the step of a digest.
+func (p *progress) name(digest string) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.names[digest]
+}
+
+func (p *progress) vertex(v *client.Vertex) {
+	p.mu.Lock()
+	p.names[v.Digest.String()] = v.Name
+	p.mu.Unlock()
+	if v.Started == nil && !v.Cached {
+		return // it may never be needed
+	}
+	s := p.step(v.Digest)
+	e := wire.Event{Step: s.number}
+	e.Stage, e.Number, e.Total, e.Name = splitName(v.Name)
+	if !s.began {
+		s.began = true
+		e.Kind, e.Time = wire.Began, time.Now()
+		if v.Started != nil {
+			e.Time = *v.Started
+		}
+		p.send(e)
+	}
+	if v.Completed != nil && !s.ended {
+		s.ended = true
+		e.Kind, e.Time, e.Cached, e.Error = wire.Ended, *v.Completed, v.Cached, v.Error
+		if v.Started != nil && !v.Cached {
+			e.Duration = v.Completed.Sub(*v.Started)
+		}
+		p.send(e)
+	}
+}
+
+// logPiece is how much of a log goes into one event, in bytes: as JSON it is at most six times as long.
+const logPiece = 16 << 10
+
+func (p *progress) log(l *client.VertexLog) {
+	stream := "stdout"
+	if l.Stream == 2 {
+		stream = "stderr"
+	}
+	s := p.step(l.Vertex)
+	for data := l.Data; len(data) > 0; {
+		piece := data[:min(len(data), logPiece)]
+		data = data[len(piece):]
+		p.send(wire.Event{Kind: wire.Log, Step: s.number, Stream: stream, Text: string(piece), Time: l.Timestamp})
+	}
+}
+
+// vertexName is how the front end names what it does: "[build 2/5] RUN make".
+var vertexName = regexp.MustCompile(`^\[([^\]]*?) ?(?:(\d+)/(\d+))?\] (.*)$`)
+
+// spelledOut is what the front end adds to the name of an image.
+var spelledOut = regexp.MustCompile(`\bdocker\.io/(library/)?|@sha256:[0-9a-f]{64}\b`)
+
+// splitName splits such a name; one without brackets is internal.
+func splitName(name string) (stage string, number, total int, step string) {
+	name = spelledOut.ReplaceAllString(name, "")
+	m := vertexName.FindStringSubmatch(name)
+	if m == nil {
+		return "internal", 0, 0, name
+	}
+	number, _ = strconv.Atoi(m[2]) // absent: none
+	total, _ = strconv.Atoi(m[3])
+	return m[1], number, total, m[4]
+}

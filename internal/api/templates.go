@@ -1,0 +1,415 @@
+package api
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"mime/multipart"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/template"
+)
+
+// ListTemplates answers GET /v1/templates.
+func (s *server) ListTemplates(w http.ResponseWriter, r *http.Request, params ListTemplatesParams) {
+	limit, cursor, err := page(params.Limit, params.Cursor)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	templates, next, err := s.Templates.List(r.Context(), callOf(r).who.Org.ID, limit, cursor)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusOK, TemplateList{Templates: each(templates, templateOf), NextCursor: optional(next)})
+}
+
+// GetTemplate answers GET /v1/templates/{template}.
+func (s *server) GetTemplate(w http.ResponseWriter, r *http.Request, ref TemplateRef) {
+	t, err := s.Templates.Get(r.Context(), callOf(r).who.Org.ID, ref)
+	s.answerTemplate(w, r, http.StatusOK, t, err)
+}
+
+func (s *server) answerTemplate(w http.ResponseWriter, r *http.Request, status int, t template.Template, err error) {
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, status, templateOf(t))
+}
+
+// builderOf is who asks for a template.
+func builderOf(r *http.Request) template.Caller {
+	who := callOf(r).who
+	return template.Caller{OrgID: who.Org.ID, Operator: who.Org.Name == auth.OperatorOrg && who.May(auth.Admin)}
+}
+
+// CreateTemplate answers POST /v1/templates.
+func (s *server) CreateTemplate(w http.ResponseWriter, r *http.Request) {
+	var in CreateTemplateRequest
+	source, _, err := readParts(w, r, true, &in)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	request, err := templateRequestOf(in)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	t, err := s.Templates.Create(r.Context(), builderOf(r), request, source)
+	if err == nil {
+		w.Header().Set("Location", "/v1/templates/"+t.ID)
+	}
+	s.answerTemplate(w, r, http.StatusAccepted, t, err)
+}
+
+// RebuildTemplate answers POST /v1/templates/{template}/rebuild.
+func (s *server) RebuildTemplate(w http.ResponseWriter, r *http.Request, ref TemplateRef) {
+	var in RebuildTemplateRequest
+	source, given, err := readParts(w, r, false, &in)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	var request *template.Request
+	if given {
+		parsed, err := templateRequestOf(CreateTemplateRequest{Description: in.Description, Image: in.Image, Dockerfile: in.Dockerfile, Debian: in.Debian,
+			BuildArgs: in.BuildArgs, Target: in.Target, Credentials: in.Credentials, Env: in.Env, Workdir: in.Workdir, User: in.User,
+			StartCommand: in.StartCommand, Ready: in.Ready, Size: in.Size, DiskSizeMB: in.DiskSizeMB})
+		if err != nil {
+			s.fail(w, r, err)
+			return
+		}
+		request = &parsed
+	}
+	t, err := s.Templates.Rebuild(r.Context(), builderOf(r), ref, request, source)
+	s.answerTemplate(w, r, http.StatusAccepted, t, err)
+}
+
+// CancelTemplateBuild answers POST /v1/templates/{template}/cancel.
+func (s *server) CancelTemplateBuild(w http.ResponseWriter, r *http.Request, ref TemplateRef) {
+	if _, err := read(w, r, maxBody, false, &nothing{}); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	t, err := s.Templates.Cancel(r.Context(), builderOf(r), ref)
+	s.answerTemplate(w, r, http.StatusOK, t, err)
+}
+
+// DeleteTemplate answers DELETE /v1/templates/{template}.
+func (s *server) DeleteTemplate(w http.ResponseWriter, r *http.Request, ref TemplateRef, params DeleteTemplateParams) {
+	force := params.Force != nil && *params.Force
+	if err := s.Templates.Delete(r.Context(), builderOf(r), ref, force); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// readParts decodes the JSON of a template into dst, from the body or from its part
+// "template", and returns the part "context", nil without one. given says that there was
+// any JSON but an empty object.
+func readParts(w http.ResponseWriter, r *http.Request, required bool, dst any) (source io.Reader, given bool, err error) {
+	media, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err != nil || media != "multipart/form-data" {
+		b, err := read(w, r, maxBody, required, dst)
+		return nil, len(strings.Trim(string(b), "{} \t\r\n")) > 0, err
+	}
+	if encoding := r.Header.Get("Content-Encoding"); encoding != "" && encoding != "identity" {
+		return nil, false, errNotJSON{"the body is encoded; send it as it is"}
+	}
+	if params["boundary"] == "" {
+		return nil, false, errNotJSON{"multipart/form-data needs a boundary"}
+	}
+	control := http.NewResponseController(w)
+	stall := callOf(r).patience.stall
+	parts := multipart.NewReader(&slowBody{body: r.Body, control: control, stall: stall}, params["boundary"])
+	part, err := nextPart(parts, "template")
+	if err != nil {
+		return nil, false, err
+	}
+	if part == nil {
+		return nil, false, fault.InField("invalid_template", "template", "is the part that must come first")
+	}
+	b, err := io.ReadAll(io.LimitReader(part, maxBody+1))
+	if err != nil {
+		return nil, false, partError(err)
+	}
+	if len(b) > maxBody {
+		return nil, false, tooLarge(maxBody)
+	}
+	if err := decode(b, dst); err != nil {
+		return nil, false, err
+	}
+	part, err = nextPart(parts, "context")
+	if part == nil || err != nil {
+		return nil, true, err
+	}
+	return &contextPart{part: part, parts: parts}, true, nil
+}
+
+// nextPart is the next part, which must have the name; nil when there is none.
+func nextPart(parts *multipart.Reader, name string) (*multipart.Part, error) {
+	part, err := parts.NextRawPart()
+	switch {
+	case err == io.EOF:
+		return nil, nil
+	case err != nil:
+		return nil, partError(err)
+	case part.FormName() != name:
+		return nil, fault.InField("unknown_field", part.FormName(), "is not the part that is expected here: there are template and then context")
+	}
+	return part, nil
+}
+
+// partError is what is wrong with a multipart body.
+func partError(err error) error {
+	if fault.As(err) != nil {
+		return err
+	}
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		return incomplete(err)
+	}
+	return fault.New(fault.Invalid, "invalid_multipart", "the body is not valid multipart/form-data").Because(err)
+}
+
+// contextPart reads the last part, and refuses what comes after it.
+type contextPart struct {
+	part  *multipart.Part
+	parts *multipart.Reader
+}
+
+func (c *contextPart) Read(p []byte) (int, error) {
+	n, err := c.part.Read(p)
+	switch {
+	case err == io.EOF:
+		if next, after := nextPart(c.parts, ""); after != nil {
+			err = after
+		} else if next != nil {
+			err = fault.New(fault.Invalid, "invalid_multipart", "there is a part after the context")
+		}
+	case err != nil:
+		err = partError(err)
+	}
+	return n, err
+}
+
+// slowBody gives the caller time for each piece.
+type slowBody struct {
+	body    io.Reader
+	control *http.ResponseController
+	stall   time.Duration
+}
+
+func (b *slowBody) Read(p []byte) (int, error) {
+	// A writer without deadlines is one of a test.
+	_ = b.control.SetReadDeadline(time.Now().Add(b.stall))
+	n, err := b.body.Read(p)
+	switch {
+	case err == io.EOF:
+		// See body for why it must go.
+		_ = b.control.SetReadDeadline(time.Time{})
+	case err != nil:
+		err = incomplete(err)
+	}
+	return n, err
+}
+
+func templateRequestOf(in CreateTemplateRequest) (template.Request, error) {
+	text := func(p *string) string {
+		if p == nil {
+			return ""
+		}
+		return *p
+	}
+	out := template.Request{Definition: template.Definition{
+		Name: in.Name, Description: text(in.Description), Env: in.Env, Workdir: text(in.Workdir), User: text(in.User), StartCommand: in.StartCommand,
+		Size: text(in.Size), Image: text(in.Image), Dockerfile: text(in.Dockerfile), BuildArgs: in.BuildArgs, Target: text(in.Target)}}
+	if in.Size != nil && *in.Size == "" {
+		return out, fault.InField("invalid_size", "size", "must be one of the sizes in GET /v1/sizes, not empty")
+	}
+	if in.DiskSizeMB != nil {
+		if out.DiskMB = *in.DiskSizeMB; out.DiskMB == 0 {
+			out.DiskMB = -1 // 0 is "absent" to the core
+		}
+	}
+	if in.Debian != nil {
+		out.Debian = &template.Debian{Suite: text(in.Debian.Suite), Packages: in.Debian.Packages}
+	}
+	if c := in.Credentials; c != nil {
+		out.Credentials = &template.Credentials{Registry: text(c.Registry), Username: c.Username, Password: c.Password}
+	}
+	if in.Ready != nil {
+		timeout, err := duration("timeout", in.Ready.Timeout)
+		if err != nil {
+			return out, fault.InField("invalid_ready", "ready.timeout", "%s", fault.As(err).Detail)
+		}
+		out.Ready = &sandbox.Ready{Command: text(in.Ready.Command)}
+		if in.Ready.Port != nil {
+			out.Ready.Port = *in.Ready.Port
+		}
+		if in.Ready.HTTP != nil {
+			out.Ready.HTTP = &sandbox.ReadyHTTP{Port: in.Ready.HTTP.Port, Path: in.Ready.HTTP.Path}
+		}
+		if timeout != nil {
+			if out.Ready.Timeout = *timeout; *timeout == 0 {
+				out.Ready.Timeout = -1 // 0 is "absent" to the core
+			}
+		}
+	}
+	if in.Egress != nil {
+		e, err := policyOf(*in.Egress)
+		if err != nil {
+			return out, err
+		}
+		out.Egress = &e
+	}
+	return out, nil
+}
+
+// GetTemplateLogs answers GET /v1/templates/{template}/logs.
+func (s *server) GetTemplateLogs(w http.ResponseWriter, r *http.Request, ref TemplateRef, params GetTemplateLogsParams) {
+	if wantsEvents(r) {
+		s.followTemplate(w, r, ref, params.LastEventID)
+		return
+	}
+	lines, err := s.Templates.Log(r.Context(), callOf(r).who.Org.ID, ref)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusOK, TemplateLogs{Lines: each(lines, logLineOf)})
+}
+
+const eventStream = "text/event-stream"
+
+func wantsEvents(r *http.Request) bool {
+	for _, accepted := range r.Header.Values("Accept") {
+		for one := range strings.SplitSeq(accepted, ",") {
+			if media, _, err := mime.ParseMediaType(one); err == nil && media == eventStream {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// followTemplate streams a log as it is written.
+func (s *server) followTemplate(w http.ResponseWriter, r *http.Request, ref TemplateRef, last *string) {
+	build, seq, err := parseEventID(last)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	org := callOf(r).who.Org.ID
+	if _, err := s.Templates.Get(r.Context(), org, ref); err != nil {
+		s.fail(w, r, err) // while there can still be a status
+		return
+	}
+	w.Header().Set("Content-Type", eventStream)
+	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("X-Accel-Buffering", "no") // nginx would keep it back
+	w.WriteHeader(http.StatusOK)
+	events := &events{w: w, control: http.NewResponseController(w)}
+	events.send(":\n\n")
+	stop := events.keepalive(callOf(r).patience.quiet)
+	defer stop()
+	t, err := s.Templates.Follow(r.Context(), org, ref, build, seq, func(build string, lines []template.LogLine) error {
+		var b strings.Builder
+		for _, l := range lines {
+			if err := writeEvent(&b, fmt.Sprintf("%s.%d", build, l.Seq), "line", logLineOf(l)); err != nil {
+				return err
+			}
+		}
+		return events.send(b.String())
+	})
+	if err == nil {
+		var b strings.Builder
+		if err = writeEvent(&b, "", "end", templateOf(t)); err == nil {
+			err = events.send(b.String())
+		}
+	}
+	if err != nil && r.Context().Err() != nil {
+		callOf(r).gone = true
+	} else if err != nil && fault.As(err) == nil {
+		callOf(r).err = fmt.Errorf("following a build: %w", err)
+	}
+}
+
+// parseEventID reads the id of an event: the build and the number of the line.
+func parseEventID(text *string) (build string, seq int64, err error) {
+	if text == nil || *text == "" {
+		return "", 0, nil
+	}
+	const field = "Last-Event-ID"
+	build, number, ok := strings.Cut(*text, ".")
+	if seq, err = strconv.ParseInt(number, 10, 64); err != nil || !ok || seq < 0 || len(build) > 64 {
+		return "", 0, fault.InField(codeOf(field), field, "is not the id of an event of this stream")
+	}
+	return build, seq, nil
+}
+
+func writeEvent(b *strings.Builder, id, event string, v any) error {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("encoding an event: %w", err)
+	}
+	if id != "" {
+		fmt.Fprintf(b, "id: %s\n", id)
+	}
+	fmt.Fprintf(b, "event: %s\ndata: %s\n\n", event, data)
+	return nil
+}
+
+// events is a stream of server-sent events. It is safe for concurrent use.
+type events struct {
+	w       io.Writer
+	control *http.ResponseController
+
+	mu sync.Mutex
+	// +checklocks:mu
+	err error // the first one
+}
+
+func (e *events) send(text string) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.err == nil {
+		_, e.err = io.WriteString(e.w, text)
+	}
+	if e.err == nil {
+		e.err = e.control.Flush()
+	}
+	return e.err
+}
+
+// keepalive sends a comment now and then, until stop, so that nobody on the way takes
+// the stream for dead and a caller who has gone is found out.
+func (e *events) keepalive(every time.Duration) (stop func()) {
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		tick := time.NewTicker(every)
+		defer tick.Stop()
+		for {
+			select {
+			case <-done:
+				return
+			case <-tick.C:
+				_ = e.send(":\n\n") // the next line meets the same error
+			}
+		}
+	})
+	return func() { close(done); wg.Wait() }
+}

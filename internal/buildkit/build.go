@@ -1,0 +1,294 @@
+package buildkit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"unicode/utf8"
+
+	"github.com/cayhq/cay/internal/buildkit/wire"
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// Base is an image that a build starts from or copies from.
+type Base struct {
+	Layout   string // directory of an OCI image layout, which must stay until the build is over
+	Manifest string // "sha256:…" of the image's manifest or index in it
+}
+
+// Request is a Dockerfile to build.
+type Request struct {
+	Dockerfile     string // the text; or
+	DockerfilePath string // where it is in the context; "" for both is "Dockerfile"
+	Context        string // path of a tar file, plain or gzip; "" is an empty context
+	Limits         Limits // of the context
+
+	Args   map[string]string
+	Target string // the stage that is wanted; "" is the last
+	// Scope is within which results of RUN steps and cache mounts are shared, such as
+	// an organization; without "/".
+	Scope   string
+	NoCache bool
+
+	MemoryBytes int64   // limit of one RUN step; 0 is 2 GiB
+	CPUs        float64 // limit of one RUN step; 0 is none
+
+	// Base is asked for every image that the Dockerfile names, once in a build. The name is as
+	// short as can be, with a tag or a digest: "python:3.12", "base:latest",
+	// "registry.example.com/a/b@sha256:…". It may be called concurrently. Its error becomes the
+	// build's, and its text is shown to the user.
+	Base func(ctx context.Context, name string) (Base, error)
+}
+
+// Event is one piece of a build's progress.
+type Event = wire.Event
+
+// Kinds of [Event].
+const (
+	Began = wire.Began // a step has begun
+	Log   = wire.Log   // a step has written Text
+	Ended = wire.Ended // a step is over
+	Note  = wire.Note  // Text is worth knowing, such as a warning of the front end
+)
+
+// Result is a built image.
+type Result struct {
+	Layout   string // directory of an OCI image layout; its layers are not compressed
+	Manifest string // "sha256:…" of the image's manifest
+
+	dir string
+}
+
+// Close removes the image's layout.
+func (r *Result) Close() error {
+	if err := os.RemoveAll(r.dir); err != nil {
+		return fmt.Errorf("removing a build's result: %w", err)
+	}
+	return nil
+}
+
+// StepError is a step of a build that failed, or a Dockerfile that cannot be built.
+type StepError struct {
+	Step     string   // as the Dockerfile says it, such as "RUN make"
+	Line     int      // of the Dockerfile, from 1; 0 if unknown
+	ExitCode int      // of the step's program; -1 if none, or killed
+	Tail     []string // the step's last lines
+	Err      error
+}
+
+// Error is the whole story, for people.
+func (e *StepError) Error() string {
+	s := e.Err.Error()
+	if e.Line > 0 {
+		s = fmt.Sprintf("line %d: %s", e.Line, s)
+	}
+	if e.Step != "" {
+		s = e.Step + ": " + s
+	}
+	if len(e.Tail) > 0 {
+		s += "\n" + strings.Join(e.Tail, "\n")
+	}
+	return s
+}
+
+// Unwrap returns the cause.
+func (e *StepError) Unwrap() error { return e.Err }
+
+// Errors in a [StepError] that somebody may decide by.
+var (
+	ErrMemory    = errors.New("out of memory")
+	ErrDisk      = errors.New("too much on disk")
+	ErrProcesses = errors.New("too many processes")
+)
+
+// Bounds of a request.
+const (
+	maxDockerfile = 1 << 20  // bytes
+	maxArgs       = 24 << 10 // bytes of names and values together: as JSON, six times as long at most
+)
+
+func (r *Request) check() error {
+	switch {
+	case r.Base == nil:
+		return errors.New("a build request without Base")
+	case strings.Contains(r.Scope, "/"):
+		return fmt.Errorf("a build request with the scope %q", r.Scope)
+	case r.Dockerfile != "" && r.DockerfilePath != "":
+		return fault.InField("invalid_dockerfile", "dockerfile_path", "only one of dockerfile and dockerfile_path may be given")
+	case len(r.Dockerfile) > maxDockerfile:
+		return fault.InField("invalid_dockerfile", "dockerfile", "must not be longer than %d bytes", maxDockerfile)
+	case r.Dockerfile == "" && r.Context == "":
+		return fault.InField("invalid_dockerfile", "dockerfile", "there is neither a Dockerfile nor a context that could hold one")
+	case r.DockerfilePath != "" && !filepath.IsLocal(r.DockerfilePath):
+		return fault.InField("invalid_dockerfile", "dockerfile_path", "must be a path in the context, not %q", r.DockerfilePath)
+	}
+	size := len(r.Target) + len(r.Scope)
+	for name, value := range r.Args {
+		if size += len(name) + len(value); size > maxArgs {
+			return fault.InField("invalid_args", "args", "must not be longer than %d bytes together", maxArgs)
+		}
+		if name == "" || strings.ContainsAny(name, "=\x00") || !utf8.ValidString(name+value) {
+			return fault.InField("invalid_args", "args", "%q is not the name of a build argument with a value that is text", name)
+		}
+	}
+	return nil
+}
+
+// Build builds a Dockerfile and calls progress with what happens, from one goroutine. A
+// step that failed and a Dockerfile that is wrong are a *[StepError]; a context that cannot be used is a
+// *[fault.Error]. When ctx ends, Build ends everything of the build and returns its cause.
+func (b *Builder) Build(ctx context.Context, r Request, progress func(Event)) (_ *Result, err error) {
+	if err := r.check(); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(b.closed, func() { cancel(ErrClosed) })()
+	dir, err := os.MkdirTemp(b.builds(), "")
+	if err != nil {
+		return nil, fmt.Errorf("making a build's directory: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
+	}()
+	request, err := prepare(ctx, dir, &r)
+	if err != nil {
+		return nil, err
+	}
+	p, release, err := b.use(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	bases := &bases{find: r.Base}
+	done, err := p.talk(ctx, wire.Request{Build: request}, func(conn *wire.Conn, said wire.Report) {
+		switch {
+		case said.Base != "":
+			bases.answer(ctx, conn, said.Base)
+		case said.Event != nil && progress != nil:
+			progress(*said.Event)
+		}
+	})
+	cancel(nil)
+	bases.asking.Wait()
+	if err == nil && done.Failure != nil {
+		err = bases.failure(done.Failure)
+	}
+	// What is in them is in the cache now, or not wanted.
+	err = errors.Join(err, os.RemoveAll(request.Context), os.RemoveAll(filepath.Join(dir, dockerfileDir)))
+	if err != nil {
+		return nil, err
+	}
+	return &Result{Layout: request.Output, Manifest: done.Manifest, dir: dir}, nil
+}
+
+// Names in a build's directory.
+const (
+	contextDir    = "context"
+	dockerfileDir = "dockerfile"
+	outputDir     = "image"
+)
+
+// prepare fills the build's directory and says what to do with it.
+func prepare(ctx context.Context, dir string, r *Request) (*wire.Build, error) {
+	w := &wire.Build{Context: filepath.Join(dir, contextDir), Output: filepath.Join(dir, outputDir), Scope: r.Scope,
+		Args: r.Args, Target: r.Target, MemoryBytes: r.MemoryBytes, CPUs: r.CPUs, NoCache: r.NoCache}
+	w.Dockerfile, w.Filename = w.Context, r.DockerfilePath
+	for _, d := range []string{w.Context, w.Output} {
+		if err := os.Mkdir(d, 0o700); err != nil {
+			return nil, fmt.Errorf("making a build's directory: %w", err)
+		}
+	}
+	if r.Context != "" {
+		if err := unpackFile(ctx, r.Context, w.Context, r.Limits); err != nil {
+			return nil, err
+		}
+	}
+	if w.Filename == "" {
+		w.Filename = "Dockerfile"
+	}
+	if r.Dockerfile != "" {
+		w.Dockerfile = filepath.Join(dir, dockerfileDir)
+		err := os.Mkdir(w.Dockerfile, 0o700)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(w.Dockerfile, w.Filename), []byte(r.Dockerfile), 0o600)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("writing the Dockerfile: %w", err)
+		}
+	}
+	return w, checkSizes(w)
+}
+
+// checkSizes refuses files of the context that the program would read as a whole and that are
+// too long for that.
+func checkSizes(w *wire.Build) error {
+	for _, file := range []struct{ dir, name string }{{w.Dockerfile, w.Filename}, {w.Dockerfile, w.Filename + ".dockerignore"}, {w.Context, ".dockerignore"}} {
+		root, err := os.OpenRoot(file.dir)
+		if err != nil {
+			return fmt.Errorf("opening the build's directory: %w", err)
+		}
+		info, err := root.Stat(file.name)
+		root.Close()
+		// One that is not there or leads out is for the front end to speak of.
+		if err == nil && info.Size() > maxDockerfile {
+			return refused(file.name, "must not be longer than %d bytes", maxDockerfile)
+		}
+	}
+	return nil
+}
+
+// bases answers what the program asks for images.
+type bases struct {
+	find   func(context.Context, string) (Base, error)
+	asking sync.WaitGroup
+
+	mu sync.Mutex
+	// +checklocks:mu
+	failed error // the first
+}
+
+func (b *bases) answer(ctx context.Context, conn *wire.Conn, name string) {
+	b.asking.Go(func() {
+		base, err := b.find(ctx, name)
+		a := wire.Answer{Name: name, Layout: base.Layout, Manifest: base.Manifest}
+		if err != nil {
+			a.Error = wire.Short(err.Error())
+			b.mu.Lock()
+			if b.failed == nil {
+				b.failed = err
+			}
+			b.mu.Unlock()
+		}
+		// A connection that has ended is noticed by who listens.
+		_ = conn.Send(a, nil)
+	})
+}
+
+// failure is the error of a build that failed.
+func (b *bases) failure(f *wire.Failure) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	e := &StepError{Step: f.Step, Line: f.Line, ExitCode: f.ExitCode, Tail: f.Tail}
+	switch {
+	case f.Kind == wire.Internal:
+		return fmt.Errorf("building: %s", f.Message)
+	case f.Kind == wire.Base && b.failed != nil:
+		e.Err = b.failed
+	case f.Kind == wire.Memory:
+		e.Err = fmt.Errorf("%w: %s", ErrMemory, f.Message)
+	case f.Kind == wire.Disk:
+		e.Err = fmt.Errorf("%w: %s", ErrDisk, f.Message)
+	case f.Kind == wire.Processes:
+		e.Err = fmt.Errorf("%w: %s", ErrProcesses, f.Message)
+	default:
+		e.Err = errors.New(f.Message)
+	}
+	return e
+}

@@ -1,0 +1,322 @@
+package buildkit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/cgi"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/network"
+	"github.com/cayhq/cay/internal/payload"
+)
+
+// inHostVariable tells the test program that it already runs in a namespace that
+// plays the host, and where the programs are.
+const inHostVariable = "CAY_BUILDKIT_TEST_PROGRAMS"
+
+// TestMain runs the tests in network and mount namespaces of their own, so that their
+// slots do not meet the host's. Without root the tests that need it skip.
+func TestMain(m *testing.M) {
+	if os.Geteuid() != 0 || os.Getenv(inHostVariable) != "" {
+		if os.Getenv(inHostVariable) != "" {
+			if err := playHost(); err != nil {
+				fmt.Fprintln(os.Stderr, "preparing the namespace that plays the host:", err)
+				os.Exit(1)
+			}
+		}
+		os.Exit(m.Run())
+	}
+	code, err := runInHost()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "running the tests in a namespace:", err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func runInHost() (code int, err error) {
+	programs, err := os.MkdirTemp("", "cay-buildkit-test")
+	if err != nil {
+		return 0, err
+	}
+	defer os.RemoveAll(programs)
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.Env = append(os.Environ(), inHostVariable+"="+programs)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	err = cmd.Run()
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+		return exit.ExitCode(), nil
+	}
+	return 0, err
+}
+
+const (
+	hostAddr    = "198.51.100.1" // on the uplink
+	outsideAddr = "198.51.100.2" // of the machine that plays the rest of the world
+)
+
+// playHost gives this process's namespaces what a host has: a /run, a loopback, and an uplink
+// to a machine outside that serves a file by HTTP.
+func playHost() error {
+	if _, err := os.Stat("/run/netns"); err == nil && isTmpfs("/run") {
+		return nil // a worker of the fuzzer
+	}
+	err := errors.Join(
+		unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+		unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=0755"),
+		os.Mkdir("/run/netns", 0o755))
+	if err != nil {
+		return err
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return err
+	}
+	host, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	outside := make(chan error)
+	go func() {
+		runtime.LockOSThread() // for ever: the thread stays outside
+		outside <- serveOutside(host)
+	}()
+	if err := <-outside; err != nil {
+		return err
+	}
+	if err := address("up0", hostAddr); err != nil {
+		return err
+	}
+	return netlink.RouteAdd(&netlink.Route{Gw: net.ParseIP(outsideAddr)})
+}
+
+func isTmpfs(path string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(path, &st) == nil && st.Type == unix.TMPFS_MAGIC
+}
+
+// served is what the machine outside serves.
+const served = "from outside\n"
+
+func serveOutside(host int) error {
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		return err
+	}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "eth0"
+	pair := netlink.NewVeth(attrs)
+	pair.PeerName, pair.PeerNamespace = "up0", netlink.NsFd(host)
+	if err := netlink.LinkAdd(pair); err != nil {
+		return err
+	}
+	if err := address("eth0", outsideAddr); err != nil {
+		return err
+	}
+	listener, err := net.Listen("tcp", outsideAddr+":80")
+	if err != nil {
+		return err
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, served) })
+	mux.HandleFunc("/git/", func(w http.ResponseWriter, r *http.Request) {
+		(&cgi.Handler{Path: "/usr/lib/git-core/git-http-backend", Root: "/git",
+			Env: []string{"GIT_PROJECT_ROOT=" + repositories, "GIT_HTTP_EXPORT_ALL=1"}}).ServeHTTP(w, r)
+	})
+	go http.Serve(listener, mux)
+	names, err := net.ListenPacket("udp", outsideAddr+":53")
+	if err != nil {
+		return err
+	}
+	go serveNames(names)
+	return nil
+}
+
+// repositories is where the machine outside has its git repositories.
+const repositories = "/run/repositories"
+
+// serveNames answers that every name is the machine outside.
+func serveNames(conn net.PacketConn) {
+	buf := make([]byte, 1500)
+	for {
+		n, from, err := conn.ReadFrom(buf)
+		if err != nil {
+			return
+		}
+		var m dnsmessage.Message
+		if m.Unpack(buf[:n]) != nil || len(m.Questions) != 1 {
+			continue
+		}
+		m.Header = dnsmessage.Header{ID: m.ID, Response: true, RecursionAvailable: true}
+		m.Additionals = nil
+		if q := m.Questions[0]; q.Type == dnsmessage.TypeA {
+			m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: 1},
+				Body: &dnsmessage.AResource{A: netip.MustParseAddr(outsideAddr).As4()}}}
+		}
+		if answer, err := m.Pack(); err == nil {
+			conn.WriteTo(answer, from)
+		}
+	}
+}
+
+func address(link, addr string) error {
+	l, err := netlink.LinkByName(link)
+	if err != nil {
+		return err
+	}
+	ip := &net.IPNet{IP: net.ParseIP(addr).To4(), Mask: net.CIDRMask(30, 32)}
+	return errors.Join(netlink.AddrAdd(l, &netlink.Addr{IPNet: ip}), netlink.LinkSetUp(l))
+}
+
+// testSlots are the real ones, open to what is public, and counted.
+type testSlots struct {
+	net *network.Network
+
+	mu sync.Mutex
+	// +checklocks:mu
+	taken int
+}
+
+func (s *testSlots) Take(ctx context.Context) (string, func(context.Context) error, error) {
+	slot, err := s.net.Acquire(ctx)
+	if err != nil {
+		return "", nil, err
+	}
+	if err := s.net.SetPolicy(ctx, slot, network.Policy{Open: true}); err != nil {
+		return "", nil, errors.Join(err, s.net.Release(context.WithoutCancel(ctx), slot))
+	}
+	s.count(1)
+	return slot.Namespace, func(ctx context.Context) error { s.count(-1); return s.net.Release(ctx, slot) }, nil
+}
+
+func (s *testSlots) count(by int) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.taken += by
+	return s.taken
+}
+
+// room is an open room of a test.
+type room struct {
+	*Builder
+	slots *testSlots
+}
+
+// newRoom opens a room that is closed, and checked for what it left, when the test ends.
+func newRoom(t testing.TB, change ...func(*Config)) *room {
+	t.Helper()
+	caytest.RequireRoot(t)
+	programs := os.Getenv(inHostVariable)
+	built, err := payload.Unpack(programs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	program, err := payload.UnpackBuildkit(programs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	instance := caytest.Instance()
+	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
+	n, err := network.Open(t.Context(), network.Config{Instance: instance, AgentPort: 49983}, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slots := &testSlots{net: n}
+	cfg := Config{
+		Dir: filepath.Join(t.TempDir(), "buildkit"), RunDir: "/run/cay-" + instance, Program: program, Runsc: built.Runsc,
+		CgroupParent: "/cay-" + instance + "-build", Slots: slots, Nameservers: []netip.Addr{netip.MustParseAddr(outsideAddr)},
+	}
+	for _, f := range change {
+		f(&cfg)
+	}
+	b, err := Open(cfg, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &room{Builder: b, slots: slots}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
+		defer cancel()
+		if err := r.Close(ctx); err != nil {
+			t.Error(err)
+		}
+		r.nothingLeft(t)
+		if err := errors.Join(Purge(cfg), n.Sweep(nil), n.Close()); err != nil {
+			t.Error(err)
+		}
+		for _, path := range []string{cfg.Dir, cfg.RunDir} {
+			if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("%s is left: %v", path, err)
+			}
+		}
+		if r.groups.Group(cfg.CgroupParent).Exists() {
+			t.Errorf("the group %s is left", cfg.CgroupParent)
+		}
+	})
+	return r
+}
+
+// nothingLeft checks that the room has no process, group, mount, slot or directory but what an idle
+// one may have, which is the program.
+func (r *room) nothingLeft(t testing.TB) {
+	t.Helper()
+	running, slots := []string{}, 0
+	if r.Running() {
+		running, slots = []string{"program"}, 1
+	}
+	groups, err := r.groups.Group(r.cfg.CgroupParent).Children()
+	if err != nil || strings.Join(groups, " ") != strings.Join(running, " ") {
+		t.Errorf("control groups: %v, %v, want %v", groups, err, running)
+	}
+	if n := r.slots.count(0); n != slots {
+		t.Errorf("%d slots are taken, want %d", n, slots)
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil || strings.Contains(string(mounts), r.cfg.Dir) {
+		t.Errorf("mounts are left below %s, %v:\n%s", r.cfg.Dir, err, mounts)
+	}
+	for _, pattern := range []string{filepath.Join(r.cfg.Dir, "scratch/steps/*"), filepath.Join(r.cfg.RunDir, "runsc/*")} {
+		if left, err := filepath.Glob(pattern); err != nil || len(left) > 0 {
+			t.Errorf("left are %v, %v", left, err)
+		}
+	}
+	if pids, err := processesOf(r.cfg.Runsc); err != nil || len(pids) > 0 {
+		t.Errorf("processes of gVisor are left: %v, %v", pids, err)
+	}
+}
+
+// processesOf finds the processes that run a program.
+func processesOf(program string) ([]string, error) {
+	links, err := filepath.Glob("/proc/[0-9]*/exe")
+	if err != nil {
+		return nil, err
+	}
+	var pids []string
+	for _, link := range links {
+		if to, err := os.Readlink(link); err == nil && to == program {
+			pids = append(pids, filepath.Base(filepath.Dir(link)))
+		}
+	}
+	return pids, nil
+}

@@ -1,0 +1,360 @@
+package buildkit
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/buildkit/wire"
+	"github.com/cayhq/cay/internal/cgroup"
+)
+
+// program is one life of cay-buildkit.
+type program struct {
+	builder *Builder
+	log     *slog.Logger
+	control *wire.Conn
+	cmd     *exec.Cmd
+	ready   chan *wire.Ready // gets one
+	over    chan struct{}    // closed when the process and everything it started are gone, and its slots too
+	status  error            // of the process; set before over is closed
+	alive   context.Context  // ends with the process
+	die     context.CancelFunc
+	taking  sync.WaitGroup
+
+	mu sync.Mutex
+	// +checklocks:mu
+	taken map[int64]func(context.Context) error // slots, by the number that the program gave them
+}
+
+// startTimeout bounds a start: the cache's files are opened, which is quick, or a broken cache is
+// removed first.
+const startTimeout = 2 * time.Minute
+
+// start starts the program and waits until it is ready.
+func (b *Builder) start(ctx context.Context) (_ *program, err error) {
+	namespace, release, err := b.cfg.Slots.Take(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("getting a network for the build program: %w", err)
+	}
+	control, theirs, err := wire.Pair()
+	if err != nil {
+		return nil, errors.Join(err, release(ctx))
+	}
+	defer theirs.Close()
+	p := &program{builder: b, log: b.log, control: control, ready: make(chan *wire.Ready, 1), over: make(chan struct{}),
+		taken: map[int64]func(context.Context) error{0: release}}
+	p.alive, p.die = context.WithCancel(context.Background())
+	p.cmd = exec.Command(b.cfg.Program)
+	p.cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+		// A step's log is bounded as a whole, not in its speed.
+		"BUILDKIT_STEP_LOG_MAX_SIZE=4194304", "BUILDKIT_STEP_LOG_MAX_SPEED=-1"}
+	p.cmd.ExtraFiles = []*os.File{theirs}
+	p.cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, Pdeathsig: unix.SIGKILL, Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS}
+	said, err := p.cmd.StderrPipe()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("starting the build program: %w", err), control.Close(), release(ctx))
+	}
+	started := make(chan error, 1)
+	go p.live(namespace, said, started)
+	if err := <-started; err != nil {
+		<-p.over
+		return nil, fmt.Errorf("starting the build program: %w", err)
+	}
+	if err := p.configure(ctx); err != nil {
+		p.kill()
+		<-p.over
+		return nil, fmt.Errorf("starting the build program: %w", err)
+	}
+	return p, nil
+}
+
+// live starts the process in a network namespace and stays with it until its end. The thread
+// is the process's parent, as whose child it dies with the server, and is in its namespace.
+func (p *program) live(namespace string, said io.Reader, started chan<- error) {
+	runtime.LockOSThread() // and never unlocked: the thread ends here
+	if unix.Gettid() == unix.Getpid() {
+		// The main thread cannot end, and must not leave for another namespace.
+		go p.live(namespace, said, started)
+		<-p.over
+		runtime.UnlockOSThread()
+		return
+	}
+	err := enterNetwork(namespace)
+	if err == nil {
+		err = p.cmd.Start()
+	}
+	started <- err
+	if err == nil {
+		// Before Wait, which closes the pipe.
+		logged := make(chan struct{})
+		go func() { defer close(logged); p.logLines(said) }()
+		listened := make(chan struct{})
+		go func() { defer close(listened); p.listen() }()
+		<-logged
+		p.status = p.cmd.Wait()
+		p.control.Close()
+		<-listened
+	} else {
+		p.control.Close()
+	}
+	p.bury()
+	close(p.over)
+}
+
+func enterNetwork(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("opening namespace %s: %w", path, err)
+	}
+	defer f.Close()
+	if err := unix.Setns(int(f.Fd()), unix.CLONE_NEWNET); err != nil {
+		return fmt.Errorf("entering namespace %s: %w", path, err)
+	}
+	return nil
+}
+
+// bury removes what the process leaves: groups, scratch files, and its slots. The kernel has ended
+// all that it had started, with its PID namespace.
+func (p *program) bury() {
+	p.die()
+	p.taking.Wait()
+	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
+	defer cancel()
+	err := p.builder.sweep(ctx)
+	p.mu.Lock()
+	taken := p.taken
+	p.taken = nil
+	p.mu.Unlock()
+	for _, release := range taken {
+		err = errors.Join(err, release(ctx))
+	}
+	if err != nil {
+		p.log.Error("cleaning up after the build program", "error", err)
+	}
+}
+
+// logLines puts what the program writes into the log, until its end.
+func (p *program) logLines(said io.Reader) {
+	lines := bufio.NewReaderSize(said, 8<<10)
+	for {
+		line, _, err := lines.ReadLine() // a longer line comes in pieces
+		if err != nil {
+			return
+		}
+		p.log.Warn("build program", "said", string(line))
+	}
+}
+
+// configure limits the process, which waits, and then tells it how to work.
+func (p *program) configure(ctx context.Context) error {
+	cfg := p.builder.cfg
+	for _, dir := range []string{filepath.Join(cfg.Dir, "scratch"), filepath.Join(cfg.RunDir, "runsc")} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return err
+		}
+	}
+	group := p.builder.groups.Group(filepath.Join(cfg.CgroupParent, "program"))
+	err := group.Make(cgroup.Limits{MemoryBytes: cfg.MemoryBytes, PIDs: programPIDs})
+	if err == nil {
+		err = group.Add(p.cmd.Process.Pid)
+	}
+	if err != nil {
+		return err
+	}
+	c := &wire.Config{Dir: cfg.Dir, RunDir: cfg.RunDir, Runsc: cfg.Runsc, Platform: cfg.Platform,
+		CgroupParent: cfg.CgroupParent, CacheBytes: cfg.CacheBytes, StepDiskBytes: cfg.StepBytes, Steps: cfg.Steps}
+	for _, n := range cfg.Nameservers {
+		c.Nameservers = append(c.Nameservers, n.String())
+	}
+	if err := p.control.Send(wire.Control{Config: c}, nil); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	select {
+	case r := <-p.ready:
+		if r.Error != "" {
+			return errors.New(r.Error)
+		}
+		p.log.Debug("build program started", "snapshotter", r.Snapshotter, "git", r.Git)
+		return nil
+	case <-p.over:
+		return p.end()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// listen answers the program until the connection ends.
+func (p *program) listen() {
+	for {
+		var ask wire.Ask
+		file, err := p.control.Receive(&ask)
+		if file != nil {
+			file.Close() // it has none to give
+		}
+		switch {
+		case errors.Is(err, io.EOF):
+			return
+		case err != nil:
+			p.log.Error("listening to the build program", "error", err)
+			p.kill()
+			return
+		case ask.Ready != nil:
+			select {
+			case p.ready <- ask.Ready:
+			default: // it has said so before
+			}
+		case ask.Take > 0:
+			p.taking.Go(func() { p.give(ask.Take) })
+		case ask.Release > 0:
+			p.taking.Go(func() { p.takeBack(ask.Release) })
+		}
+	}
+}
+
+// give takes a slot for the program and sends it the namespace.
+func (p *program) give(id int64) {
+	namespace, release, err := p.builder.cfg.Slots.Take(p.alive)
+	gift := &wire.SlotGift{ID: id}
+	var file *os.File
+	if err == nil {
+		p.mu.Lock()
+		p.taken[id] = release
+		p.mu.Unlock()
+		file, err = os.Open(namespace)
+	}
+	if err != nil {
+		gift.Error = err.Error()
+		p.takeBack(id)
+	} else {
+		defer file.Close()
+	}
+	if err := p.control.Send(wire.Control{Slot: gift}, file); err != nil && p.alive.Err() == nil {
+		p.log.Error("giving a network to the build program", "error", err)
+	}
+}
+
+func (p *program) takeBack(id int64) {
+	p.mu.Lock()
+	release := p.taken[id]
+	delete(p.taken, id)
+	p.mu.Unlock()
+	if release == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
+	defer cancel()
+	if err := release(ctx); err != nil {
+		p.log.Error("giving a build's network back", "error", err)
+	}
+}
+
+func (p *program) kill() {
+	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		p.log.Error("killing the build program", "error", err)
+	}
+}
+
+func (p *program) ended() bool {
+	select {
+	case <-p.over:
+		return true
+	default:
+		return false
+	}
+}
+
+// end says how the process ended, which it has.
+func (p *program) end() error {
+	if p.status == nil {
+		return errors.New("the build program has ended")
+	}
+	return fmt.Errorf("the build program has ended: %w", p.status)
+}
+
+// stop lets the program close its cache, and kills it if it does not in time.
+func (p *program) stop(ctx context.Context) error {
+	if err := p.control.Hangup(); err != nil {
+		p.kill()
+	}
+	select {
+	case <-p.over:
+		return nil
+	case <-ctx.Done():
+	}
+	p.kill()
+	<-p.over
+	return fmt.Errorf("stopping the build program: %w", ctx.Err())
+}
+
+// cancelTimeout bounds how long the program may take to end a build that is not wanted any more.
+const cancelTimeout = 30 * time.Second
+
+// talk sends a request on a connection of its own, hands what comes to hear, and returns when the
+// program is done with it. When ctx ends, that is when nothing of it runs any more.
+func (p *program) talk(ctx context.Context, r wire.Request, hear func(*wire.Conn, wire.Report)) (*wire.Done, error) {
+	conn, theirs, err := wire.Pair()
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	err = p.control.Send(wire.Control{Build: true}, theirs)
+	theirs.Close()
+	if err == nil {
+		err = conn.Send(r, nil)
+	}
+	if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
+		<-p.over
+		return nil, p.end()
+	}
+	if err != nil {
+		return nil, err
+	}
+	over := make(chan struct{})
+	defer close(over)
+	defer context.AfterFunc(ctx, func() {
+		_ = conn.Hangup() // the program may be gone
+		select {
+		case <-over:
+		case <-time.After(cancelTimeout):
+			p.log.Error("the build program did not end a build in time: it is killed")
+			p.kill()
+		}
+	})()
+	for {
+		var said wire.Report
+		file, err := conn.Receive(&said)
+		if file != nil {
+			file.Close()
+		}
+		switch {
+		case errors.Is(err, io.EOF):
+			// Nothing but its end makes it leave without a word.
+			p.kill()
+			<-p.over
+			return nil, p.end()
+		case err != nil:
+			p.kill() // it talks nonsense
+			return nil, err
+		case said.Done != nil && ctx.Err() != nil:
+			return nil, context.Cause(ctx)
+		case said.Done != nil:
+			return said.Done, nil
+		case hear != nil:
+			hear(conn, said)
+		}
+	}
+}

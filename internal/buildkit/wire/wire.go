@@ -1,0 +1,304 @@
+// Package wire is what the server and cay-buildkit say to each other.
+//
+// There is one control connection for the life of the program, and one connection for each
+// build. Both are pairs of Unix sockets that keep messages apart, of which the program
+// is given its end; nothing listens anywhere. A message is one JSON object and at most
+// one open file. The end of the control connection ends the program, the end of
+// a build's connection ends the build.
+//
+// On the control connection the server says [Control], the program [Ask]. On a build's
+// connection the server says [Request] once and then [Answer], the program [Report].
+package wire
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Control is from the server on the control connection. Exactly one field is set.
+type Control struct {
+	Config *Config   `json:"config,omitempty"` // the first message, and only that
+	Build  bool      `json:"build,omitempty"`  // the file is a connection for a build
+	Slot   *SlotGift `json:"slot,omitempty"`
+}
+
+// Config is how the program works.
+type Config struct {
+	Dir          string   `json:"dir"`     // its cache and scratch; nobody else's
+	RunDir       string   `json:"run_dir"` // short, for gVisor's sockets; nobody else's
+	Runsc        string   `json:"runsc"`
+	Platform     string   `json:"platform"`      // of gVisor: systrap or kvm
+	CgroupParent string   `json:"cgroup_parent"` // groups of steps are made below
+	Nameservers  []string `json:"nameservers"`
+	CacheBytes   int64    `json:"cache_bytes"`
+
+	StepDiskBytes int64 `json:"step_disk_bytes"` // that one step may write
+	Steps         int   `json:"steps"`           // that run at once in one scope
+}
+
+// SlotGift answers an [Ask] for a slot. The file is its network namespace, if Error is empty.
+type SlotGift struct {
+	ID    int64  `json:"id"`
+	Error string `json:"error,omitempty"`
+}
+
+// Ask is from the program on the control connection. Exactly one field is set.
+type Ask struct {
+	Ready   *Ready `json:"ready,omitempty"`   // the first message, and only that
+	Take    int64  `json:"take,omitempty"`    // a slot, under this number
+	Release int64  `json:"release,omitempty"` // the slot of this number, in which nothing runs any more
+}
+
+// Ready says that the program has started, or why not.
+type Ready struct {
+	Snapshotter string `json:"snapshotter,omitempty"`
+	Git         bool   `json:"git,omitempty"` // whether ADD of a git repository works
+	Error       string `json:"error,omitempty"`
+}
+
+// Request is what a connection is for. Exactly one field is set.
+type Request struct {
+	Build *Build `json:"build,omitempty"`
+	Prune *Prune `json:"prune,omitempty"`
+}
+
+// Prune removes what is in the cache and not in use, the longest unused first, until Keep bytes are left.
+type Prune struct {
+	Keep int64 `json:"keep"`
+}
+
+// Build is one Dockerfile to build.
+type Build struct {
+	Context     string            `json:"context"`    // directory of the build context
+	Dockerfile  string            `json:"dockerfile"` // directory that Filename is in
+	Filename    string            `json:"filename"`   // of the Dockerfile
+	Output      string            `json:"output"`     // directory for the image's OCI layout; exists
+	Scope       string            `json:"scope"`      // cache mounts are shared within one
+	Args        map[string]string `json:"args,omitempty"`
+	Target      string            `json:"target,omitempty"`
+	MemoryBytes int64             `json:"memory_bytes"` // limit of one step
+	CPUs        float64           `json:"cpus"`         // limit of one step; 0 is none
+	NoCache     bool              `json:"no_cache,omitempty"`
+}
+
+// Answer is from the server on a build's connection, to a report's Base.
+type Answer struct {
+	Name     string `json:"name"`
+	Layout   string `json:"layout,omitempty"` // directory of an OCI image layout
+	Manifest string `json:"manifest,omitempty"`
+	Error    string `json:"error,omitempty"`
+}
+
+// Report is from the program on a build's connection. Exactly one field is set; Done is
+// the last.
+type Report struct {
+	Base  string `json:"base,omitempty"` // the name of an image that the build needs
+	Event *Event `json:"event,omitempty"`
+	Done  *Done  `json:"done,omitempty"`
+}
+
+// Kinds of [Event].
+const (
+	Began = "began" // a step has begun
+	Log   = "log"   // a step has written Text
+	Ended = "ended" // a step is over
+	Note  = "note"  // something is remarked on: Text
+)
+
+// Event is one piece of a build's progress.
+type Event struct {
+	Kind     string        `json:"kind"`
+	Step     int           `json:"step,omitempty"`   // number in this build, from 1, in order of appearance; 0 is none
+	Name     string        `json:"name,omitempty"`   // as the Dockerfile says it, such as "RUN make"
+	Stage    string        `json:"stage,omitempty"`  // of the Dockerfile; "internal" if the step is not in it
+	Number   int           `json:"number,omitempty"` // in its stage, from 1; 0 if it has none
+	Total    int           `json:"total,omitempty"`  // steps of its stage
+	Stream   string        `json:"stream,omitempty"` // stdout or stderr
+	Text     string        `json:"text,omitempty"`   // as it was written: part of a line, or many
+	Cached   bool          `json:"cached,omitempty"`
+	Error    string        `json:"error,omitempty"`
+	Duration time.Duration `json:"duration,omitempty"`
+	Time     time.Time     `json:"time"`
+}
+
+// Done is the end of a build or a prune.
+type Done struct {
+	Manifest string   `json:"manifest,omitempty"` // digest, in the output's layout
+	Freed    int64    `json:"freed,omitempty"`    // bytes, of a prune
+	Failure  *Failure `json:"failure,omitempty"`
+}
+
+// Kinds of [Failure].
+const (
+	Step       = "step"       // a step failed
+	Dockerfile = "dockerfile" // the Dockerfile cannot be built as it is
+	Base       = "base"       // an image was not given
+	Memory     = "memory"     // a step needed more memory than it may have
+	Disk       = "disk"       // a step wrote more than it may
+	Processes  = "processes"  // a step started more processes than it may
+	Internal   = "internal"   // not the user's doing
+)
+
+// Failure is why a build did not succeed.
+type Failure struct {
+	Kind     string   `json:"kind"`
+	Step     string   `json:"step,omitempty"` // as the user wrote it
+	Line     int      `json:"line,omitempty"` // of the Dockerfile, from 1; 0 if unknown
+	ExitCode int      `json:"exit_code"`      // -1 if no program ended with one
+	Tail     []string `json:"tail,omitempty"` // last lines of the step
+	Message  string   `json:"message"`
+}
+
+// Epoch is the date, in Unix seconds, that nothing in an image is later than, so that the same
+// input gives the same image: the first day that zip files know. Steps see it as
+// SOURCE_DATE_EPOCH, without which programs that note the date of one file in another, as Python
+// does for what it compiles, would find them to differ.
+const Epoch = 315532800
+
+// MaxMessage is the size in bytes that no message exceeds.
+const MaxMessage = 192 << 10
+
+// maxText is how long a text is that is not for reading as a whole, in bytes.
+const maxText = 4 << 10
+
+// Short cuts a text that may be any length, such as an error that quotes a step, to what a
+// message can carry.
+func Short(text string) string {
+	if len(text) <= maxText {
+		return text
+	}
+	return strings.ToValidUTF8(text[:maxText], "") + " …"
+}
+
+// Conn is one end of a connection. Send may be called concurrently, Receive may not.
+type Conn struct {
+	socket *net.UnixConn
+	buf    []byte
+
+	mu sync.Mutex // keeps messages in the order of their Sends
+}
+
+// Pair makes a connection: one end to keep, and one for another process.
+func Pair() (*Conn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("making a pair of sockets: %w", err)
+	}
+	other := os.NewFile(uintptr(fds[1]), "connection")
+	conn, err := Open(os.NewFile(uintptr(fds[0]), "connection"))
+	if err != nil {
+		return nil, nil, errors.Join(err, other.Close())
+	}
+	return conn, other, nil
+}
+
+// Open makes a connection of an end that [Pair] made. It takes the file.
+func Open(file *os.File) (*Conn, error) {
+	defer file.Close()
+	conn, err := net.FileConn(file)
+	if err != nil {
+		return nil, fmt.Errorf("opening a connection: %w", err)
+	}
+	socket, ok := conn.(*net.UnixConn)
+	if !ok {
+		return nil, errors.Join(errors.New("opening a connection: it is no Unix socket"), conn.Close())
+	}
+	// What a message may need, whatever the machine's default is.
+	if err := socket.SetWriteBuffer(MaxMessage + 4<<10); err != nil {
+		return nil, errors.Join(fmt.Errorf("opening a connection: %w", err), socket.Close())
+	}
+	return &Conn{socket: socket, buf: make([]byte, MaxMessage)}, nil
+}
+
+// Close ends the connection; what waits on it returns.
+func (c *Conn) Close() error { return c.socket.Close() }
+
+// Hangup says that nothing more will be sent. What the other end sends still comes.
+func (c *Conn) Hangup() error { return c.socket.CloseWrite() }
+
+// Send sends a message and, if it is not nil, an open file, which stays the caller's.
+func (c *Conn) Send(message any, file *os.File) error {
+	data, err := json.Marshal(message)
+	if err != nil {
+		return fmt.Errorf("encoding a message: %w", err)
+	}
+	if len(data) > MaxMessage {
+		return fmt.Errorf("a message of %d bytes is too long: at most %d", len(data), MaxMessage)
+	}
+	var rights []byte
+	if file != nil {
+		rights = unix.UnixRights(int(file.Fd()))
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, _, err := c.socket.WriteMsgUnix(data, rights, nil); err != nil {
+		return fmt.Errorf("sending a message: %w", err)
+	}
+	return nil
+}
+
+// Receive waits for the next message. The file is nil unless one was sent with it, and
+// belongs to the caller. At the end of the connection the error is [io.EOF].
+func (c *Conn) Receive(message any) (*os.File, error) {
+	rights := make([]byte, unix.CmsgSpace(4*4))
+	n, rightsLen, flags, _, err := c.socket.ReadMsgUnix(c.buf, rights)
+	if errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, net.ErrClosed) {
+		return nil, io.EOF
+	}
+	if err != nil {
+		return nil, fmt.Errorf("receiving a message: %w", err)
+	}
+	file, err := oneFile(rights[:rightsLen])
+	if err != nil {
+		return nil, err
+	}
+	if n == 0 && rightsLen == 0 {
+		return nil, io.EOF // so sockets of this kind say it
+	}
+	if flags&unix.MSG_TRUNC != 0 {
+		err = fmt.Errorf("a message is longer than %d bytes", MaxMessage)
+	} else if err = json.Unmarshal(c.buf[:n], message); err != nil {
+		err = fmt.Errorf("decoding a message: %w", err)
+	}
+	if err != nil && file != nil {
+		file.Close()
+		file = nil
+	}
+	return file, err
+}
+
+// oneFile takes the first open file of what came with a message and closes others.
+func oneFile(rights []byte) (*os.File, error) {
+	if len(rights) == 0 {
+		return nil, nil
+	}
+	messages, err := unix.ParseSocketControlMessage(rights)
+	if err != nil {
+		return nil, fmt.Errorf("receiving a file: %w", err)
+	}
+	var first *os.File
+	for _, m := range messages {
+		fds, err := unix.ParseUnixRights(&m)
+		if err != nil {
+			continue // not files
+		}
+		for _, fd := range fds {
+			unix.CloseOnExec(fd)
+			if first == nil {
+				first = os.NewFile(uintptr(fd), "received")
+			} else {
+				unix.Close(fd)
+			}
+		}
+	}
+	return first, nil
+}

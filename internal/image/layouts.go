@@ -1,0 +1,141 @@
+package image
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+)
+
+// layoutsDir holds the OCI images that were pulled, one layout each. The time of
+// such a directory is when it was last given out.
+const layoutsDir = "layouts"
+
+func (s *Store) layoutPath(id string) string { return filepath.Join(s.cfg.Dir, layoutsDir, id) }
+
+// Hold keeps a layout that [Store.Pull] gave from being removed until release is
+// called. One that is not the store's is not affected.
+func (s *Store) Hold(l Layout) (release func()) {
+	id := filepath.Base(l.Dir)
+	if l.Dir != s.layoutPath(id) {
+		return func() {}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.held[id]++
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.held[id]--; s.held[id] <= 0 {
+			delete(s.held, id)
+		}
+		s.useLayoutLocked(id)
+	}
+}
+
+// useLayoutLocked notes that a layout is wanted now, and reports whether it is there.
+//
+// +checklocks:s.mu
+func (s *Store) useLayoutLocked(id string) bool {
+	now := s.cfg.Now()
+	return os.Chtimes(s.layoutPath(id), now, now) == nil
+}
+
+// placeLayout moves a finished layout to its name.
+func (s *Store) placeLayout(from, to string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.useLayoutLocked(filepath.Base(to)) {
+		return nil // another pull, begun when this one was given up, came first
+	}
+	if err := os.Rename(from, to); err != nil {
+		return fmt.Errorf("naming layout: %w", err)
+	}
+	s.useLayoutLocked(filepath.Base(to))
+	return syncDir(filepath.Dir(to))
+}
+
+// trimLayouts removes pulled layouts, the one that was not wanted for the longest
+// time first, until they fit the budget. One that cannot be removed costs room and
+// is tried again.
+func (s *Store) trimLayouts() {
+	entries, err := os.ReadDir(filepath.Join(s.cfg.Dir, layoutsDir))
+	if err != nil {
+		s.log.Warn("cannot list pulled images", "error", err)
+		return
+	}
+	type layout struct {
+		id   string
+		size int64
+		used time.Time
+	}
+	var all []layout
+	var total int64
+	for _, e := range entries {
+		info, err := e.Info()
+		if err != nil {
+			continue // gone meanwhile
+		}
+		l := layout{e.Name(), treeSize(s.layoutPath(e.Name())), info.ModTime()}
+		total += l.size
+		all = append(all, l)
+	}
+	slices.SortFunc(all, func(a, b layout) int { return a.used.Compare(b.used) })
+	for _, l := range all {
+		if total <= s.cfg.Budget {
+			return
+		}
+		gone, err := s.removeLayout(l.id)
+		if err != nil {
+			s.log.Warn("cannot remove pulled image", "layout", l.id, "error", err)
+		}
+		if gone {
+			total -= l.size
+		}
+	}
+}
+
+// dropLayout removes a layout that is damaged, so that it is pulled again.
+func (s *Store) dropLayout(id string) {
+	aside, err := os.MkdirTemp(s.tmpDir(), "gone-")
+	if err == nil {
+		defer os.RemoveAll(aside) // what is left goes at the next Open
+		err = os.Rename(s.layoutPath(id), filepath.Join(aside, id))
+	}
+	s.log.Error("pulled image is damaged", "layout", id, "removing", err)
+}
+
+// removeLayout removes a layout that nobody holds or was given lately.
+func (s *Store) removeLayout(id string) (bool, error) {
+	aside, err := os.MkdirTemp(s.tmpDir(), "gone-")
+	if err != nil {
+		return false, err
+	}
+	defer os.RemoveAll(aside) // what is left goes at the next Open
+	s.mu.Lock()
+	defer s.mu.Unlock() // held, so that Pull cannot give it out meanwhile
+	info, err := os.Stat(s.layoutPath(id))
+	if err != nil {
+		return false, err
+	}
+	if s.held[id] > 0 || s.cfg.Now().Sub(info.ModTime()) < collectGrace {
+		return false, nil
+	}
+	return true, os.Rename(s.layoutPath(id), filepath.Join(aside, id))
+}
+
+// treeSize is what files below a directory hold, in bytes.
+func treeSize(dir string) (total int64) {
+	// What cannot be read counts as nothing: the sum only chooses what to remove.
+	_ = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+		if err == nil && d.Type().IsRegular() {
+			if info, err := d.Info(); err == nil {
+				total += info.Size()
+			}
+		}
+		return nil
+	})
+	return total
+}

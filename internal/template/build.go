@@ -1,0 +1,464 @@
+package template
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// run is one run of the builder, for one template or for several with the same inputs.
+// Its fields belong to the Service's mu, but for those that never change.
+type run struct {
+	id, org, key string
+	members      []*member
+	cancel       context.CancelCauseFunc // nil until it runs
+	joining      sync.WaitGroup          // those who join it, until they have begun
+	needs        string                  // ID of a template that its FROM names and that is not ready
+	needsName    string
+}
+
+// member is one template of a run.
+type member struct {
+	order
+	journal *journal // nil until it has begun
+	last    string   // image of the version before, where that is gone; of a built-in template
+}
+
+// member finds the one of a template, with the build if that is not "".
+func (r *run) member(template, build string) *member {
+	for _, m := range r.members {
+		if m.template == template && (build == "" || m.build == build) {
+			return m
+		}
+	}
+	return nil
+}
+
+var errCancelled = errors.New("the build was cancelled")
+
+// perform does a run.
+func (s *Service) perform(ctx context.Context, r *run) {
+	defer s.leave(r)
+	s.mu.Lock()
+	members := r.members
+	s.mu.Unlock()
+	if len(members) == 0 {
+		return // cancelled meanwhile
+	}
+	first := members[0].order
+	if first.org != "" {
+		b, err := s.store.GetBuild(ctx, first.template)
+		switch {
+		case err == nil:
+			_ = s.build(ctx, r, b) // is in the row and the log
+		case !fault.Is(err, fault.NotFound): // else it was deleted meanwhile
+			for _, m := range members {
+				s.later(m, fmt.Errorf("reading a build: %w", err))
+			}
+		}
+		return
+	}
+	err := s.ensure(ctx, members[0], r, *s.definition(first.name))
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, waits := s.parked[first.template]; err == nil || ctx.Err() != nil || waits {
+		s.retry.over(first.template)
+		return
+	}
+	delay := s.retry.failed(first, 0)
+	s.log.Error("template build failed", "template", first.name, "retry_in", delay, "error", err)
+}
+
+// later tries a build again that could not be begun or written down.
+func (s *Service) later(m *member, cause error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delay := s.retry.failed(m.order, 0)
+	s.log.Error("cannot do a template build", "template", m.name, "org", m.org, "retry_in", delay, "error", cause)
+	s.stir()
+}
+
+// leave ends a run, and lets those go on that waited for its templates.
+func (s *Service) leave(r *run) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closeLocked(r)
+	if s.running[r.org]--; s.running[r.org] == 0 {
+		delete(s.running, r.org)
+	}
+	for _, m := range r.members {
+		s.unparkLocked(m.template)
+	}
+}
+
+// closeLocked lets nobody join a run any more.
+//
+// +checklocks:s.mu
+func (s *Service) closeLocked(r *run) {
+	if s.runs[r.key] == r {
+		delete(s.runs, r.key)
+	}
+}
+
+// ensure makes sure that a built-in template is ready and its image there.
+func (s *Service) ensure(ctx context.Context, m *member, r *run, d Definition) error {
+	t, err := s.store.GetTemplate(ctx, "", d.Name)
+	if err != nil {
+		return fmt.Errorf("reading template %s: %w", d.Name, err)
+	}
+	refresh := false
+	if t.Image != "" {
+		err := s.builder.Check(ctx, t.Image)
+		switch {
+		case errors.Is(err, ErrImageGone):
+			s.log.Warn("image of template is gone: building it again", "template", t.Name, "image", t.Image, "error", err)
+			m.last = t.Image
+		case err != nil:
+			return fmt.Errorf("checking image of template %s: %w", t.Name, err)
+		case t.Status == Ready && t.Inputs == d.inputs(""):
+			return nil
+		default:
+			refresh = t.Queued() && t.Inputs == d.inputs("") // somebody asked for it to be made anew
+		}
+	}
+	m.build = newID("bld_")
+	_, err = s.store.UpdateTemplate(ctx, t.ID, nil, func(t *Template) error {
+		tries := t.Tries
+		t.begin(m.build)
+		t.Tries = tries
+		if m.last != "" {
+			t.Image = "" // nothing can be made from it until then
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("writing template %s: %w", t.Name, err)
+	}
+	return s.build(ctx, r, Build{Definition: d, Refresh: refresh})
+}
+
+// build runs the builder and writes down how it went, for each template of the run.
+func (s *Service) build(ctx context.Context, r *run, b Build) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	s.mu.Lock()
+	r.cancel = cancel
+	members := r.members
+	s.mu.Unlock()
+	for _, m := range members {
+		s.begin(ctx, r, m)
+	}
+	if s.left(r) == 0 {
+		return nil
+	}
+	start := time.Now()
+	built, err := s.builds(ctx, r, b)
+	took := time.Since(start).Round(time.Second / 10)
+
+	s.mu.Lock()
+	s.closeLocked(r)
+	s.mu.Unlock()
+	r.joining.Wait()
+	s.mu.Lock()
+	members = r.members
+	needs, needsName := r.needs, r.needsName
+	s.mu.Unlock()
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	s.count(ctx, err, needs, took)
+	var errs []error
+	for _, m := range members {
+		if m.journal == nil {
+			continue
+		}
+		var settled error
+		switch {
+		case err == nil:
+			settled = s.succeeded(ctx, m, b, built, took)
+		case needs != "" && ctx.Err() == nil:
+			settled = s.park(ctx, m, needs, needsName)
+		default:
+			settled = s.failed(ctx, m, err)
+		}
+		if settled != nil && !errors.Is(settled, errSettled) && !fault.Is(settled, fault.NotFound) {
+			errs = append(errs, settled)
+			if ctx.Err() == nil && m.org != "" {
+				s.later(m, fmt.Errorf("writing down how it ended: %w", settled))
+			}
+		}
+		s.changed(m.template)
+	}
+	return errors.Join(append(errs, err)...)
+}
+
+// count tells the metrics how a run ended.
+func (s *Service) count(ctx context.Context, err error, needs string, took time.Duration) {
+	switch {
+	case err == nil:
+		s.cfg.Observe("ready", took)
+	case errors.Is(err, errCancelled):
+		s.cfg.Observe("cancelled", took)
+	case ctx.Err() == nil && needs == "":
+		s.cfg.Observe("failed", took)
+	}
+}
+
+// left is how many templates still want a run.
+func (s *Service) left(r *run) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(r.members)
+}
+
+// begin claims a template's build for a run and opens its journal. A build that is not
+// wanted any more leaves the run.
+func (s *Service) begin(ctx context.Context, r *run, m *member) {
+	t, err := s.store.UpdateTemplate(ctx, m.template, nil, func(t *Template) error {
+		if t.BuildID != m.build || !t.Queued() {
+			return errSettled
+		}
+		t.Status, t.Progress, t.UpdatedAt = Building, "starting", now()
+		t.Tries++
+		return nil
+	})
+	if err != nil {
+		if !errors.Is(err, errSettled) && !fault.Is(err, fault.NotFound) && ctx.Err() == nil {
+			s.later(m, fmt.Errorf("beginning it: %w", err))
+		}
+		s.drop(r, m, nil)
+		return
+	}
+	log := s.log.With("template", t.Name, "org", t.OrgID)
+	log.Info("building template")
+	// The last lines are written also when the server stops.
+	j := newJournal(context.WithoutCancel(ctx), func(ctx context.Context, c LogChange, progress string) error {
+		return s.write(ctx, m, c, progress)
+	}, func(err error) { log.Warn("cannot write down what a build says", "error", err) })
+	j.say(Progress{Text: "building template " + t.Name})
+	s.changed(t.ID)
+	s.mu.Lock()
+	m.journal = j
+	gone := r.member(m.template, m.build) == nil // cancelled or deleted meanwhile
+	s.mu.Unlock()
+	if gone {
+		j.close()
+	}
+}
+
+// write writes a batch of a journal and tells those who follow it. Of a build that is
+// not the newest any more nothing is written.
+func (s *Service) write(ctx context.Context, m *member, c LogChange, progress string) error {
+	_, err := s.store.UpdateTemplate(ctx, m.template, nil, func(t *Template) error {
+		if t.BuildID != m.build {
+			return errSettled
+		}
+		if t.Status == Building {
+			t.Progress, t.UpdatedAt = progress, now()
+		}
+		return nil
+	})
+	if err == nil {
+		err = s.store.ChangeTemplateLog(ctx, m.template, c)
+	}
+	if errors.Is(err, errSettled) || fault.Is(err, fault.NotFound) {
+		return nil
+	}
+	s.changed(m.template)
+	return err
+}
+
+// drop takes a template out of its run; cause, if not nil, ends a run that nobody wants
+// any more.
+func (s *Service) drop(r *run, m *member, cause error) {
+	s.mu.Lock()
+	var rest []*member
+	for _, other := range r.members {
+		if other != m {
+			rest = append(rest, other)
+		}
+	}
+	r.members = rest
+	if len(rest) == 0 {
+		s.closeLocked(r)
+		if r.cancel != nil && cause != nil {
+			r.cancel(cause)
+		}
+	}
+	j := m.journal
+	s.mu.Unlock()
+	if j != nil {
+		j.close()
+	}
+}
+
+// builds calls the builder.
+func (s *Service) builds(ctx context.Context, r *run, b Build) (Built, error) {
+	j := Job{ID: r.id, OrgID: r.org, Definition: b.Definition, Refresh: b.Refresh, Timeout: s.cfg.Timeout, MaxDisk: s.cfg.MaxDisk,
+		Base: func(ctx context.Context, name string) (Base, bool, error) { return s.base(ctx, r, name) }}
+	if b.Context != "" {
+		var err error
+		if j.Context, err = s.contexts.Path(b.Context); err != nil {
+			s.log.Error("the context of a build is gone", "context", b.Context, "error", err)
+			return Built{}, &BuildError{ExitCode: -1, Message: "its context is not there any more: rebuild it with one"}
+		}
+	}
+	s.mu.Lock()
+	for _, m := range r.members {
+		if secret, has := s.secrets[m.build]; has {
+			j.Credentials = &secret
+		}
+	}
+	s.mu.Unlock()
+	late := &BuildError{ExitCode: -1, Message: fmt.Sprintf("it was not done within %s", s.cfg.Timeout)}
+	timed, cancel := context.WithTimeoutCause(ctx, s.cfg.Timeout, late)
+	defer cancel()
+	built, err := s.builder.Build(timed, j, func(p Progress) { s.tell(r, p) })
+	if err != nil && ctx.Err() == nil && timed.Err() != nil {
+		if as := new(*BuildError); errors.As(err, as) {
+			late.Step, late.Tail = (*as).Step, (*as).Tail
+		}
+		return Built{}, late
+	}
+	if err == nil {
+		err = checkReady(b.Definition, built)
+	}
+	return built, err
+}
+
+// checkReady refuses a readiness check of nothing.
+func checkReady(d Definition, b Built) error {
+	if d.Ready != nil && d.StartCommand == nil && len(b.Entrypoint)+len(b.Cmd) == 0 {
+		return &BuildError{ExitCode: -1, Message: "it has a readiness check, and neither a start_command nor an ENTRYPOINT or CMD"}
+	}
+	return nil
+}
+
+// tell hands news to every template of a run.
+func (s *Service) tell(r *run, p Progress) {
+	s.mu.Lock()
+	var journals []*journal
+	for _, m := range r.members {
+		if m.journal != nil {
+			journals = append(journals, m.journal)
+		}
+	}
+	s.mu.Unlock()
+	for _, j := range journals {
+		j.say(p)
+	}
+}
+
+// settle changes the row of a build that is still the newest of its template.
+func (s *Service) settle(ctx context.Context, m *member, change func(*Template)) (Template, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
+	defer cancel()
+	return s.store.UpdateTemplate(ctx, m.template, nil, func(t *Template) error {
+		if t.BuildID != m.build {
+			return errSettled
+		}
+		change(t)
+		return nil
+	})
+}
+
+// succeeded writes down a build that went well.
+func (s *Service) succeeded(ctx context.Context, m *member, b Build, built Built, took time.Duration) error {
+	if m.org != "" { // those of a run may differ in what goes over the image
+		var err error
+		if b, err = s.store.GetBuild(ctx, m.template); err != nil {
+			return err
+		}
+	}
+	if err := checkReady(b.Definition, built); err != nil {
+		return s.failed(ctx, m, err)
+	}
+	m.journal.say(Progress{Text: fmt.Sprintf("the image is ready after %v, from %s", took, built.Source)})
+	m.journal.close()
+	t, err := s.settle(ctx, m, func(t *Template) {
+		before := *t
+		before.Image = cmp.Or(m.last, t.Image)
+		b.Definition.describe(t, built)
+		t.Image, t.ImageSize, t.Source, t.Inputs, t.BuiltAt = built.Image, built.Size, built.Source, b.Definition.inputs(b.Context), now()
+		if before.Version == 0 || !sameVersion(before, *t) {
+			t.Version++
+		}
+		t.end(Ready, nil)
+	})
+	s.forget(m)
+	if err == nil {
+		s.log.Info("template is ready", "template", t.Name, "org", t.OrgID, "version", t.Version, "source", t.Source, "took", took)
+	}
+	return err
+}
+
+// sameVersion reports whether sandboxes of both would start alike.
+func sameVersion(a, b Template) bool {
+	return a.Image == b.Image && a.User == b.User && a.Workdir == b.Workdir && maps.Equal(a.Env, b.Env) && digest(a.Start) == digest(b.Start)
+}
+
+// failed writes down a build that did not end well. One that was interrupted because
+// cay stops is pending again; the last ready version stays.
+func (s *Service) failed(ctx context.Context, m *member, cause error) error {
+	if ctx.Err() != nil {
+		m.journal.close()
+		_, err := s.settle(ctx, m, func(t *Template) { t.Status, t.Progress, t.Tries = Pending, "", max(t.Tries-1, 0) })
+		return err
+	}
+	why := new(*BuildError)
+	if !errors.As(cause, why) {
+		*why = &BuildError{ExitCode: -1, Message: cause.Error()}
+	}
+	result := **why
+	for line := range strings.Lines(result.Error()) {
+		m.journal.say(Progress{Text: strings.TrimRight(line, "\n")})
+	}
+	if tail := m.journal.close(); result.Step != "" && len(result.Tail) == 0 {
+		result.Tail = tail[:max(len(tail)-1, 0)] // without the message itself
+	}
+	s.log.Warn("template build failed", "template", m.name, "org", m.org, "error", result.Short())
+	_, err := s.settle(ctx, m, func(t *Template) { t.end(Failed, &result) })
+	s.forget(m)
+	return err
+}
+
+// forget drops the credentials of a build that is over.
+func (s *Service) forget(m *member) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.secrets, m.build)
+	if m.org != "" {
+		s.retry.over(m.template)
+	}
+}
+
+// describe copies what a definition says about sandboxes into the row. The
+// egress policy is not among it: a rebuild does not change that.
+func (d Definition) describe(t *Template, b Built) {
+	t.Description, t.Size, t.DiskMB = d.Description, d.Size, d.DiskMB
+	t.User, _, _ = strings.Cut(b.User, ":") // of its group nobody asks
+	t.Workdir = b.Workdir
+	if d.User != "" {
+		t.User = d.User
+	}
+	if d.Workdir != "" {
+		t.Workdir = d.Workdir
+	}
+	t.Env = map[string]string{}
+	maps.Copy(t.Env, b.Env)
+	maps.Copy(t.Env, d.Env)
+	t.Start = sandbox.Start{Ready: d.Ready}
+	if d.StartCommand != nil {
+		t.Start.Command = *d.StartCommand
+	} else if args := append(append([]string{}, b.Entrypoint...), b.Cmd...); len(args) > 0 {
+		t.Start.Args = args
+	}
+}

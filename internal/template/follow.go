@@ -1,0 +1,96 @@
+package template
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// logPage is how many lines are read of a log at once: one answer of a few hundred KB.
+const logPage = 2000
+
+// Log returns the log of a template's newest build, oldest line first.
+func (s *Service) Log(ctx context.Context, orgID, nameOrID string) ([]LogLine, error) {
+	t, err := s.store.GetTemplate(ctx, orgID, nameOrID)
+	if err != nil {
+		return nil, err
+	}
+	var all []LogLine
+	for after := int64(0); ; after = all[len(all)-1].Seq {
+		lines, err := s.store.TemplateLog(ctx, t.ID, after, logPage)
+		if err != nil {
+			return nil, fmt.Errorf("reading the log of template %s: %w", t.Name, err)
+		}
+		if all = append(all, lines...); len(lines) < logPage {
+			return all, nil
+		}
+	}
+}
+
+// Follow hands the lines of a template's newest build to emit as they are written, those
+// that are there first, and returns the template when the build is over. Of build after
+// only the lines behind number seq are handed over; of another one, all. An error of emit
+// ends it. A server that stops is Unavailable, code "stopping".
+func (s *Service) Follow(ctx context.Context, orgID, nameOrID, after string, seq int64, emit func(build string, lines []LogLine) error) (Template, error) {
+	t, err := s.store.GetTemplate(ctx, orgID, nameOrID)
+	if err != nil {
+		return Template{}, err
+	}
+	for {
+		changed := s.watch(t.ID)
+		if t, err = s.store.GetTemplate(ctx, orgID, t.ID); err != nil {
+			return Template{}, err
+		}
+		if t.BuildID != after {
+			after, seq = t.BuildID, 0
+		}
+		for full := true; full; {
+			lines, err := s.store.TemplateLog(ctx, t.ID, seq, logPage)
+			if err != nil {
+				return Template{}, fmt.Errorf("reading the log of template %s: %w", t.Name, err)
+			}
+			if full = len(lines) == logPage; len(lines) == 0 {
+				break
+			}
+			if err := emit(after, lines); err != nil {
+				return Template{}, err
+			}
+			seq = lines[len(lines)-1].Seq
+		}
+		if !t.Queued() {
+			return t, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return Template{}, context.Cause(ctx)
+		case <-s.hangup:
+			return Template{}, fault.New(fault.Unavailable, "stopping", "the server stops; follow the build again when it is back")
+		}
+	}
+}
+
+// Hangup ends every Follow, also later ones that would have to wait: those who follow a
+// build must not hold up a server that stops.
+func (s *Service) Hangup() { s.once.Do(func() { close(s.hangup) }) }
+
+// watch is closed at the next change of a template or its log.
+func (s *Service) watch(id string) <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.watched[id] == nil {
+		s.watched[id] = make(chan struct{})
+	}
+	return s.watched[id]
+}
+
+// changed tells those who follow a template.
+func (s *Service) changed(id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c := s.watched[id]; c != nil {
+		close(c)
+		delete(s.watched, id)
+	}
+}

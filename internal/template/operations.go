@@ -1,0 +1,284 @@
+package template
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// Caller is who asks.
+type Caller struct {
+	OrgID string
+	// Operator says that the caller runs this machine, and so may have built-in
+	// templates made anew that all use.
+	Operator bool
+}
+
+// Create makes a template and has it built; it returns at once. source is the build
+// context, nil for none; it is read to its end. Errors: Invalid, naming the field;
+// Conflict, code "template_exists", for a name that is taken, by a built-in template too;
+// Exhausted, code "quota_exceeded"; TooLarge, code "context_too_large"; NoSpace, code
+// "disk_full".
+func (s *Service) Create(ctx context.Context, c Caller, r Request, source io.Reader) (Template, error) {
+	if err := r.check(s.cfg, source != nil); err != nil {
+		return Template{}, err
+	}
+	taken := fault.New(fault.Conflict, "template_exists", "there is a template %q already", r.Name)
+	if s.definition(r.Name) != nil {
+		return Template{}, taken
+	}
+	// Before the context is read, which may be much.
+	if _, err := s.store.GetTemplate(ctx, c.OrgID, r.Name); err == nil {
+		return Template{}, taken
+	} else if !fault.Is(err, fault.NotFound) {
+		return Template{}, err
+	}
+	b := Build{Definition: r.Definition, Private: r.Credentials != nil}
+	var err error
+	if b.Context, err = s.putContext(ctx, source); err != nil {
+		return Template{}, err
+	}
+	t := Template{ID: newID("tpl_"), OrgID: c.OrgID, Name: r.Name, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, CreatedAt: now()}
+	if r.Egress != nil {
+		t.Egress = *r.Egress
+	}
+	b.Definition.describe(&t, Built{})
+	t.begin(newID("bld_"))
+	if err := s.store.InsertTemplate(ctx, t, &b, s.cfg.MaxTemplates); err != nil {
+		return Template{}, err
+	}
+	s.ask(ctx, t, b, r.Credentials)
+	return t, nil
+}
+
+// ask queues a build that is written down.
+func (s *Service) ask(ctx context.Context, t Template, b Build, secret *Credentials) {
+	if secret != nil {
+		s.mu.Lock()
+		s.secrets[t.BuildID] = *secret
+		s.mu.Unlock()
+	}
+	s.log.Info("template build asked for", "template", t.Name, "org", t.OrgID, "build", t.BuildID)
+	s.changed(t.ID)
+	s.enqueue(context.WithoutCancel(ctx), order{template: t.ID, org: t.OrgID, name: t.Name, build: t.BuildID, key: s.key(t.OrgID, t.BuildID, b)})
+}
+
+// putContext stores a context; "" for none.
+func (s *Service) putContext(ctx context.Context, source io.Reader) (string, error) {
+	if source == nil {
+		return "", nil
+	}
+	const block = 512 // bytes of a tar's first header
+	buffered := bufio.NewReaderSize(source, block)
+	head, err := buffered.Peek(block)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return "", err
+	}
+	if !isTar(head) {
+		return "", invalid("context", "must be a tar, plain or compressed with gzip")
+	}
+	hash, _, err := s.contexts.Put(ctx, buffered, s.cfg.ContextLimit)
+	if f := fault.As(err); f != nil && f.Kind == fault.TooLarge {
+		return "", fault.New(fault.TooLarge, "context_too_large", "the context has more than %d MiB; a .dockerignore leaves out what the build does not need", s.cfg.ContextLimit>>20)
+	}
+	return hash, err
+}
+
+// isTar reports whether a file that begins so can be a tar, plain or compressed.
+func isTar(head []byte) bool {
+	if len(head) >= 2 && head[0] == 0x1f && head[1] == 0x8b {
+		return true
+	}
+	if len(head) < 512 {
+		return false
+	}
+	// The sum of the header, with spaces for the sum itself; an empty tar is zeros.
+	const at, length = 148, 8
+	sum, said := int64(0), int64(0)
+	for i, c := range head[:512] {
+		switch {
+		case i < at || i >= at+length:
+			sum += int64(c)
+		case c >= '0' && c <= '7':
+			said = said*8 + int64(c-'0')
+		}
+	}
+	return sum == 0 || sum+' '*length == said
+}
+
+// Rebuild has a template built again; it returns at once, and the last ready version is
+// used until the new one is ready, and after a failure. Without a request (nil, or one
+// that has only credentials) it is made from the same inputs, and what changes by itself
+// is looked up anew; else from those of the request, which does nothing if they are those
+// of the ready version. What sandboxes may reach by default is not changed.
+//
+// Errors are as Create's, and: Conflict, code "build_in_progress", while another build of
+// the template waits or runs; Denied, code "template_builtin", for a built-in template,
+// but that everybody may have one built that never was, and the operator all, without a
+// request.
+func (s *Service) Rebuild(ctx context.Context, c Caller, nameOrID string, r *Request, source io.Reader) (Template, error) {
+	t, err := s.store.GetTemplate(ctx, c.OrgID, nameOrID)
+	if err != nil {
+		return Template{}, err
+	}
+	if t.Builtin() {
+		if r != nil || source != nil || t.Version > 0 && !c.Operator {
+			return Template{}, readOnly(t)
+		}
+		return s.rebuildBuiltin(ctx, t)
+	}
+	b, secret, err := s.newBuild(ctx, t, r, source)
+	if err != nil {
+		return Template{}, err
+	}
+	inputs := b.Definition.inputs(b.Context)
+	if t.Queued() {
+		prior, err := s.store.GetBuild(ctx, t.ID)
+		if err != nil {
+			return Template{}, err
+		}
+		if prior.Definition.inputs(prior.Context) == inputs && secret == nil {
+			return t, nil // that one will do
+		}
+	} else if !b.Refresh && t.Status == Ready && t.Inputs == inputs {
+		return t, nil
+	}
+	id := newID("bld_")
+	t, err = s.store.UpdateTemplate(ctx, t.ID, &b, func(t *Template) error {
+		if t.Queued() {
+			return fault.New(fault.Conflict, "build_in_progress", "a build of template %q is %s: wait for it or cancel it", t.Name, t.Status)
+		}
+		t.begin(id)
+		return nil
+	})
+	if err != nil {
+		return Template{}, err
+	}
+	s.ask(ctx, t, b, secret)
+	return t, nil
+}
+
+func readOnly(t Template) error {
+	return fault.New(fault.Denied, "template_builtin", "template %q is built in and read-only; copy its definition to make one of your own", t.Name)
+}
+
+// newBuild is what a rebuild is made from.
+func (s *Service) newBuild(ctx context.Context, t Template, r *Request, source io.Reader) (Build, *Credentials, error) {
+	again := r == nil || r.onlyCredentials() && source == nil
+	if again {
+		b, err := s.store.GetBuild(ctx, t.ID)
+		if err != nil {
+			return Build{}, nil, err
+		}
+		b.Refresh, b.Private = true, r != nil && r.Credentials != nil
+		if !b.Private {
+			return b, nil, nil
+		}
+		whole := Request{Definition: b.Definition, Credentials: r.Credentials}
+		return b, r.Credentials, whole.checkCredentials()
+	}
+	if r.Egress != nil {
+		return Build{}, nil, fault.InField("invalid_egress", "egress", "is not changed by a rebuild: leave it out")
+	}
+	r.Name = t.Name
+	if err := r.check(s.cfg, source != nil); err != nil {
+		return Build{}, nil, err
+	}
+	hash, err := s.putContext(ctx, source)
+	return Build{Definition: r.Definition, Context: hash, Private: r.Credentials != nil}, r.Credentials, err
+}
+
+// rebuildBuiltin has a built-in template looked at and made anew.
+func (s *Service) rebuildBuiltin(ctx context.Context, t Template) (Template, error) {
+	if s.definition(t.Name) == nil {
+		return Template{}, readOnly(t) // an older cay had it
+	}
+	t, err := s.store.UpdateTemplate(ctx, t.ID, nil, func(t *Template) error {
+		if t.Status != Building {
+			t.begin(t.BuildID)
+		}
+		return nil
+	})
+	if err != nil {
+		return Template{}, err
+	}
+	s.mu.Lock()
+	delete(s.retry.due, t.ID) // who asks does not want to wait
+	s.mu.Unlock()
+	s.enqueue(ctx, builtinOrder(t))
+	return t, nil
+}
+
+// Cancel ends the build of a template that waits or runs: the template has failed, and
+// its last ready version stays in use. A run that other templates share goes on for them.
+// Conflict, code "no_build", when there is none; Denied, code "template_builtin", for a
+// built-in template.
+func (s *Service) Cancel(ctx context.Context, c Caller, nameOrID string) (Template, error) {
+	t, err := s.store.GetTemplate(ctx, c.OrgID, nameOrID)
+	if err != nil {
+		return Template{}, err
+	}
+	if t.Builtin() {
+		return Template{}, readOnly(t)
+	}
+	build := ""
+	t, err = s.store.UpdateTemplate(ctx, t.ID, nil, func(t *Template) error {
+		if !t.Queued() {
+			return fault.New(fault.Conflict, "no_build", "no build of template %q waits or runs", t.Name)
+		}
+		build = t.BuildID
+		t.end(Failed, &BuildError{ExitCode: -1, Message: "it was cancelled"})
+		return nil
+	})
+	if err != nil {
+		return Template{}, err
+	}
+	s.log.Info("template build cancelled", "template", t.Name, "org", t.OrgID)
+	s.withdraw(t.ID, build)
+	return t, nil
+}
+
+// withdraw takes a build out of wherever it is.
+func (s *Service) withdraw(template, build string) {
+	s.mu.Lock()
+	s.queue.remove(template)
+	s.retry.over(template)
+	delete(s.parked, template)
+	delete(s.secrets, build)
+	var in *run
+	var as *member
+	for _, r := range s.runs {
+		if m := r.member(template, build); m != nil {
+			in, as = r, m
+		}
+	}
+	s.unparkLocked(template)
+	s.mu.Unlock()
+	if in != nil {
+		s.drop(in, as, errCancelled)
+	}
+	s.changed(template)
+}
+
+// Delete removes a template and ends its build. While sandboxes of it are not over it is
+// Conflict, code "template_in_use", unless force; they go on, with the image they have.
+// Denied, code "template_builtin", for a built-in template.
+func (s *Service) Delete(ctx context.Context, c Caller, nameOrID string, force bool) error {
+	t, err := s.store.GetTemplate(ctx, c.OrgID, nameOrID)
+	if err != nil {
+		return err
+	}
+	if t.Builtin() {
+		return readOnly(t)
+	}
+	if err := s.store.DeleteTemplate(ctx, t.ID, force); err != nil {
+		return err
+	}
+	s.log.Info("template deleted", "template", t.Name, "org", t.OrgID)
+	s.withdraw(t.ID, t.BuildID)
+	return nil
+}

@@ -1,0 +1,142 @@
+package template
+
+import (
+	"cmp"
+	"slices"
+	"time"
+)
+
+// order is a build that was asked for.
+type order struct {
+	template string // ID
+	org      string // "" for built-in templates
+	name     string
+	build    string // ID of the build; "" for built-in templates, whose builds get theirs when they start
+	key      string // equal ones share a run
+	first    bool   // somebody waits for it
+}
+
+// queue is the builds that wait for their turn. It is fair: the organization that was
+// served the longest time ago comes first, and built-in templates together are like
+// one more organization; inside one, builds somebody waits for come before the others,
+// then the one that was asked for first. It is not safe for concurrent use.
+type queue struct {
+	orders []order
+	served map[string]int // by organization: the count of turns at its last one
+	turns  int
+}
+
+// add appends an order, unless one of its template is there.
+func (q *queue) add(o order) {
+	if !q.has(o.template) {
+		q.orders = append(q.orders, o)
+	}
+}
+
+func (q *queue) has(template string) bool {
+	return slices.ContainsFunc(q.orders, func(o order) bool { return o.template == template })
+}
+
+// prefer lets an order go before the others of its organization; built-in templates,
+// which everybody uses, before all.
+func (q *queue) prefer(template string) {
+	for i := range q.orders {
+		if q.orders[i].template == template {
+			q.orders[i].first = true
+		}
+	}
+}
+
+// remove takes the order of a template out.
+func (q *queue) remove(template string) {
+	q.orders = slices.DeleteFunc(q.orders, func(o order) bool { return o.template == template })
+}
+
+// next takes the order whose turn it is among the organizations that may, together with
+// those that share its run; nil if there is none.
+func (q *queue) next(may func(org string) bool) []order {
+	best := -1
+	for i, o := range q.orders {
+		if may(o.org) && (best < 0 || q.before(o, q.orders[best])) {
+			best = i
+		}
+	}
+	if best < 0 {
+		return nil
+	}
+	chosen := q.orders[best]
+	var out []order
+	q.orders = slices.DeleteFunc(q.orders, func(o order) bool {
+		if o.key == chosen.key {
+			out = append(out, o)
+		}
+		return o.key == chosen.key
+	})
+	q.turns++
+	q.served[chosen.org] = q.turns
+	return out
+}
+
+// before reports whether a has its turn before b, which was asked for earlier.
+func (q *queue) before(a, b order) bool {
+	if x, y := a.org == "" && a.first, b.org == "" && b.first; x != y {
+		return x
+	}
+	if a.org != b.org {
+		return q.served[a.org] < q.served[b.org]
+	}
+	return a.first && !b.first
+}
+
+// retries is when failed builds of built-in templates are tried again: later and later.
+// It is not safe for concurrent use.
+type retries struct {
+	due   map[string]retry // by template
+	delay map[string]time.Duration
+}
+
+type retry struct {
+	order order
+	at    time.Time
+}
+
+// failed notes a failure and returns after how long it is tried again, at least least.
+func (r *retries) failed(o order, least time.Duration) time.Duration {
+	delay := max(min(max(2*r.delay[o.template], retryFirst), retryMost), least)
+	r.delay[o.template] = delay
+	r.due[o.template] = retry{o, time.Now().Add(delay)}
+	return delay
+}
+
+// over forgets a template.
+func (r *retries) over(template string) {
+	delete(r.delay, template)
+	delete(r.due, template)
+}
+
+// take takes out those that are due, the first one before the others.
+func (r *retries) take() []order {
+	var due []retry
+	for template, next := range r.due {
+		if !next.at.After(time.Now()) {
+			due = append(due, next)
+			delete(r.due, template)
+		}
+	}
+	slices.SortFunc(due, func(a, b retry) int { return cmp.Or(a.at.Compare(b.at), cmp.Compare(a.order.name, b.order.name)) })
+	var orders []order
+	for _, next := range due {
+		orders = append(orders, next.order)
+	}
+	return orders
+}
+
+// next is when the first one is due; the zero time if there is none.
+func (r *retries) next() (at time.Time) {
+	for _, next := range r.due {
+		if at.IsZero() || next.at.Before(at) {
+			at = next.at
+		}
+	}
+	return at
+}

@@ -1,0 +1,114 @@
+package template
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// Register writes the rows of built-in templates that are new, takes up the builds that
+// the last server did not end, and queues what is to be looked after. Call it once,
+// before anybody asks for a template.
+func (s *Service) Register(ctx context.Context) error {
+	for _, d := range s.cfg.Builtins {
+		t, err := s.store.GetTemplate(ctx, "", d.Name)
+		asked := slices.Contains(s.cfg.Prepare, d.Name)
+		switch {
+		case fault.Is(err, fault.NotFound):
+			t = Template{ID: newID("tpl_"), Name: d.Name, Status: Pending, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, CreatedAt: now()}
+			t.UpdatedAt = t.CreatedAt
+			d.describe(&t, Built{})
+			if !asked {
+				t.Progress = lazy
+			}
+			if err := s.store.InsertTemplate(ctx, t, nil, 0); err != nil {
+				return fmt.Errorf("writing template %s: %w", t.Name, err)
+			}
+		case err != nil:
+			return fmt.Errorf("reading template %s: %w", d.Name, err)
+		default:
+			asked = asked || t.Queued() || t.Version > 0 || t.Status == Failed
+			if t, err = s.store.UpdateTemplate(ctx, t.ID, nil, func(t *Template) error {
+				if t.Status == Building || t.Status == Pending {
+					t.Status, t.Progress = Pending, ""
+				}
+				if !asked {
+					t.Progress = lazy
+				}
+				return nil
+			}); err != nil {
+				return fmt.Errorf("writing template %s: %w", t.Name, err)
+			}
+		}
+		switch {
+		case t.Tries >= maxTries:
+			if err := s.tooOften(ctx, t, retryMost); err != nil {
+				return err
+			}
+		case asked:
+			s.enqueue(ctx, builtinOrder(t))
+		}
+	}
+	return s.resume(ctx)
+}
+
+// lazy is the progress of a built-in template that nobody has asked for.
+const lazy = "is built when it is first asked for"
+
+// resume takes up the builds of organizations' templates that the last server left.
+func (s *Service) resume(ctx context.Context) error {
+	queued, err := s.store.QueuedTemplates(ctx)
+	if err != nil {
+		return fmt.Errorf("listing builds: %w", err)
+	}
+	for _, t := range queued {
+		if t.Builtin() {
+			continue
+		}
+		b, err := s.store.GetBuild(ctx, t.ID)
+		if err != nil {
+			return fmt.Errorf("reading the build of template %s: %w", t.ID, err)
+		}
+		switch {
+		case t.Tries >= maxTries:
+			err = s.tooOften(ctx, t, 0)
+		case b.Private:
+			err = s.giveUp(ctx, t, "the server was restarted, and it keeps registry credentials in memory alone: rebuild the template with them")
+		default:
+			_, err = s.store.UpdateTemplate(ctx, t.ID, nil, func(t *Template) error {
+				t.Status, t.Progress = Pending, ""
+				return nil
+			})
+			s.enqueue(ctx, order{template: t.ID, org: t.OrgID, name: t.Name, build: t.BuildID, key: s.key(t.OrgID, t.BuildID, b)})
+		}
+		if err != nil {
+			return fmt.Errorf("taking up the build of template %s: %w", t.ID, err)
+		}
+	}
+	return nil
+}
+
+// tooOften ends a build that no server has lived to end; one of a built-in template
+// waits long before it is tried again.
+func (s *Service) tooOften(ctx context.Context, t Template, wait time.Duration) error {
+	if wait > 0 {
+		s.mu.Lock()
+		s.retry.failed(builtinOrder(t), wait)
+		s.mu.Unlock()
+	}
+	return s.giveUp(ctx, t, fmt.Sprintf("the server ended during each of %d tries", t.Tries))
+}
+
+func (s *Service) giveUp(ctx context.Context, t Template, why string) error {
+	s.log.Error("template build given up", "template", t.Name, "org", t.OrgID, "error", why)
+	_, err := s.store.UpdateTemplate(ctx, t.ID, nil, func(t *Template) error {
+		t.end(Failed, &BuildError{ExitCode: -1, Message: why})
+		return nil
+	})
+	s.changed(t.ID)
+	return err
+}

@@ -1,0 +1,202 @@
+package template
+
+import (
+	"fmt"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// Limits of a request, so that a row and a build stay of a size that people can look at.
+const (
+	MaxDescription = 1024 // bytes
+	MaxDockerfile  = 512 << 10
+	MaxPath        = 4096 // bytes; Linux takes no longer ones
+	MaxReference   = 512  // bytes
+	MaxPackages    = 500
+	MaxCredential  = 16 << 10 // bytes of a user name or a password; tokens are long
+
+	// DefaultSuite is the Debian suite when none is named.
+	DefaultSuite = "bookworm"
+)
+
+// Request asks for a template, or for a build of one that is there.
+type Request struct {
+	Definition                  // without what only built-in ones have
+	Egress      *sandbox.Egress // nil is allow_all
+	Credentials *Credentials
+}
+
+// onlyCredentials reports whether the request says nothing but how to open a registry.
+func (r Request) onlyCredentials() bool {
+	return r.Egress == nil && digest(r.Definition) == digest(Definition{Name: r.Name})
+}
+
+// What may stand in a definition.
+var (
+	runAsPattern   = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
+	suitePattern   = regexp.MustCompile(`^[a-z][a-z0-9-]{0,63}$`)
+	packagePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9+.-]{1,127}(:[a-z0-9-]+)?(=[A-Za-z0-9.+:~-]+)?$`)
+	targetPattern  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
+	hostPattern    = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]{1,5})?$`)
+	// The grammar of references as Docker and the OCI have it.
+	referencePattern = regexp.MustCompile(`^([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]{1,5})?/)?` +
+		`[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*` +
+		`(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
+)
+
+func invalid(field, detail string, args ...any) error {
+	code, _, _ := strings.Cut(field, ".")
+	code, _, _ = strings.Cut(code, "[")
+	return fault.InField("invalid_"+code, field, detail, args...)
+}
+
+// check refuses what is wrong in the request by itself, and completes it. withContext
+// says that a context comes with it.
+func (r *Request) check(cfg Config, withContext bool) error {
+	if !namePattern.MatchString(r.Name) {
+		return invalid("name", "must be 1 to 63 of a-z, 0-9 and -, and not begin with -")
+	}
+	if len(r.Description) > MaxDescription || !utf8.ValidString(r.Description) {
+		return invalid("description", "must be text of at most %d bytes", MaxDescription)
+	}
+	if err := r.checkSource(withContext); err != nil {
+		return err
+	}
+	if err := r.checkCredentials(); err != nil {
+		return err
+	}
+	if err := sandbox.CheckEnv(r.Env); err != nil {
+		return err
+	}
+	if r.Workdir != "" && (!path.IsAbs(r.Workdir) || len(r.Workdir) > MaxPath || strings.ContainsRune(r.Workdir, 0)) {
+		return invalid("workdir", "must be an absolute path of at most %d bytes", MaxPath)
+	}
+	if r.User != "" && !runAsPattern.MatchString(r.User) {
+		return invalid("user", "must be the name or number of a user")
+	}
+	if r.Size != "" && !slices.Contains(cfg.Sizes, r.Size) {
+		return invalid("size", "%.100q is none of the sizes in GET /v1/sizes", r.Size)
+	}
+	if r.DiskMB != 0 && (r.DiskMB < sandbox.MinDiskMB || r.DiskMB > cfg.MaxDiskMB) {
+		return invalid("disk_size_mb", "must be between %d and %d", sandbox.MinDiskMB, cfg.MaxDiskMB)
+	}
+	return r.checkStart()
+}
+
+func (r *Request) checkSource(withContext bool) error {
+	given := 0
+	for _, is := range []bool{r.Image != "", r.Dockerfile != "", r.Debian != nil} {
+		if is {
+			given++
+		}
+	}
+	if given != 1 {
+		return fault.New(fault.Invalid, "invalid_source", "one of image, dockerfile and debian is needed, and no more than one")
+	}
+	switch {
+	case r.Dockerfile != "" && withContext:
+		if err := checkInContext("dockerfile", r.Dockerfile); err != nil {
+			return err
+		}
+	case r.Dockerfile != "":
+		if len(r.Dockerfile) > MaxDockerfile || !utf8.ValidString(r.Dockerfile) || strings.ContainsRune(r.Dockerfile, 0) {
+			return invalid("dockerfile", "must be the text of a Dockerfile of at most %d bytes when no context comes with it", MaxDockerfile)
+		}
+		if !strings.Contains(strings.ToUpper(r.Dockerfile), "FROM") {
+			return invalid("dockerfile", "has no FROM: without a context it is the text of the Dockerfile, not its path")
+		}
+	case r.Image != "" && withContext:
+		if err := checkInContext("image", r.Image); err != nil {
+			return err
+		}
+	case r.Image != "":
+		if len(r.Image) > MaxReference || !referencePattern.MatchString(r.Image) {
+			return invalid("image", "%.200q is not a reference such as docker.io/library/alpine:3.22 or ghcr.io/a/b@sha256:…", r.Image)
+		}
+	default:
+		if err := r.checkDebian(withContext); err != nil {
+			return err
+		}
+	}
+	if r.Dockerfile == "" && len(r.BuildArgs) > 0 {
+		return invalid("build_args", "are for a dockerfile")
+	}
+	if r.Dockerfile == "" && r.Target != "" {
+		return invalid("target", "is for a dockerfile")
+	}
+	if r.Target != "" && !targetPattern.MatchString(r.Target) {
+		return invalid("target", "must be the name or number of a stage")
+	}
+	if err := sandbox.CheckEnv(r.BuildArgs); err != nil {
+		f := fault.As(err)
+		return invalid("build_args"+strings.TrimPrefix(f.Field, "env"), "%s", f.Detail)
+	}
+	return nil
+}
+
+// checkInContext refuses paths that lead out of a context.
+func checkInContext(field, p string) error {
+	if p != path.Clean(p) || p == "." && field != "image" || path.IsAbs(p) || p == ".." || strings.HasPrefix(p, "../") || len(p) > MaxPath || strings.ContainsRune(p, 0) || !utf8.ValidString(p) {
+		return invalid(field, "must be a path in the context, such as %s, without .. and without ./ before it",
+			map[string]string{"dockerfile": "Dockerfile or build/Dockerfile", "image": "image.tar, or . for the context itself"}[field])
+	}
+	return nil
+}
+
+func (r *Request) checkDebian(withContext bool) error {
+	if withContext {
+		return invalid("context", "is for a dockerfile or an image")
+	}
+	d := Debian{Suite: r.Debian.Suite, Packages: r.Debian.Packages}
+	if d.Suite == "" {
+		d.Suite = DefaultSuite
+	}
+	r.Debian = &d
+	if !suitePattern.MatchString(d.Suite) {
+		return invalid("debian.suite", "%.100q is not a suite such as bookworm", d.Suite)
+	}
+	if len(d.Packages) > MaxPackages {
+		return invalid("debian.packages", "has %d entries; at most %d", len(d.Packages), MaxPackages)
+	}
+	for i, p := range d.Packages {
+		if !packagePattern.MatchString(p) {
+			return invalid(fmt.Sprintf("debian.packages[%d]", i), "%.100q is not the name of a package, with =VERSION if need be", p)
+		}
+	}
+	return nil
+}
+
+func (r *Request) checkCredentials() error {
+	c := r.Credentials
+	switch {
+	case c == nil:
+		return nil
+	case r.Debian != nil:
+		return invalid("credentials", "are for an image or a dockerfile")
+	case c.Username == "" || len(c.Username) > MaxCredential:
+		return invalid("credentials.username", "must be 1 to %d bytes", MaxCredential)
+	case c.Password == "" || len(c.Password) > MaxCredential:
+		return invalid("credentials.password", "must be 1 to %d bytes", MaxCredential)
+	case c.Registry != "" && !hostPattern.MatchString(c.Registry):
+		return invalid("credentials.registry", "must be the host of a registry such as ghcr.io or registry.example.com:5000")
+	case c.Registry == "" && r.Dockerfile != "":
+		return invalid("credentials.registry", "is needed with a dockerfile: it says which of the registries it names may see them")
+	}
+	return nil
+}
+
+func (r *Request) checkStart() error {
+	start := sandbox.Start{Ready: r.Ready}
+	if r.StartCommand != nil {
+		start.Command = *r.StartCommand
+	} else if r.Ready != nil && r.Debian == nil {
+		start.Command = "what the image says"
+	}
+	return start.Check()
+}

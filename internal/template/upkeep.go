@@ -1,0 +1,113 @@
+package template
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+)
+
+// lookAfter queues the built-in templates to be looked at, but for those that nobody
+// has asked for.
+func (s *Service) lookAfter(ctx context.Context) {
+	for _, d := range s.cfg.Builtins {
+		t, err := s.store.GetTemplate(ctx, "", d.Name)
+		if err != nil {
+			s.log.Error("cannot look after template", "template", d.Name, "error", err)
+			continue
+		}
+		if t.Version > 0 || t.Queued() {
+			s.enqueue(ctx, builtinOrder(t))
+		}
+	}
+}
+
+// checkSuspects builds the templates again whose images are gone.
+func (s *Service) checkSuspects(ctx context.Context) {
+	s.mu.Lock()
+	suspects := s.suspect
+	s.suspect = map[string]bool{}
+	s.mu.Unlock()
+	for image := range suspects {
+		if err := s.checkImage(ctx, image); err != nil {
+			s.log.Error("cannot look after an image", "image", image, "error", err)
+		}
+	}
+}
+
+func (s *Service) checkImage(ctx context.Context, image string) error {
+	if err := s.builder.Check(ctx, image); !errors.Is(err, ErrImageGone) {
+		return err
+	}
+	templates, err := s.store.TemplatesWithImage(ctx, image)
+	if err != nil {
+		return fmt.Errorf("listing templates: %w", err)
+	}
+	var errs []error
+	for _, t := range templates {
+		switch {
+		case !t.Builtin():
+			errs = append(errs, s.rebuildGone(ctx, t, image))
+		case s.definition(t.Name) != nil:
+			s.enqueue(ctx, builtinOrder(t)) // looks for itself
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// rebuildGone builds a template again whose image is gone. What is made from it until
+// then finds no image.
+func (s *Service) rebuildGone(ctx context.Context, t Template, image string) error {
+	s.log.Warn("image of template is gone: building it again", "template", t.Name, "org", t.OrgID, "image", image)
+	b, err := s.store.GetBuild(ctx, t.ID)
+	if err != nil {
+		return fmt.Errorf("reading the build of template %s: %w", t.ID, err)
+	}
+	b.Refresh, b.Private = false, false
+	id := newID("bld_")
+	t, err = s.store.UpdateTemplate(ctx, t.ID, &b, func(t *Template) error {
+		if t.Image != image || t.Queued() {
+			return errSettled
+		}
+		t.begin(id)
+		return nil
+	})
+	if errors.Is(err, errSettled) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("writing template %s: %w", t.ID, err)
+	}
+	s.changed(t.ID)
+	s.enqueue(ctx, order{template: t.ID, org: t.OrgID, name: t.Name, build: id, key: s.key(t.OrgID, id, b)})
+	return nil
+}
+
+// Collect removes the images and the contexts that nothing needs.
+func (s *Service) Collect(ctx context.Context) (removed []string, freed int64, err error) {
+	templates, err := s.store.TemplateImages(ctx)
+	if err != nil {
+		return nil, 0, fmt.Errorf("listing images of templates: %w", err)
+	}
+	sandboxes, err := s.users.Images(ctx)
+	if err != nil {
+		return nil, 0, fmt.Errorf("listing images of sandboxes: %w", err)
+	}
+	contexts, err := s.store.TemplateContexts(ctx)
+	if err != nil {
+		return nil, 0, fmt.Errorf("listing contexts: %w", err)
+	}
+	removed, freed, err = s.builder.Collect(ctx, slices.Concat(templates, sandboxes))
+	gone, bytes, contextErr := s.contexts.Collect(contexts)
+	return append(removed, gone...), freed + bytes, errors.Join(err, contextErr)
+}
+
+func (s *Service) collect(ctx context.Context) {
+	removed, freed, err := s.Collect(ctx)
+	if err != nil && ctx.Err() == nil {
+		s.log.Error("cannot remove unused images and contexts", "error", err)
+	}
+	if len(removed) > 0 {
+		s.log.Info("removed unused images and contexts", "names", removed, "freed_bytes", freed)
+	}
+}
