@@ -13,8 +13,8 @@ import (
 const maxAccounts = 1 << 20 // bytes
 
 // searchPath is where programs of Require are looked for: what a login shell
-// and sudo search.
-var searchPath = []string{"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"}
+// and sudo search, and where Go's own images have it.
+var searchPath = []string{"/usr/local/go/bin", "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"}
 
 // setUp changes the tree as a Setup says. No code of the image runs.
 func (t *tree) setUp(s Setup) error {

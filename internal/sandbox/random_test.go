@@ -121,7 +121,9 @@ func (l *lives) inject(s step) error {
 	after := func(ctx context.Context, id sandbox.ID) error { // what of it happens before the fault
 		switch s.fault {
 		case "fails, kills, new point":
-			_, _ = n.Checkpoint(ctx, id)
+			if row, err := l.db.Get(ctx, id); err == nil && row.Mode == sandbox.Persistent { // others never have one
+				_, _ = n.Checkpoint(ctx, id)
+			}
 			n.Kill(id)
 		case "fails and kills":
 			n.Kill(id)
