@@ -7,7 +7,6 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -169,29 +168,90 @@ func TestPoolOutlivesTheServer(t *testing.T) {
 	}
 }
 
-// TestPoolKilledAtAnyMoment kills the server with SIGKILL while it claims and refills.
-// After each start every sandbox that runs works, and the host has nothing but those and
-// a full pool.
+// TestPoolOfATemplate: of a template with a service the pool has the service running, and
+// it follows the template to its next version and to its end.
+func TestPoolOfATemplate(t *testing.T) {
+	s, tiny := newBuilder(t, "CAY_POOL_ENABLED=true")
+	s.needBuilt(object{"name": "web", "image": tiny, "env": object{"SAYS": "one"}, "ready": object{"port": 8000},
+		"start_command": "mkdir /www; echo $SAYS $(head -c 8 /dev/urandom | sha256sum) >/www/index.html; exec httpd -f -p 8000 -h /www"}, nil)
+	const ask = "wget -q -O - http://127.0.0.1:8000/"
+	web := func(source string, request object) string {
+		t.Helper()
+		request["template"] = "web"
+		id := s.createFrom(source, request)
+		said := s.want(id, ask)
+		s.destroy(id)
+		return said
+	}
+	first := web("cold", object{})
+	s.awaitPool(2)
+	if a, b := web("warm", object{}), web("warm", object{"metadata": object{"a": "b"}}); a == b || a == first || !strings.HasPrefix(a, "one ") {
+		t.Errorf("the services say %q, %q and %q", first, a, b)
+	}
+	s.awaitPool(2)
+	if said := web("cold", object{"env": object{"SAYS": "two"}}); !strings.HasPrefix(said, "two ") {
+		t.Errorf("with an environment of its own it says %q", said)
+	}
+	web("cold", object{"egress": object{"mode": "deny_all"}})
+	s.awaitPool(2)
+	if code, body := s.template("POST", "/v1/templates/web/rebuild", object{"image": tiny, "start_command": "mkdir /www; echo next >/www/index.html; exec httpd -f -p 8000 -h /www"}, nil); code != 202 {
+		t.Fatalf("rebuild: %d %s", code, body)
+	}
+	if status, body := s.built("web"); status != "ready" {
+		t.Fatalf("after the rebuild: %s", body)
+	}
+	if said := web("cold", object{}); said != "next" {
+		t.Errorf("version 2 says %q", said)
+	}
+	s.awaitPool(2)
+	if said := web("warm", object{}); said != "next" {
+		t.Errorf("version 2 of the pool says %q", said)
+	}
+	if code, body := s.call("DELETE", "/v1/templates/web", nil); code != 204 {
+		t.Errorf("deleting the template with members of the pool: %d %s", code, body)
+	}
+	s.awaitPool(0)
+}
+
+// TestPoolKilledAtAnyMoment kills the server with SIGKILL while it claims and while it
+// prepares, until both were found interrupted by a next start. After each start every
+// sandbox that runs works, and the host comes to have nothing but those and a full pool.
 func TestPoolKilledAtAnyMoment(t *testing.T) {
-	s := newServer(t, "CAY_POOL_ENABLED=true", "CAY_POOL_MAX_MEMBERS=3")
+	s := newServer(t, "CAY_POOL_ENABLED=true")
 	s.start()
 	s.needTemplate("python")
-	for round := range 10 {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		var wg sync.WaitGroup
-		for range 2 {
-			wg.Go(func() { s.churn(ctx) })
+	const rounds, most = 8, 80
+	for round := 0; round < rounds || !s.reconciled("discard", "remove"); round++ {
+		if round == most {
+			t.Fatalf("in %d rounds no start found a member half prepared and one half claimed", most)
 		}
-		time.Sleep(time.Duration(30+round*60+rand.IntN(60)) * time.Millisecond) // spread over claims and refills
-		s.stop(syscall.SIGKILL)
-		cancel()
-		wg.Wait()
-		s.start()
-		for _, id := range s.sandboxes("running") {
-			s.alive(id)
-			if rand.IntN(2) == 0 {
-				s.destroy(id)
+		if s.pool().Target == 0 { // none is left that says what is in use
+			s.destroy(s.create(nil))
+		}
+		s.awaitPool(2)
+		after := time.Duration(rand.IntN(6000)) * time.Microsecond // what a claim takes
+		if round%4 == 0 {
+			after = time.Duration(100+rand.IntN(150)) * time.Millisecond // until a member is being prepared
+		}
+		answer := make(chan string, 1)
+		go func() {
+			_, body, err := s.try(context.Background(), "POST", "/v1/sandboxes", object{"template": "python"})
+			if err != nil {
+				body = nil
 			}
+			answer <- text(body, "id")
+		}()
+		time.Sleep(after)
+		s.stop(syscall.SIGKILL)
+		id := <-answer
+		s.start()
+		running := s.sandboxes("running")
+		if id != "" && !slices.Contains(running, id) {
+			t.Errorf("sandbox %s was answered and is lost; %v run", id, running)
+		}
+		for _, id := range running {
+			s.alive(id)
+			s.destroy(id)
 		}
 	}
 	s.stop(syscall.SIGTERM)

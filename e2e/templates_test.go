@@ -192,10 +192,10 @@ func (s *server) inside(template, command string) string {
 }
 
 // newBuilder is a server that may ask the registry of the test.
-func newBuilder(t *testing.T) (s *server, tiny string) {
+func newBuilder(t *testing.T, env ...string) (s *server, tiny string) {
 	t.Helper()
 	tiny = newRegistry(t)
-	s = newServer(t, "CAY_IMAGES_REGISTRIES="+strings.SplitN(tiny, "/", 2)[0], "CAY_TEMPLATES_PREPARE=python")
+	s = newServer(t, append(env, "CAY_IMAGES_REGISTRIES="+strings.SplitN(tiny, "/", 2)[0], "CAY_TEMPLATES_PREPARE=python")...)
 	s.start()
 	return s, tiny
 }

@@ -254,7 +254,7 @@ func (s *Service) evict(ctx context.Context, meant func(Member) bool) bool {
 	if !ok {
 		return false
 	}
-	err := s.discard(ctx, m.ID)
+	err := s.discard(context.WithoutCancel(ctx), m.ID) // begun, it goes on to its end
 	s.finish(m.ID, op, Sandbox{}, err)
 	if err != nil { // reconcile comes back for it
 		s.log.ErrorContext(ctx, "removing a member of the pool", "member", m.ID, "error", err)
