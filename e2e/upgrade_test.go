@@ -81,7 +81,10 @@ func (s *server) programs() []string {
 	}
 	var names []string
 	for _, e := range entries {
-		names = append(names, e.Name())
+		// That of builds is no sandbox's.
+		if _, err := os.Stat(filepath.Join(s.dataDir, "programs", e.Name(), "cay-buildkit")); err != nil {
+			names = append(names, e.Name())
+		}
 	}
 	return names
 }
