@@ -9,6 +9,7 @@ import (
 	"log"
 	"maps"
 	"mime/multipart"
+	"net/http"
 	"net/http/httptest"
 	"net/textproto"
 	"os"
@@ -18,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -296,6 +298,56 @@ func TestDockerfiles(t *testing.T) {
 				t.Errorf("inside: %q, want %q", got, tt.want)
 			}
 		})
+	}
+}
+
+// TestImages makes templates of images: of a registry that wants a password, and of archives.
+func TestImages(t *testing.T) {
+	const user, password = "reader", "s3cret-and-long"
+	open := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	closed := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if u, p, _ := r.BasicAuth(); u != user || p != password {
+			w.Header().Set("WWW-Authenticate", `Basic realm="test"`)
+			http.Error(w, "who are you?", http.StatusUnauthorized)
+			return
+		}
+		open.ServeHTTP(w, r)
+	}))
+	t.Cleanup(closed.Close)
+	host := strings.TrimPrefix(closed.URL, "http://")
+	ref, err := name.ParseReference(host + "/private/tiny:1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	image := tinyImage(t)
+	if err := remote.Write(ref, image, remote.WithAuth(&authn.Basic{Username: user, Password: password})); err != nil {
+		t.Fatal(err)
+	}
+	s := newServer(t, "CAY_IMAGES_REGISTRIES="+host, "CAY_TEMPLATES_PREPARE=python")
+	s.start()
+	s.needBuilt(object{"name": "private", "image": ref.String(), "credentials": object{"username": user, "password": password}}, nil)
+	s.needBuilt(object{"name": "built", "dockerfile": "FROM " + ref.String() + "\nRUN echo yes >/built\n",
+		"credentials": object{"registry": host, "username": user, "password": password}}, nil)
+	for name, credentials := range map[string]object{"nobody": nil, "stranger": {"username": user, "password": "wrong-" + password}} {
+		definition := object{"name": name, "image": ref.String()}
+		if credentials != nil {
+			definition["credentials"] = credentials
+		}
+		status, body := s.build(definition, nil)
+		if _, log := s.call("GET", "/v1/templates/"+name+"/logs", nil); status != "failed" || strings.Contains(string(body)+string(log), password) {
+			t.Errorf("%s: %s %s", name, body, log)
+		}
+	}
+	var saved bytes.Buffer
+	if err := tarball.Write(ref, image, &saved); err != nil {
+		t.Fatal(err)
+	}
+	s.needBuilt(object{"name": "whole", "image": "."}, saved.Bytes())
+	s.needBuilt(object{"name": "within", "image": "images/tiny.tar"}, tarOf(t, map[string]string{"images/": "", "images/tiny.tar": saved.String(), "other": "x"}))
+	for _, name := range []string{"private", "built", "whole", "within"} {
+		if got := s.inside(name, "echo $FROM_TINY; cat /built 2>/dev/null || true"); !strings.HasPrefix(got, "yes") || name == "built" && got != "yes\nyes" {
+			t.Errorf("inside %s: %q", name, got)
+		}
 	}
 }
 
