@@ -194,7 +194,7 @@ func TestPoolOfATemplate(t *testing.T) {
 	}
 	web("cold", object{"egress": object{"mode": "deny_all"}})
 	s.awaitPool(2)
-	if code, body := s.template("POST", "/v1/templates/web/rebuild", object{"image": tiny, "start_command": "mkdir /www; echo next >/www/index.html; exec httpd -f -p 8000 -h /www"}, nil); code != 202 {
+	if code, body := s.template("POST", "/v1/templates/web/rebuild", object{"image": tiny, "ready": object{"port": 8000}, "start_command": "mkdir /www; echo next >/www/index.html; exec httpd -f -p 8000 -h /www"}, nil); code != 202 {
 		t.Fatalf("rebuild: %d %s", code, body)
 	}
 	if status, body := s.built("web"); status != "ready" {

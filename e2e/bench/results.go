@@ -97,6 +97,8 @@ func (r *results) summarise() {
 	}
 	r.aim("cold create until the first command answered, by docker run -d until docker exec answered", 0.6, r.ratio(startAnswered, dockerStartAnswered))
 	r.aim("cold create, by docker run -d", 0.6, r.ratio(startCreate, dockerStartCreate))
+	r.aim("warm create, by docker run -d", 1.0/40, r.ratio(warmCreate, dockerWithWarm))
+	r.aim("warm create, ms", 15, r.ratio(warmCreate, ""))
 	r.aim("execute true, by docker exec true", 0.2, r.ratio(commandTrue, dockerTrue))
 	r.aim("what the API adds to the agent, ms", 4, r.ratio(commandAdded, ""))
 	small := fmt.Sprintf(wakeAnswered, smallSleeper)
@@ -151,7 +153,7 @@ func (r *results) print(w io.Writer) {
 		if !a.Met {
 			verdict = "MISSED"
 		}
-		fmt.Fprintf(w, "aim at most %g: %s: %.2f, %s\n", a.Limit, a.What, a.Got, verdict)
+		fmt.Fprintf(w, "aim at most %.3g: %s: %.3g, %s\n", a.Limit, a.What, a.Got, verdict)
 	}
 }
 

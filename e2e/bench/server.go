@@ -40,9 +40,9 @@ type server struct {
 func (s *server) dataDir() string { return filepath.Join(s.dir, "data") }
 func (s *server) logFile() string { return filepath.Join(s.dir, "server.log") }
 
-// startServer starts the program and waits until it is ready. After an error nothing
-// is left.
-func startServer(ctx context.Context, program string, out *outside) (s *server, err error) {
+// startServer starts the program, with env after what every server of the bench has, and
+// waits until it is ready. After an error nothing is left.
+func startServer(ctx context.Context, program string, out *outside, env ...string) (s *server, err error) {
 	if program, err = filepath.Abs(program); err != nil {
 		return nil, err
 	}
@@ -64,7 +64,7 @@ func startServer(ctx context.Context, program string, out *outside) (s *server, 
 		return s, err
 	}
 	s.url = "http://" + address
-	if err := s.run(address); err != nil {
+	if err := s.run(address, env); err != nil {
 		return s, err
 	}
 	if s.api, err = client.New(s.url, ""); err != nil {
@@ -96,7 +96,7 @@ func freeAddress() (string, error) {
 
 // run starts the process, with documented defaults except where those would be what
 // is measured.
-func (s *server) run(address string) error {
+func (s *server) run(address string, env []string) error {
 	log, err := os.Create(s.logFile())
 	if err != nil {
 		return err
@@ -111,6 +111,7 @@ func (s *server) run(address string) error {
 	s.cmd.Env = append(s.cmd.Env, "CAY_RATE_LIMIT_PER_SECOND=1000000", "CAY_RATE_LIMIT_BURST=1000000",
 		"CAY_POOL_ENABLED=false", // it would boot sandboxes beside what is measured
 		"CAY_TEMPLATES_PREPARE="+template, "CAY_NETWORK_NAMESERVERS="+s.outside.address)
+	s.cmd.Env = append(s.cmd.Env, env...) // the last of a name counts
 	s.cmd.Stdout, s.cmd.Stderr = log, log
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // ^C is for the bench, which ends it in order
 	if err := s.cmd.Start(); err != nil {

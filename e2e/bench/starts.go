@@ -29,6 +29,7 @@ var counterparts = map[string]string{
 	startFirst:                              dockerStartFirst,
 	startDestroy:                            dockerStartDestroy,
 	startLine:                               dockerStartLine,
+	warmCreate:                              dockerWithWarm,
 	commandTrue:                             dockerTrue,
 	fmt.Sprintf(wakeAnswered, smallSleeper): dockerWithWake,
 	commandShell:                            dockerShell,

@@ -1,0 +1,90 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/cayhq/cay/client"
+)
+
+// What is measured about the warm pool, on a server of its own that has one.
+const (
+	warmAnswered   = "create from the pool until the first command answered"
+	warmCreate     = "  of it: the create, warm"
+	warmCold       = "a cold create, in turn with the pool"
+	dockerWithWarm = "docker run -d, in turn with the pool"
+)
+
+// measurePool creates from the pool when that is full, with a cold create and a start of docker's
+// in turn.
+func measurePool(ctx context.Context, o options, s *server, d *docker, r *results) (err error) {
+	warm, err := startServer(ctx, s.program, s.outside, "CAY_POOL_ENABLED=true")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, warm.close()) }()
+	if err := warm.awaitTemplate(ctx); err != nil {
+		return err
+	}
+	// The first create is cold, and tells the pool what is in use.
+	for i := range o.starts + 1 {
+		into := r
+		if i == 0 {
+			into = &results{}
+		}
+		if err := warm.warmOnce(ctx, i > 0, into); err != nil {
+			return err
+		}
+		began := time.Now()
+		id, err := s.create(ctx)
+		if err != nil {
+			return err
+		}
+		into.took(warmCold, began)
+		if err := s.api.DestroySandbox(ctx, id); err != nil {
+			return err
+		}
+		if d != nil {
+			began := time.Now()
+			id, err := d.run(ctx)
+			if err != nil {
+				return err
+			}
+			into.took(dockerWithWarm, began)
+			if _, err := d.do(ctx, "rm", "--force", id); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (s *server) warmOnce(ctx context.Context, full bool, r *results) error {
+	want := client.SandboxSourceCold
+	if full {
+		want = client.SandboxSourceWarm
+		if err := s.poll(ctx, patience, func() (bool, error) {
+			pool, err := s.api.Pool(ctx)
+			return len(pool) == 1 && pool[0].Ready >= pool[0].Target, err
+		}); err != nil {
+			return fmt.Errorf("waiting for the pool: %w", err)
+		}
+	}
+	began := time.Now()
+	box, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(life)}, client.CreateOptions{})
+	if err != nil {
+		return fmt.Errorf("creating a sandbox: %w", err)
+	}
+	created := time.Now()
+	if _, err := s.execute(ctx, box.ID, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
+		return err
+	}
+	r.took(warmAnswered, began)
+	r.add(warmCreate, unitMS, milliseconds(created.Sub(began)))
+	if box.Source == nil || *box.Source != want {
+		return fmt.Errorf("a create was not %s: %+v", want, box)
+	}
+	return s.api.DestroySandbox(ctx, box.ID)
+}
