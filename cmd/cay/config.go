@@ -337,6 +337,19 @@ func (c *config) nameservers() []string {
 	return []string{"1.1.1.1", "8.8.8.8"} // public resolvers, when the host names none
 }
 
+// nameserverAddrs is nameservers, as addresses.
+func (c *config) nameserverAddrs() ([]netip.Addr, error) {
+	var out []netip.Addr
+	for _, text := range c.nameservers() {
+		a, err := netip.ParseAddr(text)
+		if err != nil {
+			return nil, fmt.Errorf("network.nameservers: %w", err)
+		}
+		out = append(out, a)
+	}
+	return out, nil
+}
+
 func parseResolvConf(text string) []string {
 	var found []string
 	for line := range strings.Lines(text) {

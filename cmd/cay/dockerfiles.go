@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -41,7 +40,7 @@ func (b buildSlots) Take(ctx context.Context) (string, func(context.Context) err
 
 // dockerfile builds a Dockerfile, and a root file system of the result.
 func (b builder) dockerfile(ctx context.Context, j template.Job, progress func(template.Progress)) (_ template.Built, err error) {
-	bases := &bases{builder: b, job: j, progress: progress, found: map[string]buildkit.Base{}}
+	bases := &bases{builder: b, job: j, progress: progress}
 	if bases.dir, err = os.MkdirTemp(b.scratch, "bases-"); err != nil {
 		return template.Built{}, fmt.Errorf("making room for base images: %w", err)
 	}
@@ -90,13 +89,9 @@ func (s *server) openBuilds(programsDir string, programs payload.Programs) error
 	if err != nil {
 		return err
 	}
-	var nameservers []netip.Addr
-	for _, n := range s.cfg.nameservers() {
-		a, err := netip.ParseAddr(n)
-		if err != nil {
-			return fmt.Errorf("network.nameservers: %w", err)
-		}
-		nameservers = append(nameservers, a)
+	nameservers, err := s.cfg.nameserverAddrs()
+	if err != nil {
+		return err
 	}
 	// What a build that a crash ended was made from.
 	if err := errors.Join(os.RemoveAll(s.scratch()), os.MkdirAll(s.scratch(), 0o700)); err != nil {
@@ -127,8 +122,6 @@ type bases struct {
 
 	mu sync.Mutex
 	// +checklocks:mu
-	found map[string]buildkit.Base
-	// +checklocks:mu
 	from []string // what was found, for people
 	// +checklocks:mu
 	release []func()
@@ -140,7 +133,7 @@ func (b *bases) say(p template.Progress) {
 	b.progress(p)
 }
 
-// find implements [buildkit.Request].Base.
+// find implements [buildkit.Request].Base, which asks for each name once.
 func (b *bases) find(ctx context.Context, name string) (buildkit.Base, error) {
 	// The builder says the tag that everybody leaves out.
 	if short := strings.TrimSuffix(name, ":latest"); !strings.ContainsAny(short, ":/@") {
@@ -166,14 +159,8 @@ func (b *bases) find(ctx context.Context, name string) (buildkit.Base, error) {
 	return buildkit.Base{Layout: layout.Dir, Manifest: layout.Manifest}, nil
 }
 
-// export writes a template out as an image, once for each that is the same.
+// export writes a template out as an image.
 func (b *bases) export(ctx context.Context, name string, base template.Base) (buildkit.Base, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.from = append(b.from, "template "+name)
-	if found, ok := b.found[name]; ok {
-		return found, nil
-	}
 	rt := image.Runtime{User: base.User, Workdir: base.Workdir, Entrypoint: base.Entrypoint, Cmd: base.Cmd}
 	for _, k := range slices.Sorted(maps.Keys(base.Env)) {
 		rt.Env = append(rt.Env, k+"="+base.Env[k])
@@ -182,8 +169,10 @@ func (b *bases) export(ctx context.Context, name string, base template.Base) (bu
 	if err != nil {
 		return buildkit.Base{}, fmt.Errorf("making an image of template %s: %w", name, err)
 	}
-	b.found[name] = buildkit.Base{Layout: layout.Dir, Manifest: layout.Manifest}
-	return b.found[name], nil
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.from = append(b.from, "template "+name)
+	return buildkit.Base{Layout: layout.Dir, Manifest: layout.Manifest}, nil
 }
 
 func (b *bases) names() []string {

@@ -69,11 +69,11 @@ type gateHost struct {
 // newGateHost takes the configured name servers as those that the gate asks.
 func newGateHost(s *server) (gateHost, error) {
 	h := gateHost{server: s}
-	for _, text := range s.cfg.nameservers() {
-		a, err := netip.ParseAddr(text)
-		if err != nil {
-			return h, fmt.Errorf("network.nameservers: %w", err)
-		}
+	addrs, err := s.cfg.nameserverAddrs()
+	if err != nil {
+		return h, err
+	}
+	for _, a := range addrs {
 		h.nameservers = append(h.nameservers, netip.AddrPortFrom(a, 53))
 	}
 	return h, nil
