@@ -146,7 +146,7 @@ func (b *bases) find(ctx context.Context, name string) (buildkit.Base, error) {
 		}
 	}
 	if !b.registry {
-		return buildkit.Base{}, fmt.Errorf("there is no template %q, and this server asks no image registry", name)
+		return buildkit.Base{}, fmt.Errorf("there is no template %q: %w", name, errNoRegistry)
 	}
 	layout, err := b.images.Pull(ctx, name, b.auth(b.job, name), func(line string) { b.say(template.Progress{Text: line}) })
 	if err != nil {

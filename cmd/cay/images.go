@@ -31,6 +31,9 @@ type builder struct {
 	limits      buildLimits
 }
 
+// errNoRegistry refuses what only a registry has, where the operator wants none asked.
+var errNoRegistry = errors.New("this server asks no image registry")
+
 // buildLimits bound one build.
 type buildLimits struct {
 	memory  int64   // of one step, bytes
@@ -48,8 +51,10 @@ func (b builder) Build(ctx context.Context, j template.Job, progress func(templa
 	switch {
 	case d.Image != "" && j.Context != "":
 		src.Archive, src.Within = j.Context, d.Image
-	case d.Image != "" && (b.registry || d.Debian == nil):
+	case d.Image != "" && b.registry:
 		src.Image, src.Auth = d.Image, b.auth(j, d.Image)
+	case d.Image != "" && d.Debian == nil:
+		return template.Built{}, &template.BuildError{Step: "pulling " + d.Image, ExitCode: -1, Message: errNoRegistry.Error()}
 	}
 	if d.Debian != nil {
 		src.Debian = &image.Debian{Suite: d.Debian.Suite, Packages: d.Debian.Packages, Mirrors: d.Debian.Mirrors,

@@ -1,0 +1,27 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"testing"
+
+	"github.com/cayhq/cay/internal/template"
+)
+
+// With images.registry off no registry is asked for what users name: there is no store here
+// that could.
+func TestNoRegistryIsAsked(t *testing.T) {
+	var b builder
+	job := template.Job{Definition: template.Definition{Name: "mine", Image: "docker.io/library/alpine:3.22"},
+		Base: func(context.Context, string) (template.Base, bool, error) { return template.Base{}, false, nil }}
+	_, err := b.Build(t.Context(), job, func(p template.Progress) { t.Errorf("it goes on: %+v", p) })
+	failed := new(template.BuildError)
+	if !errors.As(err, &failed) || failed.Message != errNoRegistry.Error() {
+		t.Errorf("an image: %v", err)
+	}
+	for _, name := range []string{"nosuch:latest", "docker.io/library/alpine:3.22"} {
+		if _, err := (&bases{builder: b, job: job}).find(t.Context(), name); !errors.Is(err, errNoRegistry) {
+			t.Errorf("FROM %s: %v", name, err)
+		}
+	}
+}
