@@ -72,6 +72,9 @@ func TestLifeOfASandbox(t *testing.T) {
 		}
 	}
 	gone := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, ""))
+	for deadline := time.Now().Add(5 * time.Second); gone.State == SandboxStateDestroying && time.Now().Before(deadline); {
+		gone = as[Sandbox](t, 200, h.send(t, "GET", path, h.key, ""))
+	}
 	if gone.Status != SandboxStatusDestroyed || *gone.DestroyReason != "requested" || gone.DestroyedAt == nil {
 		t.Errorf("destroyed: %+v", gone)
 	}

@@ -28,10 +28,12 @@ type operation struct {
 	kind   opKind
 	ctx    context.Context
 	cancel context.CancelCauseFunc
-	done   chan struct{} // closed by finish, after what follows is set
-	result Sandbox
-	point  Point // of a checkpoint
-	err    error
+	// claimed is closed once a destroy is durable; what is left of it no caller waits for.
+	claimed chan struct{}
+	done    chan struct{} // closed by finish, after what follows is set
+	result  Sandbox
+	point   Point // of a checkpoint
+	err     error
 }
 
 // wait returns the operation's result, or ctx's error if that ends first.
@@ -66,7 +68,7 @@ func (s *Service) begin(id ID, kind opKind) (op *operation, mine bool) {
 	if op := s.work[id]; op != nil || s.closed {
 		return op, false
 	}
-	op = &operation{kind: kind, done: make(chan struct{})}
+	op = &operation{kind: kind, claimed: make(chan struct{}), done: make(chan struct{})}
 	op.ctx, op.cancel = context.WithCancelCause(context.Background())
 	s.work[id] = op
 	s.wg.Add(1)

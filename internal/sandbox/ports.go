@@ -60,8 +60,8 @@ type Change struct {
 // The contract suite in the store room holds for every implementation.
 type Store interface {
 	// Insert adds a sandbox in state creating together with its first event,
-	// unless the organization's sandboxes that are not over (see State.Over,
-	// and suspended ones count for Sandboxes alone) would exceed quota:
+	// unless the organization's sandboxes that are neither over (see State.Over)
+	// nor being destroyed (and suspended ones count for Sandboxes alone) would exceed quota:
 	// Exhausted, code "quota_exceeded", and nothing is written. With a once key that is known (and younger than 24 h)
 	// nothing is written and the sandbox of the first create is returned with
 	// found true; with another hash it is a Conflict, code "idempotency_key_reused".

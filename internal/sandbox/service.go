@@ -33,6 +33,7 @@ type Service struct {
 	pool      *pool
 
 	recoveries chan struct{} // one in it for each recovery point being taken by timer
+	takedowns  chan struct{} // one in it for each sandbox being taken apart
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -55,7 +56,7 @@ func New(cfg Config, store Store, node Node, templates Templates, log *slog.Logg
 		observe = func(Event) {}
 	}
 	return &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe, pool: newPool(cfg.Pool),
-		recoveries: make(chan struct{}, recoveriesAtOnce), work: map[ID]*operation{}, lives: map[ID]*life{}, denials: map[ID]*denials{}}
+		recoveries: make(chan struct{}, recoveriesAtOnce), takedowns: make(chan struct{}, takedownsAtOnce), work: map[ID]*operation{}, lives: map[ID]*life{}, denials: map[ID]*denials{}}
 }
 
 // Caller is the organization that asks for a sandbox to run, and what it may have.
