@@ -164,8 +164,11 @@ func TestPorts(t *testing.T) {
 	t.Run("keys stay outside", func(t *testing.T) {
 		s.t = t
 		for name, edit := range map[string]func(*http.Request){
-			"bearer":     func(*http.Request) {},
-			"own header": func(r *http.Request) { r.Header.Set("X-Cay-Api-Key", s.key); r.Header.Set("Authorization", "Bearer theirs") },
+			"bearer": func(*http.Request) {},
+			"own header": func(r *http.Request) {
+				r.Header.Set("X-Cay-Api-Key", s.key)
+				r.Header.Set("Authorization", "Bearer theirs")
+			},
 			"all ways": func(r *http.Request) {
 				r.Header.Add("Authorization", "Bearer "+s.key)
 				r.Header.Set("Authorization", "Bearer "+s.key)
@@ -427,7 +430,11 @@ func TestPortAccess(t *testing.T) {
 	if resp.StatusCode != 303 || resp.Header.Get("Location") != "/" || len(cookies) != 1 || !cookies[0].HttpOnly || cookies[0].Domain != "" {
 		t.Fatalf("the exchange: %s %v", resp.Status, resp.Header)
 	}
-	withCookie := func(r *http.Request) { withoutKey(r); r.AddCookie(cookies[0]); r.AddCookie(&http.Cookie{Name: "a", Value: "b"}) }
+	withCookie := func(r *http.Request) {
+		withoutKey(r)
+		r.AddCookie(cookies[0])
+		r.AddCookie(&http.Cookie{Name: "a", Value: "b"})
+	}
 	if v := s.asked("GET", byHost, nil, withCookie); v.header("Cookie") != "a=b" {
 		t.Errorf("with the cookie inside came %+v", v)
 	}

@@ -84,7 +84,8 @@ type Destination struct {
 type Proxy struct {
 	ports   Dialer
 	reverse *httputil.ReverseProxy
-	h1, h2c *http.Transport
+	h1      *http.Transport
+	h2c     *http.Transport
 
 	closing context.Context // over when all that goes on has to end
 	close   context.CancelFunc
