@@ -102,6 +102,12 @@ type Store interface {
 	// the pool.
 	Images(ctx context.Context) ([]string, error)
 
+	// SetPublicPort adds a port to the public ones of a sandbox, or takes it away; either
+	// is safe to repeat. Conflict, code "too_many_public_ports", above MaxPublicPorts.
+	SetPublicPort(ctx context.Context, id ID, port int, public bool) error
+	// PublicPorts lists them, lowest first.
+	PublicPorts(ctx context.Context, id ID) ([]int, error)
+
 	// AddMember adds a member of the pool. One with the ID of a member or of a sandbox
 	// is an error.
 	AddMember(ctx context.Context, m Member) error
