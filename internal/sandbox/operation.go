@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/span"
 )
 
 type opKind string
@@ -77,10 +78,12 @@ func (s *Service) begin(id ID, kind opKind) (op *operation, mine bool) {
 	return op, true
 }
 
-// do works on the operation that the caller has begun, and finishes it.
-func (s *Service) do(id ID, op *operation, work func(ctx context.Context) (Sandbox, error)) {
+// do works on the operation that the caller has begun, and finishes it. Of ctx it has
+// nothing but what is measured.
+func (s *Service) do(ctx context.Context, id ID, op *operation, work func(ctx context.Context) (Sandbox, error)) {
+	ctx = span.Carry(op.ctx, ctx)
 	go func() {
-		result, err := work(op.ctx)
+		result, err := work(ctx)
 		s.finish(id, op, result, err)
 	}()
 }
