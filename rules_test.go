@@ -26,6 +26,7 @@ var mayImport = map[string]struct {
 	why   string
 }{
 	"internal/fault":    {nil, "kinds of error are below everything"},
+	"internal/heap":     {nil, "it only knows Go's collector"},
 	"internal/span":     {nil, "what parts of a call take is below everything"},
 	"internal/sandbox":  {[]string{"fault", "span"}, "the core does no I/O: rows and machines are given to it"},
 	"internal/auth":     {[]string{"fault"}, "the core does no I/O"},
@@ -56,9 +57,9 @@ var mayImport = map[string]struct {
 
 	".":                {nil, "it only carries openapi.yaml"},
 	"client":           {nil, "public: it must build without our internals"},
-	"cmd/cay-agent":    {[]string{"agent", "agentapi"}, "a main and nothing else: every sandbox starts it"},
+	"cmd/cay-agent":    {[]string{"agent", "agentapi", "heap"}, "a main and nothing else: every sandbox starts it"},
 	"cmd/cay-buildkit": {[]string{"buildkit/*", "cgroup"}, "a module of its own, so that nothing else of cay links BuildKit"},
-	"cmd/cay-runsc":    {nil, "what is needed of gVisor's main: every sandbox starts it several times"},
+	"cmd/cay-runsc":    {[]string{"heap"}, "what is needed of gVisor's main: every sandbox starts it several times"},
 	"cmd/cay": {[]string{"api", "auth", "blob", "buildkit", "cgroup", "fault", "gate", "image", "network", "node", "payload", "proxy", "sandbox", "store", "template"},
 		"all wiring is here; the CLI's verbs use client"},
 }
