@@ -47,7 +47,7 @@ func (s *Service) Suspend(ctx context.Context, orgID string, id ID) (Sandbox, er
 			return Sandbox{}, errClosing
 		}
 		if mine {
-			s.do(id, op, func(ctx context.Context) (Sandbox, error) {
+			s.do(ctx, id, op, func(ctx context.Context) (Sandbox, error) {
 				return s.suspend(ctx, id, string(Requested), s.partWhenFree)
 			})
 		}
