@@ -66,6 +66,33 @@ func (e ExecuteResultStdoutEncoding) Valid() bool {
 	}
 }
 
+// Defines values for FileChangeType.
+const (
+	FileChangeTypeChmod  FileChangeType = "chmod"
+	FileChangeTypeCreate FileChangeType = "create"
+	FileChangeTypeRemove FileChangeType = "remove"
+	FileChangeTypeRename FileChangeType = "rename"
+	FileChangeTypeWrite  FileChangeType = "write"
+)
+
+// Valid indicates whether the value is a known member of the FileChangeType enum.
+func (e FileChangeType) Valid() bool {
+	switch e {
+	case FileChangeTypeChmod:
+		return true
+	case FileChangeTypeCreate:
+		return true
+	case FileChangeTypeRemove:
+		return true
+	case FileChangeTypeRename:
+		return true
+	case FileChangeTypeWrite:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for FileEntryType.
 const (
 	FileEntryTypeDirectory FileEntryType = "directory"
@@ -620,6 +647,18 @@ type ExecuteResultStderrEncoding string
 // ExecuteResultStdoutEncoding `base64` when the output is not UTF-8, else absent.
 type ExecuteResultStdoutEncoding string
 
+// FileChange Something that happened in a directory that is watched.
+type FileChange struct {
+	// Path What it happened to.
+	Path string `json:"path"`
+
+	// Type `create` (also of what was moved there), `write`, `remove`, `rename` (it was moved away) or `chmod`.
+	Type FileChangeType `json:"type"`
+}
+
+// FileChangeType `create` (also of what was moved there), `write`, `remove`, `rename` (it was moved away) or `chmod`.
+type FileChangeType string
+
 // FileEntry A file, directory or link in a sandbox.
 type FileEntry struct {
 	// Group Name of the owning group, its number if it has none.
@@ -746,6 +785,20 @@ type KeepaliveRequest struct {
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
+}
+
+// MakeDirectoryRequest A directory to make.
+type MakeDirectoryRequest struct {
+	// Mode Its permissions in octal, 0 to 0777. Parents have 0755.
+	Mode *string `json:"mode,omitempty"`
+
+	// Owner Name or number of the user that owns it and the parents that had to be made. Absent is the template's user, else root.
+	Owner *string `json:"owner,omitempty"`
+
+	// Path Absolute path. No `..` elements, no NUL.
+	//
+	// Example: /home/user/data
+	Path string `json:"path"`
 }
 
 // Me Who makes the call.
@@ -1069,6 +1122,22 @@ type RegistryCredentials struct {
 
 	// Username User name.
 	Username string `json:"username"`
+}
+
+// RenameFileRequest What to rename.
+type RenameFileRequest struct {
+	// From Absolute path of what is renamed. No `..` elements, no NUL.
+	//
+	// Example: /home/user/draft
+	From string `json:"from"`
+
+	// Overwrite Replace what is there.
+	Overwrite *bool `json:"overwrite,omitempty"`
+
+	// To Its new path.
+	//
+	// Example: /home/user/final
+	To string `json:"to"`
 }
 
 // Sandbox A sandbox.
@@ -1531,6 +1600,36 @@ type ListFilesParams struct {
 	Depth *int `form:"depth,omitempty" json:"depth,omitempty"`
 }
 
+// StatFileParams defines parameters for StatFile.
+type StatFileParams struct {
+	// Path Absolute path in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+}
+
+// DownloadTreeParams defines parameters for DownloadTree.
+type DownloadTreeParams struct {
+	// Path Absolute path of a directory in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+}
+
+// UploadTreeParams defines parameters for UploadTree.
+type UploadTreeParams struct {
+	// Path Absolute path of the directory in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+
+	// Owner Name or number of the user that owns what is written. Absent is the template's user, else root.
+	Owner *string `form:"owner,omitempty" json:"owner,omitempty"`
+}
+
+// WatchFilesParams defines parameters for WatchFiles.
+type WatchFilesParams struct {
+	// Path Absolute path of a directory in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+
+	// Recursive Watch all directories below it too.
+	Recursive *bool `form:"recursive,omitempty" json:"recursive,omitempty"`
+}
+
 // OpenTunnelParams defines parameters for OpenTunnel.
 type OpenTunnelParams struct {
 	// Port The port inside; 49983 is the sandbox's own agent's and refused.
@@ -1605,6 +1704,12 @@ type SetEgressJSONRequestBody = Egress
 
 // ExecuteCommandJSONRequestBody defines body for ExecuteCommand for application/json ContentType.
 type ExecuteCommandJSONRequestBody = ExecuteRequest
+
+// MakeDirectoryJSONRequestBody defines body for MakeDirectory for application/json ContentType.
+type MakeDirectoryJSONRequestBody = MakeDirectoryRequest
+
+// RenameFileJSONRequestBody defines body for RenameFile for application/json ContentType.
+type RenameFileJSONRequestBody = RenameFileRequest
 
 // ForkSandboxJSONRequestBody defines body for ForkSandbox for application/json ContentType.
 type ForkSandboxJSONRequestBody = ForkRequest
@@ -1948,6 +2053,76 @@ type wireInterface interface {
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/files/list (the `ListFiles` operationId).
 	ListFiles(ctx context.Context, id SandboxID, params *ListFilesParams, reqEditors ...requestEditor) (*http.Response, error)
+
+	// MakeDirectoryWithBody Make a directory
+	//
+	// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/files/mkdir (the `MakeDirectory` operationId).
+	MakeDirectoryWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// MakeDirectory Make a directory
+	//
+	// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/files/mkdir (the `MakeDirectory` operationId).
+	MakeDirectory(ctx context.Context, id SandboxID, body MakeDirectoryJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
+	// RenameFileWithBody Rename a file or directory
+	//
+	// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/files/rename (the `RenameFile` operationId).
+	RenameFileWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// RenameFile Rename a file or directory
+	//
+	// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/files/rename (the `RenameFile` operationId).
+	RenameFile(ctx context.Context, id SandboxID, body RenameFileJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
+	// StatFile Describe a file or directory
+	//
+	// What is at the path itself; a symbolic link is described, not followed. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/files/stat (the `StatFile` operationId).
+	StatFile(ctx context.Context, id SandboxID, params *StatFileParams, reqEditors ...requestEditor) (*http.Response, error)
+
+	// DownloadTree Read a directory as tar
+	//
+	// An archive of everything below a directory, names relative to it: files, directories and symbolic links with permissions, owners and times; sockets, pipes and devices are left out. Streamed, so what changes meanwhile is in it as it was read; a connection that breaks says that it is not whole.
+	// 404 when the directory does not exist, 400 when it is not one. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/files/tar (the `DownloadTree` operationId).
+	DownloadTree(ctx context.Context, id SandboxID, params *DownloadTreeParams, reqEditors ...requestEditor) (*http.Response, error)
+
+	// UploadTreeWithBody Write a directory from tar
+	//
+	// Unpacks an archive of up to 10 GB (10·10⁹ bytes; so much its files may have, too) into a directory, making it if it is not there. What is there and not in the archive stays; files and links are replaced. Everything becomes the owner's, with the archive's
+	// permissions, without set-id bits. Each file appears whole or not at all; after an error those before it are there. Nothing is written outside the directory: absolute names, `..` elements, writing through links that lead out, devices and
+	// more than 500000 entries are 400, code `invalid_tar`. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with PUT /v1/sandboxes/{id}/files/tar (the `UploadTree` operationId).
+	UploadTreeWithBody(ctx context.Context, id SandboxID, params *UploadTreeParams, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// WatchFiles Watch a directory
+	//
+	// Server-sent events: `ready` once changes are seen, then `change` with a FileChange for each, until the caller goes; comments now and then when there is nothing. Events of one file come in order; an editor's save is several. With `recursive`, directories that appear are
+	// watched too, 10000 in all. When the sandbox goes or the server stops, the stream ends. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/files/watch (the `WatchFiles` operationId).
+	WatchFiles(ctx context.Context, id SandboxID, params *WatchFilesParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// ForkSandboxWithBody Make children of a running sandbox
 	//
@@ -2759,6 +2934,156 @@ func (c *wire) WriteFileWithBody(ctx context.Context, id SandboxID, params *Writ
 // Corresponds with GET /v1/sandboxes/{id}/files/list (the `ListFiles` operationId).
 func (c *wire) ListFiles(ctx context.Context, id SandboxID, params *ListFilesParams, reqEditors ...requestEditor) (*http.Response, error) {
 	req, err := newListFilesRequest(c.Server, id, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// MakeDirectoryWithBody Make a directory
+//
+// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/files/mkdir (the `MakeDirectory` operationId).
+func (c *wire) MakeDirectoryWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newMakeDirectoryRequestWithBody(c.Server, id, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// MakeDirectory Make a directory
+//
+// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/files/mkdir (the `MakeDirectory` operationId).
+func (c *wire) MakeDirectory(ctx context.Context, id SandboxID, body MakeDirectoryJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newMakeDirectoryRequest(c.Server, id, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// RenameFileWithBody Rename a file or directory
+//
+// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/files/rename (the `RenameFile` operationId).
+func (c *wire) RenameFileWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newRenameFileRequestWithBody(c.Server, id, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// RenameFile Rename a file or directory
+//
+// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/files/rename (the `RenameFile` operationId).
+func (c *wire) RenameFile(ctx context.Context, id SandboxID, body RenameFileJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newRenameFileRequest(c.Server, id, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// StatFile Describe a file or directory
+//
+// What is at the path itself; a symbolic link is described, not followed. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with GET /v1/sandboxes/{id}/files/stat (the `StatFile` operationId).
+func (c *wire) StatFile(ctx context.Context, id SandboxID, params *StatFileParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newStatFileRequest(c.Server, id, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// DownloadTree Read a directory as tar
+//
+// An archive of everything below a directory, names relative to it: files, directories and symbolic links with permissions, owners and times; sockets, pipes and devices are left out. Streamed, so what changes meanwhile is in it as it was read; a connection that breaks says that it is not whole.
+// 404 when the directory does not exist, 400 when it is not one. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with GET /v1/sandboxes/{id}/files/tar (the `DownloadTree` operationId).
+func (c *wire) DownloadTree(ctx context.Context, id SandboxID, params *DownloadTreeParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newDownloadTreeRequest(c.Server, id, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// UploadTreeWithBody Write a directory from tar
+//
+// Unpacks an archive of up to 10 GB (10·10⁹ bytes; so much its files may have, too) into a directory, making it if it is not there. What is there and not in the archive stays; files and links are replaced. Everything becomes the owner's, with the archive's
+// permissions, without set-id bits. Each file appears whole or not at all; after an error those before it are there. Nothing is written outside the directory: absolute names, `..` elements, writing through links that lead out, devices and
+// more than 500000 entries are 400, code `invalid_tar`. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with PUT /v1/sandboxes/{id}/files/tar (the `UploadTree` operationId).
+func (c *wire) UploadTreeWithBody(ctx context.Context, id SandboxID, params *UploadTreeParams, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newUploadTreeRequestWithBody(c.Server, id, params, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// WatchFiles Watch a directory
+//
+// Server-sent events: `ready` once changes are seen, then `change` with a FileChange for each, until the caller goes; comments now and then when there is nothing. Events of one file come in order; an editor's save is several. With `recursive`, directories that appear are
+// watched too, 10000 in all. When the sandbox goes or the server stops, the stream ends. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with GET /v1/sandboxes/{id}/files/watch (the `WatchFiles` operationId).
+func (c *wire) WatchFiles(ctx context.Context, id SandboxID, params *WatchFilesParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newWatchFilesRequest(c.Server, id, params)
 	if err != nil {
 		return nil, err
 	}
@@ -4476,6 +4801,354 @@ func newListFilesRequest(server string, id SandboxID, params *ListFilesParams) (
 	return req, nil
 }
 
+// NewMakeDirectoryRequest calls the generic MakeDirectory builder with application/json body
+func newMakeDirectoryRequest(server string, id SandboxID, body MakeDirectoryJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newMakeDirectoryRequestWithBody(server, id, "application/json", bodyReader)
+}
+
+// NewMakeDirectoryRequestWithBody constructs an http.Request for the MakeDirectory method, with any body, and a specified content type
+func newMakeDirectoryRequestWithBody(server string, id SandboxID, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/mkdir", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewRenameFileRequest calls the generic RenameFile builder with application/json body
+func newRenameFileRequest(server string, id SandboxID, body RenameFileJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newRenameFileRequestWithBody(server, id, "application/json", bodyReader)
+}
+
+// NewRenameFileRequestWithBody constructs an http.Request for the RenameFile method, with any body, and a specified content type
+func newRenameFileRequestWithBody(server string, id SandboxID, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/rename", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewStatFileRequest constructs an http.Request for the StatFile method
+func newStatFileRequest(server string, id SandboxID, params *StatFileParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/stat", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if queryFrag, err := runtime.StyleParamWithOptions("form", true, "path", params.Path, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+			return nil, err
+		} else {
+			for _, qp := range strings.Split(queryFrag, "&") {
+				rawQueryFragments = append(rawQueryFragments, qp)
+			}
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewDownloadTreeRequest constructs an http.Request for the DownloadTree method
+func newDownloadTreeRequest(server string, id SandboxID, params *DownloadTreeParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/tar", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if queryFrag, err := runtime.StyleParamWithOptions("form", true, "path", params.Path, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+			return nil, err
+		} else {
+			for _, qp := range strings.Split(queryFrag, "&") {
+				rawQueryFragments = append(rawQueryFragments, qp)
+			}
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewUploadTreeRequestWithBody constructs an http.Request for the UploadTree method, with any body, and a specified content type
+func newUploadTreeRequestWithBody(server string, id SandboxID, params *UploadTreeParams, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/tar", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if queryFrag, err := runtime.StyleParamWithOptions("form", true, "path", params.Path, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+			return nil, err
+		} else {
+			for _, qp := range strings.Split(queryFrag, "&") {
+				rawQueryFragments = append(rawQueryFragments, qp)
+			}
+		}
+
+		if params.Owner != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "owner", *params.Owner, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodPut, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewWatchFilesRequest constructs an http.Request for the WatchFiles method
+func newWatchFilesRequest(server string, id SandboxID, params *WatchFilesParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/watch", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if queryFrag, err := runtime.StyleParamWithOptions("form", true, "path", params.Path, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+			return nil, err
+		} else {
+			for _, qp := range strings.Split(queryFrag, "&") {
+				rawQueryFragments = append(rawQueryFragments, qp)
+			}
+		}
+
+		if params.Recursive != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "recursive", *params.Recursive, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "boolean", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
 // NewForkSandboxRequest calls the generic ForkSandbox builder with application/json body
 func newForkSandboxRequest(server string, id SandboxID, body ForkSandboxJSONRequestBody) (*http.Request, error) {
 	var bodyReader io.Reader
@@ -5456,4 +6129,4 @@ func (c *wire) applyEditors(ctx context.Context, req *http.Request, additionalEd
 }
 
 // What decodes the answers is in client.go.
-// 44 operations.
+// 50 operations.

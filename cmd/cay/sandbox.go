@@ -18,7 +18,7 @@ func (a *app) sandboxCommand() *cobra.Command {
 	cmd.Aliases = []string{"sandboxes", "sbx"}
 	cmd.AddCommand(a.createCommand(), a.sandboxListCommand(), a.statusCommand(), a.execCommand(), a.uploadCommand(), a.downloadCommand(), a.lsCommand(),
 		a.keepaliveCommand(), a.suspendCommand(), a.wakeCommand(), a.checkpointCommand(), a.snapshotCommand(), a.forkCommand(), a.egressCommand(), a.destroyCommand(), a.eventsCommand(), a.poolCommand(),
-		a.portForwardCommand(), a.portURLCommand())
+		a.portForwardCommand(), a.portURLCommand(), a.copyCommand(), a.watchCommand())
 	return cmd
 }
 

@@ -340,8 +340,11 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 	if err != nil {
 		return err
 	}
+	stopping, hangup := context.WithCancel(context.WithoutCancel(ctx))
+	defer hangup()
 	handler := api.New(api.Config{
-		Ports: s.ports, Names: s.cfg.Proxy.names(), Signer: proxy.NewSigner(secret),
+		Stopping: stopping,
+		Ports:    s.ports, Names: s.cfg.Proxy.names(), Signer: proxy.NewSigner(secret),
 		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
 		Ready: func() error { return s.db.Ping(ctx) }, Metrics: metrics, Registry: s.registry, Log: s.log, Version: version,
 	})
@@ -355,6 +358,7 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 	servers := []*http.Server{api.Server(s.cfg.Listen, handler, s.log)}
 	servers[0].RegisterOnShutdown(s.templates.Hangup)
 	servers[0].RegisterOnShutdown(s.ports.Hangup)
+	servers[0].RegisterOnShutdown(hangup)
 	failed := make(chan error, 2)
 	go func() { failed <- servers[0].Serve(listener) }()
 	if s.cfg.MetricsListen != "" {

@@ -113,6 +113,11 @@ func (a *Agent) Handler() http.Handler {
 	mux.HandleFunc("PUT /files", a.files.put)
 	mux.HandleFunc("DELETE /files", a.files.remove)
 	mux.HandleFunc("GET /files/list", a.files.list)
+	mux.HandleFunc("GET /files/stat", a.files.stat)
+	mux.HandleFunc("POST /files/mkdir", a.files.mkdir)
+	mux.HandleFunc("POST /files/rename", a.files.rename)
+	mux.HandleFunc("GET /files/tar", a.files.getTar)
+	mux.HandleFunc("PUT /files/tar", a.files.putTar)
 	mux.HandleFunc("POST /files/compose", a.files.compose)
 	opts := []connect.HandlerOption{connect.WithReadMaxBytes(maxMessage)}
 	path, calls := process.NewProcessHandler(a.processes, opts...)

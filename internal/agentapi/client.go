@@ -253,7 +253,11 @@ func replyError(resp *http.Response) error {
 	}
 	// A body that is no JSON leaves the status to speak.
 	_ = json.NewDecoder(io.LimitReader(resp.Body, maxErrorBody)).Decode(&body)
-	return codeError(resp.Header.Get(CodeHeader), body.Message, fmt.Errorf("agent answered %s: %.200s", resp.Status, body.Message))
+	err := codeError(resp.Header.Get(CodeHeader), body.Message, fmt.Errorf("agent answered %s: %.200s", resp.Status, body.Message))
+	if f := fault.As(err); f != nil && f.Field != "" && resp.Header.Get(FieldHeader) == "to" {
+		f.Field = "to" // the fault was made just now and is nobody else's yet
+	}
+	return err
 }
 
 // codeError makes the fault of a code; one that is not known is a plain error.

@@ -404,6 +404,8 @@ type fakeAgent struct {
 	execute func(ctx context.Context, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error)
 	fail    error // of every call but execute
 
+	cutTrees bool // archives end early
+
 	mu      sync.Mutex
 	files   map[string][]byte
 	uploads []agentapi.UploadRequest // without bodies; guarded by mu

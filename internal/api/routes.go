@@ -47,6 +47,13 @@ var routes = map[string]access{
 	"DELETE /v1/sandboxes/{id}/files":   {scope: auth.Files, query: []string{"path", "recursive"}},
 	"GET /v1/sandboxes/{id}/files/list": {scope: auth.Files, query: []string{"path", "depth"}},
 
+	"GET /v1/sandboxes/{id}/files/stat":    {scope: auth.Files, query: []string{"path"}},
+	"POST /v1/sandboxes/{id}/files/mkdir":  {scope: auth.Files},
+	"POST /v1/sandboxes/{id}/files/rename": {scope: auth.Files},
+	"GET /v1/sandboxes/{id}/files/watch":   {scope: auth.Files, query: []string{"path", "recursive"}},
+	"GET /v1/sandboxes/{id}/files/tar":     {scope: auth.Files, query: []string{"path"}},
+	"PUT /v1/sandboxes/{id}/files/tar":     {scope: auth.Files, query: []string{"path", "owner"}},
+
 	"GET /v1/templates":                     {scope: auth.TemplatesRead, query: []string{"limit", "cursor"}},
 	"POST /v1/templates":                    {scope: auth.TemplatesWrite},
 	"GET /v1/templates/{template}":          {scope: auth.TemplatesRead},
