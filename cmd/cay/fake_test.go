@@ -330,7 +330,29 @@ func (f *fakeAPI) execute(w http.ResponseWriter, r *http.Request, body []byte) {
 	f.mu.Lock()
 	f.executing--
 	f.mu.Unlock()
+	if r.Header.Get("Accept") == "text/event-stream" {
+		streamResult(w, result)
+		return
+	}
 	answer(w, 200, result)
+}
+
+// streamResult is a result as events.
+func streamResult(w http.ResponseWriter, r client.ExecuteResult) {
+	w.Header().Set("Content-Type", "text/event-stream")
+	event := func(name string, v any) {
+		b, _ := json.Marshal(v) // our own types
+		fmt.Fprintf(w, "event: %s\ndata: %s\n\n", name, b)
+	}
+	event("started", client.ProcessStarted{PID: 7})
+	out := client.OutputPiece{Data: r.Stdout}
+	if r.StdoutEncoding != nil {
+		out.Encoding = new(client.OutputPieceEncodingBase64)
+	}
+	event("stdout", out)
+	event("stderr", client.OutputPiece{Data: r.Stderr})
+	event("exit", client.ProcessExit{ExitCode: r.ExitCode, Signal: r.Signal, TimedOut: r.TimedOut, OOMKilled: r.OOMKilled,
+		StdoutTruncated: &r.StdoutTruncated, StderrTruncated: &r.StderrTruncated})
 }
 
 // fakeCommand runs one of a few words.

@@ -331,7 +331,11 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 		return fmt.Errorf("listening for the API: %w", err)
 	}
 	metrics := promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{})
+	stopping, hangup := context.WithCancel(context.WithoutCancel(ctx))
+	defer hangup()
+	var hijacked sync.WaitGroup
 	handler := api.New(api.Config{
+		Stopping: stopping, Hijacked: &hijacked,
 		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
 		Ready: func() error { return s.db.Ping(ctx) }, Metrics: metrics, Registry: s.registry, Log: s.log, Version: version,
 	})
@@ -344,6 +348,7 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 
 	servers := []*http.Server{api.Server(s.cfg.Listen, handler, s.log)}
 	servers[0].RegisterOnShutdown(s.templates.Hangup)
+	servers[0].RegisterOnShutdown(hangup)
 	failed := make(chan error, 2)
 	go func() { failed <- servers[0].Serve(listener) }()
 	if s.cfg.MetricsListen != "" {
@@ -375,5 +380,16 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 			_ = srv.Close() // what Shutdown could not wait for
 		}
 	}
+	waitFor(closing, &hijacked)
 	return nil
+}
+
+// waitFor waits for those that net/http does not wait for, or until ctx ends.
+func waitFor(ctx context.Context, wg *sync.WaitGroup) {
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
 }

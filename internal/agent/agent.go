@@ -55,6 +55,7 @@ type Agent struct {
 	watchers  *watchers
 	memory    *memory
 	starter   *starter
+	keeper    *keeper
 }
 
 // New makes the agent of this sandbox and starts to reap children; there can be
@@ -81,6 +82,7 @@ func New(cfg Config) (*Agent, error) {
 	a.watchers = &watchers{}
 	a.memory = newMemory(a.processes)
 	a.starter = &starter{processes: a.processes, logPath: agentapi.StartLog}
+	a.keeper = &keeper{processes: a.processes}
 	return a, nil
 }
 
@@ -94,6 +96,7 @@ func (a *Agent) Handler() http.Handler {
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	mux.HandleFunc("POST /init", a.init)
 	mux.HandleFunc("POST /start", a.starter.start)
+	a.keeper.routes(mux)
 	mux.HandleFunc("GET /envs", func(w http.ResponseWriter, _ *http.Request) {
 		env, _ := a.settings.commandDefaults()
 		writeJSON(w, http.StatusOK, env)

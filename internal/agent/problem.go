@@ -43,6 +43,14 @@ var problems = map[string]struct {
 	agentapi.CodeDiskFull:         {http.StatusInsufficientStorage, connect.CodeResourceExhausted},
 	agentapi.CodeTooManyProcesses: {http.StatusTooManyRequests, connect.CodeResourceExhausted},
 	agentapi.CodeStartFailed:      {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeProcessNotFound:  {http.StatusNotFound, connect.CodeNotFound},
+	agentapi.CodeProcessEnded:     {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeTagInUse:         {http.StatusConflict, connect.CodeAlreadyExists},
+	agentapi.CodeStdinClosed:      {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeStdinBlocked:     {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeNoTerminal:       {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeOutputNotKept:    {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeInvalidOffset:    {http.StatusBadRequest, connect.CodeInvalidArgument},
 }
 
 func newProblem(code, text string, args ...any) *problem {

@@ -35,6 +35,15 @@ const (
 	CodeUnreachable      = "sandbox_unreachable"
 	CodeListingTooLarge  = "listing_too_large"
 	CodeStartFailed      = "start_failed"
+	CodeProcessNotFound  = "process_not_found"
+	CodeProcessEnded     = "process_ended"
+	CodeTagInUse         = "tag_in_use"
+	CodeStdinClosed      = "stdin_closed"
+	CodeStdinBlocked     = "stdin_blocked"
+	CodeNoTerminal       = "no_terminal"
+	CodeOutputNotKept    = "output_not_kept"
+	CodeInvalidOffset    = "invalid_offset"
+	CodeOlderSandbox     = "sandbox_too_old" // the host's own
 )
 
 // kinds says what a caller can do about each code, and which field of its
@@ -58,4 +67,12 @@ var kinds = map[string]struct {
 	CodeDiskFull:         {fault.NoSpace, ""},
 	CodeTooManyProcesses: {fault.Unavailable, ""},
 	CodeStartFailed:      {fault.Conflict, ""}, // it is the template that does not allow the create
+	CodeProcessNotFound:  {fault.NotFound, ""},
+	CodeProcessEnded:     {fault.Conflict, ""},
+	CodeTagInUse:         {fault.Conflict, "tag"},
+	CodeStdinClosed:      {fault.Conflict, ""},
+	CodeStdinBlocked:     {fault.Conflict, ""},
+	CodeNoTerminal:       {fault.Conflict, ""},
+	CodeOutputNotKept:    {fault.Conflict, ""},
+	CodeInvalidOffset:    {fault.Invalid, "offset"},
 }

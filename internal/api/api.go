@@ -20,6 +20,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -78,6 +79,7 @@ type Agent interface {
 	Download(ctx context.Context, t agentapi.Target, path, user, rng string) (*agentapi.Download, error)
 	Remove(ctx context.Context, t agentapi.Target, path, user string, recursive bool) error
 	List(ctx context.Context, t agentapi.Target, path, user string, depth int) ([]agentapi.Entry, error)
+	Processes
 }
 
 // Config is what the API needs. Every field but Ready is required.
@@ -93,6 +95,13 @@ type Config struct {
 	// Metrics answers /metrics; Registry takes the metrics of this package.
 	Metrics  http.Handler
 	Registry prometheus.Registerer
+
+	// Stopping ends when the server stops: calls that have no end of their own, such as
+	// following a process, end then. nil never does.
+	Stopping context.Context
+	// Hijacked has the calls whose connection net/http does not wait for; nil is nobody who
+	// waits for them.
+	Hijacked *sync.WaitGroup
 
 	Log     *slog.Logger
 	Version string // of the server, for /healthz
@@ -111,6 +120,12 @@ var _ ServerInterface = (*server)(nil)
 // New makes the handler of the whole API. It registers metrics, so it can be
 // called once per registry.
 func New(cfg Config) http.Handler {
+	if cfg.Stopping == nil {
+		cfg.Stopping = context.Background()
+	}
+	if cfg.Hijacked == nil {
+		cfg.Hijacked = &sync.WaitGroup{}
+	}
 	s := &server{Config: cfg, mux: http.NewServeMux(), metrics: newMetrics(cfg.Registry), patience: usual}
 	HandlerWithOptions(s, StdHTTPServerOptions{
 		BaseRouter:       s.mux,

@@ -106,7 +106,7 @@ func (s *server) serve(w *recorder, r *http.Request) {
 // admit says who asks and whether the key covers the scope.
 func (s *server) admit(r *http.Request, scope auth.Scope) error {
 	c := callOf(r)
-	who, err := s.Auth.Authenticate(r.Context(), bearer(r))
+	who, err := s.Auth.Authenticate(r.Context(), secretOf(r))
 	if err != nil {
 		return err
 	}
@@ -118,6 +118,14 @@ func (s *server) admit(r *http.Request, scope auth.Scope) error {
 		return fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s", scope)
 	}
 	return nil
+}
+
+// secretOf is the key that the caller shows.
+func secretOf(r *http.Request) string {
+	if callOf(r).route == terminalRoute && len(r.Header.Values("Authorization")) == 0 {
+		return offeredKey(r.Header)
+	}
+	return bearer(r)
 }
 
 // bearer is the secret of the Authorization header, "" when there is none or it
@@ -255,7 +263,7 @@ func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // WriteHeader begins the answer.
 func (w *recorder) WriteHeader(status int) {
-	if w.status == 0 && status >= 200 {
+	if w.status == 0 && (status >= 200 || status == http.StatusSwitchingProtocols) {
 		w.status = status
 	}
 	w.soon()

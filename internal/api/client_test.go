@@ -52,7 +52,7 @@ func (c *requestChecker) RoundTrip(r *http.Request) (*http.Response, error) {
 			}
 			return nil
 		},
-		ExcludeRequestBody: route.Operation.OperationID == "writeFile" || strings.HasPrefix(r.Header.Get("Content-Type"), "multipart/"),
+		ExcludeRequestBody: r.Header.Get("Content-Type") == "application/octet-stream" || strings.HasPrefix(r.Header.Get("Content-Type"), "multipart/"),
 	}}
 	in.Request.Body = http.NoBody
 	if r.Body != nil && r.Header.Get("Content-Type") == "application/json" {
@@ -90,6 +90,7 @@ func TestClient(t *testing.T) {
 	}
 	box := clientSandboxes(t, ctx, c, fatal)
 	clientFiles(t, ctx, c, h, box, fatal)
+	clientProcesses(t, ctx, c, h, box, fatal)
 	fatal(c.DestroySandbox(ctx, box))
 	if b, err := c.GetSandbox(ctx, box); err != nil || b.Status != client.SandboxStatusDestroyed {
 		t.Errorf("destroyed: %+v, %v", b, err)

@@ -201,7 +201,7 @@ func (c *checkedTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	if err != nil {
 		return resp, nil // no operation: 404 and 405 are in no document
 	}
-	if resp.Header.Get("Content-Type") == eventStream {
+	if resp.Header.Get("Content-Type") == eventStream || resp.StatusCode == http.StatusSwitchingProtocols {
 		return resp, nil // has no end yet
 	}
 	if resp.ContentLength > 1<<20 {
@@ -397,6 +397,7 @@ func (b *fakeBuilder) holding() (release func()) {
 // fakeAgent plays the inside of every sandbox: files in a map, and whatever
 // execute is set to.
 type fakeAgent struct {
+	fakeProcesses
 	execute func(ctx context.Context, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error)
 	fail    error // of every call but execute
 

@@ -42,6 +42,12 @@ func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) {
 		s.problem(w, r, http.StatusUnsupportedMediaType, fault.InField("unsupported_media_type", "Content-Type", "%s", notJSON.detail))
 		return
 	}
+	status, f := verdict(r, err)
+	s.problem(w, r, status, f)
+}
+
+// verdict is what the caller is told of an error, and under which status.
+func verdict(r *http.Request, err error) (int, *fault.Error) {
 	f := fault.As(err)
 	if f == nil || f.Kind == fault.Internal && f.Code == "" {
 		f = fault.New(fault.Internal, "internal", "something broke on this server; its log has the cause under the request_id").Because(err)
@@ -60,12 +66,27 @@ func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) {
 			status, f = http.StatusServiceUnavailable, fault.New(fault.Unavailable, "interrupted", "the call was interrupted")
 		}
 	}
-	s.problem(w, r, status, f)
+	return status, f
 }
 
 // problem writes a fault under a status that its kind does not have.
 func (s *server) problem(w http.ResponseWriter, r *http.Request, status int, f *fault.Error) {
 	drain(w, r, f.Code)
+	p := problemOf(r, status, f)
+	h := w.Header()
+	if status == http.StatusUnauthorized {
+		h.Set("WWW-Authenticate", "Bearer")
+	}
+	if f.RetryAfter > 0 {
+		h.Set("Retry-After", strconv.FormatInt(int64(math.Ceil(f.RetryAfter.Seconds())), 10))
+	}
+	h.Set("Content-Type", "application/problem+json")
+	h.Set("Cache-Control", "no-store")
+	writeJSON(w, r, status, p)
+}
+
+// problemOf is a fault as the caller sees it. The log line of the call has its code.
+func problemOf(r *http.Request, status int, f *fault.Error) Problem {
 	c := callOf(r)
 	c.code = f.Code
 	p := Problem{
@@ -82,16 +103,7 @@ func (s *server) problem(w http.ResponseWriter, r *http.Request, status int, f *
 		}
 		p.Field = &field
 	}
-	h := w.Header()
-	if status == http.StatusUnauthorized {
-		h.Set("WWW-Authenticate", "Bearer")
-	}
-	if f.RetryAfter > 0 {
-		h.Set("Retry-After", strconv.FormatInt(int64(math.Ceil(f.RetryAfter.Seconds())), 10))
-	}
-	h.Set("Content-Type", "application/problem+json")
-	h.Set("Cache-Control", "no-store")
-	writeJSON(w, r, status, p)
+	return p
 }
 
 // What is still read of the body of a request that is refused: many clients send
