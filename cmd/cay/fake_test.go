@@ -37,6 +37,7 @@ type fakeAPI struct {
 	modes     map[string]string
 	building  int // how many more times template "slow" is asked for until it is ready
 	executing int // commands in flight
+	processes []client.Process
 }
 
 func newFakeAPI() *fakeAPI {
@@ -93,6 +94,9 @@ func newFakeAPI() *fakeAPI {
 		"GET /v1/me":               f.me,
 		"GET /v1/pool":             f.pool,
 	} {
+		mux.HandleFunc(pattern, f.recorded(h))
+	}
+	for pattern, h := range f.liveRoutes() {
 		mux.HandleFunc(pattern, f.recorded(h))
 	}
 	f.Server = httptest.NewServer(mux)

@@ -40,7 +40,7 @@ At the beginning of a line ~. leaves the shell as a broken connection does: its 
 printed, and --process takes it up again within that minute. ~~ is a ~.`,
 		Example:     "  cay sandbox shell sbx_…\n  cay sandbox shell sbx_… -u root -w /srv -- top\n  cay sandbox shell sbx_… --process 7",
 		Annotations: map[string]string{runsCommands: "yes"},
-		Args:        theArgs("ID", "[COMMAND...]"),
+		Args:        theArgs("ID", "[COMMAND]..."),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id := args[0]
 			if err := cmd.Flags().Parse(args[1:]); err != nil {
