@@ -159,6 +159,7 @@ func TestHeavyDependencies(t *testing.T) {
 		"github.com/vishvananda/netlink":          {[]string{"internal/network"}, "links are made in one room"},
 		"github.com/google/go-containerregistry/": {[]string{"internal/image"}, "registries are one room's business"},
 		"codeberg.org/miekg/dns":                  {[]string{"internal/gate"}, "names are decided in one room"},
+		"github.com/coder/websocket":              {[]string{"internal/api", "client"}, "the two ends of a terminal"},
 		"github.com/spf13/cobra":                  {[]string{"cmd/cay"}, "the command line is in one place"},
 	}
 	for dir, files := range goPackages(t) {

@@ -342,9 +342,10 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 	}
 	stopping, hangup := context.WithCancel(context.WithoutCancel(ctx))
 	defer hangup()
+	var hijacked sync.WaitGroup
 	handler := api.New(api.Config{
-		Stopping: stopping,
-		Ports:    s.ports, Names: s.cfg.Proxy.names(), Signer: proxy.NewSigner(secret),
+		Stopping: stopping, Hijacked: &hijacked,
+		Ports: s.ports, Names: s.cfg.Proxy.names(), Signer: proxy.NewSigner(secret),
 		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
 		Ready: func() error { return s.db.Ping(ctx) }, Metrics: metrics, Registry: s.registry, Log: s.log, Version: version,
 	})
@@ -390,5 +391,16 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 			_ = srv.Close() // what Shutdown could not wait for
 		}
 	}
+	waitFor(closing, &hijacked)
 	return nil
+}
+
+// waitFor waits for those that net/http does not wait for, or until ctx ends.
+func waitFor(ctx context.Context, wg *sync.WaitGroup) {
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
 }

@@ -56,6 +56,7 @@ type Agent struct {
 	memory    *memory
 	starter   *starter
 	tunnels   *tunnels
+	keeper    *keeper
 }
 
 // New makes the agent of this sandbox and starts to reap children; there can be
@@ -83,6 +84,7 @@ func New(cfg Config) (*Agent, error) {
 	a.tunnels = &tunnels{}
 	a.memory = newMemory(a.processes)
 	a.starter = &starter{processes: a.processes, logPath: agentapi.StartLog}
+	a.keeper = &keeper{processes: a.processes}
 	return a, nil
 }
 
@@ -96,6 +98,7 @@ func (a *Agent) Handler() http.Handler {
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	mux.HandleFunc("POST /init", a.init)
 	mux.HandleFunc("POST /start", a.starter.start)
+	a.keeper.routes(mux)
 	mux.HandleFunc("GET /envs", func(w http.ResponseWriter, _ *http.Request) {
 		env, _ := a.settings.commandDefaults()
 		writeJSON(w, http.StatusOK, env)
