@@ -38,6 +38,11 @@ type config struct {
 	Templates templatesConfig `toml:"templates"`
 	Build     buildConfig     `toml:"build"`
 	Pool      poolConfig      `toml:"pool"`
+	E2B       e2bConfig       `toml:"e2b"`
+}
+
+type e2bConfig struct {
+	Enabled bool `toml:"enabled"`
 }
 
 type networkConfig struct {
@@ -117,6 +122,7 @@ func defaults() config {
 		Build: buildConfig{Concurrent: 1, PerOrg: 1, Timeout: duration(30 * time.Minute), ContextLimitMB: 1024,
 			MemoryMB: 2048, CPUs: 2, DiskMB: 20 << 10, CacheMB: 10 << 10, IdleTimeout: duration(5 * time.Minute)},
 		Pool: poolConfig{Enabled: true, Target: 2, MaxMembers: 16},
+		E2B:  e2bConfig{Enabled: true},
 	}
 }
 

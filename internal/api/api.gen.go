@@ -320,6 +320,11 @@ type CreateAPIKeyRequest struct {
 	// Example: 720h
 	ExpiresIn *string `json:"expires_in,omitempty"`
 
+	// Format How the secret begins: `cay` (as when absent) or `e2b`, which E2B's clients take. Keys of both are the same otherwise, and either works in both APIs.
+	//
+	// Example: e2b
+	Format *string `json:"format,omitempty"`
+
 	// Name For people, 1 to 128 characters.
 	//
 	// Example: ci

@@ -35,7 +35,7 @@ func fullSandbox(org string, i int) sandbox.Sandbox {
 		User: "user", Workdir: "/srv", Timeout: 5 * time.Minute, IdleTimeout: 90 * time.Second, RecoveryInterval: 1500 * time.Millisecond,
 		CreatedAt: created, StartedAt: created.Add(1), ExpiresAt: created.Add(time.Hour), LastActivityAt: created.Add(2 * time.Second),
 		SuspendedAt: created.Add(3 * time.Second), DestroyedAt: created.Add(4 * time.Second), DestroyReason: sandbox.Lost,
-		Error: "it broke", Source: sandbox.Warm, Token: "secret",
+		Error: "it broke", Source: sandbox.Warm, Token: "secret", AtEnd: sandbox.EndSuspends, Surface: "kept",
 	}
 }
 
@@ -145,7 +145,7 @@ func sandboxNotFound(t *testing.T, st sandbox.Store) {
 	wantFault(t, err, fault.NotFound, "sandbox_not_found")
 	_, err = st.Transition(t.Context(), sandbox.Change{ID: id, From: sandbox.States(), To: sandbox.Running, At: start})
 	wantFault(t, err, fault.NotFound, "sandbox_not_found")
-	_, err = st.SetExpiry(t.Context(), id, start, time.Second)
+	_, err = st.SetExpiry(t.Context(), id, start, time.Second, false)
 	wantFault(t, err, fault.NotFound, "sandbox_not_found")
 	if err := st.Forget(t.Context(), id); err != nil {
 		t.Errorf("forgetting what is not there: %v", err)
@@ -661,14 +661,14 @@ func sandboxTransitionRace(t *testing.T, st sandbox.Store) {
 
 func sandboxExpiry(t *testing.T, st sandbox.Store) {
 	s := mustInsert(t, st, small("org_a", 0))
-	got, err := st.SetExpiry(t.Context(), s.ID, start.Add(time.Hour), time.Hour)
+	got, err := st.SetExpiry(t.Context(), s.ID, start.Add(time.Hour), time.Hour, false)
 	wantFault(t, err, fault.Conflict, "sandbox_not_running")
 	if diff := cmp.Diff(s, got, prefixes); diff != "" {
 		t.Errorf("the row as it is (-want +got):\n%s", diff)
 	}
 	want := mustMove(t, st, s.ID, sandbox.Creating, sandbox.Running, start)
 	want.ExpiresAt, want.Timeout = start.Add(time.Hour), time.Hour
-	if got, err = st.SetExpiry(t.Context(), s.ID, want.ExpiresAt, want.Timeout); err != nil {
+	if got, err = st.SetExpiry(t.Context(), s.ID, want.ExpiresAt, want.Timeout, false); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(want, got, prefixes); diff != "" {
