@@ -168,6 +168,10 @@ func (s *Surface) forward(w http.ResponseWriter, r *http.Request, box sandbox.Sa
 		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err error) { failed = err },
 		ErrorLog:     slog.NewLogLogger(s.Log.Handler(), slog.LevelDebug),
 	}
+	// The agent answers before a body has ended, a stream's with its first message. Without
+	// this net/http would take the rest of the body away from who still sends it. A writer
+	// that has no connection is one of a test.
+	_ = http.NewResponseController(w).EnableFullDuplex()
 	p.ServeHTTP(w, r)
 	if failed == nil {
 		return nil
