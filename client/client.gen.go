@@ -107,14 +107,20 @@ func (e HealthStatus) Valid() bool {
 
 // Defines values for SandboxSource.
 const (
-	SandboxSourceCold SandboxSource = "cold"
-	SandboxSourceWarm SandboxSource = "warm"
+	SandboxSourceCold     SandboxSource = "cold"
+	SandboxSourceFork     SandboxSource = "fork"
+	SandboxSourceSnapshot SandboxSource = "snapshot"
+	SandboxSourceWarm     SandboxSource = "warm"
 )
 
 // Valid indicates whether the value is a known member of the SandboxSource enum.
 func (e SandboxSource) Valid() bool {
 	switch e {
 	case SandboxSourceCold:
+		return true
+	case SandboxSourceFork:
+		return true
+	case SandboxSourceSnapshot:
 		return true
 	case SandboxSourceWarm:
 		return true
@@ -348,7 +354,7 @@ type CreateOrgRequest struct {
 	Quota *QuotaRequest `json:"quota,omitempty"`
 }
 
-// CreateSandboxRequest What sandbox to make.
+// CreateSandboxRequest What sandbox to make, from a template or from a snapshot.
 type CreateSandboxRequest struct {
 	// DiskSizeMB What the sandbox may write, in MiB: at least 64, at most what the operator allows. Default is the template's, else 2048 unless the operator says otherwise.
 	//
@@ -383,15 +389,30 @@ type CreateSandboxRequest struct {
 	// Example: shared-cpu-1x
 	Size *string `json:"size,omitempty"`
 
-	// Template Name or id of a template.
+	// Snapshot Name or id of a snapshot, instead of a template: the sandbox goes on from there, as one of its own. Size and disk are the snapshot's; `env` is added to the snapshot's and holds for
+	// commands from here on; `egress` is by default what the snapshot's sandbox had.
+	//
+	//
+	// Example: snap_abcdefghijklmnopqrst
+	Snapshot string `json:"snapshot,omitempty"`
+
+	// Template Name or id of a template. This or `snapshot`.
 	//
 	// Example: python
-	Template string `json:"template"`
+	Template string `json:"template,omitempty"`
 
 	// Timeout Ephemeral only: the lifetime, 1s to 24h. Default 5m.
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
+}
+
+// CreateSnapshotRequest What to call a snapshot.
+type CreateSnapshotRequest struct {
+	// Name 1 to 63 letters, digits, `.`, `_` and `-`, beginning with a letter or digit and not with `snap_`; unique among the organization's snapshots. Absent is none.
+	//
+	// Example: after-setup
+	Name *string `json:"name,omitempty"`
 }
 
 // CreateTemplateRequest What template to make. Exactly one of `image`, `dockerfile` and `debian`.
@@ -635,6 +656,73 @@ type FileEntryType string
 type FileList struct {
 	// Entries The entries.
 	Entries []FileEntry `json:"entries"`
+}
+
+// ForkChild A child of a fork. It has one of the two.
+type ForkChild struct {
+	// Error Why a child was not made.
+	Error *ForkError `json:"error,omitempty"`
+
+	// Sandbox A sandbox.
+	Sandbox *Sandbox `json:"sandbox,omitempty"`
+}
+
+// ForkError Why a child was not made.
+type ForkError struct {
+	// Code What is wrong, for programs. Stable.
+	//
+	// Example: quota_exceeded
+	Code string `json:"code"`
+
+	// Detail What is wrong, for people.
+	Detail string `json:"detail"`
+
+	// Status The HTTP status that a create would have been answered with.
+	//
+	// Example: 429
+	Status int `json:"status"`
+}
+
+// ForkRequest What children to make. What is not given is as the sandbox has it.
+type ForkRequest struct {
+	// Count How many, 1 to 100. Default 1.
+	//
+	// Example: 3
+	Count *int `json:"count,omitempty"`
+
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	Egress *Egress `json:"egress,omitempty"`
+
+	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	Env Env `json:"env,omitempty"`
+
+	// IdleTimeout Persistent children only: suspend after this time without activity, 10s to 24h, or 0 for never; the number 0 will do too.
+	//
+	// Example: 10m
+	IdleTimeout *DurationOrZero `json:"idle_timeout,omitempty"`
+
+	// Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
+	Metadata Metadata `json:"metadata,omitempty"`
+
+	// Mode `ephemeral` or `persistent`.
+	Mode *string `json:"mode,omitempty"`
+
+	// RecoveryInterval Persistent children only: how often to take a recovery point, 1m to 24h, or 0 for never; the number 0 will do too.
+	//
+	// Example: 10m
+	RecoveryInterval *DurationOrZero `json:"recovery_interval,omitempty"`
+
+	// Timeout Ephemeral children only: their lifetime, 1s to 24h.
+	//
+	// Example: 5m
+	Timeout *string `json:"timeout,omitempty"`
+}
+
+// ForkResult What came of a fork.
+type ForkResult struct {
+	// Children One for each child that was asked for.
+	Children []ForkChild `json:"children"`
 }
 
 // Health How the server is.
@@ -999,13 +1087,18 @@ type Sandbox struct {
 	// Network What left the sandbox since it runs, as its policy decided. Only where one running sandbox is read, not in lists and not in answers to other calls.
 	Network *NetworkUse `json:"network,omitempty"`
 
+	// Origin Id of the snapshot or sandbox that it was made from, which may be gone. Absent when neither.
+	//
+	// Example: snap_abcdefghijklmnopqrst
+	Origin *string `json:"origin,omitempty"`
+
 	// RecoveryIntervalSeconds Persistent only: how often a recovery point is taken while it runs and changes; 0 is never.
 	RecoveryIntervalSeconds *int64 `json:"recovery_interval_seconds,omitempty"`
 
 	// Size Name of its size.
 	Size string `json:"size"`
 
-	// Source Whether it was taken from the pool (`warm`) or booted for the request (`cold`).
+	// Source Whether it was taken from the pool (`warm`), booted for the request (`cold`), made from a snapshot, or is a child of another sandbox (`fork`).
 	Source *SandboxSource `json:"source,omitempty"`
 
 	// StartedAt When it began to run.
@@ -1036,7 +1129,7 @@ type Sandbox struct {
 	VCPUs int `json:"vcpus"`
 }
 
-// SandboxSource Whether it was taken from the pool (`warm`) or booted for the request (`cold`).
+// SandboxSource Whether it was taken from the pool (`warm`), booted for the request (`cold`), made from a snapshot, or is a child of another sandbox (`fork`).
 type SandboxSource string
 
 // SandboxList A page of sandboxes, newest first.
@@ -1081,6 +1174,66 @@ type Size struct {
 type SizeList struct {
 	// Sizes The sizes.
 	Sizes []Size `json:"sizes"`
+}
+
+// Snapshot A sandbox as it was at a time.
+type Snapshot struct {
+	// CreatedAt The time of the state it holds.
+	CreatedAt time.Time `json:"created_at"`
+
+	// DiskMB What they may write, in MiB.
+	DiskMB int `json:"disk_mb"`
+
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	Egress Egress `json:"egress"`
+
+	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	Env Env `json:"env"`
+
+	// ID `snap_` and 20 lower-case base32 characters.
+	//
+	// Example: snap_abcdefghijklmnopqrst
+	ID string `json:"id"`
+
+	// Memory Whether it holds processes and memory, and not files alone: always true now.
+	Memory bool `json:"memory"`
+
+	// MemoryMB Their memory in MiB.
+	MemoryMB int `json:"memory_mb"`
+
+	// Name Its name; absent if it has none.
+	Name *string `json:"name,omitempty"`
+
+	// SandboxID Id of the sandbox it is of, which may be gone.
+	SandboxID string `json:"sandbox_id"`
+
+	// Size Name of the size that sandboxes made from it have.
+	Size string `json:"size"`
+
+	// SizeBytes Its size on disk. One of a suspended sandbox shares that with the sandbox's checkpoint.
+	SizeBytes int64 `json:"size_bytes"`
+
+	// Template Name of the template that sandbox was made from.
+	Template string `json:"template"`
+
+	// TemplateID Id of that template.
+	TemplateID string `json:"template_id"`
+
+	// TemplateVersion Version of that template.
+	TemplateVersion int `json:"template_version"`
+
+	// VCPUs Their virtual CPUs.
+	VCPUs int `json:"vcpus"`
+}
+
+// SnapshotList A page of snapshots, newest first.
+type SnapshotList struct {
+	// NextCursor `cursor` of the next page; absent on the last one.
+	NextCursor *string `json:"next_cursor,omitempty"`
+
+	// Snapshots The snapshots.
+	Snapshots []Snapshot `json:"snapshots"`
 }
 
 // Template What sandboxes are made from.
@@ -1200,6 +1353,9 @@ type Limit = int
 
 // SandboxID Example: sbx_abcdefghijklmnopqrst
 type SandboxID = string
+
+// SnapshotRef Example: snap_abcdefghijklmnopqrst
+type SnapshotRef = string
 
 // TemplateRef Example: python
 type TemplateRef = string
@@ -1330,6 +1486,21 @@ type ListFilesParams struct {
 	Depth *int `form:"depth,omitempty" json:"depth,omitempty"`
 }
 
+// ListSnapshotsParams defines parameters for ListSnapshots.
+type ListSnapshotsParams struct {
+	// Sandbox Keep only those of the sandbox with this id, which may be gone.
+	Sandbox *string `form:"sandbox,omitempty" json:"sandbox,omitempty"`
+
+	// Name Keep only the one of this name.
+	Name *string `form:"name,omitempty" json:"name,omitempty"`
+
+	// Limit Most entries to answer.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor `next_cursor` of the page before. Opaque.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
 // ListTemplatesParams defines parameters for ListTemplates.
 type ListTemplatesParams struct {
 	// Limit Most entries to answer.
@@ -1384,8 +1555,14 @@ type SetEgressJSONRequestBody = Egress
 // ExecuteCommandJSONRequestBody defines body for ExecuteCommand for application/json ContentType.
 type ExecuteCommandJSONRequestBody = ExecuteRequest
 
+// ForkSandboxJSONRequestBody defines body for ForkSandbox for application/json ContentType.
+type ForkSandboxJSONRequestBody = ForkRequest
+
 // KeepaliveSandboxJSONRequestBody defines body for KeepaliveSandbox for application/json ContentType.
 type KeepaliveSandboxJSONRequestBody = KeepaliveRequest
+
+// CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
+type CreateSnapshotJSONRequestBody = CreateSnapshotRequest
 
 // CreateTemplateJSONRequestBody defines body for CreateTemplate for application/json ContentType.
 type CreateTemplateJSONRequestBody = CreateTemplateRequest
@@ -1713,6 +1890,34 @@ type wireInterface interface {
 	// Corresponds with GET /v1/sandboxes/{id}/files/list (the `ListFiles` operationId).
 	ListFiles(ctx context.Context, id SandboxID, params *ListFilesParams, reqEditors ...requestEditor) (*http.Response, error)
 
+	// ForkSandboxWithBody Make children of a running sandbox
+	//
+	// Each child is a sandbox of its own that goes on from where this one is now, with its processes, memory, files and listening sockets. It has its own id, host name, address, policy and random
+	// numbers; connections to the outside are broken in it. The sandbox itself runs on after one pause, and its connections live. What is not given is as the sandbox has it. Does not count as activity.
+	//
+	// Children are made one by one: the answer says for each what it is, or why it could not be made (`error`, with what a create would have been answered). If not even one could be made the answer is that of the first:
+	// 429, code `quota_exceeded`; 503, code `no_capacity`; or 500. 409, code `sandbox_not_running`, when the sandbox does not run, be it that it is suspended; 507, code `disk_full`, when the
+	// machine's disk has no room to save it; 500, code `snapshot_failed`, when it could not be saved. Children go on being made when the caller leaves.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/fork (the `ForkSandbox` operationId).
+	ForkSandboxWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// ForkSandbox Make children of a running sandbox
+	//
+	// Each child is a sandbox of its own that goes on from where this one is now, with its processes, memory, files and listening sockets. It has its own id, host name, address, policy and random
+	// numbers; connections to the outside are broken in it. The sandbox itself runs on after one pause, and its connections live. What is not given is as the sandbox has it. Does not count as activity.
+	//
+	// Children are made one by one: the answer says for each what it is, or why it could not be made (`error`, with what a create would have been answered). If not even one could be made the answer is that of the first:
+	// 429, code `quota_exceeded`; 503, code `no_capacity`; or 500. 409, code `sandbox_not_running`, when the sandbox does not run, be it that it is suspended; 507, code `disk_full`, when the
+	// machine's disk has no room to save it; 500, code `snapshot_failed`, when it could not be saved. Children go on being made when the caller leaves.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/fork (the `ForkSandbox` operationId).
+	ForkSandbox(ctx context.Context, id SandboxID, body ForkSandboxJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
 	// KeepaliveSandboxWithBody Give a sandbox a new lifetime
 	//
 	// An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
@@ -1730,6 +1935,32 @@ type wireInterface interface {
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/keepalive (the `KeepaliveSandbox` operationId).
 	KeepaliveSandbox(ctx context.Context, id SandboxID, body KeepaliveSandboxJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
+	// CreateSnapshotWithBody Make a snapshot of a sandbox
+	//
+	// Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
+	// `createSandbox`. A running sandbox of either mode runs on, after a pause that grows with its memory, and its connections live; a suspended one is not woken. Does not count as activity.
+	//
+	// 409 when the sandbox neither runs nor is suspended (`sandbox_not_running`) or the organization has a snapshot of the name (`snapshot_exists`); 429, code `quota_exceeded`, when the organization has as many snapshots
+	// as it may have; 507, code `disk_full`, when the machine's disk has no room for it; 500, code `snapshot_failed`, when it could not be written. There is no snapshot then, and the sandbox runs on.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/snapshots (the `CreateSnapshot` operationId).
+	CreateSnapshotWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// CreateSnapshot Make a snapshot of a sandbox
+	//
+	// Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
+	// `createSandbox`. A running sandbox of either mode runs on, after a pause that grows with its memory, and its connections live; a suspended one is not woken. Does not count as activity.
+	//
+	// 409 when the sandbox neither runs nor is suspended (`sandbox_not_running`) or the organization has a snapshot of the name (`snapshot_exists`); 429, code `quota_exceeded`, when the organization has as many snapshots
+	// as it may have; 507, code `disk_full`, when the machine's disk has no room for it; 500, code `snapshot_failed`, when it could not be written. There is no snapshot then, and the sandbox runs on.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/snapshots (the `CreateSnapshot` operationId).
+	CreateSnapshot(ctx context.Context, id SandboxID, body CreateSnapshotJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
 
 	// SuspendSandbox Suspend a persistent sandbox
 	//
@@ -1760,6 +1991,27 @@ type wireInterface interface {
 	//
 	// Corresponds with GET /v1/sizes (the `ListSizes` operationId).
 	ListSizes(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error)
+
+	// ListSnapshots List snapshots
+	//
+	// The organization's snapshots, newest first.
+	//
+	// Corresponds with GET /v1/snapshots (the `ListSnapshots` operationId).
+	ListSnapshots(ctx context.Context, params *ListSnapshotsParams, reqEditors ...requestEditor) (*http.Response, error)
+
+	// DeleteSnapshot Delete a snapshot
+	//
+	// Sandboxes made from it go on, and those being made from it are still made. Its name is free at once.
+	//
+	// Corresponds with DELETE /v1/snapshots/{snapshot} (the `DeleteSnapshot` operationId).
+	DeleteSnapshot(ctx context.Context, snapshot SnapshotRef, reqEditors ...requestEditor) (*http.Response, error)
+
+	// GetSnapshot Get a snapshot
+	//
+	// By name or id. One of another organization is not found.
+	//
+	// Corresponds with GET /v1/snapshots/{snapshot} (the `GetSnapshot` operationId).
+	GetSnapshot(ctx context.Context, snapshot SnapshotRef, reqEditors ...requestEditor) (*http.Response, error)
 
 	// ListTemplates List templates
 	//
@@ -2389,6 +2641,54 @@ func (c *wire) ListFiles(ctx context.Context, id SandboxID, params *ListFilesPar
 	return c.Client.Do(req)
 }
 
+// ForkSandboxWithBody Make children of a running sandbox
+//
+// Each child is a sandbox of its own that goes on from where this one is now, with its processes, memory, files and listening sockets. It has its own id, host name, address, policy and random
+// numbers; connections to the outside are broken in it. The sandbox itself runs on after one pause, and its connections live. What is not given is as the sandbox has it. Does not count as activity.
+//
+// Children are made one by one: the answer says for each what it is, or why it could not be made (`error`, with what a create would have been answered). If not even one could be made the answer is that of the first:
+// 429, code `quota_exceeded`; 503, code `no_capacity`; or 500. 409, code `sandbox_not_running`, when the sandbox does not run, be it that it is suspended; 507, code `disk_full`, when the
+// machine's disk has no room to save it; 500, code `snapshot_failed`, when it could not be saved. Children go on being made when the caller leaves.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/fork (the `ForkSandbox` operationId).
+func (c *wire) ForkSandboxWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newForkSandboxRequestWithBody(c.Server, id, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ForkSandbox Make children of a running sandbox
+//
+// Each child is a sandbox of its own that goes on from where this one is now, with its processes, memory, files and listening sockets. It has its own id, host name, address, policy and random
+// numbers; connections to the outside are broken in it. The sandbox itself runs on after one pause, and its connections live. What is not given is as the sandbox has it. Does not count as activity.
+//
+// Children are made one by one: the answer says for each what it is, or why it could not be made (`error`, with what a create would have been answered). If not even one could be made the answer is that of the first:
+// 429, code `quota_exceeded`; 503, code `no_capacity`; or 500. 409, code `sandbox_not_running`, when the sandbox does not run, be it that it is suspended; 507, code `disk_full`, when the
+// machine's disk has no room to save it; 500, code `snapshot_failed`, when it could not be saved. Children go on being made when the caller leaves.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/fork (the `ForkSandbox` operationId).
+func (c *wire) ForkSandbox(ctx context.Context, id SandboxID, body ForkSandboxJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newForkSandboxRequest(c.Server, id, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
 // KeepaliveSandboxWithBody Give a sandbox a new lifetime
 //
 // An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
@@ -2417,6 +2717,52 @@ func (c *wire) KeepaliveSandboxWithBody(ctx context.Context, id SandboxID, conte
 // Corresponds with POST /v1/sandboxes/{id}/keepalive (the `KeepaliveSandbox` operationId).
 func (c *wire) KeepaliveSandbox(ctx context.Context, id SandboxID, body KeepaliveSandboxJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
 	req, err := newKeepaliveSandboxRequest(c.Server, id, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// CreateSnapshotWithBody Make a snapshot of a sandbox
+//
+// Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
+// `createSandbox`. A running sandbox of either mode runs on, after a pause that grows with its memory, and its connections live; a suspended one is not woken. Does not count as activity.
+//
+// 409 when the sandbox neither runs nor is suspended (`sandbox_not_running`) or the organization has a snapshot of the name (`snapshot_exists`); 429, code `quota_exceeded`, when the organization has as many snapshots
+// as it may have; 507, code `disk_full`, when the machine's disk has no room for it; 500, code `snapshot_failed`, when it could not be written. There is no snapshot then, and the sandbox runs on.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/snapshots (the `CreateSnapshot` operationId).
+func (c *wire) CreateSnapshotWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newCreateSnapshotRequestWithBody(c.Server, id, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// CreateSnapshot Make a snapshot of a sandbox
+//
+// Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
+// `createSandbox`. A running sandbox of either mode runs on, after a pause that grows with its memory, and its connections live; a suspended one is not woken. Does not count as activity.
+//
+// 409 when the sandbox neither runs nor is suspended (`sandbox_not_running`) or the organization has a snapshot of the name (`snapshot_exists`); 429, code `quota_exceeded`, when the organization has as many snapshots
+// as it may have; 507, code `disk_full`, when the machine's disk has no room for it; 500, code `snapshot_failed`, when it could not be written. There is no snapshot then, and the sandbox runs on.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/snapshots (the `CreateSnapshot` operationId).
+func (c *wire) CreateSnapshot(ctx context.Context, id SandboxID, body CreateSnapshotJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newCreateSnapshotRequest(c.Server, id, body)
 	if err != nil {
 		return nil, err
 	}
@@ -2477,6 +2823,57 @@ func (c *wire) WakeSandbox(ctx context.Context, id SandboxID, reqEditors ...requ
 // Corresponds with GET /v1/sizes (the `ListSizes` operationId).
 func (c *wire) ListSizes(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error) {
 	req, err := newListSizesRequest(c.Server)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ListSnapshots List snapshots
+//
+// The organization's snapshots, newest first.
+//
+// Corresponds with GET /v1/snapshots (the `ListSnapshots` operationId).
+func (c *wire) ListSnapshots(ctx context.Context, params *ListSnapshotsParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newListSnapshotsRequest(c.Server, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// DeleteSnapshot Delete a snapshot
+//
+// Sandboxes made from it go on, and those being made from it are still made. Its name is free at once.
+//
+// Corresponds with DELETE /v1/snapshots/{snapshot} (the `DeleteSnapshot` operationId).
+func (c *wire) DeleteSnapshot(ctx context.Context, snapshot SnapshotRef, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newDeleteSnapshotRequest(c.Server, snapshot)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// GetSnapshot Get a snapshot
+//
+// By name or id. One of another organization is not found.
+//
+// Corresponds with GET /v1/snapshots/{snapshot} (the `GetSnapshot` operationId).
+func (c *wire) GetSnapshot(ctx context.Context, snapshot SnapshotRef, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newGetSnapshotRequest(c.Server, snapshot)
 	if err != nil {
 		return nil, err
 	}
@@ -3814,6 +4211,53 @@ func newListFilesRequest(server string, id SandboxID, params *ListFilesParams) (
 	return req, nil
 }
 
+// NewForkSandboxRequest calls the generic ForkSandbox builder with application/json body
+func newForkSandboxRequest(server string, id SandboxID, body ForkSandboxJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newForkSandboxRequestWithBody(server, id, "application/json", bodyReader)
+}
+
+// NewForkSandboxRequestWithBody constructs an http.Request for the ForkSandbox method, with any body, and a specified content type
+func newForkSandboxRequestWithBody(server string, id SandboxID, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/fork", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
 // NewKeepaliveSandboxRequest calls the generic KeepaliveSandbox builder with application/json body
 func newKeepaliveSandboxRequest(server string, id SandboxID, body KeepaliveSandboxJSONRequestBody) (*http.Request, error) {
 	var bodyReader io.Reader
@@ -3842,6 +4286,53 @@ func newKeepaliveSandboxRequestWithBody(server string, id SandboxID, contentType
 	}
 
 	operationPath := fmt.Sprintf("/v1/sandboxes/%s/keepalive", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewCreateSnapshotRequest calls the generic CreateSnapshot builder with application/json body
+func newCreateSnapshotRequest(server string, id SandboxID, body CreateSnapshotJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newCreateSnapshotRequestWithBody(server, id, "application/json", bodyReader)
+}
+
+// NewCreateSnapshotRequestWithBody constructs an http.Request for the CreateSnapshot method, with any body, and a specified content type
+func newCreateSnapshotRequestWithBody(server string, id SandboxID, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/snapshots", pathParam0)
 	if operationPath[0] == '/' {
 		operationPath = "." + operationPath
 	}
@@ -3939,6 +4430,164 @@ func newListSizesRequest(server string) (*http.Request, error) {
 	}
 
 	operationPath := fmt.Sprintf("/v1/sizes")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewListSnapshotsRequest constructs an http.Request for the ListSnapshots method
+func newListSnapshotsRequest(server string, params *ListSnapshotsParams) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/snapshots")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if params.Sandbox != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "sandbox", *params.Sandbox, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Name != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "name", *params.Name, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Limit != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "limit", *params.Limit, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Cursor != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "cursor", *params.Cursor, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewDeleteSnapshotRequest constructs an http.Request for the DeleteSnapshot method
+func newDeleteSnapshotRequest(server string, snapshot SnapshotRef) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "snapshot", snapshot, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/snapshots/%s", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodDelete, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewGetSnapshotRequest constructs an http.Request for the GetSnapshot method
+func newGetSnapshotRequest(server string, snapshot SnapshotRef) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "snapshot", snapshot, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/snapshots/%s", pathParam0)
 	if operationPath[0] == '/' {
 		operationPath = "." + operationPath
 	}
@@ -4302,4 +4951,4 @@ func (c *wire) applyEditors(ctx context.Context, req *http.Request, additionalEd
 }
 
 // What decodes the answers is in client.go.
-// 34 operations.
+// 39 operations.

@@ -59,6 +59,7 @@ type sandboxConfig struct {
 	DefaultDiskMB int            `toml:"default_disk_mb"`
 	MaxDiskMB     int            `toml:"max_disk_mb"`
 	MaxPIDs       int            `toml:"max_pids"`
+	MaxSnapshots  int            `toml:"max_snapshots"`
 	KeepDestroyed duration       `toml:"keep_destroyed"`
 	Sizes         []sandbox.Size `toml:"sizes"`
 }
@@ -112,7 +113,7 @@ func defaults() config {
 		Network:         networkConfig{Ready: 8},
 		Sandbox: sandboxConfig{
 			Platform: "systrap", DefaultSize: "shared-cpu-1x", DefaultDiskMB: 2048, MaxDiskMB: 20480,
-			MaxPIDs: 4096, KeepDestroyed: duration(7 * 24 * time.Hour), Sizes: presets(),
+			MaxPIDs: 4096, MaxSnapshots: 100, KeepDestroyed: duration(7 * 24 * time.Hour), Sizes: presets(),
 		},
 		Capacity:  capacityConfig{MaxSandboxes: 1000, MinFreeMemoryMB: 512, MinFreeDiskMB: 1024},
 		Quota:     quotaConfig{Sandboxes: 500, VCPUs: 2000, MemoryMB: 1 << 20},
@@ -259,6 +260,7 @@ func (c *config) check() error {
 	}{
 		{"sandbox.default_disk_mb", c.Sandbox.DefaultDiskMB, sandbox.MinDiskMB},
 		{"sandbox.max_disk_mb", c.Sandbox.MaxDiskMB, c.Sandbox.DefaultDiskMB},
+		{"sandbox.max_snapshots", c.Sandbox.MaxSnapshots, 0},
 		{"sandbox.max_pids", c.Sandbox.MaxPIDs, 16},
 		{"capacity.max_sandboxes", c.Capacity.MaxSandboxes, 1},
 		{"capacity.min_free_memory_mb", c.Capacity.MinFreeMemoryMB, 0},

@@ -305,7 +305,7 @@ func (s *server) openCore(ctx context.Context) error {
 	}
 	s.sandboxes = sandbox.New(sandbox.Config{
 		Sizes: cfg.Sandbox.Sizes, DefaultSize: cfg.Sandbox.DefaultSize, DefaultDisk: cfg.Sandbox.DefaultDiskMB,
-		MaxDisk: cfg.Sandbox.MaxDiskMB, KeepDestroyed: time.Duration(cfg.Sandbox.KeepDestroyed), Pool: s.pool(),
+		MaxDisk: cfg.Sandbox.MaxDiskMB, KeepDestroyed: time.Duration(cfg.Sandbox.KeepDestroyed), MaxSnapshots: cfg.Sandbox.MaxSnapshots, Pool: s.pool(),
 	}, s.db, s.node, s.templates, s.log, s.observe())
 	s.onClose(s.sandboxes.Close)
 	s.serveGate(s.doors)

@@ -239,18 +239,36 @@ func (s *settings) apply(req agentapi.InitRequest) error {
 	return nil
 }
 
+// tellName gives the sandbox its host name. One that had another before, as a sandbox made
+// from a snapshot has, keeps what else is in its /etc/hosts.
+func tellName(name string) error {
+	before, err := os.Hostname()
+	if err != nil {
+		return fmt.Errorf("reading the host name: %w", err)
+	}
+	if err := syscall.Sethostname([]byte(name)); err != nil {
+		return fmt.Errorf("setting the host name: %w", err)
+	}
+	// Programs look their own name up, sudo before anything else.
+	const own = "127.0.1.1\t"
+	hosts := "127.0.0.1\tlocalhost\n" + own + name + "\n"
+	// One that cannot be read has nothing to be kept.
+	if had, err := os.ReadFile("/etc/hosts"); err == nil && strings.Contains(string(had), own+before+"\n") {
+		hosts = strings.Replace(string(had), own+before+"\n", own+name+"\n", 1)
+	}
+	if err := errors.Join(
+		os.WriteFile("/etc/hosts", []byte(hosts), 0o644),
+		os.WriteFile("/etc/hostname", []byte(name+"\n"), 0o644)); err != nil {
+		return fmt.Errorf("writing the host name: %w", err)
+	}
+	return nil
+}
+
 // tellSystem sets what programs ask the system for.
 func tellSystem(req agentapi.InitRequest) error {
 	if req.Hostname != "" {
-		if err := syscall.Sethostname([]byte(req.Hostname)); err != nil {
-			return fmt.Errorf("setting the host name: %w", err)
-		}
-		// Programs look their own name up, sudo before anything else.
-		hosts := "127.0.0.1\tlocalhost\n127.0.1.1\t" + req.Hostname + "\n"
-		if err := errors.Join(
-			os.WriteFile("/etc/hosts", []byte(hosts), 0o644),
-			os.WriteFile("/etc/hostname", []byte(req.Hostname+"\n"), 0o644)); err != nil {
-			return fmt.Errorf("writing the host name: %w", err)
+		if err := tellName(req.Hostname); err != nil {
+			return err
 		}
 	}
 	if len(req.Nameservers) == 0 {

@@ -104,14 +104,20 @@ func (e HealthStatus) Valid() bool {
 
 // Defines values for SandboxSource.
 const (
-	SandboxSourceCold SandboxSource = "cold"
-	SandboxSourceWarm SandboxSource = "warm"
+	SandboxSourceCold     SandboxSource = "cold"
+	SandboxSourceFork     SandboxSource = "fork"
+	SandboxSourceSnapshot SandboxSource = "snapshot"
+	SandboxSourceWarm     SandboxSource = "warm"
 )
 
 // Valid indicates whether the value is a known member of the SandboxSource enum.
 func (e SandboxSource) Valid() bool {
 	switch e {
 	case SandboxSourceCold:
+		return true
+	case SandboxSourceFork:
+		return true
+	case SandboxSourceSnapshot:
 		return true
 	case SandboxSourceWarm:
 		return true
@@ -345,7 +351,7 @@ type CreateOrgRequest struct {
 	Quota *QuotaRequest `json:"quota,omitempty"`
 }
 
-// CreateSandboxRequest What sandbox to make.
+// CreateSandboxRequest What sandbox to make, from a template or from a snapshot.
 type CreateSandboxRequest struct {
 	// DiskSizeMB What the sandbox may write, in MiB: at least 64, at most what the operator allows. Default is the template's, else 2048 unless the operator says otherwise.
 	//
@@ -380,15 +386,30 @@ type CreateSandboxRequest struct {
 	// Example: shared-cpu-1x
 	Size *string `json:"size,omitempty"`
 
-	// Template Name or id of a template.
+	// Snapshot Name or id of a snapshot, instead of a template: the sandbox goes on from there, as one of its own. Size and disk are the snapshot's; `env` is added to the snapshot's and holds for
+	// commands from here on; `egress` is by default what the snapshot's sandbox had.
+	//
+	//
+	// Example: snap_abcdefghijklmnopqrst
+	Snapshot string `json:"snapshot,omitempty"`
+
+	// Template Name or id of a template. This or `snapshot`.
 	//
 	// Example: python
-	Template string `json:"template"`
+	Template string `json:"template,omitempty"`
 
 	// Timeout Ephemeral only: the lifetime, 1s to 24h. Default 5m.
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
+}
+
+// CreateSnapshotRequest What to call a snapshot.
+type CreateSnapshotRequest struct {
+	// Name 1 to 63 letters, digits, `.`, `_` and `-`, beginning with a letter or digit and not with `snap_`; unique among the organization's snapshots. Absent is none.
+	//
+	// Example: after-setup
+	Name *string `json:"name,omitempty"`
 }
 
 // CreateTemplateRequest What template to make. Exactly one of `image`, `dockerfile` and `debian`.
@@ -632,6 +653,73 @@ type FileEntryType string
 type FileList struct {
 	// Entries The entries.
 	Entries []FileEntry `json:"entries"`
+}
+
+// ForkChild A child of a fork. It has one of the two.
+type ForkChild struct {
+	// Error Why a child was not made.
+	Error *ForkError `json:"error,omitempty"`
+
+	// Sandbox A sandbox.
+	Sandbox *Sandbox `json:"sandbox,omitempty"`
+}
+
+// ForkError Why a child was not made.
+type ForkError struct {
+	// Code What is wrong, for programs. Stable.
+	//
+	// Example: quota_exceeded
+	Code string `json:"code"`
+
+	// Detail What is wrong, for people.
+	Detail string `json:"detail"`
+
+	// Status The HTTP status that a create would have been answered with.
+	//
+	// Example: 429
+	Status int `json:"status"`
+}
+
+// ForkRequest What children to make. What is not given is as the sandbox has it.
+type ForkRequest struct {
+	// Count How many, 1 to 100. Default 1.
+	//
+	// Example: 3
+	Count *int `json:"count,omitempty"`
+
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	Egress *Egress `json:"egress,omitempty"`
+
+	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	Env Env `json:"env,omitempty"`
+
+	// IdleTimeout Persistent children only: suspend after this time without activity, 10s to 24h, or 0 for never; the number 0 will do too.
+	//
+	// Example: 10m
+	IdleTimeout *DurationOrZero `json:"idle_timeout,omitempty"`
+
+	// Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
+	Metadata Metadata `json:"metadata,omitempty"`
+
+	// Mode `ephemeral` or `persistent`.
+	Mode *string `json:"mode,omitempty"`
+
+	// RecoveryInterval Persistent children only: how often to take a recovery point, 1m to 24h, or 0 for never; the number 0 will do too.
+	//
+	// Example: 10m
+	RecoveryInterval *DurationOrZero `json:"recovery_interval,omitempty"`
+
+	// Timeout Ephemeral children only: their lifetime, 1s to 24h.
+	//
+	// Example: 5m
+	Timeout *string `json:"timeout,omitempty"`
+}
+
+// ForkResult What came of a fork.
+type ForkResult struct {
+	// Children One for each child that was asked for.
+	Children []ForkChild `json:"children"`
 }
 
 // Health How the server is.
@@ -996,13 +1084,18 @@ type Sandbox struct {
 	// Network What left the sandbox since it runs, as its policy decided. Only where one running sandbox is read, not in lists and not in answers to other calls.
 	Network *NetworkUse `json:"network,omitempty"`
 
+	// Origin Id of the snapshot or sandbox that it was made from, which may be gone. Absent when neither.
+	//
+	// Example: snap_abcdefghijklmnopqrst
+	Origin *string `json:"origin,omitempty"`
+
 	// RecoveryIntervalSeconds Persistent only: how often a recovery point is taken while it runs and changes; 0 is never.
 	RecoveryIntervalSeconds *int64 `json:"recovery_interval_seconds,omitempty"`
 
 	// Size Name of its size.
 	Size string `json:"size"`
 
-	// Source Whether it was taken from the pool (`warm`) or booted for the request (`cold`).
+	// Source Whether it was taken from the pool (`warm`), booted for the request (`cold`), made from a snapshot, or is a child of another sandbox (`fork`).
 	Source *SandboxSource `json:"source,omitempty"`
 
 	// StartedAt When it began to run.
@@ -1033,7 +1126,7 @@ type Sandbox struct {
 	VCPUs int `json:"vcpus"`
 }
 
-// SandboxSource Whether it was taken from the pool (`warm`) or booted for the request (`cold`).
+// SandboxSource Whether it was taken from the pool (`warm`), booted for the request (`cold`), made from a snapshot, or is a child of another sandbox (`fork`).
 type SandboxSource string
 
 // SandboxList A page of sandboxes, newest first.
@@ -1078,6 +1171,66 @@ type Size struct {
 type SizeList struct {
 	// Sizes The sizes.
 	Sizes []Size `json:"sizes"`
+}
+
+// Snapshot A sandbox as it was at a time.
+type Snapshot struct {
+	// CreatedAt The time of the state it holds.
+	CreatedAt time.Time `json:"created_at"`
+
+	// DiskMB What they may write, in MiB.
+	DiskMB int `json:"disk_mb"`
+
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	Egress Egress `json:"egress"`
+
+	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	Env Env `json:"env"`
+
+	// ID `snap_` and 20 lower-case base32 characters.
+	//
+	// Example: snap_abcdefghijklmnopqrst
+	ID string `json:"id"`
+
+	// Memory Whether it holds processes and memory, and not files alone: always true now.
+	Memory bool `json:"memory"`
+
+	// MemoryMB Their memory in MiB.
+	MemoryMB int `json:"memory_mb"`
+
+	// Name Its name; absent if it has none.
+	Name *string `json:"name,omitempty"`
+
+	// SandboxID Id of the sandbox it is of, which may be gone.
+	SandboxID string `json:"sandbox_id"`
+
+	// Size Name of the size that sandboxes made from it have.
+	Size string `json:"size"`
+
+	// SizeBytes Its size on disk. One of a suspended sandbox shares that with the sandbox's checkpoint.
+	SizeBytes int64 `json:"size_bytes"`
+
+	// Template Name of the template that sandbox was made from.
+	Template string `json:"template"`
+
+	// TemplateID Id of that template.
+	TemplateID string `json:"template_id"`
+
+	// TemplateVersion Version of that template.
+	TemplateVersion int `json:"template_version"`
+
+	// VCPUs Their virtual CPUs.
+	VCPUs int `json:"vcpus"`
+}
+
+// SnapshotList A page of snapshots, newest first.
+type SnapshotList struct {
+	// NextCursor `cursor` of the next page; absent on the last one.
+	NextCursor *string `json:"next_cursor,omitempty"`
+
+	// Snapshots The snapshots.
+	Snapshots []Snapshot `json:"snapshots"`
 }
 
 // Template What sandboxes are made from.
@@ -1197,6 +1350,9 @@ type Limit = int
 
 // SandboxID Example: sbx_abcdefghijklmnopqrst
 type SandboxID = string
+
+// SnapshotRef Example: snap_abcdefghijklmnopqrst
+type SnapshotRef = string
 
 // TemplateRef Example: python
 type TemplateRef = string
@@ -1327,6 +1483,21 @@ type ListFilesParams struct {
 	Depth *int `form:"depth,omitempty" json:"depth,omitempty"`
 }
 
+// ListSnapshotsParams defines parameters for ListSnapshots.
+type ListSnapshotsParams struct {
+	// Sandbox Keep only those of the sandbox with this id, which may be gone.
+	Sandbox *string `form:"sandbox,omitempty" json:"sandbox,omitempty"`
+
+	// Name Keep only the one of this name.
+	Name *string `form:"name,omitempty" json:"name,omitempty"`
+
+	// Limit Most entries to answer.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor `next_cursor` of the page before. Opaque.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
 // ListTemplatesParams defines parameters for ListTemplates.
 type ListTemplatesParams struct {
 	// Limit Most entries to answer.
@@ -1381,8 +1552,14 @@ type SetEgressJSONRequestBody = Egress
 // ExecuteCommandJSONRequestBody defines body for ExecuteCommand for application/json ContentType.
 type ExecuteCommandJSONRequestBody = ExecuteRequest
 
+// ForkSandboxJSONRequestBody defines body for ForkSandbox for application/json ContentType.
+type ForkSandboxJSONRequestBody = ForkRequest
+
 // KeepaliveSandboxJSONRequestBody defines body for KeepaliveSandbox for application/json ContentType.
 type KeepaliveSandboxJSONRequestBody = KeepaliveRequest
+
+// CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
+type CreateSnapshotJSONRequestBody = CreateSnapshotRequest
 
 // CreateTemplateJSONRequestBody defines body for CreateTemplate for application/json ContentType.
 type CreateTemplateJSONRequestBody = CreateTemplateRequest
@@ -1467,9 +1644,15 @@ type ServerInterface interface {
 	// ListFiles List a directory
 	// (GET /v1/sandboxes/{id}/files/list)
 	ListFiles(w http.ResponseWriter, r *http.Request, id SandboxID, params ListFilesParams)
+	// ForkSandbox Make children of a running sandbox
+	// (POST /v1/sandboxes/{id}/fork)
+	ForkSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// KeepaliveSandbox Give a sandbox a new lifetime
 	// (POST /v1/sandboxes/{id}/keepalive)
 	KeepaliveSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// CreateSnapshot Make a snapshot of a sandbox
+	// (POST /v1/sandboxes/{id}/snapshots)
+	CreateSnapshot(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// SuspendSandbox Suspend a persistent sandbox
 	// (POST /v1/sandboxes/{id}/suspend)
 	SuspendSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
@@ -1479,6 +1662,15 @@ type ServerInterface interface {
 	// ListSizes List the sizes a sandbox may have
 	// (GET /v1/sizes)
 	ListSizes(w http.ResponseWriter, r *http.Request)
+	// ListSnapshots List snapshots
+	// (GET /v1/snapshots)
+	ListSnapshots(w http.ResponseWriter, r *http.Request, params ListSnapshotsParams)
+	// DeleteSnapshot Delete a snapshot
+	// (DELETE /v1/snapshots/{snapshot})
+	DeleteSnapshot(w http.ResponseWriter, r *http.Request, snapshot SnapshotRef)
+	// GetSnapshot Get a snapshot
+	// (GET /v1/snapshots/{snapshot})
+	GetSnapshot(w http.ResponseWriter, r *http.Request, snapshot SnapshotRef)
 	// ListTemplates List templates
 	// (GET /v1/templates)
 	ListTemplates(w http.ResponseWriter, r *http.Request, params ListTemplatesParams)
@@ -2280,6 +2472,32 @@ func (siw *ServerInterfaceWrapper) ListFiles(w http.ResponseWriter, r *http.Requ
 	handler.ServeHTTP(w, r)
 }
 
+// ForkSandbox operation middleware
+func (siw *ServerInterfaceWrapper) ForkSandbox(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ForkSandbox(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // KeepaliveSandbox operation middleware
 func (siw *ServerInterfaceWrapper) KeepaliveSandbox(w http.ResponseWriter, r *http.Request) {
 
@@ -2297,6 +2515,32 @@ func (siw *ServerInterfaceWrapper) KeepaliveSandbox(w http.ResponseWriter, r *ht
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.KeepaliveSandbox(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreateSnapshot operation middleware
+func (siw *ServerInterfaceWrapper) CreateSnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateSnapshot(w, r, id)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2363,6 +2607,130 @@ func (siw *ServerInterfaceWrapper) ListSizes(w http.ResponseWriter, r *http.Requ
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.ListSizes(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListSnapshots operation middleware
+func (siw *ServerInterfaceWrapper) ListSnapshots(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListSnapshotsParams
+
+	// ------------- Optional query parameter "sandbox" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "sandbox", r.URL.Query(), &params.Sandbox, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "sandbox"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandbox", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "name" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "name", r.URL.Query(), &params.Name, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "name"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "name", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListSnapshots(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DeleteSnapshot operation middleware
+func (siw *ServerInterfaceWrapper) DeleteSnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "snapshot" -------------
+	var snapshot SnapshotRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "snapshot", r.PathValue("snapshot"), &snapshot, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "snapshot", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteSnapshot(w, r, snapshot)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetSnapshot operation middleware
+func (siw *ServerInterfaceWrapper) GetSnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "snapshot" -------------
+	var snapshot SnapshotRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "snapshot", r.PathValue("snapshot"), &snapshot, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "snapshot", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetSnapshot(w, r, snapshot)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2730,6 +3098,8 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/wake", wrapper.WakeSandbox)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/suspend", wrapper.SuspendSandbox)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/checkpoint", wrapper.CheckpointSandbox)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/snapshots", wrapper.CreateSnapshot)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/fork", wrapper.ForkSandbox)
 	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/v1/sandboxes/{id}/egress", wrapper.SetEgress)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/events", wrapper.ListEvents)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/execute", wrapper.ExecuteCommand)
@@ -2737,6 +3107,9 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/files", wrapper.ReadFile)
 	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/v1/sandboxes/{id}/files", wrapper.WriteFile)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/files/list", wrapper.ListFiles)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/snapshots", wrapper.ListSnapshots)
+	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/snapshots/{snapshot}", wrapper.DeleteSnapshot)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/snapshots/{snapshot}", wrapper.GetSnapshot)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/templates", wrapper.ListTemplates)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/templates", wrapper.CreateTemplate)
 	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/templates/{template}", wrapper.DeleteTemplate)

@@ -42,6 +42,11 @@ type Sandboxes interface {
 	Suspend(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
 	Checkpoint(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Point, error)
 	SetEgress(ctx context.Context, orgID string, id sandbox.ID, e sandbox.Egress) (sandbox.Sandbox, error)
+	SaveSnapshot(ctx context.Context, orgID string, id sandbox.ID, name string) (sandbox.Snapshot, error)
+	GetSnapshot(ctx context.Context, orgID, nameOrID string) (sandbox.Snapshot, error)
+	ListSnapshots(ctx context.Context, f sandbox.SnapshotFilter) ([]sandbox.Snapshot, string, error)
+	DeleteSnapshot(ctx context.Context, orgID, nameOrID string) error
+	Fork(ctx context.Context, c sandbox.Caller, id sandbox.ID, r sandbox.ForkRequest) ([]sandbox.Child, error)
 	Traffic(ctx context.Context, box sandbox.Sandbox) (*sandbox.Traffic, error)
 	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
 	Sizes() []sandbox.Size

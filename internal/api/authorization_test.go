@@ -38,6 +38,11 @@ var samples = map[string]sample{
 	"wakeSandbox":       {others: 403, othersCode: notYours},
 	"suspendSandbox":    {others: 403, othersCode: notYours},
 	"checkpointSandbox": {others: 403, othersCode: notYours},
+	"createSnapshot":    {body: `{"name":"theirs"}`, others: 403, othersCode: notYours},
+	"forkSandbox":       {body: `{"count":2}`, others: 403, othersCode: notYours},
+	"listSnapshots":     {others: 200},
+	"getSnapshot":       {others: 404, othersCode: "snapshot_not_found"},
+	"deleteSnapshot":    {others: 404, othersCode: "snapshot_not_found"},
 	"setEgress":         {body: `{"mode":"deny_all"}`, others: 403, othersCode: notYours},
 	"listEvents":        {others: 403, othersCode: notYours},
 	"executeCommand":    {body: `{"command":"id"}`, others: 403, othersCode: notYours},
@@ -110,7 +115,8 @@ func TestAuthorizationMatrix(t *testing.T) {
 		},
 		"in the query": func(r *http.Request) { r.URL.RawQuery += "&access_token=" + h.key },
 	}
-	replace := strings.NewReplacer("{id}", box.ID, "{template}", "mine", "{key}", victim.ID)
+	snap := as[Snapshot](t, 201, h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/snapshots", h.key, ""))
+	replace := strings.NewReplacer("{id}", box.ID, "{snapshot}", snap.ID, "{template}", "mine", "{key}", victim.ID)
 	operations(h.spec, func(pattern, path string, op *openapi3.Operation, _ openapi3.Parameters) {
 		s, known := samples[op.OperationID]
 		if !known {
@@ -149,6 +155,7 @@ func TestAuthorizationMatrix(t *testing.T) {
 	if string(h.agent.files["/tmp/a"]) != "private" || len(h.agent.targets) != 0 {
 		t.Error("the inside of the sandbox was touched")
 	}
+	as[Snapshot](t, 200, h.send(t, "GET", "/v1/snapshots/"+snap.ID, h.key, ""))
 	orgs := as[OrgList](t, 200, h.send(t, "GET", "/v1/orgs", h.key, ""))
 	if len(orgs.Orgs) != 2 {
 		t.Errorf("%d organizations, want 2", len(orgs.Orgs))

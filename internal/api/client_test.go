@@ -129,6 +129,49 @@ func clientSleep(t *testing.T, ctx context.Context, c *client.Client, fatal func
 	fatal(c.DestroySandbox(ctx, box.ID))
 }
 
+func clientSnapshots(t *testing.T, ctx context.Context, c *client.Client, fatal func(error), id string) {
+	for _, name := range []string{"", "named"} {
+		s, err := c.CreateSnapshot(ctx, id, name)
+		fatal(err)
+		if s.SandboxID != id || !s.Memory || s.SizeBytes == 0 || (s.Name != nil) != (name != "") {
+			t.Errorf("snapshot %+v", s)
+		}
+	}
+	n := 0
+	for s, err := range c.Snapshots(ctx, client.ListSnapshotsOptions{SandboxID: id, ListOptions: client.ListOptions{Limit: 1}}) {
+		fatal(err)
+		if n++; n == 1 && *s.Name != "named" {
+			t.Errorf("the newest is %+v", s)
+		}
+	}
+	l, err := c.ListSnapshots(ctx, client.ListSnapshotsOptions{Name: "none"})
+	fatal(err)
+	if n != 2 || len(l.Snapshots) != 0 {
+		t.Errorf("%d snapshots, %d of no name", n, len(l.Snapshots))
+	}
+	s, err := c.GetSnapshot(ctx, "named")
+	fatal(err)
+	box, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Snapshot: s.ID}, client.CreateOptions{})
+	fatal(err)
+	if *box.Origin != s.ID || *box.Source != client.SandboxSourceSnapshot {
+		t.Errorf("made %+v", box)
+	}
+	fatal(c.DeleteSnapshot(ctx, "named"))
+	if err := c.DeleteSnapshot(ctx, s.ID); !client.HasCode(err, "snapshot_not_found") {
+		t.Errorf("deleted again: %v", err)
+	}
+	children, err := c.Fork(ctx, box.ID, client.ForkRequest{Count: new(2), Timeout: new("1h"), Metadata: client.Metadata{"k": "child"}})
+	fatal(err)
+	for _, child := range children {
+		if child.Error != nil || *child.Sandbox.Origin != box.ID || *child.Sandbox.TimeoutSeconds != 3600 {
+			t.Errorf("child %+v", child)
+		}
+	}
+	if len(children) != 2 {
+		t.Errorf("%d children", len(children))
+	}
+}
+
 func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal func(error)) (id string) {
 	r := client.CreateSandboxRequest{Template: "python", Timeout: new("5m"), Env: client.Env{"A": "1"}, Metadata: client.Metadata{"k": "v w"}}
 	first, err := c.CreateSandbox(ctx, r, client.CreateOptions{IdempotencyKey: "a key"})
@@ -166,13 +209,14 @@ func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal 
 	_, err = c.SetEgress(ctx, first.ID, client.Egress{Mode: client.EgressModeDenyAll, AllowDomains: []string{"example.com"}})
 	fatal(err)
 	clientSleep(t, ctx, c, fatal)
+	clientSnapshots(t, ctx, c, fatal, first.ID)
 	n = 0
 	for _, err := range c.Events(ctx, first.ID, client.ListOptions{Limit: 1}) {
 		fatal(err)
 		n++
 	}
-	if n != 3 { // with the change of its policy
-		t.Errorf("%d events, want 3", n)
+	if n != 5 { // with the change of its policy and two snapshots
+		t.Errorf("%d events, want 5", n)
 	}
 	for b, err := range c.Sandboxes(ctx, client.ListSandboxesOptions{ListOptions: client.ListOptions{Cursor: "nonsense"}}) {
 		if !client.HasCode(err, "invalid_cursor") {

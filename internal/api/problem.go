@@ -42,14 +42,7 @@ func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) {
 		s.problem(w, r, http.StatusUnsupportedMediaType, fault.InField("unsupported_media_type", "Content-Type", "%s", notJSON.detail))
 		return
 	}
-	f := fault.As(err)
-	if f == nil || f.Kind == fault.Internal && f.Code == "" {
-		f = fault.New(fault.Internal, "internal", "something broke on this server; its log has the cause under the request_id").Because(err)
-	}
-	status := statuses[f.Kind]
-	if status == 0 {
-		status = http.StatusInternalServerError
-	}
+	status, f := statusOf(err)
 	if status >= 500 {
 		c := callOf(r)
 		c.err = err
@@ -61,6 +54,19 @@ func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) {
 		}
 	}
 	s.problem(w, r, status, f)
+}
+
+// statusOf is the status of an error, and what of it a caller is told.
+func statusOf(err error) (int, *fault.Error) {
+	f := fault.As(err)
+	if f == nil || f.Kind == fault.Internal && f.Code == "" {
+		f = fault.New(fault.Internal, "internal", "something broke on this server; its log has the cause under the request_id").Because(err)
+	}
+	status := statuses[f.Kind]
+	if status == 0 {
+		status = http.StatusInternalServerError
+	}
+	return status, f
 }
 
 // problem writes a fault under a status that its kind does not have.

@@ -27,7 +27,13 @@ var routes = map[string]access{
 	"POST /v1/sandboxes/{id}/suspend":    {scope: auth.SandboxesWrite},
 	"POST /v1/sandboxes/{id}/checkpoint": {scope: auth.SandboxesWrite},
 	"PUT /v1/sandboxes/{id}/egress":      {scope: auth.SandboxesWrite},
+	"POST /v1/sandboxes/{id}/snapshots":  {scope: auth.SandboxesWrite},
+	"POST /v1/sandboxes/{id}/fork":       {scope: auth.SandboxesWrite},
 	"GET /v1/sandboxes/{id}/events":      {scope: auth.SandboxesRead, query: []string{"limit", "cursor"}},
+
+	"GET /v1/snapshots":               {scope: auth.SandboxesRead, query: []string{"sandbox", "name", "limit", "cursor"}},
+	"GET /v1/snapshots/{snapshot}":    {scope: auth.SandboxesRead},
+	"DELETE /v1/snapshots/{snapshot}": {scope: auth.SandboxesWrite},
 
 	"POST /v1/sandboxes/{id}/execute":   {scope: auth.Exec},
 	"PUT /v1/sandboxes/{id}/files":      {scope: auth.Files, query: []string{"path", "mode", "owner"}},

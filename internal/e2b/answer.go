@@ -109,48 +109,58 @@ func (s *Surface) handle(w http.ResponseWriter, r *http.Request, route string, f
 	s.fail(rec, r, err)
 }
 
+// problem is an error as it is answered.
+type problem struct {
+	status  int
+	message string
+	code    string // for machines; "" is none
+}
+
+// problemOf says how an error of the control API is answered.
+func problemOf(err error) problem {
+	var u unsupported
+	if errors.As(err, &u) {
+		return problem{http.StatusNotImplemented, string(u), "unsupported"}
+	}
+	f := fault.As(err)
+	if f == nil || statuses[f.Kind] == 0 {
+		return problem{http.StatusInternalServerError, "something broke on this server; its log has the cause", "internal"}
+	}
+	p := problem{statuses[f.Kind], f.Detail, f.Code}
+	if f.Field != "" {
+		p.message = f.Field + ": " + f.Detail
+	}
+	return p
+}
+
 // fail answers an error.
 func (s *Surface) fail(w http.ResponseWriter, r *http.Request, err error) {
 	c := callOf(r)
-	var g gone
-	var u unsupported
-	body := map[string]any{}
-	status := http.StatusInternalServerError
-	f := fault.As(err)
-	switch {
-	case errors.As(err, &g):
-		status = http.StatusBadGateway
-		body["sandboxId"], body["message"] = g.id, g.message
-		if g.closed {
-			body["port"] = g.port
-		}
-	case errors.As(err, &u):
-		status = http.StatusNotImplemented
-		body["message"], body["error_code"] = string(u), "unsupported"
-	case f == nil || f.Kind == fault.Internal:
-		body["message"] = "something broke on this server; its log has the cause under " + c.id
-	default:
-		status = statuses[f.Kind]
-		c.code = f.Code
-		body["message"], body["error_code"] = f.Detail, f.Code
-		if f.Field != "" {
-			body["message"] = f.Field + ": " + f.Detail
-		}
-		if c.route == "traffic" || c.route == "signed" {
-			delete(body, "error_code") // the agent's errors have none, and clients compare
-		}
-		if f.RetryAfter > 0 {
-			w.Header().Set("Retry-After", strconv.FormatInt(int64(math.Ceil(f.RetryAfter.Seconds())), 10))
-		}
-	}
-	if status >= 500 {
-		c.err = err
-	}
-	body["code"] = status
 	if r.Header.Get("Origin") != "" {
 		allowOrigins(w, r)
 	}
-	reply(w, status, body)
+	var g gone
+	if errors.As(err, &g) {
+		body := map[string]any{"sandboxId": g.id, "message": g.message, "code": http.StatusBadGateway}
+		if g.closed {
+			body["port"] = g.port
+		}
+		reply(w, http.StatusBadGateway, body)
+		return
+	}
+	p := problemOf(err)
+	c.code = p.code
+	if p.status == http.StatusInternalServerError || p.status == http.StatusServiceUnavailable {
+		c.err = err
+	}
+	if f := fault.As(err); f != nil && f.RetryAfter > 0 {
+		w.Header().Set("Retry-After", strconv.FormatInt(int64(math.Ceil(f.RetryAfter.Seconds())), 10))
+	}
+	body := map[string]any{"code": p.status, "message": p.message}
+	if c.route != "traffic" && c.route != "signed" { // the agent's errors have none, and clients compare
+		body["error_code"] = p.code
+	}
+	reply(w, p.status, body)
 }
 
 // reply writes v as JSON.

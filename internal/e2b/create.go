@@ -122,19 +122,34 @@ func (s *Surface) request(r *http.Request, in createBody, v version) (sandbox.Re
 		return out, err
 	}
 	out.Surface = keep.String()
-	if out.Template, err = templateName(in.TemplateID); err != nil {
-		return out, err
-	}
-	t, err := s.Templates.Get(r.Context(), orgOf(r), out.Template)
+	return out, s.source(r, in.TemplateID, &out)
+}
+
+// source says what the sandbox is made from: a template, else a snapshot.
+func (s *Surface) source(r *http.Request, ref string, out *sandbox.Request) error {
+	name, err := templateName(ref)
 	if err != nil {
-		return out, err
+		return err
 	}
+	t, err := s.Templates.Get(r.Context(), orgOf(r), name)
+	switch {
+	case fault.Is(err, fault.NotFound):
+		// On this wire snapshots are templates too.
+		if snap, noSnapshot := s.Sandboxes.GetSnapshot(r.Context(), orgOf(r), name); noSnapshot == nil {
+			out.Snapshot = string(snap.ID)
+			return nil
+		}
+		return err
+	case err != nil:
+		return err
+	}
+	out.Template = name
 	// E2B's clients count on a user of that name. What an organization brought itself need
 	// not have one.
 	if t.Builtin() && (t.User == "" || t.User == "root") {
 		out.User = defaultUser
 	}
-	return out, nil
+	return nil
 }
 
 // defaultUser is whom commands run as in E2B's templates. All of cay's own have one.

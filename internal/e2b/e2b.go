@@ -43,6 +43,11 @@ type Sandboxes interface {
 	WakeFor(ctx context.Context, c sandbox.Caller, id sandbox.ID, timeout time.Duration) (sandbox.Sandbox, error)
 	Attach(ctx context.Context, id sandbox.ID) (*sandbox.Lease, error)
 	Connect(ctx context.Context, c sandbox.Caller, id sandbox.ID) (*sandbox.Lease, error)
+	Fork(ctx context.Context, c sandbox.Caller, id sandbox.ID, r sandbox.ForkRequest) ([]sandbox.Child, error)
+	SaveSnapshot(ctx context.Context, orgID string, id sandbox.ID, name string) (sandbox.Snapshot, error)
+	GetSnapshot(ctx context.Context, orgID, nameOrID string) (sandbox.Snapshot, error)
+	ListSnapshots(ctx context.Context, f sandbox.SnapshotFilter) ([]sandbox.Snapshot, string, error)
+	DeleteSnapshot(ctx context.Context, orgID, nameOrID string) error
 	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
 }
 

@@ -56,6 +56,8 @@ type life struct {
 	Warm string `json:"warm,omitempty"`
 	// Egress is the policy that is wanted. It changes while the sandbox runs.
 	Egress sandbox.Egress `json:"egress"`
+	// From is the snapshot that this life was made from; "" is none.
+	From string `json:"from,omitempty"`
 }
 
 // step is one part of a create. What it did is undone by Destroy, which works
@@ -68,8 +70,11 @@ type step struct {
 // Create makes a sandbox and returns when its agent answers and knows its token, and its
 // start command, if it has one, is ready.
 func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
-	b := n.newBox(spec)
-	return n.take(ctx, b, n.creation(b, spec), n.Destroy)
+	b, steps, err := n.making(ctx, spec)
+	if err != nil {
+		return err
+	}
+	return n.take(ctx, b, steps, n.Destroy)
 }
 
 // newBox is a sandbox that is to be booted.

@@ -17,6 +17,8 @@ const (
 	opWake       opKind = "wake"
 	opCheckpoint opKind = "checkpoint"
 	opEgress     opKind = "egress"
+	opSnapshot   opKind = "snapshot"
+	opFork       opKind = "fork"
 	opClaim      opKind = "claim"   // a create from the pool
 	opPrepare    opKind = "prepare" // a new member of the pool
 	opSettle     opKind = "settle"  // makes row and host agree

@@ -104,7 +104,7 @@ func (h *house) crash() {
 func (h *house) caller() sandbox.Caller { return sandbox.Caller{OrgID: org, Quota: h.quota} }
 
 func (h *house) create(r sandbox.Request) (sandbox.Sandbox, error) {
-	if r.Template == "" {
+	if r.Template == "" && r.Snapshot == "" {
 		r.Template = "python"
 	}
 	return h.Create(context.Background(), h.caller(), r, sandbox.Once{}, true)

@@ -17,6 +17,8 @@ const (
 	reasonWakeFailed    = "wake_failed"
 	reasonEgressChanged = "egress_changed"
 	reasonEgressDenied  = "egress_denied"
+	reasonSnapshot      = "snapshot_made"
+	reasonForked        = "forked"
 )
 
 // leaseGrace is how long an explicit suspend waits for calls in flight. The caller

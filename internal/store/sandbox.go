@@ -24,7 +24,7 @@ const purgeBatch = 200
 const sandboxColumns = `id, org_id, mode, state, run, template, template_id, template_version, image,
 	size, vcpus, memory_mb, dedicated, disk_mb, env, metadata, egress, run_as, workdir,
 	timeout, idle_timeout, recovery_interval, created_at, started_at, expires_at, last_activity_at,
-	suspended_at, destroyed_at, destroy_reason, error, source, token, at_end, surface`
+	suspended_at, destroyed_at, destroy_reason, error, source, origin, token, at_end, surface`
 
 // sandboxFields are s's columns, to scan into or to write.
 func sandboxFields(s *sandbox.Sandbox) []any {
@@ -33,7 +33,7 @@ func sandboxFields(s *sandbox.Sandbox) []any {
 		jsonColumn{&s.Env}, jsonColumn{&s.Metadata}, jsonColumn{&s.Egress}, &s.User, &s.Workdir,
 		durationColumn{&s.Timeout}, durationColumn{&s.IdleTimeout}, durationColumn{&s.RecoveryInterval},
 		timeColumn{&s.CreatedAt}, timeColumn{&s.StartedAt}, timeColumn{&s.ExpiresAt}, timeColumn{&s.LastActivityAt},
-		timeColumn{&s.SuspendedAt}, timeColumn{&s.DestroyedAt}, &s.DestroyReason, &s.Error, &s.Source, &s.Token, &s.AtEnd, &s.Surface}
+		timeColumn{&s.SuspendedAt}, timeColumn{&s.DestroyedAt}, &s.DestroyReason, &s.Error, &s.Source, &s.Origin, &s.Token, &s.AtEnd, &s.Surface}
 }
 
 func scanSandbox(row scanner) (sandbox.Sandbox, error) {
@@ -166,7 +166,11 @@ func insertSandbox(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, once sand
 			return fmt.Errorf("writing metadata: %w", err)
 		}
 	}
-	if err := insertEvent(ctx, tx, sandbox.Event{SandboxID: s.ID, At: s.CreatedAt, To: sandbox.Creating}); err != nil {
+	made := sandbox.Event{SandboxID: s.ID, At: s.CreatedAt, To: sandbox.Creating}
+	if s.Origin != "" {
+		made.Reason, made.Detail = string(s.Source), s.Origin
+	}
+	if err := insertEvent(ctx, tx, made); err != nil {
 		return err
 	}
 	if once.Key == "" {
@@ -448,7 +452,7 @@ func (db *DB) Living(ctx context.Context) ([]sandbox.ID, error) {
 // Images implements [sandbox.Store].
 func (db *DB) Images(ctx context.Context) ([]string, error) {
 	return db.texts(ctx, "listing images of sandboxes",
-		"SELECT image FROM sandboxes WHERE ended_at IS NULL AND image <> '' UNION SELECT image FROM pool ORDER BY image")
+		"SELECT image FROM sandboxes WHERE ended_at IS NULL AND image <> '' UNION SELECT image FROM pool UNION SELECT image FROM snapshots ORDER BY image")
 }
 
 // texts runs a query for one column of text.

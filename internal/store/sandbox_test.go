@@ -35,7 +35,7 @@ func fullSandbox(org string, i int) sandbox.Sandbox {
 		User: "user", Workdir: "/srv", Timeout: 5 * time.Minute, IdleTimeout: 90 * time.Second, RecoveryInterval: 1500 * time.Millisecond,
 		CreatedAt: created, StartedAt: created.Add(1), ExpiresAt: created.Add(time.Hour), LastActivityAt: created.Add(2 * time.Second),
 		SuspendedAt: created.Add(3 * time.Second), DestroyedAt: created.Add(4 * time.Second), DestroyReason: sandbox.Lost,
-		Error: "it broke", Source: sandbox.Warm, Token: "secret", AtEnd: sandbox.EndSuspends, Surface: "kept",
+		Error: "it broke", Source: sandbox.Restored, Origin: "snap_a", Token: "secret", AtEnd: sandbox.EndSuspends, Surface: "kept",
 	}
 }
 
@@ -103,6 +103,9 @@ func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
 		"pool":                   poolMembers,
 		"claim":                  poolClaim,
 		"claims in a race":       poolClaimRace,
+		"snapshots":              snapshotLives,
+		"snapshots listed":       snapshotLists,
+		"snapshots in a race":    snapshotNameRace,
 		"a context that is over": sandboxContext,
 	} {
 		t.Run(name, func(t *testing.T) {

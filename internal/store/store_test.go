@@ -153,6 +153,7 @@ func TestOpenMigrates(t *testing.T) {
 	}
 	s := mustInsert(t, db, small("org_a", 0))
 	for _, back := range []string{
+		"DROP TABLE snapshots", "ALTER TABLE sandboxes DROP COLUMN origin",
 		"DROP TABLE pool", "DROP TABLE template_builds", "DROP INDEX templates_queued", "DROP INDEX templates_image", "DROP INDEX sandboxes_of_template",
 		"ALTER TABLE templates DROP COLUMN build_id", "ALTER TABLE templates DROP COLUMN tries", "ALTER TABLE templates DROP COLUMN queued_at",
 		"ALTER TABLE templates DROP COLUMN start", "ALTER TABLE templates ADD COLUMN start_command TEXT NOT NULL DEFAULT ''",
@@ -326,6 +327,10 @@ func TestPlans(t *testing.T) {
 		}
 		return q, p
 	}
+	snapshots, ps, err := listSnapshotsQuery(sandbox.SnapshotFilter{OrgID: "o", Limit: 50})
+	if err != nil {
+		t.Fatal(err)
+	}
 	q1, p1 := list(sandbox.Filter{States: live})
 	q2, p2 := list(sandbox.Filter{States: []sandbox.State{sandbox.Destroyed}, Cursor: cursor{listSandboxes, 5, "sbx_a"}.String()})
 	for _, c := range []struct {
@@ -335,6 +340,9 @@ func TestPlans(t *testing.T) {
 	}{
 		{q1, p1, "sandboxes_live_page"},
 		{q2, p2, "sandboxes_page"},
+		{snapshots, ps, "snapshots_page"},
+		{findSnapshot, []any{"o", "n", "ready"}, "snapshots_name"},
+		{"SELECT id FROM snapshots WHERE state <> 'ready' ORDER BY created_at, id", nil, "snapshots_unready"},
 		{keyByHash, []any{"x"}, "sqlite_autoindex_api_keys"},
 		{"SELECT COUNT(*) FROM sandboxes WHERE org_id = $1 AND ended_at IS NULL", []any{"o"}, "sandboxes_live_page"},
 		{"SELECT id FROM sandboxes WHERE ended_at IS NULL ORDER BY created_at, id", nil, "sandboxes_live"},
