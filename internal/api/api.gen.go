@@ -1058,7 +1058,7 @@ type Sandbox struct {
 	// Error What went wrong, for people: why it did not start, or why a suspended one could not be woken. Absent when nothing did.
 	Error *string `json:"error,omitempty"`
 
-	// ExpiresAt Ephemeral only: when it will be destroyed.
+	// ExpiresAt Ephemeral only: when it will be destroyed, or suspended if it was made so through E2B's API. Absent while it is suspended.
 	ExpiresAt *time.Time `json:"expires_at,omitempty"`
 
 	// ID `sbx_` and 20 lower-case base32 characters.
@@ -1107,7 +1107,7 @@ type Sandbox struct {
 	// Status What a sandbox is doing.
 	Status SandboxStatus `json:"status"`
 
-	// SuspendedAt Persistent only: the time of the state it is suspended in and would wake from; absent while it runs.
+	// SuspendedAt The time of the state it is suspended in and would wake from; absent while it runs.
 	SuspendedAt *time.Time `json:"suspended_at,omitempty"`
 
 	// Template Name of the template it was made from.

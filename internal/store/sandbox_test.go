@@ -89,6 +89,9 @@ func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
 		"idempotency":            sandboxOnce,
 		"idempotency in a race":  sandboxOnceRace,
 		"listing":                sandboxList,
+		"listing, the other way": sandboxListUp,
+		"surface":                sandboxSurface,
+		"expiry, later only":     sandboxExpiryLater,
 		"paging while it grows":  sandboxPaging,
 		"bad cursors":            sandboxBadCursors,
 		"transition":             sandboxTransition,
@@ -489,6 +492,45 @@ func sandboxList(t *testing.T, st sandbox.Store) {
 	}
 }
 
+// sandboxListUp lists oldest first, from a time on, and of one template.
+func sandboxListUp(t *testing.T, st sandbox.Store) {
+	var oldest []sandbox.ID
+	for i := range 5 {
+		s := fullSandbox("org_a", i)
+		if i == 4 {
+			s.Template, s.TemplateID = "node", "tpl_node"
+		}
+		oldest = append(oldest, mustInsert(t, st, s).ID)
+	}
+	for _, limit := range []int{1, 2, 5, 6} {
+		if diff := cmp.Diff(oldest, listIDs(t, st, sandbox.Filter{OrgID: "org_a", OldestFirst: true, Limit: limit})); diff != "" {
+			t.Errorf("limit %d (-want +got):\n%s", limit, diff)
+		}
+	}
+	for name, c := range map[string]struct {
+		filter sandbox.Filter
+		want   []sandbox.ID
+	}{
+		"from":               {sandbox.Filter{CreatedFrom: start.Add(2 * time.Second)}, oldest[2:]},
+		"from a bit later":   {sandbox.Filter{CreatedFrom: start.Add(2*time.Second + time.Microsecond)}, oldest[3:]},
+		"template by name":   {sandbox.Filter{Template: "node"}, oldest[4:]},
+		"template by id":     {sandbox.Filter{Template: "tpl_python"}, oldest[:4]},
+		"template of nobody": {sandbox.Filter{Template: "go"}, nil},
+	} {
+		c.filter.OrgID, c.filter.OldestFirst, c.filter.Limit = "org_a", true, 2
+		if diff := cmp.Diff(c.want, listIDs(t, st, c.filter)); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
+	// A cursor of one order is none of the other.
+	_, next, err := st.List(t.Context(), sandbox.Filter{OrgID: "org_a", OldestFirst: true, Limit: 1})
+	if err != nil || next == "" {
+		t.Fatalf("next is %q, %v", next, err)
+	}
+	_, _, err = st.List(t.Context(), sandbox.Filter{OrgID: "org_a", Limit: 1, Cursor: next})
+	wantFault(t, err, fault.Invalid, "invalid_cursor")
+}
+
 func cmp2(a, b sandbox.ID) int {
 	switch {
 	case a < b:
@@ -679,6 +721,45 @@ func sandboxExpiry(t *testing.T, st sandbox.Store) {
 	}
 	if read, err := st.Get(t.Context(), s.ID); err != nil || !cmp.Equal(want, read, prefixes) {
 		t.Errorf("read afterwards: %+v, %v", read, err)
+	}
+}
+
+// sandboxExpiryLater: who only gives time never takes any.
+func sandboxExpiryLater(t *testing.T, st sandbox.Store) {
+	s := mustInsert(t, st, small("org_a", 0))
+	mustMove(t, st, s.ID, sandbox.Creating, sandbox.Running, start)
+	for _, c := range []struct {
+		to, want time.Duration
+		later    bool
+	}{{time.Hour, time.Hour, false}, {time.Minute, time.Hour, true}, {2 * time.Hour, 2 * time.Hour, true}, {time.Minute, time.Minute, false}} {
+		got, err := st.SetExpiry(t.Context(), s.ID, start.Add(c.to), c.to, c.later)
+		if err != nil || !got.ExpiresAt.Equal(start.Add(c.want)) || got.Timeout != c.want {
+			t.Errorf("%+v gives %s, %s, %v", c, got.ExpiresAt, got.Timeout, err)
+		}
+	}
+	mustMove(t, st, s.ID, sandbox.Running, sandbox.Suspended, start)
+	_, err := st.SetExpiry(t.Context(), s.ID, start.Add(time.Hour), time.Hour, true)
+	wantFault(t, err, fault.Conflict, "sandbox_not_running")
+}
+
+func sandboxSurface(t *testing.T, st sandbox.Store) {
+	want := asStored(mustInsert(t, st, fullSandbox("org_a", 0)))
+	want.Surface = `{"other":"ü"}`
+	got, err := st.SetSurface(t.Context(), want.ID, want.Surface)
+	if diff := cmp.Diff(want, got, prefixes); err != nil || diff != "" {
+		t.Errorf("%v (-want +got):\n%s", err, diff)
+	}
+	ids, err := st.Living(t.Context())
+	if err != nil || len(ids) != 1 || ids[0] != want.ID {
+		t.Errorf("living are %v, %v", ids, err)
+	}
+	mustMove(t, st, want.ID, sandbox.Creating, sandbox.Failed, start)
+	_, err = st.SetSurface(t.Context(), want.ID, "")
+	wantFault(t, err, fault.Conflict, "sandbox_state")
+	_, err = st.SetSurface(t.Context(), sandbox.NewID(), "")
+	wantFault(t, err, fault.NotFound, "sandbox_not_found")
+	if ids, err := st.Living(t.Context()); err != nil || len(ids) != 0 {
+		t.Errorf("living are %v, %v", ids, err)
 	}
 }
 
