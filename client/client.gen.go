@@ -354,6 +354,14 @@ type CreateOrgRequest struct {
 	Quota *QuotaRequest `json:"quota,omitempty"`
 }
 
+// CreatePortURLRequest How long a signed URL is to work.
+type CreatePortURLRequest struct {
+	// ExpiresIn 1s to 24h.
+	//
+	// Example: 15m
+	ExpiresIn *string `json:"expires_in,omitempty"`
+}
+
 // CreateSandboxRequest What sandbox to make, from a template or from a snapshot.
 type CreateSandboxRequest struct {
 	// DiskSizeMB What the sandbox may write, in MiB: at least 64, at most what the operator allows. Default is the template's, else 2048 unless the operator says otherwise.
@@ -874,6 +882,39 @@ type PoolEntry struct {
 	TemplateVersion int `json:"template_version"`
 }
 
+// Port A port of a sandbox.
+type Port struct {
+	// Port Its number.
+	Port int `json:"port"`
+
+	// Public Whether anybody may reach it.
+	Public bool `json:"public"`
+
+	// URL Where it is reached, ending in `/`.
+	URL string `json:"url"`
+}
+
+// PortList The public ports of a sandbox.
+type PortList struct {
+	// Ports Lowest first.
+	Ports []Port `json:"ports"`
+}
+
+// PortSettings What is to be changed about a port.
+type PortSettings struct {
+	// Public Whether anybody may reach it. Required.
+	Public *bool `json:"public,omitempty"`
+}
+
+// PortURL A URL that opens a port to whoever has it.
+type PortURL struct {
+	// ExpiresAt When it ceases to work.
+	ExpiresAt time.Time `json:"expires_at"`
+
+	// URL The URL, with its signature in the query; a path can be put before the `?`.
+	URL string `json:"url"`
+}
+
 // Problem An error, as in RFC 9457.
 type Problem struct {
 	// Code What is wrong, for programs. Stable.
@@ -1351,6 +1392,9 @@ type FilePath = string
 // Limit defines model for Limit.
 type Limit = int
 
+// PortNumber Example: 8080
+type PortNumber = int
+
 // SandboxID Example: sbx_abcdefghijklmnopqrst
 type SandboxID = string
 
@@ -1359,6 +1403,9 @@ type SnapshotRef = string
 
 // TemplateRef Example: python
 type TemplateRef = string
+
+// BadGateway An error, as in RFC 9457.
+type BadGateway = Problem
 
 // BadRequest An error, as in RFC 9457.
 type BadRequest = Problem
@@ -1377,6 +1424,9 @@ type InternalError = Problem
 
 // NotFound An error, as in RFC 9457.
 type NotFound = Problem
+
+// PortAnswer A port of a sandbox.
+type PortAnswer = Port
 
 // RangeNotSatisfiable An error, as in RFC 9457.
 type RangeNotSatisfiable = Problem
@@ -1486,6 +1536,12 @@ type ListFilesParams struct {
 	Depth *int `form:"depth,omitempty" json:"depth,omitempty"`
 }
 
+// OpenTunnelParams defines parameters for OpenTunnel.
+type OpenTunnelParams struct {
+	// Port The port inside; 49983 is the sandbox's own agent's and refused.
+	Port int `form:"port" json:"port"`
+}
+
 // ListSnapshotsParams defines parameters for ListSnapshots.
 type ListSnapshotsParams struct {
 	// Sandbox Keep only those of the sandbox with this id, which may be gone.
@@ -1560,6 +1616,12 @@ type ForkSandboxJSONRequestBody = ForkRequest
 
 // KeepaliveSandboxJSONRequestBody defines body for KeepaliveSandbox for application/json ContentType.
 type KeepaliveSandboxJSONRequestBody = KeepaliveRequest
+
+// SetPortJSONRequestBody defines body for SetPort for application/json ContentType.
+type SetPortJSONRequestBody = PortSettings
+
+// CreatePortURLJSONRequestBody defines body for CreatePortURL for application/json ContentType.
+type CreatePortURLJSONRequestBody = CreatePortURLRequest
 
 // CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
 type CreateSnapshotJSONRequestBody = CreateSnapshotRequest
@@ -1936,6 +1998,63 @@ type wireInterface interface {
 	// Corresponds with POST /v1/sandboxes/{id}/keepalive (the `KeepaliveSandbox` operationId).
 	KeepaliveSandbox(ctx context.Context, id SandboxID, body KeepaliveSandboxJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
 
+	// ListPorts List the public ports
+	//
+	// The ports of the sandbox that anybody may reach, lowest first; at most 100, not paged. What listens inside is not looked at. Never wakes the sandbox and never counts as activity.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/ports (the `ListPorts` operationId).
+	ListPorts(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
+
+	// GetPort Get a port's settings
+	//
+	// Where a port is reached, and who may. Never wakes the sandbox and never counts as activity.
+	//
+	// The port itself is reached, with any method, at `/v1/sandboxes/{id}/ports/{port}/…` and, where the operator has configured a domain, at
+	// `{port}-{id}.{domain}` (the id without `sbx_`). See the tag ports.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/ports/{port} (the `GetPort` operationId).
+	GetPort(ctx context.Context, id SandboxID, port PortNumber, reqEditors ...requestEditor) (*http.Response, error)
+
+	// SetPortWithBody Make a port public or private
+	//
+	// Whether anybody may reach the port, or only who has an API key or a signed URL, as it is in the beginning. Takes effect at once for requests to come; those that go on are not cut off. It holds as long
+	// as the sandbox, over sleep too. Never wakes the sandbox and never counts as activity.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with PUT /v1/sandboxes/{id}/ports/{port} (the `SetPort` operationId).
+	SetPortWithBody(ctx context.Context, id SandboxID, port PortNumber, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// SetPort Make a port public or private
+	//
+	// Whether anybody may reach the port, or only who has an API key or a signed URL, as it is in the beginning. Takes effect at once for requests to come; those that go on are not cut off. It holds as long
+	// as the sandbox, over sleep too. Never wakes the sandbox and never counts as activity.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with PUT /v1/sandboxes/{id}/ports/{port} (the `SetPort` operationId).
+	SetPort(ctx context.Context, id SandboxID, port PortNumber, body SetPortJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
+	// CreatePortURLWithBody Make a signed URL of a port
+	//
+	// A URL that opens the port to whoever has it, until it expires; it cannot be taken back before that. With a host name, the first request exchanges the signature for a cookie of that host alone, and every page of the port works;
+	// without one, each request needs the signature in its query (`cay_token`). It is removed before the request goes in.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/ports/{port}/url (the `CreatePortURL` operationId).
+	CreatePortURLWithBody(ctx context.Context, id SandboxID, port PortNumber, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// CreatePortURL Make a signed URL of a port
+	//
+	// A URL that opens the port to whoever has it, until it expires; it cannot be taken back before that. With a host name, the first request exchanges the signature for a cookie of that host alone, and every page of the port works;
+	// without one, each request needs the signature in its query (`cay_token`). It is removed before the request goes in.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/ports/{port}/url (the `CreatePortURL` operationId).
+	CreatePortURL(ctx context.Context, id SandboxID, port PortNumber, body CreatePortURLJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
 	// CreateSnapshotWithBody Make a snapshot of a sandbox
 	//
 	// Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
@@ -1972,6 +2091,16 @@ type wireInterface interface {
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/suspend (the `SuspendSandbox` operationId).
 	SuspendSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
+
+	// OpenTunnel Open a TCP connection to a port
+	//
+	// Makes the connection of this request a TCP connection to a port of the sandbox. Send `Connection: Upgrade` and `Upgrade: tcp` over HTTP/1.1 and no body;
+	// after 101 whatever is sent and received on the connection is the service's. Each side can end its half. The service may listen on the loopback,
+	// on all addresses, or on the sandbox's own. Without the upgrade it is 426; when nothing listens it is 502, code `port_closed`. Counts as activity as long as it is open.
+	// A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/tunnel (the `OpenTunnel` operationId).
+	OpenTunnel(ctx context.Context, id SandboxID, params *OpenTunnelParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// WakeSandbox Make sure a sandbox runs
 	//
@@ -2727,6 +2856,123 @@ func (c *wire) KeepaliveSandbox(ctx context.Context, id SandboxID, body Keepaliv
 	return c.Client.Do(req)
 }
 
+// ListPorts List the public ports
+//
+// The ports of the sandbox that anybody may reach, lowest first; at most 100, not paged. What listens inside is not looked at. Never wakes the sandbox and never counts as activity.
+//
+// Corresponds with GET /v1/sandboxes/{id}/ports (the `ListPorts` operationId).
+func (c *wire) ListPorts(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newListPortsRequest(c.Server, id)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// GetPort Get a port's settings
+//
+// Where a port is reached, and who may. Never wakes the sandbox and never counts as activity.
+//
+// The port itself is reached, with any method, at `/v1/sandboxes/{id}/ports/{port}/…` and, where the operator has configured a domain, at
+// `{port}-{id}.{domain}` (the id without `sbx_`). See the tag ports.
+//
+// Corresponds with GET /v1/sandboxes/{id}/ports/{port} (the `GetPort` operationId).
+func (c *wire) GetPort(ctx context.Context, id SandboxID, port PortNumber, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newGetPortRequest(c.Server, id, port)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// SetPortWithBody Make a port public or private
+//
+// Whether anybody may reach the port, or only who has an API key or a signed URL, as it is in the beginning. Takes effect at once for requests to come; those that go on are not cut off. It holds as long
+// as the sandbox, over sleep too. Never wakes the sandbox and never counts as activity.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with PUT /v1/sandboxes/{id}/ports/{port} (the `SetPort` operationId).
+func (c *wire) SetPortWithBody(ctx context.Context, id SandboxID, port PortNumber, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newSetPortRequestWithBody(c.Server, id, port, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// SetPort Make a port public or private
+//
+// Whether anybody may reach the port, or only who has an API key or a signed URL, as it is in the beginning. Takes effect at once for requests to come; those that go on are not cut off. It holds as long
+// as the sandbox, over sleep too. Never wakes the sandbox and never counts as activity.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with PUT /v1/sandboxes/{id}/ports/{port} (the `SetPort` operationId).
+func (c *wire) SetPort(ctx context.Context, id SandboxID, port PortNumber, body SetPortJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newSetPortRequest(c.Server, id, port, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// CreatePortURLWithBody Make a signed URL of a port
+//
+// A URL that opens the port to whoever has it, until it expires; it cannot be taken back before that. With a host name, the first request exchanges the signature for a cookie of that host alone, and every page of the port works;
+// without one, each request needs the signature in its query (`cay_token`). It is removed before the request goes in.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/ports/{port}/url (the `CreatePortURL` operationId).
+func (c *wire) CreatePortURLWithBody(ctx context.Context, id SandboxID, port PortNumber, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newCreatePortURLRequestWithBody(c.Server, id, port, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// CreatePortURL Make a signed URL of a port
+//
+// A URL that opens the port to whoever has it, until it expires; it cannot be taken back before that. With a host name, the first request exchanges the signature for a cookie of that host alone, and every page of the port works;
+// without one, each request needs the signature in its query (`cay_token`). It is removed before the request goes in.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/ports/{port}/url (the `CreatePortURL` operationId).
+func (c *wire) CreatePortURL(ctx context.Context, id SandboxID, port PortNumber, body CreatePortURLJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newCreatePortURLRequest(c.Server, id, port, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
 // CreateSnapshotWithBody Make a snapshot of a sandbox
 //
 // Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
@@ -2784,6 +3030,26 @@ func (c *wire) CreateSnapshot(ctx context.Context, id SandboxID, body CreateSnap
 // Corresponds with POST /v1/sandboxes/{id}/suspend (the `SuspendSandbox` operationId).
 func (c *wire) SuspendSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
 	req, err := newSuspendSandboxRequest(c.Server, id)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// OpenTunnel Open a TCP connection to a port
+//
+// Makes the connection of this request a TCP connection to a port of the sandbox. Send `Connection: Upgrade` and `Upgrade: tcp` over HTTP/1.1 and no body;
+// after 101 whatever is sent and received on the connection is the service's. Each side can end its half. The service may listen on the loopback,
+// on all addresses, or on the sandbox's own. Without the upgrade it is 426; when nothing listens it is 502, code `port_closed`. Counts as activity as long as it is open.
+// A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with POST /v1/sandboxes/{id}/tunnel (the `OpenTunnel` operationId).
+func (c *wire) OpenTunnel(ctx context.Context, id SandboxID, params *OpenTunnelParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newOpenTunnelRequest(c.Server, id, params)
 	if err != nil {
 		return nil, err
 	}
@@ -4305,6 +4571,189 @@ func newKeepaliveSandboxRequestWithBody(server string, id SandboxID, contentType
 	return req, nil
 }
 
+// NewListPortsRequest constructs an http.Request for the ListPorts method
+func newListPortsRequest(server string, id SandboxID) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/ports", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewGetPortRequest constructs an http.Request for the GetPort method
+func newGetPortRequest(server string, id SandboxID, port PortNumber) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	var pathParam1 string
+
+	pathParam1, err = runtime.StyleParamWithOptions("simple", false, "port", port, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "integer", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/ports/%s", pathParam0, pathParam1)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewSetPortRequest calls the generic SetPort builder with application/json body
+func newSetPortRequest(server string, id SandboxID, port PortNumber, body SetPortJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newSetPortRequestWithBody(server, id, port, "application/json", bodyReader)
+}
+
+// NewSetPortRequestWithBody constructs an http.Request for the SetPort method, with any body, and a specified content type
+func newSetPortRequestWithBody(server string, id SandboxID, port PortNumber, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	var pathParam1 string
+
+	pathParam1, err = runtime.StyleParamWithOptions("simple", false, "port", port, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "integer", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/ports/%s", pathParam0, pathParam1)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPut, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewCreatePortURLRequest calls the generic CreatePortURL builder with application/json body
+func newCreatePortURLRequest(server string, id SandboxID, port PortNumber, body CreatePortURLJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newCreatePortURLRequestWithBody(server, id, port, "application/json", bodyReader)
+}
+
+// NewCreatePortURLRequestWithBody constructs an http.Request for the CreatePortURL method, with any body, and a specified content type
+func newCreatePortURLRequestWithBody(server string, id SandboxID, port PortNumber, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	var pathParam1 string
+
+	pathParam1, err = runtime.StyleParamWithOptions("simple", false, "port", port, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "integer", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/ports/%s/url", pathParam0, pathParam1)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
 // NewCreateSnapshotRequest calls the generic CreateSnapshot builder with application/json body
 func newCreateSnapshotRequest(server string, id SandboxID, body CreateSnapshotJSONRequestBody) (*http.Request, error) {
 	var bodyReader io.Reader
@@ -4376,6 +4825,63 @@ func newSuspendSandboxRequest(server string, id SandboxID) (*http.Request, error
 	queryURL, err := serverURL.Parse(operationPath)
 	if err != nil {
 		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewOpenTunnelRequest constructs an http.Request for the OpenTunnel method
+func newOpenTunnelRequest(server string, id SandboxID, params *OpenTunnelParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/tunnel", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if queryFrag, err := runtime.StyleParamWithOptions("form", true, "port", params.Port, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: ""}); err != nil {
+			return nil, err
+		} else {
+			for _, qp := range strings.Split(queryFrag, "&") {
+				rawQueryFragments = append(rawQueryFragments, qp)
+			}
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
 	}
 
 	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
@@ -4951,4 +5457,4 @@ func (c *wire) applyEditors(ctx context.Context, req *http.Request, additionalEd
 }
 
 // What decodes the answers is in client.go.
-// 39 operations.
+// 44 operations.

@@ -38,6 +38,7 @@ type config struct {
 	Templates templatesConfig `toml:"templates"`
 	Build     buildConfig     `toml:"build"`
 	Pool      poolConfig      `toml:"pool"`
+	Proxy     proxyConfig     `toml:"proxy"`
 	E2B       e2bConfig       `toml:"e2b"`
 }
 
@@ -122,8 +123,9 @@ func defaults() config {
 		Templates: templatesConfig{Prepare: []string{"python", "base"}, MaxPerOrg: 100},
 		Build: buildConfig{Concurrent: 1, PerOrg: 1, Timeout: duration(30 * time.Minute), ContextLimitMB: 1024,
 			MemoryMB: 2048, CPUs: 2, DiskMB: 20 << 10, CacheMB: 10 << 10, IdleTimeout: duration(5 * time.Minute)},
-		Pool: poolConfig{Enabled: true, Target: 2, MaxMembers: 16},
-		E2B:  e2bConfig{Enabled: true},
+		Pool:  poolConfig{Enabled: true, Target: 2, MaxMembers: 16},
+		Proxy: proxyConfig{Scheme: "https"},
+		E2B:   e2bConfig{Enabled: true},
 	}
 }
 
@@ -291,6 +293,9 @@ func (c *config) check() error {
 		return fmt.Errorf("build.timeout: must be at least 1s, not %s", time.Duration(c.Build.Timeout))
 	}
 	if err := c.Pool.check(names); err != nil {
+		return err
+	}
+	if err := c.Proxy.check(); err != nil {
 		return err
 	}
 	if _, err := c.networkRange(); err != nil {

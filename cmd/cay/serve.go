@@ -30,6 +30,7 @@ import (
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/node"
 	"github.com/cayhq/cay/internal/payload"
+	"github.com/cayhq/cay/internal/proxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
 	"github.com/cayhq/cay/internal/template"
@@ -42,6 +43,7 @@ const (
 	settingInstance = "instance"
 	settingRange    = "network_range"
 	settingE2B      = "e2b_secret"
+	settingPorts    = "ports_secret" // signs URLs of ports
 )
 
 // dataFiles is everything a server puts into its data directory, and the log that
@@ -135,6 +137,7 @@ type server struct {
 	templates   *template.Service
 	auth        *auth.Service
 	sandboxes   *sandbox.Service
+	ports       *proxy.Proxy
 	registry    *prometheus.Registry
 }
 
@@ -308,6 +311,8 @@ func (s *server) openCore(ctx context.Context) error {
 		MaxDisk: cfg.Sandbox.MaxDiskMB, KeepDestroyed: time.Duration(cfg.Sandbox.KeepDestroyed), MaxSnapshots: cfg.Sandbox.MaxSnapshots, Pool: s.pool(),
 	}, s.db, s.node, s.templates, s.log, s.observe())
 	s.onClose(s.sandboxes.Close)
+	s.ports = proxy.New(s.node.Agents(), s.log)
+	s.onClose(s.ports.Close)
 	s.serveGate(s.doors)
 	return s.sandboxes.Reconcile(ctx)
 }
@@ -337,7 +342,7 @@ func (s *server) openE2B(ctx context.Context, next http.Handler) (*e2b.Surface, 
 		return nil, err
 	}
 	return e2b.New(e2b.Config{Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
-		Secret: []byte(secret), Log: s.log}, next), nil
+		Ports: s.ports, Names: s.cfg.Proxy.names(), Secret: []byte(secret), Log: s.log}, next), nil
 }
 
 // listen serves until ctx ends, then stops taking requests and lets those in
@@ -348,7 +353,12 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 		return fmt.Errorf("listening for the API: %w", err)
 	}
 	metrics := promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{})
+	secret, err := s.setting(ctx, settingPorts, proxy.NewSecret)
+	if err != nil {
+		return err
+	}
 	handler := api.New(api.Config{
+		Ports: s.ports, Names: s.cfg.Proxy.names(), Signer: proxy.NewSigner(secret),
 		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
 		Ready: func() error { return s.db.Ping(ctx) }, Metrics: metrics, Registry: s.registry, Log: s.log, Version: version,
 	})
@@ -371,6 +381,7 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 
 	servers := []*http.Server{api.Server(s.cfg.Listen, handler, s.log)}
 	servers[0].RegisterOnShutdown(s.templates.Hangup)
+	servers[0].RegisterOnShutdown(s.ports.Hangup)
 	if surface != nil {
 		servers[0].RegisterOnShutdown(surface.Hangup)
 	}

@@ -55,6 +55,7 @@ type Agent struct {
 	watchers  *watchers
 	memory    *memory
 	starter   *starter
+	tunnels   *tunnels
 }
 
 // New makes the agent of this sandbox and starts to reap children; there can be
@@ -79,6 +80,7 @@ func New(cfg Config) (*Agent, error) {
 	go a.processes.guard.run()
 	a.files = &files{settings: a.settings, users: a.users}
 	a.watchers = &watchers{}
+	a.tunnels = &tunnels{}
 	a.memory = newMemory(a.processes)
 	a.starter = &starter{processes: a.processes, logPath: agentapi.StartLog}
 	return a, nil
@@ -104,6 +106,7 @@ func (a *Agent) Handler() http.Handler {
 		_, anything := a.processes.spawner.groups.busy()
 		writeJSON(w, http.StatusOK, agentapi.BusyReply{Busy: anything})
 	})
+	mux.HandleFunc("GET /tunnel", a.tunnels.serve)
 	mux.HandleFunc("GET /files", a.files.get)
 	mux.HandleFunc("HEAD /files", a.files.get)
 	mux.HandleFunc("POST /files", a.files.post)

@@ -43,6 +43,8 @@ var problems = map[string]struct {
 	agentapi.CodeDiskFull:         {http.StatusInsufficientStorage, connect.CodeResourceExhausted},
 	agentapi.CodeTooManyProcesses: {http.StatusTooManyRequests, connect.CodeResourceExhausted},
 	agentapi.CodeStartFailed:      {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodePortClosed:       {http.StatusBadGateway, connect.CodeFailedPrecondition},
+	agentapi.CodeTooManyTunnels:   {http.StatusTooManyRequests, connect.CodeResourceExhausted},
 }
 
 func newProblem(code, text string, args ...any) *problem {

@@ -16,6 +16,10 @@ const (
 	CodeHeader  = "Cay-Error-Code" // one of the Code constants
 )
 
+// TunnelProtocol is what a connection is upgraded to that is to carry bytes to a port of
+// the sandbox, on both stretches of its way.
+const TunnelProtocol = "tcp"
+
 // Codes of what can go wrong inside, as users of the v1 API see them.
 const (
 	CodeFileNotFound     = "file_not_found"
@@ -35,6 +39,9 @@ const (
 	CodeUnreachable      = "sandbox_unreachable"
 	CodeListingTooLarge  = "listing_too_large"
 	CodeStartFailed      = "start_failed"
+	CodePortClosed       = "port_closed"
+	CodeTooManyTunnels   = "too_many_connections"
+	CodeAgentTooOld      = "agent_too_old"
 )
 
 // kinds says what a caller can do about each code, and which field of its
@@ -58,4 +65,6 @@ var kinds = map[string]struct {
 	CodeDiskFull:         {fault.NoSpace, ""},
 	CodeTooManyProcesses: {fault.Unavailable, ""},
 	CodeStartFailed:      {fault.Conflict, ""}, // it is the template that does not allow the create
+	CodePortClosed:       {fault.Upstream, ""},
+	CodeTooManyTunnels:   {fault.Exhausted, ""},
 }

@@ -351,6 +351,14 @@ type CreateOrgRequest struct {
 	Quota *QuotaRequest `json:"quota,omitempty"`
 }
 
+// CreatePortURLRequest How long a signed URL is to work.
+type CreatePortURLRequest struct {
+	// ExpiresIn 1s to 24h.
+	//
+	// Example: 15m
+	ExpiresIn *string `json:"expires_in,omitempty"`
+}
+
 // CreateSandboxRequest What sandbox to make, from a template or from a snapshot.
 type CreateSandboxRequest struct {
 	// DiskSizeMB What the sandbox may write, in MiB: at least 64, at most what the operator allows. Default is the template's, else 2048 unless the operator says otherwise.
@@ -871,6 +879,39 @@ type PoolEntry struct {
 	TemplateVersion int `json:"template_version"`
 }
 
+// Port A port of a sandbox.
+type Port struct {
+	// Port Its number.
+	Port int `json:"port"`
+
+	// Public Whether anybody may reach it.
+	Public bool `json:"public"`
+
+	// URL Where it is reached, ending in `/`.
+	URL string `json:"url"`
+}
+
+// PortList The public ports of a sandbox.
+type PortList struct {
+	// Ports Lowest first.
+	Ports []Port `json:"ports"`
+}
+
+// PortSettings What is to be changed about a port.
+type PortSettings struct {
+	// Public Whether anybody may reach it. Required.
+	Public *bool `json:"public,omitempty"`
+}
+
+// PortURL A URL that opens a port to whoever has it.
+type PortURL struct {
+	// ExpiresAt When it ceases to work.
+	ExpiresAt time.Time `json:"expires_at"`
+
+	// URL The URL, with its signature in the query; a path can be put before the `?`.
+	URL string `json:"url"`
+}
+
 // Problem An error, as in RFC 9457.
 type Problem struct {
 	// Code What is wrong, for programs. Stable.
@@ -1348,6 +1389,9 @@ type FilePath = string
 // Limit defines model for Limit.
 type Limit = int
 
+// PortNumber Example: 8080
+type PortNumber = int
+
 // SandboxID Example: sbx_abcdefghijklmnopqrst
 type SandboxID = string
 
@@ -1356,6 +1400,9 @@ type SnapshotRef = string
 
 // TemplateRef Example: python
 type TemplateRef = string
+
+// BadGateway An error, as in RFC 9457.
+type BadGateway = Problem
 
 // BadRequest An error, as in RFC 9457.
 type BadRequest = Problem
@@ -1374,6 +1421,9 @@ type InternalError = Problem
 
 // NotFound An error, as in RFC 9457.
 type NotFound = Problem
+
+// PortAnswer A port of a sandbox.
+type PortAnswer = Port
 
 // RangeNotSatisfiable An error, as in RFC 9457.
 type RangeNotSatisfiable = Problem
@@ -1483,6 +1533,12 @@ type ListFilesParams struct {
 	Depth *int `form:"depth,omitempty" json:"depth,omitempty"`
 }
 
+// OpenTunnelParams defines parameters for OpenTunnel.
+type OpenTunnelParams struct {
+	// Port The port inside; 49983 is the sandbox's own agent's and refused.
+	Port int `form:"port" json:"port"`
+}
+
 // ListSnapshotsParams defines parameters for ListSnapshots.
 type ListSnapshotsParams struct {
 	// Sandbox Keep only those of the sandbox with this id, which may be gone.
@@ -1557,6 +1613,12 @@ type ForkSandboxJSONRequestBody = ForkRequest
 
 // KeepaliveSandboxJSONRequestBody defines body for KeepaliveSandbox for application/json ContentType.
 type KeepaliveSandboxJSONRequestBody = KeepaliveRequest
+
+// SetPortJSONRequestBody defines body for SetPort for application/json ContentType.
+type SetPortJSONRequestBody = PortSettings
+
+// CreatePortURLJSONRequestBody defines body for CreatePortURL for application/json ContentType.
+type CreatePortURLJSONRequestBody = CreatePortURLRequest
 
 // CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
 type CreateSnapshotJSONRequestBody = CreateSnapshotRequest
@@ -1650,12 +1712,27 @@ type ServerInterface interface {
 	// KeepaliveSandbox Give a sandbox a new lifetime
 	// (POST /v1/sandboxes/{id}/keepalive)
 	KeepaliveSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// ListPorts List the public ports
+	// (GET /v1/sandboxes/{id}/ports)
+	ListPorts(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// GetPort Get a port's settings
+	// (GET /v1/sandboxes/{id}/ports/{port})
+	GetPort(w http.ResponseWriter, r *http.Request, id SandboxID, port PortNumber)
+	// SetPort Make a port public or private
+	// (PUT /v1/sandboxes/{id}/ports/{port})
+	SetPort(w http.ResponseWriter, r *http.Request, id SandboxID, port PortNumber)
+	// CreatePortURL Make a signed URL of a port
+	// (POST /v1/sandboxes/{id}/ports/{port}/url)
+	CreatePortURL(w http.ResponseWriter, r *http.Request, id SandboxID, port PortNumber)
 	// CreateSnapshot Make a snapshot of a sandbox
 	// (POST /v1/sandboxes/{id}/snapshots)
 	CreateSnapshot(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// SuspendSandbox Suspend a persistent sandbox
 	// (POST /v1/sandboxes/{id}/suspend)
 	SuspendSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// OpenTunnel Open a TCP connection to a port
+	// (POST /v1/sandboxes/{id}/tunnel)
+	OpenTunnel(w http.ResponseWriter, r *http.Request, id SandboxID, params OpenTunnelParams)
 	// WakeSandbox Make sure a sandbox runs
 	// (POST /v1/sandboxes/{id}/wake)
 	WakeSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
@@ -2524,6 +2601,137 @@ func (siw *ServerInterfaceWrapper) KeepaliveSandbox(w http.ResponseWriter, r *ht
 	handler.ServeHTTP(w, r)
 }
 
+// ListPorts operation middleware
+func (siw *ServerInterfaceWrapper) ListPorts(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListPorts(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetPort operation middleware
+func (siw *ServerInterfaceWrapper) GetPort(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "port" -------------
+	var port PortNumber
+
+	err = runtime.BindStyledParameterWithOptions("simple", "port", r.PathValue("port"), &port, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "integer", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "port", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetPort(w, r, id, port)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// SetPort operation middleware
+func (siw *ServerInterfaceWrapper) SetPort(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "port" -------------
+	var port PortNumber
+
+	err = runtime.BindStyledParameterWithOptions("simple", "port", r.PathValue("port"), &port, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "integer", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "port", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.SetPort(w, r, id, port)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreatePortURL operation middleware
+func (siw *ServerInterfaceWrapper) CreatePortURL(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "port" -------------
+	var port PortNumber
+
+	err = runtime.BindStyledParameterWithOptions("simple", "port", r.PathValue("port"), &port, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "integer", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "port", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreatePortURL(w, r, id, port)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // CreateSnapshot operation middleware
 func (siw *ServerInterfaceWrapper) CreateSnapshot(w http.ResponseWriter, r *http.Request) {
 
@@ -2567,6 +2775,48 @@ func (siw *ServerInterfaceWrapper) SuspendSandbox(w http.ResponseWriter, r *http
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.SuspendSandbox(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// OpenTunnel operation middleware
+func (siw *ServerInterfaceWrapper) OpenTunnel(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params OpenTunnelParams
+
+	// ------------- Required query parameter "port" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "port", r.URL.Query(), &params.Port, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "port"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "port", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.OpenTunnel(w, r, id, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -3102,6 +3352,11 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/fork", wrapper.ForkSandbox)
 	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/v1/sandboxes/{id}/egress", wrapper.SetEgress)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/events", wrapper.ListEvents)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/tunnel", wrapper.OpenTunnel)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/ports", wrapper.ListPorts)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/ports/{port}", wrapper.GetPort)
+	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/v1/sandboxes/{id}/ports/{port}", wrapper.SetPort)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/ports/{port}/url", wrapper.CreatePortURL)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/execute", wrapper.ExecuteCommand)
 	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/sandboxes/{id}/files", wrapper.RemoveFile)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/files", wrapper.ReadFile)

@@ -26,6 +26,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/proxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
 )
@@ -49,6 +50,9 @@ type Sandboxes interface {
 	Fork(ctx context.Context, c sandbox.Caller, id sandbox.ID, r sandbox.ForkRequest) ([]sandbox.Child, error)
 	Traffic(ctx context.Context, box sandbox.Sandbox) (*sandbox.Traffic, error)
 	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
+	SetPublicPort(ctx context.Context, orgID string, id sandbox.ID, port int, public bool) error
+	PublicPorts(ctx context.Context, orgID string, id sandbox.ID) ([]int, error)
+	Visit(ctx context.Context, id sandbox.ID, port int) (orgID string, public bool, err error)
 	Sizes() []sandbox.Size
 	Pool() []sandbox.PoolStatus
 }
@@ -69,6 +73,7 @@ type Templates interface {
 type Auth interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 	Allow(p auth.Principal) error
+	Org(ctx context.Context, id string) (auth.Org, error)
 	CreateKey(ctx context.Context, p auth.Principal, r auth.KeyRequest) (auth.Key, string, error)
 	ListKeys(ctx context.Context, p auth.Principal, limit int, cursor string) ([]auth.Key, string, error)
 	RevokeKey(ctx context.Context, p auth.Principal, id string) error
@@ -85,12 +90,15 @@ type Agent interface {
 	List(ctx context.Context, t agentapi.Target, path, user string, depth int) ([]agentapi.Entry, error)
 }
 
-// Config is what the API needs. Every field but Ready is required.
+// Config is what the API needs. Every field but Ready and Names is required.
 type Config struct {
 	Sandboxes Sandboxes
 	Templates Templates
 	Auth      Auth
 	Agent     Agent
+	Ports     Ports
+	Names     proxy.Names // host names of ports; the zero value is none
+	Signer    proxy.Signer
 
 	// Ready says whether sandboxes can be created; nil, or a nil error, is yes.
 	// The text of a fault is shown, that of any other error only logged.
@@ -145,8 +153,15 @@ var usual = patience{body: time.Minute, stall: time.Minute, drain: 30 * time.Sec
 // Server makes an HTTP server that protects itself against slow callers. It has no
 // timeout for whole requests: commands and transfers take as long as they take,
 // and the handler watches that they move.
+//
+// It speaks HTTP/2 too, without TLS and only with those who know beforehand: a proxy with TLS in
+// front, clients of gRPC.
 func Server(addr string, h http.Handler, log *slog.Logger) *http.Server {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetUnencryptedHTTP2(true)
 	return &http.Server{
+		Protocols:         protocols,
 		Addr:              addr,
 		Handler:           h,
 		ReadHeaderTimeout: headerTimeout,

@@ -46,6 +46,11 @@ var samples = map[string]sample{
 	"deleteSnapshot":    {others: 404, othersCode: "snapshot_not_found"},
 	"setEgress":         {body: `{"mode":"deny_all"}`, others: 403, othersCode: notYours},
 	"listEvents":        {others: 403, othersCode: notYours},
+	"openTunnel":        {query: "port=80", others: 426, othersCode: "upgrade_required"}, // else, see TestPortCallsRefused
+	"listPorts":         {others: 403, othersCode: notYours},
+	"getPort":           {others: 403, othersCode: notYours},
+	"setPort":           {body: `{"public":true}`, others: 403, othersCode: notYours},
+	"createPortURL":     {others: 403, othersCode: notYours},
 	"executeCommand":    {body: `{"command":"id"}`, others: 403, othersCode: notYours},
 	"writeFile":         {query: "path=/tmp/a", body: "x", others: 403, othersCode: notYours},
 	"readFile":          {query: "path=/tmp/a", others: 403, othersCode: notYours},
@@ -117,7 +122,7 @@ func TestAuthorizationMatrix(t *testing.T) {
 		"in the query": func(r *http.Request) { r.URL.RawQuery += "&access_token=" + h.key },
 	}
 	snap := as[Snapshot](t, 201, h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/snapshots", h.key, ""))
-	replace := strings.NewReplacer("{id}", box.ID, "{snapshot}", snap.ID, "{template}", "mine", "{key}", victim.ID)
+	replace := strings.NewReplacer("{id}", box.ID, "{port}", "80", "{snapshot}", snap.ID, "{template}", "mine", "{key}", victim.ID)
 	operations(h.spec, func(pattern, path string, op *openapi3.Operation, _ openapi3.Parameters) {
 		s, known := samples[op.OperationID]
 		if !known {

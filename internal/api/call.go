@@ -28,6 +28,7 @@ type call struct {
 
 	route string // pattern, e.g. "/v1/sandboxes/{id}"; "" when there is none
 	who   auth.Principal
+	page  bool // problems are shown as a page to who looks at them in a browser
 
 	code string // of the problem that was answered
 	err  error  // for the log, when the server or the connection broke
@@ -78,6 +79,10 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 func (s *server) serve(w *recorder, r *http.Request) {
 	c := callOf(r)
+	if p, ok := s.portOf(r); ok {
+		s.servePort(w, r, p)
+		return
+	}
 	_, pattern := s.mux.Handler(r)
 	route, known := routes[pattern]
 	if path.Clean(r.URL.Path) != r.URL.Path {
@@ -105,8 +110,12 @@ func (s *server) serve(w *recorder, r *http.Request) {
 
 // admit says who asks and whether the key covers the scope.
 func (s *server) admit(r *http.Request, scope auth.Scope) error {
+	return s.admitKey(r, bearer(r), scope)
+}
+
+func (s *server) admitKey(r *http.Request, key string, scope auth.Scope) error {
 	c := callOf(r)
-	who, err := s.Auth.Authenticate(r.Context(), bearer(r))
+	who, err := s.Auth.Authenticate(r.Context(), key)
 	if err != nil {
 		return err
 	}
@@ -252,6 +261,9 @@ type recorder struct {
 
 // Unwrap lets http.ResponseController reach the connection.
 func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// Upgraded notes that the connection is another protocol's from now on.
+func (w *recorder) Upgraded() { w.status = http.StatusSwitchingProtocols }
 
 // WriteHeader begins the answer.
 func (w *recorder) WriteHeader(status int) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -90,6 +91,7 @@ func TestClient(t *testing.T) {
 	}
 	box := clientSandboxes(t, ctx, c, fatal)
 	clientFiles(t, ctx, c, h, box, fatal)
+	clientPorts(t, ctx, c, h, box, fatal)
 	fatal(c.DestroySandbox(ctx, box))
 	if b, err := c.GetSandbox(ctx, box); err != nil || b.Status != client.SandboxStatusDestroyed {
 		t.Errorf("destroyed: %+v, %v", b, err)
@@ -289,6 +291,48 @@ func clientFiles(t *testing.T, ctx context.Context, c *client.Client, h *house, 
 	_, err = c.ReadFile(ctx, id, "relative", client.ReadFileOptions{})
 	if !errors.As(err, &e) || e.Field != "path" || !strings.HasPrefix(e.Error(), "path: ") {
 		t.Errorf("reading a relative path: %v", err)
+	}
+}
+
+func clientPorts(t *testing.T, ctx context.Context, c *client.Client, h *house, id string, fatal func(error)) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	fatal(err)
+	defer l.Close()
+	h.ports.open(7000, l.Addr().String())
+	conn, err := c.DialPort(ctx, id, 7000)
+	fatal(err)
+	in, err := l.Accept()
+	fatal(err)
+	_, err = io.WriteString(conn, "ping")
+	fatal(err)
+	fatal(conn.(interface{ CloseWrite() error }).CloseWrite())
+	b, err := io.ReadAll(in)
+	fatal(err)
+	_, err = io.WriteString(in, "pong")
+	fatal(err)
+	fatal(in.Close())
+	back, err := io.ReadAll(conn)
+	fatal(err)
+	fatal(conn.Close())
+	if string(b) != "ping" || string(back) != "pong" {
+		t.Errorf("the tunnel carried %q and %q", b, back)
+	}
+	if _, err := c.DialPort(ctx, id, 7001); !client.HasCode(err, "port_closed") {
+		t.Errorf("dialling a closed port: %v", err)
+	}
+	p, err := c.SetPortPublic(ctx, id, 7000, true)
+	fatal(err)
+	same, err := c.GetPort(ctx, id, 7000)
+	fatal(err)
+	all, err := c.Ports(ctx, id)
+	fatal(err)
+	if !p.Public || *same != *p || len(all) != 1 || all[0] != *p {
+		t.Errorf("port %+v, %+v, %+v", p, same, all)
+	}
+	u, err := c.PortURL(ctx, id, 7000, time.Minute)
+	fatal(err)
+	if !strings.HasPrefix(u.URL, p.URL+"?") || time.Until(u.ExpiresAt) > 62*time.Second {
+		t.Errorf("URL %+v", u)
 	}
 }
 

@@ -25,6 +25,7 @@ var statuses = map[fault.Kind]int{
 	fault.Unavailable:     http.StatusServiceUnavailable,
 	fault.NoSpace:         http.StatusInsufficientStorage,
 	fault.TooLarge:        http.StatusRequestEntityTooLarge,
+	fault.Upstream:        http.StatusBadGateway,
 }
 
 // statusGone is what the log and the metrics say of a call whose caller left
@@ -95,8 +96,12 @@ func (s *server) problem(w http.ResponseWriter, r *http.Request, status int, f *
 	if f.RetryAfter > 0 {
 		h.Set("Retry-After", strconv.FormatInt(int64(math.Ceil(f.RetryAfter.Seconds())), 10))
 	}
-	h.Set("Content-Type", "application/problem+json")
 	h.Set("Cache-Control", "no-store")
+	if c.page && wantsPage(r) {
+		s.writePage(w, r, status, f)
+		return
+	}
+	h.Set("Content-Type", "application/problem+json")
 	writeJSON(w, r, status, p)
 }
 
@@ -166,7 +171,7 @@ func parameterError(err error) error {
 		return fault.New(fault.Invalid, "invalid_request", "a parameter is not right").Because(err)
 	}
 	switch name {
-	case "limit", "depth":
+	case "limit", "depth", "port":
 		if detail == "is not of the right type" {
 			detail = "must be a whole number"
 		}

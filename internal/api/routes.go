@@ -31,9 +31,14 @@ var routes = map[string]access{
 	"POST /v1/sandboxes/{id}/fork":       {scope: auth.SandboxesWrite},
 	"GET /v1/sandboxes/{id}/events":      {scope: auth.SandboxesRead, query: []string{"limit", "cursor"}},
 
-	"GET /v1/snapshots":               {scope: auth.SandboxesRead, query: []string{"sandbox", "name", "limit", "cursor"}},
-	"GET /v1/snapshots/{snapshot}":    {scope: auth.SandboxesRead},
-	"DELETE /v1/snapshots/{snapshot}": {scope: auth.SandboxesWrite},
+	"GET /v1/snapshots":                        {scope: auth.SandboxesRead, query: []string{"sandbox", "name", "limit", "cursor"}},
+	"GET /v1/snapshots/{snapshot}":             {scope: auth.SandboxesRead},
+	"DELETE /v1/snapshots/{snapshot}":          {scope: auth.SandboxesWrite},
+	"POST /v1/sandboxes/{id}/tunnel":           {scope: auth.Exec, query: []string{"port"}},
+	"GET /v1/sandboxes/{id}/ports":             {scope: auth.SandboxesRead},
+	"GET /v1/sandboxes/{id}/ports/{port}":      {scope: auth.SandboxesRead},
+	"PUT /v1/sandboxes/{id}/ports/{port}":      {scope: auth.SandboxesWrite},
+	"POST /v1/sandboxes/{id}/ports/{port}/url": {scope: auth.Exec},
 
 	"POST /v1/sandboxes/{id}/execute":   {scope: auth.Exec},
 	"PUT /v1/sandboxes/{id}/files":      {scope: auth.Files, query: []string{"path", "mode", "owner"}},

@@ -108,12 +108,6 @@ func (s *Service) Authenticate(ctx context.Context, secret string) (Principal, e
 	return Principal{Org: org, Key: key}, nil
 }
 
-// Quota is what an organization may have running at once: NotFound, code "org_not_found".
-func (s *Service) Quota(ctx context.Context, orgID string) (Quota, error) {
-	o, err := s.store.GetOrg(ctx, orgID)
-	return o.Quota, err
-}
-
 // Allow takes one call from the key's bucket: Exhausted, code "rate_limited", with
 // RetryAfter when it is empty.
 func (s *Service) Allow(p Principal) error {
@@ -192,6 +186,9 @@ func (s *Service) ListKeys(ctx context.Context, p Principal, limit int, cursor s
 	}
 	return s.store.ListKeys(ctx, p.Org.ID, limit, cursor)
 }
+
+// Org is an organization by its ID, for those who act for it without a key.
+func (s *Service) Org(ctx context.Context, id string) (Org, error) { return s.store.GetOrg(ctx, id) }
 
 // RevokeKey ends a key of p's organization for good, from the next call on. It
 // needs the scope admin, but any key may revoke itself. It is safe to repeat.

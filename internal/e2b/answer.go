@@ -30,6 +30,7 @@ var statuses = map[fault.Kind]int{
 	fault.Unavailable:     http.StatusServiceUnavailable,
 	fault.NoSpace:         http.StatusInsufficientStorage,
 	fault.TooLarge:        http.StatusRequestEntityTooLarge,
+	fault.Upstream:        http.StatusBadGateway,
 }
 
 // unsupported is what this server does not have: 501.

@@ -24,6 +24,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/proxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
 )
@@ -61,7 +62,7 @@ type Templates interface {
 type Auth interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 	Allow(p auth.Principal) error
-	Quota(ctx context.Context, orgID string) (auth.Quota, error)
+	Org(ctx context.Context, id string) (auth.Org, error)
 }
 
 // Agent is what is called inside sandboxes; [*agentapi.Client] has it.
@@ -70,12 +71,19 @@ type Agent interface {
 	Metrics(ctx context.Context, t agentapi.Target) (agentapi.Metrics, error)
 }
 
+// Ports is what is called of the proxy room; [*proxy.Proxy] has it.
+type Ports interface {
+	Serve(w http.ResponseWriter, r *http.Request, to proxy.Destination) error
+}
+
 // Config is what the surface needs. Every field is required.
 type Config struct {
 	Sandboxes Sandboxes
 	Templates Templates
 	Auth      Auth
 	Agent     Agent
+	Ports     Ports
+	Names     proxy.Names // of ports, where the operator has a domain for them
 	// Secret is what tokens are derived from: at least 16 random bytes, the same in
 	// every life of the server, or clients lose the sandboxes that they have.
 	Secret []byte
@@ -105,9 +113,9 @@ func New(cfg Config, next http.Handler) *Surface {
 // up a server that shuts down. What runs in the sandboxes goes on.
 func (s *Surface) Hangup() { s.stop() }
 
-// The ports that mean something.
+// The port that is not a program's inside, and what our ids begin with.
 const (
-	envdPort = 49983 // the agent; [agentapi] listens where E2B's does
+	envdPort = agentapi.Port // it listens where E2B's does
 	idPrefix = "sbx_"
 )
 
@@ -120,7 +128,7 @@ func (s *Surface) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case err != nil:
 		s.handle(w, r, "", func(w http.ResponseWriter, r *http.Request) error { return err })
-	case to.id != "":
+	case to.id != "" && !s.leaves(r, to):
 		s.handle(w, r, "traffic", func(w http.ResponseWriter, r *http.Request) error { return s.traffic(w, r, to) })
 	case r.URL.Path == "/files":
 		s.handle(w, r, "signed", s.signed)

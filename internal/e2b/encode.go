@@ -34,7 +34,16 @@ func (s *Surface) sandboxOf(box sandbox.Sandbox) sandboxBody {
 	if !keep.public() {
 		out.TrafficAccessToken = new(s.token(trafficToken, box.ID))
 	}
+	out.Domain = s.domain()
 	return out
+}
+
+// domain is where the ports of sandboxes have host names, nil for nowhere.
+func (s *Surface) domain() *string {
+	if s.Names.Domain == "" {
+		return nil
+	}
+	return &s.Names.Domain
 }
 
 // listedBody is ListedSandbox.
@@ -108,7 +117,7 @@ type lifecycleBody struct {
 
 func (s *Surface) detail(box sandbox.Sandbox, withToken bool) detailBody {
 	keep := keptWith(box)
-	out := detailBody{listedBody: listed(box), AllowInternetAccess: keep.Internet, Network: keep.Network,
+	out := detailBody{listedBody: listed(box), Domain: s.domain(), AllowInternetAccess: keep.Internet, Network: keep.Network,
 		Lifecycle: lifecycleBody{OnTimeout: "kill", AutoResume: keep.wakes(box)}}
 	if box.AtEnd != sandbox.EndDestroys {
 		out.Lifecycle.OnTimeout = "pause"

@@ -19,6 +19,7 @@ import (
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/blob"
 	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/proxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
 	"github.com/cayhq/cay/internal/template"
@@ -44,6 +45,21 @@ type house struct {
 	seen []*http.Request // what reached the agents; guarded by mu
 	// answer plays the agent; guarded by mu
 	answer http.HandlerFunc
+	// carried is what was given to the proxy of ports, which fails with portErr; guarded by mu
+	carried []proxy.Destination
+	portErr error
+}
+
+// Serve plays the proxy of ports.
+func (h *house) Serve(w http.ResponseWriter, r *http.Request, to proxy.Destination) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.portErr != nil {
+		return h.portErr
+	}
+	h.carried, h.seen = append(h.carried, to), append(h.seen, r.Clone(context.Background()))
+	w.WriteHeader(http.StatusAccepted)
+	return nil
 }
 
 // buffer is a log that may be written and read at once.
@@ -107,7 +123,8 @@ func newHouse(t *testing.T) *house {
 	h.node.OnSuspend = func(_ context.Context, id sandbox.ID) error { h.agents.Drop(string(id)); return nil }
 	h.node.OnDestroy = h.node.OnSuspend
 	next := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusTeapot) })
-	h.face = New(Config{Sandboxes: h.boxes, Templates: templates, Auth: h.auth, Agent: h.agents, Secret: []byte("0123456789abcdef"), Log: log}, next)
+	h.face = New(Config{Sandboxes: h.boxes, Templates: templates, Auth: h.auth, Agent: h.agents,
+		Ports: h, Names: proxy.Names{Domain: "boxes.example", Scheme: "https"}, Secret: []byte("0123456789abcdef"), Log: log}, next)
 	listener := httptest.NewServer(h.face)
 	h.url = listener.URL
 	t.Cleanup(func() {

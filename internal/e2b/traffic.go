@@ -60,7 +60,7 @@ func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) erro
 		return err
 	}
 	if to.port != envdPort {
-		return unsupported("ports of sandboxes are not served yet")
+		return s.servePort(w, r, box, to)
 	}
 	if preflight(r) {
 		allowOrigins(w, r)
@@ -111,11 +111,11 @@ func (s *Surface) lease(ctx context.Context, box sandbox.Sandbox, k kept) (*sand
 	if err == nil || !k.wakes(box) || !fault.Is(err, fault.Conflict) {
 		return lease, err
 	}
-	quota, err := s.Auth.Quota(ctx, box.OrgID)
+	org, err := s.Auth.Org(ctx, box.OrgID)
 	if err != nil {
 		return nil, err
 	}
-	return s.Sandboxes.Connect(ctx, sandbox.Caller{OrgID: box.OrgID, Quota: sandbox.Quota(quota)}, box.ID)
+	return s.Sandboxes.Connect(ctx, sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}, box.ID)
 }
 
 // away is what clients are told of a sandbox that was there a moment ago.

@@ -134,6 +134,11 @@ type Store interface {
 	ListSnapshots(ctx context.Context, f SnapshotFilter) ([]Snapshot, string, error)
 	// UnreadySnapshots returns every snapshot that is not ready.
 	UnreadySnapshots(ctx context.Context) ([]Snapshot, error)
+	// SetPublicPort adds a port to the public ones of a sandbox, or takes it away; either
+	// is safe to repeat. Conflict, code "too_many_public_ports", above MaxPublicPorts.
+	SetPublicPort(ctx context.Context, id ID, port int, public bool) error
+	// PublicPorts lists them, lowest first.
+	PublicPorts(ctx context.Context, id ID) ([]int, error)
 
 	// AddMember adds a member of the pool. One with the ID of a member or of a sandbox
 	// is an error.

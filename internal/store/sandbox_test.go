@@ -79,6 +79,7 @@ func wantFault(t *testing.T, err error, kind fault.Kind, code string) {
 // testSandboxStore is the contract of sandbox.Store: every implementation keeps it.
 func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
 	for name, f := range map[string]func(*testing.T, sandbox.Store){
+		"public ports":           publicPorts,
 		"round trip":             sandboxRoundTrip,
 		"not found":              sandboxNotFound,
 		"quota":                  sandboxQuota,
