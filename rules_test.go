@@ -26,7 +26,8 @@ var mayImport = map[string]struct {
 	why   string
 }{
 	"internal/fault":    {nil, "kinds of error are below everything"},
-	"internal/sandbox":  {[]string{"fault"}, "the core does no I/O: rows and machines are given to it"},
+	"internal/span":     {nil, "what parts of a call take is below everything"},
+	"internal/sandbox":  {[]string{"fault", "span"}, "the core does no I/O: rows and machines are given to it"},
 	"internal/auth":     {[]string{"fault"}, "the core does no I/O"},
 	"internal/template": {[]string{"fault", "sandbox"}, "the core does no I/O; sandboxes are made from templates, so their words are used"},
 
@@ -41,7 +42,7 @@ var mayImport = map[string]struct {
 	"internal/buildkit/wire": {nil, "what the server and cay-buildkit say to each other: both link it"},
 	"internal/checkpoint":    {[]string{"fault"}, "a technology room: it keeps files whole and knows nothing of what is in them"},
 	"internal/blob":          {[]string{"fault"}, "a technology room: it keeps files by their hash and knows nothing of what is in them"},
-	"internal/node": {[]string{"agentapi", "cgroup", "checkpoint", "fault", "network", "payload", "runsc", "sandbox"},
+	"internal/node": {[]string{"agentapi", "cgroup", "checkpoint", "fault", "network", "payload", "runsc", "sandbox", "span"},
 		"it puts a sandbox together from the technology rooms, and implements the core's port"},
 
 	"internal/agentapi":            {[]string{"fault", "agentapi/*"}, "the wire between host and agent"},
@@ -50,7 +51,7 @@ var mayImport = map[string]struct {
 	"internal/agent":               {[]string{"agentapi", "agentapi/*", "fault"}, "what runs inside must stay small and know nothing of the host"},
 
 	"internal/store": {[]string{"auth", "fault", "sandbox", "template"}, "it implements the core's ports; all SQL is here"},
-	"internal/api":   {[]string{"agentapi", "auth", "fault", "proxy", "sandbox", "template"}, "HTTP in, HTTP out: it calls the core and the agent, and has the proxy carry what is for a port"},
+	"internal/api":   {[]string{"agentapi", "auth", "fault", "proxy", "sandbox", "span", "template"}, "HTTP in, HTTP out: it calls the core and the agent, and has the proxy carry what is for a port"},
 	"internal/proxy": {[]string{"agentapi", "fault"}, "a front that carries traffic and decides nothing about it: it knows ports and the agent that leads to them, and not the core"},
 	"internal/e2b": {[]string{"agentapi", "auth", "fault", "proxy", "sandbox", "template"},
 		"E2B's wire in, E2B's wire out: a second front, beside api and knowing nothing of it, that calls the same core and the agent, and has the proxy carry what is for a port"},

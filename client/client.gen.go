@@ -1086,7 +1086,7 @@ type Sandbox struct {
 	// Example: expired
 	DestroyReason *string `json:"destroy_reason,omitempty"`
 
-	// DestroyedAt When it was destroyed.
+	// DestroyedAt When nothing of it was left.
 	DestroyedAt *time.Time `json:"destroyed_at,omitempty"`
 
 	// DiskMB What it may write, in MiB.
@@ -1845,7 +1845,9 @@ type wireInterface interface {
 
 	// DestroySandbox Destroy a sandbox
 	//
-	// Ends its processes and removes everything it wrote. Safe to repeat; one already destroyed is 204 too.
+	// Ends its processes and removes everything it wrote. Answers once that is certain, and does it in the background: from the
+	// answer on the sandbox shows as destroyed, cannot be used and counts against no quota; it has a `destroyed_at` when nothing
+	// of it is left on the machine. Safe to repeat; one already destroyed is 204 too.
 	//
 	// Corresponds with DELETE /v1/sandboxes/{id} (the `DestroySandbox` operationId).
 	DestroySandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
@@ -2543,7 +2545,9 @@ func (c *wire) CreateSandbox(ctx context.Context, params *CreateSandboxParams, b
 
 // DestroySandbox Destroy a sandbox
 //
-// Ends its processes and removes everything it wrote. Safe to repeat; one already destroyed is 204 too.
+// Ends its processes and removes everything it wrote. Answers once that is certain, and does it in the background: from the
+// answer on the sandbox shows as destroyed, cannot be used and counts against no quota; it has a `destroyed_at` when nothing
+// of it is left on the machine. Safe to repeat; one already destroyed is 204 too.
 //
 // Corresponds with DELETE /v1/sandboxes/{id} (the `DestroySandbox` operationId).
 func (c *wire) DestroySandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {

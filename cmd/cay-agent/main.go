@@ -36,7 +36,9 @@ func main() {
 }
 
 func run() error {
-	agent.IgnoreSignals()
+	if err := agent.IgnoreSignals(); err != nil {
+		return err
+	}
 	syscall.Umask(0o022)
 	limit, err := pidsMax(os.Getenv("CAY_PIDS_MAX"))
 	if err != nil {

@@ -37,6 +37,7 @@ func main() {
 	keepGarbage()
 	// The processes that stay are named runsc-sandbox and runsc-gofer.
 	if strings.HasPrefix(os.Args[0], "runsc-") {
+		plainCPUID()
 		time.AfterFunc(startGarbage, debug.FreeOSMemory)
 	}
 	const called, internal = "", "internal use only"

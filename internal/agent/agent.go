@@ -115,7 +115,8 @@ func (a *Agent) Handler() http.Handler {
 	mux.HandleFunc("GET /files/list", a.files.list)
 	mux.HandleFunc("POST /files/compose", a.files.compose)
 	opts := []connect.HandlerOption{connect.WithReadMaxBytes(maxMessage)}
-	mux.Handle(process.NewProcessHandler(a.processes, opts...))
+	path, calls := process.NewProcessHandler(a.processes, opts...)
+	mux.Handle(path, gathering(calls))
 	mux.Handle(filesystem.NewFilesystemHandler(&filesystemService{files: a.files, watchers: a.watchers}, opts...))
 	return cors(a.authorise(mux))
 }

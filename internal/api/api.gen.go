@@ -1083,7 +1083,7 @@ type Sandbox struct {
 	// Example: expired
 	DestroyReason *string `json:"destroy_reason,omitempty"`
 
-	// DestroyedAt When it was destroyed.
+	// DestroyedAt When nothing of it was left.
 	DestroyedAt *time.Time `json:"destroyed_at,omitempty"`
 
 	// DiskMB What it may write, in MiB.

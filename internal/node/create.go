@@ -15,6 +15,7 @@ import (
 	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/span"
 )
 
 const (
@@ -112,7 +113,9 @@ func (n *Node) walk(ctx context.Context, b *box, steps []step, undo func(context
 	id := b.life.ID
 	for _, s := range steps {
 		began := time.Now()
+		end := span.Start(ctx, s.name)
 		err := s.do(ctx)
+		end()
 		if err == nil {
 			err = n.passed(s.name)
 		}

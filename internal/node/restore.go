@@ -15,6 +15,7 @@ import (
 	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/span"
 )
 
 // making is what a sandbox of the spec is made with, and the steps that do it: a boot, or
@@ -51,7 +52,9 @@ func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string, 
 		}
 		return fault.New(fault.Internal, code, why, args...).Because(cause)
 	}
+	end := span.Start(ctx, "checkpoint")
 	c, was, err := n.restorable(ctx, name)
+	end()
 	switch {
 	case fault.As(err) != nil:
 		return nil, nil, failed(err, "%s", fault.As(err).Detail)

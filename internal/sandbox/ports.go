@@ -65,8 +65,8 @@ type Change struct {
 // The contract suite in the store room holds for every implementation.
 type Store interface {
 	// Insert adds a sandbox in state creating together with its first event,
-	// unless the organization's sandboxes that are not over (see State.Over,
-	// and suspended ones count for Sandboxes alone) would exceed quota:
+	// unless the organization's sandboxes that are neither over (see State.Over)
+	// nor being destroyed (and suspended ones count for Sandboxes alone) would exceed quota:
 	// Exhausted, code "quota_exceeded", and nothing is written. With a once key that is known (and younger than 24 h)
 	// nothing is written and the sandbox of the first create is returned with
 	// found true; with another hash it is a Conflict, code "idempotency_key_reused".
@@ -113,6 +113,11 @@ type Store interface {
 	// the pool, and snapshots.
 	Images(ctx context.Context) ([]string, error)
 
+	// SetPublicPort adds a port to the public ones of a sandbox, or takes it away; either
+	// is safe to repeat. Conflict, code "too_many_public_ports", above MaxPublicPorts.
+	SetPublicPort(ctx context.Context, id ID, port int, public bool) error
+	// PublicPorts lists them, lowest first.
+	PublicPorts(ctx context.Context, id ID) ([]int, error)
 	// AddSnapshot adds a snapshot in state creating, unless the organization has one of
 	// that name, whatever its state (Conflict, code "snapshot_exists"), or most already (Exhausted,
 	// code "quota_exceeded"; 0 is no limit): nothing is written then.
@@ -134,11 +139,6 @@ type Store interface {
 	ListSnapshots(ctx context.Context, f SnapshotFilter) ([]Snapshot, string, error)
 	// UnreadySnapshots returns every snapshot that is not ready.
 	UnreadySnapshots(ctx context.Context) ([]Snapshot, error)
-	// SetPublicPort adds a port to the public ones of a sandbox, or takes it away; either
-	// is safe to repeat. Conflict, code "too_many_public_ports", above MaxPublicPorts.
-	SetPublicPort(ctx context.Context, id ID, port int, public bool) error
-	// PublicPorts lists them, lowest first.
-	PublicPorts(ctx context.Context, id ID) ([]int, error)
 
 	// AddMember adds a member of the pool. One with the ID of a member or of a sandbox
 	// is an error.

@@ -183,9 +183,9 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 	case Fall, Rest, Clear:
 		return s.rest(ctx, *row, fact, a, why)
 	case Lose:
-		return s.takeApart(ctx, id, row.Run, Lost)
+		return s.takeApart(ctx, id, row.Run, Lost, func() {})
 	case Finish:
-		return s.takeApart(ctx, id, row.Run, row.DestroyReason)
+		return s.takeApart(ctx, id, row.Run, row.DestroyReason, func() {})
 	case Keep:
 		return s.keep(ctx, *member)
 	case Discard:

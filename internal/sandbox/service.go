@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/span"
 )
 
 // Config is what the operator decides about sandboxes.
@@ -34,6 +35,7 @@ type Service struct {
 	pool      *pool
 
 	recoveries chan struct{} // one in it for each recovery point being taken by timer
+	takedowns  chan struct{} // one in it for each sandbox being taken apart
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -58,8 +60,8 @@ func New(cfg Config, store Store, node Node, templates Templates, log *slog.Logg
 		observe = func(Event) {}
 	}
 	return &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe, pool: newPool(cfg.Pool),
-		recoveries: make(chan struct{}, recoveriesAtOnce), work: map[ID]*operation{}, lives: map[ID]*life{}, denials: map[ID]*denials{},
-		snapshots: map[SnapshotID]*snapshotUse{}}
+		recoveries: make(chan struct{}, recoveriesAtOnce), takedowns: make(chan struct{}, takedownsAtOnce), work: map[ID]*operation{}, lives: map[ID]*life{},
+		denials: map[ID]*denials{}, snapshots: map[SnapshotID]*snapshotUse{}}
 }
 
 // Caller is the organization that asks for a sandbox to run, and what it may have.
@@ -81,7 +83,9 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wa
 	if r.Snapshot != "" {
 		return s.createFrom(ctx, c, r, once, wait)
 	}
+	end := span.Start(ctx, "template")
 	version, err := s.templates.Ready(ctx, c.OrgID, r.Template)
+	end()
 	if err != nil {
 		return Sandbox{}, err
 	}
@@ -111,7 +115,9 @@ func (s *Service) makeNew(ctx context.Context, c Caller, box Sandbox, spec Spec,
 		release()
 		return Sandbox{}, errClosing
 	}
+	end := span.Start(ctx, "insert")
 	prior, found, err := s.store.Insert(ctx, box, c.Quota, once)
+	end()
 	if err != nil || found {
 		release()
 		s.finish(box.ID, op, Sandbox{}, err)
@@ -121,7 +127,7 @@ func (s *Service) makeNew(ctx context.Context, c Caller, box Sandbox, spec Spec,
 		return s.repeated(ctx, prior, wait)
 	}
 	s.observe(Event{SandboxID: box.ID, At: box.CreatedAt, To: Creating})
-	s.do(box.ID, op, func(ctx context.Context) (Sandbox, error) {
+	s.do(ctx, box.ID, op, func(ctx context.Context) (Sandbox, error) {
 		defer release()
 		return s.boot(ctx, box, spec, patience)
 	})
@@ -302,7 +308,9 @@ func (s *Service) Sizes() []Size { return s.cfg.Sizes }
 // transition is the one door between states: the row, then the log line and
 // whoever observes.
 func (s *Service) transition(ctx context.Context, c Change) (Sandbox, error) {
+	end := span.Start(ctx, "commit")
 	before, err := s.store.Transition(ctx, c)
+	end()
 	if err != nil {
 		return before, err
 	}

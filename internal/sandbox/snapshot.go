@@ -130,7 +130,7 @@ func (s *Service) exclusive(ctx context.Context, orgID string, id ID, kind opKin
 			return Sandbox{}, errClosing
 		}
 		if mine {
-			s.do(id, op, work)
+			s.do(ctx, id, op, work)
 			return op.wait(ctx)
 		}
 		if err := op.ended(ctx); err != nil {

@@ -59,7 +59,7 @@ func (s *Service) suspendBy(ctx context.Context, orgID string, id ID, may func(S
 			return Sandbox{}, errClosing
 		}
 		if mine {
-			s.do(id, op, func(ctx context.Context) (Sandbox, error) {
+			s.do(ctx, id, op, func(ctx context.Context) (Sandbox, error) {
 				return s.suspend(ctx, id, string(Requested), part)
 			})
 		}

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/span"
 )
 
 // pointTimeout bounds writing or reading one recovery point. The largest size has
@@ -66,7 +67,9 @@ type wish struct {
 // the activity.
 func (s *Service) running(ctx context.Context, c Caller, id ID, u wish) (Sandbox, *life, error) {
 	for {
+		end := span.Start(ctx, "find")
 		box, err := s.Get(ctx, c.OrgID, id)
+		end()
 		if err != nil {
 			return Sandbox{}, nil, err
 		}
@@ -85,7 +88,7 @@ func (s *Service) running(ctx context.Context, c Caller, id ID, u wish) (Sandbox
 			return Sandbox{}, nil, errClosing
 		}
 		if mine {
-			s.do(id, op, func(ctx context.Context) (Sandbox, error) { return s.wake(ctx, c, id, u.timeout) })
+			s.do(ctx, id, op, func(ctx context.Context) (Sandbox, error) { return s.wake(ctx, c, id, u.timeout) })
 		}
 		if err := op.ended(ctx); err != nil {
 			return Sandbox{}, nil, err

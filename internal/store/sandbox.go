@@ -122,7 +122,8 @@ func first(ctx context.Context, tx querier, s sandbox.Sandbox, once sandbox.Once
 }
 
 // checkQuota refuses s if its organization's sandboxes that are not over would
-// exceed q with it. Suspended ones hold no CPU and no memory. A row that s may have
+// exceed q with it. Suspended ones hold no CPU and no memory, and those being destroyed
+// do not count: their owner is done with them. A row that s may have
 // already does not count, so that one to be woken is weighed like a new one.
 func checkQuota(ctx context.Context, tx querier, s sandbox.Sandbox, q sandbox.Quota) error {
 	if q == (sandbox.Quota{}) {
@@ -132,7 +133,7 @@ func checkQuota(ctx context.Context, tx querier, s sandbox.Sandbox, q sandbox.Qu
 	err := tx.QueryRowContext(ctx, `SELECT COUNT(*),
 		COALESCE(SUM(CASE WHEN state = $1 THEN 0 ELSE vcpus END), 0),
 		COALESCE(SUM(CASE WHEN state = $1 THEN 0 ELSE memory_mb END), 0)
-		FROM sandboxes WHERE org_id = $2 AND ended_at IS NULL AND id <> $3`, sandbox.Suspended, s.OrgID, s.ID).
+		FROM sandboxes WHERE org_id = $2 AND ended_at IS NULL AND id <> $3 AND state <> $4`, sandbox.Suspended, s.OrgID, s.ID, sandbox.Destroying).
 		Scan(&have.Sandboxes, &have.VCPUs, &have.MemoryMB)
 	if err != nil {
 		return fmt.Errorf("counting the organization's sandboxes: %w", err)

@@ -153,8 +153,8 @@ func TestOpenMigrates(t *testing.T) {
 	}
 	s := mustInsert(t, db, small("org_a", 0))
 	for _, back := range []string{
-		"DROP TABLE public_ports", "DROP TABLE snapshots", "ALTER TABLE sandboxes DROP COLUMN origin",
-		"DROP TABLE pool", "DROP TABLE template_builds", "DROP INDEX templates_queued", "DROP INDEX templates_image", "DROP INDEX sandboxes_of_template",
+		"DROP TABLE snapshots", "ALTER TABLE sandboxes DROP COLUMN origin",
+		"DROP TABLE public_ports", "DROP TABLE pool", "DROP TABLE template_builds", "DROP INDEX templates_queued", "DROP INDEX templates_image", "DROP INDEX sandboxes_of_template",
 		"ALTER TABLE templates DROP COLUMN build_id", "ALTER TABLE templates DROP COLUMN tries", "ALTER TABLE templates DROP COLUMN queued_at",
 		"ALTER TABLE templates DROP COLUMN start", "ALTER TABLE templates ADD COLUMN start_command TEXT NOT NULL DEFAULT ''",
 		"ALTER TABLE template_logs DROP COLUMN step", "ALTER TABLE template_logs DROP COLUMN heading",
