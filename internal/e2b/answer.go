@@ -13,6 +13,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/cayhq/cay/internal/auth"
@@ -55,6 +56,7 @@ type call struct {
 	route   string
 	who     auth.Principal
 	sandbox string
+	body    *slowBody
 	code    string
 	err     error // for the log
 }
@@ -71,13 +73,12 @@ const stall = time.Minute
 // the answer has begun: then the connection is broken.
 func (s *Surface) handle(w http.ResponseWriter, r *http.Request, route string, f func(http.ResponseWriter, *http.Request) error) {
 	start := time.Now()
-	c := &call{id: "req_" + strings.ToLower(rand.Text()), route: route}
-	r = r.WithContext(context.WithValue(r.Context(), callKey{}, c))
 	control := http.NewResponseController(w)
+	c := &call{id: "req_" + strings.ToLower(rand.Text()), route: route, body: &slowBody{ReadCloser: r.Body, control: control}}
+	r = r.WithContext(context.WithValue(r.Context(), callKey{}, c))
 	rec := &recorder{ResponseWriter: w, control: control}
-	body := &slowBody{ReadCloser: r.Body, control: control}
 	if r.Body != nil && r.Body != http.NoBody {
-		r.Body = body
+		r.Body = c.body
 	}
 	// The deadline of the answer before this one is not for this one. A writer without
 	// deadlines is one of a test.
@@ -94,7 +95,7 @@ func (s *Surface) handle(w http.ResponseWriter, r *http.Request, route string, f
 				broken = false
 			}
 		}
-		s.finish(r, rec, body.n, time.Since(start))
+		s.finish(r, rec, c.body.n.Load(), time.Since(start))
 		if broken {
 			panic(http.ErrAbortHandler) // only a broken connection says that an answer is not whole
 		}
@@ -235,18 +236,31 @@ func (w *recorder) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// slowBody is a body each piece of which has to come in time, counted.
+// slowBody is a body each piece of which has to come in time, counted. What carries a body
+// on may still read it when the call is answered.
 type slowBody struct {
 	io.ReadCloser
 	control *http.ResponseController
-	n       int64
+	n       atomic.Int64
+	broken  atomic.Bool // it did not come to its end
+}
+
+// incomplete is the error of a call whose body did not come, nil if it did.
+func (b *slowBody) incomplete() error {
+	if !b.broken.Load() {
+		return nil
+	}
+	return fault.New(fault.Invalid, "incomplete_body", "the body ended early or came too slowly")
 }
 
 // Read implements [io.Reader].
 func (b *slowBody) Read(p []byte) (int, error) {
 	_ = b.control.SetReadDeadline(time.Now().Add(stall)) // as in recorder.Write
 	n, err := b.ReadCloser.Read(p)
-	b.n += int64(n)
+	b.n.Add(int64(n))
+	if err != nil && err != io.EOF {
+		b.broken.Store(true)
+	}
 	if err == io.EOF {
 		// From here on net/http watches the connection, and would take a deadline that
 		// passes for a caller who leaves.

@@ -41,7 +41,7 @@ func (s *Surface) table() map[string]route {
 	return map[string]route{
 		"POST /sandboxes":                 {write, s.create(createV1)},
 		"POST /v2/sandboxes":              {write, s.create(createV2)},
-		"GET /sandboxes":                  {read, s.list([]sandbox.State{sandbox.Running, sandbox.Suspending})},
+		"GET /sandboxes":                  {read, s.list(running)},
 		"GET /v2/sandboxes":               {read, s.list(nil)},
 		"GET /sandboxes/metrics":          {read, s.latestMetrics},
 		"GET /sandboxes/{id}":             {read, s.get},
@@ -167,6 +167,8 @@ func read(w http.ResponseWriter, r *http.Request, dst any) error {
 	var over *http.MaxBytesError
 	var wrong *json.UnmarshalTypeError
 	switch {
+	case callOf(r).body.incomplete() != nil:
+		return callOf(r).body.incomplete()
 	case err == nil:
 		// What is left is white space; read to the end, so that the connection can be used again.
 		_, _ = io.Copy(io.Discard, d.Buffered())

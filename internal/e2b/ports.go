@@ -63,6 +63,9 @@ func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, box sandbox.
 		return nil
 	}
 	w.Header().Set("X-Request-Id", id)
+	if err := callOf(r).body.incomplete(); err != nil {
+		return err
+	}
 	f := fault.As(err)
 	switch {
 	case f == nil:

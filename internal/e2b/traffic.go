@@ -177,6 +177,9 @@ func (s *Surface) forward(w http.ResponseWriter, r *http.Request, box sandbox.Sa
 		return nil
 	}
 	callOf(r).err = failed
+	if err := callOf(r).body.incomplete(); err != nil {
+		return err
+	}
 	if r.Context().Err() != nil && s.stopped.Err() == nil {
 		return failed // nobody hears it
 	}

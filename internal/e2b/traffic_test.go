@@ -250,6 +250,35 @@ func TestCallersWhoGo(t *testing.T) {
 	}
 }
 
+// TestBodiesThatDoNotCome: who does not send what was announced is told so, and not that the
+// server is broken.
+func TestBodiesThatDoNotCome(t *testing.T) {
+	h := newHouse(t)
+	id, token := h.create(`{"templateID":"base"}`)
+	h.play(func(_ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		panic(http.ErrAbortHandler)
+	})
+	for name, head := range map[string]string{
+		"to the agent":       fmt.Sprintf("POST /files?path=x HTTP/1.1\r\nHost: x\r\n%s: %s\r\n%s: 49983\r\nX-Access-Token: %s\r\n", idHeader, id, portHeader, token),
+		"to the control API": "POST /v2/sandboxes HTTP/1.1\r\nHost: x\r\nX-API-Key: " + h.key + "\r\n",
+	} {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(h.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(conn, "%sContent-Length: 100\r\n\r\n{\"templateID\":", head)
+		if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil || resp.StatusCode != 400 {
+			t.Errorf("%s: %+v, %v", name, resp, err)
+		}
+		conn.Close()
+	}
+}
+
 func TestTrafficWakes(t *testing.T) {
 	h := newHouse(t)
 	ctx := context.Background()
