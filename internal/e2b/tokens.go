@@ -4,14 +4,12 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/subtle"
-	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"net/http"
-	"net/url"
-	"strconv"
 	"time"
 
+	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -37,50 +35,20 @@ func (s *Surface) token(kind string, id sandbox.ID) string {
 // same compares texts in constant time.
 func same(a, b string) bool { return subtle.ConstantTimeCompare([]byte(a), []byte(b)) == 1 }
 
-// Texts that clients compare.
-var (
-	errNoToken          = fault.New(fault.Unauthenticated, "unauthorized", "unauthorized access, please provide a valid access token or method signing if supported")
-	errNoSignature      = fault.New(fault.Unauthenticated, "unauthorized", "missing signature query parameter")
-	errSignature        = fault.New(fault.Unauthenticated, "unauthorized", "invalid signature")
-	errSignatureExpired = fault.New(fault.Unauthenticated, "unauthorized", "signature is already expired")
-)
+// errNoToken has the text that clients know.
+var errNoToken = fault.New(fault.Unauthenticated, "unauthorized", "unauthorized access, please provide a valid access token or method signing if supported")
 
-// signatureOf is E2B's: what one who holds the token gives to one who may read or write
-// one path, until a time if one is named.
-func signatureOf(method string, q url.Values, token string) string {
-	op := "read"
-	if method == http.MethodPost {
-		op = "write"
+// signatureError is an error of a signature as it is answered.
+func signatureError(err error) error {
+	if err == nil {
+		return nil
 	}
-	raw := q.Get("path") + ":" + op + ":" + q.Get("username") + ":" + token
-	if until := q.Get("signature_expiration"); until != "" {
-		raw += ":" + until
-	}
-	sum := sha256.Sum256([]byte(raw))
-	return "v1_" + base64.RawStdEncoding.EncodeToString(sum[:])
+	return fault.New(fault.Unauthenticated, "unauthorized", "%s", err).Because(err)
 }
 
 // checkSignature checks a request for /files that brings a signature instead of a token.
-func checkSignature(method string, q url.Values, token string, now time.Time) error {
-	given := q.Get("signature")
-	if given == "" {
-		return errNoSignature
-	}
-	if !same(given, signatureOf(method, q, token)) {
-		return errSignature
-	}
-	text := q.Get("signature_expiration")
-	if text == "" {
-		return nil
-	}
-	until, err := strconv.ParseInt(text, 10, 64)
-	if err != nil {
-		return errSignature
-	}
-	if now.Unix() > until {
-		return errSignatureExpired
-	}
-	return nil
+func (s *Surface) checkSignature(r *http.Request, id sandbox.ID) error {
+	return agentapi.CheckSignature(r.Method, r.URL.Query(), s.token(envdToken, id), time.Now())
 }
 
 // signed answers a request for /files whose URL names no sandbox: the one whose token made
@@ -90,8 +58,7 @@ func (s *Surface) signed(w http.ResponseWriter, r *http.Request) error {
 		allowOrigins(w, r)
 		return nil
 	}
-	q := r.URL.Query()
-	if q.Get("signature") == "" {
+	if r.URL.Query().Get("signature") == "" {
 		return fault.New(fault.Invalid, "no_sandbox", "the URL names no sandbox: it needs a signature, or the headers %s and %s", idHeader, portHeader)
 	}
 	ids, err := s.Sandboxes.Living(r.Context())
@@ -99,10 +66,10 @@ func (s *Surface) signed(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	for _, id := range ids {
-		err := checkSignature(r.Method, q, s.token(envdToken, id), time.Now())
-		if err == nil || errors.Is(err, errSignatureExpired) {
+		err := s.checkSignature(r, id)
+		if err == nil || errors.Is(err, agentapi.ErrSignatureExpired) {
 			return s.traffic(w, r, place{shown(id), envdPort})
 		}
 	}
-	return errSignature
+	return signatureError(agentapi.ErrSignatureInvalid)
 }

@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httputil"
-	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
@@ -100,7 +99,7 @@ func (s *Surface) admitEnvd(r *http.Request, box sandbox.Sandbox, k kept) error 
 	case len(given) == 1 && same(given[0], s.token(envdToken, box.ID)):
 		return nil
 	case len(given) == 0 && r.URL.Path == "/files":
-		return checkSignature(r.Method, r.URL.Query(), s.token(envdToken, box.ID), time.Now())
+		return signatureError(s.checkSignature(r, box.ID))
 	}
 	return errNoToken
 }

@@ -98,7 +98,7 @@ func TestSignedURLsFindTheirSandbox(t *testing.T) {
 		if until != "" {
 			q.Set("signature_expiration", until)
 		}
-		q.Set("signature", signatureOf(method, q, token))
+		q.Set("signature", agentapi.Signature(method, q, token))
 		return "/files?" + q.Encode()
 	}
 	h.play(nil)
