@@ -342,7 +342,7 @@ func (s *server) openE2B(ctx context.Context, next http.Handler) (*e2b.Surface, 
 		return nil, err
 	}
 	return e2b.New(e2b.Config{Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
-		Ports: s.ports, Names: s.cfg.Proxy.names(), Secret: []byte(secret), Log: s.log}, next), nil
+		Ports: s.ports, Names: s.cfg.Proxy.names(), Secret: []byte(secret), Log: s.log, Registry: s.registry}, next), nil
 }
 
 // listen serves until ctx ends, then stops taking requests and lets those in

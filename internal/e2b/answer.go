@@ -53,7 +53,8 @@ const notFoundText = "The sandbox was not found"
 // call is what is known of one request. It belongs to the goroutine that answers it.
 type call struct {
 	id      string
-	route   string
+	route   string // for the log and the metrics
+	inside  bool   // it is for a sandbox, and not for the control API
 	who     auth.Principal
 	sandbox string
 	body    *slowBody
@@ -71,10 +72,10 @@ const stall = time.Minute
 
 // handle answers a request with f, and writes it down. An error of f's is answered unless
 // the answer has begun: then the connection is broken.
-func (s *Surface) handle(w http.ResponseWriter, r *http.Request, route string, f func(http.ResponseWriter, *http.Request) error) {
+func (s *Surface) handle(w http.ResponseWriter, r *http.Request, inside bool, f func(http.ResponseWriter, *http.Request) error) {
 	start := time.Now()
 	control := http.NewResponseController(w)
-	c := &call{id: "req_" + strings.ToLower(rand.Text()), route: route, body: &slowBody{ReadCloser: r.Body, control: control}}
+	c := &call{id: "req_" + strings.ToLower(rand.Text()), inside: inside, body: &slowBody{ReadCloser: r.Body, control: control}}
 	r = r.WithContext(context.WithValue(r.Context(), callKey{}, c))
 	rec := &recorder{ResponseWriter: w, control: control}
 	if r.Body != nil && r.Body != http.NoBody {
@@ -125,6 +126,9 @@ func problemOf(err error) problem {
 		return problem{http.StatusNotImplemented, string(u), "unsupported"}
 	}
 	f := fault.As(err)
+	if f == nil && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)) {
+		return problem{http.StatusServiceUnavailable, "the call was interrupted before it was through", "interrupted"}
+	}
 	if f == nil || statuses[f.Kind] == 0 {
 		return problem{http.StatusInternalServerError, "something broke on this server; its log has the cause", "internal"}
 	}
@@ -159,7 +163,7 @@ func (s *Surface) fail(w http.ResponseWriter, r *http.Request, err error) {
 		w.Header().Set("Retry-After", strconv.FormatInt(int64(math.Ceil(f.RetryAfter.Seconds())), 10))
 	}
 	body := map[string]any{"code": p.status, "message": p.message}
-	if c.route != "traffic" && c.route != "signed" { // the agent's errors have none, and clients compare
+	if !c.inside { // the agent's errors have none, and clients compare
 		body["error_code"] = p.code
 	}
 	reply(w, p.status, body)
@@ -180,7 +184,7 @@ func reply(w http.ResponseWriter, status int, v any) {
 func (s *Surface) finish(r *http.Request, w *recorder, in int64, took time.Duration) {
 	c := callOf(r)
 	attrs := []slog.Attr{
-		slog.String("request_id", c.id), slog.String("method", r.Method), slog.String("route", "e2b "+c.route),
+		slog.String("request_id", c.id), slog.String("method", r.Method), slog.String("route", "e2b: "+c.route),
 		slog.String("path", r.URL.Path), slog.Int("status", w.status),
 		slog.Float64("duration_ms", float64(took.Microseconds())/1000),
 		slog.Int64("bytes_in", in), slog.Int64("bytes_out", w.bytes), slog.String("remote", r.RemoteAddr),
@@ -201,6 +205,7 @@ func (s *Surface) finish(r *http.Request, w *recorder, in int64, took time.Durat
 			level = slog.LevelError
 		}
 	}
+	s.counts.observe(c.route, w.status, took)
 	s.Log.LogAttrs(context.WithoutCancel(r.Context()), level, "request", attrs...)
 }
 

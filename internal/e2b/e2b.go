@@ -22,6 +22,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/proxy"
@@ -88,6 +90,8 @@ type Config struct {
 	// every life of the server, or clients lose the sandboxes that they have.
 	Secret []byte
 	Log    *slog.Logger
+	// Registry takes the metrics of this package.
+	Registry prometheus.Registerer
 }
 
 // Surface is the handler. Make it with [New].
@@ -96,6 +100,7 @@ type Surface struct {
 	next    http.Handler
 	control *http.ServeMux
 	samples *samples
+	counts  *counts
 	stopped context.Context // of the server's streams
 	stop    context.CancelFunc
 }
@@ -103,7 +108,7 @@ type Surface struct {
 // New makes a surface in front of next, which is given every request that is not the
 // surface's own. [Surface.Run] takes the samples.
 func New(cfg Config, next http.Handler) *Surface {
-	s := &Surface{Config: cfg, next: next, samples: newSamples()}
+	s := &Surface{Config: cfg, next: next, samples: newSamples(), counts: newCounts(cfg.Registry)}
 	s.stopped, s.stop = context.WithCancel(context.Background())
 	s.control = s.routes()
 	return s
@@ -127,13 +132,13 @@ func (s *Surface) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	to, err := destination(r)
 	switch {
 	case err != nil:
-		s.handle(w, r, "", func(w http.ResponseWriter, r *http.Request) error { return err })
+		s.handle(w, r, true, func(w http.ResponseWriter, r *http.Request) error { return err })
 	case to.id != "" && !s.leaves(r, to):
-		s.handle(w, r, "traffic", func(w http.ResponseWriter, r *http.Request) error { return s.traffic(w, r, to) })
+		s.handle(w, r, true, func(w http.ResponseWriter, r *http.Request) error { return s.traffic(w, r, to) })
 	case r.URL.Path == "/files":
-		s.handle(w, r, "signed", s.signed)
+		s.handle(w, r, true, s.signed)
 	case isControl(r.URL.Path):
-		s.handle(w, r, "", s.answerControl)
+		s.handle(w, r, false, s.answerControl)
 	case preflight(r) && strings.Contains(strings.ToLower(r.Header.Get("Access-Control-Request-Headers")), strings.ToLower(idHeader)):
 		allowOrigins(w, r) // a browser asks whether it may route by headers
 	default:

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/blob"
@@ -124,7 +126,7 @@ func newHouse(t *testing.T) *house {
 	h.node.OnDestroy = h.node.OnSuspend
 	next := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusTeapot) })
 	h.face = New(Config{Sandboxes: h.boxes, Templates: templates, Auth: h.auth, Agent: h.agents,
-		Ports: h, Names: proxy.Names{Domain: "boxes.example", Scheme: "https"}, Secret: []byte("0123456789abcdef"), Log: log}, next)
+		Ports: h, Names: proxy.Names{Domain: "boxes.example", Scheme: "https"}, Secret: []byte("0123456789abcdef"), Log: log, Registry: prometheus.NewRegistry()}, next)
 	listener := httptest.NewServer(h.face)
 	h.url = listener.URL
 	t.Cleanup(func() {

@@ -36,6 +36,7 @@ func (s *Surface) mayReach(r *http.Request, box sandbox.Sandbox, k kept) bool {
 
 // servePort carries a request to a port that a program inside listens on.
 func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, box sandbox.Sandbox, to place) error {
+	callOf(r).route = "port"
 	kept := keptWith(box)
 	if !takesTraffic(box, kept) {
 		return gone{to, notFoundText, false}

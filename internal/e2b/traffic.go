@@ -68,6 +68,7 @@ func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) erro
 	if !served(r) {
 		return fault.New(fault.NotFound, "no_such_route", "there is no %s %s", r.Method, r.URL.Path)
 	}
+	callOf(r).route = r.URL.Path
 	kept := keptWith(box)
 	if !takesTraffic(box, kept) || r.URL.Path == "/health" && box.State != sandbox.Running {
 		return gone{to, notFoundText, false}
