@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"strings"
@@ -29,10 +28,11 @@ func (i interpreter) ask(method, path, body string, more ...string) (status int,
 	r := i.s.decoded(reply)
 	end := strings.LastIndex(r.Stdout, "\n")
 	if code != 200 || r.ExitCode != 0 || end < 0 {
-		i.s.t.Fatalf("%s %s: %d %s", method, path, code, reply)
+		i.s.t.Errorf("%s %s: %d %s", method, path, code, reply)
+		return 0, ""
 	}
 	if _, err := fmt.Sscan(r.Stdout[end+1:], &status); err != nil {
-		i.s.t.Fatal(err)
+		i.s.t.Error(err)
 	}
 	return status, r.Stdout[:end]
 }
@@ -46,19 +46,20 @@ func (i interpreter) run(code string, more object) []line {
 	}
 	body, err := json.Marshal(request)
 	if err != nil {
-		i.s.t.Fatal(err)
+		i.s.t.Error(err)
 	}
 	status, answer := i.ask("POST", "/execute", string(body))
 	var lines []line
 	for text := range strings.Lines(answer) {
 		var l line
 		if err := json.Unmarshal([]byte(text), &l); err != nil {
-			i.s.t.Fatalf("execute %q: %d %s", code, status, answer)
+			i.s.t.Errorf("execute %q: %d %s", code, status, answer)
 		}
 		lines = append(lines, l)
 	}
 	if status != 200 || len(lines) == 0 || lines[len(lines)-1]["type"] != "end_of_execution" {
-		i.s.t.Fatalf("execute %q: %d %s", code, status, answer)
+		i.s.t.Errorf("execute %q: %d %s", code, status, answer)
+		return []line{{}}
 	}
 	return lines
 }
@@ -247,7 +248,7 @@ func interpreterContexts(t *testing.T, i interpreter) {
 			t.Errorf("%s: %d %s", r, status, body)
 		}
 	}
-	if left := i.s.want(i.id, "pgrep -c -f ipykernel_launcher"); left != "1" {
+	if left := i.s.want(i.id, "pgrep -c -f ipykernel_launche[r]"); left != "1" {
 		t.Errorf("%s kernels run", left)
 	}
 }
@@ -295,12 +296,6 @@ func interpreterTrouble(t *testing.T, i interpreter) {
 	}
 	if got := i.value("6 * 7", nil); got != "42" {
 		t.Errorf("after a dead kernel: %v", got)
-	}
-	// A caller of nothing leaves nothing.
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-	defer cancel()
-	if _, _, err := i.s.try(ctx, "GET", "/v1/sandboxes/"+i.id, nil); err != nil {
-		t.Error(err)
 	}
 }
 

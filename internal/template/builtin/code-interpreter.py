@@ -12,6 +12,7 @@ import collections
 import datetime
 import json
 import os
+import queue
 import signal
 import tempfile
 import uuid
@@ -30,6 +31,7 @@ KEEPALIVE = 5.0  # seconds without output until a sign of life; clients give up 
 READY = 60.0  # seconds for a kernel to start
 MAX_BODY = 64 << 20  # bytes of a request
 MAX_PENDING = 32 << 20  # bytes of output that a slow reader may leave here
+LOOK = 0.25  # seconds between looks at whether what runs is still wanted
 STUBBORN = 2.0  # seconds between interrupts of code that goes on
 
 # What the SDK calls the parts of a result.
@@ -70,6 +72,8 @@ class Context:
         self.id, self.language, self.kernel, self.cwd = str(uuid.uuid4()), language, kernel, cwd
         self.lock = asyncio.Lock()  # held by who runs something
         self.life = 0  # counts up with every restart
+        self.reading = False  # somebody is at the sockets of this life
+        self.changing = asyncio.Lock()  # held by who restarts or removes it
         self.env = {}  # what was given to it last
         self.manager = self.client = None
 
@@ -104,15 +108,23 @@ class Context:
             raise RuntimeError("setting up the kernel: %s" % reply["content"].get("evalue"))
 
     async def restart(self):
-        self.life += 1
-        self.client.stop_channels()
-        await self.manager.restart_kernel(now=True)
-        await self.meet()
+        async with self.changing:
+            await self.leave()
+            await self.manager.restart_kernel(now=True)
+            await self.meet()
 
     async def stop(self):
+        async with self.changing:
+            await self.leave()
+            await self.manager.shutdown_kernel(now=True)
+
+    async def leave(self):
+        """Ends a life. Who reads sees that and goes, before the sockets are closed; those of the next
+        life have the same names, and the kernel would not tell them apart."""
         self.life += 1
+        while self.reading:
+            await asyncio.sleep(LOOK / 10)
         self.client.stop_channels()
-        await self.manager.shutdown_kernel(now=True)
 
 
 class Contexts:
@@ -179,7 +191,7 @@ class Run:
     """One execution, from its first line to its last."""
 
     def __init__(self, context):
-        self.context, self.life = context, context.life
+        self.context, self.life = context, None
         self.lines, self.pending, self.more = collections.deque(), 0, asyncio.Event()
         self.gone = False  # nobody reads any more
         self.over = False
@@ -192,7 +204,21 @@ class Run:
         self.pending += len(data)
         self.more.set()
 
-    async def do(self, code):
+    async def do(self, code, before):
+        """Runs the code, and before what has to be done before."""
+        async with self.context.changing:
+            self.life, self.context.reading = self.context.life, True
+        try:
+            await before()
+            died = await self.read(code)
+        finally:
+            self.context.reading = False
+        if died:
+            self.say(type="error", name="KernelDied", value="the kernel ended, perhaps for lack of memory; its context was restarted", traceback="")
+            await self.context.restart()
+
+    async def read(self, code):
+        """Reads what comes of the code to its end; true when the kernel ended."""
         client = self.context.client
         me = client.execute(code, store_history=True, allow_stdin=False)
         asked = 0.0
@@ -205,22 +231,20 @@ class Run:
                     self.gone = True
                 await self.context.manager.interrupt_kernel()
             try:
-                message = await asyncio.wait_for(client.get_iopub_msg(timeout=None), 1.0)
-            except (asyncio.TimeoutError, TimeoutError):
+                message = await client.get_iopub_msg(timeout=LOOK)  # not cancelled from outside, which could lose one
+            except queue.Empty:
                 message = None
             if self.life != self.context.life:
                 self.say(type="error", name="ContextRestarted", value="the context was restarted or removed", traceback="")
-                return
+                return False
             if message is None:
                 if not await self.context.manager.is_alive():
-                    self.say(type="error", name="KernelDied", value="the kernel ended, perhaps for lack of memory; its context was restarted", traceback="")
-                    await self.context.restart()
-                    return
+                    return True
                 continue
             if message["parent_header"].get("msg_id") != me:
                 continue
             if self.take(message["msg_type"], message["content"]):
-                return
+                return False
 
     def take(self, kind, content):
         """One message of the kernel; true for the last."""
@@ -342,10 +366,7 @@ class Execute(Handler):
                 if context.id not in self.contexts.all:
                     run.say(type="error", name="ContextRestarted", value="the context was removed", traceback="")
                     return
-                run.life = context.life
-                if context.language == "python":
-                    await self.environment(context, env)
-                await run.do(code)
+                await run.do(code, lambda: self.environment(context, env))
         except Exception as error:  # of the kernel's, which must not leave the reader waiting
             run.say(type="error", name=type(error).__name__, value=str(error), traceback="")
         finally:
@@ -355,6 +376,8 @@ class Execute(Handler):
 
     async def environment(self, context, env):
         """Gives the kernel the sandbox's variables, as they are now, and those of this execution alone."""
+        if context.language != "python":
+            return
         wanted = dict(await sandbox_env(self.request.headers.get("X-Access-Token")))
         wanted.update(env)
         if wanted != context.env:
