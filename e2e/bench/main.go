@@ -50,7 +50,7 @@ func main() {
 	flag.IntVar(&o.clients, "clients", 50, "how many clients create, execute and destroy in a loop, 1 to 200")
 	flag.DurationVar(&o.loadTime, "load", time.Minute, "for how long they do, up to 10m")
 	flag.StringVar(&o.doc, "doc", "", "put the results into this Markdown `file`, between its lines <!-- run --> and <!-- /run -->")
-	flag.StringVar(&o.only, "only", "", "measure this `part` alone: starts, commands, live, files, rest, sleep, egress, builds, pool, load or dense")
+	flag.StringVar(&o.only, "only", "", "measure this `part` alone: starts, commands, live, files, rest, sleep, egress, builds, fork, pool, load or dense")
 	flag.BoolVar(&quick, "quick", false, "few runs: shows that everything works, and little more")
 	flag.Parse()
 	if quick {
@@ -115,6 +115,7 @@ func bench(ctx context.Context, o options) (err error) {
 		{"sleep", measureSleep},
 		{"egress", measureEgress},
 		{"builds", measureBuilds},
+		{"fork", measureFork},
 		{"pool", measurePool},
 		{"load", measureLoad},
 		{"dense", measureDense},
