@@ -26,7 +26,9 @@ var mayImport = map[string]struct {
 	why   string
 }{
 	"internal/fault":    {nil, "kinds of error are below everything"},
-	"internal/sandbox":  {[]string{"fault"}, "the core does no I/O: rows and machines are given to it"},
+	"internal/heap":     {nil, "it only knows Go's collector"},
+	"internal/span":     {nil, "what parts of a call take is below everything"},
+	"internal/sandbox":  {[]string{"fault", "span"}, "the core does no I/O: rows and machines are given to it"},
 	"internal/auth":     {[]string{"fault"}, "the core does no I/O"},
 	"internal/template": {[]string{"fault", "sandbox"}, "the core does no I/O; sandboxes are made from templates, so their words are used"},
 
@@ -41,7 +43,7 @@ var mayImport = map[string]struct {
 	"internal/buildkit/wire": {nil, "what the server and cay-buildkit say to each other: both link it"},
 	"internal/checkpoint":    {[]string{"fault"}, "a technology room: it keeps files whole and knows nothing of what is in them"},
 	"internal/blob":          {[]string{"fault"}, "a technology room: it keeps files by their hash and knows nothing of what is in them"},
-	"internal/node": {[]string{"agentapi", "cgroup", "checkpoint", "fault", "network", "payload", "runsc", "sandbox"},
+	"internal/node": {[]string{"agentapi", "cgroup", "checkpoint", "fault", "network", "payload", "runsc", "sandbox", "span"},
 		"it puts a sandbox together from the technology rooms, and implements the core's port"},
 
 	"internal/agentapi":            {[]string{"fault", "agentapi/*"}, "the wire between host and agent"},
@@ -50,14 +52,15 @@ var mayImport = map[string]struct {
 	"internal/agent":               {[]string{"agentapi", "agentapi/*", "fault"}, "what runs inside must stay small and know nothing of the host"},
 
 	"internal/store": {[]string{"auth", "fault", "sandbox", "template"}, "it implements the core's ports; all SQL is here"},
-	"internal/api":   {[]string{"agentapi", "auth", "fault", "sandbox", "template"}, "HTTP in, HTTP out: it calls the core and the agent"},
+	"internal/api":   {[]string{"agentapi", "auth", "fault", "proxy", "sandbox", "span", "template"}, "HTTP in, HTTP out: it calls the core and the agent, and has the proxy carry what is for a port"},
+	"internal/proxy": {[]string{"agentapi", "fault"}, "a front that carries traffic and decides nothing about it: it knows ports and the agent that leads to them, and not the core"},
 
 	".":                {nil, "it only carries openapi.yaml"},
 	"client":           {nil, "public: it must build without our internals"},
-	"cmd/cay-agent":    {[]string{"agent", "agentapi"}, "a main and nothing else: every sandbox starts it"},
+	"cmd/cay-agent":    {[]string{"agent", "agentapi", "heap"}, "a main and nothing else: every sandbox starts it"},
 	"cmd/cay-buildkit": {[]string{"buildkit/*", "cgroup"}, "a module of its own, so that nothing else of cay links BuildKit"},
-	"cmd/cay-runsc":    {nil, "what is needed of gVisor's main: every sandbox starts it several times"},
-	"cmd/cay": {[]string{"api", "auth", "blob", "buildkit", "cgroup", "fault", "gate", "image", "network", "node", "payload", "sandbox", "store", "template"},
+	"cmd/cay-runsc":    {[]string{"heap"}, "what is needed of gVisor's main: every sandbox starts it several times"},
+	"cmd/cay": {[]string{"api", "auth", "blob", "buildkit", "cgroup", "fault", "gate", "image", "network", "node", "payload", "proxy", "sandbox", "store", "template"},
 		"all wiring is here; the CLI's verbs use client"},
 }
 

@@ -66,6 +66,33 @@ func (e ExecuteResultStdoutEncoding) Valid() bool {
 	}
 }
 
+// Defines values for FileChangeType.
+const (
+	FileChangeTypeChmod  FileChangeType = "chmod"
+	FileChangeTypeCreate FileChangeType = "create"
+	FileChangeTypeRemove FileChangeType = "remove"
+	FileChangeTypeRename FileChangeType = "rename"
+	FileChangeTypeWrite  FileChangeType = "write"
+)
+
+// Valid indicates whether the value is a known member of the FileChangeType enum.
+func (e FileChangeType) Valid() bool {
+	switch e {
+	case FileChangeTypeChmod:
+		return true
+	case FileChangeTypeCreate:
+		return true
+	case FileChangeTypeRemove:
+		return true
+	case FileChangeTypeRename:
+		return true
+	case FileChangeTypeWrite:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for FileEntryType.
 const (
 	FileEntryTypeDirectory FileEntryType = "directory"
@@ -161,14 +188,20 @@ func (e ProcessStatus) Valid() bool {
 
 // Defines values for SandboxSource.
 const (
-	SandboxSourceCold SandboxSource = "cold"
-	SandboxSourceWarm SandboxSource = "warm"
+	SandboxSourceCold     SandboxSource = "cold"
+	SandboxSourceFork     SandboxSource = "fork"
+	SandboxSourceSnapshot SandboxSource = "snapshot"
+	SandboxSourceWarm     SandboxSource = "warm"
 )
 
 // Valid indicates whether the value is a known member of the SandboxSource enum.
 func (e SandboxSource) Valid() bool {
 	switch e {
 	case SandboxSourceCold:
+		return true
+	case SandboxSourceFork:
+		return true
+	case SandboxSourceSnapshot:
 		return true
 	case SandboxSourceWarm:
 		return true
@@ -397,7 +430,15 @@ type CreateOrgRequest struct {
 	Quota *QuotaRequest `json:"quota,omitempty"`
 }
 
-// CreateSandboxRequest What sandbox to make.
+// CreatePortURLRequest How long a signed URL is to work.
+type CreatePortURLRequest struct {
+	// ExpiresIn 1s to 24h.
+	//
+	// Example: 15m
+	ExpiresIn *string `json:"expires_in,omitempty"`
+}
+
+// CreateSandboxRequest What sandbox to make, from a template or from a snapshot.
 type CreateSandboxRequest struct {
 	// DiskSizeMB What the sandbox may write, in MiB: at least 64, at most what the operator allows. Default is the template's, else 2048 unless the operator says otherwise.
 	//
@@ -432,15 +473,30 @@ type CreateSandboxRequest struct {
 	// Example: shared-cpu-1x
 	Size *string `json:"size,omitempty"`
 
-	// Template Name or id of a template.
+	// Snapshot Name or id of a snapshot, instead of a template: the sandbox goes on from there, as one of its own. Size and disk are the snapshot's; `env` is added to the snapshot's and holds for
+	// commands from here on; `egress` is by default what the snapshot's sandbox had.
+	//
+	//
+	// Example: snap_abcdefghijklmnopqrst
+	Snapshot string `json:"snapshot,omitempty"`
+
+	// Template Name or id of a template. This or `snapshot`.
 	//
 	// Example: python
-	Template string `json:"template"`
+	Template string `json:"template,omitempty"`
 
 	// Timeout Ephemeral only: the lifetime, 1s to 24h. Default 5m.
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
+}
+
+// CreateSnapshotRequest What to call a snapshot.
+type CreateSnapshotRequest struct {
+	// Name 1 to 63 letters, digits, `.`, `_` and `-`, beginning with a letter or digit and not with `snap_`; unique among the organization's snapshots. Absent is none.
+	//
+	// Example: after-setup
+	Name *string `json:"name,omitempty"`
 }
 
 // CreateTemplateRequest What template to make. Exactly one of `image`, `dockerfile` and `debian`.
@@ -648,6 +704,18 @@ type ExecuteResultStderrEncoding string
 // ExecuteResultStdoutEncoding `base64` when the output is not UTF-8, else absent.
 type ExecuteResultStdoutEncoding string
 
+// FileChange Something that happened in a directory that is watched.
+type FileChange struct {
+	// Path What it happened to.
+	Path string `json:"path"`
+
+	// Type `create` (also of what was moved there), `write`, `remove`, `rename` (it was moved away) or `chmod`.
+	Type FileChangeType `json:"type"`
+}
+
+// FileChangeType `create` (also of what was moved there), `write`, `remove`, `rename` (it was moved away) or `chmod`.
+type FileChangeType string
+
 // FileEntry A file, directory or link in a sandbox.
 type FileEntry struct {
 	// Group Name of the owning group, its number if it has none.
@@ -689,6 +757,73 @@ type FileList struct {
 	Entries []FileEntry `json:"entries"`
 }
 
+// ForkChild A child of a fork. It has one of the two.
+type ForkChild struct {
+	// Error Why a child was not made.
+	Error *ForkError `json:"error,omitempty"`
+
+	// Sandbox A sandbox.
+	Sandbox *Sandbox `json:"sandbox,omitempty"`
+}
+
+// ForkError Why a child was not made.
+type ForkError struct {
+	// Code What is wrong, for programs. Stable.
+	//
+	// Example: quota_exceeded
+	Code string `json:"code"`
+
+	// Detail What is wrong, for people.
+	Detail string `json:"detail"`
+
+	// Status The HTTP status that a create would have been answered with.
+	//
+	// Example: 429
+	Status int `json:"status"`
+}
+
+// ForkRequest What children to make. What is not given is as the sandbox has it.
+type ForkRequest struct {
+	// Count How many, 1 to 100. Default 1.
+	//
+	// Example: 3
+	Count *int `json:"count,omitempty"`
+
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	Egress *Egress `json:"egress,omitempty"`
+
+	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	Env Env `json:"env,omitempty"`
+
+	// IdleTimeout Persistent children only: suspend after this time without activity, 10s to 24h, or 0 for never; the number 0 will do too.
+	//
+	// Example: 10m
+	IdleTimeout *DurationOrZero `json:"idle_timeout,omitempty"`
+
+	// Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
+	Metadata Metadata `json:"metadata,omitempty"`
+
+	// Mode `ephemeral` or `persistent`.
+	Mode *string `json:"mode,omitempty"`
+
+	// RecoveryInterval Persistent children only: how often to take a recovery point, 1m to 24h, or 0 for never; the number 0 will do too.
+	//
+	// Example: 10m
+	RecoveryInterval *DurationOrZero `json:"recovery_interval,omitempty"`
+
+	// Timeout Ephemeral children only: their lifetime, 1s to 24h.
+	//
+	// Example: 5m
+	Timeout *string `json:"timeout,omitempty"`
+}
+
+// ForkResult What came of a fork.
+type ForkResult struct {
+	// Children One for each child that was asked for.
+	Children []ForkChild `json:"children"`
+}
+
 // Health How the server is.
 type Health struct {
 	// Status Always `ok`; anything else is not 200.
@@ -713,6 +848,20 @@ type KeepaliveRequest struct {
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
+}
+
+// MakeDirectoryRequest A directory to make.
+type MakeDirectoryRequest struct {
+	// Mode Its permissions in octal, 0 to 0777. Parents have 0755.
+	Mode *string `json:"mode,omitempty"`
+
+	// Owner Name or number of the user that owns it and the parents that had to be made. Absent is the template's user, else root.
+	Owner *string `json:"owner,omitempty"`
+
+	// Path Absolute path. No `..` elements, no NUL.
+	//
+	// Example: /home/user/data
+	Path string `json:"path"`
 }
 
 // Me Who makes the call.
@@ -872,6 +1021,39 @@ type PoolEntry struct {
 
 	// TemplateVersion The version that the members are of.
 	TemplateVersion int `json:"template_version"`
+}
+
+// Port A port of a sandbox.
+type Port struct {
+	// Port Its number.
+	Port int `json:"port"`
+
+	// Public Whether anybody may reach it.
+	Public bool `json:"public"`
+
+	// URL Where it is reached, ending in `/`.
+	URL string `json:"url"`
+}
+
+// PortList The public ports of a sandbox.
+type PortList struct {
+	// Ports Lowest first.
+	Ports []Port `json:"ports"`
+}
+
+// PortSettings What is to be changed about a port.
+type PortSettings struct {
+	// Public Whether anybody may reach it. Required.
+	Public *bool `json:"public,omitempty"`
+}
+
+// PortURL A URL that opens a port to whoever has it.
+type PortURL struct {
+	// ExpiresAt When it ceases to work.
+	ExpiresAt time.Time `json:"expires_at"`
+
+	// URL The URL, with its signature in the query; a path can be put before the `?`.
+	URL string `json:"url"`
 }
 
 // Problem An error, as in RFC 9457.
@@ -1139,6 +1321,22 @@ type RegistryCredentials struct {
 	Username string `json:"username"`
 }
 
+// RenameFileRequest What to rename.
+type RenameFileRequest struct {
+	// From Absolute path of what is renamed. No `..` elements, no NUL.
+	//
+	// Example: /home/user/draft
+	From string `json:"from"`
+
+	// Overwrite Replace what is there.
+	Overwrite *bool `json:"overwrite,omitempty"`
+
+	// To Its new path.
+	//
+	// Example: /home/user/final
+	To string `json:"to"`
+}
+
 // Sandbox A sandbox.
 type Sandbox struct {
 	// CreatedAt When it was asked for.
@@ -1149,7 +1347,7 @@ type Sandbox struct {
 	// Example: expired
 	DestroyReason *string `json:"destroy_reason,omitempty"`
 
-	// DestroyedAt When it was destroyed.
+	// DestroyedAt When nothing of it was left.
 	DestroyedAt *time.Time `json:"destroyed_at,omitempty"`
 
 	// DiskMB What it may write, in MiB.
@@ -1191,13 +1389,18 @@ type Sandbox struct {
 	// Network What left the sandbox since it runs, as its policy decided. Only where one running sandbox is read, not in lists and not in answers to other calls.
 	Network *NetworkUse `json:"network,omitempty"`
 
+	// Origin Id of the snapshot or sandbox that it was made from, which may be gone. Absent when neither.
+	//
+	// Example: snap_abcdefghijklmnopqrst
+	Origin *string `json:"origin,omitempty"`
+
 	// RecoveryIntervalSeconds Persistent only: how often a recovery point is taken while it runs and changes; 0 is never.
 	RecoveryIntervalSeconds *int64 `json:"recovery_interval_seconds,omitempty"`
 
 	// Size Name of its size.
 	Size string `json:"size"`
 
-	// Source Whether it was taken from the pool (`warm`) or booted for the request (`cold`).
+	// Source Whether it was taken from the pool (`warm`), booted for the request (`cold`), made from a snapshot, or is a child of another sandbox (`fork`).
 	Source *SandboxSource `json:"source,omitempty"`
 
 	// StartedAt When it began to run.
@@ -1228,7 +1431,7 @@ type Sandbox struct {
 	VCPUs int `json:"vcpus"`
 }
 
-// SandboxSource Whether it was taken from the pool (`warm`) or booted for the request (`cold`).
+// SandboxSource Whether it was taken from the pool (`warm`), booted for the request (`cold`), made from a snapshot, or is a child of another sandbox (`fork`).
 type SandboxSource string
 
 // SandboxList A page of sandboxes, newest first.
@@ -1281,6 +1484,66 @@ type Size struct {
 type SizeList struct {
 	// Sizes The sizes.
 	Sizes []Size `json:"sizes"`
+}
+
+// Snapshot A sandbox as it was at a time.
+type Snapshot struct {
+	// CreatedAt The time of the state it holds.
+	CreatedAt time.Time `json:"created_at"`
+
+	// DiskMB What they may write, in MiB.
+	DiskMB int `json:"disk_mb"`
+
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	Egress Egress `json:"egress"`
+
+	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	Env Env `json:"env"`
+
+	// ID `snap_` and 20 lower-case base32 characters.
+	//
+	// Example: snap_abcdefghijklmnopqrst
+	ID string `json:"id"`
+
+	// Memory Whether it holds processes and memory, and not files alone: always true now.
+	Memory bool `json:"memory"`
+
+	// MemoryMB Their memory in MiB.
+	MemoryMB int `json:"memory_mb"`
+
+	// Name Its name; absent if it has none.
+	Name *string `json:"name,omitempty"`
+
+	// SandboxID Id of the sandbox it is of, which may be gone.
+	SandboxID string `json:"sandbox_id"`
+
+	// Size Name of the size that sandboxes made from it have.
+	Size string `json:"size"`
+
+	// SizeBytes Its size on disk. One of a suspended sandbox shares that with the sandbox's checkpoint.
+	SizeBytes int64 `json:"size_bytes"`
+
+	// Template Name of the template that sandbox was made from.
+	Template string `json:"template"`
+
+	// TemplateID Id of that template.
+	TemplateID string `json:"template_id"`
+
+	// TemplateVersion Version of that template.
+	TemplateVersion int `json:"template_version"`
+
+	// VCPUs Their virtual CPUs.
+	VCPUs int `json:"vcpus"`
+}
+
+// SnapshotList A page of snapshots, newest first.
+type SnapshotList struct {
+	// NextCursor `cursor` of the next page; absent on the last one.
+	NextCursor *string `json:"next_cursor,omitempty"`
+
+	// Snapshots The snapshots.
+	Snapshots []Snapshot `json:"snapshots"`
 }
 
 // StartProcessRequest What to start. Exactly one of `command` and `args`.
@@ -1449,14 +1712,23 @@ type FilePath = string
 // Limit defines model for Limit.
 type Limit = int
 
+// PortNumber Example: 8080
+type PortNumber = int
+
 // ProcessRef Example: 7
 type ProcessRef = string
 
 // SandboxID Example: sbx_abcdefghijklmnopqrst
 type SandboxID = string
 
+// SnapshotRef Example: snap_abcdefghijklmnopqrst
+type SnapshotRef = string
+
 // TemplateRef Example: python
 type TemplateRef = string
+
+// BadGateway An error, as in RFC 9457.
+type BadGateway = Problem
 
 // BadRequest An error, as in RFC 9457.
 type BadRequest = Problem
@@ -1475,6 +1747,9 @@ type InternalError = Problem
 
 // NotFound An error, as in RFC 9457.
 type NotFound = Problem
+
+// PortAnswer A port of a sandbox.
+type PortAnswer = Port
 
 // ProcessAnswer A process that some call started.
 type ProcessAnswer = Process
@@ -1587,6 +1862,36 @@ type ListFilesParams struct {
 	Depth *int `form:"depth,omitempty" json:"depth,omitempty"`
 }
 
+// StatFileParams defines parameters for StatFile.
+type StatFileParams struct {
+	// Path Absolute path in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+}
+
+// DownloadTreeParams defines parameters for DownloadTree.
+type DownloadTreeParams struct {
+	// Path Absolute path of a directory in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+}
+
+// UploadTreeParams defines parameters for UploadTree.
+type UploadTreeParams struct {
+	// Path Absolute path of the directory in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+
+	// Owner Name or number of the user that owns what is written. Absent is the template's user, else root.
+	Owner *string `form:"owner,omitempty" json:"owner,omitempty"`
+}
+
+// WatchFilesParams defines parameters for WatchFiles.
+type WatchFilesParams struct {
+	// Path Absolute path of a directory in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+
+	// Recursive Watch all directories below it too.
+	Recursive *bool `form:"recursive,omitempty" json:"recursive,omitempty"`
+}
+
 // GetProcessOutputParams defines parameters for GetProcessOutput.
 type GetProcessOutputParams struct {
 	// Offset Offset of the first byte to send. Beyond what was written yet is 400.
@@ -1636,6 +1941,27 @@ type OpenTerminalParams struct {
 
 	// Offset With `process`, the offset of the first byte to send. Default is all that is kept.
 	Offset *int64 `form:"offset,omitempty" json:"offset,omitempty"`
+}
+
+// OpenTunnelParams defines parameters for OpenTunnel.
+type OpenTunnelParams struct {
+	// Port The port inside; 49983 is the sandbox's own agent's and refused.
+	Port int `form:"port" json:"port"`
+}
+
+// ListSnapshotsParams defines parameters for ListSnapshots.
+type ListSnapshotsParams struct {
+	// Sandbox Keep only those of the sandbox with this id, which may be gone.
+	Sandbox *string `form:"sandbox,omitempty" json:"sandbox,omitempty"`
+
+	// Name Keep only the one of this name.
+	Name *string `form:"name,omitempty" json:"name,omitempty"`
+
+	// Limit Most entries to answer.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor `next_cursor` of the page before. Opaque.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // ListTemplatesParams defines parameters for ListTemplates.
@@ -1692,8 +2018,23 @@ type SetEgressJSONRequestBody = Egress
 // ExecuteCommandJSONRequestBody defines body for ExecuteCommand for application/json ContentType.
 type ExecuteCommandJSONRequestBody = ExecuteRequest
 
+// MakeDirectoryJSONRequestBody defines body for MakeDirectory for application/json ContentType.
+type MakeDirectoryJSONRequestBody = MakeDirectoryRequest
+
+// RenameFileJSONRequestBody defines body for RenameFile for application/json ContentType.
+type RenameFileJSONRequestBody = RenameFileRequest
+
+// ForkSandboxJSONRequestBody defines body for ForkSandbox for application/json ContentType.
+type ForkSandboxJSONRequestBody = ForkRequest
+
 // KeepaliveSandboxJSONRequestBody defines body for KeepaliveSandbox for application/json ContentType.
 type KeepaliveSandboxJSONRequestBody = KeepaliveRequest
+
+// SetPortJSONRequestBody defines body for SetPort for application/json ContentType.
+type SetPortJSONRequestBody = PortSettings
+
+// CreatePortURLJSONRequestBody defines body for CreatePortURL for application/json ContentType.
+type CreatePortURLJSONRequestBody = CreatePortURLRequest
 
 // StartProcessJSONRequestBody defines body for StartProcess for application/json ContentType.
 type StartProcessJSONRequestBody = StartProcessRequest
@@ -1703,6 +2044,9 @@ type ResizeProcessTerminalJSONRequestBody = TerminalSize
 
 // SignalProcessJSONRequestBody defines body for SignalProcess for application/json ContentType.
 type SignalProcessJSONRequestBody = SignalRequest
+
+// CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
+type CreateSnapshotJSONRequestBody = CreateSnapshotRequest
 
 // CreateTemplateJSONRequestBody defines body for CreateTemplate for application/json ContentType.
 type CreateTemplateJSONRequestBody = CreateTemplateRequest
@@ -1923,7 +2267,9 @@ type wireInterface interface {
 
 	// DestroySandbox Destroy a sandbox
 	//
-	// Ends its processes and removes everything it wrote. Safe to repeat; one already destroyed is 204 too.
+	// Ends its processes and removes everything it wrote. Answers once that is certain, and does it in the background: from the
+	// answer on the sandbox shows as destroyed, cannot be used and counts against no quota; it has a `destroyed_at` when nothing
+	// of it is left on the machine. Safe to repeat; one already destroyed is 204 too.
 	//
 	// Corresponds with DELETE /v1/sandboxes/{id} (the `DestroySandbox` operationId).
 	DestroySandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
@@ -2040,6 +2386,104 @@ type wireInterface interface {
 	// Corresponds with GET /v1/sandboxes/{id}/files/list (the `ListFiles` operationId).
 	ListFiles(ctx context.Context, id SandboxID, params *ListFilesParams, reqEditors ...requestEditor) (*http.Response, error)
 
+	// MakeDirectoryWithBody Make a directory
+	//
+	// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/files/mkdir (the `MakeDirectory` operationId).
+	MakeDirectoryWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// MakeDirectory Make a directory
+	//
+	// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/files/mkdir (the `MakeDirectory` operationId).
+	MakeDirectory(ctx context.Context, id SandboxID, body MakeDirectoryJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
+	// RenameFileWithBody Rename a file or directory
+	//
+	// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/files/rename (the `RenameFile` operationId).
+	RenameFileWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// RenameFile Rename a file or directory
+	//
+	// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/files/rename (the `RenameFile` operationId).
+	RenameFile(ctx context.Context, id SandboxID, body RenameFileJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
+	// StatFile Describe a file or directory
+	//
+	// What is at the path itself; a symbolic link is described, not followed. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/files/stat (the `StatFile` operationId).
+	StatFile(ctx context.Context, id SandboxID, params *StatFileParams, reqEditors ...requestEditor) (*http.Response, error)
+
+	// DownloadTree Read a directory as tar
+	//
+	// An archive of everything below a directory, names relative to it: files, directories and symbolic links with permissions, owners and times; sockets, pipes and devices are left out. Streamed, so what changes meanwhile is in it as it was read; a connection that breaks says that it is not whole.
+	// 404 when the directory does not exist, 400 when it is not one. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/files/tar (the `DownloadTree` operationId).
+	DownloadTree(ctx context.Context, id SandboxID, params *DownloadTreeParams, reqEditors ...requestEditor) (*http.Response, error)
+
+	// UploadTreeWithBody Write a directory from tar
+	//
+	// Unpacks an archive of up to 10 GB (10·10⁹ bytes; so much its files may have, too) into a directory, making it if it is not there. What is there and not in the archive stays; files and links are replaced. Everything becomes the owner's, with the archive's
+	// permissions, without set-id bits. Each file appears whole or not at all; after an error those before it are there. Nothing is written outside the directory: absolute names, `..` elements, writing through links that lead out, devices and
+	// more than 500000 entries are 400, code `invalid_tar`. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with PUT /v1/sandboxes/{id}/files/tar (the `UploadTree` operationId).
+	UploadTreeWithBody(ctx context.Context, id SandboxID, params *UploadTreeParams, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// WatchFiles Watch a directory
+	//
+	// Server-sent events: `ready` once changes are seen, then `change` with a FileChange for each, until the caller goes; comments now and then when there is nothing. Events of one file come in order; an editor's save is several. With `recursive`, directories that appear are
+	// watched too, 10000 in all. When the sandbox goes or the server stops, the stream ends. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/files/watch (the `WatchFiles` operationId).
+	WatchFiles(ctx context.Context, id SandboxID, params *WatchFilesParams, reqEditors ...requestEditor) (*http.Response, error)
+
+	// ForkSandboxWithBody Make children of a running sandbox
+	//
+	// Each child is a sandbox of its own that goes on from where this one is now, with its processes, memory, files and listening sockets. It has its own id, host name, address, policy and random
+	// numbers; connections to the outside are broken in it. The sandbox itself runs on after one pause, and its connections live. What is not given is as the sandbox has it. Does not count as activity.
+	//
+	// Children are made one by one: the answer says for each what it is, or why it could not be made (`error`, with what a create would have been answered). If not even one could be made the answer is that of the first:
+	// 429, code `quota_exceeded`; 503, code `no_capacity`; or 500. 409, code `sandbox_not_running`, when the sandbox does not run, be it that it is suspended; 507, code `disk_full`, when the
+	// machine's disk has no room to save it; 500, code `snapshot_failed`, when it could not be saved. Children go on being made when the caller leaves.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/fork (the `ForkSandbox` operationId).
+	ForkSandboxWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// ForkSandbox Make children of a running sandbox
+	//
+	// Each child is a sandbox of its own that goes on from where this one is now, with its processes, memory, files and listening sockets. It has its own id, host name, address, policy and random
+	// numbers; connections to the outside are broken in it. The sandbox itself runs on after one pause, and its connections live. What is not given is as the sandbox has it. Does not count as activity.
+	//
+	// Children are made one by one: the answer says for each what it is, or why it could not be made (`error`, with what a create would have been answered). If not even one could be made the answer is that of the first:
+	// 429, code `quota_exceeded`; 503, code `no_capacity`; or 500. 409, code `sandbox_not_running`, when the sandbox does not run, be it that it is suspended; 507, code `disk_full`, when the
+	// machine's disk has no room to save it; 500, code `snapshot_failed`, when it could not be saved. Children go on being made when the caller leaves.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/fork (the `ForkSandbox` operationId).
+	ForkSandbox(ctx context.Context, id SandboxID, body ForkSandboxJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
 	// KeepaliveSandboxWithBody Give a sandbox a new lifetime
 	//
 	// An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
@@ -2057,6 +2501,63 @@ type wireInterface interface {
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/keepalive (the `KeepaliveSandbox` operationId).
 	KeepaliveSandbox(ctx context.Context, id SandboxID, body KeepaliveSandboxJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
+	// ListPorts List the public ports
+	//
+	// The ports of the sandbox that anybody may reach, lowest first; at most 100, not paged. What listens inside is not looked at. Never wakes the sandbox and never counts as activity.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/ports (the `ListPorts` operationId).
+	ListPorts(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
+
+	// GetPort Get a port's settings
+	//
+	// Where a port is reached, and who may. Never wakes the sandbox and never counts as activity.
+	//
+	// The port itself is reached, with any method, at `/v1/sandboxes/{id}/ports/{port}/…` and, where the operator has configured a domain, at
+	// `{port}-{id}.{domain}` (the id without `sbx_`). See the tag ports.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/ports/{port} (the `GetPort` operationId).
+	GetPort(ctx context.Context, id SandboxID, port PortNumber, reqEditors ...requestEditor) (*http.Response, error)
+
+	// SetPortWithBody Make a port public or private
+	//
+	// Whether anybody may reach the port, or only who has an API key or a signed URL, as it is in the beginning. Takes effect at once for requests to come; those that go on are not cut off. It holds as long
+	// as the sandbox, over sleep too. Never wakes the sandbox and never counts as activity.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with PUT /v1/sandboxes/{id}/ports/{port} (the `SetPort` operationId).
+	SetPortWithBody(ctx context.Context, id SandboxID, port PortNumber, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// SetPort Make a port public or private
+	//
+	// Whether anybody may reach the port, or only who has an API key or a signed URL, as it is in the beginning. Takes effect at once for requests to come; those that go on are not cut off. It holds as long
+	// as the sandbox, over sleep too. Never wakes the sandbox and never counts as activity.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with PUT /v1/sandboxes/{id}/ports/{port} (the `SetPort` operationId).
+	SetPort(ctx context.Context, id SandboxID, port PortNumber, body SetPortJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
+	// CreatePortURLWithBody Make a signed URL of a port
+	//
+	// A URL that opens the port to whoever has it, until it expires; it cannot be taken back before that. With a host name, the first request exchanges the signature for a cookie of that host alone, and every page of the port works;
+	// without one, each request needs the signature in its query (`cay_token`). It is removed before the request goes in.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/ports/{port}/url (the `CreatePortURL` operationId).
+	CreatePortURLWithBody(ctx context.Context, id SandboxID, port PortNumber, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// CreatePortURL Make a signed URL of a port
+	//
+	// A URL that opens the port to whoever has it, until it expires; it cannot be taken back before that. With a host name, the first request exchanges the signature for a cookie of that host alone, and every page of the port works;
+	// without one, each request needs the signature in its query (`cay_token`). It is removed before the request goes in.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/ports/{port}/url (the `CreatePortURL` operationId).
+	CreatePortURL(ctx context.Context, id SandboxID, port PortNumber, body CreatePortURLJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
 
 	// ListProcesses List processes
 	//
@@ -2171,6 +2672,32 @@ type wireInterface interface {
 	// Corresponds with GET /v1/sandboxes/{id}/processes/{process}/wait (the `WaitProcess` operationId).
 	WaitProcess(ctx context.Context, id SandboxID, process ProcessRef, params *WaitProcessParams, reqEditors ...requestEditor) (*http.Response, error)
 
+	// CreateSnapshotWithBody Make a snapshot of a sandbox
+	//
+	// Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
+	// `createSandbox`. A running sandbox of either mode runs on, after a pause that grows with its memory, and its connections live; a suspended one is not woken. Does not count as activity.
+	//
+	// 409 when the sandbox neither runs nor is suspended (`sandbox_not_running`) or the organization has a snapshot of the name (`snapshot_exists`); 429, code `quota_exceeded`, when the organization has as many snapshots
+	// as it may have; 507, code `disk_full`, when the machine's disk has no room for it; 500, code `snapshot_failed`, when it could not be written. There is no snapshot then, and the sandbox runs on.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/snapshots (the `CreateSnapshot` operationId).
+	CreateSnapshotWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// CreateSnapshot Make a snapshot of a sandbox
+	//
+	// Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
+	// `createSandbox`. A running sandbox of either mode runs on, after a pause that grows with its memory, and its connections live; a suspended one is not woken. Does not count as activity.
+	//
+	// 409 when the sandbox neither runs nor is suspended (`sandbox_not_running`) or the organization has a snapshot of the name (`snapshot_exists`); 429, code `quota_exceeded`, when the organization has as many snapshots
+	// as it may have; 507, code `disk_full`, when the machine's disk has no room for it; 500, code `snapshot_failed`, when it could not be written. There is no snapshot then, and the sandbox runs on.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/snapshots (the `CreateSnapshot` operationId).
+	CreateSnapshot(ctx context.Context, id SandboxID, body CreateSnapshotJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
 	// SuspendSandbox Suspend a persistent sandbox
 	//
 	// Writes its processes, memory, open files and disk to a checkpoint and frees the machine. Connections to the outside are cut.
@@ -2201,6 +2728,16 @@ type wireInterface interface {
 	// Corresponds with GET /v1/sandboxes/{id}/terminal (the `OpenTerminal` operationId).
 	OpenTerminal(ctx context.Context, id SandboxID, params *OpenTerminalParams, reqEditors ...requestEditor) (*http.Response, error)
 
+	// OpenTunnel Open a TCP connection to a port
+	//
+	// Makes the connection of this request a TCP connection to a port of the sandbox. Send `Connection: Upgrade` and `Upgrade: tcp` over HTTP/1.1 and no body;
+	// after 101 whatever is sent and received on the connection is the service's. Each side can end its half. The service may listen on the loopback,
+	// on all addresses, or on the sandbox's own. Without the upgrade it is 426; when nothing listens it is 502, code `port_closed`. Counts as activity as long as it is open.
+	// A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/tunnel (the `OpenTunnel` operationId).
+	OpenTunnel(ctx context.Context, id SandboxID, params *OpenTunnelParams, reqEditors ...requestEditor) (*http.Response, error)
+
 	// WakeSandbox Make sure a sandbox runs
 	//
 	// Wakes a suspended sandbox; one that runs stays as it is. The answer comes when it runs and is ready to execute. Counts as activity. Callers at the same time
@@ -2219,6 +2756,27 @@ type wireInterface interface {
 	//
 	// Corresponds with GET /v1/sizes (the `ListSizes` operationId).
 	ListSizes(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error)
+
+	// ListSnapshots List snapshots
+	//
+	// The organization's snapshots, newest first.
+	//
+	// Corresponds with GET /v1/snapshots (the `ListSnapshots` operationId).
+	ListSnapshots(ctx context.Context, params *ListSnapshotsParams, reqEditors ...requestEditor) (*http.Response, error)
+
+	// DeleteSnapshot Delete a snapshot
+	//
+	// Sandboxes made from it go on, and those being made from it are still made. Its name is free at once.
+	//
+	// Corresponds with DELETE /v1/snapshots/{snapshot} (the `DeleteSnapshot` operationId).
+	DeleteSnapshot(ctx context.Context, snapshot SnapshotRef, reqEditors ...requestEditor) (*http.Response, error)
+
+	// GetSnapshot Get a snapshot
+	//
+	// By name or id. One of another organization is not found.
+	//
+	// Corresponds with GET /v1/snapshots/{snapshot} (the `GetSnapshot` operationId).
+	GetSnapshot(ctx context.Context, snapshot SnapshotRef, reqEditors ...requestEditor) (*http.Response, error)
 
 	// ListTemplates List templates
 	//
@@ -2621,7 +3179,9 @@ func (c *wire) CreateSandbox(ctx context.Context, params *CreateSandboxParams, b
 
 // DestroySandbox Destroy a sandbox
 //
-// Ends its processes and removes everything it wrote. Safe to repeat; one already destroyed is 204 too.
+// Ends its processes and removes everything it wrote. Answers once that is certain, and does it in the background: from the
+// answer on the sandbox shows as destroyed, cannot be used and counts against no quota; it has a `destroyed_at` when nothing
+// of it is left on the machine. Safe to repeat; one already destroyed is 204 too.
 //
 // Corresponds with DELETE /v1/sandboxes/{id} (the `DestroySandbox` operationId).
 func (c *wire) DestroySandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
@@ -2858,6 +3418,204 @@ func (c *wire) ListFiles(ctx context.Context, id SandboxID, params *ListFilesPar
 	return c.Client.Do(req)
 }
 
+// MakeDirectoryWithBody Make a directory
+//
+// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/files/mkdir (the `MakeDirectory` operationId).
+func (c *wire) MakeDirectoryWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newMakeDirectoryRequestWithBody(c.Server, id, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// MakeDirectory Make a directory
+//
+// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/files/mkdir (the `MakeDirectory` operationId).
+func (c *wire) MakeDirectory(ctx context.Context, id SandboxID, body MakeDirectoryJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newMakeDirectoryRequest(c.Server, id, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// RenameFileWithBody Rename a file or directory
+//
+// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/files/rename (the `RenameFile` operationId).
+func (c *wire) RenameFileWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newRenameFileRequestWithBody(c.Server, id, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// RenameFile Rename a file or directory
+//
+// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/files/rename (the `RenameFile` operationId).
+func (c *wire) RenameFile(ctx context.Context, id SandboxID, body RenameFileJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newRenameFileRequest(c.Server, id, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// StatFile Describe a file or directory
+//
+// What is at the path itself; a symbolic link is described, not followed. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with GET /v1/sandboxes/{id}/files/stat (the `StatFile` operationId).
+func (c *wire) StatFile(ctx context.Context, id SandboxID, params *StatFileParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newStatFileRequest(c.Server, id, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// DownloadTree Read a directory as tar
+//
+// An archive of everything below a directory, names relative to it: files, directories and symbolic links with permissions, owners and times; sockets, pipes and devices are left out. Streamed, so what changes meanwhile is in it as it was read; a connection that breaks says that it is not whole.
+// 404 when the directory does not exist, 400 when it is not one. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with GET /v1/sandboxes/{id}/files/tar (the `DownloadTree` operationId).
+func (c *wire) DownloadTree(ctx context.Context, id SandboxID, params *DownloadTreeParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newDownloadTreeRequest(c.Server, id, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// UploadTreeWithBody Write a directory from tar
+//
+// Unpacks an archive of up to 10 GB (10·10⁹ bytes; so much its files may have, too) into a directory, making it if it is not there. What is there and not in the archive stays; files and links are replaced. Everything becomes the owner's, with the archive's
+// permissions, without set-id bits. Each file appears whole or not at all; after an error those before it are there. Nothing is written outside the directory: absolute names, `..` elements, writing through links that lead out, devices and
+// more than 500000 entries are 400, code `invalid_tar`. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with PUT /v1/sandboxes/{id}/files/tar (the `UploadTree` operationId).
+func (c *wire) UploadTreeWithBody(ctx context.Context, id SandboxID, params *UploadTreeParams, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newUploadTreeRequestWithBody(c.Server, id, params, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// WatchFiles Watch a directory
+//
+// Server-sent events: `ready` once changes are seen, then `change` with a FileChange for each, until the caller goes; comments now and then when there is nothing. Events of one file come in order; an editor's save is several. With `recursive`, directories that appear are
+// watched too, 10000 in all. When the sandbox goes or the server stops, the stream ends. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with GET /v1/sandboxes/{id}/files/watch (the `WatchFiles` operationId).
+func (c *wire) WatchFiles(ctx context.Context, id SandboxID, params *WatchFilesParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newWatchFilesRequest(c.Server, id, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ForkSandboxWithBody Make children of a running sandbox
+//
+// Each child is a sandbox of its own that goes on from where this one is now, with its processes, memory, files and listening sockets. It has its own id, host name, address, policy and random
+// numbers; connections to the outside are broken in it. The sandbox itself runs on after one pause, and its connections live. What is not given is as the sandbox has it. Does not count as activity.
+//
+// Children are made one by one: the answer says for each what it is, or why it could not be made (`error`, with what a create would have been answered). If not even one could be made the answer is that of the first:
+// 429, code `quota_exceeded`; 503, code `no_capacity`; or 500. 409, code `sandbox_not_running`, when the sandbox does not run, be it that it is suspended; 507, code `disk_full`, when the
+// machine's disk has no room to save it; 500, code `snapshot_failed`, when it could not be saved. Children go on being made when the caller leaves.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/fork (the `ForkSandbox` operationId).
+func (c *wire) ForkSandboxWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newForkSandboxRequestWithBody(c.Server, id, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ForkSandbox Make children of a running sandbox
+//
+// Each child is a sandbox of its own that goes on from where this one is now, with its processes, memory, files and listening sockets. It has its own id, host name, address, policy and random
+// numbers; connections to the outside are broken in it. The sandbox itself runs on after one pause, and its connections live. What is not given is as the sandbox has it. Does not count as activity.
+//
+// Children are made one by one: the answer says for each what it is, or why it could not be made (`error`, with what a create would have been answered). If not even one could be made the answer is that of the first:
+// 429, code `quota_exceeded`; 503, code `no_capacity`; or 500. 409, code `sandbox_not_running`, when the sandbox does not run, be it that it is suspended; 507, code `disk_full`, when the
+// machine's disk has no room to save it; 500, code `snapshot_failed`, when it could not be saved. Children go on being made when the caller leaves.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/fork (the `ForkSandbox` operationId).
+func (c *wire) ForkSandbox(ctx context.Context, id SandboxID, body ForkSandboxJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newForkSandboxRequest(c.Server, id, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
 // KeepaliveSandboxWithBody Give a sandbox a new lifetime
 //
 // An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
@@ -2886,6 +3644,123 @@ func (c *wire) KeepaliveSandboxWithBody(ctx context.Context, id SandboxID, conte
 // Corresponds with POST /v1/sandboxes/{id}/keepalive (the `KeepaliveSandbox` operationId).
 func (c *wire) KeepaliveSandbox(ctx context.Context, id SandboxID, body KeepaliveSandboxJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
 	req, err := newKeepaliveSandboxRequest(c.Server, id, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ListPorts List the public ports
+//
+// The ports of the sandbox that anybody may reach, lowest first; at most 100, not paged. What listens inside is not looked at. Never wakes the sandbox and never counts as activity.
+//
+// Corresponds with GET /v1/sandboxes/{id}/ports (the `ListPorts` operationId).
+func (c *wire) ListPorts(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newListPortsRequest(c.Server, id)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// GetPort Get a port's settings
+//
+// Where a port is reached, and who may. Never wakes the sandbox and never counts as activity.
+//
+// The port itself is reached, with any method, at `/v1/sandboxes/{id}/ports/{port}/…` and, where the operator has configured a domain, at
+// `{port}-{id}.{domain}` (the id without `sbx_`). See the tag ports.
+//
+// Corresponds with GET /v1/sandboxes/{id}/ports/{port} (the `GetPort` operationId).
+func (c *wire) GetPort(ctx context.Context, id SandboxID, port PortNumber, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newGetPortRequest(c.Server, id, port)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// SetPortWithBody Make a port public or private
+//
+// Whether anybody may reach the port, or only who has an API key or a signed URL, as it is in the beginning. Takes effect at once for requests to come; those that go on are not cut off. It holds as long
+// as the sandbox, over sleep too. Never wakes the sandbox and never counts as activity.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with PUT /v1/sandboxes/{id}/ports/{port} (the `SetPort` operationId).
+func (c *wire) SetPortWithBody(ctx context.Context, id SandboxID, port PortNumber, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newSetPortRequestWithBody(c.Server, id, port, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// SetPort Make a port public or private
+//
+// Whether anybody may reach the port, or only who has an API key or a signed URL, as it is in the beginning. Takes effect at once for requests to come; those that go on are not cut off. It holds as long
+// as the sandbox, over sleep too. Never wakes the sandbox and never counts as activity.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with PUT /v1/sandboxes/{id}/ports/{port} (the `SetPort` operationId).
+func (c *wire) SetPort(ctx context.Context, id SandboxID, port PortNumber, body SetPortJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newSetPortRequest(c.Server, id, port, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// CreatePortURLWithBody Make a signed URL of a port
+//
+// A URL that opens the port to whoever has it, until it expires; it cannot be taken back before that. With a host name, the first request exchanges the signature for a cookie of that host alone, and every page of the port works;
+// without one, each request needs the signature in its query (`cay_token`). It is removed before the request goes in.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/ports/{port}/url (the `CreatePortURL` operationId).
+func (c *wire) CreatePortURLWithBody(ctx context.Context, id SandboxID, port PortNumber, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newCreatePortURLRequestWithBody(c.Server, id, port, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// CreatePortURL Make a signed URL of a port
+//
+// A URL that opens the port to whoever has it, until it expires; it cannot be taken back before that. With a host name, the first request exchanges the signature for a cookie of that host alone, and every page of the port works;
+// without one, each request needs the signature in its query (`cay_token`). It is removed before the request goes in.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/ports/{port}/url (the `CreatePortURL` operationId).
+func (c *wire) CreatePortURL(ctx context.Context, id SandboxID, port PortNumber, body CreatePortURLJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newCreatePortURLRequest(c.Server, id, port, body)
 	if err != nil {
 		return nil, err
 	}
@@ -3129,6 +4004,52 @@ func (c *wire) WaitProcess(ctx context.Context, id SandboxID, process ProcessRef
 	return c.Client.Do(req)
 }
 
+// CreateSnapshotWithBody Make a snapshot of a sandbox
+//
+// Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
+// `createSandbox`. A running sandbox of either mode runs on, after a pause that grows with its memory, and its connections live; a suspended one is not woken. Does not count as activity.
+//
+// 409 when the sandbox neither runs nor is suspended (`sandbox_not_running`) or the organization has a snapshot of the name (`snapshot_exists`); 429, code `quota_exceeded`, when the organization has as many snapshots
+// as it may have; 507, code `disk_full`, when the machine's disk has no room for it; 500, code `snapshot_failed`, when it could not be written. There is no snapshot then, and the sandbox runs on.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/snapshots (the `CreateSnapshot` operationId).
+func (c *wire) CreateSnapshotWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newCreateSnapshotRequestWithBody(c.Server, id, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// CreateSnapshot Make a snapshot of a sandbox
+//
+// Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
+// `createSandbox`. A running sandbox of either mode runs on, after a pause that grows with its memory, and its connections live; a suspended one is not woken. Does not count as activity.
+//
+// 409 when the sandbox neither runs nor is suspended (`sandbox_not_running`) or the organization has a snapshot of the name (`snapshot_exists`); 429, code `quota_exceeded`, when the organization has as many snapshots
+// as it may have; 507, code `disk_full`, when the machine's disk has no room for it; 500, code `snapshot_failed`, when it could not be written. There is no snapshot then, and the sandbox runs on.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/snapshots (the `CreateSnapshot` operationId).
+func (c *wire) CreateSnapshot(ctx context.Context, id SandboxID, body CreateSnapshotJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newCreateSnapshotRequest(c.Server, id, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
 // SuspendSandbox Suspend a persistent sandbox
 //
 // Writes its processes, memory, open files and disk to a checkpoint and frees the machine. Connections to the outside are cut.
@@ -3179,6 +4100,26 @@ func (c *wire) OpenTerminal(ctx context.Context, id SandboxID, params *OpenTermi
 	return c.Client.Do(req)
 }
 
+// OpenTunnel Open a TCP connection to a port
+//
+// Makes the connection of this request a TCP connection to a port of the sandbox. Send `Connection: Upgrade` and `Upgrade: tcp` over HTTP/1.1 and no body;
+// after 101 whatever is sent and received on the connection is the service's. Each side can end its half. The service may listen on the loopback,
+// on all addresses, or on the sandbox's own. Without the upgrade it is 426; when nothing listens it is 502, code `port_closed`. Counts as activity as long as it is open.
+// A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with POST /v1/sandboxes/{id}/tunnel (the `OpenTunnel` operationId).
+func (c *wire) OpenTunnel(ctx context.Context, id SandboxID, params *OpenTunnelParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newOpenTunnelRequest(c.Server, id, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
 // WakeSandbox Make sure a sandbox runs
 //
 // Wakes a suspended sandbox; one that runs stays as it is. The answer comes when it runs and is ready to execute. Counts as activity. Callers at the same time
@@ -3208,6 +4149,57 @@ func (c *wire) WakeSandbox(ctx context.Context, id SandboxID, reqEditors ...requ
 // Corresponds with GET /v1/sizes (the `ListSizes` operationId).
 func (c *wire) ListSizes(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error) {
 	req, err := newListSizesRequest(c.Server)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ListSnapshots List snapshots
+//
+// The organization's snapshots, newest first.
+//
+// Corresponds with GET /v1/snapshots (the `ListSnapshots` operationId).
+func (c *wire) ListSnapshots(ctx context.Context, params *ListSnapshotsParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newListSnapshotsRequest(c.Server, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// DeleteSnapshot Delete a snapshot
+//
+// Sandboxes made from it go on, and those being made from it are still made. Its name is free at once.
+//
+// Corresponds with DELETE /v1/snapshots/{snapshot} (the `DeleteSnapshot` operationId).
+func (c *wire) DeleteSnapshot(ctx context.Context, snapshot SnapshotRef, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newDeleteSnapshotRequest(c.Server, snapshot)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// GetSnapshot Get a snapshot
+//
+// By name or id. One of another organization is not found.
+//
+// Corresponds with GET /v1/snapshots/{snapshot} (the `GetSnapshot` operationId).
+func (c *wire) GetSnapshot(ctx context.Context, snapshot SnapshotRef, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newGetSnapshotRequest(c.Server, snapshot)
 	if err != nil {
 		return nil, err
 	}
@@ -4545,6 +5537,401 @@ func newListFilesRequest(server string, id SandboxID, params *ListFilesParams) (
 	return req, nil
 }
 
+// NewMakeDirectoryRequest calls the generic MakeDirectory builder with application/json body
+func newMakeDirectoryRequest(server string, id SandboxID, body MakeDirectoryJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newMakeDirectoryRequestWithBody(server, id, "application/json", bodyReader)
+}
+
+// NewMakeDirectoryRequestWithBody constructs an http.Request for the MakeDirectory method, with any body, and a specified content type
+func newMakeDirectoryRequestWithBody(server string, id SandboxID, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/mkdir", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewRenameFileRequest calls the generic RenameFile builder with application/json body
+func newRenameFileRequest(server string, id SandboxID, body RenameFileJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newRenameFileRequestWithBody(server, id, "application/json", bodyReader)
+}
+
+// NewRenameFileRequestWithBody constructs an http.Request for the RenameFile method, with any body, and a specified content type
+func newRenameFileRequestWithBody(server string, id SandboxID, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/rename", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewStatFileRequest constructs an http.Request for the StatFile method
+func newStatFileRequest(server string, id SandboxID, params *StatFileParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/stat", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if queryFrag, err := runtime.StyleParamWithOptions("form", true, "path", params.Path, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+			return nil, err
+		} else {
+			for _, qp := range strings.Split(queryFrag, "&") {
+				rawQueryFragments = append(rawQueryFragments, qp)
+			}
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewDownloadTreeRequest constructs an http.Request for the DownloadTree method
+func newDownloadTreeRequest(server string, id SandboxID, params *DownloadTreeParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/tar", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if queryFrag, err := runtime.StyleParamWithOptions("form", true, "path", params.Path, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+			return nil, err
+		} else {
+			for _, qp := range strings.Split(queryFrag, "&") {
+				rawQueryFragments = append(rawQueryFragments, qp)
+			}
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewUploadTreeRequestWithBody constructs an http.Request for the UploadTree method, with any body, and a specified content type
+func newUploadTreeRequestWithBody(server string, id SandboxID, params *UploadTreeParams, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/tar", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if queryFrag, err := runtime.StyleParamWithOptions("form", true, "path", params.Path, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+			return nil, err
+		} else {
+			for _, qp := range strings.Split(queryFrag, "&") {
+				rawQueryFragments = append(rawQueryFragments, qp)
+			}
+		}
+
+		if params.Owner != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "owner", *params.Owner, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodPut, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewWatchFilesRequest constructs an http.Request for the WatchFiles method
+func newWatchFilesRequest(server string, id SandboxID, params *WatchFilesParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/watch", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if queryFrag, err := runtime.StyleParamWithOptions("form", true, "path", params.Path, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+			return nil, err
+		} else {
+			for _, qp := range strings.Split(queryFrag, "&") {
+				rawQueryFragments = append(rawQueryFragments, qp)
+			}
+		}
+
+		if params.Recursive != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "recursive", *params.Recursive, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "boolean", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewForkSandboxRequest calls the generic ForkSandbox builder with application/json body
+func newForkSandboxRequest(server string, id SandboxID, body ForkSandboxJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newForkSandboxRequestWithBody(server, id, "application/json", bodyReader)
+}
+
+// NewForkSandboxRequestWithBody constructs an http.Request for the ForkSandbox method, with any body, and a specified content type
+func newForkSandboxRequestWithBody(server string, id SandboxID, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/fork", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
 // NewKeepaliveSandboxRequest calls the generic KeepaliveSandbox builder with application/json body
 func newKeepaliveSandboxRequest(server string, id SandboxID, body KeepaliveSandboxJSONRequestBody) (*http.Request, error) {
 	var bodyReader io.Reader
@@ -4573,6 +5960,189 @@ func newKeepaliveSandboxRequestWithBody(server string, id SandboxID, contentType
 	}
 
 	operationPath := fmt.Sprintf("/v1/sandboxes/%s/keepalive", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewListPortsRequest constructs an http.Request for the ListPorts method
+func newListPortsRequest(server string, id SandboxID) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/ports", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewGetPortRequest constructs an http.Request for the GetPort method
+func newGetPortRequest(server string, id SandboxID, port PortNumber) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	var pathParam1 string
+
+	pathParam1, err = runtime.StyleParamWithOptions("simple", false, "port", port, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "integer", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/ports/%s", pathParam0, pathParam1)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewSetPortRequest calls the generic SetPort builder with application/json body
+func newSetPortRequest(server string, id SandboxID, port PortNumber, body SetPortJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newSetPortRequestWithBody(server, id, port, "application/json", bodyReader)
+}
+
+// NewSetPortRequestWithBody constructs an http.Request for the SetPort method, with any body, and a specified content type
+func newSetPortRequestWithBody(server string, id SandboxID, port PortNumber, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	var pathParam1 string
+
+	pathParam1, err = runtime.StyleParamWithOptions("simple", false, "port", port, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "integer", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/ports/%s", pathParam0, pathParam1)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPut, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewCreatePortURLRequest calls the generic CreatePortURL builder with application/json body
+func newCreatePortURLRequest(server string, id SandboxID, port PortNumber, body CreatePortURLJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newCreatePortURLRequestWithBody(server, id, port, "application/json", bodyReader)
+}
+
+// NewCreatePortURLRequestWithBody constructs an http.Request for the CreatePortURL method, with any body, and a specified content type
+func newCreatePortURLRequestWithBody(server string, id SandboxID, port PortNumber, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	var pathParam1 string
+
+	pathParam1, err = runtime.StyleParamWithOptions("simple", false, "port", port, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "integer", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/ports/%s/url", pathParam0, pathParam1)
 	if operationPath[0] == '/' {
 		operationPath = "." + operationPath
 	}
@@ -5084,6 +6654,53 @@ func newWaitProcessRequest(server string, id SandboxID, process ProcessRef, para
 	return req, nil
 }
 
+// NewCreateSnapshotRequest calls the generic CreateSnapshot builder with application/json body
+func newCreateSnapshotRequest(server string, id SandboxID, body CreateSnapshotJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newCreateSnapshotRequestWithBody(server, id, "application/json", bodyReader)
+}
+
+// NewCreateSnapshotRequestWithBody constructs an http.Request for the CreateSnapshot method, with any body, and a specified content type
+func newCreateSnapshotRequestWithBody(server string, id SandboxID, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/snapshots", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
 // NewSuspendSandboxRequest constructs an http.Request for the SuspendSandbox method
 func newSuspendSandboxRequest(server string, id SandboxID) (*http.Request, error) {
 	var err error
@@ -5275,6 +6892,63 @@ func newOpenTerminalRequest(server string, id SandboxID, params *OpenTerminalPar
 	return req, nil
 }
 
+// NewOpenTunnelRequest constructs an http.Request for the OpenTunnel method
+func newOpenTunnelRequest(server string, id SandboxID, params *OpenTunnelParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/tunnel", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if queryFrag, err := runtime.StyleParamWithOptions("form", true, "port", params.Port, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: ""}); err != nil {
+			return nil, err
+		} else {
+			for _, qp := range strings.Split(queryFrag, "&") {
+				rawQueryFragments = append(rawQueryFragments, qp)
+			}
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
 // NewWakeSandboxRequest constructs an http.Request for the WakeSandbox method
 func newWakeSandboxRequest(server string, id SandboxID) (*http.Request, error) {
 	var err error
@@ -5319,6 +6993,164 @@ func newListSizesRequest(server string) (*http.Request, error) {
 	}
 
 	operationPath := fmt.Sprintf("/v1/sizes")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewListSnapshotsRequest constructs an http.Request for the ListSnapshots method
+func newListSnapshotsRequest(server string, params *ListSnapshotsParams) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/snapshots")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if params.Sandbox != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "sandbox", *params.Sandbox, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Name != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "name", *params.Name, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Limit != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "limit", *params.Limit, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Cursor != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "cursor", *params.Cursor, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewDeleteSnapshotRequest constructs an http.Request for the DeleteSnapshot method
+func newDeleteSnapshotRequest(server string, snapshot SnapshotRef) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "snapshot", snapshot, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/snapshots/%s", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodDelete, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewGetSnapshotRequest constructs an http.Request for the GetSnapshot method
+func newGetSnapshotRequest(server string, snapshot SnapshotRef) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "snapshot", snapshot, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/snapshots/%s", pathParam0)
 	if operationPath[0] == '/' {
 		operationPath = "." + operationPath
 	}
@@ -5682,4 +7514,4 @@ func (c *wire) applyEditors(ctx context.Context, req *http.Request, additionalEd
 }
 
 // What decodes the answers is in client.go.
-// 44 operations.
+// 60 operations.

@@ -169,7 +169,12 @@ func (s *server) agree(since time.Time) {
 	for _, id := range running {
 		s.alive(id)
 	}
-	if onHost := s.groupsOnHost(); len(onHost) != len(running) {
-		s.t.Errorf("the host has %v, rows say %v", onHost, running)
+	// A destroy goes on after its answer.
+	for onHost := s.groupsOnHost(); len(onHost) != len(running); onHost = s.groupsOnHost() {
+		if time.Since(since) > patience {
+			s.t.Errorf("the host has %v, rows say %v", onHost, running)
+			return
+		}
+		time.Sleep(20 * time.Millisecond) // a poll with a deadline
 	}
 }

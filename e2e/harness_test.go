@@ -332,10 +332,20 @@ func (s *server) create(more object) string {
 	return text(body, "id")
 }
 
+// destroy returns when nothing of the sandbox is left.
 func (s *server) destroy(id string) {
 	s.t.Helper()
 	if status, body := s.call("DELETE", "/v1/sandboxes/"+id, nil); status != 204 {
 		s.t.Errorf("destroy: %d %s", status, body)
+	}
+	for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) { // a poll with a deadline
+		switch state, reason := s.state(id); {
+		case state == "destroyed" || state == "failed":
+			return
+		case state != "destroying" || time.Now().After(deadline):
+			s.t.Errorf("destroyed, it is %s, reason %q", state, reason)
+			return
+		}
 	}
 }
 

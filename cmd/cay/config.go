@@ -38,6 +38,7 @@ type config struct {
 	Templates templatesConfig `toml:"templates"`
 	Build     buildConfig     `toml:"build"`
 	Pool      poolConfig      `toml:"pool"`
+	Proxy     proxyConfig     `toml:"proxy"`
 }
 
 type networkConfig struct {
@@ -54,6 +55,7 @@ type sandboxConfig struct {
 	DefaultDiskMB int            `toml:"default_disk_mb"`
 	MaxDiskMB     int            `toml:"max_disk_mb"`
 	MaxPIDs       int            `toml:"max_pids"`
+	MaxSnapshots  int            `toml:"max_snapshots"`
 	KeepDestroyed duration       `toml:"keep_destroyed"`
 	Sizes         []sandbox.Size `toml:"sizes"`
 }
@@ -107,7 +109,7 @@ func defaults() config {
 		Network:         networkConfig{Ready: 8},
 		Sandbox: sandboxConfig{
 			Platform: "systrap", DefaultSize: "shared-cpu-1x", DefaultDiskMB: 2048, MaxDiskMB: 20480,
-			MaxPIDs: 4096, KeepDestroyed: duration(7 * 24 * time.Hour), Sizes: presets(),
+			MaxPIDs: 4096, MaxSnapshots: 100, KeepDestroyed: duration(7 * 24 * time.Hour), Sizes: presets(),
 		},
 		Capacity:  capacityConfig{MaxSandboxes: 1000, MinFreeMemoryMB: 512, MinFreeDiskMB: 1024},
 		Quota:     quotaConfig{Sandboxes: 500, VCPUs: 2000, MemoryMB: 1 << 20},
@@ -116,7 +118,8 @@ func defaults() config {
 		Templates: templatesConfig{Prepare: []string{"python", "base"}, MaxPerOrg: 100},
 		Build: buildConfig{Concurrent: 1, PerOrg: 1, Timeout: duration(30 * time.Minute), ContextLimitMB: 1024,
 			MemoryMB: 2048, CPUs: 2, DiskMB: 20 << 10, CacheMB: 10 << 10, IdleTimeout: duration(5 * time.Minute)},
-		Pool: poolConfig{Enabled: true, Target: 2, MaxMembers: 16},
+		Pool:  poolConfig{Enabled: true, Target: 2, MaxMembers: 16},
+		Proxy: proxyConfig{Scheme: "https"},
 	}
 }
 
@@ -253,6 +256,7 @@ func (c *config) check() error {
 	}{
 		{"sandbox.default_disk_mb", c.Sandbox.DefaultDiskMB, sandbox.MinDiskMB},
 		{"sandbox.max_disk_mb", c.Sandbox.MaxDiskMB, c.Sandbox.DefaultDiskMB},
+		{"sandbox.max_snapshots", c.Sandbox.MaxSnapshots, 0},
 		{"sandbox.max_pids", c.Sandbox.MaxPIDs, 16},
 		{"capacity.max_sandboxes", c.Capacity.MaxSandboxes, 1},
 		{"capacity.min_free_memory_mb", c.Capacity.MinFreeMemoryMB, 0},
@@ -283,6 +287,9 @@ func (c *config) check() error {
 		return fmt.Errorf("build.timeout: must be at least 1s, not %s", time.Duration(c.Build.Timeout))
 	}
 	if err := c.Pool.check(names); err != nil {
+		return err
+	}
+	if err := c.Proxy.check(); err != nil {
 		return err
 	}
 	if _, err := c.networkRange(); err != nil {

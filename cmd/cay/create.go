@@ -14,6 +14,7 @@ import (
 // createFlags are the flags that say what sandbox to make.
 type createFlags struct {
 	template         string
+	snapshot         string
 	persistent       bool
 	timeout          time.Duration
 	idleTimeout      time.Duration
@@ -36,6 +37,7 @@ func (c *createFlags) addCommon(f *pflag.FlagSet) {
 
 // addLife adds the flags of a sandbox that stays.
 func (c *createFlags) addLife(f *pflag.FlagSet) {
+	f.StringVar(&c.snapshot, "snapshot", "", "name or id of a snapshot to start from, instead of a template; size and disk are its own")
 	f.BoolVar(&c.persistent, "persistent", false, "suspend it when idle instead of destroying it at its timeout")
 	f.DurationVar(&c.timeout, "timeout", 0, "destroy it after this time, 1s to 24h; not with --persistent (default 5m)")
 	f.DurationVar(&c.idleTimeout, "idle-timeout", 0, "suspend it after this time without use, 10s to 24h, 0 for never; with --persistent (default 10m)")
@@ -47,6 +49,12 @@ func (c *createFlags) addLife(f *pflag.FlagSet) {
 // to it, so that there is one set of rules.
 func (a *app) createRequest(c createFlags, f *pflag.FlagSet) (client.CreateSandboxRequest, error) {
 	r := client.CreateSandboxRequest{Template: c.template, Size: given(c.size)}
+	if c.snapshot != "" {
+		r.Snapshot = c.snapshot
+		if !f.Changed("template") { // which has a default
+			r.Template = ""
+		}
+	}
 	var err error
 	if r.Env, err = pairs("--env", c.env, a.getenv); err != nil {
 		return r, err
@@ -87,6 +95,7 @@ its --idle-timeout, and the next use wakes it where it was. It stays until it is
 destroyed.`,
 		Example: `  cay sandbox create -t python --timeout 1h
   cay sandbox create -t python --persistent --idle-timeout 30m
+  cay sandbox create --snapshot after-setup --timeout 1h
   cay sandbox create -s shared-cpu-2x -e TOKEN=abc --metadata team=red
   cay sandbox create --egress-allow-cidr 203.0.113.0/24 --egress-allow-port 443
   cay sandbox create --egress-allow-domain pypi.org --egress-allow-domain '*.pythonhosted.org'`,

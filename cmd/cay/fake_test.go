@@ -65,6 +65,23 @@ func newFakeAPI() *fakeAPI {
 		"POST /v1/sandboxes/{id}/checkpoint": f.withBox(persistentOnly(func(w http.ResponseWriter, _ *client.Sandbox) {
 			answer(w, 200, client.RecoveryPoint{CreatedAt: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), SizeBytes: 2_200_000})
 		})),
+		"POST /v1/sandboxes/{id}/snapshots": f.withBox(f.snapshot),
+		"POST /v1/sandboxes/{id}/fork":      f.withBox(f.fork),
+		"GET /v1/snapshots":                 f.snapshots,
+		"GET /v1/snapshots/{name}": func(w http.ResponseWriter, r *http.Request, _ []byte) {
+			if r.PathValue("name") != "after-setup" {
+				refuse(w, 404, "snapshot_not_found", "", fmt.Sprintf("there is no snapshot %q", r.PathValue("name")))
+				return
+			}
+			answer(w, 200, aSnapshot())
+		},
+		"DELETE /v1/snapshots/{name}": func(w http.ResponseWriter, r *http.Request, _ []byte) {
+			if r.PathValue("name") == "none" {
+				refuse(w, 404, "snapshot_not_found", "", `there is no snapshot "none"`)
+				return
+			}
+			w.WriteHeader(204)
+		},
 		"POST /v1/sandboxes/{id}/execute":   f.execute,
 		"PUT /v1/sandboxes/{id}/files":      f.writeFile,
 		"GET /v1/sandboxes/{id}/files":      f.readFile,

@@ -154,7 +154,7 @@ on the server's own machine by themselves.`,
 		}
 		return fmt.Errorf("%w; %s", err, hint)
 	})
-	root.AddCommand(serverCommand(), a.runCommand(), a.sandboxCommand(), a.templatesCommand(), a.keysCommand(), a.orgsCommand(), a.versionCommand(), a.doctorCommand())
+	root.AddCommand(serverCommand(), a.runCommand(), a.sandboxCommand(), a.templatesCommand(), a.snapshotsCommand(), a.keysCommand(), a.orgsCommand(), a.versionCommand(), a.doctorCommand())
 	return root
 }
 

@@ -16,8 +16,10 @@ import (
 func (a *app) sandboxCommand() *cobra.Command {
 	cmd := group("sandbox", "Create and use sandboxes", "  id=$(cay sandbox create -t python)\n  cay sandbox exec $id -- python3 -V\n  cay sandbox destroy $id")
 	cmd.Aliases = []string{"sandboxes", "sbx"}
-	cmd.AddCommand(a.createCommand(), a.sandboxListCommand(), a.statusCommand(), a.execCommand(), a.shellCommand(), a.psCommand(), a.logsCommand(), a.waitCommand(), a.killCommand(), a.uploadCommand(), a.downloadCommand(), a.lsCommand(),
-		a.keepaliveCommand(), a.suspendCommand(), a.wakeCommand(), a.checkpointCommand(), a.egressCommand(), a.destroyCommand(), a.eventsCommand(), a.poolCommand())
+	cmd.AddCommand(a.createCommand(), a.sandboxListCommand(), a.statusCommand(), a.execCommand(), a.shellCommand(), a.psCommand(), a.logsCommand(), a.waitCommand(), a.killCommand(),
+		a.uploadCommand(), a.downloadCommand(), a.lsCommand(), a.copyCommand(), a.watchCommand(),
+		a.keepaliveCommand(), a.suspendCommand(), a.wakeCommand(), a.checkpointCommand(), a.snapshotCommand(), a.forkCommand(), a.egressCommand(), a.destroyCommand(), a.eventsCommand(), a.poolCommand(),
+		a.portForwardCommand(), a.portURLCommand())
 	return cmd
 }
 
@@ -120,7 +122,7 @@ func (a *app) showSandbox(s *client.Sandbox) error {
 	}
 	created := s.CreatedAt
 	return a.details("id", s.ID, "status", state, "error", deref(s.Error), "reason", deref(s.DestroyReason),
-		"template", fmt.Sprintf("%s version %d", s.Template, s.TemplateVersion), "mode", string(s.Mode),
+		"template", fmt.Sprintf("%s version %d", s.Template, s.TemplateVersion), "made from", deref(s.Origin), "mode", string(s.Mode),
 		"size", fmt.Sprintf("%s: %d vCPU, %d MiB memory, %d MiB disk", s.Size, s.VCPUs, s.MemoryMB, s.DiskMB),
 		"egress", egressText(s.Egress), "network", networkText(s.Network), "env", labelsText(s.Env), "metadata", labelsText(s.Metadata),
 		"created", moment(&created), "started", moment(s.StartedAt), "expires", moment(expiry(s)), "timeout", seconds(s.TimeoutSeconds),

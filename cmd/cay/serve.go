@@ -28,6 +28,7 @@ import (
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/node"
 	"github.com/cayhq/cay/internal/payload"
+	"github.com/cayhq/cay/internal/proxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
 	"github.com/cayhq/cay/internal/template"
@@ -39,6 +40,7 @@ const (
 	keyFile         = "api-key"
 	settingInstance = "instance"
 	settingRange    = "network_range"
+	settingPorts    = "ports_secret" // signs URLs of ports
 )
 
 // dataFiles is everything a server puts into its data directory, and the log that
@@ -132,6 +134,7 @@ type server struct {
 	templates   *template.Service
 	auth        *auth.Service
 	sandboxes   *sandbox.Service
+	ports       *proxy.Proxy
 	registry    *prometheus.Registry
 }
 
@@ -302,9 +305,11 @@ func (s *server) openCore(ctx context.Context) error {
 	}
 	s.sandboxes = sandbox.New(sandbox.Config{
 		Sizes: cfg.Sandbox.Sizes, DefaultSize: cfg.Sandbox.DefaultSize, DefaultDisk: cfg.Sandbox.DefaultDiskMB,
-		MaxDisk: cfg.Sandbox.MaxDiskMB, KeepDestroyed: time.Duration(cfg.Sandbox.KeepDestroyed), Pool: s.pool(),
+		MaxDisk: cfg.Sandbox.MaxDiskMB, KeepDestroyed: time.Duration(cfg.Sandbox.KeepDestroyed), MaxSnapshots: cfg.Sandbox.MaxSnapshots, Pool: s.pool(),
 	}, s.db, s.node, s.templates, s.log, s.observe())
 	s.onClose(s.sandboxes.Close)
+	s.ports = proxy.New(s.node.Agents(), s.log)
+	s.onClose(s.ports.Close)
 	s.serveGate(s.doors)
 	return s.sandboxes.Reconcile(ctx)
 }
@@ -331,11 +336,16 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 		return fmt.Errorf("listening for the API: %w", err)
 	}
 	metrics := promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{})
+	secret, err := s.setting(ctx, settingPorts, proxy.NewSecret)
+	if err != nil {
+		return err
+	}
 	stopping, hangup := context.WithCancel(context.WithoutCancel(ctx))
 	defer hangup()
 	var hijacked sync.WaitGroup
 	handler := api.New(api.Config{
 		Stopping: stopping, Hijacked: &hijacked,
+		Ports: s.ports, Names: s.cfg.Proxy.names(), Signer: proxy.NewSigner(secret),
 		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
 		Ready: func() error { return s.db.Ping(ctx) }, Metrics: metrics, Registry: s.registry, Log: s.log, Version: version,
 	})
@@ -348,6 +358,7 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 
 	servers := []*http.Server{api.Server(s.cfg.Listen, handler, s.log)}
 	servers[0].RegisterOnShutdown(s.templates.Hangup)
+	servers[0].RegisterOnShutdown(s.ports.Hangup)
 	servers[0].RegisterOnShutdown(hangup)
 	failed := make(chan error, 2)
 	go func() { failed <- servers[0].Serve(listener) }()

@@ -55,6 +55,7 @@ type Agent struct {
 	watchers  *watchers
 	memory    *memory
 	starter   *starter
+	tunnels   *tunnels
 	keeper    *keeper
 }
 
@@ -80,6 +81,7 @@ func New(cfg Config) (*Agent, error) {
 	go a.processes.guard.run()
 	a.files = &files{settings: a.settings, users: a.users}
 	a.watchers = &watchers{}
+	a.tunnels = &tunnels{}
 	a.memory = newMemory(a.processes)
 	a.starter = &starter{processes: a.processes, logPath: agentapi.StartLog}
 	a.keeper = &keeper{processes: a.processes}
@@ -107,15 +109,22 @@ func (a *Agent) Handler() http.Handler {
 		_, anything := a.processes.spawner.groups.busy()
 		writeJSON(w, http.StatusOK, agentapi.BusyReply{Busy: anything})
 	})
+	mux.HandleFunc("GET /tunnel", a.tunnels.serve)
 	mux.HandleFunc("GET /files", a.files.get)
 	mux.HandleFunc("HEAD /files", a.files.get)
 	mux.HandleFunc("POST /files", a.files.post)
 	mux.HandleFunc("PUT /files", a.files.put)
 	mux.HandleFunc("DELETE /files", a.files.remove)
 	mux.HandleFunc("GET /files/list", a.files.list)
+	mux.HandleFunc("GET /files/stat", a.files.stat)
+	mux.HandleFunc("POST /files/mkdir", a.files.mkdir)
+	mux.HandleFunc("POST /files/rename", a.files.rename)
+	mux.HandleFunc("GET /files/tar", a.files.getTar)
+	mux.HandleFunc("PUT /files/tar", a.files.putTar)
 	mux.HandleFunc("POST /files/compose", a.files.compose)
 	opts := []connect.HandlerOption{connect.WithReadMaxBytes(maxMessage)}
-	mux.Handle(process.NewProcessHandler(a.processes, opts...))
+	path, calls := process.NewProcessHandler(a.processes, opts...)
+	mux.Handle(path, gathering(calls))
 	mux.Handle(filesystem.NewFilesystemHandler(&filesystemService{files: a.files, watchers: a.watchers}, opts...))
 	return cors(a.authorise(mux))
 }
@@ -242,18 +251,36 @@ func (s *settings) apply(req agentapi.InitRequest) error {
 	return nil
 }
 
+// tellName gives the sandbox its host name. One that had another before, as a sandbox made
+// from a snapshot has, keeps what else is in its /etc/hosts.
+func tellName(name string) error {
+	before, err := os.Hostname()
+	if err != nil {
+		return fmt.Errorf("reading the host name: %w", err)
+	}
+	if err := syscall.Sethostname([]byte(name)); err != nil {
+		return fmt.Errorf("setting the host name: %w", err)
+	}
+	// Programs look their own name up, sudo before anything else.
+	const own = "127.0.1.1\t"
+	hosts := "127.0.0.1\tlocalhost\n" + own + name + "\n"
+	// One that cannot be read has nothing to be kept.
+	if had, err := os.ReadFile("/etc/hosts"); err == nil && strings.Contains(string(had), own+before+"\n") {
+		hosts = strings.Replace(string(had), own+before+"\n", own+name+"\n", 1)
+	}
+	if err := errors.Join(
+		os.WriteFile("/etc/hosts", []byte(hosts), 0o644),
+		os.WriteFile("/etc/hostname", []byte(name+"\n"), 0o644)); err != nil {
+		return fmt.Errorf("writing the host name: %w", err)
+	}
+	return nil
+}
+
 // tellSystem sets what programs ask the system for.
 func tellSystem(req agentapi.InitRequest) error {
 	if req.Hostname != "" {
-		if err := syscall.Sethostname([]byte(req.Hostname)); err != nil {
-			return fmt.Errorf("setting the host name: %w", err)
-		}
-		// Programs look their own name up, sudo before anything else.
-		hosts := "127.0.0.1\tlocalhost\n127.0.1.1\t" + req.Hostname + "\n"
-		if err := errors.Join(
-			os.WriteFile("/etc/hosts", []byte(hosts), 0o644),
-			os.WriteFile("/etc/hostname", []byte(req.Hostname+"\n"), 0o644)); err != nil {
-			return fmt.Errorf("writing the host name: %w", err)
+		if err := tellName(req.Hostname); err != nil {
+			return err
 		}
 	}
 	if len(req.Nameservers) == 0 {

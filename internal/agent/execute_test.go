@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"os/exec"
 	"strconv"
 	"strings"
 	"sync"
@@ -342,4 +343,33 @@ func BenchmarkExecute(b *testing.B) {
 			}
 		}
 	})
+}
+
+// TestSignalsAreAsUsual looks at what commands inherit: the agent catches nearly every
+// signal, and ignores some for a moment.
+func TestSignalsAreAsUsual(t *testing.T) {
+	s := startSandbox(t, options{})
+	for signal, want := range map[int]int{1: 129, 2: 130, 10: 138, 13: 141, 15: 143, 17: 0, 28: 0, 34: 162, 64: 192} {
+		res := s.exec(agentapi.ExecuteRequest{Command: fmt.Sprintf("kill -%d $$; exit 0", signal)})
+		if res.ExitCode != want {
+			t.Errorf("signal %d: exit code %d, want %d: %s", signal, res.ExitCode, want, res.Stderr)
+		}
+	}
+}
+
+// TestProcessorIsAskedItself asks it inside and on the host. Where CPUID faults, gVisor
+// answers from a table that lacks some of it.
+func TestProcessorIsAskedItself(t *testing.T) {
+	s := startSandbox(t, options{})
+	built, err := programs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := exec.Command(built["probe"], "cpuid").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), s.sh("probe cpuid")+"\n"); diff != "" {
+		t.Errorf("on the host (-) and inside (+):\n%s", diff)
+	}
 }

@@ -3,8 +3,6 @@ package agent
 import (
 	"errors"
 	"fmt"
-	"os"
-	"os/signal"
 	"path/filepath"
 	"syscall"
 
@@ -60,23 +58,4 @@ func allThreads(trap, a1, a2 uintptr) error {
 		return errno
 	}
 	return nil
-}
-
-// IgnoreSignals keeps the process alive whatever signal it is sent, short of
-// SIGKILL. The signals are caught, not ignored: ignoring would be inherited by
-// every command.
-func IgnoreSignals() {
-	var all []os.Signal
-	for s := syscall.Signal(1); s < 65; s++ {
-		switch s {
-		case syscall.SIGURG, // Go's own, for preemption, thousands a second
-			syscall.SIGCHLD, // the reaper waits without it
-			syscall.SIGKILL, syscall.SIGSTOP, syscall.SIGPROF,
-			syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGFPE: // real faults must not be hidden
-			continue
-		}
-		all = append(all, s)
-	}
-	sink := make(chan os.Signal, 1)
-	signal.Notify(sink, all...) // what finds the channel full is dropped
 }

@@ -50,6 +50,9 @@ type processes struct {
 // Start runs a command and streams what becomes of it.
 func (p *processes) Start(ctx context.Context, req *connect.Request[process.StartRequest], out *connect.ServerStream[process.StartResponse]) error {
 	send := func(ev *process.ProcessEvent) error { return out.Send(&process.StartResponse{Event: ev}) }
+	if req.Msg.GetExecute().GetGather() {
+		gather(ctx)
+	}
 	who, err := p.userOf(req.Header(), req.Msg.GetExecute().GetUser())
 	if err != nil {
 		return connectErr(err)

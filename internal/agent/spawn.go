@@ -1,23 +1,25 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
-// spawner makes processes, one at a time, on a thread of its own that moves
-// through the control groups. (Go makes them one at a time anyway: it holds
-// the parent until the child has called exec.)
+// spawner makes processes, one at a time, on a thread that moves through the
+// control groups. (Go makes them one at a time anyway: it holds the parent until
+// the child has called exec.)
 type spawner struct {
 	groups *groups
 	reaper *reaper
-	work   chan *spawn
+	mu     sync.Mutex // held while a thread is not in the agent's own group
 }
 
 // spawn is one process to make.
@@ -29,23 +31,9 @@ type spawn struct {
 	group *group                    // result
 	pid   int                       // result
 	ended <-chan syscall.WaitStatus // result: its end, once, after it was reaped
-	err   error                     // result
-	done  chan struct{}
 }
 
-func newSpawner(g *groups, r *reaper) *spawner {
-	s := &spawner{groups: g, reaper: r, work: make(chan *spawn)}
-	go s.run()
-	return s
-}
-
-func (s *spawner) run() {
-	runtime.LockOSThread() // never unlocked: the thread's group is its own
-	for w := range s.work {
-		s.one(w)
-		close(w.done)
-	}
-}
+func newSpawner(g *groups, r *reaper) *spawner { return &spawner{groups: g, reaper: r} }
 
 // start makes the process. On success the caller gives the group back when the
 // command has ended.
@@ -54,28 +42,35 @@ func (s *spawner) start(w *spawn) error {
 	if err != nil {
 		return err
 	}
-	w.group, w.done = gr, make(chan struct{})
-	s.work <- w
-	<-w.done
-	if w.err != nil {
+	w.group = gr
+	if err := s.fork(w); err != nil {
 		s.groups.give(gr)
+		return err
 	}
-	return w.err
+	return nil
 }
 
-func (s *spawner) one(w *spawn) {
+// fork makes the process on the caller's thread: handing it to another costs
+// two switches between threads, each way.
+func (s *spawner) fork(w *spawn) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	runtime.LockOSThread()
 	if err := w.group.enter(); err != nil {
-		w.err = fmt.Errorf("entering a control group: %w", err)
-		return
+		runtime.UnlockOSThread()
+		return fmt.Errorf("entering a control group: %w", err)
 	}
-	w.pid, w.ended, w.err = s.reaper.fork(func() (int, error) {
+	var err error
+	w.pid, w.ended, err = s.reaper.fork(func() (int, error) {
 		return syscall.ForkExec(w.path, w.argv, w.attr)
 	})
-	if err := s.groups.goHome(); err != nil && w.err == nil {
-		// The next command enters a group of its own before it forks; only this
-		// group would never look empty.
-		w.err = fmt.Errorf("leaving a control group: %w", err)
+	if home := s.groups.goHome(); home != nil {
+		// The thread stays locked and so ends with this goroutine: nothing else of
+		// the agent runs where a command is killed.
+		return errors.Join(err, fmt.Errorf("leaving a control group: %w", home))
 	}
+	runtime.UnlockOSThread()
+	return err
 }
 
 // lookPath finds a program as execvp would: a name with a slash as it is

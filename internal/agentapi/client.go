@@ -256,7 +256,11 @@ func replyError(resp *http.Response) error {
 	if resp.StatusCode == http.StatusNotFound && resp.Header.Get(CodeHeader) == "" {
 		return &unknownCall{resp.Request.URL.Path}
 	}
-	return codeError(resp.Header.Get(CodeHeader), body.Message, fmt.Errorf("agent answered %s: %.200s", resp.Status, body.Message))
+	err := codeError(resp.Header.Get(CodeHeader), body.Message, fmt.Errorf("agent answered %s: %.200s", resp.Status, body.Message))
+	if f := fault.As(err); f != nil && f.Field != "" && resp.Header.Get(FieldHeader) == "to" {
+		f.Field = "to" // the fault was made just now and is nobody else's yet
+	}
+	return err
 }
 
 // unknownCall is the error of a call that the agent does not have.

@@ -13,8 +13,13 @@ const EnvdVersion = "0.6.13"
 // is fixed and has no room for them.
 const (
 	TokenHeader = "X-Access-Token"
-	CodeHeader  = "Cay-Error-Code" // one of the Code constants
+	CodeHeader  = "Cay-Error-Code"  // one of the Code constants
+	FieldHeader = "Cay-Error-Field" // "to", where a code's own field is not the one at fault
 )
+
+// TunnelProtocol is what a connection is upgraded to that is to carry bytes to a port of
+// the sandbox, on both stretches of its way.
+const TunnelProtocol = "tcp"
 
 // Codes of what can go wrong inside, as users of the v1 API see them.
 const (
@@ -35,6 +40,11 @@ const (
 	CodeUnreachable      = "sandbox_unreachable"
 	CodeListingTooLarge  = "listing_too_large"
 	CodeStartFailed      = "start_failed"
+	CodePortClosed       = "port_closed"
+	CodeTooManyTunnels   = "too_many_connections"
+	CodeAgentTooOld      = "agent_too_old"
+	CodeInvalidTar       = "invalid_tar"
+	CodePathExists       = "path_exists"
 	CodeProcessNotFound  = "process_not_found"
 	CodeProcessEnded     = "process_ended"
 	CodeTagInUse         = "tag_in_use"
@@ -67,6 +77,10 @@ var kinds = map[string]struct {
 	CodeDiskFull:         {fault.NoSpace, ""},
 	CodeTooManyProcesses: {fault.Unavailable, ""},
 	CodeStartFailed:      {fault.Conflict, ""}, // it is the template that does not allow the create
+	CodeInvalidTar:       {fault.Invalid, ""},
+	CodePathExists:       {fault.Conflict, ""},
+	CodePortClosed:       {fault.Upstream, ""},
+	CodeTooManyTunnels:   {fault.Exhausted, ""},
 	CodeProcessNotFound:  {fault.NotFound, ""},
 	CodeProcessEnded:     {fault.Conflict, ""},
 	CodeTagInUse:         {fault.Conflict, "tag"},

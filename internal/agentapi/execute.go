@@ -169,6 +169,7 @@ func (r ExecuteRequest) message() *process.StartRequest {
 			TimeoutMs:      r.Timeout.Milliseconds(),
 			MaxOutputBytes: r.MaxOutput,
 			User:           r.User,
+			Gather:         true,
 		},
 	}
 	if r.Timeout > 0 && m.Execute.TimeoutMs == 0 {

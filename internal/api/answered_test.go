@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -72,6 +73,9 @@ func TestLifeOfASandbox(t *testing.T) {
 		}
 	}
 	gone := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, ""))
+	for deadline := time.Now().Add(5 * time.Second); gone.State == SandboxStateDestroying && time.Now().Before(deadline); {
+		gone = as[Sandbox](t, 200, h.send(t, "GET", path, h.key, ""))
+	}
 	if gone.Status != SandboxStatusDestroyed || *gone.DestroyReason != "requested" || gone.DestroyedAt == nil {
 		t.Errorf("destroyed: %+v", gone)
 	}
@@ -497,5 +501,35 @@ func TestLogAndMetrics(t *testing.T) {
 	}
 	if strings.Contains(metrics, box.ID) {
 		t.Error("a metric has a sandbox's id")
+	}
+}
+
+// TestServerTiming looks at which answers say what their parts took.
+func TestServerTiming(t *testing.T) {
+	h := newHouse(t)
+	parts := func(r reply) (names []string) {
+		for part := range strings.SplitSeq(r.header.Get("Server-Timing"), ", ") {
+			name, dur, ok := strings.Cut(part, ";dur=")
+			if took, err := strconv.ParseFloat(dur, 64); part != "" && (!ok || err != nil || took < 0) {
+				t.Errorf("part %q", part)
+			}
+			names = append(names, name)
+		}
+		return names
+	}
+	created := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`)
+	path := "/v1/sandboxes/" + as[Sandbox](t, 201, created).ID
+	if got, want := parts(created), []string{"auth", "template", "room", "insert", "commit", "total"}; !slices.Equal(got, want) {
+		t.Errorf("create: %v, want %v", got, want)
+	}
+	if got, want := parts(h.send(t, "POST", path+"/execute", h.key, `{"command":"true"}`)), []string{"auth", "find", "agent", "inside", "total"}; !slices.Equal(got, want) {
+		t.Errorf("execute: %v, want %v", got, want)
+	}
+	h.send(t, "POST", path+"/suspend", h.key, "")
+	if got, want := parts(h.send(t, "POST", path+"/wake", h.key, "")), []string{"auth", "find", "room", "commit", "commit", "find", "total"}; !slices.Equal(got, want) {
+		t.Errorf("wake: %v, want %v", got, want)
+	}
+	if got := h.send(t, "GET", path, h.key, "").header.Get("Server-Timing"); got != "" {
+		t.Errorf("a lookup has %q", got)
 	}
 }

@@ -63,6 +63,33 @@ func (e ExecuteResultStdoutEncoding) Valid() bool {
 	}
 }
 
+// Defines values for FileChangeType.
+const (
+	FileChangeTypeChmod  FileChangeType = "chmod"
+	FileChangeTypeCreate FileChangeType = "create"
+	FileChangeTypeRemove FileChangeType = "remove"
+	FileChangeTypeRename FileChangeType = "rename"
+	FileChangeTypeWrite  FileChangeType = "write"
+)
+
+// Valid indicates whether the value is a known member of the FileChangeType enum.
+func (e FileChangeType) Valid() bool {
+	switch e {
+	case FileChangeTypeChmod:
+		return true
+	case FileChangeTypeCreate:
+		return true
+	case FileChangeTypeRemove:
+		return true
+	case FileChangeTypeRename:
+		return true
+	case FileChangeTypeWrite:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for FileEntryType.
 const (
 	FileEntryTypeDirectory FileEntryType = "directory"
@@ -158,14 +185,20 @@ func (e ProcessStatus) Valid() bool {
 
 // Defines values for SandboxSource.
 const (
-	SandboxSourceCold SandboxSource = "cold"
-	SandboxSourceWarm SandboxSource = "warm"
+	SandboxSourceCold     SandboxSource = "cold"
+	SandboxSourceFork     SandboxSource = "fork"
+	SandboxSourceSnapshot SandboxSource = "snapshot"
+	SandboxSourceWarm     SandboxSource = "warm"
 )
 
 // Valid indicates whether the value is a known member of the SandboxSource enum.
 func (e SandboxSource) Valid() bool {
 	switch e {
 	case SandboxSourceCold:
+		return true
+	case SandboxSourceFork:
+		return true
+	case SandboxSourceSnapshot:
 		return true
 	case SandboxSourceWarm:
 		return true
@@ -394,7 +427,15 @@ type CreateOrgRequest struct {
 	Quota *QuotaRequest `json:"quota,omitempty"`
 }
 
-// CreateSandboxRequest What sandbox to make.
+// CreatePortURLRequest How long a signed URL is to work.
+type CreatePortURLRequest struct {
+	// ExpiresIn 1s to 24h.
+	//
+	// Example: 15m
+	ExpiresIn *string `json:"expires_in,omitempty"`
+}
+
+// CreateSandboxRequest What sandbox to make, from a template or from a snapshot.
 type CreateSandboxRequest struct {
 	// DiskSizeMB What the sandbox may write, in MiB: at least 64, at most what the operator allows. Default is the template's, else 2048 unless the operator says otherwise.
 	//
@@ -429,15 +470,30 @@ type CreateSandboxRequest struct {
 	// Example: shared-cpu-1x
 	Size *string `json:"size,omitempty"`
 
-	// Template Name or id of a template.
+	// Snapshot Name or id of a snapshot, instead of a template: the sandbox goes on from there, as one of its own. Size and disk are the snapshot's; `env` is added to the snapshot's and holds for
+	// commands from here on; `egress` is by default what the snapshot's sandbox had.
+	//
+	//
+	// Example: snap_abcdefghijklmnopqrst
+	Snapshot string `json:"snapshot,omitempty"`
+
+	// Template Name or id of a template. This or `snapshot`.
 	//
 	// Example: python
-	Template string `json:"template"`
+	Template string `json:"template,omitempty"`
 
 	// Timeout Ephemeral only: the lifetime, 1s to 24h. Default 5m.
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
+}
+
+// CreateSnapshotRequest What to call a snapshot.
+type CreateSnapshotRequest struct {
+	// Name 1 to 63 letters, digits, `.`, `_` and `-`, beginning with a letter or digit and not with `snap_`; unique among the organization's snapshots. Absent is none.
+	//
+	// Example: after-setup
+	Name *string `json:"name,omitempty"`
 }
 
 // CreateTemplateRequest What template to make. Exactly one of `image`, `dockerfile` and `debian`.
@@ -645,6 +701,18 @@ type ExecuteResultStderrEncoding string
 // ExecuteResultStdoutEncoding `base64` when the output is not UTF-8, else absent.
 type ExecuteResultStdoutEncoding string
 
+// FileChange Something that happened in a directory that is watched.
+type FileChange struct {
+	// Path What it happened to.
+	Path string `json:"path"`
+
+	// Type `create` (also of what was moved there), `write`, `remove`, `rename` (it was moved away) or `chmod`.
+	Type FileChangeType `json:"type"`
+}
+
+// FileChangeType `create` (also of what was moved there), `write`, `remove`, `rename` (it was moved away) or `chmod`.
+type FileChangeType string
+
 // FileEntry A file, directory or link in a sandbox.
 type FileEntry struct {
 	// Group Name of the owning group, its number if it has none.
@@ -686,6 +754,73 @@ type FileList struct {
 	Entries []FileEntry `json:"entries"`
 }
 
+// ForkChild A child of a fork. It has one of the two.
+type ForkChild struct {
+	// Error Why a child was not made.
+	Error *ForkError `json:"error,omitempty"`
+
+	// Sandbox A sandbox.
+	Sandbox *Sandbox `json:"sandbox,omitempty"`
+}
+
+// ForkError Why a child was not made.
+type ForkError struct {
+	// Code What is wrong, for programs. Stable.
+	//
+	// Example: quota_exceeded
+	Code string `json:"code"`
+
+	// Detail What is wrong, for people.
+	Detail string `json:"detail"`
+
+	// Status The HTTP status that a create would have been answered with.
+	//
+	// Example: 429
+	Status int `json:"status"`
+}
+
+// ForkRequest What children to make. What is not given is as the sandbox has it.
+type ForkRequest struct {
+	// Count How many, 1 to 100. Default 1.
+	//
+	// Example: 3
+	Count *int `json:"count,omitempty"`
+
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	Egress *Egress `json:"egress,omitempty"`
+
+	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	Env Env `json:"env,omitempty"`
+
+	// IdleTimeout Persistent children only: suspend after this time without activity, 10s to 24h, or 0 for never; the number 0 will do too.
+	//
+	// Example: 10m
+	IdleTimeout *DurationOrZero `json:"idle_timeout,omitempty"`
+
+	// Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
+	Metadata Metadata `json:"metadata,omitempty"`
+
+	// Mode `ephemeral` or `persistent`.
+	Mode *string `json:"mode,omitempty"`
+
+	// RecoveryInterval Persistent children only: how often to take a recovery point, 1m to 24h, or 0 for never; the number 0 will do too.
+	//
+	// Example: 10m
+	RecoveryInterval *DurationOrZero `json:"recovery_interval,omitempty"`
+
+	// Timeout Ephemeral children only: their lifetime, 1s to 24h.
+	//
+	// Example: 5m
+	Timeout *string `json:"timeout,omitempty"`
+}
+
+// ForkResult What came of a fork.
+type ForkResult struct {
+	// Children One for each child that was asked for.
+	Children []ForkChild `json:"children"`
+}
+
 // Health How the server is.
 type Health struct {
 	// Status Always `ok`; anything else is not 200.
@@ -710,6 +845,20 @@ type KeepaliveRequest struct {
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
+}
+
+// MakeDirectoryRequest A directory to make.
+type MakeDirectoryRequest struct {
+	// Mode Its permissions in octal, 0 to 0777. Parents have 0755.
+	Mode *string `json:"mode,omitempty"`
+
+	// Owner Name or number of the user that owns it and the parents that had to be made. Absent is the template's user, else root.
+	Owner *string `json:"owner,omitempty"`
+
+	// Path Absolute path. No `..` elements, no NUL.
+	//
+	// Example: /home/user/data
+	Path string `json:"path"`
 }
 
 // Me Who makes the call.
@@ -869,6 +1018,39 @@ type PoolEntry struct {
 
 	// TemplateVersion The version that the members are of.
 	TemplateVersion int `json:"template_version"`
+}
+
+// Port A port of a sandbox.
+type Port struct {
+	// Port Its number.
+	Port int `json:"port"`
+
+	// Public Whether anybody may reach it.
+	Public bool `json:"public"`
+
+	// URL Where it is reached, ending in `/`.
+	URL string `json:"url"`
+}
+
+// PortList The public ports of a sandbox.
+type PortList struct {
+	// Ports Lowest first.
+	Ports []Port `json:"ports"`
+}
+
+// PortSettings What is to be changed about a port.
+type PortSettings struct {
+	// Public Whether anybody may reach it. Required.
+	Public *bool `json:"public,omitempty"`
+}
+
+// PortURL A URL that opens a port to whoever has it.
+type PortURL struct {
+	// ExpiresAt When it ceases to work.
+	ExpiresAt time.Time `json:"expires_at"`
+
+	// URL The URL, with its signature in the query; a path can be put before the `?`.
+	URL string `json:"url"`
 }
 
 // Problem An error, as in RFC 9457.
@@ -1136,6 +1318,22 @@ type RegistryCredentials struct {
 	Username string `json:"username"`
 }
 
+// RenameFileRequest What to rename.
+type RenameFileRequest struct {
+	// From Absolute path of what is renamed. No `..` elements, no NUL.
+	//
+	// Example: /home/user/draft
+	From string `json:"from"`
+
+	// Overwrite Replace what is there.
+	Overwrite *bool `json:"overwrite,omitempty"`
+
+	// To Its new path.
+	//
+	// Example: /home/user/final
+	To string `json:"to"`
+}
+
 // Sandbox A sandbox.
 type Sandbox struct {
 	// CreatedAt When it was asked for.
@@ -1146,7 +1344,7 @@ type Sandbox struct {
 	// Example: expired
 	DestroyReason *string `json:"destroy_reason,omitempty"`
 
-	// DestroyedAt When it was destroyed.
+	// DestroyedAt When nothing of it was left.
 	DestroyedAt *time.Time `json:"destroyed_at,omitempty"`
 
 	// DiskMB What it may write, in MiB.
@@ -1188,13 +1386,18 @@ type Sandbox struct {
 	// Network What left the sandbox since it runs, as its policy decided. Only where one running sandbox is read, not in lists and not in answers to other calls.
 	Network *NetworkUse `json:"network,omitempty"`
 
+	// Origin Id of the snapshot or sandbox that it was made from, which may be gone. Absent when neither.
+	//
+	// Example: snap_abcdefghijklmnopqrst
+	Origin *string `json:"origin,omitempty"`
+
 	// RecoveryIntervalSeconds Persistent only: how often a recovery point is taken while it runs and changes; 0 is never.
 	RecoveryIntervalSeconds *int64 `json:"recovery_interval_seconds,omitempty"`
 
 	// Size Name of its size.
 	Size string `json:"size"`
 
-	// Source Whether it was taken from the pool (`warm`) or booted for the request (`cold`).
+	// Source Whether it was taken from the pool (`warm`), booted for the request (`cold`), made from a snapshot, or is a child of another sandbox (`fork`).
 	Source *SandboxSource `json:"source,omitempty"`
 
 	// StartedAt When it began to run.
@@ -1225,7 +1428,7 @@ type Sandbox struct {
 	VCPUs int `json:"vcpus"`
 }
 
-// SandboxSource Whether it was taken from the pool (`warm`) or booted for the request (`cold`).
+// SandboxSource Whether it was taken from the pool (`warm`), booted for the request (`cold`), made from a snapshot, or is a child of another sandbox (`fork`).
 type SandboxSource string
 
 // SandboxList A page of sandboxes, newest first.
@@ -1278,6 +1481,66 @@ type Size struct {
 type SizeList struct {
 	// Sizes The sizes.
 	Sizes []Size `json:"sizes"`
+}
+
+// Snapshot A sandbox as it was at a time.
+type Snapshot struct {
+	// CreatedAt The time of the state it holds.
+	CreatedAt time.Time `json:"created_at"`
+
+	// DiskMB What they may write, in MiB.
+	DiskMB int `json:"disk_mb"`
+
+	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
+	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	Egress Egress `json:"egress"`
+
+	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	Env Env `json:"env"`
+
+	// ID `snap_` and 20 lower-case base32 characters.
+	//
+	// Example: snap_abcdefghijklmnopqrst
+	ID string `json:"id"`
+
+	// Memory Whether it holds processes and memory, and not files alone: always true now.
+	Memory bool `json:"memory"`
+
+	// MemoryMB Their memory in MiB.
+	MemoryMB int `json:"memory_mb"`
+
+	// Name Its name; absent if it has none.
+	Name *string `json:"name,omitempty"`
+
+	// SandboxID Id of the sandbox it is of, which may be gone.
+	SandboxID string `json:"sandbox_id"`
+
+	// Size Name of the size that sandboxes made from it have.
+	Size string `json:"size"`
+
+	// SizeBytes Its size on disk. One of a suspended sandbox shares that with the sandbox's checkpoint.
+	SizeBytes int64 `json:"size_bytes"`
+
+	// Template Name of the template that sandbox was made from.
+	Template string `json:"template"`
+
+	// TemplateID Id of that template.
+	TemplateID string `json:"template_id"`
+
+	// TemplateVersion Version of that template.
+	TemplateVersion int `json:"template_version"`
+
+	// VCPUs Their virtual CPUs.
+	VCPUs int `json:"vcpus"`
+}
+
+// SnapshotList A page of snapshots, newest first.
+type SnapshotList struct {
+	// NextCursor `cursor` of the next page; absent on the last one.
+	NextCursor *string `json:"next_cursor,omitempty"`
+
+	// Snapshots The snapshots.
+	Snapshots []Snapshot `json:"snapshots"`
 }
 
 // StartProcessRequest What to start. Exactly one of `command` and `args`.
@@ -1446,14 +1709,23 @@ type FilePath = string
 // Limit defines model for Limit.
 type Limit = int
 
+// PortNumber Example: 8080
+type PortNumber = int
+
 // ProcessRef Example: 7
 type ProcessRef = string
 
 // SandboxID Example: sbx_abcdefghijklmnopqrst
 type SandboxID = string
 
+// SnapshotRef Example: snap_abcdefghijklmnopqrst
+type SnapshotRef = string
+
 // TemplateRef Example: python
 type TemplateRef = string
+
+// BadGateway An error, as in RFC 9457.
+type BadGateway = Problem
 
 // BadRequest An error, as in RFC 9457.
 type BadRequest = Problem
@@ -1472,6 +1744,9 @@ type InternalError = Problem
 
 // NotFound An error, as in RFC 9457.
 type NotFound = Problem
+
+// PortAnswer A port of a sandbox.
+type PortAnswer = Port
 
 // ProcessAnswer A process that some call started.
 type ProcessAnswer = Process
@@ -1584,6 +1859,36 @@ type ListFilesParams struct {
 	Depth *int `form:"depth,omitempty" json:"depth,omitempty"`
 }
 
+// StatFileParams defines parameters for StatFile.
+type StatFileParams struct {
+	// Path Absolute path in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+}
+
+// DownloadTreeParams defines parameters for DownloadTree.
+type DownloadTreeParams struct {
+	// Path Absolute path of a directory in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+}
+
+// UploadTreeParams defines parameters for UploadTree.
+type UploadTreeParams struct {
+	// Path Absolute path of the directory in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+
+	// Owner Name or number of the user that owns what is written. Absent is the template's user, else root.
+	Owner *string `form:"owner,omitempty" json:"owner,omitempty"`
+}
+
+// WatchFilesParams defines parameters for WatchFiles.
+type WatchFilesParams struct {
+	// Path Absolute path of a directory in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+
+	// Recursive Watch all directories below it too.
+	Recursive *bool `form:"recursive,omitempty" json:"recursive,omitempty"`
+}
+
 // GetProcessOutputParams defines parameters for GetProcessOutput.
 type GetProcessOutputParams struct {
 	// Offset Offset of the first byte to send. Beyond what was written yet is 400.
@@ -1633,6 +1938,27 @@ type OpenTerminalParams struct {
 
 	// Offset With `process`, the offset of the first byte to send. Default is all that is kept.
 	Offset *int64 `form:"offset,omitempty" json:"offset,omitempty"`
+}
+
+// OpenTunnelParams defines parameters for OpenTunnel.
+type OpenTunnelParams struct {
+	// Port The port inside; 49983 is the sandbox's own agent's and refused.
+	Port int `form:"port" json:"port"`
+}
+
+// ListSnapshotsParams defines parameters for ListSnapshots.
+type ListSnapshotsParams struct {
+	// Sandbox Keep only those of the sandbox with this id, which may be gone.
+	Sandbox *string `form:"sandbox,omitempty" json:"sandbox,omitempty"`
+
+	// Name Keep only the one of this name.
+	Name *string `form:"name,omitempty" json:"name,omitempty"`
+
+	// Limit Most entries to answer.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor `next_cursor` of the page before. Opaque.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // ListTemplatesParams defines parameters for ListTemplates.
@@ -1689,8 +2015,23 @@ type SetEgressJSONRequestBody = Egress
 // ExecuteCommandJSONRequestBody defines body for ExecuteCommand for application/json ContentType.
 type ExecuteCommandJSONRequestBody = ExecuteRequest
 
+// MakeDirectoryJSONRequestBody defines body for MakeDirectory for application/json ContentType.
+type MakeDirectoryJSONRequestBody = MakeDirectoryRequest
+
+// RenameFileJSONRequestBody defines body for RenameFile for application/json ContentType.
+type RenameFileJSONRequestBody = RenameFileRequest
+
+// ForkSandboxJSONRequestBody defines body for ForkSandbox for application/json ContentType.
+type ForkSandboxJSONRequestBody = ForkRequest
+
 // KeepaliveSandboxJSONRequestBody defines body for KeepaliveSandbox for application/json ContentType.
 type KeepaliveSandboxJSONRequestBody = KeepaliveRequest
+
+// SetPortJSONRequestBody defines body for SetPort for application/json ContentType.
+type SetPortJSONRequestBody = PortSettings
+
+// CreatePortURLJSONRequestBody defines body for CreatePortURL for application/json ContentType.
+type CreatePortURLJSONRequestBody = CreatePortURLRequest
 
 // StartProcessJSONRequestBody defines body for StartProcess for application/json ContentType.
 type StartProcessJSONRequestBody = StartProcessRequest
@@ -1700,6 +2041,9 @@ type ResizeProcessTerminalJSONRequestBody = TerminalSize
 
 // SignalProcessJSONRequestBody defines body for SignalProcess for application/json ContentType.
 type SignalProcessJSONRequestBody = SignalRequest
+
+// CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
+type CreateSnapshotJSONRequestBody = CreateSnapshotRequest
 
 // CreateTemplateJSONRequestBody defines body for CreateTemplate for application/json ContentType.
 type CreateTemplateJSONRequestBody = CreateTemplateRequest
@@ -1784,9 +2128,42 @@ type ServerInterface interface {
 	// ListFiles List a directory
 	// (GET /v1/sandboxes/{id}/files/list)
 	ListFiles(w http.ResponseWriter, r *http.Request, id SandboxID, params ListFilesParams)
+	// MakeDirectory Make a directory
+	// (POST /v1/sandboxes/{id}/files/mkdir)
+	MakeDirectory(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// RenameFile Rename a file or directory
+	// (POST /v1/sandboxes/{id}/files/rename)
+	RenameFile(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// StatFile Describe a file or directory
+	// (GET /v1/sandboxes/{id}/files/stat)
+	StatFile(w http.ResponseWriter, r *http.Request, id SandboxID, params StatFileParams)
+	// DownloadTree Read a directory as tar
+	// (GET /v1/sandboxes/{id}/files/tar)
+	DownloadTree(w http.ResponseWriter, r *http.Request, id SandboxID, params DownloadTreeParams)
+	// UploadTree Write a directory from tar
+	// (PUT /v1/sandboxes/{id}/files/tar)
+	UploadTree(w http.ResponseWriter, r *http.Request, id SandboxID, params UploadTreeParams)
+	// WatchFiles Watch a directory
+	// (GET /v1/sandboxes/{id}/files/watch)
+	WatchFiles(w http.ResponseWriter, r *http.Request, id SandboxID, params WatchFilesParams)
+	// ForkSandbox Make children of a running sandbox
+	// (POST /v1/sandboxes/{id}/fork)
+	ForkSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// KeepaliveSandbox Give a sandbox a new lifetime
 	// (POST /v1/sandboxes/{id}/keepalive)
 	KeepaliveSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// ListPorts List the public ports
+	// (GET /v1/sandboxes/{id}/ports)
+	ListPorts(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// GetPort Get a port's settings
+	// (GET /v1/sandboxes/{id}/ports/{port})
+	GetPort(w http.ResponseWriter, r *http.Request, id SandboxID, port PortNumber)
+	// SetPort Make a port public or private
+	// (PUT /v1/sandboxes/{id}/ports/{port})
+	SetPort(w http.ResponseWriter, r *http.Request, id SandboxID, port PortNumber)
+	// CreatePortURL Make a signed URL of a port
+	// (POST /v1/sandboxes/{id}/ports/{port}/url)
+	CreatePortURL(w http.ResponseWriter, r *http.Request, id SandboxID, port PortNumber)
 	// ListProcesses List processes
 	// (GET /v1/sandboxes/{id}/processes)
 	ListProcesses(w http.ResponseWriter, r *http.Request, id SandboxID)
@@ -1814,18 +2191,33 @@ type ServerInterface interface {
 	// WaitProcess Wait for a process's end
 	// (GET /v1/sandboxes/{id}/processes/{process}/wait)
 	WaitProcess(w http.ResponseWriter, r *http.Request, id SandboxID, process ProcessRef, params WaitProcessParams)
+	// CreateSnapshot Make a snapshot of a sandbox
+	// (POST /v1/sandboxes/{id}/snapshots)
+	CreateSnapshot(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// SuspendSandbox Suspend a persistent sandbox
 	// (POST /v1/sandboxes/{id}/suspend)
 	SuspendSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// OpenTerminal Open a terminal
 	// (GET /v1/sandboxes/{id}/terminal)
 	OpenTerminal(w http.ResponseWriter, r *http.Request, id SandboxID, params OpenTerminalParams)
+	// OpenTunnel Open a TCP connection to a port
+	// (POST /v1/sandboxes/{id}/tunnel)
+	OpenTunnel(w http.ResponseWriter, r *http.Request, id SandboxID, params OpenTunnelParams)
 	// WakeSandbox Make sure a sandbox runs
 	// (POST /v1/sandboxes/{id}/wake)
 	WakeSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// ListSizes List the sizes a sandbox may have
 	// (GET /v1/sizes)
 	ListSizes(w http.ResponseWriter, r *http.Request)
+	// ListSnapshots List snapshots
+	// (GET /v1/snapshots)
+	ListSnapshots(w http.ResponseWriter, r *http.Request, params ListSnapshotsParams)
+	// DeleteSnapshot Delete a snapshot
+	// (DELETE /v1/snapshots/{snapshot})
+	DeleteSnapshot(w http.ResponseWriter, r *http.Request, snapshot SnapshotRef)
+	// GetSnapshot Get a snapshot
+	// (GET /v1/snapshots/{snapshot})
+	GetSnapshot(w http.ResponseWriter, r *http.Request, snapshot SnapshotRef)
 	// ListTemplates List templates
 	// (GET /v1/templates)
 	ListTemplates(w http.ResponseWriter, r *http.Request, params ListTemplatesParams)
@@ -2627,6 +3019,278 @@ func (siw *ServerInterfaceWrapper) ListFiles(w http.ResponseWriter, r *http.Requ
 	handler.ServeHTTP(w, r)
 }
 
+// MakeDirectory operation middleware
+func (siw *ServerInterfaceWrapper) MakeDirectory(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.MakeDirectory(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RenameFile operation middleware
+func (siw *ServerInterfaceWrapper) RenameFile(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RenameFile(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// StatFile operation middleware
+func (siw *ServerInterfaceWrapper) StatFile(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params StatFileParams
+
+	// ------------- Required query parameter "path" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "path", r.URL.Query(), &params.Path, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "path"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "path", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.StatFile(w, r, id, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DownloadTree operation middleware
+func (siw *ServerInterfaceWrapper) DownloadTree(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params DownloadTreeParams
+
+	// ------------- Required query parameter "path" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "path", r.URL.Query(), &params.Path, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "path"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "path", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DownloadTree(w, r, id, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// UploadTree operation middleware
+func (siw *ServerInterfaceWrapper) UploadTree(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params UploadTreeParams
+
+	// ------------- Required query parameter "path" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "path", r.URL.Query(), &params.Path, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "path"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "path", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "owner" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "owner", r.URL.Query(), &params.Owner, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "owner"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "owner", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.UploadTree(w, r, id, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// WatchFiles operation middleware
+func (siw *ServerInterfaceWrapper) WatchFiles(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params WatchFilesParams
+
+	// ------------- Required query parameter "path" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "path", r.URL.Query(), &params.Path, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "path"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "path", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "recursive" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "recursive", r.URL.Query(), &params.Recursive, runtime.BindQueryParameterOptions{Type: "boolean", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "recursive"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "recursive", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.WatchFiles(w, r, id, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ForkSandbox operation middleware
+func (siw *ServerInterfaceWrapper) ForkSandbox(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ForkSandbox(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // KeepaliveSandbox operation middleware
 func (siw *ServerInterfaceWrapper) KeepaliveSandbox(w http.ResponseWriter, r *http.Request) {
 
@@ -2644,6 +3308,137 @@ func (siw *ServerInterfaceWrapper) KeepaliveSandbox(w http.ResponseWriter, r *ht
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.KeepaliveSandbox(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListPorts operation middleware
+func (siw *ServerInterfaceWrapper) ListPorts(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListPorts(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetPort operation middleware
+func (siw *ServerInterfaceWrapper) GetPort(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "port" -------------
+	var port PortNumber
+
+	err = runtime.BindStyledParameterWithOptions("simple", "port", r.PathValue("port"), &port, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "integer", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "port", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetPort(w, r, id, port)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// SetPort operation middleware
+func (siw *ServerInterfaceWrapper) SetPort(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "port" -------------
+	var port PortNumber
+
+	err = runtime.BindStyledParameterWithOptions("simple", "port", r.PathValue("port"), &port, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "integer", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "port", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.SetPort(w, r, id, port)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreatePortURL operation middleware
+func (siw *ServerInterfaceWrapper) CreatePortURL(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "port" -------------
+	var port PortNumber
+
+	err = runtime.BindStyledParameterWithOptions("simple", "port", r.PathValue("port"), &port, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "integer", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "port", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreatePortURL(w, r, id, port)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -3019,6 +3814,32 @@ func (siw *ServerInterfaceWrapper) WaitProcess(w http.ResponseWriter, r *http.Re
 	handler.ServeHTTP(w, r)
 }
 
+// CreateSnapshot operation middleware
+func (siw *ServerInterfaceWrapper) CreateSnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateSnapshot(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // SuspendSandbox operation middleware
 func (siw *ServerInterfaceWrapper) SuspendSandbox(w http.ResponseWriter, r *http.Request) {
 
@@ -3191,6 +4012,48 @@ func (siw *ServerInterfaceWrapper) OpenTerminal(w http.ResponseWriter, r *http.R
 	handler.ServeHTTP(w, r)
 }
 
+// OpenTunnel operation middleware
+func (siw *ServerInterfaceWrapper) OpenTunnel(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params OpenTunnelParams
+
+	// ------------- Required query parameter "port" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "port", r.URL.Query(), &params.Port, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "port"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "port", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.OpenTunnel(w, r, id, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // WakeSandbox operation middleware
 func (siw *ServerInterfaceWrapper) WakeSandbox(w http.ResponseWriter, r *http.Request) {
 
@@ -3222,6 +4085,130 @@ func (siw *ServerInterfaceWrapper) ListSizes(w http.ResponseWriter, r *http.Requ
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.ListSizes(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListSnapshots operation middleware
+func (siw *ServerInterfaceWrapper) ListSnapshots(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListSnapshotsParams
+
+	// ------------- Optional query parameter "sandbox" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "sandbox", r.URL.Query(), &params.Sandbox, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "sandbox"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandbox", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "name" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "name", r.URL.Query(), &params.Name, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "name"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "name", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListSnapshots(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DeleteSnapshot operation middleware
+func (siw *ServerInterfaceWrapper) DeleteSnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "snapshot" -------------
+	var snapshot SnapshotRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "snapshot", r.PathValue("snapshot"), &snapshot, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "snapshot", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteSnapshot(w, r, snapshot)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetSnapshot operation middleware
+func (siw *ServerInterfaceWrapper) GetSnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "snapshot" -------------
+	var snapshot SnapshotRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "snapshot", r.PathValue("snapshot"), &snapshot, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "snapshot", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetSnapshot(w, r, snapshot)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -3589,8 +4576,15 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/wake", wrapper.WakeSandbox)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/suspend", wrapper.SuspendSandbox)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/checkpoint", wrapper.CheckpointSandbox)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/snapshots", wrapper.CreateSnapshot)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/fork", wrapper.ForkSandbox)
 	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/v1/sandboxes/{id}/egress", wrapper.SetEgress)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/events", wrapper.ListEvents)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/tunnel", wrapper.OpenTunnel)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/ports", wrapper.ListPorts)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/ports/{port}", wrapper.GetPort)
+	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/v1/sandboxes/{id}/ports/{port}", wrapper.SetPort)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/ports/{port}/url", wrapper.CreatePortURL)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/execute", wrapper.ExecuteCommand)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/processes", wrapper.ListProcesses)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/processes", wrapper.StartProcess)
@@ -3606,6 +4600,15 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/files", wrapper.ReadFile)
 	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/v1/sandboxes/{id}/files", wrapper.WriteFile)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/files/list", wrapper.ListFiles)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/files/stat", wrapper.StatFile)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/files/mkdir", wrapper.MakeDirectory)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/files/rename", wrapper.RenameFile)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/files/watch", wrapper.WatchFiles)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/files/tar", wrapper.DownloadTree)
+	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/v1/sandboxes/{id}/files/tar", wrapper.UploadTree)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/snapshots", wrapper.ListSnapshots)
+	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/snapshots/{snapshot}", wrapper.DeleteSnapshot)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/snapshots/{snapshot}", wrapper.GetSnapshot)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/templates", wrapper.ListTemplates)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/templates", wrapper.CreateTemplate)
 	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/templates/{template}", wrapper.DeleteTemplate)

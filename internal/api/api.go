@@ -18,6 +18,7 @@ package api
 import (
 	"context"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"sync"
@@ -27,6 +28,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/proxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
 )
@@ -43,8 +45,16 @@ type Sandboxes interface {
 	Suspend(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
 	Checkpoint(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Point, error)
 	SetEgress(ctx context.Context, orgID string, id sandbox.ID, e sandbox.Egress) (sandbox.Sandbox, error)
+	SaveSnapshot(ctx context.Context, orgID string, id sandbox.ID, name string) (sandbox.Snapshot, error)
+	GetSnapshot(ctx context.Context, orgID, nameOrID string) (sandbox.Snapshot, error)
+	ListSnapshots(ctx context.Context, f sandbox.SnapshotFilter) ([]sandbox.Snapshot, string, error)
+	DeleteSnapshot(ctx context.Context, orgID, nameOrID string) error
+	Fork(ctx context.Context, c sandbox.Caller, id sandbox.ID, r sandbox.ForkRequest) ([]sandbox.Child, error)
 	Traffic(ctx context.Context, box sandbox.Sandbox) (*sandbox.Traffic, error)
 	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
+	SetPublicPort(ctx context.Context, orgID string, id sandbox.ID, port int, public bool) error
+	PublicPorts(ctx context.Context, orgID string, id sandbox.ID) ([]int, error)
+	Visit(ctx context.Context, id sandbox.ID, port int) (orgID string, public bool, err error)
 	Sizes() []sandbox.Size
 	Pool() []sandbox.PoolStatus
 }
@@ -65,6 +75,7 @@ type Templates interface {
 type Auth interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 	Allow(p auth.Principal) error
+	Org(ctx context.Context, id string) (auth.Org, error)
 	CreateKey(ctx context.Context, p auth.Principal, name string, scopes []string, expiresIn time.Duration) (auth.Key, string, error)
 	ListKeys(ctx context.Context, p auth.Principal, limit int, cursor string) ([]auth.Key, string, error)
 	RevokeKey(ctx context.Context, p auth.Principal, id string) error
@@ -79,15 +90,24 @@ type Agent interface {
 	Download(ctx context.Context, t agentapi.Target, path, user, rng string) (*agentapi.Download, error)
 	Remove(ctx context.Context, t agentapi.Target, path, user string, recursive bool) error
 	List(ctx context.Context, t agentapi.Target, path, user string, depth int) ([]agentapi.Entry, error)
+	Stat(ctx context.Context, t agentapi.Target, path, user string) (agentapi.Entry, error)
+	MakeDirectory(ctx context.Context, t agentapi.Target, path, user string, mode *fs.FileMode) (agentapi.Entry, error)
+	Rename(ctx context.Context, t agentapi.Target, from, to, user string, overwrite bool) (agentapi.Entry, error)
+	DownloadTree(ctx context.Context, t agentapi.Target, path, user string) (io.ReadCloser, error)
+	UploadTree(ctx context.Context, t agentapi.Target, path, user string, body io.Reader) error
+	Watch(ctx context.Context, t agentapi.Target, path string, recursive bool, ready func(), emit func(agentapi.Change) error) error
 	Processes
 }
 
-// Config is what the API needs. Every field but Ready is required.
+// Config is what the API needs. Every field but Ready, Names and Stopping is required.
 type Config struct {
 	Sandboxes Sandboxes
 	Templates Templates
 	Auth      Auth
 	Agent     Agent
+	Ports     Ports
+	Names     proxy.Names // host names of ports; the zero value is none
+	Signer    proxy.Signer
 
 	// Ready says whether sandboxes can be created; nil, or a nil error, is yes.
 	// The text of a fault is shown, that of any other error only logged.
@@ -97,7 +117,7 @@ type Config struct {
 	Registry prometheus.Registerer
 
 	// Stopping ends when the server stops: calls that have no end of their own, such as
-	// following a process, end then. nil never does.
+	// watching a directory or following a process, end then. nil never does.
 	Stopping context.Context
 	// Hijacked has the calls whose connection net/http does not wait for; nil is nobody who
 	// waits for them.
@@ -155,8 +175,15 @@ var usual = patience{body: time.Minute, stall: time.Minute, drain: 30 * time.Sec
 // Server makes an HTTP server that protects itself against slow callers. It has no
 // timeout for whole requests: commands and transfers take as long as they take,
 // and the handler watches that they move.
+//
+// It speaks HTTP/2 too, without TLS and only with those who know beforehand: a proxy with TLS in
+// front, clients of gRPC.
 func Server(addr string, h http.Handler, log *slog.Logger) *http.Server {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetUnencryptedHTTP2(true)
 	return &http.Server{
+		Protocols:         protocols,
 		Addr:              addr,
 		Handler:           h,
 		ReadHeaderTimeout: headerTimeout,

@@ -38,8 +38,18 @@ var samples = map[string]sample{
 	"wakeSandbox":       {others: 403, othersCode: notYours},
 	"suspendSandbox":    {others: 403, othersCode: notYours},
 	"checkpointSandbox": {others: 403, othersCode: notYours},
+	"createSnapshot":    {body: `{"name":"theirs"}`, others: 403, othersCode: notYours},
+	"forkSandbox":       {body: `{"count":2}`, others: 403, othersCode: notYours},
+	"listSnapshots":     {others: 200},
+	"getSnapshot":       {others: 404, othersCode: "snapshot_not_found"},
+	"deleteSnapshot":    {others: 404, othersCode: "snapshot_not_found"},
 	"setEgress":         {body: `{"mode":"deny_all"}`, others: 403, othersCode: notYours},
 	"listEvents":        {others: 403, othersCode: notYours},
+	"openTunnel":        {query: "port=80", others: 426, othersCode: "upgrade_required"}, // else, see TestPortCallsRefused
+	"listPorts":         {others: 403, othersCode: notYours},
+	"getPort":           {others: 403, othersCode: notYours},
+	"setPort":           {body: `{"public":true}`, others: 403, othersCode: notYours},
+	"createPortURL":     {others: 403, othersCode: notYours},
 
 	"resizeProcessTerminal": {body: `{"cols":80,"rows":24}`, others: 403, othersCode: notYours},
 
@@ -57,6 +67,12 @@ var samples = map[string]sample{
 	"readFile":          {query: "path=/tmp/a", others: 403, othersCode: notYours},
 	"removeFile":        {query: "path=/tmp/a", others: 403, othersCode: notYours},
 	"listFiles":         {query: "path=/tmp", others: 403, othersCode: notYours},
+	"statFile":          {query: "path=/tmp/a", others: 403, othersCode: notYours},
+	"makeDirectory":     {body: `{"path":"/tmp/d"}`, others: 403, othersCode: notYours},
+	"renameFile":        {body: `{"from":"/tmp/a","to":"/tmp/b"}`, others: 403, othersCode: notYours},
+	"watchFiles":        {query: "path=/tmp", others: 403, othersCode: notYours},
+	"downloadTree":      {query: "path=/tmp", others: 403, othersCode: notYours},
+	"uploadTree":        {query: "path=/tmp", body: "x", others: 403, othersCode: notYours},
 	"listTemplates":     {others: 200},
 	"createTemplate":    {body: `{"name":"theirs","image":"alpine"}`, others: 202},
 	"getTemplate":       {others: 404, othersCode: "template_not_found"},
@@ -122,7 +138,8 @@ func TestAuthorizationMatrix(t *testing.T) {
 		},
 		"in the query": func(r *http.Request) { r.URL.RawQuery += "&access_token=" + h.key },
 	}
-	replace := strings.NewReplacer("{id}", box.ID, "{template}", "mine", "{process}", "7", "{key}", victim.ID)
+	snap := as[Snapshot](t, 201, h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/snapshots", h.key, ""))
+	replace := strings.NewReplacer("{id}", box.ID, "{port}", "80", "{snapshot}", snap.ID, "{template}", "mine", "{process}", "7", "{key}", victim.ID)
 	operations(h.spec, func(pattern, path string, op *openapi3.Operation, _ openapi3.Parameters) {
 		s, known := samples[op.OperationID]
 		if !known {
@@ -161,6 +178,7 @@ func TestAuthorizationMatrix(t *testing.T) {
 	if string(h.agent.files["/tmp/a"]) != "private" || len(h.agent.targets) != 0 {
 		t.Error("the inside of the sandbox was touched")
 	}
+	as[Snapshot](t, 200, h.send(t, "GET", "/v1/snapshots/"+snap.ID, h.key, ""))
 	orgs := as[OrgList](t, 200, h.send(t, "GET", "/v1/orgs", h.key, ""))
 	if len(orgs.Orgs) != 2 {
 		t.Errorf("%d organizations, want 2", len(orgs.Orgs))

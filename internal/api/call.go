@@ -17,6 +17,7 @@ import (
 
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/span"
 )
 
 // call is what is known of one request while it is answered. It belongs to the
@@ -28,6 +29,10 @@ type call struct {
 
 	route string // pattern, e.g. "/v1/sandboxes/{id}"; "" when there is none
 	who   auth.Principal
+	page  bool // problems are shown as a page to who looks at them in a browser
+
+	trace *span.Trace // what its parts took
+	timed bool        // the answer says so
 
 	code string // of the problem that was answered
 	err  error  // for the log, when the server or the connection broke
@@ -53,8 +58,10 @@ func requestID(r *http.Request) string {
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	c := &call{id: requestID(r), patience: s.patience, received: &countingBody{ReadCloser: r.Body}}
-	r = r.WithContext(context.WithValue(r.Context(), callKey{}, c))
-	rec := &recorder{ResponseWriter: w, control: http.NewResponseController(w), stall: s.patience.stall}
+	ctx, trace := span.New(context.WithValue(r.Context(), callKey{}, c))
+	c.trace = trace
+	r = r.WithContext(ctx)
+	rec := &recorder{ResponseWriter: w, control: http.NewResponseController(w), stall: s.patience.stall, call: c, began: start}
 	// The deadline of the answer before this one on the connection is not for this
 	// one. A writer without deadlines is one of a test.
 	_ = rec.control.SetWriteDeadline(time.Time{})
@@ -78,6 +85,10 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 func (s *server) serve(w *recorder, r *http.Request) {
 	c := callOf(r)
+	if p, ok := s.portOf(r); ok {
+		s.servePort(w, r, p)
+		return
+	}
 	_, pattern := s.mux.Handler(r)
 	route, known := routes[pattern]
 	if path.Clean(r.URL.Path) != r.URL.Path {
@@ -85,6 +96,7 @@ func (s *server) serve(w *recorder, r *http.Request) {
 	}
 	if known {
 		_, c.route, _ = strings.Cut(pattern, " ")
+		c.timed = route.timed
 	}
 	if !known || !route.open {
 		if err := s.admit(r, route.scope); err != nil {
@@ -105,8 +117,13 @@ func (s *server) serve(w *recorder, r *http.Request) {
 
 // admit says who asks and whether the key covers the scope.
 func (s *server) admit(r *http.Request, scope auth.Scope) error {
+	return s.admitKey(r, secretOf(r), scope)
+}
+
+func (s *server) admitKey(r *http.Request, key string, scope auth.Scope) error {
 	c := callOf(r)
-	who, err := s.Auth.Authenticate(r.Context(), secretOf(r))
+	defer span.Start(r.Context(), "auth")()
+	who, err := s.Auth.Authenticate(r.Context(), key)
 	if err != nil {
 		return err
 	}
@@ -247,6 +264,9 @@ func (s *server) finish(r *http.Request, w *recorder, took time.Duration) {
 	}
 	s.Log.LogAttrs(context.WithoutCancel(r.Context()), level, "request", attrs...)
 	s.metrics.observe(c.route, r.Method, status, took)
+	if c.timed && status/100 == 2 {
+		s.metrics.observeParts(c.route, c.trace.Spans())
+	}
 }
 
 // recorder notes what was answered, and ends a caller who does not take it.
@@ -254,6 +274,8 @@ type recorder struct {
 	http.ResponseWriter
 	control *http.ResponseController
 	stall   time.Duration
+	call    *call
+	began   time.Time
 	status  int
 	bytes   int64
 }
@@ -261,12 +283,19 @@ type recorder struct {
 // Unwrap lets http.ResponseController reach the connection.
 func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
+// Upgraded notes that the connection is another protocol's from now on.
+func (w *recorder) Upgraded() { w.status = http.StatusSwitchingProtocols }
+
 // WriteHeader begins the answer.
 func (w *recorder) WriteHeader(status int) {
 	if w.status == 0 && (status >= 200 || status == http.StatusSwitchingProtocols) {
 		w.status = status
 	}
 	w.soon()
+	if w.call.timed {
+		spans := append(w.call.trace.Spans(), span.Span{Name: "total", Took: time.Since(w.began)})
+		w.Header().Set("Server-Timing", span.ServerTiming(spans))
+	}
 	w.ResponseWriter.WriteHeader(status)
 }
 

@@ -1,11 +1,13 @@
 package api
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"errors"
 	"io"
 	"io/fs"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -52,7 +54,7 @@ func (c *requestChecker) RoundTrip(r *http.Request) (*http.Response, error) {
 			}
 			return nil
 		},
-		ExcludeRequestBody: r.Header.Get("Content-Type") == "application/octet-stream" || strings.HasPrefix(r.Header.Get("Content-Type"), "multipart/"),
+		ExcludeRequestBody: r.Header.Get("Content-Type") == "application/octet-stream" || route.Operation.OperationID == "uploadTree" || strings.HasPrefix(r.Header.Get("Content-Type"), "multipart/"),
 	}}
 	in.Request.Body = http.NoBody
 	if r.Body != nil && r.Header.Get("Content-Type") == "application/json" {
@@ -90,6 +92,8 @@ func TestClient(t *testing.T) {
 	}
 	box := clientSandboxes(t, ctx, c, fatal)
 	clientFiles(t, ctx, c, h, box, fatal)
+	clientPorts(t, ctx, c, h, box, fatal)
+	clientTrees(t, ctx, c, h, box, fatal)
 	clientProcesses(t, ctx, c, h, box, fatal)
 	fatal(c.DestroySandbox(ctx, box))
 	if b, err := c.GetSandbox(ctx, box); err != nil || b.Status != client.SandboxStatusDestroyed {
@@ -130,6 +134,49 @@ func clientSleep(t *testing.T, ctx context.Context, c *client.Client, fatal func
 	fatal(c.DestroySandbox(ctx, box.ID))
 }
 
+func clientSnapshots(t *testing.T, ctx context.Context, c *client.Client, fatal func(error), id string) {
+	for _, name := range []string{"", "named"} {
+		s, err := c.CreateSnapshot(ctx, id, name)
+		fatal(err)
+		if s.SandboxID != id || !s.Memory || s.SizeBytes == 0 || (s.Name != nil) != (name != "") {
+			t.Errorf("snapshot %+v", s)
+		}
+	}
+	n := 0
+	for s, err := range c.Snapshots(ctx, client.ListSnapshotsOptions{SandboxID: id, ListOptions: client.ListOptions{Limit: 1}}) {
+		fatal(err)
+		if n++; n == 1 && *s.Name != "named" {
+			t.Errorf("the newest is %+v", s)
+		}
+	}
+	l, err := c.ListSnapshots(ctx, client.ListSnapshotsOptions{Name: "none"})
+	fatal(err)
+	if n != 2 || len(l.Snapshots) != 0 {
+		t.Errorf("%d snapshots, %d of no name", n, len(l.Snapshots))
+	}
+	s, err := c.GetSnapshot(ctx, "named")
+	fatal(err)
+	box, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Snapshot: s.ID}, client.CreateOptions{})
+	fatal(err)
+	if *box.Origin != s.ID || *box.Source != client.SandboxSourceSnapshot {
+		t.Errorf("made %+v", box)
+	}
+	fatal(c.DeleteSnapshot(ctx, "named"))
+	if err := c.DeleteSnapshot(ctx, s.ID); !client.HasCode(err, "snapshot_not_found") {
+		t.Errorf("deleted again: %v", err)
+	}
+	children, err := c.Fork(ctx, box.ID, client.ForkRequest{Count: new(2), Timeout: new("1h"), Metadata: client.Metadata{"k": "child"}})
+	fatal(err)
+	for _, child := range children {
+		if child.Error != nil || *child.Sandbox.Origin != box.ID || *child.Sandbox.TimeoutSeconds != 3600 {
+			t.Errorf("child %+v", child)
+		}
+	}
+	if len(children) != 2 {
+		t.Errorf("%d children", len(children))
+	}
+}
+
 func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal func(error)) (id string) {
 	r := client.CreateSandboxRequest{Template: "python", Timeout: new("5m"), Env: client.Env{"A": "1"}, Metadata: client.Metadata{"k": "v w"}}
 	first, err := c.CreateSandbox(ctx, r, client.CreateOptions{IdempotencyKey: "a key"})
@@ -167,13 +214,14 @@ func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal 
 	_, err = c.SetEgress(ctx, first.ID, client.Egress{Mode: client.EgressModeDenyAll, AllowDomains: []string{"example.com"}})
 	fatal(err)
 	clientSleep(t, ctx, c, fatal)
+	clientSnapshots(t, ctx, c, fatal, first.ID)
 	n = 0
 	for _, err := range c.Events(ctx, first.ID, client.ListOptions{Limit: 1}) {
 		fatal(err)
 		n++
 	}
-	if n != 3 { // with the change of its policy
-		t.Errorf("%d events, want 3", n)
+	if n != 5 { // with the change of its policy and two snapshots
+		t.Errorf("%d events, want 5", n)
 	}
 	for b, err := range c.Sandboxes(ctx, client.ListSandboxesOptions{ListOptions: client.ListOptions{Cursor: "nonsense"}}) {
 		if !client.HasCode(err, "invalid_cursor") {
@@ -246,6 +294,74 @@ func clientFiles(t *testing.T, ctx context.Context, c *client.Client, h *house, 
 	_, err = c.ReadFile(ctx, id, "relative", client.ReadFileOptions{})
 	if !errors.As(err, &e) || e.Field != "path" || !strings.HasPrefix(e.Error(), "path: ") {
 		t.Errorf("reading a relative path: %v", err)
+	}
+}
+
+func clientPorts(t *testing.T, ctx context.Context, c *client.Client, h *house, id string, fatal func(error)) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	fatal(err)
+	defer l.Close()
+	h.ports.open(7000, l.Addr().String())
+	conn, err := c.DialPort(ctx, id, 7000)
+	fatal(err)
+	in, err := l.Accept()
+	fatal(err)
+	_, err = io.WriteString(conn, "ping")
+	fatal(err)
+	fatal(conn.(interface{ CloseWrite() error }).CloseWrite())
+	b, err := io.ReadAll(in)
+	fatal(err)
+	_, err = io.WriteString(in, "pong")
+	fatal(err)
+	fatal(in.Close())
+	back, err := io.ReadAll(conn)
+	fatal(err)
+	fatal(conn.Close())
+	if string(b) != "ping" || string(back) != "pong" {
+		t.Errorf("the tunnel carried %q and %q", b, back)
+	}
+	if _, err := c.DialPort(ctx, id, 7001); !client.HasCode(err, "port_closed") {
+		t.Errorf("dialling a closed port: %v", err)
+	}
+	p, err := c.SetPortPublic(ctx, id, 7000, true)
+	fatal(err)
+	same, err := c.GetPort(ctx, id, 7000)
+	fatal(err)
+	all, err := c.Ports(ctx, id)
+	fatal(err)
+	if !p.Public || *same != *p || len(all) != 1 || all[0] != *p {
+		t.Errorf("port %+v, %+v, %+v", p, same, all)
+	}
+	u, err := c.PortURL(ctx, id, 7000, time.Minute)
+	fatal(err)
+	if !strings.HasPrefix(u.URL, p.URL+"?") || time.Until(u.ExpiresAt) > 62*time.Second {
+		t.Errorf("URL %+v", u)
+	}
+}
+
+func clientTrees(t *testing.T, ctx context.Context, c *client.Client, h *house, id string, fatal func(error)) {
+	fatal(c.UploadTree(ctx, id, "/tree", bytes.NewReader(aTree(t, "a", "b/c")), "user"))
+	archive, err := c.DownloadTree(ctx, id, "/tree")
+	fatal(err)
+	hd, err := tar.NewReader(archive).Next()
+	fatal(err)
+	fatal(archive.Close())
+	dir, err := c.MakeDirectory(ctx, id, "/tree/d", client.MakeDirectoryOptions{Mode: new(fs.FileMode(0o700)), Owner: "user"})
+	fatal(err)
+	moved, err := c.RenameFile(ctx, id, "/tree/a", "/tree/b/c", true)
+	fatal(err)
+	same, err := c.StatFile(ctx, id, "/tree/b/c")
+	fatal(err)
+	if hd.Size == 0 || dir.Mode != "0700" || moved.Path != same.Path || same.Size != 1 {
+		t.Errorf("%+v, %+v, %+v, %+v", hd, dir, moved, same)
+	}
+	changes := 0
+	err = c.WatchFiles(ctx, id, "/tree", false, func() {}, func(client.FileChange) error { changes++; return nil })
+	if changes != 2 || !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("%d changes, %v", changes, err)
+	}
+	if _, err := c.StatFile(ctx, id, "/tree/none"); !client.HasCode(err, "file_not_found") {
+		t.Errorf("stat: %v", err)
 	}
 }
 

@@ -70,6 +70,7 @@ func sandboxOf(b sandbox.Sandbox) Sandbox {
 		DestroyReason:   optional(string(b.DestroyReason)),
 		Error:           optional(b.Error),
 		Source:          optional(SandboxSource(b.Source)),
+		Origin:          optional(b.Origin),
 	}
 	switch b.Mode {
 	case sandbox.Ephemeral:
@@ -213,4 +214,18 @@ func keyOf(k auth.Key) APIKey {
 		ID: k.ID, Name: k.Name, Prefix: k.Prefix, Scopes: scopesOf(k.Scopes), CreatedAt: k.CreatedAt.UTC(),
 		ExpiresAt: at(k.ExpiresAt), RevokedAt: at(k.RevokedAt), LastUsedAt: at(k.LastUsedAt),
 	}
+}
+
+func snapshotOf(s sandbox.Snapshot) Snapshot {
+	return Snapshot{ID: string(s.ID), Name: optional(s.Name), SandboxID: string(s.SandboxID), Template: s.Template, TemplateID: s.TemplateID,
+		TemplateVersion: s.TemplateVersion, Size: s.Size.Name, VCPUs: s.Size.VCPUs, MemoryMB: s.Size.MemoryMB, DiskMB: s.DiskMB, Env: orEmpty(s.Env),
+		Egress: egressOf(s.Egress), Memory: true, SizeBytes: s.Bytes, CreatedAt: s.CreatedAt.UTC()}
+}
+
+func childOf(c sandbox.Child) ForkChild {
+	if c.Err == nil {
+		return ForkChild{Sandbox: new(sandboxOf(c.Sandbox))}
+	}
+	status, f := statusOf(c.Err)
+	return ForkChild{Error: &ForkError{Status: status, Code: f.Code, Detail: f.Detail}}
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/span"
 )
 
 // Limits of a command. Part of the contract.
@@ -58,7 +59,10 @@ func (s *server) ExecuteCommand(w http.ResponseWriter, r *http.Request, id Sandb
 		return
 	}
 	s.inside(w, r, id, func(t agentapi.Target) error {
+		end := span.Start(r.Context(), "agent")
 		result, err := s.Agent.Execute(r.Context(), t, request)
+		end()
+		span.Add(r.Context(), "inside", result.Duration)
 		if err == nil {
 			s.answer(w, r, http.StatusOK, resultOf(result))
 		}

@@ -29,6 +29,7 @@ import (
 	"github.com/cayhq/cay/internal/blob"
 	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/proxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
 	"github.com/cayhq/cay/internal/template"
@@ -44,6 +45,7 @@ type house struct {
 	db     *store.DB
 	node   *caytest.Node
 	agent  *fakeAgent
+	ports  *fakePorts
 	server *server // not to be changed once a request was made
 	boxes  *sandbox.Service
 	auth   *auth.Service
@@ -66,7 +68,7 @@ func withAgent(a Agent) option {
 func newHouse(t testing.TB, options ...option) *house {
 	t.Helper()
 	ctx := t.Context()
-	h := &house{log: &logBuffer{}, node: caytest.NewNode(), agent: newFakeAgent(), spec: loadSpec(t)}
+	h := &house{log: &logBuffer{}, node: caytest.NewNode(), agent: newFakeAgent(), ports: &fakePorts{addrs: map[int]string{}}, spec: loadSpec(t)}
 	log := slog.New(slog.NewJSONHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	db, err := store.Open(ctx, filepath.Join(t.TempDir(), "cay.db"))
 	if err != nil {
@@ -88,7 +90,9 @@ func newHouse(t testing.TB, options ...option) *house {
 		Sizes:    []string{"shared-cpu-1x"}, MaxDiskMB: 8192, MaxTemplates: 20, ContextLimit: contextLimit,
 	}, db, h.builds, contexts, db, log)
 	registry := prometheus.NewRegistry()
+	ports := proxy.New(h.ports, log)
 	cfg := Config{
+		Ports: ports, Signer: proxy.NewSigner("secret"),
 		Agent: h.agent, Templates: templates, Log: log, Version: "test", Registry: registry,
 		Metrics: promhttp.HandlerFor(registry, promhttp.HandlerOpts{}),
 		Ready:   func() error { return h.ready },
@@ -140,7 +144,7 @@ func newHouse(t testing.TB, options ...option) *house {
 		<-done
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer cancel()
-		for _, err := range []error{h.boxes.Close(ctx), h.auth.Close(ctx), db.Close()} {
+		for _, err := range []error{ports.Close(ctx), h.boxes.Close(ctx), h.auth.Close(ctx), db.Close()} {
 			if err != nil {
 				t.Errorf("closing: %v", err)
 			}
@@ -400,6 +404,8 @@ type fakeAgent struct {
 	fakeProcesses
 	execute func(ctx context.Context, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error)
 	fail    error // of every call but execute
+
+	cutTrees bool // archives end early
 
 	mu      sync.Mutex
 	files   map[string][]byte

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/cayhq/cay/internal/span"
 )
 
 // metrics counts requests by route pattern, never by path: ids would make a
@@ -14,6 +16,7 @@ type metrics struct {
 	inFlight prometheus.Gauge
 	requests *prometheus.CounterVec
 	duration *prometheus.HistogramVec
+	parts    *prometheus.HistogramVec
 }
 
 func newMetrics(registry prometheus.Registerer) *metrics {
@@ -29,8 +32,12 @@ func newMetrics(registry prometheus.Registerer) *metrics {
 			// From a lookup to a command of five minutes.
 			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300},
 		}, []string{"route", "method"}),
+		parts: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "cay_http_request_part_duration_seconds", Help: "Time of each part of requests that succeeded, as their Server-Timing has them, by route pattern.",
+			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 10, 60, 300},
+		}, []string{"route", "part"}),
 	}
-	registry.MustRegister(m.inFlight, m.requests, m.duration)
+	registry.MustRegister(m.inFlight, m.requests, m.duration, m.parts)
 	return m
 }
 
@@ -45,4 +52,10 @@ func (m *metrics) observe(route, method string, status int, took time.Duration) 
 	}
 	m.requests.WithLabelValues(route, method, strconv.Itoa(status/100)+"xx").Inc()
 	m.duration.WithLabelValues(route, method).Observe(took.Seconds())
+}
+
+func (m *metrics) observeParts(route string, spans []span.Span) {
+	for _, s := range spans {
+		m.parts.WithLabelValues(route, s.Name).Observe(s.Took.Seconds())
+	}
 }

@@ -25,6 +25,7 @@ var statuses = map[fault.Kind]int{
 	fault.Unavailable:     http.StatusServiceUnavailable,
 	fault.NoSpace:         http.StatusInsufficientStorage,
 	fault.TooLarge:        http.StatusRequestEntityTooLarge,
+	fault.Upstream:        http.StatusBadGateway,
 }
 
 // statusGone is what the log and the metrics say of a call whose caller left
@@ -46,16 +47,10 @@ func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	s.problem(w, r, status, f)
 }
 
-// verdict is what the caller is told of an error, and under which status.
+// verdict is what the caller is told of an error, and under which status; it notes for
+// the call what broke.
 func verdict(r *http.Request, err error) (int, *fault.Error) {
-	f := fault.As(err)
-	if f == nil || f.Kind == fault.Internal && f.Code == "" {
-		f = fault.New(fault.Internal, "internal", "something broke on this server; its log has the cause under the request_id").Because(err)
-	}
-	status := statuses[f.Kind]
-	if status == 0 {
-		status = http.StatusInternalServerError
-	}
+	status, f := statusOf(err)
 	if status >= 500 {
 		c := callOf(r)
 		c.err = err
@@ -65,6 +60,19 @@ func verdict(r *http.Request, err error) (int, *fault.Error) {
 			c.gone = true
 			status, f = http.StatusServiceUnavailable, fault.New(fault.Unavailable, "interrupted", "the call was interrupted")
 		}
+	}
+	return status, f
+}
+
+// statusOf is the status of an error, and what of it a caller is told.
+func statusOf(err error) (int, *fault.Error) {
+	f := fault.As(err)
+	if f == nil || f.Kind == fault.Internal && f.Code == "" {
+		f = fault.New(fault.Internal, "internal", "something broke on this server; its log has the cause under the request_id").Because(err)
+	}
+	status := statuses[f.Kind]
+	if status == 0 {
+		status = http.StatusInternalServerError
 	}
 	return status, f
 }
@@ -80,8 +88,12 @@ func (s *server) problem(w http.ResponseWriter, r *http.Request, status int, f *
 	if f.RetryAfter > 0 {
 		h.Set("Retry-After", strconv.FormatInt(int64(math.Ceil(f.RetryAfter.Seconds())), 10))
 	}
-	h.Set("Content-Type", "application/problem+json")
 	h.Set("Cache-Control", "no-store")
+	if callOf(r).page && wantsPage(r) {
+		s.writePage(w, r, status, f)
+		return
+	}
+	h.Set("Content-Type", "application/problem+json")
 	writeJSON(w, r, status, p)
 }
 
@@ -172,7 +184,7 @@ func parameterError(err error) error {
 		return fault.New(fault.Invalid, "invalid_request", "a parameter is not right").Because(err)
 	}
 	switch name {
-	case "limit", "depth":
+	case "limit", "depth", "port":
 		if detail == "is not of the right type" {
 			detail = "must be a whole number"
 		}

@@ -13,23 +13,35 @@ type access struct {
 	scope auth.Scope // the key must cover it; "" is any valid key
 	query []string   // known parameters; one that ends in "." is a prefix
 	many  string     // the one parameter that may be repeated
+	timed bool       // answers have a Server-Timing header
 }
 
 // routes is the one table of who may call what. A test holds it and openapi.yaml
 // together; a route that is not here is refused.
 var routes = map[string]access{
-	"POST /v1/sandboxes":                 {scope: auth.SandboxesWrite, query: []string{"wait"}},
+	"POST /v1/sandboxes":                 {scope: auth.SandboxesWrite, timed: true, query: []string{"wait"}},
 	"GET /v1/sandboxes":                  {scope: auth.SandboxesRead, query: []string{"status", "limit", "cursor", "metadata."}, many: "status"},
 	"GET /v1/sandboxes/{id}":             {scope: auth.SandboxesRead},
 	"DELETE /v1/sandboxes/{id}":          {scope: auth.SandboxesWrite},
 	"POST /v1/sandboxes/{id}/keepalive":  {scope: auth.SandboxesWrite},
-	"POST /v1/sandboxes/{id}/wake":       {scope: auth.SandboxesWrite},
+	"POST /v1/sandboxes/{id}/wake":       {scope: auth.SandboxesWrite, timed: true},
 	"POST /v1/sandboxes/{id}/suspend":    {scope: auth.SandboxesWrite},
 	"POST /v1/sandboxes/{id}/checkpoint": {scope: auth.SandboxesWrite},
 	"PUT /v1/sandboxes/{id}/egress":      {scope: auth.SandboxesWrite},
+	"POST /v1/sandboxes/{id}/snapshots":  {scope: auth.SandboxesWrite},
+	"POST /v1/sandboxes/{id}/fork":       {scope: auth.SandboxesWrite},
 	"GET /v1/sandboxes/{id}/events":      {scope: auth.SandboxesRead, query: []string{"limit", "cursor"}},
 
-	"POST /v1/sandboxes/{id}/execute":                    {scope: auth.Exec},
+	"POST /v1/sandboxes/{id}/tunnel":           {scope: auth.Exec, query: []string{"port"}},
+	"GET /v1/sandboxes/{id}/ports":             {scope: auth.SandboxesRead},
+	"GET /v1/sandboxes/{id}/ports/{port}":      {scope: auth.SandboxesRead},
+	"PUT /v1/sandboxes/{id}/ports/{port}":      {scope: auth.SandboxesWrite},
+	"POST /v1/sandboxes/{id}/ports/{port}/url": {scope: auth.Exec},
+	"GET /v1/snapshots":                        {scope: auth.SandboxesRead, query: []string{"sandbox", "name", "limit", "cursor"}},
+	"GET /v1/snapshots/{snapshot}":             {scope: auth.SandboxesRead},
+	"DELETE /v1/snapshots/{snapshot}":          {scope: auth.SandboxesWrite},
+
+	"POST /v1/sandboxes/{id}/execute":                    {scope: auth.Exec, timed: true},
 	"POST /v1/sandboxes/{id}/processes":                  {scope: auth.Exec},
 	"GET /v1/sandboxes/{id}/processes":                   {scope: auth.Exec},
 	"GET /v1/sandboxes/{id}/processes/{process}":         {scope: auth.Exec},
@@ -45,6 +57,13 @@ var routes = map[string]access{
 	"GET /v1/sandboxes/{id}/files":      {scope: auth.Files, query: []string{"path"}},
 	"DELETE /v1/sandboxes/{id}/files":   {scope: auth.Files, query: []string{"path", "recursive"}},
 	"GET /v1/sandboxes/{id}/files/list": {scope: auth.Files, query: []string{"path", "depth"}},
+
+	"GET /v1/sandboxes/{id}/files/stat":    {scope: auth.Files, query: []string{"path"}},
+	"POST /v1/sandboxes/{id}/files/mkdir":  {scope: auth.Files},
+	"POST /v1/sandboxes/{id}/files/rename": {scope: auth.Files},
+	"GET /v1/sandboxes/{id}/files/watch":   {scope: auth.Files, query: []string{"path", "recursive"}},
+	"GET /v1/sandboxes/{id}/files/tar":     {scope: auth.Files, query: []string{"path"}},
+	"PUT /v1/sandboxes/{id}/files/tar":     {scope: auth.Files, query: []string{"path", "owner"}},
 
 	"GET /v1/templates":                     {scope: auth.TemplatesRead, query: []string{"limit", "cursor"}},
 	"POST /v1/templates":                    {scope: auth.TemplatesWrite},

@@ -68,7 +68,7 @@ func onceOf(r *http.Request, body []byte) (sandbox.Once, error) {
 }
 
 func requestOf(in CreateSandboxRequest) (sandbox.Request, error) {
-	out := sandbox.Request{Template: in.Template, DiskSizeMB: in.DiskSizeMB, Env: in.Env, Metadata: in.Metadata}
+	out := sandbox.Request{Template: in.Template, Snapshot: in.Snapshot, DiskSizeMB: in.DiskSizeMB, Env: in.Env, Metadata: in.Metadata}
 	if in.Mode != nil {
 		if *in.Mode == "" {
 			return out, fault.InField("invalid_mode", "mode", "must be %s or %s, not empty", sandbox.Ephemeral, sandbox.Persistent)

@@ -174,6 +174,9 @@ func (s *Service) ListKeys(ctx context.Context, p Principal, limit int, cursor s
 	return s.store.ListKeys(ctx, p.Org.ID, limit, cursor)
 }
 
+// Org is an organization by its ID, for those who act for it without a key.
+func (s *Service) Org(ctx context.Context, id string) (Org, error) { return s.store.GetOrg(ctx, id) }
+
 // RevokeKey ends a key of p's organization for good, from the next call on. It
 // needs the scope admin, but any key may revoke itself. It is safe to repeat.
 // NotFound, code "api_key_not_found", when the organization has no such key.

@@ -27,6 +27,8 @@ type Node struct {
 	OnRest       func(ctx context.Context, id sandbox.ID) error
 	OnInspect    func(ctx context.Context, id sandbox.ID) error
 	OnSetEgress  func(ctx context.Context, id sandbox.ID) error
+	OnSnapshot   func(ctx context.Context, id sandbox.ID) error // of SnapshotPoint too
+	OnDrop       func(ctx context.Context, id sandbox.SnapshotID) error
 	OnBusy       func(ctx context.Context, id sandbox.ID) (bool, error) // unset: not busy
 	// OnDial, if set, answers Dial for a sandbox that is there.
 	OnDial func(ctx context.Context, id sandbox.ID) (net.Conn, error)
@@ -42,12 +44,15 @@ type Node struct {
 	// +checklocks:mu
 	boxes map[sandbox.ID]sandbox.Fact // guarded by mu
 	// +checklocks:mu
+	snapshots map[sandbox.SnapshotID]bool // guarded by mu
+	// +checklocks:mu
 	calls []string // "create sbx_…", in order; guarded by mu
 }
 
 // NewNode makes an empty node.
 func NewNode() *Node {
-	return &Node{lost: make(chan sandbox.Fact), denied: make(chan sandbox.Denial), boxes: map[sandbox.ID]sandbox.Fact{}}
+	return &Node{lost: make(chan sandbox.Fact), denied: make(chan sandbox.Denial), boxes: map[sandbox.ID]sandbox.Fact{},
+		snapshots: map[sandbox.SnapshotID]bool{}}
 }
 
 // SetFull makes Room say no, or yes again.
@@ -146,6 +151,9 @@ func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
 	defer n.mu.Unlock()
 	if _, there := n.boxes[spec.ID]; there {
 		return errors.New("created twice")
+	}
+	if spec.From != "" && !n.snapshots[spec.From] {
+		return fault.New(fault.Internal, "restore_failed", "there is no snapshot %s", spec.From)
 	}
 	n.boxes[spec.ID] = sandbox.Fact{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Egress: spec.Egress}
 	return nil

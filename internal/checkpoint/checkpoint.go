@@ -170,6 +170,12 @@ func (d *Draft) end() {
 // its maker must know to use it, and removes the one before. After an error the latest
 // is what it was, and the draft is still to be abandoned.
 func (d *Draft) Commit(at time.Time, about any) (*Checkpoint, error) {
+	return d.CommitAs(d.name, at, about)
+}
+
+// CommitAs is Commit, but the draft becomes the latest checkpoint of another name. A crash
+// before the end can leave that name with nothing, see [Store.Names].
+func (d *Draft) CommitAs(name string, at time.Time, about any) (*Checkpoint, error) {
 	data, err := json.Marshal(about)
 	if err != nil {
 		return nil, fmt.Errorf("encoding what a checkpoint is about: %w", err)
@@ -185,7 +191,10 @@ func (d *Draft) Commit(at time.Time, about any) (*Checkpoint, error) {
 	if err := writeSynced(filepath.Join(d.Dir(), manifestFile), data); err != nil {
 		return nil, err
 	}
-	home := filepath.Dir(d.Dir())
+	home := filepath.Join(d.store.dir, name)
+	if err := os.MkdirAll(home, 0o700); err != nil {
+		return nil, fmt.Errorf("making a directory for a checkpoint: %w", err)
+	}
 	older, err := numbers(home)
 	if err != nil {
 		return nil, err
@@ -199,6 +208,10 @@ func (d *Draft) Commit(at time.Time, about any) (*Checkpoint, error) {
 		return nil, fmt.Errorf("putting a checkpoint in place: %w", err)
 	}
 	d.end()
+	if name != d.name {
+		// Fails while there is a checkpoint of that name, and should.
+		_ = os.Remove(filepath.Dir(d.Dir()))
+	}
 	for _, n := range older {
 		// One that stays is removed by the next commit, and never read before.
 		_ = os.RemoveAll(filepath.Join(home, strconv.Itoa(n)))
@@ -410,6 +423,11 @@ func (c *Checkpoint) verify(ctx context.Context, want file, whole bool) error {
 		return damaged("%s cannot be read", want.Name).Because(err)
 	}
 	defer f.Close()
+	return verifyFile(ctx, want, f, whole)
+}
+
+// verifyFile checks a file that is open and was not read from yet.
+func verifyFile(ctx context.Context, want file, f *os.File, whole bool) error {
 	info, err := f.Stat()
 	if err != nil {
 		return damaged("%s cannot be read", want.Name).Because(err)

@@ -31,10 +31,11 @@ const (
 	Unavailable          // this machine cannot now; trying again later may work
 	NoSpace              // a disk is full
 	TooLarge             // a body or a result is over its limit
+	Upstream             // what runs in a sandbox, and not cay, did not do its part
 )
 
 var kindNames = [...]string{"internal", "not found", "conflict", "invalid", "unauthenticated", "denied",
-	"exhausted", "unavailable", "no space", "too large", "unsupported"}
+	"exhausted", "unavailable", "no space", "too large", "upstream"}
 
 // String names the kind for logs.
 func (k Kind) String() string {

@@ -50,12 +50,25 @@ func (n *Node) adopt() error {
 			n.log.Warn("a sandbox does not run any more", "sandbox", id, "error", err)
 			continue
 		}
-		if c, was, err := n.latest(id); err == nil && c != nil && was.Run != l.Run {
-			n.verify(b, c) // it was woken from it, and who did may not have come to the end
-		}
+		n.verifyAdopted(b)
 		n.log.Info("adopted a sandbox", "sandbox", id, "pid", b.pid)
 	}
 	return n.net.Sweep(keep)
+}
+
+// verifyAdopted verifies the memory of a sandbox that was restored by another process of
+// the server, which may not have come to the end of it.
+func (n *Node) verifyAdopted(b *box) {
+	c, was, err := n.latest(string(b.life.ID))
+	if err == nil && c == nil && b.life.From != "" {
+		c, was, err = n.latest(b.life.From)
+	}
+	if err != nil || c == nil || was.Run == b.life.Run {
+		return
+	}
+	if err := n.verify(b, c); err != nil {
+		n.log.Error("verifying the memory of an adopted sandbox", "sandbox", b.life.ID, "error", err)
+	}
 }
 
 // availableMemory is what the machine can give without swapping, in bytes.

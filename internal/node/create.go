@@ -15,6 +15,7 @@ import (
 	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/span"
 )
 
 const (
@@ -56,6 +57,8 @@ type life struct {
 	Warm string `json:"warm,omitempty"`
 	// Egress is the policy that is wanted. It changes while the sandbox runs.
 	Egress sandbox.Egress `json:"egress"`
+	// From is the snapshot that this life was made from; "" is none.
+	From string `json:"from,omitempty"`
 }
 
 // step is one part of a create. What it did is undone by Destroy, which works
@@ -68,8 +71,11 @@ type step struct {
 // Create makes a sandbox and returns when its agent answers and knows its token, and its
 // start command, if it has one, is ready.
 func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
-	b := n.newBox(spec)
-	return n.take(ctx, b, n.creation(b, spec), n.Destroy)
+	b, steps, err := n.making(ctx, spec)
+	if err != nil {
+		return err
+	}
+	return n.take(ctx, b, steps, n.Destroy)
 }
 
 // newBox is a sandbox that is to be booted.
@@ -107,7 +113,9 @@ func (n *Node) walk(ctx context.Context, b *box, steps []step, undo func(context
 	id := b.life.ID
 	for _, s := range steps {
 		began := time.Now()
+		end := span.Start(ctx, s.name)
 		err := s.do(ctx)
+		end()
 		if err == nil {
 			err = n.passed(s.name)
 		}

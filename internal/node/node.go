@@ -96,9 +96,10 @@ type Node struct {
 	// step. Tests break operations everywhere with it.
 	after func(step string) error
 
-	mu     sync.Mutex
-	boxes  map[sandbox.ID]*box    // everything that has a directory; guarded by mu
-	guests map[*network.Slot]*box // those whose slot has its policy; guarded by mu
+	mu            sync.Mutex
+	boxes         map[sandbox.ID]*box      // everything that has a directory; guarded by mu
+	verifications map[string]*verification // that have not begun, by the checkpoint's directory; guarded by mu
+	guests        map[*network.Slot]*box   // those whose slot has its policy; guarded by mu
 }
 
 // Open makes a Node and adopts the sandboxes that still run. What is left of dead
@@ -120,7 +121,7 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 	n := &Node{cfg: cfg, log: log, net: slots, images: images, groups: groups, mover: mover,
 		state: &runsc.Runtime{Root: cfg.RunDir},
 		lost:  make(chan sandbox.Fact), denials: make(chan sandbox.Denial, denialsHeld),
-		boxes: map[sandbox.ID]*box{}, guests: map[*network.Slot]*box{}}
+		boxes: map[sandbox.ID]*box{}, verifications: map[string]*verification{}, guests: map[*network.Slot]*box{}}
 	n.agents = agentapi.NewClient(func(ctx context.Context, id string) (net.Conn, error) {
 		return n.Dial(ctx, sandbox.ID(id))
 	})

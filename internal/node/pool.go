@@ -24,9 +24,11 @@ func (n *Node) make() string {
 // Prepare implements sandbox.Node. The slot of a member without a start command gets no
 // policy, so that nothing leaves it.
 func (n *Node) Prepare(ctx context.Context, spec sandbox.Spec) error {
-	b := n.newBox(spec)
+	b, steps, err := n.making(ctx, spec)
+	if err != nil {
+		return err
+	}
 	b.life.Warm = n.make()
-	steps := n.creation(b, spec)
 	if spec.Start.None() {
 		b.life.Egress = sandbox.Egress{}
 		steps = slices.DeleteFunc(steps, func(s step) bool { return s.name == "policy" })

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,11 +11,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/checkpoint"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/payload"
-	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -44,7 +41,7 @@ func (n *Node) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Point, error
 	if err != nil {
 		return sandbox.Point{}, n.giveUp(b, draft, err)
 	}
-	point, err := n.commit(b, draft, now)
+	point, err := n.commit(b, draft, string(id), now)
 	if err != nil {
 		err = errors.Join(err, hold.Release())
 		return sandbox.Point{}, n.giveUp(b, draft, err)
@@ -57,6 +54,12 @@ func (n *Node) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Point, error
 
 // Checkpoint implements sandbox.Node.
 func (n *Node) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
+	return n.saveLive(ctx, id, string(id))
+}
+
+// saveLive writes a sandbox down that runs on, as the latest checkpoint of a name: its own,
+// or that of a snapshot.
+func (n *Node) saveLive(ctx context.Context, id sandbox.ID, name string) (sandbox.Point, error) {
 	b, draft, err := n.draft(ctx, id)
 	if err != nil {
 		return sandbox.Point{}, err
@@ -65,7 +68,7 @@ func (n *Node) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Point, er
 	if err := b.runtime().SaveLive(ctx, b.container(), draft.Dir()); err != nil {
 		return sandbox.Point{}, n.giveUp(b, draft, err)
 	}
-	point, err := n.commit(b, draft, now)
+	point, err := n.commit(b, draft, name, now)
 	if err != nil {
 		return sandbox.Point{}, n.giveUp(b, draft, err)
 	}
@@ -97,11 +100,11 @@ func (n *Node) draft(ctx context.Context, id sandbox.ID) (*box, *checkpoint.Draf
 	return b, draft, err
 }
 
-func (n *Node) commit(b *box, draft *checkpoint.Draft, at time.Time) (sandbox.Point, error) {
+func (n *Node) commit(b *box, draft *checkpoint.Draft, name string, at time.Time) (sandbox.Point, error) {
 	if err := n.passed("save"); err != nil {
 		return sandbox.Point{}, err
 	}
-	c, err := draft.Commit(at, about{b.life, n.cfg.Nameservers})
+	c, err := draft.CommitAs(name, at, about{b.life, n.cfg.Nameservers})
 	if err != nil {
 		return sandbox.Point{}, err
 	}
@@ -169,142 +172,6 @@ func (n *Node) revive(b *box) error {
 	return n.groups.Group(n.groupPath(b.life.ID)).Kill(n.ctx)
 }
 
-// wakeFailed is the error of a checkpoint that cannot be restored.
-func wakeFailed(cause error, why string, args ...any) error {
-	return fault.New(fault.Internal, "wake_failed", why, args...).Because(cause)
-}
-
-// Wake implements sandbox.Node.
-func (n *Node) Wake(ctx context.Context, spec sandbox.Spec) error {
-	c, was, err := n.restorable(ctx, spec.ID)
-	if err != nil {
-		if f := fault.As(err); f != nil {
-			return wakeFailed(err, "%s", f.Detail)
-		}
-		return err
-	}
-	programs, err := payload.Find(n.cfg.ProgramsDir, was.Programs)
-	if err != nil {
-		return wakeFailed(err, "the version of cay's runtime that made the checkpoint (%s) is not on this machine any more", was.Programs.Runsc)
-	}
-	b := &box{node: n, life: was.life}
-	b.life.Run, b.life.Token, b.life.Egress = spec.Run, spec.Token, spec.Egress
-	restored := false
-	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
-		pid, err := b.runtime().Restore(ctx, b.container(), c.Dir, runsc.Place{
-			Image: image, Binds: binds(programs), Namespace: b.slot.Namespace, Cgroups: n.groupPath(spec.ID)})
-		restored = err == nil
-		return pid, err
-	}, func(ctx context.Context) error { return n.greetAgent(ctx, b, was) })
-	if err := n.take(ctx, b, steps, n.Rest); err != nil {
-		if restored || fault.As(err) != nil || ctx.Err() != nil {
-			return err
-		}
-		return wakeFailed(err, "gVisor could not restore the checkpoint; the server's log has the cause")
-	}
-	n.verify(b, c)
-	return nil
-}
-
-// latest is the sandbox's latest checkpoint and what it is about; nil if it has none.
-func (n *Node) latest(id sandbox.ID) (*checkpoint.Checkpoint, about, error) {
-	var was about
-	c, err := n.checkpoints.Latest(string(id))
-	if err == nil && c != nil {
-		err = c.Understand(&was)
-	}
-	return c, was, err
-}
-
-// restorable finds the sandbox's latest checkpoint and looks at it: at the sums of all
-// files but the pages, which take as long to read as the sandbox is large. They are
-// verified while it runs, and before it does once they were found wrong.
-func (n *Node) restorable(ctx context.Context, id sandbox.ID) (*checkpoint.Checkpoint, about, error) {
-	c, was, err := n.latest(id)
-	if err != nil {
-		return nil, was, err
-	}
-	if c == nil {
-		return nil, was, wakeFailed(nil, "its checkpoint is not on this machine")
-	}
-	suspect := c.Suspect()
-	return c, was, c.Verify(ctx, func(name string) bool { return suspect || name != runsc.PagesFile })
-}
-
-// greetAgent gives a restored agent its new token, and the name servers if they are
-// others now. Nothing else: what is in its files since may be the user's.
-func (n *Node) greetAgent(ctx context.Context, b *box, was about) error {
-	before := b.target()
-	before.Token = was.Token
-	hello := agentapi.InitRequest{AccessToken: b.life.Token}
-	if strings.Join(was.Nameservers, " ") != strings.Join(n.cfg.Nameservers, " ") {
-		hello.Nameservers = n.cfg.Nameservers
-	}
-	if err := n.agents.Init(ctx, before, hello); err != nil {
-		return fmt.Errorf("giving the agent its new token: %w", err)
-	}
-	return nil
-}
-
-// verification is the reading of the memory that a sandbox was restored with.
-type verification struct {
-	wanted chan struct{} // somebody waits for it
-	done   chan struct{} // closed when err is set
-	err    error
-}
-
-// verifyAfter is how long after a wake its memory is verified, if nobody waits for it. Until
-// then the sandbox's kernel reads the same file, and whoever woke it wants the machine.
-const verifyAfter = 5 * time.Second
-
-// verify reads, in the background, the memory that a sandbox was restored with, and ends
-// the sandbox if it is not what was written: it would go on with somebody else's memory.
-func (n *Node) verify(b *box, c *checkpoint.Checkpoint) {
-	v := &verification{wanted: make(chan struct{}, 1), done: make(chan struct{})}
-	b.verified = v
-	n.watches.Go(func() {
-		defer close(v.done)
-		select {
-		case <-time.After(verifyAfter):
-		case <-v.wanted:
-		case <-b.ctx.Done():
-		}
-		n.verifying.Lock()
-		defer n.verifying.Unlock()
-		v.err = c.Verify(b.ctx, func(name string) bool { return name == runsc.PagesFile })
-		if errors.Is(v.err, fs.ErrNotExist) {
-			// Somebody removed it. What the sandbox has in memory is all there is now.
-			n.log.WarnContext(b.ctx, "a checkpoint is gone while its sandbox runs", "sandbox", b.life.ID, "checkpoint", c.Dir)
-			v.err = nil
-		}
-		if v.err == nil || b.ctx.Err() != nil {
-			return
-		}
-		n.log.ErrorContext(b.ctx, "ending a sandbox whose checkpoint is damaged", "sandbox", b.life.ID, "checkpoint", c.Dir, "error", v.err)
-		if err := errors.Join(c.Distrust(), n.groups.Group(n.groupPath(b.life.ID)).Kill(n.ctx)); err != nil && n.ctx.Err() == nil {
-			n.log.ErrorContext(n.ctx, "ending a sandbox", "sandbox", b.life.ID, "error", err)
-		}
-	})
-}
-
-// sound waits until the memory that the sandbox was restored with is known to be right.
-// Before that no checkpoint may take the place of the one it came from.
-func (b *box) sound(ctx context.Context) error {
-	if b.verified == nil {
-		return nil // it was booted
-	}
-	select {
-	case b.verified.wanted <- struct{}{}:
-	default: // somebody has said so
-	}
-	select {
-	case <-b.verified.done:
-		return b.verified.err
-	case <-ctx.Done():
-		return fmt.Errorf("waiting for the memory of %s to be verified: %w", b.life.ID, ctx.Err())
-	}
-}
-
 // point is the sandbox's recovery point, nil if it has none. One that cannot be read is
 // one too: it is kept, and a wake says what is wrong with it.
 func (n *Node) point(id sandbox.ID) (*sandbox.Point, error) {
@@ -355,9 +222,9 @@ func (n *Node) collect() error {
 		return err
 	}
 	for _, name := range names {
-		_, was, err := n.latest(sandbox.ID(name))
+		_, was, err := n.latest(name)
 		if err != nil {
-			n.log.Warn("keeping all versions of the runtime: a checkpoint does not say which it needs", "sandbox", name, "error", err)
+			n.log.Warn("keeping all versions of the runtime: a checkpoint does not say which it needs", "of", name, "error", err)
 			return nil
 		}
 		keep = append(keep, was.Programs)

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -97,8 +98,8 @@ func copySpec(bundle, dir string) error {
 	return nil
 }
 
-// Place is where a restored sandbox finds what is not in the checkpoint: all that
-// gVisor lets change between save and restore.
+// Place is where a restored sandbox finds what is not in the checkpoint, and keeps what it
+// writes. All else of its spec is as it was saved.
 type Place struct {
 	Image     string // path of the root's EROFS file, the same content as before
 	Binds     []Bind // the same, maybe from elsewhere
@@ -125,6 +126,10 @@ func (r *Runtime) Restore(ctx context.Context, c Container, dir string, p Place)
 	if err := writeSpec(c); err != nil {
 		return 0, err
 	}
+	// gVisor would compare the specs, and refuse a sandbox that is in another directory than
+	// the one that was saved, be it woken or a copy of it. There is nothing to find out: this
+	// spec is the saved one, and what differs is what apply has changed.
+	r = &Runtime{Program: r.Program, Flags: append(slices.Clone(r.Flags), "--restore-spec-validation=ignore"), Root: r.Root}
 	return r.start(ctx, c, "restore", "--background", "--image-path="+dir)
 }
 

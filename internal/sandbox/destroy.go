@@ -12,22 +12,45 @@ import (
 // a machine that needs longer is overloaded, and the reconciler comes back.
 const cleanupTimeout = 60 * time.Second
 
-// Destroy removes a sandbox, whatever is being done to it. It is safe to repeat:
-// one that is over already is success, and a second caller waits for the first.
-// When something could not be removed the error says so, the sandbox stays
+// takedownsAtOnce is how many sandboxes are taken apart at once. It is the host's
+// kernel that works then, on process tables, control groups and namespaces, mostly
+// under locks of its own: more at once take as long and slow creates, fewer let
+// a crowd that is destroyed together run on for longer.
+const takedownsAtOnce = 4
+
+// Destroy removes a sandbox, whatever is being done to it. It returns when that is
+// durable: from then on the sandbox shows as destroyed, cannot be used and counts
+// against no quota, and what it has on the machine goes in the background. It is
+// safe to repeat. When something could not be removed the sandbox stays
 // destroying, and removal is tried again until it succeeds.
 func (s *Service) Destroy(ctx context.Context, orgID string, id ID) error {
-	if _, err := s.Get(ctx, orgID, id); err != nil {
+	box, err := s.Get(ctx, orgID, id)
+	if err != nil || box.State.Over() {
 		return err
 	}
-	return s.destroy(ctx, id, "", Requested)
+	claimed, done := make(chan struct{}), make(chan error, 1)
+	go func() {
+		err := s.end(id, "", Requested, func() { close(claimed) })
+		if err != nil && box.State != Destroying {
+			s.log.Error("destroying a sandbox", "sandbox", id, "error", err)
+		}
+		done <- err
+	}()
+	select {
+	case <-claimed:
+		return nil
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
-// destroy ends the sandbox if it is still in the given life ("" is any). It goes on
-// when ctx ends; ctx only bounds the wait.
+// destroy ends the sandbox if it is still in the given life ("" is any), and returns
+// when nothing of it is left. It goes on when ctx ends; ctx only bounds the wait.
 func (s *Service) destroy(ctx context.Context, id ID, run string, why Reason) error {
 	done := make(chan error, 1)
-	go func() { done <- s.end(id, run, why) }()
+	go func() { done <- s.end(id, run, why, func() {}) }()
 	select {
 	case err := <-done:
 		return err
@@ -36,18 +59,24 @@ func (s *Service) destroy(ctx context.Context, id ID, run string, why Reason) er
 	}
 }
 
-// end interrupts what is being done to the sandbox and takes it apart.
-func (s *Service) end(id ID, run string, why Reason) error {
+// end interrupts what is being done to the sandbox and takes it apart. It calls claimed
+// once the row says that it is being destroyed, unless an error comes first.
+func (s *Service) end(id ID, run string, why Reason, claimed func()) error {
 	for {
 		op, mine := s.begin(id, opDestroy)
 		switch {
 		case op == nil:
 			return errClosing
 		case mine:
-			err := s.takeApart(op.ctx, id, run, why)
+			err := s.takeApart(op.ctx, id, run, why, func() { close(op.claimed); claimed() })
 			s.finish(id, op, Sandbox{}, err)
 			return err
 		case op.kind == opDestroy:
+			select {
+			case <-op.claimed:
+				claimed()
+			case <-op.done:
+			}
 			<-op.done
 			return op.err
 		default:
@@ -57,8 +86,8 @@ func (s *Service) end(id ID, run string, why Reason) error {
 	}
 }
 
-// takeApart claims destroying, clears the host and writes destroyed.
-func (s *Service) takeApart(ctx context.Context, id ID, run string, why Reason) error {
+// takeApart claims destroying and calls claimed, clears the host and writes destroyed.
+func (s *Service) takeApart(ctx context.Context, id ID, run string, why Reason, claimed func()) error {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
 	box, err := s.store.Get(ctx, id)
@@ -76,6 +105,13 @@ func (s *Service) takeApart(ctx context.Context, id ID, run string, why Reason) 
 		}
 	}
 	s.untrack(id)
+	claimed()
+	select {
+	case s.takedowns <- struct{}{}:
+		defer func() { <-s.takedowns }()
+	case <-ctx.Done(): // reconcile comes back for it
+		return fmt.Errorf("waiting to take %s apart: %w", id, ctx.Err())
+	}
 	if err := s.node.Destroy(ctx, id); err != nil {
 		return fmt.Errorf("taking %s apart: %w", id, err)
 	}

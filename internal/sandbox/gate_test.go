@@ -197,6 +197,29 @@ func (s gatedStore) SetActivity(ctx context.Context, last map[sandbox.ID]time.Ti
 	return err
 }
 
+func (s gatedStore) AddSnapshot(ctx context.Context, snap sandbox.Snapshot, most int) error {
+	s.writes.Add(1)
+	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) { return nil, s.Store.AddSnapshot(ctx, snap, most) })
+	return err
+}
+
+func (s gatedStore) ReadySnapshot(ctx context.Context, id sandbox.SnapshotID, at time.Time, size int64) (sandbox.Snapshot, error) {
+	s.writes.Add(1)
+	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Snapshot, error) { return s.Store.ReadySnapshot(ctx, id, at, size) })
+}
+
+func (s gatedStore) EndSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
+	s.writes.Add(1)
+	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) { return nil, s.Store.EndSnapshot(ctx, id) })
+	return err
+}
+
+func (s gatedStore) DropSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
+	s.writes.Add(1)
+	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) { return nil, s.Store.DropSnapshot(ctx, id) })
+	return err
+}
+
 func (s gatedStore) Unfinished(ctx context.Context) ([]sandbox.Sandbox, error) {
 	s.mu.Lock()
 	before := s.before
@@ -248,6 +271,19 @@ func (n gatedNode) Rest(ctx context.Context, id sandbox.ID) error {
 
 func (n gatedNode) Destroy(ctx context.Context, id sandbox.ID) error {
 	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.Destroy(ctx, id) })
+	return err
+}
+
+func (n gatedNode) Snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Point, error) {
+	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Point, error) { return n.Node.Snapshot(ctx, id, to) })
+}
+
+func (n gatedNode) SnapshotPoint(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Point, error) {
+	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Point, error) { return n.Node.SnapshotPoint(ctx, id, to) })
+}
+
+func (n gatedNode) DropSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.DropSnapshot(ctx, id) })
 	return err
 }
 

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/span"
 )
 
 type opKind string
@@ -17,6 +18,8 @@ const (
 	opWake       opKind = "wake"
 	opCheckpoint opKind = "checkpoint"
 	opEgress     opKind = "egress"
+	opSnapshot   opKind = "snapshot"
+	opFork       opKind = "fork"
 	opClaim      opKind = "claim"   // a create from the pool
 	opPrepare    opKind = "prepare" // a new member of the pool
 	opSettle     opKind = "settle"  // makes row and host agree
@@ -28,10 +31,12 @@ type operation struct {
 	kind   opKind
 	ctx    context.Context
 	cancel context.CancelCauseFunc
-	done   chan struct{} // closed by finish, after what follows is set
-	result Sandbox
-	point  Point // of a checkpoint
-	err    error
+	// claimed is closed once a destroy is durable; what is left of it no caller waits for.
+	claimed chan struct{}
+	done    chan struct{} // closed by finish, after what follows is set
+	result  Sandbox
+	point   Point // of a checkpoint
+	err     error
 }
 
 // wait returns the operation's result, or ctx's error if that ends first.
@@ -66,17 +71,19 @@ func (s *Service) begin(id ID, kind opKind) (op *operation, mine bool) {
 	if op := s.work[id]; op != nil || s.closed {
 		return op, false
 	}
-	op = &operation{kind: kind, done: make(chan struct{})}
+	op = &operation{kind: kind, claimed: make(chan struct{}), done: make(chan struct{})}
 	op.ctx, op.cancel = context.WithCancelCause(context.Background())
 	s.work[id] = op
 	s.wg.Add(1)
 	return op, true
 }
 
-// do works on the operation that the caller has begun, and finishes it.
-func (s *Service) do(id ID, op *operation, work func(ctx context.Context) (Sandbox, error)) {
+// do works on the operation that the caller has begun, and finishes it. Of ctx it has
+// nothing but what is measured.
+func (s *Service) do(ctx context.Context, id ID, op *operation, work func(ctx context.Context) (Sandbox, error)) {
+	ctx = span.Carry(op.ctx, ctx)
 	go func() {
-		result, err := work(op.ctx)
+		result, err := work(ctx)
 		s.finish(id, op, result, err)
 	}()
 }

@@ -29,7 +29,7 @@ func (s *Service) SetEgress(ctx context.Context, orgID string, id ID, e Egress) 
 			return Sandbox{}, errClosing
 		}
 		if mine {
-			s.do(id, op, func(ctx context.Context) (Sandbox, error) { return s.setEgress(ctx, id, e) })
+			s.do(ctx, id, op, func(ctx context.Context) (Sandbox, error) { return s.setEgress(ctx, id, e) })
 			box, err := op.wait(ctx)
 			return s.shown(box), err
 		}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/span"
 )
 
 // claimTimeout bounds giving a member to its sandbox, which takes milliseconds. Too low
@@ -47,14 +48,16 @@ func (s *Service) createWarm(ctx context.Context, c Caller, box Sandbox, v Templ
 		return Sandbox{}, false, nil
 	}
 	// Refused like this no member is spent. What decides is the claim's transaction.
-	if prior, found, err := s.store.Admit(ctx, box, c.Quota, once); err != nil || found {
+	end := span.Start(ctx, "admit")
+	prior, found, err := s.store.Admit(ctx, box, c.Quota, once)
+	end()
+	if err != nil || found {
 		s.pool.add(m)
 		s.finish(m.ID, op, Sandbox{}, nil)
 		return s.claimAnswered(ctx, prior, err, wait)
 	}
 	box.ID, box.Run, box.Token, box.Source = m.ID, m.Run, m.Token, Warm
-	var prior Sandbox
-	s.do(m.ID, op, func(ctx context.Context) (Sandbox, error) {
+	s.do(ctx, m.ID, op, func(ctx context.Context) (Sandbox, error) {
 		running, first, found, err := s.claim(ctx, box, c.Quota, once)
 		if found {
 			prior, err = first, errRepeated
@@ -107,7 +110,9 @@ func (s *Service) claim(ctx context.Context, box Sandbox, q Quota, once Once) (r
 	} else {
 		box.LastActivityAt = box.StartedAt
 	}
+	end := span.Start(ctx, "commit")
 	prior, found, err = s.store.Claim(ctx, box, q, once)
+	end()
 	switch {
 	case err == nil && found:
 		return running, prior, true, nil

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/span"
 )
 
 const (
@@ -262,9 +263,16 @@ func (s *Service) evict(ctx context.Context, meant func(Member) bool) bool {
 	return err == nil
 }
 
+// roomPatience is how long a create waits for what is on its way out, which takes tens of
+// milliseconds. Longer keeps a caller from being told that there is no room.
+const roomPatience = 2 * time.Second
+
 // room makes sure that the machine can take one more sandbox. Members of the pool give
-// way, those that are being prepared too.
+// way, those that are being prepared too, and sandboxes that are going are waited for.
 func (s *Service) room(ctx context.Context, size Size) error {
+	defer span.Start(ctx, "room")()
+	patience, cancel := context.WithTimeout(ctx, roomPatience)
+	defer cancel()
 	for {
 		err := s.node.Room(ctx, size)
 		if err == nil || !fault.Is(err, fault.Unavailable) {
@@ -273,22 +281,24 @@ func (s *Service) room(ctx context.Context, size Size) error {
 		if s.evict(ctx, func(Member) bool { return true }) {
 			continue
 		}
-		op := s.preparing()
-		if op == nil {
+		op := s.doing(opPrepare)
+		if op != nil {
+			op.cancel(errInterrupted)
+		} else if op = s.doing(opDestroy); op == nil {
 			return err
 		}
-		op.cancel(errInterrupted)
-		if err := op.ended(ctx); err != nil {
+		if op.ended(patience) != nil {
 			return err
 		}
 	}
 }
 
-func (s *Service) preparing() *operation {
+// doing is an operation of that kind under way, nil if none.
+func (s *Service) doing(kind opKind) *operation {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, op := range s.work {
-		if op.kind == opPrepare {
+		if op.kind == kind {
 			return op
 		}
 	}

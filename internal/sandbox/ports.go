@@ -60,8 +60,8 @@ type Change struct {
 // The contract suite in the store room holds for every implementation.
 type Store interface {
 	// Insert adds a sandbox in state creating together with its first event,
-	// unless the organization's sandboxes that are not over (see State.Over,
-	// and suspended ones count for Sandboxes alone) would exceed quota:
+	// unless the organization's sandboxes that are neither over (see State.Over)
+	// nor being destroyed (and suspended ones count for Sandboxes alone) would exceed quota:
 	// Exhausted, code "quota_exceeded", and nothing is written. With a once key that is known (and younger than 24 h)
 	// nothing is written and the sandbox of the first create is returned with
 	// found true; with another hash it is a Conflict, code "idempotency_key_reused".
@@ -98,9 +98,36 @@ type Store interface {
 	// Purge drops sandboxes that were over before the time, with their events,
 	// and idempotency records older than 24 h at now. It says how many sandboxes went.
 	Purge(ctx context.Context, over, now time.Time) (int, error)
-	// Images lists the images that sandboxes which are not over need, and members of
-	// the pool.
+	// Images lists the images that sandboxes which are not over need, members of
+	// the pool, and snapshots.
 	Images(ctx context.Context) ([]string, error)
+
+	// SetPublicPort adds a port to the public ones of a sandbox, or takes it away; either
+	// is safe to repeat. Conflict, code "too_many_public_ports", above MaxPublicPorts.
+	SetPublicPort(ctx context.Context, id ID, port int, public bool) error
+	// PublicPorts lists them, lowest first.
+	PublicPorts(ctx context.Context, id ID) ([]int, error)
+	// AddSnapshot adds a snapshot in state creating, unless the organization has one of
+	// that name, whatever its state (Conflict, code "snapshot_exists"), or most already (Exhausted,
+	// code "quota_exceeded"; 0 is no limit): nothing is written then.
+	AddSnapshot(ctx context.Context, s Snapshot, most int) error
+	// ReadySnapshot makes a snapshot that is being created ready, with what is known of it
+	// now. One in another state, or none, is Conflict, code "snapshot_state".
+	ReadySnapshot(ctx context.Context, id SnapshotID, at time.Time, size int64) (Snapshot, error)
+	// EndSnapshot makes a snapshot one that is being deleted; its name is free from then
+	// on. It is no error if it is already. None is NotFound, code "snapshot_not_found".
+	EndSnapshot(ctx context.Context, id SnapshotID) error
+	// DropSnapshot drops the row of a snapshot. None is no error.
+	DropSnapshot(ctx context.Context, id SnapshotID) error
+	// GetSnapshot returns the row, or NotFound with code "snapshot_not_found".
+	GetSnapshot(ctx context.Context, id SnapshotID) (Snapshot, error)
+	// FindSnapshot returns the organization's ready snapshot of a name, or NotFound with
+	// code "snapshot_not_found".
+	FindSnapshot(ctx context.Context, orgID, name string) (Snapshot, error)
+	// ListSnapshots returns a page of those that are ready, newest first, and the cursor of the next.
+	ListSnapshots(ctx context.Context, f SnapshotFilter) ([]Snapshot, string, error)
+	// UnreadySnapshots returns every snapshot that is not ready.
+	UnreadySnapshots(ctx context.Context) ([]Snapshot, error)
 
 	// AddMember adds a member of the pool. One with the ID of a member or of a sandbox
 	// is an error.
@@ -130,6 +157,10 @@ type Spec struct {
 	Egress  Egress
 	Token   string
 	Start   Start // of a create; a wake goes on with the command that runs
+	// From is the snapshot that a create or a member of the pool is made from instead of
+	// being booted; "" is none. Image, Size and DiskMB must then be what the sandbox was
+	// created with that the snapshot is of, and Start is not looked at.
+	From SnapshotID
 }
 
 // Point is a recovery point: a checkpoint on the machine's disk that is whole, from
@@ -172,6 +203,14 @@ type Node interface {
 	// No room on the machine is Unavailable, code "no_capacity", with RetryAfter;
 	// a start command that fails is Conflict, code "start_failed", with a detail for
 	// the user.
+	//
+	// With spec.From the sandbox is not booted: it goes on from that snapshot, with its
+	// processes, memory, files and listening sockets, as a sandbox of its own. Its
+	// environment (for commands from here on), user, working directory, host name,
+	// address, token and policy are the spec's, and what its kernel gives as random is not
+	// what another one gets; connections that the snapshot's sandbox had are broken. The
+	// snapshot is not needed any more when Create returns. One that cannot be restored
+	// is Internal, code "restore_failed", with a detail for the user.
 	Create(ctx context.Context, spec Spec) error
 	// Spare is how many more sandboxes the machine could take by their number and its
 	// memory, at the least 0.
@@ -205,6 +244,19 @@ type Node interface {
 	// Unavailable, code "no_capacity", with RetryAfter; a point that cannot be restored
 	// is Internal, code "wake_failed", with a detail for the user.
 	Wake(ctx context.Context, spec Spec) error
+	// Snapshot writes a snapshot of a sandbox that runs, and runs on after a pause that
+	// grows with its memory; its connections live. The snapshot outlives the sandbox, and
+	// so do the programs that it needs. Errors are as Suspend's; after one there is
+	// nothing of the snapshot but what DropSnapshot removes.
+	Snapshot(ctx context.Context, id ID, to SnapshotID) (Point, error)
+	// SnapshotPoint makes a snapshot of the sandbox's latest recovery point, which is
+	// untouched. None is Conflict, code "sandbox_not_running".
+	SnapshotPoint(ctx context.Context, id ID, to SnapshotID) (Point, error)
+	// DropSnapshot removes a snapshot, whole or in part. Sandboxes that were made from it go
+	// on; one that is being made fails. None is success.
+	DropSnapshot(ctx context.Context, id SnapshotID) error
+	// Snapshots lists those that there is anything of, but for what is still being written.
+	Snapshots(ctx context.Context) ([]SnapshotID, error)
 	// Rest ends what runs of the sandbox and removes everything of it but its recovery
 	// point, going on after errors and joining them. Nothing there is success.
 	Rest(ctx context.Context, id ID) error

@@ -30,7 +30,7 @@ func TestRandomLives(t *testing.T) {
 		pool := sandbox.PoolConfig{Enabled: rapid.Bool().Draw(rt, "pool"), Target: 2, MaxMembers: 4}
 		var failure string
 		synctest.Test(t, func(t *testing.T) {
-			l := &lives{house: newPoolHouse(t, pool), had: map[sandbox.ID]bool{}, asked: map[sandbox.ID]bool{}}
+			l := &lives{house: newPoolHouse(t, pool), had: map[sandbox.ID]bool{}, asked: map[sandbox.ID]bool{}, perhaps: map[sandbox.SnapshotID]bool{}}
 			failure = l.play(steps)
 		})
 		if failure != "" {
@@ -48,7 +48,7 @@ type step struct {
 
 var (
 	whats = []string{"create ephemeral", "create persistent", "create persistent", "destroy", "keepalive",
-		"call", "connect", "release", "suspend", "suspend", "wake", "checkpoint", "egress", "egress", "die", "restart", "sleep", "sleep"}
+		"call", "connect", "release", "suspend", "suspend", "wake", "checkpoint", "snapshot", "snapshot", "fork", "from snapshot", "delete snapshot", "egress", "egress", "die", "restart", "sleep", "sleep"}
 	// An operation that fails leaves the sandbox alive, or dead as it was, or dead with
 	// the new point; or the server dies in the middle of it, and maybe the machine too.
 	faults = []string{"", "", "", "fails", "fails and kills", "fails, kills, new point", "cannot clean", "crash", "crash and kill", "database"}
@@ -61,10 +61,12 @@ var (
 // lives is the model: what must not be lost.
 type lives struct {
 	*house
-	ids    []sandbox.ID
-	leases []*sandbox.Lease
-	had    map[sandbox.ID]bool // had a recovery point
-	asked  map[sandbox.ID]bool // somebody asked for its end
+	ids     []sandbox.ID
+	leases  []*sandbox.Lease
+	snaps   []sandbox.SnapshotID        // made and not deleted
+	perhaps map[sandbox.SnapshotID]bool // somebody asked for their end, and it failed
+	had     map[sandbox.ID]bool         // had a recovery point
+	asked   map[sandbox.ID]bool         // somebody asked for its end
 }
 
 // play plays the steps and says what was wrong, if anything.
@@ -110,7 +112,7 @@ func (l *lives) play(steps []step) string {
 func (l *lives) heal() {
 	n := l.node
 	n.OnCreate, n.OnPrepare, n.OnClaim, n.OnWake = nil, nil, nil, nil
-	n.OnDestroy, n.OnSuspend, n.OnCheckpoint, n.OnRest, n.OnSetEgress = nil, nil, nil, nil, nil
+	n.OnDestroy, n.OnSuspend, n.OnCheckpoint, n.OnRest, n.OnSetEgress, n.OnSnapshot, n.OnDrop = nil, nil, nil, nil, nil, nil, nil
 	l.gate.breakTransitions(nil)
 	barrier()
 }
@@ -137,6 +139,7 @@ func (l *lives) inject(s step) error {
 	case "":
 	case "cannot clean":
 		n.OnDestroy, n.OnRest = cannot, cannot
+		n.OnDrop = func(context.Context, sandbox.SnapshotID) error { return errInjected }
 	case "database":
 		broken := sandbox.States()[s.secs%len(sandbox.States())]
 		l.gate.breakTransitions(func(to sandbox.State) bool { return to == broken })
@@ -144,7 +147,7 @@ func (l *lives) inject(s step) error {
 		n.OnSuspend = after
 		n.OnCreate = func(ctx context.Context, spec sandbox.Spec) error { return after(ctx, spec.ID) }
 		n.OnWake, n.OnPrepare, n.OnClaim = n.OnCreate, n.OnCreate, n.OnCreate
-		n.OnSetEgress = after
+		n.OnSetEgress, n.OnSnapshot = after, after
 		if s.fault != "fails, kills, new point" { // which itself makes one
 			n.OnCheckpoint = after
 		}
@@ -239,6 +242,32 @@ func (l *lives) take(s step) error {
 	case "checkpoint":
 		_, err := l.Checkpoint(ctx, org, id)
 		return expected(err)
+	case "snapshot":
+		snap, err := l.SaveSnapshot(ctx, org, id, "")
+		if err == nil {
+			l.snaps = append(l.snaps, snap.ID)
+		}
+		return expected(err)
+	case "fork":
+		children, err := l.Fork(ctx, l.caller(), id, sandbox.ForkRequest{Count: 2})
+		for _, c := range children {
+			if c.Err == nil {
+				l.ids = append(l.ids, c.Sandbox.ID)
+			}
+		}
+		return expected(err)
+	case "from snapshot":
+		if len(l.snaps) > 0 {
+			return l.make(s, sandbox.Request{Snapshot: string(l.snaps[s.which%len(l.snaps)]), Mode: "persistent"})
+		}
+	case "delete snapshot":
+		if len(l.snaps) > 0 {
+			err := l.DeleteSnapshot(ctx, org, string(l.snaps[0]))
+			if l.perhaps[l.snaps[0]] = true; err == nil {
+				l.snaps = l.snaps[1:]
+			}
+			return expected(err)
+		}
 	case "egress":
 		want := policies[s.secs%len(policies)]
 		box, err := l.SetEgress(ctx, org, id, want)
@@ -313,8 +342,45 @@ func (l *lives) agree() string {
 	if want := l.pool.Target; l.pool.Enabled && len(members) > l.pool.MaxMembers || !l.pool.Enabled && len(members) > 0 {
 		return fmt.Sprintf("the pool has %d members, wants %d", len(members), want)
 	}
+	if s := l.snapshotsAgree(); s != "" {
+		return s
+	}
 	for _, f := range has {
 		return fmt.Sprintf("the host has %+v without a living row", f)
+	}
+	return ""
+}
+
+// snapshotsAgree says where the snapshots that users have and what the host has differ.
+func (l *lives) snapshotsAgree() string {
+	ctx := context.Background()
+	if unready, err := l.db.UnreadySnapshots(ctx); err != nil || len(unready) > 0 {
+		return fmt.Sprintf("snapshots are stuck: %+v, %v", unready, err)
+	}
+	there := map[sandbox.SnapshotID]bool{}
+	all, _ := l.node.Snapshots(ctx)
+	for _, id := range all {
+		there[id] = true
+	}
+	ready, _, err := l.db.ListSnapshots(ctx, sandbox.SnapshotFilter{OrgID: org, Limit: 200})
+	if err != nil {
+		return err.Error()
+	}
+	told := map[sandbox.SnapshotID]bool{}
+	for _, snap := range ready {
+		told[snap.ID] = true
+		if !there[snap.ID] {
+			return fmt.Sprintf("snapshot %s has no files", snap.ID)
+		}
+		delete(there, snap.ID)
+	}
+	for id := range there {
+		return fmt.Sprintf("the host has snapshot %s without a row", id)
+	}
+	for _, id := range l.snaps {
+		if !told[id] && !l.perhaps[id] {
+			return fmt.Sprintf("snapshot %s was lost", id)
+		}
 	}
 	return ""
 }

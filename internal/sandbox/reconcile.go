@@ -125,6 +125,7 @@ func (s *Service) Reconcile(ctx context.Context) error {
 	for id := range byID {
 		errs = append(errs, s.lookAfter(id))
 	}
+	errs = append(errs, s.reconcileSnapshots(ctx))
 	return errors.Join(errs...)
 }
 
@@ -182,9 +183,9 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 	case Fall, Rest, Clear:
 		return s.rest(ctx, *row, fact, a, why)
 	case Lose:
-		return s.takeApart(ctx, id, row.Run, Lost)
+		return s.takeApart(ctx, id, row.Run, Lost, func() {})
 	case Finish:
-		return s.takeApart(ctx, id, row.Run, row.DestroyReason)
+		return s.takeApart(ctx, id, row.Run, row.DestroyReason, func() {})
 	case Keep:
 		return s.keep(ctx, *member)
 	case Discard:

@@ -33,7 +33,8 @@ const (
 
 // Request asks for a sandbox. Pointers distinguish "not given" from zero.
 type Request struct {
-	Template string // name or id
+	Template string // name or id; or
+	Snapshot string // name or id: size and disk are its own then, and the rest by default
 	Mode     string // "" is ephemeral
 
 	Timeout          *time.Duration // ephemeral only
@@ -82,8 +83,11 @@ func index(field string, i int) string { return fmt.Sprintf("%s[%d]", field, i) 
 
 // check refuses what is wrong in the request by itself.
 func (r Request) check(cfg Config) error {
-	if r.Template == "" {
-		return invalid("template", "is required")
+	if r.Template == "" && r.Snapshot == "" {
+		return invalid("template", "is required, or a snapshot")
+	}
+	if r.Template != "" && r.Snapshot != "" {
+		return invalid("snapshot", "stands for a template: give one of the two")
 	}
 	switch Mode(r.Mode) {
 	case "", Ephemeral:

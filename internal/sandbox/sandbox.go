@@ -55,6 +55,9 @@ type Source string
 const (
 	Cold Source = "cold" // booted for the request
 	Warm Source = "warm" // taken from the pool
+
+	Restored Source = "snapshot" // made from one, see Origin
+	Forked   Source = "fork"     // of another sandbox, see Origin
 )
 
 // Size is a preset of what a sandbox may use.
@@ -104,6 +107,7 @@ type Sandbox struct {
 	DestroyReason  Reason
 	Error          string // why it failed, or why it could not be woken, for the user
 	Source         Source
+	Origin         string // ID of the snapshot or the sandbox that it is from, which may be gone; "" is none
 
 	// Token authorises the host to the agent inside. Secret: never in an
 	// answer, an event or a log.

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/span"
 )
 
 // Config is what the operator decides about sandboxes.
@@ -18,6 +19,7 @@ type Config struct {
 	MaxDisk     int    // MiB
 	// KeepDestroyed is how long a destroyed sandbox stays readable.
 	KeepDestroyed time.Duration
+	MaxSnapshots  int // of one organization; 0 is no limit
 	Pool          PoolConfig
 }
 
@@ -33,6 +35,7 @@ type Service struct {
 	pool      *pool
 
 	recoveries chan struct{} // one in it for each recovery point being taken by timer
+	takedowns  chan struct{} // one in it for each sandbox being taken apart
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -41,6 +44,8 @@ type Service struct {
 	lives map[ID]*life // of running sandboxes, while they may be used; guarded by mu
 	// +checklocks:mu
 	denials map[ID]*denials // not yet events; guarded by mu
+	// +checklocks:mu
+	snapshots map[SnapshotID]*snapshotUse // that somebody works with; guarded by mu
 	// +checklocks:mu
 	served time.Time // when somebody last waited for a sandbox; guarded by mu
 	// +checklocks:mu
@@ -55,7 +60,8 @@ func New(cfg Config, store Store, node Node, templates Templates, log *slog.Logg
 		observe = func(Event) {}
 	}
 	return &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe, pool: newPool(cfg.Pool),
-		recoveries: make(chan struct{}, recoveriesAtOnce), work: map[ID]*operation{}, lives: map[ID]*life{}, denials: map[ID]*denials{}}
+		recoveries: make(chan struct{}, recoveriesAtOnce), takedowns: make(chan struct{}, takedownsAtOnce), work: map[ID]*operation{}, lives: map[ID]*life{},
+		denials: map[ID]*denials{}, snapshots: map[SnapshotID]*snapshotUse{}}
 }
 
 // Caller is the organization that asks for a sandbox to run, and what it may have.
@@ -66,7 +72,7 @@ type Caller struct {
 
 // Create makes a sandbox for an organization and returns it running; with
 // wait false it returns at once, creating. See [Request] for what is refused:
-// Invalid naming the field, NotFound or Conflict for the template, Exhausted
+// Invalid naming the field, NotFound or Conflict for the template or the snapshot, Exhausted
 // over quota, Unavailable when no machine has room, Conflict with code "start_failed" when
 // the template's start command is not ready in time. The sandbox goes on being made when
 // ctx ends.
@@ -74,7 +80,12 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wa
 	if err := r.check(s.cfg); err != nil {
 		return Sandbox{}, err
 	}
+	if r.Snapshot != "" {
+		return s.createFrom(ctx, c, r, once, wait)
+	}
+	end := span.Start(ctx, "template")
 	version, err := s.templates.Ready(ctx, c.OrgID, r.Template)
+	end()
 	if err != nil {
 		return Sandbox{}, err
 	}
@@ -85,17 +96,30 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wa
 	if warm, done, err := s.createWarm(ctx, c, box, version, once, wait); done {
 		return warm, err
 	}
+	spec := box.spec()
+	spec.Start = version.Start // not in the row: a create that is interrupted is not taken up again
+	return s.makeNew(ctx, c, box, spec, bootTimeout+version.Start.Patience(), once, wait, func() {})
+}
+
+// makeNew makes a new sandbox as spec says, within patience, and calls release once it is
+// made or cannot be.
+func (s *Service) makeNew(ctx context.Context, c Caller, box Sandbox, spec Spec, patience time.Duration, once Once, wait bool, release func()) (Sandbox, error) {
 	if err := s.room(ctx, box.Size); err != nil {
+		release()
 		return Sandbox{}, err
 	}
 	// The claim is taken before the row exists, so that nobody who finds the row
 	// can come between.
 	op, _ := s.begin(box.ID, opCreate)
 	if op == nil {
+		release()
 		return Sandbox{}, errClosing
 	}
+	end := span.Start(ctx, "insert")
 	prior, found, err := s.store.Insert(ctx, box, c.Quota, once)
+	end()
 	if err != nil || found {
+		release()
 		s.finish(box.ID, op, Sandbox{}, err)
 		if err != nil {
 			return Sandbox{}, err
@@ -103,7 +127,10 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wa
 		return s.repeated(ctx, prior, wait)
 	}
 	s.observe(Event{SandboxID: box.ID, At: box.CreatedAt, To: Creating})
-	s.do(box.ID, op, func(ctx context.Context) (Sandbox, error) { return s.boot(ctx, box, version.Start) })
+	s.do(ctx, box.ID, op, func(ctx context.Context) (Sandbox, error) {
+		defer release()
+		return s.boot(ctx, box, spec, patience)
+	})
 	if !wait {
 		return box, nil
 	}
@@ -124,11 +151,9 @@ func (s *Service) repeated(ctx context.Context, prior Sandbox, wait bool) (Sandb
 const bootTimeout = 60 * time.Second
 
 // boot takes a claimed row to running, or to failed.
-func (s *Service) boot(ctx context.Context, box Sandbox, start Start) (Sandbox, error) {
-	ctx, cancel := context.WithTimeout(ctx, bootTimeout+start.Patience())
+func (s *Service) boot(ctx context.Context, box Sandbox, spec Spec, patience time.Duration) (Sandbox, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	spec := box.spec()
-	spec.Start = start // not in the row: a create that is interrupted is not taken up again
 	err := s.node.Create(ctx, spec)
 	if err == nil {
 		now := time.Now().UTC()
@@ -271,7 +296,9 @@ func (s *Service) Sizes() []Size { return s.cfg.Sizes }
 // transition is the one door between states: the row, then the log line and
 // whoever observes.
 func (s *Service) transition(ctx context.Context, c Change) (Sandbox, error) {
+	end := span.Start(ctx, "commit")
 	before, err := s.store.Transition(ctx, c)
+	end()
 	if err != nil {
 		return before, err
 	}

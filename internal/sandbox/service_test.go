@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -104,7 +105,7 @@ func (h *house) crash() {
 func (h *house) caller() sandbox.Caller { return sandbox.Caller{OrgID: org, Quota: h.quota} }
 
 func (h *house) create(r sandbox.Request) (sandbox.Sandbox, error) {
-	if r.Template == "" {
+	if r.Template == "" && r.Snapshot == "" {
 		r.Template = "python"
 	}
 	return h.Create(context.Background(), h.caller(), r, sandbox.Once{}, true)
@@ -131,6 +132,9 @@ func (h *house) get(id sandbox.ID) sandbox.Sandbox {
 // wantState checks the row, and that the node has of the sandbox what belongs to it.
 func (h *house) wantState(id sandbox.ID, state sandbox.State, reason sandbox.Reason) {
 	h.t.Helper()
+	if state == sandbox.Destroyed {
+		synctest.Wait() // the call left the host to do after it
+	}
 	box := h.get(id)
 	if box.State != state || box.DestroyReason != reason {
 		h.t.Errorf("sandbox is %s (%s), want %s (%s)", box.State, box.DestroyReason, state, reason)
@@ -138,6 +142,8 @@ func (h *house) wantState(id sandbox.ID, state sandbox.State, reason sandbox.Rea
 	fact, _ := h.node.Inspect(context.Background(), id)
 	agree := fact == nil
 	switch state {
+	case sandbox.Destroying:
+		agree = true // all of it, or a part
 	case sandbox.Running:
 		agree = fact != nil && fact.Alive && fact.Run == box.Run
 	case sandbox.Suspended:
@@ -235,6 +241,54 @@ func TestDestroyIsSafeToRepeat(t *testing.T) {
 	})
 }
 
+// TestDestroyAnswersEarly: who destroys waits for the row and not for the host, of which
+// a crowd takes its turn.
+func TestDestroyAnswersEarly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		h.quota = sandbox.Quota{Sandboxes: 10}
+		var ids []sandbox.ID
+		for range 10 {
+			ids = append(ids, h.mustCreate(sandbox.Request{}).ID)
+		}
+		var mu sync.Mutex
+		busy, most := 0, 0
+		h.node.OnDestroy = func(context.Context, sandbox.ID) error {
+			mu.Lock()
+			busy++
+			most = max(most, busy)
+			mu.Unlock()
+			time.Sleep(time.Second) // the bubble's
+			mu.Lock()
+			busy--
+			mu.Unlock()
+			return nil
+		}
+		began := time.Now()
+		for _, id := range ids {
+			if err := h.Destroy(context.Background(), org, id); err != nil {
+				t.Error(err)
+			}
+			if got := h.get(id); got.State != sandbox.Destroying || got.State.Status() != sandbox.StatusDestroyed {
+				t.Errorf("after the answer it is %s", got.State)
+			}
+			_, err := h.Connect(context.Background(), h.caller(), id)
+			wantCode(t, err, fault.Conflict, "sandbox_not_running")
+		}
+		if took := time.Since(began); took != 0 {
+			t.Errorf("ten destroys took %s", took)
+		}
+		h.mustCreate(sandbox.Request{}) // those on their way out count against no quota
+		time.Sleep(10 * time.Second)
+		for _, id := range ids {
+			h.wantState(id, sandbox.Destroyed, sandbox.Requested)
+		}
+		if most != 4 {
+			t.Errorf("%d were taken apart at once", most)
+		}
+	})
+}
+
 func TestDestroyInterruptsCreate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -324,11 +378,11 @@ func TestCleanupIsTriedAgain(t *testing.T) {
 		box := h.mustCreate(sandbox.Request{})
 		broken := errors.New("device busy")
 		h.node.OnDestroy = func(context.Context, sandbox.ID) error { return broken }
-		if err := h.Destroy(context.Background(), org, box.ID); !errors.Is(err, broken) {
-			t.Errorf("got %v", err)
-		}
-		if got := h.get(box.ID); got.State != sandbox.Destroying {
-			t.Errorf("sandbox is %s", got.State)
+		for range 2 { // the second finds it being destroyed
+			if err := h.Destroy(context.Background(), org, box.ID); err != nil {
+				t.Errorf("got %v", err)
+			}
+			h.wantState(box.ID, sandbox.Destroying, sandbox.Requested)
 		}
 		h.node.OnDestroy = nil
 		pass(time.Minute)

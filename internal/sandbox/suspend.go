@@ -17,6 +17,8 @@ const (
 	reasonWakeFailed    = "wake_failed"
 	reasonEgressChanged = "egress_changed"
 	reasonEgressDenied  = "egress_denied"
+	reasonSnapshot      = "snapshot_made"
+	reasonForked        = "forked"
 )
 
 // leaseGrace is how long an explicit suspend waits for calls in flight. The caller
@@ -45,7 +47,7 @@ func (s *Service) Suspend(ctx context.Context, orgID string, id ID) (Sandbox, er
 			return Sandbox{}, errClosing
 		}
 		if mine {
-			s.do(id, op, func(ctx context.Context) (Sandbox, error) {
+			s.do(ctx, id, op, func(ctx context.Context) (Sandbox, error) {
 				return s.suspend(ctx, id, string(Requested), s.partWhenFree)
 			})
 		}

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/span"
 )
 
 // pointTimeout bounds writing or reading one recovery point. The largest size has
@@ -39,7 +40,9 @@ func (s *Service) Connect(ctx context.Context, c Caller, id ID) (*Lease, error) 
 // the activity; with pin it is leased, and one being created is waited for.
 func (s *Service) running(ctx context.Context, c Caller, id ID, pin bool) (Sandbox, *life, error) {
 	for {
+		end := span.Start(ctx, "find")
 		box, err := s.Get(ctx, c.OrgID, id)
+		end()
 		if err != nil {
 			return Sandbox{}, nil, err
 		}
@@ -58,7 +61,7 @@ func (s *Service) running(ctx context.Context, c Caller, id ID, pin bool) (Sandb
 			return Sandbox{}, nil, errClosing
 		}
 		if mine {
-			s.do(id, op, func(ctx context.Context) (Sandbox, error) { return s.wake(ctx, c, id) })
+			s.do(ctx, id, op, func(ctx context.Context) (Sandbox, error) { return s.wake(ctx, c, id) })
 		}
 		if err := op.ended(ctx); err != nil {
 			return Sandbox{}, nil, err

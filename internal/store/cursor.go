@@ -25,6 +25,7 @@ const (
 	listTemplates byte = 't'
 	listOrgs      byte = 'o'
 	listKeys      byte = 'k'
+	listSnapshots byte = 'n'
 )
 
 const (

@@ -24,7 +24,7 @@ const purgeBatch = 200
 const sandboxColumns = `id, org_id, mode, state, run, template, template_id, template_version, image,
 	size, vcpus, memory_mb, dedicated, disk_mb, env, metadata, egress, run_as, workdir,
 	timeout, idle_timeout, recovery_interval, created_at, started_at, expires_at, last_activity_at,
-	suspended_at, destroyed_at, destroy_reason, error, source, token`
+	suspended_at, destroyed_at, destroy_reason, error, source, origin, token`
 
 // sandboxFields are s's columns, to scan into or to write.
 func sandboxFields(s *sandbox.Sandbox) []any {
@@ -33,7 +33,7 @@ func sandboxFields(s *sandbox.Sandbox) []any {
 		jsonColumn{&s.Env}, jsonColumn{&s.Metadata}, jsonColumn{&s.Egress}, &s.User, &s.Workdir,
 		durationColumn{&s.Timeout}, durationColumn{&s.IdleTimeout}, durationColumn{&s.RecoveryInterval},
 		timeColumn{&s.CreatedAt}, timeColumn{&s.StartedAt}, timeColumn{&s.ExpiresAt}, timeColumn{&s.LastActivityAt},
-		timeColumn{&s.SuspendedAt}, timeColumn{&s.DestroyedAt}, &s.DestroyReason, &s.Error, &s.Source, &s.Token}
+		timeColumn{&s.SuspendedAt}, timeColumn{&s.DestroyedAt}, &s.DestroyReason, &s.Error, &s.Source, &s.Origin, &s.Token}
 }
 
 func scanSandbox(row scanner) (sandbox.Sandbox, error) {
@@ -122,7 +122,8 @@ func first(ctx context.Context, tx querier, s sandbox.Sandbox, once sandbox.Once
 }
 
 // checkQuota refuses s if its organization's sandboxes that are not over would
-// exceed q with it. Suspended ones hold no CPU and no memory. A row that s may have
+// exceed q with it. Suspended ones hold no CPU and no memory, and those being destroyed
+// do not count: their owner is done with them. A row that s may have
 // already does not count, so that one to be woken is weighed like a new one.
 func checkQuota(ctx context.Context, tx querier, s sandbox.Sandbox, q sandbox.Quota) error {
 	if q == (sandbox.Quota{}) {
@@ -132,7 +133,7 @@ func checkQuota(ctx context.Context, tx querier, s sandbox.Sandbox, q sandbox.Qu
 	err := tx.QueryRowContext(ctx, `SELECT COUNT(*),
 		COALESCE(SUM(CASE WHEN state = $1 THEN 0 ELSE vcpus END), 0),
 		COALESCE(SUM(CASE WHEN state = $1 THEN 0 ELSE memory_mb END), 0)
-		FROM sandboxes WHERE org_id = $2 AND ended_at IS NULL AND id <> $3`, sandbox.Suspended, s.OrgID, s.ID).
+		FROM sandboxes WHERE org_id = $2 AND ended_at IS NULL AND id <> $3 AND state <> $4`, sandbox.Suspended, s.OrgID, s.ID, sandbox.Destroying).
 		Scan(&have.Sandboxes, &have.VCPUs, &have.MemoryMB)
 	if err != nil {
 		return fmt.Errorf("counting the organization's sandboxes: %w", err)
@@ -166,7 +167,11 @@ func insertSandbox(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, once sand
 			return fmt.Errorf("writing metadata: %w", err)
 		}
 	}
-	if err := insertEvent(ctx, tx, sandbox.Event{SandboxID: s.ID, At: s.CreatedAt, To: sandbox.Creating}); err != nil {
+	made := sandbox.Event{SandboxID: s.ID, At: s.CreatedAt, To: sandbox.Creating}
+	if s.Origin != "" {
+		made.Reason, made.Detail = string(s.Source), s.Origin
+	}
+	if err := insertEvent(ctx, tx, made); err != nil {
 		return err
 	}
 	if once.Key == "" {
@@ -401,7 +406,7 @@ func (db *DB) Unfinished(ctx context.Context) ([]sandbox.Sandbox, error) {
 // Images implements [sandbox.Store].
 func (db *DB) Images(ctx context.Context) ([]string, error) {
 	return db.texts(ctx, "listing images of sandboxes",
-		"SELECT image FROM sandboxes WHERE ended_at IS NULL AND image <> '' UNION SELECT image FROM pool ORDER BY image")
+		"SELECT image FROM sandboxes WHERE ended_at IS NULL AND image <> '' UNION SELECT image FROM pool UNION SELECT image FROM snapshots ORDER BY image")
 }
 
 // texts runs a query for one column of text.

@@ -35,7 +35,7 @@ func fullSandbox(org string, i int) sandbox.Sandbox {
 		User: "user", Workdir: "/srv", Timeout: 5 * time.Minute, IdleTimeout: 90 * time.Second, RecoveryInterval: 1500 * time.Millisecond,
 		CreatedAt: created, StartedAt: created.Add(1), ExpiresAt: created.Add(time.Hour), LastActivityAt: created.Add(2 * time.Second),
 		SuspendedAt: created.Add(3 * time.Second), DestroyedAt: created.Add(4 * time.Second), DestroyReason: sandbox.Lost,
-		Error: "it broke", Source: sandbox.Warm, Token: "secret",
+		Error: "it broke", Source: sandbox.Restored, Origin: "snap_a", Token: "secret",
 	}
 }
 
@@ -79,6 +79,7 @@ func wantFault(t *testing.T, err error, kind fault.Kind, code string) {
 // testSandboxStore is the contract of sandbox.Store: every implementation keeps it.
 func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
 	for name, f := range map[string]func(*testing.T, sandbox.Store){
+		"public ports":           publicPorts,
 		"round trip":             sandboxRoundTrip,
 		"not found":              sandboxNotFound,
 		"quota":                  sandboxQuota,
@@ -103,6 +104,9 @@ func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
 		"pool":                   poolMembers,
 		"claim":                  poolClaim,
 		"claims in a race":       poolClaimRace,
+		"snapshots":              snapshotLives,
+		"snapshots listed":       snapshotLists,
+		"snapshots in a race":    snapshotNameRace,
 		"a context that is over": sandboxContext,
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -193,12 +197,13 @@ func sandboxQuota(t *testing.T, st sandbox.Store) {
 	}
 	_, err = insert("org_a", sandbox.Quota{Sandboxes: 4})
 	wantFault(t, err, fault.Exhausted, "quota_exceeded")
-	// One being destroyed still counts, one that is over does not.
+	// One being destroyed does not count, nor does one that is over.
 	mustMove(t, st, first, sandbox.Suspended, sandbox.Destroying, start)
-	_, err = insert("org_a", sandbox.Quota{Sandboxes: 4})
-	wantFault(t, err, fault.Exhausted, "quota_exceeded")
-	mustMove(t, st, first, sandbox.Destroying, sandbox.Destroyed, start)
 	if _, err := insert("org_a", sandbox.Quota{Sandboxes: 4}); err != nil {
+		t.Errorf("a sandbox being destroyed counts: %v", err)
+	}
+	mustMove(t, st, first, sandbox.Destroying, sandbox.Destroyed, start)
+	if _, err := insert("org_a", sandbox.Quota{Sandboxes: 5}); err != nil {
 		t.Errorf("a destroyed sandbox counts: %v", err)
 	}
 }

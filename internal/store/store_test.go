@@ -153,7 +153,8 @@ func TestOpenMigrates(t *testing.T) {
 	}
 	s := mustInsert(t, db, small("org_a", 0))
 	for _, back := range []string{
-		"DROP TABLE pool", "DROP TABLE template_builds", "DROP INDEX templates_queued", "DROP INDEX templates_image", "DROP INDEX sandboxes_of_template",
+		"DROP TABLE snapshots", "ALTER TABLE sandboxes DROP COLUMN origin",
+		"DROP TABLE public_ports", "DROP TABLE pool", "DROP TABLE template_builds", "DROP INDEX templates_queued", "DROP INDEX templates_image", "DROP INDEX sandboxes_of_template",
 		"ALTER TABLE templates DROP COLUMN build_id", "ALTER TABLE templates DROP COLUMN tries", "ALTER TABLE templates DROP COLUMN queued_at",
 		"ALTER TABLE templates DROP COLUMN start", "ALTER TABLE templates ADD COLUMN start_command TEXT NOT NULL DEFAULT ''",
 		"ALTER TABLE template_logs DROP COLUMN step", "ALTER TABLE template_logs DROP COLUMN heading",
@@ -322,6 +323,10 @@ func TestPlans(t *testing.T) {
 		}
 		return q, p
 	}
+	snapshots, ps, err := listSnapshotsQuery(sandbox.SnapshotFilter{OrgID: "o", Limit: 50})
+	if err != nil {
+		t.Fatal(err)
+	}
 	q1, p1 := list(sandbox.Filter{States: live})
 	q2, p2 := list(sandbox.Filter{States: []sandbox.State{sandbox.Destroyed}, Cursor: cursor{listSandboxes, 5, "sbx_a"}.String()})
 	for _, c := range []struct {
@@ -331,12 +336,16 @@ func TestPlans(t *testing.T) {
 	}{
 		{q1, p1, "sandboxes_live_page"},
 		{q2, p2, "sandboxes_page"},
+		{snapshots, ps, "snapshots_page"},
+		{findSnapshot, []any{"o", "n", "ready"}, "snapshots_name"},
+		{"SELECT id FROM snapshots WHERE state <> 'ready' ORDER BY created_at, id", nil, "snapshots_unready"},
 		{keyByHash, []any{"x"}, "sqlite_autoindex_api_keys"},
 		{"SELECT COUNT(*) FROM sandboxes WHERE org_id = $1 AND ended_at IS NULL", []any{"o"}, "sandboxes_live_page"},
 		{"SELECT id FROM sandboxes WHERE ended_at IS NULL ORDER BY created_at, id", nil, "sandboxes_live"},
 		{"SELECT id FROM sandboxes WHERE ended_at IS NOT NULL AND ended_at < $1 ORDER BY ended_at LIMIT 5", []any{5}, "sandboxes_ended"},
 		{"SELECT COUNT(*) FROM sandboxes WHERE template_id = $1 AND ended_at IS NULL", []any{"t"}, "sandboxes_of_template"},
 		{"SELECT id FROM templates WHERE queued_at IS NOT NULL ORDER BY queued_at, id", nil, "templates_queued"},
+		{"SELECT port FROM public_ports WHERE sandbox_id = $1 ORDER BY port", []any{"s"}, "sqlite_autoindex_public_ports"},
 		{"SELECT sandbox_id FROM sandbox_metadata WHERE org_id = $1 AND name = $2 AND value = $3", []any{"o", "n", "v"}, "sandbox_metadata_search"},
 	} {
 		rows, err := db.reader.QueryContext(t.Context(), "EXPLAIN QUERY PLAN "+c.query, c.args...)

@@ -500,7 +500,10 @@ type ExecuteOptions struct {
 	MaxOutputBytes int64 `protobuf:"varint,4,opt,name=max_output_bytes,json=maxOutputBytes,proto3" json:"max_output_bytes,omitempty"`
 	// The user to run as, when the call's Authorization names none. Empty is the
 	// sandbox's default.
-	User          string `protobuf:"bytes,5,opt,name=user,proto3" json:"user,omitempty"`
+	User string `protobuf:"bytes,5,opt,name=user,proto3" json:"user,omitempty"`
+	// Nobody looks at the events before the last one: they may come late, together,
+	// which spares both sides a packet for each.
+	Gather        bool `protobuf:"varint,6,opt,name=gather,proto3" json:"gather,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -568,6 +571,13 @@ func (x *ExecuteOptions) GetUser() string {
 		return x.User
 	}
 	return ""
+}
+
+func (x *ExecuteOptions) GetGather() bool {
+	if x != nil {
+		return x.Gather
+	}
+	return false
 }
 
 type StartResponse struct {
@@ -1889,7 +1899,7 @@ const file_process_proto_rawDesc = "" +
 	"\aexecute\x18d \x01(\v2\x17.process.ExecuteOptionsR\aexecuteB\x06\n" +
 	"\x04_ptyB\x06\n" +
 	"\x04_tagB\b\n" +
-	"\x06_stdin\"\xa4\x01\n" +
+	"\x06_stdin\"\xbc\x01\n" +
 	"\x0eExecuteOptions\x12\x14\n" +
 	"\x05stdin\x18\x01 \x01(\fR\x05stdin\x12\x1f\n" +
 	"\vclose_stdin\x18\x02 \x01(\bR\n" +
@@ -1897,7 +1907,8 @@ const file_process_proto_rawDesc = "" +
 	"\n" +
 	"timeout_ms\x18\x03 \x01(\x03R\ttimeoutMs\x12(\n" +
 	"\x10max_output_bytes\x18\x04 \x01(\x03R\x0emaxOutputBytes\x12\x12\n" +
-	"\x04user\x18\x05 \x01(\tR\x04user\"<\n" +
+	"\x04user\x18\x05 \x01(\tR\x04user\x12\x16\n" +
+	"\x06gather\x18\x06 \x01(\bR\x06gather\"<\n" +
 	"\rStartResponse\x12+\n" +
 	"\x05event\x18\x01 \x01(\v2\x15.process.ProcessEventR\x05event\"D\n" +
 	"\x0eConnectRequest\x122\n" +

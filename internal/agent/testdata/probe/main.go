@@ -37,6 +37,8 @@ func main() {
 		processes(os.Args[2])
 	case "zombies": // leave that many children that have ended to init
 		zombies(os.Args[2])
+	case "cpuid":
+		cpuid()
 	case "true":
 	}
 }

@@ -1,0 +1,188 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/cayhq/cay/internal/agentapi"
+)
+
+const (
+	// maxTunnels bounds the tunnels of a sandbox; each costs the agent two connections,
+	// two goroutines and two small buffers, some 50 KB of the sandbox's memory.
+	maxTunnels = 1000
+
+	// dialTimeout is for a service whose queue of connections is full: it may still
+	// come to them. One that does not listen refuses at once.
+	dialTimeout = 10 * time.Second
+
+	// A tunnel reads into small buffers, bytes, until one is full, and then into large
+	// ones until one stays half empty: many tunnels rest, few move much, and a system
+	// call costs tens of microseconds in gVisor.
+	smallRelay = 8 << 10
+	largeRelay = copyBuffer
+)
+
+// tunnels connects the host to ports of the sandbox.
+type tunnels struct{ open atomic.Int64 }
+
+// serve answers GET /tunnel: once somebody listens on the port, the connection of the
+// request becomes a tunnel to it, in which each side can end its half.
+func (t *tunnels) serve(w http.ResponseWriter, r *http.Request) {
+	port, err := strconv.ParseUint(r.URL.Query().Get("port"), 10, 16)
+	if err != nil || port == 0 {
+		httpError(w, badRequest("port %q is no port", r.URL.Query().Get("port")))
+		return
+	}
+	if r.Header.Get("Upgrade") != agentapi.TunnelProtocol {
+		httpError(w, badRequest("a tunnel needs Upgrade: %s", agentapi.TunnelProtocol))
+		return
+	}
+	if t.open.Add(1) > maxTunnels {
+		t.open.Add(-1)
+		httpError(w, newProblem(agentapi.CodeTooManyTunnels, "the sandbox has %d connections to its ports already", maxTunnels))
+		return
+	}
+	defer t.open.Add(-1)
+	inside, err := dialInside(r.Context(), int(port))
+	if err != nil {
+		httpError(w, err)
+		return
+	}
+	defer inside.Close()
+	conn, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		httpError(w, fmt.Errorf("taking the connection over: %w", err))
+		return
+	}
+	defer conn.Close()
+	// net/http gives the TCP connection it has.
+	outside := conn.(*net.TCPConn)
+	const head = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: " + agentapi.TunnelProtocol + "\r\n\r\n"
+	if _, err := io.WriteString(outside, head); err != nil {
+		return // who asked has gone
+	}
+	early, err := buffered.Reader.Peek(buffered.Reader.Buffered())
+	if err != nil {
+		return
+	}
+	if _, err := inside.Write(early); err != nil {
+		return
+	}
+	join(outside, inside)
+}
+
+// dialInside connects to a port of the sandbox: wherever it listens, most services do
+// on the loopback or on all addresses.
+func dialInside(ctx context.Context, port int) (*net.TCPConn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	tried := map[string]bool{}
+	var first error
+	for _, host := range append([]string{"127.0.0.1", "::1"}, ownAddresses()...) {
+		if tried[host] {
+			continue
+		}
+		tried[host] = true
+		var d net.Dialer
+		conn, err := d.DialContext(ctx, "tcp", net.JoinHostPort(host, strconv.Itoa(port)))
+		if err == nil {
+			return conn.(*net.TCPConn), nil
+		}
+		if first == nil {
+			first = err
+		}
+		if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, syscall.EMFILE) {
+			break
+		}
+	}
+	switch {
+	case errors.Is(first, syscall.ECONNREFUSED):
+		return nil, newProblem(agentapi.CodePortClosed, "nothing listens on port %d", port)
+	case ctx.Err() != nil:
+		return nil, newProblem(agentapi.CodePortClosed, "what listens on port %d takes no connection", port)
+	}
+	return nil, fmt.Errorf("connecting to port %d: %w", port, first)
+}
+
+// ownAddresses are those of the sandbox beside the loopback's.
+func ownAddresses() []string {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil // the loopback is what counts
+	}
+	var own []string
+	for _, a := range addrs {
+		if n, ok := a.(*net.IPNet); ok && n.IP.IsGlobalUnicast() {
+			own = append(own, n.IP.String())
+		}
+	}
+	return own
+}
+
+// join carries bytes both ways until both halves have ended, or one broke.
+func join(a, b *net.TCPConn) {
+	var wg sync.WaitGroup
+	for _, way := range [][2]*net.TCPConn{{a, b}, {b, a}} {
+		wg.Go(func() {
+			from, to := way[0], way[1]
+			if err := relay(to, from); err == nil && to.CloseWrite() == nil {
+				return
+			}
+			// Half a tunnel is of no use, and the other half may wait for ever.
+			_, _ = from.Close(), to.Close()
+		})
+	}
+	wg.Wait()
+}
+
+var smallBuffers = sync.Pool{New: func() any { return new([smallRelay]byte) }}
+
+// relay copies until the end of from.
+func relay(to, from *net.TCPConn) error {
+	small := smallBuffers.Get().(*[smallRelay]byte)
+	defer smallBuffers.Put(small)
+	for {
+		n, err := from.Read(small[:])
+		if n > 0 {
+			if _, err := to.Write(small[:n]); err != nil {
+				return err
+			}
+		}
+		if err == nil && n == len(small) {
+			err = relayMuch(to, from)
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// relayMuch copies while there is much at once; nil says that there is not any more.
+func relayMuch(to, from *net.TCPConn) error {
+	large := copyBuffers.Get().(*[largeRelay]byte)
+	defer copyBuffers.Put(large)
+	for {
+		n, err := from.Read(large[:])
+		if n > 0 {
+			if _, err := to.Write(large[:n]); err != nil {
+				return err
+			}
+		}
+		if err != nil || n < smallRelay {
+			return err
+		}
+	}
+}

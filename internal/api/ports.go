@@ -1,0 +1,304 @@
+package api
+
+import (
+	"context"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// Limits of a signed URL's life. Part of the contract.
+const (
+	defaultURLExpiry = time.Hour
+	minURLExpiry     = time.Second
+	maxURLExpiry     = 24 * time.Hour
+)
+
+// Routes of requests that go to ports, for the log and the metrics.
+const (
+	portPathRoute = "/v1/sandboxes/{id}/ports/{port}/*"
+	portHostRoute = "{port}-{id}.{domain}"
+)
+
+// Ports is what is called of the proxy room; [*proxy.Proxy] has it.
+type Ports interface {
+	Serve(w http.ResponseWriter, r *http.Request, to proxy.Destination) error
+	Tunnel(w http.ResponseWriter, r *http.Request, t agentapi.Target, port int) error
+}
+
+// portRequest is a request for what a port serves.
+type portRequest struct {
+	id     sandbox.ID
+	port   int
+	byHost bool
+	path   string // by path: what is asked for inside, escaped
+}
+
+var portPath = regexp.MustCompile(`^/v1/sandboxes/([^/]+)/ports/([0-9]{1,9})(/.*)$`)
+
+// portOf finds out whether a request is for a port: by its host, or by its path. The one
+// path that is the API's own is where signed URLs are made.
+func (s *server) portOf(r *http.Request) (portRequest, bool) {
+	if port, id, ok := s.Names.Parse(r.Host); ok {
+		return portRequest{id: sandbox.ID(id), port: port, byHost: true}, true
+	}
+	m := portPath.FindStringSubmatch(r.URL.EscapedPath())
+	if m == nil || m[3] == "/url" && r.Method == http.MethodPost {
+		return portRequest{}, false
+	}
+	port, _ := strconv.Atoi(m[2]) // nine digits at most
+	return portRequest{id: sandbox.ID(m[1]), port: port, path: m[3]}, true
+}
+
+// servePort passes a request on to a port, if the caller may reach it.
+func (s *server) servePort(w *recorder, r *http.Request, p portRequest) {
+	c := callOf(r)
+	c.route, c.page = portPathRoute, true
+	if p.byHost {
+		c.route = portHostRoute
+	}
+	caller, moved, err := s.mayReach(w, r, p)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	if moved {
+		return
+	}
+	lease, err := s.Sandboxes.Connect(r.Context(), caller, p.id)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	defer lease.Release()
+	to := proxy.Destination{Target: targetOf(lease), Port: p.port}
+	if !p.byHost {
+		to.Path, to.Prefix = p.path, proxy.Path(string(p.id), p.port)
+		to.Host = "localhost:" + strconv.Itoa(p.port)
+	}
+	// What types the answer has, what may be guessed of it, is the application's.
+	w.Header().Del("X-Content-Type-Options")
+	w.Header().Del("X-Request-Id") // it may have one of its own
+	if err := s.Ports.Serve(w, r, to); err != nil {
+		w.Header().Set("X-Request-Id", c.id)
+		s.fail(w, r, err)
+	}
+}
+
+func targetOf(l *sandbox.Lease) agentapi.Target {
+	return agentapi.Target{SandboxID: string(l.Sandbox.ID), Run: l.Sandbox.Run, Token: l.Sandbox.Token}
+}
+
+// mayReach says for whom the request may pass: the organization of its key, or that of the
+// sandbox if it brings a signature or the port is public. moved says that the caller was
+// sent to the same place with its signature in a cookie.
+func (s *server) mayReach(w *recorder, r *http.Request, p portRequest) (caller sandbox.Caller, moved bool, err error) {
+	if err := checkPort(p.port); err != nil {
+		return sandbox.Caller{}, false, err
+	}
+	if key := keyOfPort(r); key != "" {
+		if err := s.admitKey(r, key, auth.Exec); err != nil {
+			return sandbox.Caller{}, false, err
+		}
+		return callerOf(r), false, nil
+	}
+	signed, ends, err := s.signature(r, p)
+	if err != nil {
+		return sandbox.Caller{}, false, err
+	}
+	orgID, public, err := s.Sandboxes.Visit(r.Context(), p.id, p.port)
+	if !signed && (fault.Is(err, fault.NotFound) || err == nil && !public) {
+		// Who has no right is not told either which sandboxes there are.
+		return sandbox.Caller{}, false, fault.New(fault.Unauthenticated, "unauthenticated",
+			"this port is private: it needs a signed URL, or an API key in Authorization: Bearer cay_… or in %s", proxy.KeyHeader)
+	}
+	if err != nil {
+		return sandbox.Caller{}, false, err
+	}
+	if fromQuery := r.URL.Query().Has(proxy.TokenParam); p.byHost && fromQuery && (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.Header.Get("Upgrade") == "" {
+		exchange(w, r, ends)
+		return sandbox.Caller{}, true, nil
+	}
+	org, err := s.Auth.Org(r.Context(), orgID)
+	return sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}, false, err
+}
+
+// keyOfPort is the key that a request to a port brings, "" for none: an Authorization that is
+// no key of ours is the application's.
+func keyOfPort(r *http.Request) string {
+	if values := r.Header.Values(proxy.KeyHeader); len(values) > 0 {
+		return strings.Join(values, ",")
+	}
+	if key := bearer(r); proxy.IsSecret(key) {
+		return key
+	}
+	return ""
+}
+
+// signature checks that of the query, else that of the cookie. One of the query that is not
+// right is an error; a cookie that is not is none: the port may be public meanwhile.
+func (s *server) signature(r *http.Request, p portRequest) (signed bool, ends time.Time, err error) {
+	now := time.Now()
+	if values := r.URL.Query()[proxy.TokenParam]; len(values) > 0 {
+		ends, err = s.Signer.Check(values[0], string(p.id), p.port, now)
+		return err == nil, ends, err
+	}
+	if !p.byHost {
+		return false, ends, nil // on the API's host a cookie of one sandbox would come with the pages of all
+	}
+	for _, cookie := range r.CookiesNamed(proxy.TokenCookie) {
+		if ends, err = s.Signer.Check(cookie.Value, string(p.id), p.port, now); err == nil {
+			return true, ends, nil
+		}
+	}
+	return false, ends, nil
+}
+
+// exchange sends the caller to the same place without the signature in the URL, which would
+// get into histories and logs, and with it in a cookie of this host alone.
+func exchange(w *recorder, r *http.Request, ends time.Time) {
+	http.SetCookie(w, &http.Cookie{Name: proxy.TokenCookie, Value: r.URL.Query().Get(proxy.TokenParam), Path: "/",
+		Expires: ends, HttpOnly: true, Secure: proxy.Scheme(r) == "https", SameSite: http.SameSiteLaxMode})
+	to := url.URL{Path: "/" + strings.TrimLeft(r.URL.Path, "/"), RawQuery: proxy.WithoutToken(r.URL.RawQuery)}
+	h := w.Header()
+	h.Set("Location", to.String())
+	h.Set("Cache-Control", "no-store")
+	h.Set("Referrer-Policy", "no-referrer")
+	w.WriteHeader(http.StatusSeeOther)
+}
+
+func checkPort(port int) error {
+	switch {
+	case port < 1 || port > 65535:
+		return fault.InField("invalid_port", "port", "must be from 1 to 65535")
+	case port == agentapi.Port:
+		return fault.InField("invalid_port", "port", "%d is the sandbox's own agent's", port)
+	}
+	return nil
+}
+
+// OpenTunnel answers POST /v1/sandboxes/{id}/tunnel.
+func (s *server) OpenTunnel(w http.ResponseWriter, r *http.Request, id SandboxID, params OpenTunnelParams) {
+	if err := checkPort(params.Port); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	if !proxy.WantsTunnel(r) {
+		w.Header().Set("Upgrade", agentapi.TunnelProtocol)
+		s.problem(w, r, http.StatusUpgradeRequired, fault.InField("upgrade_required", "Upgrade", "a tunnel needs HTTP/1.1 with Connection: Upgrade and Upgrade: %s", agentapi.TunnelProtocol))
+		return
+	}
+	s.inside(w, r, id, func(t agentapi.Target) error { return s.Ports.Tunnel(w, r, t, params.Port) })
+}
+
+// GetPort answers GET /v1/sandboxes/{id}/ports/{port}.
+func (s *server) GetPort(w http.ResponseWriter, r *http.Request, id SandboxID, port PortNumber) {
+	s.answerPort(w, r, id, port, checkPort(port))
+}
+
+// SetPort answers PUT /v1/sandboxes/{id}/ports/{port}.
+func (s *server) SetPort(w http.ResponseWriter, r *http.Request, id SandboxID, port PortNumber) {
+	var in PortSettings
+	_, err := read(w, r, maxBody, true, &in)
+	if err == nil {
+		err = checkPort(port)
+	}
+	if err == nil && in.Public == nil {
+		err = fault.InField("invalid_public", "public", "is required")
+	}
+	if err == nil {
+		err = s.Sandboxes.SetPublicPort(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id), port, *in.Public)
+	}
+	s.answerPort(w, r, id, port, err)
+}
+
+func (s *server) answerPort(w http.ResponseWriter, r *http.Request, id SandboxID, port int, err error) {
+	var public []int
+	if err == nil {
+		public, err = s.Sandboxes.PublicPorts(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	}
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	out := s.portShown(r, id, port)
+	for _, p := range public {
+		out.Public = out.Public || p == port
+	}
+	s.answer(w, r, http.StatusOK, out)
+}
+
+// portShown is a private port as the API shows it.
+func (s *server) portShown(r *http.Request, id string, port int) Port {
+	return Port{Port: port, URL: s.portURL(r, id, port)}
+}
+
+// portURL is where a port is reached: its host name, else the path on the host that was called.
+func (s *server) portURL(r *http.Request, id string, port int) string {
+	if base := s.Names.Of(id, port); base != "" {
+		return base + "/"
+	}
+	return proxy.Scheme(r) + "://" + r.Host + proxy.Path(id, port) + "/"
+}
+
+// ListPorts answers GET /v1/sandboxes/{id}/ports.
+func (s *server) ListPorts(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	public, err := s.Sandboxes.PublicPorts(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusOK, PortList{Ports: each(public, func(port int) Port {
+		out := s.portShown(r, id, port)
+		out.Public = true
+		return out
+	})})
+}
+
+// CreatePortURL answers POST /v1/sandboxes/{id}/ports/{port}/url.
+func (s *server) CreatePortURL(w http.ResponseWriter, r *http.Request, id SandboxID, port PortNumber) {
+	var in CreatePortURLRequest
+	_, err := read(w, r, maxBody, false, &in)
+	if err == nil {
+		err = checkPort(port)
+	}
+	expiry := defaultURLExpiry
+	if err == nil {
+		var asked *time.Duration
+		if asked, err = duration("expires_in", in.ExpiresIn); asked != nil {
+			expiry = *asked
+		}
+	}
+	if err == nil && (expiry < minURLExpiry || expiry > maxURLExpiry) {
+		err = fault.InField("invalid_expires_in", "expires_in", "must be between %s and %s", minURLExpiry, maxURLExpiry)
+	}
+	if err == nil {
+		err = s.notOver(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	}
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	// Signatures end with a whole second, and what is promised is not cut short by that.
+	ends := time.Now().Add(expiry + time.Second - 1).Truncate(time.Second).UTC()
+	signed := s.portURL(r, id, port) + "?" + proxy.TokenParam + "=" + s.Signer.Sign(id, port, ends)
+	s.answer(w, r, http.StatusCreated, PortURL{URL: signed, ExpiresAt: ends})
+}
+
+// notOver refuses a sandbox of the organization that nothing can be reached in any more.
+func (s *server) notOver(ctx context.Context, orgID string, id sandbox.ID) error {
+	box, err := s.Sandboxes.Get(ctx, orgID, id)
+	if err == nil && box.State.Status() == sandbox.StatusDestroyed {
+		err = fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is destroyed", id)
+	}
+	return err
+}

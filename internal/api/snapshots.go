@@ -1,0 +1,116 @@
+package api
+
+import (
+	"net/http"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// CreateSnapshot answers POST /v1/sandboxes/{id}/snapshots.
+func (s *server) CreateSnapshot(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var in CreateSnapshotRequest
+	if _, err := read(w, r, maxBody, false, &in); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	name := ""
+	if in.Name != nil {
+		if name = *in.Name; name == "" {
+			s.fail(w, r, fault.InField("invalid_name", "name", "must not be empty: leave it out for none"))
+			return
+		}
+	}
+	snap, err := s.Sandboxes.SaveSnapshot(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id), name)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	w.Header().Set("Location", "/v1/snapshots/"+string(snap.ID))
+	s.answer(w, r, http.StatusCreated, snapshotOf(snap))
+}
+
+// ListSnapshots answers GET /v1/snapshots.
+func (s *server) ListSnapshots(w http.ResponseWriter, r *http.Request, params ListSnapshotsParams) {
+	limit, cursor, err := page(params.Limit, params.Cursor)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	f := sandbox.SnapshotFilter{OrgID: callOf(r).who.Org.ID, Limit: limit, Cursor: cursor}
+	for name, value := range map[string]*string{"sandbox": params.Sandbox, "name": params.Name} {
+		// What selects everything is not what an empty one means.
+		if value != nil && *value == "" {
+			s.fail(w, r, fault.InField(codeOf(name), name, "must not be empty: leave it out for any"))
+			return
+		}
+	}
+	if params.Sandbox != nil {
+		f.SandboxID = sandbox.ID(*params.Sandbox)
+	}
+	if params.Name != nil {
+		f.Name = *params.Name
+	}
+	all, next, err := s.Sandboxes.ListSnapshots(r.Context(), f)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusOK, SnapshotList{Snapshots: each(all, snapshotOf), NextCursor: optional(next)})
+}
+
+// GetSnapshot answers GET /v1/snapshots/{snapshot}.
+func (s *server) GetSnapshot(w http.ResponseWriter, r *http.Request, ref SnapshotRef) {
+	snap, err := s.Sandboxes.GetSnapshot(r.Context(), callOf(r).who.Org.ID, ref)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.answer(w, r, http.StatusOK, snapshotOf(snap))
+}
+
+// DeleteSnapshot answers DELETE /v1/snapshots/{snapshot}.
+func (s *server) DeleteSnapshot(w http.ResponseWriter, r *http.Request, ref SnapshotRef) {
+	if err := s.Sandboxes.DeleteSnapshot(r.Context(), callOf(r).who.Org.ID, ref); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// ForkSandbox answers POST /v1/sandboxes/{id}/fork.
+func (s *server) ForkSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var in ForkRequest
+	if _, err := read(w, r, maxBody, false, &in); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	request, err := requestOf(CreateSandboxRequest{Mode: in.Mode, Timeout: in.Timeout, IdleTimeout: in.IdleTimeout,
+		RecoveryInterval: in.RecoveryInterval, Env: in.Env, Metadata: in.Metadata, Egress: in.Egress})
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	count := 1
+	if in.Count != nil {
+		if count = *in.Count; count == 0 {
+			count = -1 // which the core refuses; its 0 is the default
+		}
+	}
+	children, err := s.Sandboxes.Fork(r.Context(), callerOf(r), sandbox.ID(id), sandbox.ForkRequest{Count: count, Request: request})
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	made := 0
+	for _, c := range children {
+		if c.Err == nil {
+			made++
+		}
+	}
+	if made == 0 {
+		s.fail(w, r, children[0].Err)
+		return
+	}
+	s.answer(w, r, http.StatusCreated, ForkResult{Children: each(children, childOf)})
+}

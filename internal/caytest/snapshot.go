@@ -1,0 +1,56 @@
+package caytest
+
+import (
+	"context"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// Snapshot implements sandbox.Node.
+func (n *Node) Snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Point, error) {
+	return n.snapshot(ctx, id, to, func(f sandbox.Fact) bool { return f.Alive })
+}
+
+// SnapshotPoint implements sandbox.Node.
+func (n *Node) SnapshotPoint(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Point, error) {
+	return n.snapshot(ctx, id, to, func(f sandbox.Fact) bool { return f.Point != nil })
+}
+
+func (n *Node) snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID, can func(sandbox.Fact) bool) (sandbox.Point, error) {
+	err := called(ctx, n, "snapshot", id, id, n.OnSnapshot)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	fact := n.boxes[id]
+	if !can(fact) {
+		return sandbox.Point{}, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is not here", id)
+	}
+	n.snapshots[to] = true // also when it fails: in part
+	if err != nil {
+		return sandbox.Point{}, err
+	}
+	return sandbox.Point{At: time.Now().UTC(), Size: 1 << 20, Run: fact.Run}, nil
+}
+
+// DropSnapshot implements sandbox.Node.
+func (n *Node) DropSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
+	if err := called(ctx, n, "drop", sandbox.ID(id), id, n.OnDrop); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.snapshots, id)
+	return nil
+}
+
+// Snapshots implements sandbox.Node.
+func (n *Node) Snapshots(context.Context) ([]sandbox.SnapshotID, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var all []sandbox.SnapshotID
+	for id := range n.snapshots {
+		all = append(all, id)
+	}
+	return all, nil
+}

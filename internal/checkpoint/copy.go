@@ -1,0 +1,87 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+// Copy makes the latest checkpoint of a name that of another too, durably, whatever
+// becomes of the first. The files of a checkpoint never change, so both have the same
+// ones: it takes no room and no time. Nothing to copy is nil. After an error there is
+// nothing of the other name but what [Store.Remove] removes.
+func (s *Store) Copy(from, to string) (*Checkpoint, error) {
+	c, err := s.Latest(from)
+	if err != nil || c == nil {
+		return nil, err
+	}
+	home := filepath.Join(s.dir, to)
+	draft := filepath.Join(home, draftDir)
+	if err := os.MkdirAll(draft, 0o700); err != nil {
+		return nil, fmt.Errorf("making a directory for a checkpoint: %w", err)
+	}
+	names := []string{manifestFile}
+	for _, f := range c.Files {
+		names = append(names, f.Name)
+	}
+	for _, name := range names {
+		if err := os.Link(filepath.Join(c.Dir, name), filepath.Join(draft, name)); err != nil {
+			return nil, fmt.Errorf("copying a checkpoint: %w", err)
+		}
+	}
+	if c.Suspect() {
+		if err := (&Checkpoint{Dir: draft}).Distrust(); err != nil {
+			return nil, err
+		}
+	}
+	dir := filepath.Join(home, "1")
+	if err := errors.Join(syncDir(draft), os.Rename(draft, dir), syncDir(home), syncDir(s.dir)); err != nil {
+		return nil, fmt.Errorf("putting a checkpoint in place: %w", err)
+	}
+	return read(dir)
+}
+
+// Open opens the files of the checkpoint that pick chooses, for [Opened.Verify]: they can
+// be read to their end though the checkpoint is removed meanwhile. One that is not there
+// is Internal, code "checkpoint_damaged".
+func (c *Checkpoint) Open(pick func(name string) bool) (*Opened, error) {
+	o := &Opened{}
+	for _, want := range c.Files {
+		if !pick(want.Name) {
+			continue
+		}
+		f, err := os.Open(filepath.Join(c.Dir, want.Name))
+		if err != nil {
+			return nil, errors.Join(damaged("%s cannot be read", want.Name).Because(err), o.Close())
+		}
+		o.files, o.want = append(o.files, f), append(o.want, want)
+	}
+	return o, nil
+}
+
+// Opened is some of a checkpoint's files, held open.
+type Opened struct {
+	files []*os.File
+	want  []file
+}
+
+// Verify compares the files with their sums, as [Checkpoint.Verify] does. Once.
+func (o *Opened) Verify(ctx context.Context) error {
+	for i, f := range o.files {
+		if err := verifyFile(ctx, o.want[i], f, true); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Close lets go of them.
+func (o *Opened) Close() error {
+	var errs []error
+	for _, f := range o.files {
+		errs = append(errs, f.Close())
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,54 @@
+package node
+
+import (
+	"context"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// A snapshot is a checkpoint under a name of its own beside those of the sandboxes: nothing
+// of it depends on the sandbox that it is of.
+
+// Snapshot implements sandbox.Node.
+func (n *Node) Snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Point, error) {
+	return n.saveLive(ctx, id, string(to))
+}
+
+// SnapshotPoint implements sandbox.Node.
+func (n *Node) SnapshotPoint(_ context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Point, error) {
+	c, was, err := n.latest(string(id))
+	if err == nil && c != nil {
+		c, err = n.checkpoints.Copy(string(id), string(to))
+	}
+	switch {
+	case err != nil:
+		return sandbox.Point{}, err
+	case c == nil:
+		return sandbox.Point{}, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s has no recovery point on this machine", id)
+	}
+	return sandbox.Point{At: c.At, Size: c.Size, Run: was.Run}, n.passed("copy")
+}
+
+// DropSnapshot implements sandbox.Node.
+func (n *Node) DropSnapshot(_ context.Context, id sandbox.SnapshotID) error {
+	if err := n.checkpoints.Remove(string(id)); err != nil {
+		return err
+	}
+	return n.collect()
+}
+
+// Snapshots implements sandbox.Node.
+func (n *Node) Snapshots(context.Context) ([]sandbox.SnapshotID, error) {
+	names, err := n.checkpoints.Names()
+	if err != nil {
+		return nil, err
+	}
+	var all []sandbox.SnapshotID
+	for _, name := range names {
+		if id := sandbox.SnapshotID(name); id.Valid() {
+			all = append(all, id)
+		}
+	}
+	return all, nil
+}

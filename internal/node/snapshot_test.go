@@ -1,0 +1,344 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/payload"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// snapshot makes one, which must work.
+func (m *machine) snapshot(spec sandbox.Spec) sandbox.SnapshotID {
+	m.t.Helper()
+	id := sandbox.NewSnapshotID()
+	if _, err := m.node.Snapshot(m.ctx(), spec.ID, id); err != nil {
+		m.t.Fatalf("making a snapshot: %v", err)
+	}
+	return id
+}
+
+// child is the spec of a sandbox that is to be made from a snapshot of another.
+func child(of sandbox.Spec, from sandbox.SnapshotID) sandbox.Spec {
+	c := of
+	c.ID, c.Run, c.Token, c.From = sandbox.NewID(), "child", "token of a child", from
+	c.Env = maps.Clone(of.Env)
+	c.Env["CHILD"] = string(c.ID)
+	return c
+}
+
+func (m *machine) restored(of sandbox.Spec, from sandbox.SnapshotID) sandbox.Spec {
+	m.t.Helper()
+	c := child(of, from)
+	if err := m.node.Create(m.ctx(), c); err != nil {
+		m.t.Fatalf("restoring: %v", err)
+	}
+	return c
+}
+
+// wantSnapshots checks which the machine has, in files too.
+func (m *machine) wantSnapshots(want ...sandbox.SnapshotID) {
+	m.t.Helper()
+	got, err := m.node.Snapshots(m.ctx())
+	if err != nil || fmt.Sprint(got) != fmt.Sprint(want) {
+		m.t.Errorf("the machine has the snapshots %v, %v; want %v", got, err, want)
+	}
+	entries, _ := filepath.Glob(filepath.Join(m.dir, "checkpoints", "*"))
+	if len(entries) != len(want) {
+		m.t.Errorf("the machine has %v", entries)
+	}
+}
+
+// TestChildrenOfASnapshot makes two sandboxes from one snapshot while the first goes on, and
+// one after it has gone and the snapshot was deleted: all go on from where it was.
+func TestChildrenOfASnapshot(t *testing.T) {
+	m := newMachine(t)
+	spec, n := m.working()
+	snap := m.snapshot(spec)
+	m.wantSnapshots(snap)
+	specs := []sandbox.Spec{spec, m.restored(spec, snap), m.restored(spec, snap)}
+	for _, s := range specs {
+		if got := m.counts(s, n); got < n {
+			t.Errorf("%s is at %d, and the snapshot was made at %d", s.ID, got, n)
+		}
+	}
+	if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+		t.Fatal(err)
+	}
+	last := m.restored(spec, snap)
+	if err := m.node.DropSnapshot(m.ctx(), snap); err != nil {
+		t.Fatal(err)
+	}
+	m.wantSnapshots()
+	m.counts(last, n)
+	// Each is a sandbox of its own: asleep and awake again, and what it is a snapshot of too.
+	m.counts(specs[1], n)
+	point, err := m.node.Suspend(m.ctx(), specs[1].ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	of := sandbox.NewSnapshotID()
+	if copied, err := m.node.SnapshotPoint(m.ctx(), specs[1].ID, of); err != nil || copied != point {
+		t.Errorf("the snapshot is %+v, the recovery point %+v, %v", copied, point, err)
+	}
+	specs[1].From = ""
+	awake := m.wake(specs[1])
+	m.counts(awake, n)
+	if err := m.node.Destroy(m.ctx(), awake.ID); err != nil {
+		t.Fatal(err)
+	}
+	m.wantSnapshots(of)
+	grandchild := m.restored(awake, of)
+	m.counts(grandchild, n)
+	for _, s := range []sandbox.Spec{specs[2], last, grandchild} {
+		if err := m.node.Destroy(m.ctx(), s.ID); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := m.node.DropSnapshot(m.ctx(), of); err != nil {
+		t.Fatal(err)
+	}
+	m.wantSnapshots()
+	m.wantNothing()
+}
+
+// TestIdentityOfAChild looks at everything that a sandbox is told apart by.
+func TestIdentityOfAChild(t *testing.T) {
+	m := newMachine(t)
+	spec := m.created()
+	m.sh(spec, "echo '192.0.2.7 mine' >>/etc/hosts")
+	// A process that draws random numbers on command, without ever being started anew.
+	m.sh(spec, `mkfifo /tmp/ask; (exec 3<>/tmp/ask; while read -r n <&3; do head -c 16 /dev/urandom | md5sum >/tmp/drawn; cat /proc/sys/kernel/random/uuid >>/tmp/drawn; done) >/dev/null 2>&1 &
+while ! [ -p /tmp/ask ]; do sleep 0.01; done`)
+	look := func(s sandbox.Spec) string {
+		return m.sh(s, `rm -f /tmp/drawn; echo 1 >/tmp/ask; until [ "$(wc -l </tmp/drawn 2>/dev/null)" = 2 ]; do sleep 0.01; done; cat /tmp/drawn
+head -c 16 /dev/urandom | md5sum; head -c 16 /dev/random | md5sum; cat /proc/sys/kernel/random/uuid`)
+	}
+	snap := m.snapshot(spec)
+	specs := []sandbox.Spec{spec, m.restored(spec, snap), m.restored(spec, snap)}
+	drawn := map[string]sandbox.ID{}
+	addresses := map[string]bool{}
+	for _, s := range specs {
+		for _, line := range strings.Fields(strings.ReplaceAll(look(s), " -", "")) {
+			if of, twice := drawn[line]; twice {
+				t.Errorf("%s and %s both drew %s", of, s.ID, line)
+			}
+			drawn[line] = s.ID
+		}
+		name := hostname(s.ID)
+		want := name + "\n" + name + "\n127.0.0.1\tlocalhost\n127.0.1.1\t" + name + "\n192.0.2.7 mine"
+		if got := m.sh(s, "hostname; cat /etc/hostname; cat /etc/hosts"); got != want {
+			t.Errorf("%s is called %q, want %q", s.ID, got, want)
+		}
+		if got := m.sh(s, `echo "$CHILD"`); s.From != "" && got != string(s.ID) || s.From == "" && got != "" {
+			t.Errorf("%s has the environment of %q", s.ID, got)
+		}
+		address := m.sh(s, "ip -4 -o addr show dev eth0 | awk '{print $4}'")
+		if address == "" || addresses[address] {
+			t.Errorf("%s has address %q, others %v", s.ID, address, addresses)
+		}
+		addresses[address] = true
+		if inside := m.sh(s, "date +%s"); inside < fmt.Sprint(time.Now().Unix()-2) || inside > fmt.Sprint(time.Now().Unix()+2) {
+			t.Errorf("the clock of %s is at %s", s.ID, inside)
+		}
+		// Nobody else's token is good for it.
+		for _, o := range specs {
+			wrong := s
+			wrong.Token = o.Token + "x"
+			if o.Run != s.Run {
+				wrong.Token = o.Token
+			}
+			if err := m.node.Agents().Health(m.ctx(), m.node.box(s.ID).target()); err != nil {
+				t.Error(err)
+			}
+			if m.node.Agents().Remove(m.ctx(), agentapi.Target{SandboxID: string(wrong.ID), Run: wrong.Run, Token: wrong.Token}, "/etc/hosts", "root", false) == nil {
+				t.Errorf("%s takes the token %q", s.ID, wrong.Token)
+			}
+		}
+	}
+}
+
+// TestRestoreFailsAtEveryStep breaks the making of a child after each of its steps: nothing is
+// left of it, the snapshot is whole, and the sandbox that it is of goes on.
+func TestRestoreFailsAtEveryStep(t *testing.T) {
+	m := newMachine(t)
+	spec, n := m.working()
+	snap := m.snapshot(spec)
+	broken := errors.New("broken on purpose")
+	for _, name := range []string{"image", "directory", "network", "record", "policy", "start", "watch", "agent", "favour", "init", "verify"} {
+		reached := false
+		m.node.after = func(step string) error {
+			if step == name {
+				reached = true
+				return broken
+			}
+			return nil
+		}
+		c := child(spec, snap)
+		if err := m.node.Create(m.ctx(), c); !errors.Is(err, broken) || !reached {
+			t.Fatalf("%s: got %v, reached: %v", name, err, reached)
+		}
+		m.node.after = nil
+		if fact, err := m.node.Inspect(m.ctx(), c.ID); err != nil || fact != nil {
+			t.Errorf("%s: the machine has %+v, %v", name, fact, err)
+		}
+	}
+	m.counts(m.restored(spec, snap), n)
+	m.counts(spec, n)
+}
+
+// TestSnapshotFails breaks the making of a snapshot: the sandbox runs on with the recovery
+// point that it had, and what there is of the snapshot goes with it.
+func TestSnapshotFails(t *testing.T) {
+	m := newMachine(t)
+	spec, n := m.working()
+	point, err := m.node.Checkpoint(m.ctx(), spec.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	broken := errors.New("broken on purpose")
+	for _, name := range []string{"save", "commit"} {
+		m.node.after = func(step string) error {
+			if step == name {
+				return broken
+			}
+			return nil
+		}
+		snap := sandbox.NewSnapshotID()
+		if _, err := m.node.Snapshot(m.ctx(), spec.ID, snap); !errors.Is(err, broken) {
+			t.Fatalf("%s: got %v", name, err)
+		}
+		m.node.after = nil
+		n = m.counts(spec, n)
+		if err := m.node.DropSnapshot(m.ctx(), snap); err != nil {
+			t.Error(err)
+		}
+		if got, err := m.node.Snapshots(m.ctx()); err != nil || len(got) > 0 {
+			t.Errorf("%s: the machine has %v, %v", name, got, err)
+		}
+		if fact, err := m.node.Inspect(m.ctx(), spec.ID); err != nil || fact.Point == nil || *fact.Point != point {
+			t.Errorf("%s: its recovery point is %+v, %v", name, fact.Point, err)
+		}
+	}
+	if _, err := m.node.SnapshotPoint(m.ctx(), m.created().ID, sandbox.NewSnapshotID()); !fault.Is(err, fault.Conflict) {
+		t.Errorf("a snapshot of a recovery point that there is not: %v", err)
+	}
+	if err := m.node.Create(m.ctx(), child(spec, sandbox.NewSnapshotID())); fault.As(err) == nil || fault.As(err).Code != "restore_failed" {
+		t.Errorf("a child of a snapshot that there is not: %v", err)
+	}
+	m.wantNoRoomForASnapshot(spec)
+}
+
+func (m *machine) wantNoRoomForASnapshot(spec sandbox.Spec) {
+	m.t.Helper()
+	m.close()
+	m.minDisk = 1 << 60
+	m.open()
+	if _, err := m.node.Snapshot(m.ctx(), spec.ID, sandbox.NewSnapshotID()); !fault.Is(err, fault.NoSpace) {
+		m.t.Errorf("a snapshot without room for it: %v", err)
+	}
+	m.works(spec)
+}
+
+// TestDamagedSnapshot breaks the pages of a snapshot whose children run: each is ended, and
+// no other is made of it. One whose snapshot was deleted before is looked at all the same.
+func TestDamagedSnapshot(t *testing.T) {
+	m := newMachine(t)
+	spec := m.created()
+	m.sh(spec, "head -c 20000000 /dev/urandom >/root/data")
+	for _, deleted := range []bool{false, true} {
+		snap := m.snapshot(spec)
+		pages := filepath.Join(m.dir, "checkpoints", string(snap), "1", "pages.img")
+		file, err := os.OpenFile(pages, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		info, err := file.Stat()
+		if err != nil {
+			t.Fatal(err)
+		}
+		one := make([]byte, 1)
+		if _, err := file.ReadAt(one, info.Size()-5000); err != nil {
+			t.Fatal(err)
+		}
+		one[0] ^= 1
+		if _, err := file.WriteAt(one, info.Size()-5000); err != nil {
+			t.Fatal(err)
+		}
+		children := map[sandbox.ID]bool{m.restored(spec, snap).ID: true, m.restored(spec, snap).ID: true}
+		if deleted {
+			if err := m.node.DropSnapshot(m.ctx(), snap); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for len(children) > 0 {
+			select {
+			case lost := <-m.node.Lost():
+				if !children[lost.ID] {
+					t.Errorf("lost %s", lost.ID)
+				}
+				delete(children, lost.ID)
+				if err := m.node.Destroy(m.ctx(), lost.ID); err != nil {
+					t.Error(err)
+				}
+			case <-time.After(30 * time.Second):
+				t.Fatal("a sandbox with damaged memory goes on")
+			}
+		}
+		if err := m.node.Create(m.ctx(), child(spec, snap)); fault.As(err) == nil || fault.As(err).Code != "restore_failed" {
+			t.Errorf("deleted %v: another child: %v", deleted, err)
+		}
+	}
+	m.works(spec)
+}
+
+// TestSnapshotKeepsItsPrograms makes another version of the programs the server's: the snapshot
+// is still restored by the one that made it, which goes with the last that needs it.
+func TestSnapshotKeepsItsPrograms(t *testing.T) {
+	m := newMachine(t)
+	spec, n := m.working()
+	snap := m.snapshot(spec)
+	if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+		t.Fatal(err)
+	}
+	old := m.programs
+	m.close()
+	m.programs = otherPrograms(t, m)
+	m.open()
+	c := m.restored(spec, snap)
+	m.counts(c, n)
+	if _, err := os.Stat(old.Runsc); err != nil {
+		t.Error(err)
+	}
+	if err := m.node.DropSnapshot(m.ctx(), snap); err != nil {
+		t.Fatal(err)
+	}
+	m.counts(c, n)
+	if err := m.node.Destroy(m.ctx(), c.ID); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(old.Runsc); !os.IsNotExist(err) {
+		t.Errorf("a runtime that nothing needs is still there: %v", err)
+	}
+}
+
+// otherPrograms are another version of the programs, which does the same.
+func otherPrograms(t *testing.T, m *machine) payload.Programs {
+	t.Helper()
+	other := payload.At(filepath.Join(m.dir, "programs"), payload.Version{Agent: "another-agent", Runsc: "another-runsc"})
+	for from, to := range map[string]string{m.programs.Agent: other.Agent, m.programs.Runsc: other.Runsc} {
+		if err := errors.Join(os.Mkdir(filepath.Dir(to), 0o755), os.Link(from, to)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return other
+}

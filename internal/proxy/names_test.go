@@ -1,0 +1,91 @@
+package proxy
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+const anID = "sbx_abcdefghij0123456789"
+
+func TestNames(t *testing.T) {
+	n := Names{Domain: "boxes.example.com:8443", Scheme: "https"}
+	if got := n.Of(anID, 8080); got != "https://8080-abcdefghij0123456789.boxes.example.com:8443" {
+		t.Error(got)
+	}
+	for _, host := range []string{"8080-abcdefghij0123456789.boxes.example.com", "8080-ABCDEFGHIJ0123456789.Boxes.Example.com:1", "8080-abcdefghij0123456789.boxes.example.com."} {
+		if port, id, ok := n.Parse(host); !ok || port != 8080 || id != anID {
+			t.Errorf("%s: %d %s %v", host, port, id, ok)
+		}
+	}
+	for _, host := range []string{"", "boxes.example.com", "8080-abcdefghij0123456789.example.com", "8080-abcdefghij0123456789.boxes.example.com.evil.org",
+		"080-abcdefghij0123456789.boxes.example.com", "70000-abcdefghij0123456789.boxes.example.com", "8080-abcdefghij012345678.boxes.example.com",
+		"8080-sbx_abcdefghij0123456789.boxes.example.com", "x.8080-abcdefghij0123456789.boxes.example.com", "[::1]:80"} {
+		if port, id, ok := n.Parse(host); ok {
+			t.Errorf("%q is %d of %s", host, port, id)
+		}
+	}
+	if _, _, ok := (Names{}).Parse("8080-abcdefghij0123456789."); ok || (Names{}).Of(anID, 1) != "" {
+		t.Error("no domain has names")
+	}
+}
+
+func TestSigner(t *testing.T) {
+	s, now := NewSigner(NewSecret()), time.Now()
+	ends := now.Add(time.Minute).Truncate(time.Second)
+	good := s.Sign(anID, 80, ends)
+	if got, err := s.Check(good, anID, 80, now); err != nil || !got.Equal(ends) {
+		t.Errorf("%v, %v", got, err)
+	}
+	at, sum, _ := strings.Cut(good, ".")
+	for name, c := range map[string]struct {
+		signature, id string
+		port          int
+		now           time.Time
+		code          string
+	}{
+		"expired":         {good, anID, 80, ends, "signature_expired"},
+		"another port":    {good, anID, 81, now, "invalid_signature"},
+		"another sandbox": {good, "sbx_bbcdefghij0123456789", 80, now, "invalid_signature"},
+		"another end":     {at + "0." + sum, anID, 80, now, "invalid_signature"},
+		"cut":             {good[:len(good)-1], anID, 80, now, "invalid_signature"},
+		"no sum":          {at, anID, 80, now, "invalid_signature"},
+		"empty":           {"", anID, 80, now, "invalid_signature"},
+		"another server":  {NewSigner(NewSecret()).Sign(anID, 80, ends), anID, 80, now, "invalid_signature"},
+	} {
+		if _, err := s.Check(c.signature, c.id, c.port, c.now); !fault.Is(err, fault.Unauthenticated) || fault.As(err).Code != c.code {
+			t.Errorf("%s: %v, want %s", name, err, c.code)
+		}
+	}
+}
+
+func FuzzNames(f *testing.F) {
+	n := Names{Domain: "a.example", Scheme: "https"}
+	for _, seed := range []string{"8080-abcdefghij0123456789.a.example", "1-aaaaaaaaaaaaaaaaaaaa.A.EXAMPLE.:9", "[::1]", "x"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, host string) {
+		port, id, ok := n.Parse(host)
+		if !ok {
+			return
+		}
+		if again, same, ok := n.Parse(strings.TrimPrefix(n.Of(id, port), "https://")); !ok || again != port || same != id || port < 1 || port > 65535 {
+			t.Errorf("%q is %d of %s, which is %d of %s", host, port, id, again, same)
+		}
+	})
+}
+
+func FuzzSignature(f *testing.F) {
+	s := NewSigner("secret")
+	ends := time.Unix(2_000_000_000, 0)
+	f.Add(s.Sign(anID, 80, ends))
+	f.Add("x.y")
+	f.Fuzz(func(t *testing.T, text string) {
+		got, err := s.Check(text, anID, 80, time.Unix(1_900_000_000, 0))
+		if err == nil && text != s.Sign(anID, 80, got) {
+			t.Errorf("%q opens the port and is no signature of ours", text)
+		}
+	})
+}

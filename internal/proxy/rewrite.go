@@ -1,0 +1,145 @@
+package proxy
+
+import (
+	"cmp"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"strings"
+)
+
+// What opens a port from outside, and never reaches a sandbox.
+const (
+	KeyHeader   = "X-Cay-Api-Key" // a key of cay's, where Authorization is the application's
+	TokenParam  = "cay_token"     // a signature, in a query
+	TokenCookie = "cay_token"     // a signature, of a host name
+)
+
+// secretPrefixes begin the secrets of cay's keys.
+var secretPrefixes = []string{"cay_", "e2b_"}
+
+// rewrite makes the request that goes in.
+func rewrite(pr *httputil.ProxyRequest) {
+	pass := passageOf(pr.In)
+	out, to := pr.Out, pass.to
+	out.URL.Scheme, out.URL.Host = "http", to.host()
+	if to.Path != "" {
+		path, err := url.PathUnescape(to.Path)
+		if err != nil {
+			path = to.Path // net/http has parsed it, so this cannot be
+		}
+		out.URL.Path, out.URL.RawPath = path, to.Path
+	}
+	out.URL.RawQuery = WithoutToken(pr.In.URL.RawQuery)
+	out.Host = cmp.Or(to.Host, pr.In.Host, "localhost")
+	forward(pr, to.Prefix)
+	withoutSecrets(out.Header)
+}
+
+// forward says where the request comes from. What a proxy before us has said stands; inside
+// nobody should decide by it.
+func forward(pr *httputil.ProxyRequest, prefix string) {
+	in, out := pr.In.Header, pr.Out.Header
+	chain := in.Values("X-Forwarded-For")
+	if ip, _, err := net.SplitHostPort(pr.In.RemoteAddr); err == nil {
+		chain = append(chain[:len(chain):len(chain)], ip)
+	}
+	out.Set("X-Forwarded-For", strings.Join(chain, ", "))
+	out.Set("X-Forwarded-Host", pr.In.Host)
+	out.Set("X-Forwarded-Proto", Scheme(pr.In))
+	if prefix != "" {
+		out.Set("X-Forwarded-Prefix", prefix)
+	} else {
+		out.Del("X-Forwarded-Prefix")
+	}
+}
+
+// Scheme is that of the caller's request: what a proxy before us has said, else our own.
+func Scheme(r *http.Request) string {
+	switch said := r.Header.Get("X-Forwarded-Proto"); {
+	case said == "http" || said == "https":
+		return said
+	case r.TLS != nil:
+		return "https"
+	}
+	return "http"
+}
+
+// withoutSecrets removes keys of cay's and signatures, wherever callers put them.
+func withoutSecrets(h http.Header) {
+	h.Del(KeyHeader)
+	for name, values := range h {
+		kept := values[:0:0]
+		for _, v := range values {
+			if !IsSecret(v) {
+				kept = append(kept, v)
+			}
+		}
+		if len(kept) == 0 {
+			delete(h, name)
+		} else if len(kept) < len(values) {
+			h[name] = kept
+		}
+	}
+	cookies := h.Values("Cookie")
+	h.Del("Cookie")
+	for _, line := range cookies {
+		var kept []string
+		for pair := range strings.SplitSeq(line, ";") {
+			if name, _, _ := strings.Cut(strings.TrimSpace(pair), "="); name != TokenCookie && name != "" {
+				kept = append(kept, strings.TrimSpace(pair))
+			}
+		}
+		if len(kept) > 0 {
+			h.Add("Cookie", strings.Join(kept, "; "))
+		}
+	}
+}
+
+// IsSecret reports whether a header's value is a key of cay's, alone or after a scheme.
+func IsSecret(value string) bool {
+	fields := strings.Fields(value)
+	if len(fields) == 0 || len(fields) > 2 {
+		return false
+	}
+	last := fields[len(fields)-1]
+	for _, prefix := range secretPrefixes {
+		// "cay_theme" in a header of somebody's is none.
+		if rest, ok := strings.CutPrefix(last, prefix); ok && len(rest) >= minSecret && !strings.ContainsFunc(rest, notAlphanumeric) {
+			return true
+		}
+	}
+	return false
+}
+
+// minSecret is fewer characters than any key has after its prefix.
+const minSecret = 16
+
+func notAlphanumeric(r rune) bool {
+	return (r < '0' || r > '9') && (r < 'a' || r > 'z') && (r < 'A' || r > 'Z')
+}
+
+// WithoutToken removes our signature from a query and leaves the rest as it is.
+func WithoutToken(query string) string {
+	if !strings.Contains(query, TokenParam) {
+		return query
+	}
+	var kept []string
+	for pair := range strings.SplitSeq(query, "&") {
+		if name, _, _ := strings.Cut(pair, "="); name != TokenParam {
+			kept = append(kept, pair)
+		}
+	}
+	return strings.Join(kept, "&")
+}
+
+// restorePrefix makes a redirect to another path lead there from outside.
+func restorePrefix(resp *http.Response) error {
+	prefix := passageOf(resp.Request).to.Prefix
+	to := resp.Header.Get("Location")
+	if prefix != "" && strings.HasPrefix(to, "/") && !strings.HasPrefix(to, "//") {
+		resp.Header.Set("Location", prefix+to)
+	}
+	return nil
+}

@@ -1,0 +1,212 @@
+package sandbox
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"sync"
+	"time"
+)
+
+// MaxFork is how many children one fork may have. Part of the contract.
+const MaxFork = 100
+
+// forkAtOnce is how many children of one fork are made at a time. Each restore keeps more
+// than one CPU busy for a third of a second; all at once would only make each of them
+// late, and hold up everybody else.
+const forkAtOnce = 4
+
+// ForkRequest asks for children of a running sandbox. What is not given is as the sandbox
+// has it: its mode and times, metadata, policy, and environment, which Env is added to.
+// Template, Snapshot, Size and DiskSizeMB are not looked at.
+type ForkRequest struct {
+	Count int // 0 is 1
+	Request
+}
+
+// Child is one child of a fork: a sandbox that runs, or why there is none.
+type Child struct {
+	Sandbox Sandbox
+	Err     error
+}
+
+// Fork makes children of a running sandbox of either mode: sandboxes of their own, which go
+// on from where it is now, with its processes, memory, files and listening sockets. The
+// sandbox itself runs on after one pause, and may be used meanwhile. There is a Child for
+// each that was asked for; errors of one are as Create's, and do not keep the others. An error
+// of Fork itself says that nothing was begun: the request is wrong, the sandbox does not run
+// (Conflict, code "sandbox_not_running"), not even one child has room or is within the quota, or
+// the sandbox could not be saved, as for SaveSnapshot. Children go on being made when ctx ends.
+func (s *Service) Fork(ctx context.Context, c Caller, id ID, r ForkRequest) ([]Child, error) {
+	if r.Count == 0 {
+		r.Count = 1
+	}
+	if r.Count < 1 || r.Count > MaxFork {
+		return nil, invalid("count", "must be between 1 and %d", MaxFork)
+	}
+	f := &fork{caller: c, request: r, done: make(chan struct{})}
+	_, err := s.exclusive(ctx, c.OrgID, id, opFork, forkable, func(ctx context.Context) (Sandbox, error) {
+		box, err := s.saveFork(ctx, id, f)
+		if err != nil {
+			return Sandbox{}, err
+		}
+		s.wg.Add(1) // this operation is in it still
+		go func() {
+			defer s.wg.Done()
+			s.makeChildren(f)
+		}()
+		return box, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case <-f.done:
+		return f.children, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// forkable refuses a sandbox that does not run, nor will by itself.
+func forkable(box Sandbox) error {
+	if box.State != Running && box.State != Suspending {
+		return notRunning(box)
+	}
+	return nil
+}
+
+// fork is one fork under way.
+type fork struct {
+	caller   Caller
+	request  ForkRequest
+	from     Snapshot // has no row
+	release  func()   // lets go of it
+	boxes    []Sandbox
+	children []Child
+	done     chan struct{} // closed when there are all children
+}
+
+// saveFork writes down the sandbox that is forked; the caller holds the operation. There is
+// no row of that: a server that dies leaves a snapshot that nobody owns.
+func (s *Service) saveFork(ctx context.Context, id ID, f *fork) (Sandbox, error) {
+	box, err := s.present(ctx, id)
+	if err != nil {
+		return Sandbox{}, err
+	}
+	if box.State != Running {
+		return Sandbox{}, notRunning(box)
+	}
+	f.from = snapshotOf(box, "")
+	for range f.request.Count {
+		child, err := f.request.child(s.cfg, box, f.from)
+		if err != nil {
+			return Sandbox{}, err
+		}
+		f.boxes = append(f.boxes, child)
+	}
+	// Not worth a pause if there cannot be any. Each child is asked about again.
+	if _, _, err := s.store.Admit(ctx, f.boxes[0], f.caller.Quota, Once{}); err != nil {
+		return Sandbox{}, err
+	}
+	if err := s.room(ctx, box.Size); err != nil {
+		return Sandbox{}, err
+	}
+	f.release = s.holdSnapshot(f.from.ID)
+	if _, err := s.writeSnapshot(ctx, box, f.from.ID); err != nil {
+		s.abandonSnapshot(ctx, f.from.ID, false)
+		f.release()
+		return Sandbox{}, s.snapshotFailed(ctx, box, err)
+	}
+	s.noteSnapshot(ctx, box.ID, reasonForked, fmt.Sprintf("%d asked for", f.request.Count))
+	return box, nil
+}
+
+// child is a child of a sandbox as the request wants it.
+func (r ForkRequest) child(cfg Config, parent Sandbox, from Snapshot) (Sandbox, error) {
+	q := r.Request
+	q.Template, q.Snapshot, q.Size, q.DiskSizeMB = "", string(from.ID), "", nil
+	if q.Mode == "" {
+		q.Mode = string(parent.Mode)
+	}
+	if q.Mode == string(parent.Mode) && parent.Mode == Ephemeral && q.Timeout == nil {
+		q.Timeout = &parent.Timeout
+	}
+	if q.Mode == string(parent.Mode) && parent.Mode == Persistent {
+		if q.IdleTimeout == nil {
+			q.IdleTimeout = &parent.IdleTimeout
+		}
+		if q.RecoveryInterval == nil {
+			q.RecoveryInterval = &parent.RecoveryInterval
+		}
+	}
+	if q.Metadata == nil {
+		q.Metadata = maps.Clone(parent.Metadata)
+	}
+	if err := q.check(cfg); err != nil {
+		return Sandbox{}, err
+	}
+	child, err := q.restore(cfg, from, time.Now())
+	child.Source, child.Origin = Forked, string(parent.ID)
+	return child, err
+}
+
+// makeChildren makes them, and then removes what they were made from.
+func (s *Service) makeChildren(f *fork) {
+	defer close(f.done)
+	f.children = make([]Child, len(f.boxes))
+	slots := make(chan struct{}, forkAtOnce)
+	var wg sync.WaitGroup
+	for i, box := range f.boxes {
+		slots <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			box.CreatedAt = time.Now().UTC()
+			f.children[i].Sandbox, f.children[i].Err = s.restoreNew(context.Background(), f.caller, box, f.from.ID, Once{}, true, func() {})
+		})
+	}
+	wg.Wait()
+	s.abandonSnapshot(context.Background(), f.from.ID, false)
+	f.release()
+}
+
+// createFrom makes a sandbox from a snapshot.
+func (s *Service) createFrom(ctx context.Context, c Caller, r Request, once Once, wait bool) (Sandbox, error) {
+	snap, release, err := s.useSnapshot(ctx, c.OrgID, r.Snapshot)
+	if err != nil {
+		return Sandbox{}, err
+	}
+	box, err := r.restore(s.cfg, snap, time.Now())
+	if err != nil {
+		release()
+		return Sandbox{}, err
+	}
+	box.Source, box.Origin = Restored, string(snap.ID)
+	return s.restoreNew(ctx, c, box, snap.ID, once, wait, release)
+}
+
+// restore is the sandbox that a request for one from a snapshot asks for.
+func (r Request) restore(cfg Config, snap Snapshot, now time.Time) (Sandbox, error) {
+	if r.Size != "" && r.Size != snap.Size.Name {
+		return Sandbox{}, invalid("size", "is the snapshot's, %s: leave it out", snap.Size.Name)
+	}
+	if d := r.DiskSizeMB; d != nil && *d != snap.DiskMB {
+		return Sandbox{}, invalid("disk_size_mb", "is the snapshot's, %d: leave it out", snap.DiskMB)
+	}
+	r.Size, r.DiskSizeMB = "", nil
+	box, err := r.resolve(cfg, snap.OrgID, TemplateVersion{ID: snap.TemplateID, Name: snap.Template, Version: snap.TemplateVersion,
+		Image: snap.Image, Env: snap.Env, User: snap.User, Workdir: snap.Workdir, DiskMB: snap.DiskMB, Egress: snap.Egress}, now)
+	if err != nil {
+		return Sandbox{}, err
+	}
+	box.Size = snap.Size // also when the operator has no such preset any more
+	return box, CheckEnv(box.Env)
+}
+
+// restoreNew makes a sandbox from a snapshot that the caller holds, and calls release once
+// that is not needed any more.
+func (s *Service) restoreNew(ctx context.Context, c Caller, box Sandbox, from SnapshotID, once Once, wait bool, release func()) (Sandbox, error) {
+	spec := box.spec()
+	spec.From = from
+	return s.makeNew(ctx, c, box, spec, pointTimeout, once, wait, release)
+}

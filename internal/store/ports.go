@@ -1,0 +1,57 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// SetPublicPort implements [sandbox.Store].
+func (db *DB) SetPublicPort(ctx context.Context, id sandbox.ID, port int, public bool) error {
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		if !public {
+			_, err := tx.ExecContext(ctx, "DELETE FROM public_ports WHERE sandbox_id = $1 AND port = $2", id, port)
+			return err
+		}
+		var others int
+		if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM public_ports WHERE sandbox_id = $1 AND port <> $2", id, port).Scan(&others); err != nil {
+			return fmt.Errorf("counting: %w", err)
+		}
+		if others >= sandbox.MaxPublicPorts {
+			return fault.New(fault.Conflict, "too_many_public_ports", "a sandbox may have %d public ports", sandbox.MaxPublicPorts)
+		}
+		_, err := tx.ExecContext(ctx, "INSERT INTO public_ports (sandbox_id, port) VALUES ($1, $2) ON CONFLICT DO NOTHING", id, port)
+		if violates(err, true) {
+			return fault.New(fault.NotFound, "sandbox_not_found", "there is no sandbox %q", string(id))
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("changing port %d of %s: %w", port, id, err)
+	}
+	return nil
+}
+
+// PublicPorts implements [sandbox.Store].
+func (db *DB) PublicPorts(ctx context.Context, id sandbox.ID) ([]int, error) {
+	rows, err := db.reader.QueryContext(ctx, "SELECT port FROM public_ports WHERE sandbox_id = $1 ORDER BY port", id)
+	if err != nil {
+		return nil, fmt.Errorf("listing public ports of %s: %w", id, err)
+	}
+	defer rows.Close()
+	var ports []int
+	for rows.Next() {
+		var port int
+		if err := rows.Scan(&port); err != nil {
+			return nil, fmt.Errorf("listing public ports of %s: %w", id, err)
+		}
+		ports = append(ports, port)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("listing public ports of %s: %w", id, err)
+	}
+	return ports, nil
+}

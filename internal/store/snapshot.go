@@ -1,0 +1,148 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// snapshotColumns lists what snapshotFields reads and writes, in its order.
+const snapshotColumns = `id, org_id, name, state, sandbox_id, template, template_id, template_version, image,
+	size, vcpus, memory_mb, dedicated, disk_mb, env, egress, run_as, workdir, bytes, created_at`
+
+// snapshotFields are s's columns, to scan into or to write.
+func snapshotFields(s *sandbox.Snapshot) []any {
+	return []any{&s.ID, &s.OrgID, &s.Name, &s.State, &s.SandboxID, &s.Template, &s.TemplateID, &s.TemplateVersion, &s.Image,
+		&s.Size.Name, &s.Size.VCPUs, &s.Size.MemoryMB, &s.Size.Dedicated, &s.DiskMB, jsonColumn{&s.Env}, jsonColumn{&s.Egress},
+		&s.User, &s.Workdir, &s.Bytes, timeColumn{&s.CreatedAt}}
+}
+
+func scanSnapshot(row scanner, id string) (sandbox.Snapshot, error) {
+	var s sandbox.Snapshot
+	err := row.Scan(snapshotFields(&s)...)
+	if errors.Is(err, sql.ErrNoRows) {
+		return sandbox.Snapshot{}, fault.New(fault.NotFound, "snapshot_not_found", "there is no snapshot %q", id)
+	}
+	if err != nil {
+		return sandbox.Snapshot{}, fmt.Errorf("reading snapshot %s: %w", id, err)
+	}
+	return s, nil
+}
+
+func (db *DB) snapshots(ctx context.Context, query string, args ...any) ([]sandbox.Snapshot, error) {
+	rows, err := db.reader.QueryContext(ctx, query, args...)
+	if err != nil {
+		return nil, fmt.Errorf("listing snapshots: %w", err)
+	}
+	defer rows.Close()
+	var all []sandbox.Snapshot
+	for rows.Next() {
+		var s sandbox.Snapshot
+		if err := rows.Scan(snapshotFields(&s)...); err != nil {
+			return nil, fmt.Errorf("listing snapshots: %w", err)
+		}
+		all = append(all, s)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("listing snapshots: %w", err)
+	}
+	return all, nil
+}
+
+// AddSnapshot implements [sandbox.Store].
+func (db *DB) AddSnapshot(ctx context.Context, s sandbox.Snapshot, most int) error {
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		var have int
+		if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM snapshots WHERE org_id = $1", s.OrgID).Scan(&have); err != nil {
+			return fmt.Errorf("counting the organization's snapshots: %w", err)
+		}
+		if most > 0 && have >= most {
+			return fault.New(fault.Exhausted, "quota_exceeded", "the organization may have %d snapshots and has %d", most, have)
+		}
+		fields := snapshotFields(&s)
+		_, err := tx.ExecContext(ctx, "INSERT INTO snapshots ("+snapshotColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
+		if violates(err, false) {
+			return fault.New(fault.Conflict, "snapshot_exists", "the organization has a snapshot %q", s.Name)
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("adding snapshot %s: %w", s.ID, err)
+	}
+	return nil
+}
+
+// ReadySnapshot implements [sandbox.Store].
+func (db *DB) ReadySnapshot(ctx context.Context, id sandbox.SnapshotID, made time.Time, size int64) (sandbox.Snapshot, error) {
+	s, err := scanSnapshot(db.writer.QueryRowContext(ctx, "UPDATE snapshots SET state = $1, created_at = $2, bytes = $3 WHERE id = $4 AND state = $5 RETURNING "+snapshotColumns,
+		sandbox.SnapshotReady, at(made), size, id, sandbox.SnapshotCreating), string(id))
+	if fault.Is(err, fault.NotFound) {
+		return s, fault.New(fault.Conflict, "snapshot_state", "snapshot %s is not being created", id)
+	}
+	return s, err
+}
+
+// EndSnapshot implements [sandbox.Store].
+func (db *DB) EndSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
+	_, err := scanSnapshot(db.writer.QueryRowContext(ctx, "UPDATE snapshots SET state = $1 WHERE id = $2 RETURNING "+snapshotColumns,
+		sandbox.SnapshotDeleting, id), string(id))
+	return err
+}
+
+// DropSnapshot implements [sandbox.Store].
+func (db *DB) DropSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
+	if _, err := db.writer.ExecContext(ctx, "DELETE FROM snapshots WHERE id = $1", id); err != nil {
+		return fmt.Errorf("dropping snapshot %s: %w", id, err)
+	}
+	return nil
+}
+
+// GetSnapshot implements [sandbox.Store].
+func (db *DB) GetSnapshot(ctx context.Context, id sandbox.SnapshotID) (sandbox.Snapshot, error) {
+	return scanSnapshot(db.reader.QueryRowContext(ctx, "SELECT "+snapshotColumns+" FROM snapshots WHERE id = $1", id), string(id))
+}
+
+// findSnapshot says nothing new by its last condition, but lets the index of names be used.
+const findSnapshot = "SELECT " + snapshotColumns + " FROM snapshots WHERE org_id = $1 AND name = $2 AND state = $3 AND name <> '' AND state <> 'deleting'"
+
+// FindSnapshot implements [sandbox.Store].
+func (db *DB) FindSnapshot(ctx context.Context, orgID, name string) (sandbox.Snapshot, error) {
+	return scanSnapshot(db.reader.QueryRowContext(ctx, findSnapshot, orgID, name, sandbox.SnapshotReady), name)
+}
+
+// ListSnapshots implements [sandbox.Store].
+func (db *DB) ListSnapshots(ctx context.Context, f sandbox.SnapshotFilter) ([]sandbox.Snapshot, string, error) {
+	query, args, err := listSnapshotsQuery(f)
+	if err != nil {
+		return nil, "", err
+	}
+	all, err := db.snapshots(ctx, query, args...)
+	if err != nil {
+		return nil, "", err
+	}
+	all, next := cut(listSnapshots, all, f.Limit, func(s sandbox.Snapshot) (time.Time, string) { return s.CreatedAt, string(s.ID) })
+	return all, next, nil
+}
+
+func listSnapshotsQuery(f sandbox.SnapshotFilter) (string, params, error) {
+	var p params
+	q := "SELECT " + snapshotColumns + " FROM snapshots WHERE org_id = " + p.add(f.OrgID) + " AND state = " + p.add(sandbox.SnapshotReady)
+	if f.SandboxID != "" {
+		q += " AND sandbox_id = " + p.add(f.SandboxID)
+	}
+	if f.Name != "" {
+		q += " AND name = " + p.add(f.Name)
+	}
+	end, err := page(listSnapshots, f.Limit, f.Cursor, &p)
+	return q + end, p, err
+}
+
+// UnreadySnapshots implements [sandbox.Store].
+func (db *DB) UnreadySnapshots(ctx context.Context) ([]sandbox.Snapshot, error) {
+	return db.snapshots(ctx, "SELECT "+snapshotColumns+" FROM snapshots WHERE state <> 'ready' ORDER BY created_at, id")
+}
