@@ -54,6 +54,8 @@ func (e *eventReply) begin() {
 	e.w.Header().Set("X-Accel-Buffering", "no") // nginx would keep it back
 	e.w.WriteHeader(http.StatusOK)
 	e.events = &events{w: e.w, control: http.NewResponseController(e.w)}
+	// So that the caller knows at once. An error comes again with the first event.
+	_ = e.events.send(":\n\n")
 	e.stop = e.events.keepalive(callOf(e.r).patience.quiet)
 }
 
