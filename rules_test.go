@@ -54,13 +54,15 @@ var mayImport = map[string]struct {
 	"internal/store": {[]string{"auth", "fault", "sandbox", "template"}, "it implements the core's ports; all SQL is here"},
 	"internal/api":   {[]string{"agentapi", "auth", "fault", "proxy", "sandbox", "span", "template"}, "HTTP in, HTTP out: it calls the core and the agent, and has the proxy carry what is for a port"},
 	"internal/proxy": {[]string{"agentapi", "fault"}, "a front that carries traffic and decides nothing about it: it knows ports and the agent that leads to them, and not the core"},
+	"internal/e2b": {[]string{"agentapi", "auth", "fault", "proxy", "sandbox", "template"},
+		"E2B's wire in, E2B's wire out: a second front, beside api and knowing nothing of it, that calls the same core and the agent, and has the proxy carry what is for a port"},
 
 	".":                {nil, "it only carries openapi.yaml"},
 	"client":           {nil, "public: it must build without our internals"},
 	"cmd/cay-agent":    {[]string{"agent", "agentapi", "heap"}, "a main and nothing else: every sandbox starts it"},
 	"cmd/cay-buildkit": {[]string{"buildkit/*", "cgroup"}, "a module of its own, so that nothing else of cay links BuildKit"},
 	"cmd/cay-runsc":    {[]string{"heap"}, "what is needed of gVisor's main: every sandbox starts it several times"},
-	"cmd/cay": {[]string{"api", "auth", "blob", "buildkit", "cgroup", "fault", "gate", "image", "network", "node", "payload", "proxy", "sandbox", "store", "template"},
+	"cmd/cay": {[]string{"api", "auth", "blob", "buildkit", "cgroup", "e2b", "fault", "gate", "image", "network", "node", "payload", "proxy", "sandbox", "store", "template"},
 		"all wiring is here; the CLI's verbs use client"},
 }
 

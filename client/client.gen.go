@@ -410,6 +410,11 @@ type CreateAPIKeyRequest struct {
 	// Example: 720h
 	ExpiresIn *string `json:"expires_in,omitempty"`
 
+	// Format How the secret begins: `cay` (as when absent) or `e2b`, which E2B's clients take. Keys of both are the same otherwise, and either works in both APIs.
+	//
+	// Example: e2b
+	Format *string `json:"format,omitempty"`
+
 	// Name For people, 1 to 128 characters.
 	//
 	// Example: ci
@@ -1363,7 +1368,7 @@ type Sandbox struct {
 	// Error What went wrong, for people: why it did not start, or why a suspended one could not be woken. Absent when nothing did.
 	Error *string `json:"error,omitempty"`
 
-	// ExpiresAt Ephemeral only: when it will be destroyed.
+	// ExpiresAt Ephemeral only: when it will be destroyed, or suspended if it was made so through E2B's API. Absent while it is suspended.
 	ExpiresAt *time.Time `json:"expires_at,omitempty"`
 
 	// ID `sbx_` and 20 lower-case base32 characters.
@@ -1412,7 +1417,7 @@ type Sandbox struct {
 	// Status What a sandbox is doing.
 	Status SandboxStatus `json:"status"`
 
-	// SuspendedAt Persistent only: the time of the state it is suspended in and would wake from; absent while it runs.
+	// SuspendedAt The time of the state it is suspended in and would wake from; absent while it runs.
 	SuspendedAt *time.Time `json:"suspended_at,omitempty"`
 
 	// Template Name of the template it was made from.

@@ -11,11 +11,13 @@ declare -A package=(
 	[protoc]=protobuf-compiler
 	[curl]=curl
 	[chromium]=chromium # a test opens a terminal in it
+	[node]=nodejs # tests run E2B's own packages with it
+	[npm]=npm
 	[git]=git # a Dockerfile may ADD repositories with it
 )
 case ${1:-} in
 run) programs=(mmdebstrap curl) ;;
-test) programs=(mmdebstrap curl ip nft fsck.erofs git chromium) ;;
+test) programs=(mmdebstrap curl ip nft fsck.erofs git chromium node npm) ;;
 generate) programs=(protoc) ;;
 *) echo "usage: $0 run|test|generate" >&2; exit 2 ;;
 esac

@@ -26,6 +26,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -140,7 +141,7 @@ func (a *Agent) authorise(next http.Handler) http.Handler {
 		case token == "" || r.URL.Path == "/health":
 		case has && len(given) == 1 && subtle.ConstantTimeCompare([]byte(given[0]), []byte(token)) == 1:
 		case !has && signable:
-			if err := checkSignature(r, token); err != nil {
+			if err := agentapi.CheckSignature(r.Method, r.URL.Query(), token, time.Now()); err != nil {
 				httpError(w, &problem{status: http.StatusUnauthorized, text: err.Error()})
 				return
 			}

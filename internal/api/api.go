@@ -76,7 +76,7 @@ type Auth interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 	Allow(p auth.Principal) error
 	Org(ctx context.Context, id string) (auth.Org, error)
-	CreateKey(ctx context.Context, p auth.Principal, name string, scopes []string, expiresIn time.Duration) (auth.Key, string, error)
+	CreateKey(ctx context.Context, p auth.Principal, r auth.KeyRequest) (auth.Key, string, error)
 	ListKeys(ctx context.Context, p auth.Principal, limit int, cursor string) ([]auth.Key, string, error)
 	RevokeKey(ctx context.Context, p auth.Principal, id string) error
 	CreateOrg(ctx context.Context, p auth.Principal, name string, r auth.QuotaRequest) (auth.Org, auth.Key, string, error)

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -280,6 +281,15 @@ func TestKeysAndOrganizations(t *testing.T) {
 	}
 	if r := h.send(t, "DELETE", "/v1/api-keys/"+made.ID, h.key, ""); r.status != 204 {
 		t.Errorf("revoking again: status %d %s", r.status, r.body)
+	}
+
+	// A key for E2B's clients is a key.
+	foreign := as[NewAPIKey](t, 201, h.send(t, "POST", "/v1/api-keys", h.key, `{"name":"sdk","scopes":["exec"],"format":"e2b"}`))
+	if !regexp.MustCompile(`^e2b_[0-9a-f]{40}$`).MatchString(foreign.APIKey) || !strings.HasPrefix(foreign.Prefix, "e2b_") {
+		t.Errorf("the key is %+v", foreign)
+	}
+	if me := as[Me](t, 200, h.send(t, "GET", "/v1/me", foreign.APIKey, "")); me.APIKey.ID != foreign.ID {
+		t.Errorf("me is %+v", me)
 	}
 
 	org := as[NewOrg](t, 201, h.send(t, "POST", "/v1/orgs", h.key, `{"name":"acme","quota":{"sandboxes":1}}`))

@@ -319,7 +319,7 @@ func (h *house) newKey(t testing.TB, expiresIn time.Duration, scopes ...auth.Sco
 	for _, s := range scopes {
 		names = append(names, string(s))
 	}
-	k, secret, err := h.auth.CreateKey(t.Context(), h.org, "test", names, expiresIn)
+	k, secret, err := h.auth.CreateKey(t.Context(), h.org, auth.KeyRequest{Name: "test", Scopes: names, ExpiresIn: expiresIn})
 	if err != nil {
 		t.Fatal(err)
 	}
