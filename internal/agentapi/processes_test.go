@@ -8,6 +8,10 @@ import (
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/cayhq/cay/internal/agentapi/process"
 	"github.com/cayhq/cay/internal/fault"
 )
 
@@ -69,6 +73,33 @@ func TestFollowEnds(t *testing.T) {
 	if _, err := client.Follow(ctx, target, FollowRequest{Ref: "7"}, func(ProcessOutput) error { cancel(why); return nil }); !errors.Is(err, why) {
 		t.Errorf("an end of the context: %v", err)
 	}
+}
+
+// Output of a stream must not be held back; that of a plain call may be.
+func TestOnlyPlainCallsAreGathered(t *testing.T) {
+	var gather []bool
+	_, handler := process.NewProcessHandler(gathered{got: &gather})
+	client, _ := serve(t, handler.ServeHTTP)
+	if _, err := client.Execute(t.Context(), target, ExecuteRequest{Command: "x"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.ExecuteStream(t.Context(), target, ExecuteRequest{Command: "x"}, func(ExecuteEvent) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]bool{true, false}, gather); diff != "" {
+		t.Errorf("gathered (- want):\n%s", diff)
+	}
+}
+
+// gathered is an agent whose commands end at once.
+type gathered struct {
+	process.UnimplementedProcessHandler
+	got *[]bool
+}
+
+func (g gathered) Start(_ context.Context, r *connect.Request[process.StartRequest], out *connect.ServerStream[process.StartResponse]) error {
+	*g.got = append(*g.got, r.Msg.GetExecute().GetGather())
+	return out.Send(&process.StartResponse{Event: &process.ProcessEvent{Event: &process.ProcessEvent_End{End: &process.EndEvent{}}}})
 }
 
 // An agent of an earlier version does not have these calls.
