@@ -2662,7 +2662,7 @@ type wireInterface interface {
 
 	// WriteProcessStdinWithBody Write to a process's input
 	//
-	// Writes the body to its standard input, or its terminal, and answers when the process's pipe has taken it. A process that does not read for 30 seconds is 409, code `stdin_blocked`; one whose input is closed or was never open 409, code `stdin_closed`; one that has
+	// Writes the body, 8 MiB at most, to its standard input or its terminal as it comes, and answers when the process's pipe has taken it. A process that does not read for 30 seconds is 409, code `stdin_blocked`; one whose input is closed or was never open 409, code `stdin_closed`; one that has
 	// ended 409, code `process_ended`. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Takes any type of body and a specified content type.
@@ -3974,7 +3974,7 @@ func (c *wire) SignalProcess(ctx context.Context, id SandboxID, process ProcessR
 
 // WriteProcessStdinWithBody Write to a process's input
 //
-// Writes the body to its standard input, or its terminal, and answers when the process's pipe has taken it. A process that does not read for 30 seconds is 409, code `stdin_blocked`; one whose input is closed or was never open 409, code `stdin_closed`; one that has
+// Writes the body, 8 MiB at most, to its standard input or its terminal as it comes, and answers when the process's pipe has taken it. A process that does not read for 30 seconds is 409, code `stdin_blocked`; one whose input is closed or was never open 409, code `stdin_closed`; one that has
 // ended 409, code `process_ended`. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Takes any type of body and a specified content type.
