@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -41,9 +42,14 @@ func main() {
 	flag.IntVar(&o.idle, "idle", 10, "how many sandboxes at rest to take the memory of, 1 to 100")
 	flag.IntVar(&o.crowd, "crowd", 200, "how many sandboxes with egress policies stand beside the one that sends, 2 to 250; 200 need 4 GB of memory")
 	flag.BoolVar(&o.docker, "docker", true, "measure Docker beside it when an engine answers")
-	flag.StringVar(&o.only, "only", "", "measure this `part` alone: starts, commands, files, rest, sleep, egress, builds or pool")
+	flag.StringVar(&o.only, "only", "", "measure this `part` alone: starts, commands, files, rest, sleep, egress, builds, pool or ports")
 	flag.BoolVar(&quick, "quick", false, "few runs: shows that everything works, and little more")
+	serve := flag.String("serve", "", "be the server that ports are measured with, at `ADDRESS,ADDRESS`, and nothing else")
 	flag.Parse()
+	if address, raw, both := strings.Cut(*serve, ","); both {
+		fmt.Fprintln(os.Stderr, "bench:", serveBulk(address, raw))
+		os.Exit(1)
+	}
 	if quick {
 		o.starts, o.idle, o.crowd = 4, 3, 5
 	}
@@ -106,6 +112,7 @@ func bench(ctx context.Context, o options) (err error) {
 		{"egress", measureEgress},
 		{"builds", measureBuilds},
 		{"pool", measurePool},
+		{"ports", measurePorts},
 	} {
 		if o.only != "" && o.only != part.name {
 			continue
