@@ -112,6 +112,7 @@ func newFakeAPI() *fakeAPI {
 	} {
 		mux.HandleFunc(pattern, f.recorded(h))
 	}
+	f.addPorts(mux)
 	f.Server = httptest.NewServer(mux)
 	return f
 }
