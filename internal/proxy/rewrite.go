@@ -122,14 +122,13 @@ func notAlphanumeric(r rune) bool {
 
 // WithoutToken removes our signature from a query and leaves the rest as it is.
 func WithoutToken(query string) string {
-	if !strings.Contains(query, TokenParam) {
-		return query
-	}
 	var kept []string
 	for pair := range strings.SplitSeq(query, "&") {
-		if name, _, _ := strings.Cut(pair, "="); name != TokenParam {
-			kept = append(kept, pair)
+		name, _, _ := strings.Cut(pair, "=")
+		if plain, err := url.QueryUnescape(name); err == nil && plain == TokenParam {
+			continue // however it is written: it was taken for one
 		}
+		kept = append(kept, pair)
 	}
 	return strings.Join(kept, "&")
 }
