@@ -30,7 +30,8 @@ build: programs ## build bin/cay
 .PHONY: programs
 programs: ## build the programs that cay carries
 	@$(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/ ./cmd/cay-agent
-	@$(GO) build -trimpath -ldflags "$(LDFLAGS) -E main.entry" -o bin/ ./cmd/cay-runsc
+	@scripts/gvisor.sh bin/gvisor
+	@$(GO) build -modfile bin/gvisor/go.mod -trimpath -ldflags "$(LDFLAGS) -E main.entry" -o bin/ ./cmd/cay-runsc
 	@cd cmd/cay-buildkit && $(GO) build -trimpath -ldflags "$(LDFLAGS)" -o ../../bin/ . # a module of its own
 	@scripts/pack.sh bin/cay-agent bin/cay-runsc bin/cay-buildkit $(PROGRAMS)
 

@@ -32,7 +32,7 @@ func anotherBuild(t testing.TB) string {
 	replace := map[string]string{}
 	for name, flags := range map[string]string{"cay-agent": "-buildid=another", "cay-runsc": "-E main.entry -buildid=another"} {
 		path := filepath.Join(dir, name)
-		build(path, flags, "./cmd/"+name)
+		build(path, flags, "-modfile=bin/gvisor/go.mod", "./cmd/"+name)
 		pack(t, path)
 		replace[filepath.Join(root, "internal/payload/programs", name+".gz")] = path + ".gz"
 	}
@@ -124,6 +124,7 @@ func TestUpgrade(t *testing.T) {
 	least := saved.check()
 	point := s.checkpoint(saved.id)
 	saved.check()
+	snap := s.snapshot(running.id, nil)
 
 	s.stop(syscall.SIGTERM)
 	s.binary = current
@@ -145,7 +146,9 @@ func TestUpgrade(t *testing.T) {
 	saved.fellBack(least)
 	s.suspend(fresh.id)
 	fresh.check()
-	for _, w := range []*worker{asleep, running, saved} {
+	child := &worker{s: s, id: s.from(snap, nil)}
+	child.check()
+	for _, w := range []*worker{asleep, running, saved, child} {
 		if version := s.runtimeOf(w.id); version != runtime {
 			t.Errorf("one of the older build runs with the runtime %s and began with %s", version, runtime)
 		}
@@ -160,6 +163,11 @@ func TestUpgrade(t *testing.T) {
 	}
 	running.check()
 	s.destroy(running.id)
+	s.destroy(child.id)
+	if kept := s.programs(); len(kept) != 4 {
+		t.Errorf("there is a snapshot of the older build, and the programs are %v", kept)
+	}
+	s.call("DELETE", "/v1/snapshots/"+snap, nil)
 	if kept := s.programs(); len(kept) != 2 || slices.Contains(kept, old[0]) || slices.Contains(kept, old[1]) {
 		t.Errorf("no sandbox of the older build is left, and the programs are %v", kept)
 	}

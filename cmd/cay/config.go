@@ -39,6 +39,11 @@ type config struct {
 	Build     buildConfig     `toml:"build"`
 	Pool      poolConfig      `toml:"pool"`
 	Proxy     proxyConfig     `toml:"proxy"`
+	E2B       e2bConfig       `toml:"e2b"`
+}
+
+type e2bConfig struct {
+	Enabled bool `toml:"enabled"`
 }
 
 type networkConfig struct {
@@ -120,6 +125,7 @@ func defaults() config {
 			MemoryMB: 2048, CPUs: 2, DiskMB: 20 << 10, CacheMB: 10 << 10, IdleTimeout: duration(5 * time.Minute)},
 		Pool:  poolConfig{Enabled: true, Target: 2, MaxMembers: 16},
 		Proxy: proxyConfig{Scheme: "https"},
+		E2B:   e2bConfig{Enabled: true},
 	}
 }
 

@@ -18,22 +18,37 @@ func (a *app) keysCommand() *cobra.Command {
 	return cmd
 }
 
+// formatE2B is the format of the keys of E2B's clients, and e2bScopes what those need.
+const formatE2B = "e2b"
+
+var e2bScopes = []string{"sandboxes:write", "exec", "files", "templates:write"}
+
 func (a *app) keysCreateCommand() *cobra.Command {
 	var scopes []string
 	var expiresIn time.Duration
+	var format string
 	cmd := &cobra.Command{
-		Use:     "create NAME",
-		Short:   "Create an API key and print its secret, this once",
-		Long:    "Create an API key and print its secret. It is not kept and cannot be shown again.",
-		Example: "  cay keys create ci --scope sandboxes:write --scope exec --scope files\n  CAY_API_KEY=$(cay keys create short --scope admin --expires-in 1h)",
+		Use:   "create NAME",
+		Short: "Create an API key and print its secret, this once",
+		Long: `Create an API key and print its secret. It is not kept and cannot be shown again.
+
+With --format e2b the secret begins with e2b_, as E2B's clients want it, and has
+the scopes that they need unless others are given.`,
+		Example: "  cay keys create ci --scope sandboxes:write --scope exec --scope files\n  CAY_API_KEY=$(cay keys create short --scope admin --expires-in 1h)\n  E2B_API_KEY=$(cay keys create sdk --format e2b)",
 		Args:    theArgs("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(scopes) == 0 && format == formatE2B {
+				scopes = e2bScopes // what E2B's clients do with a key
+			}
 			if len(scopes) == 0 {
 				return errors.New("--scope: at least one is needed, of sandboxes:read, sandboxes:write, exec, files, templates:read, templates:write, admin")
 			}
 			r := client.CreateAPIKeyRequest{Name: args[0], Scopes: scopes}
 			if cmd.Flags().Changed("expires-in") {
 				r.ExpiresIn = new(expiresIn.String())
+			}
+			if cmd.Flags().Changed("format") {
+				r.Format = &format
 			}
 			c, err := a.client(cmd.Context())
 			if err != nil {
@@ -47,6 +62,7 @@ func (a *app) keysCreateCommand() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringSliceVar(&scopes, "scope", nil, "what the key may do: sandboxes:read, sandboxes:write, exec, files, templates:read, templates:write or admin (repeatable)")
+	cmd.Flags().StringVar(&format, "format", "cay", "how the secret begins: cay, or e2b for E2B's clients")
 	cmd.Flags().DurationVar(&expiresIn, "expires-in", 0, "how long it is valid, at least 1s (default for ever)")
 	return cmd
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -23,6 +24,7 @@ import (
 	"github.com/cayhq/cay/internal/api"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/buildkit"
+	"github.com/cayhq/cay/internal/e2b"
 	"github.com/cayhq/cay/internal/gate"
 	"github.com/cayhq/cay/internal/image"
 	"github.com/cayhq/cay/internal/network"
@@ -40,6 +42,7 @@ const (
 	keyFile         = "api-key"
 	settingInstance = "instance"
 	settingRange    = "network_range"
+	settingE2B      = "e2b_secret"
 	settingPorts    = "ports_secret" // signs URLs of ports
 )
 
@@ -328,6 +331,20 @@ func (s *server) observe() func(sandbox.Event) {
 	return func(e sandbox.Event) { transitions.WithLabelValues(string(e.To), e.Reason).Inc() }
 }
 
+// openE2B makes the surface for E2B's clients in front of the API's handler, nil when it is
+// turned off.
+func (s *server) openE2B(ctx context.Context, next http.Handler) (*e2b.Surface, error) {
+	if !s.cfg.E2B.Enabled {
+		return nil, nil
+	}
+	secret, err := s.setting(ctx, settingE2B, rand.Text) // 128 bits at the least
+	if err != nil {
+		return nil, err
+	}
+	return e2b.New(e2b.Config{Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
+		Ports: s.ports, Names: s.cfg.Proxy.names(), Secret: []byte(secret), Log: s.log, Registry: s.registry}, next), nil
+}
+
 // listen serves until ctx ends, then stops taking requests and lets those in
 // flight finish until the shutdown timeout.
 func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
@@ -342,16 +359,27 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 	}
 	stopping, hangup := context.WithCancel(context.WithoutCancel(ctx))
 	defer hangup()
+	var hijacked sync.WaitGroup
 	handler := api.New(api.Config{
-		Stopping: stopping,
-		Ports:    s.ports, Names: s.cfg.Proxy.names(), Signer: proxy.NewSigner(secret),
+		Stopping: stopping, Hijacked: &hijacked,
+		Ports: s.ports, Names: s.cfg.Proxy.names(), Signer: proxy.NewSigner(secret),
 		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
 		Ready: func() error { return s.db.Ping(ctx) }, Metrics: metrics, Registry: s.registry, Log: s.log, Version: version,
 	})
+	surface, err := s.openE2B(ctx, handler)
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
+	if surface != nil {
+		handler = surface
+	}
 	work, stopWork := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
 	wg.Go(func() { s.sandboxes.Run(work) })
 	wg.Go(func() { _ = s.templates.Run(work) }) // returns nil
+	if surface != nil {
+		wg.Go(func() { surface.Run(work) })
+	}
 	defer wg.Wait()
 	defer stopWork()
 
@@ -359,6 +387,9 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 	servers[0].RegisterOnShutdown(s.templates.Hangup)
 	servers[0].RegisterOnShutdown(s.ports.Hangup)
 	servers[0].RegisterOnShutdown(hangup)
+	if surface != nil {
+		servers[0].RegisterOnShutdown(surface.Hangup)
+	}
 	failed := make(chan error, 2)
 	go func() { failed <- servers[0].Serve(listener) }()
 	if s.cfg.MetricsListen != "" {
@@ -390,5 +421,16 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 			_ = srv.Close() // what Shutdown could not wait for
 		}
 	}
+	waitFor(closing, &hijacked)
 	return nil
+}
+
+// waitFor waits for those that net/http does not wait for, or until ctx ends.
+func waitFor(ctx context.Context, wg *sync.WaitGroup) {
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
 }

@@ -26,6 +26,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -56,6 +57,7 @@ type Agent struct {
 	memory    *memory
 	starter   *starter
 	tunnels   *tunnels
+	keeper    *keeper
 }
 
 // New makes the agent of this sandbox and starts to reap children; there can be
@@ -83,6 +85,7 @@ func New(cfg Config) (*Agent, error) {
 	a.tunnels = &tunnels{}
 	a.memory = newMemory(a.processes)
 	a.starter = &starter{processes: a.processes, logPath: agentapi.StartLog}
+	a.keeper = &keeper{processes: a.processes}
 	return a, nil
 }
 
@@ -96,6 +99,7 @@ func (a *Agent) Handler() http.Handler {
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	mux.HandleFunc("POST /init", a.init)
 	mux.HandleFunc("POST /start", a.starter.start)
+	a.keeper.routes(mux)
 	mux.HandleFunc("GET /envs", func(w http.ResponseWriter, _ *http.Request) {
 		env, _ := a.settings.commandDefaults()
 		writeJSON(w, http.StatusOK, env)
@@ -137,7 +141,7 @@ func (a *Agent) authorise(next http.Handler) http.Handler {
 		case token == "" || r.URL.Path == "/health":
 		case has && len(given) == 1 && subtle.ConstantTimeCompare([]byte(given[0]), []byte(token)) == 1:
 		case !has && signable:
-			if err := checkSignature(r, token); err != nil {
+			if err := agentapi.CheckSignature(r.Method, r.URL.Query(), token, time.Now()); err != nil {
 				httpError(w, &problem{status: http.StatusUnauthorized, text: err.Error()})
 				return
 			}

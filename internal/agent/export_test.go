@@ -1,12 +1,18 @@
 package agent
 
-import "strconv"
+import (
+	"net/http"
+	"net/url"
+	"strconv"
 
-// SignatureOf is signature for the tests of the wire; expiration 0 is none.
+	"github.com/cayhq/cay/internal/agentapi"
+)
+
+// SignatureOf is the signature of a path for the tests of the wire; expiration 0 is none.
 func SignatureOf(path, op, user, token string, expiration int64) string {
-	text := ""
+	q := url.Values{"path": {path}, "username": {user}}
 	if expiration != 0 {
-		text = strconv.FormatInt(expiration, 10)
+		q.Set("signature_expiration", strconv.FormatInt(expiration, 10))
 	}
-	return signature(path, op, user, token, text)
+	return agentapi.Signature(map[string]string{"read": http.MethodGet, "write": http.MethodPost}[op], q, token)
 }

@@ -48,6 +48,14 @@ var problems = map[string]struct {
 	agentapi.CodePathExists:       {http.StatusConflict, connect.CodeAlreadyExists},
 	agentapi.CodePortClosed:       {http.StatusBadGateway, connect.CodeFailedPrecondition},
 	agentapi.CodeTooManyTunnels:   {http.StatusTooManyRequests, connect.CodeResourceExhausted},
+	agentapi.CodeProcessNotFound:  {http.StatusNotFound, connect.CodeNotFound},
+	agentapi.CodeProcessEnded:     {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeTagInUse:         {http.StatusConflict, connect.CodeAlreadyExists},
+	agentapi.CodeStdinClosed:      {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeStdinBlocked:     {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeNoTerminal:       {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeOutputNotKept:    {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeInvalidOffset:    {http.StatusBadRequest, connect.CodeInvalidArgument},
 }
 
 func newProblem(code, text string, args ...any) *problem {

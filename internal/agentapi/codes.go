@@ -42,9 +42,17 @@ const (
 	CodeStartFailed      = "start_failed"
 	CodePortClosed       = "port_closed"
 	CodeTooManyTunnels   = "too_many_connections"
-	CodeAgentTooOld      = "agent_too_old"
 	CodeInvalidTar       = "invalid_tar"
 	CodePathExists       = "path_exists"
+	CodeProcessNotFound  = "process_not_found"
+	CodeProcessEnded     = "process_ended"
+	CodeTagInUse         = "tag_in_use"
+	CodeStdinClosed      = "stdin_closed"
+	CodeStdinBlocked     = "stdin_blocked"
+	CodeNoTerminal       = "no_terminal"
+	CodeOutputNotKept    = "output_not_kept"
+	CodeInvalidOffset    = "invalid_offset"
+	CodeOlderSandbox     = "sandbox_too_old" // the host's own
 )
 
 // kinds says what a caller can do about each code, and which field of its
@@ -72,4 +80,12 @@ var kinds = map[string]struct {
 	CodePathExists:       {fault.Conflict, ""},
 	CodePortClosed:       {fault.Upstream, ""},
 	CodeTooManyTunnels:   {fault.Exhausted, ""},
+	CodeProcessNotFound:  {fault.NotFound, ""},
+	CodeProcessEnded:     {fault.Conflict, ""},
+	CodeTagInUse:         {fault.Conflict, "tag"},
+	CodeStdinClosed:      {fault.Conflict, ""},
+	CodeStdinBlocked:     {fault.Conflict, ""},
+	CodeNoTerminal:       {fault.Conflict, ""},
+	CodeOutputNotKept:    {fault.Conflict, ""},
+	CodeInvalidOffset:    {fault.Invalid, "offset"},
 }

@@ -48,7 +48,15 @@ func (s *server) CreateAPIKey(w http.ResponseWriter, r *http.Request) {
 	if expiresIn == nil {
 		expiresIn = new(time.Duration) // never
 	}
-	k, secret, err := s.Auth.CreateKey(r.Context(), callOf(r).who, in.Name, in.Scopes, *expiresIn)
+	request := auth.KeyRequest{Name: in.Name, Scopes: in.Scopes, ExpiresIn: *expiresIn}
+	if in.Format != nil {
+		if *in.Format == "" {
+			s.fail(w, r, fault.InField("invalid_format", "format", "must be %s or %s, not empty", auth.FormatCay, auth.FormatE2B))
+			return
+		}
+		request.Format = auth.Format(*in.Format)
+	}
+	k, secret, err := s.Auth.CreateKey(r.Context(), callOf(r).who, request)
 	if err != nil {
 		s.fail(w, r, err)
 		return

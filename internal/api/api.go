@@ -21,6 +21,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -75,7 +76,7 @@ type Auth interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 	Allow(p auth.Principal) error
 	Org(ctx context.Context, id string) (auth.Org, error)
-	CreateKey(ctx context.Context, p auth.Principal, name string, scopes []string, expiresIn time.Duration) (auth.Key, string, error)
+	CreateKey(ctx context.Context, p auth.Principal, r auth.KeyRequest) (auth.Key, string, error)
 	ListKeys(ctx context.Context, p auth.Principal, limit int, cursor string) ([]auth.Key, string, error)
 	RevokeKey(ctx context.Context, p auth.Principal, id string) error
 	CreateOrg(ctx context.Context, p auth.Principal, name string, r auth.QuotaRequest) (auth.Org, auth.Key, string, error)
@@ -95,9 +96,10 @@ type Agent interface {
 	DownloadTree(ctx context.Context, t agentapi.Target, path, user string) (io.ReadCloser, error)
 	UploadTree(ctx context.Context, t agentapi.Target, path, user string, body io.Reader) error
 	Watch(ctx context.Context, t agentapi.Target, path string, recursive bool, ready func(), emit func(agentapi.Change) error) error
+	Processes
 }
 
-// Config is what the API needs. Every field but Ready, Names and Stopping is required.
+// Config is what the API needs. Every field but Ready, Names, Stopping and Hijacked is required.
 type Config struct {
 	Sandboxes Sandboxes
 	Templates Templates
@@ -115,8 +117,11 @@ type Config struct {
 	Registry prometheus.Registerer
 
 	// Stopping ends when the server stops: calls that have no end of their own, such as
-	// watching a directory, end then. nil never does.
+	// watching a directory or following a process, end then. nil never does.
 	Stopping context.Context
+	// Hijacked has the calls whose connection net/http does not wait for; nil is nobody who
+	// waits for them.
+	Hijacked *sync.WaitGroup
 
 	Log     *slog.Logger
 	Version string // of the server, for /healthz
@@ -137,6 +142,9 @@ var _ ServerInterface = (*server)(nil)
 func New(cfg Config) http.Handler {
 	if cfg.Stopping == nil {
 		cfg.Stopping = context.Background()
+	}
+	if cfg.Hijacked == nil {
+		cfg.Hijacked = &sync.WaitGroup{}
 	}
 	s := &server{Config: cfg, mux: http.NewServeMux(), metrics: newMetrics(cfg.Registry), patience: usual}
 	HandlerWithOptions(s, StdHTTPServerOptions{

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -50,7 +51,19 @@ var samples = map[string]sample{
 	"getPort":           {others: 403, othersCode: notYours},
 	"setPort":           {body: `{"public":true}`, others: 403, othersCode: notYours},
 	"createPortURL":     {others: 403, othersCode: notYours},
+
+	"resizeProcessTerminal": {body: `{"cols":80,"rows":24}`, others: 403, othersCode: notYours},
+
 	"executeCommand":    {body: `{"command":"id"}`, others: 403, othersCode: notYours},
+	"startProcess":      {body: `{"command":"id"}`, others: 403, othersCode: notYours},
+	"listProcesses":     {others: 403, othersCode: notYours},
+	"getProcess":        {others: 403, othersCode: notYours},
+	"killProcess":       {others: 403, othersCode: notYours},
+	"waitProcess":       {query: "timeout=0", others: 403, othersCode: notYours},
+	"getProcessOutput":  {others: 403, othersCode: notYours},
+	"writeProcessStdin": {body: "x", others: 403, othersCode: notYours},
+	"signalProcess":     {body: `{"signal":"TERM"}`, others: 403, othersCode: notYours},
+	"openTerminal":      {others: 400, othersCode: "not_a_websocket"},
 	"writeFile":         {query: "path=/tmp/a", body: "x", others: 403, othersCode: notYours},
 	"readFile":          {query: "path=/tmp/a", others: 403, othersCode: notYours},
 	"removeFile":        {query: "path=/tmp/a", others: 403, othersCode: notYours},
@@ -127,7 +140,7 @@ func TestAuthorizationMatrix(t *testing.T) {
 		"in the query": func(r *http.Request) { r.URL.RawQuery += "&access_token=" + h.key },
 	}
 	snap := as[Snapshot](t, 201, h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/snapshots", h.key, ""))
-	replace := strings.NewReplacer("{id}", box.ID, "{port}", "80", "{snapshot}", snap.ID, "{template}", "mine", "{key}", victim.ID)
+	replace := strings.NewReplacer("{id}", box.ID, "{port}", "80", "{snapshot}", snap.ID, "{template}", "mine", "{process}", "7", "{key}", victim.ID)
 	operations(h.spec, func(pattern, path string, op *openapi3.Operation, _ openapi3.Parameters) {
 		s, known := samples[op.OperationID]
 		if !known {
@@ -268,6 +281,15 @@ func TestKeysAndOrganizations(t *testing.T) {
 	}
 	if r := h.send(t, "DELETE", "/v1/api-keys/"+made.ID, h.key, ""); r.status != 204 {
 		t.Errorf("revoking again: status %d %s", r.status, r.body)
+	}
+
+	// A key for E2B's clients is a key.
+	foreign := as[NewAPIKey](t, 201, h.send(t, "POST", "/v1/api-keys", h.key, `{"name":"sdk","scopes":["exec"],"format":"e2b"}`))
+	if !regexp.MustCompile(`^e2b_[0-9a-f]{40}$`).MatchString(foreign.APIKey) || !strings.HasPrefix(foreign.Prefix, "e2b_") {
+		t.Errorf("the key is %+v", foreign)
+	}
+	if me := as[Me](t, 200, h.send(t, "GET", "/v1/me", foreign.APIKey, "")); me.APIKey.ID != foreign.ID {
+		t.Errorf("me is %+v", me)
 	}
 
 	org := as[NewOrg](t, 201, h.send(t, "POST", "/v1/orgs", h.key, `{"name":"acme","quota":{"sandboxes":1}}`))

@@ -76,6 +76,7 @@ func sandboxOf(b sandbox.Sandbox) Sandbox {
 	case sandbox.Ephemeral:
 		out.ExpiresAt = at(b.ExpiresAt)
 		out.TimeoutSeconds = new(seconds(b.Timeout))
+		out.SuspendedAt = at(b.SuspendedAt)
 	case sandbox.Persistent:
 		out.IdleTimeoutSeconds = new(seconds(b.IdleTimeout))
 		out.RecoveryIntervalSeconds = new(seconds(b.RecoveryInterval))

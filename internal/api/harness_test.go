@@ -319,7 +319,7 @@ func (h *house) newKey(t testing.TB, expiresIn time.Duration, scopes ...auth.Sco
 	for _, s := range scopes {
 		names = append(names, string(s))
 	}
-	k, secret, err := h.auth.CreateKey(t.Context(), h.org, "test", names, expiresIn)
+	k, secret, err := h.auth.CreateKey(t.Context(), h.org, auth.KeyRequest{Name: "test", Scopes: names, ExpiresIn: expiresIn})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -401,6 +401,7 @@ func (b *fakeBuilder) holding() (release func()) {
 // fakeAgent plays the inside of every sandbox: files in a map, and whatever
 // execute is set to.
 type fakeAgent struct {
+	fakeProcesses
 	execute func(ctx context.Context, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error)
 	fail    error // of every call but execute
 

@@ -232,6 +232,8 @@ func TestSandboxCallsRefused(t *testing.T) {
 		{"key without a name", "POST", "/v1/api-keys", `{"scopes":["exec"]}`, nil, 400, "invalid_name", "name"},
 		{"key without scopes", "POST", "/v1/api-keys", `{"name":"x"}`, nil, 400, "invalid_scopes", "scopes"},
 		{"key with an unknown scope", "POST", "/v1/api-keys", `{"name":"x","scopes":["root"]}`, nil, 400, "invalid_scopes", "scopes"},
+		{"key of an unknown format", "POST", "/v1/api-keys", `{"name":"x","scopes":["exec"],"format":"aws"}`, nil, 400, "invalid_format", "format"},
+		{"key of an empty format", "POST", "/v1/api-keys", `{"name":"x","scopes":["exec"],"format":""}`, nil, 400, "invalid_format", "format"},
 		{"key expiring at once", "POST", "/v1/api-keys", `{"name":"x","scopes":["exec"],"expires_in":"1ms"}`, nil, 400, "invalid_expires_in", "expires_in"},
 		{"key expiring never said", "POST", "/v1/api-keys", `{"name":"x","scopes":["exec"],"expires_in":"never"}`, nil, 400, "invalid_expires_in", "expires_in"},
 		{"key not there", "DELETE", "/v1/api-keys/key_aaaaaaaaaaaaaaaaaaaa", "", nil, 404, "api_key_not_found", ""},

@@ -53,7 +53,7 @@ type Key struct {
 	ID         string // "key_" and 20 lower-case base32 characters
 	OrgID      string
 	Name       string
-	Hash       []byte // SHA-256 of the secret "cay_…"
+	Hash       []byte // SHA-256 of the secret "cay_…" or "e2b_…"
 	Prefix     string // first characters of the secret, so that people can tell keys apart
 	Scopes     []Scope
 	CreatedAt  time.Time

@@ -13,13 +13,23 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
+// Format is how the secret of a key begins. Keys of both kinds are the same otherwise,
+// and are taken wherever a key is.
+type Format string
+
+// The formats.
 const (
-	secretMark  = "cay_"
-	secretBytes = 20 // 160 random bits: guessing is hopeless whatever the rate limit
+	FormatCay Format = "cay"
+	FormatE2B Format = "e2b" // some of E2B's clients refuse to send any other
+)
+
+const (
+	secretBytes = 20          // 160 random bits: guessing is hopeless whatever the rate limit
+	markLength  = len("cay_") // that of all marks
 	// prefixLength is how much of a secret stays readable, in characters: the
 	// mark and 8 hex digits, enough to tell the keys of an organization apart
 	// and no help in guessing the other 128 bits.
-	prefixLength = len(secretMark) + 8
+	prefixLength = markLength + 8
 
 	maxKeyName = 128 // characters; part of the contract
 	maxOrgName = 63  // characters; part of the contract
@@ -34,18 +44,24 @@ func newID(mark string) string {
 	return mark + strings.ToLower(idEncoding.EncodeToString(b[:]))[:20]
 }
 
+// mark is what the secret of a key of the format begins with.
+func (f Format) mark() string { return string(f) + "_" }
+
 // newSecret makes the secret of a key.
-func newSecret() string {
+func newSecret(f Format) string {
 	var b [secretBytes]byte
 	rand.Read(b[:]) // never fails: it ends the program instead
-	return secretMark + hex.EncodeToString(b[:])
+	return f.mark() + hex.EncodeToString(b[:])
 }
 
-// parseSecret checks that text has the form of a secret, which is "cay_" and 40
+// parseSecret checks that text has the form of a secret, which is "cay_" or "e2b_" and 40
 // lower-case hex digits, and returns its hash.
 func parseSecret(text string) (hash [sha256.Size]byte, ok bool) {
-	digits, marked := strings.CutPrefix(text, secretMark)
-	if !marked || len(digits) != 2*secretBytes {
+	if len(text) != markLength+2*secretBytes {
+		return hash, false
+	}
+	mark, digits := text[:markLength], text[markLength:]
+	if mark != FormatCay.mark() && mark != FormatE2B.mark() {
 		return hash, false
 	}
 	for _, c := range []byte(digits) {

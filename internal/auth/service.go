@@ -1,6 +1,7 @@
 package auth
 
 import (
+	"cmp"
 	"context"
 	"crypto/subtle"
 	"fmt"
@@ -60,7 +61,7 @@ func (s *Service) Bootstrap(ctx context.Context, save func(secret string) error)
 		return false, nil
 	}
 	org := Org{ID: newID("org_"), Name: OperatorOrg, Quota: s.cfg.Quota, CreatedAt: time.Now().UTC()}
-	key, secret := newKey(org.ID, "first key of the server", []Scope{Admin}, 0)
+	key, secret := newKey(org.ID, "first key of the server", []Scope{Admin}, 0, FormatCay)
 	if err := save(secret); err != nil {
 		return false, fmt.Errorf("saving the first key: %w", err)
 	}
@@ -70,8 +71,8 @@ func (s *Service) Bootstrap(ctx context.Context, save func(secret string) error)
 	return true, nil
 }
 
-func newKey(orgID, name string, scopes []Scope, expiresIn time.Duration) (Key, string) {
-	secret := newSecret()
+func newKey(orgID, name string, scopes []Scope, expiresIn time.Duration, f Format) (Key, string) {
+	secret := newSecret(f)
 	hash, _ := parseSecret(secret)
 	k := Key{ID: newID("key_"), OrgID: orgID, Name: name, Hash: hash[:], Prefix: secret[:prefixLength], Scopes: scopes, CreatedAt: time.Now().UTC()}
 	if expiresIn > 0 {
@@ -135,18 +136,26 @@ func needOperator(p Principal) error {
 	return nil
 }
 
+// KeyRequest asks for a key.
+type KeyRequest struct {
+	Name      string
+	Scopes    []string
+	ExpiresIn time.Duration // 0 is never
+	Format    Format        // "" is FormatCay
+}
+
 // CreateKey makes a key in p's organization and returns it with its secret, which
-// is not kept. expiresIn 0 is never. It needs the scope admin, and gives no scope
+// is not kept. It needs the scope admin, and gives no scope
 // that p's key lacks: Denied, code "scope_missing". Invalid, naming the field, for
 // a name, scopes or an expiry that are not right.
-func (s *Service) CreateKey(ctx context.Context, p Principal, name string, scopes []string, expiresIn time.Duration) (Key, string, error) {
+func (s *Service) CreateKey(ctx context.Context, p Principal, r KeyRequest) (Key, string, error) {
 	if err := needAdmin(p); err != nil {
 		return Key{}, "", err
 	}
-	if err := checkKeyName(name); err != nil {
+	if err := checkKeyName(r.Name); err != nil {
 		return Key{}, "", err
 	}
-	parsed, err := ParseScopes(scopes)
+	parsed, err := ParseScopes(r.Scopes)
 	if err != nil {
 		return Key{}, "", err
 	}
@@ -155,10 +164,14 @@ func (s *Service) CreateKey(ctx context.Context, p Principal, name string, scope
 			return Key{}, "", fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s itself", scope)
 		}
 	}
-	if expiresIn != 0 && expiresIn < minExpiry {
+	format := cmp.Or(r.Format, FormatCay)
+	if format != FormatCay && format != FormatE2B {
+		return Key{}, "", fault.InField("invalid_format", "format", "must be %s or %s, not %.40q", FormatCay, FormatE2B, r.Format)
+	}
+	if r.ExpiresIn != 0 && r.ExpiresIn < minExpiry {
 		return Key{}, "", fault.InField("invalid_expires_in", "expires_in", "must be 0 for never, or at least %s", minExpiry)
 	}
-	k, secret := newKey(p.Org.ID, name, parsed, expiresIn)
+	k, secret := newKey(p.Org.ID, r.Name, parsed, r.ExpiresIn, format)
 	if err := s.store.PutKey(ctx, k); err != nil {
 		return Key{}, "", fmt.Errorf("storing key: %w", err)
 	}
@@ -227,7 +240,7 @@ func (s *Service) CreateOrg(ctx context.Context, p Principal, name string, r Quo
 		return Org{}, Key{}, "", err
 	}
 	org := Org{ID: newID("org_"), Name: name, Quota: quota, CreatedAt: time.Now().UTC()}
-	key, secret := newKey(org.ID, "first key of "+name, []Scope{Admin}, 0)
+	key, secret := newKey(org.ID, "first key of "+name, []Scope{Admin}, 0, FormatCay)
 	if err := s.store.PutOrg(ctx, org, key); err != nil {
 		return Org{}, Key{}, "", fmt.Errorf("storing organization: %w", err)
 	}

@@ -41,7 +41,7 @@ func begin(t *testing.T, cfg Config) (*Service, *memory, Principal) {
 // principal makes a key of p's organization and authenticates with it.
 func principal(t *testing.T, s *Service, p Principal, scopes ...string) (Principal, string) {
 	t.Helper()
-	_, secret, err := s.CreateKey(t.Context(), p, "test", scopes, 0)
+	_, secret, err := s.CreateKey(t.Context(), p, KeyRequest{Name: "test", Scopes: scopes})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -116,7 +116,7 @@ func TestAuthenticateRefuses(t *testing.T) {
 		if err := s.RevokeKey(t.Context(), p, st.keys[2].ID); err != nil {
 			t.Fatal(err)
 		}
-		_, expiring, err := s.CreateKey(t.Context(), p, "short", []string{"exec"}, time.Minute)
+		_, expiring, err := s.CreateKey(t.Context(), p, KeyRequest{Name: "short", Scopes: []string{"exec"}, ExpiresIn: time.Minute})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -154,7 +154,7 @@ func TestAuthenticateRefuses(t *testing.T) {
 // A store that fails is not a wrong key: the caller must not be told to give up.
 func TestAuthenticateStoreFails(t *testing.T) {
 	s := New(failing{}, Config{Log: slog.New(slog.DiscardHandler)})
-	_, err := s.Authenticate(t.Context(), newSecret())
+	_, err := s.Authenticate(t.Context(), newSecret(FormatCay))
 	if fault.KindOf(err) != fault.Internal || err == nil {
 		t.Errorf("got %v, want an internal error", err)
 	}
@@ -171,7 +171,7 @@ func (failing) KeyByHash(context.Context, []byte) (Key, Org, error) {
 
 func TestSecretsAreNotKept(t *testing.T) {
 	s, st, p := begin(t, Config{})
-	k, secret, err := s.CreateKey(t.Context(), p, "ci", []string{"files", "exec", "exec"}, time.Hour)
+	k, secret, err := s.CreateKey(t.Context(), p, KeyRequest{Name: "ci", Scopes: []string{"files", "exec", "exec"}, ExpiresIn: time.Hour})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -214,7 +214,7 @@ func TestCreateKeyRefuses(t *testing.T) {
 		{p, "n", []string{"exec"}, time.Second - 1, fault.Invalid, "invalid_expires_in", "expires_in"},
 		{lesser, "n", []string{"exec"}, 0, fault.Denied, "scope_missing", ""},
 	} {
-		_, secret, err := s.CreateKey(t.Context(), c.who, c.name, c.scopes, c.expires)
+		_, secret, err := s.CreateKey(t.Context(), c.who, KeyRequest{Name: c.name, Scopes: c.scopes, ExpiresIn: c.expires})
 		wantFault(t, err, c.kind, c.code)
 		if fe := fault.As(err); fe != nil && fe.Field != c.fld {
 			t.Errorf("field %q, want %q", fe.Field, c.fld)
@@ -226,7 +226,7 @@ func TestCreateKeyRefuses(t *testing.T) {
 	if len(st.keys) != before {
 		t.Errorf("%d keys were made", len(st.keys)-before)
 	}
-	if _, _, err := s.CreateKey(t.Context(), p, strings.Repeat("ü", maxKeyName), []string{"exec"}, time.Second); err != nil {
+	if _, _, err := s.CreateKey(t.Context(), p, KeyRequest{Name: strings.Repeat("ü", maxKeyName), Scopes: []string{"exec"}, ExpiresIn: time.Second}); err != nil {
 		t.Errorf("exactly at the limits: %v", err)
 	}
 }
@@ -417,7 +417,7 @@ func TestLastUse(t *testing.T) {
 }
 
 func FuzzParseSecret(f *testing.F) {
-	for _, seed := range []string{"", "cay_", "cay_" + strings.Repeat("a", 40), "cay_" + strings.Repeat("A", 40), "cay_" + strings.Repeat("0", 39) + "\x00", newSecret()} {
+	for _, seed := range []string{"", "cay_", "cay_" + strings.Repeat("a", 40), "cay_" + strings.Repeat("A", 40), "cay_" + strings.Repeat("0", 39) + "\x00", newSecret(FormatCay)} {
 		f.Add(seed)
 	}
 	form := regexp.MustCompile(`\Acay_[0-9a-f]{40}\z`)

@@ -3,8 +3,8 @@
 // A room sets a kind where a caller acts on it (a lookup that found nothing is
 // [NotFound], a lost race for a sandbox is [Conflict]); everything else is a
 // plain wrapped error and is treated as internal: its text reaches the log and
-// never a user. The texts of an [Error] are written for the user. Only the api
-// room turns kinds into HTTP statuses.
+// never a user. The texts of an [Error] are written for the user. Only the fronts,
+// api and e2b, turn kinds into HTTP statuses.
 //
 // The package imports nothing of cay. Errors are immutable and safe to share.
 package fault

@@ -39,7 +39,7 @@ type life struct {
 	free    chan struct{} // if somebody waits for the last lease to end: closed then
 	last    time.Time     // activity
 	saved   time.Time     // the last activity that the row has
-	after   time.Time     // if not zero, the idle timer does nothing before
+	after   time.Time     // if not zero, its own timers suspend it not before
 	looked  time.Time     // when a recovery point was last taken, or found needless or impossible
 	changed bool          // it may have changed since its latest recovery point
 
@@ -99,7 +99,11 @@ func (s *Service) track(l *life) {
 	}
 	switch {
 	case l.mode == Ephemeral:
-		l.end = time.AfterFunc(time.Until(l.expires), func() { s.expire(l.id) })
+		end := l.expires
+		if end.Before(l.after) {
+			end = l.after
+		}
+		l.end = time.AfterFunc(time.Until(end), func() { s.expire(l.id) })
 	case l.idle > 0:
 		l.end = time.AfterFunc(time.Until(l.due()), func() { s.idled(l) })
 	}

@@ -142,7 +142,12 @@ func (s *Service) expire(id ID) {
 		s.extend(box)
 		return
 	}
-	if err == nil {
+	switch {
+	case err != nil:
+	case box.AtEnd == EndSuspends:
+		s.suspendExpired(box)
+		return
+	default:
 		err = s.destroy(ctx, id, box.Run, Expired)
 	}
 	if err == nil {

@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -129,8 +130,11 @@ func (r ForkRequest) child(cfg Config, parent Sandbox, from Snapshot) (Sandbox, 
 	if q.Mode == "" {
 		q.Mode = string(parent.Mode)
 	}
-	if q.Mode == string(parent.Mode) && parent.Mode == Ephemeral && q.Timeout == nil {
-		q.Timeout = &parent.Timeout
+	if q.Mode == string(parent.Mode) && parent.Mode == Ephemeral {
+		if q.Timeout == nil {
+			q.Timeout = &parent.Timeout
+		}
+		q.AtEnd = cmp.Or(q.AtEnd, parent.AtEnd)
 	}
 	if q.Mode == string(parent.Mode) && parent.Mode == Persistent {
 		if q.IdleTimeout == nil {

@@ -169,9 +169,11 @@ func (s gatedStore) Transition(ctx context.Context, c sandbox.Change) (sandbox.S
 	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) { return s.Store.Transition(ctx, c) })
 }
 
-func (s gatedStore) SetExpiry(ctx context.Context, id sandbox.ID, at time.Time, timeout time.Duration) (sandbox.Sandbox, error) {
+func (s gatedStore) SetExpiry(ctx context.Context, id sandbox.ID, at time.Time, timeout time.Duration, later bool) (sandbox.Sandbox, error) {
 	s.writes.Add(1)
-	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) { return s.Store.SetExpiry(ctx, id, at, timeout) })
+	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) {
+		return s.Store.SetExpiry(ctx, id, at, timeout, later)
+	})
 }
 
 func (s gatedStore) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) (sandbox.Sandbox, error) {

@@ -13,13 +13,17 @@ type Quota struct {
 	MemoryMB  int
 }
 
-// Filter selects and pages a listing, newest first.
+// Filter selects and pages a listing, newest first unless it says otherwise.
 type Filter struct {
 	OrgID    string
 	States   []State           // any of; empty is all
 	Metadata map[string]string // every pair must match
-	Limit    int               // 1-200, checked by the caller
-	Cursor   string            // from the previous page; "" is the first
+	Template string            // name or id; "" is any
+	// CreatedFrom leaves out what was created before; zero is nothing.
+	CreatedFrom time.Time
+	OldestFirst bool
+	Limit       int    // 1-200, checked by the caller
+	Cursor      string // from the previous page of the same order; "" is the first
 }
 
 // Once makes a create idempotent: the same Key and Hash give the first answer.
@@ -46,8 +50,9 @@ type Change struct {
 	// What else is written with the transition; nil leaves it as it is.
 	NewRun         *string
 	StartedAt      *time.Time
-	ExpiresAt      *time.Time
-	SuspendedAt    *time.Time // the zero time writes "does not apply"
+	Timeout        *time.Duration
+	ExpiresAt      *time.Time // the zero time writes "does not apply", as of those that follow
+	SuspendedAt    *time.Time
 	LastActivityAt *time.Time
 	DestroyedAt    *time.Time
 	DestroyReason  *Reason
@@ -79,18 +84,24 @@ type Store interface {
 	// untouched; the returned sandbox is then the row as it is.
 	Transition(ctx context.Context, c Change) (Sandbox, error)
 	// SetExpiry moves the end of a running sandbox's life; Conflict, code
-	// "sandbox_not_running", when it is not in state running.
-	SetExpiry(ctx context.Context, id ID, expiresAt time.Time, timeout time.Duration) (Sandbox, error)
+	// "sandbox_not_running", when it is not in state running. With later set it changes
+	// nothing unless the new end is after the one that the row has.
+	SetExpiry(ctx context.Context, id ID, expiresAt time.Time, timeout time.Duration, later bool) (Sandbox, error)
 	// SetActivity moves the last activity of sandboxes forward, never back, all in
 	// one transaction. Sandboxes that are over or unknown are left out.
 	SetActivity(ctx context.Context, last map[ID]time.Time) error
 	// SetEgress writes the policy of a sandbox that is not over; Conflict, code
 	// "sandbox_state", when it is.
 	SetEgress(ctx context.Context, id ID, e Egress) (Sandbox, error)
+	// SetSurface writes what a surface keeps with a sandbox that is not over; Conflict,
+	// code "sandbox_state", when it is.
+	SetSurface(ctx context.Context, id ID, surface string) (Sandbox, error)
 	// Note adds events that are no transitions, all in one transaction: From and To are
 	// written as the state that the row is in. Of one reason a sandbox keeps its newest
 	// 100. Sandboxes that are over or unknown are left out.
 	Note(ctx context.Context, events []Event) error
+	// Living lists the sandboxes that are not over, in no order.
+	Living(ctx context.Context) ([]ID, error)
 	// Unfinished returns every sandbox that is not over, oldest first.
 	Unfinished(ctx context.Context) ([]Sandbox, error)
 	// Events pages a sandbox's events, newest first.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -47,7 +48,7 @@ type step struct {
 }
 
 var (
-	whats = []string{"create ephemeral", "create persistent", "create persistent", "destroy", "keepalive",
+	whats = []string{"create ephemeral", "create pausing", "create persistent", "create persistent", "pause", "pause", "set timeout", "attach", "destroy", "keepalive",
 		"call", "connect", "release", "suspend", "suspend", "wake", "checkpoint", "snapshot", "snapshot", "fork", "from snapshot", "delete snapshot", "egress", "egress", "die", "restart", "sleep", "sleep"}
 	// An operation that fails leaves the sandbox alive, or dead as it was, or dead with
 	// the new point; or the server dies in the middle of it, and maybe the machine too.
@@ -183,7 +184,7 @@ func (l *lives) inject(s step) error {
 // take takes the step; an error is one that no fault and no state explains.
 func (l *lives) take(s step) error {
 	ctx := context.Background()
-	if len(l.ids) == 0 && s.what != "create ephemeral" {
+	if len(l.ids) == 0 && !strings.HasPrefix(s.what, "create") {
 		s.what = "create persistent"
 	}
 	var id sandbox.ID
@@ -200,6 +201,8 @@ func (l *lives) take(s step) error {
 	switch s.what {
 	case "create ephemeral":
 		return l.make(s, sandbox.Request{Timeout: ptr(time.Duration(s.secs) * time.Second)})
+	case "create pausing":
+		return l.make(s, sandbox.Request{Timeout: ptr(time.Duration(s.secs) * time.Second), AtEnd: sandbox.EndSuspends})
 	case "create persistent":
 		r := sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Duration(10+s.secs) * time.Second), RecoveryInterval: ptr(time.Duration(0))}
 		if s.which%2 == 0 {
@@ -236,6 +239,18 @@ func (l *lives) take(s step) error {
 	case "suspend":
 		_, err := l.Suspend(ctx, org, id)
 		return expected(err)
+	case "pause":
+		_, err := l.Pause(ctx, org, id)
+		return expected(err)
+	case "set timeout":
+		_, err := l.SetTimeout(ctx, org, id, time.Duration(s.secs-5)*time.Second, s.which%2 == 0)
+		return expected(err)
+	case "attach":
+		lease, err := l.Attach(ctx, id)
+		if err != nil {
+			return expected(err)
+		}
+		lease.Release()
 	case "wake":
 		_, err := l.Wake(ctx, l.caller(), id)
 		return expected(err)
@@ -324,8 +339,10 @@ func (l *lives) agree() string {
 			return fmt.Sprintf("sandbox %s has policy %+v, and the host %+v", row.ID, row.Egress, f.Egress)
 		case row.State != sandbox.Running && row.State != sandbox.Suspended:
 			return fmt.Sprintf("sandbox %s is stuck in %s", row.ID, row.State)
-		case row.Mode == sandbox.Ephemeral && !row.ExpiresAt.After(time.Now()):
+		case row.Mode == sandbox.Ephemeral && row.State == sandbox.Running && !row.ExpiresAt.After(time.Now()):
 			return fmt.Sprintf("sandbox %s outlived its time", row.ID)
+		case row.State == sandbox.Suspended && !row.ExpiresAt.IsZero():
+			return fmt.Sprintf("sandbox %s is suspended and expires at %s", row.ID, row.ExpiresAt)
 		}
 	}
 	members, err := l.db.Members(context.Background())

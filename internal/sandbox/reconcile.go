@@ -249,7 +249,7 @@ func (s *Service) rest(ctx context.Context, row Sandbox, fact *Fact, a Action, w
 		return nil
 	}
 	c := Change{ID: row.ID, From: []State{row.State}, Run: row.Run, To: Suspended, At: time.Now().UTC(),
-		Reason: why.reason, Detail: why.detail, Error: why.hinders}
+		Reason: why.reason, Detail: why.detail, Error: why.hinders, ExpiresAt: new(time.Time)}
 	if row.State != Waking { // it comes from a life that was used
 		c.SuspendedAt, c.LastActivityAt = &fact.Point.At, last
 		at := fact.Point.At.UTC().Format(time.RFC3339)

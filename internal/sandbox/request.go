@@ -38,6 +38,7 @@ type Request struct {
 	Mode     string // "" is ephemeral
 
 	Timeout          *time.Duration // ephemeral only
+	AtEnd            AtEnd          // ephemeral only; "" is EndDestroys
 	IdleTimeout      *time.Duration // persistent only
 	RecoveryInterval *time.Duration // persistent only
 
@@ -46,6 +47,8 @@ type Request struct {
 	Env        map[string]string
 	Metadata   map[string]string
 	Egress     *Egress // nil is the template's default
+	User       string  // "" is the template's
+	Surface    string  // see [Sandbox]
 }
 
 // TemplateVersion is what sandbox needs to know of a ready template.
@@ -100,9 +103,15 @@ func (r Request) check(cfg Config) error {
 		if t := r.Timeout; t != nil && (*t < MinTimeout || *t > MaxTimeout) {
 			return invalid("timeout", "must be between %s and %s", MinTimeout, MaxTimeout)
 		}
+		if r.AtEnd != "" && r.AtEnd != EndDestroys && r.AtEnd != EndSuspends {
+			return invalid("at_end", "must be %s or %s, not %q", EndDestroys, EndSuspends, r.AtEnd)
+		}
 	case Persistent:
 		if r.Timeout != nil {
 			return invalid("timeout", "is for ephemeral sandboxes; a persistent one has an idle_timeout")
+		}
+		if r.AtEnd != "" {
+			return invalid("at_end", "is for ephemeral sandboxes")
 		}
 		if t := r.IdleTimeout; t != nil && *t != 0 && (*t < MinIdleTimeout || *t > MaxTimeout) {
 			return invalid("idle_timeout", "must be 0 (never) or between %s and %s", MinIdleTimeout, MaxTimeout)
@@ -171,7 +180,10 @@ func (r Request) resolve(cfg Config, orgID string, v TemplateVersion, now time.T
 		Template: v.Name, TemplateID: v.ID, TemplateVersion: v.Version, Image: v.Image,
 		User: v.User, Workdir: v.Workdir, Metadata: r.Metadata,
 		DiskMB: firstPositive(v.DiskMB, cfg.DefaultDisk), Egress: v.Egress,
-		CreatedAt: now.UTC(), Source: Cold,
+		CreatedAt: now.UTC(), Source: Cold, Surface: r.Surface,
+	}
+	if r.User != "" {
+		box.User = r.User
 	}
 	if Mode(r.Mode) == Persistent {
 		box.Mode, box.LastActivityAt = Persistent, box.CreatedAt
@@ -179,6 +191,10 @@ func (r Request) resolve(cfg Config, orgID string, v TemplateVersion, now time.T
 		box.RecoveryInterval = or(r.RecoveryInterval, DefaultRecoveryInterval)
 	} else {
 		box.Timeout = or(r.Timeout, DefaultTimeout)
+		box.AtEnd = EndDestroys
+		if r.AtEnd != "" {
+			box.AtEnd = r.AtEnd
+		}
 	}
 	box.Env = maps.Clone(v.Env)
 	if box.Env == nil {

@@ -44,8 +44,17 @@ type Mode string
 
 // The modes.
 const (
-	Ephemeral  Mode = "ephemeral"  // destroyed when its timeout is over
+	Ephemeral  Mode = "ephemeral"  // ends when its timeout is over, see [AtEnd]
 	Persistent Mode = "persistent" // suspended when idle, woken by the next call
+)
+
+// AtEnd says what becomes of an ephemeral sandbox when its timeout is over.
+type AtEnd string
+
+// The ends.
+const (
+	EndDestroys AtEnd = "destroy"
+	EndSuspends AtEnd = "suspend" // with everything it has, until it is woken for another timeout
 )
 
 // Source says how a sandbox was made.
@@ -94,13 +103,14 @@ type Sandbox struct {
 	User     string // default user of commands and files; "" is root
 	Workdir  string // default working directory; "" is the user's home
 
-	Timeout          time.Duration // ephemeral: lifetime given at creation
+	Timeout          time.Duration // ephemeral: the lifetime it was given last
+	AtEnd            AtEnd         // "" of a persistent one
 	IdleTimeout      time.Duration // persistent: 0 is never
 	RecoveryInterval time.Duration // persistent: 0 is off
 
 	CreatedAt      time.Time
 	StartedAt      time.Time
-	ExpiresAt      time.Time // ephemeral only
+	ExpiresAt      time.Time // ephemeral only, and not while it is suspended
 	LastActivityAt time.Time // persistent only
 	SuspendedAt    time.Time // the time of the recovery point it would wake from
 	DestroyedAt    time.Time
@@ -108,6 +118,10 @@ type Sandbox struct {
 	Error          string // why it failed, or why it could not be woken, for the user
 	Source         Source
 	Origin         string // ID of the snapshot or the sandbox that it is from, which may be gone; "" is none
+
+	// Surface is what the surface that it was made through keeps with it. The core
+	// carries it and does not look into it; "" is nothing.
+	Surface string
 
 	// Token authorises the host to the agent inside. Secret: never in an
 	// answer, an event or a log.

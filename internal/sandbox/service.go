@@ -273,14 +273,26 @@ func (s *Service) Keepalive(ctx context.Context, orgID string, id ID, timeout *t
 		life = min(*timeout, MaxTimeout)
 	}
 	if box.Mode != Ephemeral {
-		return Sandbox{}, fault.New(fault.Conflict, "sandbox_not_ephemeral", "sandbox %s is %s and has no timeout to extend", id, box.Mode)
+		return Sandbox{}, notEphemeral(box)
 	}
-	if box, err = s.store.SetExpiry(ctx, id, time.Now().UTC().Add(life), life); err != nil {
+	if box, err = s.store.SetExpiry(ctx, id, time.Now().UTC().Add(life), life, false); err != nil {
 		return Sandbox{}, err
 	}
 	s.extend(box)
 	return box, nil
 }
+
+// Lookup returns a sandbox whoever's it is, for a caller who is known by something else
+// than a key: NotFound if there is none.
+func (s *Service) Lookup(ctx context.Context, id ID) (Sandbox, error) {
+	if !id.Valid() {
+		return Sandbox{}, notFound(id)
+	}
+	return s.store.Get(ctx, id)
+}
+
+// Living lists the sandboxes of all organizations that are not over.
+func (s *Service) Living(ctx context.Context) ([]ID, error) { return s.store.Living(ctx) }
 
 // Events pages a sandbox's events, newest first.
 func (s *Service) Events(ctx context.Context, orgID string, id ID, limit int, cursor string) ([]Event, string, error) {

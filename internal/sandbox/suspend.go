@@ -34,12 +34,24 @@ const leaseGrace = 5 * time.Second
 // the machine's (NoSpace, code "disk_full", …) or Internal, code "suspend_failed", and
 // the sandbox runs on if it still lives.
 func (s *Service) Suspend(ctx context.Context, orgID string, id ID) (Sandbox, error) {
+	return s.suspendBy(ctx, orgID, id, suspendable, s.partWhenFree)
+}
+
+// Pause takes a running sandbox of either mode to suspended, whoever uses it: calls in
+// flight are broken, once its row says that it does not run. Otherwise it is as
+// [Service.Suspend].
+func (s *Service) Pause(ctx context.Context, orgID string, id ID) (Sandbox, error) {
+	return s.suspendBy(ctx, orgID, id, up, s.partNow)
+}
+
+// suspendBy suspends a sandbox that may, after its use has ended as part does it.
+func (s *Service) suspendBy(ctx context.Context, orgID string, id ID, may func(Sandbox) error, part parting) (Sandbox, error) {
 	for {
 		box, err := s.Get(ctx, orgID, id)
 		if err != nil {
 			return Sandbox{}, err
 		}
-		if err := suspendable(box); err != nil {
+		if err := may(box); err != nil {
 			return Sandbox{}, err
 		}
 		op, mine := s.begin(id, opSuspend)
@@ -48,7 +60,7 @@ func (s *Service) Suspend(ctx context.Context, orgID string, id ID) (Sandbox, er
 		}
 		if mine {
 			s.do(ctx, id, op, func(ctx context.Context) (Sandbox, error) {
-				return s.suspend(ctx, id, string(Requested), s.partWhenFree)
+				return s.suspend(ctx, id, string(Requested), part)
 			})
 		}
 		if err := op.ended(ctx); err != nil {
@@ -63,8 +75,8 @@ func (s *Service) Suspend(ctx context.Context, orgID string, id ID) (Sandbox, er
 // suspendable refuses a sandbox that cannot be suspended or checkpointed; one that is
 // being suspended is for whoever waits for that.
 func suspendable(box Sandbox) error {
-	if box.State != Running && box.State != Suspending {
-		return notRunning(box)
+	if err := up(box); err != nil {
+		return err
 	}
 	if box.Mode != Persistent {
 		return fault.New(fault.Conflict, "sandbox_not_persistent", "sandbox %s is %s: only persistent ones are suspended", box.ID, box.Mode)
@@ -72,14 +84,26 @@ func suspendable(box Sandbox) error {
 	return nil
 }
 
+// up refuses a sandbox that does not run. One that is being suspended is for whoever
+// waits for that.
+func up(box Sandbox) error {
+	if box.State != Running && box.State != Suspending {
+		return notRunning(box)
+	}
+	return nil
+}
+
+// parting ends the use of a sandbox that the caller works on.
+type parting func(context.Context, ID) (*life, error)
+
 // suspend takes a running sandbox to suspended; the caller holds the operation. part
 // ends its use: from then on calls wait for what comes of this.
-func (s *Service) suspend(ctx context.Context, id ID, reason string, part func(context.Context, ID) (*life, error)) (Sandbox, error) {
+func (s *Service) suspend(ctx context.Context, id ID, reason string, part parting) (Sandbox, error) {
 	box, err := s.present(ctx, id)
 	if err != nil {
 		return Sandbox{}, err
 	}
-	if err := suspendable(box); err != nil {
+	if err := up(box); err != nil {
 		return Sandbox{}, err
 	}
 	l, err := part(ctx, id)
@@ -87,9 +111,11 @@ func (s *Service) suspend(ctx context.Context, id ID, reason string, part func(c
 		return Sandbox{}, err
 	}
 	began := time.Now().UTC()
-	_, err = s.transition(ctx, Change{ID: id, From: []State{Running}, Run: box.Run, To: Suspending, At: began,
-		Reason: reason, LastActivityAt: &l.last})
-	if err != nil {
+	claim := Change{ID: id, From: []State{Running}, Run: box.Run, To: Suspending, At: began, Reason: reason}
+	if box.Mode == Persistent {
+		claim.LastActivityAt = &l.last
+	}
+	if _, err = s.transition(ctx, claim); err != nil {
 		s.log.ErrorContext(ctx, "claiming a sandbox to suspend it", "sandbox", id, "error", err)
 		l.after = began.Add(retryAfter)
 		s.track(l) // nothing was done to it
@@ -100,7 +126,7 @@ func (s *Service) suspend(ctx context.Context, id ID, reason string, part func(c
 		return s.suspendFailed(ctx, id, began, err)
 	}
 	suspended, err := s.transition(ctx, Change{ID: id, From: []State{Suspending}, Run: box.Run, To: Suspended, At: time.Now().UTC(),
-		Reason: reason, SuspendedAt: &point.At})
+		Reason: reason, SuspendedAt: &point.At, ExpiresAt: new(time.Time)})
 	if err != nil {
 		// The row stays a claim, which the next call or reconcile settles by the point.
 		s.log.ErrorContext(ctx, "writing down that a sandbox is suspended", "sandbox", id, "error", err)
@@ -160,4 +186,14 @@ func (s *Service) partWhenFree(ctx context.Context, id ID) (*life, error) {
 			return nil, fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed before it was suspended", id)
 		}
 	}
+}
+
+// partNow ends the use of a sandbox whoever uses it. Their connections are broken by the
+// machine when it suspends the sandbox.
+func (s *Service) partNow(_ context.Context, id ID) (*life, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := s.lives[id]
+	s.remove(l)
+	return l, nil
 }

@@ -21,7 +21,13 @@ const pointTimeout = 10 * time.Minute
 // now. A sandbox whose recovery point cannot be restored stays suspended with an Error
 // that says why, and the point is kept.
 func (s *Service) Wake(ctx context.Context, c Caller, id ID) (Sandbox, error) {
-	box, _, err := s.running(ctx, c, id, false)
+	return s.WakeFor(ctx, c, id, 0)
+}
+
+// WakeFor is Wake for an ephemeral sandbox that has that long to live when it is woken; 0
+// is the timeout that it had last. To one that runs it gives no time.
+func (s *Service) WakeFor(ctx context.Context, c Caller, id ID, timeout time.Duration) (Sandbox, error) {
+	box, _, err := s.running(ctx, c, id, wish{timeout: timeout})
 	return s.shown(box), err
 }
 
@@ -29,16 +35,37 @@ func (s *Service) Wake(ctx context.Context, c Caller, id ID) (Sandbox, error) {
 // suspended one; errors are as [Service.Wake]'s. A sandbox that runs costs one read
 // of its row and no write.
 func (s *Service) Connect(ctx context.Context, c Caller, id ID) (*Lease, error) {
-	box, l, err := s.running(ctx, c, id, true)
+	box, l, err := s.running(ctx, c, id, wish{pin: true})
 	if err != nil {
 		return nil, err
 	}
 	return &Lease{Sandbox: box, service: s, life: l}, nil
 }
 
+// Attach leases a sandbox that runs, whoever asks. It wakes none and waits for none:
+// Conflict, code "sandbox_not_running".
+func (s *Service) Attach(ctx context.Context, id ID) (*Lease, error) {
+	box, err := s.Lookup(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	if box.State == Running {
+		if l := s.use(box, true); l != nil {
+			return &Lease{Sandbox: box, service: s, life: l}, nil
+		}
+	}
+	return nil, notRunning(box)
+}
+
+// wish is what somebody wants of a running sandbox.
+type wish struct {
+	pin     bool          // a lease; one being created is then waited for
+	timeout time.Duration // of an ephemeral one, from when it is woken; 0 is its own
+}
+
 // running brings the sandbox to running, whatever is being done to it, and notes
-// the activity; with pin it is leased, and one being created is waited for.
-func (s *Service) running(ctx context.Context, c Caller, id ID, pin bool) (Sandbox, *life, error) {
+// the activity.
+func (s *Service) running(ctx context.Context, c Caller, id ID, u wish) (Sandbox, *life, error) {
 	for {
 		end := span.Start(ctx, "find")
 		box, err := s.Get(ctx, c.OrgID, id)
@@ -48,10 +75,10 @@ func (s *Service) running(ctx context.Context, c Caller, id ID, pin bool) (Sandb
 		}
 		switch {
 		case box.State == Running:
-			if l := s.use(box, pin); l != nil {
+			if l := s.use(box, u.pin); l != nil {
 				return box, l, nil
 			}
-		case box.State == Creating && !pin, box.State == Destroying, box.State.Over():
+		case box.State == Creating && !u.pin, box.State == Destroying, box.State.Over():
 			return Sandbox{}, nil, notRunning(box)
 		}
 		// Nobody can use it as it was read: wait for whoever is at work on it, or
@@ -61,7 +88,7 @@ func (s *Service) running(ctx context.Context, c Caller, id ID, pin bool) (Sandb
 			return Sandbox{}, nil, errClosing
 		}
 		if mine {
-			s.do(ctx, id, op, func(ctx context.Context) (Sandbox, error) { return s.wake(ctx, c, id) })
+			s.do(ctx, id, op, func(ctx context.Context) (Sandbox, error) { return s.wake(ctx, c, id, u.timeout) })
 		}
 		if err := op.ended(ctx); err != nil {
 			return Sandbox{}, nil, err
@@ -73,7 +100,7 @@ func (s *Service) running(ctx context.Context, c Caller, id ID, pin bool) (Sandb
 }
 
 // wake takes a suspended sandbox to running; the caller holds the operation.
-func (s *Service) wake(ctx context.Context, c Caller, id ID) (Sandbox, error) {
+func (s *Service) wake(ctx context.Context, c Caller, id ID, timeout time.Duration) (Sandbox, error) {
 	box, err := s.present(ctx, id)
 	switch {
 	case err != nil:
@@ -88,8 +115,12 @@ func (s *Service) wake(ctx context.Context, c Caller, id ID) (Sandbox, error) {
 		return Sandbox{}, err
 	}
 	run, token := newSecret(10), newSecret(32)
-	claimed, err := s.transition(ctx, Change{ID: id, From: []State{Suspended}, Run: box.Run, To: Waking, At: time.Now().UTC(),
-		Quota: &c.Quota, NewRun: &run, Token: &token})
+	claim := Change{ID: id, From: []State{Suspended}, Run: box.Run, To: Waking, At: time.Now().UTC(),
+		Quota: &c.Quota, NewRun: &run, Token: &token}
+	if box.Mode == Ephemeral && timeout > 0 {
+		claim.Timeout = &timeout
+	}
+	claimed, err := s.transition(ctx, claim)
 	if err != nil {
 		return Sandbox{}, err
 	}
@@ -108,8 +139,14 @@ func (s *Service) restore(ctx context.Context, box Sandbox) (Sandbox, error) {
 		return Sandbox{}, err
 	}
 	now := time.Now().UTC()
-	woken, err := s.transition(ctx, Change{ID: box.ID, From: []State{Waking}, Run: box.Run, To: Running, At: now,
-		SuspendedAt: new(time.Time), LastActivityAt: &now, Error: new(string)})
+	done := Change{ID: box.ID, From: []State{Waking}, Run: box.Run, To: Running, At: now,
+		SuspendedAt: new(time.Time), Error: new(string)}
+	if box.Mode == Ephemeral {
+		done.ExpiresAt = new(now.Add(box.Timeout))
+	} else {
+		done.LastActivityAt = &now
+	}
+	woken, err := s.transition(ctx, done)
 	if err != nil {
 		return Sandbox{}, err
 	}

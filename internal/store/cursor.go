@@ -26,6 +26,8 @@ const (
 	listOrgs      byte = 'o'
 	listKeys      byte = 'k'
 	listSnapshots byte = 'n'
+
+	listSandboxesUp byte = 'u' // oldest first
 )
 
 const (
@@ -67,18 +69,32 @@ func parseCursor(list byte, text string) (cursor, error) {
 // page puts the end on a listing's query: only rows after the cursor, in order,
 // one more than the limit to see whether there is a next page.
 func page(list byte, limit int, after string, p *params) (string, error) {
+	return pageIn(order{list: list}, limit, after, p)
+}
+
+// order is a listing's: newest first, or oldest first when ascending.
+type order struct {
+	list      byte
+	ascending bool
+}
+
+func pageIn(o order, limit int, after string, p *params) (string, error) {
 	if limit < 1 {
 		return "", fmt.Errorf("listing with limit %d", limit)
 	}
+	beyond, down := "<", " DESC"
+	if o.ascending {
+		beyond, down = ">", ""
+	}
 	var where string
 	if after != "" {
-		c, err := parseCursor(list, after)
+		c, err := parseCursor(o.list, after)
 		if err != nil {
 			return "", err
 		}
-		where = " AND (created_at, id) < (" + p.add(c.at) + ", " + p.add(c.id) + ")"
+		where = " AND (created_at, id) " + beyond + " (" + p.add(c.at) + ", " + p.add(c.id) + ")"
 	}
-	return where + " ORDER BY created_at DESC, id DESC LIMIT " + p.add(limit+1), nil
+	return where + " ORDER BY created_at" + down + ", id" + down + " LIMIT " + p.add(limit+1), nil
 }
 
 // cut takes the one row too many off and makes the next page's cursor.

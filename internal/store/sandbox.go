@@ -24,7 +24,7 @@ const purgeBatch = 200
 const sandboxColumns = `id, org_id, mode, state, run, template, template_id, template_version, image,
 	size, vcpus, memory_mb, dedicated, disk_mb, env, metadata, egress, run_as, workdir,
 	timeout, idle_timeout, recovery_interval, created_at, started_at, expires_at, last_activity_at,
-	suspended_at, destroyed_at, destroy_reason, error, source, origin, token`
+	suspended_at, destroyed_at, destroy_reason, error, source, origin, token, at_end, surface`
 
 // sandboxFields are s's columns, to scan into or to write.
 func sandboxFields(s *sandbox.Sandbox) []any {
@@ -33,7 +33,7 @@ func sandboxFields(s *sandbox.Sandbox) []any {
 		jsonColumn{&s.Env}, jsonColumn{&s.Metadata}, jsonColumn{&s.Egress}, &s.User, &s.Workdir,
 		durationColumn{&s.Timeout}, durationColumn{&s.IdleTimeout}, durationColumn{&s.RecoveryInterval},
 		timeColumn{&s.CreatedAt}, timeColumn{&s.StartedAt}, timeColumn{&s.ExpiresAt}, timeColumn{&s.LastActivityAt},
-		timeColumn{&s.SuspendedAt}, timeColumn{&s.DestroyedAt}, &s.DestroyReason, &s.Error, &s.Source, &s.Origin, &s.Token}
+		timeColumn{&s.SuspendedAt}, timeColumn{&s.DestroyedAt}, &s.DestroyReason, &s.Error, &s.Source, &s.Origin, &s.Token, &s.AtEnd, &s.Surface}
 }
 
 func scanSandbox(row scanner) (sandbox.Sandbox, error) {
@@ -213,7 +213,7 @@ func (db *DB) List(ctx context.Context, f sandbox.Filter) ([]sandbox.Sandbox, st
 	if err != nil {
 		return nil, "", fmt.Errorf("listing sandboxes: %w", err)
 	}
-	all, next := cut(listSandboxes, all, f.Limit, func(s sandbox.Sandbox) (time.Time, string) { return s.CreatedAt, string(s.ID) })
+	all, next := cut(listingOf(f), all, f.Limit, func(s sandbox.Sandbox) (time.Time, string) { return s.CreatedAt, string(s.ID) })
 	return all, next, nil
 }
 
@@ -230,8 +230,22 @@ func listQuery(f sandbox.Filter) (string, params, error) {
 		q += " AND id IN (SELECT sandbox_id FROM sandbox_metadata WHERE org_id = " + p.add(f.OrgID) +
 			" AND name = " + p.add(name) + " AND value = " + p.add(value) + ")"
 	}
-	end, err := page(listSandboxes, f.Limit, f.Cursor, &p)
+	if f.Template != "" {
+		q += " AND (template_id = " + p.add(f.Template) + " OR template = " + p.add(f.Template) + ")"
+	}
+	if !f.CreatedFrom.IsZero() {
+		q += " AND created_at >= " + p.add(at(f.CreatedFrom))
+	}
+	end, err := pageIn(order{list: listingOf(f), ascending: f.OldestFirst}, f.Limit, f.Cursor, &p)
 	return q + end, p, err
+}
+
+// listingOf is the listing that a cursor of the filter's order belongs to.
+func listingOf(f sandbox.Filter) byte {
+	if f.OldestFirst {
+		return listSandboxesUp
+	}
+	return listSandboxes
 }
 
 func states(p *params, all []sandbox.State) string {
@@ -298,6 +312,9 @@ func updateQuery(c sandbox.Change, before sandbox.Sandbox) (string, params) {
 	if c.StartedAt != nil {
 		add("started_at", at(*c.StartedAt))
 	}
+	if c.Timeout != nil {
+		add("timeout", durationColumn{c.Timeout})
+	}
 	if c.ExpiresAt != nil {
 		add("expires_at", at(*c.ExpiresAt))
 	}
@@ -328,14 +345,17 @@ func updateQuery(c sandbox.Change, before sandbox.Sandbox) (string, params) {
 }
 
 // SetExpiry implements [sandbox.Store].
-func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time, timeout time.Duration) (s sandbox.Sandbox, err error) {
+func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time, timeout time.Duration, later bool) (s sandbox.Sandbox, err error) {
 	err = db.write(ctx, func(tx *sql.Tx) error {
-		s, err = scanSandbox(tx.QueryRowContext(ctx, `UPDATE sandboxes SET expires_at = $1, timeout = $2
-			WHERE id = $3 AND state = $4 RETURNING `+sandboxColumns, at(expiresAt), durationColumn{&timeout}, id, sandbox.Running))
+		query := "UPDATE sandboxes SET expires_at = $1, timeout = $2 WHERE id = $3 AND state = $4"
+		if later {
+			query += " AND expires_at < $1"
+		}
+		s, err = scanSandbox(tx.QueryRowContext(ctx, query+" RETURNING "+sandboxColumns, at(expiresAt), durationColumn{&timeout}, id, sandbox.Running))
 		if !errors.Is(err, sql.ErrNoRows) {
 			return err
 		}
-		if s, err = getSandbox(ctx, tx, id); err != nil {
+		if s, err = getSandbox(ctx, tx, id); err != nil || later && s.State == sandbox.Running {
 			return err
 		}
 		return fault.New(fault.Conflict, "sandbox_not_running", "the sandbox is %s", s.State)
@@ -349,20 +369,37 @@ func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time,
 // SetEgress implements [sandbox.Store].
 func (db *DB) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) (s sandbox.Sandbox, err error) {
 	err = db.write(ctx, func(tx *sql.Tx) error {
-		s, err = scanSandbox(tx.QueryRowContext(ctx, `UPDATE sandboxes SET egress = $1
-			WHERE id = $2 AND ended_at IS NULL RETURNING `+sandboxColumns, jsonColumn{&e}, id))
-		if !errors.Is(err, sql.ErrNoRows) {
-			return err
-		}
-		if s, err = getSandbox(ctx, tx, id); err != nil {
-			return err
-		}
-		return fault.New(fault.Conflict, "sandbox_state", "the sandbox is %s", s.State)
+		s, err = setLiving(ctx, tx, id, "egress", jsonColumn{&e})
+		return err
 	})
 	if err != nil {
 		return s, fmt.Errorf("changing the policy of sandbox %s: %w", id, err)
 	}
 	return s, nil
+}
+
+// SetSurface implements [sandbox.Store].
+func (db *DB) SetSurface(ctx context.Context, id sandbox.ID, surface string) (s sandbox.Sandbox, err error) {
+	err = db.write(ctx, func(tx *sql.Tx) error {
+		s, err = setLiving(ctx, tx, id, "surface", surface)
+		return err
+	})
+	if err != nil {
+		return s, fmt.Errorf("writing what a surface keeps with sandbox %s: %w", id, err)
+	}
+	return s, nil
+}
+
+// setLiving writes one column of a sandbox that is not over.
+func setLiving(ctx context.Context, tx *sql.Tx, id sandbox.ID, column string, value any) (sandbox.Sandbox, error) {
+	s, err := scanSandbox(tx.QueryRowContext(ctx, "UPDATE sandboxes SET "+column+" = $1 WHERE id = $2 AND ended_at IS NULL RETURNING "+sandboxColumns, value, id))
+	if !errors.Is(err, sql.ErrNoRows) {
+		return s, err
+	}
+	if s, err = getSandbox(ctx, tx, id); err != nil {
+		return s, err
+	}
+	return s, fault.New(fault.Conflict, "sandbox_state", "the sandbox is %s", s.State)
 }
 
 // SetActivity implements [sandbox.Store].
@@ -401,6 +438,16 @@ func (db *DB) Unfinished(ctx context.Context) ([]sandbox.Sandbox, error) {
 		return nil, fmt.Errorf("listing unfinished sandboxes: %w", err)
 	}
 	return all, nil
+}
+
+// Living implements [sandbox.Store].
+func (db *DB) Living(ctx context.Context) ([]sandbox.ID, error) {
+	texts, err := db.texts(ctx, "listing living sandboxes", "SELECT id FROM sandboxes WHERE ended_at IS NULL")
+	ids := make([]sandbox.ID, len(texts))
+	for i, id := range texts {
+		ids[i] = sandbox.ID(id)
+	}
+	return ids, err
 }
 
 // Images implements [sandbox.Store].

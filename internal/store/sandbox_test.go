@@ -35,7 +35,7 @@ func fullSandbox(org string, i int) sandbox.Sandbox {
 		User: "user", Workdir: "/srv", Timeout: 5 * time.Minute, IdleTimeout: 90 * time.Second, RecoveryInterval: 1500 * time.Millisecond,
 		CreatedAt: created, StartedAt: created.Add(1), ExpiresAt: created.Add(time.Hour), LastActivityAt: created.Add(2 * time.Second),
 		SuspendedAt: created.Add(3 * time.Second), DestroyedAt: created.Add(4 * time.Second), DestroyReason: sandbox.Lost,
-		Error: "it broke", Source: sandbox.Restored, Origin: "snap_a", Token: "secret",
+		Error: "it broke", Source: sandbox.Restored, Origin: "snap_a", Token: "secret", AtEnd: sandbox.EndSuspends, Surface: "kept",
 	}
 }
 
@@ -90,6 +90,9 @@ func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
 		"idempotency":            sandboxOnce,
 		"idempotency in a race":  sandboxOnceRace,
 		"listing":                sandboxList,
+		"listing, the other way": sandboxListUp,
+		"surface":                sandboxSurface,
+		"expiry, later only":     sandboxExpiryLater,
 		"paging while it grows":  sandboxPaging,
 		"bad cursors":            sandboxBadCursors,
 		"transition":             sandboxTransition,
@@ -149,7 +152,7 @@ func sandboxNotFound(t *testing.T, st sandbox.Store) {
 	wantFault(t, err, fault.NotFound, "sandbox_not_found")
 	_, err = st.Transition(t.Context(), sandbox.Change{ID: id, From: sandbox.States(), To: sandbox.Running, At: start})
 	wantFault(t, err, fault.NotFound, "sandbox_not_found")
-	_, err = st.SetExpiry(t.Context(), id, start, time.Second)
+	_, err = st.SetExpiry(t.Context(), id, start, time.Second, false)
 	wantFault(t, err, fault.NotFound, "sandbox_not_found")
 	if err := st.Forget(t.Context(), id); err != nil {
 		t.Errorf("forgetting what is not there: %v", err)
@@ -491,6 +494,45 @@ func sandboxList(t *testing.T, st sandbox.Store) {
 	}
 }
 
+// sandboxListUp lists oldest first, from a time on, and of one template.
+func sandboxListUp(t *testing.T, st sandbox.Store) {
+	var oldest []sandbox.ID
+	for i := range 5 {
+		s := fullSandbox("org_a", i)
+		if i == 4 {
+			s.Template, s.TemplateID = "node", "tpl_node"
+		}
+		oldest = append(oldest, mustInsert(t, st, s).ID)
+	}
+	for _, limit := range []int{1, 2, 5, 6} {
+		if diff := cmp.Diff(oldest, listIDs(t, st, sandbox.Filter{OrgID: "org_a", OldestFirst: true, Limit: limit})); diff != "" {
+			t.Errorf("limit %d (-want +got):\n%s", limit, diff)
+		}
+	}
+	for name, c := range map[string]struct {
+		filter sandbox.Filter
+		want   []sandbox.ID
+	}{
+		"from":               {sandbox.Filter{CreatedFrom: start.Add(2 * time.Second)}, oldest[2:]},
+		"from a bit later":   {sandbox.Filter{CreatedFrom: start.Add(2*time.Second + time.Microsecond)}, oldest[3:]},
+		"template by name":   {sandbox.Filter{Template: "node"}, oldest[4:]},
+		"template by id":     {sandbox.Filter{Template: "tpl_python"}, oldest[:4]},
+		"template of nobody": {sandbox.Filter{Template: "go"}, nil},
+	} {
+		c.filter.OrgID, c.filter.OldestFirst, c.filter.Limit = "org_a", true, 2
+		if diff := cmp.Diff(c.want, listIDs(t, st, c.filter)); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
+	// A cursor of one order is none of the other.
+	_, next, err := st.List(t.Context(), sandbox.Filter{OrgID: "org_a", OldestFirst: true, Limit: 1})
+	if err != nil || next == "" {
+		t.Fatalf("next is %q, %v", next, err)
+	}
+	_, _, err = st.List(t.Context(), sandbox.Filter{OrgID: "org_a", Limit: 1, Cursor: next})
+	wantFault(t, err, fault.Invalid, "invalid_cursor")
+}
+
 func cmp2(a, b sandbox.ID) int {
 	switch {
 	case a < b:
@@ -666,14 +708,14 @@ func sandboxTransitionRace(t *testing.T, st sandbox.Store) {
 
 func sandboxExpiry(t *testing.T, st sandbox.Store) {
 	s := mustInsert(t, st, small("org_a", 0))
-	got, err := st.SetExpiry(t.Context(), s.ID, start.Add(time.Hour), time.Hour)
+	got, err := st.SetExpiry(t.Context(), s.ID, start.Add(time.Hour), time.Hour, false)
 	wantFault(t, err, fault.Conflict, "sandbox_not_running")
 	if diff := cmp.Diff(s, got, prefixes); diff != "" {
 		t.Errorf("the row as it is (-want +got):\n%s", diff)
 	}
 	want := mustMove(t, st, s.ID, sandbox.Creating, sandbox.Running, start)
 	want.ExpiresAt, want.Timeout = start.Add(time.Hour), time.Hour
-	if got, err = st.SetExpiry(t.Context(), s.ID, want.ExpiresAt, want.Timeout); err != nil {
+	if got, err = st.SetExpiry(t.Context(), s.ID, want.ExpiresAt, want.Timeout, false); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(want, got, prefixes); diff != "" {
@@ -681,6 +723,45 @@ func sandboxExpiry(t *testing.T, st sandbox.Store) {
 	}
 	if read, err := st.Get(t.Context(), s.ID); err != nil || !cmp.Equal(want, read, prefixes) {
 		t.Errorf("read afterwards: %+v, %v", read, err)
+	}
+}
+
+// sandboxExpiryLater: who only gives time never takes any.
+func sandboxExpiryLater(t *testing.T, st sandbox.Store) {
+	s := mustInsert(t, st, small("org_a", 0))
+	mustMove(t, st, s.ID, sandbox.Creating, sandbox.Running, start)
+	for _, c := range []struct {
+		to, want time.Duration
+		later    bool
+	}{{time.Hour, time.Hour, false}, {time.Minute, time.Hour, true}, {2 * time.Hour, 2 * time.Hour, true}, {time.Minute, time.Minute, false}} {
+		got, err := st.SetExpiry(t.Context(), s.ID, start.Add(c.to), c.to, c.later)
+		if err != nil || !got.ExpiresAt.Equal(start.Add(c.want)) || got.Timeout != c.want {
+			t.Errorf("%+v gives %s, %s, %v", c, got.ExpiresAt, got.Timeout, err)
+		}
+	}
+	mustMove(t, st, s.ID, sandbox.Running, sandbox.Suspended, start)
+	_, err := st.SetExpiry(t.Context(), s.ID, start.Add(time.Hour), time.Hour, true)
+	wantFault(t, err, fault.Conflict, "sandbox_not_running")
+}
+
+func sandboxSurface(t *testing.T, st sandbox.Store) {
+	want := asStored(mustInsert(t, st, fullSandbox("org_a", 0)))
+	want.Surface = `{"other":"ü"}`
+	got, err := st.SetSurface(t.Context(), want.ID, want.Surface)
+	if diff := cmp.Diff(want, got, prefixes); err != nil || diff != "" {
+		t.Errorf("%v (-want +got):\n%s", err, diff)
+	}
+	ids, err := st.Living(t.Context())
+	if err != nil || len(ids) != 1 || ids[0] != want.ID {
+		t.Errorf("living are %v, %v", ids, err)
+	}
+	mustMove(t, st, want.ID, sandbox.Creating, sandbox.Failed, start)
+	_, err = st.SetSurface(t.Context(), want.ID, "")
+	wantFault(t, err, fault.Conflict, "sandbox_state")
+	_, err = st.SetSurface(t.Context(), sandbox.NewID(), "")
+	wantFault(t, err, fault.NotFound, "sandbox_not_found")
+	if ids, err := st.Living(t.Context()); err != nil || len(ids) != 0 {
+		t.Errorf("living are %v, %v", ids, err)
 	}
 }
 

@@ -162,6 +162,7 @@ func TestOpenMigrates(t *testing.T) {
 			env, workdir, run_as, size, disk_mb, egress, created_at) VALUES ('tpl_1', '', 'python', '', 'failed', '', 'exit code 100', 2, 'abc', 5, 's', 'i',
 			'{"A":"b"}', '', 'root', '', 0, '{"mode":"allow_all"}', 1000000)`,
 		"INSERT INTO template_logs (template_id, seq, at, line) VALUES ('tpl_1', 1, 1000000, 'old')",
+		"ALTER TABLE sandboxes DROP COLUMN at_end", "ALTER TABLE sandboxes DROP COLUMN surface",
 		"ALTER TABLE sandbox_events DROP COLUMN detail", "DELETE FROM goose_db_version WHERE version_id > 1",
 	} {
 		if _, err := db.writer.Exec(back); err != nil {
@@ -174,6 +175,9 @@ func TestOpenMigrates(t *testing.T) {
 	db = openAt(t, path)
 	if _, err := db.Transition(t.Context(), sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Creating}, To: sandbox.Suspended, At: start, Detail: "new"}); err != nil {
 		t.Fatal(err)
+	}
+	if old, err := db.Get(t.Context(), s.ID); err != nil || old.AtEnd != sandbox.EndDestroys || old.Surface != "" {
+		t.Errorf("a sandbox from before ends with %q, keeps %q, %v", old.AtEnd, old.Surface, err)
 	}
 	events, _, err := db.Events(t.Context(), s.ID, 10, "")
 	if err != nil || len(events) != 2 || events[0].Detail != "new" || events[1].Detail != "" {

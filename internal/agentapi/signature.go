@@ -1,0 +1,59 @@
+package agentapi
+
+import (
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/base64"
+	"errors"
+	"net/http"
+	"net/url"
+	"strconv"
+	"time"
+)
+
+// Texts that clients compare.
+var (
+	ErrSignatureMissing = errors.New("missing signature query parameter")
+	ErrSignatureInvalid = errors.New("invalid signature")
+	ErrSignatureExpired = errors.New("signature is already expired")
+)
+
+// Signature is E2B's of a request for /files: what one who knows the token gives to one who
+// may read or, with POST, write the path of the query, until its signature_expiration if it
+// has one.
+func Signature(method string, q url.Values, token string) string {
+	op := "read"
+	if method == http.MethodPost {
+		op = "write"
+	}
+	raw := q.Get("path") + ":" + op + ":" + q.Get("username") + ":" + token
+	if expiration := q.Get("signature_expiration"); expiration != "" {
+		raw += ":" + expiration
+	}
+	sum := sha256.Sum256([]byte(raw))
+	return "v1_" + base64.RawStdEncoding.EncodeToString(sum[:])
+}
+
+// CheckSignature lets a request for /files through that carries a valid signature instead
+// of the token.
+func CheckSignature(method string, q url.Values, token string, now time.Time) error {
+	given := q.Get("signature")
+	if given == "" {
+		return ErrSignatureMissing
+	}
+	if subtle.ConstantTimeCompare([]byte(given), []byte(Signature(method, q, token))) != 1 {
+		return ErrSignatureInvalid
+	}
+	expiration := q.Get("signature_expiration")
+	if expiration == "" {
+		return nil
+	}
+	until, err := strconv.ParseInt(expiration, 10, 64)
+	if err != nil {
+		return ErrSignatureInvalid
+	}
+	if now.Unix() > until {
+		return ErrSignatureExpired
+	}
+	return nil
+}

@@ -1,0 +1,295 @@
+package e2b
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net/http"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// statuses is where a kind of error becomes a status of this surface.
+var statuses = map[fault.Kind]int{
+	fault.NotFound:        http.StatusNotFound,
+	fault.Conflict:        http.StatusConflict,
+	fault.Invalid:         http.StatusBadRequest,
+	fault.Unauthenticated: http.StatusUnauthorized,
+	fault.Denied:          http.StatusForbidden,
+	fault.Exhausted:       http.StatusTooManyRequests,
+	fault.Unavailable:     http.StatusServiceUnavailable,
+	fault.NoSpace:         http.StatusInsufficientStorage,
+	fault.TooLarge:        http.StatusRequestEntityTooLarge,
+	fault.Upstream:        http.StatusBadGateway,
+}
+
+// unsupported is what this server does not have: 501.
+type unsupported string
+
+func (u unsupported) Error() string { return "unsupported: " + string(u) }
+
+// gone is a sandbox that does not take traffic: 502, which clients take for its end.
+type gone struct {
+	place
+	message string
+	closed  bool // the sandbox runs, and the port is not open
+}
+
+func (g gone) Error() string { return g.message }
+
+const notFoundText = "The sandbox was not found"
+
+// call is what is known of one request. It belongs to the goroutine that answers it.
+type call struct {
+	id      string
+	route   string // for the log and the metrics
+	inside  bool   // it is for a sandbox, and not for the control API
+	who     auth.Principal
+	sandbox string
+	body    *slowBody
+	code    string
+	err     error // for the log
+}
+
+type callKey struct{}
+
+func callOf(r *http.Request) *call { return r.Context().Value(callKey{}).(*call) }
+
+// stall is how long a caller may take for the next piece of a body, either way. Less cuts
+// off who has a slow line; more lets who only holds connections hold them.
+const stall = time.Minute
+
+// handle answers a request with f, and writes it down. An error of f's is answered unless
+// the answer has begun: then the connection is broken.
+func (s *Surface) handle(w http.ResponseWriter, r *http.Request, inside bool, f func(http.ResponseWriter, *http.Request) error) {
+	start := time.Now()
+	control := http.NewResponseController(w)
+	c := &call{id: "req_" + strings.ToLower(rand.Text()), inside: inside, body: &slowBody{ReadCloser: r.Body, control: control}}
+	r = r.WithContext(context.WithValue(r.Context(), callKey{}, c))
+	rec := &recorder{ResponseWriter: w, control: control}
+	if r.Body != nil && r.Body != http.NoBody {
+		r.Body = c.body
+	}
+	// The deadline of the answer before this one is not for this one. A writer without
+	// deadlines is one of a test.
+	_ = control.SetWriteDeadline(time.Time{})
+	rec.Header().Set("X-Request-Id", c.id)
+	rec.Header().Set("X-Content-Type-Options", "nosniff")
+	defer func() {
+		p := recover()
+		broken := p != nil
+		if err, ok := p.(error); broken && !(ok && errors.Is(err, http.ErrAbortHandler)) {
+			c.err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+			if rec.status == 0 {
+				s.fail(rec, r, c.err)
+				broken = false
+			}
+		}
+		s.finish(r, rec, c.body.n.Load(), time.Since(start))
+		if broken {
+			panic(http.ErrAbortHandler) // only a broken connection says that an answer is not whole
+		}
+	}()
+	err := f(rec, r)
+	if err == nil {
+		return
+	}
+	if rec.status != 0 {
+		c.err = err
+		panic(http.ErrAbortHandler)
+	}
+	s.fail(rec, r, err)
+}
+
+// problem is an error as it is answered.
+type problem struct {
+	status  int
+	message string
+	code    string // for machines; "" is none
+}
+
+// problemOf says how an error of the control API is answered.
+func problemOf(err error) problem {
+	var u unsupported
+	if errors.As(err, &u) {
+		return problem{http.StatusNotImplemented, string(u), "unsupported"}
+	}
+	f := fault.As(err)
+	if f == nil && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)) {
+		return problem{http.StatusServiceUnavailable, "the call was interrupted before it was through", "interrupted"}
+	}
+	if f == nil || statuses[f.Kind] == 0 {
+		return problem{http.StatusInternalServerError, "something broke on this server; its log has the cause", "internal"}
+	}
+	p := problem{statuses[f.Kind], f.Detail, f.Code}
+	if f.Field != "" {
+		p.message = f.Field + ": " + f.Detail
+	}
+	return p
+}
+
+// fail answers an error.
+func (s *Surface) fail(w http.ResponseWriter, r *http.Request, err error) {
+	c := callOf(r)
+	if r.Header.Get("Origin") != "" {
+		allowOrigins(w, r)
+	}
+	var g gone
+	if errors.As(err, &g) {
+		body := map[string]any{"sandboxId": g.id, "message": g.message, "code": http.StatusBadGateway}
+		if g.closed {
+			body["port"] = g.port
+		}
+		reply(w, http.StatusBadGateway, body)
+		return
+	}
+	p := problemOf(err)
+	c.code = p.code
+	if p.status == http.StatusInternalServerError || p.status == http.StatusServiceUnavailable {
+		c.err = err
+	}
+	if f := fault.As(err); f != nil && f.RetryAfter > 0 {
+		w.Header().Set("Retry-After", strconv.FormatInt(int64(math.Ceil(f.RetryAfter.Seconds())), 10))
+	}
+	body := map[string]any{"code": p.status, "message": p.message}
+	if !c.inside { // the agent's errors have none, and clients compare
+		body["error_code"] = p.code
+	}
+	reply(w, p.status, body)
+}
+
+// reply writes v as JSON.
+func reply(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false)
+	_ = e.Encode(v) // the caller has gone
+}
+
+// finish writes the access log line. Of the query nothing is logged: it may hold a
+// signature.
+func (s *Surface) finish(r *http.Request, w *recorder, in int64, took time.Duration) {
+	c := callOf(r)
+	attrs := []slog.Attr{
+		slog.String("request_id", c.id), slog.String("method", r.Method), slog.String("route", "e2b: "+c.route),
+		slog.String("path", r.URL.Path), slog.Int("status", w.status),
+		slog.Float64("duration_ms", float64(took.Microseconds())/1000),
+		slog.Int64("bytes_in", in), slog.Int64("bytes_out", w.bytes), slog.String("remote", r.RemoteAddr),
+	}
+	if c.who.Key.ID != "" {
+		attrs = append(attrs, slog.String("org", c.who.Org.ID), slog.String("key", c.who.Key.ID))
+	}
+	if c.sandbox != "" {
+		attrs = append(attrs, slog.String("sandbox", c.sandbox))
+	}
+	if c.code != "" {
+		attrs = append(attrs, slog.String("code", c.code))
+	}
+	level := slog.LevelInfo
+	if c.err != nil {
+		attrs = append(attrs, slog.String("error", c.err.Error()))
+		if w.status == http.StatusInternalServerError {
+			level = slog.LevelError
+		}
+	}
+	s.counts.observe(c.route, w.status, took)
+	s.Log.LogAttrs(context.WithoutCancel(r.Context()), level, "request", attrs...)
+}
+
+// recorder notes what was answered, and ends a caller who does not take it.
+type recorder struct {
+	http.ResponseWriter
+	control *http.ResponseController
+	status  int
+	bytes   int64
+}
+
+// Unwrap lets http.ResponseController reach the connection.
+func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// WriteHeader begins the answer.
+func (w *recorder) WriteHeader(status int) {
+	if w.status == 0 && status >= 200 {
+		w.status = status
+	}
+	_ = w.control.SetWriteDeadline(time.Now().Add(stall)) // as in Write
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// Write writes a piece, which has to be taken in time. A writer without deadlines is one
+// of a test.
+func (w *recorder) Write(b []byte) (int, error) {
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	_ = w.control.SetWriteDeadline(time.Now().Add(stall))
+	n, err := w.ResponseWriter.Write(b)
+	w.bytes += int64(n)
+	return n, err
+}
+
+// slowBody is a body each piece of which has to come in time, counted. What carries a body
+// on may still read it when the call is answered.
+type slowBody struct {
+	io.ReadCloser
+	control *http.ResponseController
+	n       atomic.Int64
+	broken  atomic.Bool // it did not come to its end
+}
+
+// incomplete is the error of a call whose body did not come, nil if it did.
+func (b *slowBody) incomplete() error {
+	if !b.broken.Load() {
+		return nil
+	}
+	return fault.New(fault.Invalid, "incomplete_body", "the body ended early or came too slowly")
+}
+
+// Read implements [io.Reader].
+func (b *slowBody) Read(p []byte) (int, error) {
+	_ = b.control.SetReadDeadline(time.Now().Add(stall)) // as in recorder.Write
+	n, err := b.ReadCloser.Read(p)
+	b.n.Add(int64(n))
+	if err != nil && err != io.EOF {
+		b.broken.Store(true)
+	}
+	if err == io.EOF {
+		// From here on net/http watches the connection, and would take a deadline that
+		// passes for a caller who leaves.
+		_ = b.control.SetReadDeadline(time.Time{})
+	}
+	return n, err
+}
+
+// preflight reports whether a browser asks what a page may do.
+func preflight(r *http.Request) bool {
+	return r.Method == http.MethodOptions && r.Header.Get("Origin") != "" && r.Header.Get("Access-Control-Request-Method") != ""
+}
+
+// allowOrigins lets pages of any origin call: what protects a sandbox is its token, which
+// browsers do not send by themselves.
+func allowOrigins(w http.ResponseWriter, r *http.Request) {
+	h := w.Header()
+	h.Set("Access-Control-Allow-Origin", "*")
+	h.Set("Access-Control-Expose-Headers", "*")
+	if !preflight(r) {
+		return
+	}
+	h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
+	h.Set("Access-Control-Allow-Headers", r.Header.Get("Access-Control-Request-Headers"))
+	h.Set("Access-Control-Max-Age", "7200")
+	w.WriteHeader(http.StatusNoContent)
+}

@@ -1,0 +1,244 @@
+package e2b
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"math"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// maxBody bounds a JSON body, bytes: an environment of 128 KiB and long network lists.
+const maxBody = 1 << 20
+
+// route is an operation of the control API: what a key must cover, and what answers.
+type route struct {
+	scopes []auth.Scope
+	answer func(http.ResponseWriter, *http.Request) error
+}
+
+// use is what a key must cover to be given the token of a sandbox.
+var use = []auth.Scope{auth.Exec, auth.Files}
+
+// absent answers what this server does not have.
+func absent(what string) route {
+	return route{answer: func(http.ResponseWriter, *http.Request) error { return unsupported(what) }}
+}
+
+// table is the whole control API.
+func (s *Surface) table() map[string]route {
+	write := append([]auth.Scope{auth.SandboxesWrite}, use...)
+	read := []auth.Scope{auth.SandboxesRead}
+	builds := absent("templates are not built through this API: use POST /v1/templates or `cay templates create`")
+	tags := absent("templates have no tags here: each has one newest version")
+	volumes, secrets := absent("this server has no volumes"), absent("this server keeps no secrets")
+	return map[string]route{
+		"POST /sandboxes":                 {write, s.create(createV1)},
+		"POST /v2/sandboxes":              {write, s.create(createV2)},
+		"GET /sandboxes":                  {read, s.list(running)},
+		"GET /v2/sandboxes":               {read, s.list(nil)},
+		"GET /sandboxes/metrics":          {read, s.latestMetrics},
+		"GET /sandboxes/{id}":             {read, s.get},
+		"DELETE /sandboxes/{id}":          {write[:1], s.kill},
+		"POST /sandboxes/{id}/timeout":    {write[:1], s.setTimeout},
+		"POST /sandboxes/{id}/refreshes":  {write[:1], s.refresh},
+		"POST /sandboxes/{id}/pause":      {write[:1], s.pause},
+		"POST /sandboxes/{id}/connect":    {write, s.connect},
+		"POST /v2/sandboxes/{id}/connect": {write, s.connect},
+		"POST /sandboxes/{id}/resume":     {write, s.resume},
+		"GET /sandboxes/{id}/metrics":     {read, s.metrics},
+		"PUT /sandboxes/{id}/network":     {write[:1], s.setNetwork},
+		"GET /sandboxes/{id}/logs":        {read, s.logs(logsV1)},
+		"GET /v2/sandboxes/{id}/logs":     {read, s.logs(logsV2)},
+		"POST /sandboxes/{id}/fork":       {write, s.fork},
+		"POST /sandboxes/{id}/snapshots":  {write[:1], s.snapshot},
+		"GET /snapshots":                  {read, s.listSnapshots},
+		"DELETE /templates/{ref}":         {write[:1], s.deleteSnapshot},
+		"GET /templates":                  {[]auth.Scope{auth.TemplatesRead}, s.listTemplates},
+		"GET /v2/templates":               {[]auth.Scope{auth.TemplatesRead}, s.listTemplates},
+		"GET /templates/aliases/{alias}":  {[]auth.Scope{auth.TemplatesRead}, s.templateAlias},
+		"GET /templates/{ref}":            builds,
+		"PATCH /templates/{ref}":          builds,
+		"POST /templates":                 builds,
+		"POST /v2/templates":              builds,
+		"POST /v3/templates":              builds,
+		"POST /templates/tags":            tags,
+		"DELETE /templates/tags":          tags,
+		"/templates/{ref}/{rest...}":      builds,
+		"/v2/templates/{rest...}":         builds,
+		"POST /templates/{ref}":           builds,
+		"/volumes":                        volumes,
+		"/volumes/":                       volumes,
+		"/secrets":                        secrets,
+		"/secrets/":                       secrets,
+		"/teams":                          absent("organizations are read with GET /v1/me"),
+		"/teams/":                         absent("organizations are read with GET /v1/me"),
+		"/api-keys":                       absent("keys are made with POST /v1/api-keys or `cay keys create --format e2b`"),
+		"/api-keys/":                      absent("keys are made with POST /v1/api-keys or `cay keys create --format e2b`"),
+		"/nodes":                          absent("the operator reads GET /v1/pool and the metrics"),
+		"/nodes/":                         absent("the operator reads GET /v1/pool and the metrics"),
+		"/events/":                        absent("events are read with GET /v1/sandboxes/{id}/events"),
+	}
+}
+
+func (s *Surface) routes() *http.ServeMux {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /health", func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusOK) })
+	for pattern, route := range s.table() {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			if err := s.admitted(w, r, route); err != nil {
+				s.fail(w, r, err)
+			}
+		})
+	}
+	return mux
+}
+
+// answerControl answers a request of the control API.
+func (s *Surface) answerControl(w http.ResponseWriter, r *http.Request) error {
+	if preflight(r) {
+		allowOrigins(w, r)
+		return nil
+	}
+	if r.Header.Get("Origin") != "" {
+		allowOrigins(w, r)
+	}
+	_, pattern := s.control.Handler(r)
+	if pattern == "" {
+		if err := s.authenticate(r); err != nil {
+			return err
+		}
+		return fault.New(fault.NotFound, "no_such_route", "there is no %s %s", r.Method, r.URL.Path)
+	}
+	callOf(r).route = pattern
+	s.control.ServeHTTP(w, r)
+	return nil
+}
+
+// admitted answers with the route, if the key covers it.
+func (s *Surface) admitted(w http.ResponseWriter, r *http.Request, route route) error {
+	if err := s.authenticate(r); err != nil {
+		return err
+	}
+	who := callOf(r).who
+	if err := s.Auth.Allow(who); err != nil {
+		return err
+	}
+	for _, scope := range route.scopes {
+		if !who.May(scope) {
+			return fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s", scope)
+		}
+	}
+	return route.answer(w, r)
+}
+
+func (s *Surface) authenticate(r *http.Request) error {
+	who, err := s.Auth.Authenticate(r.Context(), r.Header.Get("X-API-Key"))
+	if fault.Is(err, fault.Unauthenticated) {
+		return fault.New(fault.Unauthenticated, "unauthenticated", "a valid API key is needed in the header X-API-Key")
+	}
+	callOf(r).who = who
+	return err
+}
+
+// caller is who asks, as the core knows it.
+func caller(r *http.Request) sandbox.Caller {
+	org := callOf(r).who.Org
+	return sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}
+}
+
+func orgOf(r *http.Request) string { return callOf(r).who.Org.ID }
+
+// read decodes the JSON body into dst; none is an empty object. A field that dst does not
+// have is one of a newer API, and not ignored: what it asks for would not happen.
+func read(w http.ResponseWriter, r *http.Request, dst any) error {
+	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
+	d.DisallowUnknownFields()
+	err := d.Decode(dst)
+	if err == nil && d.More() {
+		err = errors.New("there is more after the object")
+	}
+	var over *http.MaxBytesError
+	var wrong *json.UnmarshalTypeError
+	switch {
+	case callOf(r).body.incomplete() != nil:
+		return callOf(r).body.incomplete()
+	case err == nil:
+		// What is left is white space; read to the end, so that the connection can be used again.
+		_, _ = io.Copy(io.Discard, d.Buffered())
+		return nil
+	case err == io.EOF:
+		return nil
+	case errors.As(err, &over):
+		return fault.New(fault.TooLarge, "body_too_large", "the body is over %d bytes", maxBody)
+	case errors.As(err, &wrong):
+		return fault.InField("invalid_body", wrong.Field, "cannot be a JSON %s", wrong.Value)
+	case strings.HasPrefix(err.Error(), "json: unknown field "):
+		return unsupported("this server does not know the field " + strings.TrimPrefix(err.Error(), "json: unknown field "))
+	}
+	return fault.New(fault.Invalid, "invalid_body", "the body is not a JSON object: %s", err)
+}
+
+// sandboxID is the core's id of the one that the path shows. What cannot be one is the id
+// of no sandbox.
+func sandboxID(r *http.Request) sandbox.ID {
+	id := sandbox.ID(idPrefix + r.PathValue("id"))
+	callOf(r).sandbox = string(id)
+	return id
+}
+
+func shown(id sandbox.ID) string { return strings.TrimPrefix(string(id), idPrefix) }
+
+func noSandbox(id sandbox.ID) error {
+	return fault.New(fault.NotFound, "sandbox_not_found", "sandbox %q was not found", shown(id))
+}
+
+// present reads a sandbox that is there: one that is over, or another organization's, is
+// not found.
+func (s *Surface) present(r *http.Request, id sandbox.ID) (sandbox.Sandbox, error) {
+	box, err := s.Sandboxes.Get(r.Context(), orgOf(r), id)
+	if err != nil {
+		return box, hidden(err, id)
+	}
+	if box.State.Over() || box.State == sandbox.Destroying {
+		return box, noSandbox(id)
+	}
+	return box, nil
+}
+
+// hidden is an error of the core, with what belongs to another organization not found.
+func hidden(err error, id sandbox.ID) error {
+	if f := fault.As(err); f != nil && (f.Kind == fault.NotFound || f.Code == "not_your_sandbox") {
+		return noSandbox(id)
+	}
+	return err
+}
+
+// ended makes of a sandbox that does not run one that is not found, as E2B has it.
+func ended(err error, id sandbox.ID) error {
+	if f := fault.As(err); f != nil && (f.Code == "sandbox_not_running" || f.Code == "sandbox_state") {
+		return noSandbox(id)
+	}
+	return hidden(err, id)
+}
+
+// seconds is a timeout of the wire. What no core would take anyway is cut off, so that it
+// cannot run over.
+func seconds(n int64) time.Duration {
+	const most = math.MaxInt64 / int64(time.Second)
+	return time.Duration(min(max(n, -1), most)) * time.Second
+}
+
+// tooLong refuses a timeout above what a sandbox may have.
+func tooLong(timeout time.Duration) error {
+	if timeout > sandbox.MaxTimeout {
+		return fault.InField("invalid_timeout", "timeout", "cannot be greater than %d hours", sandbox.MaxTimeout/time.Hour)
+	}
+	return nil
+}

@@ -1,0 +1,191 @@
+package e2b
+
+import (
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// TestEveryRouteNeedsAKey goes through the whole table: without a key, with one of another
+// organization and with one that lacks the scopes nothing is answered.
+func TestEveryRouteNeedsAKey(t *testing.T) {
+	h := newHouse(t)
+	id, _ := h.create(`{"templateID":"base"}`)
+	before := h.row(id)
+	weak := h.newKey(auth.TemplatesWrite)
+	for pattern, route := range h.face.table() {
+		method, path, ok := strings.Cut(pattern, " ")
+		if !ok {
+			method, path = "GET", pattern
+		}
+		path = strings.NewReplacer("{id}", id, "{ref}", "base", "{alias}", "base", "{rest...}", "x", "{build}", "y").Replace(path)
+		for name, key := range map[string]string{"none": "", "unknown": "e2b_" + strings.Repeat("0", 40), "no key": "Bearer"} {
+			if r := h.send(method, path, `{}`, "X-API-Key", key); r.status != 401 || r.json["code"] != float64(401) || r.json["message"] == "" {
+				t.Errorf("%s with key %s: %d %s", pattern, name, r.status, r.body)
+			}
+		}
+		if len(route.scopes) > 0 && route.scopes[0] != auth.TemplatesRead {
+			if r := h.send(method, path, `{}`, "X-API-Key", weak); r.status != 403 {
+				t.Errorf("%s with a weak key: %d %s", pattern, r.status, r.body)
+			}
+		}
+		if strings.Contains(pattern, "{id}") {
+			body := `{"timeout":10}`
+			if strings.Contains(pattern, "/network") || strings.Contains(pattern, "/pause") || strings.Contains(pattern, "/snapshots") || strings.Contains(pattern, "/refreshes") {
+				body = `{}`
+			}
+			if r := h.send(method, path, body, "X-API-Key", h.other); r.status != 404 || r.json["code"] != float64(404) {
+				t.Errorf("%s of another organization: %d %s", pattern, r.status, r.body)
+			}
+		}
+	}
+	if after := h.row(id); after.State != before.State || !after.ExpiresAt.Equal(before.ExpiresAt) {
+		t.Errorf("the sandbox is %+v", after)
+	}
+	if r := h.send("GET", "/v2/no/such/thing", ""); r.status != 401 {
+		t.Errorf("an unknown path without a key: %d", r.status)
+	}
+	if r := h.control("GET", "/v2/no/such/thing", ""); r.status != 404 {
+		t.Errorf("an unknown path: %d", r.status)
+	}
+	if r := h.send("GET", "/health", ""); r.status != 200 {
+		t.Errorf("health: %d", r.status)
+	}
+}
+
+// TestKeysOfEitherKind: a key of the v1 API is one here.
+func TestKeysOfEitherKind(t *testing.T) {
+	h := newHouse(t)
+	for _, key := range []string{h.key, h.other} {
+		if r := h.send("GET", "/v2/sandboxes", "", "X-API-Key", key); r.status != 200 || r.body != "[]\n" {
+			t.Errorf("key %.4s…: %d %s", key, r.status, r.body)
+		}
+	}
+	// The token of a sandbox is for those who may use it.
+	id, _ := h.create(`{"templateID":"base"}`)
+	reader := h.newKey(auth.SandboxesRead)
+	if r := h.send("GET", "/sandboxes/"+id, "", "X-API-Key", reader); r.status != 200 || r.json["envdAccessToken"] != nil {
+		t.Errorf("a reader: %d %s", r.status, r.body)
+	}
+	if r := h.control("GET", "/sandboxes/"+id, ""); r.json["envdAccessToken"] == nil {
+		t.Errorf("a user: %s", r.body)
+	}
+	if r := h.send("POST", "/v2/sandboxes", `{"templateID":"base"}`, "X-API-Key", h.newKey(auth.SandboxesWrite)); r.status != 403 {
+		t.Errorf("who may not use what it makes: %d %s", r.status, r.body)
+	}
+}
+
+func TestCreate(t *testing.T) {
+	h := newHouse(t)
+	id, token := h.create(`{"templateID":"base","metadata":{"a":"b"},"envVars":{"X":"y"},"timeout":77,"allow_internet_access":false,"autoPause":true}`)
+	box := h.row(id)
+	if token == "" || box.User != "user" || box.Timeout.Seconds() != 77 || box.AtEnd != sandbox.EndSuspends || box.Egress.Mode != sandbox.DenyAll ||
+		box.Env["X"] != "y" || box.Metadata["a"] != "b" || box.Mode != sandbox.Ephemeral {
+		t.Errorf("the row is %+v", box)
+	}
+	detail := h.control("GET", "/sandboxes/"+id, "").json
+	if detail["allowInternetAccess"] != false || detail["state"] != "running" || fmt.Sprint(detail["lifecycle"]) != "map[autoResume:false onTimeout:pause]" || detail["alias"] != "base" {
+		t.Errorf("the detail is %v", detail)
+	}
+	mine, _ := h.create(`{"templateID":"mine"}`)
+	if user := h.row(mine).User; user != "root" {
+		t.Errorf("in a template of one's own commands run as %s", user)
+	}
+	if r := h.control("POST", "/v2/sandboxes", ``); r.status != 201 {
+		t.Errorf("an empty body: %d %s", r.status, r.body)
+	}
+	open := h.control("POST", "/sandboxes", `{"templateID":"base","secure":false}`)
+	openID, _ := open.json["sandboxID"].(string)
+	if open.json["envdAccessToken"] != nil {
+		t.Errorf("an open one has a token: %s", open.body)
+	}
+	if r := h.send("GET", "/envs", "", idHeader, openID, portHeader, "49983"); r.status != 204 {
+		t.Errorf("an open one without a token: %d %s", r.status, r.body)
+	}
+	if r := h.control("POST", "/v2/sandboxes", `{"templateID":"base","network":{"allowPublicTraffic":false}}`); r.json["trafficAccessToken"] == nil {
+		t.Errorf("one whose ports are not public: %s", r.body)
+	}
+	for body, status := range map[string]int{
+		`{"templateID":"none"}`: 404, `{"templateID":"base:v1"}`: 404, `{"templateID":"base","timeout":86401}`: 400,
+		`{"templateID":"base","timeout":9223372036854775807}`: 400, `{"templateID":"base","timeout":-1}`: 400,
+		`{"templateID":"base","metadata":{"":"x"}}`: 400, `{"templateID":"base","envVars":{"=":"x"}}`: 400,
+		`{"templateID":"base","volumeMounts":[{}]}`: 400, `{"templateID":"base","iam":{}}`: 400, `{"templateID":"base","new":1}`: 501,
+		`{"templateID":"base","network":{"rules":{"a":[{}]}}}`: 501, `[]`: 400, `{`: 400, `{} {}`: 400,
+		`{"templateID":"base","metadata":{"a":"` + strings.Repeat("x", maxBody) + `"}}`: 413,
+	} {
+		if r := h.control("POST", "/v2/sandboxes", body); r.status != status || r.json["code"] != float64(status) {
+			t.Errorf("%.80s: %d %s, want %d", body, r.status, r.body, status)
+		}
+	}
+}
+
+func TestSetNetwork(t *testing.T) {
+	h := newHouse(t)
+	id, _ := h.create(`{"templateID":"base","network":{"allowPublicTraffic":false,"denyOut":["10.0.0.0/8"]}}`)
+	for body, mode := range map[string]sandbox.EgressMode{
+		`{"allow_internet_access":false}`: sandbox.DenyAll,
+		`{}`:                              sandbox.AllowAll,
+		`{"denyOut":["0.0.0.0/0"]}`:       sandbox.DenyAll,
+	} {
+		r := h.control("PUT", "/sandboxes/"+id+"/network", body)
+		if box := h.row(id); r.status != http.StatusNoContent || box.Egress.Mode != mode || !keptWith(box).Protected {
+			t.Errorf("%s: %d %s, %+v, %s", body, r.status, r.body, box.Egress, box.Surface)
+		}
+	}
+	if r := h.control("PUT", "/sandboxes/"+id+"/network", `{"denyOut":["x"]}`); r.status != 400 {
+		t.Errorf("%d %s", r.status, r.body)
+	}
+}
+
+// TestReferencesAreEscaped: what stands for a slash in a reference is none in the path.
+func TestReferencesAreEscaped(t *testing.T) {
+	h := newHouse(t)
+	for path, status := range map[string]int{
+		"/templates/team%2Fname%3Adefault": 404, "/templates/base": 501, "/templates/snap_aaaaaaaaaaaaaaaaaaaa": 404,
+	} {
+		if r := h.control("DELETE", path, ""); r.status != status || r.json["code"] != float64(status) {
+			t.Errorf("%s: %d %s, want %d", path, r.status, r.body, status)
+		}
+	}
+}
+
+func TestConnectAndPause(t *testing.T) {
+	h := newHouse(t)
+	id, token := h.create(`{"templateID":"base","timeout":600}`)
+	path := "/v2/sandboxes/" + id + "/connect"
+	before := h.row(id).ExpiresAt
+	if r := h.control("POST", path, `{"timeout":5}`); r.status != 200 || r.json["envdAccessToken"] != token || !h.row(id).ExpiresAt.Equal(before) {
+		t.Errorf("to one that runs: %d %s", r.status, r.body)
+	}
+	for range 2 {
+		for i, want := range []int{204, 409} {
+			if r := h.control("POST", "/sandboxes/"+id+"/pause", ``); r.status != want {
+				t.Errorf("pause %d: %d %s", i, r.status, r.body)
+			}
+		}
+		if r := h.control("GET", "/sandboxes/"+id, ""); r.json["state"] != "paused" {
+			t.Errorf("it is %s", r.body)
+		}
+		if r := h.control("POST", path, `{"timeout":60}`); r.status != 201 || r.json["envdAccessToken"] != token {
+			t.Errorf("to one that is paused: %d %s", r.status, r.body)
+		}
+	}
+	if r := h.control("POST", "/sandboxes/"+id+"/pause", `{"memory":false}`); r.status != 501 {
+		t.Errorf("without memory: %d", r.status)
+	}
+	for i, want := range []int{204, 404} {
+		if r := h.control("DELETE", "/sandboxes/"+id, ""); r.status != want {
+			t.Errorf("kill %d: %d", i, r.status)
+		}
+	}
+	for _, call := range []string{"POST " + path, "POST /sandboxes/" + id + "/pause", "GET /sandboxes/" + id, "POST /sandboxes/" + id + "/refreshes"} {
+		method, path, _ := strings.Cut(call, " ")
+		if r := h.control(method, path, ``); r.status != 404 || r.json["code"] != float64(404) {
+			t.Errorf("%s of a killed one: %d %s", call, r.status, r.body)
+		}
+	}
+}

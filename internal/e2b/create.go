@@ -1,0 +1,186 @@
+package e2b
+
+import (
+	"context"
+	"encoding/json"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// createBody is NewSandbox.
+type createBody struct {
+	TemplateID          string            `json:"templateID"`
+	Metadata            map[string]string `json:"metadata"`
+	EnvVars             map[string]string `json:"envVars"`
+	Timeout             *int64            `json:"timeout"` // seconds
+	Secure              *bool             `json:"secure"`
+	AllowInternetAccess *bool             `json:"allow_internet_access"`
+	Network             *networkBody      `json:"network"`
+	AutoPause           *bool             `json:"autoPause"`
+	AutoPauseMemory     *bool             `json:"autoPauseMemory"`
+	AutoResume          *struct {
+		Enabled bool `json:"enabled"`
+	} `json:"autoResume"`
+	// MCP is for the gateway, which the client starts itself once the sandbox runs.
+	MCP          json.RawMessage   `json:"mcp"`
+	IAM          json.RawMessage   `json:"iam"`
+	VolumeMounts []json.RawMessage `json:"volumeMounts"`
+}
+
+// version is what the two paths of create take for what the request leaves out.
+type version struct {
+	timeout time.Duration
+	secure  bool
+}
+
+var (
+	createV1 = version{timeout: 15 * time.Second}
+	createV2 = version{timeout: 5 * time.Minute, secure: true}
+)
+
+// defaultTemplate is what clients ask for who name none.
+const defaultTemplate = "base"
+
+// aliases are templates that have another name here.
+var aliases = map[string]string{"code-interpreter-v1": "code-interpreter"}
+
+// createTimeout is how long the client waits for an answer at the most (60 s): a create that
+// takes longer would be made for nobody.
+const createTimeout = 58 * time.Second
+
+// create answers POST /sandboxes.
+func (s *Surface) create(v version) func(http.ResponseWriter, *http.Request) error {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		var in createBody
+		if err := read(w, r, &in); err != nil {
+			return err
+		}
+		request, err := s.request(r, in, v)
+		if err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(r.Context(), createTimeout)
+		defer cancel()
+		box, err := s.Sandboxes.Create(ctx, caller(r), request, sandbox.Once{}, true)
+		if err != nil {
+			return createError(err)
+		}
+		s.samples.follow(box.ID)
+		reply(w, http.StatusCreated, s.sandboxOf(box))
+		return nil
+	}
+}
+
+// createError gives fields of the core the names that they have here.
+func createError(err error) error {
+	f := fault.As(err)
+	if f == nil || f.Field == "" {
+		return err
+	}
+	named := f.Because(err)
+	if rest, ok := strings.CutPrefix(f.Field, "env"); ok {
+		named.Field = "envVars" + rest
+	}
+	return named
+}
+
+// request is what the core is asked for.
+func (s *Surface) request(r *http.Request, in createBody, v version) (sandbox.Request, error) {
+	out := sandbox.Request{Metadata: in.Metadata, Env: in.EnvVars}
+	if err := refuse(in); err != nil {
+		return out, err
+	}
+	timeout := v.timeout
+	if in.Timeout != nil {
+		timeout = seconds(*in.Timeout)
+	}
+	if err := tooLong(timeout); err != nil {
+		return out, err
+	}
+	if timeout < sandbox.MinTimeout {
+		return out, fault.InField("invalid_timeout", "timeout", "must be at least %d second", sandbox.MinTimeout/time.Second)
+	}
+	out.Timeout = &timeout
+	if in.AutoPause != nil && *in.AutoPause {
+		out.AtEnd = sandbox.EndSuspends
+	}
+	keep := kept{Made: true, Secure: v.secure, Internet: in.AllowInternetAccess, Network: in.Network}
+	if in.Secure != nil {
+		keep.Secure = *in.Secure
+	}
+	keep.AutoWake = in.AutoResume != nil && in.AutoResume.Enabled
+	if in.Network != nil {
+		keep.Protected = in.Network.AllowPublicTraffic != nil && !*in.Network.AllowPublicTraffic
+		keep.HostMask = in.Network.MaskRequestHost
+	}
+	var err error
+	if out.Egress, err = egress(in.AllowInternetAccess, in.Network); err != nil {
+		return out, err
+	}
+	out.Surface = keep.String()
+	return out, s.source(r, in.TemplateID, &out)
+}
+
+// source says what the sandbox is made from: a template, else a snapshot.
+func (s *Surface) source(r *http.Request, ref string, out *sandbox.Request) error {
+	name, err := templateName(ref)
+	if err != nil {
+		return err
+	}
+	t, err := s.Templates.Get(r.Context(), orgOf(r), name)
+	switch {
+	case fault.Is(err, fault.NotFound):
+		// On this wire snapshots are templates too.
+		if snap, noSnapshot := s.Sandboxes.GetSnapshot(r.Context(), orgOf(r), name); noSnapshot == nil {
+			out.Snapshot = string(snap.ID)
+			return nil
+		}
+		return err
+	case err != nil:
+		return err
+	}
+	out.Template = name
+	// E2B's clients count on a user of that name. What an organization brought itself need
+	// not have one.
+	if t.Builtin() && (t.User == "" || t.User == "root") {
+		out.User = defaultUser
+	}
+	return nil
+}
+
+// defaultUser is whom commands run as in E2B's templates. All of cay's own have one.
+const defaultUser = "user"
+
+// templateName is the name or id of the core for a reference of the wire.
+func templateName(ref string) (string, error) {
+	if ref == "" {
+		ref = defaultTemplate
+	}
+	name, tag, tagged := strings.Cut(ref, ":")
+	if tagged && tag != "default" && tag != "latest" {
+		return "", fault.New(fault.NotFound, "template_not_found", "template %q was not found: templates have no tags here", ref)
+	}
+	if alias, ok := aliases[name]; ok {
+		name = alias
+	}
+	return name, nil
+}
+
+// refuse says what a request asks for that this server does not have.
+func refuse(in createBody) error {
+	switch {
+	case len(in.IAM) > 0 && string(in.IAM) != "null":
+		return fault.InField("unsupported", "iam", "this server issues no identity tokens")
+	case len(in.VolumeMounts) > 0:
+		return fault.InField("unsupported", "volumeMounts", "this server has no volumes")
+	case in.AutoPauseMemory != nil && !*in.AutoPauseMemory && in.AutoPause != nil && *in.AutoPause:
+		return unsupported(noMemorylessPause)
+	}
+	return nil
+}
+
+const noMemorylessPause = "a pause keeps memory and files together; one that keeps files alone is not there"

@@ -1,0 +1,254 @@
+package e2b
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/blob"
+	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/store"
+	"github.com/cayhq/cay/internal/template"
+)
+
+// house is the surface over the real core, a real database and the real client of agents;
+// the machine and what is inside its sandboxes are played.
+type house struct {
+	t      *testing.T
+	url    string
+	node   *caytest.Node
+	boxes  *sandbox.Service
+	auth   *auth.Service
+	agents *agentapi.Client
+	face   *Surface
+	log    *buffer
+
+	key   string // of the operator's organization, as E2B's clients have it
+	org   auth.Principal
+	other string // of another organization
+
+	mu   sync.Mutex
+	seen []*http.Request // what reached the agents; guarded by mu
+	// answer plays the agent; guarded by mu
+	answer http.HandlerFunc
+	// carried is what was given to the proxy of ports, which fails with portErr; guarded by mu
+	carried []proxy.Destination
+	portErr error
+}
+
+// Serve plays the proxy of ports.
+func (h *house) Serve(w http.ResponseWriter, r *http.Request, to proxy.Destination) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.portErr != nil {
+		return h.portErr
+	}
+	h.carried, h.seen = append(h.carried, to), append(h.seen, r.Clone(context.Background()))
+	w.WriteHeader(http.StatusAccepted)
+	return nil
+}
+
+// buffer is a log that may be written and read at once.
+type buffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+func newHouse(t *testing.T) *house {
+	t.Helper()
+	ctx := t.Context()
+	h := &house{t: t, node: caytest.NewNode(), log: &buffer{}}
+	log := slog.New(slog.NewTextHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	db, err := store.Open(ctx, filepath.Join(t.TempDir(), "cay.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	contexts, err := blob.Open(filepath.Join(t.TempDir(), "contexts"), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	templates := template.New(template.Config{Sizes: []string{"small"}, MaxDiskMB: 8192}, db, nil, contexts, db, log)
+	h.auth = auth.New(db, auth.Config{Quota: auth.Quota{Sandboxes: 10}, Log: log})
+	h.boxes = sandbox.New(sandbox.Config{Sizes: []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}}, DefaultSize: "small",
+		DefaultDisk: 2048, MaxDisk: 8192, KeepDestroyed: time.Hour, MaxSnapshots: 10}, db, h.node, templates, log, nil)
+	var first string
+	if _, err := h.auth.Bootstrap(ctx, func(secret string) error { first = secret; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if h.org, err = h.auth.Authenticate(ctx, first); err != nil {
+		t.Fatal(err)
+	}
+	h.key = h.newKey(auth.SandboxesWrite, auth.Exec, auth.Files, auth.TemplatesRead)
+	if _, _, h.other, err = h.auth.CreateOrg(ctx, h.org, "other", auth.QuotaRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	for i, org := range []string{"", h.org.Org.ID} {
+		v := template.Template{ID: "tpl_" + strings.Repeat(string(rune('a'+i)), 20), OrgID: org, Name: []string{"base", "mine"}[i], Status: template.Ready,
+			Version: 1, Image: strings.Repeat("ab", 32), User: "root", CreatedAt: time.Now().UTC(), Egress: sandbox.Egress{Mode: sandbox.AllowAll}}
+		if err := db.InsertTemplate(ctx, v, nil, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	inside := httptest.NewServer(http.HandlerFunc(h.agent))
+	h.agents = agentapi.NewClient(func(ctx context.Context, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "tcp", inside.Listener.Addr().String())
+	})
+	// As a machine does that suspends or ends a sandbox.
+	h.node.OnSuspend = func(_ context.Context, id sandbox.ID) error { h.agents.Drop(string(id)); return nil }
+	h.node.OnDestroy = h.node.OnSuspend
+	next := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusTeapot) })
+	h.face = New(Config{Sandboxes: h.boxes, Templates: templates, Auth: h.auth, Agent: h.agents,
+		Ports: h, Names: proxy.Names{Domain: "boxes.example", Scheme: "https"}, Secret: []byte("0123456789abcdef"), Log: log, Registry: prometheus.NewRegistry()}, next)
+	listener := httptest.NewServer(h.face)
+	h.url = listener.URL
+	t.Cleanup(func() {
+		h.face.Hangup()
+		listener.Close()
+		inside.CloseClientConnections()
+		inside.Close()
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		defer cancel()
+		for _, err := range []error{h.boxes.Close(ctx), h.auth.Close(ctx), db.Close()} {
+			if err != nil {
+				t.Errorf("closing: %v", err)
+			}
+		}
+		if n := h.boxes.InUse(); n != 0 {
+			t.Errorf("%d leases are left", n)
+		}
+	})
+	return h
+}
+
+func (h *house) newKey(scopes ...auth.Scope) string {
+	h.t.Helper()
+	var names []string
+	for _, s := range scopes {
+		names = append(names, string(s))
+	}
+	_, secret, err := h.auth.CreateKey(h.t.Context(), h.org, auth.KeyRequest{Name: "test", Scopes: names, Format: auth.FormatE2B})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return secret
+}
+
+// agent notes what reaches it, and answers as it is told.
+func (h *house) agent(w http.ResponseWriter, r *http.Request) {
+	h.mu.Lock()
+	h.seen = append(h.seen, r)
+	answer := h.answer
+	h.mu.Unlock()
+	if answer == nil {
+		w.WriteHeader(http.StatusNoContent)
+		return
+	}
+	answer(w, r)
+}
+
+func (h *house) play(answer http.HandlerFunc) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.answer, h.seen = answer, nil
+}
+
+// reached is what reached the agents since the last play.
+func (h *house) reached() []*http.Request {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return append([]*http.Request(nil), h.seen...)
+}
+
+type answer struct {
+	status int
+	header http.Header
+	body   string
+	json   map[string]any // if it is an object
+}
+
+// send makes a request; heads are name, value, name, value.
+func (h *house) send(method, path, body string, heads ...string) answer {
+	h.t.Helper()
+	var in io.Reader
+	if body != "" {
+		in = strings.NewReader(body)
+	}
+	r, err := http.NewRequestWithContext(h.t.Context(), method, h.url+path, in)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	for i := 0; i < len(heads); i += 2 {
+		if heads[i] == "Host" {
+			r.Host = heads[i+1]
+			continue
+		}
+		r.Header.Set(heads[i], heads[i+1])
+	}
+	resp, err := http.DefaultClient.Do(r)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	data, err := io.ReadAll(resp.Body)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	out := answer{status: resp.StatusCode, header: resp.Header, body: string(data)}
+	_ = json.Unmarshal(data, &out.json) // a list is no object
+	return out
+}
+
+// control makes a call of the control API with the usual key.
+func (h *house) control(method, path, body string) answer {
+	h.t.Helper()
+	return h.send(method, path, body, "X-API-Key", h.key)
+}
+
+// create makes a sandbox and returns its id as it is shown, and its token.
+func (h *house) create(body string) (id, token string) {
+	h.t.Helper()
+	r := h.control("POST", "/v2/sandboxes", body)
+	if r.status != http.StatusCreated {
+		h.t.Fatalf("create: %d %s", r.status, r.body)
+	}
+	id, _ = r.json["sandboxID"].(string)
+	token, _ = r.json["envdAccessToken"].(string)
+	return id, token
+}
+
+func (h *house) row(id string) sandbox.Sandbox {
+	h.t.Helper()
+	box, err := h.boxes.Lookup(h.t.Context(), sandbox.ID(idPrefix+id))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return box
+}

@@ -1,0 +1,214 @@
+package e2b
+
+import (
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/template"
+)
+
+// maxPage is the largest page and what a page is when nobody says.
+const maxPage = 100
+
+// nextHeader holds the cursor of the next page, and is absent from the last.
+const nextHeader = "X-Next-Token"
+
+// paused and running are the states of the core behind those of the wire.
+var (
+	running = []sandbox.State{sandbox.Running}
+	paused  = []sandbox.State{sandbox.Suspending, sandbox.Suspended, sandbox.Waking}
+)
+
+// list answers GET /v2/sandboxes, and GET /sandboxes with fixed states.
+func (s *Surface) list(states []sandbox.State) func(http.ResponseWriter, *http.Request) error {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		f, err := filter(r)
+		if err != nil {
+			return err
+		}
+		if states != nil {
+			f.States = states
+		}
+		boxes, next, err := s.Sandboxes.List(r.Context(), f)
+		if err != nil {
+			return pageError(err)
+		}
+		out := make([]listedBody, len(boxes))
+		for i, box := range boxes {
+			out[i] = listed(box)
+		}
+		page(w, out, next)
+		return nil
+	}
+}
+
+func page(w http.ResponseWriter, list any, next string) {
+	if next != "" {
+		w.Header().Set(nextHeader, next)
+	}
+	reply(w, http.StatusOK, list)
+}
+
+// pageError gives the cursor the name that it has here.
+func pageError(err error) error {
+	if f := fault.As(err); f != nil && f.Field == "cursor" {
+		return fault.InField("invalid_cursor", "nextToken", "is not one of this listing").Because(err)
+	}
+	return err
+}
+
+// limits reads limit and nextToken.
+func limits(q url.Values) (limit int, cursor string, err error) {
+	limit = maxPage
+	if text := q.Get("limit"); text != "" {
+		if limit, err = strconv.Atoi(text); err != nil || limit < 1 || limit > maxPage {
+			return 0, "", fault.InField("invalid_limit", "limit", "must be from 1 to %d", maxPage)
+		}
+	}
+	return limit, q.Get("nextToken"), nil
+}
+
+// filter reads the query of a listing.
+func filter(r *http.Request) (f sandbox.Filter, err error) {
+	q := r.URL.Query()
+	f = sandbox.Filter{OrgID: orgOf(r)}
+	if f.Limit, f.Cursor, err = limits(q); err != nil {
+		return f, err
+	}
+	if f.States, err = states(q["state"]); err != nil {
+		return f, err
+	}
+	if f.Metadata, err = metadata(q.Get("metadata")); err != nil {
+		return f, err
+	}
+	if ref := q.Get("template"); ref != "" {
+		// A tag that no template has gives nothing, and so does a name with it.
+		f.Template = ref
+		if name, err := templateName(ref); err == nil {
+			f.Template = name
+		}
+	}
+	if text := q.Get("startedAfter"); text != "" {
+		if f.CreatedFrom, err = time.Parse(time.RFC3339Nano, text); err != nil {
+			return f, fault.InField("invalid_started_after", "startedAfter", "must be a time such as 2026-01-02T15:04:05Z")
+		}
+	}
+	switch order := q.Get("order"); order {
+	case "", "desc":
+	case "asc":
+		f.OldestFirst = true
+	default:
+		return f, fault.InField("invalid_order", "order", "must be asc or desc, not %.40q", order)
+	}
+	return f, nil
+}
+
+// states reads states as clients write them: joined by commas, or several times.
+func states(values []string) ([]sandbox.State, error) {
+	var out []sandbox.State
+	for word := range strings.SplitSeq(strings.Join(values, ","), ",") {
+		switch word {
+		case "":
+		case "running":
+			out = append(out, running...)
+		case "paused":
+			out = append(out, paused...)
+		default:
+			return nil, fault.InField("invalid_state", "state", "must be running or paused, not %.40q", word)
+		}
+	}
+	if len(out) == 0 {
+		out = slices.Concat(running, paused)
+	}
+	return out, nil
+}
+
+// metadata reads a filter that clients encode three times: once as the value of the query,
+// which is undone already, once as a query of its own, and each name and value once before
+// that.
+func metadata(text string) (map[string]string, error) {
+	wrong := fault.InField("invalid_metadata", "metadata", "must be NAME=VALUE pairs joined by &, each name and value percent-encoded before they are joined")
+	pairs, err := url.ParseQuery(text)
+	if err != nil {
+		return nil, wrong
+	}
+	out := map[string]string{}
+	for name, values := range pairs {
+		n, err1 := url.QueryUnescape(name)
+		v, err2 := url.QueryUnescape(values[0])
+		if err1 != nil || err2 != nil || len(values) > 1 {
+			return nil, wrong
+		}
+		out[n] = v
+	}
+	return out, nil
+}
+
+// templateBody is Template, as far as clients read it.
+type templateBody struct {
+	TemplateID  string    `json:"templateID"`
+	BuildID     string    `json:"buildID"`
+	Public      bool      `json:"public"`
+	Aliases     []string  `json:"aliases"`
+	Names       []string  `json:"names"`
+	CPUCount    int       `json:"cpuCount"`
+	MemoryMB    int       `json:"memoryMB"`
+	DiskSizeMB  int       `json:"diskSizeMB"`
+	BuildStatus string    `json:"buildStatus"`
+	BuildCount  int       `json:"buildCount"`
+	CreatedAt   time.Time `json:"createdAt"`
+	UpdatedAt   time.Time `json:"updatedAt"`
+	EnvdVersion string    `json:"envdVersion"`
+}
+
+// listTemplates answers GET /templates.
+func (s *Surface) listTemplates(w http.ResponseWriter, r *http.Request) error {
+	limit, cursor, err := limits(r.URL.Query())
+	if err != nil {
+		return err
+	}
+	all, next, err := s.Templates.List(r.Context(), orgOf(r), limit, cursor)
+	if err != nil {
+		return pageError(err)
+	}
+	out := make([]templateBody, len(all))
+	for i, t := range all {
+		out[i] = templateOf(t)
+	}
+	page(w, out, next)
+	return nil
+}
+
+func templateOf(t template.Template) templateBody {
+	status := map[template.Status]string{template.Ready: "ready", template.Failed: "error", template.Building: "building"}[t.Status]
+	if status == "" {
+		status = "waiting"
+	}
+	updated := t.UpdatedAt
+	if updated.IsZero() {
+		updated = t.CreatedAt
+	}
+	return templateBody{TemplateID: t.ID, BuildID: t.BuildID, Public: t.Builtin(), Aliases: []string{t.Name}, Names: []string{t.Name},
+		DiskSizeMB: t.DiskMB, BuildStatus: status, BuildCount: t.Version,
+		CreatedAt: t.CreatedAt.UTC(), UpdatedAt: updated.UTC(), EnvdVersion: envdVersion}
+}
+
+// templateAlias answers GET /templates/aliases/{alias}.
+func (s *Surface) templateAlias(w http.ResponseWriter, r *http.Request) error {
+	name, err := templateName(r.PathValue("alias"))
+	if err != nil {
+		return err
+	}
+	t, err := s.Templates.Get(r.Context(), orgOf(r), name)
+	if err != nil {
+		return err
+	}
+	reply(w, http.StatusOK, map[string]any{"templateID": t.ID, "public": t.Builtin()})
+	return nil
+}

@@ -1,0 +1,208 @@
+package e2b
+
+import (
+	"encoding/json"
+	"net/http"
+	"net/netip"
+	"strings"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// networkBody is the object network of a create.
+type networkBody struct {
+	AllowOut           []string                     `json:"allowOut,omitempty"`
+	DenyOut            []string                     `json:"denyOut,omitempty"`
+	AllowPublicTraffic *bool                        `json:"allowPublicTraffic,omitempty"`
+	MaskRequestHost    string                       `json:"maskRequestHost,omitempty"`
+	Rules              map[string][]json.RawMessage `json:"rules,omitempty"`
+	EgressProxy        json.RawMessage              `json:"egressProxy,omitempty"`
+	HTTPSPorts         []int                        `json:"httpsPorts,omitempty"`
+}
+
+// updateBody is NetworkUpdate: it replaces what was said before.
+type updateBody struct {
+	AllowOut            []string                     `json:"allowOut"`
+	DenyOut             []string                     `json:"denyOut"`
+	Rules               map[string][]json.RawMessage `json:"rules"`
+	EgressProxy         json.RawMessage              `json:"egressProxy"`
+	AllowInternetAccess *bool                        `json:"allow_internet_access"`
+}
+
+var everything = netip.MustParsePrefix("0.0.0.0/0")
+
+// egress is the policy of what a request says about the network, nil when it says nothing:
+// then it is the template's.
+//
+// Here, what is allowed goes before what is denied, and what neither speaks of passes. The
+// core has it the other way round: so what is allowed is taken out of what is denied.
+func egress(internet *bool, n *networkBody) (*sandbox.Egress, error) {
+	closed := internet != nil && !*internet
+	if n == nil {
+		n = &networkBody{}
+	}
+	if err := refuseNetwork(n); err != nil {
+		return nil, err
+	}
+	allow, names, err := parseAllowed(n.AllowOut)
+	if err != nil {
+		return nil, err
+	}
+	var deny []netip.Prefix
+	for _, text := range n.DenyOut {
+		p, isName, err := parseRange(text)
+		if err != nil || isName {
+			return nil, fault.InField("invalid_network", "network.denyOut", "%.100q is not an address or a range", text)
+		}
+		if p.Addr().Is4() { // IPv6 is denied to all
+			deny = append(deny, p)
+		}
+		closed = closed || p == everything
+	}
+	switch {
+	case closed:
+		r := sandbox.EgressRequest{Mode: string(sandbox.DenyAll), AllowCIDRs: texts(allow), AllowDomains: names}
+		return parsed(r)
+	case len(names) > 0:
+		return nil, fault.InField("invalid_network", "network.allowOut", "domains can be allowed when all else is denied: put 0.0.0.0/0 into denyOut")
+	case len(deny) == 0:
+		return nil, nil
+	}
+	var left []netip.Prefix
+	for _, p := range deny {
+		left = subtract(left, p, allow)
+		if len(left) > sandbox.MaxEgressCIDRs {
+			return nil, fault.InField("invalid_network", "network.denyOut", "is more than %d ranges without what allowOut takes out of it", sandbox.MaxEgressCIDRs)
+		}
+	}
+	if len(left) == 0 {
+		return parsed(sandbox.EgressRequest{Mode: string(sandbox.AllowAll)})
+	}
+	return parsed(sandbox.EgressRequest{Mode: string(sandbox.DenyAll), AllowCIDRs: []string{everything.String()}, DenyCIDRs: texts(left)})
+}
+
+func refuseNetwork(n *networkBody) error {
+	switch {
+	case len(n.Rules) > 0:
+		return unsupported("network.rules: requests are not changed on their way out")
+	case len(n.EgressProxy) > 0 && string(n.EgressProxy) != "null":
+		return unsupported("network.egressProxy: traffic goes out through no proxy of the caller's")
+	case len(n.HTTPSPorts) > 0:
+		return unsupported("network.httpsPorts: servers in sandboxes are spoken to in plain HTTP")
+	}
+	return nil
+}
+
+func parsed(r sandbox.EgressRequest) (*sandbox.Egress, error) {
+	e, err := r.Parse()
+	if f := fault.As(err); f != nil {
+		named := f.Because(err)
+		named.Code = "invalid_network"
+		named.Field = strings.NewReplacer("egress.allow_cidrs", "network.allowOut", "egress.allow_domains", "network.allowOut",
+			"egress.deny_cidrs", "network.denyOut").Replace(f.Field)
+		return nil, named
+	}
+	return &e, err
+}
+
+// parseAllowed tells ranges from names.
+func parseAllowed(list []string) (ranges []netip.Prefix, names []string, err error) {
+	for _, text := range list {
+		p, isName, err := parseRange(text)
+		switch {
+		case err != nil:
+			return nil, nil, fault.InField("invalid_network", "network.allowOut", "%.100q is not an address, a range or a domain", text)
+		case isName:
+			names = append(names, text)
+		case !p.Addr().Is4():
+			return nil, nil, fault.InField("invalid_network", "network.allowOut", "%q is not IPv4: sandboxes have no IPv6", text)
+		default:
+			ranges = append(ranges, p)
+		}
+	}
+	return ranges, names, nil
+}
+
+// parseRange reads an address or a range; what begins like neither is a name.
+func parseRange(text string) (p netip.Prefix, isName bool, err error) {
+	if addr, err := netip.ParseAddr(text); err == nil {
+		return netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen()), false, nil
+	}
+	if strings.Contains(text, "/") {
+		p, err = netip.ParsePrefix(text)
+		return p.Masked(), false, err
+	}
+	return p, true, nil
+}
+
+// subtract adds to list what is left of p without the ranges of without.
+func subtract(list []netip.Prefix, p netip.Prefix, without []netip.Prefix) []netip.Prefix {
+	touched := false
+	for _, w := range without {
+		if w.Overlaps(p) {
+			if w.Bits() <= p.Bits() {
+				return list
+			}
+			touched = true
+		}
+	}
+	if !touched || len(list) > sandbox.MaxEgressCIDRs {
+		return append(list, p)
+	}
+	low, high := halves(p)
+	return subtract(subtract(list, low, without), high, without)
+}
+
+// halves are the two ranges that an IPv4 range of more than one address consists of.
+func halves(p netip.Prefix) (low, high netip.Prefix) {
+	bits := p.Bits() + 1
+	b := p.Addr().As4()
+	b[(bits-1)/8] |= 1 << (7 - (bits-1)%8)
+	return netip.PrefixFrom(p.Addr(), bits), netip.PrefixFrom(netip.AddrFrom4(b), bits)
+}
+
+func texts(list []netip.Prefix) []string {
+	var out []string
+	for _, p := range list {
+		out = append(out, p.String())
+	}
+	return out
+}
+
+// setNetwork answers PUT /sandboxes/{id}/network.
+func (s *Surface) setNetwork(w http.ResponseWriter, r *http.Request) error {
+	var in updateBody
+	if err := read(w, r, &in); err != nil {
+		return err
+	}
+	id := sandboxID(r)
+	box, err := s.present(r, id)
+	if err != nil {
+		return err
+	}
+	keep := keptWith(box)
+	now := networkBody{AllowOut: in.AllowOut, DenyOut: in.DenyOut, Rules: in.Rules, EgressProxy: in.EgressProxy}
+	policy, err := egress(in.AllowInternetAccess, &now)
+	if err != nil {
+		return err
+	}
+	if policy == nil {
+		policy = &sandbox.Egress{Mode: sandbox.AllowAll}
+	}
+	if _, err := s.Sandboxes.SetEgress(r.Context(), orgOf(r), id, *policy); err != nil {
+		return ended(err, id)
+	}
+	if keep.Made {
+		// What is not about the way out stays.
+		if old := keep.Network; old != nil {
+			now.AllowPublicTraffic, now.MaskRequestHost = old.AllowPublicTraffic, old.MaskRequestHost
+		}
+		keep.Network, keep.Internet = &now, in.AllowInternetAccess
+		if _, err := s.Sandboxes.SetSurface(r.Context(), orgOf(r), id, keep.String()); err != nil {
+			return ended(err, id)
+		}
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}

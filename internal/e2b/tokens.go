@@ -1,0 +1,75 @@
+package e2b
+
+import (
+	"crypto/hmac"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/hex"
+	"errors"
+	"net/http"
+	"time"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// What clients hold for a sandbox is not the agent's own token. That one is the host's: it
+// opens calls that only the host makes, is another one in every life of the sandbox, while
+// clients keep theirs through pauses, and E2B's clients send what they hold to programs
+// inside as well. So theirs is derived from the server's secret and the sandbox's id,
+// checked here, and replaced by the agent's on the way in.
+
+// The tokens of a sandbox, by what they open.
+const (
+	envdToken    = "envd"    // commands and files
+	trafficToken = "traffic" // other ports, when they are not public
+)
+
+func (s *Surface) token(kind string, id sandbox.ID) string {
+	mac := hmac.New(sha256.New, s.Secret)
+	mac.Write([]byte(kind + ":" + string(id)))
+	return hex.EncodeToString(mac.Sum(nil)[:20]) // 160 bits: nobody guesses them
+}
+
+// same compares texts in constant time.
+func same(a, b string) bool { return subtle.ConstantTimeCompare([]byte(a), []byte(b)) == 1 }
+
+// errNoToken has the text that clients know.
+var errNoToken = fault.New(fault.Unauthenticated, "unauthorized", "unauthorized access, please provide a valid access token or method signing if supported")
+
+// signatureError is an error of a signature as it is answered.
+func signatureError(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fault.New(fault.Unauthenticated, "unauthorized", "%s", err).Because(err)
+}
+
+// checkSignature checks a request for /files that brings a signature instead of a token.
+func (s *Surface) checkSignature(r *http.Request, id sandbox.ID) error {
+	return agentapi.CheckSignature(r.Method, r.URL.Query(), s.token(envdToken, id), time.Now())
+}
+
+// signed answers a request for /files whose URL names no sandbox: the one whose token made
+// its signature is meant.
+func (s *Surface) signed(w http.ResponseWriter, r *http.Request) error {
+	if preflight(r) {
+		allowOrigins(w, r)
+		return nil
+	}
+	if r.URL.Query().Get("signature") == "" {
+		return fault.New(fault.Invalid, "no_sandbox", "the URL names no sandbox: it needs a signature, or the headers %s and %s", idHeader, portHeader)
+	}
+	ids, err := s.Sandboxes.Living(r.Context())
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		err := s.checkSignature(r, id)
+		if err == nil || errors.Is(err, agentapi.ErrSignatureExpired) {
+			return s.traffic(w, r, place{shown(id), envdPort})
+		}
+	}
+	return signatureError(agentapi.ErrSignatureInvalid)
+}

@@ -1,0 +1,339 @@
+package e2b
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// toEnvd are the headers of a call to the agent.
+func toEnvd(id, token string) []string {
+	return []string{idHeader, id, portHeader, "49983", agentapi.TokenHeader, token}
+}
+
+func TestTraffic(t *testing.T) {
+	h := newHouse(t)
+	id, token := h.create(`{"templateID":"base"}`)
+	_, otherToken := h.create(`{"templateID":"base"}`)
+	box := h.row(id)
+	h.play(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Set-Cookie", "a=b")
+		fmt.Fprint(w, "from inside")
+	})
+	r := h.send("POST", "/process.Process/List", `{}`, append(toEnvd(id, token), "X-API-Key", h.key, "Cookie", "c=d", "Authorization", "Basic dXNlcjo=")...)
+	if r.status != 200 || r.body != "from inside" || r.header.Get("Set-Cookie") != "" {
+		t.Errorf("answered %d %q %v", r.status, r.body, r.header)
+	}
+	seen := h.reached()
+	if len(seen) != 1 {
+		t.Fatalf("%d requests reached the agent", len(seen))
+	}
+	in := seen[0].Header
+	if in.Get(agentapi.TokenHeader) != box.Token || in.Get("X-Api-Key") != "" || in.Get("Cookie") != "" || in.Get(idHeader) != "" || in.Get("Authorization") == "" {
+		t.Errorf("the agent sees %v", in)
+	}
+	if token == box.Token || strings.Contains(h.log.String(), token) || strings.Contains(h.log.String(), box.Token) {
+		t.Error("the token is the agent's, or in the log")
+	}
+
+	h.play(nil)
+	for name, c := range map[string]struct {
+		method, path string
+		heads        []string
+		status       int
+	}{
+		"host-only: init":            {"POST", "/init", toEnvd(id, token), 404},
+		"host-only: start":           {"POST", "/start", toEnvd(id, token), 404},
+		"host-only: memory":          {"POST", "/memory/relieve", toEnvd(id, token), 404},
+		"host-only: busy":            {"GET", "/busy", toEnvd(id, token), 404},
+		"host-only: tunnel":          {"GET", "/tunnel?port=1", toEnvd(id, token), 404},
+		"host-only: hidden in dots":  {"POST", "/files/%2e%2e/init", toEnvd(id, token), 404},
+		"with the agent's own token": {"GET", "/envs", toEnvd(id, box.Token), 401},
+		"with another's token":       {"GET", "/envs", toEnvd(id, otherToken), 401},
+		"without a token":            {"GET", "/envs", []string{idHeader, id, portHeader, "49983"}, 401},
+		"files without a token":      {"GET", "/files?path=x", []string{idHeader, id, portHeader, "49983"}, 401},
+		"no such sandbox":            {"GET", "/health", toEnvd("nosuchsandboxanywhere", token), 502},
+	} {
+		if r := h.send(c.method, c.path, "", c.heads...); r.status != c.status || r.json["code"] != float64(c.status) {
+			t.Errorf("%s: %d %s, want %d", name, r.status, r.body, c.status)
+		}
+	}
+	if seen := h.reached(); len(seen) > 0 {
+		t.Errorf("%s reached the agent", seen[0].URL)
+	}
+	for name, heads := range map[string][]string{
+		"headers": {idHeader, id, portHeader, "49983"}, // a health check needs no token
+		"host":    {"Host", "49983-" + id + ".anything.example"},
+	} {
+		if r := h.send("GET", "/health", "", heads...); r.status != 204 {
+			t.Errorf("health by %s: %d %s", name, r.status, r.body)
+		}
+	}
+	if r := h.send("GET", "/v1/sandboxes", ""); r.status != http.StatusTeapot {
+		t.Errorf("v1: %d", r.status)
+	}
+	if r := h.send("GET", "/healthz", ""); r.status != http.StatusTeapot {
+		t.Errorf("healthz: %d", r.status)
+	}
+}
+
+func TestSignedURLsFindTheirSandbox(t *testing.T) {
+	h := newHouse(t)
+	h.create(`{"templateID":"base"}`)
+	id, token := h.create(`{"templateID":"base"}`)
+	h.create(`{"templateID":"base"}`)
+	sign := func(method, path, until string) string {
+		q := url.Values{"path": {path}}
+		if until != "" {
+			q.Set("signature_expiration", until)
+		}
+		q.Set("signature", agentapi.Signature(method, q, token))
+		return "/files?" + q.Encode()
+	}
+	h.play(nil)
+	if r := h.send("GET", sign("GET", "a+b c", ""), ""); r.status != 204 {
+		t.Fatalf("%d %s", r.status, r.body)
+	}
+	seen := h.reached()
+	if q := seen[0].URL.Query(); seen[0].Header.Get(agentapi.TokenHeader) != h.row(id).Token || q.Get("path") != "a+b c" || q.Has("signature") {
+		t.Errorf("the agent sees %s", seen[0].URL)
+	}
+	for name, c := range map[string]struct {
+		method, path, text string
+		status             int
+	}{
+		"expired":        {"GET", sign("GET", "x", "1000"), "signature is already expired", 401},
+		"forged":         {"GET", "/files?path=x&signature=v1_abc", "invalid signature", 401},
+		"of a read":      {"POST", sign("GET", "x", ""), "invalid signature", 401},
+		"not signed":     {"GET", "/files?path=x", "", 400},
+		"another method": {"DELETE", sign("DELETE", "x", ""), "", 404},
+	} {
+		if r := h.send(c.method, c.path, ""); r.status != c.status || c.text != "" && r.json["message"] != c.text {
+			t.Errorf("%s: %d %s", name, r.status, r.body)
+		}
+	}
+	if r := h.control("POST", "/sandboxes/"+id+"/pause", ""); r.status != 204 {
+		t.Fatalf("pause: %d %s", r.status, r.body)
+	}
+	if r := h.send("GET", sign("GET", "x", ""), ""); r.status != 502 {
+		t.Errorf("of a paused one: %d %s", r.status, r.body)
+	}
+}
+
+// stream opens a stream to the agent, which answers one line and then waits.
+func (h *house) stream(id, token string) *bufio.Reader {
+	h.t.Helper()
+	h.play(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		fmt.Fprintln(w, "started")
+		_ = http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+	})
+	r, err := http.NewRequestWithContext(h.t.Context(), "POST", h.url+"/process.Process/Start", strings.NewReader("{}"))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	heads := toEnvd(id, token)
+	for i := 0; i < len(heads); i += 2 {
+		r.Header.Set(heads[i], heads[i+1])
+	}
+	resp, err := http.DefaultClient.Do(r)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(func() { resp.Body.Close() })
+	out := bufio.NewReader(resp.Body)
+	if line, err := out.ReadString('\n'); err != nil || line != "started\n" {
+		h.t.Fatalf("the stream begins %q, %v", line, err)
+	}
+	return out
+}
+
+// TestStreamsBreak: when a sandbox goes its streams break, and do not end, after it is known
+// as gone.
+func TestStreamsBreak(t *testing.T) {
+	h := newHouse(t)
+	for name, end := range map[string]func(id string){
+		"kill": func(id string) {
+			if r := h.control("DELETE", "/sandboxes/"+id, ""); r.status != 204 {
+				t.Errorf("kill: %d", r.status)
+			}
+		},
+		"pause": func(id string) {
+			if r := h.control("POST", "/sandboxes/"+id+"/pause", `{"memory":true}`); r.status != 204 {
+				t.Errorf("pause: %d %s", r.status, r.body)
+			}
+		},
+		"the end of its time": func(id string) {
+			if r := h.control("POST", "/sandboxes/"+id+"/timeout", `{"timeout":0}`); r.status != 204 {
+				t.Errorf("timeout: %d %s", r.status, r.body)
+			}
+		},
+		"shutdown": func(string) { h.face.Hangup() }, // the last: it is for ever
+	} {
+		if name == "shutdown" {
+			continue
+		}
+		id, token := h.create(`{"templateID":"base"}`)
+		out := h.stream(id, token)
+		gone := make(chan answer, 1)
+		broke := make(chan error, 1)
+		go func() {
+			_, err := io.ReadAll(out)
+			broke <- err
+			gone <- h.send("GET", "/health", "", toEnvd(id, token)...)
+		}()
+		end(id)
+		select {
+		case err := <-broke:
+			if !errors.Is(err, io.ErrUnexpectedEOF) {
+				t.Errorf("%s: the stream ended with %v", name, err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("%s: the stream goes on", name)
+		}
+		if r := <-gone; r.status != 502 || r.json["sandboxId"] != id {
+			t.Errorf("%s: health is %d %s", name, r.status, r.body)
+		}
+	}
+	id, token := h.create(`{"templateID":"base"}`)
+	out := h.stream(id, token)
+	h.face.Hangup()
+	if _, err := io.ReadAll(out); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("shutdown: the stream ended with %v", err)
+	}
+}
+
+// TestCallersWhoGo: a call that its caller leaves, or never finishes sending, is over, and
+// nobody holds the sandbox any more.
+func TestCallersWhoGo(t *testing.T) {
+	h := newHouse(t)
+	id, token := h.create(`{"templateID":"base"}`)
+	begun, left := make(chan struct{}, 1), make(chan struct{}, 1)
+	h.play(func(w http.ResponseWriter, r *http.Request) {
+		if err := http.NewResponseController(w).EnableFullDuplex(); err != nil {
+			t.Error(err)
+		}
+		fmt.Fprintln(w, "started")
+		_ = http.NewResponseController(w).Flush()
+		begun <- struct{}{}
+		_, _ = io.Copy(io.Discard, r.Body) // half a message, and then the end of the connection
+		<-r.Context().Done()
+		left <- struct{}{}
+	})
+	conn, err := net.Dial("tcp", strings.TrimPrefix(h.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintf(conn, "POST /process.Process/Start HTTP/1.1\r\nHost: x\r\n%s: %s\r\n%s: 49983\r\nX-Access-Token: %s\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n\x00\x00\x00\r\n", idHeader, id, portHeader, token)
+	<-begun
+	if n := h.boxes.InUse(); n != 1 {
+		t.Errorf("%d leases while a call goes on", n)
+	}
+	conn.Close()
+	<-left
+	for end := time.Now().Add(10 * time.Second); h.boxes.InUse() > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the lease is held for ever")
+		}
+	}
+}
+
+// TestBodiesThatDoNotCome: who does not send what was announced is told so, and not that the
+// server is broken.
+func TestBodiesThatDoNotCome(t *testing.T) {
+	h := newHouse(t)
+	id, token := h.create(`{"templateID":"base"}`)
+	h.play(func(_ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		panic(http.ErrAbortHandler)
+	})
+	for name, head := range map[string]string{
+		"to the agent":       fmt.Sprintf("POST /files?path=x HTTP/1.1\r\nHost: x\r\n%s: %s\r\n%s: 49983\r\nX-Access-Token: %s\r\n", idHeader, id, portHeader, token),
+		"to the control API": "POST /v2/sandboxes HTTP/1.1\r\nHost: x\r\nX-API-Key: " + h.key + "\r\n",
+	} {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(h.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(conn, "%sContent-Length: 100\r\n\r\n{\"templateID\":", head)
+		if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil || resp.StatusCode != 400 {
+			t.Errorf("%s: %+v, %v", name, resp, err)
+		}
+		conn.Close()
+	}
+}
+
+func TestTrafficWakes(t *testing.T) {
+	h := newHouse(t)
+	ctx := context.Background()
+	id, token := h.create(`{"templateID":"base","autoPause":true,"autoResume":{"enabled":true}}`)
+	quiet, quietToken := h.create(`{"templateID":"base","autoPause":true}`)
+	for _, id := range []string{id, quiet} {
+		if r := h.control("POST", "/sandboxes/"+id+"/pause", `{}`); r.status != 204 {
+			t.Fatalf("pause: %d", r.status)
+		}
+	}
+	if r := h.send("GET", "/health", "", toEnvd(id, token)...); r.status != 502 {
+		t.Errorf("health: %d", r.status)
+	}
+	if r := h.send("GET", "/envs", "", toEnvd(id, "wrong")...); r.status != 401 || h.row(id).State != sandbox.Suspended {
+		t.Errorf("without a token: %d, %s", r.status, h.row(id).State)
+	}
+	if r := h.send("GET", "/envs", "", toEnvd(id, token)...); r.status != 204 || h.row(id).State != sandbox.Running {
+		t.Errorf("with one: %d %s, %s", r.status, r.body, h.row(id).State)
+	}
+	if r := h.send("GET", "/envs", "", toEnvd(quiet, quietToken)...); r.status != 502 || h.row(quiet).State != sandbox.Suspended {
+		t.Errorf("one that is not to wake: %d, %s", r.status, h.row(quiet).State)
+	}
+	// A persistent one of the v1 API wakes for any call, as it does there; an ephemeral one is
+	// as it was made, with a token.
+	box, err := h.boxes.Create(ctx, sandbox.Caller{OrgID: h.org.Org.ID}, sandbox.Request{Template: "base", Mode: "persistent"}, sandbox.Once{}, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.boxes.Suspend(ctx, h.org.Org.ID, box.ID); err != nil {
+		t.Fatal(err)
+	}
+	if r := h.send("GET", "/envs", "", toEnvd(shown(box.ID), h.face.token(envdToken, box.ID))...); r.status != 204 {
+		t.Errorf("a persistent one: %d %s", r.status, r.body)
+	}
+	if r := h.control("POST", "/sandboxes/"+shown(box.ID)+"/timeout", `{"timeout":10}`); r.status != 409 {
+		t.Errorf("the timeout of a persistent one: %d %s", r.status, r.body)
+	}
+	if r := h.control("POST", "/v2/sandboxes/"+shown(box.ID)+"/connect", `{}`); r.status != 200 {
+		t.Errorf("connecting to a persistent one: %d %s", r.status, r.body)
+	}
+}
+
+func TestBrowsersMayCall(t *testing.T) {
+	h := newHouse(t)
+	id, _ := h.create(`{"templateID":"base"}`)
+	for name, heads := range map[string][]string{
+		"by headers": {"Access-Control-Request-Headers", "e2b-sandbox-id,e2b-sandbox-port,x-access-token"},
+		"by host":    {"Host", "49983-" + id + ".example.com"},
+	} {
+		r := h.send("OPTIONS", "/process.Process/List", "", append(heads, "Origin", "https://page.example", "Access-Control-Request-Method", "POST")...)
+		if r.status != 204 || r.header.Get("Access-Control-Allow-Origin") != "*" {
+			t.Errorf("%s: %d %v", name, r.status, r.header)
+		}
+	}
+	if r := h.send("OPTIONS", "/v1/sandboxes", "", "Origin", "https://page.example", "Access-Control-Request-Method", "POST"); r.status != http.StatusTeapot {
+		t.Errorf("v1 is the other handler's: %d", r.status)
+	}
+}

@@ -1,0 +1,189 @@
+package sandbox_test
+
+import (
+	"context"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// pausing makes an ephemeral sandbox that is suspended at its end.
+func (h *house) pausing(timeout time.Duration) sandbox.ID {
+	h.t.Helper()
+	return h.mustCreate(sandbox.Request{Timeout: &timeout, AtEnd: sandbox.EndSuspends, Surface: "kept"}).ID
+}
+
+func TestEndSuspends(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		id := h.pausing(time.Minute)
+		lease := h.mustConnect(id) // who uses it does not keep it
+		pass(time.Minute)
+		h.wantState(id, sandbox.Suspended, "")
+		h.wantEvent(id, sandbox.Suspending, sandbox.Suspended, "expired", "")
+		lease.Release()
+		if box := h.get(id); !box.ExpiresAt.IsZero() || box.Surface != "kept" || box.SuspendedAt.IsZero() || !box.LastActivityAt.IsZero() {
+			t.Errorf("the row is %+v", box)
+		}
+		pass(48 * time.Hour)
+		h.wantState(id, sandbox.Suspended, "")
+
+		// It has its own timeout when it is woken, or the one that is asked for.
+		box := h.mustWake(id)
+		if left := time.Until(box.ExpiresAt); left != time.Minute {
+			t.Errorf("it has %s", left)
+		}
+		h.mustPause(id)
+		box, err := h.WakeFor(context.Background(), h.caller(), id, time.Hour)
+		if left := time.Until(box.ExpiresAt); err != nil || left != time.Hour || box.Timeout != time.Hour {
+			t.Errorf("it has %s of %s, %v", left, box.Timeout, err)
+		}
+		pass(time.Hour)
+		h.wantState(id, sandbox.Suspended, "")
+		if err := h.Destroy(context.Background(), org, id); err != nil {
+			t.Error(err)
+		}
+		h.wantState(id, sandbox.Destroyed, sandbox.Requested)
+	})
+}
+
+func (h *house) mustPause(id sandbox.ID) {
+	h.t.Helper()
+	if box, err := h.Pause(context.Background(), org, id); err != nil || box.State != sandbox.Suspended {
+		h.t.Fatalf("pausing: %s, %v", box.State, err)
+	}
+}
+
+func TestPauseOfEitherModeInUse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		ephemeral := h.mustCreate(sandbox.Request{}).ID
+		for _, id := range []sandbox.ID{ephemeral, h.persistent(time.Hour)} {
+			lease := h.mustConnect(id)
+			h.mustPause(id)
+			_, err := h.Pause(context.Background(), org, id)
+			wantCode(t, err, fault.Conflict, "sandbox_not_running")
+			_, err = h.Attach(context.Background(), id)
+			wantCode(t, err, fault.Conflict, "sandbox_not_running")
+			lease.Release() // late, and harms nobody
+			h.mustWake(id)
+			again, err := h.Attach(context.Background(), id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if again.Sandbox.Run == lease.Sandbox.Run {
+				t.Error("it was leased in the life that is over")
+			}
+			again.Release()
+		}
+		if n := h.InUse(); n != 0 {
+			t.Errorf("%d leases are left", n)
+		}
+		// What the v1 API promises of an ephemeral one holds.
+		_, err := h.Suspend(context.Background(), org, ephemeral)
+		wantCode(t, err, fault.Conflict, "sandbox_not_persistent")
+		_, err = h.Pause(context.Background(), "org_other", ephemeral)
+		wantCode(t, err, fault.Denied, "not_your_sandbox")
+	})
+}
+
+// TestEndThatCannotSuspend: the sandbox runs on, is tried again, and not without end.
+func TestEndThatCannotSuspend(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		id := h.pausing(10 * time.Second)
+		h.node.OnSuspend = func(context.Context, sandbox.ID) error { return diskFull }
+		pass(10 * time.Second)
+		h.wantState(id, sandbox.Running, "")
+		h.call(id)
+		pass(time.Minute - time.Second)
+		if n := h.calls("suspend", id); n != 1 {
+			t.Errorf("tried %d times within a minute", n)
+		}
+		h.node.OnSuspend = nil
+		pass(2 * time.Second)
+		h.wantState(id, sandbox.Suspended, "")
+	})
+}
+
+func TestSetTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		ctx := context.Background()
+		set := func(id sandbox.ID, timeout time.Duration, later bool, want time.Duration) {
+			t.Helper()
+			box, err := h.SetTimeout(ctx, org, id, timeout, later)
+			if left := time.Until(box.ExpiresAt); err != nil || left != want {
+				t.Errorf("it has %s, want %s; %v", left, want, err)
+			}
+		}
+		id := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour)}).ID
+		set(id, time.Minute, true, time.Hour)
+		set(id, time.Minute, false, time.Minute)
+		set(id, 2*time.Minute, true, 2*time.Minute)
+		_, err := h.SetTimeout(ctx, org, id, sandbox.MaxTimeout+1, false)
+		wantCode(t, err, fault.Invalid, "invalid_timeout")
+		_, err = h.SetTimeout(ctx, "org_other", id, time.Minute, false)
+		wantCode(t, err, fault.Denied, "not_your_sandbox")
+		pass(2*time.Minute - time.Second)
+		h.wantState(id, sandbox.Running, "")
+		pass(time.Second)
+		h.wantState(id, sandbox.Destroyed, sandbox.Expired)
+		_, err = h.SetTimeout(ctx, org, id, time.Minute, true)
+		wantCode(t, err, fault.Conflict, "sandbox_not_running")
+
+		// At once, whatever the end is.
+		now := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour)}).ID
+		set(now, -time.Second, false, 0)
+		synctest.Wait()
+		h.wantState(now, sandbox.Destroyed, sandbox.Expired)
+		asleep := h.pausing(time.Hour)
+		set(asleep, 0, false, 0)
+		synctest.Wait()
+		h.wantState(asleep, sandbox.Suspended, "")
+		if box := h.mustWake(asleep); time.Until(box.ExpiresAt) != time.Hour {
+			t.Errorf("woken for %s", time.Until(box.ExpiresAt))
+		}
+		_, err = h.SetTimeout(ctx, org, h.persistent(time.Hour), time.Minute, false)
+		wantCode(t, err, fault.Conflict, "sandbox_not_ephemeral")
+	})
+}
+
+// TestEndAcrossRestarts: what was due while no server ran is done by the next, and one that
+// was paused is found paused.
+func TestEndAcrossRestarts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		due, paused, dies := h.pausing(time.Minute), h.pausing(time.Minute), h.pausing(time.Hour)
+		h.mustPause(paused)
+		h.mustPause(dies)
+		h.mustWake(dies)
+		h.crash()
+		time.Sleep(2 * time.Minute)
+		h.node.Kill(dies)
+		h.start()
+		pass(time.Second)
+		h.wantState(due, sandbox.Suspended, "")
+		h.wantState(paused, sandbox.Suspended, "")
+		// It was paused once, so there is what it falls back to.
+		h.wantState(dies, sandbox.Suspended, "")
+		for _, id := range []sandbox.ID{due, paused, dies} {
+			if box := h.mustWake(id); box.ExpiresAt.IsZero() {
+				t.Errorf("%s never ends", id)
+			}
+		}
+	})
+}
+
+func TestEndRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		_, err := h.create(sandbox.Request{AtEnd: "explode"})
+		wantCode(t, err, fault.Invalid, "invalid_at_end")
+		_, err = h.create(sandbox.Request{Mode: "persistent", AtEnd: sandbox.EndSuspends})
+		wantCode(t, err, fault.Invalid, "invalid_at_end")
+	})
+}
