@@ -138,7 +138,7 @@ func keyOfPort(r *http.Request) string {
 	if values := r.Header.Values(proxy.KeyHeader); len(values) > 0 {
 		return strings.Join(values, ",")
 	}
-	if key := bearer(r); proxy.IsSecret(key) {
+	if key := bearer(r); proxy.IsKey(key) {
 		return key
 	}
 	return ""
