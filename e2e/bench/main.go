@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -52,7 +53,12 @@ func main() {
 	flag.StringVar(&o.doc, "doc", "", "put the results into this Markdown `file`, between its lines <!-- run --> and <!-- /run -->")
 	flag.StringVar(&o.only, "only", "", "measure this `part` alone: starts, commands, live, files, rest, sleep, egress, builds, fork, pool, load or dense")
 	flag.BoolVar(&quick, "quick", false, "few runs: shows that everything works, and little more")
+	serve := flag.String("serve", "", "be the server that ports are measured with, at `ADDRESS,ADDRESS`, and nothing else")
 	flag.Parse()
+	if address, raw, both := strings.Cut(*serve, ","); both {
+		fmt.Fprintln(os.Stderr, "bench:", serveBulk(address, raw))
+		os.Exit(1)
+	}
 	if quick {
 		o.starts, o.idle, o.crowd, o.dense, o.clients, o.loadTime = 4, 3, 5, 5, 4, 5*time.Second
 	}
