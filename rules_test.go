@@ -26,6 +26,7 @@ var mayImport = map[string]struct {
 	why   string
 }{
 	"internal/fault":    {nil, "kinds of error are below everything"},
+	"internal/heap":     {nil, "it only knows Go's collector"},
 	"internal/span":     {nil, "what parts of a call take is below everything"},
 	"internal/sandbox":  {[]string{"fault", "span"}, "the core does no I/O: rows and machines are given to it"},
 	"internal/auth":     {[]string{"fault"}, "the core does no I/O"},
@@ -58,9 +59,9 @@ var mayImport = map[string]struct {
 
 	".":                {nil, "it only carries openapi.yaml"},
 	"client":           {nil, "public: it must build without our internals"},
-	"cmd/cay-agent":    {[]string{"agent", "agentapi"}, "a main and nothing else: every sandbox starts it"},
+	"cmd/cay-agent":    {[]string{"agent", "agentapi", "heap"}, "a main and nothing else: every sandbox starts it"},
 	"cmd/cay-buildkit": {[]string{"buildkit/*", "cgroup"}, "a module of its own, so that nothing else of cay links BuildKit"},
-	"cmd/cay-runsc":    {nil, "what is needed of gVisor's main: every sandbox starts it several times"},
+	"cmd/cay-runsc":    {[]string{"heap"}, "what is needed of gVisor's main: every sandbox starts it several times"},
 	"cmd/cay": {[]string{"api", "auth", "blob", "buildkit", "cgroup", "e2b", "fault", "gate", "image", "network", "node", "payload", "proxy", "sandbox", "store", "template"},
 		"all wiring is here; the CLI's verbs use client"},
 }
@@ -160,6 +161,7 @@ func TestHeavyDependencies(t *testing.T) {
 		"github.com/vishvananda/netlink":          {[]string{"internal/network"}, "links are made in one room"},
 		"github.com/google/go-containerregistry/": {[]string{"internal/image"}, "registries are one room's business"},
 		"codeberg.org/miekg/dns":                  {[]string{"internal/gate"}, "names are decided in one room"},
+		"github.com/coder/websocket":              {[]string{"internal/api", "client"}, "the two ends of a terminal"},
 		"github.com/spf13/cobra":                  {[]string{"cmd/cay"}, "the command line is in one place"},
 	}
 	for dir, files := range goPackages(t) {

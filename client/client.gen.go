@@ -66,6 +66,33 @@ func (e ExecuteResultStdoutEncoding) Valid() bool {
 	}
 }
 
+// Defines values for FileChangeType.
+const (
+	FileChangeTypeChmod  FileChangeType = "chmod"
+	FileChangeTypeCreate FileChangeType = "create"
+	FileChangeTypeRemove FileChangeType = "remove"
+	FileChangeTypeRename FileChangeType = "rename"
+	FileChangeTypeWrite  FileChangeType = "write"
+)
+
+// Valid indicates whether the value is a known member of the FileChangeType enum.
+func (e FileChangeType) Valid() bool {
+	switch e {
+	case FileChangeTypeChmod:
+		return true
+	case FileChangeTypeCreate:
+		return true
+	case FileChangeTypeRemove:
+		return true
+	case FileChangeTypeRename:
+		return true
+	case FileChangeTypeWrite:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for FileEntryType.
 const (
 	FileEntryTypeDirectory FileEntryType = "directory"
@@ -99,6 +126,60 @@ const (
 func (e HealthStatus) Valid() bool {
 	switch e {
 	case HealthStatusOk:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for OutputPieceEncoding.
+const (
+	OutputPieceEncodingBase64 OutputPieceEncoding = "base64"
+)
+
+// Valid indicates whether the value is a known member of the OutputPieceEncoding enum.
+func (e OutputPieceEncoding) Valid() bool {
+	switch e {
+	case OutputPieceEncodingBase64:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for OutputPieceStream.
+const (
+	OutputPieceStreamStderr   OutputPieceStream = "stderr"
+	OutputPieceStreamStdout   OutputPieceStream = "stdout"
+	OutputPieceStreamTerminal OutputPieceStream = "terminal"
+)
+
+// Valid indicates whether the value is a known member of the OutputPieceStream enum.
+func (e OutputPieceStream) Valid() bool {
+	switch e {
+	case OutputPieceStreamStderr:
+		return true
+	case OutputPieceStreamStdout:
+		return true
+	case OutputPieceStreamTerminal:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for ProcessStatus.
+const (
+	ProcessStatusExited  ProcessStatus = "exited"
+	ProcessStatusRunning ProcessStatus = "running"
+)
+
+// Valid indicates whether the value is a known member of the ProcessStatus enum.
+func (e ProcessStatus) Valid() bool {
+	switch e {
+	case ProcessStatusExited:
+		return true
+	case ProcessStatusRunning:
 		return true
 	default:
 		return false
@@ -563,6 +644,9 @@ type ExecuteRequest struct {
 	// Example: python3 -c 'print(6*7)'
 	Command *string `json:"command,omitempty"`
 
+	// Detach Go on when the caller goes away. Only with `Accept: text/event-stream`; then `timeout` may be up to 24h, and is none by default.
+	Detach *bool `json:"detach,omitempty"`
+
 	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
@@ -624,6 +708,18 @@ type ExecuteResultStderrEncoding string
 
 // ExecuteResultStdoutEncoding `base64` when the output is not UTF-8, else absent.
 type ExecuteResultStdoutEncoding string
+
+// FileChange Something that happened in a directory that is watched.
+type FileChange struct {
+	// Path What it happened to.
+	Path string `json:"path"`
+
+	// Type `create` (also of what was moved there), `write`, `remove`, `rename` (it was moved away) or `chmod`.
+	Type FileChangeType `json:"type"`
+}
+
+// FileChangeType `create` (also of what was moved there), `write`, `remove`, `rename` (it was moved away) or `chmod`.
+type FileChangeType string
 
 // FileEntry A file, directory or link in a sandbox.
 type FileEntry struct {
@@ -745,12 +841,32 @@ type Health struct {
 // HealthStatus Always `ok`; anything else is not 200.
 type HealthStatus string
 
+// InputTaken What was written to a process.
+type InputTaken struct {
+	// Written How many bytes.
+	Written int64 `json:"written"`
+}
+
 // KeepaliveRequest A new lifetime.
 type KeepaliveRequest struct {
 	// Timeout Lifetime from now, at least 1s; above 24h is clamped to 24h. Absent is the sandbox's own.
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
+}
+
+// MakeDirectoryRequest A directory to make.
+type MakeDirectoryRequest struct {
+	// Mode Its permissions in octal, 0 to 0777. Parents have 0755.
+	Mode *string `json:"mode,omitempty"`
+
+	// Owner Name or number of the user that owns it and the parents that had to be made. Absent is the template's user, else root.
+	Owner *string `json:"owner,omitempty"`
+
+	// Path Absolute path. No `..` elements, no NUL.
+	//
+	// Example: /home/user/data
+	Path string `json:"path"`
 }
 
 // Me Who makes the call.
@@ -851,6 +967,36 @@ type OrgList struct {
 	Orgs []Org `json:"orgs"`
 }
 
+// OutputLost A gap in the output, whose bytes are not kept any more.
+type OutputLost struct {
+	// Bytes How many.
+	Bytes int64 `json:"bytes"`
+
+	// Offset Where it begins.
+	Offset int64 `json:"offset"`
+}
+
+// OutputPiece A piece of a process's output.
+type OutputPiece struct {
+	// Data The output: text, or base64 where `encoding` says so.
+	Data string `json:"data"`
+
+	// Encoding `base64` when the piece is not UTF-8, else absent.
+	Encoding *OutputPieceEncoding `json:"encoding,omitempty"`
+
+	// Offset Offset of its first byte. Absent in an execution that is not detached.
+	Offset *int64 `json:"offset,omitempty"`
+
+	// Stream Of which stream it is; in an event, whose name says it, absent.
+	Stream *OutputPieceStream `json:"stream,omitempty"`
+}
+
+// OutputPieceEncoding `base64` when the piece is not UTF-8, else absent.
+type OutputPieceEncoding string
+
+// OutputPieceStream Of which stream it is; in an event, whose name says it, absent.
+type OutputPieceStream string
+
 // Pool The sandboxes that are booted in advance.
 type Pool struct {
 	// Pool One entry for each template and size that is in use or has a target, by name.
@@ -947,6 +1093,110 @@ type Problem struct {
 	//
 	// Example: urn:cay:problem:sandbox_not_found
 	Type string `json:"type"`
+}
+
+// Process A process that some call started.
+type Process struct {
+	// Args Program and arguments, cut off with `…` after 1 KiB. A shell command line is `/bin/sh`, `-c` and it.
+	Args []string `json:"args"`
+
+	// Exit How a process ended.
+	Exit *ProcessExit `json:"exit,omitempty"`
+
+	// OutputFrom Offset of the first byte of output that is kept.
+	OutputFrom *int64 `json:"output_from,omitempty"`
+
+	// OutputKept Its output can be followed.
+	OutputKept bool `json:"output_kept"`
+
+	// OutputTo Offset of the byte to come; how much it has written so far.
+	OutputTo *int64 `json:"output_to,omitempty"`
+
+	// PID Its number in the sandbox. After its end and once it is forgotten another one may have it.
+	//
+	// Example: 7
+	PID int `json:"pid"`
+
+	// StartedAt When it was started.
+	StartedAt time.Time `json:"started_at"`
+
+	// Status Whether it runs.
+	Status ProcessStatus `json:"status"`
+
+	// StdinOpen It can be written to.
+	StdinOpen bool `json:"stdin_open"`
+
+	// Tag Its tag; absent if it has none.
+	Tag *string `json:"tag,omitempty"`
+
+	// Terminal It has a terminal.
+	Terminal bool `json:"terminal"`
+
+	// User Whom it was started as; absent if it is not known.
+	User *string `json:"user,omitempty"`
+
+	// Workdir Its working directory when it was started; absent if it is not known.
+	Workdir *string `json:"workdir,omitempty"`
+}
+
+// ProcessStatus Whether it runs.
+type ProcessStatus string
+
+// ProcessExit How a process ended.
+type ProcessExit struct {
+	// DurationMs How long it ran.
+	DurationMs int64 `json:"duration_ms"`
+
+	// ExitCode Its exit code; 128+N when killed by signal N, 124 when killed at its timeout, 137 when killed for want of memory.
+	ExitCode int `json:"exit_code"`
+
+	// OOMKilled It was killed because the sandbox's memory was used up. The sandbox lives on.
+	OOMKilled bool `json:"oom_killed"`
+
+	// Signal Name of the signal that ended it, e.g. `SIGKILL`; absent when none did.
+	//
+	// Example: SIGTERM
+	Signal *string `json:"signal,omitempty"`
+
+	// StderrTruncated There was more standard error than was sent. Only at the end of a streamed execution that is not detached.
+	StderrTruncated *bool `json:"stderr_truncated,omitempty"`
+
+	// StdoutTruncated There was more standard output than was sent. Only at the end of a streamed execution that is not detached.
+	StdoutTruncated *bool `json:"stdout_truncated,omitempty"`
+
+	// TimedOut It was killed at its timeout.
+	TimedOut bool `json:"timed_out"`
+}
+
+// ProcessList Processes of a sandbox.
+type ProcessList struct {
+	// Processes Newest first.
+	Processes []Process `json:"processes"`
+}
+
+// ProcessOutput Output of a process.
+type ProcessOutput struct {
+	// Lost How many bytes from the offset asked for on are not kept any more.
+	//
+	// Example: 0
+	Lost int64 `json:"lost"`
+
+	// NextOffset What to ask for next: the offset after the last piece.
+	NextOffset int64 `json:"next_offset"`
+
+	// Output The pieces, in the order they came.
+	Output []OutputPiece `json:"output"`
+
+	// Process A process that some call started.
+	Process Process `json:"process"`
+}
+
+// ProcessStarted The event `started` of a streamed execution.
+type ProcessStarted struct {
+	// PID The process in the sandbox.
+	//
+	// Example: 7
+	PID int `json:"pid"`
 }
 
 // Quota What an organization may have at once; 0 is no limit.
@@ -1076,6 +1326,22 @@ type RegistryCredentials struct {
 	Username string `json:"username"`
 }
 
+// RenameFileRequest What to rename.
+type RenameFileRequest struct {
+	// From Absolute path of what is renamed. No `..` elements, no NUL.
+	//
+	// Example: /home/user/draft
+	From string `json:"from"`
+
+	// Overwrite Replace what is there.
+	Overwrite *bool `json:"overwrite,omitempty"`
+
+	// To Its new path.
+	//
+	// Example: /home/user/final
+	To string `json:"to"`
+}
+
 // Sandbox A sandbox.
 type Sandbox struct {
 	// CreatedAt When it was asked for.
@@ -1194,6 +1460,14 @@ type SandboxStatus string
 // Scope One thing a key may do.
 type Scope string
 
+// SignalRequest A signal.
+type SignalRequest struct {
+	// Signal Its name with or without SIG, or its number, 1 to 64.
+	//
+	// Example: TERM
+	Signal string `json:"signal"`
+}
+
 // Size A preset of CPU and memory.
 type Size struct {
 	// Dedicated The CPUs are guaranteed, rather than shared by weight.
@@ -1275,6 +1549,44 @@ type SnapshotList struct {
 
 	// Snapshots The snapshots.
 	Snapshots []Snapshot `json:"snapshots"`
+}
+
+// StartProcessRequest What to start. Exactly one of `command` and `args`.
+type StartProcessRequest struct {
+	// Args A program and its arguments, run without a shell.
+	//
+	// Example: ["python3","-m","http.server"]
+	Args []string `json:"args,omitempty"`
+
+	// Command A shell command line, run by `/bin/sh -c`.
+	//
+	// Example: python3 -m http.server
+	Command *string `json:"command,omitempty"`
+
+	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	Env Env `json:"env,omitempty"`
+
+	// Pty The size of a terminal.
+	Pty *TerminalSize `json:"pty,omitempty"`
+
+	// Stdin Its input stays open to be written to; else it is empty, `/dev/null`. A terminal's is always open.
+	Stdin *bool `json:"stdin,omitempty"`
+
+	// Tag A name to find it by, of no other process that runs.
+	//
+	// Example: server
+	Tag *string `json:"tag,omitempty"`
+
+	// Timeout Kill it and all its descendants after this time, 1s to 24h. Default is never.
+	//
+	// Example: 2h
+	Timeout *string `json:"timeout,omitempty"`
+
+	// User Name or number of the user to run as. Default is the template's, else root.
+	User *string `json:"user,omitempty"`
+
+	// Workdir Absolute path of the working directory; must exist. Default is the template's, else the user's home.
+	Workdir *string `json:"workdir,omitempty"`
 }
 
 // Template What sandboxes are made from.
@@ -1383,6 +1695,19 @@ type TemplateLogs struct {
 // TemplateStatus Where the newest build stands. A template whose `version` is not 0 can be used whatever its status.
 type TemplateStatus string
 
+// TerminalSize The size of a terminal.
+type TerminalSize struct {
+	// Cols Columns.
+	//
+	// Example: 80
+	Cols int `json:"cols"`
+
+	// Rows Rows.
+	//
+	// Example: 24
+	Rows int `json:"rows"`
+}
+
 // Cursor defines model for Cursor.
 type Cursor = string
 
@@ -1394,6 +1719,9 @@ type Limit = int
 
 // PortNumber Example: 8080
 type PortNumber = int
+
+// ProcessRef Example: 7
+type ProcessRef = string
 
 // SandboxID Example: sbx_abcdefghijklmnopqrst
 type SandboxID = string
@@ -1427,6 +1755,9 @@ type NotFound = Problem
 
 // PortAnswer A port of a sandbox.
 type PortAnswer = Port
+
+// ProcessAnswer A process that some call started.
+type ProcessAnswer = Process
 
 // RangeNotSatisfiable An error, as in RFC 9457.
 type RangeNotSatisfiable = Problem
@@ -1536,6 +1867,87 @@ type ListFilesParams struct {
 	Depth *int `form:"depth,omitempty" json:"depth,omitempty"`
 }
 
+// StatFileParams defines parameters for StatFile.
+type StatFileParams struct {
+	// Path Absolute path in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+}
+
+// DownloadTreeParams defines parameters for DownloadTree.
+type DownloadTreeParams struct {
+	// Path Absolute path of a directory in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+}
+
+// UploadTreeParams defines parameters for UploadTree.
+type UploadTreeParams struct {
+	// Path Absolute path of the directory in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+
+	// Owner Name or number of the user that owns what is written. Absent is the template's user, else root.
+	Owner *string `form:"owner,omitempty" json:"owner,omitempty"`
+}
+
+// WatchFilesParams defines parameters for WatchFiles.
+type WatchFilesParams struct {
+	// Path Absolute path of a directory in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+
+	// Recursive Watch all directories below it too.
+	Recursive *bool `form:"recursive,omitempty" json:"recursive,omitempty"`
+}
+
+// GetProcessOutputParams defines parameters for GetProcessOutput.
+type GetProcessOutputParams struct {
+	// Offset Offset of the first byte to send. Beyond what was written yet is 400.
+	Offset *int64 `form:"offset,omitempty" json:"offset,omitempty"`
+
+	// LastEventID `id` of the last event that was received; only what comes after it is sent. Goes before `offset`.
+	LastEventID *string `json:"Last-Event-ID,omitempty"`
+}
+
+// WriteProcessStdinParams defines parameters for WriteProcessStdin.
+type WriteProcessStdinParams struct {
+	// Close The input is at its end after the body, which may be empty. Not for a terminal, which is sent what the key Control-D is.
+	Close *bool `form:"close,omitempty" json:"close,omitempty"`
+}
+
+// WaitProcessParams defines parameters for WaitProcess.
+type WaitProcessParams struct {
+	// Timeout How long to wait, 0 to 5m.
+	Timeout *string `form:"timeout,omitempty" json:"timeout,omitempty"`
+}
+
+// OpenTerminalParams defines parameters for OpenTerminal.
+type OpenTerminalParams struct {
+	// Cols Columns of the terminal, 1 to 10000.
+	Cols *int `form:"cols,omitempty" json:"cols,omitempty"`
+
+	// Rows Its rows, 1 to 10000.
+	Rows *int `form:"rows,omitempty" json:"rows,omitempty"`
+
+	// Command Shell command line to run, by `/bin/sh -c`. Default is a login shell: bash where there is one, else sh.
+	Command *string `form:"command,omitempty" json:"command,omitempty"`
+
+	// User Name or number of the user to run as. Default is the template's, else root.
+	User *string `form:"user,omitempty" json:"user,omitempty"`
+
+	// Workdir Absolute path of the working directory; must exist. Default is the template's, else the user's home.
+	Workdir *string `form:"workdir,omitempty" json:"workdir,omitempty"`
+
+	// Term The variable TERM, which kind of terminal it is.
+	Term *string `form:"term,omitempty" json:"term,omitempty"`
+
+	// Grace How long it lives without a client, 1s to 1h.
+	Grace *string `form:"grace,omitempty" json:"grace,omitempty"`
+
+	// Process Pid or tag of a process to join. Not together with `command`, `user`, `workdir`, `term` and `grace`.
+	Process *string `form:"process,omitempty" json:"process,omitempty"`
+
+	// Offset With `process`, the offset of the first byte to send. Default is all that is kept.
+	Offset *int64 `form:"offset,omitempty" json:"offset,omitempty"`
+}
+
 // OpenTunnelParams defines parameters for OpenTunnel.
 type OpenTunnelParams struct {
 	// Port The port inside; 49983 is the sandbox's own agent's and refused.
@@ -1611,6 +2023,12 @@ type SetEgressJSONRequestBody = Egress
 // ExecuteCommandJSONRequestBody defines body for ExecuteCommand for application/json ContentType.
 type ExecuteCommandJSONRequestBody = ExecuteRequest
 
+// MakeDirectoryJSONRequestBody defines body for MakeDirectory for application/json ContentType.
+type MakeDirectoryJSONRequestBody = MakeDirectoryRequest
+
+// RenameFileJSONRequestBody defines body for RenameFile for application/json ContentType.
+type RenameFileJSONRequestBody = RenameFileRequest
+
 // ForkSandboxJSONRequestBody defines body for ForkSandbox for application/json ContentType.
 type ForkSandboxJSONRequestBody = ForkRequest
 
@@ -1622,6 +2040,15 @@ type SetPortJSONRequestBody = PortSettings
 
 // CreatePortURLJSONRequestBody defines body for CreatePortURL for application/json ContentType.
 type CreatePortURLJSONRequestBody = CreatePortURLRequest
+
+// StartProcessJSONRequestBody defines body for StartProcess for application/json ContentType.
+type StartProcessJSONRequestBody = StartProcessRequest
+
+// ResizeProcessTerminalJSONRequestBody defines body for ResizeProcessTerminal for application/json ContentType.
+type ResizeProcessTerminalJSONRequestBody = TerminalSize
+
+// SignalProcessJSONRequestBody defines body for SignalProcess for application/json ContentType.
+type SignalProcessJSONRequestBody = SignalRequest
 
 // CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
 type CreateSnapshotJSONRequestBody = CreateSnapshotRequest
@@ -1906,6 +2333,11 @@ type wireInterface interface {
 	// and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`.
 	// The body may have up to 8 MiB, `stdin` included.
 	//
+	// With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless it could not be; `stdout` and `stderr` with a piece of output as it comes (`OutputPiece`), which never ends within a character; and `exit` (`ProcessExit`) at the end. Of each stream 8 MiB
+	// are sent. A failure after the stream began is an event `error` with a problem; a stream without one of these two at its end was broken off. Who reads slowly does not hold up the command.
+	// With `detach: true` the command is a process as those of `startProcess`, which goes on when the caller goes away: it has no time limit unless `timeout` says so, events have an `id` to take the stream up with, and who reads too slowly misses output beyond the last MiB
+	// and gets an event `lost` (`OutputLost`).
+	//
 	// Takes any type of body and a specified content type.
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/execute (the `ExecuteCommand` operationId).
@@ -1917,6 +2349,11 @@ type wireInterface interface {
 	// A command over its `timeout` is killed with all its descendants: `timed_out` is true and `exit_code` 124. A command killed by signal N has exit code 128+N
 	// and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`.
 	// The body may have up to 8 MiB, `stdin` included.
+	//
+	// With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless it could not be; `stdout` and `stderr` with a piece of output as it comes (`OutputPiece`), which never ends within a character; and `exit` (`ProcessExit`) at the end. Of each stream 8 MiB
+	// are sent. A failure after the stream began is an event `error` with a problem; a stream without one of these two at its end was broken off. Who reads slowly does not hold up the command.
+	// With `detach: true` the command is a process as those of `startProcess`, which goes on when the caller goes away: it has no time limit unless `timeout` says so, events have an `id` to take the stream up with, and who reads too slowly misses output beyond the last MiB
+	// and gets an event `lost` (`OutputLost`).
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -1953,6 +2390,76 @@ type wireInterface interface {
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/files/list (the `ListFiles` operationId).
 	ListFiles(ctx context.Context, id SandboxID, params *ListFilesParams, reqEditors ...requestEditor) (*http.Response, error)
+
+	// MakeDirectoryWithBody Make a directory
+	//
+	// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/files/mkdir (the `MakeDirectory` operationId).
+	MakeDirectoryWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// MakeDirectory Make a directory
+	//
+	// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/files/mkdir (the `MakeDirectory` operationId).
+	MakeDirectory(ctx context.Context, id SandboxID, body MakeDirectoryJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
+	// RenameFileWithBody Rename a file or directory
+	//
+	// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/files/rename (the `RenameFile` operationId).
+	RenameFileWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// RenameFile Rename a file or directory
+	//
+	// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/files/rename (the `RenameFile` operationId).
+	RenameFile(ctx context.Context, id SandboxID, body RenameFileJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
+	// StatFile Describe a file or directory
+	//
+	// What is at the path itself; a symbolic link is described, not followed. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/files/stat (the `StatFile` operationId).
+	StatFile(ctx context.Context, id SandboxID, params *StatFileParams, reqEditors ...requestEditor) (*http.Response, error)
+
+	// DownloadTree Read a directory as tar
+	//
+	// An archive of everything below a directory, names relative to it: files, directories and symbolic links with permissions, owners and times; sockets, pipes and devices are left out. Streamed, so what changes meanwhile is in it as it was read; a connection that breaks says that it is not whole.
+	// 404 when the directory does not exist, 400 when it is not one. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/files/tar (the `DownloadTree` operationId).
+	DownloadTree(ctx context.Context, id SandboxID, params *DownloadTreeParams, reqEditors ...requestEditor) (*http.Response, error)
+
+	// UploadTreeWithBody Write a directory from tar
+	//
+	// Unpacks an archive of up to 10 GB (10·10⁹ bytes; so much its files may have, too) into a directory, making it if it is not there. What is there and not in the archive stays; files and links are replaced. Everything becomes the owner's, with the archive's
+	// permissions, without set-id bits. Each file appears whole or not at all; after an error those before it are there. Nothing is written outside the directory: absolute names, `..` elements, writing through links that lead out, devices and
+	// more than 500000 entries are 400, code `invalid_tar`. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with PUT /v1/sandboxes/{id}/files/tar (the `UploadTree` operationId).
+	UploadTreeWithBody(ctx context.Context, id SandboxID, params *UploadTreeParams, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// WatchFiles Watch a directory
+	//
+	// Server-sent events: `ready` once changes are seen, then `change` with a FileChange for each, until the caller goes; comments now and then when there is nothing. Events of one file come in order; an editor's save is several. With `recursive`, directories that appear are
+	// watched too, 10000 in all. When the sandbox goes or the server stops, the stream ends. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/files/watch (the `WatchFiles` operationId).
+	WatchFiles(ctx context.Context, id SandboxID, params *WatchFilesParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// ForkSandboxWithBody Make children of a running sandbox
 	//
@@ -2057,6 +2564,119 @@ type wireInterface interface {
 	// Corresponds with POST /v1/sandboxes/{id}/ports/{port}/url (the `CreatePortURL` operationId).
 	CreatePortURL(ctx context.Context, id SandboxID, port PortNumber, body CreatePortURLJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
 
+	// ListProcesses List processes
+	//
+	// What calls have started and still runs: processes, terminals, commands of `executeCommand`, the template's start command; not what these have started themselves. And processes that have ended and are still
+	// known: the last 32, for 15 minutes. Newest first, 1000 at most, not paged. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/processes (the `ListProcesses` operationId).
+	ListProcesses(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
+
+	// StartProcessWithBody Start a process that goes on by itself
+	//
+	// Starts `command` or `args` and answers when it runs. It goes on whether or not anybody listens, through suspend and wake too, until it ends, is killed, or its `timeout` is over.
+	// The last MiB of its output is kept to be followed from any offset, less when a sandbox has more than 32 processes. With `stdin: true` its input stays open to be written to; with `pty` it has a terminal.
+	// At most 512 run in a sandbox at once (503, code `too_many_processes`). Nobody can have a `tag` that a running process has (409, code `tag_in_use`).
+	//
+	// A process does not keep its sandbox from being idle: only calls do, while they last, and those that follow or wait for a process last. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/processes (the `StartProcess` operationId).
+	StartProcessWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// StartProcess Start a process that goes on by itself
+	//
+	// Starts `command` or `args` and answers when it runs. It goes on whether or not anybody listens, through suspend and wake too, until it ends, is killed, or its `timeout` is over.
+	// The last MiB of its output is kept to be followed from any offset, less when a sandbox has more than 32 processes. With `stdin: true` its input stays open to be written to; with `pty` it has a terminal.
+	// At most 512 run in a sandbox at once (503, code `too_many_processes`). Nobody can have a `tag` that a running process has (409, code `tag_in_use`).
+	//
+	// A process does not keep its sandbox from being idle: only calls do, while they last, and those that follow or wait for a process last. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/processes (the `StartProcess` operationId).
+	StartProcess(ctx context.Context, id SandboxID, body StartProcessJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
+	// KillProcess Kill a process and forget it
+	//
+	// Kills it with everything that descends from it, and answers when all are gone. One that has ended is forgotten, and what it left in the background is killed. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with DELETE /v1/sandboxes/{id}/processes/{process} (the `KillProcess` operationId).
+	KillProcess(ctx context.Context, id SandboxID, process ProcessRef, reqEditors ...requestEditor) (*http.Response, error)
+
+	// GetProcess Read a process
+	//
+	// 404, code `process_not_found`, when there is none, or it ended a while ago. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/processes/{process} (the `GetProcess` operationId).
+	GetProcess(ctx context.Context, id SandboxID, process ProcessRef, reqEditors ...requestEditor) (*http.Response, error)
+
+	// GetProcessOutput Read or follow a process's output
+	//
+	// Every byte of output has an offset, counted from 0 in the order it came, all streams together. The last MiB is kept; when what is asked for is gone, `lost` says how much. 409, code `output_not_kept`, for a process whose output goes
+	// to the call that started it.
+	//
+	// Without more, answers what there is from `offset` on. With `Accept: text/event-stream` follows: events `stdout`, `stderr` and `terminal` with a piece of output (`OutputPiece`), `lost` with a gap (`OutputLost`), first what is kept and then as it comes, and
+	// `exit` (`ProcessExit`) at the end. The `id` of an event is the offset after it: as `Last-Event-ID` it takes a stream up that broke off. `error`, with a problem, ends a stream that fails or whose server stops. No piece ends within a
+	// character, unless the process stopped there for a while. Who reads slowly misses output, and is told; the process is never held up. The sandbox counts as in use meanwhile. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/processes/{process}/output (the `GetProcessOutput` operationId).
+	GetProcessOutput(ctx context.Context, id SandboxID, process ProcessRef, params *GetProcessOutputParams, reqEditors ...requestEditor) (*http.Response, error)
+
+	// ResizeProcessTerminalWithBody Resize a process's terminal
+	//
+	// 409, code `no_terminal`, for a process without one. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/processes/{process}/resize (the `ResizeProcessTerminal` operationId).
+	ResizeProcessTerminalWithBody(ctx context.Context, id SandboxID, process ProcessRef, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// ResizeProcessTerminal Resize a process's terminal
+	//
+	// 409, code `no_terminal`, for a process without one. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/processes/{process}/resize (the `ResizeProcessTerminal` operationId).
+	ResizeProcessTerminal(ctx context.Context, id SandboxID, process ProcessRef, body ResizeProcessTerminalJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
+	// SignalProcessWithBody Send a signal to a process
+	//
+	// Sends it to the process and its process group, as a terminal does. 409, code `process_ended`, for one that has ended. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/processes/{process}/signal (the `SignalProcess` operationId).
+	SignalProcessWithBody(ctx context.Context, id SandboxID, process ProcessRef, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// SignalProcess Send a signal to a process
+	//
+	// Sends it to the process and its process group, as a terminal does. 409, code `process_ended`, for one that has ended. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/processes/{process}/signal (the `SignalProcess` operationId).
+	SignalProcess(ctx context.Context, id SandboxID, process ProcessRef, body SignalProcessJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
+
+	// WriteProcessStdinWithBody Write to a process's input
+	//
+	// Writes the body to its standard input, or its terminal, and answers when the process's pipe has taken it. A process that does not read for 30 seconds is 409, code `stdin_blocked`; one whose input is closed or was never open 409, code `stdin_closed`; one that has
+	// ended 409, code `process_ended`. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/sandboxes/{id}/processes/{process}/stdin (the `WriteProcessStdin` operationId).
+	WriteProcessStdinWithBody(ctx context.Context, id SandboxID, process ProcessRef, params *WriteProcessStdinParams, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
+
+	// WaitProcess Wait for a process's end
+	//
+	// Answers when the process has ended, or as it is then after `timeout`. The sandbox counts as in use meanwhile. 503, code `stopping`, when the server stops. A suspended sandbox is woken first, see `wakeSandbox`.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/processes/{process}/wait (the `WaitProcess` operationId).
+	WaitProcess(ctx context.Context, id SandboxID, process ProcessRef, params *WaitProcessParams, reqEditors ...requestEditor) (*http.Response, error)
+
 	// CreateSnapshotWithBody Make a snapshot of a sandbox
 	//
 	// Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
@@ -2093,6 +2713,25 @@ type wireInterface interface {
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/suspend (the `SuspendSandbox` operationId).
 	SuspendSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
+
+	// OpenTerminal Open a terminal
+	//
+	// A WebSocket (RFC 6455) to a shell with a terminal. Binary frames are bytes, to the terminal and from it. Text frames are JSON objects with a `type`:
+	//
+	// * from the client `{"type":"resize","cols":120,"rows":40}`;
+	// * from the server, first, `{"type":"started","pid":7,"offset":0}`: the process, and the offset of the first byte that follows; when reconnecting to output that is not all kept `{"type":"lost","offset":0,"bytes":4096}`;
+	// * from the server, last, `{"type":"exit","exit_code":0,…}` with the fields of `ProcessExit`, or `{"type":"error","code":"…","detail":"…"}`. Then it closes: 1000 after `exit`, 1001 when the server stops, 1011 after an error.
+	//
+	// With `process` it joins a process that has a terminal, instead of starting one, and sends what is kept of its output from `offset` on. A terminal that nobody is connected to any more is hung up and killed after `grace`, so that a client whose connection broke can come
+	// back; this begins anew with each client that leaves. Several may be connected at once.
+	//
+	// Browsers cannot send the `Authorization` header with a WebSocket. They can offer two subprotocols instead, `new WebSocket(url, ["cay.terminal.v1", "cay.key." + key])`; the server chooses the first and the key appears in no URL and no log. The `Origin` of a page is not looked at: nothing is
+	// allowed without the key, which no browser sends by itself, and a page that has it may use it.
+	//
+	// The sandbox counts as in use while somebody is connected. A suspended sandbox is woken first, see `wakeSandbox`. A request that is no WebSocket's is 400, code `not_a_websocket`.
+	//
+	// Corresponds with GET /v1/sandboxes/{id}/terminal (the `OpenTerminal` operationId).
+	OpenTerminal(ctx context.Context, id SandboxID, params *OpenTerminalParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// OpenTunnel Open a TCP connection to a port
 	//
@@ -2666,6 +3305,11 @@ func (c *wire) ListEvents(ctx context.Context, id SandboxID, params *ListEventsP
 // and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`.
 // The body may have up to 8 MiB, `stdin` included.
 //
+// With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless it could not be; `stdout` and `stderr` with a piece of output as it comes (`OutputPiece`), which never ends within a character; and `exit` (`ProcessExit`) at the end. Of each stream 8 MiB
+// are sent. A failure after the stream began is an event `error` with a problem; a stream without one of these two at its end was broken off. Who reads slowly does not hold up the command.
+// With `detach: true` the command is a process as those of `startProcess`, which goes on when the caller goes away: it has no time limit unless `timeout` says so, events have an `id` to take the stream up with, and who reads too slowly misses output beyond the last MiB
+// and gets an event `lost` (`OutputLost`).
+//
 // Takes any type of body and a specified content type.
 //
 // Corresponds with POST /v1/sandboxes/{id}/execute (the `ExecuteCommand` operationId).
@@ -2687,6 +3331,11 @@ func (c *wire) ExecuteCommandWithBody(ctx context.Context, id SandboxID, content
 // A command over its `timeout` is killed with all its descendants: `timed_out` is true and `exit_code` 124. A command killed by signal N has exit code 128+N
 // and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`.
 // The body may have up to 8 MiB, `stdin` included.
+//
+// With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless it could not be; `stdout` and `stderr` with a piece of output as it comes (`OutputPiece`), which never ends within a character; and `exit` (`ProcessExit`) at the end. Of each stream 8 MiB
+// are sent. A failure after the stream began is an event `error` with a problem; a stream without one of these two at its end was broken off. Who reads slowly does not hold up the command.
+// With `detach: true` the command is a process as those of `startProcess`, which goes on when the caller goes away: it has no time limit unless `timeout` says so, events have an `id` to take the stream up with, and who reads too slowly misses output beyond the last MiB
+// and gets an event `lost` (`OutputLost`).
 //
 // Takes a body of the `application/json` content type.
 //
@@ -2764,6 +3413,156 @@ func (c *wire) WriteFileWithBody(ctx context.Context, id SandboxID, params *Writ
 // Corresponds with GET /v1/sandboxes/{id}/files/list (the `ListFiles` operationId).
 func (c *wire) ListFiles(ctx context.Context, id SandboxID, params *ListFilesParams, reqEditors ...requestEditor) (*http.Response, error) {
 	req, err := newListFilesRequest(c.Server, id, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// MakeDirectoryWithBody Make a directory
+//
+// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/files/mkdir (the `MakeDirectory` operationId).
+func (c *wire) MakeDirectoryWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newMakeDirectoryRequestWithBody(c.Server, id, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// MakeDirectory Make a directory
+//
+// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/files/mkdir (the `MakeDirectory` operationId).
+func (c *wire) MakeDirectory(ctx context.Context, id SandboxID, body MakeDirectoryJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newMakeDirectoryRequest(c.Server, id, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// RenameFileWithBody Rename a file or directory
+//
+// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/files/rename (the `RenameFile` operationId).
+func (c *wire) RenameFileWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newRenameFileRequestWithBody(c.Server, id, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// RenameFile Rename a file or directory
+//
+// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/files/rename (the `RenameFile` operationId).
+func (c *wire) RenameFile(ctx context.Context, id SandboxID, body RenameFileJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newRenameFileRequest(c.Server, id, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// StatFile Describe a file or directory
+//
+// What is at the path itself; a symbolic link is described, not followed. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with GET /v1/sandboxes/{id}/files/stat (the `StatFile` operationId).
+func (c *wire) StatFile(ctx context.Context, id SandboxID, params *StatFileParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newStatFileRequest(c.Server, id, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// DownloadTree Read a directory as tar
+//
+// An archive of everything below a directory, names relative to it: files, directories and symbolic links with permissions, owners and times; sockets, pipes and devices are left out. Streamed, so what changes meanwhile is in it as it was read; a connection that breaks says that it is not whole.
+// 404 when the directory does not exist, 400 when it is not one. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with GET /v1/sandboxes/{id}/files/tar (the `DownloadTree` operationId).
+func (c *wire) DownloadTree(ctx context.Context, id SandboxID, params *DownloadTreeParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newDownloadTreeRequest(c.Server, id, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// UploadTreeWithBody Write a directory from tar
+//
+// Unpacks an archive of up to 10 GB (10·10⁹ bytes; so much its files may have, too) into a directory, making it if it is not there. What is there and not in the archive stays; files and links are replaced. Everything becomes the owner's, with the archive's
+// permissions, without set-id bits. Each file appears whole or not at all; after an error those before it are there. Nothing is written outside the directory: absolute names, `..` elements, writing through links that lead out, devices and
+// more than 500000 entries are 400, code `invalid_tar`. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with PUT /v1/sandboxes/{id}/files/tar (the `UploadTree` operationId).
+func (c *wire) UploadTreeWithBody(ctx context.Context, id SandboxID, params *UploadTreeParams, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newUploadTreeRequestWithBody(c.Server, id, params, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// WatchFiles Watch a directory
+//
+// Server-sent events: `ready` once changes are seen, then `change` with a FileChange for each, until the caller goes; comments now and then when there is nothing. Events of one file come in order; an editor's save is several. With `recursive`, directories that appear are
+// watched too, 10000 in all. When the sandbox goes or the server stops, the stream ends. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with GET /v1/sandboxes/{id}/files/watch (the `WatchFiles` operationId).
+func (c *wire) WatchFiles(ctx context.Context, id SandboxID, params *WatchFilesParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newWatchFilesRequest(c.Server, id, params)
 	if err != nil {
 		return nil, err
 	}
@@ -2977,6 +3776,239 @@ func (c *wire) CreatePortURL(ctx context.Context, id SandboxID, port PortNumber,
 	return c.Client.Do(req)
 }
 
+// ListProcesses List processes
+//
+// What calls have started and still runs: processes, terminals, commands of `executeCommand`, the template's start command; not what these have started themselves. And processes that have ended and are still
+// known: the last 32, for 15 minutes. Newest first, 1000 at most, not paged. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with GET /v1/sandboxes/{id}/processes (the `ListProcesses` operationId).
+func (c *wire) ListProcesses(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newListProcessesRequest(c.Server, id)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// StartProcessWithBody Start a process that goes on by itself
+//
+// Starts `command` or `args` and answers when it runs. It goes on whether or not anybody listens, through suspend and wake too, until it ends, is killed, or its `timeout` is over.
+// The last MiB of its output is kept to be followed from any offset, less when a sandbox has more than 32 processes. With `stdin: true` its input stays open to be written to; with `pty` it has a terminal.
+// At most 512 run in a sandbox at once (503, code `too_many_processes`). Nobody can have a `tag` that a running process has (409, code `tag_in_use`).
+//
+// A process does not keep its sandbox from being idle: only calls do, while they last, and those that follow or wait for a process last. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/processes (the `StartProcess` operationId).
+func (c *wire) StartProcessWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newStartProcessRequestWithBody(c.Server, id, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// StartProcess Start a process that goes on by itself
+//
+// Starts `command` or `args` and answers when it runs. It goes on whether or not anybody listens, through suspend and wake too, until it ends, is killed, or its `timeout` is over.
+// The last MiB of its output is kept to be followed from any offset, less when a sandbox has more than 32 processes. With `stdin: true` its input stays open to be written to; with `pty` it has a terminal.
+// At most 512 run in a sandbox at once (503, code `too_many_processes`). Nobody can have a `tag` that a running process has (409, code `tag_in_use`).
+//
+// A process does not keep its sandbox from being idle: only calls do, while they last, and those that follow or wait for a process last. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/processes (the `StartProcess` operationId).
+func (c *wire) StartProcess(ctx context.Context, id SandboxID, body StartProcessJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newStartProcessRequest(c.Server, id, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// KillProcess Kill a process and forget it
+//
+// Kills it with everything that descends from it, and answers when all are gone. One that has ended is forgotten, and what it left in the background is killed. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with DELETE /v1/sandboxes/{id}/processes/{process} (the `KillProcess` operationId).
+func (c *wire) KillProcess(ctx context.Context, id SandboxID, process ProcessRef, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newKillProcessRequest(c.Server, id, process)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// GetProcess Read a process
+//
+// 404, code `process_not_found`, when there is none, or it ended a while ago. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with GET /v1/sandboxes/{id}/processes/{process} (the `GetProcess` operationId).
+func (c *wire) GetProcess(ctx context.Context, id SandboxID, process ProcessRef, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newGetProcessRequest(c.Server, id, process)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// GetProcessOutput Read or follow a process's output
+//
+// Every byte of output has an offset, counted from 0 in the order it came, all streams together. The last MiB is kept; when what is asked for is gone, `lost` says how much. 409, code `output_not_kept`, for a process whose output goes
+// to the call that started it.
+//
+// Without more, answers what there is from `offset` on. With `Accept: text/event-stream` follows: events `stdout`, `stderr` and `terminal` with a piece of output (`OutputPiece`), `lost` with a gap (`OutputLost`), first what is kept and then as it comes, and
+// `exit` (`ProcessExit`) at the end. The `id` of an event is the offset after it: as `Last-Event-ID` it takes a stream up that broke off. `error`, with a problem, ends a stream that fails or whose server stops. No piece ends within a
+// character, unless the process stopped there for a while. Who reads slowly misses output, and is told; the process is never held up. The sandbox counts as in use meanwhile. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with GET /v1/sandboxes/{id}/processes/{process}/output (the `GetProcessOutput` operationId).
+func (c *wire) GetProcessOutput(ctx context.Context, id SandboxID, process ProcessRef, params *GetProcessOutputParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newGetProcessOutputRequest(c.Server, id, process, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ResizeProcessTerminalWithBody Resize a process's terminal
+//
+// 409, code `no_terminal`, for a process without one. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/processes/{process}/resize (the `ResizeProcessTerminal` operationId).
+func (c *wire) ResizeProcessTerminalWithBody(ctx context.Context, id SandboxID, process ProcessRef, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newResizeProcessTerminalRequestWithBody(c.Server, id, process, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ResizeProcessTerminal Resize a process's terminal
+//
+// 409, code `no_terminal`, for a process without one. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/processes/{process}/resize (the `ResizeProcessTerminal` operationId).
+func (c *wire) ResizeProcessTerminal(ctx context.Context, id SandboxID, process ProcessRef, body ResizeProcessTerminalJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newResizeProcessTerminalRequest(c.Server, id, process, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// SignalProcessWithBody Send a signal to a process
+//
+// Sends it to the process and its process group, as a terminal does. 409, code `process_ended`, for one that has ended. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/processes/{process}/signal (the `SignalProcess` operationId).
+func (c *wire) SignalProcessWithBody(ctx context.Context, id SandboxID, process ProcessRef, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newSignalProcessRequestWithBody(c.Server, id, process, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// SignalProcess Send a signal to a process
+//
+// Sends it to the process and its process group, as a terminal does. 409, code `process_ended`, for one that has ended. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/processes/{process}/signal (the `SignalProcess` operationId).
+func (c *wire) SignalProcess(ctx context.Context, id SandboxID, process ProcessRef, body SignalProcessJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newSignalProcessRequest(c.Server, id, process, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// WriteProcessStdinWithBody Write to a process's input
+//
+// Writes the body to its standard input, or its terminal, and answers when the process's pipe has taken it. A process that does not read for 30 seconds is 409, code `stdin_blocked`; one whose input is closed or was never open 409, code `stdin_closed`; one that has
+// ended 409, code `process_ended`. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/sandboxes/{id}/processes/{process}/stdin (the `WriteProcessStdin` operationId).
+func (c *wire) WriteProcessStdinWithBody(ctx context.Context, id SandboxID, process ProcessRef, params *WriteProcessStdinParams, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newWriteProcessStdinRequestWithBody(c.Server, id, process, params, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// WaitProcess Wait for a process's end
+//
+// Answers when the process has ended, or as it is then after `timeout`. The sandbox counts as in use meanwhile. 503, code `stopping`, when the server stops. A suspended sandbox is woken first, see `wakeSandbox`.
+//
+// Corresponds with GET /v1/sandboxes/{id}/processes/{process}/wait (the `WaitProcess` operationId).
+func (c *wire) WaitProcess(ctx context.Context, id SandboxID, process ProcessRef, params *WaitProcessParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newWaitProcessRequest(c.Server, id, process, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
 // CreateSnapshotWithBody Make a snapshot of a sandbox
 //
 // Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
@@ -3034,6 +4066,35 @@ func (c *wire) CreateSnapshot(ctx context.Context, id SandboxID, body CreateSnap
 // Corresponds with POST /v1/sandboxes/{id}/suspend (the `SuspendSandbox` operationId).
 func (c *wire) SuspendSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
 	req, err := newSuspendSandboxRequest(c.Server, id)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// OpenTerminal Open a terminal
+//
+// A WebSocket (RFC 6455) to a shell with a terminal. Binary frames are bytes, to the terminal and from it. Text frames are JSON objects with a `type`:
+//
+// * from the client `{"type":"resize","cols":120,"rows":40}`;
+// * from the server, first, `{"type":"started","pid":7,"offset":0}`: the process, and the offset of the first byte that follows; when reconnecting to output that is not all kept `{"type":"lost","offset":0,"bytes":4096}`;
+// * from the server, last, `{"type":"exit","exit_code":0,…}` with the fields of `ProcessExit`, or `{"type":"error","code":"…","detail":"…"}`. Then it closes: 1000 after `exit`, 1001 when the server stops, 1011 after an error.
+//
+// With `process` it joins a process that has a terminal, instead of starting one, and sends what is kept of its output from `offset` on. A terminal that nobody is connected to any more is hung up and killed after `grace`, so that a client whose connection broke can come
+// back; this begins anew with each client that leaves. Several may be connected at once.
+//
+// Browsers cannot send the `Authorization` header with a WebSocket. They can offer two subprotocols instead, `new WebSocket(url, ["cay.terminal.v1", "cay.key." + key])`; the server chooses the first and the key appears in no URL and no log. The `Origin` of a page is not looked at: nothing is
+// allowed without the key, which no browser sends by itself, and a page that has it may use it.
+//
+// The sandbox counts as in use while somebody is connected. A suspended sandbox is woken first, see `wakeSandbox`. A request that is no WebSocket's is 400, code `not_a_websocket`.
+//
+// Corresponds with GET /v1/sandboxes/{id}/terminal (the `OpenTerminal` operationId).
+func (c *wire) OpenTerminal(ctx context.Context, id SandboxID, params *OpenTerminalParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newOpenTerminalRequest(c.Server, id, params)
 	if err != nil {
 		return nil, err
 	}
@@ -4481,6 +5542,354 @@ func newListFilesRequest(server string, id SandboxID, params *ListFilesParams) (
 	return req, nil
 }
 
+// NewMakeDirectoryRequest calls the generic MakeDirectory builder with application/json body
+func newMakeDirectoryRequest(server string, id SandboxID, body MakeDirectoryJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newMakeDirectoryRequestWithBody(server, id, "application/json", bodyReader)
+}
+
+// NewMakeDirectoryRequestWithBody constructs an http.Request for the MakeDirectory method, with any body, and a specified content type
+func newMakeDirectoryRequestWithBody(server string, id SandboxID, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/mkdir", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewRenameFileRequest calls the generic RenameFile builder with application/json body
+func newRenameFileRequest(server string, id SandboxID, body RenameFileJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newRenameFileRequestWithBody(server, id, "application/json", bodyReader)
+}
+
+// NewRenameFileRequestWithBody constructs an http.Request for the RenameFile method, with any body, and a specified content type
+func newRenameFileRequestWithBody(server string, id SandboxID, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/rename", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewStatFileRequest constructs an http.Request for the StatFile method
+func newStatFileRequest(server string, id SandboxID, params *StatFileParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/stat", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if queryFrag, err := runtime.StyleParamWithOptions("form", true, "path", params.Path, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+			return nil, err
+		} else {
+			for _, qp := range strings.Split(queryFrag, "&") {
+				rawQueryFragments = append(rawQueryFragments, qp)
+			}
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewDownloadTreeRequest constructs an http.Request for the DownloadTree method
+func newDownloadTreeRequest(server string, id SandboxID, params *DownloadTreeParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/tar", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if queryFrag, err := runtime.StyleParamWithOptions("form", true, "path", params.Path, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+			return nil, err
+		} else {
+			for _, qp := range strings.Split(queryFrag, "&") {
+				rawQueryFragments = append(rawQueryFragments, qp)
+			}
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewUploadTreeRequestWithBody constructs an http.Request for the UploadTree method, with any body, and a specified content type
+func newUploadTreeRequestWithBody(server string, id SandboxID, params *UploadTreeParams, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/tar", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if queryFrag, err := runtime.StyleParamWithOptions("form", true, "path", params.Path, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+			return nil, err
+		} else {
+			for _, qp := range strings.Split(queryFrag, "&") {
+				rawQueryFragments = append(rawQueryFragments, qp)
+			}
+		}
+
+		if params.Owner != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "owner", *params.Owner, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodPut, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewWatchFilesRequest constructs an http.Request for the WatchFiles method
+func newWatchFilesRequest(server string, id SandboxID, params *WatchFilesParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/files/watch", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if queryFrag, err := runtime.StyleParamWithOptions("form", true, "path", params.Path, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+			return nil, err
+		} else {
+			for _, qp := range strings.Split(queryFrag, "&") {
+				rawQueryFragments = append(rawQueryFragments, qp)
+			}
+		}
+
+		if params.Recursive != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "recursive", *params.Recursive, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "boolean", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
 // NewForkSandboxRequest calls the generic ForkSandbox builder with application/json body
 func newForkSandboxRequest(server string, id SandboxID, body ForkSandboxJSONRequestBody) (*http.Request, error) {
 	var bodyReader io.Reader
@@ -4758,6 +6167,498 @@ func newCreatePortURLRequestWithBody(server string, id SandboxID, port PortNumbe
 	return req, nil
 }
 
+// NewListProcessesRequest constructs an http.Request for the ListProcesses method
+func newListProcessesRequest(server string, id SandboxID) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/processes", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewStartProcessRequest calls the generic StartProcess builder with application/json body
+func newStartProcessRequest(server string, id SandboxID, body StartProcessJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newStartProcessRequestWithBody(server, id, "application/json", bodyReader)
+}
+
+// NewStartProcessRequestWithBody constructs an http.Request for the StartProcess method, with any body, and a specified content type
+func newStartProcessRequestWithBody(server string, id SandboxID, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/processes", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewKillProcessRequest constructs an http.Request for the KillProcess method
+func newKillProcessRequest(server string, id SandboxID, process ProcessRef) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	var pathParam1 string
+
+	pathParam1, err = runtime.StyleParamWithOptions("simple", false, "process", process, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/processes/%s", pathParam0, pathParam1)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodDelete, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewGetProcessRequest constructs an http.Request for the GetProcess method
+func newGetProcessRequest(server string, id SandboxID, process ProcessRef) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	var pathParam1 string
+
+	pathParam1, err = runtime.StyleParamWithOptions("simple", false, "process", process, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/processes/%s", pathParam0, pathParam1)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewGetProcessOutputRequest constructs an http.Request for the GetProcessOutput method
+func newGetProcessOutputRequest(server string, id SandboxID, process ProcessRef, params *GetProcessOutputParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	var pathParam1 string
+
+	pathParam1, err = runtime.StyleParamWithOptions("simple", false, "process", process, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/processes/%s/output", pathParam0, pathParam1)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if params.Offset != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "offset", *params.Offset, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: "int64"}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+
+		if params.LastEventID != nil {
+			var headerParam0 string
+
+			headerParam0, err = runtime.StyleParamWithOptions("simple", false, "Last-Event-ID", *params.LastEventID, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationHeader, Type: "string", Format: ""})
+			if err != nil {
+				return nil, err
+			}
+
+			req.Header.Set("Last-Event-ID", headerParam0)
+		}
+
+	}
+
+	return req, nil
+}
+
+// NewResizeProcessTerminalRequest calls the generic ResizeProcessTerminal builder with application/json body
+func newResizeProcessTerminalRequest(server string, id SandboxID, process ProcessRef, body ResizeProcessTerminalJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newResizeProcessTerminalRequestWithBody(server, id, process, "application/json", bodyReader)
+}
+
+// NewResizeProcessTerminalRequestWithBody constructs an http.Request for the ResizeProcessTerminal method, with any body, and a specified content type
+func newResizeProcessTerminalRequestWithBody(server string, id SandboxID, process ProcessRef, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	var pathParam1 string
+
+	pathParam1, err = runtime.StyleParamWithOptions("simple", false, "process", process, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/processes/%s/resize", pathParam0, pathParam1)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewSignalProcessRequest calls the generic SignalProcess builder with application/json body
+func newSignalProcessRequest(server string, id SandboxID, process ProcessRef, body SignalProcessJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return newSignalProcessRequestWithBody(server, id, process, "application/json", bodyReader)
+}
+
+// NewSignalProcessRequestWithBody constructs an http.Request for the SignalProcess method, with any body, and a specified content type
+func newSignalProcessRequestWithBody(server string, id SandboxID, process ProcessRef, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	var pathParam1 string
+
+	pathParam1, err = runtime.StyleParamWithOptions("simple", false, "process", process, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/processes/%s/signal", pathParam0, pathParam1)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewWriteProcessStdinRequestWithBody constructs an http.Request for the WriteProcessStdin method, with any body, and a specified content type
+func newWriteProcessStdinRequestWithBody(server string, id SandboxID, process ProcessRef, params *WriteProcessStdinParams, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	var pathParam1 string
+
+	pathParam1, err = runtime.StyleParamWithOptions("simple", false, "process", process, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/processes/%s/stdin", pathParam0, pathParam1)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if params.Close != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "close", *params.Close, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "boolean", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewWaitProcessRequest constructs an http.Request for the WaitProcess method
+func newWaitProcessRequest(server string, id SandboxID, process ProcessRef, params *WaitProcessParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	var pathParam1 string
+
+	pathParam1, err = runtime.StyleParamWithOptions("simple", false, "process", process, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/processes/%s/wait", pathParam0, pathParam1)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if params.Timeout != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "timeout", *params.Timeout, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
 // NewCreateSnapshotRequest calls the generic CreateSnapshot builder with application/json body
 func newCreateSnapshotRequest(server string, id SandboxID, body CreateSnapshotJSONRequestBody) (*http.Request, error) {
 	var bodyReader io.Reader
@@ -4832,6 +6733,163 @@ func newSuspendSandboxRequest(server string, id SandboxID) (*http.Request, error
 	}
 
 	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewOpenTerminalRequest constructs an http.Request for the OpenTerminal method
+func newOpenTerminalRequest(server string, id SandboxID, params *OpenTerminalParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "id", id, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/sandboxes/%s/terminal", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if params.Cols != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "cols", *params.Cols, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Rows != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "rows", *params.Rows, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Command != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "command", *params.Command, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.User != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "user", *params.User, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Workdir != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "workdir", *params.Workdir, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Term != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "term", *params.Term, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Grace != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "grace", *params.Grace, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Process != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "process", *params.Process, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Offset != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "offset", *params.Offset, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: "int64"}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -5461,4 +7519,4 @@ func (c *wire) applyEditors(ctx context.Context, req *http.Request, additionalEd
 }
 
 // What decodes the answers is in client.go.
-// 44 operations.
+// 60 operations.

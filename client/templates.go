@@ -1,7 +1,6 @@
 package client
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -12,7 +11,6 @@ import (
 	"mime/multipart"
 	"net/http"
 	"net/textproto"
-	"strings"
 )
 
 // ListTemplates returns a page of templates, newest first.
@@ -138,42 +136,30 @@ func (c *Client) FollowTemplate(ctx context.Context, nameOrID, after string, emi
 	if after != "" {
 		p.LastEventID = &after
 	}
-	resp, err := open(c.wire.GetTemplateLogs(ctx, nameOrID, &p, func(_ context.Context, r *http.Request) error {
-		r.Header.Set("Accept", "text/event-stream")
-		return nil
-	}))
+	resp, err := open(c.wire.GetTemplateLogs(ctx, nameOrID, &p, acceptEvents))
 	if err != nil {
 		return nil, err
 	}
 	defer resp.Body.Close()
-	lines := bufio.NewScanner(resp.Body)
-	lines.Buffer(nil, maxEvent)
-	fields := map[string]string{}
-	for lines.Scan() {
-		if name, value, ok := strings.Cut(lines.Text(), ":"); ok {
-			fields[name] = strings.TrimPrefix(value, " ")
-			continue
-		}
-		switch fields["event"] {
+	t := new(Template)
+	err = readEvents(resp.Body, maxEvent, func(id, event string, data []byte) error {
+		switch event {
 		case "line":
 			var line TemplateLogLine
-			if err := json.Unmarshal([]byte(fields["data"]), &line); err != nil {
-				return nil, fmt.Errorf("decoding a line of the log: %w", err)
+			if err := json.Unmarshal(data, &line); err != nil {
+				return fmt.Errorf("decoding a line of the log: %w", err)
 			}
-			if err := emit(fields["id"], line); err != nil {
-				return nil, err
-			}
+			return emit(id, line)
 		case "end":
-			t := new(Template)
-			if err := json.Unmarshal([]byte(fields["data"]), t); err != nil {
-				return nil, fmt.Errorf("decoding the template: %w", err)
+			if err := json.Unmarshal(data, t); err != nil {
+				return fmt.Errorf("decoding the template: %w", err)
 			}
-			return t, nil
+			return errLast
 		}
-		clear(fields)
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("following the log: %w", err)
 	}
-	if err := lines.Err(); err != nil {
-		return nil, fmt.Errorf("following the log: %w", errors.Join(io.ErrUnexpectedEOF, err))
-	}
-	return nil, fmt.Errorf("following the log: %w", io.ErrUnexpectedEOF)
+	return t, nil
 }

@@ -10,13 +10,14 @@ declare -A package=(
 	[fsck.erofs]=erofs-utils # tests check images with it
 	[protoc]=protobuf-compiler
 	[curl]=curl
+	[chromium]=chromium # a test opens a terminal in it
 	[node]=nodejs # tests run E2B's own packages with it
 	[npm]=npm
 	[git]=git # a Dockerfile may ADD repositories with it
 )
 case ${1:-} in
 run) programs=(mmdebstrap curl) ;;
-test) programs=(mmdebstrap curl ip nft fsck.erofs git node npm) ;;
+test) programs=(mmdebstrap curl ip nft fsck.erofs git chromium node npm) ;;
 generate) programs=(protoc) ;;
 *) echo "usage: $0 run|test|generate" >&2; exit 2 ;;
 esac

@@ -9,26 +9,18 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"runtime/debug"
 	"strconv"
 	"syscall"
 
 	"github.com/cayhq/cay/internal/agent"
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/heap"
 )
 
 const cgroupRoot = "/sys/fs/cgroup"
 
-// The agent's heap is memory the sandbox's owner pays for. A small heap makes
-// for frequent collections, which are cheap while it holds next to nothing.
-const (
-	gcPercent   = 50
-	memoryLimit = 24 << 20 // bytes; above it the collector works harder, nothing fails
-)
-
 func main() {
-	debug.SetGCPercent(gcPercent)
-	debug.SetMemoryLimit(memoryLimit)
+	heap.Rest(0)
 	if err := run(); err != nil {
 		fmt.Fprintln(os.Stderr, "cay-agent:", err)
 		os.Exit(1)

@@ -72,8 +72,58 @@ func pairs(flag string, texts []string, lookup func(string) string) (map[string]
 	return m, nil
 }
 
-// deliver prints how a command ended: its output to our own streams, or all as
-// JSON. The error it returns is the command's exit status.
+// execute runs r in the sandbox. Its output goes to our own streams as it comes, and the
+// result has none of it; unless all is to be printed as JSON in the end.
+func (a *app) execute(ctx context.Context, c *client.Client, id string, r client.ExecuteRequest, stdin []byte) (result *client.ExecuteResult, err error) {
+	err = withStdin(ctx, c, id, r, stdin, func(r client.ExecuteRequest) error {
+		if a.json {
+			result, err = c.Execute(ctx, id, r)
+			return err
+		}
+		exit, err := c.ExecuteStream(ctx, id, r, func(o client.Output) error {
+			to := a.out
+			if o.Stream == client.StreamStderr {
+				to = a.err
+				a.midLine = len(o.Data) > 0 && o.Data[len(o.Data)-1] != '\n'
+			}
+			if _, err := to.Write(o.Data); err != nil {
+				return &outputError{err}
+			}
+			return nil
+		})
+		if err != nil {
+			return brokeOff(err)
+		}
+		result = &client.ExecuteResult{ExitCode: exit.ExitCode, Signal: exit.Signal, TimedOut: exit.TimedOut, OOMKilled: exit.OOMKilled,
+			StdoutTruncated: deref(exit.StdoutTruncated), StderrTruncated: deref(exit.StderrTruncated)}
+		return nil
+	})
+	var lost *outputError
+	if errors.As(err, &lost) {
+		if errors.Is(err, syscall.EPIPE) {
+			// As for any program whose reader has what it wanted.
+			return nil, exitError{exitSignal + int(syscall.SIGPIPE)}
+		}
+		return nil, fmt.Errorf("writing the command's output: %w", lost.error)
+	}
+	return result, err
+}
+
+// outputError is an error of our own streams.
+type outputError struct{ error }
+
+func (e *outputError) Unwrap() error { return e.error }
+
+// brokeOff says in words that a stream has ended before its end.
+func brokeOff(err error) error {
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		return errors.New("the connection to the server broke off")
+	}
+	return err
+}
+
+// deliver prints what is left to say of how a command ended. The error it returns is the
+// command's exit status.
 func (a *app) deliver(r *client.ExecuteResult, timeout time.Duration) error {
 	if a.json {
 		if err := quiet(a.printJSON(r)); err != nil {
@@ -81,23 +131,12 @@ func (a *app) deliver(r *client.ExecuteResult, timeout time.Duration) error {
 		}
 		return status(r.ExitCode)
 	}
-	stdout, err := r.StdoutBytes()
-	if err != nil {
-		return fmt.Errorf("decoding the command's output: %w", err)
-	}
-	stderr, err := r.StderrBytes()
-	if err != nil {
-		return fmt.Errorf("decoding the command's errors: %w", err)
-	}
-	if err := errors.Join(write(a.out, stdout), write(a.err, stderr)); err != nil {
-		return fmt.Errorf("writing the command's output: %w", err)
-	}
-	a.note(r, timeout, stderr)
+	a.note(r, timeout)
 	return status(r.ExitCode)
 }
 
 // note says what the streams and the status alone do not tell.
-func (a *app) note(r *client.ExecuteResult, timeout time.Duration, stderr []byte) {
+func (a *app) note(r *client.ExecuteResult, timeout time.Duration) {
 	var notes []string
 	if r.StdoutTruncated {
 		notes = append(notes, "standard output was cut off at 8 MiB")
@@ -111,17 +150,12 @@ func (a *app) note(r *client.ExecuteResult, timeout time.Duration, stderr []byte
 	if r.OOMKilled {
 		notes = append(notes, "the command was killed because the sandbox's memory was used up; a larger --size has more")
 	}
-	if len(notes) > 0 && len(stderr) > 0 && stderr[len(stderr)-1] != '\n' {
+	if len(notes) > 0 && a.midLine {
 		fmt.Fprintln(a.err)
 	}
 	for _, n := range notes {
 		fmt.Fprintln(a.err, "cay: "+n)
 	}
-}
-
-func write(w io.Writer, b []byte) error {
-	_, err := w.Write(b)
-	return quiet(err)
 }
 
 // quiet drops the error of a reader that has gone away, such as head: it has what

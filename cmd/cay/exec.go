@@ -11,15 +11,21 @@ const execTimeout = 30 * time.Second
 
 func (a *app) execCommand() *cobra.Command {
 	var flags commandFlags
+	var detach bool
+	var tag string
 	cmd := &cobra.Command{
 		Use:   "exec [flags] ID [flags] -- COMMAND [ARG...]",
 		Short: "Run a command in a sandbox",
 		Long: `Run a command in a sandbox: with cay's standard input if that is a pipe or a file,
-its output on cay's own streams, and its exit status as cay's. 124 is a command
-killed at its timeout, 128+N one killed by signal N, 125 a failure of cay itself.
-A suspended sandbox is woken first.`,
+its output on cay's own streams as it comes, and its exit status as cay's. 124 is a
+command killed at its timeout, 128+N one killed by signal N, 125 a failure of cay
+itself. A suspended sandbox is woken first.
+
+With --detach the command goes on by itself, without a time limit unless --timeout
+is given, and its number is printed: see cay sandbox ps, logs, wait and kill.`,
 		Example: `  cay sandbox exec sbx_… -- python3 -c 'print(6*7)'
   echo hello | cay sandbox exec sbx_… -- tr a-z A-Z
+  cay sandbox exec sbx_… -d --tag web -- python3 -m http.server
   cay sandbox exec sbx_… --timeout 2m -u user -w /tmp -- sh -c 'ls | wc -l'`,
 		Annotations: map[string]string{runsCommands: "yes"},
 		Args:        theArgs("ID", "COMMAND..."),
@@ -46,13 +52,16 @@ A suspended sandbox is woken first.`,
 			if err != nil {
 				return err
 			}
+			if detach || tag != "" {
+				return a.startDetached(cmd, c, id, r, detach, tag)
+			}
 			var stdin []byte
 			if !flags.noStdin {
 				if stdin, err = a.readStdin(cmd.Context()); err != nil {
 					return err
 				}
 			}
-			result, err := execute(cmd.Context(), c, id, r, stdin)
+			result, err := a.execute(cmd.Context(), c, id, r, stdin)
 			if err != nil {
 				return err
 			}
@@ -62,5 +71,7 @@ A suspended sandbox is woken first.`,
 	}
 	cmd.Flags().SetInterspersed(false)
 	flags.add(cmd.Flags(), execTimeout)
+	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "let the command go on by itself and print its number")
+	cmd.Flags().StringVar(&tag, "tag", "", "with --detach, a name to find it by")
 	return cmd
 }

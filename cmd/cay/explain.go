@@ -19,6 +19,7 @@ var flagOf = map[string]string{
 	"egress.allow_ports": "--egress-allow-port", "egress.allow_domains": "--egress-allow-domain",
 	"allow_cidrs": "--egress-allow-cidr", "deny_cidrs": "--egress-deny-cidr", "allow_ports": "--egress-allow-port", "allow_domains": "--egress-allow-domain", "egress": "--egress-mode", "owner": "--owner", "depth": "--depth", "status": "--status",
 	"scopes": "--scope", "expires_in": "--expires-in", "name": "NAME", "path": "PATH", "args": "COMMAND", "stdin": "standard input",
+	"tag": "--tag", "process": "PROCESS", "signal": "--signal", "offset": "--offset", "command": "COMMAND",
 	"description": "--description", "dockerfile": "--dockerfile", "image": "--image", "context": "--context", "debian": "--debian", "debian.suite": "--suite",
 	"build_args": "--build-arg", "target": "--target", "start_command": "--start-command", "ready.port": "--ready-port", "ready.command": "--ready-command",
 	"ready.http": "--ready-http", "ready.timeout": "--ready-timeout", "credentials": "--registry-username", "credentials.registry": "--registry", "force": "--force",

@@ -37,6 +37,7 @@ type fakeAPI struct {
 	modes     map[string]string
 	building  int // how many more times template "slow" is asked for until it is ready
 	executing int // commands in flight
+	processes []client.Process
 }
 
 func newFakeAPI() *fakeAPI {
@@ -110,6 +111,9 @@ func newFakeAPI() *fakeAPI {
 		"GET /v1/me":               f.me,
 		"GET /v1/pool":             f.pool,
 	} {
+		mux.HandleFunc(pattern, f.recorded(h))
+	}
+	for pattern, h := range f.liveRoutes() {
 		mux.HandleFunc(pattern, f.recorded(h))
 	}
 	f.Server = httptest.NewServer(mux)
@@ -347,7 +351,29 @@ func (f *fakeAPI) execute(w http.ResponseWriter, r *http.Request, body []byte) {
 	f.mu.Lock()
 	f.executing--
 	f.mu.Unlock()
+	if r.Header.Get("Accept") == "text/event-stream" {
+		streamResult(w, result)
+		return
+	}
 	answer(w, 200, result)
+}
+
+// streamResult is a result as events.
+func streamResult(w http.ResponseWriter, r client.ExecuteResult) {
+	w.Header().Set("Content-Type", "text/event-stream")
+	event := func(name string, v any) {
+		b, _ := json.Marshal(v) // our own types
+		fmt.Fprintf(w, "event: %s\ndata: %s\n\n", name, b)
+	}
+	event("started", client.ProcessStarted{PID: 7})
+	out := client.OutputPiece{Data: r.Stdout}
+	if r.StdoutEncoding != nil {
+		out.Encoding = new(client.OutputPieceEncodingBase64)
+	}
+	event("stdout", out)
+	event("stderr", client.OutputPiece{Data: r.Stderr})
+	event("exit", client.ProcessExit{ExitCode: r.ExitCode, Signal: r.Signal, TimedOut: r.TimedOut, OOMKilled: r.OOMKilled,
+		StdoutTruncated: &r.StdoutTruncated, StderrTruncated: &r.StderrTruncated})
 }
 
 // fakeCommand runs one of a few words.

@@ -46,6 +46,8 @@ type app struct {
 	err    io.Writer
 	getenv func(string) string
 
+	midLine bool // what a command wrote last to err did not end a line
+
 	// The flags that every command has.
 	json   bool
 	apiURL string

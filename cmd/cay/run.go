@@ -95,7 +95,7 @@ func (a *app) runOnce(ctx context.Context, c *client.Client, box client.CreateSa
 	}
 	var result *client.ExecuteResult
 	if err = ctx.Err(); err == nil {
-		result, err = execute(ctx, c, s.ID, r, stdin)
+		result, err = a.execute(ctx, c, s.ID, r, stdin)
 	}
 	go destroy()
 	if err == nil {

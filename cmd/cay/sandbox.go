@@ -16,7 +16,8 @@ import (
 func (a *app) sandboxCommand() *cobra.Command {
 	cmd := group("sandbox", "Create and use sandboxes", "  id=$(cay sandbox create -t python)\n  cay sandbox exec $id -- python3 -V\n  cay sandbox destroy $id")
 	cmd.Aliases = []string{"sandboxes", "sbx"}
-	cmd.AddCommand(a.createCommand(), a.sandboxListCommand(), a.statusCommand(), a.execCommand(), a.uploadCommand(), a.downloadCommand(), a.lsCommand(),
+	cmd.AddCommand(a.createCommand(), a.sandboxListCommand(), a.statusCommand(), a.execCommand(), a.shellCommand(), a.psCommand(), a.logsCommand(), a.waitCommand(), a.killCommand(),
+		a.uploadCommand(), a.downloadCommand(), a.lsCommand(), a.copyCommand(), a.watchCommand(),
 		a.keepaliveCommand(), a.suspendCommand(), a.wakeCommand(), a.checkpointCommand(), a.snapshotCommand(), a.forkCommand(), a.egressCommand(), a.destroyCommand(), a.eventsCommand(), a.poolCommand(),
 		a.portForwardCommand(), a.portURLCommand())
 	return cmd

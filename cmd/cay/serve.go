@@ -357,7 +357,11 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 	if err != nil {
 		return err
 	}
+	stopping, hangup := context.WithCancel(context.WithoutCancel(ctx))
+	defer hangup()
+	var hijacked sync.WaitGroup
 	handler := api.New(api.Config{
+		Stopping: stopping, Hijacked: &hijacked,
 		Ports: s.ports, Names: s.cfg.Proxy.names(), Signer: proxy.NewSigner(secret),
 		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
 		Ready: func() error { return s.db.Ping(ctx) }, Metrics: metrics, Registry: s.registry, Log: s.log, Version: version,
@@ -382,6 +386,7 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 	servers := []*http.Server{api.Server(s.cfg.Listen, handler, s.log)}
 	servers[0].RegisterOnShutdown(s.templates.Hangup)
 	servers[0].RegisterOnShutdown(s.ports.Hangup)
+	servers[0].RegisterOnShutdown(hangup)
 	if surface != nil {
 		servers[0].RegisterOnShutdown(surface.Hangup)
 	}
@@ -416,5 +421,16 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 			_ = srv.Close() // what Shutdown could not wait for
 		}
 	}
+	waitFor(closing, &hijacked)
 	return nil
+}
+
+// waitFor waits for those that net/http does not wait for, or until ctx ends.
+func waitFor(ctx context.Context, wg *sync.WaitGroup) {
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
 }

@@ -64,27 +64,27 @@ func (a *app) readStdin(ctx context.Context) ([]byte, error) {
 	}
 }
 
-// execute runs r in the sandbox with stdin, whatever its size and bytes. What
-// does not fit into the call is uploaded; a shell then opens and removes the file
-// before it becomes the command.
-func execute(ctx context.Context, c *client.Client, id string, r client.ExecuteRequest, stdin []byte) (*client.ExecuteResult, error) {
+// withStdin makes call with r and stdin, whatever its size and bytes. What does not fit
+// into the call is uploaded; a shell then opens and removes the file before it becomes the
+// command.
+func withStdin(ctx context.Context, c *client.Client, id string, r client.ExecuteRequest, stdin []byte, call func(client.ExecuteRequest) error) error {
 	if len(stdin) <= maxInlineStdin && utf8.Valid(stdin) {
 		if len(stdin) > 0 {
 			r.Stdin = new(string(stdin))
 		}
-		return c.Execute(ctx, id, r)
+		return call(r)
 	}
 	path := "/tmp/.cay-stdin-" + strings.ToLower(rand.Text())
 	mode := fs.FileMode(0o600)
 	if err := c.WriteFile(ctx, id, path, bytes.NewReader(stdin), client.WriteFileOptions{Mode: &mode, Owner: deref(r.User), Size: int64(len(stdin))}); err != nil {
-		return nil, fmt.Errorf("uploading standard input: %w", err)
+		return fmt.Errorf("uploading standard input: %w", err)
 	}
 	r.Args = append([]string{"/bin/sh", "-c", `exec <"$0" && rm -f -- "$0" && exec "$@"`, path}, r.Args...)
-	result, err := c.Execute(ctx, id, r)
+	err := call(r)
 	if err != nil {
 		// The shell may not have come to it. If this fails too, the first error is
 		// the one to tell, and the file is only in the way of the sandbox's own user.
 		_ = c.RemoveFile(context.WithoutCancel(ctx), id, path, false)
 	}
-	return result, err
+	return err
 }

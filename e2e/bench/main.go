@@ -41,7 +41,7 @@ func main() {
 	flag.IntVar(&o.idle, "idle", 10, "how many sandboxes at rest to take the memory of, 1 to 100")
 	flag.IntVar(&o.crowd, "crowd", 200, "how many sandboxes with egress policies stand beside the one that sends, 2 to 250; 200 need 4 GB of memory")
 	flag.BoolVar(&o.docker, "docker", true, "measure Docker beside it when an engine answers")
-	flag.StringVar(&o.only, "only", "", "measure this `part` alone: starts, commands, files, rest, sleep, egress, builds, fork or pool")
+	flag.StringVar(&o.only, "only", "", "measure this `part` alone: starts, commands, live, files, rest, sleep, egress, builds, fork or pool")
 	flag.BoolVar(&quick, "quick", false, "few runs: shows that everything works, and little more")
 	flag.Parse()
 	if quick {
@@ -100,6 +100,7 @@ func bench(ctx context.Context, o options) (err error) {
 	}{
 		{"starts", measureStarts},
 		{"commands", measureCommands},
+		{"live", measureLive},
 		{"files", measureFiles},
 		{"rest", measureIdle},
 		{"sleep", measureSleep},

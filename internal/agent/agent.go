@@ -57,6 +57,7 @@ type Agent struct {
 	memory    *memory
 	starter   *starter
 	tunnels   *tunnels
+	keeper    *keeper
 }
 
 // New makes the agent of this sandbox and starts to reap children; there can be
@@ -84,6 +85,7 @@ func New(cfg Config) (*Agent, error) {
 	a.tunnels = &tunnels{}
 	a.memory = newMemory(a.processes)
 	a.starter = &starter{processes: a.processes, logPath: agentapi.StartLog}
+	a.keeper = &keeper{processes: a.processes}
 	return a, nil
 }
 
@@ -97,6 +99,7 @@ func (a *Agent) Handler() http.Handler {
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	mux.HandleFunc("POST /init", a.init)
 	mux.HandleFunc("POST /start", a.starter.start)
+	a.keeper.routes(mux)
 	mux.HandleFunc("GET /envs", func(w http.ResponseWriter, _ *http.Request) {
 		env, _ := a.settings.commandDefaults()
 		writeJSON(w, http.StatusOK, env)
@@ -114,6 +117,11 @@ func (a *Agent) Handler() http.Handler {
 	mux.HandleFunc("PUT /files", a.files.put)
 	mux.HandleFunc("DELETE /files", a.files.remove)
 	mux.HandleFunc("GET /files/list", a.files.list)
+	mux.HandleFunc("GET /files/stat", a.files.stat)
+	mux.HandleFunc("POST /files/mkdir", a.files.mkdir)
+	mux.HandleFunc("POST /files/rename", a.files.rename)
+	mux.HandleFunc("GET /files/tar", a.files.getTar)
+	mux.HandleFunc("PUT /files/tar", a.files.putTar)
 	mux.HandleFunc("POST /files/compose", a.files.compose)
 	opts := []connect.HandlerOption{connect.WithReadMaxBytes(maxMessage)}
 	path, calls := process.NewProcessHandler(a.processes, opts...)

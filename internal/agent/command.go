@@ -44,6 +44,7 @@ type command struct {
 	config  *process.ProcessConfig
 	started time.Time
 	limit   int64 // bytes of each stream that are sent; 0 is no limit
+	kept    *kept // nil unless clients come back to it
 
 	ended  <-chan syscall.WaitStatus
 	exited chan struct{} // closed when the process has been reaped

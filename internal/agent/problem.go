@@ -19,6 +19,7 @@ type problem struct {
 	status  int
 	connect connect.Code
 	text    string
+	field   string // of the host's call, where it is not the code's
 }
 
 func (p *problem) Error() string { return p.text }
@@ -43,8 +44,18 @@ var problems = map[string]struct {
 	agentapi.CodeDiskFull:         {http.StatusInsufficientStorage, connect.CodeResourceExhausted},
 	agentapi.CodeTooManyProcesses: {http.StatusTooManyRequests, connect.CodeResourceExhausted},
 	agentapi.CodeStartFailed:      {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeInvalidTar:       {http.StatusBadRequest, connect.CodeInvalidArgument},
+	agentapi.CodePathExists:       {http.StatusConflict, connect.CodeAlreadyExists},
 	agentapi.CodePortClosed:       {http.StatusBadGateway, connect.CodeFailedPrecondition},
 	agentapi.CodeTooManyTunnels:   {http.StatusTooManyRequests, connect.CodeResourceExhausted},
+	agentapi.CodeProcessNotFound:  {http.StatusNotFound, connect.CodeNotFound},
+	agentapi.CodeProcessEnded:     {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeTagInUse:         {http.StatusConflict, connect.CodeAlreadyExists},
+	agentapi.CodeStdinClosed:      {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeStdinBlocked:     {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeNoTerminal:       {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeOutputNotKept:    {http.StatusConflict, connect.CodeFailedPrecondition},
+	agentapi.CodeInvalidOffset:    {http.StatusBadRequest, connect.CodeInvalidArgument},
 }
 
 func newProblem(code, text string, args ...any) *problem {
@@ -114,6 +125,9 @@ func httpError(w http.ResponseWriter, err error) {
 	errors.As(err, &p)
 	if p.code != "" {
 		w.Header().Set(agentapi.CodeHeader, p.code)
+	}
+	if p.field != "" {
+		w.Header().Set(agentapi.FieldHeader, p.field)
 	}
 	writeJSON(w, p.status, struct {
 		Code    int    `json:"code"`

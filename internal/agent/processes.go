@@ -190,6 +190,7 @@ type launchSpec struct {
 	dir  string
 	user *user
 	req  *process.StartRequest
+	kept *kept // nil for what lives for its call, or E2B's clients
 }
 
 // prepare checks a request and works out what it leaves open.
@@ -279,6 +280,7 @@ func (p *processes) launch(l *launchSpec) (*command, []*stream, error) {
 		done:    make(chan struct{}),
 		stdin:   ends.stdin,
 		pty:     ends.pty,
+		kept:    l.kept,
 	}
 	sp := &spawn{path: program, argv: l.argv, attr: &syscall.ProcAttr{
 		Dir:   l.dir,
@@ -456,6 +458,10 @@ func notStarted(req *process.StartRequest, err error, took time.Duration) []*pro
 // retire takes an ended command off the list, at once or when its end need not
 // be kept any longer.
 func (p *processes) retire(c *command, keep bool) {
+	if c.kept != nil {
+		p.shelve(c)
+		return
+	}
 	remove := func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()

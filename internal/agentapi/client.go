@@ -33,6 +33,7 @@ const (
 	maxErrorText    = 4 << 10          // bytes of an error's text; longer ones are cut
 	maxErrorBody    = 7 * maxErrorText // bytes; JSON makes up to six of one
 	maxReplyHeader  = 64 << 10         // bytes; our own replies have under 1 KiB
+	maxReply        = 4 << 20          // bytes of JSON; the largest is a list of processes
 	idleConnTimeout = 90 * time.Second // shorter costs a dial, 1-2 ms, on the next call
 	// maxIdlePerLife is how many connections of a sandbox are kept; more calls
 	// at once dial anew.
@@ -214,7 +215,6 @@ func (c *Client) call(ctx context.Context, t Target, method, path string, query 
 	if reply == nil {
 		return drain(resp.Body)
 	}
-	const maxReply = 1 << 20 // bytes; the replies read here have two numbers
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxReply)).Decode(reply); err != nil {
 		return unreachable(fmt.Errorf("decoding the reply of %s: %w", path, err))
 	}
@@ -253,8 +253,20 @@ func replyError(resp *http.Response) error {
 	}
 	// A body that is no JSON leaves the status to speak.
 	_ = json.NewDecoder(io.LimitReader(resp.Body, maxErrorBody)).Decode(&body)
-	return codeError(resp.Header.Get(CodeHeader), body.Message, fmt.Errorf("agent answered %s: %.200s", resp.Status, body.Message))
+	if resp.StatusCode == http.StatusNotFound && resp.Header.Get(CodeHeader) == "" {
+		return &unknownCall{resp.Request.URL.Path}
+	}
+	err := codeError(resp.Header.Get(CodeHeader), body.Message, fmt.Errorf("agent answered %s: %.200s", resp.Status, body.Message))
+	if f := fault.As(err); f != nil && f.Field != "" && resp.Header.Get(FieldHeader) == "to" {
+		f.Field = "to" // the fault was made just now and is nobody else's yet
+	}
+	return err
 }
+
+// unknownCall is the error of a call that the agent does not have.
+type unknownCall struct{ path string }
+
+func (e *unknownCall) Error() string { return "the agent has no " + e.path }
 
 // codeError makes the fault of a code; one that is not known is a plain error.
 func codeError(code, text string, cause error) error {

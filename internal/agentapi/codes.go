@@ -13,7 +13,8 @@ const EnvdVersion = "0.6.13"
 // is fixed and has no room for them.
 const (
 	TokenHeader = "X-Access-Token"
-	CodeHeader  = "Cay-Error-Code" // one of the Code constants
+	CodeHeader  = "Cay-Error-Code"  // one of the Code constants
+	FieldHeader = "Cay-Error-Field" // "to", where a code's own field is not the one at fault
 )
 
 // TunnelProtocol is what a connection is upgraded to that is to carry bytes to a port of
@@ -42,6 +43,17 @@ const (
 	CodePortClosed       = "port_closed"
 	CodeTooManyTunnels   = "too_many_connections"
 	CodeAgentTooOld      = "agent_too_old"
+	CodeInvalidTar       = "invalid_tar"
+	CodePathExists       = "path_exists"
+	CodeProcessNotFound  = "process_not_found"
+	CodeProcessEnded     = "process_ended"
+	CodeTagInUse         = "tag_in_use"
+	CodeStdinClosed      = "stdin_closed"
+	CodeStdinBlocked     = "stdin_blocked"
+	CodeNoTerminal       = "no_terminal"
+	CodeOutputNotKept    = "output_not_kept"
+	CodeInvalidOffset    = "invalid_offset"
+	CodeOlderSandbox     = "sandbox_too_old" // the host's own
 )
 
 // kinds says what a caller can do about each code, and which field of its
@@ -65,6 +77,16 @@ var kinds = map[string]struct {
 	CodeDiskFull:         {fault.NoSpace, ""},
 	CodeTooManyProcesses: {fault.Unavailable, ""},
 	CodeStartFailed:      {fault.Conflict, ""}, // it is the template that does not allow the create
+	CodeInvalidTar:       {fault.Invalid, ""},
+	CodePathExists:       {fault.Conflict, ""},
 	CodePortClosed:       {fault.Upstream, ""},
 	CodeTooManyTunnels:   {fault.Exhausted, ""},
+	CodeProcessNotFound:  {fault.NotFound, ""},
+	CodeProcessEnded:     {fault.Conflict, ""},
+	CodeTagInUse:         {fault.Conflict, "tag"},
+	CodeStdinClosed:      {fault.Conflict, ""},
+	CodeStdinBlocked:     {fault.Conflict, ""},
+	CodeNoTerminal:       {fault.Conflict, ""},
+	CodeOutputNotKept:    {fault.Conflict, ""},
+	CodeInvalidOffset:    {fault.Invalid, "offset"},
 }

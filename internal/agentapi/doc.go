@@ -4,8 +4,8 @@
 // The wire is E2B's envd protocol (Connect services process.Process and
 // filesystem.Filesystem, plain HTTP for files, init and health), so that E2B's
 // clients can be passed through to the agent as they are, plus what cay's own API
-// needs: one-shot execution in a single call, files that appear whole or not at
-// all, and relief of memory. The sub-packages hold the generated messages; run
+// needs: one-shot execution in a single call, processes whose output can be followed
+// from any offset, files that appear whole or not at all, and relief of memory. The sub-packages hold the generated messages; run
 // generate.sh after changing a .proto file.
 //
 // A [Client] is safe for concurrent use. Its calls return errors of the fault

@@ -98,11 +98,28 @@ func (c *Client) Execute(ctx context.Context, t Target, r ExecuteRequest) (Execu
 	if r.MaxOutput <= 0 {
 		r.MaxOutput = DefaultMaxOutput
 	}
-	waitCtx, cancel := ctx, context.CancelFunc(func() {})
-	if r.Timeout > 0 {
-		waitCtx, cancel = context.WithTimeout(ctx, r.Timeout+executeSlack)
+	stdout, stderr := capped{max: r.MaxOutput}, capped{max: r.MaxOutput}
+	end, err := c.execute(ctx, t, r, func(event *process.ProcessEvent) error {
+		stdout.write(event.GetData().GetStdout())
+		stderr.write(event.GetData().GetStderr())
+		return nil
+	})
+	if err != nil {
+		return ExecuteResult{}, err
 	}
+	return result(end, &stdout, &stderr), nil
+}
+
+// execute hands over what becomes of a command until its end, which it returns. An error
+// of on ends it, and the command.
+func (c *Client) execute(ctx context.Context, t Target, r ExecuteRequest, on func(*process.ProcessEvent) error) (*process.EndEvent, error) {
+	waitCtx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	if r.Timeout > 0 {
+		var stop context.CancelFunc
+		waitCtx, stop = context.WithTimeout(waitCtx, r.Timeout+executeSlack)
+		defer stop()
+	}
 
 	call := connect.NewClient[process.StartRequest, process.StartResponse](c.http,
 		t.url(process.ProcessStartProcedure, nil), connect.WithReadMaxBytes(1<<20))
@@ -112,28 +129,26 @@ func (c *Client) Execute(ctx context.Context, t Target, r ExecuteRequest) (Execu
 	}
 	stream, err := call.CallServerStream(waitCtx, req)
 	if err != nil {
-		return ExecuteResult{}, executeError(ctx, err)
+		return nil, executeError(ctx, err)
 	}
 	// Closing tells the agent that nobody waits; its own error says nothing new.
 	defer func() { _ = stream.Close() }()
-
-	stdout, stderr := capped{max: r.MaxOutput}, capped{max: r.MaxOutput}
 	for stream.Receive() {
 		event := stream.Msg().GetEvent()
-		if data := event.GetData(); data != nil {
-			stdout.write(data.GetStdout())
-			stderr.write(data.GetStderr())
-		}
 		if end := event.GetEnd(); end != nil {
 			// Read the end of the stream, so that the connection can be reused.
 			stream.Receive()
-			return result(end, &stdout, &stderr), nil
+			return end, nil
+		}
+		if err := on(event); err != nil {
+			cancel() // else closing would wait for what the command still says
+			return nil, err
 		}
 	}
 	if err := stream.Err(); err != nil {
-		return ExecuteResult{}, executeError(ctx, err)
+		return nil, executeError(ctx, err)
 	}
-	return ExecuteResult{}, unreachable(fmt.Errorf("the agent ended the stream without a result"))
+	return nil, unreachable(fmt.Errorf("the agent ended the stream without a result"))
 }
 
 // executeError is connectError, told which context was the caller's: when only

@@ -63,6 +63,33 @@ func (e ExecuteResultStdoutEncoding) Valid() bool {
 	}
 }
 
+// Defines values for FileChangeType.
+const (
+	FileChangeTypeChmod  FileChangeType = "chmod"
+	FileChangeTypeCreate FileChangeType = "create"
+	FileChangeTypeRemove FileChangeType = "remove"
+	FileChangeTypeRename FileChangeType = "rename"
+	FileChangeTypeWrite  FileChangeType = "write"
+)
+
+// Valid indicates whether the value is a known member of the FileChangeType enum.
+func (e FileChangeType) Valid() bool {
+	switch e {
+	case FileChangeTypeChmod:
+		return true
+	case FileChangeTypeCreate:
+		return true
+	case FileChangeTypeRemove:
+		return true
+	case FileChangeTypeRename:
+		return true
+	case FileChangeTypeWrite:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for FileEntryType.
 const (
 	FileEntryTypeDirectory FileEntryType = "directory"
@@ -96,6 +123,60 @@ const (
 func (e HealthStatus) Valid() bool {
 	switch e {
 	case HealthStatusOk:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for OutputPieceEncoding.
+const (
+	OutputPieceEncodingBase64 OutputPieceEncoding = "base64"
+)
+
+// Valid indicates whether the value is a known member of the OutputPieceEncoding enum.
+func (e OutputPieceEncoding) Valid() bool {
+	switch e {
+	case OutputPieceEncodingBase64:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for OutputPieceStream.
+const (
+	OutputPieceStreamStderr   OutputPieceStream = "stderr"
+	OutputPieceStreamStdout   OutputPieceStream = "stdout"
+	OutputPieceStreamTerminal OutputPieceStream = "terminal"
+)
+
+// Valid indicates whether the value is a known member of the OutputPieceStream enum.
+func (e OutputPieceStream) Valid() bool {
+	switch e {
+	case OutputPieceStreamStderr:
+		return true
+	case OutputPieceStreamStdout:
+		return true
+	case OutputPieceStreamTerminal:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for ProcessStatus.
+const (
+	ProcessStatusExited  ProcessStatus = "exited"
+	ProcessStatusRunning ProcessStatus = "running"
+)
+
+// Valid indicates whether the value is a known member of the ProcessStatus enum.
+func (e ProcessStatus) Valid() bool {
+	switch e {
+	case ProcessStatusExited:
+		return true
+	case ProcessStatusRunning:
 		return true
 	default:
 		return false
@@ -560,6 +641,9 @@ type ExecuteRequest struct {
 	// Example: python3 -c 'print(6*7)'
 	Command *string `json:"command,omitempty"`
 
+	// Detach Go on when the caller goes away. Only with `Accept: text/event-stream`; then `timeout` may be up to 24h, and is none by default.
+	Detach *bool `json:"detach,omitempty"`
+
 	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
@@ -621,6 +705,18 @@ type ExecuteResultStderrEncoding string
 
 // ExecuteResultStdoutEncoding `base64` when the output is not UTF-8, else absent.
 type ExecuteResultStdoutEncoding string
+
+// FileChange Something that happened in a directory that is watched.
+type FileChange struct {
+	// Path What it happened to.
+	Path string `json:"path"`
+
+	// Type `create` (also of what was moved there), `write`, `remove`, `rename` (it was moved away) or `chmod`.
+	Type FileChangeType `json:"type"`
+}
+
+// FileChangeType `create` (also of what was moved there), `write`, `remove`, `rename` (it was moved away) or `chmod`.
+type FileChangeType string
 
 // FileEntry A file, directory or link in a sandbox.
 type FileEntry struct {
@@ -742,12 +838,32 @@ type Health struct {
 // HealthStatus Always `ok`; anything else is not 200.
 type HealthStatus string
 
+// InputTaken What was written to a process.
+type InputTaken struct {
+	// Written How many bytes.
+	Written int64 `json:"written"`
+}
+
 // KeepaliveRequest A new lifetime.
 type KeepaliveRequest struct {
 	// Timeout Lifetime from now, at least 1s; above 24h is clamped to 24h. Absent is the sandbox's own.
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
+}
+
+// MakeDirectoryRequest A directory to make.
+type MakeDirectoryRequest struct {
+	// Mode Its permissions in octal, 0 to 0777. Parents have 0755.
+	Mode *string `json:"mode,omitempty"`
+
+	// Owner Name or number of the user that owns it and the parents that had to be made. Absent is the template's user, else root.
+	Owner *string `json:"owner,omitempty"`
+
+	// Path Absolute path. No `..` elements, no NUL.
+	//
+	// Example: /home/user/data
+	Path string `json:"path"`
 }
 
 // Me Who makes the call.
@@ -848,6 +964,36 @@ type OrgList struct {
 	Orgs []Org `json:"orgs"`
 }
 
+// OutputLost A gap in the output, whose bytes are not kept any more.
+type OutputLost struct {
+	// Bytes How many.
+	Bytes int64 `json:"bytes"`
+
+	// Offset Where it begins.
+	Offset int64 `json:"offset"`
+}
+
+// OutputPiece A piece of a process's output.
+type OutputPiece struct {
+	// Data The output: text, or base64 where `encoding` says so.
+	Data string `json:"data"`
+
+	// Encoding `base64` when the piece is not UTF-8, else absent.
+	Encoding *OutputPieceEncoding `json:"encoding,omitempty"`
+
+	// Offset Offset of its first byte. Absent in an execution that is not detached.
+	Offset *int64 `json:"offset,omitempty"`
+
+	// Stream Of which stream it is; in an event, whose name says it, absent.
+	Stream *OutputPieceStream `json:"stream,omitempty"`
+}
+
+// OutputPieceEncoding `base64` when the piece is not UTF-8, else absent.
+type OutputPieceEncoding string
+
+// OutputPieceStream Of which stream it is; in an event, whose name says it, absent.
+type OutputPieceStream string
+
 // Pool The sandboxes that are booted in advance.
 type Pool struct {
 	// Pool One entry for each template and size that is in use or has a target, by name.
@@ -944,6 +1090,110 @@ type Problem struct {
 	//
 	// Example: urn:cay:problem:sandbox_not_found
 	Type string `json:"type"`
+}
+
+// Process A process that some call started.
+type Process struct {
+	// Args Program and arguments, cut off with `…` after 1 KiB. A shell command line is `/bin/sh`, `-c` and it.
+	Args []string `json:"args"`
+
+	// Exit How a process ended.
+	Exit *ProcessExit `json:"exit,omitempty"`
+
+	// OutputFrom Offset of the first byte of output that is kept.
+	OutputFrom *int64 `json:"output_from,omitempty"`
+
+	// OutputKept Its output can be followed.
+	OutputKept bool `json:"output_kept"`
+
+	// OutputTo Offset of the byte to come; how much it has written so far.
+	OutputTo *int64 `json:"output_to,omitempty"`
+
+	// PID Its number in the sandbox. After its end and once it is forgotten another one may have it.
+	//
+	// Example: 7
+	PID int `json:"pid"`
+
+	// StartedAt When it was started.
+	StartedAt time.Time `json:"started_at"`
+
+	// Status Whether it runs.
+	Status ProcessStatus `json:"status"`
+
+	// StdinOpen It can be written to.
+	StdinOpen bool `json:"stdin_open"`
+
+	// Tag Its tag; absent if it has none.
+	Tag *string `json:"tag,omitempty"`
+
+	// Terminal It has a terminal.
+	Terminal bool `json:"terminal"`
+
+	// User Whom it was started as; absent if it is not known.
+	User *string `json:"user,omitempty"`
+
+	// Workdir Its working directory when it was started; absent if it is not known.
+	Workdir *string `json:"workdir,omitempty"`
+}
+
+// ProcessStatus Whether it runs.
+type ProcessStatus string
+
+// ProcessExit How a process ended.
+type ProcessExit struct {
+	// DurationMs How long it ran.
+	DurationMs int64 `json:"duration_ms"`
+
+	// ExitCode Its exit code; 128+N when killed by signal N, 124 when killed at its timeout, 137 when killed for want of memory.
+	ExitCode int `json:"exit_code"`
+
+	// OOMKilled It was killed because the sandbox's memory was used up. The sandbox lives on.
+	OOMKilled bool `json:"oom_killed"`
+
+	// Signal Name of the signal that ended it, e.g. `SIGKILL`; absent when none did.
+	//
+	// Example: SIGTERM
+	Signal *string `json:"signal,omitempty"`
+
+	// StderrTruncated There was more standard error than was sent. Only at the end of a streamed execution that is not detached.
+	StderrTruncated *bool `json:"stderr_truncated,omitempty"`
+
+	// StdoutTruncated There was more standard output than was sent. Only at the end of a streamed execution that is not detached.
+	StdoutTruncated *bool `json:"stdout_truncated,omitempty"`
+
+	// TimedOut It was killed at its timeout.
+	TimedOut bool `json:"timed_out"`
+}
+
+// ProcessList Processes of a sandbox.
+type ProcessList struct {
+	// Processes Newest first.
+	Processes []Process `json:"processes"`
+}
+
+// ProcessOutput Output of a process.
+type ProcessOutput struct {
+	// Lost How many bytes from the offset asked for on are not kept any more.
+	//
+	// Example: 0
+	Lost int64 `json:"lost"`
+
+	// NextOffset What to ask for next: the offset after the last piece.
+	NextOffset int64 `json:"next_offset"`
+
+	// Output The pieces, in the order they came.
+	Output []OutputPiece `json:"output"`
+
+	// Process A process that some call started.
+	Process Process `json:"process"`
+}
+
+// ProcessStarted The event `started` of a streamed execution.
+type ProcessStarted struct {
+	// PID The process in the sandbox.
+	//
+	// Example: 7
+	PID int `json:"pid"`
 }
 
 // Quota What an organization may have at once; 0 is no limit.
@@ -1073,6 +1323,22 @@ type RegistryCredentials struct {
 	Username string `json:"username"`
 }
 
+// RenameFileRequest What to rename.
+type RenameFileRequest struct {
+	// From Absolute path of what is renamed. No `..` elements, no NUL.
+	//
+	// Example: /home/user/draft
+	From string `json:"from"`
+
+	// Overwrite Replace what is there.
+	Overwrite *bool `json:"overwrite,omitempty"`
+
+	// To Its new path.
+	//
+	// Example: /home/user/final
+	To string `json:"to"`
+}
+
 // Sandbox A sandbox.
 type Sandbox struct {
 	// CreatedAt When it was asked for.
@@ -1191,6 +1457,14 @@ type SandboxStatus string
 // Scope One thing a key may do.
 type Scope string
 
+// SignalRequest A signal.
+type SignalRequest struct {
+	// Signal Its name with or without SIG, or its number, 1 to 64.
+	//
+	// Example: TERM
+	Signal string `json:"signal"`
+}
+
 // Size A preset of CPU and memory.
 type Size struct {
 	// Dedicated The CPUs are guaranteed, rather than shared by weight.
@@ -1272,6 +1546,44 @@ type SnapshotList struct {
 
 	// Snapshots The snapshots.
 	Snapshots []Snapshot `json:"snapshots"`
+}
+
+// StartProcessRequest What to start. Exactly one of `command` and `args`.
+type StartProcessRequest struct {
+	// Args A program and its arguments, run without a shell.
+	//
+	// Example: ["python3","-m","http.server"]
+	Args []string `json:"args,omitempty"`
+
+	// Command A shell command line, run by `/bin/sh -c`.
+	//
+	// Example: python3 -m http.server
+	Command *string `json:"command,omitempty"`
+
+	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	Env Env `json:"env,omitempty"`
+
+	// Pty The size of a terminal.
+	Pty *TerminalSize `json:"pty,omitempty"`
+
+	// Stdin Its input stays open to be written to; else it is empty, `/dev/null`. A terminal's is always open.
+	Stdin *bool `json:"stdin,omitempty"`
+
+	// Tag A name to find it by, of no other process that runs.
+	//
+	// Example: server
+	Tag *string `json:"tag,omitempty"`
+
+	// Timeout Kill it and all its descendants after this time, 1s to 24h. Default is never.
+	//
+	// Example: 2h
+	Timeout *string `json:"timeout,omitempty"`
+
+	// User Name or number of the user to run as. Default is the template's, else root.
+	User *string `json:"user,omitempty"`
+
+	// Workdir Absolute path of the working directory; must exist. Default is the template's, else the user's home.
+	Workdir *string `json:"workdir,omitempty"`
 }
 
 // Template What sandboxes are made from.
@@ -1380,6 +1692,19 @@ type TemplateLogs struct {
 // TemplateStatus Where the newest build stands. A template whose `version` is not 0 can be used whatever its status.
 type TemplateStatus string
 
+// TerminalSize The size of a terminal.
+type TerminalSize struct {
+	// Cols Columns.
+	//
+	// Example: 80
+	Cols int `json:"cols"`
+
+	// Rows Rows.
+	//
+	// Example: 24
+	Rows int `json:"rows"`
+}
+
 // Cursor defines model for Cursor.
 type Cursor = string
 
@@ -1391,6 +1716,9 @@ type Limit = int
 
 // PortNumber Example: 8080
 type PortNumber = int
+
+// ProcessRef Example: 7
+type ProcessRef = string
 
 // SandboxID Example: sbx_abcdefghijklmnopqrst
 type SandboxID = string
@@ -1424,6 +1752,9 @@ type NotFound = Problem
 
 // PortAnswer A port of a sandbox.
 type PortAnswer = Port
+
+// ProcessAnswer A process that some call started.
+type ProcessAnswer = Process
 
 // RangeNotSatisfiable An error, as in RFC 9457.
 type RangeNotSatisfiable = Problem
@@ -1533,6 +1864,87 @@ type ListFilesParams struct {
 	Depth *int `form:"depth,omitempty" json:"depth,omitempty"`
 }
 
+// StatFileParams defines parameters for StatFile.
+type StatFileParams struct {
+	// Path Absolute path in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+}
+
+// DownloadTreeParams defines parameters for DownloadTree.
+type DownloadTreeParams struct {
+	// Path Absolute path of a directory in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+}
+
+// UploadTreeParams defines parameters for UploadTree.
+type UploadTreeParams struct {
+	// Path Absolute path of the directory in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+
+	// Owner Name or number of the user that owns what is written. Absent is the template's user, else root.
+	Owner *string `form:"owner,omitempty" json:"owner,omitempty"`
+}
+
+// WatchFilesParams defines parameters for WatchFiles.
+type WatchFilesParams struct {
+	// Path Absolute path of a directory in the sandbox. No `..` elements, no NUL.
+	Path string `form:"path" json:"path"`
+
+	// Recursive Watch all directories below it too.
+	Recursive *bool `form:"recursive,omitempty" json:"recursive,omitempty"`
+}
+
+// GetProcessOutputParams defines parameters for GetProcessOutput.
+type GetProcessOutputParams struct {
+	// Offset Offset of the first byte to send. Beyond what was written yet is 400.
+	Offset *int64 `form:"offset,omitempty" json:"offset,omitempty"`
+
+	// LastEventID `id` of the last event that was received; only what comes after it is sent. Goes before `offset`.
+	LastEventID *string `json:"Last-Event-ID,omitempty"`
+}
+
+// WriteProcessStdinParams defines parameters for WriteProcessStdin.
+type WriteProcessStdinParams struct {
+	// Close The input is at its end after the body, which may be empty. Not for a terminal, which is sent what the key Control-D is.
+	Close *bool `form:"close,omitempty" json:"close,omitempty"`
+}
+
+// WaitProcessParams defines parameters for WaitProcess.
+type WaitProcessParams struct {
+	// Timeout How long to wait, 0 to 5m.
+	Timeout *string `form:"timeout,omitempty" json:"timeout,omitempty"`
+}
+
+// OpenTerminalParams defines parameters for OpenTerminal.
+type OpenTerminalParams struct {
+	// Cols Columns of the terminal, 1 to 10000.
+	Cols *int `form:"cols,omitempty" json:"cols,omitempty"`
+
+	// Rows Its rows, 1 to 10000.
+	Rows *int `form:"rows,omitempty" json:"rows,omitempty"`
+
+	// Command Shell command line to run, by `/bin/sh -c`. Default is a login shell: bash where there is one, else sh.
+	Command *string `form:"command,omitempty" json:"command,omitempty"`
+
+	// User Name or number of the user to run as. Default is the template's, else root.
+	User *string `form:"user,omitempty" json:"user,omitempty"`
+
+	// Workdir Absolute path of the working directory; must exist. Default is the template's, else the user's home.
+	Workdir *string `form:"workdir,omitempty" json:"workdir,omitempty"`
+
+	// Term The variable TERM, which kind of terminal it is.
+	Term *string `form:"term,omitempty" json:"term,omitempty"`
+
+	// Grace How long it lives without a client, 1s to 1h.
+	Grace *string `form:"grace,omitempty" json:"grace,omitempty"`
+
+	// Process Pid or tag of a process to join. Not together with `command`, `user`, `workdir`, `term` and `grace`.
+	Process *string `form:"process,omitempty" json:"process,omitempty"`
+
+	// Offset With `process`, the offset of the first byte to send. Default is all that is kept.
+	Offset *int64 `form:"offset,omitempty" json:"offset,omitempty"`
+}
+
 // OpenTunnelParams defines parameters for OpenTunnel.
 type OpenTunnelParams struct {
 	// Port The port inside; 49983 is the sandbox's own agent's and refused.
@@ -1608,6 +2020,12 @@ type SetEgressJSONRequestBody = Egress
 // ExecuteCommandJSONRequestBody defines body for ExecuteCommand for application/json ContentType.
 type ExecuteCommandJSONRequestBody = ExecuteRequest
 
+// MakeDirectoryJSONRequestBody defines body for MakeDirectory for application/json ContentType.
+type MakeDirectoryJSONRequestBody = MakeDirectoryRequest
+
+// RenameFileJSONRequestBody defines body for RenameFile for application/json ContentType.
+type RenameFileJSONRequestBody = RenameFileRequest
+
 // ForkSandboxJSONRequestBody defines body for ForkSandbox for application/json ContentType.
 type ForkSandboxJSONRequestBody = ForkRequest
 
@@ -1619,6 +2037,15 @@ type SetPortJSONRequestBody = PortSettings
 
 // CreatePortURLJSONRequestBody defines body for CreatePortURL for application/json ContentType.
 type CreatePortURLJSONRequestBody = CreatePortURLRequest
+
+// StartProcessJSONRequestBody defines body for StartProcess for application/json ContentType.
+type StartProcessJSONRequestBody = StartProcessRequest
+
+// ResizeProcessTerminalJSONRequestBody defines body for ResizeProcessTerminal for application/json ContentType.
+type ResizeProcessTerminalJSONRequestBody = TerminalSize
+
+// SignalProcessJSONRequestBody defines body for SignalProcess for application/json ContentType.
+type SignalProcessJSONRequestBody = SignalRequest
 
 // CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
 type CreateSnapshotJSONRequestBody = CreateSnapshotRequest
@@ -1706,6 +2133,24 @@ type ServerInterface interface {
 	// ListFiles List a directory
 	// (GET /v1/sandboxes/{id}/files/list)
 	ListFiles(w http.ResponseWriter, r *http.Request, id SandboxID, params ListFilesParams)
+	// MakeDirectory Make a directory
+	// (POST /v1/sandboxes/{id}/files/mkdir)
+	MakeDirectory(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// RenameFile Rename a file or directory
+	// (POST /v1/sandboxes/{id}/files/rename)
+	RenameFile(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// StatFile Describe a file or directory
+	// (GET /v1/sandboxes/{id}/files/stat)
+	StatFile(w http.ResponseWriter, r *http.Request, id SandboxID, params StatFileParams)
+	// DownloadTree Read a directory as tar
+	// (GET /v1/sandboxes/{id}/files/tar)
+	DownloadTree(w http.ResponseWriter, r *http.Request, id SandboxID, params DownloadTreeParams)
+	// UploadTree Write a directory from tar
+	// (PUT /v1/sandboxes/{id}/files/tar)
+	UploadTree(w http.ResponseWriter, r *http.Request, id SandboxID, params UploadTreeParams)
+	// WatchFiles Watch a directory
+	// (GET /v1/sandboxes/{id}/files/watch)
+	WatchFiles(w http.ResponseWriter, r *http.Request, id SandboxID, params WatchFilesParams)
 	// ForkSandbox Make children of a running sandbox
 	// (POST /v1/sandboxes/{id}/fork)
 	ForkSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
@@ -1724,12 +2169,42 @@ type ServerInterface interface {
 	// CreatePortURL Make a signed URL of a port
 	// (POST /v1/sandboxes/{id}/ports/{port}/url)
 	CreatePortURL(w http.ResponseWriter, r *http.Request, id SandboxID, port PortNumber)
+	// ListProcesses List processes
+	// (GET /v1/sandboxes/{id}/processes)
+	ListProcesses(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// StartProcess Start a process that goes on by itself
+	// (POST /v1/sandboxes/{id}/processes)
+	StartProcess(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// KillProcess Kill a process and forget it
+	// (DELETE /v1/sandboxes/{id}/processes/{process})
+	KillProcess(w http.ResponseWriter, r *http.Request, id SandboxID, process ProcessRef)
+	// GetProcess Read a process
+	// (GET /v1/sandboxes/{id}/processes/{process})
+	GetProcess(w http.ResponseWriter, r *http.Request, id SandboxID, process ProcessRef)
+	// GetProcessOutput Read or follow a process's output
+	// (GET /v1/sandboxes/{id}/processes/{process}/output)
+	GetProcessOutput(w http.ResponseWriter, r *http.Request, id SandboxID, process ProcessRef, params GetProcessOutputParams)
+	// ResizeProcessTerminal Resize a process's terminal
+	// (POST /v1/sandboxes/{id}/processes/{process}/resize)
+	ResizeProcessTerminal(w http.ResponseWriter, r *http.Request, id SandboxID, process ProcessRef)
+	// SignalProcess Send a signal to a process
+	// (POST /v1/sandboxes/{id}/processes/{process}/signal)
+	SignalProcess(w http.ResponseWriter, r *http.Request, id SandboxID, process ProcessRef)
+	// WriteProcessStdin Write to a process's input
+	// (POST /v1/sandboxes/{id}/processes/{process}/stdin)
+	WriteProcessStdin(w http.ResponseWriter, r *http.Request, id SandboxID, process ProcessRef, params WriteProcessStdinParams)
+	// WaitProcess Wait for a process's end
+	// (GET /v1/sandboxes/{id}/processes/{process}/wait)
+	WaitProcess(w http.ResponseWriter, r *http.Request, id SandboxID, process ProcessRef, params WaitProcessParams)
 	// CreateSnapshot Make a snapshot of a sandbox
 	// (POST /v1/sandboxes/{id}/snapshots)
 	CreateSnapshot(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// SuspendSandbox Suspend a persistent sandbox
 	// (POST /v1/sandboxes/{id}/suspend)
 	SuspendSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// OpenTerminal Open a terminal
+	// (GET /v1/sandboxes/{id}/terminal)
+	OpenTerminal(w http.ResponseWriter, r *http.Request, id SandboxID, params OpenTerminalParams)
 	// OpenTunnel Open a TCP connection to a port
 	// (POST /v1/sandboxes/{id}/tunnel)
 	OpenTunnel(w http.ResponseWriter, r *http.Request, id SandboxID, params OpenTunnelParams)
@@ -2549,6 +3024,252 @@ func (siw *ServerInterfaceWrapper) ListFiles(w http.ResponseWriter, r *http.Requ
 	handler.ServeHTTP(w, r)
 }
 
+// MakeDirectory operation middleware
+func (siw *ServerInterfaceWrapper) MakeDirectory(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.MakeDirectory(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RenameFile operation middleware
+func (siw *ServerInterfaceWrapper) RenameFile(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RenameFile(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// StatFile operation middleware
+func (siw *ServerInterfaceWrapper) StatFile(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params StatFileParams
+
+	// ------------- Required query parameter "path" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "path", r.URL.Query(), &params.Path, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "path"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "path", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.StatFile(w, r, id, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DownloadTree operation middleware
+func (siw *ServerInterfaceWrapper) DownloadTree(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params DownloadTreeParams
+
+	// ------------- Required query parameter "path" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "path", r.URL.Query(), &params.Path, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "path"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "path", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DownloadTree(w, r, id, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// UploadTree operation middleware
+func (siw *ServerInterfaceWrapper) UploadTree(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params UploadTreeParams
+
+	// ------------- Required query parameter "path" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "path", r.URL.Query(), &params.Path, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "path"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "path", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "owner" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "owner", r.URL.Query(), &params.Owner, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "owner"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "owner", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.UploadTree(w, r, id, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// WatchFiles operation middleware
+func (siw *ServerInterfaceWrapper) WatchFiles(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params WatchFilesParams
+
+	// ------------- Required query parameter "path" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "path", r.URL.Query(), &params.Path, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "path"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "path", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "recursive" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "recursive", r.URL.Query(), &params.Recursive, runtime.BindQueryParameterOptions{Type: "boolean", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "recursive"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "recursive", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.WatchFiles(w, r, id, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // ForkSandbox operation middleware
 func (siw *ServerInterfaceWrapper) ForkSandbox(w http.ResponseWriter, r *http.Request) {
 
@@ -2732,6 +3453,372 @@ func (siw *ServerInterfaceWrapper) CreatePortURL(w http.ResponseWriter, r *http.
 	handler.ServeHTTP(w, r)
 }
 
+// ListProcesses operation middleware
+func (siw *ServerInterfaceWrapper) ListProcesses(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListProcesses(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// StartProcess operation middleware
+func (siw *ServerInterfaceWrapper) StartProcess(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.StartProcess(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// KillProcess operation middleware
+func (siw *ServerInterfaceWrapper) KillProcess(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "process" -------------
+	var process ProcessRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "process", r.PathValue("process"), &process, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "process", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.KillProcess(w, r, id, process)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetProcess operation middleware
+func (siw *ServerInterfaceWrapper) GetProcess(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "process" -------------
+	var process ProcessRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "process", r.PathValue("process"), &process, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "process", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetProcess(w, r, id, process)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetProcessOutput operation middleware
+func (siw *ServerInterfaceWrapper) GetProcessOutput(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "process" -------------
+	var process ProcessRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "process", r.PathValue("process"), &process, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "process", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params GetProcessOutputParams
+
+	// ------------- Optional query parameter "offset" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "offset", r.URL.Query(), &params.Offset, runtime.BindQueryParameterOptions{Type: "integer", Format: "int64"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "offset"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "offset", Err: err})
+		}
+		return
+	}
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Last-Event-ID" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Last-Event-ID")]; found {
+		var LastEventID string
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Last-Event-ID", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Last-Event-ID", valueList[0], &LastEventID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Last-Event-ID", Err: err})
+			return
+		}
+
+		params.LastEventID = &LastEventID
+
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetProcessOutput(w, r, id, process, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ResizeProcessTerminal operation middleware
+func (siw *ServerInterfaceWrapper) ResizeProcessTerminal(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "process" -------------
+	var process ProcessRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "process", r.PathValue("process"), &process, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "process", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ResizeProcessTerminal(w, r, id, process)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// SignalProcess operation middleware
+func (siw *ServerInterfaceWrapper) SignalProcess(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "process" -------------
+	var process ProcessRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "process", r.PathValue("process"), &process, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "process", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.SignalProcess(w, r, id, process)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// WriteProcessStdin operation middleware
+func (siw *ServerInterfaceWrapper) WriteProcessStdin(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "process" -------------
+	var process ProcessRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "process", r.PathValue("process"), &process, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "process", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params WriteProcessStdinParams
+
+	// ------------- Optional query parameter "close" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "close", r.URL.Query(), &params.Close, runtime.BindQueryParameterOptions{Type: "boolean", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "close"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "close", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.WriteProcessStdin(w, r, id, process, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// WaitProcess operation middleware
+func (siw *ServerInterfaceWrapper) WaitProcess(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "process" -------------
+	var process ProcessRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "process", r.PathValue("process"), &process, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "process", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params WaitProcessParams
+
+	// ------------- Optional query parameter "timeout" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "timeout", r.URL.Query(), &params.Timeout, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "timeout"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "timeout", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.WaitProcess(w, r, id, process, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // CreateSnapshot operation middleware
 func (siw *ServerInterfaceWrapper) CreateSnapshot(w http.ResponseWriter, r *http.Request) {
 
@@ -2775,6 +3862,152 @@ func (siw *ServerInterfaceWrapper) SuspendSandbox(w http.ResponseWriter, r *http
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.SuspendSandbox(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// OpenTerminal operation middleware
+func (siw *ServerInterfaceWrapper) OpenTerminal(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params OpenTerminalParams
+
+	// ------------- Optional query parameter "cols" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cols", r.URL.Query(), &params.Cols, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cols"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cols", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "rows" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "rows", r.URL.Query(), &params.Rows, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "rows"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "rows", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "command" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "command", r.URL.Query(), &params.Command, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "command"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "command", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "user" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "user", r.URL.Query(), &params.User, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "user"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "user", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "workdir" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "workdir", r.URL.Query(), &params.Workdir, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "workdir"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "workdir", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "term" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "term", r.URL.Query(), &params.Term, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "term"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "term", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "grace" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "grace", r.URL.Query(), &params.Grace, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "grace"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "grace", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "process" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "process", r.URL.Query(), &params.Process, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "process"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "process", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "offset" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "offset", r.URL.Query(), &params.Offset, runtime.BindQueryParameterOptions{Type: "integer", Format: "int64"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "offset"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "offset", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.OpenTerminal(w, r, id, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -3358,10 +4591,26 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/v1/sandboxes/{id}/ports/{port}", wrapper.SetPort)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/ports/{port}/url", wrapper.CreatePortURL)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/execute", wrapper.ExecuteCommand)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/processes", wrapper.ListProcesses)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/processes", wrapper.StartProcess)
+	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/sandboxes/{id}/processes/{process}", wrapper.KillProcess)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/processes/{process}", wrapper.GetProcess)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/processes/{process}/wait", wrapper.WaitProcess)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/processes/{process}/output", wrapper.GetProcessOutput)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/processes/{process}/stdin", wrapper.WriteProcessStdin)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/processes/{process}/signal", wrapper.SignalProcess)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/processes/{process}/resize", wrapper.ResizeProcessTerminal)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/terminal", wrapper.OpenTerminal)
 	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/sandboxes/{id}/files", wrapper.RemoveFile)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/files", wrapper.ReadFile)
 	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/v1/sandboxes/{id}/files", wrapper.WriteFile)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/files/list", wrapper.ListFiles)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/files/stat", wrapper.StatFile)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/files/mkdir", wrapper.MakeDirectory)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/files/rename", wrapper.RenameFile)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/files/watch", wrapper.WatchFiles)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/files/tar", wrapper.DownloadTree)
+	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/v1/sandboxes/{id}/files/tar", wrapper.UploadTree)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/snapshots", wrapper.ListSnapshots)
 	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/snapshots/{snapshot}", wrapper.DeleteSnapshot)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/snapshots/{snapshot}", wrapper.GetSnapshot)

@@ -18,8 +18,10 @@ package api
 import (
 	"context"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -88,9 +90,16 @@ type Agent interface {
 	Download(ctx context.Context, t agentapi.Target, path, user, rng string) (*agentapi.Download, error)
 	Remove(ctx context.Context, t agentapi.Target, path, user string, recursive bool) error
 	List(ctx context.Context, t agentapi.Target, path, user string, depth int) ([]agentapi.Entry, error)
+	Stat(ctx context.Context, t agentapi.Target, path, user string) (agentapi.Entry, error)
+	MakeDirectory(ctx context.Context, t agentapi.Target, path, user string, mode *fs.FileMode) (agentapi.Entry, error)
+	Rename(ctx context.Context, t agentapi.Target, from, to, user string, overwrite bool) (agentapi.Entry, error)
+	DownloadTree(ctx context.Context, t agentapi.Target, path, user string) (io.ReadCloser, error)
+	UploadTree(ctx context.Context, t agentapi.Target, path, user string, body io.Reader) error
+	Watch(ctx context.Context, t agentapi.Target, path string, recursive bool, ready func(), emit func(agentapi.Change) error) error
+	Processes
 }
 
-// Config is what the API needs. Every field but Ready and Names is required.
+// Config is what the API needs. Every field but Ready, Names and Stopping is required.
 type Config struct {
 	Sandboxes Sandboxes
 	Templates Templates
@@ -106,6 +115,13 @@ type Config struct {
 	// Metrics answers /metrics; Registry takes the metrics of this package.
 	Metrics  http.Handler
 	Registry prometheus.Registerer
+
+	// Stopping ends when the server stops: calls that have no end of their own, such as
+	// watching a directory or following a process, end then. nil never does.
+	Stopping context.Context
+	// Hijacked has the calls whose connection net/http does not wait for; nil is nobody who
+	// waits for them.
+	Hijacked *sync.WaitGroup
 
 	Log     *slog.Logger
 	Version string // of the server, for /healthz
@@ -124,6 +140,12 @@ var _ ServerInterface = (*server)(nil)
 // New makes the handler of the whole API. It registers metrics, so it can be
 // called once per registry.
 func New(cfg Config) http.Handler {
+	if cfg.Stopping == nil {
+		cfg.Stopping = context.Background()
+	}
+	if cfg.Hijacked == nil {
+		cfg.Hijacked = &sync.WaitGroup{}
+	}
 	s := &server{Config: cfg, mux: http.NewServeMux(), metrics: newMetrics(cfg.Registry), patience: usual}
 	HandlerWithOptions(s, StdHTTPServerOptions{
 		BaseRouter:       s.mux,

@@ -51,11 +51,29 @@ var samples = map[string]sample{
 	"getPort":           {others: 403, othersCode: notYours},
 	"setPort":           {body: `{"public":true}`, others: 403, othersCode: notYours},
 	"createPortURL":     {others: 403, othersCode: notYours},
+
+	"resizeProcessTerminal": {body: `{"cols":80,"rows":24}`, others: 403, othersCode: notYours},
+
 	"executeCommand":    {body: `{"command":"id"}`, others: 403, othersCode: notYours},
+	"startProcess":      {body: `{"command":"id"}`, others: 403, othersCode: notYours},
+	"listProcesses":     {others: 403, othersCode: notYours},
+	"getProcess":        {others: 403, othersCode: notYours},
+	"killProcess":       {others: 403, othersCode: notYours},
+	"waitProcess":       {query: "timeout=0", others: 403, othersCode: notYours},
+	"getProcessOutput":  {others: 403, othersCode: notYours},
+	"writeProcessStdin": {body: "x", others: 403, othersCode: notYours},
+	"signalProcess":     {body: `{"signal":"TERM"}`, others: 403, othersCode: notYours},
+	"openTerminal":      {others: 400, othersCode: "not_a_websocket"},
 	"writeFile":         {query: "path=/tmp/a", body: "x", others: 403, othersCode: notYours},
 	"readFile":          {query: "path=/tmp/a", others: 403, othersCode: notYours},
 	"removeFile":        {query: "path=/tmp/a", others: 403, othersCode: notYours},
 	"listFiles":         {query: "path=/tmp", others: 403, othersCode: notYours},
+	"statFile":          {query: "path=/tmp/a", others: 403, othersCode: notYours},
+	"makeDirectory":     {body: `{"path":"/tmp/d"}`, others: 403, othersCode: notYours},
+	"renameFile":        {body: `{"from":"/tmp/a","to":"/tmp/b"}`, others: 403, othersCode: notYours},
+	"watchFiles":        {query: "path=/tmp", others: 403, othersCode: notYours},
+	"downloadTree":      {query: "path=/tmp", others: 403, othersCode: notYours},
+	"uploadTree":        {query: "path=/tmp", body: "x", others: 403, othersCode: notYours},
 	"listTemplates":     {others: 200},
 	"createTemplate":    {body: `{"name":"theirs","image":"alpine"}`, others: 202},
 	"getTemplate":       {others: 404, othersCode: "template_not_found"},
@@ -122,7 +140,7 @@ func TestAuthorizationMatrix(t *testing.T) {
 		"in the query": func(r *http.Request) { r.URL.RawQuery += "&access_token=" + h.key },
 	}
 	snap := as[Snapshot](t, 201, h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/snapshots", h.key, ""))
-	replace := strings.NewReplacer("{id}", box.ID, "{port}", "80", "{snapshot}", snap.ID, "{template}", "mine", "{key}", victim.ID)
+	replace := strings.NewReplacer("{id}", box.ID, "{port}", "80", "{snapshot}", snap.ID, "{template}", "mine", "{process}", "7", "{key}", victim.ID)
 	operations(h.spec, func(pattern, path string, op *openapi3.Operation, _ openapi3.Parameters) {
 		s, known := samples[op.OperationID]
 		if !known {

@@ -117,7 +117,7 @@ func (s *server) serve(w *recorder, r *http.Request) {
 
 // admit says who asks and whether the key covers the scope.
 func (s *server) admit(r *http.Request, scope auth.Scope) error {
-	return s.admitKey(r, bearer(r), scope)
+	return s.admitKey(r, secretOf(r), scope)
 }
 
 func (s *server) admitKey(r *http.Request, key string, scope auth.Scope) error {
@@ -135,6 +135,14 @@ func (s *server) admitKey(r *http.Request, key string, scope auth.Scope) error {
 		return fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s", scope)
 	}
 	return nil
+}
+
+// secretOf is the key that the caller shows.
+func secretOf(r *http.Request) string {
+	if callOf(r).route == terminalRoute && len(r.Header.Values("Authorization")) == 0 {
+		return offeredKey(r.Header)
+	}
+	return bearer(r)
 }
 
 // bearer is the secret of the Authorization header, "" when there is none or it
@@ -280,7 +288,7 @@ func (w *recorder) Upgraded() { w.status = http.StatusSwitchingProtocols }
 
 // WriteHeader begins the answer.
 func (w *recorder) WriteHeader(status int) {
-	if w.status == 0 && status >= 200 {
+	if w.status == 0 && (status >= 200 || status == http.StatusSwitchingProtocols) {
 		w.status = status
 	}
 	w.soon()

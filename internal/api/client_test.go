@@ -1,6 +1,7 @@
 package api
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"errors"
@@ -53,7 +54,7 @@ func (c *requestChecker) RoundTrip(r *http.Request) (*http.Response, error) {
 			}
 			return nil
 		},
-		ExcludeRequestBody: route.Operation.OperationID == "writeFile" || strings.HasPrefix(r.Header.Get("Content-Type"), "multipart/"),
+		ExcludeRequestBody: r.Header.Get("Content-Type") == "application/octet-stream" || route.Operation.OperationID == "uploadTree" || strings.HasPrefix(r.Header.Get("Content-Type"), "multipart/"),
 	}}
 	in.Request.Body = http.NoBody
 	if r.Body != nil && r.Header.Get("Content-Type") == "application/json" {
@@ -92,6 +93,8 @@ func TestClient(t *testing.T) {
 	box := clientSandboxes(t, ctx, c, fatal)
 	clientFiles(t, ctx, c, h, box, fatal)
 	clientPorts(t, ctx, c, h, box, fatal)
+	clientTrees(t, ctx, c, h, box, fatal)
+	clientProcesses(t, ctx, c, h, box, fatal)
 	fatal(c.DestroySandbox(ctx, box))
 	if b, err := c.GetSandbox(ctx, box); err != nil || b.Status != client.SandboxStatusDestroyed {
 		t.Errorf("destroyed: %+v, %v", b, err)
@@ -333,6 +336,32 @@ func clientPorts(t *testing.T, ctx context.Context, c *client.Client, h *house, 
 	fatal(err)
 	if !strings.HasPrefix(u.URL, p.URL+"?") || time.Until(u.ExpiresAt) > 62*time.Second {
 		t.Errorf("URL %+v", u)
+	}
+}
+
+func clientTrees(t *testing.T, ctx context.Context, c *client.Client, h *house, id string, fatal func(error)) {
+	fatal(c.UploadTree(ctx, id, "/tree", bytes.NewReader(aTree(t, "a", "b/c")), "user"))
+	archive, err := c.DownloadTree(ctx, id, "/tree")
+	fatal(err)
+	hd, err := tar.NewReader(archive).Next()
+	fatal(err)
+	fatal(archive.Close())
+	dir, err := c.MakeDirectory(ctx, id, "/tree/d", client.MakeDirectoryOptions{Mode: new(fs.FileMode(0o700)), Owner: "user"})
+	fatal(err)
+	moved, err := c.RenameFile(ctx, id, "/tree/a", "/tree/b/c", true)
+	fatal(err)
+	same, err := c.StatFile(ctx, id, "/tree/b/c")
+	fatal(err)
+	if hd.Size == 0 || dir.Mode != "0700" || moved.Path != same.Path || same.Size != 1 {
+		t.Errorf("%+v, %+v, %+v, %+v", hd, dir, moved, same)
+	}
+	changes := 0
+	err = c.WatchFiles(ctx, id, "/tree", false, func() {}, func(client.FileChange) error { changes++; return nil })
+	if changes != 2 || !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("%d changes, %v", changes, err)
+	}
+	if _, err := c.StatFile(ctx, id, "/tree/none"); !client.HasCode(err, "file_not_found") {
+		t.Errorf("stat: %v", err)
 	}
 }
 

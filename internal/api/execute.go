@@ -45,9 +45,17 @@ func (s *server) ExecuteCommand(w http.ResponseWriter, r *http.Request, id Sandb
 		s.fail(w, r, err)
 		return
 	}
+	detach := in.Detach != nil && *in.Detach
 	request, err := commandOf(in)
+	if err == nil && detach && !wantsEvents(r) {
+		err = fault.InField("invalid_detach", "detach", "needs Accept: text/event-stream; without following its output start a process instead")
+	}
 	if err != nil {
 		s.fail(w, r, err)
+		return
+	}
+	if wantsEvents(r) {
+		s.streamCommand(w, r, id, request, detach)
 		return
 	}
 	s.inside(w, r, id, func(t agentapi.Target) error {
@@ -64,6 +72,10 @@ func (s *server) ExecuteCommand(w http.ResponseWriter, r *http.Request, id Sandb
 
 func commandOf(in ExecuteRequest) (agentapi.ExecuteRequest, error) {
 	out := agentapi.ExecuteRequest{Args: in.Args, Env: in.Env, Timeout: defaultCommandTimeout}
+	longest := maxCommandTimeout
+	if in.Detach != nil && *in.Detach {
+		out.Timeout, longest = 0, maxProcessTimeout
+	}
 	if in.Command != nil {
 		if in.Args != nil {
 			return out, fault.InField("invalid_command", "command", "give command or args, not both")
@@ -75,8 +87,8 @@ func commandOf(in ExecuteRequest) (agentapi.ExecuteRequest, error) {
 		return out, err
 	}
 	if timeout != nil {
-		if *timeout <= 0 || *timeout > maxCommandTimeout {
-			return out, fault.InField("invalid_timeout", "timeout", "must be more than 0 and at most %s", maxCommandTimeout)
+		if *timeout <= 0 || *timeout > longest {
+			return out, fault.InField("invalid_timeout", "timeout", "must be more than 0 and at most %s", longest)
 		}
 		out.Timeout = *timeout
 	}

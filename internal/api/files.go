@@ -62,7 +62,7 @@ func uploadOf(w http.ResponseWriter, r *http.Request, params WriteFileParams) (a
 		return out, errFileTooLarge
 	}
 	if r.Body != nil {
-		out.Body = &upload{body: r.Body, control: http.NewResponseController(w), stall: callOf(r).patience.stall, left: maxFile}
+		out.Body = &upload{body: r.Body, control: http.NewResponseController(w), stall: callOf(r).patience.stall, left: maxFile, over: errFileTooLarge}
 	}
 	return out, nil
 }
@@ -87,6 +87,7 @@ type upload struct {
 	control *http.ResponseController
 	stall   time.Duration
 	left    int64
+	over    error // for what is more than is left
 }
 
 func (u *upload) Read(p []byte) (int, error) {
@@ -94,7 +95,7 @@ func (u *upload) Read(p []byte) (int, error) {
 	_ = u.control.SetReadDeadline(time.Now().Add(u.stall))
 	n, err := u.body.Read(p)
 	if u.left -= int64(n); u.left < 0 {
-		return 0, errFileTooLarge
+		return 0, u.over
 	}
 	switch {
 	case err == io.EOF:

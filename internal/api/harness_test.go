@@ -401,8 +401,11 @@ func (b *fakeBuilder) holding() (release func()) {
 // fakeAgent plays the inside of every sandbox: files in a map, and whatever
 // execute is set to.
 type fakeAgent struct {
+	fakeProcesses
 	execute func(ctx context.Context, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error)
 	fail    error // of every call but execute
+
+	cutTrees bool // archives end early
 
 	mu      sync.Mutex
 	files   map[string][]byte

@@ -43,6 +43,13 @@ func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) {
 		s.problem(w, r, http.StatusUnsupportedMediaType, fault.InField("unsupported_media_type", "Content-Type", "%s", notJSON.detail))
 		return
 	}
+	status, f := verdict(r, err)
+	s.problem(w, r, status, f)
+}
+
+// verdict is what the caller is told of an error, and under which status; it notes for
+// the call what broke.
+func verdict(r *http.Request, err error) (int, *fault.Error) {
 	status, f := statusOf(err)
 	if status >= 500 {
 		c := callOf(r)
@@ -54,7 +61,7 @@ func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) {
 			status, f = http.StatusServiceUnavailable, fault.New(fault.Unavailable, "interrupted", "the call was interrupted")
 		}
 	}
-	s.problem(w, r, status, f)
+	return status, f
 }
 
 // statusOf is the status of an error, and what of it a caller is told.
@@ -73,6 +80,25 @@ func statusOf(err error) (int, *fault.Error) {
 // problem writes a fault under a status that its kind does not have.
 func (s *server) problem(w http.ResponseWriter, r *http.Request, status int, f *fault.Error) {
 	drain(w, r, f.Code)
+	p := problemOf(r, status, f)
+	h := w.Header()
+	if status == http.StatusUnauthorized {
+		h.Set("WWW-Authenticate", "Bearer")
+	}
+	if f.RetryAfter > 0 {
+		h.Set("Retry-After", strconv.FormatInt(int64(math.Ceil(f.RetryAfter.Seconds())), 10))
+	}
+	h.Set("Cache-Control", "no-store")
+	if callOf(r).page && wantsPage(r) {
+		s.writePage(w, r, status, f)
+		return
+	}
+	h.Set("Content-Type", "application/problem+json")
+	writeJSON(w, r, status, p)
+}
+
+// problemOf is a fault as the caller sees it. The log line of the call has its code.
+func problemOf(r *http.Request, status int, f *fault.Error) Problem {
 	c := callOf(r)
 	c.code = f.Code
 	p := Problem{
@@ -89,20 +115,7 @@ func (s *server) problem(w http.ResponseWriter, r *http.Request, status int, f *
 		}
 		p.Field = &field
 	}
-	h := w.Header()
-	if status == http.StatusUnauthorized {
-		h.Set("WWW-Authenticate", "Bearer")
-	}
-	if f.RetryAfter > 0 {
-		h.Set("Retry-After", strconv.FormatInt(int64(math.Ceil(f.RetryAfter.Seconds())), 10))
-	}
-	h.Set("Cache-Control", "no-store")
-	if c.page && wantsPage(r) {
-		s.writePage(w, r, status, f)
-		return
-	}
-	h.Set("Content-Type", "application/problem+json")
-	writeJSON(w, r, status, p)
+	return p
 }
 
 // What is still read of the body of a request that is refused: many clients send

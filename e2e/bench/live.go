@@ -1,0 +1,133 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/cayhq/cay/client"
+)
+
+// What is measured about streams and terminals.
+const (
+	liveFirst    = "streamed execute: first byte of echo"
+	liveWhole    = "  the plain answer of the same"
+	liveEcho     = "terminal: echo of a key"
+	liveOutput   = "streamed execute: 8 MiB of output"
+	liveFollowed = "process: output as it is followed, of which at most 1 MiB is kept"
+)
+
+// followedSize is how much a process writes to be followed, bytes: seconds at 10 MB/s.
+const followedSize = 32 << 20
+
+// measureLive streams output and types into a terminal of one sandbox.
+func measureLive(ctx context.Context, o options, s *server, _ *docker, r *results) error {
+	id, err := s.create(ctx)
+	if err != nil {
+		return err
+	}
+	for i := range o.commands() + 1 {
+		into := r
+		if i == 0 { // warms up and is not counted
+			into = &results{}
+		}
+		if err := s.firstByte(ctx, id, into); err != nil {
+			return err
+		}
+	}
+	if err := s.echoes(ctx, id, 4*o.commands(), r); err != nil {
+		return err
+	}
+	for range 5 {
+		if err := s.output(ctx, id, r); err != nil {
+			return err
+		}
+	}
+	return s.api.DestroySandbox(ctx, id)
+}
+
+func (s *server) firstByte(ctx context.Context, id string, r *results) error {
+	request := client.ExecuteRequest{Command: new("echo x")}
+	began := time.Now()
+	first := time.Duration(0)
+	_, err := s.api.ExecuteStream(ctx, id, request, func(o client.Output) error {
+		if first == 0 && len(o.Data) > 0 {
+			first = time.Since(began)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	r.add(liveFirst, unitMS, milliseconds(first))
+	began = time.Now()
+	if _, err := s.execute(ctx, id, request); err != nil {
+		return err
+	}
+	r.took(liveWhole, began)
+	return nil
+}
+
+// echoes types keys into a program that gives each back, one at a time.
+func (s *server) echoes(ctx context.Context, id string, keys int, r *results) error {
+	t, err := s.api.OpenTerminal(ctx, id, client.TerminalOptions{Command: "stty raw -echo; echo ready; exec cat"})
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	b := make([]byte, 1<<10)
+	var shown []byte
+	for !bytes.Contains(shown, []byte("ready")) {
+		n, err := t.Read(b)
+		if err != nil {
+			return err
+		}
+		shown = append(shown, b[:n]...)
+	}
+	if i := bytes.IndexByte(shown, '\n'); i < 0 { // the end of its line
+		if _, err := t.Read(b); err != nil {
+			return err
+		}
+	}
+	for range keys {
+		began := time.Now()
+		if _, err := t.Write([]byte("k")); err != nil {
+			return err
+		}
+		if n, err := t.Read(b); err != nil || string(b[:n]) != "k" {
+			return fmt.Errorf("the terminal shows %q: %w", b[:n], err)
+		}
+		r.took(liveEcho, began)
+	}
+	return s.api.KillProcess(ctx, id, fmt.Sprint(t.PID))
+}
+
+// output streams as much as an execution sends, and more than a process keeps.
+func (s *server) output(ctx context.Context, id string, r *results) error {
+	const streamed = 8 << 20
+	n := int64(0)
+	count := func(o client.Output) error { n += int64(len(o.Data)) + o.Lost; return nil }
+	began := time.Now()
+	if _, err := s.api.ExecuteStream(ctx, id, client.ExecuteRequest{Command: new(fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x", streamed))}, count); err != nil {
+		return err
+	}
+	if n != streamed {
+		return fmt.Errorf("%d bytes came, want %d", n, streamed)
+	}
+	r.add(liveOutput, unitMBps, float64(n)/1e6/time.Since(began).Seconds())
+	n = 0
+	began = time.Now()
+	p, err := s.api.StartProcess(ctx, id, client.StartProcessRequest{Command: new(fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x", followedSize))})
+	if err != nil {
+		return err
+	}
+	if _, err := s.api.FollowProcess(ctx, id, fmt.Sprint(p.PID), 0, count); err != nil {
+		return err
+	}
+	if n != followedSize {
+		return fmt.Errorf("%d bytes came or were lost, want %d", n, int64(followedSize))
+	}
+	r.add(liveFollowed, unitMBps, float64(n)/1e6/time.Since(began).Seconds())
+	return s.api.KillProcess(ctx, id, fmt.Sprint(p.PID))
+}

@@ -1,0 +1,137 @@
+package agent
+
+import (
+	"errors"
+	"io/fs"
+	"net/http"
+	"os"
+	"path"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agentapi"
+)
+
+// stat answers GET /files/stat with the entry itself: a link is described, not followed.
+func (f *files) stat(w http.ResponseWriter, r *http.Request) {
+	_, p, err := f.target(r)
+	if err == nil {
+		err = f.answerEntry(w, p)
+	}
+	if err != nil {
+		httpError(w, err)
+	}
+}
+
+func (f *files) answerEntry(w http.ResponseWriter, p string) error {
+	e, err := f.entry(p)
+	if errors.Is(err, syscall.ENOTDIR) {
+		err = syscall.ENOENT // below a file there is nothing
+	}
+	if err != nil {
+		return fileProblem(err, p)
+	}
+	writeJSON(w, http.StatusOK, e)
+	return nil
+}
+
+// mkdir answers POST /files/mkdir. A directory that is there already stays as it is.
+func (f *files) mkdir(w http.ResponseWriter, r *http.Request) {
+	u, p, err := f.target(r)
+	var mode *fs.FileMode
+	if err == nil {
+		mode, err = parseMode(r.URL.Query().Get("mode"))
+	}
+	if err == nil {
+		err = makeDirectory(p, u, mode)
+	}
+	if err == nil {
+		err = f.answerEntry(w, p)
+	}
+	if err != nil {
+		httpError(w, err)
+	}
+}
+
+func makeDirectory(p string, u *user, mode *fs.FileMode) error {
+	st, err := os.Stat(p)
+	switch {
+	case err == nil && st.IsDir():
+		return nil
+	case err == nil:
+		return newProblem(agentapi.CodeNotDirectory, "path %q exists and is not a directory", p)
+	}
+	if err := makeDirs(p, u); err != nil {
+		return fileProblem(err, p)
+	}
+	if mode == nil {
+		return nil
+	}
+	return fileProblem(os.Chmod(p, *mode), p)
+}
+
+// rename answers POST /files/rename. What is there stays unless the call says otherwise.
+func (f *files) rename(w http.ResponseWriter, r *http.Request) {
+	u, from, err := f.target(r)
+	if err != nil {
+		httpError(w, err)
+		return
+	}
+	q := r.URL.Query()
+	to, err := resolvePath(q.Get("to"), u.home)
+	if err == nil {
+		err = move(from, to, u, q.Get("overwrite") == "true")
+	}
+	if err == nil {
+		err = f.answerEntry(w, to)
+	}
+	if err != nil {
+		httpError(w, err)
+	}
+}
+
+func move(from, to string, u *user, overwrite bool) error {
+	if from == "/" || to == "/" {
+		return newProblem(agentapi.CodeInvalidPath, "the root directory cannot be renamed")
+	}
+	switch _, err := os.Lstat(from); {
+	case errors.Is(err, syscall.ENOTDIR):
+		return fileProblem(syscall.ENOENT, from)
+	case err != nil:
+		return fileProblem(err, from)
+	}
+	if err := makeParents(to, u); err != nil {
+		return inTo(fileProblem(err, path.Dir(to)))
+	}
+	flags := uint(unix.RENAME_NOREPLACE)
+	if overwrite {
+		flags = 0
+	}
+	switch err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, flags); err {
+	case nil:
+		return nil
+	case unix.EEXIST:
+		if !overwrite {
+			return newProblem(agentapi.CodePathExists, "path %q exists already", to)
+		}
+		return inTo(newProblem(agentapi.CodeNotEmpty, "directory %q is not empty", to))
+	case unix.EXDEV:
+		return inTo(newProblem(agentapi.CodeInvalidPath, "path %q is on another file system", to))
+	case unix.EINVAL:
+		return inTo(newProblem(agentapi.CodeInvalidPath, "path %q is below %q", to, from))
+	default:
+		return inTo(fileProblem(err, to))
+	}
+}
+
+// inTo says that the destination is at fault, where a path could be either.
+func inTo(err error) error {
+	var p *problem
+	if !errors.As(err, &p) {
+		return err
+	}
+	named := *p
+	named.field = "to"
+	return &named
+}

@@ -1,0 +1,284 @@
+package agent
+
+import (
+	"cmp"
+	"slices"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/agentapi/process"
+)
+
+// hangupTime is how long a process that is ended for want of anybody who follows it has
+// between its hangup and the end of it all: a shell writes its history.
+const hangupTime = 2 * time.Second
+
+// kept is what a command has beside others that clients come back to: it is started by one
+// call and listed, followed, written to and ended by others.
+type kept struct {
+	history *history
+	workdir string
+	user    string
+	grace   time.Duration // how long it lives without followers; 0 is for ever
+
+	mu sync.Mutex
+	// +checklocks:mu
+	followers int
+	// +checklocks:mu
+	lonely *time.Timer // ends it; nil while it is followed
+	// +checklocks:mu
+	endedAt time.Time
+	// +checklocks:mu
+	expiry *time.Timer // takes it off the list; nil while it runs
+}
+
+// keeper starts and serves the processes that are kept.
+type keeper struct {
+	processes *processes
+	starting  sync.Mutex // so that a tag is given once
+}
+
+// start starts a process that outlives the call.
+func (k *keeper) start(req agentapi.StartProcess) (*command, error) {
+	who, err := k.processes.userOf(nil, req.User)
+	if err != nil {
+		return nil, err
+	}
+	if len(req.Args) == 0 {
+		return nil, newProblem(agentapi.CodeInvalidCommand, "the command is empty")
+	}
+	start := &process.StartRequest{
+		Process: &process.ProcessConfig{Cmd: req.Args[0], Args: req.Args[1:], Envs: req.Env},
+		Stdin:   new(req.OpenInput || len(req.Input) > 0),
+	}
+	if req.Workdir != "" {
+		start.Process.Cwd = &req.Workdir
+	}
+	if req.Tag != "" {
+		start.Tag = &req.Tag
+	}
+	if t := req.Terminal; t != nil {
+		start.Pty = &process.PTY{Size: &process.PTY_Size{Cols: uint32(t.Cols), Rows: uint32(t.Rows)}}
+	}
+	l, err := k.processes.prepare(start, who)
+	if err != nil {
+		return nil, err
+	}
+	l.kept = &kept{history: &history{}, workdir: l.dir, user: cmp.Or(who.name, strconv.Itoa(int(who.uid))), grace: time.Duration(req.GraceMs) * time.Millisecond}
+
+	k.starting.Lock()
+	defer k.starting.Unlock()
+	if err := k.processes.room(req.Tag); err != nil {
+		return nil, err
+	}
+	c, streams, err := k.processes.launch(l)
+	if err != nil {
+		return nil, startProblem(l, err)
+	}
+	k.processes.shareHistory()
+	c.subscribe(l.kept.history.take)
+	k.processes.run(c, streams, nil)
+	go c.feed(req.Input, !req.OpenInput && req.Terminal == nil)
+	if req.TimeoutMs > 0 {
+		go c.stopAt(c.started.Add(time.Duration(req.TimeoutMs) * time.Millisecond))
+	}
+	c.leave(0)
+	return c, nil
+}
+
+// feed writes a process's first input.
+func (c *command) feed(input []byte, end bool) {
+	to := cmp.Or(c.pty, c.stdin)
+	if len(input) > 0 {
+		c.inputMu.Lock()
+		// A process that does not read its input to the end is no error.
+		_, _ = to.Write(input)
+		c.inputMu.Unlock()
+	}
+	if end && c.stdin != nil {
+		_ = c.closeStdin()
+	}
+}
+
+// room refuses what is one process too many, and a tag that is in use.
+func (p *processes) room(tag string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	running := 0
+	for _, c := range p.commands {
+		if !c.running() {
+			continue
+		}
+		if c.kept != nil {
+			running++
+		}
+		if tag != "" && c.tag != nil && *c.tag == tag {
+			return newProblem(agentapi.CodeTagInUse, "process %d has the tag %q and runs", c.pid, tag)
+		}
+	}
+	if running >= agentapi.MaxKept {
+		return newProblem(agentapi.CodeTooManyProcesses, "%d processes run detached, which is the most there can be", running)
+	}
+	return nil
+}
+
+// shareHistory shares the memory for output out among the processes that are kept.
+func (p *processes) shareHistory() {
+	all := p.keptOnes()
+	limit := max(leastHistory, min(agentapi.HistorySize, agentapi.MaxHistory/max(1, len(all))))
+	for _, c := range all {
+		c.kept.history.setLimit(limit)
+	}
+}
+
+func (p *processes) keptOnes() []*command {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var all []*command
+	for _, c := range p.commands {
+		if c.kept != nil {
+			all = append(all, c)
+		}
+	}
+	return all
+}
+
+// shelve keeps a kept command that has ended for a while, unless there are many.
+func (p *processes) shelve(c *command) {
+	c.kept.mu.Lock()
+	c.kept.endedAt = time.Now()
+	c.kept.stopLonelyLocked()
+	c.kept.expiry = time.AfterFunc(agentapi.EndedKept, func() { p.forget(c) })
+	c.kept.mu.Unlock()
+	var ended []*command
+	for _, other := range p.keptOnes() {
+		if !other.kept.ended().IsZero() {
+			ended = append(ended, other)
+		}
+	}
+	slices.SortFunc(ended, func(a, b *command) int { return a.kept.ended().Compare(b.kept.ended()) })
+	for ; len(ended) > agentapi.MaxEnded; ended = ended[1:] {
+		p.forget(ended[0])
+	}
+}
+
+// forget takes a command off the list. Nothing holds its output then but who follows it.
+func (p *processes) forget(c *command) {
+	if k := c.kept; k != nil {
+		k.mu.Lock()
+		if k.expiry != nil {
+			k.expiry.Stop()
+		}
+		k.mu.Unlock()
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.commands[c.pid] == c { // the pid may be another's by now
+		delete(p.commands, c.pid)
+	}
+}
+
+func (k *kept) ended() time.Time {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.endedAt
+}
+
+// +checklocks:k.mu
+func (k *kept) stopLonelyLocked() {
+	if k.lonely != nil {
+		k.lonely.Stop()
+		k.lonely = nil
+	}
+}
+
+// attend notes that somebody follows the command, until leave(1).
+func (c *command) attend() {
+	k := c.kept
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.followers++
+	k.stopLonelyLocked()
+}
+
+// leave notes that so many do not follow it any more. One that nobody follows has only its
+// grace to live.
+func (c *command) leave(n int) {
+	k := c.kept
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.followers -= n
+	if k.followers > 0 || k.grace == 0 || !k.endedAt.IsZero() {
+		return
+	}
+	k.stopLonelyLocked()
+	k.lonely = time.AfterFunc(k.grace, c.hangUp)
+}
+
+// hangUp ends a command that nobody came back to.
+func (c *command) hangUp() {
+	c.kept.mu.Lock()
+	followed := c.kept.followers > 0
+	c.kept.mu.Unlock()
+	if followed {
+		return // since just now
+	}
+	// What is stopped would not hear of it. Either is for its good only: it is killed next.
+	_ = c.signal(syscall.SIGHUP)
+	_ = c.signal(syscall.SIGCONT)
+	select {
+	case <-c.exited:
+	case <-time.After(hangupTime):
+	}
+	_ = c.stop(false)
+}
+
+const (
+	// maxShownArgs is how much of a command's arguments is shown, bytes: a list of all
+	// processes has to stay small.
+	maxShownArgs = 1 << 10
+	ellipsis     = "…"
+)
+
+// about is what is told of a command.
+func (c *command) about() agentapi.Process {
+	out := agentapi.Process{PID: c.pid, StartedAt: c.started.UTC(), Terminal: c.pty != nil, Workdir: c.config.GetCwd(),
+		Args: shownArgs(append([]string{c.config.GetCmd()}, c.config.GetArgs()...))}
+	if c.tag != nil {
+		out.Tag = *c.tag
+	}
+	if k := c.kept; k != nil {
+		out.Kept, out.Workdir, out.User = true, k.workdir, k.user
+		out.First, out.Next = k.history.bounds()
+	}
+	out.Input = c.running() && (c.pty != nil || c.stdin != nil && c.stdinOpen())
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.end != nil {
+		out.End = &agentapi.ProcessExit{At: c.started.Add(time.Duration(c.end.GetDurationUs()) * time.Microsecond).UTC(), ExitCode: int(c.end.GetExitCode()),
+			Signal: int(c.end.GetSignal()), TimedOut: c.end.GetTimedOut(), OOMKilled: c.end.GetOomKilled(), DurationUs: c.end.GetDurationUs()}
+	}
+	return out
+}
+
+// stdinOpen reports whether the input has not been closed.
+func (c *command) stdinOpen() bool {
+	raw, err := c.stdin.SyscallConn()
+	return err == nil && raw.Control(func(uintptr) {}) == nil
+}
+
+func shownArgs(args []string) []string {
+	room := maxShownArgs
+	for i, arg := range args {
+		if len(arg) > room {
+			cut := arg[:room]
+			cut = cut[:len(cut)-agentapi.IncompleteTail([]byte(cut))]
+			return append(args[:i:i], cut+ellipsis)
+		}
+		room -= len(arg)
+	}
+	return args
+}

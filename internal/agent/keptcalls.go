@@ -1,0 +1,308 @@
+package agent
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"os"
+	"slices"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/agentapi/process"
+)
+
+const (
+	// maxStartProcess is how long the body of POST /processes may be, bytes: what the host
+	// takes for a command, 8 MiB, with the input as base64.
+	maxStartProcess = 16 << 20
+
+	// maxListed is how many processes a list has, the newest.
+	maxListed = 1000
+
+	// idleFrames is how often a stream of output that has nothing to say says so, so that
+	// the host learns when the agent is gone.
+	idleFrames = 30 * time.Second
+)
+
+func (k *keeper) routes(mux *http.ServeMux) {
+	mux.HandleFunc("POST /processes", k.post)
+	mux.HandleFunc("GET /processes", k.list)
+	mux.HandleFunc("GET /processes/{process}", k.named(k.get))
+	mux.HandleFunc("DELETE /processes/{process}", k.named(k.remove))
+	mux.HandleFunc("GET /processes/{process}/wait", k.named(k.wait))
+	mux.HandleFunc("GET /processes/{process}/output", k.named(k.output))
+	mux.HandleFunc("POST /processes/{process}/signal", k.named(k.signal))
+	mux.HandleFunc("POST /processes/{process}/resize", k.named(k.resize))
+	mux.HandleFunc("POST /processes/{process}/input", k.named(k.input))
+}
+
+// named finds the command that a path names: by its pid, else by its tag.
+func (k *keeper) named(do func(http.ResponseWriter, *http.Request, *command) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		ref := r.PathValue("process")
+		sel := &process.ProcessSelector{Selector: &process.ProcessSelector_Tag{Tag: ref}}
+		if pid, err := strconv.ParseUint(ref, 10, 32); err == nil {
+			sel.Selector = &process.ProcessSelector_Pid{Pid: uint32(pid)}
+		}
+		c, err := k.processes.find(sel)
+		if err != nil {
+			httpError(w, newProblem(agentapi.CodeProcessNotFound, "there is no process %q, or it ended a while ago", ref))
+			return
+		}
+		if err := do(w, r, c); err != nil {
+			httpError(w, err)
+		}
+	}
+}
+
+func (k *keeper) post(w http.ResponseWriter, r *http.Request) {
+	var req agentapi.StartProcess
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxStartProcess)).Decode(&req); err != nil {
+		httpError(w, badRequest("processes: %s", err))
+		return
+	}
+	c, err := k.start(req)
+	if err != nil {
+		httpError(w, err)
+		return
+	}
+	writeJSON(w, http.StatusOK, c.about())
+}
+
+func (k *keeper) list(w http.ResponseWriter, _ *http.Request) {
+	reply := agentapi.ProcessList{Processes: []agentapi.Process{}}
+	k.processes.mu.Lock()
+	all := make([]*command, 0, len(k.processes.commands))
+	for _, c := range k.processes.commands {
+		if c.kept != nil || c.running() {
+			all = append(all, c)
+		}
+	}
+	k.processes.mu.Unlock()
+	slices.SortFunc(all, func(a, b *command) int { return cmp.Or(b.started.Compare(a.started), cmp.Compare(b.pid, a.pid)) })
+	for _, c := range all[:min(len(all), maxListed)] {
+		reply.Processes = append(reply.Processes, c.about())
+	}
+	writeJSON(w, http.StatusOK, reply)
+}
+
+func (k *keeper) get(w http.ResponseWriter, _ *http.Request, c *command) error {
+	writeJSON(w, http.StatusOK, c.about())
+	return nil
+}
+
+// remove kills a process with its descendants, those that it left in the background
+// included, and forgets it.
+func (k *keeper) remove(w http.ResponseWriter, r *http.Request, c *command) error {
+	if err := c.stop(false); err != nil {
+		return err
+	}
+	select {
+	case <-c.done:
+	case <-r.Context().Done(): // what it wrote last is taken by a client that is slow
+		return r.Context().Err()
+	}
+	if gr := k.processes.spawner.groups.takeLingering(c.groupName); gr != nil {
+		err := gr.kill(killPatience)
+		k.processes.spawner.groups.give(gr)
+		if err != nil {
+			return err
+		}
+	}
+	k.processes.forget(c)
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+func (k *keeper) wait(w http.ResponseWriter, r *http.Request, c *command) error {
+	ms, err := strconv.ParseInt(r.URL.Query().Get("ms"), 10, 32)
+	if err != nil || ms < 0 {
+		return badRequest("wait: ms is no number of milliseconds")
+	}
+	timer := time.NewTimer(time.Duration(ms) * time.Millisecond)
+	defer timer.Stop()
+	select {
+	case <-c.done:
+	case <-timer.C:
+	case <-r.Context().Done():
+	}
+	writeJSON(w, http.StatusOK, c.about())
+	return nil
+}
+
+func (k *keeper) signal(w http.ResponseWriter, r *http.Request, c *command) error {
+	var req agentapi.SignalRequest
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<10)).Decode(&req); err != nil || req.Signal < 1 || req.Signal > 64 {
+		return badRequest("signal: not the number of one")
+	}
+	if err := c.signal(syscall.Signal(req.Signal)); errors.Is(err, os.ErrProcessDone) || errors.Is(err, syscall.ESRCH) {
+		return newProblem(agentapi.CodeProcessEnded, "process %d has ended", c.pid)
+	} else if err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+func (k *keeper) resize(w http.ResponseWriter, r *http.Request, c *command) error {
+	var size agentapi.TerminalSize
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<10)).Decode(&size); err != nil {
+		return badRequest("resize: %s", err)
+	}
+	if c.pty == nil {
+		return newProblem(agentapi.CodeNoTerminal, "process %d has no terminal", c.pid)
+	}
+	if err := c.resize(&process.PTY_Size{Cols: uint32(size.Cols), Rows: uint32(size.Rows)}); errors.Is(err, os.ErrClosed) {
+		return newProblem(agentapi.CodeProcessEnded, "process %d has ended", c.pid)
+	} else if err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// input writes the body to the process as it comes, and ends the input if it is to.
+func (k *keeper) input(w http.ResponseWriter, r *http.Request, c *command) error {
+	to := cmp.Or(c.pty, c.stdin)
+	if to == nil {
+		return newProblem(agentapi.CodeStdinClosed, "process %d has no input to write to; it was started without", c.pid)
+	}
+	buf := make([]byte, outputChunk)
+	written := int64(0)
+	for {
+		n, err := r.Body.Read(buf)
+		took, writeErr := c.writeSoon(to, buf[:n])
+		written += int64(took)
+		switch {
+		case writeErr != nil:
+			return writeErr
+		case errors.Is(err, io.EOF):
+			if r.URL.Query().Has("end") && c.stdin != nil {
+				if err := c.closeStdin(); err != nil {
+					return newProblem(agentapi.CodeStdinClosed, "the input of process %d is closed", c.pid)
+				}
+			}
+			writeJSON(w, http.StatusOK, agentapi.InputReply{Written: written})
+			return nil
+		case err != nil:
+			return badRequest("input: %s", err)
+		}
+	}
+}
+
+// writeSoon writes input; a process has InputPatience to take each piece.
+func (c *command) writeSoon(to *os.File, b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	c.inputMu.Lock()
+	defer c.inputMu.Unlock()
+	// One that has no deadlines is closed.
+	_ = to.SetWriteDeadline(time.Now().Add(agentapi.InputPatience))
+	n, err := to.Write(b)
+	_ = to.SetWriteDeadline(time.Time{})
+	switch {
+	case err == nil:
+		return n, nil
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return n, newProblem(agentapi.CodeStdinBlocked, "process %d has not read its input for %s; %d bytes of the last %d were taken", c.pid, agentapi.InputPatience, n, len(b))
+	case errors.Is(err, os.ErrClosed), errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.EIO):
+		if !c.running() {
+			return n, newProblem(agentapi.CodeProcessEnded, "process %d has ended", c.pid)
+		}
+		return n, newProblem(agentapi.CodeStdinClosed, "the input of process %d is closed", c.pid)
+	}
+	return n, err
+}
+
+// output sends what a process writes in frames, from an offset on, to its end; with "now",
+// what there is.
+func (k *keeper) output(w http.ResponseWriter, r *http.Request, c *command) error {
+	offset, err := strconv.ParseInt(r.URL.Query().Get("offset"), 10, 64)
+	if err != nil || offset < 0 {
+		return badRequest("output: offset is not the number of a byte")
+	}
+	if c.kept == nil {
+		return newProblem(agentapi.CodeOutputNotKept, "the output of process %d goes to the call that started it and is not kept", c.pid)
+	}
+	if _, next := c.kept.history.bounds(); offset > next {
+		return newProblem(agentapi.CodeInvalidOffset, "the process has written %d bytes so far", next)
+	}
+	c.attend()
+	defer c.leave(1)
+	w.Header().Set("Content-Type", "application/octet-stream")
+	f := follower{w: w, control: http.NewResponseController(w), command: c, next: offset}
+	_, f.until = c.kept.history.bounds()
+	if !r.URL.Query().Has("now") {
+		f.until = -1
+	}
+	// A client that has gone has nobody to be told.
+	_ = f.run(r)
+	return nil
+}
+
+// follower is one client that reads a command's output.
+type follower struct {
+	w       io.Writer
+	control *http.ResponseController
+	command *command
+	next    int64 // offset of the byte to send
+	until   int64 // where to stop; -1 is the process's end
+}
+
+func (f *follower) run(r *http.Request) error {
+	idle := time.NewTicker(idleFrames)
+	defer idle.Stop()
+	if err := f.control.Flush(); err != nil { // the head of the answer: there is such a process
+		return err
+	}
+	for {
+		if f.until >= 0 && f.next >= f.until {
+			return f.end()
+		}
+		stream, data, lost, changed := f.command.kept.history.read(f.next)
+		var err error
+		switch {
+		case lost > 0:
+			err = f.send(agentapi.LostFrame(f.next, lost))
+			f.next += lost
+		case len(data) > 0:
+			err = f.send(agentapi.Frame{Kind: stream, Offset: f.next, Payload: data})
+			f.next += int64(len(data))
+		case changed == nil:
+			return f.end()
+		default:
+			select {
+			case <-changed:
+			case <-idle.C:
+				err = f.send(agentapi.IdleFrame())
+			case <-r.Context().Done():
+				err = r.Context().Err()
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// end sends the process as it is, with how it ended.
+func (f *follower) end() error {
+	about, err := json.Marshal(f.command.about())
+	if err != nil {
+		return err
+	}
+	return f.send(agentapi.EndFrame(f.next, about))
+}
+
+func (f *follower) send(frame agentapi.Frame) error {
+	if _, err := frame.WriteTo(f.w); err != nil {
+		return err
+	}
+	return f.control.Flush()
+}

@@ -1,0 +1,442 @@
+package agent
+
+import (
+	"archive/tar"
+	"crypto/rand"
+	"errors"
+	"io"
+	"io/fs"
+	"net/http"
+	"os"
+	"path"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agentapi"
+)
+
+// Limits of an archive that is unpacked, beside agentapi.MaxTar for what it becomes: a sparse
+// file of a KiB can say that it has an exabyte. Below that the sandbox's disk is the limit.
+const (
+	maxTarEntries = 500_000
+	maxTarDepth   = 256 // directories above each other
+)
+
+// getTar answers GET /files/tar with an archive of what is below a directory, names
+// relative to it. What is no file, directory or link is left out, as it means nothing
+// elsewhere. An archive that is cut off had an error.
+func (f *files) getTar(w http.ResponseWriter, r *http.Request) {
+	_, p, err := f.target(r)
+	var names []string
+	if err == nil {
+		names, err = readNames(p)
+	}
+	if err != nil {
+		httpError(w, fileProblem(err, p))
+		return
+	}
+	w.Header().Set("Content-Type", "application/x-tar")
+	out := tar.NewWriter(w)
+	p, err = realPath(p)
+	if err == nil {
+		err = f.pack(out, p, "", names)
+	}
+	if err == nil {
+		err = out.Close()
+	}
+	if err != nil {
+		panic(http.ErrAbortHandler) // the head is out; only a broken connection says that this is not all
+	}
+}
+
+// pack writes the entries of a directory and all below them.
+func (f *files) pack(out *tar.Writer, root, rel string, names []string) error {
+	for _, name := range names {
+		rel := path.Join(rel, name)
+		p := path.Join(root, rel)
+		isDir, err := f.packOne(out, p, rel)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if !isDir {
+			continue
+		}
+		below, err := readNames(p)
+		var known *problem
+		if errors.Is(err, fs.ErrNotExist) || errors.As(err, &known) {
+			continue // gone meanwhile, or another thing now
+		}
+		if err != nil {
+			return err
+		}
+		if err := f.pack(out, root, rel, below); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// packOne writes one entry. What vanishes before it was begun is fs.ErrNotExist.
+func (f *files) packOne(out *tar.Writer, p, rel string) (isDir bool, err error) {
+	st, err := os.Lstat(p)
+	if err != nil {
+		return false, err
+	}
+	target := ""
+	switch {
+	case st.IsDir(), st.Mode().IsRegular():
+	case st.Mode()&fs.ModeSymlink != 0:
+		if target, err = os.Readlink(p); err != nil {
+			return false, err
+		}
+	default:
+		return false, nil
+	}
+	h, err := tar.FileInfoHeader(st, target)
+	if err != nil {
+		return false, err
+	}
+	sys := st.Sys().(*syscall.Stat_t)
+	h.Name = rel
+	if st.IsDir() {
+		h.Name += "/"
+	}
+	h.Format = tar.FormatPAX // takes any name, and times are whole seconds without more records
+	h.ModTime, h.AccessTime, h.ChangeTime = st.ModTime().Truncate(time.Second), time.Time{}, time.Time{}
+	h.Uname, h.Gname = f.users.ownerName(sys.Uid), f.users.groupName(sys.Gid)
+	if !st.Mode().IsRegular() {
+		return st.IsDir(), out.WriteHeader(h)
+	}
+	// Opened before the head is written, and never followed: it may be another thing now.
+	file, opened, err := openRegular(p, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return false, fs.ErrNotExist
+	}
+	defer file.Close()
+	h.Size = opened.Size()
+	if err := out.WriteHeader(h); err != nil {
+		return false, err
+	}
+	return false, packContent(out, file, h.Size)
+}
+
+// packContent writes as much as was announced, of a file that may change meanwhile: what it
+// grew by is left out, what it lacks is zeros.
+func packContent(out io.Writer, file io.Reader, size int64) error {
+	buf := copyBuffers.Get().(*[copyBuffer]byte)
+	defer copyBuffers.Put(buf)
+	n, err := io.CopyBuffer(struct{ io.Writer }{out}, struct{ io.Reader }{io.LimitReader(file, size)}, buf[:])
+	if err != nil || n == size {
+		return err
+	}
+	clear(buf[:])
+	for n < size && err == nil {
+		var wrote int
+		wrote, err = out.Write(buf[:min(size-n, copyBuffer)])
+		n += int64(wrote)
+	}
+	return err
+}
+
+// putTar answers PUT /files/tar by unpacking an archive into a directory. Each file appears whole or
+// not at all; after an error, those before it are there.
+func (f *files) putTar(w http.ResponseWriter, r *http.Request) {
+	u, p, err := f.target(r)
+	if err == nil {
+		err = f.unpack(p, u, r.Body)
+	}
+	if err != nil {
+		const maxRest = 128 << 20 // bytes; see put
+		_, _ = io.CopyN(io.Discard, r.Body, maxRest)
+		httpError(w, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (f *files) unpack(dir string, u *user, body io.Reader) error {
+	if err := makeDirs(dir, u); err != nil {
+		return fileProblem(err, dir)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return fileProblem(err, dir)
+	}
+	un := &unpacker{user: u, root: root}
+	defer un.close()
+	in := tar.NewReader(body)
+	for n := 0; ; n++ {
+		h, err := in.Next()
+		if errors.Is(err, io.EOF) {
+			// What pads an archive is read, so that the connection can be used again.
+			_, err := io.Copy(io.Discard, body)
+			return tarProblem(err)
+		}
+		if err != nil {
+			return tarProblem(err)
+		}
+		if n == maxTarEntries {
+			return newProblem(agentapi.CodeInvalidTar, "the archive has more than %d entries", maxTarEntries)
+		}
+		if err := un.entry(h, in); err != nil {
+			return err
+		}
+	}
+}
+
+// tarProblem is an error of reading an archive.
+func tarProblem(err error) error {
+	if err == nil {
+		return nil
+	}
+	return newProblem(agentapi.CodeInvalidTar, "reading the archive: %s", err)
+}
+
+// unpacker writes the entries of an archive below a directory, and nowhere else: whatever
+// names, links and ".." say, os.Root does not leave it.
+type unpacker struct {
+	user    *user
+	root    *os.Root
+	parent  *os.Root // the directory of the last entry, as entries of one mostly follow each other
+	in      string   // its name
+	written int64
+}
+
+func (un *unpacker) close() {
+	if un.parent != nil {
+		_ = un.parent.Close() // nothing was written through it that this could lose
+	}
+	_ = un.root.Close()
+}
+
+func (un *unpacker) entry(h *tar.Header, body io.Reader) error {
+	switch h.Typeflag {
+	case tar.TypeXGlobalHeader:
+		return nil
+	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeDir, tar.TypeSymlink, tar.TypeLink:
+	default:
+		return newProblem(agentapi.CodeInvalidTar, "entry %q is neither a file nor a directory nor a link", h.Name)
+	}
+	name, err := entryName(h.Name)
+	if err != nil {
+		return err
+	}
+	if h.Size < 0 || h.Size > agentapi.MaxTar-un.written {
+		return newProblem(agentapi.CodeInvalidTar, "with entry %q the files have more than %d bytes", h.Name, int64(agentapi.MaxTar))
+	}
+	if err := un.write(h, name, body); err != nil {
+		return un.problem(err, h.Name)
+	}
+	return nil
+}
+
+// entryName is an entry's place below the directory. A name that leads out is refused, not bent.
+func entryName(given string) (string, error) {
+	if given == "" || strings.HasPrefix(given, "/") || strings.IndexByte(given, 0) >= 0 || len(given) >= unix.PathMax {
+		return "", newProblem(agentapi.CodeInvalidTar, "entry %.200q: a name must be relative and have 1 to %d bytes", given, unix.PathMax-1)
+	}
+	for element := range strings.SplitSeq(given, "/") {
+		if element == ".." {
+			return "", newProblem(agentapi.CodeInvalidTar, "entry %.200q contains a .. element", given)
+		}
+	}
+	name := path.Clean(given)
+	if strings.Count(name, "/") >= maxTarDepth {
+		return "", newProblem(agentapi.CodeInvalidTar, "entry %.200q is more than %d directories deep", given, maxTarDepth)
+	}
+	return name, nil
+}
+
+// problem says what an error of writing an entry means.
+func (un *unpacker) problem(err error, name string) error {
+	var known *problem
+	var errno syscall.Errno
+	switch {
+	case errors.As(err, &known):
+		return err
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return fileProblem(err, name)
+	case errors.As(err, &errno):
+		return newProblem(agentapi.CodeInvalidTar, "entry %q: %s", name, errno)
+	}
+	// os.Root says by text alone that a path leads out; all else of an entry is the archive's too.
+	return newProblem(agentapi.CodeInvalidTar, "entry %q: %s", name, err)
+}
+
+func (un *unpacker) write(h *tar.Header, name string, body io.Reader) error {
+	if name == "." {
+		return nil // the directory itself, which is the caller's as it is
+	}
+	dir, base := path.Split(name)
+	in, err := un.dir(path.Clean("./" + dir))
+	if err != nil {
+		return err
+	}
+	switch h.Typeflag {
+	case tar.TypeDir:
+		return un.writeDir(in, base, h)
+	case tar.TypeSymlink, tar.TypeLink:
+		return un.writeLink(in, name, base, h)
+	}
+	return un.writeFile(in, base, h, body)
+}
+
+// dir opens the directory of an entry, making what is missing.
+func (un *unpacker) dir(name string) (*os.Root, error) {
+	if name == "." {
+		return un.root, nil
+	}
+	if un.parent != nil && un.in == name {
+		return un.parent, nil
+	}
+	opened, err := un.root.OpenRoot(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		above, base := path.Split(name)
+		var in *os.Root
+		if in, err = un.dir(path.Clean("./" + above)); err != nil {
+			return nil, err
+		}
+		if err = in.Mkdir(base, 0o755); err == nil {
+			err = in.Lchown(base, int(un.user.uid), int(un.user.gid))
+		}
+		if err == nil {
+			opened, err = un.root.OpenRoot(name)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	if un.parent != nil {
+		_ = un.parent.Close() // as in close
+	}
+	un.parent, un.in = opened, name
+	return opened, nil
+}
+
+func (un *unpacker) writeDir(in *os.Root, base string, h *tar.Header) error {
+	err := in.Mkdir(base, 0o755)
+	if errors.Is(err, fs.ErrExist) {
+		st, err := in.Lstat(base)
+		switch {
+		case err != nil:
+			return err
+		case st.Mode()&fs.ModeSymlink != 0: // a link to a directory inside stays one
+			if st, err = in.Stat(base); err == nil && st.IsDir() {
+				return nil
+			}
+			return newProblem(agentapi.CodeInvalidTar, "entry %q: a link is in the place of the directory", h.Name)
+		case !st.IsDir():
+			return newProblem(agentapi.CodeNotDirectory, "entry %q: a file is in the place of the directory", h.Name)
+		}
+		return in.Chmod(base, h.FileInfo().Mode().Perm())
+	}
+	if err != nil {
+		return err
+	}
+	if err := in.Lchown(base, int(un.user.uid), int(un.user.gid)); err != nil {
+		return err
+	}
+	return in.Chmod(base, h.FileInfo().Mode().Perm())
+}
+
+func (un *unpacker) writeLink(in *os.Root, name, base string, h *tar.Header) error {
+	if err := makeWay(in, base, h.Name); err != nil {
+		return err
+	}
+	if h.Typeflag == tar.TypeSymlink {
+		if err := in.Symlink(h.Linkname, base); err != nil {
+			return err
+		}
+		return in.Lchown(base, int(un.user.uid), int(un.user.gid))
+	}
+	target, err := entryName(h.Linkname)
+	if err != nil {
+		return err
+	}
+	// Another name of a file of the directory, and of nothing else.
+	if st, err := un.root.Lstat(target); err != nil {
+		return err
+	} else if !st.Mode().IsRegular() {
+		return newProblem(agentapi.CodeInvalidTar, "entry %q: links to %q, which is no file", h.Name, h.Linkname)
+	}
+	return un.root.Link(target, name)
+}
+
+// makeWay removes what is in the place of an entry; a directory stays and is an error.
+func makeWay(in *os.Root, base, name string) error {
+	st, err := in.Lstat(base)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case st.IsDir():
+		return newProblem(agentapi.CodeIsDirectory, "entry %q: a directory is in its place", name)
+	}
+	return in.Remove(base)
+}
+
+// writeFile writes beside the place of the file and renames. It replaces a link, and does
+// not write through it.
+func (un *unpacker) writeFile(in *os.Root, base string, h *tar.Header, body io.Reader) (err error) {
+	if st, err := in.Lstat(base); err == nil && st.IsDir() {
+		return newProblem(agentapi.CodeIsDirectory, "entry %q: a directory is in its place", h.Name)
+	}
+	temp := tempName()
+	file, err := in.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			closeAll(file)
+			err = errors.Join(err, in.Remove(temp))
+		}
+	}()
+	counted := &countedReader{in: body}
+	err = copyInto(file, counted)
+	un.written += counted.n
+	if counted.err != nil {
+		return tarProblem(counted.err)
+	}
+	if err != nil {
+		return err
+	}
+	if err := file.Chown(int(un.user.uid), int(un.user.gid)); err != nil {
+		return err
+	}
+	if err := file.Chmod(h.FileInfo().Mode().Perm()); err != nil {
+		return err
+	}
+	if err := file.Close(); err != nil {
+		return err
+	}
+	if !h.ModTime.IsZero() {
+		if err := in.Chtimes(temp, h.ModTime, h.ModTime); err != nil {
+			return err
+		}
+	}
+	return in.Rename(temp, base)
+}
+
+// tempName is one that nobody has and that says whose it is, if it is ever left.
+func tempName() string { return ".cay-upload-" + rand.Text() }
+
+// countedReader tells errors of reading from those of writing.
+type countedReader struct {
+	in  io.Reader
+	n   int64
+	err error
+}
+
+func (c *countedReader) Read(b []byte) (int, error) {
+	n, err := c.in.Read(b)
+	c.n += int64(n)
+	if err != nil && !errors.Is(err, io.EOF) {
+		c.err = err
+	}
+	return n, err
+}

@@ -1,0 +1,347 @@
+package api
+
+import (
+	"context"
+	"io"
+	"net/http"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// Limits of processes. Part of the contract.
+const (
+	maxProcessTimeout = 24 * time.Hour
+	defaultWait       = 30 * time.Second
+	maxWait           = 5 * time.Minute
+	maxTerminalSide   = 10_000
+	// maxInput is what is taken in one call, bytes; the process takes it as it reads.
+	maxInput = 8 << 20
+)
+
+// Processes is what is called inside sandboxes for the processes that outlive calls;
+// [*agentapi.Client] has it.
+type Processes interface {
+	ExecuteStream(ctx context.Context, t agentapi.Target, r agentapi.ExecuteRequest, emit func(agentapi.ExecuteEvent) error) (agentapi.ExecuteResult, error)
+	StartProcess(ctx context.Context, t agentapi.Target, r agentapi.StartProcess) (agentapi.Process, error)
+	Processes(ctx context.Context, t agentapi.Target) ([]agentapi.Process, error)
+	Process(ctx context.Context, t agentapi.Target, ref string) (agentapi.Process, error)
+	WaitProcess(ctx context.Context, t agentapi.Target, ref string, within time.Duration) (agentapi.Process, error)
+	SignalProcess(ctx context.Context, t agentapi.Target, ref string, signal int) error
+	KillProcess(ctx context.Context, t agentapi.Target, ref string) error
+	ResizeTerminal(ctx context.Context, t agentapi.Target, ref string, size agentapi.TerminalSize) error
+	WriteInput(ctx context.Context, t agentapi.Target, ref string, body io.Reader, end bool) (int64, error)
+	Follow(ctx context.Context, t agentapi.Target, r agentapi.FollowRequest, emit func(agentapi.ProcessOutput) error) (agentapi.Process, error)
+}
+
+// processRef is what a process may be called by: its pid or a tag.
+var processRef = regexp.MustCompile(`^([0-9]{1,9}|[A-Za-z][A-Za-z0-9_.-]{0,63})$`)
+
+func checkRef(field, ref string) error {
+	if !processRef.MatchString(ref) {
+		return fault.InField("invalid_process", field, "must be the pid of a process or its tag")
+	}
+	return nil
+}
+
+// shellArgs is a command line as /bin/sh runs it.
+func shellArgs(line string) []string { return []string{"/bin/sh", "-c", line} }
+
+// StartProcess answers POST /v1/sandboxes/{id}/processes.
+func (s *server) StartProcess(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var in StartProcessRequest
+	if _, err := read(w, r, maxExecuteBody, true, &in); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	start, err := startOf(in)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.inside(w, r, id, func(t agentapi.Target) error {
+		p, err := s.Agent.StartProcess(r.Context(), t, start)
+		if err == nil {
+			s.answer(w, r, http.StatusCreated, processOf(p))
+		}
+		return err
+	})
+}
+
+func startOf(in StartProcessRequest) (agentapi.StartProcess, error) {
+	var out agentapi.StartProcess
+	command, err := commandOf(ExecuteRequest{Command: in.Command, Args: in.Args, Env: in.Env, User: in.User, Workdir: in.Workdir, Detach: new(true)})
+	if err != nil {
+		return out, err
+	}
+	out = agentapi.StartProcess{Args: command.Args, Env: command.Env, User: command.User, Workdir: command.Workdir, OpenInput: in.Stdin != nil && *in.Stdin}
+	if command.Command != "" {
+		out.Args = shellArgs(command.Command)
+	}
+	if in.Tag != nil {
+		if checkRef("tag", *in.Tag) != nil || (*in.Tag)[0] <= '9' {
+			return out, fault.InField("invalid_tag", "tag", "must be 1 to %d letters, digits, _, . and -, and begin with a letter", agentapi.MaxTag)
+		}
+		out.Tag = *in.Tag
+	}
+	timeout, err := duration("timeout", in.Timeout)
+	if err != nil {
+		return out, err
+	}
+	if timeout != nil {
+		if *timeout < time.Second || *timeout > maxProcessTimeout {
+			return out, fault.InField("invalid_timeout", "timeout", "must be between 1s and %s", maxProcessTimeout)
+		}
+		out.TimeoutMs = timeout.Milliseconds()
+	}
+	if in.Pty != nil {
+		size, err := sizeOfTerminal("pty.", in.Pty.Cols, in.Pty.Rows)
+		if err != nil {
+			return out, err
+		}
+		out.Terminal = &size
+	}
+	return out, nil
+}
+
+func sizeOfTerminal(prefix string, cols, rows int) (agentapi.TerminalSize, error) {
+	for name, n := range map[string]int{"cols": cols, "rows": rows} {
+		if n < 1 || n > maxTerminalSide {
+			return agentapi.TerminalSize{}, fault.InField(codeOf(prefix+name), prefix+name, "must be between 1 and %d", maxTerminalSide)
+		}
+	}
+	return agentapi.TerminalSize{Cols: uint16(cols), Rows: uint16(rows)}, nil
+}
+
+// ListProcesses answers GET /v1/sandboxes/{id}/processes.
+func (s *server) ListProcesses(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	s.inside(w, r, id, func(t agentapi.Target) error {
+		all, err := s.Agent.Processes(r.Context(), t)
+		if err == nil {
+			s.answer(w, r, http.StatusOK, ProcessList{Processes: each(all, processOf)})
+		}
+		return err
+	})
+}
+
+// withProcess does the part of a call that needs a process.
+func (s *server) withProcess(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef, do func(agentapi.Target) error) {
+	if err := checkRef("process", ref); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.inside(w, r, id, do)
+}
+
+// GetProcess answers GET /v1/sandboxes/{id}/processes/{process}.
+func (s *server) GetProcess(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef) {
+	s.withProcess(w, r, id, ref, func(t agentapi.Target) error {
+		p, err := s.Agent.Process(r.Context(), t, ref)
+		if err == nil {
+			s.answer(w, r, http.StatusOK, processOf(p))
+		}
+		return err
+	})
+}
+
+// KillProcess answers DELETE /v1/sandboxes/{id}/processes/{process}.
+func (s *server) KillProcess(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef) {
+	s.withProcess(w, r, id, ref, func(t agentapi.Target) error {
+		err := s.Agent.KillProcess(r.Context(), t, ref)
+		if err == nil {
+			w.WriteHeader(http.StatusNoContent)
+		}
+		return err
+	})
+}
+
+// WaitProcess answers GET /v1/sandboxes/{id}/processes/{process}/wait.
+func (s *server) WaitProcess(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef, params WaitProcessParams) {
+	within := defaultWait
+	timeout, err := duration("timeout", params.Timeout)
+	if err == nil && timeout != nil {
+		if within = *timeout; within < 0 || within > maxWait {
+			err = fault.InField("invalid_timeout", "timeout", "must be between 0 and %s", maxWait)
+		}
+	}
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.withProcess(w, r, id, ref, func(t agentapi.Target) error {
+		ctx, cancel := s.untilStop(r.Context())
+		defer cancel()
+		p, err := s.Agent.WaitProcess(ctx, t, ref, within)
+		if err == nil {
+			s.answer(w, r, http.StatusOK, processOf(p))
+		}
+		return err
+	})
+}
+
+// GetProcessOutput answers GET /v1/sandboxes/{id}/processes/{process}/output.
+func (s *server) GetProcessOutput(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef, params GetProcessOutputParams) {
+	f := agentapi.FollowRequest{Ref: ref}
+	var err error
+	if params.Offset != nil {
+		f.Offset = *params.Offset
+	}
+	if params.LastEventID != nil {
+		if f.Offset, err = strconv.ParseInt(*params.LastEventID, 10, 64); err != nil || f.Offset < 0 {
+			err = fault.InField("invalid_last_event_id", "Last-Event-ID", "is not the id of an event of this stream")
+		}
+	}
+	if err == nil && f.Offset < 0 {
+		err = fault.InField(agentapi.CodeInvalidOffset, "offset", "must not be negative")
+	}
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.withProcess(w, r, id, ref, func(t agentapi.Target) error {
+		if wantsEvents(r) {
+			reply := &eventReply{s: s, w: w, r: r}
+			defer reply.end()
+			s.followProcess(reply, t, f)
+			return nil
+		}
+		f.Now = true
+		out, err := s.outputNow(r.Context(), t, f)
+		if err == nil {
+			s.answer(w, r, http.StatusOK, out)
+		}
+		return err
+	})
+}
+
+// outputNow is a process's output as far as it is kept.
+func (s *server) outputNow(ctx context.Context, t agentapi.Target, f agentapi.FollowRequest) (ProcessOutput, error) {
+	out := ProcessOutput{Output: []OutputPiece{}, NextOffset: f.Offset}
+	size := 0
+	p, err := s.Agent.Follow(ctx, t, f, func(o agentapi.ProcessOutput) error {
+		out.Lost += o.Lost
+		out.NextOffset = o.Offset + max(o.Lost, int64(len(o.Data)))
+		// No more than is kept, with room for what came meanwhile.
+		if size += len(o.Data) + waitingCost; size > 2*agentapi.HistorySize {
+			return fault.New(fault.Unavailable, agentapi.CodeUnreachable, "the sandbox answers more output than it can have")
+		}
+		if len(o.Data) > 0 {
+			piece := pieceOf(o.Data)
+			piece.Offset, piece.Stream = &o.Offset, new(OutputPieceStream(streamNames[o.Stream]))
+			out.Output = append(out.Output, piece)
+		}
+		return nil
+	})
+	out.Process = processOf(p)
+	return out, err
+}
+
+// WriteProcessStdin answers POST /v1/sandboxes/{id}/processes/{process}/stdin.
+func (s *server) WriteProcessStdin(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef, params WriteProcessStdinParams) {
+	if r.ContentLength > maxInput {
+		s.fail(w, r, tooLarge(maxInput))
+		return
+	}
+	body := &upload{body: http.NoBody, control: http.NewResponseController(w), stall: callOf(r).patience.stall, left: maxInput, over: tooLarge(maxInput)}
+	if r.Body != nil {
+		body.body = r.Body
+	}
+	s.withProcess(w, r, id, ref, func(t agentapi.Target) error {
+		n, err := s.Agent.WriteInput(r.Context(), t, ref, body, params.Close != nil && *params.Close)
+		if err == nil {
+			s.answer(w, r, http.StatusOK, InputTaken{Written: n})
+		}
+		return err
+	})
+}
+
+// SignalProcess answers POST /v1/sandboxes/{id}/processes/{process}/signal.
+func (s *server) SignalProcess(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef) {
+	var in SignalRequest
+	_, err := read(w, r, maxBody, true, &in)
+	number := 0
+	if err == nil {
+		number, err = signalNumber(in.Signal)
+	}
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.withProcess(w, r, id, ref, func(t agentapi.Target) error {
+		err := s.Agent.SignalProcess(r.Context(), t, ref, number)
+		if err == nil {
+			w.WriteHeader(http.StatusNoContent)
+		}
+		return err
+	})
+}
+
+// signalNumber reads a signal as kill(1) does.
+func signalNumber(name string) (int, error) {
+	const highest = 64
+	if n, err := strconv.Atoi(name); err == nil && n >= 1 && n <= highest {
+		return n, nil
+	}
+	name = strings.ToUpper(name)
+	if !strings.HasPrefix(name, "SIG") {
+		name = "SIG" + name
+	}
+	if n := unix.SignalNum(name); n != 0 {
+		return int(n), nil
+	}
+	for n := firstRealtime; n <= highest; n++ {
+		if signalName(n) == name {
+			return n, nil
+		}
+	}
+	return 0, fault.InField("invalid_signal", "signal", "must be the name of a signal, such as TERM, or its number, 1 to %d", highest)
+}
+
+// ResizeProcessTerminal answers POST /v1/sandboxes/{id}/processes/{process}/resize.
+func (s *server) ResizeProcessTerminal(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef) {
+	var in TerminalSize
+	_, err := read(w, r, maxBody, true, &in)
+	var size agentapi.TerminalSize
+	if err == nil {
+		size, err = sizeOfTerminal("", in.Cols, in.Rows)
+	}
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.withProcess(w, r, id, ref, func(t agentapi.Target) error {
+		err := s.Agent.ResizeTerminal(r.Context(), t, ref, size)
+		if err == nil {
+			w.WriteHeader(http.StatusNoContent)
+		}
+		return err
+	})
+}
+
+func processOf(p agentapi.Process) Process {
+	out := Process{PID: p.PID, Tag: optional(p.Tag), Args: each(p.Args, func(arg string) string { return strings.ToValidUTF8(arg, "\uFFFD") }),
+		Workdir: optional(strings.ToValidUTF8(p.Workdir, "\uFFFD")), User: optional(strings.ToValidUTF8(p.User, "\uFFFD")), Status: ProcessStatusRunning,
+		StartedAt: p.StartedAt.UTC(), Terminal: p.Terminal, StdinOpen: p.Input, OutputKept: p.Kept}
+	if p.Kept {
+		out.OutputFrom, out.OutputTo = &p.First, &p.Next
+	}
+	if p.End != nil {
+		out.Status = ProcessStatusExited
+		out.Exit = new(exitOf(p.End.Result()))
+	}
+	return out
+}
+
+func exitOf(r agentapi.ExecuteResult) ProcessExit {
+	out := ProcessExit{ExitCode: r.ExitCode, DurationMs: r.Duration.Milliseconds(), TimedOut: r.TimedOut, OOMKilled: r.OOMKilled}
+	if r.Signal != 0 {
+		out.Signal = new(signalName(r.Signal))
+	}
+	return out
+}

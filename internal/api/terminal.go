@@ -1,0 +1,457 @@
+package api
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/coder/websocket"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
+)
+
+const terminalRoute = "/v1/sandboxes/{id}/terminal"
+
+// Limits of terminals. Part of the contract, but for the last three.
+const (
+	defaultCols, defaultRows = 80, 24
+	defaultTerm              = "xterm-256color"
+	defaultGrace             = time.Minute
+	minGrace, maxGrace       = time.Second, time.Hour
+
+	// maxTyped is how much of what was typed waits for the terminal to take it, bytes: a
+	// large paste. Beyond it the connection ends; the terminal goes on.
+	maxTyped = 4 << 20
+	// maxTerminalFrame is the largest frame that is taken, bytes.
+	maxTerminalFrame = 1 << 20
+	// pingEvery is how often a client is asked whether it is there, and how long it has to
+	// answer: what a broken connection is found out by, and what keeps proxies from ending
+	// a silent one.
+	pingEvery = 20 * time.Second
+)
+
+// Subprotocols of a terminal: the one that is spoken, and the form of one that carries the
+// key of a caller who cannot send headers.
+const (
+	terminalProtocol = "cay.terminal.v1"
+	keyProtocol      = "cay.key."
+)
+
+// offeredKey is the key among the subprotocols that are offered, "" if none is.
+func offeredKey(h http.Header) string {
+	for _, line := range h.Values("Sec-WebSocket-Protocol") {
+		for offer := range strings.SplitSeq(line, ",") {
+			if key, ok := strings.CutPrefix(strings.TrimSpace(offer), keyProtocol); ok {
+				return key
+			}
+		}
+	}
+	return ""
+}
+
+// terminalSpec is a terminal to start or to join.
+type terminalSpec struct {
+	size   agentapi.TerminalSize
+	start  agentapi.StartProcess // unless
+	join   string                // this is given
+	offset *int64
+}
+
+// OpenTerminal answers GET /v1/sandboxes/{id}/terminal.
+func (s *server) OpenTerminal(w http.ResponseWriter, r *http.Request, id SandboxID, params OpenTerminalParams) {
+	spec, err := terminalOf(params)
+	if err == nil {
+		err = checkWebSocket(r)
+	}
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.Hijacked.Add(1)
+	defer s.Hijacked.Done()
+	s.inside(w, r, id, func(t agentapi.Target) error {
+		p, err := s.terminalProcess(r.Context(), t, spec)
+		if err != nil {
+			return err
+		}
+		conn, err := websocket.Accept(w, r, &websocket.AcceptOptions{
+			Subprotocols: []string{terminalProtocol},
+			// Whatever page it is of: the key decides, and no browser sends that by itself.
+			InsecureSkipVerify: true,
+		})
+		if err != nil {
+			callOf(r).err = err // it has been answered
+			return nil
+		}
+		session := &terminalSession{server: s, call: callOf(r), conn: conn, target: t, process: p, ref: strconv.Itoa(p.PID)}
+		session.offset = p.First
+		if spec.offset != nil {
+			session.offset = *spec.offset
+		}
+		session.run(r.Context())
+		return nil
+	})
+}
+
+// checkWebSocket refuses what cannot be upgraded, while there can be an answer of ours.
+func checkWebSocket(r *http.Request) error {
+	has := func(header, token string) bool {
+		for _, line := range r.Header.Values(header) {
+			for one := range strings.SplitSeq(line, ",") {
+				if strings.EqualFold(strings.TrimSpace(one), token) {
+					return true
+				}
+			}
+		}
+		return false
+	}
+	key, err := base64.StdEncoding.DecodeString(strings.TrimSpace(r.Header.Get("Sec-WebSocket-Key")))
+	if !r.ProtoAtLeast(1, 1) || !has("Connection", "upgrade") || !has("Upgrade", "websocket") ||
+		r.Header.Get("Sec-WebSocket-Version") != "13" || err != nil || len(key) != 16 {
+		return fault.New(fault.Invalid, "not_a_websocket", "this is the address of a WebSocket, version 13 over HTTP/1.1")
+	}
+	return nil
+}
+
+func terminalOf(p OpenTerminalParams) (terminalSpec, error) {
+	out := terminalSpec{join: deref(p.Process), offset: p.Offset}
+	cols, rows := defaultCols, defaultRows
+	if p.Cols != nil {
+		cols = *p.Cols
+	}
+	if p.Rows != nil {
+		rows = *p.Rows
+	}
+	var err error
+	if out.size, err = sizeOfTerminal("", cols, rows); err != nil {
+		return out, err
+	}
+	if p.Process != nil {
+		for name, given := range map[string]bool{"command": p.Command != nil, "user": p.User != nil, "workdir": p.Workdir != nil, "term": p.Term != nil, "grace": p.Grace != nil} {
+			if given {
+				return out, fault.InField(codeOf(name), name, "is for a new terminal, and cannot be given together with process")
+			}
+		}
+		if p.Offset != nil && *p.Offset < 0 {
+			return out, fault.InField(agentapi.CodeInvalidOffset, "offset", "must not be negative")
+		}
+		return out, checkRef("process", *p.Process)
+	}
+	if p.Offset != nil {
+		return out, fault.InField(agentapi.CodeInvalidOffset, "offset", "is for joining a process")
+	}
+	line := loginShell
+	if p.Command != nil {
+		if line = *p.Command; line == "" {
+			return out, fault.InField("invalid_command", "command", "is empty")
+		}
+	}
+	term := defaultTerm
+	if p.Term != nil {
+		term = *p.Term
+	}
+	command, err := commandOf(ExecuteRequest{Command: &line, User: p.User, Workdir: p.Workdir, Env: Env{"TERM": term}, Detach: new(true)})
+	if err != nil {
+		return out, err
+	}
+	grace := defaultGrace
+	given, err := duration("grace", p.Grace)
+	if err != nil {
+		return out, err
+	}
+	if given != nil {
+		if grace = *given; grace < minGrace || grace > maxGrace {
+			return out, fault.InField("invalid_grace", "grace", "must be between %s and %s", minGrace, maxGrace)
+		}
+	}
+	out.start = agentapi.StartProcess{Args: shellArgs(line), Env: command.Env, User: command.User, Workdir: command.Workdir, Terminal: &out.size, GraceMs: grace.Milliseconds()}
+	return out, nil
+}
+
+// loginShell becomes the best shell there is.
+const loginShell = `[ -x /bin/bash ] && exec /bin/bash -il; exec /bin/sh -il`
+
+// terminalProcess starts the process or finds it.
+func (s *server) terminalProcess(ctx context.Context, t agentapi.Target, spec terminalSpec) (agentapi.Process, error) {
+	if spec.join == "" {
+		return s.Agent.StartProcess(ctx, t, spec.start)
+	}
+	p, err := s.Agent.Process(ctx, t, spec.join)
+	switch {
+	case err != nil:
+		return p, err
+	case !p.Terminal:
+		return p, fault.New(fault.Conflict, agentapi.CodeNoTerminal, "process %d has no terminal", p.PID)
+	case spec.offset != nil && *spec.offset > p.Next:
+		return p, fault.InField(agentapi.CodeInvalidOffset, "offset", "the process has written %d bytes so far", p.Next)
+	case p.End != nil:
+		return p, nil // its output can be read
+	}
+	if err := s.Agent.ResizeTerminal(ctx, t, spec.join, spec.size); err != nil && !ended(err) {
+		return p, err
+	}
+	return p, nil
+}
+
+// terminalSession is one client's connection to a terminal.
+type terminalSession struct {
+	server  *server
+	call    *call
+	conn    *websocket.Conn
+	target  agentapi.Target
+	process agentapi.Process
+	ref     string
+	offset  int64
+}
+
+// errClientLeft says that the client has closed the connection or does not answer.
+var errClientLeft = errors.New("the client has left")
+
+// run serves the connection until the process or the client has ended, and closes it.
+func (t *terminalSession) run(ctx context.Context) {
+	ctx, stop := t.server.untilStop(ctx)
+	defer stop()
+	ctx, cancel := context.WithCancelCause(ctx)
+	typed := newTyped(ctx)
+	var wg sync.WaitGroup
+	t.conn.SetReadLimit(maxTerminalFrame)
+	err := t.say(ctx, terminalStarted{Type: "started", PID: t.process.PID, Offset: t.offset})
+	// Reading ends by the closing of the connection and not by ctx, whose end would break
+	// it before there was a goodbye.
+	reading, stopReading := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopReading()
+	wg.Go(func() { cancel(t.receive(reading, ctx, typed)) })
+	wg.Go(func() { t.ping(ctx, cancel) })
+	wg.Go(func() {
+		if _, err := t.server.Agent.WriteInput(ctx, t.target, t.ref, typed, false); err != nil && ctx.Err() == nil && !ended(err) {
+			cancel(err)
+		}
+	})
+	var p agentapi.Process
+	if err == nil {
+		p, err = t.server.Agent.Follow(ctx, t.target, agentapi.FollowRequest{Ref: t.ref, Offset: t.offset}, func(o agentapi.ProcessOutput) error { return t.show(ctx, o) })
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause
+	}
+	t.goodbye(context.WithoutCancel(ctx), p, err)
+	cancel(nil)
+	typed.close()
+	wg.Wait()
+}
+
+// ended reports whether input was refused since the process has ended, which its output tells better.
+func ended(err error) bool {
+	f := fault.As(err)
+	return f != nil && f.Code == agentapi.CodeProcessEnded
+}
+
+// What the server says in text frames.
+type (
+	terminalStarted struct {
+		Type   string `json:"type"`
+		PID    int    `json:"pid"`
+		Offset int64  `json:"offset"`
+	}
+	terminalLost struct {
+		Type string `json:"type"`
+		OutputLost
+	}
+	terminalExit struct {
+		Type string `json:"type"`
+		ProcessExit
+	}
+	terminalError struct {
+		Type   string `json:"type"`
+		Code   string `json:"code"`
+		Detail string `json:"detail"`
+	}
+)
+
+func (t *terminalSession) say(ctx context.Context, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return t.write(ctx, websocket.MessageText, b)
+}
+
+// write sends a frame, which the client has to take in time.
+func (t *terminalSession) write(ctx context.Context, kind websocket.MessageType, b []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, t.call.patience.stall)
+	defer cancel()
+	if err := t.conn.Write(ctx, kind, b); err != nil {
+		return errors.Join(errClientLeft, err)
+	}
+	return nil
+}
+
+func (t *terminalSession) show(ctx context.Context, o agentapi.ProcessOutput) error {
+	if o.Lost > 0 {
+		return t.say(ctx, terminalLost{"lost", OutputLost{Offset: o.Offset, Bytes: o.Lost}})
+	}
+	return t.write(ctx, websocket.MessageBinary, o.Data)
+}
+
+// receive takes what the client sends until it closes the connection.
+func (t *terminalSession) receive(reading, ctx context.Context, typed *typed) error {
+	for {
+		kind, b, err := t.conn.Read(reading)
+		if err != nil {
+			return errors.Join(errClientLeft, err)
+		}
+		if kind == websocket.MessageBinary {
+			if err := typed.add(b); err != nil {
+				return err
+			}
+			continue
+		}
+		size, err := resizeOf(b)
+		if err != nil {
+			return err
+		}
+		// A process that has just ended needs no size.
+		if err := t.server.Agent.ResizeTerminal(ctx, t.target, t.ref, size); err != nil && !ended(err) {
+			return err
+		}
+	}
+}
+
+// resizeOf reads the one thing that clients say in text frames.
+func resizeOf(b []byte) (agentapi.TerminalSize, error) {
+	var in struct {
+		Type string `json:"type"`
+		Cols int    `json:"cols"`
+		Rows int    `json:"rows"`
+	}
+	if err := decode(b, &in); err != nil {
+		return agentapi.TerminalSize{}, err
+	}
+	if in.Type != "resize" {
+		return agentapi.TerminalSize{}, fault.InField("invalid_type", "type", "must be resize")
+	}
+	return sizeOfTerminal("", in.Cols, in.Rows)
+}
+
+// ping finds out whether the client is there.
+func (t *terminalSession) ping(ctx context.Context, cancel context.CancelCauseFunc) {
+	tick := time.NewTicker(pingEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		pinging, stop := context.WithTimeout(ctx, pingEvery)
+		err := t.conn.Ping(pinging)
+		stop()
+		if err != nil {
+			cancel(errors.Join(errClientLeft, err))
+			return
+		}
+	}
+}
+
+// goodbye says how it ended and closes the connection.
+func (t *terminalSession) goodbye(ctx context.Context, p agentapi.Process, err error) {
+	code := websocket.StatusInternalError
+	var last any
+	f := fault.As(err)
+	switch {
+	case err == nil && p.End != nil:
+		code, last = websocket.StatusNormalClosure, terminalExit{"exit", exitOf(p.End.Result())}
+	case errors.Is(err, errClientLeft), f == nil && t.call.gone:
+		t.call.gone = true
+		_ = t.conn.CloseNow() // there is nobody to be told
+		return
+	case f != nil:
+		t.call.code = f.Code
+		last = terminalError{"error", f.Code, f.Detail}
+		if f == errStopping {
+			code = websocket.StatusGoingAway
+		} else if f.Kind == fault.Invalid {
+			code = websocket.StatusPolicyViolation
+		}
+	default:
+		t.call.err = err
+		last = terminalError{"error", "internal", "something broke on this server; its log has the cause under the request_id " + t.call.id}
+	}
+	if err := t.say(ctx, last); err != nil {
+		_ = t.conn.CloseNow()
+		return
+	}
+	// Its error is that of a client who went without a goodbye of its own.
+	_ = t.conn.Close(code, "")
+}
+
+// typed is what was typed and the terminal has not taken yet. It is read by one goroutine.
+type typed struct {
+	ctx context.Context
+
+	mu sync.Mutex
+	// +checklocks:mu
+	waiting []byte
+	// +checklocks:mu
+	closed bool
+
+	more chan struct{} // capacity 1
+}
+
+func newTyped(ctx context.Context) *typed { return &typed{ctx: ctx, more: make(chan struct{}, 1)} }
+
+// add never waits.
+func (t *typed) add(b []byte) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.waiting)+len(b) > maxTyped {
+		return fault.New(fault.Conflict, agentapi.CodeStdinBlocked, "the terminal does not read what is typed, and %d bytes wait", len(t.waiting))
+	}
+	t.waiting = append(t.waiting, b...)
+	signal(t.more)
+	return nil
+}
+
+func (t *typed) close() {
+	t.mu.Lock()
+	t.closed = true
+	t.mu.Unlock()
+	signal(t.more)
+}
+
+// Read waits for something to be typed.
+func (t *typed) Read(p []byte) (int, error) {
+	for {
+		t.mu.Lock()
+		n := copy(p, t.waiting)
+		t.waiting = t.waiting[n:]
+		closed := t.closed
+		t.mu.Unlock()
+		if n > 0 {
+			return n, nil
+		}
+		if closed {
+			return 0, io.EOF
+		}
+		select {
+		case <-t.more:
+		case <-t.ctx.Done():
+			return 0, io.EOF
+		}
+	}
+}
+
+func deref(p *string) string {
+	if p == nil {
+		return ""
+	}
+	return *p
+}

@@ -1,0 +1,203 @@
+package api
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"path"
+	"strings"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// StatFile answers GET /v1/sandboxes/{id}/files/stat.
+func (s *server) StatFile(w http.ResponseWriter, r *http.Request, id SandboxID, params StatFileParams) {
+	if err := agentapi.CheckPath(params.Path); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.inside(w, r, id, func(t agentapi.Target) error {
+		e, err := s.Agent.Stat(r.Context(), t, params.Path, "")
+		if err == nil {
+			s.answer(w, r, http.StatusOK, entryOf(e))
+		}
+		return err
+	})
+}
+
+// MakeDirectory answers POST /v1/sandboxes/{id}/files/mkdir.
+func (s *server) MakeDirectory(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var in MakeDirectoryRequest
+	_, err := read(w, r, maxBody, true, &in)
+	if err == nil {
+		err = agentapi.CheckPath(in.Path)
+	}
+	var mode *fs.FileMode
+	if err == nil && in.Mode != nil {
+		var bits fs.FileMode
+		bits, err = fileMode(*in.Mode)
+		mode = &bits
+	}
+	owner := ""
+	if err == nil {
+		owner, err = ownerOf(in.Owner)
+	}
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.inside(w, r, id, func(t agentapi.Target) error {
+		e, err := s.Agent.MakeDirectory(r.Context(), t, in.Path, owner, mode)
+		if err == nil {
+			s.answer(w, r, http.StatusOK, entryOf(e))
+		}
+		return ownerError(err)
+	})
+}
+
+// ownerOf is the owner that a call names, "" for the sandbox's default.
+func ownerOf(named *string) (string, error) {
+	switch {
+	case named == nil:
+		return "", nil
+	case *named == "":
+		return "", fault.InField("invalid_owner", "owner", "must be the name or number of a user, not empty")
+	}
+	return *named, nil
+}
+
+// RenameFile answers POST /v1/sandboxes/{id}/files/rename.
+func (s *server) RenameFile(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var in RenameFileRequest
+	_, err := read(w, r, maxBody, true, &in)
+	if err == nil {
+		err = renamed(checkNotRoot(in.From), "from")
+	}
+	if err == nil {
+		err = renamed(checkNotRoot(in.To), "to")
+	}
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	overwrite := in.Overwrite != nil && *in.Overwrite
+	s.inside(w, r, id, func(t agentapi.Target) error {
+		e, err := s.Agent.Rename(r.Context(), t, in.From, in.To, "", overwrite)
+		if err == nil {
+			s.answer(w, r, http.StatusOK, entryOf(e))
+		}
+		return renamed(err, "from")
+	})
+}
+
+// renamed gives an error in the field "path" the name that the call has for it.
+func renamed(err error, field string) error {
+	f := fault.As(err)
+	if f == nil || f.Field != "path" {
+		return err
+	}
+	named := f.Because(err)
+	named.Field = field
+	return named
+}
+
+// WatchFiles answers GET /v1/sandboxes/{id}/files/watch with events until the caller goes.
+func (s *server) WatchFiles(w http.ResponseWriter, r *http.Request, id SandboxID, params WatchFilesParams) {
+	if err := agentapi.CheckPath(params.Path); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	recursive := params.Recursive != nil && *params.Recursive
+	s.inside(w, r, id, func(t agentapi.Target) error {
+		ctx, cancel := context.WithCancel(r.Context())
+		defer cancel()
+		defer context.AfterFunc(s.Stopping, cancel)()
+		var out *events
+		stop := func() {}
+		defer func() { stop() }()
+		begin := func() {
+			w.Header().Set("Content-Type", eventStream)
+			w.Header().Set("Cache-Control", "no-store")
+			w.Header().Set("X-Accel-Buffering", "no") // nginx would keep it back
+			w.WriteHeader(http.StatusOK)
+			out = &events{w: w, control: http.NewResponseController(w)}
+			stop = out.keepalive(callOf(r).patience.quiet)
+			_ = out.send("event: ready\ndata: {}\n\n") // the next one meets the same error
+		}
+		err := s.Agent.Watch(ctx, t, params.Path, recursive, begin, func(c agentapi.Change) error {
+			var b strings.Builder
+			if err := writeEvent(&b, "", "change", FileChange{Type: FileChangeType(c.Type), Path: path.Join(params.Path, c.Name)}); err != nil {
+				return err
+			}
+			return out.send(b.String())
+		})
+		if out == nil {
+			return err
+		}
+		// It has no end but that of one side; what is missed from now on, the caller sees by the end of the stream.
+		callOf(r).gone = r.Context().Err() != nil
+		if !callOf(r).gone && fault.As(err) == nil && ctx.Err() == nil {
+			callOf(r).err = fmt.Errorf("watching: %w", err)
+		}
+		return nil
+	})
+}
+
+// DownloadTree answers GET /v1/sandboxes/{id}/files/tar.
+func (s *server) DownloadTree(w http.ResponseWriter, r *http.Request, id SandboxID, params DownloadTreeParams) {
+	if err := agentapi.CheckPath(params.Path); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	s.inside(w, r, id, func(t agentapi.Target) error {
+		tree, err := s.Agent.DownloadTree(r.Context(), t, params.Path, "")
+		if err != nil {
+			return err
+		}
+		defer tree.Close()
+		w.Header().Set("Content-Type", "application/x-tar")
+		w.Header().Set("Cache-Control", "no-store")
+		w.WriteHeader(http.StatusOK)
+		if r.Method == http.MethodHead {
+			return nil
+		}
+		if _, err := io.CopyBuffer(struct{ io.Writer }{w}, tree, make([]byte, copyPiece)); err != nil {
+			callOf(r).gone = r.Context().Err() != nil
+			callOf(r).err = fmt.Errorf("sending an archive: %w", err)
+			panic(http.ErrAbortHandler) // as in sendFile
+		}
+		return nil
+	})
+}
+
+// errTarTooLarge is Invalid, as errFileTooLarge is.
+var errTarTooLarge = fault.New(fault.Invalid, "tar_too_large", "an archive may have %d bytes", int64(agentapi.MaxTar))
+
+// UploadTree answers PUT /v1/sandboxes/{id}/files/tar.
+func (s *server) UploadTree(w http.ResponseWriter, r *http.Request, id SandboxID, params UploadTreeParams) {
+	owner, err := ownerOf(params.Owner)
+	if err == nil {
+		err = agentapi.CheckPath(params.Path)
+	}
+	if err == nil && r.ContentLength > agentapi.MaxTar {
+		err = errTarTooLarge
+	}
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	var body io.Reader = http.NoBody
+	if r.Body != nil {
+		body = &upload{body: r.Body, control: http.NewResponseController(w), stall: callOf(r).patience.stall, left: agentapi.MaxTar, over: errTarTooLarge}
+	}
+	s.inside(w, r, id, func(t agentapi.Target) error {
+		err := s.Agent.UploadTree(r.Context(), t, params.Path, owner, body)
+		if err == nil {
+			w.WriteHeader(http.StatusNoContent)
+		}
+		return ownerError(err)
+	})
+}
