@@ -51,7 +51,7 @@ func main() {
 	flag.IntVar(&o.clients, "clients", 50, "how many clients create, execute and destroy in a loop, 1 to 200")
 	flag.DurationVar(&o.loadTime, "load", time.Minute, "for how long they do, up to 10m")
 	flag.StringVar(&o.doc, "doc", "", "put the results into this Markdown `file`, between its lines <!-- run --> and <!-- /run -->")
-	flag.StringVar(&o.only, "only", "", "measure this `part` alone: starts, commands, live, files, rest, sleep, egress, builds, fork, pool, load or dense")
+	flag.StringVar(&o.only, "only", "", "measure this `part` alone: starts, commands, live, files, ports, rest, sleep, egress, builds, fork, pool, load or dense")
 	flag.BoolVar(&quick, "quick", false, "few runs: shows that everything works, and little more")
 	serve := flag.String("serve", "", "be the server that ports are measured with, at `ADDRESS,ADDRESS`, and nothing else")
 	flag.Parse()
@@ -117,6 +117,7 @@ func bench(ctx context.Context, o options) (err error) {
 		{"commands", measureCommands},
 		{"live", measureLive},
 		{"files", measureFiles},
+		{"ports", measurePorts},
 		{"rest", measureIdle},
 		{"sleep", measureSleep},
 		{"egress", measureEgress},

@@ -323,7 +323,7 @@ func (n *Node) initAgent(ctx context.Context, b *box, spec sandbox.Spec) error {
 func (n *Node) startCommand(ctx context.Context, b *box, s sandbox.Start) error {
 	ctx, cancel := context.WithTimeout(ctx, meetTimeout+s.Patience())
 	defer cancel()
-	req := agentapi.StartRequest{Command: s.Command, Args: s.Args}
+	req := agentapi.StartRequest{Command: s.Command, Args: s.Args, User: s.User}
 	if r := s.Ready; r != nil {
 		req.Ready = &agentapi.Ready{Port: r.Port, Command: r.Command, TimeoutMs: s.Patience().Milliseconds()}
 		if r.HTTP != nil {
