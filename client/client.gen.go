@@ -2456,7 +2456,7 @@ type wireInterface interface {
 	// WatchFiles Watch a directory
 	//
 	// Server-sent events: `ready` once changes are seen, then `change` with a FileChange for each, until the caller goes; comments now and then when there is nothing. Events of one file come in order; an editor's save is several. With `recursive`, directories that appear are
-	// watched too, 10000 in all. When the sandbox goes or the server stops, the stream ends. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
+	// watched too, 10000 in all. When the sandbox goes or the server stops, the last event is `error`, with a problem. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/files/watch (the `WatchFiles` operationId).
 	WatchFiles(ctx context.Context, id SandboxID, params *WatchFilesParams, reqEditors ...requestEditor) (*http.Response, error)
@@ -2662,7 +2662,7 @@ type wireInterface interface {
 
 	// WriteProcessStdinWithBody Write to a process's input
 	//
-	// Writes the body to its standard input, or its terminal, and answers when the process's pipe has taken it. A process that does not read for 30 seconds is 409, code `stdin_blocked`; one whose input is closed or was never open 409, code `stdin_closed`; one that has
+	// Writes the body, 8 MiB at most, to its standard input or its terminal as it comes, and answers when the process's pipe has taken it. A process that does not read for 30 seconds is 409, code `stdin_blocked`; one whose input is closed or was never open 409, code `stdin_closed`; one that has
 	// ended 409, code `process_ended`. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Takes any type of body and a specified content type.
@@ -3558,7 +3558,7 @@ func (c *wire) UploadTreeWithBody(ctx context.Context, id SandboxID, params *Upl
 // WatchFiles Watch a directory
 //
 // Server-sent events: `ready` once changes are seen, then `change` with a FileChange for each, until the caller goes; comments now and then when there is nothing. Events of one file come in order; an editor's save is several. With `recursive`, directories that appear are
-// watched too, 10000 in all. When the sandbox goes or the server stops, the stream ends. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
+// watched too, 10000 in all. When the sandbox goes or the server stops, the last event is `error`, with a problem. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Corresponds with GET /v1/sandboxes/{id}/files/watch (the `WatchFiles` operationId).
 func (c *wire) WatchFiles(ctx context.Context, id SandboxID, params *WatchFilesParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3974,7 +3974,7 @@ func (c *wire) SignalProcess(ctx context.Context, id SandboxID, process ProcessR
 
 // WriteProcessStdinWithBody Write to a process's input
 //
-// Writes the body to its standard input, or its terminal, and answers when the process's pipe has taken it. A process that does not read for 30 seconds is 409, code `stdin_blocked`; one whose input is closed or was never open 409, code `stdin_closed`; one that has
+// Writes the body, 8 MiB at most, to its standard input or its terminal as it comes, and answers when the process's pipe has taken it. A process that does not read for 30 seconds is 409, code `stdin_blocked`; one whose input is closed or was never open 409, code `stdin_closed`; one that has
 // ended 409, code `process_ended`. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Takes any type of body and a specified content type.

@@ -208,7 +208,7 @@ func FuzzExecuteRequest(f *testing.F) {
 			}
 			return
 		}
-		m := r.message()
+		m := r.message(true)
 		for _, s := range append([]string{m.Process.Cmd, m.Process.GetCwd(), name + value}, m.Process.Args...) {
 			if strings.Contains(s, "\x00") {
 				t.Errorf("a NUL got through in %q", s)

@@ -99,7 +99,7 @@ func (c *Client) Execute(ctx context.Context, t Target, r ExecuteRequest) (Execu
 		r.MaxOutput = DefaultMaxOutput
 	}
 	stdout, stderr := capped{max: r.MaxOutput}, capped{max: r.MaxOutput}
-	end, err := c.execute(ctx, t, r, func(event *process.ProcessEvent) error {
+	end, err := c.execute(ctx, t, r.message(true), func(event *process.ProcessEvent) error {
 		stdout.write(event.GetData().GetStdout())
 		stderr.write(event.GetData().GetStderr())
 		return nil
@@ -112,18 +112,18 @@ func (c *Client) Execute(ctx context.Context, t Target, r ExecuteRequest) (Execu
 
 // execute hands over what becomes of a command until its end, which it returns. An error
 // of on ends it, and the command.
-func (c *Client) execute(ctx context.Context, t Target, r ExecuteRequest, on func(*process.ProcessEvent) error) (*process.EndEvent, error) {
+func (c *Client) execute(ctx context.Context, t Target, r *process.StartRequest, on func(*process.ProcessEvent) error) (*process.EndEvent, error) {
 	waitCtx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	if r.Timeout > 0 {
+	if limit := r.GetExecute().GetTimeoutMs(); limit > 0 {
 		var stop context.CancelFunc
-		waitCtx, stop = context.WithTimeout(waitCtx, r.Timeout+executeSlack)
+		waitCtx, stop = context.WithTimeout(waitCtx, time.Duration(limit)*time.Millisecond+executeSlack)
 		defer stop()
 	}
 
 	call := connect.NewClient[process.StartRequest, process.StartResponse](c.http,
 		t.url(process.ProcessStartProcedure, nil), connect.WithReadMaxBytes(1<<20))
-	req := connect.NewRequest(r.message())
+	req := connect.NewRequest(r)
 	if t.Token != "" {
 		req.Header().Set(TokenHeader, t.Token)
 	}
@@ -160,7 +160,9 @@ func executeError(ctx context.Context, err error) error {
 	return connectError(ctx, err)
 }
 
-func (r ExecuteRequest) message() *process.StartRequest {
+// message is the request on the wire. With gather the output may come late, and at the end
+// at the latest.
+func (r ExecuteRequest) message(gather bool) *process.StartRequest {
 	m := &process.StartRequest{
 		Process: &process.ProcessConfig{Envs: r.Env},
 		Execute: &process.ExecuteOptions{
@@ -169,7 +171,7 @@ func (r ExecuteRequest) message() *process.StartRequest {
 			TimeoutMs:      r.Timeout.Milliseconds(),
 			MaxOutputBytes: r.MaxOutput,
 			User:           r.User,
-			Gather:         true,
+			Gather:         gather,
 		},
 	}
 	if r.Timeout > 0 && m.Execute.TimeoutMs == 0 {

@@ -24,7 +24,7 @@ func (c *Client) ExecuteStream(ctx context.Context, t Target, r ExecuteRequest, 
 		r.MaxOutput = DefaultMaxOutput
 	}
 	stdout, stderr := counted{left: r.MaxOutput}, counted{left: r.MaxOutput}
-	end, err := c.execute(ctx, t, r, func(event *process.ProcessEvent) error {
+	end, err := c.execute(ctx, t, r.message(false), func(event *process.ProcessEvent) error {
 		if start := event.GetStart(); start != nil {
 			return emit(ExecuteEvent{PID: int(start.GetPid())})
 		}

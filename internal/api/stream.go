@@ -41,6 +41,7 @@ type eventReply struct {
 	r      *http.Request
 	events *events
 	stop   func()
+	left   bool // the caller has gone, or did not take it
 }
 
 // begin sends the head of the answer, if that has not been done.
@@ -53,13 +54,19 @@ func (e *eventReply) begin() {
 	e.w.Header().Set("X-Accel-Buffering", "no") // nginx would keep it back
 	e.w.WriteHeader(http.StatusOK)
 	e.events = &events{w: e.w, control: http.NewResponseController(e.w)}
+	// So that the caller knows at once. An error comes again with the first event.
+	_ = e.events.send(":\n\n")
 	e.stop = e.events.keepalive(callOf(e.r).patience.quiet)
 }
 
 // send sends events that are written already.
 func (e *eventReply) send(text string) error {
 	e.begin()
-	return e.events.send(text)
+	err := e.events.send(text)
+	if err != nil {
+		e.left, callOf(e.r).gone = true, true
+	}
+	return err
 }
 
 // fail ends the stream with an error if it has begun; else the error is the answer.
@@ -68,7 +75,7 @@ func (e *eventReply) fail(err error) {
 		e.s.fail(e.w, e.r, err)
 		return
 	}
-	if e.r.Context().Err() != nil {
+	if e.left || e.r.Context().Err() != nil {
 		callOf(e.r).gone = true
 		return
 	}
@@ -76,7 +83,7 @@ func (e *eventReply) fail(err error) {
 	status, f := verdict(e.r, err)
 	if err := writeEvent(&b, "", "error", problemOf(e.r, status, f)); err == nil {
 		// The caller has gone, if this fails.
-		_ = e.events.send(b.String())
+		_ = e.send(b.String())
 	}
 }
 
@@ -121,13 +128,11 @@ func (s *server) streamCommand(w http.ResponseWriter, r *http.Request, id Sandbo
 
 func (s *server) sendExit(reply *eventReply, exit ProcessExit) {
 	var b strings.Builder
-	err := writeEvent(&b, "", "exit", exit)
-	if err == nil {
-		err = reply.send(b.String())
+	if err := writeEvent(&b, "", "exit", exit); err != nil {
+		reply.fail(err)
+		return
 	}
-	if err != nil {
-		callOf(reply.r).gone = true
-	}
+	_ = reply.send(b.String()) // it has noted that the caller has gone
 }
 
 // streamDetached starts a process and follows it from its first byte.

@@ -20,7 +20,7 @@ import (
 
 const terminalRoute = "/v1/sandboxes/{id}/terminal"
 
-// Limits of terminals. Part of the contract, but for the last three.
+// Limits of terminals. Part of the contract, but for the last four.
 const (
 	defaultCols, defaultRows = 80, 24
 	defaultTerm              = "xterm-256color"
@@ -36,6 +36,8 @@ const (
 	// answer: what a broken connection is found out by, and what keeps proxies from ending
 	// a silent one.
 	pingEvery = 20 * time.Second
+	// goodbyeTime is how long a client has to take the last words.
+	goodbyeTime = 10 * time.Second
 )
 
 // Subprotocols of a terminal: the one that is spoken, and the form of one that carries the
@@ -223,12 +225,13 @@ func (t *terminalSession) run(ctx context.Context) {
 	typed := newTyped(ctx)
 	var wg sync.WaitGroup
 	t.conn.SetReadLimit(maxTerminalFrame)
-	err := t.say(ctx, terminalStarted{Type: "started", PID: t.process.PID, Offset: t.offset})
-	// Reading ends by the closing of the connection and not by ctx, whose end would break
-	// it before there was a goodbye.
-	reading, stopReading := context.WithCancel(context.WithoutCancel(ctx))
-	defer stopReading()
-	wg.Go(func() { cancel(t.receive(reading, ctx, typed)) })
+	// The connection outlasts ctx, whose end would break it before there was a goodbye: a
+	// context that ends during a read or a write does that.
+	lasting, breakOff := context.WithCancel(context.WithoutCancel(ctx))
+	defer breakOff()
+	context.AfterFunc(ctx, func() { time.AfterFunc(goodbyeTime, breakOff) })
+	err := t.say(lasting, terminalStarted{Type: "started", PID: t.process.PID, Offset: t.offset})
+	wg.Go(func() { cancel(t.receive(lasting, ctx, typed)) })
 	wg.Go(func() { t.ping(ctx, cancel) })
 	wg.Go(func() {
 		if _, err := t.server.Agent.WriteInput(ctx, t.target, t.ref, typed, false); err != nil && ctx.Err() == nil && !ended(err) {
@@ -237,12 +240,12 @@ func (t *terminalSession) run(ctx context.Context) {
 	})
 	var p agentapi.Process
 	if err == nil {
-		p, err = t.server.Agent.Follow(ctx, t.target, agentapi.FollowRequest{Ref: t.ref, Offset: t.offset}, func(o agentapi.ProcessOutput) error { return t.show(ctx, o) })
+		p, err = t.server.Agent.Follow(ctx, t.target, agentapi.FollowRequest{Ref: t.ref, Offset: t.offset}, func(o agentapi.ProcessOutput) error { return t.show(lasting, o) })
 	}
 	if cause := context.Cause(ctx); cause != nil {
 		err = cause
 	}
-	t.goodbye(context.WithoutCancel(ctx), p, err)
+	t.goodbye(lasting, p, err)
 	cancel(nil)
 	typed.close()
 	wg.Wait()
@@ -302,9 +305,9 @@ func (t *terminalSession) show(ctx context.Context, o agentapi.ProcessOutput) er
 }
 
 // receive takes what the client sends until it closes the connection.
-func (t *terminalSession) receive(reading, ctx context.Context, typed *typed) error {
+func (t *terminalSession) receive(lasting, ctx context.Context, typed *typed) error {
 	for {
-		kind, b, err := t.conn.Read(reading)
+		kind, b, err := t.conn.Read(lasting)
 		if err != nil {
 			return errors.Join(errClientLeft, err)
 		}
@@ -351,7 +354,7 @@ func (t *terminalSession) ping(ctx context.Context, cancel context.CancelCauseFu
 			return
 		case <-tick.C:
 		}
-		pinging, stop := context.WithTimeout(ctx, pingEvery)
+		pinging, stop := context.WithTimeout(context.WithoutCancel(ctx), pingEvery)
 		err := t.conn.Ping(pinging)
 		stop()
 		if err != nil {
