@@ -9,6 +9,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -16,9 +17,11 @@ import (
 // make is what every sandbox of this Node is made with, beside its spec. A member of the
 // pool that a former process of the server made with something else is not what a create
 // would make now.
-func (n *Node) make() string {
-	return strings.Join(slices.Concat([]string{n.cfg.Programs.Version.Agent, n.cfg.Programs.Version.Runsc, fmt.Sprint(n.cfg.MaxPIDs)},
-		runsc.Flags(n.cfg.Platform), n.cfg.Nameservers), " ")
+func (n *Node) make() string { return n.makeWith(n.cfg.Programs.Version, runsc.Flags(n.cfg.Platform)) }
+
+// makeWith is make for programs and flags that may be those of an older snapshot.
+func (n *Node) makeWith(v payload.Version, flags []string) string {
+	return strings.Join(slices.Concat([]string{v.Agent, v.Runsc, fmt.Sprint(n.cfg.MaxPIDs)}, flags, n.cfg.Nameservers), " ")
 }
 
 // Prepare implements sandbox.Node. The slot of a member without a start command gets no
@@ -28,7 +31,7 @@ func (n *Node) Prepare(ctx context.Context, spec sandbox.Spec) error {
 	if err != nil {
 		return err
 	}
-	b.life.Warm = n.make()
+	b.life.Warm = n.makeWith(b.life.Programs, b.life.Flags)
 	if spec.Start.None() {
 		b.life.Egress = sandbox.Egress{}
 		steps = slices.DeleteFunc(steps, func(s step) bool { return s.name == "policy" })

@@ -342,3 +342,43 @@ func otherPrograms(t *testing.T, m *machine) payload.Programs {
 	}
 	return other
 }
+
+// TestMemberFromASnapshot prepares members of the pool from a snapshot of one that was started,
+// and claims one: it is a sandbox of its own with what the first had running in it.
+func TestMemberFromASnapshot(t *testing.T) {
+	m := newMachine(t)
+	first, n := m.working()
+	snap := m.snapshot(first)
+	if err := m.node.Destroy(m.ctx(), first.ID); err != nil {
+		t.Fatal(err)
+	}
+	spec := child(first, snap)
+	spec.Env = first.Env
+	if err := m.node.Prepare(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.wantWarm(spec.ID, true)
+	m.closed(spec.ID)
+	m.close()
+	m.open()
+	m.wantWarm(spec.ID, true) // also for the next server
+	m.closed(spec.ID)
+	spec.Env = map[string]string{"PATH": "/bin", "MINE": string(spec.ID)}
+	spec.Egress = rangePolicy
+	if err := m.node.Claim(m.ctx(), spec); err != nil {
+		t.Fatal(err)
+	}
+	m.wantWarm(spec.ID, false)
+	m.wantPolicy(spec.ID, rangePolicy)
+	if got, want := m.sh(spec, `hostname; echo "$MINE"`), hostname(spec.ID)+"\n"+string(spec.ID); got != want {
+		t.Errorf("it says %q, want %q", got, want)
+	}
+	m.counts(spec, n)
+	if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.node.DropSnapshot(m.ctx(), snap); err != nil {
+		t.Fatal(err)
+	}
+	m.wantNothing()
+}
