@@ -72,15 +72,21 @@ func listed(box sandbox.Sandbox) listedBody {
 	}
 }
 
-// stateOf is the state of a sandbox that is there. One that is being suspended takes no
+// stateOf is the state of a sandbox that is there; all others are running. One that is being suspended takes no
 // traffic any more.
 func stateOf(box sandbox.Sandbox) string {
 	switch box.State {
 	case sandbox.Suspending, sandbox.Suspended, sandbox.Waking:
-		return "paused"
+		return statePaused
 	}
-	return "running"
+	return stateRunning
 }
+
+// The states of the wire.
+const (
+	stateRunning = "running"
+	statePaused  = "paused"
+)
 
 // never is the end of a sandbox that has none: the field is required.
 var never = time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC)

@@ -182,5 +182,5 @@ func (s *Surface) wake(r *http.Request, timeout time.Duration) (box sandbox.Sand
 		}
 	}
 	s.samples.follow(id)
-	return box, stateOf(before) == "paused", nil
+	return box, stateOf(before) == statePaused, nil
 }

@@ -115,9 +115,9 @@ func states(values []string) ([]sandbox.State, error) {
 	for word := range strings.SplitSeq(strings.Join(values, ","), ",") {
 		switch word {
 		case "":
-		case "running":
+		case stateRunning:
 			out = append(out, running...)
-		case "paused":
+		case statePaused:
 			out = append(out, paused...)
 		default:
 			return nil, fault.InField("invalid_state", "state", "must be running or paused, not %.40q", word)

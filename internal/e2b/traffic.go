@@ -87,7 +87,7 @@ func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) erro
 
 // takesTraffic reports whether the sandbox runs, or is one that traffic wakes.
 func takesTraffic(box sandbox.Sandbox, k kept) bool {
-	return box.State == sandbox.Running || box.State.Status() == sandbox.StatusSuspended && k.wakes(box)
+	return box.State == sandbox.Running || stateOf(box) == statePaused && k.wakes(box)
 }
 
 // admitEnvd checks the token, or the signature that stands in for it.
@@ -154,6 +154,9 @@ func (s *Surface) forward(w http.ResponseWriter, r *http.Request, box sandbox.Sa
 			}
 			for _, own := range []string{idHeader, portHeader, "X-Api-Key", "Cookie"} {
 				pr.Out.Header.Del(own)
+			}
+			if _, _, basic := pr.In.BasicAuth(); !basic { // that names a user; anything else is a key gone astray
+				pr.Out.Header.Del("Authorization")
 			}
 		},
 		ModifyResponse: func(resp *http.Response) error {

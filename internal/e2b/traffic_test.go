@@ -43,6 +43,9 @@ func TestTraffic(t *testing.T) {
 	if in.Get(agentapi.TokenHeader) != box.Token || in.Get("X-Api-Key") != "" || in.Get("Cookie") != "" || in.Get(idHeader) != "" || in.Get("Authorization") == "" {
 		t.Errorf("the agent sees %v", in)
 	}
+	if r := h.send("GET", "/envs", "", append(toEnvd(id, token), "Authorization", "Bearer "+h.key)...); r.status != 200 || h.reached()[1].Header.Get("Authorization") != "" {
+		t.Errorf("a key that went astray: %d %v", r.status, h.reached()[1].Header)
+	}
 	if token == box.Token || strings.Contains(h.log.String(), token) || strings.Contains(h.log.String(), box.Token) {
 		t.Error("the token is the agent's, or in the log")
 	}

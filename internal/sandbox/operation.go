@@ -103,6 +103,13 @@ func (s *Service) finish(id ID, op *operation, result Sandbox, err error) {
 	s.wg.Done()
 }
 
+// working is the operation under way on the sandbox, nil if none.
+func (s *Service) working(id ID) *operation {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.work[id]
+}
+
 // current is the operation of that kind under way on the sandbox, nil if none.
 func (s *Service) current(id ID, kind opKind) *operation {
 	s.mu.Lock()

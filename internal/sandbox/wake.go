@@ -42,19 +42,28 @@ func (s *Service) Connect(ctx context.Context, c Caller, id ID) (*Lease, error) 
 	return &Lease{Sandbox: box, service: s, life: l}, nil
 }
 
-// Attach leases a sandbox that runs, whoever asks. It wakes none and waits for none:
-// Conflict, code "sandbox_not_running".
+// Attach leases a sandbox that runs, whoever asks. It wakes none, and waits for none that
+// does not run as its row says: Conflict, code "sandbox_not_running".
 func (s *Service) Attach(ctx context.Context, id ID) (*Lease, error) {
-	box, err := s.Lookup(ctx, id)
-	if err != nil {
-		return nil, err
-	}
-	if box.State == Running {
-		if l := s.use(box, true); l != nil {
-			return &Lease{Sandbox: box, service: s, life: l}, nil
+	for last := false; ; last = true {
+		box, err := s.Lookup(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		if box.State == Running {
+			if l := s.use(box, true); l != nil {
+				return &Lease{Sandbox: box, service: s, life: l}, nil
+			}
+		}
+		// A row is ahead of those at work on it for a moment: what comes of them counts.
+		op := s.working(id)
+		if last || op == nil || box.State != Running {
+			return nil, notRunning(box)
+		}
+		if err := op.ended(ctx); err != nil {
+			return nil, err
 		}
 	}
-	return nil, notRunning(box)
 }
 
 // wish is what somebody wants of a running sandbox.
