@@ -1,16 +1,13 @@
 package client
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"net/http"
 	"strconv"
-	"strings"
 )
 
 // StatFile describes what a path names, a symbolic link itself.
@@ -69,12 +66,12 @@ func (c *Client) UploadTree(ctx context.Context, id, path string, archive io.Rea
 	}))
 }
 
-// maxChange bounds one line of a watch, bytes: a path of 4 KiB, escaped.
+// maxChange bounds one event of a watch, bytes: a path of 4 KiB, escaped.
 const maxChange = 64 << 10
 
 // WatchFiles calls ready once changes in a directory are seen, with recursive those in all
-// below it too, then emit with each. It ends with ctx, with an error of emit, or with an
-// [io.ErrUnexpectedEOF] when the sandbox goes or the server stops.
+// below it too, then emit with each. It ends with ctx, with an error of emit, with an [*Error]
+// when the sandbox goes or the server stops, or with an [io.ErrUnexpectedEOF].
 func (c *Client) WatchFiles(ctx context.Context, id, path string, recursive bool, ready func(), emit func(FileChange) error) error {
 	p := WatchFilesParams{Path: path}
 	if recursive {
@@ -85,28 +82,23 @@ func (c *Client) WatchFiles(ctx context.Context, id, path string, recursive bool
 		return err
 	}
 	defer resp.Body.Close()
-	lines := bufio.NewScanner(resp.Body)
-	lines.Buffer(nil, maxChange)
-	event := ""
-	for lines.Scan() {
-		name, value, _ := strings.Cut(lines.Text(), ": ")
-		switch {
-		case name == "event":
-			event = value
-		case name == "data" && event == "ready":
+	err = readEvents(resp.Body, maxChange, func(_, event string, data []byte) error {
+		switch event {
+		case "ready":
 			ready()
-		case name == "data" && event == "change":
+		case "change":
 			var change FileChange
-			if err := json.Unmarshal([]byte(value), &change); err != nil {
+			if err := json.Unmarshal(data, &change); err != nil {
 				return fmt.Errorf("decoding a change: %w", err)
 			}
-			if err := emit(change); err != nil {
-				return err
-			}
+			return emit(change)
+		case "error":
+			return errorOfEvent(data)
 		}
-	}
+		return nil
+	})
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	return fmt.Errorf("watching: %w", errors.Join(io.ErrUnexpectedEOF, lines.Err()))
+	return err
 }

@@ -22,9 +22,10 @@ import (
 // TestE2B runs what E2B's unmodified packages do, in two versions, against a server, with
 // the environment that their users set. The tests themselves are e2e/e2b/*.test.mjs.
 func TestE2B(t *testing.T) {
-	s := newServer(t, "CAY_POOL_ENABLED=true")
+	s := newServer(t, "CAY_POOL_ENABLED=true", "CAY_TEMPLATES_PREPARE=base,code-interpreter")
 	s.start()
 	s.needTemplate("base")
+	s.needTemplate("code-interpreter")
 	key := s.e2bKey()
 	for _, version := range []string{"newest", "v2.45"} {
 		t.Run(version, func(t *testing.T) {
@@ -85,7 +86,7 @@ func (s *server) runE2B(t *testing.T, version, key string) {
 	if err != nil {
 		t.Errorf("the tests of version %s: %v\n%s", version, err, out)
 	}
-	if !strings.Contains(string(out), "create, info, kill") {
+	if !strings.Contains(string(out), "create, info, kill") || !strings.Contains(string(out), "code interpreter") {
 		t.Errorf("the tests did not run:\n%s", out)
 	}
 	t.Logf("%s", out)

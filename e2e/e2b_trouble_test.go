@@ -139,6 +139,7 @@ func TestE2BTrouble(t *testing.T) {
 	t.Run("who does not read", func(t *testing.T) { s.at(t).slowReader(key) })
 	t.Run("half a message", func(t *testing.T) { s.at(t).halfWritten(key) })
 	t.Run("a warm one", func(t *testing.T) { s.at(t).warmE2B(key) })
+	t.Run("the way out", func(t *testing.T) { s.at(t).networkE2B(key) })
 	t.Run("a stop under streams", func(t *testing.T) { s.at(t).stopUnderStreams(key) })
 }
 
@@ -296,6 +297,36 @@ func (s *server) warmE2B(key string) {
 		if time.Now().After(end) {
 			s.t.Fatalf("the pool serves none: %s", row)
 		}
+	}
+}
+
+// networkE2B: what is said about the network holds for what leaves the sandbox.
+func (s *server) networkE2B(key string) {
+	o := newOutside(s.t.(*testing.T))
+	o.listen(s.t.(*testing.T), 8080)
+	one, two := o.address+":8080", o.second+":8080"
+	status, body := s.e2bCall(key, "POST", "/v2/sandboxes", `{"templateID":"base","allow_internet_access":false}`)
+	if status != 201 {
+		s.t.Fatalf("create: %d %s", status, body)
+	}
+	id := text(body, "sandboxID")
+	s.reaches("sbx_"+id, map[string]bool{one: false, two: false})
+	for body, want := range map[string]map[string]bool{
+		`{}`:                               {one: true, two: true},
+		`{"denyOut":["` + o.block + `"]}`:  {one: false, two: false},
+		`{"denyOut":["` + o.second + `"]}`: {one: true, two: false},
+		`{"allow_internet_access":false}`:  {one: false, two: false},
+		`{"denyOut":["0.0.0.0/0"],"allowOut":["` + o.second + `"]}`:        {one: false, two: true},
+		`{"denyOut":["` + o.block + `"],"allowOut":["` + o.address + `"]}`: {one: true, two: false}, // what is allowed goes first
+	} {
+		if status, answer := s.e2bCall(key, "PUT", "/sandboxes/"+id+"/network", body); status != 204 {
+			s.t.Fatalf("%s: %d %s", body, status, answer)
+		}
+		s.t.Log(body)
+		s.reaches("sbx_"+id, want)
+	}
+	if status, _ := s.e2bCall(key, "DELETE", "/sandboxes/"+id, ""); status != 204 {
+		s.t.Errorf("kill: %d", status)
 	}
 }
 

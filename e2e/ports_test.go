@@ -153,6 +153,12 @@ func TestPorts(t *testing.T) {
 				}
 			}
 		}
+		// What is the API's elsewhere is the application's on its own host name.
+		for _, path := range []string{"/v1/me", "/healthz", "/metrics", "/files?path=/etc/passwd", "/sandboxes", "/v2/sandboxes", "/health", "/openapi.yaml"} {
+			if v := s.asked("GET", "http://"+portHost(id, webPort)+path, nil); v.Path != path {
+				t.Errorf("%s: inside came %+v", path, v)
+			}
+		}
 		v := s.asked("GET", "http://"+portHost(id, webPort)+"/", nil, func(r *http.Request) { r.Header.Set("X-Forwarded-Proto", "https") })
 		if v.header("Host") != portHost(id, webPort) || v.header("X-Forwarded-Host") != portHost(id, webPort) || v.header("X-Forwarded-Proto") != "https" || v.header("X-Forwarded-For") != "127.0.0.1" {
 			t.Errorf("inside came %+v", v)

@@ -49,17 +49,28 @@ folder. Links are copied as links; sockets, pipes and devices are left out.`,
 			}
 			t := &transfer{app: a, client: c, recursive: recursive, owner: owner}
 			if to.id != "" {
-				return t.in(cmd.Context(), from.path, to)
+				return pathIs("DESTINATION", t.in(cmd.Context(), from.path, to))
 			}
 			if owner != "" {
 				return errors.New("--owner: is for copying into a sandbox")
 			}
-			return t.out(cmd.Context(), from, to.path)
+			return pathIs("SOURCE", t.out(cmd.Context(), from, to.path))
 		},
 	}
 	cmd.Flags().BoolVarP(&recursive, "recursive", "r", false, "copy folders with all that is in them")
 	cmd.Flags().StringVar(&owner, "owner", "", "name or number of the owner in the sandbox (default the template's user)")
 	return cmd
+}
+
+// pathIs names the argument that the API knows as a path.
+func pathIs(name string, err error) error {
+	var refused *client.Error
+	if !errors.As(err, &refused) || refused.Field != "path" {
+		return err
+	}
+	told := *refused
+	told.Field = name
+	return &told
 }
 
 // place is a path here, or in a sandbox.

@@ -113,6 +113,7 @@ func newFakeAPI() *fakeAPI {
 	} {
 		mux.HandleFunc(pattern, f.recorded(h))
 	}
+	f.addPorts(mux)
 	for pattern, h := range f.liveRoutes() {
 		mux.HandleFunc(pattern, f.recorded(h))
 	}

@@ -22,6 +22,7 @@ const (
 	commandDirect = "  the same asked of the agent itself"
 	commandAdded  = "  what the API adds (difference, pair by pair)"
 	commandInside = "  the command's own time inside"
+	commandSpawn  = "  the same start inside, by a program that runs there"
 	commandShell  = `execute command "true" (by /bin/sh)`
 	commandPython = "execute python3 -c 'print(1)'"
 	commandLine   = "cay sandbox exec … true"
@@ -31,6 +32,16 @@ const (
 )
 
 var python = []string{"python3", "-c", "print(1)"}
+
+// spawn starts true five times, as glibc does it, and prints what each took, until it
+// was waited for, in milliseconds.
+const spawn = `
+import os, time
+for i in range(5):
+    began = time.perf_counter()
+    os.waitpid(os.posix_spawn("/bin/true", ["true"], os.environ), 0)
+    print((time.perf_counter() - began) * 1000)
+`
 
 // measureCommands runs commands in one sandbox and one container, one at a time.
 func measureCommands(ctx context.Context, o options, s *server, d *docker, r *results) error {
@@ -87,6 +98,17 @@ func (s *server) commandsOnce(ctx context.Context, id string, direct *agent, r *
 	r.add(commandDirect, unitMS, milliseconds(asked))
 	r.add(commandAdded, unitMS, milliseconds(whole-asked))
 	r.add(commandInside, unitMS, milliseconds(inside))
+	spawned, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"python3", "-c", spawn}})
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(spawned.Stdout) {
+		took, err := strconv.ParseFloat(strings.TrimSpace(line), 64)
+		if err != nil {
+			return fmt.Errorf("starting programs inside: %w", err)
+		}
+		r.add(commandSpawn, unitMS, took)
+	}
 	began = time.Now()
 	if _, err := s.execute(ctx, id, client.ExecuteRequest{Command: new("true")}); err != nil {
 		return err

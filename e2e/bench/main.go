@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -25,8 +26,13 @@ type options struct {
 	starts int    // sandboxes created one after the other
 	idle   int    // sandboxes at rest, for their memory
 	crowd  int    // sandboxes with policies that stand beside the one that sends
-	docker bool
-	only   string // the one part to measure; "" is all
+	dense  int    // sandboxes at rest at once
+	doc    string // Markdown file whose run is replaced by this one, "" is none
+
+	clients  int           // that create, execute and destroy in a loop
+	loadTime time.Duration // for so long
+	docker   bool
+	only     string // the one part to measure; "" is all
 }
 
 // commands is how often each command runs in one sandbox.
@@ -41,13 +47,22 @@ func main() {
 	flag.IntVar(&o.idle, "idle", 10, "how many sandboxes at rest to take the memory of, 1 to 100")
 	flag.IntVar(&o.crowd, "crowd", 200, "how many sandboxes with egress policies stand beside the one that sends, 2 to 250; 200 need 4 GB of memory")
 	flag.BoolVar(&o.docker, "docker", true, "measure Docker beside it when an engine answers")
-	flag.StringVar(&o.only, "only", "", "measure this `part` alone: starts, commands, live, files, rest, sleep, egress, builds or pool")
+	flag.IntVar(&o.dense, "dense", 300, "how many sandboxes rest at once, 2 to 1000; 300 need 7 GB of memory")
+	flag.IntVar(&o.clients, "clients", 50, "how many clients create, execute and destroy in a loop, 1 to 200")
+	flag.DurationVar(&o.loadTime, "load", time.Minute, "for how long they do, up to 10m")
+	flag.StringVar(&o.doc, "doc", "", "put the results into this Markdown `file`, between its lines <!-- run --> and <!-- /run -->")
+	flag.StringVar(&o.only, "only", "", "measure this `part` alone: starts, commands, live, files, ports, rest, sleep, egress, builds, fork, pool, load or dense")
 	flag.BoolVar(&quick, "quick", false, "few runs: shows that everything works, and little more")
+	serve := flag.String("serve", "", "be the server that ports are measured with, at `ADDRESS,ADDRESS`, and nothing else")
 	flag.Parse()
-	if quick {
-		o.starts, o.idle, o.crowd = 4, 3, 5
+	if address, raw, both := strings.Cut(*serve, ","); both {
+		fmt.Fprintln(os.Stderr, "bench:", serveBulk(address, raw))
+		os.Exit(1)
 	}
-	if flag.NArg() > 0 || o.starts < 2 || o.starts > 200 || o.idle < 1 || o.idle > 100 || o.crowd < 2 || o.crowd > 250 {
+	if quick {
+		o.starts, o.idle, o.crowd, o.dense, o.clients, o.loadTime = 4, 3, 5, 5, 4, 5*time.Second
+	}
+	if flag.NArg() > 0 || o.dense < 2 || o.dense > 1000 || o.clients < 1 || o.clients > 200 || o.loadTime <= 0 || o.loadTime > 10*time.Minute || o.starts < 2 || o.starts > 200 || o.idle < 1 || o.idle > 100 || o.crowd < 2 || o.crowd > 250 {
 		flag.Usage()
 		os.Exit(2)
 	}
@@ -102,11 +117,15 @@ func bench(ctx context.Context, o options) (err error) {
 		{"commands", measureCommands},
 		{"live", measureLive},
 		{"files", measureFiles},
+		{"ports", measurePorts},
 		{"rest", measureIdle},
 		{"sleep", measureSleep},
 		{"egress", measureEgress},
 		{"builds", measureBuilds},
+		{"fork", measureFork},
 		{"pool", measurePool},
+		{"load", measureLoad},
+		{"dense", measureDense},
 	} {
 		if o.only != "" && o.only != part.name {
 			continue
@@ -120,6 +139,11 @@ func bench(ctx context.Context, o options) (err error) {
 	r.TookSeconds = time.Since(began).Seconds()
 	r.summarise()
 	r.print(os.Stdout)
+	if o.doc != "" {
+		if err := r.document(o.doc); err != nil {
+			return err
+		}
+	}
 	if o.json != "" {
 		return r.write(o.json)
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -14,6 +15,7 @@ const (
 	startCreate         = "  of it: create"
 	startFirst          = "  of it: the first command (true)"
 	startDestroy        = "destroy"
+	startGone           = "  until nothing of it is on the machine"
 	startLine           = "cay run … true, destroyed again"
 	dockerStartAnswered = "docker run -d until docker exec true answered"
 	dockerStartCreate   = "  of it: docker run -d"
@@ -27,7 +29,7 @@ var counterparts = map[string]string{
 	startAnswered:                           dockerStartAnswered,
 	startCreate:                             dockerStartCreate,
 	startFirst:                              dockerStartFirst,
-	startDestroy:                            dockerStartDestroy,
+	startGone:                               dockerStartDestroy,
 	startLine:                               dockerStartLine,
 	warmCreate:                              dockerWithWarm,
 	commandTrue:                             dockerTrue,
@@ -38,7 +40,12 @@ var counterparts = map[string]string{
 }
 
 // measureStarts creates and destroys, one at a time.
-func measureStarts(ctx context.Context, o options, s *server, d *docker, r *results) error {
+func measureStarts(ctx context.Context, o options, s *server, d *docker, r *results) (err error) {
+	p, err := newPlain(ctx, s)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, p.close()) }()
 	// The first of each warms the page cache and is not counted.
 	for i := range o.starts + 1 {
 		into := r
@@ -46,6 +53,9 @@ func measureStarts(ctx context.Context, o options, s *server, d *docker, r *resu
 			into = &results{}
 		}
 		if err := s.startOnce(ctx, into); err != nil {
+			return err
+		}
+		if err := p.once(ctx, into); err != nil {
 			return err
 		}
 		if d != nil {
@@ -90,6 +100,11 @@ func (s *server) startOnce(ctx context.Context, r *results) error {
 		return err
 	}
 	r.took(startDestroy, began)
+	// What is left of it is not what the next measures.
+	if err := awaitGone(ctx, id); err != nil {
+		return fmt.Errorf("waiting for a destroy: %w", err)
+	}
+	r.took(startGone, began)
 	return nil
 }
 

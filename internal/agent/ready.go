@@ -34,6 +34,7 @@ type readyCheck struct {
 	processes *processes
 	ready     *agentapi.Ready
 	own       *net.TCPAddr // the sandbox's address; nil if not known
+	user      string       // whom its command runs as; "" is the sandbox's default
 }
 
 // do looks once. The error says what was seen.
@@ -112,10 +113,10 @@ func (r readyCheck) ask(ctx context.Context, port int, address string) (status i
 	return status, nil
 }
 
-// run executes a command, as a call without a user would, and ends it with ctx.
+// run executes a command as who the start command runs as, and ends it with ctx.
 func (r readyCheck) run(ctx context.Context, line string) error {
 	p := r.processes
-	who, err := p.userOf(nil, "")
+	who, err := p.userOf(nil, r.user)
 	if err != nil {
 		return err
 	}

@@ -62,7 +62,7 @@ func (s *starter) start(w http.ResponseWriter, r *http.Request) {
 	}
 	if req.Ready != nil {
 		own, _ := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
-		if err := s.await(r.Context(), c, req.Ready, own); err != nil {
+		if err := s.await(r.Context(), c, req, own); err != nil {
 			httpError(w, newProblem(agentapi.CodeStartFailed, "the start command %s; %s", err, log.last()))
 			return
 		}
@@ -72,7 +72,7 @@ func (s *starter) start(w http.ResponseWriter, r *http.Request) {
 
 // launch makes the process. It is one of nobody's call: what listens to it is its log.
 func (s *starter) launch(req agentapi.StartRequest) (*command, *startLog, error) {
-	who, err := s.processes.userOf(nil, "")
+	who, err := s.processes.userOf(nil, req.User)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -226,11 +226,11 @@ func (l *startLog) last() string {
 
 // await returns when the command is ready, or with what it did instead, to be read after
 // "the start command".
-func (s *starter) await(ctx context.Context, c *command, ready *agentapi.Ready, own *net.TCPAddr) error {
-	within := time.Duration(ready.TimeoutMs) * time.Millisecond
+func (s *starter) await(ctx context.Context, c *command, req agentapi.StartRequest, own *net.TCPAddr) error {
+	within := time.Duration(req.Ready.TimeoutMs) * time.Millisecond
 	ctx, cancel := context.WithDeadline(ctx, c.started.Add(within))
 	defer cancel()
-	check := readyCheck{processes: s.processes, ready: ready, own: own}
+	check := readyCheck{processes: s.processes, ready: req.Ready, own: own, user: req.User}
 	var last error
 	for pause := firstPause; ; pause = min(pause*5/4, longestPause) {
 		err := check.do(ctx)

@@ -87,6 +87,24 @@ func TestStartGoesOn(t *testing.T) {
 	s.sh("! ps | grep '[G]REETING'")
 }
 
+// A start command can be another's than the sandbox's, and so is what looks whether it is ready.
+func TestStartAsAnother(t *testing.T) {
+	s := startSandbox(t, options{})
+	if err := s.client.Init(t.Context(), s.target, agentapi.InitRequest{DefaultUser: "user"}); err != nil {
+		t.Fatal(err)
+	}
+	err := s.client.Start(t.Context(), s.target, agentapi.StartRequest{Command: "id -un; echo up >/root/up; sleep 1000", User: "root", Ready: ready(agentapi.Ready{Command: "test -e /root/up"})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := s.sh("id -un"); got != "user" {
+		t.Errorf("other commands run as %s", got)
+	}
+	if res := s.exec(agentapi.ExecuteRequest{Command: "head -1 " + agentapi.StartLog, User: "root"}); string(res.Stdout) != "root\n" {
+		t.Errorf("the start command ran as %+v", res)
+	}
+}
+
 func TestStartFails(t *testing.T) {
 	port := &agentapi.Ready{Port: 8080, TimeoutMs: 60_000}
 	for name, c := range map[string]struct {

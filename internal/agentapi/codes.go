@@ -42,7 +42,6 @@ const (
 	CodeStartFailed      = "start_failed"
 	CodePortClosed       = "port_closed"
 	CodeTooManyTunnels   = "too_many_connections"
-	CodeAgentTooOld      = "agent_too_old"
 	CodeInvalidTar       = "invalid_tar"
 	CodePathExists       = "path_exists"
 	CodeProcessNotFound  = "process_not_found"

@@ -21,7 +21,7 @@ import (
 //
 // The connection has a CloseWrite, which ends its half without the other, and breaks
 // with the sandbox's life, as all of the client's (see [Client.Drop]). Errors: Upstream
-// "port_closed" when nothing listens, Conflict "agent_too_old" in a sandbox that an older
+// "port_closed" when nothing listens, Conflict "sandbox_too_old" in a sandbox that an older
 // cay started, Exhausted "too_many_connections"; and those of all calls.
 func (c *Client) DialPort(ctx context.Context, t Target, port int) (net.Conn, error) {
 	if port < 1 || port > 65535 {
@@ -66,14 +66,11 @@ func upgrade(conn net.Conn, t Target, port int) (rest []byte, err error) {
 	if err != nil {
 		return nil, err
 	}
-	switch {
-	case resp.StatusCode == http.StatusSwitchingProtocols:
+	if resp.StatusCode == http.StatusSwitchingProtocols {
 		return in.Peek(in.Buffered())
-	case resp.StatusCode == http.StatusNotFound && resp.Header.Get(CodeHeader) == "":
-		return nil, fault.New(fault.Conflict, CodeAgentTooOld, "this sandbox was started by an older cay, which does not reach ports")
 	}
 	defer resp.Body.Close()
-	return nil, replyError(resp)
+	return nil, olderAgent(replyError(resp))
 }
 
 // portConn is a connection to a port. Its ReadFrom and WriteTo let io.Copy move bytes

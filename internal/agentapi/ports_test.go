@@ -15,7 +15,7 @@ func TestDialPortAnswers(t *testing.T) {
 		answer http.HandlerFunc
 		code   string
 	}{
-		"an older agent": {http.NotFound, CodeAgentTooOld},
+		"an older agent": {http.NotFound, CodeOlderSandbox},
 		"a closed port": {func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set(CodeHeader, CodePortClosed)
 			w.WriteHeader(502)

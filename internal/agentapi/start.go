@@ -10,6 +10,7 @@ import (
 type StartRequest struct {
 	Command string   `json:"command,omitempty"` // run by /bin/sh -c; or
 	Args    []string `json:"args,omitempty"`    // run as they are
+	User    string   `json:"user,omitempty"`    // "" is that of the last init
 	Ready   *Ready   `json:"ready,omitempty"`   // nil: nothing is waited for
 }
 
@@ -31,8 +32,8 @@ type ReadyHTTP struct {
 // part before is in the file of the same name and ".1".
 const StartLog = "/var/log/cay/start.log"
 
-// Start starts the sandbox's start command, with the environment, user and working
-// directory of the last init, and returns when it is ready, or runs if there is nothing
+// Start starts the sandbox's start command, with the environment and working directory of
+// the last init, and returns when it is ready, or runs if there is nothing
 // to wait for. It may be called once in a sandbox's life. A command that cannot be
 // started, ends before it is ready, or is not ready in time is a Conflict, code
 // "start_failed", whose text says which, with the last lines of its output; it may still

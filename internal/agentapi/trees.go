@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
-	"strings"
 
 	"connectrpc.com/connect"
 
@@ -28,7 +27,7 @@ func (c *Client) Stat(ctx context.Context, t Target, path, user string) (Entry, 
 	}
 	var e Entry
 	err := c.call(ctx, t, http.MethodGet, "/files/stat", fileQuery(path, user), nil, &e)
-	return e, tooOld(err)
+	return e, olderAgent(err)
 }
 
 // MakeDirectory makes a directory with its parents, for the user, and describes it. mode is
@@ -44,7 +43,7 @@ func (c *Client) MakeDirectory(ctx context.Context, t Target, path, user string,
 	}
 	var e Entry
 	err := c.call(ctx, t, http.MethodPost, "/files/mkdir", q, nil, &e)
-	return e, tooOld(err)
+	return e, olderAgent(err)
 }
 
 // Rename gives a file or directory another path, making parents, and describes it there.
@@ -65,7 +64,7 @@ func (c *Client) Rename(ctx context.Context, t Target, from, to, user string, ov
 	}
 	var e Entry
 	err := c.call(ctx, t, http.MethodPost, "/files/rename", q, nil, &e)
-	return e, tooOld(err)
+	return e, olderAgent(err)
 }
 
 func inField(err error, field string) error {
@@ -76,14 +75,6 @@ func inField(err error, field string) error {
 	named := *f
 	named.Field = field
 	return &named
-}
-
-// tooOld explains that an agent does not know a call. Errors of ours have codes.
-func tooOld(err error) error {
-	if err == nil || fault.As(err) != nil || !strings.HasPrefix(err.Error(), "agent answered 404") {
-		return err
-	}
-	return fault.New(fault.Conflict, CodeAgentTooOld, "this sandbox was started by an older cay, which does not have this").Because(err)
 }
 
 // DownloadTree opens an archive of all that is below a directory, names relative to it. An
@@ -99,7 +90,7 @@ func (c *Client) DownloadTree(ctx context.Context, t Target, path, user string) 
 	}
 	resp, err := c.do(req, t)
 	if err != nil {
-		return nil, tooOld(err)
+		return nil, olderAgent(err)
 	}
 	return resp.Body, nil
 }
@@ -127,7 +118,7 @@ func (c *Client) UploadTree(ctx context.Context, t Target, path, user string, bo
 		if broken := watched.broken(); broken != nil {
 			return fmt.Errorf("reading the body: %w", broken)
 		}
-		return tooOld(err)
+		return olderAgent(err)
 	}
 	defer resp.Body.Close()
 	return drain(resp.Body)

@@ -99,7 +99,7 @@ type Agent interface {
 	Processes
 }
 
-// Config is what the API needs. Every field but Ready, Names and Stopping is required.
+// Config is what the API needs. Every field but Ready, Names, Stopping and Hijacked is required.
 type Config struct {
 	Sandboxes Sandboxes
 	Templates Templates

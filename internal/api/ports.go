@@ -138,7 +138,7 @@ func keyOfPort(r *http.Request) string {
 	if values := r.Header.Values(proxy.KeyHeader); len(values) > 0 {
 		return strings.Join(values, ",")
 	}
-	if key := bearer(r); proxy.IsSecret(key) {
+	if key := bearer(r); proxy.IsKey(key) {
 		return key
 	}
 	return ""
@@ -168,7 +168,8 @@ func (s *server) signature(r *http.Request, p portRequest) (signed bool, ends ti
 func exchange(w *recorder, r *http.Request, ends time.Time) {
 	http.SetCookie(w, &http.Cookie{Name: proxy.TokenCookie, Value: r.URL.Query().Get(proxy.TokenParam), Path: "/",
 		Expires: ends, HttpOnly: true, Secure: proxy.Scheme(r) == "https", SameSite: http.SameSiteLaxMode})
-	to := url.URL{Path: "/" + strings.TrimLeft(r.URL.Path, "/"), RawQuery: proxy.WithoutToken(r.URL.RawQuery)}
+	// Never two slashes at the beginning, which would be another host.
+	to := url.URL{Path: "/" + strings.TrimLeft(r.URL.Path, "/"), RawPath: "/" + strings.TrimLeft(r.URL.EscapedPath(), "/"), RawQuery: proxy.WithoutToken(r.URL.RawQuery)}
 	h := w.Header()
 	h.Set("Location", to.String())
 	h.Set("Cache-Control", "no-store")

@@ -236,9 +236,9 @@ func TestPortSigned(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	signed.Path, signed.RawQuery = "//evil/path", "a=1;2&"+signed.RawQuery+"&b=%20"
+	signed.Path, signed.RawPath, signed.RawQuery = "//evil/a/path", "//evil/a%2Fpath", "a=1;2&"+signed.RawQuery+"&b=%20"
 	r := h.visit(t, "GET", signed.String())
-	if r.status != 303 || r.header.Get("Location") != "/evil/path?a=1;2&b=%20" || r.header.Get("Referrer-Policy") != "no-referrer" {
+	if r.status != 303 || r.header.Get("Location") != "/evil/a%2Fpath?a=1;2&b=%20" || r.header.Get("Referrer-Policy") != "no-referrer" {
 		t.Fatalf("the exchange: %d %v", r.status, r.header)
 	}
 	cookie := r.header.Get("Set-Cookie")

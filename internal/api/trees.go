@@ -112,36 +112,22 @@ func (s *server) WatchFiles(w http.ResponseWriter, r *http.Request, id SandboxID
 	}
 	recursive := params.Recursive != nil && *params.Recursive
 	s.inside(w, r, id, func(t agentapi.Target) error {
-		ctx, cancel := context.WithCancel(r.Context())
+		ctx, cancel := s.untilStop(r.Context())
 		defer cancel()
-		defer context.AfterFunc(s.Stopping, cancel)()
-		var out *events
-		stop := func() {}
-		defer func() { stop() }()
-		begin := func() {
-			w.Header().Set("Content-Type", eventStream)
-			w.Header().Set("Cache-Control", "no-store")
-			w.Header().Set("X-Accel-Buffering", "no") // nginx would keep it back
-			w.WriteHeader(http.StatusOK)
-			out = &events{w: w, control: http.NewResponseController(w)}
-			stop = out.keepalive(callOf(r).patience.quiet)
-			_ = out.send("event: ready\ndata: {}\n\n") // the next one meets the same error
-		}
-		err := s.Agent.Watch(ctx, t, params.Path, recursive, begin, func(c agentapi.Change) error {
+		reply := &eventReply{s: s, w: w, r: r}
+		defer reply.end()
+		ready := func() { _ = reply.send("event: ready\ndata: {}\n\n") } // the next event meets the same error
+		err := s.Agent.Watch(ctx, t, params.Path, recursive, ready, func(c agentapi.Change) error {
 			var b strings.Builder
 			if err := writeEvent(&b, "", "change", FileChange{Type: FileChangeType(c.Type), Path: path.Join(params.Path, c.Name)}); err != nil {
 				return err
 			}
-			return out.send(b.String())
+			return reply.send(b.String())
 		})
-		if out == nil {
-			return err
+		if context.Cause(ctx) == errStopping {
+			err = fault.New(fault.Unavailable, "stopping", "the server stops; watch again when it is back")
 		}
-		// It has no end but that of one side; what is missed from now on, the caller sees by the end of the stream.
-		callOf(r).gone = r.Context().Err() != nil
-		if !callOf(r).gone && fault.As(err) == nil && ctx.Err() == nil {
-			callOf(r).err = fmt.Errorf("watching: %w", err)
-		}
+		reply.fail(err)
 		return nil
 	})
 }

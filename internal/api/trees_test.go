@@ -272,7 +272,7 @@ func TestWatch(t *testing.T) {
 	}
 	for _, recursive := range []bool{false, true} {
 		err := watch(recursive)
-		if !errors.Is(err, io.ErrUnexpectedEOF) || ready != 1 || strings.Join(got, "|") != "create /d/a|create /d/ü\nb" {
+		if want := map[bool]string{false: agentapi.CodeUnreachable, true: "stopping"}[recursive]; !client.HasCode(err, want) || ready != 1 || strings.Join(got, "|") != "create /d/a|create /d/ü\nb" {
 			t.Errorf("recursive %v: %v, ready %d times, got %q", recursive, err, ready, got)
 		}
 	}

@@ -135,6 +135,8 @@ func (s *Surface) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.handle(w, r, true, func(w http.ResponseWriter, r *http.Request) error { return err })
 	case to.id != "" && !s.leaves(r, to):
 		s.handle(w, r, true, func(w http.ResponseWriter, r *http.Request) error { return s.traffic(w, r, to) })
+	case to.id != "":
+		s.next.ServeHTTP(w, r) // a page of a port may be called as the control API's are
 	case r.URL.Path == "/files":
 		s.handle(w, r, true, s.signed)
 	case isControl(r.URL.Path):

@@ -29,6 +29,7 @@ type box struct {
 	policed bool // the slot has the policy of life; guarded by node.mu, as that policy is
 	pid     int  // of the sentry; 0 until there is one
 
+	over     func()        // ends its turn to start, if it has had one; safe to repeat
 	verified *verification // of the memory it was restored with; nil if it was booted
 
 	watched atomic.Bool        // death is noticed by a watch

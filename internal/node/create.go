@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
@@ -120,6 +121,7 @@ func (n *Node) walk(ctx context.Context, b *box, steps []step, undo func(context
 			err = n.passed(s.name)
 		}
 		if err != nil {
+			b.turnOver()
 			cause := fmt.Errorf("making sandbox %s, step %s: %w", id, s.name, err)
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 			defer cancel()
@@ -142,6 +144,7 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 			image, err = n.images.Path(ctx, spec.Image)
 			return err
 		}},
+		{"turn", func(ctx context.Context) error { return n.turn(ctx, b) }},
 		{"directory", func(context.Context) error { return os.Mkdir(n.dir(spec.ID), 0o700) }},
 		{"network", func(ctx context.Context) (err error) {
 			if b.slot, err = n.net.Acquire(ctx); err == nil {
@@ -157,7 +160,10 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 			return err
 		}},
 		{"watch", func(context.Context) error { return b.watch() }},
-		{"agent", func(ctx context.Context) error { return n.awaitAgent(ctx, b) }},
+		{"agent", func(ctx context.Context) error {
+			defer b.turnOver()
+			return n.awaitAgent(ctx, b)
+		}},
 		{"favour", func(ctx context.Context) error {
 			if err := n.groups.Group(n.groupPath(spec.ID)).Favour(); err != nil {
 				// A host that does not let us: the sandbox works, and is easier to overrun.
@@ -170,6 +176,45 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 			defer cancel()
 			return meet(ctx)
 		}},
+	}
+}
+
+// startsPerCPU is how many sandboxes start at once for each processor. A start keeps more
+// than one busy for its whole time, so more at once make none of them earlier, and keep
+// everything else on the machine, the server's other answers included, from its turn.
+const startsPerCPU = 2
+
+const (
+	// turnPatience is how long a start waits for its turn. Who comes so late is told to
+	// come again, before the time for the whole create is over.
+	turnPatience = 30 * time.Second
+	// turnMost is how long a turn lasts at the most. A start that takes longer, some
+	// hundred times what it takes on a quiet machine, waits for something else than a
+	// processor, and must not keep all others waiting.
+	turnMost = 10 * time.Second
+)
+
+// turn waits until this one may start; they come in the order they asked.
+func (n *Node) turn(ctx context.Context, b *box) error {
+	late := time.NewTimer(turnPatience)
+	defer late.Stop()
+	select {
+	case n.turns <- struct{}{}:
+	case <-late.C:
+		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has more sandboxes to start than it can within %s", turnPatience).After(retryRoom)
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for its turn to start: %w", ctx.Err())
+	}
+	over := sync.OnceFunc(func() { <-n.turns })
+	timer := time.AfterFunc(turnMost, over)
+	b.over = func() { timer.Stop(); over() }
+	return nil
+}
+
+// turnOver ends the sandbox's turn to start, if it has it.
+func (b *box) turnOver() {
+	if b.over != nil {
+		b.over()
 	}
 }
 
@@ -278,7 +323,7 @@ func (n *Node) initAgent(ctx context.Context, b *box, spec sandbox.Spec) error {
 func (n *Node) startCommand(ctx context.Context, b *box, s sandbox.Start) error {
 	ctx, cancel := context.WithTimeout(ctx, meetTimeout+s.Patience())
 	defer cancel()
-	req := agentapi.StartRequest{Command: s.Command, Args: s.Args}
+	req := agentapi.StartRequest{Command: s.Command, Args: s.Args, User: s.User}
 	if r := s.Ready; r != nil {
 		req.Ready = &agentapi.Ready{Port: r.Port, Command: r.Command, TimeoutMs: s.Patience().Milliseconds()}
 		if r.HTTP != nil {

@@ -16,7 +16,6 @@ package proxy
 import (
 	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -277,14 +276,14 @@ type noter interface{ Upgraded() }
 // Hijack implements [http.Hijacker].
 func (a *answer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, buffered, err := http.NewResponseController(a.ResponseWriter).Hijack()
-	if err != nil && !errors.Is(err, http.ErrHijacked) {
+	if err != nil {
 		return nil, nil, err
 	}
 	a.begun = true
 	if n, ok := a.ResponseWriter.(noter); ok {
 		n.Upgraded()
 	}
-	return conn, buffered, err
+	return conn, buffered, nil
 }
 
 // upgrades reports whether the request asks for another protocol on its connection.

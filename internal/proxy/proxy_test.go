@@ -147,6 +147,10 @@ func TestSecretsStayOutside(t *testing.T) {
 		"another header": func(r *http.Request) { r.Header.Set("X-Api-Key", "e2b_"+aKey[4:]) },
 		"cookie":         func(r *http.Request) { r.Header.Set("Cookie", "a=1; "+TokenCookie+"="+aKey+"; b=2") },
 		"query":          func(r *http.Request) { r.URL.RawQuery = "a=1&" + TokenParam + "=" + aKey + "&b=2" },
+		"a protocol":     func(r *http.Request) { r.Header.Set("Sec-WebSocket-Protocol", "chat, key."+aKey) },
+		"referer":        func(r *http.Request) { r.Header.Set("Referer", "http://x/?key="+aKey+"&b") },
+		"odd cookie":     func(r *http.Request) { r.Header.Set("Cookie", "k="+aKey) },
+		"odd query":      func(r *http.Request) { r.URL.RawQuery = "a=1&cay%5ftok%65n=" + aKey },
 		"proxy":          func(r *http.Request) { r.Header.Set("Proxy-Authorization", "Bearer "+aKey) },
 	} {
 		if resp, _ := d.get(t, "/", edit); resp.StatusCode != 200 {

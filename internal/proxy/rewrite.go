@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
+	"regexp"
 	"strings"
 )
 
@@ -15,9 +16,6 @@ const (
 	TokenParam  = "cay_token"     // a signature, in a query
 	TokenCookie = "cay_token"     // a signature, of a host name
 )
-
-// secretPrefixes begin the secrets of cay's keys.
-var secretPrefixes = []string{"cay_", "e2b_"}
 
 // rewrite makes the request that goes in.
 func rewrite(pr *httputil.ProxyRequest) {
@@ -66,13 +64,17 @@ func Scheme(r *http.Request) string {
 	return "http"
 }
 
-// withoutSecrets removes keys of cay's and signatures, wherever callers put them.
+// withoutSecrets removes keys of cay's and signatures, wherever in a head callers put them:
+// values with a key in them go, of cookies only those that are one.
 func withoutSecrets(h http.Header) {
 	h.Del(KeyHeader)
 	for name, values := range h {
+		if name == "Cookie" {
+			continue
+		}
 		kept := values[:0:0]
 		for _, v := range values {
-			if !IsSecret(v) {
+			if !hasSecret(v) {
 				kept = append(kept, v)
 			}
 		}
@@ -87,7 +89,7 @@ func withoutSecrets(h http.Header) {
 	for _, line := range cookies {
 		var kept []string
 		for pair := range strings.SplitSeq(line, ";") {
-			if name, _, _ := strings.Cut(strings.TrimSpace(pair), "="); name != TokenCookie && name != "" {
+			if name, value, _ := strings.Cut(strings.TrimSpace(pair), "="); name != TokenCookie && name != "" && !hasSecret(value) {
 				kept = append(kept, strings.TrimSpace(pair))
 			}
 		}
@@ -97,39 +99,29 @@ func withoutSecrets(h http.Header) {
 	}
 }
 
-// IsSecret reports whether a header's value is a key of cay's, alone or after a scheme.
-func IsSecret(value string) bool {
-	fields := strings.Fields(value)
-	if len(fields) == 0 || len(fields) > 2 {
-		return false
-	}
-	last := fields[len(fields)-1]
-	for _, prefix := range secretPrefixes {
-		// "cay_theme" in a header of somebody's is none.
-		if rest, ok := strings.CutPrefix(last, prefix); ok && len(rest) >= minSecret && !strings.ContainsFunc(rest, notAlphanumeric) {
-			return true
-		}
-	}
-	return false
+// secret is what keys look like. They have 40 characters; "cay_theme" is none.
+var secret = regexp.MustCompile(`(?:cay|e2b)_[0-9A-Za-z]{32,}`)
+
+// hasSecret reports whether there is a key in a text.
+func hasSecret(text string) bool {
+	return (strings.Contains(text, "cay_") || strings.Contains(text, "e2b_")) && secret.MatchString(text)
 }
 
-// minSecret is fewer characters than any key has after its prefix.
-const minSecret = 16
-
-func notAlphanumeric(r rune) bool {
-	return (r < '0' || r > '9') && (r < 'a' || r > 'z') && (r < 'A' || r > 'Z')
+// IsKey reports whether a text, which came as a key, is to be one of cay's: that of an
+// application must be left to it.
+func IsKey(text string) bool {
+	return strings.HasPrefix(text, "cay_") || strings.HasPrefix(text, "e2b_")
 }
 
 // WithoutToken removes our signature from a query and leaves the rest as it is.
 func WithoutToken(query string) string {
-	if !strings.Contains(query, TokenParam) {
-		return query
-	}
 	var kept []string
 	for pair := range strings.SplitSeq(query, "&") {
-		if name, _, _ := strings.Cut(pair, "="); name != TokenParam {
-			kept = append(kept, pair)
+		name, _, _ := strings.Cut(pair, "=")
+		if plain, err := url.QueryUnescape(name); err == nil && plain == TokenParam {
+			continue // however it is written: it was taken for one
 		}
+		kept = append(kept, pair)
 	}
 	return strings.Join(kept, "&")
 }

@@ -42,12 +42,14 @@ func (b Sandbox) kind(start Start) Kind {
 	if start.None() {
 		return k
 	}
+	user := cmp.Or(start.User, b.User, rootUser)
+	start.User = ""
 	text, err := json.Marshal(struct {
 		Start         Start
 		Env           map[string]string
 		User, Workdir string
 		Egress        Egress
-	}{start, b.Env, b.User, b.Workdir, b.Egress})
+	}{start, b.Env, user, b.Workdir, b.Egress})
 	if err != nil { // texts and numbers only
 		panic(err)
 	}

@@ -160,6 +160,7 @@ func TestOnlyTheSameIsWarm(t *testing.T) {
 			{sandbox.Request{Env: map[string]string{"C": "1"}}, sandbox.Cold},
 			{sandbox.Request{Egress: &sandbox.Egress{Mode: sandbox.DenyAll}}, sandbox.Cold},
 			{sandbox.Request{Metadata: map[string]string{"k": "v"}, Mode: "persistent"}, sandbox.Warm},
+			{sandbox.Request{User: "somebody"}, sandbox.Warm}, // which the command does not run as
 		} {
 			c.r.Template = "service"
 			if box := h.mustCreate(c.r); box.Source != c.want {

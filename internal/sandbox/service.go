@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"sync"
@@ -70,6 +71,9 @@ type Caller struct {
 	Quota Quota
 }
 
+// rootUser is whom commands run as where nobody says.
+const rootUser = "root"
+
 // Create makes a sandbox for an organization and returns it running; with
 // wait false it returns at once, creating. See [Request] for what is refused:
 // Invalid naming the field, NotFound or Conflict for the template or the snapshot, Exhausted
@@ -92,6 +96,9 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wa
 	box, err := r.resolve(s.cfg, c.OrgID, version, time.Now())
 	if err != nil {
 		return Sandbox{}, err
+	}
+	if box.User != version.User {
+		version.Start.User = cmp.Or(version.User, rootUser) // the template's command is the template's
 	}
 	if warm, done, err := s.createWarm(ctx, c, box, version, once, wait); done {
 		return warm, err

@@ -9,12 +9,14 @@ import (
 )
 
 // Start is the command that a template's sandboxes begin with. It runs as one of Execute
-// would, with the sandbox's environment, user and working directory, and goes on beside
-// all others. When it ends nothing starts it again. The zero value is none.
+// would, with the sandbox's environment and working directory, and goes on beside all others. When it ends nothing starts it again. The zero value is none.
 type Start struct {
 	Command string   // run by /bin/sh -c; or
 	Args    []string // run as they are
 	Ready   *Ready   // nil: nothing is waited for
+	// User is whom it runs as when that is not the sandbox's: "" is the sandbox's. Templates
+	// have none: it is given by a create that has the commands after it run as another.
+	User string `json:",omitempty"`
 }
 
 // Ready is how a start command is seen to be ready, looked at from inside the sandbox.

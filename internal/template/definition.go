@@ -28,7 +28,7 @@ type Definition struct {
 	User        string            `toml:"user" json:"user,omitempty"`
 	// StartCommand is run by /bin/sh -c; "" is none, nil what the image says.
 	StartCommand *string        `toml:"start_command" json:"start_command,omitempty"`
-	Ready        *sandbox.Ready `toml:"-" json:"ready,omitempty"`
+	Ready        *sandbox.Ready `toml:"ready" json:"ready,omitempty"`
 	Size         string         `toml:"size" json:"size,omitempty"`
 	DiskMB       int            `toml:"disk_size_mb" json:"disk_size_mb,omitempty"`
 
@@ -69,6 +69,7 @@ type File struct {
 	Path    string `toml:"path" json:"path"`
 	Mode    uint32 `toml:"mode" json:"mode"` // 0 is 0644
 	Content string `toml:"content" json:"content,omitempty"`
+	From    string `toml:"from" json:"-"` // of a built-in template: the file beside it that has the content
 }
 
 // MaxDefinition bounds a definition, in bytes.
@@ -139,9 +140,17 @@ func (d Definition) check() error {
 			return fmt.Errorf("shell of user %s: %w", u.Name, err)
 		}
 	}
+	if d.StartCommand != nil {
+		if err := (sandbox.Start{Command: *d.StartCommand, Ready: d.Ready}).Check(); err != nil {
+			return err
+		}
+	}
 	for _, f := range d.Files {
 		if err := absolute(f.Path); err != nil {
 			return fmt.Errorf("file: %w", err)
+		}
+		if f.From != "" && (f.Content != "" || path.Base(f.From) != f.From) {
+			return fmt.Errorf("file %s: from is the name of a file, and stands for its content", f.Path)
 		}
 		if f.Mode > 0o7777 {
 			return fmt.Errorf("file %s: mode %#o is none", f.Path, f.Mode)
@@ -181,13 +190,13 @@ func digest(parts ...any) string {
 	return hex.EncodeToString(sum[:])
 }
 
-//go:embed builtin/*.toml
+//go:embed builtin/*.toml builtin/*.py
 var builtinFiles embed.FS
 
 // Builtins returns the built-in definitions in the order they are built in.
 func Builtins() ([]Definition, error) {
 	var ds []Definition
-	for _, name := range []string{"python", "base", "node", "go"} { // the first sandbox is usually a python
+	for _, name := range []string{"python", "base", "node", "go", "code-interpreter"} { // the first sandbox is usually a python
 		text, err := builtinFiles.ReadFile("builtin/" + name + ".toml")
 		if err != nil {
 			return nil, fmt.Errorf("reading built-in template: %w", err)
@@ -195,6 +204,16 @@ func Builtins() ([]Definition, error) {
 		d, err := ParseDefinition(text)
 		if err != nil {
 			return nil, fmt.Errorf("built-in template: %w", err)
+		}
+		for i, f := range d.Files {
+			if f.From == "" {
+				continue
+			}
+			content, err := builtinFiles.ReadFile("builtin/" + f.From)
+			if err != nil {
+				return nil, fmt.Errorf("reading built-in template %s: %w", name, err)
+			}
+			d.Files[i].Content, d.Files[i].From = string(content), ""
 		}
 		ds = append(ds, d)
 	}

@@ -17,8 +17,12 @@ func TestBuiltinDefinitions(t *testing.T) {
 	var names []string
 	for _, d := range ds {
 		names = append(names, d.Name)
-		if d.Image == "" || d.Debian == nil || len(d.Debian.Packages) == 0 {
+		alone := d.Name == "code-interpreter" // of Debian's packages alone: its server was tested with them
+		if (d.Image == "") != alone || d.Debian == nil || len(d.Debian.Packages) == 0 {
 			t.Errorf("%s: needs an OCI image and Debian packages", d.Name)
+		}
+		if alone && (*d.StartCommand == "" || d.Ready == nil || d.Ready.HTTP == nil || d.Ready.HTTP.Port != 49999 || d.Ready.HTTP.Path != "/health") {
+			t.Errorf("%s starts with %q, ready as %+v", d.Name, *d.StartCommand, d.Ready)
 		}
 		if len(d.Users) != 1 || d.Users[0].Name != "user" || d.Users[0].UID != 1000 || d.Users[0].Home != "/home/user" || !d.Users[0].Sudo {
 			t.Errorf("%s: users are %+v, want user with uid 1000 and sudo", d.Name, d.Users)
@@ -31,7 +35,7 @@ func TestBuiltinDefinitions(t *testing.T) {
 			has[p] = true
 		}
 		want := append([]string{"bash", "python3", "curl", "git", "sudo", "tput", "ps"}, map[string][]string{
-			"python": {"python", "pip"}, "base": {"python"}, "node": {"node", "npm", "npx"}, "go": {"go", "gofmt"}}[d.Name]...)
+			"python": {"python", "pip"}, "base": {"python"}, "node": {"node", "npm", "npx"}, "go": {"go", "gofmt"}, "code-interpreter": {"python", "pip"}}[d.Name]...)
 		for _, p := range want {
 			if !has[p] {
 				t.Errorf("%s: does not require %s", d.Name, p)
@@ -47,7 +51,7 @@ func TestBuiltinDefinitions(t *testing.T) {
 			}
 		}
 	}
-	if diff := cmp.Diff([]string{"python", "base", "node", "go"}, names); diff != "" {
+	if diff := cmp.Diff([]string{"python", "base", "node", "go", "code-interpreter"}, names); diff != "" {
 		t.Errorf("built-in templates (-want +got):\n%s", diff)
 	}
 	seen := map[string]bool{}
