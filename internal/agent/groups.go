@@ -62,6 +62,7 @@ type group struct {
 	max   *os.File // pids.max
 
 	leader int // pid of the command: its process group; set before kill can be called
+	taken  int // how often it was handed out; changes under groups.mu
 }
 
 // groupPrefix begins the names of our groups.
@@ -131,6 +132,7 @@ func (g *groups) take() (*group, error) {
 		}
 		gr = made
 	}
+	gr.taken++
 	g.running = append(g.running, gr)
 	return gr, nil
 }
@@ -214,6 +216,21 @@ func (g *groups) takeLingering(name string) *group {
 		}
 	}
 	return nil
+}
+
+// takeAgain gives a group that was handed out for the taken-th time, if its command has ended
+// and something of it lives; the caller gives it back. Its name alone would not do: empty ones
+// are handed out again.
+func (g *groups) takeAgain(gr *group, taken int) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	i := slices.Index(g.lingering, gr)
+	if i < 0 || gr.taken != taken {
+		return false
+	}
+	g.lingering = slices.Delete(g.lingering, i, i+1)
+	g.running = append(g.running, gr)
+	return true
 }
 
 // give takes a group back whose command has ended. While processes of it live it

@@ -24,6 +24,9 @@ type kept struct {
 	user    string
 	grace   time.Duration // how long it lives without followers; 0 is for ever
 
+	group *group // the command's, which it has for the taken-th time
+	taken int
+
 	mu sync.Mutex
 	// +checklocks:mu
 	followers int
@@ -78,6 +81,7 @@ func (k *keeper) start(req agentapi.StartProcess) (*command, error) {
 	if err != nil {
 		return nil, startProblem(l, err)
 	}
+	l.kept.group, l.kept.taken = c.group, c.group.taken
 	k.processes.shareHistory()
 	c.subscribe(l.kept.history.take)
 	k.processes.run(c, streams, nil)

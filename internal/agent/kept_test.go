@@ -102,6 +102,18 @@ func TestKeptProcesses(t *testing.T) {
 		s.wantCodeOf(s.client.SignalProcess(ctx, s.target, ref, 10), agentapi.CodeProcessEnded)
 		s.keep(agentapi.StartProcess{Args: []string{"true"}, Tag: "trap"}) // is free again
 	})
+	t.Run("kill reaches what it left", func(t *testing.T) {
+		ref := s.keep(agentapi.StartProcess{Args: sh("setsid sleep 5555 >/dev/null 2>&1 &")})
+		if p, err := s.client.WaitProcess(ctx, s.target, ref, time.Minute); err != nil || p.End == nil {
+			t.Fatalf("%+v, %v", p, err)
+		}
+		if err := s.client.KillProcess(ctx, s.target, ref); err != nil {
+			t.Fatal(err)
+		}
+		if r, err := s.client.Execute(ctx, s.target, agentapi.ExecuteRequest{Command: "ps | grep 'sleep 555[5]'"}); err != nil || len(r.Stdout) != 0 {
+			t.Errorf("left: %s, %v", r.Stdout, err)
+		}
+	})
 	t.Run("kill reaches all", func(t *testing.T) {
 		ref := s.keep(agentapi.StartProcess{Args: sh("setsid sleep 7777 & sleep 8888")})
 		if err := s.client.KillProcess(ctx, s.target, ref); err != nil {
@@ -112,6 +124,22 @@ func TestKeptProcesses(t *testing.T) {
 		}
 		if r, err := s.client.Execute(ctx, s.target, agentapi.ExecuteRequest{Command: "ps | grep -E 'sleep [78]' | grep -v grep"}); err != nil || len(r.Stdout) != 0 {
 			t.Errorf("left: %s, %v", r.Stdout, err)
+		}
+	})
+	t.Run("kill reaches nothing else", func(t *testing.T) {
+		// What ends leaves its control group to the next command, which leaves a job there.
+		ref := s.keep(agentapi.StartProcess{Args: sh("true")})
+		if p, err := s.client.WaitProcess(ctx, s.target, ref, time.Minute); err != nil || p.End == nil {
+			t.Fatalf("%+v, %v", p, err)
+		}
+		if _, err := s.client.Execute(ctx, s.target, agentapi.ExecuteRequest{Command: "sleep 6543 >/dev/null 2>&1 &"}); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.client.KillProcess(ctx, s.target, ref); err != nil {
+			t.Fatal(err)
+		}
+		if r, err := s.client.Execute(ctx, s.target, agentapi.ExecuteRequest{Command: "ps | grep 'sleep 654[3]'"}); err != nil || r.ExitCode != 0 {
+			t.Errorf("another command's job is gone: %+v, %v", r, err)
 		}
 	})
 	t.Run("timeout", func(t *testing.T) {
@@ -145,7 +173,7 @@ func TestKeptOutputIsBounded(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { // one who reads a piece and stops
 		_, err := s.client.Follow(t.Context(), s.target, agentapi.FollowRequest{Ref: ref}, func(o agentapi.ProcessOutput) error {
-			if got == 0 {
+			if got+lost == 0 {
 				close(first)
 				<-release
 			}

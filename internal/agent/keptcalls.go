@@ -107,9 +107,9 @@ func (k *keeper) remove(w http.ResponseWriter, r *http.Request, c *command) erro
 	case <-r.Context().Done(): // what it wrote last is taken by a client that is slow
 		return r.Context().Err()
 	}
-	if gr := k.processes.spawner.groups.takeLingering(c.groupName); gr != nil {
-		err := gr.kill(killPatience)
-		k.processes.spawner.groups.give(gr)
+	if kept, groups := c.kept, k.processes.spawner.groups; kept != nil && groups.takeAgain(kept.group, kept.taken) {
+		err := kept.group.kill(killPatience)
+		groups.give(kept.group)
 		if err != nil {
 			return err
 		}
