@@ -57,7 +57,6 @@ func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, box sandbox.
 	id := callOf(r).id
 	w.Header().Del("X-Content-Type-Options")
 	w.Header().Del("X-Request-Id")
-	_ = http.NewResponseController(w).EnableFullDuplex() // as in forward
 	host := strings.ReplaceAll(kept.HostMask, "${PORT}", strconv.Itoa(to.port))
 	err = s.Ports.Serve(w, r, proxy.Destination{Target: target(lease.Sandbox), Port: to.port, Host: host})
 	if err == nil {

@@ -177,6 +177,9 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, to Destination) er
 	defer context.AfterFunc(over, cancel)()
 
 	pass := &passage{to: to, grpc: r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")}
+	// A service may begin its answer before it has read all of the request, of which
+	// net/http would then take away the rest. A writer that cannot is one of HTTP/2.
+	_ = http.NewResponseController(w).EnableFullDuplex()
 	answer := &answer{ResponseWriter: w}
 	p.reverse.ServeHTTP(answer, r.WithContext(context.WithValue(ctx, passageKey{}, pass)))
 	switch {

@@ -248,6 +248,40 @@ func TestStreams(t *testing.T) {
 	}
 }
 
+// An answer may begin before the request has ended, and both go on.
+func TestBothWaysAtOnce(t *testing.T) {
+	d := newDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_ = http.NewResponseController(w).EnableFullDuplex()
+		fmt.Fprintln(w, "begun")
+		_ = http.NewResponseController(w).Flush()
+		for lines := bufio.NewScanner(r.Body); lines.Scan(); {
+			fmt.Fprintln(w, lines.Text())
+			_ = http.NewResponseController(w).Flush()
+		}
+	}), Destination{})
+	body, out := io.Pipe()
+	resp, err := http.Post(d.url, "text/plain", body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	in := bufio.NewReader(resp.Body)
+	for _, line := range []string{"begun\n", "one\n", "two\n"} {
+		if line != "begun\n" {
+			if _, err := io.WriteString(out, line); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got, err := in.ReadString('\n'); err != nil || got != line {
+			t.Fatalf("got %q, %v; want %q", got, err, line)
+		}
+	}
+	out.Close()
+	if rest, err := io.ReadAll(in); err != nil || len(rest) != 0 {
+		t.Errorf("after the end: %q, %v", rest, err)
+	}
+}
+
 // gRPC needs HTTP/2 all the way, with trailers.
 func TestGRPC(t *testing.T) {
 	d := newDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
