@@ -81,21 +81,21 @@ func NewSigner(secret string) Signer { return Signer{[]byte(secret)} }
 // Sign makes a signature that ends at a time, to the second.
 func (s Signer) Sign(sandboxID string, port int, ends time.Time) string {
 	at := strconv.FormatInt(ends.Unix(), 36)
-	return at + "." + base64.RawURLEncoding.EncodeToString(s.sum(sandboxID, port, at))
+	return at + "." + s.sum(sandboxID, port, at)
 }
 
-func (s Signer) sum(sandboxID string, port int, at string) []byte {
+func (s Signer) sum(sandboxID string, port int, at string) string {
 	mac := hmac.New(sha256.New, s.key)
 	fmt.Fprintf(mac, "port %s %d %s", sandboxID, port, at) // cannot fail
-	return mac.Sum(nil)
+	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
 }
 
 // Check says until when a signature opens the port: Unauthenticated, code "invalid_signature" or
 // "signature_expired", when it does not.
 func (s Signer) Check(signature, sandboxID string, port int, now time.Time) (ends time.Time, err error) {
 	at, sum, _ := strings.Cut(signature, ".")
-	given, err := base64.RawURLEncoding.Strict().DecodeString(sum)
-	if err != nil || !hmac.Equal(given, s.sum(sandboxID, port, at)) {
+	// As text: decoding would pass over line ends.
+	if !hmac.Equal([]byte(sum), []byte(s.sum(sandboxID, port, at))) {
 		return time.Time{}, fault.New(fault.Unauthenticated, "invalid_signature", "the signature is not one of this port")
 	}
 	seconds, err := strconv.ParseInt(at, 36, 64)
