@@ -13,7 +13,7 @@ LDFLAGS  = -s -w
 PROGRAMS = internal/payload/programs
 # How long each fuzz test runs in `make test`, as -fuzztime: a count of tries, some seconds' worth,
 # since a run that is ended by the clock on a busy machine can fail for that alone.
-FUZZTIME ?= 30000x
+FUZZTIME ?= 15000x
 
 .PHONY: help
 help: ## list the targets

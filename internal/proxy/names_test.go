@@ -82,7 +82,7 @@ func FuzzSignature(f *testing.F) {
 	ends := time.Unix(2_000_000_000, 0)
 	f.Add(s.Sign(anID, 80, ends))
 	f.Add("x.y")
-	f.Add(strings.Replace(s.Sign(anID, 80, ends), "q", "q\n", 1))
+	f.Add(s.Sign(anID, 80, ends)[:20] + "\n" + s.Sign(anID, 80, ends)[20:])
 	f.Fuzz(func(t *testing.T, text string) {
 		got, err := s.Check(text, anID, 80, time.Unix(1_900_000_000, 0))
 		if err == nil && text != s.Sign(anID, 80, got) {
