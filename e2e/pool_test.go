@@ -100,13 +100,34 @@ func TestPool(t *testing.T) {
 		t.Errorf("by its metadata: %d %s", code, body)
 	}
 	s.destroy(id)
+	s.awaitPool(2)
+	const size = "df -k / | awk 'NR==2 {print $2}'"
+	id = s.createFrom("warm", object{"timeout": "1h"})
+	var box struct {
+		TimeoutSeconds int       `json:"timeout_seconds"`
+		StartedAt      time.Time `json:"started_at"`
+		ExpiresAt      time.Time `json:"expires_at"`
+	}
+	_, body := s.call("GET", "/v1/sandboxes/"+id, nil)
+	if err := json.Unmarshal(body, &box); err != nil || box.TimeoutSeconds != 3600 || box.ExpiresAt.Sub(box.StartedAt) != time.Hour {
+		t.Errorf("with a timeout of an hour it is %s, %v", body, err)
+	}
+	if got, want := s.want(id, size), s.want(cold, size); got != want {
+		t.Errorf("its disk has %s KiB, that of a cold one %s", got, want)
+	}
+	s.destroy(id)
+	small := s.createFrom("cold", object{"disk_size_mb": 256}) // nothing of the pool is that
+	if got := s.want(small, size); len(got) != len("262144") {
+		t.Errorf("a disk of 256 MiB has %s KiB", got)
+	}
+	s.destroy(small)
 	s.destroy(cold)
 
 	out, _, code := s.cli("", "sandbox", "pool")
 	if fields := strings.Fields(out); code != 0 || !slices.Contains(fields, "python") {
 		t.Errorf("cay sandbox pool: %d %s", code, out)
 	}
-	if _, body := s.call("GET", "/metrics", nil); !strings.Contains(string(body), `cay_pool_creates_total{source="warm"} 3`) || !strings.Contains(string(body), "cay_pool_prepare_seconds_count") {
+	if _, body := s.call("GET", "/metrics", nil); !strings.Contains(string(body), `cay_pool_creates_total{source="warm"} 4`) || !strings.Contains(string(body), "cay_pool_prepare_seconds_count") {
 		t.Error("the metrics do not tell of the pool")
 	}
 }

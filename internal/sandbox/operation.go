@@ -84,6 +84,10 @@ func (s *Service) do(ctx context.Context, id ID, op *operation, work func(ctx co
 	ctx = span.Carry(op.ctx, ctx)
 	go func() {
 		result, err := work(ctx)
+		if err != nil && fault.As(err) == nil && context.Cause(ctx) == errInterrupted {
+			// Whatever broke, broke because a destroy came.
+			err = fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed meanwhile", id).Because(err)
+		}
 		s.finish(id, op, result, err)
 	}()
 }

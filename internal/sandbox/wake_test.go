@@ -261,6 +261,30 @@ func TestDestroyWins(t *testing.T) {
 	}
 }
 
+// TestDestroyBetweenPointAndRow: a destroy that comes when the host's part of a suspend is
+// done, and its row is not written yet.
+func TestDestroyBetweenPointAndRow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		id := h.persistent(0)
+		h.node.OnSuspend = func(ctx context.Context, _ sandbox.ID) error {
+			<-ctx.Done()
+			return nil
+		}
+		interrupted := make(chan error)
+		go func() {
+			_, err := h.Suspend(context.Background(), org, id)
+			interrupted <- err
+		}()
+		synctest.Wait()
+		if err := h.Destroy(context.Background(), org, id); err != nil {
+			t.Error(err)
+		}
+		wantCode(t, <-interrupted, fault.Conflict, "sandbox_not_running")
+		h.wantState(id, sandbox.Destroyed, sandbox.Requested)
+	})
+}
+
 func TestClosing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
