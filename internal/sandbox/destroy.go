@@ -29,21 +29,20 @@ func (s *Service) Destroy(ctx context.Context, orgID string, id ID) error {
 		return err
 	}
 	claimed, done := make(chan struct{}), make(chan error, 1)
-	go func() {
-		err := s.end(id, "", Requested, func() { close(claimed) })
-		if err != nil && box.State != Destroying {
-			s.log.Error("destroying a sandbox", "sandbox", id, "error", err)
-		}
-		done <- err
-	}()
+	go func() { done <- s.end(id, "", Requested, func() { close(claimed) }) }()
 	select {
 	case <-claimed:
-		return nil
 	case err := <-done:
 		return err
 	case <-ctx.Done():
-		return ctx.Err()
+		err = ctx.Err()
 	}
+	go func() { // nobody is told any more
+		if err := <-done; err != nil {
+			s.log.Error("taking a sandbox apart", "sandbox", id, "error", err)
+		}
+	}()
+	return err
 }
 
 // destroy ends the sandbox if it is still in the given life ("" is any), and returns
