@@ -11,6 +11,7 @@
 set -euo pipefail
 mkdir -p "$1"
 dir=$(cd "$1" && pwd)
+go mod download gvisor.dev/gvisor # on a new machine nothing has asked for it yet
 from=$(go list -m -f '{{.Dir}}' gvisor.dev/gvisor)
 version=$(go list -m -f '{{.Version}}' gvisor.dev/gvisor)
 if [[ ! -e $dir/$version ]]; then
