@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that the host lacks for a purpose.
-#   needs.sh run|test|generate
+#   needs.sh build|run|test|generate
 set -euo pipefail
 
 declare -A package=(
@@ -13,13 +13,14 @@ declare -A package=(
 	[chromium]=chromium # a test opens a terminal in it
 	[node]=nodejs # tests run E2B's own packages with it
 	[npm]=npm
-	[git]=git # a Dockerfile may ADD repositories with it
+	[git]=git # patches gVisor; a Dockerfile may ADD repositories with it
 )
 case ${1:-} in
+build) programs=(git) ;;
 run) programs=(mmdebstrap curl) ;;
 test) programs=(mmdebstrap curl ip nft fsck.erofs git chromium node npm) ;;
 generate) programs=(protoc) ;;
-*) echo "usage: $0 run|test|generate" >&2; exit 2 ;;
+*) echo "usage: $0 build|run|test|generate" >&2; exit 2 ;;
 esac
 
 missing=()
@@ -27,7 +28,7 @@ for program in "${programs[@]}"; do
 	PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || missing+=("${package[$program]}")
 done
 # Debian's keys, which other distributions do not have installed.
-if [[ $1 != generate && ! -e /usr/share/keyrings/debian-archive-keyring.gpg ]]; then
+if [[ $1 == @(run|test) && ! -e /usr/share/keyrings/debian-archive-keyring.gpg ]]; then
 	missing+=(debian-archive-keyring)
 fi
 # Protocol Buffers' own definitions, which their compiler does not bring.

@@ -107,8 +107,7 @@ func (a *Agent) Handler() http.Handler {
 	mux.HandleFunc("GET /metrics", a.memory.metrics)
 	mux.HandleFunc("POST /memory/relieve", a.memory.relieve)
 	mux.HandleFunc("GET /busy", func(w http.ResponseWriter, _ *http.Request) {
-		_, anything := a.processes.spawner.groups.busy()
-		writeJSON(w, http.StatusOK, agentapi.BusyReply{Busy: anything})
+		writeJSON(w, http.StatusOK, agentapi.BusyReply{Busy: a.processes.spawner.groups.busy()})
 	})
 	mux.HandleFunc("GET /tunnel", a.tunnels.serve)
 	mux.HandleFunc("GET /files", a.files.get)
@@ -149,6 +148,7 @@ func (a *Agent) authorise(next http.Handler) http.Handler {
 			httpError(w, &problem{status: http.StatusUnauthorized, text: "unauthorized access, please provide a valid access token or method signing if supported"})
 			return
 		}
+		a.processes.guard.wake() // whatever is asked may set something going
 		next.ServeHTTP(w, r)
 	})
 }

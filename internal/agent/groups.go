@@ -17,13 +17,8 @@ import (
 // controller in a hierarchy of its own. Each command gets a group in "pids", which
 // knows all its descendants whatever they do, and carries a limit.
 //
-// That limit is not enough, for two reasons. Charges do not propagate from a
-// group to its parent, so there is none for all commands together. And a fork is
-// charged to one hierarchy picked at random among the seven that gVisor always
-// has, so that past the limit about one fork in seven fails with EAGAIN and
-// the others do not. Programs that take the first failure for an answer stay near
-// the limit; what goes on nevertheless is ended by the guard. So is one in four programs that
-// try twice, as Python does, which forks when vfork fails.
+// That limit is not enough: charges do not propagate from a group to its parent, so there
+// is none for all commands together, and the dead are not counted. The guard sees to that.
 //
 // The thread that makes processes moves itself into a command's group before it
 // forks, because the new process inherits the groups of the forking thread; this
@@ -168,9 +163,9 @@ func openAt(dir int, name string, flag int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
-// total is how many processes and threads all commands have, and largest the name
-// of the group that has the most of them.
-func (g *groups) total() (n int, largest string) {
+// total is how many processes and threads all commands have, and largest the group
+// that has the most of them, nil if none has any.
+func (g *groups) total() (n int, largest *group) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	most := 0
@@ -179,20 +174,19 @@ func (g *groups) total() (n int, largest string) {
 			c := gr.current()
 			n += c
 			if c > most {
-				most, largest = c, gr.name
+				most, largest = c, gr
 			}
 		}
 	}
 	return n, largest
 }
 
-// busy reports whether commands run, and whether processes of some command, one
-// that has ended included, may live.
-func (g *groups) busy() (commands, anything bool) {
+// busy reports whether processes of some command, one that has ended included, may live.
+func (g *groups) busy() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.sweepLocked()
-	return len(g.running) > 0, len(g.running)+len(g.lingering) > 0
+	return len(g.running)+len(g.lingering) > 0
 }
 
 // lingers reports whether the command of the group of that name has ended and something

@@ -178,6 +178,7 @@ func (k *keeper) input(w http.ResponseWriter, r *http.Request, c *command) error
 		n, err := r.Body.Read(buf)
 		took, writeErr := c.writeSoon(to, buf[:n])
 		written += int64(took)
+		k.processes.guard.wake()
 		switch {
 		case writeErr != nil:
 			return writeErr

@@ -94,6 +94,7 @@ func (p *processes) StreamInput(_ context.Context, in *connect.ClientStream[proc
 			if err := c.write(msg.GetData().GetInput()); err != nil {
 				return nil, connectErr(err)
 			}
+			p.guard.wake()
 		}
 	}
 	if err := in.Err(); err != nil {

@@ -127,7 +127,7 @@ func processes(count string) {
 	}
 	made := 0
 	for range n {
-		if _, err := syscall.ForkExec("/bin/sleep", []string{"sleep", "3"}, &syscall.ProcAttr{}); err == nil {
+		if _, err := syscall.ForkExec("/bin/sleep", []string{"sleep", "30"}, &syscall.ProcAttr{}); err == nil {
 			made++
 		}
 	}

@@ -1,0 +1,123 @@
+package e2e
+
+import (
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// clocksProgram sleeps longer than a sandbox takes to come to rest, and then writes what
+// both clocks say the moment it wakes: the time and how far they are apart. It ends when the
+// monotonic one goes back.
+const clocksProgram = `
+import time
+last = 0
+while True:
+    time.sleep(7)
+    now, at = time.time(), time.monotonic()
+    print(now, now - at, file=open("/tmp/clocks", "a"))
+    for _ in range(20000):
+        assert at >= last
+        last, at = at, time.monotonic()
+`
+
+// TestRest looks whether a sandbox in which everything sleeps costs any CPU at all, also
+// after it was restored, and whether its clocks are right when something wakes.
+func TestRest(t *testing.T) {
+	s := shared(t)
+	id := s.create(object{"mode": "persistent", "timeout": nil})
+	defer s.destroy(id)
+	status, body := s.call("POST", "/v1/sandboxes/"+id+"/processes", object{"args": []string{"python3", "-c", clocksProgram}})
+	if status != 201 {
+		t.Fatalf("start: %d %s", status, body)
+	}
+
+	s.rests(id)
+	s.clocksOf(id)
+	if status, body := s.call("POST", "/v1/sandboxes/"+id+"/suspend", nil); status != 200 {
+		t.Fatalf("suspend: %d %s", status, body)
+	}
+	s.clocksOf(id)
+	s.rests(id)
+	s.clocksOf(id)
+
+	var out string
+	s.settles("the program that reads clocks", func() bool {
+		out = s.want(id, "cat /tmp/clocks")
+		return strings.Count(out, "\n") >= 3
+	})
+	s.runs(id, "python3", 1)
+	var first float64
+	for i, line := range strings.Split(out, "\n") {
+		var now, apart float64
+		if _, err := fmt.Sscan(line, &now, &apart); err != nil {
+			t.Fatalf("%q: %v in\n%s", line, err, out)
+		}
+		if i == 0 {
+			first = apart
+		}
+		// Far above what two clocks of one machine differ, far below a second's update missed.
+		if math.Abs(apart-first) > 0.02 {
+			t.Errorf("the clocks went apart by %.4f s:\n%s", apart-first, out)
+		}
+	}
+}
+
+// rests waits for one and a half seconds in which no process of a sandbox had the CPU. With
+// anything that looks around once a second there are none.
+func (s *server) rests(id string) {
+	s.t.Helper()
+	var seen string
+	var since time.Time
+	s.settles("the sandbox", func() bool {
+		if now := s.ran(id); now != seen {
+			seen, since = now, time.Now()
+		}
+		return time.Since(since) > 1500*time.Millisecond
+	})
+}
+
+// ran is how long each thread of the sandbox has run, as text.
+func (s *server) ran(id string) string {
+	s.t.Helper()
+	var all strings.Builder
+	for _, pid := range s.groupProcesses(id) {
+		threads, err := filepath.Glob("/proc/" + strconv.Itoa(pid) + "/task/*/schedstat")
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		for _, thread := range threads {
+			data, err := os.ReadFile(thread)
+			if err != nil {
+				continue // it ended meanwhile
+			}
+			on, _, _ := strings.Cut(string(data), " ")
+			fmt.Fprintln(&all, thread, on)
+		}
+	}
+	if all.Len() == 0 {
+		s.t.Fatalf("%s has no thread", id)
+	}
+	return all.String()
+}
+
+// clocksOf compares the clock inside with the host's.
+func (s *server) clocksOf(id string) {
+	s.t.Helper()
+	const slack = 0.02 // seconds
+	before := float64(time.Now().UnixNano()) / 1e9
+	out := s.want(id, `python3 -c "import time; print(time.time())"`)
+	after := float64(time.Now().UnixNano()) / 1e9
+	inside, err := strconv.ParseFloat(out, 64)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if inside < before-slack || inside > after+slack {
+		s.t.Errorf("the clock inside says %.4f, the host's %.4f to %.4f", inside, before, after)
+	}
+}
