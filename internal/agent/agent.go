@@ -126,7 +126,15 @@ func (a *Agent) Handler() http.Handler {
 	path, calls := process.NewProcessHandler(a.processes, opts...)
 	mux.Handle(path, gathering(calls))
 	mux.Handle(filesystem.NewFilesystemHandler(&filesystemService{files: a.files, watchers: a.watchers}, opts...))
-	return cors(a.authorise(mux))
+	return cors(a.authorise(a.guarded(mux)))
+}
+
+// guarded makes the guard look soon: whatever is asked may set something going.
+func (a *Agent) guarded(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		a.processes.guard.wake()
+		next.ServeHTTP(w, r)
+	})
 }
 
 // authorise lets through who has the token. Signed requests for /files may come
@@ -148,7 +156,6 @@ func (a *Agent) authorise(next http.Handler) http.Handler {
 			httpError(w, &problem{status: http.StatusUnauthorized, text: "unauthorized access, please provide a valid access token or method signing if supported"})
 			return
 		}
-		a.processes.guard.wake() // whatever is asked may set something going
 		next.ServeHTTP(w, r)
 	})
 }

@@ -85,7 +85,7 @@ func (k *keeper) start(req agentapi.StartProcess) (*command, error) {
 	k.processes.shareHistory()
 	c.subscribe(l.kept.history.take)
 	k.processes.run(c, streams, nil)
-	go c.feed(req.Input, !req.OpenInput && req.Terminal == nil)
+	c.feed(req.Input, !req.OpenInput && req.Terminal == nil)
 	if req.TimeoutMs > 0 {
 		go c.stopAt(c.started.Add(time.Duration(req.TimeoutMs) * time.Millisecond))
 	}
@@ -93,18 +93,20 @@ func (k *keeper) start(req agentapi.StartProcess) (*command, error) {
 	return c, nil
 }
 
-// feed writes a process's first input.
+// feed writes a process's first input, before any other, and returns meanwhile.
 func (c *command) feed(input []byte, end bool) {
 	to := cmp.Or(c.pty, c.stdin)
-	if len(input) > 0 {
-		c.inputMu.Lock()
-		// A process that does not read its input to the end is no error.
-		_, _ = to.Write(input)
+	c.inputMu.Lock()
+	go func() {
+		if len(input) > 0 {
+			// A process that does not read its input to the end is no error.
+			_, _ = to.Write(input)
+		}
 		c.inputMu.Unlock()
-	}
-	if end && c.stdin != nil {
-		_ = c.closeStdin()
-	}
+		if end && c.stdin != nil {
+			_ = c.closeStdin()
+		}
+	}()
 }
 
 // room refuses what is one process too many, and a tag that is in use.

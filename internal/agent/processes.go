@@ -87,13 +87,7 @@ func (p *processes) run(c *command, streams []*stream, opts *process.ExecuteOpti
 		go c.pump(s)
 	}
 	if in := opts.GetStdin(); len(in) > 0 {
-		go func() {
-			// A command that does not read its input to the end is no error.
-			_ = c.write(&process.ProcessInput{Input: &process.ProcessInput_Stdin{Stdin: in}})
-			if opts.GetCloseStdin() {
-				_ = c.closeStdin()
-			}
-		}()
+		c.feed(in, opts.GetCloseStdin())
 	}
 	go c.supervise(streams, func() { p.retire(c, opts == nil) })
 }

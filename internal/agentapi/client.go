@@ -55,7 +55,7 @@ type Client struct {
 func NewClient(dial func(ctx context.Context, sandboxID string) (net.Conn, error)) *Client {
 	c := &Client{dial: dial, conns: map[string]map[*trackedConn]struct{}{}}
 	c.http = &http.Client{
-		Transport: &http.Transport{
+		Transport: whole{&http.Transport{
 			DialContext:            c.dialHost,
 			DisableCompression:     true,
 			MaxIdleConnsPerHost:    maxIdlePerLife,
@@ -64,11 +64,32 @@ func NewClient(dial func(ctx context.Context, sandboxID string) (net.Conn, error
 			ExpectContinueTimeout:  5 * time.Second, // an agent that does not answer gets the body anyway
 			ReadBufferSize:         32 << 10,        // one chunk of output
 			WriteBufferSize:        32 << 10,
-		},
+		}},
 		// A redirect can only come from somebody who is not the agent.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	return c
+}
+
+// whole is a transport that sends a short request as one write. By itself Go sends the header
+// alone when it does not know that the body is there already, and a second packet costs its way
+// through the sandbox's network stack, and a wake of the agent.
+type whole struct{ *http.Transport }
+
+// shortBody is up to how many bytes of body leave with the header; both fit the write buffer.
+const shortBody = 16 << 10
+
+func (w whole) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.Body == nil || r.ContentLength <= 0 || r.ContentLength > shortBody {
+		return w.Transport.RoundTrip(r)
+	}
+	body, err := io.ReadAll(io.LimitReader(r.Body, r.ContentLength+1)) // more than it says is the transport's error
+	if err := errors.Join(err, r.Body.Close()); err != nil {
+		return nil, err
+	}
+	sent := *r // a transport does not change the caller's
+	sent.Body = io.NopCloser(bytes.NewReader(body))
+	return w.Transport.RoundTrip(&sent)
 }
 
 // host is the host part of a target's URLs, which is what the transport pools

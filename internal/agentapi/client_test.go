@@ -30,6 +30,51 @@ func serve(t *testing.T, h http.HandlerFunc) (*Client, *atomic.Int64) {
 	return c, dials
 }
 
+// countedConn counts what is written to it.
+type countedConn struct {
+	net.Conn
+	writes atomic.Int64
+}
+
+func (c *countedConn) Write(b []byte) (int, error) {
+	c.writes.Add(1)
+	return c.Conn.Write(b)
+}
+
+// A short request is one packet, a command as well as our own calls.
+func TestShortRequestsAreSentWhole(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if b, err := io.ReadAll(r.Body); err != nil || len(b) == 0 {
+			t.Errorf("the body is %q, %v", b, err)
+		}
+		w.WriteHeader(http.StatusNoContent)
+	}))
+	defer srv.Close()
+	var conn *countedConn
+	c := NewClient(func(ctx context.Context, _ string) (net.Conn, error) {
+		var d net.Dialer
+		inner, err := d.DialContext(ctx, "tcp", srv.Listener.Addr().String())
+		conn = &countedConn{Conn: inner}
+		return conn, err
+	})
+	defer c.CloseIdle()
+	target := Target{SandboxID: "sbx_a", Run: "1"}
+	if err := c.Init(t.Context(), target, InitRequest{Hostname: "a"}); err != nil {
+		t.Fatal(err)
+	}
+	if n := conn.writes.Load(); n != 1 {
+		t.Errorf("an init was %d writes", n)
+	}
+	conn = nil
+	// The server speaks no Connect, so this fails, after it was sent.
+	if _, err := c.Execute(t.Context(), Target{SandboxID: "sbx_b", Run: "1"}, ExecuteRequest{Args: []string{"true"}}); err == nil {
+		t.Error("executed by a server that cannot")
+	}
+	if n := conn.writes.Load(); n != 1 {
+		t.Errorf("a command was %d writes", n)
+	}
+}
+
 func TestConnectionsBelongToOneLife(t *testing.T) {
 	c, dials := serve(t, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	for i, step := range []struct {
