@@ -25,8 +25,13 @@ const (
 	denseGone    = "  all destroyed until the machine is free of them"
 )
 
-// denseRest is over how long the CPU of sandboxes at rest is taken.
-const denseRest = 30 * time.Second
+const (
+	// denseRest is over how long the CPU of sandboxes at rest is taken.
+	denseRest = 30 * time.Second
+	// denseIdle is how long after their last command: until then the server keeps its connection to
+	// the agent, which TCP probes.
+	denseIdle = 95 * time.Second
+)
 
 // measureDense fills a server of its own up to its limit of sandboxes, which are all at rest.
 func measureDense(ctx context.Context, o options, s *server, _ *docker, r *results) (err error) {
@@ -151,6 +156,9 @@ func awaitGone(ctx context.Context, id string) error {
 
 // denseCPUOf takes the CPU of sandboxes that rest.
 func denseCPUOf(ctx context.Context, ids []string, r *results) error {
+	if err := pause(ctx, denseIdle); err != nil {
+		return err
+	}
 	before, err := cpuOf(ids)
 	if err != nil {
 		return err
