@@ -26,10 +26,13 @@ const (
 // largest command is killed. One alone never has as many.
 func hardLimit(limit int) int { return limit + limit/4 + 16 }
 
-// maxStrikes is how often a command may be found at its limit, each time with processes
-// that are new, while it has hardly fewer in between: those of a bomb that fail to fork end, and
-// others take their place. There is little CPU to look more often.
-const maxStrikes = 2
+// A command is ended that is found at its limit maxStrikes times within strikeTime, each time
+// with processes that are new. In between it may have a few less: those of a bomb that fail to
+// fork end, and others take their place. There is little CPU then to look more often.
+const (
+	maxStrikes = 2
+	strikeTime = 10 * time.Second
+)
 
 // guard ends commands that make processes without end: those that go on at their
 // limit, which takes all CPU and leaves more dead behind than can be reaped; those
@@ -44,6 +47,7 @@ type guard struct {
 	suspect string // the command that had nearly as many as it may at the last look
 	newest  int    // its youngest process when it was last found at its limit
 	strikes int
+	struck  time.Time // the last time
 }
 
 func newGuard(p *processes, g *groups) *guard {
@@ -84,9 +88,12 @@ func (g *guard) watch() {
 		}
 		g.countLiving()
 		now := g.tasks()
-		g.countDead(now)
+		burning := time.Since(g.struck) < strikeTime
+		if !burning { // while it burns that takes seconds
+			g.countDead(now)
+		}
 		interval = min(2*interval, slowInterval)
-		if now > before || g.suspect != "" {
+		if burning || now > before {
 			interval = quickInterval
 		}
 		before = now
@@ -107,18 +114,25 @@ func (g *guard) countLiving() {
 		n = largest.current()
 	}
 	if n < limit-limit/4 {
-		g.suspect, g.strikes = "", 0
+		g.suspect = ""
 		return
 	}
 	if g.suspect != largest.name {
 		g.suspect, g.newest, g.strikes = largest.name, 0, 0
 	}
+	if n < limit-2 {
+		return
+	}
 	newest := 0
 	largest.members(func(pid int) { newest = max(newest, pid) })
-	if n >= limit-2 && newest > g.newest {
-		g.newest = newest
+	if newest > g.newest {
+		if time.Since(g.struck) > strikeTime {
+			g.strikes = 0
+		}
 		g.strikes++
+		g.struck = time.Now()
 	}
+	g.newest = newest
 	if g.strikes >= maxStrikes {
 		g.suspect = ""
 		g.end(largest.name)
