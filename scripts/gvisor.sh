@@ -18,7 +18,7 @@ if [[ ! -e $copy ]]; then
 	chmod -R u+w "$dir/new"
 	for patch in "$patches"/*.patch; do
 		# The ceiling keeps git from taking the copy for a part of this repository.
-		if ! GIT_CEILING_DIRECTORIES=$dir git -C "$dir/new" apply "$patch"; then
+		if ! GIT_CEILING_DIRECTORIES=$dir git -C "$dir/new" apply --whitespace=nowarn "$patch"; then
 			echo "gvisor.sh: ${patch##*/} does not apply to $version: look whether it is still needed" >&2
 			exit 1
 		fi
