@@ -93,7 +93,10 @@ func (k *keeper) start(req agentapi.StartProcess) (*command, error) {
 	return c, nil
 }
 
-// feed writes a process's first input, before any other, and returns meanwhile.
+// feed writes a process's first input, before any other, and returns meanwhile: the lock is
+// handed on to who writes.
+//
+// +checklocksignore
 func (c *command) feed(input []byte, end bool) {
 	to := cmp.Or(c.pty, c.stdin)
 	c.inputMu.Lock()
