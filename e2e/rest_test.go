@@ -19,7 +19,9 @@ import time
 last = 0
 while True:
     time.sleep(7)
-    now, at = time.time(), time.monotonic()
+    while True: # until nothing came between
+        at, now, end = time.monotonic(), time.time(), time.monotonic()
+        if end - at < 0.005: break
     print(now, now - at, file=open("/tmp/clocks", "a"))
     for _ in range(20000):
         assert at >= last
@@ -32,11 +34,6 @@ func TestRest(t *testing.T) {
 	s := shared(t)
 	id := s.create(object{"mode": "persistent", "timeout": nil})
 	defer s.destroy(id)
-	status, body := s.call("POST", "/v1/sandboxes/"+id+"/processes", object{"args": []string{"python3", "-c", clocksProgram}})
-	if status != 201 {
-		t.Fatalf("start: %d %s", status, body)
-	}
-
 	s.rests(id)
 	s.clocksOf(id)
 	if status, body := s.call("POST", "/v1/sandboxes/"+id+"/suspend", nil); status != 200 {
@@ -46,10 +43,15 @@ func TestRest(t *testing.T) {
 	s.rests(id)
 	s.clocksOf(id)
 
+	status, body := s.call("POST", "/v1/sandboxes/"+id+"/processes", object{"args": []string{"python3", "-c", clocksProgram}})
+	if status != 201 {
+		t.Fatalf("start: %d %s", status, body)
+	}
+	time.Sleep(24 * time.Second) // three times its sleep; looking before would keep the sandbox awake
 	var out string
 	s.settles("the program that reads clocks", func() bool {
 		out = s.want(id, "cat /tmp/clocks")
-		return strings.Count(out, "\n") >= 3
+		return strings.Count(out, "\n") >= 2
 	})
 	s.runs(id, "python3", 1)
 	var first float64

@@ -31,7 +31,7 @@ func hardLimit(limit int) int { return limit + limit/4 + 16 }
 // fork end, and others take their place. There is little CPU then to look more often.
 const (
 	maxStrikes = 2
-	strikeTime = 10 * time.Second
+	strikeTime = 30 * time.Second
 )
 
 // guard ends commands that make processes without end: those that go on at their
