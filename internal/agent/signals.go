@@ -18,7 +18,10 @@ import (
 func IgnoreSignals() error {
 	handler, restorer := returner()
 	for s := syscall.Signal(1); s < 65; s++ {
-		action := sigaction{handler: handler, restorer: restorer, flags: saOnStack | saRestart}
+		// One at a time: each signal that came within the handler of another
+		// would put a frame of kilobytes on Go's small stack for signals, and a
+		// dozen at once would end the process.
+		action := sigaction{handler: handler, restorer: restorer, flags: saOnStack | saRestart, mask: ^uintptr(0)}
 		if restorer != 0 {
 			action.flags |= saRestorer
 		}

@@ -37,6 +37,8 @@ func main() {
 		processes(os.Args[2])
 	case "zombies": // leave that many children that have ended to init
 		zombies(os.Args[2])
+	case "signals": // send process 1 each of these numbers, a hundred times over
+		signals(os.Args[2:])
 	case "cpuid":
 		cpuid()
 	case "true":
@@ -95,6 +97,21 @@ func daemon(rest []string) {
 	if depth == 0 {
 		// The command itself stays, so that there is something to time out.
 		time.Sleep(time.Hour)
+	}
+}
+
+func signals(numbers []string) {
+	for range 100 {
+		for _, n := range numbers {
+			number, err := strconv.Atoi(n)
+			if err != nil {
+				os.Exit(2)
+			}
+			if err := syscall.Kill(1, syscall.Signal(number)); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
+		}
 	}
 }
 
