@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Mends what gVisor's module has wrong and cay cannot live with, for the build of cay-runsc
-# alone: makes a copy of the module with the patches of scripts/gvisor applied, and a go.mod that
-# uses the copy, in a directory. go build takes that with -modfile.
+# Makes gVisor's module ready for the build of cay-runsc alone: a copy with the patches of
+# scripts/gvisor applied, which mend what cay cannot live with, and with the sentry's seccomp programs
+# compiled, as gVisor's releases have them; and a go.mod that uses the copy, in a directory. go build
+# takes that with -modfile.
 #   gvisor.sh DIR
 set -euo pipefail
 patches=$(cd "$(dirname "$0")/gvisor" && pwd)
@@ -10,7 +11,12 @@ dir=$(cd "$1" && pwd)
 go mod download gvisor.dev/gvisor # on a new machine nothing has asked for it yet
 from=$(go list -m -f '{{.Dir}}' gvisor.dev/gvisor)
 version=$(go list -m -f '{{.Version}}' gvisor.dev/gvisor)
-copy=$dir/$version-$(cat "$patches"/*.patch | sha256sum | cut -c1-8)
+copy=$dir/$version-$(cat "$patches"/*.patch "$patches/filters/main.go" | sha256sum | cut -c1-8)
+# use DIR: writes the go.mod.
+use() {
+	cp go.sum "$dir/go.sum"
+	{ cat go.mod; echo "replace gvisor.dev/gvisor => $1"; } >"$dir/go.mod"
+}
 if [[ ! -e $copy ]]; then
 	"$patches/../needs.sh" build
 	find "$dir" -mindepth 1 -maxdepth 1 -type d -exec rm -rf {} + # copies with other patches
@@ -23,7 +29,11 @@ if [[ ! -e $copy ]]; then
 			exit 1
 		fi
 	done
+	use "$dir/new"
+	# They are the processor's: a build for another one goes without, and compiles at every start.
+	arch=$(go env GOHOSTARCH)
+	env -u GOOS -u GOARCH CGO_ENABLED=0 go run -modfile "$dir/go.mod" -trimpath "$patches/filters" \
+		>"$dir/new/runsc/boot/filter/compiled_$arch.go"
 	mv "$dir/new" "$copy"
 fi
-cp go.sum "$dir/go.sum"
-{ cat go.mod; echo "replace gvisor.dev/gvisor => $copy"; } >"$dir/go.mod"
+use "$copy"

@@ -14,6 +14,7 @@ import (
 	"gvisor.dev/gvisor/runsc/cmd"
 	"gvisor.dev/gvisor/runsc/cmd/util"
 
+	_ "github.com/cayhq/cay/cmd/cay-runsc/early"
 	"github.com/cayhq/cay/internal/heap"
 )
 

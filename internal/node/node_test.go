@@ -225,6 +225,30 @@ func TestCreateGivesUpWithItsContext(t *testing.T) {
 	}
 }
 
+// TestFilterIsCompiled looks whether the sentry finds the seccomp program of the build, which it
+// does by a name that has everything in it that a program depends on.
+func TestFilterIsCompiled(t *testing.T) {
+	m := newMachine(t)
+	spec, logs := m.spec(), t.TempDir()
+	b := m.node.newBox(spec)
+	b.life.Flags = append(b.life.Flags, "--debug", "--debug-log="+logs+"/")
+	if err := m.node.take(m.ctx(), b, m.node.creation(b, spec), m.node.Destroy); err != nil {
+		t.Fatal(err)
+	}
+	m.works(spec)
+	boot, err := filepath.Glob(filepath.Join(logs, "*.boot*"))
+	if err != nil || len(boot) != 1 {
+		t.Fatalf("logs of the sentry: %v, %v", boot, err)
+	}
+	log, err := os.ReadFile(boot[0])
+	if err != nil || !strings.Contains(string(log), "Loaded precompiled seccomp instructions") {
+		t.Errorf("the sentry says nothing of a program that it has loaded, %v", err)
+	}
+	if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestDestroyTwiceAndOfNothing(t *testing.T) {
 	m := newMachine(t)
 	if err := m.node.Destroy(m.ctx(), sandbox.NewID()); err != nil {
