@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -216,35 +217,38 @@ func TestKillAndRemove(t *testing.T) {
 	}
 }
 
-// TestMover is used by several at once, and again when nobody wanted it for a while.
-func TestMover(t *testing.T) {
-	g := newGroup(t)
-	m, err := g.h.NewMover()
-	if err != nil {
-		t.Fatal(err)
-	}
-	before, err := os.ReadFile("/proc/self/cgroup")
-	if err != nil {
-		t.Fatal(err)
+// TestQuickMoves finds the hierarchy while it is held, and nothing of it after.
+func TestQuickMoves(t *testing.T) {
+	caytest.RequireRoot(t)
+	name := "cay-test-" + caytest.Instance()
+	held := func() bool {
+		t.Helper()
+		text, err := os.ReadFile("/proc/self/cgroup")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Contains(string(text), ":name="+name+":/\n")
 	}
 	for range 2 {
-		var releases []func()
-		for range 5 {
-			releases = append(releases, m.Hurry())
+		moves, err := QuickMoves(name)
+		if err != nil {
+			t.Fatal(err)
 		}
-		child(t, g, "sleep") // moves while it is wanted
-		for _, release := range releases {
-			release()
+		if !held() {
+			t.Error("there is no such hierarchy")
 		}
-	}
-	after, err := os.ReadFile("/proc/self/cgroup")
-	if err != nil || string(after) != string(before) {
-		t.Errorf("this process was moved: before %s, after %s, %v", before, after, err)
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.wanted != 0 {
-		t.Errorf("wanted by %d", m.wanted)
+		if err := moves.Close(); err != nil {
+			t.Error(err)
+		}
+		for range 1000 { // it goes in the background
+			if !held() {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		if held() {
+			t.Error("the hierarchy is still there")
+		}
 	}
 }
 

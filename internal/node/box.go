@@ -51,7 +51,7 @@ func (b *box) container() runsc.Container {
 // runtime is the runsc that the sandbox was first started with.
 func (b *box) runtime() *runsc.Runtime {
 	cfg := b.node.cfg
-	return &runsc.Runtime{Program: payload.At(cfg.ProgramsDir, b.life.Programs).Runsc, Flags: b.life.Flags, Root: cfg.RunDir}
+	return &runsc.Runtime{Program: payload.At(cfg.ProgramsDir, b.life.Programs).Runsc, Flags: b.life.Flags, Root: cfg.RunDir, Standby: b.node.standby}
 }
 
 // dead reports whether the sandbox ran and does not any more, or never did.

@@ -155,7 +155,6 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 		{"record", func(context.Context) error { return b.record() }},
 		{"policy", b.applyPolicy},
 		{"start", func(ctx context.Context) (err error) {
-			defer n.mover.Hurry()()
 			b.pid, err = start(ctx, image)
 			return err
 		}},

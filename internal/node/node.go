@@ -16,6 +16,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -81,8 +82,9 @@ type Node struct {
 	net     *network.Network
 	images  Images
 	groups  *cgroup.Hierarchy
-	mover   *cgroup.Mover
+	moves   io.Closer      // keeps moves into control groups quick; nil where the kernel cannot
 	state   *runsc.Runtime // for what runsc keeps below RunDir
+	standby *runsc.Standby // of the programs that new sandboxes are made with
 	agents  *agentapi.Client
 	lost    chan sandbox.Fact
 	denials chan sandbox.Denial
@@ -111,16 +113,12 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 	if err != nil {
 		return nil, err
 	}
-	mover, err := groups.NewMover()
-	if err != nil {
-		return nil, err
-	}
 	for _, dir := range []string{cfg.Dir, cfg.RunDir} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("making the directory for sandboxes: %w", err)
 		}
 	}
-	n := &Node{cfg: cfg, log: log, net: slots, images: images, groups: groups, mover: mover,
+	n := &Node{cfg: cfg, log: log, net: slots, images: images, groups: groups,
 		state: &runsc.Runtime{Root: cfg.RunDir},
 		turns: make(chan struct{}, max(2, startsPerCPU*runtime.NumCPU())),
 		lost:  make(chan sandbox.Fact), denials: make(chan sandbox.Denial, denialsHeld),
@@ -143,6 +141,10 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 		}
 	}
 	n.watches.Go(n.reportDenials)
+	n.standby = runsc.NewStandby(cfg.Programs.Runsc)
+	if n.moves, err = cgroup.QuickMoves("cay-" + cfg.Instance); err != nil {
+		log.Info("sandboxes start some milliseconds later on this kernel", "error", err)
+	}
 	return n, n.collect()
 }
 
@@ -157,6 +159,10 @@ func (n *Node) Close() {
 	n.stop()
 	n.agents.CloseIdle()
 	n.watches.Wait()
+	n.standby.Close()
+	if n.moves != nil {
+		_ = n.moves.Close() // as the end of this process would
+	}
 }
 
 const codeNoCapacity = "no_capacity"

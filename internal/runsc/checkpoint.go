@@ -52,7 +52,7 @@ func (r *Runtime) Save(ctx context.Context, c Container, dir string) (*Hold, err
 	if err := copySpec(c.Bundle, dir); err != nil {
 		return nil, err
 	}
-	cmd := r.command(ctx, c, "save", "--hold", "--image-path="+dir, c.ID)
+	cmd := command(ctx, r.Program, r.args(c, "save", "--hold", "--image-path="+dir, c.ID)...)
 	// Asked nicely, and by the end of its input, it resumes the sandbox before it goes.
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.WaitDelay = savePatience
@@ -81,7 +81,7 @@ func (r *Runtime) SaveLive(ctx context.Context, c Container, dir string) error {
 	if err := copySpec(c.Bundle, dir); err != nil {
 		return err
 	}
-	if err := r.command(ctx, c, "save", "--image-path="+dir, c.ID).Run(); err != nil {
+	if err := command(ctx, r.Program, r.args(c, "save", "--image-path="+dir, c.ID)...).Run(); err != nil {
 		return fmt.Errorf("saving sandbox %s: %w: %s", c.ID, err, lastMessages(c.Bundle))
 	}
 	return nil
@@ -129,8 +129,9 @@ func (r *Runtime) Restore(ctx context.Context, c Container, dir string, p Place)
 	// gVisor would compare the specs, and refuse a sandbox that is in another directory than
 	// the one that was saved, be it woken or a copy of it. There is nothing to find out: this
 	// spec is the saved one, and what differs is what apply has changed.
-	r = &Runtime{Program: r.Program, Flags: append(slices.Clone(r.Flags), "--restore-spec-validation=ignore"), Root: r.Root}
-	return r.start(ctx, c, "restore", "--background", "--image-path="+dir)
+	unasked := *r
+	unasked.Flags = append(slices.Clone(r.Flags), "--restore-spec-validation=ignore")
+	return unasked.start(ctx, c, "restore", "--background", "--image-path="+dir)
 }
 
 // apply changes a spec of [NewSpec] to the place.

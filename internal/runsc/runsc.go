@@ -39,6 +39,8 @@ type Runtime struct {
 	// must be short: a Unix socket's name ends at 107 bytes, and runsc puts the
 	// socket elsewhere when it does not fit. It should not outlive a reboot.
 	Root string
+	// Standby, if not nil, has a process of Program that starts sandboxes sooner.
+	Standby *Standby
 }
 
 // Container is what one sandbox is made of.
@@ -68,31 +70,50 @@ func (r *Runtime) Run(ctx context.Context, c Container) (pid int, err error) {
 }
 
 func (r *Runtime) start(ctx context.Context, c Container, verb ...string) (pid int, err error) {
-	// The sandbox's first process inherits these; it must not be able to fill the
-	// host's disk through them, so they lead nowhere. runsc's messages have
-	// a file of their own.
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-	if err != nil {
-		return 0, fmt.Errorf("opening the null device: %w", err)
+	args := r.args(c, append(verb, "--detach", "--bundle="+c.Bundle, "--pid-file="+filepath.Join(c.Bundle, pidFile), c.ID)...)
+	err = errGone
+	if w := r.Standby.take(r.Program); w != nil {
+		err = w.run(ctx, args)
 	}
-	defer null.Close()
-	cmd := r.command(ctx, c, append(verb,
-		"--detach", "--bundle="+c.Bundle, "--pid-file="+filepath.Join(c.Bundle, pidFile), c.ID)...)
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = null, null, null
+	if errors.Is(err, errGone) {
+		err = r.run(ctx, args)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("starting sandbox %s: %w: %s", c.ID, err, lastMessages(c.Bundle))
+	}
+	return PID(c.Bundle)
+}
+
+// run calls runsc and waits for its end.
+func (r *Runtime) run(ctx context.Context, args []string) error {
+	cmd := command(ctx, r.Program, args...)
 	// Should the server be killed, a start under way must not go on where the next
 	// server cannot see it: what it started already is in the control group. The signal
 	// comes when the thread ends that started the program, hence the lock.
 	cmd.SysProcAttr.Pdeathsig = unix.SIGKILL
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	if err := cmd.Run(); err != nil {
-		return 0, fmt.Errorf("starting sandbox %s: %w: %s", c.ID, err, lastMessages(c.Bundle))
+	if err := begin(cmd); err != nil {
+		return err
 	}
-	return PID(c.Bundle)
+	return cmd.Wait()
 }
 
-// command is a call of runsc for the sandbox.
-func (r *Runtime) command(ctx context.Context, c Container, verb ...string) *exec.Cmd {
+// begin starts a call that starts a sandbox. The sandbox's first process inherits the standard
+// streams; it must not be able to fill the host's disk through them, so they lead nowhere.
+// runsc's messages have a file of their own.
+func begin(cmd *exec.Cmd) error {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = null, null, null
+	return cmd.Start()
+}
+
+// args are the arguments of a call of runsc for the sandbox.
+func (r *Runtime) args(c Container, verb ...string) []string {
 	args := append(slices.Clone(r.Flags),
 		"--root="+r.Root,
 		"--log="+filepath.Join(c.Bundle, logFile),
@@ -100,7 +121,12 @@ func (r *Runtime) command(ctx context.Context, c Container, verb ...string) *exe
 		// The writable layer is made by annotations on the root; this makes the
 		// gofer hand over its file.
 		"--overlay2=root:dir="+c.Bundle)
-	cmd := exec.CommandContext(ctx, r.Program, append(args, verb...)...)
+	return append(args, verb...)
+}
+
+// command is a call of runsc.
+func command(ctx context.Context, program string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	// A ^C at the server's terminal is not for sandboxes.
 	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}

@@ -1,0 +1,90 @@
+package node
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// standbys are the processes of the machine's runsc that wait to be used.
+func (m *machine) standbys() (pids []int) {
+	m.t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	for _, file := range files {
+		line, err := os.ReadFile(file)
+		if err != nil || string(line) != m.programs.Runsc+"\x00await\x00" {
+			continue // it has ended, or is another
+		}
+		pid, err := strconv.Atoi(strings.Split(file, "/")[2])
+		if err != nil {
+			m.t.Fatal(err)
+		}
+		pids = append(pids, pid)
+	}
+	return pids
+}
+
+// standby is the one that waits, once there is one that is none of those.
+func (m *machine) standby(not ...int) int {
+	m.t.Helper()
+	for range 1000 {
+		if pids := m.standbys(); len(pids) == 1 && !slices.Contains(not, pids[0]) {
+			return pids[0]
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	m.t.Fatalf("the processes that wait are %v, and there was to be one beside %v", m.standbys(), not)
+	return 0
+}
+
+func TestStandby(t *testing.T) {
+	m := newMachine(t)
+	first := m.standby()
+	spec := m.spec()
+	create := func() {
+		t.Helper()
+		if err := m.node.Create(m.ctx(), spec); err != nil {
+			t.Fatal(err)
+		}
+		m.works(spec)
+		if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	create()
+	second := m.standby(first)
+	if err := unix.Kill(second, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	create()
+	m.standby(first, second)
+	// At the same time more than there are.
+	t.Run("many", func(t *testing.T) {
+		for range 3 {
+			t.Run("one", func(t *testing.T) {
+				t.Parallel()
+				spec := m.spec()
+				if err := m.node.Create(m.ctx(), spec); err != nil {
+					t.Fatal(err)
+				}
+				m.works(spec)
+				if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	})
+	m.close()
+	if left := m.standbys(); len(left) > 0 {
+		t.Errorf("still waiting after the end: %v", left)
+	}
+}

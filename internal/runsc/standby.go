@@ -1,0 +1,128 @@
+package runsc
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"os"
+	"os/exec"
+	"runtime"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// awaitVerb makes cay-runsc wait for its arguments: a JSON array on descriptor 3, to its end.
+const awaitVerb = "await"
+
+// Standby keeps one process of cay-runsc that was started before there is anything for it to do: the first
+// of a start's processes would spend 8 ms on nothing but its own start, while the other
+// processors wait. It serves one start like any other process would, and is then
+// replaced. A start that finds none starts its own.
+//
+// Its methods may be called concurrently, and on nil, which has none.
+type Standby struct {
+	program string
+	ready   chan *waiting
+	closed  chan struct{}
+	ended   sync.WaitGroup
+}
+
+// pause is how long after a process was taken the next is started: the start that took it
+// needs the processors itself, for some 100 ms.
+const pause = 250 * time.Millisecond
+
+// waiting is a process that waits for its arguments.
+type waiting struct {
+	cmd  *exec.Cmd
+	args *os.File
+}
+
+// NewStandby keeps a process of the program ready until Close.
+func NewStandby(program string) *Standby {
+	s := &Standby{program: program, ready: make(chan *waiting), closed: make(chan struct{})}
+	s.ended.Go(s.keep)
+	return s
+}
+
+// Close ends the process that waits.
+func (s *Standby) Close() {
+	close(s.closed)
+	s.ended.Wait()
+}
+
+// keep starts one after the other.
+func (s *Standby) keep() {
+	// The processes get a signal when the thread ends that started them, and this one stays until Close.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	for {
+		// If it cannot be started: a start's own process cannot either, and says so.
+		if w, err := start(s.program); err == nil {
+			select {
+			case s.ready <- w:
+			case <-s.closed:
+				w.dismiss()
+				return
+			}
+		}
+		select {
+		case <-time.After(pause):
+		case <-s.closed:
+			return
+		}
+	}
+}
+
+func start(program string) (*waiting, error) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	cmd := command(context.Background(), program, awaitVerb)
+	cmd.ExtraFiles = []*os.File{r}
+	cmd.SysProcAttr.Pdeathsig = unix.SIGKILL
+	if err := begin(cmd); err != nil {
+		return nil, errors.Join(err, w.Close())
+	}
+	return &waiting{cmd: cmd, args: w}, nil
+}
+
+// take is the process, if it waits and is of the program, else nil.
+func (s *Standby) take(program string) *waiting {
+	if s == nil || s.program != program {
+		return nil
+	}
+	select {
+	case w := <-s.ready:
+		return w
+	default:
+		return nil
+	}
+}
+
+// errGone says that a process ended before it was told what to do.
+var errGone = errors.New("the standby process of runsc is gone")
+
+// run has it do what its arguments say, and waits for it. When ctx ends it is killed.
+func (w *waiting) run(ctx context.Context, args []string) error {
+	stop := context.AfterFunc(ctx, func() { _ = w.cmd.Process.Kill() })
+	defer stop()
+	told := errors.Join(json.NewEncoder(w.args).Encode(args), w.args.Close())
+	err := w.cmd.Wait()
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return ctx.Err()
+	case told != nil:
+		return errors.Join(errGone, told, err)
+	}
+	return err
+}
+
+// dismiss ends it: without arguments there is nothing to do.
+func (w *waiting) dismiss() {
+	_ = w.args.Close()
+	_ = w.cmd.Wait()
+}
