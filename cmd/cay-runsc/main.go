@@ -58,17 +58,20 @@ func main() {
 	}, nil)
 }
 
-// await waits until it is told its arguments, as a JSON array on descriptor 3: whoever starts
-// sandboxes has a process ready that has its own start behind it. An end without any says
-// that it is not needed.
+// await waits until it is told its arguments, as a JSON array at the socket that is descriptor 3, and
+// answers with a byte: whoever starts sandboxes has a process ready that has its own start
+// behind it. An end without any says that it is not needed.
 func await() {
 	rehearse()
-	file := os.NewFile(3, "arguments")
+	socket := os.NewFile(3, "arguments")
 	var args []string
-	if err := json.NewDecoder(file).Decode(&args); err != nil {
+	if err := json.NewDecoder(socket).Decode(&args); err != nil {
 		os.Exit(0)
 	}
-	if err := file.Close(); err != nil {
+	if _, err := socket.Write([]byte{0}); err != nil {
+		os.Exit(1)
+	}
+	if err := socket.Close(); err != nil {
 		os.Exit(1)
 	}
 	os.Args = append(os.Args[:1], args...)

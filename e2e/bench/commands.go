@@ -33,11 +33,16 @@ const (
 
 var python = []string{"python3", "-c", "print(1)"}
 
-// spawn starts true five times, as glibc does it, and prints what each took, until it
+// row is how often true is started one right after the other, by each who starts it: the
+// first is slower wherever it is, after what others have done with the processor's caches meanwhile, and
+// must not be compared with one that is not.
+const row = 5
+
+// spawn starts true in a row, as glibc does it, and prints what each took, until it
 // was waited for, in milliseconds.
 const spawn = `
-import os, time
-for i in range(5):
+import os, sys, time
+for i in range(int(sys.argv[1])):
     began = time.perf_counter()
     os.waitpid(os.posix_spawn("/bin/true", ["true"], os.environ), 0)
     print((time.perf_counter() - began) * 1000)
@@ -83,22 +88,12 @@ func measureCommands(ctx context.Context, o options, s *server, d *docker, r *re
 }
 
 func (s *server) commandsOnce(ctx context.Context, id string, direct *agent, r *results) error {
-	began := time.Now()
-	if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
-		return err
+	for i := range row {
+		if err := s.trueOnce(ctx, id, direct, i%2 == 1, r); err != nil {
+			return err
+		}
 	}
-	whole := time.Since(began)
-	began = time.Now()
-	inside, err := direct.execute(ctx, "true")
-	if err != nil {
-		return err
-	}
-	asked := time.Since(began)
-	r.add(commandTrue, unitMS, milliseconds(whole))
-	r.add(commandDirect, unitMS, milliseconds(asked))
-	r.add(commandAdded, unitMS, milliseconds(whole-asked))
-	r.add(commandInside, unitMS, milliseconds(inside))
-	spawned, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"python3", "-c", spawn}})
+	spawned, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"python3", "-c", spawn, strconv.Itoa(row)}})
 	if err != nil {
 		return err
 	}
@@ -109,7 +104,7 @@ func (s *server) commandsOnce(ctx context.Context, id string, direct *agent, r *
 		}
 		r.add(commandSpawn, unitMS, took)
 	}
-	began = time.Now()
+	began := time.Now()
 	if _, err := s.execute(ctx, id, client.ExecuteRequest{Command: new("true")}); err != nil {
 		return err
 	}
@@ -127,12 +122,49 @@ func (s *server) commandsOnce(ctx context.Context, id string, direct *agent, r *
 	return nil
 }
 
+// trueOnce runs true through the API and by the agent, the latter first if it is told so.
+func (s *server) trueOnce(ctx context.Context, id string, direct *agent, directFirst bool, r *results) (err error) {
+	var whole, asked, inside time.Duration
+	through := func() {
+		began := time.Now()
+		if err == nil {
+			_, err = s.execute(ctx, id, client.ExecuteRequest{Args: []string{"true"}})
+		}
+		whole = time.Since(began)
+	}
+	if !directFirst {
+		through()
+	}
+	if err == nil {
+		began := time.Now()
+		inside, err = direct.execute(ctx, "true")
+		asked = time.Since(began)
+	}
+	if directFirst {
+		through()
+	}
+	if err != nil {
+		return err
+	}
+	r.add(commandTrue, unitMS, milliseconds(whole))
+	r.add(commandDirect, unitMS, milliseconds(asked))
+	r.add(commandAdded, unitMS, milliseconds(whole-asked))
+	r.add(commandInside, unitMS, milliseconds(inside))
+	return nil
+}
+
 func (d *docker) commandsOnce(ctx context.Context, container string, r *results) error {
+	for range row {
+		began := time.Now()
+		if _, err := d.do(ctx, "exec", container, "true"); err != nil {
+			return err
+		}
+		r.took(dockerTrue, began)
+	}
 	for _, c := range []struct {
 		name string
 		args []string
 	}{
-		{dockerTrue, []string{"true"}},
 		{dockerShell, []string{"sh", "-c", "true"}},
 		{dockerPython, python},
 	} {

@@ -225,9 +225,9 @@ func TestCreateGivesUpWithItsContext(t *testing.T) {
 	}
 }
 
-// TestFilterIsCompiled looks whether the sentry finds the seccomp program of the build, which it
-// does by a name that has everything in it that a program depends on.
-func TestFilterIsCompiled(t *testing.T) {
+// TestFiltersAreCompiled looks whether sentry and gofer find the seccomp programs of the build, which
+// they do by names that have everything in them that a program depends on.
+func TestFiltersAreCompiled(t *testing.T) {
 	m := newMachine(t)
 	spec, logs := m.spec(), t.TempDir()
 	b := m.node.newBox(spec)
@@ -236,13 +236,15 @@ func TestFilterIsCompiled(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.works(spec)
-	boot, err := filepath.Glob(filepath.Join(logs, "*.boot*"))
-	if err != nil || len(boot) != 1 {
-		t.Fatalf("logs of the sentry: %v, %v", boot, err)
-	}
-	log, err := os.ReadFile(boot[0])
-	if err != nil || !strings.Contains(string(log), "Loaded precompiled seccomp instructions") {
-		t.Errorf("the sentry says nothing of a program that it has loaded, %v", err)
+	for _, process := range []string{"boot", "gofer"} {
+		files, err := filepath.Glob(filepath.Join(logs, "*."+process+"*"))
+		if err != nil || len(files) != 1 {
+			t.Fatalf("logs of %s: %v, %v", process, files, err)
+		}
+		log, err := os.ReadFile(files[0])
+		if err != nil || !strings.Contains(string(log), "Loaded precompiled seccomp instructions") {
+			t.Errorf("%s says nothing of a program that it has loaded, %v", process, err)
+		}
 	}
 	if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
 		t.Error(err)

@@ -13,7 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// awaitVerb makes cay-runsc wait for its arguments: a JSON array on descriptor 3, to its end.
+// awaitVerb makes cay-runsc wait for its arguments, a JSON array, at the socket that is descriptor 3, where
+// it answers with a byte when it has them.
 const awaitVerb = "await"
 
 // Standby keeps one process of cay-runsc that was started before there is anything for it to do: the first
@@ -29,14 +30,15 @@ type Standby struct {
 	ended   sync.WaitGroup
 }
 
-// pause is how long after a process was taken the next is started: the start that took it
-// needs the processors itself, for some 100 ms.
-const pause = 250 * time.Millisecond
+// pause is how long after a start that took the process the next one is started: what was started, and a
+// first command in it, need the processors themselves for some 40 ms.
+const pause = 100 * time.Millisecond
 
 // waiting is a process that waits for its arguments.
 type waiting struct {
-	cmd  *exec.Cmd
-	args *os.File
+	cmd   *exec.Cmd
+	args  *os.File      // the other end of its socket
+	ended chan struct{} // closed when it has
 }
 
 // NewStandby keeps a process of the program ready until Close.
@@ -66,6 +68,11 @@ func (s *Standby) keep() {
 				w.dismiss()
 				return
 			}
+			select {
+			case <-w.ended:
+			case <-s.closed:
+				return
+			}
 		}
 		select {
 		case <-time.After(pause):
@@ -76,18 +83,19 @@ func (s *Standby) keep() {
 }
 
 func start(program string) (*waiting, error) {
-	r, w, err := os.Pipe()
+	ends, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}
-	defer r.Close()
+	ours, its := os.NewFile(uintptr(ends[0]), "arguments"), os.NewFile(uintptr(ends[1]), "arguments")
+	defer its.Close()
 	cmd := command(context.Background(), program, awaitVerb)
-	cmd.ExtraFiles = []*os.File{r}
+	cmd.ExtraFiles = []*os.File{its}
 	cmd.SysProcAttr.Pdeathsig = unix.SIGKILL
 	if err := begin(cmd); err != nil {
-		return nil, errors.Join(err, w.Close())
+		return nil, errors.Join(err, ours.Close())
 	}
-	return &waiting{cmd: cmd, args: w}, nil
+	return &waiting{cmd: cmd, args: ours, ended: make(chan struct{})}, nil
 }
 
 // take is the process, if it waits and is of the program, else nil.
@@ -108,9 +116,14 @@ var errGone = errors.New("the standby process of runsc is gone")
 
 // run has it do what its arguments say, and waits for it. When ctx ends it is killed.
 func (w *waiting) run(ctx context.Context, args []string) error {
+	defer close(w.ended)
 	stop := context.AfterFunc(ctx, func() { _ = w.cmd.Process.Kill() })
 	defer stop()
-	told := errors.Join(json.NewEncoder(w.args).Encode(args), w.args.Close())
+	told := json.NewEncoder(w.args).Encode(args)
+	if told == nil {
+		_, told = w.args.Read(make([]byte, 1))
+	}
+	_ = w.args.Close() // there is no more to be said
 	err := w.cmd.Wait()
 	switch {
 	case err != nil && ctx.Err() != nil:
@@ -121,7 +134,7 @@ func (w *waiting) run(ctx context.Context, args []string) error {
 	return err
 }
 
-// dismiss ends it: without arguments there is nothing to do.
+// dismiss ends it: there will be no arguments.
 func (w *waiting) dismiss() {
 	_ = w.args.Close()
 	_ = w.cmd.Wait()

@@ -15,7 +15,7 @@ func TestStandbyDoesAsItsOwnProcess(t *testing.T) {
 	program := filepath.Join(t.TempDir(), "runsc")
 	script := `#!/bin/sh
 args=$*
-if [ "$1" = await ]; then args=$(cat <&3); exec 3<&-; fi
+if [ "$1" = await ]; then read -r args <&3; printf . >&3; exec 3<&-; fi
 case $args in *sbx_slow*) exec sleep 60;; *sbx_bad*) exit 7;; esac
 `
 	if err := os.WriteFile(program, []byte(script), 0o700); err != nil {
