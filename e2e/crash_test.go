@@ -106,8 +106,9 @@ func TestKilledAtAnyMoment(t *testing.T) {
 		for range 3 {
 			wg.Go(func() { s.churn(ctx) })
 		}
-		// Spread over what a create and a destroy take.
-		time.Sleep(time.Duration(50+round%rounds*75+rand.IntN(75)) * time.Millisecond)
+		// Spread over what a create and a destroy take, and over more if that was not enough: the first create of a
+		// server reads the whole image.
+		time.Sleep(time.Duration(50+round%rounds*75+rand.IntN(75)) * time.Millisecond * time.Duration(1+round/rounds))
 		s.stop(syscall.SIGKILL)
 		cancel()
 		wg.Wait()

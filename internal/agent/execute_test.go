@@ -229,6 +229,16 @@ func TestProcessLimit(t *testing.T) {
 	}
 }
 
+// One that comes to its limit and stays there, however slowly, is no bomb.
+func TestFilledUp(t *testing.T) {
+	const limit, threads = 64, 20
+	s := startSandbox(t, options{pidsMax: limit})
+	res := s.exec(agentapi.ExecuteRequest{Args: []string{"probe", "fill", strconv.Itoa(limit - threads)}, Timeout: time.Minute})
+	if n, err := strconv.Atoi(strings.TrimSpace(string(res.Stdout))); err != nil || res.ExitCode != 0 || n < limit-threads {
+		t.Errorf("ended with %+v, %v", res, err)
+	}
+}
+
 // What the limit does not count is ended before it takes the sandbox's memory.
 func TestZombieHoarder(t *testing.T) {
 	s := startSandbox(t, options{pidsMax: 100})

@@ -164,11 +164,10 @@ func openAt(dir int, name string, flag int) (*os.File, error) {
 }
 
 // total is how many processes and threads all commands have, and largest the group
-// that has the most of them, nil if none has any.
-func (g *groups) total() (n int, largest *group) {
+// that has most of them, nil if none has any.
+func (g *groups) total() (n int, largest *group, most int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	most := 0
 	for _, list := range [][]*group{g.running, g.lingering} {
 		for _, gr := range list {
 			c := gr.current()
@@ -178,7 +177,7 @@ func (g *groups) total() (n int, largest *group) {
 			}
 		}
 	}
-	return n, largest
+	return n, largest, most
 }
 
 // busy reports whether processes of some command, one that has ended included, may live.

@@ -27,8 +27,10 @@ const (
 func hardLimit(limit int) int { return limit + limit/4 + 16 }
 
 // A command is ended that is found at its limit maxStrikes times within strikeTime, each time
-// with processes that are new. In between it may have a few less: those of a bomb that fail to
-// fork end, and others take their place. There is little CPU then to look more often.
+// with more new processes than there was room for when it was last found there: others have
+// ended for them. One that fills up to its limit and stays there has none. In between it may have a few
+// less: those of a bomb that fail to fork end, and others take their place. There is little CPU
+// then to look more often.
 const (
 	maxStrikes = 2
 	strikeTime = 30 * time.Second
@@ -46,6 +48,7 @@ type guard struct {
 
 	suspect string // the command that had nearly as many as it may at the last look
 	newest  int    // its youngest process when it was last found at its limit
+	room    int    // how many more it could have had then
 	strikes int
 	struck  time.Time // the last time
 }
@@ -104,35 +107,37 @@ func (g *guard) watch() {
 // countLiving ends the largest command if all have too many processes, or if it goes on at
 // its limit.
 func (g *guard) countLiving() {
-	total, largest := g.groups.total()
+	total, largest, n := g.groups.total()
 	if total >= hardLimit(g.groups.limit) {
 		g.end(largest.name)
 		return
 	}
-	limit, n := g.groups.limit, 0
-	if largest != nil {
-		n = largest.current()
-	}
+	limit := g.groups.limit
 	if n < limit-limit/4 {
 		g.suspect = ""
 		return
 	}
 	if g.suspect != largest.name {
-		g.suspect, g.newest, g.strikes = largest.name, 0, 0
+		g.suspect, g.newest, g.room, g.strikes = largest.name, 0, 0, 0
 	}
 	if n < limit-2 {
 		return
 	}
-	newest := 0
-	largest.members(func(pid int) { newest = max(newest, pid) })
-	if newest > g.newest {
+	newest, fresh := 0, 0
+	largest.members(func(pid int) {
+		newest = max(newest, pid)
+		if pid > g.newest {
+			fresh++
+		}
+	})
+	if fresh > g.room {
 		if time.Since(g.struck) > strikeTime {
 			g.strikes = 0
 		}
 		g.strikes++
 		g.struck = time.Now()
 	}
-	g.newest = newest
+	g.newest, g.room = newest, limit-n
 	if g.strikes >= maxStrikes {
 		g.suspect = ""
 		g.end(largest.name)

@@ -35,6 +35,8 @@ func main() {
 		}
 	case "processes": // start that many that stay for a while, and say how many were possible
 		processes(os.Args[2])
+	case "fill": // start that many that stay, then more one by one until there can be no other, and stay there
+		fill(os.Args[2])
 	case "zombies": // leave that many children that have ended to init
 		zombies(os.Args[2])
 	case "signals": // send process 1 each of these numbers, a hundred times over
@@ -135,6 +137,24 @@ func zombies(count string) {
 			os.Exit(1)
 		}
 	}
+}
+
+func fill(count string) {
+	quick, err := strconv.Atoi(count)
+	if err != nil {
+		os.Exit(2)
+	}
+	made := 0
+	for ; ; made++ {
+		if _, err := syscall.ForkExec("/bin/sleep", []string{"sleep", "30"}, &syscall.ProcAttr{}); err != nil {
+			break
+		}
+		if made >= quick {
+			time.Sleep(150 * time.Millisecond)
+		}
+	}
+	time.Sleep(2 * time.Second)
+	fmt.Println(made)
 }
 
 func processes(count string) {
