@@ -149,8 +149,8 @@ func TestSizesAreLimits(t *testing.T) {
 	s := shared(t)
 	for size, want := range map[string]map[string]string{
 		// Memory and tasks are what the size has and what the sandbox's kernel needs beside.
-		"shared-cpu-1x":  {"cpu.shares": "1024", "cpu.cfs_quota_us": "-1", "memory.limit_in_bytes": fmt.Sprint((512 + 64) << 20), "pids.max": fmt.Sprint(256*12 + 1024)},
-		"performance-2x": {"cpu.shares": "2048", "cpu.cfs_quota_us": "200000", "memory.limit_in_bytes": fmt.Sprint((4096 + 64) << 20), "pids.max": fmt.Sprint(1024*12 + 1024)},
+		"shared-cpu-1x":  {"cpu.shares": "1024", "cpu.cfs_quota_us": "-1", "memory.limit_in_bytes": fmt.Sprint((512 + 64 + 64) << 20), "pids.max": fmt.Sprint(256*12 + 1024)},
+		"performance-2x": {"cpu.shares": "2048", "cpu.cfs_quota_us": "200000", "memory.limit_in_bytes": fmt.Sprint((4096 + 64 + 64) << 20), "pids.max": fmt.Sprint(1024*12 + 1024)},
 	} {
 		id := s.create(object{"size": size})
 		for file, value := range want {

@@ -20,11 +20,12 @@ type Relieve func(ctx context.Context, over int64) (freed int64, err error)
 // Guard keeps the group's memory at or below Limit without the kernel ever choosing
 // a victim, which would be the sentry and with it the whole sandbox.
 //
-// v1: the kernel's killer is switched off for the group. Who needs memory beyond the
-// limit then waits, whatever else runs on; the guard hears of it, lends Reserve so that
-// the agent can act, has it end the process at fault, and takes the loan back. It also
-// hears when usage comes near the limit, and acts then if page cache is not what fills
-// it: a system call of the sentry that needs kernel memory at the limit does not wait, it fails.
+// v1: the guard hears when usage comes near the limit, and acts if page cache is not what fills
+// it: it has the agent end the process at fault. The kernel's own limit stands Reserve above, and
+// its killer is switched off: who needs memory beyond that waits, whatever else runs on, and the
+// guard lends another Reserve. Waiting is the last line and not a safe one: a system call of the
+// sentry that needs kernel memory does not wait, it fails, and a new thread that cannot be made
+// is the sentry's end.
 //
 // v2 has no such switch. memory.high stands at the limit: beyond it the kernel
 // reclaims and slows down who allocates, and tells the guard, which acts as above. memory.max stands
@@ -32,7 +33,7 @@ type Relieve func(ctx context.Context, over int64) (freed int64, err error)
 type Guard struct {
 	Group   Group
 	Limit   int64 // bytes of everything: the sandbox's promise plus what its kernel needs
-	Reserve int64 // bytes lent while somebody is being ended
+	Reserve int64 // bytes beyond it while somebody is being ended, and of each loan
 	Relieve Relieve
 	Log     *slog.Logger
 }
@@ -81,9 +82,9 @@ func (g *Guard) Arm() error {
 		g.lend(0))
 }
 
-// lend sets v1's limit to Limit and a loan.
+// lend sets v1's limit to Limit, what is always there to act in, and a loan.
 func (g *Guard) lend(loan int64) error {
-	return g.Group.set("memory", "memory.limit_in_bytes", strconv.FormatInt(g.Limit+loan, 10))
+	return g.Group.set("memory", "memory.limit_in_bytes", strconv.FormatInt(g.Limit+g.Reserve+loan, 10))
 }
 
 // Run guards until ctx ends or the group is gone, or gives up with [ErrHopeless]. It

@@ -25,7 +25,8 @@ const (
 	// it; the rest is for page tables, sockets and open files. Too little kills
 	// commands below the promised size.
 	overhead = 64 << 20
-	// reserve is what the memory guard lends while somebody is being ended.
+	// reserve is what the kernel's limit stands above what the memory guard keeps to, so that it has the time
+	// to have somebody ended, and what it lends beyond that.
 	reserve = 64 << 20
 	// bootMemory is what a sandbox takes until its agent answers.
 	bootMemory = 64 << 20
