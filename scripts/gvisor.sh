@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes gVisor's module ready for the build of cay-runsc alone: a copy with the patches of
-# scripts/gvisor applied, which mend what cay cannot live with, and with the sentry's seccomp programs
-# compiled, as gVisor's releases have them; and a go.mod that uses the copy, in a directory. go build
-# takes that with -modfile.
+# scripts/gvisor applied, which mend what cay cannot live with, and with the seccomp programs of sentry
+# and gofer compiled, the former as gVisor's releases have it; and a go.mod that uses the copy, in a
+# directory. go build takes that with -modfile.
 #   gvisor.sh DIR
 set -euo pipefail
 patches=$(cd "$(dirname "$0")/gvisor" && pwd)

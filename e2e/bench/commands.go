@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -123,28 +124,29 @@ func (s *server) commandsOnce(ctx context.Context, id string, direct *agent, r *
 }
 
 // trueOnce runs true through the API and by the agent, the latter first if it is told so.
-func (s *server) trueOnce(ctx context.Context, id string, direct *agent, directFirst bool, r *results) (err error) {
+func (s *server) trueOnce(ctx context.Context, id string, direct *agent, directFirst bool, r *results) error {
 	var whole, asked, inside time.Duration
-	through := func() {
-		began := time.Now()
-		if err == nil {
-			_, err = s.execute(ctx, id, client.ExecuteRequest{Args: []string{"true"}})
-		}
-		whole = time.Since(began)
-	}
-	if !directFirst {
-		through()
-	}
-	if err == nil {
-		began := time.Now()
-		inside, err = direct.execute(ctx, "true")
-		asked = time.Since(began)
+	calls := []func() error{
+		func() error {
+			began := time.Now()
+			_, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"true"}})
+			whole = time.Since(began)
+			return err
+		},
+		func() (err error) {
+			began := time.Now()
+			inside, err = direct.execute(ctx, "true")
+			asked = time.Since(began)
+			return err
+		},
 	}
 	if directFirst {
-		through()
+		slices.Reverse(calls)
 	}
-	if err != nil {
-		return err
+	for _, call := range calls {
+		if err := call(); err != nil {
+			return err
+		}
 	}
 	r.add(commandTrue, unitMS, milliseconds(whole))
 	r.add(commandDirect, unitMS, milliseconds(asked))
@@ -154,25 +156,22 @@ func (s *server) trueOnce(ctx context.Context, id string, direct *agent, directF
 }
 
 func (d *docker) commandsOnce(ctx context.Context, container string, r *results) error {
-	for range row {
-		began := time.Now()
-		if _, err := d.do(ctx, "exec", container, "true"); err != nil {
-			return err
-		}
-		r.took(dockerTrue, began)
-	}
 	for _, c := range []struct {
-		name string
-		args []string
+		name  string
+		args  []string
+		times int
 	}{
-		{dockerShell, []string{"sh", "-c", "true"}},
-		{dockerPython, python},
+		{dockerTrue, []string{"true"}, row},
+		{dockerShell, []string{"sh", "-c", "true"}, 1},
+		{dockerPython, python, 1},
 	} {
-		began := time.Now()
-		if _, err := d.do(ctx, append([]string{"exec", container}, c.args...)...); err != nil {
-			return err
+		for range c.times {
+			began := time.Now()
+			if _, err := d.do(ctx, append([]string{"exec", container}, c.args...)...); err != nil {
+				return err
+			}
+			r.took(c.name, began)
 		}
-		r.took(c.name, began)
 	}
 	return nil
 }

@@ -41,15 +41,17 @@ type sandbox struct {
 	out    string
 }
 
+// programsDir is where programs are; "" as long as nobody asked for them, as in what fuzzing starts.
+var programsDir string
+
 // programs are built once for all tests.
-var programs = sync.OnceValues(func() (map[string]string, error) {
-	dir, err := os.MkdirTemp("", "cay-agent-test-")
-	if err != nil {
+var programs = sync.OnceValues(func() (_ map[string]string, err error) {
+	if programsDir, err = os.MkdirTemp("", "cay-agent-test-"); err != nil {
 		return nil, err
 	}
 	built := map[string]string{}
 	for name, pkg := range map[string]string{"cay-agent": "../../cmd/cay-agent", "probe": "./testdata/probe"} {
-		out := filepath.Join(dir, name)
+		out := filepath.Join(programsDir, name)
 		cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, pkg)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if text, err := cmd.CombinedOutput(); err != nil {
@@ -62,8 +64,8 @@ var programs = sync.OnceValues(func() (map[string]string, error) {
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if built, err := programs(); err == nil {
-		os.RemoveAll(filepath.Dir(built["probe"]))
+	if programsDir != "" {
+		os.RemoveAll(programsDir)
 	}
 	os.Exit(code)
 }

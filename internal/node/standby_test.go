@@ -1,11 +1,7 @@
 package node
 
 import (
-	"os"
-	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 	"testing"
 	"time"
 
@@ -13,24 +9,9 @@ import (
 )
 
 // standbys are the processes of the machine's runsc that wait to be used.
-func (m *machine) standbys() (pids []int) {
+func (m *machine) standbys() []int {
 	m.t.Helper()
-	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	for _, file := range files {
-		line, err := os.ReadFile(file)
-		if err != nil || string(line) != m.programs.Runsc+"\x00await\x00" {
-			continue // it has ended, or is another
-		}
-		pid, err := strconv.Atoi(strings.Split(file, "/")[2])
-		if err != nil {
-			m.t.Fatal(err)
-		}
-		pids = append(pids, pid)
-	}
-	return pids
+	return processes(m.t, func(args []string) bool { return slices.Equal(args, []string{m.programs.Runsc, "await"}) })
 }
 
 // standby is the one that waits, once there is one that is none of those.

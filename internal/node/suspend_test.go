@@ -516,24 +516,32 @@ func TestServerDiesInTheMiddle(t *testing.T) {
 // killSaver kills the program that writes a sandbox down and keeps it paused.
 func killSaver(t *testing.T, id sandbox.ID) {
 	t.Helper()
+	savers := processes(t, func(args []string) bool { return slices.Contains(args, "save") && slices.Contains(args, string(id)) })
+	if len(savers) == 0 {
+		t.Fatal("nobody saves the sandbox")
+	}
+	if err := unix.Kill(savers[0], unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// processes are the IDs of those on this machine whose arguments, the program included, are looked for.
+func processes(t *testing.T, wanted func(args []string) bool) (pids []int) {
+	t.Helper()
 	paths, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range paths {
 		cmdline, err := os.ReadFile(path)
-		args := strings.Split(string(cmdline), "\x00")
-		if err != nil || !slices.Contains(args, "save") || !slices.Contains(args, string(id)) {
-			continue
+		if err != nil || !wanted(strings.Split(strings.TrimSuffix(string(cmdline), "\x00"), "\x00")) {
+			continue // it has ended, or is another
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
-		if err == nil {
-			err = unix.Kill(pid, unix.SIGKILL)
-		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		return
+		pids = append(pids, pid)
 	}
-	t.Fatal("nobody saves the sandbox")
+	return pids
 }

@@ -87,10 +87,6 @@ func (r *Runtime) start(ctx context.Context, c Container, verb ...string) (pid i
 // run calls runsc and waits for its end.
 func (r *Runtime) run(ctx context.Context, args []string) error {
 	cmd := command(ctx, r.Program, args...)
-	// Should the server be killed, a start under way must not go on where the next
-	// server cannot see it: what it started already is in the control group. The signal
-	// comes when the thread ends that started the program, hence the lock.
-	cmd.SysProcAttr.Pdeathsig = unix.SIGKILL
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if err := begin(cmd); err != nil {
@@ -99,10 +95,16 @@ func (r *Runtime) run(ctx context.Context, args []string) error {
 	return cmd.Wait()
 }
 
-// begin starts a call that starts a sandbox. The sandbox's first process inherits the standard
-// streams; it must not be able to fill the host's disk through them, so they lead nowhere.
-// runsc's messages have a file of their own.
+// begin starts a call that starts a sandbox, on a thread that the caller keeps until the call has ended.
+//
+// Should the server be killed, a start under way must not go on where the next server cannot see
+// it: what it started already is in the control group. The signal comes when the thread ends that
+// started the program.
+//
+// The sandbox's first process inherits the standard streams; it must not be able to fill the host's
+// disk through them, so they lead nowhere. runsc's messages have a file of their own.
 func begin(cmd *exec.Cmd) error {
+	cmd.SysProcAttr.Pdeathsig = unix.SIGKILL
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		return err

@@ -56,12 +56,11 @@ func (s *Standby) Close() {
 
 // keep starts one after the other.
 func (s *Standby) keep() {
-	// The processes get a signal when the thread ends that started them, and this one stays until Close.
-	runtime.LockOSThread()
+	runtime.LockOSThread() // which begin asks for
 	defer runtime.UnlockOSThread()
 	for {
 		// If it cannot be started: a start's own process cannot either, and says so.
-		if w, err := start(s.program); err == nil {
+		if w, err := standBy(s.program); err == nil {
 			select {
 			case s.ready <- w:
 			case <-s.closed:
@@ -82,7 +81,8 @@ func (s *Standby) keep() {
 	}
 }
 
-func start(program string) (*waiting, error) {
+// standBy starts a process that waits.
+func standBy(program string) (*waiting, error) {
 	ends, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
@@ -91,7 +91,6 @@ func start(program string) (*waiting, error) {
 	defer its.Close()
 	cmd := command(context.Background(), program, awaitVerb)
 	cmd.ExtraFiles = []*os.File{its}
-	cmd.SysProcAttr.Pdeathsig = unix.SIGKILL
 	if err := begin(cmd); err != nil {
 		return nil, errors.Join(err, ours.Close())
 	}

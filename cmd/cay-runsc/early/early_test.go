@@ -42,7 +42,7 @@ func TestUmount(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.Close()
-	time.Sleep(50 * time.Millisecond)
+	time.Sleep(50 * time.Millisecond) // in which it would have done it, did it not wait
 	if _, err := os.Stat(filepath.Join(dir, "file")); err != nil {
 		t.Errorf("before it was told: %v", err)
 	}
