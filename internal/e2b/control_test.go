@@ -1,6 +1,7 @@
 package e2b
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"strings"
@@ -149,6 +150,27 @@ func TestReferencesAreEscaped(t *testing.T) {
 	} {
 		if r := h.control("DELETE", path, ""); r.status != status || r.json["code"] != float64(status) {
 			t.Errorf("%s: %d %s, want %d", path, r.status, r.body, status)
+		} else if status == 404 && !strings.Contains(r.body, "template") {
+			t.Errorf("%s: %s does not speak of a template", path, r.body)
+		}
+	}
+}
+
+// TestLogLines checks that each line of GET /sandboxes/{id}/logs is a JSON text with what E2B's CLI prints.
+func TestLogLines(t *testing.T) {
+	h := newHouse(t)
+	id, _ := h.create(`{"templateID":"base"}`)
+	r := h.control("GET", "/sandboxes/"+id+"/logs", "")
+	var answer struct {
+		Logs []struct{ Line string }
+	}
+	if err := json.Unmarshal([]byte(r.body), &answer); err != nil || len(answer.Logs) == 0 {
+		t.Fatalf("%d %s: %v", r.status, r.body, err)
+	}
+	for _, l := range answer.Logs {
+		var line struct{ Level, Message, Logger string }
+		if err := json.Unmarshal([]byte(l.Line), &line); err != nil || line.Level == "" || line.Message == "" || line.Logger == "" {
+			t.Errorf("the line %q is %+v: %v", l.Line, line, err)
 		}
 	}
 }

@@ -1,6 +1,8 @@
 package e2b
 
 import (
+	"encoding/json"
+	"maps"
 	"net/http"
 	"slices"
 	"strconv"
@@ -22,6 +24,11 @@ type logEntry struct {
 // maxLogs is how many events one answer reads, at the most.
 const maxLogs = 1000
 
+// logger names the source of every log line. E2B's CLI filters by it.
+const logger = "cay"
+
+// logsV1 encodes entries as GET /sandboxes/{id}/logs. Each line is a JSON text with
+// level, message and logger, which E2B's CLI decodes.
 func logsV1(entries []logEntry) any {
 	type line struct {
 		Timestamp time.Time `json:"timestamp"`
@@ -29,7 +36,14 @@ func logsV1(entries []logEntry) any {
 	}
 	lines := make([]line, len(entries))
 	for i, e := range entries {
-		lines[i] = line{e.Timestamp, e.Message}
+		text := map[string]string{}
+		maps.Copy(text, e.Fields)
+		text["level"], text["message"], text["logger"] = e.Level, e.Message, logger
+		encoded, err := json.Marshal(text)
+		if err != nil {
+			panic(err) // a map of texts always has a JSON form
+		}
+		lines[i] = line{e.Timestamp, string(encoded)}
 	}
 	return map[string]any{"logs": lines, "logEntries": entries}
 }

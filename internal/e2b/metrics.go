@@ -88,14 +88,14 @@ func (s *samples) add(id sandbox.ID, m agentapi.Metrics) {
 }
 
 // between copies the samples of a time, both ends included.
-func (s *samples) between(id sandbox.ID, from, to int64) []metricBody {
+func (s *samples) between(box sandbox.Sandbox, from, to int64) []metricBody {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	out := []metricBody{}
-	if h := s.of[id]; h != nil {
+	if h := s.of[box.ID]; h != nil {
 		for _, m := range h.samples {
 			if m.Unix >= from && m.Unix <= to {
-				out = append(out, metricOf(m))
+				out = append(out, metricOf(m, box.Size.VCPUs))
 			}
 		}
 	}
@@ -168,8 +168,10 @@ type metricBody struct {
 	DiskTotal     int64     `json:"diskTotal"`
 }
 
-func metricOf(m agentapi.Metrics) metricBody {
-	return metricBody{Timestamp: time.Unix(m.Unix, 0).UTC(), TimestampUnix: m.Unix, CPUCount: m.CPUs, CPUUsedPct: m.CPUPercent,
+// metricOf encodes a sample of a sandbox with vcpus virtual CPUs. The agent reports the
+// CPUs of the host, of which a sandbox of a shared size sees all.
+func metricOf(m agentapi.Metrics, vcpus int) metricBody {
+	return metricBody{Timestamp: time.Unix(m.Unix, 0).UTC(), TimestampUnix: m.Unix, CPUCount: vcpus, CPUUsedPct: m.CPUPercent,
 		MemUsed: m.MemUsed, MemTotal: m.MemTotal, MemCache: m.MemCache, DiskUsed: m.DiskUsed, DiskTotal: m.DiskTotal}
 }
 
@@ -188,11 +190,12 @@ func (s *Surface) metrics(w http.ResponseWriter, r *http.Request) error {
 		return fault.InField("invalid_start", "start", "must not be after end")
 	}
 	id := sandboxID(r)
-	if _, err := s.present(r, id); err != nil {
+	box, err := s.present(r, id)
+	if err != nil {
 		return err
 	}
 	s.samples.follow(id)
-	reply(w, http.StatusOK, s.samples.between(id, from, to))
+	reply(w, http.StatusOK, s.samples.between(box, from, to))
 	return nil
 }
 
@@ -206,7 +209,7 @@ func (s *Surface) latestMetrics(w http.ResponseWriter, r *http.Request) error {
 	out := map[string]metricBody{}
 	for _, name := range names {
 		id := sandbox.ID(idPrefix + name)
-		_, err := s.present(r, id)
+		box, err := s.present(r, id)
 		if fault.Is(err, fault.NotFound) {
 			continue
 		}
@@ -214,7 +217,7 @@ func (s *Surface) latestMetrics(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 		s.samples.follow(id)
-		if all := s.samples.between(id, 0, never.Unix()); len(all) > 0 {
+		if all := s.samples.between(box, 0, never.Unix()); len(all) > 0 {
 			out[name] = all[len(all)-1]
 		}
 	}

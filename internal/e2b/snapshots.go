@@ -129,8 +129,9 @@ func (s *Surface) deleteSnapshot(w http.ResponseWriter, r *http.Request) error {
 	}
 	err = s.Sandboxes.DeleteSnapshot(r.Context(), orgOf(r), name)
 	if fault.Is(err, fault.NotFound) {
-		if _, noTemplate := s.Templates.Get(r.Context(), orgOf(r), name); noTemplate == nil {
-			return unsupported("templates are not deleted through this API: use DELETE /v1/templates/{template} or `cay templates delete`")
+		_, err = s.Templates.Get(r.Context(), orgOf(r), name)
+		if err == nil {
+			err = unsupported("templates are not deleted through this API: use DELETE /v1/templates/{template} or `cay templates delete`")
 		}
 	}
 	if err != nil {
