@@ -420,8 +420,8 @@ type CreateAPIKeyRequest struct {
 	// Example: ci
 	Name string `json:"name"`
 
-	// Scopes What it may do; at least one.
-	Scopes []string `json:"scopes"`
+	// Scopes What it may do; at least one. Only a key of the format `e2b` may go without: it then has `sandboxes:write`, `exec`, `files` and `templates:write`, which E2B's clients need.
+	Scopes []string `json:"scopes,omitempty"`
 }
 
 // CreateOrgRequest An organization to make.

@@ -18,10 +18,8 @@ func (a *app) keysCommand() *cobra.Command {
 	return cmd
 }
 
-// formatE2B is the format of the keys of E2B's clients, and e2bScopes what those need.
+// formatE2B is the format of the keys of E2B's clients.
 const formatE2B = "e2b"
-
-var e2bScopes = []string{"sandboxes:write", "exec", "files", "templates:write"}
 
 func (a *app) keysCreateCommand() *cobra.Command {
 	var scopes []string
@@ -37,10 +35,7 @@ the scopes that they need unless others are given.`,
 		Example: "  cay keys create ci --scope sandboxes:write --scope exec --scope files\n  CAY_API_KEY=$(cay keys create short --scope admin --expires-in 1h)\n  E2B_API_KEY=$(cay keys create sdk --format e2b)",
 		Args:    theArgs("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if len(scopes) == 0 && format == formatE2B {
-				scopes = e2bScopes // what E2B's clients do with a key
-			}
-			if len(scopes) == 0 {
+			if len(scopes) == 0 && format != formatE2B { // with e2b the server knows what the clients need
 				return errors.New("--scope: at least one is needed, of sandboxes:read, sandboxes:write, exec, files, templates:read, templates:write, admin")
 			}
 			r := client.CreateAPIKeyRequest{Name: args[0], Scopes: scopes}

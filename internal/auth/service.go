@@ -139,9 +139,14 @@ func needOperator(p Principal) error {
 // KeyRequest asks for a key.
 type KeyRequest struct {
 	Name      string
-	Scopes    []string
+	Scopes    []string      // may be empty with FormatE2B, which then has e2bScopes
 	ExpiresIn time.Duration // 0 is never
 	Format    Format        // "" is FormatCay
+}
+
+// e2bScopes returns the scopes that E2B's clients need.
+func e2bScopes() []string {
+	return []string{string(SandboxesWrite), string(Exec), string(Files), string(TemplatesWrite)}
 }
 
 // CreateKey makes a key in p's organization and returns it with its secret, which
@@ -154,6 +159,9 @@ func (s *Service) CreateKey(ctx context.Context, p Principal, r KeyRequest) (Key
 	}
 	if err := checkKeyName(r.Name); err != nil {
 		return Key{}, "", err
+	}
+	if len(r.Scopes) == 0 && r.Format == FormatE2B {
+		r.Scopes = e2bScopes()
 	}
 	parsed, err := ParseScopes(r.Scopes)
 	if err != nil {

@@ -231,6 +231,17 @@ func TestCreateKeyRefuses(t *testing.T) {
 	}
 }
 
+// TestE2BKeyHasDefaultScopes checks that only a key for E2B's clients may be created without scopes.
+func TestE2BKeyHasDefaultScopes(t *testing.T) {
+	s, _, p := begin(t, Config{})
+	k, _, err := s.CreateKey(t.Context(), p, KeyRequest{Name: "n", Format: FormatE2B})
+	if want := []Scope{SandboxesWrite, Exec, Files, TemplatesWrite}; err != nil || !slices.Equal(k.Scopes, want) {
+		t.Errorf("the scopes are %v, want %v; %v", k.Scopes, want, err)
+	}
+	_, _, err = s.CreateKey(t.Context(), p, KeyRequest{Name: "n", Format: FormatCay})
+	wantFault(t, err, fault.Invalid, "invalid_scopes")
+}
+
 func TestMay(t *testing.T) {
 	implied := map[Scope][]Scope{SandboxesWrite: {SandboxesRead}, TemplatesWrite: {TemplatesRead}, Admin: Scopes()}
 	for _, have := range Scopes() {
