@@ -106,6 +106,7 @@ func TestCodeInterpreter(t *testing.T) {
 	defer s.destroy(i.id)
 	t.Run("results", func(t *testing.T) { interpreterResults(t, interpreter{s.in(t), i.id}) })
 	t.Run("charts", func(t *testing.T) { interpreterCharts(t, interpreter{s.in(t), i.id}) })
+	t.Run("axes", func(t *testing.T) { interpreterAxes(t, interpreter{s.in(t), i.id}) })
 	t.Run("contexts", func(t *testing.T) { interpreterContexts(t, interpreter{s.in(t), i.id}) })
 	t.Run("trouble", func(t *testing.T) { interpreterTrouble(t, interpreter{s.in(t), i.id}) })
 	t.Run("refused", func(t *testing.T) { interpreterRefuses(t, interpreter{s.in(t), i.id}) })
@@ -186,12 +187,17 @@ display(Markdown("# m")); display(Latex("$l$")); display(Javascript("1")); displ
 
 func interpreterCharts(t *testing.T, i interpreter) {
 	for draw, want := range map[string]string{
-		`plt.plot([1,2],[3,4],label="a"); plt.title("T"); plt.xlabel("X")`:            `"line" "T" [{"label":"a","points":[[1,3],[2,4]]}]`,
-		`plt.scatter([1,2],[3,4],label="s")`:                                          `"scatter" null [{"label":"s","points":[[1,3],[2,4]]}]`,
-		`plt.bar(["a","b"],[1,2],label="g")`:                                          `"bar" null [{"group":"g","label":"a","value":1},{"group":"g","label":"b","value":2}]`,
-		`plt.pie([1,3],labels=["p","q"])`:                                             `"pie" null [{"angle":90,"label":"p","radius":1},{"angle":270,"label":"q","radius":1}]`,
-		`plt.boxplot([[1,2,3,4,9]],labels=["u"])`:                                     `"box_and_whisker" null [{"first_quartile":2,"label":"u","max":4,"median":3,"min":1,"outliers":[9],"third_quartile":4}]`,
-		`f,(a,b)=plt.subplots(1,2); a.plot([5,6]); b.bar(["z"],[3]); f.suptitle("S")`: `"superchart" "S"`,
+		`plt.plot([1,2],[3,4],label="a"); plt.title("T"); plt.xlabel("X")`:                             `"line" "T" [{"label":"a","points":[[1,3],[2,4]]}]`,
+		`plt.scatter([1,2],[3,4],label="s")`:                                                           `"scatter" null [{"label":"s","points":[[1,3],[2,4]]}]`,
+		`plt.bar(["a","b"],[1,2],label="g")`:                                                           `"bar" null [{"group":"g","label":"a","value":1},{"group":"g","label":"b","value":2}]`,
+		`plt.pie([1,3],labels=["p","q"])`:                                                              `"pie" null [{"angle":90,"label":"p","radius":1},{"angle":270,"label":"q","radius":1}]`,
+		`plt.boxplot([[1,2,3,4,9]],labels=["u"])`:                                                      `"box_and_whisker" null [{"first_quartile":2,"label":"u","max":4,"median":3,"min":1,"outliers":[9],"third_quartile":4}]`,
+		`b=plt.boxplot([[1,2,3,4,9],[2,3,4]],labels=["u","v"],patch_artist=True,showmeans=True)`:       `"box_and_whisker" null [{"first_quartile":2,"label":"u","max":4,"median":3,"min":1,"outliers":[9],"third_quartile":4},{"first_quartile":2.5,"label":"v","max":4,"median":3,"min":2,"outliers":[],"third_quartile":3.5}]`,
+		`b=plt.boxplot([[1,2,3,4,9]],labels=["u"],vert=False)`:                                         `"box_and_whisker" null [{"first_quartile":2,"label":"u","max":4,"median":3,"min":1,"outliers":[9],"third_quartile":4}]`,
+		`w=plt.pie([1,2],labels=["p","q"])`:                                                            `"pie" null [{"angle":120,"label":"p","radius":1},{"angle":240,"label":"q","radius":1}]`,
+		`import datetime; plt.plot([datetime.date(2024,1,1),datetime.date(2024,1,2)],[3,4],label="d")`: `"line" null [{"label":"d","points":[["2024-01-01",3],["2024-01-02",4]]}]`,
+		`import datetime; plt.scatter([datetime.datetime(2024,1,1)],["low"],label="d")`:                `"scatter" null [{"label":"d","points":[["2024-01-01T00:00:00+00:00","low"]]}]`,
+		`f,(a,b)=plt.subplots(1,2); a.plot([5,6]); b.bar(["z"],[3]); f.suptitle("S")`:                  `"superchart" "S"`,
 	} {
 		r := of(i.run("import matplotlib.pyplot as plt\n"+draw+"\nplt.show()", nil), "result")
 		chart, _ := r["chart"].(object)
@@ -203,6 +209,34 @@ func interpreterCharts(t *testing.T, i interpreter) {
 		}
 		if png, _ := r["png"].(string); !strings.HasPrefix(png, "iVBORw0KGgo") || strings.Contains(png, "\n") {
 			t.Errorf("%s has no picture", draw)
+		}
+	}
+}
+
+// interpreterAxes checks what a chart tells about its axes: the kind of scale, and the unit in a label.
+func interpreterAxes(t *testing.T, i interpreter) {
+	const draw = `import matplotlib.pyplot as plt, datetime
+f,(a,b)=plt.subplots(1,2)
+a.plot([datetime.datetime(2024,1,1),datetime.datetime(2024,1,2)],[3,4]); a.set_xlabel("Day"); a.set_ylabel("Load (%)")
+b.plot(["red","blue"],[10,1000]); b.set_yscale("log"); b.set_xlabel("Colour [name]")
+plt.show()`
+	chart, _ := of(i.run(draw, nil), "result")["chart"].(object)
+	charts, _ := chart["elements"].([]any)
+	if len(charts) != 2 {
+		t.Fatalf("the charts are %v", chart)
+	}
+	for n, want := range []object{
+		{"x_scale": "datetime", "y_scale": "linear", "x_label": "Day", "x_unit": nil, "y_unit": "%"},
+		{"x_scale": "categorical", "y_scale": "log", "x_unit": "name", "y_label": nil, "y_unit": nil},
+	} {
+		got := charts[n].(object)
+		for k, v := range want {
+			if got[k] != v {
+				t.Errorf("chart %d has the %s %v, want %v", n, k, got[k], v)
+			}
+		}
+		if ticks, _ := got["x_ticks"].([]any); n == 0 && (len(ticks) == 0 || !strings.HasPrefix(fmt.Sprint(ticks[0]), "202")) {
+			t.Errorf("the ticks of dates are %v", got["x_ticks"])
 		}
 	}
 }
@@ -316,6 +350,9 @@ func interpreterRefuses(t *testing.T, i interpreter) {
 	}
 	if status, answer := i.ask("POST", "/contexts", `{"cwd":"/none"}`); status != 400 || !strings.Contains(answer, "/none") {
 		t.Errorf("a context in no directory: %d %s", status, answer)
+	}
+	if status, answer := i.ask("POST", "/contexts", `{"cwd":"/root"}`); status != 400 || !strings.Contains(answer, "/root") || !strings.Contains(answer, "user") {
+		t.Errorf("a context in a directory of root's: %d %s", status, answer)
 	}
 	if status, answer := i.ask("GET", "/health", ""); status != 200 || answer != "OK" {
 		t.Errorf("health: %d %s", status, answer)

@@ -10,6 +10,7 @@ sandbox's proxy does.
 import asyncio
 import collections
 import datetime
+import getpass
 import json
 import os
 import queue
@@ -137,6 +138,8 @@ class Contexts:
         language, kernel = kernel_for(language)
         if not os.path.isabs(cwd) or not os.path.isdir(cwd):
             raise Refused(400, "cwd %r is no directory of this sandbox" % cwd)
+        if not os.access(cwd, os.R_OK | os.X_OK):
+            raise Refused(400, "cwd %r cannot be entered by the user %s, whom kernels run as" % (cwd, getpass.getuser()))
         context = Context(language, kernel, cwd)
         try:
             await context.start()
@@ -421,17 +424,17 @@ async def sandbox_env(token):
 # What runs first in each Python kernel, in a name space of its own.
 SETUP = r'''
 def __cay__():
-    import math, os
+    import math, os, re
     from IPython import get_ipython
     from IPython.core.formatters import BaseFormatter
     from traitlets import ObjectName, Unicode
 
     def plain(v):
-        """A value as JSON has it."""
-        if hasattr(v, "isoformat"):
-            return v.isoformat()
+        """Returns v as JSON has it: numbers and texts as they are, times in ISO format."""
         if hasattr(v, "item"):
             v = v.item()
+        if hasattr(v, "isoformat"):
+            return v.isoformat()
         if isinstance(v, float) and not math.isfinite(v):
             return None
         return v if v is None or isinstance(v, (bool, int, float, str)) else str(v)
@@ -442,38 +445,93 @@ def __cay__():
     def points_of(line):
         return [[plain(x), plain(y)] for x, y in zip(line.get_xdata(orig=True), line.get_ydata(orig=True))]
 
+    def unit_of(label):
+        """Returns the unit that a label ends with in parentheses or brackets, or None."""
+        found = re.search(r"\s\(([^()]+)\)\s*$|\[([^\[\]]+)\]\s*$", label)
+        return (found.group(1) or found.group(2)) if found else None
+
     def labels(axes):
-        return {"x_label": axes.get_xlabel() or None, "y_label": axes.get_ylabel() or None, "x_unit": None, "y_unit": None}
+        x, y = axes.get_xlabel(), axes.get_ylabel()
+        return {"x_label": x or None, "y_label": y or None, "x_unit": unit_of(x), "y_unit": unit_of(y)}
+
+    def converter_of(axis):
+        """Returns the name of the class that converts the values of an axis, "" for numbers."""
+        # get_converter is matplotlib's name since 3.10, converter the one before.
+        converter = axis.get_converter() if hasattr(axis, "get_converter") else axis.converter
+        return type(converter).__name__ if converter is not None else ""
+
+    def reader(axis):
+        """Returns a function from a drawn position on an axis to the value it stands for."""
+        from matplotlib.dates import num2date
+        converter = converter_of(axis)
+        if "Date" in converter:
+            return lambda v: plain(num2date(v))
+        if "Category" in converter:
+            names = {place: name for name, place in axis.units._mapping.items()}
+            return lambda v: names.get(round(float(v)), plain(v))
+        return plain
 
     def scales(axes):
+        from matplotlib.dates import num2date
         out = {}
         for n, axis, scale in (("x", axes.xaxis, axes.get_xscale()), ("y", axes.yaxis, axes.get_yscale())):
-            out[n + "_ticks"] = [plain(t) for t in axis.get_ticklocs()]
+            converter, ticks = converter_of(axis), axis.get_ticklocs()
+            if scale == "linear" and "Date" in converter:
+                scale, ticks = "datetime", [num2date(t) for t in ticks]
+            elif scale == "linear" and "Category" in converter:
+                scale = "categorical"
+            out[n + "_ticks"] = [plain(t) for t in ticks]
             out[n + "_tick_labels"] = [t.get_text() for t in axis.get_ticklabels()]
-            out[n + "_scale"] = scale if scale in ("linear", "log", "symlog", "logit") else "linear"
+            out[n + "_scale"] = scale if scale in ("linear", "datetime", "categorical", "log", "symlog", "logit", "function", "functionlog", "asinh") else "linear"
         return out
 
-    def is_box(line):
-        xs, ys = list(line.get_xdata()), list(line.get_ydata())
-        return len(xs) == 5 and xs[0] == xs[4] and ys[0] == ys[4] and len(set(xs)) == 2 and len(set(ys)) == 2
+    def rectangle(xs, ys):
+        """Returns the left, right, bottom and top of a closed upright rectangle, or None."""
+        xs, ys = [float(x) for x in xs], [float(y) for y in ys]
+        if len(xs) < 5 or len(xs) > 6 or xs[0] != xs[4] or ys[0] != ys[4] or len(set(xs)) != 2 or len(set(ys)) != 2:
+            return None
+        return min(xs), max(xs), min(ys), max(ys)
 
-    def boxes_of(axes, lines, base):
-        """A plot of upright boxes, each drawn as a box, two whiskers, two caps, a median and outliers."""
-        ticks = {round(float(at), 6): t.get_text() for at, t in zip(axes.get_xticks(), axes.get_xticklabels())}
-        elements = []
-        for n, box in enumerate(lines):
-            if not is_box(box):
+    def rectangles(axes):
+        """Returns the boxes of a box plot: closed lines, or filled paths as patch_artist draws them."""
+        from matplotlib.patches import PathPatch
+        drawn = [(l.get_xdata(orig=False), l.get_ydata(orig=False)) for l in axes.get_lines()]
+        drawn += [p.get_path().vertices.T for p in axes.patches if type(p) is PathPatch]
+        return [r for r in (rectangle(xs, ys) for xs, ys in drawn) if r]
+
+    def box_of(rest, left, right, low, high):
+        """Returns the statistics of one upright box, or None if its lines are drawn in another way."""
+        middle = round((left + right) / 2, 6)
+        ends, medians, single = [], [], []
+        for xs, ys, style in rest:
+            if not xs:
                 continue
-            xs, ys = box.get_xdata(), box.get_ydata()
-            rest = lines[n + 1:n + 7]
-            low, high, median = rest[0].get_ydata(), rest[1].get_ydata(), rest[4].get_ydata()
-            if len(low) != 2 or len(high) != 2 or len(median) != 2 or median[0] != median[1]:
-                return None  # drawn otherwise: said wrong would be worse than not said
-            outliers = rest[5].get_ydata() if len(rest) > 5 and not is_box(rest[5]) else []
-            at = round(float(min(xs) + max(xs)) / 2, 6)
-            elements.append({"label": ticks.get(at) or str(at), "min": plain(min(low)), "first_quartile": plain(min(ys)), "median": plain(median[0]),
-                             "third_quartile": plain(max(ys)), "max": plain(max(high)), "outliers": [plain(v) for v in outliers]})
-        return dict(base, **labels(axes), type="box_and_whisker", elements=elements)
+            if all(round(x, 6) == middle for x in xs):
+                if style == "None":
+                    single += ys
+                elif len(ys) == 2:
+                    ends += ys
+            elif len(ys) == 2 and ys[0] == ys[1] and low <= ys[0] <= high and (min(xs), max(xs)) == (left, right):
+                medians.append(ys[0])
+        if not medians or not ends:
+            return None
+        return {"min": min(ends), "first_quartile": low, "median": medians[0], "third_quartile": high, "max": max(ends),
+                "outliers": [y for y in single if y < min(ends) or y > max(ends)]}
+
+    def boxes_of(axes, boxes, base):
+        """Returns the chart of a plot of boxes, upright or lying, or None if it cannot be told."""
+        drawn = [([float(x) for x in l.get_xdata(orig=False)], [float(y) for y in l.get_ydata(orig=False)], l.get_linestyle()) for l in axes.get_lines()]
+        for axis, turn in ((axes.xaxis, False), (axes.yaxis, True)):  # lying boxes are read with their axes exchanged
+            lines = [(*points[::-1 if turn else 1], style) for *points, style in drawn]
+            ticks = {round(float(at), 6): t.get_text() for at, t in zip(axis.get_ticklocs(), axis.get_ticklabels())}
+            elements = []
+            for left, right, low, high in ((b[2:] + b[:2] if turn else b) for b in boxes):
+                box = box_of(lines, left, right, low, high)
+                at = round((left + right) / 2, 6)
+                elements.append(box and dict(box, label=ticks.get(at) or str(at)))
+            if all(elements):
+                return dict(base, **labels(axes), type="box_and_whisker", elements=elements)
+        return None  # a wrong value would be worse than none
 
     def chart_of(axes):
         """What a pair of axes shows, as far as it can be told from what is drawn."""
@@ -483,7 +541,7 @@ def __cay__():
         base = {"title": axes.get_title() or None}
         wedges = [p for p in axes.patches if isinstance(p, Wedge)]
         if wedges:
-            return dict(base, type="pie", elements=[{"label": w.get_label(), "angle": plain(abs(w.theta2 - w.theta1)), "radius": plain(w.r)} for w in wedges])
+            return dict(base, type="pie", elements=[{"label": w.get_label(), "angle": round(plain(abs(w.theta2 - w.theta1)), 4), "radius": plain(w.r)} for w in wedges])
         bars = [c for c in axes.containers if isinstance(c, BarContainer)]
         if bars:
             ticks = {round(float(at), 6): t.get_text() for at, t in zip(axes.get_xticks(), axes.get_xticklabels())}
@@ -499,12 +557,13 @@ def __cay__():
             return dict(base, **labels(axes), type="bar", elements=elements)
         scatter = [c for c in axes.collections if isinstance(c, PathCollection) and len(c.get_offsets())]
         if scatter:
+            x_of, y_of = reader(axes.xaxis), reader(axes.yaxis)
             return dict(base, **labels(axes), **scales(axes), type="scatter", elements=[
-                {"label": str(c.get_label()), "points": [[plain(x), plain(y)] for x, y in c.get_offsets()]} for c in scatter])
-        lines = axes.get_lines()
-        if any(is_box(l) for l in lines):
-            return boxes_of(axes, lines, base)
-        lines = [l for l in lines if len(l.get_xdata(orig=True))]
+                {"label": str(c.get_label()), "points": [[x_of(x), y_of(y)] for x, y in c.get_offsets()]} for c in scatter])
+        boxes = rectangles(axes)
+        if boxes:
+            return boxes_of(axes, boxes, base)
+        lines = [l for l in axes.get_lines() if len(l.get_xdata(orig=True))]
         if lines:
             return dict(base, **labels(axes), **scales(axes), type="line", elements=[
                 {"label": str(l.get_label()), "points": points_of(l)} for l in lines])
