@@ -14,6 +14,7 @@ import (
 
 	"github.com/BurntSushi/toml"
 
+	"github.com/cayhq/cay/internal/node"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -60,6 +61,7 @@ type sandboxConfig struct {
 	DefaultDiskMB int            `toml:"default_disk_mb"`
 	MaxDiskMB     int            `toml:"max_disk_mb"`
 	MaxPIDs       int            `toml:"max_pids"`
+	FirstUID      int            `toml:"first_uid"`
 	MaxSnapshots  int            `toml:"max_snapshots"`
 	KeepDestroyed duration       `toml:"keep_destroyed"`
 	Sizes         []sandbox.Size `toml:"sizes"`
@@ -114,7 +116,7 @@ func defaults() config {
 		Network:         networkConfig{Ready: 8},
 		Sandbox: sandboxConfig{
 			Platform: "systrap", DefaultSize: "shared-cpu-1x", DefaultDiskMB: 2048, MaxDiskMB: 20480,
-			MaxPIDs: 4096, MaxSnapshots: 100, KeepDestroyed: duration(7 * 24 * time.Hour), Sizes: presets(),
+			MaxPIDs: 4096, FirstUID: node.DefaultFirstUID, MaxSnapshots: 100, KeepDestroyed: duration(7 * 24 * time.Hour), Sizes: presets(),
 		},
 		Capacity:  capacityConfig{MaxSandboxes: 1000, MinFreeMemoryMB: 512, MinFreeDiskMB: 1024},
 		Quota:     quotaConfig{Sandboxes: 500, VCPUs: 2000, MemoryMB: 1 << 20},
@@ -233,6 +235,14 @@ func setText(field reflect.Value, text string) (err error) {
 	return err
 }
 
+const (
+	// minFirstUID is above the ids that a host gives to users and services of its own, which are 16 bits long.
+	minFirstUID = 1 << 16
+	// maxFirstUID keeps the ids of sandboxes below 1<<31, since not all of the kernel and of the programs of a
+	// host takes larger ones for positive numbers.
+	maxFirstUID = 1<<31 - node.UIDs
+)
+
 // check refuses settings that cannot work, naming the key and the rule.
 func (c *config) check() error {
 	if c.DataDir == "" {
@@ -264,6 +274,7 @@ func (c *config) check() error {
 		{"sandbox.max_disk_mb", c.Sandbox.MaxDiskMB, c.Sandbox.DefaultDiskMB},
 		{"sandbox.max_snapshots", c.Sandbox.MaxSnapshots, 0},
 		{"sandbox.max_pids", c.Sandbox.MaxPIDs, 16},
+		{"sandbox.first_uid", c.Sandbox.FirstUID, minFirstUID},
 		{"capacity.max_sandboxes", c.Capacity.MaxSandboxes, 1},
 		{"capacity.min_free_memory_mb", c.Capacity.MinFreeMemoryMB, 0},
 		{"capacity.min_free_disk_mb", c.Capacity.MinFreeDiskMB, 0},
@@ -282,6 +293,9 @@ func (c *config) check() error {
 		if rule.got < rule.from {
 			return fmt.Errorf("%s: must be at least %d, not %d", rule.key, rule.from, rule.got)
 		}
+	}
+	if c.Sandbox.FirstUID > maxFirstUID {
+		return fmt.Errorf("sandbox.first_uid: must be at most %d, not %d", maxFirstUID, c.Sandbox.FirstUID)
 	}
 	if c.Build.CPUs < 0 {
 		return fmt.Errorf("build.cpus: must be at least 0, which is no limit, not %v", c.Build.CPUs)

@@ -69,6 +69,8 @@ func TestConfigRefusals(t *testing.T) {
 		"always deny":       {env: "CAY_NETWORK_ALWAYS_DENY=10.0.0.0/8,x", want: "network.always_deny"},
 		"default size":      {env: "CAY_SANDBOX_DEFAULT_SIZE=huge", want: "sandbox.default_size"},
 		"platform":          {env: "CAY_SANDBOX_PLATFORM=xen", want: "sandbox.platform"},
+		"root's ids":        {env: "CAY_SANDBOX_FIRST_UID=0", want: "sandbox.first_uid"},
+		"negative ids":      {env: "CAY_SANDBOX_FIRST_UID=2147483647", want: "sandbox.first_uid"},
 		"disk":              {env: "CAY_SANDBOX_DEFAULT_DISK_MB=1", want: "sandbox.default_disk_mb"},
 		"no builds":         {env: "CAY_BUILD_CONCURRENT=0", want: "build.concurrent"},
 		"no context":        {file: "[build]\ncontext_limit_mb = 0", want: "build.context_limit_mb"},

@@ -6,18 +6,20 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/cgroup"
 	"github.com/cayhq/cay/internal/network"
+	"github.com/cayhq/cay/internal/node"
 )
 
 func init() { hostChecks = checkHost }
 
 // checkHost looks at everything the server needs of this machine.
 func checkHost(context.Context) []finding {
-	findings := []finding{checkRoot(), checkKernel(), checkGroups(), checkBootstrap()}
+	findings := []finding{checkRoot(), checkKernel(), checkGroups(), checkUsers(), checkBootstrap()}
 	for _, f := range network.Probe() {
 		findings = append(findings, finding{Check: f.Name, OK: f.OK, Detail: f.Detail, Fix: f.Fix})
 	}
@@ -53,6 +55,19 @@ func checkGroups() finding {
 		return finding{Check: "control groups", Detail: err.Error(), Fix: "mount cgroup2 at /sys/fs/cgroup, as systemd does"}
 	}
 	return finding{Check: "control groups", OK: true, Detail: h.Version()}
+}
+
+// checkUsers starts a process as a sandbox's are: with a user id of the range, in a user namespace that maps no
+// other.
+func checkUsers() finding {
+	cmd := exec.Command("/proc/self/exe", "version")
+	only := []syscall.SysProcIDMap{{ContainerID: 0, HostID: node.DefaultFirstUID, Size: 1}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, UidMappings: only, GidMappings: only, Credential: &syscall.Credential{}}
+	if err := cmd.Run(); err != nil {
+		return finding{Check: "user namespaces", Detail: err.Error(),
+			Fix: "sandboxes need two each, with user ids of their own: raise user.max_user_namespaces with sysctl; in a container, give it all ids"}
+	}
+	return finding{Check: "user namespaces", OK: true, Detail: "can be made, with user ids of their own"}
 }
 
 // checkBootstrap is for machines that reach no image registry: there the built-in

@@ -243,7 +243,7 @@ func (s *server) openHost(ctx context.Context) error {
 		Platform: cfg.Sandbox.Platform, Programs: programs, ProgramsDir: programsDir,
 		Checkpoints: filepath.Join(cfg.DataDir, "checkpoints"), Nameservers: cfg.nameservers(), PolicyChanged: s.gate.Recheck,
 		MaxSandboxes: cfg.Capacity.MaxSandboxes, MinHostMemory: int64(cfg.Capacity.MinFreeMemoryMB) << 20,
-		MinDisk: int64(cfg.Capacity.MinFreeDiskMB) << 20, MaxPIDs: cfg.Sandbox.MaxPIDs,
+		MinDisk: int64(cfg.Capacity.MinFreeDiskMB) << 20, MaxPIDs: cfg.Sandbox.MaxPIDs, FirstUID: uint32(cfg.Sandbox.FirstUID),
 	}, s.slots, rootFS{s.images, func(image string) { s.templates.Recheck(image) }}, s.log)
 	if err != nil {
 		return err

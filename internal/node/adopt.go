@@ -32,6 +32,9 @@ func (n *Node) adopt() error {
 		}
 		b := &box{node: n, life: l}
 		n.boxes[id] = b
+		if l.UID != 0 {
+			n.uids[l.UID] = b
+		}
 		if b.slot, err = n.net.Adopt(l.Slot); err != nil {
 			n.log.Warn("a sandbox has no network any more", "sandbox", id, "slot", l.Slot, "error", err)
 			continue

@@ -50,6 +50,7 @@ type life struct {
 	Run      string     `json:"run"`
 	Token    string     `json:"token"` // secret: the file is 0600
 	Slot     int        `json:"slot"`
+	UID      uint32     `json:"uid,omitempty"` // of its processes on the host; 0 is one of a version without
 	MemoryMB int        `json:"memory_mb"`
 	// What the sandbox was first started with, and its checkpoints need.
 	Programs payload.Version `json:"programs"`
@@ -148,10 +149,11 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 		{"turn", func(ctx context.Context) error { return n.turn(ctx, b) }},
 		{"directory", func(context.Context) error { return os.Mkdir(n.dir(spec.ID), 0o700) }},
 		{"network", func(ctx context.Context) (err error) {
-			if b.slot, err = n.net.Acquire(ctx); err == nil {
-				b.life.Slot = b.slot.Index
+			if b.slot, err = n.net.Acquire(ctx); err != nil {
+				return err
 			}
-			return err
+			b.life.Slot = b.slot.Index
+			return n.takeUID(b)
 		}},
 		{"record", func(context.Context) error { return b.record() }},
 		{"policy", b.applyPolicy},
@@ -250,6 +252,7 @@ func (n *Node) container(b *box, spec sandbox.Spec, image string) runsc.Containe
 			PIDs:        int64(pids)*hostPIDs + hostPIDsBase,
 		},
 		ShmBytes: memory / 2, // as Linux does
+		HostUID:  b.life.UID,
 	})
 	return c
 }

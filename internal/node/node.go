@@ -70,6 +70,8 @@ type Config struct {
 	// MinHostMemory and MinDisk are what must stay free for the machine itself, in
 	// bytes; below that Room says no.
 	MinHostMemory, MinDisk int64
+	// FirstUID begins the range of [UIDs] user and group ids that sandboxes have on the host.
+	FirstUID uint32
 	// MaxPIDs is how many tasks a sandbox may have inside at the most; see tasksFor
 	// for what a small one may have.
 	MaxPIDs int
@@ -104,6 +106,7 @@ type Node struct {
 	boxes         map[sandbox.ID]*box      // everything that has a directory; guarded by mu
 	verifications map[string]*verification // that have not begun, by the checkpoint's directory; guarded by mu
 	guests        map[*network.Slot]*box   // those whose slot has its policy; guarded by mu
+	uids          map[uint32]*box          // by the user id on the host that they have; guarded by mu
 }
 
 // Open makes a Node and adopts the sandboxes that still run. What is left of dead
@@ -112,6 +115,9 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 	groups, err := cgroup.Detect()
 	if err != nil {
 		return nil, err
+	}
+	if cfg.FirstUID == 0 {
+		return nil, errors.New("a node needs a range of user ids: without it sandboxes would run as root")
 	}
 	for _, dir := range []string{cfg.Dir, cfg.RunDir} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -122,13 +128,16 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 		state: &runsc.Runtime{Root: cfg.RunDir},
 		turns: make(chan struct{}, max(2, startsPerCPU*runtime.NumCPU())),
 		lost:  make(chan sandbox.Fact), denials: make(chan sandbox.Denial, denialsHeld),
-		boxes: map[sandbox.ID]*box{}, verifications: map[string]*verification{}, guests: map[*network.Slot]*box{}}
+		boxes: map[sandbox.ID]*box{}, verifications: map[string]*verification{}, guests: map[*network.Slot]*box{}, uids: map[uint32]*box{}}
 	n.agents = agentapi.NewClient(func(ctx context.Context, id string) (net.Conn, error) {
 		return n.Dial(ctx, sandbox.ID(id))
 	})
 	var interrupted []string
 	if n.checkpoints, interrupted, err = checkpoint.Open(cfg.Checkpoints, cfg.MinDisk); err != nil {
 		return nil, err
+	}
+	if err := n.unlimitProcesses(); err != nil {
+		return nil, fmt.Errorf("lifting the limit of processes of a user: %w", err)
 	}
 	n.ctx, n.stop = context.WithCancel(context.Background())
 	if err := n.adopt(); err != nil {
@@ -317,6 +326,9 @@ func (n *Node) Rest(ctx context.Context, id sandbox.ID) error {
 		return err
 	}
 	errs = append(errs, group.Remove(), n.state.Remove(string(id)))
+	if b != nil {
+		n.giveUID(b)
+	}
 	if b != nil && b.slot != nil {
 		n.mu.Lock()
 		delete(n.guests, b.slot)

@@ -118,7 +118,7 @@ func (m *machine) open() {
 		m.t.Fatal(err)
 	}
 	m.node, err = Open(Config{Instance: m.instance, Dir: filepath.Join(m.dir, "sandboxes"), RunDir: m.runDir(), Platform: "systrap",
-		Programs: m.programs, ProgramsDir: filepath.Join(m.dir, "programs"), Checkpoints: filepath.Join(m.dir, "checkpoints"), Nameservers: []string{"192.0.2.53"}, MaxSandboxes: 10, MaxPIDs: 64, MinDisk: m.minDisk}, m.slots, m.images, m.log)
+		Programs: m.programs, ProgramsDir: filepath.Join(m.dir, "programs"), Checkpoints: filepath.Join(m.dir, "checkpoints"), Nameservers: []string{"192.0.2.53"}, MaxSandboxes: 10, MaxPIDs: 64, FirstUID: DefaultFirstUID, MinDisk: m.minDisk}, m.slots, m.images, m.log)
 	if err != nil {
 		m.t.Fatal(err)
 	}

@@ -21,7 +21,7 @@ func (n *Node) make() string { return n.makeWith(n.cfg.Programs.Version, runsc.F
 
 // makeWith is make for programs and flags that may be those of an older snapshot.
 func (n *Node) makeWith(v payload.Version, flags []string) string {
-	return strings.Join(slices.Concat([]string{v.Agent, v.Runsc, fmt.Sprint(n.cfg.MaxPIDs)}, flags, n.cfg.Nameservers), " ")
+	return strings.Join(slices.Concat([]string{v.Agent, v.Runsc, fmt.Sprint(n.cfg.MaxPIDs), fmt.Sprint("uid ", n.cfg.FirstUID)}, flags, n.cfg.Nameservers), " ")
 }
 
 // Prepare implements sandbox.Node. The slot of a member without a start command gets no

@@ -71,7 +71,7 @@ func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string, 
 		MemoryMB: was.MemoryMB, Programs: was.Programs, Flags: was.Flags}}
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		pid, err := b.runtime().Restore(ctx, b.container(), c.Dir, runsc.Place{
-			Image: image, Binds: binds(programs), Namespace: b.slot.Namespace, Cgroups: n.groupPath(spec.ID)})
+			Image: image, Binds: binds(programs), Namespace: b.slot.Namespace, Cgroups: n.groupPath(spec.ID), HostUID: b.life.UID})
 		if err != nil && ctx.Err() == nil {
 			err = failed(err, "gVisor could not restore the checkpoint; the server's log has the cause")
 		}

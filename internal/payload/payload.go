@@ -50,6 +50,9 @@ const (
 	buildkitName = "cay-buildkit"
 	// unpacking begins the name of a file that is not whole yet.
 	unpacking = ".unpacking-"
+	// dirMode is the mode of a program's directory whatever the umask is, also that of an older cay: processes of
+	// sandboxes, whose user is none of the host's, read the agent there.
+	dirMode = 0o755
 )
 
 // At says where the programs of a version are below dir, if they are there.
@@ -101,6 +104,9 @@ func Find(dir string, v Version) (Programs, error) {
 			return Programs{}, fmt.Errorf("looking for an earlier version's program: %w", err)
 		}
 	}
+	if err := os.Chmod(p.AgentDir, dirMode); err != nil {
+		return Programs{}, fmt.Errorf("making an earlier version's agent readable for sandboxes: %w", err)
+	}
 	return p, nil
 }
 
@@ -146,11 +152,15 @@ func unpack(dir, name string) (string, error) {
 		return "", err
 	}
 	path := filepath.Join(dir, hash, name)
+	err = os.MkdirAll(filepath.Dir(path), dirMode)
+	if err == nil {
+		err = os.Chmod(filepath.Dir(path), dirMode)
+	}
+	if err != nil {
+		return "", fmt.Errorf("making a directory for %s: %w", name, err)
+	}
 	if _, err := os.Stat(path); err == nil {
 		return hash, nil // renamed there whole, or not at all
-	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return "", fmt.Errorf("making a directory for %s: %w", name, err)
 	}
 	r, err := gzip.NewReader(bytes.NewReader(packed))
 	if err != nil {

@@ -11,12 +11,14 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 )
 
 // TestUnpack unpacks from several goroutines at once, and again: the same programs at
 // the same place, whole, and nothing beside them.
 func TestUnpack(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "programs")
+	t.Cleanup(func(mask int) func() { return func() { unix.Umask(mask) } }(unix.Umask(0o077)))
 	results := make([]Programs, 4)
 	var wg sync.WaitGroup
 	for i := range results {
@@ -37,6 +39,17 @@ func TestUnpack(t *testing.T) {
 		info, err := os.Stat(path)
 		if err != nil || info.Mode().Perm() != 0o555 {
 			t.Errorf("%s: %v, %v", path, info, err)
+		}
+	}
+	for range 2 { // the second time as an older cay left it
+		if info, err := os.Stat(results[0].AgentDir); err != nil || info.Mode().Perm() != 0o755 {
+			t.Errorf("the agent's directory: %v, %v", info, err)
+		}
+		if err := os.Chmod(results[0].AgentDir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Find(dir, results[0].Version); err != nil {
+			t.Error(err)
 		}
 	}
 	beside, err := os.ReadDir(results[0].AgentDir)

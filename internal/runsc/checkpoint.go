@@ -105,6 +105,7 @@ type Place struct {
 	Binds     []Bind // the same, maybe from elsewhere
 	Namespace string // path of the network namespace
 	Cgroups   string // as in [Limits]
+	HostUID   uint32 // as in [Box]
 }
 
 // Restore starts the sandbox that was saved into dir, with the spec it was saved with, in
@@ -143,6 +144,7 @@ func (p Place) apply(s *specs.Spec, overlay string) error {
 	s.Annotations[rootSource] = p.Image
 	s.Annotations[rootOverlay] = "dir=" + overlay
 	s.Linux.CgroupsPath = p.Cgroups
+	runAs(s, p.HostUID) // also what was saved before sandboxes had ids of their own
 	for i := range s.Linux.Namespaces {
 		if n := &s.Linux.Namespaces[i]; n.Type == specs.NetworkNamespace {
 			n.Path = p.Namespace

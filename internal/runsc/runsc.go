@@ -23,6 +23,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -130,8 +131,13 @@ func (r *Runtime) args(c Container, verb ...string) []string {
 func command(ctx context.Context, program string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
-	// A ^C at the server's terminal is not for sandboxes.
-	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	cmd.SysProcAttr = &unix.SysProcAttr{
+		// A ^C at the server's terminal is not for sandboxes.
+		Setsid: true,
+		// Nor are the supplementary groups of the server, which may be started with root's: sentry and gofer
+		// would keep them, since a user namespace forbids to change groups.
+		Credential: &syscall.Credential{},
+	}
 	return cmd
 }
 

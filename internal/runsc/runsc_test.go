@@ -23,7 +23,7 @@ func TestSpec(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			spec := NewSpec(Box{
-				Hostname: "x", Root: Root{Image: "/images/i.erofs", Overlay: "/sandboxes/sbx_x", MaxBytes: 100 << 20},
+				HostUID: 2_005_000_042, Hostname: "x", Root: Root{Image: "/images/i.erofs", Overlay: "/sandboxes/sbx_x", MaxBytes: 100 << 20},
 				Binds: []Bind{{From: "/programs/1", To: "/.cay"}}, Args: []string{"/.cay/cay-agent"}, Env: []string{"A=b"},
 				Namespace: "/run/netns/n", Limits: limits, ShmBytes: 256 << 20,
 			})

@@ -1,6 +1,7 @@
 package runsc
 
 import (
+	"slices"
 	"strconv"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -39,7 +40,8 @@ type Box struct {
 	Args, Env []string
 	Namespace string // path of the network namespace
 	Limits    Limits
-	ShmBytes  int64 // limit of /dev/shm
+	ShmBytes  int64  // limit of /dev/shm
+	HostUID   uint32 // user and group id on the host of the sandbox's processes, and of no others
 }
 
 // capabilities is docker's default set, which is what ordinary images expect of
@@ -81,7 +83,7 @@ func NewSpec(b Box) *specs.Spec {
 	for _, bind := range b.Binds {
 		mounts = append(mounts, specs.Mount{Destination: bind.To, Type: "bind", Source: bind.From, Options: []string{"ro", "rbind", "nosuid", "nodev"}})
 	}
-	return &specs.Spec{
+	spec := &specs.Spec{
 		Version:  "1.1.0",
 		Hostname: b.Hostname,
 		Root:     &specs.Root{Path: b.Root.Overlay}, // not used: the annotations give the root
@@ -113,4 +115,18 @@ func NewSpec(b Box) *specs.Spec {
 			},
 		},
 	}
+	runAs(spec, b.HostUID)
+	return spec
+}
+
+// runAs gives the sandbox's processes on the host (sentry, gofer and stubs) the user and group id uid, which
+// no other process has. They run as root of a user namespace of their own that maps root to uid and no other
+// id, so their capabilities reach nothing that belongs to anybody else. gVisor's own namespace maps every id
+// to itself: there they have the host's root for a user.
+func runAs(s *specs.Spec, uid uint32) {
+	if !slices.ContainsFunc(s.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.UserNamespace }) {
+		s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+	}
+	only := []specs.LinuxIDMapping{{ContainerID: 0, HostID: uid, Size: 1}}
+	s.Linux.UIDMappings, s.Linux.GIDMappings = only, only
 }

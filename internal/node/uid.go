@@ -1,0 +1,77 @@
+package node
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+const (
+	// DefaultFirstUID begins the range of user ids of a server that was told no other. The range lies above
+	// the ids that distributions, systemd's containers, /etc/subuid and SSSD hand out (the last ends at
+	// 2,000,200,000), and below those that systemd keeps for foreign images (from 2,147,352,576).
+	DefaultFirstUID = 2_005_000_000
+	// UIDs is the length of the range: half as many as an address has values in its lower 28 bits, so that all
+	// ranges for private use (10/8, 172.16/12, 192.168/16, 100.64/10, 198.18/15) have ids of their own in it.
+	UIDs = 1 << 27
+)
+
+// uidOf returns the user id on the host for the sandbox with the address. No two slots of a machine have an
+// address in common, whatever server they belong to, and a slot has two addresses: so no two sandboxes have
+// an id in common. (Servers whose ranges differ in the first four bits of the address alone need a
+// FirstUID each.)
+func (n *Node) uidOf(addr netip.Addr) uint32 {
+	a := addr.As4()
+	return n.cfg.FirstUID + binary.BigEndian.Uint32(a[:])/2%UIDs
+}
+
+// takeUID gives the sandbox the user id of its slot. Another sandbox can only have that id when the server has
+// another FirstUID or range than it had when that sandbox was started.
+func (n *Node) takeUID(b *box) error {
+	uid := n.uidOf(b.slot.Addr)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if other := n.uids[uid]; other != nil {
+		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has no user id for a sandbox").After(retryRoom).
+			Because(fmt.Errorf("user id %d is that of sandbox %s, which was started with other settings", uid, other.life.ID))
+	}
+	n.uids[uid] = b
+	b.life.UID = uid
+	return nil
+}
+
+// giveUID gives the sandbox's user id back, of which nothing runs any more. Its slot must still be its own.
+func (n *Node) giveUID(b *box) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.uids[b.life.UID] == b {
+		delete(n.uids, b.life.UID)
+	}
+}
+
+// unlimitProcesses lifts the limit of processes of a user as far as the server may, which sandboxes inherit: the
+// host's root has none, and the kernel of a sandbox, whose user has one, ends when it cannot start another. Its
+// control group and its agent bound it.
+func (n *Node) unlimitProcesses() error {
+	unlimited := unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}
+	err := unix.Setrlimit(unix.RLIMIT_NPROC, &unlimited)
+	if !errors.Is(err, unix.EPERM) {
+		return err
+	}
+	// Without CAP_SYS_RESOURCE, as in a container.
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NPROC, &limit); err != nil {
+		return err
+	}
+	if most := uint64(n.cfg.MaxPIDs*hostPIDs + hostPIDsBase); limit.Max < most {
+		n.log.Warn("a sandbox with many processes may end: the server may not lift the limit of processes of a user",
+			"limit", limit.Max, "wanted", most)
+	}
+	limit.Cur = limit.Max
+	return unix.Setrlimit(unix.RLIMIT_NPROC, &limit)
+}
