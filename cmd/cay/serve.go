@@ -151,6 +151,9 @@ func serve(ctx context.Context, cfg config, ready func(net.Addr)) (err error) {
 	if os.Geteuid() != 0 {
 		return errors.New("cay server needs root: it makes namespaces, control groups and packet filter rules")
 	}
+	if err := dropUnneeded(); err != nil {
+		return err
+	}
 	s := &server{cfg: cfg, log: log, registry: prometheus.NewRegistry()}
 	defer func() {
 		// Not ctx, which is over: closing has a time of its own.
