@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -173,6 +174,46 @@ func TestGuardGivesUp(t *testing.T) {
 	if err := guard.Run(t.Context()); !errors.Is(err, ErrHopeless) {
 		t.Errorf("got %v", err)
 	}
+}
+
+// TestGuardBelievesNoAnswer has a relief that claims for ever to have freed something: the loans are bounded, and so is
+// the time.
+func TestGuardBelievesNoAnswer(t *testing.T) {
+	const limit, reserve = 64 << 20, 8 << 20
+	g := newGroup(t)
+	_, begin := child(t, g, "allocate")
+	guard := &Guard{Group: g, Limit: limit, Reserve: reserve, Log: slog.New(slog.DiscardHandler), Patience: 2 * time.Second,
+		Relieve: func(context.Context, int64) (int64, error) { return 1, nil }}
+	if err := guard.Arm(); err != nil {
+		t.Fatal(err)
+	}
+	begin()
+	if err := guard.Run(t.Context()); !errors.Is(err, ErrHopeless) {
+		t.Errorf("got %v", err)
+	}
+	held, err := g.MemoryHeld()
+	if most := int64(limit + (1+attempts)*reserve); err != nil || held > most {
+		t.Errorf("the group holds %d bytes, %v; more than %d", held, err, most)
+	}
+}
+
+// TestCredit lets a group that is below its limit as long as above it go on, and ends one that is not.
+func TestCredit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := credit{most: 10 * time.Second, left: 10 * time.Second, last: time.Now()}
+		over := func(rest, d time.Duration) bool {
+			time.Sleep(rest + d)
+			return c.spend(d)
+		}
+		for range 100 { // as long below as above
+			if !over(time.Second, time.Second) {
+				t.Fatal("refused although it rests")
+			}
+		}
+		if !over(time.Hour, 9*time.Second) || over(500*time.Millisecond, 2*time.Second) {
+			t.Error("rest gives more, or less, than the most")
+		}
+	})
 }
 
 // TestKillAndRemove ends everything in a group, also processes that wait at the limit.

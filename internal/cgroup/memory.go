@@ -1,6 +1,7 @@
 package cgroup
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,7 +15,8 @@ import (
 )
 
 // Relieve is asked to end processes inside the sandbox until about over bytes are
-// free, and says how many bytes that freed.
+// free, and says how many bytes that freed. What it says may be a lie: 0 makes the guard
+// give up sooner, and nothing makes it give up later.
 type Relieve func(ctx context.Context, over int64) (freed int64, err error)
 
 // Guard keeps the group's memory at or below Limit without the kernel ever choosing
@@ -36,6 +38,9 @@ type Guard struct {
 	Reserve int64 // bytes beyond it while somebody is being ended, and of each loan
 	Relieve Relieve
 	Log     *slog.Logger
+	// Patience is how long the group may be over its limit, 0 for the default. Time in which it
+	// is not makes up for time in which it was.
+	Patience time.Duration
 }
 
 const (
@@ -43,10 +48,15 @@ const (
 	// when it gets the CPU and memory; when it got stuck at the limit itself, the
 	// next loan sets it free.
 	relieveTimeout = 2 * time.Second
-	// attempts is how often in a row relief may free nothing before the sandbox is
-	// given up: the memory is then not its processes' to give back. With the timeout
-	// above it is also the longest that takes, 16 s; and how many reserves may be lent.
+	// attempts is how often in a row relief may say that it freed nothing before the sandbox
+	// is given up: the memory is then not its processes' to give back. It is also how
+	// many reserves may be lent at once.
 	attempts = 8
+	// patience is how long the host may see the group over its limit before the sandbox is given
+	// up, whatever relief says: as long as all attempts take when none is answered. What it
+	// takes to end some hundred allocators is less, also on a busy machine. A shorter time ends
+	// sandboxes that would have come to rest, a longer one lends memory to those that lie.
+	patience = attempts * relieveTimeout
 	// loanEvery is how soon more is lent while somebody waits for memory and the agent
 	// has not answered: allocators take a reserve in some 20 ms.
 	loanEvery = 50 * time.Millisecond
@@ -98,9 +108,11 @@ func (g *Guard) Run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { watch.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	buf := make([]byte, 4096) // eventfd wants 8 bytes, inotify a page
+	most := cmp.Or(g.Patience, patience)
+	allowed := credit{most: most, left: most, last: time.Now()}
 	for {
 		// First look, then wait: what happened before the watch was set counts too.
-		if err := g.check(ctx); err != nil {
+		if err := g.check(ctx, &allowed); err != nil {
 			if ctx.Err() != nil || errors.Is(err, fs.ErrNotExist) {
 				return nil
 			}
@@ -115,10 +127,26 @@ func (g *Guard) Run(ctx context.Context) error {
 	}
 }
 
-// check acts until the group is below its limit and the loan is paid back.
-func (g *Guard) check(ctx context.Context) error {
+// credit is the time for which the group may be over its limit. It comes back as it passes.
+type credit struct {
+	most, left time.Duration
+	last       time.Time // when it was looked at
+}
+
+// spend takes a time that has just ended, and reports whether there is any left.
+func (c *credit) spend(d time.Duration) bool {
+	now := time.Now()
+	c.left = min(c.most, c.left+max(0, now.Sub(c.last)-d)) - d
+	c.last = now
+	return c.left > 0
+}
+
+// check acts until the group is below its limit and the loan is paid back. Both are what the
+// host sees. It gives up when its credit is spent, or when relief admits that there is none.
+func (g *Guard) check(ctx context.Context, c *credit) error {
 	lent, idle := int64(0), 0
 	for ctx.Err() == nil {
+		began := time.Now()
 		over, waiting, err := g.over()
 		switch {
 		case err != nil:
@@ -135,6 +163,9 @@ func (g *Guard) check(ctx context.Context) error {
 				return ErrHopeless
 			} else {
 				pause(ctx)
+			}
+			if !c.spend(time.Since(began)) && ctx.Err() == nil {
+				return ErrHopeless
 			}
 		case lent == 0:
 			return nil
@@ -196,9 +227,11 @@ func pause(ctx context.Context) {
 }
 
 // settle waits until what was freed inside shows outside, so that nobody is ended for
-// memory that is on its way back. Who runs into the loan's end ends the wait.
+// memory that is on its way back. Who runs into the loan's end ends the wait, which is never
+// nothing: relief that lies would keep a processor busy.
 func (g *Guard) settle(ctx context.Context) {
-	for end := time.Now().Add(settleTime); time.Now().Before(end) && ctx.Err() == nil; time.Sleep(settlePoll) {
+	for end := time.Now().Add(settleTime); time.Now().Before(end) && ctx.Err() == nil; {
+		time.Sleep(settlePoll)
 		if over, waiting, err := g.over(); err != nil || waiting || over <= 0 {
 			return
 		}
