@@ -5,15 +5,13 @@
 package main
 
 import (
+	"context"
 	"fmt"
-	"net"
-	"net/http"
 	"os"
 	"strconv"
 	"syscall"
 
 	"github.com/cayhq/cay/internal/agent"
-	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/heap"
 )
 
@@ -46,11 +44,11 @@ func run() error {
 	if err := agent.Harden(cgroupRoot); err != nil {
 		return err
 	}
-	l, err := net.Listen("tcp4", fmt.Sprintf("0.0.0.0:%d", agentapi.Port))
+	l, err := agent.Listen(context.Background())
 	if err != nil {
 		return err
 	}
-	return http.Serve(l, a.Handler())
+	return a.Serve(l)
 }
 
 func pidsMax(s string) (int, error) {

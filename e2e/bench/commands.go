@@ -202,9 +202,13 @@ func (s *server) agent(ctx context.Context, id string) (*agent, error) {
 	var dialer net.Dialer
 	return &agent{
 		calls: agentapi.NewClient(func(ctx context.Context, _ string) (net.Conn, error) {
-			return dialer.DialContext(ctx, "tcp4", address)
+			conn, err := dialer.DialContext(ctx, "tcp4", address)
+			if err != nil {
+				return nil, err
+			}
+			return agentapi.Authenticate(ctx, conn, life.Token)
 		}),
-		target: agentapi.Target{SandboxID: id, Run: life.Run, Token: life.Token},
+		target: agentapi.Target{SandboxID: id, Run: life.Run},
 	}, nil
 }
 

@@ -5,8 +5,8 @@
 //
 // It owns the sandbox's processes and, through the control groups of gVisor's
 // kernel, their limit. It does not own the sandbox's life, network or disk: the
-// host does. It runs as root and acts for whatever user a call names; who may call
-// is decided by one token, which the host gives it at init.
+// host does. It runs as root and acts for whatever user a call names. The host alone may call:
+// each of its connections begins with a proof that it knows the key that it gave at init.
 //
 // Everything is safe for concurrent use. The agent goes on after every error:
 // a full disk, no more processes, a flood of output end a call, never PID 1.
@@ -14,7 +14,6 @@ package agent
 
 import (
 	"cmp"
-	"crypto/subtle"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -26,7 +25,6 @@ import (
 	"strings"
 	"sync"
 	"syscall"
-	"time"
 
 	"connectrpc.com/connect"
 
@@ -49,6 +47,8 @@ type Config struct {
 
 // Agent is the inside of one sandbox.
 type Agent struct {
+	connections *connections
+
 	settings  *settings
 	users     *users
 	processes *processes
@@ -74,8 +74,8 @@ func New(cfg Config) (*Agent, error) {
 	s := newSpawner(g, r)
 	go r.run()
 	a := &Agent{
-		settings: &settings{},
-		users:    &users{passwd: "/etc/passwd", group: "/etc/group"},
+		connections: &connections{patience: strangerTime}, settings: &settings{},
+		users: &users{passwd: "/etc/passwd", group: "/etc/group"},
 	}
 	a.processes = &processes{settings: a.settings, users: a.users, spawner: s, commands: map[int]*command{}}
 	a.processes.guard = newGuard(a.processes, g)
@@ -137,30 +137,19 @@ func (a *Agent) guarded(next http.Handler) http.Handler {
 	})
 }
 
-// authorise lets through who has the token. Signed requests for /files may come
-// without one; their handler checks the signature.
+// authorise lets requests through that came on a connection of the host's, and those for the
+// health. Before the host has given a key nothing else runs inside, and all may pass.
 func (a *Agent) authorise(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		token := a.settings.accessToken()
-		given, has := r.Header[http.CanonicalHeaderKey(agentapi.TokenHeader)]
-		signable := r.URL.Path == "/files" && (r.Method == http.MethodGet || r.Method == http.MethodHead || r.Method == http.MethodPost)
-		switch {
-		case token == "" || r.URL.Path == "/health":
-		case has && len(given) == 1 && subtle.ConstantTimeCompare([]byte(given[0]), []byte(token)) == 1:
-		case !has && signable:
-			if err := agentapi.CheckSignature(r.Method, r.URL.Query(), token, time.Now()); err != nil {
-				httpError(w, &problem{status: http.StatusUnauthorized, text: err.Error()})
-				return
-			}
-		default:
-			httpError(w, &problem{status: http.StatusUnauthorized, text: "unauthorized access, please provide a valid access token or method signing if supported"})
+		if r.URL.Path != "/health" && !a.connections.allowed(connOf(r)) {
+			httpError(w, &problem{status: http.StatusUnauthorized, text: "the agent serves its host alone"})
 			return
 		}
 		next.ServeHTTP(w, r)
 	})
 }
 
-// cors lets browsers call from any page; the token is what protects.
+// cors lets browsers call from any page; what protects is outside.
 func cors(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Origin") != "" {
@@ -190,16 +179,9 @@ func allowedHeaders(r *http.Request) string {
 // settings is what the host told the agent about its sandbox.
 type settings struct {
 	mu      sync.RWMutex
-	token   string
 	env     map[string]string // replaced, never changed
 	user    string
 	workdir string
-}
-
-func (s *settings) accessToken() string {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.token
 }
 
 func (s *settings) defaultUser() string {
@@ -233,6 +215,9 @@ func (a *Agent) init(w http.ResponseWriter, r *http.Request) {
 		httpError(w, err)
 		return
 	}
+	if req.AccessToken != "" {
+		a.connections.rekey(req.AccessToken, connOf(r))
+	}
 	w.WriteHeader(http.StatusNoContent)
 }
 
@@ -244,9 +229,6 @@ func (s *settings) apply(req agentapi.InitRequest) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if req.AccessToken != "" {
-		s.token = req.AccessToken
-	}
 	if req.Env != nil {
 		s.env = maps.Clone(req.Env)
 	}

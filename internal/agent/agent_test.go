@@ -4,8 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/http/httptest"
-	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -14,41 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/cayhq/cay/internal/agentapi"
 )
-
-func TestAuthorise(t *testing.T) {
-	a := &Agent{settings: &settings{}}
-	h := a.authorise(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(299) }))
-	ask := func(method, target string, tokens ...string) int {
-		r := httptest.NewRequest(method, target, nil)
-		for _, v := range tokens {
-			r.Header.Add(agentapi.TokenHeader, v)
-		}
-		w := httptest.NewRecorder()
-		h.ServeHTTP(w, r)
-		return w.Code
-	}
-	if got := ask("POST", "/init"); got != 299 {
-		t.Errorf("before a token is set: %d", got)
-	}
-	a.settings.token = "secret"
-	signed := "/files?path=x&signature=" + url.QueryEscape(SignatureOf("x", "read", "", "secret", 0))
-	for _, c := range []struct {
-		method, target string
-		tokens         []string
-		want           int
-	}{
-		{"GET", "/health", nil, 299}, {"GET", "/envs", nil, 401}, {"GET", "/envs", []string{"secret"}, 299}, {"GET", "/envs", []string{"secre"}, 401},
-		{"GET", "/envs", []string{""}, 401}, {"GET", "/envs", []string{"secret", "secret"}, 401}, {"POST", "/init", nil, 401},
-		{"GET", signed, nil, 299}, {"GET", signed, []string{"wrong"}, 401}, {"POST", signed, nil, 401}, {"DELETE", signed, nil, 401}, {"PUT", signed, nil, 401},
-		{"GET", strings.Replace(signed, "/files", "/files/list", 1), nil, 401}, {"POST", "/process.Process/Start", nil, 401},
-	} {
-		if got := ask(c.method, c.target, c.tokens...); got != c.want {
-			t.Errorf("%s %s %q: %d, want %d", c.method, c.target, c.tokens, got, c.want)
-		}
-	}
-}
 
 func testUsers(t testing.TB, passwd, group string) *users {
 	t.Helper()

@@ -10,7 +10,6 @@ import (
 	"mime/multipart"
 	"net/http"
 	"net/textproto"
-	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -18,7 +17,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
-	"github.com/cayhq/cay/internal/agent"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
 )
@@ -223,7 +221,7 @@ func (s *sandbox) request(method, target string, header http.Header, body io.Rea
 	for k, v := range header {
 		req.Header[k] = v
 	}
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := s.transport.RoundTrip(req)
 	if err != nil {
 		s.t.Fatalf("%s %s: %v", method, target, err)
 	}
@@ -237,9 +235,8 @@ func (s *sandbox) request(method, target string, header http.Header, body io.Rea
 
 func TestE2BFiles(t *testing.T) {
 	s := startSandbox(t, options{})
-	token := http.Header{agentapi.TokenHeader: {s.target.Token}}
 	with := func(more ...string) http.Header {
-		h := token.Clone()
+		h := http.Header{}
 		for i := 0; i < len(more); i += 2 {
 			h.Set(more[i], more[i+1])
 		}
@@ -284,15 +281,13 @@ func TestE2BFiles(t *testing.T) {
 		t.Errorf("old metadata stays: %+v, %v", stat, err)
 	}
 
-	status, _, body = s.request("GET", "/files?path=nosuch&username=user", token, nil)
+	status, _, body = s.request("GET", "/files?path=nosuch&username=user", nil, nil)
 	expect("missing", status, body, 404, `{"code":404,"message":"path \"/home/user/nosuch\" does not exist"}`)
-	status, _, body = s.request("GET", "/files?path=x&username=nosuch", token, nil)
+	status, _, body = s.request("GET", "/files?path=x&username=nosuch", nil, nil)
 	expect("unknown user", status, body, 401, `{"code":401,"message":"unknown user \"nosuch\""}`)
-	status, _, _ = s.request("GET", "/files?path=meta&username=user", nil, nil)
-	expect("neither token nor signature", status, "", 401, "")
 	status, _, _ = s.request("POST", "/files?path=x", with("Content-Type", "text/plain"), strings.NewReader("x"))
 	expect("other content type", status, "", 400, "")
-	status, h, body := s.request("GET", "/files?path=/home/user/dir/one.txt", token, nil)
+	status, h, body := s.request("GET", "/files?path=/home/user/dir/one.txt", nil, nil)
 	expect("read", status, body, 200, "content of dir/one.txt")
 	if h.Get("Content-Length") != "22" {
 		t.Errorf("headers %v", h)
@@ -305,25 +300,9 @@ func TestE2BFiles(t *testing.T) {
 		t.Errorf("composed: %q", got)
 	}
 
-	sign := func(op, path string, exp int64) string {
-		q := url.Values{"path": {path}, "username": {"user"}, "signature": {agent.SignatureOf(path, op, "user", s.target.Token, exp)}}
-		if exp != 0 {
-			q.Set("signature_expiration", fmt.Sprint(exp))
-		}
-		return "/files?" + q.Encode()
-	}
-	status, _, body = s.request("GET", sign("read", "both", time.Now().Add(time.Minute).Unix()), nil, nil)
-	expect("signed read", status, body, 200, "content of dir/one.txtcontent of /tmp/two.txt")
-	status, _, body = s.request("GET", sign("read", "both", 1), nil, nil)
-	expect("expired", status, body, 401, `{"code":401,"message":"signature is already expired"}`)
-	status, _, body = s.request("GET", sign("write", "both", 0), nil, nil)
-	expect("other operation", status, body, 401, `{"code":401,"message":"invalid signature"}`)
-	status, _, _ = s.request("GET", sign("read", "both", 0), http.Header{agentapi.TokenHeader: {"wrong"}}, nil)
-	expect("a wrong token beside a right signature", status, "", 401, "")
-
-	status, _, body = s.request("GET", "/envs", token, nil)
+	status, _, body = s.request("GET", "/envs", nil, nil)
 	expect("envs", status, body, 200, `{"FROM_SANDBOX":"yes"}`)
-	if status, _, body = s.request("GET", "/metrics", token, nil); status != 200 || !strings.Contains(body, `"mem_total":`) || strings.Contains(body, `"mem_total":0,`) || strings.Contains(body, `"disk_total":0`) {
+	if status, _, body = s.request("GET", "/metrics", nil, nil); status != 200 || !strings.Contains(body, `"mem_total":`) || strings.Contains(body, `"mem_total":0,`) || strings.Contains(body, `"disk_total":0`) {
 		t.Errorf("metrics: %d %s", status, body)
 	}
 	if status, _, _ = s.request("GET", "/health", nil, nil); status != 204 {
@@ -333,27 +312,35 @@ func TestE2BFiles(t *testing.T) {
 
 func TestInit(t *testing.T) {
 	s := startSandbox(t, options{noInit: true})
-	s.sh("true") // without a token everything is open
+	s.sh("true") // without a key everything is open
 	first := agentapi.InitRequest{AccessToken: "one", DefaultUser: "user", DefaultWorkdir: "/tmp", Env: map[string]string{"A": "1"}, Hostname: "newname", Nameservers: []string{"10.9.8.7"}}
 	if err := s.client.Init(t.Context(), s.target, first); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.client.Init(t.Context(), s.target, agentapi.InitRequest{AccessToken: "two"}); err == nil {
-		t.Error("a second init without the token was taken")
+	plain := s.with("")
+	if err := plain.client.Init(t.Context(), s.target, agentapi.InitRequest{AccessToken: "two"}); err == nil {
+		t.Error("a second init without the key was taken")
 	}
-	s.target.Token = "one"
-	if got := s.sh("id -un; pwd; echo $A; hostname; cat /etc/resolv.conf"); got != "user\n/tmp\n1\nnewname\nnameserver 10.9.8.7" {
-		t.Errorf("got %q", got)
+	// The connection that brought the key, and one that proves it.
+	for _, s := range []*sandbox{s, s.with("one")} {
+		if got := s.sh("id -un; pwd; echo $A; hostname; cat /etc/resolv.conf"); got != "user\n/tmp\n1\nnewname\nnameserver 10.9.8.7" {
+			t.Errorf("got %q", got)
+		}
 	}
-	if err := s.client.Init(t.Context(), s.target, agentapi.InitRequest{AccessToken: "two", Env: map[string]string{"B": "2"}}); err != nil {
+	old, again := s.with("one"), s.with("one")
+	old.sh("true")
+	if err := again.client.Init(t.Context(), s.target, agentapi.InitRequest{AccessToken: "two", Env: map[string]string{"B": "2"}}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.client.Execute(t.Context(), s.target, agentapi.ExecuteRequest{Command: "true"}); err == nil {
-		t.Error("the old token still works")
+	for name, s := range map[string]*sandbox{"a connection under the old key": old, "a new one with the old key": s.with("one"), "one without a key": s.with("")} {
+		if _, err := s.client.Execute(t.Context(), s.target, agentapi.ExecuteRequest{Command: "true"}); err == nil {
+			t.Errorf("%s still works", name)
+		}
 	}
-	s.target.Token = "two"
-	if got := s.sh("id -un; echo $A$B"); got != "user\n2" {
-		t.Errorf("got %q", got)
+	for _, s := range []*sandbox{again, s.with("two")} {
+		if got := s.sh("id -un; echo $A$B"); got != "user\n2" {
+			t.Errorf("got %q", got)
+		}
 	}
 }
 

@@ -37,6 +37,8 @@ type sandbox struct {
 	addr   string
 	client *agentapi.Client
 	target agentapi.Target
+	// transport sends what the client cannot, on connections as the client's.
+	transport *http.Transport
 	args   []string
 	out    string
 }
@@ -139,11 +141,7 @@ func startSandbox(t testing.TB, o options) *sandbox {
 		t.Fatalf("starting the sandbox: %v: %s", err, text)
 	}
 	s := &sandbox{t: t, addr: addr, target: agentapi.Target{SandboxID: id, Run: "1"}, args: args, out: out.Name()}
-	s.client = agentapi.NewClient(func(ctx context.Context, _ string) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, "tcp4", addr)
-	})
-	t.Cleanup(s.client.CloseIdle)
+	s = s.with("")
 	s.waitHealthy()
 	groups, err := cgroup.Detect()
 	if err == nil {
@@ -157,9 +155,27 @@ func startSandbox(t testing.TB, o options) *sandbox {
 		if err != nil {
 			t.Fatalf("init: %v", err)
 		}
-		s.target.Token = testToken
+		*s = *s.with(testToken)
 	}
 	return s
+}
+
+// with is the sandbox spoken to by somebody who has that key; "" is no handshake.
+func (s *sandbox) with(key string) *sandbox {
+	dial := func(ctx context.Context) (net.Conn, error) {
+		var d net.Dialer
+		conn, err := d.DialContext(ctx, "tcp4", s.addr)
+		if err != nil || key == "" {
+			return conn, err
+		}
+		return agentapi.Authenticate(ctx, conn, key)
+	}
+	c := *s
+	c.client = agentapi.NewClient(func(ctx context.Context, _ string) (net.Conn, error) { return dial(ctx) })
+	c.transport = &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) }}
+	s.t.Cleanup(c.client.CloseIdle)
+	s.t.Cleanup(c.transport.CloseIdleConnections)
+	return &c
 }
 
 func (s *sandbox) waitHealthy() {
@@ -387,11 +403,10 @@ func (s *sandbox) rpc(method, user string, in, out any) (status int, err error) 
 	}
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("Connect-Protocol-Version", "1")
-	req.Header.Set(agentapi.TokenHeader, s.target.Token)
 	if user != "" {
 		req.SetBasicAuth(user, "")
 	}
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := s.transport.RoundTrip(req)
 	if err != nil {
 		return 0, err
 	}

@@ -65,8 +65,10 @@ func (t *tunnels) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer conn.Close()
-	// net/http gives the TCP connection it has.
-	outside := conn.(*net.TCPConn)
+	outside, ok := conn.(*net.TCPConn)
+	if !ok {
+		outside = conn.(*connection).TCPConn // net/http gives what was accepted
+	}
 	const head = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: " + agentapi.TunnelProtocol + "\r\n\r\n"
 	if _, err := io.WriteString(outside, head); err != nil {
 		return // who asked has gone

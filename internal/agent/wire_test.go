@@ -15,19 +15,17 @@ import (
 
 	"connectrpc.com/connect"
 
-	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/agentapi/filesystem"
 	"github.com/cayhq/cay/internal/agentapi/process"
 )
 
-// clients call as E2B's clients do: with the token, and a user when one is named.
+// clients call as E2B's clients do: with a user when one is named.
 func (s *sandbox) clients(user string) (process.ProcessClient, filesystem.FilesystemClient) {
 	transport := roundTripper(func(r *http.Request) (*http.Response, error) {
-		r.Header.Set(agentapi.TokenHeader, s.target.Token)
 		if user != "" {
 			r.SetBasicAuth(user, "")
 		}
-		return http.DefaultTransport.RoundTrip(r)
+		return s.transport.RoundTrip(r)
 	})
 	c, url := &http.Client{Transport: transport}, "http://"+s.addr
 	return process.NewProcessClient(c, url, connect.WithProtoJSON()), filesystem.NewFilesystemClient(c, url)
@@ -261,7 +259,7 @@ func TestE2BFraming(t *testing.T) {
 	body := []byte(`{"process":{"cmd":"/bin/sh","args":["-c","echo hey"],"envs":{"X":"y"},"cwd":"/tmp"},"stdin":false}`)
 	frame := append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(body))), body...)
 	status, h, text := s.request("POST", "/process.Process/Start", http.Header{
-		agentapi.TokenHeader: {s.target.Token}, "Content-Type": {"application/connect+json"}, "Connect-Protocol-Version": {"1"},
+		"Content-Type": {"application/connect+json"}, "Connect-Protocol-Version": {"1"},
 		"Keepalive-Ping-Interval": {"50"}, "Connect-Timeout-Ms": {"60000"},
 	}, strings.NewReader(string(frame)))
 	if status != 200 || h.Get("Content-Type") != "application/connect+json" {

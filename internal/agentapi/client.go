@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"strings"
 	"sync"
@@ -25,7 +26,6 @@ import (
 type Target struct {
 	SandboxID string
 	Run       string // connections are pooled per life, so that none outlives it
-	Token     string // what the agent was given at init
 }
 
 // Limits on what an agent may make the host hold or wait for.
@@ -42,6 +42,11 @@ const (
 
 // Client calls agents. The zero value does not work; see [NewClient].
 type Client struct {
+	// Bearer, if not nil, returns the token that a sandbox's agent wants with each request: one
+	// that was started before there was a handshake. "" is none. It must not change once the
+	// client is in use.
+	Bearer func(sandboxID string) string
+
 	http *http.Client
 	dial func(ctx context.Context, sandboxID string) (net.Conn, error)
 
@@ -50,12 +55,13 @@ type Client struct {
 	conns map[string]map[*trackedConn]struct{} // by sandbox id
 }
 
-// NewClient makes a client that reaches agents through dial. An error of dial
-// that is a *fault.Error comes back from the calls as it is.
+// NewClient makes a client that reaches agents through dial, which returns connections on which
+// the agent has been authenticated (see [Authenticate]), if it has a key. An error of dial that
+// is a *fault.Error comes back from the calls as it is.
 func NewClient(dial func(ctx context.Context, sandboxID string) (net.Conn, error)) *Client {
 	c := &Client{dial: dial, conns: map[string]map[*trackedConn]struct{}{}}
 	c.http = &http.Client{
-		Transport: whole{&http.Transport{
+		Transport: whole{c, &http.Transport{
 			DialContext:            c.dialHost,
 			DisableCompression:     true,
 			MaxIdleConnsPerHost:    maxIdlePerLife,
@@ -73,13 +79,21 @@ func NewClient(dial func(ctx context.Context, sandboxID string) (net.Conn, error
 
 // whole is a transport that sends a short request as one write. By itself Go sends the header
 // alone when it does not know that the body is there already, and a second packet costs its way
-// through the sandbox's network stack, and a wake of the agent.
-type whole struct{ *http.Transport }
+// through the sandbox's network stack, and a wake of the agent. It gives agents of before the
+// handshake their token.
+type whole struct {
+	client *Client
+	*http.Transport
+}
 
 // shortBody is up to how many bytes of body leave with the header; both fit the write buffer.
 const shortBody = 16 << 10
 
 func (w whole) RoundTrip(r *http.Request) (*http.Response, error) {
+	if token := w.client.bearer(r.URL.Host); token != "" {
+		r = r.Clone(r.Context())
+		r.Header.Set(TokenHeader, token)
+	}
 	if r.Body == nil || r.ContentLength <= 0 || r.ContentLength > shortBody {
 		return w.Transport.RoundTrip(r)
 	}
@@ -103,47 +117,78 @@ func (t Target) url(path string, query url.Values) string {
 	return u.String()
 }
 
+// bearer returns the token that goes with requests to a host, "" for none.
+func (c *Client) bearer(host string) string {
+	if c.Bearer == nil {
+		return ""
+	}
+	id, _, _ := strings.Cut(host, ".")
+	return c.Bearer(id)
+}
+
 func (c *Client) dialHost(ctx context.Context, _, addr string) (net.Conn, error) {
 	id, _, _ := strings.Cut(addr, ".")
-	conn, err := c.dial(ctx, id)
-	if err != nil {
-		return nil, err
-	}
-	t := &trackedConn{Conn: conn, client: c, id: id}
+	t := &trackedConn{client: c, id: id}
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	if c.conns[id] == nil {
 		c.conns[id] = map[*trackedConn]struct{}{}
 	}
 	c.conns[id][t] = struct{}{}
+	c.mu.Unlock()
+	conn, err := c.dial(ctx, id)
+	if err != nil {
+		t.forget()
+		return nil, err
+	}
+	c.mu.Lock()
+	_, wanted := c.conns[id][t]
+	t.Conn = conn
+	c.mu.Unlock()
+	if !wanted {
+		_ = conn.Close() // nothing was sent
+		return nil, unreachable(errors.New("the connection was dropped while it was made"))
+	}
 	return t, nil
 }
 
 // trackedConn leaves the client's books when it is closed.
 type trackedConn struct {
-	net.Conn
-	client *Client
-	id     string
+	net.Conn // nil while it is being made; guarded by client.mu until then
+	client   *Client
+	id       string
 }
 
-func (t *trackedConn) Close() error {
+// forget takes it out of the client's books, and returns the connection to close, if there is one.
+func (t *trackedConn) forget() net.Conn {
 	t.client.mu.Lock()
+	defer t.client.mu.Unlock()
 	delete(t.client.conns[t.id], t)
 	if len(t.client.conns[t.id]) == 0 {
 		delete(t.client.conns, t.id)
 	}
-	t.client.mu.Unlock()
-	return t.Conn.Close()
+	return t.Conn
 }
 
-// Drop breaks every connection to the sandbox, idle or in use. Calls in flight
+func (t *trackedConn) Close() error {
+	if conn := t.forget(); conn != nil {
+		return conn.Close()
+	}
+	return nil
+}
+
+// Drop breaks every connection to the sandbox, idle, in use or being made. Calls in flight
 // end with Unavailable. For a sandbox that goes away or is suspended: its
 // connections would otherwise keep its network namespace alive.
-func (c *Client) Drop(sandboxID string) {
+func (c *Client) Drop(sandboxID string) { c.dropBut(sandboxID, nil) }
+
+// dropBut is Drop of all connections but one.
+func (c *Client) dropBut(sandboxID string, kept net.Conn) {
 	c.mu.Lock()
 	var conns []*trackedConn
 	for t := range c.conns[sandboxID] {
-		conns = append(conns, t)
+		if net.Conn(t) != kept {
+			conns = append(conns, t)
+		}
 	}
 	c.mu.Unlock()
 	for _, t := range conns {
@@ -155,7 +200,7 @@ func (c *Client) Drop(sandboxID string) {
 // CloseIdle closes the connections that no call uses.
 func (c *Client) CloseIdle() { c.http.CloseIdleConnections() }
 
-// Health asks whether the agent answers. It needs no token.
+// Health asks whether the agent answers. It is the one call that an agent answers to everybody.
 func (c *Client) Health(ctx context.Context, t Target) error {
 	return c.call(ctx, t, http.MethodGet, "/health", nil, nil, nil)
 }
@@ -171,11 +216,21 @@ type InitRequest struct {
 	Nameservers    []string          `json:"nameservers,omitempty"` // replaces /etc/resolv.conf
 }
 
-// Init gives the agent its token and the sandbox's defaults. An agent without a
-// token takes any, one that has a token must be called with it; a second init
-// replaces the first.
+// Init gives the agent its key and the sandbox's defaults. An agent without a
+// key takes any from anybody, so the first Init is made before anything else runs inside; one
+// that has a key takes another over connections that were authenticated with the former. With a
+// new key all other connections end, those being made included; the one that brought the key
+// goes on under it.
 func (c *Client) Init(ctx context.Context, t Target, r InitRequest) error {
-	return c.call(ctx, t, http.MethodPost, "/init", nil, r, nil)
+	var used net.Conn
+	if r.AccessToken != "" {
+		ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) { used = i.Conn }})
+	}
+	if err := c.call(ctx, t, http.MethodPost, "/init", nil, r, nil); err != nil || r.AccessToken == "" {
+		return err
+	}
+	c.dropBut(t.SandboxID, used)
+	return nil
 }
 
 // RelieveMemory kills the largest processes of the sandbox, by resident memory,
@@ -228,7 +283,7 @@ func (c *Client) call(ctx context.Context, t Target, method, path string, query 
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
-	resp, err := c.do(req, t)
+	resp, err := c.do(req)
 	if err != nil {
 		return err
 	}
@@ -252,10 +307,7 @@ func drain(r io.Reader) error {
 
 // do sends the request and turns answers other than 2xx and 416 into errors.
 // The caller closes the body.
-func (c *Client) do(req *http.Request, t Target) (*http.Response, error) {
-	if t.Token != "" {
-		req.Header.Set(TokenHeader, t.Token)
-	}
+func (c *Client) do(req *http.Request) (*http.Response, error) {
 	resp, err := c.http.Do(req)
 	if err != nil {
 		return nil, callError(req.Context(), err)

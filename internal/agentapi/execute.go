@@ -124,9 +124,6 @@ func (c *Client) execute(ctx context.Context, t Target, r *process.StartRequest,
 	call := connect.NewClient[process.StartRequest, process.StartResponse](c.http,
 		t.url(process.ProcessStartProcedure, nil), connect.WithReadMaxBytes(1<<20))
 	req := connect.NewRequest(r)
-	if t.Token != "" {
-		req.Header().Set(TokenHeader, t.Token)
-	}
 	stream, err := call.CallServerStream(waitCtx, req)
 	if err != nil {
 		return nil, executeError(ctx, err)

@@ -61,7 +61,7 @@ func (c *Client) Upload(ctx context.Context, t Target, r UploadRequest) error {
 	if r.Size < 0 || r.Size > worthAsking {
 		req.Header.Set("Expect", "100-continue")
 	}
-	resp, err := c.do(req, t)
+	resp, err := c.do(req)
 	if err != nil {
 		if broken := body.broken(); broken != nil {
 			return fmt.Errorf("reading the body: %w", broken)
@@ -131,7 +131,7 @@ func (c *Client) Download(ctx context.Context, t Target, path, user, rng string)
 		req.Header.Set("Range", rng)
 	}
 	req.Header.Set("Accept-Encoding", "identity")
-	resp, err := c.do(req, t)
+	resp, err := c.do(req)
 	if err != nil {
 		return nil, err
 	}
@@ -194,7 +194,7 @@ func (c *Client) List(ctx context.Context, t Target, path, user string, depth in
 	if err != nil {
 		return nil, fmt.Errorf("making the request: %w", err)
 	}
-	resp, err := c.do(req, t)
+	resp, err := c.do(req)
 	if err != nil {
 		return nil, err
 	}

@@ -6,8 +6,8 @@ import (
 )
 
 // Transport makes the requests that somebody outside wants made to the sandbox's agent,
-// with the token that the agent knows in the place of theirs. It changes nothing else but
-// where they go, follows no redirect, and gives answers as they come, errors included.
+// without their token. It changes nothing else but where they go, follows no redirect, and
+// gives answers as they come, errors included.
 func (c *Client) Transport(t Target) http.RoundTripper { return transport{c, t} }
 
 type transport struct {
@@ -19,7 +19,7 @@ type transport struct {
 func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	out := r.Clone(r.Context())
 	out.URL.Scheme, out.URL.Host, out.Host = "http", t.target.host(), ""
-	out.Header.Set(TokenHeader, t.target.Token)
+	out.Header.Del(TokenHeader)
 	resp, err := t.client.http.Transport.RoundTrip(out)
 	if err != nil {
 		return nil, callError(r.Context(), err)

@@ -16,8 +16,8 @@ import (
 )
 
 // DialPort connects to a TCP port inside the sandbox, through the agent: to whatever
-// listens there on the loopback, on all addresses, or on the sandbox's own. [Port] is the
-// agent itself, which is dialled as it is. ctx bounds the dialling alone.
+// listens there on the loopback, on all addresses, or on the sandbox's own. ctx bounds the
+// dialling alone.
 //
 // The connection has a CloseWrite, which ends its half without the other, and breaks
 // with the sandbox's life, as all of the client's (see [Client.Drop]). Errors: Upstream
@@ -31,12 +31,9 @@ func (c *Client) DialPort(ctx context.Context, t Target, port int) (net.Conn, er
 	if err != nil {
 		return nil, callError(ctx, err)
 	}
-	if port == Port {
-		return &portConn{Conn: conn}, nil
-	}
 	// A deadline in the past ends whatever read or write is under way.
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
-	rest, err := upgrade(conn, t, port)
+	rest, err := upgrade(conn, t, port, c.bearer(t.host()))
 	if !stop() && err == nil {
 		err = context.Cause(ctx) // the deadline is set, or about to be
 	}
@@ -47,16 +44,17 @@ func (c *Client) DialPort(ctx context.Context, t Target, port int) (net.Conn, er
 	return &portConn{Conn: conn, early: rest}, nil
 }
 
-// upgrade asks for the tunnel on a new connection and returns what came after the answer.
-func upgrade(conn net.Conn, t Target, port int) (rest []byte, err error) {
+// upgrade asks for the tunnel on a new connection, with a token if one is needed, and returns
+// what came after the answer.
+func upgrade(conn net.Conn, t Target, port int, token string) (rest []byte, err error) {
 	req, err := http.NewRequest(http.MethodGet, t.url("/tunnel", url.Values{"port": {strconv.Itoa(port)}}), nil)
 	if err != nil {
 		return nil, fmt.Errorf("making the request: %w", err)
 	}
 	req.Header.Set("Connection", "Upgrade")
 	req.Header.Set("Upgrade", TunnelProtocol)
-	if t.Token != "" {
-		req.Header.Set(TokenHeader, t.Token)
+	if token != "" {
+		req.Header.Set(TokenHeader, token)
 	}
 	if err := req.Write(conn); err != nil {
 		return nil, err
@@ -89,12 +87,17 @@ func (p *portConn) Read(b []byte) (int, error) {
 	return p.Conn.Read(b)
 }
 
-// below is the connection of the kernel's.
+// below is the connection of the kernel's. The request for the tunnel has sent what a
+// handshake kept back.
 func (p *portConn) below() net.Conn {
-	if t, ok := p.Conn.(*trackedConn); ok {
-		return t.Conn
+	c := p.Conn
+	if t, ok := c.(*trackedConn); ok {
+		c = t.Conn
 	}
-	return p.Conn
+	if h, ok := c.(*provenConn); ok {
+		c = h.Conn
+	}
+	return c
 }
 
 // WriteTo writes what comes to w until the end.

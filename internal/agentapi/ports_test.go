@@ -44,7 +44,7 @@ func TestDialPortAnswers(t *testing.T) {
 	}
 }
 
-// The agent's own port is dialled as it is, and what is dialled is asked for with the token.
+// What is dialled is asked for, with the token if the agent is of before the handshake.
 func TestDialPortAsks(t *testing.T) {
 	asked := make(chan *http.Request, 1)
 	client, _ := serve(t, func(w http.ResponseWriter, r *http.Request) {
@@ -59,7 +59,8 @@ func TestDialPortAsks(t *testing.T) {
 		_ = conn.(*net.TCPConn).CloseWrite()
 		_, _ = io.Copy(io.Discard, conn)
 	})
-	target := Target{SandboxID: "sbx_a", Token: "secret"}
+	client.Bearer = func(id string) string { return map[string]string{"sbx_old": "secret"}[id] }
+	target := Target{SandboxID: "sbx_old"}
 	conn, err := client.DialPort(t.Context(), target, 8080)
 	if err != nil {
 		t.Fatal(err)
@@ -72,15 +73,12 @@ func TestDialPortAsks(t *testing.T) {
 	if b, err := io.ReadAll(struct{ io.Reader }{conn}); err != nil || string(b) != "early" {
 		t.Errorf("read %q, %v", b, err)
 	}
-	agent, err := client.DialPort(t.Context(), target, Port)
+	other, err := client.DialPort(t.Context(), Target{SandboxID: "sbx_new"}, Port)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer agent.Close()
-	if _, err := io.WriteString(agent, "GET /health HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
-		t.Fatal(err)
-	}
-	if r := <-asked; r.URL.Path != "/health" {
-		t.Errorf("asked %s", r.URL)
+	defer other.Close()
+	if r := <-asked; r.URL.String() != "/tunnel?port=49983" || r.Header.Get(TokenHeader) != "" {
+		t.Errorf("asked %s with %v", r.URL, r.Header)
 	}
 }

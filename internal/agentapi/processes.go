@@ -161,7 +161,7 @@ func (c *Client) WriteInput(ctx context.Context, t Target, ref string, body io.R
 	if err != nil {
 		return 0, fmt.Errorf("making the request: %w", err)
 	}
-	resp, err := c.do(req, t)
+	resp, err := c.do(req)
 	if err != nil {
 		return 0, olderAgent(err)
 	}
@@ -218,7 +218,7 @@ func (c *Client) Follow(ctx context.Context, t Target, r FollowRequest, emit fun
 	if err != nil {
 		return Process{}, fmt.Errorf("making the request: %w", err)
 	}
-	resp, err := c.do(req, t)
+	resp, err := c.do(req)
 	if err != nil {
 		return Process{}, olderAgent(err)
 	}

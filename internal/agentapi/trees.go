@@ -88,7 +88,7 @@ func (c *Client) DownloadTree(ctx context.Context, t Target, path, user string) 
 	if err != nil {
 		return nil, fmt.Errorf("making the request: %w", err)
 	}
-	resp, err := c.do(req, t)
+	resp, err := c.do(req)
 	if err != nil {
 		return nil, olderAgent(err)
 	}
@@ -113,7 +113,7 @@ func (c *Client) UploadTree(ctx context.Context, t Target, path, user string, bo
 	req.Header.Set("Content-Type", "application/x-tar")
 	req.Header.Set("Expect", "100-continue")
 	req.ContentLength = -1
-	resp, err := c.do(req, t)
+	resp, err := c.do(req)
 	if err != nil {
 		if broken := watched.broken(); broken != nil {
 			return fmt.Errorf("reading the body: %w", broken)
@@ -159,9 +159,6 @@ func (c *Client) Watch(ctx context.Context, t Target, path string, recursive boo
 	}
 	client := filesystem.NewFilesystemClient(c.http, (&url.URL{Scheme: "http", Host: t.host()}).String(), connect.WithReadMaxBytes(maxEventMessage))
 	req := connect.NewRequest(&filesystem.WatchDirRequest{Path: path, Recursive: recursive, AllowNetworkMounts: true})
-	if t.Token != "" {
-		req.Header().Set(TokenHeader, t.Token)
-	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := client.WatchDir(ctx, req)

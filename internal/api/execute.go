@@ -33,7 +33,7 @@ func (s *server) inside(w http.ResponseWriter, r *http.Request, id SandboxID, do
 	}
 	defer lease.Release()
 	box := lease.Sandbox
-	if err := do(agentapi.Target{SandboxID: string(box.ID), Run: box.Run, Token: box.Token}); err != nil {
+	if err := do(agentapi.Target{SandboxID: string(box.ID), Run: box.Run}); err != nil {
 		s.fail(w, r, err)
 	}
 }

@@ -95,7 +95,7 @@ func (s *server) servePort(w *recorder, r *http.Request, p portRequest) {
 }
 
 func targetOf(l *sandbox.Lease) agentapi.Target {
-	return agentapi.Target{SandboxID: string(l.Sandbox.ID), Run: l.Sandbox.Run, Token: l.Sandbox.Token}
+	return agentapi.Target{SandboxID: string(l.Sandbox.ID), Run: l.Sandbox.Run}
 }
 
 // mayReach says for whom the request may pass: the organization of its key, or that of the

@@ -127,7 +127,7 @@ func away(err error, to place) error {
 }
 
 func target(box sandbox.Sandbox) agentapi.Target {
-	return agentapi.Target{SandboxID: string(box.ID), Run: box.Run, Token: box.Token}
+	return agentapi.Target{SandboxID: string(box.ID), Run: box.Run}
 }
 
 // forward makes the request to the agent. It returns an error only before the answer has

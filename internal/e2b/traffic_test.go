@@ -40,7 +40,7 @@ func TestTraffic(t *testing.T) {
 		t.Fatalf("%d requests reached the agent", len(seen))
 	}
 	in := seen[0].Header
-	if in.Get(agentapi.TokenHeader) != box.Token || in.Get("X-Api-Key") != "" || in.Get("Cookie") != "" || in.Get(idHeader) != "" || in.Get("Authorization") == "" {
+	if in.Get(agentapi.TokenHeader) != "" || in.Get("X-Api-Key") != "" || in.Get("Cookie") != "" || in.Get(idHeader) != "" || in.Get("Authorization") == "" {
 		t.Errorf("the agent sees %v", in)
 	}
 	if r := h.send("GET", "/envs", "", append(toEnvd(id, token), "Authorization", "Bearer "+h.key)...); r.status != 200 || h.reached()[1].Header.Get("Authorization") != "" {
@@ -109,7 +109,7 @@ func TestSignedURLsFindTheirSandbox(t *testing.T) {
 		t.Fatalf("%d %s", r.status, r.body)
 	}
 	seen := h.reached()
-	if q := seen[0].URL.Query(); seen[0].Header.Get(agentapi.TokenHeader) != h.row(id).Token || q.Get("path") != "a+b c" || q.Has("signature") {
+	if q := seen[0].URL.Query(); seen[0].Header.Get(agentapi.TokenHeader) != "" || q.Get("path") != "a+b c" || q.Has("signature") {
 		t.Errorf("the agent sees %s", seen[0].URL)
 	}
 	for name, c := range map[string]struct {

@@ -30,7 +30,7 @@ func (n *Node) adopt() error {
 		if err != nil || l.ID != id {
 			continue // it never ran: its directory is all there is, and List shows it
 		}
-		b := &box{node: n, life: l}
+		b := &box{node: n, life: l, agentKey: l.Token}
 		n.boxes[id] = b
 		if l.UID != 0 {
 			n.uids[l.UID] = b

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -32,6 +33,9 @@ type box struct {
 	over     func()        // ends its turn to start, if it has had one; safe to repeat
 	verified *verification // of the memory it was restored with; nil if it was booted
 
+	agentKey string    // what the agent knows of keys now; "" is none yet. Guarded by node.mu
+	impostor sync.Once // what answers instead of the agent is told once
+
 	watched atomic.Bool        // death is noticed by a watch
 	gone    atomic.Bool        // the sentry has ended
 	ending  atomic.Bool        // its end is wanted
@@ -40,7 +44,7 @@ type box struct {
 }
 
 func (b *box) target() agentapi.Target {
-	return agentapi.Target{SandboxID: string(b.life.ID), Run: b.life.Run, Token: b.life.Token}
+	return agentapi.Target{SandboxID: string(b.life.ID), Run: b.life.Run}
 }
 
 // container is the sandbox for the runtime, as far as it has to be known after the start.

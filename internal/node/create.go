@@ -46,12 +46,15 @@ const lifeFile = "life.json"
 
 // life is what a later process of the server must know to adopt the sandbox.
 type life struct {
-	ID       sandbox.ID `json:"id"`
-	Run      string     `json:"run"`
-	Token    string     `json:"token"` // secret: the file is 0600
-	Slot     int        `json:"slot"`
-	UID      uint32     `json:"uid,omitempty"` // of its processes on the host; 0 is one of a version without
-	MemoryMB int        `json:"memory_mb"`
+	ID    sandbox.ID `json:"id"`
+	Run   string     `json:"run"`
+	Token string     `json:"token"` // the agent's key; secret: the file is 0600
+	// Handshake says that the agent and the host prove to each other that they know Token. Lives
+	// that began before there was that send it with each request; see agentapi.Client.Bearer.
+	Handshake bool   `json:"handshake,omitempty"`
+	Slot      int    `json:"slot"`
+	UID       uint32 `json:"uid,omitempty"` // of its processes on the host; 0 is one of a version without
+	MemoryMB  int    `json:"memory_mb"`
 	// What the sandbox was first started with, and its checkpoints need.
 	Programs payload.Version `json:"programs"`
 	Flags    []string        `json:"flags"`
@@ -83,7 +86,7 @@ func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
 
 // newBox is a sandbox that is to be booted.
 func (n *Node) newBox(spec sandbox.Spec) *box {
-	return &box{node: n, life: life{ID: spec.ID, Run: spec.Run, Token: spec.Token, MemoryMB: spec.Size.MemoryMB, Egress: spec.Egress,
+	return &box{node: n, life: life{ID: spec.ID, Run: spec.Run, Token: spec.Token, Handshake: true, MemoryMB: spec.Size.MemoryMB, Egress: spec.Egress,
 		Programs: n.cfg.Programs.Version, Flags: runsc.Flags(n.cfg.Platform)}}
 }
 
@@ -319,6 +322,7 @@ func (n *Node) initAgent(ctx context.Context, b *box, spec sandbox.Spec) error {
 	if err != nil {
 		return fmt.Errorf("telling the agent about its sandbox: %w", err)
 	}
+	b.agentKnows(spec.Token)
 	return nil
 }
 

@@ -130,8 +130,9 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 		lost:  make(chan sandbox.Fact), denials: make(chan sandbox.Denial, denialsHeld),
 		boxes: map[sandbox.ID]*box{}, verifications: map[string]*verification{}, guests: map[*network.Slot]*box{}, uids: map[uint32]*box{}}
 	n.agents = agentapi.NewClient(func(ctx context.Context, id string) (net.Conn, error) {
-		return n.Dial(ctx, sandbox.ID(id))
+		return n.reach(ctx, sandbox.ID(id))
 	})
+	n.agents.Bearer = n.bearer
 	var interrupted []string
 	if n.checkpoints, interrupted, err = checkpoint.Open(cfg.Checkpoints, cfg.MinDisk); err != nil {
 		return nil, err

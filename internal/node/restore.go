@@ -67,8 +67,8 @@ func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string, 
 	if err != nil {
 		return nil, nil, failed(err, "the version of cay's runtime that made the checkpoint (%s) is not on this machine any more", was.Programs.Runsc)
 	}
-	b := &box{node: n, life: life{ID: spec.ID, Run: spec.Run, Token: spec.Token, Egress: spec.Egress, From: string(spec.From),
-		MemoryMB: was.MemoryMB, Programs: was.Programs, Flags: was.Flags}}
+	b := &box{node: n, agentKey: was.Token, life: life{ID: spec.ID, Run: spec.Run, Token: spec.Token, Egress: spec.Egress, From: string(spec.From),
+		Handshake: was.Handshake, MemoryMB: was.MemoryMB, Programs: was.Programs, Flags: was.Flags}}
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		pid, err := b.runtime().Restore(ctx, b.container(), c.Dir, runsc.Place{
 			Image: image, Binds: binds(programs), Namespace: b.slot.Namespace, Cgroups: n.groupPath(spec.ID), HostUID: b.life.UID})
@@ -104,7 +104,7 @@ func (n *Node) restorable(ctx context.Context, name string) (*checkpoint.Checkpo
 	return c, was, c.Verify(ctx, func(name string) bool { return suspect || !isPages(name) })
 }
 
-// greetAgent gives a woken agent its new token, and the name servers if they are
+// greetAgent gives a woken agent its new key, and the name servers if they are
 // others now. Nothing else: what is in its files since may be the user's.
 func (n *Node) greetAgent(ctx context.Context, b *box, _ sandbox.Spec, was about) error {
 	return n.renew(ctx, b, was, agentapi.InitRequest{AccessToken: b.life.Token})
@@ -117,16 +117,15 @@ func (n *Node) introduce(ctx context.Context, b *box, spec sandbox.Spec, was abo
 		DefaultUser: spec.User, DefaultWorkdir: spec.Workdir, Hostname: hostname(spec.ID)})
 }
 
-// renew speaks to a restored agent, which still knows the token of the life before.
+// renew speaks to a restored agent, which still has the key of the life before.
 func (n *Node) renew(ctx context.Context, b *box, was about, hello agentapi.InitRequest) error {
-	before := b.target()
-	before.Token = was.Token
 	if strings.Join(was.Nameservers, " ") != strings.Join(n.cfg.Nameservers, " ") {
 		hello.Nameservers = n.cfg.Nameservers
 	}
-	if err := n.agents.Init(ctx, before, hello); err != nil {
-		return fmt.Errorf("giving the agent its new token: %w", err)
+	if err := n.agents.Init(ctx, b.target(), hello); err != nil {
+		return fmt.Errorf("giving the agent its new key: %w", err)
 	}
+	b.agentKnows(b.life.Token)
 	return nil
 }
 

@@ -23,7 +23,7 @@ import (
 // sh runs a command in the sandbox and returns what it wrote.
 func (m *machine) sh(spec sandbox.Spec, command string) string {
 	m.t.Helper()
-	r, err := m.node.Agents().Execute(m.ctx(), agentapi.Target{SandboxID: string(spec.ID), Run: spec.Run, Token: spec.Token},
+	r, err := m.node.Agents().Execute(m.ctx(), agentapi.Target{SandboxID: string(spec.ID), Run: spec.Run},
 		agentapi.ExecuteRequest{Command: command, Timeout: 30 * time.Second, MaxOutput: 1 << 16})
 	if err != nil || r.ExitCode != 0 {
 		m.t.Errorf("%s: exit code %d, %v: %s%s", command, r.ExitCode, err, r.Stdout, r.Stderr)

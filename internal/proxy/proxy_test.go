@@ -75,7 +75,7 @@ func newDoor(t *testing.T, h http.Handler, to Destination) *door {
 	d := &door{in: &inside{addr: service.Listener.Addr().String()}, errs: make(chan error, 100)}
 	d.proxy = New(d.in, slog.New(slog.DiscardHandler))
 	if to.Target.SandboxID == "" {
-		to.Target = agentapi.Target{SandboxID: "sbx_a", Run: "run", Token: "token"}
+		to.Target = agentapi.Target{SandboxID: "sbx_a", Run: "run"}
 	}
 	if to.Port == 0 {
 		to.Port = 8080

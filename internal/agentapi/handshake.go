@@ -1,0 +1,195 @@
+package agentapi
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+// Every connection to an agent that has a key begins with a handshake, in which host and agent
+// prove to each other that they know the key without sending it:
+//
+//	host:  helloMagic, 16 bytes of nonce
+//	agent: 16 bytes of nonce, proof of "agent"
+//	host:  proof of "host", at once followed by the first request
+//
+// A proof is an HMAC-SHA256 with the key of the role, both nonces, and both addresses of the
+// connection as its ends see them. The nonces make a recorded handshake worthless. The addresses
+// make a relayed one worthless: whoever takes the host's connection in the agent's place has to
+// open another one to the agent, and that one comes from an address of the sandbox.
+
+// helloMagic begins a handshake. Its first byte begins no HTTP request.
+const helloMagic = "\x00cay/1\r\n"
+
+const (
+	nonceSize = 16
+	// HelloSize is the length of what the host begins a handshake with.
+	HelloSize = len(helloMagic) + nonceSize
+	// ProofSize is the length of a proof.
+	ProofSize = sha256.Size
+
+	// handshakePatience bounds the host's wait for an agent's proof. It takes a millisecond; an
+	// agent whose sandbox burns all its CPU may need seconds, and a shorter wait would make such
+	// a sandbox unreachable. A longer one only holds the caller of something that never answers.
+	handshakePatience = 20 * time.Second
+	// proofDelay is how long the host keeps its own proof back for the first request to leave
+	// in the same packet. The agent gives up on a connection that stays without a proof, so
+	// one that is opened ahead proves itself without a request.
+	proofDelay = time.Second
+)
+
+// ErrNotTheAgent reports that a connection was answered by something that does not know the key.
+var ErrNotTheAgent = errors.New("what answers in the sandbox is not its agent")
+
+// Hello is the beginning of a handshake: the magic and the host's nonce.
+type Hello [HelloSize]byte
+
+// IsHello reports whether the first bytes of a connection begin a handshake.
+func IsHello(first []byte) bool {
+	n := min(len(first), len(helloMagic))
+	return n > 0 && string(first[:n]) == helloMagic[:n]
+}
+
+// The roles of a handshake.
+const (
+	roleAgent = 'a'
+	roleHost  = 'h'
+)
+
+// proof returns what the holder of the key can make alone.
+func proof(key string, role byte, hello *Hello, nonce []byte, host, agent netip.AddrPort) []byte {
+	mac := hmac.New(sha256.New, []byte(key))
+	mac.Write([]byte{role})
+	mac.Write(hello[:])
+	mac.Write(nonce)
+	for _, a := range []netip.AddrPort{host, agent} {
+		b := a.Addr().Unmap().As16()
+		mac.Write(b[:])
+		mac.Write([]byte{byte(a.Port() >> 8), byte(a.Port())})
+	}
+	return mac.Sum(nil)
+}
+
+// ends returns the addresses of a connection, this end's first.
+func ends(c net.Conn) (local, remote netip.AddrPort, err error) {
+	l, ok := c.LocalAddr().(*net.TCPAddr)
+	r, ok2 := c.RemoteAddr().(*net.TCPAddr)
+	if !ok || !ok2 {
+		return local, remote, fmt.Errorf("a handshake needs a TCP connection, not one of %s", c.LocalAddr().Network())
+	}
+	return l.AddrPort(), r.AddrPort(), nil
+}
+
+// Authenticate does the host's part of a handshake on a new connection and returns the
+// connection to use from there on. It returns [ErrNotTheAgent] when the other end does not
+// prove that it knows the key; nothing that depends on the key was sent then. ctx bounds the
+// handshake alone. After an error the connection is closed.
+func Authenticate(ctx context.Context, c net.Conn, key string) (net.Conn, error) {
+	proven, err := authenticate(ctx, c, key)
+	if err != nil {
+		_ = c.Close() // nothing was sent that anybody waits for
+		return nil, err
+	}
+	return proven, nil
+}
+
+func authenticate(ctx context.Context, c net.Conn, key string) (net.Conn, error) {
+	local, remote, err := ends(c)
+	if err != nil {
+		return nil, err
+	}
+	var hello Hello
+	copy(hello[:], helloMagic)
+	_, _ = rand.Read(hello[len(helloMagic):]) // never fails
+
+	ctx, cancel := context.WithTimeoutCause(ctx, handshakePatience, fmt.Errorf("no handshake within %s", handshakePatience))
+	defer cancel()
+	// A deadline in the past ends whatever read or write is under way.
+	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
+	var answer [nonceSize + ProofSize]byte
+	if _, err = c.Write(hello[:]); err == nil {
+		_, err = io.ReadFull(c, answer[:])
+	}
+	if !stop() {
+		err = context.Cause(ctx) // the deadline is set, or about to be
+	}
+	if err != nil {
+		return nil, fmt.Errorf("greeting the agent: %w", err)
+	}
+	nonce := answer[:nonceSize]
+	if !hmac.Equal(answer[nonceSize:], proof(key, roleAgent, &hello, nonce, local, remote)) {
+		return nil, ErrNotTheAgent
+	}
+	p := &provenConn{Conn: c, proof: proof(key, roleHost, &hello, nonce, local, remote)}
+	p.late = time.AfterFunc(proofDelay, func() { _, _ = p.Write(nil) }) // an error is the next write's too
+	return p, nil
+}
+
+// provenConn is a connection whose agent is known. It sends the host's proof before the first
+// bytes that are written.
+type provenConn struct {
+	net.Conn
+	late *time.Timer
+
+	mu sync.Mutex
+	// +checklocks:mu
+	proof []byte // nil once it was sent
+}
+
+func (p *provenConn) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	if p.proof == nil {
+		p.mu.Unlock()
+		return p.Conn.Write(b)
+	}
+	defer p.mu.Unlock()
+	p.late.Stop()
+	head := p.proof
+	p.proof = nil
+	n, err := p.Conn.Write(append(head, b...))
+	return max(n-len(head), 0), err
+}
+
+// Close closes the connection.
+func (p *provenConn) Close() error {
+	p.late.Stop()
+	return p.Conn.Close()
+}
+
+// Answer does the agent's part of a handshake on a connection that brought a hello, and reports
+// whether the other end knows the key. It waits for the host's proof as long as the connection
+// lets it.
+func Answer(c net.Conn, hello Hello, key string) error {
+	if key == "" {
+		return errors.New("the agent has no key yet")
+	}
+	if !IsHello(hello[:]) {
+		return errors.New("a connection began neither with a handshake nor with HTTP")
+	}
+	agent, host, err := ends(c)
+	if err != nil {
+		return err
+	}
+	nonce := make([]byte, nonceSize, nonceSize+ProofSize)
+	_, _ = rand.Read(nonce) // never fails
+	want := proof(key, roleHost, &hello, nonce, host, agent)
+	if _, err := c.Write(append(nonce, proof(key, roleAgent, &hello, nonce, host, agent)...)); err != nil {
+		return fmt.Errorf("answering a handshake: %w", err)
+	}
+	var got [ProofSize]byte
+	if _, err := io.ReadFull(c, got[:]); err != nil {
+		return fmt.Errorf("waiting for the host's proof: %w", err)
+	}
+	if !hmac.Equal(got[:], want) {
+		return errors.New("what opened a connection is not the host")
+	}
+	return nil
+}
