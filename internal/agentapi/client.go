@@ -95,7 +95,7 @@ func (w whole) RoundTrip(r *http.Request) (*http.Response, error) {
 		r.Header.Set(TokenHeader, token)
 	}
 	if r.Body == nil || r.ContentLength <= 0 || r.ContentLength > shortBody {
-		return w.Transport.RoundTrip(r)
+		return possible(w.Transport.RoundTrip(r))
 	}
 	body, err := io.ReadAll(io.LimitReader(r.Body, r.ContentLength+1)) // more than it says is the transport's error
 	if err := errors.Join(err, r.Body.Close()); err != nil {
@@ -103,7 +103,17 @@ func (w whole) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	sent := *r // a transport does not change the caller's
 	sent.Body = io.NopCloser(bytes.NewReader(body))
-	return w.Transport.RoundTrip(&sent)
+	return possible(w.Transport.RoundTrip(&sent))
+}
+
+// possible refuses an answer whose status is none that a request can end with: those who pass an
+// answer on could not.
+func possible(resp *http.Response, err error) (*http.Response, error) {
+	if err == nil && (resp.StatusCode < 200 || resp.StatusCode > 599) {
+		resp.Body.Close()
+		return nil, unreachable(fmt.Errorf("the agent answered with the status %d", resp.StatusCode))
+	}
+	return resp, err
 }
 
 // host is the host part of a target's URLs, which is what the transport pools

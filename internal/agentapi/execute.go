@@ -185,17 +185,23 @@ func (r ExecuteRequest) message(gather bool) *process.StartRequest {
 	return m
 }
 
+const (
+	maxSignal     = 64                                             // Linux's last
+	maxDurationUs = int64(366 * 24 * time.Hour / time.Microsecond) // no sandbox runs one command that long; more would overflow
+)
+
 func result(end *process.EndEvent, stdout, stderr *capped) ExecuteResult {
+	// An end that no process can have is the agent's, and means nothing.
 	res := ExecuteResult{
-		ExitCode:        int(end.GetExitCode()),
+		ExitCode:        int(min(max(end.GetExitCode(), -1), 255)),
 		Stdout:          stdout.Bytes(),
 		Stderr:          stderr.Bytes(),
 		StdoutTruncated: end.GetStdoutTruncated() || stdout.cut,
 		StderrTruncated: end.GetStderrTruncated() || stderr.cut,
-		Duration:        time.Duration(end.GetDurationUs()) * time.Microsecond,
+		Duration:        time.Duration(min(max(end.GetDurationUs(), 0), maxDurationUs)) * time.Microsecond,
 		TimedOut:        end.GetTimedOut(),
 		OOMKilled:       end.GetOomKilled(),
-		Signal:          int(end.GetSignal()),
+		Signal:          int(min(max(end.GetSignal(), 0), maxSignal)),
 	}
 	switch {
 	case res.TimedOut:

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi/process"
@@ -157,7 +158,8 @@ func (c *Client) WriteInput(ctx context.Context, t Target, ref string, body io.R
 	if end {
 		query.Set("end", "1")
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, t.url(processPath(ref, "/input"), query), body)
+	sent := &countedReader{r: body}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, t.url(processPath(ref, "/input"), query), sent)
 	if err != nil {
 		return 0, fmt.Errorf("making the request: %w", err)
 	}
@@ -170,7 +172,19 @@ func (c *Client) WriteInput(ctx context.Context, t Target, ref string, body io.R
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxReply)).Decode(&reply); err != nil {
 		return 0, unreachable(fmt.Errorf("decoding the reply of input: %w", err))
 	}
-	return reply.Written, nil
+	return min(max(reply.Written, 0), sent.n.Load()), nil
+}
+
+// countedReader counts what was read.
+type countedReader struct {
+	r io.Reader
+	n atomic.Int64
+}
+
+func (c *countedReader) Read(b []byte) (int, error) {
+	n, err := c.r.Read(b)
+	c.n.Add(int64(n))
+	return n, err
 }
 
 func processPath(ref, verb string) string { return "/processes/" + url.PathEscape(ref) + verb }

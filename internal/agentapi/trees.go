@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net/http"
 	"net/url"
+	"path/filepath"
 	"strconv"
 
 	"connectrpc.com/connect"
@@ -174,6 +175,9 @@ func (c *Client) Watch(ctx context.Context, t Target, path string, recursive boo
 			kind := changes[ev.Filesystem.GetType()]
 			if kind == "" {
 				continue // of an agent that is newer than we are
+			}
+			if name := ev.Filesystem.GetName(); name != "" && !filepath.IsLocal(name) {
+				return unreachable(fmt.Errorf("a change of %q is none in the directory", name))
 			}
 			if err := emit(Change{Type: kind, Name: ev.Filesystem.GetName()}); err != nil {
 				return err

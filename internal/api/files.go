@@ -173,7 +173,7 @@ func (s *server) sendFile(w http.ResponseWriter, r *http.Request, file *agentapi
 		h.Set("Content-Length", strconv.FormatInt(file.Size, 10))
 	}
 	status := http.StatusOK
-	if file.Status == http.StatusPartialContent && part != "" {
+	if file.Status == http.StatusPartialContent && part != "" && rangeOf(r.Header) != "" {
 		status = http.StatusPartialContent
 		h.Set("Content-Range", part)
 	}

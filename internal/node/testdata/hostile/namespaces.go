@@ -20,11 +20,7 @@ func namespaces() {
 	} {
 		say("clone "+name, child(flags))
 		say("clone3 "+name, child3(flags))
-		if flags&unix.CLONE_NEWUSER == 0 {
-			say("unshare "+name, unix.Unshare(int(flags)))
-		} else {
-			say("unshare "+name, unshareAlone(int(flags)))
-		}
+		say("unshare "+name, unshareAlone(int(flags)))
 	}
 	self, err := unix.PidfdOpen(os.Getpid(), 0)
 	if err == nil {
@@ -89,7 +85,7 @@ func born(pid uintptr, errno syscall.Errno) error {
 	return nil
 }
 
-// unshareAlone unshares in a child with one thread, since a user namespace needs that.
+// unshareAlone unshares in a child with one thread, since some namespaces need that.
 func unshareAlone(flags int) error {
 	pid, _, errno := syscall.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
 	if errno != 0 {
