@@ -107,12 +107,15 @@ func (s *server) runtimeOf(id string) string {
 }
 
 // TestUpgrade starts another build of cay on the data of an older one. What the older has
-// started goes on with the older's programs for as long as it lives, however often it sleeps.
+// started goes on with the older's programs for as long as it lives, however often it sleeps. The
+// variable CAY_TEST_OLDER names the binary of a version that there was.
 func TestUpgrade(t *testing.T) {
 	t.Parallel() // its server is its own
 	s := newServer(t)
 	current := s.binary
-	s.binary = anotherBuild(t)
+	if s.binary = os.Getenv("CAY_TEST_OLDER"); s.binary == "" { // else that of an older version
+		s.binary = anotherBuild(t)
+	}
 	s.start()
 	s.needTemplate("python")
 	asleep, running, saved := s.startWorker(s.persistent(nil), 4), s.startWorker(s.persistent(nil), 4), s.startWorker(s.persistent(nil), 4)

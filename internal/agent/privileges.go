@@ -20,9 +20,8 @@ import (
 //   - the agent becomes undumpable: /proc/1/fd and /proc/1/mem are closed to
 //     all without CAP_SYS_PTRACE.
 //
-// It does not hold root inside who means to: in a user namespace of its own it may
-// mount control groups and leave its group, and it may kill PID 1. Both hurt only
-// its own sandbox, whose limits on the host stand.
+// It does not keep root inside from killing PID 1, which hurts only its own
+// sandbox. That nobody makes a user namespace, and mounts in it, is gVisor's to hold.
 //
 // It is for a process of its own that serves afterwards, and must be called
 // before it starts the first command. Without the right to unmount, the error

@@ -54,6 +54,7 @@ func (n *Node) adopt() error {
 			continue
 		}
 		n.verifyAdopted(b)
+		n.warnOlder(b)
 		n.log.Info("adopted a sandbox", "sandbox", id, "pid", b.pid)
 	}
 	return n.net.Sweep(keep)

@@ -41,6 +41,13 @@ func (n *Node) bearer(id string) string {
 	return b.key()
 }
 
+// warnOlder tells the operator of a sandbox whose agent is of before the handshake.
+func (n *Node) warnOlder(b *box) {
+	if !b.life.Handshake {
+		n.log.Warn("the agent of a sandbox is of an older cay: programs inside can read what is sent to it", "sandbox", b.life.ID)
+	}
+}
+
 // reach connects to the agent of a sandbox, and makes sure that it is the agent.
 func (n *Node) reach(ctx context.Context, id sandbox.ID) (net.Conn, error) {
 	conn, err := n.Dial(ctx, id)

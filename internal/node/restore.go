@@ -69,6 +69,7 @@ func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string, 
 	}
 	b := &box{node: n, agentKey: was.Token, life: life{ID: spec.ID, Run: spec.Run, Token: spec.Token, Egress: spec.Egress, From: string(spec.From),
 		Handshake: was.Handshake, MemoryMB: was.MemoryMB, Programs: was.Programs, Flags: was.Flags}}
+	n.warnOlder(b)
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		pid, err := b.runtime().Restore(ctx, b.container(), c.Dir, runsc.Place{
 			Image: image, Binds: binds(programs), Namespace: b.slot.Namespace, Cgroups: n.groupPath(spec.ID), HostUID: b.life.UID})
