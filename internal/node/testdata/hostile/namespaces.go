@@ -35,7 +35,10 @@ func namespaces() {
 		}
 		say("setns "+name, err)
 	}
-	dir, err := os.MkdirTemp("", "")
+	dir, err := os.MkdirTemp("/tmp", "")
+	if err != nil { // it is root's alone
+		dir, err = os.MkdirTemp("/dev/shm", "")
+	}
 	if err != nil {
 		fmt.Println("WON nothing: no directory:", err)
 		return
