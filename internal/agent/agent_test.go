@@ -11,7 +11,6 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
-
 )
 
 func testUsers(t testing.TB, passwd, group string) *users {

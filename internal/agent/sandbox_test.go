@@ -39,8 +39,8 @@ type sandbox struct {
 	target agentapi.Target
 	// transport sends what the client cannot, on connections as the client's.
 	transport *http.Transport
-	args   []string
-	out    string
+	args      []string
+	out       string
 }
 
 // programsDir is where programs are; "" as long as nobody asked for them, as in what fuzzing starts.
