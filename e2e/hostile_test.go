@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -90,9 +91,12 @@ while True: l.append(bytearray(3 << 20))' & done; wait; echo all gone`, object{"
 		if !strings.Contains(r.Stderr, "No space left") && !r.OOMKilled {
 			t.Errorf("got %+v", r)
 		}
-		// The only other one has no limit, so nothing can be put there.
-		r = s.exec(id, "dd if=/dev/zero of=/dev/fill bs=1M count=2000")
-		if r.ExitCode == 0 || !strings.Contains(r.Stderr, "Read-only") {
+		r = s.exec(id, "dd if=/dev/zero of=/dev/fill bs=1M count=2000; stat -c %s /dev/fill; rm /dev/fill")
+		if r.Stdout != "67108864\n" || !strings.Contains(r.Stderr, "No space left") || r.OOMKilled {
+			t.Errorf("got %+v", r)
+		}
+		r = s.exec(id, "mkdir /dev/many && cd /dev/many && seq 6000 | xargs touch; ls | wc -l; cd /; rm -r /dev/many")
+		if n, err := strconv.Atoi(strings.TrimSpace(r.Stdout)); err != nil || n < 3500 || n > 4096 || !strings.Contains(r.Stderr, "No space left") {
 			t.Errorf("got %+v", r)
 		}
 		s.alive(id)
@@ -306,6 +310,30 @@ func TestWhoAndWhere(t *testing.T) {
 		if r := s.exec(id, forbidden); r.ExitCode == 0 {
 			t.Errorf("%q succeeds: %s", forbidden, r.Stdout)
 		}
+	}
+}
+
+// TestDev writes into /dev, to the terminal that a prompt for a password is shown in, and to devices, and
+// holds that these are docker's, and that nobody but root makes any.
+func TestDev(t *testing.T) {
+	s := shared(t)
+	id := s.create(nil)
+	defer s.destroy(id)
+	for _, who := range []string{"root", "user"} {
+		// The command has a terminal; what it says there is what script prints.
+		const prompt = `script -qec 'printf "Password: " > /dev/tty; read x < /dev/tty; echo got $x > /dev/tty' /dev/null`
+		if got := s.want(id, "echo secret | "+prompt, object{"user": who}); !strings.Contains(got, "Password: ") || !strings.Contains(got, "got secret") {
+			t.Errorf("as %s, the terminal shows %q", who, got)
+		}
+		s.want(id, "for d in null zero full random urandom tty; do test -c /dev/$d && test -w /dev/$d || exit 1; done; echo x > /dev/null; head -c 3 /dev/urandom | wc -c; echo > /dev/full && exit 1; true", object{"user": who})
+	}
+	if got := s.want(id, "cd /dev && ls -d fd null zero full random urandom tty ptmx pts shm stdin stdout stderr | wc -l; readlink fd stdin stdout stderr ptmx | tr '\n' ' '"); got != "13\n/proc/self/fd /proc/self/fd/0 /proc/self/fd/1 /proc/self/fd/2 pts/ptmx" {
+		t.Errorf("in /dev are %q", got)
+	}
+	// As syslog does, and programs that look for a device that is not there.
+	s.want(id, `python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind("/dev/log")' && ln -s /proc/kcore /dev/core && mkdir /dev/net-of-mine && rm -r /dev/log /dev/core /dev/net-of-mine`)
+	if r := s.exec(id, "touch /dev/x; ln -s a /dev/b", object{"user": "user"}); r.ExitCode == 0 {
+		t.Error("anybody can write into /dev")
 	}
 }
 

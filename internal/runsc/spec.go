@@ -62,6 +62,15 @@ const (
 	rootOverlay = "dev.gvisor.spec.rootfs.overlay"
 )
 
+// Limits of /dev, which programs may write as in any container: syslog makes a socket there, and
+// /dev/tty cannot be opened for writing where they may not. A file in it is memory that no process
+// holds and none can be ended for. The size is docker's. An inode costs the sandbox's kernel about
+// 1 KiB; programs make a handful. With more of either, fewer processes find room in the memory.
+const (
+	devSize   = "size=64m"
+	devInodes = "nr_inodes=4096"
+)
+
 // NewSpec is the OCI spec of a sandbox. The same Box gives the same spec, which
 // a restore demands.
 func NewSpec(b Box) *specs.Spec {
@@ -74,9 +83,7 @@ func NewSpec(b Box) *specs.Spec {
 	mounts := []specs.Mount{
 		{Destination: "/proc", Type: "proc", Source: "proc"},
 		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"ro", "nosuid", "noexec", "nodev"}},
-		// Read-only, since it is a tmpfs without a limit: a file in it would be memory that
-		// no process holds and none can be ended for. Devices can be written all the same.
-		{Destination: "/dev", Type: "tmpfs", Source: "dev", Options: []string{"nosuid", "strictatime", "mode=755", "ro"}},
+		{Destination: "/dev", Type: "tmpfs", Source: "dev", Options: []string{"nosuid", "strictatime", "mode=755", devSize, devInodes}},
 		{Destination: "/dev/shm", Type: "tmpfs", Source: "shm",
 			Options: []string{"nosuid", "noexec", "nodev", "mode=1777", "size=" + strconv.FormatInt(b.ShmBytes, 10)}},
 	}
