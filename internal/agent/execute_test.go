@@ -367,6 +367,15 @@ func TestSignalsAreAsUsual(t *testing.T) {
 	}
 }
 
+// TestStoppedJob has a program of a script end beside a job that the script has stopped.
+func TestStoppedJob(t *testing.T) {
+	s := startSandbox(t, options{})
+	r := s.exec(agentapi.ExecuteRequest{Command: "sleep 100 & kill -STOP $!; true; /bin/true; /bin/true; echo still here; kill -KILL $!"})
+	if r.ExitCode != 0 || string(r.Stdout) != "still here\n" {
+		t.Errorf("%+v", r)
+	}
+}
+
 // TestProcessorIsAskedItself asks it inside and on the host. Where CPUID faults, gVisor
 // answers from a table that lacks some of it.
 func TestProcessorIsAskedItself(t *testing.T) {
