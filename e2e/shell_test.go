@@ -69,6 +69,12 @@ func TestShell(t *testing.T) {
 	if status := shell.exits(t); status != 42 {
 		t.Errorf("cay exits with %d", status)
 	}
+	// What it leaves behind does not keep it.
+	shell = s.inTerminal(80, 24, "sandbox", "shell", id, "--", "sh", "-c", "trap '' HUP; sleep 3456 & exit 7")
+	if status := shell.exits(t); status != 7 {
+		t.Errorf("with a job in the background, cay exits with %d", status)
+	}
+	s.runs(id, "sleep 3456", 1)
 	// Left, and taken up again.
 	shell = s.inTerminal(80, 24, "sandbox", "shell", id, "--", "sh", "-c", "echo pid $$; read line; echo got $line; exit 6")
 	typing(t, shell, "", "pid ")

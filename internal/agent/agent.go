@@ -66,6 +66,10 @@ func New(cfg Config) (*Agent, error) {
 	if cfg.MaxProcesses == 0 {
 		cfg.MaxProcesses = DefaultMaxProcesses
 	}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return nil, fmt.Errorf("opening the input of commands that have none: %w", err)
+	}
 	g, err := openGroups(cmp.Or(cfg.MountPoint, "/sys"), cfg.MaxProcesses)
 	if err != nil {
 		return nil, err
@@ -77,7 +81,7 @@ func New(cfg Config) (*Agent, error) {
 		connections: &connections{patience: strangerTime}, settings: &settings{},
 		users: &users{passwd: "/etc/passwd", group: "/etc/group"},
 	}
-	a.processes = &processes{settings: a.settings, users: a.users, spawner: s, commands: map[int]*command{}}
+	a.processes = &processes{settings: a.settings, users: a.users, spawner: s, null: null, commands: map[int]*command{}}
 	a.processes.guard = newGuard(a.processes, g)
 	go a.processes.guard.run()
 	a.files = &files{settings: a.settings, users: a.users}

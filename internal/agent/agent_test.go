@@ -61,8 +61,8 @@ func TestUsers(t *testing.T) {
 	if err := unix.Mkfifo(u.passwd, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if who, err := u.lookup("root"); err == nil {
-		t.Errorf("from a fifo: %v", who)
+	if who, err := u.lookup("root"); err != nil || who.uid != 0 {
+		t.Errorf("from a fifo: %v, %v", who, err)
 	}
 }
 
@@ -203,13 +203,13 @@ func TestLargestFirst(t *testing.T) {
 
 func TestCommandEnv(t *testing.T) {
 	who := &user{name: "ann", home: "/home/ann"}
-	env, err := commandEnv(who, map[string]string{"A": "sandbox", "B": "sandbox"}, map[string]string{"B": "call", "HOME": "/x"})
+	env, err := commandEnv(who, false, map[string]string{"A": "sandbox", "B": "sandbox"}, map[string]string{"B": "call", "HOME": "/x"})
 	slices.Sort(env)
 	if got, want := strings.Join(env, " "), "A=sandbox B=call HOME=/x LOGNAME=ann PATH="+defaultPath+" USER=ann"; err != nil || got != want {
 		t.Errorf("got %s, %v\nwant %s", got, err, want)
 	}
 	for _, bad := range []map[string]string{{"": "x"}, {"A=B": "x"}, {"A": "\x00"}} {
-		if _, err := commandEnv(who, nil, bad); err == nil {
+		if _, err := commandEnv(who, false, nil, bad); err == nil {
 			t.Errorf("%q was taken", bad)
 		}
 	}

@@ -10,7 +10,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/creack/pty"
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/agentapi/process"
@@ -373,17 +372,4 @@ func (c *command) closeStdin() error {
 		return errNoStdin
 	}
 	return nil
-}
-
-// resize tells the terminal its size.
-func (c *command) resize(size *process.PTY_Size) error {
-	if c.pty == nil {
-		return errNoPTY
-	}
-	return pty.Setsize(c.pty, winsize(size))
-}
-
-func winsize(size *process.PTY_Size) *pty.Winsize {
-	const largest = 1<<16 - 1
-	return &pty.Winsize{Rows: uint16(min(size.GetRows(), largest)), Cols: uint16(min(size.GetCols(), largest))}
 }

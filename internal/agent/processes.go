@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
-	"github.com/creack/pty"
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/agentapi"
@@ -42,6 +41,9 @@ type processes struct {
 	users    *users
 	spawner  *spawner
 	guard    *guard
+	// null is /dev/null, the input of commands that have none. It stays open: root inside may put
+	// anything in its place.
+	null *os.File
 
 	mu       sync.Mutex
 	commands map[int]*command // by pid; ended ones for endKept
@@ -201,7 +203,7 @@ func (p *processes) prepare(req *process.StartRequest, who *user) (*launchSpec, 
 	}
 	sandboxEnv, workdir := p.settings.commandDefaults()
 	var err error
-	if l.env, err = commandEnv(who, sandboxEnv, cfg.GetEnvs()); err != nil {
+	if l.env, err = commandEnv(who, req.GetPty() != nil, sandboxEnv, cfg.GetEnvs()); err != nil {
 		return nil, err
 	}
 	if l.dir, err = p.workdir(cfg.GetCwd(), workdir, who); err != nil {
@@ -210,12 +212,19 @@ func (p *processes) prepare(req *process.StartRequest, who *user) (*launchSpec, 
 	return l, nil
 }
 
-// commandEnv is what a command finds in its environment: who it is, then the
+// defaultTerm is what programs in a terminal take it for when nobody says: what E2B's clients and
+// ours have at their end.
+const defaultTerm = "xterm-256color"
+
+// commandEnv returns a command's environment: the user's name and home, in a terminal its kind, then the
 // sandbox's variables, then the call's.
-func commandEnv(who *user, sandbox, call map[string]string) ([]string, error) {
+func commandEnv(who *user, terminal bool, sandbox, call map[string]string) ([]string, error) {
 	vars := map[string]string{"PATH": defaultPath, "HOME": who.home}
 	if who.name != "" {
 		vars["USER"], vars["LOGNAME"] = who.name, who.name
+	}
+	if terminal {
+		vars["TERM"] = defaultTerm
 	}
 	for _, m := range []map[string]string{sandbox, call} {
 		for name, value := range m {
@@ -261,7 +270,7 @@ func (p *processes) launch(l *launchSpec) (*command, []*stream, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	ends, err := openEnds(l.req)
+	ends, err := p.openEnds(l.req, l.user)
 	if err != nil {
 		return nil, nil, fmt.Errorf("making pipes: %w", err)
 	}
@@ -301,108 +310,6 @@ func (p *processes) launch(l *launchSpec) (*command, []*stream, error) {
 	p.mu.Unlock()
 	p.guard.wake()
 	return c, ends.streams, nil
-}
-
-// ends is both sides of a new command's pipes, or its terminal.
-type ends struct {
-	child   [3]uintptr
-	stdin   *os.File
-	pty     *os.File
-	streams []*stream
-	opened  []int // the child's descriptors, to close after the fork
-}
-
-func openEnds(req *process.StartRequest) (*ends, error) {
-	e := &ends{}
-	if err := e.open(req); err != nil {
-		e.closeChild()
-		e.closeOurs()
-		return nil, err
-	}
-	return e, nil
-}
-
-func (e *ends) open(req *process.StartRequest) error {
-	if req.GetPty() != nil {
-		return e.openPTY(req.GetPty().GetSize())
-	}
-	needsStdin := req.Stdin == nil || req.GetStdin()
-	if x := req.GetExecute(); x != nil {
-		needsStdin = len(x.GetStdin()) > 0 || !x.GetCloseStdin()
-	}
-	if needsStdin {
-		fds, err := e.pipe(1)
-		if err != nil {
-			return err
-		}
-		e.child[0], e.stdin = uintptr(fds[0]), os.NewFile(uintptr(fds[1]), "stdin")
-		e.opened = append(e.opened, fds[0])
-	} else {
-		fd, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return err
-		}
-		e.child[0] = uintptr(fd)
-		e.opened = append(e.opened, fd)
-	}
-	for i, kind := range []string{"stdout", "stderr"} {
-		fds, err := e.pipe(0)
-		if err != nil {
-			return err
-		}
-		e.child[i+1] = uintptr(fds[1])
-		e.opened = append(e.opened, fds[1])
-		e.streams = append(e.streams, newStream(os.NewFile(uintptr(fds[0]), kind), kind))
-	}
-	return nil
-}
-
-// pipe makes a pipe of which end ours does not block, so that waiting on it
-// holds no thread; the child's end must, as programs expect.
-func (e *ends) pipe(ours int) ([2]int, error) {
-	var fds [2]int
-	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
-		return fds, err
-	}
-	if err := unix.SetNonblock(fds[ours], true); err != nil {
-		return fds, errors.Join(err, unix.Close(fds[0]), unix.Close(fds[1]))
-	}
-	return fds, nil
-}
-
-func (e *ends) openPTY(size *process.PTY_Size) error {
-	master, slave, err := pty.Open()
-	if err != nil {
-		return err
-	}
-	e.pty = master
-	e.streams = []*stream{newStream(master, "pty")}
-	fd, err := unix.FcntlInt(slave.Fd(), unix.F_DUPFD_CLOEXEC, 3)
-	closeAll(slave)
-	if err != nil {
-		return err
-	}
-	e.opened = []int{fd}
-	e.child = [3]uintptr{uintptr(fd), uintptr(fd), uintptr(fd)}
-	if size.GetCols() == 0 && size.GetRows() == 0 {
-		return nil
-	}
-	return pty.Setsize(master, winsize(size))
-}
-
-func (e *ends) closeChild() {
-	for _, fd := range e.opened {
-		// Nothing was written through it.
-		_ = unix.Close(fd)
-	}
-	e.opened = nil
-}
-
-func (e *ends) closeOurs() {
-	closeAll(e.stdin)
-	for _, s := range e.streams {
-		closeAll(s.file)
-	}
 }
 
 // startProblem says why a process could not be made.

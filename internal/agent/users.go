@@ -159,6 +159,13 @@ func (u *users) findGroup(name string) (uint32, error) {
 	return 0, fmt.Errorf("%w: group %q", errUnknownUser, name)
 }
 
+// groupNamed returns the number of a group.
+func (u *users) groupNamed(name string) (uint32, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.findGroup(name)
+}
+
 // nameOf is the name of a user's number (kind 0) or a group's (kind 1), else the
 // number itself.
 func (u *users) nameOf(kind int, id uint32) string {
@@ -242,12 +249,12 @@ func parseGroup(line string) (groupLine, bool) {
 	return groupLine{name: f[0], gid: gid, members: strings.Split(f[3], ",")}, true
 }
 
-// eachLine calls f with every line of a file that is no comment. A missing file
-// has none. A file longer than 4 MiB or a line longer than 64 KiB ends the reading.
+// eachLine calls f with every line of a file that is no comment. A missing file,
+// or one that is no regular file, has none. A file longer than 4 MiB or a line longer than 64 KiB ends the reading.
 func eachLine(path string, f func(line string)) error {
 	// Not blocking: a fifo in the file's place must not stop the agent.
 	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if errors.Is(err, os.ErrNotExist) {
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
 		return nil
 	}
 	if err != nil {
@@ -255,7 +262,7 @@ func eachLine(path string, f func(line string)) error {
 	}
 	defer file.Close()
 	if st, err := file.Stat(); err != nil || !st.Mode().IsRegular() {
-		return fmt.Errorf("reading users: %s is no regular file", path)
+		return nil // an image may have anything there
 	}
 	lines := bufio.NewScanner(io.LimitReader(file, 4<<20))
 	for lines.Scan() {
