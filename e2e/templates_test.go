@@ -299,6 +299,24 @@ func TestDockerfiles(t *testing.T) {
 			}
 		})
 	}
+	t.Run("from-scratch", func(t *testing.T) {
+		s := s.in(t)
+		busybox, err := os.ReadFile("/bin/busybox")
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.needBuilt(object{"name": "from-scratch", "dockerfile": "Dockerfile"}, tarOf(t, map[string]string{
+			"Dockerfile": "FROM scratch\nCOPY --chmod=755 busybox /\nUSER 65534\n", "busybox": string(busybox)}))
+		id := s.create(object{"template": "from-scratch", "start": object{"args": []string{"/busybox", "sleep", "3600"}}})
+		defer s.destroy(id)
+		status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"args": []string{"/busybox", "sh", "-c", "echo $PPID $(/busybox id -u) $(/busybox hostname); cd /tmp && echo x > y && /busybox cat y"}})
+		if want := fmt.Sprintf("1 65534 %s\nx\n", strings.TrimPrefix(id, "sbx_")); status != 200 || text(body, "stdout") != want {
+			t.Errorf("%d %s, want %q", status, body, want)
+		}
+		if r := s.exec(id, "echo x"); r.ExitCode != 127 || !strings.Contains(r.Stderr, "/bin/sh: no such file or directory") {
+			t.Errorf("without a shell: %+v", r)
+		}
+	})
 }
 
 // TestImages makes templates of images: of a registry that wants a password, and of archives.

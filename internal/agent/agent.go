@@ -20,11 +20,9 @@ import (
 	"io"
 	"maps"
 	"net/http"
-	"net/netip"
 	"os"
 	"strings"
 	"sync"
-	"syscall"
 
 	"connectrpc.com/connect"
 
@@ -241,55 +239,6 @@ func (s *settings) apply(req agentapi.InitRequest) error {
 	}
 	if req.DefaultWorkdir != "" {
 		s.workdir = req.DefaultWorkdir
-	}
-	return nil
-}
-
-// tellName gives the sandbox its host name. One that had another before, as a sandbox made
-// from a snapshot has, keeps what else is in its /etc/hosts.
-func tellName(name string) error {
-	before, err := os.Hostname()
-	if err != nil {
-		return fmt.Errorf("reading the host name: %w", err)
-	}
-	if err := syscall.Sethostname([]byte(name)); err != nil {
-		return fmt.Errorf("setting the host name: %w", err)
-	}
-	// Programs look their own name up, sudo before anything else.
-	const own = "127.0.1.1\t"
-	hosts := "127.0.0.1\tlocalhost\n" + own + name + "\n"
-	// One that cannot be read has nothing to be kept.
-	if had, err := os.ReadFile("/etc/hosts"); err == nil && strings.Contains(string(had), own+before+"\n") {
-		hosts = strings.Replace(string(had), own+before+"\n", own+name+"\n", 1)
-	}
-	if err := errors.Join(
-		os.WriteFile("/etc/hosts", []byte(hosts), 0o644),
-		os.WriteFile("/etc/hostname", []byte(name+"\n"), 0o644)); err != nil {
-		return fmt.Errorf("writing the host name: %w", err)
-	}
-	return nil
-}
-
-// tellSystem sets what programs ask the system for.
-func tellSystem(req agentapi.InitRequest) error {
-	if req.Hostname != "" {
-		if err := tellName(req.Hostname); err != nil {
-			return err
-		}
-	}
-	if len(req.Nameservers) == 0 {
-		return nil
-	}
-	var text strings.Builder
-	for _, s := range req.Nameservers {
-		addr, err := netip.ParseAddr(s)
-		if err != nil {
-			return badRequest("nameserver %q is no address", s)
-		}
-		fmt.Fprintf(&text, "nameserver %s\n", addr)
-	}
-	if err := os.WriteFile("/etc/resolv.conf", []byte(text.String()), 0o644); err != nil {
-		return fmt.Errorf("writing resolv.conf: %w", err)
 	}
 	return nil
 }

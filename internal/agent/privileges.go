@@ -40,12 +40,31 @@ func Harden(cgroupRoot string) error {
 		}
 	}
 	// gVisor mounts a tmpfs without a limit over an image's empty /tmp. Files there would
-	// be memory that no process holds; below it is the image's own, on the disk.
-	if err := unix.Unmount("/tmp", unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("detaching the tmpfs at /tmp: %w", err)
+	// be memory that no process holds; below it is the image's own, on the disk. Where it
+	// is not empty nothing was mounted, and it may be a link to some other mount.
+	if names, err := readNames("/tmp"); err == nil && len(names) == 0 {
+		if err := unix.Unmount("/tmp", unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("detaching the tmpfs at /tmp: %w", err)
+		}
+		if err := openTmp("/tmp"); err != nil {
+			return err
+		}
 	}
 	if err := allThreads(unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, unix.CAP_SYS_ADMIN); err != nil {
 		return fmt.Errorf("dropping CAP_SYS_ADMIN for children: %w", err)
+	}
+	return nil
+}
+
+// openTmp lets everybody make files in a directory that nobody but root could: one that the image lacks
+// was made so by gVisor.
+func openTmp(dir string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil || st.Mode != unix.S_IFDIR|0o755 || st.Uid != 0 {
+		return nil // it is as its image has it
+	}
+	if err := unix.Chmod(dir, 0o1777); err != nil {
+		return fmt.Errorf("opening %s to all users: %w", dir, err)
 	}
 	return nil
 }

@@ -90,7 +90,8 @@ type options struct {
 	disk    string // size of the writable layer, as 64m; "" is no limit
 	noInit  bool
 
-	attributes []byte // the image's list of extended attributes
+	attributes []byte                                   // the image's list of extended attributes
+	image      func(t testing.TB, root, busybox string) // changes the image
 }
 
 func startSandbox(t testing.TB, o options) *sandbox {
@@ -108,6 +109,9 @@ func startSandbox(t testing.TB, o options) *sandbox {
 		if err := os.WriteFile(filepath.Join(rootfs, agent.AttributesPath), o.attributes, 0o400); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if o.image != nil {
+		o.image(t, rootfs, busybox)
 	}
 	id := fmt.Sprintf("cayagent%d", rand.Uint64())
 	ns, addr := makeNetwork(t)
