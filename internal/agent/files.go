@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -14,8 +15,10 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -91,7 +94,42 @@ func (f *files) get(w http.ResponseWriter, r *http.Request) {
 	h.Set("Content-Type", "application/octet-stream")
 	h.Set("Content-Disposition", mime.FormatMediaType("inline", map[string]string{"filename": path.Base(p)}))
 	h.Set("Vary", "Accept-Encoding")
-	http.ServeContent(w, r, "", st.ModTime(), file)
+	if unit, _, _ := strings.Cut(r.Header.Get("Range"), "="); unit != "bytes" {
+		r.Header.Del("Range") // one of a unit that is not known is no range
+	}
+	if st.Size() > 0 {
+		http.ServeContent(w, r, "", st.ModTime(), file)
+		return
+	}
+	if err := serveUnsized(w, r, file, st.ModTime()); err != nil {
+		httpError(w, fileProblem(err, p))
+	}
+}
+
+// maxUnsized is how much of a file without a size is held to find it out, bytes: nearly all of /proc
+// and /sys. A longer one is sent without its length, and never in part.
+const maxUnsized = 256 << 10
+
+// serveUnsized sends a file that is empty or one of those that the kernel makes when they are read, which
+// have no size and no end to seek to. After an error nothing was sent.
+func serveUnsized(w http.ResponseWriter, r *http.Request, file *os.File, modified time.Time) error {
+	head, err := io.ReadAll(io.LimitReader(file, maxUnsized))
+	if err != nil {
+		return err
+	}
+	if len(head) < maxUnsized {
+		http.ServeContent(w, r, "", modified, bytes.NewReader(head))
+		return nil
+	}
+	w.WriteHeader(http.StatusOK)
+	if r.Method == http.MethodHead {
+		return nil
+	}
+	// What breaks here is told by the connection.
+	if _, err := io.Copy(w, io.MultiReader(bytes.NewReader(head), file)); err != nil {
+		panic(http.ErrAbortHandler)
+	}
+	return nil
 }
 
 // makeParents makes the directories above p that are missing, for the user.
@@ -166,21 +204,61 @@ func (f *files) replace(r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	// Writing to a link writes to what it points to.
-	if real, err := realPath(p); err == nil {
-		p = real
+	if p, err = writeTarget(p); err != nil {
+		return err
 	}
 	if err := makeParents(p, u); err != nil {
 		return fileProblem(err, p)
 	}
-	switch st, err := os.Lstat(p); {
-	case err == nil && st.IsDir():
-		return newProblem(agentapi.CodeIsDirectory, "path %q is a directory", p)
-	case err == nil && mode == nil && st.Mode().IsRegular():
+	if st, err := os.Lstat(p); err == nil && mode == nil {
 		perm := st.Mode().Perm()
 		mode = &perm
 	}
 	return fileProblem(writeWhole(p, owner, mode, r.Body), p)
+}
+
+// realPath follows the links in p, the last element's included.
+func realPath(p string) (string, error) {
+	st, err := os.Lstat(p)
+	if err != nil || st.Mode()&fs.ModeSymlink == 0 {
+		return p, err
+	}
+	return filepath.EvalSymlinks(p)
+}
+
+// writeTarget returns the path of the file that writing to p writes: where p's links lead, be there a
+// file or not. What is there and no regular file is refused: a reader of a FIFO would go on with what
+// nobody writes to any more.
+func writeTarget(p string) (string, error) {
+	const maxLinks = 40 // as Linux
+	asked := p
+	for range maxLinks {
+		st, err := os.Lstat(p)
+		switch {
+		case err != nil: // not there yet, or what is wrong is found by making it
+			return p, nil
+		case st.IsDir():
+			return "", newProblem(agentapi.CodeIsDirectory, "path %q is a directory", asked)
+		case st.Mode().IsRegular():
+			return p, nil
+		case st.Mode()&fs.ModeSymlink == 0:
+			return "", newProblem(agentapi.CodeInvalidPath, "path %q is no regular file", asked)
+		}
+		to, err := os.Readlink(p)
+		if err != nil {
+			return "", fileProblem(err, asked)
+		}
+		if !path.IsAbs(to) {
+			to = path.Dir(p) + "/" + to
+		}
+		p = path.Clean(to)
+		dir, name := path.Split(to)
+		// A .. after a link is not the parent of the link.
+		if real, err := filepath.EvalSymlinks(dir); err == nil {
+			p = path.Join(real, name)
+		}
+	}
+	return "", newProblem(agentapi.CodeInvalidPath, "path %q: %s", asked, syscall.ELOOP)
 }
 
 // parseMode reads octal permission bits; "" is nil.
@@ -194,15 +272,6 @@ func parseMode(s string) (*fs.FileMode, error) {
 	}
 	mode := fs.FileMode(n)
 	return &mode, nil
-}
-
-// realPath follows the links in p, the last element's included.
-func realPath(p string) (string, error) {
-	st, err := os.Lstat(p)
-	if err != nil || st.Mode()&fs.ModeSymlink == 0 {
-		return p, err
-	}
-	return filepath.EvalSymlinks(p)
 }
 
 // writeWhole writes body to a temporary file beside p and renames it to p. After

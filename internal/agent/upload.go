@@ -14,8 +14,6 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/cayhq/cay/internal/agentapi"
 )
 
 // written is E2B's description of a file that was written.
@@ -276,8 +274,9 @@ func (f *files) concat(sources []string, destination, username string) (written,
 	if err != nil {
 		return written{}, err
 	}
-	if st, err := os.Lstat(p); err == nil && st.IsDir() {
-		return written{}, newProblem(agentapi.CodeIsDirectory, "path %q is a directory", p)
+	to, err := writeTarget(p)
+	if err != nil {
+		return written{}, err
 	}
 	all := &chain{}
 	defer all.close()
@@ -294,15 +293,15 @@ func (f *files) concat(sources []string, destination, username string) (written,
 		closeAll(file)
 		all.paths = append(all.paths, abs)
 	}
-	if err := makeParents(p, u); err != nil {
-		return written{}, fileProblem(err, p)
+	if err := makeParents(to, u); err != nil {
+		return written{}, fileProblem(err, to)
 	}
 	paths := all.paths
-	if err := writeWhole(p, u, nil, all); err != nil {
-		return written{}, fileProblem(err, p)
+	if err := writeWhole(to, u, nil, all); err != nil {
+		return written{}, fileProblem(err, to)
 	}
 	for _, s := range paths {
-		if s == p {
+		if s == p || s == to {
 			continue
 		}
 		if err := os.Remove(s); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -34,7 +34,16 @@ const (
 
 	watchMask = unix.IN_CREATE | unix.IN_MODIFY | unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_MOVED_TO |
 		unix.IN_ATTRIB | unix.IN_ONLYDIR | unix.IN_EXCL_UNLINK | unix.IN_DONT_FOLLOW
+
+	// rootMask also has the end of the directory that is watched.
+	rootMask = (watchMask | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF) &^ unix.IN_DONT_FOLLOW
+
+	// rootName is the watched directory in events about itself.
+	rootName = "."
 )
+
+// errRootGone reports that the watched directory was removed or moved: there is nothing more to see.
+var errRootGone = errors.New("the directory that was watched is gone")
 
 // watch is an inotify instance on one directory, or a tree of them. It is used
 // by one goroutine, except for close.
@@ -79,7 +88,7 @@ func (s *filesystemService) newWatch(h http.Header, req watchRequest) (*watch, e
 		file: os.NewFile(uintptr(fd), "inotify"), dirs: map[int32]string{},
 	}
 	// The root is followed if it is a link; what is below it is not.
-	wd, err := unix.InotifyAddWatch(fd, p, watchMask&^unix.IN_DONT_FOLLOW)
+	wd, err := unix.InotifyAddWatch(fd, p, rootMask)
 	if err != nil {
 		w.close()
 		return nil, connectErr(fileProblem(err, p))
@@ -147,7 +156,23 @@ func (w *watch) add(rel string) bool {
 	return !again || known != rel
 }
 
-// run calls emit with every event until the watch is closed or emit fails.
+// forget ends the watches on a directory that was moved and on all below it. It may be anywhere now;
+// within the tree it is found again by the event of its arrival.
+func (w *watch) forget(rel string) {
+	raw, err := w.file.SyscallConn()
+	if err != nil {
+		return
+	}
+	for wd, dir := range w.dirs {
+		if dir == rel || strings.HasPrefix(dir, rel+"/") {
+			delete(w.dirs, wd)
+			// One that is gone by itself needs no end.
+			_ = raw.Control(func(fd uintptr) { _, _ = unix.InotifyRmWatch(int(fd), uint32(wd)) })
+		}
+	}
+}
+
+// run calls emit with every event until the watch is closed, its directory is gone, or emit fails.
 func (w *watch) run(emit func(*filesystem.FilesystemEvent) error) error {
 	buf := make([]byte, 16<<10)
 	for {
@@ -158,7 +183,11 @@ func (w *watch) run(emit func(*filesystem.FilesystemEvent) error) error {
 		if err != nil {
 			return fmt.Errorf("reading events: %w", err)
 		}
-		if err := w.handle(buf[:n], emit); err != nil {
+		err = w.handle(buf[:n], emit)
+		if errors.Is(err, errRootGone) {
+			return nil
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -171,6 +200,9 @@ func (w *watch) handle(buf []byte, emit func(*filesystem.FilesystemEvent) error)
 			delete(w.dirs, wd)
 			return nil
 		}
+		if ok && mask&(unix.IN_DELETE_SELF|unix.IN_MOVE_SELF) != 0 {
+			return w.end(mask, emit)
+		}
 		if !ok || name == "" {
 			return nil
 		}
@@ -181,6 +213,9 @@ func (w *watch) handle(buf []byte, emit func(*filesystem.FilesystemEvent) error)
 		rel := path.Join(dir, name)
 		if err := emit(w.event(rel, kind)); err != nil {
 			return err
+		}
+		if w.recursive && kind == filesystem.EventType_EVENT_TYPE_RENAME && mask&unix.IN_ISDIR != 0 {
+			w.forget(rel)
 		}
 		if !w.recursive || kind != filesystem.EventType_EVENT_TYPE_CREATE || mask&unix.IN_ISDIR == 0 || !w.add(rel) {
 			return nil
@@ -193,6 +228,18 @@ func (w *watch) handle(buf []byte, emit func(*filesystem.FilesystemEvent) error)
 		})
 		return err
 	})
+}
+
+// end tells that the watched directory itself was removed or moved.
+func (w *watch) end(mask uint32, emit func(*filesystem.FilesystemEvent) error) error {
+	kind := filesystem.EventType_EVENT_TYPE_REMOVE
+	if mask&unix.IN_MOVE_SELF != 0 {
+		kind = filesystem.EventType_EVENT_TYPE_RENAME
+	}
+	if err := emit(w.event(rootName, kind)); err != nil {
+		return err
+	}
+	return errRootGone
 }
 
 func (w *watch) event(rel string, kind filesystem.EventType) *filesystem.FilesystemEvent {

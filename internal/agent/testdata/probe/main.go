@@ -21,6 +21,16 @@ func main() {
 	switch os.Args[1] {
 	case "status": // lines of /proc/self/status that start with the words given
 		status(os.Args[2:])
+	case "socket": // leave a socket where the path says
+		fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+		if err == nil {
+			err = syscall.Bind(fd, &syscall.SockaddrUnix{Name: os.Args[2]})
+		}
+		if err != nil {
+			panic(err)
+		}
+	case "maps": // map so many pieces of memory that cannot be joined, say so, and stay
+		maps(os.Args[2])
 	case "id":
 		fmt.Println(os.Getuid(), os.Geteuid())
 	case "alloc": // MiB to hold for ever
@@ -169,4 +179,21 @@ func processes(count string) {
 		}
 	}
 	fmt.Println(made)
+}
+
+func maps(count string) {
+	n, err := strconv.Atoi(count)
+	if err != nil {
+		panic(err)
+	}
+	for i := range n {
+		prot := syscall.PROT_READ | i%2*syscall.PROT_WRITE
+		if _, err := syscall.Mmap(-1, 0, 4096, prot, syscall.MAP_PRIVATE|syscall.MAP_ANON); err != nil {
+			panic(err)
+		}
+	}
+	if err := os.WriteFile("/tmp/mapped", nil, 0o600); err != nil {
+		panic(err)
+	}
+	time.Sleep(time.Hour)
 }
