@@ -9,6 +9,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // hostOOMKills is how often the kernel has killed in the sandbox's control group. It
@@ -346,7 +348,7 @@ func TestHostIsInvisible(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	out := s.want(id, "cat /proc/mounts /proc/cpuinfo /proc/version /etc/hostname /proc/self/cgroup; ls -la /.cay; hostname")
+	out := s.want(id, "cat /proc/mounts /proc/cpuinfo /proc/version /etc/hostname /proc/self/cgroup; ls -la / /.cay; hostname")
 	for _, secret := range []string{s.dataDir, filepath.Dir(s.dataDir), "/run/cay", s.key} {
 		if strings.Contains(out, secret) {
 			t.Errorf("the sandbox sees %q:\n%s", secret, out)
@@ -355,7 +357,13 @@ func TestHostIsInvisible(t *testing.T) {
 	if s.want(id, "hostname") == hostname {
 		t.Error("the sandbox has the host's name")
 	}
-	if r := s.exec(id, "echo x > /.cay/cay-agent; rm -f /.cay/cay-agent; touch /.cay/x"); r.ExitCode == 0 {
-		t.Error("the agent's directory can be written")
+	// Nothing has the size of the host's disks, or is a mount of a directory of the host.
+	var host unix.Statfs_t
+	if err := unix.Statfs(s.dataDir, &host); err != nil {
+		t.Fatal(err)
+	}
+	sizes := s.exec(id, "stat -f -c '%n %b %S' / /.cay /proc/1/exe $(cut -d' ' -f2 /proc/mounts); grep -c 9p /proc/mounts").Stdout
+	if strings.Contains(sizes, fmt.Sprintf(" %d ", host.Blocks)) || !strings.HasSuffix(sizes, "\n0\n") {
+		t.Errorf("the sandbox sees a disk of the host's, of %d blocks:\n%s", host.Blocks, sizes)
 	}
 }

@@ -306,8 +306,8 @@ func TestDockerfiles(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.needBuilt(object{"name": "from-scratch", "dockerfile": "Dockerfile"}, tarOf(t, map[string]string{
-			"Dockerfile": "FROM scratch\nCOPY --chmod=755 busybox /\nUSER 65534\n", "busybox": string(busybox)}))
-		id := s.create(object{"template": "from-scratch", "start": object{"args": []string{"/busybox", "sleep", "3600"}}})
+			"Dockerfile": "FROM scratch\nCOPY --chmod=755 busybox /\nUSER 65534\nENTRYPOINT [\"/busybox\", \"sleep\", \"3600\"]\n", "busybox": string(busybox)}))
+		id := s.create(object{"template": "from-scratch"})
 		defer s.destroy(id)
 		status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"args": []string{"/busybox", "sh", "-c", "echo $PPID $(/busybox id -u) $(/busybox hostname); cd /tmp && echo x > y && /busybox cat y"}})
 		if want := fmt.Sprintf("1 65534 %s\nx\n", strings.TrimPrefix(id, "sbx_")); status != 200 || text(body, "stdout") != want {

@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"syscall"
 
@@ -17,6 +18,8 @@ import (
 //   - CAP_SYS_ADMIN goes out of the bounding set, so that no child, sudo
 //     included, can mount them again (the agent itself keeps it, for the host
 //     name, and since it thereby has more than they, none may trace it);
+//   - the directory that the agent was started from is detached: it is one of the host's, and
+//     df would show how full the host's disk is;
 //   - the agent becomes undumpable: /proc/1/fd and /proc/1/mem are closed to
 //     all without CAP_SYS_PTRACE.
 //
@@ -27,6 +30,10 @@ import (
 // before it starts the first command. Without the right to unmount, the error
 // says so and the capability stays.
 func Harden(cgroupRoot string) error {
+	program, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("finding the agent's program: %w", err)
+	}
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return fmt.Errorf("closing the agent to tracing: %w", err)
 	}
@@ -34,11 +41,14 @@ func Harden(cgroupRoot string) error {
 	if err != nil {
 		return err
 	}
-	for _, dir := range append(controllers, cgroupRoot) {
+	home := filepath.Dir(program)
+	for _, dir := range append(controllers, cgroupRoot, home) {
 		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("detaching %s: %w", dir, err)
 		}
 	}
+	// It was made to be mounted on; an image that has it keeps it.
+	_ = unix.Rmdir(home)
 	// gVisor mounts a tmpfs without a limit over an image's empty /tmp. Files there would
 	// be memory that no process holds; below it is the image's own, on the disk. Where it
 	// is not empty nothing was mounted, and it may be a link to some other mount.
