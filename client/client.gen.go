@@ -36,6 +36,24 @@ func (e EgressMode) Valid() bool {
 	}
 }
 
+// Defines values for ExecuteRequestShell.
+const (
+	ExecuteRequestShellBash ExecuteRequestShell = "bash"
+	ExecuteRequestShellSh   ExecuteRequestShell = "sh"
+)
+
+// Valid indicates whether the value is a known member of the ExecuteRequestShell enum.
+func (e ExecuteRequestShell) Valid() bool {
+	switch e {
+	case ExecuteRequestShellBash:
+		return true
+	case ExecuteRequestShellSh:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for ExecuteResultStderrEncoding.
 const (
 	ExecuteResultStderrEncodingBase64 ExecuteResultStderrEncoding = "base64"
@@ -315,6 +333,24 @@ func (e Scope) Valid() bool {
 	case ScopeTemplatesRead:
 		return true
 	case ScopeTemplatesWrite:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for StartProcessRequestShell.
+const (
+	StartProcessRequestShellBash StartProcessRequestShell = "bash"
+	StartProcessRequestShellSh   StartProcessRequestShell = "sh"
+)
+
+// Valid indicates whether the value is a known member of the StartProcessRequestShell enum.
+func (e StartProcessRequestShell) Valid() bool {
+	switch e {
+	case StartProcessRequestShellBash:
+		return true
+	case StartProcessRequestShellSh:
 		return true
 	default:
 		return false
@@ -634,12 +670,12 @@ type EventList struct {
 
 // ExecuteRequest What to run. Exactly one of `command` and `args`.
 type ExecuteRequest struct {
-	// Args A program and its arguments, run without a shell.
+	// Args A program and its arguments, run without a shell. Each has at most 131071 bytes, and all of them with the environment 2 MiB.
 	//
 	// Example: ["python3","-c","print(6*7)"]
 	Args []string `json:"args,omitempty"`
 
-	// Command A shell command line, run by `/bin/sh -c`.
+	// Command A shell command line, run by `shell`, of at most 131071 bytes.
 	//
 	// Example: python3 -c 'print(6*7)'
 	Command *string `json:"command,omitempty"`
@@ -649,6 +685,9 @@ type ExecuteRequest struct {
 
 	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
+
+	// Shell What runs `command`: `/bin/sh -c`, or the `bash -c` that the PATH has. Only with `command`.
+	Shell *ExecuteRequestShell `json:"shell,omitempty"`
 
 	// Stdin Its standard input. Absent is an empty one.
 	Stdin *string `json:"stdin,omitempty"`
@@ -664,6 +703,9 @@ type ExecuteRequest struct {
 	// Workdir Absolute path of the working directory; must exist. Default is the template's, else the user's home.
 	Workdir *string `json:"workdir,omitempty"`
 }
+
+// ExecuteRequestShell What runs `command`: `/bin/sh -c`, or the `bash -c` that the PATH has. Only with `command`.
+type ExecuteRequestShell string
 
 // ExecuteResult How a command ended.
 type ExecuteResult struct {
@@ -740,8 +782,13 @@ type FileEntry struct {
 	// Owner Name of the owning user, its number if it has none.
 	Owner string `json:"owner"`
 
-	// Path Absolute path.
+	// Path Absolute path. What is not UTF-8 in it is shown as U+FFFD; then `path_encoded` says what it is.
 	Path string `json:"path"`
+
+	// PathEncoded The path percent-encoded, as it stands for `path` in a URL: the one form that names a file whose name is not UTF-8. Absent for all others.
+	//
+	// Example: /home/user/caf%E9
+	PathEncoded *string `json:"path_encoded,omitempty"`
 
 	// Size Bytes.
 	Size int64 `json:"size"`
@@ -1553,12 +1600,12 @@ type SnapshotList struct {
 
 // StartProcessRequest What to start. Exactly one of `command` and `args`.
 type StartProcessRequest struct {
-	// Args A program and its arguments, run without a shell.
+	// Args A program and its arguments, run without a shell. Each has at most 131071 bytes, and all of them with the environment 2 MiB.
 	//
 	// Example: ["python3","-m","http.server"]
 	Args []string `json:"args,omitempty"`
 
-	// Command A shell command line, run by `/bin/sh -c`.
+	// Command A shell command line, run by `shell`, of at most 131071 bytes.
 	//
 	// Example: python3 -m http.server
 	Command *string `json:"command,omitempty"`
@@ -1568,6 +1615,9 @@ type StartProcessRequest struct {
 
 	// Pty The size of a terminal.
 	Pty *TerminalSize `json:"pty,omitempty"`
+
+	// Shell What runs `command`: `/bin/sh -c`, or the `bash -c` that the PATH has. Only with `command`.
+	Shell *StartProcessRequestShell `json:"shell,omitempty"`
 
 	// Stdin Its input stays open to be written to; else it is empty, `/dev/null`. A terminal's is always open.
 	Stdin *bool `json:"stdin,omitempty"`
@@ -1588,6 +1638,9 @@ type StartProcessRequest struct {
 	// Workdir Absolute path of the working directory; must exist. Default is the template's, else the user's home.
 	Workdir *string `json:"workdir,omitempty"`
 }
+
+// StartProcessRequestShell What runs `command`: `/bin/sh -c`, or the `bash -c` that the PATH has. Only with `command`.
+type StartProcessRequestShell string
 
 // Template What sandboxes are made from.
 type Template struct {

@@ -19,6 +19,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
@@ -446,6 +447,9 @@ func (f *files) entry(p string) (agentapi.Entry, error) {
 		Owner:      f.users.ownerName(sys.Uid),
 		Group:      f.users.groupName(sys.Gid),
 		ModifiedAt: st.ModTime().UTC(),
+	}
+	if !utf8.ValidString(p) {
+		e.RawPath = []byte(p)
 	}
 	switch {
 	case st.Mode().IsRegular():

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"connectrpc.com/connect"
@@ -173,9 +174,9 @@ func (f *files) entryInfo(p string) (*filesystem.EntryInfo, error) {
 	}
 	sys := st.Sys().(*syscall.Stat_t)
 	e := &filesystem.EntryInfo{
-		Name:         path.Base(p),
+		Name:         shown(path.Base(p)),
 		Type:         fileType(st.Mode()),
-		Path:         p,
+		Path:         shown(p),
 		Size:         st.Size(),
 		Mode:         uint32(st.Mode().Perm()),
 		Permissions:  st.Mode().String(),
@@ -194,15 +195,18 @@ func (f *files) entryInfo(p string) (*filesystem.EntryInfo, error) {
 		if target, err = os.Readlink(p); err != nil {
 			return nil, err
 		}
-		e.SymlinkTarget = &target
+		e.SymlinkTarget = new(shown(target))
 		return e, nil
 	}
-	e.SymlinkTarget = &target
+	e.SymlinkTarget = new(shown(target))
 	if real, err := os.Stat(p); err == nil {
 		e.Type, e.Mode, e.Metadata = fileType(real.Mode()), uint32(real.Mode().Perm()), getMetadata(p)
 	}
 	return e, nil
 }
+
+// shown is a name as a message can carry it, which refuses what is not UTF-8.
+func shown(name string) string { return strings.ToValidUTF8(name, "\uFFFD") }
 
 func fileType(m fs.FileMode) filesystem.FileType {
 	switch {

@@ -196,9 +196,12 @@ func (p *processes) prepare(req *process.StartRequest, who *user) (*launchSpec, 
 	if cfg.GetCmd() == "" {
 		return nil, newProblem(agentapi.CodeInvalidCommand, "the command is empty")
 	}
-	for _, a := range l.argv {
-		if strings.IndexByte(a, 0) >= 0 {
+	for i, a := range l.argv {
+		switch {
+		case strings.IndexByte(a, 0) >= 0:
 			return nil, newProblem(agentapi.CodeInvalidCommand, "the command contains a NUL")
+		case len(a) > agentapi.MaxArgument:
+			return nil, newProblem(agentapi.CodeInvalidCommand, "argument %d of the command has %d bytes, and may have %d", i, len(a), agentapi.MaxArgument)
 		}
 	}
 	sandboxEnv, workdir := p.settings.commandDefaults()
@@ -206,10 +209,36 @@ func (p *processes) prepare(req *process.StartRequest, who *user) (*launchSpec, 
 	if l.env, err = commandEnv(who, req.GetPty() != nil, sandboxEnv, cfg.GetEnvs()); err != nil {
 		return nil, err
 	}
+	if err := checkLength(l.argv, l.env); err != nil {
+		return nil, err
+	}
 	if l.dir, err = p.workdir(cfg.GetCwd(), workdir, who); err != nil {
 		return nil, err
 	}
 	return l, nil
+}
+
+// maxVector is the most that all arguments of a program may have, and all of its environment, bytes with
+// the NUL that ends each: gVisor's limit.
+const maxVector = 2 << 20
+
+// checkLength refuses what no program can be given, which the kernel says without a reason.
+func checkLength(argv, env []string) error {
+	for what, list := range map[string][]string{"the arguments of the command": argv, "its environment": env} {
+		total := 0
+		for _, s := range list {
+			total += len(s) + 1
+		}
+		if total > maxVector {
+			return newProblem(agentapi.CodeInvalidCommand, "%s have %d bytes in all, and may have %d", what, total, maxVector)
+		}
+	}
+	for _, kv := range env {
+		if name, _, _ := strings.Cut(kv, "="); len(kv) > agentapi.MaxArgument {
+			return newProblem(agentapi.CodeInvalidEnv, "the environment variable %q has %d bytes with its name, and may have %d", name, len(kv), agentapi.MaxArgument)
+		}
+	}
+	return nil
 }
 
 // defaultTerm is what programs in a terminal take it for when nobody says: what E2B's clients and

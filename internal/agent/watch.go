@@ -243,7 +243,7 @@ func (w *watch) end(mask uint32, emit func(*filesystem.FilesystemEvent) error) e
 }
 
 func (w *watch) event(rel string, kind filesystem.EventType) *filesystem.FilesystemEvent {
-	ev := &filesystem.FilesystemEvent{Name: strings.ToValidUTF8(rel, "\uFFFD"), Type: kind}
+	ev := &filesystem.FilesystemEvent{Name: shown(rel), Type: kind}
 	gone := kind == filesystem.EventType_EVENT_TYPE_REMOVE || kind == filesystem.EventType_EVENT_TYPE_RENAME
 	if w.entries && !gone {
 		if e, err := w.files.entryInfo(path.Join(w.root, rel)); err == nil {

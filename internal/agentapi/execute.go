@@ -2,6 +2,7 @@ package agentapi
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -28,9 +29,14 @@ const (
 	exitSignal   = 128 // plus the signal's number, as the shell
 )
 
+// MaxArgument is the longest argument that a program can be given, and the longest NAME=value of its
+// environment, bytes: Linux's limit without the closing NUL.
+const MaxArgument = 128<<10 - 1
+
 // ExecuteRequest is one command to run to its end.
 type ExecuteRequest struct {
-	Command string   // run by /bin/sh -c; or
+	Command string   // run by Shell -c; or
+	Shell   string   // "" is /bin/sh
 	Args    []string // run as they are, looked up in the PATH of Env
 	Env     map[string]string
 	Workdir string        // "" is the sandbox's, else the user's home
@@ -73,9 +79,15 @@ func (r ExecuteRequest) Check() error {
 	case r.Timeout < 0:
 		return fault.InField("invalid_timeout", "timeout", "is negative")
 	}
+	if len(r.Command) > MaxArgument {
+		return fault.InField("invalid_command", "command", "has %d bytes, and may have %d: write it into a file", len(r.Command), MaxArgument)
+	}
 	for i, a := range r.Args {
-		if strings.Contains(a, "\x00") {
+		switch {
+		case strings.Contains(a, "\x00"):
 			return fault.InField("invalid_args", fmt.Sprintf("args[%d]", i), "contains a NUL")
+		case len(a) > MaxArgument:
+			return fault.InField("invalid_args", fmt.Sprintf("args[%d]", i), "has %d bytes, and may have %d", len(a), MaxArgument)
 		}
 	}
 	for name, value := range r.Env {
@@ -84,6 +96,14 @@ func (r ExecuteRequest) Check() error {
 		}
 	}
 	return nil
+}
+
+// Argv returns the program that is run and its arguments.
+func (r ExecuteRequest) Argv() []string {
+	if r.Command == "" {
+		return r.Args
+	}
+	return []string{cmp.Or(r.Shell, "/bin/sh"), "-c", r.Command}
 }
 
 // Execute runs a command to its end in a single HTTP request. When its Timeout
@@ -174,11 +194,8 @@ func (r ExecuteRequest) message(gather bool) *process.StartRequest {
 	if r.Timeout > 0 && m.Execute.TimeoutMs == 0 {
 		m.Execute.TimeoutMs = 1
 	}
-	if r.Command != "" {
-		m.Process.Cmd, m.Process.Args = "/bin/sh", []string{"-c", r.Command}
-	} else {
-		m.Process.Cmd, m.Process.Args = r.Args[0], r.Args[1:]
-	}
+	argv := r.Argv()
+	m.Process.Cmd, m.Process.Args = argv[0], argv[1:]
 	if r.Workdir != "" {
 		m.Process.Cwd = &r.Workdir
 	}

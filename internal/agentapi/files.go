@@ -166,6 +166,7 @@ const (
 type Entry struct {
 	Name          string    `json:"name"`
 	Path          string    `json:"path"`
+	RawPath       []byte    `json:"raw_path,omitempty"` // where it is not UTF-8; then Name and Path show it with U+FFFD
 	Type          string    `json:"type"`
 	Size          int64     `json:"size"` // bytes
 	Mode          uint32    `json:"mode"` // permission, setuid, setgid and sticky bits as in stat(2)

@@ -3,6 +3,7 @@ package api
 import (
 	"fmt"
 	"net/netip"
+	"net/url"
 	"strings"
 	"time"
 
@@ -118,9 +119,14 @@ func eventOf(e sandbox.Event) Event {
 	}
 }
 
+// encodedPath returns a path as it stands in the query of a URL, readable as far as it goes.
+func encodedPath(raw []byte) string {
+	return strings.NewReplacer("+", "%20", "%2F", "/").Replace(url.QueryEscape(string(raw)))
+}
+
 func entryOf(e agentapi.Entry) FileEntry {
 	return FileEntry{
-		Name: e.Name, Path: e.Path, Type: FileEntryType(e.Type), Size: e.Size, Mode: fmt.Sprintf("%04o", e.Mode&0o7777),
+		Name: e.Name, Path: e.Path, PathEncoded: optional(encodedPath(e.RawPath)), Type: FileEntryType(e.Type), Size: e.Size, Mode: fmt.Sprintf("%04o", e.Mode&0o7777),
 		Owner: e.Owner, Group: e.Group, ModifiedAt: e.ModifiedAt.UTC(), SymlinkTarget: optional(e.SymlinkTarget),
 	}
 }

@@ -82,6 +82,9 @@ func commandOf(in ExecuteRequest) (agentapi.ExecuteRequest, error) {
 		}
 		out.Command = *in.Command
 	}
+	if err := shellOf(in, &out); err != nil {
+		return out, err
+	}
 	timeout, err := duration("timeout", in.Timeout)
 	if err != nil {
 		return out, err
@@ -111,6 +114,24 @@ func commandOf(in ExecuteRequest) (agentapi.ExecuteRequest, error) {
 		out.Stdin = []byte(*in.Stdin)
 	}
 	return out, out.Check()
+}
+
+// shellOf reads what is to run the command line.
+func shellOf(in ExecuteRequest, out *agentapi.ExecuteRequest) error {
+	if in.Shell == nil {
+		return nil
+	}
+	if in.Command == nil {
+		return fault.InField("invalid_shell", "shell", "is for command; args are run without one")
+	}
+	switch *in.Shell {
+	case ExecuteRequestShellSh:
+	case ExecuteRequestShellBash:
+		out.Shell = "bash" // wherever the image has it
+	default:
+		return fault.InField("invalid_shell", "shell", "must be sh or bash")
+	}
+	return nil
 }
 
 func resultOf(r agentapi.ExecuteResult) ExecuteResult {

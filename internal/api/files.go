@@ -144,10 +144,11 @@ func checkNotRoot(p string) error {
 }
 
 // rangeOf is the range to ask for. Several at once, and one that depends on what
-// the file was (If-Range), are answered with the whole file, as RFC 9110 allows.
+// the file was (If-Range), are answered with the whole file, as RFC 9110 allows, and one of
+// another unit than bytes, as it demands.
 func rangeOf(h http.Header) string {
 	text := h.Get("Range")
-	if strings.Contains(text, ",") || h.Get("If-Range") != "" {
+	if unit, _, _ := strings.Cut(text, "="); unit != "bytes" || strings.Contains(text, ",") || h.Get("If-Range") != "" {
 		return ""
 	}
 	return text

@@ -50,9 +50,6 @@ func checkRef(field, ref string) error {
 	return nil
 }
 
-// shellArgs is a command line as /bin/sh runs it.
-func shellArgs(line string) []string { return []string{"/bin/sh", "-c", line} }
-
 // StartProcess answers POST /v1/sandboxes/{id}/processes.
 func (s *server) StartProcess(w http.ResponseWriter, r *http.Request, id SandboxID) {
 	var in StartProcessRequest
@@ -76,14 +73,11 @@ func (s *server) StartProcess(w http.ResponseWriter, r *http.Request, id Sandbox
 
 func startOf(in StartProcessRequest) (agentapi.StartProcess, error) {
 	var out agentapi.StartProcess
-	command, err := commandOf(ExecuteRequest{Command: in.Command, Args: in.Args, Env: in.Env, User: in.User, Workdir: in.Workdir, Detach: new(true)})
+	command, err := commandOf(ExecuteRequest{Command: in.Command, Shell: (*ExecuteRequestShell)(in.Shell), Args: in.Args, Env: in.Env, User: in.User, Workdir: in.Workdir, Detach: new(true)})
 	if err != nil {
 		return out, err
 	}
-	out = agentapi.StartProcess{Args: command.Args, Env: command.Env, User: command.User, Workdir: command.Workdir, OpenInput: in.Stdin != nil && *in.Stdin}
-	if command.Command != "" {
-		out.Args = shellArgs(command.Command)
-	}
+	out = agentapi.StartProcess{Args: command.Argv(), Env: command.Env, User: command.User, Workdir: command.Workdir, OpenInput: in.Stdin != nil && *in.Stdin}
 	if in.Tag != nil {
 		if checkRef("tag", *in.Tag) != nil || (*in.Tag)[0] <= '9' {
 			return out, fault.InField("invalid_tag", "tag", "must be 1 to %d letters, digits, _, . and -, and begin with a letter", agentapi.MaxTag)

@@ -137,11 +137,8 @@ func (s *server) sendExit(reply *eventReply, exit ProcessExit) {
 
 // streamDetached starts a process and follows it from its first byte.
 func (s *server) streamDetached(reply *eventReply, t agentapi.Target, request agentapi.ExecuteRequest) {
-	start := agentapi.StartProcess{Args: request.Args, Env: request.Env, Workdir: request.Workdir, User: request.User, Input: request.Stdin,
+	start := agentapi.StartProcess{Args: request.Argv(), Env: request.Env, Workdir: request.Workdir, User: request.User, Input: request.Stdin,
 		TimeoutMs: request.Timeout.Milliseconds()}
-	if request.Command != "" {
-		start.Args = shellArgs(request.Command)
-	}
 	p, err := s.Agent.StartProcess(reply.r.Context(), t, start)
 	if err != nil {
 		reply.fail(err)

@@ -174,7 +174,7 @@ func terminalOf(p OpenTerminalParams) (terminalSpec, error) {
 			return out, fault.InField("invalid_grace", "grace", "must be between %s and %s", minGrace, maxGrace)
 		}
 	}
-	out.start = agentapi.StartProcess{Args: shellArgs(line), Env: command.Env, User: command.User, Workdir: command.Workdir, Terminal: &out.size, GraceMs: grace.Milliseconds()}
+	out.start = agentapi.StartProcess{Args: command.Argv(), Env: command.Env, User: command.User, Workdir: command.Workdir, Terminal: &out.size, GraceMs: grace.Milliseconds()}
 	return out, nil
 }
 

@@ -1,0 +1,129 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+)
+
+// TestOddNames lists, reads, writes and removes files whose names are not UTF-8, by the form that a listing
+// gives them.
+func TestOddNames(t *testing.T) {
+	s := shared(t)
+	id := s.create(nil)
+	defer s.destroy(id)
+	s.want(id, `mkdir /tmp/n; cd /tmp/n; printf 'a' >"$(printf 'caf\351 & +#?%%=\377')"; mkdir "$(printf 'd\376')"; printf b >"$(printf 'd\376/e\303')"; printf c >"café %E9"`)
+	files := "/v1/sandboxes/" + id + "/files"
+	type entry struct {
+		Path    string `json:"path"`
+		Encoded string `json:"path_encoded"`
+		Type    string `json:"type"`
+	}
+	list := func(path string, depth int) (found []entry) {
+		t.Helper()
+		status, body := s.call("GET", fmt.Sprintf("%s/list?path=%s&depth=%d", files, path, depth), nil)
+		var all struct{ Entries []entry }
+		if err := json.Unmarshal(body, &all); status != 200 || err != nil {
+			t.Fatalf("listing %s: %d %s, %v", path, status, body, err)
+		}
+		return all.Entries
+	}
+	want := map[string]string{"/tmp/n/caf\uFFFD & +#?%=\uFFFD": "a", "/tmp/n/d\uFFFD": "", "/tmp/n/d\uFFFD/e\uFFFD": "b", "/tmp/n/café %E9": "c"}
+	all := list("/tmp/n", 2)
+	for _, e := range all {
+		text, ok := want[e.Path]
+		if !ok || (e.Encoded == "") != (e.Path == "/tmp/n/café %E9") {
+			t.Errorf("listed: %+v", e)
+		}
+		if e.Type != "file" || e.Encoded == "" {
+			continue
+		}
+		if status, body := s.call("GET", files+"?path="+e.Encoded, nil); status != 200 || string(body) != text {
+			t.Errorf("%s: %d %s, want %q", e.Encoded, status, body, text)
+		}
+		if status, body := s.send("PUT", files+"?path="+e.Encoded, "application/octet-stream", strings.NewReader("new")); status != 204 {
+			t.Errorf("writing %s: %d %s", e.Encoded, status, body)
+		}
+		if status, body := s.call("GET", files+"/stat?path="+e.Encoded, nil); status != 200 || !strings.Contains(string(body), `"path_encoded":`) {
+			t.Errorf("asking for %s: %d %s", e.Encoded, status, body)
+		}
+		if status, body := s.call("GET", files+"?path="+e.Encoded, nil); status != 200 || string(body) != "new" {
+			t.Errorf("%s afterwards: %d %s", e.Encoded, status, body)
+		}
+	}
+	if len(all) != len(want) {
+		t.Errorf("listed: %+v", all)
+	}
+	for _, e := range all {
+		if e.Encoded == "" || strings.Count(e.Path, "/") > 3 {
+			continue
+		}
+		if e.Type == "directory" {
+			if below := list(e.Encoded, 1); len(below) != 1 {
+				t.Errorf("below %s: %+v", e.Encoded, below)
+			}
+		}
+		if status, body := s.call("DELETE", files+"?recursive=true&path="+e.Encoded, nil); status != 204 {
+			t.Errorf("removing %s: %d %s", e.Encoded, status, body)
+		}
+	}
+	if left := list("/tmp/n", 2); len(left) != 1 {
+		t.Errorf("left: %+v", left)
+	}
+}
+
+// TestWhatIsAsked gives calls what clients do give them: a shell, a range of lines, an argument that is too long.
+func TestWhatIsAsked(t *testing.T) {
+	s := shared(t)
+	id := s.create(nil)
+	defer s.destroy(id)
+	const line = "echo ${BASH_VERSION:+bash} $0"
+	for shell, want := range map[string]string{"bash": "bash bash", "sh": "/bin/sh"} {
+		if got := s.want(id, line, object{"shell": shell}); got != want {
+			t.Errorf("%s: %q", shell, got)
+		}
+		status, body := s.call("POST", "/v1/sandboxes/"+id+"/processes", object{"command": line + "; echo $TERM", "shell": shell, "pty": object{"cols": 80, "rows": 24}})
+		if status != 201 {
+			t.Fatalf("%d %s", status, body)
+		}
+		var p struct{ PID int }
+		if err := json.Unmarshal(body, &p); err != nil {
+			t.Fatal(err)
+		}
+		if _, body = s.call("GET", fmt.Sprintf("/v1/sandboxes/%s/processes/%d/wait?timeout=30s", id, p.PID), nil); !strings.Contains(string(body), `"exit_code":0`) {
+			t.Errorf("it ends with %s", body)
+		}
+		if _, body = s.call("GET", fmt.Sprintf("/v1/sandboxes/%s/processes/%d/output", id, p.PID), nil); !strings.Contains(string(body), want) || !strings.Contains(string(body), "xterm-256color") {
+			t.Errorf("%s: %s", shell, body)
+		}
+	}
+	most := strings.Repeat("x", 128<<10-1)
+	if r := s.exec(id, "", object{"command": nil, "args": []string{"sh", "-c", "echo ${#1}", "sh", most}}); r.Stdout != "131071\n" {
+		t.Errorf("the longest argument: %+v", r)
+	}
+	var many []string
+	for range 18 {
+		many = append(many, most)
+	}
+	status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"args": append([]string{"true"}, many...)})
+	if status != 400 || !strings.Contains(text(body, "detail"), "2097152") {
+		t.Errorf("more than all may have: %d %s", status, body)
+	}
+	req, err := http.NewRequest("GET", s.url+"/v1/sandboxes/"+id+"/files?path=/etc/passwd", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+s.key)
+	req.Header.Set("Range", "lines=1-2")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if got, err := io.ReadAll(resp.Body); resp.StatusCode != 200 || err != nil || !strings.HasPrefix(string(got), "root:") {
+		t.Errorf("a range of a unit that there is not: %d %q, %v", resp.StatusCode, got, err)
+	}
+}
