@@ -11,7 +11,6 @@
 package runsc
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -186,21 +185,34 @@ func PID(bundle string) (int, error) {
 	return pid, nil
 }
 
-// lastMessages is the end of what runsc and a panicking sentry wrote, for an error text.
+// Limits of what an error quotes of runsc's log, bytes. A message names its reason first; one of a save
+// that failed goes on with all of gVisor's state, megabytes of it.
+const (
+	mostQuoted = 2000 // of a log
+	mostOfLine = 600  // of one message
+)
+
+// lastMessages returns the end of what runsc and a panicking sentry wrote, for an error text.
 func lastMessages(bundle string) string {
-	const most = 2000 // bytes; the last messages say what failed
 	var out []string
 	for _, name := range []string{logFile, panicLog} {
 		data, err := os.ReadFile(filepath.Join(bundle, name))
 		if err != nil {
 			continue
 		}
-		data = bytes.TrimSpace(data)
-		if len(data) > most {
-			data = data[len(data)-most:]
+		lines := strings.Split(strings.TrimSpace(string(data)), "\n")
+		room, first := mostQuoted, len(lines)
+		for ; first > 0; first-- {
+			line := &lines[first-1]
+			if len(*line) > mostOfLine {
+				*line = (*line)[:mostOfLine] + "…"
+			}
+			if room -= len(*line); room < 0 {
+				break
+			}
 		}
-		if len(data) > 0 {
-			out = append(out, string(data))
+		if text := strings.Join(lines[first:], "\n"); text != "" {
+			out = append(out, text)
 		}
 	}
 	return strings.Join(out, "; ")

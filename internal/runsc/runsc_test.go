@@ -107,3 +107,19 @@ func TestPID(t *testing.T) {
 		}
 	}
 }
+
+// TestErrorsNameTheReason has messages that go on for long after what they are about.
+func TestErrorsNameTheReason(t *testing.T) {
+	dir := t.TempDir()
+	log := strings.Repeat("an older one\n", 1000) + "the save failed: some reason, for object " + strings.Repeat("x", 1<<20) + "\nthe end\n"
+	if err := os.WriteFile(filepath.Join(dir, logFile), []byte(log), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got := lastMessages(dir)
+	if !strings.Contains(got, "an older one\nthe save failed: some reason") || !strings.HasSuffix(got, "xxx…\nthe end") || len(got) > 2*mostQuoted {
+		t.Errorf("%d bytes: %.3000s", len(got), got)
+	}
+	if got := lastMessages(t.TempDir()); got != "" {
+		t.Errorf("without logs: %q", got)
+	}
+}
