@@ -2509,7 +2509,7 @@ type wireInterface interface {
 	// WatchFiles Watch a directory
 	//
 	// Server-sent events: `ready` once changes are seen, then `change` with a FileChange for each, until the caller goes; comments now and then when there is nothing. Events of one file come in order; an editor's save is several. With `recursive`, directories that appear are
-	// watched too, 10000 in all. When the sandbox goes or the server stops, the last event is `error`, with a problem. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
+	// watched too, 10000 in all. When the directory itself is removed or moved, the sandbox goes or the server stops, the last event is `error`, with a problem. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/files/watch (the `WatchFiles` operationId).
 	WatchFiles(ctx context.Context, id SandboxID, params *WatchFilesParams, reqEditors ...requestEditor) (*http.Response, error)
@@ -3611,7 +3611,7 @@ func (c *wire) UploadTreeWithBody(ctx context.Context, id SandboxID, params *Upl
 // WatchFiles Watch a directory
 //
 // Server-sent events: `ready` once changes are seen, then `change` with a FileChange for each, until the caller goes; comments now and then when there is nothing. Events of one file come in order; an editor's save is several. With `recursive`, directories that appear are
-// watched too, 10000 in all. When the sandbox goes or the server stops, the last event is `error`, with a problem. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
+// watched too, 10000 in all. When the directory itself is removed or moved, the sandbox goes or the server stops, the last event is `error`, with a problem. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Corresponds with GET /v1/sandboxes/{id}/files/watch (the `WatchFiles` operationId).
 func (c *wire) WatchFiles(ctx context.Context, id SandboxID, params *WatchFilesParams, reqEditors ...requestEditor) (*http.Response, error) {

@@ -1,6 +1,8 @@
 package e2e
 
 import (
+	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -72,6 +74,32 @@ func TestOddNames(t *testing.T) {
 	}
 	if left := list("/tmp/n", 2); len(left) != 1 {
 		t.Errorf("left: %+v", left)
+	}
+}
+
+// TestWatchEndsWithItsDirectory removes what is watched.
+func TestWatchEndsWithItsDirectory(t *testing.T) {
+	s := shared(t)
+	id := s.create(nil)
+	defer s.destroy(id)
+	s.want(id, "mkdir -p /srv/w/sub")
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	resp, err := s.visit(ctx, "GET", "/v1/sandboxes/"+id+"/files/watch?path=/srv/w&recursive=true", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	in := bufio.NewReader(resp.Body)
+	for line := ""; line != "event: ready\n"; {
+		if line, err = in.ReadString('\n'); err != nil {
+			t.Fatalf("it ends before it is ready: %q, %v", line, err)
+		}
+	}
+	s.want(id, "rm -r /srv/w")
+	told, err := io.ReadAll(in)
+	if err != nil || !strings.Contains(string(told), `{"path":"/srv/w","type":"remove"}`) || !strings.Contains(string(told), "event: error\n") || !strings.Contains(string(told), "file_not_found") {
+		t.Errorf("it ends with %q, %v", told, err)
 	}
 }
 

@@ -152,8 +152,8 @@ type Change struct {
 const maxEventMessage = 64 << 10
 
 // Watch calls ready once it watches a directory, with recursive all below it too, then emit with each change, until ctx ends
-// or emit fails. Watching 10000 directories is the most; changes in others are not seen.
-// Errors: NotFound "file_not_found", Invalid ("invalid_path", "path_not_directory").
+// or emit fails. Watching 10000 directories is the most; changes in others are not seen. The removal and the renaming of the
+// directory itself, whose Name is ".", is the last change. Errors: NotFound "file_not_found", also after that, Invalid ("invalid_path", "path_not_directory").
 func (c *Client) Watch(ctx context.Context, t Target, path string, recursive bool, ready func(), emit func(Change) error) error {
 	if err := CheckPath(path); err != nil {
 		return err
@@ -167,6 +167,7 @@ func (c *Client) Watch(ctx context.Context, t Target, path string, recursive boo
 		return connectError(ctx, err)
 	}
 	defer stream.Close()
+	gone := false
 	for stream.Receive() {
 		switch ev := stream.Msg().GetEvent().(type) {
 		case *filesystem.WatchDirResponse_Start:
@@ -176,16 +177,21 @@ func (c *Client) Watch(ctx context.Context, t Target, path string, recursive boo
 			if kind == "" {
 				continue // of an agent that is newer than we are
 			}
-			if name := ev.Filesystem.GetName(); name != "" && !filepath.IsLocal(name) {
-				return unreachable(fmt.Errorf("a change of %q is none in the directory", name))
+			change := Change{Type: kind, Name: ev.Filesystem.GetName()}
+			if change.Name != "" && !filepath.IsLocal(change.Name) {
+				return unreachable(fmt.Errorf("a change of %q is none in the directory", change.Name))
 			}
-			if err := emit(Change{Type: kind, Name: ev.Filesystem.GetName()}); err != nil {
+			gone = change.Name == "." && (kind == ChangeRemove || kind == ChangeRename)
+			if err := emit(change); err != nil {
 				return err
 			}
 		}
 	}
 	if err := stream.Err(); err != nil {
 		return connectError(ctx, err)
+	}
+	if gone {
+		return fault.New(fault.NotFound, CodeFileNotFound, "the directory %q, which was watched, is gone", path)
 	}
 	return unreachable(errors.New("the watch ended"))
 }
