@@ -31,15 +31,16 @@ type browser struct {
 }
 
 // openPage starts a Chromium with the page. Both end with the test.
-func openPage(t *testing.T, ctx context.Context, page string) *browser {
+func openPage(t *testing.T, ctx context.Context, page string, flags ...string) *browser {
 	t.Helper()
 	program := caytest.RequireProgram(t, "chromium")
 	dir, err := os.MkdirTemp("", "cay-chromium-") // t.TempDir would be removed while the last of its processes write
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-		"--remote-debugging-port=0", "--user-data-dir="+dir, page)
+	flags = append([]string{"--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+		"--remote-debugging-port=0", "--user-data-dir=" + dir}, flags...)
+	cmd := exec.Command(program, append(flags, page)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -64,7 +65,7 @@ func (b *browser) target(dir string) string {
 	b.t.Helper()
 	for ; b.ctx.Err() == nil; time.Sleep(50 * time.Millisecond) { // a poll with a deadline
 		port, err := os.ReadFile(filepath.Join(dir, "DevToolsActivePort"))
-		if err != nil {
+		if err != nil || len(strings.Fields(string(port))) == 0 { // it is being written
 			continue
 		}
 		resp, err := http.Get("http://127.0.0.1:" + strings.Fields(string(port))[0] + "/json")
@@ -121,7 +122,7 @@ func (b *browser) call(method string, params, result any) {
 	}
 }
 
-// run evaluates a script in the page and returns its value as text.
+// run evaluates a script in the page and returns its value, or that of its promise, as text.
 func (b *browser) run(script string) string {
 	b.t.Helper()
 	var reply struct {
@@ -130,7 +131,7 @@ func (b *browser) run(script string) string {
 		} `json:"result"`
 		Thrown json.RawMessage `json:"exceptionDetails"`
 	}
-	b.call("Runtime.evaluate", object{"expression": script, "returnByValue": true}, &reply)
+	b.call("Runtime.evaluate", object{"expression": script, "returnByValue": true, "awaitPromise": true}, &reply)
 	if reply.Thrown != nil {
 		b.t.Fatalf("%s: %s", script, reply.Thrown)
 	}

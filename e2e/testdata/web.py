@@ -42,6 +42,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         if self.headers.get("Upgrade") == "websocket":
             return self.websocket()
+        if path == "/page":
+            return self.page(query)
         if path == "/events":
             return self.events(int(query or 1 << 30))
         if path == "/big":
@@ -53,6 +55,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(json.dumps({"method": self.command, "path": self.path, "headers": self.headers.items(), "size": size, "sha256": sum}).encode())
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = any
+
+    def page(self, name):
+        """Answers with the head and body that /tmp/NAME.json has."""
+        page = json.load(open("/tmp/%s.json" % name))
+        self.send_response(200)
+        for header in page["headers"]:
+            self.send_header(*header)
+        body = page["body"].encode()
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def big(self, size):
         self.send_response(200)

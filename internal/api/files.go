@@ -168,6 +168,7 @@ func (s *server) sendFile(w http.ResponseWriter, r *http.Request, file *agentapi
 		return
 	}
 	h.Set("Content-Type", "application/octet-stream")
+	h.Set("Content-Disposition", "attachment") // never shown, whatever a browser makes of its type
 	h.Set("Cache-Control", "no-store")
 	h.Set("Accept-Ranges", "bytes")
 	if file.Size >= 0 {

@@ -80,16 +80,14 @@ func (s *server) servePort(w *recorder, r *http.Request, p portRequest) {
 		return
 	}
 	defer lease.Release()
-	to := proxy.Destination{Target: targetOf(lease), Port: p.port}
+	to := proxy.Destination{Target: targetOf(lease), Port: p.port, Shared: !p.byHost}
 	if !p.byHost {
 		to.Path, to.Prefix = p.path, proxy.Path(string(p.id), p.port)
 		to.Host = "localhost:" + strconv.Itoa(p.port)
 	}
-	// What types the answer has, what may be guessed of it, is the application's.
-	w.Header().Del("X-Content-Type-Options")
-	w.Header().Del("X-Request-Id") // it may have one of its own
+	clear(w.Header()) // it is the application's, which may have a request id of its own
 	if err := s.Ports.Serve(w, r, to); err != nil {
-		w.Header().Set("X-Request-Id", c.id)
+		ownHead(w.Header(), c.id)
 		s.fail(w, r, err)
 	}
 }
@@ -173,7 +171,6 @@ func exchange(w *recorder, r *http.Request, ends time.Time) {
 	h := w.Header()
 	h.Set("Location", to.String())
 	h.Set("Cache-Control", "no-store")
-	h.Set("Referrer-Policy", "no-referrer")
 	w.WriteHeader(http.StatusSeeOther)
 }
 

@@ -145,6 +145,7 @@ func (s *server) DownloadTree(w http.ResponseWriter, r *http.Request, id Sandbox
 		}
 		defer tree.Close()
 		w.Header().Set("Content-Type", "application/x-tar")
+		w.Header().Set("Content-Disposition", "attachment")
 		w.Header().Set("Cache-Control", "no-store")
 		w.WriteHeader(http.StatusOK)
 		if r.Method == http.MethodHead {

@@ -18,6 +18,7 @@ import (
 
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/proxy"
 )
 
 // statuses is where a kind of error becomes a status of this surface.
@@ -84,8 +85,7 @@ func (s *Surface) handle(w http.ResponseWriter, r *http.Request, inside bool, f 
 	// The deadline of the answer before this one is not for this one. A writer without
 	// deadlines is one of a test.
 	_ = control.SetWriteDeadline(time.Time{})
-	rec.Header().Set("X-Request-Id", c.id)
-	rec.Header().Set("X-Content-Type-Options", "nosniff")
+	ownHead(rec.Header(), c.id)
 	defer func() {
 		p := recover()
 		broken := p != nil
@@ -110,6 +110,15 @@ func (s *Surface) handle(w http.ResponseWriter, r *http.Request, inside bool, f 
 		panic(http.ErrAbortHandler)
 	}
 	s.fail(rec, r, err)
+}
+
+// ownHead sets what all answers have that no program inside gives: none is a page that may do
+// something here.
+func ownHead(h http.Header, id string) {
+	h.Set("X-Request-Id", id)
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'; sandbox")
+	h.Set("Referrer-Policy", "no-referrer")
 }
 
 // problem is an error as it is answered.
@@ -224,6 +233,9 @@ func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 func (w *recorder) WriteHeader(status int) {
 	if w.status == 0 && status >= 200 {
 		w.status = status
+	}
+	if status < 200 {
+		proxy.CleanAnswer(w.Header(), true) // what is sent ahead comes from inside
 	}
 	_ = w.control.SetWriteDeadline(time.Now().Add(stall)) // as in Write
 	w.ResponseWriter.WriteHeader(status)

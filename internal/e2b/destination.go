@@ -21,6 +21,9 @@ const (
 type place struct {
 	id   string // as the surface shows it, without the prefix
 	port int
+	// shared says that it was not named by the host, so that the answer comes from an origin that
+	// others have too.
+	shared bool
 }
 
 func (p place) sandbox() sandbox.ID { return sandbox.ID(idPrefix + p.id) }
@@ -47,7 +50,7 @@ func destination(r *http.Request) (place, error) {
 	if !shownID.MatchString(ids[0]) {
 		return place{}, fault.InField("invalid_header", idHeader, "must be the id of a sandbox: lower-case letters and digits")
 	}
-	return place{ids[0], port}, nil
+	return place{ids[0], port, true}, nil
 }
 
 // hostDestination reads PORT-ID.anything.
@@ -64,5 +67,5 @@ func hostDestination(host string) place {
 	if err != nil || port < 1 || port > 65535 {
 		return place{}
 	}
-	return place{m[2], port}
+	return place{m[2], port, false}
 }

@@ -31,7 +31,7 @@ func (s *Surface) leaves(r *http.Request, to place) bool {
 // mayReach reports whether a request may pass to the ports of a sandbox.
 func (s *Surface) mayReach(r *http.Request, box sandbox.Sandbox, k kept) bool {
 	given := r.Header.Values(trafficHeader)
-	return k.public() || len(given) == 1 && same(given[0], s.token(trafficToken, box.ID))
+	return k.public() || len(given) == 1 && s.isToken(given[0], trafficToken, box.ID)
 }
 
 // servePort carries a request to a port that a program inside listens on.
@@ -53,16 +53,16 @@ func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, box sandbox.
 	for _, own := range []string{idHeader, portHeader, trafficHeader} {
 		r.Header.Del(own)
 	}
-	// What types the answer has, what may be guessed of it, is the application's.
-	id := callOf(r).id
-	w.Header().Del("X-Content-Type-Options")
-	w.Header().Del("X-Request-Id")
+	if s.isToken(r.Header.Get(agentapi.TokenHeader), envdToken, box.ID) { // clients send it to every port
+		r.Header.Del(agentapi.TokenHeader)
+	}
+	clear(w.Header()) // it is the application's
 	host := strings.ReplaceAll(kept.HostMask, "${PORT}", strconv.Itoa(to.port))
-	err = s.Ports.Serve(w, r, proxy.Destination{Target: target(lease.Sandbox), Port: to.port, Host: host})
+	err = s.Ports.Serve(w, r, proxy.Destination{Target: target(lease.Sandbox), Port: to.port, Host: host, Shared: to.shared})
 	if err == nil {
 		return nil
 	}
-	w.Header().Set("X-Request-Id", id)
+	ownHead(w.Header(), callOf(r).id)
 	if err := callOf(r).body.incomplete(); err != nil {
 		return err
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/proxy"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -103,16 +104,16 @@ func TestDestination(t *testing.T) {
 		refused bool
 	}{
 		"nothing":             {host: "127.0.0.1:7070"},
-		"headers":             {host: "127.0.0.1", headers: map[string][]string{idHeader: {id}, portHeader: {"49983"}}, want: place{id, 49983}},
-		"headers before host": {host: "80-" + id + ".x", headers: map[string][]string{idHeader: {"another"}, portHeader: {"1"}}, want: place{"another", 1}},
+		"headers":             {host: "127.0.0.1", headers: map[string][]string{idHeader: {id}, portHeader: {"49983"}}, want: place{id, 49983, true}},
+		"headers before host": {host: "80-" + id + ".x", headers: map[string][]string{idHeader: {"another"}, portHeader: {"1"}}, want: place{"another", 1, true}},
 		"id alone":            {headers: map[string][]string{idHeader: {id}}, refused: true},
 		"port alone":          {headers: map[string][]string{portHeader: {"80"}}, refused: true},
 		"two ids":             {headers: map[string][]string{idHeader: {id, id}, portHeader: {"80"}}, refused: true},
 		"port 0":              {headers: map[string][]string{idHeader: {id}, portHeader: {"0"}}, refused: true},
 		"port too large":      {headers: map[string][]string{idHeader: {id}, portHeader: {"65536"}}, refused: true},
 		"no id":               {headers: map[string][]string{idHeader: {"../x"}, portHeader: {"80"}}, refused: true},
-		"host":                {host: "8080-" + id + ".sandbox.example.com:443", want: place{id, 8080}},
-		"host in capitals":    {host: "8080-" + strings.ToUpper(id) + ".EXAMPLE", want: place{id, 8080}},
+		"host":                {host: "8080-" + id + ".sandbox.example.com:443", want: place{id, 8080, false}},
+		"host in capitals":    {host: "8080-" + strings.ToUpper(id) + ".EXAMPLE", want: place{id, 8080, false}},
 		"host without a dot":  {host: "8080-" + id},
 		"host of port 0":      {host: "0-" + id + ".x"},
 		"host too large":      {host: "99999-" + id + ".x"},
@@ -135,7 +136,7 @@ func TestTokens(t *testing.T) {
 	seen := map[string]bool{}
 	for _, kind := range []string{envdToken, trafficToken} {
 		for _, id := range []sandbox.ID{"sbx_a", "sbx_b"} {
-			if token := s.token(kind, id); seen[token] || len(token) != 40 || token != s.token(kind, id) {
+			if token := s.token(kind, id); seen[token] || !proxy.HasSecret(token) || token != s.token(kind, id) || !s.isToken(token, kind, id) || !s.isToken(token[len(tokenMark):], kind, id) || s.isToken(token, kind, "sbx_c") {
 				t.Errorf("the %s token of %s is %s", kind, id, token)
 			} else {
 				seen[token] = true

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
@@ -26,7 +27,19 @@ const (
 	trafficToken = "traffic" // other ports, when they are not public
 )
 
-func (s *Surface) token(kind string, id sandbox.ID) string {
+// tokenMark begins tokens, so that the proxy recognises one that goes astray. Clients of an older
+// server have theirs without it, and keep them as long as their sandboxes.
+const tokenMark = "cayt_"
+
+// token returns a sandbox's token, as clients are given it.
+func (s *Surface) token(kind string, id sandbox.ID) string { return tokenMark + s.tokenSum(kind, id) }
+
+// isToken reports whether a text is a sandbox's token, with its mark or without.
+func (s *Surface) isToken(text, kind string, id sandbox.ID) bool {
+	return same(strings.TrimPrefix(text, tokenMark), s.tokenSum(kind, id))
+}
+
+func (s *Surface) tokenSum(kind string, id sandbox.ID) string {
 	mac := hmac.New(sha256.New, s.Secret)
 	mac.Write([]byte(kind + ":" + string(id)))
 	return hex.EncodeToString(mac.Sum(nil)[:20]) // 160 bits: nobody guesses them
@@ -48,7 +61,12 @@ func signatureError(err error) error {
 
 // checkSignature checks a request for /files that brings a signature instead of a token.
 func (s *Surface) checkSignature(r *http.Request, id sandbox.ID) error {
-	return agentapi.CheckSignature(r.Method, r.URL.Query(), s.token(envdToken, id), time.Now())
+	q, now := r.URL.Query(), time.Now()
+	err := agentapi.CheckSignature(r.Method, q, s.token(envdToken, id), now)
+	if errors.Is(err, agentapi.ErrSignatureInvalid) {
+		err = agentapi.CheckSignature(r.Method, q, s.tokenSum(envdToken, id), now) // see tokenMark
+	}
+	return err
 }
 
 // signed answers a request for /files whose URL names no sandbox: the one whose token made
@@ -68,7 +86,7 @@ func (s *Surface) signed(w http.ResponseWriter, r *http.Request) error {
 	for _, id := range ids {
 		err := s.checkSignature(r, id)
 		if err == nil || errors.Is(err, agentapi.ErrSignatureExpired) {
-			return s.traffic(w, r, place{shown(id), envdPort})
+			return s.traffic(w, r, place{shown(id), envdPort, true})
 		}
 	}
 	return signatureError(agentapi.ErrSignatureInvalid)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/proxy"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -97,7 +98,7 @@ func (s *Surface) admitEnvd(r *http.Request, box sandbox.Sandbox, k kept) error 
 	}
 	given := r.Header.Values(agentapi.TokenHeader)
 	switch {
-	case len(given) == 1 && same(given[0], s.token(envdToken, box.ID)):
+	case len(given) == 1 && s.isToken(given[0], envdToken, box.ID):
 		return nil
 	case len(given) == 0 && r.URL.Path == "/files":
 		return signatureError(s.checkSignature(r, box.ID))
@@ -152,20 +153,18 @@ func (s *Surface) forward(w http.ResponseWriter, r *http.Request, box sandbox.Sa
 			} else {
 				pr.Out.URL.RawQuery = pr.In.URL.RawQuery
 			}
+			pr.Out.URL.RawQuery = proxy.WithoutToken(pr.Out.URL.RawQuery)
 			for _, own := range []string{idHeader, portHeader, "X-Api-Key", "Cookie"} {
 				pr.Out.Header.Del(own)
 			}
+			proxy.WithoutSecrets(pr.Out.Header)
 			if _, _, basic := pr.In.BasicAuth(); !basic { // that names a user; anything else is a key gone astray
 				pr.Out.Header.Del("Authorization")
 			}
 		},
 		ModifyResponse: func(resp *http.Response) error {
-			resp.Header.Del("X-Request-Id")
-			resp.Header.Del("X-Content-Type-Options")
-			resp.Header.Del("Set-Cookie") // root inside answers as it likes, and this is the API's origin
-			if r.URL.Path == "/files" {
-				resp.Header.Set("Content-Security-Policy", "sandbox")
-			}
+			proxy.CleanAnswer(resp.Header, true) // root inside answers as it likes
+			ownHead(resp.Header, callOf(r).id)
 			return nil
 		},
 		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err error) { failed = err },
@@ -175,10 +174,13 @@ func (s *Surface) forward(w http.ResponseWriter, r *http.Request, box sandbox.Sa
 	// this net/http would take the rest of the body away from who still sends it. A writer
 	// that has no connection is one of a test.
 	_ = http.NewResponseController(w).EnableFullDuplex()
+	clear(w.Header()) // the answer brings its own
 	p.ServeHTTP(w, r)
 	if failed == nil {
+		proxy.CleanTrailers(w.Header(), true)
 		return nil
 	}
+	ownHead(w.Header(), callOf(r).id)
 	callOf(r).err = failed
 	if err := callOf(r).body.incomplete(); err != nil {
 		return err

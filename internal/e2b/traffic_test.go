@@ -8,6 +8,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
+	"net/textproto"
 	"net/url"
 	"strings"
 	"testing"
@@ -88,6 +90,96 @@ func TestTraffic(t *testing.T) {
 	}
 	if r := h.send("GET", "/healthz", ""); r.status != http.StatusTeapot {
 		t.Errorf("healthz: %d", r.status)
+	}
+}
+
+// TestAnswersFromInside has root inside answer in the agent's place, with a page that wants the
+// origin of the API, before, in and after its answer.
+func TestAnswersFromInside(t *testing.T) {
+	h := newHouse(t)
+	id, token := h.create(`{"templateID":"base"}`)
+	grabs := map[string]string{"Set-Cookie": "a=b; Path=/", "Service-Worker-Allowed": "/", "Clear-Site-Data": `"*"`, "Strict-Transport-Security": "max-age=9",
+		"Alt-Svc": "clear", "Nel": "{}", "Access-Control-Allow-Credentials": "true", "Www-Authenticate": "Negotiate"}
+	h.play(func(w http.ResponseWriter, r *http.Request) {
+		for name, value := range grabs {
+			w.Header().Set(name, value)
+		}
+		w.WriteHeader(http.StatusEarlyHints)
+		w.Header().Set("Content-Type", "text/html")
+		w.Header().Set("Content-Security-Policy", "sandbox allow-scripts allow-same-origin")
+		w.Header().Set("Referrer-Policy", "unsafe-url")
+		fmt.Fprint(w, "<script>1</script>")
+		for name, value := range grabs {
+			w.Header().Set(http.TrailerPrefix+name, value)
+		}
+	})
+	for _, path := range []string{"/files?path=x", "/envs", "/process.Process/List"} {
+		var early http.Header
+		r, err := http.NewRequestWithContext(httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{
+			Got1xxResponse: func(_ int, h textproto.MIMEHeader) error { early = http.Header(h); return nil },
+		}), "GET", h.url+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		heads := toEnvd(id, token)
+		for i := 0; i < len(heads); i += 2 {
+			r.Header.Set(heads[i], heads[i+1])
+		}
+		r.Header.Set("Referer", "https://x/?cay_token=secret")
+		resp, err := http.DefaultTransport.RoundTrip(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = io.Copy(io.Discard, resp.Body)
+		resp.Body.Close()
+		if err != nil || resp.StatusCode != 200 {
+			t.Fatalf("%s: %s, %v", path, resp.Status, err)
+		}
+		for name := range grabs {
+			if early.Get(name)+resp.Header.Get(name)+resp.Trailer.Get(name) != "" {
+				t.Errorf("%s: %s passes", path, name)
+			}
+		}
+		if p := resp.Header.Values("Content-Security-Policy"); len(p) != 1 || !strings.Contains(p[0], "default-src 'none'") || !strings.HasSuffix(p[0], "sandbox") {
+			t.Errorf("%s: the policy is %q", path, p)
+		}
+		if resp.Header.Get("Referrer-Policy") != "no-referrer" || resp.Header.Get("X-Content-Type-Options") != "nosniff" {
+			t.Errorf("%s: the answer has %v", path, resp.Header)
+		}
+	}
+	for _, r := range h.reached() {
+		if r.Header.Get("Referer") != "" {
+			t.Errorf("inside came %v", r.Header)
+		}
+	}
+}
+
+// TestTokensOfBefore has the token that an older server gave for the sandbox, without its mark.
+func TestTokensOfBefore(t *testing.T) {
+	h := newHouse(t)
+	id, token := h.create(`{"templateID":"base"}`)
+	older := strings.TrimPrefix(token, tokenMark)
+	h.play(nil)
+	if r := h.send("GET", "/envs", "", toEnvd(id, older)...); len(older) != 40 || r.status != 204 {
+		t.Errorf("%s: %d %s", older, r.status, r.body)
+	}
+	q := url.Values{"path": {"x"}}
+	q.Set("signature", agentapi.Signature("GET", q, older))
+	if r := h.send("GET", "/files?"+q.Encode(), "", idHeader, id, portHeader, "49983"); r.status != 204 {
+		t.Errorf("signed: %d %s", r.status, r.body)
+	}
+	// Clients send it to every port; the program there is not to have it.
+	if r := h.send("GET", "/", "", idHeader, id, portHeader, "8080", agentapi.TokenHeader, older); r.status != 202 {
+		t.Fatalf("a port: %d %s", r.status, r.body)
+	}
+	if seen := h.reached(); seen[len(seen)-1].Header.Get(agentapi.TokenHeader) != "" {
+		t.Errorf("inside came %v", seen[len(seen)-1].Header)
+	}
+	if !h.carried[0].Shared {
+		t.Error("what is found by headers is not known to come from a shared origin")
+	}
+	if r := h.send("GET", "/", "", "Host", "8080-"+id+".anything.example"); r.status != 202 || h.carried[1].Shared {
+		t.Errorf("by host: %d, %+v", r.status, h.carried[1])
 	}
 }
 

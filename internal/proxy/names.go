@@ -78,29 +78,62 @@ func NewSecret() string {
 // NewSigner makes a signer of a secret. Whoever has it opens every port.
 func NewSigner(secret string) Signer { return Signer{[]byte(secret)} }
 
+// A signature consists of the mark, the time of its end and a sum. Its fixed length and alphabet let
+// [HasSecret] recognise it.
+const (
+	signatureMark = "cays_"
+	timeDigits    = 8  // hex digits of seconds since 1970: until 2106
+	sumDigits     = 40 // hex digits: 160 bits: guessing is hopeless
+)
+
 // Sign makes a signature that ends at a time, to the second.
 func (s Signer) Sign(sandboxID string, port int, ends time.Time) string {
-	at := strconv.FormatInt(ends.Unix(), 36)
-	return at + "." + s.sum(sandboxID, port, at)
+	at := fmt.Sprintf("%0*x", timeDigits, uint32(ends.Unix()))
+	return signatureMark + at + s.sum(sandboxID, port, at)
 }
 
 func (s Signer) sum(sandboxID string, port int, at string) string {
+	return hex.EncodeToString(s.mac("cays "+sandboxID, port, at))[:sumDigits]
+}
+
+func (s Signer) mac(what string, port int, at string) []byte {
 	mac := hmac.New(sha256.New, s.key)
-	fmt.Fprintf(mac, "port %s %d %s", sandboxID, port, at) // cannot fail
-	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
+	fmt.Fprintf(mac, "%s %d %s", what, port, at) // cannot fail
+	return mac.Sum(nil)
 }
 
 // Check says until when a signature opens the port: Unauthenticated, code "invalid_signature" or
 // "signature_expired", when it does not.
 func (s Signer) Check(signature, sandboxID string, port int, now time.Time) (ends time.Time, err error) {
-	at, sum, _ := strings.Cut(signature, ".")
-	// As text: decoding would pass over line ends.
-	if !hmac.Equal([]byte(sum), []byte(s.sum(sandboxID, port, at))) {
+	seconds, ok := s.end(signature, sandboxID, port)
+	if !ok {
 		return time.Time{}, fault.New(fault.Unauthenticated, "invalid_signature", "the signature is not one of this port")
 	}
-	seconds, err := strconv.ParseInt(at, 36, 64)
-	if ends = time.Unix(seconds, 0); err != nil || !now.Before(ends) {
+	if ends = time.Unix(seconds, 0); !now.Before(ends) {
 		return time.Time{}, fault.New(fault.Unauthenticated, "signature_expired", "the signature of this URL has expired; ask for another one")
 	}
 	return ends, nil
+}
+
+// end returns the end of a signature, in seconds since 1970, if the signature opens the port.
+func (s Signer) end(signature, sandboxID string, port int) (seconds int64, ok bool) {
+	if rest, marked := strings.CutPrefix(signature, signatureMark); marked {
+		if len(rest) != timeDigits+sumDigits {
+			return 0, false
+		}
+		at, sum := rest[:timeDigits], rest[timeDigits:]
+		if !hmac.Equal([]byte(sum), []byte(s.sum(sandboxID, port, at))) {
+			return 0, false
+		}
+		seconds, err := strconv.ParseInt(at, 16, 64)
+		return seconds, err == nil
+	}
+	// As servers made them before there was a mark. None lives longer than a day.
+	at, sum, _ := strings.Cut(signature, ".")
+	// As text: decoding would pass over line ends.
+	if !hmac.Equal([]byte(sum), []byte(base64.RawURLEncoding.EncodeToString(s.mac("port "+sandboxID, port, at)))) {
+		return 0, false
+	}
+	seconds, err := strconv.ParseInt(at, 36, 64)
+	return seconds, err == nil
 }

@@ -1,6 +1,9 @@
 package proxy
 
 import (
+	"encoding/base64"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -39,7 +42,9 @@ func TestSigner(t *testing.T) {
 	if got, err := s.Check(good, anID, 80, now); err != nil || !got.Equal(ends) {
 		t.Errorf("%v, %v", got, err)
 	}
-	at, sum, _ := strings.Cut(good, ".")
+	if !regexp.MustCompile(`^cays_[0-9a-f]{48}$`).MatchString(good) {
+		t.Errorf("the signature %s has another form than what secrets are recognised by", good)
+	}
 	for name, c := range map[string]struct {
 		signature, id string
 		port          int
@@ -49,9 +54,11 @@ func TestSigner(t *testing.T) {
 		"expired":         {good, anID, 80, ends, "signature_expired"},
 		"another port":    {good, anID, 81, now, "invalid_signature"},
 		"another sandbox": {good, "sbx_bbcdefghij0123456789", 80, now, "invalid_signature"},
-		"another end":     {at + "0." + sum, anID, 80, now, "invalid_signature"},
+		"another end":     {good[:12] + "f" + good[13:], anID, 80, now, "invalid_signature"},
 		"cut":             {good[:len(good)-1], anID, 80, now, "invalid_signature"},
-		"no sum":          {at, anID, 80, now, "invalid_signature"},
+		"no sum":          {good[:13], anID, 80, now, "invalid_signature"},
+		"longer":          {good + "0", anID, 80, now, "invalid_signature"},
+		"capitals":        {"cays_" + strings.ToUpper(good[5:]), anID, 80, now, "invalid_signature"},
 		"empty":           {"", anID, 80, now, "invalid_signature"},
 		"another server":  {NewSigner(NewSecret()).Sign(anID, 80, ends), anID, 80, now, "invalid_signature"},
 	} {
@@ -60,6 +67,34 @@ func TestSigner(t *testing.T) {
 		}
 	}
 }
+
+// TestOlderSignatures checks signatures of the form that servers made before cays_: links live for
+// a day, and a server that is replaced must not break them.
+func TestOlderSignatures(t *testing.T) {
+	s := NewSigner("secret")
+	ends := time.Unix(2_000_000_000, 0)
+	older := olderSignature(s, ends)
+	if got, err := s.Check(older, anID, 80, ends.Add(-time.Second)); err != nil || !got.Equal(ends) {
+		t.Errorf("%v, %v", got, err)
+	}
+	for name, err := range map[string]error{
+		"expired":      second(s.Check(older, anID, 80, ends)),
+		"another port": second(s.Check(older, anID, 81, ends.Add(-time.Second))),
+		"cut":          second(s.Check(older[:len(older)-1], anID, 80, ends.Add(-time.Second))),
+	} {
+		if !fault.Is(err, fault.Unauthenticated) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// olderSignature opens port 80 of anID.
+func olderSignature(s Signer, ends time.Time) string {
+	at := strconv.FormatInt(ends.Unix(), 36)
+	return at + "." + base64.RawURLEncoding.EncodeToString(s.mac("port "+anID, 80, at))
+}
+
+func second(_ time.Time, err error) error { return err }
 
 func FuzzNames(f *testing.F) {
 	n := Names{Domain: "a.example", Scheme: "https"}

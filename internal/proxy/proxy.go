@@ -5,8 +5,9 @@
 //
 // It authorises nobody and wakes nothing: who calls [Proxy.Serve] or [Proxy.Tunnel] has
 // decided that the request may pass, and holds a lease of the sandbox until the call
-// returns. What it promises is that no key of cay's reaches a sandbox, whatever the request
-// brings, and that bodies are streamed: nothing is held but a few buffers.
+// returns. It promises that no key, signature or token of cay's reaches a sandbox in the
+// head of a request, that no header of an answer reaches beyond the port's own origin, and
+// that bodies are streamed: it holds no more than a few buffers.
 //
 // A [Proxy] is safe for concurrent use. Connections to ports belong to one life of one
 // sandbox and break with it. An error that is returned means that nothing was answered yet;
@@ -58,6 +59,8 @@ const (
 // Codes of what goes wrong on the way in, beside those of agentapi.
 const (
 	CodeNoAnswer    = "port_no_answer"
+	CodeWorker      = "service_worker_refused"
+	CodeSecret      = "secret_in_path"
 	codeTooMany     = agentapi.CodeTooManyTunnels
 	codeInterrupted = "interrupted"
 )
@@ -77,6 +80,9 @@ type Destination struct {
 	// X-Forwarded-Prefix, and redirects to other paths get it back.
 	Prefix string
 	Host   string // the Host that is sent; "" is the request's own
+	// Shared reports whether the port shares its origin with others, as all do that are reached at
+	// the API's own host. Headers that speak for a whole origin are then removed from answers.
+	Shared bool
 }
 
 // Proxy carries requests. See [New].
@@ -111,7 +117,7 @@ func New(ports Dialer, log *slog.Logger) *Proxy {
 		Transport:      p,
 		FlushInterval:  -1, // every piece at once: it may be all that comes for a while
 		BufferPool:     &buffers{},
-		ModifyResponse: restorePrefix,
+		ModifyResponse: answered,
 		ErrorHandler:   func(_ http.ResponseWriter, r *http.Request, err error) { passageOf(r).err = err },
 		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug), // of callers who leave
 	}
@@ -147,9 +153,10 @@ func (p *Proxy) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // passage is one request on its way.
 type passage struct {
-	to   Destination
-	grpc bool
-	err  error // instead of an answer
+	to     Destination
+	grpc   bool
+	signed bool  // its URL has a signature
+	err    error // instead of an answer
 }
 
 type passageKey struct{}
@@ -159,7 +166,8 @@ func passageOf(r *http.Request) *passage { return r.Context().Value(passageKey{}
 // Serve passes a request on and its answer back, and returns when both are over, upgrades
 // included. After an error, nothing was answered: Upstream, code "port_closed" when nothing
 // listens on the port, [CodeNoAnswer] when what listens gives no answer that is HTTP; Exhausted, code
-// "too_many_connections"; those of [agentapi.Client.DialPort]. The caller's leaving is its
+// "too_many_connections"; Denied, [CodeWorker] for the script of a service worker at a shared
+// origin; Invalid, [CodeSecret]; those of [agentapi.Client.DialPort]. The caller's leaving is its
 // context's error. What breaks after an answer has begun is a panic with
 // [http.ErrAbortHandler], as net/http wants it.
 func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, to Destination) error {
@@ -168,6 +176,9 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, to Destination) er
 		return err
 	}
 	defer done()
+	if err := refuse(r, to); err != nil {
+		return err
+	}
 	over := p.closing
 	if upgrades(r) {
 		over = p.hanging
@@ -176,14 +187,15 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, to Destination) er
 	defer cancel()
 	defer context.AfterFunc(over, cancel)()
 
-	pass := &passage{to: to, grpc: r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")}
+	pass := &passage{to: to, signed: r.URL.Query().Has(TokenParam), grpc: r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")}
 	// A service may begin its answer before it has read all of the request, of which
 	// net/http would then take away the rest. A writer that cannot is one of HTTP/2.
 	_ = http.NewResponseController(w).EnableFullDuplex()
-	answer := &answer{ResponseWriter: w}
+	answer := &answer{ResponseWriter: w, shared: to.Shared}
 	p.reverse.ServeHTTP(answer, r.WithContext(context.WithValue(ctx, passageKey{}, pass)))
 	switch {
 	case pass.err == nil:
+		CleanTrailers(w.Header(), to.Shared)
 		return nil
 	case answer.begun:
 		panic(http.ErrAbortHandler)
@@ -255,7 +267,8 @@ func (p *Proxy) Close(ctx context.Context) error {
 // answer knows whether anything was answered.
 type answer struct {
 	http.ResponseWriter
-	begun bool
+	begun  bool
+	shared bool // see Destination
 }
 
 // Unwrap lets http.ResponseController reach the connection.
@@ -264,6 +277,9 @@ func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 // WriteHeader begins the answer, unless it is only informational.
 func (a *answer) WriteHeader(status int) {
 	a.begun = a.begun || status >= http.StatusOK
+	if status < http.StatusOK {
+		CleanAnswer(a.Header(), a.shared) // of others answered takes care
+	}
 	a.ResponseWriter.WriteHeader(status)
 }
 
