@@ -64,6 +64,7 @@ type sandboxConfig struct {
 	FirstUID      int            `toml:"first_uid"`
 	MaxSnapshots  int            `toml:"max_snapshots"`
 	KeepDestroyed duration       `toml:"keep_destroyed"`
+	MaxDestroyed  int            `toml:"max_destroyed"`
 	Sizes         []sandbox.Size `toml:"sizes"`
 }
 
@@ -77,11 +78,14 @@ type quotaConfig struct {
 	Sandboxes int `toml:"sandboxes"`
 	VCPUs     int `toml:"vcpus"`
 	MemoryMB  int `toml:"memory_mb"`
+	APIKeys   int `toml:"api_keys"`
 }
 
 type rateLimitConfig struct {
-	PerSecond float64 `toml:"per_second"`
-	Burst     int     `toml:"burst"`
+	PerSecond       float64 `toml:"per_second"`
+	Burst           int     `toml:"burst"`
+	FailedPerSecond float64 `toml:"failed_per_second"`
+	FailedBurst     int     `toml:"failed_burst"`
 }
 
 type imagesConfig struct {
@@ -116,11 +120,12 @@ func defaults() config {
 		Network:         networkConfig{Ready: 8},
 		Sandbox: sandboxConfig{
 			Platform: "systrap", DefaultSize: "shared-cpu-1x", DefaultDiskMB: 2048, MaxDiskMB: 20480,
-			MaxPIDs: 4096, FirstUID: node.DefaultFirstUID, MaxSnapshots: 100, KeepDestroyed: duration(7 * 24 * time.Hour), Sizes: presets(),
+			MaxPIDs: 4096, FirstUID: node.DefaultFirstUID, MaxSnapshots: 100,
+			KeepDestroyed: duration(7 * 24 * time.Hour), MaxDestroyed: 10_000, Sizes: presets(),
 		},
 		Capacity:  capacityConfig{MaxSandboxes: 1000, MinFreeMemoryMB: 512, MinFreeDiskMB: 1024},
-		Quota:     quotaConfig{Sandboxes: 500, VCPUs: 2000, MemoryMB: 1 << 20},
-		RateLimit: rateLimitConfig{PerSecond: 500, Burst: 1000},
+		Quota:     quotaConfig{Sandboxes: 500, VCPUs: 2000, MemoryMB: 1 << 20, APIKeys: 1000},
+		RateLimit: rateLimitConfig{PerSecond: 500, Burst: 1000, FailedPerSecond: 10, FailedBurst: 200},
 		Images:    imagesConfig{Registry: true, PulledMB: 20 << 10},
 		Templates: templatesConfig{Prepare: []string{"python", "base"}, MaxPerOrg: 100},
 		Build: buildConfig{Concurrent: 1, PerOrg: 1, Timeout: duration(30 * time.Minute), ContextLimitMB: 1024,
@@ -273,6 +278,7 @@ func (c *config) check() error {
 		{"sandbox.default_disk_mb", c.Sandbox.DefaultDiskMB, sandbox.MinDiskMB},
 		{"sandbox.max_disk_mb", c.Sandbox.MaxDiskMB, c.Sandbox.DefaultDiskMB},
 		{"sandbox.max_snapshots", c.Sandbox.MaxSnapshots, 0},
+		{"sandbox.max_destroyed", c.Sandbox.MaxDestroyed, 0},
 		{"sandbox.max_pids", c.Sandbox.MaxPIDs, 16},
 		{"sandbox.first_uid", c.Sandbox.FirstUID, minFirstUID},
 		{"capacity.max_sandboxes", c.Capacity.MaxSandboxes, 1},
@@ -280,7 +286,9 @@ func (c *config) check() error {
 		{"capacity.min_free_disk_mb", c.Capacity.MinFreeDiskMB, 0},
 		{"network.ready", c.Network.Ready, 0},
 		{"quota.sandboxes", c.Quota.Sandboxes, 0},
+		{"quota.api_keys", c.Quota.APIKeys, 0},
 		{"rate_limit.burst", c.RateLimit.Burst, 1},
+		{"rate_limit.failed_burst", c.RateLimit.FailedBurst, 1},
 		{"templates.max_per_org", c.Templates.MaxPerOrg, 0},
 		{"build.concurrent", c.Build.Concurrent, 1},
 		{"build.per_org", c.Build.PerOrg, 1},

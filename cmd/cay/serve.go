@@ -297,7 +297,8 @@ func (s *server) openCore(ctx context.Context) error {
 	cfg := s.cfg
 	s.auth = auth.New(s.db, auth.Config{
 		Quota: auth.Quota{Sandboxes: cfg.Quota.Sandboxes, VCPUs: cfg.Quota.VCPUs, MemoryMB: cfg.Quota.MemoryMB},
-		Rate:  cfg.RateLimit.PerSecond, Burst: cfg.RateLimit.Burst, Log: s.log,
+		Rate:  cfg.RateLimit.PerSecond, Burst: cfg.RateLimit.Burst,
+		FailedRate: cfg.RateLimit.FailedPerSecond, FailedBurst: cfg.RateLimit.FailedBurst, MaxKeys: cfg.Quota.APIKeys, Log: s.log,
 	})
 	s.onClose(s.auth.Close)
 	if _, err := s.auth.Bootstrap(ctx, func(secret string) error {
@@ -311,7 +312,7 @@ func (s *server) openCore(ctx context.Context) error {
 	}
 	s.sandboxes = sandbox.New(sandbox.Config{
 		Sizes: cfg.Sandbox.Sizes, DefaultSize: cfg.Sandbox.DefaultSize, DefaultDisk: cfg.Sandbox.DefaultDiskMB,
-		MaxDisk: cfg.Sandbox.MaxDiskMB, KeepDestroyed: time.Duration(cfg.Sandbox.KeepDestroyed), MaxSnapshots: cfg.Sandbox.MaxSnapshots, Pool: s.pool(),
+		MaxDisk: cfg.Sandbox.MaxDiskMB, KeepDestroyed: time.Duration(cfg.Sandbox.KeepDestroyed), MaxDestroyed: cfg.Sandbox.MaxDestroyed, MaxSnapshots: cfg.Sandbox.MaxSnapshots, Pool: s.pool(),
 	}, s.db, s.node, s.templates, s.log, s.observe())
 	s.onClose(s.sandboxes.Close)
 	s.ports = proxy.New(s.node.Agents(), s.log)

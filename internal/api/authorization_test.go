@@ -227,7 +227,7 @@ func (h *house) expiredKey(t *testing.T) string {
 	secret := "cay_" + strings.Repeat("9876543210", 4)
 	hash := sha256.Sum256([]byte(secret))
 	err := h.db.PutKey(t.Context(), auth.Key{ID: "key_" + strings.Repeat("e", 20), OrgID: h.org.Org.ID, Name: "expired", Hash: hash[:],
-		Prefix: secret[:12], Scopes: []auth.Scope{auth.Admin}, CreatedAt: time.Now().Add(-time.Hour), ExpiresAt: time.Now().Add(-time.Minute)})
+		Prefix: secret[:12], Scopes: []auth.Scope{auth.Admin}, CreatedAt: time.Now().Add(-time.Hour), ExpiresAt: time.Now().Add(-time.Minute)}, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -89,7 +89,10 @@ type Store interface {
 	PutOrg(ctx context.Context, o Org, first Key) error
 	GetOrg(ctx context.Context, id string) (Org, error) // NotFound, code "org_not_found"
 	ListOrgs(ctx context.Context, limit int, cursor string) ([]Org, string, error)
-	PutKey(ctx context.Context, k Key) error
+	// PutKey adds a key, unless its organization has limit keys that are neither revoked nor
+	// expired when k is made: Exhausted, code "quota_exceeded". Of the others no more than limit
+	// stay, the newest. A limit of 0 is none.
+	PutKey(ctx context.Context, k Key, limit int) error
 	// KeyByHash finds a key, revoked and expired ones too, with its organization: NotFound.
 	KeyByHash(ctx context.Context, hash []byte) (Key, Org, error)
 	ListKeys(ctx context.Context, orgID string, limit int, cursor string) ([]Key, string, error)

@@ -26,6 +26,14 @@ type Config struct {
 	// how many at once; a Rate of 0 is no limit.
 	Rate  float64
 	Burst int
+	// FailedRate limits the calls a second of one address without a valid key, signature or token
+	// in the long run, FailedBurst those at once; a FailedRate of 0 is no limit. Valid calls are not
+	// counted, so that others behind the same proxy are not locked out.
+	FailedRate  float64
+	FailedBurst int
+	// MaxKeys limits the keys of an organization that are neither revoked nor expired, and the
+	// others of its that are kept; 0 is no limit.
+	MaxKeys int
 	// Log is told when a last use cannot be written. Never nil.
 	Log *slog.Logger
 }
@@ -34,15 +42,15 @@ type Config struct {
 type Service struct {
 	cfg     Config
 	store   Store
-	buckets buckets
+	buckets *Buckets // by key
+	failed  *Buckets // by address
 	uses    *uses
 }
 
 // New makes a Service on store. It starts one goroutine, which Close ends.
 func New(store Store, cfg Config) *Service {
-	s := &Service{cfg: cfg, store: store, uses: newUses(store, cfg.Log)}
-	s.buckets.rate, s.buckets.burst = cfg.Rate, max(cfg.Burst, 1)
-	return s
+	return &Service{cfg: cfg, store: store, uses: newUses(store, cfg.Log),
+		buckets: NewBuckets(cfg.Rate, cfg.Burst), failed: NewBuckets(cfg.FailedRate, cfg.FailedBurst)}
 }
 
 // Close writes the last uses that are not written yet, until ctx ends.
@@ -111,8 +119,21 @@ func (s *Service) Authenticate(ctx context.Context, secret string) (Principal, e
 // Allow takes one call from the key's bucket: Exhausted, code "rate_limited", with
 // RetryAfter when it is empty.
 func (s *Service) Allow(p Principal) error {
-	if wait := s.buckets.take(p.Key.ID, time.Now()); wait > 0 {
+	if wait := s.buckets.Take(p.Key.ID, time.Now()); wait > 0 {
 		return fault.New(fault.Exhausted, "rate_limited", "this key may make %g calls a second, %d at once", s.cfg.Rate, s.buckets.burst).After(wait)
+	}
+	return nil
+}
+
+// CodeTooManyAttempts is the code of what [Service.Failed] returns.
+const CodeTooManyAttempts = "too_many_attempts"
+
+// Failed counts a call without a valid key, signature or token against its address: Exhausted, code
+// [CodeTooManyAttempts], with RetryAfter when it is empty.
+func (s *Service) Failed(remote string) error {
+	if wait := s.failed.Take(Address(remote), time.Now()); wait > 0 {
+		return fault.New(fault.Exhausted, CodeTooManyAttempts, "calls without a valid key may come from one address %g times a second, %d at once",
+			s.cfg.FailedRate, s.failed.burst).After(wait)
 	}
 	return nil
 }
@@ -152,7 +173,8 @@ func e2bScopes() []string {
 // CreateKey makes a key in p's organization and returns it with its secret, which
 // is not kept. It needs the scope admin, and gives no scope
 // that p's key lacks: Denied, code "scope_missing". Invalid, naming the field, for
-// a name, scopes or an expiry that are not right.
+// a name, scopes or an expiry that are not right. Exhausted, code "quota_exceeded", when the
+// organization has as many as it may.
 func (s *Service) CreateKey(ctx context.Context, p Principal, r KeyRequest) (Key, string, error) {
 	if err := needAdmin(p); err != nil {
 		return Key{}, "", err
@@ -180,7 +202,7 @@ func (s *Service) CreateKey(ctx context.Context, p Principal, r KeyRequest) (Key
 		return Key{}, "", fault.InField("invalid_expires_in", "expires_in", "must be 0 for never, or at least %s", minExpiry)
 	}
 	k, secret := newKey(p.Org.ID, r.Name, parsed, r.ExpiresIn, format)
-	if err := s.store.PutKey(ctx, k); err != nil {
+	if err := s.store.PutKey(ctx, k, s.cfg.MaxKeys); err != nil {
 		return Key{}, "", fmt.Errorf("storing key: %w", err)
 	}
 	return k, secret, nil

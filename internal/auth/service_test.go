@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"log/slog"
 	"regexp"
 	"slices"
@@ -467,4 +468,44 @@ func FuzzParseScopes(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestFailedAttempts counts calls without a valid key by address, and none of other addresses.
+func TestFailedAttempts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, _, p := begin(t, Config{FailedRate: 2, FailedBurst: 3})
+		for i := range 3 {
+			if err := s.Failed(fmt.Sprintf("[2001:db8::%d]:%d", i, 1000+i)); err != nil { // one subscriber has them all
+				t.Fatalf("attempt %d of the burst: %v", i, err)
+			}
+		}
+		err := s.Failed("[2001:db8::9]:1")
+		wantFault(t, err, fault.Exhausted, CodeTooManyAttempts)
+		if wait := fault.As(err).RetryAfter; wait != 500*time.Millisecond {
+			t.Errorf("retry after %s, want 500ms", wait)
+		}
+		for _, other := range []string{"[2001:db8:0:1::9]:1", "192.0.2.1:1", "192.0.2.2:1", "odd"} {
+			if err := s.Failed(other); err != nil {
+				t.Errorf("%s: %v", other, err)
+			}
+		}
+		if err := s.Allow(p); err != nil {
+			t.Errorf("a key: %v", err)
+		}
+	})
+}
+
+// TestBucketsAreBounded has more callers than there may be buckets.
+func TestBucketsAreBounded(t *testing.T) {
+	b := NewBuckets(1, 10)
+	now := time.Now()
+	for i := range maxBuckets + 20 {
+		wait := b.Take(fmt.Sprint(i), now)
+		if shared := i - maxBuckets; (wait > 0) != (shared >= 10) {
+			t.Fatalf("caller %d waits %s", i, wait)
+		}
+	}
+	if len(b.byKey) > maxBuckets+1 {
+		t.Errorf("%d buckets", len(b.byKey))
+	}
 }

@@ -50,7 +50,7 @@ func (m *memory) ListOrgs(_ context.Context, limit int, after string) ([]Org, st
 	return pageOf(m.orgs, limit, after)
 }
 
-func (m *memory) PutKey(_ context.Context, k Key) error {
+func (m *memory) PutKey(_ context.Context, k Key, _ int) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.broken != nil {

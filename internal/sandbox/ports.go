@@ -79,7 +79,9 @@ type Store interface {
 	// List returns a page and the cursor of the next, "" after the last.
 	// A cursor that is not one of ours is Invalid in field "cursor".
 	List(ctx context.Context, f Filter) ([]Sandbox, string, error)
-	// Transition applies c and records its event in one transaction. A row that
+	// Transition applies c and records its event in one transaction. A row that comes to a state
+	// which is over loses its environment, token and surface, and all but its newest 100 events;
+	// others keep 1,000. A row that
 	// is not in c.From or not in c.Run is a Conflict, code "sandbox_state", and
 	// untouched; the returned sandbox is then the row as it is.
 	Transition(ctx context.Context, c Change) (Sandbox, error)
@@ -107,8 +109,10 @@ type Store interface {
 	// Events pages a sandbox's events, newest first.
 	Events(ctx context.Context, id ID, limit int, cursor string) ([]Event, string, error)
 	// Purge drops sandboxes that were over before the time, with their events,
-	// and idempotency records older than 24 h at now. It says how many sandboxes went.
-	Purge(ctx context.Context, over, now time.Time) (int, error)
+	// and idempotency records older than 24 h at now. Of those of one organization that are over
+	// it keeps the newest, most of them, where one counts once more for each 4 KiB of its metadata
+	// and policy; 0 is no limit. It says how many sandboxes went.
+	Purge(ctx context.Context, over, now time.Time, most int) (int, error)
 	// Images lists the images that sandboxes which are not over need, members of
 	// the pool, and snapshots.
 	Images(ctx context.Context) ([]string, error)

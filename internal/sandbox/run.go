@@ -11,8 +11,9 @@ const (
 	// runs. It catches what a failed cleanup left; the start of the server does not
 	// wait for it. Longer leaves leftovers longer, shorter reads the host for nothing.
 	reconcileEvery = 15 * time.Second
-	// purgeEvery is how often sandboxes that were destroyed long ago are dropped.
-	purgeEvery = 10 * time.Minute
+	// purgeEvery is the interval between purges of rows of destroyed sandboxes. A purge reads an
+	// index of those rows. A longer interval lets an organization exceed its number for longer.
+	purgeEvery = time.Minute
 )
 
 // Run does what has to be done over time until ctx ends: it notices sandboxes
@@ -39,7 +40,7 @@ func (s *Service) Run(ctx context.Context) {
 			}
 		case <-purge.C:
 			now := time.Now().UTC()
-			if n, err := s.store.Purge(ctx, now.Add(-s.cfg.KeepDestroyed), now); err != nil && ctx.Err() == nil {
+			if n, err := s.store.Purge(ctx, now.Add(-s.cfg.KeepDestroyed), now, s.cfg.MaxDestroyed); err != nil && ctx.Err() == nil {
 				s.log.ErrorContext(ctx, "dropping old sandboxes", "error", err)
 			} else if n > 0 {
 				s.log.InfoContext(ctx, "dropped old sandboxes", "count", n)

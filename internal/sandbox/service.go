@@ -20,6 +20,7 @@ type Config struct {
 	MaxDisk     int    // MiB
 	// KeepDestroyed is how long a destroyed sandbox stays readable.
 	KeepDestroyed time.Duration
+	MaxDestroyed  int // of one organization that stay readable; 0 is no limit
 	MaxSnapshots  int // of one organization; 0 is no limit
 	Pool          PoolConfig
 }

@@ -105,9 +105,40 @@ func (db *DB) ListOrgs(ctx context.Context, limit int, after string) ([]auth.Org
 }
 
 // PutKey implements [auth.Store]. No such organization is NotFound.
-func (db *DB) PutKey(ctx context.Context, k auth.Key) error {
-	if err := db.write(ctx, func(tx *sql.Tx) error { return insertKey(ctx, tx, k) }); err != nil {
+func (db *DB) PutKey(ctx context.Context, k auth.Key, limit int) error {
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		if limit > 0 {
+			if err := makeRoom(ctx, tx, k, limit); err != nil {
+				return err
+			}
+		}
+		return insertKey(ctx, tx, k)
+	})
+	if err != nil {
 		return fmt.Errorf("adding key %s: %w", k.ID, err)
+	}
+	return nil
+}
+
+const (
+	isLive   = "revoked_at IS NULL AND (expires_at IS NULL OR expires_at > $2)"
+	liveKeys = "SELECT COUNT(*) FROM api_keys WHERE org_id = $1 AND " + isLive
+	dropKeys = `DELETE FROM api_keys WHERE org_id = $1 AND NOT (` + isLive + `) AND id NOT IN
+		(SELECT id FROM api_keys WHERE org_id = $1 AND NOT (` + isLive + `) ORDER BY created_at DESC, id DESC LIMIT $3)`
+)
+
+// makeRoom refuses a key more than the limit, and drops the oldest of those that open nothing any
+// more. It reads the organization's keys, of which there are no more than twice the limit.
+func makeRoom(ctx context.Context, tx *sql.Tx, k auth.Key, limit int) error {
+	var live int
+	if err := tx.QueryRowContext(ctx, liveKeys, k.OrgID, at(k.CreatedAt)).Scan(&live); err != nil {
+		return fmt.Errorf("counting keys: %w", err)
+	}
+	if live >= limit {
+		return fault.New(fault.Exhausted, "quota_exceeded", "the organization may have %d API keys; revoke one that is not needed", limit)
+	}
+	if _, err := tx.ExecContext(ctx, dropKeys, k.OrgID, at(k.CreatedAt), limit); err != nil {
+		return fmt.Errorf("dropping old keys: %w", err)
 	}
 	return nil
 }

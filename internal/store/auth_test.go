@@ -42,6 +42,7 @@ func testAuthStore(t *testing.T, open func(t *testing.T) auth.Store) {
 		"revoking":        authRevoke,
 		"touching":        authTouch,
 		"listing keys":    authListKeys,
+		"limit of keys":   authKeyLimit,
 		"nothing is left": authAtomic,
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -118,7 +119,7 @@ func authKeys(t *testing.T, st auth.Store) {
 			t.Errorf("the test leaves field %s empty", f.Name)
 		}
 	}
-	if err := st.PutKey(t.Context(), full); err != nil {
+	if err := st.PutKey(t.Context(), full, 0); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []auth.Key{first, full} {
@@ -138,8 +139,8 @@ func authKeys(t *testing.T, st auth.Store) {
 		wantFault(t, err, fault.NotFound, "api_key_not_found")
 	}
 	orphan := aKey("nobody", 0)
-	wantFault(t, st.PutKey(t.Context(), orphan), fault.NotFound, "org_not_found")
-	if err := st.PutKey(t.Context(), full); err == nil {
+	wantFault(t, st.PutKey(t.Context(), orphan, 0), fault.NotFound, "org_not_found")
+	if err := st.PutKey(t.Context(), full, 0); err == nil {
 		t.Error("the same key was put twice")
 	}
 }
@@ -183,7 +184,7 @@ func authListKeys(t *testing.T, st auth.Store) {
 	want := []auth.Key{first}
 	for i := range 6 {
 		k := aKey("a", i+1)
-		if err := st.PutKey(t.Context(), k); err != nil {
+		if err := st.PutKey(t.Context(), k, 0); err != nil {
 			t.Fatal(err)
 		}
 		want = append([]auth.Key{k}, want...)
@@ -204,6 +205,48 @@ func authListKeys(t *testing.T, st auth.Store) {
 	}
 	_, _, err := st.ListKeys(t.Context(), "org_a", 3, "bad")
 	wantFault(t, err, fault.Invalid, "invalid_cursor")
+}
+
+// authKeyLimit makes keys up to the limit, and far more that are revoked or expired at once.
+func authKeyLimit(t *testing.T, st auth.Store) {
+	const limit = 5
+	_, first := mustPutOrg(t, st, "a", 0)
+	mustPutOrg(t, st, "b", 0)
+	ctx := t.Context()
+	for i := range limit - 1 {
+		if err := st.PutKey(ctx, aKey("a", i+1), limit); err != nil {
+			t.Fatalf("key %d: %v", i+1, err)
+		}
+	}
+	more := aKey("a", 100)
+	wantFault(t, st.PutKey(ctx, more, limit), fault.Exhausted, "quota_exceeded")
+	if err := st.PutKey(ctx, aKey("b", 1), limit); err != nil {
+		t.Errorf("another organization: %v", err)
+	}
+	if err := st.RevokeKey(ctx, "org_a", first.ID, start); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 4 * limit { // each takes the place that the one before it left
+		k := aKey("a", 200+i)
+		if i%2 == 0 {
+			k.ExpiresAt = k.CreatedAt.Add(time.Millisecond)
+		}
+		if err := st.PutKey(ctx, k, limit); err != nil {
+			t.Fatalf("in a place that is free, %d: %v", i, err)
+		}
+		if err := st.RevokeKey(ctx, "org_a", k.ID, k.CreatedAt); i%2 == 1 && err != nil {
+			t.Fatal(err)
+		}
+	}
+	all, _, err := st.ListKeys(ctx, "org_a", 100, "")
+	if err != nil || len(all) > 2*limit {
+		t.Errorf("%d keys are kept, %v; want at most %d", len(all), err, 2*limit)
+	}
+	for i := range limit - 1 {
+		if _, _, err := st.KeyByHash(ctx, aKey("a", i+1).Hash); err != nil {
+			t.Errorf("key %d, which is in use, is gone: %v", i+1, err)
+		}
+	}
 }
 
 // authAtomic: an organization whose first key cannot be stored is not there either.

@@ -17,11 +17,33 @@ func eventID(seq int64) string { return fmt.Sprintf("evt_%010d", seq) }
 // insertEvent gives the event the sandbox's next number. The transaction has
 // written the sandbox's row, so nobody else can be numbering its events.
 func insertEvent(ctx context.Context, tx *sql.Tx, e sandbox.Event) error {
-	_, err := tx.ExecContext(ctx, `INSERT INTO sandbox_events (sandbox_id, seq, at, from_state, to_state, reason, detail)
-		VALUES ($1, (SELECT COALESCE(MAX(seq), 0) + 1 FROM sandbox_events WHERE sandbox_id = $1), $2, $3, $4, $5, $6)`,
-		e.SandboxID, at(e.At), e.From, e.To, e.Reason, e.Detail)
+	var seq int64
+	err := tx.QueryRowContext(ctx, `INSERT INTO sandbox_events (sandbox_id, seq, at, from_state, to_state, reason, detail)
+		VALUES ($1, (SELECT COALESCE(MAX(seq), 0) + 1 FROM sandbox_events WHERE sandbox_id = $1), $2, $3, $4, $5, $6) RETURNING seq`,
+		e.SandboxID, at(e.At), e.From, e.To, e.Reason, e.Detail).Scan(&seq)
 	if err != nil {
 		return fmt.Errorf("writing event: %w", err)
+	}
+	if seq > eventsKept {
+		return dropEvents(ctx, tx, e.SandboxID, eventsKept)
+	}
+	return nil
+}
+
+// A sandbox keeps its newest events: while it lives those of some hundred suspends and wakes, about
+// 100 KiB; when it is over those that led to its end. Without a bound a sandbox that is suspended
+// and woken all day fills the disk.
+const (
+	eventsKept     = 1000
+	eventsKeptOver = 100
+)
+
+// dropEvents drops all events of a sandbox but the newest.
+func dropEvents(ctx context.Context, tx *sql.Tx, id sandbox.ID, keep int) error {
+	_, err := tx.ExecContext(ctx, `DELETE FROM sandbox_events WHERE sandbox_id = $1 AND seq <=
+		(SELECT MAX(seq) FROM sandbox_events WHERE sandbox_id = $1) - $2`, id, keep)
+	if err != nil {
+		return fmt.Errorf("dropping old events: %w", err)
 	}
 	return nil
 }

@@ -45,7 +45,7 @@ func publicPorts(t *testing.T, st sandbox.Store) {
 
 	mustMove(t, st, b.ID, sandbox.Creating, sandbox.Destroyed, start)
 	want(b.ID, 443)
-	if n, err := st.Purge(ctx, start.Add(time.Hour), start); err != nil || n != 1 {
+	if n, err := st.Purge(ctx, start.Add(time.Hour), start, 0); err != nil || n != 1 {
 		t.Fatal(n, err)
 	}
 	want(b.ID)

@@ -286,6 +286,11 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 		if err := insertEvent(ctx, tx, sandbox.Event{SandboxID: c.ID, At: c.At, From: before.State, To: c.To, Reason: c.Reason, Detail: c.Detail}); err != nil {
 			return err
 		}
+		if c.To.Over() {
+			if err := dropEvents(ctx, tx, c.ID, eventsKeptOver); err != nil {
+				return err
+			}
+		}
 		after = moved
 		return nil
 	})
@@ -294,6 +299,10 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 	}
 	return after, nil
 }
+
+// forgetting clears the secrets of a row whose sandbox is over, and sets its weight: the number of
+// rows that it counts for in [DB.Purge].
+const forgetting = "env = '{}', surface = '', token = '', weight = 1 + (2 * LENGTH(metadata) + LENGTH(egress) + LENGTH(error)) / 4096"
 
 // updateQuery is the one conditional update of a transition: it hits the row only
 // while it is in the state and the life that were read.
@@ -304,6 +313,7 @@ func updateQuery(c sandbox.Change, before sandbox.Sandbox) (string, params) {
 	ended := timeColumn{&time.Time{}}
 	if c.To.Over() {
 		ended = at(c.At)
+		set = append(set, forgetting)
 	}
 	add("ended_at", ended)
 	if c.NewRun != nil {
@@ -457,8 +467,8 @@ func (db *DB) Images(ctx context.Context) ([]string, error) {
 }
 
 // texts runs a query for one column of text.
-func (db *DB) texts(ctx context.Context, doing, query string) ([]string, error) {
-	rows, err := db.reader.QueryContext(ctx, query)
+func (db *DB) texts(ctx context.Context, doing, query string, args ...any) ([]string, error) {
+	rows, err := db.reader.QueryContext(ctx, query, args...)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", doing, err)
 	}
@@ -477,16 +487,43 @@ func (db *DB) texts(ctx context.Context, doing, query string) ([]string, error) 
 	return all, nil
 }
 
+const (
+	purgeOld = "SELECT id FROM sandboxes WHERE ended_at IS NOT NULL AND ended_at < $1 ORDER BY ended_at LIMIT $2"
+	// crowded finds the organizations above the limit, and purgeMany the rows of one of them beyond
+	// it, counted from the newest.
+	crowded   = "SELECT org_id FROM sandboxes WHERE ended_at IS NOT NULL GROUP BY org_id HAVING SUM(weight) > $1"
+	purgeMany = `SELECT id FROM (SELECT id, SUM(weight) OVER (ORDER BY ended_at DESC, id DESC) AS upto
+		FROM sandboxes WHERE ended_at IS NOT NULL AND org_id = $1) AS all_over WHERE upto > $2 LIMIT $3`
+)
+
 // Purge implements [sandbox.Store]. It works in batches so that creates get
 // between them; after an error the count says what is gone already.
-func (db *DB) Purge(ctx context.Context, over, now time.Time) (int, error) {
+func (db *DB) Purge(ctx context.Context, over, now time.Time, most int) (int, error) {
 	if _, err := db.writer.ExecContext(ctx, "DELETE FROM idempotency WHERE created_at <= $1", at(now.Add(-onceFor))); err != nil {
 		return 0, fmt.Errorf("dropping old idempotency keys: %w", err)
 	}
+	gone, err := db.purge(ctx, purgeOld, at(over))
+	if err != nil || most == 0 {
+		return gone, err
+	}
+	orgs, err := db.texts(ctx, "looking for organizations with many sandboxes that are over", crowded, most)
+	if err != nil {
+		return gone, err
+	}
+	for _, org := range orgs {
+		n, err := db.purge(ctx, purgeMany, org, most)
+		if gone += n; err != nil {
+			return gone, err
+		}
+	}
+	return gone, nil
+}
+
+// purge drops the sandboxes that a query finds, whose last parameter is how many at once.
+func (db *DB) purge(ctx context.Context, which string, args ...any) (int, error) {
 	var gone int
 	for {
-		r, err := db.writer.ExecContext(ctx, `DELETE FROM sandboxes WHERE id IN
-			(SELECT id FROM sandboxes WHERE ended_at IS NOT NULL AND ended_at < $1 ORDER BY ended_at LIMIT $2)`, at(over), purgeBatch)
+		r, err := db.writer.ExecContext(ctx, "DELETE FROM sandboxes WHERE id IN ("+which+")", append(args[:len(args):len(args)], purgeBatch)...)
 		if err != nil {
 			return gone, fmt.Errorf("dropping old sandboxes: %w", err)
 		}

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -104,6 +105,8 @@ func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
 		"unfinished and images":  sandboxUnfinished,
 		"events":                 sandboxEvents,
 		"purge":                  sandboxPurge,
+		"purge of many":          sandboxPurgeMany,
+		"events are bounded":     sandboxEventsBounded,
 		"pool":                   poolMembers,
 		"claim":                  poolClaim,
 		"claims in a race":       poolClaimRace,
@@ -635,6 +638,7 @@ func sandboxTransition(t *testing.T, st sandbox.Store) {
 	}
 	want.State, want.DestroyedAt, want.DestroyReason, want.Error, want.ExpiresAt = sandbox.Destroyed, ended, reason, text, time.Time{}
 	want.SuspendedAt = time.Time{}
+	want.Env, want.Token = map[string]string{}, "" // nobody needs them any more
 	if diff := cmp.Diff(want, got, prefixes); diff != "" {
 		t.Errorf("after the second (-want +got):\n%s", diff)
 	}
@@ -949,13 +953,13 @@ func sandboxPurge(t *testing.T, st sandbox.Store) {
 	}
 	living := mustInsert(t, st, small("org_a", 0))
 
-	if n, err := st.Purge(t.Context(), start, start); err != nil || n != 0 {
+	if n, err := st.Purge(t.Context(), start, start, 0); err != nil || n != 0 {
 		t.Errorf("purged %d, %v; nothing was over before", n, err)
 	}
 	if _, found, err := st.Insert(t.Context(), small("org_a", 1), sandbox.Quota{}, sandbox.Once{Key: "1", Hash: "h"}); err != nil || !found {
 		t.Errorf("an idempotency key of today: %v, %v", found, err)
 	}
-	n, err := st.Purge(t.Context(), start.Add(time.Minute), start)
+	n, err := st.Purge(t.Context(), start.Add(time.Minute), start, 0)
 	if err != nil || n != old {
 		t.Errorf("purged %d, %v; want %d", n, err, old)
 	}
@@ -971,11 +975,83 @@ func sandboxPurge(t *testing.T, st sandbox.Store) {
 		}
 	}
 	// The same body under a young sandbox's key, a day later, is a new create.
-	if _, err := st.Purge(t.Context(), start, start.Add(onceFor)); err != nil {
+	if _, err := st.Purge(t.Context(), start, start.Add(onceFor), 0); err != nil {
 		t.Fatal(err)
 	}
 	if _, found, err := st.Insert(t.Context(), small("org_a", 1), sandbox.Quota{}, sandbox.Once{Key: fmt.Sprint(old), Hash: "other"}); err != nil || found {
 		t.Errorf("an idempotency key that was dropped: %v, %v", found, err)
+	}
+}
+
+// sandboxPurgeMany has organizations with more sandboxes that are over than they may have.
+func sandboxPurgeMany(t *testing.T, st sandbox.Store) {
+	const most = purgeBatch + 10
+	ctx := t.Context()
+	end := func(org string, i int, metadata string) sandbox.ID {
+		s := small(org, i)
+		s.Metadata = map[string]string{"a": metadata}
+		mustInsert(t, st, s)
+		mustMove(t, st, s.ID, sandbox.Creating, sandbox.Destroyed, start.Add(time.Duration(i)*time.Second))
+		return s.ID
+	}
+	var many []sandbox.ID
+	for i := range 2*most + 1 {
+		many = append(many, end("org_many", i, ""))
+	}
+	few := end("org_few", 0, "")
+	living := mustInsert(t, st, small("org_many", 0))
+	heavy := end("org_heavy", 0, strings.Repeat("x", (most-5)*4096/2)) // counts for nearly all it may have
+	var after []sandbox.ID
+	for i := range 10 {
+		after = append(after, end("org_heavy", 1+i, ""))
+	}
+	if n, err := st.Purge(ctx, start, start, 0); err != nil || n != 0 {
+		t.Errorf("without a limit %d go, %v", n, err)
+	}
+	if n, err := st.Purge(ctx, start, start, most); err != nil || n != most+2 {
+		t.Errorf("%d go, %v; want %d", n, err, most+2)
+	}
+	for id, kept := range map[sandbox.ID]bool{many[0]: false, many[most]: false, many[most+1]: true, many[2*most]: true, few: true, living.ID: true,
+		heavy: false, after[0]: true, after[9]: true} {
+		if _, err := st.Get(ctx, id); (err == nil) != kept {
+			t.Errorf("%s is kept: %v, want %v", id, err, kept)
+		}
+	}
+}
+
+// sandboxEventsBounded has a sandbox that is suspended and woken all day.
+func sandboxEventsBounded(t *testing.T, st sandbox.Store) {
+	s := mustInsert(t, st, small("org_a", 0))
+	from := sandbox.Creating
+	for i := range eventsKept + 10 {
+		to := sandbox.Suspended
+		if i%2 == 0 {
+			to = sandbox.Running
+		}
+		mustMove(t, st, s.ID, from, to, start)
+		from = to
+	}
+	count := func() (n int, newest string) {
+		for cursor := ""; ; {
+			page, next, err := st.Events(t.Context(), s.ID, 200, cursor)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if newest == "" {
+				newest = page[0].ID
+			}
+			n += len(page)
+			if cursor = next; next == "" {
+				return n, newest
+			}
+		}
+	}
+	if n, newest := count(); n != eventsKept || newest != eventID(eventsKept+11) {
+		t.Errorf("%d events, the newest is %s", n, newest)
+	}
+	mustMove(t, st, s.ID, from, sandbox.Destroyed, start)
+	if n, newest := count(); n != eventsKeptOver || newest != eventID(eventsKept+12) {
+		t.Errorf("when it is over %d events, the newest is %s", n, newest)
 	}
 }
 

@@ -89,7 +89,7 @@ func (db *DB) ReadySnapshot(ctx context.Context, id sandbox.SnapshotID, made tim
 
 // EndSnapshot implements [sandbox.Store].
 func (db *DB) EndSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
-	_, err := scanSnapshot(db.writer.QueryRowContext(ctx, "UPDATE snapshots SET state = $1 WHERE id = $2 RETURNING "+snapshotColumns,
+	_, err := scanSnapshot(db.writer.QueryRowContext(ctx, "UPDATE snapshots SET state = $1, env = '{}' WHERE id = $2 RETURNING "+snapshotColumns,
 		sandbox.SnapshotDeleting, id), string(id))
 	return err
 }

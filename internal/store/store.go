@@ -115,6 +115,9 @@ func dsn(path string, more url.Values) string {
 	// A commit is on disk when it returns. NORMAL would lose the last ones when
 	// the machine loses power, and with them sandboxes that were promised.
 	more.Set("_synchronous", "FULL")
+	// Deleted and overwritten content is zeroed in the file: a copy of the file must not hold the
+	// environments and tokens of sandboxes that are over.
+	more.Set("_pragma", "secure_delete(1)")
 	// A misspelt column in double quotes must be an error, not a string.
 	more.Set("_dqs", "false")
 	u := url.URL{Scheme: "file", Path: path, RawQuery: more.Encode()}

@@ -2,6 +2,7 @@ package store
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"database/sql"
 	"fmt"
@@ -89,6 +90,7 @@ func TestPragmas(t *testing.T) {
 		{db.writer, "synchronous", "2"},
 		{db.writer, "foreign_keys", "1"},
 		{db.writer, "busy_timeout", fmt.Sprint(busyMillis)},
+		{db.writer, "secure_delete", "1"},
 		{db.writer, "query_only", "0"},
 		{db.reader, "query_only", "1"},
 		{db.reader, "busy_timeout", fmt.Sprint(busyMillis)},
@@ -153,6 +155,12 @@ func TestOpenMigrates(t *testing.T) {
 	}
 	s := mustInsert(t, db, small("org_a", 0))
 	for _, back := range []string{
+		// What was over kept its secrets.
+		`INSERT INTO sandboxes (` + sandboxColumns + `, ended_at) SELECT 'sbx_over', org_id, mode, 'destroyed', run, template, template_id, template_version, image,
+			size, vcpus, memory_mb, dedicated, disk_mb, '{"KEY":"` + aSecret + `"}', '{"a":"b"}', egress, run_as, workdir,
+			timeout, idle_timeout, recovery_interval, created_at, started_at, expires_at, last_activity_at,
+			suspended_at, destroyed_at, 'requested', error, source, origin, '` + aSecret + `', at_end, '', 1000000 FROM sandboxes`,
+		"DROP INDEX sandboxes_over", "ALTER TABLE sandboxes DROP COLUMN weight",
 		"DROP TABLE snapshots", "ALTER TABLE sandboxes DROP COLUMN origin",
 		"DROP TABLE public_ports", "DROP TABLE pool", "DROP TABLE template_builds", "DROP INDEX templates_queued", "DROP INDEX templates_image", "DROP INDEX sandboxes_of_template",
 		"ALTER TABLE templates DROP COLUMN build_id", "ALTER TABLE templates DROP COLUMN tries", "ALTER TABLE templates DROP COLUMN queued_at",
@@ -187,8 +195,63 @@ func TestOpenMigrates(t *testing.T) {
 	if err != nil || tpl.BuildError != nil || tpl.Queued() || tpl.Version != 2 || tpl.Image != "abc" || tpl.Env["A"] != "b" || !tpl.Start.None() {
 		t.Errorf("template is %+v, %v", tpl, err)
 	}
+	over, err := db.Get(t.Context(), "sbx_over")
+	if err != nil || len(over.Env) != 0 || over.Token != "" || over.Metadata["a"] != "b" || over.DestroyReason != sandbox.Requested {
+		t.Errorf("what was over before is %+v, %v", over, err)
+	}
 	if lines, err := db.TemplateLog(t.Context(), "tpl_1", 0, 10); err != nil || len(lines) != 1 || lines[0].Text != "old" {
 		t.Errorf("its log is %v, %v", lines, err)
+	}
+}
+
+const aSecret = "a-secret-that-nobody-else-would-write"
+
+// TestSecretsAreForgotten looks for the secrets of sandboxes, snapshots and members that are over
+// in the bytes of the files.
+func TestSecretsAreForgotten(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "cay.db")
+	db := openAt(t, path)
+	ctx := t.Context()
+	for i, to := range []sandbox.State{sandbox.Destroyed, sandbox.Failed} {
+		for size := range 3 { // in the page, and in pages of its own
+			s := small("org_a", i)
+			s.Env = map[string]string{"KEY": strings.Repeat(aSecret, 1+size*2000)}
+			s.Token, s.Surface = aSecret, aSecret
+			mustInsert(t, db, s)
+			mustMove(t, db, s.ID, sandbox.Creating, to, start)
+			got, err := db.Get(ctx, s.ID)
+			if err != nil || len(got.Env) != 0 || got.Token != "" || got.Surface != "" {
+				t.Errorf("%s: the row has %d variables, %q, %q, %v", to, len(got.Env), got.Token, got.Surface, err)
+			}
+		}
+	}
+	snap := sandbox.Snapshot{ID: "snap_a", OrgID: "org_a", State: sandbox.SnapshotCreating, SandboxID: "sbx_a", CreatedAt: start, Env: map[string]string{"KEY": aSecret}}
+	if err := db.AddSnapshot(ctx, snap, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.EndSnapshot(ctx, snap.ID); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := db.GetSnapshot(ctx, snap.ID); err != nil || len(got.Env) != 0 {
+		t.Errorf("a snapshot that is being deleted has %v, %v", got.Env, err)
+	}
+	if err := db.AddMember(ctx, sandbox.Member{ID: "sbx_m", Token: aSecret, CreatedAt: start}); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.DropMember(ctx, "sbx_m"); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.Close(); err != nil { // which folds the log into the file
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob(path + "*")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("files %q, %v", files, err)
+	}
+	for _, f := range files {
+		if b, err := os.ReadFile(f); err != nil || bytes.Contains(b, []byte(aSecret)) {
+			t.Errorf("%s has a secret of what is over (%v)", filepath.Base(f), err)
+		}
 	}
 }
 
@@ -344,6 +407,9 @@ func TestPlans(t *testing.T) {
 		{findSnapshot, []any{"o", "n", "ready"}, "snapshots_name"},
 		{"SELECT id FROM snapshots WHERE state <> 'ready' ORDER BY created_at, id", nil, "snapshots_unready"},
 		{keyByHash, []any{"x"}, "sqlite_autoindex_api_keys"},
+		{liveKeys, []any{"o", 5}, "api_keys_page"},
+		{crowded, []any{5}, "sandboxes_over"},
+		{purgeMany, []any{"o", 5, 5}, "sandboxes_over"},
 		{"SELECT COUNT(*) FROM sandboxes WHERE org_id = $1 AND ended_at IS NULL", []any{"o"}, "sandboxes_live_page"},
 		{"SELECT id FROM sandboxes WHERE ended_at IS NULL ORDER BY created_at, id", nil, "sandboxes_live"},
 		{"SELECT id FROM sandboxes WHERE ended_at IS NOT NULL AND ended_at < $1 ORDER BY ended_at LIMIT 5", []any{5}, "sandboxes_ended"},
