@@ -25,12 +25,13 @@ var mayImport = map[string]struct {
 	rooms []string
 	why   string
 }{
-	"internal/fault":    {nil, "kinds of error are below everything"},
-	"internal/heap":     {nil, "it only knows Go's collector"},
-	"internal/span":     {nil, "what parts of a call take is below everything"},
-	"internal/sandbox":  {[]string{"fault", "span"}, "the core does no I/O: rows and machines are given to it"},
-	"internal/auth":     {[]string{"fault"}, "the core does no I/O"},
-	"internal/template": {[]string{"fault", "sandbox"}, "the core does no I/O; sandboxes are made from templates, so their words are used"},
+	"internal/fault":     {nil, "kinds of error are below everything"},
+	"internal/heap":      {nil, "it only knows Go's collector"},
+	"internal/span":      {nil, "what parts of a call take is below everything"},
+	"internal/sandbox":   {[]string{"fault", "span"}, "the core does no I/O: rows and machines are given to it"},
+	"internal/auth":      {[]string{"fault"}, "the core does no I/O"},
+	"internal/accesslog": {[]string{"auth"}, "what all fronts write of a request; it takes the rates of callers from auth"},
+	"internal/template":  {[]string{"fault", "sandbox"}, "the core does no I/O; sandboxes are made from templates, so their words are used"},
 
 	"internal/cgroup":  {nil, "a technology room: it knows the kernel and nothing of the product"},
 	"internal/runsc":   {nil, "a technology room: it knows gVisor and nothing of the product"},
@@ -52,9 +53,9 @@ var mayImport = map[string]struct {
 	"internal/agent":               {[]string{"agentapi", "agentapi/*", "fault"}, "what runs inside must stay small and know nothing of the host"},
 
 	"internal/store": {[]string{"auth", "fault", "sandbox", "template"}, "it implements the core's ports; all SQL is here"},
-	"internal/api":   {[]string{"agentapi", "auth", "fault", "proxy", "sandbox", "span", "template"}, "HTTP in, HTTP out: it calls the core and the agent, and has the proxy carry what is for a port"},
+	"internal/api":   {[]string{"accesslog", "agentapi", "auth", "fault", "proxy", "sandbox", "span", "template"}, "HTTP in, HTTP out: it calls the core and the agent, and has the proxy carry what is for a port"},
 	"internal/proxy": {[]string{"agentapi", "fault"}, "a front that carries traffic and decides nothing about it: it knows ports and the agent that leads to them, and not the core"},
-	"internal/e2b": {[]string{"agentapi", "auth", "fault", "proxy", "sandbox", "template"},
+	"internal/e2b": {[]string{"accesslog", "agentapi", "auth", "fault", "proxy", "sandbox", "template"},
 		"E2B's wire in, E2B's wire out: a second front, beside api and knowing nothing of it, that calls the same core and the agent, and has the proxy carry what is for a port"},
 
 	".":                      {nil, "it only carries openapi.yaml"},

@@ -2334,7 +2334,7 @@ type wireInterface interface {
 
 	// GetSandbox Get a sandbox
 	//
-	// Never wakes the sandbox and never counts as activity. Destroyed sandboxes stay readable for 7 days unless the operator says otherwise.
+	// Never wakes the sandbox and never counts as activity. Destroyed sandboxes stay readable for 7 days unless the operator says otherwise, the newest 10,000 of an organization, without their `env`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id} (the `GetSandbox` operationId).
 	GetSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
@@ -3256,7 +3256,7 @@ func (c *wire) DestroySandbox(ctx context.Context, id SandboxID, reqEditors ...r
 
 // GetSandbox Get a sandbox
 //
-// Never wakes the sandbox and never counts as activity. Destroyed sandboxes stay readable for 7 days unless the operator says otherwise.
+// Never wakes the sandbox and never counts as activity. Destroyed sandboxes stay readable for 7 days unless the operator says otherwise, the newest 10,000 of an organization, without their `env`.
 //
 // Corresponds with GET /v1/sandboxes/{id} (the `GetSandbox` operationId).
 func (c *wire) GetSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {

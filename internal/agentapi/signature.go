@@ -18,6 +18,9 @@ var (
 	ErrSignatureExpired = errors.New("signature is already expired")
 )
 
+// SignatureLength is the length of every signature, bytes.
+const SignatureLength = len("v1_") + 43
+
 // Signature is E2B's of a request for /files: what one who knows the token gives to one who
 // may read or, with POST, write the path of the query, until its signature_expiration if it
 // has one.

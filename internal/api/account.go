@@ -159,6 +159,10 @@ func (s *server) GetMetrics(w http.ResponseWriter, r *http.Request) {
 
 // GetOpenAPI answers GET /openapi.yaml.
 func (s *server) GetOpenAPI(w http.ResponseWriter, r *http.Request) {
+	if err := s.Auth.Failed(r.RemoteAddr); err != nil { // the document is large and needs no key
+		s.fail(w, r, err)
+		return
+	}
 	w.Header().Set("Content-Type", "application/yaml")
 	if _, err := w.Write(cay.OpenAPI); err != nil {
 		callOf(r).err = err

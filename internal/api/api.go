@@ -26,6 +26,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/cayhq/cay/internal/accesslog"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/proxy"
@@ -75,6 +76,7 @@ type Templates interface {
 type Auth interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 	Allow(p auth.Principal) error
+	Failed(remote string) error
 	Org(ctx context.Context, id string) (auth.Org, error)
 	CreateKey(ctx context.Context, p auth.Principal, r auth.KeyRequest) (auth.Key, string, error)
 	ListKeys(ctx context.Context, p auth.Principal, limit int, cursor string) ([]auth.Key, string, error)
@@ -132,6 +134,7 @@ type server struct {
 	Config
 	mux      *http.ServeMux
 	metrics  *metrics
+	access   *accesslog.Log
 	patience patience
 }
 
@@ -146,7 +149,7 @@ func New(cfg Config) http.Handler {
 	if cfg.Hijacked == nil {
 		cfg.Hijacked = &sync.WaitGroup{}
 	}
-	s := &server{Config: cfg, mux: http.NewServeMux(), metrics: newMetrics(cfg.Registry), patience: usual}
+	s := &server{Config: cfg, mux: http.NewServeMux(), metrics: newMetrics(cfg.Registry), access: accesslog.New(cfg.Log), patience: usual}
 	HandlerWithOptions(s, StdHTTPServerOptions{
 		BaseRouter:       s.mux,
 		ErrorHandlerFunc: func(w http.ResponseWriter, r *http.Request, err error) { s.fail(w, r, parameterError(err)) },
@@ -159,7 +162,7 @@ func New(cfg Config) http.Handler {
 const (
 	headerTimeout  = 10 * time.Second // to send a request's headers
 	idleTimeout    = 2 * time.Minute  // between two requests on a connection
-	maxHeaderBytes = 64 << 10         // a key, a path of 4 KiB escaped, filters
+	maxHeaderBytes = 32 << 10         // a key, a path of 4 KiB escaped, filters. They are read before the caller is known
 )
 
 // patience is how long a caller may take.

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cayhq/cay/internal/accesslog"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/span"
@@ -82,8 +83,8 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.serve(rec, r)
 }
 
-// ownHead sets what all answers of the API have. Much of what they hold was written by those whom
-// nobody trusts: files, output, names. None of it is ever a page that may do something here.
+// ownHead sets the header of all answers of the API. They hold files, output and names that
+// untrusted code wrote, so no browser may run them as a page.
 func ownHead(h http.Header, id string) {
 	h.Set("X-Request-Id", id)
 	h.Set("X-Content-Type-Options", "nosniff")
@@ -230,8 +231,7 @@ func (s *server) recovered(w *recorder, r *http.Request, p any) (broken bool) {
 	return false
 }
 
-// finish writes the access log line and counts. Of the query nothing is logged:
-// paths and metadata are the caller's own.
+// finish writes the access log line and counts.
 func (s *server) finish(r *http.Request, w *recorder, took time.Duration) {
 	c := callOf(r)
 	status := w.status
@@ -250,27 +250,8 @@ func (s *server) finish(r *http.Request, w *recorder, took time.Duration) {
 	case c.route == "/healthz" || c.route == "/readyz" || c.route == "/metrics":
 		level = slog.LevelDebug // asked every few seconds
 	}
-	attrs := []slog.Attr{
-		slog.String("request_id", c.id),
-		slog.String("method", r.Method),
-		slog.String("route", c.route),
-		slog.String("path", r.URL.Path),
-		slog.Int("status", status),
-		slog.Float64("duration_ms", float64(took.Microseconds())/1000),
-		slog.Int64("bytes_in", c.received.n),
-		slog.Int64("bytes_out", w.bytes),
-		slog.String("remote", r.RemoteAddr),
-	}
-	if c.who.Key.ID != "" {
-		attrs = append(attrs, slog.String("org", c.who.Org.ID), slog.String("key", c.who.Key.ID))
-	}
-	if c.code != "" {
-		attrs = append(attrs, slog.String("code", c.code))
-	}
-	if c.err != nil {
-		attrs = append(attrs, slog.String("error", c.err.Error()))
-	}
-	s.Log.LogAttrs(context.WithoutCancel(r.Context()), level, "request", attrs...)
+	s.access.Write(r, accesslog.Entry{Level: level, ID: c.id, Route: c.route, Status: status, Took: took, In: c.received.n, Out: w.bytes,
+		Org: c.who.Org.ID, Key: c.who.Key.ID, Code: c.code, Err: c.err})
 	s.metrics.observe(c.route, r.Method, status, took)
 	if c.timed && status/100 == 2 {
 		s.metrics.observeParts(c.route, c.trace.Spans())

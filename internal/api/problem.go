@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
 )
 
@@ -42,6 +43,11 @@ func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	if errors.As(err, &notJSON) {
 		s.problem(w, r, http.StatusUnsupportedMediaType, fault.InField("unsupported_media_type", "Content-Type", "%s", notJSON.detail))
 		return
+	}
+	if fault.Is(err, fault.Unauthenticated) {
+		if over := s.Auth.Failed(r.RemoteAddr); over != nil {
+			err = over
+		}
 	}
 	status, f := verdict(r, err)
 	s.problem(w, r, status, f)
@@ -124,6 +130,14 @@ func problemOf(r *http.Request, status int, f *fault.Error) Problem {
 // little too large hears of it.
 const maxRest = 128 << 20 // bytes
 
+// maxStrangersRest bounds how much is still read of the body of a caller without a valid key, bytes,
+// and strangersDrain for how long: enough for the JSON body of a client with a wrong key. With more,
+// anybody could keep the server reading.
+const (
+	maxStrangersRest = 1 << 20
+	strangersDrain   = 5 * time.Second
+)
+
 func drain(w http.ResponseWriter, r *http.Request, code string) {
 	c := callOf(r)
 	switch {
@@ -131,13 +145,17 @@ func drain(w http.ResponseWriter, r *http.Request, code string) {
 		return
 	case r.Header.Get("Expect") != "" && c.received.n == 0:
 		return // who waits to be asked for the body is not asked
-	case code == codeIncomplete:
-		return // nothing comes
+	case code == codeIncomplete, code == auth.CodeTooManyAttempts:
+		return // nothing comes, or nothing is wanted
 	}
 	control := http.NewResponseController(w)
+	patience, rest := c.patience.drain, int64(maxRest)
+	if c.who.Key.ID == "" {
+		patience, rest = min(patience, strangersDrain), maxStrangersRest
+	}
 	// A writer without deadlines is one of a test.
-	_ = control.SetReadDeadline(time.Now().Add(c.patience.drain))
-	if _, err := io.CopyN(io.Discard, r.Body, maxRest); err == io.EOF {
+	_ = control.SetReadDeadline(time.Now().Add(patience))
+	if _, err := io.CopyN(io.Discard, r.Body, rest); err == io.EOF {
 		_ = control.SetReadDeadline(time.Time{}) // see body
 	}
 }

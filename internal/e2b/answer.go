@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/cayhq/cay/internal/accesslog"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/proxy"
@@ -112,8 +113,8 @@ func (s *Surface) handle(w http.ResponseWriter, r *http.Request, inside bool, f 
 	s.fail(rec, r, err)
 }
 
-// ownHead sets what all answers have that no program inside gives: none is a page that may do
-// something here.
+// ownHead sets the header of all answers but those of ports. They hold text that untrusted code
+// wrote, so no browser may run them as a page.
 func ownHead(h http.Header, id string) {
 	h.Set("X-Request-Id", id)
 	h.Set("X-Content-Type-Options", "nosniff")
@@ -151,6 +152,11 @@ func problemOf(err error) problem {
 // fail answers an error.
 func (s *Surface) fail(w http.ResponseWriter, r *http.Request, err error) {
 	c := callOf(r)
+	if fault.Is(err, fault.Unauthenticated) {
+		if over := s.Auth.Failed(r.RemoteAddr); over != nil {
+			err = over
+		}
+	}
 	if r.Header.Get("Origin") != "" {
 		allowOrigins(w, r)
 	}
@@ -188,34 +194,16 @@ func reply(w http.ResponseWriter, status int, v any) {
 	_ = e.Encode(v) // the caller has gone
 }
 
-// finish writes the access log line. Of the query nothing is logged: it may hold a
-// signature.
+// finish writes the access log line and counts.
 func (s *Surface) finish(r *http.Request, w *recorder, in int64, took time.Duration) {
 	c := callOf(r)
-	attrs := []slog.Attr{
-		slog.String("request_id", c.id), slog.String("method", r.Method), slog.String("route", "e2b: "+c.route),
-		slog.String("path", r.URL.Path), slog.Int("status", w.status),
-		slog.Float64("duration_ms", float64(took.Microseconds())/1000),
-		slog.Int64("bytes_in", in), slog.Int64("bytes_out", w.bytes), slog.String("remote", r.RemoteAddr),
-	}
-	if c.who.Key.ID != "" {
-		attrs = append(attrs, slog.String("org", c.who.Org.ID), slog.String("key", c.who.Key.ID))
-	}
-	if c.sandbox != "" {
-		attrs = append(attrs, slog.String("sandbox", c.sandbox))
-	}
-	if c.code != "" {
-		attrs = append(attrs, slog.String("code", c.code))
-	}
 	level := slog.LevelInfo
-	if c.err != nil {
-		attrs = append(attrs, slog.String("error", c.err.Error()))
-		if w.status == http.StatusInternalServerError {
-			level = slog.LevelError
-		}
+	if c.err != nil && w.status == http.StatusInternalServerError {
+		level = slog.LevelError
 	}
 	s.counts.observe(c.route, w.status, took)
-	s.Log.LogAttrs(context.WithoutCancel(r.Context()), level, "request", attrs...)
+	s.access.Write(r, accesslog.Entry{Level: level, ID: c.id, Route: "e2b: " + c.route, Status: w.status, Took: took, In: in, Out: w.bytes,
+		Org: c.who.Org.ID, Key: c.who.Key.ID, Sandbox: c.sandbox, Code: c.code, Err: c.err})
 }
 
 // recorder notes what was answered, and ends a caller who does not take it.

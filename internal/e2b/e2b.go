@@ -24,6 +24,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/cayhq/cay/internal/accesslog"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/proxy"
@@ -64,6 +65,7 @@ type Templates interface {
 type Auth interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 	Allow(p auth.Principal) error
+	Failed(remote string) error
 	Org(ctx context.Context, id string) (auth.Org, error)
 }
 
@@ -101,14 +103,18 @@ type Surface struct {
 	control *http.ServeMux
 	samples *samples
 	counts  *counts
-	stopped context.Context // of the server's streams
-	stop    context.CancelFunc
+	access  *accesslog.Log
+	// search and searchOfOne have the searches for the sandbox that a signature is of.
+	search, searchOfOne *auth.Buckets
+	stopped             context.Context // of the server's streams
+	stop                context.CancelFunc
 }
 
 // New makes a surface in front of next, which is given every request that is not the
 // surface's own. [Surface.Run] takes the samples.
 func New(cfg Config, next http.Handler) *Surface {
-	s := &Surface{Config: cfg, next: next, samples: newSamples(), counts: newCounts(cfg.Registry)}
+	s := &Surface{Config: cfg, next: next, samples: newSamples(), counts: newCounts(cfg.Registry), access: accesslog.New(cfg.Log),
+		search: auth.NewBuckets(searchesPerSecond, searchesBurst), searchOfOne: auth.NewBuckets(searchesOfOne, searchesOfOneAtOnce)}
 	s.stopped, s.stop = context.WithCancel(context.Background())
 	s.control = s.routes()
 	return s

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -69,6 +70,17 @@ func (s *Surface) checkSignature(r *http.Request, id sandbox.ID) error {
 	return err
 }
 
+// Rates of searches. A signature is a hash over the path and the token, so nothing can be looked
+// up by it: a search costs a hash for every living sandbox, a millisecond or two for a thousand.
+// Higher rates would let strangers load the server; clients that fetch more name the sandbox, by
+// host or headers.
+const (
+	searchesPerSecond   = 20 // of all
+	searchesBurst       = 100
+	searchesOfOne       = 5 // of one address
+	searchesOfOneAtOnce = 25
+)
+
 // signed answers a request for /files whose URL names no sandbox: the one whose token made
 // its signature is meant.
 func (s *Surface) signed(w http.ResponseWriter, r *http.Request) error {
@@ -78,6 +90,18 @@ func (s *Surface) signed(w http.ResponseWriter, r *http.Request) error {
 	}
 	if r.URL.Query().Get("signature") == "" {
 		return fault.New(fault.Invalid, "no_sandbox", "the URL names no sandbox: it needs a signature, or the headers %s and %s", idHeader, portHeader)
+	}
+	if len(r.URL.Query().Get("signature")) != agentapi.SignatureLength {
+		return signatureError(agentapi.ErrSignatureInvalid)
+	}
+	now := time.Now()
+	wait := s.searchOfOne.Take(auth.Address(r.RemoteAddr), now)
+	if wait == 0 {
+		wait = s.search.Take("", now)
+	}
+	if wait > 0 {
+		return fault.New(fault.Exhausted, "too_many_searches", "the URL names no sandbox, and too many such are looked for; use the host name %d-ID, or the headers %s and %s",
+			envdPort, idHeader, portHeader).After(wait)
 	}
 	ids, err := s.Sandboxes.Living(r.Context())
 	if err != nil {

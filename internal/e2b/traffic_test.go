@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -224,6 +226,70 @@ func TestSignedURLsFindTheirSandbox(t *testing.T) {
 	if r := h.send("GET", sign("GET", "x", ""), ""); r.status != 502 {
 		t.Errorf("of a paused one: %d %s", r.status, r.body)
 	}
+}
+
+// TestSearchesAreLimited has signatures that name no sandbox, made up and right ones, come as fast
+// as they can.
+func TestSearchesAreLimited(t *testing.T) {
+	h := newHouse(t)
+	id, token := h.create(`{"templateID":"base"}`)
+	h.play(nil)
+	q := url.Values{"path": {"x"}}
+	q.Set("signature", agentapi.Signature("GET", q, strings.Repeat("0", 45)))
+	var searched, refused int
+	for range 4 * searchesOfOneAtOnce {
+		switch r := h.send("GET", "/files?"+q.Encode(), ""); r.status {
+		case 401:
+			searched++
+		case 429:
+			refused++
+			if r.header.Get("Retry-After") == "" || !strings.Contains(r.body, "49983") {
+				t.Fatalf("%v %s", r.header, r.body)
+			}
+		default:
+			t.Fatalf("%d %s", r.status, r.body)
+		}
+	}
+	if refused == 0 || searched < searchesOfOneAtOnce {
+		t.Errorf("%d were looked for, %d refused", searched, refused)
+	}
+	// What has no form of a signature is not looked for, and one that names its sandbox need not be.
+	if r := h.send("GET", "/files?path=x&signature=v1_x", ""); r.status != 401 {
+		t.Errorf("no signature: %d %s", r.status, r.body)
+	}
+	q.Set("signature", agentapi.Signature("GET", q, token))
+	if r := h.send("GET", "/files?"+q.Encode(), "", "Host", "49983-"+id+".anything.example"); r.status != 204 {
+		t.Errorf("with the sandbox's name: %d %s", r.status, r.body)
+	}
+}
+
+// TestStrangersAreLimited has one address try the control API and a sandbox without what they need.
+func TestStrangersAreLimited(t *testing.T) {
+	h := newHouse(t)
+	id, token := h.create(`{"templateID":"base"}`)
+	h.face.Auth = strict{h.auth}
+	for name, heads := range map[string][]string{"the control API": nil, "the agent": toEnvd(id, "cayt_x")} {
+		if r := h.send("GET", "/sandboxes", "", heads...); len(heads) == 0 && (r.status != 429 || r.json["error_code"] != auth.CodeTooManyAttempts || r.header.Get("Retry-After") == "") {
+			t.Errorf("%s: %d %v %s", name, r.status, r.header, r.body)
+		}
+		if r := h.send("GET", "/envs", "", heads...); len(heads) > 0 && r.status != 429 {
+			t.Errorf("%s: %d %s", name, r.status, r.body)
+		}
+	}
+	h.play(nil)
+	if r := h.send("GET", "/envs", "", toEnvd(id, token)...); r.status != 204 {
+		t.Errorf("with a token: %d %s", r.status, r.body)
+	}
+	if r := h.control("GET", "/sandboxes", ""); r.status != 200 {
+		t.Errorf("with a key: %d %s", r.status, r.body)
+	}
+}
+
+// strict has no attempts left for anybody.
+type strict struct{ Auth }
+
+func (strict) Failed(string) error {
+	return fault.New(fault.Exhausted, auth.CodeTooManyAttempts, "no").After(time.Second)
 }
 
 // stream opens a stream to the agent, which answers one line and then waits.
