@@ -45,19 +45,90 @@ func FuzzHello(f *testing.F) {
 	})
 }
 
-// FuzzClassify holds that more bytes do not change what was sure, and that what net/http
-// takes for a request is not taken for anything else.
+// FuzzClassify holds that more bytes do not change what was sure, but for something else that
+// turns out to be HTTP, and that what net/http takes for a request is taken for nothing else.
 func FuzzClassify(f *testing.F) {
-	for _, s := range []string{"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "\r\n\tGET\t/ http/1.0\n", "PING\r\n", "\x16\x03\x01", "\x80\x2e\x01\x03\x01"} {
+	for _, s := range []string{"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "\r\n\tGET\t/ http/1.0\n", "PING\r\n", "\x16\x03\x01", "\x80\x2e\x01\x03\x01", "\x0bGET / HTTP/1.1\n\n"} {
 		f.Add([]byte(s), 5)
 	}
 	f.Fuzz(func(t *testing.T, b []byte, n int) {
 		whole, sure := classify(b)
-		if part, first := classify(b[:max(0, min(n, len(b)))]); first && (!sure || part != whole) {
+		if part, first := classify(b[:max(0, min(n, len(b)))]); first && (!sure || part != whole && (part != speechOther || whole != speechHTTP)) {
 			t.Fatalf("%q is %d, its first %d bytes are %d", b, whole, n, part)
 		}
 		if _, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(b))); err == nil && (!sure || whole != speechHTTP) {
 			t.Fatalf("%q is a request, and taken for %d", b, whole)
+		}
+	})
+}
+
+// pieces gives its bytes in two pieces.
+type pieces struct{ first, second []byte }
+
+func (p *pieces) Read(b []byte) (int, error) {
+	if len(p.first) == 0 {
+		p.first, p.second = p.second, nil
+	}
+	if len(p.first) == 0 {
+		return 0, io.EOF
+	}
+	n := copy(b, p.first)
+	p.first = p.first[n:]
+	return n, nil
+}
+
+// lenient reports whether the most lenient server finds a request in b: one that passes over
+// whatever does not print, over empty lines, and takes any line with a version or a known
+// method before a path.
+func lenient(b []byte) bool {
+	start := bytes.IndexFunc(b, func(r rune) bool { return r > ' ' && r < 0x7f })
+	if start < 0 {
+		return false
+	}
+	line, _, _ := bytes.Cut(b[start:], []byte("\n"))
+	words := strings.Fields(strings.ToUpper(string(line)))
+	return len(line) < maxLine/2 && (strings.Contains(strings.ToUpper(string(line)), "HTTP/") ||
+		len(words) == 2 && (words[0] == "GET" || words[0] == "POST") && words[1][0] == '/')
+}
+
+// FuzzLenient holds that what passes as something else is no request to a lenient server,
+// nor to net/http, in whatever two pieces it comes.
+func FuzzLenient(f *testing.F) {
+	for _, s := range []string{"\x0bGET / HTTP/1.1\r\nHost: a\r\n\r\n", "\xef\xbb\xbfGET / HTTP/1.1\n\n", "\x00\r\nGET /\r\n", "GET /", "\x80\x80\x80\x80HTTP/1", "PING\r\n"} {
+		f.Add([]byte(s), 1)
+		f.Add([]byte(s), 7)
+	}
+	f.Fuzz(func(t *testing.T, b []byte, n int) {
+		n = max(0, min(n, len(b)))
+		in := &pieces{append([]byte{}, b[:n]...), append([]byte{}, b[n:]...)}
+		o := opening{r: in}
+		what, err := sniff(&o)
+		if err != nil || what != speechOther {
+			return
+		}
+		// As upload does.
+		var line firstLine
+		var passed []byte
+		for said := o.take(); ; {
+			if line.read(said) {
+				return
+			}
+			passed = append(passed, said...)
+			rest := make([]byte, 4<<10)
+			count, err := in.Read(rest)
+			if err != nil {
+				break
+			}
+			said = rest[:count]
+		}
+		if !line.over && line.read([]byte{'\n'}) {
+			return
+		}
+		if lenient(passed) {
+			t.Fatalf("%q passed in pieces of %d, and is a request to a lenient server", passed, n)
+		}
+		if _, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(bytes.TrimLeft(passed, "\x00\x0b\x0c\r\n\t ")))); err == nil {
+			t.Fatalf("%q passed, and is a request to net/http", passed)
 		}
 	})
 }

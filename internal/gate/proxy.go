@@ -41,6 +41,8 @@ type session struct {
 	to     netip.AddrPort // where the client wanted to go
 
 	first opening // of client
+	// doubt says that the client may still turn out to speak HTTP.
+	doubt bool
 
 	mu sync.Mutex
 	// names of which one must be allowed; none before the first was.
@@ -116,6 +118,7 @@ func (s *session) serve(ctx context.Context) error {
 	if err := s.dial(ctx); err != nil {
 		return err
 	}
+	s.doubt = what == speechOther
 	return s.splice(nil, nil)
 }
 
@@ -282,6 +285,7 @@ func (s *session) serverFirst(ctx context.Context) error {
 		if err == nil && what == speechHTTP {
 			return errHTTP
 		}
+		s.doubt = what == speechOther
 		return err
 	}, &spoke)
 	if !errors.Is(err, errHTTP) {
@@ -340,8 +344,29 @@ func (s *session) splice(check func() error, spoke *atomic.Bool) error {
 // upload copies from the client to the server, first what was looked at. The rest is moved
 // by the kernel: splice(2).
 func (s *session) upload(server *net.TCPConn) error {
-	if _, err := server.Write(s.first.take()); err != nil {
-		return fmt.Errorf("passing on what the client says: %w", err)
+	var line firstLine
+	said := s.first.take()
+	buffer := make([]byte, 4<<10)
+	for {
+		// What makes the line one of HTTP does not leave: the server has no whole request.
+		if s.doubt && line.read(said) {
+			return s.deny("", errors.New("HTTP behind something else"))
+		}
+		if _, err := server.Write(said); err != nil {
+			return fmt.Errorf("passing on what the client says: %w", err)
+		}
+		if !s.doubt || line.over {
+			break
+		}
+		n, err := s.client.Read(buffer)
+		if said = buffer[:n]; n == 0 && errors.Is(err, io.EOF) {
+			if line.read([]byte{'\n'}) { // as a lenient server takes the end
+				return s.deny("", errors.New("HTTP behind something else"))
+			}
+			return server.CloseWrite()
+		} else if n == 0 && err != nil {
+			return fmt.Errorf("passing on what the client says: %w", err)
+		}
 	}
 	if _, err := io.Copy(server, s.client); err != nil {
 		return fmt.Errorf("passing on what the client says: %w", err)

@@ -231,6 +231,27 @@ func TestHTTP(t *testing.T) {
 		"newlines before":   {"\r\n\r\nGET / HTTP/1.1\r\nHost: other.example\r\n\r\n", nil},
 		"lower case":        {"get / http/1.1\nhost: other.example\n\n", nil},
 		"tab":               {"GET\t/\tHTTP/1.1\r\nHost: other.example\r\n\r\n", nil},
+		"vertical tab":      {"\x0bGET / HTTP/1.1\r\nHost: other.example\r\n\r\n", nil},
+		"NUL":               {"\x00\x00GET / HTTP/1.1\r\nHost: other.example\r\n\r\n", nil},
+		"byte order mark":   {"\xef\xbb\xbfGET / HTTP/1.1\r\nHost: other.example\r\n\r\n", nil},
+		"high bytes":        {"\x80\x80\x02\x03GET / HTTP/1.1\r\nHost: other.example\r\n\r\n", nil},
+		"like a record":     {"\x16GET / HTTP/1.1\r\nHost: other.example\r\n\r\n", nil},
+		"odd line before":   {"\x0b\r\n\x0c\nGET / HTTP/1.1\r\nHost: other.example\r\n\r\n", nil},
+		"odd method":        {"\"GET\" / HTTP/1.1\r\nHost: other.example\r\n\r\n", nil},
+		"colon":             {"GET: / HTTP/1.1\r\nHost: other.example\r\n\r\n", nil},
+		"bare CR":           {"GET / HTTP/1.1\rHost: other.example\r\r", nil},
+		"bare CR, odd":      {"\x0bGET / HTTP/1.1\rHost: other.example\r\r", nil},
+		"no version":        {"GET /\r\nHost: other.example\r\n\r\n", nil},
+		"no version, odd":   {"\x0bGET http://other.example/\r\n\r\n", nil},
+		"no version or end": {"GET /", nil},
+		"PROXY":             {"PROXY TCP4 192.0.2.1 192.0.2.2 1 80\r\nGET / HTTP/1.1\r\nHost: other.example\r\n\r\n", nil},
+		"PROXY 2":           {"\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00GET / HTTP/1.1\r\nHost: other.example\r\n\r\n", nil},
+		"dot at the end":    {"GET / HTTP/1.1\r\nHost: allowed.example.\r\n\r\n", []string{`GET allowed.example./ ""`}},
+		"upper case":        {"GET / HTTP/1.1\r\nHOST: ALLOWED.EXAMPLE\r\n\r\n", []string{`GET ALLOWED.EXAMPLE/ ""`}},
+		"not in ASCII":      {"GET / HTTP/1.1\r\nHost: b\xc3\xbccher.wild.example\r\n\r\n", nil},
+		"user in target":    {"GET http://allowed.example@other.example/ HTTP/1.1\r\nHost: allowed.example\r\n\r\n", nil},
+		"NUL in host":       {"GET / HTTP/1.1\r\nHost: other.example\x00.wild.example\r\n\r\n", nil},
+		"slash in host":     {"GET / HTTP/1.1\r\nHost: other.example/.wild.example\r\n\r\n", nil},
 		"CL and TE":         {"POST / HTTP/1.1\r\nHost: allowed.example\r\nContent-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\nHost: other.example\r\n\r\n", []string{`POST allowed.example/ ""`}},
 		"two lengths":       {"POST / HTTP/1.1\r\nHost: allowed.example\r\nContent-Length: 0\r\nContent-Length: 44\r\n\r\nGET / HTTP/1.1\r\nHost: other.example\r\n\r\n", nil},
 		"odd TE":            {"POST / HTTP/1.1\r\nHost: allowed.example\r\nTransfer-Encoding: xchunked\r\nContent-Length: 40\r\n\r\nGET / HTTP/1.1\r\nHost: other.example\r\n\r\n", nil},
@@ -277,11 +298,63 @@ func TestHTTP(t *testing.T) {
 				_, _ = io.Copy(io.Discard, resp.Body)
 			}
 			for _, host := range server.askedFor() {
-				if !strings.HasPrefix(host, "allowed.example") && host != "a.wild.example" {
+				if !strings.HasPrefix(strings.ToLower(host), "allowed.example") && host != "a.wild.example" {
 					t.Errorf("the server was asked for %q", host)
 				}
 			}
 		})
+	}
+}
+
+// HTTP that begins after something else passed does not reach the server, in whatever pieces
+// it comes; what is no HTTP passes, in the same pieces.
+func TestHTTPBehindSomethingElse(t *testing.T) {
+	got := make(chan []byte, 1)
+	l := listen(t)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			b, _ := io.ReadAll(c)
+			_ = c.Close()
+			got <- b
+		}
+	}()
+	r := newRig(t, 0)
+	r.behind(l)
+	const request = "GET / HTTP/1.1\r\nHost: other.example\r\n\r\n"
+	for _, tc := range []struct {
+		pieces []string
+		passes bool
+	}{
+		{[]string{"\x0b", request}, false},
+		{[]string{"\x05\x01\x00", "GET / HT", "TP/1.1\r\n\r\n"}, false},
+		{[]string{"\x80\x80\x80\x80", "\r\n", "get / http", "/1.0\r\n\r\n"}, false},
+		{[]string{"\x00\n\n", "\x00", request}, false},
+		{[]string{"\x0b", "GET /", "\r\nHost: other.example\r\n\r\n"}, false},
+		{[]string{"\x05\x01\x00", "\x05\x01\x00\x03\x07example\x00\x50", "HTTP is not all", "\nHTTP/1.1"}, true},
+		{[]string{"\x80\x80", strings.Repeat("x", maxLine), "HTTP/1.1"}, true},
+	} {
+		c := dial(t, r.proxy)
+		_ = c.SetNoDelay(true)
+		said := ""
+		for _, piece := range tc.pieces {
+			if _, err := io.WriteString(c, piece); err != nil && tc.passes {
+				t.Fatal(err)
+			}
+			said += piece
+			time.Sleep(5 * time.Millisecond) // so that pieces arrive as such; nothing depends on it
+		}
+		_ = c.CloseWrite()
+		b := <-got
+		if whole := string(b) == said; whole != tc.passes || !tc.passes && strings.Contains(strings.ToUpper(string(b)), "HTTP/") {
+			t.Errorf("%q: the server got %q, want all of it: %v", tc.pieces, b, tc.passes)
+		}
+	}
+	if !slices.Contains(r.denials(), "tcp ") {
+		t.Errorf("not reported: %v", r.denials())
 	}
 }
 
