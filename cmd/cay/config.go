@@ -14,6 +14,8 @@ import (
 
 	"github.com/BurntSushi/toml"
 
+	"github.com/cayhq/cay/internal/gate"
+	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/node"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -53,6 +55,12 @@ type networkConfig struct {
 	Nameservers []string `toml:"nameservers"`
 	Ready       int      `toml:"ready"`
 	MTU         int      `toml:"mtu"`
+
+	MaxFlows           int `toml:"max_flows"`
+	FlowsPerSecond     int `toml:"flows_per_second"`
+	FlowsPercent       int `toml:"flows_percent"`
+	MaxRanges          int `toml:"max_ranges"`
+	QuestionsPerSecond int `toml:"questions_per_second"`
 }
 
 type sandboxConfig struct {
@@ -117,7 +125,8 @@ func defaults() config {
 	return config{
 		DataDir: "/var/lib/cay", Listen: "127.0.0.1:7070", LogLevel: "info", LogFormat: "text",
 		ShutdownTimeout: duration(30 * time.Second),
-		Network:         networkConfig{Ready: 8},
+		Network: networkConfig{Ready: 8, MaxFlows: network.DefaultFlowsPerSlot, FlowsPerSecond: network.DefaultFlowsPerSecond,
+			FlowsPercent: network.DefaultFlowsPercent, MaxRanges: network.DefaultMaxRanges, QuestionsPerSecond: gate.DefaultQuestionsPerSecond},
 		Sandbox: sandboxConfig{
 			Platform: "systrap", DefaultSize: "shared-cpu-1x", DefaultDiskMB: 2048, MaxDiskMB: 20480,
 			MaxPIDs: 4096, FirstUID: node.DefaultFirstUID, MaxSnapshots: 100,
@@ -285,6 +294,11 @@ func (c *config) check() error {
 		{"capacity.min_free_memory_mb", c.Capacity.MinFreeMemoryMB, 0},
 		{"capacity.min_free_disk_mb", c.Capacity.MinFreeDiskMB, 0},
 		{"network.ready", c.Network.Ready, 0},
+		{"network.max_flows", c.Network.MaxFlows, 1},
+		{"network.flows_per_second", c.Network.FlowsPerSecond, 1},
+		{"network.flows_percent", c.Network.FlowsPercent, 1},
+		{"network.max_ranges", c.Network.MaxRanges, 10_000}, // one policy of the longest
+		{"network.questions_per_second", c.Network.QuestionsPerSecond, 1},
 		{"quota.sandboxes", c.Quota.Sandboxes, 0},
 		{"quota.api_keys", c.Quota.APIKeys, 0},
 		{"rate_limit.burst", c.RateLimit.Burst, 1},
@@ -304,6 +318,9 @@ func (c *config) check() error {
 	}
 	if c.Sandbox.FirstUID > maxFirstUID {
 		return fmt.Errorf("sandbox.first_uid: must be at most %d, not %d", maxFirstUID, c.Sandbox.FirstUID)
+	}
+	if c.Network.FlowsPercent > 100 {
+		return fmt.Errorf("network.flows_percent: must be at most 100, not %d", c.Network.FlowsPercent)
 	}
 	if c.Build.CPUs < 0 {
 		return fmt.Errorf("build.cpus: must be at least 0, which is no limit, not %v", c.Build.CPUs)

@@ -90,7 +90,7 @@ func (h gateHost) Find(from netip.Addr) (gate.Box, any, bool) {
 	if !ok {
 		return gate.Box{}, nil, false
 	}
-	return gate.Box{Domains: g.Egress.AllowDomains, Nameservers: h.nameservers}, boxHandle{g.ID, g.Slot}, true
+	return gate.Box{Domains: g.Egress.AllowDomains, Nameservers: h.nameservers, Owner: g.Org}, boxHandle{g.ID, g.Slot}, true
 }
 
 // Metadata reads the row each time: a keepalive moves the end.
@@ -126,6 +126,10 @@ func (h gateHost) Denied(handle any, protocol, name string, to netip.AddrPort) {
 	h.node.Deny(sandbox.Denial{ID: handle.(boxHandle).id, Protocol: protocol, Name: strings.TrimSuffix(name, "."), Destination: to, Count: 1})
 }
 
+func (h gateHost) Excess(handle any, protocol, name string, to netip.AddrPort) {
+	h.node.Deny(sandbox.Denial{ID: handle.(boxHandle).id, Protocol: protocol, Name: strings.TrimSuffix(name, "."), Destination: to, Count: 1, Excess: true})
+}
+
 // serveGate serves until the server is closed.
 func (s *server) serveGate(on gate.Listeners) {
 	ctx, stop := context.WithCancel(context.Background())
@@ -153,20 +157,23 @@ type trafficMetrics struct{ slots *network.Network }
 
 var (
 	packetsMetric = prometheus.NewDesc("cay_network_packets_total", "Packets that left sandboxes (allowed) or were kept in (denied).", []string{"verdict"}, nil)
+	excessMetric  = prometheus.NewDesc("cay_network_excess_packets_total", "Packets that were kept in because a sandbox, or all together, had too many connections or questions.", nil, nil)
 	bytesMetric   = prometheus.NewDesc("cay_network_bytes_total", "Bytes that left sandboxes (allowed) or were kept in (denied).", []string{"verdict"}, nil)
 )
 
 func (m trafficMetrics) Describe(ch chan<- *prometheus.Desc) {
 	ch <- packetsMetric
 	ch <- bytesMetric
+	ch <- excessMetric
 }
 
 func (m trafficMetrics) Collect(ch chan<- prometheus.Metric) {
-	c, err := m.slots.Totals()
+	c, excess, err := m.slots.Totals()
 	if err != nil {
 		ch <- prometheus.NewInvalidMetric(packetsMetric, err)
 		return
 	}
+	ch <- prometheus.MustNewConstMetric(excessMetric, prometheus.CounterValue, float64(excess))
 	for _, v := range []struct {
 		desc    *prometheus.Desc
 		n       uint64

@@ -222,7 +222,7 @@ func (s *server) openHost(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.gate = gate.New(host, s.log)
+	s.gate = gate.New(host, s.cfg.Network.QuestionsPerSecond, s.log)
 	if s.doors, err = listenGate(); err != nil {
 		return err
 	}
@@ -267,7 +267,8 @@ func (s *server) openNetwork(ctx context.Context) (*network.Network, error) {
 		return nil, err
 	}
 	c := network.Config{Instance: s.instance, Range: configured, AlwaysDeny: deny,
-		Ready: s.cfg.Network.Ready, MTU: s.cfg.Network.MTU, AgentPort: node.AgentPort}
+		Ready: s.cfg.Network.Ready, MTU: s.cfg.Network.MTU, AgentPort: node.AgentPort, MaxRanges: s.cfg.Network.MaxRanges,
+		Flows: network.Flows{PerSlot: s.cfg.Network.MaxFlows, PerSecond: s.cfg.Network.FlowsPerSecond, Percent: s.cfg.Network.FlowsPercent}}
 	c.Services.DNS, c.Services.Proxy, c.Services.Metadata = portOf(s.doors.DNS), portOf(s.doors.Proxy), portOf(s.doors.Metadata)
 	if !configured.IsValid() {
 		last, found, err := s.db.Setting(ctx, settingRange)

@@ -156,7 +156,7 @@ func FuzzRequest(f *testing.F) {
 		f.Add([]byte(s))
 	}
 	h := &fakeHost{handle: 1, box: Box{Domains: []string{"allowed.example", "*.wild.example"}}, opened: map[netip.Addr]time.Duration{}}
-	g := New(h, slog.New(slog.NewTextHandler(io.Discard, nil)))
+	g := New(h, 0, slog.New(slog.NewTextHandler(io.Discard, nil)))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		h.denied = nil
 		in, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(b)))

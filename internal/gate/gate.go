@@ -17,6 +17,7 @@
 package gate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -34,6 +35,8 @@ type Box struct {
 	Domains []string
 	// Nameservers that are asked for it, in order.
 	Nameservers []netip.AddrPort
+	// Owner is whose box it is: boxes of one owner share limits. "" shares none.
+	Owner string
 }
 
 // Metadata is what a box is told about itself. Nothing of it may be secret.
@@ -63,6 +66,8 @@ type Host interface {
 	// value if there is no address) or "tcp"; the name may be empty. A box can cause any
 	// number of calls.
 	Denied(handle any, protocol, name string, to netip.AddrPort)
+	// Excess is told, as Denied is, of what would have been allowed and was too much.
+	Excess(handle any, protocol, name string, to netip.AddrPort)
 }
 
 // Listeners are where the services are served; nil leaves one out. They are closed by
@@ -82,7 +87,7 @@ const (
 )
 
 // Limits per box, so that one cannot take what all need, and in all, so that many cannot
-// take what the server needs: a connection through the proxy holds up to six descriptors
+// take what the server needs; [limit] has those per owner. A connection through the proxy holds up to six descriptors
 // (two sockets and two pipes), anything else one or two.
 var (
 	queryLimit    = limit{perBox: 64, total: 1024}   // questions at once
@@ -97,6 +102,7 @@ type Gate struct {
 	host Host
 	log  *slog.Logger
 
+	asking        *pace
 	queries       *meter
 	dnsConns      *meter
 	proxied       *meter
@@ -117,10 +123,12 @@ type Gate struct {
 	closers map[io.Closer]struct{}
 }
 
-// New makes a gate. It does nothing before [Gate.Serve].
-func New(host Host, log *slog.Logger) *Gate {
+// New makes a gate that answers so many questions of a box in a second, 0 is
+// [DefaultQuestionsPerSecond]. It does nothing before [Gate.Serve].
+func New(host Host, questionsPerSecond int, log *slog.Logger) *Gate {
 	return &Gate{
-		host: host, log: log, idle: idleTime, hello: helloTime,
+		asking: newPace(cmp.Or(questionsPerSecond, DefaultQuestionsPerSecond)),
+		host:   host, log: log, idle: idleTime, hello: helloTime,
 		queries: newMeter(queryLimit), dnsConns: newMeter(dnsConnLimit),
 		proxied: newMeter(proxyLimit), metadataConns: newMeter(metadataLimit),
 		given:    newGiven(),
@@ -244,6 +252,7 @@ func (g *Gate) sweep(ctx context.Context) {
 			return
 		case now := <-tick.C:
 			g.given.expire(now)
+			g.asking.expire(now)
 			g.endIdle()
 		}
 	}

@@ -30,6 +30,7 @@ type fakeHost struct {
 	banned []netip.Addr
 	opened map[netip.Addr]time.Duration
 	denied []string // protocol and name
+	excess []string // as denied
 }
 
 func (h *fakeHost) Find(from netip.Addr) (Box, any, bool) {
@@ -74,6 +75,12 @@ func (h *fakeHost) Denied(_ any, protocol, name string, _ netip.AddrPort) {
 	h.denied = append(h.denied, protocol+" "+name)
 }
 
+func (h *fakeHost) Excess(_ any, protocol, name string, _ netip.AddrPort) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.excess = append(h.excess, protocol+" "+name)
+}
+
 func (h *fakeHost) set(change func()) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -98,7 +105,7 @@ func newRig(t *testing.T, idle time.Duration) *rig {
 	t.Helper()
 	h := &fakeHost{handle: 1, opened: map[netip.Addr]time.Duration{},
 		box: Box{Domains: []string{"allowed.example", "*.wild.example"}}}
-	g := New(h, slog.New(slog.NewTextHandler(io.Discard, nil)))
+	g := New(h, 0, slog.New(slog.NewTextHandler(io.Discard, nil)))
 	if idle > 0 {
 		g.idle = idle
 	}

@@ -30,12 +30,13 @@ type about struct {
 // serveMetadata serves the requests of one connection.
 func (g *Gate) serveMetadata(_ context.Context, c *net.TCPConn) {
 	from := source(c)
-	_, handle, ok := g.host.Find(from)
-	if !ok || !g.metadataConns.enter(handle) {
+	box, handle, ok := g.host.Find(from)
+	w := who{handle, box.Owner}
+	if !ok || !g.metadataConns.enter(w) {
 		reset(c)
 		return
 	}
-	defer g.metadataConns.leave(handle)
+	defer g.metadataConns.leave(w)
 	server := &http.Server{
 		Handler:                      g.metadataHandler(from, handle),
 		ReadTimeout:                  metadataTime,

@@ -58,18 +58,24 @@ type session struct {
 // proxy serves one redirected connection.
 func (g *Gate) proxy(ctx context.Context, c *net.TCPConn) {
 	from := source(c)
-	_, handle, ok := g.host.Find(from)
-	if !ok || !g.proxied.enter(handle) {
+	box, handle, ok := g.host.Find(from)
+	if !ok {
 		reset(c)
 		return
 	}
-	defer g.proxied.leave(handle)
 	to, err := g.host.Original(c)
 	if err != nil {
 		g.log.Debug("looking up where a connection was to go", "from", from, "error", err)
 		reset(c)
 		return
 	}
+	w := who{handle, box.Owner}
+	if !g.proxied.enter(w) {
+		g.host.Excess(handle, "tcp", "", to)
+		reset(c)
+		return
+	}
+	defer g.proxied.leave(w)
 	s := &session{gate: g, client: c, from: from, handle: handle,
 		to: netip.AddrPortFrom(to.Addr().Unmap(), to.Port()), first: opening{r: c}}
 	g.mu.Lock()

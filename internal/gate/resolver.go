@@ -1,6 +1,7 @@
 package gate
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -31,6 +32,9 @@ const (
 	// maxTTL bounds how long an answer counts: an address that a name has left is open for
 	// at most so long (and grace).
 	maxTTL = time.Hour
+	// maxAddresses is how many addresses of one answer are passed on. Names with many have
+	// some 30, a few 100; with more, one answer could fill what a box may have open.
+	maxAddresses = 128
 	// grace is how long an address stays open after its answer's time to live is over,
 	// because programs connect a while after they asked, and try addresses in turn.
 	grace = time.Minute
@@ -54,13 +58,19 @@ func (g *Gate) serveUDP(ctx context.Context, c *net.UDPConn) error {
 		}
 		source := from.Addr().Unmap()
 		box, handle, ok := g.host.Find(source)
-		// Over the limit, as on a network that is over its own: the asker tries again.
-		if !ok || flags&unix.MSG_TRUNC != 0 || !g.queries.enter(handle) {
+		if !ok || flags&unix.MSG_TRUNC != 0 {
+			continue
+		}
+		w := who{handle, box.Owner}
+		if !g.asking.step(w, time.Now()) || !g.queries.enter(w) {
+			if a := g.refuse(handle, message[:n]); a != nil {
+				_, _, _ = c.WriteMsgUDPAddrPort(a, control[:oobn], from) // as below
+			}
 			continue
 		}
 		question, info := append([]byte(nil), message[:n]...), append([]byte(nil), control[:oobn]...)
 		all.Go(func() {
-			defer g.queries.leave(handle)
+			defer g.queries.leave(w)
 			defer g.survive()
 			if a := g.answer(ctx, box, handle, question, true); a != nil {
 				// Nobody to tell: the asker tries again.
@@ -89,12 +99,13 @@ func withPacketInfo(c *net.UDPConn) error {
 // serveDNS answers the questions of one connection, one after the other.
 func (g *Gate) serveDNS(ctx context.Context, c *net.TCPConn) {
 	from := source(c)
-	_, handle, ok := g.host.Find(from)
-	if !ok || !g.dnsConns.enter(handle) {
+	box, handle, ok := g.host.Find(from)
+	w := who{handle, box.Owner}
+	if !ok || !g.dnsConns.enter(w) {
 		reset(c)
 		return
 	}
-	defer g.dnsConns.leave(handle)
+	defer g.dnsConns.leave(w)
 	for {
 		_ = c.SetDeadline(time.Now().Add(dnsIdle)) // fails only if closed, as the read then does
 		question, err := readMessage(c, maxQuery)
@@ -102,12 +113,17 @@ func (g *Gate) serveDNS(ctx context.Context, c *net.TCPConn) {
 			return
 		}
 		box, now, ok := g.host.Find(from)
-		if !ok || now != handle || !g.queries.enter(handle) {
+		if !ok || now != handle {
 			reset(c)
 			return
 		}
-		answer := g.answer(ctx, box, handle, question, false)
-		g.queries.leave(handle)
+		var answer []byte
+		if g.asking.step(w, time.Now()) && g.queries.enter(w) {
+			answer = g.answer(ctx, box, handle, question, false)
+			g.queries.leave(w)
+		} else {
+			answer = g.refuse(handle, question)
+		}
 		if answer == nil || writeMessage(c, answer) != nil {
 			return
 		}
@@ -132,6 +148,22 @@ func readMessage(r io.Reader, most int) ([]byte, error) {
 func writeMessage(w io.Writer, m []byte) error {
 	_, err := w.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(m))), m...))
 	return err
+}
+
+// refuse answers a question that comes too soon, or while too many others are asked: a
+// resolver library then tries another server, and tells its program that it may try again.
+func (g *Gate) refuse(handle any, message []byte) []byte {
+	q := &dns.Msg{Data: bytes.Clone(message)} // names may be parts of it
+	if err := q.Unpack(); err != nil || q.Response || len(q.Question) != 1 {
+		return nil
+	}
+	g.host.Excess(handle, "dns", q.Question[0].Header().Name, netip.AddrPort{})
+	a := &dns.Msg{MsgHeader: dns.MsgHeader{ID: q.ID, Opcode: q.Opcode, Response: true, Rcode: dns.RcodeRefused,
+		RecursionDesired: q.RecursionDesired, RecursionAvailable: true}, Question: q.Question}
+	if err := a.Pack(); err != nil {
+		return nil
+	}
+	return a.Data
 }
 
 // answer answers one message; nil: it deserves none. An answer that is too long for UDP
@@ -217,12 +249,16 @@ func (g *Gate) resolve(ctx context.Context, box Box, handle any, a *dns.Msg, roo
 // fill takes over from r what answers the question: records of its type and the way to
 // them, and what says that there are none. Never other addresses, which nobody opened.
 func (g *Gate) fill(a, r *dns.Msg, handle any, name string, kind uint16) {
+	addresses := 0
 	for _, rr := range r.Answer {
 		h := rr.Header()
 		h.TTL = min(h.TTL, uint32(maxTTL/time.Second))
 		if address, ok := rr.(*dns.A); ok && kind == dns.TypeA {
 			if err := g.host.Permitted(handle, address.Addr); err != nil {
 				g.host.Denied(handle, "dns", name, netip.AddrPortFrom(address.Addr, 0))
+				continue
+			}
+			if addresses++; addresses > maxAddresses {
 				continue
 			}
 		}

@@ -16,6 +16,7 @@ import (
 
 	"codeberg.org/miekg/dns"
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/time/rate"
 )
 
 // lookup asks the gate; over TCP if the answer is cut.
@@ -217,12 +218,100 @@ func TestNames(t *testing.T) {
 
 func TestMeter(t *testing.T) {
 	m := newMeter(limit{perBox: 2, total: 3})
-	got := []bool{m.enter("a"), m.enter("a"), m.enter("a"), m.enter("b"), m.enter("c")}
-	m.leave("a")
-	got = append(got, m.enter("c"), m.enter("a"))
+	a, b, c := who{handle: "a"}, who{handle: "b"}, who{handle: "c"}
+	got := []bool{m.enter(a), m.enter(a), m.enter(a), m.enter(b), m.enter(c)}
+	m.leave(a)
+	got = append(got, m.enter(c), m.enter(a))
 	if d := cmp.Diff([]bool{true, true, false, true, false, true, false}, got); d != "" {
 		t.Error(d)
 	}
+}
+
+// One owner leaves a quarter to the others, however many boxes it has.
+func TestMeterOfAnOwner(t *testing.T) {
+	m := newMeter(limit{perBox: 2, total: 8})
+	count := 0
+	for i := range 20 {
+		if m.enter(who{i, "greedy"}) {
+			count++
+		}
+	}
+	if count != 6 || !m.enter(who{"x", "modest"}) || !m.enter(who{"y", ""}) || m.enter(who{"z", "modest"}) {
+		t.Errorf("one owner has %d of 8", count)
+	}
+	for i := range count {
+		m.leave(who{i, "greedy"})
+	}
+	m.leave(who{"x", "modest"})
+	m.leave(who{"y", ""})
+	if m.total != 0 || len(m.boxes) != 0 || len(m.owners) != 0 {
+		t.Errorf("left: %d %v %v", m.total, m.boxes, m.owners)
+	}
+}
+
+func TestPace(t *testing.T) {
+	now := time.Now()
+	p := newPace(10)
+	steps := func(owner string, boxes, tries int, at time.Time) (count int) {
+		for b := range boxes {
+			for range tries {
+				if p.step(who{fmt.Sprint(owner, b), owner}, at) {
+					count++
+				}
+			}
+		}
+		return count
+	}
+	if got := steps("a", 1, 1000, now); got != 40 {
+		t.Errorf("one box asks %d at once, want 40", got)
+	}
+	if got := steps("a", 1, 1000, now.Add(time.Second)); got != 10 {
+		t.Errorf("a second later it asks %d, want 10", got)
+	}
+	now = now.Add(time.Minute)
+	if got := steps("a", 100, 100, now); got != 10*questionsOwner*questionsBurst {
+		t.Errorf("one owner asks %d at once, want %d", got, 10*questionsOwner*questionsBurst)
+	}
+	if got := steps("b", 1, 1000, now); got != 40 {
+		t.Errorf("another's box asks %d, want 40", got)
+	}
+	p.expire(now.Add(time.Minute))
+	if len(p.boxes)+len(p.owners) != 0 {
+		t.Errorf("%d boxes and %d owners are remembered", len(p.boxes), len(p.owners))
+	}
+}
+
+// Questions that come too fast are refused, in so many words and for all to see, and no
+// name server is asked; an answer opens so many addresses and no more.
+func TestTooManyQuestions(t *testing.T) {
+	all := []string{"truncate"}
+	for i := range maxAddresses + 50 {
+		all = append(all, fmt.Sprintf("allowed.example. 60 IN A 198.51.100.%d", i+1))
+	}
+	r := newRig(t, 0)
+	r.set(func() {
+		r.box.Nameservers = []netip.AddrPort{upstream(t, map[string][]string{"allowed.example. A": all})}
+	})
+	if a := lookup(t, r, "allowed.example.", dns.TypeA, "tcp"); len(a.Answer) != maxAddresses || len(r.fakeHost.opened) != maxAddresses {
+		t.Errorf("an answer has %d addresses and opens %d, want %d", len(a.Answer), len(r.fakeHost.opened), maxAddresses)
+	}
+	for _, network := range []string{"udp", "tcp"} {
+		r.asking.mu.Lock()
+		r.asking.boxes[1] = rate.NewLimiter(rate.Every(time.Hour), 2)
+		r.asking.mu.Unlock()
+		var got []string
+		for range 4 {
+			got = append(got, short(lookup(t, r, "other.example.", dns.TypeA, network)))
+		}
+		if d := cmp.Diff([]string{"NXDOMAIN", "NXDOMAIN", "REFUSED", "REFUSED"}, got); d != "" {
+			t.Errorf("over %s (-want +got):\n%s", network, d)
+		}
+	}
+	r.set(func() {
+		if d := cmp.Diff([]string{"dns other.example.", "dns other.example.", "dns other.example.", "dns other.example."}, r.excess); d != "" {
+			t.Errorf("told (-want +got):\n%s", d)
+		}
+	})
 }
 
 func TestGivenIsBounded(t *testing.T) {
@@ -257,7 +346,7 @@ func FuzzAnswer(f *testing.F) {
 		f.Add(q.Data)
 	}
 	h := &fakeHost{handle: 1, opened: map[netip.Addr]time.Duration{}}
-	g := New(h, slog.New(slog.NewTextHandler(io.Discard, nil)))
+	g := New(h, 0, slog.New(slog.NewTextHandler(io.Discard, nil)))
 	box := Box{Domains: []string{"allowed.example", "*.wild.example"}}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		h.denied = nil
@@ -287,7 +376,7 @@ func FuzzReply(f *testing.F) {
 	}
 	f.Add(a.Data[2:])
 	h := &fakeHost{handle: 1, opened: map[netip.Addr]time.Duration{}}
-	g := New(h, slog.New(slog.NewTextHandler(io.Discard, nil)))
+	g := New(h, 0, slog.New(slog.NewTextHandler(io.Discard, nil)))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		r, err := reply(q, append([]byte{byte(q.ID >> 8), byte(q.ID)}, b...))
 		if err != nil {

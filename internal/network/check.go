@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -32,95 +33,49 @@ const (
 // was replaced shows.
 type shape map[string]string
 
-// installLocked installs the table for all slots that are to be in it, and
-// remembers how the kernel lists it.
+func sortedRules(ruled map[int]*slotRules) []*slotRules {
+	return slices.SortedFunc(maps.Values(ruled), func(a, b *slotRules) int { return a.slot.Index - b.slot.Index })
+}
+
+// install installs the table for all slots that are to be in it, and remembers how the
+// kernel lists it.
 //
-// +checklocks:n.rulesMu
-func (n *Network) installLocked() error {
-	n.recountLocked()
-	entries := slices.SortedFunc(maps.Values(n.ruled), func(a, b *entry) int { return a.slot.Index - b.slot.Index })
-	if err := n.rules.install(entries, n.counted); err != nil {
+// +checklocks:n.installing
+func (n *Network) install() error {
+	n.recount()
+	n.rulesMu.Lock()
+	all, was := sortedRules(n.ruled), n.counted
+	was.slots = maps.Clone(was.slots)
+	n.rulesMu.Unlock()
+	var entries []*entry
+	for _, r := range all {
+		entries = append(entries, r.now.Load())
+	}
+	if err := n.rules.install(entries, was); err != nil {
 		return err
 	}
-	generation, err := n.rules.sockets.generation()
+	n.installed.Add(1)
+	foreign, err := n.rules.sockets.foreign()
 	if err != nil {
 		return err
 	}
-	if n.shape, err = n.rules.shape(); err != nil {
+	have, err := n.rules.shape(nil)
+	if err != nil {
 		return err
 	}
-	for _, e := range n.ruled {
+	for i, r := range all {
+		e := *entries[i]
 		e.shape = shape{}
 		for _, name := range e.owns(n.rules) {
-			e.shape[name] = n.shape[name]
-			delete(n.shape, name)
+			e.shape[name] = have[name]
+			delete(have, name)
 		}
+		r.now.Store(&e)
 	}
-	n.generation = generation
+	n.rulesMu.Lock()
+	defer n.rulesMu.Unlock()
+	n.shape, n.foreign = have, foreign
 	return nil
-}
-
-// commitLocked makes one change of the rules, after which e, if there is one, is
-// as it should be. A table that somebody removed is installed anew, with what is
-// in n.ruled by now.
-//
-// +checklocks:n.rulesMu
-func (n *Network) commitLocked(change func() error, e *entry) error {
-	sent := n.rules.sockets.transactions()
-	before, err := n.rules.sockets.generation()
-	if err != nil {
-		return err
-	}
-	if err := change(); isGone(err) {
-		n.repairs++
-		n.log.Warn("the nftables table was gone; installing it anew", "table", n.rules.table.Name)
-		return n.installLocked()
-	} else if err != nil {
-		return err
-	}
-	after, err := n.rules.sockets.generation()
-	if err != nil {
-		return err
-	}
-	if n.generation == before && after-before == n.rules.sockets.transactions()-sent {
-		n.generation = after // these were our changes, and nobody else's
-	}
-	if e == nil {
-		return nil
-	}
-	e.shape, err = n.rules.shapeOf(e)
-	return err
-}
-
-// admit puts a slot into the table, closed.
-func (n *Network) admit(s *Slot) error {
-	n.rulesMu.Lock()
-	defer n.rulesMu.Unlock()
-	e := &entry{slot: s, fresh: true}
-	n.ruled[s.Index] = e
-	delete(n.counted.slots, string(slotKey(s)))
-	err := n.commitLocked(func() error { return n.rules.addSlot(e) }, nil)
-	if err != nil {
-		delete(n.ruled, s.Index)
-	}
-	return err
-}
-
-// expel takes a slot out of the table. One that is not in it is no error.
-func (n *Network) expel(s *Slot) error {
-	n.rulesMu.Lock()
-	defer n.rulesMu.Unlock()
-	e := n.ruled[s.Index]
-	if e == nil {
-		return nil
-	}
-	delete(n.ruled, s.Index)
-	delete(n.counted.slots, string(slotKey(s)))
-	err := n.commitLocked(func() error { return n.rules.removeSlot(e) }, nil)
-	if err != nil {
-		n.ruled[s.Index] = e
-	}
-	return err
 }
 
 // Repairs counts how often the rules were found changed and were installed anew.
@@ -132,76 +87,165 @@ func (n *Network) Repairs() int {
 
 // Check looks whether the rules are as installed and the host still forwards,
 // and puts right what is not. It also runs by itself, at once when the kernel
-// tells of a deletion and every 10 seconds.
+// tells of a deletion and every 10 seconds. While nobody but this Network changes any
+// rule of the host, it costs one question.
 func (n *Network) Check(ctx context.Context) (repaired bool, err error) {
-	n.rulesMu.Lock()
-	defer n.rulesMu.Unlock()
+	n.checking.Lock()
+	defer n.checking.Unlock()
 	if err := ctx.Err(); err != nil {
 		return false, fmt.Errorf("checking the rules: %w", err)
 	}
-	now, err := n.rules.sockets.generation()
+	installed := n.installed.Load()
+	foreign, err := n.rules.sockets.foreign()
 	if err != nil {
 		return false, err
 	}
-	found := ""
-	if now != n.generation { // else nobody changed any rule of this host
-		if found, err = n.differenceLocked(); err != nil {
-			return false, err
-		}
+	n.rulesMu.Lock()
+	known := n.foreign
+	n.rulesMu.Unlock()
+	if foreign == known {
+		return false, enableForwarding()
+	}
+	found, err := n.difference()
+	if err != nil {
+		return false, err
 	}
 	if found != "" {
-		n.repairs++
-		n.log.Warn("the rules were changed by somebody else; installing them anew", "table", n.rules.table.Name, "found", found)
-		if err := n.installLocked(); err != nil {
+		if err := n.reinstall(installed, found); err != nil {
 			return false, err
 		}
-	} else {
-		n.generation = now
+	} else if n.installed.Load() == installed {
+		n.rulesMu.Lock()
+		n.foreign = foreign
+		n.rulesMu.Unlock()
 	}
 	return found != "", enableForwarding()
 }
 
-// differenceLocked says what is not as it should be, "" if all is.
-//
-// +checklocks:n.rulesMu
-func (n *Network) differenceLocked() (string, error) {
-	have, err := n.rules.shape()
-	if isGone(err) {
-		return "the table is gone", nil
+// differenceAttempts bounds how often the table is compared anew because something of it
+// went while it was listed.
+const differenceAttempts = 3
+
+// difference says what is not as it should be, "" if all is.
+func (n *Network) difference() (found string, err error) {
+	for range differenceAttempts {
+		var all []*slotRules
+		all, found, err = n.layoutDiffers()
+		if isGone(err) {
+			return "the table is gone", nil
+		}
+		for _, r := range all {
+			if found != "" || err != nil {
+				break
+			}
+			found, err = n.slotDiffers(r)
+		}
+		if err == nil {
+			break
+		}
 	}
-	if err != nil {
-		return "", err
-	}
-	want := maps.Clone(n.shape)
-	keys := map[*nftables.Set][][]byte{}
-	for _, e := range n.ruled {
-		maps.Copy(want, e.shape)
+	return found, err
+}
+
+// layoutDiffers compares everything but what chains and sets of single slots hold, and
+// returns the slots of which that is to be compared. Changes wait meanwhile, for the time
+// it takes to list names.
+func (n *Network) layoutDiffers() ([]*slotRules, string, error) {
+	n.installing.Lock()
+	defer n.installing.Unlock()
+	n.rulesMu.Lock()
+	all, want := sortedRules(n.ruled), maps.Clone(n.shape)
+	n.rulesMu.Unlock()
+	named, keys := map[string]bool{}, map[*nftables.Set][][]byte{}
+	for _, r := range all {
+		e := r.now.Load()
+		if aside := r.aside.Load(); aside != nil {
+			for _, name := range aside.owns(n.rules) {
+				named[name] = true
+			}
+		}
+		for _, name := range e.owns(n.rules) {
+			named[name], want[name] = true, ""
+		}
 		for _, set := range e.memberOf(n.rules) {
 			keys[set] = append(keys[set], slotKey(e.slot))
 		}
-		for _, f := range e.elements(n.rules) {
-			for _, element := range f.elements {
-				keys[f.set] = append(keys[f.set], element.Key)
-			}
+	}
+	have, err := n.rules.shape(named)
+	if err != nil {
+		return nil, "", err
+	}
+	for name, line := range have {
+		if is, ok := want[name]; ok && is != line || !ok && !named[name] {
+			return nil, name + " differs", nil
+		}
+		delete(want, name)
+	}
+	for name := range want {
+		return nil, name + " is missing", nil
+	}
+	for _, set := range n.rules.bySlot() { // also those that are to be empty
+		found, err := n.rules.keysDiffer(set, keys[set])
+		if found != "" || err != nil {
+			return nil, found, err
 		}
 	}
-	if !maps.Equal(have, want) {
-		return "chains, rules or sets differ", nil
+	return all, "", nil
+}
+
+// slotDiffers compares what is a slot's alone. What looks different while the slot is
+// being changed is looked at again when it is not.
+func (n *Network) slotDiffers(r *slotRules) (string, error) {
+	if found, err := n.entryDiffers(r); found == "" && err == nil {
+		return "", nil
 	}
-	for _, set := range n.rules.bySlot() {
-		keys[set] = append(keys[set], nil...) // to be empty is to be looked at, too
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n.current(r) != nil {
+		return "", nil //nolint:nilerr // it has gone
 	}
-	for set, want := range keys {
-		slices.SortFunc(want, bytes.Compare)
-		have, err := n.rules.keys(set)
+	return n.entryDiffers(r)
+}
+
+func (n *Network) entryDiffers(r *slotRules) (string, error) {
+	e := r.now.Load()
+	have, err := n.rules.shapeOf(e)
+	if err == nil && !maps.Equal(have, e.shape) {
+		return "rules of slot " + strconv.Itoa(r.slot.Index) + " differ", nil
+	}
+	sets := map[*nftables.Set][][]byte{}
+	for _, f := range e.elements(n.rules) {
+		for _, element := range f.elements {
+			sets[f.set] = append(sets[f.set], element.Key)
+		}
+	}
+	if n.rules.proxies(e) {
+		set := n.rules.resolved(e.slot)
+		sets[set] = nil
+		for a := range e.resolved {
+			sets[set] = append(sets[set], a.AsSlice())
+		}
+	}
+	for set, keys := range sets {
 		if err != nil {
-			return "", err
+			break
 		}
-		if !slices.EqualFunc(have, want, bytes.Equal) {
-			return "the elements of " + set.Name + " differ", nil
+		var found string
+		if found, err = n.rules.keysDiffer(set, keys); found != "" {
+			return found, nil
 		}
 	}
-	return "", nil
+	return "", err
+}
+
+// keysDiffer compares the keys of a set with those it should have.
+func (t *table) keysDiffer(set *nftables.Set, want [][]byte) (string, error) {
+	slices.SortFunc(want, bytes.Compare)
+	have, err := t.keys(set)
+	if err == nil && !slices.EqualFunc(have, want, bytes.Equal) {
+		return "the elements of " + set.Name + " differ", nil
+	}
+	return "", err
 }
 
 // bySlot are the sets with an element for each slot, or some.
@@ -230,7 +274,7 @@ func (e *entry) owns(t *table) []string {
 	for _, f := range e.elements(t) {
 		out = append(out, setName(f.set.Name))
 	}
-	if t.decidesNames(e) && t.services.Proxy != 0 {
+	if t.proxies(e) {
 		out = append(out, setName(t.resolved(e.slot).Name))
 	}
 	return out
@@ -239,16 +283,16 @@ func (e *entry) owns(t *table) []string {
 func chainName(name string) string { return "chain " + name }
 func setName(name string) string   { return "set " + name }
 
-// shape describes the whole table.
-func (t *table) shape() (out shape, err error) {
-	err = t.sockets.use(func(c *nftables.Conn) error {
-		out, err = t.shapeBy(c)
+// shape describes the whole table; of what is named, only that it is there.
+func (t *table) shape(named map[string]bool) (out shape, err error) {
+	err = t.sockets.list(func(c *nftables.Conn) error {
+		out, err = t.shapeBy(c, named)
 		return err
 	})
 	return out, err
 }
 
-func (t *table) shapeBy(c *nftables.Conn) (shape, error) {
+func (t *table) shapeBy(c *nftables.Conn, named map[string]bool) (shape, error) {
 	known, err := c.ListTableOfFamily(t.table.Name, t.table.Family)
 	if err != nil {
 		return nil, fmt.Errorf("listing nftables table %s: %w", t.table.Name, err)
@@ -260,6 +304,10 @@ func (t *table) shapeBy(c *nftables.Conn) (shape, error) {
 	}
 	for _, ch := range chains {
 		if ch.Table.Name != t.table.Name {
+			continue
+		}
+		if named[chainName(ch.Name)] && ch.Hooknum == nil {
+			out[chainName(ch.Name)] = ""
 			continue
 		}
 		line := []any{ch.Type}
@@ -291,7 +339,7 @@ func (t *table) shapeOf(e *entry) (shape, error) {
 	for _, name := range e.owns(t) {
 		out[name] = ""
 	}
-	err := t.sockets.use(func(c *nftables.Conn) (err error) {
+	err := t.sockets.list(func(c *nftables.Conn) (err error) {
 		for _, name := range e.chains(t) {
 			if out[chainName(name)], err = t.rulesOf(c, name, nftables.ChainType("")); err != nil {
 				return err
@@ -344,7 +392,7 @@ func (s *sockets) generation() (uint32, error) {
 
 // keys lists the keys of a set in order. An end of an interval is a key too.
 func (t *table) keys(set *nftables.Set) (out [][]byte, err error) {
-	err = t.sockets.use(func(c *nftables.Conn) error {
+	err = t.sockets.list(func(c *nftables.Conn) error {
 		out, err = t.keysBy(c, set)
 		return err
 	})
@@ -377,9 +425,7 @@ func (n *Network) watch(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			n.rulesMu.Lock()
-			n.recountLocked()
-			n.rulesMu.Unlock()
+			n.recount()
 		case <-changed:
 		}
 		if _, err := n.Check(ctx); err != nil && ctx.Err() == nil {

@@ -22,8 +22,9 @@ const (
 
 // counts is what the whole table counted, slots by slotKey.
 type counts struct {
-	slots map[string]Counters
-	total Counters
+	slots  map[string]Counters
+	total  Counters
+	excess uint64 // packets that were too much
 }
 
 // tally is one counter. The kernel cannot be told where to begin for a slot, so a
@@ -59,11 +60,12 @@ func (t *table) addTotals(c *nftables.Conn, was counts) {
 	}
 	add(totalAllowed, was.total.AllowedPackets, was.total.AllowedBytes)
 	add(totalDenied, was.total.DeniedPackets, was.total.DeniedBytes)
+	add(totalExcess, was.excess, 0)
 }
 
 // count reads all counters.
 func (t *table) count() (out counts, err error) {
-	err = t.sockets.use(func(c *nftables.Conn) error {
+	err = t.sockets.list(func(c *nftables.Conn) error {
 		out, err = t.countBy(c)
 		return err
 	})
@@ -72,7 +74,7 @@ func (t *table) count() (out counts, err error) {
 
 func (t *table) countBy(c *nftables.Conn) (_ counts, err error) {
 	out := counts{slots: map[string]Counters{}}
-	if out.total, err = t.totals(c); err != nil {
+	if out.total, out.excess, err = t.totals(c); err != nil {
 		return counts{}, err
 	}
 	for _, set := range []*nftables.Set{t.allowed, t.denied} {
@@ -93,12 +95,12 @@ func (t *table) countBy(c *nftables.Conn) (_ counts, err error) {
 	return out, nil
 }
 
-func (t *table) totals(c *nftables.Conn) (Counters, error) {
-	var sums [2]expr.Counter
-	for i, name := range []string{totalAllowed, totalDenied} {
+func (t *table) totals(c *nftables.Conn) (_ Counters, excess uint64, err error) {
+	var sums [3]expr.Counter
+	for i, name := range []string{totalAllowed, totalDenied, totalExcess} {
 		o, err := c.GetObject(&nftables.NamedObj{Table: t.table, Name: name, Type: nftables.ObjTypeCounter})
 		if err != nil {
-			return Counters{}, fmt.Errorf("reading nftables counter %s: %w", name, err)
+			return Counters{}, 0, fmt.Errorf("reading nftables counter %s: %w", name, err)
 		}
 		if o, ok := o.(*nftables.NamedObj); ok {
 			if counter, ok := o.Obj.(*expr.Counter); ok {
@@ -106,26 +108,26 @@ func (t *table) totals(c *nftables.Conn) (Counters, error) {
 			}
 		}
 	}
-	return Counters{sums[0].Packets, sums[0].Bytes, sums[1].Packets, sums[1].Bytes}, nil
+	return Counters{sums[0].Packets, sums[0].Bytes, sums[1].Packets, sums[1].Bytes}, sums[2].Packets, nil
 }
 
-// recountLocked remembers what was counted, so that a new table goes on from
-// there; what cannot be read any more stays as it was.
-//
-// +checklocks:n.rulesMu
-func (n *Network) recountLocked() {
-	if now, err := n.rules.count(); err == nil {
-		n.counted = now
+// recount remembers what was counted, so that a new table goes on from there; what
+// cannot be read any more stays as it was.
+func (n *Network) recount() {
+	now, err := n.rules.count()
+	if err != nil {
+		return
 	}
+	n.rulesMu.Lock()
+	defer n.rulesMu.Unlock()
+	n.counted = now
 }
 
 // Counters reads a slot's. They live as long as the slot, also across restarts;
 // when somebody else removed the rules, what was counted in the seconds before is
 // missing.
 func (n *Network) Counters(s *Slot) (Counters, error) {
-	n.rulesMu.Lock()
-	defer n.rulesMu.Unlock()
-	if _, err := n.entryLocked(s); err != nil {
+	if _, err := n.rulesOf(s); err != nil {
 		return Counters{}, err
 	}
 	now, err := n.rules.count()
@@ -135,11 +137,12 @@ func (n *Network) Counters(s *Slot) (Counters, error) {
 	return now.slots[string(slotKey(s))], nil
 }
 
-// Totals are the sums over all slots there are and were.
-func (n *Network) Totals() (total Counters, err error) {
-	err = n.rules.sockets.use(func(c *nftables.Conn) error {
-		total, err = n.rules.totals(c)
+// Totals are the sums over all slots there are and were. Excess counts those of the denied
+// packets that were over the limits of [Flows].
+func (n *Network) Totals() (total Counters, excess uint64, err error) {
+	err = n.rules.sockets.list(func(c *nftables.Conn) error {
+		total, excess, err = n.rules.totals(c)
 		return err
 	})
-	return total, err
+	return total, excess, err
 }

@@ -46,6 +46,7 @@ type Denied struct {
 	Destination netip.AddrPort // port 0 for protocols without
 	Protocol    string         // "tcp", "udp", "icmp", or "ip-" and a number
 	Count       int            // packets the kernel told of, at most 10 a second for a slot
+	Excess      bool           // the policy allows it, and the slot has too many
 }
 
 // denials hears from the kernel what is refused.
@@ -61,6 +62,7 @@ type denial struct {
 	slot     *Slot
 	to       netip.AddrPort
 	protocol byte
+	excess   bool
 }
 
 func newDenials(slotOf func(netip.Addr) (*Slot, bool)) *denials {
@@ -77,6 +79,7 @@ const (
 	logPacket     = 0 // message types
 	logConfig     = 1
 	logAttrBytes  = 9 // of a packet: its first bytes
+	logAttrPrefix = 10
 	logCfgCommand = 1 // of a configuration, as the mode
 	logCfgMode    = 2
 	logBind       = 1 // a command
@@ -168,21 +171,25 @@ func (d *denials) hear(data []byte) {
 	if err != nil {
 		return
 	}
+	var f flow
+	var ok, excess bool
 	for a.Next() {
-		if a.Type() != logAttrBytes {
-			continue
+		switch a.Type() {
+		case logAttrBytes:
+			f, ok = parsePacket(a.Bytes())
+		case logAttrPrefix:
+			excess = a.String() == excessPrefix
 		}
-		f, ok := parsePacket(a.Bytes())
-		if !ok {
-			continue
-		}
-		s, ok := d.slotOf(f.source.Addr())
-		if !ok {
-			continue
-		}
-		if key := (denial{s, f.destination, f.protocol}); d.found[key] > 0 || len(d.found) < denialsKept {
-			d.found[key]++
-		}
+	}
+	if !ok {
+		return
+	}
+	s, ok := d.slotOf(f.source.Addr())
+	if !ok {
+		return
+	}
+	if key := (denial{s, f.destination, f.protocol, excess}); d.found[key] > 0 || len(d.found) < denialsKept {
+		d.found[key]++
 	}
 }
 
@@ -190,7 +197,7 @@ func (d *denials) hear(data []byte) {
 func (d *denials) pass() {
 	for key, count := range d.found {
 		select {
-		case d.out <- Denied{key.slot, key.to, protocolName(key.protocol), count}:
+		case d.out <- Denied{key.slot, key.to, protocolName(key.protocol), count, key.excess}:
 		default: // nobody reads
 		}
 	}

@@ -65,6 +65,12 @@ func logTo(group uint16) []expr.Any {
 	return []expr.Any{&expr.Log{Key: 1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_SNAPLEN, Group: group, Snaplen: snapLength}}
 }
 
+// logWith is logTo with a word that says why.
+func logWith(group uint16, prefix string) []expr.Any {
+	return []expr.Any{&expr.Log{Key: 1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_SNAPLEN | 1<<unix.NFTA_LOG_PREFIX,
+		Group: group, Snaplen: snapLength, Data: []byte(prefix)}}
+}
+
 // withinRate matches as long as the key in register 1 comes at most ratePerSlot
 // times a second; m remembers.
 func withinRate(m *nftables.Set) []expr.Any {

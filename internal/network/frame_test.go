@@ -66,13 +66,35 @@ func fragments(packet []byte) [][]byte {
 
 // sendRaw writes one Ethernet frame to a link.
 func sendRaw(link int, to net.HardwareAddr, kind uint16, packet []byte) error {
+	return sendAll(link, to, kind, [][]byte{packet})
+}
+
+// sendAll writes Ethernet frames to a link over one socket: closing one takes long.
+func sendAll(link int, to net.HardwareAddr, kind uint16, packets [][]byte) error {
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("opening a packet socket: %w", err)
 	}
 	defer unix.Close(fd)
-	raw := append(append(append([]byte{}, to...), sandboxMAC...), byte(kind>>8), byte(kind))
-	return unix.Sendto(fd, append(raw, packet...), 0, &unix.SockaddrLinklayer{Ifindex: link})
+	header := append(append(append([]byte{}, to...), sandboxMAC...), byte(kind>>8), byte(kind))
+	for _, packet := range packets {
+		raw := append(header[:len(header):len(header)], packet...)
+		if err := unix.Sendto(fd, raw, 0, &unix.SockaddrLinklayer{Ifindex: link}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sendPackets writes IPv4 packets from a slot to its gateway.
+func sendPackets(s *Slot, packets ...[]byte) error {
+	return inNamespace(s.Namespace, func() error {
+		link, err := net.InterfaceByName(insideLink)
+		if err != nil {
+			return err
+		}
+		return sendAll(link.Index, hostMAC, unix.ETH_P_IP, packets)
+	})
 }
 
 func (f frame) packet() []byte {

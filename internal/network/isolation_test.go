@@ -270,13 +270,13 @@ func TestNeverByPing(t *testing.T) {
 // withoutRules runs f while the table is gone and nobody may repair it.
 func withoutRules(t *testing.T, n *Network, f func()) {
 	t.Helper()
-	n.rulesMu.Lock()
-	defer n.rulesMu.Unlock()
+	n.installing.Lock()
+	defer n.installing.Unlock()
 	if err := n.rules.remove(); err != nil {
 		t.Fatal(err)
 	}
 	defer func() {
-		if err := n.installLocked(); err != nil {
+		if err := n.install(); err != nil {
 			t.Error(err)
 		}
 	}()

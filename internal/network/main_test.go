@@ -286,6 +286,16 @@ func setPolicy(t testing.TB, n *Network, s *Slot, p Policy) {
 	}
 }
 
+// inForce is what the table has of a slot.
+func inForce(t *testing.T, n *Network, s *Slot) *entry {
+	t.Helper()
+	r, err := n.rulesOf(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r.now.Load()
+}
+
 // traces lists everything of an instance on the host.
 func traces(t *testing.T, instance string) []string {
 	t.Helper()

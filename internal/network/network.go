@@ -49,6 +49,7 @@
 package network
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -58,6 +59,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
@@ -94,7 +96,14 @@ type Config struct {
 	AgentPort uint16
 	// Services are the ports of the host that answer sandboxes.
 	Services Services
+	// Flows bounds the connections of slots.
+	Flows Flows
+	// MaxRanges bounds the ranges of all policies together; 0 is DefaultMaxRanges.
+	MaxRanges int
 }
+
+// DefaultMaxRanges is about 70 MiB of the kernel's memory, 20 of the longest policies.
+const DefaultMaxRanges = 200_000
 
 // Slot is a namespace with its link and address. Its fields do not change.
 type Slot struct {
@@ -118,16 +127,30 @@ type Network struct {
 	done sync.WaitGroup     // for them
 	fill chan struct{}      // wakes the pool, capacity 1
 
-	// rulesMu serialises what changes or inspects the table. It may be taken
-	// while mu is not held, never the other way round.
+	rules *table
+	// Locks are taken in this order: slotRules.mu, long, installing, rulesMu. None of them is
+	// taken with mu held.
+
+	// installing is held for writing while the table is installed anew or compared as a
+	// whole, and for reading while one transaction of a slot is sent.
+	installing sync.RWMutex
+	installed  atomic.Uint64 // counts installations
+	long       sync.Mutex    // held for each transaction of the changes that need many
+	checking   sync.Mutex    // held for a whole Check
+	expiring   chan struct{} // says that addresses were opened, capacity 1
+	maxRanges  int           // of all policies together
+
+	// rulesMu guards what is known of the table. No kernel is waited for with it held,
+	// and no other lock is taken.
 	rulesMu sync.Mutex
-	rules   *table
 	// +checklocks:rulesMu
-	ruled map[int]*entry // the slots in the table, by index
+	ruled map[int]*slotRules // the slots in the table, by index
+	// +checklocks:rulesMu
+	making int // ranges that are being put in force
 	// +checklocks:rulesMu
 	shape shape // the table without slots, as the kernel listed it after installing
 	// +checklocks:rulesMu
-	generation uint32 // of the host's rules when ours were as they should be, 0: not known
+	foreign uint32 // others' changes of the host's rules when ours were as they should be
 	// +checklocks:rulesMu
 	counted counts // as they were last read
 	// +checklocks:rulesMu
@@ -158,6 +181,7 @@ func Open(ctx context.Context, c Config, log *slog.Logger) (*Network, error) {
 	if c.AgentPort == 0 {
 		return nil, fault.InField("invalid_port", "agent_port", "the agent's port is not set")
 	}
+	c.MaxRanges = cmp.Or(c.MaxRanges, DefaultMaxRanges)
 	claim, block, err := take(ctx, c.Instance, c.Range)
 	if err != nil {
 		return nil, fmt.Errorf("claiming addresses: %w", err)
@@ -165,8 +189,9 @@ func Open(ctx context.Context, c Config, log *slog.Logger) (*Network, error) {
 	n := &Network{
 		layout: layout{instance: c.Instance, block: block},
 		agent:  c.AgentPort, ready: c.Ready, mtu: c.MTU, log: log, claim: claim,
-		fill:  make(chan struct{}, 1),
-		ruled: map[int]*entry{}, used: map[int]*Slot{}, left: map[int]*Slot{},
+		fill:     make(chan struct{}, 1),
+		expiring: make(chan struct{}, 1), maxRanges: c.MaxRanges,
+		ruled: map[int]*slotRules{}, used: map[int]*Slot{}, left: map[int]*Slot{},
 	}
 	n.rules = newTable(n.layout, c)
 	n.denials = newDenials(n.SlotOf)
@@ -180,6 +205,7 @@ func Open(ctx context.Context, c Config, log *slog.Logger) (*Network, error) {
 	n.stop = stop
 	n.done.Go(func() { n.refill(background) })
 	n.done.Go(func() { n.watch(background) })
+	n.done.Go(func() { n.expire(background) })
 	n.done.Go(func() { n.denials.run(background) })
 	log.Info("network is ready", "instance", c.Instance, "range", block.String(), "slots", n.layout.capacity(),
 		"mtu", n.mtu, "left_by_predecessor", len(n.left))
@@ -209,8 +235,10 @@ func (n *Network) prepare() error {
 		}
 		if s != nil {
 			n.left[index] = s
+			r := &slotRules{slot: s}
+			r.now.Store(&entry{slot: s})
 			n.rulesMu.Lock()
-			n.ruled[index] = &entry{slot: s}
+			n.ruled[index] = r
 			n.rulesMu.Unlock()
 		}
 		// After a restart new slots come after the old ones: the longer an
@@ -223,9 +251,9 @@ func (n *Network) prepare() error {
 			n.freed = append(n.freed, i)
 		}
 	}
-	n.rulesMu.Lock()
-	defer n.rulesMu.Unlock()
-	if err := n.installLocked(); err != nil {
+	n.installing.Lock()
+	defer n.installing.Unlock()
+	if err := n.install(); err != nil {
 		return err
 	}
 	return enableForwarding()
@@ -457,9 +485,9 @@ func (n *Network) Close() error {
 	busy := len(n.used)+len(n.left) > 0
 	n.mu.Unlock()
 	if !busy {
-		n.rulesMu.Lock()
+		n.installing.Lock()
 		errs = append(errs, n.rules.remove())
-		n.rulesMu.Unlock()
+		n.installing.Unlock()
 	}
 	return errors.Join(append(errs, n.rules.sockets.close(), n.giveUpClaim(busy))...)
 }

@@ -15,13 +15,7 @@ import (
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
-
-	"github.com/cayhq/cay/internal/fault"
 )
-
-// maxResolved bounds how many resolved addresses a slot has open. More need a
-// program that asks for names to fill memory; the ones that end first go.
-const maxResolved = 4096
 
 // Policy is what a slot may reach beside what no slot ever does.
 type Policy struct {
@@ -86,11 +80,12 @@ func contains(in []interval, a netip.Addr) bool {
 // entry is what the table has of a slot. It is replaced, not changed.
 type entry struct {
 	slot     *Slot
-	ruling   *ruling // nil: closed
-	turn     int     // counts rulings: the names of each one's chains and sets carry it
-	fresh    bool    // it was made here, so without a ruling it has no connections
-	resolved map[netip.Addr]time.Time
-	shape    shape // of its chains
+	ruling   *ruling                  // nil: closed
+	turn     int                      // counts rulings: the names of each one's chains and sets carry it
+	fresh    bool                     // it was made here, so without a ruling it has no connections
+	resolved map[netip.Addr]time.Time // open through the proxy, and until when
+	soonest  time.Time                // when the first of them ends, zero: there is none
+	shape    shape                    // of its chains
 }
 
 // Names of a slot's chains and sets carry the slot's index and the turn, so that
@@ -153,24 +148,46 @@ func (t *table) decidesNames(e *entry) bool {
 	return e.ruling != nil && e.ruling.names && (t.services.DNS != 0 || t.services.Proxy != 0)
 }
 
-// resolved is the set of addresses the proxy answers for. It outlives a policy.
+// proxies reports that the entry has a set of resolved addresses.
+func (t *table) proxies(e *entry) bool { return t.decidesNames(e) && t.services.Proxy != 0 }
+
+// resolved returns the set of addresses the proxy answers for. It outlives a policy. Its
+// elements have no times of their own: not every kernel can lengthen one, and so an answer
+// that says again what was said before changes nothing there.
 func (t *table) resolved(s *Slot) *nftables.Set {
-	return &nftables.Set{Table: t.table, Name: fmt.Sprintf("resolved-%d", s.Index), KeyType: nftables.TypeIPAddr, HasTimeout: true}
+	return &nftables.Set{Table: t.table, Name: fmt.Sprintf("resolved-%d", s.Index), KeyType: nftables.TypeIPAddr}
+}
+
+// parts divides the entry's elements into what is made in the first transaction and what
+// is added in further ones, in order.
+func (e *entry) parts(t *table) (first, rest []filled) {
+	room := elementsPerChange
+	for _, f := range e.elements(t) {
+		all := f.elements
+		f.elements = all[:min(len(all), room)]
+		room -= len(f.elements)
+		first = append(first, f)
+		for part := range slices.Chunk(all[len(f.elements):], elementsPerChange) {
+			rest = append(rest, filled{f.kind, f.set, part})
+		}
+	}
+	return first, rest
 }
 
 // addPolicy opens a known slot as its ruling says; none leaves it closed.
 func (t *table) addPolicy(c *nftables.Conn, e *entry) error {
-	return errors.Join(t.addOwn(c, e), t.follow(c, e))
+	return errors.Join(t.addOwn(c, e, e.elements(t), nil), t.follow(c, e))
 }
 
-// addOwn makes the entry's chains and sets, which nothing leads to yet. What is
-// denied comes first: whatever of it a packet could find is less than all of it.
-func (t *table) addOwn(c *nftables.Conn, e *entry) error {
+// addOwn makes the entry's chains and sets with some of its elements, which nothing leads
+// to yet, beside those of the entry in force, if there is one. What is denied comes first:
+// whatever of it a packet could find is less than all of it.
+func (t *table) addOwn(c *nftables.Conn, e *entry, with []filled, beside *entry) error {
 	if e.ruling == nil {
 		return nil
 	}
 	sets := map[string]*nftables.Set{}
-	for _, f := range e.elements(t) {
+	for _, f := range with {
 		if err := addSet(c, f.set, f.elements); err != nil {
 			return err
 		}
@@ -180,7 +197,7 @@ func (t *table) addOwn(c *nftables.Conn, e *entry) error {
 		t.addChain(c, e.policyChain(), decide(sets, gotoChain(chainRefuse), gotoChain(chainAllow)))
 	}
 	if t.decidesNames(e) {
-		return t.addNames(c, e, sets)
+		return t.addNames(c, e, sets, beside != nil && t.proxies(beside))
 	}
 	return nil
 }
@@ -216,18 +233,22 @@ func (t *table) unfollow(c *nftables.Conn, e *entry) error {
 	return err
 }
 
-// removeOwn removes what addOwn made, but the resolved addresses.
-func (t *table) removeOwn(c *nftables.Conn, e *entry) {
-	for _, name := range e.chains(t) {
+// removeOwn removes what addOwn made of an entry, but what the one that stays has too.
+func (t *table) removeOwn(c *nftables.Conn, stays, gone *entry) {
+	for _, name := range gone.chains(t) {
 		c.DelChain(t.regular(name))
 	}
-	for _, f := range e.elements(t) {
+	for _, f := range gone.elements(t) {
 		c.DelSet(f.set)
+	}
+	if t.proxies(gone) && (stays == nil || !t.proxies(stays)) {
+		c.DelSet(t.resolved(gone.slot))
 	}
 }
 
-// addNames hands what names decide about to the services.
-func (t *table) addNames(c *nftables.Conn, e *entry, sets map[string]*nftables.Set) error {
+// addNames hands what names decide about to the services. The set of resolved addresses
+// may be there.
+func (t *table) addNames(c *nftables.Conn, e *entry, sets map[string]*nftables.Set, there bool) error {
 	var rules [][]expr.Any
 	if port := t.services.DNS; port != 0 {
 		for _, protocol := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP} {
@@ -236,8 +257,10 @@ func (t *table) addNames(c *nftables.Conn, e *entry, sets map[string]*nftables.S
 	}
 	if port := t.services.Proxy; port != 0 {
 		resolved := t.resolved(e.slot)
-		if err := addSet(c, resolved, resolvedElements(e.resolved, time.Now())); err != nil {
-			return err
+		if !there {
+			if err := addSet(c, resolved, addressElements(slices.Collect(maps.Keys(e.resolved)))); err != nil {
+				return err
+			}
 		}
 		// What the lists decide about needs no proxy.
 		rules = append(rules, decide(sets, leave(), leave())...)
@@ -270,41 +293,6 @@ func (t *table) addChain(c *nftables.Conn, name string, rules [][]expr.Any) {
 	}
 }
 
-// removeResolved removes what was resolved for the entry.
-func (t *table) removeResolved(c *nftables.Conn, e *entry) {
-	if t.decidesNames(e) && t.services.Proxy != 0 {
-		c.DelSet(t.resolved(e.slot))
-	}
-}
-
-// replacePolicy goes from one ruling of a slot to the next. The step from one to
-// the other is a transaction that does nothing else, and a packet meets the one or
-// the other: what is new in a transaction, or removed by it, can for microseconds
-// be seen in part.
-func (t *table) replacePolicy(old, next *entry) error {
-	doing := "changing the policy of " + next.slot.Link + " in"
-	if len(next.owns(t)) > 0 {
-		if err := t.change(doing, func(c *nftables.Conn) error { return t.addOwn(c, next) }); err != nil {
-			return err
-		}
-	}
-	if err := t.change(doing, func(c *nftables.Conn) error {
-		return errors.Join(t.unfollow(c, old), t.follow(c, next))
-	}); err != nil {
-		return errors.Join(err, present(t.change(doing, func(c *nftables.Conn) error { t.removeOwn(c, next); return nil })))
-	}
-	if len(old.owns(t)) == 0 {
-		return nil
-	}
-	return t.change(doing, func(c *nftables.Conn) error {
-		t.removeOwn(c, old)
-		if !t.decidesNames(next) {
-			t.removeResolved(c, old)
-		}
-		return nil
-	})
-}
-
 // SetPolicy puts a policy in the place of the slot's present one, in one step,
 // and cuts the connections that it does not allow; the others live on. What goes
 // through the services is theirs to cut, unless the policy has no names any more.
@@ -326,98 +314,6 @@ func (n *Network) SetPolicy(ctx context.Context, s *Slot, p Policy) error {
 		return nil
 	}
 	return cutConnections(ctx, &n.rules.sockets, s, next.ruling)
-}
-
-func (n *Network) replacePolicy(s *Slot, r *ruling) (old, next *entry, err error) {
-	n.rulesMu.Lock()
-	defer n.rulesMu.Unlock()
-	if old, err = n.entryLocked(s); err != nil {
-		return nil, nil, err
-	}
-	next = &entry{slot: s, ruling: r, turn: old.turn + 1, fresh: old.fresh}
-	if r.names {
-		next.resolved = maps.Clone(old.resolved)
-	}
-	n.ruled[s.Index] = next
-	err = n.commitLocked(func() error { return n.rules.replacePolicy(old, next) }, next)
-	if err != nil {
-		n.ruled[s.Index] = old
-	}
-	return old, next, err
-}
-
-// entryLocked is what the table has of a slot that is in use.
-//
-// +checklocks:n.rulesMu
-func (n *Network) entryLocked(s *Slot) (*entry, error) {
-	if e := n.ruled[s.Index]; e != nil && e.slot == s {
-		return e, nil
-	}
-	return nil, fault.New(fault.NotFound, "slot_not_found", "slot %d is not in use any more", s.Index)
-}
-
-// Resolve makes addresses reachable through the proxy for ttl, or as long as they
-// already are if that is longer. It changes nothing for a slot whose policy has
-// no names. IPv6 addresses and those that no slot reaches are left out.
-func (n *Network) Resolve(s *Slot, addrs []netip.Addr, ttl time.Duration) error {
-	n.rulesMu.Lock()
-	defer n.rulesMu.Unlock()
-	old, err := n.entryLocked(s)
-	if err != nil || !n.rules.decidesNames(old) || n.rules.services.Proxy == 0 {
-		return err
-	}
-	now := time.Now()
-	next := *old
-	next.resolved = maps.Clone(old.resolved)
-	maps.DeleteFunc(next.resolved, func(_ netip.Addr, until time.Time) bool { return !until.After(now) })
-	if next.resolved == nil {
-		next.resolved = map[netip.Addr]time.Time{}
-	}
-	for _, a := range addrs {
-		if a = a.Unmap(); a.Is4() && next.resolved[a].Before(now.Add(ttl)) {
-			next.resolved[a] = now.Add(ttl)
-		}
-	}
-	forgetSoonest(next.resolved, maxResolved)
-	n.ruled[s.Index] = &next
-	// Not every kernel can lengthen the life of an element: all of them anew.
-	err = n.commitLocked(func() error {
-		return n.rules.change("opening addresses in", func(c *nftables.Conn) error {
-			set := n.rules.resolved(s)
-			c.FlushSet(set)
-			for part := range slices.Chunk(resolvedElements(next.resolved, now), elementsPerMessage) {
-				if err := c.SetAddElements(set, part); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-	}, nil)
-	if err != nil {
-		n.ruled[s.Index] = old
-	}
-	return err
-}
-
-// forgetSoonest leaves at most count addresses, those that last longest.
-func forgetSoonest(resolved map[netip.Addr]time.Time, count int) {
-	if len(resolved) <= count {
-		return
-	}
-	order := slices.SortedFunc(maps.Keys(resolved), func(a, b netip.Addr) int { return resolved[a].Compare(resolved[b]) })
-	for _, a := range order[:len(order)-count] {
-		delete(resolved, a)
-	}
-}
-
-func resolvedElements(resolved map[netip.Addr]time.Time, now time.Time) []nftables.SetElement {
-	var out []nftables.SetElement
-	for a, until := range resolved {
-		if left := until.Sub(now); left >= time.Millisecond { // the kernel's unit; 0 would be for ever
-			out = append(out, nftables.SetElement{Key: a.AsSlice(), Timeout: left})
-		}
-	}
-	return out
 }
 
 // SlotOf is the slot with the sandbox's address, if it is handed out or adopted.

@@ -480,7 +480,7 @@ func TestLongPolicy(t *testing.T) {
 		t.Fatal(err)
 	}
 	udpRoundTrip(t, s)
-	e := n.ruled[s.Index]
+	e := inForce(t, n, s)
 	runNFT(t, fmt.Sprintf("delete element inet %s %s { 20.0.0.0/24 }", n.rules.table.Name, e.name(kindAllow)))
 	if repaired, err := n.Check(t.Context()); !repaired || err != nil {
 		t.Errorf("a missing range: repaired %v, %v", repaired, err)

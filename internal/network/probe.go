@@ -53,8 +53,8 @@ func probeTables() Finding {
 		Config{AgentPort: 1, Services: Services{DNS: 1, Proxy: 1, Metadata: 1}})
 	err := t.install(nil, counts{})
 	err = errors.Join(err, t.remove(), t.sockets.close())
-	return finding("nftables", "tables with fib, conntrack, masquerade and redirect can be made", err,
-		"a kernel with nf_tables is needed (CONFIG_NF_TABLES_INET, NFT_FIB_INET, NFT_CT, NFT_MASQ, NFT_REDIR, NFT_LIMIT; modprobe nf_tables)")
+	return finding("nftables", "tables with fib, conntrack with limits and timeouts, masquerade and redirect can be made", err,
+		"a kernel with nf_tables is needed (CONFIG_NF_TABLES_INET, NFT_FIB_INET, NFT_CT, NFT_CONNLIMIT, NF_CONNTRACK_TIMEOUT, NFT_MASQ, NFT_REDIR, NFT_LIMIT; modprobe nf_tables)")
 }
 
 func probeConntrack() Finding {

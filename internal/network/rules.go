@@ -70,6 +70,7 @@ type table struct {
 	policies *nftables.Set
 	named    *nftables.Set
 	rates    *nftables.Set
+	flows    flows
 }
 
 func newTable(l layout, c Config) *table {
@@ -81,7 +82,7 @@ func newTable(l layout, c Config) *table {
 		layout: l, deny: c.AlwaysDeny, agent: c.AgentPort, services: c.Services, table: t,
 		never: &nftables.Set{Table: t, Name: "never", KeyType: nftables.TypeIPAddr, Interval: true},
 		slots: set("slots"), allowed: set("allowed"), denied: set("denied"),
-		policies: set("policies"), named: set("named"), rates: set("rates"),
+		policies: set("policies"), named: set("named"), rates: set("rates"), flows: newFlows(t, l, c.Flows),
 	}
 	out.allowed.Counter, out.denied.Counter = true, true
 	for _, m := range []*nftables.Set{out.policies, out.named} {
@@ -102,7 +103,7 @@ const (
 	chainNAT      = "nat"      // from a sandbox, leaving the host
 	chainOut      = "leaving"  // regular: from a sandbox to the outside
 	chainIn       = "arriving"
-	chainAllow    = "allow"     // regular: counts and accepts; the policy of a slot without restrictions
+	chainAllow    = "allow"     // regular: bounds flows, counts and accepts; the policy of a slot without restrictions
 	chainRefuse   = "refuse"    // regular: counts, logs and drops
 	chainForbid   = "forbidden" // regular: to a destination that nobody reaches
 )
@@ -127,7 +128,8 @@ func (t *table) install(entries []*entry, was counts) error {
 			return err
 		}
 		t.addTotals(c, was)
-		for _, name := range []string{chainAllow, chainRefuse, chainForbid, chainOut, chainIn} {
+		t.addTimes(c)
+		for _, name := range []string{chainFlows, chainExcess, chainAllow, chainRefuse, chainForbid, chainOut, chainIn} {
 			c.AddChain(t.regular(name))
 		}
 		for _, r := range t.rules() {
@@ -156,7 +158,7 @@ func (t *table) install(entries []*entry, was counts) error {
 }
 
 func (t *table) addSets(c *nftables.Conn) error {
-	for _, set := range []*nftables.Set{t.slots, t.allowed, t.denied, t.policies, t.named, t.rates} {
+	for _, set := range append(t.flows.sets(), t.slots, t.allowed, t.denied, t.policies, t.named, t.rates) {
 		if err := c.AddSet(set, nil); err != nil {
 			return fmt.Errorf("encoding set %s: %w", set.Name, err)
 		}
@@ -175,6 +177,10 @@ func addSet(c *nftables.Conn, set *nftables.Set, elements []nftables.SetElement)
 	if err := c.AddSet(set, nil); err != nil {
 		return fmt.Errorf("encoding set %s: %w", set.Name, err)
 	}
+	return addElements(c, set, elements)
+}
+
+func addElements(c *nftables.Conn, set *nftables.Set, elements []nftables.SetElement) error {
 	for part := range slices.Chunk(elements, elementsPerMessage) {
 		if err := c.SetAddElements(set, part); err != nil {
 			return fmt.Errorf("encoding elements of set %s: %w", set.Name, err)
@@ -183,7 +189,17 @@ func addSet(c *nftables.Conn, set *nftables.Set, elements []nftables.SetElement)
 	return nil
 }
 
-// addSlots makes slots known, closed, at most elementsPerMessage of them.
+func deleteElements(c *nftables.Conn, set *nftables.Set, elements []nftables.SetElement) error {
+	for part := range slices.Chunk(elements, elementsPerMessage) {
+		if err := c.SetDeleteElements(set, part); err != nil {
+			return fmt.Errorf("encoding elements of set %s: %w", set.Name, err)
+		}
+	}
+	return nil
+}
+
+// addSlots makes slots known, closed, at most elementsPerMessage of them: nothing of them
+// but the agent's answers passes until they have a policy.
 func (t *table) addSlots(c *nftables.Conn, entries []*entry, was counts) error {
 	var known, allowed, denied []nftables.SetElement
 	for _, e := range entries {
@@ -195,25 +211,14 @@ func (t *table) addSlots(c *nftables.Conn, entries []*entry, was counts) error {
 	return errors.Join(c.SetAddElements(t.slots, known), c.SetAddElements(t.allowed, allowed), c.SetAddElements(t.denied, denied))
 }
 
-// addSlot makes a slot known; nothing of it but the agent's answers passes until
-// it has a policy. The table is there.
-func (t *table) addSlot(e *entry) error {
-	return t.change("adding "+e.slot.Link+" to", func(c *nftables.Conn) error { return t.addSlots(c, []*entry{e}, counts{}) })
-}
-
-// removeSlot stops a slot's traffic and removes all there is of it. The error is
-// isGone when anything of it was missing, and then nothing was removed.
-func (t *table) removeSlot(e *entry) error {
-	return t.change("removing "+e.slot.Link+" from", func(c *nftables.Conn) error {
-		key := []nftables.SetElement{{Key: slotKey(e.slot)}}
-		err := errors.Join(t.unfollow(c, e), c.SetDeleteElements(t.slots, key),
-			c.SetDeleteElements(t.allowed, key), c.SetDeleteElements(t.denied, key))
-		if e.ruling != nil {
-			t.removeOwn(c, e)
-			t.removeResolved(c, e)
-		}
-		return err
-	})
+// removeSlot stops a slot's traffic and removes all there is of it. The transaction fails
+// with isGone when anything of it was missing, and then nothing was removed.
+func (t *table) removeSlot(c *nftables.Conn, e *entry) error {
+	key := []nftables.SetElement{{Key: slotKey(e.slot)}}
+	err := errors.Join(t.unfollow(c, e), c.SetDeleteElements(t.slots, key),
+		c.SetDeleteElements(t.allowed, key), c.SetDeleteElements(t.denied, key))
+	t.removeOwn(c, nil, e)
+	return err
 }
 
 // present drops the error that something was not there.
@@ -245,6 +250,13 @@ func (t *table) rules() []*nftables.Rule {
 	add := func(chain string, e ...[]expr.Any) {
 		out = append(out, &nftables.Rule{Table: t.table, Chain: t.regular(chain), Exprs: join(e...)})
 	}
+	for _, r := range t.flowRules() {
+		add(chainFlows, r)
+	}
+	for _, r := range t.excessRules() {
+		add(chainExcess, r)
+	}
+	add(chainAllow, isNew(), jumpTo(chainFlows))
 	// Looking a slot up counts; the lookup always succeeds.
 	add(chainAllow, isIPv4(), linkAnd(incoming, source), inSet(t.allowed), count(totalAllowed), accept())
 	add(chainRefuse, isIPv4(), linkAnd(incoming, source), inSet(t.denied), count(totalDenied))

@@ -49,14 +49,19 @@ func (t *table) serviceInput(fromUs []expr.Any) [][]expr.Any {
 	notFromUs := linkIsNot(incoming, t.layout.links())
 	led := join(isIPv4(), isRedirected(), isOriginal())
 	var out [][]expr.Any
-	add := func(protocol byte, port uint16, let []expr.Any) {
-		if port != 0 {
-			out = append(out, join(portOf(protocol, destination, port), fromUs, led, let),
-				join(portOf(protocol, destination, port), notFromUs, drop()))
+	add := func(protocol byte, port uint16, let ...[]expr.Any) {
+		if port == 0 {
+			return
 		}
+		for _, l := range let {
+			out = append(out, join(portOf(protocol, destination, port), fromUs, led, l))
+		}
+		out = append(out, join(portOf(protocol, destination, port), notFromUs, drop()))
 	}
-	add(unix.IPPROTO_TCP, t.services.Metadata, accept())
-	add(unix.IPPROTO_UDP, t.services.DNS, gotoChain(chainAllow))
+	f := t.flows
+	add(unix.IPPROTO_TCP, t.services.Metadata, join(isNew(), jumpTo(chainFlows)), accept())
+	add(unix.IPPROTO_UDP, t.services.DNS, join(linkAnd(incoming, source), over(f.questions, &expr.Limit{Type: expr.LimitTypePkts,
+		Rate: questionsPerSecond, Unit: expr.LimitTimeSecond, Burst: questionsPerSecond, Over: true}), gotoChain(chainExcess)), gotoChain(chainAllow))
 	add(unix.IPPROTO_TCP, t.services.DNS, gotoChain(chainAllow))
 	add(unix.IPPROTO_TCP, t.services.Proxy, gotoChain(chainAllow))
 	return out

@@ -46,7 +46,10 @@ const lifeFile = "life.json"
 
 // life is what a later process of the server must know to adopt the sandbox.
 type life struct {
-	ID    sandbox.ID `json:"id"`
+	ID sandbox.ID `json:"id"`
+	// Org is the organization whose it is; "" for a member of the pool, and for a sandbox of
+	// a server that did not record it. Guarded by node.mu, as Egress.
+	Org   string `json:"org,omitempty"`
 	Run   string     `json:"run"`
 	Token string     `json:"token"` // the agent's key; secret: the file is 0600
 	// Handshake says that the agent and the host prove to each other that they know Token. Lives
@@ -86,7 +89,7 @@ func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
 
 // newBox is a sandbox that is to be booted.
 func (n *Node) newBox(spec sandbox.Spec) *box {
-	return &box{node: n, life: life{ID: spec.ID, Run: spec.Run, Token: spec.Token, Handshake: true, MemoryMB: spec.Size.MemoryMB, Egress: spec.Egress,
+	return &box{node: n, life: life{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Handshake: true, MemoryMB: spec.Size.MemoryMB, Egress: spec.Egress,
 		Programs: n.cfg.Programs.Version, Flags: runsc.Flags(n.cfg.Platform)}}
 }
 

@@ -119,7 +119,7 @@ func (n *Node) reportDenials() {
 			b := n.guests[d.Slot]
 			n.mu.Unlock()
 			if b != nil {
-				n.Deny(sandbox.Denial{ID: b.life.ID, Protocol: d.Protocol, Destination: d.Destination, Count: d.Count})
+				n.Deny(sandbox.Denial{ID: b.life.ID, Protocol: d.Protocol, Destination: d.Destination, Count: d.Count, Excess: d.Excess})
 			}
 		}
 	}
@@ -128,6 +128,7 @@ func (n *Node) reportDenials() {
 // Guest is the sandbox that has a slot, for what is decided outside of the rules.
 type Guest struct {
 	ID     sandbox.ID
+	Org    string // "" if it is not known
 	Slot   *network.Slot
 	Egress sandbox.Egress
 }
@@ -145,5 +146,5 @@ func (n *Node) Guest(from netip.Addr) (Guest, bool) {
 	if b == nil {
 		return Guest{}, false
 	}
-	return Guest{b.life.ID, slot, b.life.Egress}, true
+	return Guest{b.life.ID, b.life.Org, slot, b.life.Egress}, true
 }

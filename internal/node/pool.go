@@ -73,7 +73,7 @@ func (b *box) unwarm(spec sandbox.Spec) bool {
 	if b.life.Warm == "" || b.life.Run != spec.Run || b.life.Token != spec.Token {
 		return false
 	}
-	b.life.Warm, b.life.Egress = "", spec.Egress
+	b.life.Warm, b.life.Egress, b.life.Org = "", spec.Egress, spec.OrgID
 	return true
 }
 

@@ -67,7 +67,7 @@ func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string, 
 	if err != nil {
 		return nil, nil, failed(err, "the version of cay's runtime that made the checkpoint (%s) is not on this machine any more", was.Programs.Runsc)
 	}
-	b := &box{node: n, agentKey: was.Token, life: life{ID: spec.ID, Run: spec.Run, Token: spec.Token, Egress: spec.Egress, From: string(spec.From),
+	b := &box{node: n, agentKey: was.Token, life: life{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Egress: spec.Egress, From: string(spec.From),
 		Handshake: was.Handshake, MemoryMB: was.MemoryMB, Programs: was.Programs, Flags: was.Flags}}
 	n.warnOlder(b)
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {

@@ -11,13 +11,14 @@ import (
 	"time"
 )
 
-// Denial says that a sandbox's policy kept something from leaving.
+// Denial says that a sandbox's policy, or a limit, kept something from leaving.
 type Denial struct {
 	ID          ID
 	Protocol    string         // tcp, udp, icmp, …, or dns for a name that was not resolved
 	Destination netip.AddrPort // the zero value when it was a name only
 	Name        string         // if it was decided by name
 	Count       int            // times since the last one of the same
+	Excess      bool           // the policy allows it, and the sandbox had too many at once
 }
 
 const (
@@ -109,7 +110,7 @@ func (of *denials) events(id ID, at time.Time, room int) []Event {
 	return events
 }
 
-// String is the denial as its event tells it: tcp 203.0.113.5:443 (example.org) 3 times.
+// String returns the denial as its event tells it: tcp 203.0.113.5:443 (example.org) 3 times.
 func (d Denial) String() string {
 	parts := []string{d.Protocol}
 	switch {
@@ -123,7 +124,11 @@ func (d Denial) String() string {
 	if d.Destination.IsValid() && d.Name != "" {
 		parts = append(parts, "("+d.Name+")")
 	}
-	return strings.Join(append(parts, times(d.Count)), " ")
+	parts = append(parts, times(d.Count))
+	if d.Excess {
+		parts = append(parts, "over a limit")
+	}
+	return strings.Join(parts, " ")
 }
 
 // plain is a name that a program inside made up as a text that can be shown: at most as

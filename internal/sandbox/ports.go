@@ -162,6 +162,7 @@ type Store interface {
 // Spec is everything a Node needs to make a sandbox.
 type Spec struct {
 	ID      ID
+	OrgID   string // whose it is; "" for a member of the pool
 	Run     string
 	Image   string
 	Size    Size

@@ -256,6 +256,6 @@ func newSecret(n int) string {
 }
 
 func (b Sandbox) spec() Spec {
-	return Spec{ID: b.ID, Run: b.Run, Image: b.Image, Size: b.Size, DiskMB: b.DiskMB, Env: b.Env,
+	return Spec{ID: b.ID, OrgID: b.OrgID, Run: b.Run, Image: b.Image, Size: b.Size, DiskMB: b.DiskMB, Env: b.Env,
 		User: b.User, Workdir: b.Workdir, Egress: b.Egress, Token: b.Token}
 }

@@ -1,0 +1,286 @@
+package network
+
+import (
+	"errors"
+	"sync"
+	"sync/atomic"
+
+	"github.com/google/nftables"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+const (
+	// elementsPerChange bounds how many elements of one slot a transaction adds or
+	// removes: about 6 ms of the kernel's time, in which it changes nobody else's
+	// rules. Fewer make a long policy slower, more make everybody wait longer.
+	elementsPerChange = 2 * elementsPerMessage
+
+	// installAttempts bounds how often a change is tried again on a table that was
+	// installed anew. Somebody who keeps removing it gets an error in the end.
+	installAttempts = 5
+)
+
+// slotRules is what the table has of one slot, and the lock for its changes. Changes
+// of two slots wait for each other inside one transaction only.
+type slotRules struct {
+	slot *Slot
+
+	// mu is held for a whole change, however many transactions it takes.
+	mu sync.Mutex
+	// turn counts rulings, also those that were not put in force.
+	// +checklocks:mu
+	turn int
+
+	// now is in force. It is replaced with mu held and Network.installing held for
+	// reading, or with Network.installing held for writing.
+	now atomic.Pointer[entry]
+	// aside is being made, or removed: any of it may be there. As now.
+	aside atomic.Pointer[entry]
+
+	opening opening
+}
+
+// rulesOf returns the rules of a slot that is in use.
+func (n *Network) rulesOf(s *Slot) (*slotRules, error) {
+	n.rulesMu.Lock()
+	defer n.rulesMu.Unlock()
+	if r := n.ruled[s.Index]; r != nil && r.slot == s {
+		return r, nil
+	}
+	return nil, fault.New(fault.NotFound, "slot_not_found", "slot %d is not in use any more", s.Index)
+}
+
+// current is an error once the slot of r was given up.
+func (n *Network) current(r *slotRules) error {
+	_, err := n.rulesOf(r.slot)
+	return err
+}
+
+// allRules lists the rules of all slots, by index.
+func (n *Network) allRules() []*slotRules {
+	n.rulesMu.Lock()
+	defer n.rulesMu.Unlock()
+	return sortedRules(n.ruled)
+}
+
+// step sends one transaction. The rest of the package learns of it by follow, before
+// the table can be compared or installed anew.
+func (n *Network) step(doing string, f func(*nftables.Conn) error, follow func()) error {
+	n.installing.RLock()
+	defer n.installing.RUnlock()
+	err := n.rules.change(doing, f)
+	if err == nil && follow != nil {
+		follow()
+	}
+	return err
+}
+
+// longStep is a step that many follow: of all long changes together, one transaction
+// at a time competes with the short ones.
+func (n *Network) longStep(doing string, f func(*nftables.Conn) error) error {
+	n.long.Lock()
+	defer n.long.Unlock()
+	return n.step(doing, f, nil)
+}
+
+// attempt makes a change, and makes it again if the table was removed meanwhile.
+func (n *Network) attempt(change func() error) error {
+	for try := 1; ; try++ {
+		installed := n.installed.Load()
+		if again, err := n.again(try, installed, change()); !again {
+			return err
+		}
+	}
+}
+
+// again reports whether a change is to be made again, because the table was gone and is
+// there now, else the error.
+func (n *Network) again(try int, installed uint64, err error) (bool, error) {
+	if !isGone(err) || try == installAttempts {
+		return false, err
+	}
+	if err := n.reinstall(installed, "it was gone"); err != nil {
+		return false, err
+	}
+	return true, nil
+}
+
+// reinstall installs the table anew unless that was done since the number was read.
+func (n *Network) reinstall(since uint64, why string) error {
+	n.installing.Lock()
+	defer n.installing.Unlock()
+	if n.installed.Load() != since {
+		return nil
+	}
+	n.rulesMu.Lock()
+	n.repairs++
+	n.rulesMu.Unlock()
+	n.log.Warn("installing the nftables table anew", "table", n.rules.table.Name, "why", why)
+	return n.install()
+}
+
+// admit puts a slot into the table, closed.
+func (n *Network) admit(s *Slot) error {
+	r := &slotRules{slot: s}
+	r.now.Store(&entry{slot: s, fresh: true})
+	return n.attempt(func() error {
+		return n.step("adding "+s.Link+" to", func(c *nftables.Conn) error {
+			return n.rules.addSlots(c, []*entry{r.now.Load()}, counts{})
+		}, func() {
+			n.rulesMu.Lock()
+			defer n.rulesMu.Unlock()
+			n.ruled[s.Index] = r
+			delete(n.counted.slots, string(slotKey(s)))
+		})
+	})
+}
+
+// expel takes a slot out of the table. One that is not in it is no error.
+func (n *Network) expel(s *Slot) error {
+	r, err := n.rulesOf(s)
+	if err != nil {
+		return nil //nolint:nilerr // there is nothing to do
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n.current(r) != nil {
+		return nil
+	}
+	return n.attempt(func() error {
+		return n.step("removing "+s.Link+" from", func(c *nftables.Conn) error {
+			return n.rules.removeSlot(c, r.now.Load())
+		}, func() {
+			n.rulesMu.Lock()
+			defer n.rulesMu.Unlock()
+			delete(n.ruled, s.Index)
+			delete(n.counted.slots, string(slotKey(s)))
+		})
+	})
+}
+
+// replacePolicy goes from the ruling in force to the next. What is new is made in as
+// many transactions as it needs, while nothing leads to it. The step from one to the
+// other is a transaction that does nothing else, and a packet meets the one or the
+// other: what is new in a transaction, or removed by it, can for microseconds be seen
+// in part.
+func (n *Network) replacePolicy(s *Slot, ruling *ruling) (old, next *entry, err error) {
+	r, err := n.rulesOf(s)
+	if err != nil {
+		return nil, nil, err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := n.current(r); err != nil {
+		return nil, nil, err
+	}
+	release, err := n.reserve(r, ruling)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer release()
+	for try := 1; ; try++ {
+		installed := n.installed.Load()
+		old = r.now.Load()
+		r.turn++
+		next = &entry{slot: s, ruling: ruling, turn: r.turn, fresh: old.fresh}
+		if ruling.names {
+			next.resolved, next.soonest = old.resolved, old.soonest
+		}
+		if again, err := n.again(try, installed, n.putInForce(r, old, next)); !again {
+			return old, next, err
+		}
+	}
+}
+
+// putInForce makes what next has, leads the slot to it, and removes what old had.
+//
+// +checklocks:r.mu
+func (n *Network) putInForce(r *slotRules, old, next *entry) error {
+	t, doing := n.rules, "changing the policy of "+r.slot.Link+" in"
+	r.aside.Store(next)
+	defer r.aside.Store(nil)
+	err := n.makeOwn(old, next, doing)
+	if err == nil {
+		next.shape, err = t.shapeOf(next)
+	}
+	if err == nil {
+		err = n.step(doing, func(c *nftables.Conn) error {
+			return errors.Join(t.unfollow(c, old), t.follow(c, next))
+		}, func() {
+			// First, so that each name is known in one of the two places.
+			r.aside.Store(old)
+			r.now.Store(next)
+		})
+	}
+	if err != nil {
+		n.removeUnused(doing, old, next)
+		return err
+	}
+	n.removeUnused(doing, next, old)
+	return nil
+}
+
+// removeUnused removes what an entry has that nothing leads to, and the one in force has
+// not. If the table was installed anew it is gone already.
+func (n *Network) removeUnused(doing string, inForce, unused *entry) {
+	if len(unused.owns(n.rules)) == 0 {
+		return
+	}
+	err := present(n.step(doing, func(c *nftables.Conn) error { n.rules.removeOwn(c, inForce, unused); return nil }, nil))
+	if err == nil {
+		return
+	}
+	// It only takes room. The next check sees it, when it has to look.
+	n.log.Warn("removing unused rules", "error", err)
+	n.rulesMu.Lock()
+	defer n.rulesMu.Unlock()
+	n.foreign--
+}
+
+// makeOwn makes what next has and old has not: what is small in one transaction.
+func (n *Network) makeOwn(old, next *entry, doing string) error {
+	if len(next.owns(n.rules)) == 0 {
+		return nil
+	}
+	first, rest := next.parts(n.rules)
+	add := func(c *nftables.Conn) error { return n.rules.addOwn(c, next, first, old) }
+	if len(rest) == 0 {
+		return n.step(doing, add, nil)
+	}
+	if err := n.longStep(doing, add); err != nil {
+		return err
+	}
+	for _, part := range rest {
+		if err := n.longStep(doing, func(c *nftables.Conn) error { return addElements(c, part.set, part.elements) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// reserve counts the ranges of a ruling that is to be put in force, or refuses it
+// because all slots together have too many: the kernel holds about 360 bytes for each,
+// which no limit of a sandbox counts.
+func (n *Network) reserve(r *slotRules, next *ruling) (release func(), err error) {
+	n.rulesMu.Lock()
+	defer n.rulesMu.Unlock()
+	total := n.making + next.ranges()
+	for _, other := range n.ruled {
+		if now := other.now.Load(); other != r && now.ruling != nil {
+			total += now.ruling.ranges()
+		}
+	}
+	if total > n.maxRanges && next.ranges() > 0 {
+		return nil, fault.New(fault.Unavailable, "no_egress_capacity",
+			"the policies of this machine would have %d ranges together, and may have %d", total, n.maxRanges).After(capacityRetry)
+	}
+	n.making += next.ranges()
+	return func() {
+		n.rulesMu.Lock()
+		defer n.rulesMu.Unlock()
+		n.making -= next.ranges()
+	}, nil
+}
+
+func (r *ruling) ranges() int { return len(r.allow) + len(r.deny) }

@@ -1,0 +1,208 @@
+package network
+
+import (
+	"cmp"
+	"math/bits"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// Flows bounds the connections that slots may have the host track, of every protocol: the
+// host has one table for all connections, its own included, and drops new ones when it is
+// full. 0 in a field is its default.
+type Flows struct {
+	PerSlot   int // at once
+	PerSecond int // new ones of a slot; four times as many at once
+	Percent   int // of the host's table that all slots may take together
+}
+
+// Defaults of Flows. A browser or a package manager has some dozens at once; with less than
+// 100 a second and the times below a crawler does not meet the first limit.
+const (
+	DefaultFlowsPerSlot   = 1024
+	DefaultFlowsPerSecond = 200
+	DefaultFlowsPercent   = 50
+)
+
+const (
+	// flowsBurst is how many seconds' worth of new flows may come at once.
+	flowsBurst = 4
+	// questionsPerSecond bounds the packets of a slot to our resolver, since all slots share
+	// its socket. It is above what the resolver itself lets a slot ask.
+	questionsPerSecond = 500
+
+	// All slots' flows are counted in bucketsMost lists or fewer, by a number the kernel
+	// gives each flow and nobody can choose: looking through one list of them all would take
+	// longer the more there are. A list of fewer than bucketLeast would often be full by
+	// chance.
+	bucketsMost = 4096
+	bucketLeast = 32
+
+	// conntrackMax is assumed where the kernel does not say: what it takes on small hosts.
+	conntrackMax = 65536
+)
+
+// Timeouts of slots' flows that are shorter than those of the host, in seconds: what is over,
+// or was never answered, is to make room soon. The rest is as the kernel has it for hosts,
+// but for connections without a packet: half a day instead of five.
+var (
+	tcpTimes = expr.CtStatePolicyTimeout{
+		expr.CtStateTCPSYNSENT: 30, expr.CtStateTCPSYNRECV: 30, expr.CtStateTCPESTABLISHED: 12 * 3600, expr.CtStateTCPFINWAIT: 30,
+		expr.CtStateTCPCLOSEWAIT: 60, expr.CtStateTCPLASTACK: 10, expr.CtStateTCPTIMEWAIT: 10, expr.CtStateTCPCLOSE: 5,
+		expr.CtStateTCPSYNSENT2: 30, expr.CtStateTCPRETRANS: 120, expr.CtStateTCPUNACK: 120,
+	}
+	udpTimes = expr.CtStatePolicyTimeout{expr.CtStateUDPUNREPLIED: 10, expr.CtStateUDPREPLIED: 60}
+	// A question has one answer, and most programs ask each from another port.
+	dnsTimes = expr.CtStatePolicyTimeout{expr.CtStateUDPUNREPLIED: 10, expr.CtStateUDPREPLIED: 3}
+)
+
+const (
+	chainFlows  = "flows"  // regular: bounds what is new
+	chainExcess = "excess" // regular: counts, logs and drops what was too much
+
+	totalExcess = "excess_total"
+	timesTCP    = "times_tcp"
+	timesUDP    = "times_udp"
+	timesDNS    = "times_dns"
+
+	// excessPrefix tells refusals by these limits from those by policy in the netfilter log.
+	excessPrefix = "cay-excess"
+)
+
+// flows are the sets that remember what slots have open.
+type flows struct {
+	limits  Flows
+	all     int // that all slots may have together
+	buckets int
+
+	rate      *nftables.Set // new flows, by slot
+	open      *nftables.Set // tracked flows, by slot
+	total     *nftables.Set // tracked flows, by bucket
+	questions *nftables.Set // packets to the resolver, by slot
+}
+
+func newFlows(t *nftables.Table, l layout, limits Flows) flows {
+	limits.PerSlot = cmp.Or(limits.PerSlot, DefaultFlowsPerSlot)
+	limits.PerSecond = cmp.Or(limits.PerSecond, DefaultFlowsPerSecond)
+	limits.Percent = cmp.Or(limits.Percent, DefaultFlowsPercent)
+	bySlot := func(name string, timeout time.Duration) *nftables.Set {
+		return &nftables.Set{Table: t, Name: name, KeyType: nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeIPAddr), Concatenation: true,
+			Dynamic: true, HasTimeout: timeout > 0, Timeout: timeout, Size: uint32(l.capacity())}
+	}
+	f := flows{limits: limits, all: trackable() * limits.Percent / 100, rate: bySlot("flow_rates", ratesTimeout), open: bySlot("open_flows", 0), questions: bySlot("questions", ratesTimeout)}
+	f.buckets = 1 << (bits.Len(uint(max(1, min(bucketsMost, f.all/bucketLeast)))) - 1)
+	f.total = &nftables.Set{Table: t, Name: "all_flows", KeyType: nftables.TypeMark, Dynamic: true, Size: uint32(f.buckets)}
+	return f
+}
+
+// trackable is how many connections the host's table takes.
+func trackable() int {
+	if b, err := os.ReadFile(filepath.Join(sysctlDir, "netfilter/nf_conntrack_max")); err == nil {
+		if n, err := strconv.Atoi(strings.TrimSpace(string(b))); err == nil && n > 0 {
+			return n
+		}
+	}
+	return conntrackMax
+}
+
+func (f flows) sets() []*nftables.Set { return []*nftables.Set{f.rate, f.open, f.total, f.questions} }
+
+// turns lets one function run at a time.
+type turns struct{ mu sync.Mutex }
+
+func (o *turns) take(f func()) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	f()
+}
+
+// encodingTimes is for all networks of a process: the library writes what it encodes into
+// a table of its own first.
+var encodingTimes turns
+
+func (t *table) addTimes(c *nftables.Conn) { encodingTimes.take(func() { t.encodeTimes(c) }) }
+
+func (t *table) encodeTimes(c *nftables.Conn) {
+	add := func(name string, protocol uint8, times expr.CtStatePolicyTimeout) {
+		c.AddObj(&nftables.NamedObj{Table: t.table, Name: name, Type: nftables.ObjTypeCtTimeout,
+			Obj: &expr.CtTimeout{L3Proto: unix.NFPROTO_IPV4, L4Proto: protocol, Policy: times}})
+	}
+	add(timesTCP, unix.IPPROTO_TCP, tcpTimes)
+	add(timesUDP, unix.IPPROTO_UDP, udpTimes)
+	if t.services.DNS != 0 {
+		add(timesDNS, unix.IPPROTO_UDP, dnsTimes)
+	}
+}
+
+// flowRules are what a packet meets that the policy lets through and that begins a flow.
+// Until it has left, the kernel has not put the flow into its table.
+func (t *table) flowRules() [][]expr.Any {
+	f := t.flows
+	slot := join(isIPv4(), linkAnd(incoming, source))
+	out := [][]expr.Any{
+		join(slot, over(f.rate, &expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(f.limits.PerSecond), Unit: expr.LimitTimeSecond,
+			Burst: uint32(flowsBurst * f.limits.PerSecond), Over: true}), gotoChain(chainExcess)),
+		join(slot, over(f.open, overCount(f.limits.PerSlot)), gotoChain(chainExcess)),
+		join(isIPv4(), flowNumber(f.buckets), over(f.total, overCount(f.all/f.buckets)), gotoChain(chainExcess)),
+		join(protocolIs(unix.IPPROTO_TCP), times(timesTCP)),
+		join(protocolIs(unix.IPPROTO_UDP), times(timesUDP)),
+	}
+	if port := t.services.DNS; port != 0 {
+		out = append(out, join(portOf(unix.IPPROTO_UDP, destination, port), times(timesDNS)))
+	}
+	return out
+}
+
+// excessRules count and tell what was too much.
+func (t *table) excessRules() [][]expr.Any {
+	slot := join(isIPv4(), linkAnd(incoming, source))
+	out := [][]expr.Any{join(slot, inSet(t.denied), count(totalDenied), count(totalExcess))}
+	if t.log != 0 {
+		out = append(out, join(slot, withinRate(t.rates), logWith(t.log, excessPrefix)))
+	}
+	return append(out, drop())
+}
+
+// over matches when the expression that m remembers for the key in register 1 says so.
+func over(m *nftables.Set, e expr.Any) []expr.Any {
+	return []expr.Any{&expr.Dynset{SrcRegKey: 1, SetName: m.Name, SetID: m.ID, Operation: unix.NFT_DYNSET_OP_ADD, Exprs: []expr.Any{e}}}
+}
+
+func overCount(n int) expr.Any {
+	return &expr.Connlimit{Count: uint32(n), Flags: expr.NFT_CONNLIMIT_F_INV}
+}
+
+// flowNumber reads the number of the packet's flow below n, a power of two.
+func flowNumber(n int) []expr.Any {
+	const ctKeyID = 23 // NFT_CT_ID
+	return []expr.Any{&expr.Ct{Key: ctKeyID, Register: 1}, &expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
+		Mask: binaryutil.BigEndian.PutUint32(uint32(n - 1)), Xor: make([]byte, 4)}}
+}
+
+// times gives a new flow the timeouts of that name.
+func times(name string) []expr.Any {
+	return []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_CT_TIMEOUT, Name: name}}
+}
+
+// isNew matches the first packet of a flow, before the kernel has put the flow into its
+// table. What it calls new goes on for as long as there is no answer.
+func isNew() []expr.Any {
+	const confirmed = 1 << 3 // IPS_CONFIRMED
+	return []expr.Any{&expr.Ct{Key: expr.CtKeySTATUS, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(confirmed), Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: make([]byte, 4)}}
+}
+
+func jumpTo(name string) []expr.Any {
+	return []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: name}}
+}

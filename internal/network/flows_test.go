@@ -1,0 +1,166 @@
+package network
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+)
+
+// scatter sends a packet to each of count ports of an address.
+func scatter(t *testing.T, s *Slot, to netip.Addr, count int) {
+	t.Helper()
+	var packets [][]byte
+	for i := range count {
+		f := frame{src: netip.AddrPortFrom(s.Addr, 5555), dst: netip.AddrPortFrom(to, uint16(10_000+i)), payload: "x"}
+		packets = append(packets, f.packet())
+	}
+	if err := sendPackets(s, packets...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A slot has so many connections tracked and no more, what it has goes on, and neither
+// another slot nor the host notices.
+func TestFlowsOfASlot(t *testing.T) {
+	c := newConfig()
+	c.Flows = Flows{PerSlot: 100, PerSecond: 100_000}
+	n := open(t, c)
+	s, other := acquire(t, n), acquire(t, n)
+	udpRoundTrip(t, s)
+	serveTCP(t, outsidePath, probePort)
+	kept, err := dialFrom(s, netip.AddrPortFrom(farAddr, probePort), 5*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kept.Close()
+	const count = 5000
+	scatter(t, s, farAddr, count)
+	if got := connections(t, s.Addr); got < 50 || got > 100 {
+		t.Errorf("%d connections are tracked of %d that were tried, want at most 100", got, count)
+	}
+	if err := passes(kept, time.Second); err != nil {
+		t.Errorf("a connection from before: %v", err)
+	}
+	if c, err := dialFrom(s, netip.AddrPortFrom(farAddr, probePort), grace); err == nil {
+		c.Close()
+		t.Error("one more connection is there")
+	}
+	udpRoundTrip(t, other)
+	if _, excess, err := n.Totals(); err != nil || excess < count-100 {
+		t.Errorf("%d packets counted as too many, %v", excess, err)
+	}
+	eventually(t, func() error {
+		for {
+			select {
+			case d := <-n.Denials():
+				if d.Slot == s && d.Excess && d.Protocol == "udp" {
+					return nil
+				}
+			default:
+				return fmt.Errorf("not told of")
+			}
+		}
+	})
+	// There is room again as soon as connections are over.
+	if err := n.Release(t.Context(), s); err != nil {
+		t.Fatal(err)
+	}
+	s = acquire(t, n)
+	udpRoundTrip(t, s)
+}
+
+// New connections come one after the other.
+func TestFlowsPerSecond(t *testing.T) {
+	c := newConfig()
+	c.Flows = Flows{PerSlot: 10_000, PerSecond: 10}
+	n := open(t, c)
+	s, other := acquire(t, n), acquire(t, n)
+	started := time.Now()
+	scatter(t, s, farAddr, 2000)
+	most := flowsBurst*10 + int(10*time.Since(started).Seconds()) + 2
+	if got := connections(t, s.Addr); got < flowsBurst*10/2 || got > most {
+		t.Errorf("%d connections began at once, want at most %d", got, most)
+	}
+	// However many packets one has, also when nobody answers.
+	same := frame{src: netip.AddrPortFrom(other.Addr, 5555), dst: netip.AddrPortFrom(farAddr, probePort), payload: "x"}.packet()
+	udpRoundTrip(t, other)
+	before, err := n.Counters(other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sendPackets(other, slices.Repeat([][]byte{same}, 1000)...); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		now, err := n.Counters(other)
+		if sent := now.AllowedPackets - before.AllowedPackets; err != nil || sent < 1000 {
+			return fmt.Errorf("of 1000 packets of one connection %d were let out, %v", sent, err)
+		}
+		return nil
+	})
+	udpRoundTrip(t, other)
+}
+
+// All slots together have a share of the host's table, whatever each of them may have.
+func TestFlowsOfAllSlots(t *testing.T) {
+	c := newConfig()
+	c.Flows = Flows{PerSlot: 1 << 20, PerSecond: 1 << 20, Percent: 1}
+	n := open(t, c)
+	all := n.rules.flows.all
+	one, two := acquire(t, n), acquire(t, n)
+	scatter(t, one, farAddr, all)
+	scatter(t, two, farAddr, all)
+	if got := connections(t, one.Addr) + connections(t, two.Addr); got < all/2 || got > all {
+		t.Errorf("%d connections are tracked, want nearly %d and no more", got, all)
+	}
+}
+
+// What was not answered, or is over, makes room soon.
+func TestFlowTimes(t *testing.T) {
+	c := newConfig()
+	c.Services = Services{DNS: 5301}
+	n := open(t, c)
+	s := acquire(t, n)
+	setPolicy(t, n, s, Policy{Names: true, Allow: prefixes("203.0.113.0/24")})
+	serving(t, n)
+	serveTCP(t, outsidePath, probePort)
+	udpRoundTrip(t, s)
+	scatter(t, s, farAddr, 3)
+	if got := asks(t, s, "100.65.0.1:53"); got != "dns name?" {
+		t.Fatalf("the resolver answered %q", got)
+	}
+	over, err := dialFrom(s, netip.AddrPortFrom(farAddr, probePort), 5*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	over.Close()
+	eventually(t, func() error {
+		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.FAMILY_V4)
+		if err != nil {
+			return err
+		}
+		seen := map[uint16]bool{}
+		for _, f := range flows {
+			port := f.Forward.DstPort
+			if from, ok := netip.AddrFromSlice(f.Forward.SrcIP.To4()); !ok || from != s.Addr {
+				continue
+			}
+			most := map[uint16]uint32{10_000: 10, 10_001: 10, 10_002: 10, 53: 10, probePort: 60}[port]
+			if f.Forward.Protocol == 6 {
+				most = 30
+			}
+			if f.TimeOut > most {
+				return fmt.Errorf("what was sent to port %d by protocol %d is remembered for %d s, want at most %d", port, f.Forward.Protocol, f.TimeOut, most)
+			}
+			seen[port] = true
+		}
+		if len(seen) != 5 {
+			return fmt.Errorf("tracked: %v", seen)
+		}
+		return nil
+	})
+}
