@@ -182,6 +182,34 @@ func protocolIs(p byte) []expr.Any {
 	return join([]expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}}, equals([]byte{p}))
 }
 
+// isFragment matches packets of which more follows, or which do not begin at 0.
+func isFragment() []expr.Any {
+	const fragmentOffset = 6 // in the IPv4 header, with three flags before it
+	return []expr.Any{&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: fragmentOffset, Len: 2},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 2, Mask: []byte{0x3f, 0xff}, Xor: make([]byte, 2)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 2)}}
+}
+
+// Types of ICMP messages that are errors, RFC 792.
+const (
+	icmpUnreachable  = 3
+	icmpSourceQuench = 4
+	icmpRedirect     = 5
+	icmpTimeExceeded = 11
+	icmpParameter    = 12
+)
+
+// quotedDestination reads where the packet went that an error of ICMP quotes into a register.
+func quotedDestination(register uint32) expr.Any {
+	const header, destinationOffset = 8, 16 // of ICMP, and in the IPv4 header behind it
+	return &expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: header + destinationOffset, Len: 4}
+}
+
+func icmpType(kind byte) []expr.Any {
+	return []expr.Any{&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{kind}}}
+}
+
 func isICMP() []expr.Any { return protocolIs(unix.IPPROTO_ICMP) }
 
 // equals compares register 1.

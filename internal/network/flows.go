@@ -40,6 +40,12 @@ const (
 	// its socket. It is above what the resolver itself lets a slot ask.
 	questionsPerSecond = 500
 
+	// fragmentsPerSecond bounds the fragments of a slot: the host puts those of all slots and
+	// its own together in 4 MiB, and keeps what is not whole for 30 seconds. What programs
+	// send is rarely in fragments.
+	fragmentsPerSecond = 50
+	fragmentsBurst     = 200
+
 	// All slots' flows are counted in bucketsMost lists or fewer, by a number the kernel
 	// gives each flow and nobody can choose: looking through one list of them all would take
 	// longer the more there are. A list of fewer than bucketLeast would often be full by
@@ -69,6 +75,9 @@ const (
 	chainFlows  = "flows"  // regular: bounds what is new
 	chainExcess = "excess" // regular: counts, logs and drops what was too much
 
+	chainPieces = "pieces" // from a sandbox, before fragments are put together
+	chainErrors = "errors" // regular: from a sandbox, of ICMP
+
 	totalExcess = "excess_total"
 	timesTCP    = "times_tcp"
 	timesUDP    = "times_udp"
@@ -88,6 +97,7 @@ type flows struct {
 	open      *nftables.Set // tracked flows, by slot
 	total     *nftables.Set // tracked flows, by bucket
 	questions *nftables.Set // packets to the resolver, by slot
+	fragments *nftables.Set // by slot
 }
 
 func newFlows(t *nftables.Table, l layout, limits Flows) flows {
@@ -98,7 +108,8 @@ func newFlows(t *nftables.Table, l layout, limits Flows) flows {
 		return &nftables.Set{Table: t, Name: name, KeyType: nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeIPAddr), Concatenation: true,
 			Dynamic: true, HasTimeout: timeout > 0, Timeout: timeout, Size: uint32(l.capacity())}
 	}
-	f := flows{limits: limits, all: trackable() * limits.Percent / 100, rate: bySlot("flow_rates", ratesTimeout), open: bySlot("open_flows", 0), questions: bySlot("questions", ratesTimeout)}
+	f := flows{limits: limits, all: trackable() * limits.Percent / 100, rate: bySlot("flow_rates", ratesTimeout), open: bySlot("open_flows", 0), questions: bySlot("questions", ratesTimeout),
+		fragments: bySlot("fragments", ratesTimeout)}
 	f.buckets = 1 << (bits.Len(uint(max(1, min(bucketsMost, f.all/bucketLeast)))) - 1)
 	f.total = &nftables.Set{Table: t, Name: "all_flows", KeyType: nftables.TypeMark, Dynamic: true, Size: uint32(f.buckets)}
 	return f
@@ -114,7 +125,9 @@ func trackable() int {
 	return conntrackMax
 }
 
-func (f flows) sets() []*nftables.Set { return []*nftables.Set{f.rate, f.open, f.total, f.questions} }
+func (f flows) sets() []*nftables.Set {
+	return []*nftables.Set{f.rate, f.open, f.total, f.questions, f.fragments}
+}
 
 // turns lets one function run at a time.
 type turns struct{ mu sync.Mutex }
@@ -158,6 +171,28 @@ func (t *table) flowRules() [][]expr.Any {
 	}
 	if port := t.services.DNS; port != 0 {
 		out = append(out, join(portOf(unix.IPPROTO_UDP, destination, port), times(timesDNS)))
+	}
+	return out
+}
+
+// fragmentRules bound fragments before they are put together, which connection tracking
+// does before any other chain sees them.
+func (t *table) fragmentRules(fromUs []expr.Any) [][]expr.Any {
+	slot := join(fromUs, isIPv4(), isFragment(), linkAnd(incoming, source))
+	return [][]expr.Any{
+		join(slot, notInSet(t.slots), drop()),
+		join(slot, over(t.flows.fragments, &expr.Limit{Type: expr.LimitTypePkts, Rate: fragmentsPerSecond, Unit: expr.LimitTimeSecond,
+			Burst: fragmentsBurst, Over: true}), gotoChain(chainExcess)),
+	}
+}
+
+// errorRules are for errors of ICMP. The kernel looks the flow that one is about up by the
+// packet it quotes, so a slot could send errors about the flows of others, in the host's
+// name: what it quotes must have come to itself. Redirects are for routers.
+func (t *table) errorRules() [][]expr.Any {
+	out := [][]expr.Any{join(icmpType(icmpRedirect), gotoChain(chainRefuse))}
+	for _, kind := range []byte{icmpUnreachable, icmpSourceQuench, icmpTimeExceeded, icmpParameter} {
+		out = append(out, join(icmpType(kind), []expr.Any{metaLink(incoming, 1), quotedDestination(2)}, notInSet(t.slots), gotoChain(chainRefuse)))
 	}
 	return out
 }

@@ -24,12 +24,14 @@ var neverRanges = []netip.Prefix{
 	netip.MustParsePrefix("240.0.0.0/4"),
 }
 
-// Priorities of the base chains, relative to what else may hook there: raw is
+// Priorities of the base chains, relative to what else may hook there: pieces is
+// before fragments are put together (-400), raw is
 // before connection tracking (-200), guard after it and before destinations are
 // rewritten (-100), redirect before the others that rewrite them, the rest where
 // filters and source NAT usually are. An accept here never overrides a drop
 // elsewhere, nor the reverse.
 const (
+	piecesPriority   = -450
 	rawPriority      = -300
 	guardPriority    = -150
 	redirectPriority = -110
@@ -129,7 +131,7 @@ func (t *table) install(entries []*entry, was counts) error {
 		}
 		t.addTotals(c, was)
 		t.addTimes(c)
-		for _, name := range []string{chainFlows, chainExcess, chainAllow, chainRefuse, chainForbid, chainOut, chainIn} {
+		for _, name := range []string{chainFlows, chainExcess, chainErrors, chainAllow, chainRefuse, chainForbid, chainOut, chainIn} {
 			c.AddChain(t.regular(name))
 		}
 		for _, r := range t.rules() {
@@ -256,6 +258,9 @@ func (t *table) rules() []*nftables.Rule {
 	for _, r := range t.excessRules() {
 		add(chainExcess, r)
 	}
+	for _, r := range t.errorRules() {
+		add(chainErrors, r)
+	}
 	add(chainAllow, isNew(), jumpTo(chainFlows))
 	// Looking a slot up counts; the lookup always succeeds.
 	add(chainAllow, isIPv4(), linkAnd(incoming, source), inSet(t.allowed), count(totalAllowed), accept())
@@ -298,9 +303,11 @@ func (t *table) bases() []base {
 	}
 	filter := nftables.ChainTypeFilter
 	return []base{
+		{chain(chainPieces, filter, nftables.ChainHookPrerouting, piecesPriority), t.fragmentRules(fromUs)},
 		{chain(chainRaw, filter, nftables.ChainHookPrerouting, rawPriority), [][]expr.Any{
 			join(fromUs, notIPv4(), drop()),
 			join(fromUs, isIPv4(), linkAnd(incoming, source), notInSet(t.slots), drop()),
+			join(fromUs, isIPv4(), isICMP(), jumpTo(chainErrors)),
 			// Addresses of the host are guard's business: answers to the host go there.
 			join(fromUs, addressTypeIs(unix.RTN_LOCAL), accept()),
 			join(fromUs, addressTypeIsNot(unix.RTN_UNICAST), gotoChain(chainRefuse)),

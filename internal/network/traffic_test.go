@@ -163,9 +163,8 @@ func udpRoundTrip(t *testing.T, s *Slot) {
 }
 
 const (
-	icmpEchoReply    = 0
-	icmpEchoRequest  = 8
-	icmpTimeExceeded = 11
+	icmpEchoReply   = 0
+	icmpEchoRequest = 8
 )
 
 type pong struct {
