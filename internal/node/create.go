@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
@@ -152,7 +151,7 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 			image, err = n.images.Path(ctx, spec.Image)
 			return err
 		}},
-		{"turn", func(ctx context.Context) error { return n.turn(ctx, b) }},
+		{"turn", func(ctx context.Context) error { return n.turn(ctx, b, spec.OrgID) }},
 		{"directory", func(context.Context) error { return os.Mkdir(n.dir(spec.ID), 0o700) }},
 		{"network", func(ctx context.Context) (err error) {
 			if b.slot, err = n.net.Acquire(ctx); err != nil {
@@ -184,47 +183,6 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 			defer cancel()
 			return meet(ctx)
 		}},
-	}
-}
-
-// startsPerCPU is how many sandboxes start at once for each processor. A start keeps more
-// than one busy for its whole time, so more at once make none of them earlier, and keep
-// everything else on the machine, the server's other answers included, from its turn: of
-// 50 clients on 2 processors 7.5 a second were served with 1, 6.9 with 2 and 5.7 with 10, and
-// a lookup beside them took 54, 142 and 815 ms at its 99th percentile.
-const startsPerCPU = 1
-
-const (
-	// turnPatience is how long a start waits for its turn. Who comes so late is told to
-	// come again, before the time for the whole create is over.
-	turnPatience = 30 * time.Second
-	// turnMost is how long a turn lasts at the most. A start that takes longer, some
-	// hundred times what it takes on a quiet machine, waits for something else than a
-	// processor, and must not keep all others waiting.
-	turnMost = 10 * time.Second
-)
-
-// turn waits until this one may start; they come in the order they asked.
-func (n *Node) turn(ctx context.Context, b *box) error {
-	late := time.NewTimer(turnPatience)
-	defer late.Stop()
-	select {
-	case n.turns <- struct{}{}:
-	case <-late.C:
-		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has more sandboxes to start than it can within %s", turnPatience).After(retryRoom)
-	case <-ctx.Done():
-		return fmt.Errorf("waiting for its turn to start: %w", ctx.Err())
-	}
-	over := sync.OnceFunc(func() { <-n.turns })
-	timer := time.AfterFunc(turnMost, over)
-	b.over = func() { timer.Stop(); over() }
-	return nil
-}
-
-// turnOver ends the sandbox's turn to start, if it has it.
-func (b *box) turnOver() {
-	if b.over != nil {
-		b.over()
 	}
 }
 

@@ -95,8 +95,8 @@ type Node struct {
 	watches sync.WaitGroup
 
 	checkpoints *checkpoint.Store
-	turns       chan struct{} // one in it for each sandbox that starts now
-	verifying   sync.Mutex    // held while pages are verified: one at a time, since it is the disk's time
+	turns       *turns
+	verifying   sync.Mutex // held while pages are verified: one at a time, since it is the disk's time
 
 	// after, when set, is called after each step of an operation; its error fails the
 	// step. Tests break operations everywhere with it.
@@ -126,7 +126,7 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 	}
 	n := &Node{cfg: cfg, log: log, net: slots, images: images, groups: groups,
 		state: &runsc.Runtime{Root: cfg.RunDir},
-		turns: make(chan struct{}, max(2, startsPerCPU*runtime.NumCPU())),
+		turns: newTurns(max(2, startsPerCPU*runtime.NumCPU())),
 		lost:  make(chan sandbox.Fact), denials: make(chan sandbox.Denial, denialsHeld),
 		boxes: map[sandbox.ID]*box{}, verifications: map[string]*verification{}, guests: map[*network.Slot]*box{}, uids: map[uint32]*box{}}
 	n.agents = agentapi.NewClient(func(ctx context.Context, id string) (net.Conn, error) {

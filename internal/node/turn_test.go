@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"errors"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -12,10 +13,10 @@ import (
 
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := &Node{turns: make(chan struct{}, 2)}
+		n := &Node{turns: newTurns(2)}
 		first, second := &box{}, &box{}
 		for _, b := range []*box{first, second} {
-			if err := n.turn(t.Context(), b); err != nil {
+			if err := n.turn(t.Context(), b, ""); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -24,7 +25,7 @@ func TestTurns(t *testing.T) {
 		for i := range waiting {
 			waiting[i] = &box{}
 			go func() {
-				if err := n.turn(context.Background(), waiting[i]); err == nil {
+				if err := n.turn(context.Background(), waiting[i], ""); err == nil {
 					came = append(came, i)
 				}
 			}()
@@ -52,10 +53,10 @@ func TestTurns(t *testing.T) {
 
 func TestTurnThatDoesNotCome(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := &Node{turns: make(chan struct{}, 1)}
-		n.turns <- struct{}{} // nobody's, and for ever
+		n := &Node{turns: newTurns(1)}
+		n.turns.take("") // nobody's, and for ever
 		began := time.Now()
-		err := n.turn(t.Context(), &box{})
+		err := n.turn(t.Context(), &box{}, "")
 		if f := fault.As(err); f == nil || f.Kind != fault.Unavailable || f.Code != codeNoCapacity || f.RetryAfter <= 0 {
 			t.Errorf("late, it is %v", err)
 		}
@@ -64,9 +65,60 @@ func TestTurnThatDoesNotCome(t *testing.T) {
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if err := n.turn(ctx, &box{}); !errors.Is(err, context.DeadlineExceeded) {
+		if err := n.turn(ctx, &box{}, ""); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("its time being over, it is %v", err)
 		}
 		(&box{}).turnOver() // one that never had a turn
+	})
+}
+
+// TestTurnsAreFair lets one organization ask for many starts at once: another's single one does not
+// wait for all of them, and those that give up are no one's loss.
+func TestTurnsAreFair(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := &Node{turns: newTurns(1)}
+		holder := &box{}
+		if err := n.turn(t.Context(), holder, "busy"); err != nil {
+			t.Fatal(err)
+		}
+		type start struct {
+			org string
+			box *box
+		}
+		came := make(chan start, 100)
+		ask := func(ctx context.Context, org string) {
+			b := &box{}
+			go func() {
+				if n.turn(ctx, b, org) == nil {
+					came <- start{org, b}
+				}
+			}()
+			synctest.Wait() // so that they ask in this order
+		}
+		leaving, leave := context.WithCancel(t.Context())
+		ask(leaving, "gone")
+		for range 20 {
+			ask(t.Context(), "busy")
+		}
+		ask(leaving, "busy")
+		ask(t.Context(), "modest")
+		ask(t.Context(), "other")
+		leave()
+		synctest.Wait()
+		var order []string
+		next := holder
+		for range 22 {
+			next.turnOver()
+			synctest.Wait()
+			s := <-came
+			order, next = append(order, s.org), s.box
+		}
+		if got := order[:4]; !slices.Equal(got, []string{"busy", "modest", "other", "busy"}) {
+			t.Errorf("they start as %v", order)
+		}
+		next.turnOver()
+		if len(n.turns.ring)+len(n.turns.waiting) > 0 || n.turns.free != 1 {
+			t.Errorf("in the end there are %+v", n.turns)
+		}
 	})
 }

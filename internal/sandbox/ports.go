@@ -162,7 +162,7 @@ type Store interface {
 // Spec is everything a Node needs to make a sandbox.
 type Spec struct {
 	ID      ID
-	OrgID   string // whose it is; "" for a member of the pool
+	OrgID   string // owns the sandbox and shares the start slots and limits of its organization; "" for a pooled one
 	Run     string
 	Image   string
 	Size    Size
