@@ -109,6 +109,14 @@ func New(ports Dialer, log *slog.Logger) *Proxy {
 	p.closing, p.close = context.WithCancel(context.Background())
 	p.hanging, p.hangup = context.WithCancel(p.closing)
 	p.h1, p.h2c = p.transport(), p.transport()
+	dial := p.h1.DialContext
+	p.h1.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := dial(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		return &restingConn{Conn: conn}, nil
+	}
 	protocols := new(http.Protocols)
 	protocols.SetUnencryptedHTTP2(true)
 	p.h2c.Protocols = protocols
@@ -148,6 +156,8 @@ func (p *Proxy) RoundTrip(r *http.Request) (*http.Response, error) {
 	if passageOf(r).grpc {
 		return p.h2c.RoundTrip(r)
 	}
+	r = r.WithContext(onRestingOnly(r.Context()))
+	r.Close = r.Close || mayStayUnread(r)
 	return p.h1.RoundTrip(r)
 }
 

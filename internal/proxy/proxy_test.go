@@ -466,3 +466,80 @@ func TestConnectionsOfOneLife(t *testing.T) {
 		}
 	}
 }
+
+// TestSurplusIsForNobody has servers inside that send more than they were asked for, by themselves or since
+// a caller had them: no caller is answered with what another one's request brought forth.
+func TestSurplusIsForNobody(t *testing.T) {
+	answer := func(w io.Writer, body string) {
+		fmt.Fprintf(w, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+	}
+	for name, serve := range map[string]func(c net.Conn, in *bufio.Reader, r *http.Request){
+		"one that says more": func(c net.Conn, _ *bufio.Reader, r *http.Request) {
+			_, _ = io.Copy(io.Discard, r.Body)
+			var b strings.Builder
+			answer(&b, r.URL.Path)
+			answer(&b, "surplus")
+			_, _ = io.WriteString(c, b.String()) // the caller may be gone
+		},
+		"one that does not read bodies": func(c net.Conn, in *bufio.Reader, r *http.Request) {
+			answer(c, r.URL.Path)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			go func() {
+				for {
+					c, err := l.Accept()
+					if err != nil {
+						return // closed
+					}
+					go func() {
+						defer c.Close()
+						in := bufio.NewReader(c)
+						for {
+							r, err := http.ReadRequest(in)
+							if err != nil {
+								return // the caller has gone
+							}
+							serve(c, in, r)
+							if r.Close {
+								return
+							}
+						}
+					}()
+				}
+			}()
+			d := newDoor(t, http.NotFoundHandler(), Destination{})
+			d.in.addr = l.Addr().String()
+			client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+			for i := range 300 {
+				path := fmt.Sprintf("/%d", i)
+				const smuggled = "GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+				var body io.Reader
+				method := []string{"GET", "DELETE", "HEAD", "OPTIONS"}[i/2%4]
+				if i%2 == 0 {
+					body = strings.NewReader(smuggled)
+				} else {
+					method = "GET"
+				}
+				r, err := http.NewRequest(method, d.url+path, body)
+				if err != nil {
+					t.Fatal(err)
+				}
+				resp, err := client.Do(r)
+				if err != nil {
+					t.Fatal(err)
+				}
+				b, _ := io.ReadAll(resp.Body) // what came of it counts
+				resp.Body.Close()
+				if resp.StatusCode == 200 && method != "HEAD" && string(b) != path {
+					t.Fatalf("%s %s is answered %q", method, path, b)
+				}
+			}
+		})
+	}
+}
