@@ -148,6 +148,7 @@ func serve(ctx context.Context, cfg config, ready func(net.Addr)) (err error) {
 	if err != nil {
 		return err
 	}
+	catchLibraries(log)
 	if os.Geteuid() != 0 {
 		return errors.New("cay server needs root: it makes namespaces, control groups and packet filter rules")
 	}
