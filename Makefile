@@ -51,6 +51,14 @@ soak: build ## suspend and wake one sandbox 200 times and 20 at once, and look f
 	@scripts/needs.sh test
 	CAY_TEST_REQUIRE=1 $(GO) test -count=1 -timeout 60m ./e2e -run '^TestSoak$$' -v -soak.cycles=200 -soak.sandboxes=20 -soak.rounds=4
 
+# How long the hostile tenants of `make soak-hostile` attack.
+HOSTILE ?= 10m
+
+.PHONY: soak-hostile
+soak-hostile: build ## let 50 hostile tenants attack beside an honest one, for HOSTILE (10m), and print what each had
+	@scripts/needs.sh test
+	CAY_TEST_REQUIRE=1 $(GO) test -count=1 -timeout 60m ./e2e -run '^TestSoakHostile$$' -v -hostile.time=$(HOSTILE) -hostile.tenants=50 -hostile.spin
+
 .PHONY: check
 check: build ## formatting, vet, staticcheck, locks, generated files, modules
 	@scripts/check.sh

@@ -122,12 +122,21 @@ func (s *server) template(method, path string, definition object, context []byte
 	if context == nil {
 		return s.call(method, path, definition)
 	}
-	var body bytes.Buffer
-	w := multipart.NewWriter(&body)
-	text, err := json.Marshal(definition)
-	if err != nil {
-		s.t.Fatal(err)
+	body, kind := templateForm(definition, context)
+	return s.send(method, path, kind, body)
+}
+
+// templateForm is a definition and its context as a form.
+func templateForm(definition object, context []byte) (body *bytes.Buffer, contentType string) {
+	body = &bytes.Buffer{}
+	w := multipart.NewWriter(body)
+	must := func(err error) {
+		if err != nil {
+			panic(err) // into a buffer
+		}
 	}
+	text, err := json.Marshal(definition)
+	must(err)
 	for _, part := range []struct {
 		name, kind string
 		data       []byte
@@ -136,17 +145,12 @@ func (s *server) template(method, path string, definition object, context []byte
 		header.Set("Content-Disposition", fmt.Sprintf(`form-data; name=%q; filename=%q`, part.name, part.name))
 		header.Set("Content-Type", part.kind)
 		p, err := w.CreatePart(header)
-		if err != nil {
-			s.t.Fatal(err)
-		}
-		if _, err := p.Write(part.data); err != nil {
-			s.t.Fatal(err)
-		}
+		must(err)
+		_, err = p.Write(part.data)
+		must(err)
 	}
-	if err := w.Close(); err != nil {
-		s.t.Fatal(err)
-	}
-	return s.send(method, path, w.FormDataContentType(), &body)
+	must(w.Close())
+	return body, w.FormDataContentType()
 }
 
 // build makes a template and waits for its end.
