@@ -49,8 +49,8 @@ type life struct {
 	// Org is the organization whose it is; "" for a member of the pool, and for a sandbox of
 	// a server that did not record it. Guarded by node.mu, as Egress.
 	Org   string `json:"org,omitempty"`
-	Run   string     `json:"run"`
-	Token string     `json:"token"` // the agent's key; secret: the file is 0600
+	Run   string `json:"run"`
+	Token string `json:"token"` // the agent's key; secret: the file is 0600
 	// Handshake says that the agent and the host prove to each other that they know Token. Lives
 	// that began before there was that send it with each request; see agentapi.Client.Bearer.
 	Handshake bool   `json:"handshake,omitempty"`

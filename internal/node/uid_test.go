@@ -36,8 +36,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// target is one thing that a process of another sandbox has no business with.
-type target struct {
+// quarry is one thing that a process of another sandbox has no business with.
+type quarry struct {
 	Kind string // a key of intrusions
 	PID  int
 	Addr uintptr // of readable memory in the process
@@ -45,22 +45,22 @@ type target struct {
 }
 
 // intrusions lists the ways to get at something, which all work for the host's root.
-var intrusions = map[string]func(target) error{
-	"signal": func(t target) error { return unix.Kill(t.PID, 0) },
-	"ptrace": func(t target) error {
+var intrusions = map[string]func(quarry) error{
+	"signal": func(t quarry) error { return unix.Kill(t.PID, 0) },
+	"ptrace": func(t quarry) error {
 		const seize = 0x4206 // PTRACE_SEIZE of Linux's ptrace.h: it does not stop the process
 		if _, _, errno := unix.Syscall6(unix.SYS_PTRACE, seize, uintptr(t.PID), 0, 0, 0, 0); errno != 0 {
 			return errno
 		}
 		return nil
 	},
-	"read memory": func(t target) error {
+	"read memory": func(t quarry) error {
 		var b [1]byte
 		_, err := unix.ProcessVMReadv(t.PID, []unix.Iovec{{Base: &b[0], Len: 1}}, []unix.RemoteIovec{{Base: t.Addr, Len: 1}}, 0)
 		return err
 	},
-	"open memory": func(t target) error { return open(fmt.Sprintf("/proc/%d/mem", t.PID), os.O_RDWR) },
-	"take descriptors": func(t target) error {
+	"open memory": func(t quarry) error { return open(fmt.Sprintf("/proc/%d/mem", t.PID), os.O_RDWR) },
+	"take descriptors": func(t quarry) error {
 		pidfd, err := unix.PidfdOpen(t.PID, 0)
 		if err != nil {
 			return err
@@ -68,13 +68,13 @@ var intrusions = map[string]func(target) error{
 		_, err = unix.PidfdGetfd(pidfd, 0, 0)
 		return err
 	},
-	"read":  func(t target) error { return open(t.Path, os.O_RDONLY) },
-	"write": func(t target) error { return open(t.Path, os.O_WRONLY) },
-	"list": func(t target) error {
+	"read":  func(t quarry) error { return open(t.Path, os.O_RDONLY) },
+	"write": func(t quarry) error { return open(t.Path, os.O_WRONLY) },
+	"list": func(t quarry) error {
 		_, err := os.ReadDir(t.Path)
 		return err
 	},
-	"connect": func(t target) error {
+	"connect": func(t quarry) error {
 		c, err := net.Dial("unix", t.Path)
 		if err == nil {
 			c.Close()
@@ -93,7 +93,7 @@ func open(path string, flag int) error {
 
 // intrude tries what it reads from its standard input, and writes what it got at.
 func intrude() {
-	var targets, got []target
+	var targets, got []quarry
 	err := json.NewDecoder(os.Stdin).Decode(&targets)
 	for _, t := range targets {
 		if intrusions[t.Kind](t) == nil {
@@ -108,7 +108,7 @@ func intrude() {
 
 // intruders returns what of the targets a process gets at that has the user and group id, and every capability in a
 // user namespace of its own, and that no other namespace and no filter confines. A sentry has less.
-func (m *machine) intruders(uid int, targets []target) (got []target) {
+func (m *machine) intruders(uid int, targets []quarry) (got []quarry) {
 	m.t.Helper()
 	var out, errs bytes.Buffer
 	stdin, err := json.Marshal(targets)
@@ -130,7 +130,7 @@ func (m *machine) intruders(uid int, targets []target) (got []target) {
 }
 
 // processTargets returns every way to get at a process.
-func (m *machine) processTargets(pid int) (all []target) {
+func (m *machine) processTargets(pid int) (all []quarry) {
 	m.t.Helper()
 	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
 	if err != nil {
@@ -141,25 +141,25 @@ func (m *machine) processTargets(pid int) (all []target) {
 		m.t.Fatalf("%v: %s", err, maps)
 	}
 	for _, kind := range []string{"signal", "ptrace", "read memory", "open memory", "take descriptors"} {
-		all = append(all, target{Kind: kind, PID: pid, Addr: from})
+		all = append(all, quarry{Kind: kind, PID: pid, Addr: from})
 	}
 	return all
 }
 
 // fileTargets returns every way to get at what is below a directory of the host.
-func (m *machine) fileTargets(dir string) (all []target) {
+func (m *machine) fileTargets(dir string) (all []quarry) {
 	m.t.Helper()
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		switch {
 		case err != nil:
 		case d.IsDir():
-			all = append(all, target{Kind: "list", Path: path})
+			all = append(all, quarry{Kind: "list", Path: path})
 		case d.Type() == fs.ModeSocket:
-			all = append(all, target{Kind: "connect", Path: path})
+			all = append(all, quarry{Kind: "connect", Path: path})
 		case d.Type().IsRegular():
-			all = append(all, target{Kind: "read", Path: path})
+			all = append(all, quarry{Kind: "read", Path: path})
 			if path != m.programs.Runsc { // which runs, so that root cannot either
-				all = append(all, target{Kind: "write", Path: path})
+				all = append(all, quarry{Kind: "write", Path: path})
 			}
 		}
 		return err
@@ -311,17 +311,17 @@ func TestOwnUID(t *testing.T) {
 	for _, name := range []string{"runsc-sandbox", "runsc-gofer"} {
 		targets = append(targets, m.processTargets(others[name][0])...)
 		fds := fmt.Sprintf("/proc/%d/fd", others[name][0])
-		targets = append(targets, target{Kind: "list", Path: fds})
+		targets = append(targets, quarry{Kind: "list", Path: fds})
 	}
 	stub := m.processTargets(others["stub"][0])
-	targets = append(targets, slices.DeleteFunc(stub, func(t target) bool { return t.Kind == "ptrace" })...) // it is traced already
+	targets = append(targets, slices.DeleteFunc(stub, func(t quarry) bool { return t.Kind == "ptrace" })...) // it is traced already
 	// The control: all of it is there to be had, and an intruder can do what it may.
 	if diff := cmp.Diff(targets, m.intruders(0, targets)); diff != "" {
 		t.Errorf("what root cannot do says nothing about others (-all +done):\n%s", diff)
 	}
 	uid := m.wantOwnUID(a.ID)
-	own := target{Kind: "signal", PID: m.node.box(a.ID).pid}
-	if diff := cmp.Diff([]target{own}, m.intruders(uid, append(slices.Clone(targets), own))); diff != "" {
+	own := quarry{Kind: "signal", PID: m.node.box(a.ID).pid}
+	if diff := cmp.Diff([]quarry{own}, m.intruders(uid, append(slices.Clone(targets), own))); diff != "" {
 		t.Errorf("with the user id of a sandbox one gets at this, of what is not that sandbox's (-want +got):\n%s", diff)
 	}
 	for _, spec := range []sandbox.Spec{a, b, child} {
