@@ -87,6 +87,7 @@ func (c *connections) bound(srv *http.Server) {
 	}
 	srv.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		conn := r.Context().Value(connectionKey{}).(*connection)
+		r = r.WithContext(r.Context()) // net/http looks at the body of its own request to answer before "Expect: 100-continue"
 		body := &touchedBody{ReadCloser: r.Body}
 		if r.Body != nil && r.Body != http.NoBody {
 			r.Body = body
