@@ -26,6 +26,7 @@ var mayImport = map[string]struct {
 	why   string
 }{
 	"internal/fault":     {nil, "kinds of error are below everything"},
+	"internal/budget":    {[]string{"fault"}, "the memory that calls may hold is counted below everything"},
 	"internal/heap":      {nil, "it only knows Go's collector"},
 	"internal/span":      {nil, "what parts of a call take is below everything"},
 	"internal/sandbox":   {[]string{"fault", "span"}, "the core does no I/O: rows and machines are given to it"},
@@ -47,15 +48,15 @@ var mayImport = map[string]struct {
 	"internal/node": {[]string{"agentapi", "cgroup", "checkpoint", "fault", "network", "payload", "runsc", "sandbox", "span"},
 		"it puts a sandbox together from the technology rooms, and implements the core's port"},
 
-	"internal/agentapi":            {[]string{"fault", "agentapi/*"}, "the wire between host and agent"},
+	"internal/agentapi":            {[]string{"budget", "fault", "agentapi/*"}, "the wire between host and agent"},
 	"internal/agentapi/process":    {nil, "generated"},
 	"internal/agentapi/filesystem": {nil, "generated"},
 	"internal/agent":               {[]string{"agentapi", "agentapi/*", "fault"}, "what runs inside must stay small and know nothing of the host"},
 
 	"internal/store": {[]string{"auth", "fault", "sandbox", "template"}, "it implements the core's ports; all SQL is here"},
-	"internal/api":   {[]string{"accesslog", "agentapi", "auth", "fault", "proxy", "sandbox", "span", "template"}, "HTTP in, HTTP out: it calls the core and the agent, and has the proxy carry what is for a port"},
+	"internal/api":   {[]string{"accesslog", "agentapi", "auth", "budget", "fault", "proxy", "sandbox", "span", "template"}, "HTTP in, HTTP out: it calls the core and the agent, and has the proxy carry what is for a port"},
 	"internal/proxy": {[]string{"agentapi", "fault"}, "a front that carries traffic and decides nothing about it: it knows ports and the agent that leads to them, and not the core"},
-	"internal/e2b": {[]string{"accesslog", "agentapi", "auth", "fault", "proxy", "sandbox", "template"},
+	"internal/e2b": {[]string{"accesslog", "agentapi", "auth", "budget", "fault", "proxy", "sandbox", "template"},
 		"E2B's wire in, E2B's wire out: a second front, beside api and knowing nothing of it, that calls the same core and the agent, and has the proxy carry what is for a port"},
 
 	".":                      {nil, "it only carries openapi.yaml"},
@@ -65,7 +66,7 @@ var mayImport = map[string]struct {
 	"cmd/cay-runsc":          {[]string{"heap"}, "what is needed of gVisor's main: every sandbox starts it several times"},
 	"cmd/cay-runsc/early":    {nil, "it is done before gVisor's packages are initialised"},
 	"scripts/gvisor/filters": {nil, "a step of the build of cay-runsc"},
-	"cmd/cay": {[]string{"api", "auth", "blob", "buildkit", "cgroup", "e2b", "fault", "gate", "image", "network", "node", "payload", "proxy", "sandbox", "store", "template"},
+	"cmd/cay": {[]string{"agentapi", "api", "auth", "blob", "budget", "buildkit", "cgroup", "e2b", "fault", "gate", "image", "network", "node", "payload", "proxy", "sandbox", "store", "template"},
 		"all wiring is here; the CLI's verbs use client"},
 }
 

@@ -14,6 +14,7 @@ import (
 
 	"github.com/BurntSushi/toml"
 
+	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/gate"
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/node"
@@ -41,6 +42,7 @@ type config struct {
 	Templates templatesConfig `toml:"templates"`
 	Build     buildConfig     `toml:"build"`
 	Pool      poolConfig      `toml:"pool"`
+	Memory    memoryConfig    `toml:"memory"`
 	Proxy     proxyConfig     `toml:"proxy"`
 	E2B       e2bConfig       `toml:"e2b"`
 }
@@ -73,6 +75,7 @@ type sandboxConfig struct {
 	MaxSnapshots  int            `toml:"max_snapshots"`
 	KeepDestroyed duration       `toml:"keep_destroyed"`
 	MaxDestroyed  int            `toml:"max_destroyed"`
+	AnswerTimeout duration       `toml:"answer_timeout"`
 	Sizes         []sandbox.Size `toml:"sizes"`
 }
 
@@ -130,7 +133,7 @@ func defaults() config {
 		Sandbox: sandboxConfig{
 			Platform: "systrap", DefaultSize: "shared-cpu-1x", DefaultDiskMB: 2048, MaxDiskMB: 20480,
 			MaxPIDs: 4096, FirstUID: node.DefaultFirstUID, MaxSnapshots: 100,
-			KeepDestroyed: duration(7 * 24 * time.Hour), MaxDestroyed: 10_000, Sizes: presets(),
+			KeepDestroyed: duration(7 * 24 * time.Hour), MaxDestroyed: 10_000, AnswerTimeout: duration(agentapi.DefaultPatience), Sizes: presets(),
 		},
 		Capacity:  capacityConfig{MaxSandboxes: 1000, MinFreeMemoryMB: 512, MinFreeDiskMB: 1024},
 		Quota:     quotaConfig{Sandboxes: 500, VCPUs: 2000, MemoryMB: 1 << 20, APIKeys: 1000},
@@ -139,9 +142,10 @@ func defaults() config {
 		Templates: templatesConfig{Prepare: []string{"python", "base"}, MaxPerOrg: 100},
 		Build: buildConfig{Concurrent: 1, PerOrg: 1, Timeout: duration(30 * time.Minute), ContextLimitMB: 1024,
 			MemoryMB: 2048, CPUs: 2, DiskMB: 20 << 10, CacheMB: 10 << 10, IdleTimeout: duration(5 * time.Minute)},
-		Pool:  poolConfig{Enabled: true, Target: 2, MaxMembers: 16},
-		Proxy: proxyConfig{Scheme: "https"},
-		E2B:   e2bConfig{Enabled: true},
+		Memory: memoryConfig{CallsMB: 192, OrgCallsMB: 96, HeapMB: 384, LimitMB: 1024},
+		Pool:   poolConfig{Enabled: true, Target: 2, MaxMembers: 16},
+		Proxy:  proxyConfig{Scheme: "https"},
+		E2B:    e2bConfig{Enabled: true},
 	}
 }
 
@@ -330,6 +334,12 @@ func (c *config) check() error {
 	}
 	if c.Build.Timeout < duration(time.Second) {
 		return fmt.Errorf("build.timeout: must be at least 1s, not %s", time.Duration(c.Build.Timeout))
+	}
+	if c.Sandbox.AnswerTimeout < duration(time.Second) {
+		return fmt.Errorf("sandbox.answer_timeout: must be at least 1s, not %s", time.Duration(c.Sandbox.AnswerTimeout))
+	}
+	if err := c.Memory.check(); err != nil {
+		return err
 	}
 	if err := c.Pool.check(names); err != nil {
 		return err

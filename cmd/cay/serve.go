@@ -23,6 +23,7 @@ import (
 
 	"github.com/cayhq/cay/internal/api"
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/buildkit"
 	"github.com/cayhq/cay/internal/e2b"
 	"github.com/cayhq/cay/internal/gate"
@@ -139,6 +140,7 @@ type server struct {
 	sandboxes   *sandbox.Service
 	ports       *proxy.Proxy
 	registry    *prometheus.Registry
+	budget      *budget.Budget // of the memory that calls hold
 }
 
 // serve runs the service until ctx ends. It calls ready, if not nil, with the
@@ -191,6 +193,7 @@ func (s *server) open(ctx context.Context) error {
 	if s.instance, err = s.setting(ctx, settingInstance, newInstance); err != nil {
 		return err
 	}
+	s.boundMemory(ctx)
 	record := serverRecord{Instance: s.instance, URL: "http://" + cfg.Listen, KeyFile: filepath.Join(cfg.DataDir, keyFile), DataDir: cfg.DataDir, PID: os.Getpid()}
 	if err := record.write(); err != nil {
 		return err
@@ -248,6 +251,7 @@ func (s *server) openHost(ctx context.Context) error {
 		Checkpoints: filepath.Join(cfg.DataDir, "checkpoints"), Nameservers: cfg.nameservers(), PolicyChanged: s.gate.Recheck,
 		MaxSandboxes: cfg.Capacity.MaxSandboxes, MinHostMemory: int64(cfg.Capacity.MinFreeMemoryMB) << 20,
 		MinDisk: int64(cfg.Capacity.MinFreeDiskMB) << 20, MaxPIDs: cfg.Sandbox.MaxPIDs, FirstUID: uint32(cfg.Sandbox.FirstUID),
+		AnswerTimeout: time.Duration(cfg.Sandbox.AnswerTimeout),
 	}, s.slots, rootFS{s.images, func(image string) { s.templates.Recheck(image) }}, s.log)
 	if err != nil {
 		return err
@@ -348,7 +352,7 @@ func (s *server) openE2B(ctx context.Context, next http.Handler) (*e2b.Surface, 
 		return nil, err
 	}
 	return e2b.New(e2b.Config{Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
-		Ports: s.ports, Names: s.cfg.Proxy.names(), Secret: []byte(secret), Log: s.log, Registry: s.registry}, next), nil
+		Ports: s.ports, Names: s.cfg.Proxy.names(), Secret: []byte(secret), Budget: s.budget, Log: s.log, Registry: s.registry}, next), nil
 }
 
 // listen serves until ctx ends, then stops taking requests and lets those in
@@ -370,7 +374,7 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 		Stopping: stopping, Hijacked: &hijacked,
 		Ports: s.ports, Names: s.cfg.Proxy.names(), Signer: proxy.NewSigner(secret),
 		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
-		Ready: func() error { return s.db.Ping(ctx) }, Metrics: metrics, Registry: s.registry, Log: s.log, Version: version,
+		Budget: s.budget, Ready: func() error { return s.db.Ping(ctx) }, Metrics: metrics, Registry: s.registry, Log: s.log, Version: version,
 	})
 	surface, err := s.openE2B(ctx, handler)
 	if err != nil {

@@ -381,6 +381,10 @@ func (f *files) list(w http.ResponseWriter, r *http.Request) {
 		httpError(w, fileProblem(err, p))
 		return
 	}
+	if len(names) > agentapi.MaxEntries { // else the host says so in the middle of the answer
+		httpError(w, newProblem(agentapi.CodeListingTooLarge, "more than %d entries", agentapi.MaxEntries))
+		return
+	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	out := bufio.NewWriterSize(w, 32<<10)
 	enc := json.NewEncoder(out)

@@ -160,7 +160,7 @@ func TestFullDisk(t *testing.T) {
 func TestRemoveAndList(t *testing.T) {
 	s := startSandbox(t, options{})
 	s.sh("mkdir -p /tmp/t/b/c; echo 12345 >/tmp/t/a; chown user:extra /tmp/t/a; chmod 4750 /tmp/t/a; ln -s /nowhere /tmp/t/z; echo x >/tmp/t/b/c/d; mkfifo /tmp/t/p")
-	got, err := s.client.List(t.Context(), s.target, "/tmp/t", "", 3)
+	got, err := s.list("/tmp/t", "", 3)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -183,12 +183,12 @@ func TestRemoveAndList(t *testing.T) {
 	if diff := cmp.Diff(want, got, cmpopts.IgnoreFields(agentapi.Entry{}, "ModifiedAt")); diff != "" {
 		t.Errorf("listing (-want +got):\n%s", diff)
 	}
-	if one, err := s.client.List(t.Context(), s.target, "/tmp/t", "", 1); err != nil || len(one) != 4 {
+	if one, err := s.list("/tmp/t", "", 1); err != nil || len(one) != 4 {
 		t.Errorf("one level: %d entries, %v", len(one), err)
 	}
-	_, err = s.client.List(t.Context(), s.target, "/tmp/t/a", "", 1)
+	_, err = s.list("/tmp/t/a", "", 1)
 	wantFault(t, err, fault.Invalid, agentapi.CodeNotDirectory)
-	_, err = s.client.List(t.Context(), s.target, "/nosuch", "", 1)
+	_, err = s.list("/nosuch", "", 1)
 	wantFault(t, err, fault.NotFound, agentapi.CodeFileNotFound)
 
 	remove := func(path string, recursive bool) error {
@@ -370,4 +370,13 @@ func BenchmarkFiles(b *testing.B) {
 			}
 		}
 	})
+}
+
+// list returns the entries of a listing.
+func (s *sandbox) list(path, user string, depth int) (entries []agentapi.Entry, err error) {
+	err = s.client.List(s.t.Context(), s.target, path, user, depth, func(e agentapi.Entry) error {
+		entries = append(entries, e)
+		return nil
+	})
+	return entries, err
 }

@@ -42,6 +42,7 @@ var problems = map[string]struct {
 	agentapi.CodeUnknownUser:      {http.StatusUnauthorized, connect.CodeUnauthenticated},
 	agentapi.CodeUnknownOwner:     {http.StatusBadRequest, connect.CodeInvalidArgument},
 	agentapi.CodeDiskFull:         {http.StatusInsufficientStorage, connect.CodeResourceExhausted},
+	agentapi.CodeListingTooLarge:  {http.StatusRequestEntityTooLarge, connect.CodeOutOfRange},
 	agentapi.CodeTooManyProcesses: {http.StatusTooManyRequests, connect.CodeResourceExhausted},
 	agentapi.CodeStartFailed:      {http.StatusConflict, connect.CodeFailedPrecondition},
 	agentapi.CodeInvalidTar:       {http.StatusBadRequest, connect.CodeInvalidArgument},

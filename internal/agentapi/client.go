@@ -32,12 +32,18 @@ type Target struct {
 const (
 	maxErrorText    = 4 << 10          // bytes of an error's text; longer ones are cut
 	maxErrorBody    = 7 * maxErrorText // bytes; JSON makes up to six of one
-	maxReplyHeader  = 64 << 10         // bytes; our own replies have under 1 KiB
-	maxReply        = 4 << 20          // bytes of JSON; the largest is a list of processes
+	maxReplyHeader  = 16 << 10         // bytes; our own replies have under 1 KiB
+	maxReply        = 64 << 10         // bytes of JSON; the largest is an entry with two paths, escaped
+	maxMessage      = 64 << 10         // bytes of a message of a stream; an agent sends 32 KiB of output, or a path
 	idleConnTimeout = 90 * time.Second // shorter costs a dial, 1-2 ms, on the next call
 	// maxIdlePerLife is how many connections of a sandbox are kept; more calls
 	// at once dial anew.
 	maxIdlePerLife = 8
+	// maxIdle is how many are kept of all sandboxes, those used longest ago going first. Each has some 40 KiB
+	// of the server's memory, which no call answers for.
+	maxIdle = 512
+	// connBuffer is each of the two buffers of a connection, bytes. Larger pieces pass them by.
+	connBuffer = 8 << 10
 )
 
 // Client calls agents. The zero value does not work; see [NewClient].
@@ -46,6 +52,10 @@ type Client struct {
 	// that was started before there was a handshake. "" is none. It must not change once the
 	// client is in use.
 	Bearer func(sandboxID string) string
+
+	// Patience is how long an agent may be silent before a call ends as unreachable. It is
+	// [DefaultPatience] at first and must not be changed once calls are made.
+	Patience time.Duration
 
 	http *http.Client
 	dial func(ctx context.Context, sandboxID string) (net.Conn, error)
@@ -59,17 +69,18 @@ type Client struct {
 // the agent has been authenticated (see [Authenticate]), if it has a key. An error of dial that
 // is a *fault.Error comes back from the calls as it is.
 func NewClient(dial func(ctx context.Context, sandboxID string) (net.Conn, error)) *Client {
-	c := &Client{dial: dial, conns: map[string]map[*trackedConn]struct{}{}}
+	c := &Client{Patience: DefaultPatience, dial: dial, conns: map[string]map[*trackedConn]struct{}{}}
 	c.http = &http.Client{
 		Transport: whole{c, &http.Transport{
 			DialContext:            c.dialHost,
 			DisableCompression:     true,
+			MaxIdleConns:           maxIdle,
 			MaxIdleConnsPerHost:    maxIdlePerLife,
 			IdleConnTimeout:        idleConnTimeout,
 			MaxResponseHeaderBytes: maxReplyHeader,
 			ExpectContinueTimeout:  5 * time.Second, // an agent that does not answer gets the body anyway
-			ReadBufferSize:         32 << 10,        // one chunk of output
-			WriteBufferSize:        32 << 10,
+			ReadBufferSize:         connBuffer,
+			WriteBufferSize:        connBuffer,
 		}},
 		// A redirect can only come from somebody who is not the agent.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -77,7 +88,7 @@ func NewClient(dial func(ctx context.Context, sandboxID string) (net.Conn, error
 	return c
 }
 
-// whole is a transport that sends a short request as one write. By itself Go sends the header
+// whole is a transport that refuses answers that are none, and sends a short request as one write. By itself Go sends the header
 // alone when it does not know that the body is there already, and a second packet costs its way
 // through the sandbox's network stack, and a wake of the agent. It gives agents of before the
 // handshake their token.
@@ -87,15 +98,16 @@ type whole struct {
 }
 
 // shortBody is up to how many bytes of body leave with the header; both fit the write buffer.
-const shortBody = 16 << 10
+const shortBody = connBuffer - 2<<10
 
 func (w whole) RoundTrip(r *http.Request) (*http.Response, error) {
 	if token := w.client.bearer(r.URL.Host); token != "" {
 		r = r.Clone(r.Context())
 		r.Header.Set(TokenHeader, token)
 	}
+	r = r.WithContext(WithHeads(r.Context()))
 	if r.Body == nil || r.ContentLength <= 0 || r.ContentLength > shortBody {
-		return possible(w.Transport.RoundTrip(r))
+		return plausible(w.Transport.RoundTrip(r))
 	}
 	body, err := io.ReadAll(io.LimitReader(r.Body, r.ContentLength+1)) // more than it says is the transport's error
 	if err := errors.Join(err, r.Body.Close()); err != nil {
@@ -103,17 +115,7 @@ func (w whole) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	sent := *r // a transport does not change the caller's
 	sent.Body = io.NopCloser(bytes.NewReader(body))
-	return possible(w.Transport.RoundTrip(&sent))
-}
-
-// possible refuses an answer whose status is none that a request can end with: those who pass an
-// answer on could not.
-func possible(resp *http.Response, err error) (*http.Response, error) {
-	if err == nil && (resp.StatusCode < 200 || resp.StatusCode > 599) {
-		resp.Body.Close()
-		return nil, unreachable(fmt.Errorf("the agent answered with the status %d", resp.StatusCode))
-	}
-	return resp, err
+	return plausible(w.Transport.RoundTrip(&sent))
 }
 
 // host is the host part of a target's URLs, which is what the transport pools
@@ -166,7 +168,19 @@ type trackedConn struct {
 	net.Conn // nil while it is being made; guarded by client.mu until then
 	client   *Client
 	id       string
+	heads    heads
 }
+
+// Read reads what came, if it is no head without an end.
+func (t *trackedConn) Read(b []byte) (int, error) {
+	n, err := t.Conn.Read(b)
+	if bad := t.heads.look(b[:n]); bad != nil {
+		return 0, bad
+	}
+	return n, err
+}
+
+func (t *trackedConn) expectHead() { t.heads.expect() }
 
 // forget takes it out of the client's books, and returns the connection to close, if there is one.
 func (t *trackedConn) forget() net.Conn {
@@ -212,7 +226,7 @@ func (c *Client) CloseIdle() { c.http.CloseIdleConnections() }
 
 // Health asks whether the agent answers. It is the one call that an agent answers to everybody.
 func (c *Client) Health(ctx context.Context, t Target) error {
-	return c.call(ctx, t, http.MethodGet, "/health", nil, nil, nil)
+	return c.call(ctx, t, c.Patience, http.MethodGet, "/health", nil, nil, nil)
 }
 
 // InitRequest is what an agent is told about its sandbox. Absent fields leave
@@ -236,7 +250,7 @@ func (c *Client) Init(ctx context.Context, t Target, r InitRequest) error {
 	if r.AccessToken != "" {
 		ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) { used = i.Conn }})
 	}
-	if err := c.call(ctx, t, http.MethodPost, "/init", nil, r, nil); err != nil || r.AccessToken == "" {
+	if err := c.call(ctx, t, c.Patience, http.MethodPost, "/init", nil, r, nil); err != nil || r.AccessToken == "" {
 		return err
 	}
 	c.dropBut(t.SandboxID, used)
@@ -248,7 +262,7 @@ func (c *Client) Init(ctx context.Context, t Target, r InitRequest) error {
 // they are gone. The commands they belonged to end with OOMKilled.
 func (c *Client) RelieveMemory(ctx context.Context, t Target, bytes int64) (freed int64, killed int, err error) {
 	var reply RelieveReply
-	err = c.call(ctx, t, http.MethodPost, "/memory/relieve", nil, RelieveRequest{Bytes: bytes}, &reply)
+	err = c.call(ctx, t, c.Patience, http.MethodPost, "/memory/relieve", nil, RelieveRequest{Bytes: bytes}, &reply)
 	return reply.Freed, reply.Killed, err
 }
 
@@ -256,7 +270,7 @@ func (c *Client) RelieveMemory(ctx context.Context, t Target, bytes int64) (free
 // that has ended left in the background.
 func (c *Client) Busy(ctx context.Context, t Target) (bool, error) {
 	var reply BusyReply
-	err := c.call(ctx, t, http.MethodGet, "/busy", nil, nil, &reply)
+	err := c.call(ctx, t, c.Patience, http.MethodGet, "/busy", nil, nil, &reply)
 	return reply.Busy, err
 }
 
@@ -276,8 +290,9 @@ type RelieveReply struct {
 	Killed int   `json:"killed"`
 }
 
-// call does one request with a JSON body and answer; body and reply may be nil.
-func (c *Client) call(ctx context.Context, t Target, method, path string, query url.Values, body, reply any) error {
+// call does one request with a JSON body and answer, all of which has to be there within a time; body and
+// reply may be nil.
+func (c *Client) call(ctx context.Context, t Target, within time.Duration, method, path string, query url.Values, body, reply any) error {
 	var r io.Reader
 	if body != nil {
 		b, err := json.Marshal(body)
@@ -286,6 +301,8 @@ func (c *Client) call(ctx context.Context, t Target, method, path string, query 
 		}
 		r = bytes.NewReader(b)
 	}
+	ctx, cancel := context.WithTimeoutCause(ctx, within, errSilent)
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, method, t.url(path, query), r)
 	if err != nil {
 		return fmt.Errorf("making the request: %w", err)
@@ -293,31 +310,68 @@ func (c *Client) call(ctx context.Context, t Target, method, path string, query 
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
-	resp, err := c.do(req)
+	resp, err := c.send(req)
 	if err != nil {
 		return err
 	}
 	defer resp.Body.Close()
 	if reply == nil {
-		return drain(resp.Body)
+		return drain(ctx, resp.Body)
 	}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxReply)).Decode(reply); err != nil {
-		return unreachable(fmt.Errorf("decoding the reply of %s: %w", path, err))
+	return decodeReply(ctx, resp.Body, path, reply)
+}
+
+// decodeReply decodes an answer, as far as one may be long.
+func decodeReply(ctx context.Context, body io.Reader, path string, reply any) error {
+	b, err := io.ReadAll(io.LimitReader(body, maxReply+1))
+	switch {
+	case err != nil:
+		return callError(ctx, err)
+	case len(b) > maxReply:
+		return unusable(fmt.Errorf("the reply of %s has more than %d bytes", path, maxReply))
+	}
+	if err := json.Unmarshal(b, reply); err != nil {
+		return unusable(fmt.Errorf("decoding the reply of %s: %w", path, err))
 	}
 	return nil
 }
 
 // drain reads the little that is left, so that the connection can be reused.
-func drain(r io.Reader) error {
+func drain(ctx context.Context, r io.Reader) error {
 	if _, err := io.CopyN(io.Discard, r, maxErrorText); err != nil && !errors.Is(err, io.EOF) {
-		return unreachable(err)
+		return callError(ctx, err)
 	}
 	return nil
 }
 
-// do sends the request and turns answers other than 2xx and 416 into errors.
-// The caller closes the body.
+// do sends a request whose answer may go on. The agent has to take each piece of what is sent within the
+// patience, and to begin the answer after the last one, and from then on send each patientPace of it. The
+// time that the caller takes does not count. The caller closes the body.
 func (c *Client) do(req *http.Request) (*http.Response, error) {
+	return c.doFor(req, c.Patience, c.Patience, patientPace)
+}
+
+// doFor is do with the patience for the head once all is sent, and that for pace bytes of the body.
+func (c *Client) doFor(req *http.Request, head, body time.Duration, pace int) (*http.Response, error) {
+	ctx, w := watching(req.Context(), head)
+	if req.Body != nil && req.Body != http.NoBody && req.GetBody == nil { // one that comes from a caller
+		w.begun(c.Patience, 0)
+		w.wait()
+		req.Body = &sentBody{req.Body, w, head}
+	}
+	resp, err := c.send(req.WithContext(ctx))
+	if err != nil {
+		w.end()
+		return nil, err
+	}
+	w.begun(body, pace)
+	resp.Body = &watchedBody{resp.Body, w, ctx}
+	return resp, nil
+}
+
+// send sends the request and turns answers other than 2xx and 416 into errors.
+// The caller closes the body.
+func (c *Client) send(req *http.Request) (*http.Response, error) {
 	resp, err := c.http.Do(req)
 	if err != nil {
 		return nil, callError(req.Context(), err)
@@ -339,7 +393,7 @@ func replyError(resp *http.Response) error {
 	if resp.StatusCode == http.StatusNotFound && resp.Header.Get(CodeHeader) == "" {
 		return &unknownCall{resp.Request.URL.Path}
 	}
-	err := codeError(resp.Header.Get(CodeHeader), body.Message, fmt.Errorf("agent answered %s: %.200s", resp.Status, body.Message))
+	err := codeError(resp.Header.Get(CodeHeader), body.Message, fmt.Errorf("the agent answered %.40s: %s", resp.Status, body.Message))
 	if f := fault.As(err); f != nil && f.Field != "" && resp.Header.Get(FieldHeader) == "to" {
 		f.Field = "to" // the fault was made just now and is nobody else's yet
 	}
@@ -351,11 +405,12 @@ type unknownCall struct{ path string }
 
 func (e *unknownCall) Error() string { return "the agent has no " + e.path }
 
-// codeError makes the fault of a code; one that is not known is a plain error.
+// codeError makes the fault of a code. One that is not known says that the sandbox, and not the server,
+// is at fault.
 func codeError(code, text string, cause error) error {
 	k, ok := kinds[code]
 	if !ok {
-		return cause
+		return unusable(cause)
 	}
 	if len(text) > maxErrorText {
 		text = text[:maxErrorText]
@@ -367,7 +422,7 @@ func codeError(code, text string, cause error) error {
 
 // printable drops what a terminal would act on.
 func printable(r rune) rune {
-	if r != '\n' && r != '\t' && unicode.IsControl(r) {
+	if r != '\n' && r != '\t' && !unicode.IsPrint(r) {
 		return -1
 	}
 	return r
@@ -376,7 +431,10 @@ func printable(r rune) rune {
 // callError says what an error of the connection means.
 func callError(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
-		return fmt.Errorf("calling the agent: %w", context.Cause(ctx))
+		if cause := context.Cause(ctx); cause != error(errSilent) {
+			return fmt.Errorf("calling the agent: %w", cause)
+		}
+		return errSilent
 	}
 	if f := fault.As(err); f != nil {
 		return f
@@ -390,12 +448,8 @@ func connectError(ctx context.Context, err error) error {
 	if errors.As(err, &e) && e.Meta().Get(CodeHeader) != "" {
 		return codeError(e.Meta().Get(CodeHeader), e.Message(), err)
 	}
-	if connect.IsWireError(err) && connect.CodeOf(err) != connect.CodeUnavailable {
-		return fmt.Errorf("agent refused the call: %w", err)
+	if ctx.Err() == nil && connect.IsWireError(err) && connect.CodeOf(err) != connect.CodeUnavailable {
+		return unusable(fmt.Errorf("the agent refused the call: %w", err))
 	}
 	return callError(ctx, err)
-}
-
-func unreachable(cause error) error {
-	return fault.New(fault.Unavailable, CodeUnreachable, "the sandbox does not answer").Because(cause)
 }

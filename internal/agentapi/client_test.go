@@ -165,13 +165,13 @@ func TestHostileAnswers(t *testing.T) {
 			_, _ = io.WriteString(w, "hello")
 		},
 		"empty entries": func(w http.ResponseWriter, _ *http.Request) {
-			_, _ = io.WriteString(w, strings.Repeat("{}\n", maxEntries+1))
+			_, _ = io.WriteString(w, strings.Repeat("{}\n", MaxEntries+1))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c, _ := serve(t, h)
 			target := Target{SandboxID: "sbx_a"}
-			_, listErr := c.List(t.Context(), target, "/", "", 1)
+			listErr := c.List(t.Context(), target, "/", "", 1, func(Entry) error { return nil })
 			_, execErr := c.Execute(t.Context(), target, ExecuteRequest{Command: "true", Timeout: time.Second})
 			for _, err := range []error{listErr, execErr} {
 				if err == nil {

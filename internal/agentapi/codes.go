@@ -74,6 +74,7 @@ var kinds = map[string]struct {
 	CodeInvalidEnv:       {fault.Invalid, "env"},
 	CodeInvalidCommand:   {fault.Invalid, "command"},
 	CodeDiskFull:         {fault.NoSpace, ""},
+	CodeListingTooLarge:  {fault.TooLarge, ""},
 	CodeTooManyProcesses: {fault.Unavailable, ""},
 	CodeStartFailed:      {fault.Conflict, ""}, // it is the template that does not allow the create
 	CodeInvalidTar:       {fault.Invalid, ""},

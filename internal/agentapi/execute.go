@@ -1,9 +1,9 @@
 package agentapi
 
 import (
-	"bytes"
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -11,17 +11,13 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/cayhq/cay/internal/agentapi/process"
+	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 )
 
 // DefaultMaxOutput is how much of each stream of a command is kept when the
 // call says nothing, bytes.
 const DefaultMaxOutput = 8 << 20
-
-// executeSlack is how much longer than a command's own time limit the host
-// waits for the agent's answer. A sandbox whose processes compete for its CPU
-// may take seconds to kill thousands of them.
-const executeSlack = 20 * time.Second
 
 // Exit codes of commands that did not exit by themselves.
 const (
@@ -112,22 +108,37 @@ func (r ExecuteRequest) Argv() []string {
 // command left in the background lives on; output it writes after the command's
 // end is lost.
 func (c *Client) Execute(ctx context.Context, t Target, r ExecuteRequest) (ExecuteResult, error) {
+	var stdout, stderr budget.Bytes
+	res, err := c.Collect(ctx, t, r, &stdout, &stderr)
+	if err == nil {
+		res.Stdout, res.Stderr = stdout.Bytes(), stderr.Bytes()
+	}
+	return res, err
+}
+
+// Collect is [Client.Execute] that keeps the output in stdout and stderr, and gives a result without any.
+// When their account refuses more, the command is killed and that error comes back. After an error they
+// hold nothing.
+func (c *Client) Collect(ctx context.Context, t Target, r ExecuteRequest, stdout, stderr *budget.Bytes) (ExecuteResult, error) {
 	if err := r.Check(); err != nil {
 		return ExecuteResult{}, err
 	}
 	if r.MaxOutput <= 0 {
 		r.MaxOutput = DefaultMaxOutput
 	}
-	stdout, stderr := capped{max: r.MaxOutput}, capped{max: r.MaxOutput}
+	out, errs := counted{left: r.MaxOutput}, counted{left: r.MaxOutput}
 	end, err := c.execute(ctx, t, r.message(true), func(event *process.ProcessEvent) error {
-		stdout.write(event.GetData().GetStdout())
-		stderr.write(event.GetData().GetStderr())
-		return nil
+		if err := stdout.Keep(out.take(event.GetData().GetStdout())); err != nil {
+			return err
+		}
+		return stderr.Keep(errs.take(event.GetData().GetStderr()))
 	})
 	if err != nil {
+		stdout.Drop()
+		stderr.Drop()
 		return ExecuteResult{}, err
 	}
-	return result(end, &stdout, &stderr), nil
+	return result(end, out.cut, errs.cut), nil
 }
 
 // execute hands over what becomes of a command until its end, which it returns. An error
@@ -137,16 +148,17 @@ func (c *Client) execute(ctx context.Context, t Target, r *process.StartRequest,
 	defer cancel()
 	if limit := r.GetExecute().GetTimeoutMs(); limit > 0 {
 		var stop context.CancelFunc
-		waitCtx, stop = context.WithTimeout(waitCtx, time.Duration(limit)*time.Millisecond+executeSlack)
+		// The agent may take its time to kill thousands of processes.
+		waitCtx, stop = context.WithTimeoutCause(waitCtx, time.Duration(limit)*time.Millisecond+c.Patience, errSilent)
 		defer stop()
 	}
 
-	call := connect.NewClient[process.StartRequest, process.StartResponse](c.http,
-		t.url(process.ProcessStartProcedure, nil), connect.WithReadMaxBytes(1<<20))
+	call := connect.NewClient[process.StartRequest, process.StartResponse](metered{c.http},
+		t.url(process.ProcessStartProcedure, nil), connectOptions...)
 	req := connect.NewRequest(r)
 	stream, err := call.CallServerStream(waitCtx, req)
 	if err != nil {
-		return nil, executeError(ctx, err)
+		return nil, connectError(waitCtx, err)
 	}
 	// Closing tells the agent that nobody waits; its own error says nothing new.
 	defer func() { _ = stream.Close() }()
@@ -163,19 +175,13 @@ func (c *Client) execute(ctx context.Context, t Target, r *process.StartRequest,
 		}
 	}
 	if err := stream.Err(); err != nil {
-		return nil, executeError(ctx, err)
+		return nil, connectError(waitCtx, err)
 	}
-	return nil, unreachable(fmt.Errorf("the agent ended the stream without a result"))
+	return nil, unusable(errors.New("the agent ended the stream without a result"))
 }
 
-// executeError is connectError, told which context was the caller's: when only
-// our own deadline passed it is the sandbox that does not answer.
-func executeError(ctx context.Context, err error) error {
-	if ctx.Err() == nil && connect.CodeOf(err) == connect.CodeDeadlineExceeded {
-		return unreachable(err)
-	}
-	return connectError(ctx, err)
-}
+// connectOptions bound the messages of an agent. None is taken compressed: a few KiB could become much.
+var connectOptions = []connect.ClientOption{connect.WithReadMaxBytes(maxMessage), connect.WithAcceptCompression("gzip", nil, nil)}
 
 // message is the request on the wire. With gather the output may come late, and at the end
 // at the latest.
@@ -207,14 +213,13 @@ const (
 	maxDurationUs = int64(366 * 24 * time.Hour / time.Microsecond) // no sandbox runs one command that long; more would overflow
 )
 
-func result(end *process.EndEvent, stdout, stderr *capped) ExecuteResult {
+// result returns how a command ended, without its output.
+func result(end *process.EndEvent, stdoutCut, stderrCut bool) ExecuteResult {
 	// An end that no process can have is the agent's, and means nothing.
 	res := ExecuteResult{
 		ExitCode:        int(min(max(end.GetExitCode(), -1), 255)),
-		Stdout:          stdout.Bytes(),
-		Stderr:          stderr.Bytes(),
-		StdoutTruncated: end.GetStdoutTruncated() || stdout.cut,
-		StderrTruncated: end.GetStderrTruncated() || stderr.cut,
+		StdoutTruncated: end.GetStdoutTruncated() || stdoutCut,
+		StderrTruncated: end.GetStderrTruncated() || stderrCut,
 		Duration:        time.Duration(min(max(end.GetDurationUs(), 0), maxDurationUs)) * time.Microsecond,
 		TimedOut:        end.GetTimedOut(),
 		OOMKilled:       end.GetOomKilled(),
@@ -227,19 +232,4 @@ func result(end *process.EndEvent, stdout, stderr *capped) ExecuteResult {
 		res.ExitCode = exitSignal + res.Signal
 	}
 	return res
-}
-
-// capped keeps the first max bytes and notes that there were more.
-type capped struct {
-	bytes.Buffer
-	max int64
-	cut bool
-}
-
-func (c *capped) write(b []byte) {
-	if room := c.max - int64(c.Len()); int64(len(b)) > room {
-		c.cut = true
-		b = b[:max(room, 0)]
-	}
-	c.Write(b)
 }

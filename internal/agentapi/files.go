@@ -57,11 +57,10 @@ func (c *Client) Upload(ctx context.Context, t Target, r UploadRequest) error {
 	}
 	// Asking first saves sending much to a path that is refused; for little, the
 	// round trip costs more than it saves.
-	const worthAsking = 1 << 20 // bytes
-	if r.Size < 0 || r.Size > worthAsking {
+	if r.Size < 0 || r.Size > largeBody {
 		req.Header.Set("Expect", "100-continue")
 	}
-	resp, err := c.do(req)
+	resp, err := c.doFor(req, headPatience(c.Patience, r.Size), c.Patience, patientPace)
 	if err != nil {
 		if broken := body.broken(); broken != nil {
 			return fmt.Errorf("reading the body: %w", broken)
@@ -69,7 +68,20 @@ func (c *Client) Upload(ctx context.Context, t Target, r UploadRequest) error {
 		return err
 	}
 	defer resp.Body.Close()
-	return drain(resp.Body)
+	return drain(req.Context(), resp.Body)
+}
+
+// largeBody is from which length on a body is worth asking about before it is sent, and takes the agent
+// long to write, bytes.
+const largeBody = 1 << 20
+
+// headPatience is how long an agent may take to answer once it has a body of so many bytes, -1 if that is
+// not known.
+func headPatience(patience time.Duration, size int64) time.Duration {
+	if size < 0 || size > largeBody {
+		return longPatience * patience
+	}
+	return 2 * patience
 }
 
 // watchedReader remembers why reading ended, which the transport hides among
@@ -147,10 +159,12 @@ func (c *Client) Remove(ctx context.Context, t Target, path, user string, recurs
 		return err
 	}
 	q := fileQuery(path, user)
+	within := c.Patience
 	if recursive {
 		q.Set("recursive", "true")
+		within *= longPatience
 	}
-	return c.call(ctx, t, http.MethodDelete, "/files", q, nil, nil)
+	return c.call(ctx, t, within, http.MethodDelete, "/files", q, nil, nil)
 }
 
 // Types of an [Entry].
@@ -176,48 +190,74 @@ type Entry struct {
 	SymlinkTarget string    `json:"symlink_target,omitempty"` // as it is written in the link
 }
 
-// maxEntries is how many entries of a listing the host holds; at about 200
-// bytes each that is 20 MB.
-const maxEntries = 100_000
+// MaxEntries is how many entries of a listing are handed on.
+const MaxEntries = 100_000
 
-// List lists what is below a directory, depth levels deep (1: its own entries),
+// Limits of the texts in an entry, bytes: those of Linux, and for names of users what is plenty.
+const (
+	maxName = 255
+	maxUser = 256
+	// maxLine is that of an entry as JSON, in which a byte may become six.
+	maxLine = 64 << 10
+)
+
+// List hands over what is below a directory, depth levels deep (1: its own entries),
 // a parent before its children, in lexical order. It does not follow links
-// below path. Errors: NotFound "file_not_found", Invalid ("invalid_path",
+// below path. An error of emit ends it. Errors: NotFound "file_not_found", Invalid ("invalid_path",
 // "path_not_directory", "unknown_user"), Denied "file_denied", TooLarge
-// "listing_too_large" for more than 100000 entries.
-func (c *Client) List(ctx context.Context, t Target, path, user string, depth int) ([]Entry, error) {
+// "listing_too_large" for more than [MaxEntries]: before the first entry where path itself has as many,
+// else after the last one that is handed over.
+func (c *Client) List(ctx context.Context, t Target, path, user string, depth int, emit func(Entry) error) error {
 	if err := CheckPath(path); err != nil {
-		return nil, err
+		return err
 	}
 	q := fileQuery(path, user)
 	q.Set("depth", strconv.Itoa(depth))
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, t.url("/files/list", q), nil)
 	if err != nil {
-		return nil, fmt.Errorf("making the request: %w", err)
+		return fmt.Errorf("making the request: %w", err)
 	}
 	resp, err := c.do(req)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer resp.Body.Close()
-	const maxLine = 64 << 10 // bytes; a path and a link target of 4 KiB each, escaped
 	lines := bufio.NewScanner(resp.Body)
 	lines.Buffer(make([]byte, 4<<10), maxLine)
-	entries := []Entry{}
-	for lines.Scan() {
-		if len(entries) == maxEntries {
-			return nil, fault.New(fault.TooLarge, CodeListingTooLarge, "more than %d entries: list fewer levels", maxEntries)
+	for n := 0; lines.Scan(); n++ {
+		if n == MaxEntries {
+			return fault.New(fault.TooLarge, CodeListingTooLarge, "more than %d entries: list fewer levels", MaxEntries)
 		}
 		var e Entry
 		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
-			return nil, unreachable(fmt.Errorf("decoding an entry: %w", err))
+			return unusable(fmt.Errorf("decoding an entry: %w", err))
 		}
-		entries = append(entries, e)
+		if err := e.check(); err != nil {
+			return err
+		}
+		if err := emit(e); err != nil {
+			return err
+		}
 	}
 	if err := lines.Err(); err != nil {
-		return nil, callError(ctx, err)
+		return callError(ctx, err)
 	}
-	return entries, nil
+	return nil
+}
+
+// check refuses what no file can be.
+func (e *Entry) check() error {
+	switch {
+	case len(e.Name) > 3*maxName, len(e.Path) > 3*maxPath, len(e.SymlinkTarget) > 3*maxPath: // what is not UTF-8 became three bytes for each
+		return unusable(fmt.Errorf("an entry has names of %d, %d and %d bytes", len(e.Name), len(e.Path), len(e.SymlinkTarget)))
+	case len(e.Owner) > maxUser, len(e.Group) > maxUser, len(e.Type) > maxUser:
+		return unusable(fmt.Errorf("an entry has an owner of %d and a group of %d bytes", len(e.Owner), len(e.Group)))
+	}
+	// A year of five digits has no form in JSON.
+	if year := e.ModifiedAt.UTC().Year(); year < 0 || year > 9999 {
+		e.ModifiedAt = time.Time{}
+	}
+	return nil
 }
 
 func fileQuery(path, user string) url.Values {

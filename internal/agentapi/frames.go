@@ -28,7 +28,7 @@ const frameHead = 13
 
 // maxFrame is the most that is taken in a frame, bytes. An agent sends up to MaxPiece of
 // output, and a Process of a few KiB at the end.
-const maxFrame = 256 << 10
+const maxFrame = MaxPiece
 
 // MaxPiece is how much output the agent sends in one frame at the most, bytes.
 const MaxPiece = 64 << 10

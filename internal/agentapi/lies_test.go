@@ -32,7 +32,7 @@ func TestImpossibleAnswers(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if resp, err := client.Transport(to).RoundTrip(r); fault.As(err) == nil || fault.As(err).Code != CodeUnreachable {
+		if resp, err := client.Transport(to, false).RoundTrip(r); fault.As(err) == nil || fault.As(err).Code != CodeUnreachable {
 			if err == nil {
 				resp.Body.Close()
 			}
@@ -49,7 +49,7 @@ func TestImpossibleAnswers(t *testing.T) {
 	for _, end := range []*process.EndEvent{
 		{ExitCode: 1 << 30, DurationUs: 1 << 62, Signal: 1 << 30}, {ExitCode: -1 << 31, DurationUs: -1 << 63, Signal: -1 << 31},
 	} {
-		r := result(end, &capped{}, &capped{})
+		r := result(end, false, false)
 		if r.ExitCode < -1 || r.ExitCode > 255 || r.Duration < 0 || r.Duration > 366*24*time.Hour || r.Signal < 0 || r.Signal > maxSignal {
 			t.Errorf("%v became %+v", end, r)
 		}

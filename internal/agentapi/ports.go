@@ -27,6 +27,8 @@ func (c *Client) DialPort(ctx context.Context, t Target, port int) (net.Conn, er
 	if port < 1 || port > 65535 {
 		return nil, fault.InField("invalid_port", "port", "must be from 1 to 65535")
 	}
+	ctx, cancel := context.WithTimeoutCause(ctx, c.Patience, errSilent)
+	defer cancel()
 	conn, err := c.dialHost(ctx, "tcp", t.host())
 	if err != nil {
 		return nil, callError(ctx, err)
@@ -62,7 +64,7 @@ func upgrade(conn net.Conn, t Target, port int, token string) (rest []byte, err 
 	in := bufio.NewReaderSize(io.LimitReader(conn, maxReplyHeader), 4<<10)
 	resp, err := http.ReadResponse(in, req)
 	if err != nil {
-		return nil, err
+		return nil, unusable(err)
 	}
 	if resp.StatusCode == http.StatusSwitchingProtocols {
 		return in.Peek(in.Buffered())
@@ -85,6 +87,12 @@ func (p *portConn) Read(b []byte) (int, error) {
 		return n, nil
 	}
 	return p.Conn.Read(b)
+}
+
+func (p *portConn) expectHead() {
+	if t, ok := p.Conn.(*trackedConn); ok {
+		t.expectHead()
+	}
 }
 
 // below is the connection of the kernel's. The request for the tunnel has sent what a

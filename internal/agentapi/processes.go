@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi/process"
+	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 )
 
@@ -34,6 +35,14 @@ const (
 	InputPatience = 30 * time.Second
 	// MaxTag is the length of a process's tag, bytes.
 	MaxTag = 64
+)
+
+// What is taken of an answer about processes.
+const (
+	maxCommands    = 4096     // processes beside those that are kept: calls go on, one for each at the most
+	maxProcess     = 32 << 10 // bytes of JSON; arguments are cut after 1 KiB, which escaped are 6
+	maxProcessList = 16 << 20 // bytes of JSON
+	processCost    = 512      // what one costs beside its texts, bytes
 )
 
 // TerminalSize is what a terminal has of columns and rows; 0 is the agent's default.
@@ -88,7 +97,7 @@ type ProcessExit struct {
 // Result is the end as Execute has it, without the output.
 func (e ProcessExit) Result() ExecuteResult {
 	return result(&process.EndEvent{ExitCode: int32(e.ExitCode), Signal: int32(e.Signal), TimedOut: e.TimedOut, OomKilled: e.OOMKilled, DurationUs: e.DurationUs},
-		&capped{}, &capped{})
+		false, false)
 }
 
 // ProcessList is the answer to GET /processes.
@@ -115,9 +124,60 @@ func (c *Client) StartProcess(ctx context.Context, t Target, r StartProcess) (Pr
 
 // Processes lists what calls have started and still runs, and what has ended and is kept.
 func (c *Client) Processes(ctx context.Context, t Target) ([]Process, error) {
-	var list ProcessList
-	err := c.callProcesses(ctx, t, http.MethodGet, "/processes", nil, nil, &list)
-	return list.Processes, err
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, t.url("/processes", nil), nil)
+	if err != nil {
+		return nil, fmt.Errorf("making the request: %w", err)
+	}
+	resp, err := c.do(req)
+	if err != nil {
+		return nil, olderAgent(err)
+	}
+	defer resp.Body.Close()
+	list, err := readProcesses(resp.Body, budget.From(ctx))
+	if err != nil {
+		return nil, callError(req.Context(), err)
+	}
+	return list, nil
+}
+
+// readProcesses reads a [ProcessList] one by one, as many as there can be, and as large.
+func readProcesses(r io.Reader, account *budget.Account) ([]Process, error) {
+	d := json.NewDecoder(io.LimitReader(r, maxProcessList))
+	for _, want := range []json.Token{json.Delim('{'), "processes", json.Delim('[')} {
+		got, err := d.Token()
+		if err != nil {
+			return nil, unusable(fmt.Errorf("decoding the list of processes: %w", err))
+		}
+		if got == nil && want == json.Delim('[') {
+			return nil, nil // null, which is an empty list
+		}
+		if got != want {
+			return nil, unusable(fmt.Errorf("the list of processes has %v for %v", got, want))
+		}
+	}
+	var list []Process
+	for d.More() {
+		var one json.RawMessage
+		if err := d.Decode(&one); err != nil {
+			return nil, unusable(fmt.Errorf("decoding a process: %w", err))
+		}
+		if len(list) == MaxKept+MaxEnded+maxCommands || len(one) > maxProcess {
+			return nil, unusable(fmt.Errorf("after %d processes comes one of %d bytes", len(list), len(one)))
+		}
+		var p Process
+		if err := json.Unmarshal(one, &p); err != nil {
+			return nil, unusable(fmt.Errorf("decoding a process: %w", err))
+		}
+		// Held until the call is answered, twice: as it is here and as it is answered.
+		if err := account.Take(2 * (processCost + int64(len(one)))); err != nil {
+			return nil, err
+		}
+		list = append(list, p)
+	}
+	if _, err := d.Token(); err != nil {
+		return nil, unusable(fmt.Errorf("decoding the list of processes: %w", err))
+	}
+	return list, nil
 }
 
 // Process is the one of a pid or tag.
@@ -131,7 +191,7 @@ func (c *Client) Process(ctx context.Context, t Target, ref string) (Process, er
 func (c *Client) WaitProcess(ctx context.Context, t Target, ref string, within time.Duration) (Process, error) {
 	var p Process
 	query := url.Values{"ms": {strconv.FormatInt(within.Milliseconds(), 10)}}
-	err := c.callProcesses(ctx, t, http.MethodGet, processPath(ref, "/wait"), query, nil, &p)
+	err := olderAgent(c.call(ctx, t, within+c.Patience, http.MethodGet, processPath(ref, "/wait"), query, nil, &p))
 	return p, err
 }
 
@@ -169,8 +229,8 @@ func (c *Client) WriteInput(ctx context.Context, t Target, ref string, body io.R
 	}
 	defer resp.Body.Close()
 	var reply InputReply
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxReply)).Decode(&reply); err != nil {
-		return 0, unreachable(fmt.Errorf("decoding the reply of input: %w", err))
+	if err := decodeReply(ctx, resp.Body, "/input", &reply); err != nil {
+		return 0, err
 	}
 	return min(max(reply.Written, 0), sent.n.Load()), nil
 }
@@ -191,7 +251,7 @@ func processPath(ref, verb string) string { return "/processes/" + url.PathEscap
 
 // callProcesses is call for what agents have not always had.
 func (c *Client) callProcesses(ctx context.Context, t Target, method, path string, query url.Values, body, reply any) error {
-	return olderAgent(c.call(ctx, t, method, path, query, body, reply))
+	return olderAgent(c.call(ctx, t, c.Patience, method, path, query, body, reply))
 }
 
 // olderAgent says of a call that the agent does not know why that is.
@@ -232,7 +292,8 @@ func (c *Client) Follow(ctx context.Context, t Target, r FollowRequest, emit fun
 	if err != nil {
 		return Process{}, fmt.Errorf("making the request: %w", err)
 	}
-	resp, err := c.do(req)
+	// An agent with nothing to say says so every 30 seconds.
+	resp, err := c.doFor(req, c.Patience, 2*c.Patience, 1)
 	if err != nil {
 		return Process{}, olderAgent(err)
 	}
@@ -240,7 +301,12 @@ func (c *Client) Follow(ctx context.Context, t Target, r FollowRequest, emit fun
 	if r.Begun != nil {
 		r.Begun()
 	}
-	frames := bufio.NewReaderSize(resp.Body, frameHead+MaxPiece)
+	// A piece, and what an event is made of it.
+	if err := budget.From(ctx).Take(2 * maxFrame); err != nil {
+		return Process{}, err
+	}
+	defer budget.From(ctx).Give(2 * maxFrame)
+	frames := bufio.NewReaderSize(resp.Body, 4<<10)
 	for next := r.Offset; ; {
 		f, err := readFrame(frames)
 		if err != nil {
@@ -253,16 +319,16 @@ func (c *Client) Follow(ctx context.Context, t Target, r FollowRequest, emit fun
 		case frameEnd:
 			var p Process
 			if err := json.Unmarshal(f.Payload, &p); err != nil {
-				return Process{}, unreachable(fmt.Errorf("decoding the end of a process's output: %w", err))
+				return Process{}, unusable(fmt.Errorf("decoding the end of a process's output: %w", err))
 			}
 			// Read the end of the stream, so that the connection can be used again.
-			return p, drain(frames)
+			return p, drain(ctx, frames)
 		case frameLost:
 			out = ProcessOutput{Offset: f.Offset, Lost: f.lost()}
 		}
 		size := max(out.Lost, int64(len(out.Data)))
 		if f.Offset < next || size > 1<<62-f.Offset {
-			return Process{}, unreachable(fmt.Errorf("a frame of output is at %d after %d", f.Offset, next))
+			return Process{}, unusable(fmt.Errorf("a frame of output is at %d after %d", f.Offset, next))
 		}
 		if size == 0 {
 			continue

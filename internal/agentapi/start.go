@@ -3,6 +3,7 @@ package agentapi
 import (
 	"context"
 	"net/http"
+	"time"
 )
 
 // StartRequest is the body of POST /start: a command that goes on beside all others, and
@@ -39,5 +40,9 @@ const StartLog = "/var/log/cay/start.log"
 // "start_failed", whose text says which, with the last lines of its output; it may still
 // run then. When ctx ends nothing more is waited for, and the command goes on.
 func (c *Client) Start(ctx context.Context, t Target, r StartRequest) error {
-	return c.call(ctx, t, http.MethodPost, "/start", nil, r, nil)
+	within := c.Patience
+	if r.Ready != nil {
+		within += time.Duration(r.Ready.TimeoutMs) * time.Millisecond
+	}
+	return c.call(ctx, t, within, http.MethodPost, "/start", nil, r, nil)
 }

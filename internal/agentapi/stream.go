@@ -39,7 +39,7 @@ func (c *Client) ExecuteStream(ctx context.Context, t Target, r ExecuteRequest, 
 	if err != nil {
 		return ExecuteResult{}, err
 	}
-	return result(end, &capped{cut: stdout.cut}, &capped{cut: stderr.cut}), nil
+	return result(end, stdout.cut, stderr.cut), nil
 }
 
 // counted lets through the first bytes and notes that there were more.

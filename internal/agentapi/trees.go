@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -27,8 +28,8 @@ func (c *Client) Stat(ctx context.Context, t Target, path, user string) (Entry, 
 		return Entry{}, err
 	}
 	var e Entry
-	err := c.call(ctx, t, http.MethodGet, "/files/stat", fileQuery(path, user), nil, &e)
-	return e, olderAgent(err)
+	err := c.call(ctx, t, c.Patience, http.MethodGet, "/files/stat", fileQuery(path, user), nil, &e)
+	return e, olderAgent(errors.Join(err, e.check()))
 }
 
 // MakeDirectory makes a directory with its parents, for the user, and describes it. mode is
@@ -43,8 +44,8 @@ func (c *Client) MakeDirectory(ctx context.Context, t Target, path, user string,
 		q.Set("mode", strconv.FormatUint(uint64(mode.Perm()), 8))
 	}
 	var e Entry
-	err := c.call(ctx, t, http.MethodPost, "/files/mkdir", q, nil, &e)
-	return e, olderAgent(err)
+	err := c.call(ctx, t, c.Patience, http.MethodPost, "/files/mkdir", q, nil, &e)
+	return e, olderAgent(errors.Join(err, e.check()))
 }
 
 // Rename gives a file or directory another path, making parents, and describes it there.
@@ -64,8 +65,8 @@ func (c *Client) Rename(ctx context.Context, t Target, from, to, user string, ov
 		q.Set("overwrite", "true")
 	}
 	var e Entry
-	err := c.call(ctx, t, http.MethodPost, "/files/rename", q, nil, &e)
-	return e, olderAgent(err)
+	err := c.call(ctx, t, c.Patience, http.MethodPost, "/files/rename", q, nil, &e)
+	return e, olderAgent(errors.Join(err, e.check()))
 }
 
 func inField(err error, field string) error {
@@ -114,7 +115,7 @@ func (c *Client) UploadTree(ctx context.Context, t Target, path, user string, bo
 	req.Header.Set("Content-Type", "application/x-tar")
 	req.Header.Set("Expect", "100-continue")
 	req.ContentLength = -1
-	resp, err := c.do(req)
+	resp, err := c.doFor(req, longPatience*c.Patience, c.Patience, patientPace)
 	if err != nil {
 		if broken := watched.broken(); broken != nil {
 			return fmt.Errorf("reading the body: %w", broken)
@@ -122,7 +123,7 @@ func (c *Client) UploadTree(ctx context.Context, t Target, path, user string, bo
 		return olderAgent(err)
 	}
 	defer resp.Body.Close()
-	return drain(resp.Body)
+	return drain(req.Context(), resp.Body)
 }
 
 // Kinds of a [Change].
@@ -148,8 +149,8 @@ type Change struct {
 	Name string // relative to the directory
 }
 
-// maxEventMessage bounds one message of a watch, bytes: a path of 4 KiB and what describes it.
-const maxEventMessage = 64 << 10
+// watchKeepalive is how often the agent is asked to say that it lives while nothing changes.
+const watchKeepalive = 20 * time.Second
 
 // Watch calls ready once it watches a directory, with recursive all below it too, then emit with each change, until ctx ends
 // or emit fails. Watching 10000 directories is the most; changes in others are not seen. The removal and the renaming of the
@@ -158,17 +159,24 @@ func (c *Client) Watch(ctx context.Context, t Target, path string, recursive boo
 	if err := CheckPath(path); err != nil {
 		return err
 	}
-	client := filesystem.NewFilesystemClient(c.http, (&url.URL{Scheme: "http", Host: t.host()}).String(), connect.WithReadMaxBytes(maxEventMessage))
+	client := filesystem.NewFilesystemClient(metered{c.http}, (&url.URL{Scheme: "http", Host: t.host()}).String(), connectOptions...)
 	req := connect.NewRequest(&filesystem.WatchDirRequest{Path: path, Recursive: recursive, AllowNetworkMounts: true})
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	req.Header().Set("Keepalive-Ping-Interval", strconv.Itoa(int(watchKeepalive.Seconds())))
+	ctx, w := watching(ctx, c.Patience)
+	defer w.end()
 	stream, err := client.WatchDir(ctx, req)
 	if err != nil {
 		return connectError(ctx, err)
 	}
 	defer stream.Close()
 	gone := false
-	for stream.Receive() {
+	w.begun(2*c.Patience, 1)
+	receive := func() bool {
+		w.wait()
+		defer w.heard(2)
+		return stream.Receive()
+	}
+	for receive() {
 		switch ev := stream.Msg().GetEvent().(type) {
 		case *filesystem.WatchDirResponse_Start:
 			ready()
@@ -176,6 +184,9 @@ func (c *Client) Watch(ctx context.Context, t Target, path string, recursive boo
 			kind := changes[ev.Filesystem.GetType()]
 			if kind == "" {
 				continue // of an agent that is newer than we are
+			}
+			if len(ev.Filesystem.GetName()) > maxPath {
+				return unusable(fmt.Errorf("a change has a name of %d bytes", len(ev.Filesystem.GetName())))
 			}
 			change := Change{Type: kind, Name: ev.Filesystem.GetName()}
 			if change.Name != "" && !filepath.IsLocal(change.Name) {

@@ -1,9 +1,11 @@
 package api
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -14,10 +16,12 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -245,6 +249,66 @@ func TestExecute(t *testing.T) {
 	}
 }
 
+// outputField is a field of output as a client reads it.
+func outputField(t *testing.T, kept *budget.Bytes, cut bool) (text string, encoded bool) {
+	t.Helper()
+	var b strings.Builder
+	out := bufio.NewWriter(&b)
+	if err := errors.Join(writeOutputField(out, "x", kept, cut), out.Flush()); err != nil {
+		t.Fatal(err)
+	}
+	var got struct {
+		X        string `json:"x"`
+		Encoding string `json:"x_encoding"`
+	}
+	if err := json.Unmarshal([]byte("{"+b.String()[1:]+"}"), &got); err != nil {
+		t.Fatalf("%.100q: %v", b.String(), err)
+	}
+	return got.X, got.Encoding == "base64"
+}
+
+// However the pieces of an output are cut, the answer is what one piece would give.
+func FuzzOutputField(f *testing.F) {
+	f.Add([]byte("plain\x00\"\\\n\r\t\x7f é € 😀"), uint8(3), false)
+	f.Add([]byte("a\xf0\x9f\x98"), uint8(1), true)
+	f.Add([]byte("\xff\xc3"), uint8(1), false)
+	f.Fuzz(func(t *testing.T, b []byte, size uint8, cut bool) {
+		const own = 8 << 10 // pieces as long are kept as they come
+		padding := bytes.Repeat([]byte("x"), own)
+		var kept budget.Bytes
+		var whole []byte
+		for piece := range slices.Chunk(b, int(size)+1) {
+			// A piece ends in the middle of whatever it is.
+			p := append(padding[:own:own], piece...)
+			if len(whole) > 0 {
+				p = append(slices.Clone(piece), padding...)
+			}
+			whole = append(whole, p...)
+			if err := kept.Keep(p); err != nil {
+				t.Fatal(err)
+			}
+		}
+		text, encoded := outputField(t, &kept, cut)
+		got := []byte(text)
+		if encoded {
+			var err error
+			if got, err = base64.StdEncoding.DecodeString(text); err != nil {
+				t.Fatal(err)
+			}
+		}
+		lost := len(whole) - len(got)
+		if !bytes.HasPrefix(whole, got) || lost > 0 && (!cut || encoded || agentapi.IncompleteTail(whole) != lost) {
+			t.Errorf("%d bytes of %d came, cut %t, encoded %t", len(got), len(whole), cut, encoded)
+		}
+		if encoded && utf8.Valid(whole) || !encoded && !utf8.Valid(got) {
+			t.Errorf("encoded %t, and UTF-8 is %t", encoded, utf8.Valid(whole))
+		}
+		if kept.Len() != 0 {
+			t.Errorf("%d bytes are kept still", kept.Len())
+		}
+	})
+}
+
 func TestOutputAsText(t *testing.T) {
 	for _, c := range []struct {
 		in      string
@@ -264,8 +328,12 @@ func TestOutputAsText(t *testing.T) {
 		{"\xc3", true, "", false},
 		{"\x82\x82\x82", true, "goKC", true},
 	} {
-		if got, encoded := text([]byte(c.in), c.cut); got != c.want || encoded != c.encoded {
-			t.Errorf("text(%q, cut %t) = %q, %t; want %q, %t", c.in, c.cut, got, encoded, c.want, c.encoded)
+		var kept budget.Bytes
+		if err := kept.Keep([]byte(c.in)); err != nil {
+			t.Fatal(err)
+		}
+		if got, encoded := outputField(t, &kept, c.cut); got != c.want || encoded != c.encoded {
+			t.Errorf("%q, cut %t, is %q, %t; want %q, %t", c.in, c.cut, got, encoded, c.want, c.encoded)
 		}
 	}
 	for n, want := range map[int]string{1: "SIGHUP", 15: "SIGTERM", 34: "SIGRTMIN", 36: "SIGRTMIN+2", 33: "SIG33"} {

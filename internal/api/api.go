@@ -29,6 +29,7 @@ import (
 	"github.com/cayhq/cay/internal/accesslog"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/proxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
@@ -87,11 +88,11 @@ type Auth interface {
 
 // Agent is what is called inside sandboxes; [*agentapi.Client] has it.
 type Agent interface {
-	Execute(ctx context.Context, t agentapi.Target, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error)
+	Collect(ctx context.Context, t agentapi.Target, r agentapi.ExecuteRequest, stdout, stderr *budget.Bytes) (agentapi.ExecuteResult, error)
 	Upload(ctx context.Context, t agentapi.Target, r agentapi.UploadRequest) error
 	Download(ctx context.Context, t agentapi.Target, path, user, rng string) (*agentapi.Download, error)
 	Remove(ctx context.Context, t agentapi.Target, path, user string, recursive bool) error
-	List(ctx context.Context, t agentapi.Target, path, user string, depth int) ([]agentapi.Entry, error)
+	List(ctx context.Context, t agentapi.Target, path, user string, depth int, emit func(agentapi.Entry) error) error
 	Stat(ctx context.Context, t agentapi.Target, path, user string) (agentapi.Entry, error)
 	MakeDirectory(ctx context.Context, t agentapi.Target, path, user string, mode *fs.FileMode) (agentapi.Entry, error)
 	Rename(ctx context.Context, t agentapi.Target, from, to, user string, overwrite bool) (agentapi.Entry, error)
@@ -101,7 +102,7 @@ type Agent interface {
 	Processes
 }
 
-// Config is what the API needs. Every field but Ready, Names, Stopping and Hijacked is required.
+// Config is what the API needs. Every field but Ready, Names, Stopping, Hijacked and Budget is required.
 type Config struct {
 	Sandboxes Sandboxes
 	Templates Templates
@@ -124,6 +125,9 @@ type Config struct {
 	// Hijacked has the calls whose connection net/http does not wait for; nil is nobody who
 	// waits for them.
 	Hijacked *sync.WaitGroup
+
+	// Budget is what calls take the memory from that they hold; nil is no limit.
+	Budget *budget.Budget
 
 	Log     *slog.Logger
 	Version string // of the server, for /healthz
@@ -163,6 +167,12 @@ const (
 	headerTimeout  = 10 * time.Second // to send a request's headers
 	idleTimeout    = 2 * time.Minute  // between two requests on a connection
 	maxHeaderBytes = 32 << 10         // a key, a path of 4 KiB escaped, filters. They are read before the caller is known
+	// http2Window is how much of bodies that are not read yet a connection of HTTP/2 may make the server hold,
+	// bytes: the least that there can be, beside which nothing is counted. An upload over a line with 50 ms
+	// there and back has 1.3 MB a second of it.
+	http2Window = 64<<10 - 1
+	// http2Streams is how many calls go on over one.
+	http2Streams = 100
 )
 
 // patience is how long a caller may take.
@@ -193,6 +203,8 @@ func Server(addr string, h http.Handler, log *slog.Logger) *http.Server {
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		HTTP2: &http.HTTP2Config{MaxReceiveBufferPerConnection: http2Window, MaxReceiveBufferPerStream: http2Window,
+			MaxConcurrentStreams: http2Streams},
 	}
 	newConnections(files()).bound(srv)
 	return srv

@@ -17,6 +17,7 @@ import (
 
 	"github.com/cayhq/cay/internal/accesslog"
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/span"
 )
@@ -38,6 +39,8 @@ type call struct {
 	code string // of the problem that was answered
 	err  error  // for the log, when the server or the connection broke
 	gone bool   // the caller left before the answer
+
+	account budget.Account // what it holds
 }
 
 type callKey struct{}
@@ -59,7 +62,7 @@ func requestID(r *http.Request) string {
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	c := &call{id: requestID(r), patience: s.patience, received: &countingBody{ReadCloser: r.Body}}
-	ctx, trace := span.New(context.WithValue(r.Context(), callKey{}, c))
+	ctx, trace := span.New(budget.With(context.WithValue(r.Context(), callKey{}, c), &c.account))
 	c.trace = trace
 	r = r.WithContext(ctx)
 	rec := &recorder{ResponseWriter: w, control: http.NewResponseController(w), stall: s.patience.stall, call: c, began: start}
@@ -73,6 +76,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.metrics.inFlight.Inc()
 	defer func() {
 		s.metrics.inFlight.Dec()
+		defer c.account.Close()
 		broken := s.recovered(rec, r, recover())
 		s.finish(r, rec, time.Since(start))
 		if broken {
@@ -143,7 +147,7 @@ func (s *server) admitKey(r *http.Request, key string, scope auth.Scope) error {
 	if scope != "" && !who.May(scope) {
 		return fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s", scope)
 	}
-	return nil
+	return s.account(r, who.Org.ID, callCost)
 }
 
 // secretOf is the key that the caller shows.

@@ -3,7 +3,6 @@ package api
 import (
 	"bytes"
 	"errors"
-	"io"
 	"io/fs"
 	"mime"
 	"net/http"
@@ -35,11 +34,13 @@ func body(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
 	control := http.NewResponseController(w)
 	// A writer without deadlines is one of a test.
 	_ = control.SetReadDeadline(time.Now().Add(callOf(r).patience.body))
-	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
+	b, err := readAll(&callOf(r).account, http.MaxBytesReader(w, r.Body, limit), limit, r.ContentLength)
 	var over *http.MaxBytesError
 	switch {
 	case errors.As(err, &over):
 		return nil, tooLarge(limit)
+	case fault.As(err) != nil:
+		return nil, err
 	case err != nil:
 		return nil, incomplete(err)
 	}

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/span"
@@ -26,6 +27,10 @@ const (
 // sandbox, waking it if it is suspended, for as long as do takes. An error of
 // either is the answer; else do has answered.
 func (s *server) inside(w http.ResponseWriter, r *http.Request, id SandboxID, do func(agentapi.Target) error) {
+	if err := callOf(r).account.Take(insideCost); err != nil {
+		s.fail(w, r, err) // before the sandbox is woken
+		return
+	}
 	lease, err := s.Sandboxes.Connect(r.Context(), callerOf(r), sandbox.ID(id))
 	if err != nil {
 		s.fail(w, r, err)
@@ -59,12 +64,14 @@ func (s *server) ExecuteCommand(w http.ResponseWriter, r *http.Request, id Sandb
 		return
 	}
 	s.inside(w, r, id, func(t agentapi.Target) error {
+		account := &callOf(r).account
+		stdout, stderr := budget.Bytes{Account: account}, budget.Bytes{Account: account}
 		end := span.Start(r.Context(), "agent")
-		result, err := s.Agent.Execute(r.Context(), t, request)
+		result, err := s.Agent.Collect(r.Context(), t, request, &stdout, &stderr)
 		end()
 		span.Add(r.Context(), "inside", result.Duration)
 		if err == nil {
-			s.answer(w, r, http.StatusOK, resultOf(result))
+			s.sendResult(w, r, result, &stdout, &stderr)
 		}
 		return err
 	})
@@ -134,45 +141,10 @@ func shellOf(in ExecuteRequest, out *agentapi.ExecuteRequest) error {
 	return nil
 }
 
-func resultOf(r agentapi.ExecuteResult) ExecuteResult {
-	out := ExecuteResult{
-		ExitCode:        r.ExitCode,
-		StdoutTruncated: r.StdoutTruncated,
-		StderrTruncated: r.StderrTruncated,
-		DurationMs:      r.Duration.Milliseconds(),
-		TimedOut:        r.TimedOut,
-		OOMKilled:       r.OOMKilled,
-	}
-	var encoded bool
-	if out.Stdout, encoded = text(r.Stdout, r.StdoutTruncated); encoded {
-		out.StdoutEncoding = new(ExecuteResultStdoutEncodingBase64)
-	}
-	if out.Stderr, encoded = text(r.Stderr, r.StderrTruncated); encoded {
-		out.StderrEncoding = new(ExecuteResultStderrEncodingBase64)
-	}
-	if r.Signal != 0 {
-		out.Signal = new(signalName(r.Signal))
-	}
-	return out
-}
-
 // text is output as JSON can carry it: as it is, or base64 when it is not UTF-8.
-// A cut in the middle of a character does not make text binary: the piece of the
-// character goes.
-func text(b []byte, cut bool) (s string, encoded bool) {
+func text(b []byte) (s string, encoded bool) {
 	if utf8.Valid(b) {
 		return string(b), false
-	}
-	if cut {
-		for n := 1; n < utf8.UTFMax && n <= len(b); n++ {
-			tail := b[len(b)-n:]
-			if utf8.RuneStart(tail[0]) {
-				if !utf8.FullRune(tail) && utf8.Valid(b[:len(b)-n]) {
-					return string(b[:len(b)-n]), false
-				}
-				break
-			}
-		}
 	}
 	return base64.StdEncoding.EncodeToString(b), true
 }

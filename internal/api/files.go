@@ -112,7 +112,7 @@ func (u *upload) Read(p []byte) (int, error) {
 var contentRange = regexp.MustCompile(`^bytes (\d+-\d+|\*)/(\d+|\*)$`)
 
 // copyPiece is how much of a file is held at once, bytes.
-const copyPiece = 128 << 10
+const copyPiece = 64 << 10
 
 // ReadFile answers GET /v1/sandboxes/{id}/files.
 func (s *server) ReadFile(w http.ResponseWriter, r *http.Request, id SandboxID, params ReadFileParams) {
@@ -121,6 +121,9 @@ func (s *server) ReadFile(w http.ResponseWriter, r *http.Request, id SandboxID, 
 		return
 	}
 	s.inside(w, r, id, func(t agentapi.Target) error {
+		if err := callOf(r).account.Take(passCost); err != nil {
+			return err
+		}
 		file, err := s.Agent.Download(r.Context(), t, params.Path, "", rangeOf(r.Header))
 		if err != nil {
 			return err
@@ -224,11 +227,24 @@ func (s *server) ListFiles(w http.ResponseWriter, r *http.Request, id SandboxID,
 		return
 	}
 	s.inside(w, r, id, func(t agentapi.Target) error {
-		entries, err := s.Agent.List(r.Context(), t, params.Path, "", depth)
-		if err == nil {
-			s.answer(w, r, http.StatusOK, FileList{Entries: each(entries, entryOf)})
+		if err := callOf(r).account.Take(passCost); err != nil {
+			return err
 		}
-		return tooManyEntries(err)
+		reply := newListReply(w, "entries")
+		err := s.Agent.List(r.Context(), t, params.Path, "", depth, func(e agentapi.Entry) error {
+			item, err := encode(entryOf(e))
+			if err != nil {
+				return err
+			}
+			return reply.add(item)
+		})
+		if err == nil {
+			err = reply.end("")
+		}
+		if err != nil {
+			s.broken(reply, w, r, tooManyEntries(err))
+		}
+		return nil
 	})
 }
 

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"io"
 	"log/slog"
 	"net/http"
@@ -27,6 +28,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/blob"
+	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/proxy"
@@ -419,12 +421,16 @@ func newFakeAgent() *fakeAgent {
 	}}
 }
 
-func (a *fakeAgent) Execute(ctx context.Context, t agentapi.Target, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error) {
+func (a *fakeAgent) Collect(ctx context.Context, t agentapi.Target, r agentapi.ExecuteRequest, stdout, stderr *budget.Bytes) (agentapi.ExecuteResult, error) {
 	a.mu.Lock()
 	a.targets = append(a.targets, t)
 	execute := a.execute
 	a.mu.Unlock()
-	return execute(ctx, r)
+	res, err := execute(ctx, r)
+	if err == nil {
+		err = errors.Join(stdout.Keep(res.Stdout), stderr.Keep(res.Stderr))
+	}
+	return res, err
 }
 
 func (a *fakeAgent) Upload(_ context.Context, _ agentapi.Target, r agentapi.UploadRequest) error {
@@ -485,9 +491,9 @@ func (a *fakeAgent) Remove(_ context.Context, _ agentapi.Target, path, _ string,
 	return nil
 }
 
-func (a *fakeAgent) List(_ context.Context, _ agentapi.Target, path, _ string, depth int) ([]agentapi.Entry, error) {
+func (a *fakeAgent) List(_ context.Context, _ agentapi.Target, path, _ string, depth int, emit func(agentapi.Entry) error) error {
 	if a.fail != nil {
-		return nil, a.fail
+		return a.fail
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -499,7 +505,12 @@ func (a *fakeAgent) List(_ context.Context, _ agentapi.Target, path, _ string, d
 				Mode: 0o100644, Owner: "user", Group: "user", ModifiedAt: time.Now()})
 		}
 	}
-	return entries, nil
+	for _, e := range entries {
+		if err := emit(e); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // logBuffer takes log lines from several goroutines.

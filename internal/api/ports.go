@@ -74,6 +74,10 @@ func (s *server) servePort(w *recorder, r *http.Request, p portRequest) {
 	if moved {
 		return
 	}
+	if err := s.account(r, caller.OrgID, portCost); err != nil {
+		s.fail(w, r, err)
+		return
+	}
 	lease, err := s.Sandboxes.Connect(r.Context(), caller, p.id)
 	if err != nil {
 		s.fail(w, r, err)

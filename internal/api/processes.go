@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 )
 
@@ -217,7 +218,7 @@ func (s *server) GetProcessOutput(w http.ResponseWriter, r *http.Request, id San
 // outputNow is a process's output as far as it is kept.
 func (s *server) outputNow(ctx context.Context, t agentapi.Target, f agentapi.FollowRequest) (ProcessOutput, error) {
 	out := ProcessOutput{Output: []OutputPiece{}, NextOffset: f.Offset}
-	size := 0
+	size, account := 0, budget.From(ctx)
 	p, err := s.Agent.Follow(ctx, t, f, func(o agentapi.ProcessOutput) error {
 		out.Lost += o.Lost
 		out.NextOffset = o.Offset + max(o.Lost, int64(len(o.Data)))
@@ -227,6 +228,10 @@ func (s *server) outputNow(ctx context.Context, t agentapi.Target, f agentapi.Fo
 		}
 		if len(o.Data) > 0 {
 			piece := pieceOf(o.Data)
+			// As it is held, as it is answered, and the buffer for the answer, which may have doubled.
+			if err := account.Take(waitingCost + int64(len(piece.Data)) + 3*escapedLen(piece.Data)); err != nil {
+				return err
+			}
 			piece.Offset, piece.Stream = &o.Offset, new(OutputPieceStream(streamNames[o.Stream]))
 			out.Output = append(out.Output, piece)
 		}
@@ -234,6 +239,20 @@ func (s *server) outputNow(ctx context.Context, t agentapi.Target, f agentapi.Fo
 	})
 	out.Process = processOf(p)
 	return out, err
+}
+
+// escapedLen is about how long a text is in JSON, bytes.
+func escapedLen(s string) int64 {
+	n := len(s)
+	for i := range len(s) {
+		switch c := s[i]; {
+		case c < ' ':
+			n += 5
+		case c == '"', c == '\\':
+			n++
+		}
+	}
+	return int64(n)
 }
 
 // WriteProcessStdin answers POST /v1/sandboxes/{id}/processes/{process}/stdin.

@@ -16,6 +16,7 @@ import (
 	"github.com/cayhq/cay/client"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -274,7 +275,7 @@ func TestStreamedExecutionReaders(t *testing.T) {
 }
 
 func TestOutboxIsBounded(t *testing.T) {
-	box := newOutbox()
+	box := newOutbox(nil)
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
 	n := 0
@@ -290,15 +291,58 @@ func TestOutboxIsBounded(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- box.put(ctx, agentapi.ExecuteEvent{Stream: agentapi.Stdout, Data: []byte("last")}) }()
 	signal(box.more)
-	if all := box.take(); len(all) != n {
-		t.Errorf("%d of %d were taken", len(all), n)
+	took := 0
+	for took < n {
+		some := box.take()
+		if len(some)*waitingCost > piece+waitingCost {
+			t.Fatalf("%d pieces are sent at once", len(some))
+		}
+		took += len(some)
 	}
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
 	box.close()
-	if all := box.take(); len(all) != 1 || len(box.take()) != 0 {
-		t.Errorf("at the end there are %d", len(all))
+	for some := box.take(); len(some) > 0; some = box.take() {
+		took += len(some)
+	}
+	if took != n+1 {
+		t.Errorf("%d pieces of %d were taken", took, n+1)
+	}
+}
+
+// A command whose output has no room waits for the one who reads, and what is read makes room again.
+func TestOutboxWithoutMemory(t *testing.T) {
+	b := budget.New(40<<10, 40<<10)
+	var account, other budget.Account
+	if err := errors.Join(account.Open(b, "a", 0), other.Open(b, "a", 10<<10)); err != nil {
+		t.Fatal(err)
+	}
+	defer account.Close()
+	box := newOutbox(&account)
+	piece := agentapi.ExecuteEvent{Stream: agentapi.Stdout, Data: make([]byte, mergeBelow)}
+	if !box.tryPut(piece) && !box.tryPut(piece) {
+		t.Fatal("not one piece is taken")
+	}
+	if box.tryPut(piece) {
+		t.Fatal("a piece was taken that there is no memory for")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- box.put(ctx, piece) }()
+	signal(box.more)
+	for range 2 {
+		if len(box.take()) != 1 {
+			t.Error("took nothing")
+		}
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	other.Close()
+	if !box.tryPut(piece) {
+		t.Error("there is memory and no room")
 	}
 }
 

@@ -132,12 +132,10 @@ func (s *server) ListSandboxes(w http.ResponseWriter, r *http.Request, params Li
 		}
 		f.Metadata[key] = values[0]
 	}
-	boxes, next, err := s.Sandboxes.List(r.Context(), f)
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	s.answer(w, r, http.StatusOK, SandboxList{Sandboxes: each(boxes, sandboxOf), NextCursor: optional(next)})
+	answerList(s, w, r, "sandboxes", limit, cursor, func(limit int, cursor string) ([]sandbox.Sandbox, string, error) {
+		f.Limit, f.Cursor = limit, cursor
+		return s.Sandboxes.List(r.Context(), f)
+	}, sandboxOf)
 }
 
 // statesOf is the states of the statuses asked for: all but destroyed when none is.

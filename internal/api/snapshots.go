@@ -51,12 +51,10 @@ func (s *server) ListSnapshots(w http.ResponseWriter, r *http.Request, params Li
 	if params.Name != nil {
 		f.Name = *params.Name
 	}
-	all, next, err := s.Sandboxes.ListSnapshots(r.Context(), f)
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	s.answer(w, r, http.StatusOK, SnapshotList{Snapshots: each(all, snapshotOf), NextCursor: optional(next)})
+	answerList(s, w, r, "snapshots", limit, cursor, func(limit int, cursor string) ([]sandbox.Snapshot, string, error) {
+		f.Limit, f.Cursor = limit, cursor
+		return s.Sandboxes.ListSnapshots(r.Context(), f)
+	}, snapshotOf)
 }
 
 // GetSnapshot answers GET /v1/snapshots/{snapshot}.

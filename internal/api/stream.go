@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 )
 
@@ -105,7 +106,11 @@ func (s *server) streamCommand(w http.ResponseWriter, r *http.Request, id Sandbo
 		}
 		ctx, cancel := context.WithCancel(r.Context())
 		defer cancel()
-		box := newOutbox()
+		account := &callOf(r).account
+		if err := account.Take(2 * piece); err != nil { // what is being sent
+			return err
+		}
+		box := newOutbox(account)
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			if box.drain(reply) != nil {
@@ -162,11 +167,16 @@ func (s *server) followProcess(reply *eventReply, t agentapi.Target, f agentapi.
 	f.Begun = reply.begin
 	var b strings.Builder
 	p, err := s.Agent.Follow(ctx, t, f, func(o agentapi.ProcessOutput) error {
-		b.Reset()
-		if err := writeOutput(&b, o); err != nil {
-			return err
+		for _, part := range parts(o) {
+			b.Reset()
+			if err := writeOutput(&b, part); err != nil {
+				return err
+			}
+			if err := reply.send(b.String()); err != nil {
+				return err
+			}
 		}
-		return reply.send(b.String())
+		return nil
 	})
 	switch {
 	case err != nil:
@@ -176,6 +186,20 @@ func (s *server) followProcess(reply *eventReply, t agentapi.Target, f agentapi.
 	default:
 		reply.fail(fault.New(fault.Unavailable, agentapi.CodeUnreachable, "the sandbox ended the stream before the process"))
 	}
+}
+
+// eventPiece is how much output goes into one event, bytes: as JSON it may be six times that.
+const eventPiece = 16 << 10
+
+// parts cuts output into pieces for events, between characters.
+func parts(o agentapi.ProcessOutput) []agentapi.ProcessOutput {
+	var all []agentapi.ProcessOutput
+	for len(o.Data) > eventPiece {
+		n := eventPiece - agentapi.IncompleteTail(o.Data[:eventPiece])
+		all = append(all, agentapi.ProcessOutput{Stream: o.Stream, Offset: o.Offset, Data: o.Data[:n]})
+		o.Offset, o.Data = o.Offset+int64(n), o.Data[n:]
+	}
+	return append(all, o)
 }
 
 // writeOutput writes a piece of a process's output as an event.
@@ -194,7 +218,7 @@ var streamNames = map[agentapi.Stream]string{agentapi.Stdout: "stdout", agentapi
 func pieceOf(data []byte) OutputPiece {
 	var piece OutputPiece
 	var encoded bool
-	if piece.Data, encoded = text(data, false); encoded {
+	if piece.Data, encoded = text(data); encoded {
 		piece.Encoding = new(OutputPieceEncodingBase64)
 	}
 	return piece
@@ -204,18 +228,27 @@ func pieceOf(data []byte) OutputPiece {
 type outbox struct {
 	mu sync.Mutex
 	// +checklocks:mu
-	waiting []agentapi.ExecuteEvent
+	waiting []outEvent
 	// +checklocks:mu
 	cost int
 	// +checklocks:mu
+	sending int64 // what was taken last has of the account
+	// +checklocks:mu
 	closed bool
 
-	more chan struct{} // something was put or it was closed; capacity 1
-	room chan struct{} // something was taken; capacity 1
+	account *budget.Account
+	more    chan struct{} // something was put or it was closed; capacity 1
+	room    chan struct{} // something was taken; capacity 1
 }
 
-func newOutbox() *outbox {
-	return &outbox{more: make(chan struct{}, 1), room: make(chan struct{}, 1)}
+// outEvent is an event that waits, with what it has of the account.
+type outEvent struct {
+	agentapi.ExecuteEvent
+	held int64
+}
+
+func newOutbox(account *budget.Account) *outbox {
+	return &outbox{account: account, more: make(chan struct{}, 1), room: make(chan struct{}, 1)}
 }
 
 func signal(c chan struct{}) {
@@ -244,13 +277,21 @@ func (o *outbox) tryPut(e agentapi.ExecuteEvent) bool {
 	if o.cost > maxWaiting {
 		return false
 	}
+	held := int64(len(e.Data) + waitingCost)
+	if o.account.Take(held) != nil {
+		if len(o.waiting) > 0 {
+			return false // until the caller has taken some
+		}
+		held = 0 // a piece always goes on: it is a part of what the call costs
+	}
 	o.cost += len(e.Data)
 	if n := len(o.waiting) - 1; n >= 0 && e.PID == 0 && o.waiting[n].Stream == e.Stream && len(o.waiting[n].Data) < mergeBelow {
 		o.waiting[n].Data = append(o.waiting[n].Data, e.Data...)
+		o.waiting[n].held += held
 		return true
 	}
 	o.cost += waitingCost
-	o.waiting = append(o.waiting, e)
+	o.waiting = append(o.waiting, outEvent{e, held})
 	return true
 }
 
@@ -262,22 +303,37 @@ func (o *outbox) close() {
 	signal(o.more)
 }
 
-// take returns all that waits, when there is anything; nothing when nothing more comes.
-func (o *outbox) take() []agentapi.ExecuteEvent {
+// take returns what waits, as much as is sent at once, when there is anything; nothing when nothing more comes.
+// What it returned before has been sent.
+func (o *outbox) take() []outEvent {
 	for range o.more {
-		o.mu.Lock()
-		all, closed := o.waiting, o.closed
-		o.waiting, o.cost = nil, 0
-		o.mu.Unlock()
+		some, again := o.takeSome()
 		signal(o.room)
-		if closed {
+		if again {
 			signal(o.more) // for the next call
 		}
-		if len(all) > 0 || closed {
-			return all
+		if len(some) > 0 || again {
+			return some
 		}
 	}
 	return nil
+}
+
+// takeSome returns what is sent at once, and whether there is more to take or nothing more comes.
+func (o *outbox) takeSome() (some []outEvent, again bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.account.Give(o.sending)
+	o.sending = 0
+	n, size := 0, 0
+	for n < len(o.waiting) && size < piece {
+		size += len(o.waiting[n].Data) + waitingCost
+		o.sending += o.waiting[n].held
+		o.cost -= len(o.waiting[n].Data) + waitingCost
+		n++
+	}
+	some, o.waiting = o.waiting[:n:n], o.waiting[n:]
+	return some, o.closed || len(o.waiting) > 0
 }
 
 // drain sends what comes until it is closed. Characters that were cut are put together.
@@ -285,15 +341,29 @@ func (o *outbox) drain(reply *eventReply) error {
 	var held [agentapi.Stderr + 1][]byte
 	var b strings.Builder
 	write := func(s agentapi.Stream, data []byte) error {
-		if len(data) == 0 {
-			return nil
+		for len(data) > 0 {
+			n := len(data)
+			if n > eventPiece {
+				n = eventPiece - agentapi.IncompleteTail(data[:eventPiece])
+			}
+			if err := writeEvent(&b, "", streamNames[s], pieceOf(data[:n])); err != nil {
+				return err
+			}
+			data = data[n:]
+			if b.Len() < piece {
+				continue
+			}
+			if err := reply.send(b.String()); err != nil {
+				return err
+			}
+			b.Reset()
 		}
-		return writeEvent(&b, "", streamNames[s], pieceOf(data))
+		return nil
 	}
 	for {
-		all := o.take()
+		some := o.take()
 		b.Reset()
-		for _, e := range all {
+		for _, e := range some {
 			if e.PID != 0 {
 				if err := writeEvent(&b, "", "started", ProcessStarted{PID: e.PID}); err != nil {
 					return err
@@ -307,7 +377,7 @@ func (o *outbox) drain(reply *eventReply) error {
 				return err
 			}
 		}
-		if len(all) == 0 {
+		if len(some) == 0 {
 			for s, data := range held {
 				if err := write(agentapi.Stream(s), data); err != nil {
 					return err
@@ -319,7 +389,7 @@ func (o *outbox) drain(reply *eventReply) error {
 				return err
 			}
 		}
-		if len(all) == 0 {
+		if len(some) == 0 {
 			return nil
 		}
 	}

@@ -26,12 +26,9 @@ func (s *server) ListTemplates(w http.ResponseWriter, r *http.Request, params Li
 		s.fail(w, r, err)
 		return
 	}
-	templates, next, err := s.Templates.List(r.Context(), callOf(r).who.Org.ID, limit, cursor)
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	s.answer(w, r, http.StatusOK, TemplateList{Templates: each(templates, templateOf), NextCursor: optional(next)})
+	answerList(s, w, r, "templates", limit, cursor, func(limit int, cursor string) ([]template.Template, string, error) {
+		return s.Templates.List(r.Context(), callOf(r).who.Org.ID, limit, cursor)
+	}, templateOf)
 }
 
 // GetTemplate answers GET /v1/templates/{template}.
@@ -285,11 +282,32 @@ func (s *server) GetTemplateLogs(w http.ResponseWriter, r *http.Request, ref Tem
 		return
 	}
 	lines, err := s.Templates.Log(r.Context(), callOf(r).who.Org.ID, ref)
-	if err != nil {
-		s.fail(w, r, err)
-		return
+	if err == nil {
+		err = callOf(r).account.Take(sizeOfLines(lines))
 	}
-	s.answer(w, r, http.StatusOK, TemplateLogs{Lines: each(lines, logLineOf)})
+	reply := newListReply(w, "lines")
+	for i := 0; err == nil && i < len(lines); i++ {
+		var item []byte
+		if item, err = encode(logLineOf(lines[i])); err == nil {
+			err = reply.add(item)
+		}
+	}
+	if err == nil {
+		err = reply.end("")
+	}
+	if err != nil {
+		s.broken(reply, w, r, err)
+	}
+}
+
+// sizeOfLines is about what lines of a log take, bytes.
+func sizeOfLines(lines []template.LogLine) int64 {
+	const lineCost = 128
+	size := int64(0)
+	for _, l := range lines {
+		size += lineCost + int64(len(l.Text))
+	}
+	return size
 }
 
 const eventStream = "text/event-stream"
@@ -325,14 +343,27 @@ func (s *server) followTemplate(w http.ResponseWriter, r *http.Request, ref Temp
 	events.send(":\n\n")
 	stop := events.keepalive(callOf(r).patience.quiet)
 	defer stop()
+	account := &callOf(r).account
 	t, err := s.Templates.Follow(r.Context(), org, ref, build, seq, func(build string, lines []template.LogLine) error {
+		held := sizeOfLines(lines)
+		if err := account.Take(held); err != nil {
+			return err
+		}
+		defer account.Give(held)
 		var b strings.Builder
-		for _, l := range lines {
+		for i, l := range lines {
 			if err := writeEvent(&b, fmt.Sprintf("%s.%d", build, l.Seq), "line", logLineOf(l)); err != nil {
 				return err
 			}
+			if b.Len() < piece && i < len(lines)-1 {
+				continue
+			}
+			if err := events.send(b.String()); err != nil {
+				return err
+			}
+			b.Reset()
 		}
-		return events.send(b.String())
+		return nil
 	})
 	if err == nil {
 		var b strings.Builder

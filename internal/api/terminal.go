@@ -15,6 +15,7 @@ import (
 	"github.com/coder/websocket"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 )
 
@@ -30,8 +31,9 @@ const (
 	// maxTyped is how much of what was typed waits for the terminal to take it, bytes: a
 	// large paste. Beyond it the connection ends; the terminal goes on.
 	maxTyped = 4 << 20
-	// maxTerminalFrame is the largest frame that is taken, bytes.
+	// maxTerminalFrame is the largest frame that is taken, bytes, and maxTerminalText the largest one of text.
 	maxTerminalFrame = 1 << 20
+	maxTerminalText  = 4 << 10
 	// pingEvery is how often a client is asked whether it is there, and how long it has to
 	// answer: what a broken connection is found out by, and what keeps proxies from ending
 	// a silent one.
@@ -222,7 +224,7 @@ func (t *terminalSession) run(ctx context.Context) {
 	ctx, stop := t.server.untilStop(ctx)
 	defer stop()
 	ctx, cancel := context.WithCancelCause(ctx)
-	typed := newTyped(ctx)
+	typed := newTyped(ctx, &t.call.account)
 	var wg sync.WaitGroup
 	t.conn.SetReadLimit(maxTerminalFrame)
 	// The connection outlasts ctx, whose end would break it before there was a goodbye: a
@@ -307,15 +309,22 @@ func (t *terminalSession) show(ctx context.Context, o agentapi.ProcessOutput) er
 // receive takes what the client sends until it closes the connection.
 func (t *terminalSession) receive(lasting, ctx context.Context, typed *typed) error {
 	for {
-		kind, b, err := t.conn.Read(lasting)
+		kind, in, err := t.conn.Reader(lasting)
 		if err != nil {
 			return errors.Join(errClientLeft, err)
 		}
 		if kind == websocket.MessageBinary {
-			if err := typed.add(b); err != nil {
+			if err := typed.take(in); err != nil {
 				return err
 			}
 			continue
+		}
+		b, err := io.ReadAll(io.LimitReader(in, maxTerminalText+1))
+		if err != nil {
+			return errors.Join(errClientLeft, err)
+		}
+		if len(b) > maxTerminalText {
+			return tooLarge(maxTerminalText)
 		}
 		size, err := resizeOf(b)
 		if err != nil {
@@ -398,7 +407,8 @@ func (t *terminalSession) goodbye(ctx context.Context, p agentapi.Process, err e
 
 // typed is what was typed and the terminal has not taken yet. It is read by one goroutine.
 type typed struct {
-	ctx context.Context
+	ctx     context.Context
+	account *budget.Account
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -409,7 +419,28 @@ type typed struct {
 	more chan struct{} // capacity 1
 }
 
-func newTyped(ctx context.Context) *typed { return &typed{ctx: ctx, more: make(chan struct{}, 1)} }
+func newTyped(ctx context.Context, account *budget.Account) *typed {
+	return &typed{ctx: ctx, account: account, more: make(chan struct{}, 1)}
+}
+
+// take adds a frame as it comes.
+func (t *typed) take(in io.Reader) error {
+	b := make([]byte, 4<<10)
+	for {
+		n, err := in.Read(b)
+		if n > 0 {
+			if err := t.add(b[:n]); err != nil {
+				return err
+			}
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return errors.Join(errClientLeft, err)
+		}
+	}
+}
 
 // add never waits.
 func (t *typed) add(b []byte) error {
@@ -417,6 +448,9 @@ func (t *typed) add(b []byte) error {
 	defer t.mu.Unlock()
 	if len(t.waiting)+len(b) > maxTyped {
 		return fault.New(fault.Conflict, agentapi.CodeStdinBlocked, "the terminal does not read what is typed, and %d bytes wait", len(t.waiting))
+	}
+	if err := t.account.Take(2 * int64(len(b))); err != nil { // the buffer may have doubled
+		return err
 	}
 	t.waiting = append(t.waiting, b...)
 	signal(t.more)
@@ -435,7 +469,10 @@ func (t *typed) Read(p []byte) (int, error) {
 	for {
 		t.mu.Lock()
 		n := copy(p, t.waiting)
-		t.waiting = t.waiting[n:]
+		t.account.Give(2 * int64(n))
+		if t.waiting = t.waiting[n:]; len(t.waiting) == 0 {
+			t.waiting = nil // not the buffer of a large paste for the rest of the session
+		}
 		closed := t.closed
 		t.mu.Unlock()
 		if n > 0 {

@@ -139,6 +139,9 @@ func (s *server) DownloadTree(w http.ResponseWriter, r *http.Request, id Sandbox
 		return
 	}
 	s.inside(w, r, id, func(t agentapi.Target) error {
+		if err := callOf(r).account.Take(passCost); err != nil {
+			return err
+		}
 		tree, err := s.Agent.DownloadTree(r.Context(), t, params.Path, "")
 		if err != nil {
 			return err

@@ -32,7 +32,7 @@ func Leftovers(t testing.TB, instance, dataDir string) []string {
 	}
 	group := "cay-" + instance
 	err = filepath.WalkDir("/sys/fs/cgroup", func(path string, d fs.DirEntry, err error) error {
-		if err == nil && d.IsDir() && d.Name() == group {
+		if err == nil && d.IsDir() && (d.Name() == group || d.Name() == group+"-server") {
 			add("control group", path)
 		}
 		return nil // groups come and go while we look

@@ -18,6 +18,7 @@ import (
 
 	"github.com/cayhq/cay/internal/accesslog"
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/proxy"
 )
@@ -62,6 +63,27 @@ type call struct {
 	body    *slowBody
 	code    string
 	err     error // for the log
+	account budget.Account
+}
+
+// What calls hold while they go on, bytes; see the same of the API.
+const (
+	controlCost  = 32 << 10
+	trafficCost  = 96 << 10
+	portCost     = 128 << 10
+	headLineCost = 100
+)
+
+// account opens the account of a call whose organization is known.
+func (s *Surface) account(r *http.Request, orgID string, cost int64) error {
+	cost += int64(3 * len(r.RequestURI))
+	for name, values := range r.Header {
+		cost += int64(headLineCost + len(name))
+		for _, v := range values {
+			cost += int64(headLineCost/2 + len(v))
+		}
+	}
+	return callOf(r).account.Open(s.Budget, orgID, cost)
 }
 
 type callKey struct{}
@@ -78,7 +100,8 @@ func (s *Surface) handle(w http.ResponseWriter, r *http.Request, inside bool, f 
 	start := time.Now()
 	control := http.NewResponseController(w)
 	c := &call{id: "req_" + strings.ToLower(rand.Text()), inside: inside, body: &slowBody{ReadCloser: r.Body, control: control}}
-	r = r.WithContext(context.WithValue(r.Context(), callKey{}, c))
+	r = r.WithContext(budget.With(context.WithValue(r.Context(), callKey{}, c), &c.account))
+	defer c.account.Close()
 	rec := &recorder{ResponseWriter: w, control: control}
 	if r.Body != nil && r.Body != http.NoBody {
 		r.Body = c.body

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -135,6 +136,9 @@ func (s *Surface) admitted(w http.ResponseWriter, r *http.Request, route route) 
 			return fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s", scope)
 		}
 	}
+	if err := s.account(r, who.Org.ID, controlCost); err != nil {
+		return err
+	}
 	return route.answer(w, r)
 }
 
@@ -155,10 +159,25 @@ func caller(r *http.Request) sandbox.Caller {
 
 func orgOf(r *http.Request) string { return callOf(r).who.Org.ID }
 
+// takenBody is a body that is taken from the call's account while it is read: as it comes, in a buffer that may
+// have doubled, and as it is decoded.
+type takenBody struct {
+	io.Reader
+	account *budget.Account
+}
+
+func (b *takenBody) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	if taken := b.account.Take(3 * int64(n)); taken != nil {
+		return 0, taken
+	}
+	return n, err
+}
+
 // read decodes the JSON body into dst; none is an empty object. A field that dst does not
 // have is one of a newer API, and not ignored: what it asks for would not happen.
 func read(w http.ResponseWriter, r *http.Request, dst any) error {
-	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
+	d := json.NewDecoder(&takenBody{http.MaxBytesReader(w, r.Body, maxBody), &callOf(r).account})
 	d.DisallowUnknownFields()
 	err := d.Decode(dst)
 	if err == nil && d.More() {
@@ -167,6 +186,8 @@ func read(w http.ResponseWriter, r *http.Request, dst any) error {
 	var over *http.MaxBytesError
 	var wrong *json.UnmarshalTypeError
 	switch {
+	case fault.As(err) != nil: // there is no memory for it
+		return err
 	case callOf(r).body.incomplete() != nil:
 		return callOf(r).body.incomplete()
 	case err == nil:

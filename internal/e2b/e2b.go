@@ -27,6 +27,7 @@ import (
 	"github.com/cayhq/cay/internal/accesslog"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/proxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
@@ -71,7 +72,7 @@ type Auth interface {
 
 // Agent is what is called inside sandboxes; [*agentapi.Client] has it.
 type Agent interface {
-	Transport(t agentapi.Target) http.RoundTripper
+	Transport(t agentapi.Target, stream bool) http.RoundTripper
 	Metrics(ctx context.Context, t agentapi.Target) (agentapi.Metrics, error)
 }
 
@@ -80,7 +81,7 @@ type Ports interface {
 	Serve(w http.ResponseWriter, r *http.Request, to proxy.Destination) error
 }
 
-// Config is what the surface needs. Every field is required.
+// Config is what the surface needs. Every field but Budget is required.
 type Config struct {
 	Sandboxes Sandboxes
 	Templates Templates
@@ -91,6 +92,8 @@ type Config struct {
 	// Secret is what tokens are derived from: at least 16 random bytes, the same in
 	// every life of the server, or clients lose the sandboxes that they have.
 	Secret []byte
+	// Budget is what calls take the memory from that they hold; nil is no limit.
+	Budget *budget.Budget
 	Log    *slog.Logger
 	// Registry takes the metrics of this package.
 	Registry prometheus.Registerer

@@ -1,6 +1,7 @@
 package e2b
 
 import (
+	"encoding/json"
 	"net/http"
 	"net/url"
 	"slices"
@@ -35,16 +36,41 @@ func (s *Surface) list(states []sandbox.State) func(http.ResponseWriter, *http.R
 		if states != nil {
 			f.States = states
 		}
-		boxes, next, err := s.Sandboxes.List(r.Context(), f)
+		return answerPage(w, r, f.Limit, f.Cursor, func(limit int, cursor string) ([]sandbox.Sandbox, string, error) {
+			f.Limit, f.Cursor = limit, cursor
+			return s.Sandboxes.List(r.Context(), f)
+		}, listed)
+	}
+}
+
+// listPage is how many rows of a listing are held at once. A row may have an environment of 128 KiB, which is not
+// shown.
+const listPage = 8
+
+// answerPage answers with a page of rows. What is shown of them is kept, since the cursor goes before it.
+func answerPage[T, U any](w http.ResponseWriter, r *http.Request, limit int, cursor string,
+	rows func(limit int, cursor string) ([]T, string, error), shown func(T) U) error {
+	all := []json.RawMessage{}
+	for {
+		some, next, err := rows(min(limit-len(all), listPage), cursor)
 		if err != nil {
 			return pageError(err)
 		}
-		out := make([]listedBody, len(boxes))
-		for i, box := range boxes {
-			out[i] = listed(box)
+		for _, row := range some {
+			text, err := json.Marshal(shown(row))
+			if err != nil {
+				return err
+			}
+			// Twice: it is put together with all others.
+			if err := callOf(r).account.Take(2 * int64(len(text))); err != nil {
+				return err
+			}
+			all = append(all, text)
 		}
-		page(w, out, next)
-		return nil
+		if cursor = next; next == "" || len(all) >= limit {
+			page(w, all, next)
+			return nil
+		}
 	}
 }
 
@@ -173,16 +199,9 @@ func (s *Surface) listTemplates(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	all, next, err := s.Templates.List(r.Context(), orgOf(r), limit, cursor)
-	if err != nil {
-		return pageError(err)
-	}
-	out := make([]templateBody, len(all))
-	for i, t := range all {
-		out[i] = templateOf(t)
-	}
-	page(w, out, next)
-	return nil
+	return answerPage(w, r, limit, cursor, func(limit int, cursor string) ([]template.Template, string, error) {
+		return s.Templates.List(r.Context(), orgOf(r), limit, cursor)
+	}, templateOf)
 }
 
 func templateOf(t template.Template) templateBody {

@@ -44,6 +44,9 @@ func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, box sandbox.
 	if !s.mayReach(r, box, kept) {
 		return errPrivate
 	}
+	if err := s.account(r, box.OrgID, portCost); err != nil {
+		return err
+	}
 	lease, err := s.lease(r.Context(), box, kept)
 	if err != nil {
 		return away(err, to)

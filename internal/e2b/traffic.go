@@ -70,12 +70,16 @@ func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) erro
 		return fault.New(fault.NotFound, "no_such_route", "there is no %s %s", r.Method, r.URL.Path)
 	}
 	callOf(r).route = r.URL.Path
+	r.Header.Del("Upgrade") // the agent has no other protocol, and one in its place must have none
 	kept := keptWith(box)
 	if !takesTraffic(box, kept) || r.URL.Path == "/health" && box.State != sandbox.Running {
 		return gone{to, notFoundText, false}
 	}
 	if err := s.admitEnvd(r, box, kept); err != nil {
 		return err
+	}
+	if err := s.account(r, box.OrgID, trafficCost); err != nil {
+		return err // before the sandbox is woken
 	}
 	lease, err := s.lease(r.Context(), box, kept)
 	if err != nil {
@@ -142,7 +146,7 @@ func (s *Surface) forward(w http.ResponseWriter, r *http.Request, box sandbox.Sa
 		r = r.WithContext(ctx)
 	}
 	p := httputil.ReverseProxy{
-		Transport:     s.Agent.Transport(target(box)),
+		Transport:     s.Agent.Transport(target(box), procedures[r.URL.Path]),
 		FlushInterval: -1, // each message as it comes: clients wait for the first
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			q := pr.In.URL.Query()

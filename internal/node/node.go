@@ -13,6 +13,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -75,6 +76,8 @@ type Config struct {
 	// MaxPIDs is how many tasks a sandbox may have inside at the most; see tasksFor
 	// for what a small one may have.
 	MaxPIDs int
+	// AnswerTimeout is how long an agent may be silent; 0 is agentapi's default.
+	AnswerTimeout time.Duration
 }
 
 // Node is this machine.
@@ -133,6 +136,7 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 		return n.reach(ctx, sandbox.ID(id))
 	})
 	n.agents.Bearer = n.bearer
+	n.agents.Patience = cmp.Or(cfg.AnswerTimeout, agentapi.DefaultPatience)
 	var interrupted []string
 	if n.checkpoints, interrupted, err = checkpoint.Open(cfg.Checkpoints, cfg.MinDisk); err != nil {
 		return nil, err
@@ -296,6 +300,11 @@ func (n *Node) dir(id sandbox.ID) string { return filepath.Join(n.cfg.Dir, strin
 func (n *Node) groupPath(id sandbox.ID) string {
 	return filepath.Join(GroupRoot(n.cfg.Instance), string(id))
 }
+
+// ServerGroup is the control group of the server itself.
+func ServerGroup(instance string) string { return GroupRoot(instance) + serverSuffix }
+
+const serverSuffix = "-server"
 
 // GroupRoot is the control group that holds all sandboxes of an instance.
 func GroupRoot(instance string) string { return "/cay-" + instance }

@@ -40,7 +40,7 @@ func Purge(ctx context.Context, r Remains) error {
 	if err := errors.Join(errs...); err != nil {
 		return err // with processes left nothing else may go: they use it
 	}
-	errs = append(errs, root.Remove(), network.Purge(r.Instance), os.RemoveAll(r.RunDir))
+	errs = append(errs, root.Remove(), groups.Group(ServerGroup(r.Instance)).Remove(), network.Purge(r.Instance), os.RemoveAll(r.RunDir))
 	if r.Dir != "" {
 		errs = append(errs, os.RemoveAll(r.Dir))
 	}
@@ -59,7 +59,8 @@ func Instances() ([]string, error) {
 	}
 	var instances []string
 	for _, name := range names {
-		if instance, ok := strings.CutPrefix(name, "cay-"); ok && ValidInstance(instance) {
+		instance, ok := strings.CutPrefix(strings.TrimSuffix(name, serverSuffix), "cay-")
+		if ok && ValidInstance(instance) && !slices.Contains(instances, instance) {
 			instances = append(instances, instance)
 		}
 	}

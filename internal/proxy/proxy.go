@@ -48,8 +48,15 @@ const (
 	// falls, above it only the memory of many requests grows.
 	buffer = 64 << 10
 
-	// maxAnswerHeader bounds what a server inside can make the host hold, bytes.
-	maxAnswerHeader = 256 << 10
+	// connBuffer is each of the two buffers of a connection, bytes. Larger pieces pass them by.
+	connBuffer = 8 << 10
+
+	// maxAnswerHeader bounds what a server inside can make the host hold, bytes; what stands before most
+	// servers takes 8 KiB or less.
+	maxAnswerHeader = 64 << 10
+
+	// streamWindow is how much of an answer over HTTP/2 comes before the caller takes it, bytes.
+	streamWindow = buffer
 
 	// hangupGrace is what requests in flight get when the server stops. Upgrades and
 	// tunnels, which have no end of their own, get nothing.
@@ -120,6 +127,7 @@ func New(ports Dialer, log *slog.Logger) *Proxy {
 	protocols := new(http.Protocols)
 	protocols.SetUnencryptedHTTP2(true)
 	p.h2c.Protocols = protocols
+	p.h2c.HTTP2 = &http.HTTP2Config{MaxReceiveBufferPerStream: streamWindow}
 	p.reverse = &httputil.ReverseProxy{
 		Rewrite:        rewrite,
 		Transport:      p,
@@ -145,20 +153,27 @@ func (p *Proxy) transport() *http.Transport {
 		IdleConnTimeout:        idleTimeout,
 		MaxResponseHeaderBytes: maxAnswerHeader,
 		ExpectContinueTimeout:  time.Second,
-		ReadBufferSize:         buffer,
-		WriteBufferSize:        buffer,
+		ReadBufferSize:         connBuffer,
+		WriteBufferSize:        connBuffer,
 	}
 }
 
 // RoundTrip implements [http.RoundTripper] for the reverse proxy. What comes in as gRPC
 // can only be answered over HTTP/2; all else goes in as HTTP/1.1, which every server speaks.
 func (p *Proxy) RoundTrip(r *http.Request) (*http.Response, error) {
+	transport := p.h1
 	if passageOf(r).grpc {
-		return p.h2c.RoundTrip(r)
+		transport = p.h2c
+	} else {
+		r = r.WithContext(onRestingOnly(agentapi.WithHeads(r.Context())))
+		r.Close = r.Close || mayStayUnread(r)
 	}
-	r = r.WithContext(onRestingOnly(r.Context()))
-	r.Close = r.Close || mayStayUnread(r)
-	return p.h1.RoundTrip(r)
+	resp, err := transport.RoundTrip(r)
+	if err == nil && resp.StatusCode < http.StatusOK && resp.StatusCode != http.StatusSwitchingProtocols {
+		_ = resp.Body.Close() // nothing of it is wanted
+		return nil, fmt.Errorf("the status is %d, which is none", resp.StatusCode)
+	}
+	return resp, err
 }
 
 // passage is one request on its way.

@@ -1,0 +1,56 @@
+package cgroup
+
+import (
+	"os"
+	"os/exec"
+	"testing"
+
+	"github.com/cayhq/cay/internal/caytest"
+)
+
+// A process that is confined is ended by the kernel when it takes more than it may, and nothing else is.
+func TestConfine(t *testing.T) {
+	caytest.RequireRoot(t)
+	h, err := Detect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := h.Own()
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := h.Group("/cay-test-" + caytest.Instance() + "-server")
+	t.Cleanup(func() {
+		if err := g.Remove(); err != nil || g.Exists() {
+			t.Errorf("removing the group: %v", err)
+		}
+	})
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), childMode+"=allocate")
+	start, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	const limit = 64 << 20
+	if err := g.Confine(cmd.Process.Pid, limit); err != nil {
+		t.Error(err)
+	}
+	if got, err := g.MemoryLimit(); err != nil || got != limit {
+		t.Errorf("the limit is %d, %v", got, err)
+	}
+	if err := start.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := cmd.Wait(); err == nil {
+		t.Error("the process ended by itself")
+	}
+	if events, err := g.stat("memory", map[bool]string{true: "memory.events", false: "memory.oom_control"}[h.unified]); err != nil || events["oom_kill"] < 1 {
+		t.Errorf("the kernel killed %d, %v", events["oom_kill"], err)
+	}
+	if now, err := h.Own(); err != nil || now.Path() != own.Path() {
+		t.Errorf("the test itself was moved to %s, %v", now.Path(), err)
+	}
+}
