@@ -24,7 +24,7 @@ const patientPace = 16 << 10
 
 // longPatience is how often the patience fits into what an agent may take for work without an end of its
 // own: the removal of a large tree, the last sync of a large upload.
-const longPatience = 10
+const longPatience = 5
 
 // errSilent is the cause of a call's end whose agent was silent for too long.
 var errSilent = unreachable(errors.New("the agent was silent for too long"))

@@ -41,7 +41,7 @@ const (
 const (
 	maxCommands    = 4096     // processes beside those that are kept: calls go on, one for each at the most
 	maxProcess     = 32 << 10 // bytes of JSON; arguments are cut after 1 KiB, which escaped are 6
-	maxProcessList = 16 << 20 // bytes of JSON
+	maxProcessList = 8 << 20  // bytes of JSON
 	processCost    = 512      // what one costs beside its texts, bytes
 )
 
@@ -124,18 +124,20 @@ func (c *Client) StartProcess(ctx context.Context, t Target, r StartProcess) (Pr
 
 // Processes lists what calls have started and still runs, and what has ended and is kept.
 func (c *Client) Processes(ctx context.Context, t Target) ([]Process, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.Patience, errSilent)
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, t.url("/processes", nil), nil)
 	if err != nil {
 		return nil, fmt.Errorf("making the request: %w", err)
 	}
-	resp, err := c.do(req)
+	resp, err := c.send(req)
 	if err != nil {
 		return nil, olderAgent(err)
 	}
 	defer resp.Body.Close()
 	list, err := readProcesses(resp.Body, budget.From(ctx))
 	if err != nil {
-		return nil, callError(req.Context(), err)
+		return nil, callError(ctx, err)
 	}
 	return list, nil
 }

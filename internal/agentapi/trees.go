@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"net/http"
 	"net/url"
 	"path/filepath"
@@ -170,7 +171,7 @@ func (c *Client) Watch(ctx context.Context, t Target, path string, recursive boo
 	}
 	defer stream.Close()
 	gone := false
-	w.begun(2*c.Patience, 1)
+	w.begun(c.Patience, math.MaxInt) // until the watch has begun, whatever else comes
 	receive := func() bool {
 		w.wait()
 		defer w.heard(2)
@@ -179,6 +180,7 @@ func (c *Client) Watch(ctx context.Context, t Target, path string, recursive boo
 	for receive() {
 		switch ev := stream.Msg().GetEvent().(type) {
 		case *filesystem.WatchDirResponse_Start:
+			w.begun(2*c.Patience, 1)
 			ready()
 		case *filesystem.WatchDirResponse_Filesystem:
 			kind := changes[ev.Filesystem.GetType()]

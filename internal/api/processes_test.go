@@ -289,7 +289,7 @@ func TestOutboxIsBounded(t *testing.T) {
 		t.Errorf("%d pieces wait", n)
 	}
 	done := make(chan error, 1)
-	go func() { done <- box.put(ctx, agentapi.ExecuteEvent{Stream: agentapi.Stdout, Data: []byte("last")}) }()
+	go func() { done <- box.put(ctx, agentapi.ExecuteEvent{PID: 1}) }()
 	signal(box.more)
 	took := 0
 	for took < n {
