@@ -22,6 +22,7 @@ import (
 	"unicode"
 
 	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/cgroup"
 )
 
 // evilServer is a server with an honest sandbox of one organization, and one of another whose agent is e2e/evil.
@@ -306,9 +307,33 @@ func (e *evilServer) settled(before usage) {
 // calls at once make it hold what they can: it stays under its limit.
 func TestEvilAgent(t *testing.T) {
 	e := newEvilServer(t)
+	e.confined()
 	t.Run("each answer to each call", func(t *testing.T) { e.of(t).eachAnswer() })
 	t.Run("a thousand calls", func(t *testing.T) { e.of(t).manyCalls() })
 	e.checkLog()
+}
+
+// confined checks that the server is in a control group of its own, with the limit that it was given.
+func (e *evilServer) confined() {
+	e.t.Helper()
+	e.mu.Lock()
+	pid := e.cmd.Process.Pid
+	e.mu.Unlock()
+	groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	group := "/cay-" + e.instance() + "-server"
+	if !strings.Contains(string(groups), group+"\n") {
+		e.t.Errorf("the server is not in %s:\n%s", group, groups)
+	}
+	h, err := cgroup.Detect()
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	if limit, err := h.Group(group).MemoryLimit(); err != nil || limit != 1<<30 {
+		e.t.Errorf("the limit of %s is %d, %v", group, limit, err)
+	}
 }
 
 // of returns the server for a part of the test.

@@ -43,6 +43,7 @@ const (
 	// held up by each, so they are few and soon gone; a new one costs a few ms.
 	idleTimeout = 10 * time.Second
 	maxIdle     = 16 // of one port
+	maxIdleAll  = 512
 
 	// buffer is how much of a body is moved at once, bytes: below 64 KiB the throughput
 	// falls, above it only the memory of many requests grows.
@@ -149,6 +150,7 @@ func (p *Proxy) transport() *http.Transport {
 			return p.ports.DialPort(ctx, to.Target, to.Port)
 		},
 		DisableCompression:     true, // what is asked for and answered passes as it is
+		MaxIdleConns:           maxIdleAll,
 		MaxIdleConnsPerHost:    maxIdle,
 		IdleConnTimeout:        idleTimeout,
 		MaxResponseHeaderBytes: maxAnswerHeader,
