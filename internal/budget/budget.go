@@ -34,8 +34,9 @@ const retryAfter = time.Second
 
 // Budget is a number of bytes for all and for each organization. Make it with [New].
 type Budget struct {
-	limit, share int64
-	used         atomic.Int64
+	limit int64
+	share int64 // of each organization
+	used  atomic.Int64
 
 	mu sync.Mutex
 	// +checklocks:mu
