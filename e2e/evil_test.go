@@ -229,15 +229,15 @@ var evilClient = &http.Client{
 	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 }
 
-// usage is what a server has of its host.
-type usage struct{ peak, files, goroutines int64 }
+// spent is what a server has of its host.
+type spent struct{ peak, files, goroutines int64 }
 
-func (s *server) usage() usage {
+func (s *server) spent() spent {
 	s.t.Helper()
 	s.mu.Lock()
 	pid := s.cmd.Process.Pid
 	s.mu.Unlock()
-	var u usage
+	var u spent
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		s.t.Fatal(err)
@@ -287,12 +287,12 @@ func (e *evilServer) beHonest() (stop func() (n int, longest time.Duration)) {
 }
 
 // settled waits until the server has no more of the host than before, but for a little.
-func (e *evilServer) settled(before usage) {
+func (e *evilServer) settled(before spent) {
 	e.t.Helper()
 	const slack = 40 // connections that rest, and what comes and goes by itself
-	var now usage
+	var now spent
 	for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) { // a poll with a deadline
-		if now = e.usage(); now.files <= before.files+slack && now.goroutines <= before.goroutines+slack && e.metric("cay_calls_memory_bytes") < 1<<20 {
+		if now = e.spent(); now.files <= before.files+slack && now.goroutines <= before.goroutines+slack && e.metric("cay_calls_memory_bytes") < 1<<20 {
 			return
 		}
 		if time.Now().After(deadline) {
@@ -346,7 +346,7 @@ func (e *evilServer) of(t *testing.T) *evilServer {
 
 func (e *evilServer) eachAnswer() {
 	t := e.t
-	before := e.usage()
+	before := e.spent()
 	type one struct{ name, evil string }
 	calls := e.evilCalls()
 	var all []one
@@ -380,7 +380,7 @@ func (e *evilServer) eachAnswer() {
 	close(work)
 	wg.Wait()
 	honest, slowest := stop()
-	after := e.usage()
+	after := e.spent()
 	t.Logf("%d calls in %s, the longest %s; %d honest commands, the longest %s; the server took %d MiB at the most", len(all), time.Since(start).Round(time.Second),
 		time.Duration(most.Load()).Round(time.Millisecond), honest, slowest, after.peak>>20)
 	if honest == 0 {
@@ -419,7 +419,7 @@ func (e *evilServer) checkLog() {
 // read nothing.
 func (e *evilServer) manyCalls() {
 	t := e.t
-	before := e.usage()
+	before := e.spent()
 	stop := e.beHonest()
 	const calls = 1000
 	raw := func(method, path, body string, headers ...string) string {
@@ -466,7 +466,7 @@ func (e *evilServer) manyCalls() {
 	}
 	wg.Wait()
 	honest, slowest := stop()
-	after := e.usage()
+	after := e.spent()
 	t.Logf("answers %v; %d honest commands, the longest %s; the server took %d MiB at the most", statuses, honest, slowest, after.peak>>20)
 	if honest == 0 {
 		t.Error("not one honest command ended meanwhile")

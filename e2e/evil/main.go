@@ -11,6 +11,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"encoding/binary"
+	"encoding/json"
 	"fmt"
 	"io"
 	"log"
@@ -25,6 +26,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/cayhq/cay/internal/agentapi"
 )
 
 const port = 49983 // the agent's
@@ -40,8 +43,36 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	log.Fatal(serve(l, func(c net.Conn) (net.Conn, error) { return c, nil }))
+	log.Fatal(serve(l, authenticate))
 }
+
+// key is what the host gave at init, and authenticates connections with from then on.
+var key atomic.Value
+
+// authenticate does an agent's part of the handshake on a connection that begins with one.
+func authenticate(c net.Conn) (net.Conn, error) {
+	var hello agentapi.Hello
+	n, err := io.ReadAtLeast(c, hello[:], 1)
+	if err != nil {
+		return nil, err
+	}
+	if !agentapi.IsHello(hello[:n]) {
+		return early{c, io.MultiReader(bytes.NewReader(hello[:n]), c)}, nil
+	}
+	if _, err := io.ReadFull(c, hello[n:]); err != nil {
+		return nil, err
+	}
+	known, _ := key.Load().(string)
+	return c, agentapi.Answer(c, hello, known)
+}
+
+// early is a connection of which some was read already.
+type early struct {
+	net.Conn
+	rest io.Reader
+}
+
+func (e early) Read(b []byte) (int, error) { return e.rest.Read(b) }
 
 // serve answers on all connections of l, each of which begin has made ready.
 func serve(l net.Listener, begin func(net.Conn) (net.Conn, error)) error {
@@ -76,7 +107,13 @@ var (
 func answer(conn net.Conn, r *http.Request) bool {
 	out := &reply{conn: conn, request: r}
 	switch r.URL.Path {
-	case "/health", "/init":
+	case "/init":
+		var request agentapi.InitRequest
+		if json.NewDecoder(r.Body).Decode(&request) == nil && request.AccessToken != "" {
+			key.Store(request.AccessToken)
+		}
+		fallthrough
+	case "/health":
 		_, _ = io.Copy(io.Discard, r.Body)
 		out.text("HTTP/1.1 204 No Content\r\n\r\n")
 		return !out.broken
