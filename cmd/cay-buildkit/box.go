@@ -25,7 +25,6 @@ import (
 type box struct {
 	id, dir string
 	undos   []func() error
-	disk    disk
 }
 
 func (b *box) undo(f func() error) { b.undos = append(b.undos, f) }
@@ -57,9 +56,6 @@ func (b *box) mount(ctx context.Context, m executor.Mount, where string, special
 	}
 	if release != nil {
 		b.undo(release)
-	}
-	for _, m := range mounts {
-		b.disk.writes(m)
 	}
 	if special != nil && len(mounts) == 1 && special(mounts[0]) {
 		return "", nil

@@ -16,7 +16,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
-	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/distribution/reference"
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
@@ -52,6 +51,7 @@ func noRegistry(string) ([]docker.RegistryHost, error) {
 // build is one build under way.
 type build struct {
 	engine  *engine
+	disk    *disk
 	conn    *wire.Conn
 	request *wire.Build
 	layouts layouts
@@ -72,17 +72,18 @@ type given struct {
 	answer wire.Answer
 }
 
-// run builds, and returns the digest of the image's manifest.
-func (b *build) run(ctx context.Context) (manifest string, err error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	go b.answers(cancel)
+// run builds, and returns the digest and the descriptor of the image's manifest. It calls cancel, which ends
+// ctx, when the connection ends.
+func (b *build) run(ctx context.Context, cancel context.CancelCauseFunc) (manifest string, descriptor json.RawMessage, err error) {
+	gone := make(chan struct{})
+	b.layouts = layouts{conn: b.conn, gone: gone, waiting: map[int64]chan blobGift{}}
+	go b.answers(cancel, gone)
 	if err := b.checkSyntax(); err != nil {
-		return "", err
+		return "", nil, err
 	}
 	s, err := b.open(ctx)
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	defer s.Close()
 	b.session = s.ID()
@@ -90,7 +91,7 @@ func (b *build) run(ctx context.Context) (manifest string, err error) {
 	defer b.engine.builds.Delete(b.session)
 	exporter, err := b.exporter(ctx)
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	id := identity.NewID()
 	progress := newProgress(b.conn)
@@ -110,21 +111,30 @@ func (b *build) run(ctx context.Context) (manifest string, err error) {
 	case <-time.After(lastEvents): // a solve that ended at once may never have been seen
 	}
 	if err != nil {
-		return "", b.explain(err, progress)
+		return "", nil, b.explain(ctx, err, progress)
 	}
-	return done.ExporterResponse[exptypes.ExporterImageDigestKey], writeIndex(b.request.Output, done.ExporterResponse)
+	if err := decode(done.ExporterResponse[exptypes.ExporterImageDescriptorKey], &descriptor); err != nil {
+		return "", nil, fmt.Errorf("reading the image's descriptor: %w", err)
+	}
+	return done.ExporterResponse[exptypes.ExporterImageDigestKey], descriptor, nil
 }
 
 // lastEvents is how long the end of a build waits for its last events.
 const lastEvents = 5 * time.Second
 
 // answers hands on what the server says until the connection ends, which cancels the build.
-func (b *build) answers(cancel context.CancelCauseFunc) {
+func (b *build) answers(cancel context.CancelCauseFunc, gone chan<- struct{}) {
+	defer close(gone)
 	for {
 		var a wire.Answer
-		if _, err := b.conn.Receive(&a); err != nil {
+		file, err := b.conn.Receive(&a)
+		if err != nil {
 			cancel(errors.New("the build was cancelled"))
 			return
+		}
+		if a.Blob > 0 {
+			b.layouts.given(a, file)
+			continue
 		}
 		b.mu.Lock()
 		if asked := b.bases[a.Name]; asked != nil {
@@ -137,7 +147,7 @@ func (b *build) answers(cancel context.CancelCauseFunc) {
 
 // checkSyntax refuses a Dockerfile for a front end that is not this one.
 func (b *build) checkSyntax() error {
-	root, err := os.OpenRoot(b.request.Dockerfile)
+	root, err := os.OpenRoot(filepath.Join(contextsDir, b.request.Dockerfile))
 	if err != nil {
 		return fmt.Errorf("opening the Dockerfile: %w", err)
 	}
@@ -172,18 +182,15 @@ func (b *build) open(ctx context.Context) (*session.Session, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making a session: %w", err)
 	}
-	contextFS, err := fsutil.NewFS(b.request.Context)
+	contextFS, err := fsutil.NewFS(filepath.Join(contextsDir, b.request.Context))
 	if err != nil {
 		return nil, fmt.Errorf("opening the context: %w", err)
 	}
-	dockerfileFS, err := fsutil.NewFS(b.request.Dockerfile)
+	dockerfileFS, err := fsutil.NewFS(filepath.Join(contextsDir, b.request.Dockerfile))
 	if err != nil {
 		return nil, fmt.Errorf("opening the Dockerfile: %w", err)
 	}
-	out, err := local.NewStore(b.request.Output)
-	if err != nil {
-		return nil, fmt.Errorf("opening the output: %w", err)
-	}
+	out := &output{conn: b.conn, blobs: b.engine.blobs}
 	s.Allow(filesync.NewFSSyncProvider(filesync.StaticDirSource{"context": contextFS, "dockerfile": dockerfileFS}, nil))
 	s.Allow(sessioncontent.NewAttachable(map[string]content.Store{"oci:" + layoutStore: &b.layouts, "export": out}))
 	s.Allow(policysession.NewPolicyProvider(b.policy))
@@ -207,13 +214,8 @@ func (b *build) options() map[string]string {
 	}
 	delete(options, "build-arg:BUILDKIT_SYNTAX")
 	maps.Copy(options, map[string]string{
-		"build-arg:BUILDKIT_CACHE_MOUNT_NS": r.Scope,
 		"build-arg:BUILDKIT_MULTI_PLATFORM": "false",
 		"target":                            r.Target,
-		// It is part of a RUN step's key in the cache, and nothing else, since steps have groups of our choice:
-		// a step's result may come from a cache mount or from the network, so one user's is
-		// nothing that another should trust.
-		"cgroup-parent": r.Scope,
 	})
 	if r.MemoryBytes > 0 {
 		options["memory"] = strconv.FormatInt(r.MemoryBytes, 10)
@@ -326,22 +328,5 @@ func (b *build) ask(ctx context.Context, name string) (*wire.Answer, error) {
 	if wanted != "" && asked.answer.Manifest != wanted {
 		return nil, fmt.Errorf("image %s was given as %s", name, asked.answer.Manifest)
 	}
-	b.layouts.add(asked.answer.Layout)
 	return &asked.answer, nil
-}
-
-// writeIndex makes the output a layout with one image in it.
-func writeIndex(dir string, response map[string]string) error {
-	var descriptor json.RawMessage
-	if err := decode(response[exptypes.ExporterImageDescriptorKey], &descriptor); err != nil {
-		return fmt.Errorf("reading the image's descriptor: %w", err)
-	}
-	index, err := json.Marshal(map[string]any{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []any{descriptor}})
-	if err != nil {
-		return fmt.Errorf("encoding the image's index: %w", err)
-	}
-	return errors.Join(
-		os.WriteFile(filepath.Join(dir, "index.json"), index, 0o644),
-		os.WriteFile(filepath.Join(dir, "oci-layout"), []byte(`{"imageLayoutVersion":"1.0.0"}`), 0o644),
-		os.RemoveAll(filepath.Join(dir, "ingest")))
 }

@@ -2,110 +2,295 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
-	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 
-	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/buildkit/wire"
 )
 
 const (
-	// diskLook is how often a step's use of the disk is looked at: a fast disk takes some 2 GB
-	// in it.
-	diskLook = time.Second
-	// diskReserve is what steps leave free on the disk, whatever they may write.
+	// diskLook is how often the use of the disk is looked at. With an image it decides how long a step that
+	// goes on at a full disk runs; without one, how much is written beyond the limit: a fast disk takes
+	// some 500 MB in it.
+	diskLook = 250 * time.Millisecond
+	// diskReserve is what builds leave free on the host's disk, in bytes, whatever they may write. An image
+	// whose blocks the host has no room for breaks.
 	diskReserve = 1 << 30
+	// diskSlack is what is free when no build runs, and what a build that has filled the disk is lent
+	// for taking apart what it made, in bytes. The cache's records grow by much less.
+	diskSlack = 64 << 20
+	// diskFull is when the disk counts as full, in bytes: writers of small files leave less than a block
+	// for each of the kernel's CPUs unused.
+	diskFull = 1 << 20
 )
 
-// disk bounds what a step writes. It is looked at from outside: as long as the disk has
-// not lost what the step may take, the step cannot have taken it; else its files are counted.
+// disk bounds what builds write. Where the disk is a file system of its own, a file in it, the ballast, takes
+// what no build that runs may use, and the kernel does the rest. Where it is a directory of the
+// host's, what is in it is counted whenever the host's disk has lost as much as builds may write, so
+// that a fast writer goes beyond the limit before it is stopped.
 type disk struct {
-	dir   string   // on the file system in question
-	dirs  []string // that the step's files go to
-	limit int64    // bytes, of what the step adds
+	limit   int64    // bytes, of one build
+	ballast *os.File // nil if the disk is a directory of the host's
+
+	mu sync.Mutex
+	// +checklocks:mu
+	running map[*diskUse]bool
 }
 
-// writes notes where what is written to a mount goes.
-func (d *disk) writes(m mount.Mount) {
-	dir := ""
-	switch m.Type {
-	case "bind", "rbind":
-		if !slices.Contains(m.Options, "ro") {
-			dir = m.Source
-		}
-	case "overlay":
-		for _, o := range m.Options {
-			if upper, ok := strings.CutPrefix(o, "upperdir="); ok {
-				dir = upper
-			}
-		}
-	}
-	if dir != "" {
-		d.dirs = append(d.dirs, dir)
-	}
+// diskUse is a build or a step that writes.
+type diskUse struct {
+	stop  context.CancelCauseFunc // nil for a build, where the kernel's ENOSPC stops it
+	lent  bool                    // whether it has got its diskSlack
+	build bool
 }
 
-// watch calls stop when the step writes more than it may. It returns when ctx ends.
-func (d *disk) watch(ctx context.Context, stop context.CancelCauseFunc) {
-	before, had := d.used(ctx), d.free()
-	tick := time.NewTicker(diskLook)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		free := d.free()
-		switch {
-		case free < diskReserve:
-			stop(&stepError{kind: wire.Disk, code: -1, text: "the machine's disk is full"})
-			return
-		case had-free <= d.limit:
-			continue
-		}
-		if d.used(ctx)-before > d.limit {
-			stop(&stepError{kind: wire.Disk, code: -1, text: fmt.Sprintf("the step wrote more than the %d MiB that it may", d.limit>>20)})
-			return
-		}
-		had = free + d.limit/2 // somebody else's: look again when as much again is gone
+// errDiskFull reports that the builds that run have written what they may.
+var errDiskFull = errors.New("the disk is full")
+
+func openDisk(c *wire.Config) (*disk, error) {
+	d := &disk{limit: c.BuildBytes, running: map[*diskUse]bool{}}
+	if !c.Image {
+		return d, nil
 	}
+	var err error
+	if d.ballast, err = os.OpenFile(filepath.Join(dataDir, "ballast"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
+		return nil, fmt.Errorf("opening the disk: %w", err)
+	}
+	return d, d.leave(diskSlack)
 }
 
-// free is how much of the disk is free, in bytes.
-func (d *disk) free() int64 {
+// statfs returns how many bytes of the file system of dir are free, and whether it can be written to.
+func statfs(dir string) (free int64, writable bool) {
 	var st unix.Statfs_t
-	if err := unix.Statfs(d.dir, &st); err != nil {
-		return 0 // it is no disk to go on with
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, false // it is no disk to go on with
 	}
-	return int64(st.Bavail) * st.Bsize
+	return int64(st.Bavail) * st.Bsize, st.Flags&unix.ST_RDONLY == 0
 }
 
-// used is what the step's files take on the disk, in bytes. Files that are no longer to be found
-// are not counted; the reserve bounds those.
-func (d *disk) used(ctx context.Context) (total int64) {
-	for _, dir := range d.dirs {
-		_ = filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error {
-			if ctx.Err() != nil {
-				return fs.SkipAll
-			}
-			if err != nil {
-				return nil // removed meanwhile
-			}
-			if info, err := e.Info(); err == nil {
-				if st, ok := info.Sys().(*syscall.Stat_t); ok {
-					total += st.Blocks * 512 / int64(max(st.Nlink, 1))
-				}
-			}
-			return nil
-		})
+// leave makes the ballast as large as it must be for so many bytes to be free, or as near as can be.
+func (d *disk) leave(want int64) error {
+	if d.ballast == nil {
+		return nil
 	}
+	info, err := d.ballast.Stat()
+	if err != nil {
+		return fmt.Errorf("bounding the disk: %w", err)
+	}
+	free, _ := statfs(dataDir)
+	size := max(info.Size()+free-want, 0)
+	if size <= info.Size() {
+		err = d.ballast.Truncate(size)
+	} else {
+		err = unix.Fallocate(int(d.ballast.Fd()), 0, 0, size)
+		if errors.Is(err, unix.ENOSPC) {
+			err = nil // the blocks that say where the ballast is did not fit: as near as can be
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("bounding the disk: %w", err)
+	}
+	return nil
+}
+
+// begin gives a build the room that it may fill, and stop is called with the reason when it has, unless its
+// own writes fail then. It must be ended.
+func (d *disk) begin(stop context.CancelCauseFunc) (*diskUse, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	use := &diskUse{build: true}
+	if d.ballast == nil {
+		use.stop = stop
+	}
+	free, _ := statfs(dataDir)
+	if d.builds() == 0 {
+		free = 0 // the slack is not counted twice
+	}
+	if err := d.leave(free + d.limit); err != nil {
+		return nil, err
+	}
+	d.running[use] = true
+	return use, nil
+}
+
+// step notes that a step runs, for which stop is called when the builds have filled their room. It must be
+// ended.
+func (d *disk) step(stop context.CancelCauseFunc) *diskUse {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	use := &diskUse{stop: stop}
+	d.running[use] = true
+	return use
+}
+
+// end takes the room of a build back. What it leaves in the cache has been cut to what that may have.
+func (d *disk) end(use *diskUse) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.running, use)
+	if !use.build {
+		return nil
+	}
+	free, _ := statfs(dataDir)
+	return d.leave(min(free, max(int64(d.builds())*d.limit, diskSlack)))
+}
+
+// builds counts those that run.
+//
+// +checklocks:d.mu
+func (d *disk) builds() (n int) {
+	for use := range d.running {
+		if use.build {
+			n++
+		}
+	}
+	return n
+}
+
+// lend gives what has filled the disk room to take apart what it made, once for each build.
+func (d *disk) lend() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for use := range d.running {
+		if use.build && !use.lent {
+			use.lent = true
+			_ = d.leave(diskSlack) // it is tidied up later else
+		}
+	}
+}
+
+// fitrim is Linux's FITRIM, _IOWR('X', 121, struct fstrim_range).
+const fitrim = 0xc0185879
+
+// trim gives the host back the blocks of an image that are not used any more.
+func (d *disk) trim() error {
+	if d.ballast == nil {
+		return nil
+	}
+	r := struct{ start, length, least uint64 }{length: ^uint64(0)}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, d.ballast.Fd(), fitrim, uintptr(unsafe.Pointer(&r))); errno != 0 && errno != unix.EOPNOTSUPP {
+		return fmt.Errorf("giving blocks of the disk back: %w", errno)
+	}
+	return nil
+}
+
+// full reports whether the builds that run have filled the disk.
+func (d *disk) full() bool {
+	free, _ := statfs(dataDir)
+	return d.ballast != nil && free < diskFull
+}
+
+// overdrawn reports whether the cache takes more than it may while no build runs.
+func (d *disk) overdrawn(cacheBytes int64) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var st unix.Statfs_t
+	if d.ballast == nil || d.builds() > 0 || unix.Statfs(dataDir, &st) != nil {
+		return false
+	}
+	info, err := d.ballast.Stat()
+	return err == nil && int64(st.Blocks-st.Bfree)*st.Bsize-info.Size() > cacheBytes+diskSlack
+}
+
+// exceeded is the error of a build that wrote more than it may.
+func (d *disk) exceeded() error {
+	return &stepError{kind: wire.Disk, code: -1, text: fmt.Sprintf("the build wrote more than the %d MiB that it may (build.disk_mb)", d.limit>>20)}
+}
+
+// isFull reports whether an error, of ours or in the words of a program, is that of a full disk.
+func isFull(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, errDiskFull) || strings.Contains(strings.ToLower(err.Error()), "no space left on device")
+}
+
+// watch looks at the disk until the program ends, which it does itself when the disk has failed.
+func (d *disk) watch() {
+	look := &look{}
+	for range time.Tick(diskLook) {
+		d.look(look)
+	}
+}
+
+// look is what the last look at the disk has found.
+type look struct {
+	builds     int   // that ran then
+	used, free int64 // bytes: by builds, when the first began, and on the host's disk
+}
+
+func (d *disk) look(last *look) {
+	d.mu.Lock()
+	builds := d.builds()
+	d.mu.Unlock()
+	if builds == 0 {
+		last.builds = 0
+		return
+	}
+	_, writable := statfs(dataDir)
+	free, _ := statfs(contextsDir)
+	switch {
+	case d.ballast != nil && !writable:
+		fmt.Fprintln(os.Stderr, "cay-buildkit: the disk has failed")
+		os.Exit(1) // the server makes a new one
+	case free < diskReserve:
+		d.stop(&stepError{kind: wire.Disk, code: -1, text: "the machine's disk is full"}, true)
+	case d.full():
+		d.lend()
+		d.stop(d.exceeded(), false)
+	case d.ballast == nil:
+		d.count(last, builds, free)
+	}
+}
+
+// count counts what is in the disk's directory if the host's disk has lost as much as builds may write.
+func (d *disk) count(last *look, builds int, free int64) {
+	if last.builds == 0 {
+		last.used, last.free = used(dataDir), free
+	}
+	last.builds = builds
+	limit := d.limit * int64(builds)
+	if last.free-free <= limit {
+		return
+	}
+	if used(dataDir)-last.used > limit {
+		d.stop(d.exceeded(), true)
+		return
+	}
+	last.free = free + limit/2 // somebody else's: look again when as much again is gone
+}
+
+// stop stops what runs, builds as a whole or only steps.
+func (d *disk) stop(why error, builds bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for use := range d.running {
+		if use.stop != nil && (builds || !use.build) {
+			use.stop(why)
+		}
+	}
+}
+
+// used is what the files below dir take on the disk, in bytes. Files that are no longer to be found
+// are not counted; the reserve bounds those.
+func used(dir string) (total int64) {
+	_ = filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return nil // removed meanwhile
+		}
+		if info, err := e.Info(); err == nil {
+			if st, ok := info.Sys().(*syscall.Stat_t); ok {
+				total += st.Blocks * 512 / int64(max(st.Nlink, 1))
+			}
+		}
+		return nil
+	})
 	return total
 }

@@ -49,6 +49,7 @@ type engine struct {
 	past        db.DB
 	snapshotter string
 	cacheBytes  int64
+	blobs       string   // directory of the content
 	builds      sync.Map // of *build, by the id of its session
 }
 
@@ -57,7 +58,7 @@ func openEngine(ctx context.Context, dir string, cacheBytes int64, exec executor
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("making the cache: %w", err)
 	}
-	e := &engine{cacheBytes: cacheBytes}
+	e := &engine{cacheBytes: cacheBytes, blobs: filepath.Join(dir, "content")}
 	opt, err := e.workerOptions(ctx, dir, exec)
 	if err != nil {
 		return nil, err
@@ -105,7 +106,7 @@ func (e *engine) workerOptions(ctx context.Context, dir string, exec executor.Ex
 	if err != nil {
 		return opt, fmt.Errorf("opening the snapshots: %w", err)
 	}
-	blobs, err := local.NewStore(filepath.Join(dir, "content"))
+	blobs, err := local.NewStore(e.blobs)
 	if err != nil {
 		return opt, fmt.Errorf("opening the blobs: %w", err)
 	}

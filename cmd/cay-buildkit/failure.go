@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -19,7 +20,7 @@ type failedError struct{ *wire.Failure }
 func (e *failedError) Error() string { return e.Message }
 
 // explain makes of the solver's error what the user needs to know.
-func (b *build) explain(err error, p *progress) error {
+func (b *build) explain(ctx context.Context, err error, p *progress) error {
 	// The snapshots that the error holds for debugging are nobody's.
 	if held, ok := errors.AsType[*llberrdefs.ExecError](err); ok {
 		defer held.Release()
@@ -43,7 +44,14 @@ func (b *build) explain(err error, p *progress) error {
 	if _, ok := errors.AsType[*machineError](err); ok {
 		f.Kind = wire.Internal
 	}
-	if s, ok := errors.AsType[*stepError](err); ok {
+	s, ofStep := errors.AsType[*stepError](err)
+	if stopped, ok := errors.AsType[*stepError](context.Cause(ctx)); ok {
+		s, ofStep = stopped, true // for what the build has done as a whole
+	} else if !ofStep && isFull(err) {
+		errors.As(b.disk.exceeded(), &s)
+		ofStep = true
+	}
+	if ofStep {
 		f.Kind, f.ExitCode, f.Message, f.Tail = s.kind, s.code, s.text, s.tail
 	}
 	if denied := policysession.DenyMessages(err); len(denied) > 0 {

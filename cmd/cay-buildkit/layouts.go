@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -11,49 +12,90 @@ import (
 	"github.com/containerd/errdefs"
 	digest "github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/cayhq/cay/internal/buildkit/wire"
 )
 
 // layouts are the images that a build was given, as a content store that can be read and
-// nothing else. Safe for concurrent use.
+// nothing else: the server hands their blobs over as open files. Safe for concurrent use.
 type layouts struct {
 	content.Store // absent: what is not below is not asked for
 
+	conn *wire.Conn
+	gone <-chan struct{} // closed when the connection has ended
+
 	mu sync.Mutex
 	// +checklocks:mu
-	dirs []string
+	last int64
+	// +checklocks:mu
+	waiting map[int64]chan blobGift
 }
 
-func (l *layouts) add(dir string) {
+type blobGift struct {
+	file *os.File
+	err  string
+}
+
+// given is called with every answer that is about a blob.
+func (l *layouts) given(a wire.Answer, file *os.File) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.dirs = append(l.dirs, dir)
+	answer := l.waiting[a.Blob]
+	delete(l.waiting, a.Blob)
+	l.mu.Unlock()
+	if answer == nil {
+		if file != nil {
+			file.Close()
+		}
+		return
+	}
+	answer <- blobGift{file, a.Error}
 }
 
-func (l *layouts) open(d digest.Digest) (*os.File, os.FileInfo, error) {
+func (l *layouts) open(ctx context.Context, d digest.Digest) (*os.File, os.FileInfo, error) {
 	if err := d.Validate(); err != nil {
 		return nil, nil, fmt.Errorf("digest %q: %w", d, errdefs.ErrInvalidArgument)
 	}
+	answer := make(chan blobGift, 1)
 	l.mu.Lock()
-	dirs := l.dirs[:len(l.dirs):len(l.dirs)]
+	l.last++
+	id := l.last
+	l.waiting[id] = answer
 	l.mu.Unlock()
-	for _, dir := range dirs {
-		f, err := os.Open(filepath.Join(dir, "blobs", d.Algorithm().String(), d.Encoded()))
-		if err != nil {
-			continue
-		}
-		info, err := f.Stat()
-		if err != nil || !info.Mode().IsRegular() {
-			f.Close()
-			continue
-		}
-		return f, info, nil
+	if err := l.conn.Send(wire.Report{Blob: &wire.BlobAsk{ID: id, Digest: d.String()}}, nil); err != nil {
+		return nil, nil, err
 	}
-	return nil, nil, fmt.Errorf("blob %s: %w", d, errdefs.ErrNotFound)
+	var g blobGift
+	select {
+	case g = <-answer:
+	case <-l.gone:
+		return nil, nil, errors.New("the build was cancelled")
+	case <-ctx.Done():
+		// The answer comes all the same.
+		go func() {
+			select {
+			case g := <-answer:
+				if g.file != nil {
+					g.file.Close()
+				}
+			case <-l.gone:
+			}
+		}()
+		return nil, nil, context.Cause(ctx)
+	}
+	if g.file == nil {
+		return nil, nil, fmt.Errorf("blob %s: %s: %w", d, g.err, errdefs.ErrNotFound)
+	}
+	info, err := g.file.Stat()
+	if err != nil {
+		g.file.Close()
+		return nil, nil, fmt.Errorf("blob %s: %w", d, err)
+	}
+	return g.file, info, nil
 }
 
 // Info says how long a blob is.
-func (l *layouts) Info(_ context.Context, d digest.Digest) (content.Info, error) {
-	f, info, err := l.open(d)
+func (l *layouts) Info(ctx context.Context, d digest.Digest) (content.Info, error) {
+	f, info, err := l.open(ctx, d)
 	if err != nil {
 		return content.Info{}, err
 	}
@@ -62,8 +104,8 @@ func (l *layouts) Info(_ context.Context, d digest.Digest) (content.Info, error)
 }
 
 // ReaderAt opens a blob. Who reads it checks it against its digest.
-func (l *layouts) ReaderAt(_ context.Context, desc ocispecs.Descriptor) (content.ReaderAt, error) {
-	f, info, err := l.open(desc.Digest)
+func (l *layouts) ReaderAt(ctx context.Context, desc ocispecs.Descriptor) (content.ReaderAt, error) {
+	f, info, err := l.open(ctx, desc.Digest)
 	if err != nil {
 		return nil, err
 	}
@@ -77,3 +119,40 @@ type blob struct {
 
 // Size is the blob's length.
 func (b blob) Size() int64 { return b.size }
+
+// output is where the exporter puts the blobs of a result. They are in the cache's content already, from where
+// the server takes them as open files: nothing is copied here.
+type output struct {
+	content.Store // absent: what is not below is not asked for
+
+	conn  *wire.Conn
+	blobs string // directory of the cache's content
+}
+
+// Writer sends the blob that is to be written, and says that it is there.
+func (o *output) Writer(_ context.Context, opts ...content.WriterOpt) (content.Writer, error) {
+	var w content.WriterOpts
+	for _, opt := range opts {
+		if err := opt(&w); err != nil {
+			return nil, err
+		}
+	}
+	d := w.Desc.Digest
+	if err := d.Validate(); err != nil {
+		return nil, fmt.Errorf("digest %q: %w", d, errdefs.ErrInvalidArgument)
+	}
+	f, err := os.Open(filepath.Join(o.blobs, "blobs", d.Algorithm().String(), d.Encoded()))
+	if err != nil {
+		return nil, fmt.Errorf("putting blob %s out: %w", d, err)
+	}
+	defer f.Close()
+	if err := o.conn.Send(wire.Report{Output: d.String()}, f); err != nil {
+		return nil, err
+	}
+	return nil, fmt.Errorf("blob %s: %w", d, errdefs.ErrAlreadyExists)
+}
+
+// Status says that nothing is half written.
+func (o *output) Status(_ context.Context, ref string) (content.Status, error) {
+	return content.Status{}, fmt.Errorf("%s: %w", ref, errdefs.ErrNotFound)
+}

@@ -3,9 +3,10 @@
 // none was for a while; they talk over a connection that the program inherits (see
 // internal/buildkit/wire). It is embedded into cay and unpacked under its content hash.
 //
-// It is PID 1 of a PID namespace, in a mount namespace and a network namespace that the
-// server chose: whatever ends it ends everything that it started, and no mount of it
-// outlives it.
+// It builds for one organization. It is PID 1 of a PID namespace, in a mount namespace and a network
+// namespace that the server chose: whatever ends it ends everything that it started, and no mount of it
+// outlives it. Before it serves anything it leaves the host's file tree and gives up what it does not need
+// of the kernel.
 package main
 
 import (
@@ -40,6 +41,7 @@ func main() {
 type daemon struct {
 	control *wire.Conn
 	slots   *slots
+	disk    *disk
 	engine  *engine
 
 	mu sync.Mutex
@@ -59,7 +61,7 @@ func serve() error {
 	}
 	d := &daemon{control: control, slots: &slots{control: control, waiting: map[int64]chan gift{}}}
 	if err := d.start(first.Config); err != nil {
-		return errors.Join(err, control.Send(wire.Ask{Ready: &wire.Ready{Error: err.Error()}}, nil))
+		return errors.Join(err, control.Send(wire.Ask{Ready: &wire.Ready{Error: err.Error(), NoDisk: errors.Is(err, errNoDisk)}}, nil))
 	}
 	ready := &wire.Ready{Snapshotter: d.engine.snapshotter, Git: d.engine.worker.GitSource != nil}
 	if err := control.Send(wire.Ask{Ready: ready}, nil); err != nil {
@@ -94,73 +96,52 @@ func ignore(err, expected error) error {
 	return err
 }
 
-// start prepares the namespaces and the directories, and opens the cache.
+// start leaves the host's file tree, gives up privileges, and opens the disk and the cache.
 func (d *daemon) start(c *wire.Config) error {
 	if err := enter(c); err != nil {
+		return err
+	}
+	// ssh and git are ours.
+	scratch := filepath.Join(dataDir, "scratch")
+	err := errors.Join(os.Setenv("TMPDIR", scratch), os.Setenv("PATH", binDir+":/usr/bin:/bin"), confine())
+	if err != nil {
 		return err
 	}
 	groups, err := cgroup.Detect()
 	if err != nil {
 		return fmt.Errorf("finding control groups: %w", err)
 	}
-	scratch := filepath.Join(c.Dir, "scratch")
-	if err := errors.Join(os.Setenv("TMPDIR", scratch), withoutSSH(c.RunDir)); err != nil {
+	cache := filepath.Join(dataDir, "cache")
+	if _, err := os.Stat(overdrawn); err == nil {
+		fmt.Fprintln(os.Stderr, "cay-buildkit: the cache is begun anew: it could not be cut to what it may have")
+		if err := errors.Join(os.RemoveAll(cache), os.Remove(overdrawn)); err != nil {
+			return fmt.Errorf("removing a cache: %w", err)
+		}
+	}
+	if err := errors.Join(os.RemoveAll(scratch), os.MkdirAll(scratch, 0o700)); err != nil {
+		return fmt.Errorf("making room for steps: %w", err)
+	}
+	if d.disk, err = openDisk(c); err != nil {
 		return err
 	}
-	run := &steps{config: c, slots: d.slots, groups: groups, dir: filepath.Join(scratch, "steps"), turns: map[string]chan struct{}{}}
-	cache := filepath.Join(c.Dir, "cache")
-	if d.engine, err = openEngine(context.Background(), cache, c.CacheBytes, run); err == nil {
-		return nil
-	}
-	// A cache is only a cache: one that cannot be opened is begun anew.
-	fmt.Fprintln(os.Stderr, "cay-buildkit: the cache is begun anew:", err)
-	if err := os.RemoveAll(cache); err != nil {
-		return fmt.Errorf("removing a broken cache: %w", err)
-	}
-	d.engine, err = openEngine(context.Background(), cache, c.CacheBytes, run)
-	return err
-}
-
-// withoutSSH keeps git from ssh, which would show the server's own keys to whomever a
-// repository's submodules name.
-func withoutSSH(dir string) error {
-	bin := filepath.Join(dir, "bin")
-	return errors.Join(os.Mkdir(bin, 0o700), os.Symlink("/bin/false", filepath.Join(bin, "ssh")),
-		os.Setenv("PATH", bin+":"+os.Getenv("PATH")))
-}
-
-// enter makes the mount namespace ours: nothing that is mounted here shows outside, and
-// processes and names are seen as they are from inside.
-func enter(c *wire.Config) error {
-	if os.Getpid() != 1 {
-		return errors.New("not in a PID namespace of its own")
-	}
-	if err := unix.Mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
-		return fmt.Errorf("leaving the host's mounts: %w", err)
-	}
-	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
-		return fmt.Errorf("mounting /proc: %w", err)
-	}
-	// Names are asked of the given servers, not of one on the host's loopback, which
-	// is not reached from here, and are not what the host calls its neighbours.
-	for file, text := range map[string]string{"resolv.conf": resolvConf(c.Nameservers), "hosts": "127.0.0.1\tlocalhost\n"} {
-		path := filepath.Join(c.RunDir, file)
-		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
-			return fmt.Errorf("writing %s: %w", file, err)
+	run := &steps{config: c, slots: d.slots, groups: groups, disk: d.disk, dir: filepath.Join(scratch, "steps"), turns: make(chan struct{}, c.Steps)}
+	if d.engine, err = openEngine(context.Background(), cache, c.CacheBytes, run); err != nil {
+		// A cache is only a cache: one that cannot be opened is begun anew.
+		fmt.Fprintln(os.Stderr, "cay-buildkit: the cache is begun anew:", err)
+		if err := os.RemoveAll(cache); err != nil {
+			return fmt.Errorf("removing a broken cache: %w", err)
 		}
-		target, err := filepath.EvalSymlinks("/etc/" + file)
-		if errors.Is(err, os.ErrNotExist) {
-			continue // nothing to hide
-		}
-		if err == nil {
-			err = unix.Mount(path, target, "", unix.MS_BIND, "")
-		}
-		if err != nil {
-			return fmt.Errorf("replacing /etc/%s: %w", file, err)
+		if d.engine, err = openEngine(context.Background(), cache, c.CacheBytes, run); err != nil {
+			return err
 		}
 	}
+	go d.disk.watch()
 	return nil
 }
+
+// overdrawn is a file that stands for a cache that was more than it may be after it was cut: it is begun anew
+// by the next program.
+const overdrawn = dataDir + "/overdrawn"
 
 // connection serves a connection until it ends.
 func (d *daemon) connection(ctx context.Context, file *os.File) {
@@ -176,10 +157,10 @@ func (d *daemon) connection(ctx context.Context, file *os.File) {
 		return
 	}
 	var done wire.Done
+	var use *diskUse
 	switch {
 	case r.Build != nil:
-		b := &build{engine: d.engine, conn: conn, request: r.Build, bases: map[string]*given{}, places: map[string]place{}}
-		done.Manifest, err = b.run(ctx)
+		use, err = d.build(ctx, conn, r.Build, &done)
 	case r.Prune != nil:
 		done.Freed, err = d.engine.prune(ctx, r.Prune.Keep)
 	default:
@@ -190,11 +171,38 @@ func (d *daemon) connection(ctx context.Context, file *os.File) {
 	}
 	// Who has left does not want to know.
 	_ = conn.Send(wire.Report{Done: &done}, nil)
-	if r.Build != nil {
-		if _, err := d.engine.prune(ctx, d.engine.cacheBytes); err != nil && ctx.Err() == nil {
-			fmt.Fprintln(os.Stderr, "cay-buildkit:", err)
-		}
+	if err := d.tidy(ctx, use); err != nil && ctx.Err() == nil {
+		fmt.Fprintln(os.Stderr, "cay-buildkit:", err)
 	}
+}
+
+// build builds, in as much room on the disk as one build may have. The room must be given back.
+func (d *daemon) build(ctx context.Context, conn *wire.Conn, r *wire.Build, done *wire.Done) (*diskUse, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	use, err := d.disk.begin(cancel)
+	if err != nil {
+		return nil, err
+	}
+	b := &build{engine: d.engine, disk: d.disk, conn: conn, request: r, bases: map[string]*given{}, places: map[string]place{}}
+	done.Manifest, done.Descriptor, err = b.run(ctx, cancel)
+	return use, err
+}
+
+// tidy cuts the cache, after a build, to what it may have, and gives the host what that freed.
+func (d *daemon) tidy(ctx context.Context, use *diskUse) error {
+	if use == nil {
+		return d.disk.trim()
+	}
+	if d.disk.full() {
+		d.disk.lend() // records grow before they shrink
+	}
+	_, err := d.engine.prune(ctx, d.engine.cacheBytes)
+	err = errors.Join(err, d.disk.trim(), d.disk.end(use))
+	if d.disk.overdrawn(d.engine.cacheBytes) {
+		err = errors.Join(err, os.WriteFile(overdrawn, nil, 0o600))
+	}
+	return err
 }
 
 // count counts connections. When the last one ends, nothing that this process started itself is

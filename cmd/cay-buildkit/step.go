@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -31,11 +30,9 @@ type steps struct {
 	config *wire.Config
 	slots  *slots
 	groups *cgroup.Hierarchy
-	dir    string // scratch for steps, one directory each
-
-	mu sync.Mutex
-	// +checklocks:mu
-	turns map[string]chan struct{} // of scopes: holds as many as run
+	disk   *disk
+	dir    string        // scratch for steps, one directory each
+	turns  chan struct{} // holds as many as run
 }
 
 // stepError is a step that ran and failed.
@@ -62,39 +59,22 @@ func (s *steps) Run(ctx context.Context, _ string, root executor.Mount, mounts [
 	if started != nil {
 		defer close(started)
 	}
-	// The front end was told to put the scope there.
-	end, err := s.turn(ctx, p.Meta.CgroupParent)
-	if err != nil {
-		return nil, err
+	// One Dockerfile of a hundred stages does not take all memory.
+	select {
+	case s.turns <- struct{}{}:
+		defer func() { <-s.turns }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
 	}
-	defer end()
-	err = s.step(ctx, root, mounts, p)
+	err := s.step(ctx, root, mounts, p)
 	if _, ofStep := errors.AsType[*stepError](err); err != nil && !ofStep && ctx.Err() == nil {
 		err = &machineError{err}
 	}
 	return nil, err
 }
 
-// turn waits until the scope may run another step, so that one Dockerfile of a hundred stages
-// takes neither all memory nor others' turns.
-func (s *steps) turn(ctx context.Context, scope string) (end func(), err error) {
-	s.mu.Lock()
-	turns := s.turns[scope]
-	if turns == nil {
-		turns = make(chan struct{}, s.config.Steps)
-		s.turns[scope] = turns
-	}
-	s.mu.Unlock()
-	select {
-	case turns <- struct{}{}:
-		return func() { <-turns }, nil
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	}
-}
-
 func (s *steps) step(ctx context.Context, root executor.Mount, mounts []executor.Mount, p executor.ProcessInfo) (err error) {
-	b := &box{id: identity.NewID(), disk: disk{dir: s.dir, limit: s.config.StepDiskBytes}}
+	b := &box{id: identity.NewID()}
 	b.dir = filepath.Join(s.dir, b.id)
 	defer func() { err = errors.Join(err, b.takeApart()) }()
 	if err := os.MkdirAll(filepath.Join(b.dir, "root"), 0o700); err != nil {
@@ -148,9 +128,8 @@ func (s *steps) Exec(context.Context, string, executor.ProcessInfo) error {
 	return errors.New("a step cannot be entered")
 }
 
-func (s *steps) groupPath(b *box) string {
-	return filepath.Join(s.config.CgroupParent, "step-"+b.id)
-}
+// groupPath names the step's group below the program's, which is all that is mounted here.
+func (s *steps) groupPath(b *box) string { return "/step-" + b.id }
 
 // What a step may have if nobody says otherwise, and how many processes.
 const (
@@ -187,10 +166,11 @@ func (s *steps) run(ctx context.Context, b *box, spec *specs.Spec, p executor.Pr
 	}
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	go b.disk.watch(ctx, stop)
+	use := s.disk.step(stop)
+	defer s.disk.end(use)
 	logFile := filepath.Join(b.dir, "runsc.log")
-	cmd := exec.CommandContext(ctx, s.config.Runsc,
-		"--root="+filepath.Join(s.config.RunDir, "runsc"),
+	cmd := exec.CommandContext(ctx, runscPath,
+		"--root="+runscDir,
 		"--log="+logFile, "--log-format=json", "--panic-log="+logFile,
 		"--platform="+s.config.Platform,
 		"--network=sandbox",
@@ -238,6 +218,8 @@ func (s *steps) explain(err error, group cgroup.Group, limits cgroup.Limits, log
 	switch {
 	case happened.OutOfMemory > 0:
 		return &stepError{kind: wire.Memory, code: -1, text: fmt.Sprintf("the step needed more than the %d MiB of memory that it may have", limits.MemoryBytes>>20)}
+	case s.disk.full():
+		return s.disk.exceeded()
 	case happened.NoMorePIDs > 0:
 		return &stepError{kind: wire.Processes, code: -1, text: "the step started more processes than it may have"}
 	}
@@ -279,7 +261,7 @@ func lastMessage(logFile string) string {
 
 // forget removes what gVisor keeps of a sandbox that it was not allowed to end by itself.
 func (s *steps) forget(b *box) error {
-	matches, err := filepath.Glob(filepath.Join(s.config.RunDir, "runsc", "*"+b.id+"*"))
+	matches, err := filepath.Glob(filepath.Join(runscDir, "*"+b.id+"*"))
 	if err != nil {
 		return err
 	}

@@ -100,6 +100,7 @@ func (s *server) openBuilds(programsDir string, programs payload.Programs) error
 	c := buildRemains(s.instance, s.cfg.DataDir)
 	c.Program, c.Runsc, c.Platform, c.Slots, c.Nameservers = program, programs.Runsc, s.cfg.Sandbox.Platform, buildSlots{s.slots}, nameservers
 	c.IdleTimeout, c.CacheBytes = time.Duration(s.cfg.Build.IdleTimeout), int64(s.cfg.Build.CacheMB)<<20
+	c.BuildBytes, c.Builds = int64(s.cfg.Build.DiskMB)<<20, min(s.cfg.Build.PerOrg, s.cfg.Build.Concurrent)
 	s.dockerfiles, err = buildkit.Open(c, s.log.With(slog.String("room", "buildkit")))
 	if err != nil {
 		return err

@@ -160,7 +160,7 @@ func TestServerDies(t *testing.T) {
 		c.Dir, c.CgroupParent, c.RunDir = dir, "/cay-"+filepath.Base(dir)+"-build", "/run/cay-"+filepath.Base(dir)
 	})
 	r.nothingLeft(t)
-	if left, err := os.ReadDir(r.builds()); err != nil || len(left) > 0 {
+	if left, err := filepath.Glob(filepath.Join(r.builds(), "*/*")); err != nil || len(left) > 0 {
 		t.Errorf("in the directory of builds are %v, %v", left, err)
 	}
 	result := r.build(t, Request{Dockerfile: "FROM base\nRUN echo before\n", Base: testBases(t)})
@@ -236,14 +236,14 @@ func TestCache(t *testing.T) {
 	for i := range 3 {
 		r.build(t, Request{Dockerfile: fmt.Sprintf("FROM base\nRUN dd if=/dev/zero of=/big bs=1M count=30 && echo %d >/n\n", i), Base: find})
 	}
-	if freed, err := r.Prune(t.Context(), 0); err != nil || freed < 1<<20 || freed > 80<<20 {
+	if freed, err := r.Prune(t.Context(), "", 0); err != nil || freed < 1<<20 || freed > 80<<20 {
 		t.Errorf("pruning the rest freed %d bytes, %v", freed, err)
 	}
 	var pruning sync.WaitGroup
 	_, err := r.Build(t.Context(), Request{Dockerfile: "FROM base\nRUN echo 1 >/1\nRUN echo go; sleep 1; cat /1\nRUN cat /1\n", Base: find}, func(e Event) {
 		if e.Kind == Log && e.Text == "go\n" {
 			pruning.Go(func() {
-				if _, err := r.Prune(t.Context(), 0); err != nil {
+				if _, err := r.Prune(t.Context(), "", 0); err != nil {
 					t.Error(err)
 				}
 			})
@@ -260,9 +260,10 @@ func TestIdle(t *testing.T) {
 	r := newRoom(t, func(c *Config) { c.IdleTimeout = 10 * time.Millisecond })
 	for range 2 {
 		r.build(t, Request{Dockerfile: "FROM base\nRUN echo x\n", Base: testBases(t)})
-		r.mu.Lock()
-		p := r.program
-		r.mu.Unlock()
+		seat := r.seat("")
+		seat.mu.Lock()
+		p := seat.program
+		seat.mu.Unlock()
 		if p != nil {
 			<-p.over
 			if p.status != nil {
@@ -307,7 +308,7 @@ func TestWithoutOverlay(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	r := newRoom(t, func(c *Config) { c.Dir = filepath.Join(disk, "buildkit"); c.StepBytes = 50 << 20 })
+	r := newRoom(t, func(c *Config) { c.Dir = filepath.Join(disk, "buildkit"); c.BuildBytes = 50 << 20 })
 	_, files := opened(t, r.build(t, Request{Dockerfile: "FROM base\nRUN echo 1 >/1\nRUN cat /1 >/2 && rm /etc/group\n", Base: testBases(t)}))
 	if _, there := files["etc/group"]; there || files["2"] != "0 0644 0:0 1" {
 		t.Errorf("the image has %v", files)
@@ -438,7 +439,7 @@ func TestRequests(t *testing.T) {
 			t.Errorf("got %v, want %s", err, want)
 		}
 	}
-	if r.Running() {
+	if r.Running() > 0 {
 		t.Error("the program was started")
 	}
 }

@@ -36,7 +36,7 @@ func (r *room) memory(b *testing.B) {
 func BenchmarkStart(b *testing.B) {
 	r := newRoom(b)
 	for b.Loop() {
-		p, release, err := r.use(b.Context())
+		p, release, err := r.seat("").use(b.Context())
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -29,7 +29,7 @@ type Request struct {
 
 	Args   map[string]string
 	Target string // the stage that is wanted; "" is the last
-	// Scope is within which results of RUN steps and cache mounts are shared, such as
+	// Scope is within which the cache, and what builds that run at once may write, are shared, such as
 	// an organization; without "/".
 	Scope   string
 	NoCache bool
@@ -107,6 +107,7 @@ var (
 
 // Bounds of a request.
 const (
+	maxScope      = 200      // bytes: it becomes a file name
 	maxDockerfile = 1 << 20  // bytes
 	maxArgs       = 24 << 10 // bytes of names and values together: as JSON, six times as long at most
 )
@@ -115,7 +116,7 @@ func (r *Request) check() error {
 	switch {
 	case r.Base == nil:
 		return errors.New("a build request without Base")
-	case strings.Contains(r.Scope, "/"):
+	case strings.ContainsAny(r.Scope, "/\x00") || len(r.Scope) > maxScope:
 		return fmt.Errorf("a build request with the scope %q", r.Scope)
 	case r.Dockerfile != "" && r.DockerfilePath != "":
 		return fault.InField("invalid_dockerfile", "dockerfile_path", "only one of dockerfile and dockerfile_path may be given")
@@ -148,88 +149,103 @@ func (b *Builder) Build(ctx context.Context, r Request, progress func(Event)) (_
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(b.closed, func() { cancel(ErrClosed) })()
-	dir, err := os.MkdirTemp(b.builds(), "")
+	contexts := b.contexts(r.Scope)
+	if err := os.MkdirAll(contexts, 0o700); err != nil {
+		return nil, fmt.Errorf("making a build's directory: %w", err)
+	}
+	dir, err := os.MkdirTemp(contexts, "")
 	if err != nil {
 		return nil, fmt.Errorf("making a build's directory: %w", err)
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.RemoveAll(dir))
-		}
-	}()
+	// What is in it is in the cache then, or not wanted.
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	request, err := prepare(ctx, dir, &r)
 	if err != nil {
 		return nil, err
 	}
-	p, release, err := b.use(ctx)
+	p, release, err := b.seat(r.Scope).use(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
+	out, err := b.newOutput()
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(out.dir))
+		}
+	}()
 	bases := &bases{find: r.Base}
-	done, err := p.talk(ctx, wire.Request{Build: request}, func(conn *wire.Conn, said wire.Report) {
+	done, err := p.talk(ctx, wire.Request{Build: request}, func(conn *wire.Conn, said wire.Report, file *os.File) error {
 		switch {
 		case said.Base != "":
 			bases.answer(ctx, conn, said.Base)
+		case said.Blob != nil:
+			return bases.blob(conn, *said.Blob)
+		case said.Output != "":
+			return out.take(ctx, said.Output, file)
 		case said.Event != nil && progress != nil:
 			progress(*said.Event)
 		}
+		return nil
 	})
 	cancel(nil)
 	bases.asking.Wait()
 	if err == nil && done.Failure != nil {
 		err = bases.failure(done.Failure)
 	}
-	// What is in them is in the cache now, or not wanted.
-	err = errors.Join(err, os.RemoveAll(request.Context), os.RemoveAll(filepath.Join(dir, dockerfileDir)))
+	if err == nil {
+		err = out.finish(done)
+	}
 	if err != nil {
 		return nil, err
 	}
-	return &Result{Layout: request.Output, Manifest: done.Manifest, dir: dir}, nil
+	return &Result{Layout: out.dir, Manifest: done.Manifest, dir: out.dir}, nil
 }
 
 // Names in a build's directory.
 const (
 	contextDir    = "context"
 	dockerfileDir = "dockerfile"
-	outputDir     = "image"
 )
 
 // prepare fills the build's directory and says what to do with it.
 func prepare(ctx context.Context, dir string, r *Request) (*wire.Build, error) {
-	w := &wire.Build{Context: filepath.Join(dir, contextDir), Output: filepath.Join(dir, outputDir), Scope: r.Scope,
-		Args: r.Args, Target: r.Target, MemoryBytes: r.MemoryBytes, CPUs: r.CPUs, NoCache: r.NoCache}
+	id := filepath.Base(dir)
+	w := &wire.Build{Context: filepath.Join(id, contextDir), Args: r.Args, Target: r.Target, MemoryBytes: r.MemoryBytes, CPUs: r.CPUs, NoCache: r.NoCache}
 	w.Dockerfile, w.Filename = w.Context, r.DockerfilePath
-	for _, d := range []string{w.Context, w.Output} {
-		if err := os.Mkdir(d, 0o700); err != nil {
-			return nil, fmt.Errorf("making a build's directory: %w", err)
-		}
+	from := filepath.Join(dir, contextDir)
+	if err := os.Mkdir(from, 0o700); err != nil {
+		return nil, fmt.Errorf("making a build's directory: %w", err)
 	}
 	if r.Context != "" {
-		if err := unpackFile(ctx, r.Context, w.Context, r.Limits); err != nil {
+		if err := unpackFile(ctx, r.Context, from, r.Limits); err != nil {
 			return nil, err
 		}
 	}
 	if w.Filename == "" {
 		w.Filename = "Dockerfile"
 	}
+	file := from
 	if r.Dockerfile != "" {
-		w.Dockerfile = filepath.Join(dir, dockerfileDir)
-		err := os.Mkdir(w.Dockerfile, 0o700)
+		w.Dockerfile, file = filepath.Join(id, dockerfileDir), filepath.Join(dir, dockerfileDir)
+		err := os.Mkdir(file, 0o700)
 		if err == nil {
-			err = os.WriteFile(filepath.Join(w.Dockerfile, w.Filename), []byte(r.Dockerfile), 0o600)
+			err = os.WriteFile(filepath.Join(file, w.Filename), []byte(r.Dockerfile), 0o600)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("writing the Dockerfile: %w", err)
 		}
 	}
-	return w, checkSizes(w)
+	return w, checkSizes(from, file, w.Filename)
 }
 
 // checkSizes refuses files of the context that the program would read as a whole and that are
 // too long for that.
-func checkSizes(w *wire.Build) error {
-	for _, file := range []struct{ dir, name string }{{w.Dockerfile, w.Filename}, {w.Dockerfile, w.Filename + ".dockerignore"}, {w.Context, ".dockerignore"}} {
+func checkSizes(from, dockerfile, filename string) error {
+	for _, file := range []struct{ dir, name string }{{dockerfile, filename}, {dockerfile, filename + ".dockerignore"}, {from, ".dockerignore"}} {
 		root, err := os.OpenRoot(file.dir)
 		if err != nil {
 			return fmt.Errorf("opening the build's directory: %w", err)
@@ -252,23 +268,62 @@ type bases struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	failed error // the first
+	// +checklocks:mu
+	layouts []string // directories of what was found
 }
 
 func (b *bases) answer(ctx context.Context, conn *wire.Conn, name string) {
 	b.asking.Go(func() {
 		base, err := b.find(ctx, name)
-		a := wire.Answer{Name: name, Layout: base.Layout, Manifest: base.Manifest}
-		if err != nil {
+		a := wire.Answer{Name: name, Manifest: base.Manifest}
+		b.mu.Lock()
+		if err == nil {
+			b.layouts = append(b.layouts, base.Layout)
+		} else {
 			a.Error = wire.Short(err.Error())
-			b.mu.Lock()
 			if b.failed == nil {
 				b.failed = err
 			}
-			b.mu.Unlock()
 		}
+		b.mu.Unlock()
 		// A connection that has ended is noticed by who listens.
 		_ = conn.Send(a, nil)
 	})
+}
+
+// blob hands over a blob of the images that the build was given.
+func (b *bases) blob(conn *wire.Conn, ask wire.BlobAsk) error {
+	a := wire.Answer{Blob: ask.ID}
+	f, err := b.open(ask.Digest)
+	if err != nil {
+		a.Error = wire.Short(err.Error())
+	} else {
+		defer f.Close()
+	}
+	// A connection that has ended is noticed by who listens.
+	_ = conn.Send(a, f)
+	return nil
+}
+
+func (b *bases) open(digest string) (*os.File, error) {
+	path, err := blobPath(digest)
+	if err != nil {
+		return nil, err
+	}
+	b.mu.Lock()
+	layouts := b.layouts[:len(b.layouts):len(b.layouts)]
+	b.mu.Unlock()
+	for _, dir := range layouts {
+		f, err := os.OpenInRoot(dir, path)
+		if err != nil {
+			continue
+		}
+		if info, err := f.Stat(); err == nil && info.Mode().IsRegular() {
+			return f, nil
+		}
+		f.Close()
+	}
+	return nil, errors.New("no image that was given has it")
 }
 
 // failure is the error of a build that failed.

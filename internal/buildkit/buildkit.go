@@ -3,14 +3,17 @@
 // it leaves on the host: control groups, network slots, directories.
 //
 // Nothing of a build reaches the host: the program and each RUN step have network
-// namespaces that whoever opens the room has closed to the host, RUN steps run in gVisor, and
-// images come in only through [Request].Base. It knows nothing of the product.
+// namespaces that whoever opens the room has closed to the host, RUN steps run in gVisor,
+// images come in only through [Request].Base, and the program sees a file tree of its own. There is one
+// program, with a cache of its own, for each scope. What it writes goes to a file system of fixed size
+// in one file, where the machine can mount one. It knows nothing of the product.
 //
 // A [Builder] may be used concurrently. After an error of [Builder.Build] nothing of the
 // build is left but what the cache keeps of it.
 package buildkit
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,7 +24,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/cayhq/cay/internal/buildkit/wire"
 	"github.com/cayhq/cay/internal/cgroup"
 )
 
@@ -45,16 +47,18 @@ type Config struct {
 	Slots        Slots
 	Nameservers  []netip.Addr  // for the program and for RUN steps
 	IdleTimeout  time.Duration // without builds, after which the program is stopped; 0 is 5 minutes
-	CacheBytes   int64         // what the cache is cut to after each build; 0 is 10 GiB
+	CacheBytes   int64         // what a scope's cache is cut to after each build; 0 is 10 GiB
 	Steps        int           // that run at once in one scope; 0 is 4
-	StepBytes    int64         // what one RUN step may write; 0 is 10 GiB
+	BuildBytes   int64         // what one build may write, and what its result may have; 0 is 20 GiB
+	Builds       int           // that run at once in one scope; more share the room of these; 0 is 4
 	MemoryBytes  int64         // limit of the program itself, its page cache included; 0 is 1 GiB
 }
 
 const (
 	defaultIdle   = 5 * time.Minute
 	defaultCache  = 10 << 30
-	defaultStep   = 10 << 30
+	defaultBuild  = 20 << 30
+	defaultBuilds = 4
 	defaultSteps  = 4
 	defaultMemory = 1 << 30
 	// programPIDs bounds the program's threads and the helpers of its steps.
@@ -68,13 +72,11 @@ func (c *Config) complete() error {
 	if c.Platform == "" {
 		c.Platform = "systrap"
 	}
-	if c.Steps == 0 {
-		c.Steps = defaultSteps
-	}
+	c.Steps, c.Builds = cmp.Or(c.Steps, defaultSteps), cmp.Or(c.Builds, defaultBuilds)
 	for _, d := range []struct {
 		value   *int64
 		without int64
-	}{{(*int64)(&c.IdleTimeout), int64(defaultIdle)}, {&c.CacheBytes, defaultCache}, {&c.StepBytes, defaultStep}, {&c.MemoryBytes, defaultMemory}} {
+	}{{(*int64)(&c.IdleTimeout), int64(defaultIdle)}, {&c.CacheBytes, defaultCache}, {&c.BuildBytes, defaultBuild}, {&c.MemoryBytes, defaultMemory}} {
 		if *d.value == 0 {
 			*d.value = d.without
 		}
@@ -90,13 +92,11 @@ type Builder struct {
 	closed context.Context // ends with Close
 	close  context.CancelFunc
 
-	mu sync.Mutex // held while the program is started or stopped
+	mu sync.Mutex
 	// +checklocks:mu
-	program *program // nil if none was started
+	seats map[string]*seat // by scope
 	// +checklocks:mu
-	users int // builds under way
-	// +checklocks:mu
-	idle *time.Timer // stops the program; nil while there are users
+	noImage string // why disks are directories, once that is known
 }
 
 // ErrClosed is the error of builds after [Builder.Close] has begun.
@@ -112,12 +112,12 @@ func Open(cfg Config, log *slog.Logger) (*Builder, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening the build room: %w", err)
 	}
-	b := &Builder{cfg: cfg, log: log, groups: groups}
+	b := &Builder{cfg: cfg, log: log, groups: groups, seats: map[string]*seat{}}
 	b.closed, b.close = context.WithCancel(context.Background())
 	if err := b.clean(); err != nil {
 		return nil, fmt.Errorf("cleaning up after an earlier build: %w", err)
 	}
-	for _, dir := range []string{b.cfg.Dir, b.builds()} {
+	for _, dir := range []string{b.cfg.Dir, b.builds(), b.results(), b.disks()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("opening the build room: %w", err)
 		}
@@ -125,22 +125,23 @@ func Open(cfg Config, log *slog.Logger) (*Builder, error) {
 	return b, nil
 }
 
-// builds is where builds under way, and results that nobody has closed yet, have their directories.
+// builds is where builds under way have their contexts, by scope.
 func (b *Builder) builds() string { return filepath.Join(b.cfg.Dir, "builds") }
+
+// results is where results that are not closed yet have their directories.
+func (b *Builder) results() string { return filepath.Join(b.cfg.Dir, "results") }
+
+// disks is where scopes have what their programs write.
+func (b *Builder) disks() string { return filepath.Join(b.cfg.Dir, "disks") }
 
 // cleanTimeout bounds the end of what was killed: a sandbox with gigabytes takes seconds.
 const cleanTimeout = 30 * time.Second
 
-// clean ends what is left in the room's control groups and removes the directories of builds.
+// clean ends what is left in the room's control groups and removes the directories of builds, and the
+// cache that all scopes shared before there was one for each.
 func (b *Builder) clean() error {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
-	return errors.Join(b.sweep(ctx), b.remove("builds"))
-}
-
-// sweep removes what a program leaves that did not end by itself: its groups with what runs in them, and
-// then the scratch files of its steps.
-func (b *Builder) sweep(ctx context.Context) error {
 	parent := b.groups.Group(b.cfg.CgroupParent)
 	names, err := parent.Children()
 	if err != nil {
@@ -148,13 +149,28 @@ func (b *Builder) sweep(ctx context.Context) error {
 	}
 	var errs []error
 	for _, name := range names {
-		g := b.groups.Group(filepath.Join(b.cfg.CgroupParent, name))
-		errs = append(errs, g.Kill(ctx), g.Remove())
+		errs = append(errs, b.sweep(ctx, filepath.Join(b.cfg.CgroupParent, name)))
 	}
 	if err := errors.Join(append(errs, parent.Remove())...); err != nil {
 		return err // what may still run uses the files
 	}
-	return errors.Join(b.remove("scratch"), os.RemoveAll(b.cfg.RunDir))
+	return errors.Join(b.remove("builds"), b.remove("results"), b.remove("scratch"), b.remove("cache"), os.RemoveAll(b.cfg.RunDir))
+}
+
+// sweep removes a group, and what a program leaves that did not end by itself: the groups below it with what
+// runs in them.
+func (b *Builder) sweep(ctx context.Context, path string) error {
+	group := b.groups.Group(path)
+	names, err := group.Children()
+	if err != nil {
+		return err
+	}
+	errs := []error{group.Kill(ctx)}
+	for _, name := range names {
+		g := b.groups.Group(filepath.Join(path, name))
+		errs = append(errs, g.Kill(ctx), g.Remove())
+	}
+	return errors.Join(append(errs, group.Remove())...)
 }
 
 // remove removes a directory of the room's, if anybody knows where that is.
@@ -181,99 +197,4 @@ func Purge(cfg Config) error {
 		return fmt.Errorf("removing the build room: %w", err)
 	}
 	return nil
-}
-
-// use returns the running program, started if need be, and counts the caller among its
-// users until release is called, exactly once.
-func (b *Builder) use(ctx context.Context) (*program, func(), error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.closed.Err() != nil {
-		return nil, nil, ErrClosed
-	}
-	if b.idle != nil {
-		b.idle.Stop()
-		b.idle = nil
-	}
-	if b.program != nil && b.program.alive.Err() != nil {
-		<-b.program.over
-		b.program = nil
-	}
-	if b.program == nil {
-		p, err := b.start(ctx)
-		if err != nil {
-			return nil, nil, err
-		}
-		b.program = p
-	}
-	b.users++
-	return b.program, b.release, nil
-}
-
-func (b *Builder) release() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.users--; b.users == 0 {
-		b.idle = time.AfterFunc(b.cfg.IdleTimeout, b.rest)
-	}
-}
-
-// rest stops the program if it is still idle.
-func (b *Builder) rest() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.users > 0 || b.program == nil {
-		return
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
-	defer cancel()
-	b.log.Debug("stopping the build program: idle")
-	if err := b.program.stop(ctx); err != nil {
-		b.log.Error("stopping the build program", "error", err)
-	}
-	b.program = nil
-}
-
-// Running reports whether the program runs.
-func (b *Builder) Running() bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.program != nil && !b.program.ended()
-}
-
-// Prune removes from the cache what is not in use, the longest unused first, until keep bytes are
-// left, and says how many bytes that freed.
-func (b *Builder) Prune(ctx context.Context, keep int64) (freed int64, err error) {
-	if _, err := os.Stat(filepath.Join(b.cfg.Dir, "cache")); errors.Is(err, os.ErrNotExist) {
-		return 0, nil
-	}
-	p, release, err := b.use(ctx)
-	if err != nil {
-		return 0, err
-	}
-	defer release()
-	done, err := p.talk(ctx, wire.Request{Prune: &wire.Prune{Keep: max(keep, 0)}}, nil)
-	if err != nil {
-		return 0, err
-	}
-	if done.Failure != nil {
-		return done.Freed, errors.New(done.Failure.Message)
-	}
-	return done.Freed, nil
-}
-
-// Close ends all builds and the program. Results stay as they are.
-func (b *Builder) Close(ctx context.Context) error {
-	b.close()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.idle != nil {
-		b.idle.Stop()
-	}
-	if b.program == nil {
-		return nil
-	}
-	err := b.program.stop(ctx)
-	b.program = nil
-	return err
 }

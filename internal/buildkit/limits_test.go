@@ -16,7 +16,7 @@ import (
 
 // TestBombs are steps that take too much: they fail, say why, and leave nothing.
 func TestBombs(t *testing.T) {
-	r := newRoom(t, func(c *Config) { c.StepBytes = 50 << 20 })
+	r := newRoom(t, func(c *Config) { c.BuildBytes = 50 << 20 })
 	find := testBases(t)
 	for name, c := range map[string]struct {
 		step string
@@ -69,8 +69,8 @@ func TestStepGroup(t *testing.T) {
 	got := map[string]string{}
 	_, err := r.Build(ctx, Request{Dockerfile: sleeping, Base: testBases(t), MemoryBytes: 300 << 20, CPUs: 1.5}, whenAsleep(func() {
 		defer cancel()
-		paths, err := filepath.Glob("/sys/fs/cgroup/*" + r.cfg.CgroupParent + "/step-*/*") // v1
-		if more, _ := filepath.Glob("/sys/fs/cgroup" + r.cfg.CgroupParent + "/step-*/*"); err == nil {
+		paths, err := filepath.Glob("/sys/fs/cgroup/*" + r.cfg.CgroupParent + "/*/step-*/*") // v1
+		if more, _ := filepath.Glob("/sys/fs/cgroup" + r.cfg.CgroupParent + "/*/step-*/*"); err == nil {
 			paths = append(paths, more...) // v2
 		}
 		for _, path := range paths {

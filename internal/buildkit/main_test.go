@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -282,10 +283,13 @@ func newRoom(t testing.TB, change ...func(*Config)) *room {
 func (r *room) nothingLeft(t testing.TB) {
 	t.Helper()
 	running, slots := []string{}, 0
-	if r.Running() {
-		running, slots = []string{"program"}, 1
+	for _, seat := range r.taken() {
+		if seat.running() {
+			slots++
+			running = append(running, fmt.Sprint(seat.number, "/program"))
+		}
 	}
-	groups, err := r.groups.Group(r.cfg.CgroupParent).Children()
+	groups, err := r.groupsBelow()
 	if err != nil || strings.Join(groups, " ") != strings.Join(running, " ") {
 		t.Errorf("control groups: %v, %v, want %v", groups, err, running)
 	}
@@ -296,8 +300,13 @@ func (r *room) nothingLeft(t testing.TB) {
 	if err != nil || strings.Contains(string(mounts), r.cfg.Dir) {
 		t.Errorf("mounts are left below %s, %v:\n%s", r.cfg.Dir, err, mounts)
 	}
-	for _, pattern := range []string{filepath.Join(r.cfg.Dir, "scratch/steps/*"), filepath.Join(r.cfg.RunDir, "runsc/*")} {
-		if left, err := filepath.Glob(pattern); err != nil || len(left) > 0 {
+	for _, inside := range []string{"data/scratch/steps", "run/runsc"} {
+		if left := r.inside(t, inside); len(left) > 0 {
+			t.Errorf("left in %s are %v", inside, left)
+		}
+	}
+	for _, dir := range []string{r.results(), filepath.Join(r.builds(), "*")} {
+		if left, err := filepath.Glob(filepath.Join(dir, "*")); err != nil || len(left) > 0 && dir != r.results() {
 			t.Errorf("left are %v, %v", left, err)
 		}
 	}
@@ -306,15 +315,58 @@ func (r *room) nothingLeft(t testing.TB) {
 	}
 }
 
-// processesOf finds the processes that run a program.
+// groupsBelow lists the groups two levels below the room's, in order.
+func (r *room) groupsBelow() ([]string, error) {
+	parent := r.groups.Group(r.cfg.CgroupParent)
+	seats, err := parent.Children()
+	if err != nil {
+		return nil, err
+	}
+	var all []string
+	for _, seat := range seats {
+		names, err := r.groups.Group(filepath.Join(r.cfg.CgroupParent, seat)).Children()
+		if err != nil {
+			return nil, err
+		}
+		for _, name := range names {
+			all = append(all, seat+"/"+name)
+		}
+	}
+	slices.Sort(all)
+	return all, nil
+}
+
+// inside lists a directory of the file trees of the programs that run.
+func (r *room) inside(t testing.TB, dir string) []string {
+	t.Helper()
+	pids, err := processesOf(r.cfg.Program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []string
+	for _, pid := range pids {
+		found, err := filepath.Glob(filepath.Join("/proc", pid, "root", dir, "*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, found...)
+	}
+	return all
+}
+
+// processesOf finds the processes that run a program, whatever they call it.
 func processesOf(program string) ([]string, error) {
 	links, err := filepath.Glob("/proc/[0-9]*/exe")
 	if err != nil {
 		return nil, err
 	}
+	want, err := os.Stat(program)
+	if err != nil {
+		return nil, err
+	}
 	var pids []string
 	for _, link := range links {
-		if to, err := os.Readlink(link); err == nil && to == program {
+		if is, err := os.Stat(link); err == nil && os.SameFile(is, want) {
 			pids = append(pids, filepath.Base(filepath.Dir(link)))
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"sync"
 	"time"
 
@@ -23,6 +24,7 @@ import (
 // program is one life of cay-buildkit.
 type program struct {
 	builder *Builder
+	seat    *seat
 	log     *slog.Logger
 	control *wire.Conn
 	cmd     *exec.Cmd
@@ -42,8 +44,10 @@ type program struct {
 // removed first.
 const startTimeout = 2 * time.Minute
 
-// start starts the program and waits until it is ready.
-func (b *Builder) start(ctx context.Context) (_ *program, err error) {
+// startProgram starts the program and waits until it is ready. It fails with errNoDisk if an image cannot be
+// mounted.
+func (s *seat) startProgram(ctx context.Context, disk string, image bool) (_ *program, err error) {
+	b := s.builder
 	namespace, release, err := b.cfg.Slots.Take(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("getting a network for the build program: %w", err)
@@ -53,7 +57,7 @@ func (b *Builder) start(ctx context.Context) (_ *program, err error) {
 		return nil, errors.Join(err, release(ctx))
 	}
 	defer theirs.Close()
-	p := &program{builder: b, log: b.log, control: control, ready: make(chan *wire.Ready, 1), over: make(chan struct{}),
+	p := &program{builder: b, seat: s, log: b.log.With("scope", s.scope), control: control, ready: make(chan *wire.Ready, 1), over: make(chan struct{}),
 		taken: map[int64]func(context.Context) error{0: release}}
 	p.alive, p.die = context.WithCancel(context.Background())
 	p.cmd = exec.Command(b.cfg.Program)
@@ -72,7 +76,7 @@ func (b *Builder) start(ctx context.Context) (_ *program, err error) {
 		<-p.over
 		return nil, fmt.Errorf("starting the build program: %w", err)
 	}
-	if err := p.configure(ctx); err != nil {
+	if err := p.configure(ctx, disk, image); err != nil {
 		p.kill()
 		<-p.over
 		return nil, fmt.Errorf("starting the build program: %w", err)
@@ -132,7 +136,7 @@ func (p *program) bury() {
 	p.taking.Wait()
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
-	err := p.builder.sweep(ctx)
+	err := errors.Join(p.builder.sweep(ctx, p.group()), os.RemoveAll(p.runDir()))
 	p.mu.Lock()
 	taken := p.taken
 	p.taken = nil
@@ -157,15 +161,26 @@ func (p *program) logLines(said io.Reader) {
 	}
 }
 
+// group is the control group that everything of the program is in, or below.
+func (p *program) group() string {
+	return filepath.Join(p.builder.cfg.CgroupParent, strconv.Itoa(p.seat.number))
+}
+
+// runDir is an empty directory, over which the program mounts its file tree.
+func (p *program) runDir() string {
+	return filepath.Join(p.builder.cfg.RunDir, strconv.Itoa(p.seat.number))
+}
+
 // configure limits the process, which waits, and then tells it how to work.
-func (p *program) configure(ctx context.Context) error {
+func (p *program) configure(ctx context.Context, disk string, image bool) error {
 	cfg := p.builder.cfg
-	for _, dir := range []string{filepath.Join(cfg.Dir, "scratch"), filepath.Join(cfg.RunDir, "runsc")} {
+	contexts := p.builder.contexts(p.seat.scope)
+	for _, dir := range []string{p.runDir(), contexts} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return err
 		}
 	}
-	group := p.builder.groups.Group(filepath.Join(cfg.CgroupParent, "program"))
+	group := p.builder.groups.Group(filepath.Join(p.group(), "program"))
 	err := group.Make(cgroup.Limits{MemoryBytes: cfg.MemoryBytes, PIDs: programPIDs})
 	if err == nil {
 		err = group.Add(p.cmd.Process.Pid)
@@ -173,8 +188,8 @@ func (p *program) configure(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	c := &wire.Config{Dir: cfg.Dir, RunDir: cfg.RunDir, Runsc: cfg.Runsc, Platform: cfg.Platform,
-		CgroupParent: cfg.CgroupParent, CacheBytes: cfg.CacheBytes, StepDiskBytes: cfg.StepBytes, Steps: cfg.Steps}
+	c := &wire.Config{Disk: disk, Image: image, Contexts: contexts, RunDir: p.runDir(), Runsc: cfg.Runsc, Platform: cfg.Platform,
+		Group: p.group(), CacheBytes: cfg.CacheBytes, BuildBytes: cfg.BuildBytes, Steps: cfg.Steps}
 	for _, n := range cfg.Nameservers {
 		c.Nameservers = append(c.Nameservers, n.String())
 	}
@@ -185,10 +200,13 @@ func (p *program) configure(ctx context.Context) error {
 	defer cancel()
 	select {
 	case r := <-p.ready:
-		if r.Error != "" {
+		switch {
+		case r.NoDisk:
+			return fmt.Errorf("%w: %s", errNoDisk, r.Error)
+		case r.Error != "":
 			return errors.New(r.Error)
 		}
-		p.log.Debug("build program started", "snapshotter", r.Snapshotter, "git", r.Git)
+		p.log.Debug("build program started", "snapshotter", r.Snapshotter, "git", r.Git, "image", image)
 		return nil
 	case <-p.over:
 		return p.end()
@@ -304,8 +322,9 @@ func (p *program) stop(ctx context.Context) error {
 const cancelTimeout = 30 * time.Second
 
 // talk sends a request on a connection of its own, hands what comes to hear, and returns when the
-// program is done with it. When ctx ends, that is when nothing of it runs any more.
-func (p *program) talk(ctx context.Context, r wire.Request, hear func(*wire.Conn, wire.Report)) (*wire.Done, error) {
+// program is done with it. When ctx ends, that is when nothing of it runs any more. The file that comes with
+// a report is closed after hear has returned, whose error ends the request.
+func (p *program) talk(ctx context.Context, r wire.Request, hear func(*wire.Conn, wire.Report, *os.File) error) (*wire.Done, error) {
 	conn, theirs, err := wire.Pair()
 	if err != nil {
 		return nil, err
@@ -334,9 +353,15 @@ func (p *program) talk(ctx context.Context, r wire.Request, hear func(*wire.Conn
 			p.kill()
 		}
 	})()
+	var failed error // of hear
 	for {
 		var said wire.Report
 		file, err := conn.Receive(&said)
+		if err == nil && said.Done == nil && hear != nil && failed == nil {
+			if failed = hear(conn, said, file); failed != nil {
+				_ = conn.Hangup() // the program may be gone
+			}
+		}
 		if file != nil {
 			file.Close()
 		}
@@ -351,10 +376,10 @@ func (p *program) talk(ctx context.Context, r wire.Request, hear func(*wire.Conn
 			return nil, err
 		case said.Done != nil && ctx.Err() != nil:
 			return nil, context.Cause(ctx)
+		case said.Done != nil && failed != nil:
+			return nil, failed
 		case said.Done != nil:
 			return said.Done, nil
-		case hear != nil:
-			hear(conn, said)
 		}
 	}
 }

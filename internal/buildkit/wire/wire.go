@@ -31,18 +31,21 @@ type Control struct {
 	Slot   *SlotGift `json:"slot,omitempty"`
 }
 
-// Config is how the program works.
+// Config tells the program how to work. Its paths are the host's: the program opens what they name
+// and then leaves the host's file tree.
 type Config struct {
-	Dir          string   `json:"dir"`     // its cache and scratch; nobody else's
-	RunDir       string   `json:"run_dir"` // short, for gVisor's sockets; nobody else's
-	Runsc        string   `json:"runsc"`
-	Platform     string   `json:"platform"`      // of gVisor: systrap or kvm
-	CgroupParent string   `json:"cgroup_parent"` // groups of steps are made below
-	Nameservers  []string `json:"nameservers"`
-	CacheBytes   int64    `json:"cache_bytes"`
+	Disk     string `json:"disk"`     // image of the ext4 file system that everything is written to, or a directory
+	Image    bool   `json:"image"`    // whether Disk is an image
+	Contexts string `json:"contexts"` // directory below which builds have their contexts
+	RunDir   string `json:"run_dir"`  // an empty directory, over which the program builds its file tree
+	Runsc    string `json:"runsc"`
+	Platform string `json:"platform"` // of gVisor: systrap or kvm
+	Group    string `json:"group"`    // control group below which groups of steps are made
 
-	StepDiskBytes int64 `json:"step_disk_bytes"` // that one step may write
-	Steps         int   `json:"steps"`           // that run at once in one scope
+	Nameservers []string `json:"nameservers"`
+	CacheBytes  int64    `json:"cache_bytes"`
+	BuildBytes  int64    `json:"build_bytes"` // that one build may write
+	Steps       int      `json:"steps"`       // that run at once
 }
 
 // SlotGift answers an [Ask] for a slot. The file is its network namespace, if Error is empty.
@@ -63,6 +66,7 @@ type Ready struct {
 	Snapshotter string `json:"snapshotter,omitempty"`
 	Git         bool   `json:"git,omitempty"` // whether ADD of a git repository works
 	Error       string `json:"error,omitempty"`
+	NoDisk      bool   `json:"no_disk,omitempty"` // the error: the disk's image cannot be mounted
 }
 
 // Request is what a connection is for. Exactly one field is set.
@@ -76,13 +80,11 @@ type Prune struct {
 	Keep int64 `json:"keep"`
 }
 
-// Build is one Dockerfile to build.
+// Build is one Dockerfile to build. Its directories are named relative to [Config].Contexts.
 type Build struct {
 	Context     string            `json:"context"`    // directory of the build context
 	Dockerfile  string            `json:"dockerfile"` // directory that Filename is in
 	Filename    string            `json:"filename"`   // of the Dockerfile
-	Output      string            `json:"output"`     // directory for the image's OCI layout; exists
-	Scope       string            `json:"scope"`      // cache mounts are shared within one
 	Args        map[string]string `json:"args,omitempty"`
 	Target      string            `json:"target,omitempty"`
 	MemoryBytes int64             `json:"memory_bytes"` // limit of one step
@@ -90,20 +92,28 @@ type Build struct {
 	NoCache     bool              `json:"no_cache,omitempty"`
 }
 
-// Answer is from the server on a build's connection, to a report's Base.
+// Answer is from the server on a build's connection, to a report's Base or Blob.
 type Answer struct {
-	Name     string `json:"name"`
-	Layout   string `json:"layout,omitempty"` // directory of an OCI image layout
+	Name     string `json:"name,omitempty"` // of the image that was asked for; "" answers a Blob
 	Manifest string `json:"manifest,omitempty"`
+	Blob     int64  `json:"blob,omitempty"` // the number under which a blob was asked for; the file is the blob
 	Error    string `json:"error,omitempty"`
 }
 
 // Report is from the program on a build's connection. Exactly one field is set; Done is
 // the last.
 type Report struct {
-	Base  string `json:"base,omitempty"` // the name of an image that the build needs
-	Event *Event `json:"event,omitempty"`
-	Done  *Done  `json:"done,omitempty"`
+	Base   string   `json:"base,omitempty"`   // the name of an image that the build needs
+	Blob   *BlobAsk `json:"blob,omitempty"`   // a blob of the images that the build was given
+	Output string   `json:"output,omitempty"` // the digest of a blob of the result; the file is the blob
+	Event  *Event   `json:"event,omitempty"`
+	Done   *Done    `json:"done,omitempty"`
+}
+
+// BlobAsk asks for a blob. Blobs travel as open files, since the program sees no file of the host.
+type BlobAsk struct {
+	ID     int64  `json:"id"` // from 1
+	Digest string `json:"digest"`
 }
 
 // Kinds of [Event].
@@ -132,9 +142,10 @@ type Event struct {
 
 // Done is the end of a build or a prune.
 type Done struct {
-	Manifest string   `json:"manifest,omitempty"` // digest, in the output's layout
-	Freed    int64    `json:"freed,omitempty"`    // bytes, of a prune
-	Failure  *Failure `json:"failure,omitempty"`
+	Manifest   string          `json:"manifest,omitempty"`   // digest, of a blob that was put out
+	Descriptor json.RawMessage `json:"descriptor,omitempty"` // of the manifest, for the layout's index
+	Freed      int64           `json:"freed,omitempty"`      // bytes, of a prune
+	Failure    *Failure        `json:"failure,omitempty"`
 }
 
 // Kinds of [Failure].
@@ -143,7 +154,7 @@ const (
 	Dockerfile = "dockerfile" // the Dockerfile cannot be built as it is
 	Base       = "base"       // an image was not given
 	Memory     = "memory"     // a step needed more memory than it may have
-	Disk       = "disk"       // a step wrote more than it may
+	Disk       = "disk"       // the build wrote more than it may
 	Processes  = "processes"  // a step started more processes than it may
 	Internal   = "internal"   // not the user's doing
 )

@@ -43,7 +43,7 @@ func TestMessages(t *testing.T) {
 				return
 			}
 			defer f.Close()
-			if err := errors.Join(here.Send(Answer{Name: name, Layout: strings.Repeat("x", 100<<10)}, f), here.Send(Answer{Name: "none"}, nil)); err != nil {
+			if err := errors.Join(here.Send(Answer{Name: name, Error: strings.Repeat("x", 100<<10)}, f), here.Send(Answer{Name: "none"}, nil)); err != nil {
 				t.Error(err)
 			}
 		})
