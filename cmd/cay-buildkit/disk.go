@@ -133,7 +133,7 @@ func (d *disk) step(stop context.CancelCauseFunc) *diskUse {
 	return use
 }
 
-// end takes the room of a build back. What it leaves in the cache has been cut to what that may have.
+// end takes the room of a build back, but for the slack that its end needs.
 func (d *disk) end(use *diskUse) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -141,8 +141,15 @@ func (d *disk) end(use *diskUse) error {
 	if !use.build {
 		return nil
 	}
+	return d.settle(diskSlack)
+}
+
+// settle leaves what builds that run have left, and at least so much.
+//
+// +checklocks:d.mu
+func (d *disk) settle(least int64) error {
 	free, _ := statfs(dataDir)
-	return d.leave(min(free, max(int64(d.builds())*d.limit, diskSlack)))
+	return d.leave(max(min(free, int64(d.builds())*d.limit), least))
 }
 
 // builds counts those that run.
@@ -172,16 +179,39 @@ func (d *disk) lend() {
 // fitrim is Linux's FITRIM, _IOWR('X', 121, struct fstrim_range).
 const fitrim = 0xc0185879
 
-// trim gives the host back the blocks of an image that are not used any more.
+// trim gives the host back the blocks of an image that are not used any more, those of the ballast included
+// if no build runs.
 func (d *disk) trim() error {
 	if d.ballast == nil {
 		return nil
 	}
-	r := struct{ start, length, least uint64 }{length: ^uint64(0)}
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, d.ballast.Fd(), fitrim, uintptr(unsafe.Pointer(&r))); errno != 0 && errno != unix.EOPNOTSUPP {
-		return fmt.Errorf("giving blocks of the disk back: %w", errno)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.builds() == 0 {
+		if err := d.ballast.Truncate(0); err != nil {
+			return fmt.Errorf("giving blocks of the disk back: %w", err)
+		}
 	}
-	return nil
+	r := struct{ start, length, least uint64 }{length: ^uint64(0)}
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, d.ballast.Fd(), fitrim, uintptr(unsafe.Pointer(&r)))
+	err := d.settle(diskSlack)
+	if errno != 0 && errno != unix.EOPNOTSUPP {
+		err = errors.Join(err, fmt.Errorf("giving blocks of the disk back: %w", errno))
+	}
+	return err
+}
+
+// taken is what the cache and builds take of an image, in bytes.
+func (d *disk) taken() (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dataDir, &st); err != nil {
+		return 0, fmt.Errorf("looking at the disk: %w", err)
+	}
+	info, err := d.ballast.Stat()
+	if err != nil {
+		return 0, fmt.Errorf("looking at the disk: %w", err)
+	}
+	return int64(st.Blocks-st.Bfree)*st.Bsize - info.Size(), nil
 }
 
 // full reports whether the builds that run have filled the disk.
@@ -194,12 +224,11 @@ func (d *disk) full() bool {
 func (d *disk) overdrawn(cacheBytes int64) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	var st unix.Statfs_t
-	if d.ballast == nil || d.builds() > 0 || unix.Statfs(dataDir, &st) != nil {
+	if d.ballast == nil || d.builds() > 0 {
 		return false
 	}
-	info, err := d.ballast.Stat()
-	return err == nil && int64(st.Blocks-st.Bfree)*st.Bsize-info.Size() > cacheBytes+diskSlack
+	taken, err := d.taken()
+	return err == nil && taken > cacheBytes+diskSlack
 }
 
 // exceeded is the error of a build that wrote more than it may.

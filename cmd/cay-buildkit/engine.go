@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/containerd/v2/core/diff/apply"
 	ctdmetadata "github.com/containerd/containerd/v2/core/metadata"
 	ctdsnapshot "github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/gc"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/containerd/v2/plugins/diff/walking"
 	"github.com/containerd/containerd/v2/plugins/snapshots/native"
@@ -49,8 +50,9 @@ type engine struct {
 	past        db.DB
 	snapshotter string
 	cacheBytes  int64
-	blobs       string   // directory of the content
-	builds      sync.Map // of *build, by the id of its session
+	blobs       string                                  // directory of the content
+	collect     func(context.Context) (gc.Stats, error) // removes what no record of the cache names
+	builds      sync.Map                                // of *build, by the id of its session
 }
 
 // openEngine opens the cache below dir, or makes one. Steps are run by exec.
@@ -63,6 +65,7 @@ func openEngine(ctx context.Context, dir string, cacheBytes int64, exec executor
 	if err != nil {
 		return nil, err
 	}
+	e.collect = opt.GarbageCollect
 	if e.worker, err = base.NewWorker(ctx, opt); err != nil {
 		return nil, fmt.Errorf("opening the cache: %w", err)
 	}
@@ -197,6 +200,9 @@ func (e *engine) prune(ctx context.Context, keep int64) (freed int64, err error)
 	<-summed
 	if err == nil && freed > 0 {
 		err = e.results.ReleaseUnreferenced(ctx)
+	}
+	if err == nil {
+		_, err = e.collect(ctx) // of a build that failed there is no record
 	}
 	if err != nil {
 		return freed, fmt.Errorf("pruning the cache: %w", err)

@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"sync"
+	"time"
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
@@ -43,6 +44,7 @@ type daemon struct {
 	slots   *slots
 	disk    *disk
 	engine  *engine
+	tidying sync.Mutex // held by who tidies up
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -157,10 +159,9 @@ func (d *daemon) connection(ctx context.Context, file *os.File) {
 		return
 	}
 	var done wire.Done
-	var use *diskUse
 	switch {
 	case r.Build != nil:
-		use, err = d.build(ctx, conn, r.Build, &done)
+		err = d.build(ctx, conn, r.Build, &done)
 	case r.Prune != nil:
 		done.Freed, err = d.engine.prune(ctx, r.Prune.Keep)
 	default:
@@ -171,38 +172,56 @@ func (d *daemon) connection(ctx context.Context, file *os.File) {
 	}
 	// Who has left does not want to know.
 	_ = conn.Send(wire.Report{Done: &done}, nil)
-	if err := d.tidy(ctx, use); err != nil && ctx.Err() == nil {
-		fmt.Fprintln(os.Stderr, "cay-buildkit:", err)
+	d.tidy(ctx, r.Build != nil)
+	if r.Build != nil {
+		go d.tidyLater(ctx)
 	}
 }
 
-// build builds, in as much room on the disk as one build may have. The room must be given back.
-func (d *daemon) build(ctx context.Context, conn *wire.Conn, r *wire.Build, done *wire.Done) (*diskUse, error) {
+// What a build leaves for a while: what it releases as it ends, and its context.
+var leftFor = []time.Duration{2 * time.Second, sourceAge}
+
+// tidyLater tidies up what a build leaves for a while. It ends with ctx.
+func (d *daemon) tidyLater(ctx context.Context) {
+	for _, wait := range leftFor {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+			d.tidy(ctx, true)
+		}
+	}
+}
+
+// build builds, in as much room on the disk as one build may have.
+func (d *daemon) build(ctx context.Context, conn *wire.Conn, r *wire.Build, done *wire.Done) (err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	use, err := d.disk.begin(cancel)
 	if err != nil {
-		return nil, err
+		return err
 	}
+	defer func() { err = errors.Join(err, d.disk.end(use)) }()
 	b := &build{engine: d.engine, disk: d.disk, conn: conn, request: r, bases: map[string]*given{}, places: map[string]place{}}
 	done.Manifest, done.Descriptor, err = b.run(ctx, cancel)
-	return use, err
+	return err
 }
 
-// tidy cuts the cache, after a build, to what it may have, and gives the host what that freed.
-func (d *daemon) tidy(ctx context.Context, use *diskUse) error {
-	if use == nil {
-		return d.disk.trim()
+// tidy gives the host what of the disk is not used any more, after a build what the cache is cut by too.
+func (d *daemon) tidy(ctx context.Context, built bool) {
+	d.tidying.Lock()
+	defer d.tidying.Unlock()
+	var err error
+	if built {
+		_, err = d.engine.prune(ctx, d.engine.cacheBytes)
 	}
-	if d.disk.full() {
-		d.disk.lend() // records grow before they shrink
-	}
-	_, err := d.engine.prune(ctx, d.engine.cacheBytes)
-	err = errors.Join(err, d.disk.trim(), d.disk.end(use))
+	err = errors.Join(err, d.disk.trim())
 	if d.disk.overdrawn(d.engine.cacheBytes) {
 		err = errors.Join(err, os.WriteFile(overdrawn, nil, 0o600))
 	}
-	return err
+	if err != nil && ctx.Err() == nil {
+		fmt.Fprintln(os.Stderr, "cay-buildkit: tidying up:", err)
+	}
 }
 
 // count counts connections. When the last one ends, nothing that this process started itself is

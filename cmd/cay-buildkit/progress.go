@@ -2,6 +2,7 @@ package main
 
 import (
 	"regexp"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -22,6 +23,10 @@ type progress struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	names map[string]string // of steps, by digest
+	// +checklocks:mu
+	running []string // names of steps that have begun and not ended, in order
+	// +checklocks:mu
+	broken string // the name of the step that failed first
 }
 
 type stepState struct {
@@ -75,6 +80,33 @@ func (p *progress) name(digest string) string {
 	return p.names[digest]
 }
 
+// noteRunning notes which steps run, and which failed first.
+func (p *progress) noteRunning(v *client.Vertex) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	at := slices.Index(p.running, v.Name)
+	switch {
+	case v.Completed == nil && at < 0:
+		p.running = append(p.running, v.Name)
+	case v.Completed != nil && at >= 0:
+		p.running = slices.Delete(p.running, at, at+1)
+	}
+	if v.Error != "" && p.broken == "" {
+		p.broken = v.Name
+	}
+}
+
+// at is the name of the step that a build was at when it was stopped: the one that failed, else the last one
+// that runs.
+func (p *progress) at() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.broken != "" || len(p.running) == 0 {
+		return p.broken
+	}
+	return p.running[len(p.running)-1]
+}
+
 func (p *progress) vertex(v *client.Vertex) {
 	p.mu.Lock()
 	p.names[v.Digest.String()] = v.Name
@@ -82,6 +114,7 @@ func (p *progress) vertex(v *client.Vertex) {
 	if v.Started == nil && !v.Cached {
 		return // it may never be needed
 	}
+	p.noteRunning(v)
 	s := p.step(v.Digest)
 	e := wire.Event{Step: s.number}
 	e.Stage, e.Number, e.Total, e.Name = splitName(v.Name)

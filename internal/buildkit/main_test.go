@@ -145,6 +145,7 @@ func serveOutside(host int) error {
 		(&cgi.Handler{Path: "/usr/lib/git-core/git-http-backend", Root: "/git",
 			Env: []string{"GIT_PROJECT_ROOT=" + repositories, "GIT_HTTP_EXPORT_ALL=1"}}).ServeHTTP(w, r)
 	})
+	hostileOutside(mux)
 	go http.Serve(listener, mux)
 	names, err := net.ListenPacket("udp", outsideAddr+":53")
 	if err != nil {
@@ -266,6 +267,9 @@ func newRoom(t testing.TB, change ...func(*Config)) *room {
 		if err := errors.Join(Purge(cfg), n.Sweep(nil), n.Close()); err != nil {
 			t.Error(err)
 		}
+		if left := loops(t, cfg.Dir); len(left) > 0 {
+			t.Errorf("loop devices are left: %v", left)
+		}
 		for _, path := range []string{cfg.Dir, cfg.RunDir} {
 			if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
 				t.Errorf("%s is left: %v", path, err)
@@ -289,6 +293,7 @@ func (r *room) nothingLeft(t testing.TB) {
 			running = append(running, fmt.Sprint(seat.number, "/program"))
 		}
 	}
+	slices.Sort(running)
 	groups, err := r.groupsBelow()
 	if err != nil || strings.Join(groups, " ") != strings.Join(running, " ") {
 		t.Errorf("control groups: %v, %v, want %v", groups, err, running)
