@@ -49,6 +49,8 @@ type daemon struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	running int // connections being served
+	// +checklocks:mu
+	notYet context.CancelFunc // of what tidies up after the latest build; nil before the first
 }
 
 // serve works until the control connection ends.
@@ -172,25 +174,36 @@ func (d *daemon) connection(ctx context.Context, file *os.File) {
 	}
 	// Who has left does not want to know.
 	_ = conn.Send(wire.Report{Done: &done}, nil)
-	d.tidy(ctx, r.Build != nil)
+	d.tidy(ctx, false)
 	if r.Build != nil {
-		go d.tidyLater(ctx)
+		d.tidyLater(ctx)
 	}
 }
 
-// What a build leaves for a while: what it releases as it ends, and its context.
-var leftFor = []time.Duration{2 * time.Second, sourceAge}
+// A build leaves for a while what it releases as it ends, and then its context. So much later the disk is
+// looked at again, unless another build has ended meanwhile.
+var leftFor = []time.Duration{time.Second, sourceAge}
 
-// tidyLater tidies up what a build leaves for a while. It ends with ctx.
+// tidyLater tidies up what the latest build leaves for a while.
 func (d *daemon) tidyLater(ctx context.Context) {
-	for _, wait := range leftFor {
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(wait):
-			d.tidy(ctx, true)
-		}
+	ctx, cancel := context.WithCancel(ctx)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.notYet != nil {
+		d.notYet()
 	}
+	d.notYet = cancel
+	go func() {
+		defer cancel()
+		for _, wait := range leftFor {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(wait):
+				d.tidy(ctx, true)
+			}
+		}
+	}()
 }
 
 // build builds, in as much room on the disk as one build may have.
@@ -207,17 +220,17 @@ func (d *daemon) build(ctx context.Context, conn *wire.Conn, r *wire.Build, done
 	return err
 }
 
-// tidy gives the host what of the disk is not used any more, after a build what the cache is cut by too.
-func (d *daemon) tidy(ctx context.Context, built bool) {
+// tidy cuts the cache to what it may have, and gives the host the blocks that are not used any more if that is
+// wanted, which takes a while.
+func (d *daemon) tidy(ctx context.Context, trim bool) {
 	d.tidying.Lock()
 	defer d.tidying.Unlock()
-	var err error
-	if built {
-		_, err = d.engine.prune(ctx, d.engine.cacheBytes)
-	}
-	err = errors.Join(err, d.disk.trim())
-	if d.disk.overdrawn(d.engine.cacheBytes) {
-		err = errors.Join(err, os.WriteFile(overdrawn, nil, 0o600))
+	_, err := d.engine.prune(ctx, d.engine.cacheBytes)
+	if trim {
+		err = errors.Join(err, d.disk.trim())
+		if d.disk.overdrawn(d.engine.cacheBytes) {
+			err = errors.Join(err, os.WriteFile(overdrawn, nil, 0o600))
+		}
 	}
 	if err != nil && ctx.Err() == nil {
 		fmt.Fprintln(os.Stderr, "cay-buildkit: tidying up:", err)

@@ -116,6 +116,7 @@ type buildConfig struct {
 	PerOrg         int      `toml:"per_org"`
 	Timeout        duration `toml:"timeout"`
 	ContextLimitMB int      `toml:"context_limit_mb"`
+	ContextsMB     int      `toml:"contexts_mb"`
 	MemoryMB       int      `toml:"memory_mb"`
 	CPUs           float64  `toml:"cpus"`
 	DiskMB         int      `toml:"disk_mb"`
@@ -140,7 +141,7 @@ func defaults() config {
 		RateLimit: rateLimitConfig{PerSecond: 500, Burst: 1000, FailedPerSecond: 10, FailedBurst: 200},
 		Images:    imagesConfig{Registry: true, PulledMB: 20 << 10},
 		Templates: templatesConfig{Prepare: []string{"python", "base"}, MaxPerOrg: 100},
-		Build: buildConfig{Concurrent: 1, PerOrg: 1, Timeout: duration(30 * time.Minute), ContextLimitMB: 1024,
+		Build: buildConfig{Concurrent: 1, PerOrg: 1, Timeout: duration(30 * time.Minute), ContextLimitMB: 1024, ContextsMB: 10 << 10,
 			MemoryMB: 2048, CPUs: 2, DiskMB: 20 << 10, CacheMB: 10 << 10, IdleTimeout: duration(5 * time.Minute)},
 		Memory: memoryConfig{CallsMB: 192, OrgCallsMB: 96, HeapMB: 384, LimitMB: 1024},
 		Pool:   poolConfig{Enabled: true, Target: 2, MaxMembers: 16},
@@ -311,6 +312,7 @@ func (c *config) check() error {
 		{"build.concurrent", c.Build.Concurrent, 1},
 		{"build.per_org", c.Build.PerOrg, 1},
 		{"build.context_limit_mb", c.Build.ContextLimitMB, 1},
+		{"build.contexts_mb", c.Build.ContextsMB, 1},
 		{"build.memory_mb", c.Build.MemoryMB, 64},
 		{"build.disk_mb", c.Build.DiskMB, 64},
 		{"build.cache_mb", c.Build.CacheMB, 1},

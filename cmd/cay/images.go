@@ -168,7 +168,7 @@ func (s *server) openTemplates(ctx context.Context) (*template.Service, error) {
 		return nil, fmt.Errorf("opening the directory of build contexts: %w", err)
 	}
 	cfg := template.Config{Builtins: builtins, Prepare: s.cfg.Templates.Prepare, MaxDiskMB: s.cfg.Sandbox.MaxDiskMB,
-		MaxTemplates: s.cfg.Templates.MaxPerOrg, ContextLimit: int64(s.cfg.Build.ContextLimitMB) << 20,
+		MaxTemplates: s.cfg.Templates.MaxPerOrg, ContextLimit: int64(s.cfg.Build.ContextLimitMB) << 20, ContextTotal: int64(s.cfg.Build.ContextsMB) << 20,
 		Concurrent: s.cfg.Build.Concurrent, PerOrg: s.cfg.Build.PerOrg, Timeout: time.Duration(s.cfg.Build.Timeout), MaxDisk: int64(s.cfg.Build.DiskMB) << 20, Observe: s.observeBuilds()}
 	for _, size := range s.cfg.Sandbox.Sizes {
 		cfg.Sizes = append(cfg.Sizes, size.Name)

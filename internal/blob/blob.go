@@ -140,6 +140,18 @@ func (s *Store) Path(hash string) (string, error) {
 	return s.path(hash), nil
 }
 
+// Size returns how many bytes a file has; fs.ErrNotExist when it is not there.
+func (s *Store) Size(hash string) (int64, error) {
+	if !name.MatchString(hash) {
+		return 0, fmt.Errorf("%q is no name of a file: %w", hash, fs.ErrNotExist)
+	}
+	info, err := os.Stat(s.path(hash))
+	if err != nil {
+		return 0, fmt.Errorf("finding file: %w", err)
+	}
+	return info.Size(), nil
+}
+
 // Collect removes the files that are not in keep and were not put within [Grace]. It
 // goes on after errors and joins them.
 func (s *Store) Collect(keep []string) (removed []string, freed int64, err error) {

@@ -62,6 +62,9 @@ func TestPut(t *testing.T) {
 				t.Errorf("hash %s of %d bytes", hash, len(text))
 			}
 		}
+		if size, err := s.Size(hex.EncodeToString(sum[:])); err != nil || size != int64(len(text)) {
+			t.Errorf("the size is %d, %v", size, err)
+		}
 		path, err := s.Path(hex.EncodeToString(sum[:]))
 		if err != nil {
 			t.Fatal(err)
@@ -121,6 +124,9 @@ func TestPathOfNone(t *testing.T) {
 	for _, hash := range []string{"", "..", "tmp", "../" + strings.Repeat("a", 61), strings.Repeat("a", 64), strings.Repeat("A", 64)} {
 		if path, err := s.Path(hash); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%q is at %q, %v", hash, path, err)
+		}
+		if size, err := s.Size(hash); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%q has %d bytes, %v", hash, size, err)
 		}
 	}
 }

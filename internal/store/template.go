@@ -219,8 +219,12 @@ func (db *DB) TemplateImages(ctx context.Context) ([]string, error) {
 }
 
 // TemplateContexts implements [template.Store].
-func (db *DB) TemplateContexts(ctx context.Context) ([]string, error) {
-	return db.texts(ctx, "listing contexts of templates", "SELECT DISTINCT context FROM template_builds WHERE context <> '' ORDER BY context")
+func (db *DB) TemplateContexts(ctx context.Context, orgID string) ([]string, error) {
+	const doing = "listing contexts of templates"
+	if orgID == "" {
+		return db.texts(ctx, doing, "SELECT DISTINCT context FROM template_builds WHERE context <> '' ORDER BY context")
+	}
+	return db.texts(ctx, doing, "SELECT DISTINCT b.context FROM templates t JOIN template_builds b ON b.template_id = t.id WHERE t.org_id = $1 AND b.context <> '' ORDER BY b.context", orgID)
 }
 
 // ChangeTemplateLog implements [template.Store].

@@ -110,7 +110,7 @@ func templateInsert(t *testing.T, st template.Store) {
 	}
 	wantFault(t, insert("org_a", "a", 0), fault.Conflict, "template_exists")
 	wantFault(t, insert("org_a", "x", 1), fault.Exhausted, "quota_exceeded")
-	if contexts, err := st.TemplateContexts(t.Context()); err != nil || len(contexts) > 0 {
+	if contexts, err := st.TemplateContexts(t.Context(), ""); err != nil || len(contexts) > 0 {
 		t.Errorf("what was refused left %v, %v", contexts, err)
 	}
 	if err := insert("org_a", "x", 2); err != nil {
@@ -160,13 +160,16 @@ func templateBuilds(t *testing.T, st template.Store) {
 	if err := st.InsertTemplate(t.Context(), other, &template.Build{Context: "c2"}, 0); err != nil {
 		t.Fatal(err)
 	}
+	if own, err := st.TemplateContexts(t.Context(), other.OrgID); err != nil || !slices.Equal(own, []string{"c2"}) {
+		t.Errorf("another organization's contexts are %v, %v", own, err)
+	}
 	check := func(want template.Build, contexts ...string) {
 		t.Helper()
 		got, err := st.GetBuild(t.Context(), tpl.ID)
 		if diff := cmp.Diff(want, got); err != nil || diff != "" {
 			t.Errorf("build (-want +got):\n%s%v", diff, err)
 		}
-		if all, err := st.TemplateContexts(t.Context()); err != nil || !slices.Equal(all, contexts) {
+		if all, err := st.TemplateContexts(t.Context(), ""); err != nil || !slices.Equal(all, contexts) {
 			t.Errorf("contexts %v, %v; want %v", all, err, contexts)
 		}
 	}

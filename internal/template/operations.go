@@ -1,9 +1,7 @@
 package template
 
 import (
-	"bufio"
 	"context"
-	"errors"
 	"io"
 
 	"github.com/cayhq/cay/internal/fault"
@@ -39,7 +37,7 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, source io.Rea
 	}
 	b := Build{Definition: r.Definition, Private: r.Credentials != nil}
 	var err error
-	if b.Context, err = s.putContext(ctx, source); err != nil {
+	if b.Context, err = s.putContext(ctx, c.OrgID, source); err != nil {
 		return Template{}, err
 	}
 	t := Template{ID: newID("tpl_"), OrgID: c.OrgID, Name: r.Name, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, CreatedAt: now()}
@@ -65,27 +63,6 @@ func (s *Service) ask(ctx context.Context, t Template, b Build, secret *Credenti
 	s.log.Info("template build asked for", "template", t.Name, "org", t.OrgID, "build", t.BuildID)
 	s.changed(t.ID)
 	s.enqueue(context.WithoutCancel(ctx), order{template: t.ID, org: t.OrgID, name: t.Name, build: t.BuildID, key: s.key(t.OrgID, t.BuildID, b)})
-}
-
-// putContext stores a context; "" for none.
-func (s *Service) putContext(ctx context.Context, source io.Reader) (string, error) {
-	if source == nil {
-		return "", nil
-	}
-	const block = 512 // bytes of a tar's first header
-	buffered := bufio.NewReaderSize(source, block)
-	head, err := buffered.Peek(block)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return "", err
-	}
-	if !isTar(head) {
-		return "", invalid("context", "must be a tar, plain or compressed with gzip")
-	}
-	hash, _, err := s.contexts.Put(ctx, buffered, s.cfg.ContextLimit)
-	if f := fault.As(err); f != nil && f.Kind == fault.TooLarge {
-		return "", fault.New(fault.TooLarge, "context_too_large", "the context has more than %d MiB; a .dockerignore leaves out what the build does not need", s.cfg.ContextLimit>>20)
-	}
-	return hash, err
 }
 
 // isTar reports whether a file that begins so can be a tar, plain or compressed.
@@ -188,7 +165,7 @@ func (s *Service) newBuild(ctx context.Context, t Template, r *Request, source i
 	if err := r.check(s.cfg, source != nil); err != nil {
 		return Build{}, nil, err
 	}
-	hash, err := s.putContext(ctx, source)
+	hash, err := s.putContext(ctx, t.OrgID, source)
 	return Build{Definition: r.Definition, Context: hash, Private: r.Credentials != nil}, r.Credentials, err
 }
 

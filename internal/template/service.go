@@ -39,6 +39,7 @@ const (
 // Defaults of [Config].
 const (
 	DefaultContextLimit = 1 << 30
+	DefaultContextTotal = 10 << 30
 	DefaultTimeout      = 30 * time.Minute
 )
 
@@ -54,6 +55,7 @@ type Config struct {
 
 	MaxTemplates int           // of one organization; 0 is no limit
 	ContextLimit int64         // bytes; 0 is DefaultContextLimit
+	ContextTotal int64         // bytes, of all contexts of one organization; 0 is DefaultContextTotal
 	Concurrent   int           // builds at once; 0 is 1
 	PerOrg       int           // builds of one organization at once; 0 is 1
 	Timeout      time.Duration // of one build; 0 is DefaultTimeout
@@ -72,6 +74,8 @@ type Service struct {
 	contexts Contexts
 	users    Users
 	log      *slog.Logger
+
+	budget contextBudget
 
 	wake   chan struct{} // holds one token: the queue or what is due changed
 	hangup chan struct{} // closed by Hangup
@@ -107,6 +111,9 @@ func New(cfg Config, store Store, builder Builder, contexts Contexts, users User
 	if cfg.ContextLimit == 0 {
 		cfg.ContextLimit = DefaultContextLimit
 	}
+	if cfg.ContextTotal == 0 {
+		cfg.ContextTotal = DefaultContextTotal
+	}
 	if cfg.Timeout == 0 {
 		cfg.Timeout = DefaultTimeout
 	}
@@ -115,7 +122,8 @@ func New(cfg Config, store Store, builder Builder, contexts Contexts, users User
 	}
 	cfg.Concurrent, cfg.PerOrg = max(cfg.Concurrent, 1), max(cfg.PerOrg, 1)
 	return &Service{cfg: cfg, store: store, builder: builder, contexts: contexts, users: users, log: log,
-		wake: make(chan struct{}, 1), hangup: make(chan struct{}),
+		budget: contextBudget{lately: map[string]map[string]int64{}, putting: map[string]int64{}},
+		wake:   make(chan struct{}, 1), hangup: make(chan struct{}),
 		queue: queue{served: map[string]int{}}, runs: map[string]*run{}, running: map[string]int{}, parked: map[string]parking{},
 		retry:   retries{due: map[string]retry{}, delay: map[string]time.Duration{}},
 		secrets: map[string]Credentials{}, watched: map[string]chan struct{}{}, suspect: map[string]bool{}}

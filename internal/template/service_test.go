@@ -169,12 +169,12 @@ func (m *memory) TemplateImages(context.Context) ([]string, error) {
 	return out, nil
 }
 
-func (m *memory) TemplateContexts(context.Context) ([]string, error) {
+func (m *memory) TemplateContexts(_ context.Context, orgID string) ([]string, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var out []string
-	for _, b := range m.builds {
-		if b.Context != "" {
+	for id, b := range m.builds {
+		if b.Context != "" && (orgID == "" || m.rows[id].OrgID == orgID) {
 			out = append(out, b.Context)
 		}
 	}
@@ -257,11 +257,27 @@ func (s *shelf) Path(name string) (string, error) {
 	return "/shelf/" + name, nil
 }
 
+func (s *shelf) Size(name string) (int64, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.files[name]; !ok {
+		return 0, errors.New("no such file")
+	}
+	return int64(len(s.files[name])), nil
+}
+
 func (s *shelf) Collect(keep []string) ([]string, int64, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.kept = append(s.kept, keep)
-	return nil, 0, nil
+	var removed []string
+	for name := range s.files {
+		if !slices.Contains(keep, name) {
+			delete(s.files, name)
+			removed = append(removed, name)
+		}
+	}
+	return removed, 0, nil
 }
 
 // builder is a Builder that a test tells what to do.

@@ -168,8 +168,9 @@ type Store interface {
 	// TemplateImages lists the image of every template version that new
 	// sandboxes may be made from.
 	TemplateImages(ctx context.Context) ([]string, error)
-	// TemplateContexts lists the contexts that builds are made from.
-	TemplateContexts(ctx context.Context) ([]string, error)
+	// TemplateContexts lists the contexts that an organization's builds are made from; "" is
+	// those of all.
+	TemplateContexts(ctx context.Context, orgID string) ([]string, error)
 	// ChangeTemplateLog writes to the log of a template's newest build; NotFound, code
 	// "template_not_found".
 	ChangeTemplateLog(ctx context.Context, id string, c LogChange) error
@@ -185,6 +186,8 @@ type Contexts interface {
 	Put(ctx context.Context, r io.Reader, limit int64) (hash string, size int64, err error)
 	// Path is the file of a context; an error if it is not there.
 	Path(hash string) (string, error)
+	// Size is how many bytes a context has; an error if it is not there.
+	Size(hash string) (int64, error)
 	// Collect removes the contexts that are not in keep and were not put lately. It
 	// goes on after errors and joins them.
 	Collect(keep []string) (removed []string, freed int64, err error)

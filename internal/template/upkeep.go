@@ -93,12 +93,13 @@ func (s *Service) Collect(ctx context.Context) (removed []string, freed int64, e
 	if err != nil {
 		return nil, 0, fmt.Errorf("listing images of sandboxes: %w", err)
 	}
-	contexts, err := s.store.TemplateContexts(ctx)
+	contexts, err := s.store.TemplateContexts(ctx, "")
 	if err != nil {
 		return nil, 0, fmt.Errorf("listing contexts: %w", err)
 	}
 	removed, freed, err = s.builder.Collect(ctx, slices.Concat(templates, sandboxes))
 	gone, bytes, contextErr := s.contexts.Collect(contexts)
+	s.budget.gone(gone)
 	return append(removed, gone...), freed + bytes, errors.Join(err, contextErr)
 }
 

@@ -1,0 +1,129 @@
+package template
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// contextBudget bounds what contexts of one organization take on the disk together: those of its templates,
+// those that were put lately and are not collected yet, whatever became of their requests, and those that
+// are being put.
+type contextBudget struct {
+	mu sync.Mutex
+	// +checklocks:mu
+	lately map[string]map[string]int64 // bytes, by organization and context
+	// +checklocks:mu
+	putting map[string]int64 // bytes at the most, by organization
+}
+
+// kept is what an organization's contexts take, named, as long as nothing is put.
+type kept map[string]int64
+
+// begin reserves room for a context of up to most bytes, less if less is left, and says how many. It must be
+// ended.
+func (b *contextBudget) begin(org string, has kept, most, total int64) int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	left := total - b.putting[org]
+	for hash, size := range b.lately[org] {
+		if _, counted := has[hash]; !counted {
+			left -= size
+		}
+	}
+	for _, size := range has {
+		left -= size
+	}
+	got := max(min(most, left), 0)
+	b.putting[org] += got
+	return got
+}
+
+// end gives back what was reserved and notes what was put; "" is nothing.
+func (b *contextBudget) end(org string, got int64, hash string, size int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.putting[org] -= got; b.putting[org] == 0 {
+		delete(b.putting, org)
+	}
+	if hash == "" {
+		return
+	}
+	if b.lately[org] == nil {
+		b.lately[org] = map[string]int64{}
+	}
+	b.lately[org][hash] = size
+}
+
+// gone forgets contexts that were removed.
+func (b *contextBudget) gone(hashes []string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for org, all := range b.lately {
+		for _, hash := range hashes {
+			delete(all, hash)
+		}
+		if len(all) == 0 {
+			delete(b.lately, org)
+		}
+	}
+}
+
+// putContext stores a context; "" for none. Exhausted, code "quota_exceeded", if the organization's contexts
+// would be more than they may.
+func (s *Service) putContext(ctx context.Context, org string, source io.Reader) (hash string, err error) {
+	if source == nil {
+		return "", nil
+	}
+	const block = 512 // bytes of a tar's first header
+	buffered := bufio.NewReaderSize(source, block)
+	head, err := buffered.Peek(block)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return "", err
+	}
+	if !isTar(head) {
+		return "", invalid("context", "must be a tar, plain or compressed with gzip")
+	}
+	has, err := s.keptContexts(ctx, org)
+	if err != nil {
+		return "", err
+	}
+	limit := s.budget.begin(org, has, s.cfg.ContextLimit, s.cfg.ContextTotal)
+	var size int64
+	defer func() { s.budget.end(org, limit, hash, size) }()
+	spent := fault.New(fault.Exhausted, "quota_exceeded",
+		"the contexts of the organization's templates have %d MiB together at the most (build.contexts_mb): delete templates, or wait an hour for what is not used any more to be removed", s.cfg.ContextTotal>>20)
+	if limit == 0 {
+		return "", spent
+	}
+	hash, size, err = s.contexts.Put(ctx, buffered, limit)
+	if fault.Is(err, fault.TooLarge) {
+		if limit < s.cfg.ContextLimit {
+			return "", spent
+		}
+		return "", fault.New(fault.TooLarge, "context_too_large", "the context has more than %d MiB; a .dockerignore leaves out what the build does not need", s.cfg.ContextLimit>>20)
+	}
+	return hash, err
+}
+
+// keptContexts returns the contexts of an organization's templates.
+func (s *Service) keptContexts(ctx context.Context, org string) (kept, error) {
+	hashes, err := s.store.TemplateContexts(ctx, org)
+	if err != nil {
+		return nil, fmt.Errorf("listing contexts: %w", err)
+	}
+	all := kept{}
+	for _, hash := range hashes {
+		size, err := s.contexts.Size(hash)
+		if err != nil {
+			continue // it is not there, which its build will say
+		}
+		all[hash] = size
+	}
+	return all, nil
+}
