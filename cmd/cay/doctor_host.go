@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cayhq/cay/internal/buildkit"
 	"github.com/cayhq/cay/internal/cgroup"
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/node"
@@ -19,7 +20,7 @@ func init() { hostChecks = checkHost }
 
 // checkHost looks at everything the server needs of this machine.
 func checkHost(context.Context) []finding {
-	findings := []finding{checkRoot(), checkKernel(), checkGroups(), checkUsers(), checkBootstrap()}
+	findings := []finding{checkRoot(), checkKernel(), checkGroups(), checkUsers(), checkBootstrap(), checkBuildDisks()}
 	for _, f := range network.Probe() {
 		findings = append(findings, finding{Check: f.Name, OK: f.OK, Detail: f.Detail, Fix: f.Fix})
 	}
@@ -78,4 +79,13 @@ func checkBootstrap() finding {
 			Fix: "apt-get install mmdebstrap debian-archive-keyring"}
 	}
 	return finding{Check: "mmdebstrap", OK: true, Detail: "installed"}
+}
+
+// checkBuildDisks looks at what holds builds to their share of the disk.
+func checkBuildDisks() finding {
+	if why := buildkit.Probe(); why != "" {
+		return finding{Check: "build disks", Detail: why + ": what builds of Dockerfiles write is looked at, and a fast writer goes beyond build.disk_mb before it is stopped",
+			Fix: "apt-get install e2fsprogs; in a container, give it /dev/loop-control and /dev/loop*"}
+	}
+	return finding{Check: "build disks", OK: true, Detail: "the kernel holds builds of Dockerfiles to build.disk_mb"}
 }

@@ -160,6 +160,9 @@ func TestServerDies(t *testing.T) {
 		c.Dir, c.CgroupParent, c.RunDir = dir, "/cay-"+filepath.Base(dir)+"-build", "/run/cay-"+filepath.Base(dir)
 	})
 	r.nothingLeft(t)
+	if left := loops(t, dir); len(left) > 0 {
+		t.Errorf("loop devices are left: %v", left)
+	}
 	if left, err := filepath.Glob(filepath.Join(r.builds(), "*/*")); err != nil || len(left) > 0 {
 		t.Errorf("in the directory of builds are %v, %v", left, err)
 	}
@@ -276,15 +279,25 @@ func TestIdle(t *testing.T) {
 
 // TestBrokenCache begins the cache anew if it cannot be read.
 func TestBrokenCache(t *testing.T) {
-	r := newRoom(t)
-	cache := filepath.Join(r.cfg.Dir, "cache")
-	if err := os.MkdirAll(cache, 0o700); err != nil {
-		t.Fatal(err)
+	r := newRoom(t, func(c *Config) { c.IdleTimeout = time.Millisecond })
+	r.build(t, Request{Dockerfile: "FROM base\nRUN echo x\n", Base: testBases(t)})
+	eventually(t, "the program rests", func() bool { return r.Running() == 0 })
+	disk := t.TempDir()
+	if out, err := exec.Command("mount", "-o", "loop", r.diskFile(""), disk).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
 	}
+	defer unix.Unmount(disk, unix.MNT_DETACH) // it is unmounted if all went well
+	cache := filepath.Join(disk, "cache")
 	for _, name := range []string{"metadata.db", "containerd.db", "cache.db", "history.db"} {
+		if _, err := os.Stat(filepath.Join(cache, name)); err != nil {
+			t.Error(err)
+		}
 		if err := os.WriteFile(filepath.Join(cache, name), []byte(strings.Repeat("nonsense", 4096)), 0o600); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if err := unix.Unmount(disk, 0); err != nil {
+		t.Fatal(err)
 	}
 	r.build(t, Request{Dockerfile: "FROM base\nRUN echo x\n", Base: testBases(t)})
 }
@@ -309,11 +322,18 @@ func TestWithoutOverlay(t *testing.T) {
 		}
 	})
 	r := newRoom(t, func(c *Config) { c.Dir = filepath.Join(disk, "buildkit"); c.BuildBytes = 50 << 20 })
-	_, files := opened(t, r.build(t, Request{Dockerfile: "FROM base\nRUN echo 1 >/1\nRUN cat /1 >/2 && rm /etc/group\n", Base: testBases(t)}))
+	dockerfile := "FROM base\nRUN echo 1 >/1\nRUN cat /1 >/2 && rm /etc/group\n"
+	// With a disk of its own it does not matter.
+	r.build(t, Request{Dockerfile: dockerfile, Base: testBases(t), Scope: "image"})
+	if !strings.HasSuffix(r.diskFile("image"), imageSuffix) {
+		t.Errorf("the disk is %s", r.diskFile("image"))
+	}
+	t.Setenv("PATH", "/nowhere") // no mkfs.ext4
+	_, files := opened(t, r.build(t, Request{Dockerfile: dockerfile, Base: testBases(t)}))
 	if _, there := files["etc/group"]; there || files["2"] != "0 0644 0:0 1" {
 		t.Errorf("the image has %v", files)
 	}
-	if _, err := os.Stat(filepath.Join(r.cfg.Dir, "cache/snapshots/native")); err != nil {
+	if _, err := os.Stat(filepath.Join(r.disk(""), "cache/snapshots/native")); err != nil {
 		t.Errorf("this was not the case in question: %v", err)
 	}
 	_, err := r.Build(t.Context(), Request{Dockerfile: "FROM base\nRUN dd if=/dev/zero of=/a bs=1M count=100; sleep 1000\n", Base: testBases(t)}, nil)

@@ -346,6 +346,55 @@ func TestHostileRepositories(t *testing.T) {
 	}
 }
 
+// TestOldCache: a room takes over a directory in which all organizations had one cache, and drops that.
+func TestOldCache(t *testing.T) {
+	r := newRoom(t, func(c *Config) {
+		for _, name := range []string{"cache/snapshots/overlayfs", "builds/123/context", "scratch/steps"} {
+			if err := os.MkdirAll(filepath.Join(c.Dir, name), 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	entries, err := os.ReadDir(r.cfg.Dir)
+	if err != nil || len(entries) != 3 {
+		t.Errorf("in the directory are %v, %v", entries, err)
+	}
+	r.build(t, Request{Dockerfile: "FROM base\nRUN echo x\n", Base: testBases(t)})
+}
+
+// TestForget removes the disk of an organization that has not built for long, and no other.
+func TestForget(t *testing.T) {
+	var disks string
+	r := newRoom(t, func(c *Config) {
+		disks = filepath.Join(c.Dir, "disks")
+		if err := os.MkdirAll(disks, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		for name, age := range map[string]time.Duration{"scope-old.ext4": diskAge + time.Hour, "scope-new.ext4": diskAge - time.Hour} {
+			path := filepath.Join(disks, name)
+			date := time.Now().Add(-age)
+			if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chtimes(path, date, date)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	if entries, err := os.ReadDir(r.disks()); err != nil || len(entries) != 1 || entries[0].Name() != "scope-new.ext4" {
+		t.Errorf("left are %v, %v", entries, err)
+	}
+}
+
+// TestManyOrganizations: idle programs make room for others.
+func TestManyOrganizations(t *testing.T) {
+	r := newRoom(t)
+	for i := range maxPrograms + 2 {
+		r.build(t, Request{Dockerfile: "FROM scratch\n", Base: testBases(t), Scope: fmt.Sprint("org", i)})
+	}
+	if n := r.Running(); n != maxPrograms {
+		t.Errorf("%d programs run, want %d", n, maxPrograms)
+	}
+	r.nothingLeft(t)
+}
+
 // loops lists the loop devices whose files are below a directory.
 func loops(t testing.TB, dir string) (left []string) {
 	t.Helper()

@@ -122,6 +122,9 @@ func Open(cfg Config, log *slog.Logger) (*Builder, error) {
 			return nil, fmt.Errorf("opening the build room: %w", err)
 		}
 	}
+	if err := b.forget(); err != nil {
+		return nil, fmt.Errorf("removing disks that nobody uses: %w", err)
+	}
 	return b, nil
 }
 

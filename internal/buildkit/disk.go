@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -147,6 +148,27 @@ func makeImage(ctx context.Context, file string, size int64) error {
 		return fmt.Errorf("%w: %s", err, out)
 	}
 	return os.Rename(draft, file)
+}
+
+// diskAge is how long a scope's cache is kept after its last use. Shorter, and rare builds begin anew; longer, and
+// organizations that are gone keep their room on the disk.
+const diskAge = 30 * 24 * time.Hour
+
+// forget removes the disks that were not written to for diskAge. No program may run.
+func (b *Builder) forget() error {
+	entries, err := os.ReadDir(b.disks())
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		info, err := e.Info()
+		if err == nil && time.Since(info.ModTime()) > diskAge {
+			err = os.RemoveAll(filepath.Join(b.disks(), e.Name()))
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
 // diskFile is where the scope's disk is at present.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -67,6 +68,7 @@ func (s *seat) use(ctx context.Context) (*program, func(), error) {
 		s.program = nil
 	}
 	if s.program == nil {
+		s.builder.makeRoom(s)
 		p, err := s.start(ctx)
 		if err != nil {
 			return nil, nil, err
@@ -89,9 +91,15 @@ func (s *seat) release() {
 func (s *seat) rest() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.users > 0 || s.program == nil {
-		return
+	if s.users == 0 && s.program != nil {
+		s.stopLocked()
 	}
+}
+
+// stopLocked stops the program, which is idle.
+//
+// +checklocks:s.mu
+func (s *seat) stopLocked() {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
 	s.builder.log.Debug("stopping the build program: idle", "scope", s.scope)
@@ -120,6 +128,28 @@ func (s *seat) running() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.program != nil && !s.program.ended()
+}
+
+// maxPrograms is how many programs may run before idle ones are stopped for another: each has some 15 MiB of its
+// own. More cost memory, fewer starts, of 0.1 s each.
+const maxPrograms = 8
+
+// makeRoom stops idle programs until there are few enough for another one.
+func (b *Builder) makeRoom(wanted *seat) {
+	all := slices.DeleteFunc(b.taken(), func(s *seat) bool { return s == wanted || !s.mu.TryLock() }) // one at work is not idle
+	running := 0
+	for _, s := range all {
+		if s.program != nil {
+			running++
+		}
+	}
+	for _, s := range all {
+		if running >= maxPrograms && s.users == 0 && s.program != nil {
+			s.stopLocked()
+			running--
+		}
+		s.mu.Unlock()
+	}
 }
 
 // Running counts the programs that run.
