@@ -49,6 +49,7 @@ type Config struct {
 	IdleTimeout  time.Duration // without builds, after which the program is stopped; 0 is 5 minutes
 	CacheBytes   int64         // what a scope's cache is cut to after each build; 0 is 10 GiB
 	Steps        int           // that run at once in one scope; 0 is 4
+	Programs     int           // that run before idle ones are stopped for another scope's; 0 is 8
 	BuildBytes   int64         // what one build may write, and what its result may have; 0 is 20 GiB
 	Builds       int           // that run at once in one scope; more share the room of these; 0 is 4
 	MemoryBytes  int64         // limit of the program itself, its page cache included; 0 is 1 GiB
@@ -60,7 +61,9 @@ const (
 	defaultBuild  = 20 << 30
 	defaultBuilds = 4
 	defaultSteps  = 4
-	defaultMemory = 1 << 30
+	// defaultPrograms have some 15 MiB of their own each. More cost memory; fewer cost starts, of 0.1 s each.
+	defaultPrograms = 8
+	defaultMemory   = 1 << 30
 	// programPIDs bounds the program's threads and the helpers of its steps.
 	programPIDs = 4096
 )
@@ -72,7 +75,7 @@ func (c *Config) complete() error {
 	if c.Platform == "" {
 		c.Platform = "systrap"
 	}
-	c.Steps, c.Builds = cmp.Or(c.Steps, defaultSteps), cmp.Or(c.Builds, defaultBuilds)
+	c.Steps, c.Builds, c.Programs = cmp.Or(c.Steps, defaultSteps), cmp.Or(c.Builds, defaultBuilds), cmp.Or(c.Programs, defaultPrograms)
 	for _, d := range []struct {
 		value   *int64
 		without int64

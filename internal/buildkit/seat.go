@@ -130,10 +130,6 @@ func (s *seat) running() bool {
 	return s.program != nil && !s.program.ended()
 }
 
-// maxPrograms is how many programs may run before idle ones are stopped for another: each has some 15 MiB of its
-// own. More cost memory, fewer starts, of 0.1 s each.
-const maxPrograms = 8
-
 // makeRoom stops idle programs until there are few enough for another one.
 func (b *Builder) makeRoom(wanted *seat) {
 	all := slices.DeleteFunc(b.taken(), func(s *seat) bool { return s == wanted || !s.mu.TryLock() }) // one at work is not idle
@@ -144,7 +140,7 @@ func (b *Builder) makeRoom(wanted *seat) {
 		}
 	}
 	for _, s := range all {
-		if running >= maxPrograms && s.users == 0 && s.program != nil {
+		if running >= b.cfg.Programs && s.users == 0 && s.program != nil {
 			s.stopLocked()
 			running--
 		}
