@@ -3,7 +3,9 @@ package e2e
 import (
 	"archive/tar"
 	"bytes"
+	"compress/gzip"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -375,7 +377,7 @@ func TestImages(t *testing.T) {
 
 // TestBuildFails says what went wrong, where, and leaves nothing.
 func TestBuildFails(t *testing.T) {
-	s, tiny := newBuilder(t)
+	s, tiny := newBuilder(t, "CAY_BUILD_DISK_MB=280")
 	for name, tt := range map[string]struct {
 		dockerfile string
 		files      map[string]string
@@ -388,6 +390,7 @@ func TestBuildFails(t *testing.T) {
 		"no-such-file":  {dockerfile: "FROM %s\nCOPY nothing /x\n", files: map[string]string{"a": "b"}, want: []string{"nothing"}},
 		"forbidden":     {dockerfile: "FROM 127.0.0.1:1/x\n", want: []string{"127.0.0.1:1"}},
 		"memory":        {dockerfile: "FROM %s\nRUN dd if=/dev/zero of=/dev/null bs=3G count=1\n", want: []string{"dd"}},
+		"archive":       {dockerfile: "FROM %s\nADD zeros.tgz /\n", files: map[string]string{"zeros.tgz": zeroArchive(t, 400<<20)}, want: []string{"ADD zeros.tgz", "build.disk_mb"}},
 		"insecure":      {dockerfile: "FROM %s\nRUN --security=insecure true\n", want: []string{"insecure"}},
 		"host-network":  {dockerfile: "FROM %s\nRUN --network=host true\n", want: []string{"host"}},
 		"path-trick": {dockerfile: "FROM %s\nCOPY . /x\n", files: map[string]string{"a": "b"},
@@ -425,6 +428,27 @@ func TestBuildFails(t *testing.T) {
 			}
 		})
 	}
+}
+
+// zeroArchive is a packed archive of one file of zeros, a thousandth as long.
+func zeroArchive(t *testing.T, size int64) string {
+	t.Helper()
+	var out bytes.Buffer
+	z := gzip.NewWriter(&out)
+	w := tar.NewWriter(z)
+	if err := w.WriteHeader(&tar.Header{Name: "zeros", Typeflag: tar.TypeReg, Mode: 0o644, Size: size}); err != nil {
+		t.Fatal(err)
+	}
+	piece := make([]byte, 1<<20)
+	for range size >> 20 {
+		if _, err := w.Write(piece); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(w.Close(), z.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return out.String()
 }
 
 // TestBuildReaches tries from RUN what a sandbox may not reach.

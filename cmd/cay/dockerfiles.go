@@ -13,6 +13,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/cayhq/cay/internal/buildkit"
 	"github.com/cayhq/cay/internal/image"
 	"github.com/cayhq/cay/internal/network"
@@ -126,6 +128,8 @@ type bases struct {
 	from []string // what was found, for people
 	// +checklocks:mu
 	release []func()
+	// +checklocks:mu
+	exported int64 // bytes of disk that templates took that were written out
 }
 
 func (b *bases) say(p template.Progress) {
@@ -166,6 +170,17 @@ func (b *bases) export(ctx context.Context, name string, base template.Base) (bu
 	for _, k := range slices.Sorted(maps.Keys(base.Env)) {
 		rt.Env = append(rt.Env, k+"="+base.Env[k])
 	}
+	path, err := b.images.Path(ctx, base.Image)
+	if err != nil {
+		return buildkit.Base{}, err
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return buildkit.Base{}, fmt.Errorf("looking at the image of template %s: %w", name, err)
+	}
+	if err := b.reserve(st.Blocks * 512); err != nil {
+		return buildkit.Base{}, err
+	}
 	layout, err := b.images.Export(ctx, base.Image, rt, filepath.Join(b.dir, name))
 	if err != nil {
 		return buildkit.Base{}, fmt.Errorf("making an image of template %s: %w", name, err)
@@ -174,6 +189,17 @@ func (b *bases) export(ctx context.Context, name string, base template.Base) (bu
 	defer b.mu.Unlock()
 	b.from = append(b.from, "template "+name)
 	return buildkit.Base{Layout: layout.Dir, Manifest: layout.Manifest}, nil
+}
+
+// reserve counts what a template takes on the disk that is to be written out, in bytes: a Dockerfile may name as
+// many as there are.
+func (b *bases) reserve(size int64) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.exported += size; b.exported > b.limits.disk {
+		return fmt.Errorf("the templates that it is made from have more than the %d MiB together that a build may write (build.disk_mb)", b.limits.disk>>20)
+	}
+	return nil
 }
 
 func (b *bases) names() []string {

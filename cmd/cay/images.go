@@ -39,6 +39,7 @@ type buildLimits struct {
 	memory  int64   // of one step, bytes
 	cpus    float64 // of one step
 	context buildkit.Limits
+	disk    int64 // bytes
 }
 
 // Build implements template.Builder.
@@ -192,5 +193,5 @@ func (s *server) observeBuilds() func(result string, took time.Duration) {
 func (s *server) builder() builder {
 	c := s.cfg.Build
 	return builder{images: s.images, dockerfiles: s.dockerfiles, registry: s.cfg.Images.Registry, dir: s.cfg.DataDir, scratch: s.scratch(),
-		limits: buildLimits{memory: int64(c.MemoryMB) << 20, cpus: c.CPUs, context: buildkit.Limits{Bytes: int64(c.ContextLimitMB) << 20}}}
+		limits: buildLimits{disk: int64(c.DiskMB) << 20, memory: int64(c.MemoryMB) << 20, cpus: c.CPUs, context: buildkit.Limits{Bytes: int64(c.ContextLimitMB) << 20}}}
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"strings"
 	"testing"
 
 	"github.com/cayhq/cay/internal/template"
@@ -22,6 +23,17 @@ func TestNoRegistryIsAsked(t *testing.T) {
 	for _, name := range []string{"nosuch:latest", "docker.io/library/alpine:3.22"} {
 		if _, err := (&bases{builder: b, job: job}).find(t.Context(), name); !errors.Is(err, errNoRegistry) {
 			t.Errorf("FROM %s: %v", name, err)
+		}
+	}
+}
+
+// TestBasesAreBounded: the templates that a Dockerfile names are written out as far as a build may write.
+func TestBasesAreBounded(t *testing.T) {
+	b := &bases{builder: builder{limits: buildLimits{disk: 100 << 20}}}
+	for i, size := range []int64{60 << 20, 40 << 20, 1} {
+		err := b.reserve(size)
+		if last := i == 2; (err != nil) != last || last && !strings.Contains(err.Error(), "100 MiB together that a build may write (build.disk_mb)") {
+			t.Errorf("template %d: %v", i, err)
 		}
 	}
 }
