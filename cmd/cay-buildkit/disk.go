@@ -54,9 +54,6 @@ type diskUse struct {
 	build bool
 }
 
-// errDiskFull reports that the builds that run have written what they may.
-var errDiskFull = errors.New("the disk is full")
-
 func openDisk(c *wire.Config) (*disk, error) {
 	d := &disk{limit: c.BuildBytes, running: map[*diskUse]bool{}}
 	if !c.Image {
@@ -238,7 +235,7 @@ func (d *disk) exceeded() error {
 
 // isFull reports whether an error, of ours or in the words of a program, is that of a full disk.
 func isFull(err error) bool {
-	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, errDiskFull) || strings.Contains(strings.ToLower(err.Error()), "no space left on device")
+	return errors.Is(err, syscall.ENOSPC) || strings.Contains(strings.ToLower(err.Error()), "no space left on device")
 }
 
 // watch looks at the disk until the program ends, which it does itself when the disk has failed.

@@ -145,7 +145,6 @@ func filling(t *testing.T) map[string]Request {
 		"stages":   {Dockerfile: stages.String(), Context: pack(t, map[string]string{"some": some})},
 		"run":      {Dockerfile: "FROM base\nRUN dd if=/dev/zero of=/a bs=1M count=100\n"},
 		"run on":   {Dockerfile: "FROM base\nRUN dd if=/dev/zero of=/a bs=1M count=100; sleep 1000\n"},
-		"files":    {Dockerfile: "FROM base\nRUN i=0; while mkdir /d$i && echo x >/d$i/x; do i=$((i+1)); done; exit 1\n"},
 		"exported": {Dockerfile: "FROM base\nRUN dd if=/dev/zero of=/a bs=1M count=40\n"},
 	}
 }
@@ -158,7 +157,6 @@ func TestBuildDisk(t *testing.T) {
 	bigRepository(t)
 	names := map[string]string{"archive": "ADD", "http": "ADD", "git": "ADD", "copies": "COPY", "stages": "COPY", "run": "RUN", "run on": "RUN", "exported": ""}
 	requests := filling(t)
-	delete(requests, "files") // takes minutes; by hand
 	for name, request := range requests {
 		t.Run(name, func(t *testing.T) {
 			request.Base, request.Scope, request.MemoryBytes = find, "hostile", 192<<20
