@@ -47,14 +47,14 @@ func (b *build) explain(ctx context.Context, err error, p *progress) error {
 	s, ofStep := errors.AsType[*stepError](err)
 	if stopped, ok := errors.AsType[*stepError](context.Cause(ctx)); ok {
 		s, ofStep = stopped, true // for what the build has done as a whole
-		if where := b.places[p.at()]; f.Line == 0 && where.line > 0 {
-			f.Step, f.Line = where.text, where.line
-		}
 	} else if !ofStep && isFull(err) {
 		errors.As(b.disk.exceeded(), &s)
 		ofStep = true
 	}
 	if ofStep {
+		if where := b.places[p.at()]; f.Line == 0 && where.line > 0 {
+			f.Step, f.Line = where.text, where.line
+		}
 		f.Kind, f.ExitCode, f.Message, f.Tail = s.kind, s.code, s.text, s.tail
 	}
 	if denied := policysession.DenyMessages(err); len(denied) > 0 {

@@ -180,9 +180,9 @@ func (d *daemon) connection(ctx context.Context, file *os.File) {
 	}
 }
 
-// A build leaves for a while what it releases as it ends, and then its context. So much later the disk is
-// looked at again, unless another build has ended meanwhile.
-var leftFor = []time.Duration{time.Second, sourceAge}
+// A build leaves for a while what it releases as it ends, longer on a busy machine, and then its context. After
+// each of these the disk is looked at again, unless another build has ended meanwhile.
+var leftFor = []time.Duration{time.Second, 3 * time.Second, 6 * time.Second, sourceAge}
 
 // tidyLater tidies up what the latest build leaves for a while.
 func (d *daemon) tidyLater(ctx context.Context) {
