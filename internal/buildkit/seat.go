@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
 	"time"
 
@@ -54,6 +53,7 @@ func (b *Builder) taken() []*seat {
 // use returns the running program, started if need be, and counts the caller among its
 // users until release is called, exactly once.
 func (s *seat) use(ctx context.Context) (*program, func(), error) {
+	s.builder.makeRoom(s)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.builder.closed.Err() != nil {
@@ -68,7 +68,6 @@ func (s *seat) use(ctx context.Context) (*program, func(), error) {
 		s.program = nil
 	}
 	if s.program == nil {
-		s.builder.makeRoom(s)
 		p, err := s.start(ctx)
 		if err != nil {
 			return nil, nil, err
@@ -91,15 +90,9 @@ func (s *seat) release() {
 func (s *seat) rest() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.users == 0 && s.program != nil {
-		s.stopLocked()
+	if s.users > 0 || s.program == nil {
+		return
 	}
-}
-
-// stopLocked stops the program, which is idle.
-//
-// +checklocks:s.mu
-func (s *seat) stopLocked() {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
 	s.builder.log.Debug("stopping the build program: idle", "scope", s.scope)
@@ -130,21 +123,17 @@ func (s *seat) running() bool {
 	return s.program != nil && !s.program.ended()
 }
 
-// makeRoom stops idle programs until there are few enough for another one.
+// makeRoom stops idle programs until there are few enough for a scope's, unless that runs. No seat is held.
 func (b *Builder) makeRoom(wanted *seat) {
-	all := slices.DeleteFunc(b.taken(), func(s *seat) bool { return s == wanted || !s.mu.TryLock() }) // one at work is not idle
-	running := 0
-	for _, s := range all {
-		if s.program != nil {
-			running++
-		}
+	if wanted.running() {
+		return
 	}
-	for _, s := range all {
-		if running >= b.cfg.Programs && s.users == 0 && s.program != nil {
-			s.stopLocked()
-			running--
+	over := b.Running() + 1 - b.cfg.Programs
+	for _, s := range b.taken() {
+		if over > 0 && s != wanted && s.running() {
+			s.rest()
+			over = b.Running() + 1 - b.cfg.Programs
 		}
-		s.mu.Unlock()
 	}
 }
 
