@@ -250,6 +250,8 @@ func (e *Entry) check() error {
 	switch {
 	case len(e.Name) > 3*maxName, len(e.Path) > 3*maxPath, len(e.SymlinkTarget) > 3*maxPath: // what is not UTF-8 became three bytes for each
 		return unusable(fmt.Errorf("an entry has names of %d, %d and %d bytes", len(e.Name), len(e.Path), len(e.SymlinkTarget)))
+	case len(e.RawPath) > maxPath:
+		return unusable(fmt.Errorf("an entry has a raw path of %d bytes", len(e.RawPath)))
 	case len(e.Owner) > maxUser, len(e.Group) > maxUser, len(e.Type) > maxUser:
 		return unusable(fmt.Errorf("an entry has an owner of %d and a group of %d bytes", len(e.Owner), len(e.Group)))
 	}

@@ -11,9 +11,9 @@ import (
 	"github.com/cayhq/cay/internal/budget"
 )
 
-// What calls hold while they go on, bytes, measured with a thousand of each. An organization that makes
-// many gets 429 when they are too low for nobody's sake; when they are too high for what is really held, a server
-// with 1000 callers needs more than its memory.limit_mb.
+// The costs of calls while they go on, bytes, reckoned from the buffers that each holds. Too high, an organization
+// that makes many calls gets 429 although there is memory; too low, a server with 1000 callers needs more than its
+// memory.heap_mb.
 const (
 	// callCost is a connection with its buffers and goroutines, and a request without a long head or body.
 	callCost = 32 << 10
