@@ -96,7 +96,11 @@ func (s *server) reboot() {
 		}
 		time.Sleep(10 * time.Millisecond) // a poll with a deadline
 	}
-	for _, group := range s.groups() {
+	own, err := filepath.Glob("/sys/fs/cgroup/*/cay-" + s.instance() + "-server")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, group := range append(s.groups(), own...) {
 		if err := os.Remove(group); err != nil {
 			s.t.Fatal(err)
 		}

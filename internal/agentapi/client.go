@@ -364,7 +364,7 @@ func (c *Client) doFor(req *http.Request, head, body time.Duration, pace int) (*
 		w.end()
 		return nil, err
 	}
-	w.begun(body, pace)
+	w.answered(body, pace)
 	resp.Body = &watchedBody{resp.Body, w, ctx}
 	return resp, nil
 }

@@ -40,7 +40,7 @@ func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 		w.end()
 		return nil, err
 	}
-	w.begun(body, patientPace)
+	w.answered(body, patientPace)
 	resp.Body = &watchedBody{resp.Body, w, ctx}
 	return resp, nil
 }

@@ -47,6 +47,8 @@ type watch struct {
 	came int // bytes since the clock was set
 	// +checklocks:mu
 	over bool
+	// +checklocks:mu
+	answering bool // the head of the answer has come: what is still sent of a request sets no clock
 }
 
 // watching returns a context that ends when the agent is silent for longer than patience, and the watch,
@@ -63,6 +65,11 @@ func watching(ctx context.Context, patience time.Duration) (context.Context, *wa
 func (w *watch) wait() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.waitLocked()
+}
+
+// +checklocks:w.mu
+func (w *watch) waitLocked() {
 	if w.since.IsZero() && !w.over {
 		w.since = time.Now()
 		w.timer.Reset(w.left)
@@ -74,6 +81,11 @@ func (w *watch) wait() {
 func (w *watch) heard(n int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.heardLocked(n)
+}
+
+// +checklocks:w.mu
+func (w *watch) heardLocked(n int) {
 	if w.over {
 		return
 	}
@@ -90,10 +102,47 @@ func (w *watch) heard(n int) {
 
 // begun sets the clock anew and stops it: another part of the call has begun.
 func (w *watch) begun(patience time.Duration, pace int) {
-	w.heard(0)
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.begunLocked(patience, pace)
+}
+
+// +checklocks:w.mu
+func (w *watch) begunLocked(patience time.Duration, pace int) {
+	w.heardLocked(0)
 	w.patience, w.pace, w.left, w.came = patience, pace, patience, 0
+}
+
+// answered is begun for the body of the answer. An agent may answer before it has taken the request, whose
+// rest then no longer sets the clock.
+func (w *watch) answered(patience time.Duration, pace int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.answering = true
+	w.begunLocked(patience, pace)
+}
+
+// taken stops the clock: the agent took what was sent, and the caller is waited for.
+func (w *watch) taken() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.answering {
+		w.heardLocked(1)
+	}
+}
+
+// given lets the clock run: the agent has to take what the caller gave, or, after the last of it, to begin
+// its answer within head.
+func (w *watch) given(last bool, head time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.answering {
+		return
+	}
+	if last {
+		w.begunLocked(head, 0)
+	}
+	w.waitLocked()
 }
 
 // end ends the watch and its context.
@@ -136,12 +185,9 @@ type sentBody struct {
 }
 
 func (b *sentBody) Read(p []byte) (int, error) {
-	b.watch.heard(1) // what was read before, the agent has taken
+	b.watch.taken()
 	n, err := b.ReadCloser.Read(p)
-	if err == io.EOF {
-		b.watch.begun(b.head, 0)
-	}
-	b.watch.wait()
+	b.watch.given(err == io.EOF, b.head)
 	return n, err
 }
 

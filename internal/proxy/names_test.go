@@ -45,6 +45,10 @@ func TestSigner(t *testing.T) {
 	if !regexp.MustCompile(`^cays_[0-9a-f]{48}$`).MatchString(good) {
 		t.Errorf("the signature %s has another form than what secrets are recognised by", good)
 	}
+	other := "f"
+	if good[12] == 'f' {
+		other = "0"
+	}
 	for name, c := range map[string]struct {
 		signature, id string
 		port          int
@@ -54,7 +58,7 @@ func TestSigner(t *testing.T) {
 		"expired":         {good, anID, 80, ends, "signature_expired"},
 		"another port":    {good, anID, 81, now, "invalid_signature"},
 		"another sandbox": {good, "sbx_bbcdefghij0123456789", 80, now, "invalid_signature"},
-		"another end":     {good[:12] + "f" + good[13:], anID, 80, now, "invalid_signature"},
+		"another end":     {good[:12] + other + good[13:], anID, 80, now, "invalid_signature"},
 		"cut":             {good[:len(good)-1], anID, 80, now, "invalid_signature"},
 		"no sum":          {good[:13], anID, 80, now, "invalid_signature"},
 		"longer":          {good + "0", anID, 80, now, "invalid_signature"},
