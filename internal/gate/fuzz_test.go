@@ -94,7 +94,7 @@ func lenient(b []byte) bool {
 // FuzzLenient holds that what passes as something else is no request to a lenient server,
 // nor to net/http, in whatever two pieces it comes.
 func FuzzLenient(f *testing.F) {
-	for _, s := range []string{"\x0bGET / HTTP/1.1\r\nHost: a\r\n\r\n", "\xef\xbb\xbfGET / HTTP/1.1\n\n", "\x00\r\nGET /\r\n", "GET /", "\x80\x80\x80\x80HTTP/1", "PING\r\n"} {
+	for _, s := range []string{"GET\r/", "GET\x0c/ x", "\x0bGET / HTTP/1.1\r\nHost: a\r\n\r\n", "\xef\xbb\xbfGET / HTTP/1.1\n\n", "\x00\r\nGET /\r\n", "GET /", "\x80\x80\x80\x80HTTP/1", "PING\r\n"} {
 		f.Add([]byte(s), 1)
 		f.Add([]byte(s), 7)
 	}

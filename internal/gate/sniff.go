@@ -181,9 +181,13 @@ func (l *firstLine) nameless() bool {
 	if bytes.HasPrefix(line, []byte(proxyWord)) {
 		return true
 	}
-	method, target, ok := bytes.Cut(bytes.ReplaceAll(line, []byte("\t"), []byte(" ")), []byte(" "))
-	target = bytes.TrimLeft(target, " ")
-	return ok && slices.Contains(methods, string(method)) &&
+	// A lenient server takes a carriage return, a form feed and other such bytes for the space between two words.
+	words := bytes.FieldsFunc(line, func(r rune) bool { return r <= ' ' || r >= 0x7f })
+	if len(words) < 2 {
+		return false
+	}
+	target := words[1]
+	return slices.Contains(methods, string(words[0])) &&
 		(bytes.HasPrefix(target, []byte("/")) || bytes.HasPrefix(target, []byte("HTTP:")) || bytes.HasPrefix(target, []byte("HTTPS:")))
 }
 
