@@ -75,6 +75,19 @@ while True: l.append(bytearray(3 << 20))' & done; wait; echo all gone`, object{"
 		}
 		s.alive(id)
 	})
+	t.Run("a command of several processes", func(t *testing.T) {
+		for range 10 {
+			r := s.exec(id, `exec python3 -c 'import os
+for _ in range(7):
+    if os.fork() == 0: break
+l = []
+while True: l.append(bytearray(3 << 20))'`, object{"timeout": "2m"})
+			if r.ExitCode != 137 || !r.OOMKilled {
+				t.Errorf("got %+v", r)
+			}
+		}
+		s.alive(id)
+	})
 	t.Run("several commands at once", func(t *testing.T) {
 		var wg sync.WaitGroup
 		for range 4 {

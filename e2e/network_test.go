@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -30,9 +31,20 @@ type outside struct {
 func newOutside(t *testing.T) *outside {
 	t.Helper()
 	ip := caytest.RequireProgram(t, "ip")
-	// A block of eight of its own, so that two runs on one machine do not meet.
+	// A block of eight to which no other test has a route, be it of another run on the machine.
 	first := 8 * rand.IntN(32)
 	at := func(n int) string { return fmt.Sprintf("198.51.100.%d", first+n) }
+	for range 32 {
+		taken, err := exec.Command(ip, "-4", "route", "show", "root", at(0)+"/29").CombinedOutput()
+		if err != nil {
+			t.Fatalf("ip route: %v: %s", err, taken)
+		}
+		if len(taken) == 0 {
+			break
+		}
+		t.Logf("the block of %s is in use: %s", at(0), taken)
+		first = (first + 8) % 256
+	}
 	o := &outside{name: "out" + caytest.Instance(), block: at(0) + "/29", gateway: at(1), address: at(2), second: at(3)}
 	run := func(args ...string) {
 		t.Helper()
@@ -60,6 +72,16 @@ func (o *outside) listen(t *testing.T, port int) {
 	t.Helper()
 	l := inNamespace(t, o.name, func() (net.Listener, error) { return net.Listen("tcp4", fmt.Sprintf(":%d", port)) })
 	greet(t, l)
+	for _, address := range []string{o.address, o.second} {
+		c, err := net.DialTimeout("tcp4", fmt.Sprintf("%s:%d", address, port), patience)
+		if err != nil {
+			t.Fatalf("the host does not reach its own outside: %v", err)
+		}
+		if from, err := io.ReadAll(c); err != nil || string(from) != "hello "+o.gateway+"\n" {
+			t.Fatalf("somebody else answers at %s: %q, %v", address, from, err)
+		}
+		c.Close()
+	}
 }
 
 func greet(t *testing.T, l net.Listener) {
@@ -114,6 +136,9 @@ try:
     print("connected", c.recv(100).decode().strip())
 except Exception as e:
     print("failed", type(e).__name__)'`, host, port))
+	if r.ExitCode != 0 || r.Stdout == "" {
+		s.t.Errorf("connecting to %s:%d: %+v", host, port, r)
+	}
 	return strings.TrimSpace(r.Stdout)
 }
 

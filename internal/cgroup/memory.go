@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"runtime"
 	"strconv"
 	"time"
 
@@ -23,11 +24,12 @@ type Relieve func(ctx context.Context, over int64) (freed int64, err error)
 // a victim, which would be the sentry and with it the whole sandbox.
 //
 // v1: the guard hears when usage comes near the limit, and acts if page cache is not what fills
-// it: it has the agent end the process at fault. The kernel's own limit stands Reserve above, and
-// its killer is switched off: who needs memory beyond that waits, whatever else runs on, and the
-// guard lends another Reserve. Waiting is the last line and not a safe one: a system call of the
-// sentry that needs kernel memory does not wait, it fails, and a new thread that cannot be made
-// is the sentry's end.
+// it: it has the agent end the process at fault. While page cache does fill the group, processes
+// can grow in its place and the kernel reports nothing, so the guard looks from time to time. The
+// kernel's own limit stands Reserve above, and its killer is switched off: a process that needs
+// memory beyond that waits, and the guard lends another Reserve. Waiting is the last line and not
+// a safe one: a system call of the sentry that needs kernel memory does not wait, it fails. When
+// it was to make a thread, the sentry ends.
 //
 // v2 has no such switch. memory.high stands at the limit: beyond it the kernel
 // reclaims and slows down who allocates, and tells the guard, which acts as above. memory.max stands
@@ -60,6 +62,8 @@ const (
 	// loanEvery is how soon more is lent while somebody waits for memory and the agent
 	// has not answered: allocators take a reserve in some 20 ms.
 	loanEvery = 50 * time.Millisecond
+	// growth is the most bytes a second by which processes are taken to grow: a reserve in 15 ms.
+	growth = 4 << 30
 	// near is how far below the limit relief begins, as a part of it: what allocators
 	// take until it has begun.
 	near = 18
@@ -118,14 +122,49 @@ func (g *Guard) Run(ctx context.Context) error {
 			}
 			return err
 		}
-		if _, err := watch.Read(buf); err != nil {
-			if ctx.Err() != nil {
+		next, err := g.next()
+		if err == nil {
+			err = watch.SetReadDeadline(next)
+		}
+		if ctx.Err() != nil { // looked at last, since the deadline set here may undo the one of stop
+			return nil
+		}
+		if err == nil {
+			_, err = watch.Read(buf)
+		}
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			if errors.Is(err, fs.ErrNotExist) {
 				return nil
 			}
 			return fmt.Errorf("waiting for memory pressure in %s: %w", g.Group.path, err)
 		}
 	}
 }
+
+// next is when to look again though the kernel reports nothing, zero for never.
+func (g *Guard) next() (time.Time, error) {
+	if g.Group.h.unified { // where each reclaim is reported
+		return time.Time{}, nil
+	}
+	used, err := g.Group.value("memory", "memory.usage_in_bytes")
+	if err != nil || used < g.near()-g.unreported() {
+		return time.Time{}, err
+	}
+	held, err := g.Group.MemoryHeld()
+	room := max(g.Limit-held, g.Reserve/2)
+	return time.Now().Add(time.Duration(float64(room) / growth * float64(time.Second))), err
+}
+
+// unreported is how far usage may fall below v1's threshold and rise again without a report: the
+// kernel compares after every 128 pages of each processor, whose counters lag by 64 pages.
+func (g *Guard) unreported() int64 {
+	return max(g.Limit/32, int64(runtime.NumCPU())<<20)
+}
+
+// Near is the usage in bytes at which the guard of a group with the limit acts.
+func Near(limit int64) int64 { return limit - limit/near }
+
+func (g *Guard) near() int64 { return Near(g.Limit) }
 
 // credit is the time for which the group may be over its limit. It comes back as it passes.
 type credit struct {
@@ -261,7 +300,7 @@ func (g *Guard) over() (over int64, waiting bool, err error) {
 		}
 		waiting = control["under_oom"] == 1
 	}
-	if waiting || used > g.Limit-g.Limit/near {
+	if waiting || used > g.near() {
 		over = max(0, used-(g.Limit-g.Limit/margin))
 	}
 	return over, waiting, nil
@@ -307,7 +346,7 @@ func (g *Guard) watch() (*os.File, error) {
 	defer usage.Close()
 	if err := errors.Join(
 		g.Group.set("memory", "cgroup.event_control", fmt.Sprintf("%d %d", fd, control.Fd())),
-		g.Group.set("memory", "cgroup.event_control", fmt.Sprintf("%d %d %d", fd, usage.Fd(), g.Limit-g.Limit/near)),
+		g.Group.set("memory", "cgroup.event_control", fmt.Sprintf("%d %d %d", fd, usage.Fd(), g.near())),
 	); err != nil {
 		watch.Close()
 		return nil, fmt.Errorf("watching the memory of %s: %w", g.Group.path, err)

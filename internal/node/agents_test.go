@@ -330,7 +330,7 @@ func TestOlderAgents(t *testing.T) {
 	spec = m.wake(spec)
 	// The attack that the tests of new agents make works here, which is why nothing new is to be sent to them.
 	m.upload(spec, build(t, "hostile"))
-	if tried := m.tryPort(spec, "33"); !strings.Contains(tried, "WON bind own reuseaddr") {
+	if tried := m.tryPort(spec, "33"); !strings.Contains(tried, "WON bind own ") { // whichever option comes first takes it
 		t.Errorf("nobody takes the port of an older agent:\n%s", tried)
 	}
 	m.sh(spec, "busybox killall hostile")

@@ -146,6 +146,7 @@ func (b *box) awaitEnd(ctx context.Context, pidfd *os.File) {
 	if b.ending.Load() {
 		return
 	}
+	b.node.log.WarnContext(b.node.ctx, "a sandbox ended by itself", "sandbox", b.life.ID, "panic", b.container().Panic())
 	select {
 	case b.node.lost <- sandbox.Fact{ID: b.life.ID, Run: b.life.Run}:
 	case <-b.node.ctx.Done():

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/cgroup"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/runsc"
@@ -211,6 +212,7 @@ func (n *Node) container(b *box, spec sandbox.Spec, image string) runsc.Containe
 			// What the sandbox sees as its memory; the guard sets what the host
 			// enforces, which is more by what the sandbox's kernel needs.
 			MemoryBytes: memory,
+			PauseBytes:  cgroup.Near(memory + overhead),
 			CPUShares:   uint64(spec.Size.VCPUs) * sharesPerCPU,
 			CPUQuota:    quota,
 			PIDs:        int64(pids)*hostPIDs + hostPIDsBase,

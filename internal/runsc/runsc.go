@@ -15,6 +15,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -191,6 +192,20 @@ const (
 	mostQuoted = 2000 // of a log
 	mostOfLine = 600  // of one message
 )
+
+// Panic returns the beginning of what a panicking sentry wrote, empty if nothing.
+func (c Container) Panic() string {
+	f, err := os.Open(filepath.Join(c.Bundle, panicLog))
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, mostQuoted))
+	if err != nil {
+		return ""
+	}
+	return strings.ToValidUTF8(string(data), "")
+}
 
 // lastMessages returns the end of what runsc and a panicking sentry wrote, for an error text.
 func lastMessages(bundle string) string {

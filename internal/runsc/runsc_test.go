@@ -18,8 +18,8 @@ var update = flag.Bool("update", false, "write the golden files anew")
 // without somebody reading the difference.
 func TestSpec(t *testing.T) {
 	for name, limits := range map[string]Limits{
-		"shared":    {CgroupsPath: "/cay-abc123/sbx_x", MemoryBytes: 512 << 20, CPUShares: 1024, PIDs: 2048},
-		"dedicated": {CgroupsPath: "/cay-abc123/sbx_x", MemoryBytes: 2 << 30, CPUShares: 2048, CPUQuota: 2 * CPUPeriod, PIDs: 4096},
+		"shared":    {CgroupsPath: "/cay-abc123/sbx_x", MemoryBytes: 512 << 20, PauseBytes: 544 << 20, CPUShares: 1024, PIDs: 2048},
+		"dedicated": {CgroupsPath: "/cay-abc123/sbx_x", MemoryBytes: 2 << 30, PauseBytes: 1995 << 20, CPUShares: 2048, CPUQuota: 2 * CPUPeriod, PIDs: 4096},
 	} {
 		t.Run(name, func(t *testing.T) {
 			spec := NewSpec(Box{

@@ -24,6 +24,7 @@ type Bind struct {
 type Limits struct {
 	CgroupsPath string // absolute, below every controller's root
 	MemoryBytes int64  // also what the sandbox sees as its total memory
+	PauseBytes  int64  // at so many bytes of memory in use, processes that touch more are slowed down
 	CPUShares   uint64 // weight against other sandboxes; 1024 is one CPU's worth
 	CPUQuota    int64  // µs per CPUPeriod; 0 is no quota
 	PIDs        int64  // host tasks: about three for every task inside
@@ -108,6 +109,7 @@ func NewSpec(b Box) *specs.Spec {
 			"dev.gvisor.spec.rootfs.type":    "erofs",
 			rootOverlay:                      "dir=" + b.Root.Overlay,
 			"dev.gvisor.spec.rootfs.options": "size=" + strconv.FormatInt(b.Root.MaxBytes, 10),
+			"dev.cay.memory.pause":           strconv.FormatInt(b.Limits.PauseBytes, 10),
 		},
 		Linux: &specs.Linux{
 			CgroupsPath: b.Limits.CgroupsPath,
