@@ -348,14 +348,15 @@ func drain(ctx context.Context, r io.Reader) error {
 // patience, and to begin the answer after the last one, and from then on send each patientPace of it. The
 // time that the caller takes does not count. The caller closes the body.
 func (c *Client) do(req *http.Request) (*http.Response, error) {
-	return c.doFor(req, c.Patience, c.Patience, patientPace)
+	return c.doFor(req, c.Patience, c.Patience, c.Patience, patientPace)
 }
 
-// doFor is do with the patience for the head once all is sent, and that for pace bytes of the body.
-func (c *Client) doFor(req *http.Request, head, body time.Duration, pace int) (*http.Response, error) {
+// doFor is do with the patience for each piece of what is sent, that for the head once all is sent, and that for
+// pace bytes of the body.
+func (c *Client) doFor(req *http.Request, sent, head, body time.Duration, pace int) (*http.Response, error) {
 	ctx, w := watching(req.Context(), head)
 	if req.Body != nil && req.Body != http.NoBody && req.GetBody == nil { // one that comes from a caller
-		w.begun(c.Patience, 0)
+		w.begun(sent, 0)
 		w.wait()
 		req.Body = &sentBody{req.Body, w, head}
 	}

@@ -60,7 +60,7 @@ func (c *Client) Upload(ctx context.Context, t Target, r UploadRequest) error {
 	if r.Size < 0 || r.Size > largeBody {
 		req.Header.Set("Expect", "100-continue")
 	}
-	resp, err := c.doFor(req, headPatience(c.Patience, r.Size), c.Patience, patientPace)
+	resp, err := c.doFor(req, c.Patience, headPatience(c.Patience, r.Size), c.Patience, patientPace)
 	if err != nil {
 		if broken := body.broken(); broken != nil {
 			return fmt.Errorf("reading the body: %w", broken)

@@ -1,13 +1,16 @@
 package agentapi
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unicode/utf8"
 
@@ -117,6 +120,29 @@ func TestSlowCallersAreNotSilentAgents(t *testing.T) {
 	if b, err := io.ReadAll(d.Body); err != nil || len(b) != 1<<20 {
 		t.Errorf("downloading slowly: %d bytes, %v", len(b), err)
 	}
+}
+
+// TestProcessThatDoesNotRead lets the agent wait for as long as it does for a process to read its input, and say so.
+func TestProcessThatDoesNotRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		here, there := net.Pipe()
+		defer there.Close()
+		c := NewClient(func(context.Context, string) (net.Conn, error) { return here, nil })
+		go func() {
+			r := bufio.NewReader(there)
+			if _, err := http.ReadRequest(r); err != nil {
+				t.Errorf("reading the call: %v", err)
+				return
+			}
+			time.Sleep(InputPatience + time.Second) // takes nothing more
+			fmt.Fprintf(there, "HTTP/1.1 409 Conflict\r\n%s: %s\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}", CodeHeader, CodeStdinBlocked)
+		}()
+		_, err := c.WriteInput(t.Context(), target, "1", strings.NewReader(strings.Repeat("x", 1<<20)), false)
+		if f := fault.As(err); f == nil || f.Code != CodeStdinBlocked {
+			t.Errorf("got %v", err)
+		}
+		c.CloseIdle()
+	})
 }
 
 // What an agent says gets into a log line in one short piece.

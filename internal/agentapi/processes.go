@@ -220,12 +220,15 @@ func (c *Client) WriteInput(ctx context.Context, t Target, ref string, body io.R
 	if end {
 		query.Set("end", "1")
 	}
-	sent := &countedReader{r: body}
+	sent, within := &countedReader{r: body}, c.Patience
+	if within >= InputPatience { // the agent is silent while it waits for the process; a shorter patience is meant to be shorter
+		within += InputPatience
+	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, t.url(processPath(ref, "/input"), query), sent)
 	if err != nil {
 		return 0, fmt.Errorf("making the request: %w", err)
 	}
-	resp, err := c.do(req)
+	resp, err := c.doFor(req, within, within, c.Patience, patientPace)
 	if err != nil {
 		return 0, olderAgent(err)
 	}
@@ -295,7 +298,7 @@ func (c *Client) Follow(ctx context.Context, t Target, r FollowRequest, emit fun
 		return Process{}, fmt.Errorf("making the request: %w", err)
 	}
 	// An agent with nothing to say says so every 30 seconds.
-	resp, err := c.doFor(req, c.Patience, 2*c.Patience, 1)
+	resp, err := c.doFor(req, c.Patience, c.Patience, 2*c.Patience, 1)
 	if err != nil {
 		return Process{}, olderAgent(err)
 	}

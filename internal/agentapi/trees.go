@@ -116,7 +116,7 @@ func (c *Client) UploadTree(ctx context.Context, t Target, path, user string, bo
 	req.Header.Set("Content-Type", "application/x-tar")
 	req.Header.Set("Expect", "100-continue")
 	req.ContentLength = -1
-	resp, err := c.doFor(req, longPatience*c.Patience, c.Patience, patientPace)
+	resp, err := c.doFor(req, c.Patience, longPatience*c.Patience, c.Patience, patientPace)
 	if err != nil {
 		if broken := watched.broken(); broken != nil {
 			return fmt.Errorf("reading the body: %w", broken)
