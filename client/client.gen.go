@@ -670,6 +670,9 @@ type EventList struct {
 
 // ExecuteRequest What to run. Exactly one of `command` and `args`.
 type ExecuteRequest struct {
+	// AllOutput Send all of the output, as fast as it is read, and end the command when the caller goes away. Only with `Accept: text/event-stream` and without `detach`; then `timeout` may be up to 24h, and is none by default.
+	AllOutput *bool `json:"all_output,omitempty"`
+
 	// Args A program and its arguments, run without a shell. Each has at most 131071 bytes, and all of them with the environment 2 MiB.
 	//
 	// Example: ["python3","-c","print(6*7)"]
@@ -2388,6 +2391,7 @@ type wireInterface interface {
 	//
 	// With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless it could not be; `stdout` and `stderr` with a piece of output as it comes (`OutputPiece`), which never ends within a character; and `exit` (`ProcessExit`) at the end. Of each stream 8 MiB
 	// are sent. A failure after the stream began is an event `error` with a problem; a stream without one of these two at its end was broken off. Who reads slowly does not hold up the command.
+	// With `all_output: true` all of the output is sent, and a command whose caller reads slowly waits, as for a pipe; it has no time limit unless `timeout` says so.
 	// With `detach: true` the command is a process as those of `startProcess`, which goes on when the caller goes away: it has no time limit unless `timeout` says so, events have an `id` to take the stream up with, and who reads too slowly misses output beyond the last MiB
 	// and gets an event `lost` (`OutputLost`).
 	//
@@ -2405,6 +2409,7 @@ type wireInterface interface {
 	//
 	// With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless it could not be; `stdout` and `stderr` with a piece of output as it comes (`OutputPiece`), which never ends within a character; and `exit` (`ProcessExit`) at the end. Of each stream 8 MiB
 	// are sent. A failure after the stream began is an event `error` with a problem; a stream without one of these two at its end was broken off. Who reads slowly does not hold up the command.
+	// With `all_output: true` all of the output is sent, and a command whose caller reads slowly waits, as for a pipe; it has no time limit unless `timeout` says so.
 	// With `detach: true` the command is a process as those of `startProcess`, which goes on when the caller goes away: it has no time limit unless `timeout` says so, events have an `id` to take the stream up with, and who reads too slowly misses output beyond the last MiB
 	// and gets an event `lost` (`OutputLost`).
 	//
@@ -3360,6 +3365,7 @@ func (c *wire) ListEvents(ctx context.Context, id SandboxID, params *ListEventsP
 //
 // With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless it could not be; `stdout` and `stderr` with a piece of output as it comes (`OutputPiece`), which never ends within a character; and `exit` (`ProcessExit`) at the end. Of each stream 8 MiB
 // are sent. A failure after the stream began is an event `error` with a problem; a stream without one of these two at its end was broken off. Who reads slowly does not hold up the command.
+// With `all_output: true` all of the output is sent, and a command whose caller reads slowly waits, as for a pipe; it has no time limit unless `timeout` says so.
 // With `detach: true` the command is a process as those of `startProcess`, which goes on when the caller goes away: it has no time limit unless `timeout` says so, events have an `id` to take the stream up with, and who reads too slowly misses output beyond the last MiB
 // and gets an event `lost` (`OutputLost`).
 //
@@ -3387,6 +3393,7 @@ func (c *wire) ExecuteCommandWithBody(ctx context.Context, id SandboxID, content
 //
 // With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless it could not be; `stdout` and `stderr` with a piece of output as it comes (`OutputPiece`), which never ends within a character; and `exit` (`ProcessExit`) at the end. Of each stream 8 MiB
 // are sent. A failure after the stream began is an event `error` with a problem; a stream without one of these two at its end was broken off. Who reads slowly does not hold up the command.
+// With `all_output: true` all of the output is sent, and a command whose caller reads slowly waits, as for a pipe; it has no time limit unless `timeout` says so.
 // With `detach: true` the command is a process as those of `startProcess`, which goes on when the caller goes away: it has no time limit unless `timeout` says so, events have an `id` to take the stream up with, and who reads too slowly misses output beyond the last MiB
 // and gets an event `lost` (`OutputLost`).
 //

@@ -15,6 +15,9 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
+// jsonTimeout is the longest that the API allows a command whose output comes at its end.
+const jsonTimeout = 5 * time.Minute
+
 // commandFlags are the flags of the verbs that run a command: exec and run.
 type commandFlags struct {
 	timeout time.Duration
@@ -24,8 +27,8 @@ type commandFlags struct {
 	noStdin bool
 }
 
-func (c *commandFlags) add(f *pflag.FlagSet, timeout time.Duration) {
-	f.DurationVar(&c.timeout, "timeout", timeout, "kill the command after this time, at most 5m")
+func (c *commandFlags) add(f *pflag.FlagSet) {
+	f.DurationVar(&c.timeout, "timeout", 0, "kill the command after this time, at most 24h, 0 for never; with --json at most 5m, and 5m if not given")
 	f.StringVarP(&c.workdir, "workdir", "w", "", "working directory of the command")
 	f.StringArrayVarP(&c.env, "env", "e", nil, "environment variable NAME=VALUE; NAME alone passes yours on (repeatable)")
 	f.StringVarP(&c.user, "user", "u", "", "name or number of the user to run the command as")
@@ -33,7 +36,7 @@ func (c *commandFlags) add(f *pflag.FlagSet, timeout time.Duration) {
 }
 
 // request is the call for the command in args.
-func (a *app) request(c commandFlags, env map[string]string, args []string) (client.ExecuteRequest, error) {
+func (a *app) request(c *commandFlags, env map[string]string, args []string) (client.ExecuteRequest, error) {
 	if len(args) == 0 {
 		return client.ExecuteRequest{}, errors.New("COMMAND: there is none; write it after --")
 	}
@@ -42,10 +45,17 @@ func (a *app) request(c commandFlags, env map[string]string, args []string) (cli
 			return client.ExecuteRequest{}, fmt.Errorf("COMMAND: argument %d is not UTF-8", i+1)
 		}
 	}
-	if c.timeout <= 0 {
-		return client.ExecuteRequest{}, errors.New("--timeout: must be more than 0")
+	switch {
+	case c.timeout < 0:
+		return client.ExecuteRequest{}, errors.New("--timeout: must be more than 0, or 0 for none")
+	case c.timeout == 0 && a.json:
+		c.timeout = jsonTimeout
 	}
-	return client.ExecuteRequest{Args: args, Timeout: new(c.timeout.String()), Workdir: given(c.workdir), User: given(c.user), Env: env}, nil
+	var timeout *string
+	if c.timeout > 0 {
+		timeout = new(c.timeout.String())
+	}
+	return client.ExecuteRequest{Args: args, Timeout: timeout, Workdir: given(c.workdir), User: given(c.user), Env: env}, nil
 }
 
 // pairs reads NAME=VALUE flags. With lookup, NAME alone takes the value there.
@@ -80,6 +90,7 @@ func (a *app) execute(ctx context.Context, c *client.Client, id string, r client
 			result, err = c.Execute(ctx, id, r)
 			return err
 		}
+		r.AllOutput = new(true)
 		exit, err := c.ExecuteStream(ctx, id, r, func(o client.Output) error {
 			to := a.out
 			if o.Stream == client.StreamStderr {
@@ -145,7 +156,7 @@ func (a *app) note(r *client.ExecuteResult, timeout time.Duration) {
 		notes = append(notes, "standard error was cut off at 8 MiB")
 	}
 	if r.TimedOut {
-		notes = append(notes, fmt.Sprintf("the command was killed after %s; --timeout allows up to 5m", timeout))
+		notes = append(notes, fmt.Sprintf("the command was killed after %s, see --timeout", timeout))
 	}
 	if r.OOMKilled {
 		notes = append(notes, "the command was killed because the sandbox's memory was used up; a larger --size has more")

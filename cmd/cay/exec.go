@@ -1,13 +1,8 @@
 package main
 
 import (
-	"time"
-
 	"github.com/spf13/cobra"
 )
-
-// execTimeout is the API's own default, said in --help.
-const execTimeout = 30 * time.Second
 
 func (a *app) execCommand() *cobra.Command {
 	var flags commandFlags
@@ -17,7 +12,8 @@ func (a *app) execCommand() *cobra.Command {
 		Use:   "exec [flags] ID [flags] -- COMMAND [ARG...]",
 		Short: "Run a command in a sandbox",
 		Long: `Run a command in a sandbox: with cay's standard input if that is a pipe or a file,
-its output on cay's own streams as it comes, and its exit status as cay's. 124 is a
+all of its output on cay's own streams as it comes, and its exit status as cay's. It
+ends when cay does, or when nobody reads its output any more. 124 is a
 command killed at its timeout, 128+N one killed by signal N, 125 a failure of cay
 itself. A suspended sandbox is woken first.
 
@@ -25,6 +21,7 @@ With --detach the command goes on by itself, without a time limit unless --timeo
 is given, and its number is printed: see cay sandbox ps, logs, wait and kill.`,
 		Example: `  cay sandbox exec sbx_… -- python3 -c 'print(6*7)'
   echo hello | cay sandbox exec sbx_… -- tr a-z A-Z
+  cay sandbox exec sbx_… -- tar -czf - -C /work . > work.tar.gz
   cay sandbox exec sbx_… -d --tag web -- python3 -m http.server
   cay sandbox exec sbx_… --timeout 2m -u user -w /tmp -- sh -c 'ls | wc -l'`,
 		Annotations: map[string]string{runsCommands: "yes"},
@@ -44,7 +41,7 @@ is given, and its number is printed: see cay sandbox ps, logs, wait and kill.`,
 			if err != nil {
 				return err
 			}
-			r, err := a.request(flags, env, args)
+			r, err := a.request(&flags, env, args)
 			if err != nil {
 				return err
 			}
@@ -70,7 +67,7 @@ is given, and its number is printed: see cay sandbox ps, logs, wait and kill.`,
 		ValidArgsFunction: a.completeSandboxes,
 	}
 	cmd.Flags().SetInterspersed(false)
-	flags.add(cmd.Flags(), execTimeout)
+	flags.add(cmd.Flags())
 	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "let the command go on by itself and print its number")
 	cmd.Flags().StringVar(&tag, "tag", "", "with --detach, a name to find it by")
 	return cmd

@@ -13,13 +13,11 @@ import (
 )
 
 const (
-	// runTimeout is the longest the API allows: who runs a program does not expect
-	// it to be killed after half a minute.
-	runTimeout = 5 * time.Minute
-	// runSpare is how much longer than its command the sandbox of a run lives. It
-	// only matters when cay is killed and cannot destroy it: shorter might end the
-	// sandbox before a slow upload of stdin is through, longer keeps memory.
-	runSpare = 5 * time.Minute
+	// runLifetime is how long the sandbox of a run lives when cay is killed and cannot destroy it. A shorter
+	// one could end it while the network is away for a moment, a longer one keeps memory.
+	runLifetime = 5 * time.Minute
+	// runExtend is how often that is extended while the command runs.
+	runExtend = time.Minute
 	// destroyTimeout bounds the destroying at the end, which goes on after Ctrl-C. A
 	// destroy takes well under a second; after this the server is gone.
 	destroyTimeout = 30 * time.Second
@@ -50,7 +48,7 @@ Ctrl-C included.`,
 			if err != nil {
 				return err
 			}
-			r, err := a.request(flags, env, args)
+			r, err := a.request(&flags, env, args)
 			if err != nil {
 				return err
 			}
@@ -58,7 +56,7 @@ Ctrl-C included.`,
 			if err != nil {
 				return err
 			}
-			box.Timeout = new((flags.timeout + runSpare).String())
+			box.Timeout = new(runLifetime.String())
 			c, err := a.client(cmd.Context())
 			if err != nil {
 				return err
@@ -74,7 +72,7 @@ Ctrl-C included.`,
 	}
 	cmd.Flags().SetInterspersed(false)
 	create.addCommon(cmd.Flags())
-	flags.add(cmd.Flags(), runTimeout)
+	flags.add(cmd.Flags())
 	a.completeFlag(cmd, "template")
 	return cmd
 }
@@ -95,7 +93,9 @@ func (a *app) runOnce(ctx context.Context, c *client.Client, box client.CreateSa
 	}
 	var result *client.ExecuteResult
 	if err = ctx.Err(); err == nil {
+		stop := keepalive(ctx, c, s.ID)
 		result, err = a.execute(ctx, c, s.ID, r, stdin)
+		stop()
 	}
 	go destroy()
 	if err == nil {
@@ -103,9 +103,30 @@ func (a *app) runOnce(ctx context.Context, c *client.Client, box client.CreateSa
 	}
 	if gone := <-destroyed; gone != nil {
 		// Said here and not returned: the command's status is worth more.
-		fmt.Fprintf(a.err, "cay: sandbox %s could not be destroyed and ends by itself within %s: %s\n", s.ID, timeout+runSpare, oneLine(gone.Error()))
+		fmt.Fprintf(a.err, "cay: sandbox %s could not be destroyed and ends by itself within %s: %s\n", s.ID, runLifetime, oneLine(gone.Error()))
 	}
 	return err
+}
+
+// keepalive extends the sandbox's lifetime until stop is called.
+func keepalive(ctx context.Context, c *client.Client, id string) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	tick := time.NewTicker(runExtend)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				// The next one comes before the lifetime ends; and when none gets through, the command fails too.
+				_, _ = c.Keepalive(ctx, id, 0)
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return func() { cancel(); <-done }
 }
 
 // createWhenReady creates a sandbox, waiting for its template if that is being

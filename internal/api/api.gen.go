@@ -667,6 +667,9 @@ type EventList struct {
 
 // ExecuteRequest What to run. Exactly one of `command` and `args`.
 type ExecuteRequest struct {
+	// AllOutput Send all of the output, as fast as it is read, and end the command when the caller goes away. Only with `Accept: text/event-stream` and without `detach`; then `timeout` may be up to 24h, and is none by default.
+	AllOutput *bool `json:"all_output,omitempty"`
+
 	// Args A program and its arguments, run without a shell. Each has at most 131071 bytes, and all of them with the environment 2 MiB.
 	//
 	// Example: ["python3","-c","print(6*7)"]

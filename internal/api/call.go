@@ -65,7 +65,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	ctx, trace := span.New(budget.With(context.WithValue(r.Context(), callKey{}, c), &c.account))
 	c.trace = trace
 	r = r.WithContext(ctx)
-	rec := &recorder{ResponseWriter: w, control: http.NewResponseController(w), stall: s.patience.stall, call: c, began: start}
+	rec := &recorder{ResponseWriter: w, control: http.NewResponseController(w), call: c, began: start}
 	// The deadline of the answer before this one on the connection is not for this
 	// one. A writer without deadlines is one of a test.
 	_ = rec.control.SetWriteDeadline(time.Time{})
@@ -266,7 +266,6 @@ func (s *server) finish(r *http.Request, w *recorder, took time.Duration) {
 type recorder struct {
 	http.ResponseWriter
 	control *http.ResponseController
-	stall   time.Duration
 	call    *call
 	began   time.Time
 	status  int
@@ -294,7 +293,9 @@ func (w *recorder) WriteHeader(status int) {
 
 // soon gives the caller time to take the next piece. A writer without deadlines
 // is one of a test.
-func (w *recorder) soon() { _ = w.control.SetWriteDeadline(time.Now().Add(w.stall)) }
+func (w *recorder) soon() {
+	_ = w.control.SetWriteDeadline(time.Now().Add(w.call.patience.stall))
+}
 
 // writePiece is how much is written under one deadline, bytes: with a minute for
 // each, a caller has to take 4 KiB a second.

@@ -3,6 +3,7 @@ package api
 import (
 	"encoding/base64"
 	"fmt"
+	"math"
 	"net/http"
 	"syscall"
 	"time"
@@ -50,10 +51,16 @@ func (s *server) ExecuteCommand(w http.ResponseWriter, r *http.Request, id Sandb
 		s.fail(w, r, err)
 		return
 	}
-	detach := in.Detach != nil && *in.Detach
+	detach, all := in.Detach != nil && *in.Detach, in.AllOutput != nil && *in.AllOutput
 	request, err := commandOf(in)
-	if err == nil && detach && !wantsEvents(r) {
+	switch {
+	case err != nil:
+	case detach && !wantsEvents(r):
 		err = fault.InField("invalid_detach", "detach", "needs Accept: text/event-stream; without following its output start a process instead")
+	case all && detach:
+		err = fault.InField("invalid_all_output", "all_output", "not with detach")
+	case all && !wantsEvents(r):
+		err = fault.InField("invalid_all_output", "all_output", "needs Accept: text/event-stream")
 	}
 	if err != nil {
 		s.fail(w, r, err)
@@ -82,6 +89,9 @@ func commandOf(in ExecuteRequest) (agentapi.ExecuteRequest, error) {
 	longest := maxCommandTimeout
 	if in.Detach != nil && *in.Detach {
 		out.Timeout, longest = 0, maxProcessTimeout
+	}
+	if in.AllOutput != nil && *in.AllOutput {
+		out.Timeout, longest, out.MaxOutput = 0, maxProcessTimeout, math.MaxInt64
 	}
 	if in.Command != nil {
 		if in.Args != nil {

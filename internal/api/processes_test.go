@@ -275,7 +275,7 @@ func TestStreamedExecutionReaders(t *testing.T) {
 }
 
 func TestOutboxIsBounded(t *testing.T) {
-	box := newOutbox(nil)
+	box := newOutbox(nil, maxWaiting)
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
 	n := 0
@@ -319,7 +319,7 @@ func TestOutboxWithoutMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer account.Close()
-	box := newOutbox(&account)
+	box := newOutbox(&account, maxWaiting)
 	piece := agentapi.ExecuteEvent{Stream: agentapi.Stdout, Data: make([]byte, mergeBelow)}
 	if !box.tryPut(piece) {
 		t.Fatal("not one piece is taken")

@@ -17,6 +17,8 @@ const (
 	// with what each piece costs: both streams as far as they are sent, so that mostly the
 	// command never waits. One that writes single bytes to two streams in turn may.
 	maxWaiting = 2*agentapi.DefaultMaxOutput + 4<<20
+	// pacedWaiting is the same for a command that waits for its caller, whom a network's delay is not to hold up.
+	pacedWaiting = 1 << 20
 	// waitingCost is what a waiting piece costs beside its bytes, about.
 	waitingCost = 64
 	// mergeBelow is the size up to which a waiting piece takes more of its stream, bytes.
@@ -110,7 +112,12 @@ func (s *server) streamCommand(w http.ResponseWriter, r *http.Request, id Sandbo
 		if err := account.Take(2 * piece); err != nil { // what is being sent
 			return err
 		}
-		box := newOutbox(account)
+		most := maxWaiting
+		if request.MaxOutput > agentapi.DefaultMaxOutput {
+			most = pacedWaiting
+			callOf(r).patience.stall = maxProcessTimeout // a pager may take as long as the command
+		}
+		box := newOutbox(account, most)
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			if box.drain(reply) != nil {
@@ -237,6 +244,7 @@ type outbox struct {
 	closed bool
 
 	account *budget.Account
+	most    int           // bytes that may wait
 	more    chan struct{} // something was put or it was closed; capacity 1
 	room    chan struct{} // something was taken; capacity 1
 }
@@ -247,8 +255,8 @@ type outEvent struct {
 	held int64
 }
 
-func newOutbox(account *budget.Account) *outbox {
-	return &outbox{account: account, more: make(chan struct{}, 1), room: make(chan struct{}, 1)}
+func newOutbox(account *budget.Account, most int) *outbox {
+	return &outbox{account: account, most: most, more: make(chan struct{}, 1), room: make(chan struct{}, 1)}
 }
 
 func signal(c chan struct{}) {
@@ -274,7 +282,7 @@ func (o *outbox) put(ctx context.Context, e agentapi.ExecuteEvent) error {
 func (o *outbox) tryPut(e agentapi.ExecuteEvent) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.cost > maxWaiting {
+	if o.cost > o.most {
 		return false
 	}
 	held := int64(len(e.Data) + waitingCost)
