@@ -126,6 +126,15 @@ func (b builder) Check(ctx context.Context, digest string) error {
 	return err
 }
 
+// HasUser implements template.Builder.
+func (b builder) HasUser(ctx context.Context, digest, name string) (bool, error) {
+	known, err := b.images.HasUser(ctx, digest, name)
+	if unusable(err) {
+		err = errors.Join(template.ErrImageGone, err)
+	}
+	return known, err
+}
+
 // Collect implements template.Builder.
 func (b builder) Collect(_ context.Context, keep []string) ([]string, int64, error) {
 	return b.images.Collect(keep)

@@ -384,6 +384,8 @@ func (b *fakeBuilder) Build(ctx context.Context, j template.Job, progress func(t
 
 func (b *fakeBuilder) Check(context.Context, string) error { return nil }
 
+func (b *fakeBuilder) HasUser(context.Context, string, string) (bool, error) { return true, nil }
+
 func (b *fakeBuilder) Collect(context.Context, []string) ([]string, int64, error) { return nil, 0, nil }
 
 // holding makes builds wait until the returned function is called.

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path"
 	"runtime"
@@ -254,7 +255,22 @@ func (p *ociImage) unpack(ctx context.Context, t *tree, progress func(string)) (
 		}
 	}
 	c := p.config.Config
+	for _, at := range slices.Sorted(maps.Keys(c.Volumes)) {
+		if err := t.volume(at); err != nil {
+			return Runtime{}, fmt.Errorf("VOLUME %.100q: %w", at, err)
+		}
+	}
 	return Runtime{Env: c.Env, User: c.User, Workdir: c.WorkingDir, Entrypoint: c.Entrypoint, Cmd: c.Cmd}, nil
+}
+
+// volume makes the directory that a container runtime would mount a volume over, if nothing is there.
+func (t *tree) volume(at string) error {
+	parts, err := split(at)
+	if err != nil {
+		return err
+	}
+	_, err = t.walk(parts, true, true)
+	return err
 }
 
 // unpackLayer lays one layer over the tree and checks that its bytes are those

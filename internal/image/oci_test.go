@@ -206,6 +206,56 @@ func TestBuildFromLayoutsAndArchives(t *testing.T) {
 	}
 }
 
+// TestVolumes makes directories of what an image says are volumes, but for what is there.
+func TestVolumes(t *testing.T) {
+	lower := archive(t, file("taken", "1"), symlink("way", "srv"))
+	p := parts{}
+	config := v1.ConfigFile{OS: "linux", Architecture: runtime.GOARCH, RootFS: v1.RootFS{Type: "layers", DiffIDs: []v1.Hash{hashOf(lower)}},
+		Config: v1.Config{Volumes: map[string]struct{}{"/var/lib/data": {}, "way/in": {}, "/taken": {}}}}
+	m := v1.Manifest{SchemaVersion: 2, MediaType: types.OCIManifestSchema1, Config: p.json(t, types.OCIConfigJSON, config),
+		Layers: []v1.Descriptor{p.blob(types.OCILayer, lower)}}
+	p.index(t, p.json(t, types.OCIManifestSchema1, m))
+	s := openStore(t)
+	img, err := s.Build(t.Context(), Source{Layout: &Layout{Dir: p.dir(t)}}, quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := strings.Join(list(t, s.file(img.Digest)), "\n")
+	for _, want := range []string{"drwxr-xr-x 0:0 2 0.0 var/lib/data", "drwxr-xr-x 0:0 2 0.0 srv/in", " taken \"1\""} {
+		if !strings.Contains(got, want) {
+			t.Errorf("%q is not in\n%s", want, got)
+		}
+	}
+	config.Config.Volumes = map[string]struct{}{"/a/../../b": {}}
+	bad := parts{}
+	m.Config = bad.json(t, types.OCIConfigJSON, config)
+	m.Layers = []v1.Descriptor{bad.blob(types.OCILayer, lower)}
+	bad.index(t, bad.json(t, types.OCIManifestSchema1, m))
+	if img, err := s.Build(t.Context(), Source{Layout: &Layout{Dir: bad.dir(t)}}, quiet); err == nil {
+		t.Errorf("a volume outside: %+v", img)
+	}
+}
+
+// TestHasUser reads accounts of an image.
+func TestHasUser(t *testing.T) {
+	s := openStore(t)
+	for passwd, want := range map[string]bool{"root:x:0:0::/:\napp:x:5:5::/:/bin/sh\n": true, "happy:x:5:5:app::\n": false, "app\n": false, "": false} {
+		layers := [][]byte{archive(t, file("etc/passwd", passwd))}
+		if passwd == "" {
+			layers = [][]byte{archive(t, file("a", "1"))}
+		}
+		p := parts{}
+		p.index(t, p.image(t, runtime.GOARCH, plain, layers...))
+		img, err := s.Build(t.Context(), Source{Layout: &Layout{Dir: p.dir(t)}}, quiet)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := s.HasUser(t.Context(), img.Digest, "app"); got != want || err != nil {
+			t.Errorf("%q: %v, %v", passwd, got, err)
+		}
+	}
+}
+
 func TestBadLayoutsAreRefused(t *testing.T) {
 	layer := archive(t, file("a", strings.Repeat("a", 1000)))
 	// change makes a layout with something wrong in it.

@@ -2,7 +2,10 @@ package image
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
+	"os"
 	"path"
 	"slices"
 	"strconv"
@@ -162,6 +165,41 @@ func (t *tree) addUser(u User) error {
 		}
 	}
 	return t.makeHome(u)
+}
+
+// HasUser reports whether the image's /etc/passwd has an account of the name.
+func (s *Store) HasUser(ctx context.Context, digest, name string) (bool, error) {
+	path, err := s.Path(ctx, digest)
+	if err != nil {
+		return false, err
+	}
+	f, err := os.Open(path) // from here on it may be collected
+	if err != nil {
+		return false, fmt.Errorf("opening image: %w", err)
+	}
+	t, err := readErofs(f)
+	if err != nil {
+		f.Close()
+		return false, fmt.Errorf("reading image %s: %w", digest, err)
+	}
+	defer t.Close()
+	n, err := t.lookup("/etc/passwd")
+	if errors.Is(err, errNotThere) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("/etc/passwd of the image: %w", err)
+	}
+	b, err := t.read(n.inode, maxAccounts)
+	if err != nil {
+		return false, fmt.Errorf("/etc/passwd of the image: %w", err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if account, _, ok := strings.Cut(line, ":"); ok && account == name {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // makeHome makes the home directory with the files of /etc/skel. One that is

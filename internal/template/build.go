@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -342,6 +343,23 @@ func checkReady(d Definition, b Built) error {
 	return nil
 }
 
+// checkUser refuses a user that no sandbox could run as: its image has none of the name.
+func (s *Service) checkUser(ctx context.Context, d Definition, b Built) error {
+	var t Template
+	d.describe(&t, b)
+	if _, err := strconv.ParseUint(t.User, 10, 32); err == nil || t.User == "" || t.User == "root" {
+		return nil
+	}
+	known, err := s.builder.HasUser(ctx, b.Image, t.User)
+	if err != nil {
+		return fmt.Errorf("looking for user %q in the image: %w", t.User, err)
+	}
+	if !known {
+		return &BuildError{ExitCode: -1, Message: fmt.Sprintf("there is no user %q in the image's /etc/passwd", t.User)}
+	}
+	return nil
+}
+
 // tell hands news to every template of a run.
 func (s *Service) tell(r *run, p Progress) {
 	s.mu.Lock()
@@ -378,7 +396,11 @@ func (s *Service) succeeded(ctx context.Context, m *member, b Build, built Built
 			return err
 		}
 	}
-	if err := checkReady(b.Definition, built); err != nil {
+	err := checkReady(b.Definition, built)
+	if err == nil {
+		err = s.checkUser(ctx, b.Definition, built)
+	}
+	if err != nil {
 		return s.failed(ctx, m, err)
 	}
 	m.journal.say(Progress{Text: fmt.Sprintf("the image is ready after %v, from %s", took, built.Source)})

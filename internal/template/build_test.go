@@ -554,6 +554,22 @@ func TestImageOfATemplateIsGone(t *testing.T) {
 	})
 }
 
+// TestUserThatTheImageLacks fails the build; a number needs no account.
+func TestUserThatTheImageLacks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := life(t, newMemory(), newBuilder())
+		for user, want := range map[string]Status{"nobody-has-it": Failed, "app": Ready, "1234": Ready, "root": Ready} {
+			r := of("for-"+user, "a")
+			r.User = user
+			h.create(t, me, r)
+			h.wantBuilt(t, r.Name)
+			if got := h.get(t, r.Name); got.Status != want || want == Failed && !strings.Contains(got.BuildError.Message, `no user "nobody-has-it"`) {
+				t.Errorf("%s: %s, %v", user, got.Status, got.BuildError)
+			}
+		}
+	})
+}
+
 // What the store cannot take is tried again; nothing hangs.
 func TestStoreThatFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -76,6 +76,8 @@ type Builder interface {
 	// Check reports whether an image can be used: ErrImageGone if it must be
 	// built again, another error if nobody can tell.
 	Check(ctx context.Context, image string) error
+	// HasUser reports whether an image knows a user by this name. It has the errors of Check.
+	HasUser(ctx context.Context, image, name string) (bool, error)
 	// Collect removes the images that are not in keep and have not been asked
 	// for lately. It goes on after errors and joins them.
 	Collect(ctx context.Context, keep []string) (removed []string, freed int64, err error)

@@ -342,6 +342,10 @@ func (b *builder) Build(ctx context.Context, j Job, progress func(Progress)) (Bu
 	return Built{Image: image, Size: 7, Source: "from " + d.Image, Env: map[string]string{"A": "image", "B": "image"}, User: "app", Workdir: "/srv", Cmd: []string{"serve"}}, nil
 }
 
+func (b *builder) HasUser(_ context.Context, image, name string) (bool, error) {
+	return name != "nobody-has-it", nil
+}
+
 func (b *builder) Check(_ context.Context, image string) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
