@@ -95,9 +95,20 @@ func (s *Store) Has(name string) bool {
 	return err == nil
 }
 
+// gone is the name of a checkpoint while its files are removed.
+const gone = "gone"
+
 // Remove removes everything of a name. Nothing there is success.
 func (s *Store) Remove(name string) error {
-	if err := os.RemoveAll(filepath.Join(s.dir, name)); err != nil {
+	home := filepath.Join(s.dir, name)
+	all, err := numbers(home)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, n := range all { // at once, so that nobody finds a part of one
+		err = errors.Join(err, os.RemoveAll(filepath.Join(home, gone)), os.Rename(filepath.Join(home, strconv.Itoa(n)), filepath.Join(home, gone)))
+	}
+	if err := errors.Join(err, os.RemoveAll(home)); err != nil {
 		return fmt.Errorf("removing the checkpoints of %s: %w", name, err)
 	}
 	return nil
@@ -216,6 +227,7 @@ func (d *Draft) CommitAs(name string, at time.Time, about any) (*Checkpoint, err
 		// One that stays is removed by the next commit, and never read before.
 		_ = os.RemoveAll(filepath.Join(home, strconv.Itoa(n)))
 	}
+	_ = os.RemoveAll(filepath.Join(home, gone)) // as above
 	return c, nil
 }
 
@@ -370,14 +382,20 @@ type Checkpoint struct {
 // there and have their sizes; [Checkpoint.Verify] reads them.
 func (s *Store) Latest(name string) (*Checkpoint, error) {
 	home := filepath.Join(s.dir, name)
-	all, err := numbers(home)
-	if errors.Is(err, fs.ErrNotExist) || err == nil && len(all) == 0 {
-		return nil, nil
+	const tries = 3 // one that is listed may be removed or replaced before it is read
+	for try := 1; ; try++ {
+		all, err := numbers(home)
+		if errors.Is(err, fs.ErrNotExist) || err == nil && len(all) == 0 {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		c, err := read(filepath.Join(home, strconv.Itoa(all[0])))
+		if !errors.Is(err, fs.ErrNotExist) || try == tries {
+			return c, err
+		}
 	}
-	if err != nil {
-		return nil, err
-	}
-	return read(filepath.Join(home, strconv.Itoa(all[0])))
 }
 
 func read(dir string) (*Checkpoint, error) {

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -83,6 +84,43 @@ func TestTheLatestReplacesTheOneBefore(t *testing.T) {
 	}
 	if names, err := s.Names(); err != nil || len(names) != 0 {
 		t.Errorf("left: %v, %v", names, err)
+	}
+}
+
+// TestLatestBesideRemove finds a whole checkpoint or none while others are made and removed.
+func TestLatestBesideRemove(t *testing.T) {
+	s, _, err := Open(t.TempDir(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	var looks sync.WaitGroup
+	for range 2 {
+		looks.Go(func() {
+			for {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				if _, err := s.Latest(name); err != nil {
+					t.Errorf("beside a removal: %v", err)
+					return
+				}
+			}
+		})
+	}
+	for range 60 {
+		commit(t, write(t, s, "one"), "one")
+		commit(t, write(t, s, "two"), "two")
+		if err := s.Remove(name); err != nil {
+			t.Error(err)
+		}
+	}
+	close(done)
+	looks.Wait()
+	if s.Has(name) {
+		t.Error("something is left")
 	}
 }
 
