@@ -36,7 +36,7 @@ func (c *commandFlags) add(f *pflag.FlagSet) {
 }
 
 // request is the call for the command in args.
-func (a *app) request(c *commandFlags, env map[string]string, args []string) (client.ExecuteRequest, error) {
+func (a *app) request(c commandFlags, env map[string]string, args []string) (client.ExecuteRequest, error) {
 	if len(args) == 0 {
 		return client.ExecuteRequest{}, errors.New("COMMAND: there is none; write it after --")
 	}
@@ -45,11 +45,8 @@ func (a *app) request(c *commandFlags, env map[string]string, args []string) (cl
 			return client.ExecuteRequest{}, fmt.Errorf("COMMAND: argument %d is not UTF-8", i+1)
 		}
 	}
-	switch {
-	case c.timeout < 0:
+	if c.timeout < 0 {
 		return client.ExecuteRequest{}, errors.New("--timeout: must be more than 0, or 0 for none")
-	case c.timeout == 0 && a.json:
-		c.timeout = jsonTimeout
 	}
 	var timeout *string
 	if c.timeout > 0 {
@@ -87,6 +84,9 @@ func pairs(flag string, texts []string, lookup func(string) string) (map[string]
 func (a *app) execute(ctx context.Context, c *client.Client, id string, r client.ExecuteRequest, stdin []byte) (result *client.ExecuteResult, err error) {
 	err = withStdin(ctx, c, id, r, stdin, func(r client.ExecuteRequest) error {
 		if a.json {
+			if r.Timeout == nil {
+				r.Timeout = new(jsonTimeout.String())
+			}
 			result, err = c.Execute(ctx, id, r)
 			return err
 		}

@@ -41,7 +41,7 @@ is given, and its number is printed: see cay sandbox ps, logs, wait and kill.`,
 			if err != nil {
 				return err
 			}
-			r, err := a.request(&flags, env, args)
+			r, err := a.request(flags, env, args)
 			if err != nil {
 				return err
 			}

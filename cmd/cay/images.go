@@ -120,19 +120,13 @@ func (b builder) buildError(err error) error {
 // Check implements template.Builder.
 func (b builder) Check(ctx context.Context, digest string) error {
 	_, err := b.images.Path(ctx, digest)
-	if unusable(err) {
-		return errors.Join(template.ErrImageGone, err)
-	}
-	return err
+	return goneIfUnusable(err)
 }
 
 // HasUser implements template.Builder.
 func (b builder) HasUser(ctx context.Context, digest, name string) (bool, error) {
 	known, err := b.images.HasUser(ctx, digest, name)
-	if unusable(err) {
-		err = errors.Join(template.ErrImageGone, err)
-	}
-	return known, err
+	return known, goneIfUnusable(err)
 }
 
 // Collect implements template.Builder.
@@ -142,6 +136,14 @@ func (b builder) Collect(_ context.Context, keep []string) ([]string, int64, err
 
 func unusable(err error) bool {
 	return errors.Is(err, image.ErrMissing) || errors.Is(err, image.ErrCorrupt)
+}
+
+// goneIfUnusable adds template.ErrImageGone to the error of an image that cannot be used.
+func goneIfUnusable(err error) error {
+	if unusable(err) {
+		return errors.Join(template.ErrImageGone, err)
+	}
+	return err
 }
 
 // rootFS finds the images of sandboxes. One that cannot be used sets off a look

@@ -13,10 +13,10 @@ import (
 )
 
 const (
-	// runLifetime is how long the sandbox of a run lives when cay is killed and cannot destroy it. A shorter
-	// one could end it while the network is away for a moment, a longer one keeps memory.
+	// runLifetime ends the sandbox of a run when cay is killed and cannot destroy it. A shorter one could end
+	// it while the network is away for a moment, a longer one keeps memory.
 	runLifetime = 5 * time.Minute
-	// runExtend is how often that is extended while the command runs.
+	// runExtend is the time between two extensions of the lifetime while the command runs.
 	runExtend = time.Minute
 	// destroyTimeout bounds the destroying at the end, which goes on after Ctrl-C. A
 	// destroy takes well under a second; after this the server is gone.
@@ -48,7 +48,7 @@ Ctrl-C included.`,
 			if err != nil {
 				return err
 			}
-			r, err := a.request(&flags, env, args)
+			r, err := a.request(flags, env, args)
 			if err != nil {
 				return err
 			}

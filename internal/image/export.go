@@ -18,6 +18,24 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
+// tree reads what an image of the store holds. The caller closes it.
+func (s *Store) tree(ctx context.Context, digest string) (*tree, error) {
+	path, err := s.Path(ctx, digest)
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.Open(path) // from here on it may be collected
+	if err != nil {
+		return nil, fmt.Errorf("opening image: %w", err)
+	}
+	t, err := readErofs(f)
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("reading image %s: %w", digest, err)
+	}
+	return t, nil
+}
+
 // Export writes an image of the store as an OCI layout with one layer into a
 // directory, which is made or must be empty: every name, owner, mode, time, link
 // and extended attribute is as the image has it, so that [Store.Build] makes the
@@ -25,18 +43,9 @@ import (
 // the same bytes. After an error the directory may hold a part of them; it is the
 // caller's to remove either way.
 func (s *Store) Export(ctx context.Context, digest string, rt Runtime, dir string) (Layout, error) {
-	path, err := s.Path(ctx, digest)
+	t, err := s.tree(ctx, digest)
 	if err != nil {
 		return Layout{}, err
-	}
-	f, err := os.Open(path) // from here on it may be collected
-	if err != nil {
-		return Layout{}, fmt.Errorf("opening image: %w", err)
-	}
-	t, err := readErofs(f)
-	if err != nil {
-		f.Close()
-		return Layout{}, fmt.Errorf("reading image %s: %w", digest, err)
 	}
 	defer t.Close()
 	if err := os.MkdirAll(dir, 0o755); err != nil {

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path"
 	"slices"
 	"strconv"
@@ -169,18 +168,9 @@ func (t *tree) addUser(u User) error {
 
 // HasUser reports whether the image's /etc/passwd has an account of the name.
 func (s *Store) HasUser(ctx context.Context, digest, name string) (bool, error) {
-	path, err := s.Path(ctx, digest)
+	t, err := s.tree(ctx, digest)
 	if err != nil {
 		return false, err
-	}
-	f, err := os.Open(path) // from here on it may be collected
-	if err != nil {
-		return false, fmt.Errorf("opening image: %w", err)
-	}
-	t, err := readErofs(f)
-	if err != nil {
-		f.Close()
-		return false, fmt.Errorf("reading image %s: %w", digest, err)
 	}
 	defer t.Close()
 	n, err := t.lookup("/etc/passwd")
