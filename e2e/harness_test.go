@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -427,13 +428,19 @@ func (s *server) waitState(id, want string) string {
 	}
 }
 
+// command is the command line against the server, not started.
+func (s *server) command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, s.binary, args...)
+	cmd.Env = append(slices.Clone(s.env), "CAY_API_URL="+s.url, "CAY_API_KEY="+s.key)
+	return cmd
+}
+
 // cli runs the command line against the server.
 func (s *server) cli(stdin string, args ...string) (stdout, stderr string, code int) {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, s.binary, args...)
-	cmd.Env = append(s.env, "CAY_API_URL="+s.url, "CAY_API_KEY="+s.key)
+	cmd := s.command(ctx, args...)
 	cmd.Stdin = strings.NewReader(stdin)
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut

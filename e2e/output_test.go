@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"io"
 	"os"
@@ -14,8 +15,7 @@ import (
 // started starts the command line against the server, with its standard output in a pipe.
 func (s *server) started(args ...string) (*exec.Cmd, io.ReadCloser) {
 	s.t.Helper()
-	cmd := exec.Command(s.binary, args...)
-	cmd.Env = append(s.env, "CAY_API_URL="+s.url, "CAY_API_KEY="+s.key)
+	cmd := s.command(context.Background(), args...)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {

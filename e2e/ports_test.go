@@ -13,7 +13,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os/exec"
 	"strings"
 	"sync"
 	"syscall"
@@ -517,8 +516,7 @@ func TestPortForward(t *testing.T) {
 	s.web(id)
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, s.binary, "sandbox", "port-forward", id, fmt.Sprintf("0:%d", rawPort), fmt.Sprintf("0:%d", noPort))
-	cmd.Env = append(s.env, "CAY_API_URL="+s.url, "CAY_API_KEY="+s.key)
+	cmd := s.command(ctx, "sandbox", "port-forward", id, fmt.Sprintf("0:%d", rawPort), fmt.Sprintf("0:%d", noPort))
 	var errOut bytes.Buffer
 	cmd.Stderr = &errOut
 	out, err := cmd.StdoutPipe()

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -22,8 +23,8 @@ type ours struct {
 // inTerminal runs cay with a terminal.
 func (s *server) inTerminal(cols, rows uint16, args ...string) *ours {
 	s.t.Helper()
-	cmd := exec.Command(s.binary, args...)
-	cmd.Env = append(s.env, "CAY_API_URL="+s.url, "CAY_API_KEY="+s.key, "TERM=xterm-256color")
+	cmd := s.command(context.Background(), args...)
+	cmd.Env = append(cmd.Env, "TERM=xterm-256color")
 	f, err := pty.StartWithSize(cmd, &pty.Winsize{Cols: cols, Rows: rows})
 	if err != nil {
 		s.t.Fatal(err)
@@ -96,8 +97,7 @@ func TestLiveCommandLine(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)
-	cmd := exec.Command(s.binary, "sandbox", "exec", id, "--timeout", "80s", "--", "sh", "-c", "echo first; "+waitingFor("/tmp/go")+"; echo second >&2; exit 4")
-	cmd.Env = append(s.env, "CAY_API_URL="+s.url, "CAY_API_KEY="+s.key)
+	cmd := s.command(context.Background(), "sandbox", "exec", id, "--timeout", "80s", "--", "sh", "-c", "echo first; "+waitingFor("/tmp/go")+"; echo second >&2; exit 4")
 	var errs strings.Builder
 	cmd.Stderr = &errs
 	out, err := cmd.StdoutPipe()

@@ -12,7 +12,6 @@ import (
 	"io/fs"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -414,8 +413,7 @@ func TestCopy(t *testing.T) {
 		t.Errorf("a file outside became %q, %v", b, err)
 	}
 
-	cmd := exec.Command(s.binary, "sandbox", "watch", id, "/srv", "--json")
-	cmd.Env = append(s.env, "CAY_API_URL="+s.url, "CAY_API_KEY="+s.key)
+	cmd := s.command(context.Background(), "sandbox", "watch", id, "/srv", "--json")
 	lines, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
