@@ -17,7 +17,8 @@ const (
 	// with what each piece costs: both streams as far as they are sent, so that mostly the
 	// command never waits. One that writes single bytes to two streams in turn may.
 	maxWaiting = 2*agentapi.DefaultMaxOutput + 4<<20
-	// pacedWaiting is the same for a command that waits for its caller, whom a network's delay is not to hold up.
+	// pacedWaiting replaces maxWaiting where the command waits for its caller, bytes. A smaller one would stop the
+	// command for the delay of the network alone.
 	pacedWaiting = 1 << 20
 	// waitingCost is what a waiting piece costs beside its bytes, about.
 	waitingCost = 64
