@@ -511,6 +511,9 @@ func (s *suiteTB) Skipf(format string, args ...any) {
 }
 
 func TestMain(m *testing.M) {
+	if beHonestClient() {
+		return
+	}
 	code := m.Run()
 	for i := len(suite.cleanups) - 1; i >= 0; i-- {
 		suite.cleanups[i]()

@@ -3,8 +3,12 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -326,4 +330,39 @@ func (s *server) in(t testing.TB) *server {
 	own := *s
 	own.t = t
 	return &own
+}
+
+// TestServerGroup looks for the server in a control group of its own, with a limit on memory and a CPU weight, and for what
+// is left of the group when the server has ended.
+func TestServerGroup(t *testing.T) {
+	s := newServer(t)
+	s.start()
+	group := "/cay-" + s.instance() + "-server"
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", s.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if in := strings.Count(string(data), ":"+group+"\n"); in != 2 && !strings.Contains(string(data), "0::"+group+"\n") {
+		t.Errorf("the server is in %s", data)
+	}
+	found := 0
+	for file, want := range map[string]string{"memory.limit_in_bytes": "1073741824", "cpu.shares": "4096", "memory.max": "1073741824", "cpu.weight": "400"} {
+		for _, dir := range []string{"/sys/fs/cgroup/memory", "/sys/fs/cgroup/cpu", "/sys/fs/cgroup"} {
+			got, err := os.ReadFile(filepath.Join(dir+group, file))
+			if err != nil {
+				continue
+			}
+			found++
+			if strings.TrimSpace(string(got)) != want {
+				t.Errorf("%s of the server is %s, not %s", file, got, want)
+			}
+		}
+	}
+	if found != 2 {
+		t.Errorf("the server has %d of 2 settings", found)
+	}
+	s.stop(syscall.SIGTERM)
+	if left, err := filepath.Glob("/sys/fs/cgroup/*" + group); err != nil || len(left) > 0 {
+		t.Errorf("left are %v, %v", left, err)
+	}
 }

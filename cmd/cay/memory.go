@@ -51,42 +51,58 @@ func (s *server) boundMemory(ctx context.Context) {
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "cay_calls_memory_limit_bytes", Help: "Memory that calls may hold together."},
 			func() float64 { return float64(s.budget.Limit()) }))
 	debug.SetMemoryLimit(int64(m.HeapMB) << 20)
-	if m.LimitMB == 0 {
-		return
-	}
 	if err := s.confine(int64(m.LimitMB) << 20); err != nil {
-		s.log.LogAttrs(ctx, slog.LevelWarn, "the server's own memory has no limit of the kernel's; what bounds it is memory.calls_mb and memory.heap_mb alone",
-			slog.String("error", err.Error()))
+		s.log.LogAttrs(ctx, slog.LevelWarn, "the kernel does not bound the server's memory or does not run the server before sandboxes; "+
+			"memory.calls_mb and memory.heap_mb alone bound the memory", slog.String("error", err.Error()))
 	}
 }
 
-// confine moves the server into a control group of its own with a limit on memory, unless it is in one
-// with as low a limit. The group is left and removed when the server closes.
+// serverWeight is the weight of the server's processes against all sandboxes together, which have 1024, when the CPUs
+// are busy. The server takes little and each call waits for it. With a weight as low as theirs every call waits for the
+// sandboxes that compute, with a much higher one a fault of the server could stop them.
+const serverWeight = 4 * 1024
+
+// confine moves the server into a control group of its own with a limit on memory, unless it is in one with as low a
+// limit, and with a weight against the sandboxes, unless it is in one for its CPU. A limit of 0 is none. The group is
+// left and removed when the server closes.
 func (s *server) confine(limit int64) error {
 	groups, err := cgroup.Detect()
 	if err != nil {
 		return err
 	}
-	own, err := groups.Own()
-	if err != nil {
-		return err
-	}
-	if has, err := own.MemoryLimit(); err == nil && has > 0 && has <= limit {
-		return nil
-	}
-	if own.OfService() {
-		return errors.New("systemd has the server's control group: set MemoryMax= in its unit")
-	}
 	g := groups.Group(node.ServerGroup(s.instance))
-	if own.Path() == g.Path() {
-		own = groups.Group("/") // of a server that was started by one
-	}
 	s.onClose(func(context.Context) error {
-		if err := own.Join(os.Getpid()); err != nil {
-			return nil // the group goes with the next server, or with --purge
-		}
-		_ = g.Remove() // what the server started may be in it still; the next one has the same
+		_ = g.Remove() // what the server started may be in it still; the next one has the same, and --purge removes it
 		return nil
 	})
-	return g.Confine(os.Getpid(), limit)
+	enter := func(controller string, enter func(own cgroup.Group) error) error {
+		own, err := groups.Own(controller)
+		if err != nil {
+			return err
+		}
+		if own.Path() == g.Path() {
+			own = groups.Group("/") // of a server that was started by one, or of v2 when the group was entered already
+		}
+		s.onClose(func(context.Context) error {
+			_ = own.Join(controller, os.Getpid()) // the group goes with the next server, or with --purge
+			return nil
+		})
+		return enter(own)
+	}
+	memory := enter("memory", func(own cgroup.Group) error {
+		if has, err := own.MemoryLimit(); limit == 0 || err == nil && has > 0 && has <= limit {
+			return nil
+		}
+		if own.OfService() {
+			return errors.New("systemd has the server's control group: set MemoryMax= in its unit")
+		}
+		return g.Confine(os.Getpid(), limit)
+	})
+	cpu := enter("cpu", func(own cgroup.Group) error {
+		if own.Path() != "/" {
+			return nil
+		}
+		return g.Weigh(os.Getpid(), serverWeight)
+	})
+	return errors.Join(memory, cpu)
 }

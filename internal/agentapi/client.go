@@ -53,6 +53,10 @@ type Client struct {
 	// client is in use.
 	Bearer func(sandboxID string) string
 
+	// OnCall, if not nil, is told of each request to a sandbox's agent; answered is called once the answer has been
+	// read. It must not change once the client is in use.
+	OnCall func(sandboxID string) (answered func())
+
 	// Patience is how long an agent may be silent before a call ends as unreachable. It is
 	// [DefaultPatience] at first and must not be changed once calls are made.
 	Patience time.Duration
@@ -101,6 +105,39 @@ type whole struct {
 const shortBody = connBuffer - 2<<10
 
 func (w whole) RoundTrip(r *http.Request) (*http.Response, error) {
+	if w.client.OnCall == nil {
+		return w.roundTrip(r)
+	}
+	answered := w.client.OnCall(sandboxOf(r.URL.Host))
+	resp, err := w.roundTrip(r)
+	if err != nil || resp.StatusCode == http.StatusSwitchingProtocols {
+		answered()
+		return resp, err
+	}
+	resp.Body = &answer{resp.Body, sync.OnceFunc(answered)}
+	return resp, nil
+}
+
+// answer is the body of an answer that tells when it was read.
+type answer struct {
+	io.ReadCloser
+	read func()
+}
+
+func (a *answer) Read(p []byte) (int, error) {
+	n, err := a.ReadCloser.Read(p)
+	if err != nil {
+		a.read()
+	}
+	return n, err
+}
+
+func (a *answer) Close() error {
+	a.read()
+	return a.ReadCloser.Close()
+}
+
+func (w whole) roundTrip(r *http.Request) (*http.Response, error) {
 	if token := w.client.bearer(r.URL.Host); token != "" {
 		r = r.Clone(r.Context())
 		r.Header.Set(TokenHeader, token)
@@ -134,8 +171,13 @@ func (c *Client) bearer(host string) string {
 	if c.Bearer == nil {
 		return ""
 	}
+	return c.Bearer(sandboxOf(host))
+}
+
+// sandboxOf returns the id of the sandbox of a target's host.
+func sandboxOf(host string) string {
 	id, _, _ := strings.Cut(host, ".")
-	return c.Bearer(id)
+	return id
 }
 
 func (c *Client) dialHost(ctx context.Context, _, addr string) (net.Conn, error) {

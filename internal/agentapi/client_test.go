@@ -30,6 +30,36 @@ func serve(t *testing.T, h http.HandlerFunc) (*Client, *atomic.Int64) {
 	return c, dials
 }
 
+// OnCall learns when each answer was read, or failed.
+func TestOnCall(t *testing.T) {
+	c, _ := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/health" {
+			w.WriteHeader(http.StatusNotFound)
+		}
+	})
+	began, ended := map[string]int{}, map[string]int{}
+	c.OnCall = func(id string) func() {
+		began[id]++
+		return func() { ended[id]++ }
+	}
+	if err := c.Health(t.Context(), Target{SandboxID: "sbx_1", Run: "r"}); err != nil {
+		t.Error(err)
+	}
+	if _, err := c.Stat(t.Context(), Target{SandboxID: "sbx_2", Run: "r"}, "/x", ""); err == nil {
+		t.Error("what the agent refuses succeeds")
+	}
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := c.Health(gone, Target{SandboxID: "sbx_3", Run: "r"}); err == nil {
+		t.Error("a call that is given up succeeds")
+	}
+	for _, id := range []string{"sbx_1", "sbx_2", "sbx_3"} {
+		if began[id] != 1 || ended[id] != 1 {
+			t.Errorf("%s began %d times and ended %d times", id, began[id], ended[id])
+		}
+	}
+}
+
 // countedConn counts what is written to it.
 type countedConn struct {
 	net.Conn

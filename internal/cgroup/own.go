@@ -1,7 +1,6 @@
 package cgroup
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -9,8 +8,8 @@ import (
 	"strings"
 )
 
-// Own returns the group that this process's memory counts in.
-func (h *Hierarchy) Own() (Group, error) {
+// Own returns the group that this process is in, in a controller's tree.
+func (h *Hierarchy) Own(controller string) (Group, error) {
 	data, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
 		return Group{}, fmt.Errorf("reading the own control groups: %w", err)
@@ -18,11 +17,11 @@ func (h *Hierarchy) Own() (Group, error) {
 	for line := range strings.Lines(string(data)) {
 		// 4:memory:/path, and on v2 0::/path
 		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
-		if len(fields) == 3 && (h.unified && fields[0] == "0" || !h.unified && hasController(fields[1], "memory")) {
+		if len(fields) == 3 && (h.unified && fields[0] == "0" || !h.unified && hasController(fields[1], controller)) {
 			return h.Group(fields[2]), nil
 		}
 	}
-	return Group{}, errors.New("this process is in no control group that counts memory")
+	return Group{}, fmt.Errorf("this process is in no control group of the controller %s", controller)
 }
 
 func hasController(list, name string) bool {
@@ -69,24 +68,55 @@ func (g Group) MemoryLimit() (int64, error) {
 	return lowest, nil
 }
 
-// Confine makes the group with a limit on memory and moves a process into it, in the controller of memory
-// alone. Whatever the process starts counts there too, until it is moved.
+// Confine makes the group with a limit on memory, in bytes, and moves a process into it, in the controller of
+// memory. What the process starts counts there too, until it is moved. On v2 the group is in every controller.
 func (g Group) Confine(pid int, memory int64) error {
 	file := "memory.limit_in_bytes"
 	if g.h.unified {
 		file = "memory.max"
+	}
+	return g.seat(pid, "memory", file, memory)
+}
+
+// Weigh makes the group with a weight against other groups when the CPUs are busy, and moves a process into it, in
+// the controller of cpu. A group has 1024 unless it is given another weight; the least is 2 and the most 262144.
+func (g Group) Weigh(pid int, weight int64) error {
+	file, weight := g.cpuWeight(weight)
+	return g.seat(pid, "cpu", file, weight)
+}
+
+// SetCPUWeight sets the weight of a group that exists, as [Group.Weigh] does.
+func (g Group) SetCPUWeight(weight int64) error {
+	file, weight := g.cpuWeight(weight)
+	return g.set("cpu", file, strconv.FormatInt(weight, 10))
+}
+
+// cpuWeight returns the file that holds a weight and the weight as it is written there. On v2 a group has 100 unless
+// it is given another weight.
+func (g Group) cpuWeight(weight int64) (file string, value int64) {
+	if g.h.unified {
+		return "cpu.weight", min(max(weight*100/1024, 1), 10_000)
+	}
+	return "cpu.shares", min(weight, 262_144)
+}
+
+// seat makes the group with a setting of a controller and moves a process into it.
+func (g Group) seat(pid int, controller, file string, value int64) error {
+	if g.h.unified {
 		if err := g.delegate(); err != nil {
 			return err
 		}
 	}
-	if err := os.MkdirAll(g.dir("memory"), 0o755); err != nil {
+	if err := os.MkdirAll(g.dir(controller), 0o755); err != nil {
 		return fmt.Errorf("making group %s: %w", g.path, err)
 	}
-	if err := g.set("memory", file, strconv.FormatInt(memory, 10)); err != nil {
+	if err := g.set(controller, file, strconv.FormatInt(value, 10)); err != nil {
 		return err
 	}
-	return g.Join(pid)
+	return g.Join(controller, pid)
 }
 
-// Join moves a process into the group, which must be there, in the controller of memory alone.
-func (g Group) Join(pid int) error { return g.set("memory", "cgroup.procs", strconv.Itoa(pid)) }
+// Join moves a process into the group, which must exist, in one controller. On v2 that is every controller.
+func (g Group) Join(controller string, pid int) error {
+	return g.set(controller, "cgroup.procs", strconv.Itoa(pid))
+}

@@ -15,7 +15,7 @@ func TestConfine(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	own, err := h.Own()
+	own, err := h.Own("memory")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,7 +50,7 @@ func TestConfine(t *testing.T) {
 	if events, err := g.stat("memory", map[bool]string{true: "memory.events", false: "memory.oom_control"}[h.unified]); err != nil || events["oom_kill"] < 1 {
 		t.Errorf("the kernel killed %d, %v", events["oom_kill"], err)
 	}
-	if now, err := h.Own(); err != nil || now.Path() != own.Path() {
+	if now, err := h.Own("memory"); err != nil || now.Path() != own.Path() {
 		t.Errorf("the test itself was moved to %s, %v", now.Path(), err)
 	}
 }

@@ -30,7 +30,8 @@ func (n *Node) adopt() error {
 		if err != nil || l.ID != id {
 			continue // it never ran: its directory is all there is, and List shows it
 		}
-		b := &box{node: n, life: l, agentKey: l.Token}
+		b := n.boxOf(l)
+		b.agentKey = l.Token
 		n.boxes[id] = b
 		if l.UID != 0 {
 			n.uids[l.UID] = b
@@ -53,6 +54,7 @@ func (n *Node) adopt() error {
 			n.log.Warn("a sandbox does not run any more", "sandbox", id, "error", err)
 			continue
 		}
+		b.hurry.settle() // the server may have ended in a call
 		n.verifyAdopted(b)
 		n.warnOlder(b)
 		n.log.Info("adopted a sandbox", "sandbox", id, "pid", b.pid)

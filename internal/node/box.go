@@ -33,6 +33,8 @@ type box struct {
 	over     func()        // ends its turn to start, if it has had one; safe to repeat
 	verified *verification // of the memory it was restored with; nil if it was booted
 
+	hurry hurry // its weight while it is called
+
 	agentKey string    // what the agent knows of keys now; "" is none yet. Guarded by node.mu
 	impostor sync.Once // what answers instead of the agent is told once
 
@@ -41,6 +43,13 @@ type box struct {
 	ending  atomic.Bool        // its end is wanted
 	ctx     context.Context    // of the watches, ends with the sentry; nil until there are any
 	stop    context.CancelFunc // ends it
+}
+
+// boxOf returns the sandbox of a life.
+func (n *Node) boxOf(l life) *box {
+	b := &box{node: n, life: l}
+	b.hurry.weigh = n.weigh(l.ID, l.CPUWeight)
+	return b
 }
 
 func (b *box) target() agentapi.Target {

@@ -35,8 +35,6 @@ const (
 	// processes, keeps those of ended ones for a while, and the sentry has threads. It is
 	// the last line only: a sentry that runs into it dies. The agent bounds what is inside.
 	hostPIDs, hostPIDsBase = 12, 1024
-	// sharesPerCPU is the kernel's weight of a group that nobody gave one.
-	sharesPerCPU = 1024
 	// agentPath is where sandboxes find the agent.
 	agentPath = "/.cay"
 )
@@ -58,6 +56,8 @@ type life struct {
 	Slot      int    `json:"slot"`
 	UID       uint32 `json:"uid,omitempty"` // of its processes on the host; 0 is one of a version without
 	MemoryMB  int    `json:"memory_mb"`
+	// CPUWeight is of the sandbox's group while it is not called; 0 is one of a version that did not record it.
+	CPUWeight int64 `json:"cpu_weight,omitempty"`
 	// What the sandbox was first started with, and its checkpoints need.
 	Programs payload.Version `json:"programs"`
 	Flags    []string        `json:"flags"`
@@ -87,10 +87,11 @@ func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
 	return n.take(ctx, b, steps, n.Destroy)
 }
 
-// newBox is a sandbox that is to be booted.
+// newBox returns a sandbox that is to be booted.
 func (n *Node) newBox(spec sandbox.Spec) *box {
-	return &box{node: n, life: life{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Handshake: true, MemoryMB: spec.Size.MemoryMB, Egress: spec.Egress,
-		Programs: n.cfg.Programs.Version, Flags: runsc.Flags(n.cfg.Platform)}}
+	return n.boxOf(life{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Handshake: true, MemoryMB: spec.Size.MemoryMB,
+		CPUWeight: cpuWeight(spec), Egress: spec.Egress,
+		Programs: n.cfg.Programs.Version, Flags: runsc.Flags(n.cfg.Platform)})
 }
 
 // creation is how it is.
@@ -173,6 +174,7 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 			return n.awaitAgent(ctx, b)
 		}},
 		{"favour", func(ctx context.Context) error {
+			b.hurry.settle()
 			if err := n.groups.Group(n.groupPath(spec.ID)).Favour(); err != nil {
 				// A host that does not let us: the sandbox works, and is easier to overrun.
 				n.log.WarnContext(ctx, "the sandbox's kernel runs with the weight of its processes", "sandbox", spec.ID, "error", err)
@@ -213,7 +215,7 @@ func (n *Node) container(b *box, spec sandbox.Spec, image string) runsc.Containe
 			// enforces, which is more by what the sandbox's kernel needs.
 			MemoryBytes: memory,
 			PauseBytes:  cgroup.Near(memory + overhead),
-			CPUShares:   uint64(spec.Size.VCPUs) * sharesPerCPU,
+			CPUShares:   uint64(hurried * b.life.CPUWeight), // until something else than the agent runs, see hurry.settle
 			CPUQuota:    quota,
 			PIDs:        int64(pids)*hostPIDs + hostPIDsBase,
 		},

@@ -98,6 +98,7 @@ type Node struct {
 	watches sync.WaitGroup
 
 	checkpoints *checkpoint.Store
+	contention  contention
 	turns       *turns
 	verifying   sync.Mutex // held while pages are verified: one at a time, since it is the disk's time
 
@@ -135,7 +136,7 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 	n.agents = agentapi.NewClient(func(ctx context.Context, id string) (net.Conn, error) {
 		return n.reach(ctx, sandbox.ID(id))
 	})
-	n.agents.Bearer = n.bearer
+	n.agents.Bearer, n.agents.OnCall = n.bearer, n.hurry
 	n.agents.Patience = cmp.Or(cfg.AnswerTimeout, agentapi.DefaultPatience)
 	var interrupted []string
 	if n.checkpoints, interrupted, err = checkpoint.Open(cfg.Checkpoints, cfg.MinDisk); err != nil {

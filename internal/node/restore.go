@@ -67,12 +67,15 @@ func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string, 
 	if err != nil {
 		return nil, nil, failed(err, "the version of cay's runtime that made the checkpoint (%s) is not on this machine any more", was.Programs.Runsc)
 	}
-	b := &box{node: n, agentKey: was.Token, life: life{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Egress: spec.Egress, From: string(spec.From),
-		Handshake: was.Handshake, MemoryMB: was.MemoryMB, Programs: was.Programs, Flags: was.Flags}}
+	b := n.boxOf(life{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Egress: spec.Egress, From: string(spec.From),
+		Handshake: was.Handshake, MemoryMB: was.MemoryMB, CPUWeight: cpuWeight(spec), Programs: was.Programs, Flags: was.Flags})
+	b.agentKey = was.Token
 	n.warnOlder(b)
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		pid, err := b.runtime().Restore(ctx, b.container(), c.Dir, runsc.Place{
-			Image: image, Binds: binds(programs), Namespace: b.slot.Namespace, Cgroups: n.groupPath(spec.ID), HostUID: b.life.UID})
+			Image: image, Binds: binds(programs), Namespace: b.slot.Namespace, Cgroups: n.groupPath(spec.ID), HostUID: b.life.UID,
+			CPUShares: uint64(hurried * b.life.CPUWeight)})
+		b.hurry.settle() // its own processes run again
 		if err != nil && ctx.Err() == nil {
 			err = failed(err, "gVisor could not restore the checkpoint; the server's log has the cause")
 		}

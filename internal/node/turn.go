@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -27,79 +28,102 @@ const (
 	turnMost = 10 * time.Second
 )
 
-// turns are the turns to start. The organizations that wait for one are served round robin, and the
-// starts of one organization in the order in which they came: one that asks for a hundred sandboxes
-// at once makes its own wait, and another's for as many turns at the most as organizations wait. It
-// is safe for concurrent use.
+// turns are the turns to start. Of the organizations that wait, the one whose last turn is the longest ago is next, and the
+// starts of one organization come in the order in which they were asked for. So an organization that asks for a hundred
+// sandboxes at once makes its own wait, and one that asks for one now and then waits for the starts under way alone. It is
+// safe for concurrent use.
 type turns struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	free int
 	// +checklocks:mu
-	ring []string // the organizations that wait, the next one first; guarded by mu
+	waiting []waitingOrg // in the order in which they came, without those that wait for nothing
 	// +checklocks:mu
-	waiting map[string][]chan struct{} // of each of them, in order; never empty; guarded by mu
+	given uint64 // turns, ever
+	// +checklocks:mu
+	last map[string]uint64 // what given was at an organization's last turn; without those of long ago
 }
 
-func newTurns(most int) *turns { return &turns{free: most, waiting: map[string][]chan struct{}{}} }
+// remembered is how many turns are remembered. An organization that had none of them counts as one that never had a turn.
+const remembered = 1000
 
-// take gives a turn, or a channel that is closed when there is one.
+// waitingOrg is an organization with the turns that it waits for, in order.
+type waitingOrg struct {
+	org    string
+	starts []chan struct{}
+}
+
+func newTurns(most int) *turns { return &turns{free: most, last: map[string]uint64{}} }
+
+// take returns a channel that is closed when the organization has a turn.
 func (t *turns) take(org string) (given chan struct{}) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	given = make(chan struct{})
-	if t.free > 0 {
-		t.free--
-		close(given)
-		return given
+	if i := t.findLocked(org); i >= 0 {
+		t.waiting[i].starts = append(t.waiting[i].starts, given)
+	} else {
+		t.waiting = append(t.waiting, waitingOrg{org, []chan struct{}{given}})
 	}
-	if len(t.waiting[org]) == 0 {
-		t.ring = append(t.ring, org)
-	}
-	t.waiting[org] = append(t.waiting[org], given)
+	t.giveLocked()
 	return given
 }
 
-// giveUp takes back a wish for a turn; one that was given meanwhile goes to the next.
-func (t *turns) giveUp(org string, given chan struct{}) {
-	t.mu.Lock()
-	i := slices.Index(t.waiting[org], given)
-	if i >= 0 {
-		t.removeLocked(org, i)
-		if len(t.waiting[org]) == 0 {
-			t.ring = slices.DeleteFunc(t.ring, func(o string) bool { return o == org })
-			delete(t.waiting, org)
+// +checklocks:t.mu
+func (t *turns) findLocked(org string) int {
+	return slices.IndexFunc(t.waiting, func(w waitingOrg) bool { return w.org == org })
+}
+
+// giveLocked gives the turns that are free to those that wait.
+//
+// +checklocks:t.mu
+func (t *turns) giveLocked() {
+	for t.free > 0 && len(t.waiting) > 0 {
+		first := 0
+		for i, w := range t.waiting {
+			if t.last[w.org] < t.last[t.waiting[first].org] {
+				first = i
+			}
 		}
-	}
-	t.mu.Unlock()
-	if i < 0 {
-		t.over()
+		t.free--
+		t.given++
+		t.last[t.waiting[first].org] = t.given
+		if len(t.last) > remembered {
+			maps.DeleteFunc(t.last, func(_ string, at uint64) bool { return at+remembered <= t.given })
+		}
+		close(t.waiting[first].starts[0])
+		t.removeLocked(first, 0)
 	}
 }
 
 // +checklocks:t.mu
-func (t *turns) removeLocked(org string, i int) {
-	t.waiting[org] = slices.Delete(t.waiting[org], i, i+1)
+func (t *turns) removeLocked(i, start int) {
+	w := &t.waiting[i]
+	if w.starts = slices.Delete(w.starts, start, start+1); len(w.starts) == 0 {
+		t.waiting = slices.Delete(t.waiting, i, i+1)
+	}
+}
+
+// giveUp takes back a request for a turn; one that was given meanwhile goes to the next.
+func (t *turns) giveUp(org string, given chan struct{}) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if i := t.findLocked(org); i >= 0 {
+		if start := slices.Index(t.waiting[i].starts, given); start >= 0 {
+			t.removeLocked(i, start)
+			return
+		}
+	}
+	t.free++
+	t.giveLocked()
 }
 
 // over ends a turn and gives it to the next.
 func (t *turns) over() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if len(t.ring) == 0 {
-		t.free++
-		return
-	}
-	org := t.ring[0]
-	t.ring = slices.Delete(t.ring, 0, 1)
-	given := t.waiting[org][0]
-	t.removeLocked(org, 0)
-	if len(t.waiting[org]) > 0 {
-		t.ring = append(t.ring, org)
-	} else {
-		delete(t.waiting, org)
-	}
-	close(given)
+	t.free++
+	t.giveLocked()
 }
 
 // turn waits until this one may start.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strconv"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -113,12 +114,62 @@ func TestTurnsAreFair(t *testing.T) {
 			s := <-came
 			order, next = append(order, s.org), s.box
 		}
-		if got := order[:4]; !slices.Equal(got, []string{"busy", "modest", "other", "busy"}) {
+		// The busy one has had a turn.
+		if got := order[:4]; !slices.Equal(got, []string{"modest", "other", "busy", "busy"}) {
 			t.Errorf("they start as %v", order)
 		}
 		next.turnOver()
-		if len(n.turns.ring)+len(n.turns.waiting) > 0 || n.turns.free != 1 {
+		if len(n.turns.waiting) > 0 || n.turns.free != 1 {
 			t.Errorf("in the end there are %+v", n.turns)
 		}
 	})
+}
+
+// TestSeldomStartsComeFirst lets three organizations ask for starts all the time: another that asks now and then is next
+// each time, and the three have as many turns as each other.
+func TestSeldomStartsComeFirst(t *testing.T) {
+	turns := newTurns(1)
+	given := map[string][]chan struct{}{}
+	ask := func(org string) { given[org] = append(given[org], turns.take(org)) }
+	had := func(org string) (n int) {
+		for _, turn := range given[org] {
+			select {
+			case <-turn:
+				n++
+			default:
+			}
+		}
+		return n
+	}
+	for range 20 {
+		ask("a")
+		ask("b")
+		ask("c")
+	}
+	for i := range 40 {
+		turns.over()
+		if i%5 != 4 {
+			continue
+		}
+		before := had("seldom")
+		ask("seldom")
+		turns.over()
+		if had("seldom") != before+1 {
+			t.Fatalf("after %d turns the seldom start is not next: %+v", i, turns)
+		}
+	}
+	if a, b, c := had("a"), had("b"), had("c"); max(a, b, c)-min(a, b, c) > 1 || a == 0 {
+		t.Errorf("the others had %d, %d and %d turns", a, b, c)
+	}
+	for i := range 2 * remembered {
+		turns.take(strconv.Itoa(i))
+		turns.over()
+	}
+	for range 60 {
+		turns.over()
+	}
+	if turns.mu.Lock(); len(turns.last) > remembered+1 || len(turns.waiting) > 0 {
+		t.Errorf("%d organizations are remembered, %d wait", len(turns.last), len(turns.waiting))
+	}
+	turns.mu.Unlock()
 }

@@ -106,6 +106,7 @@ type Place struct {
 	Namespace string // path of the network namespace
 	Cgroups   string // as in [Limits]
 	HostUID   uint32 // as in [Box]
+	CPUShares uint64 // as in [Limits]; 0 leaves what was saved
 }
 
 // Restore starts the sandbox that was saved into dir, with the spec it was saved with, in
@@ -144,6 +145,9 @@ func (p Place) apply(s *specs.Spec, overlay string) error {
 	s.Annotations[rootSource] = p.Image
 	s.Annotations[rootOverlay] = "dir=" + overlay
 	s.Linux.CgroupsPath = p.Cgroups
+	if p.CPUShares > 0 {
+		s.Linux.Resources.CPU.Shares = &p.CPUShares
+	}
 	runAs(s, p.HostUID) // also what was saved before sandboxes had ids of their own
 	for i := range s.Linux.Namespaces {
 		if n := &s.Linux.Namespaces[i]; n.Type == specs.NetworkNamespace {

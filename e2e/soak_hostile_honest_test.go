@@ -1,0 +1,226 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"text/tabwriter"
+	"time"
+)
+
+// honest is the tenant that is measured.
+type honest struct {
+	*hostile
+}
+
+func newHonest(s *server) *honest {
+	h := &honest{&hostile{server: s, attack: attack{name: "honest"}}}
+	h.id = s.create(object{"timeout": "24h"})
+	return h
+}
+
+// phase holds what the honest tenant saw for a while.
+type phase struct {
+	name string
+	measurements
+	// server and machine are what had the processors, and what wanted them.
+	server, machine schedule
+}
+
+// measurements are what operations took, by name.
+type measurements struct {
+	Took  map[string][]time.Duration
+	Fails map[string]int
+	Why   map[string]string // the last failure
+}
+
+// honestVariable names the environment variable that makes this test's program an honestClient, as JSON.
+const honestVariable = "CAY_TEST_HONEST"
+
+// honestClient is the honest tenant's own program. In the process of the attacks it would measure how long its
+// goroutines wait for theirs.
+type honestClient struct {
+	URL, Key, ID string
+	For          time.Duration
+}
+
+// beHonestClient measures and writes the measurements to the standard output, if this process is to be an honestClient.
+func beHonestClient() (was bool) {
+	text, was := os.LookupEnv(honestVariable)
+	if !was {
+		return false
+	}
+	var c honestClient
+	err := json.Unmarshal([]byte(text), &c)
+	if err == nil {
+		err = json.NewEncoder(os.Stdout).Encode(c.measure())
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	return true
+}
+
+// operation is one that is measured, and how often it is done.
+type operation struct {
+	name  string
+	every time.Duration
+	do    func(ctx context.Context) (took time.Duration, err error)
+}
+
+// errUncounted reports that an operation succeeded in a way that is not measured.
+var errUncounted = errors.New("not counted")
+
+func (c honestClient) operations(s *server) []operation {
+	timed := func(want int, method, path string, body any) func(context.Context) (time.Duration, error) {
+		return func(ctx context.Context) (time.Duration, error) {
+			began := time.Now()
+			status, answer, err := s.try(ctx, method, path, body)
+			if err == nil && status != want {
+				err = fmt.Errorf("%d %.200s", status, answer)
+			}
+			return time.Since(began), err
+		}
+	}
+	box := "/v1/sandboxes/" + c.ID
+	return []operation{
+		{"lookup", 250 * time.Millisecond, timed(200, "GET", box, nil)},
+		{"execute true", 250 * time.Millisecond, timed(200, "POST", box+"/execute", object{"args": []string{"true"}})},
+		{"PUT egress", 500 * time.Millisecond, timed(200, "PUT", box+"/egress", object{"mode": "deny_all", "allow_cidrs": []string{"203.0.113.0/24"}})},
+		{"create, cold", 3 * time.Second, func(ctx context.Context) (time.Duration, error) {
+			return startAndDestroy(ctx, s, "cold", object{"disk_size_mb": 1000})
+		}},
+		{"create, warm", 3 * time.Second, func(ctx context.Context) (time.Duration, error) { return startAndDestroy(ctx, s, "warm", nil) }},
+	}
+}
+
+// startAndDestroy creates a sandbox and destroys it. One that came another way than wanted is not counted.
+func startAndDestroy(ctx context.Context, s *server, source string, more object) (took time.Duration, err error) {
+	request := object{"template": "python", "timeout": "5m"}
+	for k, v := range more {
+		request[k] = v
+	}
+	began := time.Now()
+	status, body, err := s.try(ctx, "POST", "/v1/sandboxes", request)
+	took = time.Since(began)
+	if err != nil || status != 201 {
+		return took, errors.Join(err, fmt.Errorf("%d %.200s", status, body))
+	}
+	if status, body, err := s.try(context.WithoutCancel(ctx), "DELETE", "/v1/sandboxes/"+text(body, "id"), nil); err != nil || status != 204 {
+		return took, errors.Join(err, fmt.Errorf("destroy: %d %.200s", status, body))
+	}
+	if text(body, "source") != source {
+		return took, errUncounted
+	}
+	return took, nil
+}
+
+// measure does all operations at their rates.
+func (c honestClient) measure() measurements {
+	m := measurements{Took: map[string][]time.Duration{}, Fails: map[string]int{}, Why: map[string]string{}}
+	ctx, cancel := context.WithTimeout(context.Background(), c.For)
+	defer cancel()
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	for _, op := range c.operations(&server{url: c.URL, key: c.Key}) {
+		wg.Go(func() {
+			tick := time.NewTicker(op.every)
+			defer tick.Stop()
+			for ctx.Err() == nil {
+				// What was begun in time is waited for: the slowest are what a 99th percentile is about.
+				own, stop := context.WithTimeout(context.WithoutCancel(ctx), patience)
+				took, err := op.do(own)
+				stop()
+				mu.Lock()
+				switch {
+				case err == nil:
+					m.Took[op.name] = append(m.Took[op.name], took)
+				case !errors.Is(err, errUncounted):
+					m.Fails[op.name]++
+					m.Why[op.name] = fmt.Sprintf("after %s: %s", took.Round(time.Millisecond), err)
+				}
+				mu.Unlock()
+				select {
+				case <-tick.C:
+				case <-ctx.Done():
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return m
+}
+
+// phase measures for a while, beside what runs meanwhile.
+func (h *honest) phase(name string, long time.Duration, meanwhile func(context.Context)) phase {
+	t := h.server.t
+	t.Helper()
+	p := phase{name: name}
+	server, machine := h.server.scheduled(), machineScheduled(t)
+	ctx, cancel := context.WithTimeout(context.Background(), long)
+	defer cancel()
+	client, err := json.Marshal(honestClient{URL: h.server.url, Key: h.server.key, ID: h.id, For: long})
+	if err != nil {
+		t.Fatal(err)
+	}
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Its machine is another one: what it waits for is not its own turn on this one.
+	cmd := exec.Command("chrt", "--fifo", "1", program)
+	cmd.Env = append(os.Environ(), honestVariable+"="+string(client))
+	cmd.Stderr = os.Stderr
+	var wg sync.WaitGroup
+	if meanwhile != nil {
+		wg.Go(func() { meanwhile(ctx) })
+	}
+	out, err := cmd.Output()
+	cancel()
+	wg.Wait()
+	if err == nil {
+		err = json.Unmarshal(out, &p.measurements)
+	}
+	if err != nil {
+		t.Fatalf("measuring the honest tenant: %v", err)
+	}
+	p.server, p.machine = h.server.scheduled().since(server), machineScheduled(t).since(machine)
+	return p
+}
+
+// latencies is the table of what the honest tenant saw, with each phase beside the first.
+func latencies(phases []phase) string {
+	var out strings.Builder
+	w := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "honest tenant\tphase\tn\tfailed\tp50\tp99\tp50 ratio\tp99 ratio")
+	for _, name := range []string{"lookup", "execute true", "PUT egress", "create, cold", "create, warm"} {
+		first := phases[0].Took[name]
+		for _, p := range phases {
+			took := p.Took[name]
+			ratio := func(of float64) string {
+				if len(first) == 0 || len(took) == 0 {
+					return "-"
+				}
+				return fmt.Sprintf("%.1f", float64(quantile(took, of))/float64(quantile(first, of)))
+			}
+			fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%s\t%s\t%s\t%s\t%s\n", name, p.name, len(took), p.Fails[name], quantile(took, .5), quantile(took, .99), ratio(.5), ratio(.99), p.Why[name])
+		}
+	}
+	_ = w.Flush() // into a builder
+	return out.String()
+}
+
+func quantile(all []time.Duration, of float64) time.Duration {
+	if len(all) == 0 {
+		return 0
+	}
+	sorted := slices.Sorted(slices.Values(all))
+	return sorted[min(len(sorted)-1, int(float64(len(sorted))*of))].Round(100 * time.Microsecond)
+}
