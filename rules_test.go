@@ -34,12 +34,12 @@ var mayImport = map[string]struct {
 	"internal/accesslog": {[]string{"auth"}, "what all fronts write of a request; it takes the rates of callers from auth"},
 	"internal/template":  {[]string{"fault", "sandbox"}, "the core does no I/O; sandboxes are made from templates, so their words are used"},
 
-	"internal/cgroup":  {nil, "a technology room: it knows the kernel and nothing of the product"},
-	"internal/runsc":   {nil, "a technology room: it knows gVisor and nothing of the product"},
-	"internal/network": {[]string{"fault"}, "a technology room: it knows netlink and nothing of the product"},
-	"internal/gate":    {[]string{"fault"}, "a technology room: it knows names on the wire, and neither the rules that lead to it nor the product"},
-	"internal/image":   {[]string{"fault"}, "a technology room: it knows file systems and nothing of the product"},
-	"internal/payload": {nil, "it only carries programs"},
+	"internal/cgroup":      {nil, "a technology room: it knows the kernel and nothing of the product"},
+	"internal/runsc":       {nil, "a technology room: it knows gVisor and nothing of the product"},
+	"internal/network":     {[]string{"fault"}, "a technology room: it knows netlink and nothing of the product"},
+	"internal/egressproxy": {[]string{"fault"}, "a technology room: it knows names on the wire, and neither the rules that lead to it nor the product"},
+	"internal/image":       {[]string{"fault"}, "a technology room: it knows file systems and nothing of the product"},
+	"internal/payload":     {nil, "it only carries programs"},
 	"internal/buildkit": {[]string{"buildkit/*", "cgroup", "fault"},
 		"a technology room: it knows BuildKit's program and nothing of the product; it makes the control groups that gVisor runs steps in"},
 	"internal/buildkit/wire": {nil, "what the server and cay-buildkit say to each other: both link it"},
@@ -66,7 +66,7 @@ var mayImport = map[string]struct {
 	"cmd/cay-runsc":          {[]string{"heap"}, "what is needed of gVisor's main: every sandbox starts it several times"},
 	"cmd/cay-runsc/early":    {nil, "it is done before gVisor's packages are initialised"},
 	"scripts/gvisor/filters": {nil, "a step of the build of cay-runsc"},
-	"cmd/cay": {[]string{"agentapi", "api", "auth", "blob", "budget", "buildkit", "cgroup", "e2b", "fault", "gate", "image", "network", "node", "payload", "proxy", "sandbox", "store", "template"},
+	"cmd/cay": {[]string{"agentapi", "api", "auth", "blob", "budget", "buildkit", "cgroup", "e2b", "fault", "egressproxy", "image", "network", "node", "payload", "proxy", "sandbox", "store", "template"},
 		"all wiring is here; the CLI's verbs use client"},
 }
 
@@ -167,7 +167,7 @@ func TestHeavyDependencies(t *testing.T) {
 		"github.com/google/nftables":              {[]string{"internal/network"}, "rules are made in one room"},
 		"github.com/vishvananda/netlink":          {[]string{"internal/network"}, "links are made in one room"},
 		"github.com/google/go-containerregistry/": {[]string{"internal/image"}, "registries are one room's business"},
-		"codeberg.org/miekg/dns":                  {[]string{"internal/gate"}, "names are decided in one room"},
+		"codeberg.org/miekg/dns":                  {[]string{"internal/egressproxy"}, "names are decided in one room"},
 		"github.com/coder/websocket":              {[]string{"internal/api", "client"}, "the two ends of a terminal"},
 		"github.com/spf13/cobra":                  {[]string{"cmd/cay"}, "the command line is in one place"},
 	}

@@ -15,7 +15,7 @@ import (
 	"github.com/BurntSushi/toml"
 
 	"github.com/cayhq/cay/internal/agentapi"
-	"github.com/cayhq/cay/internal/gate"
+	"github.com/cayhq/cay/internal/egressproxy"
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/node"
 	"github.com/cayhq/cay/internal/sandbox"
@@ -130,7 +130,7 @@ func defaults() config {
 		DataDir: "/var/lib/cay", Listen: "127.0.0.1:7070", LogLevel: "info", LogFormat: "text",
 		ShutdownTimeout: duration(30 * time.Second),
 		Network: networkConfig{Ready: 8, MaxFlows: network.DefaultFlowsPerSlot, FlowsPerSecond: network.DefaultFlowsPerSecond,
-			FlowsPercent: network.DefaultFlowsPercent, MaxRanges: network.DefaultMaxRanges, QuestionsPerSecond: gate.DefaultQuestionsPerSecond},
+			FlowsPercent: network.DefaultFlowsPercent, MaxRanges: network.DefaultMaxRanges, QuestionsPerSecond: egressproxy.DefaultQuestionsPerSecond},
 		Sandbox: sandboxConfig{
 			Platform: "systrap", DefaultSize: "shared-cpu-1x", DefaultDiskMB: 2048, MaxDiskMB: 20480,
 			MaxPIDs: 4096, FirstUID: node.DefaultFirstUID, MaxSnapshots: 100,

@@ -26,7 +26,7 @@ import (
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/buildkit"
 	"github.com/cayhq/cay/internal/e2b"
-	"github.com/cayhq/cay/internal/gate"
+	"github.com/cayhq/cay/internal/egressproxy"
 	"github.com/cayhq/cay/internal/image"
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/node"
@@ -133,8 +133,8 @@ type server struct {
 	images      *image.Store
 	dockerfiles *buildkit.Builder
 	node        *node.Node
-	gate        *gate.Gate
-	doors       gate.Listeners // of the gate
+	egress      *egressproxy.Proxy
+	egressOn    egressproxy.Listeners // until serveEgress owns them
 	templates   *template.Service
 	auth        *auth.Service
 	sandboxes   *sandbox.Service
@@ -222,15 +222,15 @@ func (s *server) openHost(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	host, err := newGateHost(s)
+	host, err := newEgressHost(s)
 	if err != nil {
 		return err
 	}
-	s.gate = gate.New(host, s.cfg.Network.QuestionsPerSecond, s.log)
-	if s.doors, err = listenGate(); err != nil {
+	s.egress = egressproxy.New(host, s.cfg.Network.QuestionsPerSecond, s.log)
+	if s.egressOn, err = listenEgress(); err != nil {
 		return err
 	}
-	s.onClose(func(context.Context) error { closeListeners(s.doors); return nil })
+	s.onClose(func(context.Context) error { closeListeners(s.egressOn); return nil })
 	if s.slots, err = s.openNetwork(ctx); err != nil {
 		return err
 	}
@@ -248,7 +248,7 @@ func (s *server) openHost(ctx context.Context) error {
 	s.node, err = node.Open(node.Config{
 		Instance: s.instance, Dir: filepath.Join(cfg.DataDir, "sandboxes"), RunDir: stateDir(s.instance),
 		Platform: cfg.Sandbox.Platform, Programs: programs, ProgramsDir: programsDir,
-		Checkpoints: filepath.Join(cfg.DataDir, "checkpoints"), Nameservers: cfg.nameservers(), PolicyChanged: s.gate.Recheck,
+		Checkpoints: filepath.Join(cfg.DataDir, "checkpoints"), Nameservers: cfg.nameservers(), PolicyChanged: s.egress.Recheck,
 		MaxSandboxes: cfg.Capacity.MaxSandboxes, MinHostMemory: int64(cfg.Capacity.MinFreeMemoryMB) << 20,
 		MinDisk: int64(cfg.Capacity.MinFreeDiskMB) << 20, MaxPIDs: cfg.Sandbox.MaxPIDs, FirstUID: uint32(cfg.Sandbox.FirstUID),
 		AnswerTimeout: time.Duration(cfg.Sandbox.AnswerTimeout),
@@ -274,7 +274,7 @@ func (s *server) openNetwork(ctx context.Context) (*network.Network, error) {
 	c := network.Config{Instance: s.instance, Range: configured, AlwaysDeny: deny,
 		Ready: s.cfg.Network.Ready, MTU: s.cfg.Network.MTU, AgentPort: node.AgentPort, MaxRanges: s.cfg.Network.MaxRanges,
 		Flows: network.Flows{PerSlot: s.cfg.Network.MaxFlows, PerSecond: s.cfg.Network.FlowsPerSecond, Percent: s.cfg.Network.FlowsPercent}}
-	c.Services.DNS, c.Services.Proxy, c.Services.Metadata = portOf(s.doors.DNS), portOf(s.doors.Proxy), portOf(s.doors.Metadata)
+	c.Services.DNS, c.Services.Proxy, c.Services.Metadata = portOf(s.egressOn.DNS), portOf(s.egressOn.Proxy), portOf(s.egressOn.Metadata)
 	if !configured.IsValid() {
 		last, found, err := s.db.Setting(ctx, settingRange)
 		if err != nil {
@@ -323,7 +323,7 @@ func (s *server) openCore(ctx context.Context) error {
 	s.onClose(s.sandboxes.Close)
 	s.ports = proxy.New(s.node.Agents(), s.log)
 	s.onClose(s.ports.Close)
-	s.serveGate(s.doors)
+	s.serveEgress(s.egressOn)
 	return s.sandboxes.Reconcile(ctx)
 }
 

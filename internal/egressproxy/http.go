@@ -1,4 +1,4 @@
-package gate
+package egressproxy
 
 import (
 	"context"
@@ -53,7 +53,7 @@ func (s *session) serveHTTP() error {
 	defer transport.CloseIdleConnections()
 	server := &http.Server{
 		Handler:                      s.web(transport),
-		ReadHeaderTimeout:            s.gate.hello,
+		ReadHeaderTimeout:            s.proxy.hello,
 		IdleTimeout:                  webIdle,
 		MaxHeaderBytes:               webHeader,
 		ErrorLog:                     s.webLog(),
@@ -64,7 +64,7 @@ func (s *session) serveHTTP() error {
 }
 
 func (s *session) webLog() *log.Logger {
-	return slog.NewLogLogger(s.gate.log.Handler(), slog.LevelDebug)
+	return slog.NewLogLogger(s.proxy.log.Handler(), slog.LevelDebug)
 }
 
 // web checks requests and passes them on over transport.
@@ -93,7 +93,7 @@ func (s *session) checked(next http.Handler) http.Handler {
 			err = s.admit(hostName(r.Host))
 		}
 		if err != nil {
-			s.gate.log.Debug("a sandbox's request", "to", s.to, "error", err)
+			s.proxy.log.Debug("a sandbox's request", "to", s.to, "error", err)
 			s.kill()
 			panic(http.ErrAbortHandler)
 		}

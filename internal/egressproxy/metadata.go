@@ -1,4 +1,4 @@
-package gate
+package egressproxy
 
 import (
 	"context"
@@ -28,7 +28,7 @@ type about struct {
 }
 
 // serveMetadata serves the requests of one connection.
-func (g *Gate) serveMetadata(_ context.Context, c *net.TCPConn) {
+func (g *Proxy) serveMetadata(_ context.Context, c *net.TCPConn) {
 	from := source(c)
 	box, handle, ok := g.host.Find(from)
 	w := who{handle, box.Owner}
@@ -51,7 +51,7 @@ func (g *Gate) serveMetadata(_ context.Context, c *net.TCPConn) {
 
 // metadataHandler answers the box whose connection it is, whatever the request says of
 // host or sender.
-func (g *Gate) metadataHandler(from netip.Addr, handle any) http.Handler {
+func (g *Proxy) metadataHandler(from netip.Addr, handle any) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if _, now, ok := g.host.Find(from); !ok || now != handle {
 			panic(http.ErrAbortHandler) // the box has ended; another may have its address

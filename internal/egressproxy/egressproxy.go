@@ -1,4 +1,4 @@
-// Package gate decides by name what leaves a box, and tells boxes about themselves.
+// Package egressproxy decides by name what leaves a box, and tells boxes about themselves.
 //
 // A box is a machine whose traffic somebody else (the kernel's rules) redirects to three
 // services here, whatever it meant to reach:
@@ -14,7 +14,7 @@
 // joins both. What it cannot see is what a server does inside TLS: a server that serves
 // other names than the one in the ClientHello (domain fronting, or an encrypted ClientHello
 // in one for an allowed name) opens those names to whoever may reach it at all.
-package gate
+package egressproxy
 
 import (
 	"cmp"
@@ -28,8 +28,8 @@ import (
 	"time"
 )
 
-// Box is what the gate must know of a box to decide.
-type Box struct {
+// Sandbox is what the gate must know of a box to decide.
+type Sandbox struct {
 	// Domains that it may reach: exact names, or "*." and a name for every name below that
 	// one, at any depth, without itself. Lower case, no dot at the end.
 	Domains []string
@@ -52,7 +52,7 @@ type Metadata struct {
 // another box.
 type Host interface {
 	// Find says whose packets come from the address; false refuses them.
-	Find(from netip.Addr) (box Box, handle any, ok bool)
+	Find(from netip.Addr) (box Sandbox, handle any, ok bool)
 	// Metadata is that of a box.
 	Metadata(ctx context.Context, handle any) (Metadata, error)
 	// Resolved opens addresses for a box, through the proxy only, for ttl from now.
@@ -71,7 +71,7 @@ type Host interface {
 }
 
 // Listeners are where the services are served; nil leaves one out. They are closed by
-// [Gate.Serve].
+// [Proxy.Serve].
 type Listeners struct {
 	UDP      *net.UDPConn     // the resolver's, bound to no address
 	DNS      *net.TCPListener // the resolver's
@@ -90,15 +90,15 @@ const (
 // take what the server needs; [limit] has those per owner. A connection through the proxy holds up to six descriptors
 // (two sockets and two pipes), anything else one or two.
 var (
-	queryLimit    = limit{perBox: 64, total: 1024}   // questions at once
-	dnsConnLimit  = limit{perBox: 16, total: 1024}   // connections to the resolver
-	proxyLimit    = limit{perBox: 1024, total: 8192} // connections through the proxy
-	metadataLimit = limit{perBox: 16, total: 1024}   // connections to the metadata service
+	queryLimit    = limit{perSandbox: 64, total: 1024}   // questions at once
+	dnsConnLimit  = limit{perSandbox: 16, total: 1024}   // connections to the resolver
+	proxyLimit    = limit{perSandbox: 1024, total: 8192} // connections through the proxy
+	metadataLimit = limit{perSandbox: 16, total: 1024}   // connections to the metadata service
 )
 
-// Gate holds what was resolved for whom, and the connections that pass. It is safe for
+// Proxy holds what was resolved for whom, and the connections that pass. It is safe for
 // concurrent use.
-type Gate struct {
+type Proxy struct {
 	host Host
 	log  *slog.Logger
 
@@ -124,9 +124,9 @@ type Gate struct {
 }
 
 // New makes a gate that answers so many questions of a box in a second, 0 is
-// [DefaultQuestionsPerSecond]. It does nothing before [Gate.Serve].
-func New(host Host, questionsPerSecond int, log *slog.Logger) *Gate {
-	return &Gate{
+// [DefaultQuestionsPerSecond]. It does nothing before [Proxy.Serve].
+func New(host Host, questionsPerSecond int, log *slog.Logger) *Proxy {
+	return &Proxy{
 		asking: newPace(cmp.Or(questionsPerSecond, DefaultQuestionsPerSecond)),
 		host:   host, log: log, idle: idleTime, hello: helloTime,
 		queries: newMeter(queryLimit), dnsConns: newMeter(dnsConnLimit),
@@ -140,7 +140,7 @@ func New(host Host, questionsPerSecond int, log *slog.Logger) *Gate {
 // Serve serves until ctx ends, or until one of the listeners breaks, which is the error.
 // Then it closes the listeners and every connection, and returns when all have ended. It is
 // called once.
-func (g *Gate) Serve(ctx context.Context, on Listeners) error {
+func (g *Proxy) Serve(ctx context.Context, on Listeners) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var all sync.WaitGroup
@@ -162,7 +162,7 @@ func (g *Gate) Serve(ctx context.Context, on Listeners) error {
 		}
 	}
 	accept(on.DNS, g.serveDNS)
-	accept(on.Proxy, g.proxy)
+	accept(on.Proxy, g.serveTCP)
 	accept(on.Metadata, g.serveMetadata)
 	all.Go(func() { g.sweep(ctx) })
 
@@ -176,7 +176,7 @@ func (g *Gate) Serve(ctx context.Context, on Listeners) error {
 }
 
 // accept serves each connection in a goroutine of its own, and returns after the last.
-func (g *Gate) accept(ctx context.Context, l *net.TCPListener, serve func(context.Context, *net.TCPConn)) error {
+func (g *Proxy) accept(ctx context.Context, l *net.TCPListener, serve func(context.Context, *net.TCPConn)) error {
 	var all sync.WaitGroup
 	defer all.Wait()
 	for {
@@ -211,28 +211,28 @@ func (g *Gate) accept(ctx context.Context, l *net.TCPListener, serve func(contex
 
 // survive keeps a defect met by one box's bytes from ending the server, which carries every
 // box; as net/http does.
-func (g *Gate) survive() {
+func (g *Proxy) survive() {
 	if v := recover(); v != nil {
 		g.log.Error("a defect in the gate", "panic", v)
 	}
 }
 
 // opened has c closed when Serve ends.
-func (g *Gate) opened(c io.Closer) {
+func (g *Proxy) opened(c io.Closer) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.closers[c] = struct{}{}
 }
 
 // closed closes c.
-func (g *Gate) closed(c io.Closer) {
+func (g *Proxy) closed(c io.Closer) {
 	g.mu.Lock()
 	delete(g.closers, c)
 	g.mu.Unlock()
 	_ = c.Close() // it may be closed already, and nothing can be done otherwise
 }
 
-func (g *Gate) closeAll() {
+func (g *Proxy) closeAll() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for c := range g.closers {
@@ -243,7 +243,7 @@ func (g *Gate) closeAll() {
 	}
 }
 
-func (g *Gate) sweep(ctx context.Context) {
+func (g *Proxy) sweep(ctx context.Context) {
 	tick := time.NewTicker(min(sweepInterval, g.idle))
 	defer tick.Stop()
 	for {
@@ -261,7 +261,7 @@ func (g *Gate) sweep(ctx context.Context) {
 // Recheck looks at the connections of the box at an address again, and resets those that
 // it may not have any more. It is to be called after the policy of a box changed, and after
 // a box ended. It calls the host, so no lock may be held that the host takes.
-func (g *Gate) Recheck(from netip.Addr) {
+func (g *Proxy) Recheck(from netip.Addr) {
 	g.mu.Lock()
 	g.changes++
 	var theirs []*session

@@ -1,4 +1,4 @@
-package gate
+package egressproxy
 
 import (
 	"context"
@@ -22,7 +22,7 @@ const deadline = 10 * time.Second
 // address: that of a test's server.
 type fakeHost struct {
 	mu     sync.Mutex
-	box    Box
+	box    Sandbox
 	handle any
 	gone   bool
 	to     netip.AddrPort
@@ -33,7 +33,7 @@ type fakeHost struct {
 	excess []string // as denied
 }
 
-func (h *fakeHost) Find(from netip.Addr) (Box, any, bool) {
+func (h *fakeHost) Find(from netip.Addr) (Sandbox, any, bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.box, h.handle, !h.gone && from == netip.MustParseAddr("127.0.0.1")
@@ -95,7 +95,7 @@ func (h *fakeHost) denials() []string {
 
 type rig struct {
 	*fakeHost
-	*Gate
+	*Proxy
 	dns, proxy, about string // where the services are
 }
 
@@ -104,7 +104,7 @@ type rig struct {
 func newRig(t *testing.T, idle time.Duration) *rig {
 	t.Helper()
 	h := &fakeHost{handle: 1, opened: map[netip.Addr]time.Duration{},
-		box: Box{Domains: []string{"allowed.example", "*.wild.example"}}}
+		box: Sandbox{Domains: []string{"allowed.example", "*.wild.example"}}}
 	g := New(h, 0, slog.New(slog.NewTextHandler(io.Discard, nil)))
 	if idle > 0 {
 		g.idle = idle

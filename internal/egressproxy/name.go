@@ -1,4 +1,4 @@
-package gate
+package egressproxy
 
 import (
 	"strings"
@@ -37,7 +37,7 @@ func canonical(name string) (string, bool) {
 }
 
 // allows reports whether the box may reach a canonical name.
-func (b Box) allows(name string) bool {
+func (b Sandbox) allows(name string) bool {
 	for _, d := range b.Domains {
 		if below, ok := strings.CutPrefix(d, "*"); ok {
 			if len(name) > len(below) && strings.HasSuffix(name, below) {
@@ -51,7 +51,7 @@ func (b Box) allows(name string) bool {
 }
 
 // allowsAny reports whether the box may reach one of the names.
-func (b Box) allowsAny(names []string) bool {
+func (b Sandbox) allowsAny(names []string) bool {
 	for _, n := range names {
 		if b.allows(n) {
 			return true

@@ -1,4 +1,4 @@
-package gate
+package egressproxy
 
 import (
 	"maps"
@@ -12,9 +12,9 @@ import (
 
 // limit says how many of something there may be at once. One owner of boxes may have three
 // quarters of the total, so that there is always something left for the others.
-type limit struct{ perBox, total int }
+type limit struct{ perSandbox, total int }
 
-func (l limit) perOwner() int { return max(l.perBox, l.total*3/4) }
+func (l limit) perOwner() int { return max(l.perSandbox, l.total*3/4) }
 
 // who is a box and its owner, as the meters know them.
 type who struct {
@@ -43,7 +43,7 @@ func newMeter(l limit) *meter {
 func (m *meter) enter(w who) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.total >= m.limit.total || m.boxes[w.handle] >= m.limit.perBox || w.owner != "" && m.owners[w.owner] >= m.limit.perOwner() {
+	if m.total >= m.limit.total || m.boxes[w.handle] >= m.limit.perSandbox || w.owner != "" && m.owners[w.owner] >= m.limit.perOwner() {
 		return false
 	}
 	m.total++
@@ -137,11 +137,11 @@ const maxGiven = 4096
 type given struct {
 	mu sync.Mutex
 	// +checklocks:mu
-	boxes map[any]*givenBox
+	boxes map[any]*givenNames
 }
 
-// givenBox has a lock of its own: looking through what one box was given takes a while.
-type givenBox struct {
+// givenNames has a lock of its own: looking through what one box was given takes a while.
+type givenNames struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	names map[netip.Addr]map[string]time.Time // until when
@@ -149,14 +149,14 @@ type givenBox struct {
 	count int
 }
 
-func newGiven() *given { return &given{boxes: map[any]*givenBox{}} }
+func newGiven() *given { return &given{boxes: map[any]*givenNames{}} }
 
-func (g *given) box(handle any, add bool) *givenBox {
+func (g *given) box(handle any, add bool) *givenNames {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	b := g.boxes[handle]
 	if b == nil && add {
-		b = &givenBox{names: map[netip.Addr]map[string]time.Time{}}
+		b = &givenNames{names: map[netip.Addr]map[string]time.Time{}}
 		g.boxes[handle] = b
 	}
 	return b
@@ -186,7 +186,7 @@ func (g *given) add(handle any, name string, addrs []netip.Addr, until time.Time
 // forgetLocked forgets the eighth that ends soonest, so that this is not done for every name.
 //
 // +checklocks:b.mu
-func (b *givenBox) forgetLocked() {
+func (b *givenNames) forgetLocked() {
 	var ends []time.Time
 	for _, names := range b.names {
 		ends = slices.AppendSeq(ends, maps.Values(names))
@@ -204,7 +204,7 @@ func (b *givenBox) forgetLocked() {
 }
 
 // +checklocks:b.mu
-func (b *givenBox) expireLocked(over func(until time.Time) bool) {
+func (b *givenNames) expireLocked(over func(until time.Time) bool) {
 	for a, names := range b.names {
 		maps.DeleteFunc(names, func(_ string, until time.Time) bool { return over(until) })
 		if len(names) == 0 {
@@ -252,7 +252,7 @@ func (g *given) expire(now time.Time) {
 
 // forget drops a box that has nothing. What is added to it in this moment is lost, and its
 // connections are refused until it asks again.
-func (g *given) forget(handle any, b *givenBox) {
+func (g *given) forget(handle any, b *givenNames) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	b.mu.Lock()

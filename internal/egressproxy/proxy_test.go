@@ -1,4 +1,4 @@
-package gate
+package egressproxy
 
 import (
 	"bufio"
@@ -454,8 +454,8 @@ func TestOtherProtocols(t *testing.T) {
 	r.behind(web.Listener)
 	c := dial(t, r.proxy)
 	eventually(t, "the server is called before the client spoke", func() bool {
-		r.Gate.mu.Lock()
-		defer r.Gate.mu.Unlock()
+		r.Proxy.mu.Lock()
+		defer r.Proxy.mu.Unlock()
 		for s := range r.sessions {
 			s.mu.Lock()
 			called := s.server != nil && s.from == source(c) // the only session that is open
@@ -497,7 +497,7 @@ func TestRefusedAddresses(t *testing.T) {
 		"an address not given":    func(r *rig) { r.to = netip.AddrPortFrom(netip.MustParseAddr("127.0.0.2"), r.to.Port()) },
 		"an address not for it":   func(r *rig) { r.handle = 2 },
 		"an address never":        func(r *rig) { r.banned = []netip.Addr{local} },
-		"the name is not allowed": func(r *rig) { r.box = Box{Domains: []string{"elsewhere.example"}} },
+		"the name is not allowed": func(r *rig) { r.box = Sandbox{Domains: []string{"elsewhere.example"}} },
 	} {
 		server := newWeb(t)
 		r := newRig(t, 0)
@@ -531,7 +531,7 @@ func TestRecheck(t *testing.T) {
 	if _, err := io.ReadFull(c, b); err != nil || string(b) != "still" {
 		t.Fatalf("after a check that changes nothing: %q, %v", b, err)
 	}
-	r.set(func() { r.box = Box{Domains: []string{"elsewhere.example"}} })
+	r.set(func() { r.box = Sandbox{Domains: []string{"elsewhere.example"}} })
 	r.Recheck(local)
 	refused(t, c)
 }

@@ -1,4 +1,4 @@
-package gate
+package egressproxy
 
 import (
 	"context"
@@ -34,7 +34,7 @@ var errRefused = errors.New("refused by policy")
 
 // session is one connection through the proxy.
 type session struct {
-	gate   *Gate
+	proxy  *Proxy
 	client *net.TCPConn
 	from   netip.Addr
 	handle any
@@ -56,7 +56,7 @@ type session struct {
 }
 
 // proxy serves one redirected connection.
-func (g *Gate) proxy(ctx context.Context, c *net.TCPConn) {
+func (g *Proxy) serveTCP(ctx context.Context, c *net.TCPConn) {
 	from := source(c)
 	box, handle, ok := g.host.Find(from)
 	if !ok {
@@ -76,7 +76,7 @@ func (g *Gate) proxy(ctx context.Context, c *net.TCPConn) {
 		return
 	}
 	defer g.proxied.leave(w)
-	s := &session{gate: g, client: c, from: from, handle: handle,
+	s := &session{proxy: g, client: c, from: from, handle: handle,
 		to: netip.AddrPortFrom(to.Addr().Unmap(), to.Port()), first: opening{r: c}}
 	g.mu.Lock()
 	g.sessions[s] = struct{}{}
@@ -95,12 +95,12 @@ func (g *Gate) proxy(ctx context.Context, c *net.TCPConn) {
 
 // serve returns nil after an end that both sides know of.
 func (s *session) serve(ctx context.Context) error {
-	names := s.gate.given.names(s.handle, s.to.Addr(), time.Now())
+	names := s.proxy.given.names(s.handle, s.to.Addr(), time.Now())
 	if err := s.admit(names...); err != nil {
 		return err
 	}
 	serverFirst := s.to.Port() != 443 && s.to.Port() != 80
-	wait := s.gate.hello
+	wait := s.proxy.hello
 	if serverFirst {
 		wait = patience
 	}
@@ -131,7 +131,7 @@ func (s *session) serve(ctx context.Context) error {
 // listen tells what the client speaks after it has spoken, and checks the name unless it
 // speaks HTTP, which is checked by request.
 func (s *session) listen() (speech, error) {
-	if err := s.client.SetReadDeadline(time.Now().Add(s.gate.hello)); err != nil {
+	if err := s.client.SetReadDeadline(time.Now().Add(s.proxy.hello)); err != nil {
 		return 0, err
 	}
 	what, err := sniff(&s.first)
@@ -164,9 +164,9 @@ func (s *session) admit(names ...string) error {
 		}
 	}
 	for {
-		s.gate.mu.Lock()
-		changes := s.gate.changes
-		s.gate.mu.Unlock()
+		s.proxy.mu.Lock()
+		changes := s.proxy.changes
+		s.proxy.mu.Unlock()
 		if err := s.allowed(canon); err != nil {
 			name := ""
 			if len(names) > 0 {
@@ -182,9 +182,9 @@ func (s *session) admit(names ...string) error {
 
 // take sets the names unless Recheck was called since there were so many changes.
 func (s *session) take(names []string, changes uint64) bool {
-	s.gate.mu.Lock()
-	defer s.gate.mu.Unlock()
-	if s.gate.changes != changes {
+	s.proxy.mu.Lock()
+	defer s.proxy.mu.Unlock()
+	if s.proxy.changes != changes {
 		return false
 	}
 	s.mu.Lock()
@@ -195,19 +195,19 @@ func (s *session) take(names []string, changes uint64) bool {
 
 // allowed asks the host whether one of the names and the address are allowed now.
 func (s *session) allowed(names []string) error {
-	box, handle, ok := s.gate.host.Find(s.from)
+	box, handle, ok := s.proxy.host.Find(s.from)
 	if !ok || handle != s.handle {
 		return errors.New("the box has ended")
 	}
 	if !box.allowsAny(names) {
 		return errRefused
 	}
-	return s.gate.host.Permitted(s.handle, s.to.Addr())
+	return s.proxy.host.Permitted(s.handle, s.to.Addr())
 }
 
 // deny reports a refusal, and is the error for it.
 func (s *session) deny(name string, err error) error {
-	s.gate.host.Denied(s.handle, "tcp", name, s.to)
+	s.proxy.host.Denied(s.handle, "tcp", name, s.to)
 	return fmt.Errorf("%q at %s: %w", name, s.to, err)
 }
 
@@ -221,7 +221,7 @@ func (s *session) recheck() {
 		return
 	}
 	if err := s.allowed(names); err != nil {
-		s.gate.host.Denied(s.handle, "tcp", names[0], s.to)
+		s.proxy.host.Denied(s.handle, "tcp", names[0], s.to)
 		s.kill()
 	}
 }
@@ -242,7 +242,7 @@ func (s *session) kill() {
 
 // connect calls the address that the client wanted, after a last look whether it may.
 func (s *session) connect(ctx context.Context) (*net.TCPConn, error) {
-	if err := s.gate.host.Permitted(s.handle, s.to.Addr()); err != nil {
+	if err := s.proxy.host.Permitted(s.handle, s.to.Addr()); err != nil {
 		return nil, err
 	}
 	c, err := (&net.Dialer{Timeout: dialTime}).DialContext(ctx, "tcp4", s.to.String())
@@ -402,7 +402,7 @@ func (s *session) download(server *net.TCPConn, spoke *atomic.Bool) error {
 
 // endIdle ends the sessions that carried nothing for long. All that passes is seen at the
 // client's socket, and the kernel counts there, so no byte costs anything for it.
-func (g *Gate) endIdle() {
+func (g *Proxy) endIdle() {
 	g.mu.Lock()
 	all := slices.Collect(maps.Keys(g.sessions))
 	g.mu.Unlock()

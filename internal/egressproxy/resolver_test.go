@@ -1,4 +1,4 @@
-package gate
+package egressproxy
 
 import (
 	"context"
@@ -200,7 +200,7 @@ func TestNoNameServers(t *testing.T) {
 }
 
 func TestNames(t *testing.T) {
-	box := Box{Domains: []string{"one.example", "*.two.example"}}
+	box := Sandbox{Domains: []string{"one.example", "*.two.example"}}
 	for name, want := range map[string]bool{
 		"one.example": true, "ONE.example": true, "one.example.": true, "a.one.example": false,
 		"two.example": false, "a.two.example": true, "a.b.two.example": true, "atwo.example": false,
@@ -217,7 +217,7 @@ func TestNames(t *testing.T) {
 }
 
 func TestMeter(t *testing.T) {
-	m := newMeter(limit{perBox: 2, total: 3})
+	m := newMeter(limit{perSandbox: 2, total: 3})
 	a, b, c := who{handle: "a"}, who{handle: "b"}, who{handle: "c"}
 	got := []bool{m.enter(a), m.enter(a), m.enter(a), m.enter(b), m.enter(c)}
 	m.leave(a)
@@ -229,7 +229,7 @@ func TestMeter(t *testing.T) {
 
 // One owner leaves a quarter to the others, however many boxes it has.
 func TestMeterOfAnOwner(t *testing.T) {
-	m := newMeter(limit{perBox: 2, total: 8})
+	m := newMeter(limit{perSandbox: 2, total: 8})
 	count := 0
 	for i := range 20 {
 		if m.enter(who{i, "greedy"}) {
@@ -347,7 +347,7 @@ func FuzzAnswer(f *testing.F) {
 	}
 	h := &fakeHost{handle: 1, opened: map[netip.Addr]time.Duration{}}
 	g := New(h, 0, slog.New(slog.NewTextHandler(io.Discard, nil)))
-	box := Box{Domains: []string{"allowed.example", "*.wild.example"}}
+	box := Sandbox{Domains: []string{"allowed.example", "*.wild.example"}}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		h.denied = nil
 		for _, udp := range []bool{true, false} {

@@ -1,4 +1,4 @@
-package gate
+package egressproxy
 
 import (
 	"bytes"
@@ -41,7 +41,7 @@ const (
 )
 
 // serveUDP answers questions until the socket is closed.
-func (g *Gate) serveUDP(ctx context.Context, c *net.UDPConn) error {
+func (g *Proxy) serveUDP(ctx context.Context, c *net.UDPConn) error {
 	defer g.closed(c)
 	// The kernel tells to which of the host's addresses a question came, in the form in
 	// which it is told to send the answer from there.
@@ -97,7 +97,7 @@ func withPacketInfo(c *net.UDPConn) error {
 }
 
 // serveDNS answers the questions of one connection, one after the other.
-func (g *Gate) serveDNS(ctx context.Context, c *net.TCPConn) {
+func (g *Proxy) serveDNS(ctx context.Context, c *net.TCPConn) {
 	from := source(c)
 	box, handle, ok := g.host.Find(from)
 	w := who{handle, box.Owner}
@@ -152,7 +152,7 @@ func writeMessage(w io.Writer, m []byte) error {
 
 // refuse answers a question that comes too soon, or while too many others are asked: a
 // resolver library then tries another server, and tells its program that it may try again.
-func (g *Gate) refuse(handle any, message []byte) []byte {
+func (g *Proxy) refuse(handle any, message []byte) []byte {
 	q := &dns.Msg{Data: bytes.Clone(message)} // names may be parts of it
 	if err := q.Unpack(); err != nil || q.Response || len(q.Question) != 1 {
 		return nil
@@ -168,7 +168,7 @@ func (g *Gate) refuse(handle any, message []byte) []byte {
 
 // answer answers one message; nil: it deserves none. An answer that is too long for UDP
 // says so and is empty, and nothing is opened for it.
-func (g *Gate) answer(ctx context.Context, box Box, handle any, message []byte, udp bool) []byte {
+func (g *Proxy) answer(ctx context.Context, box Sandbox, handle any, message []byte, udp bool) []byte {
 	q := &dns.Msg{Data: message}
 	if err := q.Unpack(); err != nil || q.Response {
 		return nil
@@ -202,7 +202,7 @@ func (g *Gate) answer(ctx context.Context, box Box, handle any, message []byte, 
 }
 
 // resolve fills in the answer a to its question, for room bytes.
-func (g *Gate) resolve(ctx context.Context, box Box, handle any, a *dns.Msg, room int) {
+func (g *Proxy) resolve(ctx context.Context, box Sandbox, handle any, a *dns.Msg, room int) {
 	kind := dns.RRToType(a.Question[0])
 	name, ok := canonical(a.Question[0].Header().Name)
 	if !ok || !box.allows(name) {
@@ -248,7 +248,7 @@ func (g *Gate) resolve(ctx context.Context, box Box, handle any, a *dns.Msg, roo
 
 // fill takes over from r what answers the question: records of its type and the way to
 // them, and what says that there are none. Never other addresses, which nobody opened.
-func (g *Gate) fill(a, r *dns.Msg, handle any, name string, kind uint16) {
+func (g *Proxy) fill(a, r *dns.Msg, handle any, name string, kind uint16) {
 	addresses := 0
 	for _, rr := range r.Answer {
 		h := rr.Header()
@@ -275,7 +275,7 @@ func (g *Gate) fill(a, r *dns.Msg, handle any, name string, kind uint16) {
 }
 
 // open opens the addresses of an answer before it leaves.
-func (g *Gate) open(a *dns.Msg, handle any, name string) error {
+func (g *Proxy) open(a *dns.Msg, handle any, name string) error {
 	var addrs []netip.Addr
 	var ttl time.Duration
 	for _, rr := range a.Answer {

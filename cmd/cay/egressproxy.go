@@ -10,16 +10,16 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/cayhq/cay/internal/egressproxy"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/gate"
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// listenGate opens the sockets that the rules redirect to, at ports of the kernel's
+// listenEgress opens the sockets that the rules redirect to, at ports of the kernel's
 // choice: nobody but sandboxes reaches them, and these never by their number.
-func listenGate() (gate.Listeners, error) {
-	var on gate.Listeners
+func listenEgress() (egressproxy.Listeners, error) {
+	var on egressproxy.Listeners
 	var err error
 	if on.Proxy, err = net.ListenTCP("tcp4", nil); err == nil {
 		on.Metadata, err = net.ListenTCP("tcp4", nil)
@@ -43,11 +43,11 @@ func listenGate() (gate.Listeners, error) {
 		err = fmt.Errorf("no port is free in both protocols")
 	}
 	closeListeners(on)
-	return gate.Listeners{}, fmt.Errorf("listening for sandboxes: %w", err)
+	return egressproxy.Listeners{}, fmt.Errorf("listening for sandboxes: %w", err)
 }
 
 // closeListeners closes what is open; one that is closed already is no error.
-func closeListeners(on gate.Listeners) {
+func closeListeners(on egressproxy.Listeners) {
 	for _, l := range []*net.TCPListener{on.DNS, on.Proxy, on.Metadata} {
 		if l != nil {
 			l.Close()
@@ -60,15 +60,15 @@ func closeListeners(on gate.Listeners) {
 
 func portOf(l *net.TCPListener) uint16 { return l.Addr().(*net.TCPAddr).AddrPort().Port() }
 
-// gateHost joins the gate with what knows slots and sandboxes.
-type gateHost struct {
+// egressHost joins the gate with what knows slots and sandboxes.
+type egressHost struct {
 	*server
 	nameservers []netip.AddrPort
 }
 
-// newGateHost takes the configured name servers as those that the gate asks.
-func newGateHost(s *server) (gateHost, error) {
-	h := gateHost{server: s}
+// newEgressHost takes the configured name servers as those that the gate asks.
+func newEgressHost(s *server) (egressHost, error) {
+	h := egressHost{server: s}
 	addrs, err := s.cfg.nameserverAddrs()
 	if err != nil {
 		return h, err
@@ -85,28 +85,28 @@ type boxHandle struct {
 	slot *network.Slot
 }
 
-func (h gateHost) Find(from netip.Addr) (gate.Box, any, bool) {
+func (h egressHost) Find(from netip.Addr) (egressproxy.Sandbox, any, bool) {
 	g, ok := h.node.Guest(from)
 	if !ok {
-		return gate.Box{}, nil, false
+		return egressproxy.Sandbox{}, nil, false
 	}
-	return gate.Box{Domains: g.Egress.AllowDomains, Nameservers: h.nameservers, Owner: g.Org}, boxHandle{g.ID, g.Slot}, true
+	return egressproxy.Sandbox{Domains: g.Egress.AllowDomains, Nameservers: h.nameservers, Owner: g.Org}, boxHandle{g.ID, g.Slot}, true
 }
 
 // Metadata reads the row each time: a keepalive moves the end.
-func (h gateHost) Metadata(ctx context.Context, handle any) (gate.Metadata, error) {
+func (h egressHost) Metadata(ctx context.Context, handle any) (egressproxy.Metadata, error) {
 	box, err := h.sandboxes.Look(ctx, handle.(boxHandle).id)
 	if err != nil {
-		return gate.Metadata{}, err
+		return egressproxy.Metadata{}, err
 	}
-	return gate.Metadata{ID: string(box.ID), Template: box.Template, Mode: string(box.Mode), Metadata: box.Metadata, ExpiresAt: box.ExpiresAt}, nil
+	return egressproxy.Metadata{ID: string(box.ID), Template: box.Template, Mode: string(box.Mode), Metadata: box.Metadata, ExpiresAt: box.ExpiresAt}, nil
 }
 
-func (h gateHost) Resolved(handle any, addrs []netip.Addr, ttl time.Duration) error {
+func (h egressHost) Resolved(handle any, addrs []netip.Addr, ttl time.Duration) error {
 	return h.slots.Resolve(handle.(boxHandle).slot, addrs, ttl)
 }
 
-func (h gateHost) Permitted(handle any, a netip.Addr) error {
+func (h egressHost) Permitted(handle any, a netip.Addr) error {
 	slot := handle.(boxHandle).slot
 	g, ok := h.node.Guest(slot.Addr)
 	if !ok || g.Slot != slot {
@@ -120,23 +120,23 @@ func (h gateHost) Permitted(handle any, a netip.Addr) error {
 	return h.slots.Permitted(a)
 }
 
-func (h gateHost) Original(c *net.TCPConn) (netip.AddrPort, error) { return h.slots.Original(c) }
+func (h egressHost) Original(c *net.TCPConn) (netip.AddrPort, error) { return h.slots.Original(c) }
 
-func (h gateHost) Denied(handle any, protocol, name string, to netip.AddrPort) {
+func (h egressHost) Denied(handle any, protocol, name string, to netip.AddrPort) {
 	h.node.Deny(sandbox.Denial{ID: handle.(boxHandle).id, Protocol: protocol, Name: strings.TrimSuffix(name, "."), Destination: to, Count: 1})
 }
 
-func (h gateHost) Excess(handle any, protocol, name string, to netip.AddrPort) {
+func (h egressHost) Excess(handle any, protocol, name string, to netip.AddrPort) {
 	h.node.Deny(sandbox.Denial{ID: handle.(boxHandle).id, Protocol: protocol, Name: strings.TrimSuffix(name, "."), Destination: to, Count: 1, Excess: true})
 }
 
-// serveGate serves until the server is closed.
-func (s *server) serveGate(on gate.Listeners) {
+// serveEgress serves until the server is closed.
+func (s *server) serveEgress(on egressproxy.Listeners) {
 	ctx, stop := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		if err := s.gate.Serve(ctx, on); err != nil {
+		if err := s.egress.Serve(ctx, on); err != nil {
 			s.log.Error("names and metadata are not served to sandboxes any more", "error", err)
 		}
 	}()

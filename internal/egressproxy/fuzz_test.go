@@ -1,4 +1,4 @@
-package gate
+package egressproxy
 
 import (
 	"bufio"
@@ -155,7 +155,7 @@ func FuzzRequest(f *testing.F) {
 	} {
 		f.Add([]byte(s))
 	}
-	h := &fakeHost{handle: 1, box: Box{Domains: []string{"allowed.example", "*.wild.example"}}, opened: map[netip.Addr]time.Duration{}}
+	h := &fakeHost{handle: 1, box: Sandbox{Domains: []string{"allowed.example", "*.wild.example"}}, opened: map[netip.Addr]time.Duration{}}
 	g := New(h, 0, slog.New(slog.NewTextHandler(io.Discard, nil)))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		h.denied = nil
@@ -163,7 +163,7 @@ func FuzzRequest(f *testing.F) {
 		if err != nil {
 			return
 		}
-		s := &session{gate: g, from: netip.MustParseAddr("127.0.0.1"), handle: 1, to: netip.MustParseAddrPort("198.51.100.1:80"), dead: true}
+		s := &session{proxy: g, from: netip.MustParseAddr("127.0.0.1"), handle: 1, to: netip.MustParseAddrPort("198.51.100.1:80"), dead: true}
 		var out recorder
 		if !served(t, s.web(&out), in) || out.Len() == 0 {
 			return
