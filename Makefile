@@ -10,7 +10,7 @@ export CAY_IMAGES_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cay/images
 TOOL     = $(GO) tool -modfile=tools/go.mod
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS  = -s -w
-PROGRAMS = internal/payload/programs
+PROGRAMS = internal/embedded/programs
 # How long each fuzz test runs in `make test`, as -fuzztime: a count of tries, some seconds' worth,
 # since a run that is ended by the clock on a busy machine can fail for that alone.
 FUZZTIME ?= 15000x

@@ -39,13 +39,13 @@ var mayImport = map[string]struct {
 	"internal/network":     {[]string{"fault"}, "a technology room: it knows netlink and nothing of the product"},
 	"internal/egressproxy": {[]string{"fault"}, "a technology room: it knows names on the wire, and neither the rules that lead to it nor the product"},
 	"internal/image":       {[]string{"fault"}, "a technology room: it knows file systems and nothing of the product"},
-	"internal/payload":     {nil, "it only carries programs"},
+	"internal/embedded":    {nil, "it only carries programs"},
 	"internal/buildkit": {[]string{"buildkit/*", "cgroup", "fault"},
 		"a technology room: it knows BuildKit's program and nothing of the product; it makes the control groups that gVisor runs steps in"},
 	"internal/buildkit/wire": {nil, "what the server and cay-buildkit say to each other: both link it"},
 	"internal/checkpoint":    {[]string{"fault"}, "a technology room: it keeps files whole and knows nothing of what is in them"},
 	"internal/blob":          {[]string{"fault"}, "a technology room: it keeps files by their hash and knows nothing of what is in them"},
-	"internal/node": {[]string{"agentapi", "cgroup", "checkpoint", "fault", "network", "payload", "runsc", "sandbox", "span"},
+	"internal/node": {[]string{"agentapi", "cgroup", "checkpoint", "fault", "network", "embedded", "runsc", "sandbox", "span"},
 		"it puts a sandbox together from the technology rooms, and implements the core's port"},
 
 	"internal/agentapi":            {[]string{"budget", "fault", "agentapi/*"}, "the wire between host and agent"},
@@ -66,7 +66,7 @@ var mayImport = map[string]struct {
 	"cmd/cay-runsc":          {[]string{"heap"}, "what is needed of gVisor's main: every sandbox starts it several times"},
 	"cmd/cay-runsc/early":    {nil, "it is done before gVisor's packages are initialised"},
 	"scripts/gvisor/filters": {nil, "a step of the build of cay-runsc"},
-	"cmd/cay": {[]string{"agentapi", "api", "auth", "blob", "budget", "buildkit", "cgroup", "e2b", "fault", "egressproxy", "image", "network", "node", "payload", "proxy", "sandbox", "store", "template"},
+	"cmd/cay": {[]string{"agentapi", "api", "auth", "blob", "budget", "buildkit", "cgroup", "e2b", "fault", "egressproxy", "image", "network", "node", "embedded", "proxy", "sandbox", "store", "template"},
 		"all wiring is here; the CLI's verbs use client"},
 }
 

@@ -34,7 +34,7 @@ func anotherBuild(t testing.TB) string {
 		path := filepath.Join(dir, name)
 		build(path, flags, "-modfile=bin/gvisor/go.mod", "./cmd/"+name)
 		pack(t, path)
-		replace[filepath.Join(root, "internal/payload/programs", name+".gz")] = path + ".gz"
+		replace[filepath.Join(root, "internal/embedded/programs", name+".gz")] = path + ".gz"
 	}
 	overlay, err := json.Marshal(object{"Replace": replace})
 	if err != nil {

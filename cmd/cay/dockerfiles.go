@@ -16,10 +16,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/buildkit"
+	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/image"
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/node"
-	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/template"
 )
 
@@ -86,8 +86,8 @@ func buildRemains(instance, dataDir string) buildkit.Config {
 }
 
 // openBuilds opens the room that Dockerfiles are built in. Nothing runs there until one is.
-func (s *server) openBuilds(programsDir string, programs payload.Programs) error {
-	program, err := payload.UnpackBuildkit(programsDir)
+func (s *server) openBuilds(programsDir string, programs embedded.Programs) error {
+	program, err := embedded.UnpackBuildkit(programsDir)
 	if err != nil {
 		return err
 	}

@@ -27,10 +27,10 @@ import (
 	"github.com/cayhq/cay/internal/buildkit"
 	"github.com/cayhq/cay/internal/e2b"
 	"github.com/cayhq/cay/internal/egressproxy"
+	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/image"
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/node"
-	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/proxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
@@ -218,7 +218,7 @@ func (s *server) setting(ctx context.Context, name string, first func() string) 
 func (s *server) openHost(ctx context.Context) error {
 	cfg := s.cfg
 	programsDir := filepath.Join(cfg.DataDir, "programs")
-	programs, err := payload.Unpack(programsDir)
+	programs, err := embedded.Unpack(programsDir)
 	if err != nil {
 		return err
 	}

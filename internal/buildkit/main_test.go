@@ -25,8 +25,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/network"
-	"github.com/cayhq/cay/internal/payload"
 )
 
 // inHostVariable tells the test program that it already runs in a namespace that
@@ -230,11 +230,11 @@ func newRoom(t testing.TB, change ...func(*Config)) *room {
 	t.Helper()
 	caytest.RequireRoot(t)
 	programs := os.Getenv(inHostVariable)
-	built, err := payload.Unpack(programs)
+	built, err := embedded.Unpack(programs)
 	if err != nil {
 		t.Fatal(err)
 	}
-	program, err := payload.UnpackBuildkit(programs)
+	program, err := embedded.UnpackBuildkit(programs)
 	if err != nil {
 		t.Fatal(err)
 	}

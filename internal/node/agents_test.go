@@ -15,7 +15,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
-	"github.com/cayhq/cay/internal/payload"
+	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -300,7 +300,7 @@ func (m *machine) older(agent string) {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	m.programs = payload.At(filepath.Join(m.dir, "programs"), payload.Version{Agent: filepath.Base(dir), Runsc: m.programs.Version.Runsc})
+	m.programs = embedded.At(filepath.Join(m.dir, "programs"), embedded.Version{Agent: filepath.Base(dir), Runsc: m.programs.Version.Runsc})
 	m.close()
 	m.open()
 }
@@ -321,7 +321,7 @@ func TestOlderAgents(t *testing.T) {
 		t.Fatalf("a record of before is %s, %v", record, err)
 	}
 	m.close()
-	if m.programs, err = payload.Unpack(filepath.Join(m.dir, "programs")); err != nil {
+	if m.programs, err = embedded.Unpack(filepath.Join(m.dir, "programs")); err != nil {
 		t.Fatal(err)
 	}
 	m.open() // the upgrade

@@ -15,8 +15,8 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/cgroup"
+	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/network"
-	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -64,7 +64,7 @@ func (b *box) container() runsc.Container {
 // runtime is the runsc that the sandbox was first started with.
 func (b *box) runtime() *runsc.Runtime {
 	cfg := b.node.cfg
-	return &runsc.Runtime{Program: payload.At(cfg.ProgramsDir, b.life.Programs).Runsc, Flags: b.life.Flags, Root: cfg.RunDir, Standby: b.node.standby}
+	return &runsc.Runtime{Program: embedded.At(cfg.ProgramsDir, b.life.Programs).Runsc, Flags: b.life.Flags, Root: cfg.RunDir, Standby: b.node.standby}
 }
 
 // dead reports whether the sandbox ran and does not any more, or never did.

@@ -12,8 +12,8 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/cgroup"
+	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/span"
@@ -59,8 +59,8 @@ type life struct {
 	// CPUWeight is of the sandbox's group while it is not called; 0 is one of a version that did not record it.
 	CPUWeight int64 `json:"cpu_weight,omitempty"`
 	// What the sandbox was first started with, and its checkpoints need.
-	Programs payload.Version `json:"programs"`
-	Flags    []string        `json:"flags"`
+	Programs embedded.Version `json:"programs"`
+	Flags    []string         `json:"flags"`
 	// Warm says what a member of the pool was made with, see Node.make. "" is no member, or
 	// one that is being claimed. Guarded by node.mu, as Egress.
 	Warm string `json:"warm,omitempty"`
@@ -226,7 +226,7 @@ func (n *Node) container(b *box, spec sandbox.Spec, image string) runsc.Containe
 }
 
 // binds are the directories of the host that a sandbox sees.
-func binds(p payload.Programs) []runsc.Bind {
+func binds(p embedded.Programs) []runsc.Bind {
 	return []runsc.Bind{{From: p.AgentDir, To: agentPath}}
 }
 

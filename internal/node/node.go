@@ -33,9 +33,9 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/cgroup"
 	"github.com/cayhq/cay/internal/checkpoint"
+	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/network"
-	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -51,11 +51,11 @@ type Images interface {
 
 // Config says where a Node keeps things and how much it takes on.
 type Config struct {
-	Instance string           // names this server's things on the host
-	Dir      string           // one directory a sandbox; on disk, holds the writable layers
-	RunDir   string           // runsc's state; on a tmpfs, and short: see [runsc.Runtime]
-	Platform string           // gVisor platform
-	Programs payload.Programs // what new sandboxes start with
+	Instance string            // names this server's things on the host
+	Dir      string            // one directory a sandbox; on disk, holds the writable layers
+	RunDir   string            // runsc's state; on a tmpfs, and short: see [runsc.Runtime]
+	Platform string            // gVisor platform
+	Programs embedded.Programs // what new sandboxes start with
 	// ProgramsDir holds Programs, and those that older sandboxes and checkpoints need.
 	ProgramsDir string
 	Checkpoints string // one directory a sandbox that has any; on disk

@@ -17,9 +17,9 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/network"
-	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -69,7 +69,7 @@ type machine struct {
 	instance string
 	dir      string
 	images   oneImage
-	programs payload.Programs
+	programs embedded.Programs
 	slots    *network.Network
 	node     *Node
 	minDisk  int64
@@ -81,7 +81,7 @@ func newMachine(t *testing.T) *machine {
 	caytest.RequireRoot(t)
 	m := &machine{t: t, instance: caytest.Instance(), dir: t.TempDir(), images: makeImage(t), log: slog.New(slog.NewTextHandler(logWriter{t}, nil))}
 	var err error
-	if m.programs, err = payload.Unpack(filepath.Join(m.dir, "programs")); err != nil {
+	if m.programs, err = embedded.Unpack(filepath.Join(m.dir, "programs")); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

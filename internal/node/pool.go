@@ -8,8 +8,8 @@ import (
 	"strings"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -20,7 +20,7 @@ import (
 func (n *Node) make() string { return n.makeWith(n.cfg.Programs.Version, runsc.Flags(n.cfg.Platform)) }
 
 // makeWith is make for programs and flags that may be those of an older snapshot.
-func (n *Node) makeWith(v payload.Version, flags []string) string {
+func (n *Node) makeWith(v embedded.Version, flags []string) string {
 	return strings.Join(slices.Concat([]string{v.Agent, v.Runsc, fmt.Sprint(n.cfg.MaxPIDs), fmt.Sprint("uid ", n.cfg.FirstUID)}, flags, n.cfg.Nameservers), " ")
 }
 

@@ -11,8 +11,8 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/checkpoint"
+	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/span"
@@ -63,7 +63,7 @@ func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string, 
 	case c == nil:
 		return nil, nil, failed(nil, "its checkpoint is not on this machine")
 	}
-	programs, err := payload.Find(n.cfg.ProgramsDir, was.Programs)
+	programs, err := embedded.Find(n.cfg.ProgramsDir, was.Programs)
 	if err != nil {
 		return nil, nil, failed(err, "the version of cay's runtime that made the checkpoint (%s) is not on this machine any more", was.Programs.Runsc)
 	}

@@ -10,8 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -329,9 +329,9 @@ func TestSnapshotKeepsItsPrograms(t *testing.T) {
 }
 
 // otherPrograms are another version of the programs, which does the same.
-func otherPrograms(t *testing.T, m *machine) payload.Programs {
+func otherPrograms(t *testing.T, m *machine) embedded.Programs {
 	t.Helper()
-	other := payload.At(filepath.Join(m.dir, "programs"), payload.Version{Agent: "another-agent", Runsc: "another-runsc"})
+	other := embedded.At(filepath.Join(m.dir, "programs"), embedded.Version{Agent: "another-agent", Runsc: "another-runsc"})
 	for from, to := range map[string]string{m.programs.Agent: other.Agent, m.programs.Runsc: other.Runsc} {
 		if err := errors.Join(os.Mkdir(filepath.Dir(to), 0o755), os.Link(from, to)); err != nil {
 			t.Fatal(err)

@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/checkpoint"
+	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/payload"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -211,7 +211,7 @@ func (n *Node) collect() error {
 	if entries, err := os.ReadDir(n.cfg.ProgramsDir); err == nil && len(entries) <= 2 {
 		return nil // those of this version: nothing to read all checkpoints for
 	}
-	keep := []payload.Version{n.cfg.Programs.Version}
+	keep := []embedded.Version{n.cfg.Programs.Version}
 	n.mu.Lock()
 	for _, b := range n.boxes {
 		keep = append(keep, b.life.Programs)
@@ -229,7 +229,7 @@ func (n *Node) collect() error {
 		}
 		keep = append(keep, was.Programs)
 	}
-	removed, err := payload.Collect(n.cfg.ProgramsDir, keep)
+	removed, err := embedded.Collect(n.cfg.ProgramsDir, keep)
 	if len(removed) > 0 {
 		n.log.Info("removed versions of the runtime that nothing needs any more", "removed", removed)
 	}

@@ -1,4 +1,4 @@
-// Package payload carries the programs that cay brings with it and unpacks them:
+// Package embedded carries the programs that cay brings with it and unpacks them:
 // cay-agent, which is the first process of every sandbox, cay-runsc, which is
 // gVisor, and cay-buildkit, which builds Dockerfiles.
 //
@@ -7,7 +7,7 @@
 // restored by the gVisor that made it. [Collect] removes those that nobody names any
 // more. Unpacking is atomic and may be done by several processes at once; after an
 // error nothing but a temporary file with a recognisable name can be left.
-package payload
+package embedded
 
 import (
 	"bytes"
