@@ -27,7 +27,7 @@ var mayImport = map[string]struct {
 }{
 	"internal/fault":     {nil, "kinds of error are below everything"},
 	"internal/budget":    {[]string{"fault"}, "the memory that calls may hold is counted below everything"},
-	"internal/heap":      {nil, "it only knows Go's collector"},
+	"internal/gctune":    {nil, "it only knows Go's collector"},
 	"internal/span":      {nil, "what parts of a call take is below everything"},
 	"internal/sandbox":   {[]string{"fault", "span"}, "the core does no I/O: rows and machines are given to it"},
 	"internal/auth":      {[]string{"fault"}, "the core does no I/O"},
@@ -61,9 +61,9 @@ var mayImport = map[string]struct {
 
 	".":                      {nil, "it only carries openapi.yaml"},
 	"client":                 {nil, "public: it must build without our internals"},
-	"cmd/cay-agent":          {[]string{"agent", "agentapi", "heap"}, "a main and nothing else: every sandbox starts it"},
+	"cmd/cay-agent":          {[]string{"agent", "agentapi", "gctune"}, "a main and nothing else: every sandbox starts it"},
 	"cmd/cay-buildkit":       {[]string{"buildkit/*", "cgroup"}, "a module of its own, so that nothing else of cay links BuildKit"},
-	"cmd/cay-runsc":          {[]string{"heap"}, "what is needed of gVisor's main: every sandbox starts it several times"},
+	"cmd/cay-runsc":          {[]string{"gctune"}, "what is needed of gVisor's main: every sandbox starts it several times"},
 	"cmd/cay-runsc/early":    {nil, "it is done before gVisor's packages are initialised"},
 	"scripts/gvisor/filters": {nil, "a step of the build of cay-runsc"},
 	"cmd/cay": {[]string{"agentapi", "api", "auth", "blob", "budget", "buildkit", "cgroup", "e2b", "fault", "egressproxy", "image", "network", "node", "embedded", "proxy", "sandbox", "store", "template"},

@@ -12,13 +12,13 @@ import (
 	"syscall"
 
 	"github.com/cayhq/cay/internal/agent"
-	"github.com/cayhq/cay/internal/heap"
+	"github.com/cayhq/cay/internal/gctune"
 )
 
 const cgroupRoot = "/sys/fs/cgroup"
 
 func main() {
-	heap.Rest(0)
+	gctune.Rest(0)
 	if err := run(); err != nil {
 		fmt.Fprintln(os.Stderr, "cay-agent:", err)
 		os.Exit(1)

@@ -19,7 +19,7 @@ import (
 	"gvisor.dev/gvisor/runsc/flag"
 
 	_ "github.com/cayhq/cay/cmd/cay-runsc/early"
-	"github.com/cayhq/cay/internal/heap"
+	"github.com/cayhq/cay/internal/gctune"
 )
 
 // entry is where the kernel starts the program (-E of the linker, in the Makefile),
@@ -41,7 +41,7 @@ func main() {
 	if len(os.Args) == 2 && os.Args[1] == "await" {
 		await()
 	}
-	heap.Rest(startMemory)
+	gctune.Rest(startMemory)
 	// The processes that stay are named runsc-sandbox and runsc-gofer.
 	if strings.HasPrefix(os.Args[0], "runsc-") {
 		plainCPUID()

@@ -1,11 +1,11 @@
-// Package heap keeps Go's collector from costing a process that rests: one of hundreds on
+// Package gctune keeps Go's collector from costing a process that rests: one of hundreds on
 // a machine, which does nothing for hours.
 //
 // By itself Go collects every two minutes, whatever happened. In a sandbox that rests
 // three processes do that: 20 ms of CPU each time, which is more than half of what such
 // a sandbox takes at all, and its bookkeeping makes the three larger by a megabyte. And what a
 // burst of work has left is only given back slowly.
-package heap
+package gctune
 
 import (
 	"runtime"

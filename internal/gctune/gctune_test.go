@@ -1,11 +1,11 @@
-package heap_test
+package gctune_test
 
 import (
 	"runtime"
 	"testing"
 	"time"
 
-	"github.com/cayhq/cay/internal/heap"
+	"github.com/cayhq/cay/internal/gctune"
 )
 
 var sink []byte
@@ -13,7 +13,7 @@ var sink []byte
 // TestRest works, rests, and looks at what the collector did. It changes the process
 // for good, so it is the only test of its package.
 func TestRest(t *testing.T) {
-	heap.Rest(0)
+	gctune.Rest(0)
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	for i := range 1 << 14 {
