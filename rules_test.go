@@ -28,8 +28,8 @@ var mayImport = map[string]struct {
 	"internal/fault":     {nil, "kinds of error are below everything"},
 	"internal/budget":    {[]string{"fault"}, "the memory that calls may hold is counted below everything"},
 	"internal/gctune":    {nil, "it only knows Go's collector"},
-	"internal/span":      {nil, "what parts of a call take is below everything"},
-	"internal/sandbox":   {[]string{"fault", "span"}, "the core does no I/O: rows and machines are given to it"},
+	"internal/trace":     {nil, "what parts of a call take is below everything"},
+	"internal/sandbox":   {[]string{"fault", "trace"}, "the core does no I/O: rows and machines are given to it"},
 	"internal/auth":      {[]string{"fault"}, "the core does no I/O"},
 	"internal/accesslog": {[]string{"auth"}, "what all fronts write of a request; it takes the rates of callers from auth"},
 	"internal/template":  {[]string{"fault", "sandbox"}, "the core does no I/O; sandboxes are made from templates, so their words are used"},
@@ -45,7 +45,7 @@ var mayImport = map[string]struct {
 	"internal/buildkit/wire": {nil, "what the server and cay-buildkit say to each other: both link it"},
 	"internal/checkpoint":    {[]string{"fault"}, "a technology room: it keeps files whole and knows nothing of what is in them"},
 	"internal/blob":          {[]string{"fault"}, "a technology room: it keeps files by their hash and knows nothing of what is in them"},
-	"internal/node": {[]string{"agentapi", "cgroup", "checkpoint", "fault", "network", "embedded", "runsc", "sandbox", "span"},
+	"internal/node": {[]string{"agentapi", "cgroup", "checkpoint", "fault", "network", "embedded", "runsc", "sandbox", "trace"},
 		"it puts a sandbox together from the technology rooms, and implements the core's port"},
 
 	"internal/agentapi":            {[]string{"budget", "fault", "agentapi/*"}, "the wire between host and agent"},
@@ -54,7 +54,7 @@ var mayImport = map[string]struct {
 	"internal/agent":               {[]string{"agentapi", "agentapi/*", "fault"}, "what runs inside must stay small and know nothing of the host"},
 
 	"internal/store": {[]string{"auth", "fault", "sandbox", "template"}, "it implements the core's ports; all SQL is here"},
-	"internal/api":   {[]string{"accesslog", "agentapi", "auth", "budget", "fault", "proxy", "sandbox", "span", "template"}, "HTTP in, HTTP out: it calls the core and the agent, and has the proxy carry what is for a port"},
+	"internal/api":   {[]string{"accesslog", "agentapi", "auth", "budget", "fault", "proxy", "sandbox", "trace", "template"}, "HTTP in, HTTP out: it calls the core and the agent, and has the proxy carry what is for a port"},
 	"internal/proxy": {[]string{"agentapi", "fault"}, "a front that carries traffic and decides nothing about it: it knows ports and the agent that leads to them, and not the core"},
 	"internal/e2b": {[]string{"accesslog", "agentapi", "auth", "budget", "fault", "proxy", "sandbox", "template"},
 		"E2B's wire in, E2B's wire out: a second front, beside api and knowing nothing of it, that calls the same core and the agent, and has the proxy carry what is for a port"},

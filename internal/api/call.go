@@ -19,7 +19,7 @@ import (
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/span"
+	"github.com/cayhq/cay/internal/trace"
 )
 
 // call is what is known of one request while it is answered. It belongs to the
@@ -33,8 +33,8 @@ type call struct {
 	who   auth.Principal
 	page  bool // problems are shown as a page to who looks at them in a browser
 
-	trace *span.Trace // what its parts took
-	timed bool        // the answer says so
+	trace *trace.Trace // what its parts took
+	timed bool         // the answer says so
 
 	code string // of the problem that was answered
 	err  error  // for the log, when the server or the connection broke
@@ -62,8 +62,8 @@ func requestID(r *http.Request) string {
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	c := &call{id: requestID(r), patience: s.patience, received: &countingBody{ReadCloser: r.Body}}
-	ctx, trace := span.New(budget.With(context.WithValue(r.Context(), callKey{}, c), &c.account))
-	c.trace = trace
+	ctx, tr := trace.New(budget.With(context.WithValue(r.Context(), callKey{}, c), &c.account))
+	c.trace = tr
 	r = r.WithContext(ctx)
 	rec := &recorder{ResponseWriter: w, control: http.NewResponseController(w), call: c, began: start}
 	// The deadline of the answer before this one on the connection is not for this
@@ -135,7 +135,7 @@ func (s *server) admit(r *http.Request, scope auth.Scope) error {
 
 func (s *server) admitKey(r *http.Request, key string, scope auth.Scope) error {
 	c := callOf(r)
-	defer span.Start(r.Context(), "auth")()
+	defer trace.Start(r.Context(), "auth")()
 	who, err := s.Auth.Authenticate(r.Context(), key)
 	if err != nil {
 		return err
@@ -285,8 +285,8 @@ func (w *recorder) WriteHeader(status int) {
 	}
 	w.soon()
 	if w.call.timed {
-		spans := append(w.call.trace.Spans(), span.Span{Name: "total", Took: time.Since(w.began)})
-		w.Header().Set("Server-Timing", span.ServerTiming(spans))
+		spans := append(w.call.trace.Spans(), trace.Span{Name: "total", Took: time.Since(w.began)})
+		w.Header().Set("Server-Timing", trace.ServerTiming(spans))
 	}
 	w.ResponseWriter.WriteHeader(status)
 }

@@ -15,7 +15,7 @@ import (
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
-	"github.com/cayhq/cay/internal/span"
+	"github.com/cayhq/cay/internal/trace"
 )
 
 // Limits of a command. Part of the contract.
@@ -73,10 +73,10 @@ func (s *server) ExecuteCommand(w http.ResponseWriter, r *http.Request, id Sandb
 	s.inside(w, r, id, func(t agentapi.Target) error {
 		account := &callOf(r).account
 		stdout, stderr := budget.Bytes{Account: account}, budget.Bytes{Account: account}
-		end := span.Start(r.Context(), "agent")
+		end := trace.Start(r.Context(), "agent")
 		result, err := s.Agent.Collect(r.Context(), t, request, &stdout, &stderr)
 		end()
-		span.Add(r.Context(), "inside", result.Duration)
+		trace.Add(r.Context(), "inside", result.Duration)
 		if err == nil {
 			s.sendResult(w, r, result, &stdout, &stderr)
 		}

@@ -7,7 +7,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/cayhq/cay/internal/span"
+	"github.com/cayhq/cay/internal/trace"
 )
 
 // metrics counts requests by route pattern, never by path: ids would make a
@@ -54,7 +54,7 @@ func (m *metrics) observe(route, method string, status int, took time.Duration) 
 	m.duration.WithLabelValues(route, method).Observe(took.Seconds())
 }
 
-func (m *metrics) observeParts(route string, spans []span.Span) {
+func (m *metrics) observeParts(route string, spans []trace.Span) {
 	for _, s := range spans {
 		m.parts.WithLabelValues(route, s.Name).Observe(s.Took.Seconds())
 	}

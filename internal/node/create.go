@@ -16,7 +16,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
-	"github.com/cayhq/cay/internal/span"
+	"github.com/cayhq/cay/internal/trace"
 )
 
 const (
@@ -123,7 +123,7 @@ func (n *Node) walk(ctx context.Context, b *box, steps []step, undo func(context
 	id := b.life.ID
 	for _, s := range steps {
 		began := time.Now()
-		end := span.Start(ctx, s.name)
+		end := trace.Start(ctx, s.name)
 		err := s.do(ctx)
 		end()
 		if err == nil {

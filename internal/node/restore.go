@@ -15,7 +15,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
-	"github.com/cayhq/cay/internal/span"
+	"github.com/cayhq/cay/internal/trace"
 )
 
 // making is what a sandbox of the spec is made with, and the steps that do it: a boot, or
@@ -52,7 +52,7 @@ func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string, 
 		}
 		return fault.New(fault.Internal, code, why, args...).Because(cause)
 	}
-	end := span.Start(ctx, "checkpoint")
+	end := trace.Start(ctx, "checkpoint")
 	c, was, err := n.restorable(ctx, name)
 	end()
 	switch {

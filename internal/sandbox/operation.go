@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/span"
+	"github.com/cayhq/cay/internal/trace"
 )
 
 type opKind string
@@ -81,7 +81,7 @@ func (s *Service) begin(id ID, kind opKind) (op *operation, mine bool) {
 // do works on the operation that the caller has begun, and finishes it. Of ctx it has
 // nothing but what is measured.
 func (s *Service) do(ctx context.Context, id ID, op *operation, work func(ctx context.Context) (Sandbox, error)) {
-	ctx = span.Carry(op.ctx, ctx)
+	ctx = trace.Carry(op.ctx, ctx)
 	go func() {
 		result, err := work(ctx)
 		if err != nil && fault.As(err) == nil && context.Cause(ctx) == errInterrupted {

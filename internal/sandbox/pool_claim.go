@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/span"
+	"github.com/cayhq/cay/internal/trace"
 )
 
 // claimTimeout bounds giving a member to its sandbox, which takes milliseconds. Too low
@@ -48,7 +48,7 @@ func (s *Service) createWarm(ctx context.Context, c Caller, box Sandbox, v Templ
 		return Sandbox{}, false, nil
 	}
 	// Refused like this no member is spent. What decides is the claim's transaction.
-	end := span.Start(ctx, "admit")
+	end := trace.Start(ctx, "admit")
 	prior, found, err := s.store.Admit(ctx, box, c.Quota, once)
 	end()
 	if err != nil || found {
@@ -110,7 +110,7 @@ func (s *Service) claim(ctx context.Context, box Sandbox, q Quota, once Once) (r
 	} else {
 		box.LastActivityAt = box.StartedAt
 	}
-	end := span.Start(ctx, "commit")
+	end := trace.Start(ctx, "commit")
 	prior, found, err = s.store.Claim(ctx, box, q, once)
 	end()
 	switch {

@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/span"
+	"github.com/cayhq/cay/internal/trace"
 )
 
 const (
@@ -270,7 +270,7 @@ const roomPatience = 2 * time.Second
 // room makes sure that the machine can take one more sandbox. Members of the pool give
 // way, those that are being prepared too, and sandboxes that are going are waited for.
 func (s *Service) room(ctx context.Context, size Size) error {
-	defer span.Start(ctx, "room")()
+	defer trace.Start(ctx, "room")()
 	patience, cancel := context.WithTimeout(ctx, roomPatience)
 	defer cancel()
 	for {

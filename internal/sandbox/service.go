@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/span"
+	"github.com/cayhq/cay/internal/trace"
 )
 
 // Config is what the operator decides about sandboxes.
@@ -88,7 +88,7 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wa
 	if r.Snapshot != "" {
 		return s.createFrom(ctx, c, r, once, wait)
 	}
-	end := span.Start(ctx, "template")
+	end := trace.Start(ctx, "template")
 	version, err := s.templates.Ready(ctx, c.OrgID, r.Template)
 	end()
 	if err != nil {
@@ -123,7 +123,7 @@ func (s *Service) makeNew(ctx context.Context, c Caller, box Sandbox, spec Spec,
 		release()
 		return Sandbox{}, errClosing
 	}
-	end := span.Start(ctx, "insert")
+	end := trace.Start(ctx, "insert")
 	prior, found, err := s.store.Insert(ctx, box, c.Quota, once)
 	end()
 	if err != nil || found {
@@ -316,7 +316,7 @@ func (s *Service) Sizes() []Size { return s.cfg.Sizes }
 // transition is the one door between states: the row, then the log line and
 // whoever observes.
 func (s *Service) transition(ctx context.Context, c Change) (Sandbox, error) {
-	end := span.Start(ctx, "commit")
+	end := trace.Start(ctx, "commit")
 	before, err := s.store.Transition(ctx, c)
 	end()
 	if err != nil {

@@ -5,7 +5,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/span"
+	"github.com/cayhq/cay/internal/trace"
 )
 
 // pointTimeout bounds writing or reading one recovery point. The largest size has
@@ -76,7 +76,7 @@ type wish struct {
 // the activity.
 func (s *Service) running(ctx context.Context, c Caller, id ID, u wish) (Sandbox, *life, error) {
 	for {
-		end := span.Start(ctx, "find")
+		end := trace.Start(ctx, "find")
 		box, err := s.Get(ctx, c.OrgID, id)
 		end()
 		if err != nil {

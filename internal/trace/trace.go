@@ -1,10 +1,10 @@
-// Package span measures what the parts of one call take, across the rooms that have a
+// Package trace measures what the parts of one call take, across the rooms that have a
 // part in it: who answers a call begins a [Trace], and every room on the way says
 // with [Start] what it is doing. Where nobody asked, nothing is measured.
 //
 // A Trace is safe for concurrent use. What is measured after it was read is kept and
 // changes nothing.
-package span
+package trace
 
 import (
 	"context"
