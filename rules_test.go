@@ -53,10 +53,10 @@ var mayImport = map[string]struct {
 	"internal/agentapi/filesystem": {nil, "generated"},
 	"internal/agent":               {[]string{"agentapi", "agentapi/*", "fault"}, "what runs inside must stay small and know nothing of the host"},
 
-	"internal/store": {[]string{"auth", "fault", "sandbox", "template"}, "it implements the core's ports; all SQL is here"},
-	"internal/api":   {[]string{"accesslog", "agentapi", "auth", "budget", "fault", "proxy", "sandbox", "trace", "template"}, "HTTP in, HTTP out: it calls the core and the agent, and has the proxy carry what is for a port"},
-	"internal/proxy": {[]string{"agentapi", "fault"}, "a front that carries traffic and decides nothing about it: it knows ports and the agent that leads to them, and not the core"},
-	"internal/e2b": {[]string{"accesslog", "agentapi", "auth", "budget", "fault", "proxy", "sandbox", "template"},
+	"internal/store":     {[]string{"auth", "fault", "sandbox", "template"}, "it implements the core's ports; all SQL is here"},
+	"internal/api":       {[]string{"accesslog", "agentapi", "auth", "budget", "fault", "portproxy", "sandbox", "trace", "template"}, "HTTP in, HTTP out: it calls the core and the agent, and has the proxy carry what is for a port"},
+	"internal/portproxy": {[]string{"agentapi", "fault"}, "a front that carries traffic and decides nothing about it: it knows ports and the agent that leads to them, and not the core"},
+	"internal/e2b": {[]string{"accesslog", "agentapi", "auth", "budget", "fault", "portproxy", "sandbox", "template"},
 		"E2B's wire in, E2B's wire out: a second front, beside api and knowing nothing of it, that calls the same core and the agent, and has the proxy carry what is for a port"},
 
 	".":                      {nil, "it only carries openapi.yaml"},
@@ -66,7 +66,7 @@ var mayImport = map[string]struct {
 	"cmd/cay-runsc":          {[]string{"gctune"}, "what is needed of gVisor's main: every sandbox starts it several times"},
 	"cmd/cay-runsc/early":    {nil, "it is done before gVisor's packages are initialised"},
 	"scripts/gvisor/filters": {nil, "a step of the build of cay-runsc"},
-	"cmd/cay": {[]string{"agentapi", "api", "auth", "blob", "budget", "buildkit", "cgroup", "e2b", "fault", "egressproxy", "image", "network", "node", "embedded", "proxy", "sandbox", "store", "template"},
+	"cmd/cay": {[]string{"agentapi", "api", "auth", "blob", "budget", "buildkit", "cgroup", "e2b", "fault", "egressproxy", "image", "network", "node", "embedded", "portproxy", "sandbox", "store", "template"},
 		"all wiring is here; the CLI's verbs use client"},
 }
 

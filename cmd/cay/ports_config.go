@@ -6,7 +6,7 @@ import (
 	"regexp"
 	"strconv"
 
-	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/portproxy"
 )
 
 // proxyConfig is how ports of sandboxes are reached by host name.
@@ -38,4 +38,6 @@ func (c proxyConfig) check() error {
 	return nil
 }
 
-func (c proxyConfig) names() proxy.Names { return proxy.Names{Domain: c.Domain, Scheme: c.Scheme} }
+func (c proxyConfig) names() portproxy.Names {
+	return portproxy.Names{Domain: c.Domain, Scheme: c.Scheme}
+}

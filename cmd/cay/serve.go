@@ -31,7 +31,7 @@ import (
 	"github.com/cayhq/cay/internal/image"
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/node"
-	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
 	"github.com/cayhq/cay/internal/template"
@@ -138,7 +138,7 @@ type server struct {
 	templates   *template.Service
 	auth        *auth.Service
 	sandboxes   *sandbox.Service
-	ports       *proxy.Proxy
+	ports       *portproxy.Proxy
 	registry    *prometheus.Registry
 	budget      *budget.Budget // of the memory that calls hold
 }
@@ -321,7 +321,7 @@ func (s *server) openCore(ctx context.Context) error {
 		MaxDisk: cfg.Sandbox.MaxDiskMB, KeepDestroyed: time.Duration(cfg.Sandbox.KeepDestroyed), MaxDestroyed: cfg.Sandbox.MaxDestroyed, MaxSnapshots: cfg.Sandbox.MaxSnapshots, Pool: s.pool(),
 	}, s.db, s.node, s.templates, s.log, s.observe())
 	s.onClose(s.sandboxes.Close)
-	s.ports = proxy.New(s.node.Agents(), s.log)
+	s.ports = portproxy.New(s.node.Agents(), s.log)
 	s.onClose(s.ports.Close)
 	s.serveEgress(s.egressOn)
 	return s.sandboxes.Reconcile(ctx)
@@ -363,7 +363,7 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 		return fmt.Errorf("listening for the API: %w", err)
 	}
 	metrics := promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{})
-	secret, err := s.setting(ctx, settingPorts, proxy.NewSecret)
+	secret, err := s.setting(ctx, settingPorts, portproxy.NewSecret)
 	if err != nil {
 		return err
 	}
@@ -372,7 +372,7 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 	var hijacked sync.WaitGroup
 	handler := api.New(api.Config{
 		Stopping: stopping, Hijacked: &hijacked,
-		Ports: s.ports, Names: s.cfg.Proxy.names(), Signer: proxy.NewSigner(secret),
+		Ports: s.ports, Names: s.cfg.Proxy.names(), Signer: portproxy.NewSigner(secret),
 		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
 		Budget: s.budget, Ready: func() error { return s.db.Ping(ctx) }, Metrics: metrics, Registry: s.registry, Log: s.log, Version: version,
 	})

@@ -30,7 +30,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/budget"
-	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
 )
@@ -109,8 +109,8 @@ type Config struct {
 	Auth      Auth
 	Agent     Agent
 	Ports     Ports
-	Names     proxy.Names // host names of ports; the zero value is none
-	Signer    proxy.Signer
+	Names     portproxy.Names // host names of ports; the zero value is none
+	Signer    portproxy.Signer
 
 	// Ready says whether sandboxes can be created; nil, or a nil error, is yes.
 	// The text of a fault is shown, that of any other error only logged.

@@ -31,7 +31,7 @@ import (
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
 	"github.com/cayhq/cay/internal/template"
@@ -92,9 +92,9 @@ func newHouse(t testing.TB, options ...option) *house {
 		Sizes:    []string{"shared-cpu-1x"}, MaxDiskMB: 8192, MaxTemplates: 20, ContextLimit: contextLimit,
 	}, db, h.builds, contexts, db, log)
 	registry := prometheus.NewRegistry()
-	ports := proxy.New(h.ports, log)
+	ports := portproxy.New(h.ports, log)
 	cfg := Config{
-		Ports: ports, Signer: proxy.NewSigner("secret"),
+		Ports: ports, Signer: portproxy.NewSigner("secret"),
 		Agent: h.agent, Templates: templates, Log: log, Version: "test", Registry: registry,
 		Metrics: promhttp.HandlerFor(registry, promhttp.HandlerOpts{}),
 		Ready:   func() error { return h.ready },

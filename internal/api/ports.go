@@ -12,7 +12,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -29,9 +29,9 @@ const (
 	portHostRoute = "{port}-{id}.{domain}"
 )
 
-// Ports is what is called of the proxy room; [*proxy.Proxy] has it.
+// Ports is what is called of the room portproxy; [*portproxy.Proxy] has it.
 type Ports interface {
-	Serve(w http.ResponseWriter, r *http.Request, to proxy.Destination) error
+	Serve(w http.ResponseWriter, r *http.Request, to portproxy.Destination) error
 	Tunnel(w http.ResponseWriter, r *http.Request, t agentapi.Target, port int) error
 }
 
@@ -84,9 +84,9 @@ func (s *server) servePort(w *recorder, r *http.Request, p portRequest) {
 		return
 	}
 	defer lease.Release()
-	to := proxy.Destination{Target: targetOf(lease), Port: p.port, Shared: !p.byHost}
+	to := portproxy.Destination{Target: targetOf(lease), Port: p.port, Shared: !p.byHost}
 	if !p.byHost {
-		to.Path, to.Prefix = p.path, proxy.Path(string(p.id), p.port)
+		to.Path, to.Prefix = p.path, portproxy.Path(string(p.id), p.port)
 		to.Host = "localhost:" + strconv.Itoa(p.port)
 	}
 	clear(w.Header()) // it is the application's, which may have a request id of its own
@@ -121,12 +121,12 @@ func (s *server) mayReach(w *recorder, r *http.Request, p portRequest) (caller s
 	if !signed && (fault.Is(err, fault.NotFound) || err == nil && !public) {
 		// Who has no right is not told either which sandboxes there are.
 		return sandbox.Caller{}, false, fault.New(fault.Unauthenticated, "unauthenticated",
-			"this port is private: it needs a signed URL, or an API key in Authorization: Bearer cay_… or in %s", proxy.KeyHeader)
+			"this port is private: it needs a signed URL, or an API key in Authorization: Bearer cay_… or in %s", portproxy.KeyHeader)
 	}
 	if err != nil {
 		return sandbox.Caller{}, false, err
 	}
-	if fromQuery := r.URL.Query().Has(proxy.TokenParam); p.byHost && fromQuery && (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.Header.Get("Upgrade") == "" {
+	if fromQuery := r.URL.Query().Has(portproxy.TokenParam); p.byHost && fromQuery && (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.Header.Get("Upgrade") == "" {
 		exchange(w, r, ends)
 		return sandbox.Caller{}, true, nil
 	}
@@ -137,10 +137,10 @@ func (s *server) mayReach(w *recorder, r *http.Request, p portRequest) (caller s
 // keyOfPort is the key that a request to a port brings, "" for none: an Authorization that is
 // no key of ours is the application's.
 func keyOfPort(r *http.Request) string {
-	if values := r.Header.Values(proxy.KeyHeader); len(values) > 0 {
+	if values := r.Header.Values(portproxy.KeyHeader); len(values) > 0 {
 		return strings.Join(values, ",")
 	}
-	if key := bearer(r); proxy.IsKey(key) {
+	if key := bearer(r); portproxy.IsKey(key) {
 		return key
 	}
 	return ""
@@ -150,14 +150,14 @@ func keyOfPort(r *http.Request) string {
 // right is an error; a cookie that is not is none: the port may be public meanwhile.
 func (s *server) signature(r *http.Request, p portRequest) (signed bool, ends time.Time, err error) {
 	now := time.Now()
-	if values := r.URL.Query()[proxy.TokenParam]; len(values) > 0 {
+	if values := r.URL.Query()[portproxy.TokenParam]; len(values) > 0 {
 		ends, err = s.Signer.Check(values[0], string(p.id), p.port, now)
 		return err == nil, ends, err
 	}
 	if !p.byHost {
 		return false, ends, nil // on the API's host a cookie of one sandbox would come with the pages of all
 	}
-	for _, cookie := range r.CookiesNamed(proxy.TokenCookie) {
+	for _, cookie := range r.CookiesNamed(portproxy.TokenCookie) {
 		if ends, err = s.Signer.Check(cookie.Value, string(p.id), p.port, now); err == nil {
 			return true, ends, nil
 		}
@@ -168,10 +168,10 @@ func (s *server) signature(r *http.Request, p portRequest) (signed bool, ends ti
 // exchange sends the caller to the same place without the signature in the URL, which would
 // get into histories and logs, and with it in a cookie of this host alone.
 func exchange(w *recorder, r *http.Request, ends time.Time) {
-	http.SetCookie(w, &http.Cookie{Name: proxy.TokenCookie, Value: r.URL.Query().Get(proxy.TokenParam), Path: "/",
-		Expires: ends, HttpOnly: true, Secure: proxy.Scheme(r) == "https", SameSite: http.SameSiteLaxMode})
+	http.SetCookie(w, &http.Cookie{Name: portproxy.TokenCookie, Value: r.URL.Query().Get(portproxy.TokenParam), Path: "/",
+		Expires: ends, HttpOnly: true, Secure: portproxy.Scheme(r) == "https", SameSite: http.SameSiteLaxMode})
 	// Never two slashes at the beginning, which would be another host.
-	to := url.URL{Path: "/" + strings.TrimLeft(r.URL.Path, "/"), RawPath: "/" + strings.TrimLeft(r.URL.EscapedPath(), "/"), RawQuery: proxy.WithoutToken(r.URL.RawQuery)}
+	to := url.URL{Path: "/" + strings.TrimLeft(r.URL.Path, "/"), RawPath: "/" + strings.TrimLeft(r.URL.EscapedPath(), "/"), RawQuery: portproxy.WithoutToken(r.URL.RawQuery)}
 	h := w.Header()
 	h.Set("Location", to.String())
 	h.Set("Cache-Control", "no-store")
@@ -194,7 +194,7 @@ func (s *server) OpenTunnel(w http.ResponseWriter, r *http.Request, id SandboxID
 		s.fail(w, r, err)
 		return
 	}
-	if !proxy.WantsTunnel(r) {
+	if !portproxy.WantsTunnel(r) {
 		w.Header().Set("Upgrade", agentapi.TunnelProtocol)
 		s.problem(w, r, http.StatusUpgradeRequired, fault.InField("upgrade_required", "Upgrade", "a tunnel needs HTTP/1.1 with Connection: Upgrade and Upgrade: %s", agentapi.TunnelProtocol))
 		return
@@ -249,7 +249,7 @@ func (s *server) portURL(r *http.Request, id string, port int) string {
 	if base := s.Names.Of(id, port); base != "" {
 		return base + "/"
 	}
-	return proxy.Scheme(r) + "://" + r.Host + proxy.Path(id, port) + "/"
+	return portproxy.Scheme(r) + "://" + r.Host + portproxy.Path(id, port) + "/"
 }
 
 // ListPorts answers GET /v1/sandboxes/{id}/ports.
@@ -292,7 +292,7 @@ func (s *server) CreatePortURL(w http.ResponseWriter, r *http.Request, id Sandbo
 	}
 	// Signatures end with a whole second, and what is promised is not cut short by that.
 	ends := time.Now().Add(expiry + time.Second - 1).Truncate(time.Second).UTC()
-	signed := s.portURL(r, id, port) + "?" + proxy.TokenParam + "=" + s.Signer.Sign(id, port, ends)
+	signed := s.portURL(r, id, port) + "?" + portproxy.TokenParam + "=" + s.Signer.Sign(id, port, ends)
 	s.answer(w, r, http.StatusCreated, PortURL{URL: signed, ExpiresAt: ends})
 }
 

@@ -17,7 +17,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -55,7 +55,7 @@ const testDomain = "boxes.test"
 func portHouse(t *testing.T) *house {
 	t.Helper()
 	h := newHouse(t, func(_ *auth.Config, _ *sandbox.Config, c *Config) {
-		c.Names = proxy.Names{Domain: testDomain, Scheme: "http"}
+		c.Names = portproxy.Names{Domain: testDomain, Scheme: "http"}
 	})
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/plain")
@@ -105,14 +105,14 @@ func TestPortByPathAndHost(t *testing.T) {
 	box := h.newBox(t)
 	withKey := header("Authorization", "Bearer "+h.key)
 	for target, asked := range map[string]string{
-		proxy.Path(box.ID, 8080) + "/a%2Fb//c/../d?x=1": "GET /a%2Fb//c/../d?x=1 HTTP/1.1\r\nHost: localhost:8080\r\n",
-		proxy.Path(box.ID, 8080) + "/url":               "GET /url HTTP/1.1\r\n",
-		proxy.Path(box.ID, 8080) + "/v1/sandboxes":      "GET /v1/sandboxes HTTP/1.1\r\n",
-		hostOf(box.ID, 8080) + "/v1/sandboxes?a":        "GET /v1/sandboxes?a HTTP/1.1\r\nHost: 8080-" + box.ID[4:] + "." + testDomain + "\r\n",
-		hostOf(box.ID, 8080) + "/healthz":               "GET /healthz HTTP/1.1\r\n",
+		portproxy.Path(box.ID, 8080) + "/a%2Fb//c/../d?x=1": "GET /a%2Fb//c/../d?x=1 HTTP/1.1\r\nHost: localhost:8080\r\n",
+		portproxy.Path(box.ID, 8080) + "/url":               "GET /url HTTP/1.1\r\n",
+		portproxy.Path(box.ID, 8080) + "/v1/sandboxes":      "GET /v1/sandboxes HTTP/1.1\r\n",
+		hostOf(box.ID, 8080) + "/v1/sandboxes?a":            "GET /v1/sandboxes?a HTTP/1.1\r\nHost: 8080-" + box.ID[4:] + "." + testDomain + "\r\n",
+		hostOf(box.ID, 8080) + "/healthz":                   "GET /healthz HTTP/1.1\r\n",
 	} {
 		for name, edit := range map[string]func(*http.Request){"key": withKey, "own header": func(r *http.Request) {
-			r.Header.Set(proxy.KeyHeader, h.key)
+			r.Header.Set(portproxy.KeyHeader, h.key)
 			r.Header.Set("Authorization", "Bearer theirs")
 		}} {
 			r := h.visit(t, "GET", target, edit)
@@ -153,23 +153,23 @@ func TestPortRefused(t *testing.T) {
 		code   string
 	}{
 		"nobody":                {hostOf(box.ID, 8080) + "/", none, 401, "unauthenticated"},
-		"nobody, by path":       {proxy.Path(box.ID, 8080) + "/", none, 401, "unauthenticated"},
+		"nobody, by path":       {portproxy.Path(box.ID, 8080) + "/", none, 401, "unauthenticated"},
 		"nobody, no sandbox":    {hostOf("sbx_aaaaaaaaaaaaaaaaaaaa", 8080) + "/", none, 401, "unauthenticated"},
 		"nobody, no such id":    {"/v1/sandboxes/x/ports/80/", none, 401, "unauthenticated"},
 		"the application's key": {hostOf(box.ID, 8080) + "/", key("theirs"), 401, "unauthenticated"},
 		"another's key":         {hostOf(box.ID, 8080) + "/", key(h.other), 403, notYours},
 		"no such key":           {hostOf(box.ID, 8080) + "/", key("cay_0123456789abcdef0123456789abcdef01234567"), 401, "unauthenticated"},
-		"without the scope":     {proxy.Path(box.ID, 8080) + "/", key(poor), 403, "scope_missing"},
+		"without the scope":     {portproxy.Path(box.ID, 8080) + "/", key(poor), 403, "scope_missing"},
 		"no sandbox":            {hostOf("sbx_aaaaaaaaaaaaaaaaaaaa", 8080) + "/", key(h.key), 404, "sandbox_not_found"},
 		"nothing listens":       {hostOf(box.ID, 8081) + "/", key(h.key), 502, "port_closed"},
-		"port 0":                {proxy.Path(box.ID, 0) + "/", key(h.key), 400, "invalid_port"},
-		"port 70000":            {proxy.Path(box.ID, 70000) + "/", key(h.key), 400, "invalid_port"},
+		"port 0":                {portproxy.Path(box.ID, 0) + "/", key(h.key), 400, "invalid_port"},
+		"port 70000":            {portproxy.Path(box.ID, 70000) + "/", key(h.key), 400, "invalid_port"},
 		"the agent's":           {hostOf(box.ID, agentapi.Port) + "/health", key(h.key), 400, "invalid_port"},
 		"a made-up signature":   {hostOf(box.ID, 8080) + "/?cay_token=a.b", none, 401, "invalid_signature"},
 		"one of another port":   {hostOf(box.ID, 8080) + "/?cay_token=" + h.server.Signer.Sign(box.ID, 8081, time.Now().Add(time.Hour)), none, 401, "invalid_signature"},
 		"an expired one":        {hostOf(box.ID, 8080) + "/?cay_token=" + h.server.Signer.Sign(box.ID, 8080, time.Now().Add(-time.Second)), none, 401, "signature_expired"},
 		"a made-up cookie":      {hostOf(box.ID, 8080) + "/", header("Cookie", "cay_token=a.b"), 401, "unauthenticated"},
-		"a cookie by path": {proxy.Path(box.ID, 8080) + "/",
+		"a cookie by path": {portproxy.Path(box.ID, 8080) + "/",
 			header("Cookie", "cay_token="+h.server.Signer.Sign(box.ID, 8080, time.Now().Add(time.Hour))), 401, "unauthenticated"},
 	} {
 		r := h.visit(t, "GET", c.target, c.edit)
@@ -203,7 +203,7 @@ func TestPortPublic(t *testing.T) {
 	if b := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, "")); b.Status != "suspended" {
 		t.Errorf("changing a port woke it: %s", b.Status)
 	}
-	for _, target := range []string{target, proxy.Path(box.ID, 8080) + "/x"} {
+	for _, target := range []string{target, portproxy.Path(box.ID, 8080) + "/x"} {
 		if r := h.visit(t, "POST", target); r.status != 200 {
 			t.Errorf("public, %s: %d %s", target, r.status, r.body)
 		}
@@ -261,7 +261,7 @@ func TestPortSigned(t *testing.T) {
 			t.Errorf("%s: %d %s", name, r.status, r.body)
 		}
 	}
-	byPath := proxy.Path(box.ID, 8080) + "/?" + signed.RawQuery
+	byPath := portproxy.Path(box.ID, 8080) + "/?" + signed.RawQuery
 	if r := h.visit(t, "GET", byPath); r.status != 200 || strings.Contains(string(r.body), "cay_token") || r.header.Get("Set-Cookie") != "" {
 		t.Errorf("by path: %d %s", r.status, r.body)
 	}

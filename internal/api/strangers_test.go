@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/auth"
-	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -25,13 +25,13 @@ func TestStrangersAreLimited(t *testing.T) {
 			return h.visit(t, "GET", hostOf(box.ID, 8080)+"/")
 		},
 		"a made-up signature": func(h *house, box Sandbox) reply {
-			return h.visit(t, "GET", proxy.Path(box.ID, 8080)+"/?cay_token=cays_x")
+			return h.visit(t, "GET", portproxy.Path(box.ID, 8080)+"/?cay_token=cays_x")
 		},
 		"the document": func(h *house, _ Sandbox) reply { return h.send(t, "GET", "/openapi.yaml", "", "") },
 	} {
 		h := newHouse(t, func(a *auth.Config, _ *sandbox.Config, c *Config) {
 			a.FailedRate, a.FailedBurst = 0.01, burst
-			c.Names = proxy.Names{Domain: testDomain, Scheme: "http"}
+			c.Names = portproxy.Names{Domain: testDomain, Scheme: "http"}
 		})
 		box := h.newBox(t)
 		for i := range burst {
@@ -118,20 +118,20 @@ func TestOwnAnswersAreNoPages(t *testing.T) {
 	}
 }
 
-// TestPortByPathIsConfined is of the whole way; what is removed is tested in the proxy room.
+// TestPortByPathIsConfined is of the whole way; what is removed is tested in portproxy.
 func TestPortByPathIsConfined(t *testing.T) {
 	h := portHouse(t)
 	box := h.newBox(t)
 	key := header("Authorization", "Bearer "+h.key)
-	if r := h.visit(t, "GET", proxy.Path(box.ID, 8080)+"/", key); !strings.HasPrefix(r.header.Get("Content-Security-Policy"), "sandbox ") || len(r.header.Values("Content-Security-Policy")) != 1 {
+	if r := h.visit(t, "GET", portproxy.Path(box.ID, 8080)+"/", key); !strings.HasPrefix(r.header.Get("Content-Security-Policy"), "sandbox ") || len(r.header.Values("Content-Security-Policy")) != 1 {
 		t.Errorf("by path: %d %v", r.status, r.header)
 	}
 	if r := h.visit(t, "GET", hostOf(box.ID, 8080)+"/", key); r.header.Get("Content-Security-Policy")+r.header.Get("Referrer-Policy") != "" {
 		t.Errorf("by host: %d %v", r.status, r.header)
 	}
 	for target, want := range map[string]string{
-		proxy.Path(box.ID, 8080) + "/sw.js":                      "403 service_worker_refused",
-		proxy.Path(box.ID, 8080) + "/a/" + aKey:                  "400 secret_in_path",
+		portproxy.Path(box.ID, 8080) + "/sw.js":                  "403 service_worker_refused",
+		portproxy.Path(box.ID, 8080) + "/a/" + aKey:              "400 secret_in_path",
 		hostOf(box.ID, 8080) + "/" + aKey[:4] + "%30" + aKey[5:]: "400 secret_in_path",
 	} {
 		r := h.visit(t, "GET", target, key, func(r *http.Request) {

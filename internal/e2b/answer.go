@@ -20,7 +20,7 @@ import (
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/portproxy"
 )
 
 // statuses is where a kind of error becomes a status of this surface.
@@ -246,7 +246,7 @@ func (w *recorder) WriteHeader(status int) {
 		w.status = status
 	}
 	if status < 200 {
-		proxy.CleanAnswer(w.Header(), true) // what is sent ahead comes from inside
+		portproxy.CleanAnswer(w.Header(), true) // what is sent ahead comes from inside
 	}
 	_ = w.control.SetWriteDeadline(time.Now().Add(stall)) // as in Write
 	w.ResponseWriter.WriteHeader(status)

@@ -28,7 +28,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/budget"
-	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
 )
@@ -76,9 +76,9 @@ type Agent interface {
 	Metrics(ctx context.Context, t agentapi.Target) (agentapi.Metrics, error)
 }
 
-// Ports is what is called of the proxy room; [*proxy.Proxy] has it.
+// Ports is what is called of the room portproxy; [*portproxy.Proxy] has it.
 type Ports interface {
-	Serve(w http.ResponseWriter, r *http.Request, to proxy.Destination) error
+	Serve(w http.ResponseWriter, r *http.Request, to portproxy.Destination) error
 }
 
 // Config is what the surface needs. Every field but Budget is required.
@@ -88,7 +88,7 @@ type Config struct {
 	Auth      Auth
 	Agent     Agent
 	Ports     Ports
-	Names     proxy.Names // of ports, where the operator has a domain for them
+	Names     portproxy.Names // of ports, where the operator has a domain for them
 	// Secret is what tokens are derived from: at least 16 random bytes, the same in
 	// every life of the server, or clients lose the sandboxes that they have.
 	Secret []byte

@@ -21,7 +21,7 @@ import (
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/blob"
 	"github.com/cayhq/cay/internal/caytest"
-	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
 	"github.com/cayhq/cay/internal/template"
@@ -48,12 +48,12 @@ type house struct {
 	// answer plays the agent; guarded by mu
 	answer http.HandlerFunc
 	// carried is what was given to the proxy of ports, which fails with portErr; guarded by mu
-	carried []proxy.Destination
+	carried []portproxy.Destination
 	portErr error
 }
 
 // Serve plays the proxy of ports.
-func (h *house) Serve(w http.ResponseWriter, r *http.Request, to proxy.Destination) error {
+func (h *house) Serve(w http.ResponseWriter, r *http.Request, to portproxy.Destination) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.portErr != nil {
@@ -126,7 +126,7 @@ func newHouse(t *testing.T) *house {
 	h.node.OnDestroy = h.node.OnSuspend
 	next := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusTeapot) })
 	h.face = New(Config{Sandboxes: h.boxes, Templates: templates, Auth: h.auth, Agent: h.agents,
-		Ports: h, Names: proxy.Names{Domain: "boxes.example", Scheme: "https"}, Secret: []byte("0123456789abcdef"), Log: log, Registry: prometheus.NewRegistry()}, next)
+		Ports: h, Names: portproxy.Names{Domain: "boxes.example", Scheme: "https"}, Secret: []byte("0123456789abcdef"), Log: log, Registry: prometheus.NewRegistry()}, next)
 	listener := httptest.NewServer(h.face)
 	h.url = listener.URL
 	t.Cleanup(func() {

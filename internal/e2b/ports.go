@@ -7,7 +7,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -61,7 +61,7 @@ func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, box sandbox.
 	}
 	clear(w.Header()) // it is the application's
 	host := strings.ReplaceAll(kept.HostMask, "${PORT}", strconv.Itoa(to.port))
-	err = s.Ports.Serve(w, r, proxy.Destination{Target: target(lease.Sandbox), Port: to.port, Host: host, Shared: to.shared})
+	err = s.Ports.Serve(w, r, portproxy.Destination{Target: target(lease.Sandbox), Port: to.port, Host: host, Shared: to.shared})
 	if err == nil {
 		return nil
 	}

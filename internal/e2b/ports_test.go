@@ -5,7 +5,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -60,7 +60,7 @@ func TestPorts(t *testing.T) {
 
 	for err, want := range map[error]string{
 		fault.New(fault.Upstream, agentapi.CodePortClosed, "no"):        "The sandbox is running but port is not open",
-		fault.New(fault.Upstream, proxy.CodeNoAnswer, "it is mute"):     "The sandbox is running but it is mute",
+		fault.New(fault.Upstream, portproxy.CodeNoAnswer, "it is mute"): "The sandbox is running but it is mute",
 		fault.New(fault.Unavailable, agentapi.CodeUnreachable, "no"):    "The sandbox is running but does not answer",
 		fault.New(fault.Conflict, "sandbox_not_running", "it has gone"): notFoundText,
 	} {

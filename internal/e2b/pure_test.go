@@ -15,7 +15,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -136,7 +136,7 @@ func TestTokens(t *testing.T) {
 	seen := map[string]bool{}
 	for _, kind := range []string{envdToken, trafficToken} {
 		for _, id := range []sandbox.ID{"sbx_a", "sbx_b"} {
-			if token := s.token(kind, id); seen[token] || !proxy.HasSecret(token) || token != s.token(kind, id) || !s.isToken(token, kind, id) || !s.isToken(token[len(tokenMark):], kind, id) || s.isToken(token, kind, "sbx_c") {
+			if token := s.token(kind, id); seen[token] || !portproxy.HasSecret(token) || token != s.token(kind, id) || !s.isToken(token, kind, id) || !s.isToken(token[len(tokenMark):], kind, id) || s.isToken(token, kind, "sbx_c") {
 				t.Errorf("the %s token of %s is %s", kind, id, token)
 			} else {
 				seen[token] = true

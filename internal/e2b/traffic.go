@@ -9,7 +9,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/proxy"
+	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -157,17 +157,17 @@ func (s *Surface) forward(w http.ResponseWriter, r *http.Request, box sandbox.Sa
 			} else {
 				pr.Out.URL.RawQuery = pr.In.URL.RawQuery
 			}
-			pr.Out.URL.RawQuery = proxy.WithoutToken(pr.Out.URL.RawQuery)
+			pr.Out.URL.RawQuery = portproxy.WithoutToken(pr.Out.URL.RawQuery)
 			for _, own := range []string{idHeader, portHeader, "X-Api-Key", "Cookie"} {
 				pr.Out.Header.Del(own)
 			}
-			proxy.WithoutSecrets(pr.Out.Header)
+			portproxy.WithoutSecrets(pr.Out.Header)
 			if _, _, basic := pr.In.BasicAuth(); !basic { // that names a user; anything else is a key gone astray
 				pr.Out.Header.Del("Authorization")
 			}
 		},
 		ModifyResponse: func(resp *http.Response) error {
-			proxy.CleanAnswer(resp.Header, true) // root inside answers as it likes
+			portproxy.CleanAnswer(resp.Header, true) // root inside answers as it likes
 			ownHead(resp.Header, callOf(r).id)
 			return nil
 		},
@@ -181,7 +181,7 @@ func (s *Surface) forward(w http.ResponseWriter, r *http.Request, box sandbox.Sa
 	clear(w.Header()) // the answer brings its own
 	p.ServeHTTP(w, r)
 	if failed == nil {
-		proxy.CleanTrailers(w.Header(), true)
+		portproxy.CleanTrailers(w.Header(), true)
 		return nil
 	}
 	ownHead(w.Header(), callOf(r).id)

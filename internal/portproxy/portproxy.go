@@ -1,4 +1,4 @@
-// Package proxy carries traffic to the ports of sandboxes: HTTP/1.1 and HTTP/2 requests,
+// Package portproxy carries traffic to the ports of sandboxes: HTTP/1.1 and HTTP/2 requests,
 // WebSockets and other upgrades, server-sent events, bodies of any size, and raw TCP. It
 // also knows the names under which ports are reached ([Names]) and the signatures
 // that open them for a while ([Signer]).
@@ -12,7 +12,7 @@
 // A [Proxy] is safe for concurrent use. Connections to ports belong to one life of one
 // sandbox and break with it. An error that is returned means that nothing was answered yet;
 // what breaks later breaks the connection of the caller, and nothing is left in either case.
-package proxy
+package portproxy
 
 import (
 	"bufio"
