@@ -149,7 +149,7 @@ func startSandbox(t testing.TB, o options) *sandbox {
 	s.waitHealthy()
 	groups, err := cgroup.Detect()
 	if err == nil {
-		err = groups.Group("/" + id).Favour() // as the server does
+		err = groups.Group("/" + id).Renice() // as the server does
 	}
 	if err != nil {
 		t.Fatal(err)

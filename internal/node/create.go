@@ -175,7 +175,7 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 		}},
 		{"favour", func(ctx context.Context) error {
 			b.hurry.settle()
-			if err := n.groups.Group(n.groupPath(spec.ID)).Favour(); err != nil {
+			if err := n.groups.Group(n.groupPath(spec.ID)).Renice(); err != nil {
 				// A host that does not let us: the sandbox works, and is easier to overrun.
 				n.log.WarnContext(ctx, "the sandbox's kernel runs with the weight of its processes", "sandbox", spec.ID, "error", err)
 			}
