@@ -2,11 +2,11 @@
 // cay-agent, which is the first process of every sandbox, cay-runsc, which is
 // gVisor, and cay-buildkit, which builds Dockerfiles.
 //
-// They are unpacked under their content hash, so several versions stand side by side:
-// a sandbox goes on with the programs it was started with, and a checkpoint is only
-// restored by the gVisor that made it. [Collect] removes those that nobody names any
-// more. Unpacking is atomic and may be done by several processes at once; after an
-// error nothing but a temporary file with a recognisable name can be left.
+// Programs are unpacked under their content hash, so several versions stand side by side: a
+// sandbox keeps the programs it was started with, and a checkpoint is restored only by the gVisor
+// that made it. [Collect] removes the versions that nothing needs any more. Unpacking is atomic,
+// and several processes may unpack at once; an error leaves at most a temporary file with a
+// recognisable name.
 package embedded
 
 import (
@@ -25,7 +25,7 @@ import (
 	"sync"
 )
 
-// A README is always there, so that the package compiles before the programs are built.
+// The directory holds a README, so that the package compiles before the programs are built.
 //
 //go:embed programs
 var programs embed.FS
@@ -48,21 +48,23 @@ const (
 	agentName    = "cay-agent"
 	runscName    = "cay-runsc"
 	buildkitName = "cay-buildkit"
-	// unpacking begins the name of a file that is not whole yet.
+	// unpacking is the prefix of the name of a file that is still being written.
 	unpacking = ".unpacking-"
-	// dirMode is the mode of a program's directory whatever the umask is, also that of an older cay: processes of
-	// sandboxes, whose user is none of the host's, read the agent there.
+	// dirMode is the mode of a program's directory, whatever the umask. Processes of sandboxes,
+	// which have no user of the host, read the agent there; with a stricter mode no sandbox
+	// starts.
 	dirMode = 0o755
 )
 
-// At says where the programs of a version are below dir, if they are there.
+// At returns the paths that the programs of a version have below dir, whether or not they exist.
 func At(dir string, v Version) Programs {
 	agentDir := filepath.Join(dir, v.Agent)
-	return Programs{Version: v, AgentDir: agentDir, Agent: filepath.Join(agentDir, agentName), Runsc: filepath.Join(dir, v.Runsc, runscName)}
+	return Programs{Version: v, AgentDir: agentDir, Agent: filepath.Join(agentDir, agentName),
+		Runsc: filepath.Join(dir, v.Runsc, runscName)}
 }
 
-// Unpack makes sure that the programs of this build are below dir and returns
-// where. dir is made if it does not exist. It needs about 100 MB the first time.
+// Unpack unpacks the programs of this build below dir, unless they are there already, and returns
+// their paths. It makes dir if it does not exist. The first time takes about 100 MB of disk.
 func Unpack(dir string) (Programs, error) {
 	agent, err := unpack(dir, agentName)
 	if err != nil {
@@ -75,8 +77,8 @@ func Unpack(dir string) (Programs, error) {
 	return At(dir, Version{Agent: agent, Runsc: runsc}), nil
 }
 
-// UnpackBuildkit makes sure that this build's cay-buildkit is below dir and returns its
-// path. It needs about 35 MB the first time.
+// UnpackBuildkit unpacks this build's cay-buildkit below dir, unless it is there already, and
+// returns its path. The first time takes about 35 MB of disk.
 func UnpackBuildkit(dir string) (path string, err error) {
 	hash, err := unpack(dir, buildkitName)
 	if err != nil {
@@ -85,8 +87,8 @@ func UnpackBuildkit(dir string) (path string, err error) {
 	return filepath.Join(dir, hash, buildkitName), nil
 }
 
-// buildkitHash names the directory of this build's cay-buildkit, "" if it has none. No sandbox
-// and no checkpoint names it.
+// buildkitHash returns the directory name of this build's cay-buildkit, or "" if the build has
+// none. Collect needs it because no sandbox and no checkpoint names cay-buildkit.
 var buildkitHash = sync.OnceValue(func() string {
 	hash, _, err := packed(buildkitName)
 	if err != nil {
@@ -95,8 +97,7 @@ var buildkitHash = sync.OnceValue(func() string {
 	return hash
 })
 
-// Find returns the programs of a version that was unpacked before, by this build of
-// cay or by another.
+// Find returns the programs of a version that this build of cay or another one unpacked before.
 func Find(dir string, v Version) (Programs, error) {
 	p := At(dir, v)
 	for _, path := range []string{p.Agent, p.Runsc} {
@@ -110,9 +111,9 @@ func Find(dir string, v Version) (Programs, error) {
 	return p, nil
 }
 
-// Collect removes the programs below dir that none of the versions names and that are not
-// this build's cay-buildkit, and what interrupted unpacking left; nobody may be unpacking meanwhile. It says what it
-// removed, goes on after errors and joins them.
+// Collect removes the programs below dir, and what an interrupted unpacking left there. It keeps
+// the versions in keep and this build's cay-buildkit. Nothing may unpack meanwhile. It returns
+// the names that it removed; after an error it goes on, and returns all errors joined.
 func Collect(dir string, keep []Version) (removed []string, err error) {
 	named := map[string]bool{buildkitHash(): true}
 	for _, v := range keep {
@@ -132,7 +133,7 @@ func Collect(dir string, keep []Version) (removed []string, err error) {
 	return removed, errors.Join(errs...)
 }
 
-// packed returns a program as it is carried, and the prefix of its hash that names it.
+// packed returns a compressed program and the prefix of its hash that names it.
 func packed(name string) (hash string, data []byte, err error) {
 	data, err = programs.ReadFile("programs/" + name + ".gz")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -145,7 +146,7 @@ func packed(name string) (hash string, data []byte, err error) {
 	return hex.EncodeToString(sum[:8]), data, nil
 }
 
-// unpack returns the name of the directory that holds the program.
+// unpack unpacks a program below dir and returns the name of the directory that holds it.
 func unpack(dir, name string) (string, error) {
 	hash, packed, err := packed(name)
 	if err != nil {
@@ -160,7 +161,7 @@ func unpack(dir, name string) (string, error) {
 		return "", fmt.Errorf("making a directory for %s: %w", name, err)
 	}
 	if _, err := os.Stat(path); err == nil {
-		return hash, nil // renamed there whole, or not at all
+		return hash, nil // the rename makes it appear whole
 	}
 	r, err := gzip.NewReader(bytes.NewReader(packed))
 	if err != nil {
@@ -170,7 +171,7 @@ func unpack(dir, name string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("unpacking %s: %w", name, err)
 	}
-	defer os.Remove(tmp.Name()) // gone already after the rename
+	defer os.Remove(tmp.Name()) // after the rename there is nothing to remove
 	_, err = io.Copy(tmp, r)
 	err = errors.Join(err, tmp.Chmod(0o555), tmp.Sync(), tmp.Close())
 	if err == nil {

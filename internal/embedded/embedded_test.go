@@ -14,8 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestUnpack unpacks from several goroutines at once, and again: the same programs at
-// the same place, whole, and nothing beside them.
+// TestUnpack unpacks from several goroutines at once, and again. Each gets the same programs at
+// the same paths, whole, with nothing beside them.
 func TestUnpack(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "programs")
 	t.Cleanup(func(mask int) func() { return func() { unix.Umask(mask) } }(unix.Umask(0o077)))
@@ -41,7 +41,7 @@ func TestUnpack(t *testing.T) {
 			t.Errorf("%s: %v, %v", path, info, err)
 		}
 	}
-	for range 2 { // the second time as an older cay left it
+	for range 2 { // the second time with the mode that an older cay gave it
 		if info, err := os.Stat(results[0].AgentDir); err != nil || info.Mode().Perm() != 0o755 {
 			t.Errorf("the agent's directory: %v, %v", info, err)
 		}
@@ -54,18 +54,18 @@ func TestUnpack(t *testing.T) {
 	}
 	beside, err := os.ReadDir(results[0].AgentDir)
 	if err != nil || len(beside) != 1 {
-		t.Errorf("beside the agent is %v, %v", beside, err)
+		t.Errorf("the agent's directory holds %v, %v", beside, err)
 	}
 	if left, err := filepath.Glob(filepath.Join(dir, ".unpacking-*")); err != nil || len(left) > 0 {
-		t.Errorf("left are %v, %v", left, err)
+		t.Errorf("temporary files are left: %v, %v", left, err)
 	}
 	out, err := exec.Command(results[0].Runsc, "--version").CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "runsc") {
-		t.Errorf("runsc says %q, %v", out, err)
+		t.Errorf("runsc --version printed %q, %v", out, err)
 	}
 }
 
-// TestCollect keeps what somebody names, and finds it again.
+// TestCollect checks that versions in keep stay and can be found, and that all others go.
 func TestCollect(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "programs")
 	now, err := Unpack(dir)
