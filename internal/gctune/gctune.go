@@ -1,10 +1,10 @@
-// Package gctune keeps Go's collector from costing a process that rests: one of hundreds on
-// a machine, which does nothing for hours.
+// Package gctune tunes Go's garbage collector for processes that are idle most of the time, of
+// which hundreds run on one machine.
 //
-// By itself Go collects every two minutes, whatever happened. In a sandbox that rests
-// three processes do that: 20 ms of CPU each time, which is more than half of what such
-// a sandbox takes at all, and its bookkeeping makes the three larger by a megabyte. And what a
-// burst of work has left is only given back slowly.
+// By itself Go collects every two minutes, even if nothing happened. Three processes of an idle
+// sandbox do that, for 20 ms of CPU each time, which is more than half of what such a sandbox
+// uses at all, and the collector's bookkeeping takes a megabyte of their memory. Go is also slow
+// to give back memory that a burst of work has left.
 package gctune
 
 import (
@@ -16,18 +16,20 @@ import (
 )
 
 const (
-	// growth is how many bytes of garbage a process may make at the least until it
-	// collects; at the most it is as many as it uses. Go's own measure is 4 MiB, and the
-	// limit that is set here counts a MiB more than the heap.
+	// growth is the least number of bytes of garbage that a process may make before it collects;
+	// a process that uses more may make as many bytes as it uses. Go's own value is 4 MiB; the
+	// limit set here counts a MiB more than the heap does. A lower value costs CPU, a higher one
+	// memory in every sandbox.
 	growth = 5 << 20
-	// quiet is how long after a collection what is free is given back to the host. A
-	// process that goes on working collects again in less, and keeps it.
+	// quiet is the time from a collection until free memory is given back to the host. A busy
+	// process collects again sooner, and keeps its memory. A shorter time makes it fetch memory
+	// again and again; a longer one leaves the host without it.
 	quiet = 2 * time.Second
 )
 
-// Rest makes this process collect when it has grown, and never by the clock, from now
-// on. It is called once. Until its memory has grown by start bytes nothing is collected at
-// all; 0 is the usual.
+// Rest makes this process collect when it has grown, and no longer by the clock. Call it once.
+// Nothing is collected until the memory has grown by start bytes; with 0 that is the usual
+// growth.
 func Rest(start int64) {
 	r := &rest{}
 	r.settle = time.AfterFunc(quiet, func() {
@@ -41,10 +43,10 @@ func Rest(start int64) {
 
 type rest struct {
 	settle   *time.Timer
-	settling atomic.Bool // the collection under way gives back
+	settling atomic.Bool // the current collection gives memory back
 }
 
-// watch is called again after each collection.
+// watch sets the next limit after each collection.
 func (r *rest) watch() {
 	runtime.AddCleanup(new(*int), func(*rest) {
 		debug.SetMemoryLimit(limit(growth))
@@ -55,8 +57,8 @@ func (r *rest) watch() {
 	}, r)
 }
 
-// limit is what the process may have of the host: what it uses, and garbage of as much
-// or of the least that is given.
+// limit returns the memory limit of the process: what it uses now, and as much again for garbage,
+// or least bytes if that is more.
 func limit(least int64) int64 {
 	s := []metrics.Sample{
 		{Name: "/gc/heap/live:bytes"},
