@@ -1,9 +1,9 @@
-// Package trace measures what the parts of one call take, across the rooms that have a
-// part in it: who answers a call begins a [Trace], and every room on the way says
-// with [Start] what it is doing. Where nobody asked, nothing is measured.
+// Package trace measures what the parts of one call take, across the rooms that work on it. The
+// room that answers a call begins a [Trace] with [New]; every room on the way marks its part with
+// [Start]. A context without a Trace measures nothing.
 //
-// A Trace is safe for concurrent use. What is measured after it was read is kept and
-// changes nothing.
+// A Trace is safe for concurrent use. Spans that end after the Trace was read are kept and change
+// nothing.
 package trace
 
 import (
@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// most is how many spans a Trace keeps: the calls have about fifteen each, and one
-// that goes round in a loop must not take memory for it.
+// most is the number of spans that a Trace keeps. Calls have about fifteen; the limit keeps a
+// loop from taking memory.
 const most = 64
 
 // Span is one part of a call.
@@ -24,7 +24,7 @@ type Span struct {
 	Took time.Duration
 }
 
-// Trace is what is known of one call.
+// Trace holds the measured parts of one call.
 type Trace struct {
 	mu sync.Mutex
 	// +checklocks:mu
@@ -33,14 +33,14 @@ type Trace struct {
 
 type key struct{}
 
-// New begins a Trace that what is done with the returned context is part of.
+// New returns a context that records spans in a new Trace, and the Trace.
 func New(ctx context.Context) (context.Context, *Trace) {
 	t := &Trace{}
 	return context.WithValue(ctx, key{}, t), t
 }
 
-// Carry makes what is done with the returned context, which is to else, part of the
-// Trace of from: work that outlives a call has another context than the call.
+// Carry returns a copy of to that records its spans in from's Trace, for work that outlives a
+// call and so has another context.
 func Carry(to, from context.Context) context.Context {
 	if t, ok := from.Value(key{}).(*Trace); ok {
 		return context.WithValue(to, key{}, t)
@@ -48,7 +48,7 @@ func Carry(to, from context.Context) context.Context {
 	return to
 }
 
-// Start begins a part of the call; the function it returns ends it.
+// Start begins a span. The returned function ends it.
 func Start(ctx context.Context, name string) (end func()) {
 	t, ok := ctx.Value(key{}).(*Trace)
 	if !ok {
@@ -58,14 +58,14 @@ func Start(ctx context.Context, name string) (end func()) {
 	return func() { t.Add(name, time.Since(began)) }
 }
 
-// Add adds a part that somebody else has measured.
+// Add adds a span that was measured elsewhere.
 func Add(ctx context.Context, name string, took time.Duration) {
 	if t, ok := ctx.Value(key{}).(*Trace); ok {
 		t.Add(name, took)
 	}
 }
 
-// Add adds a part of the call.
+// Add adds a span.
 func (t *Trace) Add(name string, took time.Duration) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -74,15 +74,15 @@ func (t *Trace) Add(name string, took time.Duration) {
 	}
 }
 
-// Spans lists the parts that have ended, in that order.
+// Spans returns the spans that have ended, in the order of their ends.
 func (t *Trace) Spans() []Span {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return append([]Span(nil), t.spans...)
 }
 
-// ServerTiming is the value of the header Server-Timing, with milliseconds to the
-// microsecond.
+// ServerTiming formats spans as the value of the header Server-Timing, in milliseconds with three
+// decimals.
 func ServerTiming(spans []Span) string {
 	var b strings.Builder
 	for i, s := range spans {
