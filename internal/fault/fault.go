@@ -1,10 +1,9 @@
-// Package fault holds the kinds of error that somebody in cay decides by.
+// Package fault holds the kinds of error that callers in cay decide by.
 //
-// A room sets a kind where a caller acts on it (a lookup that found nothing is
-// [NotFound], a lost race for a sandbox is [Conflict]); everything else is a
-// plain wrapped error and is treated as internal: its text reaches the log and
-// never a user. The texts of an [Error] are written for the user. Only the fronts,
-// api and e2b, turn kinds into HTTP statuses.
+// A room sets a kind where a caller acts on it (a failed lookup is [NotFound], a lost race for a
+// sandbox is [Conflict]). Every other error is a plain wrapped error and counts as internal: its
+// text reaches the log and never a user. The texts of an [Error] are written for the user. Only
+// the fronts, api and e2b, turn kinds into HTTP statuses.
 //
 // The package imports nothing of cay. Errors are immutable and safe to share.
 package fault
@@ -15,23 +14,23 @@ import (
 	"time"
 )
 
-// Kind says what a caller can do about an error.
+// Kind tells what a caller can do about an error.
 type Kind int
 
 // The kinds. The zero value is Internal: a defect or a broken machine, whose
 // text stays in the log.
 const (
 	Internal        Kind = iota
-	NotFound             // no such thing
-	Conflict             // it exists, in a state that forbids the call
+	NotFound             // the thing does not exist
+	Conflict             // the thing is in a state that forbids the call
 	Invalid              // the request itself is wrong; Field names the part
-	Unauthenticated      // nobody we know asks
-	Denied               // somebody we know asks for what is not theirs
-	Exhausted            // a quota or rate of the caller's is used up
-	Unavailable          // this machine cannot now; trying again later may work
+	Unauthenticated      // the caller is unknown
+	Denied               // the caller is known and not allowed
+	Exhausted            // the caller has used up a quota or rate
+	Unavailable          // this machine cannot do it now; trying again later may work
 	NoSpace              // a disk is full
 	TooLarge             // a body or a result is over its limit
-	Upstream             // what runs in a sandbox, and not cay, did not do its part
+	Upstream             // a program in a sandbox failed, not cay
 )
 
 var kindNames = [...]string{"internal", "not found", "conflict", "invalid", "unauthenticated", "denied",
@@ -53,8 +52,8 @@ type Error struct {
 	Detail string // for the user; names the rule that was broken
 	Field  string // the offending field of the request, "" if none
 
-	// RetryAfter is how long to wait before trying again; 0 when unknown.
-	// Only Exhausted and Unavailable carry it.
+	// RetryAfter is the time to wait before trying again, 0 if unknown. Only Exhausted and
+	// Unavailable carry it.
 	RetryAfter time.Duration
 
 	cause error // for the log; never shown to a user
@@ -84,7 +83,7 @@ func (e *Error) After(d time.Duration) *Error {
 	return &c
 }
 
-// Error is the text for logs: code, detail and the cause.
+// Error returns the text for logs: code, detail and cause.
 func (e *Error) Error() string {
 	s := e.Detail
 	if e.Code != "" {
@@ -96,10 +95,10 @@ func (e *Error) Error() string {
 	return s
 }
 
-// Unwrap returns the cause, nil if there is none.
+// Unwrap returns the cause, or nil if there is none.
 func (e *Error) Unwrap() error { return e.cause }
 
-// As returns the outermost Error in err's chain, nil if there is none.
+// As returns the outermost Error in err's chain, or nil if there is none.
 func As(err error) *Error {
 	var e *Error
 	if errors.As(err, &e) {
@@ -108,8 +107,7 @@ func As(err error) *Error {
 	return nil
 }
 
-// KindOf is the kind of err: that of the outermost Error in its chain, and
-// Internal for any other error.
+// KindOf returns the kind of the outermost Error in err's chain, or Internal if there is none.
 func KindOf(err error) Kind {
 	if e := As(err); e != nil {
 		return e.Kind
