@@ -1,9 +1,10 @@
 // Package budget bounds the memory that callers and sandboxes can make the server hold.
 //
-// A [Budget] has a number of bytes for the whole server and for each organization. A call has an
-// [Account], which takes bytes before they are held and gives them back when they are not; closing it
-// gives all of them back. [Bytes] are bytes that are kept that way. What is taken is an estimate of
-// what is really held, never less than the bytes of a body or an answer.
+// A [Budget] has a number of bytes for the whole server and a share for each organization. A call
+// has an [Account], which takes bytes before the call holds them and gives them back afterwards;
+// closing it gives all of them back. [Bytes] is a buffer that takes its memory from an account.
+// The bytes taken are an estimate of the memory held, never less than the bytes of a body or an
+// answer.
 //
 // Taking never waits, so it cannot deadlock: a call either gets the bytes or is refused. An
 // organization may hold at most its own limit, and at most as much as is left for all others: the more
@@ -28,11 +29,12 @@ const (
 	CodeServer       = "server_busy"      // Unavailable: too little is left of the server's
 )
 
-// retryAfter is when a caller should try again who was refused for the server's sake. Answers are
-// taken within milliseconds; less would make clients try in a loop, more would leave memory idle.
+// retryAfter is the time after which a caller that the server had no memory for should try again.
+// Answers are read within milliseconds; a shorter time would make clients try in a loop, a longer
+// one would leave memory idle.
 const retryAfter = time.Second
 
-// Budget is a number of bytes for all and for each organization. Make it with [New].
+// Budget bounds the bytes held by the server and by each organization. Make it with [New].
 type Budget struct {
 	limit int64
 	share int64 // of each organization
@@ -43,7 +45,7 @@ type Budget struct {
 	orgs map[string]*org
 }
 
-// org is what an organization holds. It is known while it has accounts.
+// org counts what an organization holds. It exists while the organization has accounts.
 type org struct {
 	name string
 	used atomic.Int64
@@ -51,7 +53,7 @@ type org struct {
 	accounts int // guarded by the budget's mu
 }
 
-// New makes a budget of limit bytes, of which each organization may hold share.
+// New returns a budget of limit bytes, of which each organization may hold share.
 func New(limit, share int64) *Budget {
 	return &Budget{limit: limit, share: share, orgs: map[string]*org{}}
 }
@@ -62,7 +64,7 @@ func (b *Budget) Used() int64 { return b.used.Load() }
 // Limit returns how many bytes may be held.
 func (b *Budget) Limit() int64 { return b.limit }
 
-// enter finds the organization and counts an account of it.
+// enter finds or adds the organization and counts one more account.
 func (b *Budget) enter(name string) *org {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -75,7 +77,7 @@ func (b *Budget) enter(name string) *org {
 	return o
 }
 
-// leave counts an account less.
+// leave counts one account less and removes an organization that has none left.
 func (b *Budget) leave(o *org) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -84,16 +86,18 @@ func (b *Budget) leave(o *org) {
 	}
 }
 
-// take takes n bytes for the organization, or none.
+// take takes n bytes for the organization, or none on error.
 func (b *Budget) take(o *org, n int64) error {
 	mine, all := o.used.Add(n), b.used.Add(n)
 	before := all - n
 	var err error
 	switch {
 	case mine > b.share:
-		err = fault.New(fault.Exhausted, CodeOrganization, "the calls of the organization hold all the memory they may, %d MiB; wait until some have ended", b.share>>20)
+		err = fault.New(fault.Exhausted, CodeOrganization,
+			"the organization's calls hold all the memory they may, %d MiB; wait until some have ended", b.share>>20)
 	case mine > b.limit-before:
-		err = fault.New(fault.Unavailable, CodeServer, "the server has too little memory left for this call now").After(retryAfter)
+		err = fault.New(fault.Unavailable, CodeServer,
+			"the server has too little memory left for this call at the moment").After(retryAfter)
 	default:
 		return nil
 	}
@@ -106,8 +110,8 @@ func (b *Budget) give(o *org, n int64) {
 	b.used.Add(-n)
 }
 
-// Account is what one call holds. The zero value is of no budget and takes whatever it is asked for;
-// nil is too.
+// Account holds the bytes that one call has taken. The zero value and nil belong to no budget and
+// take any number of bytes.
 type Account struct {
 	mu sync.Mutex
 	// +checklocks:mu
@@ -118,8 +122,8 @@ type Account struct {
 	held int64
 }
 
-// Open makes the account one of the organization's and takes n bytes. An account is opened once;
-// later calls take the bytes alone. After an error it is as before.
+// Open assigns the account to an organization and takes n bytes. Later calls only take the bytes.
+// After an error the account is unchanged.
 func (a *Account) Open(b *Budget, org string, n int64) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -135,7 +139,8 @@ func (a *Account) Open(b *Budget, org string, n int64) error {
 	return nil
 }
 
-// Take takes n bytes, or none. Errors: Exhausted [CodeOrganization], Unavailable [CodeServer].
+// Take takes n bytes, or none on error. Errors: Exhausted [CodeOrganization], Unavailable
+// [CodeServer].
 func (a *Account) Take(n int64) error {
 	if a == nil || n <= 0 {
 		return nil
@@ -157,7 +162,7 @@ func (a *Account) takeLocked(n int64) error {
 	return nil
 }
 
-// Give gives n bytes back that were taken.
+// Give gives back n bytes that were taken.
 func (a *Account) Give(n int64) {
 	if a == nil || n <= 0 {
 		return
@@ -189,7 +194,7 @@ type key struct{}
 // With returns a copy of ctx that carries the account.
 func With(ctx context.Context, a *Account) context.Context { return context.WithValue(ctx, key{}, a) }
 
-// From returns the account that ctx carries, nil if it has none.
+// From returns the account that ctx carries, or nil.
 func From(ctx context.Context) *Account {
 	a, _ := ctx.Value(key{}).(*Account)
 	return a

@@ -54,7 +54,8 @@ func TestTaking(t *testing.T) {
 	}
 }
 
-// However many organizations take all they get, one that holds nothing gets as much as each of them, nearly.
+// TestSomethingIsLeft checks that an organization that holds nothing gets nearly as much as each
+// of many that take all they can.
 func TestSomethingIsLeft(t *testing.T) {
 	const limit = 1 << 20
 	for _, hogs := range []int{1, 2, 10, 50} {

@@ -1,18 +1,19 @@
 package budget
 
 const (
-	// leastPiece and mostPiece bound the pieces that short writes are gathered in, bytes. Less than
-	// leastPiece costs more for the piece than for what is in it; more than mostPiece is more that may
-	// stay empty.
+	// leastPiece and mostPiece bound the size, in bytes, of the pieces that short writes are
+	// gathered in. A smaller piece would cost more than its content; a larger one could stay
+	// mostly empty.
 	leastPiece, mostPiece = 512, 64 << 10
-	// ownPiece is from which length on bytes are kept as they came, without a copy.
+	// ownPiece is the length in bytes from which Keep keeps a slice without copying it.
 	ownPiece = 8 << 10
-	// pieceCost is what a piece costs beside its bytes, with what the allocator rounds up.
+	// pieceCost is the estimated cost of a piece besides its bytes, including what the allocator
+	// rounds up.
 	pieceCost = 64
 )
 
-// Bytes are bytes that are kept in pieces, so that they are never copied to grow. The zero value is
-// empty and of no budget. It belongs to one goroutine at a time.
+// Bytes is a buffer of pieces, so that growing never copies. The zero value is empty and takes
+// its memory from no budget. It belongs to one goroutine at a time.
 type Bytes struct {
 	Account *Account
 
@@ -21,11 +22,11 @@ type Bytes struct {
 	held   int64 // of the account
 }
 
-// Len returns how many bytes are kept.
+// Len returns the number of bytes kept.
 func (b *Bytes) Len() int64 { return b.size }
 
-// Keep adds bytes, which are the Bytes' own from now on. After an error, one of [Account.Take], none
-// of them was added.
+// Keep adds p, which belongs to b from then on. After an error, one of [Account.Take], nothing
+// was added.
 func (b *Bytes) Keep(p []byte) error {
 	if len(p) < ownPiece {
 		_, err := b.Write(p)
@@ -39,7 +40,7 @@ func (b *Bytes) Keep(p []byte) error {
 	return nil
 }
 
-// Write adds a copy of p. It implements [io.Writer]; errors are those of Keep.
+// Write adds a copy of p. It implements [io.Writer]; its errors are those of Keep.
 func (b *Bytes) Write(p []byte) (int, error) {
 	last := len(b.pieces) - 1
 	room := 0
@@ -69,10 +70,10 @@ func (b *Bytes) hold(n int64) error {
 	return nil
 }
 
-// Pieces returns the pieces. They must not be changed.
+// Pieces returns the pieces. The caller must not change them.
 func (b *Bytes) Pieces() [][]byte { return b.pieces }
 
-// Bytes returns a copy of all.
+// Bytes returns a copy of all bytes.
 func (b *Bytes) Bytes() []byte {
 	all := make([]byte, 0, b.size)
 	for _, p := range b.pieces {
@@ -81,8 +82,8 @@ func (b *Bytes) Bytes() []byte {
 	return all
 }
 
-// Next removes the first piece and returns it, nil when there is none. What it held is given back: the
-// caller is about to be done with it.
+// Next removes and returns the first piece, nil when there is none. It gives back the piece's
+// memory at once, since the caller is about to be done with it.
 func (b *Bytes) Next() []byte {
 	if len(b.pieces) == 0 {
 		b.Drop()
@@ -97,7 +98,7 @@ func (b *Bytes) Next() []byte {
 	return p
 }
 
-// Drop forgets all and gives back what it held.
+// Drop forgets all bytes and gives their memory back.
 func (b *Bytes) Drop() {
 	b.Account.Give(b.held)
 	b.pieces, b.size, b.held = nil, 0, 0
