@@ -1,10 +1,10 @@
-// Package blob keeps files by what is in them: each is named by the SHA-256 of its
-// bytes, appears whole under that name or not at all, and never changes afterwards.
+// Package blob stores files by their content: each is named by the SHA-256 of its bytes, appears
+// whole under that name or not at all, and never changes afterwards.
 //
-// It owns one directory. What the files are, and which of them are still needed, is the
-// business of those who call. A [Store] is safe for concurrent use. After an error
-// nothing is left; after a crash only the directory "tmp" may hold leftovers, which the
-// next [Open] removes. Files are 0600: they are strangers' sources.
+// It owns one directory. Its callers know what the files are and which of them are still needed.
+// A [Store] is safe for concurrent use. An error leaves nothing behind; a crash leaves files in
+// the directory "tmp" only, which the next [Open] removes. Files have mode 0600, since they are
+// sources of tenants.
 package blob
 
 import (
@@ -26,15 +26,15 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// Grace is how long a file that was put lately is safe from [Store.Collect], so that
-// whoever put it can write down that it is needed. Shorter and a slow caller loses its
-// file; longer keeps files nobody wants on the disk.
+// Grace is the time for which [Store.Collect] keeps a file after a Put, so that the caller can
+// record that it needs the file. With a shorter time a slow caller loses its file; a longer one
+// keeps unneeded files on the disk.
 const Grace = 10 * time.Minute
 
 const (
 	tmpDir = "tmp"
-	// piece is how much is written between two looks at the free space, bytes. The limit
-	// of free space is overstepped by no more than this for each Put under way.
+	// piece is the number of bytes written between two checks of the free space. Each Put under
+	// way may exceed the limit of free space by this much.
 	piece = 16 << 20
 )
 
@@ -47,8 +47,8 @@ type Store struct {
 	now     func() time.Time
 }
 
-// Open opens a store in dir, makes the directory if it is not there and removes what a
-// crash left. Puts leave minFree bytes of its disk free.
+// Open opens a store in dir, makes the directory if it does not exist and removes what a crash
+// left. A Put leaves minFree bytes of the disk free.
 func Open(dir string, minFree int64) (*Store, error) {
 	s := &Store{dir: dir, minFree: minFree, now: time.Now}
 	if err := os.RemoveAll(s.path(tmpDir)); err != nil {
@@ -62,16 +62,16 @@ func Open(dir string, minFree int64) (*Store, error) {
 
 func (s *Store) path(name string) string { return filepath.Join(s.dir, name) }
 
-// Put stores what r gives and returns its hash (hex SHA-256) and its size in bytes. It
-// is on the disk when Put returns. More than limit bytes are TooLarge, code
-// "blob_too_large", too little space NoSpace, code "disk_full"; an error of r comes back
+// Put stores the content of r and returns its hash (hex SHA-256) and its size in bytes. The file
+// is synced to the disk when Put returns. More than limit bytes give TooLarge, code
+// "blob_too_large"; too little space gives NoSpace, code "disk_full"; an error of r comes back
 // wrapped.
 func (s *Store) Put(ctx context.Context, r io.Reader, limit int64) (hash string, size int64, err error) {
 	f, err := os.CreateTemp(s.path(tmpDir), "put-")
 	if err != nil {
 		return "", 0, fmt.Errorf("making file: %w", err)
 	}
-	defer os.Remove(f.Name()) // nothing is there any more once it has its name
+	defer os.Remove(f.Name()) // after the rename there is nothing to remove
 	defer f.Close()
 	sum := sha256.New()
 	if size, err = s.fill(ctx, io.MultiWriter(f, sum), r, limit); err != nil {
@@ -81,14 +81,14 @@ func (s *Store) Put(ctx context.Context, r io.Reader, limit int64) (hash string,
 		return "", 0, fmt.Errorf("syncing file: %w", noSpace(err))
 	}
 	hash = hex.EncodeToString(sum.Sum(nil))
-	// A file that is there already is the same; replacing it makes it young again.
+	// An existing file has the same content; replacing it renews its time for Collect.
 	if err := os.Rename(f.Name(), s.path(hash)); err != nil {
 		return "", 0, fmt.Errorf("naming file: %w", err)
 	}
 	return hash, size, syncDir(s.dir)
 }
 
-// fill copies in pieces, looking at the free space before each.
+// fill copies r to w in pieces and checks the free space before each.
 func (s *Store) fill(ctx context.Context, w io.Writer, r io.Reader, limit int64) (size int64, err error) {
 	for {
 		if ctx.Err() != nil {
@@ -128,11 +128,11 @@ func noSpace(err error) error {
 	return err
 }
 
-// Path returns where a file is, for reading; fs.ErrNotExist when it is not there. It
-// stays as long as every Collect is told to keep it.
+// Path returns the path of a file, for reading, or fs.ErrNotExist. The file stays as long as
+// every Collect is told to keep it.
 func (s *Store) Path(hash string) (string, error) {
 	if !name.MatchString(hash) {
-		return "", fmt.Errorf("%q is no name of a file: %w", hash, fs.ErrNotExist)
+		return "", fmt.Errorf("%q is not a file name: %w", hash, fs.ErrNotExist)
 	}
 	if _, err := os.Stat(s.path(hash)); err != nil {
 		return "", fmt.Errorf("finding file: %w", err)
@@ -140,10 +140,10 @@ func (s *Store) Path(hash string) (string, error) {
 	return s.path(hash), nil
 }
 
-// Size returns how many bytes a file has; fs.ErrNotExist when it is not there.
+// Size returns the size of a file in bytes, or fs.ErrNotExist.
 func (s *Store) Size(hash string) (int64, error) {
 	if !name.MatchString(hash) {
-		return 0, fmt.Errorf("%q is no name of a file: %w", hash, fs.ErrNotExist)
+		return 0, fmt.Errorf("%q is not a file name: %w", hash, fs.ErrNotExist)
 	}
 	info, err := os.Stat(s.path(hash))
 	if err != nil {
@@ -152,8 +152,8 @@ func (s *Store) Size(hash string) (int64, error) {
 	return info.Size(), nil
 }
 
-// Collect removes the files that are not in keep and were not put within [Grace]. It
-// goes on after errors and joins them.
+// Collect removes the files that are not in keep and are older than [Grace]. After an error it
+// goes on, and returns all errors joined.
 func (s *Store) Collect(keep []string) (removed []string, freed int64, err error) {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {

@@ -37,7 +37,7 @@ func put(t *testing.T, s *Store, text string) string {
 	return hash
 }
 
-// names is everything in the store's directory.
+// names returns the names of all files in the store's directory.
 func names(t *testing.T, s *Store) []string {
 	t.Helper()
 	var all []string
@@ -57,7 +57,7 @@ func TestPut(t *testing.T) {
 	s := open(t, 0)
 	for _, text := range []string{"", "hello", strings.Repeat("x", 100_000)} {
 		sum := sha256.Sum256([]byte(text))
-		for range 2 { // the same again changes nothing
+		for range 2 { // putting the same again changes nothing
 			if hash := put(t, s, text); hash != hex.EncodeToString(sum[:]) {
 				t.Errorf("hash %s of %d bytes", hash, len(text))
 			}
@@ -121,7 +121,8 @@ func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 func TestPathOfNone(t *testing.T) {
 	s := open(t, 0)
-	for _, hash := range []string{"", "..", "tmp", "../" + strings.Repeat("a", 61), strings.Repeat("a", 64), strings.Repeat("A", 64)} {
+	for _, hash := range []string{"", "..", "tmp", "../" + strings.Repeat("a", 61), strings.Repeat("a", 64),
+		strings.Repeat("A", 64)} {
 		if path, err := s.Path(hash); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%q is at %q, %v", hash, path, err)
 		}
