@@ -2,8 +2,9 @@
 // lines. It decides nothing about requests.
 //
 // A [Log] bounds each text that a caller chooses, and the rate of lines of callers without a key
-// or beyond their rate: it drops lines beyond that rate and writes how many. A Log is safe for concurrent use. It keeps a
-// token bucket for each recent address, up to a fixed number of addresses.
+// or beyond their rate: it drops lines beyond that rate and writes how many. A Log is safe for
+// concurrent use. It keeps a token bucket for each recent address, up to a fixed number of
+// addresses.
 package accesslog
 
 import (
@@ -53,7 +54,8 @@ type Log struct {
 
 // New makes a Log that writes to a logger.
 func New(to *slog.Logger) *Log {
-	return &Log{to: to, each: auth.NewBuckets(eachPerSecond, eachBurst), total: auth.NewBuckets(totalPerSecond, totalBurst)}
+	return &Log{to: to, each: auth.NewBuckets(eachPerSecond, eachBurst),
+		total: auth.NewBuckets(totalPerSecond, totalBurst)}
 }
 
 // Entry describes a finished request.
@@ -78,7 +80,8 @@ func (l *Log) Write(r *http.Request, e Entry) {
 		return
 	}
 	// A caller with a key has a rate already, but nothing bounds how often it is told so.
-	if (e.Key == "" || e.Status == http.StatusTooManyRequests) && !l.admit(ctx, cmp.Or(e.Key, auth.Address(r.RemoteAddr)), time.Now()) {
+	if (e.Key == "" || e.Status == http.StatusTooManyRequests) &&
+		!l.admit(ctx, cmp.Or(e.Key, auth.Address(r.RemoteAddr)), time.Now()) {
 		return
 	}
 	attrs := []slog.Attr{
@@ -121,13 +124,14 @@ func (l *Log) admit(ctx context.Context, caller string, now time.Time) bool {
 	} else if !l.since.IsZero() && now.Sub(l.since) >= tellEvery {
 		told, l.left = l.left, 0
 		if l.since = now; told == 0 {
-			l.since = time.Time{} // it is over
+			l.since = time.Time{} // no line was left out in the last interval
 		}
 	}
 	l.mu.Unlock()
 	switch {
 	case first:
-		l.to.WarnContext(ctx, "many requests come without a key or beyond their rate; some are left out of the log", "caller", cut(caller, maxText))
+		l.to.WarnContext(ctx, "many requests come without a key or beyond their rate; some are left out of the log",
+			"caller", cut(caller, maxText))
 	case told > 0:
 		l.to.WarnContext(ctx, "requests without a key or beyond their rate were left out of the log", "count", told)
 	}

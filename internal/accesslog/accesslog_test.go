@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// write writes n lines of a caller.
+// write writes n lines of one caller.
 func write(l *Log, n int, remote, path string, e Entry) {
 	r := httptest.NewRequest("GET", "/", nil)
 	r.RemoteAddr, r.URL.Path = remote, path
@@ -26,7 +26,7 @@ func newLog() (*Log, *bytes.Buffer) {
 	return New(slog.New(slog.NewJSONHandler(&b, nil))), &b
 }
 
-// TestLinesAreBounded has callers who send texts as long as they like.
+// TestLinesAreBounded sends texts of any length.
 func TestLinesAreBounded(t *testing.T) {
 	l, b := newLog()
 	long := strings.Repeat("é", 30_000)
@@ -46,7 +46,7 @@ func TestLinesAreBounded(t *testing.T) {
 	}
 }
 
-// TestStrangersCannotFillTheLog has callers without a key who call as often as they can.
+// TestStrangersCannotFillTheLog sends requests without a key as fast as possible.
 func TestStrangersCannotFillTheLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l, b := newLog()
