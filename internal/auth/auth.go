@@ -1,17 +1,16 @@
-// Package auth is who may do what: organizations, their API keys and scopes,
-// their quotas, and the rate at which a key may call.
+// Package auth decides who may do what. It keeps organizations, their API keys and scopes, their
+// quotas, and the rate at which a key may call.
 //
-// It keeps nothing but the rate buckets and the last uses not yet written in
-// memory: keys are looked up in the [Store] on every call, so that revoking takes
-// effect at once. Secrets are stored as SHA-256 only (they carry 160 random bits,
-// so a slow hash would add nothing) and shown once. After an error nothing has
-// changed. A [Service] is safe for concurrent use. Of cay it imports only fault.
+// In memory it keeps only the rate buckets and the last uses that are not written yet. It looks
+// keys up in the [Store] on every call, so that revoking takes effect at once. It stores the
+// SHA-256 of a secret only (secrets carry 160 random bits, so a slow hash would add nothing) and
+// returns a secret once. After an error nothing has changed. A [Service] is safe for concurrent
+// use. Of cay it imports only fault.
 //
-// Who administers. A key with the scope admin administers its own organization:
-// its keys, and nothing of others. Organizations as such are made and listed by
-// the admin keys of one of them, the operator's, which is the one called
-// [OperatorOrg] and made when the server first starts. Names of organizations are
-// unique and never change, so nobody can become it.
+// A key with the scope admin administers its own organization: its keys, and nothing of others.
+// Admin keys of the operator's organization also make and list organizations. That organization
+// has the name [OperatorOrg] and is made when the server first starts. Names of organizations are
+// unique and never change, so no other organization can take its place.
 package auth
 
 import (
@@ -19,7 +18,7 @@ import (
 	"time"
 )
 
-// Scope is one thing a key may do. Part of the contract.
+// Scope is one thing that a key may do. The scopes are part of the contract.
 type Scope string
 
 // The scopes. Admin covers all others and the administration of organizations.
@@ -33,14 +32,14 @@ const (
 	Admin          Scope = "admin"
 )
 
-// Quota is what an organization may have running at once; 0 is no limit.
+// Quota limits what an organization may have running at once; 0 is no limit.
 type Quota struct {
 	Sandboxes int
 	VCPUs     int
 	MemoryMB  int
 }
 
-// Org is an organization: the owner of sandboxes, templates and keys.
+// Org is an organization, which owns sandboxes, templates and keys.
 type Org struct {
 	ID        string // "org_" and 20 lower-case base32 characters
 	Name      string
@@ -57,12 +56,12 @@ type Key struct {
 	Prefix     string // first characters of the secret, so that people can tell keys apart
 	Scopes     []Scope
 	CreatedAt  time.Time
-	ExpiresAt  time.Time // zero is never
-	RevokedAt  time.Time // zero is not
-	LastUsedAt time.Time // to the minute; zero is never
+	ExpiresAt  time.Time // zero: the key never expires
+	RevokedAt  time.Time // zero: the key is not revoked
+	LastUsedAt time.Time // to the minute; zero: never used
 }
 
-// Principal is who makes a call.
+// Principal identifies the caller of an authenticated call.
 type Principal struct {
 	Org Org
 	Key Key
@@ -84,21 +83,22 @@ func (p Principal) May(s Scope) bool {
 
 // Store keeps organizations and keys. Every method is atomic and durable when it returns.
 type Store interface {
-	// PutOrg inserts an organization with its first key; a name that is taken is
-	// Conflict, code "org_exists".
+	// PutOrg inserts an organization with its first key. A name that is taken gives Conflict,
+	// code "org_exists".
 	PutOrg(ctx context.Context, o Org, first Key) error
 	GetOrg(ctx context.Context, id string) (Org, error) // NotFound, code "org_not_found"
 	ListOrgs(ctx context.Context, limit int, cursor string) ([]Org, string, error)
-	// PutKey adds a key, unless its organization has limit keys that are neither revoked nor
-	// expired when k is made: Exhausted, code "quota_exceeded". Of the others no more than limit
-	// stay, the newest. A limit of 0 is none.
+	// PutKey adds a key. If the organization already has limit keys that are neither revoked nor
+	// expired when k is made, it gives Exhausted, code "quota_exceeded". Of the revoked and
+	// expired keys it keeps the newest, at most limit. A limit of 0 means no limit.
 	PutKey(ctx context.Context, k Key, limit int) error
-	// KeyByHash finds a key, revoked and expired ones too, with its organization: NotFound.
+	// KeyByHash finds a key, even if revoked or expired, and its organization. Without one it
+	// gives NotFound.
 	KeyByHash(ctx context.Context, hash []byte) (Key, Org, error)
 	ListKeys(ctx context.Context, orgID string, limit int, cursor string) ([]Key, string, error)
-	// RevokeKey marks a key; NotFound (code "api_key_not_found") if the organization has
-	// none of that ID; revoking again changes nothing.
+	// RevokeKey marks a key as revoked; revoking it again changes nothing. If the organization
+	// has no key of that ID it gives NotFound, code "api_key_not_found".
 	RevokeKey(ctx context.Context, orgID, id string, at time.Time) error
-	// TouchKey records a use.
+	// TouchKey records a use of a key.
 	TouchKey(ctx context.Context, id string, at time.Time) error
 }

@@ -9,12 +9,14 @@ import (
 )
 
 const (
-	// sweepEvery is how often full buckets are dropped. A bucket is about 150 bytes, so this only
-	// has to be often enough that keys made and thrown away by the million do not pile up.
+	// sweepEvery is the interval at which full buckets are dropped. A bucket takes about 150
+	// bytes; a longer interval would let the buckets of millions of short-lived keys pile up, a
+	// shorter one would cost CPU for nothing.
 	sweepEvery = time.Minute
 
-	// maxBuckets bounds the buckets, some 15 MB of them. Callers beyond it, which takes as many
-	// addresses within a minute, share one.
+	// maxBuckets bounds the number of buckets; together they take some 15 MB. Callers beyond it
+	// share one bucket, which takes that many addresses within a minute. A lower bound would let
+	// fewer addresses slow down all new callers.
 	maxBuckets = 100_000
 )
 
@@ -31,12 +33,12 @@ type Buckets struct {
 	swept time.Time
 }
 
-// NewBuckets makes buckets that take so much a second in the long run, and burst at once.
+// NewBuckets returns buckets that let perSecond calls through in the long run, and burst at once.
 func NewBuckets(perSecond float64, burst int) *Buckets {
 	return &Buckets{rate: perSecond, burst: max(burst, 1), byKey: make(map[string]*rate.Limiter)}
 }
 
-// Take takes a token and returns 0, or how long it is until there is one.
+// Take takes a token and returns 0, or the time until there is one.
 func (b *Buckets) Take(key string, now time.Time) time.Duration {
 	if b.rate <= 0 {
 		return 0
@@ -55,12 +57,12 @@ func (b *Buckets) Take(key string, now time.Time) time.Duration {
 	r := l.ReserveN(now, 1)
 	wait := r.DelayFrom(now)
 	if wait > 0 {
-		r.CancelAt(now) // a refused call costs nothing, so a client that hammers is not locked out
+		r.CancelAt(now) // a refused call costs nothing, so a client that retries in a loop is not locked out
 	}
 	return wait
 }
 
-// sweepLocked drops the buckets that are full: a new one is no different.
+// sweepLocked drops full buckets, which are no different from new ones.
 //
 // +checklocks:b.mu
 func (b *Buckets) sweepLocked(now time.Time) {
@@ -75,8 +77,8 @@ func (b *Buckets) sweepLocked(now time.Time) {
 	}
 }
 
-// Address returns the name of a caller without a key: the address of its connection, of IPv6 the
-// network of 64 bits, since one subscriber has all of that.
+// Address returns the bucket name of a caller without a key: the address of its connection, or
+// for IPv6 its /64 network, since one subscriber has all of that.
 func Address(remote string) string {
 	host, _, err := net.SplitHostPort(remote)
 	if err != nil {

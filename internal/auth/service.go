@@ -15,15 +15,16 @@ import (
 // organizations of the server.
 const OperatorOrg = "default"
 
-// minExpiry keeps a key from being dead before its answer arrives.
+// minExpiry is the shortest life of a key. A key with a shorter one could expire before its
+// answer arrives.
 const minExpiry = time.Second
 
-// Config is what the operator decides about keys and organizations.
+// Config holds the operator's choices about keys and organizations.
 type Config struct {
-	// Quota is that of an organization that is made without one.
+	// Quota is given to an organization that is made without one.
 	Quota Quota
-	// Rate is how many calls a second each key may make in the long run, Burst
-	// how many at once; a Rate of 0 is no limit.
+	// Rate is the number of calls a second that each key may make in the long run, Burst the
+	// number at once. A Rate of 0 is no limit.
 	Rate  float64
 	Burst int
 	// FailedRate limits the calls a second of one address without a valid key, signature or token
@@ -31,14 +32,14 @@ type Config struct {
 	// counted, so that others behind the same proxy are not locked out.
 	FailedRate  float64
 	FailedBurst int
-	// MaxKeys limits the keys of an organization that are neither revoked nor expired, and the
-	// others of its that are kept; 0 is no limit.
+	// MaxKeys limits the keys of an organization that are neither revoked nor expired, and also
+	// the number of revoked and expired keys that are kept; 0 is no limit.
 	MaxKeys int
-	// Log is told when a last use cannot be written. Never nil.
+	// Log receives a warning when a last use cannot be written. It must not be nil.
 	Log *slog.Logger
 }
 
-// Service answers who may do what. Close it.
+// Service authenticates callers and administers keys and organizations. Close it.
 type Service struct {
 	cfg     Config
 	store   Store
@@ -47,7 +48,7 @@ type Service struct {
 	uses    *uses
 }
 
-// New makes a Service on store. It starts one goroutine, which Close ends.
+// New returns a Service on store. It starts one goroutine, which Close ends.
 func New(store Store, cfg Config) *Service {
 	return &Service{cfg: cfg, store: store, uses: newUses(store, cfg.Log),
 		buckets: NewBuckets(cfg.Rate, cfg.Burst), failed: NewBuckets(cfg.FailedRate, cfg.FailedBurst)}
@@ -56,10 +57,10 @@ func New(store Store, cfg Config) *Service {
 // Close writes the last uses that are not written yet, until ctx ends.
 func (s *Service) Close(ctx context.Context) error { return s.uses.close(ctx) }
 
-// Bootstrap makes the operator's organization and its first key, with the scope
-// admin, if there is no organization yet. save gets the secret before anything is
-// stored: should the process die in between, the next start makes another one,
-// and there is never a first key that nobody knows.
+// Bootstrap makes the operator's organization and its first key, with the scope admin, if there
+// is no organization yet. It passes the secret to save before it stores anything: if the process
+// dies in between, the next start makes another key, so the secret of a stored first key is never
+// lost.
 func (s *Service) Bootstrap(ctx context.Context, save func(secret string) error) (made bool, err error) {
 	orgs, _, err := s.store.ListOrgs(ctx, 1, "")
 	if err != nil {
@@ -82,24 +83,25 @@ func (s *Service) Bootstrap(ctx context.Context, save func(secret string) error)
 func newKey(orgID, name string, scopes []Scope, expiresIn time.Duration, f Format) (Key, string) {
 	secret := newSecret(f)
 	hash, _ := parseSecret(secret)
-	k := Key{ID: newID("key_"), OrgID: orgID, Name: name, Hash: hash[:], Prefix: secret[:prefixLength], Scopes: scopes, CreatedAt: time.Now().UTC()}
+	k := Key{ID: newID("key_"), OrgID: orgID, Name: name, Hash: hash[:], Prefix: secret[:prefixLength], Scopes: scopes,
+		CreatedAt: time.Now().UTC()}
 	if expiresIn > 0 {
 		k.ExpiresAt = k.CreatedAt.Add(expiresIn)
 	}
 	return k, secret
 }
 
-// Authenticate says whose secret it is. A secret that is missing, malformed,
-// unknown, expired or revoked is Unauthenticated, always with the same text.
+// Authenticate returns the owner of a secret. A missing, malformed, unknown, expired or revoked
+// secret gives Unauthenticated, always with the same text.
 func (s *Service) Authenticate(ctx context.Context, secret string) (Principal, error) {
-	refused := fault.New(fault.Unauthenticated, "unauthenticated", "a valid API key is needed: Authorization: Bearer cay_…")
+	refused := fault.New(fault.Unauthenticated, "unauthenticated",
+		"a valid API key is needed: Authorization: Bearer cay_…")
 	hash, ok := parseSecret(secret)
 	if !ok {
 		return Principal{}, refused
 	}
-	// The database compares a hash, whose bits nobody can choose, so its timing
-	// says nothing about a secret; the comparison here is for stores that find
-	// more loosely than they should.
+	// The database compares a hash, whose bits the caller cannot choose, so its timing tells
+	// nothing about a secret. This comparison guards against a store that matches too loosely.
 	key, org, err := s.store.KeyByHash(ctx, hash[:])
 	if fault.Is(err, fault.NotFound) {
 		return Principal{}, refused
@@ -116,23 +118,25 @@ func (s *Service) Authenticate(ctx context.Context, secret string) (Principal, e
 	return Principal{Org: org, Key: key}, nil
 }
 
-// Allow takes one call from the key's bucket: Exhausted, code "rate_limited", with
-// RetryAfter when it is empty.
+// Allow takes one call from the key's bucket. If the bucket is empty it gives Exhausted, code
+// "rate_limited", with RetryAfter.
 func (s *Service) Allow(p Principal) error {
 	if wait := s.buckets.Take(p.Key.ID, time.Now()); wait > 0 {
-		return fault.New(fault.Exhausted, "rate_limited", "this key may make %g calls a second, %d at once", s.cfg.Rate, s.buckets.burst).After(wait)
+		return fault.New(fault.Exhausted, "rate_limited", "this key may make %g calls a second, %d at once", s.cfg.Rate,
+			s.buckets.burst).After(wait)
 	}
 	return nil
 }
 
-// CodeTooManyAttempts is the code of what [Service.Failed] returns.
+// CodeTooManyAttempts is the code of the error that [Service.Failed] returns.
 const CodeTooManyAttempts = "too_many_attempts"
 
-// Failed counts a call without a valid key, signature or token against its address: Exhausted, code
-// [CodeTooManyAttempts], with RetryAfter when it is empty.
+// Failed counts a call without a valid key, signature or token against its address. If the
+// address has too many it gives Exhausted, code [CodeTooManyAttempts], with RetryAfter.
 func (s *Service) Failed(remote string) error {
 	if wait := s.failed.Take(Address(remote), time.Now()); wait > 0 {
-		return fault.New(fault.Exhausted, CodeTooManyAttempts, "calls without a valid key may come from one address %g times a second, %d at once",
+		return fault.New(fault.Exhausted, CodeTooManyAttempts,
+			"calls without a valid key may come from one address %g times a second, %d at once",
 			s.cfg.FailedRate, s.failed.burst).After(wait)
 	}
 	return nil
@@ -152,16 +156,17 @@ func needOperator(p Principal) error {
 		return err
 	}
 	if p.Org.Name != OperatorOrg {
-		return fault.New(fault.Denied, "not_the_operator", "organizations are administered with keys of the organization %q", OperatorOrg)
+		return fault.New(fault.Denied, "not_the_operator", "organizations are administered with keys of the organization %q",
+			OperatorOrg)
 	}
 	return nil
 }
 
-// KeyRequest asks for a key.
+// KeyRequest describes the key to create.
 type KeyRequest struct {
 	Name      string
-	Scopes    []string      // may be empty with FormatE2B, which then has e2bScopes
-	ExpiresIn time.Duration // 0 is never
+	Scopes    []string      // may be empty with FormatE2B, which then gets e2bScopes
+	ExpiresIn time.Duration // 0: the key never expires
 	Format    Format        // "" is FormatCay
 }
 
@@ -170,11 +175,10 @@ func e2bScopes() []string {
 	return []string{string(SandboxesWrite), string(Exec), string(Files), string(TemplatesWrite)}
 }
 
-// CreateKey makes a key in p's organization and returns it with its secret, which
-// is not kept. It needs the scope admin, and gives no scope
-// that p's key lacks: Denied, code "scope_missing". Invalid, naming the field, for
-// a name, scopes or an expiry that are not right. Exhausted, code "quota_exceeded", when the
-// organization has as many as it may.
+// CreateKey makes a key in p's organization and returns it with its secret, which is not kept. It
+// needs the scope admin. A scope that p's key lacks gives Denied, code "scope_missing". A wrong
+// name, scope or expiry gives Invalid with the field. If the organization has as many keys as it
+// may, it gives Exhausted, code "quota_exceeded".
 func (s *Service) CreateKey(ctx context.Context, p Principal, r KeyRequest) (Key, string, error) {
 	if err := needAdmin(p); err != nil {
 		return Key{}, "", err
@@ -191,12 +195,14 @@ func (s *Service) CreateKey(ctx context.Context, p Principal, r KeyRequest) (Key
 	}
 	for _, scope := range parsed {
 		if !p.May(scope) {
-			return Key{}, "", fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s itself", scope)
+			return Key{}, "", fault.New(fault.Denied, "scope_missing",
+				"a key without the scope %s cannot give it to another key", scope)
 		}
 	}
 	format := cmp.Or(r.Format, FormatCay)
 	if format != FormatCay && format != FormatE2B {
-		return Key{}, "", fault.InField("invalid_format", "format", "must be %s or %s, not %.40q", FormatCay, FormatE2B, r.Format)
+		return Key{}, "", fault.InField("invalid_format", "format", "must be %s or %s, not %.40q", FormatCay, FormatE2B,
+			r.Format)
 	}
 	if r.ExpiresIn != 0 && r.ExpiresIn < minExpiry {
 		return Key{}, "", fault.InField("invalid_expires_in", "expires_in", "must be 0 for never, or at least %s", minExpiry)
@@ -208,8 +214,8 @@ func (s *Service) CreateKey(ctx context.Context, p Principal, r KeyRequest) (Key
 	return k, secret, nil
 }
 
-// ListKeys pages the keys of p's organization, newest first, revoked and expired
-// ones too. It needs the scope admin.
+// ListKeys returns a page of the keys of p's organization, newest first, including revoked and
+// expired ones. It needs the scope admin.
 func (s *Service) ListKeys(ctx context.Context, p Principal, limit int, cursor string) ([]Key, string, error) {
 	if err := needAdmin(p); err != nil {
 		return nil, "", err
@@ -217,12 +223,12 @@ func (s *Service) ListKeys(ctx context.Context, p Principal, limit int, cursor s
 	return s.store.ListKeys(ctx, p.Org.ID, limit, cursor)
 }
 
-// Org is an organization by its ID, for those who act for it without a key.
+// Org returns an organization by its ID, for work that is done for it without a key.
 func (s *Service) Org(ctx context.Context, id string) (Org, error) { return s.store.GetOrg(ctx, id) }
 
-// RevokeKey ends a key of p's organization for good, from the next call on. It
-// needs the scope admin, but any key may revoke itself. It is safe to repeat.
-// NotFound, code "api_key_not_found", when the organization has no such key.
+// RevokeKey revokes a key of p's organization for good, from the next call on. It needs the scope
+// admin, but any key may revoke itself. It is safe to repeat. If the organization has no such key
+// it gives NotFound, code "api_key_not_found".
 func (s *Service) RevokeKey(ctx context.Context, p Principal, id string) error {
 	if id != p.Key.ID {
 		if err := needAdmin(p); err != nil {
@@ -232,7 +238,7 @@ func (s *Service) RevokeKey(ctx context.Context, p Principal, id string) error {
 	return s.store.RevokeKey(ctx, p.Org.ID, id, time.Now())
 }
 
-// QuotaRequest is a quota as the operator asks for it: nil is the configured default.
+// QuotaRequest is the quota in the operator's request. A nil field takes the configured default.
 type QuotaRequest struct {
 	Sandboxes, VCPUs, MemoryMB *int
 }
@@ -255,9 +261,9 @@ func (s *Service) quota(r QuotaRequest) (Quota, error) {
 	return q, nil
 }
 
-// CreateOrg makes an organization with a first key of the scope admin and returns
-// both, with the key's secret, which is not kept. Only the operator may: Denied
-// else. Conflict, code "org_exists", for a name that is taken.
+// CreateOrg makes an organization and its first key, with the scope admin. It returns both and
+// the key's secret, which is not kept. Callers other than the operator get Denied. A name that is
+// taken gives Conflict, code "org_exists".
 func (s *Service) CreateOrg(ctx context.Context, p Principal, name string, r QuotaRequest) (Org, Key, string, error) {
 	if err := needOperator(p); err != nil {
 		return Org{}, Key{}, "", err
@@ -277,7 +283,7 @@ func (s *Service) CreateOrg(ctx context.Context, p Principal, name string, r Quo
 	return org, key, secret, nil
 }
 
-// ListOrgs pages all organizations, newest first. Only the operator may.
+// ListOrgs returns a page of all organizations, newest first. Only the operator may call it.
 func (s *Service) ListOrgs(ctx context.Context, p Principal, limit int, cursor string) ([]Org, string, error) {
 	if err := needOperator(p); err != nil {
 		return nil, "", err

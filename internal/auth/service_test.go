@@ -17,7 +17,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// begin makes a Service on an empty memory store with its operator.
+// begin returns a Service on an empty memory store, with its operator.
 func begin(t *testing.T, cfg Config) (*Service, *memory, Principal) {
 	t.Helper()
 	st := &memory{}
@@ -39,7 +39,7 @@ func begin(t *testing.T, cfg Config) (*Service, *memory, Principal) {
 	return s, st, p
 }
 
-// principal makes a key of p's organization and authenticates with it.
+// principal makes a key in p's organization and authenticates with it.
 func principal(t *testing.T, s *Service, p Principal, scopes ...string) (Principal, string) {
 	t.Helper()
 	_, secret, err := s.CreateKey(t.Context(), p, KeyRequest{Name: "test", Scopes: scopes})
@@ -77,8 +77,8 @@ func TestBootstrap(t *testing.T) {
 	}
 }
 
-// A crash or a full disk between saving and storing must leave a server that can
-// still be bootstrapped.
+// TestBootstrapFails checks that a crash or a full disk between saving and storing leaves a
+// server that can still be bootstrapped.
 func TestBootstrapFails(t *testing.T) {
 	st := &memory{}
 	s := New(st, Config{Log: slog.New(slog.DiscardHandler)})
@@ -88,7 +88,8 @@ func TestBootstrapFails(t *testing.T) {
 		}
 	}()
 	full := errors.New("disk full")
-	if made, err := s.Bootstrap(t.Context(), func(string) error { return full }); made || !errors.Is(err, full) || len(st.orgs) != 0 {
+	if made, err := s.Bootstrap(t.Context(), func(string) error { return full }); made || !errors.Is(err, full) ||
+		len(st.orgs) != 0 {
 		t.Errorf("with a save that fails: %v, %v, %d organizations", made, err, len(st.orgs))
 	}
 	st.broken = full
@@ -117,7 +118,8 @@ func TestAuthenticateRefuses(t *testing.T) {
 		if err := s.RevokeKey(t.Context(), p, st.keys[2].ID); err != nil {
 			t.Fatal(err)
 		}
-		_, expiring, err := s.CreateKey(t.Context(), p, KeyRequest{Name: "short", Scopes: []string{"exec"}, ExpiresIn: time.Minute})
+		_, expiring, err := s.CreateKey(t.Context(), p,
+			KeyRequest{Name: "short", Scopes: []string{"exec"}, ExpiresIn: time.Minute})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -152,7 +154,8 @@ func TestAuthenticateRefuses(t *testing.T) {
 	})
 }
 
-// A store that fails is not a wrong key: the caller must not be told to give up.
+// TestAuthenticateStoreFails checks that a failing store is not reported as a wrong key, which
+// would make the caller give up.
 func TestAuthenticateStoreFails(t *testing.T) {
 	s := New(failing{}, Config{Log: slog.New(slog.DiscardHandler)})
 	_, err := s.Authenticate(t.Context(), newSecret(FormatCay))
@@ -172,7 +175,8 @@ func (failing) KeyByHash(context.Context, []byte) (Key, Org, error) {
 
 func TestSecretsAreNotKept(t *testing.T) {
 	s, st, p := begin(t, Config{})
-	k, secret, err := s.CreateKey(t.Context(), p, KeyRequest{Name: "ci", Scopes: []string{"files", "exec", "exec"}, ExpiresIn: time.Hour})
+	k, secret, err := s.CreateKey(t.Context(), p,
+		KeyRequest{Name: "ci", Scopes: []string{"files", "exec", "exec"}, ExpiresIn: time.Hour})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -182,7 +186,8 @@ func TestSecretsAreNotKept(t *testing.T) {
 	if hash := sha256.Sum256([]byte(secret)); !bytes.Equal(k.Hash, hash[:]) {
 		t.Error("the hash is not that of the secret")
 	}
-	if k.Prefix != secret[:12] || !slices.Equal(k.Scopes, []Scope{Exec, Files}) || !k.ExpiresAt.Equal(k.CreatedAt.Add(time.Hour)) {
+	if k.Prefix != secret[:12] || !slices.Equal(k.Scopes, []Scope{Exec, Files}) ||
+		!k.ExpiresAt.Equal(k.CreatedAt.Add(time.Hour)) {
 		t.Errorf("the key is %+v", k)
 	}
 	for _, stored := range st.keys {
@@ -227,7 +232,8 @@ func TestCreateKeyRefuses(t *testing.T) {
 	if len(st.keys) != before {
 		t.Errorf("%d keys were made", len(st.keys)-before)
 	}
-	if _, _, err := s.CreateKey(t.Context(), p, KeyRequest{Name: strings.Repeat("ü", maxKeyName), Scopes: []string{"exec"}, ExpiresIn: time.Second}); err != nil {
+	if _, _, err := s.CreateKey(t.Context(), p,
+		KeyRequest{Name: strings.Repeat("ü", maxKeyName), Scopes: []string{"exec"}, ExpiresIn: time.Second}); err != nil {
 		t.Errorf("exactly at the limits: %v", err)
 	}
 }
@@ -327,7 +333,7 @@ func TestRateLimit(t *testing.T) {
 				t.Fatalf("call %d of the burst: %v", i, err)
 			}
 		}
-		for range 5 { // being refused costs nothing
+		for range 5 { // a refused call costs nothing
 			err := s.Allow(p)
 			wantFault(t, err, fault.Exhausted, "rate_limited")
 			if wait := fault.As(err).RetryAfter; wait != 500*time.Millisecond {
@@ -345,7 +351,7 @@ func TestRateLimit(t *testing.T) {
 			t.Errorf("twice after waiting once: %v", err)
 		}
 
-		// Idle buckets go, without giving anybody more than the burst.
+		// Idle buckets are dropped, and no caller gets more than the burst.
 		time.Sleep(sweepEvery)
 		if err := s.Allow(other); err != nil {
 			t.Fatal(err)
@@ -373,7 +379,7 @@ func TestNoRateLimit(t *testing.T) {
 func TestLastUse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, st, p := begin(t, Config{})
-		time.Sleep(30 * time.Second) // so that the minute is not the key's
+		time.Sleep(30 * time.Second) // so that the use falls into a later minute than the creation
 		_, secret := principal(t, s, p, "exec")
 		synctest.Wait()
 		if k := st.keys[1]; !k.LastUsedAt.Equal(k.CreatedAt) {
@@ -404,7 +410,7 @@ func TestLastUse(t *testing.T) {
 			t.Errorf("last used %s, now %s", last, time.Now())
 		}
 
-		// A write that fails is tried again by the next use.
+		// The next use tries again after a write that failed.
 		time.Sleep(useEvery)
 		st.broken = errors.New("disk full")
 		use()
@@ -416,7 +422,7 @@ func TestLastUse(t *testing.T) {
 			t.Errorf("%d writes, want 2", st.touches-begun)
 		}
 
-		// What is pending is written by Close.
+		// Close writes what is pending.
 		time.Sleep(useEvery)
 		use()
 		if err := s.Close(t.Context()); err != nil {
@@ -429,7 +435,8 @@ func TestLastUse(t *testing.T) {
 }
 
 func FuzzParseSecret(f *testing.F) {
-	for _, seed := range []string{"", "cay_", "cay_" + strings.Repeat("a", 40), "cay_" + strings.Repeat("A", 40), "cay_" + strings.Repeat("0", 39) + "\x00", newSecret(FormatCay)} {
+	for _, seed := range []string{"", "cay_", "cay_" + strings.Repeat("a", 40), "cay_" + strings.Repeat("A", 40),
+		"cay_" + strings.Repeat("0", 39) + "\x00", newSecret(FormatCay)} {
 		f.Add(seed)
 	}
 	form := regexp.MustCompile(`\Acay_[0-9a-f]{40}\z`)
@@ -445,7 +452,8 @@ func FuzzParseSecret(f *testing.F) {
 }
 
 func FuzzParseScopes(f *testing.F) {
-	for _, seed := range []string{"", "exec", "exec,admin", "exec,,", "ADMIN", "admin,admin", "sandboxes:read,sandboxes:write,files"} {
+	for _, seed := range []string{"", "exec", "exec,admin", "exec,,", "ADMIN", "admin,admin",
+		"sandboxes:read,sandboxes:write,files"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
@@ -470,12 +478,14 @@ func FuzzParseScopes(f *testing.F) {
 	})
 }
 
-// TestFailedAttempts counts calls without a valid key by address, and none of other addresses.
+// TestFailedAttempts checks that calls without a valid key are counted by address, each address
+// by itself.
 func TestFailedAttempts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, _, p := begin(t, Config{FailedRate: 2, FailedBurst: 3})
 		for i := range 3 {
-			if err := s.Failed(fmt.Sprintf("[2001:db8::%d]:%d", i, 1000+i)); err != nil { // one subscriber has them all
+			// one subscriber has all these addresses
+			if err := s.Failed(fmt.Sprintf("[2001:db8::%d]:%d", i, 1000+i)); err != nil {
 				t.Fatalf("attempt %d of the burst: %v", i, err)
 			}
 		}

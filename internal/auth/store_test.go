@@ -11,15 +11,15 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// memory is a Store for tests of this room, where time is faked and a database
-// would only be slow. That the real one keeps the same contract is tested there.
+// memory is a Store for the tests of this package, which fake the time, so that a database would
+// only be slow. The tests of package store check the contract on the real one.
 type memory struct {
 	mu      sync.Mutex
 	orgs    []Org
 	keys    []Key
 	touches int
-	broken  error // what every write answers, if not nil
-	looked  int   // calls of KeyByHash
+	broken  error // returned by every write, if not nil
+	looked  int   // number of calls of KeyByHash
 }
 
 func (m *memory) PutOrg(_ context.Context, o Org, first Key) error {
@@ -114,7 +114,7 @@ func (m *memory) TouchKey(_ context.Context, id string, at time.Time) error {
 	return nil
 }
 
-// pageOf pages newest first; the cursor is how many came before.
+// pageOf returns a page, newest first; the cursor is the number of items before it.
 func pageOf[T any](all []T, limit int, after string) ([]T, string, error) {
 	newest := slices.Clone(all)
 	slices.Reverse(newest)

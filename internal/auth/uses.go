@@ -9,17 +9,17 @@ import (
 	"time"
 )
 
-// useEvery is how often the last use of one key is written, at most. Writing each
-// would cost a disk sync per call; people ask "is this key still used", and for
-// that a minute is plenty.
+// useEvery is the shortest time between two writes of the last use of one key. Writing every use
+// would cost a disk sync per call; people ask whether a key is still in use, and for that a
+// minute is precise enough.
 const useEvery = time.Minute
 
-// uses writes when keys were last used, behind the calls' backs.
+// uses writes the last uses of keys in the background.
 type uses struct {
 	store Store
 	log   *slog.Logger
 
-	wake chan struct{} // capacity 1: there is something pending
+	wake chan struct{} // capacity 1; sent to when something is pending
 	stop chan struct{} // closed by close
 	done chan struct{} // closed by the goroutine
 
@@ -37,7 +37,7 @@ func newUses(store Store, log *slog.Logger) *uses {
 	return u
 }
 
-// note remembers that the key, as it was just read, is used at now.
+// note records that the key k, as it was just read, is used at now.
 func (u *uses) note(k Key, now time.Time) {
 	if now.Sub(k.LastUsedAt) < useEvery {
 		return
@@ -45,13 +45,13 @@ func (u *uses) note(k Key, now time.Time) {
 	u.mu.Lock()
 	at := now.UTC().Truncate(useEvery)
 	if at.Before(k.CreatedAt) {
-		at = k.CreatedAt // nobody uses a key before it is made
+		at = k.CreatedAt // a key cannot be used before it is made
 	}
 	u.pending[k.ID] = at
 	u.mu.Unlock()
 	select {
 	case u.wake <- struct{}{}:
-	default: // the goroutine will see this one too
+	default: // the goroutine has a wake-up to read, and will write this use too
 	}
 }
 
@@ -69,8 +69,8 @@ func (u *uses) run() {
 	}
 }
 
-// write writes what is pending. What could not be written is forgotten: the next
-// use of the key brings it back.
+// write writes what is pending. It forgets a use that could not be written; the next use of the
+// key brings it back.
 func (u *uses) write(ctx context.Context) error {
 	u.mu.Lock()
 	batch := maps.Clone(u.pending)
@@ -84,7 +84,7 @@ func (u *uses) write(ctx context.Context) error {
 	return nil
 }
 
-// close ends the goroutine and writes what is left. Closing again does nothing.
+// close ends the goroutine and writes what is pending. Closing again does nothing.
 func (u *uses) close(ctx context.Context) error {
 	u.mu.Lock()
 	if u.closed {
