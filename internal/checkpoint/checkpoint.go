@@ -1,14 +1,14 @@
-// Package checkpoint keeps checkpoints on disk: for each name (of a sandbox) the
-// latest one that is whole, and while it is being made the next.
+// Package checkpoint keeps checkpoints on disk: for each name (of a sandbox or a snapshot) the
+// latest whole one, and the draft of the next while it is made.
 //
-// A checkpoint is a directory of files that somebody else writes, a sum of each, and a
-// manifest. It becomes the latest by one rename, after everything of it was summed and
-// synced, and only then the one before it goes: after a crash at any moment, the latest
-// is the previous one or the new one, and whole. What a checkpoint holds is of no
-// interest here; it is secret, so directories are 0700 and files 0600.
+// A checkpoint is a directory of files that the caller writes, with a checksum of each and a
+// manifest. One rename makes a draft the latest checkpoint, after all of it was summed and
+// synced; only then is the one before removed. So after a crash at any moment the latest is
+// either the previous one or the new one, and whole. The package does not look into the files.
+// They are secret, so directories have mode 0700 and files 0600.
 //
-// A [Store] is safe for concurrent use for different names; for one name, one call at
-// a time. It keeps nothing in memory but the space promised to drafts.
+// A [Store] is safe for concurrent use for different names; for one name, make one call at a
+// time. In memory it keeps only the space promised to drafts.
 package checkpoint
 
 import (
@@ -34,11 +34,11 @@ import (
 
 const (
 	manifestFile = "manifest.json"
-	// suspectFile marks a checkpoint that once did not have its sums.
+	// suspectFile marks a checkpoint whose checksums were wrong once.
 	suspectFile = "suspect"
-	// draftDir is where the next checkpoint of a name is made.
+	// draftDir is the directory in which the next checkpoint of a name is made.
 	draftDir = "draft"
-	// format is the version of the manifest; others are refused, not guessed at.
+	// format is the version of the manifest; other versions are refused.
 	format = 1
 )
 
@@ -52,8 +52,8 @@ type Store struct {
 	promised int64 // bytes that drafts under way may still write; guarded by mu
 }
 
-// Open makes the directory if it does not exist, and removes drafts that a crash
-// left: it says whose. Drafts must leave minFree bytes of the disk free.
+// Open makes the directory if it does not exist, removes the drafts that a crash left, and
+// returns their names. Drafts must leave minFree bytes of the disk free.
 func Open(dir string, minFree int64) (s *Store, interrupted []string, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, nil, fmt.Errorf("making the directory of checkpoints: %w", err)
@@ -76,7 +76,7 @@ func Open(dir string, minFree int64) (s *Store, interrupted []string, err error)
 	return s, interrupted, nil
 }
 
-// Names lists what there are checkpoints or drafts of.
+// Names returns the names that have a checkpoint or a draft.
 func (s *Store) Names() ([]string, error) {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
@@ -89,24 +89,25 @@ func (s *Store) Names() ([]string, error) {
 	return names, nil
 }
 
-// Has reports whether there is anything of a name, be it only a draft.
+// Has reports whether a name has a checkpoint or a draft.
 func (s *Store) Has(name string) bool {
 	_, err := os.Stat(filepath.Join(s.dir, name))
 	return err == nil
 }
 
-// gone is the name of a checkpoint while its files are removed.
+// gone is the directory name of a checkpoint while its files are removed.
 const gone = "gone"
 
-// Remove removes everything of a name. Nothing there is success.
+// Remove removes all that a name has. If there is nothing it succeeds.
 func (s *Store) Remove(name string) error {
 	home := filepath.Join(s.dir, name)
 	all, err := numbers(home)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	for _, n := range all { // at once, so that nobody finds a part of one
-		err = errors.Join(err, os.RemoveAll(filepath.Join(home, gone)), os.Rename(filepath.Join(home, strconv.Itoa(n)), filepath.Join(home, gone)))
+	for _, n := range all { // renamed first, so that no reader finds a part of one
+		err = errors.Join(err, os.RemoveAll(filepath.Join(home, gone)),
+			os.Rename(filepath.Join(home, strconv.Itoa(n)), filepath.Join(home, gone)))
 	}
 	if err := errors.Join(err, os.RemoveAll(home)); err != nil {
 		return fmt.Errorf("removing the checkpoints of %s: %w", name, err)
@@ -114,15 +115,15 @@ func (s *Store) Remove(name string) error {
 	return nil
 }
 
-// Draft is a checkpoint being made. End it with [Draft.Commit] or [Draft.Abandon].
+// Draft is a checkpoint in the making. End it with [Draft.Commit] or [Draft.Abandon].
 type Draft struct {
 	store *Store
 	name  string
 	size  int64
 }
 
-// Begin starts the next checkpoint of a name, which will need about size bytes. Not
-// enough space is NoSpace, code "disk_full", and nothing is done.
+// Begin starts the next checkpoint of a name, which will need about size bytes. Without enough
+// space it gives NoSpace, code "disk_full", and does nothing.
 func (s *Store) Begin(name string, size int64) (*Draft, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(s.dir, &st); err != nil {
@@ -132,7 +133,8 @@ func (s *Store) Begin(name string, size int64) (*Draft, error) {
 	free := int64(st.Bavail)*st.Bsize - s.promised - s.minFree
 	if free < size {
 		s.mu.Unlock()
-		return nil, fault.New(fault.NoSpace, "disk_full", "a checkpoint needs about %d MiB of this machine's disk, and %d MiB are left for it",
+		return nil, fault.New(fault.NoSpace, "disk_full",
+			"a checkpoint needs about %d MiB of this machine's disk, and %d MiB are left for it",
 			mib(size), mib(max(0, free)))
 	}
 	s.promised += size
@@ -144,17 +146,17 @@ func (s *Store) Begin(name string, size int64) (*Draft, error) {
 	return d, nil
 }
 
-// mib rounds up: a small need is not shown as none.
+// mib rounds up, so that a small size does not print as 0.
 func mib(bytes int64) int64 { return (bytes + 1<<20 - 1) >> 20 }
 
-// Dir is the empty directory to write the checkpoint's files to.
+// Dir returns the empty directory for the checkpoint's files.
 func (d *Draft) Dir() string { return filepath.Join(d.store.dir, d.name, draftDir) }
 
-// Abandon removes the draft. The latest checkpoint is what it was.
+// Abandon removes the draft. The latest checkpoint stays.
 func (d *Draft) Abandon() error {
 	d.end()
 	err := os.RemoveAll(d.Dir())
-	// Fails while there is a checkpoint beside it, and should.
+	// This fails while the name has a checkpoint, as it should.
 	_ = os.Remove(filepath.Dir(d.Dir()))
 	if err != nil {
 		return fmt.Errorf("removing an abandoned checkpoint: %w", err)
@@ -162,10 +164,10 @@ func (d *Draft) Abandon() error {
 	return nil
 }
 
-// Full reports whether the disk has no room left for the draft: its writer may not have
-// said so.
+// Full reports whether the disk has no room left for the draft. The draft's writer may not report
+// it.
 func (d *Draft) Full() bool {
-	const least = 1 << 20 // bytes; what several writers at once leave of a full disk
+	const least = 1 << 20 // bytes; several writers at once may leave this much of a full disk
 	var st unix.Statfs_t
 	return unix.Statfs(d.store.dir, &st) == nil && int64(st.Bavail)*st.Bsize < least
 }
@@ -177,21 +179,21 @@ func (d *Draft) end() {
 	d.size = 0
 }
 
-// Commit makes the draft the latest checkpoint of its name, durably, with about as what
-// its maker must know to use it, and removes the one before. After an error the latest
-// is what it was, and the draft is still to be abandoned.
+// Commit makes the draft the latest checkpoint of its name, durably, and removes the one before.
+// about is stored in the manifest, for [Checkpoint.Understand]. After an error the latest
+// checkpoint is unchanged, and the draft must still be abandoned.
 func (d *Draft) Commit(at time.Time, about any) (*Checkpoint, error) {
 	return d.CommitAs(d.name, at, about)
 }
 
-// CommitAs is Commit, but the draft becomes the latest checkpoint of another name. A crash
-// before the end can leave that name with nothing, see [Store.Names].
+// CommitAs commits the draft as the latest checkpoint of another name. A crash before the end can
+// leave that name without a checkpoint, see [Store.Names].
 func (d *Draft) CommitAs(name string, at time.Time, about any) (*Checkpoint, error) {
 	data, err := json.Marshal(about)
 	if err != nil {
-		return nil, fmt.Errorf("encoding what a checkpoint is about: %w", err)
+		return nil, fmt.Errorf("encoding a checkpoint's description: %w", err)
 	}
-	// To the microsecond, as rows keep times: the same point has one time everywhere.
+	// Rows keep times to the microsecond; so the checkpoint has the same time everywhere.
 	m := manifest{Format: format, At: at.UTC().Truncate(time.Microsecond), About: data}
 	if m.Files, m.Size, err = seal(d.Dir()); err != nil {
 		return nil, err
@@ -220,18 +222,18 @@ func (d *Draft) CommitAs(name string, at time.Time, about any) (*Checkpoint, err
 	}
 	d.end()
 	if name != d.name {
-		// Fails while there is a checkpoint of that name, and should.
+		// This fails while that name has a checkpoint, as it should.
 		_ = os.Remove(filepath.Dir(d.Dir()))
 	}
 	for _, n := range older {
-		// One that stays is removed by the next commit, and never read before.
+		// The next commit removes one that stays; until then it is never read.
 		_ = os.RemoveAll(filepath.Join(home, strconv.Itoa(n)))
 	}
-	_ = os.RemoveAll(filepath.Join(home, gone)) // as above
+	_ = os.RemoveAll(filepath.Join(home, gone)) // the next commit tries again
 	return c, nil
 }
 
-// seal sums, syncs and closes off the files in dir, and says what they take on disk.
+// seal sums and syncs the files in dir, sets their mode, and returns their size on disk.
 func seal(dir string) (files []file, size int64, err error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -253,8 +255,7 @@ func sealFile(path string) (one file, blocks int64, err error) {
 		return one, 0, err
 	}
 	defer f.Close()
-	// The sum is of what is still in the page cache, so that it and the disk can work
-	// at the same time.
+	// The sum reads the page cache, so that it runs while the disk writes.
 	synced := make(chan error, 1)
 	go func() { synced <- f.Sync() }()
 	one.Name = filepath.Base(path)
@@ -284,7 +285,7 @@ func syncDir(dir string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// numbers lists the checkpoints in a name's directory, latest first.
+// numbers returns the numbers of the checkpoints in a name's directory, latest first.
 func numbers(home string) ([]int, error) {
 	entries, err := os.ReadDir(home)
 	if err != nil {
@@ -301,11 +302,12 @@ func numbers(home string) ([]int, error) {
 	return all, nil
 }
 
-// castagnoli is CRC-32C, which processors compute at some 10 GB/s: it finds damage, and
-// is no protection against somebody who may write here.
+// castagnoli is the table of CRC-32C, which processors compute at some 10 GB/s. The sum finds
+// damage; it does not protect against an attacker who can write here.
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// sumPiece is how much is read at once, bytes; ctx is looked at between two.
+// sumPiece is the number of bytes read at once. A larger piece delays the end of a cancelled
+// read.
 const sumPiece = 1 << 20
 
 func sum(ctx context.Context, r io.Reader) (size int64, crc uint32, err error) {
@@ -323,7 +325,7 @@ func sum(ctx context.Context, r io.Reader) (size int64, crc uint32, err error) {
 	return 0, 0, context.Cause(ctx)
 }
 
-// manifest is what a checkpoint's directory says of itself.
+// manifest describes a checkpoint; it is a file in the checkpoint's directory.
 type manifest struct {
 	Format int             `json:"format"`
 	At     time.Time       `json:"at"`
@@ -338,7 +340,7 @@ type file struct {
 	Sum  uint32 `json:"crc32c"`
 }
 
-// envelope is what the manifest's file holds: damage to it shows as to any other.
+// envelope is the content of the manifest's file, with a sum so that damage to it is found too.
 type envelope struct {
 	Sum      uint32          `json:"crc32c"`
 	Manifest json.RawMessage `json:"manifest"`
@@ -372,17 +374,17 @@ func (m *manifest) decode(data []byte) error {
 	return nil
 }
 
-// Checkpoint is one that is whole.
+// Checkpoint is a whole checkpoint on disk.
 type Checkpoint struct {
-	Dir string // where its files are
+	Dir string // directory of its files
 	manifest
 }
 
-// Latest returns the latest checkpoint of a name, nil if there is none. Its files are
-// there and have their sizes; [Checkpoint.Verify] reads them.
+// Latest returns the latest checkpoint of a name, or nil if there is none. Its files exist and
+// have their sizes; [Checkpoint.Verify] reads them.
 func (s *Store) Latest(name string) (*Checkpoint, error) {
 	home := filepath.Join(s.dir, name)
-	const tries = 3 // one that is listed may be removed or replaced before it is read
+	const tries = 3 // a checkpoint may be removed or replaced between listing and reading
 	for try := 1; ; try++ {
 		all, err := numbers(home)
 		if errors.Is(err, fs.ErrNotExist) || err == nil && len(all) == 0 {
@@ -407,12 +409,12 @@ func read(dir string) (*Checkpoint, error) {
 	return c, c.decode(data)
 }
 
-// damaged says what is wrong with a checkpoint, to the user who wants to use it.
+// damaged returns the error for a damaged checkpoint. Its text is for the user.
 func damaged(what string, args ...any) *fault.Error {
 	return fault.New(fault.Internal, "checkpoint_damaged", "the checkpoint is damaged: "+what, args...)
 }
 
-// Understand decodes what Commit was given about the checkpoint.
+// Understand decodes the description that Commit stored.
 func (c *Checkpoint) Understand(about any) error {
 	if err := json.Unmarshal(c.About, about); err != nil {
 		return damaged("%s cannot be understood", manifestFile).Because(err)
@@ -420,9 +422,8 @@ func (c *Checkpoint) Understand(about any) error {
 	return nil
 }
 
-// Verify checks that every file is there with its size, and reads those that pick
-// chooses to compare their sums. What is wrong is Internal, code "checkpoint_damaged",
-// with a detail for the user.
+// Verify checks that every file exists with its size, and compares the sums of the files that
+// pick chooses. Damage gives Internal, code "checkpoint_damaged", with a detail for the user.
 func (c *Checkpoint) Verify(ctx context.Context, pick func(name string) bool) error {
 	for _, want := range c.Files {
 		if err := c.verify(ctx, want, pick(want.Name)); err != nil {
@@ -444,7 +445,7 @@ func (c *Checkpoint) verify(ctx context.Context, want file, whole bool) error {
 	return verifyFile(ctx, want, f, whole)
 }
 
-// verifyFile checks a file that is open and was not read from yet.
+// verifyFile checks an open file from its beginning.
 func verifyFile(ctx context.Context, want file, f *os.File, whole bool) error {
 	info, err := f.Stat()
 	if err != nil {
@@ -468,14 +469,14 @@ func verifyFile(ctx context.Context, want file, f *os.File, whole bool) error {
 	return nil
 }
 
-// Suspect reports whether the checkpoint once did not have its sums: it should be
-// verified as a whole before it is used again.
+// Suspect reports whether the checkpoint's sums were wrong once. Verify such a checkpoint as a
+// whole before using it again.
 func (c *Checkpoint) Suspect() bool {
 	_, err := os.Stat(filepath.Join(c.Dir, suspectFile))
 	return err == nil
 }
 
-// Distrust makes the checkpoint suspect.
+// Distrust marks the checkpoint as suspect.
 func (c *Checkpoint) Distrust() error {
 	if err := os.WriteFile(filepath.Join(c.Dir, suspectFile), nil, 0o600); err != nil {
 		return fmt.Errorf("marking a damaged checkpoint: %w", err)

@@ -27,7 +27,7 @@ func open(t *testing.T, dir string) (*Store, []string) {
 	return s, interrupted
 }
 
-// write makes a draft that holds the text.
+// write makes a draft with one file that holds text.
 func write(t *testing.T, s *Store, text string) *Draft {
 	t.Helper()
 	d, err := s.Begin(name, int64(len(text)))
@@ -49,7 +49,7 @@ func commit(t *testing.T, d *Draft, about string) {
 	}
 }
 
-// want checks that the latest checkpoint is the one about the text, and whole.
+// want checks that the latest checkpoint is the one with the description about, and whole.
 func want(t *testing.T, s *Store, about string) *Checkpoint {
 	t.Helper()
 	c, err := s.Latest(name)
@@ -87,7 +87,8 @@ func TestTheLatestReplacesTheOneBefore(t *testing.T) {
 	}
 }
 
-// TestLatestBesideRemove finds a whole checkpoint or none while others are made and removed.
+// TestLatestBesideRemove checks that Latest finds a whole checkpoint or none while others are
+// made and removed.
 func TestLatestBesideRemove(t *testing.T) {
 	s, _, err := Open(t.TempDir(), 0)
 	if err != nil {
@@ -139,8 +140,8 @@ func TestAbandon(t *testing.T) {
 	want(t, s, "one")
 }
 
-// TestCrash opens the store again with what a crash can leave: the one before is the
-// latest until the rename, and the new one from then on.
+// TestCrash opens the store again on what a crash can leave: until the rename the previous
+// checkpoint is the latest, from then on the new one.
 func TestCrash(t *testing.T) {
 	dir := t.TempDir()
 	s, _ := open(t, dir)
@@ -154,7 +155,7 @@ func TestCrash(t *testing.T) {
 	if _, interrupted = open(t, dir); interrupted != nil {
 		t.Errorf("again: %v", interrupted)
 	}
-	// Renamed, and the one before not removed yet.
+	// After the rename, before the previous checkpoint is removed.
 	if err := os.CopyFS(filepath.Join(dir, "before"), os.DirFS(c.Dir)); err != nil {
 		t.Fatal(err)
 	}
@@ -217,10 +218,10 @@ func TestDistrust(t *testing.T) {
 	}
 }
 
-// TestSpaceIsPromisedOnce lets drafts under way count against each other.
+// TestSpaceIsPromisedOnce checks that drafts under way count against each other.
 func TestSpaceIsPromisedOnce(t *testing.T) {
 	const most = int64(1) << 60
-	s, _, err := Open(t.TempDir(), -most) // so much more than the disk has
+	s, _, err := Open(t.TempDir(), -most) // this much more than the disk has
 	if err != nil {
 		t.Fatal(err)
 	}

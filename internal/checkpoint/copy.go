@@ -8,10 +8,10 @@ import (
 	"path/filepath"
 )
 
-// Copy makes the latest checkpoint of a name that of another too, durably, whatever
-// becomes of the first. The files of a checkpoint never change, so both have the same
-// ones: it takes no room and no time. Nothing to copy is nil. After an error there is
-// nothing of the other name but what [Store.Remove] removes.
+// Copy makes the latest checkpoint of a name also the latest of another, durably and independent
+// of the first. The files of a checkpoint never change, so both share them through hard links,
+// which takes no space and no time. If there is nothing to copy it returns nil. After an error
+// [Store.Remove] removes what is left of the other name.
 func (s *Store) Copy(from, to string) (*Checkpoint, error) {
 	c, err := s.Latest(from)
 	if err != nil || c == nil {
@@ -43,9 +43,9 @@ func (s *Store) Copy(from, to string) (*Checkpoint, error) {
 	return read(dir)
 }
 
-// Open opens the files of the checkpoint that pick chooses, for [Opened.Verify]: they can
-// be read to their end though the checkpoint is removed meanwhile. One that is not there
-// is Internal, code "checkpoint_damaged".
+// Open opens the files of the checkpoint that pick chooses, for [Opened.Verify], which can read
+// them to their end even if the checkpoint is removed meanwhile. A missing file gives Internal,
+// code "checkpoint_damaged".
 func (c *Checkpoint) Open(pick func(name string) bool) (*Opened, error) {
 	o := &Opened{}
 	for _, want := range c.Files {
@@ -61,13 +61,13 @@ func (c *Checkpoint) Open(pick func(name string) bool) (*Opened, error) {
 	return o, nil
 }
 
-// Opened is some of a checkpoint's files, held open.
+// Opened holds some of a checkpoint's files open.
 type Opened struct {
 	files []*os.File
 	want  []file
 }
 
-// Verify compares the files with their sums, as [Checkpoint.Verify] does. Once.
+// Verify compares the files with their sums, as [Checkpoint.Verify] does. Call it once.
 func (o *Opened) Verify(ctx context.Context) error {
 	for i, f := range o.files {
 		if err := verifyFile(ctx, o.want[i], f, true); err != nil {
@@ -77,7 +77,7 @@ func (o *Opened) Verify(ctx context.Context) error {
 	return nil
 }
 
-// Close lets go of them.
+// Close closes the files.
 func (o *Opened) Close() error {
 	var errs []error
 	for _, f := range o.files {

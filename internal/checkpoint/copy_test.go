@@ -11,7 +11,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// latestOf checks the latest checkpoint of any name.
+// latestOf checks the latest checkpoint of a name.
 func latestOf(t *testing.T, s *Store, of, about string) *Checkpoint {
 	t.Helper()
 	c, err := s.Latest(of)
@@ -25,8 +25,8 @@ func latestOf(t *testing.T, s *Store, of, about string) *Checkpoint {
 	return c
 }
 
-// TestCommitAs gives drafts of one name to others: its own latest stays, and what has none
-// leaves no directory.
+// TestCommitAs commits drafts of one name as others. The name's own latest checkpoint stays, and
+// a name without one leaves no directory.
 func TestCommitAs(t *testing.T) {
 	s, _ := open(t, t.TempDir())
 	for _, own := range []bool{false, true} {
@@ -49,7 +49,7 @@ func TestCommitAs(t *testing.T) {
 	}
 }
 
-// TestCopy makes a checkpoint that of another name too: each is whole without the other.
+// TestCopy copies a checkpoint to another name; each is whole without the other.
 func TestCopy(t *testing.T) {
 	dir := t.TempDir()
 	s, _ := open(t, dir)
@@ -63,13 +63,13 @@ func TestCopy(t *testing.T) {
 	if c, err := s.Copy(name, "snap_a"); err != nil || !c.Suspect() || c.Size == 0 {
 		t.Fatalf("the copy is %+v, %v", c, err)
 	}
-	commit(t, write(t, s, "two"), "two") // which removes the first
+	commit(t, write(t, s, "two"), "two") // which removes the first one
 	latestOf(t, s, "snap_a", "one")
 	if err := s.Remove("snap_a"); err != nil {
 		t.Fatal(err)
 	}
 	want(t, s, "two")
-	// What a crash leaves of a copy is a draft, which the next start removes.
+	// A crash leaves a draft of a copy, which the next Open removes.
 	if err := os.MkdirAll(filepath.Join(dir, "snap_b", draftDir), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +80,7 @@ func TestCopy(t *testing.T) {
 	want(t, again, "two")
 }
 
-// TestOpened reads a checkpoint to its end that was removed meanwhile, and sees damage.
+// TestOpened reads a removed checkpoint to its end, and finds damage.
 func TestOpened(t *testing.T) {
 	s, _ := open(t, t.TempDir())
 	for _, damaged := range []bool{false, true} {
@@ -98,7 +98,8 @@ func TestOpened(t *testing.T) {
 		if err := s.Remove(name); err != nil {
 			t.Fatal(err)
 		}
-		if err := o.Verify(t.Context()); (err != nil) != damaged || damaged && (fault.As(err) == nil || fault.As(err).Code != "checkpoint_damaged") {
+		if err := o.Verify(t.Context()); (err != nil) != damaged ||
+			damaged && (fault.As(err) == nil || fault.As(err).Code != "checkpoint_damaged") {
 			t.Errorf("damaged %v: %v", damaged, err)
 		}
 		if err := o.Close(); err != nil {
