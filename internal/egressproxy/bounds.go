@@ -10,19 +10,19 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// limit says how many of something there may be at once. One owner of boxes may have three
-// quarters of the total, so that there is always something left for the others.
+// limit is the number of things of a kind that may exist at once. One owner may have three
+// quarters of the total, so that something is always left for the others.
 type limit struct{ perSandbox, total int }
 
 func (l limit) perOwner() int { return max(l.perSandbox, l.total*3/4) }
 
-// who is a box and its owner, as the meters know them.
-type who struct {
+// subject identifies a sandbox and its owner to the meters.
+type subject struct {
 	handle any
-	owner  string // "" is not known, and not counted
+	owner  string // "": not known, and not counted
 }
 
-// meter counts something by box and by owner, and refuses what goes over its limit.
+// meter counts things by sandbox and by owner, and refuses those beyond its limit.
 type meter struct {
 	limit limit
 
@@ -30,36 +30,37 @@ type meter struct {
 	// +checklocks:mu
 	total int
 	// +checklocks:mu
-	boxes map[any]int
+	sandboxes map[any]int
 	// +checklocks:mu
 	owners map[string]int
 }
 
 func newMeter(l limit) *meter {
-	return &meter{limit: l, boxes: map[any]int{}, owners: map[string]int{}}
+	return &meter{limit: l, sandboxes: map[any]int{}, owners: map[string]int{}}
 }
 
-// enter counts one more of a box. False: it is one too many, and not counted.
-func (m *meter) enter(w who) bool {
+// enter counts one more for a sandbox. It returns false, and does not count, beyond the limit.
+func (m *meter) enter(w subject) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.total >= m.limit.total || m.boxes[w.handle] >= m.limit.perSandbox || w.owner != "" && m.owners[w.owner] >= m.limit.perOwner() {
+	if m.total >= m.limit.total || m.sandboxes[w.handle] >= m.limit.perSandbox ||
+		w.owner != "" && m.owners[w.owner] >= m.limit.perOwner() {
 		return false
 	}
 	m.total++
-	m.boxes[w.handle]++
+	m.sandboxes[w.handle]++
 	if w.owner != "" {
 		m.owners[w.owner]++
 	}
 	return true
 }
 
-func (m *meter) leave(w who) {
+func (m *meter) leave(w subject) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.total--
-	if m.boxes[w.handle]--; m.boxes[w.handle] == 0 {
-		delete(m.boxes, w.handle)
+	if m.sandboxes[w.handle]--; m.sandboxes[w.handle] == 0 {
+		delete(m.sandboxes, w.handle)
 	}
 	if w.owner == "" {
 		return
@@ -70,19 +71,20 @@ func (m *meter) leave(w who) {
 }
 
 const (
-	// DefaultQuestionsPerSecond is how many questions a box may ask a second: package
-	// managers and browsers ask some hundred at once, and then few.
+	// DefaultQuestionsPerSecond is the number of questions that a sandbox may ask the resolver in
+	// a second. Package managers and browsers ask some hundred at once, and then few; a lower
+	// limit would fail their look-ups, a higher one would load the name servers.
 	DefaultQuestionsPerSecond = 100
 
-	// questionsBurst is how many seconds' worth may come at once.
+	// questionsBurst is the number of seconds' worth of questions that may come at once.
 	questionsBurst = 4
-	// questionsOwner and questionsAll are how many boxes' worth one owner, and all together,
-	// may ask: name servers of the host's network answer so much without trouble.
+	// questionsOwner and questionsAll are the rates that one owner and all together may have, in
+	// sandboxes' worth. Name servers of the host's network answer that much without trouble.
 	questionsOwner = 20
 	questionsAll   = 40
 )
 
-// pace bounds how often something happens, by box, by owner, and in all.
+// pace limits the rate of something, by sandbox, by owner, and in all.
 type pace struct {
 	perSecond int
 
@@ -90,80 +92,82 @@ type pace struct {
 	// +checklocks:mu
 	all *rate.Limiter
 	// +checklocks:mu
-	boxes map[any]*rate.Limiter
+	sandboxes map[any]*rate.Limiter
 	// +checklocks:mu
 	owners map[string]*rate.Limiter
 }
 
 func newPace(perSecond int) *pace {
-	return &pace{perSecond: perSecond, all: paceOf(perSecond * questionsAll), boxes: map[any]*rate.Limiter{}, owners: map[string]*rate.Limiter{}}
+	return &pace{perSecond: perSecond, all: paceOf(perSecond * questionsAll), sandboxes: map[any]*rate.Limiter{},
+		owners: map[string]*rate.Limiter{}}
 }
 
 func paceOf(perSecond int) *rate.Limiter {
 	return rate.NewLimiter(rate.Limit(perSecond), questionsBurst*perSecond)
 }
 
-// step counts one more of a box. False: it comes too soon.
-func (p *pace) step(w who, now time.Time) bool {
+// step counts one more for a sandbox. It returns false if it comes too soon.
+func (p *pace) step(w subject, now time.Time) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	box, owner := p.boxes[w.handle], p.owners[w.owner]
-	if box == nil {
-		box = paceOf(p.perSecond)
-		p.boxes[w.handle] = box
+	sandbox, owner := p.sandboxes[w.handle], p.owners[w.owner]
+	if sandbox == nil {
+		sandbox = paceOf(p.perSecond)
+		p.sandboxes[w.handle] = sandbox
 	}
 	if owner == nil && w.owner != "" {
 		owner = paceOf(p.perSecond * questionsOwner)
 		p.owners[w.owner] = owner
 	}
-	// One that asks too much itself takes nothing of what it shares.
-	return box.AllowN(now, 1) && (owner == nil || owner.AllowN(now, 1)) && p.all.AllowN(now, 1)
+	// A sandbox beyond its own rate takes nothing from the shared ones.
+	return sandbox.AllowN(now, 1) && (owner == nil || owner.AllowN(now, 1)) && p.all.AllowN(now, 1)
 }
 
-// expire forgets those that could ask as much again as they ever could.
+// expire removes the limiters that are full, which are no different from new ones.
 func (p *pace) expire(now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	full := func(l *rate.Limiter) bool { return l.TokensAt(now) >= float64(l.Burst()) }
-	maps.DeleteFunc(p.boxes, func(_ any, l *rate.Limiter) bool { return full(l) })
+	maps.DeleteFunc(p.sandboxes, func(_ any, l *rate.Limiter) bool { return full(l) })
 	maps.DeleteFunc(p.owners, func(_ string, l *rate.Limiter) bool { return full(l) })
 }
 
-// maxGiven bounds the pairs of address and name remembered for one box: about 0.5 MiB. A
-// box that resolves more at once loses the ones that would end soonest.
-const maxGiven = 4096
+// maxGrants bounds the pairs of address and name remembered for one sandbox, about 0.5 MiB.
+// Beyond it the pairs that expire soonest are forgotten, and their connections are refused.
+const maxGrants = 4096
 
-// given remembers which addresses a box was given for which names.
-type given struct {
+// grants remembers which addresses each sandbox was given for which names.
+type grants struct {
 	mu sync.Mutex
 	// +checklocks:mu
-	boxes map[any]*givenNames
+	sandboxes map[any]*grantedNames
 }
 
-// givenNames has a lock of its own: looking through what one box was given takes a while.
-type givenNames struct {
+// grantedNames holds the grants of one sandbox. It has a lock of its own, since searching it
+// takes a while.
+type grantedNames struct {
 	mu sync.Mutex
 	// +checklocks:mu
-	names map[netip.Addr]map[string]time.Time // until when
+	names map[netip.Addr]map[string]time.Time // the time each name expires
 	// +checklocks:mu
 	count int
 }
 
-func newGiven() *given { return &given{boxes: map[any]*givenNames{}} }
+func newGrants() *grants { return &grants{sandboxes: map[any]*grantedNames{}} }
 
-func (g *given) box(handle any, add bool) *givenNames {
+func (g *grants) of(handle any, add bool) *grantedNames {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	b := g.boxes[handle]
+	b := g.sandboxes[handle]
 	if b == nil && add {
-		b = &givenNames{names: map[netip.Addr]map[string]time.Time{}}
-		g.boxes[handle] = b
+		b = &grantedNames{names: map[netip.Addr]map[string]time.Time{}}
+		g.sandboxes[handle] = b
 	}
 	return b
 }
 
-func (g *given) add(handle any, name string, addrs []netip.Addr, until time.Time) {
-	b := g.box(handle, true)
+func (g *grants) add(handle any, name string, addrs []netip.Addr, until time.Time) {
+	b := g.of(handle, true)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, a := range addrs {
@@ -178,21 +182,21 @@ func (g *given) add(handle any, name string, addrs []netip.Addr, until time.Time
 			b.names[a][name] = until
 		}
 	}
-	if b.count > maxGiven {
+	if b.count > maxGrants {
 		b.forgetLocked()
 	}
 }
 
-// forgetLocked forgets the eighth that ends soonest, so that this is not done for every name.
+// forgetLocked forgets the eighth that expires soonest, so that it does not run for every name.
 //
 // +checklocks:b.mu
-func (b *givenNames) forgetLocked() {
+func (b *grantedNames) forgetLocked() {
 	var ends []time.Time
 	for _, names := range b.names {
 		ends = slices.AppendSeq(ends, maps.Values(names))
 	}
 	slices.SortFunc(ends, time.Time.Compare)
-	over := b.count - maxGiven*7/8
+	over := b.count - maxGrants*7/8
 	last := ends[over-1]
 	b.expireLocked(func(until time.Time) bool {
 		if over == 0 || until.After(last) {
@@ -204,7 +208,7 @@ func (b *givenNames) forgetLocked() {
 }
 
 // +checklocks:b.mu
-func (b *givenNames) expireLocked(over func(until time.Time) bool) {
+func (b *grantedNames) expireLocked(over func(until time.Time) bool) {
 	for a, names := range b.names {
 		maps.DeleteFunc(names, func(_ string, until time.Time) bool { return over(until) })
 		if len(names) == 0 {
@@ -217,9 +221,9 @@ func (b *givenNames) expireLocked(over func(until time.Time) bool) {
 	}
 }
 
-// names are those that the box was given the address for and that have not expired.
-func (g *given) names(handle any, a netip.Addr, now time.Time) []string {
-	b := g.box(handle, false)
+// names returns the names that the sandbox was given the address for and that have not expired.
+func (g *grants) names(handle any, a netip.Addr, now time.Time) []string {
+	b := g.of(handle, false)
 	if b == nil {
 		return nil
 	}
@@ -235,9 +239,9 @@ func (g *given) names(handle any, a netip.Addr, now time.Time) []string {
 	return names
 }
 
-func (g *given) expire(now time.Time) {
+func (g *grants) expire(now time.Time) {
 	g.mu.Lock()
-	all := maps.Clone(g.boxes)
+	all := maps.Clone(g.sandboxes)
 	g.mu.Unlock()
 	for handle, b := range all {
 		b.mu.Lock()
@@ -250,14 +254,14 @@ func (g *given) expire(now time.Time) {
 	}
 }
 
-// forget drops a box that has nothing. What is added to it in this moment is lost, and its
-// connections are refused until it asks again.
-func (g *given) forget(handle any, b *givenNames) {
+// forget removes the entry of a sandbox that has no names. A grant added at that moment is lost,
+// and its connections are refused until the sandbox asks again.
+func (g *grants) forget(handle any, b *grantedNames) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.count == 0 && g.boxes[handle] == b {
-		delete(g.boxes, handle)
+	if b.count == 0 && g.sandboxes[handle] == b {
+		delete(g.sandboxes, handle)
 	}
 }

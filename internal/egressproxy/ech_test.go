@@ -12,8 +12,8 @@ import (
 	"testing"
 )
 
-// echConfig is a key for encrypted ClientHellos whose outer name is given, and the list with
-// it that a client needs.
+// echConfig returns a key for encrypted ClientHellos with the outer name, and the configuration
+// list that a client needs.
 func echConfig(t *testing.T, outer string) (tls.EncryptedClientHelloKey, []byte) {
 	t.Helper()
 	key, err := ecdh.X25519().GenerateKey(rand.Reader)
@@ -30,8 +30,8 @@ func echConfig(t *testing.T, outer string) (tls.EncryptedClientHelloKey, []byte)
 	return tls.EncryptedClientHelloKey{Config: config, PrivateKey: key.Bytes(), SendAsRetry: true}, vector(config)
 }
 
-// Of an encrypted ClientHello the outer name counts; the inner one is not seen. It is what
-// the documentation says, and no more.
+// TestEncryptedHello checks what the documentation says: of an encrypted ClientHello the outer
+// name counts, and the inner one is not seen.
 func TestEncryptedHello(t *testing.T) {
 	r := newRig(t, 0)
 	for outer, want := range map[string]bool{"allowed.example": true, "other.example": false} {
@@ -42,13 +42,14 @@ func TestEncryptedHello(t *testing.T) {
 		server.TLS = &tls.Config{MinVersion: tls.VersionTLS13, EncryptedClientHelloKeys: []tls.EncryptedClientHelloKey{key}}
 		server.StartTLS()
 		defer server.Close()
-		r.behind(server.Listener)
+		r.redirectTo(server.Listener)
 		inner := "hidden.example"
 		if !want {
 			inner = "allowed.example" // an allowed one inside does not help
 		}
-		c := tls.Client(dial(t, r.proxy), &tls.Config{ServerName: inner, MinVersion: tls.VersionTLS13, EncryptedClientHelloConfigList: list,
-			InsecureSkipVerify: true})
+		c := tls.Client(dial(t, r.proxy), &tls.Config{ServerName: inner, MinVersion: tls.VersionTLS13,
+			EncryptedClientHelloConfigList: list,
+			InsecureSkipVerify:             true})
 		err := c.Handshake()
 		if got := err == nil; got != want {
 			t.Errorf("outer name %s: %v, want to pass: %v", outer, err, want)

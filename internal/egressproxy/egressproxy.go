@@ -1,19 +1,22 @@
-// Package egressproxy decides by name what leaves a box, and tells boxes about themselves.
+// Package egressproxy decides by name what leaves a sandbox, and tells sandboxes about
+// themselves.
 //
-// A box is a machine whose traffic somebody else (the kernel's rules) redirects to three
-// services here, whatever it meant to reach:
+// The kernel's rules redirect traffic of a sandbox to three services here, whatever its
+// destination:
 //
-//   - the resolver answers questions for allowed names only, and has the addresses of an
-//     answer opened before the answer leaves;
-//   - the proxy takes connections to those addresses, and lets them on after it saw that
-//     they speak to an allowed name, since many names share an address;
-//   - the metadata service tells a box what it is.
+//   - The resolver answers questions for allowed names only. It has the addresses of an answer
+//     opened before it sends the answer.
+//   - The proxy accepts connections to those addresses, and passes them on once it saw that they
+//     speak to an allowed name, since many names share an address.
+//   - The metadata service tells a sandbox its id, template, mode and metadata.
 //
-// Who asks is known by the address a packet came from, which the rules hold to the link it
-// came by, and never by what a box says. The package knows nothing of the rules: a [Host]
-// joins both. What it cannot see is what a server does inside TLS: a server that serves
-// other names than the one in the ClientHello (domain fronting, or an encrypted ClientHello
-// in one for an allowed name) opens those names to whoever may reach it at all.
+// The source address of a packet identifies the sandbox. The rules bind the address to the
+// sandbox's link, so nothing that a sandbox says about itself counts. The package knows nothing
+// of the rules; a [Host] joins both.
+//
+// The package cannot see inside TLS. A server that serves other names than the one in the
+// ClientHello (by domain fronting, or by an encrypted ClientHello inside one for an allowed name)
+// opens those names to every sandbox that may reach it at all.
 package egressproxy
 
 import (
@@ -28,67 +31,70 @@ import (
 	"time"
 )
 
-// Sandbox is what the gate must know of a box to decide.
+// Sandbox holds what the proxy must know of a sandbox to decide.
 type Sandbox struct {
-	// Domains that it may reach: exact names, or "*." and a name for every name below that
-	// one, at any depth, without itself. Lower case, no dot at the end.
+	// Domains are the names that the sandbox may reach: exact names, or "*." and a name, which
+	// allows every name below that one, at any depth, but not the name itself. Lower case, no dot
+	// at the end.
 	Domains []string
-	// Nameservers that are asked for it, in order.
+	// Nameservers are asked for the sandbox, in order.
 	Nameservers []netip.AddrPort
-	// Owner is whose box it is: boxes of one owner share limits. "" shares none.
+	// Owner identifies the sandbox's owner; sandboxes of one owner share limits. With "" the
+	// sandbox shares none.
 	Owner string
 }
 
-// Metadata is what a box is told about itself. Nothing of it may be secret.
+// Metadata holds what a sandbox is told about itself. It must hold no secret.
 type Metadata struct {
 	ID, Template, Mode string
 	Metadata           map[string]string
-	ExpiresAt          time.Time // zero: it does not expire
+	ExpiresAt          time.Time // zero: the sandbox does not expire
 }
 
-// Host is what the gate is given to do its work. Its methods are called from many
-// goroutines at once and for every question, connection and request, so only Metadata may
-// be slow. A handle is what the host knows a box by: comparable, and never used again for
-// another box.
+// Host connects the proxy to the rules and the sandboxes. Its methods are called by many
+// goroutines at once, and for every question, connection and request, so only Metadata may be
+// slow. A handle is the host's identity of a sandbox: comparable, and never used again for
+// another one.
 type Host interface {
-	// Find says whose packets come from the address; false refuses them.
-	Find(from netip.Addr) (box Sandbox, handle any, ok bool)
-	// Metadata is that of a box.
+	// Find returns the sandbox that has the address. Its packets are refused if there is none.
+	Find(from netip.Addr) (sandbox Sandbox, handle any, ok bool)
+	// Metadata returns a sandbox's metadata.
 	Metadata(ctx context.Context, handle any) (Metadata, error)
-	// Resolved opens addresses for a box, through the proxy only, for ttl from now.
+	// Resolved opens addresses to a sandbox, through the proxy only, for ttl from now.
 	Resolved(handle any, addrs []netip.Addr, ttl time.Duration) error
-	// Permitted is an error if the box may not reach the address whatever its name: the
-	// gate's own connections pass none of the rules that the box's packets do.
+	// Permitted returns an error if the sandbox may not reach the address under any name. The
+	// proxy's own connections do not pass the rules for the sandbox's packets, so it asks here.
 	Permitted(handle any, a netip.Addr) error
-	// Original is where a redirected connection wanted to go.
+	// Original returns the destination of a redirected connection.
 	Original(c *net.TCPConn) (netip.AddrPort, error)
-	// Denied is told of what was refused: protocol "dns" (to without a port, or the zero
-	// value if there is no address) or "tcp"; the name may be empty. A box can cause any
-	// number of calls.
+	// Denied records a refusal: protocol "dns" (to has no port, or is the zero value if there is
+	// no address) or "tcp". The name may be empty. A sandbox can cause any number of calls.
 	Denied(handle any, protocol, name string, to netip.AddrPort)
-	// Excess is told, as Denied is, of what would have been allowed and was too much.
+	// Excess records, as Denied does, something allowed that was refused because it was too much.
 	Excess(handle any, protocol, name string, to netip.AddrPort)
 }
 
-// Listeners are where the services are served; nil leaves one out. They are closed by
-// [Proxy.Serve].
+// Listeners are the sockets of the services; nil leaves a service out. [Proxy.Serve] closes them.
 type Listeners struct {
-	UDP      *net.UDPConn     // the resolver's, bound to no address
-	DNS      *net.TCPListener // the resolver's
+	UDP      *net.UDPConn     // of the resolver, bound to no address
+	DNS      *net.TCPListener // of the resolver
 	Proxy    *net.TCPListener
 	Metadata *net.TCPListener
 }
 
 const (
-	// sweepInterval is how often idle connections and expired names are looked for.
+	// sweepInterval is the time between two searches for idle connections and expired names. With
+	// a longer one they stay, and take memory, for as much longer.
 	sweepInterval = time.Minute
-	// idleTime is how long a connection through the proxy may carry nothing.
+	// idleTime is the time after which a connection through the proxy that carries nothing is
+	// ended. A shorter time would break long polls; a longer one keeps descriptors of dead
+	// clients.
 	idleTime = time.Hour
 )
 
-// Limits per box, so that one cannot take what all need, and in all, so that many cannot
-// take what the server needs; [limit] has those per owner. A connection through the proxy holds up to six descriptors
-// (two sockets and two pipes), anything else one or two.
+// Limits per sandbox, so that one cannot take what all need, and in total, so that all cannot
+// take what the server needs; [limit] has those per owner. A connection through the proxy holds
+// up to six descriptors (two sockets and two pipes), anything else one or two.
 var (
 	queryLimit    = limit{perSandbox: 64, total: 1024}   // questions at once
 	dnsConnLimit  = limit{perSandbox: 16, total: 1024}   // connections to the resolver
@@ -96,8 +102,8 @@ var (
 	metadataLimit = limit{perSandbox: 16, total: 1024}   // connections to the metadata service
 )
 
-// Proxy holds what was resolved for whom, and the connections that pass. It is safe for
-// concurrent use.
+// Proxy serves the resolver, the proxy and the metadata service. It holds the grants and the open
+// connections. It is safe for concurrent use.
 type Proxy struct {
 	host Host
 	log  *slog.Logger
@@ -107,40 +113,39 @@ type Proxy struct {
 	dnsConns      *meter
 	proxied       *meter
 	metadataConns *meter
-	given         *given
-	idle          time.Duration // idleTime but in tests
-	hello         time.Duration // helloTime but in tests
+	grants        *grants
+	idle          time.Duration // idleTime except in tests
+	hello         time.Duration // helloTime except in tests
 
 	mu sync.Mutex
-	// changes counts calls of Recheck.
+	// changes is the number of calls of Recheck.
 	// +checklocks:mu
 	changes uint64
 	// sessions are the connections through the proxy.
 	// +checklocks:mu
 	sessions map[*session]struct{}
-	// closers end what Serve waits for besides sessions.
+	// closers are the listeners and connections that closeAll closes, besides sessions.
 	// +checklocks:mu
 	closers map[io.Closer]struct{}
 }
 
-// New makes a gate that answers so many questions of a box in a second, 0 is
-// [DefaultQuestionsPerSecond]. It does nothing before [Proxy.Serve].
+// New returns a Proxy that answers questionsPerSecond questions of each sandbox, or
+// [DefaultQuestionsPerSecond] if 0. It does nothing before [Proxy.Serve].
 func New(host Host, questionsPerSecond int, log *slog.Logger) *Proxy {
 	return &Proxy{
 		asking: newPace(cmp.Or(questionsPerSecond, DefaultQuestionsPerSecond)),
 		host:   host, log: log, idle: idleTime, hello: helloTime,
 		queries: newMeter(queryLimit), dnsConns: newMeter(dnsConnLimit),
 		proxied: newMeter(proxyLimit), metadataConns: newMeter(metadataLimit),
-		given:    newGiven(),
+		grants:   newGrants(),
 		sessions: map[*session]struct{}{},
 		closers:  map[io.Closer]struct{}{},
 	}
 }
 
-// Serve serves until ctx ends, or until one of the listeners breaks, which is the error.
-// Then it closes the listeners and every connection, and returns when all have ended. It is
-// called once.
-func (g *Proxy) Serve(ctx context.Context, on Listeners) error {
+// Serve serves until ctx ends, or until a listener fails, and returns the listener's error. It
+// then closes the listeners and every connection, and waits until all have ended. Call it once.
+func (p *Proxy) Serve(ctx context.Context, on Listeners) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var all sync.WaitGroup
@@ -152,22 +157,22 @@ func (g *Proxy) Serve(ctx context.Context, on Listeners) error {
 		})
 	}
 	if on.UDP != nil {
-		g.opened(on.UDP)
-		run(func() error { return g.serveUDP(ctx, on.UDP) })
+		p.opened(on.UDP)
+		run(func() error { return p.serveUDP(ctx, on.UDP) })
 	}
 	accept := func(l *net.TCPListener, serve func(context.Context, *net.TCPConn)) {
 		if l != nil {
-			g.opened(l)
-			run(func() error { return g.accept(ctx, l, serve) })
+			p.opened(l)
+			run(func() error { return p.accept(ctx, l, serve) })
 		}
 	}
-	accept(on.DNS, g.serveDNS)
-	accept(on.Proxy, g.serveTCP)
-	accept(on.Metadata, g.serveMetadata)
-	all.Go(func() { g.sweep(ctx) })
+	accept(on.DNS, p.serveDNS)
+	accept(on.Proxy, p.serveTCP)
+	accept(on.Metadata, p.serveMetadata)
+	all.Go(func() { p.sweep(ctx) })
 
 	<-ctx.Done()
-	g.closeAll()
+	p.closeAll()
 	all.Wait()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) {
 		return err
@@ -175,8 +180,9 @@ func (g *Proxy) Serve(ctx context.Context, on Listeners) error {
 	return nil
 }
 
-// accept serves each connection in a goroutine of its own, and returns after the last.
-func (g *Proxy) accept(ctx context.Context, l *net.TCPListener, serve func(context.Context, *net.TCPConn)) error {
+// accept serves each connection in a goroutine of its own, and returns after the last one has
+// ended.
+func (p *Proxy) accept(ctx context.Context, l *net.TCPListener, serve func(context.Context, *net.TCPConn)) error {
 	var all sync.WaitGroup
 	defer all.Wait()
 	for {
@@ -190,8 +196,8 @@ func (g *Proxy) accept(ctx context.Context, l *net.TCPListener, serve func(conte
 		case errors.Is(err, net.ErrClosed):
 			return err
 		case err != nil:
-			// Out of descriptors, or a connection that was gone again: neither is the end.
-			g.log.Warn("accepting a connection of a sandbox", "error", err)
+			// The process may be out of descriptors, or the connection gone again. Go on.
+			p.log.Warn("accepting a connection of a sandbox", "error", err)
 			select {
 			case <-time.After(50 * time.Millisecond):
 			case <-ctx.Done():
@@ -199,9 +205,9 @@ func (g *Proxy) accept(ctx context.Context, l *net.TCPListener, serve func(conte
 			continue
 		}
 		all.Go(func() {
-			g.opened(c)
-			defer g.closed(c)
-			defer g.survive()
+			p.opened(c)
+			defer p.closed(c)
+			defer p.survive()
 			if ctx.Err() == nil {
 				serve(ctx, c)
 			}
@@ -209,74 +215,74 @@ func (g *Proxy) accept(ctx context.Context, l *net.TCPListener, serve func(conte
 	}
 }
 
-// survive keeps a defect met by one box's bytes from ending the server, which carries every
-// box; as net/http does.
-func (g *Proxy) survive() {
+// survive recovers from a panic that the bytes of one sandbox caused, as net/http does, since the
+// server serves all sandboxes.
+func (p *Proxy) survive() {
 	if v := recover(); v != nil {
-		g.log.Error("a defect in the gate", "panic", v)
+		p.log.Error("a panic while serving a sandbox's connection", "panic", v)
 	}
 }
 
-// opened has c closed when Serve ends.
-func (g *Proxy) opened(c io.Closer) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.closers[c] = struct{}{}
+// opened registers c, so that it is closed when Serve ends.
+func (p *Proxy) opened(c io.Closer) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closers[c] = struct{}{}
 }
 
-// closed closes c.
-func (g *Proxy) closed(c io.Closer) {
-	g.mu.Lock()
-	delete(g.closers, c)
-	g.mu.Unlock()
-	_ = c.Close() // it may be closed already, and nothing can be done otherwise
+// closed closes c and removes it from the register.
+func (p *Proxy) closed(c io.Closer) {
+	p.mu.Lock()
+	delete(p.closers, c)
+	p.mu.Unlock()
+	_ = c.Close() // it may be closed already; nothing else can be done
 }
 
-func (g *Proxy) closeAll() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	for c := range g.closers {
+func (p *Proxy) closeAll() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for c := range p.closers {
 		_ = c.Close()
 	}
-	for s := range g.sessions {
+	for s := range p.sessions {
 		s.kill()
 	}
 }
 
-func (g *Proxy) sweep(ctx context.Context) {
-	tick := time.NewTicker(min(sweepInterval, g.idle))
+func (p *Proxy) sweep(ctx context.Context) {
+	tick := time.NewTicker(min(sweepInterval, p.idle))
 	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case now := <-tick.C:
-			g.given.expire(now)
-			g.asking.expire(now)
-			g.endIdle()
+			p.grants.expire(now)
+			p.asking.expire(now)
+			p.endIdle()
 		}
 	}
 }
 
-// Recheck looks at the connections of the box at an address again, and resets those that
-// it may not have any more. It is to be called after the policy of a box changed, and after
-// a box ended. It calls the host, so no lock may be held that the host takes.
-func (g *Proxy) Recheck(from netip.Addr) {
-	g.mu.Lock()
-	g.changes++
+// Recheck checks the connections of the sandbox at an address again, and resets those that its
+// policy no longer allows. Call it after the policy of a sandbox changed, and after a sandbox
+// ended. It calls the host, so the caller may hold no lock that the host takes.
+func (p *Proxy) Recheck(from netip.Addr) {
+	p.mu.Lock()
+	p.changes++
 	var theirs []*session
-	for s := range g.sessions {
+	for s := range p.sessions {
 		if s.from == from {
 			theirs = append(theirs, s)
 		}
 	}
-	g.mu.Unlock()
+	p.mu.Unlock()
 	for _, s := range theirs {
 		s.recheck()
 	}
 }
 
-// source is where a connection comes from.
+// source returns the address that a connection comes from.
 func source(c net.Conn) netip.Addr {
 	a, ok := c.RemoteAddr().(*net.TCPAddr)
 	if !ok {
@@ -285,8 +291,8 @@ func source(c net.Conn) netip.Addr {
 	return a.AddrPort().Addr().Unmap()
 }
 
-// reset ends a connection with RST, which a program sees at once and as an error.
+// reset ends a connection with RST, so that a program sees an error at once.
 func reset(c *net.TCPConn) {
-	_ = c.SetLinger(0) // without it, the end is orderly: no harm
+	_ = c.SetLinger(0) // if it fails, the connection ends without RST, which does no harm
 	_ = c.Close()
 }

@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// FuzzHello compares the reader of ClientHellos with crypto/tls: what it takes, crypto/tls
-// takes too and sees the same name in; in whatever records the same handshake comes.
+// FuzzHello compares the reader of ClientHellos with crypto/tls. Whatever the reader accepts,
+// crypto/tls accepts too, with the same name, in records of any size.
 func FuzzHello(f *testing.F) {
 	hello := clientHello("allowed.example")
 	f.Add(hello, byte(7))
@@ -27,7 +27,7 @@ func FuzzHello(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if s, sure := classify(b); !sure || s != speechTLS {
+		if s, sure := classify(b); !sure || s != protocolTLS {
 			t.Fatalf("%x is a ClientHello, and not taken for TLS", b)
 		}
 		if model, err := serverName(b); err != nil || model != name {
@@ -45,24 +45,26 @@ func FuzzHello(f *testing.F) {
 	})
 }
 
-// FuzzClassify holds that more bytes do not change what was sure, but for something else that
-// turns out to be HTTP, and that what net/http takes for a request is taken for nothing else.
+// FuzzClassify checks that more bytes never change a sure result, except for another protocol
+// that turns out to be HTTP, and that every request of net/http is classified as HTTP.
 func FuzzClassify(f *testing.F) {
-	for _, s := range []string{"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "\r\n\tGET\t/ http/1.0\n", "PING\r\n", "\x16\x03\x01", "\x80\x2e\x01\x03\x01", "\x0bGET / HTTP/1.1\n\n"} {
+	for _, s := range []string{"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "\r\n\tGET\t/ http/1.0\n", "PING\r\n", "\x16\x03\x01",
+		"\x80\x2e\x01\x03\x01", "\x0bGET / HTTP/1.1\n\n"} {
 		f.Add([]byte(s), 5)
 	}
 	f.Fuzz(func(t *testing.T, b []byte, n int) {
 		whole, sure := classify(b)
-		if part, first := classify(b[:max(0, min(n, len(b)))]); first && (!sure || part != whole && (part != speechOther || whole != speechHTTP)) {
+		if part, first := classify(b[:max(0, min(n, len(b)))]); first &&
+			(!sure || part != whole && (part != protocolOther || whole != protocolHTTP)) {
 			t.Fatalf("%q is %d, its first %d bytes are %d", b, whole, n, part)
 		}
-		if _, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(b))); err == nil && (!sure || whole != speechHTTP) {
+		if _, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(b))); err == nil && (!sure || whole != protocolHTTP) {
 			t.Fatalf("%q is a request, and taken for %d", b, whole)
 		}
 	})
 }
 
-// pieces gives its bytes in two pieces.
+// pieces is a reader that returns its bytes in two pieces.
 type pieces struct{ first, second []byte }
 
 func (p *pieces) Read(b []byte) (int, error) {
@@ -77,8 +79,8 @@ func (p *pieces) Read(b []byte) (int, error) {
 	return n, nil
 }
 
-// lenient reports whether the most lenient server finds a request in b: one that passes over
-// whatever does not print, over empty lines, and takes any line with a version or a known
+// lenient reports whether the most lenient server finds a request in b. Such a server ignores
+// bytes that do not print and empty lines, and accepts any line with a version, or with a known
 // method before a path.
 func lenient(b []byte) bool {
 	start := bytes.IndexFunc(b, func(r rune) bool { return r > ' ' && r < 0x7f })
@@ -91,10 +93,11 @@ func lenient(b []byte) bool {
 		len(words) == 2 && (words[0] == "GET" || words[0] == "POST") && words[1][0] == '/')
 }
 
-// FuzzLenient holds that what passes as something else is no request to a lenient server,
-// nor to net/http, in whatever two pieces it comes.
+// FuzzLenient checks that what passes as another protocol is no request to a lenient server or to
+// net/http, in any two pieces.
 func FuzzLenient(f *testing.F) {
-	for _, s := range []string{"GET\r/", "GET\x0c/ x", "\x0bGET / HTTP/1.1\r\nHost: a\r\n\r\n", "\xef\xbb\xbfGET / HTTP/1.1\n\n", "\x00\r\nGET /\r\n", "GET /", "\x80\x80\x80\x80HTTP/1", "PING\r\n"} {
+	for _, s := range []string{"GET\r/", "GET\x0c/ x", "\x0bGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+		"\xef\xbb\xbfGET / HTTP/1.1\n\n", "\x00\r\nGET /\r\n", "GET /", "\x80\x80\x80\x80HTTP/1", "PING\r\n"} {
 		f.Add([]byte(s), 1)
 		f.Add([]byte(s), 7)
 	}
@@ -103,10 +106,10 @@ func FuzzLenient(f *testing.F) {
 		in := &pieces{append([]byte{}, b[:n]...), append([]byte{}, b[n:]...)}
 		o := opening{r: in}
 		what, err := sniff(&o)
-		if err != nil || what != speechOther {
+		if err != nil || what != protocolOther {
 			return
 		}
-		// As upload does.
+		// This follows upload.
 		var line firstLine
 		var passed []byte
 		for said := o.take(); ; {
@@ -127,24 +130,26 @@ func FuzzLenient(f *testing.F) {
 		if lenient(passed) {
 			t.Fatalf("%q passed in pieces of %d, and is a request to a lenient server", passed, n)
 		}
-		if _, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(bytes.TrimLeft(passed, "\x00\x0b\x0c\r\n\t ")))); err == nil {
+		if _, err := http.ReadRequest(
+			bufio.NewReader(bytes.NewReader(bytes.TrimLeft(passed, "\x00\x0b\x0c\r\n\t ")))); err == nil {
 			t.Fatalf("%q passed, and is a request to net/http", passed)
 		}
 	})
 }
 
-// recorder keeps what a server would get.
+// recorder keeps the bytes that a server would get.
 type recorder struct{ bytes.Buffer }
 
 func (r *recorder) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err := req.Write(r); err != nil {
 		return nil, err
 	}
-	return &http.Response{StatusCode: 200, ProtoMajor: 1, ProtoMinor: 1, Header: http.Header{}, Body: http.NoBody, Request: req}, nil
+	return &http.Response{StatusCode: 200, ProtoMajor: 1, ProtoMinor: 1, Header: http.Header{}, Body: http.NoBody,
+		Request: req}, nil
 }
 
-// FuzzRequest looks at what leaves for a request, with a reader far simpler than net/http:
-// one request, one Host, which is allowed, and one end of its body.
+// FuzzRequest reads the request that leaves the proxy with a reader far simpler than net/http. It
+// must be one request, with one allowed Host and one end of its body.
 func FuzzRequest(f *testing.F) {
 	for _, s := range []string{
 		"GET / HTTP/1.1\r\nHost: allowed.example\r\n\r\n",
@@ -155,7 +160,8 @@ func FuzzRequest(f *testing.F) {
 	} {
 		f.Add([]byte(s))
 	}
-	h := &fakeHost{handle: 1, box: Sandbox{Domains: []string{"allowed.example", "*.wild.example"}}, opened: map[netip.Addr]time.Duration{}}
+	h := &fakeHost{handle: 1, sandbox: Sandbox{Domains: []string{"allowed.example", "*.wild.example"}},
+		opened: map[netip.Addr]time.Duration{}}
 	g := New(h, 0, slog.New(slog.NewTextHandler(io.Discard, nil)))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		h.denied = nil
@@ -163,7 +169,8 @@ func FuzzRequest(f *testing.F) {
 		if err != nil {
 			return
 		}
-		s := &session{proxy: g, from: netip.MustParseAddr("127.0.0.1"), handle: 1, to: netip.MustParseAddrPort("198.51.100.1:80"), dead: true}
+		s := &session{proxy: g, from: netip.MustParseAddr("127.0.0.1"), handle: 1,
+			to: netip.MustParseAddrPort("198.51.100.1:80"), dead: true}
 		var out recorder
 		if !served(t, s.web(&out), in) || out.Len() == 0 {
 			return
@@ -173,7 +180,8 @@ func FuzzRequest(f *testing.F) {
 		if !ok || strings.ContainsAny(strings.Join(lines, ""), "\r\n") {
 			t.Fatalf("%q became %q", b, out.String())
 		}
-		if parts := strings.Split(lines[0], " "); len(parts) != 3 || parts[2] != "HTTP/1.1" || parts[1] != "*" && parts[1][0] != '/' {
+		if parts := strings.Split(lines[0], " "); len(parts) != 3 || parts[2] != "HTTP/1.1" ||
+			parts[1] != "*" && parts[1][0] != '/' {
 			t.Fatalf("%q became a request of %q", b, lines[0])
 		}
 		seen := map[string]int{}
@@ -185,18 +193,20 @@ func FuzzRequest(f *testing.F) {
 			}
 			seen[name]++
 			switch host, _, _ := strings.Cut(value, ":"); {
-			case name == "host" && strings.TrimSuffix(host, ".") != "allowed.example" && !strings.HasSuffix(strings.TrimSuffix(host, "."), ".wild.example"),
+			case name == "host" && strings.TrimSuffix(host, ".") != "allowed.example" &&
+				!strings.HasSuffix(strings.TrimSuffix(host, "."), ".wild.example"),
 				name == "upgrade" && value != "websocket", name == "http2-settings":
 				t.Fatalf("%q became a header with %q", b, line)
 			}
 		}
-		if seen["host"] != 1 || seen["content-length"]+seen["transfer-encoding"] > 1 || strings.HasPrefix(lines[0], "CONNECT ") {
+		if seen["host"] != 1 || seen["content-length"]+seen["transfer-encoding"] > 1 ||
+			strings.HasPrefix(lines[0], "CONNECT ") {
 			t.Fatalf("%q became %q", b, out.String())
 		}
 	})
 }
 
-// served reports whether the handler did not break off.
+// served reports whether the handler returned without a panic.
 func served(t *testing.T, h http.Handler, r *http.Request) (ok bool) {
 	defer func() {
 		if v := recover(); v != nil {

@@ -6,7 +6,7 @@ import (
 	"sync"
 )
 
-// handedOver is a listener whose connections come over a channel.
+// handedOver is a listener that accepts the connections sent on a channel.
 type handedOver struct {
 	conns <-chan net.Conn
 	done  <-chan struct{}
@@ -24,7 +24,7 @@ func (l *handedOver) Accept() (net.Conn, error) {
 func (*handedOver) Close() error   { return nil }
 func (*handedOver) Addr() net.Addr { return &net.TCPAddr{} }
 
-// watched is a connection that tells when it was closed.
+// watched is a connection that closes gone when it is closed.
 type watched struct {
 	net.Conn
 	once sync.Once
@@ -43,6 +43,6 @@ func serveConn(server *http.Server, c net.Conn) {
 	w := watch(c)
 	conns := make(chan net.Conn, 1)
 	conns <- w
-	// It ends with the connection, and with net.ErrClosed.
+	// Serve returns net.ErrClosed when the connection is closed.
 	_ = server.Serve(&handedOver{conns: conns, done: w.gone})
 }

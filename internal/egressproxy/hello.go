@@ -12,8 +12,9 @@ import (
 	"time"
 )
 
-// maxHello bounds a ClientHello, its records' headers included, bytes. Those with keys
-// against quantum computers and tickets have some 2 KiB.
+// maxHello bounds a ClientHello, in bytes, with the headers of its records. Those with
+// post-quantum keys and tickets have some 2 KiB; a lower limit would break newer clients, a
+// higher one lets a client keep more in memory.
 const maxHello = 16 << 10
 
 const (
@@ -28,9 +29,9 @@ var (
 	errTooLong = errors.New("the ClientHello is too long")
 )
 
-// readHello reads from r exactly the records that a ClientHello is in, and returns the name
-// of the server in it as the client wrote it. It is stricter than servers are: nothing but
-// handshake records, none of them empty. That of an encrypted ClientHello is the outer one.
+// readHello reads from r exactly the records of a ClientHello, and returns the server name in it
+// as the client wrote it. It is stricter than servers are: it accepts handshake records only, and
+// no empty ones. Of an encrypted ClientHello it returns the outer name.
 func readHello(r io.Reader) (name string, err error) {
 	var raw bytes.Buffer
 	in := io.TeeReader(r, &raw)
@@ -66,8 +67,8 @@ func readHello(r io.Reader) (name string, err error) {
 	return serverName(raw.Bytes())
 }
 
-// handshakeBytes is the message's header from the records in the first n bytes of raw: it
-// may itself be split.
+// handshakeBytes returns the header of the handshake message in the first n bytes of raw. The
+// header may span records.
 func handshakeBytes(raw []byte, n int) []byte {
 	var b []byte
 	for at := 0; at+recordHeader <= n && len(b) < handshakeHeader; {
@@ -78,7 +79,7 @@ func handshakeBytes(raw []byte, n int) []byte {
 	return b[:handshakeHeader]
 }
 
-// serverName has crypto/tls parse the ClientHello in raw.
+// serverName returns the server name of the ClientHello in raw, as crypto/tls parses it.
 func serverName(raw []byte) (string, error) {
 	var hello *tls.ClientHelloInfo
 	seen := errors.New("seen")
@@ -97,7 +98,7 @@ func serverName(raw []byte) (string, error) {
 	return hello.ServerName, nil
 }
 
-// replay is a connection that has said all it will and hears nothing.
+// replay is a connection that returns given bytes and discards what is written.
 type replay struct{ *bytes.Reader }
 
 func (r replay) Read(b []byte) (int, error)     { return r.Reader.Read(b) }

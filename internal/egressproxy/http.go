@@ -12,11 +12,11 @@ import (
 )
 
 const (
-	webIdle   = 2 * time.Minute // between two requests of a connection
+	webIdle   = 2 * time.Minute // time between two requests of a connection
 	webHeader = 64 << 10        // bytes of a request's header
 )
 
-// webConn is the client's connection with what was already read of it.
+// webConn is the client's connection, beginning with the bytes already read from it.
 type webConn struct {
 	*net.TCPConn
 	first []byte
@@ -31,10 +31,9 @@ func (c *webConn) Read(b []byte) (int, error) {
 	return c.TCPConn.Read(b)
 }
 
-// serveHTTP passes on the requests of a connection, each after its Host was checked. What
-// the server gets is written anew from what net/http understood, so that there is nothing
-// for it to understand otherwise: no second Host, no target of another name, no body whose
-// end is in doubt.
+// serveHTTP passes on the requests of a connection, each after checking its Host. It writes
+// requests anew from what net/http understood, so that the server cannot understand them
+// differently: no second Host, no target with another name, no body of unclear length.
 func (s *session) serveHTTP() error {
 	transport := &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -67,23 +66,24 @@ func (s *session) webLog() *log.Logger {
 	return slog.NewLogLogger(s.proxy.log.Handler(), slog.LevelDebug)
 }
 
-// web checks requests and passes them on over transport.
+// web returns a handler that checks requests and passes them on over transport.
 func (s *session) web(transport http.RoundTripper) http.Handler {
 	return s.checked(&httputil.ReverseProxy{
 		Transport:     transport,
-		FlushInterval: -1, // what comes is passed on at once
+		FlushInterval: -1, // pass on at once
 		ErrorLog:      s.webLog(),
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host = "http", s.to.String()
 			r.Out.URL.RawQuery = r.In.URL.RawQuery
 			r.Out.Host = r.In.Host
 		},
-		// As it would be without us: a server that cannot be reached, or breaks off.
+		// The client sees what it would without a proxy: a server that cannot be reached, or that
+		// breaks off.
 		ErrorHandler: func(http.ResponseWriter, *http.Request, error) { s.kill() },
 	})
 }
 
-// checked refuses requests that are not for an allowed name.
+// checked returns a handler that refuses requests for names that are not allowed.
 func (s *session) checked(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var err error
@@ -97,22 +97,22 @@ func (s *session) checked(next http.Handler) http.Handler {
 			s.kill()
 			panic(http.ErrAbortHandler)
 		}
-		// Within a WebSocket there are no names; within HTTP/2 there would be.
+		// A WebSocket carries no names that could be checked; HTTP/2 would.
 		if u := r.Header.Values("Upgrade"); len(u) != 1 || !strings.EqualFold(u[0], "websocket") {
 			r.Header.Del("Upgrade")
 		}
 		r.Header.Del("Http2-Settings")
-		// net/http would add these where the server left them out.
+		// Without this net/http would add headers that the server left out.
 		w.Header()["Date"], w.Header()["Content-Type"] = nil, nil
 		next.ServeHTTP(w, r)
 	})
 }
 
-// hostName is the name in a Host header, which may have a port.
+// hostName returns the name in a Host header, which may have a port.
 func hostName(host string) string {
 	name, port, ok := strings.Cut(host, ":")
 	if ok && strings.Trim(port, "0123456789") != "" {
-		return host // no name with such a thing in it will be allowed
+		return host // no such name is allowed
 	}
 	return name
 }

@@ -15,28 +15,28 @@ import (
 	"codeberg.org/miekg/dns"
 )
 
-// deadline bounds every wait of a test; nothing is said about times below it.
+// deadline bounds every wait of a test. Tests assert nothing about shorter times.
 const deadline = 10 * time.Second
 
-// fakeHost is one box at 127.0.0.1, whose connections to the proxy all wanted to go to one
-// address: that of a test's server.
+// fakeHost has one sandbox at 127.0.0.1. All its proxied connections have the same destination, a
+// test's server.
 type fakeHost struct {
-	mu     sync.Mutex
-	box    Sandbox
-	handle any
-	gone   bool
-	to     netip.AddrPort
-	meta   Metadata
-	banned []netip.Addr
-	opened map[netip.Addr]time.Duration
-	denied []string // protocol and name
-	excess []string // as denied
+	mu      sync.Mutex
+	sandbox Sandbox
+	handle  any
+	gone    bool
+	to      netip.AddrPort
+	meta    Metadata
+	banned  []netip.Addr
+	opened  map[netip.Addr]time.Duration
+	denied  []string // protocol and name
+	excess  []string // as denied
 }
 
 func (h *fakeHost) Find(from netip.Addr) (Sandbox, any, bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.box, h.handle, !h.gone && from == netip.MustParseAddr("127.0.0.1")
+	return h.sandbox, h.handle, !h.gone && from == netip.MustParseAddr("127.0.0.1")
 }
 
 func (h *fakeHost) Metadata(context.Context, any) (Metadata, error) {
@@ -96,22 +96,22 @@ func (h *fakeHost) denials() []string {
 type rig struct {
 	*fakeHost
 	*Proxy
-	dns, proxy, about string // where the services are
+	dns, proxy, about string // addresses of the services
 }
 
-// newRig serves a gate for one box that may reach allowed.example and below wild.example,
-// and that was given 127.0.0.1 for allowed.example.
+// newRig serves a Proxy for one sandbox that may reach allowed.example and names below
+// wild.example, and that was given 127.0.0.1 for allowed.example.
 func newRig(t *testing.T, idle time.Duration) *rig {
 	t.Helper()
 	h := &fakeHost{handle: 1, opened: map[netip.Addr]time.Duration{},
-		box: Sandbox{Domains: []string{"allowed.example", "*.wild.example"}}}
+		sandbox: Sandbox{Domains: []string{"allowed.example", "*.wild.example"}}}
 	g := New(h, 0, slog.New(slog.NewTextHandler(io.Discard, nil)))
 	if idle > 0 {
 		g.idle = idle
 	}
 	g.hello = time.Second
 	local := netip.MustParseAddr("127.0.0.1")
-	g.given.add(1, "allowed.example", []netip.Addr{local}, time.Now().Add(time.Hour))
+	g.grants.add(1, "allowed.example", []netip.Addr{local}, time.Now().Add(time.Hour))
 	on := Listeners{DNS: listen(t), Proxy: listen(t), Metadata: listen(t)}
 	var err error
 	on.UDP, err = net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(on.DNS.Addr().String())))
@@ -156,8 +156,8 @@ func dial(t *testing.T, address string) *net.TCPConn {
 	return c.(*net.TCPConn)
 }
 
-// upstream is a name server that answers from zone, by name and a space and type; one
-// without a zone is broken.
+// upstream starts a name server that answers from zone; its keys are a name, a space and a type.
+// Without a zone every answer is a failure.
 func upstream(t *testing.T, zone map[string][]string) netip.AddrPort {
 	t.Helper()
 	l := listen(t)
@@ -206,7 +206,7 @@ func upstream(t *testing.T, zone map[string][]string) netip.AddrPort {
 			if err != nil {
 				return
 			}
-			// First forged ones, which must be passed over.
+			// Forged answers come first; the resolver must ignore them.
 			if good := answer(b[:n], true); good != nil {
 				forged := slices.Clone(good)
 				forged[0] ^= 1

@@ -13,8 +13,8 @@ import (
 )
 
 const (
-	metadataTime   = 5 * time.Second  // for a request, and for its answer
-	metadataIdle   = 30 * time.Second // between two requests of a connection
+	metadataTime   = 5 * time.Second  // time for a request, and for its answer
+	metadataIdle   = 30 * time.Second // time between two requests of a connection
 	metadataHeader = 4 << 10          // bytes of a request's header (net/http adds 4 KiB of slack)
 )
 
@@ -28,42 +28,42 @@ type about struct {
 }
 
 // serveMetadata serves the requests of one connection.
-func (g *Proxy) serveMetadata(_ context.Context, c *net.TCPConn) {
+func (p *Proxy) serveMetadata(_ context.Context, c *net.TCPConn) {
 	from := source(c)
-	box, handle, ok := g.host.Find(from)
-	w := who{handle, box.Owner}
-	if !ok || !g.metadataConns.enter(w) {
+	sandbox, handle, ok := p.host.Find(from)
+	w := subject{handle, sandbox.Owner}
+	if !ok || !p.metadataConns.enter(w) {
 		reset(c)
 		return
 	}
-	defer g.metadataConns.leave(w)
+	defer p.metadataConns.leave(w)
 	server := &http.Server{
-		Handler:                      g.metadataHandler(from, handle),
+		Handler:                      p.metadataHandler(from, handle),
 		ReadTimeout:                  metadataTime,
 		WriteTimeout:                 metadataTime,
 		IdleTimeout:                  metadataIdle,
 		MaxHeaderBytes:               metadataHeader,
-		ErrorLog:                     slog.NewLogLogger(g.log.Handler(), slog.LevelDebug),
+		ErrorLog:                     slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
 		DisableGeneralOptionsHandler: true,
 	}
 	serveConn(server, c)
 }
 
-// metadataHandler answers the box whose connection it is, whatever the request says of
-// host or sender.
-func (g *Proxy) metadataHandler(from netip.Addr, handle any) http.Handler {
+// metadataHandler answers the sandbox that the connection comes from. The request's host and
+// sender do not count.
+func (p *Proxy) metadataHandler(from netip.Addr, handle any) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if _, now, ok := g.host.Find(from); !ok || now != handle {
-			panic(http.ErrAbortHandler) // the box has ended; another may have its address
+		if _, now, ok := p.host.Find(from); !ok || now != handle {
+			panic(http.ErrAbortHandler) // the sandbox has ended; another one may have its address
 		}
 		if r.Method != http.MethodGet && r.Method != http.MethodHead {
 			w.Header().Set("Allow", "GET, HEAD")
 			problem(w, http.StatusMethodNotAllowed, "method_not_allowed", "only GET and HEAD")
 			return
 		}
-		m, err := g.host.Metadata(r.Context(), handle)
+		m, err := p.host.Metadata(r.Context(), handle)
 		if err != nil {
-			g.log.Error("looking up metadata for a sandbox", "error", err)
+			p.log.Error("looking up metadata for a sandbox", "error", err)
 			problem(w, http.StatusInternalServerError, "internal", "the metadata cannot be looked up now")
 			return
 		}
@@ -77,7 +77,7 @@ func (g *Proxy) metadataHandler(from netip.Addr, handle any) http.Handler {
 	})
 }
 
-// at is what the service shows at a path.
+// at returns the content that the service has at a path.
 func (m Metadata) at(path string) (contentType string, body []byte, ok bool) {
 	const text = "text/plain; charset=utf-8"
 	expires := ""
@@ -105,7 +105,7 @@ func (m Metadata) at(path string) (contentType string, body []byte, ok bool) {
 	return text, []byte(value), ok && is
 }
 
-// problem answers as RFC 9457 says.
+// problem writes an error as RFC 9457 says.
 func problem(w http.ResponseWriter, status int, code, detail string) {
 	write(w, status, "application/problem+json", mustJSON(struct {
 		Type   string `json:"type"`
@@ -122,10 +122,10 @@ func write(w http.ResponseWriter, status int, contentType string, body []byte) {
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(status)
-	_, _ = w.Write(body) // the box has gone: its own business
+	_, _ = w.Write(body) // a failure concerns the sandbox only, which is gone
 }
 
-// mustJSON encodes what cannot fail to be encoded: structs of strings.
+// mustJSON encodes v, which must be a struct of strings, so that it cannot fail.
 func mustJSON(v any) []byte {
 	b, err := json.Marshal(v)
 	if err != nil {

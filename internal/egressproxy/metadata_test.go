@@ -15,11 +15,12 @@ func TestMetadata(t *testing.T) {
 			Metadata:  map[string]string{"owner": "ann", "a/b c": "<odd>"},
 			ExpiresAt: time.Date(2031, 2, 3, 4, 5, 6, 7, time.UTC)}
 	})
-	const all = `{"id":"sb-1","template":"python","mode":"ephemeral","metadata":{"a/b c":"\u003codd\u003e","owner":"ann"},"expires_at":"2031-02-03T04:05:06Z"}` + "\n"
+	const all = `{"id":"sb-1","template":"python","mode":"ephemeral",` +
+		`"metadata":{"a/b c":"\u003codd\u003e","owner":"ann"},"expires_at":"2031-02-03T04:05:06Z"}` + "\n"
 	for _, tc := range []struct {
 		method, path string
 		status       int
-		want         string // "" is anything
+		want         string // "": any body
 	}{
 		{"GET", "/", 200, all}, {"GET", "/v1", 200, all}, {"HEAD", "/", 200, ""},
 		{"GET", "/id", 200, "sb-1"}, {"GET", "/template", 200, "python"}, {"GET", "/mode", 200, "ephemeral"},
@@ -59,7 +60,7 @@ func TestMetadata(t *testing.T) {
 		t.Errorf("/expires_at of what does not expire: %d", resp.StatusCode)
 	}
 
-	// The connection that is open does not serve whoever has the address next.
+	// An open connection does not serve the next owner of the address.
 	c := dial(t, r.about)
 	const ask = "GET /id HTTP/1.1\r\nHost: x\r\n\r\n"
 	for range 2 {

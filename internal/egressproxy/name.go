@@ -7,10 +7,9 @@ import (
 // maxName is the longest domain name as text, RFC 1035 section 2.3.4.
 const maxName = 253
 
-// canonical is a domain name in lower case and without a dot at its end; false if it is
-// none. Only letters, digits, hyphens and underscores are let through: DNS knows labels
-// with any byte, dots included, and a name that means one thing to us and another to a
-// server or a resolver is a way round.
+// canonical returns a domain name in lower case and without a dot at its end, or false if name is
+// none. It allows only letters, digits, hyphens and underscores. DNS allows any byte in a label,
+// even dots, and a name that a server or resolver reads differently would circumvent the policy.
 func canonical(name string) (string, bool) {
 	name = strings.TrimSuffix(name, ".")
 	if name == "" || len(name) > maxName {
@@ -36,7 +35,7 @@ func canonical(name string) (string, bool) {
 	return strings.ToLower(name), label > 0
 }
 
-// allows reports whether the box may reach a canonical name.
+// allows reports whether the sandbox may reach a canonical name.
 func (b Sandbox) allows(name string) bool {
 	for _, d := range b.Domains {
 		if below, ok := strings.CutPrefix(d, "*"); ok {
@@ -50,7 +49,7 @@ func (b Sandbox) allows(name string) bool {
 	return false
 }
 
-// allowsAny reports whether the box may reach one of the names.
+// allowsAny reports whether the sandbox may reach one of the names.
 func (b Sandbox) allowsAny(names []string) bool {
 	for _, n := range names {
 		if b.allows(n) {

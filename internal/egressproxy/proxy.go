@@ -18,18 +18,18 @@ import (
 )
 
 const (
-	// helloTime is how long a client may take to say to whom it speaks, once it began or
-	// where it must begin.
+	// helloTime is the time in which a client must name its server, from its first byte, or from
+	// the beginning on the ports where clients speak first.
 	helloTime = 10 * time.Second
-	// patience is how long a client is waited for before its server is called, where the
-	// server may have to speak first. It spares HTTP and TLS a connection in vain; nothing
-	// is decided by it.
+	// patience is the time that the proxy waits for the client to speak before it calls the
+	// server, on ports where the server may have to speak first. It spares HTTP and TLS a useless
+	// connection; no decision depends on it.
 	patience = 200 * time.Millisecond
-	// dialTime is how long the server may take to accept.
+	// dialTime is the time in which the server must accept a connection.
 	dialTime = 30 * time.Second
 )
 
-// errRefused is that the box may not have the connection.
+// errRefused reports that policy forbids the connection.
 var errRefused = errors.New("refused by policy")
 
 // session is one connection through the proxy.
@@ -38,64 +38,64 @@ type session struct {
 	client *net.TCPConn
 	from   netip.Addr
 	handle any
-	to     netip.AddrPort // where the client wanted to go
+	to     netip.AddrPort // the client's destination
 
 	first opening // of client
-	// doubt says that the client may still turn out to speak HTTP.
-	doubt bool
+	// maybeHTTP reports that the client may still turn out to speak HTTP.
+	maybeHTTP bool
 
 	mu sync.Mutex
-	// names of which one must be allowed; none before the first was.
+	// names are the names of which the policy must allow one; nil until the first was allowed.
 	// +checklocks:mu
 	names []string
-	// server is the connection to the server, nil if there is none or HTTP has its own.
+	// server is the connection to the server, nil if there is none or if HTTP made its own.
 	// +checklocks:mu
 	server *net.TCPConn
 	// +checklocks:mu
 	dead bool
 }
 
-// proxy serves one redirected connection.
-func (g *Proxy) serveTCP(ctx context.Context, c *net.TCPConn) {
+// serveTCP serves one redirected connection.
+func (p *Proxy) serveTCP(ctx context.Context, c *net.TCPConn) {
 	from := source(c)
-	box, handle, ok := g.host.Find(from)
+	sandbox, handle, ok := p.host.Find(from)
 	if !ok {
 		reset(c)
 		return
 	}
-	to, err := g.host.Original(c)
+	to, err := p.host.Original(c)
 	if err != nil {
-		g.log.Debug("looking up where a connection was to go", "from", from, "error", err)
+		p.log.Debug("looking up where a connection was to go", "from", from, "error", err)
 		reset(c)
 		return
 	}
-	w := who{handle, box.Owner}
-	if !g.proxied.enter(w) {
-		g.host.Excess(handle, "tcp", "", to)
+	w := subject{handle, sandbox.Owner}
+	if !p.proxied.enter(w) {
+		p.host.Excess(handle, "tcp", "", to)
 		reset(c)
 		return
 	}
-	defer g.proxied.leave(w)
-	s := &session{proxy: g, client: c, from: from, handle: handle,
+	defer p.proxied.leave(w)
+	s := &session{proxy: p, client: c, from: from, handle: handle,
 		to: netip.AddrPortFrom(to.Addr().Unmap(), to.Port()), first: opening{r: c}}
-	g.mu.Lock()
-	g.sessions[s] = struct{}{}
-	g.mu.Unlock()
+	p.mu.Lock()
+	p.sessions[s] = struct{}{}
+	p.mu.Unlock()
 	defer func() {
-		g.mu.Lock()
-		delete(g.sessions, s)
-		g.mu.Unlock()
+		p.mu.Lock()
+		delete(p.sessions, s)
+		p.mu.Unlock()
 		s.kill()
 	}()
 	if err := s.serve(ctx); err != nil {
-		g.log.Debug("a sandbox's connection", "to", s.to, "error", err)
+		p.log.Debug("a sandbox's connection", "to", s.to, "error", err)
 		s.kill()
 	}
 }
 
-// serve returns nil after an end that both sides know of.
+// serve serves the session. It returns nil if both sides ended it in order.
 func (s *session) serve(ctx context.Context) error {
-	names := s.proxy.given.names(s.handle, s.to.Addr(), time.Now())
+	names := s.proxy.grants.names(s.handle, s.to.Addr(), time.Now())
 	if err := s.admit(names...); err != nil {
 		return err
 	}
@@ -118,19 +118,19 @@ func (s *session) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if what == speechHTTP {
+	if what == protocolHTTP {
 		return s.serveHTTP()
 	}
 	if err := s.dial(ctx); err != nil {
 		return err
 	}
-	s.doubt = what == speechOther
+	s.maybeHTTP = what == protocolOther
 	return s.splice(nil, nil)
 }
 
-// listen tells what the client speaks after it has spoken, and checks the name unless it
-// speaks HTTP, which is checked by request.
-func (s *session) listen() (speech, error) {
+// listen returns the protocol of the client's first bytes. It checks the server name, except for
+// HTTP, which is checked by request.
+func (s *session) listen() (protocol, error) {
 	if err := s.client.SetReadDeadline(time.Now().Add(s.proxy.hello)); err != nil {
 		return 0, err
 	}
@@ -139,7 +139,7 @@ func (s *session) listen() (speech, error) {
 		return 0, fmt.Errorf("listening to the client: %w", err)
 	}
 	switch what {
-	case speechTLS:
+	case protocolTLS:
 		name, err := readHello(&s.first)
 		if err != nil {
 			return 0, s.deny(name, err)
@@ -147,7 +147,7 @@ func (s *session) listen() (speech, error) {
 		if err := s.admit(name); err != nil {
 			return 0, err
 		}
-	case speechOther:
+	case protocolOther:
 		if s.to.Port() == 443 || s.to.Port() == 80 {
 			return 0, s.deny("", errors.New("neither TLS nor HTTP on a port of theirs"))
 		}
@@ -155,7 +155,7 @@ func (s *session) listen() (speech, error) {
 	return what, s.client.SetReadDeadline(time.Time{})
 }
 
-// admit lets the session on if the policy of now allows one of the names, and its address.
+// admit sets the session's names if the current policy allows one of them, and the address.
 func (s *session) admit(names ...string) error {
 	canon := make([]string, 0, len(names))
 	for _, n := range names {
@@ -180,7 +180,7 @@ func (s *session) admit(names ...string) error {
 	}
 }
 
-// take sets the names unless Recheck was called since there were so many changes.
+// take sets the names, unless Recheck was called after changes was read.
 func (s *session) take(names []string, changes uint64) bool {
 	s.proxy.mu.Lock()
 	defer s.proxy.mu.Unlock()
@@ -193,26 +193,25 @@ func (s *session) take(names []string, changes uint64) bool {
 	return true
 }
 
-// allowed asks the host whether one of the names and the address are allowed now.
+// allowed checks with the host whether one of the names, and the address, are allowed now.
 func (s *session) allowed(names []string) error {
-	box, handle, ok := s.proxy.host.Find(s.from)
+	sandbox, handle, ok := s.proxy.host.Find(s.from)
 	if !ok || handle != s.handle {
-		return errors.New("the box has ended")
+		return errors.New("the sandbox has ended")
 	}
-	if !box.allowsAny(names) {
+	if !sandbox.allowsAny(names) {
 		return errRefused
 	}
 	return s.proxy.host.Permitted(s.handle, s.to.Addr())
 }
 
-// deny reports a refusal, and is the error for it.
+// deny reports a refusal to the host and returns an error for it.
 func (s *session) deny(name string, err error) error {
 	s.proxy.host.Denied(s.handle, "tcp", name, s.to)
 	return fmt.Errorf("%q at %s: %w", name, s.to, err)
 }
 
-// recheck ends a session that is not allowed any more. One that has no names yet is about
-// to ask.
+// recheck ends the session if it is no longer allowed. A session without names is about to ask.
 func (s *session) recheck() {
 	s.mu.Lock()
 	names := s.names
@@ -226,7 +225,7 @@ func (s *session) recheck() {
 	}
 }
 
-// kill resets what is open. It may be called again.
+// kill resets the connections of the session. It may be called again.
 func (s *session) kill() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -240,7 +239,7 @@ func (s *session) kill() {
 	}
 }
 
-// connect calls the address that the client wanted, after a last look whether it may.
+// connect connects to the client's destination, after checking once more that it is permitted.
 func (s *session) connect(ctx context.Context) (*net.TCPConn, error) {
 	if err := s.proxy.host.Permitted(s.handle, s.to.Addr()); err != nil {
 		return nil, err
@@ -268,8 +267,9 @@ func (s *session) dial(ctx context.Context) error {
 	return nil
 }
 
-// serverFirst connects to the server before the client said a word. The server's words go
-// to the client at once; the client's wait until they are checked, however late they come.
+// serverFirst connects to the server before the client has spoken. It passes the server's bytes
+// to the client at once; it holds the client's bytes back until they are checked, however late
+// they come.
 func (s *session) serverFirst(ctx context.Context) error {
 	if err := s.client.SetReadDeadline(time.Time{}); err != nil {
 		return err
@@ -282,34 +282,34 @@ func (s *session) serverFirst(ctx context.Context) error {
 		if err := s.first.more(); err != nil {
 			return err
 		}
-		// A server that speaks before it is asked takes no requests of HTTP, and its
-		// client may type letter by letter: no line is waited for.
+		// A server that speaks first accepts no HTTP requests, and its client may type letter by
+		// letter, so this does not wait for a line.
 		if spoke.Load() && !beginsLikeTLS(s.first.said[0]) {
 			return nil
 		}
 		what, err := s.listen()
-		if err == nil && what == speechHTTP {
+		if err == nil && what == protocolHTTP {
 			return errHTTP
 		}
-		s.doubt = what == speechOther
+		s.maybeHTTP = what == protocolOther
 		return err
 	}, &spoke)
 	if !errors.Is(err, errHTTP) {
 		return err
 	}
-	// HTTP has connections of its own. That the server spoke in this very moment is odd
-	// enough to end it.
+	// HTTP makes its own connections. A server that speaks at this very moment is odd enough to
+	// end the session.
 	if spoke.Load() {
 		return s.deny("", errors.New("HTTP to a server that spoke first"))
 	}
 	return s.serveHTTP()
 }
 
-// errHTTP is that a client turned out to speak HTTP.
+// errHTTP reports that a client turned out to speak HTTP.
 var errHTTP = errors.New("the client speaks HTTP")
 
-// splice copies both ways until both sides have ended or one has broken. What the client
-// says is passed on after check, if there is one; io.EOF from it is the client's end.
+// splice copies both ways until both sides have ended or one has failed. If check is not nil it
+// runs before the client's bytes are passed on; io.EOF from it means that the client has ended.
 func (s *session) splice(check func() error, spoke *atomic.Bool) error {
 	s.mu.Lock()
 	server := s.server
@@ -347,26 +347,26 @@ func (s *session) splice(check func() error, spoke *atomic.Bool) error {
 	return errors.Join(err, <-down)
 }
 
-// upload copies from the client to the server, first what was looked at. The rest is moved
-// by the kernel: splice(2).
+// upload copies from the client to the server, beginning with the bytes that were checked. The
+// kernel moves the rest with splice(2).
 func (s *session) upload(server *net.TCPConn) error {
 	var line firstLine
 	said := s.first.take()
 	buffer := make([]byte, 4<<10)
 	for {
-		// What makes the line one of HTTP does not leave: the server has no whole request.
-		if s.doubt && line.read(said) {
+		// The bytes that complete an HTTP line are not sent, so the server has no whole request.
+		if s.maybeHTTP && line.read(said) {
 			return s.deny("", errors.New("HTTP behind something else"))
 		}
 		if _, err := server.Write(said); err != nil {
 			return fmt.Errorf("passing on what the client says: %w", err)
 		}
-		if !s.doubt || line.over {
+		if !s.maybeHTTP || line.over {
 			break
 		}
 		n, err := s.client.Read(buffer)
 		if said = buffer[:n]; n == 0 && errors.Is(err, io.EOF) {
-			if line.read([]byte{'\n'}) { // as a lenient server takes the end
+			if line.read([]byte{'\n'}) { // a lenient server takes the end of the stream for the end of the line
 				return s.deny("", errors.New("HTTP behind something else"))
 			}
 			return server.CloseWrite()
@@ -380,8 +380,8 @@ func (s *session) upload(server *net.TCPConn) error {
 	return server.CloseWrite()
 }
 
-// download copies from the server to the client, and sets spoke, if not nil, once the
-// server has said anything, be it its end.
+// download copies from the server to the client. It sets spoke, if not nil, once the server has
+// sent anything or ended.
 func (s *session) download(server *net.TCPConn, spoke *atomic.Bool) error {
 	if spoke != nil {
 		b := make([]byte, 1024)
@@ -400,20 +400,20 @@ func (s *session) download(server *net.TCPConn, spoke *atomic.Bool) error {
 	return s.client.CloseWrite()
 }
 
-// endIdle ends the sessions that carried nothing for long. All that passes is seen at the
-// client's socket, and the kernel counts there, so no byte costs anything for it.
-func (g *Proxy) endIdle() {
-	g.mu.Lock()
-	all := slices.Collect(maps.Keys(g.sessions))
-	g.mu.Unlock()
+// endIdle ends the sessions that carried nothing for p.idle. All bytes pass the client's socket,
+// and the kernel notes the time there, so counting costs nothing.
+func (p *Proxy) endIdle() {
+	p.mu.Lock()
+	all := slices.Collect(maps.Keys(p.sessions))
+	p.mu.Unlock()
 	for _, s := range all {
-		if quiet, err := quietTime(s.client); err == nil && quiet >= g.idle {
+		if quiet, err := quietTime(s.client); err == nil && quiet >= p.idle {
 			s.kill()
 		}
 	}
 }
 
-// quietTime is for how long no data came or went.
+// quietTime returns the time since data last came or went.
 func quietTime(c *net.TCPConn) (time.Duration, error) {
 	raw, err := c.SyscallConn()
 	if err != nil {

@@ -19,13 +19,13 @@ import (
 	"time"
 )
 
-// behind makes the proxy's connections want to go to l; with another port in to, the gate
-// believes that port. It calls the real one all the same: tests cannot have port 443.
-func (r *rig) behind(l net.Listener) {
+// redirectTo makes l the destination of the proxy's connections. With another port in to, the
+// proxy believes that port, but calls the real one, since tests cannot have port 443.
+func (r *rig) redirectTo(l net.Listener) {
 	r.set(func() { r.to = netip.MustParseAddrPort(l.Addr().String()) })
 }
 
-// refused reports whether the connection ends, without data, before the deadline.
+// refused checks that the connection ends, without data, before the deadline.
 func refused(t *testing.T, c net.Conn) {
 	t.Helper()
 	b, err := io.ReadAll(c)
@@ -43,14 +43,14 @@ func eventually(t *testing.T, what string, is func() bool) {
 	}
 }
 
-// An HTTPS server that serves any name, as a shared address does.
+// TestTLS has an HTTPS server that serves any name, as a shared address does.
 func TestTLS(t *testing.T) {
 	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.WriteString(w, r.TLS.ServerName)
 	}))
 	defer server.Close()
 	r := newRig(t, 0)
-	r.behind(server.Listener)
+	r.redirectTo(server.Listener)
 	for name, want := range map[string]bool{
 		"allowed.example": true, "ALLOWED.example": true, "a.wild.example": true,
 		"other.example": false, "wild.example": false, "sub.allowed.example": false, "": false,
@@ -76,7 +76,7 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-// clientHello is what crypto/tls says first for a name.
+// clientHello returns the ClientHello that crypto/tls sends for a name.
 func clientHello(name string) []byte {
 	ours, theirs := net.Pipe()
 	go func() {
@@ -95,7 +95,7 @@ func clientHello(name string) []byte {
 	return append(header, body...)
 }
 
-// records puts a handshake into records of size bytes.
+// records splits a handshake into records of size bytes.
 func records(handshake []byte, size int) []byte {
 	var out []byte
 	for part := range slices.Chunk(handshake, size) {
@@ -119,12 +119,12 @@ func TestHelloInPieces(t *testing.T) {
 		}
 	}()
 	r := newRig(t, 0)
-	r.behind(l)
+	r.redirectTo(l)
 	hello := clientHello("allowed.example")
 	for _, size := range []int{1, 2, 3, 5, 100, 16000} {
 		said := append(records(hello[recordHeader:], size), "and what follows"...)
 		c := dial(t, r.proxy)
-		for part := range slices.Chunk(said, 97) { // segments
+		for part := range slices.Chunk(said, 97) { // one segment each
 			if _, err := c.Write(part); err != nil {
 				t.Fatal(err)
 			}
@@ -161,7 +161,7 @@ func TestHelloInPieces(t *testing.T) {
 	}
 }
 
-// web is a server of HTTP that says for whom it was asked, and remembers it.
+// web is an HTTP server that answers with the request's host, and records it.
 type web struct {
 	*httptest.Server
 	mu    sync.Mutex
@@ -201,7 +201,7 @@ func TestHTTP(t *testing.T) {
 	const good = "GET /1 HTTP/1.1\r\nHost: allowed.example\r\n\r\n"
 	for what, tc := range map[string]struct {
 		said string
-		want []string // in the bodies of the answers, in order
+		want []string // the bodies of the answers, in order
 	}{
 		"one":               {good, []string{`GET allowed.example/1 ""`}},
 		"with a port":       {"GET / HTTP/1.1\r\nHost: allowed.example:80\r\n\r\n", []string{`GET allowed.example:80/ ""`}},
@@ -261,7 +261,7 @@ func TestHTTP(t *testing.T) {
 		t.Run(what, func(t *testing.T) {
 			server := newWeb(t)
 			r := newRig(t, 0)
-			r.behind(server.Listener)
+			r.redirectTo(server.Listener)
 			c := dial(t, r.proxy)
 			if _, err := io.WriteString(c, tc.said); err != nil {
 				t.Fatal(err)
@@ -306,8 +306,8 @@ func TestHTTP(t *testing.T) {
 	}
 }
 
-// HTTP that begins after something else passed does not reach the server, in whatever pieces
-// it comes; what is no HTTP passes, in the same pieces.
+// TestHTTPBehindSomethingElse checks that HTTP after other bytes does not reach the server, in
+// any pieces, and that bytes without HTTP pass in the same pieces.
 func TestHTTPBehindSomethingElse(t *testing.T) {
 	got := make(chan []byte, 1)
 	l := listen(t)
@@ -323,7 +323,7 @@ func TestHTTPBehindSomethingElse(t *testing.T) {
 		}
 	}()
 	r := newRig(t, 0)
-	r.behind(l)
+	r.redirectTo(l)
 	const request = "GET / HTTP/1.1\r\nHost: other.example\r\n\r\n"
 	for _, tc := range []struct {
 		pieces []string
@@ -345,11 +345,12 @@ func TestHTTPBehindSomethingElse(t *testing.T) {
 				t.Fatal(err)
 			}
 			said += piece
-			time.Sleep(5 * time.Millisecond) // so that pieces arrive as such; nothing depends on it
+			time.Sleep(5 * time.Millisecond) // so that pieces arrive one by one; no result depends on it
 		}
 		_ = c.CloseWrite()
 		b := <-got
-		if whole := string(b) == said; whole != tc.passes || !tc.passes && strings.Contains(strings.ToUpper(string(b)), "HTTP/") {
+		if whole := string(b) == said; whole != tc.passes ||
+			!tc.passes && strings.Contains(strings.ToUpper(string(b)), "HTTP/") {
 			t.Errorf("%q: the server got %q, want all of it: %v", tc.pieces, b, tc.passes)
 		}
 	}
@@ -361,9 +362,10 @@ func TestHTTPBehindSomethingElse(t *testing.T) {
 func TestWebSocket(t *testing.T) {
 	server := newWeb(t)
 	r := newRig(t, 0)
-	r.behind(server.Listener)
+	r.redirectTo(server.Listener)
 	c := dial(t, r.proxy)
-	if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nHost: allowed.example\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"); err != nil {
+	if _, err := io.WriteString(c,
+		"GET / HTTP/1.1\r\nHost: allowed.example\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"); err != nil {
 		t.Fatal(err)
 	}
 	in := bufio.NewReader(c)
@@ -381,7 +383,8 @@ func TestWebSocket(t *testing.T) {
 	}
 }
 
-// echo speaks first, as SSH and SMTP do, if it has a greeting; then it repeats what it hears.
+// echo starts a server that sends a greeting first, if it has one, as SSH and SMTP do, and then
+// repeats what it receives.
 func echo(t *testing.T, greeting string) net.Listener {
 	l := listen(t)
 	go func() {
@@ -412,7 +415,7 @@ func TestOtherProtocols(t *testing.T) {
 		{"", "\x16"},
 		{"", "\x80\x80"},
 	} {
-		r.behind(echo(t, tc.greeting))
+		r.redirectTo(echo(t, tc.greeting))
 		c := dial(t, r.proxy)
 		if tc.greeting != "" {
 			b := make([]byte, len(tc.greeting))
@@ -428,7 +431,7 @@ func TestOtherProtocols(t *testing.T) {
 			t.Errorf("echo of %q: %q, %v", tc.said, got, err)
 		}
 	}
-	// The gate must have called the server by now, and yet nothing unchecked gets through.
+	// The proxy must have called the server by now, and yet no unchecked byte reaches it.
 	for _, said := range map[string]string{
 		"late TLS":  string(clientHello("other.example")),
 		"late HTTP": "GET / HTTP/1.1\r\nHost: other.example\r\n\r\n",
@@ -440,7 +443,7 @@ func TestOtherProtocols(t *testing.T) {
 				called <- c
 			}
 		}()
-		r.behind(l)
+		r.redirectTo(l)
 		c := dial(t, r.proxy)
 		server := <-called
 		_, _ = io.WriteString(c, said)
@@ -449,16 +452,16 @@ func TestOtherProtocols(t *testing.T) {
 		refused(t, server)
 		_ = server.Close()
 	}
-	// HTTP that begins late is HTTP all the same.
+	// HTTP that begins late is checked as HTTP.
 	web := newWeb(t)
-	r.behind(web.Listener)
+	r.redirectTo(web.Listener)
 	c := dial(t, r.proxy)
 	eventually(t, "the server is called before the client spoke", func() bool {
 		r.Proxy.mu.Lock()
 		defer r.Proxy.mu.Unlock()
 		for s := range r.sessions {
 			s.mu.Lock()
-			called := s.server != nil && s.from == source(c) // the only session that is open
+			called := s.server != nil && s.from == source(c) // the only open session
 			s.mu.Unlock()
 			if called {
 				return true
@@ -473,12 +476,14 @@ func TestOtherProtocols(t *testing.T) {
 	}
 }
 
-// On the ports of TLS and HTTP nothing else passes, and nobody is called for it.
+// TestPorts checks that only TLS and HTTP pass on their ports, and that the server is not called
+// for anything else.
 func TestPorts(t *testing.T) {
 	r := newRig(t, 0)
 	for _, port := range []uint16{80, 443} {
 		r.set(func() { r.to = netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port) })
-		for _, said := range []string{"SSH-2.0-x\r\n", "PING\r\n", "\x00\x01", string(clientHello("other.example")), "GET / HTTP/1.1\r\nHost: other.example\r\n\r\n"} {
+		for _, said := range []string{"SSH-2.0-x\r\n", "PING\r\n", "\x00\x01", string(clientHello("other.example")),
+			"GET / HTTP/1.1\r\nHost: other.example\r\n\r\n"} {
 			before := len(r.denials())
 			c := dial(t, r.proxy)
 			_, _ = io.WriteString(c, said)
@@ -497,15 +502,15 @@ func TestRefusedAddresses(t *testing.T) {
 		"an address not given":    func(r *rig) { r.to = netip.AddrPortFrom(netip.MustParseAddr("127.0.0.2"), r.to.Port()) },
 		"an address not for it":   func(r *rig) { r.handle = 2 },
 		"an address never":        func(r *rig) { r.banned = []netip.Addr{local} },
-		"the name is not allowed": func(r *rig) { r.box = Sandbox{Domains: []string{"elsewhere.example"}} },
+		"the name is not allowed": func(r *rig) { r.sandbox = Sandbox{Domains: []string{"elsewhere.example"}} },
 	} {
 		server := newWeb(t)
 		r := newRig(t, 0)
-		r.behind(server.Listener)
+		r.redirectTo(server.Listener)
 		r.set(func() { change(r) })
 		c, err := net.Dial("tcp4", r.proxy)
 		if err != nil {
-			continue // reset at once
+			continue // it was reset at once
 		}
 		_ = c.SetDeadline(time.Now().Add(deadline))
 		_, _ = io.WriteString(c, "GET / HTTP/1.1\r\nHost: allowed.example\r\n\r\n")
@@ -519,7 +524,7 @@ func TestRefusedAddresses(t *testing.T) {
 
 func TestRecheck(t *testing.T) {
 	r := newRig(t, 0)
-	r.behind(echo(t, "hello"))
+	r.redirectTo(echo(t, "hello"))
 	c := dial(t, r.proxy)
 	b := make([]byte, 5)
 	if _, err := io.ReadFull(c, b); err != nil {
@@ -531,14 +536,14 @@ func TestRecheck(t *testing.T) {
 	if _, err := io.ReadFull(c, b); err != nil || string(b) != "still" {
 		t.Fatalf("after a check that changes nothing: %q, %v", b, err)
 	}
-	r.set(func() { r.box = Sandbox{Domains: []string{"elsewhere.example"}} })
+	r.set(func() { r.sandbox = Sandbox{Domains: []string{"elsewhere.example"}} })
 	r.Recheck(local)
 	refused(t, c)
 }
 
 func TestIdle(t *testing.T) {
 	r := newRig(t, time.Second)
-	r.behind(echo(t, "hello"))
+	r.redirectTo(echo(t, "hello"))
 	c := dial(t, r.proxy)
 	b := make([]byte, 5)
 	if _, err := io.ReadFull(c, b); err != nil {
@@ -547,7 +552,7 @@ func TestIdle(t *testing.T) {
 	refused(t, c)
 }
 
-// Who says what it has to say byte by byte is not waited for.
+// TestSlowLoris checks that the proxy does not wait for a client that sends byte by byte.
 func TestSlowLoris(t *testing.T) {
 	r := newRig(t, 0)
 	web := newWeb(t)
@@ -556,7 +561,7 @@ func TestSlowLoris(t *testing.T) {
 		"a line":        "GET /" + strings.Repeat("a", 4096),
 		"a header":      "GET / HTTP/1.1\r\nHost: allowed.example\r\nX: " + strings.Repeat("a", 4096),
 	} {
-		r.behind(web.Listener)
+		r.redirectTo(web.Listener)
 		c := dial(t, r.proxy)
 		for i := 0; ; i++ {
 			if i == len(said) {
@@ -566,7 +571,7 @@ func TestSlowLoris(t *testing.T) {
 			if _, err := io.WriteString(c, said[i:i+1]); err != nil {
 				break
 			}
-			time.Sleep(5 * time.Millisecond) // what is tested is slowness
+			time.Sleep(5 * time.Millisecond) // the test is about slowness
 		}
 	}
 	if n := len(web.askedFor()); n != 0 {

@@ -16,35 +16,37 @@ import (
 )
 
 const (
-	// maxUDP is the longest message over UDP, to and from us, in bytes: what passes
-	// everywhere in one piece (DNS flag day 2020).
+	// maxUDP is the longest message over UDP, in bytes, in both directions. Messages of that size
+	// pass everywhere in one piece (DNS flag day 2020).
 	maxUDP = 1232
-	// maxQuery is the longest question over TCP, bytes; real ones are below 512.
+	// maxQuery is the longest question over TCP, in bytes. Real ones are below 512.
 	maxQuery = 4096
-	// queryTime is for all of one question, and below the 5 s after which resolver
+	// queryTime is the time for one question in all. It is below the 5 s after which resolver
 	// libraries ask again.
 	queryTime = 4500 * time.Millisecond
-	// dnsIdle is how long a connection to the resolver may be without a whole question.
+	// dnsIdle is the time after which a connection to the resolver ends if no whole question
+	// came.
 	dnsIdle = 10 * time.Second
 )
 
 const (
-	// maxTTL bounds how long an answer counts: an address that a name has left is open for
-	// at most so long (and grace).
+	// maxTTL bounds the time to live of an answer, and so the time for which an address stays
+	// open that the name no longer has.
 	maxTTL = time.Hour
-	// maxAddresses is how many addresses of one answer are passed on. Names with many have
-	// some 30, a few 100; with more, one answer could fill what a box may have open.
+	// maxAddresses is the number of addresses of one answer that are passed on. Names with many
+	// have some 30, a few have 100; with more, one answer could fill what a sandbox may have
+	// open.
 	maxAddresses = 128
-	// grace is how long an address stays open after its answer's time to live is over,
-	// because programs connect a while after they asked, and try addresses in turn.
+	// grace is the time for which an address stays open after its answer has expired, because
+	// programs connect a while after they asked, and try addresses in turn.
 	grace = time.Minute
 )
 
 // serveUDP answers questions until the socket is closed.
-func (g *Proxy) serveUDP(ctx context.Context, c *net.UDPConn) error {
-	defer g.closed(c)
-	// The kernel tells to which of the host's addresses a question came, in the form in
-	// which it is told to send the answer from there.
+func (p *Proxy) serveUDP(ctx context.Context, c *net.UDPConn) error {
+	defer p.closed(c)
+	// The kernel reports to which of the host's addresses a question came, in the form that
+	// sending from that address takes.
 	if err := withPacketInfo(c); err != nil {
 		return err
 	}
@@ -57,23 +59,23 @@ func (g *Proxy) serveUDP(ctx context.Context, c *net.UDPConn) error {
 			return fmt.Errorf("receiving questions: %w", err)
 		}
 		source := from.Addr().Unmap()
-		box, handle, ok := g.host.Find(source)
+		sandbox, handle, ok := p.host.Find(source)
 		if !ok || flags&unix.MSG_TRUNC != 0 {
 			continue
 		}
-		w := who{handle, box.Owner}
-		if !g.asking.step(w, time.Now()) || !g.queries.enter(w) {
-			if a := g.refuse(handle, message[:n]); a != nil {
-				_, _, _ = c.WriteMsgUDPAddrPort(a, control[:oobn], from) // as below
+		w := subject{handle, sandbox.Owner}
+		if !p.asking.step(w, time.Now()) || !p.queries.enter(w) {
+			if a := p.refuse(handle, message[:n]); a != nil {
+				_, _, _ = c.WriteMsgUDPAddrPort(a, control[:oobn], from) // the sandbox asks again
 			}
 			continue
 		}
 		question, info := append([]byte(nil), message[:n]...), append([]byte(nil), control[:oobn]...)
 		all.Go(func() {
-			defer g.queries.leave(w)
-			defer g.survive()
-			if a := g.answer(ctx, box, handle, question, true); a != nil {
-				// Nobody to tell: the asker tries again.
+			defer p.queries.leave(w)
+			defer p.survive()
+			if a := p.answer(ctx, sandbox, handle, question, true); a != nil {
+				// If this fails the sandbox asks again.
 				_, _, _ = c.WriteMsgUDPAddrPort(a, info, from)
 			}
 		})
@@ -96,33 +98,33 @@ func withPacketInfo(c *net.UDPConn) error {
 	return nil
 }
 
-// serveDNS answers the questions of one connection, one after the other.
-func (g *Proxy) serveDNS(ctx context.Context, c *net.TCPConn) {
+// serveDNS answers the questions of one connection in order.
+func (p *Proxy) serveDNS(ctx context.Context, c *net.TCPConn) {
 	from := source(c)
-	box, handle, ok := g.host.Find(from)
-	w := who{handle, box.Owner}
-	if !ok || !g.dnsConns.enter(w) {
+	sandbox, handle, ok := p.host.Find(from)
+	w := subject{handle, sandbox.Owner}
+	if !ok || !p.dnsConns.enter(w) {
 		reset(c)
 		return
 	}
-	defer g.dnsConns.leave(w)
+	defer p.dnsConns.leave(w)
 	for {
-		_ = c.SetDeadline(time.Now().Add(dnsIdle)) // fails only if closed, as the read then does
+		_ = c.SetDeadline(time.Now().Add(dnsIdle)) // fails only if c is closed; then the read fails too
 		question, err := readMessage(c, maxQuery)
 		if err != nil {
 			return
 		}
-		box, now, ok := g.host.Find(from)
+		sandbox, now, ok := p.host.Find(from)
 		if !ok || now != handle {
 			reset(c)
 			return
 		}
 		var answer []byte
-		if g.asking.step(w, time.Now()) && g.queries.enter(w) {
-			answer = g.answer(ctx, box, handle, question, false)
-			g.queries.leave(w)
+		if p.asking.step(w, time.Now()) && p.queries.enter(w) {
+			answer = p.answer(ctx, sandbox, handle, question, false)
+			p.queries.leave(w)
 		} else {
-			answer = g.refuse(handle, question)
+			answer = p.refuse(handle, question)
 		}
 		if answer == nil || writeMessage(c, answer) != nil {
 			return
@@ -130,7 +132,7 @@ func (g *Proxy) serveDNS(ctx context.Context, c *net.TCPConn) {
 	}
 }
 
-// readMessage reads a message with its length before it, as over TCP.
+// readMessage reads a message with a length before it, as TCP has them.
 func readMessage(r io.Reader, most int) ([]byte, error) {
 	var length [2]byte
 	if _, err := io.ReadFull(r, length[:]); err != nil {
@@ -150,14 +152,14 @@ func writeMessage(w io.Writer, m []byte) error {
 	return err
 }
 
-// refuse answers a question that comes too soon, or while too many others are asked: a
-// resolver library then tries another server, and tells its program that it may try again.
-func (g *Proxy) refuse(handle any, message []byte) []byte {
-	q := &dns.Msg{Data: bytes.Clone(message)} // names may be parts of it
+// refuse answers a question that comes too soon or while too many others are asked. A resolver
+// library then tries another server, and tells its program to try again.
+func (p *Proxy) refuse(handle any, message []byte) []byte {
+	q := &dns.Msg{Data: bytes.Clone(message)} // names may share its memory
 	if err := q.Unpack(); err != nil || q.Response || len(q.Question) != 1 {
 		return nil
 	}
-	g.host.Excess(handle, "dns", q.Question[0].Header().Name, netip.AddrPort{})
+	p.host.Excess(handle, "dns", q.Question[0].Header().Name, netip.AddrPort{})
 	a := &dns.Msg{MsgHeader: dns.MsgHeader{ID: q.ID, Opcode: q.Opcode, Response: true, Rcode: dns.RcodeRefused,
 		RecursionDesired: q.RecursionDesired, RecursionAvailable: true}, Question: q.Question}
 	if err := a.Pack(); err != nil {
@@ -166,9 +168,9 @@ func (g *Proxy) refuse(handle any, message []byte) []byte {
 	return a.Data
 }
 
-// answer answers one message; nil: it deserves none. An answer that is too long for UDP
-// says so and is empty, and nothing is opened for it.
-func (g *Proxy) answer(ctx context.Context, box Sandbox, handle any, message []byte, udp bool) []byte {
+// answer returns the answer to a message, or nil if it deserves none. An answer that is too long
+// for UDP is sent empty and marked as truncated, and opens nothing.
+func (p *Proxy) answer(ctx context.Context, sandbox Sandbox, handle any, message []byte, udp bool) []byte {
 	q := &dns.Msg{Data: message}
 	if err := q.Unpack(); err != nil || q.Response {
 		return nil
@@ -193,7 +195,7 @@ func (g *Proxy) answer(ctx context.Context, box Sandbox, handle any, message []b
 	default:
 		ctx, cancel := context.WithTimeout(ctx, queryTime)
 		defer cancel()
-		g.resolve(ctx, box, handle, a, room)
+		p.resolve(ctx, sandbox, handle, a, room)
 	}
 	if err := a.Pack(); err != nil || len(a.Data) > room {
 		return nil
@@ -201,61 +203,61 @@ func (g *Proxy) answer(ctx context.Context, box Sandbox, handle any, message []b
 	return a.Data
 }
 
-// resolve fills in the answer a to its question, for room bytes.
-func (g *Proxy) resolve(ctx context.Context, box Sandbox, handle any, a *dns.Msg, room int) {
+// resolve fills the answer a to its question, in at most room bytes.
+func (p *Proxy) resolve(ctx context.Context, sandbox Sandbox, handle any, a *dns.Msg, room int) {
 	kind := dns.RRToType(a.Question[0])
 	name, ok := canonical(a.Question[0].Header().Name)
-	if !ok || !box.allows(name) {
-		// Not REFUSED, although that is what it is: C libraries take REFUSED for a broken
-		// server and try the next one or wait, while this ends the look-up at once. Nobody
-		// may remember it, since no SOA is with it.
+	if !ok || !sandbox.allows(name) {
+		// This is not REFUSED: C libraries take that for a broken server, and try the next one or
+		// wait, while this ends the look-up at once. Resolvers do not cache it, since it has no
+		// SOA.
 		a.Rcode = dns.RcodeNameError
 		if a.UDPSize > 0 {
 			a.Pseudo = []dns.RR{&dns.EDE{InfoCode: dns.ExtendedErrorBlocked}}
 		}
-		// Programs ask for IPv6 beside IPv4: one refusal, not two.
+		// Programs ask for IPv4 and IPv6 at once; report one refusal, not two.
 		if kind != dns.TypeAAAA {
-			g.host.Denied(handle, "dns", a.Question[0].Header().Name, netip.AddrPort{})
+			p.host.Denied(handle, "dns", a.Question[0].Header().Name, netip.AddrPort{})
 		}
 		return
 	}
 	switch {
 	case kind == dns.TypeAAAA, kind == dns.TypeHTTPS, kind == dns.TypeSVCB:
-		return // there is no IPv6, and hints of addresses and keys would go past the checks
+		return // there is no IPv6, and hints with addresses and keys would circumvent the checks
 	case kind == dns.TypeNone, kind == dns.TypeOPT, kind >= 128 && kind <= 255:
-		a.Rcode = dns.RcodeRefused // transfers, ANY and whatever else is no type of a record
+		a.Rcode = dns.RcodeRefused // transfers, ANY and other types that no record has
 		return
 	}
-	r, err := ask(ctx, box.Nameservers, a.Question[0].Header().Name, kind)
+	r, err := ask(ctx, sandbox.Nameservers, a.Question[0].Header().Name, kind)
 	if err != nil {
-		g.log.Debug("asking name servers for a sandbox", "name", name, "error", err)
+		p.log.Debug("asking name servers for a sandbox", "name", name, "error", err)
 		a.Rcode = dns.RcodeServerFailure
 		return
 	}
 	a.Rcode = r.Rcode
-	g.fill(a, r, handle, name, kind)
-	// What the packing saves by compression is not known before; the margin costs a second
-	// question over TCP at worst.
+	p.fill(a, r, handle, name, kind)
+	// Compression may make the message shorter than this; at worst the margin costs a second
+	// question over TCP.
 	if a.Len() > room {
 		a.Answer, a.Ns, a.Truncated = nil, nil, true
 		return
 	}
-	if err := g.open(a, handle, name); err != nil {
-		g.log.Warn("opening addresses for a sandbox", "name", name, "error", err)
+	if err := p.open(a, handle, name); err != nil {
+		p.log.Warn("opening addresses for a sandbox", "name", name, "error", err)
 		a.Answer, a.Ns, a.Rcode = nil, nil, dns.RcodeServerFailure
 	}
 }
 
-// fill takes over from r what answers the question: records of its type and the way to
-// them, and what says that there are none. Never other addresses, which nobody opened.
-func (g *Proxy) fill(a, r *dns.Msg, handle any, name string, kind uint16) {
+// fill copies from r what answers the question: records of its type and the aliases that lead to
+// them, or the SOA if there are none. It never copies other addresses, which are not opened.
+func (p *Proxy) fill(a, r *dns.Msg, handle any, name string, kind uint16) {
 	addresses := 0
 	for _, rr := range r.Answer {
 		h := rr.Header()
 		h.TTL = min(h.TTL, uint32(maxTTL/time.Second))
 		if address, ok := rr.(*dns.A); ok && kind == dns.TypeA {
-			if err := g.host.Permitted(handle, address.Addr); err != nil {
-				g.host.Denied(handle, "dns", name, netip.AddrPortFrom(address.Addr, 0))
+			if err := p.host.Permitted(handle, address.Addr); err != nil {
+				p.host.Denied(handle, "dns", name, netip.AddrPortFrom(address.Addr, 0))
 				continue
 			}
 			if addresses++; addresses > maxAddresses {
@@ -274,8 +276,8 @@ func (g *Proxy) fill(a, r *dns.Msg, handle any, name string, kind uint16) {
 	}
 }
 
-// open opens the addresses of an answer before it leaves.
-func (g *Proxy) open(a *dns.Msg, handle any, name string) error {
+// open opens the addresses of an answer before it is sent.
+func (p *Proxy) open(a *dns.Msg, handle any, name string) error {
 	var addrs []netip.Addr
 	var ttl time.Duration
 	for _, rr := range a.Answer {
@@ -287,7 +289,7 @@ func (g *Proxy) open(a *dns.Msg, handle any, name string) error {
 	if len(addrs) == 0 {
 		return nil
 	}
-	// First what lets the proxy understand, then the rules that lead to the proxy.
-	g.given.add(handle, name, addrs, time.Now().Add(ttl+grace))
-	return g.host.Resolved(handle, addrs, ttl+grace)
+	// The grant comes first, so that the proxy knows the name once the rules lead to it.
+	p.grants.add(handle, name, addrs, time.Now().Add(ttl+grace))
+	return p.host.Resolved(handle, addrs, ttl+grace)
 }

@@ -19,7 +19,7 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// lookup asks the gate; over TCP if the answer is cut.
+// lookup asks the resolver, and again over TCP if the answer is truncated.
 func lookup(t *testing.T, r *rig, name string, kind uint16, network string) *dns.Msg {
 	t.Helper()
 	c, err := net.Dial(network+"4", r.dns)
@@ -61,7 +61,7 @@ func lookup(t *testing.T, r *rig, name string, kind uint16, network string) *dns
 	return a
 }
 
-// short is an answer as one line: its code, and its records without TTL.
+// short formats an answer as one line: its code, and its records without TTL.
 func short(a *dns.Msg) string {
 	s := dns.RcodeToString[a.Rcode]
 	for _, rr := range a.Answer {
@@ -93,9 +93,9 @@ func TestResolver(t *testing.T) {
 	})
 	failing := upstream(t, nil)
 	r := newRig(t, 0)
-	// Nobody answers at the discard port: the kernel says so at once.
+	// The discard port has no server; the kernel reports so at once.
 	r.set(func() {
-		r.box.Nameservers = []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:9"), failing, server}
+		r.sandbox.Nameservers = []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:9"), failing, server}
 		r.banned = []netip.Addr{netip.MustParseAddr("127.0.0.1")}
 	})
 	for _, tc := range []struct {
@@ -152,7 +152,7 @@ func TestResolver(t *testing.T) {
 			}
 		}
 	})
-	if got := r.given.names(1, a("198.51.100.2"), time.Now()); !slices.Equal(got, []string{"a.b.wild.example"}) {
+	if got := r.grants.names(1, a("198.51.100.2"), time.Now()); !slices.Equal(got, []string{"a.b.wild.example"}) {
 		t.Errorf("198.51.100.2 was given for %v", got)
 	}
 	for _, want := range []string{"dns other.example.", "dns rebound.wild.example"} {
@@ -162,11 +162,11 @@ func TestResolver(t *testing.T) {
 	}
 }
 
-// The time to live in an answer is never longer than the address is open.
+// TestAnswerTTL checks that an answer never lives longer than its address is open.
 func TestAnswerTTL(t *testing.T) {
 	r := newRig(t, 0)
 	server := upstream(t, map[string][]string{"allowed.example. A": {"allowed.example. 999999 IN A 198.51.100.1"}})
-	r.set(func() { r.box.Nameservers = []netip.AddrPort{server} })
+	r.set(func() { r.sandbox.Nameservers = []netip.AddrPort{server} })
 	a := lookup(t, r, "allowed.example.", dns.TypeA, "udp")
 	if got := a.Answer[0].Header().TTL; got != 3600 {
 		t.Errorf("the answer lives for %d s", got)
@@ -178,7 +178,7 @@ func TestResolverIsNotOpen(t *testing.T) {
 	r.set(func() { r.gone = true })
 	c, err := net.Dial("tcp4", r.dns)
 	if err != nil {
-		return // reset before it was told that it is connected
+		return // reset before it was connected
 	}
 	defer c.Close()
 	_ = c.SetDeadline(time.Now().Add(deadline))
@@ -200,7 +200,7 @@ func TestNoNameServers(t *testing.T) {
 }
 
 func TestNames(t *testing.T) {
-	box := Sandbox{Domains: []string{"one.example", "*.two.example"}}
+	sandbox := Sandbox{Domains: []string{"one.example", "*.two.example"}}
 	for name, want := range map[string]bool{
 		"one.example": true, "ONE.example": true, "one.example.": true, "a.one.example": false,
 		"two.example": false, "a.two.example": true, "a.b.two.example": true, "atwo.example": false,
@@ -210,7 +210,7 @@ func TestNames(t *testing.T) {
 		strings.Repeat("a.", 125) + "two.example": false, "_srv._tcp.two.example": true, "127.0.0.1": false,
 	} {
 		c, ok := canonical(name)
-		if got := ok && box.allows(c); got != want {
+		if got := ok && sandbox.allows(c); got != want {
 			t.Errorf("%q: %v, want %v", name, got, want)
 		}
 	}
@@ -218,7 +218,7 @@ func TestNames(t *testing.T) {
 
 func TestMeter(t *testing.T) {
 	m := newMeter(limit{perSandbox: 2, total: 3})
-	a, b, c := who{handle: "a"}, who{handle: "b"}, who{handle: "c"}
+	a, b, c := subject{handle: "a"}, subject{handle: "b"}, subject{handle: "c"}
 	got := []bool{m.enter(a), m.enter(a), m.enter(a), m.enter(b), m.enter(c)}
 	m.leave(a)
 	got = append(got, m.enter(c), m.enter(a))
@@ -227,35 +227,36 @@ func TestMeter(t *testing.T) {
 	}
 }
 
-// One owner leaves a quarter to the others, however many boxes it has.
+// TestMeterOfAnOwner checks that one owner leaves a quarter to the others, however many sandboxes
+// it has.
 func TestMeterOfAnOwner(t *testing.T) {
 	m := newMeter(limit{perSandbox: 2, total: 8})
 	count := 0
 	for i := range 20 {
-		if m.enter(who{i, "greedy"}) {
+		if m.enter(subject{i, "greedy"}) {
 			count++
 		}
 	}
-	if count != 6 || !m.enter(who{"x", "modest"}) || !m.enter(who{"y", ""}) || m.enter(who{"z", "modest"}) {
+	if count != 6 || !m.enter(subject{"x", "modest"}) || !m.enter(subject{"y", ""}) || m.enter(subject{"z", "modest"}) {
 		t.Errorf("one owner has %d of 8", count)
 	}
 	for i := range count {
-		m.leave(who{i, "greedy"})
+		m.leave(subject{i, "greedy"})
 	}
-	m.leave(who{"x", "modest"})
-	m.leave(who{"y", ""})
-	if m.total != 0 || len(m.boxes) != 0 || len(m.owners) != 0 {
-		t.Errorf("left: %d %v %v", m.total, m.boxes, m.owners)
+	m.leave(subject{"x", "modest"})
+	m.leave(subject{"y", ""})
+	if m.total != 0 || len(m.sandboxes) != 0 || len(m.owners) != 0 {
+		t.Errorf("left: %d %v %v", m.total, m.sandboxes, m.owners)
 	}
 }
 
 func TestPace(t *testing.T) {
 	now := time.Now()
 	p := newPace(10)
-	steps := func(owner string, boxes, tries int, at time.Time) (count int) {
-		for b := range boxes {
+	steps := func(owner string, sandboxes, tries int, at time.Time) (count int) {
+		for n := range sandboxes {
 			for range tries {
-				if p.step(who{fmt.Sprint(owner, b), owner}, at) {
+				if p.step(subject{fmt.Sprint(owner, n), owner}, at) {
 					count++
 				}
 			}
@@ -263,7 +264,7 @@ func TestPace(t *testing.T) {
 		return count
 	}
 	if got := steps("a", 1, 1000, now); got != 40 {
-		t.Errorf("one box asks %d at once, want 40", got)
+		t.Errorf("one sandbox asks %d at once, want 40", got)
 	}
 	if got := steps("a", 1, 1000, now.Add(time.Second)); got != 10 {
 		t.Errorf("a second later it asks %d, want 10", got)
@@ -273,16 +274,16 @@ func TestPace(t *testing.T) {
 		t.Errorf("one owner asks %d at once, want %d", got, 10*questionsOwner*questionsBurst)
 	}
 	if got := steps("b", 1, 1000, now); got != 40 {
-		t.Errorf("another's box asks %d, want 40", got)
+		t.Errorf("the sandbox of another owner asks %d, want 40", got)
 	}
 	p.expire(now.Add(time.Minute))
-	if len(p.boxes)+len(p.owners) != 0 {
-		t.Errorf("%d boxes and %d owners are remembered", len(p.boxes), len(p.owners))
+	if len(p.sandboxes)+len(p.owners) != 0 {
+		t.Errorf("%d sandboxes and %d owners are remembered", len(p.sandboxes), len(p.owners))
 	}
 }
 
-// Questions that come too fast are refused, in so many words and for all to see, and no
-// name server is asked; an answer opens so many addresses and no more.
+// TestTooManyQuestions checks that questions beyond the rate are refused and reported, and reach
+// no name server, and that an answer opens maxAddresses addresses at most.
 func TestTooManyQuestions(t *testing.T) {
 	all := []string{"truncate"}
 	for i := range maxAddresses + 50 {
@@ -290,14 +291,15 @@ func TestTooManyQuestions(t *testing.T) {
 	}
 	r := newRig(t, 0)
 	r.set(func() {
-		r.box.Nameservers = []netip.AddrPort{upstream(t, map[string][]string{"allowed.example. A": all})}
+		r.sandbox.Nameservers = []netip.AddrPort{upstream(t, map[string][]string{"allowed.example. A": all})}
 	})
-	if a := lookup(t, r, "allowed.example.", dns.TypeA, "tcp"); len(a.Answer) != maxAddresses || len(r.fakeHost.opened) != maxAddresses {
+	if a := lookup(t, r, "allowed.example.", dns.TypeA, "tcp"); len(a.Answer) != maxAddresses ||
+		len(r.fakeHost.opened) != maxAddresses {
 		t.Errorf("an answer has %d addresses and opens %d, want %d", len(a.Answer), len(r.fakeHost.opened), maxAddresses)
 	}
 	for _, network := range []string{"udp", "tcp"} {
 		r.asking.mu.Lock()
-		r.asking.boxes[1] = rate.NewLimiter(rate.Every(time.Hour), 2)
+		r.asking.sandboxes[1] = rate.NewLimiter(rate.Every(time.Hour), 2)
 		r.asking.mu.Unlock()
 		var got []string
 		for range 4 {
@@ -308,34 +310,35 @@ func TestTooManyQuestions(t *testing.T) {
 		}
 	}
 	r.set(func() {
-		if d := cmp.Diff([]string{"dns other.example.", "dns other.example.", "dns other.example.", "dns other.example."}, r.excess); d != "" {
+		if d := cmp.Diff([]string{"dns other.example.", "dns other.example.", "dns other.example.", "dns other.example."},
+			r.excess); d != "" {
 			t.Errorf("told (-want +got):\n%s", d)
 		}
 	})
 }
 
-func TestGivenIsBounded(t *testing.T) {
-	g := newGiven()
+func TestGrantsAreBounded(t *testing.T) {
+	g := newGrants()
 	now := time.Now()
 	addr := netip.MustParseAddr("198.51.100.1")
-	for i := range 3 * maxGiven {
+	for i := range 3 * maxGrants {
 		g.add("a", fmt.Sprintf("n%d.example", i), []netip.Addr{addr}, now.Add(time.Duration(i+1)*time.Second))
 	}
 	names := g.names("a", addr, now)
-	if len(names) > maxGiven || !slices.Contains(names, fmt.Sprintf("n%d.example", 3*maxGiven-1)) {
+	if len(names) > maxGrants || !slices.Contains(names, fmt.Sprintf("n%d.example", 3*maxGrants-1)) {
 		t.Errorf("%d names are remembered, or not the last", len(names))
 	}
 	if n := len(g.names("b", addr, now)); n != 0 {
-		t.Errorf("another box has %d names", n)
+		t.Errorf("another sandbox has %d names", n)
 	}
-	g.expire(now.Add(4 * maxGiven * time.Second))
+	g.expire(now.Add(4 * maxGrants * time.Second))
 	if n := len(g.names("a", addr, now)); n != 0 {
 		t.Errorf("%d names are left after they expired", n)
 	}
 }
 
-// FuzzAnswer gives the resolver whatever a box may write: it must neither fall over nor
-// answer with what is no message. Nobody is asked.
+// FuzzAnswer sends the resolver any bytes a sandbox may send. It must not panic, and every answer
+// must be a message. No name server is asked.
 func FuzzAnswer(f *testing.F) {
 	for _, name := range []string{"allowed.example.", "other.example.", "a.wild.example."} {
 		q := dns.NewMsg(name, dns.TypeA)
@@ -347,11 +350,11 @@ func FuzzAnswer(f *testing.F) {
 	}
 	h := &fakeHost{handle: 1, opened: map[netip.Addr]time.Duration{}}
 	g := New(h, 0, slog.New(slog.NewTextHandler(io.Discard, nil)))
-	box := Sandbox{Domains: []string{"allowed.example", "*.wild.example"}}
+	sandbox := Sandbox{Domains: []string{"allowed.example", "*.wild.example"}}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		h.denied = nil
 		for _, udp := range []bool{true, false} {
-			a := g.answer(context.Background(), box, 1, slices.Clone(b), udp)
+			a := g.answer(context.Background(), sandbox, 1, slices.Clone(b), udp)
 			if a == nil {
 				continue
 			}
@@ -366,7 +369,7 @@ func FuzzAnswer(f *testing.F) {
 	})
 }
 
-// FuzzReply gives the resolver whatever a name server may write.
+// FuzzReply sends the resolver any bytes that a name server may send.
 func FuzzReply(f *testing.F) {
 	q := dns.NewMsg("a.wild.example.", dns.TypeA)
 	a := &dns.Msg{MsgHeader: dns.MsgHeader{ID: q.ID, Response: true}, Question: q.Question,
@@ -388,7 +391,7 @@ func FuzzReply(f *testing.F) {
 			t.Fatal(err)
 		}
 		if err := m.Pack(); err != nil {
-			return // it is not sent then
+			return // such an answer is not sent
 		}
 		h.mu.Lock()
 		defer h.mu.Unlock()
@@ -404,6 +407,6 @@ func FuzzReply(f *testing.F) {
 		}
 		clear(h.opened)
 		h.denied = nil
-		g.given.expire(time.Now().Add(2 * maxTTL))
+		g.grants.expire(time.Now().Add(2 * maxTTL))
 	})
 }

@@ -12,13 +12,13 @@ import (
 	"codeberg.org/miekg/dns"
 )
 
-// serverTime is how long one name server may take, over UDP and TCP together. Two of them
+// serverTime is the time that one name server may take, over UDP and TCP together. Two of them
 // fit into queryTime.
 const serverTime = 2 * time.Second
 
-// ask asks the servers in order for the records of a type that a name has, and returns the
-// first whole answer that is none of trouble, or the last of those. Nothing is kept: the
-// servers have caches of their own, and what is asked anew is checked anew.
+// ask asks the servers in order for a name's records of a type. It returns the first answer with
+// the code success or name error, or else the last answer. It caches nothing: the servers do, and
+// every new answer is checked again.
 func ask(ctx context.Context, servers []netip.AddrPort, name string, kind uint16) (*dns.Msg, error) {
 	q := dns.NewMsg(name, kind)
 	if q == nil {
@@ -56,8 +56,8 @@ func askOne(ctx context.Context, server netip.AddrPort, q *dns.Msg) (*dns.Msg, e
 	return r, nil
 }
 
-// askOver asks over a socket of its own, so that the kernel gives each question a port that
-// cannot be foretold and lets in the server's packets only.
+// askOver asks over a new socket, so that the kernel gives each question an unpredictable port
+// and accepts packets of the server only.
 func askOver(ctx context.Context, network string, server netip.AddrPort, q *dns.Msg) (*dns.Msg, error) {
 	q.ID, q.Data = dns.ID(), nil
 	if err := q.Pack(); err != nil {
@@ -89,7 +89,7 @@ func askOver(ctx context.Context, network string, server netip.AddrPort, q *dns.
 		if err != nil {
 			return nil, err
 		}
-		// What is no answer to this question may be forged: the right one may still come.
+		// Another message may be forged; the right answer may still come.
 		if r, err := reply(q, append([]byte(nil), buffer[:n]...)); err == nil {
 			return r, nil
 		}
