@@ -16,18 +16,19 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// idPrefix begins sandbox IDs. Host names cannot hold its underscore and go without.
+// idPrefix is the first part of sandbox IDs. Host names leave it out, since they cannot hold its
+// underscore.
 const idPrefix = "sbx_"
 
-// Names are the host names of ports: PORT-ID.DOMAIN. The zero value has none.
+// Names forms the host names of ports, PORT-ID.DOMAIN. The zero value forms none.
 type Names struct {
-	Domain string // with a port where it is not the scheme's; "" is no host names
-	Scheme string // of the URLs that are made: "https", or "http"
+	Domain string // with a port, unless it is the scheme's default; "" if there are no host names
+	Scheme string // of the URLs made: "https" or "http"
 }
 
 var portLabel = regexp.MustCompile(`^([1-9][0-9]{0,4})-([a-z0-9]{20})$`)
 
-// Parse finds the port and the sandbox that a Host names.
+// Parse returns the port and the sandbox that a Host names.
 func (n Names) Parse(host string) (port int, sandboxID string, ok bool) {
 	if n.Domain == "" {
 		return 0, "", false
@@ -44,7 +45,7 @@ func (n Names) Parse(host string) (port int, sandboxID string, ok bool) {
 	return port, idPrefix + m[2], err == nil && port <= 65535
 }
 
-// bare is a host without its port and without the dot of the root.
+// bare returns a host without its port and without the root's dot.
 func bare(host string) string {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
@@ -52,7 +53,7 @@ func bare(host string) string {
 	return strings.TrimSuffix(host, ".")
 }
 
-// Of is the URL of a port, without a path; "" when there are no host names.
+// Of returns the URL of a port, without a path, or "" if there are no host names.
 func (n Names) Of(sandboxID string, port int) string {
 	if n.Domain == "" {
 		return ""
@@ -60,22 +61,22 @@ func (n Names) Of(sandboxID string, port int) string {
 	return fmt.Sprintf("%s://%d-%s.%s", n.Scheme, port, strings.TrimPrefix(sandboxID, idPrefix), n.Domain)
 }
 
-// Path is where a port is reached on the API's own host, without a slash at the end.
+// Path returns the path of a port on the API's own host, without a slash at the end.
 func Path(sandboxID string, port int) string {
 	return fmt.Sprintf("/v1/sandboxes/%s/ports/%d", sandboxID, port)
 }
 
-// Signer makes and checks signatures, which open one port of one sandbox until a time.
+// Signer makes and checks signatures. A signature opens one port of one sandbox until a time.
 type Signer struct{ key []byte }
 
-// NewSecret makes the text of a secret for [NewSigner].
+// NewSecret returns a new random secret for [NewSigner].
 func NewSecret() string {
 	var b [sha256.Size]byte
 	_, _ = rand.Read(b[:]) // never fails
 	return hex.EncodeToString(b[:])
 }
 
-// NewSigner makes a signer of a secret. Whoever has it opens every port.
+// NewSigner returns a Signer with a secret. Anybody who has the secret can open every port.
 func NewSigner(secret string) Signer { return Signer{[]byte(secret)} }
 
 // A signature consists of the mark, the time of its end and a sum. Its fixed length and alphabet let
@@ -83,10 +84,10 @@ func NewSigner(secret string) Signer { return Signer{[]byte(secret)} }
 const (
 	signatureMark = "cays_"
 	timeDigits    = 8  // hex digits of seconds since 1970: until 2106
-	sumDigits     = 40 // hex digits: 160 bits: guessing is hopeless
+	sumDigits     = 40 // hex digits: 160 bits, which cannot be guessed
 )
 
-// Sign makes a signature that ends at a time, to the second.
+// Sign returns a signature that opens a port until ends, to the second.
 func (s Signer) Sign(sandboxID string, port int, ends time.Time) string {
 	at := fmt.Sprintf("%0*x", timeDigits, uint32(ends.Unix()))
 	return signatureMark + at + s.sum(sandboxID, port, at)
@@ -102,15 +103,16 @@ func (s Signer) mac(what string, port int, at string) []byte {
 	return mac.Sum(nil)
 }
 
-// Check says until when a signature opens the port: Unauthenticated, code "invalid_signature" or
-// "signature_expired", when it does not.
+// Check returns the time until which a signature opens the port. If it does not, it gives
+// Unauthenticated, code "invalid_signature" or "signature_expired".
 func (s Signer) Check(signature, sandboxID string, port int, now time.Time) (ends time.Time, err error) {
 	seconds, ok := s.end(signature, sandboxID, port)
 	if !ok {
-		return time.Time{}, fault.New(fault.Unauthenticated, "invalid_signature", "the signature is not one of this port")
+		return time.Time{}, fault.New(fault.Unauthenticated, "invalid_signature", "the signature is not valid for this port")
 	}
 	if ends = time.Unix(seconds, 0); !now.Before(ends) {
-		return time.Time{}, fault.New(fault.Unauthenticated, "signature_expired", "the signature of this URL has expired; ask for another one")
+		return time.Time{}, fault.New(fault.Unauthenticated, "signature_expired",
+			"the signature of this URL has expired; ask for another one")
 	}
 	return ends, nil
 }
@@ -128,9 +130,9 @@ func (s Signer) end(signature, sandboxID string, port int) (seconds int64, ok bo
 		seconds, err := strconv.ParseInt(at, 16, 64)
 		return seconds, err == nil
 	}
-	// As servers made them before there was a mark. None lives longer than a day.
+	// Older servers made signatures without the mark. None is valid for longer than a day.
 	at, sum, _ := strings.Cut(signature, ".")
-	// As text: decoding would pass over line ends.
+	// Compare the text, since decoding would ignore line ends.
 	if !hmac.Equal([]byte(sum), []byte(base64.RawURLEncoding.EncodeToString(s.mac("port "+sandboxID, port, at)))) {
 		return 0, false
 	}

@@ -18,12 +18,14 @@ func TestNames(t *testing.T) {
 	if got := n.Of(anID, 8080); got != "https://8080-abcdefghij0123456789.boxes.example.com:8443" {
 		t.Error(got)
 	}
-	for _, host := range []string{"8080-abcdefghij0123456789.boxes.example.com", "8080-ABCDEFGHIJ0123456789.Boxes.Example.com:1", "8080-abcdefghij0123456789.boxes.example.com."} {
+	for _, host := range []string{"8080-abcdefghij0123456789.boxes.example.com",
+		"8080-ABCDEFGHIJ0123456789.Boxes.Example.com:1", "8080-abcdefghij0123456789.boxes.example.com."} {
 		if port, id, ok := n.Parse(host); !ok || port != 8080 || id != anID {
 			t.Errorf("%s: %d %s %v", host, port, id, ok)
 		}
 	}
-	for _, host := range []string{"", "boxes.example.com", "8080-abcdefghij0123456789.example.com", "8080-abcdefghij0123456789.boxes.example.com.evil.org",
+	for _, host := range []string{"", "boxes.example.com", "8080-abcdefghij0123456789.example.com",
+		"8080-abcdefghij0123456789.boxes.example.com.evil.org",
 		"080-abcdefghij0123456789.boxes.example.com", "70000-abcdefghij0123456789.boxes.example.com", "8080-abcdefghij012345678.boxes.example.com",
 		"8080-sbx_abcdefghij0123456789.boxes.example.com", "x.8080-abcdefghij0123456789.boxes.example.com", "[::1]:80"} {
 		if port, id, ok := n.Parse(host); ok {
@@ -43,7 +45,7 @@ func TestSigner(t *testing.T) {
 		t.Errorf("%v, %v", got, err)
 	}
 	if !regexp.MustCompile(`^cays_[0-9a-f]{48}$`).MatchString(good) {
-		t.Errorf("the signature %s has another form than what secrets are recognised by", good)
+		t.Errorf("HasSecret does not recognise the signature %s", good)
 	}
 	other := "f"
 	if good[12] == 'f' {
@@ -66,7 +68,8 @@ func TestSigner(t *testing.T) {
 		"empty":           {"", anID, 80, now, "invalid_signature"},
 		"another server":  {NewSigner(NewSecret()).Sign(anID, 80, ends), anID, 80, now, "invalid_signature"},
 	} {
-		if _, err := s.Check(c.signature, c.id, c.port, c.now); !fault.Is(err, fault.Unauthenticated) || fault.As(err).Code != c.code {
+		if _, err := s.Check(c.signature, c.id, c.port, c.now); !fault.Is(err, fault.Unauthenticated) ||
+			fault.As(err).Code != c.code {
 			t.Errorf("%s: %v, want %s", name, err, c.code)
 		}
 	}
@@ -92,7 +95,7 @@ func TestOlderSignatures(t *testing.T) {
 	}
 }
 
-// olderSignature opens port 80 of anID.
+// olderSignature returns a signature of the older form that opens port 80 of anID.
 func olderSignature(s Signer, ends time.Time) string {
 	at := strconv.FormatInt(ends.Unix(), 36)
 	return at + "." + base64.RawURLEncoding.EncodeToString(s.mac("port "+anID, 80, at))
@@ -102,7 +105,8 @@ func second(_ time.Time, err error) error { return err }
 
 func FuzzNames(f *testing.F) {
 	n := Names{Domain: "a.example", Scheme: "https"}
-	for _, seed := range []string{"8080-abcdefghij0123456789.a.example", "1-aaaaaaaaaaaaaaaaaaaa.A.EXAMPLE.:9", "[::1]", "x"} {
+	for _, seed := range []string{"8080-abcdefghij0123456789.a.example", "1-aaaaaaaaaaaaaaaaaaaa.A.EXAMPLE.:9", "[::1]",
+		"x"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, host string) {
@@ -110,7 +114,8 @@ func FuzzNames(f *testing.F) {
 		if !ok {
 			return
 		}
-		if again, same, ok := n.Parse(strings.TrimPrefix(n.Of(id, port), "https://")); !ok || again != port || same != id || port < 1 || port > 65535 {
+		if again, same, ok := n.Parse(strings.TrimPrefix(n.Of(id, port), "https://")); !ok || again != port || same != id ||
+			port < 1 || port > 65535 {
 			t.Errorf("%q is %d of %s, which is %d of %s", host, port, id, again, same)
 		}
 	})

@@ -1,17 +1,17 @@
 // Package portproxy carries traffic to the ports of sandboxes: HTTP/1.1 and HTTP/2 requests,
-// WebSockets and other upgrades, server-sent events, bodies of any size, and raw TCP. It
-// also knows the names under which ports are reached ([Names]) and the signatures
-// that open them for a while ([Signer]).
+// WebSockets and other upgrades, server-sent events, bodies of any size, and raw TCP. It also
+// knows the host names of ports ([Names]) and the signatures that open them for a while
+// ([Signer]).
 //
-// It authorises nobody and wakes nothing: who calls [Proxy.Serve] or [Proxy.Tunnel] has
-// decided that the request may pass, and holds a lease of the sandbox until the call
-// returns. It promises that no key, signature or token of cay's reaches a sandbox in the
-// head of a request, that no header of an answer reaches beyond the port's own origin, and
-// that bodies are streamed: it holds no more than a few buffers.
+// It authorises no caller and wakes no sandbox: the caller of [Proxy.Serve] or [Proxy.Tunnel] has
+// decided that the request may pass, and holds a lease of the sandbox until the call returns. The
+// package promises that no key, signature or token of cay's reaches a sandbox in the head of a
+// request, that no header of an answer has an effect beyond the port's own origin, and that
+// bodies are streamed through a few buffers.
 //
-// A [Proxy] is safe for concurrent use. Connections to ports belong to one life of one
-// sandbox and break with it. An error that is returned means that nothing was answered yet;
-// what breaks later breaks the connection of the caller, and nothing is left in either case.
+// A [Proxy] is safe for concurrent use. A connection to a port belongs to one run of a sandbox
+// and breaks with it. A returned error means that nothing was answered yet; a later failure
+// breaks the caller's connection. In both cases nothing is left.
 package portproxy
 
 import (
@@ -32,39 +32,42 @@ import (
 )
 
 const (
-	// maxOpen bounds what goes on in one sandbox at a time. The agent takes twice as many
-	// connections, some of which rest between two requests.
+	// maxOpen is the number of requests and tunnels that one sandbox may have at a time. The
+	// agent accepts twice as many connections, since some are idle between two requests.
 	maxOpen = 500
 
-	// dialTimeout is longer than the agent's own patience with a port.
+	// dialTimeout is the time for a connection to a port. It is longer than the time that the
+	// agent waits for the port; a shorter one would hide the agent's error.
 	dialTimeout = 15 * time.Second
 
-	// Connections that rest. A server inside that serves one connection at a time is
-	// held up by each, so they are few and soon gone; a new one costs a few ms.
+	// Limits of idle connections. Each blocks a server that serves one connection at a time, so
+	// they are few and soon closed; a new one costs a few ms.
 	idleTimeout = 10 * time.Second
-	maxIdle     = 16 // of one port
+	maxIdle     = 16 // to one port
 	maxIdleAll  = 512
 
-	// buffer is how much of a body is moved at once, bytes: below 64 KiB the throughput
-	// falls, above it only the memory of many requests grows.
+	// buffer is the number of bytes of a body that are moved at once. Below 64 KiB the throughput
+	// falls; more only takes memory for each request.
 	buffer = 64 << 10
 
-	// connBuffer is each of the two buffers of a connection, bytes. Larger pieces pass them by.
+	// connBuffer is the size in bytes of each of the two buffers of a connection. Larger pieces
+	// bypass them.
 	connBuffer = 8 << 10
 
-	// maxAnswerHeader bounds what a server inside can make the host hold, bytes; what stands before most
-	// servers takes 8 KiB or less.
+	// maxAnswerHeader bounds the header of an answer, in bytes, so that a server inside cannot
+	// make the host hold more. Proxies in front of most servers accept 8 KiB or less.
 	maxAnswerHeader = 64 << 10
 
-	// streamWindow is how much of an answer over HTTP/2 comes before the caller takes it, bytes.
+	// streamWindow is the number of bytes of an HTTP/2 answer that may arrive before the caller
+	// reads them.
 	streamWindow = buffer
 
-	// hangupGrace is what requests in flight get when the server stops. Upgrades and
-	// tunnels, which have no end of their own, get nothing.
+	// hangupGrace is the time that requests in flight get when the server stops. Upgrades and
+	// tunnels have no end of their own, so they end at once.
 	hangupGrace = 3 * time.Second
 )
 
-// Codes of what goes wrong on the way in, beside those of agentapi.
+// Codes of errors on the way in, besides those of agentapi.
 const (
 	CodeNoAnswer    = "port_no_answer"
 	CodeWorker      = "service_worker_refused"
@@ -73,45 +76,46 @@ const (
 	codeInterrupted = "interrupted"
 )
 
-// Dialer reaches ports; [*agentapi.Client] has it.
+// Dialer connects to ports. [*agentapi.Client] implements it.
 type Dialer interface {
 	DialPort(ctx context.Context, t agentapi.Target, port int) (net.Conn, error)
 }
 
-// Destination is where a request goes.
+// Destination identifies the port that a request goes to.
 type Destination struct {
-	Target agentapi.Target // a sandbox that is leased
+	Target agentapi.Target // the sandbox, which the caller has leased
 	Port   int
-	// Path is what is asked for inside, escaped as in a request; "" is the request's own.
+	// Path is the path requested inside, escaped as in a request; "" keeps the request's own.
 	Path string
-	// Prefix is what stands before that path outside. Inside it is told as
-	// X-Forwarded-Prefix, and redirects to other paths get it back.
+	// Prefix precedes Path in the URL outside. The server inside gets it as X-Forwarded-Prefix,
+	// and redirects to other paths get it back.
 	Prefix string
-	Host   string // the Host that is sent; "" is the request's own
-	// Shared reports whether the port shares its origin with others, as all do that are reached at
-	// the API's own host. Headers that speak for a whole origin are then removed from answers.
+	Host   string // the Host sent to the port; "" keeps the request's own
+	// Shared reports whether the port shares its origin with others, as all ports do that are
+	// reached at the API's own host. Headers that speak for a whole origin are then removed from
+	// answers.
 	Shared bool
 }
 
-// Proxy carries requests. See [New].
+// Proxy carries requests to ports. Make it with [New].
 type Proxy struct {
 	ports   Dialer
 	reverse *httputil.ReverseProxy
 	h1      *http.Transport
 	h2c     *http.Transport
 
-	closing context.Context // over when all that goes on has to end
+	closing context.Context // done when all requests have to end
 	close   context.CancelFunc
-	hanging context.Context // over when upgrades and tunnels have to end
+	hanging context.Context // done when upgrades and tunnels have to end
 	hangup  context.CancelFunc
 
 	mu sync.Mutex
 	// +checklocks:mu
-	open map[string]int // by sandbox
+	open map[string]int // requests and tunnels by sandbox ID
 	wg   sync.WaitGroup
 }
 
-// New makes a Proxy. Close it.
+// New returns a Proxy. Close it.
 func New(ports Dialer, log *slog.Logger) *Proxy {
 	p := &Proxy{ports: ports, open: map[string]int{}}
 	p.closing, p.close = context.WithCancel(context.Background())
@@ -123,7 +127,7 @@ func New(ports Dialer, log *slog.Logger) *Proxy {
 		if err != nil {
 			return nil, err
 		}
-		return &restingConn{Conn: conn}, nil
+		return &idleConn{Conn: conn}, nil
 	}
 	protocols := new(http.Protocols)
 	protocols.SetUnencryptedHTTP2(true)
@@ -132,11 +136,11 @@ func New(ports Dialer, log *slog.Logger) *Proxy {
 	p.reverse = &httputil.ReverseProxy{
 		Rewrite:        rewrite,
 		Transport:      p,
-		FlushInterval:  -1, // every piece at once: it may be all that comes for a while
+		FlushInterval:  -1, // pass on each piece at once; it may be the last one for a while
 		BufferPool:     &buffers{},
 		ModifyResponse: answered,
 		ErrorHandler:   func(_ http.ResponseWriter, r *http.Request, err error) { passageOf(r).err = err },
-		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug), // of callers who leave
+		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug), // mostly of callers that left
 	}
 	return p
 }
@@ -149,7 +153,7 @@ func (p *Proxy) transport() *http.Transport {
 			to := ctx.Value(passageKey{}).(*passage).to
 			return p.ports.DialPort(ctx, to.Target, to.Port)
 		},
-		DisableCompression:     true, // what is asked for and answered passes as it is
+		DisableCompression:     true, // pass encodings through unchanged
 		MaxIdleConns:           maxIdleAll,
 		MaxIdleConnsPerHost:    maxIdle,
 		IdleConnTimeout:        idleTimeout,
@@ -160,43 +164,49 @@ func (p *Proxy) transport() *http.Transport {
 	}
 }
 
-// RoundTrip implements [http.RoundTripper] for the reverse proxy. What comes in as gRPC
-// can only be answered over HTTP/2; all else goes in as HTTP/1.1, which every server speaks.
+// RoundTrip implements [http.RoundTripper] for the reverse proxy. It sends gRPC requests over
+// HTTP/2, which they need; it sends all others over HTTP/1.1, which every server speaks.
 func (p *Proxy) RoundTrip(r *http.Request) (*http.Response, error) {
 	transport := p.h1
 	if passageOf(r).grpc {
 		transport = p.h2c
 	} else {
-		r = r.WithContext(onRestingOnly(agentapi.WithHeads(r.Context())))
+		r = r.WithContext(reuseIdleOnly(agentapi.WithHeads(r.Context())))
 		r.Close = r.Close || mayStayUnread(r)
 	}
 	resp, err := transport.RoundTrip(r)
 	if err == nil && resp.StatusCode < http.StatusOK && resp.StatusCode != http.StatusSwitchingProtocols {
-		_ = resp.Body.Close() // nothing of it is wanted
-		return nil, fmt.Errorf("the status is %d, which is none", resp.StatusCode)
+		_ = resp.Body.Close() // the answer is refused
+		return nil, fmt.Errorf("%d is not a status of HTTP", resp.StatusCode)
 	}
 	return resp, err
 }
 
-// passage is one request on its way.
+// passage holds what the proxy knows of one request while it carries it.
 type passage struct {
 	to     Destination
 	grpc   bool
-	signed bool  // its URL has a signature
-	err    error // instead of an answer
+	signed bool  // the URL has a signature
+	err    error // set if there is no answer
 }
 
 type passageKey struct{}
 
 func passageOf(r *http.Request) *passage { return r.Context().Value(passageKey{}).(*passage) }
 
-// Serve passes a request on and its answer back, and returns when both are over, upgrades
-// included. After an error, nothing was answered: Upstream, code "port_closed" when nothing
-// listens on the port, [CodeNoAnswer] when what listens gives no answer that is HTTP; Exhausted, code
-// "too_many_connections"; Denied, [CodeWorker] for the script of a service worker at a shared
-// origin; Invalid, [CodeSecret]; those of [agentapi.Client.DialPort]. The caller's leaving is its
-// context's error. What breaks after an answer has begun is a panic with
-// [http.ErrAbortHandler], as net/http wants it.
+// Serve passes a request on and its answer back, and returns when both have ended, upgrades
+// included. After an error nothing was answered. Errors:
+//
+//   - Upstream, code "port_closed" if nothing listens on the port, or [CodeNoAnswer] if the
+//     server there does not answer with HTTP;
+//   - Exhausted, code "too_many_connections";
+//   - Denied, code [CodeWorker], for the script of a service worker at a shared origin;
+//   - Invalid, code [CodeSecret], if the path or method holds a secret of cay's;
+//   - those of [agentapi.Client.DialPort];
+//   - the error of the request's context if the caller left.
+//
+// If the connection breaks after the answer has begun, Serve panics with [http.ErrAbortHandler],
+// as net/http wants it.
 func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, to Destination) error {
 	done, err := p.begin(to.Target.SandboxID)
 	if err != nil {
@@ -214,9 +224,10 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, to Destination) er
 	defer cancel()
 	defer context.AfterFunc(over, cancel)()
 
-	pass := &passage{to: to, signed: r.URL.Query().Has(TokenParam), grpc: r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")}
-	// A service may begin its answer before it has read all of the request, of which
-	// net/http would then take away the rest. A writer that cannot is one of HTTP/2.
+	pass := &passage{to: to, signed: r.URL.Query().Has(TokenParam), grpc: r.ProtoMajor == 2 &&
+		strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")}
+	// A service may begin its answer before it has read the whole request; without this net/http
+	// would then discard the rest of it. HTTP/2 writers do not need it, and fail.
 	_ = http.NewResponseController(w).EnableFullDuplex()
 	answer := &answer{ResponseWriter: w, shared: to.Shared}
 	p.reverse.ServeHTTP(answer, r.WithContext(context.WithValue(ctx, passageKey{}, pass)))
@@ -232,7 +243,7 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, to Destination) er
 	return p.explain(pass.err, to.Port)
 }
 
-// explain says what an error before any answer means.
+// explain turns a failure before any answer into an error for the caller.
 func (p *Proxy) explain(err error, port int) error {
 	if p.hanging.Err() != nil {
 		return fault.New(fault.Unavailable, codeInterrupted, "the server stops").Because(err)
@@ -240,10 +251,10 @@ func (p *Proxy) explain(err error, port int) error {
 	if fault.As(err) != nil {
 		return err
 	}
-	return fault.New(fault.Upstream, CodeNoAnswer, "what listens on port %d gave no answer that is HTTP", port).Because(err)
+	return fault.New(fault.Upstream, CodeNoAnswer, "the server on port %d did not answer with HTTP", port).Because(err)
 }
 
-// begin counts a request that goes on in a sandbox; done ends it.
+// begin counts a request to a sandbox; done ends it.
 func (p *Proxy) begin(sandboxID string) (done func(), err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -251,7 +262,8 @@ func (p *Proxy) begin(sandboxID string) (done func(), err error) {
 		return nil, fault.New(fault.Unavailable, codeInterrupted, "the server stops")
 	}
 	if p.open[sandboxID] >= maxOpen {
-		return nil, fault.New(fault.Exhausted, codeTooMany, "%d requests to ports of this sandbox go on already", maxOpen)
+		return nil, fault.New(fault.Exhausted, codeTooMany,
+			"this sandbox already has %d requests and connections to its ports", maxOpen)
 	}
 	p.open[sandboxID]++
 	p.wg.Add(1)
@@ -265,16 +277,16 @@ func (p *Proxy) begin(sandboxID string) (done func(), err error) {
 	}, nil
 }
 
-// Hangup ends upgrades and tunnels, and a little later what else goes on. Nothing begins
-// any more. It does not wait; [Proxy.Close] does.
+// Hangup ends upgrades and tunnels at once, and other requests after a short while, and lets no
+// new ones begin. It does not wait; [Proxy.Close] does.
 func (p *Proxy) Hangup() {
-	p.mu.Lock() // so that what has begun is counted, and nothing else begins
+	p.mu.Lock() // so that each request is either counted or refused
 	p.hangup()
 	p.mu.Unlock()
 	time.AfterFunc(hangupGrace, p.close)
 }
 
-// Close ends whatever goes on and waits for it until ctx ends.
+// Close ends all requests and tunnels, and waits for their end until ctx ends.
 func (p *Proxy) Close(ctx context.Context) error {
 	p.mu.Lock()
 	p.close()
@@ -291,7 +303,7 @@ func (p *Proxy) Close(ctx context.Context) error {
 	return nil
 }
 
-// answer knows whether anything was answered.
+// answer is a ResponseWriter that records whether an answer has begun.
 type answer struct {
 	http.ResponseWriter
 	begun  bool
@@ -305,7 +317,7 @@ func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 func (a *answer) WriteHeader(status int) {
 	a.begun = a.begun || status >= http.StatusOK
 	if status < http.StatusOK {
-		CleanAnswer(a.Header(), a.shared) // of others answered takes care
+		CleanAnswer(a.Header(), a.shared) // answered cleans the final one
 	}
 	a.ResponseWriter.WriteHeader(status)
 }
@@ -316,7 +328,7 @@ func (a *answer) Write(b []byte) (int, error) {
 	return a.ResponseWriter.Write(b)
 }
 
-// noter is told that a connection is another protocol's from now on.
+// noter is a ResponseWriter that needs to know when its connection changes to another protocol.
 type noter interface{ Upgraded() }
 
 // Hijack implements [http.Hijacker].
@@ -344,7 +356,7 @@ func upgrades(r *http.Request) bool {
 	return false
 }
 
-// buffers are those that bodies are copied through.
+// buffers is a pool of the buffers that bodies are copied through.
 type buffers struct{ pool sync.Pool }
 
 // Get implements [httputil.BufferPool].
@@ -358,7 +370,8 @@ func (b *buffers) Get() []byte {
 // Put implements [httputil.BufferPool].
 func (b *buffers) Put(v []byte) { b.pool.Put((*[buffer]byte)(v)) }
 
-// host is what connections that rest are kept by: one port in one life.
+// host returns the name under which idle connections are kept: one port in one run of the
+// sandbox.
 func (d Destination) host() string {
 	return fmt.Sprintf("%s.%x:%s", d.Target.SandboxID, d.Target.Run, strconv.Itoa(d.Port))
 }

@@ -20,9 +20,9 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// inside is what plays the ports of a sandbox.
+// inside plays all ports of a sandbox with one server.
 type inside struct {
-	addr  string // of whatever port
+	addr  string // of the server
 	fail  error
 	dials atomic.Int64
 	open  atomic.Int64
@@ -55,7 +55,7 @@ func (i *inside) DialPort(ctx context.Context, _ agentapi.Target, _ int) (net.Co
 	return &counted{TCPConn: c.(*net.TCPConn), of: i}, nil
 }
 
-// door is a server that passes everything on to one port.
+// door is a server that passes every request on to one port.
 type door struct {
 	url   string
 	proxy *Proxy
@@ -118,7 +118,10 @@ func (d *door) get(t *testing.T, path string, edit func(*http.Request)) (*http.R
 	if edit != nil {
 		edit(r)
 	}
-	resp, err := (&http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}).Do(r)
+	resp, err := (&http.Client{CheckRedirect: func(*http.Request,
+		[]*http.Request) error {
+		return http.ErrUseLastResponse
+	}}).Do(r)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,7 +135,8 @@ func (d *door) get(t *testing.T, path string, edit func(*http.Request)) (*http.R
 
 const aKey = "cay_0123456789abcdef0123456789abcdef01234567"
 
-// No way that a key or a signature could come leads into a sandbox.
+// TestSecretsStayOutside sends keys and signatures in every way that callers use; none reaches
+// the sandbox.
 func TestSecretsStayOutside(t *testing.T) {
 	var seen bytes.Buffer
 	d := newDoor(t, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
@@ -165,7 +169,8 @@ func TestSecretsStayOutside(t *testing.T) {
 		r.Header.Set("Cookie", "a=1; "+TokenCookie+"=x; b=2")
 		r.Header.Set("X-Theme", "cay_dark")
 	})
-	for _, kept := range []string{"GET /p?a=1;x&b=%zz HTTP/1.1", "Authorization: Bearer theirs", "Cookie: a=1; b=2", "X-Theme: cay_dark"} {
+	for _, kept := range []string{"GET /p?a=1;x&b=%zz HTTP/1.1", "Authorization: Bearer theirs", "Cookie: a=1; b=2",
+		"X-Theme: cay_dark"} {
 		if !strings.Contains(seen.String(), kept) {
 			t.Errorf("what is the application's is gone: %q is not in\n%s", kept, &seen)
 		}
@@ -203,7 +208,7 @@ func TestWhereItComesFrom(t *testing.T) {
 	}
 }
 
-// An event is there when it was sent, not when the next one is.
+// TestStreams checks that an event arrives when it is sent, not with the next one.
 func TestStreams(t *testing.T) {
 	next, over := make(chan bool), make(chan error, 1)
 	d := newDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -240,7 +245,7 @@ func TestStreams(t *testing.T) {
 			next <- true
 		}
 	}
-	cancel() // the caller leaves, and the service hears of it
+	cancel() // the caller leaves, and the service's request ends
 	select {
 	case <-over:
 	case <-time.After(10 * time.Second):
@@ -248,7 +253,8 @@ func TestStreams(t *testing.T) {
 	}
 }
 
-// An answer may begin before the request has ended, and both go on.
+// TestBothWaysAtOnce checks that an answer may begin before the request has ended, and that both
+// go on.
 func TestBothWaysAtOnce(t *testing.T) {
 	d := newDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_ = http.NewResponseController(w).EnableFullDuplex()
@@ -282,7 +288,7 @@ func TestBothWaysAtOnce(t *testing.T) {
 	}
 }
 
-// gRPC needs HTTP/2 all the way, with trailers.
+// TestGRPC checks that gRPC has HTTP/2 on both connections, with trailers.
 func TestGRPC(t *testing.T) {
 	d := newDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Trailer", "Grpc-Status")
@@ -307,7 +313,7 @@ func TestGRPC(t *testing.T) {
 	}
 }
 
-// upgraded opens a connection that is another protocol's.
+// upgraded opens a connection and upgrades it to a protocol.
 func (d *door) upgraded(t *testing.T, protocol, early string) (net.Conn, *bufio.Reader, string) {
 	t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(d.url, "http://"))
@@ -315,7 +321,9 @@ func (d *door) upgraded(t *testing.T, protocol, early string) (net.Conn, *bufio.
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	if _, err := fmt.Fprintf(conn, "POST / HTTP/1.1\r\nHost: x\r\nConnection: keep-alive, Upgrade\r\nUpgrade: %s\r\n\r\n%s", protocol, early); err != nil {
+	if _, err := fmt.Fprintf(conn,
+		"POST / HTTP/1.1\r\nHost: x\r\nConnection: keep-alive, Upgrade\r\nUpgrade: %s\r\n\r\n%s", protocol,
+		early); err != nil {
 		t.Fatal(err)
 	}
 	in := bufio.NewReader(conn)
@@ -378,10 +386,10 @@ func TestTunnelHalves(t *testing.T) {
 			return
 		}
 		defer c.Close()
-		b, _ := io.ReadAll(c) // until the other half has ended
+		b, _ := io.ReadAll(c) // until the other half ends
 		fmt.Fprintf(c, "%d bytes", len(b))
 	}()
-	conn, in, status := d.upgraded(t, "TCP", "early ") // which must not be lost
+	conn, in, status := d.upgraded(t, "TCP", "early ") // the early bytes must not be lost
 	if status != "HTTP/1.1 101 Switching Protocols\r\n" {
 		t.Fatal(status)
 	}
@@ -428,7 +436,7 @@ func TestNoAnswer(t *testing.T) {
 	}
 }
 
-// An answer that breaks is not taken for a whole one.
+// TestBrokenAnswer checks that the caller does not take a broken answer for a whole one.
 func TestBrokenAnswer(t *testing.T) {
 	d := newDoor(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		_, _ = w.Write(make([]byte, 1<<20))
@@ -444,7 +452,7 @@ func TestBrokenAnswer(t *testing.T) {
 	}
 }
 
-// A life's connections are not another's.
+// TestConnectionsOfOneLife checks that a run does not use the connections of another.
 func TestConnectionsOfOneLife(t *testing.T) {
 	d := newDoor(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}), Destination{})
 	serve := func(run string, port int) {
@@ -467,9 +475,10 @@ func TestConnectionsOfOneLife(t *testing.T) {
 	}
 }
 
-// TestSurplusIsForNobody has servers inside that send more than they were asked for, by themselves or since
-// a caller had them: no caller is answered with what another one's request brought forth.
-func TestSurplusIsForNobody(t *testing.T) {
+// TestSurplusReachesNoOtherCaller has servers inside that send more than they were asked for, by
+// themselves or because a caller made them. No caller is answered with what another one's request
+// caused.
+func TestSurplusReachesNoOtherCaller(t *testing.T) {
 	answer := func(w io.Writer, body string) {
 		fmt.Fprintf(w, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
 	}
@@ -479,7 +488,7 @@ func TestSurplusIsForNobody(t *testing.T) {
 			var b strings.Builder
 			answer(&b, r.URL.Path)
 			answer(&b, "surplus")
-			_, _ = io.WriteString(c, b.String()) // the caller may be gone
+			_, _ = io.WriteString(c, b.String()) // the caller may have left
 		},
 		"one that does not read bodies": func(c net.Conn, in *bufio.Reader, r *http.Request) {
 			answer(c, r.URL.Path)
@@ -534,7 +543,7 @@ func TestSurplusIsForNobody(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				b, _ := io.ReadAll(resp.Body) // what came of it counts
+				b, _ := io.ReadAll(resp.Body) // the bytes that came count
 				resp.Body.Close()
 				if resp.StatusCode == 200 && method != "HEAD" && string(b) != path {
 					t.Fatalf("%s %s is answered %q", method, path, b)

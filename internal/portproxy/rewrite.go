@@ -9,14 +9,14 @@ import (
 	"strings"
 )
 
-// What opens a port from outside, and never reaches a sandbox.
+// Secrets that open a port from outside. They never reach a sandbox.
 const (
-	KeyHeader   = "X-Cay-Api-Key" // a key of cay's, where Authorization is the application's
-	TokenParam  = "cay_token"     // a signature, in a query
-	TokenCookie = "cay_token"     // a signature, of a host name
+	KeyHeader   = "X-Cay-Api-Key" // an API key, where Authorization belongs to the application
+	TokenParam  = "cay_token"     // a signature in a query
+	TokenCookie = "cay_token"     // a signature of a host name
 )
 
-// rewrite makes the request that goes in.
+// rewrite builds the request for the port.
 func rewrite(pr *httputil.ProxyRequest) {
 	pass := passageOf(pr.In)
 	out, to := pr.Out, pass.to
@@ -24,7 +24,7 @@ func rewrite(pr *httputil.ProxyRequest) {
 	if to.Path != "" {
 		path, err := url.PathUnescape(to.Path)
 		if err != nil {
-			path = to.Path // net/http has parsed it, so this cannot be
+			path = to.Path // cannot happen, since net/http has parsed it
 		}
 		out.URL.Path, out.URL.RawPath = path, to.Path
 	}
@@ -33,7 +33,7 @@ func rewrite(pr *httputil.ProxyRequest) {
 	forward(pr, to.Prefix)
 	WithoutSecrets(out.Header)
 	if HasSecret(out.Host) {
-		out.Host = "localhost" // the front of the name is the sandbox's, the rest anything
+		out.Host = "localhost" // the name begins with the sandbox and goes on with anything
 	}
 	for name := range out.Trailer {
 		if HasSecret(name) {
@@ -42,8 +42,8 @@ func rewrite(pr *httputil.ProxyRequest) {
 	}
 }
 
-// forward says where the request comes from. What a proxy before us has said stands; inside
-// nobody should decide by it.
+// forward sets the headers that tell where the request comes from. It keeps what a proxy before
+// the server has set. Applications should not trust these headers.
 func forward(pr *httputil.ProxyRequest, prefix string) {
 	in, out := pr.In.Header, pr.Out.Header
 	chain := in.Values("X-Forwarded-For")
@@ -60,7 +60,8 @@ func forward(pr *httputil.ProxyRequest, prefix string) {
 	}
 }
 
-// Scheme is that of the caller's request: what a proxy before us has said, else our own.
+// Scheme returns the scheme of the caller's request: as a proxy before the server set it, or else
+// of the server's own connection.
 func Scheme(r *http.Request) string {
 	switch said := r.Header.Get("X-Forwarded-Proto"); {
 	case said == "http" || said == "https":
@@ -71,7 +72,7 @@ func Scheme(r *http.Request) string {
 	return "http"
 }
 
-// IsKey reports whether a text, which came as a key, is to be one of cay's: that of an
+// IsKey reports whether a text in the place of a key claims to be one of cay's. Keys of an
 // application must be left to it.
 func IsKey(text string) bool {
 	return strings.HasPrefix(text, "cay_") || strings.HasPrefix(text, "e2b_")

@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// marks begin the secrets of cay. Each secret has a form by which it is recognised:
+// marks are the first parts of cay's secrets. Each secret is recognised by its form:
 //
 //	cay_, e2b_   and 40 hex digits: an API key
 //	cays_        and 48 hex digits: a signature, which opens a port
@@ -36,7 +36,7 @@ const (
 	maxLayers = 3
 )
 
-// HasSecret reports whether a text holds a key, a signature or a token of cay's: as it is, in
+// HasSecret reports whether a text holds a key, a signature or a token of cay's: plain, in
 // percent-encoding, or in base64.
 func HasSecret(text string) bool { return hasSecret(text, maxLayers) }
 
@@ -51,7 +51,7 @@ func hasSecret(text string, layers int) bool {
 		return true
 	}
 	for run := range encoded(text) {
-		for skip := range 4 { // it may begin in the middle of four characters
+		for skip := range 4 { // the secret may begin within a group of four characters
 			if plain := decode(run[skip:]); hasSecret(plain, layers-1) {
 				return true
 			}
@@ -60,8 +60,8 @@ func hasSecret(text string, layers int) bool {
 	return false
 }
 
-// hasMark reports whether a mark stands in a text with enough behind it. Case does not count,
-// since some proxies change that of headers.
+// hasMark reports whether a text holds a mark followed by enough letters and digits. It ignores case,
+// since some proxies change the case of headers.
 func hasMark(text string) bool {
 	for i := 0; i < len(text)-minSecret; i++ {
 		if text[i] != '_' {
@@ -83,9 +83,9 @@ func hasMark(text string) bool {
 // hasSum reports whether a text holds a signature of an E2B client or of an older server.
 func hasSum(text string) bool {
 	for i := 2; i < len(text)-sumLength; i++ {
-		var sign func(c byte) bool // of the alphabet
+		var sign func(c byte) bool // reports whether c belongs to the alphabet
 		switch {
-		case text[i] == '_' && endsInWord(text[:i], isVersion) && !strings.HasSuffix(text[:i], "/v1"): // nor is it a path
+		case text[i] == '_' && endsInWord(text[:i], isVersion) && !strings.HasSuffix(text[:i], "/v1"): // "/v1_…" is a path
 			sign = func(c byte) bool { return isAlnum(c) || c == '+' || c == '/' }
 		case text[i] == '.' && endsInWord(text[:i], isTime):
 			sign = func(c byte) bool { return isAlnum(c) || c == '-' || c == '_' }
@@ -103,30 +103,31 @@ func hasSum(text string) bool {
 	return false
 }
 
-// isMixed reports whether a text has capitals and small letters, as 32 random bytes in base64 do.
+// isMixed reports whether a text has capital and small letters, as 32 random bytes in base64 do.
 // The path of a page seldom does.
 func isMixed(text string) bool { return strings.ToLower(text) != text && strings.ToUpper(text) != text }
 
-// endsInWord reports whether a text ends in a word that is neither a part of a longer one nor, as
-// in a JWT, behind another one and a dot.
+// endsInWord reports whether a text ends in a word that satisfies is. The word must not be part of a
+// longer one, or follow another one and a dot, as in a JWT.
 func endsInWord(text string, is func(word string) bool) bool {
 	n := 0
 	for n < len(text) && n < 8 && isAlnum(text[len(text)-1-n]) {
 		n++
 	}
 	word, before := text[len(text)-n:], text[:len(text)-n]
-	return is(word) && (before == "" || !isAlnum(before[len(before)-1]) && !strings.ContainsRune("._-+", rune(before[len(before)-1])))
+	return is(word) && (before == "" || !isAlnum(before[len(before)-1]) &&
+		!strings.ContainsRune("._-+", rune(before[len(before)-1])))
 }
 
 func isVersion(word string) bool { return word == "v1" }
 
-// isTime reports whether a word is a time in base 36, to the second. Servers that made them are
-// of the years 2025 to 2028, which begin so.
+// isTime reports whether a word is a time of the years 2025 to 2028 in base 36, to the second. The
+// servers that made such signatures ran in these years.
 func isTime(word string) bool {
 	return len(word) == 6 && ('t' <= word[0] && word[0] <= 'u') && strings.ToLower(word) == word
 }
 
-// hasParam reports whether a text names our parameter and gives it a value.
+// hasParam reports whether a text holds the parameter cay_token with a value.
 func hasParam(text string) bool {
 	for {
 		_, rest, ok := strings.Cut(text, TokenParam+"=")
@@ -140,7 +141,7 @@ func hasParam(text string) bool {
 	}
 }
 
-// unescape undoes percent-encoding. What is not right is left as it is.
+// unescape undoes percent-encoding. It leaves wrong escapes as they are.
 func unescape(text string) string {
 	if !strings.Contains(text, "%") {
 		return text
@@ -170,7 +171,7 @@ func hexDigit(c byte) int {
 	return -1
 }
 
-// encoded yields the parts of a text that base64 of a secret could be in.
+// encoded yields the parts of a text that could hold a secret in base64.
 func encoded(text string) func(yield func(string) bool) {
 	return func(yield func(string) bool) {
 		for begin := 0; begin < len(text); {
@@ -195,7 +196,7 @@ func decode(text string) string {
 	}
 	plain, err := base64.RawStdEncoding.DecodeString(urlToStd.Replace(text))
 	if err != nil {
-		return "" // cannot be: encoded yields only characters of the alphabets
+		return "" // cannot happen, since encoded yields only characters of the alphabets
 	}
 	return string(plain)
 }
@@ -204,11 +205,11 @@ func isAlnum(c byte) bool {
 	return '0' <= c && c <= '9' || 'a' <= c|0x20 && c|0x20 <= 'z'
 }
 
-// isBase64 reports whether a character is of one of the two alphabets.
+// isBase64 reports whether a character belongs to one of the two alphabets.
 func isBase64(c byte) bool { return isAlnum(c) || c == '+' || c == '/' || c == '-' || c == '_' }
 
-// WithoutSecrets removes keys, signatures and tokens of cay's from a request's header, wherever
-// callers put them: a value that holds one is dropped as a whole, of cookies only the pair.
+// WithoutSecrets removes keys, signatures and tokens of cay's from a request's header, wherever they
+// are. It drops the whole value that holds one; of a cookie header it drops only the pair.
 func WithoutSecrets(h http.Header) {
 	h.Del(KeyHeader)
 	for name, values := range h {
@@ -247,14 +248,14 @@ func WithoutSecrets(h http.Header) {
 	}
 }
 
-// WithoutToken removes our parameter, and others that hold a secret, from a query and leaves the
-// rest as it is.
+// WithoutToken removes the parameter cay_token, and others that hold a secret, from a query. It
+// leaves the rest as it is.
 func WithoutToken(query string) string {
 	var kept []string
 	for pair := range strings.SplitSeq(query, "&") {
 		name, _, _ := strings.Cut(pair, "=")
 		if strings.ReplaceAll(unescape(name), "+", " ") == TokenParam || HasSecret(pair) {
-			continue // however it is written
+			continue // in any encoding
 		}
 		kept = append(kept, pair)
 	}

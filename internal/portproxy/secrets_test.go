@@ -31,10 +31,10 @@ func someSecrets() map[string]string {
 	}
 }
 
-// encodings are the ways in which a secret may stand in a header.
+// encodings are the forms that a secret may have in a header.
 var encodings = map[string]func(string) string{
 	"as it is":                func(s string) string { return s },
-	"in capitals":             strings.ToUpper, // of keys only, see encode
+	"in capitals":             strings.ToUpper, // only for keys, see encode
 	"percent-encoded":         url.QueryEscape,
 	"percent-encoded wholly":  percent,
 	"percent-encoded twice":   func(s string) string { return url.QueryEscape(percent(s)) },
@@ -58,7 +58,8 @@ func percent(s string) string {
 	return b.String()
 }
 
-// encode is a secret in an encoding. Capitals would make another thing of base64.
+// encode returns a secret in an encoding. It does not put base64 in capitals, which would change
+// its meaning.
 func encode(name, secret string) string {
 	if name == "in capitals" && !strings.HasPrefix(secret, "cay") {
 		name = "as it is"
@@ -66,7 +67,7 @@ func encode(name, secret string) string {
 	return encodings[name](secret)
 }
 
-// places are where in the head of a request a text may stand.
+// places are the places in the head of a request that may hold a text.
 var places = map[string]func(r *http.Request, text string){
 	"Referer":        func(r *http.Request, s string) { r.Header.Set("Referer", "http://h/v1/x?"+TokenParam+"="+s) },
 	"X-Original-URI": func(r *http.Request, s string) { r.Header.Set("X-Original-Uri", s) },
@@ -94,13 +95,13 @@ var places = map[string]func(r *http.Request, text string){
 	},
 }
 
-// queryOf is a text as it can stand in a query.
+// queryOf returns a text as a query can hold it.
 func queryOf(s string) string {
 	return strings.NewReplacer(" ", "+", "#", "", "&", "", `"`, "").Replace(s)
 }
 
-// TestNoSecretArrives puts any secret, in any encoding, in any places of the head of a request,
-// and looks for it on the other side.
+// TestNoSecretArrives sends a secret of each form, in any encoding, in any places of the head of
+// a request, and looks for it at the port.
 func TestNoSecretArrives(t *testing.T) {
 	var mu sync.Mutex
 	var seen string // guarded by mu
@@ -156,10 +157,11 @@ func TestNoSecretArrives(t *testing.T) {
 	})
 }
 
-// leaks looks for a secret as a reader who tries every decoding would, and without the code that
-// is tested.
+// leaks reports whether a reader who tries every decoding finds the secret. It does not use the
+// code under test.
 func leaks(head, secret string) bool {
-	core := strings.ToLower(secret[len(secret)-36 : len(secret)-1]) // of base64 the last may lean on what follows
+	// The last character of base64 may depend on the next ones.
+	core := strings.ToLower(secret[len(secret)-36 : len(secret)-1])
 	texts := []string{head}
 	for range 3 {
 		for _, text := range texts {
@@ -169,7 +171,8 @@ func leaks(head, secret string) bool {
 		}
 		var next []string
 		for _, text := range texts {
-			for _, word := range strings.FieldsFunc(text, func(c rune) bool { return strings.ContainsRune(" \r\n:;,=&?\"", c) }) {
+			for _, word := range strings.FieldsFunc(text,
+				func(c rune) bool { return strings.ContainsRune(" \r\n:;,=&?\"", c) }) {
 				if plain, err := url.PathUnescape(strings.ReplaceAll(word, "%zz", "")); err == nil && plain != word {
 					next = append(next, plain)
 				}
@@ -194,7 +197,7 @@ func keysOf[V any](m map[string]V) []string {
 	return keys
 }
 
-// TestOthersAreLeft has what looks a little like a secret and is the application's.
+// TestOthersAreLeft has texts of applications that look a little like a secret.
 func TestOthersAreLeft(t *testing.T) {
 	for _, text := range []string{
 		"cay_dark", "cay_token", "cay_token=", "", "v1_users", "v2.0", "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
@@ -211,7 +214,7 @@ func TestOthersAreLeft(t *testing.T) {
 	}
 }
 
-// FuzzHasSecret surrounds a secret with anything.
+// FuzzHasSecret puts a secret between any bytes.
 func FuzzHasSecret(f *testing.F) {
 	f.Add("", "", uint8(0))
 	f.Add("Basic ", "==", uint8(1))

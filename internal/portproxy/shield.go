@@ -10,39 +10,41 @@ import (
 
 // sandboxed is the policy for pages of a shared origin. Without allow-same-origin a browser gives
 // each page an opaque origin of its own.
-const sandboxed = "sandbox allow-scripts allow-forms allow-modals allow-popups allow-downloads allow-pointer-lock allow-orientation-lock allow-presentation"
+const sandboxed = "sandbox allow-scripts allow-forms allow-modals allow-popups allow-downloads " +
+	"allow-pointer-lock allow-orientation-lock allow-presentation"
 
-// beyond lists headers of answers that reach further than their origin, or that speak of the
-// connection, which is the operator's. Browsers apply them to subdomains or to the whole registrable
-// domain, or report later requests to others.
-var beyond = []string{
+// beyondOrigin lists headers of answers that have an effect beyond their origin, or that describe
+// the connection, which is the operator's. Browsers apply them to subdomains or to the whole
+// registrable domain, or report later requests to others.
+var beyondOrigin = []string{
 	"Alt-Svc", "Clear-Site-Data", "Expect-Ct", "Nel", "Public-Key-Pins", "Public-Key-Pins-Report-Only", "Report-To",
 	"Set-Cookie2", "Strict-Transport-Security",
 }
 
-// wide lists headers of answers that speak for a whole origin.
-var wide = []string{
+// originWide lists headers of answers that speak for a whole origin.
+var originWide = []string{
 	"Accept-Ch", "Access-Control-Allow-Credentials", "Activate-Storage-Access", "Authentication-Info", "Critical-Ch",
 	"Origin-Agent-Cluster", "Proxy-Authenticate", "Proxy-Authentication-Info", "Reporting-Endpoints",
 	"Secure-Session-Challenge", "Secure-Session-Registration", "Service-Worker-Allowed", "Set-Cookie", "Set-Login",
 	"Sec-Session-Challenge", "Sec-Session-Registration", "Speculation-Rules", "Use-As-Dictionary",
-	// Browsers answer it by themselves, with the password that the user gave another sandbox for the
-	// same realm, or with the user's own login.
+	// Browsers answer this one without asking, with the password that the user gave another
+	// sandbox for the same realm, or with the user's own login.
 	"Www-Authenticate",
 }
 
-// cookieAttributes lists the attributes that a cookie keeps. Domain is not among them: a cookie is
-// for the host name that sets it alone.
-var cookieAttributes = []string{"path", "expires", "max-age", "secure", "httponly", "samesite", "priority", "partitioned"}
+// cookieAttributes lists the attributes that a cookie keeps. Domain is not among them, so a
+// cookie is valid only for the host name that sets it.
+var cookieAttributes = []string{"path", "expires", "max-age", "secure", "httponly", "samesite", "priority",
+	"partitioned"}
 
-// CleanAnswer removes from the header of an answer all that reaches beyond the port's origin; at a
-// shared origin also all that speaks for the origin.
+// CleanAnswer removes headers that have an effect beyond the port's origin from an answer; at a
+// shared origin also those that speak for the origin.
 func CleanAnswer(h http.Header, shared bool) {
-	for _, name := range beyond {
+	for _, name := range beyondOrigin {
 		h.Del(name)
 	}
 	if shared {
-		for _, name := range wide {
+		for _, name := range originWide {
 			h.Del(name)
 		}
 		return
@@ -58,15 +60,16 @@ func CleanTrailers(h http.Header, shared bool) {
 	for name := range h {
 		plain, prefixed := strings.CutPrefix(name, http.TrailerPrefix)
 		plain = http.CanonicalHeaderKey(plain)
-		if prefixed && (plain == "Set-Cookie" || slices.Contains(beyond, plain) || shared && slices.Contains(wide, plain)) {
+		if prefixed && (plain == "Set-Cookie" || slices.Contains(beyondOrigin, plain) ||
+			shared && slices.Contains(originWide, plain)) {
 			delete(h, name)
 		}
 	}
 	CleanAnswer(h, shared)
 }
 
-// Confine makes a page of a shared origin one of an origin of its own, whatever else its header
-// says, and keeps the address, which may hold a signature, from those it leads to.
+// Confine gives a page of a shared origin an opaque origin of its own, whatever its header says,
+// and hides its address, which may hold a signature, from pages that it links to.
 func Confine(h http.Header) {
 	h.Add("Content-Security-Policy", sandboxed)
 	h.Set("Referrer-Policy", "no-referrer")
@@ -85,17 +88,19 @@ func hostOnly(cookie string) string {
 	return strings.Join(kept, ";")
 }
 
-// refuse returns an error for a request that must not go in.
+// refuse returns an error for a request that must not reach the port.
 func refuse(r *http.Request, to Destination) error {
 	if to.Shared && (r.Header.Get("Service-Worker") != "" || r.Header.Get("Sec-Fetch-Dest") == "serviceworker") {
-		return fault.New(fault.Denied, CodeWorker, "a service worker would have the whole origin, which is not this port's alone; use its host name")
+		return fault.New(fault.Denied, CodeWorker,
+			"a service worker would control the whole origin, which this port shares with others; use the port's host name")
 	}
 	path := to.Path
 	if path == "" {
 		path = r.URL.EscapedPath()
 	}
 	if HasSecret(path) || HasSecret(r.Method) {
-		return fault.InField(CodeSecret, "path", "holds an API key, a signature or a token of cay's, which nothing in a sandbox may see")
+		return fault.InField(CodeSecret, "path",
+			"holds an API key, a signature or a token of cay, which must not reach a sandbox")
 	}
 	return nil
 }
@@ -103,12 +108,14 @@ func refuse(r *http.Request, to Destination) error {
 // answered rewrites the answer of the port.
 func answered(resp *http.Response) error {
 	pass := passageOf(resp.Request)
-	if to := resp.Header.Get("Location"); pass.to.Prefix != "" && strings.HasPrefix(to, "/") && !strings.HasPrefix(to, "//") {
-		resp.Header.Set("Location", pass.to.Prefix+to) // so that it leads there from outside
+	if to := resp.Header.Get("Location"); pass.to.Prefix != "" && strings.HasPrefix(to, "/") &&
+		!strings.HasPrefix(to, "//") {
+		resp.Header.Set("Location", pass.to.Prefix+to) // so that it works from outside
 	}
 	CleanAnswer(resp.Header, pass.to.Shared)
-	for name := range resp.Trailer { // what is announced; see CleanTrailers for what comes
-		if name == "Set-Cookie" || slices.Contains(beyond, name) || pass.to.Shared && slices.Contains(wide, name) {
+	for name := range resp.Trailer { // the announced trailers; CleanTrailers removes the others
+		if name == "Set-Cookie" || slices.Contains(beyondOrigin, name) ||
+			pass.to.Shared && slices.Contains(originWide, name) {
 			delete(resp.Trailer, name)
 		}
 	}

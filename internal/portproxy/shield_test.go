@@ -16,8 +16,8 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// grabs are headers with which a server inside reaches for more than its own pages.
-var grabs = map[string]string{
+// originHeaders are headers with an effect beyond the pages of the server that sends them.
+var originHeaders = map[string]string{
 	"Set-Cookie": "a=b; Path=/", "Set-Cookie2": "a=b", "Service-Worker-Allowed": "/", "Clear-Site-Data": `"*"`,
 	"Strict-Transport-Security": "max-age=31536000; includeSubDomains", "Alt-Svc": `h3=":666"`, "Public-Key-Pins": "x", "Expect-CT": "x",
 	"NEL": `{"report_to":"a","max_age":9,"include_subdomains":true}`, "Report-To": `{"group":"a"}`, "Reporting-Endpoints": `a="https://x/"`,
@@ -25,13 +25,15 @@ var grabs = map[string]string{
 	"Origin-Agent-Cluster": "?1", "Use-As-Dictionary": `match="/*"`, "Secure-Session-Registration": "x", "Set-Login": "logged-in",
 }
 
-// apart are those that stay where the origin is the port's own; a cookie without its Domain.
-var apart = []string{"Set-Cookie", "Service-Worker-Allowed", "Reporting-Endpoints", "Access-Control-Allow-Credentials", "WWW-Authenticate",
+// apart lists the headers that stay if the port has an origin of its own; a cookie loses its
+// Domain.
+var apart = []string{"Set-Cookie", "Service-Worker-Allowed", "Reporting-Endpoints", "Access-Control-Allow-Credentials",
+	"WWW-Authenticate",
 	"Accept-CH", "Origin-Agent-Cluster", "Use-As-Dictionary", "Secure-Session-Registration", "Set-Login", "Proxy-Authenticate"}
 
-// wild answers everything with all of grabs, before, in and after its answer.
+// wild answers with all originHeaders, before, in and after its answer.
 func wild(w http.ResponseWriter, _ *http.Request) {
-	for name, value := range grabs {
+	for name, value := range originHeaders {
 		w.Header().Set(name, value)
 	}
 	w.WriteHeader(http.StatusEarlyHints)
@@ -42,12 +44,12 @@ func wild(w http.ResponseWriter, _ *http.Request) {
 	fmt.Fprint(w, "<p>")
 	w.Header().Set("Set-Cookie", "late=1; Domain=example.com")
 	w.Header().Set("X-Sum", "1")
-	for name, value := range grabs {
+	for name, value := range originHeaders {
 		w.Header().Set(http.TrailerPrefix+name, value)
 	}
 }
 
-// heads are what a caller is sent of an answer beside its body.
+// heads holds the parts of an answer other than its body.
 type heads struct {
 	early, final, late http.Header
 }
@@ -59,10 +61,11 @@ func (d *door) heads(t *testing.T, path string) heads {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r = r.WithContext(httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{Got1xxResponse: func(_ int, h textproto.MIMEHeader) error {
-		got.early = http.Header(h)
-		return nil
-	}}))
+	r = r.WithContext(httptrace.WithClientTrace(t.Context(),
+		&httptrace.ClientTrace{Got1xxResponse: func(_ int, h textproto.MIMEHeader) error {
+			got.early = http.Header(h)
+			return nil
+		}}))
 	resp, err := http.DefaultTransport.RoundTrip(r)
 	if err != nil {
 		t.Fatal(err)
@@ -79,7 +82,7 @@ func (d *door) heads(t *testing.T, path string) heads {
 func TestSharedOrigin(t *testing.T) {
 	d := newDoor(t, http.HandlerFunc(wild), Destination{Path: "/", Prefix: "/out", Shared: true})
 	got := d.heads(t, "/out/")
-	for name := range grabs {
+	for name := range originHeaders {
 		for where, h := range map[string]http.Header{"early": got.early, "final": got.final, "late": got.late} {
 			if v := h.Get(name); v != "" {
 				t.Errorf("%s: %s: %s passes", where, name, v)
@@ -87,7 +90,8 @@ func TestSharedOrigin(t *testing.T) {
 		}
 	}
 	policies := got.final.Values("Content-Security-Policy")
-	if len(policies) != 2 || policies[0] != "default-src *" || !strings.HasPrefix(policies[1], "sandbox ") || strings.Contains(policies[1], "allow-same-origin") {
+	if len(policies) != 2 || policies[0] != "default-src *" || !strings.HasPrefix(policies[1], "sandbox ") ||
+		strings.Contains(policies[1], "allow-same-origin") {
 		t.Errorf("the policies are %q", policies)
 	}
 	if got.final.Get("Referrer-Policy") != "no-referrer" || got.late.Get("X-Sum") != "1" {
@@ -105,13 +109,13 @@ func TestSharedOrigin(t *testing.T) {
 	}
 }
 
-// TestOwnOrigin has the same at a host name of the port's own.
+// TestOwnOrigin has the same server at a host name of the port's own.
 func TestOwnOrigin(t *testing.T) {
 	d := newDoor(t, http.HandlerFunc(wild), Destination{})
 	got := d.heads(t, "/")
-	for name := range grabs {
+	for name := range originHeaders {
 		for where, h := range map[string]http.Header{"early": got.early, "final": got.final, "late": got.late} {
-			if where == "final" && slices.Contains(apart, name) && name != "Proxy-Authenticate" { // which is of one hop
+			if where == "final" && slices.Contains(apart, name) && name != "Proxy-Authenticate" { // it concerns one hop only
 				if h.Get(name) == "" {
 					t.Errorf("%s is gone", name)
 				}
@@ -129,12 +133,13 @@ func TestOwnOrigin(t *testing.T) {
 	if signed := d.heads(t, "/?"+TokenParam+"=x"); signed.final.Get("Referrer-Policy") != "no-referrer" {
 		t.Errorf("at a signed address the answer has %v", signed.final)
 	}
-	if resp, _ := d.get(t, "/sw.js", func(r *http.Request) { r.Header.Set("Service-Worker", "script") }); resp.StatusCode != 200 {
+	if resp, _ := d.get(t, "/sw.js",
+		func(r *http.Request) { r.Header.Set("Service-Worker", "script") }); resp.StatusCode != 200 {
 		t.Errorf("a service worker of its own origin: %s", resp.Status)
 	}
 }
 
-// TestUpgradesAreCleaned has an upgrade answered with all of grabs.
+// TestUpgradesAreCleaned has an upgrade answered with all originHeaders.
 func TestUpgradesAreCleaned(t *testing.T) {
 	d := newDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		conn, _, err := http.NewResponseController(w).Hijack()
@@ -144,7 +149,7 @@ func TestUpgradesAreCleaned(t *testing.T) {
 		}
 		defer conn.Close()
 		var head bytes.Buffer
-		for name, value := range grabs {
+		for name, value := range originHeaders {
 			fmt.Fprintf(&head, "%s: %s\r\n", name, value)
 		}
 		fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n%s\r\n", &head)
@@ -159,7 +164,7 @@ func TestUpgradesAreCleaned(t *testing.T) {
 	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
 		t.Fatalf("%+v, %v", resp, err)
 	}
-	for name := range grabs {
+	for name := range originHeaders {
 		if v := resp.Header.Get(name); v != "" {
 			t.Errorf("%s: %s passes", name, v)
 		}

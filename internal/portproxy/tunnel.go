@@ -12,14 +12,14 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 )
 
-// WantsTunnel reports whether a request asks for what [Proxy.Tunnel] gives.
+// WantsTunnel reports whether a request asks for a tunnel, see [Proxy.Tunnel].
 func WantsTunnel(r *http.Request) bool {
 	return r.ProtoMajor == 1 && upgrades(r) && strings.EqualFold(r.Header.Get("Upgrade"), agentapi.TunnelProtocol)
 }
 
-// Tunnel makes the connection of a request one to a port of the sandbox, answering 101, and
-// returns when it has ended: each side can end its half. After an error nothing was
-// answered; they are those of [Proxy.Serve].
+// Tunnel answers 101 and connects the request's connection to a port of the sandbox. Each side
+// can end its half; it returns when both have ended. After an error nothing was answered; errors
+// are those of [Proxy.Serve].
 func (p *Proxy) Tunnel(w http.ResponseWriter, r *http.Request, t agentapi.Target, port int) error {
 	done, err := p.begin(t.SandboxID)
 	if err != nil {
@@ -41,7 +41,7 @@ func (p *Proxy) Tunnel(w http.ResponseWriter, r *http.Request, t agentapi.Target
 		return fmt.Errorf("taking the connection over: %w", err)
 	}
 	defer outside.Close()
-	// Nobody else ends either: the request's context ends with the call.
+	// The request's context ends with the call, so it does not end them.
 	defer context.AfterFunc(p.hanging, func() { _, _ = inside.Close(), outside.Close() })()
 
 	head := "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: " + agentapi.TunnelProtocol + "\r\n"
@@ -49,20 +49,20 @@ func (p *Proxy) Tunnel(w http.ResponseWriter, r *http.Request, t agentapi.Target
 		head += "X-Request-Id: " + id + "\r\n"
 	}
 	if _, err := io.WriteString(outside, head+"\r\n"); err != nil {
-		return nil // who asked has gone
+		return nil // the caller has left
 	}
 	early, err := buffered.Reader.Peek(buffered.Reader.Buffered())
 	if err != nil {
-		return nil // cannot be: it is there
+		return nil // cannot happen, since the bytes are there
 	}
 	if _, err := inside.Write(early); err != nil {
-		return nil // what was dialled has gone, and the caller sees that
+		return nil // the port has closed the connection, and the caller sees that
 	}
 	join(inside, outside)
 	return nil
 }
 
-// join carries bytes both ways until both halves have ended, or one broke.
+// join copies bytes both ways until both halves have ended or one failed.
 func join(a, b net.Conn) {
 	var wg sync.WaitGroup
 	for _, way := range [][2]net.Conn{{a, b}, {b, a}} {
@@ -71,7 +71,7 @@ func join(a, b net.Conn) {
 			if _, err := io.Copy(to, from); err == nil && closeWrite(to) == nil {
 				return
 			}
-			// Half a tunnel is of no use, and the other half may wait for ever.
+			// Half a tunnel is of no use, and the other half may wait forever.
 			_, _ = from.Close(), to.Close()
 		})
 	}
