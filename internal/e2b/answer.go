@@ -23,7 +23,7 @@ import (
 	"github.com/cayhq/cay/internal/portproxy"
 )
 
-// statuses is where a kind of error becomes a status of this surface.
+// statuses maps the kinds of error to HTTP statuses.
 var statuses = map[fault.Kind]int{
 	fault.NotFound:        http.StatusNotFound,
 	fault.Conflict:        http.StatusConflict,
@@ -37,36 +37,38 @@ var statuses = map[fault.Kind]int{
 	fault.Upstream:        http.StatusBadGateway,
 }
 
-// unsupported is what this server does not have: 501.
+// unsupported is an error that names something this server does not have; it is answered with
+// 501.
 type unsupported string
 
 func (u unsupported) Error() string { return "unsupported: " + string(u) }
 
-// gone is a sandbox that does not take traffic: 502, which clients take for its end.
+// gone reports that a sandbox takes no traffic. It is answered with 502, which clients take for
+// the sandbox's end.
 type gone struct {
 	place
 	message string
-	closed  bool // the sandbox runs, and the port is not open
+	closed  bool // the sandbox runs, but the port is not open
 }
 
 func (g gone) Error() string { return g.message }
 
 const notFoundText = "The sandbox was not found"
 
-// call is what is known of one request. It belongs to the goroutine that answers it.
+// call holds what is known of one request. It belongs to the goroutine that answers it.
 type call struct {
-	id      string
-	route   string // for the log and the metrics
-	inside  bool   // it is for a sandbox, and not for the control API
-	who     auth.Principal
-	sandbox string
-	body    *slowBody
-	code    string
-	err     error // for the log
-	account budget.Account
+	id        string
+	route     string // for the log and the metrics
+	inside    bool   // the request is for a sandbox, not for the control API
+	principal auth.Principal
+	sandbox   string
+	body      *slowBody
+	code      string
+	err       error // for the log
+	account   budget.Account
 }
 
-// What calls hold while they go on, bytes; see the same of the API.
+// Estimates of the memory that calls hold, in bytes; the API has the same.
 const (
 	controlCost  = 32 << 10
 	trafficCost  = 96 << 10
@@ -74,7 +76,7 @@ const (
 	headLineCost = 100
 )
 
-// account opens the account of a call whose organization is known.
+// account opens the memory account of a call whose organization is known.
 func (s *Surface) account(r *http.Request, orgID string, cost int64) error {
 	cost += int64(3 * len(r.RequestURI))
 	for name, values := range r.Header {
@@ -90,24 +92,26 @@ type callKey struct{}
 
 func callOf(r *http.Request) *call { return r.Context().Value(callKey{}).(*call) }
 
-// stall is how long a caller may take for the next piece of a body, either way. Less cuts
-// off who has a slow line; more lets who only holds connections hold them.
+// stall is the time that a caller may take for the next piece of a body, in either direction. A
+// shorter one cuts off callers with slow lines; a longer one lets idle callers hold connections.
 const stall = time.Minute
 
-// handle answers a request with f, and writes it down. An error of f's is answered unless
-// the answer has begun: then the connection is broken.
-func (s *Surface) handle(w http.ResponseWriter, r *http.Request, inside bool, f func(http.ResponseWriter, *http.Request) error) {
+// handle answers a request with f, and logs and counts it. An error of f is answered, unless the
+// answer has begun; then the connection is broken.
+func (s *Surface) handle(w http.ResponseWriter, r *http.Request, inside bool,
+	f func(http.ResponseWriter, *http.Request) error) {
 	start := time.Now()
 	control := http.NewResponseController(w)
-	c := &call{id: "req_" + strings.ToLower(rand.Text()), inside: inside, body: &slowBody{ReadCloser: r.Body, control: control}}
+	c := &call{id: "req_" + strings.ToLower(rand.Text()), inside: inside,
+		body: &slowBody{ReadCloser: r.Body, control: control}}
 	r = r.WithContext(budget.With(context.WithValue(r.Context(), callKey{}, c), &c.account))
 	defer c.account.Close()
 	rec := &recorder{ResponseWriter: w, control: control}
 	if r.Body != nil && r.Body != http.NoBody {
 		r.Body = c.body
 	}
-	// The deadline of the answer before this one is not for this one. A writer without
-	// deadlines is one of a test.
+	// Clear the deadline of the connection's last answer. The writers of tests have no deadlines,
+	// and fail.
 	_ = control.SetWriteDeadline(time.Time{})
 	ownHead(rec.Header(), c.id)
 	defer func() {
@@ -122,7 +126,7 @@ func (s *Surface) handle(w http.ResponseWriter, r *http.Request, inside bool, f 
 		}
 		s.finish(r, rec, c.body.n.Load(), time.Since(start))
 		if broken {
-			panic(http.ErrAbortHandler) // only a broken connection says that an answer is not whole
+			panic(http.ErrAbortHandler) // only a broken connection tells the caller that the answer is incomplete
 		}
 	}()
 	err := f(rec, r)
@@ -136,8 +140,8 @@ func (s *Surface) handle(w http.ResponseWriter, r *http.Request, inside bool, f 
 	s.fail(rec, r, err)
 }
 
-// ownHead sets the header of all answers but those of ports. They hold text that untrusted code
-// wrote, so no browser may run them as a page.
+// ownHead sets the headers of all answers but those of ports. The answers hold text that
+// untrusted code wrote, so browsers must not run them as a page.
 func ownHead(h http.Header, id string) {
 	h.Set("X-Request-Id", id)
 	h.Set("X-Content-Type-Options", "nosniff")
@@ -145,14 +149,14 @@ func ownHead(h http.Header, id string) {
 	h.Set("Referrer-Policy", "no-referrer")
 }
 
-// problem is an error as it is answered.
+// problem is the answer to a call that failed.
 type problem struct {
 	status  int
 	message string
-	code    string // for machines; "" is none
+	code    string // for programs; "": none
 }
 
-// problemOf says how an error of the control API is answered.
+// problemOf returns the answer for an error of the control API.
 func problemOf(err error) problem {
 	var u unsupported
 	if errors.As(err, &u) {
@@ -160,10 +164,10 @@ func problemOf(err error) problem {
 	}
 	f := fault.As(err)
 	if f == nil && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)) {
-		return problem{http.StatusServiceUnavailable, "the call was interrupted before it was through", "interrupted"}
+		return problem{http.StatusServiceUnavailable, "the call was interrupted before it was complete", "interrupted"}
 	}
 	if f == nil || statuses[f.Kind] == 0 {
-		return problem{http.StatusInternalServerError, "something broke on this server; its log has the cause", "internal"}
+		return problem{http.StatusInternalServerError, "an internal error; the server's log has the cause", "internal"}
 	}
 	p := problem{statuses[f.Kind], f.Detail, f.Code}
 	if f.Field != "" {
@@ -201,7 +205,7 @@ func (s *Surface) fail(w http.ResponseWriter, r *http.Request, err error) {
 		w.Header().Set("Retry-After", strconv.FormatInt(int64(math.Ceil(f.RetryAfter.Seconds())), 10))
 	}
 	body := map[string]any{"code": p.status, "message": p.message}
-	if !c.inside { // the agent's errors have none, and clients compare
+	if !c.inside { // the agent's errors have no such field, and clients compare
 		body["error_code"] = p.code
 	}
 	reply(w, p.status, body)
@@ -214,10 +218,10 @@ func reply(w http.ResponseWriter, status int, v any) {
 	w.WriteHeader(status)
 	e := json.NewEncoder(w)
 	e.SetEscapeHTML(false)
-	_ = e.Encode(v) // the caller has gone
+	_ = e.Encode(v) // an error means that the caller has left
 }
 
-// finish writes the access log line and counts.
+// finish writes the line of the access log and counts the request.
 func (s *Surface) finish(r *http.Request, w *recorder, in int64, took time.Duration) {
 	c := callOf(r)
 	level := slog.LevelInfo
@@ -225,11 +229,13 @@ func (s *Surface) finish(r *http.Request, w *recorder, in int64, took time.Durat
 		level = slog.LevelError
 	}
 	s.counts.observe(c.route, w.status, took)
-	s.access.Write(r, accesslog.Entry{Level: level, ID: c.id, Route: "e2b: " + c.route, Status: w.status, Took: took, In: in, Out: w.bytes,
-		Org: c.who.Org.ID, Key: c.who.Key.ID, Sandbox: c.sandbox, Code: c.code, Err: c.err})
+	s.access.Write(r, accesslog.Entry{Level: level, ID: c.id, Route: "e2b: " + c.route, Status: w.status, Took: took,
+		In: in, Out: w.bytes,
+		Org: c.principal.Org.ID, Key: c.principal.Key.ID, Sandbox: c.sandbox, Code: c.code, Err: c.err})
 }
 
-// recorder notes what was answered, and ends a caller who does not take it.
+// recorder records the status and size of the answer, and breaks the connection of a caller that
+// does not read it.
 type recorder struct {
 	http.ResponseWriter
 	control *http.ResponseController
@@ -246,14 +252,14 @@ func (w *recorder) WriteHeader(status int) {
 		w.status = status
 	}
 	if status < 200 {
-		portproxy.CleanAnswer(w.Header(), true) // what is sent ahead comes from inside
+		portproxy.CleanAnswer(w.Header(), true) // informational answers come from inside
 	}
-	_ = w.control.SetWriteDeadline(time.Now().Add(stall)) // as in Write
+	_ = w.control.SetWriteDeadline(time.Now().Add(stall)) // may fail, as in Write
 	w.ResponseWriter.WriteHeader(status)
 }
 
-// Write writes a piece, which has to be taken in time. A writer without deadlines is one
-// of a test.
+// Write writes a piece, which the caller must take in time. The writers of tests have no
+// deadlines.
 func (w *recorder) Write(b []byte) (int, error) {
 	if w.status == 0 {
 		w.status = http.StatusOK
@@ -264,16 +270,16 @@ func (w *recorder) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// slowBody is a body each piece of which has to come in time, counted. What carries a body
-// on may still read it when the call is answered.
+// slowBody is a request body whose pieces must each come in time. It counts the bytes. Another
+// goroutine may still read it when the call is answered.
 type slowBody struct {
 	io.ReadCloser
 	control *http.ResponseController
 	n       atomic.Int64
-	broken  atomic.Bool // it did not come to its end
+	broken  atomic.Bool // a read failed before the end
 }
 
-// incomplete is the error of a call whose body did not come, nil if it did.
+// incomplete returns the error for a call whose body did not come whole, or nil.
 func (b *slowBody) incomplete() error {
 	if !b.broken.Load() {
 		return nil
@@ -283,27 +289,28 @@ func (b *slowBody) incomplete() error {
 
 // Read implements [io.Reader].
 func (b *slowBody) Read(p []byte) (int, error) {
-	_ = b.control.SetReadDeadline(time.Now().Add(stall)) // as in recorder.Write
+	_ = b.control.SetReadDeadline(time.Now().Add(stall)) // may fail, as in recorder.Write
 	n, err := b.ReadCloser.Read(p)
 	b.n.Add(int64(n))
 	if err != nil && err != io.EOF {
 		b.broken.Store(true)
 	}
 	if err == io.EOF {
-		// From here on net/http watches the connection, and would take a deadline that
-		// passes for a caller who leaves.
+		// From now on net/http reads the connection to notice a caller that leaves, and would
+		// take an expired deadline for that.
 		_ = b.control.SetReadDeadline(time.Time{})
 	}
 	return n, err
 }
 
-// preflight reports whether a browser asks what a page may do.
+// preflight reports whether a request is a CORS preflight.
 func preflight(r *http.Request) bool {
-	return r.Method == http.MethodOptions && r.Header.Get("Origin") != "" && r.Header.Get("Access-Control-Request-Method") != ""
+	return r.Method == http.MethodOptions && r.Header.Get("Origin") != "" &&
+		r.Header.Get("Access-Control-Request-Method") != ""
 }
 
-// allowOrigins lets pages of any origin call: what protects a sandbox is its token, which
-// browsers do not send by themselves.
+// allowOrigins lets pages of any origin call. A sandbox is protected by its token, which browsers
+// do not send by themselves.
 func allowOrigins(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("Access-Control-Allow-Origin", "*")

@@ -15,30 +15,31 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// maxBody bounds a JSON body, bytes: an environment of 128 KiB and long network lists.
+// maxBody bounds a JSON body, in bytes. It has room for an environment of 128 KiB and long
+// network lists.
 const maxBody = 1 << 20
 
-// route is an operation of the control API: what a key must cover, and what answers.
+// route is an operation of the control API: the scopes that a key needs, and its handler.
 type route struct {
 	scopes []auth.Scope
 	answer func(http.ResponseWriter, *http.Request) error
 }
 
-// use is what a key must cover to be given the token of a sandbox.
-var use = []auth.Scope{auth.Exec, auth.Files}
+// tokenScopes are the scopes that a key needs to be given the token of a sandbox.
+var tokenScopes = []auth.Scope{auth.Exec, auth.Files}
 
-// absent answers what this server does not have.
-func absent(what string) route {
+// notSupported returns a route that answers 501 with the text.
+func notSupported(what string) route {
 	return route{answer: func(http.ResponseWriter, *http.Request) error { return unsupported(what) }}
 }
 
-// table is the whole control API.
+// table returns all routes of the control API.
 func (s *Surface) table() map[string]route {
-	write := append([]auth.Scope{auth.SandboxesWrite}, use...)
+	write := append([]auth.Scope{auth.SandboxesWrite}, tokenScopes...)
 	read := []auth.Scope{auth.SandboxesRead}
-	builds := absent("templates are not built through this API: use POST /v1/templates or `cay templates create`")
-	tags := absent("templates have no tags here: each has one newest version")
-	volumes, secrets := absent("this server has no volumes"), absent("this server keeps no secrets")
+	builds := notSupported("templates are not built through this API: use POST /v1/templates or `cay templates create`")
+	tags := notSupported("templates have no tags here: each has one newest version")
+	volumes, secrets := notSupported("this server has no volumes"), notSupported("this server keeps no secrets")
 	return map[string]route{
 		"POST /sandboxes":                 {write, s.create(createV1)},
 		"POST /v2/sandboxes":              {write, s.create(createV2)},
@@ -78,13 +79,13 @@ func (s *Surface) table() map[string]route {
 		"/volumes/":                       volumes,
 		"/secrets":                        secrets,
 		"/secrets/":                       secrets,
-		"/teams":                          absent("organizations are read with GET /v1/me"),
-		"/teams/":                         absent("organizations are read with GET /v1/me"),
-		"/api-keys":                       absent("keys are made with POST /v1/api-keys or `cay keys create --format e2b`"),
-		"/api-keys/":                      absent("keys are made with POST /v1/api-keys or `cay keys create --format e2b`"),
-		"/nodes":                          absent("the operator reads GET /v1/pool and the metrics"),
-		"/nodes/":                         absent("the operator reads GET /v1/pool and the metrics"),
-		"/events/":                        absent("events are read with GET /v1/sandboxes/{id}/events"),
+		"/teams":                          notSupported("organizations are read with GET /v1/me"),
+		"/teams/":                         notSupported("organizations are read with GET /v1/me"),
+		"/api-keys":                       notSupported("keys are made with POST /v1/api-keys or `cay keys create --format e2b`"),
+		"/api-keys/":                      notSupported("keys are made with POST /v1/api-keys or `cay keys create --format e2b`"),
+		"/nodes":                          notSupported("the operator reads GET /v1/pool and the metrics"),
+		"/nodes/":                         notSupported("the operator reads GET /v1/pool and the metrics"),
+		"/events/":                        notSupported("events are read with GET /v1/sandboxes/{id}/events"),
 	}
 }
 
@@ -122,45 +123,45 @@ func (s *Surface) answerControl(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// admitted answers with the route, if the key covers it.
+// admitted answers with the route if the key has its scopes.
 func (s *Surface) admitted(w http.ResponseWriter, r *http.Request, route route) error {
 	if err := s.authenticate(r); err != nil {
 		return err
 	}
-	who := callOf(r).who
-	if err := s.Auth.Allow(who); err != nil {
+	principal := callOf(r).principal
+	if err := s.Auth.Allow(principal); err != nil {
 		return err
 	}
 	for _, scope := range route.scopes {
-		if !who.May(scope) {
+		if !principal.May(scope) {
 			return fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s", scope)
 		}
 	}
-	if err := s.account(r, who.Org.ID, controlCost); err != nil {
+	if err := s.account(r, principal.Org.ID, controlCost); err != nil {
 		return err
 	}
 	return route.answer(w, r)
 }
 
 func (s *Surface) authenticate(r *http.Request) error {
-	who, err := s.Auth.Authenticate(r.Context(), r.Header.Get("X-API-Key"))
+	principal, err := s.Auth.Authenticate(r.Context(), r.Header.Get("X-API-Key"))
 	if fault.Is(err, fault.Unauthenticated) {
 		return fault.New(fault.Unauthenticated, "unauthenticated", "a valid API key is needed in the header X-API-Key")
 	}
-	callOf(r).who = who
+	callOf(r).principal = principal
 	return err
 }
 
-// caller is who asks, as the core knows it.
+// caller returns the caller as the core knows it.
 func caller(r *http.Request) sandbox.Caller {
-	org := callOf(r).who.Org
+	org := callOf(r).principal.Org
 	return sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}
 }
 
-func orgOf(r *http.Request) string { return callOf(r).who.Org.ID }
+func orgOf(r *http.Request) string { return callOf(r).principal.Org.ID }
 
-// takenBody is a body that is taken from the call's account while it is read: as it comes, in a buffer that may
-// have doubled, and as it is decoded.
+// takenBody takes the memory for a body from the call's account while it is read: for the bytes,
+// for a buffer that may have doubled, and for the decoded values.
 type takenBody struct {
 	io.Reader
 	account *budget.Account
@@ -174,24 +175,24 @@ func (b *takenBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// read decodes the JSON body into dst; none is an empty object. A field that dst does not
-// have is one of a newer API, and not ignored: what it asks for would not happen.
+// read decodes the JSON body into dst; an empty body is an empty object. It refuses fields that
+// dst does not have: a client of a newer API that sends one expects an effect.
 func read(w http.ResponseWriter, r *http.Request, dst any) error {
 	d := json.NewDecoder(&takenBody{http.MaxBytesReader(w, r.Body, maxBody), &callOf(r).account})
 	d.DisallowUnknownFields()
 	err := d.Decode(dst)
 	if err == nil && d.More() {
-		err = errors.New("there is more after the object")
+		err = errors.New("data after the object")
 	}
 	var over *http.MaxBytesError
 	var wrong *json.UnmarshalTypeError
 	switch {
-	case fault.As(err) != nil: // there is no memory for it
+	case fault.As(err) != nil: // the account refused the memory
 		return err
 	case callOf(r).body.incomplete() != nil:
 		return callOf(r).body.incomplete()
 	case err == nil:
-		// What is left is white space; read to the end, so that the connection can be used again.
+		// Only white space is left. Read it to the end, so that the connection can be used again.
 		_, _ = io.Copy(io.Discard, d.Buffered())
 		return nil
 	case err == io.EOF:
@@ -206,8 +207,8 @@ func read(w http.ResponseWriter, r *http.Request, dst any) error {
 	return fault.New(fault.Invalid, "invalid_body", "the body is not a JSON object: %s", err)
 }
 
-// sandboxID is the core's id of the one that the path shows. What cannot be one is the id
-// of no sandbox.
+// sandboxID returns the core's id of the sandbox in the path. A malformed one is the id of no
+// sandbox.
 func sandboxID(r *http.Request) sandbox.ID {
 	id := sandbox.ID(idPrefix + r.PathValue("id"))
 	callOf(r).sandbox = string(id)
@@ -220,20 +221,20 @@ func noSandbox(id sandbox.ID) error {
 	return fault.New(fault.NotFound, "sandbox_not_found", "sandbox %q was not found", shown(id))
 }
 
-// present reads a sandbox that is there: one that is over, or another organization's, is
-// not found.
+// present returns a sandbox of the caller's organization. One that has ended, or that belongs to
+// another organization, is not found.
 func (s *Surface) present(r *http.Request, id sandbox.ID) (sandbox.Sandbox, error) {
-	box, err := s.Sandboxes.Get(r.Context(), orgOf(r), id)
+	sb, err := s.Sandboxes.Get(r.Context(), orgOf(r), id)
 	if err != nil {
-		return box, hidden(err, id)
+		return sb, hidden(err, id)
 	}
-	if box.State.Over() || box.State == sandbox.Destroying {
-		return box, noSandbox(id)
+	if sb.State.Over() || sb.State == sandbox.Destroying {
+		return sb, noSandbox(id)
 	}
-	return box, nil
+	return sb, nil
 }
 
-// hidden is an error of the core, with what belongs to another organization not found.
+// hidden returns err, or a not-found error if it concerns another organization's sandbox.
 func hidden(err error, id sandbox.ID) error {
 	if f := fault.As(err); f != nil && (f.Kind == fault.NotFound || f.Code == "not_your_sandbox") {
 		return noSandbox(id)
@@ -241,7 +242,7 @@ func hidden(err error, id sandbox.ID) error {
 	return err
 }
 
-// ended makes of a sandbox that does not run one that is not found, as E2B has it.
+// ended returns err, or a not-found error if the sandbox does not run, as E2B reports it.
 func ended(err error, id sandbox.ID) error {
 	if f := fault.As(err); f != nil && (f.Code == "sandbox_not_running" || f.Code == "sandbox_state") {
 		return noSandbox(id)
@@ -249,14 +250,14 @@ func ended(err error, id sandbox.ID) error {
 	return hidden(err, id)
 }
 
-// seconds is a timeout of the wire. What no core would take anyway is cut off, so that it
-// cannot run over.
+// seconds converts a timeout of the wire. It cuts values that no sandbox may have, so that the
+// result cannot overflow.
 func seconds(n int64) time.Duration {
 	const most = math.MaxInt64 / int64(time.Second)
 	return time.Duration(min(max(n, -1), most)) * time.Second
 }
 
-// tooLong refuses a timeout above what a sandbox may have.
+// tooLong returns an error for a timeout above the longest that a sandbox may have.
 func tooLong(timeout time.Duration) error {
 	if timeout > sandbox.MaxTimeout {
 		return fault.InField("invalid_timeout", "timeout", "cannot be greater than %d hours", sandbox.MaxTimeout/time.Hour)

@@ -11,21 +11,24 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// TestEveryRouteNeedsAKey goes through the whole table: without a key, with one of another
-// organization and with one that lacks the scopes nothing is answered.
+// TestEveryRouteNeedsAKey calls every route without a key, with one of another organization, and
+// with one that lacks the scopes. None is answered.
 func TestEveryRouteNeedsAKey(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	id, _ := h.create(`{"templateID":"base"}`)
 	before := h.row(id)
 	weak := h.newKey(auth.TemplatesWrite)
-	for pattern, route := range h.face.table() {
+	for pattern, route := range h.surface.table() {
 		method, path, ok := strings.Cut(pattern, " ")
 		if !ok {
 			method, path = "GET", pattern
 		}
-		path = strings.NewReplacer("{id}", id, "{ref}", "base", "{alias}", "base", "{rest...}", "x", "{build}", "y").Replace(path)
-		for name, key := range map[string]string{"none": "", "unknown": "e2b_" + strings.Repeat("0", 40), "no key": "Bearer"} {
-			if r := h.send(method, path, `{}`, "X-API-Key", key); r.status != 401 || r.json["code"] != float64(401) || r.json["message"] == "" {
+		path = strings.NewReplacer("{id}", id, "{ref}", "base", "{alias}", "base", "{rest...}", "x", "{build}",
+			"y").Replace(path)
+		for name, key := range map[string]string{"none": "", "unknown": "e2b_" + strings.Repeat("0", 40),
+			"no key": "Bearer"} {
+			if r := h.send(method, path, `{}`, "X-API-Key", key); r.status != 401 || r.json["code"] != float64(401) ||
+				r.json["message"] == "" {
 				t.Errorf("%s with key %s: %d %s", pattern, name, r.status, r.body)
 			}
 		}
@@ -36,7 +39,8 @@ func TestEveryRouteNeedsAKey(t *testing.T) {
 		}
 		if strings.Contains(pattern, "{id}") {
 			body := `{"timeout":10}`
-			if strings.Contains(pattern, "/network") || strings.Contains(pattern, "/pause") || strings.Contains(pattern, "/snapshots") || strings.Contains(pattern, "/refreshes") {
+			if strings.Contains(pattern, "/network") || strings.Contains(pattern, "/pause") ||
+				strings.Contains(pattern, "/snapshots") || strings.Contains(pattern, "/refreshes") {
 				body = `{}`
 			}
 			if r := h.send(method, path, body, "X-API-Key", h.other); r.status != 404 || r.json["code"] != float64(404) {
@@ -58,15 +62,15 @@ func TestEveryRouteNeedsAKey(t *testing.T) {
 	}
 }
 
-// TestKeysOfEitherKind: a key of the v1 API is one here.
+// TestKeysOfEitherKind checks that a key of the v1 API is valid here.
 func TestKeysOfEitherKind(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	for _, key := range []string{h.key, h.other} {
 		if r := h.send("GET", "/v2/sandboxes", "", "X-API-Key", key); r.status != 200 || r.body != "[]\n" {
 			t.Errorf("key %.4s…: %d %s", key, r.status, r.body)
 		}
 	}
-	// The token of a sandbox is for those who may use it.
+	// Only keys with the scopes to use a sandbox get its token.
 	id, _ := h.create(`{"templateID":"base"}`)
 	reader := h.newKey(auth.SandboxesRead)
 	if r := h.send("GET", "/sandboxes/"+id, "", "X-API-Key", reader); r.status != 200 || r.json["envdAccessToken"] != nil {
@@ -75,21 +79,25 @@ func TestKeysOfEitherKind(t *testing.T) {
 	if r := h.control("GET", "/sandboxes/"+id, ""); r.json["envdAccessToken"] == nil {
 		t.Errorf("a user: %s", r.body)
 	}
-	if r := h.send("POST", "/v2/sandboxes", `{"templateID":"base"}`, "X-API-Key", h.newKey(auth.SandboxesWrite)); r.status != 403 {
-		t.Errorf("who may not use what it makes: %d %s", r.status, r.body)
+	if r := h.send("POST", "/v2/sandboxes", `{"templateID":"base"}`, "X-API-Key",
+		h.newKey(auth.SandboxesWrite)); r.status != 403 {
+		t.Errorf("a caller that may not use what it makes: %d %s", r.status, r.body)
 	}
 }
 
 func TestCreate(t *testing.T) {
-	h := newHouse(t)
-	id, token := h.create(`{"templateID":"base","metadata":{"a":"b"},"envVars":{"X":"y"},"timeout":77,"allow_internet_access":false,"autoPause":true}`)
-	box := h.row(id)
-	if token == "" || box.User != "user" || box.Timeout.Seconds() != 77 || box.AtEnd != sandbox.EndSuspends || box.Egress.Mode != sandbox.DenyAll ||
-		box.Env["X"] != "y" || box.Metadata["a"] != "b" || box.Mode != sandbox.Ephemeral {
-		t.Errorf("the row is %+v", box)
+	h := newHarness(t)
+	id, token := h.create(`{"templateID":"base","metadata":{"a":"b"},"envVars":{"X":"y"},"timeout":77,` +
+		`"allow_internet_access":false,"autoPause":true}`)
+	sb := h.row(id)
+	if token == "" || sb.User != "user" || sb.Timeout.Seconds() != 77 || sb.AtEnd != sandbox.EndSuspends ||
+		sb.Egress.Mode != sandbox.DenyAll ||
+		sb.Env["X"] != "y" || sb.Metadata["a"] != "b" || sb.Mode != sandbox.Ephemeral {
+		t.Errorf("the row is %+v", sb)
 	}
 	detail := h.control("GET", "/sandboxes/"+id, "").json
-	if detail["allowInternetAccess"] != false || detail["state"] != "running" || fmt.Sprint(detail["lifecycle"]) != "map[autoResume:false onTimeout:pause]" || detail["alias"] != "base" {
+	if detail["allowInternetAccess"] != false || detail["state"] != "running" ||
+		fmt.Sprint(detail["lifecycle"]) != "map[autoResume:false onTimeout:pause]" || detail["alias"] != "base" {
 		t.Errorf("the detail is %v", detail)
 	}
 	mine, _ := h.create(`{"templateID":"mine"}`)
@@ -107,7 +115,8 @@ func TestCreate(t *testing.T) {
 	if r := h.send("GET", "/envs", "", idHeader, openID, portHeader, "49983"); r.status != 204 {
 		t.Errorf("an open one without a token: %d %s", r.status, r.body)
 	}
-	if r := h.control("POST", "/v2/sandboxes", `{"templateID":"base","network":{"allowPublicTraffic":false}}`); r.json["trafficAccessToken"] == nil {
+	if r := h.control("POST", "/v2/sandboxes",
+		`{"templateID":"base","network":{"allowPublicTraffic":false}}`); r.json["trafficAccessToken"] == nil {
 		t.Errorf("one whose ports are not public: %s", r.body)
 	}
 	for body, status := range map[string]int{
@@ -125,7 +134,7 @@ func TestCreate(t *testing.T) {
 }
 
 func TestSetNetwork(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	id, _ := h.create(`{"templateID":"base","network":{"allowPublicTraffic":false,"denyOut":["10.0.0.0/8"]}}`)
 	for body, mode := range map[string]sandbox.EgressMode{
 		`{"allow_internet_access":false}`: sandbox.DenyAll,
@@ -133,8 +142,8 @@ func TestSetNetwork(t *testing.T) {
 		`{"denyOut":["0.0.0.0/0"]}`:       sandbox.DenyAll,
 	} {
 		r := h.control("PUT", "/sandboxes/"+id+"/network", body)
-		if box := h.row(id); r.status != http.StatusNoContent || box.Egress.Mode != mode || !keptWith(box).Protected {
-			t.Errorf("%s: %d %s, %+v, %s", body, r.status, r.body, box.Egress, box.Surface)
+		if sb := h.row(id); r.status != http.StatusNoContent || sb.Egress.Mode != mode || !optionsOf(sb).Protected {
+			t.Errorf("%s: %d %s, %+v, %s", body, r.status, r.body, sb.Egress, sb.Surface)
 		}
 	}
 	if r := h.control("PUT", "/sandboxes/"+id+"/network", `{"denyOut":["x"]}`); r.status != 400 {
@@ -142,9 +151,9 @@ func TestSetNetwork(t *testing.T) {
 	}
 }
 
-// TestReferencesAreEscaped: what stands for a slash in a reference is none in the path.
+// TestReferencesAreEscaped checks that an escaped slash in a reference does not split the path.
 func TestReferencesAreEscaped(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	for path, status := range map[string]int{
 		"/templates/team%2Fname%3Adefault": 404, "/templates/base": 501, "/templates/snap_aaaaaaaaaaaaaaaaaaaa": 404,
 	} {
@@ -156,9 +165,10 @@ func TestReferencesAreEscaped(t *testing.T) {
 	}
 }
 
-// TestLogLines checks that each line of GET /sandboxes/{id}/logs is a JSON text with what E2B's CLI prints.
+// TestLogLines checks that each line of GET /sandboxes/{id}/logs is a JSON text with the fields
+// that E2B's CLI prints.
 func TestLogLines(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	id, _ := h.create(`{"templateID":"base"}`)
 	r := h.control("GET", "/sandboxes/"+id+"/logs", "")
 	var answer struct {
@@ -169,18 +179,20 @@ func TestLogLines(t *testing.T) {
 	}
 	for _, l := range answer.Logs {
 		var line struct{ Level, Message, Logger string }
-		if err := json.Unmarshal([]byte(l.Line), &line); err != nil || line.Level == "" || line.Message == "" || line.Logger == "" {
+		if err := json.Unmarshal([]byte(l.Line), &line); err != nil || line.Level == "" || line.Message == "" ||
+			line.Logger == "" {
 			t.Errorf("the line %q is %+v: %v", l.Line, line, err)
 		}
 	}
 }
 
 func TestConnectAndPause(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	id, token := h.create(`{"templateID":"base","timeout":600}`)
 	path := "/v2/sandboxes/" + id + "/connect"
 	before := h.row(id).ExpiresAt
-	if r := h.control("POST", path, `{"timeout":5}`); r.status != 200 || r.json["envdAccessToken"] != token || !h.row(id).ExpiresAt.Equal(before) {
+	if r := h.control("POST", path, `{"timeout":5}`); r.status != 200 || r.json["envdAccessToken"] != token ||
+		!h.row(id).ExpiresAt.Equal(before) {
 		t.Errorf("to one that runs: %d %s", r.status, r.body)
 	}
 	for range 2 {
@@ -204,7 +216,8 @@ func TestConnectAndPause(t *testing.T) {
 			t.Errorf("kill %d: %d", i, r.status)
 		}
 	}
-	for _, call := range []string{"POST " + path, "POST /sandboxes/" + id + "/pause", "GET /sandboxes/" + id, "POST /sandboxes/" + id + "/refreshes"} {
+	for _, call := range []string{"POST " + path, "POST /sandboxes/" + id + "/pause", "GET /sandboxes/" + id,
+		"POST /sandboxes/" + id + "/refreshes"} {
 		method, path, _ := strings.Cut(call, " ")
 		if r := h.control(method, path, ``); r.status != 404 || r.json["code"] != float64(404) {
 			t.Errorf("%s of a killed one: %d %s", call, r.status, r.body)

@@ -7,7 +7,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// counts counts requests by route, never by path: ids would make a series each.
+// counts counts requests by route. It does not count by path, since each id would make a series.
 type counts struct {
 	requests *prometheus.CounterVec
 	duration *prometheus.HistogramVec
@@ -20,7 +20,7 @@ func newCounts(registry prometheus.Registerer) *counts {
 		}, []string{"route", "code"}),
 		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "cay_e2b_request_duration_seconds", Help: "Time to answer a request of E2B's clients, its body included, by route.",
-			// From a lookup to a command of an hour.
+			// From a look-up to a command of an hour.
 			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 60, 600, 3600},
 		}, []string{"route"}),
 	}

@@ -11,7 +11,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// createBody is NewSandbox.
+// createBody is E2B's NewSandbox.
 type createBody struct {
 	TemplateID          string            `json:"templateID"`
 	Metadata            map[string]string `json:"metadata"`
@@ -25,13 +25,13 @@ type createBody struct {
 	AutoResume          *struct {
 		Enabled bool `json:"enabled"`
 	} `json:"autoResume"`
-	// MCP is for the gateway, which the client starts itself once the sandbox runs.
+	// MCP is for E2B's gateway, which the client starts itself once the sandbox runs.
 	MCP          json.RawMessage   `json:"mcp"`
 	IAM          json.RawMessage   `json:"iam"`
 	VolumeMounts []json.RawMessage `json:"volumeMounts"`
 }
 
-// version is what the two paths of create take for what the request leaves out.
+// version holds the defaults of one of the two create paths.
 type version struct {
 	timeout time.Duration
 	secure  bool
@@ -42,14 +42,14 @@ var (
 	createV2 = version{timeout: 5 * time.Minute, secure: true}
 )
 
-// defaultTemplate is what clients ask for who name none.
+// defaultTemplate is used when a create names no template.
 const defaultTemplate = "base"
 
-// aliases are templates that have another name here.
+// aliases maps E2B's names of templates to cay's.
 var aliases = map[string]string{"code-interpreter-v1": "code-interpreter"}
 
-// createTimeout is how long the client waits for an answer at the most (60 s): a create that
-// takes longer would be made for nobody.
+// createTimeout bounds a create. The client waits 60 s for an answer; a longer create would leave
+// a sandbox that no client knows.
 const createTimeout = 58 * time.Second
 
 // create answers POST /sandboxes.
@@ -65,17 +65,17 @@ func (s *Surface) create(v version) func(http.ResponseWriter, *http.Request) err
 		}
 		ctx, cancel := context.WithTimeout(r.Context(), createTimeout)
 		defer cancel()
-		box, err := s.Sandboxes.Create(ctx, caller(r), request, sandbox.Once{}, true)
+		sb, err := s.Sandboxes.Create(ctx, caller(r), request, sandbox.Once{}, true)
 		if err != nil {
 			return createError(err)
 		}
-		s.samples.follow(box.ID)
-		reply(w, http.StatusCreated, s.sandboxOf(box))
+		s.samples.follow(sb.ID)
+		reply(w, http.StatusCreated, s.sandboxOf(sb))
 		return nil
 	}
 }
 
-// createError gives fields of the core the names that they have here.
+// createError renames the fields of the core's errors to this API's.
 func createError(err error) error {
 	f := fault.As(err)
 	if f == nil || f.Field == "" {
@@ -88,7 +88,7 @@ func createError(err error) error {
 	return named
 }
 
-// request is what the core is asked for.
+// request translates a create for the core.
 func (s *Surface) request(r *http.Request, in createBody, v version) (sandbox.Request, error) {
 	out := sandbox.Request{Metadata: in.Metadata, Env: in.EnvVars}
 	if err := refuse(in); err != nil {
@@ -108,24 +108,24 @@ func (s *Surface) request(r *http.Request, in createBody, v version) (sandbox.Re
 	if in.AutoPause != nil && *in.AutoPause {
 		out.AtEnd = sandbox.EndSuspends
 	}
-	keep := kept{Made: true, Secure: v.secure, Internet: in.AllowInternetAccess, Network: in.Network}
+	opts := options{Made: true, Secure: v.secure, Internet: in.AllowInternetAccess, Network: in.Network}
 	if in.Secure != nil {
-		keep.Secure = *in.Secure
+		opts.Secure = *in.Secure
 	}
-	keep.AutoWake = in.AutoResume != nil && in.AutoResume.Enabled
+	opts.AutoWake = in.AutoResume != nil && in.AutoResume.Enabled
 	if in.Network != nil {
-		keep.Protected = in.Network.AllowPublicTraffic != nil && !*in.Network.AllowPublicTraffic
-		keep.HostMask = in.Network.MaskRequestHost
+		opts.Protected = in.Network.AllowPublicTraffic != nil && !*in.Network.AllowPublicTraffic
+		opts.HostMask = in.Network.MaskRequestHost
 	}
 	var err error
 	if out.Egress, err = egress(in.AllowInternetAccess, in.Network); err != nil {
 		return out, err
 	}
-	out.Surface = keep.String()
+	out.Surface = opts.String()
 	return out, s.source(r, in.TemplateID, &out)
 }
 
-// source says what the sandbox is made from: a template, else a snapshot.
+// source sets the template or snapshot that the sandbox is made from.
 func (s *Surface) source(r *http.Request, ref string, out *sandbox.Request) error {
 	name, err := templateName(ref)
 	if err != nil {
@@ -134,7 +134,7 @@ func (s *Surface) source(r *http.Request, ref string, out *sandbox.Request) erro
 	t, err := s.Templates.Get(r.Context(), orgOf(r), name)
 	switch {
 	case fault.Is(err, fault.NotFound):
-		// On this wire snapshots are templates too.
+		// In this API snapshots are templates too.
 		if snap, noSnapshot := s.Sandboxes.GetSnapshot(r.Context(), orgOf(r), name); noSnapshot == nil {
 			out.Snapshot = string(snap.ID)
 			return nil
@@ -144,25 +144,27 @@ func (s *Surface) source(r *http.Request, ref string, out *sandbox.Request) erro
 		return err
 	}
 	out.Template = name
-	// E2B's clients count on a user of that name. What an organization brought itself need
-	// not have one.
+	// E2B's clients expect a user of that name. Templates that an organization brought may have
+	// none.
 	if t.Builtin() && (t.User == "" || t.User == "root") {
 		out.User = defaultUser
 	}
 	return nil
 }
 
-// defaultUser is whom commands run as in E2B's templates. All of cay's own have one.
+// defaultUser is the user that commands run as in E2B's templates. All built-in templates have
+// it.
 const defaultUser = "user"
 
-// templateName is the name or id of the core for a reference of the wire.
+// templateName returns the core's name or id for a reference of this API.
 func templateName(ref string) (string, error) {
 	if ref == "" {
 		ref = defaultTemplate
 	}
 	name, tag, tagged := strings.Cut(ref, ":")
 	if tagged && tag != "default" && tag != "latest" {
-		return "", fault.New(fault.NotFound, "template_not_found", "template %q was not found: templates have no tags here", ref)
+		return "", fault.New(fault.NotFound, "template_not_found", "template %q was not found: templates have no tags here",
+			ref)
 	}
 	if alias, ok := aliases[name]; ok {
 		name = alias
@@ -170,7 +172,7 @@ func templateName(ref string) (string, error) {
 	return name, nil
 }
 
-// refuse says what a request asks for that this server does not have.
+// refuse returns an error if a request asks for something that this server does not have.
 func refuse(in createBody) error {
 	switch {
 	case len(in.IAM) > 0 && string(in.IAM) != "null":
@@ -183,4 +185,4 @@ func refuse(in createBody) error {
 	return nil
 }
 
-const noMemorylessPause = "a pause keeps memory and files together; one that keeps files alone is not there"
+const noMemorylessPause = "a pause keeps memory and files; this server cannot keep the files alone"

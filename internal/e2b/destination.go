@@ -11,7 +11,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// The headers that route a request into a sandbox.
+// The headers that name the sandbox and the port of a request.
 const (
 	idHeader   = "E2b-Sandbox-Id"
 	portHeader = "E2b-Sandbox-Port"
@@ -19,10 +19,10 @@ const (
 
 // place is a port of a sandbox; the zero value is none.
 type place struct {
-	id   string // as the surface shows it, without the prefix
+	id   string // as clients see it, without the prefix
 	port int
-	// shared says that it was not named by the host, so that the answer comes from an origin that
-	// others have too.
+	// shared reports that the host does not name the port, so that the answer comes from an
+	// origin that other sandboxes share.
 	shared bool
 }
 
@@ -30,30 +30,32 @@ func (p place) sandbox() sandbox.ID { return sandbox.ID(idPrefix + p.id) }
 
 var (
 	shownID = regexp.MustCompile(`^[a-z0-9]{1,64}$`)
-	// hostLabel is as narrow as our ids are, so that no other host name is taken for one.
+	// hostLabel matches cay's ids only, so that it takes no other host name for one.
 	hostLabel = regexp.MustCompile(`^([0-9]{1,5})-([a-z2-7]{20})$`)
 )
 
-// destination says which sandbox a request is for, by its headers, else by its host.
+// destination returns the port that a request is for, by its headers or else its host.
 func destination(r *http.Request) (place, error) {
 	ids, ports := r.Header.Values(idHeader), r.Header.Values(portHeader)
 	if len(ids)+len(ports) == 0 {
 		return hostDestination(r.Host), nil
 	}
 	if len(ids) != 1 || len(ports) != 1 {
-		return place{}, fault.InField("invalid_header", idHeader, "%s and %s are needed together, each once", idHeader, portHeader)
+		return place{}, fault.InField("invalid_header", idHeader, "%s and %s are needed together, each once", idHeader,
+			portHeader)
 	}
 	port, err := strconv.Atoi(ports[0])
 	if err != nil || port < 1 || port > 65535 {
 		return place{}, fault.InField("invalid_header", portHeader, "must be a port from 1 to 65535")
 	}
 	if !shownID.MatchString(ids[0]) {
-		return place{}, fault.InField("invalid_header", idHeader, "must be the id of a sandbox: lower-case letters and digits")
+		return place{}, fault.InField("invalid_header", idHeader,
+			"must be the id of a sandbox: lower-case letters and digits")
 	}
 	return place{ids[0], port, true}, nil
 }
 
-// hostDestination reads PORT-ID.anything.
+// hostDestination parses a host of the form PORT-ID.anything.
 func hostDestination(host string) place {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h

@@ -1,18 +1,18 @@
-// Package e2b is a second face of cay, for whom it is E2B: the control API that E2B's
-// clients call, and the traffic of those clients to what runs inside a sandbox, told apart
-// on one port by headers, host names and signatures. It owns that wire, its errors and its
-// words, and translates both ways; what is decided, is decided in the core rooms.
+// Package e2b serves E2B's clients: the control API that they call, and their traffic to what
+// runs inside a sandbox. One port serves all of it; headers, host names and signatures tell
+// requests apart. The package owns E2B's wire, its errors and its words, and translates both
+// ways; the core rooms decide.
 //
-// It has no state but the samples of what sandboxes use, which are bounded and forgotten
-// with the process. What it has to know of a sandbox beyond the core's words is in the row,
-// as the row's Surface. Tokens are derived, not stored: see tokens.go.
+// Its only state are the samples of what sandboxes use, which are bounded and lost with the
+// process. What it must know of a sandbox beyond the core's fields is in the row, as the row's
+// Surface. Tokens are derived, not stored: see tokens.go.
 //
-// The handler is safe for concurrent use. A call that carries traffic leases its sandbox
-// until it ends. One that a sandbox goes away under is broken in mid-stream and never ended
-// in good order, after the row says that the sandbox does not run: E2B's clients tell a
-// killed sandbox from a finished command by that.
+// The handler is safe for concurrent use. A call that carries traffic leases its sandbox until it
+// ends. If the sandbox goes away, the call's stream breaks and never ends in order, and the row
+// says before that the sandbox does not run: this is how E2B's clients tell a killed sandbox from
+// a finished command.
 //
-// What is not there answers 501 and says so.
+// A call for something that this server does not have is answered with 501 and the reason.
 package e2b
 
 import (
@@ -33,7 +33,7 @@ import (
 	"github.com/cayhq/cay/internal/template"
 )
 
-// Sandboxes is what is called of the sandbox room; [*sandbox.Service] has it.
+// Sandboxes has the methods of [*sandbox.Service] that this package calls.
 type Sandboxes interface {
 	Create(ctx context.Context, c sandbox.Caller, r sandbox.Request, once sandbox.Once, wait bool) (sandbox.Sandbox, error)
 	Get(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
@@ -41,7 +41,8 @@ type Sandboxes interface {
 	Living(ctx context.Context) ([]sandbox.ID, error)
 	List(ctx context.Context, f sandbox.Filter) ([]sandbox.Sandbox, string, error)
 	Destroy(ctx context.Context, orgID string, id sandbox.ID) error
-	SetTimeout(ctx context.Context, orgID string, id sandbox.ID, timeout time.Duration, later bool) (sandbox.Sandbox, error)
+	SetTimeout(ctx context.Context, orgID string, id sandbox.ID, timeout time.Duration,
+		later bool) (sandbox.Sandbox, error)
 	SetEgress(ctx context.Context, orgID string, id sandbox.ID, e sandbox.Egress) (sandbox.Sandbox, error)
 	SetSurface(ctx context.Context, orgID string, id sandbox.ID, surface string) (sandbox.Sandbox, error)
 	Pause(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
@@ -56,13 +57,13 @@ type Sandboxes interface {
 	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
 }
 
-// Templates is what is called of the template room; [*template.Service] has it.
+// Templates has the methods of [*template.Service] that this package calls.
 type Templates interface {
 	Get(ctx context.Context, orgID, nameOrID string) (template.Template, error)
 	List(ctx context.Context, orgID string, limit int, cursor string) ([]template.Template, string, error)
 }
 
-// Auth is what is called of the auth room; [*auth.Service] has it.
+// Auth has the methods of [*auth.Service] that this package calls.
 type Auth interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 	Allow(p auth.Principal) error
@@ -70,36 +71,36 @@ type Auth interface {
 	Org(ctx context.Context, id string) (auth.Org, error)
 }
 
-// Agent is what is called inside sandboxes; [*agentapi.Client] has it.
+// Agent has the methods of [*agentapi.Client] that this package calls.
 type Agent interface {
 	Transport(t agentapi.Target, stream bool) http.RoundTripper
 	Metrics(ctx context.Context, t agentapi.Target) (agentapi.Metrics, error)
 }
 
-// Ports is what is called of the room portproxy; [*portproxy.Proxy] has it.
+// Ports has the methods of [*portproxy.Proxy] that this package calls.
 type Ports interface {
 	Serve(w http.ResponseWriter, r *http.Request, to portproxy.Destination) error
 }
 
-// Config is what the surface needs. Every field but Budget is required.
+// Config configures a Surface. Every field but Budget is required.
 type Config struct {
 	Sandboxes Sandboxes
 	Templates Templates
 	Auth      Auth
 	Agent     Agent
 	Ports     Ports
-	Names     portproxy.Names // of ports, where the operator has a domain for them
-	// Secret is what tokens are derived from: at least 16 random bytes, the same in
-	// every life of the server, or clients lose the sandboxes that they have.
+	Names     portproxy.Names // host names of ports, if the operator has a domain for them
+	// Secret is the key that tokens are derived from, at least 16 random bytes. It must stay the
+	// same when the server restarts, or clients lose their sandboxes.
 	Secret []byte
-	// Budget is what calls take the memory from that they hold; nil is no limit.
+	// Budget bounds the memory that calls hold; nil is no limit.
 	Budget *budget.Budget
 	Log    *slog.Logger
-	// Registry takes the metrics of this package.
+	// Registry receives the metrics of this package.
 	Registry prometheus.Registerer
 }
 
-// Surface is the handler. Make it with [New].
+// Surface is the HTTP handler for E2B's clients. Make it with [New].
 type Surface struct {
 	Config
 	next    http.Handler
@@ -107,36 +108,39 @@ type Surface struct {
 	samples *samples
 	counts  *counts
 	access  *accesslog.Log
-	// search and searchOfOne have the searches for the sandbox that a signature is of.
+	// search and searchOfOne limit the searches for the sandbox of a signature, in all and of one
+	// address.
 	search, searchOfOne *auth.Buckets
-	stopped             context.Context // of the server's streams
+	stopped             context.Context // done when streams must end
 	stop                context.CancelFunc
 }
 
-// New makes a surface in front of next, which is given every request that is not the
-// surface's own. [Surface.Run] takes the samples.
+// New returns a Surface in front of next, which gets every request that is not for the Surface.
+// [Surface.Run] takes the samples.
 func New(cfg Config, next http.Handler) *Surface {
-	s := &Surface{Config: cfg, next: next, samples: newSamples(), counts: newCounts(cfg.Registry), access: accesslog.New(cfg.Log),
+	s := &Surface{Config: cfg, next: next, samples: newSamples(), counts: newCounts(cfg.Registry),
+		access: accesslog.New(cfg.Log),
 		search: auth.NewBuckets(searchesPerSecond, searchesBurst), searchOfOne: auth.NewBuckets(searchesOfOne, searchesOfOneAtOnce)}
 	s.stopped, s.stop = context.WithCancel(context.Background())
 	s.control = s.routes()
 	return s
 }
 
-// Hangup breaks the streams of commands, terminals and watches, which would otherwise hold
-// up a server that shuts down. What runs in the sandboxes goes on.
+// Hangup breaks the streams of commands, terminals and watches, which would otherwise delay the
+// server's shutdown. The processes in the sandboxes continue.
 func (s *Surface) Hangup() { s.stop() }
 
-// The port that is not a program's inside, and what our ids begin with.
+// The agent's port, and the prefix of sandbox ids.
 const (
-	envdPort = agentapi.Port // it listens where E2B's does
+	envdPort = agentapi.Port // E2B's agent has the same
 	idPrefix = "sbx_"
 )
 
-// roots begin the paths of the control API. None is the v1 API's.
-var roots = []string{"/sandboxes", "/v2", "/v3", "/snapshots", "/templates", "/volumes", "/secrets", "/teams", "/api-keys", "/nodes", "/events", "/health"}
+// roots are the first parts of the control API's paths. The v1 API has none of them.
+var roots = []string{"/sandboxes", "/v2", "/v3", "/snapshots", "/templates", "/volumes", "/secrets", "/teams",
+	"/api-keys", "/nodes", "/events", "/health"}
 
-// ServeHTTP answers one request, or leaves it to the next handler.
+// ServeHTTP answers a request, or passes it to the next handler.
 func (s *Surface) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	to, err := destination(r)
 	switch {
@@ -145,13 +149,14 @@ func (s *Surface) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case to.id != "" && !s.leaves(r, to):
 		s.handle(w, r, true, func(w http.ResponseWriter, r *http.Request) error { return s.traffic(w, r, to) })
 	case to.id != "":
-		s.next.ServeHTTP(w, r) // a page of a port may be called as the control API's are
+		s.next.ServeHTTP(w, r) // pages of a port may have paths of the control API
 	case r.URL.Path == "/files":
 		s.handle(w, r, true, s.signed)
 	case isControl(r.URL.Path):
 		s.handle(w, r, false, s.answerControl)
-	case preflight(r) && strings.Contains(strings.ToLower(r.Header.Get("Access-Control-Request-Headers")), strings.ToLower(idHeader)):
-		allowOrigins(w, r) // a browser asks whether it may route by headers
+	case preflight(r) && strings.Contains(strings.ToLower(r.Header.Get("Access-Control-Request-Headers")),
+		strings.ToLower(idHeader)):
+		allowOrigins(w, r) // a browser asks whether it may send the headers that name a sandbox
 	default:
 		s.next.ServeHTTP(w, r)
 	}

@@ -6,14 +6,14 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// envdVersion is what clients decide by what they may ask of the agent for: everything
-// that E2B's has at this version it has.
+// envdVersion is the version of E2B's agent whose features the agent here has. Clients decide by
+// it what they may ask for.
 const envdVersion = "0.6.13"
 
-// clientID is required on the wire and read by nobody.
+// clientID fills a field that the wire requires and no client reads.
 const clientID = "cay"
 
-// sandboxBody is Sandbox: what create, connect and fork answer.
+// sandboxBody is E2B's Sandbox, the answer of create, connect and fork.
 type sandboxBody struct {
 	SandboxID          string  `json:"sandboxID"`
 	TemplateID         string  `json:"templateID"`
@@ -25,20 +25,21 @@ type sandboxBody struct {
 	Domain             *string `json:"domain"`
 }
 
-func (s *Surface) sandboxOf(box sandbox.Sandbox) sandboxBody {
-	keep := keptWith(box)
-	out := sandboxBody{SandboxID: shown(box.ID), TemplateID: box.TemplateID, Alias: box.Template, ClientID: clientID, EnvdVersion: envdVersion}
-	if !keep.open(box) {
-		out.EnvdAccessToken = s.token(envdToken, box.ID)
+func (s *Surface) sandboxOf(sb sandbox.Sandbox) sandboxBody {
+	opts := optionsOf(sb)
+	out := sandboxBody{SandboxID: shown(sb.ID), TemplateID: sb.TemplateID, Alias: sb.Template, ClientID: clientID,
+		EnvdVersion: envdVersion}
+	if !opts.open(sb) {
+		out.EnvdAccessToken = s.token(envdToken, sb.ID)
 	}
-	if !keep.public() {
-		out.TrafficAccessToken = new(s.token(trafficToken, box.ID))
+	if !opts.public() {
+		out.TrafficAccessToken = new(s.token(trafficToken, sb.ID))
 	}
 	out.Domain = s.domain()
 	return out
 }
 
-// domain is where the ports of sandboxes have host names, nil for nowhere.
+// domain returns the domain of the host names of ports, nil if there is none.
 func (s *Surface) domain() *string {
 	if s.Names.Domain == "" {
 		return nil
@@ -46,7 +47,7 @@ func (s *Surface) domain() *string {
 	return &s.Names.Domain
 }
 
-// listedBody is ListedSandbox.
+// listedBody is E2B's ListedSandbox.
 type listedBody struct {
 	SandboxID   string            `json:"sandboxID"`
 	TemplateID  string            `json:"templateID"`
@@ -62,51 +63,51 @@ type listedBody struct {
 	Metadata    map[string]string `json:"metadata,omitempty"`
 }
 
-func listed(box sandbox.Sandbox) listedBody {
+func listed(sb sandbox.Sandbox) listedBody {
 	return listedBody{
-		SandboxID: shown(box.ID), TemplateID: box.TemplateID, Alias: box.Template, ClientID: clientID,
-		// When it was created, so that a listing is in the order of what it shows.
-		StartedAt: box.CreatedAt.UTC(), EndAt: endOf(box).UTC(), State: stateOf(box),
-		CPUCount: box.Size.VCPUs, MemoryMB: box.Size.MemoryMB, DiskSizeMB: box.DiskMB,
-		EnvdVersion: envdVersion, Metadata: box.Metadata,
+		SandboxID: shown(sb.ID), TemplateID: sb.TemplateID, Alias: sb.Template, ClientID: clientID,
+		// The time of creation, so that lists are in the order of the times they show.
+		StartedAt: sb.CreatedAt.UTC(), EndAt: endOf(sb).UTC(), State: stateOf(sb),
+		CPUCount: sb.Size.VCPUs, MemoryMB: sb.Size.MemoryMB, DiskSizeMB: sb.DiskMB,
+		EnvdVersion: envdVersion, Metadata: sb.Metadata,
 	}
 }
 
-// stateOf is the state of a sandbox that is there; all others are running. One that is being suspended takes no
-// traffic any more.
-func stateOf(box sandbox.Sandbox) string {
-	switch box.State {
+// stateOf returns the state of a live sandbox on this API. A sandbox that is being suspended
+// takes no traffic any more, so it is paused; all others are running.
+func stateOf(sb sandbox.Sandbox) string {
+	switch sb.State {
 	case sandbox.Suspending, sandbox.Suspended, sandbox.Waking:
 		return statePaused
 	}
 	return stateRunning
 }
 
-// The states of the wire.
+// The states of this API.
 const (
 	stateRunning = "running"
 	statePaused  = "paused"
 )
 
-// never is the end of a sandbox that has none: the field is required.
+// never is the end of a sandbox without one, since the field is required.
 var never = time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC)
 
-// endOf is when the sandbox stops running, as far as that is known.
-func endOf(box sandbox.Sandbox) time.Time {
+// endOf returns the time when the sandbox stops running, as far as it is known.
+func endOf(sb sandbox.Sandbox) time.Time {
 	switch {
-	case !box.SuspendedAt.IsZero():
-		return box.SuspendedAt
-	case box.Mode == sandbox.Ephemeral && !box.ExpiresAt.IsZero():
-		return box.ExpiresAt
-	case box.Mode == sandbox.Ephemeral:
-		return box.CreatedAt.Add(box.Timeout)
-	case box.IdleTimeout > 0:
-		return box.LastActivityAt.Add(box.IdleTimeout)
+	case !sb.SuspendedAt.IsZero():
+		return sb.SuspendedAt
+	case sb.Mode == sandbox.Ephemeral && !sb.ExpiresAt.IsZero():
+		return sb.ExpiresAt
+	case sb.Mode == sandbox.Ephemeral:
+		return sb.CreatedAt.Add(sb.Timeout)
+	case sb.IdleTimeout > 0:
+		return sb.LastActivityAt.Add(sb.IdleTimeout)
 	}
 	return never
 }
 
-// detailBody is SandboxDetail.
+// detailBody is E2B's SandboxDetail.
 type detailBody struct {
 	listedBody
 	EnvdAccessToken     string        `json:"envdAccessToken,omitempty"`
@@ -121,15 +122,16 @@ type lifecycleBody struct {
 	AutoResume bool   `json:"autoResume"`
 }
 
-func (s *Surface) detail(box sandbox.Sandbox, withToken bool) detailBody {
-	keep := keptWith(box)
-	out := detailBody{listedBody: listed(box), Domain: s.domain(), AllowInternetAccess: keep.Internet, Network: keep.Network,
-		Lifecycle: lifecycleBody{OnTimeout: "kill", AutoResume: keep.wakes(box)}}
-	if box.AtEnd != sandbox.EndDestroys {
+func (s *Surface) detail(sb sandbox.Sandbox, withToken bool) detailBody {
+	opts := optionsOf(sb)
+	out := detailBody{listedBody: listed(sb), Domain: s.domain(), AllowInternetAccess: opts.Internet,
+		Network:   opts.Network,
+		Lifecycle: lifecycleBody{OnTimeout: "kill", AutoResume: opts.wakes(sb)}}
+	if sb.AtEnd != sandbox.EndDestroys {
 		out.Lifecycle.OnTimeout = "pause"
 	}
-	if withToken && !keep.open(box) {
-		out.EnvdAccessToken = s.token(envdToken, box.ID)
+	if withToken && !opts.open(sb) {
+		out.EnvdAccessToken = s.token(envdToken, sb.ID)
 	}
 	return out
 }

@@ -27,33 +27,33 @@ import (
 	"github.com/cayhq/cay/internal/template"
 )
 
-// house is the surface over the real core, a real database and the real client of agents;
-// the machine and what is inside its sandboxes are played.
-type house struct {
-	t      *testing.T
-	url    string
-	node   *caytest.Node
-	boxes  *sandbox.Service
-	auth   *auth.Service
-	agents *agentapi.Client
-	face   *Surface
-	log    *buffer
+// harness runs the Surface over the real core, a real database and the real client of agents. The
+// machine and the agents are fakes.
+type harness struct {
+	t         *testing.T
+	url       string
+	node      *caytest.Node
+	sandboxes *sandbox.Service
+	auth      *auth.Service
+	agents    *agentapi.Client
+	surface   *Surface
+	log       *buffer
 
-	key   string // of the operator's organization, as E2B's clients have it
+	key   string // of the operator's organization, in E2B's format
 	org   auth.Principal
-	other string // of another organization
+	other string // key of another organization
 
 	mu   sync.Mutex
-	seen []*http.Request // what reached the agents; guarded by mu
-	// answer plays the agent; guarded by mu
+	seen []*http.Request // requests that reached the agents or ports; guarded by mu
+	// answer is the agent's handler. Guarded by mu.
 	answer http.HandlerFunc
-	// carried is what was given to the proxy of ports, which fails with portErr; guarded by mu
+	// carried are the destinations given to Serve, which fails with portErr. Guarded by mu.
 	carried []portproxy.Destination
 	portErr error
 }
 
-// Serve plays the proxy of ports.
-func (h *house) Serve(w http.ResponseWriter, r *http.Request, to portproxy.Destination) error {
+// Serve is the fake of the port proxy.
+func (h *harness) Serve(w http.ResponseWriter, r *http.Request, to portproxy.Destination) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.portErr != nil {
@@ -64,7 +64,7 @@ func (h *house) Serve(w http.ResponseWriter, r *http.Request, to portproxy.Desti
 	return nil
 }
 
-// buffer is a log that may be written and read at once.
+// buffer is a log that is safe for concurrent use.
 type buffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -82,10 +82,10 @@ func (b *buffer) String() string {
 	return b.b.String()
 }
 
-func newHouse(t *testing.T) *house {
+func newHarness(t *testing.T) *harness {
 	t.Helper()
 	ctx := t.Context()
-	h := &house{t: t, node: caytest.NewNode(), log: &buffer{}}
+	h := &harness{t: t, node: caytest.NewNode(), log: &buffer{}}
 	log := slog.New(slog.NewTextHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	db, err := store.Open(ctx, filepath.Join(t.TempDir(), "cay.db"))
 	if err != nil {
@@ -97,7 +97,8 @@ func newHouse(t *testing.T) *house {
 	}
 	templates := template.New(template.Config{Sizes: []string{"small"}, MaxDiskMB: 8192}, db, nil, contexts, db, log)
 	h.auth = auth.New(db, auth.Config{Quota: auth.Quota{Sandboxes: 10}, Log: log})
-	h.boxes = sandbox.New(sandbox.Config{Sizes: []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}}, DefaultSize: "small",
+	h.sandboxes = sandbox.New(sandbox.Config{Sizes: []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}},
+		DefaultSize: "small",
 		DefaultDisk: 2048, MaxDisk: 8192, KeepDestroyed: time.Hour, MaxSnapshots: 10}, db, h.node, templates, log, nil)
 	var first string
 	if _, err := h.auth.Bootstrap(ctx, func(secret string) error { first = secret; return nil }); err != nil {
@@ -111,7 +112,8 @@ func newHouse(t *testing.T) *house {
 		t.Fatal(err)
 	}
 	for i, org := range []string{"", h.org.Org.ID} {
-		v := template.Template{ID: "tpl_" + strings.Repeat(string(rune('a'+i)), 20), OrgID: org, Name: []string{"base", "mine"}[i], Status: template.Ready,
+		v := template.Template{ID: "tpl_" + strings.Repeat(string(rune('a'+i)), 20), OrgID: org,
+			Name: []string{"base", "mine"}[i], Status: template.Ready,
 			Version: 1, Image: strings.Repeat("ab", 32), User: "root", CreatedAt: time.Now().UTC(), Egress: sandbox.Egress{Mode: sandbox.AllowAll}}
 		if err := db.InsertTemplate(ctx, v, nil, 0); err != nil {
 			t.Fatal(err)
@@ -121,48 +123,49 @@ func newHouse(t *testing.T) *house {
 	h.agents = agentapi.NewClient(func(ctx context.Context, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "tcp", inside.Listener.Addr().String())
 	})
-	// As a machine does that suspends or ends a sandbox.
+	// A real node drops the connections when it suspends or ends a sandbox.
 	h.node.OnSuspend = func(_ context.Context, id sandbox.ID) error { h.agents.Drop(string(id)); return nil }
 	h.node.OnDestroy = h.node.OnSuspend
 	next := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusTeapot) })
-	h.face = New(Config{Sandboxes: h.boxes, Templates: templates, Auth: h.auth, Agent: h.agents,
+	h.surface = New(Config{Sandboxes: h.sandboxes, Templates: templates, Auth: h.auth, Agent: h.agents,
 		Ports: h, Names: portproxy.Names{Domain: "boxes.example", Scheme: "https"}, Secret: []byte("0123456789abcdef"), Log: log, Registry: prometheus.NewRegistry()}, next)
-	listener := httptest.NewServer(h.face)
+	listener := httptest.NewServer(h.surface)
 	h.url = listener.URL
 	t.Cleanup(func() {
-		h.face.Hangup()
+		h.surface.Hangup()
 		listener.Close()
 		inside.CloseClientConnections()
 		inside.Close()
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer cancel()
-		for _, err := range []error{h.boxes.Close(ctx), h.auth.Close(ctx), db.Close()} {
+		for _, err := range []error{h.sandboxes.Close(ctx), h.auth.Close(ctx), db.Close()} {
 			if err != nil {
 				t.Errorf("closing: %v", err)
 			}
 		}
-		if n := h.boxes.InUse(); n != 0 {
+		if n := h.sandboxes.InUse(); n != 0 {
 			t.Errorf("%d leases are left", n)
 		}
 	})
 	return h
 }
 
-func (h *house) newKey(scopes ...auth.Scope) string {
+func (h *harness) newKey(scopes ...auth.Scope) string {
 	h.t.Helper()
 	var names []string
 	for _, s := range scopes {
 		names = append(names, string(s))
 	}
-	_, secret, err := h.auth.CreateKey(h.t.Context(), h.org, auth.KeyRequest{Name: "test", Scopes: names, Format: auth.FormatE2B})
+	_, secret, err := h.auth.CreateKey(h.t.Context(), h.org,
+		auth.KeyRequest{Name: "test", Scopes: names, Format: auth.FormatE2B})
 	if err != nil {
 		h.t.Fatal(err)
 	}
 	return secret
 }
 
-// agent notes what reaches it, and answers as it is told.
-func (h *house) agent(w http.ResponseWriter, r *http.Request) {
+// agent records the requests that reach it, and answers with h.answer.
+func (h *harness) agent(w http.ResponseWriter, r *http.Request) {
 	h.mu.Lock()
 	h.seen = append(h.seen, r)
 	answer := h.answer
@@ -174,14 +177,14 @@ func (h *house) agent(w http.ResponseWriter, r *http.Request) {
 	answer(w, r)
 }
 
-func (h *house) play(answer http.HandlerFunc) {
+func (h *harness) play(answer http.HandlerFunc) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.answer, h.seen = answer, nil
 }
 
-// reached is what reached the agents since the last play.
-func (h *house) reached() []*http.Request {
+// reached returns the requests since the last play.
+func (h *harness) reached() []*http.Request {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return append([]*http.Request(nil), h.seen...)
@@ -191,11 +194,11 @@ type answer struct {
 	status int
 	header http.Header
 	body   string
-	json   map[string]any // if it is an object
+	json   map[string]any // nil if it is no object
 }
 
-// send makes a request; heads are name, value, name, value.
-func (h *house) send(method, path, body string, heads ...string) answer {
+// send sends a request; heads are header names and values in turn.
+func (h *harness) send(method, path, body string, heads ...string) answer {
 	h.t.Helper()
 	var in io.Reader
 	if body != "" {
@@ -222,18 +225,18 @@ func (h *house) send(method, path, body string, heads ...string) answer {
 		h.t.Fatal(err)
 	}
 	out := answer{status: resp.StatusCode, header: resp.Header, body: string(data)}
-	_ = json.Unmarshal(data, &out.json) // a list is no object
+	_ = json.Unmarshal(data, &out.json) // fails for a list
 	return out
 }
 
 // control makes a call of the control API with the usual key.
-func (h *house) control(method, path, body string) answer {
+func (h *harness) control(method, path, body string) answer {
 	h.t.Helper()
 	return h.send(method, path, body, "X-API-Key", h.key)
 }
 
-// create makes a sandbox and returns its id as it is shown, and its token.
-func (h *house) create(body string) (id, token string) {
+// create makes a sandbox and returns its id, as clients see it, and its token.
+func (h *harness) create(body string) (id, token string) {
 	h.t.Helper()
 	r := h.control("POST", "/v2/sandboxes", body)
 	if r.status != http.StatusCreated {
@@ -244,11 +247,11 @@ func (h *house) create(body string) (id, token string) {
 	return id, token
 }
 
-func (h *house) row(id string) sandbox.Sandbox {
+func (h *harness) row(id string) sandbox.Sandbox {
 	h.t.Helper()
-	box, err := h.boxes.Lookup(h.t.Context(), sandbox.ID(idPrefix+id))
+	sb, err := h.sandboxes.Lookup(h.t.Context(), sandbox.ID(idPrefix+id))
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	return box
+	return sb
 }

@@ -14,13 +14,13 @@ import (
 	"github.com/cayhq/cay/internal/template"
 )
 
-// maxPage is the largest page and what a page is when nobody says.
+// maxPage is the largest page, and the default.
 const maxPage = 100
 
-// nextHeader holds the cursor of the next page, and is absent from the last.
+// nextHeader holds the cursor of the next page; the last page has none.
 const nextHeader = "X-Next-Token"
 
-// paused and running are the states of the core behind those of the wire.
+// running and paused are the core's states for each state of this API.
 var (
 	running = []sandbox.State{sandbox.Running}
 	paused  = []sandbox.State{sandbox.Suspending, sandbox.Suspended, sandbox.Waking}
@@ -43,11 +43,12 @@ func (s *Surface) list(states []sandbox.State) func(http.ResponseWriter, *http.R
 	}
 }
 
-// listPage is how many rows of a listing are held at once. A row may have an environment of 128 KiB, which is not
-// shown.
+// listPage is the number of rows of a listing that are held at once. A row may have an
+// environment of 128 KiB, which the answer does not show.
 const listPage = 8
 
-// answerPage answers with a page of rows. What is shown of them is kept, since the cursor goes before it.
+// answerPage answers with a page of rows. It keeps the encoded rows until the page is complete,
+// since the cursor is in the header.
 func answerPage[T, U any](w http.ResponseWriter, r *http.Request, limit int, cursor string,
 	rows func(limit int, cursor string) ([]T, string, error), shown func(T) U) error {
 	all := []json.RawMessage{}
@@ -61,7 +62,7 @@ func answerPage[T, U any](w http.ResponseWriter, r *http.Request, limit int, cur
 			if err != nil {
 				return err
 			}
-			// Twice: it is put together with all others.
+			// Twice, since the answer is assembled from all rows.
 			if err := callOf(r).account.Take(2 * int64(len(text))); err != nil {
 				return err
 			}
@@ -81,15 +82,15 @@ func page(w http.ResponseWriter, list any, next string) {
 	reply(w, http.StatusOK, list)
 }
 
-// pageError gives the cursor the name that it has here.
+// pageError renames the field of a cursor error to this API's.
 func pageError(err error) error {
 	if f := fault.As(err); f != nil && f.Field == "cursor" {
-		return fault.InField("invalid_cursor", "nextToken", "is not one of this listing").Because(err)
+		return fault.InField("invalid_cursor", "nextToken", "is not a cursor of this listing").Because(err)
 	}
 	return err
 }
 
-// limits reads limit and nextToken.
+// limits parses limit and nextToken.
 func limits(q url.Values) (limit int, cursor string, err error) {
 	limit = maxPage
 	if text := q.Get("limit"); text != "" {
@@ -100,7 +101,7 @@ func limits(q url.Values) (limit int, cursor string, err error) {
 	return limit, q.Get("nextToken"), nil
 }
 
-// filter reads the query of a listing.
+// filter parses the query of a listing.
 func filter(r *http.Request) (f sandbox.Filter, err error) {
 	q := r.URL.Query()
 	f = sandbox.Filter{OrgID: orgOf(r)}
@@ -114,7 +115,7 @@ func filter(r *http.Request) (f sandbox.Filter, err error) {
 		return f, err
 	}
 	if ref := q.Get("template"); ref != "" {
-		// A tag that no template has gives nothing, and so does a name with it.
+		// A tag that no template has finds nothing, nor does a name with it.
 		f.Template = ref
 		if name, err := templateName(ref); err == nil {
 			f.Template = name
@@ -135,7 +136,7 @@ func filter(r *http.Request) (f sandbox.Filter, err error) {
 	return f, nil
 }
 
-// states reads states as clients write them: joined by commas, or several times.
+// states parses states as clients write them: joined by commas, or in several values.
 func states(values []string) ([]sandbox.State, error) {
 	var out []sandbox.State
 	for word := range strings.SplitSeq(strings.Join(values, ","), ",") {
@@ -155,11 +156,11 @@ func states(values []string) ([]sandbox.State, error) {
 	return out, nil
 }
 
-// metadata reads a filter that clients encode three times: once as the value of the query,
-// which is undone already, once as a query of its own, and each name and value once before
-// that.
+// metadata parses a filter that clients encode three times: each name and value, then all pairs
+// as a query, then that as a value of the URL's query, which is decoded already.
 func metadata(text string) (map[string]string, error) {
-	wrong := fault.InField("invalid_metadata", "metadata", "must be NAME=VALUE pairs joined by &, each name and value percent-encoded before they are joined")
+	wrong := fault.InField("invalid_metadata", "metadata",
+		"must be NAME=VALUE pairs joined by &, each name and value percent-encoded before they are joined")
 	pairs, err := url.ParseQuery(text)
 	if err != nil {
 		return nil, wrong
@@ -176,7 +177,7 @@ func metadata(text string) (map[string]string, error) {
 	return out, nil
 }
 
-// templateBody is Template, as far as clients read it.
+// templateBody is E2B's Template, as far as clients read it.
 type templateBody struct {
 	TemplateID  string    `json:"templateID"`
 	BuildID     string    `json:"buildID"`
@@ -205,7 +206,8 @@ func (s *Surface) listTemplates(w http.ResponseWriter, r *http.Request) error {
 }
 
 func templateOf(t template.Template) templateBody {
-	status := map[template.Status]string{template.Ready: "ready", template.Failed: "error", template.Building: "building"}[t.Status]
+	status := map[template.Status]string{template.Ready: "ready", template.Failed: "error",
+		template.Building: "building"}[t.Status]
 	if status == "" {
 		status = "waiting"
 	}
@@ -213,7 +215,8 @@ func templateOf(t template.Template) templateBody {
 	if updated.IsZero() {
 		updated = t.CreatedAt
 	}
-	return templateBody{TemplateID: t.ID, BuildID: t.BuildID, Public: t.Builtin(), Aliases: []string{t.Name}, Names: []string{t.Name},
+	return templateBody{TemplateID: t.ID, BuildID: t.BuildID, Public: t.Builtin(), Aliases: []string{t.Name},
+		Names:      []string{t.Name},
 		DiskSizeMB: t.DiskMB, BuildStatus: status, BuildCount: t.Version,
 		CreatedAt: t.CreatedAt.UTC(), UpdatedAt: updated.UTC(), EnvdVersion: envdVersion}
 }

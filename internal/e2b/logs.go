@@ -13,7 +13,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// logEntry is SandboxLogEntry.
+// logEntry is E2B's SandboxLogEntry.
 type logEntry struct {
 	Timestamp time.Time         `json:"timestamp"`
 	Level     string            `json:"level"`
@@ -21,7 +21,7 @@ type logEntry struct {
 	Fields    map[string]string `json:"fields"`
 }
 
-// maxLogs is how many events one answer reads, at the most.
+// maxLogs is the largest number of events in one answer.
 const maxLogs = 1000
 
 // logger names the source of every log line. E2B's CLI filters by it.
@@ -41,7 +41,7 @@ func logsV1(entries []logEntry) any {
 		text["level"], text["message"], text["logger"] = e.Level, e.Message, logger
 		encoded, err := json.Marshal(text)
 		if err != nil {
-			panic(err) // a map of texts always has a JSON form
+			panic(err) // cannot happen with a map of strings
 		}
 		lines[i] = line{e.Timestamp, string(encoded)}
 	}
@@ -50,8 +50,8 @@ func logsV1(entries []logEntry) any {
 
 func logsV2(entries []logEntry) any { return map[string]any{"logs": entries} }
 
-// logs answers what there is: the events in the life of a sandbox. What its commands print
-// goes to who runs them.
+// logs answers with the events of a sandbox. The output of its commands goes to the clients that
+// run them.
 func (s *Surface) logs(form func([]logEntry) any) func(http.ResponseWriter, *http.Request) error {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		id := sandboxID(r)
@@ -92,7 +92,7 @@ func (s *Surface) logs(form func([]logEntry) any) func(http.ResponseWriter, *htt
 	}
 }
 
-// events reads the newest events of a sandbox, oldest first.
+// events returns the newest events of a sandbox, oldest first.
 func (s *Surface) events(r *http.Request, id sandbox.ID) ([]sandbox.Event, error) {
 	var all []sandbox.Event
 	cursor := ""
@@ -110,7 +110,8 @@ func (s *Surface) events(r *http.Request, id sandbox.ID) ([]sandbox.Event, error
 }
 
 func entryOf(e sandbox.Event) logEntry {
-	out := logEntry{Timestamp: e.At.UTC(), Level: "info", Message: "sandbox " + string(e.To), Fields: map[string]string{"state": string(e.To)}}
+	out := logEntry{Timestamp: e.At.UTC(), Level: "info", Message: "sandbox " + string(e.To),
+		Fields: map[string]string{"state": string(e.To)}}
 	if e.From != "" {
 		out.Fields["from"] = string(e.From)
 	}
@@ -127,7 +128,7 @@ func entryOf(e sandbox.Event) logEntry {
 	return out
 }
 
-// unixMillis reads a time in milliseconds, the zero time for "".
+// unixMillis parses a time in milliseconds; "" is the zero time.
 func unixMillis(text, field string) (time.Time, error) {
 	if text == "" {
 		return time.Time{}, nil

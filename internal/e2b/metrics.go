@@ -14,24 +14,27 @@ import (
 )
 
 const (
-	// sampleEvery is how often a sandbox is asked what it uses: one call to its agent, about
-	// a millisecond of its CPU. Clients draw curves of minutes.
+	// sampleEvery is the interval between two samples of a sandbox. A sample is one call to its
+	// agent and takes about a millisecond of its CPU. Clients draw curves of minutes, so shorter
+	// intervals would only cost CPU.
 	sampleEvery = 15 * time.Second
-	// lookEvery is how often those that are due are looked for. A sandbox has its first
-	// sample after that; clients wait up to 30 s for it.
+	// lookEvery is the interval between two searches for sandboxes that are due. A sandbox has
+	// its first sample after that; clients wait up to 30 s for it.
 	lookEvery = 3 * time.Second
-	// keepSamples is 3 hours of them, some 60 KB a sandbox.
+	// keepSamples is the number of samples kept of a sandbox: 3 hours, some 60 KB.
 	keepSamples = int(3 * time.Hour / sampleEvery)
-	// sampleTimeout bounds one question. A sandbox that does not answer has no sample.
+	// sampleTimeout bounds one call to an agent. A sandbox that does not answer in time gets no
+	// sample.
 	sampleTimeout = 2 * time.Second
-	// samplersAtOnce keep a sandbox that does not answer from holding up all others.
+	// samplersAtOnce is the number of concurrent calls, so that a sandbox that does not answer
+	// does not delay all others.
 	samplersAtOnce = 4
-	// maxMetricIDs is how many sandboxes one request may name.
+	// maxMetricIDs is the number of sandboxes that one request may name.
 	maxMetricIDs = 100
 )
 
-// samples is what sandboxes that came by here used of their machines. It is memory alone:
-// another life of the server begins anew.
+// samples holds what recently used sandboxes use of their machine. It is lost when the server
+// restarts.
 type samples struct {
 	mu sync.Mutex
 	// +checklocks:mu
@@ -39,7 +42,7 @@ type samples struct {
 }
 
 type history struct {
-	asked   time.Time // last
+	asked   time.Time // time of the last call
 	samples []agentapi.Metrics
 }
 
@@ -60,7 +63,7 @@ func (s *samples) forget(id sandbox.ID) {
 	delete(s.of, id)
 }
 
-// due takes the sandboxes that are to be asked now.
+// due returns the sandboxes to be sampled now.
 func (s *samples) due(now time.Time) []sandbox.ID {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -87,22 +90,22 @@ func (s *samples) add(id sandbox.ID, m agentapi.Metrics) {
 	h.samples = append(h.samples, m)
 }
 
-// between copies the samples of a time, both ends included.
-func (s *samples) between(box sandbox.Sandbox, from, to int64) []metricBody {
+// between returns the samples from one time to another, both included.
+func (s *samples) between(sb sandbox.Sandbox, from, to int64) []metricBody {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	out := []metricBody{}
-	if h := s.of[box.ID]; h != nil {
+	if h := s.of[sb.ID]; h != nil {
 		for _, m := range h.samples {
 			if m.Unix >= from && m.Unix <= to {
-				out = append(out, metricOf(m, box.Size.VCPUs))
+				out = append(out, metricOf(m, sb.Size.VCPUs))
 			}
 		}
 	}
 	return out
 }
 
-// Run samples until ctx ends.
+// Run takes samples until ctx ends.
 func (s *Surface) Run(ctx context.Context) {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
@@ -133,29 +136,29 @@ func (s *Surface) sample(ctx context.Context, ids []sandbox.ID) {
 	wg.Wait()
 }
 
-// sampleOne asks one sandbox, if it runs. It is no activity, and holds nobody up: a
-// suspend breaks the question.
+// sampleOne samples one sandbox, if it runs. This is no activity of the sandbox, and delays no
+// operation: a suspend breaks the call.
 func (s *Surface) sampleOne(ctx context.Context, id sandbox.ID) {
 	ctx, cancel := context.WithTimeout(ctx, sampleTimeout)
 	defer cancel()
-	box, err := s.Sandboxes.Lookup(ctx, id)
+	sb, err := s.Sandboxes.Lookup(ctx, id)
 	switch {
-	case fault.Is(err, fault.NotFound) || err == nil && box.State.Over():
+	case fault.Is(err, fault.NotFound) || err == nil && sb.State.Over():
 		s.samples.forget(id)
 		return
-	case err != nil || box.State != sandbox.Running:
+	case err != nil || sb.State != sandbox.Running:
 		return
 	}
-	m, err := s.Agent.Metrics(ctx, target(box))
+	m, err := s.Agent.Metrics(ctx, target(sb))
 	if err != nil {
 		s.Log.DebugContext(ctx, "sampling a sandbox", "sandbox", id, "error", err)
 		return
 	}
-	m.Unix = time.Now().Unix() // its own clock is its own
+	m.Unix = time.Now().Unix() // the sandbox's own clock is not trusted
 	s.samples.add(id, m)
 }
 
-// metricBody is SandboxMetric.
+// metricBody is E2B's SandboxMetric.
 type metricBody struct {
 	Timestamp     time.Time `json:"timestamp"`
 	TimestampUnix int64     `json:"timestampUnix"`
@@ -168,11 +171,12 @@ type metricBody struct {
 	DiskTotal     int64     `json:"diskTotal"`
 }
 
-// metricOf encodes a sample of a sandbox with vcpus virtual CPUs. The agent reports the
-// CPUs of the host, of which a sandbox of a shared size sees all.
+// metricOf encodes a sample of a sandbox with vcpus virtual CPUs. The agent reports the CPUs of
+// the host, since a sandbox of a shared size sees all of them.
 func metricOf(m agentapi.Metrics, vcpus int) metricBody {
-	return metricBody{Timestamp: time.Unix(m.Unix, 0).UTC(), TimestampUnix: m.Unix, CPUCount: vcpus, CPUUsedPct: m.CPUPercent,
-		MemUsed: m.MemUsed, MemTotal: m.MemTotal, MemCache: m.MemCache, DiskUsed: m.DiskUsed, DiskTotal: m.DiskTotal}
+	return metricBody{Timestamp: time.Unix(m.Unix, 0).UTC(), TimestampUnix: m.Unix, CPUCount: vcpus,
+		CPUUsedPct: m.CPUPercent, MemUsed: m.MemUsed, MemTotal: m.MemTotal, MemCache: m.MemCache,
+		DiskUsed: m.DiskUsed, DiskTotal: m.DiskTotal}
 }
 
 // metrics answers GET /sandboxes/{id}/metrics.
@@ -190,17 +194,17 @@ func (s *Surface) metrics(w http.ResponseWriter, r *http.Request) error {
 		return fault.InField("invalid_start", "start", "must not be after end")
 	}
 	id := sandboxID(r)
-	box, err := s.present(r, id)
+	sb, err := s.present(r, id)
 	if err != nil {
 		return err
 	}
 	s.samples.follow(id)
-	reply(w, http.StatusOK, s.samples.between(box, from, to))
+	reply(w, http.StatusOK, s.samples.between(sb, from, to))
 	return nil
 }
 
-// latestMetrics answers GET /sandboxes/metrics: the latest sample of each that is named and
-// there.
+// latestMetrics answers GET /sandboxes/metrics with the latest sample of each live sandbox that
+// is named.
 func (s *Surface) latestMetrics(w http.ResponseWriter, r *http.Request) error {
 	names := strings.FieldsFunc(strings.Join(r.URL.Query()["sandbox_ids"], ","), func(c rune) bool { return c == ',' })
 	if len(names) == 0 || len(names) > maxMetricIDs {
@@ -209,7 +213,7 @@ func (s *Surface) latestMetrics(w http.ResponseWriter, r *http.Request) error {
 	out := map[string]metricBody{}
 	for _, name := range names {
 		id := sandbox.ID(idPrefix + name)
-		box, err := s.present(r, id)
+		sb, err := s.present(r, id)
 		if fault.Is(err, fault.NotFound) {
 			continue
 		}
@@ -217,7 +221,7 @@ func (s *Surface) latestMetrics(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 		s.samples.follow(id)
-		if all := s.samples.between(box, 0, never.Unix()); len(all) > 0 {
+		if all := s.samples.between(sb, 0, never.Unix()); len(all) > 0 {
 			out[name] = all[len(all)-1]
 		}
 	}

@@ -21,7 +21,7 @@ type networkBody struct {
 	HTTPSPorts         []int                        `json:"httpsPorts,omitempty"`
 }
 
-// updateBody is NetworkUpdate: it replaces what was said before.
+// updateBody is E2B's NetworkUpdate. It replaces the former settings.
 type updateBody struct {
 	AllowOut            []string                     `json:"allowOut"`
 	DenyOut             []string                     `json:"denyOut"`
@@ -32,11 +32,11 @@ type updateBody struct {
 
 var everything = netip.MustParsePrefix("0.0.0.0/0")
 
-// egress is the policy of what a request says about the network, nil when it says nothing:
-// then it is the template's.
+// egress returns the policy for what a request says about the network, nil if it says nothing, so
+// that the template's policy applies.
 //
-// Here, what is allowed goes before what is denied, and what neither speaks of passes. The
-// core has it the other way round: so what is allowed is taken out of what is denied.
+// In this API allow rules take precedence over deny rules, and all other traffic passes. In the
+// core, deny rules take precedence. So egress subtracts the allowed ranges from the denied ones.
 func egress(internet *bool, n *networkBody) (*sandbox.Egress, error) {
 	closed := internet != nil && !*internet
 	if n == nil {
@@ -55,7 +55,7 @@ func egress(internet *bool, n *networkBody) (*sandbox.Egress, error) {
 		if err != nil || isName {
 			return nil, fault.InField("invalid_network", "network.denyOut", "%.100q is not an address or a range", text)
 		}
-		if p.Addr().Is4() { // IPv6 is denied to all
+		if p.Addr().Is4() { // all IPv6 is denied
 			deny = append(deny, p)
 		}
 		closed = closed || p == everything
@@ -65,7 +65,8 @@ func egress(internet *bool, n *networkBody) (*sandbox.Egress, error) {
 		r := sandbox.EgressRequest{Mode: string(sandbox.DenyAll), AllowCIDRs: texts(allow), AllowDomains: names}
 		return parsed(r)
 	case len(names) > 0:
-		return nil, fault.InField("invalid_network", "network.allowOut", "domains can be allowed when all else is denied: put 0.0.0.0/0 into denyOut")
+		return nil, fault.InField("invalid_network", "network.allowOut",
+			"domains can be allowed when all else is denied: put 0.0.0.0/0 into denyOut")
 	case len(deny) == 0:
 		return nil, nil
 	}
@@ -73,13 +74,15 @@ func egress(internet *bool, n *networkBody) (*sandbox.Egress, error) {
 	for _, p := range deny {
 		left = subtract(left, p, allow)
 		if len(left) > sandbox.MaxEgressCIDRs {
-			return nil, fault.InField("invalid_network", "network.denyOut", "is more than %d ranges without what allowOut takes out of it", sandbox.MaxEgressCIDRs)
+			return nil, fault.InField("invalid_network", "network.denyOut",
+				"is more than %d ranges without what allowOut takes out of it", sandbox.MaxEgressCIDRs)
 		}
 	}
 	if len(left) == 0 {
 		return parsed(sandbox.EgressRequest{Mode: string(sandbox.AllowAll)})
 	}
-	return parsed(sandbox.EgressRequest{Mode: string(sandbox.DenyAll), AllowCIDRs: []string{everything.String()}, DenyCIDRs: texts(left)})
+	return parsed(sandbox.EgressRequest{Mode: string(sandbox.DenyAll), AllowCIDRs: []string{everything.String()},
+		DenyCIDRs: texts(left)})
 }
 
 func refuseNetwork(n *networkBody) error {
@@ -99,20 +102,22 @@ func parsed(r sandbox.EgressRequest) (*sandbox.Egress, error) {
 	if f := fault.As(err); f != nil {
 		named := f.Because(err)
 		named.Code = "invalid_network"
-		named.Field = strings.NewReplacer("egress.allow_cidrs", "network.allowOut", "egress.allow_domains", "network.allowOut",
+		named.Field = strings.NewReplacer("egress.allow_cidrs", "network.allowOut", "egress.allow_domains",
+			"network.allowOut",
 			"egress.deny_cidrs", "network.denyOut").Replace(f.Field)
 		return nil, named
 	}
 	return &e, err
 }
 
-// parseAllowed tells ranges from names.
+// parseAllowed parses a list of ranges and names.
 func parseAllowed(list []string) (ranges []netip.Prefix, names []string, err error) {
 	for _, text := range list {
 		p, isName, err := parseRange(text)
 		switch {
 		case err != nil:
-			return nil, nil, fault.InField("invalid_network", "network.allowOut", "%.100q is not an address, a range or a domain", text)
+			return nil, nil, fault.InField("invalid_network", "network.allowOut",
+				"%.100q is not an address, a range or a domain", text)
 		case isName:
 			names = append(names, text)
 		case !p.Addr().Is4():
@@ -124,7 +129,7 @@ func parseAllowed(list []string) (ranges []netip.Prefix, names []string, err err
 	return ranges, names, nil
 }
 
-// parseRange reads an address or a range; what begins like neither is a name.
+// parseRange parses an address or a range. Any other text is a name.
 func parseRange(text string) (p netip.Prefix, isName bool, err error) {
 	if addr, err := netip.ParseAddr(text); err == nil {
 		return netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen()), false, nil
@@ -136,7 +141,7 @@ func parseRange(text string) (p netip.Prefix, isName bool, err error) {
 	return p, true, nil
 }
 
-// subtract adds to list what is left of p without the ranges of without.
+// subtract appends to list the parts of p outside the ranges of without.
 func subtract(list []netip.Prefix, p netip.Prefix, without []netip.Prefix) []netip.Prefix {
 	touched := false
 	for _, w := range without {
@@ -154,7 +159,7 @@ func subtract(list []netip.Prefix, p netip.Prefix, without []netip.Prefix) []net
 	return subtract(subtract(list, low, without), high, without)
 }
 
-// halves are the two ranges that an IPv4 range of more than one address consists of.
+// halves splits an IPv4 range of more than one address in two.
 func halves(p netip.Prefix) (low, high netip.Prefix) {
 	bits := p.Bits() + 1
 	b := p.Addr().As4()
@@ -177,11 +182,11 @@ func (s *Surface) setNetwork(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	id := sandboxID(r)
-	box, err := s.present(r, id)
+	sb, err := s.present(r, id)
 	if err != nil {
 		return err
 	}
-	keep := keptWith(box)
+	opts := optionsOf(sb)
 	now := networkBody{AllowOut: in.AllowOut, DenyOut: in.DenyOut, Rules: in.Rules, EgressProxy: in.EgressProxy}
 	policy, err := egress(in.AllowInternetAccess, &now)
 	if err != nil {
@@ -193,13 +198,13 @@ func (s *Surface) setNetwork(w http.ResponseWriter, r *http.Request) error {
 	if _, err := s.Sandboxes.SetEgress(r.Context(), orgOf(r), id, *policy); err != nil {
 		return ended(err, id)
 	}
-	if keep.Made {
-		// What is not about the way out stays.
-		if old := keep.Network; old != nil {
+	if opts.Made {
+		// Settings that do not concern egress stay.
+		if old := opts.Network; old != nil {
 			now.AllowPublicTraffic, now.MaskRequestHost = old.AllowPublicTraffic, old.MaskRequestHost
 		}
-		keep.Network, keep.Internet = &now, in.AllowInternetAccess
-		if _, err := s.Sandboxes.SetSurface(r.Context(), orgOf(r), id, keep.String()); err != nil {
+		opts.Network, opts.Internet = &now, in.AllowInternetAccess
+		if _, err := s.Sandboxes.SetSurface(r.Context(), orgOf(r), id, opts.String()); err != nil {
 			return ended(err, id)
 		}
 	}

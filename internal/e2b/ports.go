@@ -11,57 +11,59 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// trafficHeader opens ports that are not public.
+// trafficHeader is the header with the token for ports that are not public.
 const trafficHeader = "E2b-Traffic-Access-Token"
 
-// errPrivate is the answer at a port that is not public.
-var errPrivate = fault.New(fault.Denied, "private", "the ports of this sandbox are not public: a valid %s is needed", trafficHeader)
+// errPrivate is returned for a port that is not public.
+var errPrivate = fault.New(fault.Denied, "private", "the ports of this sandbox are not public: a valid %s is needed",
+	trafficHeader)
 
-// leaves reports whether a request is the next handler's after all: one by a host name of
-// the operator's domain, for a port that is not open by the rules here. There are keys,
-// signatures and public ports of the v1 API, for the sandboxes of both.
+// leaves reports whether a request for a port belongs to the next handler: it uses a host name of
+// the operator's domain, and the rules of this API do not open the port. The v1 API's keys,
+// signatures and public ports are valid there, for sandboxes of both APIs.
 func (s *Surface) leaves(r *http.Request, to place) bool {
 	if _, _, ok := s.Names.Parse(r.Host); !ok || to.port == envdPort || len(r.Header.Values(idHeader)) > 0 {
 		return false
 	}
-	box, err := s.Sandboxes.Lookup(r.Context(), to.sandbox())
-	return err != nil || !s.mayReach(r, box, keptWith(box))
+	sb, err := s.Sandboxes.Lookup(r.Context(), to.sandbox())
+	return err != nil || !s.mayReach(r, sb, optionsOf(sb))
 }
 
 // mayReach reports whether a request may pass to the ports of a sandbox.
-func (s *Surface) mayReach(r *http.Request, box sandbox.Sandbox, k kept) bool {
+func (s *Surface) mayReach(r *http.Request, sb sandbox.Sandbox, o options) bool {
 	given := r.Header.Values(trafficHeader)
-	return k.public() || len(given) == 1 && s.isToken(given[0], trafficToken, box.ID)
+	return o.public() || len(given) == 1 && s.isToken(given[0], trafficToken, sb.ID)
 }
 
-// servePort carries a request to a port that a program inside listens on.
-func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, box sandbox.Sandbox, to place) error {
+// servePort passes a request to a port of a program inside.
+func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, sb sandbox.Sandbox, to place) error {
 	callOf(r).route = "port"
-	kept := keptWith(box)
-	if !takesTraffic(box, kept) {
+	opts := optionsOf(sb)
+	if !takesTraffic(sb, opts) {
 		return gone{to, notFoundText, false}
 	}
-	if !s.mayReach(r, box, kept) {
+	if !s.mayReach(r, sb, opts) {
 		return errPrivate
 	}
-	if err := s.account(r, box.OrgID, portCost); err != nil {
+	if err := s.account(r, sb.OrgID, portCost); err != nil {
 		return err
 	}
-	lease, err := s.lease(r.Context(), box, kept)
+	lease, err := s.lease(r.Context(), sb, opts)
 	if err != nil {
-		return away(err, to)
+		return goneError(err, to)
 	}
 	defer lease.Release()
-	s.samples.follow(box.ID)
+	s.samples.follow(sb.ID)
 	for _, own := range []string{idHeader, portHeader, trafficHeader} {
 		r.Header.Del(own)
 	}
-	if s.isToken(r.Header.Get(agentapi.TokenHeader), envdToken, box.ID) { // clients send it to every port
+	if s.isToken(r.Header.Get(agentapi.TokenHeader), envdToken, sb.ID) { // clients send it to every port
 		r.Header.Del(agentapi.TokenHeader)
 	}
-	clear(w.Header()) // it is the application's
-	host := strings.ReplaceAll(kept.HostMask, "${PORT}", strconv.Itoa(to.port))
-	err = s.Ports.Serve(w, r, portproxy.Destination{Target: target(lease.Sandbox), Port: to.port, Host: host, Shared: to.shared})
+	clear(w.Header()) // the application sets its own
+	host := strings.ReplaceAll(opts.HostMask, "${PORT}", strconv.Itoa(to.port))
+	err = s.Ports.Serve(w, r, portproxy.Destination{Target: target(lease.Sandbox), Port: to.port, Host: host,
+		Shared: to.shared})
 	if err == nil {
 		return nil
 	}
@@ -80,5 +82,5 @@ func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, box sandbox.
 	case f.Code == agentapi.CodeUnreachable:
 		return s.unanswered(r, lease.Sandbox, to)
 	}
-	return away(err, to)
+	return goneError(err, to)
 }

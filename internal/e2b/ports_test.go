@@ -10,16 +10,18 @@ import (
 )
 
 func TestPorts(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	open, _ := h.create(`{"templateID":"base"}`)
-	private := h.control("POST", "/v2/sandboxes", `{"templateID":"base","network":{"allowPublicTraffic":false,"maskRequestHost":"app:${PORT}"}}`).json
+	private := h.control("POST", "/v2/sandboxes",
+		`{"templateID":"base","network":{"allowPublicTraffic":false,"maskRequestHost":"app:${PORT}"}}`).json
 	closed, _ := private["sandboxID"].(string)
 	traffic, _ := private["trafficAccessToken"].(string)
-	box, err := h.boxes.Create(t.Context(), sandbox.Caller{OrgID: h.org.Org.ID}, sandbox.Request{Template: "base"}, sandbox.Once{}, true)
+	sb, err := h.sandboxes.Create(t.Context(), sandbox.Caller{OrgID: h.org.Org.ID}, sandbox.Request{Template: "base"},
+		sandbox.Once{}, true)
 	if err != nil {
 		t.Fatal(err)
 	}
-	v1 := shown(box.ID)
+	v1 := shown(sb.ID)
 	for name, c := range map[string]struct {
 		heads  []string
 		status int
@@ -29,11 +31,11 @@ func TestPorts(t *testing.T) {
 		"public, by our host":         {[]string{"Host", "8080-" + open + ".boxes.example"}, 202},
 		"private":                     {[]string{idHeader, closed, portHeader, "8080"}, 403},
 		"private, wrong token":        {[]string{idHeader, closed, portHeader, "8080", trafficHeader, "x"}, 403},
-		"private, another's token":    {[]string{idHeader, closed, portHeader, "8080", trafficHeader, h.face.token(trafficToken, sandbox.ID(idPrefix+open))}, 403},
-		"private, the token for envd": {[]string{idHeader, closed, portHeader, "8080", trafficHeader, h.face.token(envdToken, sandbox.ID(idPrefix+closed))}, 403},
+		"private, another's token":    {[]string{idHeader, closed, portHeader, "8080", trafficHeader, h.surface.token(trafficToken, sandbox.ID(idPrefix+open))}, 403},
+		"private, the token for envd": {[]string{idHeader, closed, portHeader, "8080", trafficHeader, h.surface.token(envdToken, sandbox.ID(idPrefix+closed))}, 403},
 		"private, with its token":     {[]string{idHeader, closed, portHeader, "8080", trafficHeader, traffic}, 202},
 		"private, by any host":        {[]string{"Host", "8080-" + closed + ".somewhere"}, 403},
-		"private, by our host":        {[]string{"Host", "8080-" + closed + ".boxes.example"}, 418}, // a key or a signature may open it
+		"private, by our host":        {[]string{"Host", "8080-" + closed + ".boxes.example"}, 418}, // the next handler decides by key or signature
 		"of v1, by headers":           {[]string{idHeader, v1, portHeader, "8080"}, 403},
 		"of v1, by our host":          {[]string{"Host", "8080-" + v1 + ".boxes.example"}, 418},
 		"of nobody, by our host":      {[]string{"Host", "8080-aaaaaaaaaaaaaaaaaaaa.boxes.example"}, 418},
@@ -45,7 +47,8 @@ func TestPorts(t *testing.T) {
 		}
 	}
 	for _, to := range h.carried {
-		if host := map[string]string{open: "", closed: "app:8080"}[shown(sandbox.ID(to.Target.SandboxID))]; to.Port != 8080 || to.Host != host || to.Path != "" {
+		if host := map[string]string{open: "", closed: "app:8080"}[shown(sandbox.ID(to.Target.SandboxID))]; to.Port != 8080 ||
+			to.Host != host || to.Path != "" {
 			t.Errorf("carried to %+v", to)
 		}
 	}

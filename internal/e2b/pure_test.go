@@ -33,7 +33,7 @@ func TestEgress(t *testing.T) {
 		internet *bool
 		network  *networkBody
 		want     *sandbox.Egress
-		field    string // of the refusal
+		field    string // field of the expected error, "" for none
 	}{
 		"nothing said":           {},
 		"allowed":                {internet: &yes},
@@ -69,7 +69,7 @@ func TestEgress(t *testing.T) {
 	}
 }
 
-// TestSubtract compares with looking at every address.
+// TestSubtract compares subtract with a check of every address.
 func TestSubtract(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	draw := func() netip.Prefix {
@@ -136,7 +136,8 @@ func TestTokens(t *testing.T) {
 	seen := map[string]bool{}
 	for _, kind := range []string{envdToken, trafficToken} {
 		for _, id := range []sandbox.ID{"sbx_a", "sbx_b"} {
-			if token := s.token(kind, id); seen[token] || !portproxy.HasSecret(token) || token != s.token(kind, id) || !s.isToken(token, kind, id) || !s.isToken(token[len(tokenMark):], kind, id) || s.isToken(token, kind, "sbx_c") {
+			if token := s.token(kind, id); seen[token] || !portproxy.HasSecret(token) || token != s.token(kind, id) ||
+				!s.isToken(token, kind, id) || !s.isToken(token[len(tokenMark):], kind, id) || s.isToken(token, kind, "sbx_c") {
 				t.Errorf("the %s token of %s is %s", kind, id, token)
 			} else {
 				seen[token] = true
@@ -185,7 +186,8 @@ func TestServed(t *testing.T) {
 	}
 }
 
-// TestSamplesAreBounded: a history has an end, and a sandbox that is not followed none.
+// TestSamplesAreBounded checks that a history is bounded, and that a sandbox that is not followed
+// has none.
 func TestSamplesAreBounded(t *testing.T) {
 	s := newSamples()
 	s.add("sbx_gone", agentapi.Metrics{Unix: 1})
@@ -241,7 +243,8 @@ func FuzzRange(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
-		for _, n := range []*networkBody{{AllowOut: []string{text}}, {DenyOut: []string{text}}, {DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{text}}} {
+		for _, n := range []*networkBody{{AllowOut: []string{text}}, {DenyOut: []string{text}},
+			{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{text}}} {
 			if e, err := egress(nil, n); err != nil && !fault.Is(err, fault.Invalid) {
 				t.Errorf("%q: %+v, %v", text, e, err)
 			}

@@ -19,7 +19,7 @@ type forkErrorBody struct {
 	Message string `json:"message"`
 }
 
-// fork answers POST /sandboxes/{id}/fork: an entry for each child, made or not.
+// fork answers POST /sandboxes/{id}/fork with an entry for each child, made or not.
 func (s *Surface) fork(w http.ResponseWriter, r *http.Request) error {
 	in := struct {
 		Timeout int64 `json:"timeout"` // seconds
@@ -36,12 +36,12 @@ func (s *Surface) fork(w http.ResponseWriter, r *http.Request) error {
 		return fault.InField("invalid_count", "count", "must be from 1 to %d", sandbox.MaxFork)
 	}
 	id := sandboxID(r)
-	box, err := s.present(r, id)
+	sb, err := s.present(r, id)
 	if err != nil {
 		return err
 	}
-	request := sandbox.ForkRequest{Count: in.Count, Request: sandbox.Request{Surface: box.Surface}}
-	if box.Mode == sandbox.Ephemeral {
+	request := sandbox.ForkRequest{Count: in.Count, Request: sandbox.Request{Surface: sb.Surface}}
+	if sb.Mode == sandbox.Ephemeral {
 		request.Timeout = &timeout
 	}
 	children, err := s.Sandboxes.Fork(r.Context(), caller(r), id, request)
@@ -62,7 +62,7 @@ func (s *Surface) fork(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// snapshotBody is SnapshotInfo. The time is of ours, and read by nobody yet.
+// snapshotBody is E2B's SnapshotInfo, with a time that E2B does not have.
 type snapshotBody struct {
 	SnapshotID string    `json:"snapshotID"`
 	Names      []string  `json:"names"`
@@ -120,8 +120,8 @@ func (s *Surface) listSnapshots(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// deleteSnapshot answers DELETE /templates/{ref}: on this wire a snapshot is a template.
-// Templates themselves are the v1 API's.
+// deleteSnapshot answers DELETE /templates/{ref}, since a snapshot is a template in this API.
+// Templates are deleted through the v1 API.
 func (s *Surface) deleteSnapshot(w http.ResponseWriter, r *http.Request) error {
 	name, err := templateName(r.PathValue("ref"))
 	if err != nil {
@@ -131,7 +131,8 @@ func (s *Surface) deleteSnapshot(w http.ResponseWriter, r *http.Request) error {
 	if fault.Is(err, fault.NotFound) {
 		_, err = s.Templates.Get(r.Context(), orgOf(r), name)
 		if err == nil {
-			err = unsupported("templates are not deleted through this API: use DELETE /v1/templates/{template} or `cay templates delete`")
+			err = unsupported(
+				"templates are not deleted through this API: use DELETE /v1/templates/{template} or `cay templates delete`")
 		}
 	}
 	if err != nil {

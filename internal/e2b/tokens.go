@@ -16,23 +16,23 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// What clients hold for a sandbox is not the agent's own token. That one is the host's: it
-// opens calls that only the host makes, is another one in every life of the sandbox, while
-// clients keep theirs through pauses, and E2B's clients send what they hold to programs
-// inside as well. So theirs is derived from the server's secret and the sandbox's id,
-// checked here, and replaced by the agent's on the way in.
+// The token that clients hold for a sandbox is not the agent's key. The agent's key opens calls
+// that only the host makes, and changes with every run of the sandbox, while clients keep their
+// tokens through pauses. E2B's clients also send their tokens to programs inside. So a client's
+// token is derived from the server's secret and the sandbox's id, is checked here, and never
+// reaches the sandbox.
 
-// The tokens of a sandbox, by what they open.
+// The kinds of tokens of a sandbox.
 const (
 	envdToken    = "envd"    // commands and files
-	trafficToken = "traffic" // other ports, when they are not public
+	trafficToken = "traffic" // other ports, if they are not public
 )
 
-// tokenMark begins tokens, so that the proxy recognises one that goes astray. Clients of an older
-// server have theirs without it, and keep them as long as their sandboxes.
+// tokenMark is the first part of a token, by which portproxy recognises one that goes astray.
+// Clients of an older server have tokens without it, and keep them as long as their sandboxes.
 const tokenMark = "cayt_"
 
-// token returns a sandbox's token, as clients are given it.
+// token returns a sandbox's token, with its mark.
 func (s *Surface) token(kind string, id sandbox.ID) string { return tokenMark + s.tokenSum(kind, id) }
 
 // isToken reports whether a text is a sandbox's token, with its mark or without.
@@ -43,16 +43,17 @@ func (s *Surface) isToken(text, kind string, id sandbox.ID) bool {
 func (s *Surface) tokenSum(kind string, id sandbox.ID) string {
 	mac := hmac.New(sha256.New, s.Secret)
 	mac.Write([]byte(kind + ":" + string(id)))
-	return hex.EncodeToString(mac.Sum(nil)[:20]) // 160 bits: nobody guesses them
+	return hex.EncodeToString(mac.Sum(nil)[:20]) // 160 bits cannot be guessed
 }
 
 // same compares texts in constant time.
 func same(a, b string) bool { return subtle.ConstantTimeCompare([]byte(a), []byte(b)) == 1 }
 
-// errNoToken has the text that clients know.
-var errNoToken = fault.New(fault.Unauthenticated, "unauthorized", "unauthorized access, please provide a valid access token or method signing if supported")
+// errNoToken has E2B's text, which clients know.
+var errNoToken = fault.New(fault.Unauthenticated, "unauthorized",
+	"unauthorized access, please provide a valid access token or method signing if supported")
 
-// signatureError is an error of a signature as it is answered.
+// signatureError returns the answer for an error of a signature.
 func signatureError(err error) error {
 	if err == nil {
 		return nil
@@ -60,7 +61,7 @@ func signatureError(err error) error {
 	return fault.New(fault.Unauthenticated, "unauthorized", "%s", err).Because(err)
 }
 
-// checkSignature checks a request for /files that brings a signature instead of a token.
+// checkSignature checks the signature of a request for /files, which replaces a token.
 func (s *Surface) checkSignature(r *http.Request, id sandbox.ID) error {
 	q, now := r.URL.Query(), time.Now()
 	err := agentapi.CheckSignature(r.Method, q, s.token(envdToken, id), now)
@@ -70,26 +71,27 @@ func (s *Surface) checkSignature(r *http.Request, id sandbox.ID) error {
 	return err
 }
 
-// Rates of searches. A signature is a hash over the path and the token, so nothing can be looked
-// up by it: a search costs a hash for every living sandbox, a millisecond or two for a thousand.
-// Higher rates would let strangers load the server; clients that fetch more name the sandbox, by
-// host or headers.
+// Rates of searches. A signature is a hash over the path and the token, so no index can find its
+// sandbox: a search computes a hash for every living sandbox, a millisecond or two for a
+// thousand. Higher rates would let strangers load the server; clients that fetch more name the
+// sandbox in the host or the headers.
 const (
-	searchesPerSecond   = 20 // of all
+	searchesPerSecond   = 20 // in all
 	searchesBurst       = 100
 	searchesOfOne       = 5 // of one address
 	searchesOfOneAtOnce = 25
 )
 
-// signed answers a request for /files whose URL names no sandbox: the one whose token made
-// its signature is meant.
+// signed answers a request for /files whose URL names no sandbox. It serves the sandbox whose
+// token made the signature.
 func (s *Surface) signed(w http.ResponseWriter, r *http.Request) error {
 	if preflight(r) {
 		allowOrigins(w, r)
 		return nil
 	}
 	if r.URL.Query().Get("signature") == "" {
-		return fault.New(fault.Invalid, "no_sandbox", "the URL names no sandbox: it needs a signature, or the headers %s and %s", idHeader, portHeader)
+		return fault.New(fault.Invalid, "no_sandbox",
+			"the URL names no sandbox: it needs a signature, or the headers %s and %s", idHeader, portHeader)
 	}
 	if len(r.URL.Query().Get("signature")) != agentapi.SignatureLength {
 		return signatureError(agentapi.ErrSignatureInvalid)
@@ -100,7 +102,8 @@ func (s *Surface) signed(w http.ResponseWriter, r *http.Request) error {
 		wait = s.search.Take("", now)
 	}
 	if wait > 0 {
-		return fault.New(fault.Exhausted, "too_many_searches", "the URL names no sandbox, and too many such are looked for; use the host name %d-ID, or the headers %s and %s",
+		return fault.New(fault.Exhausted, "too_many_searches",
+			"the URL names no sandbox, and too many such are looked for; use the host name %d-ID, or the headers %s and %s",
 			envdPort, idHeader, portHeader).After(wait)
 	}
 	ids, err := s.Sandboxes.Living(r.Context())

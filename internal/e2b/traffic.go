@@ -13,9 +13,9 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// inside is what the agent serves to those outside, by path. The calls that the host makes
-// are not here.
-var inside = map[string][]string{
+// agentPaths are the paths that the agent serves to clients, with their methods. The host's own
+// calls are not among them.
+var agentPaths = map[string][]string{
 	"/health":        {http.MethodGet},
 	"/metrics":       {http.MethodGet},
 	"/envs":          {http.MethodGet},
@@ -23,8 +23,8 @@ var inside = map[string][]string{
 	"/files/compose": {http.MethodPost},
 }
 
-// procedures are the calls of the Connect protocol that are served; true is a stream, which
-// ends with the server.
+// procedures are the calls of the Connect protocol that clients may make; true marks a stream,
+// which ends when the server stops.
 var procedures = map[string]bool{
 	"/process.Process/List": false, "/process.Process/Start": true, "/process.Process/Connect": true,
 	"/process.Process/Update": false, "/process.Process/SendInput": false, "/process.Process/SendSignal": false,
@@ -36,12 +36,12 @@ var procedures = map[string]bool{
 	"/filesystem.Filesystem/RemoveWatcher": false,
 }
 
-// served reports whether the agent serves that to those outside.
+// served reports whether the agent serves a request of a client.
 func served(r *http.Request) bool {
 	if _, ok := procedures[r.URL.Path]; ok {
-		return r.Method == http.MethodPost || r.Method == http.MethodGet // a GET may be a unary call's
+		return r.Method == http.MethodPost || r.Method == http.MethodGet // unary calls may use GET
 	}
-	for _, method := range inside[r.URL.Path] {
+	for _, method := range agentPaths[r.URL.Path] {
 		if r.Method == method {
 			return true
 		}
@@ -49,10 +49,10 @@ func served(r *http.Request) bool {
 	return false
 }
 
-// traffic carries a request to a port of a sandbox.
+// traffic passes a request to a port of a sandbox.
 func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) error {
 	callOf(r).sandbox = string(to.sandbox())
-	box, err := s.Sandboxes.Lookup(r.Context(), to.sandbox())
+	sb, err := s.Sandboxes.Lookup(r.Context(), to.sandbox())
 	if fault.Is(err, fault.NotFound) {
 		return gone{to, notFoundText, false}
 	}
@@ -60,7 +60,7 @@ func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) erro
 		return err
 	}
 	if to.port != envdPort {
-		return s.servePort(w, r, box, to)
+		return s.servePort(w, r, sb, to)
 	}
 	if preflight(r) {
 		allowOrigins(w, r)
@@ -70,74 +70,74 @@ func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) erro
 		return fault.New(fault.NotFound, "no_such_route", "there is no %s %s", r.Method, r.URL.Path)
 	}
 	callOf(r).route = r.URL.Path
-	r.Header.Del("Upgrade") // the agent has no other protocol, and one in its place must have none
-	kept := keptWith(box)
-	if !takesTraffic(box, kept) || r.URL.Path == "/health" && box.State != sandbox.Running {
+	r.Header.Del("Upgrade") // the agent has no upgrades, and a program that poses as it must get none
+	opts := optionsOf(sb)
+	if !takesTraffic(sb, opts) || r.URL.Path == "/health" && sb.State != sandbox.Running {
 		return gone{to, notFoundText, false}
 	}
-	if err := s.admitEnvd(r, box, kept); err != nil {
+	if err := s.admitEnvd(r, sb, opts); err != nil {
 		return err
 	}
-	if err := s.account(r, box.OrgID, trafficCost); err != nil {
-		return err // before the sandbox is woken
+	if err := s.account(r, sb.OrgID, trafficCost); err != nil {
+		return err // before waking the sandbox
 	}
-	lease, err := s.lease(r.Context(), box, kept)
+	lease, err := s.lease(r.Context(), sb, opts)
 	if err != nil {
-		return away(err, to)
+		return goneError(err, to)
 	}
 	defer lease.Release()
-	s.samples.follow(box.ID)
+	s.samples.follow(sb.ID)
 	return s.forward(w, r, lease.Sandbox, to)
 }
 
-// takesTraffic reports whether the sandbox runs, or is one that traffic wakes.
-func takesTraffic(box sandbox.Sandbox, k kept) bool {
-	return box.State == sandbox.Running || stateOf(box) == statePaused && k.wakes(box)
+// takesTraffic reports whether the sandbox runs, or wakes when traffic comes.
+func takesTraffic(sb sandbox.Sandbox, o options) bool {
+	return sb.State == sandbox.Running || stateOf(sb) == statePaused && o.wakes(sb)
 }
 
-// admitEnvd checks the token, or the signature that stands in for it.
-func (s *Surface) admitEnvd(r *http.Request, box sandbox.Sandbox, k kept) error {
-	if r.URL.Path == "/health" || k.open(box) {
+// admitEnvd checks the token, or the signature that replaces it.
+func (s *Surface) admitEnvd(r *http.Request, sb sandbox.Sandbox, o options) error {
+	if r.URL.Path == "/health" || o.open(sb) {
 		return nil
 	}
 	given := r.Header.Values(agentapi.TokenHeader)
 	switch {
-	case len(given) == 1 && s.isToken(given[0], envdToken, box.ID):
+	case len(given) == 1 && s.isToken(given[0], envdToken, sb.ID):
 		return nil
 	case len(given) == 0 && r.URL.Path == "/files":
-		return signatureError(s.checkSignature(r, box.ID))
+		return signatureError(s.checkSignature(r, sb.ID))
 	}
 	return errNoToken
 }
 
-// lease leases a sandbox that runs; one that traffic wakes is woken.
-func (s *Surface) lease(ctx context.Context, box sandbox.Sandbox, k kept) (*sandbox.Lease, error) {
-	lease, err := s.Sandboxes.Attach(ctx, box.ID)
-	if err == nil || !k.wakes(box) || !fault.Is(err, fault.Conflict) {
+// lease leases a running sandbox, and first wakes one that wakes when traffic comes.
+func (s *Surface) lease(ctx context.Context, sb sandbox.Sandbox, o options) (*sandbox.Lease, error) {
+	lease, err := s.Sandboxes.Attach(ctx, sb.ID)
+	if err == nil || !o.wakes(sb) || !fault.Is(err, fault.Conflict) {
 		return lease, err
 	}
-	org, err := s.Auth.Org(ctx, box.OrgID)
+	org, err := s.Auth.Org(ctx, sb.OrgID)
 	if err != nil {
 		return nil, err
 	}
-	return s.Sandboxes.Connect(ctx, sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}, box.ID)
+	return s.Sandboxes.Connect(ctx, sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}, sb.ID)
 }
 
-// away is what clients are told of a sandbox that was there a moment ago.
-func away(err error, to place) error {
+// goneError returns the answer for a sandbox that existed a moment ago.
+func goneError(err error, to place) error {
 	if fault.Is(err, fault.Conflict) || fault.Is(err, fault.NotFound) {
 		return gone{to, notFoundText, false}
 	}
 	return err
 }
 
-func target(box sandbox.Sandbox) agentapi.Target {
-	return agentapi.Target{SandboxID: string(box.ID), Run: box.Run}
+func target(sb sandbox.Sandbox) agentapi.Target {
+	return agentapi.Target{SandboxID: string(sb.ID), Run: sb.Run}
 }
 
-// forward makes the request to the agent. It returns an error only before the answer has
-// begun; what breaks later breaks the connection.
-func (s *Surface) forward(w http.ResponseWriter, r *http.Request, box sandbox.Sandbox, to place) error {
+// forward passes the request to the agent. It returns an error only before the answer has begun;
+// a later failure breaks the connection.
+func (s *Surface) forward(w http.ResponseWriter, r *http.Request, sb sandbox.Sandbox, to place) error {
 	var failed error
 	if procedures[r.URL.Path] {
 		ctx, cancel := context.WithCancel(r.Context())
@@ -146,11 +146,11 @@ func (s *Surface) forward(w http.ResponseWriter, r *http.Request, box sandbox.Sa
 		r = r.WithContext(ctx)
 	}
 	p := httputil.ReverseProxy{
-		Transport:     s.Agent.Transport(target(box), procedures[r.URL.Path]),
-		FlushInterval: -1, // each message as it comes: clients wait for the first
+		Transport:     s.Agent.Transport(target(sb), procedures[r.URL.Path]),
+		FlushInterval: -1, // pass on each message at once; clients wait for the first
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			q := pr.In.URL.Query()
-			if q.Has("signature") { // checked here, with the client's token
+			if q.Has("signature") { // it was checked here against the client's token
 				q.Del("signature")
 				q.Del("signature_expiration")
 				pr.Out.URL.RawQuery = q.Encode()
@@ -162,23 +162,23 @@ func (s *Surface) forward(w http.ResponseWriter, r *http.Request, box sandbox.Sa
 				pr.Out.Header.Del(own)
 			}
 			portproxy.WithoutSecrets(pr.Out.Header)
-			if _, _, basic := pr.In.BasicAuth(); !basic { // that names a user; anything else is a key gone astray
+			if _, _, basic := pr.In.BasicAuth(); !basic { // basic authentication names a user; anything else may be a stray key
 				pr.Out.Header.Del("Authorization")
 			}
 		},
 		ModifyResponse: func(resp *http.Response) error {
-			portproxy.CleanAnswer(resp.Header, true) // root inside answers as it likes
+			portproxy.CleanAnswer(resp.Header, true) // root inside may answer instead of the agent
 			ownHead(resp.Header, callOf(r).id)
 			return nil
 		},
 		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err error) { failed = err },
 		ErrorLog:     slog.NewLogLogger(s.Log.Handler(), slog.LevelDebug),
 	}
-	// The agent answers before a body has ended, a stream's with its first message. Without
-	// this net/http would take the rest of the body away from who still sends it. A writer
-	// that has no connection is one of a test.
+	// The agent answers before a body has ended, and a stream with its first message. Without
+	// this net/http would then discard the rest of the body. The writers of tests have no
+	// connection, and fail.
 	_ = http.NewResponseController(w).EnableFullDuplex()
-	clear(w.Header()) // the answer brings its own
+	clear(w.Header()) // the answer has its own headers
 	p.ServeHTTP(w, r)
 	if failed == nil {
 		portproxy.CleanTrailers(w.Header(), true)
@@ -190,19 +190,19 @@ func (s *Surface) forward(w http.ResponseWriter, r *http.Request, box sandbox.Sa
 		return err
 	}
 	if r.Context().Err() != nil && s.stopped.Err() == nil {
-		return failed // nobody hears it
+		return failed // the caller has left
 	}
 	if f := fault.As(failed); f != nil && f.Kind == fault.Unavailable || errors.Is(failed, context.Canceled) {
-		return s.unanswered(r, box, to)
+		return s.unanswered(r, sb, to)
 	}
-	return away(failed, to)
+	return goneError(failed, to)
 }
 
-// unanswered is the answer to a request that the agent did not answer: the sandbox has gone
-// meanwhile, or does not do what it should.
-func (s *Surface) unanswered(r *http.Request, box sandbox.Sandbox, to place) error {
-	now, err := s.Sandboxes.Lookup(context.WithoutCancel(r.Context()), box.ID)
-	if err == nil && now.State == sandbox.Running && now.Run == box.Run {
+// unanswered returns the error for a request that the agent did not answer: the sandbox has gone,
+// or does not work as it should.
+func (s *Surface) unanswered(r *http.Request, sb sandbox.Sandbox, to place) error {
+	now, err := s.Sandboxes.Lookup(context.WithoutCancel(r.Context()), sb.ID)
+	if err == nil && now.State == sandbox.Running && now.Run == sb.Run {
 		return gone{to, "The sandbox is running but does not answer", true}
 	}
 	return gone{to, notFoundText, false}

@@ -21,21 +21,22 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// toEnvd are the headers of a call to the agent.
+// toEnvd returns the headers of a call to the agent.
 func toEnvd(id, token string) []string {
 	return []string{idHeader, id, portHeader, "49983", agentapi.TokenHeader, token}
 }
 
 func TestTraffic(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	id, token := h.create(`{"templateID":"base"}`)
 	_, otherToken := h.create(`{"templateID":"base"}`)
-	box := h.row(id)
+	sb := h.row(id)
 	h.play(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Set-Cookie", "a=b")
 		fmt.Fprint(w, "from inside")
 	})
-	r := h.send("POST", "/process.Process/List", `{}`, append(toEnvd(id, token), "X-API-Key", h.key, "Cookie", "c=d", "Authorization", "Basic dXNlcjo=")...)
+	r := h.send("POST", "/process.Process/List", `{}`,
+		append(toEnvd(id, token), "X-API-Key", h.key, "Cookie", "c=d", "Authorization", "Basic dXNlcjo=")...)
 	if r.status != 200 || r.body != "from inside" || r.header.Get("Set-Cookie") != "" {
 		t.Errorf("answered %d %q %v", r.status, r.body, r.header)
 	}
@@ -44,13 +45,15 @@ func TestTraffic(t *testing.T) {
 		t.Fatalf("%d requests reached the agent", len(seen))
 	}
 	in := seen[0].Header
-	if in.Get(agentapi.TokenHeader) != "" || in.Get("X-Api-Key") != "" || in.Get("Cookie") != "" || in.Get(idHeader) != "" || in.Get("Authorization") == "" {
+	if in.Get(agentapi.TokenHeader) != "" || in.Get("X-Api-Key") != "" || in.Get("Cookie") != "" ||
+		in.Get(idHeader) != "" || in.Get("Authorization") == "" {
 		t.Errorf("the agent sees %v", in)
 	}
-	if r := h.send("GET", "/envs", "", append(toEnvd(id, token), "Authorization", "Bearer "+h.key)...); r.status != 200 || h.reached()[1].Header.Get("Authorization") != "" {
+	if r := h.send("GET", "/envs", "", append(toEnvd(id, token), "Authorization", "Bearer "+h.key)...); r.status != 200 ||
+		h.reached()[1].Header.Get("Authorization") != "" {
 		t.Errorf("a key that went astray: %d %v", r.status, h.reached()[1].Header)
 	}
-	if token == box.Token || strings.Contains(h.log.String(), token) || strings.Contains(h.log.String(), box.Token) {
+	if token == sb.Token || strings.Contains(h.log.String(), token) || strings.Contains(h.log.String(), sb.Token) {
 		t.Error("the token is the agent's, or in the log")
 	}
 
@@ -66,7 +69,7 @@ func TestTraffic(t *testing.T) {
 		"host-only: busy":            {"GET", "/busy", toEnvd(id, token), 404},
 		"host-only: tunnel":          {"GET", "/tunnel?port=1", toEnvd(id, token), 404},
 		"host-only: hidden in dots":  {"POST", "/files/%2e%2e/init", toEnvd(id, token), 404},
-		"with the agent's own token": {"GET", "/envs", toEnvd(id, box.Token), 401},
+		"with the agent's own token": {"GET", "/envs", toEnvd(id, sb.Token), 401},
 		"with another's token":       {"GET", "/envs", toEnvd(id, otherToken), 401},
 		"without a token":            {"GET", "/envs", []string{idHeader, id, portHeader, "49983"}, 401},
 		"files without a token":      {"GET", "/files?path=x", []string{idHeader, id, portHeader, "49983"}, 401},
@@ -95,13 +98,14 @@ func TestTraffic(t *testing.T) {
 	}
 }
 
-// TestAnswersFromInside has root inside answer in the agent's place, with a page that wants the
-// origin of the API, before, in and after its answer.
+// TestAnswersFromInside has root inside answer instead of the agent, with headers and a page that
+// try to take over the API's origin, before, in and after its answer.
 func TestAnswersFromInside(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	id, token := h.create(`{"templateID":"base"}`)
-	grabs := map[string]string{"Set-Cookie": "a=b; Path=/", "Service-Worker-Allowed": "/", "Clear-Site-Data": `"*"`, "Strict-Transport-Security": "max-age=9",
-		"Alt-Svc": "clear", "Nel": "{}", "Access-Control-Allow-Credentials": "true", "Www-Authenticate": "Negotiate"}
+	grabs := map[string]string{"Set-Cookie": "a=b; Path=/", "Service-Worker-Allowed": "/", "Clear-Site-Data": `"*"`,
+		"Strict-Transport-Security": "max-age=9", "Alt-Svc": "clear", "Nel": "{}",
+		"Access-Control-Allow-Credentials": "true", "Www-Authenticate": "Negotiate"}
 	h.play(func(w http.ResponseWriter, r *http.Request) {
 		for name, value := range grabs {
 			w.Header().Set(name, value)
@@ -142,7 +146,8 @@ func TestAnswersFromInside(t *testing.T) {
 				t.Errorf("%s: %s passes", path, name)
 			}
 		}
-		if p := resp.Header.Values("Content-Security-Policy"); len(p) != 1 || !strings.Contains(p[0], "default-src 'none'") || !strings.HasSuffix(p[0], "sandbox") {
+		if p := resp.Header.Values("Content-Security-Policy"); len(p) != 1 || !strings.Contains(p[0], "default-src 'none'") ||
+			!strings.HasSuffix(p[0], "sandbox") {
 			t.Errorf("%s: the policy is %q", path, p)
 		}
 		if resp.Header.Get("Referrer-Policy") != "no-referrer" || resp.Header.Get("X-Content-Type-Options") != "nosniff" {
@@ -156,9 +161,9 @@ func TestAnswersFromInside(t *testing.T) {
 	}
 }
 
-// TestTokensOfBefore has the token that an older server gave for the sandbox, without its mark.
+// TestTokensOfBefore uses the token that an older server gave for the sandbox, without its mark.
 func TestTokensOfBefore(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	id, token := h.create(`{"templateID":"base"}`)
 	older := strings.TrimPrefix(token, tokenMark)
 	h.play(nil)
@@ -170,7 +175,7 @@ func TestTokensOfBefore(t *testing.T) {
 	if r := h.send("GET", "/files?"+q.Encode(), "", idHeader, id, portHeader, "49983"); r.status != 204 {
 		t.Errorf("signed: %d %s", r.status, r.body)
 	}
-	// Clients send it to every port; the program there is not to have it.
+	// Clients send it to every port; the program there must not get it.
 	if r := h.send("GET", "/", "", idHeader, id, portHeader, "8080", agentapi.TokenHeader, older); r.status != 202 {
 		t.Fatalf("a port: %d %s", r.status, r.body)
 	}
@@ -186,7 +191,7 @@ func TestTokensOfBefore(t *testing.T) {
 }
 
 func TestSignedURLsFindTheirSandbox(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	h.create(`{"templateID":"base"}`)
 	id, token := h.create(`{"templateID":"base"}`)
 	h.create(`{"templateID":"base"}`)
@@ -203,7 +208,8 @@ func TestSignedURLsFindTheirSandbox(t *testing.T) {
 		t.Fatalf("%d %s", r.status, r.body)
 	}
 	seen := h.reached()
-	if q := seen[0].URL.Query(); seen[0].Header.Get(agentapi.TokenHeader) != "" || q.Get("path") != "a+b c" || q.Has("signature") {
+	if q := seen[0].URL.Query(); seen[0].Header.Get(agentapi.TokenHeader) != "" || q.Get("path") != "a+b c" ||
+		q.Has("signature") {
 		t.Errorf("the agent sees %s", seen[0].URL)
 	}
 	for name, c := range map[string]struct {
@@ -228,10 +234,10 @@ func TestSignedURLsFindTheirSandbox(t *testing.T) {
 	}
 }
 
-// TestSearchesAreLimited has signatures that name no sandbox, made up and right ones, come as fast
-// as they can.
+// TestSearchesAreLimited sends signatures without a sandbox, wrong and right ones, as fast as
+// possible.
 func TestSearchesAreLimited(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	id, token := h.create(`{"templateID":"base"}`)
 	h.play(nil)
 	q := url.Values{"path": {"x"}}
@@ -253,7 +259,8 @@ func TestSearchesAreLimited(t *testing.T) {
 	if refused == 0 || searched < searchesOfOneAtOnce {
 		t.Errorf("%d were looked for, %d refused", searched, refused)
 	}
-	// What has no form of a signature is not looked for, and one that names its sandbox need not be.
+	// A text that has not the form of a signature starts no search, nor does a request that names
+	// its sandbox.
 	if r := h.send("GET", "/files?path=x&signature=v1_x", ""); r.status != 401 {
 		t.Errorf("no signature: %d %s", r.status, r.body)
 	}
@@ -263,13 +270,15 @@ func TestSearchesAreLimited(t *testing.T) {
 	}
 }
 
-// TestStrangersAreLimited has one address try the control API and a sandbox without what they need.
+// TestStrangersAreLimited calls the control API and a sandbox from one address, without a key or
+// token.
 func TestStrangersAreLimited(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	id, token := h.create(`{"templateID":"base"}`)
-	h.face.Auth = strict{h.auth}
+	h.surface.Auth = exhausted{h.auth}
 	for name, heads := range map[string][]string{"the control API": nil, "the agent": toEnvd(id, "cayt_x")} {
-		if r := h.send("GET", "/sandboxes", "", heads...); len(heads) == 0 && (r.status != 429 || r.json["error_code"] != auth.CodeTooManyAttempts || r.header.Get("Retry-After") == "") {
+		if r := h.send("GET", "/sandboxes", "", heads...); len(heads) == 0 &&
+			(r.status != 429 || r.json["error_code"] != auth.CodeTooManyAttempts || r.header.Get("Retry-After") == "") {
 			t.Errorf("%s: %d %v %s", name, r.status, r.header, r.body)
 		}
 		if r := h.send("GET", "/envs", "", heads...); len(heads) > 0 && r.status != 429 {
@@ -285,15 +294,15 @@ func TestStrangersAreLimited(t *testing.T) {
 	}
 }
 
-// strict has no attempts left for anybody.
-type strict struct{ Auth }
+// exhausted is an Auth that has no attempts left for any address.
+type exhausted struct{ Auth }
 
-func (strict) Failed(string) error {
+func (exhausted) Failed(string) error {
 	return fault.New(fault.Exhausted, auth.CodeTooManyAttempts, "no").After(time.Second)
 }
 
 // stream opens a stream to the agent, which answers one line and then waits.
-func (h *house) stream(id, token string) *bufio.Reader {
+func (h *harness) stream(id, token string) *bufio.Reader {
 	h.t.Helper()
 	h.play(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
@@ -321,10 +330,10 @@ func (h *house) stream(id, token string) *bufio.Reader {
 	return out
 }
 
-// TestStreamsBreak: when a sandbox goes its streams break, and do not end, after it is known
-// as gone.
+// TestStreamsBreak checks that the streams of a sandbox that goes away break, and do not end in
+// order, after the row says that it has gone.
 func TestStreamsBreak(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	for name, end := range map[string]func(id string){
 		"kill": func(id string) {
 			if r := h.control("DELETE", "/sandboxes/"+id, ""); r.status != 204 {
@@ -341,7 +350,7 @@ func TestStreamsBreak(t *testing.T) {
 				t.Errorf("timeout: %d %s", r.status, r.body)
 			}
 		},
-		"shutdown": func(string) { h.face.Hangup() }, // the last: it is for ever
+		"shutdown": func(string) { h.surface.Hangup() }, // must be the last
 	} {
 		if name == "shutdown" {
 			continue
@@ -370,16 +379,16 @@ func TestStreamsBreak(t *testing.T) {
 	}
 	id, token := h.create(`{"templateID":"base"}`)
 	out := h.stream(id, token)
-	h.face.Hangup()
+	h.surface.Hangup()
 	if _, err := io.ReadAll(out); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("shutdown: the stream ended with %v", err)
 	}
 }
 
-// TestCallersWhoGo: a call that its caller leaves, or never finishes sending, is over, and
-// nobody holds the sandbox any more.
+// TestCallersWhoGo checks that a call whose caller leaves, or never finishes sending, ends and
+// releases its lease.
 func TestCallersWhoGo(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	id, token := h.create(`{"templateID":"base"}`)
 	begun, left := make(chan struct{}, 1), make(chan struct{}, 1)
 	h.play(func(w http.ResponseWriter, r *http.Request) {
@@ -397,24 +406,25 @@ func TestCallersWhoGo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	fmt.Fprintf(conn, "POST /process.Process/Start HTTP/1.1\r\nHost: x\r\n%s: %s\r\n%s: 49983\r\nX-Access-Token: %s\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n\x00\x00\x00\r\n", idHeader, id, portHeader, token)
+	fmt.Fprintf(conn, "POST /process.Process/Start HTTP/1.1\r\nHost: x\r\n%s: %s\r\n%s: 49983\r\nX-Access-Token: %s\r\n"+
+		"Transfer-Encoding: chunked\r\n\r\n3\r\n\x00\x00\x00\r\n", idHeader, id, portHeader, token)
 	<-begun
-	if n := h.boxes.InUse(); n != 1 {
+	if n := h.sandboxes.InUse(); n != 1 {
 		t.Errorf("%d leases while a call goes on", n)
 	}
 	conn.Close()
 	<-left
-	for end := time.Now().Add(10 * time.Second); h.boxes.InUse() > 0; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(10 * time.Second); h.sandboxes.InUse() > 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("the lease is held for ever")
 		}
 	}
 }
 
-// TestBodiesThatDoNotCome: who does not send what was announced is told so, and not that the
-// server is broken.
+// TestBodiesThatDoNotCome checks that a caller that does not send its announced body gets an
+// error about that, not an internal one.
 func TestBodiesThatDoNotCome(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	id, token := h.create(`{"templateID":"base"}`)
 	h.play(func(_ http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
@@ -441,7 +451,7 @@ func TestBodiesThatDoNotCome(t *testing.T) {
 }
 
 func TestTrafficWakes(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	ctx := context.Background()
 	id, token := h.create(`{"templateID":"base","autoPause":true,"autoResume":{"enabled":true}}`)
 	quiet, quietToken := h.create(`{"templateID":"base","autoPause":true}`)
@@ -459,42 +469,46 @@ func TestTrafficWakes(t *testing.T) {
 	if r := h.send("GET", "/envs", "", toEnvd(id, token)...); r.status != 204 || h.row(id).State != sandbox.Running {
 		t.Errorf("with one: %d %s, %s", r.status, r.body, h.row(id).State)
 	}
-	if r := h.send("GET", "/envs", "", toEnvd(quiet, quietToken)...); r.status != 502 || h.row(quiet).State != sandbox.Suspended {
+	if r := h.send("GET", "/envs", "", toEnvd(quiet, quietToken)...); r.status != 502 ||
+		h.row(quiet).State != sandbox.Suspended {
 		t.Errorf("one that is not to wake: %d, %s", r.status, h.row(quiet).State)
 	}
-	// A persistent one of the v1 API wakes for any call, as it does there; an ephemeral one is
-	// as it was made, with a token.
-	box, err := h.boxes.Create(ctx, sandbox.Caller{OrgID: h.org.Org.ID}, sandbox.Request{Template: "base", Mode: "persistent"}, sandbox.Once{}, true)
+	// A persistent sandbox of the v1 API wakes for any call, as it does there. An ephemeral one
+	// keeps its settings, and needs a token.
+	sb, err := h.sandboxes.Create(ctx, sandbox.Caller{OrgID: h.org.Org.ID},
+		sandbox.Request{Template: "base", Mode: "persistent"}, sandbox.Once{}, true)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := h.boxes.Suspend(ctx, h.org.Org.ID, box.ID); err != nil {
+	if _, err := h.sandboxes.Suspend(ctx, h.org.Org.ID, sb.ID); err != nil {
 		t.Fatal(err)
 	}
-	if r := h.send("GET", "/envs", "", toEnvd(shown(box.ID), h.face.token(envdToken, box.ID))...); r.status != 204 {
+	if r := h.send("GET", "/envs", "", toEnvd(shown(sb.ID), h.surface.token(envdToken, sb.ID))...); r.status != 204 {
 		t.Errorf("a persistent one: %d %s", r.status, r.body)
 	}
-	if r := h.control("POST", "/sandboxes/"+shown(box.ID)+"/timeout", `{"timeout":10}`); r.status != 409 {
+	if r := h.control("POST", "/sandboxes/"+shown(sb.ID)+"/timeout", `{"timeout":10}`); r.status != 409 {
 		t.Errorf("the timeout of a persistent one: %d %s", r.status, r.body)
 	}
-	if r := h.control("POST", "/v2/sandboxes/"+shown(box.ID)+"/connect", `{}`); r.status != 200 {
+	if r := h.control("POST", "/v2/sandboxes/"+shown(sb.ID)+"/connect", `{}`); r.status != 200 {
 		t.Errorf("connecting to a persistent one: %d %s", r.status, r.body)
 	}
 }
 
 func TestBrowsersMayCall(t *testing.T) {
-	h := newHouse(t)
+	h := newHarness(t)
 	id, _ := h.create(`{"templateID":"base"}`)
 	for name, heads := range map[string][]string{
 		"by headers": {"Access-Control-Request-Headers", "e2b-sandbox-id,e2b-sandbox-port,x-access-token"},
 		"by host":    {"Host", "49983-" + id + ".example.com"},
 	} {
-		r := h.send("OPTIONS", "/process.Process/List", "", append(heads, "Origin", "https://page.example", "Access-Control-Request-Method", "POST")...)
+		r := h.send("OPTIONS", "/process.Process/List", "",
+			append(heads, "Origin", "https://page.example", "Access-Control-Request-Method", "POST")...)
 		if r.status != 204 || r.header.Get("Access-Control-Allow-Origin") != "*" {
 			t.Errorf("%s: %d %v", name, r.status, r.header)
 		}
 	}
-	if r := h.send("OPTIONS", "/v1/sandboxes", "", "Origin", "https://page.example", "Access-Control-Request-Method", "POST"); r.status != http.StatusTeapot {
+	if r := h.send("OPTIONS", "/v1/sandboxes", "", "Origin", "https://page.example", "Access-Control-Request-Method",
+		"POST"); r.status != http.StatusTeapot {
 		t.Errorf("v1 is the other handler's: %d", r.status)
 	}
 }

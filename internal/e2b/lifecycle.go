@@ -10,12 +10,12 @@ import (
 
 // get answers GET /sandboxes/{id}.
 func (s *Surface) get(w http.ResponseWriter, r *http.Request) error {
-	box, err := s.present(r, sandboxID(r))
+	sb, err := s.present(r, sandboxID(r))
 	if err != nil {
 		return err
 	}
-	who := callOf(r).who
-	reply(w, http.StatusOK, s.detail(box, who.May(use[0]) && who.May(use[1])))
+	principal := callOf(r).principal
+	reply(w, http.StatusOK, s.detail(sb, principal.May(tokenScopes[0]) && principal.May(tokenScopes[1])))
 	return nil
 }
 
@@ -44,7 +44,7 @@ func (s *Surface) setTimeout(w http.ResponseWriter, r *http.Request) error {
 	if in.Timeout == nil {
 		return fault.InField("invalid_timeout", "timeout", "is required")
 	}
-	return s.giveTime(w, r, seconds(*in.Timeout), false)
+	return s.changeTimeout(w, r, seconds(*in.Timeout), false)
 }
 
 // refresh answers POST /sandboxes/{id}/refreshes.
@@ -55,10 +55,10 @@ func (s *Surface) refresh(w http.ResponseWriter, r *http.Request) error {
 	if err := read(w, r, &in); err != nil {
 		return err
 	}
-	return s.giveTime(w, r, seconds(in.Duration), true)
+	return s.changeTimeout(w, r, seconds(in.Duration), true)
 }
 
-func (s *Surface) giveTime(w http.ResponseWriter, r *http.Request, timeout time.Duration, later bool) error {
+func (s *Surface) changeTimeout(w http.ResponseWriter, r *http.Request, timeout time.Duration, later bool) error {
 	id := sandboxID(r)
 	if err := tooLong(timeout); err != nil {
 		return err
@@ -85,11 +85,11 @@ func (s *Surface) pause(w http.ResponseWriter, r *http.Request) error {
 		return unsupported(noMemorylessPause)
 	}
 	id := sandboxID(r)
-	box, err := s.present(r, id)
+	sb, err := s.present(r, id)
 	if err != nil {
 		return err
 	}
-	if box.State == sandbox.Running || box.State == sandbox.Suspending {
+	if sb.State == sandbox.Running || sb.State == sandbox.Suspending {
 		_, err = s.Sandboxes.Pause(r.Context(), orgOf(r), id)
 		if f := fault.As(err); f == nil || f.Code != "sandbox_not_running" {
 			if err != nil {
@@ -98,17 +98,17 @@ func (s *Surface) pause(w http.ResponseWriter, r *http.Request) error {
 			w.WriteHeader(http.StatusNoContent)
 			return nil
 		}
-		if box, err = s.present(r, id); err != nil { // it changed meanwhile
+		if sb, err = s.present(r, id); err != nil { // its state changed meanwhile
 			return err
 		}
 	}
-	return fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is %s already", shown(id), stateOf(box))
+	return fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is already %s", shown(id), stateOf(sb))
 }
 
-// connectTimeout is what a sandbox has from a connect that says nothing.
+// connectTimeout is the timeout, in seconds, of a connect that names none.
 const connectTimeout = 300
 
-// connect answers POST /sandboxes/{id}/connect: 200 when it ran, 201 when it was paused.
+// connect answers POST /sandboxes/{id}/connect: 200 if the sandbox ran, 201 if it was paused.
 func (s *Surface) connect(w http.ResponseWriter, r *http.Request) error {
 	in := struct {
 		Timeout int64 `json:"timeout"`
@@ -118,9 +118,9 @@ func (s *Surface) connect(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if !in.Memory {
-		return unsupported("a sandbox is woken with its memory: it is not started anew from its files")
+		return unsupported("a sandbox wakes with its memory; this server cannot start one from its files alone")
 	}
-	box, paused, err := s.wake(r, seconds(in.Timeout))
+	sb, paused, err := s.wake(r, seconds(in.Timeout))
 	if err != nil {
 		return err
 	}
@@ -128,11 +128,11 @@ func (s *Surface) connect(w http.ResponseWriter, r *http.Request) error {
 	if paused {
 		status = http.StatusCreated
 	}
-	reply(w, status, s.sandboxOf(box))
+	reply(w, status, s.sandboxOf(sb))
 	return nil
 }
 
-// resume answers POST /sandboxes/{id}/resume, which connect came after.
+// resume answers POST /sandboxes/{id}/resume, which connect has replaced.
 func (s *Surface) resume(w http.ResponseWriter, r *http.Request) error {
 	in := struct {
 		Timeout   int64 `json:"timeout"`
@@ -142,45 +142,47 @@ func (s *Surface) resume(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if in.AutoPause != nil {
-		return unsupported("autoPause: what happens at the end is said when a sandbox is created")
+		return unsupported("autoPause: it can be set only when a sandbox is created")
 	}
 	id := sandboxID(r)
-	box, err := s.present(r, id)
+	sb, err := s.present(r, id)
 	if err != nil {
 		return err
 	}
-	if box.State == sandbox.Running {
-		return fault.New(fault.Conflict, "sandbox_running", "sandbox %s is running already", shown(id))
+	if sb.State == sandbox.Running {
+		return fault.New(fault.Conflict, "sandbox_running", "sandbox %s is already running", shown(id))
 	}
-	if box, _, err = s.wake(r, seconds(in.Timeout)); err != nil {
+	if sb, _, err = s.wake(r, seconds(in.Timeout)); err != nil {
 		return err
 	}
-	reply(w, http.StatusCreated, s.sandboxOf(box))
+	reply(w, http.StatusCreated, s.sandboxOf(sb))
 	return nil
 }
 
-// wake brings a sandbox to running, for so long at the least.
-func (s *Surface) wake(r *http.Request, timeout time.Duration) (box sandbox.Sandbox, paused bool, err error) {
+// wake makes a sandbox run, for at least timeout.
+func (s *Surface) wake(r *http.Request, timeout time.Duration) (sb sandbox.Sandbox, paused bool, err error) {
 	id := sandboxID(r)
 	if err := tooLong(timeout); err != nil {
-		return box, false, err
+		return sb, false, err
 	}
 	if timeout < sandbox.MinTimeout {
-		return box, false, fault.InField("invalid_timeout", "timeout", "must be at least %d second", sandbox.MinTimeout/time.Second)
+		return sb, false, fault.InField("invalid_timeout", "timeout", "must be at least %d second",
+			sandbox.MinTimeout/time.Second)
 	}
 	before, err := s.present(r, id)
 	if err != nil {
-		return box, false, err
+		return sb, false, err
 	}
-	if box, err = s.Sandboxes.WakeFor(r.Context(), caller(r), id, timeout); err != nil {
-		return box, false, ended(err, id)
+	if sb, err = s.Sandboxes.WakeFor(r.Context(), caller(r), id, timeout); err != nil {
+		return sb, false, ended(err, id)
 	}
-	if box.Mode == sandbox.Ephemeral {
-		// To one that ran it gives time; to one that was woken just now, none.
-		if box, err = s.Sandboxes.SetTimeout(r.Context(), orgOf(r), id, timeout, true); err != nil {
-			return box, false, ended(err, id)
+	if sb.Mode == sandbox.Ephemeral {
+		// This extends the time of a sandbox that was running. It changes nothing for one that
+		// was just woken.
+		if sb, err = s.Sandboxes.SetTimeout(r.Context(), orgOf(r), id, timeout, true); err != nil {
+			return sb, false, ended(err, id)
 		}
 	}
 	s.samples.follow(id)
-	return box, stateOf(before) == statePaused, nil
+	return sb, stateOf(before) == statePaused, nil
 }

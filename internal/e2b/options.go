@@ -1,0 +1,49 @@
+package e2b
+
+import (
+	"encoding/json"
+
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// options are the settings of a sandbox that was made through this API. They are stored in its
+// row's Surface.
+type options struct {
+	Made      bool         `json:"e2b"`                 // made through this API
+	Secure    bool         `json:"secure"`              // traffic needs a token
+	AutoWake  bool         `json:"auto_resume"`         // traffic wakes the sandbox when it is paused
+	Internet  *bool        `json:"internet,omitempty"`  // as it was asked for
+	Network   *networkBody `json:"network,omitempty"`   // as it was asked for
+	HostMask  string       `json:"host_mask,omitempty"` // the Host that servers inside see
+	Protected bool         `json:"protected,omitempty"` // ports need a token
+}
+
+// optionsOf returns the options of a sandbox. A sandbox made through the v1 API has none.
+func optionsOf(sb sandbox.Sandbox) options {
+	var o options
+	if sb.Surface != "" && json.Unmarshal([]byte(sb.Surface), &o) != nil {
+		return options{} // not written by this package
+	}
+	return o
+}
+
+func (o options) String() string {
+	text, err := json.Marshal(o)
+	if err != nil { // cannot happen with strings and booleans
+		panic(err)
+	}
+	return string(text)
+}
+
+// open reports whether commands and files need no token.
+func (o options) open(sandbox.Sandbox) bool { return o.Made && !o.Secure }
+
+// wakes reports whether traffic wakes the sandbox. Persistent sandboxes of the v1 API always
+// wake.
+func (o options) wakes(sb sandbox.Sandbox) bool {
+	return o.AutoWake || !o.Made && sb.Mode == sandbox.Persistent
+}
+
+// public reports whether ports need no token. Ports of sandboxes made through the v1 API always
+// need one.
+func (o options) public() bool { return o.Made && !o.Protected }
