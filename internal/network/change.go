@@ -11,31 +11,32 @@ import (
 )
 
 const (
-	// elementsPerChange bounds how many elements of one slot a transaction adds or
-	// removes: about 6 ms of the kernel's time, in which it changes nobody else's
-	// rules. Fewer make a long policy slower, more make everybody wait longer.
+	// elementsPerChange is the largest number of elements of one slot that a transaction adds or
+	// removes. The kernel takes about 6 ms for it, and makes no other change meanwhile. Fewer
+	// make a long policy slower; more make other slots wait longer.
 	elementsPerChange = 2 * elementsPerMessage
 
-	// installAttempts bounds how often a change is tried again on a table that was
-	// installed anew. Somebody who keeps removing it gets an error in the end.
+	// installAttempts is the number of times that a change is tried again on a table that was
+	// installed anew. If another program keeps removing the table, the change fails in the end.
 	installAttempts = 5
 )
 
-// slotRules is what the table has of one slot, and the lock for its changes. Changes
-// of two slots wait for each other inside one transaction only.
+// slotRules holds what the table has of one slot, and the lock for its changes. Changes of two
+// slots wait for each other only during one transaction.
 type slotRules struct {
 	slot *Slot
 
 	// mu is held for a whole change, however many transactions it takes.
 	mu sync.Mutex
-	// turn counts rulings, also those that were not put in force.
+	// version counts policies, also those that were not put in force.
 	// +checklocks:mu
-	turn int
+	version int
 
-	// now is in force. It is replaced with mu held and Network.installing held for
+	// now is the entry in force. It is replaced with mu held and Network.installing held for
 	// reading, or with Network.installing held for writing.
 	now atomic.Pointer[entry]
-	// aside is being made, or removed: any of it may be there. As now.
+	// aside is an entry that is being made or removed, so any part of it may be in the table. The
+	// same locks guard it.
 	aside atomic.Pointer[entry]
 
 	opening opening
@@ -48,24 +49,24 @@ func (n *Network) rulesOf(s *Slot) (*slotRules, error) {
 	if r := n.ruled[s.Index]; r != nil && r.slot == s {
 		return r, nil
 	}
-	return nil, fault.New(fault.NotFound, "slot_not_found", "slot %d is not in use any more", s.Index)
+	return nil, fault.New(fault.NotFound, "slot_not_found", "slot %d is no longer in use", s.Index)
 }
 
-// current is an error once the slot of r was given up.
+// current returns an error once the slot of r was released.
 func (n *Network) current(r *slotRules) error {
 	_, err := n.rulesOf(r.slot)
 	return err
 }
 
-// allRules lists the rules of all slots, by index.
+// allRules returns the rules of all slots, by index.
 func (n *Network) allRules() []*slotRules {
 	n.rulesMu.Lock()
 	defer n.rulesMu.Unlock()
 	return sortedRules(n.ruled)
 }
 
-// step sends one transaction. The rest of the package learns of it by follow, before
-// the table can be compared or installed anew.
+// step sends one transaction. After it succeeded, step calls follow to update the package's
+// state, before the table can be compared or installed anew.
 func (n *Network) step(doing string, f func(*nftables.Conn) error, follow func()) error {
 	n.installing.RLock()
 	defer n.installing.RUnlock()
@@ -76,8 +77,8 @@ func (n *Network) step(doing string, f func(*nftables.Conn) error, follow func()
 	return err
 }
 
-// longStep is a step that many follow: of all long changes together, one transaction
-// at a time competes with the short ones.
+// longStep sends one of many transactions of a long change. Of all long changes only one
+// transaction at a time competes with the short ones.
 func (n *Network) longStep(doing string, f func(*nftables.Conn) error) error {
 	n.long.Lock()
 	defer n.long.Unlock()
@@ -94,8 +95,8 @@ func (n *Network) attempt(change func() error) error {
 	}
 }
 
-// again reports whether a change is to be made again, because the table was gone and is
-// there now, else the error.
+// again reports whether to make a change again, because the table was gone and has been installed
+// anew. Otherwise it returns the error.
 func (n *Network) again(try int, installed uint64, err error) (bool, error) {
 	if !isGone(err) || try == installAttempts {
 		return false, err
@@ -106,7 +107,7 @@ func (n *Network) again(try int, installed uint64, err error) (bool, error) {
 	return true, nil
 }
 
-// reinstall installs the table anew unless that was done since the number was read.
+// reinstall installs the table anew, unless that was done since n.installed had the value since.
 func (n *Network) reinstall(since uint64, why string) error {
 	n.installing.Lock()
 	defer n.installing.Unlock()
@@ -120,7 +121,7 @@ func (n *Network) reinstall(since uint64, why string) error {
 	return n.install()
 }
 
-// admit puts a slot into the table, closed.
+// admit adds a slot to the table, closed.
 func (n *Network) admit(s *Slot) error {
 	r := &slotRules{slot: s}
 	r.now.Store(&entry{slot: s, fresh: true})
@@ -136,7 +137,7 @@ func (n *Network) admit(s *Slot) error {
 	})
 }
 
-// expel takes a slot out of the table. One that is not in it is no error.
+// expel removes a slot from the table. If the slot is not in it, it does nothing.
 func (n *Network) expel(s *Slot) error {
 	r, err := n.rulesOf(s)
 	if err != nil {
@@ -159,12 +160,12 @@ func (n *Network) expel(s *Slot) error {
 	})
 }
 
-// replacePolicy goes from the ruling in force to the next. What is new is made in as
-// many transactions as it needs, while nothing leads to it. The step from one to the
-// other is a transaction that does nothing else, and a packet meets the one or the
-// other: what is new in a transaction, or removed by it, can for microseconds be seen
-// in part.
-func (n *Network) replacePolicy(s *Slot, ruling *ruling) (old, next *entry, err error) {
+// replacePolicy replaces the policy in force. It makes the new chains and sets in as many
+// transactions as they need, while no packet reaches them. Then one transaction that does nothing
+// else leads packets to them, so that each packet meets either the old or the new policy. What a
+// transaction adds or removes can be visible in part for some microseconds, so this must be a
+// transaction of its own.
+func (n *Network) replacePolicy(s *Slot, policy *compiled) (old, next *entry, err error) {
 	r, err := n.rulesOf(s)
 	if err != nil {
 		return nil, nil, err
@@ -174,7 +175,7 @@ func (n *Network) replacePolicy(s *Slot, ruling *ruling) (old, next *entry, err 
 	if err := n.current(r); err != nil {
 		return nil, nil, err
 	}
-	release, err := n.reserve(r, ruling)
+	release, err := n.reserve(r, policy)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -182,9 +183,9 @@ func (n *Network) replacePolicy(s *Slot, ruling *ruling) (old, next *entry, err 
 	for try := 1; ; try++ {
 		installed := n.installed.Load()
 		old = r.now.Load()
-		r.turn++
-		next = &entry{slot: s, ruling: ruling, turn: r.turn, fresh: old.fresh}
-		if ruling.names {
+		r.version++
+		next = &entry{slot: s, policy: policy, version: r.version, fresh: old.fresh}
+		if policy.names {
 			next.resolved, next.soonest = old.resolved, old.soonest
 		}
 		if again, err := n.again(try, installed, n.putInForce(r, old, next)); !again {
@@ -193,7 +194,8 @@ func (n *Network) replacePolicy(s *Slot, ruling *ruling) (old, next *entry, err 
 	}
 }
 
-// putInForce makes what next has, leads the slot to it, and removes what old had.
+// putInForce makes next's chains and sets, leads the slot's packets to them, and removes those of
+// old.
 //
 // +checklocks:r.mu
 func (n *Network) putInForce(r *slotRules, old, next *entry) error {
@@ -208,7 +210,7 @@ func (n *Network) putInForce(r *slotRules, old, next *entry) error {
 		err = n.step(doing, func(c *nftables.Conn) error {
 			return errors.Join(t.unfollow(c, old), t.follow(c, next))
 		}, func() {
-			// First, so that each name is known in one of the two places.
+			// The order matters: each name must be known in one of the two places.
 			r.aside.Store(old)
 			r.now.Store(next)
 		})
@@ -221,8 +223,8 @@ func (n *Network) putInForce(r *slotRules, old, next *entry) error {
 	return nil
 }
 
-// removeUnused removes what an entry has that nothing leads to, and the one in force has
-// not. If the table was installed anew it is gone already.
+// removeUnused removes the chains and sets of an entry that no packet reaches, except those that
+// the entry in force has too. If the table was installed anew they are gone already.
 func (n *Network) removeUnused(doing string, inForce, unused *entry) {
 	if len(unused.owns(n.rules)) == 0 {
 		return
@@ -231,14 +233,15 @@ func (n *Network) removeUnused(doing string, inForce, unused *entry) {
 	if err == nil {
 		return
 	}
-	// It only takes room. The next check sees it, when it has to look.
+	// They only take memory. The changed number makes the next check find them.
 	n.log.Warn("removing unused rules", "error", err)
 	n.rulesMu.Lock()
 	defer n.rulesMu.Unlock()
 	n.foreign--
 }
 
-// makeOwn makes what next has and old has not: what is small in one transaction.
+// makeOwn makes the chains and sets that next has and old has not. A small policy takes one
+// transaction.
 func (n *Network) makeOwn(old, next *entry, doing string) error {
 	if len(next.owns(n.rules)) == 0 {
 		return nil
@@ -252,28 +255,29 @@ func (n *Network) makeOwn(old, next *entry, doing string) error {
 		return err
 	}
 	for _, part := range rest {
-		if err := n.longStep(doing, func(c *nftables.Conn) error { return addElements(c, part.set, part.elements) }); err != nil {
+		if err := n.longStep(doing,
+			func(c *nftables.Conn) error { return addElements(c, part.set, part.elements) }); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// reserve counts the ranges of a ruling that is to be put in force, or refuses it
-// because all slots together have too many: the kernel holds about 360 bytes for each,
-// which no limit of a sandbox counts.
-func (n *Network) reserve(r *slotRules, next *ruling) (release func(), err error) {
+// reserve counts the ranges of a policy that is to be put in force. It refuses the policy if all
+// slots together would have too many: the kernel takes about 360 bytes for each, which no limit
+// of a sandbox counts.
+func (n *Network) reserve(r *slotRules, next *compiled) (release func(), err error) {
 	n.rulesMu.Lock()
 	defer n.rulesMu.Unlock()
 	total := n.making + next.ranges()
 	for _, other := range n.ruled {
-		if now := other.now.Load(); other != r && now.ruling != nil {
-			total += now.ruling.ranges()
+		if now := other.now.Load(); other != r && now.policy != nil {
+			total += now.policy.ranges()
 		}
 	}
 	if total > n.maxRanges && next.ranges() > 0 {
 		return nil, fault.New(fault.Unavailable, "no_egress_capacity",
-			"the policies of this machine would have %d ranges together, and may have %d", total, n.maxRanges).After(capacityRetry)
+			"the policies of this machine would have %d ranges in all, and may have %d", total, n.maxRanges).After(capacityRetry)
 	}
 	n.making += next.ranges()
 	return func() {
@@ -283,4 +287,4 @@ func (n *Network) reserve(r *slotRules, next *ruling) (release func(), err error
 	}, nil
 }
 
-func (r *ruling) ranges() int { return len(r.allow) + len(r.deny) }
+func (r *compiled) ranges() int { return len(r.allow) + len(r.deny) }

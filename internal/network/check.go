@@ -20,25 +20,23 @@ import (
 )
 
 const (
-	// checkInterval is how often the rules are compared with what they should be,
-	// besides after every deletion the kernel tells of. It bounds how long a
-	// change that no notice came of goes unseen.
+	// checkInterval is the time between two comparisons of the rules with what they should be; a
+	// deletion that the kernel reports triggers one at once. It bounds the time for which a
+	// change without a notice stays unseen.
 	checkInterval = 10 * time.Second
 
 	forwardingFile = "ipv4/ip_forward"
 )
 
-// shape describes chains and sets of the table by their names, as the kernel
-// lists them. Every rule has a handle that is never used twice, so a rule that
-// was replaced shows.
+// shape describes chains and sets of the table by their names, as the kernel lists them. The
+// kernel gives every rule a handle that it never uses again, so a replaced rule shows.
 type shape map[string]string
 
 func sortedRules(ruled map[int]*slotRules) []*slotRules {
 	return slices.SortedFunc(maps.Values(ruled), func(a, b *slotRules) int { return a.slot.Index - b.slot.Index })
 }
 
-// install installs the table for all slots that are to be in it, and remembers how the
-// kernel lists it.
+// install installs the table for all slots in n.ruled, and records how the kernel lists it.
 //
 // +checklocks:n.installing
 func (n *Network) install() error {
@@ -78,17 +76,17 @@ func (n *Network) install() error {
 	return nil
 }
 
-// Repairs counts how often the rules were found changed and were installed anew.
+// Repairs returns the number of times that the rules were found changed and were installed anew.
 func (n *Network) Repairs() int {
 	n.rulesMu.Lock()
 	defer n.rulesMu.Unlock()
 	return n.repairs
 }
 
-// Check looks whether the rules are as installed and the host still forwards,
-// and puts right what is not. It also runs by itself, at once when the kernel
-// tells of a deletion and every 10 seconds. While nobody but this Network changes any
-// rule of the host, it costs one question.
+// Check compares the rules with what was installed, checks that the host still forwards, and
+// repairs what differs. It also runs by itself, at once when the kernel reports a deletion and
+// every 10 seconds. While only this Network changes rules of the host, a check is one request to
+// the kernel.
 func (n *Network) Check(ctx context.Context) (repaired bool, err error) {
 	n.checking.Lock()
 	defer n.checking.Unlock()
@@ -122,11 +120,12 @@ func (n *Network) Check(ctx context.Context) (repaired bool, err error) {
 	return found != "", enableForwarding()
 }
 
-// differenceAttempts bounds how often the table is compared anew because something of it
-// went while it was listed.
+// differenceAttempts is the number of times that the table is compared again because a part of it
+// was removed while it was listed.
 const differenceAttempts = 3
 
-// difference says what is not as it should be, "" if all is.
+// difference returns the first difference between the table and what it should be, "" if there is
+// none.
 func (n *Network) difference() (found string, err error) {
 	for range differenceAttempts {
 		var all []*slotRules
@@ -147,9 +146,9 @@ func (n *Network) difference() (found string, err error) {
 	return found, err
 }
 
-// layoutDiffers compares everything but what chains and sets of single slots hold, and
-// returns the slots of which that is to be compared. Changes wait meanwhile, for the time
-// it takes to list names.
+// layoutDiffers compares everything except the chains and sets of single slots, and returns the
+// slots, whose own parts are still to be compared. Changes wait meanwhile, for the time it takes
+// to list names.
 func (n *Network) layoutDiffers() ([]*slotRules, string, error) {
 	n.installing.Lock()
 	defer n.installing.Unlock()
@@ -184,7 +183,7 @@ func (n *Network) layoutDiffers() ([]*slotRules, string, error) {
 	for name := range want {
 		return nil, name + " is missing", nil
 	}
-	for _, set := range n.rules.bySlot() { // also those that are to be empty
+	for _, set := range n.rules.bySlot() { // also those that should be empty
 		found, err := n.rules.keysDiffer(set, keys[set])
 		if found != "" || err != nil {
 			return nil, found, err
@@ -193,8 +192,8 @@ func (n *Network) layoutDiffers() ([]*slotRules, string, error) {
 	return all, "", nil
 }
 
-// slotDiffers compares what is a slot's alone. What looks different while the slot is
-// being changed is looked at again when it is not.
+// slotDiffers compares the parts of one slot. If they differ while the slot is being changed, it
+// compares them again afterwards.
 func (n *Network) slotDiffers(r *slotRules) (string, error) {
 	if found, err := n.entryDiffers(r); found == "" && err == nil {
 		return "", nil
@@ -202,7 +201,7 @@ func (n *Network) slotDiffers(r *slotRules) (string, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if n.current(r) != nil {
-		return "", nil //nolint:nilerr // it has gone
+		return "", nil //nolint:nilerr // the slot was released
 	}
 	return n.entryDiffers(r)
 }
@@ -248,15 +247,15 @@ func (t *table) keysDiffer(set *nftables.Set, want [][]byte) (string, error) {
 	return "", err
 }
 
-// bySlot are the sets with an element for each slot, or some.
+// bySlot returns the sets that have an element for each slot, or for some.
 func (t *table) bySlot() []*nftables.Set {
 	return []*nftables.Set{t.slots, t.allowed, t.denied, t.policies, t.named}
 }
 
-// memberOf are those of bySlot that the entry's slot is in.
+// memberOf returns the sets of bySlot that have an element for the entry's slot.
 func (e *entry) memberOf(t *table) []*nftables.Set {
 	out := []*nftables.Set{t.slots, t.allowed, t.denied}
-	if e.ruling != nil {
+	if e.policy != nil {
 		out = append(out, t.policies)
 	}
 	if t.decidesNames(e) {
@@ -265,7 +264,7 @@ func (e *entry) memberOf(t *table) []*nftables.Set {
 	return out
 }
 
-// owns names the chains and sets that are the entry's alone, as shape does.
+// owns returns the names, as in shape, of the chains and sets that only the entry has.
 func (e *entry) owns(t *table) []string {
 	var out []string
 	for _, name := range e.chains(t) {
@@ -283,7 +282,7 @@ func (e *entry) owns(t *table) []string {
 func chainName(name string) string { return "chain " + name }
 func setName(name string) string   { return "set " + name }
 
-// shape describes the whole table; of what is named, only that it is there.
+// shape describes the whole table. For the names in named it records only that they exist.
 func (t *table) shape(named map[string]bool) (out shape, err error) {
 	err = t.sockets.list(func(c *nftables.Conn) error {
 		out, err = t.shapeBy(c, named)
@@ -333,7 +332,7 @@ func (t *table) shapeBy(c *nftables.Conn, named map[string]bool) (shape, error) 
 	return out, nil
 }
 
-// shapeOf describes what the entry owns.
+// shapeOf describes the chains and sets that only the entry has.
 func (t *table) shapeOf(e *entry) (shape, error) {
 	out := shape{}
 	for _, name := range e.owns(t) {
@@ -350,7 +349,7 @@ func (t *table) shapeOf(e *entry) (shape, error) {
 	return out, err
 }
 
-// rulesOf adds the handles of a chain's rules to what is known of it.
+// rulesOf describes a chain by line and the handles of its rules.
 func (t *table) rulesOf(c *nftables.Conn, name string, line ...any) (string, error) {
 	rules, err := c.GetRules(t.table, t.regular(name))
 	if err != nil {
@@ -362,8 +361,8 @@ func (t *table) rulesOf(c *nftables.Conn, name string, line ...any) (string, err
 	return fmt.Sprintln(line...), nil
 }
 
-// generation numbers the state of all rules of the network namespace the host is:
-// every transaction of anybody counts it up.
+// generation returns the number of the current state of all rules in the host's network
+// namespace. Every transaction of any process increments it.
 func (s *sockets) generation() (uint32, error) {
 	answers, err := s.execute(netlink.Message{
 		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlink.Request},
@@ -387,10 +386,10 @@ func (s *sockets) generation() (uint32, error) {
 			}
 		}
 	}
-	return 0, errors.New("reading the generation of the rules: the kernel does not say")
+	return 0, errors.New("reading the generation of the rules: it is not in the kernel's answer")
 }
 
-// keys lists the keys of a set in order. An end of an interval is a key too.
+// keys returns the keys of a set in order. The end of an interval is a key too.
 func (t *table) keys(set *nftables.Set) (out [][]byte, err error) {
 	err = t.sockets.list(func(c *nftables.Conn) error {
 		out, err = t.keysBy(c, set)
@@ -416,7 +415,7 @@ func (t *table) keysBy(c *nftables.Conn, set *nftables.Set) ([][]byte, error) {
 func (n *Network) watch(ctx context.Context) {
 	changed, err := deletions(ctx, n.rules.table.Name)
 	if err != nil {
-		n.log.Warn("the kernel does not tell of changed rules; looking every "+checkInterval.String(), "error", err)
+		n.log.Warn("the kernel does not report changed rules; checking every "+checkInterval.String(), "error", err)
 	}
 	tick := time.NewTicker(checkInterval)
 	defer tick.Stop()
@@ -434,8 +433,8 @@ func (n *Network) watch(ctx context.Context) {
 	}
 }
 
-// enableForwarding turns IPv4 forwarding on. It is only written when it is off:
-// writing resets other settings of the host.
+// enableForwarding turns IPv4 forwarding on if it is off. Writing the setting resets others of
+// the host.
 func enableForwarding() error {
 	now, err := os.ReadFile(filepath.Join(sysctlDir, forwardingFile))
 	if err != nil {

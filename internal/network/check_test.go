@@ -15,7 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A firewall service that reloads flushes everybody's rules.
+// TestRepair removes and changes rules, as a firewall service does that flushes all rules when it
+// reloads.
 func TestRepair(t *testing.T) {
 	c := newConfig()
 	c.Services = Services{DNS: 5301, Proxy: 5302, Metadata: 5303}
@@ -27,7 +28,7 @@ func TestRepair(t *testing.T) {
 	}
 	setPolicy(t, n, ports, Policy{Allow: prefixes("203.0.113.0/24"), Ports: []uint16{443}})
 	named, ported := inForce(t, n, names), inForce(t, n, ports)
-	// What was added later may be listed before.
+	// Rules added later may be listed before others.
 	list := func() []string {
 		text := regexp.MustCompile(`elements = |[,{}]`).ReplaceAllString(listTable(t, n.rules.table.Name), "")
 		lines := strings.Split(text, "\n")
@@ -74,7 +75,7 @@ func TestRepair(t *testing.T) {
 	}
 }
 
-// Nobody has to ask for it.
+// TestRepairByItself checks that the rules come back without a call of Check.
 func TestRepairByItself(t *testing.T) {
 	n := open(t, newConfig())
 	before := listTable(t, n.rules.table.Name)
@@ -91,10 +92,11 @@ func TestRepairByItself(t *testing.T) {
 	}
 }
 
-// A table that is gone while a slot is made is back before the slot is handed out.
+// TestRulesBeforeSlot removes the table while a slot is made. It is back before the slot is
+// handed out.
 func TestRulesBeforeSlot(t *testing.T) {
 	n := open(t, newConfig())
-	// Nobody else repairs.
+	// No other goroutine repairs the table.
 	n.stop()
 	n.done.Wait()
 	runNFT(t, "flush ruleset")
@@ -108,7 +110,7 @@ func TestRulesBeforeSlot(t *testing.T) {
 	}
 }
 
-// The sandbox's kernel takes address and routes away when it starts.
+// TestRestore checks that Restore puts back what the sandbox's kernel removes when it starts.
 func TestRestore(t *testing.T) {
 	n := open(t, newConfig())
 	s := acquire(t, n)
@@ -172,7 +174,8 @@ func TestRestore(t *testing.T) {
 	}
 }
 
-// The next sandbox with an address gets nothing that is meant for the last one.
+// TestConnectionsAreForgotten checks that the next sandbox with an address gets no packets for
+// the last one.
 func TestConnectionsAreForgotten(t *testing.T) {
 	c := newConfig()
 	c.Range = netip.PrefixFrom(c.Range.Addr(), 30)
@@ -196,8 +199,8 @@ func TestConnectionsAreForgotten(t *testing.T) {
 	}
 }
 
-// connections counts what is tracked of an address, by another way than the code
-// under test.
+// connections counts the tracked connections of an address, in another way than the code under
+// test.
 func connections(t *testing.T, a netip.Addr) int {
 	t.Helper()
 	flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)

@@ -18,23 +18,22 @@ import (
 )
 
 const (
-	// lockDir holds a locked file per instance and per block in use. The kernel
-	// frees a lock with the process, so nothing has to be cleaned after a crash.
+	// lockDir holds a locked file for each instance and each block in use. The kernel releases a
+	// lock with the process, so a crash needs no cleaning up.
 	lockDir       = "/run/cay/network"
 	instancePart  = "instance-"
 	blockPart     = "block-"
 	claimLockName = "claims"
 
-	// lockPoll is how often a lock that another process holds for a moment is
-	// tried again. The holder needs some milliseconds.
+	// lockPoll is the time between two attempts to take a lock that another process holds for
+	// some milliseconds. A shorter one costs CPU, a longer one delays a start.
 	lockPoll = 10 * time.Millisecond
 )
 
-// Candidates are the blocks tried in turn when no range is configured: the 64
-// /18 of 10.64.0.0/12, which the defaults of Docker, Kubernetes distributions
-// and cloud networks leave alone, and for hosts that have all of 10.0.0.0/8
-// routed somewhere the eight of 198.18.0.0/15, which is set aside for test
-// networks and is no real destination.
+// Candidates returns the blocks tried in turn when no range is configured: the 64 /18 of
+// 10.64.0.0/12, which the defaults of Docker, Kubernetes distributions and cloud networks do not
+// use, and for hosts that route all of 10.0.0.0/8 somewhere, the eight of 198.18.0.0/15, which is
+// reserved for test networks and is no real destination.
 func Candidates() []netip.Prefix {
 	const bits = 18
 	var out []netip.Prefix
@@ -49,15 +48,13 @@ func Candidates() []netip.Prefix {
 	return out
 }
 
-// claim is the hold of a process on an instance's name and its block. It ends
-// with the process.
+// claim is a process's hold on an instance's name and its block. It ends with the process.
 type claim struct {
 	instance, block *os.File
 }
 
-// Choose says which block an instance would get: want if it is valid and free,
-// or the first free candidate if want is the zero value. It claims nothing; Open
-// does.
+// Choose returns the block that an instance would get: want if it is valid and free, or the first
+// free candidate if want is the zero value. It claims nothing; Open does.
 func Choose(ctx context.Context, instance string, want netip.Prefix) (netip.Prefix, error) {
 	c, block, err := take(ctx, instance, want)
 	if err != nil {
@@ -71,9 +68,8 @@ func Choose(ctx context.Context, instance string, want netip.Prefix) (netip.Pref
 	return block, c.release()
 }
 
-// take claims the instance's name and a block. One in use, by another process or
-// by anything on the host, is a Conflict: code "instance_in_use" or
-// "range_in_use".
+// take claims the instance's name and a block. One that another process or anything on the host
+// uses gives Conflict, code "instance_in_use" or "range_in_use".
 func take(ctx context.Context, instance string, want netip.Prefix) (*claim, netip.Prefix, error) {
 	if err := checkInstance(instance); err != nil {
 		return nil, netip.Prefix{}, err
@@ -102,7 +98,7 @@ func take(ctx context.Context, instance string, want netip.Prefix) (*claim, neti
 	return &claim{instance: owner, block: file}, block, nil
 }
 
-// takeBlock runs under the lock of the claims.
+// takeBlock claims a block. The caller holds the lock of the claims.
 func takeBlock(instance string, want netip.Prefix) (netip.Prefix, *os.File, error) {
 	host, err := surveyHost(instance)
 	if err != nil {
@@ -113,12 +109,13 @@ func takeBlock(instance string, want netip.Prefix) (netip.Prefix, *os.File, erro
 	}
 	if want.IsValid() {
 		if reason := host.refuses(want, false); reason != "" {
-			return netip.Prefix{}, nil, fault.New(fault.Conflict, "range_in_use", "the range %s cannot be used: %s", want, reason)
+			return netip.Prefix{}, nil, fault.New(fault.Conflict, "range_in_use", "the range %s cannot be used: %s", want,
+				reason)
 		}
 		return lockBlock(want)
 	}
-	// A block in which the instance still has slots comes first: its running
-	// sandboxes have their addresses there.
+	// A block in which the instance still has slots comes first, since its running sandboxes have
+	// their addresses there.
 	var reasons []string
 	for _, own := range []bool{true, false} {
 		for _, p := range Candidates() {
@@ -144,12 +141,12 @@ func lockBlock(p netip.Prefix) (netip.Prefix, *os.File, error) {
 	return p, f, err
 }
 
-// survey is what a block may collide with.
+// survey lists the addresses, routes and claims that a block may collide with.
 type survey struct {
-	addrs   []netip.Addr // of the host
-	own     []netip.Addr // of the instance's own links
+	addrs   []netip.Addr // the host's addresses
+	own     []netip.Addr // the addresses of the instance's own links
 	routes  []netip.Prefix
-	claimed []netip.Prefix // by live processes
+	claimed []netip.Prefix // blocks claimed by live processes
 }
 
 func surveyHost(instance string) (*survey, error) {
@@ -197,8 +194,8 @@ func surveyHost(instance string) (*survey, error) {
 	return s, nil
 }
 
-// refuses says why p cannot be used, "" if it can. A route to a network of which
-// p is a part speaks against a block nobody asked for; an operator who names the
+// refuses returns the reason why p cannot be used, "" if it can. A route to a network that
+// contains p speaks against a block that was chosen automatically; an operator who configures the
 // block knows that it is free there.
 func (s *survey) refuses(p netip.Prefix, strict bool) string {
 	for _, a := range s.addrs {
@@ -228,8 +225,8 @@ func (s *survey) ownIn(p netip.Prefix) bool {
 	return false
 }
 
-// claimedBlocks lists the blocks live processes hold, and removes the files of
-// dead ones. It runs under the lock of the claims.
+// claimedBlocks returns the blocks of live processes, and removes the files of dead ones. The
+// caller holds the lock of the claims.
 func claimedBlocks() ([]netip.Prefix, error) {
 	entries, err := os.ReadDir(lockDir)
 	if err != nil {
@@ -254,7 +251,7 @@ func claimedBlocks() ([]netip.Prefix, error) {
 	return out, nil
 }
 
-// blockName is a prefix as a file name.
+// blockName returns a prefix as a file name.
 func blockName(p netip.Prefix) string { return p.Addr().String() + "-" + strconv.Itoa(p.Bits()) }
 
 func parseBlockName(name string) (netip.Prefix, bool) {
@@ -266,16 +263,17 @@ func parseBlockName(name string) (netip.Prefix, bool) {
 	return p, err == nil && blockPart+blockName(p) == name
 }
 
-// release gives the claim up and removes its files, under the lock of the claims.
+// release gives the claim up and removes its files. The caller holds the lock of the claims.
 func (c *claim) release() error { return errors.Join(unlink(c.block), unlink(c.instance)) }
 
 // close gives the claim up and leaves its files.
 func (c *claim) close() error { return errors.Join(c.block.Close(), c.instance.Close()) }
 
-// lockClaims serialises everything that looks at several locks, or removes one.
+// lockClaims takes the lock of the claims, which everything that reads several locks, or removes
+// one, holds.
 func lockClaims(ctx context.Context) (unlock func(), err error) {
 	for {
-		// Inside the loop: a purge may remove the directory in between.
+		// This is inside the loop because a purge may remove the directory meanwhile.
 		if err := os.MkdirAll(lockDir, 0o700); err != nil {
 			return nil, fmt.Errorf("making the directory of claims: %w", err)
 		}
@@ -297,8 +295,8 @@ func lockClaims(ctx context.Context) (unlock func(), err error) {
 	}
 }
 
-// tryLock opens and locks a file of lockDir; nil if another holds it. The file
-// is not inherited by programs the process starts.
+// tryLock opens and locks a file of lockDir. It returns nil if another process holds the lock.
+// Programs that the process starts do not inherit the file.
 func tryLock(name string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(lockDir, name), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -306,7 +304,8 @@ func tryLock(name string) (*os.File, error) {
 	}
 	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	if err == nil {
-		// Who had it may have removed it: a lock on that file keeps nobody out.
+		// The last holder may have removed the file; a lock on a removed file excludes no
+		// process.
 		mine, err := f.Stat()
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("looking at a lock: %w", err), f.Close())
@@ -325,10 +324,10 @@ func tryLock(name string) (*os.File, error) {
 	return nil, fmt.Errorf("locking %s: %w", f.Name(), err)
 }
 
-// removeLastLock removes the lock of the claims, which the caller holds, and the
-// directory, if nothing else is there: looking for claims leaves nothing either. Who
-// waits for the lock finds the file gone and makes another. What cannot be removed
-// is an empty file, and the next to unlock tries again.
+// removeLastLock removes the lock of the claims, which the caller holds, and the directory if it
+// is empty, so that looking for claims leaves nothing. A process that waits for the lock finds
+// the file gone and makes another. An error leaves an empty file, which the next one to unlock
+// removes.
 func removeLastLock(f *os.File) {
 	entries, err := os.ReadDir(lockDir)
 	if err != nil || len(entries) != 1 || entries[0].Name() != claimLockName {
@@ -339,16 +338,16 @@ func removeLastLock(f *os.File) {
 		return
 	}
 	if there, err := os.Stat(f.Name()); err != nil || !os.SameFile(mine, there) {
-		return // it was removed, and this one is somebody else's
+		return // the file was removed, and this one belongs to another process
 	}
 	_ = os.Remove(f.Name())
 	for _, dir := range []string{lockDir, filepath.Dir(lockDir)} {
-		_ = os.Remove(dir) // somebody may have put something there
+		_ = os.Remove(dir) // fails if another process has put something there
 	}
 }
 
-// unlink removes a locked file and then unlocks it. Who waits for the lock of
-// the claims does not see it in between.
+// unlink removes a locked file and then unlocks it. Processes that wait for the lock of the
+// claims do not see it in between.
 func unlink(f *os.File) error {
 	err := os.Remove(f.Name())
 	if errors.Is(err, os.ErrNotExist) {

@@ -37,7 +37,7 @@ func TestChoose(t *testing.T) {
 	if got := choose(t, "choose", none); got != "198.18.0.0/18" {
 		t.Errorf("got %s, want a block outside of the routed network", got)
 	}
-	// Who names a part of a routed network gets it, but not what is in use there.
+	// A configured block may be part of a routed network, but must not contain addresses in use.
 	if got := choose(t, "choose", netip.MustParsePrefix("10.70.0.0/18")); got != "10.70.0.0/18" {
 		t.Errorf("got %s", got)
 	}
@@ -79,7 +79,7 @@ func TestClaims(t *testing.T) {
 	if _, _, err := take(t.Context(), "claim3", netip.PrefixFrom(block.Addr(), 24)); !isFault(err, "range_in_use") {
 		t.Errorf("a part of a claimed block: got %v, want range_in_use", err)
 	}
-	// One process ends as by a crash: its files stay and mean nothing.
+	// One process ends as in a crash: its files stay and mean nothing.
 	if err := first.close(); err != nil {
 		t.Fatal(err)
 	}
@@ -107,7 +107,8 @@ func TestClaims(t *testing.T) {
 	}
 }
 
-// Who waits for the lock while its file is removed gets one that keeps others out.
+// TestLockOfARemovedFile checks that a process that waits for the lock while its file is removed
+// gets a lock that excludes others.
 func TestLockOfARemovedFile(t *testing.T) {
 	unlock, err := lockClaims(t.Context())
 	if err != nil {
@@ -121,7 +122,7 @@ func TestLockOfARemovedFile(t *testing.T) {
 		}
 		got <- next
 	}()
-	unlock() // removes it: there are no claims
+	unlock() // removes the file, since there are no claims
 	next := <-got
 	defer next()
 	if f, err := tryLock(claimLockName); err != nil || f != nil {
@@ -129,7 +130,7 @@ func TestLockOfARemovedFile(t *testing.T) {
 	}
 }
 
-// An instance whose sandboxes live gets their block again.
+// TestChooseOwnBlock checks that an instance with live sandboxes gets its block again.
 func TestChooseOwnBlock(t *testing.T) {
 	caytest.RequireRoot(t)
 	c := newConfig()
@@ -147,7 +148,7 @@ func TestChooseOwnBlock(t *testing.T) {
 	if first == nil {
 		return
 	}
-	// Nobody else gets it meanwhile.
+	// No other instance gets the block meanwhile.
 	if _, err := Choose(t.Context(), "others", first.Range()); !isFault(err, "range_in_use") {
 		t.Errorf("a block with living slots: got %v, want range_in_use", err)
 	}
@@ -195,7 +196,8 @@ func TestProbe(t *testing.T) {
 	if got := bad(); len(got) != 0 {
 		t.Errorf("%v are not OK here", got)
 	}
-	for hook, want := range map[string]string{"forward": "other firewalls, forwarding", "input": "other firewalls, input"} {
+	for hook, want := range map[string]string{"forward": "other firewalls, forwarding",
+		"input": "other firewalls, input"} {
 		runNFT(t, "table ip filter { chain C { type filter hook "+hook+" priority filter; policy drop; }; }")
 		got := bad()
 		runNFT(t, "delete table ip filter")

@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The part of linux/netfilter/nfnetlink_conntrack.h that is used here.
+// The used part of linux/netfilter/nfnetlink_conntrack.h.
 const (
 	conntrackSubsystem = 1
 	conntrackGet       = 1
@@ -25,20 +25,20 @@ const (
 
 	attrTupleIP     = 1 // in a tuple
 	attrTupleProto  = 2
-	attrIPv4Source  = 1 // in a tuple's addresses, as the destination
-	attrProtoNumber = 1 // in a tuple's protocol, as the ports
+	attrIPv4Source  = 1 // in a tuple's addresses, as is the destination
+	attrProtoNumber = 1 // in a tuple's protocol, as are the ports
 
 	attrIPv4Destination  = 2
 	attrProtoSource      = 2
 	attrProtoDestination = 3
-	attrFilterOrig       = 1 // in a filter, as the reply's below
+	attrFilterOrig       = 1 // in a filter, as is the reply below
 	attrFilterReply      = 2
-	filterSource         = 1 << 0 // compare the tuple's source address alone
+	filterSource         = 1 << 0 // compare only the tuple's source address
 )
 
-// forgetConnections removes what connection tracking remembers of an address:
-// the connections it opened, and those the host opened to it. Otherwise the next
-// sandbox with the address would get what is still sent to the previous one.
+// forgetConnections removes the tracked connections of an address: those that it opened, and
+// those that the host opened to it. Otherwise the next sandbox with the address would get packets
+// sent to the previous one.
 func forgetConnections(ctx context.Context, s *sockets, a netip.Addr) error {
 	for _, tuple := range []uint16{attrTupleOrig, attrTupleReply} {
 		if err := forget(ctx, s, a, tuple, func(connection) bool { return true }); err != nil {
@@ -48,12 +48,12 @@ func forgetConnections(ctx context.Context, s *sockets, a netip.Addr) error {
 	return nil
 }
 
-// cutConnections forgets the connections of a slot that its policy does not
-// allow: what still comes from the other side finds no way in, and what the
-// sandbox sends on is looked at as if it were new.
-func cutConnections(ctx context.Context, by *sockets, s *Slot, r *ruling) error {
+// cutConnections forgets the connections of a slot that its policy does not allow. Packets of the
+// other side then find no way in, and the rules check the sandbox's packets as those of new
+// connections.
+func cutConnections(ctx context.Context, by *sockets, s *Slot, r *compiled) error {
 	return forget(ctx, by, s.Addr, attrTupleOrig, func(c connection) bool {
-		// Only what is led to a service has the gateway at its other end.
+		// Only a redirected connection has the gateway at its other end.
 		if c.end.Addr() == s.Gateway {
 			direct := c.to == netip.AddrPortFrom(metadataAddr, metadataPort)
 			return !direct && (!r.names || c.to.Port() != dnsPort && contains(r.deny, c.to.Addr()))
@@ -62,8 +62,8 @@ func cutConnections(ctx context.Context, by *sockets, s *Slot, r *ruling) error 
 	})
 }
 
-// forget removes the connections whose tuple of one direction has the source
-// address, if which says so.
+// forget removes the connections that have the source address in the tuple of one direction and
+// for which which returns true.
 func forget(ctx context.Context, s *sockets, a netip.Addr, tuple uint16, which func(connection) bool) error {
 	found, err := connectionsFrom(s, tuple, a)
 	if err != nil {
@@ -84,18 +84,17 @@ func forget(ctx context.Context, s *sockets, a netip.Addr, tuple uint16, which f
 	return nil
 }
 
-// connection is what is tracked of one.
+// connection is an entry of connection tracking.
 type connection struct {
 	id       []byte // the attributes that identify it
 	protocol byte
-	source   netip.Addr     // of the tuple it was looked for by
-	to       netip.AddrPort // where it was opened to
-	end      netip.AddrPort // where it went, after destinations were rewritten
+	source   netip.Addr     // in the tuple of the request
+	to       netip.AddrPort // the destination that it was opened to
+	end      netip.AddrPort // the destination after rewriting
 }
 
-// connectionsFrom lists the connections whose tuple (of one direction) has the
-// source address. The kernel filters; one older than 5.8 sends everything, so it
-// is looked at here again.
+// connectionsFrom returns the connections that have the source address in the tuple of one
+// direction. The kernel filters; kernels before 5.8 do not, so this filters again.
 func connectionsFrom(s *sockets, tuple uint16, a netip.Addr) ([]connection, error) {
 	addr := a.As4()
 	e := netlink.NewAttributeEncoder()
@@ -136,7 +135,7 @@ func connectionsFrom(s *sockets, tuple uint16, a netip.Addr) ([]connection, erro
 	return out, nil
 }
 
-// parseConnection reads one entry; its source is that of the tuple asked for.
+// parseConnection parses one entry. Its source is that of the given tuple.
 func parseConnection(data []byte, tuple uint16) (connection, error) {
 	if len(data) < headerLength {
 		return connection{}, errors.New("connection tracking sent a truncated entry")
@@ -182,7 +181,7 @@ type flow struct {
 	source, destination netip.AddrPort
 }
 
-// parse reads a tuple's attributes.
+// parse parses a tuple's attributes.
 func (f *flow) parse(d *netlink.AttributeDecoder) error {
 	var addrs [2]netip.Addr
 	var ports [2]uint16
@@ -215,7 +214,7 @@ func (f *flow) parse(d *netlink.AttributeDecoder) error {
 	return nil
 }
 
-// headerLength is that of struct nfgenmsg: family, version, resource.
+// headerLength is the length of struct nfgenmsg: family, version, resource.
 const headerLength = 4
 
 func conntrackMessage(kind uint16, flags netlink.HeaderFlags, attributes []byte) netlink.Message {

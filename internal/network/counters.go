@@ -7,28 +7,28 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// Counters say what of a slot's traffic left and what was refused. Answers that
-// come in are not counted, nor is what is asked of the metadata service.
+// Counters count a slot's traffic that left and that was refused. They count neither incoming
+// answers nor requests to the metadata service.
 type Counters struct {
 	AllowedPackets, AllowedBytes uint64
 	DeniedPackets, DeniedBytes   uint64
 }
 
-// The counters of all slots together, also those that are no more.
+// The names of the counters of all slots, past ones included.
 const (
 	totalAllowed = "allowed_total"
 	totalDenied  = "denied_total"
 )
 
-// counts is what the whole table counted, slots by slotKey.
+// counts holds all counters of the table; the keys of slots are slotKeys.
 type counts struct {
 	slots  map[string]Counters
 	total  Counters
-	excess uint64 // packets that were too much
+	excess uint64 // packets beyond the limits of Flows
 }
 
-// tally is one counter. The kernel cannot be told where to begin for a slot, so a
-// new element's comment says what was counted before it.
+// tally is one counter. A slot's counter in the kernel always begins at 0, so the comment of a
+// new element says what was counted before it.
 type tally struct{ packets, bytes uint64 }
 
 const tallyForm = "before: %d packets %d bytes"
@@ -42,7 +42,7 @@ func (t tally) comment() string {
 
 func tallyOf(e nftables.SetElement) tally {
 	var out tally
-	// Nothing was counted before an element without a comment, or with another's.
+	// Without a comment, or with another program's, nothing was counted before.
 	if _, err := fmt.Sscanf(e.Comment, tallyForm, &out.packets, &out.bytes); err != nil {
 		out = tally{}
 	}
@@ -111,8 +111,8 @@ func (t *table) totals(c *nftables.Conn) (_ Counters, excess uint64, err error) 
 	return Counters{sums[0].Packets, sums[0].Bytes, sums[1].Packets, sums[1].Bytes}, sums[2].Packets, nil
 }
 
-// recount remembers what was counted, so that a new table goes on from there; what
-// cannot be read any more stays as it was.
+// recount records the counters, so that a new table continues from them. Counters that cannot be
+// read stay as they were.
 func (n *Network) recount() {
 	now, err := n.rules.count()
 	if err != nil {
@@ -123,9 +123,8 @@ func (n *Network) recount() {
 	n.counted = now
 }
 
-// Counters reads a slot's. They live as long as the slot, also across restarts;
-// when somebody else removed the rules, what was counted in the seconds before is
-// missing.
+// Counters returns a slot's counters. They live as long as the slot, also across restarts. If
+// another program removes the rules, the counts of the last seconds are lost.
 func (n *Network) Counters(s *Slot) (Counters, error) {
 	if _, err := n.rulesOf(s); err != nil {
 		return Counters{}, err
@@ -137,8 +136,8 @@ func (n *Network) Counters(s *Slot) (Counters, error) {
 	return now.slots[string(slotKey(s))], nil
 }
 
-// Totals are the sums over all slots there are and were. Excess counts those of the denied
-// packets that were over the limits of [Flows].
+// Totals returns the sums over all slots, past ones included. Excess counts the denied packets
+// that were over the limits of [Flows].
 func (n *Network) Totals() (total Counters, excess uint64, err error) {
 	err = n.rules.sockets.list(func(c *nftables.Conn) error {
 		total, excess, err = n.rules.totals(c)

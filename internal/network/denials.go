@@ -15,49 +15,48 @@ import (
 )
 
 const (
-	// ratePerSlot and rateBurst bound how many refused packets of a slot the
-	// kernel tells of, per second and at once: enough to see what does not
-	// connect, and nothing for a sandbox that floods.
+	// ratePerSlot and rateBurst bound the refused packets of a slot that the kernel reports, per
+	// second and at once. They are enough to see what does not connect; a sandbox that floods
+	// causes no more.
 	ratePerSlot = 10
 	rateBurst   = 20
-	// ratesTimeout is how long the kernel remembers a slot that was refused
-	// something; forgetting one allows it a burst.
+	// ratesTimeout is the time for which the kernel remembers the rate of a slot; forgetting one
+	// allows it a burst.
 	ratesTimeout = time.Minute
 
-	// snapLength is what is looked at of a packet, in bytes: the longest IPv4
-	// header and the ports behind it.
+	// snapLength is the number of bytes of a packet that the kernel reports: the longest IPv4
+	// header and the ports after it.
 	snapLength = 64
 
-	// firstGroup to lastGroup are the netfilter log's groups of which a free one
-	// is taken: not the low ones that are customary for log daemons.
+	// firstGroup to lastGroup are the groups of the netfilter log, one of which is used. Log
+	// daemons usually have the low ones.
 	firstGroup, lastGroup = 0xca00, 0xcaff
 
-	// denialsEvery is how long equal refusals are put together.
+	// denialsEvery is the time in which equal refusals are counted together.
 	denialsEvery = time.Second
-	// denialsKept bounds the different refusals kept in that time, and those
-	// waiting to be read.
+	// denialsKept bounds the number of different refusals kept in that time, and of those waiting
+	// to be read.
 	denialsKept = 1024
 )
 
-// Denied tells of packets of a slot that were refused: the same destination,
-// within a second.
+// Denied reports refused packets of a slot to the same destination within a second.
 type Denied struct {
 	Slot        *Slot
-	Destination netip.AddrPort // port 0 for protocols without
+	Destination netip.AddrPort // port 0 for protocols without ports
 	Protocol    string         // "tcp", "udp", "icmp", or "ip-" and a number
-	Count       int            // packets the kernel told of, at most 10 a second for a slot
-	Excess      bool           // the policy allows it, and the slot has too many
+	Count       int            // packets that the kernel reported, at most 10 a second for a slot
+	Excess      bool           // the policy allows it, but the slot has too many
 }
 
-// denials hears from the kernel what is refused.
+// denials receives reports of refused packets from the kernel.
 type denials struct {
 	slotOf func(netip.Addr) (*Slot, bool)
 	out    chan Denied
-	conn   *netlink.Conn // nil: nothing is heard
+	conn   *netlink.Conn // nil: no reports
 	found  map[denial]int
 }
 
-// denial is what makes refusals equal.
+// denial is the part of a report by which refusals are counted together.
 type denial struct {
 	slot     *Slot
 	to       netip.AddrPort
@@ -69,18 +68,18 @@ func newDenials(slotOf func(netip.Addr) (*Slot, bool)) *denials {
 	return &denials{slotOf: slotOf, out: make(chan Denied, denialsKept), found: map[denial]int{}}
 }
 
-// Denials tells what was refused. What nobody reads in time is dropped. The
+// Denials returns a channel of refusals. A refusal that is not read in time is dropped. The
 // channel is never closed.
 func (n *Network) Denials() <-chan Denied { return n.denials.out }
 
-// The part of linux/netfilter/nfnetlink_log.h that is used here.
+// The used part of linux/netfilter/nfnetlink_log.h.
 const (
 	logSubsystem  = 4
 	logPacket     = 0 // message types
 	logConfig     = 1
 	logAttrBytes  = 9 // of a packet: its first bytes
 	logAttrPrefix = 10
-	logCfgCommand = 1 // of a configuration, as the mode
+	logCfgCommand = 1 // of a configuration, as is the mode
 	logCfgMode    = 2
 	logBind       = 1 // a command
 	logCopyPacket = 2 // a mode
@@ -131,12 +130,12 @@ func (d *denials) close() error {
 	return d.conn.Close()
 }
 
-// run puts together what is heard and passes it on until ctx ends.
+// run receives, gathers and passes on reports until ctx ends.
 func (d *denials) run(ctx context.Context) {
 	if d.conn == nil {
 		return
 	}
-	// Ends a wait below; setting a deadline of an open socket does not fail.
+	// This ends a wait below; setting a deadline of an open socket does not fail.
 	defer context.AfterFunc(ctx, func() { _ = d.conn.SetReadDeadline(time.Now()) })()
 	defer d.close() //nolint:errcheck // it was only read from
 	next := time.Now().Add(denialsEvery)
@@ -162,7 +161,7 @@ func (d *denials) run(ctx context.Context) {
 	}
 }
 
-// hear notes one packet.
+// hear records the report of one packet.
 func (d *denials) hear(data []byte) {
 	if len(data) < headerLength {
 		return
@@ -193,19 +192,19 @@ func (d *denials) hear(data []byte) {
 	}
 }
 
-// pass hands on what was noted, as far as there is room.
+// pass sends the gathered refusals to the channel, as far as it has room.
 func (d *denials) pass() {
 	for key, count := range d.found {
 		select {
 		case d.out <- Denied{key.slot, key.to, protocolName(key.protocol), count, key.excess}:
-		default: // nobody reads
+		default: // the reader is behind
 		}
 	}
 	clear(d.found)
 }
 
-// parsePacket reads the ends of an IPv4 packet, of which only the beginning need
-// be there.
+// parsePacket parses addresses and ports of an IPv4 packet, of which only the beginning must be
+// there.
 func parsePacket(b []byte) (flow, bool) {
 	const shortest = 20
 	if len(b) < shortest || b[0]>>4 != 4 {
@@ -214,7 +213,7 @@ func parsePacket(b []byte) (flow, bool) {
 	f := flow{protocol: b[9]}
 	var ports [2]uint16
 	header := int(b[0]&0xf) * 4
-	first := binary.BigEndian.Uint16(b[6:])&0x1fff == 0 // of its fragments
+	first := binary.BigEndian.Uint16(b[6:])&0x1fff == 0 // the first fragment
 	if f.protocol == unix.IPPROTO_TCP || f.protocol == unix.IPPROTO_UDP {
 		if header >= shortest && first && len(b) >= header+4 {
 			ports = [2]uint16{binary.BigEndian.Uint16(b[header:]), binary.BigEndian.Uint16(b[header+2:])}

@@ -10,19 +10,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The words rules are written in. Each is a piece of an nftables expression; join
-// puts a rule together. Registers 1 and 2 are 16 bytes each, so a link's name in
-// 1 is followed by an address in 2, as a concatenated key is laid out.
+// The parts that rules are made of. Each is a piece of an nftables expression; join joins them to
+// a rule. Registers 1 and 2 have 16 bytes each, so a link's name in 1 is followed by an address
+// in 2, as in a concatenated key.
 
-// direction says which link a word is about.
+// direction tells which link of a packet is meant.
 type direction bool
 
 const (
-	incoming direction = false // the link a packet came in by
-	outgoing direction = true  // the link it goes out by
+	incoming direction = false // the link that a packet came in by
+	outgoing direction = true  // the link that it goes out by
 )
 
-// end says which end of a packet's way a word is about.
+// end tells which end of a packet's way is meant.
 type end bool
 
 const (
@@ -51,28 +51,28 @@ func count(name string) []expr.Any {
 	return []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: name}}
 }
 
-// redirectTo sends a connection to a port of the host itself.
+// redirectTo redirects a connection to a port of the host itself.
 func redirectTo(port uint16) []expr.Any {
 	return []expr.Any{&expr.Immediate{Register: 1, Data: binaryutil.BigEndian.PutUint16(port)},
 		&expr.Redir{RegisterProtoMin: 1, Flags: redirectPorts}}
 }
 
-// redirectPorts says that the ports are given (NF_NAT_RANGE_PROTO_SPECIFIED).
+// redirectPorts is the flag for given ports (NF_NAT_RANGE_PROTO_SPECIFIED).
 const redirectPorts = 2
 
-// logTo tells the group of the netfilter log about the packet: its first snapLength bytes.
+// logTo reports the packet to the group of the netfilter log, with its first snapLength bytes.
 func logTo(group uint16) []expr.Any {
 	return []expr.Any{&expr.Log{Key: 1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_SNAPLEN, Group: group, Snaplen: snapLength}}
 }
 
-// logWith is logTo with a word that says why.
+// logWith reports the packet as logTo does, with a prefix that tells why.
 func logWith(group uint16, prefix string) []expr.Any {
 	return []expr.Any{&expr.Log{Key: 1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_SNAPLEN | 1<<unix.NFTA_LOG_PREFIX,
 		Group: group, Snaplen: snapLength, Data: []byte(prefix)}}
 }
 
-// withinRate matches as long as the key in register 1 comes at most ratePerSlot
-// times a second; m remembers.
+// withinRate matches as long as the key in register 1 comes at most ratePerSlot times a second.
+// The set m keeps the rates.
 func withinRate(m *nftables.Set) []expr.Any {
 	return []expr.Any{&expr.Dynset{SrcRegKey: 1, SetName: m.Name, SetID: m.ID, Operation: unix.NFT_DYNSET_OP_ADD,
 		Exprs: []expr.Any{&expr.Limit{Type: expr.LimitTypePkts, Rate: ratePerSlot, Unit: expr.LimitTimeSecond, Burst: rateBurst}}}}
@@ -86,8 +86,7 @@ func metaLink(d direction, register uint32) expr.Any {
 	return &expr.Meta{Key: key, Register: register}
 }
 
-// linkIs matches links whose name begins with prefix: a comparison shorter than
-// the name.
+// linkIs matches links whose names begin with prefix, by a comparison shorter than the name.
 func linkIs(d direction, prefix string) []expr.Any {
 	return []expr.Any{metaLink(d, 1), &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte(prefix)}}
 }
@@ -106,7 +105,7 @@ func notIPv4() []expr.Any {
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: []byte{unix.NFPROTO_IPV4}}}
 }
 
-// address reads an IPv4 address of the packet into a register.
+// address loads an IPv4 address of the packet into a register.
 func address(e end, register uint32) expr.Any {
 	const sourceOffset, destinationOffset = 12, 16 // in the IPv4 header, RFC 791
 	offset := uint32(sourceOffset)
@@ -118,7 +117,7 @@ func address(e end, register uint32) expr.Any {
 
 func load(e end) []expr.Any { return []expr.Any{address(e, 1)} }
 
-// linkAnd reads a link's name and an address, the key of slots and policies.
+// linkAnd loads a link's name and an address, the key of slots and policies.
 func linkAnd(d direction, e end) []expr.Any { return []expr.Any{metaLink(d, 1), address(e, 2)} }
 
 func inSet(s *nftables.Set) []expr.Any {
@@ -129,12 +128,12 @@ func notInSet(s *nftables.Set) []expr.Any {
 	return []expr.Any{&expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID, Invert: true}}
 }
 
-// verdictOf ends with what the map says; without an element the rule does not match.
+// verdictOf applies the verdict that the map has; without an element the rule does not match.
 func verdictOf(m *nftables.Set) []expr.Any {
 	return []expr.Any{&expr.Lookup{SourceRegister: 1, DestRegister: 0, IsDestRegSet: true, SetName: m.Name, SetID: m.ID}}
 }
 
-// sourceIn matches a source address by its prefix.
+// sourceIn matches source addresses in a prefix.
 func sourceIn(p netip.Prefix) []expr.Any {
 	first := p.Masked().Addr().As4()
 	mask := binaryutil.BigEndian.PutUint32(^uint32(0) << (32 - p.Bits()))
@@ -148,8 +147,8 @@ func addressType(op expr.CmpOp, kind uint32) []expr.Any {
 		&expr.Cmp{Op: op, Register: 1, Data: binaryutil.NativeEndian.PutUint32(kind)}}
 }
 
-// addressTypeIs asks the routing table, at the time of the packet, what the
-// destination is to the host (unix.RTN_LOCAL: one of its addresses).
+// addressTypeIs matches the type that the host's routing table has for the destination when the
+// packet comes (unix.RTN_LOCAL: one of the host's addresses).
 func addressTypeIs(kind uint32) []expr.Any    { return addressType(expr.CmpOpEq, kind) }
 func addressTypeIsNot(kind uint32) []expr.Any { return addressType(expr.CmpOpNeq, kind) }
 
@@ -161,7 +160,7 @@ func state(bits uint32) []expr.Any {
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)}}
 }
 
-// isRedirected matches connections of which the destination was rewritten.
+// isRedirected matches connections whose destination was rewritten.
 func isRedirected() []expr.Any {
 	const destinationRewritten = 1 << 5 // IPS_DST_NAT
 	return []expr.Any{&expr.Ct{Key: expr.CtKeySTATUS, Register: 1},
@@ -182,7 +181,7 @@ func protocolIs(p byte) []expr.Any {
 	return join([]expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}}, equals([]byte{p}))
 }
 
-// isFragment matches packets of which more follows, or which do not begin at 0.
+// isFragment matches packets with more fragments to follow, or with an offset other than 0.
 func isFragment() []expr.Any {
 	const fragmentOffset = 6 // in the IPv4 header, with three flags before it
 	return []expr.Any{&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: fragmentOffset, Len: 2},
@@ -199,10 +198,12 @@ const (
 	icmpParameter    = 12
 )
 
-// quotedDestination reads where the packet went that an error of ICMP quotes into a register.
+// quotedDestination loads the destination of the packet that an ICMP error quotes into a
+// register.
 func quotedDestination(register uint32) expr.Any {
-	const header, destinationOffset = 8, 16 // of ICMP, and in the IPv4 header behind it
-	return &expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: header + destinationOffset, Len: 4}
+	const header, destinationOffset = 8, 16 // of ICMP, and in the IPv4 header after it
+	return &expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: header + destinationOffset,
+		Len: 4}
 }
 
 func icmpType(kind byte) []expr.Any {
@@ -212,12 +213,12 @@ func icmpType(kind byte) []expr.Any {
 
 func isICMP() []expr.Any { return protocolIs(unix.IPPROTO_ICMP) }
 
-// equals compares register 1.
+// equals compares register 1 with data.
 func equals(data []byte) []expr.Any {
 	return []expr.Any{&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: data}}
 }
 
-// loadPort reads a port, of TCP as of UDP; what has none does not match.
+// loadPort loads a port of TCP or UDP. A packet without ports does not match.
 func loadPort(e end) []expr.Any {
 	offset := uint32(0)
 	if e == destination {
@@ -232,5 +233,6 @@ func portOf(protocol byte, e end, port uint16) []expr.Any {
 
 func tcpPort(e end, port uint16) []expr.Any { return portOf(unix.IPPROTO_TCP, e, port) }
 
-// isGone reports that what should be deleted was not there.
+// isGone reports whether err says that something does not exist, such as the object of a
+// deletion.
 func isGone(err error) bool { return errors.Is(err, unix.ENOENT) }

@@ -16,7 +16,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// within fails if f does not return before the deadline of a test.
+// within fails the test if f does not return before the deadline.
 func within(t *testing.T, what string, f func() error) {
 	t.Helper()
 	done := make(chan error, 1)
@@ -31,8 +31,9 @@ func within(t *testing.T, what string, f func() error) {
 	}
 }
 
-// A slot that is being changed holds nobody up: no lock of all slots is held meanwhile.
-func TestChangesOfOneSlotHoldNobodyUp(t *testing.T) {
+// TestChangesOfOneSlotDelayNoOther checks that no lock of all slots is held while one slot is
+// being changed.
+func TestChangesOfOneSlotDelayNoOther(t *testing.T) {
 	c := newConfig()
 	c.Services = Services{DNS: 5301, Proxy: 5302}
 	n := open(t, c)
@@ -57,21 +58,22 @@ func TestChangesOfOneSlotHoldNobodyUp(t *testing.T) {
 		return errors.Join(err, n.Release(t.Context(), s))
 	})
 	within(t, "counting", func() error { _, err := n.Counters(busy); return err })
-	runNFT(t, "add table inet foreign; delete table inet foreign") // or there is nothing to compare
+	runNFT(t, "add table inet foreign; delete table inet foreign") // otherwise Check has nothing to compare
 	within(t, "a check", func() error {
 		repaired, err := n.Check(t.Context())
 		return errors.Join(err, map[bool]error{true: errors.New("it repaired")}[repaired])
 	})
 }
 
-// sent counts the transactions that were carried out.
+// sent returns the number of successful transactions.
 func sent(n *Network) uint32 {
 	n.rules.sockets.changes.mu.Lock()
 	defer n.rules.sockets.changes.mu.Unlock()
 	return n.rules.sockets.changes.sent
 }
 
-// Answers that come together are one transaction, and what is open already is none.
+// TestAnswersAreBatched checks that answers that come together are one transaction, and that
+// addresses that are already open cause none.
 func TestAnswersAreBatched(t *testing.T) {
 	c := newConfig()
 	c.Services = Services{DNS: 5301, Proxy: 5302}
@@ -130,7 +132,8 @@ func TestAnswersAreBatched(t *testing.T) {
 	}
 }
 
-// A slot opens so many addresses and no more; the ones that last longest stay.
+// TestResolvedIsBounded checks that a slot has at most maxResolved addresses open, and that those
+// that expire last stay.
 func TestResolvedIsBounded(t *testing.T) {
 	c := newConfig()
 	c.Services = Services{DNS: 5301, Proxy: 5302}
@@ -158,8 +161,8 @@ func TestResolvedIsBounded(t *testing.T) {
 	}
 }
 
-// heard counts, from the kernel's own notices, the elements of each transaction on a table
-// until stop is called, which returns the most of one and how many there were.
+// heard counts the elements of each transaction on a table, from the kernel's own notices. stop
+// returns the most of one transaction and the number of transactions.
 func heard(t *testing.T, table string) (stop func() (most, transactions int)) {
 	t.Helper()
 	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
@@ -190,7 +193,7 @@ func heard(t *testing.T, table string) (stop func() (most, transactions int)) {
 		}
 	}()
 	return func() (int, int) {
-		time.Sleep(100 * time.Millisecond) // for the last notices; fewer are heard without
+		time.Sleep(100 * time.Millisecond) // for the last notices; without it fewer are counted
 		c.Close()
 		<-done
 		return most, transactions
@@ -222,7 +225,8 @@ func elementsOf(data []byte, table string) (count int) {
 	return count
 }
 
-// A long policy is put in force in transactions of bounded size, between which others go.
+// TestTransactionsAreSmall checks that a long policy is put in force in transactions of bounded
+// size, so that others come between.
 func TestTransactionsAreSmall(t *testing.T) {
 	n := open(t, newConfig())
 	s := acquire(t, n)
@@ -239,18 +243,19 @@ func TestTransactionsAreSmall(t *testing.T) {
 	}
 }
 
-// The kernel's memory for ranges is bounded for all slots together.
+// TestRangesAreBounded checks that the kernel's memory for ranges is bounded for all slots
+// together.
 func TestRangesAreBounded(t *testing.T) {
 	c := newConfig()
 	c.MaxRanges = 100
 	n := open(t, c)
 	one, two := acquire(t, n), acquire(t, n)
 	setPolicy(t, n, one, longPolicy(60))
-	setPolicy(t, n, one, longPolicy(100)) // its own go
+	setPolicy(t, n, one, longPolicy(100)) // its own ranges are replaced
 	if err := n.SetPolicy(t.Context(), two, longPolicy(1)); !fault.Is(err, fault.Unavailable) {
 		t.Errorf("over the bound: %v, want Unavailable", err)
 	}
-	udpRoundTrip(t, two) // the policy before is in force
+	udpRoundTrip(t, two) // the old policy is in force
 	setPolicy(t, n, two, Policy{})
 	setPolicy(t, n, one, longPolicy(50))
 	setPolicy(t, n, two, longPolicy(50))
@@ -260,8 +265,9 @@ func TestRangesAreBounded(t *testing.T) {
 	setPolicy(t, n, two, longPolicy(100))
 }
 
-// Slots are changed, made and given up at once, while somebody else changes other rules of
-// the host: nothing is taken for a damage. With our rules removed in between all comes back.
+// TestChangesAtOnce changes, makes and releases slots at once, while another program changes
+// other rules of the host. Nothing counts as damage. If the table is removed meanwhile, all of it
+// comes back.
 func TestChangesAtOnce(t *testing.T) {
 	for name, disturb := range map[string]string{
 		"others' rules": "add table inet foreign; delete table inet foreign",

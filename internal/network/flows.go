@@ -16,17 +16,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Flows bounds the connections that slots may have the host track, of every protocol: the
-// host has one table for all connections, its own included, and drops new ones when it is
-// full. 0 in a field is its default.
+// Flows bounds the connections, of every protocol, that the host tracks for slots. The host has
+// one table for all connections, its own included, and drops new ones when it is full. 0 in a
+// field takes its default.
 type Flows struct {
 	PerSlot   int // at once
 	PerSecond int // new ones of a slot; four times as many at once
-	Percent   int // of the host's table that all slots may take together
+	Percent   int // of the host's table, for all slots together
 }
 
-// Defaults of Flows. A browser or a package manager has some dozens at once; with less than
-// 100 a second and the times below a crawler does not meet the first limit.
+// Defaults of Flows. A browser or a package manager has some dozens of connections at once; with
+// less than 100 a second and the timeouts below a crawler does not reach the first limit.
 const (
 	DefaultFlowsPerSlot   = 1024
 	DefaultFlowsPerSecond = 200
@@ -34,32 +34,33 @@ const (
 )
 
 const (
-	// flowsBurst is how many seconds' worth of new flows may come at once.
+	// flowsBurst is the number of seconds' worth of new flows that may come at once.
 	flowsBurst = 4
-	// questionsPerSecond bounds the packets of a slot to our resolver, since all slots share
-	// its socket. It is above what the resolver itself lets a slot ask.
+	// questionsPerSecond bounds the packets of a slot to the resolver, since all slots share its
+	// socket. It is above the resolver's own limit for a slot.
 	questionsPerSecond = 500
 
-	// fragmentsPerSecond bounds the fragments of a slot: the host puts those of all slots and
-	// its own together in 4 MiB, and keeps what is not whole for 30 seconds. What programs
-	// send is rarely in fragments.
+	// fragmentsPerSecond bounds the fragments of a slot. The host reassembles those of all slots
+	// and its own in 4 MiB, and keeps incomplete ones for 30 seconds. Programs rarely send
+	// fragments.
 	fragmentsPerSecond = 50
 	fragmentsBurst     = 200
 
-	// All slots' flows are counted in bucketsMost lists or fewer, by a number the kernel
-	// gives each flow and nobody can choose: looking through one list of them all would take
-	// longer the more there are. A list of fewer than bucketLeast would often be full by
+	// All slots' flows are counted in at most bucketsMost lists, by a number that the kernel
+	// gives each flow and that a sandbox cannot choose. Searching one list of all flows would
+	// take longer the more there are; a list for fewer than bucketLeast would often be full by
 	// chance.
 	bucketsMost = 4096
 	bucketLeast = 32
 
-	// conntrackMax is assumed where the kernel does not say: what it takes on small hosts.
+	// conntrackMax is the assumed size of the host's table if the kernel does not tell it. It is
+	// the kernel's value on small hosts.
 	conntrackMax = 65536
 )
 
-// Timeouts of slots' flows that are shorter than those of the host, in seconds: what is over,
-// or was never answered, is to make room soon. The rest is as the kernel has it for hosts,
-// but for connections without a packet: half a day instead of five.
+// Timeouts of slots' flows that differ from the kernel's, in seconds. Flows that have ended, or
+// were never answered, make room soon. Connections without a packet stay half a day instead of
+// five.
 var (
 	tcpTimes = expr.CtStatePolicyTimeout{
 		expr.CtStateTCPSYNSENT: 30, expr.CtStateTCPSYNRECV: 30, expr.CtStateTCPESTABLISHED: 12 * 3600, expr.CtStateTCPFINWAIT: 30,
@@ -72,25 +73,26 @@ var (
 )
 
 const (
-	chainFlows  = "flows"  // regular: bounds what is new
-	chainExcess = "excess" // regular: counts, logs and drops what was too much
+	chainFlows  = "flows"  // regular: bounds new flows
+	chainExcess = "excess" // regular: counts, logs and drops packets beyond the limits
 
-	chainPieces = "pieces" // from a sandbox, before fragments are put together
-	chainErrors = "errors" // regular: from a sandbox, of ICMP
+	chainPieces = "pieces" // from a sandbox, before fragments are reassembled
+	chainErrors = "errors" // regular: ICMP from a sandbox
 
 	totalExcess = "excess_total"
 	timesTCP    = "times_tcp"
 	timesUDP    = "times_udp"
 	timesDNS    = "times_dns"
 
-	// excessPrefix tells refusals by these limits from those by policy in the netfilter log.
+	// excessPrefix distinguishes refusals by these limits from those by policy in the netfilter
+	// log.
 	excessPrefix = "cay-excess"
 )
 
-// flows are the sets that remember what slots have open.
+// flows has the sets that count what slots have open.
 type flows struct {
 	limits  Flows
-	all     int // that all slots may have together
+	all     int // limit of all slots together
 	buckets int
 
 	rate      *nftables.Set // new flows, by slot
@@ -105,17 +107,20 @@ func newFlows(t *nftables.Table, l layout, limits Flows) flows {
 	limits.PerSecond = cmp.Or(limits.PerSecond, DefaultFlowsPerSecond)
 	limits.Percent = cmp.Or(limits.Percent, DefaultFlowsPercent)
 	bySlot := func(name string, timeout time.Duration) *nftables.Set {
-		return &nftables.Set{Table: t, Name: name, KeyType: nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeIPAddr), Concatenation: true,
-			Dynamic: true, HasTimeout: timeout > 0, Timeout: timeout, Size: uint32(l.capacity())}
+		return &nftables.Set{Table: t, Name: name,
+			KeyType: nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeIPAddr), Concatenation: true, Dynamic: true,
+			HasTimeout: timeout > 0, Timeout: timeout, Size: uint32(l.capacity())}
 	}
-	f := flows{limits: limits, all: trackable() * limits.Percent / 100, rate: bySlot("flow_rates", ratesTimeout), open: bySlot("open_flows", 0), questions: bySlot("questions", ratesTimeout),
+	f := flows{limits: limits, all: trackable() * limits.Percent / 100, rate: bySlot("flow_rates", ratesTimeout),
+		open: bySlot("open_flows", 0), questions: bySlot("questions", ratesTimeout),
 		fragments: bySlot("fragments", ratesTimeout)}
 	f.buckets = 1 << (bits.Len(uint(max(1, min(bucketsMost, f.all/bucketLeast)))) - 1)
-	f.total = &nftables.Set{Table: t, Name: "all_flows", KeyType: nftables.TypeMark, Dynamic: true, Size: uint32(f.buckets)}
+	f.total = &nftables.Set{Table: t, Name: "all_flows", KeyType: nftables.TypeMark, Dynamic: true,
+		Size: uint32(f.buckets)}
 	return f
 }
 
-// trackable is how many connections the host's table takes.
+// trackable returns the number of connections that the host's table holds.
 func trackable() int {
 	if b, err := os.ReadFile(filepath.Join(sysctlDir, "netfilter/nf_conntrack_max")); err == nil {
 		if n, err := strconv.Atoi(strings.TrimSpace(string(b))); err == nil && n > 0 {
@@ -129,20 +134,20 @@ func (f flows) sets() []*nftables.Set {
 	return []*nftables.Set{f.rate, f.open, f.total, f.questions, f.fragments}
 }
 
-// turns lets one function run at a time.
-type turns struct{ mu sync.Mutex }
+// serial lets one function run at a time.
+type serial struct{ mu sync.Mutex }
 
-func (o *turns) take(f func()) {
+func (o *serial) run(f func()) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	f()
 }
 
-// encodingTimes is for all networks of a process: the library writes what it encodes into
-// a table of its own first.
-var encodingTimes turns
+// encodingTimes serialises all networks of a process, since the library writes timeouts into a
+// table of its own while it encodes them.
+var encodingTimes serial
 
-func (t *table) addTimes(c *nftables.Conn) { encodingTimes.take(func() { t.encodeTimes(c) }) }
+func (t *table) addTimes(c *nftables.Conn) { encodingTimes.run(func() { t.encodeTimes(c) }) }
 
 func (t *table) encodeTimes(c *nftables.Conn) {
 	add := func(name string, protocol uint8, times expr.CtStatePolicyTimeout) {
@@ -156,14 +161,14 @@ func (t *table) encodeTimes(c *nftables.Conn) {
 	}
 }
 
-// flowRules are what a packet meets that the policy lets through and that begins a flow.
-// Until it has left, the kernel has not put the flow into its table.
+// flowRules returns the rules for packets that begin a flow and that the policy lets through. The
+// kernel puts a flow into its table only when the packet has left.
 func (t *table) flowRules() [][]expr.Any {
 	f := t.flows
 	slot := join(isIPv4(), linkAnd(incoming, source))
 	out := [][]expr.Any{
-		join(slot, over(f.rate, &expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(f.limits.PerSecond), Unit: expr.LimitTimeSecond,
-			Burst: uint32(flowsBurst * f.limits.PerSecond), Over: true}), gotoChain(chainExcess)),
+		join(slot, over(f.rate, &expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(f.limits.PerSecond),
+			Unit: expr.LimitTimeSecond, Burst: uint32(flowsBurst * f.limits.PerSecond), Over: true}), gotoChain(chainExcess)),
 		join(slot, over(f.open, overCount(f.limits.PerSlot)), gotoChain(chainExcess)),
 		join(isIPv4(), flowNumber(f.buckets), over(f.total, overCount(f.all/f.buckets)), gotoChain(chainExcess)),
 		join(protocolIs(unix.IPPROTO_TCP), times(timesTCP)),
@@ -175,29 +180,31 @@ func (t *table) flowRules() [][]expr.Any {
 	return out
 }
 
-// fragmentRules bound fragments before they are put together, which connection tracking
-// does before any other chain sees them.
+// fragmentRules bound fragments before they are reassembled. Connection tracking reassembles them
+// before any other chain sees them.
 func (t *table) fragmentRules(fromUs []expr.Any) [][]expr.Any {
 	slot := join(fromUs, isIPv4(), isFragment(), linkAnd(incoming, source))
 	return [][]expr.Any{
 		join(slot, notInSet(t.slots), drop()),
-		join(slot, over(t.flows.fragments, &expr.Limit{Type: expr.LimitTypePkts, Rate: fragmentsPerSecond, Unit: expr.LimitTimeSecond,
-			Burst: fragmentsBurst, Over: true}), gotoChain(chainExcess)),
+		join(slot, over(t.flows.fragments, &expr.Limit{Type: expr.LimitTypePkts, Rate: fragmentsPerSecond,
+			Unit: expr.LimitTimeSecond, Burst: fragmentsBurst, Over: true}), gotoChain(chainExcess)),
 	}
 }
 
-// errorRules are for errors of ICMP. The kernel looks the flow that one is about up by the
-// packet it quotes, so a slot could send errors about the flows of others, in the host's
-// name: what it quotes must have come to itself. Redirects are for routers.
+// errorRules returns the rules for ICMP errors. The kernel finds the flow of an error by the
+// packet that it quotes, so a slot could send errors about other slots' flows in the host's name.
+// The rules require that the quoted packet was sent to the slot itself. Redirects are for
+// routers.
 func (t *table) errorRules() [][]expr.Any {
 	out := [][]expr.Any{join(icmpType(icmpRedirect), gotoChain(chainRefuse))}
 	for _, kind := range []byte{icmpUnreachable, icmpSourceQuench, icmpTimeExceeded, icmpParameter} {
-		out = append(out, join(icmpType(kind), []expr.Any{metaLink(incoming, 1), quotedDestination(2)}, notInSet(t.slots), gotoChain(chainRefuse)))
+		out = append(out, join(icmpType(kind), []expr.Any{metaLink(incoming, 1), quotedDestination(2)}, notInSet(t.slots),
+			gotoChain(chainRefuse)))
 	}
 	return out
 }
 
-// excessRules count and tell what was too much.
+// excessRules count and report packets beyond the limits.
 func (t *table) excessRules() [][]expr.Any {
 	slot := join(isIPv4(), linkAnd(incoming, source))
 	out := [][]expr.Any{join(slot, inSet(t.denied), count(totalDenied), count(totalExcess))}
@@ -207,16 +214,17 @@ func (t *table) excessRules() [][]expr.Any {
 	return append(out, drop())
 }
 
-// over matches when the expression that m remembers for the key in register 1 says so.
+// over matches if the expression that m keeps for the key in register 1 matches.
 func over(m *nftables.Set, e expr.Any) []expr.Any {
-	return []expr.Any{&expr.Dynset{SrcRegKey: 1, SetName: m.Name, SetID: m.ID, Operation: unix.NFT_DYNSET_OP_ADD, Exprs: []expr.Any{e}}}
+	return []expr.Any{&expr.Dynset{SrcRegKey: 1, SetName: m.Name, SetID: m.ID, Operation: unix.NFT_DYNSET_OP_ADD,
+		Exprs: []expr.Any{e}}}
 }
 
 func overCount(n int) expr.Any {
 	return &expr.Connlimit{Count: uint32(n), Flags: expr.NFT_CONNLIMIT_F_INV}
 }
 
-// flowNumber reads the number of the packet's flow below n, a power of two.
+// flowNumber loads the number of the packet's flow modulo n, a power of two.
 func flowNumber(n int) []expr.Any {
 	const ctKeyID = 23 // NFT_CT_ID
 	return []expr.Any{&expr.Ct{Key: ctKeyID, Register: 1}, &expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
@@ -228,8 +236,8 @@ func times(name string) []expr.Any {
 	return []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_CT_TIMEOUT, Name: name}}
 }
 
-// isNew matches the first packet of a flow, before the kernel has put the flow into its
-// table. What it calls new goes on for as long as there is no answer.
+// isNew matches the first packet of a flow, before the kernel has put the flow into its table.
+// The kernel's own state "new" lasts until there is an answer.
 func isNew() []expr.Any {
 	const confirmed = 1 << 3 // IPS_CONFIRMED
 	return []expr.Any{&expr.Ct{Key: expr.CtKeySTATUS, Register: 1},

@@ -23,8 +23,8 @@ func scatter(t *testing.T, s *Slot, to netip.Addr, count int) {
 	}
 }
 
-// A slot has so many connections tracked and no more, what it has goes on, and neither
-// another slot nor the host notices.
+// TestFlowsOfASlot checks that a slot has a bounded number of tracked connections, that those it
+// has continue, and that neither another slot nor the host notices.
 func TestFlowsOfASlot(t *testing.T) {
 	c := newConfig()
 	c.Flows = Flows{PerSlot: 100, PerSecond: 100_000}
@@ -73,7 +73,7 @@ func TestFlowsOfASlot(t *testing.T) {
 	udpRoundTrip(t, s)
 }
 
-// New connections come one after the other.
+// TestFlowsPerSecond checks the rate of new connections.
 func TestFlowsPerSecond(t *testing.T) {
 	c := newConfig()
 	c.Flows = Flows{PerSlot: 10_000, PerSecond: 10}
@@ -85,8 +85,9 @@ func TestFlowsPerSecond(t *testing.T) {
 	if got := connections(t, s.Addr); got < flowsBurst*10/2 || got > most {
 		t.Errorf("%d connections began at once, want at most %d", got, most)
 	}
-	// However many packets one has, also when nobody answers.
-	same := frame{src: netip.AddrPortFrom(other.Addr, 5555), dst: netip.AddrPortFrom(farAddr, probePort), payload: "x"}.packet()
+	// A single connection may have any number of packets, also without answers.
+	same := frame{src: netip.AddrPortFrom(other.Addr, 5555), dst: netip.AddrPortFrom(farAddr, probePort),
+		payload: "x"}.packet()
 	udpRoundTrip(t, other)
 	before, err := n.Counters(other)
 	if err != nil {
@@ -105,7 +106,8 @@ func TestFlowsPerSecond(t *testing.T) {
 	udpRoundTrip(t, other)
 }
 
-// All slots together have a share of the host's table, whatever each of them may have.
+// TestFlowsOfAllSlots checks that all slots together get their share of the host's table at most,
+// whatever each of them may have.
 func TestFlowsOfAllSlots(t *testing.T) {
 	c := newConfig()
 	c.Flows = Flows{PerSlot: 1 << 20, PerSecond: 1 << 20, Percent: 1}
@@ -119,7 +121,7 @@ func TestFlowsOfAllSlots(t *testing.T) {
 	}
 }
 
-// What was not answered, or is over, makes room soon.
+// TestFlowTimes checks that connections that were not answered, or have ended, soon make room.
 func TestFlowTimes(t *testing.T) {
 	c := newConfig()
 	c.Services = Services{DNS: 5301}
@@ -154,7 +156,8 @@ func TestFlowTimes(t *testing.T) {
 				most = 30
 			}
 			if f.TimeOut > most {
-				return fmt.Errorf("what was sent to port %d by protocol %d is remembered for %d s, want at most %d", port, f.Forward.Protocol, f.TimeOut, most)
+				return fmt.Errorf("what was sent to port %d by protocol %d is remembered for %d s, want at most %d", port,
+					f.Forward.Protocol, f.TimeOut, most)
 			}
 			seen[port] = true
 		}

@@ -9,8 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// frame is an Ethernet frame with a UDP packet, as a sandbox that obeys nothing
-// would write it to its link.
+// frame is an Ethernet frame with a UDP packet, as a sandbox could write it to its link.
 type frame struct {
 	to       net.HardwareAddr // nil: the gateway
 	src, dst netip.AddrPort
@@ -18,10 +17,10 @@ type frame struct {
 	payload  string
 	options  []byte     // of IPv4, a multiple of 4 bytes
 	pieces   bool       // in two fragments, IPv4 only
-	end      netip.Addr // where options lead it in the end, if not to dst
+	end      netip.Addr // the final destination with options, if not dst
 }
 
-// send writes the frame to eth0 of the namespace the thread is in.
+// send writes the frame to eth0 of the thread's namespace.
 func (f frame) send() error {
 	link, err := net.InterfaceByName(insideLink)
 	if err != nil {
@@ -47,14 +46,14 @@ func (f frame) send() error {
 	return nil
 }
 
-// fragments cuts an IPv4 packet in two, behind the ports.
+// fragments splits an IPv4 packet in two, after the ports.
 func fragments(packet []byte) [][]byte {
-	const first = 8 // bytes behind the header, also the unit of offsets
+	const first = 8 // bytes after the header, also the unit of offsets
 	header := int(packet[0]&0xf) * 4
 	piece := func(flags uint16, data []byte) []byte {
 		out := append(append([]byte{}, packet[:header]...), data...)
 		binary.BigEndian.PutUint16(out[2:], uint16(len(out)))
-		binary.BigEndian.PutUint16(out[4:], binary.BigEndian.Uint16(packet[header+6:])) // an ID of its own
+		binary.BigEndian.PutUint16(out[4:], binary.BigEndian.Uint16(packet[header+6:])) // a different ID
 		binary.BigEndian.PutUint16(out[6:], flags)
 		binary.BigEndian.PutUint16(out[10:], 0)
 		binary.BigEndian.PutUint16(out[10:], checksum(out[:header]))
@@ -69,7 +68,7 @@ func sendRaw(link int, to net.HardwareAddr, kind uint16, packet []byte) error {
 	return sendAll(link, to, kind, [][]byte{packet})
 }
 
-// sendAll writes Ethernet frames to a link over one socket: closing one takes long.
+// sendAll writes Ethernet frames to a link over one socket, since closing one takes long.
 func sendAll(link int, to net.HardwareAddr, kind uint16, packets [][]byte) error {
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

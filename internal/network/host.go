@@ -9,9 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// listAttempts bounds how often a listing is repeated that the kernel says
-// changed while it was read. Links come and go all the time on a busy host; each
-// attempt takes milliseconds.
+// listAttempts is the number of times that a listing is repeated that the kernel reports as
+// changed meanwhile. Links come and go all the time on a busy host; each attempt takes
+// milliseconds.
 const listAttempts = 20
 
 // complete repeats a listing until it was not interrupted.
@@ -35,8 +35,7 @@ func listLinks() ([]netlink.Link, error) {
 	return links, nil
 }
 
-// remains lists the slots of which a link or a namespace is on the host, by
-// instance.
+// remains returns the slots that have a link or a namespace on the host, by instance.
 func remains() (map[string]map[int]bool, error) {
 	out := map[string]map[int]bool{}
 	add := func(instance string, index int, ok bool) {
@@ -65,12 +64,13 @@ func remains() (map[string]map[int]bool, error) {
 	return out, nil
 }
 
-// defaultMTU is the MTU of the link the default route uses, so that packets of
-// sandboxes fit without being cut; ethernetMTU without a default route.
+// defaultMTU returns the MTU of the default route's link, so that packets of sandboxes fit
+// without fragmentation, or ethernetMTU without a default route.
 func defaultMTU() (int, error) {
 	const ethernetMTU = 1500
 	routes, err := complete(func() ([]netlink.Route, error) {
-		return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+		return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_MAIN},
+			netlink.RT_FILTER_TABLE)
 	})
 	if err != nil {
 		return 0, fmt.Errorf("listing routes: %w", err)
@@ -92,9 +92,9 @@ func defaultMTU() (int, error) {
 	return ethernetMTU, nil
 }
 
-// shareDir makes dir a shared mount of its own, as iproute2 does the first time it
-// names a namespace. Were it to do so later, when ours are there, it would mount a
-// copy of each over it, and none could be removed any more.
+// shareDir makes dir a shared mount of its own, as iproute2 does when it first names a namespace.
+// If iproute2 did it later, with namespaces of this package there, it would mount a copy of each
+// over it, and none could be removed any more.
 func shareDir(dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
@@ -103,7 +103,7 @@ func shareDir(dir string) error {
 	if !errors.Is(err, unix.EINVAL) {
 		return err
 	}
-	// It is no mount yet.
+	// It is not a mount yet.
 	if err := unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 		return err
 	}

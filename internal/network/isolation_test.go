@@ -21,28 +21,28 @@ import (
 
 const (
 	probePort = 9999
-	// grace is how long is listened for what must not come. What may come takes
+	// grace is the time that tests listen for packets that must not come. Packets that come take
 	// less than a millisecond here.
 	grace = 300 * time.Millisecond
 )
 
-// ears are UDP sockets that note what they hear, each packet's text.
-type ears struct {
+// receivers is a set of UDP sockets that record the text of each packet.
+type receivers struct {
 	mu sync.Mutex
 	// +checklocks:mu
-	heard map[string]netip.Addr // text to source
+	heard map[string]netip.Addr // source by text
 }
 
-// listen opens a socket on every address of the namespace at path, "" for the
-// host, on the port. It ends with the test.
-func (e *ears) listen(t *testing.T, path string, port int) {
+// listen opens a socket on the port, on every address of the namespace at path, "" for the host.
+// It is closed with the test.
+func (e *receivers) listen(t *testing.T, path string, port int) {
 	t.Helper()
 	for _, family := range []string{"udp4", "udp6"} {
 		e.listenFamily(t, path, family, port)
 	}
 }
 
-func (e *ears) listenFamily(t *testing.T, path, family string, port int) {
+func (e *receivers) listenFamily(t *testing.T, path, family string, port int) {
 	t.Helper()
 	var conn net.PacketConn
 	open := func() (err error) {
@@ -67,7 +67,7 @@ func (e *ears) listenFamily(t *testing.T, path, family string, port int) {
 	}()
 }
 
-func (e *ears) hears(text string) bool {
+func (e *receivers) hears(text string) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	_, ok := e.heard[text]
@@ -86,14 +86,14 @@ func at(a string, port uint16) netip.AddrPort {
 	return netip.AddrPortFrom(netip.MustParseAddr(a), port)
 }
 
-// TestNever tries everything a slot must never be able to do, with all the
-// settings turned off that would also prevent it: the rules alone must. Then it
-// does the same without the rules, to show that each try would have succeeded.
+// TestNever tries everything that a slot must never be able to do. All settings that would also
+// prevent it are off, so the rules alone must. It then does the same without the rules, to show
+// that each try would have succeeded.
 func TestNever(t *testing.T) {
 	n := open(t, newConfig())
 	a, b := acquire(t, n), acquire(t, n)
 	loosen(t, a, b)
-	hear := &ears{heard: map[string]netip.Addr{}}
+	hear := &receivers{heard: map[string]netip.Addr{}}
 	for _, path := range []string{"", outsidePath, a.Namespace, b.Namespace} {
 		hear.listen(t, path, probePort)
 	}
@@ -159,21 +159,22 @@ func TestNever(t *testing.T) {
 	everything := prefixes("0.0.0.0/0")
 	for name, p := range map[string]struct {
 		Policy
-		allowed bool // what is allowed by the others is
+		allowed bool // what the others allow passes
 	}{
 		"closed":        {Policy{}, false},
 		"open":          {Policy{Open: true}, true},
 		"all addresses": {Policy{Allow: everything}, true},
-		"ports":         {Policy{Allow: everything, Ports: []uint16{probePort}}, false}, // of TCP
+		"ports":         {Policy{Allow: everything, Ports: []uint16{probePort}}, false}, // TCP ports
 		"denied":        {Policy{Allow: everything, Deny: prefixes("203.0.113.0/28")}, false},
 		"names":         {Policy{Names: true, Allow: everything}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			setPolicy(t, n, a, p.Policy)
 			send(t, name+": ", func(string) bool { return true })
-			// What is allowed still arrives, so the tries were not lost to something
-			// else; that also in fragments and with options.
-			open := []frame{{src: from, dst: far, payload: name + ", plain"}, {src: from, dst: far, pieces: true, payload: name + ", pieces"},
+			// Allowed packets must arrive, also in fragments and with options, which shows that
+			// the tries did not fail for another reason.
+			open := []frame{{src: from, dst: far, payload: name + ", plain"},
+				{src: from, dst: far, pieces: true, payload: name + ", pieces"},
 				{src: from, dst: far, options: recordRoute, payload: name + ", options"}}
 			sendOpen := func() error {
 				var errs []error
@@ -222,13 +223,13 @@ func TestNever(t *testing.T) {
 	})
 }
 
-// recordRoute has room for one address; routeOver sends over the packet's
-// destination to another (RFC 791).
+// recordRoute has room for one address; routeOver leads over the packet's destination to another
+// (RFC 791).
 var recordRoute = []byte{7, 7, 4, 0, 0, 0, 0, 0}
 
 func routeOver(to netip.Addr) []byte { return append(append([]byte{131, 7, 4}, to.AsSlice()...), 0) }
 
-// No echo comes from where nothing else may come from.
+// TestNeverByPing checks that no echo comes from addresses that no packet may come from.
 func TestNeverByPing(t *testing.T) {
 	c := newConfig()
 	c.Services = Services{DNS: 5301, Proxy: 5302, Metadata: 5303}
@@ -267,7 +268,7 @@ func TestNeverByPing(t *testing.T) {
 	})
 }
 
-// withoutRules runs f while the table is gone and nobody may repair it.
+// withoutRules runs f while the table is removed and is not repaired.
 func withoutRules(t *testing.T, n *Network, f func()) {
 	t.Helper()
 	n.installing.Lock()
@@ -283,15 +284,15 @@ func withoutRules(t *testing.T, n *Network, f func()) {
 	f()
 }
 
-// loosen turns off, on the host and on the links of the slots, what would keep a
-// packet away although the rules let it through, and gives the host and the
-// outside the addresses the tries go to.
+// loosen turns off, on the host and on the slots' links, all settings that would stop a packet
+// that the rules let through, and gives the host and the outside the addresses of the tries.
 func loosen(t *testing.T, slots ...*Slot) {
 	t.Helper()
 	settings := []string{"ipv4/conf/all/rp_filter=0", "ipv4/conf/all/route_localnet=1", "ipv4/conf/all/bc_forwarding=1",
 		"ipv4/conf/" + uplink + "/rp_filter=0", "ipv6/conf/all/forwarding=1", "ipv4/conf/all/accept_local=1", "ipv4/conf/all/accept_source_route=1"}
 	for _, s := range slots {
-		for _, v := range []string{"rp_filter=0", "route_localnet=1", "bc_forwarding=1", "accept_local=1", "accept_source_route=1"} {
+		for _, v := range []string{"rp_filter=0", "route_localnet=1", "bc_forwarding=1", "accept_local=1",
+			"accept_source_route=1"} {
 			settings = append(settings, "ipv4/conf/"+s.Link+"/"+v)
 		}
 		settings = append(settings, "ipv6/conf/"+s.Link+"/disable_ipv6=0", "ipv6/conf/"+s.Link+"/accept_dad=0")
@@ -308,7 +309,8 @@ func loosen(t *testing.T, slots ...*Slot) {
 		}
 	}
 	if err := inNamespace(outsidePath, func() error {
-		return errors.Join(setting("ipv4/conf/all/accept_source_route", "1"), setting("ipv4/conf/eth0/accept_source_route", "1"))
+		return errors.Join(setting("ipv4/conf/all/accept_source_route", "1"),
+			setting("ipv4/conf/eth0/accept_source_route", "1"))
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -316,11 +318,11 @@ func loosen(t *testing.T, slots ...*Slot) {
 	addAddress(t, "", uplink, "fd00:2::1/64")
 	addAddress(t, outsidePath, "eth0", "fd00:2::2/64")
 	addAddress(t, outsidePath, "eth0", "169.254.169.254/32")
-	// The outside knows the way to sandboxes, which it would not have to.
+	// The outside has a route to sandboxes, which it would normally not have.
 	addRoute(t, outsidePath, "eth0", "10.77.0.0/16", hostAddr)
 }
 
-// apply writes "path=value" and puts the old value back after the test.
+// apply writes "path=value" and restores the old value after the test.
 func apply(t *testing.T, assignment string) {
 	t.Helper()
 	i := slices.Index([]byte(assignment), '=')
@@ -339,8 +341,8 @@ func apply(t *testing.T, assignment string) {
 	})
 }
 
-// addAddress gives a link an address without waiting for IPv6's check of
-// duplicates, until the test ends.
+// addAddress gives a link an address until the test ends, without waiting for IPv6's duplicate
+// address detection.
 func addAddress(t *testing.T, path, name, text string) {
 	t.Helper()
 	change := func(f func(netlink.Link, *netlink.Addr) error) error {
@@ -393,12 +395,12 @@ func linkAddress(t *testing.T, name string) net.HardwareAddr {
 	return link.Attrs().HardwareAddr
 }
 
-// A port forwarding of another tool turns an address of the host into something
-// else before filters see it. It must not help a sandbox, nor anybody into one.
+// TestNeverThroughPortForwarding checks that the port forwarding of another tool, which rewrites
+// an address of the host before filters see it, helps neither a sandbox nor anybody to reach one.
 func TestNeverThroughPortForwarding(t *testing.T) {
 	n := open(t, newConfig())
 	a := acquire(t, n)
-	hear := &ears{heard: map[string]netip.Addr{}}
+	hear := &receivers{heard: map[string]netip.Addr{}}
 	hear.listen(t, outsidePath, probePort)
 	hear.listen(t, a.Namespace, probePort)
 	addRoute(t, outsidePath, "eth0", "10.77.0.0/16", hostAddr)
@@ -449,7 +451,7 @@ func TestNeverThroughPortForwarding(t *testing.T) {
 	})
 }
 
-// A sandbox gets no answer to ARP, whatever it asks for.
+// TestNoARP checks that a sandbox gets no answer to ARP, whatever address it asks for.
 func TestNoARP(t *testing.T) {
 	n := open(t, newConfig())
 	a := acquire(t, n)
@@ -517,7 +519,8 @@ func TestNoARP(t *testing.T) {
 
 func htons(v uint16) uint16 { return binary.NativeEndian.Uint16([]byte{byte(v >> 8), byte(v)}) }
 
-// The host opens the agent's port and nothing else.
+// TestHostReachesOnlyTheAgent checks that the host can connect to the agent's port and to no
+// other.
 func TestHostReachesOnlyTheAgent(t *testing.T) {
 	n := open(t, newConfig())
 	s := acquire(t, n)
@@ -548,8 +551,8 @@ func TestHostReachesOnlyTheAgent(t *testing.T) {
 	})
 }
 
-// A connection to the host from the agent's own port looks like an answer of it
-// but for who opened it.
+// TestSlotOpensNothingToTheHost connects to the host from the agent's own port, which looks like
+// an answer of the agent except for who opened it.
 func TestSlotOpensNothingToTheHost(t *testing.T) {
 	n := open(t, newConfig())
 	s := acquire(t, n)

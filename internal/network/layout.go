@@ -14,25 +14,25 @@ import (
 )
 
 const (
-	// linkPrefix and namePrefix begin everything of ours on a host.
+	// linkPrefix and namePrefix are the first parts of all names on the host.
 	linkPrefix = "cay"
 	namePrefix = "cay-"
 
-	// netnsDir is where iproute2 looks for named namespaces, so that
-	// `ip netns exec cay-…` works for an operator.
+	// netnsDir is the directory in which iproute2 looks for named namespaces, so that `ip netns
+	// exec cay-…` works for an operator.
 	netnsDir = "/run/netns"
 
-	// shortestPrefix is the largest range: 65,536 slots, so that an index has at
-	// most five digits and "cay" + instance + "-" + index fits into the 15
-	// characters of a link's name.
+	// shortestPrefix is the prefix length of the largest range: 65,536 slots, so that an index
+	// has at most five digits and "cay" + instance + "-" + index fits into the 15 characters of a
+	// link's name.
 	shortestPrefix = 15
-	// longestPrefix is the smallest range: two slots.
+	// longestPrefix is the prefix length of the smallest range: two slots.
 	longestPrefix = 30
 )
 
 var instanceForm = regexp.MustCompile(`^[a-z0-9]{6}$`)
 
-// checkInstance refuses names that would not be recognised again on the host.
+// checkInstance refuses names that could not be recognised again on the host.
 func checkInstance(instance string) error {
 	if !instanceForm.MatchString(instance) {
 		return fault.InField("invalid_instance", "instance", "%q is not 6 characters of a-z and 0-9", instance)
@@ -40,7 +40,7 @@ func checkInstance(instance string) error {
 	return nil
 }
 
-// checkRange refuses blocks that cannot be laid out in slots.
+// checkRange refuses blocks that cannot be divided into slots.
 func checkRange(p netip.Prefix) error {
 	switch {
 	case !p.IsValid() || !p.Addr().Is4():
@@ -48,7 +48,8 @@ func checkRange(p netip.Prefix) error {
 	case p != p.Masked():
 		return fault.InField("invalid_range", "network.range", "%v has host bits set: write %v", p, p.Masked())
 	case p.Bits() < shortestPrefix || p.Bits() > longestPrefix:
-		return fault.InField("invalid_range", "network.range", "%v must be between /%d and /%d", p, shortestPrefix, longestPrefix)
+		return fault.InField("invalid_range", "network.range", "%v must be between /%d and /%d", p, shortestPrefix,
+			longestPrefix)
 	}
 	for _, never := range neverRanges {
 		if p.Overlaps(never) {
@@ -58,7 +59,7 @@ func checkRange(p netip.Prefix) error {
 	return nil
 }
 
-// checkDeny refuses prefixes that would be passed over in silence.
+// checkDeny refuses prefixes that would silently have no effect.
 func checkDeny(prefixes []netip.Prefix) error {
 	for _, p := range prefixes {
 		if !p.IsValid() || p.Addr().Is4In6() {
@@ -68,16 +69,16 @@ func checkDeny(prefixes []netip.Prefix) error {
 	return nil
 }
 
-// layout is the arithmetic of one instance's slots. The range is valid.
+// layout computes names and addresses of one instance's slots. The block is valid.
 type layout struct {
 	instance string
 	block    netip.Prefix
 }
 
-// capacity is the number of slots, two addresses each.
+// capacity returns the number of slots, two addresses each.
 func (l layout) capacity() int { return 1 << (31 - l.block.Bits()) }
 
-// slot describes slot index, which is below the capacity.
+// slot returns the slot of an index, which is below the capacity.
 func (l layout) slot(index int) *Slot {
 	base := l.block.Addr().As4()
 	first := binary.BigEndian.Uint32(base[:]) + 2*uint32(index)
@@ -90,7 +91,7 @@ func (l layout) slot(index int) *Slot {
 	}
 }
 
-// index is that of the slot whose sandbox has the address.
+// index returns the index of the slot whose sandbox has the address.
 func (l layout) index(a netip.Addr) (int, bool) {
 	if !l.block.Contains(a) {
 		return 0, false
@@ -100,8 +101,8 @@ func (l layout) index(a netip.Addr) (int, bool) {
 	return int(offset / 2), offset%2 == 1
 }
 
-// links begins the name of every link of the instance, with a dash so that the
-// rules can match all of them, and no other's, by this prefix.
+// links returns the first part of all names of the instance's links. It ends with a dash, so that
+// the rules can match these links, and no others, by this prefix.
 func (l layout) links() string              { return linkPrefix + l.instance + "-" }
 func (l layout) link(index int) string      { return l.links() + strconv.Itoa(index) }
 func (l layout) table() string              { return namePrefix + l.instance }
@@ -114,7 +115,7 @@ func addrOf(n uint32) netip.Addr {
 	return netip.AddrFrom4(b)
 }
 
-// parseLink takes a link's name apart; ok is false for a name that is not ours.
+// parseLink splits a link's name; ok is false for a name of another form.
 func parseLink(name string) (instance string, index int, ok bool) {
 	rest, found := strings.CutPrefix(name, linkPrefix)
 	if !found {
@@ -123,7 +124,7 @@ func parseLink(name string) (instance string, index int, ok bool) {
 	return parseIndexed(rest)
 }
 
-// parseNamespace takes a namespace's file name apart.
+// parseNamespace splits a namespace's file name.
 func parseNamespace(name string) (instance string, index int, ok bool) {
 	rest, found := strings.CutPrefix(name, namePrefix)
 	if !found {
@@ -132,14 +133,14 @@ func parseNamespace(name string) (instance string, index int, ok bool) {
 	return parseIndexed(rest)
 }
 
-// parseTable takes a table's name apart.
+// parseTable splits a table's name.
 func parseTable(name string) (instance string, ok bool) {
 	instance, found := strings.CutPrefix(name, namePrefix)
 	return instance, found && instanceForm.MatchString(instance)
 }
 
-// parseIndexed reads "<instance>-<index>" as this package writes it, and only
-// so: a name with a leading zero or a sign is somebody else's.
+// parseIndexed parses "<instance>-<index>" exactly as this package writes it. A name with a
+// leading zero or a sign belongs to another program.
 func parseIndexed(s string) (string, int, bool) {
 	instance, digits, found := strings.Cut(s, "-")
 	if !found || !instanceForm.MatchString(instance) {
@@ -155,8 +156,8 @@ func parseIndexed(s string) (string, int, bool) {
 // interval is a closed range of IPv4 addresses.
 type interval struct{ first, last uint32 }
 
-// merge turns prefixes into disjoint intervals in ascending order, which is what
-// an interval set of nftables takes. IPv6 prefixes are left out.
+// merge converts prefixes to disjoint intervals in ascending order, as an interval set of
+// nftables needs them. It leaves out IPv6 prefixes.
 func merge(prefixes []netip.Prefix) []interval {
 	var in []interval
 	for _, p := range prefixes {
@@ -174,8 +175,8 @@ func mergeIntervals(in []interval) []interval {
 	slices.SortFunc(in, func(a, b interval) int { return cmp.Compare(a.first, b.first) })
 	var out []interval
 	for _, i := range in {
-		// One that touches the previous joins it; last+1 would overflow at the
-		// end of the address space.
+		// An interval that touches the previous one joins it. last+1 would overflow at the end of
+		// the address space.
 		if n := len(out); n > 0 && (i.first <= out[n-1].last || i.first-1 == out[n-1].last) {
 			out[n-1].last = max(out[n-1].last, i.last)
 			continue

@@ -22,8 +22,8 @@ func TestSlotNames(t *testing.T) {
 	}
 }
 
-// FuzzLayout: in every range every slot has a pair of its own, names that lead
-// back to it, and a link that the kernel accepts.
+// FuzzLayout checks that in every range every slot has a pair of its own, names that lead back to
+// it, and a link that the kernel accepts.
 func FuzzLayout(f *testing.F) {
 	f.Add(uint32(10<<24|64<<16), 18, 0)
 	f.Add(uint32(10<<24|64<<16), 18, 8191)
@@ -61,10 +61,10 @@ func FuzzLayout(f *testing.F) {
 	})
 }
 
-// FuzzParseName: a name is ours only if this package would write it so.
+// FuzzParseName checks that only names as this package writes them are parsed.
 func FuzzParseName(f *testing.F) {
-	for _, name := range []string{"cayabc123-0", "cayabc123-65535", "cayabc123-65536", "cayabc123-01", "cayabc123--1", "cayabc123-+1",
-		"cay-abc123-7", "cayABC123-0", "cayabc12-3", "cay-abc123", "cay-abc123-", "eth0", ""} {
+	for _, name := range []string{"cayabc123-0", "cayabc123-65535", "cayabc123-65536", "cayabc123-01", "cayabc123--1",
+		"cayabc123-+1", "cay-abc123-7", "cayABC123-0", "cayabc12-3", "cay-abc123", "cay-abc123-", "eth0", ""} {
 		f.Add(name)
 	}
 	f.Fuzz(func(t *testing.T, name string) {
@@ -85,8 +85,8 @@ func FuzzParseName(f *testing.F) {
 
 func (i interval) String() string { return fmt.Sprintf("%v-%v", addrOf(i.first), addrOf(i.last)) }
 
-// FuzzMerge: the intervals hold exactly the addresses of the prefixes, in order,
-// apart from each other.
+// FuzzMerge checks that the intervals hold exactly the addresses of the prefixes, in order and
+// disjoint.
 func FuzzMerge(f *testing.F) {
 	f.Add([]byte{10, 0, 0, 0, 8, 10, 1, 0, 0, 16}, uint32(10<<24))
 	f.Add([]byte{0, 0, 0, 0, 0}, uint32(0xffffffff))
@@ -105,7 +105,7 @@ func FuzzMerge(f *testing.F) {
 				t.Errorf("%v: %v is not apart and in order", prefixes, got)
 			}
 		}
-		// The probe, and what is next to every border.
+		// The probe, and the addresses next to every border.
 		probes := []uint32{probe}
 		for _, v := range got {
 			probes = append(probes, v.first-1, v.first, v.last, v.last+1)
@@ -134,8 +134,10 @@ func TestCheckRange(t *testing.T) {
 	if err := checkRange(netip.Prefix{}); !fault.Is(err, fault.Invalid) {
 		t.Errorf("no range: got %v", err)
 	}
-	for text, valid := range map[string]bool{"10.0.0.0/8": true, "0.0.0.0/0": true, "fd00::/8": true, "::ffff:10.0.0.0/104": false} {
-		if err := checkDeny([]netip.Prefix{netip.MustParsePrefix(text)}); valid != (err == nil) || err != nil && !fault.Is(err, fault.Invalid) {
+	for text, valid := range map[string]bool{"10.0.0.0/8": true, "0.0.0.0/0": true, "fd00::/8": true,
+		"::ffff:10.0.0.0/104": false} {
+		if err := checkDeny([]netip.Prefix{netip.MustParsePrefix(text)}); valid != (err == nil) ||
+			err != nil && !fault.Is(err, fault.Invalid) {
 			t.Errorf("denying %s: got %v, want valid %v", text, err, valid)
 		}
 	}
@@ -170,7 +172,7 @@ func TestCandidates(t *testing.T) {
 	}
 }
 
-// What speaks against a block, in one place, without a host.
+// TestRefuses checks each reason against a block, without a host.
 func TestRefuses(t *testing.T) {
 	s := &survey{
 		addrs:   []netip.Addr{netip.MustParseAddr("10.64.1.1")},

@@ -24,13 +24,11 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// inHostVariable tells the test program that it already runs in a namespace that
-// plays the host.
+// inHostVariable tells the test program that it already runs in a namespace that plays the host.
 const inHostVariable = "CAY_NETWORK_TEST_IN_HOST"
 
-// TestMain runs the tests in a network namespace of their own, with a /run of
-// their own, so that nothing they do meets the real host. Without root the tests
-// that need it skip.
+// TestMain runs the tests in a network namespace and with a /run of their own, so that they never
+// touch the real host. Without root the tests that need it skip.
 func TestMain(m *testing.M) {
 	if os.Geteuid() != 0 || os.Getenv(inHostVariable) != "" {
 		if os.Getenv(inHostVariable) != "" {
@@ -44,7 +42,8 @@ func TestMain(m *testing.M) {
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.Env = append(os.Environ(), inHostVariable+"=1")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS,
+		Pdeathsig: syscall.SIGKILL}
 	err := cmd.Run()
 	var exit *exec.ExitError
 	switch {
@@ -56,8 +55,8 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// playHost gives this process's namespaces what a host has: a private /run, a
-// loopback, and an uplink to "outside". A worker of the fuzzer finds it done.
+// playHost sets up this process's namespaces as a host: a private /run, a loopback, and an uplink
+// to "outside". For a worker of the fuzzer it is done already.
 func playHost() error {
 	if _, err := os.Stat(outsidePath); err == nil {
 		return nil
@@ -84,8 +83,8 @@ func playHost() error {
 const (
 	outsidePath = netnsDir + "/outside"
 	uplink      = "up0"
-	// icmpLimit is how seldom errors are sent to one address, in ms; the default
-	// of a second makes the same error missing when tests run often.
+	// icmpLimit is the least time between errors to one address, in ms. With the default of a
+	// second the same error would be missing when tests run often.
 	icmpLimit = "ipv4/icmp_ratelimit"
 )
 
@@ -99,8 +98,8 @@ var (
 	deniedRange = netip.MustParsePrefix("203.0.113.192/26")
 )
 
-// makeOutside makes the namespace that plays the rest of the world: the router
-// the host's default route points to, with some addresses.
+// makeOutside makes the namespace that plays the rest of the world: the router of the host's
+// default route, with some addresses.
 func makeOutside() error {
 	if err := os.WriteFile(outsidePath, nil, 0o444); err != nil {
 		return err
@@ -135,11 +134,12 @@ func makeOutside() error {
 	if err := configure(uplink, hostAddr); err != nil {
 		return err
 	}
-	return netlink.RouteAdd(&netlink.Route{Gw: outsideAddr.AsSlice(), Dst: &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}})
+	return netlink.RouteAdd(&netlink.Route{Gw: outsideAddr.AsSlice(),
+		Dst: &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}})
 }
 
-// makeElsewhere makes a second network beside the outside, in which every address
-// of elsewhereRange answers, as every one of farRange does in the first.
+// makeElsewhere makes a second network beside the outside, in which every address of
+// elsewhereRange answers, as every address of farRange does in the first.
 func makeElsewhere() error {
 	everything := func(r netip.Prefix) error {
 		lo, err := netlink.LinkByName("lo")
@@ -186,7 +186,7 @@ func netPrefix(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), 32)}
 }
 
-// configure sets a link up, the first address with its network, the others alone.
+// configure sets a link up, with the first address as a network and the others alone.
 func configure(name string, addrs ...netip.Addr) error {
 	link, err := netlink.LinkByName(name)
 	if err != nil {
@@ -197,7 +197,8 @@ func configure(name string, addrs ...netip.Addr) error {
 		if i == 0 {
 			bits = 24
 		}
-		if err := netlink.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(bits, 32)}}); err != nil {
+		if err := netlink.AddrAdd(link,
+			&netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(bits, 32)}}); err != nil {
 			return err
 		}
 	}
@@ -228,7 +229,7 @@ var (
 	instances int
 )
 
-// newConfig is a configuration with an instance and a range no other test has.
+// newConfig returns a configuration with an instance and a range that no other test has.
 func newConfig() Config {
 	instancesMu.Lock()
 	defer instancesMu.Unlock()
@@ -241,7 +242,7 @@ func newConfig() Config {
 	}
 }
 
-// open opens a network that the test leaves without a trace.
+// open opens a network that leaves no trace after the test.
 func open(t *testing.T, c Config) *Network {
 	t.Helper()
 	caytest.RequireRoot(t)
@@ -268,7 +269,7 @@ func open(t *testing.T, c Config) *Network {
 	return n
 }
 
-// acquire hands out a slot that reaches everything a slot may.
+// acquire returns a slot that may reach everything a slot can.
 func acquire(t *testing.T, n *Network) *Slot {
 	t.Helper()
 	s, err := n.Acquire(t.Context())
@@ -286,7 +287,7 @@ func setPolicy(t testing.TB, n *Network, s *Slot, p Policy) {
 	}
 }
 
-// inForce is what the table has of a slot.
+// inForce returns the entry in force of a slot.
 func inForce(t *testing.T, n *Network, s *Slot) *entry {
 	t.Helper()
 	r, err := n.rulesOf(s)
@@ -296,7 +297,7 @@ func inForce(t *testing.T, n *Network, s *Slot) *entry {
 	return r.now.Load()
 }
 
-// traces lists everything of an instance on the host.
+// traces returns everything of an instance on the host.
 func traces(t *testing.T, instance string) []string {
 	t.Helper()
 	var out []string
@@ -329,7 +330,7 @@ func traces(t *testing.T, instance string) []string {
 	return out
 }
 
-// listTable is the table as nft prints it, "" if there is none.
+// listTable returns the table as nft prints it, "" if there is none.
 func listTable(t *testing.T, name string) string {
 	t.Helper()
 	nft := caytest.RequireProgram(t, "nft")
@@ -343,7 +344,7 @@ func listTable(t *testing.T, name string) string {
 	return string(out)
 }
 
-// eventually polls until f is nil, and fails with its last error.
+// eventually polls until f returns nil, and fails with its last error.
 func eventually(t *testing.T, f func() error) {
 	t.Helper()
 	deadline := time.Now().Add(10 * time.Second)
@@ -368,7 +369,7 @@ func indices(slots []*Slot) []int {
 	return out
 }
 
-// testLog writes to the test's output.
+// testLog returns a logger that writes to the test's output.
 func testLog(t testing.TB) *slog.Logger {
 	return slog.New(slog.NewTextHandler(t.Output(), nil))
 }

@@ -9,9 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// deletions tells of deletions of the table or of parts of it that are not
-// elements, by whomever. Several may come as one. It ends with ctx; the channel
-// is never closed.
+// deletions returns a channel that receives when any process deletes the table or a part of it
+// that is not an element. Several deletions may give one value. It ends with ctx; the channel is
+// never closed.
 func deletions(ctx context.Context, table string) (<-chan struct{}, error) {
 	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
@@ -23,8 +23,8 @@ func deletions(ctx context.Context, table string) (<-chan struct{}, error) {
 	out := make(chan struct{}, 1)
 	go func() {
 		<-ctx.Done()
-		// Ends the Receive below; an error of closing a socket that was only
-		// read from says nothing.
+		// This ends the Receive below. The socket was only read from, so an error of Close does
+		// not matter.
 		_ = c.Close()
 	}()
 	go func() {
@@ -33,11 +33,11 @@ func deletions(ctx context.Context, table string) (<-chan struct{}, error) {
 			switch {
 			case err != nil && !errors.Is(err, unix.ENOBUFS):
 				return
-			// ENOBUFS: more happened than was told.
+			// ENOBUFS: the kernel dropped notices.
 			case err != nil || anyDeletes(messages, table):
 				select {
 				case out <- struct{}{}:
-				default: // one is waiting to be looked at
+				default: // a value is waiting to be read
 				}
 			}
 		}

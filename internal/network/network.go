@@ -1,51 +1,44 @@
-// Package network gives every sandbox a network namespace of its own, joined to
-// the host by a veth pair, an address out of the instance's range, and the rules
-// that keep it away from the host, from its neighbours and from what the
-// operator forbids. It speaks netlink only and starts no program. It knows
-// slots, not sandboxes: who owns a slot is the caller's business.
+// Package network gives every sandbox a network namespace of its own, joined to the host by a
+// veth pair, an address out of the instance's range, and the rules that keep it away from the
+// host, from its neighbours and from what the operator forbids. It speaks netlink only and starts
+// no program. It knows slots, not sandboxes: the caller knows which sandbox has a slot.
 //
 // # What a slot may do
 //
-// A slot is a /31 of the range: the even address is the gateway, on the host's
-// end of the veth pair, the odd one is the sandbox's. Whatever else is installed
-// on the host, a sandbox
-//   - sends with its own address and from its own link, or nothing arrives;
-//   - reaches no address of the host, also none that the host gets later. The
-//     only packets the host takes from it are answers of the agent's port on
-//     connections that the host opened;
-//   - reaches no other slot, nothing in 169.254.0.0/16, no multicast or broadcast
-//     address and nothing in [Config.AlwaysDeny];
-//   - has no IPv6, and no ARP towards the host (both ends know each other by
-//     permanent entries);
-//   - is reached by nobody: from the host on the agent's port alone, from other
-//     machines not at all. Only answers to what it sent come in.
+// A slot is a /31 of the range: the even address is the gateway, on the host's end of the veth
+// pair; the odd one is the sandbox's. Whatever else is installed on the host, a sandbox
+//   - can send only with its own address and from its own link;
+//   - reaches no address of the host, even one that the host gets later. The host accepts only
+//     packets from the agent's port on connections that the host opened;
+//   - reaches no other slot, nothing in 169.254.0.0/16, no multicast or broadcast address and
+//     nothing in [Config.AlwaysDeny];
+//   - has no IPv6, and no ARP towards the host (both ends know each other by permanent entries);
+//   - can be reached from the host on the agent's port alone, and from other machines not at all.
+//     Only answers to what it sent come in.
 //
-// Everything else goes out with the host's address (masquerade). One way to the
-// host cannot be seen from here: a public address that a cloud's router
-// translates to this host. An operator who has one lists it in AlwaysDeny.
+// Everything else goes out with the host's address (masquerade). One way to the host cannot be
+// seen from here: a public address that a cloud's router translates to this host. An operator
+// with such an address lists it in AlwaysDeny.
 //
-// The rules are one nftables table, "inet cay-<instance>", whose chains only
-// drop: no verdict depends on the policy of somebody else's chain, and no chain
-// of somebody else is touched. The reverse does not hold: another firewall that
-// drops what it does not know in FORWARD drops sandboxes' traffic too, which
-// [Probe] reports.
+// The rules are one nftables table, "inet cay-<instance>", whose chains only drop: no verdict
+// depends on the policy of another firewall's chain, and none of those is changed. The reverse
+// does not hold: another firewall that drops unknown packets in FORWARD drops sandboxes' traffic
+// too, which [Probe] reports.
 //
 // # Concurrency and errors
 //
-// A [Network] is safe for concurrent use. Handing out a ready slot never waits
-// for one being made. No thread of the process is left in another namespace:
-// work inside one is done on threads that end with it. After an error from
-// [Network.Acquire] nothing of the slot is left; [Network.Release] goes on after
-// errors, joins them, and keeps what it could not remove out of circulation
-// until [Network.Sweep] or another Release succeeds.
+// A [Network] is safe for concurrent use. Handing out a ready slot never waits for one that is
+// being made. No thread of the process stays in another namespace: work inside one is done on
+// threads that end with it. An error of [Network.Acquire] leaves nothing of the slot;
+// [Network.Release] goes on after errors, joins them, and keeps what it could not remove out of
+// circulation until [Network.Sweep] or another Release succeeds.
 //
 // # What is left on the host
 //
-// Slots in use and their rules outlive the process, and its successor takes them
-// over ([Network.Adopt]). Names carry the instance, so that several instances on
-// one machine do not meet: namespaces "cay-<instance>-<slot>" in /run/netns,
-// links "cay<instance>-<slot>", locks in /run/cay/network. net.ipv4.ip_forward
-// stays on.
+// Slots in use and their rules outlive the process, and the next process takes them over
+// ([Network.Adopt]). Names carry the instance, so that several instances on one machine do not
+// conflict: namespaces "cay-<instance>-<slot>" in /run/netns, links "cay<instance>-<slot>", locks
+// in /run/cay/network. net.ipv4.ip_forward stays on.
 package network
 
 import (
@@ -66,35 +59,36 @@ import (
 )
 
 const (
-	// capacityRetry is what a caller is told to wait when the range is used up:
-	// about as long as taking a slot apart takes, rounded up to a whole second.
+	// capacityRetry is the time after which a caller should try again when the range is used up:
+	// about as long as it takes to remove a slot, rounded up to a whole second. A shorter time
+	// makes callers try in vain.
 	capacityRetry = time.Second
 
-	// closeTimeout bounds how long Close waits for the lock of the claims, which
-	// another process holds for milliseconds. After it the files stay, unlocked.
+	// closeTimeout bounds the time that Close waits for the lock of the claims, which other
+	// processes hold for milliseconds. After it the files stay, unlocked.
 	closeTimeout = 5 * time.Second
 )
 
 var errClosed = errors.New("the network is closed")
 
-// Config says what a Network is to manage. It is not changed after Open.
+// Config configures a Network. It must not change after Open.
 type Config struct {
-	// Instance names this server's things on the host: 6 characters of a-z and 0-9.
+	// Instance distinguishes this server's names on the host: 6 characters of a-z and 0-9.
 	Instance string
-	// Range is where addresses come from, two per slot: IPv4, /15 to /30. The
-	// zero value takes the first free block of Candidates.
+	// Range holds the addresses, two per slot: IPv4, /15 to /30. The zero value takes the first
+	// free block of Candidates.
 	Range netip.Prefix
-	// AlwaysDeny are destinations no sandbox ever reaches. IPv6 prefixes are
-	// accepted and change nothing: there is no IPv6.
+	// AlwaysDeny are destinations that no sandbox may reach. IPv6 prefixes are accepted and have
+	// no effect, since there is no IPv6.
 	AlwaysDeny []netip.Prefix
-	// Ready is how many slots the pool keeps made; 0 makes each on demand.
+	// Ready is the number of slots that the pool keeps ready; 0 makes each on demand.
 	Ready int
-	// MTU of the links in bytes; 0 is that of the default route's link.
+	// MTU is the links' MTU in bytes; 0 takes that of the default route's link.
 	MTU int
-	// AgentPort is the only TCP port the host may open inside. Slots in use
-	// across a restart are reached only if it stays the same.
+	// AgentPort is the only TCP port inside that the host may connect to. It must not change
+	// while slots are in use, also across a restart.
 	AgentPort uint16
-	// Services are the ports of the host that answer sandboxes.
+	// Services are the host's ports that answer sandboxes.
 	Services Services
 	// Flows bounds the connections of slots.
 	Flows Flows
@@ -102,15 +96,16 @@ type Config struct {
 	MaxRanges int
 }
 
-// DefaultMaxRanges is about 70 MiB of the kernel's memory, 20 of the longest policies.
+// DefaultMaxRanges allows 20 policies of the greatest length, which take about 70 MiB of the
+// kernel's memory.
 const DefaultMaxRanges = 200_000
 
 // Slot is a namespace with its link and address. Its fields do not change.
 type Slot struct {
 	Index     int
 	Namespace string     // path of the namespace, in /run/netns
-	Addr      netip.Addr // the sandbox's
-	Gateway   netip.Addr // the host's end
+	Addr      netip.Addr // the sandbox's address
+	Gateway   netip.Addr // the host's address
 	Link      string     // the host's end of the veth pair
 }
 
@@ -123,25 +118,25 @@ type Network struct {
 	log    *slog.Logger
 	claim  *claim
 
-	stop context.CancelFunc // of the background goroutines
-	done sync.WaitGroup     // for them
+	stop context.CancelFunc // stops the background goroutines
+	done sync.WaitGroup     // waits for them
 	fill chan struct{}      // wakes the pool, capacity 1
 
 	rules *table
 	// Locks are taken in this order: slotRules.mu, long, installing, rulesMu. None of them is
 	// taken with mu held.
 
-	// installing is held for writing while the table is installed anew or compared as a
-	// whole, and for reading while one transaction of a slot is sent.
+	// installing is held for writing while the table is installed or compared as a whole, and for
+	// reading while one transaction of a slot is sent.
 	installing sync.RWMutex
 	installed  atomic.Uint64 // counts installations
-	long       sync.Mutex    // held for each transaction of the changes that need many
+	long       sync.Mutex    // held for each transaction of changes that need many
 	checking   sync.Mutex    // held for a whole Check
-	expiring   chan struct{} // says that addresses were opened, capacity 1
-	maxRanges  int           // of all policies together
+	expiring   chan struct{} // sent to when addresses were opened, capacity 1
+	maxRanges  int           // in all policies together
 
-	// rulesMu guards what is known of the table. No kernel is waited for with it held,
-	// and no other lock is taken.
+	// rulesMu guards the knowledge of the table. It is never held while waiting for the kernel,
+	// and no other lock is taken with it.
 	rulesMu sync.Mutex
 	// +checklocks:rulesMu
 	ruled map[int]*slotRules // the slots in the table, by index
@@ -150,9 +145,9 @@ type Network struct {
 	// +checklocks:rulesMu
 	shape shape // the table without slots, as the kernel listed it after installing
 	// +checklocks:rulesMu
-	foreign uint32 // others' changes of the host's rules when ours were as they should be
+	foreign uint32 // the number of others' changes of the host's rules when this table was last as it should be
 	// +checklocks:rulesMu
-	counted counts // as they were last read
+	counted counts // the counters as last read
 	// +checklocks:rulesMu
 	repairs int
 
@@ -162,18 +157,17 @@ type Network struct {
 	// +checklocks:mu
 	closed bool
 	next   int   // indices from here on were never used
-	freed  []int // used before, longest free first
+	freed  []int // indices used before, longest free first
 	// +checklocks:mu
 	idle []*Slot // made and not handed out, oldest first
 	// +checklocks:mu
 	used map[int]*Slot // handed out or adopted
-	left map[int]*Slot // of a predecessor, or not wholly removed
+	left map[int]*Slot // left by a predecessor, or not wholly removed
 }
 
-// Open claims the range, installs the rules and starts the pool. What a
-// predecessor of the same instance left keeps its rules until Adopt or Sweep
-// decide about it; what it left outside of the range is removed. After an error
-// nothing was changed but the rules and ip_forward.
+// Open claims the range, installs the rules and starts the pool. Slots that a predecessor of the
+// same instance left keep their rules until Adopt or Sweep decide about them; those outside of
+// the range are removed. After an error only the rules and ip_forward are changed.
 func Open(ctx context.Context, c Config, log *slog.Logger) (*Network, error) {
 	if err := checkDeny(c.AlwaysDeny); err != nil {
 		return nil, err
@@ -196,7 +190,8 @@ func Open(ctx context.Context, c Config, log *slog.Logger) (*Network, error) {
 	n.rules = newTable(n.layout, c)
 	n.denials = newDenials(n.SlotOf)
 	if n.rules.log, err = n.denials.listen(); err != nil {
-		log.Warn("the kernel does not tell what it refuses; policies are enforced without telling", "error", err)
+		log.Warn("the kernel does not report refused packets; policies are enforced, and denials are not recorded",
+			"error", err)
 	}
 	if err := n.prepare(); err != nil {
 		return nil, errors.Join(err, n.denials.close(), n.rules.sockets.close(), n.giveUpClaim(false))
@@ -212,8 +207,8 @@ func Open(ctx context.Context, c Config, log *slog.Logger) (*Network, error) {
 	return n, nil
 }
 
-// prepare makes the host ready: what is there is taken stock of, then the rules
-// are installed, and only then forwarding is turned on.
+// prepare makes the host ready. It lists what is there, then installs the rules, and only then
+// turns forwarding on.
 func (n *Network) prepare() error {
 	if n.mtu == 0 {
 		var err error
@@ -241,8 +236,8 @@ func (n *Network) prepare() error {
 			n.ruled[index] = r
 			n.rulesMu.Unlock()
 		}
-		// After a restart new slots come after the old ones: the longer an
-		// address rests, the better.
+		// After a restart new slots come after the old ones: the longer an address is unused, the
+		// better.
 		n.next = max(n.next, index+1)
 	}
 	n.next = min(n.next, n.layout.capacity())
@@ -259,8 +254,8 @@ func (n *Network) prepare() error {
 	return enableForwarding()
 }
 
-// leftover is the slot of an index a predecessor left something of, nil if it
-// was of another range and is removed now.
+// leftover returns the slot of an index that a predecessor left something of. It removes a slot
+// of another range, and returns nil for it.
 func (n *Network) leftover(index int) (*Slot, error) {
 	if index < n.layout.capacity() {
 		s := n.layout.slot(index)
@@ -272,11 +267,11 @@ func (n *Network) leftover(index int) (*Slot, error) {
 	return nil, demolish(n.layout.instance, index)
 }
 
-// Range is the block in use, chosen or configured.
+// Range returns the block in use, chosen or configured.
 func (n *Network) Range() netip.Prefix { return n.layout.block }
 
-// Acquire hands out a ready slot, or makes one. When the range is used up the
-// error is Unavailable, code "no_capacity".
+// Acquire hands out a ready slot, or makes one. If the range is used up it gives Unavailable,
+// code "no_capacity".
 func (n *Network) Acquire(ctx context.Context) (*Slot, error) {
 	s, made, err := n.take()
 	if err != nil {
@@ -299,7 +294,7 @@ func (n *Network) Acquire(ctx context.Context) (*Slot, error) {
 	return s, nil
 }
 
-// take hands out a ready slot (made true), else reserves an index for a new one.
+// take hands out a ready slot (made is true), or else reserves an index for a new one.
 func (n *Network) take() (s *Slot, made bool, err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -319,8 +314,8 @@ func (n *Network) take() (s *Slot, made bool, err error) {
 	return n.layout.slot(index), false, nil
 }
 
-// reserveLocked takes an index out of circulation: one that was never used, else
-// the one that was free the longest.
+// reserveLocked takes an index out of circulation: one that was never used, or else the one that
+// was free the longest.
 func (n *Network) reserveLocked() (int, bool) {
 	switch {
 	case n.next < n.layout.capacity():
@@ -341,8 +336,8 @@ func (n *Network) putBack(index int) {
 	n.freed = append(n.freed, index)
 }
 
-// build makes a reserved slot, its rules first. After an error nothing is left
-// of it, or it waits among the left ones.
+// build makes a reserved slot, its rules first. After an error nothing of it is left, or it is in
+// n.left.
 func (n *Network) build(s *Slot) error {
 	err := n.admit(s)
 	if err == nil {
@@ -354,11 +349,11 @@ func (n *Network) build(s *Slot) error {
 	return errors.Join(fmt.Errorf("making slot %s: %w", s.Link, err), n.dismantle(context.Background(), s))
 }
 
-// dismantle removes a slot that is in none of the lists any more, and gives its
-// index back. What could not be removed goes to the left ones.
+// dismantle removes a slot that is in none of the lists any more, and frees its index. A slot
+// that it could not remove goes to n.left.
 func (n *Network) dismantle(ctx context.Context, s *Slot) error {
-	// Most of the time goes by waiting in the kernel, so links and rules go side
-	// by side. Connections are forgotten once the rules let no new ones begin.
+	// Most of the time is spent waiting in the kernel, so links and rules are removed at the same
+	// time. Connections are forgotten once the rules let no new ones begin.
 	var parts error
 	var group sync.WaitGroup
 	group.Go(func() { parts = removeParts(s.Link, s.Namespace) })
@@ -374,10 +369,10 @@ func (n *Network) dismantle(ctx context.Context, s *Slot) error {
 	return nil
 }
 
-// Release takes a slot apart. A slot released before is no error.
+// Release removes a slot. Releasing a slot again is no error.
 func (n *Network) Release(ctx context.Context, s *Slot) error {
 	n.mu.Lock()
-	// The same index may belong to a newer slot by now: compare the slot itself.
+	// The index may belong to a newer slot by now, so compare the slot itself.
 	switch {
 	case n.used[s.Index] == s:
 		delete(n.used, s.Index)
@@ -392,9 +387,8 @@ func (n *Network) Release(ctx context.Context, s *Slot) error {
 	return n.dismantle(ctx, s)
 }
 
-// Adopt takes over the slot of a sandbox that outlived the server. One that is
-// not there, or not whole, is NotFound, code "slot_not_found"; what there is of
-// it remains for Sweep.
+// Adopt takes over the slot of a sandbox that outlived the server. A slot that is missing or
+// incomplete gives NotFound, code "slot_not_found"; Sweep removes the rest of it.
 func (n *Network) Adopt(index int) (*Slot, error) {
 	n.mu.Lock()
 	s := n.left[index]
@@ -415,7 +409,7 @@ func (n *Network) Adopt(index int) (*Slot, error) {
 	return s, nil
 }
 
-// Slots lists the slots handed out or adopted, by index.
+// Slots returns the slots handed out or adopted, by index.
 func (n *Network) Slots() []*Slot {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -427,9 +421,9 @@ func (n *Network) Slots() []*Slot {
 	return out
 }
 
-// Sweep removes what a predecessor left and nobody adopted, except the indices
-// in keep, and what a failed Release left. Slots handed out by this Network are
-// never touched. It goes on after errors and joins them.
+// Sweep removes slots that a predecessor left and that were not adopted, except the indices in
+// keep, and slots that a failed Release left. It never touches slots that this Network handed
+// out. After an error it goes on, and returns all errors joined.
 func (n *Network) Sweep(keep map[int]bool) error {
 	n.mu.Lock()
 	var out []*Slot
@@ -459,9 +453,8 @@ func (n *Network) Dial(ctx context.Context, s *Slot, port uint16) (net.Conn, err
 	return c, nil
 }
 
-// Close stops the pool and removes idle slots. Slots in use, and then the rules,
-// stay; with none in use nothing is left but net.ipv4.ip_forward. A second Close
-// does nothing.
+// Close stops the pool and removes idle slots. Slots in use stay, and so do the rules; with none
+// in use nothing is left but net.ipv4.ip_forward. A second Close does nothing.
 func (n *Network) Close() error {
 	n.mu.Lock()
 	if n.closed {
@@ -492,8 +485,8 @@ func (n *Network) Close() error {
 	return errors.Join(append(errs, n.rules.sockets.close(), n.giveUpClaim(busy))...)
 }
 
-// giveUpClaim lets the next process claim what this one had. The files stay if
-// slots do; they mean nothing without their locks.
+// giveUpClaim lets the next process claim what this one had. The files stay if slots do; they
+// mean nothing without their locks.
 func (n *Network) giveUpClaim(keepFiles bool) error {
 	if keepFiles {
 		return n.claim.close()

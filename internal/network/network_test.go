@@ -71,7 +71,7 @@ func TestAcquireConcurrently(t *testing.T) {
 	}
 }
 
-// Nobody who works for the network leaves a thread in another namespace.
+// TestThreadsStayHome checks that the package leaves no thread in another namespace.
 func TestThreadsStayHome(t *testing.T) {
 	n := open(t, newConfig())
 	var group sync.WaitGroup
@@ -92,7 +92,7 @@ func TestThreadsStayHome(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Threads that end do so a moment after their work is done.
+	// Threads end a moment after their work is done.
 	eventually(t, func() error {
 		tasks, err := filepath.Glob("/proc/self/task/*/ns/net")
 		if err != nil {
@@ -133,12 +133,12 @@ func TestPool(t *testing.T) {
 func TestRangeUsedUp(t *testing.T) {
 	c := newConfig()
 	c.Range = netip.PrefixFrom(c.Range.Addr(), 29) // 4 slots
-	c.Ready = 2                                    // they count
+	c.Ready = 2                                    // ready slots count
 	n := open(t, c)
 	var slots []*Slot
 	for range 4 {
 		var s *Slot
-		// The pool may be making one of them right now.
+		// The pool may be making one of them at this moment.
 		eventually(t, func() (err error) {
 			s, err = n.Acquire(t.Context())
 			return err
@@ -160,7 +160,7 @@ func TestRangeUsedUp(t *testing.T) {
 	if again.Index != slots[2].Index {
 		t.Errorf("got slot %d, want %d", again.Index, slots[2].Index)
 	}
-	// The released slot is over, whoever has its index now.
+	// A released slot stays released, even if a new one has its index.
 	if err := n.Release(t.Context(), slots[2]); err != nil {
 		t.Fatal(err)
 	}
@@ -169,7 +169,7 @@ func TestRangeUsedUp(t *testing.T) {
 	}
 }
 
-// An address rests as long as there are others.
+// TestAddressesRest checks that an address is not used again while others are unused.
 func TestAddressesRest(t *testing.T) {
 	c := newConfig()
 	c.Range = netip.PrefixFrom(c.Range.Addr(), 29)
@@ -187,7 +187,7 @@ func TestAddressesRest(t *testing.T) {
 	}
 }
 
-// crash ends the process's hold without any of what Close does.
+// crash ends the process's hold without anything that Close does.
 func crash(t *testing.T, n *Network) {
 	t.Helper()
 	n.mu.Lock()
@@ -247,7 +247,7 @@ func TestAdoptAndSweep(t *testing.T) {
 	}
 	want := []string{kept.Link, lost.Link}
 	slices.Sort(want)
-	eventually(t, func() error { // the pool's next may be half made
+	eventually(t, func() error { // the pool may be making the next one
 		if got := links(t, n); !slices.Equal(got, want) {
 			return fmt.Errorf("links %v after sweeping, want %v and the pool's", got, want)
 		}
@@ -264,7 +264,7 @@ func TestAdoptAndSweep(t *testing.T) {
 	echo(t, again, 1<<10)
 }
 
-// links lists the instance's links but those of the pool.
+// links returns the instance's links except those of the pool.
 func links(t *testing.T, n *Network) []string {
 	t.Helper()
 	n.mu.Lock()
@@ -277,7 +277,8 @@ func links(t *testing.T, n *Network) []string {
 	var out []string
 	for _, l := range all {
 		name := l.Attrs().Name
-		if strings.HasPrefix(name, n.layout.links()) && !slices.ContainsFunc(idle, func(s *Slot) bool { return s.Link == name }) {
+		if strings.HasPrefix(name, n.layout.links()) &&
+			!slices.ContainsFunc(idle, func(s *Slot) bool { return s.Link == name }) {
 			out = append(out, name)
 		}
 	}
@@ -285,7 +286,8 @@ func links(t *testing.T, n *Network) []string {
 	return out
 }
 
-// A predecessor with another range leaves nothing that could be taken for ours.
+// TestOtherRange checks that a predecessor with another range leaves nothing that would be
+// adopted.
 func TestOtherRange(t *testing.T) {
 	caytest.RequireRoot(t)
 	c := newConfig()
@@ -375,7 +377,7 @@ func checkInstances(t *testing.T, want []Remains) {
 	}
 }
 
-// Links carry the settings that spare the rules work.
+// TestLinkSettings checks the settings of links that spare the rules work.
 func TestLinkSettings(t *testing.T) {
 	n := open(t, newConfig())
 	s := acquire(t, n)
@@ -410,7 +412,8 @@ func TestLinkSettings(t *testing.T) {
 	}
 }
 
-// A slot that cannot be made leaves nothing and gives its index back.
+// TestFailedBuildLeavesNothing checks that a slot that cannot be made leaves nothing and frees
+// its index.
 func TestFailedBuildLeavesNothing(t *testing.T) {
 	c := newConfig()
 	c.Range = netip.PrefixFrom(c.Range.Addr(), 30)
@@ -459,13 +462,14 @@ func TestFailedBuildLeavesNothing(t *testing.T) {
 	}
 }
 
-// What could not be removed is not handed out again before it is.
+// TestFailedReleaseIsSwept checks that a slot that could not be removed is not handed out again
+// before it is.
 func TestFailedReleaseIsSwept(t *testing.T) {
 	c := newConfig()
 	c.Range = netip.PrefixFrom(c.Range.Addr(), 30)
 	n := open(t, c)
 	s := acquire(t, n)
-	// A directory with something in it stands where the namespace's file was.
+	// A non-empty directory replaces the namespace's file.
 	if err := deleteNamespace(s.Namespace); err != nil {
 		t.Fatal(err)
 	}
@@ -495,7 +499,7 @@ func TestFailedReleaseIsSwept(t *testing.T) {
 	}
 }
 
-// Two instances do not touch each other's rules.
+// TestTwoInstances checks that two instances do not touch each other's rules.
 func TestTwoInstances(t *testing.T) {
 	a, b := open(t, newConfig()), open(t, newConfig())
 	sa, sb := acquire(t, a), acquire(t, b)
@@ -544,7 +548,7 @@ func TestTwoInstances(t *testing.T) {
 	}
 }
 
-// BenchmarkReady is what an Acquire costs when the pool has a slot.
+// BenchmarkReady measures an Acquire when the pool has a slot.
 func BenchmarkReady(b *testing.B) {
 	caytest.RequireRoot(b)
 	c := newConfig()
@@ -574,7 +578,7 @@ func BenchmarkReady(b *testing.B) {
 	}
 }
 
-// BenchmarkSlot is what making and removing a slot costs.
+// BenchmarkSlot measures making and removing a slot.
 func BenchmarkSlot(b *testing.B) {
 	caytest.RequireRoot(b)
 	n, err := Open(b.Context(), newConfig(), testLog(b))
@@ -600,8 +604,8 @@ func BenchmarkSlot(b *testing.B) {
 	b.ReportMetric(float64(removing.Microseconds())/float64(b.N)/1000, "ms/remove")
 }
 
-// TestBesideIproute2 names a namespace with iproute2 while slots are in use: they can
-// still be taken apart.
+// TestBesideIproute2 names a namespace with iproute2 while slots are in use, and checks that they
+// can still be removed.
 func TestBesideIproute2(t *testing.T) {
 	ip := caytest.RequireProgram(t, "ip")
 	n := open(t, newConfig())

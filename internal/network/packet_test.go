@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ipv4 is a packet, or a fragment: at says where its body belongs, in bytes, and more that
+// ipv4 is a packet, or a fragment: at is the offset of its body in bytes, and more reports that
 // others follow.
 type ipv4 struct {
 	src, dst netip.Addr
@@ -44,7 +44,7 @@ func (p ipv4) bytes() []byte {
 	return append(b, p.body...)
 }
 
-// cut makes fragments with bodies of size bytes, a multiple of 8.
+// cut splits the packet into fragments with bodies of size bytes, a multiple of 8.
 func (p ipv4) cut(size int) (out [][]byte) {
 	for at := 0; at < len(p.body); at += size {
 		piece := p
@@ -55,7 +55,7 @@ func (p ipv4) cut(size int) (out [][]byte) {
 	return out
 }
 
-// syn is a TCP segment that opens a connection.
+// syn returns a TCP segment that opens a connection.
 func syn(src, dst netip.AddrPort) []byte {
 	b := make([]byte, 20)
 	binary.BigEndian.PutUint16(b, src.Port())
@@ -67,14 +67,15 @@ func syn(src, dst netip.AddrPort) []byte {
 	return b
 }
 
-// icmp is a message with what follows its header's first 4 bytes.
+// icmp returns an ICMP message with rest after the first 4 bytes of its header.
 func icmp(kind, code byte, rest ...byte) []byte {
 	b := append([]byte{kind, code, 0, 0}, rest...)
 	binary.BigEndian.PutUint16(b[2:], checksum(b))
 	return b
 }
 
-// capture notes what of a protocol arrives in a namespace, by describe; "" is not noted.
+// capture counts the packets of a protocol that arrive in a namespace by the text that describe
+// returns; "" is not counted.
 type capture struct {
 	mu sync.Mutex
 	// +checklocks:mu
@@ -132,8 +133,8 @@ func (c *capture) all() []string {
 	return slices.Sorted(maps.Keys(c.heard))
 }
 
-// Whatever order, size and overlap fragments have, the rules decide about the packet that
-// they make, and no other leaves.
+// TestFragments checks that the rules decide about the reassembled packet, and that no other one
+// leaves, whatever order, size and overlap its fragments have.
 func TestFragments(t *testing.T) {
 	n := open(t, newConfig())
 	s := acquire(t, n)
@@ -142,7 +143,7 @@ func TestFragments(t *testing.T) {
 		return fmt.Sprintf("%d to %d", binary.BigEndian.Uint16(b[20:]), binary.BigEndian.Uint16(b[22:]))
 	})
 	id := uint16(100)
-	// The source port tells what arrives.
+	// The source port identifies the packet that arrives.
 	packet := func(from, to uint16) ipv4 {
 		id++
 		return ipv4{src: s.Addr, dst: farAddr, protocol: unix.IPPROTO_TCP, id: id,
@@ -189,7 +190,7 @@ func TestFragments(t *testing.T) {
 			t.Errorf("%s: arrived", text)
 		}
 	}
-	// Without rules the denied one arrives: it is a packet as it should be.
+	// Without rules the denied packet arrives, so it is a correct packet.
 	withoutRules(t, n, func() {
 		eventually(t, func() error {
 			again := packet(2002, 7002)
@@ -206,14 +207,16 @@ func TestFragments(t *testing.T) {
 	})
 }
 
-// What a slot never completes does not fill the place where the host puts fragments together.
+// TestFragmentFlood checks that incomplete packets of a slot do not fill the memory in which the
+// host reassembles fragments.
 func TestFragmentFlood(t *testing.T) {
 	n := open(t, newConfig())
 	s, other := acquire(t, n), acquire(t, n)
 	udpRoundTrip(t, s)
 	var packets [][]byte
 	for i := range 6000 {
-		packets = append(packets, ipv4{src: s.Addr, dst: farAddr, protocol: unix.IPPROTO_UDP, id: uint16(i), more: true, body: make([]byte, 1024)}.bytes())
+		packets = append(packets, ipv4{src: s.Addr, dst: farAddr, protocol: unix.IPPROTO_UDP, id: uint16(i), more: true,
+			body: make([]byte, 1024)}.bytes())
 	}
 	started := time.Now()
 	if err := sendPackets(s, packets...); err != nil {
@@ -232,10 +235,11 @@ func TestFragmentFlood(t *testing.T) {
 	if count > most || count == 0 {
 		t.Errorf("%d packets of the slot wait for the rest of them, want at most %d", count, most)
 	}
-	hear := &ears{heard: map[string]netip.Addr{}}
+	hear := &receivers{heard: map[string]netip.Addr{}}
 	hear.listen(t, outsidePath, probePort)
 	eventually(t, func() error {
-		f := frame{src: netip.AddrPortFrom(other.Addr, 5555), dst: netip.AddrPortFrom(farAddr, probePort), pieces: true, payload: "another's"}
+		f := frame{src: netip.AddrPortFrom(other.Addr, 5555), dst: netip.AddrPortFrom(farAddr, probePort), pieces: true,
+			payload: "another's"}
 		if err := inNamespace(other.Namespace, f.send); err != nil {
 			return err
 		}
@@ -246,12 +250,12 @@ func TestFragmentFlood(t *testing.T) {
 	})
 }
 
-// A slot sends errors about its own connections, not about those of other slots or of the
-// host, and no redirects; nothing of ICMP reaches the host.
+// TestICMPErrors checks that a slot can send errors about its own connections, but not about
+// those of other slots or of the host, and no redirects, and that no ICMP reaches the host.
 func TestICMPErrors(t *testing.T) {
 	n := open(t, newConfig())
 	a, b := acquire(t, n), acquire(t, n)
-	// What an error quotes: the server's packet to the host's address.
+	// An error quotes the server's packet to the host's address.
 	server := map[*Slot]netip.AddrPort{}
 	var conn net.PacketConn
 	if err := inNamespace(outsidePath, func() (err error) {
@@ -290,7 +294,7 @@ func TestICMPErrors(t *testing.T) {
 		return frame{src: src, dst: dst, payload: "x"}.packet()
 	}
 	far := netip.AddrPortFrom(farAddr, probePort)
-	// An error about its own connection quotes what came to the slot.
+	// An error about its own connection quotes a packet that came to the slot.
 	own := icmp(icmpUnreachable, 3, append(make([]byte, 4), quote(far, netip.AddrPortFrom(a.Addr, 5555))...)...)
 	redirect := icmp(icmpRedirect, 1, append(a.Addr.AsSlice(), quote(far, netip.AddrPortFrom(a.Addr, 5555))...)...)
 	foreign := icmp(icmpUnreachable, 3, append(make([]byte, 4), quote(far, server[b])...)...)
@@ -333,7 +337,8 @@ func TestICMPErrors(t *testing.T) {
 	}
 }
 
-// An echo longer than a packet may be is dropped and harms nobody; a long one is answered.
+// TestBigEcho checks that an echo longer than the longest packet is dropped without harm, and
+// that a long one is answered.
 func TestBigEcho(t *testing.T) {
 	n := open(t, newConfig())
 	s, other := acquire(t, n), acquire(t, n)
@@ -343,7 +348,7 @@ func TestBigEcho(t *testing.T) {
 		body := icmp(icmpEchoRequest, 0, append([]byte{0, byte(id), 0, 1}, make([]byte, size)...)...)
 		return ipv4{src: s.Addr, dst: farAddr, protocol: unix.IPPROTO_ICMP, id: id, body: body}.cut(1376)
 	}
-	// The last fragment reaches over the longest packet there is.
+	// The last fragment ends after the longest possible packet.
 	dead := echo(7, 65504-8)
 	last := ipv4{src: s.Addr, dst: farAddr, protocol: unix.IPPROTO_ICMP, id: 7, at: 65504, body: make([]byte, 1000)}
 	if err := sendPackets(s, append(dead[:len(dead)-1], last.bytes())...); err != nil {

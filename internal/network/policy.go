@@ -17,13 +17,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Policy is what a slot may reach beside what no slot ever does.
+// Policy tells what a slot may reach, beside the destinations that no slot reaches.
 type Policy struct {
-	Open  bool           // everything; the lists are empty then
+	Open  bool           // allows everything; the lists are empty
 	Allow []netip.Prefix // IPv4
-	Deny  []netip.Prefix // IPv4; before Allow and before names
-	Ports []uint16       // restrict Allow to TCP to these ports; empty is every protocol
-	Names bool           // names are decided by the services: they are the only way to what they allow
+	Deny  []netip.Prefix // IPv4; takes precedence over Allow and names
+	Ports []uint16       // restricts Allow to TCP to these ports; empty allows every protocol
+	Names bool           // the services decide by name; what they allow is reached through them only
 }
 
 func (p Policy) check() error {
@@ -43,21 +43,22 @@ func (p Policy) check() error {
 	return nil
 }
 
-// ruling is a policy as the rules have it.
-type ruling struct {
+// compiled is a policy as the rules need it.
+type compiled struct {
 	open, names bool
 	allow, deny []interval
-	ports       []uint16 // in order, each once
+	ports       []uint16 // sorted, without duplicates
 }
 
-func newRuling(p Policy) *ruling {
+func compile(p Policy) *compiled {
 	ports := slices.Clone(p.Ports)
 	slices.Sort(ports)
-	return &ruling{open: p.Open, names: p.Names, allow: merge(p.Allow), deny: merge(p.Deny), ports: slices.Compact(ports)}
+	return &compiled{open: p.Open, names: p.Names, allow: merge(p.Allow), deny: merge(p.Deny),
+		ports: slices.Compact(ports)}
 }
 
-// allows says what the rules say about a packet that goes straight out.
-func (r *ruling) allows(protocol byte, to netip.AddrPort) bool {
+// allows reports whether the rules allow a packet that goes out directly.
+func (r *compiled) allows(protocol byte, to netip.AddrPort) bool {
 	switch {
 	case r.open:
 		return true
@@ -69,7 +70,7 @@ func (r *ruling) allows(protocol byte, to netip.AddrPort) bool {
 	return protocol == unix.IPPROTO_TCP && slices.Contains(r.ports, to.Port())
 }
 
-// contains looks an address up in disjoint intervals in order.
+// contains reports whether sorted, disjoint intervals contain an address.
 func contains(in []interval, a netip.Addr) bool {
 	b := a.As4()
 	n := binary.BigEndian.Uint32(b[:])
@@ -77,29 +78,31 @@ func contains(in []interval, a netip.Addr) bool {
 	return exact || i > 0 && n <= in[i-1].last
 }
 
-// entry is what the table has of a slot. It is replaced, not changed.
+// entry describes what the table has of a slot. It is replaced, not changed.
 type entry struct {
 	slot     *Slot
-	ruling   *ruling                  // nil: closed
-	turn     int                      // counts rulings: the names of each one's chains and sets carry it
-	fresh    bool                     // it was made here, so without a ruling it has no connections
+	policy   *compiled                // nil: closed
+	version  int                      // counts policies; part of the names of its chains and sets
+	fresh    bool                     // made by this process, so without a policy it has no connections
 	resolved map[netip.Addr]time.Time // open through the proxy, and until when
-	soonest  time.Time                // when the first of them ends, zero: there is none
+	soonest  time.Time                // when the first of them ends; zero if there is none
 	shape    shape                    // of its chains
 }
 
-// Names of a slot's chains and sets carry the slot's index and the turn, so that
-// those of the next policy stand beside the present ones until one element of
-// "policies" changes.
-func (e *entry) name(kind string) string { return fmt.Sprintf("%s-%d-%d", kind, e.slot.Index, e.turn) }
+// name returns the name of a chain or set. It carries the slot's index and the policy's version,
+// so that those of the next policy exist beside the present ones until one element of "policies"
+// changes.
+func (e *entry) name(kind string) string {
+	return fmt.Sprintf("%s-%d-%d", kind, e.slot.Index, e.version)
+}
 
 func (e *entry) policyChain() string { return e.name("policy") }
 func (e *entry) namesChain() string  { return e.name("names") }
 
-// chains are the entry's own.
+// chains returns the names of the chains that only the entry has.
 func (e *entry) chains(t *table) []string {
 	var out []string
-	if e.ruling != nil && !e.ruling.open {
+	if e.policy != nil && !e.policy.open {
 		out = append(out, e.policyChain())
 	}
 	if t.decidesNames(e) {
@@ -108,22 +111,23 @@ func (e *entry) chains(t *table) []string {
 	return out
 }
 
-// elements are the sets of the entry's policy, but the resolved addresses, which
-// come and go.
+// elements returns the sets of the entry's policy, except the resolved addresses, which come and
+// go.
 func (e *entry) elements(t *table) []filled {
-	if e.ruling == nil || e.ruling.open {
+	if e.policy == nil || e.policy.open {
 		return nil
 	}
 	var out []filled
 	add := func(kind string, key nftables.SetDatatype, interval bool, elements []nftables.SetElement) {
 		if len(elements) > 0 {
-			out = append(out, filled{kind, &nftables.Set{Table: t.table, Name: e.name(kind), KeyType: key, Interval: interval}, elements})
+			out = append(out, filled{kind, &nftables.Set{Table: t.table, Name: e.name(kind), KeyType: key, Interval: interval},
+				elements})
 		}
 	}
-	add(kindDeny, nftables.TypeIPAddr, true, intervalElements(e.ruling.deny))
-	add(kindAllow, nftables.TypeIPAddr, true, intervalElements(e.ruling.allow))
+	add(kindDeny, nftables.TypeIPAddr, true, intervalElements(e.policy.deny))
+	add(kindAllow, nftables.TypeIPAddr, true, intervalElements(e.policy.allow))
 	var ports []nftables.SetElement
-	for _, p := range e.ruling.ports {
+	for _, p := range e.policy.ports {
 		ports = append(ports, nftables.SetElement{Key: binaryutil.BigEndian.PutUint16(p)})
 	}
 	add(kindPorts, nftables.TypeInetService, false, ports)
@@ -143,23 +147,23 @@ const (
 	kindPorts = "ports"
 )
 
-// decidesNames reports that the services see some of the entry's traffic.
+// decidesNames reports whether the services see some of the entry's traffic.
 func (t *table) decidesNames(e *entry) bool {
-	return e.ruling != nil && e.ruling.names && (t.services.DNS != 0 || t.services.Proxy != 0)
+	return e.policy != nil && e.policy.names && (t.services.DNS != 0 || t.services.Proxy != 0)
 }
 
-// proxies reports that the entry has a set of resolved addresses.
+// proxies reports whether the entry has a set of resolved addresses.
 func (t *table) proxies(e *entry) bool { return t.decidesNames(e) && t.services.Proxy != 0 }
 
-// resolved returns the set of addresses the proxy answers for. It outlives a policy. Its
-// elements have no times of their own: not every kernel can lengthen one, and so an answer
-// that says again what was said before changes nothing there.
+// resolved returns the set of addresses that are reached through the proxy. It outlives a policy.
+// Its elements have no timeouts: not every kernel can extend one, and without them a repeated
+// answer changes nothing in the kernel.
 func (t *table) resolved(s *Slot) *nftables.Set {
 	return &nftables.Set{Table: t.table, Name: fmt.Sprintf("resolved-%d", s.Index), KeyType: nftables.TypeIPAddr}
 }
 
-// parts divides the entry's elements into what is made in the first transaction and what
-// is added in further ones, in order.
+// parts divides the entry's elements into those of the first transaction and those of the further
+// ones, in order.
 func (e *entry) parts(t *table) (first, rest []filled) {
 	room := elementsPerChange
 	for _, f := range e.elements(t) {
@@ -174,16 +178,16 @@ func (e *entry) parts(t *table) (first, rest []filled) {
 	return first, rest
 }
 
-// addPolicy opens a known slot as its ruling says; none leaves it closed.
+// addPolicy opens a known slot as its policy says. Without a policy it stays closed.
 func (t *table) addPolicy(c *nftables.Conn, e *entry) error {
 	return errors.Join(t.addOwn(c, e, e.elements(t), nil), t.follow(c, e))
 }
 
-// addOwn makes the entry's chains and sets with some of its elements, which nothing leads
-// to yet, beside those of the entry in force, if there is one. What is denied comes first:
-// whatever of it a packet could find is less than all of it.
+// addOwn makes the entry's chains and sets, with some of its elements, beside those of the entry
+// in force, if there is one. No packet reaches them yet. Denied ranges are added first, so that a
+// packet that met a part of the sets would meet the denied ranges.
 func (t *table) addOwn(c *nftables.Conn, e *entry, with []filled, beside *entry) error {
-	if e.ruling == nil {
+	if e.policy == nil {
 		return nil
 	}
 	sets := map[string]*nftables.Set{}
@@ -193,7 +197,7 @@ func (t *table) addOwn(c *nftables.Conn, e *entry, with []filled, beside *entry)
 		}
 		sets[f.kind] = f.set
 	}
-	if !e.ruling.open {
+	if !e.policy.open {
 		t.addChain(c, e.policyChain(), decide(sets, gotoChain(chainRefuse), gotoChain(chainAllow)))
 	}
 	if t.decidesNames(e) {
@@ -204,12 +208,12 @@ func (t *table) addOwn(c *nftables.Conn, e *entry, with []filled, beside *entry)
 
 // follow leads the slot's packets to the entry's chains.
 func (t *table) follow(c *nftables.Conn, e *entry) error {
-	if e.ruling == nil {
+	if e.policy == nil {
 		return nil
 	}
 	verdict := expr.Verdict{Kind: expr.VerdictGoto, Chain: chainAllow}
-	if !e.ruling.open {
-		// A jump comes back to where everything is refused.
+	if !e.policy.open {
+		// A jump returns to the rule that refuses everything.
 		verdict = expr.Verdict{Kind: expr.VerdictJump, Chain: e.policyChain()}
 	}
 	err := c.SetAddElements(t.policies, []nftables.SetElement{{Key: slotKey(e.slot), VerdictData: &verdict}})
@@ -222,7 +226,7 @@ func (t *table) follow(c *nftables.Conn, e *entry) error {
 
 // unfollow closes the slot.
 func (t *table) unfollow(c *nftables.Conn, e *entry) error {
-	if e.ruling == nil {
+	if e.policy == nil {
 		return nil
 	}
 	key := []nftables.SetElement{{Key: slotKey(e.slot)}}
@@ -233,7 +237,7 @@ func (t *table) unfollow(c *nftables.Conn, e *entry) error {
 	return err
 }
 
-// removeOwn removes what addOwn made of an entry, but what the one that stays has too.
+// removeOwn removes what addOwn made of the entry gone, except what the entry stays has too.
 func (t *table) removeOwn(c *nftables.Conn, stays, gone *entry) {
 	for _, name := range gone.chains(t) {
 		c.DelChain(t.regular(name))
@@ -246,8 +250,8 @@ func (t *table) removeOwn(c *nftables.Conn, stays, gone *entry) {
 	}
 }
 
-// addNames hands what names decide about to the services. The set of resolved addresses
-// may be there.
+// addNames makes the chain that redirects traffic to the services. there reports that the set of
+// resolved addresses exists.
 func (t *table) addNames(c *nftables.Conn, e *entry, sets map[string]*nftables.Set, there bool) error {
 	var rules [][]expr.Any
 	if port := t.services.DNS; port != 0 {
@@ -262,15 +266,16 @@ func (t *table) addNames(c *nftables.Conn, e *entry, sets map[string]*nftables.S
 				return err
 			}
 		}
-		// What the lists decide about needs no proxy.
+		// What the lists decide needs no proxy.
 		rules = append(rules, decide(sets, leave(), leave())...)
-		rules = append(rules, join(protocolIs(unix.IPPROTO_TCP), isIPv4(), load(destination), inSet(resolved), redirectTo(port)))
+		rules = append(rules, join(protocolIs(unix.IPPROTO_TCP), isIPv4(), load(destination), inSet(resolved),
+			redirectTo(port)))
 	}
 	t.addChain(c, e.namesChain(), rules)
 	return nil
 }
 
-// decide are the rules for a policy's lists.
+// decide returns the rules for a policy's lists.
 func decide(sets map[string]*nftables.Set, denied, allowed []expr.Any) [][]expr.Any {
 	var out [][]expr.Any
 	if s := sets[kindDeny]; s != nil {
@@ -293,12 +298,11 @@ func (t *table) addChain(c *nftables.Conn, name string, rules [][]expr.Any) {
 	}
 }
 
-// SetPolicy puts a policy in the place of the slot's present one, in one step,
-// and cuts the connections that it does not allow; the others live on. What goes
-// through the services is theirs to cut, unless the policy has no names any more.
-// A slot that was not handed out or adopted, or was released, is NotFound, code
-// "slot_not_found". After an error of the rules the old policy is in force; after
-// one of cutting the new one is, and calling again tries again.
+// SetPolicy replaces the slot's policy in one step, and cuts the connections that the new one
+// does not allow; the others continue. The services cut connections through them, unless the new
+// policy has no names. A slot that is not handed out or adopted, or was released, gives NotFound,
+// code "slot_not_found". After an error of the rules the old policy is in force; after an error
+// of cutting the new one is, and calling again tries again.
 func (n *Network) SetPolicy(ctx context.Context, s *Slot, p Policy) error {
 	if err := p.check(); err != nil {
 		return fmt.Errorf("setting the policy of slot %d: %w", s.Index, err)
@@ -306,17 +310,17 @@ func (n *Network) SetPolicy(ctx context.Context, s *Slot, p Policy) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("setting the policy of slot %d: %w", s.Index, err)
 	}
-	old, next, err := n.replacePolicy(s, newRuling(p))
+	old, next, err := n.replacePolicy(s, compile(p))
 	if err != nil {
 		return err
 	}
-	if old.ruling == nil && old.fresh {
+	if old.policy == nil && old.fresh {
 		return nil
 	}
-	return cutConnections(ctx, &n.rules.sockets, s, next.ruling)
+	return cutConnections(ctx, &n.rules.sockets, s, next.policy)
 }
 
-// SlotOf is the slot with the sandbox's address, if it is handed out or adopted.
+// SlotOf returns the slot with the sandbox's address, if it is handed out or adopted.
 func (n *Network) SlotOf(a netip.Addr) (*Slot, bool) {
 	index, ok := n.layout.index(a)
 	if !ok {

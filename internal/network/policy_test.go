@@ -28,14 +28,14 @@ func prefixes(texts ...string) []netip.Prefix {
 	return out
 }
 
-// try is one packet that asks for something outside.
+// try is one packet to an address outside.
 type try struct {
 	protocol string
 	to       netip.AddrPort
 }
 
-// model says, in the words of the contract, whether a try gets through. It knows
-// nothing of how the rules are made.
+// model reports whether a try gets through according to the contract. It knows nothing of how the
+// rules are made.
 func model(p Policy, always []netip.Prefix, t try) bool {
 	within := func(list []netip.Prefix) bool {
 		return slices.ContainsFunc(list, func(r netip.Prefix) bool { return r.Contains(t.to.Addr()) })
@@ -52,16 +52,16 @@ func model(p Policy, always []netip.Prefix, t try) bool {
 	return len(p.Ports) == 0 || t.protocol == "tcp" && slices.Contains(p.Ports, t.to.Port())
 }
 
-// triedPorts are where both outside networks listen, TCP and UDP.
+// triedPorts are the TCP and UDP ports on which both outside networks listen.
 var triedPorts = []uint16{7001, 7002, 7003}
 
-// TestPolicyAsModelled compares what the kernel does with the model: random
-// policies, and for each some tries by every protocol to both networks.
+// TestPolicyAsModelled compares the kernel with the model: random policies, and for each some
+// tries by every protocol to both networks.
 func TestPolicyAsModelled(t *testing.T) {
 	n := open(t, newConfig())
 	s := acquire(t, n)
 	bystander := acquire(t, n)
-	hear := &ears{heard: map[string]netip.Addr{}}
+	hear := &receivers{heard: map[string]netip.Addr{}}
 	for _, path := range []string{outsidePath, elsewherePath} {
 		for _, port := range triedPorts {
 			hear.listen(t, path, int(port))
@@ -84,13 +84,14 @@ func TestPolicyAsModelled(t *testing.T) {
 			}
 		}
 	})
-	udpRoundTrip(t, bystander) // another's policies changed nothing for it
+	udpRoundTrip(t, bystander) // the other policies changed nothing for it
 }
 
 // anyPolicy draws ranges in and around the two networks, so that they overlap.
 func anyPolicy() *rapid.Generator[Policy] {
 	ranges := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) netip.Prefix {
-		return netip.PrefixFrom(anyAddress().Draw(t, "address"), rapid.OneOf(rapid.IntRange(24, 32), rapid.IntRange(0, 32)).Draw(t, "bits")).Masked()
+		return netip.PrefixFrom(anyAddress().Draw(t, "address"),
+			rapid.OneOf(rapid.IntRange(24, 32), rapid.IntRange(0, 32)).Draw(t, "bits")).Masked()
 	}), 0, 6)
 	return rapid.Custom(func(t *rapid.T) Policy {
 		if rapid.IntRange(0, 9).Draw(t, "open") == 0 {
@@ -104,7 +105,7 @@ func anyPolicy() *rapid.Generator[Policy] {
 	})
 }
 
-// anyAddress draws few of each network, so that tries meet the ranges.
+// anyAddress draws from few addresses of each network, so that tries meet the ranges.
 func anyAddress() *rapid.Generator[netip.Addr] {
 	return rapid.Custom(func(t *rapid.T) netip.Addr {
 		b := rapid.SampledFrom([]netip.Prefix{farRange, elsewhereRange}).Draw(t, "network").Addr().As4()
@@ -120,9 +121,10 @@ func anyTry() *rapid.Generator[try] {
 	})
 }
 
-// attempt makes all tries at once, waits for those that are expected to pass, and
-// a little longer for the others.
-func attempt(t *rapid.T, s *Slot, tries []try, hear *ears, pings *pings, round int, expected func(try) bool) func(int) bool {
+// attempt makes all tries at once. It waits for those that are expected to pass, and a little
+// longer for the others.
+func attempt(t *rapid.T, s *Slot, tries []try, hear *receivers, pings *pings, round int,
+	expected func(try) bool) func(int) bool {
 	const longer = 20 * time.Millisecond
 	ctx, cancel := context.WithCancel(context.Background())
 	connected := make([]bool, len(tries))
@@ -173,15 +175,16 @@ func attempt(t *rapid.T, s *Slot, tries []try, hear *ears, pings *pings, round i
 	return passed
 }
 
-// connect calls done when a TCP connection is there, and waits for one until ctx
-// ends. The thread, and so the socket, is in the slot's namespace.
+// connect opens a TCP connection, waiting for it until ctx ends, and calls done when it is open.
+// The thread, and so the socket, is in the slot's namespace.
 func connect(ctx context.Context, to netip.AddrPort, done func()) error {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(fd)
-	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}); !errors.Is(err, unix.EINPROGRESS) {
+	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}); !errors.Is(err,
+		unix.EINPROGRESS) {
 		return err
 	}
 	for ctx.Err() == nil {
@@ -198,7 +201,7 @@ func connect(ctx context.Context, to netip.AddrPort, done func()) error {
 	return nil
 }
 
-// pings notes the echo replies a slot gets.
+// pings records the echo replies that a slot gets.
 type pings struct {
 	fd int
 	mu sync.Mutex
@@ -260,7 +263,7 @@ func dialFrom(s *Slot, to netip.AddrPort, timeout time.Duration) (c net.Conn, er
 	return c, err
 }
 
-// passes sends a line each way.
+// passes checks that a line passes in each direction.
 func passes(c net.Conn, timeout time.Duration) error {
 	if err := c.SetDeadline(time.Now().Add(timeout)); err != nil {
 		return err
@@ -272,7 +275,8 @@ func passes(c net.Conn, timeout time.Duration) error {
 	return err
 }
 
-// A changed policy cuts what it forbids, from both ends, and nothing else.
+// TestPolicyCuts checks that a changed policy cuts what it forbids, at both ends, and nothing
+// else.
 func TestPolicyCuts(t *testing.T) {
 	n := open(t, newConfig())
 	s := acquire(t, n)
@@ -317,8 +321,8 @@ func TestPolicyCuts(t *testing.T) {
 	}
 }
 
-// While policies follow each other, what all of them allow never stops and what
-// none allows never passes.
+// TestPolicyIsReplacedWhole replaces policies quickly. What all of them allow must never stop,
+// and what none allows must never pass.
 func TestPolicyIsReplacedWhole(t *testing.T) {
 	n := open(t, newConfig())
 	s := acquire(t, n)
@@ -330,7 +334,7 @@ func TestPolicyIsReplacedWhole(t *testing.T) {
 	}
 	udpRoundTrip(t, s) // the first packets of a link are lost
 	setPolicy(t, n, s, policies[0])
-	hear := &ears{heard: map[string]netip.Addr{}}
+	hear := &receivers{heard: map[string]netip.Addr{}}
 	hear.listen(t, outsidePath, probePort)
 	hear.listen(t, elsewherePath, probePort)
 	const rounds = 100
@@ -380,8 +384,8 @@ func TestPolicyIsReplacedWhole(t *testing.T) {
 	}
 }
 
-// A slot reaches nothing before it has a policy, and an adopted one nothing until
-// it has one again; what it had open goes on then.
+// TestClosedWithoutPolicy checks that a slot reaches nothing before it has a policy, and an
+// adopted one nothing until it has one again. Its open connections then continue.
 func TestClosedWithoutPolicy(t *testing.T) {
 	caytest.RequireRoot(t)
 	c := newConfig()
@@ -458,7 +462,7 @@ func TestPolicyRefused(t *testing.T) {
 	}
 }
 
-// longPolicy has count ranges that do not touch.
+// longPolicy returns a policy of count ranges that do not touch.
 func longPolicy(count int) Policy {
 	var p Policy
 	for i := range count {
@@ -467,7 +471,8 @@ func longPolicy(count int) Policy {
 	return p
 }
 
-// A long policy is one transaction too, is checked and comes back.
+// TestLongPolicy checks that a long policy is installed in one transaction, is checked and is
+// repaired.
 func TestLongPolicy(t *testing.T) {
 	n := open(t, newConfig())
 	s := acquire(t, n)
@@ -491,10 +496,12 @@ func TestLongPolicy(t *testing.T) {
 	setPolicy(t, n, s, Policy{})
 }
 
-// FuzzRuling compares looking up in merged intervals with asking every range.
-func FuzzRuling(f *testing.F) {
-	f.Add([]byte{203, 0, 113, 0, 24, 203, 0, 113, 8, 32}, byte(1), []byte{203, 0, 113, 9}, uint16(443), byte(unix.IPPROTO_TCP))
-	f.Add([]byte{0, 0, 0, 0, 0, 255, 255, 255, 255, 32}, byte(1), []byte{255, 255, 255, 255}, uint16(0), byte(unix.IPPROTO_ICMP))
+// FuzzPolicy compares a look-up in merged intervals with a search of every range.
+func FuzzPolicy(f *testing.F) {
+	f.Add([]byte{203, 0, 113, 0, 24, 203, 0, 113, 8, 32}, byte(1), []byte{203, 0, 113, 9}, uint16(443),
+		byte(unix.IPPROTO_TCP))
+	f.Add([]byte{0, 0, 0, 0, 0, 255, 255, 255, 255, 32}, byte(1), []byte{255, 255, 255, 255}, uint16(0),
+		byte(unix.IPPROTO_ICMP))
 	f.Fuzz(func(t *testing.T, ranges []byte, denied byte, addr []byte, port uint16, protocol byte) {
 		if len(addr) != 4 {
 			return
@@ -510,8 +517,9 @@ func FuzzRuling(f *testing.F) {
 		if port%2 == 1 {
 			p.Ports = []uint16{port, 80}
 		}
-		kind := try{map[byte]string{unix.IPPROTO_TCP: "tcp"}[protocol], netip.AddrPortFrom(netip.AddrFrom4([4]byte(addr)), port)}
-		r := newRuling(p)
+		kind := try{map[byte]string{unix.IPPROTO_TCP: "tcp"}[protocol],
+			netip.AddrPortFrom(netip.AddrFrom4([4]byte(addr)), port)}
+		r := compile(p)
 		if got, want := r.allows(protocol, kind.to), model(p, nil, kind); got != want {
 			t.Errorf("%+v, %+v: got %v, want %v", p, kind, got, want)
 		}
@@ -525,8 +533,8 @@ func FuzzRuling(f *testing.F) {
 	})
 }
 
-// BenchmarkSetPolicy is what a change costs, by the length of the policy and the
-// number of slots that have one beside it.
+// BenchmarkSetPolicy measures a change by the length of the policy and the number of other slots
+// with one.
 func BenchmarkSetPolicy(b *testing.B) {
 	caytest.RequireRoot(b)
 	c := newConfig()

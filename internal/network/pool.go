@@ -6,24 +6,24 @@ import (
 )
 
 const (
-	// refillBackoff is the pause after the first slot that could not be made;
-	// each further failure doubles it up to refillBackoffMax, so that a broken
-	// host is tried about twice a minute instead of filling the log.
+	// refillBackoff is the pause after the first slot that could not be made. Each further
+	// failure doubles it up to refillBackoffMax, so that a broken host is tried about twice a
+	// minute and does not fill the log.
 	refillBackoff    = time.Second
 	refillBackoffMax = 30 * time.Second
 )
 
-// wakePool tells the pool that a slot was taken or an index became free.
+// wakePool tells the pool that a slot was taken or that an index became free.
 func (n *Network) wakePool() {
 	select {
 	case n.fill <- struct{}{}:
-	default: // it is awake, or will be
+	default: // the pool is awake, or will be
 	}
 }
 
-// refill keeps the target number of slots ready until ctx ends. One is made at a
-// time, with a pause as long as making it took: the kernel configures links
-// under one lock, and whoever waits for a slot now should get it.
+// refill keeps the target number of slots ready until ctx ends. It makes one at a time, with a
+// pause as long as making it took: the kernel configures links under one lock, and an Acquire
+// that makes a slot itself should get it.
 func (n *Network) refill(ctx context.Context) {
 	backoff := refillBackoff
 	for {
@@ -52,8 +52,8 @@ func (n *Network) refill(ctx context.Context) {
 	}
 }
 
-// makeReady adds a slot to the pool; made is false when nothing is to be done:
-// the pool is full, the range is used up, or the network is closed.
+// makeReady adds a slot to the pool. made is false if there is nothing to do: the pool is full,
+// the range is used up, or the network is closed.
 func (n *Network) makeReady() (made bool, err error) {
 	n.mu.Lock()
 	if n.closed || len(n.idle) >= n.ready {

@@ -15,23 +15,23 @@ import (
 
 // Finding is the result of one check of the host.
 type Finding struct {
-	Name   string // what was looked at, e.g. "nftables"
+	Name   string // what was checked, e.g. "nftables"
 	OK     bool
-	Detail string // what was found
-	Fix    string // what to do about it; "" when OK
+	Detail string // the result
+	Fix    string // what to do about it; "" if OK
 }
 
-// Probe checks whether this host can do what the package needs. It changes
-// nothing that outlives it. Root is needed; without it the first finding says so
-// and is the only one.
+// Probe checks whether this host can do what the package needs. It changes nothing that outlives
+// it. It needs root; without it the only finding says so.
 func Probe() []Finding {
 	if os.Geteuid() != 0 {
-		return []Finding{{Name: "root", Detail: "not running as root", Fix: "run as root: namespaces, links and rules need it"}}
+		return []Finding{{Name: "root", Detail: "not running as root",
+			Fix: "run as root: namespaces, links and rules need it"}}
 	}
 	return append([]Finding{probeNamespaces(), probeTables(), probeConntrack(), probeForwarding()}, probeForeignDrops()...)
 }
 
-// finding is OK with the detail, or carries the error and what to do.
+// finding returns a Finding that is OK with the detail, or carries the error and the fix.
 func finding(name, detail string, err error, fix string) Finding {
 	if err != nil {
 		return Finding{Name: name, Detail: err.Error(), Fix: fix}
@@ -45,20 +45,20 @@ func probeNamespaces() Finding {
 		"a kernel with CONFIG_NET_NS is needed, and in a container the capability SYS_ADMIN")
 }
 
-// probeTables makes a table with one of each kind of expression the rules need,
-// and removes it.
+// probeTables makes a table with each kind of expression that the rules need, and removes it.
 func probeTables() Finding {
-	// The name is not one an instance can have.
+	// No instance can have this name.
 	t := newTable(layout{instance: "probe-" + fmt.Sprint(os.Getpid()), block: Candidates()[0]},
 		Config{AgentPort: 1, Services: Services{DNS: 1, Proxy: 1, Metadata: 1}})
 	err := t.install(nil, counts{})
 	err = errors.Join(err, t.remove(), t.sockets.close())
-	return finding("nftables", "tables with fib, conntrack with limits and timeouts, masquerade and redirect can be made", err,
-		"a kernel with nf_tables is needed (CONFIG_NF_TABLES_INET, NFT_FIB_INET, NFT_CT, NFT_CONNLIMIT, NF_CONNTRACK_TIMEOUT, NFT_MASQ, NFT_REDIR, NFT_LIMIT; modprobe nf_tables)")
+	return finding("nftables", "tables with fib, conntrack with limits and timeouts, masquerade and redirect can be made",
+		err, "a kernel with nf_tables is needed (CONFIG_NF_TABLES_INET, NFT_FIB_INET, NFT_CT, NFT_CONNLIMIT, "+
+			"NF_CONNTRACK_TIMEOUT, NFT_MASQ, NFT_REDIR, NFT_LIMIT; modprobe nf_tables)")
 }
 
 func probeConntrack() Finding {
-	// No connection can have this address: it is listed and nothing is found.
+	// No connection can have this address, so the listing finds nothing.
 	var s sockets
 	err := errors.Join(forgetConnections(context.Background(), &s, netip.IPv4Unspecified()), s.close())
 	return finding("connection tracking", "can be read and cleaned", err,
@@ -78,28 +78,29 @@ func probeForwarding() Finding {
 		"make /proc/sys writable, or set net.ipv4.ip_forward=1 before the server starts")
 }
 
-// legacyTablesFile names the tables of the older packet filter, if it is in use.
+// legacyTablesFile lists the tables of the older packet filter, if it is in use.
 const legacyTablesFile = "/proc/net/ip_tables_names"
 
-// foreignDrops are where a firewall that drops what it does not know is in the way of
-// sandboxes, as Docker and most firewalls set it up: a verdict of ours cannot accept
-// what another chain drops.
+// foreignDrops are the hooks where a firewall that drops unknown packets blocks sandboxes, as
+// Docker and most firewalls set it up. Verdicts of this package cannot accept what another chain
+// drops.
 var foreignDrops = []struct {
 	name   string
 	hook   nftables.ChainHook
-	detail string // what is dropped
+	detail string // the dropped packets
 	breaks string // what does not work then
 	fix    string
 }{
 	{"other firewalls, forwarding", *nftables.ChainHookForward, "forwarded packets", "sandboxes may reach nothing outside",
-		"let sandboxes' links through there; for Docker: iptables -I DOCKER-USER -i 'cay+' -j ACCEPT && " +
+		"accept packets of sandboxes' links there; for Docker: iptables -I DOCKER-USER -i 'cay+' -j ACCEPT && " +
 			"iptables -I DOCKER-USER -o 'cay+' -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"},
 	{"other firewalls, input", *nftables.ChainHookInput, "packets to this machine",
 		"sandboxes may not reach cay's resolver, its proxy for allow_domains and the metadata service",
-		"let in what cay led to itself, everything else from there stays dropped: iptables -I INPUT -i 'cay+' -m conntrack --ctstate DNAT -j ACCEPT"},
+		"accept packets that cay redirected to itself; all others from sandboxes stay dropped: " +
+			"iptables -I INPUT -i 'cay+' -m conntrack --ctstate DNAT -j ACCEPT"},
 }
 
-// probeForeignDrops looks for base chains of others that drop unless a rule of theirs accepts.
+// probeForeignDrops looks for other programs' base chains that drop packets by default.
 func probeForeignDrops() []Finding {
 	c, err := nftables.New()
 	if err != nil {
@@ -125,7 +126,7 @@ func probeForeignDrops() []Finding {
 		}
 		detail := "none drops " + d.detail + " by default"
 		if names, err := os.ReadFile(legacyTablesFile); err == nil && len(names) > 0 {
-			detail += "; rules of iptables-legacy are there too and cannot be seen from here"
+			detail += "; this check cannot see the rules of iptables-legacy, which also exist"
 		}
 		out = append(out, Finding{Name: d.name, OK: true, Detail: detail})
 	}

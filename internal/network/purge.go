@@ -14,18 +14,18 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// purgeTimeout bounds how long Instances and Purge wait for the lock of the
-// claims, which others hold for milliseconds.
+// purgeTimeout bounds the time that Instances and Purge wait for the lock of the claims, which
+// other processes hold for milliseconds.
 const purgeTimeout = 10 * time.Second
 
-// Remains is what an instance has on the host.
+// Remains describes what an instance has on the host.
 type Remains struct {
 	Instance string
 	Live     bool // a process has it open
-	Slots    int  // of which a link or a namespace is there
+	Slots    int  // slots with a link or a namespace
 }
 
-// Instances lists the instances of which anything is on the host, by name.
+// Instances returns the instances that have anything on the host, by name.
 func Instances() ([]Remains, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), purgeTimeout)
 	defer cancel()
@@ -62,8 +62,8 @@ func Instances() ([]Remains, error) {
 	return out, nil
 }
 
-// instanceNames lists the instances that have a table or a locked file. A file
-// nobody has locked is nothing that is left of an instance.
+// instanceNames returns the instances that have a table or a locked file. A file without a lock
+// is no remainder of an instance.
 func instanceNames() (map[string]bool, error) {
 	c, err := nftables.New()
 	if err != nil {
@@ -101,9 +101,9 @@ func instanceNames() (map[string]bool, error) {
 	return out, nil
 }
 
-// Purge removes everything of an instance from the host. One that a process has
-// open is a Conflict, code "instance_in_use". It goes on after errors and joins
-// them; nothing there is no error.
+// Purge removes everything of an instance from the host. An instance that a process has open
+// gives Conflict, code "instance_in_use". After an error it goes on, and returns all errors
+// joined. If there is nothing it succeeds.
 func Purge(instance string) error {
 	if err := checkInstance(instance); err != nil {
 		return err
@@ -135,7 +135,7 @@ func Purge(instance string) error {
 	return errors.Join(errs...)
 }
 
-// instanceInUse is the error for an instance that a process has open.
+// instanceInUse returns the error for an instance that a process has open.
 func instanceInUse(instance string) error {
 	return fault.New(fault.Conflict, "instance_in_use", "another process runs the instance %s", instance)
 }

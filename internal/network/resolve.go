@@ -12,34 +12,34 @@ import (
 )
 
 const (
-	// maxResolved bounds how many resolved addresses a slot has open: about 0.1 MiB in
-	// the kernel, which no limit of a sandbox counts. More need a program that asks for
-	// names to fill memory; the ones that end first go.
+	// maxResolved is the number of resolved addresses that a slot may have open, about 0.1 MiB in
+	// the kernel, which no limit of a sandbox counts. Only a program that asks for names to fill
+	// memory needs more; beyond the limit the addresses that expire first are closed.
 	maxResolved = 1024
 
-	// expireEvery is how often addresses whose time is over are closed, at most: they
-	// are open for so much longer than was said. The gate, which knows the name of each,
-	// lets nothing on to them meanwhile.
+	// expireEvery is the shortest time between two searches for expired addresses. Addresses may
+	// stay open for that much longer; meanwhile the egress proxy, which knows the expiry of each
+	// name, lets no connection through to them.
 	expireEvery = time.Second
 )
 
-// opening gathers the answers of a slot that come while its rules are being changed, so
-// that all of them become one change.
+// opening gathers the answers of a slot that come while its rules are being changed, so that all
+// of them become one change.
 type opening struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	batch *batch
 }
 
-// batch is a set of addresses that are to be opened together.
+// batch is a set of addresses that are opened together.
 type batch struct {
-	until map[netip.Addr]time.Time // not changed any more once it is taken
-	done  chan struct{}            // closed when they are open, or err says why not
+	until map[netip.Addr]time.Time // not changed any more once the batch is taken
+	done  chan struct{}            // closed when they are open, or err is set
 	err   error
 }
 
-// join adds addresses to the batch that waits, or begins one: then the caller carries it
-// out. Addresses over what a slot may have are left out.
+// join adds addresses to the waiting batch. If there is none it begins one, and the caller must
+// carry it out. It leaves out addresses beyond the limit of a slot.
 func (o *opening) join(addrs []netip.Addr, until time.Time) (b *batch, first bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -47,24 +47,25 @@ func (o *opening) join(addrs []netip.Addr, until time.Time) (b *batch, first boo
 		o.batch, first = &batch{until: map[netip.Addr]time.Time{}, done: make(chan struct{})}, true
 	}
 	for _, a := range addrs {
-		if a = a.Unmap(); a.Is4() && (len(o.batch.until) < maxResolved || !o.batch.until[a].IsZero()) && o.batch.until[a].Before(until) {
+		if a = a.Unmap(); a.Is4() && (len(o.batch.until) < maxResolved || !o.batch.until[a].IsZero()) &&
+			o.batch.until[a].Before(until) {
 			o.batch.until[a] = until
 		}
 	}
 	return o.batch, first
 }
 
-// take ends the batch that waits: what comes from now on begins another.
+// take takes the waiting batch; later answers begin another.
 func (o *opening) take() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.batch = nil
 }
 
-// Resolve makes addresses reachable through the proxy for ttl, or as long as they
-// already are if that is longer. It changes nothing for a slot whose policy has
-// no names. IPv6 addresses and those that no slot reaches are left out. What is open
-// already costs the kernel nothing, and answers that come together are one change.
+// Resolve makes addresses reachable through the proxy for ttl, or for as long as they already are
+// if that is longer. It changes nothing for a slot whose policy has no names. It leaves out IPv6
+// addresses and those that no slot may reach. An address that is already open costs the kernel
+// nothing, and answers that come together are one change.
 func (n *Network) Resolve(s *Slot, addrs []netip.Addr, ttl time.Duration) error {
 	r, err := n.rulesOf(s)
 	if err != nil || !n.rules.proxies(r.now.Load()) {
@@ -82,12 +83,12 @@ func (n *Network) Resolve(s *Slot, addrs []netip.Addr, ttl time.Duration) error 
 	b.err = n.openResolved(r, b.until)
 	select {
 	case n.expiring <- struct{}{}:
-	default: // it will look
+	default: // a search is due already
 	}
 	return b.err
 }
 
-// openResolved opens addresses until their time, and closes those whose time is over.
+// openResolved opens addresses until their times, and closes those that have expired.
 //
 // +checklocks:r.mu
 func (n *Network) openResolved(r *slotRules, until map[netip.Addr]time.Time) error {
@@ -106,7 +107,7 @@ func (n *Network) openResolved(r *slotRules, until map[netip.Addr]time.Time) err
 	}
 }
 
-// merged returns what is open and is to be, without what is over.
+// merged returns the union of open and more, without expired addresses.
 func merged(open, more map[netip.Addr]time.Time, now time.Time) map[netip.Addr]time.Time {
 	want := map[netip.Addr]time.Time{}
 	for _, all := range []map[netip.Addr]time.Time{open, more} {
@@ -126,7 +127,7 @@ func merged(open, more map[netip.Addr]time.Time, now time.Time) map[netip.Addr]t
 func (n *Network) setResolved(r *slotRules, want map[netip.Addr]time.Time) error {
 	e := r.now.Load()
 	var changes []netip.Addr
-	have := map[netip.Addr]time.Time{} // what stays, with its new time
+	have := map[netip.Addr]time.Time{} // the addresses that stay, with their new times
 	for a := range e.resolved {
 		if t, ok := want[a]; ok {
 			have[a] = t
@@ -171,7 +172,7 @@ func (n *Network) setResolved(r *slotRules, want map[netip.Addr]time.Time) error
 			return err
 		}
 	}
-	// The kernel knows of no times: what is only open for longer is no change to it.
+	// The kernel has no times, so an address that only stays open longer changes nothing there.
 	n.installing.RLock()
 	defer n.installing.RUnlock()
 	next := *r.now.Load()
@@ -185,7 +186,7 @@ func (n *Network) setResolved(r *slotRules, want map[netip.Addr]time.Time) error
 	return nil
 }
 
-// forgetSoonest leaves at most count addresses, those that last longest.
+// forgetSoonest leaves at most count addresses, those that expire last.
 func forgetSoonest(resolved map[netip.Addr]time.Time, count int) {
 	if len(resolved) <= count {
 		return
@@ -204,16 +205,16 @@ func addressElements(addrs []netip.Addr) []nftables.SetElement {
 	return out
 }
 
-// expire closes addresses whose time is over, until ctx ends.
+// expire closes expired addresses until ctx ends.
 func (n *Network) expire(ctx context.Context) {
-	var next <-chan time.Time // nil: nothing is open
+	var next <-chan time.Time // nil: no address is open
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-n.expiring:
 			if next != nil {
-				continue // it will be seen then
+				continue // the search at next will find them
 			}
 		case <-next:
 		}
@@ -224,7 +225,7 @@ func (n *Network) expire(ctx context.Context) {
 	}
 }
 
-// expireDue closes what is due and returns when the next is.
+// expireDue closes expired addresses and returns the time when the next one expires.
 func (n *Network) expireDue(now time.Time) (soonest time.Time) {
 	for _, r := range n.allRules() {
 		e := r.now.Load()

@@ -13,9 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// neverRanges are destinations that no sandbox reaches whatever is configured:
-// this host and network, loopback, link-local with the metadata service of every
-// cloud, multicast, and the reserved block with the limited broadcast address.
+// neverRanges are destinations that no sandbox may reach, whatever is configured: this host and
+// network, loopback, link-local with the metadata service of every cloud, multicast, and the
+// reserved block with the limited broadcast address.
 var neverRanges = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"),
 	netip.MustParsePrefix("127.0.0.0/8"),
@@ -24,12 +24,11 @@ var neverRanges = []netip.Prefix{
 	netip.MustParsePrefix("240.0.0.0/4"),
 }
 
-// Priorities of the base chains, relative to what else may hook there: pieces is
-// before fragments are put together (-400), raw is
-// before connection tracking (-200), guard after it and before destinations are
-// rewritten (-100), redirect before the others that rewrite them, the rest where
-// filters and source NAT usually are. An accept here never overrides a drop
-// elsewhere, nor the reverse.
+// Priorities of the base chains, relative to those of the kernel and other firewalls. pieces
+// comes before fragments are reassembled (-400), raw before connection tracking (-200), guard
+// after it and before destinations are rewritten (-100), redirect before others that rewrite
+// them, the rest at the usual places of filters and source NAT. An accept here never overrides a
+// drop elsewhere, nor the reverse.
 const (
 	piecesPriority   = -450
 	rawPriority      = -300
@@ -40,28 +39,27 @@ const (
 )
 
 const (
-	// elementsPerMessage keeps a message of set elements (about 70 bytes each)
-	// under the 64 KiB an attribute can hold.
+	// elementsPerMessage is the number of set elements (about 70 bytes each) in a message. It
+	// keeps the message under the 64 KiB that an attribute can hold.
 	elementsPerMessage = 400
 )
 
-// table is the ruleset of one instance as it is sent to the kernel. The same
-// structure is built for every installation, so that what is there can be
-// compared with what should be.
+// table builds the rules of one instance for the kernel. It builds the same structure for every
+// installation, so that the rules in the kernel can be compared with it.
 //
-// Names of sets: "never" are the forbidden destinations; "slots" pairs each link
-// with its only address; "allowed" and "denied" have the same pairs and count
-// their packets; "policies" gives the verdict on a slot's traffic to the outside,
-// and "named" the chain that hands the traffic of slots whose policy has names to
-// the services. Packets cost the same however many slots there are, and a policy
-// is a chain and sets of its own (policy.go). A link that is in no set is dropped:
-// forgetting a slot closes it, and so does a policy without an element.
+// The sets: "never" has the forbidden destinations; "slots" pairs each link with its only
+// address; "allowed" and "denied" have the same pairs and count their packets; "policies" gives
+// the verdict on a slot's traffic to the outside, and "named" the chain that redirects the
+// traffic of slots whose policy has names to the services. A packet costs the same however many
+// slots there are. Each policy has a chain and sets of its own (policy.go). A link that is in no
+// set is dropped, so removing a slot closes it, and so does a slot without an element in
+// "policies".
 type table struct {
 	layout   layout
 	deny     []netip.Prefix
 	agent    uint16
 	services Services
-	log      uint16 // the netfilter log's group, 0: nothing is logged
+	log      uint16 // the group of the netfilter log; 0: nothing is logged
 
 	sockets  sockets
 	table    *nftables.Table
@@ -78,7 +76,8 @@ type table struct {
 func newTable(l layout, c Config) *table {
 	t := &nftables.Table{Family: nftables.TableFamilyINet, Name: l.table()}
 	set := func(name string) *nftables.Set {
-		return &nftables.Set{Table: t, Name: name, KeyType: nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeIPAddr), Concatenation: true}
+		return &nftables.Set{Table: t, Name: name,
+			KeyType: nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeIPAddr), Concatenation: true}
 	}
 	out := &table{
 		layout: l, deny: c.AlwaysDeny, agent: c.AgentPort, services: c.Services, table: t,
@@ -90,24 +89,25 @@ func newTable(l layout, c Config) *table {
 	for _, m := range []*nftables.Set{out.policies, out.named} {
 		m.IsMap, m.DataType = true, nftables.TypeVerdict
 	}
-	out.rates.Dynamic, out.rates.HasTimeout, out.rates.Timeout, out.rates.Size = true, true, ratesTimeout, uint32(l.capacity())
+	out.rates.Dynamic, out.rates.HasTimeout, out.rates.Timeout, out.rates.Size = true, true, ratesTimeout,
+		uint32(l.capacity())
 	return out
 }
 
-// chain names. The regular ones are reached for packets of our links only.
+// Names of the chains. The regular ones are reached only by packets of slots' links.
 const (
 	chainRaw      = "raw"      // from a sandbox, before anything else
 	chainGuard    = "guard"    // from a sandbox, before destinations are rewritten
-	chainRedirect = "redirect" // from a sandbox, to what is answered here
+	chainRedirect = "redirect" // from a sandbox, to the services
 	chainInput    = "input"    // from a sandbox to the host
 	chainForward  = "forward"  // from or to a sandbox, through the host
 	chainOutput   = "output"   // from the host to a sandbox
 	chainNAT      = "nat"      // from a sandbox, leaving the host
 	chainOut      = "leaving"  // regular: from a sandbox to the outside
 	chainIn       = "arriving"
-	chainAllow    = "allow"     // regular: bounds flows, counts and accepts; the policy of a slot without restrictions
+	chainAllow    = "allow"     // regular: bounds flows, counts and accepts; the whole policy of an open slot
 	chainRefuse   = "refuse"    // regular: counts, logs and drops
-	chainForbid   = "forbidden" // regular: to a destination that nobody reaches
+	chainForbid   = "forbidden" // regular: to a destination that no slot may reach
 )
 
 // change sends what f adds to the kernel as one transaction: all or nothing.
@@ -118,8 +118,8 @@ func (t *table) change(doing string, f func(*nftables.Conn) error) error {
 	return nil
 }
 
-// install replaces the table, in one transaction; connections live on. Counting
-// goes on from was.
+// install replaces the table in one transaction; connections continue. Counters continue from
+// was.
 func (t *table) install(entries []*entry, was counts) error {
 	return t.change("installing", func(c *nftables.Conn) error {
 		// Deleting needs a table; adding one that exists changes nothing.
@@ -131,7 +131,8 @@ func (t *table) install(entries []*entry, was counts) error {
 		}
 		t.addTotals(c, was)
 		t.addTimes(c)
-		for _, name := range []string{chainFlows, chainExcess, chainErrors, chainAllow, chainRefuse, chainForbid, chainOut, chainIn} {
+		for _, name := range []string{chainFlows, chainExcess, chainErrors, chainAllow, chainRefuse, chainForbid, chainOut,
+			chainIn} {
 			c.AddChain(t.regular(name))
 		}
 		for _, r := range t.rules() {
@@ -168,7 +169,7 @@ func (t *table) addSets(c *nftables.Conn) error {
 	return addSet(c, t.never, intervalElements(t.forbidden()))
 }
 
-// forbidden is what no slot reaches, beside the host's addresses.
+// forbidden returns the destinations that no slot may reach, beside the host's addresses.
 func (t *table) forbidden() []interval {
 	denied := append([]netip.Prefix{t.layout.block}, neverRanges...)
 	return merge(append(denied, t.deny...))
@@ -200,21 +201,24 @@ func deleteElements(c *nftables.Conn, set *nftables.Set, elements []nftables.Set
 	return nil
 }
 
-// addSlots makes slots known, closed, at most elementsPerMessage of them: nothing of them
-// but the agent's answers passes until they have a policy.
+// addSlots adds at most elementsPerMessage slots, closed: until they have a policy only the
+// agent's answers pass.
 func (t *table) addSlots(c *nftables.Conn, entries []*entry, was counts) error {
 	var known, allowed, denied []nftables.SetElement
 	for _, e := range entries {
 		key, before := slotKey(e.slot), was.slots[string(slotKey(e.slot))]
 		known = append(known, nftables.SetElement{Key: key})
-		allowed = append(allowed, nftables.SetElement{Key: key, Comment: tally{before.AllowedPackets, before.AllowedBytes}.comment()})
-		denied = append(denied, nftables.SetElement{Key: key, Comment: tally{before.DeniedPackets, before.DeniedBytes}.comment()})
+		allowed = append(allowed, nftables.SetElement{Key: key,
+			Comment: tally{before.AllowedPackets, before.AllowedBytes}.comment()})
+		denied = append(denied, nftables.SetElement{Key: key,
+			Comment: tally{before.DeniedPackets, before.DeniedBytes}.comment()})
 	}
-	return errors.Join(c.SetAddElements(t.slots, known), c.SetAddElements(t.allowed, allowed), c.SetAddElements(t.denied, denied))
+	return errors.Join(c.SetAddElements(t.slots, known), c.SetAddElements(t.allowed, allowed),
+		c.SetAddElements(t.denied, denied))
 }
 
-// removeSlot stops a slot's traffic and removes all there is of it. The transaction fails
-// with isGone when anything of it was missing, and then nothing was removed.
+// removeSlot stops a slot's traffic and removes all of the slot. If a part of it is missing, the
+// transaction fails with an error for which isGone is true, and removes nothing.
 func (t *table) removeSlot(c *nftables.Conn, e *entry) error {
 	key := []nftables.SetElement{{Key: slotKey(e.slot)}}
 	err := errors.Join(t.unfollow(c, e), c.SetDeleteElements(t.slots, key),
@@ -223,7 +227,7 @@ func (t *table) removeSlot(c *nftables.Conn, e *entry) error {
 	return err
 }
 
-// present drops the error that something was not there.
+// present returns err, or nil if err says that something does not exist.
 func present(err error) error {
 	if isGone(err) {
 		return nil
@@ -231,7 +235,7 @@ func present(err error) error {
 	return err
 }
 
-// remove deletes the table; none is no error.
+// remove deletes the table, if it exists.
 func (t *table) remove() error {
 	return present(t.change("deleting", func(c *nftables.Conn) error { c.DelTable(t.table); return nil }))
 }
@@ -246,7 +250,7 @@ type base struct {
 	rules [][]expr.Any
 }
 
-// rules are those of the regular chains.
+// rules returns the rules of the regular chains.
 func (t *table) rules() []*nftables.Rule {
 	var out []*nftables.Rule
 	add := func(chain string, e ...[]expr.Any) {
@@ -262,7 +266,7 @@ func (t *table) rules() []*nftables.Rule {
 		add(chainErrors, r)
 	}
 	add(chainAllow, isNew(), jumpTo(chainFlows))
-	// Looking a slot up counts; the lookup always succeeds.
+	// Looking a slot up counts the packet; the look-up always succeeds.
 	add(chainAllow, isIPv4(), linkAnd(incoming, source), inSet(t.allowed), count(totalAllowed), accept())
 	add(chainRefuse, isIPv4(), linkAnd(incoming, source), inSet(t.denied), count(totalDenied))
 	if t.log != 0 {
@@ -271,12 +275,13 @@ func (t *table) rules() []*nftables.Rule {
 	add(chainRefuse, drop())
 
 	if t.services.Metadata != 0 {
-		add(chainForbid, isIPv4(), load(destination), equals(metadataAddr.AsSlice()), tcpPort(destination, metadataPort), accept())
+		add(chainForbid, isIPv4(), load(destination), equals(metadataAddr.AsSlice()), tcpPort(destination, metadataPort),
+			accept())
 	}
 	add(chainForbid, gotoChain(chainRefuse))
 
-	// Checked again although raw and guard did: what was addressed may have been
-	// rewritten since.
+	// This is checked again, although raw and guard did, since the destination may have been
+	// rewritten.
 	add(chainOut, notIPv4(), drop())
 	add(chainOut, linkIs(outgoing, t.layout.links()), drop())
 	add(chainOut, isIPv4(), load(destination), inSet(t.never), gotoChain(chainRefuse))
@@ -285,15 +290,15 @@ func (t *table) rules() []*nftables.Rule {
 	add(chainOut, isIPv4(), linkAnd(incoming, source), verdictOf(t.policies))
 	add(chainOut, gotoChain(chainRefuse))
 
-	// An answer, or an error about what was sent, travels in the direction of
-	// replies. Expected connections that a tracking helper would let in do not.
+	// An answer, or an error about what was sent, travels in the direction of replies. Expected
+	// connections that a tracking helper would let in do not.
 	add(chainIn, isIPv4(), state(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), isReply(), accept())
 	add(chainIn, drop())
 	return out
 }
 
-// bases are the chains the kernel calls. All of them let pass what is not to or
-// from one of our links, except to the ports of the services.
+// bases returns the chains that the kernel calls. They let packets pass that are neither from nor
+// to a slot's link, except packets to the ports of the services.
 func (t *table) bases() []base {
 	fromUs, toUs := linkIs(incoming, t.layout.links()), linkIs(outgoing, t.layout.links())
 	chain := func(name string, kind nftables.ChainType, hook *nftables.ChainHook, priority int32) *nftables.Chain {
@@ -308,13 +313,12 @@ func (t *table) bases() []base {
 			join(fromUs, notIPv4(), drop()),
 			join(fromUs, isIPv4(), linkAnd(incoming, source), notInSet(t.slots), drop()),
 			join(fromUs, isIPv4(), isICMP(), jumpTo(chainErrors)),
-			// Addresses of the host are guard's business: answers to the host go there.
+			// Destinations of the host are decided by guard, since answers to the host go there.
 			join(fromUs, addressTypeIs(unix.RTN_LOCAL), accept()),
 			join(fromUs, addressTypeIsNot(unix.RTN_UNICAST), gotoChain(chainRefuse)),
 			join(fromUs, isIPv4(), load(destination), inSet(t.never), gotoChain(chainForbid)),
 		}},
-		// Before another firewall's port forwarding can turn the host's address
-		// into somebody else's.
+		// This comes before another firewall's port forwarding can rewrite the host's address.
 		{chain(chainGuard, filter, nftables.ChainHookPrerouting, guardPriority), [][]expr.Any{
 			join(fromUs, addressTypeIs(unix.RTN_LOCAL), state(expr.CtStateBitESTABLISHED), isReply(), accept()),
 			join(fromUs, addressTypeIs(unix.RTN_LOCAL), gotoChain(chainForbid)),
@@ -331,7 +335,7 @@ func (t *table) bases() []base {
 		{chain(chainOutput, filter, nftables.ChainHookOutput, filterPriority), append([][]expr.Any{
 			join(toUs, isIPv4(), linkAnd(outgoing, destination), notInSet(t.slots), drop()),
 			join(toUs, isIPv4(), tcpPort(destination, t.agent), accept()),
-			// Errors the host itself sends about the sandbox's traffic: too big,
+			// These are errors that the host itself sends about the sandbox's traffic: too big,
 			// unreachable, time exceeded. They carry what was sent, nothing else.
 			join(toUs, isIPv4(), isICMP(), state(expr.CtStateBitRELATED), accept())},
 			append(t.serviceOutput(toUs), join(toUs, drop()))...,
@@ -342,21 +346,21 @@ func (t *table) bases() []base {
 	}
 }
 
-// slotKey is the element of a set keyed by link and address.
+// slotKey returns the element of a set keyed by link and address.
 func slotKey(s *Slot) []byte {
 	a := s.Addr.As4()
 	return append(linkName(s.Link), a[:]...)
 }
 
-// linkName is a name as the kernel compares it: 16 bytes, zero-filled.
+// linkName returns a name as the kernel compares it: 16 bytes, zero-filled.
 func linkName(name string) []byte {
 	b := make([]byte, unix.IFNAMSIZ)
 	copy(b, name)
 	return b
 }
 
-// intervalElements encodes intervals: a start each, and the address behind the
-// end. At the end of the address space there is none behind.
+// intervalElements encodes intervals: the start of each, and the address after its end. There is
+// none after the end of the address space.
 func intervalElements(in []interval) []nftables.SetElement {
 	out := make([]nftables.SetElement, 0, 2*len(in))
 	for _, i := range in {

@@ -12,14 +12,14 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
-// The golden file is the table as nft prints it: what an operator would see.
+// TestRulesGolden compares the table, as nft prints it, with a golden file.
 func TestRulesGolden(t *testing.T) {
 	c := newConfig()
 	c.Range = netip.MustParsePrefix("10.66.0.0/18")
 	c.AlwaysDeny = []netip.Prefix{
 		netip.MustParsePrefix("203.0.113.192/26"),
 		netip.MustParsePrefix("10.0.0.0/24"),
-		netip.MustParsePrefix("10.0.0.128/25"), // inside of the one before
+		netip.MustParsePrefix("10.0.0.128/25"), // inside the one before
 		netip.MustParsePrefix("fd00::/8"),
 	}
 	c.Services = Services{DNS: 5301, Proxy: 5302, Metadata: 5303}
@@ -30,11 +30,12 @@ func TestRulesGolden(t *testing.T) {
 	deny := []netip.Prefix{netip.MustParsePrefix("203.0.113.8/32")}
 	setPolicy(t, n, names, Policy{Names: true, Allow: allow, Deny: deny})
 	setPolicy(t, n, lists, Policy{Allow: allow, Deny: deny})
-	setPolicy(t, n, ports, Policy{Allow: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}, Ports: []uint16{443, 80, 443}})
+	setPolicy(t, n, ports, Policy{Allow: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")},
+		Ports: []uint16{443, 80, 443}})
 	setPolicy(t, n, closed, Policy{})
 	got := regexp.MustCompile(c.Instance).ReplaceAllString(listTable(t, "cay-"+c.Instance), "abc123")
 	got = regexp.MustCompile(`log group \d+`).ReplaceAllString(got, "log group 51712")
-	// What depends on the size of the host's table of connections.
+	// These numbers depend on the size of the host's table of connections.
 	got = regexp.MustCompile(`ct id & \d+ ct count over \d+`).ReplaceAllString(got, "ct id & 4095 ct count over 32")
 	got = regexp.MustCompile(`(type mark\n\t\tsize )\d+`).ReplaceAllString(got, "${1}4096")
 	const golden = "testdata/rules.nft"

@@ -12,13 +12,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Services are TCP ports of the host, and one UDP port, that sandboxes are led to
-// and nobody else reaches, not even from the host itself. 0 is no such service.
-// They must listen on all addresses: a sandbox is led to its own gateway.
+// Services are TCP ports of the host, and one UDP port, to which sandboxes' traffic is
+// redirected. Nothing else reaches them, not even the host itself. 0 means no such service. They
+// must listen on all addresses, since traffic is redirected to the slot's own gateway.
 type Services struct {
-	DNS      uint16 // UDP and TCP: what slots with names send to port 53, wherever to
-	Proxy    uint16 // what slots with names send by TCP to resolved addresses
-	Metadata uint16 // what any slot sends to 169.254.169.254, TCP port 80
+	DNS      uint16 // UDP and TCP: gets packets of slots with names to port 53 of any address
+	Proxy    uint16 // gets TCP connections of slots with names to resolved addresses
+	Metadata uint16 // gets connections of any slot to 169.254.169.254, TCP port 80
 }
 
 const (
@@ -26,11 +26,11 @@ const (
 	metadataPort = 80
 )
 
-// metadataAddr is where clouds have their metadata service, and sandboxes ours.
+// metadataAddr is the address of the metadata service, as in clouds.
 var metadataAddr = netip.MustParseAddr("169.254.169.254")
 
-// redirects leads new connections of our links to the services. Those of slots
-// without names meet one lookup.
+// redirects returns the rules that redirect new connections of slots' links to the services.
+// Slots without names cost one look-up.
 func (t *table) redirects(fromUs []expr.Any) [][]expr.Any {
 	var out [][]expr.Any
 	if t.services.Metadata != 0 {
@@ -43,8 +43,8 @@ func (t *table) redirects(fromUs []expr.Any) [][]expr.Any {
 	return out
 }
 
-// serviceInput lets to the services what was led there, and nothing else. A
-// sandbox cannot address them: guard drops what is sent to the host.
+// serviceInput returns the rules that let redirected connections reach the services, and nothing
+// else. A sandbox cannot address the services: guard drops packets to the host.
 func (t *table) serviceInput(fromUs []expr.Any) [][]expr.Any {
 	notFromUs := linkIsNot(incoming, t.layout.links())
 	led := join(isIPv4(), isRedirected(), isOriginal())
@@ -60,14 +60,15 @@ func (t *table) serviceInput(fromUs []expr.Any) [][]expr.Any {
 	}
 	f := t.flows
 	add(unix.IPPROTO_TCP, t.services.Metadata, join(isNew(), jumpTo(chainFlows)), accept())
-	add(unix.IPPROTO_UDP, t.services.DNS, join(linkAnd(incoming, source), over(f.questions, &expr.Limit{Type: expr.LimitTypePkts,
-		Rate: questionsPerSecond, Unit: expr.LimitTimeSecond, Burst: questionsPerSecond, Over: true}), gotoChain(chainExcess)), gotoChain(chainAllow))
+	add(unix.IPPROTO_UDP, t.services.DNS,
+		join(linkAnd(incoming, source), over(f.questions, &expr.Limit{Type: expr.LimitTypePkts, Rate: questionsPerSecond,
+			Unit: expr.LimitTimeSecond, Burst: questionsPerSecond, Over: true}), gotoChain(chainExcess)), gotoChain(chainAllow))
 	add(unix.IPPROTO_TCP, t.services.DNS, gotoChain(chainAllow))
 	add(unix.IPPROTO_TCP, t.services.Proxy, gotoChain(chainAllow))
 	return out
 }
 
-// serviceOutput lets the services answer.
+// serviceOutput returns the rules that let the services answer.
 func (t *table) serviceOutput(toUs []expr.Any) [][]expr.Any {
 	if t.services == (Services{}) {
 		return nil
@@ -75,11 +76,11 @@ func (t *table) serviceOutput(toUs []expr.Any) [][]expr.Any {
 	return [][]expr.Any{join(toUs, isIPv4(), isRedirected(), isReply(), accept())}
 }
 
-// errForbidden is behind every refusal of Permitted.
+// errForbidden is wrapped by every refusal of Permitted.
 var errForbidden = errors.New("no sandbox may reach it")
 
-// Permitted is nil unless no slot ever reaches the address: for connections that
-// the services open on behalf of one. What a policy denies is not looked at.
+// Permitted returns an error if no slot may reach the address. The services ask before they
+// connect on behalf of a slot. It does not check the slot's policy.
 func (n *Network) Permitted(a netip.Addr) error {
 	a = a.Unmap()
 	if !a.Is4() {
@@ -90,17 +91,17 @@ func (n *Network) Permitted(a netip.Addr) error {
 	}
 	routes, err := netlink.RouteGet(a.AsSlice())
 	if err != nil {
-		return fmt.Errorf("looking up the way to %s: %w", a, err)
+		return fmt.Errorf("looking up the route to %s: %w", a, err)
 	}
 	for _, r := range routes {
 		if r.Type != unix.RTN_UNICAST {
-			return fmt.Errorf("%s is this machine's or everybody's: %w", a, errForbidden)
+			return fmt.Errorf("%s is an address of this machine, or no unicast address: %w", a, errForbidden)
 		}
 	}
 	return nil
 }
 
-// Original is where a redirected connection was going to.
+// Original returns the original destination of a redirected connection.
 func (n *Network) Original(c *net.TCPConn) (netip.AddrPort, error) {
 	raw, err := c.SyscallConn()
 	if err != nil {
@@ -109,8 +110,8 @@ func (n *Network) Original(c *net.TCPConn) (netip.AddrPort, error) {
 	var was netip.AddrPort
 	var asked error
 	err = raw.Control(func(fd uintptr) {
-		// The option's value is a sockaddr_in; of the calls that read one of at
-		// least its size this has the simplest type.
+		// The option's value is a sockaddr_in. Of the calls that read an option of at least its
+		// size this has the simplest type.
 		var m *unix.IPv6Mreq
 		if m, asked = unix.GetsockoptIPv6Mreq(int(fd), unix.IPPROTO_IP, unix.SO_ORIGINAL_DST); asked == nil {
 			b := m.Multiaddr

@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// serving starts what answers for the services: TCP says where the connection was
-// going to and from whom, UDP echoes.
+// serving starts fake services: TCP answers with the connection's destination and source, UDP
+// echoes.
 func serving(t *testing.T, n *Network) {
 	t.Helper()
 	s := n.rules.services
@@ -59,7 +59,7 @@ func serving(t *testing.T, n *Network) {
 	}()
 }
 
-// says is what answers a TCP connection from the namespace, or the error.
+// says returns the answer to a TCP connection from the namespace, or the error.
 func says(path, to string) string {
 	var c net.Conn
 	err := enter(path, func() (err error) {
@@ -109,7 +109,7 @@ func TestServices(t *testing.T) {
 	setPolicy(t, n, none, Policy{})
 	serving(t, n)
 	serveTCP(t, outsidePath, 443)
-	addAddress(t, "", uplink, "169.254.169.254/32") // some clouds' agents take it on the machine itself
+	addAddress(t, "", uplink, "169.254.169.254/32") // some clouds' agents have it on the machine itself
 
 	for _, s := range []*Slot{named, plain, none} {
 		want := fmt.Sprintf("metadata for slot %d to 169.254.169.254:80\n", s.Index)
@@ -160,7 +160,7 @@ func TestServices(t *testing.T) {
 		"203.0.113.7:443":  "proxy for slot 0 to 203.0.113.7:443\n",
 		"203.0.113.9:443":  "no connection", // denied
 		"203.0.113.10:443": "no connection", // not resolved
-		"203.0.113.70:443": "no answer",     // allowed by range: the echo outside waits for us
+		"203.0.113.70:443": "no answer",     // allowed by range: the echo outside waits for the client
 	} {
 		if got := says(named.Namespace, to); got != want {
 			t.Errorf("%s said %q, want %q", to, got, want)
@@ -169,7 +169,7 @@ func TestServices(t *testing.T) {
 	if got := says(none.Namespace, "203.0.113.7:443"); got != "no connection" {
 		t.Errorf("a slot without names reached %q", got)
 	}
-	// They last as long as they are said to, and over a change of policy.
+	// Resolved addresses stay open for their time, and across a change of policy.
 	setPolicy(t, n, named, Policy{Names: true})
 	if got, want := says(named.Namespace, "203.0.113.9:443"), "proxy for slot 0 to 203.0.113.9:443\n"; got != want {
 		t.Errorf("after the policy changed: %q, want %q", got, want)
@@ -190,8 +190,8 @@ func TestServices(t *testing.T) {
 	})
 }
 
-// Without rules everybody reaches the ports: what TestServices sees refused is
-// refused by them.
+// TestServicesOpenWithoutRules checks that without rules every address reaches the ports, so that
+// it is the rules that refuse in TestServices.
 func TestServicesOpenWithoutRules(t *testing.T) {
 	c := newConfig()
 	c.Services = Services{DNS: 5301, Proxy: 5302, Metadata: 5303}
@@ -210,8 +210,8 @@ func TestServicesOpenWithoutRules(t *testing.T) {
 	})
 }
 
-// A connection through a service ends with the names, not with another policy
-// that has them.
+// TestServicesCut checks that a connection through a service is cut when the policy has no names
+// any more, and not when another policy with names replaces it.
 func TestServicesCut(t *testing.T) {
 	c := newConfig()
 	c.Services = Services{Proxy: 5302, Metadata: 5303}
@@ -255,15 +255,15 @@ func TestPermitted(t *testing.T) {
 			t.Errorf("%s: %v", a, err)
 		}
 	}
-	for _, a := range []string{"127.0.0.1", "0.0.0.0", "169.254.169.254", "224.0.0.1", "255.255.255.255", "198.51.100.1", "198.51.100.255",
-		"203.0.113.200", s.Addr.String(), s.Gateway.String(), "::1", "2001:db8::1", "::ffff:127.0.0.1"} {
+	for _, a := range []string{"127.0.0.1", "0.0.0.0", "169.254.169.254", "224.0.0.1", "255.255.255.255", "198.51.100.1",
+		"198.51.100.255", "203.0.113.200", s.Addr.String(), s.Gateway.String(), "::1", "2001:db8::1", "::ffff:127.0.0.1"} {
 		if n.Permitted(netip.MustParseAddr(a)) == nil {
 			t.Errorf("%s is permitted", a)
 		}
 	}
 }
 
-// What is refused is told of, put together, and counted whole.
+// TestDenials checks that refusals are reported, counted together, and counted completely.
 func TestDenials(t *testing.T) {
 	n := open(t, newConfig())
 	s, quiet := acquire(t, n), acquire(t, n)
@@ -326,22 +326,24 @@ func TestDenials(t *testing.T) {
 		t.Errorf("counted %+v, %v", c, err)
 	}
 	q, err := n.Counters(quiet)
-	if err != nil || q.AllowedPackets == 0 || q != (Counters{AllowedPackets: q.AllowedPackets, AllowedBytes: q.AllowedPackets * (28 + uint64(len("question")))}) {
+	if err != nil || q.AllowedPackets == 0 ||
+		q != (Counters{AllowedPackets: q.AllowedPackets, AllowedBytes: q.AllowedPackets * (28 + uint64(len("question")))}) {
 		t.Errorf("counted %+v of the other slot, %v", q, err)
 	}
 	if err := n.Release(t.Context(), s); err != nil {
 		t.Fatal(err)
 	}
-	runNFT(t, "delete chain inet "+n.rules.table.Name+" nat") // repairing goes on counting
+	runNFT(t, "delete chain inet "+n.rules.table.Name+" nat") // a repair continues the counters
 	if _, err := n.Check(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if total, _, err := n.Totals(); err != nil || total.DeniedPackets < c.DeniedPackets || total.AllowedPackets != q.AllowedPackets {
+	if total, _, err := n.Totals(); err != nil || total.DeniedPackets < c.DeniedPackets ||
+		total.AllowedPackets != q.AllowedPackets {
 		t.Errorf("counted %+v of all, %v; want what the slot had at least", total, err)
 	}
 }
 
-// FuzzParsePacket reads what the kernel tells of a packet, which a sandbox wrote.
+// FuzzParsePacket parses the kernel's reports of packets, whose bytes a sandbox wrote.
 func FuzzParsePacket(f *testing.F) {
 	f.Add(frame{src: at("10.0.0.1", 1), dst: at("203.0.113.7", 53), payload: "x"}.packet())
 	f.Add([]byte{0x4f, 0, 0, 20})
@@ -356,22 +358,24 @@ func FuzzParsePacket(f *testing.F) {
 	})
 }
 
-// A firewall that drops what it does not know is in the way of the services, until it is told
-// what Probe advises.
+// TestBesideInputFirewall checks that a firewall that drops unknown packets blocks the services
+// until it has the rule that Probe advises.
 func TestBesideInputFirewall(t *testing.T) {
 	c := newConfig()
 	c.Services = Services{DNS: 5311, Proxy: 5312, Metadata: 5313}
 	n := open(t, c)
 	s := acquire(t, n)
 	serving(t, n)
-	const table = "table ip other { chain input { type filter hook input priority filter; policy drop; ct state established accept; %s }; }"
+	const table = "table ip other { chain input { type filter hook input priority filter; policy drop; " +
+		"ct state established accept; %s }; }"
 	runNFT(t, fmt.Sprintf(table, ""))
 	t.Cleanup(func() { runNFT(t, "delete table ip other") })
 	if got := says(s.Namespace, "169.254.169.254:80"); got != "no connection" {
 		t.Errorf("behind the firewall the metadata service said %q: the advice is not needed", got)
 	}
 	runNFT(t, "delete table ip other; "+fmt.Sprintf(table, `iifname "cay*" ct status dnat accept;`))
-	if got, want := says(s.Namespace, "169.254.169.254:80"), fmt.Sprintf("metadata for slot %d to 169.254.169.254:80\n", s.Index); got != want {
+	if got, want := says(s.Namespace, "169.254.169.254:80"),
+		fmt.Sprintf("metadata for slot %d to 169.254.169.254:80\n", s.Index); got != want {
 		t.Errorf("after what is advised the metadata service said %q, want %q", got, want)
 	}
 }

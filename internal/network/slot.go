@@ -15,25 +15,23 @@ import (
 )
 
 const (
-	// insideLink is the name of the sandbox's end, which its kernel takes over.
+	// insideLink is the name of the sandbox's end, which the sandbox's kernel takes over.
 	insideLink = "eth0"
-	// sysctlDir shows the settings of the namespace of the thread that opens a
-	// file in it.
+	// sysctlDir has the settings of the network namespace of the thread that opens a file in it.
 	sysctlDir = "/proc/sys/net"
 )
 
-// Every link uses the same two hardware addresses: a link has no third end that
-// could confuse them, a sandbox does not learn its slot from them, and one that
-// is restored in another slot finds its gateway where it was. Locally
-// administered, unicast.
+// All links have the same two hardware addresses. A link has no third end that could confuse
+// them; a sandbox cannot learn its slot from them, and one that is restored in another slot finds
+// its gateway under the same address. They are locally administered and unicast.
 var (
 	hostMAC    = net.HardwareAddr{0x02, 0xca, 0x79, 0, 0, 0x01}
 	sandboxMAC = net.HardwareAddr{0x02, 0xca, 0x79, 0, 0, 0x02}
 )
 
-// hostSettings of a slot's link on the host, by path under sysctlDir with %s for
-// the link. The rules do not rely on them; they spare the rules work and keep
-// the kernel from answering on its own.
+// hostSettings are the settings of a slot's link on the host, by path below sysctlDir, with %s
+// for the link. The rules do not rely on them; they spare the rules work and keep the kernel from
+// answering on its own.
 var hostSettings = []struct{ path, value string }{
 	{"ipv6/conf/%s/disable_ipv6", "1"},
 	{"ipv4/conf/%s/forwarding", "1"},
@@ -45,8 +43,8 @@ var hostSettings = []struct{ path, value string }{
 	{"ipv4/conf/%s/proxy_arp", "0"},
 }
 
-// insideSettings of the new namespace, set before it has a link. IPv4 settings
-// are inherited from the host, which forwards.
+// insideSettings are the settings of a new namespace, written before it has a link. It inherits
+// IPv4 settings from the host, which forwards.
 var insideSettings = []struct{ path, value string }{
 	{"ipv6/conf/all/disable_ipv6", "1"},
 	{"ipv6/conf/default/disable_ipv6", "1"},
@@ -54,8 +52,7 @@ var insideSettings = []struct{ path, value string }{
 	{"ipv4/conf/default/forwarding", "0"},
 }
 
-// setting writes a sysctl. A kernel without IPv6 has no such files, which is
-// what the settings there are for.
+// setting writes a sysctl. A kernel without IPv6 lacks its files, and needs no settings there.
 func setting(path, value string) error {
 	err := os.WriteFile(filepath.Join(sysctlDir, path), []byte(value), 0)
 	if errors.Is(err, os.ErrNotExist) && strings.HasPrefix(path, "ipv6/") {
@@ -67,8 +64,8 @@ func setting(path, value string) error {
 	return nil
 }
 
-// build makes namespace, links and addresses of s, links up. Nothing of it may
-// exist. After an error the caller takes it apart.
+// build makes namespace, links and addresses of s, and sets the links up. None of it may exist.
+// After an error the caller removes the slot.
 func (s *Slot) build(mtu int) error {
 	if err := s.makeNamespace(mtu); err != nil {
 		return err
@@ -76,8 +73,8 @@ func (s *Slot) build(mtu int) error {
 	return s.configureHost()
 }
 
-// makeNamespace makes the namespace, names it, and in it the pair of links with
-// the host's end put out to the host.
+// makeNamespace makes and names the namespace, and in it the pair of links, with the host's end
+// in the host's namespace.
 func (s *Slot) makeNamespace(mtu int) error {
 	host, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -120,7 +117,7 @@ func (s *Slot) makeLinks(host, mtu int) error {
 	return s.configureInside()
 }
 
-// configureInside runs inside the namespace. It may run again.
+// configureInside configures the sandbox's end. It runs inside the namespace, and may run again.
 func (s *Slot) configureInside() error {
 	// gVisor has a loopback of its own only if the namespace's is up.
 	lo, err := netlink.LinkByName("lo")
@@ -150,7 +147,7 @@ func (s *Slot) configureInside() error {
 	return nil
 }
 
-// configureHost sets the host's end up. It may run again.
+// configureHost configures the host's end and sets it up. It may run again.
 func (s *Slot) configureHost() error {
 	link, err := netlink.LinkByName(s.Link)
 	if err != nil {
@@ -161,8 +158,8 @@ func (s *Slot) configureHost() error {
 			return err
 		}
 	}
-	// Without ARP a sandbox can neither ask for addresses nor fill the
-	// neighbour table that all namespaces of the machine share.
+	// Without ARP a sandbox can neither ask for addresses nor fill the neighbour table that all
+	// namespaces of the machine share.
 	if err := netlink.LinkSetARPOff(link); err != nil {
 		return fmt.Errorf("turning ARP off on %s: %w", s.Link, err)
 	}
@@ -184,18 +181,17 @@ func permanentNeighbour(link netlink.Link, a netip.Addr, mac net.HardwareAddr) e
 	return nil
 }
 
-// pairNet is an address with the mask of its pair.
+// pairNet returns an address with the mask of its pair.
 func pairNet(a netip.Addr) *net.IPNet {
 	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(31, 32)}
 }
 
-// Restore puts address, route and neighbour back into the namespace. The sandbox
-// kernel takes them away when it starts; they must be back before it is started
-// or restored there again. Doing so while one runs there would make two kernels
-// answer for the address.
+// Restore puts address, route and neighbour back into the namespace. A sandbox's kernel removes
+// them when it starts; they must be there again before a kernel is started or restored there.
+// With one running there, two kernels would answer for the address.
 func (s *Slot) Restore() error { return inNamespace(s.Namespace, s.configureInside) }
 
-// elsewhere reports that the link has another address than the slot should.
+// elsewhere reports whether the link has an address, but not the slot's.
 func (s *Slot) elsewhere() (bool, error) {
 	link, err := netlink.LinkByName(s.Link)
 	if errors.As(err, &netlink.LinkNotFoundError{}) {
@@ -222,8 +218,8 @@ func (s *Slot) addresses(link netlink.Link) ([]netip.Addr, error) {
 	return out, nil
 }
 
-// whole checks that a slot a predecessor left has its parts, and repairs what
-// can be lost without the sandbox ending.
+// whole checks that a slot of a predecessor is complete, and repairs what can be lost without
+// ending the sandbox.
 func (s *Slot) whole() error {
 	link, err := netlink.LinkByName(s.Link)
 	if err != nil {
@@ -245,16 +241,15 @@ func (s *Slot) whole() error {
 	return s.configureHost()
 }
 
-// demolish removes namespace and links of a slot of which the address is not
-// known.
+// demolish removes namespace and links of a slot whose address is unknown.
 func demolish(instance string, index int) error {
 	l := layout{instance: instance}
 	return removeParts(l.link(index), filepath.Join(netnsDir, l.namespace(index)))
 }
 
-// removeParts deletes the link first: it goes at once, and both ends with it,
-// while a namespace lives on as long as a dying process is in it. What is not
-// there is no error; it goes on after errors and joins them.
+// removeParts deletes the link and the namespace. The link goes first: it goes at once, with both
+// ends, while a namespace lives as long as a dying process is in it. Missing parts are no error.
+// After an error it goes on, and returns all errors joined.
 func removeParts(link, namespace string) error {
 	return errors.Join(deleteLink(link), deleteNamespace(namespace))
 }
@@ -275,7 +270,7 @@ func deleteLink(name string) error {
 
 func deleteNamespace(path string) error {
 	err := unix.Unmount(path, unix.MNT_DETACH)
-	// EINVAL: the file is there, but nothing is mounted on it.
+	// EINVAL: the file exists, but nothing is mounted on it.
 	if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("unmounting namespace %s: %w", path, err)
 	}

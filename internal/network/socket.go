@@ -11,15 +11,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// socketBuffer bounds, in bytes, what a transaction and its acknowledgements take:
-// 10,000 ranges are about 0.7 MB, each slot about 20 acknowledgements of 768 bytes
-// when everything is installed anew. Memory is only used as needed.
+// socketBuffer is the size of a socket's buffers in bytes. It bounds a transaction and its
+// acknowledgements: 10,000 ranges take about 0.7 MB, and each slot has about 20 acknowledgements
+// of 768 bytes when the table is installed. The kernel takes memory only as needed; with a
+// smaller buffer a large transaction would fail.
 const socketBuffer = 256 << 20
 
-// sockets are kept open: closing one makes the kernel finish first what earlier
-// transactions removed, which takes until every CPU was idle for a moment, 10 to
-// 20 ms. They are opened when they are needed, also again after close. Each has a
-// lock of its own, so that no transaction waits for a long listing.
+// sockets holds the sockets to netfilter open. Closing one makes the kernel first finish what
+// earlier transactions removed, which takes until every CPU was idle for a moment, 10 to 20 ms.
+// They are opened when needed, also again after close. Each has a lock of its own, so that no
+// transaction waits for a long listing.
 type sockets struct {
 	changes rulesSocket // transactions
 	lists   rulesSocket // listings of rules and elements
@@ -29,17 +30,17 @@ type sockets struct {
 	other *netlink.Conn
 }
 
-// rulesSocket is a socket to nftables that one request uses at a time.
+// rulesSocket is a socket to nftables that serves one request at a time.
 type rulesSocket struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	conn *nftables.Conn
-	// sent counts the transactions that were carried out.
+	// sent is the number of successful transactions.
 	// +checklocks:mu
 	sent uint32
 }
 
-// use lends the socket. After an error it is not used again: an answer may be left
+// use calls f with the socket. After an error the socket is closed, since an answer may be left
 // in it.
 func (s *rulesSocket) use(f func(*nftables.Conn) error) error {
 	s.mu.Lock()
@@ -93,8 +94,8 @@ func (s *sockets) transact(f func(*nftables.Conn) error) error {
 	return err
 }
 
-// list lends the socket for listings. The error is isGone when something was not there,
-// of which the library keeps the text only.
+// list calls f with the socket for listings. isGone is true for its error if something did not
+// exist; the library keeps only the text of that error.
 func (s *sockets) list(f func(*nftables.Conn) error) error {
 	err := s.lists.use(f)
 	if err == nil || isGone(err) {
@@ -106,16 +107,15 @@ func (s *sockets) list(f func(*nftables.Conn) error) error {
 	return err
 }
 
-// foreign numbers the changes of the host's rules that are not ours, from any number
-// on: as long as it stays the same, nobody else changed a rule.
+// foreign returns a number that changes only when another process changes the host's rules.
 func (s *sockets) foreign() (uint32, error) {
-	s.changes.mu.Lock() // no transaction of ours is between the two numbers
+	s.changes.mu.Lock() // so that this process sends no transaction between the two numbers
 	defer s.changes.mu.Unlock()
 	generation, err := s.generation()
 	return generation - s.changes.sent, err
 }
 
-// execute asks any other part of netfilter.
+// execute sends a request to another part of netfilter.
 func (s *sockets) execute(m netlink.Message) ([]netlink.Message, error) {
 	s.otherMu.Lock()
 	defer s.otherMu.Unlock()
@@ -128,7 +128,7 @@ func (s *sockets) execute(m netlink.Message) ([]netlink.Message, error) {
 	}
 	answers, err := s.other.Execute(m)
 	if err != nil && !errors.Is(err, unix.ENOENT) {
-		_ = s.other.Close() // it was only asked
+		_ = s.other.Close() // no error matters, since the socket only sent requests
 		s.other = nil
 	}
 	return answers, err

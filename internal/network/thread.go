@@ -7,13 +7,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// onThread runs f on a thread of its own that ends when f returns, so that f may
-// move it to another namespace and nobody else ever runs there. f must not start
-// goroutines that rely on the namespace.
+// onThread runs f on a thread of its own that ends when f returns, so that f may move it to
+// another namespace and no other goroutine ever runs there. f must not start goroutines that rely
+// on the namespace.
 //
-// The process's main thread cannot end: a goroutine that left it in another
-// namespace would also change what /proc/self/net shows. When the scheduler
-// offers it, it is kept busy while f runs elsewhere.
+// The process's main thread cannot end, and leaving it in another namespace would also change
+// what /proc/self/net shows. If the scheduler offers it, it is kept busy while f runs on another
+// thread.
 func onThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
@@ -23,7 +23,7 @@ func onThread(f func() error) error {
 			runtime.UnlockOSThread()
 			return
 		}
-		// No unlock: the thread ends with the goroutine.
+		// There is no unlock, so the thread ends with the goroutine.
 		done <- f()
 	}()
 	return <-done

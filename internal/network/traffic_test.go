@@ -47,7 +47,7 @@ func serveTCP(t *testing.T, path string, port int) {
 	}()
 }
 
-// echo sends size bytes and wants them back.
+// echo sends size bytes and checks that they come back.
 func echo(t *testing.T, c net.Conn, size int) {
 	t.Helper()
 	if err := c.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
@@ -64,7 +64,7 @@ func echo(t *testing.T, c net.Conn, size int) {
 	}
 }
 
-// TestOutside: what a slot may do works, and looks as if the host did it.
+// TestOutside checks that what a slot may do works, and looks as if the host did it.
 func TestOutside(t *testing.T) {
 	n := open(t, newConfig())
 	s := acquire(t, n)
@@ -136,7 +136,7 @@ func udpRoundTrip(t *testing.T, s *Slot) {
 	}
 	b := make([]byte, 64)
 	var from net.Addr
-	// A link drops what is sent in the first moment after it was set up.
+	// A link drops packets in the first moment after it was set up.
 	eventually(t, func() error {
 		if _, err := inside.Write([]byte("question")); err != nil {
 			return err
@@ -172,8 +172,7 @@ type pong struct {
 	from netip.Addr
 }
 
-// ping sends an echo request from the slot and returns the first ICMP packet
-// that comes.
+// ping sends an echo request from the slot and returns the first ICMP packet that comes.
 func ping(t *testing.T, s *Slot, to netip.Addr, ttl int) pong {
 	t.Helper()
 	var got pong
