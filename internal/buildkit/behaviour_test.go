@@ -19,10 +19,10 @@ import (
 	"github.com/cayhq/cay/internal/network"
 )
 
-// sleeping is a build that says when it has begun to sleep.
+// sleeping is a Dockerfile that prints "asleep" and then sleeps.
 const sleeping = "FROM base\nRUN echo before\nRUN echo asleep && sleep 1000\n"
 
-// whenAsleep calls f once the build sleeps.
+// whenAsleep returns a progress function that calls f once the build sleeps.
 func whenAsleep(f func()) func(Event) {
 	return func(e Event) {
 		if e.Kind == Log && strings.Contains(e.Text, "asleep") {
@@ -31,8 +31,8 @@ func whenAsleep(f func()) func(Event) {
 	}
 }
 
-// build builds and fails the test if that fails.
-func (r *room) build(t testing.TB, request Request) *Result {
+// build builds and fails the test on an error.
+func (r *fixture) build(t testing.TB, request Request) *Result {
 	t.Helper()
 	var log strings.Builder
 	result, err := r.Build(t.Context(), request, func(e Event) { fmt.Fprintln(&log, e.Kind, e.Name, e.Text, e.Error) })
@@ -43,10 +43,10 @@ func (r *room) build(t testing.TB, request Request) *Result {
 	return result
 }
 
-// TestCancel ends a build while a step runs: all of it is gone when Build returns, and the next
-// one finds what was finished in the cache.
+// TestCancel ends a build while a step runs. All of it is gone when Build returns, and the next
+// build finds the finished steps in the cache.
 func TestCancel(t *testing.T) {
-	r := newRoom(t)
+	r := newFixture(t)
 	find := testBases(t)
 	ctx, cancel := context.WithCancelCause(t.Context())
 	why := errors.New("nobody wants it")
@@ -56,7 +56,8 @@ func TestCancel(t *testing.T) {
 	}
 	r.nothingLeft(t)
 	cached := false
-	_, err = r.Build(t.Context(), Request{Dockerfile: "FROM base\nRUN echo before\n", Base: find}, func(e Event) { cached = cached || e.Cached && e.Name == "RUN echo before" })
+	_, err = r.Build(t.Context(), Request{Dockerfile: "FROM base\nRUN echo before\n", Base: find},
+		func(e Event) { cached = cached || e.Cached && e.Name == "RUN echo before" })
 	if err != nil || !cached {
 		t.Errorf("after a cancelled build: cached is %v, %v", cached, err)
 	}
@@ -64,7 +65,7 @@ func TestCancel(t *testing.T) {
 
 // TestClose ends builds under way.
 func TestClose(t *testing.T) {
-	r := newRoom(t)
+	r := newFixture(t)
 	closed := make(chan error, 1)
 	_, err := r.Build(t.Context(), Request{Dockerfile: sleeping, Base: testBases(t)}, whenAsleep(func() {
 		go func() { closed <- r.Close(context.Background()) }()
@@ -76,15 +77,16 @@ func TestClose(t *testing.T) {
 		t.Error(err)
 	}
 	r.nothingLeft(t)
-	if _, err := r.Build(t.Context(), Request{Dockerfile: "FROM scratch\n", Base: testBases(t)}, nil); !errors.Is(err, ErrClosed) {
+	if _, err := r.Build(t.Context(), Request{Dockerfile: "FROM scratch\n", Base: testBases(t)}, nil); !errors.Is(err,
+		ErrClosed) {
 		t.Errorf("after that: %v", err)
 	}
 }
 
-// TestProgramDies kills the program during a build: the build fails and says so, nothing is left of
-// it, and the next build starts another, with the same cache.
+// TestProgramDies kills the program during a build. The build fails and reports it, nothing of it
+// is left, and the next build starts another program with the same cache.
 func TestProgramDies(t *testing.T) {
-	r := newRoom(t)
+	r := newFixture(t)
 	find := testBases(t)
 	r.build(t, Request{Dockerfile: "FROM base\nRUN echo before\n", Base: find})
 	_, err := r.Build(t.Context(), Request{Dockerfile: sleeping, Base: find}, whenAsleep(func() {
@@ -104,7 +106,8 @@ func TestProgramDies(t *testing.T) {
 	}
 	r.nothingLeft(t)
 	cached := false
-	result, err := r.Build(t.Context(), Request{Dockerfile: "FROM base\nRUN echo before\nRUN echo after\n", Base: find}, func(e Event) { cached = cached || e.Cached && e.Name == "RUN echo before" })
+	result, err := r.Build(t.Context(), Request{Dockerfile: "FROM base\nRUN echo before\nRUN echo after\n", Base: find},
+		func(e Event) { cached = cached || e.Cached && e.Name == "RUN echo before" })
 	if err != nil || !cached {
 		t.Fatalf("the next build: cached is %v, %v", cached, err)
 	}
@@ -115,14 +118,15 @@ func TestProgramDies(t *testing.T) {
 
 const serverVariable = "CAY_BUILDKIT_TEST_SERVER"
 
-// TestServerDies kills a server during a build: the program and its steps end with it, and the
-// next server finds the rest and removes it.
+// TestServerDies kills a server during a build. The program and its steps end with it, and the
+// next server removes the rest.
 func TestServerDies(t *testing.T) {
 	if dir := os.Getenv(serverVariable); dir != "" {
-		r := newRoom(t, func(c *Config) {
+		r := newFixture(t, func(c *Config) {
 			c.Dir, c.CgroupParent, c.RunDir = dir, "/cay-"+filepath.Base(dir)+"-build", "/run/cay-"+filepath.Base(dir)
 		})
-		_, err := r.Build(t.Context(), Request{Dockerfile: sleeping, Base: testBases(t)}, whenAsleep(func() { fmt.Println("asleep", filepath.Base(r.slots.net.Slots()[0].Namespace)) }))
+		_, err := r.Build(t.Context(), Request{Dockerfile: sleeping, Base: testBases(t)},
+			whenAsleep(func() { fmt.Println("asleep", filepath.Base(r.slots.net.Slots()[0].Namespace)) }))
 		t.Fatal("the build ended: ", err)
 	}
 	caytest.RequireRoot(t)
@@ -155,8 +159,8 @@ func TestServerDies(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	// Nobody has killed these but the kernel.
-	r := newRoom(t, func(c *Config) {
+	// Only the kernel has ended these.
+	r := newFixture(t, func(c *Config) {
 		c.Dir, c.CgroupParent, c.RunDir = dir, "/cay-"+filepath.Base(dir)+"-build", "/run/cay-"+filepath.Base(dir)
 	})
 	r.nothingLeft(t)
@@ -172,13 +176,13 @@ func TestServerDies(t *testing.T) {
 	}
 }
 
-// TestSameInputSameImage builds twice without the cache, the second time in a new room.
+// TestSameInputSameImage builds twice without the cache, the second time in a new directory.
 func TestSameInputSameImage(t *testing.T) {
 	request := Request{Base: testBases(t), NoCache: true, Context: pack(t, map[string]string{"f": "f", "d/g": "g"}),
 		Dockerfile: "FROM base AS a\nRUN mkdir /made && echo x >/made/file && ln -s file /made/link\nFROM base\nCOPY . /ctx\nCOPY --from=a /made /made\nRUN date >/dev/null; rm /etc/group; touch /tmp/t\nWORKDIR /w\n"}
 	got := map[string]bool{}
 	for range 2 {
-		r := newRoom(t)
+		r := newFixture(t)
 		for range 2 {
 			got[r.build(t, request).Manifest] = true
 		}
@@ -188,10 +192,10 @@ func TestSameInputSameImage(t *testing.T) {
 	}
 }
 
-// TestCache: a step is run once, cache mounts stay within a scope, and the cache is cut to what it may have without
-// harm to a build that runs.
+// TestCache checks that a step is run once, that cache mounts stay within a scope, and that the
+// cache is cut to its size without harm to a running build.
 func TestCache(t *testing.T) {
-	r := newRoom(t, func(c *Config) { c.CacheBytes = 40 << 20 })
+	r := newFixture(t, func(c *Config) { c.CacheBytes = 40 << 20 })
 	find := testBases(t)
 	ran := func(request Request) (cached, all int) {
 		_, err := r.Build(t.Context(), request, func(e Event) {
@@ -207,7 +211,8 @@ func TestCache(t *testing.T) {
 		}
 		return cached, all
 	}
-	request := Request{Dockerfile: "FROM base\nCOPY f /f\nRUN cat /f\nRUN echo 2\n", Base: find, Context: pack(t, map[string]string{"f": "1"})}
+	request := Request{Dockerfile: "FROM base\nCOPY f /f\nRUN cat /f\nRUN echo 2\n", Base: find,
+		Context: pack(t, map[string]string{"f": "1"})}
 	if cached, all := ran(request); cached != 0 || all != 2 {
 		t.Errorf("the first build: %d of %d steps cached", cached, all)
 	}
@@ -219,13 +224,16 @@ func TestCache(t *testing.T) {
 		t.Errorf("with another context: %d steps cached", cached)
 	}
 	for scope, want := range map[string]string{"a": "a", "b": "b"} {
-		result := r.build(t, Request{Scope: scope, Base: find, Args: map[string]string{"WHO": scope, "BUILDKIT_CACHE_MOUNT_NS": "mine"},
+		result := r.build(t, Request{Scope: scope, Base: find,
+			Args:       map[string]string{"WHO": scope, "BUILDKIT_CACHE_MOUNT_NS": "mine"},
 			Dockerfile: "FROM base\nARG WHO\nRUN --mount=type=cache,id=shared,target=/c echo $WHO >>/c/who && cat /c/who >/who\n"})
 		if _, files := opened(t, result); files["who"] != "0 0644 0:0 "+want {
 			t.Errorf("scope %s sees %q", scope, files["who"])
 		}
 	}
-	random := Request{Base: find, Dockerfile: "FROM base\nRUN --mount=type=cache,id=r,target=/c head -c 9 /dev/urandom >/random\nRUN head -c 9 /dev/urandom >/more\n"}
+	random := Request{Base: find,
+		Dockerfile: "FROM base\nRUN --mount=type=cache,id=r,target=/c head -c 9 /dev/urandom >/random\n" +
+			"RUN head -c 9 /dev/urandom >/more\n"}
 	seen := map[string]bool{}
 	for _, scope := range []string{"a", "a", "b"} {
 		random.Scope = scope
@@ -237,30 +245,33 @@ func TestCache(t *testing.T) {
 	}
 	// Each leaves 30 MB, of which two do not fit.
 	for i := range 3 {
-		r.build(t, Request{Dockerfile: fmt.Sprintf("FROM base\nRUN dd if=/dev/zero of=/big bs=1M count=30 && echo %d >/n\n", i), Base: find})
+		r.build(t, Request{Dockerfile: fmt.Sprintf("FROM base\nRUN dd if=/dev/zero of=/big bs=1M count=30 && echo %d >/n\n",
+			i), Base: find})
 	}
 	if freed, err := r.Prune(t.Context(), "", 0); err != nil || freed < 1<<20 || freed > 80<<20 {
 		t.Errorf("pruning the rest freed %d bytes, %v", freed, err)
 	}
 	var pruning sync.WaitGroup
-	_, err := r.Build(t.Context(), Request{Dockerfile: "FROM base\nRUN echo 1 >/1\nRUN echo go; sleep 1; cat /1\nRUN cat /1\n", Base: find}, func(e Event) {
-		if e.Kind == Log && e.Text == "go\n" {
-			pruning.Go(func() {
-				if _, err := r.Prune(t.Context(), "", 0); err != nil {
-					t.Error(err)
-				}
-			})
-		}
-	})
+	_, err := r.Build(t.Context(),
+		Request{Dockerfile: "FROM base\nRUN echo 1 >/1\nRUN echo go; sleep 1; cat /1\nRUN cat /1\n", Base: find},
+		func(e Event) {
+			if e.Kind == Log && e.Text == "go\n" {
+				pruning.Go(func() {
+					if _, err := r.Prune(t.Context(), "", 0); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+		})
 	pruning.Wait()
 	if err != nil {
 		t.Errorf("a build during a prune: %v", err)
 	}
 }
 
-// TestIdle stops the program when nothing was built for a while, and starts it again.
+// TestIdle checks that the program is stopped after some time without a build, and started again.
 func TestIdle(t *testing.T) {
-	r := newRoom(t, func(c *Config) { c.IdleTimeout = 10 * time.Millisecond })
+	r := newFixture(t, func(c *Config) { c.IdleTimeout = 10 * time.Millisecond })
 	for range 2 {
 		r.build(t, Request{Dockerfile: "FROM base\nRUN echo x\n", Base: testBases(t)})
 		seat := r.seat("")
@@ -277,16 +288,16 @@ func TestIdle(t *testing.T) {
 	}
 }
 
-// TestBrokenCache begins the cache anew if it cannot be read.
+// TestBrokenCache checks that a cache that cannot be read is made anew.
 func TestBrokenCache(t *testing.T) {
-	r := newRoom(t, func(c *Config) { c.IdleTimeout = time.Millisecond })
+	r := newFixture(t, func(c *Config) { c.IdleTimeout = time.Millisecond })
 	r.build(t, Request{Dockerfile: "FROM base\nRUN echo x\n", Base: testBases(t)})
 	eventually(t, "the program rests", func() bool { return r.Running() == 0 })
 	disk := t.TempDir()
 	if out, err := exec.Command("mount", "-o", "loop", r.diskFile(""), disk).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	defer unix.Unmount(disk, unix.MNT_DETACH) // it is unmounted if all went well
+	defer unix.Unmount(disk, unix.MNT_DETACH) // it is unmounted already if the test succeeded
 	cache := filepath.Join(disk, "cache")
 	for _, name := range []string{"metadata.db", "containerd.db", "cache.db", "history.db"} {
 		if _, err := os.Stat(filepath.Join(cache, name)); err != nil {
@@ -302,7 +313,8 @@ func TestBrokenCache(t *testing.T) {
 	r.build(t, Request{Dockerfile: "FROM base\nRUN echo x\n", Base: testBases(t)})
 }
 
-// TestWithoutOverlay builds where the disk cannot carry overlayfs, as in a container whose root is one.
+// TestWithoutOverlay builds on a file system that cannot carry overlayfs, as in a container whose
+// root is overlayfs.
 func TestWithoutOverlay(t *testing.T) {
 	caytest.RequireRoot(t)
 	dir := t.TempDir()
@@ -321,9 +333,9 @@ func TestWithoutOverlay(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	r := newRoom(t, func(c *Config) { c.Dir = filepath.Join(disk, "buildkit"); c.BuildBytes = 50 << 20 })
+	r := newFixture(t, func(c *Config) { c.Dir = filepath.Join(disk, "buildkit"); c.BuildBytes = 50 << 20 })
 	dockerfile := "FROM base\nRUN echo 1 >/1\nRUN cat /1 >/2 && rm /etc/group\n"
-	// With a disk of its own it does not matter.
+	// With an image as the disk it does not matter.
 	r.build(t, Request{Dockerfile: dockerfile, Base: testBases(t), Scope: "image"})
 	if !strings.HasSuffix(r.diskFile("image"), imageSuffix) {
 		t.Errorf("the disk is %s", r.diskFile("image"))
@@ -336,16 +348,17 @@ func TestWithoutOverlay(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(r.disk(""), "cache/snapshots/native")); err != nil {
 		t.Errorf("this was not the case in question: %v", err)
 	}
-	_, err := r.Build(t.Context(), Request{Dockerfile: "FROM base\nRUN dd if=/dev/zero of=/a bs=1M count=100; sleep 1000\n", Base: testBases(t)}, nil)
+	_, err := r.Build(t.Context(),
+		Request{Dockerfile: "FROM base\nRUN dd if=/dev/zero of=/a bs=1M count=100; sleep 1000\n", Base: testBases(t)}, nil)
 	if !errors.Is(err, ErrDisk) {
 		t.Errorf("a step that writes too much: %v", err)
 	}
 	r.nothingLeft(t)
 }
 
-// TestSideBySide builds several at once, some with the same steps.
+// TestSideBySide runs several builds at once, some with the same steps.
 func TestSideBySide(t *testing.T) {
-	r := newRoom(t)
+	r := newFixture(t)
 	find := testBases(t)
 	var builds sync.WaitGroup
 	for i := range 4 {
@@ -357,7 +370,8 @@ func TestSideBySide(t *testing.T) {
 				return
 			}
 			defer result.Close()
-			if _, files := opened(t, result); files["own"] != fmt.Sprint("0 0644 0:0 ", i/2) || files["same"] != "0 0644 0:0 same" {
+			if _, files := opened(t, result); files["own"] != fmt.Sprint("0 0644 0:0 ", i/2) ||
+				files["same"] != "0 0644 0:0 same" {
 				t.Errorf("build %d has %q, %q", i, files["own"], files["same"])
 			}
 		})
@@ -366,11 +380,13 @@ func TestSideBySide(t *testing.T) {
 	r.nothingLeft(t)
 }
 
-// TestTurns: steps of one scope wait for each other's end, those of another do not wait for them.
+// TestTurns checks that steps of one scope wait for each other, and not for those of another
+// scope.
 func TestTurns(t *testing.T) {
-	r := newRoom(t, func(c *Config) { c.Steps = 1 })
+	r := newFixture(t, func(c *Config) { c.Steps = 1 })
 	find := testBases(t)
-	dockerfile := "FROM base AS a\nRUN echo a-in; sleep 0.3; echo a-out >&2\nFROM base AS b\nRUN echo b-in; sleep 0.3; echo b-out >&2\nFROM scratch\nCOPY --from=a /etc/passwd /a\nCOPY --from=b /etc/passwd /b\n"
+	dockerfile := "FROM base AS a\nRUN echo a-in; sleep 0.3; echo a-out >&2\nFROM base AS b\n" +
+		"RUN echo b-in; sleep 0.3; echo b-out >&2\nFROM scratch\nCOPY --from=a /etc/passwd /a\nCOPY --from=b /etc/passwd /b\n"
 	var order []string
 	_, err := r.Build(t.Context(), Request{Dockerfile: dockerfile, Scope: "one", Base: find}, func(e Event) {
 		if e.Kind == Log {
@@ -393,25 +409,28 @@ func TestTurns(t *testing.T) {
 	}
 }
 
-// TestLongTexts: a step of any length is run and reported.
+// TestLongTexts checks that a step of any length is run and reported.
 func TestLongTexts(t *testing.T) {
-	r := newRoom(t)
+	r := newFixture(t)
 	long := strings.Repeat("\x01\"", 30<<10)
 	_, err := r.Build(t.Context(), Request{Dockerfile: "FROM base\nRUN exit 7 # " + long + "\n", Base: testBases(t)}, nil)
-	if failed, ok := errors.AsType[*StepError](err); !ok || failed.ExitCode != 7 && !strings.Contains(failed.Err.Error(), "too long") {
+	if failed, ok := errors.AsType[*StepError](err); !ok ||
+		failed.ExitCode != 7 && !strings.Contains(failed.Err.Error(), "too long") {
 		t.Errorf("got %.300v", err)
 	}
-	_, err = r.Build(t.Context(), Request{Dockerfile: "FROM x\n", Base: func(context.Context, string) (Base, error) { return Base{}, errors.New(long) }}, nil)
+	_, err = r.Build(t.Context(), Request{Dockerfile: "FROM x\n",
+		Base: func(context.Context, string) (Base, error) { return Base{}, errors.New(long) }}, nil)
 	if failed, ok := errors.AsType[*StepError](err); !ok || failed.Err.Error() != long {
 		t.Errorf("got %.300v", err)
 	}
 }
 
-// TestProgress gives what a live view and a log are made of.
+// TestProgress checks the events that a live view and a log are made of.
 func TestProgress(t *testing.T) {
-	r := newRoom(t)
+	r := newFixture(t)
 	var got []string
-	_, err := r.Build(t.Context(), Request{Dockerfile: "FROM base AS one\nRUN echo out; echo err >&2; exit 3\n", Base: testBases(t)}, func(e Event) {
+	_, err := r.Build(t.Context(), Request{Dockerfile: "FROM base AS one\nRUN echo out; echo err >&2; exit 3\n",
+		Base: testBases(t)}, func(e Event) {
 		if e.Stage == "internal" {
 			return
 		}
@@ -431,17 +450,18 @@ func TestProgress(t *testing.T) {
 		t.Error("it succeeded")
 	}
 	text := strings.Join(got, "\n")
-	for _, want := range []string{"began  1/2 FROM base:latest\nended FROM base:latest failed=false\nbegan  2/2 RUN echo out; echo err >&2; exit 3\n",
-		"stdout \"out\\n\"", "stderr \"err\\n\"", "\nended RUN echo out; echo err >&2; exit 3 failed=true"} {
+	for _, want := range []string{"began  1/2 FROM base:latest\nended FROM base:latest failed=false\n" +
+		"began  2/2 RUN echo out; echo err >&2; exit 3\n", "stdout \"out\\n\"", "stderr \"err\\n\"",
+		"\nended RUN echo out; echo err >&2; exit 3 failed=true"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in\n%s", want, text)
 		}
 	}
 }
 
-// TestRequests refuses what cannot be a request, before anything is started.
+// TestRequests checks that invalid requests are refused before anything is started.
 func TestRequests(t *testing.T) {
-	r := newRoom(t)
+	r := newFixture(t)
 	find := testBases(t)
 	long := pack(t, map[string]string{"Dockerfile": "FROM scratch\n", ".dockerignore": strings.Repeat("x\n", 1<<20)})
 	for want, request := range map[string]Request{
@@ -455,7 +475,8 @@ func TestRequests(t *testing.T) {
 		"the scope":                    {Dockerfile: "FROM scratch", Scope: "a/b", Base: find},
 		"is not the name":              {Dockerfile: "FROM scratch", Args: map[string]string{"A=B": "x"}, Base: find},
 	} {
-		if _, err := r.Build(t.Context(), request, nil); err == nil || !strings.Contains("args: "+err.Error(), strings.TrimPrefix(want, "args: ")) {
+		if _, err := r.Build(t.Context(), request, nil); err == nil ||
+			!strings.Contains("args: "+err.Error(), strings.TrimPrefix(want, "args: ")) {
 			t.Errorf("got %v, want %s", err, want)
 		}
 	}

@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// memory reports what the program holds of the host's memory, without files, in MB.
-func (r *room) memory(b *testing.B) {
+// memory reports the program's memory on the host, without files, in MB.
+func (r *fixture) memory(b *testing.B) {
 	pids, err := processesOf(r.cfg.Program)
 	if err != nil || len(pids) != 1 {
 		b.Fatalf("the program has the processes %v, %v", pids, err)
@@ -34,7 +34,7 @@ func (r *room) memory(b *testing.B) {
 
 // BenchmarkStart starts the program and stops it.
 func BenchmarkStart(b *testing.B) {
-	r := newRoom(b)
+	r := newFixture(b)
 	for b.Loop() {
 		p, release, err := r.seat("").use(b.Context())
 		if err != nil {
@@ -53,7 +53,7 @@ func BenchmarkStart(b *testing.B) {
 func BenchmarkBuild(b *testing.B) {
 	for _, cached := range []bool{false, true} {
 		b.Run(fmt.Sprintf("cached=%v", cached), func(b *testing.B) {
-			r := newRoom(b)
+			r := newFixture(b)
 			request := Request{Dockerfile: "FROM base\nRUN echo 0\n", Base: testBases(b)}
 			r.build(b, request)
 			for n := 1; b.Loop(); n++ {

@@ -20,8 +20,8 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// hostileOutside are what the machine outside serves to exhaust those who ask. What has no end ends when the
-// client leaves, or after so much that a test has failed.
+// hostileOutside adds answers of the machine outside that exhaust their clients. Endless ones end
+// when the client leaves, or after so many bytes that the test has failed.
 func hostileOutside(mux *http.ServeMux) {
 	mux.HandleFunc("/endless", func(w http.ResponseWriter, r *http.Request) {
 		zeros := make([]byte, 1<<20)
@@ -48,7 +48,7 @@ func hostileOutside(mux *http.ServeMux) {
 	})
 }
 
-// slow counts the answers under way that take their time.
+// slow counts the slow answers under way.
 var slow counter
 
 type counter struct {
@@ -64,7 +64,8 @@ func (c *counter) count(by int) int {
 	return c.n
 }
 
-// zeroArchive is a gzip of a tar with one file of so many zeros: a thousandth of it.
+// zeroArchive returns a gzip of a tar with one file of size zeros. It is a thousand times
+// smaller.
 func zeroArchive(t testing.TB, size int64) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "zeros.tar.gz")
@@ -97,8 +98,8 @@ func (zeroReader) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// allocated is what a scope's disk takes on the host's, in bytes.
-func (r *room) allocated(t testing.TB, scope string) (total int64) {
+// allocated returns the space that a scope's disk takes on the host's disk, in bytes.
+func (r *fixture) allocated(t testing.TB, scope string) (total int64) {
 	t.Helper()
 	err := filepath.WalkDir(r.diskFile(scope), func(_ string, d os.DirEntry, err error) error {
 		if err != nil {
@@ -120,7 +121,7 @@ const (
 	boundedCache = 32 << 20
 )
 
-// filling are builds that write more than boundedBuild, each in another way.
+// filling returns builds that write more than boundedBuild, each in another way.
 func filling(t *testing.T) map[string]Request {
 	t.Helper()
 	bomb, err := os.ReadFile(zeroArchive(t, 160<<20))
@@ -149,17 +150,21 @@ func filling(t *testing.T) map[string]Request {
 	}
 }
 
-// TestBuildDisk fills the disk in every way that a build can: the build fails and names the step and the
-// limit, what it wrote stays within the limit and is given back, and another organization's build goes on.
+// TestBuildDisk fills the disk in every way that a build can. The build fails and names the step
+// and the limit, what it wrote stays within the limit and is freed, and another organization's
+// build succeeds.
 func TestBuildDisk(t *testing.T) {
-	r := newRoom(t, func(c *Config) { c.BuildBytes, c.CacheBytes, c.Builds = boundedBuild, boundedCache, 1 })
+	r := newFixture(t, func(c *Config) { c.BuildBytes, c.CacheBytes, c.Builds = boundedBuild, boundedCache, 1 })
 	find := testBases(t)
 	bigRepository(t)
-	names := map[string]string{"archive": "ADD", "http": "ADD", "git": anyStep, "copies": "COPY", "stages": "COPY", "run": "RUN", "run on": "RUN", "exported": ""}
+	names := map[string]string{"archive": "ADD", "http": "ADD", "git": anyStep, "copies": "COPY", "stages": "COPY",
+		"run": "RUN", "run on": "RUN", "exported": ""}
 	requests := filling(t)
 	for name, request := range requests {
 		t.Run(name, func(t *testing.T) {
-			scope := "hostile-" + strings.ReplaceAll(name, " ", "-") // of its own: what an earlier build left goes while the next runs
+			// Each has a scope of its own, since what an earlier build left goes while the next
+			// runs.
+			scope := "hostile-" + strings.ReplaceAll(name, " ", "-")
 			request.Base, request.Scope, request.MemoryBytes = find, scope, 192<<20
 			_, err := r.Build(t.Context(), request, nil)
 			checkDiskError(t, err, names[name])
@@ -167,7 +172,8 @@ func TestBuildDisk(t *testing.T) {
 			if got := r.allocated(t, scope); got > limit {
 				t.Errorf("the disk takes %d MiB, want %d at most", got>>20, limit>>20)
 			}
-			eventually(t, "the disk's blocks are given back", func() bool { return r.allocated(t, scope) < boundedCache+diskMargin/2 })
+			eventually(t, "the disk's blocks are given back",
+				func() bool { return r.allocated(t, scope) < boundedCache+diskMargin/2 })
 			r.nothingLeft(t)
 			other := Request{Dockerfile: "FROM base\nRUN echo " + name + " >/x\n", Base: find, Scope: "other"}
 			if _, files := opened(t, r.build(t, other)); files["x"] != "0 0644 0:0 "+name {
@@ -175,11 +181,13 @@ func TestBuildDisk(t *testing.T) {
 			}
 		})
 	}
-	// The disk is as good as before.
-	r.build(t, Request{Dockerfile: "FROM base\nRUN dd if=/dev/zero of=/a bs=1M count=15\n", Base: find, Scope: "hostile-copies"})
+	// The disk is usable as before.
+	r.build(t, Request{Dockerfile: "FROM base\nRUN dd if=/dev/zero of=/a bs=1M count=15\n", Base: find,
+		Scope: "hostile-copies"})
 }
 
-// anyStep stands for a step that is not always known: a repository is fetched before its step begins, too.
+// anyStep stands for a step that may be unknown, since a repository is fetched before its step
+// begins.
 const anyStep = "?"
 
 func checkDiskError(t *testing.T, err error, step string) {
@@ -196,7 +204,7 @@ func checkDiskError(t *testing.T, err error, step string) {
 	}
 }
 
-// bigRepository gives the machine outside a small repository of a large file.
+// bigRepository makes a small git repository with a large file on the machine outside.
 func bigRepository(t *testing.T) {
 	t.Helper()
 	caytest.RequireProgram(t, "git")
@@ -207,11 +215,13 @@ func bigRepository(t *testing.T) {
 	serveRepository(t, work, "big.git")
 }
 
-// serveRepository commits what is in a directory, and what add says of the index, and serves it.
+// serveRepository commits the files in a directory, and the index entries in add, and serves the
+// repository.
 func serveRepository(t *testing.T, work, name string, add ...string) {
 	t.Helper()
 	dir := filepath.Join(repositories, name)
-	for _, args := range [][]string{{"init", "-q", "-b", "main", work}, {"-C", work, "add", "."}, append([]string{"-C", work, "update-index"}, add...),
+	for _, args := range [][]string{{"init", "-q", "-b", "main", work}, {"-C", work, "add", "."},
+		append([]string{"-C", work, "update-index"}, add...),
 		{"-C", work, "-c", "user.name=t", "-c", "user.email=t@example.com", "commit", "-qm", "one"}, {"clone", "-q", "--bare", work, dir}} {
 		if out, err := exec.Command("git", args...).CombinedOutput(); err != nil {
 			t.Fatalf("git %v: %v: %s", args, err, out)
@@ -220,30 +230,34 @@ func serveRepository(t *testing.T, work, name string, add ...string) {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 }
 
-// TestBuildDiskSideBySide: builds of one organization that run at once have their room together, and no build
-// of another organization is touched when they have filled it.
+// TestBuildDiskSideBySide checks that concurrent builds of one organization share their space,
+// and that a build of another organization succeeds when they have filled it.
 func TestBuildDiskSideBySide(t *testing.T) {
-	r := newRoom(t, func(c *Config) { c.BuildBytes, c.CacheBytes, c.Builds = boundedBuild, boundedCache, 2 })
+	r := newFixture(t, func(c *Config) { c.BuildBytes, c.CacheBytes, c.Builds = boundedBuild, boundedCache, 2 })
 	find := testBases(t)
-	_, err := r.Build(t.Context(), Request{Dockerfile: "FROM base\nRUN echo asleep && sleep 4 && dd if=/dev/zero of=/a bs=1M count=15\n", Scope: "other", Base: find}, whenAsleep(func() {
-		var builds sync.WaitGroup
-		for range 2 {
-			builds.Go(func() {
-				_, err := r.Build(t.Context(), Request{Dockerfile: "FROM scratch\nADD http://" + outsideAddr + "/endless /x\n", Scope: "hostile", Base: find}, nil)
-				checkDiskError(t, err, "ADD")
-			})
-		}
-		builds.Wait()
-	}))
+	_, err := r.Build(t.Context(),
+		Request{Dockerfile: "FROM base\nRUN echo asleep && sleep 4 && dd if=/dev/zero of=/a bs=1M count=15\n", Scope: "other",
+			Base: find}, whenAsleep(func() {
+			var builds sync.WaitGroup
+			for range 2 {
+				builds.Go(func() {
+					_, err := r.Build(t.Context(), Request{Dockerfile: "FROM scratch\nADD http://" + outsideAddr + "/endless /x\n",
+						Scope: "hostile", Base: find}, nil)
+					checkDiskError(t, err, "ADD")
+				})
+			}
+			builds.Wait()
+		}))
 	if err != nil {
 		t.Errorf("another organization's build: %v", err)
 	}
 	r.nothingLeft(t)
 }
 
-// TestWithoutImages holds the limits where the machine has nothing to mount an image with: they are looked at.
+// TestWithoutImages checks the limits on a machine that cannot mount an image, where they are
+// checked from time to time.
 func TestWithoutImages(t *testing.T) {
-	r := newRoom(t, func(c *Config) { c.BuildBytes, c.CacheBytes = boundedBuild, boundedCache })
+	r := newFixture(t, func(c *Config) { c.BuildBytes, c.CacheBytes = boundedBuild, boundedCache })
 	find := testBases(t)
 	t.Setenv("PATH", "/nowhere") // no mkfs.ext4
 	for name, c := range map[string]struct{ dockerfile, step string }{
@@ -262,9 +276,9 @@ func TestWithoutImages(t *testing.T) {
 	}
 }
 
-// TestBrokenDisk makes a disk anew that is damaged.
+// TestBrokenDisk checks that a damaged disk is made anew.
 func TestBrokenDisk(t *testing.T) {
-	r := newRoom(t, func(c *Config) { c.IdleTimeout = time.Millisecond })
+	r := newFixture(t, func(c *Config) { c.IdleTimeout = time.Millisecond })
 	request := Request{Dockerfile: "FROM base\nRUN echo x\n", Base: testBases(t)}
 	r.build(t, request)
 	for name, at := range map[string]int64{"magic": superblock + magicOffset, "feature": superblock + 0x60} {
@@ -286,11 +300,13 @@ func TestBrokenDisk(t *testing.T) {
 	}
 }
 
-// TestSlowSources ends what never ends by itself when the build's time is over, and leaves no connection.
+// TestSlowSources checks that sources that never end are ended when the build's time is over, and
+// that no connection is left.
 func TestSlowSources(t *testing.T) {
-	r := newRoom(t)
+	r := newFixture(t)
 	find := testBases(t)
-	for _, source := range []string{"http://" + outsideAddr + "/slow/file", "http://" + outsideAddr + "/slow/repository.git"} {
+	for _, source := range []string{"http://" + outsideAddr + "/slow/file",
+		"http://" + outsideAddr + "/slow/repository.git"} {
 		began := time.Now()
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 		_, err := r.Build(ctx, Request{Dockerfile: "FROM scratch\nADD " + source + " /x\n", Base: find}, func(Event) {})
@@ -303,11 +319,11 @@ func TestSlowSources(t *testing.T) {
 	}
 }
 
-// TestHostileRepositories adds repositories whose submodules lead elsewhere: none is followed, and none runs
-// a program.
+// TestHostileRepositories adds repositories whose submodules lead elsewhere. None is followed,
+// and none runs a program.
 func TestHostileRepositories(t *testing.T) {
 	caytest.RequireProgram(t, "git")
-	r := newRoom(t)
+	r := newFixture(t)
 	find := testBases(t)
 	secret := t.TempDir()
 	if err := os.WriteFile(filepath.Join(secret, "secret"), []byte("a secret of the host\n"), 0o644); err != nil {
@@ -337,7 +353,8 @@ func TestHostileRepositories(t *testing.T) {
 				t.Fatal(err)
 			}
 			serveRepository(t, work, name+".git", "--add", "--cacheinfo", "160000,"+strings.TrimSpace(string(commit))+",sub")
-			_, err = r.Build(t.Context(), Request{Dockerfile: "FROM scratch\nADD http://" + outsideAddr + "/git/" + name + ".git /x\n", Base: find}, nil)
+			_, err = r.Build(t.Context(),
+				Request{Dockerfile: "FROM scratch\nADD http://" + outsideAddr + "/git/" + name + ".git /x\n", Base: find}, nil)
 			if err == nil {
 				t.Error("the submodule was added")
 			} else if failed, ok := errors.AsType[*StepError](err); !ok || !strings.HasPrefix(failed.Step, "ADD") {
@@ -351,9 +368,10 @@ func TestHostileRepositories(t *testing.T) {
 	}
 }
 
-// TestOldCache: a room takes over a directory in which all organizations had one cache, and drops that.
+// TestOldCache checks that Open removes the cache that all organizations shared in older
+// versions.
 func TestOldCache(t *testing.T) {
-	r := newRoom(t, func(c *Config) {
+	r := newFixture(t, func(c *Config) {
 		for _, name := range []string{"cache/snapshots/overlayfs", "builds/123/context", "scratch/steps"} {
 			if err := os.MkdirAll(filepath.Join(c.Dir, name), 0o700); err != nil {
 				t.Fatal(err)
@@ -367,15 +385,17 @@ func TestOldCache(t *testing.T) {
 	r.build(t, Request{Dockerfile: "FROM base\nRUN echo x\n", Base: testBases(t)})
 }
 
-// TestForget removes the disk of an organization that has not built for long, and no other.
+// TestForget checks that only the disk of an organization that has not built for a long time is
+// removed.
 func TestForget(t *testing.T) {
 	var disks string
-	r := newRoom(t, func(c *Config) {
+	r := newFixture(t, func(c *Config) {
 		disks = filepath.Join(c.Dir, "disks")
 		if err := os.MkdirAll(disks, 0o700); err != nil {
 			t.Fatal(err)
 		}
-		for name, age := range map[string]time.Duration{"scope-old.ext4": diskAge + time.Hour, "scope-new.ext4": diskAge - time.Hour} {
+		for name, age := range map[string]time.Duration{"scope-old.ext4": diskAge + time.Hour,
+			"scope-new.ext4": diskAge - time.Hour} {
 			path := filepath.Join(disks, name)
 			date := time.Now().Add(-age)
 			if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chtimes(path, date, date)); err != nil {
@@ -388,9 +408,9 @@ func TestForget(t *testing.T) {
 	}
 }
 
-// TestManyOrganizations: idle programs make room for others.
+// TestManyOrganizations checks that idle programs make room for others.
 func TestManyOrganizations(t *testing.T) {
-	r := newRoom(t, func(c *Config) { c.Programs = 2 })
+	r := newFixture(t, func(c *Config) { c.Programs = 2 })
 	for i := range 4 {
 		r.build(t, Request{Dockerfile: "FROM scratch\n", Base: testBases(t), Scope: fmt.Sprint("org", i)})
 	}
@@ -400,7 +420,7 @@ func TestManyOrganizations(t *testing.T) {
 	r.nothingLeft(t)
 }
 
-// loops lists the loop devices whose files are below a directory.
+// loops returns the loop devices whose files are below a directory.
 func loops(t testing.TB, dir string) (left []string) {
 	t.Helper()
 	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
@@ -415,7 +435,7 @@ func loops(t testing.TB, dir string) (left []string) {
 	return left
 }
 
-// eventually waits until something is so.
+// eventually waits until so returns true.
 func eventually(t testing.TB, what string, so func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); !so(); time.Sleep(20 * time.Millisecond) {

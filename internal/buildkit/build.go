@@ -16,31 +16,31 @@ import (
 
 // Base is an image that a build starts from or copies from.
 type Base struct {
-	Layout   string // directory of an OCI image layout, which must stay until the build is over
+	Layout   string // directory of an OCI image layout, which must stay until the build ends
 	Manifest string // "sha256:…" of the image's manifest or index in it
 }
 
-// Request is a Dockerfile to build.
+// Request describes a Dockerfile to build.
 type Request struct {
-	Dockerfile     string // the text; or
-	DockerfilePath string // where it is in the context; "" for both is "Dockerfile"
-	Context        string // path of a tar file, plain or gzip; "" is an empty context
+	Dockerfile     string // its text, or
+	DockerfilePath string // its path in the context; "" for both: "Dockerfile"
+	Context        string // path of a tar file, plain or gzip; "": an empty context
 	Limits         Limits // of the context
 
 	Args   map[string]string
-	Target string // the stage that is wanted; "" is the last
-	// Scope is within which the cache, and what builds that run at once may write, are shared, such as
-	// an organization; without "/".
+	Target string // the stage to build; "": the last one
+	// Scope, such as an organization, limits sharing: builds of one scope share a cache and the
+	// space that they may write to. It must not contain "/".
 	Scope   string
 	NoCache bool
 
-	MemoryBytes int64   // limit of one RUN step; 0 is 2 GiB
-	CPUs        float64 // limit of one RUN step; 0 is none
+	MemoryBytes int64   // limit of one RUN step; 0: 2 GiB
+	CPUs        float64 // limit of one RUN step; 0: none
 
-	// Base is asked for every image that the Dockerfile names, once in a build. The name is as
-	// short as can be, with a tag or a digest: "python:3.12", "base:latest",
-	// "registry.example.com/a/b@sha256:…". It may be called concurrently. Its error becomes the
-	// build's, and its text is shown to the user.
+	// Base returns an image that the Dockerfile names. It is called once in a build for each
+	// name. The name is in its shortest form, with a tag or a digest: "python:3.12",
+	// "base:latest", "registry.example.com/a/b@sha256:…". It may be called concurrently. Its
+	// error becomes the build's, and the user sees its text.
 	Base func(ctx context.Context, name string) (Base, error)
 }
 
@@ -52,7 +52,7 @@ const (
 	Began = wire.Began // a step has begun
 	Log   = wire.Log   // a step has written Text
 	Ended = wire.Ended // a step is over
-	Note  = wire.Note  // Text is worth knowing, such as a warning of the front end
+	Note  = wire.Note  // Text is a remark, such as a warning of the front end
 )
 
 // Result is a built image.
@@ -71,16 +71,16 @@ func (r *Result) Close() error {
 	return nil
 }
 
-// StepError is a step of a build that failed, or a Dockerfile that cannot be built.
+// StepError reports a step that failed, or a Dockerfile that cannot be built.
 type StepError struct {
-	Step     string   // as the Dockerfile says it, such as "RUN make"
-	Line     int      // of the Dockerfile, from 1; 0 if unknown
-	ExitCode int      // of the step's program; -1 if none, or killed
+	Step     string   // as written in the Dockerfile, such as "RUN make"
+	Line     int      // in the Dockerfile, from 1; 0 if unknown
+	ExitCode int      // of the step's program; -1 if there is none, or it was killed
 	Tail     []string // the step's last lines
 	Err      error
 }
 
-// Error is the whole story, for people.
+// Error returns the step, the line, the cause and the step's last lines.
 func (e *StepError) Error() string {
 	s := e.Err.Error()
 	if e.Line > 0 {
@@ -98,7 +98,7 @@ func (e *StepError) Error() string {
 // Unwrap returns the cause.
 func (e *StepError) Unwrap() error { return e.Err }
 
-// Errors in a [StepError] that somebody may decide by.
+// Errors in a [StepError] for callers to distinguish.
 var (
 	ErrMemory    = errors.New("out of memory")
 	ErrDisk      = errors.New("too much on disk")
@@ -107,9 +107,9 @@ var (
 
 // Bounds of a request.
 const (
-	maxScope      = 200      // bytes: it becomes a file name
+	maxScope      = 200      // bytes; it becomes a file name
 	maxDockerfile = 1 << 20  // bytes
-	maxArgs       = 24 << 10 // bytes of names and values together: as JSON, six times as long at most
+	maxArgs       = 24 << 10 // bytes of names and values in all; as JSON at most six times as long
 )
 
 func (r *Request) check() error {
@@ -119,29 +119,33 @@ func (r *Request) check() error {
 	case strings.ContainsAny(r.Scope, "/\x00") || len(r.Scope) > maxScope:
 		return fmt.Errorf("a build request with the scope %q", r.Scope)
 	case r.Dockerfile != "" && r.DockerfilePath != "":
-		return fault.InField("invalid_dockerfile", "dockerfile_path", "only one of dockerfile and dockerfile_path may be given")
+		return fault.InField("invalid_dockerfile", "dockerfile_path",
+			"only one of dockerfile and dockerfile_path may be given")
 	case len(r.Dockerfile) > maxDockerfile:
 		return fault.InField("invalid_dockerfile", "dockerfile", "must not be longer than %d bytes", maxDockerfile)
 	case r.Dockerfile == "" && r.Context == "":
-		return fault.InField("invalid_dockerfile", "dockerfile", "there is neither a Dockerfile nor a context that could hold one")
+		return fault.InField("invalid_dockerfile", "dockerfile",
+			"neither a Dockerfile nor a context that could hold one is given")
 	case r.DockerfilePath != "" && !filepath.IsLocal(r.DockerfilePath):
-		return fault.InField("invalid_dockerfile", "dockerfile_path", "must be a path in the context, not %q", r.DockerfilePath)
+		return fault.InField("invalid_dockerfile", "dockerfile_path", "must be a path in the context, not %q",
+			r.DockerfilePath)
 	}
 	size := len(r.Target) + len(r.Scope)
 	for name, value := range r.Args {
 		if size += len(name) + len(value); size > maxArgs {
-			return fault.InField("invalid_args", "args", "must not be longer than %d bytes together", maxArgs)
+			return fault.InField("invalid_args", "args", "must not be longer than %d bytes in all", maxArgs)
 		}
 		if name == "" || strings.ContainsAny(name, "=\x00") || !utf8.ValidString(name+value) {
-			return fault.InField("invalid_args", "args", "%q is not the name of a build argument with a value that is text", name)
+			return fault.InField("invalid_args", "args", "%q is not the name of a build argument, or its value is not text",
+				name)
 		}
 	}
 	return nil
 }
 
-// Build builds a Dockerfile and calls progress with what happens, from one goroutine. A
-// step that failed and a Dockerfile that is wrong are a *[StepError]; a context that cannot be used is a
-// *[fault.Error]. When ctx ends, Build ends everything of the build and returns its cause.
+// Build builds a Dockerfile and calls progress with its events, from one goroutine. A failed step
+// or a wrong Dockerfile gives a *[StepError]; an unusable context gives a *[fault.Error]. When
+// ctx ends, Build ends everything of the build and returns the cause of ctx.
 func (b *Builder) Build(ctx context.Context, r Request, progress func(Event)) (_ *Result, err error) {
 	if err := r.check(); err != nil {
 		return nil, err
@@ -157,7 +161,7 @@ func (b *Builder) Build(ctx context.Context, r Request, progress func(Event)) (_
 	if err != nil {
 		return nil, fmt.Errorf("making a build's directory: %w", err)
 	}
-	// What is in it is in the cache then, or not wanted.
+	// By then the cache has its content, or the build has failed.
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	request, err := prepare(ctx, dir, &r)
 	if err != nil {
@@ -211,10 +215,11 @@ const (
 	dockerfileDir = "dockerfile"
 )
 
-// prepare fills the build's directory and says what to do with it.
+// prepare fills the build's directory and returns the request for the program.
 func prepare(ctx context.Context, dir string, r *Request) (*wire.Build, error) {
 	id := filepath.Base(dir)
-	w := &wire.Build{Context: filepath.Join(id, contextDir), Args: r.Args, Target: r.Target, MemoryBytes: r.MemoryBytes, CPUs: r.CPUs, NoCache: r.NoCache}
+	w := &wire.Build{Context: filepath.Join(id, contextDir), Args: r.Args, Target: r.Target, MemoryBytes: r.MemoryBytes,
+		CPUs: r.CPUs, NoCache: r.NoCache}
 	w.Dockerfile, w.Filename = w.Context, r.DockerfilePath
 	from := filepath.Join(dir, contextDir)
 	if err := os.Mkdir(from, 0o700); err != nil {
@@ -242,17 +247,17 @@ func prepare(ctx context.Context, dir string, r *Request) (*wire.Build, error) {
 	return w, checkSizes(from, file, w.Filename)
 }
 
-// checkSizes refuses files of the context that the program would read as a whole and that are
-// too long for that.
+// checkSizes refuses files that the program would read as a whole and that are too long for it.
 func checkSizes(from, dockerfile, filename string) error {
-	for _, file := range []struct{ dir, name string }{{dockerfile, filename}, {dockerfile, filename + ".dockerignore"}, {from, ".dockerignore"}} {
+	for _, file := range []struct{ dir, name string }{{dockerfile, filename}, {dockerfile, filename + ".dockerignore"},
+		{from, ".dockerignore"}} {
 		root, err := os.OpenRoot(file.dir)
 		if err != nil {
 			return fmt.Errorf("opening the build's directory: %w", err)
 		}
 		info, err := root.Stat(file.name)
 		root.Close()
-		// One that is not there or leads out is for the front end to speak of.
+		// The front end reports a file that is missing or outside.
 		if err == nil && info.Size() > maxDockerfile {
 			return refused(file.name, "must not be longer than %d bytes", maxDockerfile)
 		}
@@ -260,16 +265,16 @@ func checkSizes(from, dockerfile, filename string) error {
 	return nil
 }
 
-// bases answers what the program asks for images.
+// bases answers the program's requests for images.
 type bases struct {
 	find   func(context.Context, string) (Base, error)
 	asking sync.WaitGroup
 
 	mu sync.Mutex
 	// +checklocks:mu
-	failed error // the first
+	failed error // the first error
 	// +checklocks:mu
-	layouts []string // directories of what was found
+	layouts []string // directories of the images found
 }
 
 func (b *bases) answer(ctx context.Context, conn *wire.Conn, name string) {
@@ -286,12 +291,12 @@ func (b *bases) answer(ctx context.Context, conn *wire.Conn, name string) {
 			}
 		}
 		b.mu.Unlock()
-		// A connection that has ended is noticed by who listens.
+		// An error means that the connection has ended; the receiver notices.
 		_ = conn.Send(a, nil)
 	})
 }
 
-// blob hands over a blob of the images that the build was given.
+// blob sends a blob of the build's images.
 func (b *bases) blob(conn *wire.Conn, ask wire.BlobAsk) error {
 	a := wire.Answer{Blob: ask.ID}
 	f, err := b.open(ask.Digest)
@@ -300,7 +305,7 @@ func (b *bases) blob(conn *wire.Conn, ask wire.BlobAsk) error {
 	} else {
 		defer f.Close()
 	}
-	// A connection that has ended is noticed by who listens.
+	// An error means that the connection has ended; the receiver notices.
 	_ = conn.Send(a, f)
 	return nil
 }
@@ -323,10 +328,10 @@ func (b *bases) open(digest string) (*os.File, error) {
 		}
 		f.Close()
 	}
-	return nil, errors.New("no image that was given has it")
+	return nil, errors.New("no image of this build has it")
 }
 
-// failure is the error of a build that failed.
+// failure returns the error for a build that failed.
 func (b *bases) failure(f *wire.Failure) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -1,15 +1,15 @@
-// Package buildkit builds Dockerfiles. It owns the program cay-buildkit, which it starts when
-// a build is wanted and stops when none was for a while, that program's cache, and what
-// it leaves on the host: control groups, network slots, directories.
+// Package buildkit builds Dockerfiles. It owns the program cay-buildkit, which it starts for
+// builds and stops after some time without one, that program's cache, and what the program leaves
+// on the host: control groups, network slots, directories.
 //
-// Nothing of a build reaches the host: the program and each RUN step have network
-// namespaces that whoever opens the room has closed to the host, RUN steps run in gVisor,
-// images come in only through [Request].Base, and the program sees a file tree of its own. There is one
-// program, with a cache of its own, for each scope. What it writes goes to a file system of fixed size
-// in one file, where the machine can mount one. It knows nothing of the product.
+// Nothing of a build reaches the host. The program and each RUN step have network namespaces that
+// the caller has closed to the host, RUN steps run in gVisor, images come in only through
+// [Request].Base, and the program sees a file tree of its own. Each scope has a program and a
+// cache of its own. What the program writes goes to a file system of fixed size in one file, if
+// the machine can mount one. The package knows nothing of the product.
 //
-// A [Builder] may be used concurrently. After an error of [Builder.Build] nothing of the
-// build is left but what the cache keeps of it.
+// A [Builder] is safe for concurrent use. An error of [Builder.Build] leaves nothing of the build
+// except what is in the cache.
 package buildkit
 
 import (
@@ -27,32 +27,32 @@ import (
 	"github.com/cayhq/cay/internal/cgroup"
 )
 
-// Slots gives network namespaces: one to the program, from which it fetches what ADD names,
-// and one to each RUN step, since gVisor takes over the address of its eth0. Whoever gives
-// them has closed them to the host and to other private networks.
+// Slots provides network namespaces: one for the program, from which it fetches what ADD names,
+// and one for each RUN step, since gVisor takes over the address of its eth0. The namespaces must
+// be closed to the host and to other private networks.
 type Slots interface {
-	// Take returns the path of a namespace that is the caller's until it calls release,
-	// exactly once, when nothing runs in it any more.
+	// Take returns the path of a namespace that belongs to the caller until it calls release,
+	// exactly once, when nothing runs in the namespace any more.
 	Take(ctx context.Context) (namespace string, release func(context.Context) error, err error)
 }
 
-// Config is what a room needs.
+// Config configures a Builder.
 type Config struct {
-	Dir          string // for the cache and for builds under way; the room's alone
-	RunDir       string // short, for gVisor's sockets; need not outlive a reboot; the room's alone
+	Dir          string // for the cache and for builds under way; for the Builder alone
+	RunDir       string // short, for gVisor's sockets; may be lost at a reboot; for the Builder alone
 	Program      string // path of cay-buildkit
 	Runsc        string // path of cay-runsc
-	Platform     string // of gVisor; "" is systrap
-	CgroupParent string // absolute, such as /cay-1a2b3c-build; holds no process; the room's alone
+	Platform     string // of gVisor; "": systrap
+	CgroupParent string // absolute, such as /cay-1a2b3c-build; holds no process; for the Builder alone
 	Slots        Slots
 	Nameservers  []netip.Addr  // for the program and for RUN steps
-	IdleTimeout  time.Duration // without builds, after which the program is stopped; 0 is 5 minutes
-	CacheBytes   int64         // what a scope's cache is cut to after each build; 0 is 10 GiB
-	Steps        int           // that run at once in one scope; 0 is 4
-	Programs     int           // that run before idle ones are stopped for another scope's; 0 is 8
-	BuildBytes   int64         // what one build may write, and what its result may have; 0 is 20 GiB
-	Builds       int           // that run at once in one scope; more share the room of these; 0 is 4
-	MemoryBytes  int64         // limit of the program itself, its page cache included; 0 is 1 GiB
+	IdleTimeout  time.Duration // time without builds until the program is stopped; 0: 5 minutes
+	CacheBytes   int64         // size to which a scope's cache is cut after each build; 0: 10 GiB
+	Steps        int           // RUN steps at once in one scope; 0: 4
+	Programs     int           // programs at once before idle ones are stopped for another scope's; 0: 8
+	BuildBytes   int64         // bytes that one build may write, and that its result may have; 0: 20 GiB
+	Builds       int           // builds at once in one scope with BuildBytes each; more builds share that space; 0: 4
+	MemoryBytes  int64         // limit of the program itself, with its page cache; 0: 1 GiB
 }
 
 const (
@@ -61,7 +61,8 @@ const (
 	defaultBuild  = 20 << 30
 	defaultBuilds = 4
 	defaultSteps  = 4
-	// defaultPrograms have some 15 MiB of their own each. More cost memory; fewer cost starts, of 0.1 s each.
+	// defaultPrograms is the number of programs that run at once. Each takes some 15 MiB, so more
+	// cost memory; with fewer there are more starts, of 0.1 s each.
 	defaultPrograms = 8
 	defaultMemory   = 1 << 30
 	// programPIDs bounds the program's threads and the helpers of its steps.
@@ -69,17 +70,20 @@ const (
 )
 
 func (c *Config) complete() error {
-	if c.Dir == "" || c.RunDir == "" || c.Program == "" || c.Runsc == "" || c.Slots == nil || !filepath.IsAbs(c.CgroupParent) || c.CgroupParent == "/" {
-		return errors.New("opening the build room: the configuration is not complete")
+	if c.Dir == "" || c.RunDir == "" || c.Program == "" || c.Runsc == "" || c.Slots == nil ||
+		!filepath.IsAbs(c.CgroupParent) || c.CgroupParent == "/" {
+		return errors.New("opening the builder: the configuration is incomplete")
 	}
 	if c.Platform == "" {
 		c.Platform = "systrap"
 	}
-	c.Steps, c.Builds, c.Programs = cmp.Or(c.Steps, defaultSteps), cmp.Or(c.Builds, defaultBuilds), cmp.Or(c.Programs, defaultPrograms)
+	c.Steps, c.Builds, c.Programs = cmp.Or(c.Steps, defaultSteps), cmp.Or(c.Builds, defaultBuilds),
+		cmp.Or(c.Programs, defaultPrograms)
 	for _, d := range []struct {
 		value   *int64
 		without int64
-	}{{(*int64)(&c.IdleTimeout), int64(defaultIdle)}, {&c.CacheBytes, defaultCache}, {&c.BuildBytes, defaultBuild}, {&c.MemoryBytes, defaultMemory}} {
+	}{{(*int64)(&c.IdleTimeout), int64(defaultIdle)}, {&c.CacheBytes, defaultCache}, {&c.BuildBytes, defaultBuild},
+		{&c.MemoryBytes, defaultMemory}} {
 		if *d.value == 0 {
 			*d.value = d.without
 		}
@@ -87,7 +91,7 @@ func (c *Config) complete() error {
 	return nil
 }
 
-// Builder is the open room.
+// Builder builds Dockerfiles. Make it with [Open].
 type Builder struct {
 	cfg    Config
 	log    *slog.Logger
@@ -102,11 +106,11 @@ type Builder struct {
 	noImage string // why disks are directories, once that is known
 }
 
-// ErrClosed is the error of builds after [Builder.Close] has begun.
-var ErrClosed = errors.New("the build room is closed")
+// ErrClosed is returned by builds after [Builder.Close] has begun.
+var ErrClosed = errors.New("the builder is closed")
 
-// Open opens the room and removes what a crash left: processes, control groups, directories of
-// builds. It starts nothing.
+// Open returns a Builder, after removing what a crash left: processes, control groups,
+// directories of builds. It starts nothing.
 func Open(cfg Config, log *slog.Logger) (*Builder, error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
@@ -126,25 +130,26 @@ func Open(cfg Config, log *slog.Logger) (*Builder, error) {
 		}
 	}
 	if err := b.forget(); err != nil {
-		return nil, fmt.Errorf("removing disks that nobody uses: %w", err)
+		return nil, fmt.Errorf("removing unused disks: %w", err)
 	}
 	return b, nil
 }
 
-// builds is where builds under way have their contexts, by scope.
+// builds is the directory of the contexts of builds under way, by scope.
 func (b *Builder) builds() string { return filepath.Join(b.cfg.Dir, "builds") }
 
-// results is where results that are not closed yet have their directories.
+// results is the directory of results that are not closed yet.
 func (b *Builder) results() string { return filepath.Join(b.cfg.Dir, "results") }
 
-// disks is where scopes have what their programs write.
+// disks is the directory of the scopes' disks, to which the programs write.
 func (b *Builder) disks() string { return filepath.Join(b.cfg.Dir, "disks") }
 
-// cleanTimeout bounds the end of what was killed: a sandbox with gigabytes takes seconds.
+// cleanTimeout bounds the time in which killed processes end. A sandbox with gigabytes takes
+// seconds.
 const cleanTimeout = 30 * time.Second
 
-// clean ends what is left in the room's control groups and removes the directories of builds, and the
-// cache that all scopes shared before there was one for each.
+// clean kills the processes in the Builder's control groups and removes the directories of
+// builds. It also removes the cache that all scopes shared in older versions.
 func (b *Builder) clean() error {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
@@ -158,13 +163,14 @@ func (b *Builder) clean() error {
 		errs = append(errs, b.sweep(ctx, filepath.Join(b.cfg.CgroupParent, name)))
 	}
 	if err := errors.Join(append(errs, parent.Remove())...); err != nil {
-		return err // what may still run uses the files
+		return err // processes that may still run use the files
 	}
-	return errors.Join(b.remove("builds"), b.remove("results"), b.remove("scratch"), b.remove("cache"), os.RemoveAll(b.cfg.RunDir))
+	return errors.Join(b.remove("builds"), b.remove("results"), b.remove("scratch"), b.remove("cache"),
+		os.RemoveAll(b.cfg.RunDir))
 }
 
-// sweep removes a group, and what a program leaves that did not end by itself: the groups below it with what
-// runs in them.
+// sweep removes a group, with the groups below it and the processes in them, which a killed
+// program leaves.
 func (b *Builder) sweep(ctx context.Context, path string) error {
 	group := b.groups.Group(path)
 	names, err := group.Children()
@@ -179,7 +185,7 @@ func (b *Builder) sweep(ctx context.Context, path string) error {
 	return errors.Join(append(errs, group.Remove())...)
 }
 
-// remove removes a directory of the room's, if anybody knows where that is.
+// remove removes a directory of the Builder's, if its place is known.
 func (b *Builder) remove(name string) error {
 	if b.cfg.Dir == "" {
 		return nil
@@ -187,9 +193,9 @@ func (b *Builder) remove(name string) error {
 	return os.RemoveAll(filepath.Join(b.cfg.Dir, name))
 }
 
-// Purge removes everything of a room that nobody has open: processes, groups, directories, the cache. The
-// slots are for who gave them to remove. Nothing there is success, and so is a [Config].Dir that nobody
-// knows any more.
+// Purge removes everything of a Builder that no process has open: processes, groups, directories,
+// the cache. It does not remove the slots. If there is nothing, or if [Config].Dir is not known
+// any more, it succeeds.
 func Purge(cfg Config) error {
 	groups, err := cgroup.Detect()
 	if err != nil {

@@ -20,21 +20,21 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// Limits bound a build context. What is 0 has the default.
+// Limits bounds a build context. 0 in a field takes its default.
 type Limits struct {
-	Bytes   int64 // of all files together, unpacked; 1 GiB
-	Entries int   // files, directories and links; 200 000
+	Bytes   int64 // of all files, unpacked; default 1 GiB
+	Entries int   // files, directories and links; default 200 000
 }
 
 const (
 	defaultContextBytes   = 1 << 30
 	defaultContextEntries = 200_000
-	// archiveShare is how much longer an archive may be than what is in it, in bytes an entry:
-	// headers, long names, padding.
+	// archiveShare is the number of bytes for each entry by which an archive may be longer than
+	// its content: headers, long names, padding.
 	archiveShare = 8 << 10
 )
 
-// refused is the error for a context that will not be used.
+// refused returns the error for a context that is not used.
 func refused(entry, why string, args ...any) error {
 	text := fmt.Sprintf(why, args...)
 	if entry != "" {
@@ -57,9 +57,9 @@ func unpackFile(ctx context.Context, file, dir string, l Limits) error {
 	return unpack(ctx, f, root, l)
 }
 
-// unpack unpacks a tar archive, plain or gzip, that a stranger made. Nothing is written outside
-// root, whatever names and links the archive has; owners are not kept, since a build does not
-// see them.
+// unpack unpacks an untrusted tar archive, plain or gzip. It writes nothing outside root,
+// whatever names and links the archive has. It does not keep owners, since builds do not see
+// them.
 func unpack(ctx context.Context, from io.Reader, root *os.Root, l Limits) error {
 	l.Bytes, l.Entries = cmp.Or(l.Bytes, defaultContextBytes), cmp.Or(l.Entries, defaultContextEntries)
 	plain, err := decompressed(from)
@@ -67,8 +67,9 @@ func unpack(ctx context.Context, from io.Reader, root *os.Root, l Limits) error 
 		return err
 	}
 	u := &unpacker{ctx: ctx, root: root, limits: l, left: l.Bytes}
-	// Names and padding count too, or an archive of nothing else would never end.
-	archive := tar.NewReader(&bounded{ctx: ctx, from: plain, left: l.Bytes + int64(l.Entries)*archiveShare, bound: l.Bytes})
+	// Names and padding count too; an archive of nothing else would never end.
+	archive := tar.NewReader(&bounded{ctx: ctx, from: plain, left: l.Bytes + int64(l.Entries)*archiveShare,
+		bound: l.Bytes})
 	for {
 		h, err := archive.Next()
 		switch {
@@ -83,7 +84,8 @@ func unpack(ctx context.Context, from io.Reader, root *os.Root, l Limits) error 
 	}
 }
 
-// notArchive tells an archive that is broken from one that could not be read.
+// notArchive returns the error for a broken archive, or err itself if reading failed for another
+// reason.
 func notArchive(err error) error {
 	_, onDisk := errors.AsType[*fs.PathError](err)
 	if onDisk || fault.As(err) != nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
@@ -108,7 +110,7 @@ func decompressed(from io.Reader) (io.Reader, error) {
 	return r, nil
 }
 
-// bounded ends with an error after so many bytes, or with its context.
+// bounded is a reader that fails after a number of bytes, or when its context ends.
 type bounded struct {
 	ctx   context.Context
 	from  io.Reader
@@ -128,14 +130,14 @@ func (b *bounded) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// unpacker is one archive being unpacked.
+// unpacker unpacks one archive.
 type unpacker struct {
 	ctx    context.Context
 	root   *os.Root
 	limits Limits
 	left   int64 // bytes
 	count  int
-	dirs   []dated // their dates change with what is put in them
+	dirs   []dated // set last, since adding entries changes their dates
 }
 
 type dated struct {
@@ -147,7 +149,7 @@ type dated struct {
 // entry unpacks one entry.
 func (u *unpacker) entry(h *tar.Header, content io.Reader) error {
 	if h.Typeflag == tar.TypeXGlobalHeader {
-		return nil // of git archive: a comment
+		return nil // a comment of git archive
 	}
 	if u.count++; u.count > u.limits.Entries {
 		return refused(h.Name, "there are more than the %d entries that a build context may have", u.limits.Entries)
@@ -171,7 +173,8 @@ func (u *unpacker) entry(h *tar.Header, content io.Reader) error {
 	case tar.TypeReg, tar.TypeGNUSparse:
 		err = u.file(h, name, content)
 	case tar.TypeSymlink:
-		// It may lead anywhere: neither this nor the build follows it out of the context.
+		// A link may lead anywhere, since neither unpacking nor the build follows it out of the
+		// context.
 		err = u.root.Symlink(h.Linkname, name)
 	case tar.TypeLink:
 		var target string
@@ -188,7 +191,7 @@ func (u *unpacker) entry(h *tar.Header, content io.Reader) error {
 	return u.explain(h, err)
 }
 
-// entryName is the path of an entry below the context's root.
+// entryName returns the path of an entry below the context's root.
 func entryName(name string) (string, error) {
 	clean := path.Clean(name)
 	switch {
@@ -202,8 +205,8 @@ func entryName(name string) (string, error) {
 	return clean, nil
 }
 
-// place makes room for an entry: directories above it that the archive does not have, and
-// what an earlier entry put there goes, as tar does it.
+// place prepares the place of an entry, as tar does: it makes missing directories above it and
+// removes an earlier entry.
 func (u *unpacker) place(h *tar.Header, name string) error {
 	if dir := path.Dir(name); dir != "." {
 		if err := u.root.MkdirAll(dir, 0o755); err != nil {
@@ -223,7 +226,7 @@ func (u *unpacker) place(h *tar.Header, name string) error {
 	return u.root.RemoveAll(name)
 }
 
-// unpackMode is what is kept of an entry's mode.
+// unpackMode returns the bits of an entry's mode that are kept.
 func unpackMode(h *tar.Header) fs.FileMode {
 	return h.FileInfo().Mode() & (fs.ModePerm | fs.ModeSetuid | fs.ModeSetgid | fs.ModeSticky)
 }
@@ -238,7 +241,8 @@ func (u *unpacker) directory(h *tar.Header, name string) error {
 }
 
 func (u *unpacker) file(h *tar.Header, name string, content io.Reader) error {
-	// The size that the header claims, which of a sparse file is more than the archive holds.
+	// This is the size that the header claims. For a sparse file it is more than the archive
+	// holds.
 	if h.Size > u.left {
 		return refused(h.Name, "with it the context has more than the %d bytes that it may have", u.limits.Bytes)
 	}
@@ -267,7 +271,8 @@ func (u *unpacker) link(target, name string) error {
 	return u.root.Link(target, name)
 }
 
-// finish gives directories their modes and dates, the deepest last entry first.
+// finish sets the modes and dates of directories, the last entry first, so that nested ones come
+// before their parents.
 func (u *unpacker) finish() error {
 	for i := len(u.dirs) - 1; i >= 0; i-- {
 		d := u.dirs[i]
@@ -282,8 +287,8 @@ func (u *unpacker) finish() error {
 	return nil
 }
 
-// explain names the entry in an error that is its fault, and leaves others, of a full disk or
-// of the end of the build, as they are.
+// explain names the entry in an error that it caused. It leaves other errors, such as a full disk
+// or the end of the build, as they are.
 func (u *unpacker) explain(h *tar.Header, err error) error {
 	switch {
 	case err == nil || fault.As(err) != nil || u.ctx.Err() != nil:

@@ -18,14 +18,16 @@ import (
 var errNoDisk = errors.New("the builds' disk cannot be mounted")
 
 const (
-	// diskMargin is what the image of a disk has beyond what the cache and builds may take, in bytes: for its
-	// own tables, some 2 % of the largest, and for what is lent to a build that is taken apart.
+	// diskMargin is the size in bytes by which a disk's image exceeds what the cache and builds
+	// may take: for its own tables, some 2 % of the largest image, and for what a build that is
+	// being removed is lent.
 	diskMargin = 256 << 20
-	// imageSuffix tells an image from a directory.
+	// imageSuffix distinguishes an image from a directory.
 	imageSuffix = ".ext4"
 )
 
-// Probe says why a scope's disk cannot be a file system of its own on this machine, "" if it can.
+// Probe returns the reason why a scope's disk cannot be a file system of its own on this machine,
+// "" if it can.
 func Probe() string {
 	if _, err := exec.LookPath("mkfs.ext4"); err != nil {
 		return "mkfs.ext4 is not installed"
@@ -48,17 +50,18 @@ func Probe() string {
 	return ""
 }
 
-// withoutImages notes why disks are directories from now on.
+// withoutImages records why disks are directories from now on.
 func (b *Builder) withoutImages(why string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.noImage == "" {
-		b.log.Warn("builds write to the data directory's own file system: their limits are looked at and not held by the kernel", "reason", why)
+		b.log.Warn("builds write to the data directory's own file system: their limits are checked from time to time "+
+			"and not enforced by the kernel", "reason", why)
 	}
 	b.noImage = why
 }
 
-// openDisk returns where a scope's disk is, made if need be, and whether that is an image.
+// openDisk makes a scope's disk if needed, and returns its path and whether it is an image.
 func (b *Builder) openDisk(ctx context.Context, scope string) (path string, image bool, err error) {
 	b.mu.Lock()
 	why := b.noImage
@@ -70,7 +73,7 @@ func (b *Builder) openDisk(ctx context.Context, scope string) (path string, imag
 	}
 	dir, file := b.disk(scope), b.disk(scope)+imageSuffix
 	if why != "" {
-		// An image that another life of the server could use is of no use here.
+		// An image would be of use only to another run of the server.
 		if err := errors.Join(removed(os.Remove(file)), os.MkdirAll(dir, 0o700)); err != nil {
 			return "", false, fmt.Errorf("making a builds' disk: %w", err)
 		}
@@ -98,7 +101,7 @@ func removed(err error) error {
 	return err
 }
 
-// Of the superblock, in bytes from the image's beginning, and of its state.
+// Offsets in the superblock, in bytes from the image's beginning, and values of its state.
 const (
 	superblock     = 1024
 	magicOffset    = 0x38
@@ -107,8 +110,8 @@ const (
 	stateHasErrors = 2
 )
 
-// usable reports whether an image is of the size and is not known to be damaged. One that is no use is made
-// anew: there is only a cache in it.
+// usable reports whether an image has the size and is not known to be damaged. An unusable image
+// is made anew, since it holds only a cache.
 func usable(file string, size int64) bool {
 	f, err := os.Open(file)
 	if err != nil {
@@ -127,10 +130,10 @@ func usable(file string, size int64) bool {
 	return magic == extMagic && state&stateHasErrors == 0
 }
 
-// makeImage makes an empty file system in a sparse file, which appears when it is whole.
+// makeImage makes an empty file system in a sparse file, which appears when it is complete.
 func makeImage(ctx context.Context, file string, size int64) error {
 	draft := file + ".draft"
-	defer os.Remove(draft) // nothing is there any more once it has its name
+	defer os.Remove(draft) // after the rename there is nothing to remove
 	if err := removed(os.Remove(draft)); err != nil {
 		return err
 	}
@@ -141,8 +144,9 @@ func makeImage(ctx context.Context, file string, size int64) error {
 	if err := errors.Join(f.Truncate(size), f.Close()); err != nil {
 		return err
 	}
-	// All of it is for builds, and tables are written when they are needed.
-	cmd := exec.CommandContext(ctx, "mkfs.ext4", "-q", "-F", "-m", "0", "-J", "size=64", "-E", "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0", draft)
+	// Builds may use all of it, and tables are written only when needed.
+	cmd := exec.CommandContext(ctx, "mkfs.ext4", "-q", "-F", "-m", "0", "-J", "size=64", "-E",
+		"lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0", draft)
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("%w: %s", err, out)
@@ -150,11 +154,12 @@ func makeImage(ctx context.Context, file string, size int64) error {
 	return os.Rename(draft, file)
 }
 
-// diskAge is how long a scope's cache is kept after its last use. Shorter, and rare builds begin anew; longer, and
-// organizations that are gone keep their room on the disk.
+// diskAge is the time for which a scope's cache is kept after its last use. With a shorter time
+// rare builds begin without a cache; with a longer one removed organizations keep space on the
+// disk.
 const diskAge = 30 * 24 * time.Hour
 
-// forget removes the disks that were not written to for diskAge. No program may run.
+// forget removes disks that were not written to for diskAge. No program may run.
 func (b *Builder) forget() error {
 	entries, err := os.ReadDir(b.disks())
 	if err != nil {
@@ -171,7 +176,7 @@ func (b *Builder) forget() error {
 	return errors.Join(errs...)
 }
 
-// diskFile is where the scope's disk is at present.
+// diskFile returns the path of the scope's disk at present.
 func (b *Builder) diskFile(scope string) string {
 	if _, err := os.Stat(b.disk(scope) + imageSuffix); err == nil {
 		return b.disk(scope) + imageSuffix

@@ -17,7 +17,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// archive makes a tar file of headers; a header's content is zeros.
+// archive returns a tar file with the headers; the content of each is zeros.
 func archive(t testing.TB, headers ...tar.Header) []byte {
 	t.Helper()
 	var out bytes.Buffer
@@ -36,14 +36,14 @@ func archive(t testing.TB, headers ...tar.Header) []byte {
 	return out.Bytes()
 }
 
-// sparse is an archive of one file in GNU's old sparse format that is all hole.
+// sparse returns an archive of one file in GNU's old sparse format that consists of a hole.
 func sparse(name string, size int64) []byte {
 	var h [512]byte
 	put := func(at int, text string) { copy(h[at:], text) }
 	put(0, name)
 	put(100, "0000644\x000000000\x000000000\x0000000000000\x0000000000000\x00        S")
 	put(257, "ustar  \x00")
-	put(386, fmt.Sprintf("%011o\x00%011o\x00", 0, 0)) // the first piece: none
+	put(386, fmt.Sprintf("%011o\x00%011o\x00", 0, 0)) // no pieces
 	for at, n := 483+11, size; at >= 483; at, n = at-1, n>>8 {
 		h[at] = byte(n) // binary, as large numbers are
 	}
@@ -69,7 +69,7 @@ func zipped(t testing.TB, data []byte) []byte {
 	return out.Bytes()
 }
 
-// hostile are archives that must be refused, each with the reason.
+// hostile returns archives that must be refused, each with the reason.
 func hostile(t testing.TB) map[string]struct {
 	data []byte
 	why  string
@@ -112,8 +112,8 @@ func hostile(t testing.TB) map[string]struct {
 	}
 }
 
-// TestHostileContexts unpacks archives that try something: each is refused with a reason that
-// names the entry, and nothing is outside.
+// TestHostileContexts unpacks hostile archives. Each is refused with a reason that names the
+// entry, and nothing is written outside.
 func TestHostileContexts(t *testing.T) {
 	for name, c := range hostile(t) {
 		t.Run(name, func(t *testing.T) {
@@ -140,7 +140,7 @@ func TestHostileContexts(t *testing.T) {
 	}
 }
 
-// checkInside checks that everything below outside is dir, or below it and of a kind that a
+// checkInside checks that everything below outside is dir, or is below it and of a kind that a
 // context may have.
 func checkInside(t testing.TB, outside, dir string) {
 	t.Helper()
@@ -162,7 +162,7 @@ func checkInside(t testing.TB, outside, dir string) {
 	}
 }
 
-// TestUnpack keeps modes, dates, links and order.
+// TestUnpack checks modes, dates, links and order.
 func TestUnpack(t *testing.T) {
 	date := time.Date(2001, 2, 3, 4, 5, 6, 0, time.UTC)
 	data := archive(t,
@@ -171,9 +171,11 @@ func TestUnpack(t *testing.T) {
 		tar.Header{Name: "./d/f", Typeflag: tar.TypeReg, Mode: 0o4711, Size: 5, ModTime: date},
 		tar.Header{Name: "no/parent", Typeflag: tar.TypeReg, Mode: 0, Size: 1, ModTime: date},
 		tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "./d/f"},
-		tar.Header{Name: "h", Typeflag: tar.TypeReg, Mode: 0o600, Size: 2}, // replaces the link, not what it is one to
+		// This replaces the link, not the file that it links to.
+		tar.Header{Name: "h", Typeflag: tar.TypeReg, Mode: 0o600, Size: 2},
 		tar.Header{Name: "l", Typeflag: tar.TypeSymlink, Linkname: "/outside/of/all"},
-		tar.Header{Name: "was", Typeflag: tar.TypeReg, Mode: 0o600}, tar.Header{Name: "was/", Typeflag: tar.TypeDir, Mode: 0o700},
+		tar.Header{Name: "was", Typeflag: tar.TypeReg, Mode: 0o600},
+		tar.Header{Name: "was/", Typeflag: tar.TypeDir, Mode: 0o700},
 	)
 	for name, data := range map[string][]byte{"plain": data, "gzip": zipped(t, data)} {
 		t.Run(name, func(t *testing.T) {
@@ -204,7 +206,7 @@ func TestUnpack(t *testing.T) {
 	}
 }
 
-// TestUnpackIsCancelled stops in the middle of a large file.
+// TestUnpackIsCancelled cancels in the middle of a large file.
 func TestUnpackIsCancelled(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -214,15 +216,16 @@ func TestUnpackIsCancelled(t *testing.T) {
 	}
 }
 
-// FuzzUnpack feeds archives of any kind: whatever happens stays in the directory, and what is
-// refused is refused for a reason.
+// FuzzUnpack unpacks any archive. Nothing is written outside the directory, and every refusal has
+// a reason.
 func FuzzUnpack(f *testing.F) {
 	for _, c := range hostile(f) {
 		if len(c.data) < 64<<10 {
 			f.Add(c.data)
 		}
 	}
-	f.Add(archive(f, tar.Header{Name: "d/", Typeflag: tar.TypeDir, Mode: 0o755}, tar.Header{Name: "d/f", Typeflag: tar.TypeReg, Size: 3}))
+	f.Add(archive(f, tar.Header{Name: "d/", Typeflag: tar.TypeDir, Mode: 0o755},
+		tar.Header{Name: "d/f", Typeflag: tar.TypeReg, Size: 3}))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		outside := t.TempDir()
 		dir := filepath.Join(outside, "a", "context")

@@ -22,7 +22,7 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// busybox is an image with a shell, as a layout below dir.
+// busybox makes an image with a shell, as a layout below dir.
 func busybox(t testing.TB, dir string) Base {
 	t.Helper()
 	program, err := os.ReadFile(caytest.RequireProgram(t, "/bin/busybox"))
@@ -34,7 +34,8 @@ func busybox(t testing.TB, dir string) Base {
 		{Name: "root/", Typeflag: tar.TypeDir, Mode: 0o700}, {Name: "tmp/", Typeflag: tar.TypeDir, Mode: 0o1777},
 		{Name: "bin/busybox", Typeflag: tar.TypeReg, Mode: 0o755, Size: int64(len(program))},
 	}
-	for _, name := range strings.Fields("sh ash cat chmod chown cp dd df echo env false find grep head id ln ls mkdir mount mv nc nslookup ps pwd rm sed seq sleep sort stat tail tar test touch tr true umount uname wc wget yes") {
+	for _, name := range strings.Fields("sh ash cat chmod chown cp dd df echo env false find grep head id ln ls mkdir " +
+		"mount mv nc nslookup ps pwd rm sed seq sleep sort stat tail tar test touch tr true umount uname wc wget yes") {
 		files = append(files, tar.Header{Name: "bin/" + name, Typeflag: tar.TypeSymlink, Linkname: "busybox", Mode: 0o777})
 	}
 	contents := map[string]string{"bin/busybox": string(program),
@@ -61,7 +62,8 @@ func image(t testing.TB, dir string, files []tar.Header, contents map[string]str
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(archive.Bytes())), nil })
+	layer, err := tarball.LayerFromOpener(
+		func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(archive.Bytes())), nil })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -91,10 +93,10 @@ func image(t testing.TB, dir string, files []tar.Header, contents map[string]str
 	return Base{Layout: dir, Manifest: digest.String()}
 }
 
-// errNoImage is for names that no test image has.
+// errNoImage is returned for names that no test image has.
 var errNoImage = errors.New("there is no such template or image")
 
-// bases gives busybox under some names.
+// testBases returns a Base function that has busybox under some names.
 func testBases(t testing.TB) func(context.Context, string) (Base, error) {
 	b := busybox(t, filepath.Join(t.TempDir(), "busybox"))
 	return func(_ context.Context, name string) (Base, error) {
@@ -106,7 +108,7 @@ func testBases(t testing.TB) func(context.Context, string) (Base, error) {
 	}
 }
 
-// pack makes a tar file of a build context.
+// pack returns the path of a tar file of a build context.
 func pack(t testing.TB, files map[string]string) string {
 	t.Helper()
 	var archive bytes.Buffer
@@ -117,7 +119,8 @@ func pack(t testing.TB, files map[string]string) string {
 	}
 	sort.Strings(names)
 	for _, name := range names {
-		if err := w.WriteHeader(&tar.Header{Name: name, Typeflag: tar.TypeReg, Mode: 0o644, Size: int64(len(files[name]))}); err != nil {
+		if err := w.WriteHeader(&tar.Header{Name: name, Typeflag: tar.TypeReg, Mode: 0o644,
+			Size: int64(len(files[name]))}); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := io.WriteString(w, files[name]); err != nil {
@@ -139,7 +142,7 @@ func write(t testing.TB, data []byte) string {
 	return path
 }
 
-// opened reads a result with somebody else's code.
+// opened reads a result with another library than the code under test.
 func opened(t testing.TB, r *Result) (v1.Image, map[string]string) {
 	t.Helper()
 	path, err := layout.FromPath(r.Layout)
@@ -173,6 +176,7 @@ func opened(t testing.TB, r *Result) (v1.Image, map[string]string) {
 		if h.Typeflag == tar.TypeSymlink {
 			text = "-> " + h.Linkname
 		}
-		files[strings.TrimSuffix(h.Name, "/")] = fmt.Sprintf("%c %04o %d:%d %s", h.Typeflag, h.Mode&0o7777, h.Uid, h.Gid, text)
+		files[strings.TrimSuffix(h.Name, "/")] = fmt.Sprintf("%c %04o %d:%d %s", h.Typeflag, h.Mode&0o7777, h.Uid, h.Gid,
+			text)
 	}
 }

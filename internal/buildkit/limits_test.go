@@ -14,9 +14,9 @@ import (
 	"time"
 )
 
-// TestBombs are steps that take too much: they fail, say why, and leave nothing.
+// TestBombs runs steps that take too much. They fail with the reason, and leave nothing.
 func TestBombs(t *testing.T) {
-	r := newRoom(t, func(c *Config) { c.BuildBytes = 50 << 20 })
+	r := newFixture(t, func(c *Config) { c.BuildBytes = 50 << 20 })
 	find := testBases(t)
 	for name, c := range map[string]struct {
 		step string
@@ -29,7 +29,8 @@ func TestBombs(t *testing.T) {
 		"processes": {"while true; do sleep 1000 & done", []error{ErrMemory, ErrProcesses}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := r.Build(t.Context(), Request{Dockerfile: "FROM base\nRUN " + c.step + "\n", Base: find, MemoryBytes: 192 << 20, CPUs: 1}, nil)
+			_, err := r.Build(t.Context(), Request{Dockerfile: "FROM base\nRUN " + c.step + "\n", Base: find,
+				MemoryBytes: 192 << 20, CPUs: 1}, nil)
 			failed, ok := errors.AsType[*StepError](err)
 			if !ok {
 				t.Fatalf("got %v", err)
@@ -46,9 +47,9 @@ func TestBombs(t *testing.T) {
 	}
 }
 
-// TestLimits shows a step what it may have.
+// TestLimits checks the limits that a step sees.
 func TestLimits(t *testing.T) {
-	r := newRoom(t)
+	r := newFixture(t)
 	_, files := opened(t, r.build(t, Request{Base: testBases(t), MemoryBytes: 300 << 20, CPUs: 1,
 		Dockerfile: "FROM base\nRUN head -1 /proc/meminfo >/memory; cat /etc/resolv.conf >/names; cat /etc/hosts /proc/self/mountinfo >/all\n"}))
 	if got := files["memory"]; !strings.Contains(got, fmt.Sprint(300<<10, " kB")) {
@@ -62,23 +63,24 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// TestStepGroup looks at the control group of a step while it runs.
+// TestStepGroup checks the control group of a step while it runs.
 func TestStepGroup(t *testing.T) {
-	r := newRoom(t)
+	r := newFixture(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	got := map[string]string{}
-	_, err := r.Build(ctx, Request{Dockerfile: sleeping, Base: testBases(t), MemoryBytes: 300 << 20, CPUs: 1.5}, whenAsleep(func() {
-		defer cancel()
-		paths, err := filepath.Glob("/sys/fs/cgroup/*" + r.cfg.CgroupParent + "/*/step-*/*") // v1
-		if more, _ := filepath.Glob("/sys/fs/cgroup" + r.cfg.CgroupParent + "/*/step-*/*"); err == nil {
-			paths = append(paths, more...) // v2
-		}
-		for _, path := range paths {
-			if data, err := os.ReadFile(path); err == nil {
-				got[filepath.Base(path)] += strings.TrimSpace(string(data))
+	_, err := r.Build(ctx, Request{Dockerfile: sleeping, Base: testBases(t), MemoryBytes: 300 << 20, CPUs: 1.5},
+		whenAsleep(func() {
+			defer cancel()
+			paths, err := filepath.Glob("/sys/fs/cgroup/*" + r.cfg.CgroupParent + "/*/step-*/*") // v1
+			if more, _ := filepath.Glob("/sys/fs/cgroup" + r.cfg.CgroupParent + "/*/step-*/*"); err == nil {
+				paths = append(paths, more...) // v2
 			}
-		}
-	}))
+			for _, path := range paths {
+				if data, err := os.ReadFile(path); err == nil {
+					got[filepath.Base(path)] += strings.TrimSpace(string(data))
+				}
+			}
+		}))
 	if !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
@@ -93,9 +95,10 @@ func TestStepGroup(t *testing.T) {
 	}
 }
 
-// TestIsolation: neither a step nor an ADD reaches the host, and no step sees its files.
+// TestIsolation checks that neither a step nor an ADD reaches the host, and that no step sees the
+// host's files.
 func TestIsolation(t *testing.T) {
-	r := newRoom(t)
+	r := newFixture(t)
 	find := testBases(t)
 	var reached atomic.Int64
 	ports := []string{}
@@ -123,19 +126,21 @@ func TestIsolation(t *testing.T) {
 	if err := os.WriteFile(secret, []byte("s"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	dockerfile := "FROM base\nRUN test ! -e " + secret + " && test ! -e /work && test ! -S /run/dbus && ! mount -t tmpfs none /tmp 2>/dev/null\n"
+	dockerfile := "FROM base\nRUN test ! -e " + secret +
+		" && test ! -e /work && test ! -S /run/dbus && ! mount -t tmpfs none /tmp 2>/dev/null\n"
 	for _, port := range ports {
 		for _, addr := range []string{"127.0.0.1", hostAddr, "10.64.0.0", "169.254.169.254"} {
 			dockerfile += fmt.Sprintf("RUN ! wget -q -T 1 -O- http://%s:%s/\n", addr, port)
 		}
 	}
-	// So that the refusals above mean something.
+	// This must work, so that the refusals above mean something.
 	dockerfile += "RUN wget -q -O- http://" + outsideAddr + "/\n"
 	r.build(t, Request{Dockerfile: dockerfile, Base: find})
 	for i, port := range ports {
 		for _, addr := range []string{"127.0.0.1", hostAddr} {
 			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
-			_, err := r.Build(ctx, Request{Dockerfile: fmt.Sprintf("FROM scratch\nADD http://%s:%s/%d /x\n", addr, port, i), Base: find}, nil)
+			_, err := r.Build(ctx, Request{Dockerfile: fmt.Sprintf("FROM scratch\nADD http://%s:%s/%d /x\n", addr, port, i),
+				Base: find}, nil)
 			cancel()
 			if err == nil {
 				t.Errorf("ADD has reached %s:%s", addr, port)

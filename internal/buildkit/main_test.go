@@ -29,12 +29,12 @@ import (
 	"github.com/cayhq/cay/internal/network"
 )
 
-// inHostVariable tells the test program that it already runs in a namespace that
-// plays the host, and where the programs are.
+// inHostVariable tells the test program that it already runs in a namespace that plays the host,
+// and has the directory of the programs.
 const inHostVariable = "CAY_BUILDKIT_TEST_PROGRAMS"
 
-// TestMain runs the tests in network and mount namespaces of their own, so that their
-// slots do not meet the host's. Without root the tests that need it skip.
+// TestMain runs the tests in network and mount namespaces of their own, so that their slots do
+// not conflict with the host's. Without root the tests that need it skip.
 func TestMain(m *testing.M) {
 	if os.Geteuid() != 0 || os.Getenv(inHostVariable) != "" {
 		if os.Getenv(inHostVariable) != "" {
@@ -62,7 +62,8 @@ func runInHost() (code int, err error) {
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.Env = append(os.Environ(), inHostVariable+"="+programs)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS,
+		Pdeathsig: syscall.SIGKILL}
 	err = cmd.Run()
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 		return exit.ExitCode(), nil
@@ -75,11 +76,11 @@ const (
 	outsideAddr = "198.51.100.2" // of the machine that plays the rest of the world
 )
 
-// playHost gives this process's namespaces what a host has: a /run, a loopback, and an uplink
-// to a machine outside that serves a file by HTTP.
+// playHost sets up this process's namespaces as a host: a /run, a loopback, and an uplink to a
+// machine outside that serves a file by HTTP.
 func playHost() error {
 	if _, err := os.Stat("/run/netns"); err == nil && isTmpfs("/run") {
-		return nil // a worker of the fuzzer
+		return nil // for a worker of the fuzzer it is done already
 	}
 	err := errors.Join(
 		unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
@@ -101,7 +102,7 @@ func playHost() error {
 	}
 	outside := make(chan error)
 	go func() {
-		runtime.LockOSThread() // for ever: the thread stays outside
+		runtime.LockOSThread() // forever: the thread stays outside
 		outside <- serveOutside(host)
 	}()
 	if err := <-outside; err != nil {
@@ -118,7 +119,7 @@ func isTmpfs(path string) bool {
 	return unix.Statfs(path, &st) == nil && st.Type == unix.TMPFS_MAGIC
 }
 
-// served is what the machine outside serves.
+// served is the file that the machine outside serves.
 const served = "from outside\n"
 
 func serveOutside(host int) error {
@@ -155,10 +156,10 @@ func serveOutside(host int) error {
 	return nil
 }
 
-// repositories is where the machine outside has its git repositories.
+// repositories is the directory of the git repositories of the machine outside.
 const repositories = "/run/repositories"
 
-// serveNames answers that every name is the machine outside.
+// serveNames is a name server that resolves every name to the machine outside.
 func serveNames(conn net.PacketConn) {
 	buf := make([]byte, 1500)
 	for {
@@ -173,8 +174,8 @@ func serveNames(conn net.PacketConn) {
 		m.Header = dnsmessage.Header{ID: m.ID, Response: true, RecursionAvailable: true}
 		m.Additionals = nil
 		if q := m.Questions[0]; q.Type == dnsmessage.TypeA {
-			m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: 1},
-				Body: &dnsmessage.AResource{A: netip.MustParseAddr(outsideAddr).As4()}}}
+			m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class,
+				TTL: 1}, Body: &dnsmessage.AResource{A: netip.MustParseAddr(outsideAddr).As4()}}}
 		}
 		if answer, err := m.Pack(); err == nil {
 			conn.WriteTo(answer, from)
@@ -191,7 +192,7 @@ func address(link, addr string) error {
 	return errors.Join(netlink.AddrAdd(l, &netlink.Addr{IPNet: ip}), netlink.LinkSetUp(l))
 }
 
-// testSlots are the real ones, open to what is public, and counted.
+// testSlots provides real slots, open to public addresses, and counts them.
 type testSlots struct {
 	net *network.Network
 
@@ -219,14 +220,14 @@ func (s *testSlots) count(by int) int {
 	return s.taken
 }
 
-// room is an open room of a test.
-type room struct {
+// fixture is the Builder of a test.
+type fixture struct {
 	*Builder
 	slots *testSlots
 }
 
-// newRoom opens a room that is closed, and checked for what it left, when the test ends.
-func newRoom(t testing.TB, change ...func(*Config)) *room {
+// newFixture opens a Builder, closes it when the test ends, and checks what it left.
+func newFixture(t testing.TB, change ...func(*Config)) *fixture {
 	t.Helper()
 	caytest.RequireRoot(t)
 	programs := os.Getenv(inHostVariable)
@@ -256,7 +257,7 @@ func newRoom(t testing.TB, change ...func(*Config)) *room {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &room{Builder: b, slots: slots}
+	r := &fixture{Builder: b, slots: slots}
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 		defer cancel()
@@ -282,9 +283,9 @@ func newRoom(t testing.TB, change ...func(*Config)) *room {
 	return r
 }
 
-// nothingLeft checks that the room has no process, group, mount, slot or directory but what an idle
-// one may have, which is the program.
-func (r *room) nothingLeft(t testing.TB) {
+// nothingLeft checks that the Builder has no process, group, mount, slot or directory except
+// those of idle programs.
+func (r *fixture) nothingLeft(t testing.TB) {
 	t.Helper()
 	running, slots := []string{}, 0
 	for _, seat := range r.taken() {
@@ -320,8 +321,8 @@ func (r *room) nothingLeft(t testing.TB) {
 	}
 }
 
-// groupsBelow lists the groups two levels below the room's, in order.
-func (r *room) groupsBelow() ([]string, error) {
+// groupsBelow returns the groups two levels below the Builder's, in order.
+func (r *fixture) groupsBelow() ([]string, error) {
 	parent := r.groups.Group(r.cfg.CgroupParent)
 	seats, err := parent.Children()
 	if err != nil {
@@ -341,8 +342,8 @@ func (r *room) groupsBelow() ([]string, error) {
 	return all, nil
 }
 
-// inside lists a directory of the file trees of the programs that run.
-func (r *room) inside(t testing.TB, dir string) []string {
+// inside lists a directory in the file trees of the running programs.
+func (r *fixture) inside(t testing.TB, dir string) []string {
 	t.Helper()
 	pids, err := processesOf(r.cfg.Program)
 	if err != nil {
@@ -359,7 +360,7 @@ func (r *room) inside(t testing.TB, dir string) []string {
 	return all
 }
 
-// processesOf finds the processes that run a program, whatever they call it.
+// processesOf returns the processes that run a program, under any name.
 func processesOf(program string) ([]string, error) {
 	links, err := filepath.Glob("/proc/[0-9]*/exe")
 	if err != nil {

@@ -16,24 +16,25 @@ import (
 
 var sha256Digest = regexp.MustCompile(`^sha256:([0-9a-f]{64})$`)
 
-// blobPath is where a layout has a blob.
+// blobPath returns the path of a blob in a layout.
 func blobPath(digest string) (string, error) {
 	m := sha256Digest.FindStringSubmatch(digest)
 	if m == nil {
-		return "", fmt.Errorf("%q is no digest", wire.Short(digest))
+		return "", fmt.Errorf("%q is not a digest", wire.Short(digest))
 	}
 	return filepath.Join("blobs", "sha256", m[1]), nil
 }
 
-// output takes a build's result from the program: blobs that it hands over as open files, which become a
-// layout in a directory that the program does not see. What the bytes are is for those to check who read it.
+// output receives a build's result from the program: blobs as open files, which become a layout
+// in a directory that the program does not see. The reader of the layout checks the bytes.
 type output struct {
 	dir  string
 	left int64 // bytes
 	all  int64
 }
 
-// outputFile is what is counted for each blob besides its bytes, so that empty ones are bounded too.
+// outputFile is the number of bytes counted for each blob besides its content, so that the number
+// of empty ones is bounded too.
 const outputFile = 4 << 10
 
 func (b *Builder) newOutput() (*output, error) {
@@ -61,20 +62,21 @@ func (o *output) take(ctx context.Context, digest string, from *os.File) (err er
 		return fmt.Errorf("taking a result: %w", err)
 	}
 	if !info.Mode().IsRegular() {
-		return fmt.Errorf("taking a result: %s is no regular file", digest)
+		return fmt.Errorf("taking a result: %s is not a regular file", digest)
 	}
 	if o.left -= info.Size() + outputFile; o.left < 0 {
-		return &StepError{ExitCode: -1, Err: fmt.Errorf("%w: the result has more than the %d MiB that it may (build.disk_mb)", ErrDisk, o.all>>20)}
+		return &StepError{ExitCode: -1,
+			Err: fmt.Errorf("%w: the result has more than the %d MiB that it may have (build.disk_mb)", ErrDisk, o.all>>20)}
 	}
 	to, err := os.OpenFile(filepath.Join(o.dir, path), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if errors.Is(err, fs.ErrExist) {
-		return nil // of two parts of the result
+		return nil // two parts of the result are the same blob
 	}
 	if err != nil {
 		return fmt.Errorf("taking a result: %w", err)
 	}
 	defer func() { err = errors.Join(err, to.Close()) }()
-	// In pieces, so that a cancelled build is over soon.
+	// Copy in pieces, so that a cancelled build ends soon.
 	const piece = 16 << 20
 	for left := info.Size(); left > 0; left -= piece {
 		if ctx.Err() != nil {
@@ -87,9 +89,10 @@ func (o *output) take(ctx context.Context, digest string, from *os.File) (err er
 	return nil
 }
 
-// finish makes what was taken a layout with one image in it.
+// finish makes a layout with one image of the blobs.
 func (o *output) finish(done *wire.Done) error {
-	index, err := json.Marshal(map[string]any{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []any{done.Descriptor}})
+	index, err := json.Marshal(map[string]any{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json",
+		"manifests": []any{done.Descriptor}})
 	if err != nil {
 		return fmt.Errorf("encoding the image's index: %w", err)
 	}

@@ -21,15 +21,15 @@ import (
 	"github.com/cayhq/cay/internal/cgroup"
 )
 
-// program is one life of cay-buildkit.
+// program is one run of cay-buildkit.
 type program struct {
 	builder *Builder
 	seat    *seat
 	log     *slog.Logger
 	control *wire.Conn
 	cmd     *exec.Cmd
-	ready   chan *wire.Ready // gets one
-	over    chan struct{}    // closed when the process and everything it started are gone, and its slots too
+	ready   chan *wire.Ready // receives one value
+	over    chan struct{}    // closed when the process, all that it started, and its slots are gone
 	status  error            // of the process; set before over is closed
 	alive   context.Context  // ends with the process
 	die     context.CancelFunc
@@ -37,15 +37,15 @@ type program struct {
 
 	mu sync.Mutex
 	// +checklocks:mu
-	taken map[int64]func(context.Context) error // slots, by the number that the program gave them
+	taken map[int64]func(context.Context) error // releases of slots, by the program's numbers of them
 }
 
-// startTimeout bounds a start: the cache's files are opened, which is quick, or a broken cache is
-// removed first.
+// startTimeout bounds a start. Opening the cache's files is quick, but a broken cache is removed
+// first.
 const startTimeout = 2 * time.Minute
 
-// startProgram starts the program and waits until it is ready. It fails with errNoDisk if an image cannot be
-// mounted.
+// startProgram starts the program and waits until it is ready. If an image cannot be mounted, it
+// fails with errNoDisk.
 func (s *seat) startProgram(ctx context.Context, disk string, image bool) (_ *program, err error) {
 	b := s.builder
 	namespace, release, err := b.cfg.Slots.Take(ctx)
@@ -57,15 +57,16 @@ func (s *seat) startProgram(ctx context.Context, disk string, image bool) (_ *pr
 		return nil, errors.Join(err, release(ctx))
 	}
 	defer theirs.Close()
-	p := &program{builder: b, seat: s, log: b.log.With("scope", s.scope), control: control, ready: make(chan *wire.Ready, 1), over: make(chan struct{}),
-		taken: map[int64]func(context.Context) error{0: release}}
+	p := &program{builder: b, seat: s, log: b.log.With("scope", s.scope), control: control,
+		ready: make(chan *wire.Ready, 1), over: make(chan struct{}), taken: map[int64]func(context.Context) error{0: release}}
 	p.alive, p.die = context.WithCancel(context.Background())
 	p.cmd = exec.Command(b.cfg.Program)
 	p.cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-		// A step's log is bounded as a whole, not in its speed.
+		// The size of a step's log is bounded, not its speed.
 		"BUILDKIT_STEP_LOG_MAX_SIZE=4194304", "BUILDKIT_STEP_LOG_MAX_SPEED=-1"}
 	p.cmd.ExtraFiles = []*os.File{theirs}
-	p.cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, Pdeathsig: unix.SIGKILL, Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS}
+	p.cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, Pdeathsig: unix.SIGKILL,
+		Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS}
 	said, err := p.cmd.StderrPipe()
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("starting the build program: %w", err), control.Close(), release(ctx))
@@ -84,12 +85,13 @@ func (s *seat) startProgram(ctx context.Context, disk string, image bool) (_ *pr
 	return p, nil
 }
 
-// live starts the process in a network namespace and stays with it until its end. The thread
-// is the process's parent, as whose child it dies with the server, and is in its namespace.
+// live starts the process in a network namespace and waits for its end. The thread is the
+// process's parent, so that the process dies with the server, and it is in the process's
+// namespace.
 func (p *program) live(namespace string, said io.Reader, started chan<- error) {
-	runtime.LockOSThread() // and never unlocked: the thread ends here
+	runtime.LockOSThread() // never unlocked, so that the thread ends here
 	if unix.Gettid() == unix.Getpid() {
-		// The main thread cannot end, and must not leave for another namespace.
+		// The main thread cannot end, and must not enter another namespace.
 		go p.live(namespace, said, started)
 		<-p.over
 		runtime.UnlockOSThread()
@@ -101,7 +103,7 @@ func (p *program) live(namespace string, said io.Reader, started chan<- error) {
 	}
 	started <- err
 	if err == nil {
-		// Before Wait, which closes the pipe.
+		// Read the pipe before Wait, which closes it.
 		logged := make(chan struct{})
 		go func() { defer close(logged); p.logLines(said) }()
 		listened := make(chan struct{})
@@ -129,8 +131,8 @@ func enterNetwork(path string) error {
 	return nil
 }
 
-// bury removes what the process leaves: groups, scratch files, and its slots. The kernel has ended
-// all that it had started, with its PID namespace.
+// bury removes what the process leaves: groups, scratch files, and its slots. The kernel has
+// ended all that it started, with its PID namespace.
 func (p *program) bury() {
 	p.die()
 	p.taking.Wait()
@@ -149,7 +151,7 @@ func (p *program) bury() {
 	}
 }
 
-// logLines puts what the program writes into the log, until its end.
+// logLines logs what the program writes, until its end.
 func (p *program) logLines(said io.Reader) {
 	lines := bufio.NewReaderSize(said, 8<<10)
 	for {
@@ -161,17 +163,17 @@ func (p *program) logLines(said io.Reader) {
 	}
 }
 
-// group is the control group that everything of the program is in, or below.
+// group returns the control group of the program; its steps' groups are below.
 func (p *program) group() string {
 	return filepath.Join(p.builder.cfg.CgroupParent, strconv.Itoa(p.seat.number))
 }
 
-// runDir is an empty directory, over which the program mounts its file tree.
+// runDir returns the empty directory over which the program mounts its file tree.
 func (p *program) runDir() string {
 	return filepath.Join(p.builder.cfg.RunDir, strconv.Itoa(p.seat.number))
 }
 
-// configure limits the process, which waits, and then tells it how to work.
+// configure limits the process, which waits, and then sends it its configuration.
 func (p *program) configure(ctx context.Context, disk string, image bool) error {
 	cfg := p.builder.cfg
 	contexts := p.builder.contexts(p.seat.scope)
@@ -188,8 +190,8 @@ func (p *program) configure(ctx context.Context, disk string, image bool) error 
 	if err != nil {
 		return err
 	}
-	c := &wire.Config{Disk: disk, Image: image, Contexts: contexts, RunDir: p.runDir(), Runsc: cfg.Runsc, Platform: cfg.Platform,
-		Group: p.group(), CacheBytes: cfg.CacheBytes, BuildBytes: cfg.BuildBytes, Steps: cfg.Steps}
+	c := &wire.Config{Disk: disk, Image: image, Contexts: contexts, RunDir: p.runDir(), Runsc: cfg.Runsc,
+		Platform: cfg.Platform, Group: p.group(), CacheBytes: cfg.CacheBytes, BuildBytes: cfg.BuildBytes, Steps: cfg.Steps}
 	for _, n := range cfg.Nameservers {
 		c.Nameservers = append(c.Nameservers, n.String())
 	}
@@ -221,7 +223,7 @@ func (p *program) listen() {
 		var ask wire.Ask
 		file, err := p.control.Receive(&ask)
 		if file != nil {
-			file.Close() // it has none to give
+			file.Close() // the program sends no files here
 		}
 		switch {
 		case errors.Is(err, io.EOF):
@@ -233,7 +235,7 @@ func (p *program) listen() {
 		case ask.Ready != nil:
 			select {
 			case p.ready <- ask.Ready:
-			default: // it has said so before
+			default: // the program has reported it before
 			}
 		case ask.Take > 0:
 			p.taking.Go(func() { p.give(ask.Take) })
@@ -295,7 +297,7 @@ func (p *program) ended() bool {
 	}
 }
 
-// end says how the process ended, which it has.
+// end returns how the process ended. It must have ended.
 func (p *program) end() error {
 	if p.status == nil {
 		return errors.New("the build program has ended")
@@ -303,7 +305,7 @@ func (p *program) end() error {
 	return fmt.Errorf("the build program has ended: %w", p.status)
 }
 
-// stop lets the program close its cache, and kills it if it does not in time.
+// stop lets the program close its cache, and kills it when ctx ends.
 func (p *program) stop(ctx context.Context) error {
 	if err := p.control.Hangup(); err != nil {
 		p.kill()
@@ -318,13 +320,16 @@ func (p *program) stop(ctx context.Context) error {
 	return fmt.Errorf("stopping the build program: %w", ctx.Err())
 }
 
-// cancelTimeout bounds how long the program may take to end a build that is not wanted any more.
+// cancelTimeout is the time in which the program must end a cancelled build. After it the program
+// is killed, with all its builds.
 const cancelTimeout = 30 * time.Second
 
-// talk sends a request on a connection of its own, hands what comes to hear, and returns when the
-// program is done with it. When ctx ends, that is when nothing of it runs any more. The file that comes with
-// a report is closed after hear has returned, whose error ends the request.
-func (p *program) talk(ctx context.Context, r wire.Request, hear func(*wire.Conn, wire.Report, *os.File) error) (*wire.Done, error) {
+// talk sends a request on a new connection, calls hear with each report, and returns when the
+// program is done with the request. After ctx ends it returns when nothing of the request runs
+// any more. It closes the file that comes with a report after hear has returned. An error of hear
+// ends the request.
+func (p *program) talk(ctx context.Context, r wire.Request,
+	hear func(*wire.Conn, wire.Report, *os.File) error) (*wire.Done, error) {
 	conn, theirs, err := wire.Pair()
 	if err != nil {
 		return nil, err
@@ -349,11 +354,11 @@ func (p *program) talk(ctx context.Context, r wire.Request, hear func(*wire.Conn
 		select {
 		case <-over:
 		case <-time.After(cancelTimeout):
-			p.log.Error("the build program did not end a build in time: it is killed")
+			p.log.Error("the build program did not end a build in time: killing it")
 			p.kill()
 		}
 	})()
-	var failed error // of hear
+	var failed error // the error of hear
 	for {
 		var said wire.Report
 		file, err := conn.Receive(&said)
@@ -367,12 +372,12 @@ func (p *program) talk(ctx context.Context, r wire.Request, hear func(*wire.Conn
 		}
 		switch {
 		case errors.Is(err, io.EOF):
-			// Nothing but its end makes it leave without a word.
+			// Only its end makes the program leave without an answer.
 			p.kill()
 			<-p.over
 			return nil, p.end()
 		case err != nil:
-			p.kill() // it talks nonsense
+			p.kill() // the program does not keep to the protocol
 			return nil, err
 		case said.Done != nil && ctx.Err() != nil:
 			return nil, context.Cause(ctx)

@@ -16,7 +16,7 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// testCase is a file of testdata: a build, and what comes of it.
+// testCase is a file of testdata: a build and its expected result.
 type testCase struct {
 	request            Request
 	want, config, fail []string
@@ -62,13 +62,13 @@ func readCase(t *testing.T, path string) testCase {
 	return c
 }
 
-// TestDockerfiles builds what is in testdata, all with one room.
+// TestDockerfiles builds the cases in testdata, all with one Builder.
 func TestDockerfiles(t *testing.T) {
 	paths, err := filepath.Glob("testdata/*.txtar")
 	if err != nil || len(paths) < 12 {
 		t.Fatalf("found %d cases, %v", len(paths), err)
 	}
-	r := newRoom(t)
+	r := newFixture(t)
 	find := testBases(t)
 	makeRepository(t)
 	for _, path := range paths {
@@ -99,7 +99,7 @@ func TestDockerfiles(t *testing.T) {
 	}
 }
 
-// makeRepository gives the machine outside a git repository with one file.
+// makeRepository makes a git repository with one file on the machine outside.
 func makeRepository(t *testing.T) {
 	t.Helper()
 	caytest.RequireProgram(t, "git")
@@ -158,8 +158,8 @@ func checkResult(t *testing.T, result *Result, c testCase) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	config := []string{"entrypoint " + strings.Join(file.Config.Entrypoint, " "), "cmd " + strings.Join(file.Config.Cmd, " "),
-		"user " + file.Config.User, "dir " + file.Config.WorkingDir}
+	config := []string{"entrypoint " + strings.Join(file.Config.Entrypoint, " "),
+		"cmd " + strings.Join(file.Config.Cmd, " "), "user " + file.Config.User, "dir " + file.Config.WorkingDir}
 	for _, e := range file.Config.Env {
 		config = append(config, "env "+e)
 	}
@@ -204,12 +204,13 @@ func checkFailure(t *testing.T, err error, want []string) {
 	if got := strings.Join(step, "\n"); failed.Step != got {
 		t.Errorf("step is %q, want %q", failed.Step, got)
 	}
-	// The streams are two pipes: which comes first is not known.
+	// The streams are two pipes, so their order is not known.
 	slices.Sort(tail)
 	if got := slices.Sorted(slices.Values(failed.Tail)); tail != nil && !slices.Equal(got, tail) {
 		t.Errorf("tail is %q, want %q", got, tail)
 	}
-	if _, isBase := errors.AsType[*StepError](err); isBase && strings.HasPrefix(failed.Step, "FROM") && !errors.Is(err, errNoImage) {
+	if _, isBase := errors.AsType[*StepError](err); isBase && strings.HasPrefix(failed.Step, "FROM") &&
+		!errors.Is(err, errNoImage) {
 		t.Errorf("%v is not Base's own error", err)
 	}
 }

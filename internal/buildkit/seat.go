@@ -12,22 +12,22 @@ import (
 	"github.com/cayhq/cay/internal/buildkit/wire"
 )
 
-// seat is a scope's place for a program.
+// seat holds the program of one scope, if it runs.
 type seat struct {
 	builder *Builder
 	scope   string
-	number  int // names what the program has on the host
+	number  int // part of the names of what the program has on the host
 
 	mu sync.Mutex // held while the program is started or stopped
 	// +checklocks:mu
-	program *program // nil if none was started
+	program *program // nil if it was not started
 	// +checklocks:mu
 	users int // builds under way
 	// +checklocks:mu
 	idle *time.Timer // stops the program; nil while there are users
 }
 
-// seat returns a scope's seat.
+// seat returns the seat of a scope.
 func (b *Builder) seat(scope string) *seat {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -39,7 +39,7 @@ func (b *Builder) seat(scope string) *seat {
 	return s
 }
 
-// taken lists the seats that there are.
+// taken returns all seats.
 func (b *Builder) taken() []*seat {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -50,8 +50,8 @@ func (b *Builder) taken() []*seat {
 	return all
 }
 
-// use returns the running program, started if need be, and counts the caller among its
-// users until release is called, exactly once.
+// use returns the running program, starting it if needed. It counts the caller among the
+// program's users until release is called, exactly once.
 func (s *seat) use(ctx context.Context) (*program, func(), error) {
 	s.builder.makeRoom(s)
 	s.mu.Lock()
@@ -95,14 +95,14 @@ func (s *seat) rest() {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
-	s.builder.log.Debug("stopping the build program: idle", "scope", s.scope)
+	s.builder.log.Debug("stopping the idle build program", "scope", s.scope)
 	if err := s.program.stop(ctx); err != nil {
 		s.builder.log.Error("stopping the build program", "scope", s.scope, "error", err)
 	}
 	s.program = nil
 }
 
-// end stops the program whatever it does.
+// end stops the program, even during builds.
 func (s *seat) end(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -123,7 +123,8 @@ func (s *seat) running() bool {
 	return s.program != nil && !s.program.ended()
 }
 
-// makeRoom stops idle programs until there are few enough for a scope's, unless that runs. No seat is held.
+// makeRoom stops idle programs until there is room for a scope's, unless that runs already. The
+// caller must hold no seat.
 func (b *Builder) makeRoom(wanted *seat) {
 	if wanted.running() {
 		return
@@ -137,7 +138,7 @@ func (b *Builder) makeRoom(wanted *seat) {
 	}
 }
 
-// Running counts the programs that run.
+// Running returns the number of programs that run.
 func (b *Builder) Running() (n int) {
 	for _, s := range b.taken() {
 		if s.running() {
@@ -147,8 +148,8 @@ func (b *Builder) Running() (n int) {
 	return n
 }
 
-// Prune removes from a scope's cache what is not in use, the longest unused first, until keep bytes are
-// left, and says how many bytes that freed.
+// Prune removes unused entries from a scope's cache, the longest unused first, until keep bytes
+// are left, and returns the number of bytes freed.
 func (b *Builder) Prune(ctx context.Context, scope string, keep int64) (freed int64, err error) {
 	if _, err := os.Stat(b.diskFile(scope)); errors.Is(err, os.ErrNotExist) {
 		return 0, nil
@@ -168,7 +169,7 @@ func (b *Builder) Prune(ctx context.Context, scope string, keep int64) (freed in
 	return done.Freed, nil
 }
 
-// Close ends all builds and the programs. Results stay as they are.
+// Close ends all builds and the programs. Results stay.
 func (b *Builder) Close(ctx context.Context) error {
 	b.close()
 	var errs []error
@@ -178,8 +179,8 @@ func (b *Builder) Close(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// start starts a program with the scope's disk. An image that cannot be mounted is made anew, and if
-// that cannot be mounted either the disk is a directory, here and from now on.
+// start starts a program with the scope's disk. It makes an image that cannot be mounted anew; if
+// that cannot be mounted either, all disks are directories from now on.
 func (s *seat) start(ctx context.Context) (*program, error) {
 	for try := 0; ; try++ {
 		disk, image, err := s.builder.openDisk(ctx, s.scope)
@@ -200,11 +201,11 @@ func (s *seat) start(ctx context.Context) (*program, error) {
 	}
 }
 
-// contexts is where the scope's builds have their contexts.
+// contexts returns the directory of the contexts of the scope's builds.
 func (b *Builder) contexts(scope string) string { return filepath.Join(b.builds(), name(scope)) }
 
-// disk is where the scope's disk is: an image, or a directory beside it.
+// disk returns the path of the scope's disk as a directory; an image is beside it.
 func (b *Builder) disk(scope string) string { return filepath.Join(b.disks(), name(scope)) }
 
-// name makes a file name of a scope, which has no "/".
+// name returns a file name for a scope, which has no "/".
 func name(scope string) string { return "scope-" + scope }

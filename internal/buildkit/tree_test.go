@@ -15,11 +15,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestFileTree looks, while a step runs, at what the program and everything that it started see: nothing of
-// the host's files but the few that it is given, read-only, and no right that it does not need.
+// TestFileTree checks, while a step runs, what the program and its processes see: of the host's
+// files only those that it is given, read-only, and only the capabilities that they need.
 func TestFileTree(t *testing.T) {
-	r := newRoom(t)
-	// What a data directory has beside the room's.
+	r := newFixture(t)
+	// These are in a data directory beside the Builder's.
 	database := filepath.Join(filepath.Dir(r.cfg.Dir), "cay.db")
 	secret := filepath.Join("/run", "secret-of-the-host")
 	for _, path := range []string{database, secret} {
@@ -38,9 +38,10 @@ func TestFileTree(t *testing.T) {
 		}
 		for _, pid := range descendants(t, pids[0]) {
 			seen++
-			for _, path := range []string{"/etc/shadow", "/home", "/var", "/opt", "/srv", "/mnt", "/usr/local", "/boot", "/sys/kernel", "/dev/loop0", "/dev/kmsg",
-				database, secret, r.cfg.Dir, r.disks(), r.cfg.Runsc, repositories} {
-				// A sandbox's own image may have these, but none of its processes is among those looked at.
+			for _, path := range []string{"/etc/shadow", "/home", "/var", "/opt", "/srv", "/mnt", "/usr/local", "/boot",
+				"/sys/kernel", "/dev/loop0", "/dev/kmsg", database, secret, r.cfg.Dir, r.disks(), r.cfg.Runsc, repositories} {
+				// A sandbox's own image may have these, but none of its processes is checked
+				// here.
 				if _, err := os.Lstat(filepath.Join("/proc", pid, "root", path)); err == nil {
 					t.Errorf("process %s (%s) sees %s", pid, command(pid), path)
 				}
@@ -58,8 +59,8 @@ func TestFileTree(t *testing.T) {
 	}
 }
 
-// descendants lists a process and those that it has started, but not what runs inside a sandbox, which is
-// its kernel's.
+// descendants returns a process and all that it has started, except the processes inside a
+// sandbox, which belong to the sandbox's kernel.
 func descendants(t *testing.T, pid string) []string {
 	t.Helper()
 	all := []string{pid}
@@ -91,12 +92,12 @@ func descendants(t *testing.T, pid string) []string {
 }
 
 func command(pid string) string {
-	data, _ := os.ReadFile(filepath.Join("/proc", pid, "cmdline")) // gone: none
+	data, _ := os.ReadFile(filepath.Join("/proc", pid, "cmdline")) // empty if the process has gone
 	name, _, _ := strings.Cut(string(data), "\x00")
 	return name
 }
 
-// device is the file system that a file is on.
+// device returns the file system that a file is on.
 func device(t *testing.T, path string) uint64 {
 	t.Helper()
 	info, err := os.Stat(path)
@@ -106,7 +107,7 @@ func device(t *testing.T, path string) uint64 {
 	return info.Sys().(*syscall.Stat_t).Dev
 }
 
-// checkFiles checks that no open directory of a process leads to the host's files.
+// checkFiles checks that a process has no open directory of the host's files.
 func checkFiles(t *testing.T, pid string) {
 	t.Helper()
 	host := []uint64{device(t, "/"), device(t, "/run"), device(t, "/dev")}
@@ -123,7 +124,8 @@ func checkFiles(t *testing.T, pid string) {
 	}
 }
 
-// checkRights checks what a process has been taken: what its user namespace may give it is no right here.
+// checkRights checks the capabilities that a process has lost. Those of a user namespace do not
+// count.
 func checkRights(t *testing.T, pid string) {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join("/proc", pid, "status"))
@@ -150,8 +152,9 @@ func checkRights(t *testing.T, pid string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for name, c := range map[string]int{"SYS_MODULE": unix.CAP_SYS_MODULE, "SYS_RAWIO": unix.CAP_SYS_RAWIO, "SYS_BOOT": unix.CAP_SYS_BOOT,
-			"SYS_TIME": unix.CAP_SYS_TIME, "SYSLOG": unix.CAP_SYSLOG, "BPF": unix.CAP_BPF, "PERFMON": unix.CAP_PERFMON, "MAC_ADMIN": unix.CAP_MAC_ADMIN} {
+		for name, c := range map[string]int{"SYS_MODULE": unix.CAP_SYS_MODULE, "SYS_RAWIO": unix.CAP_SYS_RAWIO,
+			"SYS_BOOT": unix.CAP_SYS_BOOT, "SYS_TIME": unix.CAP_SYS_TIME, "SYSLOG": unix.CAP_SYSLOG, "BPF": unix.CAP_BPF,
+			"PERFMON": unix.CAP_PERFMON, "MAC_ADMIN": unix.CAP_MAC_ADMIN} {
 			if has&(1<<c) != 0 {
 				t.Errorf("process %s (%s): %s has %s", pid, command(pid), set, name)
 			}
@@ -159,9 +162,9 @@ func checkRights(t *testing.T, pid string) {
 	}
 }
 
-// checkMounts checks that every mount of the program's is of a kind that it may have, and that what is of the
-// host's disk is read-only.
-func checkMounts(t *testing.T, r *room, pid string) {
+// checkMounts checks that each of the program's mounts is of an allowed kind, and that those of
+// the host's disk are read-only.
+func checkMounts(t *testing.T, r *fixture, pid string) {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join("/proc", pid, "mountinfo"))
 	if err != nil {
@@ -178,8 +181,12 @@ func checkMounts(t *testing.T, r *room, pid string) {
 		if number != host {
 			continue
 		}
-		allowed := []string{r.cfg.Runsc, r.contexts("one"), "/usr/bin", "/usr/lib", "/usr/lib64", "/usr/libexec", "/usr/share/git-core", "/bin", "/lib", "/lib64"}
-		if !slices.ContainsFunc(allowed, func(path string) bool { return root == path || strings.HasSuffix(path, root) && root != "/" }) {
+		allowed := []string{r.cfg.Runsc, r.contexts("one"), "/usr/bin", "/usr/lib", "/usr/lib64", "/usr/libexec",
+			"/usr/share/git-core", "/bin", "/lib", "/lib64"}
+		if !slices.ContainsFunc(allowed, func(path string) bool {
+			return root == path || strings.HasSuffix(path, root) &&
+				root != "/"
+		}) {
 			t.Errorf("the program has %s of the host's disk at %s", root, point)
 		}
 		if !slices.Contains(strings.Split(options, ","), "ro") {
@@ -195,31 +202,33 @@ func checkMounts(t *testing.T, r *room, pid string) {
 	}
 }
 
-// TestDockerfileReachesNoFile tries to get a file of the host's into an image by every instruction that names
-// files.
+// TestDockerfileReachesNoFile tries to get a file of the host into an image, by every instruction
+// that names files.
 func TestDockerfileReachesNoFile(t *testing.T) {
-	r := newRoom(t)
+	r := newFixture(t)
 	find := testBases(t)
 	const text = "a secret of the host"
 	secret := filepath.Join("/run", "secret-of-the-host")
 	if err := os.WriteFile(secret, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	ways := []string{"/proc/1/root" + secret, "/proc/self/root" + secret, "/proc/1/cwd" + secret, "../../../../../.." + secret, secret}
+	ways := []string{"/proc/1/root" + secret, "/proc/self/root" + secret, "/proc/1/cwd" + secret,
+		"../../../../../.." + secret, secret}
 	for fd := 3; fd < 12; fd += 2 {
 		ways = append(ways, "/proc/1/fd/"+strconv.Itoa(fd)+"/../../../../../.."+secret)
 	}
 	for i, way := range ways {
 		sent := write(t, archive(t, tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: way},
 			tar.Header{Name: "above", Typeflag: tar.TypeSymlink, Linkname: filepath.Dir(way)}))
-		for j, step := range []string{"COPY link /x", "COPY above/ /x/", "COPY above/secret-of-the-host /x", "COPY " + way + " /x", "ADD file://" + way + " /x",
+		for j, step := range []string{"COPY link /x", "COPY above/ /x/", "COPY above/secret-of-the-host /x",
+			"COPY " + way + " /x", "ADD file://" + way + " /x",
 			"COPY --from=base " + way + " /x", "RUN --mount=type=bind,source=above,target=/m cp -r /m /x", "RUN --mount=type=bind,source=link,target=/m cp /m /x"} {
 			if i > 0 && (i > 2 && j > 0 || strings.HasPrefix(step, "RUN")) {
-				continue // what is not for every way
+				continue // this way does not apply to the instruction
 			}
 			result, err := r.Build(t.Context(), Request{Dockerfile: "FROM base\n" + step + "\n", Base: find, Context: sent}, nil)
 			if err != nil {
-				continue // it names what is not there
+				continue // it names a file that does not exist
 			}
 			_, files := opened(t, result)
 			for path, file := range files {

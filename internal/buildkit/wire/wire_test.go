@@ -28,8 +28,8 @@ func pair(t testing.TB) (*Conn, *Conn) {
 	return here, there
 }
 
-// TestMessages sends messages with and without files from several goroutines: each comes
-// whole, with its own file.
+// TestMessages sends messages with and without files from several goroutines. Each arrives whole,
+// with its own file.
 func TestMessages(t *testing.T) {
 	here, there := pair(t)
 	dir := t.TempDir()
@@ -43,7 +43,8 @@ func TestMessages(t *testing.T) {
 				return
 			}
 			defer f.Close()
-			if err := errors.Join(here.Send(Answer{Name: name, Error: strings.Repeat("x", 100<<10)}, f), here.Send(Answer{Name: "none"}, nil)); err != nil {
+			if err := errors.Join(here.Send(Answer{Name: name, Error: strings.Repeat("x", 100<<10)}, f),
+				here.Send(Answer{Name: "none"}, nil)); err != nil {
 				t.Error(err)
 			}
 		})
@@ -77,7 +78,8 @@ func TestMessages(t *testing.T) {
 	}
 }
 
-// TestEnds: after a hangup the other direction goes on, after a close nothing does.
+// TestEnds checks that after a Hangup the other direction works, and that after a Close nothing
+// does.
 func TestEnds(t *testing.T) {
 	here, there := pair(t)
 	if err := here.Hangup(); err != nil {
@@ -99,10 +101,11 @@ func TestEnds(t *testing.T) {
 	}
 }
 
-// TestTooLong refuses what the other end could not receive.
+// TestTooLong checks that Send refuses messages that the other end could not receive.
 func TestTooLong(t *testing.T) {
 	here, there := pair(t)
-	if err := here.Send(Answer{Name: strings.Repeat("x", MaxMessage)}, nil); err == nil || !strings.Contains(err.Error(), "too long") {
+	if err := here.Send(Answer{Name: strings.Repeat("x", MaxMessage)}, nil); err == nil ||
+		!strings.Contains(err.Error(), "too long") {
 		t.Errorf("got %v", err)
 	}
 	if err := here.Send(Answer{Name: strings.Repeat("x", MaxMessage-100)}, nil); err != nil {
@@ -114,8 +117,7 @@ func TestTooLong(t *testing.T) {
 	}
 }
 
-// FuzzReceive gives messages of any kind to a receiver: it says what is wrong, and leaves no
-// file open.
+// FuzzReceive sends any message. Receive must report what is wrong, and leave no file open.
 func FuzzReceive(f *testing.F) {
 	f.Add([]byte(`{"build":{"context":"/x","args":{"A":"b"}}}`))
 	f.Add([]byte(`{"event":{"kind":"log","text":"\u0000"}}`))
