@@ -39,11 +39,12 @@ import (
 
 const (
 	frontendName = "dockerfile.v0"
-	// layoutStore names the images that a build was given, in its session.
+	// layoutStore is the name, in a build's session, of the store of its images.
 	layoutStore = "given"
 )
 
-// noRegistry is where images come from that the policy lets through: nowhere.
+// noRegistry returns no registry for an image that the policy lets through, so that none is
+// reached.
 func noRegistry(string) ([]docker.RegistryHost, error) {
 	return nil, errors.New("images come from the server only")
 }
@@ -59,22 +60,23 @@ type build struct {
 
 	mu sync.Mutex
 	// +checklocks:mu
-	bases map[string]*given // by the name that was asked for
+	bases map[string]*given // by the name requested
 	// +checklocks:mu
 	missing string // why an image was not given
 	// +checklocks:mu
-	places map[string]place // of steps, by the front end's name of them
+	places map[string]place // of steps, by the front end's names
 }
 
-// given is an image that was asked for.
+// given is an image that was requested.
 type given struct {
-	done   chan struct{} // closed when answer is there
+	done   chan struct{} // closed when answer is set
 	answer wire.Answer
 }
 
-// run builds, and returns the digest and the descriptor of the image's manifest. It calls cancel, which ends
-// ctx, when the connection ends.
-func (b *build) run(ctx context.Context, cancel context.CancelCauseFunc) (manifest string, descriptor json.RawMessage, err error) {
+// run builds, and returns the digest and the descriptor of the image's manifest. It calls cancel,
+// which ends ctx, when the connection ends.
+func (b *build) run(ctx context.Context,
+	cancel context.CancelCauseFunc) (manifest string, descriptor json.RawMessage, err error) {
 	gone := make(chan struct{})
 	b.layouts = layouts{conn: b.conn, gone: gone, waiting: map[int64]chan blobGift{}}
 	go b.answers(cancel, gone)
@@ -99,7 +101,7 @@ func (b *build) run(ctx context.Context, cancel context.CancelCauseFunc) (manife
 	go func() {
 		defer close(followed)
 		statuses := make(chan *client.SolveStatus, 8)
-		// The solve's error says more than this one.
+		// The error of Solve says more than this one.
 		go b.engine.solver.Status(context.WithoutCancel(ctx), id, statuses)
 		progress.follow(statuses)
 	}()
@@ -119,10 +121,10 @@ func (b *build) run(ctx context.Context, cancel context.CancelCauseFunc) (manife
 	return done.ExporterResponse[exptypes.ExporterImageDigestKey], descriptor, nil
 }
 
-// lastEvents is how long the end of a build waits for its last events.
+// lastEvents is the time that the end of a build waits for its last events.
 const lastEvents = 5 * time.Second
 
-// answers hands on what the server says until the connection ends, which cancels the build.
+// answers passes on the server's answers until the connection ends, which cancels the build.
 func (b *build) answers(cancel context.CancelCauseFunc, gone chan<- struct{}) {
 	defer close(gone)
 	for {
@@ -145,7 +147,7 @@ func (b *build) answers(cancel context.CancelCauseFunc, gone chan<- struct{}) {
 	}
 }
 
-// checkSyntax refuses a Dockerfile for a front end that is not this one.
+// checkSyntax refuses a Dockerfile for another front end than this one.
 func (b *build) checkSyntax() error {
 	root, err := os.OpenRoot(filepath.Join(contextsDir, b.request.Dockerfile))
 	if err != nil {
@@ -154,16 +156,17 @@ func (b *build) checkSyntax() error {
 	defer root.Close()
 	text, err := root.ReadFile(b.request.Filename)
 	if err != nil {
-		return nil // the front end says what is wrong
+		return nil // the front end reports the error
 	}
 	ref, _, location, ok := parser.DetectSyntax(text)
 	if !ok {
 		return nil
 	}
 	named, err := reference.ParseNormalizedNamed(ref)
-	if err == nil && (named.Name() == "docker.io/docker/dockerfile" || named.Name() == "docker.io/docker/dockerfile-upstream") {
+	if err == nil && (named.Name() == "docker.io/docker/dockerfile" ||
+		named.Name() == "docker.io/docker/dockerfile-upstream") {
 		if tagged, ok := named.(reference.Tagged); !ok || strings.HasPrefix(tagged.Tag(), "1") || tagged.Tag() == "latest" {
-			return nil // what this is
+			return nil // this front end
 		}
 	}
 	failure := &wire.Failure{Kind: wire.Dockerfile, ExitCode: -1, Step: "# syntax=" + ref,
@@ -174,10 +177,10 @@ func (b *build) checkSyntax() error {
 	return &failedError{failure}
 }
 
-// open makes the build's session: what BuildKit may ask of the build.
+// open makes the build's session, which has what BuildKit may ask for during the build.
 func (b *build) open(ctx context.Context) (*session.Session, error) {
-	// The key is nobody else's. Contexts of one key are kept in one place and only what differs in
-	// size or date is copied there, which of two users' files says nothing.
+	// No other build has the key. BuildKit keeps the contexts of one key in one place, and copies
+	// only what differs in size or date, which says nothing about two users' files.
 	s, err := session.NewSession(ctx, identity.NewID())
 	if err != nil {
 		return nil, fmt.Errorf("making a session: %w", err)
@@ -202,12 +205,12 @@ func (b *build) open(ctx context.Context) (*session.Session, error) {
 	return s, nil
 }
 
-// options are the front end's. What the user names are arguments only.
+// options returns the front end's options. The user determines arguments only.
 func (b *build) options() map[string]string {
 	r := b.request
 	options := map[string]string{
 		"filename": r.Filename,
-		"cmdline":  frontendName, // so that a syntax line does not lead to another one
+		"cmdline":  frontendName, // so that a syntax line does not lead to another front end
 	}
 	for name, value := range r.Args {
 		options["build-arg:"+name] = value
@@ -230,9 +233,9 @@ func (b *build) options() map[string]string {
 	return options
 }
 
-// exporter writes the image's layout. Layers are not compressed, since the image is
-// unpacked next; and nothing in them is dated later than the epoch, so that the same input
-// gives the same image.
+// exporter returns the exporter of the image's layout. It does not compress layers, since the
+// image is unpacked next, and it dates nothing later than the epoch, so that the same input gives
+// the same image.
 func (b *build) exporter(ctx context.Context) (llbsolver.ExporterRequest, error) {
 	var r llbsolver.ExporterRequest
 	exp, err := b.engine.worker.Exporter(client.ExporterOCI, b.engine.sessions)
@@ -252,7 +255,7 @@ func (b *build) exporter(ctx context.Context) (llbsolver.ExporterRequest, error)
 	return r, nil
 }
 
-// epoch is what the user says of it, or ours.
+// epoch returns the user's epoch, or the default.
 func (b *build) epoch() string {
 	if said := b.request.Args["SOURCE_DATE_EPOCH"]; said != "" {
 		if _, err := strconv.ParseInt(said, 10, 64); err == nil {
@@ -262,11 +265,13 @@ func (b *build) epoch() string {
 	return strconv.Itoa(wire.Epoch)
 }
 
-// policy decides where a build's sources come from. Images are what the server gives for their
-// names; an image of the user's own making is reached in no other way.
-func (b *build) policy(ctx context.Context, r *policysession.CheckPolicyRequest) (*policysession.DecisionResponse, *gatewaypb.ResolveSourceMetaRequest, error) {
+// policy decides where a build's sources come from. Images are only those that the server gives
+// for their names; an image that the user names in another way cannot be reached.
+func (b *build) policy(ctx context.Context,
+	r *policysession.CheckPolicyRequest) (*policysession.DecisionResponse, *gatewaypb.ResolveSourceMetaRequest, error) {
 	if why := b.forbiddenSource(r.Source.Source); why != "" {
-		return &policysession.DecisionResponse{Action: policypb.PolicyAction_DENY, DenyMessages: []*policysession.DenyMessage{{Message: why}}}, nil, nil
+		return &policysession.DecisionResponse{Action: policypb.PolicyAction_DENY,
+			DenyMessages: []*policysession.DenyMessage{{Message: why}}}, nil, nil
 	}
 	image, ok := strings.CutPrefix(r.Source.Source.Identifier, "docker-image://")
 	if !ok {
@@ -298,7 +303,7 @@ func (b *build) ask(ctx context.Context, name string) (*wire.Answer, error) {
 	}
 	name = reference.FamiliarString(named)
 	b.mu.Lock()
-	// A name that was resolved comes again with the digest that it was resolved to.
+	// A resolved name comes again with the digest that it was resolved to.
 	plain, wanted, _ := strings.Cut(name, "@")
 	if known := b.bases[plain]; known != nil && known.answer.Manifest == wanted {
 		name, wanted = plain, ""

@@ -10,9 +10,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// kept are the capabilities that the program and what it starts may have. Files of layers have owners and
-// modes of their own, mounts are snapshots', gVisor makes its namespaces and takes over the link of a
-// step. All others, such as those for modules, raw devices, the clock and reboots, are given up.
+// kept are the capabilities that the program and its processes may have. Files of layers have any
+// owner and mode, snapshots are mounted, and gVisor makes its namespaces and takes over the link
+// of a step. All other capabilities, such as those for modules, raw devices, the clock and
+// reboots, are given up.
 var kept = []int{
 	unix.CAP_CHOWN, unix.CAP_DAC_OVERRIDE, unix.CAP_DAC_READ_SEARCH, unix.CAP_FOWNER, unix.CAP_FSETID, unix.CAP_KILL,
 	unix.CAP_SETGID, unix.CAP_SETUID, unix.CAP_SETPCAP, unix.CAP_SETFCAP, unix.CAP_MKNOD, unix.CAP_SYS_CHROOT,
@@ -29,7 +30,8 @@ func confine() error {
 		if mask[c/32]&(1<<(c%32)) != 0 {
 			continue
 		}
-		if _, _, errno := syscall.AllThreadsSyscall(unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, uintptr(c), 0); errno != 0 && errno != unix.EINVAL {
+		if _, _, errno := syscall.AllThreadsSyscall(unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, uintptr(c), 0); errno != 0 &&
+			errno != unix.EINVAL {
 			return fmt.Errorf("giving up capability %d: %w", c, errno)
 		}
 	}
@@ -42,7 +44,8 @@ func confine() error {
 		data[i].Permitted &= mask[i]
 		data[i].Effective, data[i].Inheritable = data[i].Permitted, 0
 	}
-	if _, _, errno := syscall.AllThreadsSyscall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(header)), uintptr(unsafe.Pointer(&data[0])), 0); errno != 0 {
+	if _, _, errno := syscall.AllThreadsSyscall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(header)),
+		uintptr(unsafe.Pointer(&data[0])), 0); errno != 0 {
 		return fmt.Errorf("giving up capabilities: %w", errno)
 	}
 	if _, _, errno := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0); errno != 0 {
@@ -51,7 +54,7 @@ func confine() error {
 	return filter()
 }
 
-// filter forbids system calls, for all threads and everything that they start.
+// filter forbids system calls, for all threads and all processes that they start.
 func filter() error {
 	program, err := bpf.Assemble(filterProgram())
 	if err != nil {
@@ -62,7 +65,8 @@ func filter() error {
 		raw = append(raw, unix.SockFilter{Code: i.Op, Jt: i.Jt, Jf: i.Jf, K: i.K})
 	}
 	fprog := unix.SockFprog{Len: uint16(len(raw)), Filter: &raw[0]}
-	stray, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&fprog)))
+	stray, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC,
+		uintptr(unsafe.Pointer(&fprog)))
 	if errno != 0 {
 		return fmt.Errorf("filtering system calls: %w", errno)
 	}
@@ -72,8 +76,8 @@ func filter() error {
 	return nil
 }
 
-// filterProgram fails the forbidden calls with EPERM. Calls of another architecture's numbering, which
-// could be any, end the process; those of x32 do not exist.
+// filterProgram returns the filter. The forbidden calls fail with EPERM. Calls with the numbers
+// of another architecture, which could be any, end the process; those of x32 do not exist.
 func filterProgram() []bpf.Instruction {
 	const (
 		number, arch = 0, 4 // offsets in struct seccomp_data
@@ -95,7 +99,7 @@ func filterProgram() []bpf.Instruction {
 	return append(program, bpf.RetConstant{Val: unix.SECCOMP_RET_ALLOW})
 }
 
-// forbiddenCalls are those that reach the machine as a whole, or that make its kernel a larger target, and
+// forbiddenCalls are calls that affect the whole machine, or that expose more of its kernel, and
 // that neither builds nor gVisor make.
 var forbiddenCalls = []int{
 	unix.SYS_KEXEC_LOAD, unix.SYS_KEXEC_FILE_LOAD, unix.SYS_REBOOT, unix.SYS_INIT_MODULE, unix.SYS_FINIT_MODULE, unix.SYS_DELETE_MODULE,

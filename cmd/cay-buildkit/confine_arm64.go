@@ -4,5 +4,5 @@ import "golang.org/x/sys/unix"
 
 const auditArch = unix.AUDIT_ARCH_AARCH64
 
-// forbiddenHere are calls that only this architecture has.
+// forbiddenHere are forbidden calls that only this architecture has.
 var forbiddenHere []int

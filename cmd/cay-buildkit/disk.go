@@ -19,28 +19,28 @@ import (
 )
 
 const (
-	// diskLook is how often the use of the disk is looked at. With an image it decides how long a step that
-	// goes on at a full disk runs; without one, how much is written beyond the limit: a fast disk takes
-	// some 500 MB in it.
+	// diskLook is the time between two checks of the disk. With an image it decides how long a
+	// step runs on a full disk; without one, how much is written beyond the limit: a fast disk
+	// takes some 500 MB in that time.
 	diskLook = 250 * time.Millisecond
-	// diskReserve is what builds leave free on the host's disk, in bytes, whatever they may write. An image
-	// whose blocks the host has no room for breaks.
+	// diskReserve is the number of bytes that builds leave free on the host's disk, whatever they
+	// may write. An image for whose blocks the host has no space breaks.
 	diskReserve = 1 << 30
-	// diskSlack is what is free when no build runs, and what a build that has filled the disk is lent
-	// for taking apart what it made, in bytes. The cache's records grow by much less.
+	// diskSlack is the number of bytes that are free when no build runs, and that a build that
+	// has filled the disk is lent to remove what it made. The cache's records grow by much less.
 	diskSlack = 64 << 20
-	// diskFull is when the disk counts as full, in bytes: writers of small files leave less than a block
-	// for each of the kernel's CPUs unused.
+	// diskFull is the number of free bytes below which the disk counts as full. Writers of small
+	// files leave less than a block for each of the kernel's CPUs unused.
 	diskFull = 1 << 20
 )
 
-// disk bounds what builds write. Where the disk is a file system of its own, a file in it, the ballast, takes
-// what no build that runs may use, and the kernel does the rest. Where it is a directory of the
-// host's, what is in it is counted whenever the host's disk has lost as much as builds may write, so
-// that a fast writer goes beyond the limit before it is stopped.
+// disk bounds what builds write. If the disk is a file system of its own, a file in it, the
+// ballast, takes the space that running builds may not use, and the kernel enforces the limit. If
+// it is a directory of the host, its content is counted whenever the host's disk has lost as much
+// as builds may write, so a fast writer exceeds the limit before it is stopped.
 type disk struct {
 	limit   int64    // bytes, of one build
-	ballast *os.File // nil if the disk is a directory of the host's
+	ballast *os.File // nil if the disk is a directory of the host
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -49,8 +49,8 @@ type disk struct {
 
 // diskUse is a build or a step that writes.
 type diskUse struct {
-	stop  context.CancelCauseFunc // nil for a build, where the kernel's ENOSPC stops it
-	lent  bool                    // whether it has got its diskSlack
+	stop  context.CancelCauseFunc // nil for a build that the kernel stops with ENOSPC
+	lent  bool                    // whether it has been lent diskSlack
 	build bool
 }
 
@@ -66,16 +66,16 @@ func openDisk(c *wire.Config) (*disk, error) {
 	return d, d.leave(diskSlack)
 }
 
-// statfs returns how many bytes of the file system of dir are free, and whether it can be written to.
+// statfs returns the number of free bytes of dir's file system, and whether it can be written to.
 func statfs(dir string) (free int64, writable bool) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
-		return 0, false // it is no disk to go on with
+		return 0, false // a disk that cannot be used
 	}
 	return int64(st.Bavail) * st.Bsize, st.Flags&unix.ST_RDONLY == 0
 }
 
-// leave makes the ballast as large as it must be for so many bytes to be free, or as near as can be.
+// leave gives the ballast the size that leaves want bytes free, as nearly as possible.
 func (d *disk) leave(want int64) error {
 	if d.ballast == nil {
 		return nil
@@ -91,7 +91,7 @@ func (d *disk) leave(want int64) error {
 	} else {
 		err = unix.Fallocate(int(d.ballast.Fd()), 0, 0, size)
 		if errors.Is(err, unix.ENOSPC) {
-			err = nil // the blocks that say where the ballast is did not fit: as near as can be
+			err = nil // the blocks that map the ballast did not fit; this is as near as possible
 		}
 	}
 	if err != nil {
@@ -100,8 +100,8 @@ func (d *disk) leave(want int64) error {
 	return nil
 }
 
-// begin gives a build the room that it may fill, and stop is called with the reason when it has, unless its
-// own writes fail then. It must be ended.
+// begin gives a build its space, and calls stop with the reason when it is full, unless the
+// build's own writes fail then. The caller must call end.
 func (d *disk) begin(stop context.CancelCauseFunc) (*diskUse, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -120,8 +120,8 @@ func (d *disk) begin(stop context.CancelCauseFunc) (*diskUse, error) {
 	return use, nil
 }
 
-// step notes that a step runs, for which stop is called when the builds have filled their room. It must be
-// ended.
+// step registers a step, whose stop is called when the builds have filled their space. The caller
+// must call end.
 func (d *disk) step(stop context.CancelCauseFunc) *diskUse {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -130,7 +130,7 @@ func (d *disk) step(stop context.CancelCauseFunc) *diskUse {
 	return use
 }
 
-// end takes the room of a build back, but for the slack that its end needs.
+// end takes the space of a build back, except the slack that its end needs.
 func (d *disk) end(use *diskUse) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -141,7 +141,7 @@ func (d *disk) end(use *diskUse) error {
 	return d.settle(diskSlack)
 }
 
-// settle leaves what builds that run have left, and at least so much.
+// settle leaves free what running builds have left, and at least least bytes.
 //
 // +checklocks:d.mu
 func (d *disk) settle(least int64) error {
@@ -149,7 +149,7 @@ func (d *disk) settle(least int64) error {
 	return d.leave(max(min(free, int64(d.builds())*d.limit), least))
 }
 
-// builds counts those that run.
+// builds returns the number of builds that run.
 //
 // +checklocks:d.mu
 func (d *disk) builds() (n int) {
@@ -161,14 +161,15 @@ func (d *disk) builds() (n int) {
 	return n
 }
 
-// lend gives what has filled the disk room to take apart what it made, once for each build.
+// lend gives a build that has filled the disk the space to remove what it made, once for each
+// build.
 func (d *disk) lend() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for use := range d.running {
 		if use.build && !use.lent {
 			use.lent = true
-			_ = d.leave(diskSlack) // it is tidied up later else
+			_ = d.leave(diskSlack) // otherwise it is tidied up later
 		}
 	}
 }
@@ -176,8 +177,8 @@ func (d *disk) lend() {
 // fitrim is Linux's FITRIM, _IOWR('X', 121, struct fstrim_range).
 const fitrim = 0xc0185879
 
-// trim gives the host back the blocks of an image that are not used any more, those of the ballast included
-// if no build runs.
+// trim gives the host the unused blocks of an image, including those of the ballast if no build
+// runs.
 func (d *disk) trim() error {
 	if d.ballast == nil {
 		return nil
@@ -198,7 +199,7 @@ func (d *disk) trim() error {
 	return err
 }
 
-// taken is what the cache and builds take of an image, in bytes.
+// taken returns the number of bytes of an image that the cache and builds take.
 func (d *disk) taken() (int64, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dataDir, &st); err != nil {
@@ -211,7 +212,7 @@ func (d *disk) taken() (int64, error) {
 	return int64(st.Blocks-st.Bfree)*st.Bsize - info.Size(), nil
 }
 
-// full reports whether the builds that run have filled the disk.
+// full reports whether the running builds have filled the disk.
 func (d *disk) full() bool {
 	free, _ := statfs(dataDir)
 	return d.ballast != nil && free < diskFull
@@ -228,17 +229,19 @@ func (d *disk) overdrawn(cacheBytes int64) bool {
 	return err == nil && taken > cacheBytes+diskSlack
 }
 
-// exceeded is the error of a build that wrote more than it may.
+// exceeded returns the error of a build that wrote more than it may.
 func (d *disk) exceeded() error {
-	return &stepError{kind: wire.Disk, code: -1, text: fmt.Sprintf("the build wrote more than the %d MiB that it may (build.disk_mb)", d.limit>>20)}
+	return &stepError{kind: wire.Disk, code: -1,
+		text: fmt.Sprintf("the build wrote more than the %d MiB that it may (build.disk_mb)", d.limit>>20)}
 }
 
-// isFull reports whether an error, of ours or in the words of a program, is that of a full disk.
+// isFull reports whether an error, of this program or in the words of another, is that of a full
+// disk.
 func isFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || strings.Contains(strings.ToLower(err.Error()), "no space left on device")
 }
 
-// watch looks at the disk until the program ends, which it does itself when the disk has failed.
+// watch checks the disk until the program ends. It ends the program if the disk has failed.
 func (d *disk) watch() {
 	look := &look{}
 	for range time.Tick(diskLook) {
@@ -246,10 +249,10 @@ func (d *disk) watch() {
 	}
 }
 
-// look is what the last look at the disk has found.
+// look holds the result of the last check of the disk.
 type look struct {
-	builds     int   // that ran then
-	used, free int64 // bytes: by builds, when the first began, and on the host's disk
+	builds     int   // builds that ran then
+	used, free int64 // bytes: by builds when the first began, and free on the host's disk
 }
 
 func (d *disk) look(last *look) {
@@ -265,7 +268,7 @@ func (d *disk) look(last *look) {
 	switch {
 	case d.ballast != nil && !writable:
 		fmt.Fprintln(os.Stderr, "cay-buildkit: the disk has failed")
-		os.Exit(1) // the server makes a new one
+		os.Exit(1) // the server makes a new disk
 	case free < diskReserve:
 		d.stop(&stepError{kind: wire.Disk, code: -1, text: "the machine's disk is full"}, true)
 	case d.full():
@@ -276,7 +279,8 @@ func (d *disk) look(last *look) {
 	}
 }
 
-// count counts what is in the disk's directory if the host's disk has lost as much as builds may write.
+// count counts what is in the disk's directory if the host's disk has lost as much as builds may
+// write.
 func (d *disk) count(last *look, builds int, free int64) {
 	if last.builds == 0 {
 		last.used, last.free = used(dataDir), free
@@ -290,10 +294,10 @@ func (d *disk) count(last *look, builds int, free int64) {
 		d.stop(d.exceeded(), true)
 		return
 	}
-	last.free = free + limit/2 // somebody else's: look again when as much again is gone
+	last.free = free + limit/2 // other programs took it: check when as much again is gone
 }
 
-// stop stops what runs, builds as a whole or only steps.
+// stop stops steps, and also whole builds if builds is true.
 func (d *disk) stop(why error, builds bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -304,8 +308,8 @@ func (d *disk) stop(why error, builds bool) {
 	}
 }
 
-// used is what the files below dir take on the disk, in bytes. Files that are no longer to be found
-// are not counted; the reserve bounds those.
+// used returns the space that the files below dir take on the disk, in bytes. It does not count
+// deleted files that are still open; the reserve bounds those.
 func used(dir string) (total int64) {
 	_ = filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error {
 		if err != nil {

@@ -40,7 +40,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// engine is BuildKit with one worker: what solves builds, and the cache.
+// engine is BuildKit with one worker: the solver of builds, and the cache.
 type engine struct {
 	sessions    *session.Manager
 	worker      *base.Worker
@@ -51,11 +51,11 @@ type engine struct {
 	snapshotter string
 	cacheBytes  int64
 	blobs       string                                  // directory of the content
-	collect     func(context.Context) (gc.Stats, error) // removes what no record of the cache names
-	builds      sync.Map                                // of *build, by the id of its session
+	collect     func(context.Context) (gc.Stats, error) // removes content that no record of the cache names
+	builds      sync.Map                                // *build by the ID of its session
 }
 
-// openEngine opens the cache below dir, or makes one. Steps are run by exec.
+// openEngine opens the cache below dir, or makes one. exec runs the steps.
 func openEngine(ctx context.Context, dir string, cacheBytes int64, exec executor.Executor) (_ *engine, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("making the cache: %w", err)
@@ -89,7 +89,7 @@ func openEngine(ctx context.Context, dir string, cacheBytes int64, exec executor
 	if err != nil {
 		return nil, errors.Join(err, e.store.Close())
 	}
-	// The only front end: a gateway would start others from images.
+	// This is the only front end. A gateway would start others from images.
 	e.solver, err = llbsolver.New(llbsolver.Opt{
 		WorkerController: workers,
 		Frontends:        map[string]frontend.Frontend{frontendName: forwarder.NewGatewayForwarder(workers.Infos(), e.frontEnd)},
@@ -104,7 +104,8 @@ func openEngine(ctx context.Context, dir string, cacheBytes int64, exec executor
 }
 
 // workerOptions opens what the worker keeps on disk.
-func (e *engine) workerOptions(ctx context.Context, dir string, exec executor.Executor) (opt base.WorkerOpt, err error) {
+func (e *engine) workerOptions(ctx context.Context, dir string,
+	exec executor.Executor) (opt base.WorkerOpt, err error) {
 	snapshots, err := e.openSnapshots(filepath.Join(dir, "snapshots"))
 	if err != nil {
 		return opt, fmt.Errorf("opening the snapshots: %w", err)
@@ -113,7 +114,8 @@ func (e *engine) workerOptions(ctx context.Context, dir string, exec executor.Ex
 	if err != nil {
 		return opt, fmt.Errorf("opening the blobs: %w", err)
 	}
-	db, err := boltutil.Open(filepath.Join(dir, "containerd.db"), 0o600, &bolt.Options{FreelistType: bolt.FreelistMapType, NoFreelistSync: true})
+	db, err := boltutil.Open(filepath.Join(dir, "containerd.db"), 0o600,
+		&bolt.Options{FreelistType: bolt.FreelistMapType, NoFreelistSync: true})
 	if err != nil {
 		return opt, fmt.Errorf("opening the cache's records: %w", err)
 	}
@@ -149,7 +151,7 @@ func (e *engine) workerOptions(ctx context.Context, dir string, exec executor.Ex
 	}, nil
 }
 
-// history is a record of past builds that the solver wants to have. It stays empty.
+// history returns the record of past builds that the solver needs. It stays empty.
 func (e *engine) history(dir string, opt base.WorkerOpt) (*history.Queue, error) {
 	var err error
 	if e.past, err = boltutil.Open(filepath.Join(dir, "history.db"), 0o600, nil); err != nil {
@@ -165,8 +167,7 @@ func (e *engine) history(dir string, opt base.WorkerOpt) (*history.Queue, error)
 	return q, nil
 }
 
-// openSnapshots takes overlayfs where the directory's file system can carry it, else
-// copies.
+// openSnapshots uses overlayfs if the directory's file system can carry it, or else copies.
 func (e *engine) openSnapshots(dir string) (ctdsnapshot.Snapshotter, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
@@ -179,11 +180,11 @@ func (e *engine) openSnapshots(dir string) (ctdsnapshot.Snapshotter, error) {
 	return native.NewSnapshotter(filepath.Join(dir, e.snapshotter))
 }
 
-// sourceAge is how long a build's context is kept in the cache after its last use. It is there
-// under the build's own name, so no later build finds it, but one that runs may.
+// sourceAge is the time for which a build's context is kept in the cache after its last use. It
+// is cached under the build's own name, so that no later build finds it, but a running one may.
 const sourceAge = time.Minute
 
-// prune removes the longest unused of what is not in use until at most keep bytes are left.
+// prune removes unused entries, the longest unused first, until at most keep bytes are left.
 func (e *engine) prune(ctx context.Context, keep int64) (freed int64, err error) {
 	removed := make(chan client.UsageInfo)
 	summed := make(chan struct{})
@@ -202,7 +203,7 @@ func (e *engine) prune(ctx context.Context, keep int64) (freed int64, err error)
 		err = e.results.ReleaseUnreferenced(ctx)
 	}
 	if err == nil {
-		_, err = e.collect(ctx) // of a build that failed there is no record
+		_, err = e.collect(ctx) // a failed build has no record
 	}
 	if err != nil {
 		return freed, fmt.Errorf("pruning the cache: %w", err)

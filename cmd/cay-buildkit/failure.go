@@ -14,14 +14,14 @@ import (
 	"github.com/cayhq/cay/internal/buildkit/wire"
 )
 
-// failedError is a failure that is fit for the user.
+// failedError is a failure with a text for the user.
 type failedError struct{ *wire.Failure }
 
 func (e *failedError) Error() string { return e.Message }
 
-// explain makes of the solver's error what the user needs to know.
+// explain converts the solver's error to one for the user.
 func (b *build) explain(ctx context.Context, err error, p *progress) error {
-	// The snapshots that the error holds for debugging are nobody's.
+	// The error holds snapshots for debugging, which are not used.
 	if held, ok := errors.AsType[*llberrdefs.ExecError](err); ok {
 		defer held.Release()
 	}
@@ -46,7 +46,7 @@ func (b *build) explain(ctx context.Context, err error, p *progress) error {
 	}
 	s, ofStep := errors.AsType[*stepError](err)
 	if stopped, ok := errors.AsType[*stepError](context.Cause(ctx)); ok {
-		s, ofStep = stopped, true // for what the build has done as a whole
+		s, ofStep = stopped, true // it concerns the whole build
 	} else if !ofStep && isFull(err) {
 		errors.As(b.disk.exceeded(), &s)
 		ofStep = true
@@ -66,12 +66,14 @@ func (b *build) explain(ctx context.Context, err error, p *progress) error {
 	return &failedError{f}
 }
 
-// What an error says of our machinery, and users have no use for.
-var machinery = regexp.MustCompile(`failed to (solve|compute cache key|load cache key|calculate checksum of ref [^ ]+|walk [^:]*|process "[^"]*"): |rpc error: code = \w+ desc = |dockerfile parse error on line \d+: `)
+// machinery matches parts of an error about BuildKit's internals, which do not help users.
+var machinery = regexp.MustCompile(
+	`failed to (solve|compute cache key|load cache key|calculate checksum of ref [^ ]+|walk [^:]*|process "[^"]*"): |` +
+		`rpc error: code = \w+ desc = |dockerfile parse error on line \d+: `)
 
 func plain(err error) string { return machinery.ReplaceAllString(err.Error(), "") }
 
-// decode reads what the exporter answers as JSON in base64.
+// decode decodes an answer of the exporter, JSON in base64.
 func decode(text string, to any) error {
 	data, err := base64.StdEncoding.DecodeString(text)
 	if err != nil {
@@ -80,7 +82,7 @@ func decode(text string, to any) error {
 	return json.Unmarshal(data, to)
 }
 
-// failureOf is what is reported of any error.
+// failureOf returns the failure to report for any error.
 func failureOf(err error) *wire.Failure {
 	if f, ok := errors.AsType[*failedError](err); ok {
 		f.Message = wire.Short(f.Message)

@@ -16,10 +16,10 @@ import (
 	"github.com/cayhq/cay/internal/buildkit/wire"
 )
 
-// layouts are the images that a build was given, as a content store that can be read and
-// nothing else: the server hands their blobs over as open files. Safe for concurrent use.
+// layouts is a read-only content store of a build's images. The server sends their blobs as open
+// files. It is safe for concurrent use.
 type layouts struct {
-	content.Store // absent: what is not below is not asked for
+	content.Store // nil: other methods are not called
 
 	conn *wire.Conn
 	gone <-chan struct{} // closed when the connection has ended
@@ -36,7 +36,7 @@ type blobGift struct {
 	err  string
 }
 
-// given is called with every answer that is about a blob.
+// given is called with every answer about a blob.
 func (l *layouts) given(a wire.Answer, file *os.File) {
 	l.mu.Lock()
 	answer := l.waiting[a.Blob]
@@ -70,7 +70,7 @@ func (l *layouts) open(ctx context.Context, d digest.Digest) (*os.File, os.FileI
 	case <-l.gone:
 		return nil, nil, errors.New("the build was cancelled")
 	case <-ctx.Done():
-		// The answer comes all the same.
+		// The answer still comes.
 		go func() {
 			select {
 			case g := <-answer:
@@ -93,7 +93,7 @@ func (l *layouts) open(ctx context.Context, d digest.Digest) (*os.File, os.FileI
 	return g.file, info, nil
 }
 
-// Info says how long a blob is.
+// Info returns the length of a blob.
 func (l *layouts) Info(ctx context.Context, d digest.Digest) (content.Info, error) {
 	f, info, err := l.open(ctx, d)
 	if err != nil {
@@ -103,7 +103,7 @@ func (l *layouts) Info(ctx context.Context, d digest.Digest) (content.Info, erro
 	return content.Info{Digest: d, Size: info.Size(), CreatedAt: info.ModTime(), UpdatedAt: info.ModTime()}, nil
 }
 
-// ReaderAt opens a blob. Who reads it checks it against its digest.
+// ReaderAt opens a blob. The reader checks it against its digest.
 func (l *layouts) ReaderAt(ctx context.Context, desc ocispecs.Descriptor) (content.ReaderAt, error) {
 	f, info, err := l.open(ctx, desc.Digest)
 	if err != nil {
@@ -117,19 +117,19 @@ type blob struct {
 	size int64
 }
 
-// Size is the blob's length.
+// Size returns the blob's length.
 func (b blob) Size() int64 { return b.size }
 
-// output is where the exporter puts the blobs of a result. They are in the cache's content already, from where
-// the server takes them as open files: nothing is copied here.
+// output receives the blobs of a result from the exporter. They are already in the cache's
+// content, from where the server takes them as open files, so nothing is copied here.
 type output struct {
-	content.Store // absent: what is not below is not asked for
+	content.Store // nil: other methods are not called
 
 	conn  *wire.Conn
 	blobs string // directory of the cache's content
 }
 
-// Writer sends the blob that is to be written, and says that it is there.
+// Writer sends the blob to be written, and reports that it exists already.
 func (o *output) Writer(_ context.Context, opts ...content.WriterOpt) (content.Writer, error) {
 	var w content.WriterOpts
 	for _, opt := range opts {
@@ -152,7 +152,7 @@ func (o *output) Writer(_ context.Context, opts ...content.WriterOpt) (content.W
 	return nil, fmt.Errorf("blob %s: %w", d, errdefs.ErrAlreadyExists)
 }
 
-// Status says that nothing is half written.
+// Status reports that nothing is half written.
 func (o *output) Status(_ context.Context, ref string) (content.Status, error) {
 	return content.Status{}, fmt.Errorf("%s: %w", ref, errdefs.ErrNotFound)
 }

@@ -1,12 +1,12 @@
-// Command cay-buildkit builds Dockerfiles: BuildKit as a library, with one worker whose RUN
-// steps are gVisor sandboxes. The server starts it when a build is wanted and stops it when
-// none was for a while; they talk over a connection that the program inherits (see
+// Command cay-buildkit builds Dockerfiles. It is BuildKit as a library, with one worker whose RUN
+// steps are gVisor sandboxes. The server starts it for builds and stops it after some time
+// without one; they talk over a connection that the program inherits (see
 // internal/buildkit/wire). It is embedded into cay and unpacked under its content hash.
 //
-// It builds for one organization. It is PID 1 of a PID namespace, in a mount namespace and a network
-// namespace that the server chose: whatever ends it ends everything that it started, and no mount of it
-// outlives it. Before it serves anything it leaves the host's file tree and gives up what it does not need
-// of the kernel.
+// It builds for one organization. It is PID 1 of a PID namespace, in a mount namespace and a
+// network namespace that the server chose, so that its end ends everything that it started, and
+// no mount of it outlives it. Before it serves anything it leaves the host's file tree and gives
+// up what it does not need of the kernel.
 package main
 
 import (
@@ -27,7 +27,7 @@ import (
 	"github.com/cayhq/cay/internal/cgroup"
 )
 
-// controlFD is the control connection's descriptor.
+// controlFD is the descriptor of the control connection.
 const controlFD = 3
 
 func main() {
@@ -38,26 +38,26 @@ func main() {
 	}
 }
 
-// daemon is the program at work.
+// daemon is the state of the running program.
 type daemon struct {
 	control *wire.Conn
 	slots   *slots
 	disk    *disk
 	engine  *engine
-	tidying sync.Mutex // held by who tidies up
+	tidying sync.Mutex // held while tidying up
 
 	mu sync.Mutex
 	// +checklocks:mu
 	running int // connections being served
 	// +checklocks:mu
-	notYet context.CancelFunc // of what tidies up after the latest build; nil before the first
+	notYet context.CancelFunc // cancels the tidying after the latest build; nil before the first
 }
 
-// serve works until the control connection ends.
+// serve serves until the control connection ends.
 func serve() error {
 	control, err := wire.Open(os.NewFile(controlFD, "control"))
 	if err != nil {
-		return fmt.Errorf("it is started by cay server, not by hand: %w", err)
+		return fmt.Errorf("cay server starts this program; it cannot be started by hand: %w", err)
 	}
 	var first wire.Control
 	if _, err := control.Receive(&first); err != nil || first.Config == nil {
@@ -65,7 +65,8 @@ func serve() error {
 	}
 	d := &daemon{control: control, slots: &slots{control: control, waiting: map[int64]chan gift{}}}
 	if err := d.start(first.Config); err != nil {
-		return errors.Join(err, control.Send(wire.Ask{Ready: &wire.Ready{Error: err.Error(), NoDisk: errors.Is(err, errNoDisk)}}, nil))
+		return errors.Join(err,
+			control.Send(wire.Ask{Ready: &wire.Ready{Error: err.Error(), NoDisk: errors.Is(err, errNoDisk)}}, nil))
 	}
 	ready := &wire.Ready{Snapshotter: d.engine.snapshotter, Git: d.engine.worker.GitSource != nil}
 	if err := control.Send(wire.Ask{Ready: ready}, nil); err != nil {
@@ -105,7 +106,7 @@ func (d *daemon) start(c *wire.Config) error {
 	if err := enter(c); err != nil {
 		return err
 	}
-	// ssh and git are ours.
+	// These directories have the program's own ssh and git.
 	scratch := filepath.Join(dataDir, "scratch")
 	err := errors.Join(os.Setenv("TMPDIR", scratch), os.Setenv("PATH", binDir+":/usr/bin:/bin"), confine())
 	if err != nil {
@@ -128,10 +129,11 @@ func (d *daemon) start(c *wire.Config) error {
 	if d.disk, err = openDisk(c); err != nil {
 		return err
 	}
-	run := &steps{config: c, slots: d.slots, groups: groups, disk: d.disk, dir: filepath.Join(scratch, "steps"), turns: make(chan struct{}, c.Steps)}
+	run := &steps{config: c, slots: d.slots, groups: groups, disk: d.disk, dir: filepath.Join(scratch, "steps"),
+		running: make(chan struct{}, c.Steps)}
 	if d.engine, err = openEngine(context.Background(), cache, c.CacheBytes, run); err != nil {
-		// A cache is only a cache: one that cannot be opened is begun anew.
-		fmt.Fprintln(os.Stderr, "cay-buildkit: the cache is begun anew:", err)
+		// It is only a cache: one that cannot be opened is made anew.
+		fmt.Fprintln(os.Stderr, "cay-buildkit: making the cache anew:", err)
 		if err := os.RemoveAll(cache); err != nil {
 			return fmt.Errorf("removing a broken cache: %w", err)
 		}
@@ -143,8 +145,8 @@ func (d *daemon) start(c *wire.Config) error {
 	return nil
 }
 
-// overdrawn is a file that stands for a cache that was more than it may be after it was cut: it is begun anew
-// by the next program.
+// overdrawn is a file that marks a cache that was too large even after it was cut. The next
+// program makes it anew.
 const overdrawn = dataDir + "/overdrawn"
 
 // connection serves a connection until it ends.
@@ -172,7 +174,7 @@ func (d *daemon) connection(ctx context.Context, file *os.File) {
 	if err != nil {
 		done.Failure = failureOf(err)
 	}
-	// Who has left does not want to know.
+	// An error means that the client has left.
 	_ = conn.Send(wire.Report{Done: &done}, nil)
 	d.tidy(ctx, false)
 	if r.Build != nil {
@@ -180,11 +182,12 @@ func (d *daemon) connection(ctx context.Context, file *os.File) {
 	}
 }
 
-// A build leaves for a while what it releases as it ends, longer on a busy machine, and then its context. After
-// each of these the disk is looked at again, unless another build has ended meanwhile.
+// leftFor are the times after a build at which the disk is tidied up: soon after it, when what
+// the build releases late is gone, and when its context has expired. Another build's end cancels
+// the rest.
 var leftFor = []time.Duration{time.Second, 3 * time.Second, 6 * time.Second, sourceAge}
 
-// tidyLater tidies up what the latest build leaves for a while.
+// tidyLater tidies up after the latest build, at the times in leftFor.
 func (d *daemon) tidyLater(ctx context.Context) {
 	ctx, cancel := context.WithCancel(ctx)
 	d.mu.Lock()
@@ -206,7 +209,7 @@ func (d *daemon) tidyLater(ctx context.Context) {
 	}()
 }
 
-// build builds, in as much room on the disk as one build may have.
+// build builds, in as much space on the disk as one build may have.
 func (d *daemon) build(ctx context.Context, conn *wire.Conn, r *wire.Build, done *wire.Done) (err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -215,13 +218,14 @@ func (d *daemon) build(ctx context.Context, conn *wire.Conn, r *wire.Build, done
 		return err
 	}
 	defer func() { err = errors.Join(err, d.disk.end(use)) }()
-	b := &build{engine: d.engine, disk: d.disk, conn: conn, request: r, bases: map[string]*given{}, places: map[string]place{}}
+	b := &build{engine: d.engine, disk: d.disk, conn: conn, request: r, bases: map[string]*given{},
+		places: map[string]place{}}
 	done.Manifest, done.Descriptor, err = b.run(ctx, cancel)
 	return err
 }
 
-// tidy cuts the cache to what it may have, and gives the host the blocks that are not used any more if that is
-// wanted, which takes a while.
+// tidy cuts the cache to its size, and if trim is true gives the host the unused blocks, which
+// takes a while.
 func (d *daemon) tidy(ctx context.Context, trim bool) {
 	d.tidying.Lock()
 	defer d.tidying.Unlock()
@@ -237,9 +241,9 @@ func (d *daemon) tidy(ctx context.Context, trim bool) {
 	}
 }
 
-// count counts connections. When the last one ends, nothing that this process started itself is
-// waited for by anybody, and what is left to reap are orphans, whose parent PID 1 is. Memory that builds
-// took is given back then.
+// count counts connections. When the last one ends, this process waits for none of its own
+// children, so all that is left to reap are orphans, whose parent PID 1 is. It then gives back
+// the memory of builds.
 func (d *daemon) count(by int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -13,18 +13,18 @@ import (
 	"github.com/cayhq/cay/internal/buildkit/wire"
 )
 
-// progress turns what the solver says of its vertices into events. It belongs to one
-// goroutine, but for the names.
+// progress converts the solver's reports about vertices to events. It belongs to one goroutine,
+// except for the names.
 type progress struct {
 	conn  *wire.Conn
 	steps map[digest.Digest]*stepState
-	gone  bool // nobody listens any more
+	gone  bool // the client has left
 
 	mu sync.Mutex
 	// +checklocks:mu
-	names map[string]string // of steps, by digest
+	names map[string]string // names of steps by digest
 	// +checklocks:mu
-	running []string // names of steps that have begun and not ended, in order
+	running []string // names of steps that run, in order of their begin
 	// +checklocks:mu
 	broken string // the name of the step that failed first
 }
@@ -45,7 +45,7 @@ func (p *progress) send(e wire.Event) {
 	}
 }
 
-// follow sends events until the solver has nothing more to say.
+// follow sends events until the solver's reports end.
 func (p *progress) follow(statuses <-chan *client.SolveStatus) {
 	for s := range statuses {
 		for _, v := range s.Vertexes {
@@ -73,14 +73,14 @@ func (p *progress) step(d digest.Digest) *stepState {
 	return s
 }
 
-// name is how the front end calls the step of a digest.
+// name returns the front end's name for the step of a digest.
 func (p *progress) name(digest string) string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.names[digest]
 }
 
-// noteRunning notes which steps run, and which failed first.
+// noteRunning records which steps run, and which failed first.
 func (p *progress) noteRunning(v *client.Vertex) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -96,8 +96,8 @@ func (p *progress) noteRunning(v *client.Vertex) {
 	}
 }
 
-// at is the name of the step that a build was at when it was stopped: the one that failed, else the last one
-// that runs.
+// at returns the name of the step at which a build was stopped: the one that failed, or else the
+// last one that runs.
 func (p *progress) at() string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -136,7 +136,8 @@ func (p *progress) vertex(v *client.Vertex) {
 	}
 }
 
-// logPiece is how much of a log goes into one event, in bytes: as JSON it is at most six times as long.
+// logPiece is the number of bytes of a log in one event. As JSON they are at most six times as
+// long.
 const logPiece = 16 << 10
 
 func (p *progress) log(l *client.VertexLog) {
@@ -152,20 +153,20 @@ func (p *progress) log(l *client.VertexLog) {
 	}
 }
 
-// vertexName is how the front end names what it does: "[build 2/5] RUN make".
+// vertexName matches the front end's names: "[build 2/5] RUN make".
 var vertexName = regexp.MustCompile(`^\[([^\]]*?) ?(?:(\d+)/(\d+))?\] (.*)$`)
 
-// spelledOut is what the front end adds to the name of an image.
+// spelledOut matches what the front end adds to the name of an image.
 var spelledOut = regexp.MustCompile(`\bdocker\.io/(library/)?|@sha256:[0-9a-f]{64}\b`)
 
-// splitName splits such a name; one without brackets is internal.
+// splitName splits a name of a vertex. One without brackets is internal.
 func splitName(name string) (stage string, number, total int, step string) {
 	name = spelledOut.ReplaceAllString(name, "")
 	m := vertexName.FindStringSubmatch(name)
 	if m == nil {
 		return "internal", 0, 0, name
 	}
-	number, _ = strconv.Atoi(m[2]) // absent: none
+	number, _ = strconv.Atoi(m[2]) // 0 if absent
 	total, _ = strconv.Atoi(m[3])
 	return m[1], number, total, m[4]
 }

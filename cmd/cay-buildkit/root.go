@@ -17,17 +17,17 @@ import (
 // Paths in the program's own file tree.
 const (
 	dataDir     = "/data"     // everything that builds write
-	contextsDir = "/contexts" // of this organization's builds, read-only
+	contextsDir = "/contexts" // contexts of this organization's builds, read-only
 	runscPath   = "/bin/cay-runsc"
 	runscDir    = "/run/runsc" // gVisor's state and sockets
-	binDir      = "/bin/own"   // what shadows the host's programs
+	binDir      = "/bin/own"   // programs that shadow the host's
 )
 
 // errNoDisk reports that the image of the disk cannot be mounted.
 var errNoDisk = errors.New("mounting the builds' disk")
 
-// enter leaves the host's file tree for one of the program's own, which has only what builds need.
-// The host's tree is not mounted in it anywhere.
+// enter leaves the host's file tree for one of the program's own, which has only what builds
+// need. The host's tree is not mounted anywhere in it.
 func enter(c *wire.Config) error {
 	if os.Getpid() != 1 {
 		return errors.New("not in a PID namespace of its own")
@@ -36,7 +36,8 @@ func enter(c *wire.Config) error {
 		return fmt.Errorf("leaving the host's mounts: %w", err)
 	}
 	r := root(c.RunDir)
-	if err := unix.Mount("tmpfs", string(r), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0755,size="+rootSize); err != nil {
+	if err := unix.Mount("tmpfs", string(r), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV,
+		"mode=0755,size="+rootSize); err != nil {
 		return fmt.Errorf("mounting a root: %w", err)
 	}
 	if err := errors.Join(r.system(c), r.files(c), r.programs()); err != nil {
@@ -59,8 +60,8 @@ func enter(c *wire.Config) error {
 	return nil
 }
 
-// rootSize bounds what is written beside the disk, which is memory: gVisor's state and this file tree,
-// some 300 KB.
+// rootSize bounds what is written outside the disk, which takes memory: gVisor's state and this
+// file tree, some 300 KB.
 const rootSize = "64m"
 
 // root is the directory that becomes the root.
@@ -68,7 +69,7 @@ type root string
 
 func (r root) path(name string) string { return filepath.Join(string(r), name) }
 
-// bind mounts a file or directory of the host's at the same or another place of the root.
+// bind mounts a file or directory of the host in the root, at the same or another path.
 func (r root) bind(from, to string, flags uintptr) error {
 	info, err := os.Stat(from)
 	if err != nil {
@@ -100,8 +101,8 @@ func (r root) bind(from, to string, flags uintptr) error {
 
 const readOnly = unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV
 
-// system mounts what the kernel gives: /proc of this PID namespace, a few devices, and the control groups
-// below the program's own.
+// system mounts the kernel's file systems: /proc of this PID namespace, a few devices, and the
+// control groups below the program's own.
 func (r root) system(c *wire.Config) error {
 	for _, dir := range []string{"proc", "dev", "tmp", "run/runsc", "bin/own", "etc"} {
 		if err := os.MkdirAll(r.path(dir), 0o755); err != nil {
@@ -111,7 +112,7 @@ func (r root) system(c *wire.Config) error {
 	if err := unix.Mount("proc", r.path("proc"), "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		return fmt.Errorf("mounting /proc: %w", err)
 	}
-	// What root may change there is the whole machine's.
+	// Writing there affects the whole machine.
 	for _, name := range []string{"sys", "sysrq-trigger", "irq", "bus", "fs"} {
 		path := r.path(filepath.Join("proc", name))
 		err := unix.Mount(path, path, "", unix.MS_BIND|unix.MS_REC, "")
@@ -134,10 +135,10 @@ func (r root) system(c *wire.Config) error {
 	return r.groups(c.Group)
 }
 
-// groupRoot is where control groups are mounted, on the host and in the root.
+// groupRoot is the directory of control groups, on the host and in the root.
 const groupRoot = "/sys/fs/cgroup"
 
-// groups mounts what is below a control group as if it were all there is.
+// groups mounts what is below a control group as if it were the whole hierarchy.
 func (r root) groups(group string) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(groupRoot, &st); err != nil {
@@ -165,7 +166,8 @@ func (r root) groups(group string) error {
 		if err := unix.Statfs(path, &st); err != nil || st.Type != unix.CGROUP_SUPER_MAGIC {
 			continue // v2 beside v1
 		}
-		// gVisor goes back to the group that it is started in, which must be one that it can see.
+		// gVisor returns to the group that it is started in, so it must be able to see that
+		// group.
 		own := filepath.Join(group, "program")
 		err := makeGroup(path, own)
 		if err == nil {
@@ -181,8 +183,8 @@ func (r root) groups(group string) error {
 	return nil
 }
 
-// makeGroup makes a group in a controller's tree. In cpuset, groups are of no use until they have what is
-// above them.
+// makeGroup makes a group in a controller's tree. In cpuset, a group can be used only after its
+// parent's values are copied.
 func makeGroup(tree, group string) error {
 	if err := os.MkdirAll(filepath.Join(tree, group), 0o755); err != nil {
 		return err
@@ -211,15 +213,16 @@ func makeGroup(tree, group string) error {
 	return nil
 }
 
-// bundles are where distributions have the certificates of authorities, as Go's crypto/x509 looks for
-// them. One that is there is enough.
+// bundles are the files in which distributions have the certificates of authorities, as in Go's
+// crypto/x509. One of them is enough.
 var bundles = []string{
 	"/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
 	"/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", "/etc/ssl/cert.pem",
 }
 
-// files writes the few files of /etc that are needed. Names are asked of the given servers, not of one on
-// the host's loopback, which is not reached from here, and are not what the host calls its neighbours.
+// files writes the few files of /etc that are needed. Names are resolved by the given servers,
+// not by one on the host's loopback, which cannot be reached from here, and not from the host's
+// own list of hosts.
 func (r root) files(c *wire.Config) error {
 	texts := map[string]string{
 		"/etc/resolv.conf": resolvConf(c.Nameservers), "/etc/hosts": "127.0.0.1\tlocalhost\n",
@@ -248,13 +251,13 @@ func (r root) files(c *wire.Config) error {
 	return errors.Join(r.bind(c.Runsc, runscPath, readOnly), r.bind(c.Contexts, contextsDir, readOnly|unix.MS_NOEXEC))
 }
 
-// gitTrees are where distributions have the program git, what it runs and the libraries of both. Nothing
-// there is a secret, a host's own programs and data are elsewhere.
+// gitTrees are the directories in which distributions have git, the programs that it runs, and
+// their libraries. They hold no secrets; a host's own programs and data are elsewhere.
 var gitTrees = []string{"/usr/bin", "/usr/lib", "/usr/lib64", "/usr/libexec", "/usr/share/git-core", "/lib", "/lib64"}
 
-// gitScript is what runs as git: the repositories that it is given are strangers', and so is what those
-// say of others. BuildKit itself uses file: between directories of its own, which is what "user" permits
-// and a submodule does not get.
+// gitScript runs in place of git, since the repositories, and the others that they name, are
+// untrusted. BuildKit itself uses file: URLs between its own directories; "user" allows those,
+// and denies them to submodules.
 const gitScript = `#!/bin/sh
 export GIT_CONFIG_COUNT=8
 export GIT_CONFIG_KEY_0=protocol.allow GIT_CONFIG_VALUE_0=never
@@ -269,8 +272,8 @@ unset GIT_SSH_COMMAND
 exec /usr/bin/git "$@"
 `
 
-// programs mounts git and what it needs, read-only, where the host has it. ssh is shadowed: it would
-// show keys to whomever a repository's submodules name, if there were any.
+// programs mounts git and what it needs, read-only, if the host has it. ssh is shadowed: it would
+// offer keys, if there were any, to every server that a repository's submodules name.
 func (r root) programs() error {
 	if _, err := os.Stat("/usr/bin/git"); err != nil {
 		return nil // ADD of a repository is refused
@@ -296,10 +299,10 @@ func (r root) programs() error {
 			}
 		}
 	}
-	// /bin is the root's own, and has what git's scripts name there.
+	// /bin is the root's own, and has the programs that git's scripts name there.
 	for name, to := range map[string]string{"sh": "/usr/bin/sh", "false": "/usr/bin/false"} {
 		if _, err := os.Stat(to); err != nil {
-			to = "/bin/" + name // of a host that has not merged them
+			to = "/bin/" + name // on a host that has not merged them
 			if err := r.bind(to, to, readOnly); err != nil {
 				return err
 			}
@@ -313,8 +316,8 @@ func (r root) programs() error {
 		os.WriteFile(r.path("bin/own/git"), []byte(gitScript), 0o755))
 }
 
-// disk mounts what builds write to. An image is mounted by a loop device, which the kernel frees together
-// with this mount namespace.
+// disk mounts the builds' disk. An image is mounted by a loop device, which the kernel frees with
+// this mount namespace.
 func (r root) disk(c *wire.Config) error {
 	if !c.Image {
 		return r.bind(c.Disk, dataDir, unix.MS_NOSUID|unix.MS_NODEV)
@@ -330,6 +333,7 @@ func (r root) disk(c *wire.Config) error {
 	return nil
 }
 
-// diskOptions mounts the image. Tables of inodes are not filled in the background, which would write
-// gigabytes of zeros into a sparse file. A disk that has failed takes no more writes, instead of others' results.
+// diskOptions are the mount options of an image. Inode tables are not filled in the background,
+// which would write gigabytes of zeros into a sparse file. A failed disk accepts no more writes,
+// so that no wrong results are read.
 const diskOptions = "loop,nosuid,nodev,noatime,noinit_itable,errors=remount-ro"

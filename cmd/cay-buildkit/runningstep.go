@@ -21,17 +21,18 @@ import (
 	"github.com/cayhq/cay/internal/buildkit/wire"
 )
 
-// box is one step while it runs.
-type box struct {
+// runningStep is one step while it runs.
+type runningStep struct {
 	id, dir string
 	undos   []func() error
 }
 
-func (b *box) undo(f func() error) { b.undos = append(b.undos, f) }
+func (b *runningStep) undo(f func() error) { b.undos = append(b.undos, f) }
 
-// takeApart undoes what was done, the last first, and goes on after errors. After one the directory stays,
-// since a mount may still be in it; the server removes it when the program has ended.
-func (b *box) takeApart() error {
+// takeApart undoes what was done for the step, in reverse order, and goes on after errors. After
+// an error the directory stays, since a mount may still be in it; the server removes it when the
+// program has ended.
+func (b *runningStep) takeApart() error {
 	var errs []error
 	for _, f := range slices.Backward(b.undos) {
 		errs = append(errs, f())
@@ -42,10 +43,11 @@ func (b *box) takeApart() error {
 	return os.RemoveAll(b.dir)
 }
 
-// mount mounts what BuildKit gives at a directory of the box. where is used for a directory;
-// a selector leads to what is below or, if it is a file, to that. Links in it do not lead
-// out: they are resolved below the mount.
-func (b *box) mount(ctx context.Context, m executor.Mount, where string, special func(mount.Mount) bool) (string, error) {
+// mount mounts what BuildKit provides at a directory of the step, named by where. A selector
+// chooses a directory or file of it. Links in the selector cannot lead out, since they are
+// resolved below the mount.
+func (b *runningStep) mount(ctx context.Context, m executor.Mount, where string,
+	special func(mount.Mount) bool) (string, error) {
 	ref, err := m.Src.Mount(ctx, m.Readonly)
 	if err != nil {
 		return "", err
@@ -61,7 +63,7 @@ func (b *box) mount(ctx context.Context, m executor.Mount, where string, special
 		return "", nil
 	}
 	if len(mounts) == 1 && isFile(mounts[0]) {
-		return mounts[0].Source, nil // such as a secret: it is mounted over nothing
+		return mounts[0].Source, nil // such as a secret, which is mounted over nothing
 	}
 	if err := os.MkdirAll(where, 0o700); err != nil {
 		return "", err
@@ -76,8 +78,8 @@ func (b *box) mount(ctx context.Context, m executor.Mount, where string, special
 	return b.selected(where, m.Selector)
 }
 
-// unmount unmounts what is mounted there, for good: the directory is removed next, and what is in the mount
-// must not be.
+// unmount unmounts a directory and waits for it: the caller removes the directory next, and must
+// not remove the content of the mount.
 func unmount(where string) error {
 	if mount.UnmountAll(where, 0) == nil {
 		return nil
@@ -93,10 +95,10 @@ func isFile(m mount.Mount) bool {
 	return err == nil && !info.IsDir()
 }
 
-// selected resolves a path below a mount and pins what it leads to with a mount of its own,
-// since other steps may change what the path leads to: the path that was opened
-// is compared with the one that was resolved.
-func (b *box) selected(where, selector string) (string, error) {
+// selected resolves a path below a mount, and pins the result with a mount of its own, since
+// other steps may change what the path leads to. It compares the opened path with the resolved
+// one.
+func (b *runningStep) selected(where, selector string) (string, error) {
 	path, err := fs.RootPath(where, selector)
 	if err != nil {
 		return "", &stepError{kind: wire.Step, code: -1, text: fmt.Sprintf("mount of %s: %v", selector, underlying(err))}
@@ -130,7 +132,7 @@ func (b *box) selected(where, selector string) (string, error) {
 	return pin, nil
 }
 
-// underlying is an error without the path of ours that it names.
+// underlying returns an error without the path of the program that it names.
 func underlying(err error) error {
 	if p, ok := errors.AsType[*os.PathError](err); ok {
 		return p.Err
@@ -138,9 +140,9 @@ func underlying(err error) error {
 	return err
 }
 
-// tmpMarker is a file that stands in an empty /tmp while a step runs. gVisor mounts
-// a file system of its own over an empty one, and what the step leaves there would be lost. A
-// mount of /tmp over itself would do as well, but nothing could be moved out of it.
+// tmpMarker is a file in a step's /tmp if that is empty. gVisor mounts a file system of its own
+// over an empty /tmp, and files that the step leaves there would be lost. Mounting /tmp over
+// itself would help too, but then nothing could be moved out of it.
 const tmpMarker = "/tmp/.cay-step"
 
 func keepTmp(rootPath string) error {
@@ -151,7 +153,7 @@ func keepTmp(rootPath string) error {
 	defer root.Close()
 	info, err := root.Lstat("tmp")
 	if err != nil || !info.IsDir() {
-		return nil // it has none that could be lost
+		return nil // it has no files that could be lost
 	}
 	dir, err := root.Open("tmp")
 	if err != nil {
@@ -168,7 +170,8 @@ func keepTmp(rootPath string) error {
 	return root.Chtimes("tmp", info.ModTime(), info.ModTime())
 }
 
-// workingDir makes the step's working directory if it does not exist, as its user's.
+// workingDir makes the step's working directory if it does not exist. It belongs to the step's
+// user.
 func workingDir(root, dir string, uid, gid uint32) error {
 	path, err := fs.RootPath(root, dir)
 	if err != nil {
@@ -183,7 +186,7 @@ func workingDir(root, dir string, uid, gid uint32) error {
 	return nil
 }
 
-// userOf is the user that a step runs as, by the accounts of its root.
+// userOf returns the user that a step runs as, from the accounts of its root.
 func userOf(root, name string) (specs.User, error) {
 	uid, gid, groups, err := oci.GetUser(root, name)
 	if err != nil {

@@ -11,7 +11,7 @@ import (
 	"github.com/cayhq/cay/internal/buildkit/wire"
 )
 
-// slots asks the server for network namespaces. Safe for concurrent use.
+// slots gets network namespaces from the server. It is safe for concurrent use.
 type slots struct {
 	control *wire.Conn
 
@@ -27,14 +27,14 @@ type gift struct {
 	err       error
 }
 
-// slot is a network namespace that is ours until it is released.
+// slot is a network namespace that belongs to the program until it is released.
 type slot struct {
 	slots     *slots
 	id        int64
 	namespace *os.File
 }
 
-// take asks for a slot and waits for it.
+// take requests a slot and waits for it.
 func (s *slots) take(ctx context.Context) (*slot, error) {
 	answer := make(chan gift, 1)
 	s.mu.Lock()
@@ -52,7 +52,7 @@ func (s *slots) take(ctx context.Context) (*slot, error) {
 		}
 		return &slot{slots: s, id: id, namespace: g.namespace}, nil
 	case <-ctx.Done():
-		// The answer comes all the same, and is given back then.
+		// The answer still comes, and the slot is given back then.
 		go func() {
 			if g := <-answer; g.err == nil {
 				(&slot{slots: s, id: id, namespace: g.namespace}).release()
@@ -82,7 +82,7 @@ func (s *slots) given(g wire.SlotGift, namespace *os.File) {
 	}
 }
 
-// path names the namespace for processes that this one starts.
+// path returns the path of the namespace for processes that this one starts.
 func (s *slot) path() string {
 	return "/proc/" + strconv.Itoa(os.Getpid()) + "/fd/" + strconv.Itoa(int(s.namespace.Fd()))
 }

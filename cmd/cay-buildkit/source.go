@@ -13,8 +13,8 @@ import (
 	"github.com/cayhq/cay/internal/buildkit/wire"
 )
 
-// frontEnd turns a Dockerfile into definitions and has them solved, of which the build that
-// it is for takes a look at each.
+// frontEnd converts a Dockerfile to definitions and has them solved. The build checks each
+// definition first.
 func (e *engine) frontEnd(ctx context.Context, c gateway.Client) (*gateway.Result, error) {
 	b, ok := e.builds.Load(c.BuildOpts().SessionID)
 	if !ok {
@@ -38,15 +38,15 @@ func (w *watched) Solve(ctx context.Context, r gateway.SolveRequest) (*gateway.R
 	return w.Client.Solve(ctx, r)
 }
 
-// place is where in the Dockerfile a step is.
+// place is the place of a step in the Dockerfile.
 type place struct {
 	text string
 	line int
 }
 
-// look notes where each step of a definition is in the Dockerfile, and refuses what leads out
-// of the sandbox. The solver knows steps by digests, which change when their sources become
-// those that the policy gives; names stay.
+// look records the place of each step of a definition, and refuses what leads out of the sandbox.
+// The solver knows steps by digests, which change when the policy replaces their sources; names
+// stay.
 func (b *build) look(def *pb.Definition) error {
 	places := map[string]place{} // by digest
 	ops := map[string]*pb.Op{}
@@ -59,7 +59,7 @@ func (b *build) look(def *pb.Definition) error {
 		ops[d], places[d] = op, placeOf(def.Source, d)
 		for _, in := range op.Inputs {
 			if places[in.Digest].line == 0 {
-				places[in.Digest] = places[d] // what ADD fetches is where the ADD is
+				places[in.Digest] = places[d] // what ADD fetches has the place of the ADD
 			}
 		}
 		if meta := def.Metadata[d]; meta != nil && places[d].line > 0 {
@@ -74,16 +74,17 @@ func (b *build) look(def *pb.Definition) error {
 			why = b.forbiddenSource(from)
 		}
 		if why != "" {
-			return &failedError{&wire.Failure{Kind: wire.Dockerfile, Step: places[d].text, Line: places[d].line, ExitCode: -1, Message: why}}
+			return &failedError{&wire.Failure{Kind: wire.Dockerfile, Step: places[d].text, Line: places[d].line, ExitCode: -1,
+				Message: why}}
 		}
 	}
 	return nil
 }
 
-// customName is where the front end notes how it calls a step.
+// customName is the key of the front end's name for a step.
 const customName = "llb.customname"
 
-// forbidden says why a step may not be run, "" if it may.
+// forbidden returns the reason why a step may not be run, "" if it may.
 func forbidden(e *pb.ExecOp) string {
 	switch {
 	case e == nil:
@@ -98,7 +99,7 @@ func forbidden(e *pb.ExecOp) string {
 	return ""
 }
 
-// forbiddenSource says why a source may not be used, "" if it may.
+// forbiddenSource returns the reason why a source may not be used, "" if it may.
 func (b *build) forbiddenSource(s *pb.SourceOp) string {
 	scheme, _, _ := strings.Cut(s.Identifier, "://")
 	switch scheme {
@@ -108,12 +109,12 @@ func (b *build) forbiddenSource(s *pb.SourceOp) string {
 		if s.Attrs[pb.AttrOCILayoutSessionID] != b.session {
 			return "images come from the server only"
 		}
-		return "" // what the policy gives for an image
+		return "" // an image from the policy
 	case "git":
 		if b.engine.worker.GitSource == nil {
 			return "adding a git repository needs the program git on the server, which is not there"
 		}
-		// Others would be reached as the server's own user, with its keys.
+		// Other URLs would be opened as the server's own user, with its keys.
 		if url := s.Attrs[pb.AttrFullRemoteURL]; !strings.HasPrefix(url, "https://") && !strings.HasPrefix(url, "http://") {
 			return "git repositories are added from https:// and http:// only"
 		}
@@ -134,10 +135,11 @@ func placeOf(s *pb.Source, d string) place {
 	return place{}
 }
 
-// maxQuote is how much of a step is quoted, in bytes.
+// maxQuote is the number of bytes of a step that are quoted.
 const maxQuote = 400
 
-// quote is what the Dockerfile says in the ranges, which are one a line, and where that begins.
+// quote returns the text of the Dockerfile in the ranges, one a line, and the place where it
+// begins.
 func quote(source *pb.SourceInfo, ranges []*pb.Range) place {
 	if source == nil {
 		return place{}

@@ -16,16 +16,17 @@ import (
 	"github.com/cayhq/cay/internal/buildkit/wire"
 )
 
-// capabilities are docker's default set, which is what Dockerfiles are written for. All of it
-// is answered by the sandbox's own kernel and gives nothing on the host.
+// capabilities are docker's default set, for which Dockerfiles are written. The sandbox's own
+// kernel implements them; they give no rights on the host.
 var capabilities = []string{
 	"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD",
 	"CAP_SETGID", "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE",
 	"CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
 }
 
-// spec describes the sandbox of a step, but for its network and its limits.
-func (s *steps) spec(ctx context.Context, b *box, root string, mounts []executor.Mount, m executor.Meta) (*specs.Spec, error) {
+// spec returns the OCI spec of a step's sandbox, without its network and its limits.
+func (s *steps) spec(ctx context.Context, b *runningStep, root string, mounts []executor.Mount,
+	m executor.Meta) (*specs.Spec, error) {
 	u, err := userOf(root, m.User)
 	if err != nil {
 		return nil, err
@@ -62,7 +63,8 @@ func (s *steps) spec(ctx context.Context, b *box, root string, mounts []executor
 	}
 	spec.Mounts = append(spec.Mounts, names...)
 	for i, from := range mounts {
-		to := specs.Mount{Destination: filepath.Join("/", from.Dest), Type: "bind", Options: []string{"rbind", "nosuid", "nodev"}}
+		to := specs.Mount{Destination: filepath.Join("/", from.Dest), Type: "bind",
+			Options: []string{"rbind", "nosuid", "nodev"}}
 		path, err := b.mount(ctx, from, filepath.Join(b.dir, fmt.Sprintf("mount-%d", i)), func(m mount.Mount) bool {
 			if m.Type != "tmpfs" {
 				return false
@@ -79,14 +81,14 @@ func (s *steps) spec(ctx context.Context, b *box, root string, mounts []executor
 				to.Options = append(to.Options, "ro")
 			}
 		}
-		// A later mount at the same place replaces an earlier one, such as the one of /dev/shm.
+		// A later mount at the same place replaces an earlier one, such as that of /dev/shm.
 		spec.Mounts = slices.DeleteFunc(spec.Mounts, func(m specs.Mount) bool { return m.Destination == to.Destination })
 		spec.Mounts = append(spec.Mounts, to)
 	}
 	return spec, nil
 }
 
-// dated tells a step's programs the date to use, unless the Dockerfile does.
+// dated adds SOURCE_DATE_EPOCH to a step's environment, unless the Dockerfile sets it.
 func dated(env []string) []string {
 	const name = "SOURCE_DATE_EPOCH="
 	if slices.ContainsFunc(env, func(v string) bool { return strings.HasPrefix(v, name) }) {
@@ -95,8 +97,8 @@ func dated(env []string) []string {
 	return append(slices.Clone(env), name+strconv.Itoa(wire.Epoch))
 }
 
-// nameFiles are the step's files of names and of name servers.
-func (s *steps) nameFiles(b *box, hostname string, m executor.Meta) ([]specs.Mount, error) {
+// nameFiles writes the step's files of host names and name servers.
+func (s *steps) nameFiles(b *runningStep, hostname string, m executor.Meta) ([]specs.Mount, error) {
 	hosts := "127.0.0.1\tlocalhost\n::1\tlocalhost\n127.0.1.1\t" + hostname + "\n"
 	for _, h := range m.ExtraHosts {
 		hosts += h.IP.String() + "\t" + h.Host + "\n"
@@ -107,7 +109,8 @@ func (s *steps) nameFiles(b *box, hostname string, m executor.Meta) ([]specs.Mou
 		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 			return nil, fmt.Errorf("writing a step's names: %w", err)
 		}
-		mounts = append(mounts, specs.Mount{Destination: "/etc/" + name, Type: "bind", Source: path, Options: []string{"ro", "rbind", "nosuid", "nodev", "noexec"}})
+		mounts = append(mounts, specs.Mount{Destination: "/etc/" + name, Type: "bind", Source: path,
+			Options: []string{"ro", "rbind", "nosuid", "nodev", "noexec"}})
 	}
 	return mounts, nil
 }
@@ -123,7 +126,8 @@ func resolvConf(nameservers []string) string {
 func rlimits(m executor.Meta) []specs.POSIXRlimit {
 	limits := []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 1 << 16, Hard: 1 << 20}}
 	for _, u := range m.Ulimit {
-		limits = append(limits, specs.POSIXRlimit{Type: "RLIMIT_" + strings.ToUpper(u.Name), Soft: uint64(u.Soft), Hard: uint64(u.Hard)})
+		limits = append(limits, specs.POSIXRlimit{Type: "RLIMIT_" + strings.ToUpper(u.Name), Soft: uint64(u.Soft),
+			Hard: uint64(u.Hard)})
 	}
 	return limits
 }

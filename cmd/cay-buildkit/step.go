@@ -24,18 +24,18 @@ import (
 	"github.com/cayhq/cay/internal/cgroup"
 )
 
-// steps runs the RUN steps of builds: each in a gVisor sandbox of its own, with a network
-// namespace and a control group of its own. It implements BuildKit's executor.
+// steps runs the RUN steps of builds, each in a gVisor sandbox with a network namespace and a
+// control group of its own. It implements BuildKit's executor.
 type steps struct {
-	config *wire.Config
-	slots  *slots
-	groups *cgroup.Hierarchy
-	disk   *disk
-	dir    string        // scratch for steps, one directory each
-	turns  chan struct{} // holds as many as run
+	config  *wire.Config
+	slots   *slots
+	groups  *cgroup.Hierarchy
+	disk    *disk
+	dir     string        // scratch for steps, one directory each
+	running chan struct{} // holds a value for each running step
 }
 
-// stepError is a step that ran and failed.
+// stepError is the error of a step that ran and failed.
 type stepError struct {
 	kind string // of wire.Failure
 	code int    // -1 if no program ended with one
@@ -45,24 +45,25 @@ type stepError struct {
 
 func (e *stepError) Error() string { return e.text }
 
-// machineError is a step that could not be run through no fault of its own.
+// machineError is the error of a step that could not be run, through no fault of its own.
 type machineError struct{ err error }
 
 func (e *machineError) Error() string { return e.err.Error() }
 func (e *machineError) Unwrap() error { return e.err }
 
-// cleanup is how long taking a step apart may take, whatever became of the build.
+// cleanup bounds the time for removing a step, even after the build has ended.
 const cleanup = 30 * time.Second
 
-// Run runs one step to its end. Nothing of it is left when it returns.
-func (s *steps) Run(ctx context.Context, _ string, root executor.Mount, mounts []executor.Mount, p executor.ProcessInfo, started chan<- struct{}) (resourcestypes.Recorder, error) {
+// Run runs one step to its end. It leaves nothing of it.
+func (s *steps) Run(ctx context.Context, _ string, root executor.Mount, mounts []executor.Mount, p executor.ProcessInfo,
+	started chan<- struct{}) (resourcestypes.Recorder, error) {
 	if started != nil {
 		defer close(started)
 	}
-	// One Dockerfile of a hundred stages does not take all memory.
+	// The limit keeps a Dockerfile of a hundred stages from taking all memory.
 	select {
-	case s.turns <- struct{}{}:
-		defer func() { <-s.turns }()
+	case s.running <- struct{}{}:
+		defer func() { <-s.running }()
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
@@ -73,8 +74,9 @@ func (s *steps) Run(ctx context.Context, _ string, root executor.Mount, mounts [
 	return nil, err
 }
 
-func (s *steps) step(ctx context.Context, root executor.Mount, mounts []executor.Mount, p executor.ProcessInfo) (err error) {
-	b := &box{id: identity.NewID()}
+func (s *steps) step(ctx context.Context, root executor.Mount, mounts []executor.Mount,
+	p executor.ProcessInfo) (err error) {
+	b := &runningStep{id: identity.NewID()}
 	b.dir = filepath.Join(s.dir, b.id)
 	defer func() { err = errors.Join(err, b.takeApart()) }()
 	if err := os.MkdirAll(filepath.Join(b.dir, "root"), 0o700); err != nil {
@@ -85,7 +87,7 @@ func (s *steps) step(ctx context.Context, root executor.Mount, mounts []executor
 	if err != nil {
 		return fmt.Errorf("mounting a step's root: %w", err)
 	}
-	// What is not there before and empty after was made for mounts.
+	// Directories that did not exist before, and are empty afterwards, were made for mounts.
 	stubs := append(slices.Clone(mounts), executor.Mount{Dest: "/tmp"}, executor.Mount{Dest: tmpMarker})
 	clean := executor.MountStubsCleaner(context.WithoutCancel(ctx), rootPath, stubs, p.Meta.RemoveMountStubsRecursive)
 	b.undo(func() error { clean(); return nil })
@@ -104,7 +106,8 @@ func (s *steps) step(ctx context.Context, root executor.Mount, mounts []executor
 			return err
 		}
 		b.undo(func() error { slot.release(); return nil })
-		spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: slot.path()})
+		spec.Linux.Namespaces = append(spec.Linux.Namespaces,
+			specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: slot.path()})
 	}
 	group, limits, err := s.group(b, p.Meta.LinuxResources)
 	if err != nil {
@@ -123,24 +126,25 @@ func (s *steps) step(ctx context.Context, root executor.Mount, mounts []executor
 	return s.run(ctx, b, spec, p, group, limits)
 }
 
-// Exec is for debugging containers, which nobody asks for.
+// Exec would enter containers for debugging, which is not supported.
 func (s *steps) Exec(context.Context, string, executor.ProcessInfo) error {
 	return errors.New("a step cannot be entered")
 }
 
-// groupPath names the step's group below the program's, which is all that is mounted here.
-func (s *steps) groupPath(b *box) string { return "/step-" + b.id }
+// groupPath returns the path of the step's group below the program's, where the hierarchy is
+// mounted.
+func (s *steps) groupPath(b *runningStep) string { return "/step-" + b.id }
 
-// What a step may have if nobody says otherwise, and how many processes.
+// Default limits of a step, and the number of its processes.
 const (
 	defaultMemory = 2 << 30
 	minMemory     = 128 << 20
-	// stepPIDs bounds tasks of the host: a process inside is about three.
+	// stepPIDs bounds tasks of the host. A process inside takes about three.
 	stepPIDs = 8192
 )
 
-// group makes the step's control group, so that it can be asked what happened after gVisor has gone.
-func (s *steps) group(b *box, r *pb.LinuxResources) (cgroup.Group, cgroup.Limits, error) {
+// group makes the step's control group, which can be read after gVisor has ended.
+func (s *steps) group(b *runningStep, r *pb.LinuxResources) (cgroup.Group, cgroup.Limits, error) {
 	limits := cgroup.Limits{MemoryBytes: defaultMemory, PIDs: stepPIDs}
 	if r != nil && r.Memory > 0 {
 		limits.MemoryBytes = max(r.Memory, minMemory)
@@ -156,7 +160,8 @@ func (s *steps) group(b *box, r *pb.LinuxResources) (cgroup.Group, cgroup.Limits
 }
 
 // run runs gVisor until the step's program has ended.
-func (s *steps) run(ctx context.Context, b *box, spec *specs.Spec, p executor.ProcessInfo, group cgroup.Group, limits cgroup.Limits) error {
+func (s *steps) run(ctx context.Context, b *runningStep, spec *specs.Spec, p executor.ProcessInfo, group cgroup.Group,
+	limits cgroup.Limits) error {
 	data, err := json.Marshal(spec)
 	if err != nil {
 		return fmt.Errorf("encoding a step's spec: %w", err)
@@ -174,8 +179,8 @@ func (s *steps) run(ctx context.Context, b *box, spec *specs.Spec, p executor.Pr
 		"--log="+logFile, "--log-format=json", "--panic-log="+logFile,
 		"--platform="+s.config.Platform,
 		"--network=sandbox",
-		// What a step writes is the layer: it goes to the snapshot. Caches are shared
-		// between steps that run at the same time.
+		// The files that a step writes are the layer, so they go to the snapshot. Caches are
+		// shared between steps that run at the same time.
 		"--overlay2=none", "--file-access=exclusive", "--file-access-mounts=shared",
 		"--allow-suid", "--host-settings=ignore", "--cpu-num-from-quota=true",
 		"run", "--bundle="+b.dir, b.id)
@@ -188,7 +193,7 @@ func (s *steps) run(ctx context.Context, b *box, spec *specs.Spec, p executor.Pr
 		defer cancel()
 		return errors.Join(cmd.Process.Kill(), group.Kill(kill))
 	}
-	// The sandbox holds the streams as long as it lives.
+	// The sandbox holds the streams open as long as it lives.
 	cmd.WaitDelay = cleanup
 	b.undo(func() error { return s.forget(b) })
 	err = cmd.Run()
@@ -206,10 +211,10 @@ func (s *steps) run(ctx context.Context, b *box, spec *specs.Spec, p executor.Pr
 	return err
 }
 
-// commandNotFound is what a shell says of a program that it cannot start.
+// commandNotFound is the exit code of a shell for a program that it cannot start.
 const commandNotFound = 127
 
-// explain says why a step failed that was not interrupted.
+// explain returns the reason why a step failed that was not interrupted.
 func (s *steps) explain(err error, group cgroup.Group, limits cgroup.Limits, logFile string) error {
 	happened, lookErr := group.Events()
 	if lookErr != nil {
@@ -217,7 +222,8 @@ func (s *steps) explain(err error, group cgroup.Group, limits cgroup.Limits, log
 	}
 	switch {
 	case happened.OutOfMemory > 0:
-		return &stepError{kind: wire.Memory, code: -1, text: fmt.Sprintf("the step needed more than the %d MiB of memory that it may have", limits.MemoryBytes>>20)}
+		return &stepError{kind: wire.Memory, code: -1,
+			text: fmt.Sprintf("the step needed more than the %d MiB of memory that it may have", limits.MemoryBytes>>20)}
 	case s.disk.full():
 		return s.disk.exceeded()
 	case happened.NoMorePIDs > 0:
@@ -227,7 +233,7 @@ func (s *steps) explain(err error, group cgroup.Group, limits cgroup.Limits, log
 	if !ok {
 		return fmt.Errorf("running gVisor: %w", err)
 	}
-	// gVisor's own failures end with 128, as its messages say; a program's may too.
+	// gVisor's own failures exit with 128, and its messages tell them from a program that does.
 	if code := exit.ExitCode(); code > 0 {
 		said := lastMessage(logFile)
 		if _, why, ok := strings.Cut(said, "creating process: "); ok && code == 128 {
@@ -241,7 +247,7 @@ func (s *steps) explain(err error, group cgroup.Group, limits cgroup.Limits, log
 	return fmt.Errorf("running gVisor: %w: %s", err, lastMessage(logFile))
 }
 
-// lastMessage is the last error that gVisor wrote, "" if there is none.
+// lastMessage returns the last error that gVisor wrote, "" if there is none.
 func lastMessage(logFile string) string {
 	data, err := os.ReadFile(logFile)
 	if err != nil {
@@ -259,8 +265,8 @@ func lastMessage(logFile string) string {
 	return last
 }
 
-// forget removes what gVisor keeps of a sandbox that it was not allowed to end by itself.
-func (s *steps) forget(b *box) error {
+// forget removes the state of a sandbox that gVisor could not end itself.
+func (s *steps) forget(b *runningStep) error {
 	matches, err := filepath.Glob(filepath.Join(runscDir, "*"+b.id+"*"))
 	if err != nil {
 		return err

@@ -6,7 +6,7 @@ import (
 	"sync"
 )
 
-// tail keeps the end of what is written through it. Both streams of a step share one, and
+// tail keeps the end of what is written through it. Both streams of a step share one, and may
 // write concurrently.
 type tail struct {
 	mu sync.Mutex
@@ -37,7 +37,7 @@ func (w tailWriter) Write(data []byte) (int, error) {
 	return w.w.Write(data)
 }
 
-// lines are the last lines.
+// lines returns the last lines.
 func (t *tail) lines() []string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
