@@ -1,7 +1,7 @@
-// Command cay-agent is PID 1 of a sandbox. It takes no arguments; the
-// environment variable CAY_PIDS_MAX limits the processes and threads of all
-// commands together. It never ends by itself: if it cannot serve it says why on
-// standard error and exits with status 1, which ends the sandbox.
+// Command cay-agent is PID 1 of a sandbox. It takes no arguments; the environment variable
+// CAY_PIDS_MAX limits the processes and threads of all commands together. It never ends by
+// itself. If it cannot serve, it prints the reason on standard error and exits with status 1,
+// which ends the sandbox.
 package main
 
 import (
@@ -57,7 +57,7 @@ func pidsMax(s string) (int, error) {
 	}
 	n, err := strconv.Atoi(s)
 	if err != nil || n < 1 {
-		return 0, fmt.Errorf("CAY_PIDS_MAX=%q is no positive number", s)
+		return 0, fmt.Errorf("CAY_PIDS_MAX=%q is not a positive number", s)
 	}
 	return n, nil
 }

@@ -1,4 +1,4 @@
 package main
 
-// plainCPUID has nothing to do: there is no such instruction.
+// plainCPUID does nothing, since arm64 has no such instruction.
 func plainCPUID() {}

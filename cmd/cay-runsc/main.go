@@ -1,9 +1,8 @@
-// Command cay-runsc is what cay needs of gVisor's runsc: the verbs that start,
-// restore and save a sandbox, and those that runsc calls itself. Every start of a
-// sandbox starts it several times (client, gofer, sandbox, and both again in
-// their chroots), so nothing may be linked here that they do not need: each
-// package's init is paid on every create. It is embedded into cay and unpacked
-// under its content hash.
+// Command cay-runsc is the part of gVisor's runsc that cay needs: the verbs that start, restore
+// and save a sandbox, and those that runsc calls itself. Every start of a sandbox starts it
+// several times (client, gofer, sandbox, and both again in their chroots), so it must link
+// nothing that they do not need: each package's init is paid on every create. It is embedded into
+// cay and unpacked under its content hash.
 package main
 
 import (
@@ -22,19 +21,19 @@ import (
 	"github.com/cayhq/cay/internal/gctune"
 )
 
-// entry is where the kernel starts the program (-E of the linker, in the Makefile),
-// before Go's runtime. What it does there gVisor does again later, with more threads than
-// one, for which the kernel waits for an RCU grace period of 2 to 18 ms; a process of
-// one thread does not wait, and the second time there is nothing left to do:
+// entry is the address at which the kernel starts the program (-E of the linker, in the
+// Makefile), before Go's runtime. It does two things that gVisor does again later. By then the
+// process has several threads, and the kernel waits for an RCU grace period of 2 to 18 ms; with
+// one thread it does not wait, and the second time there is nothing left to do:
 //
 //   - It registers the process for membarrier, which gVisor does in a package's init, in each
 //     of the three processes that a start runs one after the other: 30 ms of 240.
 //   - It makes the table of files large enough for the descriptors from 256 on, to which
 //     the sentry moves the sandbox's standard streams: 14 ms more.
 //
-// Without it everything works, later.
+// Without it everything works, but later.
 //
-//lint:ignore U1000 the linker is told of it
+//lint:ignore U1000 the linker uses it
 func entry()
 
 func main() {
@@ -42,7 +41,7 @@ func main() {
 		await()
 	}
 	gctune.Rest(startMemory)
-	// The processes that stay are named runsc-sandbox and runsc-gofer.
+	// The long-lived processes are named runsc-sandbox and runsc-gofer.
 	if strings.HasPrefix(os.Args[0], "runsc-") {
 		plainCPUID()
 	}
@@ -58,9 +57,9 @@ func main() {
 	}, nil)
 }
 
-// await waits until it is told its arguments, as a JSON array at the socket that is descriptor 3, and
-// answers with a byte: whoever starts sandboxes has a process ready that has its own start
-// behind it. An end without any says that it is not needed.
+// await waits for arguments, a JSON array at the socket that is descriptor 3, and answers with a
+// byte. So a server can have a process ready whose own start is done. If the socket ends without
+// arguments, the process is not needed.
 func await() {
 	rehearse()
 	socket := os.NewFile(3, "arguments")
@@ -77,8 +76,8 @@ func await() {
 	os.Args = append(os.Args[:1], args...)
 }
 
-// rehearse does what a start does first, without effect: doing it the first time takes 7 ms longer,
-// in which encoding/json learns the types of a spec, and the program's pages are mapped.
+// rehearse does the first steps of a start without effect. Doing them the first time takes 7 ms
+// longer, while encoding/json learns the types of a spec and the program's pages are mapped.
 func rehearse() {
 	var spec specs.Spec
 	_ = json.Unmarshal([]byte("{}"), &spec)
@@ -89,8 +88,8 @@ func rehearse() {
 	}
 }
 
-// startMemory is how much a process of runsc may take before it collects garbage for the
-// first time, in bytes: twice what the restore of a small sandbox takes. A start
-// allocates some 10 MB, nearly all of which stays; collecting that again and again from 4
-// MB on is 10 ms of a create's 190 and 25 of a restore's 180.
+// startMemory is the number of bytes that a process of runsc may take before it collects garbage
+// for the first time: twice what the restore of a small sandbox takes. A start allocates some 10
+// MB, nearly all of which stays. Collecting that again and again from 4 MB on takes 10 ms of a
+// create's 190 and 25 of a restore's 180; a larger value would take memory in every sandbox.
 const startMemory = 32 << 20

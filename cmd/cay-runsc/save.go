@@ -18,10 +18,10 @@ import (
 	"gvisor.dev/gvisor/runsc/sandbox"
 )
 
-// save writes a sandbox down and leaves it running, or paused for as long as the caller
-// wants. gVisor's own checkpoint ends the sandbox, also when the disk was full; and
-// pause, checkpoint and resume are three programs, of which each can be the last that
-// runs. This is one, which resumes the sandbox before it goes.
+// save writes the state of a sandbox and leaves it running, or paused for as long as the caller
+// wants. gVisor's own checkpoint ends the sandbox, even if the disk was full. Its pause,
+// checkpoint and resume are three programs, and after each the next may never run. This is one
+// program, which resumes the sandbox before it ends.
 type save struct {
 	imagePath string
 	hold      bool
@@ -74,21 +74,21 @@ func (s *save) Execute(_ context.Context, f *flag.FlagSet, args ...any) subcomma
 	if err != nil {
 		return util.Errorf("%v", err)
 	}
-	// From here on nothing but SIGKILL ends this process before the sandbox goes on.
+	// From here on only SIGKILL ends this process before the sandbox is resumed.
 	asked := make(chan os.Signal, 1)
 	signal.Notify(asked, os.Interrupt)
-	signal.Ignore(unix.SIGPIPE) // of "saved", when the caller has died meanwhile
+	signal.Ignore(unix.SIGPIPE) // from printing "saved", if the caller has died meanwhile
 	if s.hold {
 		if err := c.Sandbox.Pause(c.ID); err != nil {
 			return util.Errorf("pausing: %v", err)
 		}
-		// The sandbox may be gone by then, which is what most callers wait for.
+		// The sandbox may have ended by then, which most callers wait for.
 		defer func() { _ = c.Sandbox.Resume(c.ID) }()
 	}
 	if err := c.Checkpoint(conf, s.imagePath, sandbox.CheckpointOpts{
 		Compression: statefile.CompressionLevelNone, // memory is read from the file in any order
 		Resume:      true,
-		// Memory that was given back is zero, and half of what a sandbox has used.
+		// Memory that was given back is zero; it is half of what a sandbox has used.
 		ExcludeCommittedZeroPages: true,
 	}); err != nil {
 		return util.Errorf("saving: %v", err)

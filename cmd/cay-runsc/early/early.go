@@ -1,8 +1,8 @@
 // Package early does the work of one of runsc's processes before gVisor is initialised in it.
 //
-// Go initialises packages in the order of their import paths as far as they do not need each other,
-// so this one comes before nearly all of gvisor.dev, as long as it imports next to nothing. Should
-// it not, gVisor's own verb does the same.
+// Go initialises packages in the order of their import paths, unless one needs another. So this
+// package comes before nearly all of gvisor.dev, as long as it imports next to nothing. If it
+// does not, gVisor's own verb does the same work.
 package early
 
 import (
@@ -11,9 +11,9 @@ import (
 	"syscall"
 )
 
-// Every start of a sandbox starts two processes of runsc (umount --sync-fd=N PATH) that wait
-// until /proc is not needed any more in the chroot of the gofer or the sentry, and take it away.
-// gVisor's inits are 4.6 ms of processor time of the 5.6 that each takes.
+// Every start of a sandbox starts two processes of runsc (umount --sync-fd=N PATH), which wait
+// until the chroot of the gofer or the sentry does not need /proc any more, and unmount it.
+// gVisor's inits take 4.6 ms of the 5.6 ms of processor time of each.
 func init() {
 	const flag = "--sync-fd="
 	if len(os.Args) != 4 || os.Args[1] != "umount" || len(os.Args[2]) <= len(flag) || os.Args[2][:len(flag)] != flag {
@@ -30,8 +30,8 @@ func init() {
 	os.Exit(0)
 }
 
-// umount waits for a byte of the file, and then takes the mount out of the tree; who has a file
-// of it open keeps that. An error comes with what was being done.
+// umount waits for a byte of the file, and then removes the mount from the tree; processes keep
+// the files of it that they have open. On an error it returns what it was doing.
 func umount(fd int, path string) (doing string, err error) {
 	if _, err := os.NewFile(uintptr(fd), "sync file").Read(make([]byte, 1)); err != nil {
 		return "waiting for the word", err

@@ -13,8 +13,8 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// TestUmount has the real program take a mount away, once it is told to, and looks at what was
-// initialised in it.
+// TestUmount has the real program unmount a directory when it is told to, and checks which
+// packages were initialised in it.
 func TestUmount(t *testing.T) {
 	caytest.RequireRoot(t)
 	program, err := filepath.Abs("../../../bin/cay-runsc")
@@ -25,7 +25,7 @@ func TestUmount(t *testing.T) {
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) }) // EINVAL if it is done
+	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) }) // EINVAL if it is unmounted already
 	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -37,12 +37,12 @@ func TestUmount(t *testing.T) {
 	cmd := exec.Command(caytest.RequireProgram(t, program), "umount", "--sync-fd=3", dir)
 	var says bytes.Buffer
 	cmd.Stderr, cmd.ExtraFiles = &says, []*os.File{r}
-	cmd.Env = []string{"GODEBUG=inittrace=1"} // a line for each package
+	cmd.Env = []string{"GODEBUG=inittrace=1"} // prints a line for each package
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	r.Close()
-	time.Sleep(50 * time.Millisecond) // in which it would have done it, did it not wait
+	time.Sleep(50 * time.Millisecond) // it would have unmounted by now if it did not wait
 	if _, err := os.Stat(filepath.Join(dir, "file")); err != nil {
 		t.Errorf("before it was told: %v", err)
 	}
@@ -55,7 +55,8 @@ func TestUmount(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(dir, "file")); !os.IsNotExist(err) {
 		t.Errorf("after it ended the mount is still there: %v", err)
 	}
-	if text := says.String(); !strings.Contains(text, "init os ") || strings.Contains(text, "init gvisor.dev/gvisor/pkg/sentry/") {
+	if text := says.String(); !strings.Contains(text, "init os ") ||
+		strings.Contains(text, "init gvisor.dev/gvisor/pkg/sentry/") {
 		t.Errorf("it initialised more than it needs:\n%s", text)
 	}
 }
@@ -70,7 +71,7 @@ func TestUmountFails(t *testing.T) {
 	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "invalid argument") {
 		t.Errorf("unmounting what is none: %v: %s", err, out)
 	}
-	// Told nothing, it does nothing.
+	// Without the byte it does nothing.
 	cmd = exec.Command(program, "umount", "--sync-fd=0", "/")
 	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "waiting for the word") {
 		t.Errorf("not told: %v: %s", err, out)
