@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that can be said about the code without running the product.
+# Checks the code without running the product.
 set -euo pipefail
 tool() { go tool -modfile=tools/go.mod "$@"; }
 step() { echo "check: $*"; }
@@ -24,11 +24,11 @@ step staticcheck
 tool staticcheck ./...
 
 step locks
-# Only what is annotated: guesses about the rest are wrong too often to stop for.
+# Only annotated fields: guesses about others are wrong too often.
 tool checklocks -inferred=false -test=false $(go list ./internal/... ./cmd/cay ./cmd/cay-agent ./client/...)
 
 step the builder, which is a module of its own
-# With the flags that it was built with, so that nothing is compiled twice.
+# With the flags of the build, so that nothing is compiled twice.
 (
 	tools=$PWD/tools/go.mod
 	cd cmd/cay-buildkit
@@ -39,7 +39,7 @@ step the builder, which is a module of its own
 	go tool -modfile="$tools" checklocks -inferred=false -test=false ./...
 )
 
-step who may import whom
+step "imports, prose and links"
 go test -count=1 .
 
 step generated files are current
@@ -47,7 +47,7 @@ before=$(git status --porcelain; git diff; git ls-files --others --exclude-stand
 make -s generate
 after=$(git status --porcelain; git diff; git ls-files --others --exclude-standard -z | xargs -0 -r sha256sum)
 if [[ $before != "$after" ]]; then
-	echo "generated files were not current; make generate has made them so" >&2
+	echo "generated files were out of date; make generate has updated them" >&2
 	git status --short >&2
 	exit 1
 fi
