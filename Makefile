@@ -1,18 +1,18 @@
-# make help lists the targets. Two of them do all the set-up on a fresh machine
-# with Go and root: `make run` and `make test`.
+# make help lists the targets. `make run` and `make test` do all the set-up on a fresh machine with Go
+# and root.
 
 SHELL := /bin/bash
 GO    ?= go
 export CGO_ENABLED := 0
-# Finished template images, by content: never needed, only faster.
+# A cache of finished template images, by content. It only saves time.
 export CAY_IMAGES_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cay/images
 
 TOOL     = $(GO) tool -modfile=tools/go.mod
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS  = -s -w
 PROGRAMS = internal/embedded/programs
-# How long each fuzz test runs in `make test`, as -fuzztime: a count of tries, some seconds' worth,
-# since a run that is ended by the clock on a busy machine can fail for that alone.
+# How long each fuzz test runs in `make test`, as -fuzztime. It is a number of tries that takes some
+# seconds, since a run that the clock ends can fail on a busy machine for that reason alone.
 FUZZTIME ?= 15000x
 
 .PHONY: help
@@ -28,7 +28,7 @@ build: programs ## build bin/cay
 	@$(GO) build -trimpath -ldflags "$(LDFLAGS) -X main.version=$(VERSION)" -o bin/cay ./cmd/cay
 
 .PHONY: programs
-programs: ## build the programs that cay carries
+programs: ## build the programs that cay embeds
 	@$(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/ ./cmd/cay-agent
 	@scripts/gvisor.sh bin/gvisor
 	@$(GO) build -modfile bin/gvisor/go.mod -trimpath -ldflags "$(LDFLAGS) -E main.entry" -o bin/ ./cmd/cay-runsc
@@ -43,11 +43,11 @@ needs: ## install the Debian packages that the host lacks
 test: build ## run every test, the real ones included
 	@scripts/needs.sh test
 	@FUZZTIME=$(FUZZTIME) scripts/fuzz.sh
-	@$(GO) test -run '^$$' ./... >/dev/null # builds side by side; what follows runs one by one
+	@$(GO) test -run '^$$' ./... >/dev/null # builds in parallel; the next line runs one by one
 	CAY_TEST_REQUIRE=1 $(GO) test -p 1 -timeout 40m ./...
 
 .PHONY: soak
-soak: build ## suspend and wake one sandbox 200 times and 20 at once, and look for losses and leaks
+soak: build ## suspend and wake one sandbox 200 times and 20 at once, and check for losses and leaks
 	@scripts/needs.sh test
 	CAY_TEST_REQUIRE=1 $(GO) test -count=1 -timeout 60m ./e2e -run '^TestSoak$$' -v -soak.cycles=200 -soak.sandboxes=20 -soak.rounds=4
 
@@ -55,16 +55,16 @@ soak: build ## suspend and wake one sandbox 200 times and 20 at once, and look f
 HOSTILE ?= 10m
 
 .PHONY: soak-hostile
-soak-hostile: build ## let 50 hostile tenants attack beside an honest one, for HOSTILE (10m), and print what each had
+soak-hostile: build ## let 50 hostile tenants attack beside an honest one, for HOSTILE (10m), and print what each got
 	@scripts/needs.sh test
 	CAY_TEST_REQUIRE=1 $(GO) test -count=1 -timeout 60m ./e2e -run '^TestSoakHostile$$' -v -hostile.time=$(HOSTILE) -hostile.tenants=50 -hostile.spin
 
 .PHONY: check
-check: build ## formatting, vet, staticcheck, locks, generated files, modules
+check: build ## formatting, vet, staticcheck, locks, imports, prose, generated files, modules
 	@scripts/check.sh
 
 .PHONY: generate
-generate: ## make the generated files anew
+generate: ## update the generated files
 	@scripts/needs.sh generate
 	internal/api/generate.sh
 	internal/agentapi/generate.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every fuzz test for FUZZTIME (Go runs one at a time).
+# Runs every fuzz test for FUZZTIME, one after another, since Go runs one at a time.
 set -euo pipefail
 grep -rlE '^func Fuzz' --include='*_test.go' . | xargs -r -n1 dirname | sort -u | while read -r dir; do
 	binary=$(mktemp)

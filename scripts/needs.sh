@@ -4,16 +4,16 @@
 set -euo pipefail
 
 declare -A package=(
-	[mmdebstrap]=mmdebstrap # makes root file systems where no image registry is reached
-	[ip]=iproute2           # tests look at the host with it
-	[nft]=nftables          # tests look at the rules with it
+	[mmdebstrap]=mmdebstrap # makes root file systems where no image registry can be reached
+	[ip]=iproute2           # tests inspect the host with it
+	[nft]=nftables          # tests inspect the rules with it
 	[fsck.erofs]=erofs-utils # tests check images with it
 	[protoc]=protobuf-compiler
 	[curl]=curl
 	[chromium]=chromium # a test opens a terminal in it
 	[node]=nodejs # tests run E2B's own packages with it
 	[npm]=npm
-	[git]=git # patches gVisor; a Dockerfile may ADD repositories with it
+	[git]=git # patches gVisor; ADD in Dockerfiles fetches repositories with it
 )
 case ${1:-} in
 build) programs=(git) ;;
@@ -27,22 +27,22 @@ missing=()
 for program in "${programs[@]}"; do
 	PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || missing+=("${package[$program]}")
 done
-# Debian's keys, which other distributions do not have installed.
+# Debian's keys, which other distributions do not install.
 if [[ $1 == @(run|test) && ! -e /usr/share/keyrings/debian-archive-keyring.gpg ]]; then
 	missing+=(debian-archive-keyring)
 fi
-# Protocol Buffers' own definitions, which their compiler does not bring.
+# Protocol Buffers' own definitions, which are not in the compiler's package.
 if [[ $1 == generate && ! -e /usr/include/google/protobuf/timestamp.proto ]]; then
 	missing+=(libprotobuf-dev)
 fi
-# A program to start inside test sandboxes that needs no library.
+# A program for test sandboxes that needs no library.
 if [[ $1 == test ]] && ! dpkg -s busybox-static >/dev/null 2>&1; then
 	missing+=(busybox-static)
 fi
 [[ ${#missing[@]} -eq 0 ]] && exit 0
 
 if [[ $EUID -ne 0 ]]; then
-	echo "these packages are needed, and installing them needs root: ${missing[*]}" >&2
+	echo "root is needed to install these packages: ${missing[*]}" >&2
 	exit 1
 fi
 echo "installing ${missing[*]}"

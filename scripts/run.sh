@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Starts the server, runs a first sandbox in it, and keeps serving.
+# Starts the server, runs a first sandbox, and keeps the server running.
 set -euo pipefail
 dir=${CAY_DATA_DIR:-/var/lib/cay}
 listen=${CAY_LISTEN:-127.0.0.1:7070}
 if [[ $EUID -ne 0 ]]; then
-	echo "cay server needs root: it makes namespaces, control groups and packet filter rules" >&2
+	echo "cay server needs root, to make namespaces, control groups and packet filter rules" >&2
 	exit 1
 fi
 mkdir -p "$dir"
@@ -46,7 +46,7 @@ It works. In another terminal:
   cay sandbox destroy \$id
   curl -H "Authorization: Bearer \$CAY_API_KEY" $CAY_API_URL/v1/sandboxes
 
-The API is described at $CAY_API_URL/openapi.yaml. Ctrl-C stops the server; sandboxes go on until
-their time is over, and bin/cay doctor --clean removes what is left of them.
+The API is described at $CAY_API_URL/openapi.yaml. Ctrl-C stops the server. Sandboxes continue until
+their time is over; bin/cay doctor --clean removes what is left of them.
 END
 wait $server
