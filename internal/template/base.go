@@ -8,7 +8,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// base finds what a FROM names.
+// base returns the template that a FROM names.
 func (s *Service) base(ctx context.Context, r *run, name string) (Base, bool, error) {
 	if !namePattern.MatchString(name) {
 		return Base{}, false, nil
@@ -38,10 +38,11 @@ func (s *Service) base(ctx context.Context, r *run, name string) (Base, bool, er
 	return out, true, nil
 }
 
-// park lets a build wait until a template that it is made from is ready.
+// park makes a build wait until a template that it is made from is ready.
 func (s *Service) park(ctx context.Context, m *member, on, name string) error {
 	if s.waitsFor(on, m.template) {
-		return s.failed(ctx, m, &BuildError{Step: "FROM " + name, ExitCode: -1, Message: "the template is itself made from this one, and neither is ready"})
+		return s.failed(ctx, m, &BuildError{Step: "FROM " + name, ExitCode: -1,
+			Message: "the template is itself made from this one, and neither is ready"})
 	}
 	m.journal.say(Progress{Text: "waiting for template " + name})
 	m.journal.close()
@@ -54,7 +55,7 @@ func (s *Service) park(ctx context.Context, m *member, on, name string) error {
 	s.mu.Lock()
 	s.parked[m.template] = parking{m.order, on}
 	s.mu.Unlock()
-	// It may have become ready, or have gone, since it was looked at.
+	// The template may have become ready, or been deleted, meanwhile.
 	t, err := s.store.GetTemplate(ctx, m.org, on)
 	if err != nil && !fault.Is(err, fault.NotFound) {
 		return err
@@ -67,7 +68,7 @@ func (s *Service) park(ctx context.Context, m *member, on, name string) error {
 	return nil
 }
 
-// waitsFor reports whether a template waits for another, be it by way of others.
+// waitsFor reports whether a template waits for another, directly or through others.
 func (s *Service) waitsFor(template, other string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

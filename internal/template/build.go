@@ -15,13 +15,13 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// run is one run of the builder, for one template or for several with the same inputs.
-// Its fields belong to the Service's mu, but for those that never change.
+// run is one run of the builder, for one template or for several with the same inputs. The
+// Service's mu guards its fields, except those that never change.
 type run struct {
 	id, org, key string
 	members      []*member
 	cancel       context.CancelCauseFunc // nil until it runs
-	joining      sync.WaitGroup          // those who join it, until they have begun
+	joining      sync.WaitGroup          // templates that join the run, until they have begun
 	needs        string                  // ID of a template that its FROM names and that is not ready
 	needsName    string
 }
@@ -30,10 +30,10 @@ type run struct {
 type member struct {
 	order
 	journal *journal // nil until it has begun
-	last    string   // image of the version before, where that is gone; of a built-in template
+	last    string   // image of the last version if that image is gone; for built-in templates
 }
 
-// member finds the one of a template, with the build if that is not "".
+// member returns the member for a template, and for its build unless that is "".
 func (r *run) member(template, build string) *member {
 	for _, m := range r.members {
 		if m.template == template && (build == "" || m.build == build) {
@@ -45,7 +45,7 @@ func (r *run) member(template, build string) *member {
 
 var errCancelled = errors.New("the build was cancelled")
 
-// perform does a run.
+// perform carries out a run.
 func (s *Service) perform(ctx context.Context, r *run) {
 	defer s.leave(r)
 	s.mu.Lock()
@@ -59,8 +59,8 @@ func (s *Service) perform(ctx context.Context, r *run) {
 		b, err := s.store.GetBuild(ctx, first.template)
 		switch {
 		case err == nil:
-			_ = s.build(ctx, r, b) // is in the row and the log
-		case !fault.Is(err, fault.NotFound): // else it was deleted meanwhile
+			_ = s.build(ctx, r, b) // the error is in the row and the log
+		case !fault.Is(err, fault.NotFound): // otherwise it was deleted meanwhile
 			for _, m := range members {
 				s.later(m, fmt.Errorf("reading a build: %w", err))
 			}
@@ -78,16 +78,17 @@ func (s *Service) perform(ctx context.Context, r *run) {
 	s.log.Error("template build failed", "template", first.name, "retry_in", delay, "error", err)
 }
 
-// later tries a build again that could not be begun or written down.
+// later queues a build again that could not be begun or recorded.
 func (s *Service) later(m *member, cause error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delay := s.retry.failed(m.order, 0)
-	s.log.Error("cannot do a template build", "template", m.name, "org", m.org, "retry_in", delay, "error", cause)
+	s.log.Error("cannot begin or record a template build", "template", m.name, "org", m.org, "retry_in", delay,
+		"error", cause)
 	s.stir()
 }
 
-// leave ends a run, and lets those go on that waited for its templates.
+// leave ends a run, and lets builds continue that waited for its templates.
 func (s *Service) leave(r *run) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -100,7 +101,7 @@ func (s *Service) leave(r *run) {
 	}
 }
 
-// closeLocked lets nobody join a run any more.
+// closeLocked closes a run, so that no template can join it any more.
 //
 // +checklocks:s.mu
 func (s *Service) closeLocked(r *run) {
@@ -109,7 +110,7 @@ func (s *Service) closeLocked(r *run) {
 	}
 }
 
-// ensure makes sure that a built-in template is ready and its image there.
+// ensure makes a built-in template ready if it is not, or if its image is gone.
 func (s *Service) ensure(ctx context.Context, m *member, r *run, d Definition) error {
 	t, err := s.store.GetTemplate(ctx, "", d.Name)
 	if err != nil {
@@ -127,7 +128,7 @@ func (s *Service) ensure(ctx context.Context, m *member, r *run, d Definition) e
 		case t.Status == Ready && t.Inputs == d.inputs(""):
 			return nil
 		default:
-			refresh = t.Queued() && t.Inputs == d.inputs("") // somebody asked for it to be made anew
+			refresh = t.Queued() && t.Inputs == d.inputs("") // a rebuild was requested
 		}
 	}
 	m.build = newID("bld_")
@@ -136,7 +137,7 @@ func (s *Service) ensure(ctx context.Context, m *member, r *run, d Definition) e
 		t.begin(m.build)
 		t.Tries = tries
 		if m.last != "" {
-			t.Image = "" // nothing can be made from it until then
+			t.Image = "" // no sandbox can be created from it until then
 		}
 		return nil
 	})
@@ -146,7 +147,7 @@ func (s *Service) ensure(ctx context.Context, m *member, r *run, d Definition) e
 	return s.build(ctx, r, Build{Definition: d, Refresh: refresh})
 }
 
-// build runs the builder and writes down how it went, for each template of the run.
+// build runs the builder and records the result for each template of the run.
 func (s *Service) build(ctx context.Context, r *run, b Build) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -201,7 +202,7 @@ func (s *Service) build(ctx context.Context, r *run, b Build) error {
 	return errors.Join(append(errs, err)...)
 }
 
-// count tells the metrics how a run ended.
+// count records in the metrics how a run ended.
 func (s *Service) count(ctx context.Context, err error, needs string, took time.Duration) {
 	switch {
 	case err == nil:
@@ -213,15 +214,15 @@ func (s *Service) count(ctx context.Context, err error, needs string, took time.
 	}
 }
 
-// left is how many templates still want a run.
+// left returns the number of templates that still need a run.
 func (s *Service) left(r *run) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(r.members)
 }
 
-// begin claims a template's build for a run and opens its journal. A build that is not
-// wanted any more leaves the run.
+// begin claims a template's build for a run and opens its journal. A build that is no longer
+// needed leaves the run.
 func (s *Service) begin(ctx context.Context, r *run, m *member) {
 	t, err := s.store.UpdateTemplate(ctx, m.template, nil, func(t *Template) error {
 		if t.BuildID != m.build || !t.Queued() {
@@ -240,7 +241,7 @@ func (s *Service) begin(ctx context.Context, r *run, m *member) {
 	}
 	log := s.log.With("template", t.Name, "org", t.OrgID)
 	log.Info("building template")
-	// The last lines are written also when the server stops.
+	// The last lines are written even if the server stops.
 	j := newJournal(context.WithoutCancel(ctx), func(ctx context.Context, c LogChange, progress string) error {
 		return s.write(ctx, m, c, progress)
 	}, func(err error) { log.Warn("cannot write down what a build says", "error", err) })
@@ -255,8 +256,8 @@ func (s *Service) begin(ctx context.Context, r *run, m *member) {
 	}
 }
 
-// write writes a batch of a journal and tells those who follow it. Of a build that is
-// not the newest any more nothing is written.
+// write writes a batch of a journal and notifies its followers. It writes nothing of a build that
+// is no longer the newest.
 func (s *Service) write(ctx context.Context, m *member, c LogChange, progress string) error {
 	_, err := s.store.UpdateTemplate(ctx, m.template, nil, func(t *Template) error {
 		if t.BuildID != m.build {
@@ -277,7 +278,7 @@ func (s *Service) write(ctx context.Context, m *member, c LogChange, progress st
 	return err
 }
 
-// drop takes a template out of its run; cause, if not nil, ends a run that nobody wants
+// drop removes a template from its run. If cause is not nil, it ends a run that no template needs
 // any more.
 func (s *Service) drop(r *run, m *member, cause error) {
 	s.mu.Lock()
@@ -303,8 +304,11 @@ func (s *Service) drop(r *run, m *member, cause error) {
 
 // builds calls the builder.
 func (s *Service) builds(ctx context.Context, r *run, b Build) (Built, error) {
-	j := Job{ID: r.id, OrgID: r.org, Definition: b.Definition, Refresh: b.Refresh, Timeout: s.cfg.Timeout, MaxDisk: s.cfg.MaxDisk,
-		Base: func(ctx context.Context, name string) (Base, bool, error) { return s.base(ctx, r, name) }}
+	j := Job{ID: r.id, OrgID: r.org, Definition: b.Definition, Refresh: b.Refresh, Timeout: s.cfg.Timeout,
+		MaxDisk: s.cfg.MaxDisk, Base: func(ctx context.Context,
+			name string) (Base, bool, error) {
+			return s.base(ctx, r, name)
+		}}
 	if b.Context != "" {
 		var err error
 		if j.Context, err = s.contexts.Path(b.Context); err != nil {
@@ -335,15 +339,16 @@ func (s *Service) builds(ctx context.Context, r *run, b Build) (Built, error) {
 	return built, err
 }
 
-// checkReady refuses a readiness check of nothing.
+// checkReady refuses a readiness check without a start command.
 func checkReady(d Definition, b Built) error {
 	if d.Ready != nil && d.StartCommand == nil && len(b.Entrypoint)+len(b.Cmd) == 0 {
-		return &BuildError{ExitCode: -1, Message: "it has a readiness check, and neither a start_command nor an ENTRYPOINT or CMD"}
+		return &BuildError{ExitCode: -1,
+			Message: "it has a readiness check, and neither a start_command nor an ENTRYPOINT or CMD"}
 	}
 	return nil
 }
 
-// checkUser refuses a user that no sandbox could run as: its image has none of the name.
+// checkUser refuses a user that the image does not have, since no sandbox could run as that user.
 func (s *Service) checkUser(ctx context.Context, d Definition, b Built) error {
 	var t Template
 	d.describe(&t, b)
@@ -360,7 +365,7 @@ func (s *Service) checkUser(ctx context.Context, d Definition, b Built) error {
 	return nil
 }
 
-// tell hands news to every template of a run.
+// tell passes progress to every template of a run.
 func (s *Service) tell(r *run, p Progress) {
 	s.mu.Lock()
 	var journals []*journal
@@ -375,7 +380,7 @@ func (s *Service) tell(r *run, p Progress) {
 	}
 }
 
-// settle changes the row of a build that is still the newest of its template.
+// settle changes the row of a build if it is still its template's newest.
 func (s *Service) settle(ctx context.Context, m *member, change func(*Template)) (Template, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
 	defer cancel()
@@ -388,9 +393,9 @@ func (s *Service) settle(ctx context.Context, m *member, change func(*Template))
 	})
 }
 
-// succeeded writes down a build that went well.
+// succeeded records a successful build.
 func (s *Service) succeeded(ctx context.Context, m *member, b Build, built Built, took time.Duration) error {
-	if m.org != "" { // those of a run may differ in what goes over the image
+	if m.org != "" { // templates of a run may differ in their settings
 		var err error
 		if b, err = s.store.GetBuild(ctx, m.template); err != nil {
 			return err
@@ -409,7 +414,8 @@ func (s *Service) succeeded(ctx context.Context, m *member, b Build, built Built
 		before := *t
 		before.Image = cmp.Or(m.last, t.Image)
 		b.Definition.describe(t, built)
-		t.Image, t.ImageSize, t.Source, t.Inputs, t.BuiltAt = built.Image, built.Size, built.Source, b.Definition.inputs(b.Context), now()
+		t.Image, t.ImageSize, t.Source, t.Inputs, t.BuiltAt = built.Image, built.Size, built.Source,
+			b.Definition.inputs(b.Context), now()
 		if before.Version == 0 || !sameVersion(before, *t) {
 			t.Version++
 		}
@@ -417,18 +423,20 @@ func (s *Service) succeeded(ctx context.Context, m *member, b Build, built Built
 	})
 	s.forget(m)
 	if err == nil {
-		s.log.Info("template is ready", "template", t.Name, "org", t.OrgID, "version", t.Version, "source", t.Source, "took", took)
+		s.log.Info("template is ready", "template", t.Name, "org", t.OrgID, "version", t.Version, "source", t.Source,
+			"took", took)
 	}
 	return err
 }
 
 // sameVersion reports whether sandboxes of both would start alike.
 func sameVersion(a, b Template) bool {
-	return a.Image == b.Image && a.User == b.User && a.Workdir == b.Workdir && maps.Equal(a.Env, b.Env) && digest(a.Start) == digest(b.Start)
+	return a.Image == b.Image && a.User == b.User && a.Workdir == b.Workdir && maps.Equal(a.Env, b.Env) &&
+		digest(a.Start) == digest(b.Start)
 }
 
-// failed writes down a build that did not end well. One that was interrupted because
-// cay stops is pending again; the last ready version stays.
+// failed records a failed build. A build that the server's stop interrupted is pending again. The
+// last ready version stays.
 func (s *Service) failed(ctx context.Context, m *member, cause error) error {
 	if ctx.Err() != nil {
 		m.journal.close()
@@ -452,7 +460,7 @@ func (s *Service) failed(ctx context.Context, m *member, cause error) error {
 	return err
 }
 
-// forget drops the credentials of a build that is over.
+// forget removes the credentials of a finished build.
 func (s *Service) forget(m *member) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -462,11 +470,11 @@ func (s *Service) forget(m *member) {
 	}
 }
 
-// describe copies what a definition says about sandboxes into the row. The
-// egress policy is not among it: a rebuild does not change that.
+// describe copies a definition's settings for sandboxes into the row, except the egress policy,
+// which a rebuild does not change.
 func (d Definition) describe(t *Template, b Built) {
 	t.Description, t.Size, t.DiskMB = d.Description, d.Size, d.DiskMB
-	t.User, _, _ = strings.Cut(b.User, ":") // of its group nobody asks
+	t.User, _, _ = strings.Cut(b.User, ":") // the group is not used
 	t.Workdir = b.Workdir
 	if d.User != "" {
 		t.User = d.User

@@ -20,8 +20,8 @@ import (
 
 var me = Caller{OrgID: "org"}
 
-// life begins a life without built-in templates but a lazy one, "lazy".
-func life(t *testing.T, store *memory, b *builder, change ...func(*Config)) *house {
+// life starts a service without built-in templates except "lazy", which is not built in advance.
+func life(t *testing.T, store *memory, b *builder, change ...func(*Config)) *harness {
 	t.Helper()
 	cfg := Config{Builtins: []Definition{definition("lazy")}}
 	for _, c := range change {
@@ -30,10 +30,10 @@ func life(t *testing.T, store *memory, b *builder, change ...func(*Config)) *hou
 	return startWith(t, cfg, store, b, newShelf())
 }
 
-// of is a request for a template from an image.
+// of returns a request for a template from an image.
 func of(name, image string) Request { return Request{Definition: Definition{Name: name, Image: image}} }
 
-func (h *house) create(t *testing.T, c Caller, r Request) Template {
+func (h *harness) create(t *testing.T, c Caller, r Request) Template {
 	t.Helper()
 	tpl, err := h.Create(t.Context(), c, r, nil)
 	if err != nil {
@@ -42,7 +42,7 @@ func (h *house) create(t *testing.T, c Caller, r Request) Template {
 	return tpl
 }
 
-func (h *house) rebuild(t *testing.T, name string, r *Request) Template {
+func (h *harness) rebuild(t *testing.T, name string, r *Request) Template {
 	t.Helper()
 	tpl, err := h.Rebuild(t.Context(), me, name, r, nil)
 	if err != nil {
@@ -72,8 +72,9 @@ func TestTemplateOfAnOrganization(t *testing.T) {
 		}
 		h.wantBuilt(t, "app")
 		got := h.wantStatus(t, "app", Ready, 1)
-		want := Template{ID: first.ID, OrgID: "org", Name: "app", Status: Ready, BuildID: first.BuildID, Version: 1, Image: "image of app a:1", ImageSize: 7, Source: "from a:1",
-			Inputs: got.Inputs, Env: map[string]string{"A": "mine", "B": "image"}, User: "app", Workdir: "/srv", Start: sandbox.Start{Args: []string{"serve"}},
+		want := Template{ID: first.ID, OrgID: "org", Name: "app", Status: Ready, BuildID: first.BuildID, Version: 1,
+			Image: "image of app a:1", ImageSize: 7, Source: "from a:1", Inputs: got.Inputs, Env: map[string]string{"A": "mine",
+				"B": "image"}, User: "app", Workdir: "/srv", Start: sandbox.Start{Args: []string{"serve"}},
 			Egress: sandbox.Egress{Mode: sandbox.DenyAll}, CreatedAt: got.CreatedAt, UpdatedAt: got.UpdatedAt, BuiltAt: got.BuiltAt}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("ready (-want +got):\n%s", diff)
@@ -93,7 +94,7 @@ func TestTemplateOfAnOrganization(t *testing.T) {
 		again.Egress = nil
 		h.rebuild(t, "app", &again) // the same inputs do nothing
 		h.wantBuilt(t)
-		h.rebuild(t, "app", nil) // unless they are asked to be looked up anew
+		h.rebuild(t, "app", nil) // unless a new look-up is requested
 		h.wantBuilt(t, "app")
 		if !h.builder.jobs[len(h.builder.jobs)-1].Refresh {
 			t.Error("the job does not say so")
@@ -103,7 +104,8 @@ func TestTemplateOfAnOrganization(t *testing.T) {
 		h.rebuild(t, "app", new(of("", "a:2")))
 		h.wantBuilt(t, "app")
 		failed := h.wantStatus(t, "app", Failed, 1)
-		if diff := cmp.Diff(&BuildError{Step: "RUN x", ExitCode: 3, Tail: []string{"no"}, Message: "it failed"}, failed.BuildError); diff != "" || failed.Image != got.Image {
+		if diff := cmp.Diff(&BuildError{Step: "RUN x", ExitCode: 3, Tail: []string{"no"}, Message: "it failed"},
+			failed.BuildError); diff != "" || failed.Image != got.Image {
 			t.Errorf("failed with %+v", failed)
 		}
 		h.builder.fails("app", nil)
@@ -138,10 +140,11 @@ func TestVersionCountsWhatSandboxesGet(t *testing.T) {
 	})
 }
 
-// Whatever state a life of the server ends in, the next one goes on.
+// TestRestartDuringABuild checks that a service continues from any state that the last one ended
+// in.
 func TestRestartDuringABuild(t *testing.T) {
 	for name, c := range map[string]struct {
-		leave func(*Template) // what a crash left
+		leave func(*Template) // the row that a crash left
 		want  Status
 		built []string
 	}{
@@ -169,7 +172,7 @@ func TestRestartDuringABuild(t *testing.T) {
 					t.Errorf("row is %+v", row)
 				}
 				if c.want == Failed {
-					h.rebuild(t, "app", nil) // by hand it may be tried again
+					h.rebuild(t, "app", nil) // a user may try it again
 					h.wantBuilt(t, "app")
 				}
 			})
@@ -214,7 +217,7 @@ func TestCredentialsAreNotKept(t *testing.T) {
 			t.Errorf("after the restart: %+v", row.BuildError)
 		}
 		h.wantBuilt(t)
-		h.rebuild(t, "app", &Request{Credentials: r.Credentials}) // the same inputs with them
+		h.rebuild(t, "app", &Request{Credentials: r.Credentials}) // the same inputs with credentials
 		h.wantBuilt(t, "app")
 		if j := b.jobs[1]; j.Credentials == nil || j.Definition.Image != "a" {
 			t.Errorf("the job is %+v", j)
@@ -238,10 +241,10 @@ func TestEqualBuildsShareARun(t *testing.T) {
 		synctest.Wait()
 		h.create(t, me, of("two", "a"))
 		h.create(t, me, of("three", "b"))
-		h.create(t, Caller{OrgID: "other"}, of("one", "a")) // of others nothing is shared
+		h.create(t, Caller{OrgID: "other"}, of("one", "a")) // nothing is shared with another organization
 		h.wantBuilt(t, "one")
 		h.wantStatus(t, "two", Building, 0)
-		if _, err := h.Cancel(t.Context(), me, "one"); err != nil { // goes on for the other
+		if _, err := h.Cancel(t.Context(), me, "one"); err != nil { // the run continues for the other template
 			t.Error(err)
 		}
 		h.wantStatus(t, "one", Failed, 0)
@@ -279,7 +282,7 @@ func TestCancel(t *testing.T) {
 		_, err = h.Cancel(t.Context(), me, "lazy")
 		wantCode(t, err, "template_builtin")
 		h.wantBuilt(t)
-		h.wantStatus(t, "runs", Failed, 0) // and nothing of the run comes after
+		h.wantStatus(t, "runs", Failed, 0) // nothing of the run comes later
 		if n := h.builder.running.Load(); n != 0 {
 			t.Errorf("%d builds run on", n)
 		}
@@ -334,7 +337,7 @@ func TestBuildsAreFair(t *testing.T) {
 		h.create(t, me, of("first", "a"))
 		h.create(t, me, of("second", "b"))
 		h.create(t, Caller{OrgID: "third"}, of("third", "a"))
-		// Somebody waits for the last of the greedy one's, and for a built-in one.
+		// Users wait for the last one of the greedy organization, and for a built-in one.
 		for org, name := range map[string]string{"greedy": "g3", "org": "lazy"} {
 			if _, err := h.Ready(t.Context(), org, name); !fault.Is(err, fault.Conflict) {
 				t.Errorf("%s is ready: %v", name, err)
@@ -383,14 +386,14 @@ func TestLazyBuiltin(t *testing.T) {
 		_, err := h.Ready(t.Context(), "org", "lazy")
 		wantCode(t, err, "template_not_ready")
 		h.wantBuilt(t, "lazy")
-		h.stop() // that it was asked for is not forgotten
+		h.stop() // the request is not lost
 		release()
 		h = life(t, store, b)
 		h.wantBuilt(t, "lazy")
 		if row := h.wantStatus(t, "lazy", Ready, 1); !row.Start.None() {
 			t.Errorf("its start command is %+v", row.Start)
 		}
-		// Nobody but the operator has it made anew.
+		// Only the operator may have it rebuilt.
 		_, err = h.Rebuild(t.Context(), me, "lazy", nil, nil)
 		wantCode(t, err, "template_builtin")
 		if _, err := h.Rebuild(t.Context(), Caller{OrgID: "org", Operator: true}, "lazy", nil, nil); err != nil {
@@ -421,7 +424,7 @@ func TestFromATemplateThatIsNotReady(t *testing.T) {
 			t.Errorf("built %v", got)
 		}
 
-		// One whose base fails does so too, and says of what.
+		// A template whose base fails does too, and names the base.
 		b.mu.Lock()
 		b.from["late"], b.fail["bad"] = "bad", errors.New("no")
 		b.mu.Unlock()
@@ -434,7 +437,7 @@ func TestFromATemplateThatIsNotReady(t *testing.T) {
 			t.Errorf("late failed with %v", late.BuildError)
 		}
 
-		// Two that wait for each other end.
+		// Two that wait for each other fail.
 		b.mu.Lock()
 		b.from["x"], b.from["y"] = "y", "x"
 		b.mu.Unlock()
@@ -463,7 +466,7 @@ func TestCancelWhatWaitsForATemplate(t *testing.T) {
 		b.mu.Lock()
 		held := b.block
 		b.mu.Unlock()
-		held <- struct{}{} // app alone goes on, and waits for base
+		held <- struct{}{} // app continues, and waits for base
 		if app := h.wantStatus(t, "app", Pending, 0); app.Progress != "waiting for template base" || app.Tries != 0 {
 			t.Errorf("app is %+v", app)
 		}
@@ -554,7 +557,7 @@ func TestImageOfATemplateIsGone(t *testing.T) {
 	})
 }
 
-// TestUserThatTheImageLacks fails the build; a number needs no account.
+// TestUserThatTheImageLacks checks that the build fails, and that a number needs no account.
 func TestUserThatTheImageLacks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := life(t, newMemory(), newBuilder())
@@ -563,14 +566,15 @@ func TestUserThatTheImageLacks(t *testing.T) {
 			r.User = user
 			h.create(t, me, r)
 			h.wantBuilt(t, r.Name)
-			if got := h.get(t, r.Name); got.Status != want || want == Failed && !strings.Contains(got.BuildError.Message, `no user "nobody-has-it"`) {
+			if got := h.get(t, r.Name); got.Status != want ||
+				want == Failed && !strings.Contains(got.BuildError.Message, `no user "nobody-has-it"`) {
 				t.Errorf("%s: %s, %v", user, got.Status, got.BuildError)
 			}
 		}
 	})
 }
 
-// What the store cannot take is tried again; nothing hangs.
+// TestStoreThatFails checks that failed writes are tried again, and that nothing hangs.
 func TestStoreThatFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := newMemory()
@@ -629,7 +633,8 @@ func TestFollow(t *testing.T) {
 			t.Errorf("ended with %+v after %q", e, got)
 		}
 		no := errors.New("enough")
-		if _, err := h.Follow(t.Context(), "org", "app", "", 0, func(string, []LogLine) error { return no }); !errors.Is(err, no) {
+		if _, err := h.Follow(t.Context(), "org", "app", "", 0, func(string, []LogLine) error { return no }); !errors.Is(err,
+			no) {
 			t.Errorf("error is %v", err)
 		}
 		if _, err := h.Follow(t.Context(), "other", "app", "", 0, nil); !fault.Is(err, fault.NotFound) {
@@ -647,15 +652,18 @@ func TestFollow(t *testing.T) {
 	})
 }
 
-// A log stays below its limit: of the step that says too much older lines go.
+// TestJournalIsBounded checks that a log stays below its limit by dropping older lines of the
+// step with the most output.
 func TestJournalIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := newMemory()
 		if err := store.InsertTemplate(t.Context(), Template{ID: "t"}, nil, 0); err != nil {
 			t.Fatal(err)
 		}
-		j := newJournal(t.Context(), func(ctx context.Context, c LogChange, _ string) error { return store.ChangeTemplateLog(ctx, "t", c) },
-			func(err error) { t.Error(err) })
+		j := newJournal(t.Context(), func(ctx context.Context, c LogChange,
+			_ string) error {
+			return store.ChangeTemplateLog(ctx, "t", c)
+		}, func(err error) { t.Error(err) })
 		j.say(Progress{Step: 1, Steps: 2, Name: "RUN quiet", Cached: true})
 		j.say(Progress{Step: 1, Text: "quiet"})
 		j.say(Progress{Step: 2, Steps: 2, Name: "RUN chatty"})
@@ -685,7 +693,8 @@ func TestJournalIsBounded(t *testing.T) {
 				t.Errorf("line %d is %q, want %q", i, lines[i].Text, want)
 			}
 		}
-		// The note says how many are missing: two of step 1, and the heading, the note itself and the long line of step 2.
+		// The note has the number of missing lines: two of step 1, and the heading, the note
+		// itself and the long line of step 2, are there.
 		if want := fmt.Sprintf("… %d lines left out …", many-(len(lines)-5)); lines[3].Text != want {
 			t.Errorf("the note says %q, want %q", lines[3].Text, want)
 		}
@@ -723,7 +732,8 @@ func FuzzRequest(f *testing.F) {
 		if err := r.check(Config{}, withContext); err != nil {
 			t.Errorf("accepted and then refused: %v", err)
 		}
-		if strings.ContainsAny(pkg, ", \n") || strings.HasPrefix(pkg, "-") || withContext && !filepath.IsLocal(image+dockerfile) {
+		if strings.ContainsAny(pkg, ", \n") || strings.HasPrefix(pkg, "-") ||
+			withContext && !filepath.IsLocal(image+dockerfile) {
 			t.Errorf("accepted %+v", r)
 		}
 	})

@@ -6,29 +6,29 @@ import (
 	"time"
 )
 
-// ErrImageGone says that an image is not there any more, or not what it was.
+// ErrImageGone reports that an image is missing or damaged.
 var ErrImageGone = errors.New("the template's image is gone")
 
-// Job is one build.
+// Job describes one build.
 type Job struct {
-	ID         string // of this run
+	ID         string // ID of this run
 	OrgID      string // "" for a built-in template
 	Definition Definition
-	// Context is the path of the context, a tar, plain or gzip; "" is none. With one,
-	// Definition.Dockerfile or .Image is a path in it, without one the Dockerfile's text
-	// or a reference. An Image of "." is the context itself.
+	// Context is the path of the context, a tar, plain or gzip; "" is none. With a context,
+	// Definition.Dockerfile or .Image is a path in it; without, it is the Dockerfile's text or a
+	// reference. The Image "." is the context itself.
 	Context     string
-	Credentials *Credentials // nil asks registries anonymously
-	// Refresh looks up anew what changes by itself, a tag or a suite, and uses no result
-	// that was made of what it was before.
+	Credentials *Credentials // nil: registries are used anonymously
+	// Refresh looks up inputs again that change by themselves, a tag or a suite, and uses no
+	// result of their earlier values.
 	Refresh bool
-	// Base finds what a FROM names among the templates of the organization and the
-	// built-in ones: false if none has that name. A template that is not ready is an
-	// error, after which Build should end; it is called again when that one is ready.
+	// Base returns the template that a FROM names, of the organization or built-in, or false if
+	// there is none. A template that is not ready is an error, after which Build should end;
+	// Build is called again when the template is ready.
 	Base func(ctx context.Context, name string) (Base, bool, error)
-	// Timeout is when ctx ends; given so that it can be told to whatever does the work.
+	// Timeout is the time until ctx ends, for a builder that must pass it on.
 	Timeout time.Duration
-	MaxDisk int64 // what the build may write and its result have, bytes; 0 is the builder's own limit
+	MaxDisk int64 // bytes that the build may write and its result may have; 0 is the builder's own limit
 }
 
 // Base is a template that another one is made from.
@@ -41,23 +41,22 @@ type Base struct {
 	Cmd        []string
 }
 
-// Progress is news of a build: that a step begins, with Name, or a line of what it
-// says, with Text.
+// Progress reports that a step begins, with Name, or a line of its output, with Text.
 type Progress struct {
-	Step   int    // which step, from 1; 0 is none in particular
-	Steps  int    // how many there are; 0 is not known
+	Step   int    // number of the step, from 1; 0 is no particular one
+	Steps  int    // number of steps; 0 is unknown
 	Name   string // of the step that begins, such as "RUN npm ci"
-	Cached bool   // the step's result was there already
+	Cached bool   // the step's result was in the cache
 	Text   string // a line
 }
 
-// Built is what a build made.
+// Built is the result of a build.
 type Built struct {
 	Image  string // content hash
 	Size   int64  // bytes
 	Source string // what it was made from
 
-	// What the image itself says; the definition goes over it.
+	// The image's own settings; those of the definition override them.
 	Env        map[string]string
 	User       string
 	Workdir    string
@@ -67,25 +66,24 @@ type Built struct {
 
 // Builder makes images.
 type Builder interface {
-	// Build makes the image of a job; nothing is done when the same was done before,
-	// but for what Refresh says. It calls progress from one goroutine at a time and not
-	// after it has returned. Builds may run at the same time, see [Config]. A step that
-	// failed is a [*BuildError]; any other error's text is shown to users too. It ends
-	// soon after ctx does, with nothing of the build left running.
+	// Build makes the image of a job. It uses the result of an earlier job with the same inputs,
+	// unless Refresh forbids it. It calls progress from one goroutine at a time and not after it
+	// has returned. Builds may run at the same time, see [Config]. A failed step is a
+	// [*BuildError]; users see the text of any other error too. It ends soon after ctx does, and
+	// leaves nothing of the build running.
 	Build(ctx context.Context, j Job, progress func(Progress)) (Built, error)
-	// Check reports whether an image can be used: ErrImageGone if it must be
-	// built again, another error if nobody can tell.
+	// Check reports whether an image can be used: nil, ErrImageGone if it must be built again, or
+	// another error if that is unknown.
 	Check(ctx context.Context, image string) error
-	// HasUser reports whether an image knows a user by this name. It has the errors of Check.
+	// HasUser reports whether an image has a user of the name. It has the errors of Check.
 	HasUser(ctx context.Context, image, name string) (bool, error)
-	// Collect removes the images that are not in keep and have not been asked
-	// for lately. It goes on after errors and joins them.
+	// Collect removes the images that are not in keep and were not used recently. After an error
+	// it goes on, and returns all errors joined.
 	Collect(ctx context.Context, keep []string) (removed []string, freed int64, err error)
 }
 
-// Users says which images are in use beside those of the templates; the
-// sandboxes' Store does.
+// Users returns the images in use besides those of templates. The sandboxes' Store implements it.
 type Users interface {
-	// Images lists the images that sandboxes which are not over need.
+	// Images returns the images that sandboxes need, except ended ones.
 	Images(ctx context.Context) ([]string, error)
 }

@@ -11,23 +11,23 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// contextBudget bounds what contexts of one organization take on the disk together: those of its templates,
-// those that were put lately and are not collected yet, whatever became of their requests, and those that
-// are being put.
+// contextBudget bounds the space that the contexts of one organization take on the disk: those of
+// its templates, recently stored ones that are not collected yet, even if their requests failed,
+// and those being stored.
 type contextBudget struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	lately map[string]map[string]int64 // bytes, by organization and context
 	// +checklocks:mu
-	putting map[string]int64 // bytes at the most, by organization
+	putting map[string]int64 // most bytes that may come, by organization
 }
 
-// kept is what an organization's contexts take, named, as long as nothing is put.
-type kept map[string]int64
+// contextSizes maps an organization's contexts to their sizes in bytes.
+type contextSizes map[string]int64
 
-// begin reserves room for a context of up to most bytes, less if less is left, and says how many. It must be
-// ended.
-func (b *contextBudget) begin(org string, has kept, most, total int64) int64 {
+// begin reserves space for a context of up to most bytes, less if less is left, and returns the
+// number of bytes. The caller must call end.
+func (b *contextBudget) begin(org string, has contextSizes, most, total int64) int64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	left := total - b.putting[org]
@@ -44,7 +44,7 @@ func (b *contextBudget) begin(org string, has kept, most, total int64) int64 {
 	return got
 }
 
-// end gives back what was reserved and notes what was put; "" is nothing.
+// end gives back the reservation and records the stored context; "" is none.
 func (b *contextBudget) end(org string, got int64, hash string, size int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -60,7 +60,7 @@ func (b *contextBudget) end(org string, got int64, hash string, size int64) {
 	b.lately[org][hash] = size
 }
 
-// gone forgets contexts that were removed.
+// gone removes contexts that were collected.
 func (b *contextBudget) gone(hashes []string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -74,8 +74,8 @@ func (b *contextBudget) gone(hashes []string) {
 	}
 }
 
-// putContext stores a context; "" for none. Exhausted, code "quota_exceeded", if the organization's contexts
-// would be more than they may.
+// putContext stores a context; "" for none. If the organization's contexts would take too much
+// space it gives Exhausted, code "quota_exceeded".
 func (s *Service) putContext(ctx context.Context, org string, source io.Reader) (hash string, err error) {
 	if source == nil {
 		return "", nil
@@ -97,7 +97,8 @@ func (s *Service) putContext(ctx context.Context, org string, source io.Reader) 
 	var size int64
 	defer func() { s.budget.end(org, limit, hash, size) }()
 	spent := fault.New(fault.Exhausted, "quota_exceeded",
-		"the contexts of the organization's templates have %d MiB together at the most (build.contexts_mb): delete templates, or wait an hour for what is not used any more to be removed", s.cfg.ContextTotal>>20)
+		"the contexts of the organization's templates have %d MiB together at the most (build.contexts_mb): delete "+
+			"templates, or wait an hour for what is not used any more to be removed", s.cfg.ContextTotal>>20)
 	if limit == 0 {
 		return "", spent
 	}
@@ -106,22 +107,23 @@ func (s *Service) putContext(ctx context.Context, org string, source io.Reader) 
 		if limit < s.cfg.ContextLimit {
 			return "", spent
 		}
-		return "", fault.New(fault.TooLarge, "context_too_large", "the context has more than %d MiB; a .dockerignore leaves out what the build does not need", s.cfg.ContextLimit>>20)
+		return "", fault.New(fault.TooLarge, "context_too_large",
+			"the context has more than %d MiB; a .dockerignore leaves out what the build does not need", s.cfg.ContextLimit>>20)
 	}
 	return hash, err
 }
 
 // keptContexts returns the contexts of an organization's templates.
-func (s *Service) keptContexts(ctx context.Context, org string) (kept, error) {
+func (s *Service) keptContexts(ctx context.Context, org string) (contextSizes, error) {
 	hashes, err := s.store.TemplateContexts(ctx, org)
 	if err != nil {
 		return nil, fmt.Errorf("listing contexts: %w", err)
 	}
-	all := kept{}
+	all := contextSizes{}
 	for _, hash := range hashes {
 		size, err := s.contexts.Size(hash)
 		if err != nil {
-			continue // it is not there, which its build will say
+			continue // it is missing, which its build reports
 		}
 		all[hash] = size
 	}

@@ -6,8 +6,8 @@ import (
 	"testing/synctest"
 )
 
-// TestContextsOfAnOrganization: what one organization sends is bounded together, whatever becomes of its
-// requests, and nothing of it counts for another.
+// TestContextsOfAnOrganization checks that the contexts that one organization sends are bounded
+// in all, even if its requests fail, and do not count for another.
 func TestContextsOfAnOrganization(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		block := func(text string) string { return strings.Repeat("\x00", 1024) + text }
@@ -17,14 +17,15 @@ func TestContextsOfAnOrganization(t *testing.T) {
 		release := h.builder.hold()
 		defer release()
 		create := func(caller Caller, name, context string) error {
-			_, err := h.Create(t.Context(), caller, Request{Definition: Definition{Name: name, Dockerfile: "Dockerfile"}}, strings.NewReader(context))
+			_, err := h.Create(t.Context(), caller, Request{Definition: Definition{Name: name, Dockerfile: "Dockerfile"}},
+				strings.NewReader(context))
 			return err
 		}
 		other := Caller{OrgID: "org_other"}
 		if err := create(me, "a", one); err != nil {
 			t.Fatal(err)
 		}
-		// Refused after the context was read.
+		// This is refused after the context was read.
 		again := Request{Definition: Definition{Dockerfile: "Dockerfile"}}
 		for _, text := range []string{"2", "3"} {
 			if _, err := h.Rebuild(t.Context(), me, "a", &again, strings.NewReader(block(text))); err == nil {
@@ -45,10 +46,10 @@ func TestContextsOfAnOrganization(t *testing.T) {
 	})
 }
 
-// TestContextsAtTheSameTime: contexts that are being sent count for as much as they may become.
+// TestContextsAtTheSameTime checks that contexts being sent count with the most that may come.
 func TestContextsAtTheSameTime(t *testing.T) {
 	b := contextBudget{lately: map[string]map[string]int64{}, putting: map[string]int64{}}
-	has := kept{"a": 10}
+	has := contextSizes{"a": 10}
 	for i, want := range []int64{40, 40, 10, 0} {
 		if got := b.begin("org", has, 40, 100); got != want {
 			t.Errorf("the context %d may have %d bytes, want %d", i, got, want)

@@ -16,27 +16,27 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// Definition is what a template is made from and what its sandboxes get. It has one
-// source of an OCI image, a Dockerfile and Debian packages; a built-in one may have both
-// an image and packages, which are used where no registry gives the image with all that
-// is required. Then accounts and files are added and others removed.
+// Definition describes the sources of a template and the settings of its sandboxes. It has one
+// source: an OCI image, a Dockerfile or Debian packages. A built-in one may have both an image
+// and packages, which are used if no registry has the image with all that is required. Then
+// accounts and files are added and others removed.
 type Definition struct {
 	Name        string            `toml:"name" json:"name"`
 	Description string            `toml:"description" json:"description,omitempty"`
-	Env         map[string]string `toml:"env" json:"env,omitempty"` // over the image's own
+	Env         map[string]string `toml:"env" json:"env,omitempty"` // overrides the image's own
 	Workdir     string            `toml:"workdir" json:"workdir,omitempty"`
 	User        string            `toml:"user" json:"user,omitempty"`
-	// StartCommand is run by /bin/sh -c; "" is none, nil what the image says.
+	// StartCommand is run by /bin/sh -c. "" is none; nil takes the image's.
 	StartCommand *string        `toml:"start_command" json:"start_command,omitempty"`
 	Ready        *sandbox.Ready `toml:"ready" json:"ready,omitempty"`
 	Size         string         `toml:"size" json:"size,omitempty"`
 	DiskMB       int            `toml:"disk_size_mb" json:"disk_size_mb,omitempty"`
 
 	Image      string  `toml:"image" json:"image,omitempty"`  // reference, or path in the context
-	Dockerfile string  `toml:"-" json:"dockerfile,omitempty"` // path in the context, or its text without one
+	Dockerfile string  `toml:"-" json:"dockerfile,omitempty"` // path in the context, or its text without a context
 	Debian     *Debian `toml:"debian" json:"debian,omitempty"`
 
-	BuildArgs map[string]string `toml:"-" json:"build_args,omitempty"` // of the Dockerfile
+	BuildArgs map[string]string `toml:"-" json:"build_args,omitempty"` // arguments of the Dockerfile
 	Target    string            `toml:"-" json:"target,omitempty"`     // stage of the Dockerfile; "" is the last
 
 	Require []string  `toml:"require" json:"require,omitempty"` // programs that must be there
@@ -49,7 +49,7 @@ type Definition struct {
 type Debian struct {
 	Suite    string   `toml:"suite" json:"suite"`
 	Packages []string `toml:"packages" json:"packages,omitempty"`
-	Mirrors  []string `toml:"mirrors" json:"mirrors,omitempty"` // one-line apt sources; none are Debian's own
+	Mirrors  []string `toml:"mirrors" json:"mirrors,omitempty"` // one-line apt sources; without any Debian's own
 	Exclude  []string `toml:"exclude" json:"exclude,omitempty"` // dpkg path-exclude patterns
 	Include  []string `toml:"include" json:"include,omitempty"` // dpkg path-include patterns
 }
@@ -64,12 +64,12 @@ type Account struct {
 	Sudo   bool     `toml:"sudo" json:"sudo,omitempty"` // without a password
 }
 
-// File is a file that is written.
+// File is a file to be written.
 type File struct {
 	Path    string `toml:"path" json:"path"`
 	Mode    uint32 `toml:"mode" json:"mode"` // 0 is 0644
 	Content string `toml:"content" json:"content,omitempty"`
-	From    string `toml:"from" json:"-"` // of a built-in template: the file beside it that has the content
+	From    string `toml:"from" json:"-"` // for a built-in template: the file beside it with the content
 }
 
 // MaxDefinition bounds a definition, in bytes.
@@ -81,7 +81,7 @@ var (
 	accountPattern = regexp.MustCompile(`^[a-z_][a-z0-9_-]{0,31}$`)
 )
 
-// ParseDefinition reads a definition. Unknown fields are refused.
+// ParseDefinition parses a definition. It refuses unknown fields.
 func ParseDefinition(text []byte) (Definition, error) {
 	var d Definition
 	if len(text) > MaxDefinition {
@@ -94,14 +94,14 @@ func ParseDefinition(text []byte) (Definition, error) {
 	if unknown := meta.Undecoded(); len(unknown) > 0 {
 		return Definition{}, fmt.Errorf("definition has an unknown field %s", unknown[0])
 	}
-	// The decoder takes "Remove" for "remove" too, and of both in one text either.
+	// The decoder accepts "Remove" for "remove", and either of both in one text.
 	for _, key := range meta.Keys() {
 		if key[0] != "env" && strings.ToLower(key.String()) != key.String() {
 			return Definition{}, fmt.Errorf("definition has an unknown field %s", key)
 		}
 	}
 	if d.StartCommand == nil {
-		d.StartCommand = new("") // which of the sources is used must not decide about it
+		d.StartCommand = new("") // the choice of the source must not affect it
 	}
 	for i := range d.Files {
 		if d.Files[i].Mode == 0 {
@@ -171,13 +171,15 @@ func absolute(p string) error {
 	return nil
 }
 
-// inputs names everything a template is made from: another text or another context,
-// another name.
+// inputs returns the hash of everything that a template is made from. Another definition or
+// context has another hash.
 func (d Definition) inputs(context string) string { return digest(d, context) }
 
-// fileInputs names what its root file system is made from: equal ones can share a build.
+// fileInputs returns the hash of what the root file system is made from. Templates with equal
+// ones can share a build.
 func (d Definition) fileInputs(context string, refresh bool) string {
-	d.Name, d.Description, d.Env, d.Workdir, d.User, d.StartCommand, d.Ready, d.Size, d.DiskMB = "", "", nil, "", "", nil, nil, "", 0
+	d.Name, d.Description, d.Env, d.Workdir, d.User, d.StartCommand, d.Ready, d.Size, d.DiskMB = "", "", nil, "", "", nil,
+		nil, "", 0
 	return digest(d, context, refresh)
 }
 
@@ -196,7 +198,8 @@ var builtinFiles embed.FS
 // Builtins returns the built-in definitions in the order they are built in.
 func Builtins() ([]Definition, error) {
 	var ds []Definition
-	for _, name := range []string{"python", "base", "node", "go", "code-interpreter"} { // the first sandbox is usually a python
+	// The first sandbox is usually a python.
+	for _, name := range []string{"python", "base", "node", "go", "code-interpreter"} {
 		text, err := builtinFiles.ReadFile("builtin/" + name + ".toml")
 		if err != nil {
 			return nil, fmt.Errorf("reading built-in template: %w", err)

@@ -8,7 +8,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// What is promised of the built-in templates must be in their definitions.
+// TestBuiltinDefinitions checks that the built-in definitions have what the documentation
+// promises.
 func TestBuiltinDefinitions(t *testing.T) {
 	ds, err := Builtins()
 	if err != nil {
@@ -17,14 +18,16 @@ func TestBuiltinDefinitions(t *testing.T) {
 	var names []string
 	for _, d := range ds {
 		names = append(names, d.Name)
-		alone := d.Name == "code-interpreter" // of Debian's packages alone: its server was tested with them
+		alone := d.Name == "code-interpreter" // from Debian packages only, since its server was tested with them
 		if (d.Image == "") != alone || d.Debian == nil || len(d.Debian.Packages) == 0 {
 			t.Errorf("%s: needs an OCI image and Debian packages", d.Name)
 		}
-		if alone && (*d.StartCommand == "" || d.Ready == nil || d.Ready.HTTP == nil || d.Ready.HTTP.Port != 49999 || d.Ready.HTTP.Path != "/health") {
+		if alone && (*d.StartCommand == "" || d.Ready == nil || d.Ready.HTTP == nil || d.Ready.HTTP.Port != 49999 ||
+			d.Ready.HTTP.Path != "/health") {
 			t.Errorf("%s starts with %q, ready as %+v", d.Name, *d.StartCommand, d.Ready)
 		}
-		if len(d.Users) != 1 || d.Users[0].Name != "user" || d.Users[0].UID != 1000 || d.Users[0].Home != "/home/user" || !d.Users[0].Sudo {
+		if len(d.Users) != 1 || d.Users[0].Name != "user" || d.Users[0].UID != 1000 || d.Users[0].Home != "/home/user" ||
+			!d.Users[0].Sudo {
 			t.Errorf("%s: users are %+v, want user with uid 1000 and sudo", d.Name, d.Users)
 		}
 		if d.User != "root" {
@@ -79,9 +82,9 @@ content = "hello"
 path = "/usr/bin/x"
 mode = 0o755
 `))
-	want := Definition{Name: "x", StartCommand: new(""), Env: map[string]string{"A": "1"}, DiskMB: 100, Remove: []string{"/var/lib/apt/lists/*"},
-		Debian: &Debian{Suite: "bookworm", Packages: []string{"git"}},
-		Files:  []File{{Path: "/etc/motd", Mode: 0o644, Content: "hello"}, {Path: "/usr/bin/x", Mode: 0o755}}}
+	want := Definition{Name: "x", StartCommand: new(""), Env: map[string]string{"A": "1"}, DiskMB: 100,
+		Remove: []string{"/var/lib/apt/lists/*"}, Debian: &Debian{Suite: "bookworm", Packages: []string{"git"}},
+		Files: []File{{Path: "/etc/motd", Mode: 0o644, Content: "hello"}, {Path: "/usr/bin/x", Mode: 0o755}}}
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Errorf("definition (-want +got):\n%s%v", diff, err)
 	}

@@ -7,7 +7,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// logPage is how many lines are read of a log at once: one answer of a few hundred KB.
+// logPage is the number of lines of a log read at once: one answer of a few hundred KB.
 const logPage = 2000
 
 // Log returns the log of a template's newest build, oldest line first.
@@ -28,11 +28,12 @@ func (s *Service) Log(ctx context.Context, orgID, nameOrID string) ([]LogLine, e
 	}
 }
 
-// Follow hands the lines of a template's newest build to emit as they are written, those
-// that are there first, and returns the template when the build is over. Of build after
-// only the lines behind number seq are handed over; of another one, all. An error of emit
-// ends it. A server that stops is Unavailable, code "stopping".
-func (s *Service) Follow(ctx context.Context, orgID, nameOrID, after string, seq int64, emit func(build string, lines []LogLine) error) (Template, error) {
+// Follow calls emit with the lines of a template's newest build, existing ones first and then as
+// they are written, and returns the template when the build has ended. Of the build after it
+// passes only lines with numbers above seq; of another build, all. An error of emit ends it. If
+// the server stops it gives Unavailable, code "stopping".
+func (s *Service) Follow(ctx context.Context, orgID, nameOrID, after string, seq int64,
+	emit func(build string, lines []LogLine) error) (Template, error) {
 	t, err := s.store.GetTemplate(ctx, orgID, nameOrID)
 	if err != nil {
 		return Template{}, err
@@ -66,16 +67,17 @@ func (s *Service) Follow(ctx context.Context, orgID, nameOrID, after string, seq
 		case <-ctx.Done():
 			return Template{}, context.Cause(ctx)
 		case <-s.hangup:
-			return Template{}, fault.New(fault.Unavailable, "stopping", "the server stops; follow the build again when it is back")
+			return Template{}, fault.New(fault.Unavailable, "stopping",
+				"the server stops; follow the build again when the server is back")
 		}
 	}
 }
 
-// Hangup ends every Follow, also later ones that would have to wait: those who follow a
-// build must not hold up a server that stops.
+// Hangup ends every Follow that waits, also later ones, since followers of a build must not delay
+// the server's stop.
 func (s *Service) Hangup() { s.once.Do(func() { close(s.hangup) }) }
 
-// watch is closed at the next change of a template or its log.
+// watch returns a channel that is closed at the next change of a template or its log.
 func (s *Service) watch(id string) <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -85,7 +87,7 @@ func (s *Service) watch(id string) <-chan struct{} {
 	return s.watched[id]
 }
 
-// changed tells those who follow a template.
+// changed notifies the followers of a template.
 func (s *Service) changed(id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -9,25 +9,25 @@ import (
 )
 
 const (
-	// flushEvery is how often what a build says is written down, and so how late those
-	// who follow it see it. Each time costs two commits of the database.
+	// flushEvery is the interval at which a build's output is written to the database, and so the
+	// delay with which followers see it. Each write takes two commits.
 	flushEvery = 250 * time.Millisecond
 	// maxLogLine bounds a line of a build log, in bytes.
 	maxLogLine = 4000
-	// maxLog bounds the log of a build, in bytes with lineCost for each line: what an
-	// answer with the whole of it may have.
+	// maxLog bounds the log of a build, in bytes with lineCost for each line, so that one answer
+	// can hold all of it.
 	maxLog   = 4 << 20
 	lineCost = 64
-	// maxWaiting bounds the lines that wait to be written, when the disk is slower
-	// than the build: the build waits then.
+	// maxWaiting bounds the lines that wait to be written. If the disk is slower than the build,
+	// the build waits.
 	maxWaiting = 10_000
-	// tailLines is how much of the output stands in the error of a build whose builder
-	// gives none.
+	// tailLines is the number of lines of output in the error of a build whose builder gives
+	// none.
 	tailLines = 20
 )
 
-// journal writes the log and the progress of one build of one template. Lines are
-// written in batches by a goroutine of its own.
+// journal writes the log and the progress of one build of one template. A goroutine writes lines
+// in batches.
 type journal struct {
 	write func(ctx context.Context, c LogChange, progress string) error
 
@@ -50,22 +50,24 @@ type journal struct {
 	// +checklocks:mu
 	size int64 // of all lines, with their cost
 	// +checklocks:mu
-	tail []string // the last lines that are no headings
+	tail []string // the last lines that are not headings
 }
 
-// stepLog is what is in the log of one step.
+// stepLog describes the log of one step.
 type stepLog struct {
 	lines   []lineSize
 	size    int64
-	dropped int64 // lines that are not there any more
+	dropped int64 // number of dropped lines
 }
 
 type lineSize struct{ seq, size int64 }
 
-// newJournal starts a journal on an empty log. write and failed are called from one
-// goroutine. close ends it.
-func newJournal(ctx context.Context, write func(context.Context, LogChange, string) error, failed func(error)) *journal {
-	j := &journal{write: write, stop: make(chan struct{}), done: make(chan struct{}), more: make(chan struct{}, 1), room: make(chan struct{}, 1), steps: map[int]*stepLog{}}
+// newJournal starts a journal on an empty log. It calls write and failed from one goroutine.
+// close ends it.
+func newJournal(ctx context.Context, write func(context.Context, LogChange, string) error,
+	failed func(error)) *journal {
+	j := &journal{write: write, stop: make(chan struct{}), done: make(chan struct{}), more: make(chan struct{}, 1),
+		room: make(chan struct{}, 1), steps: map[int]*stepLog{}}
 	go func() {
 		defer close(j.done)
 		for open := true; open; {
@@ -89,7 +91,7 @@ func newJournal(ctx context.Context, write func(context.Context, LogChange, stri
 	return j
 }
 
-// say adds news of the build.
+// say adds progress of the build.
 func (j *journal) say(p Progress) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -184,14 +186,14 @@ func (j *journal) dropLocked() {
 	from, to := step.lines[keep].seq, step.lines[n-1].seq
 	step.dropped += int64(n - keep)
 	if step.dropped > int64(n-keep) {
-		step.dropped-- // the note of the last time was one of them
+		step.dropped-- // one of them was the last note
 	}
 	note := LogLine{Seq: to, At: now(), Step: most, Text: fmt.Sprintf("… %d lines left out …", step.dropped)}
 	size := int64(len(note.Text)) + lineCost
 	rest := append([]lineSize{step.lines[0], {to, size}}, step.lines[n:]...)
 	step.lines, step.size, j.size = rest, step.size-freed+size, j.size-freed+size
 
-	var waiting []LogLine // what was not written yet need not be
+	var waiting []LogLine // dropped lines need not be written
 	for _, l := range j.waiting.Add {
 		if l.Step != most || l.Seq < from || l.Seq > to {
 			waiting = append(waiting, l)
@@ -201,7 +203,7 @@ func (j *journal) dropLocked() {
 	j.waiting.Add = append(waiting, note)
 }
 
-// flush writes what waits.
+// flush writes the waiting lines.
 func (j *journal) flush(ctx context.Context) error {
 	j.mu.Lock()
 	change, progress := j.waiting, j.progress
@@ -217,8 +219,7 @@ func (j *journal) flush(ctx context.Context) error {
 	return j.write(ctx, change, progress)
 }
 
-// close writes the rest and ends the journal. It may be called once; what is said
-// afterwards is not written.
+// close writes the rest and ends the journal. Call it once; later lines are not written.
 func (j *journal) close() (tail []string) {
 	j.mu.Lock()
 	j.closed = true

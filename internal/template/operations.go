@@ -8,19 +8,18 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// Caller is who asks.
+// Caller identifies the caller of an operation.
 type Caller struct {
 	OrgID string
-	// Operator says that the caller runs this machine, and so may have built-in
-	// templates made anew that all use.
+	// Operator reports whether the caller operates this machine, and so may have built-in
+	// templates rebuilt, which all organizations use.
 	Operator bool
 }
 
-// Create makes a template and has it built; it returns at once. source is the build
-// context, nil for none; it is read to its end. Errors: Invalid, naming the field;
-// Conflict, code "template_exists", for a name that is taken, by a built-in template too;
-// Exhausted, code "quota_exceeded"; TooLarge, code "context_too_large"; NoSpace, code
-// "disk_full".
+// Create makes a template and queues its build; it does not wait for the build. It reads source,
+// the build context or nil, to its end. Errors: Invalid with the field; Conflict, code
+// "template_exists", for a name that is taken, also by a built-in template; Exhausted, code
+// "quota_exceeded"; TooLarge, code "context_too_large"; NoSpace, code "disk_full".
 func (s *Service) Create(ctx context.Context, c Caller, r Request, source io.Reader) (Template, error) {
 	if err := r.check(s.cfg, source != nil); err != nil {
 		return Template{}, err
@@ -29,7 +28,7 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, source io.Rea
 	if s.definition(r.Name) != nil {
 		return Template{}, taken
 	}
-	// Before the context is read, which may be much.
+	// Check before reading the context, which may be large.
 	if _, err := s.store.GetTemplate(ctx, c.OrgID, r.Name); err == nil {
 		return Template{}, taken
 	} else if !fault.Is(err, fault.NotFound) {
@@ -40,7 +39,8 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, source io.Rea
 	if b.Context, err = s.putContext(ctx, c.OrgID, source); err != nil {
 		return Template{}, err
 	}
-	t := Template{ID: newID("tpl_"), OrgID: c.OrgID, Name: r.Name, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, CreatedAt: now()}
+	t := Template{ID: newID("tpl_"), OrgID: c.OrgID, Name: r.Name, Egress: sandbox.Egress{Mode: sandbox.AllowAll},
+		CreatedAt: now()}
 	if r.Egress != nil {
 		t.Egress = *r.Egress
 	}
@@ -53,19 +53,20 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, source io.Rea
 	return t, nil
 }
 
-// ask queues a build that is written down.
+// ask queues a build that is recorded.
 func (s *Service) ask(ctx context.Context, t Template, b Build, secret *Credentials) {
 	if secret != nil {
 		s.mu.Lock()
 		s.secrets[t.BuildID] = *secret
 		s.mu.Unlock()
 	}
-	s.log.Info("template build asked for", "template", t.Name, "org", t.OrgID, "build", t.BuildID)
+	s.log.Info("template build requested", "template", t.Name, "org", t.OrgID, "build", t.BuildID)
 	s.changed(t.ID)
-	s.enqueue(context.WithoutCancel(ctx), order{template: t.ID, org: t.OrgID, name: t.Name, build: t.BuildID, key: s.key(t.OrgID, t.BuildID, b)})
+	s.enqueue(context.WithoutCancel(ctx),
+		order{template: t.ID, org: t.OrgID, name: t.Name, build: t.BuildID, key: s.key(t.OrgID, t.BuildID, b)})
 }
 
-// isTar reports whether a file that begins so can be a tar, plain or compressed.
+// isTar reports whether a file that begins with head can be a tar, plain or compressed.
 func isTar(head []byte) bool {
 	if len(head) >= 2 && head[0] == 0x1f && head[1] == 0x8b {
 		return true
@@ -73,7 +74,7 @@ func isTar(head []byte) bool {
 	if len(head) < 512 {
 		return false
 	}
-	// The sum of the header, with spaces for the sum itself; an empty tar is zeros.
+	// The header's checksum is computed with spaces in its own place; an empty tar is zeros.
 	const at, length = 148, 8
 	sum, said := int64(0), int64(0)
 	for i, c := range head[:512] {
@@ -87,17 +88,18 @@ func isTar(head []byte) bool {
 	return sum == 0 || sum+' '*length == said
 }
 
-// Rebuild has a template built again; it returns at once, and the last ready version is
-// used until the new one is ready, and after a failure. Without a request (nil, or one
-// that has only credentials) it is made from the same inputs, and what changes by itself
-// is looked up anew; else from those of the request, which does nothing if they are those
-// of the ready version. What sandboxes may reach by default is not changed.
+// Rebuild queues a new build of a template; it does not wait for it. The last ready version is
+// used until the new one is ready, and after a failure. Without a request (nil, or one with
+// credentials only) it uses the same inputs, and looks up again those that change by themselves.
+// With a request it uses the request's inputs, and does nothing if they are those of the ready
+// version. It does not change what sandboxes may reach by default.
 //
-// Errors are as Create's, and: Conflict, code "build_in_progress", while another build of
-// the template waits or runs; Denied, code "template_builtin", for a built-in template,
-// but that everybody may have one built that never was, and the operator all, without a
-// request.
-func (s *Service) Rebuild(ctx context.Context, c Caller, nameOrID string, r *Request, source io.Reader) (Template, error) {
+// Errors are those of Create, and: Conflict, code "build_in_progress", while another build of the
+// template waits or runs; Denied, code "template_builtin", for a built-in template. Without a
+// request, though, any caller may request the first build of a built-in template, and the
+// operator any build.
+func (s *Service) Rebuild(ctx context.Context, c Caller, nameOrID string, r *Request,
+	source io.Reader) (Template, error) {
 	t, err := s.store.GetTemplate(ctx, c.OrgID, nameOrID)
 	if err != nil {
 		return Template{}, err
@@ -119,7 +121,7 @@ func (s *Service) Rebuild(ctx context.Context, c Caller, nameOrID string, r *Req
 			return Template{}, err
 		}
 		if prior.Definition.inputs(prior.Context) == inputs && secret == nil {
-			return t, nil // that one will do
+			return t, nil // the waiting build is enough
 		}
 	} else if !b.Refresh && t.Status == Ready && t.Inputs == inputs {
 		return t, nil
@@ -127,7 +129,8 @@ func (s *Service) Rebuild(ctx context.Context, c Caller, nameOrID string, r *Req
 	id := newID("bld_")
 	t, err = s.store.UpdateTemplate(ctx, t.ID, &b, func(t *Template) error {
 		if t.Queued() {
-			return fault.New(fault.Conflict, "build_in_progress", "a build of template %q is %s: wait for it or cancel it", t.Name, t.Status)
+			return fault.New(fault.Conflict, "build_in_progress", "a build of template %q is %s: wait for it or cancel it",
+				t.Name, t.Status)
 		}
 		t.begin(id)
 		return nil
@@ -140,10 +143,11 @@ func (s *Service) Rebuild(ctx context.Context, c Caller, nameOrID string, r *Req
 }
 
 func readOnly(t Template) error {
-	return fault.New(fault.Denied, "template_builtin", "template %q is built in and read-only; copy its definition to make one of your own", t.Name)
+	return fault.New(fault.Denied, "template_builtin",
+		"template %q is built in and read-only; copy its definition to make one of your own", t.Name)
 }
 
-// newBuild is what a rebuild is made from.
+// newBuild returns the inputs of a rebuild.
 func (s *Service) newBuild(ctx context.Context, t Template, r *Request, source io.Reader) (Build, *Credentials, error) {
 	again := r == nil || r.onlyCredentials() && source == nil
 	if again {
@@ -169,7 +173,7 @@ func (s *Service) newBuild(ctx context.Context, t Template, r *Request, source i
 	return Build{Definition: r.Definition, Context: hash, Private: r.Credentials != nil}, r.Credentials, err
 }
 
-// rebuildBuiltin has a built-in template looked at and made anew.
+// rebuildBuiltin queues a build of a built-in template.
 func (s *Service) rebuildBuiltin(ctx context.Context, t Template) (Template, error) {
 	if s.definition(t.Name) == nil {
 		return Template{}, readOnly(t) // an older cay had it
@@ -184,16 +188,16 @@ func (s *Service) rebuildBuiltin(ctx context.Context, t Template) (Template, err
 		return Template{}, err
 	}
 	s.mu.Lock()
-	delete(s.retry.due, t.ID) // who asks does not want to wait
+	delete(s.retry.due, t.ID) // do not wait for the retry
 	s.mu.Unlock()
 	s.enqueue(ctx, builtinOrder(t))
 	return t, nil
 }
 
-// Cancel ends the build of a template that waits or runs: the template has failed, and
-// its last ready version stays in use. A run that other templates share goes on for them.
-// Conflict, code "no_build", when there is none; Denied, code "template_builtin", for a
-// built-in template.
+// Cancel ends the build of a template that waits or runs. The template has failed then, and its
+// last ready version stays in use. A run that other templates share continues for them. If there
+// is no build it gives Conflict, code "no_build"; for a built-in template Denied, code
+// "template_builtin".
 func (s *Service) Cancel(ctx context.Context, c Caller, nameOrID string) (Template, error) {
 	t, err := s.store.GetTemplate(ctx, c.OrgID, nameOrID)
 	if err != nil {
@@ -219,7 +223,7 @@ func (s *Service) Cancel(ctx context.Context, c Caller, nameOrID string) (Templa
 	return t, nil
 }
 
-// withdraw takes a build out of wherever it is.
+// withdraw removes a build from the queue, the waiting ones or its run.
 func (s *Service) withdraw(template, build string) {
 	s.mu.Lock()
 	s.queue.remove(template)
@@ -241,9 +245,9 @@ func (s *Service) withdraw(template, build string) {
 	s.changed(template)
 }
 
-// Delete removes a template and ends its build. While sandboxes of it are not over it is
-// Conflict, code "template_in_use", unless force; they go on, with the image they have.
-// Denied, code "template_builtin", for a built-in template.
+// Delete removes a template and ends its build. While sandboxes of it exist that have not ended,
+// it gives Conflict, code "template_in_use", unless force is set; they continue with their image.
+// For a built-in template it gives Denied, code "template_builtin".
 func (s *Service) Delete(ctx context.Context, c Caller, nameOrID string, force bool) error {
 	t, err := s.store.GetTemplate(ctx, c.OrgID, nameOrID)
 	if err != nil {

@@ -6,27 +6,27 @@ import (
 	"time"
 )
 
-// order is a build that was asked for.
+// order is a requested build.
 type order struct {
 	template string // ID
 	org      string // "" for built-in templates
 	name     string
 	build    string // ID of the build; "" for built-in templates, whose builds get theirs when they start
-	key      string // equal ones share a run
-	first    bool   // somebody waits for it
+	key      string // orders with equal keys share a run
+	first    bool   // a user waits for it
 }
 
-// queue is the builds that wait for their turn. It is fair: the organization that was
-// served the longest time ago comes first, and built-in templates together are like
-// one more organization; inside one, builds somebody waits for come before the others,
-// then the one that was asked for first. It is not safe for concurrent use.
+// queue holds the builds that wait. It is fair: the organization that was served the longest time
+// ago comes first, and all built-in templates together count as one more organization. Within an
+// organization, builds that a user waits for come first, then the oldest. It is not safe for
+// concurrent use.
 type queue struct {
 	orders []order
-	served map[string]int // by organization: the count of turns at its last one
+	served map[string]int // by organization: the number of the turn in which it was last served
 	turns  int
 }
 
-// add appends an order, unless one of its template is there.
+// add appends an order, unless there is one for its template.
 func (q *queue) add(o order) {
 	if !q.has(o.template) {
 		q.orders = append(q.orders, o)
@@ -37,8 +37,8 @@ func (q *queue) has(template string) bool {
 	return slices.ContainsFunc(q.orders, func(o order) bool { return o.template == template })
 }
 
-// prefer lets an order go before the others of its organization; built-in templates,
-// which everybody uses, before all.
+// prefer puts an order before the others of its organization; orders of built-in templates, which
+// all organizations use, before all.
 func (q *queue) prefer(template string) {
 	for i := range q.orders {
 		if q.orders[i].template == template {
@@ -47,13 +47,13 @@ func (q *queue) prefer(template string) {
 	}
 }
 
-// remove takes the order of a template out.
+// remove removes the order of a template.
 func (q *queue) remove(template string) {
 	q.orders = slices.DeleteFunc(q.orders, func(o order) bool { return o.template == template })
 }
 
-// next takes the order whose turn it is among the organizations that may, together with
-// those that share its run; nil if there is none.
+// next removes and returns the next order of the organizations that may have one, together with
+// those that share its run, or nil if there is none.
 func (q *queue) next(may func(org string) bool) []order {
 	best := -1
 	for i, o := range q.orders {
@@ -77,7 +77,7 @@ func (q *queue) next(may func(org string) bool) []order {
 	return out
 }
 
-// before reports whether a has its turn before b, which was asked for earlier.
+// before reports whether a comes before b, which was added earlier.
 func (q *queue) before(a, b order) bool {
 	if x, y := a.org == "" && a.first, b.org == "" && b.first; x != y {
 		return x
@@ -88,8 +88,8 @@ func (q *queue) before(a, b order) bool {
 	return a.first && !b.first
 }
 
-// retries is when failed builds of built-in templates are tried again: later and later.
-// It is not safe for concurrent use.
+// retries holds the times at which failed builds of built-in templates are tried again, with
+// growing delays. It is not safe for concurrent use.
 type retries struct {
 	due   map[string]retry // by template
 	delay map[string]time.Duration
@@ -100,7 +100,7 @@ type retry struct {
 	at    time.Time
 }
 
-// failed notes a failure and returns after how long it is tried again, at least least.
+// failed records a failure and returns the delay until the retry, at least least.
 func (r *retries) failed(o order, least time.Duration) time.Duration {
 	delay := max(min(max(2*r.delay[o.template], retryFirst), retryMost), least)
 	r.delay[o.template] = delay
@@ -108,13 +108,13 @@ func (r *retries) failed(o order, least time.Duration) time.Duration {
 	return delay
 }
 
-// over forgets a template.
+// over removes a template.
 func (r *retries) over(template string) {
 	delete(r.delay, template)
 	delete(r.due, template)
 }
 
-// take takes out those that are due, the first one before the others.
+// take removes and returns the orders that are due, the earliest first.
 func (r *retries) take() []order {
 	var due []retry
 	for template, next := range r.due {
@@ -123,7 +123,8 @@ func (r *retries) take() []order {
 			delete(r.due, template)
 		}
 	}
-	slices.SortFunc(due, func(a, b retry) int { return cmp.Or(a.at.Compare(b.at), cmp.Compare(a.order.name, b.order.name)) })
+	slices.SortFunc(due,
+		func(a, b retry) int { return cmp.Or(a.at.Compare(b.at), cmp.Compare(a.order.name, b.order.name)) })
 	var orders []order
 	for _, next := range due {
 		orders = append(orders, next.order)
@@ -131,7 +132,7 @@ func (r *retries) take() []order {
 	return orders
 }
 
-// next is when the first one is due; the zero time if there is none.
+// next returns the time of the first retry, or the zero time if there is none.
 func (r *retries) next() (at time.Time) {
 	for _, next := range r.due {
 		if at.IsZero() || next.at.Before(at) {

@@ -12,14 +12,14 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// TestRandomLives does anything in any order, with restarts and crashes of the server in
-// between, and then lets everything come to its end.
+// TestRandomLives makes random calls, with restarts and crashes of the server in between, and
+// then lets everything come to its end.
 func TestRandomLives(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		steps := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) step {
 			return step{
-				what: rapid.SampledFrom([]string{"create", "create", "rebuild", "again", "cancel", "delete", "want", "fail", "hold", "release",
-					"release", "stop", "crash", "lose", "sleep"}).Draw(t, "what"),
+				what: rapid.SampledFrom([]string{"create", "create", "rebuild", "again", "cancel", "delete", "want", "fail", "hold",
+					"release", "release", "stop", "crash", "lose", "sleep"}).Draw(t, "what"),
 				org:   rapid.IntRange(0, 1).Draw(t, "org"),
 				name:  rapid.IntRange(0, 3).Draw(t, "name"),
 				image: rapid.IntRange(0, 2).Draw(t, "image"),
@@ -45,20 +45,20 @@ type world struct {
 	t        *testing.T
 	store    *memory
 	builder  *builder
-	house    *house
+	harness  *harness
 	release  func() // nil while nothing is held
 	versions map[string]int
 }
 
 func (w *world) begin() {
-	w.house = life(w.t, w.store, w.builder, func(c *Config) { c.Concurrent, c.MaxTemplates = 2, 3 })
+	w.harness = life(w.t, w.store, w.builder, func(c *Config) { c.Concurrent, c.MaxTemplates = 2, 3 })
 }
 
 func (w *world) play(steps []step) string {
-	// Those called t3 are made from the built-in one, which is built for them.
+	// Templates named t3 are made from the built-in one, which is built for them.
 	w.builder.from = map[string]string{"t3": "lazy"}
 	w.begin()
-	defer func() { w.house.stop() }()
+	defer func() { w.harness.stop() }()
 	for i, s := range steps {
 		if failure := w.do(s); failure != "" {
 			return fmt.Sprintf("step %d %+v: %s", i, s, failure)
@@ -70,9 +70,9 @@ func (w *world) play(steps []step) string {
 	return w.end()
 }
 
-// do does one step; only errors that such a call may have are right.
+// do makes one step. Only errors that such a call may have are allowed.
 func (w *world) do(s step) string {
-	h := w.house
+	h := w.harness
 	c := Caller{OrgID: fmt.Sprint("org", s.org)}
 	name, r := fmt.Sprint("t", s.name), of("", fmt.Sprint("image", s.image))
 	var err error
@@ -108,7 +108,7 @@ func (w *world) do(s step) string {
 		h.stop()
 		w.begin()
 	case "crash":
-		// What a crash leaves: rows as they were while builds ran.
+		// A crash leaves rows as they were while builds ran.
 		before := w.store.choose(func(Template) bool { return true })
 		h.stop()
 		for _, row := range before {
@@ -143,7 +143,7 @@ func (w *world) let() {
 	}
 }
 
-// look checks what must hold at any time.
+// look checks the invariants.
 func (w *world) look() string {
 	if most := w.builder.most.Load(); most > 2 {
 		return fmt.Sprintf("%d builds at once", most)
@@ -163,7 +163,7 @@ func (w *world) look() string {
 	return ""
 }
 
-// end lets every build come to its end; then nothing may wait or run any more.
+// end lets every build come to its end. Then none may wait or run any more.
 func (w *world) end() string {
 	w.let()
 	time.Sleep(3 * time.Hour) // retries of the built-in one included
@@ -175,11 +175,12 @@ func (w *world) end() string {
 		if row.Queued() || row.Status == Building || row.Status == Pending && !row.Builtin() {
 			return fmt.Sprintf("in the end %s of %s is %s (queued %t)", row.Name, row.OrgID, row.Status, row.Queued())
 		}
-		if b, err := w.store.GetBuild(w.t.Context(), row.ID); row.Status == Ready && !row.Builtin() && (err != nil || row.Inputs != b.Definition.inputs(b.Context)) {
+		if b, err := w.store.GetBuild(w.t.Context(), row.ID); row.Status == Ready && !row.Builtin() &&
+			(err != nil || row.Inputs != b.Definition.inputs(b.Context)) {
 			return fmt.Sprintf("%s is ready, and not from what was asked for last: %v", row.Name, err)
 		}
 	}
-	h := w.house
+	h := w.harness
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if len(h.queue.orders)+len(h.runs)+len(h.running)+len(h.parked)+len(h.secrets) > 0 {

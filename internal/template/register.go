@@ -10,16 +10,17 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// Register writes the rows of built-in templates that are new, takes up the builds that
-// the last server did not end, and queues what is to be looked after. Call it once,
-// before anybody asks for a template.
+// Register writes the rows of new built-in templates, takes up builds that the last server did
+// not finish, and queues built-in templates to be checked. Call it once, before the first
+// request.
 func (s *Service) Register(ctx context.Context) error {
 	for _, d := range s.cfg.Builtins {
 		t, err := s.store.GetTemplate(ctx, "", d.Name)
 		asked := slices.Contains(s.cfg.Prepare, d.Name)
 		switch {
 		case fault.Is(err, fault.NotFound):
-			t = Template{ID: newID("tpl_"), Name: d.Name, Status: Pending, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, CreatedAt: now()}
+			t = Template{ID: newID("tpl_"), Name: d.Name, Status: Pending, Egress: sandbox.Egress{Mode: sandbox.AllowAll},
+				CreatedAt: now()}
 			t.UpdatedAt = t.CreatedAt
 			d.describe(&t, Built{})
 			if !asked {
@@ -56,7 +57,7 @@ func (s *Service) Register(ctx context.Context) error {
 	return s.resume(ctx)
 }
 
-// lazy is the progress of a built-in template that nobody has asked for.
+// lazy is the progress text of a built-in template that has not been requested yet.
 const lazy = "is built when it is first asked for"
 
 // resume takes up the builds of organizations' templates that the last server left.
@@ -77,13 +78,15 @@ func (s *Service) resume(ctx context.Context) error {
 		case t.Tries >= maxTries:
 			err = s.tooOften(ctx, t, 0)
 		case b.Private:
-			err = s.giveUp(ctx, t, "the server was restarted, and it keeps registry credentials in memory alone: rebuild the template with them")
+			err = s.giveUp(ctx, t,
+				"the server was restarted, and it keeps registry credentials in memory alone: rebuild the template with them")
 		default:
 			_, err = s.store.UpdateTemplate(ctx, t.ID, nil, func(t *Template) error {
 				t.Status, t.Progress = Pending, ""
 				return nil
 			})
-			s.enqueue(ctx, order{template: t.ID, org: t.OrgID, name: t.Name, build: t.BuildID, key: s.key(t.OrgID, t.BuildID, b)})
+			s.enqueue(ctx, order{template: t.ID, org: t.OrgID, name: t.Name, build: t.BuildID,
+				key: s.key(t.OrgID, t.BuildID, b)})
 		}
 		if err != nil {
 			return fmt.Errorf("taking up the build of template %s: %w", t.ID, err)
@@ -92,8 +95,8 @@ func (s *Service) resume(ctx context.Context) error {
 	return nil
 }
 
-// tooOften ends a build that no server has lived to end; one of a built-in template
-// waits long before it is tried again.
+// tooOften ends a build that several servers have started and none has finished. That of a
+// built-in template is tried again after a long wait.
 func (s *Service) tooOften(ctx context.Context, t Template, wait time.Duration) error {
 	if wait > 0 {
 		s.mu.Lock()

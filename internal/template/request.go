@@ -12,39 +12,39 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// Limits of a request, so that a row and a build stay of a size that people can look at.
+// Limits of a request, which keep rows and builds readable for people.
 const (
 	MaxDescription = 1024 // bytes
 	MaxDockerfile  = 512 << 10
-	MaxPath        = 4096 // bytes; Linux takes no longer ones
+	MaxPath        = 4096 // bytes; Linux allows no longer ones
 	MaxReference   = 512  // bytes
 	MaxPackages    = 500
 	MaxCredential  = 16 << 10 // bytes of a user name or a password; tokens are long
 
-	// DefaultSuite is the Debian suite when none is named.
+	// DefaultSuite is the Debian suite if none is named.
 	DefaultSuite = "bookworm"
 )
 
-// Request asks for a template, or for a build of one that is there.
+// Request describes a new template, or a new build of an existing one.
 type Request struct {
-	Definition                  // without what only built-in ones have
+	Definition                  // without the fields of built-in ones
 	Egress      *sandbox.Egress // nil is allow_all
 	Credentials *Credentials
 }
 
-// onlyCredentials reports whether the request says nothing but how to open a registry.
+// onlyCredentials reports whether the request has nothing but credentials for a registry.
 func (r Request) onlyCredentials() bool {
 	return r.Egress == nil && digest(r.Definition) == digest(Definition{Name: r.Name})
 }
 
-// What may stand in a definition.
+// Forms of the fields of a definition.
 var (
 	runAsPattern   = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
 	suitePattern   = regexp.MustCompile(`^[a-z][a-z0-9-]{0,63}$`)
 	packagePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9+.-]{1,127}(:[a-z0-9-]+)?(=[A-Za-z0-9.+:~-]+)?$`)
 	targetPattern  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
 	hostPattern    = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]{1,5})?$`)
-	// The grammar of references as Docker and the OCI have it.
+	// The grammar of references as Docker and the OCI define it.
 	referencePattern = regexp.MustCompile(`^([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]{1,5})?/)?` +
 		`[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*` +
 		`(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
@@ -56,8 +56,8 @@ func invalid(field, detail string, args ...any) error {
 	return fault.InField("invalid_"+code, field, detail, args...)
 }
 
-// check refuses what is wrong in the request by itself, and completes it. withContext
-// says that a context comes with it.
+// check refuses an invalid request, and fills in defaults. withContext reports whether the
+// request has a context.
 func (r *Request) check(cfg Config, withContext bool) error {
 	if !namePattern.MatchString(r.Name) {
 		return invalid("name", "must be 1 to 63 of a-z, 0-9 and -, and not begin with -")
@@ -97,7 +97,8 @@ func (r *Request) checkSource(withContext bool) error {
 		}
 	}
 	if given != 1 {
-		return fault.New(fault.Invalid, "invalid_source", "one of image, dockerfile and debian is needed, and no more than one")
+		return fault.New(fault.Invalid, "invalid_source",
+			"one of image, dockerfile and debian is needed, and no more than one")
 	}
 	switch {
 	case r.Dockerfile != "" && withContext:
@@ -106,7 +107,8 @@ func (r *Request) checkSource(withContext bool) error {
 		}
 	case r.Dockerfile != "":
 		if len(r.Dockerfile) > MaxDockerfile || !utf8.ValidString(r.Dockerfile) || strings.ContainsRune(r.Dockerfile, 0) {
-			return invalid("dockerfile", "must be the text of a Dockerfile of at most %d bytes when no context comes with it", MaxDockerfile)
+			return invalid("dockerfile", "must be the text of a Dockerfile of at most %d bytes when no context comes with it",
+				MaxDockerfile)
 		}
 		if !strings.Contains(strings.ToUpper(r.Dockerfile), "FROM") {
 			return invalid("dockerfile", "has no FROM: without a context it is the text of the Dockerfile, not its path")
@@ -117,7 +119,8 @@ func (r *Request) checkSource(withContext bool) error {
 		}
 	case r.Image != "":
 		if len(r.Image) > MaxReference || !referencePattern.MatchString(r.Image) {
-			return invalid("image", "%.200q is not a reference such as docker.io/library/alpine:3.22 or ghcr.io/a/b@sha256:…", r.Image)
+			return invalid("image", "%.200q is not a reference such as docker.io/library/alpine:3.22 or ghcr.io/a/b@sha256:…",
+				r.Image)
 		}
 	default:
 		if err := r.checkDebian(withContext); err != nil {
@@ -142,9 +145,11 @@ func (r *Request) checkSource(withContext bool) error {
 
 // checkInContext refuses paths that lead out of a context.
 func checkInContext(field, p string) error {
-	if p != path.Clean(p) || p == "." && field != "image" || path.IsAbs(p) || p == ".." || strings.HasPrefix(p, "../") || len(p) > MaxPath || strings.ContainsRune(p, 0) || !utf8.ValidString(p) {
+	if p != path.Clean(p) || p == "." && field != "image" || path.IsAbs(p) || p == ".." || strings.HasPrefix(p, "../") ||
+		len(p) > MaxPath || strings.ContainsRune(p, 0) || !utf8.ValidString(p) {
 		return invalid(field, "must be a path in the context, such as %s, without .. and without ./ before it",
-			map[string]string{"dockerfile": "Dockerfile or build/Dockerfile", "image": "image.tar, or . for the context itself"}[field])
+			map[string]string{"dockerfile": "Dockerfile or build/Dockerfile",
+				"image": "image.tar, or . for the context itself"}[field])
 	}
 	return nil
 }
@@ -166,7 +171,8 @@ func (r *Request) checkDebian(withContext bool) error {
 	}
 	for i, p := range d.Packages {
 		if !packagePattern.MatchString(p) {
-			return invalid(fmt.Sprintf("debian.packages[%d]", i), "%.100q is not the name of a package, with =VERSION if need be", p)
+			return invalid(fmt.Sprintf("debian.packages[%d]", i),
+				"%.100q is not the name of a package, with =VERSION if need be", p)
 		}
 	}
 	return nil
@@ -186,7 +192,8 @@ func (r *Request) checkCredentials() error {
 	case c.Registry != "" && !hostPattern.MatchString(c.Registry):
 		return invalid("credentials.registry", "must be the host of a registry such as ghcr.io or registry.example.com:5000")
 	case c.Registry == "" && r.Dockerfile != "":
-		return invalid("credentials.registry", "is needed with a dockerfile: it says which of the registries it names may see them")
+		return invalid("credentials.registry",
+			"is needed with a dockerfile: it says which of the registries it names may see them")
 	}
 	return nil
 }

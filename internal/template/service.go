@@ -19,20 +19,20 @@ import (
 
 // Times of the background work.
 const (
-	// retryFirst to retryMost is how long a failed build of a built-in template waits
-	// before it is tried again, doubling each time: a mirror that is down for a minute
-	// costs little, one that is down for a day is not hammered.
+	// retryFirst to retryMost is the delay before a failed build of a built-in template is tried
+	// again. It doubles each time: a mirror that is down for a minute costs little, and one that
+	// is down for a day is not flooded.
 	retryFirst = 30 * time.Second
 	retryMost  = time.Hour
-	// collectEvery is how often unused images and contexts are removed and the images
-	// of built-in templates looked after. Longer keeps replaced ones on the disk longer.
+	// collectEvery is the interval at which unused images and contexts are removed and the images
+	// of built-in templates checked. A longer one keeps replaced images on the disk longer.
 	collectEvery = time.Hour
-	// writeTimeout bounds writing down how a build ended while cay stops. Not written,
-	// the next start finds out by itself.
+	// writeTimeout bounds recording a build's end while cay stops. If it is not recorded, the
+	// next start finds out by itself.
 	writeTimeout = 5 * time.Second
-	// maxTries is how often a build is started that no server has lived to end. Fewer
-	// would give up builds for a machine that rebooted; more, a build that kills the
-	// server would keep it from working.
+	// maxTries is the number of times that a build is started without any server finishing it.
+	// With fewer, builds would be given up because a machine rebooted; with more, a build that
+	// kills the server would keep the server from working.
 	maxTries = 3
 )
 
@@ -43,30 +43,30 @@ const (
 	DefaultTimeout      = 30 * time.Minute
 )
 
-// Config is what the operator decides about templates.
+// Config configures a Service.
 type Config struct {
 	Builtins []Definition // in the order they are built in; see [Builtins]
-	// Prepare names the built-in templates that are built in the background; the others
-	// are when they are first asked for.
+	// Prepare names the built-in templates that are built in the background. The others are built
+	// when they are first requested.
 	Prepare []string
 
-	Sizes     []string // names of the sizes there are
+	Sizes     []string // names of the available sizes
 	MaxDiskMB int      // the most that a template may ask for
 
-	MaxTemplates int           // of one organization; 0 is no limit
+	MaxTemplates int           // per organization; 0 is no limit
 	ContextLimit int64         // bytes; 0 is DefaultContextLimit
 	ContextTotal int64         // bytes, of all contexts of one organization; 0 is DefaultContextTotal
 	Concurrent   int           // builds at once; 0 is 1
 	PerOrg       int           // builds of one organization at once; 0 is 1
-	Timeout      time.Duration // of one build; 0 is DefaultTimeout
-	MaxDisk      int64         // of one build, bytes; 0 is the builder's
+	Timeout      time.Duration // per build; 0 is DefaultTimeout
+	MaxDisk      int64         // bytes per build; 0 is the builder's own limit
 
-	// Observe is told how each build ended ("ready", "failed", "cancelled") and how
-	// long it ran; nil is nobody.
+	// Observe, if not nil, is called with the result of each build ("ready", "failed",
+	// "cancelled") and its duration.
 	Observe func(result string, took time.Duration)
 }
 
-// Service is the templates.
+// Service manages templates and their builds.
 type Service struct {
 	cfg      Config
 	store    Store
@@ -77,27 +77,27 @@ type Service struct {
 
 	budget contextBudget
 
-	wake   chan struct{} // holds one token: the queue or what is due changed
+	wake   chan struct{} // holds one token: the queue or the retries changed
 	hangup chan struct{} // closed by Hangup
-	once   sync.Once     // of hangup
+	once   sync.Once     // for closing hangup
 
 	mu sync.Mutex
 	// +checklocks:mu
 	queue queue
 	// +checklocks:mu
-	runs map[string]*run // by key: those that can still be joined
+	runs map[string]*run // runs that can still be joined, by key
 	// +checklocks:mu
 	running map[string]int // runs by organization
 	// +checklocks:mu
-	parked map[string]parking // by template: orders that wait for another template
+	parked map[string]parking // orders that wait for another template, by template
 	// +checklocks:mu
 	retry retries
 	// +checklocks:mu
 	secrets map[string]Credentials // by build ID, while it waits or runs
 	// +checklocks:mu
-	watched map[string]chan struct{} // by template: closed at the next change
+	watched map[string]chan struct{} // closed at the next change, by template
 	// +checklocks:mu
-	suspect map[string]bool // images that somebody could not use
+	suspect map[string]bool // images that could not be used
 }
 
 // parking is an order that waits for a template to be ready.
@@ -106,7 +106,7 @@ type parking struct {
 	on string // ID
 }
 
-// New makes a service. Call Register before it is used and Run for the builds.
+// New returns a Service. Call Register before it is used, and Run to build.
 func New(cfg Config, store Store, builder Builder, contexts Contexts, users Users, log *slog.Logger) *Service {
 	if cfg.ContextLimit == 0 {
 		cfg.ContextLimit = DefaultContextLimit
@@ -129,8 +129,8 @@ func New(cfg Config, store Store, builder Builder, contexts Contexts, users User
 		secrets: map[string]Credentials{}, watched: map[string]chan struct{}{}, suspect: map[string]bool{}}
 }
 
-// Ready implements [sandbox.Templates]. A template that is not ready moves to
-// the front of those to be built.
+// Ready implements [sandbox.Templates]. It moves a template that is not ready to the front of the
+// queue.
 func (s *Service) Ready(ctx context.Context, orgID, nameOrID string) (sandbox.TemplateVersion, error) {
 	t, err := s.store.GetTemplate(ctx, orgID, nameOrID)
 	if err != nil {
@@ -157,8 +157,8 @@ func notReady(t Template) error {
 	return fault.New(fault.Conflict, "template_not_ready", "%s", detail)
 }
 
-// prepare begins the build of a built-in template that nobody has asked for yet, and
-// lets a template that waits for its turn go first.
+// prepare queues the build of a built-in template that has not been requested yet, and moves a
+// waiting template to the front.
 func (s *Service) prepare(ctx context.Context, t Template) (Template, error) {
 	if t.Builtin() && t.Status == Pending && s.definition(t.Name) != nil {
 		var err error
@@ -178,7 +178,7 @@ func (s *Service) prepare(ctx context.Context, t Template) (Template, error) {
 	return t, nil
 }
 
-// definition is that of a built-in template; nil if there is none of the name.
+// definition returns the definition of a built-in template, or nil if there is none of the name.
 func (s *Service) definition(name string) *Definition {
 	for i := range s.cfg.Builtins {
 		if s.cfg.Builtins[i].Name == name {
@@ -188,19 +188,18 @@ func (s *Service) definition(name string) *Definition {
 	return nil
 }
 
-// Get returns a template that the organization may use: NotFound, code
-// "template_not_found".
+// Get returns a template that the organization may use, or NotFound, code "template_not_found".
 func (s *Service) Get(ctx context.Context, orgID, nameOrID string) (Template, error) {
 	return s.store.GetTemplate(ctx, orgID, nameOrID)
 }
 
-// List pages the templates the organization may use, newest first.
+// List returns a page of the templates that the organization may use, newest first.
 func (s *Service) List(ctx context.Context, orgID string, limit int, cursor string) ([]Template, string, error) {
 	return s.store.ListTemplates(ctx, orgID, limit, cursor)
 }
 
-// Recheck looks soon at the templates of an image that somebody could not use, and
-// builds them again if it is gone.
+// Recheck makes Run soon check an image that could not be used, and rebuild its templates if it
+// is gone.
 func (s *Service) Recheck(image string) {
 	s.mu.Lock()
 	s.suspect[image] = true
@@ -208,7 +207,7 @@ func (s *Service) Recheck(image string) {
 	s.stir()
 }
 
-// stir makes Run look at the queue.
+// stir wakes Run to look at the queue.
 func (s *Service) stir() {
 	select {
 	case s.wake <- struct{}{}:
@@ -220,7 +219,8 @@ func builtinOrder(t Template) order {
 	return order{template: t.ID, name: t.Name, key: "built-in " + t.Name}
 }
 
-// key is what equal builds share: what is built, by whom and with what.
+// key returns the key that equal builds share: what is built, for whom and with which
+// credentials.
 func (s *Service) key(orgID, buildID string, b Build) string {
 	s.mu.Lock()
 	secret := s.secrets[buildID]
@@ -228,8 +228,8 @@ func (s *Service) key(orgID, buildID string, b Build) string {
 	return digest(orgID, b.Definition.fileInputs(b.Context, b.Refresh), secret)
 }
 
-// enqueue lets an order join a run of the same inputs, or puts it at the end of the
-// queue, unless its template waits or runs already.
+// enqueue adds an order to a run with the same inputs, or to the end of the queue, unless its
+// template already waits or runs.
 func (s *Service) enqueue(ctx context.Context, o order) {
 	s.mu.Lock()
 	_, waits := s.retry.due[o.template]
@@ -249,7 +249,7 @@ func (s *Service) enqueue(ctx context.Context, o order) {
 	}
 	m := &member{order: o}
 	r.members = append(slices.Clip(r.members), m)
-	running := r.cancel != nil // else the run begins it with the others
+	running := r.cancel != nil // otherwise the run begins it with the others
 	if running {
 		r.joining.Add(1)
 		defer r.joining.Done()
@@ -260,14 +260,14 @@ func (s *Service) enqueue(ctx context.Context, o order) {
 	}
 }
 
-// end is what becomes of a row whose build is over.
+// end changes the row for a build that has ended.
 func (t *Template) end(status Status, why *BuildError) {
 	t.Status, t.BuildError, t.Progress, t.Tries, t.QueuedAt, t.UpdatedAt = status, why, "", 0, time.Time{}, now()
 }
 
-// Run makes builds until ctx ends: as many at once as is configured, failed ones of
-// built-in templates again, and it removes images and contexts nobody uses. It returns
-// nil, when no build runs any more.
+// Run builds until ctx ends, as many at once as configured. It tries failed builds of built-in
+// templates again, and removes unused images and contexts. It returns nil when no build runs any
+// more.
 func (s *Service) Run(ctx context.Context) error {
 	tick := time.NewTicker(collectEvery)
 	defer tick.Stop()
@@ -284,7 +284,7 @@ func (s *Service) Run(ctx context.Context) error {
 			})
 			continue
 		}
-		if !collected && s.idle() { // what a former life left, once nothing is to be built
+		if !collected && s.idle() { // leftovers of the last server, once nothing waits to be built
 			collected = true
 			s.collect(ctx)
 		}
@@ -304,9 +304,9 @@ func (s *Service) Run(ctx context.Context) error {
 	return nil
 }
 
-// next makes a run of what comes first in the queue, if one more may run; built-in
-// templates whose retry is due join the queue before. If there is none it says when one
-// will be due, or the zero time.
+// next makes a run of the first orders in the queue, if one more may run. Built-in templates
+// whose retry is due are added to the queue before. If there is no run, it returns the time of
+// the next retry, or the zero time.
 func (s *Service) next() (r *run, due time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -341,17 +341,18 @@ func (s *Service) idle() bool {
 	return len(s.running) == 0 && len(s.queue.orders) == 0
 }
 
-// errSettled ends an update of a row that is not any more what it was for.
+// errSettled ends an update of a row that a newer build has changed.
 var errSettled = errors.New("the build is not the newest one any more")
 
-// begin is what becomes of a row for which a build is asked for.
+// begin changes the row for a requested build.
 func (t *Template) begin(buildID string) {
-	t.BuildID, t.Status, t.Progress, t.BuildError, t.Tries, t.QueuedAt, t.UpdatedAt = buildID, Pending, "", nil, 0, now(), now()
+	t.BuildID, t.Status, t.Progress, t.BuildError, t.Tries, t.QueuedAt, t.UpdatedAt = buildID, Pending, "", nil, 0, now(),
+		now()
 }
 
 func now() time.Time { return time.Now().UTC() }
 
-// newID makes an ID: 100 random bits.
+// newID returns an ID with 100 random bits.
 func newID(prefix string) string {
 	var b [13]byte
 	rand.Read(b[:])

@@ -20,8 +20,8 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// memory is a Store in memory. The contract suite of the store room holds for
-// the real ones; here only the service is tested.
+// memory is a Store in memory. The contract suite of package store tests the real ones; these
+// tests are about the service.
 type memory struct {
 	mu sync.Mutex
 	// +checklocks:mu
@@ -31,13 +31,14 @@ type memory struct {
 	// +checklocks:mu
 	logs map[string][]LogLine
 	// +checklocks:mu
-	fail error // of the next calls
+	fail error // error of the next calls
 	// +checklocks:mu
 	inUse map[string]bool // templates with sandboxes
 }
 
 func newMemory() *memory {
-	return &memory{rows: map[string]Template{}, builds: map[string]Build{}, logs: map[string][]LogLine{}, inUse: map[string]bool{}}
+	return &memory{rows: map[string]Template{}, builds: map[string]Build{}, logs: map[string][]LogLine{},
+		inUse: map[string]bool{}}
 }
 
 var errNoTemplate = fault.New(fault.NotFound, "template_not_found", "there is no such template")
@@ -67,7 +68,8 @@ func (m *memory) InsertTemplate(_ context.Context, t Template, b *Build, limit i
 	return nil
 }
 
-func (m *memory) UpdateTemplate(_ context.Context, id string, b *Build, change func(*Template) error) (Template, error) {
+func (m *memory) UpdateTemplate(_ context.Context, id string, b *Build,
+	change func(*Template) error) (Template, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.fail != nil {
@@ -133,8 +135,7 @@ func (m *memory) ListTemplates(context.Context, string, int, string) ([]Template
 	panic("the service hands lists through")
 }
 
-// select lists the rows that are wanted, the one whose build was asked for first before
-// the others.
+// choose returns the rows that are wanted, the oldest requested build first.
 func (m *memory) choose(wanted func(Template) bool) []Template {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -188,7 +189,8 @@ func (m *memory) ChangeTemplateLog(_ context.Context, id string, c LogChange) er
 		return errNoTemplate
 	}
 	for _, d := range c.Drop {
-		m.logs[id] = slices.DeleteFunc(m.logs[id], func(l LogLine) bool { return l.Step == d.Step && l.Seq >= d.From && l.Seq <= d.To })
+		m.logs[id] = slices.DeleteFunc(m.logs[id],
+			func(l LogLine) bool { return l.Step == d.Step && l.Seq >= d.From && l.Seq <= d.To })
 	}
 	m.logs[id] = append(m.logs[id], c.Add...)
 	slices.SortFunc(m.logs[id], func(a, b LogLine) int { return int(a.Seq - b.Seq) })
@@ -207,7 +209,7 @@ func (m *memory) TemplateLog(_ context.Context, id string, after int64, limit in
 	return out, nil
 }
 
-// set changes a row as a crash or an older cay might have left it.
+// set changes a row, as a crash or an older cay might have left it.
 func (m *memory) set(t *testing.T, name string, change func(*Template)) {
 	t.Helper()
 	m.mu.Lock()
@@ -280,7 +282,7 @@ func (s *shelf) Collect(keep []string) ([]string, int64, error) {
 	return removed, 0, nil
 }
 
-// builder is a Builder that a test tells what to do.
+// builder is a Builder that the test controls.
 type builder struct {
 	mu sync.Mutex
 	// +checklocks:mu
@@ -300,7 +302,7 @@ type builder struct {
 	block   chan struct{} // if not nil, Build waits for it after its first line
 	made    func(d Definition) string
 	running atomic.Int32
-	most    atomic.Int32 // builds at once
+	most    atomic.Int32 // most builds at once
 }
 
 func newBuilder() *builder {
@@ -326,7 +328,7 @@ func (b *builder) Build(ctx context.Context, j Job, progress func(Progress)) (Bu
 	}
 	if from != "" {
 		if _, ok, err := j.Base(ctx, from); err != nil {
-			return Built{}, fmt.Errorf("resolving: %s", err) // its chain may be lost on the way
+			return Built{}, fmt.Errorf("resolving: %s", err) // the chain of errors may be lost on the way
 		} else if !ok {
 			return Built{}, fmt.Errorf("there is no %s", from)
 		}
@@ -339,7 +341,8 @@ func (b *builder) Build(ctx context.Context, j Job, progress func(Progress)) (Bu
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	delete(b.gone, image)
-	return Built{Image: image, Size: 7, Source: "from " + d.Image, Env: map[string]string{"A": "image", "B": "image"}, User: "app", Workdir: "/srv", Cmd: []string{"serve"}}, nil
+	return Built{Image: image, Size: 7, Source: "from " + d.Image, Env: map[string]string{"A": "image", "B": "image"},
+		User: "app", Workdir: "/srv", Cmd: []string{"serve"}}, nil
 }
 
 func (b *builder) HasUser(_ context.Context, image, name string) (bool, error) {
@@ -363,7 +366,7 @@ func (b *builder) Collect(_ context.Context, keep []string) ([]string, int64, er
 	return nil, 0, nil
 }
 
-// kept is what each collection was told to keep.
+// kept returns the arguments of each Collect.
 func (b *builder) kept() [][]string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -392,7 +395,7 @@ func (b *builder) hold() (release func()) {
 	}
 }
 
-// fails makes the builds of a name fail; nil lets them go well.
+// fails makes the builds of a name fail; nil lets them succeed.
 func (b *builder) fails(name string, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -405,20 +408,21 @@ type sandboxes []string
 func (s sandboxes) Images(context.Context) ([]string, error) { return s, nil }
 
 func definition(name string) Definition {
-	return Definition{Name: name, Description: "about " + name, StartCommand: new(""), Image: name + ":1", Env: map[string]string{"A": "definition"}, DiskMB: 100}
+	return Definition{Name: name, Description: "about " + name, StartCommand: new(""), Image: name + ":1",
+		Env: map[string]string{"A": "definition"}, DiskMB: 100}
 }
 
-// house is a service with its parts, for one life of the process.
-type house struct {
+// harness is a service with its parts, for one run of the server.
+type harness struct {
 	*Service
 	store   *memory
 	builder *builder
 	shelf   *shelf
-	stop    func() // ends this life
+	stop    func() // stops the service
 }
 
-// start begins a life. Call inside a synctest bubble.
-func start(t *testing.T, store *memory, b *builder, ds ...Definition) *house {
+// start starts a service. Call it inside a synctest bubble.
+func start(t *testing.T, store *memory, b *builder, ds ...Definition) *harness {
 	t.Helper()
 	cfg := Config{Builtins: ds}
 	for _, d := range ds {
@@ -427,7 +431,7 @@ func start(t *testing.T, store *memory, b *builder, ds ...Definition) *house {
 	return startWith(t, cfg, store, b, newShelf())
 }
 
-func startWith(t *testing.T, cfg Config, store *memory, b *builder, contexts *shelf) *house {
+func startWith(t *testing.T, cfg Config, store *memory, b *builder, contexts *shelf) *harness {
 	t.Helper()
 	cfg.Sizes, cfg.MaxDiskMB = []string{"small"}, 1000
 	s := New(cfg, store, b, contexts, sandboxes{"of a sandbox"}, slog.New(slog.NewTextHandler(t.Output(), nil)))
@@ -447,10 +451,10 @@ func startWith(t *testing.T, cfg Config, store *memory, b *builder, contexts *sh
 		})
 	}
 	t.Cleanup(stop)
-	return &house{s, store, b, contexts, stop}
+	return &harness{s, store, b, contexts, stop}
 }
 
-func (h *house) get(t *testing.T, name string) Template {
+func (h *harness) get(t *testing.T, name string) Template {
 	t.Helper()
 	tpl, err := h.Get(t.Context(), "org", name)
 	if err != nil {
@@ -459,7 +463,7 @@ func (h *house) get(t *testing.T, name string) Template {
 	return tpl
 }
 
-func (h *house) wantBuilt(t *testing.T, names ...string) {
+func (h *harness) wantBuilt(t *testing.T, names ...string) {
 	t.Helper()
 	synctest.Wait()
 	if got := h.builder.take(); !slices.Equal(got, names) {
@@ -467,7 +471,7 @@ func (h *house) wantBuilt(t *testing.T, names ...string) {
 	}
 }
 
-func (h *house) wantStatus(t *testing.T, name string, status Status, version int) Template {
+func (h *harness) wantStatus(t *testing.T, name string, status Status, version int) Template {
 	t.Helper()
 	synctest.Wait()
 	tpl := h.get(t, name)
@@ -482,8 +486,9 @@ func TestBuiltinsAreBuilt(t *testing.T) {
 		h := start(t, newMemory(), newBuilder(), definition("base"), definition("python"))
 		h.wantBuilt(t, "base", "python")
 		got := h.wantStatus(t, "python", Ready, 1)
-		want := Template{ID: got.ID, Name: "python", Description: "about python", Status: Ready, Version: 1, Image: "image of python python:1", ImageSize: 7,
-			Source: "from python:1", Inputs: definition("python").inputs(""), Env: map[string]string{"A": "definition", "B": "image"}, User: "app", Workdir: "/srv",
+		want := Template{ID: got.ID, Name: "python", Description: "about python", Status: Ready, Version: 1,
+			Image: "image of python python:1", ImageSize: 7, Source: "from python:1", Inputs: definition("python").inputs(""),
+			Env: map[string]string{"A": "definition", "B": "image"}, User: "app", Workdir: "/srv",
 			DiskMB: 100, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, CreatedAt: got.CreatedAt, UpdatedAt: time.Now().UTC(), BuiltAt: time.Now().UTC(), BuildID: got.BuildID}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("template (-want +got):\n%s", diff)
@@ -492,7 +497,8 @@ func TestBuiltinsAreBuilt(t *testing.T) {
 			t.Errorf("id is %q", got.ID)
 		}
 		version, err := h.Ready(t.Context(), "org", got.ID)
-		if err != nil || version.Image != got.Image || version.Version != 1 || version.Name != "python" || version.User != "app" {
+		if err != nil || version.Image != got.Image || version.Version != 1 || version.Name != "python" ||
+			version.User != "app" {
 			t.Errorf("Ready gave %+v, %v", version, err)
 		}
 		lines, err := h.Log(t.Context(), "org", "python")
@@ -511,11 +517,13 @@ func TestReadyWhileBuilding(t *testing.T) {
 		h := start(t, newMemory(), b, definition("base"), definition("node"), definition("python"))
 		time.Sleep(2 * flushEvery)
 		synctest.Wait()
-		if _, err := h.Ready(t.Context(), "org", "none"); !fault.Is(err, fault.NotFound) || fault.As(err).Code != "template_not_found" {
+		if _, err := h.Ready(t.Context(), "org", "none"); !fault.Is(err, fault.NotFound) ||
+			fault.As(err).Code != "template_not_found" {
 			t.Errorf("error is %v", err)
 		}
 		_, err := h.Ready(t.Context(), "org", "base")
-		if e := fault.As(err); e == nil || e.Kind != fault.Conflict || e.Code != "template_not_ready" || e.Detail != `template "base" is building: working on base` {
+		if e := fault.As(err); e == nil || e.Kind != fault.Conflict || e.Code != "template_not_ready" ||
+			e.Detail != `template "base" is building: working on base` {
 			t.Errorf("error is %v", err)
 		}
 		_, err = h.Ready(t.Context(), "org", "python") // and so it is preferred
@@ -566,11 +574,12 @@ func TestChangedDefinitionMakesANewVersion(t *testing.T) {
 		}
 		close(b.block)
 		got := h.wantStatus(t, "base", Ready, 2)
-		if got.ID != old.ID || got.Image != "image of base base:2" || got.Egress.Mode != sandbox.DenyAll || !got.CreatedAt.Equal(old.CreatedAt) {
+		if got.ID != old.ID || got.Image != "image of base base:2" || got.Egress.Mode != sandbox.DenyAll ||
+			!got.CreatedAt.Equal(old.CreatedAt) {
 			t.Errorf("version 2 is %+v", got)
 		}
 
-		// Another text that gives the same image is no new version.
+		// Another definition with the same image is no new version.
 		h.stop()
 		d.Description = "in other words"
 		h = start(t, store, b, d)
@@ -585,12 +594,14 @@ func TestFailedBuildIsTriedAgainLaterAndLater(t *testing.T) {
 		store, b := newMemory(), newBuilder()
 		b.fail["base"] = errors.New("installing: mmdebstrap ended with exit code 25\nE: no network")
 		h := start(t, store, b, definition("base"), definition("python"))
-		h.wantBuilt(t, "base", "python") // one failure does not hold up the other
+		h.wantBuilt(t, "base", "python") // one failure does not delay the other
 		got := h.wantStatus(t, "base", Failed, 0)
-		if got.BuildError == nil || !strings.Contains(got.BuildError.Message, "exit code 25\nE: no network") || got.Progress != "" {
+		if got.BuildError == nil || !strings.Contains(got.BuildError.Message, "exit code 25\nE: no network") ||
+			got.Progress != "" {
 			t.Errorf("failed template is %+v", got)
 		}
-		if _, err := h.Ready(t.Context(), "org", "base"); fault.As(err) == nil || !strings.Contains(fault.As(err).Detail, `is failed: installing`) {
+		if _, err := h.Ready(t.Context(), "org", "base"); fault.As(err) == nil ||
+			!strings.Contains(fault.As(err).Detail, `is failed: installing`) {
 			t.Errorf("error is %v", err)
 		}
 		lines, err := h.Log(t.Context(), "org", "base")
@@ -637,14 +648,14 @@ func TestFailedRebuildKeepsTheLastVersion(t *testing.T) {
 func TestImageThatIsGoneIsBuiltAgain(t *testing.T) {
 	tests := []struct {
 		name string
-		when func(t *testing.T, h *house) *house // makes the service look
+		when func(t *testing.T, h *harness) *harness // makes the service check
 	}{
-		{"found by a restart", func(t *testing.T, h *house) *house {
+		{"found by a restart", func(t *testing.T, h *harness) *harness {
 			h.stop()
 			return start(t, h.store, h.builder, definition("base"))
 		}},
-		{"found by somebody", func(t *testing.T, h *house) *house { h.Recheck(h.get(t, "base").Image); return h }},
-		{"found in time", func(_ *testing.T, h *house) *house { time.Sleep(collectEvery); return h }},
+		{"found by somebody", func(t *testing.T, h *harness) *harness { h.Recheck(h.get(t, "base").Image); return h }},
+		{"found in time", func(_ *testing.T, h *harness) *harness { time.Sleep(collectEvery); return h }},
 	}
 	for _, tc := range tests {
 		t.Run(tc.name, func(t *testing.T) {
@@ -705,7 +716,8 @@ func TestInterruptedBuildStartsAgain(t *testing.T) {
 
 func TestRegisterSaysPendingBeforeAnythingIsBuilt(t *testing.T) {
 	store := newMemory()
-	s := New(Config{Builtins: []Definition{definition("base")}}, store, newBuilder(), newShelf(), sandboxes{}, slog.New(slog.DiscardHandler))
+	s := New(Config{Builtins: []Definition{definition("base")}}, store, newBuilder(), newShelf(), sandboxes{},
+		slog.New(slog.DiscardHandler))
 	if err := s.Register(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -717,7 +729,8 @@ func TestRegisterSaysPendingBeforeAnythingIsBuilt(t *testing.T) {
 	store.mu.Lock()
 	store.fail = full
 	store.mu.Unlock()
-	other := New(Config{Builtins: []Definition{definition("python")}}, store, newBuilder(), newShelf(), sandboxes{}, slog.New(slog.DiscardHandler))
+	other := New(Config{Builtins: []Definition{definition("python")}}, store, newBuilder(), newShelf(), sandboxes{},
+		slog.New(slog.DiscardHandler))
 	if err := other.Register(t.Context()); !errors.Is(err, full) {
 		t.Errorf("error is %v", err)
 	}

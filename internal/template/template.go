@@ -1,13 +1,13 @@
-// Package template is what a template is: a name for a root file system and the
-// defaults of the sandboxes made from it, in versions that are built, become
-// ready and are replaced.
+// Package template manages templates. A template is a name for a root file system and for the
+// defaults of the sandboxes made from it, in versions that are built, become ready and are
+// replaced.
 //
-// It owns the build states, the queue of builds (built-in templates and those of
-// organizations in one, fair to all), their logs, and what is kept of their inputs.
-// How an image is made is the business of a [Builder]; rows are kept by a [Store],
-// build contexts by [Contexts]. A [Service] is safe for concurrent use. A build that a
-// crash interrupted is started again by the next start, a few times; a failed one
-// leaves the last ready version in use. Registry credentials are in memory alone.
+// The package owns the states of builds, the queue of builds (those of built-in templates and of
+// organizations together, fair to all), their logs, and their stored inputs. A [Builder] makes
+// images, a [Store] keeps rows, and [Contexts] keeps build contexts. A [Service] is safe for
+// concurrent use. A build that a crash interrupted is started again by the next server, a few
+// times; a failed one leaves the last ready version in use. Registry credentials are kept in
+// memory only.
 package template
 
 import (
@@ -19,7 +19,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// Status is where the newest build of a template stands. Part of the contract.
+// Status is the state of a template's newest build. It is part of the contract.
 type Status string
 
 // The statuses.
@@ -30,27 +30,29 @@ const (
 	Failed   Status = "failed"
 )
 
-// Template is a template as its row has it.
+// Template is a template's row.
 type Template struct {
 	ID          string // "tpl_" and 20 lower-case base32 characters
-	OrgID       string // "" for the built-in ones, which belong to all
+	OrgID       string // "" for built-in ones, which belong to all
 	Name        string // [a-z0-9][a-z0-9-]{0,62}
 	Description string
 
 	Status     Status
-	Progress   string      // what a build is doing now, for people; "" when it is not building
-	BuildError *BuildError // of the newest build; nil when it did not fail
-	BuildID    string      // names the newest build and its log; "" when none was started or asked for
-	Tries      int         // how often it was started: a crash may have interrupted it
-	QueuedAt   time.Time   // when it was asked for; zero when it is over, or none was
+	Progress   string      // what a build is doing now, for people; "" if it is not building
+	BuildError *BuildError // of the newest build; nil if it did not fail
+	BuildID    string      // ID of the newest build and its log; "" if there was none
+	Tries      int         // how often it was started; a crash may have interrupted it
+	QueuedAt   time.Time   // when it was requested; zero if it has ended, or there was none
 
-	// Version counts ready versions up from 1; 0 is none yet. Image, Source and what
-	// sandboxes get belong to it and stay when a later build fails.
+	// Version counts ready versions from 1; 0 is none yet. Image, Source and the settings of
+	// sandboxes belong to it, and stay when a later build fails.
 	Version   int
 	Image     string // content hash (hex SHA-256) of the EROFS file
 	ImageSize int64  // bytes
-	Source    string // what the image was made from, e.g. "debian:bookworm" or "docker.io/library/python:3.13-slim@sha256:…"
-	Inputs    string // names the definition and context that Image was made from; others are a reason to build
+	// What the image was made from, e.g. "debian:bookworm" or
+	// "docker.io/library/python:3.13-slim@sha256:…".
+	Source string
+	Inputs string // hash of the definition and context of Image; a different one is a reason to build
 
 	Env     map[string]string
 	Workdir string
@@ -68,30 +70,29 @@ type Template struct {
 // Builtin reports whether the template belongs to all organizations.
 func (t Template) Builtin() bool { return t.OrgID == "" }
 
-// Queued reports whether a build of it waits or runs.
+// Queued reports whether a build of the template waits or runs.
 func (t Template) Queued() bool { return !t.QueuedAt.IsZero() }
 
-// usable reports whether sandboxes can be made from it.
+// usable reports whether sandboxes can be created from the template.
 func (t Template) usable() bool { return t.Version > 0 && t.Image != "" }
 
-// Build is what the newest build of a template is made from. Built-in templates have
-// none: theirs is the definition.
+// Build holds the inputs of a template's newest build. Built-in templates have none, since their
+// definition is the input.
 type Build struct {
 	Definition Definition
 	Context    string // name of the context in [Contexts]; "" is none
-	Refresh    bool   // inputs that change by themselves (tags, suites) are looked up anew
-	Private    bool   // it was given credentials, which are in memory alone
+	Refresh    bool   // inputs that change by themselves (tags, suites) are looked up again
+	Private    bool   // it needs credentials, which are kept in memory only
 }
 
-// Credentials open a registry. They are never written down.
+// Credentials give access to a registry. They are never stored.
 type Credentials struct {
-	Registry string // host and port; "" is that of the definition's image
+	Registry string // host and port; "" is the registry of the definition's image
 	Username string
 	Password string
 }
 
-// BuildError says why a build failed. A [Builder]'s errors are of this type where a
-// step failed.
+// BuildError tells why a build failed. A [Builder] returns one if a step failed.
 type BuildError struct {
 	Step     string   `json:"step,omitempty"` // what was being done
 	ExitCode int      `json:"exit_code"`      // of the program that did it; -1 if none, or killed
@@ -99,7 +100,7 @@ type BuildError struct {
 	Message  string   `json:"message"`
 }
 
-// Error is the whole story, for people.
+// Error returns the step, the cause and the last lines.
 func (e *BuildError) Error() string {
 	s := e.Message
 	if e.Step != "" {
@@ -108,7 +109,7 @@ func (e *BuildError) Error() string {
 	return strings.Join(append([]string{s}, e.Tail...), "\n")
 }
 
-// Short is the story without the output, in one line.
+// Short returns the step and the cause in one line.
 func (e *BuildError) Short() string {
 	s, _, _ := strings.Cut((&BuildError{Step: e.Step, Message: e.Message}).Error(), "\n")
 	return s
@@ -116,15 +117,15 @@ func (e *BuildError) Short() string {
 
 // LogLine is one line of the newest build's log.
 type LogLine struct {
-	Seq     int64 // counts up from 1 in each build
+	Seq     int64 // counts from 1 in each build
 	At      time.Time
-	Step    int  // which step of the build it belongs to; 0 is none in particular
-	Heading bool // it says what the step is
+	Step    int  // the step that it belongs to; 0 is no particular one
+	Heading bool // the line is the heading of the step
 	Text    string
 }
 
-// LogChange is what is written to a log at once: first lines are dropped, then others
-// written under their numbers, which may be those of dropped ones.
+// LogChange is a change of a log. Lines are first dropped, then others written under their
+// numbers, which may be those of dropped ones.
 type LogChange struct {
 	Drop []LogRange
 	Add  []LogLine
@@ -138,57 +139,58 @@ type LogRange struct {
 
 // Store keeps templates. Every method is atomic and durable when it returns.
 type Store interface {
-	// InsertTemplate adds a template and what its first build is made from, if that is
-	// not nil. A name that another template of the organization has is Conflict, code
-	// "template_exists"; an organization that has limit templates already, Exhausted,
-	// code "quota_exceeded". Limit 0 is none.
+	// InsertTemplate adds a template, and the inputs of its first build if b is not nil. A name
+	// that another template of the organization has gives Conflict, code "template_exists". If
+	// the organization already has limit templates it gives Exhausted, code "quota_exceeded"; 0
+	// is no limit.
 	InsertTemplate(ctx context.Context, t Template, b *Build, limit int) error
-	// UpdateTemplate reads a template by ID, lets change decide what becomes of it, and
-	// writes it, together with b if that is not nil. An error of change is returned as
-	// it is and nothing is written. Another BuildID than before starts the log anew.
-	// NotFound, code "template_not_found".
+	// UpdateTemplate reads a template by ID, calls change with it, and writes it, together with b
+	// if that is not nil. It returns an error of change unchanged, and writes nothing then. A new
+	// BuildID starts a new log. Without the template it gives NotFound, code
+	// "template_not_found".
 	UpdateTemplate(ctx context.Context, id string, b *Build, change func(*Template) error) (Template, error)
-	// GetTemplate finds by ID or by name, the organization's own before the built-in
-	// ones; NotFound, code "template_not_found".
+	// GetTemplate finds a template by ID or by name, the organization's own before built-in ones,
+	// or gives NotFound, code "template_not_found".
 	GetTemplate(ctx context.Context, orgID, nameOrID string) (Template, error)
-	// GetBuild returns what the template's newest build is made from; NotFound, code
-	// "template_not_found", also for a template that has none.
+	// GetBuild returns the inputs of the template's newest build. Without a template or inputs it
+	// gives NotFound, code "template_not_found".
 	GetBuild(ctx context.Context, id string) (Build, error)
-	// DeleteTemplate removes a template, its build and its log. While sandboxes of it
-	// are not over it is Conflict, code "template_in_use", unless force. NotFound, code
-	// "template_not_found".
+	// DeleteTemplate removes a template, its build and its log. While sandboxes of it exist that
+	// have not ended it gives Conflict, code "template_in_use", unless force is set. Without the
+	// template it gives NotFound, code "template_not_found".
 	DeleteTemplate(ctx context.Context, id string, force bool) error
-	// ListTemplates pages the organization's and the built-in templates, newest first.
+	// ListTemplates returns a page of the organization's and the built-in templates, newest
+	// first.
 	ListTemplates(ctx context.Context, orgID string, limit int, cursor string) ([]Template, string, error)
-	// QueuedTemplates lists the templates of which a build waits or runs, the one that
-	// was asked for first before the others.
+	// QueuedTemplates returns the templates with a build that waits or runs, the oldest request
+	// first.
 	QueuedTemplates(ctx context.Context) ([]Template, error)
-	// TemplatesWithImage lists the templates whose version has the image.
+	// TemplatesWithImage returns the templates whose version has the image.
 	TemplatesWithImage(ctx context.Context, image string) ([]Template, error)
-	// TemplateImages lists the image of every template version that new
-	// sandboxes may be made from.
+	// TemplateImages returns the image of every template version that new sandboxes may be
+	// created from.
 	TemplateImages(ctx context.Context) ([]string, error)
-	// TemplateContexts lists the contexts that an organization's builds are made from; "" is
-	// those of all.
+	// TemplateContexts returns the contexts of an organization's builds; "" means all
+	// organizations.
 	TemplateContexts(ctx context.Context, orgID string) ([]string, error)
-	// ChangeTemplateLog writes to the log of a template's newest build; NotFound, code
-	// "template_not_found".
+	// ChangeTemplateLog changes the log of a template's newest build. Without the template it
+	// gives NotFound, code "template_not_found".
 	ChangeTemplateLog(ctx context.Context, id string, c LogChange) error
-	// TemplateLog returns up to limit lines of the newest build's log that come after
-	// the number, the first ones first.
+	// TemplateLog returns up to limit lines of the newest build's log with numbers above after,
+	// in order.
 	TemplateLog(ctx context.Context, id string, after int64, limit int) ([]LogLine, error)
 }
 
-// Contexts keeps build contexts by what is in them.
+// Contexts keeps build contexts by their content.
 type Contexts interface {
-	// Put stores what r gives, up to limit bytes: TooLarge if it is more, NoSpace if the
-	// disk is full. An error of r comes back wrapped.
+	// Put stores the content of r, up to limit bytes. More gives TooLarge, a full disk NoSpace;
+	// an error of r comes back wrapped.
 	Put(ctx context.Context, r io.Reader, limit int64) (hash string, size int64, err error)
-	// Path is the file of a context; an error if it is not there.
+	// Path returns the file of a context, or an error if it is missing.
 	Path(hash string) (string, error)
-	// Size is how many bytes a context has; an error if it is not there.
+	// Size returns the size of a context in bytes, or an error if it is missing.
 	Size(hash string) (int64, error)
-	// Collect removes the contexts that are not in keep and were not put lately. It
-	// goes on after errors and joins them.
+	// Collect removes the contexts that are not in keep and were not stored recently. After an
+	// error it goes on, and returns all errors joined.
 	Collect(keep []string) (removed []string, freed int64, err error)
 }

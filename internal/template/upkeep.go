@@ -7,8 +7,7 @@ import (
 	"slices"
 )
 
-// lookAfter queues the built-in templates to be looked at, but for those that nobody
-// has asked for.
+// lookAfter queues the built-in templates to be checked, except those that were never requested.
 func (s *Service) lookAfter(ctx context.Context) {
 	for _, d := range s.cfg.Builtins {
 		t, err := s.store.GetTemplate(ctx, "", d.Name)
@@ -22,7 +21,7 @@ func (s *Service) lookAfter(ctx context.Context) {
 	}
 }
 
-// checkSuspects builds the templates again whose images are gone.
+// checkSuspects rebuilds the templates of suspect images that are gone.
 func (s *Service) checkSuspects(ctx context.Context) {
 	s.mu.Lock()
 	suspects := s.suspect
@@ -49,14 +48,14 @@ func (s *Service) checkImage(ctx context.Context, image string) error {
 		case !t.Builtin():
 			errs = append(errs, s.rebuildGone(ctx, t, image))
 		case s.definition(t.Name) != nil:
-			s.enqueue(ctx, builtinOrder(t)) // looks for itself
+			s.enqueue(ctx, builtinOrder(t)) // its build checks the image itself
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// rebuildGone builds a template again whose image is gone. What is made from it until
-// then finds no image.
+// rebuildGone queues a build of a template whose image is gone. Until it is ready, creates from
+// the template find no image.
 func (s *Service) rebuildGone(ctx context.Context, t Template, image string) error {
 	s.log.Warn("image of template is gone: building it again", "template", t.Name, "org", t.OrgID, "image", image)
 	b, err := s.store.GetBuild(ctx, t.ID)
