@@ -30,7 +30,7 @@ type commandFlags struct {
 func (c *commandFlags) add(f *pflag.FlagSet) {
 	f.DurationVar(&c.timeout, "timeout", 0, "kill the command after this time, at most 24h, 0 for never; with --json at most 5m, and 5m if not given")
 	f.StringVarP(&c.workdir, "workdir", "w", "", "working directory of the command")
-	f.StringArrayVarP(&c.env, "env", "e", nil, "environment variable NAME=VALUE; NAME alone passes yours on (repeatable)")
+	f.StringArrayVarP(&c.env, "env", "e", nil, "environment variable NAME=VALUE; NAME alone passes your own value (repeatable)")
 	f.StringVarP(&c.user, "user", "u", "", "name or number of the user to run the command as")
 	f.BoolVarP(&c.noStdin, "no-stdin", "n", false, "do not pass standard input, even if it is a pipe or a file")
 }

@@ -23,10 +23,10 @@ func (a *app) copyCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "cp [-r] SOURCE DESTINATION",
 		Short: "Copy files and folders into or out of a sandbox",
-		Long: `Copy a file, or with -r a folder, into or out of a sandbox. One of the two is local,
-the other ID:PATH with an absolute path. As with cp, a destination that is a folder
-takes the source under its own name, and a source that ends in /. is what is in the
-folder. Links are copied as links; sockets, pipes and devices are left out.`,
+		Long: `Copy a file, or with -r a folder, into or out of a sandbox. One path is local,
+the other is ID:PATH with an absolute path. As with cp, the source is copied into a
+destination that is a folder, and a source that ends in /. stands for the content of
+the folder. Links are copied as links; sockets, pipes and devices are left out.`,
 		Example: `  cay sandbox cp data.csv sbx_…:/home/user/
   cay sandbox cp -r src sbx_…:/home/user/src
   cay sandbox cp -r sbx_…:/home/user/out/. results`,
@@ -57,7 +57,7 @@ folder. Links are copied as links; sockets, pipes and devices are left out.`,
 			return pathIs("SOURCE", t.out(cmd.Context(), from, to.path))
 		},
 	}
-	cmd.Flags().BoolVarP(&recursive, "recursive", "r", false, "copy folders with all that is in them")
+	cmd.Flags().BoolVarP(&recursive, "recursive", "r", false, "copy folders with all their content")
 	cmd.Flags().StringVar(&owner, "owner", "", "name or number of the owner in the sandbox (default the template's user)")
 	return cmd
 }
@@ -224,8 +224,8 @@ func (a *app) watchCommand() *cobra.Command {
 	var recursive bool
 	cmd := &cobra.Command{
 		Use:               "watch ID PATH",
-		Short:             "Print what changes in a folder of a sandbox",
-		Long:              "Print what changes in a folder of a sandbox, a line for each change, until cay is\nstopped. It keeps the sandbox awake. With --json each line is an object.",
+		Short:             "Print the changes in a folder of a sandbox",
+		Long:              "Print the changes in a folder of a sandbox, one on each line, until cay is stopped.\nThis keeps the sandbox awake. With --json each line is an object.",
 		Example:           "  cay sandbox watch sbx_… /home/user\n  cay sandbox watch -r sbx_… /home/user/src --json | jq -r .path",
 		Args:              theArgs("ID", "PATH"),
 		ValidArgsFunction: a.completeSandboxes,

@@ -31,7 +31,7 @@ func (c *createFlags) addCommon(f *pflag.FlagSet) {
 	f.StringVarP(&c.template, "template", "t", "base", "name or id of the template")
 	f.StringVarP(&c.size, "size", "s", "", "size, such as shared-cpu-1x (default the template's)")
 	f.StringArrayVar(&c.metadata, "metadata", nil, "label NAME=VALUE (repeatable)")
-	f.IntVar(&c.diskSizeMB, "disk-size-mb", 0, "what the sandbox may write, in MiB (default the template's)")
+	f.IntVar(&c.diskSizeMB, "disk-size-mb", 0, "space that the sandbox may write to, in MiB (default the template's)")
 	c.egress.add(f, " (default the template's)")
 }
 
@@ -41,8 +41,8 @@ func (c *createFlags) addLife(f *pflag.FlagSet) {
 	f.BoolVar(&c.persistent, "persistent", false, "suspend it when idle instead of destroying it at its timeout")
 	f.DurationVar(&c.timeout, "timeout", 0, "destroy it after this time, 1s to 24h; not with --persistent (default 5m)")
 	f.DurationVar(&c.idleTimeout, "idle-timeout", 0, "suspend it after this time without use, 10s to 24h, 0 for never; with --persistent (default 10m)")
-	f.DurationVar(&c.recoveryInterval, "recovery-interval", 0, "how often to take a recovery point, 1m to 24h, 0 for never; with --persistent (default 10m)")
-	f.StringArrayVarP(&c.env, "env", "e", nil, "environment variable NAME=VALUE; NAME alone passes yours on (repeatable)")
+	f.DurationVar(&c.recoveryInterval, "recovery-interval", 0, "interval between recovery points, 1m to 24h, 0 for never; with --persistent (default 10m)")
+	f.StringArrayVarP(&c.env, "env", "e", nil, "environment variable NAME=VALUE; NAME alone passes your own value (repeatable)")
 }
 
 // request is the call that the flags ask for. Whatever the server checks is left
@@ -89,10 +89,10 @@ func (a *app) createCommand() *cobra.Command {
 		Short: "Create a sandbox and print its id",
 		Long: `Create a sandbox and print its id when it runs.
 
-It is ephemeral unless --persistent is given: destroyed with everything in it when
-its --timeout is over. A persistent one is suspended when nobody has used it for
-its --idle-timeout, and the next use wakes it where it was. It stays until it is
-destroyed.`,
+The sandbox is ephemeral unless you give --persistent: after its --timeout it is
+destroyed with everything in it. A persistent sandbox is suspended after its
+--idle-timeout without use. The next use wakes it, and it continues where it was. It
+stays until you destroy it.`,
 		Example: `  cay sandbox create -t python --timeout 1h
   cay sandbox create -t python --persistent --idle-timeout 30m
   cay sandbox create --snapshot after-setup --timeout 1h
@@ -124,7 +124,7 @@ destroyed.`,
 	}
 	flags.addCommon(cmd.Flags())
 	flags.addLife(cmd.Flags())
-	cmd.Flags().BoolVar(&noWait, "no-wait", false, "return at once, while it is still being created")
+	cmd.Flags().BoolVar(&noWait, "no-wait", false, "return at once, while the sandbox is being created")
 	a.completeFlag(cmd, "template")
 	return cmd
 }

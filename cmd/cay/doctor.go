@@ -26,12 +26,12 @@ func (a *app) doctorCommand() *cobra.Command {
 	var doClean bool
 	cmd := &cobra.Command{
 		Use:   "doctor",
-		Short: "Check what this machine lacks, and what a dead server left",
+		Short: "Check this machine for what cay needs, and for leftovers of dead servers",
 		Long: `Check whether this machine has what cay server needs, whether a server answers, and
-whether servers that are dead left something behind, and say what to do about it.
---clean looks at nothing and removes what they left: their sandboxes' processes, networks,
-control groups and files. The rest of a data directory stays; cay server --purge removes
-that. The exit status is 1 if something is wrong.`,
+whether dead servers left something behind, and print what to do about it.
+--clean skips these checks and removes what dead servers left: their sandboxes' processes,
+networks, control groups and files. The rest of a data directory stays; cay server --purge
+removes it. The exit status is 1 if something is wrong.`,
 		Example: "  cay doctor\n  sudo cay doctor --clean",
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

@@ -23,9 +23,9 @@ type egressFlags struct {
 func (e *egressFlags) add(f *pflag.FlagSet, otherwise string) {
 	f.StringVar(&e.mode, "egress-mode", "", "allow_all or deny_all"+otherwise)
 	f.StringArrayVar(&e.allowCIDR, "egress-allow-cidr", nil, "range that may be reached; implies deny_all for the rest (repeatable)")
-	f.StringArrayVar(&e.denyCIDR, "egress-deny-cidr", nil, "range that may not be reached, before what is allowed; implies deny_all (repeatable)")
+	f.StringArrayVar(&e.denyCIDR, "egress-deny-cidr", nil, "range that may not be reached, even if it is allowed; implies deny_all (repeatable)")
 	f.IntSliceVar(&e.allowPort, "egress-allow-port", nil, "TCP port that the allowed ranges are restricted to (repeatable)")
-	f.StringArrayVar(&e.allowDomain, "egress-allow-domain", nil, "name that may be reached over TCP, or *.NAME for those below it; implies deny_all for the rest (repeatable)")
+	f.StringArrayVar(&e.allowDomain, "egress-allow-domain", nil, "name that may be reached over TCP, or *.NAME for the names below it; implies deny_all for the rest (repeatable)")
 }
 
 // policy is what the flags ask for; nil when none was given.
@@ -46,9 +46,10 @@ func (a *app) egressCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "egress ID",
 		Short: "Show or replace what a sandbox may reach",
-		Long: `Show what a sandbox may reach, or replace it with what the flags say. The whole
-policy is replaced, at once and for established connections too; a suspended sandbox
-is not woken and has it when it wakes. Any of the lists alone implies deny_all.`,
+		Long: `Show what a sandbox may reach, or replace it by the policy that the flags describe.
+The new policy replaces all of the old one, at once and for established connections
+too. A suspended sandbox is not woken; it has the policy when it wakes. Each of the
+lists implies deny_all.`,
 		Example: `  cay sandbox egress sbx_…
   cay sandbox egress sbx_… --egress-mode deny_all
   cay sandbox egress sbx_… --egress-allow-cidr 0.0.0.0/0 --egress-deny-cidr 10.0.0.0/8`,

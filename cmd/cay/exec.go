@@ -11,14 +11,14 @@ func (a *app) execCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "exec [flags] ID [flags] -- COMMAND [ARG...]",
 		Short: "Run a command in a sandbox",
-		Long: `Run a command in a sandbox: with cay's standard input if that is a pipe or a file,
-all of its output on cay's own streams as it comes, and its exit status as cay's. It
-ends when cay does, or when nobody reads its output any more. 124 is a
-command killed at its timeout, 128+N one killed by signal N, 125 a failure of cay
-itself. A suspended sandbox is woken first.
+		Long: `Run a command in a sandbox. The command gets cay's standard input if that is a pipe or
+a file; its output comes on cay's own streams, and its exit status is cay's. The command
+ends when cay ends, or when its output is no longer read. Status 124 means that the
+command was killed at its timeout, 128+N that signal N killed it, 125 that cay itself
+failed. A suspended sandbox is woken first.
 
-With --detach the command goes on by itself, without a time limit unless --timeout
-is given, and its number is printed: see cay sandbox ps, logs, wait and kill.`,
+With --detach the command continues without cay, and without a time limit unless you
+give --timeout. Its number is printed: see cay sandbox ps, logs, wait and kill.`,
 		Example: `  cay sandbox exec sbx_… -- python3 -c 'print(6*7)'
   echo hello | cay sandbox exec sbx_… -- tr a-z A-Z
   cay sandbox exec sbx_… -- tar -czf - -C /work . > work.tar.gz
@@ -68,7 +68,7 @@ is given, and its number is printed: see cay sandbox ps, logs, wait and kill.`,
 	}
 	cmd.Flags().SetInterspersed(false)
 	flags.add(cmd.Flags())
-	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "let the command go on by itself and print its number")
+	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "let the command continue without cay, and print its number")
 	cmd.Flags().StringVar(&tag, "tag", "", "with --detach, a name to find it by")
 	return cmd
 }

@@ -22,8 +22,8 @@ func (a *app) uploadCommand() *cobra.Command {
 		Use:   "upload ID LOCAL PATH",
 		Short: "Copy a file into a sandbox",
 		Long: `Copy a file of up to 100 MB into a sandbox; - is standard input. PATH is absolute;
-one that ends in / takes the file's name. Folders are made as needed, and the file
-appears whole or not at all. It keeps its permissions unless --mode says otherwise.`,
+if it ends in /, the file's name is added. Folders are made as needed, and the file
+appears whole or not at all. It keeps its permissions unless you give --mode.`,
 		Example:           "  cay sandbox upload sbx_… data.csv /home/user/data.csv\n  tar c src | cay sandbox upload sbx_… - /tmp/src.tar",
 		Args:              theArgs("ID", "LOCAL", "PATH"),
 		ValidArgsFunction: a.completeSandboxes,
@@ -95,8 +95,8 @@ func (a *app) downloadCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "download ID PATH [LOCAL]",
 		Short: "Copy a file out of a sandbox",
-		Long: `Copy a file out of a sandbox. LOCAL is a file or a folder, here if it is left out,
-and - is standard output. The file appears whole or not at all.`,
+		Long: `Copy a file out of a sandbox. LOCAL is a file or a folder, by default the
+current one; - is standard output. The file appears whole or not at all.`,
 		Example:           "  cay sandbox download sbx_… /home/user/result.json\n  cay sandbox download sbx_… /var/log/app.log - | tail",
 		Args:              theArgs("ID", "PATH", "[LOCAL]"),
 		ValidArgsFunction: a.completeSandboxes,
@@ -201,6 +201,6 @@ func (a *app) lsCommand() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().IntVar(&depth, "depth", 1, "how many levels to list, 1 to 10")
+	cmd.Flags().IntVar(&depth, "depth", 1, "number of levels to list, 1 to 10")
 	return cmd
 }

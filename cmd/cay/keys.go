@@ -27,8 +27,8 @@ func (a *app) keysCreateCommand() *cobra.Command {
 	var format string
 	cmd := &cobra.Command{
 		Use:   "create NAME",
-		Short: "Create an API key and print its secret, this once",
-		Long: `Create an API key and print its secret. It is not kept and cannot be shown again.
+		Short: "Create an API key and print its secret",
+		Long: `Create an API key and print its secret. It is not stored and cannot be shown again.
 
 With --format e2b the secret begins with e2b_, as E2B's clients want it, and has
 the scopes that they need unless others are given.`,
@@ -56,9 +56,9 @@ the scopes that they need unless others are given.`,
 			return a.show(k, func() error { return a.showSecret(k.APIKey, "key "+k.ID) })
 		},
 	}
-	cmd.Flags().StringSliceVar(&scopes, "scope", nil, "what the key may do: sandboxes:read, sandboxes:write, exec, files, templates:read, templates:write or admin (repeatable)")
-	cmd.Flags().StringVar(&format, "format", "cay", "how the secret begins: cay, or e2b for E2B's clients")
-	cmd.Flags().DurationVar(&expiresIn, "expires-in", 0, "how long it is valid, at least 1s (default for ever)")
+	cmd.Flags().StringSliceVar(&scopes, "scope", nil, "scope of the key: sandboxes:read, sandboxes:write, exec, files, templates:read, templates:write or admin (repeatable)")
+	cmd.Flags().StringVar(&format, "format", "cay", "prefix of the secret: cay, or e2b for E2B's clients")
+	cmd.Flags().DurationVar(&expiresIn, "expires-in", 0, "time for which it is valid, at least 1s (default no limit)")
 	return cmd
 }
 
@@ -101,7 +101,7 @@ func (a *app) keysListCommand() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().IntVar(&limit, "limit", 0, "print so many at most (default all)")
+	cmd.Flags().IntVar(&limit, "limit", 0, "print at most this many (default all)")
 	return cmd
 }
 

@@ -131,9 +131,9 @@ func (a *app) root() *cobra.Command {
 		Long: `Sandboxes for code you do not trust.
 
 cay server turns a Linux machine into a sandbox service; the other commands use one.
-They find it by --api-url and --api-key, else CAY_API_URL and CAY_API_KEY, else
-~/.cay/config.toml (api_url, api_key, org, and the same under [orgs.NAME]), and
-on the server's own machine by themselves.`,
+They find it by --api-url and --api-key, or else by CAY_API_URL and CAY_API_KEY, or
+else by ~/.cay/config.toml (api_url, api_key, org, and the same under [orgs.NAME]).
+On the server's own machine they need none of these.`,
 		Example:       "  cay run -t python -- python3 -c 'print(6*7)'",
 		SilenceErrors: true,
 		SilenceUsage:  true,

@@ -19,8 +19,8 @@ func (a *app) orgsCreateCommand() *cobra.Command {
 	var quota struct{ sandboxes, vcpus, memoryMB int }
 	cmd := &cobra.Command{
 		Use:     "create NAME",
-		Short:   "Create an organization and print its first API key, this once",
-		Long:    "Create an organization and print the secret of its first API key. It is not kept and cannot be shown again. Only the server's first organization may.",
+		Short:   "Create an organization and print its first API key",
+		Long:    "Create an organization and print the secret of its first API key. It is not stored and cannot be shown again. It needs a key of the server's first organization.",
 		Example: "  cay orgs create acme --quota-sandboxes 50",
 		Args:    theArgs("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -47,9 +47,9 @@ func (a *app) orgsCreateCommand() *cobra.Command {
 			return a.show(o, func() error { return a.showSecret(o.APIKey, "organization "+o.ID+" with its first key") })
 		},
 	}
-	cmd.Flags().IntVar(&quota.sandboxes, "quota-sandboxes", 0, "how many sandboxes it may have at once, 0 for no limit (default the server's)")
-	cmd.Flags().IntVar(&quota.vcpus, "quota-vcpus", 0, "how many vCPUs its running sandboxes may have, 0 for no limit (default the server's)")
-	cmd.Flags().IntVar(&quota.memoryMB, "quota-memory-mb", 0, "how much memory its running sandboxes may have, in MiB, 0 for no limit (default the server's)")
+	cmd.Flags().IntVar(&quota.sandboxes, "quota-sandboxes", 0, "number of sandboxes it may have at once, 0 for no limit (default the server's)")
+	cmd.Flags().IntVar(&quota.vcpus, "quota-vcpus", 0, "number of vCPUs its running sandboxes may have, 0 for no limit (default the server's)")
+	cmd.Flags().IntVar(&quota.memoryMB, "quota-memory-mb", 0, "memory its running sandboxes may have, in MiB, 0 for no limit (default the server's)")
 	return cmd
 }
 
@@ -78,7 +78,7 @@ func (a *app) orgsListCommand() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().IntVar(&limit, "limit", 0, "print so many at most (default all)")
+	cmd.Flags().IntVar(&limit, "limit", 0, "print at most this many (default all)")
 	return cmd
 }
 

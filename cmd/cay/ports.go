@@ -30,9 +30,9 @@ func (a *app) portURLCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "port-url ID PORT",
 		Short: "Make a URL for a port of a sandbox",
-		Long: `Make a URL that opens a port of a sandbox to whoever has it, for some time. With
---public anybody may reach the port, until --private takes that back; the URL is then
-one without a signature.`,
+		Long: `Make a URL that opens a port of a sandbox for some time. Anybody who has the URL can
+use it. With --public anybody can reach the port without a signature, until you run this
+again with --private.`,
 		Example:           "  cay sandbox port-url sbx_… 8080 --expires-in 15m\n  curl $(cay sandbox port-url sbx_… 8080)\n  cay sandbox port-url sbx_… 8080 --public",
 		Args:              theArgs("ID", "PORT"),
 		ValidArgsFunction: a.completeSandboxes,
@@ -63,9 +63,9 @@ one without a signature.`,
 		},
 	}
 	f := cmd.Flags()
-	f.DurationVar(&expires, "expires-in", 0, "how long the URL works, 1s to 24h (default 1h)")
+	f.DurationVar(&expires, "expires-in", 0, "time for which the URL is valid, 1s to 24h (default 1h)")
 	f.BoolVar(&public, "public", false, "let anybody reach the port")
-	f.BoolVar(&private, "private", false, "let nobody reach it without a key or a signed URL any more")
+	f.BoolVar(&private, "private", false, "require a key or a signed URL for the port again")
 	cmd.MarkFlagsMutuallyExclusive("expires-in", "public", "private")
 	return cmd
 }
@@ -80,9 +80,9 @@ func (a *app) portForwardCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "port-forward ID LOCAL[:PORT]...",
 		Short: "Forward local ports to ports of a sandbox",
-		Long: `Listen on local ports and carry each TCP connection to a port of the sandbox, until
-cay is stopped. LOCAL 0 is any free port. Each connection keeps the sandbox awake as
-long as it is open, and the first one wakes it.`,
+		Long: `Listen on local ports and forward each TCP connection to a port of the sandbox, until
+cay is stopped. LOCAL 0 is any free port. The first connection wakes the sandbox, and
+each one keeps it awake while it is open.`,
 		Example:           "  cay sandbox port-forward sbx_… 8080\n  cay sandbox port-forward sbx_… 8080:80 15432:5432\n  cay sandbox port-forward sbx_… 0:5432 --address 0.0.0.0",
 		Args:              theArgs("ID", "LOCAL[:PORT]..."),
 		ValidArgsFunction: a.completeSandboxes,

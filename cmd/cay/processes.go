@@ -35,9 +35,9 @@ func (a *app) psCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "ps ID",
 		Short: "List the processes that were started in a sandbox",
-		Long: `List what was started in a sandbox and runs: detached commands, terminals, commands of
-exec, and the template's start command; not what these have started themselves. And
-detached ones that have ended, the last 32 for 15 minutes.`,
+		Long: `List the running processes that were started in a sandbox: detached commands, terminals,
+commands of exec, and the template's start command, but not their child processes. The
+last 32 detached commands that have ended are listed too, for 15 minutes.`,
 		Example:           "  cay sandbox ps sbx_…",
 		Args:              theArgs("ID"),
 		ValidArgsFunction: a.completeSandboxes,
@@ -78,8 +78,8 @@ func (a *app) logsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "logs ID PROCESS",
 		Short: "Print the output of a detached process",
-		Long: `Print the output of a process that was started with --detach: the last MiB is kept.
-PROCESS is its number or its tag. With --follow, print what comes until it ends.`,
+		Long: `Print the output of a process that was started with --detach. The last MiB is kept.
+PROCESS is its number or its tag. With --follow, print new output too, until it ends.`,
 		Example:           "  cay sandbox logs sbx_… web\n  cay sandbox logs sbx_… 7 -f",
 		Args:              theArgs("ID", "PROCESS"),
 		ValidArgsFunction: a.completeSandboxes,
@@ -102,8 +102,8 @@ PROCESS is its number or its tag. With --follow, print what comes until it ends.
 			return a.show(out, func() error { return quiet(a.printKept(out)) })
 		},
 	}
-	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on until the process ends")
-	cmd.Flags().Int64Var(&offset, "offset", 0, "begin with this byte of its output")
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "print new output until the process ends")
+	cmd.Flags().Int64Var(&offset, "offset", 0, "begin with this byte of the output")
 	return cmd
 }
 
@@ -174,7 +174,7 @@ func (a *app) killCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "kill ID PROCESS",
 		Short: "Kill a process, or send it a signal",
-		Long: `Kill a process with everything that descends from it, and forget it. With --signal,
+		Long: `Kill a process with all its descendants, and remove it from the list. With --signal,
 send it and its process group a signal instead. PROCESS is its number or its tag.`,
 		Example:           "  cay sandbox kill sbx_… web\n  cay sandbox kill sbx_… 7 -s INT",
 		Args:              theArgs("ID", "PROCESS"),

@@ -35,10 +35,10 @@ func (a *app) runCommand() *cobra.Command {
 		Long: `Create a sandbox, run a command in it, destroy it.
 
 The command gets cay's standard input if that is a pipe or a file; its output goes
-to cay's own streams and its exit status is cay's. 124 is a command killed at its
-timeout, 128+N one killed by signal N, 125 a failure of cay itself. A template that
-is still being built is waited for. The sandbox is destroyed whatever happens,
-Ctrl-C included.`,
+to cay's own streams, and its exit status is cay's. Status 124 means that the command
+was killed at its timeout, 128+N that signal N killed it, 125 that cay itself failed. If the template is
+still being built, cay waits for it. The sandbox is always destroyed, even after
+Ctrl-C.`,
 		Example: `  cay run -t python -- python3 -c 'print(6*7)'
   cay run -t python -- python3 - < script.py
   cay run -s performance-2x --timeout 1m -e N=7 -- sh -c 'echo $N'`,

@@ -73,7 +73,7 @@ func (a *app) sandboxListCommand() *cobra.Command {
 	}
 	cmd.Flags().StringArrayVar(&status, "status", nil, "creating, running, suspended or destroyed (repeatable; default all but destroyed)")
 	cmd.Flags().StringArrayVar(&metadata, "metadata", nil, "only those with the label NAME=VALUE (repeatable)")
-	cmd.Flags().IntVar(&limit, "limit", 0, "print so many at most (default all)")
+	cmd.Flags().IntVar(&limit, "limit", 0, "print at most this many (default all)")
 	return cmd
 }
 
@@ -188,7 +188,7 @@ func (a *app) keepaliveCommand() *cobra.Command {
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use:               "keepalive ID",
-		Short:             "Give an ephemeral sandbox a new lifetime from now",
+		Short:             "Give an ephemeral sandbox a new lifetime, beginning now",
 		Example:           "  cay sandbox keepalive sbx_…\n  cay sandbox keepalive sbx_… --timeout 1h",
 		Args:              theArgs("ID"),
 		ValidArgsFunction: a.completeSandboxes,
@@ -281,6 +281,6 @@ func (a *app) eventsCommand() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().IntVar(&limit, "limit", 0, "print so many at most (default all)")
+	cmd.Flags().IntVar(&limit, "limit", 0, "print at most this many (default all)")
 	return cmd
 }

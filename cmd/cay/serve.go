@@ -61,7 +61,7 @@ func serverCommand() *cobra.Command {
 		Long: `Run the sandbox service on this machine.
 
 The server needs root. It keeps everything in one data directory, writes the
-first API key to DIR/api-key, and goes on until SIGTERM or SIGINT. Sandboxes
+first API key to DIR/api-key, and runs until SIGTERM or SIGINT. Sandboxes
 outlive it: the next server on the same directory adopts them.
 
 Settings come from the file, then the environment (CAY_LISTEN,

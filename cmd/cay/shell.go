@@ -32,12 +32,12 @@ func (a *app) shellCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "shell [flags] ID [flags] [-- COMMAND [ARG...]]",
 		Short: "Open a shell in a sandbox",
-		Long: `Open a shell, or a command, in a sandbox with a terminal: keys, sizes and colours go
-through, and its exit status is cay's. When the connection breaks cay comes back to the
-same shell; a shell that nobody comes back to for a minute is ended.
+		Long: `Open a shell, or a command, in a sandbox with a terminal. Keys, sizes and colours pass
+through, and its exit status is cay's. If the connection breaks, cay reconnects to the
+same shell; a shell without a connection is ended after a minute.
 
-At the beginning of a line ~. leaves the shell as a broken connection does: its number is
-printed, and --process takes it up again within that minute. ~~ is a ~.`,
+~. at the beginning of a line leaves the shell without ending it. Its number is printed,
+and --process reconnects to it within that minute. ~~ sends a ~.`,
 		Example:     "  cay sandbox shell sbx_…\n  cay sandbox shell sbx_… -u root -w /srv -- top\n  cay sandbox shell sbx_… --process 7",
 		Annotations: map[string]string{runsCommands: "yes"},
 		Args:        theArgs("ID", "[COMMAND]..."),
@@ -69,7 +69,7 @@ printed, and --process takes it up again within that minute. ~~ is a ~.`,
 	f.SetInterspersed(false)
 	f.StringVarP(&o.User, "user", "u", "", "name or number of the user")
 	f.StringVarP(&o.Workdir, "workdir", "w", "", "working directory")
-	f.StringVar(&o.Process, "process", "", "take up the terminal of this process, by number or tag")
+	f.StringVar(&o.Process, "process", "", "reconnect to the terminal of this process, by number or tag")
 	return cmd
 }
 

@@ -21,9 +21,9 @@ func (a *app) snapshotCommand() *cobra.Command {
 	var name string
 	cmd := &cobra.Command{
 		Use:   "snapshot ID",
-		Short: "Keep a sandbox as it is, to make others from it",
-		Long: `Keep a sandbox as it is now, with its processes, memory and files, and print the
-snapshot's id. The sandbox runs on. The snapshot stays until it is deleted.`,
+		Short: "Save a sandbox as it is, to create others from it",
+		Long: `Save a sandbox as it is now, with its processes, memory and files, and print the
+snapshot's id. The sandbox keeps running. The snapshot stays until you delete it.`,
 		Example:           "  cay sandbox snapshot sbx_… --name after-setup\n  cay sandbox create --snapshot after-setup",
 		Args:              theArgs("ID"),
 		ValidArgsFunction: a.completeSandboxes,
@@ -73,9 +73,9 @@ func (a *app) snapshotsListCommand() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringVar(&o.SandboxID, "sandbox", "", "only those of this sandbox")
-	cmd.Flags().StringVar(&o.Name, "name", "", "only the one of this name")
-	cmd.Flags().IntVar(&limit, "limit", 0, "print so many at most (default all)")
+	cmd.Flags().StringVar(&o.SandboxID, "sandbox", "", "only snapshots of this sandbox")
+	cmd.Flags().StringVar(&o.Name, "name", "", "only the snapshot of this name")
+	cmd.Flags().IntVar(&limit, "limit", 0, "print at most this many (default all)")
 	return cmd
 }
 
@@ -108,7 +108,7 @@ func (a *app) snapshotsDeleteCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:     "delete NAME...",
 		Short:   "Delete snapshots",
-		Long:    "Delete snapshots, by name or id. Sandboxes made from them go on.",
+		Long:    "Delete snapshots, by name or id. Sandboxes created from them continue.",
 		Example: "  cay snapshots delete after-setup",
 		Args:    theArgs("NAME..."),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -137,9 +137,10 @@ func (a *app) forkCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "fork ID",
 		Short: "Make children of a running sandbox and print their ids",
-		Long: `Make children of a running sandbox: sandboxes of their own, which go on from where it
-is now with its processes, memory and files. The sandbox itself runs on. What is not
-given is as the sandbox has it. The exit status is 1 when not all could be made.`,
+		Long: `Make children of a running sandbox. A child is a new sandbox that continues from the
+present state of the first, with its processes, memory and files. The first sandbox keeps
+running. Settings that you do not give are those of the first sandbox. The exit status is
+1 if not all children could be made.`,
 		Example:           "  cay sandbox fork sbx_…\n  cay sandbox fork sbx_… -n 10 --timeout 10m -e ROLE=child",
 		Args:              theArgs("ID"),
 		ValidArgsFunction: a.completeSandboxes,
@@ -187,9 +188,9 @@ given is as the sandbox has it. The exit status is 1 when not all could be made.
 		},
 	}
 	f := cmd.Flags()
-	f.IntVarP(&count, "count", "n", 1, "how many, 1 to 100")
+	f.IntVarP(&count, "count", "n", 1, "number of children, 1 to 100")
 	f.DurationVar(&timeout, "timeout", 0, "destroy them after this time, 1s to 24h; ephemeral ones only (default the sandbox's)")
-	f.StringArrayVarP(&env, "env", "e", nil, "environment variable NAME=VALUE, beside the sandbox's; NAME alone passes yours on (repeatable)")
+	f.StringArrayVarP(&env, "env", "e", nil, "environment variable NAME=VALUE, beside the sandbox's; NAME alone passes your own value (repeatable)")
 	f.StringArrayVar(&metadata, "metadata", nil, "label NAME=VALUE, instead of the sandbox's (repeatable)")
 	return cmd
 }

@@ -77,7 +77,7 @@ func (a *app) templatesListCommand() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().IntVar(&limit, "limit", 0, "print so many at most (default all)")
+	cmd.Flags().IntVar(&limit, "limit", 0, "print at most this many (default all)")
 	return cmd
 }
 
@@ -152,7 +152,7 @@ func (a *app) templatesLogsCommand() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with new lines until the build is over; with --json a JSON object a line")
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "print new lines until the build is over; with --json each line is a JSON object")
 	return cmd
 }
 
@@ -168,9 +168,9 @@ func (a *app) printLogLine(l client.TemplateLogLine) error {
 func (a *app) templatesCancelCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "cancel NAME",
-		Short: "Cancel the build of a template that waits or runs",
-		Long: `Cancel the build of a template that waits or runs. Its last ready version, if it has
-one, stays in use.`,
+		Short: "Cancel the waiting or running build of a template",
+		Long: `Cancel the waiting or running build of a template. The template's last ready version, if
+there is one, stays in use.`,
 		Example:           "  cay templates cancel my-app",
 		Args:              theArgs("NAME"),
 		ValidArgsFunction: a.completeTemplates,
@@ -193,8 +193,8 @@ func (a *app) templatesDeleteCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "delete NAME...",
 		Short: "Delete templates",
-		Long: `Delete templates, with their builds and logs. One that has sandboxes which are not
-destroyed is kept, unless --force is given: they go on without it.`,
+		Long: `Delete templates, with their builds and logs. A template with sandboxes that are not
+destroyed is kept, unless you give --force; these sandboxes continue without it.`,
 		Example:           "  cay templates delete my-app\n  cay templates delete --force old-app",
 		Args:              theArgs("NAME..."),
 		ValidArgsFunction: a.completeTemplates,
@@ -215,6 +215,6 @@ destroyed is kept, unless --force is given: they go on without it.`,
 			return errors.Join(errs...)
 		},
 	}
-	cmd.Flags().BoolVar(&force, "force", false, "delete it though sandboxes of it are not destroyed")
+	cmd.Flags().BoolVar(&force, "force", false, "delete it even if sandboxes of it are not destroyed")
 	return cmd
 }

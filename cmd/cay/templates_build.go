@@ -48,23 +48,23 @@ type templateFlags struct {
 
 func (t *templateFlags) add(f *pflag.FlagSet) {
 	f.StringVar(&t.dockerfile, "dockerfile", "", "build this Dockerfile; - is standard input, without a context")
-	f.StringVar(&t.context, "context", "", "directory that the Dockerfile copies from; a .dockerignore in it is heeded (default the Dockerfile's)")
+	f.StringVar(&t.context, "context", "", "directory that the Dockerfile copies from; its .dockerignore applies (default the Dockerfile's)")
 	f.StringVar(&t.image, "image", "", "take this OCI image: a reference, or the path of an archive or a layout that begins with ./ or /")
 	f.StringSliceVar(&t.debian, "debian", nil, "install these Debian packages, separated by commas (repeatable)")
 	f.StringVar(&t.suite, "suite", "", "Debian release; with --debian (default bookworm)")
-	f.StringArrayVar(&t.buildArgs, "build-arg", nil, "value NAME=VALUE of an ARG; NAME alone passes yours on; with --dockerfile (repeatable)")
+	f.StringArrayVar(&t.buildArgs, "build-arg", nil, "value NAME=VALUE of an ARG; NAME alone passes your own value; with --dockerfile (repeatable)")
 	f.StringVar(&t.target, "target", "", "stage to build; with --dockerfile (default the last)")
-	f.StringVar(&t.description, "description", "", "what it is for")
-	f.StringArrayVarP(&t.env, "env", "e", nil, "environment variable NAME=VALUE of its sandboxes; NAME alone passes yours on (repeatable)")
+	f.StringVar(&t.description, "description", "", "description of the template")
+	f.StringArrayVarP(&t.env, "env", "e", nil, "environment variable NAME=VALUE of its sandboxes; NAME alone passes your own value (repeatable)")
 	f.StringVarP(&t.workdir, "workdir", "w", "", "default working directory (default the image's)")
 	f.StringVarP(&t.user, "user", "u", "", "default user (default the image's, else root)")
 	f.StringVar(&t.startCommand, "start-command", "", "shell command line to start with every sandbox; '' is none (default the image's ENTRYPOINT and CMD)")
 	f.IntVar(&t.readyPort, "ready-port", 0, "a sandbox is ready when something listens on this TCP port")
 	f.StringVar(&t.readyCommand, "ready-command", "", "a sandbox is ready when this shell command line succeeds")
-	f.StringVar(&t.readyHTTP, "ready-http", "", "a sandbox is ready when PORT/PATH, such as 8000/healthz, answers well")
-	f.DurationVar(&t.readyTimeout, "ready-timeout", 0, "how long a sandbox may take to be ready, 1s to 10m (default 1m)")
+	f.StringVar(&t.readyHTTP, "ready-http", "", "a sandbox is ready when PORT/PATH, such as 8000/healthz, answers with success")
+	f.DurationVar(&t.readyTimeout, "ready-timeout", 0, "time in which a sandbox must be ready, 1s to 10m (default 1m)")
 	f.StringVarP(&t.size, "size", "s", "", "default size, such as shared-cpu-2x")
-	f.IntVar(&t.diskSizeMB, "disk-size-mb", 0, "default of what a sandbox may write, in MiB")
+	f.IntVar(&t.diskSizeMB, "disk-size-mb", 0, "default space that a sandbox may write to, in MiB")
 	f.StringVar(&t.registry, "registry", "", "host of the registry that the credentials are for; needed with --dockerfile")
 	f.StringVar(&t.registryUser, "registry-username", "", "user name at the registry; the password is $CAY_REGISTRY_PASSWORD")
 	f.BoolVar(&t.passwordStdin, "registry-password-stdin", false, "read the password from standard input instead")
@@ -232,12 +232,12 @@ func (a *app) templatesCreateCommand() *cobra.Command {
 		Short: "Make a template from a Dockerfile, an image or Debian packages",
 		Long: `Make a template and wait until it is built.
 
-One of --dockerfile, --image and --debian says what from. The directory of a
-Dockerfile is sent to the server, but for what its .dockerignore names. FROM finds
+Give one of --dockerfile, --image and --debian as the source. The directory of a
+Dockerfile is sent to the server, except what its .dockerignore names. FROM looks for
 your own and built-in templates by name before any registry.
 
-While it is built its steps are shown; Ctrl-C stops the watching, not the build.
-With a build that fails cay exits with status 1.`,
+The steps of the build are shown; Ctrl-C stops showing them, not the build. If the
+build fails, cay exits with status 1.`,
 		Example: `  cay templates create my-app --dockerfile Dockerfile
   cay templates create my-app --dockerfile build/Dockerfile --context . --build-arg VERSION=3
   cay templates create alpine --image docker.io/library/alpine:3.22
@@ -266,14 +266,14 @@ func (a *app) templatesRebuildCommand() *cobra.Command {
 	var flags templateFlags
 	cmd := &cobra.Command{
 		Use:   "rebuild NAME",
-		Short: "Build a template anew",
-		Long: `Build a template anew and wait until it is built. The last ready version stays in use
+		Short: "Build a template again",
+		Long: `Build a template again and wait until it is built. The last ready version stays in use
 until then, and if the build fails.
 
-Without flags it is made from the same inputs, and what changes by itself, a tag or
-a Debian release, is looked up anew. With --dockerfile, --image or --debian it is
-made from those; what no flag says then has its default, not its former value. What
-its sandboxes may reach is not changed.`,
+Without flags the inputs are the same, and those that change by themselves, a tag or a
+Debian release, are looked up again. With --dockerfile, --image or --debian these are the
+inputs, and a setting without a flag gets its default, not its former value. What its
+sandboxes may reach does not change.`,
 		Example: `  cay templates rebuild my-app
   cay templates rebuild my-app --dockerfile Dockerfile`,
 		Args:              theArgs("NAME"),
