@@ -20,7 +20,7 @@ func (a *app) orgsCreateCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "create NAME",
 		Short:   "Create an organization and print its first API key",
-		Long:    "Create an organization and print the secret of its first API key. It is not stored and cannot be shown again. It needs a key of the server's first organization.",
+		Long:    "Create an organization and print the secret of its first API key. It is not stored and cannot be shown again. This command needs a key of the server's first organization.",
 		Example: "  cay orgs create acme --quota-sandboxes 50",
 		Args:    theArgs("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -119,7 +119,7 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
-func TestPathOfNone(t *testing.T) {
+func TestMissingPath(t *testing.T) {
 	s := open(t, 0)
 	for _, hash := range []string{"", "..", "tmp", "../" + strings.Repeat("a", 61), strings.Repeat("a", 64),
 		strings.Repeat("A", 64)} {
@@ -172,7 +172,7 @@ func TestOpenRemovesWhatACrashLeft(t *testing.T) {
 	}
 }
 
-func TestManyPutTheSame(t *testing.T) {
+func TestConcurrentPutsOfSameContent(t *testing.T) {
 	s := open(t, 0)
 	var wg sync.WaitGroup
 	for range 8 {

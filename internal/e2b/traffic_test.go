@@ -161,8 +161,8 @@ func TestAnswersFromInside(t *testing.T) {
 	}
 }
 
-// TestTokensOfBefore uses the token that an older server gave for the sandbox, without its mark.
-func TestTokensOfBefore(t *testing.T) {
+// TestOlderTokens uses the token that an older server gave for the sandbox, without its mark.
+func TestOlderTokens(t *testing.T) {
 	h := newHarness(t)
 	id, token := h.create(`{"templateID":"base"}`)
 	older := strings.TrimPrefix(token, tokenMark)
@@ -385,9 +385,9 @@ func TestStreamsBreak(t *testing.T) {
 	}
 }
 
-// TestCallersWhoGo checks that a call whose caller leaves, or never finishes sending, ends and
+// TestCallersThatLeave checks that a call whose caller leaves, or never finishes sending, ends and
 // releases its lease.
-func TestCallersWhoGo(t *testing.T) {
+func TestCallersThatLeave(t *testing.T) {
 	h := newHarness(t)
 	id, token := h.create(`{"templateID":"base"}`)
 	begun, left := make(chan struct{}, 1), make(chan struct{}, 1)
@@ -421,9 +421,9 @@ func TestCallersWhoGo(t *testing.T) {
 	}
 }
 
-// TestBodiesThatDoNotCome checks that a caller that does not send its announced body gets an
+// TestIncompleteBodies checks that a caller that does not send its announced body gets an
 // error about that, not an internal one.
-func TestBodiesThatDoNotCome(t *testing.T) {
+func TestIncompleteBodies(t *testing.T) {
 	h := newHarness(t)
 	id, token := h.create(`{"templateID":"base"}`)
 	h.play(func(_ http.ResponseWriter, r *http.Request) {

@@ -107,9 +107,9 @@ func TestClaims(t *testing.T) {
 	}
 }
 
-// TestLockOfARemovedFile checks that a process that waits for the lock while its file is removed
+// TestLockOfRemovedFile checks that a process that waits for the lock while its file is removed
 // gets a lock that excludes others.
-func TestLockOfARemovedFile(t *testing.T) {
+func TestLockOfRemovedFile(t *testing.T) {
 	unlock, err := lockClaims(t.Context())
 	if err != nil {
 		t.Fatal(err)

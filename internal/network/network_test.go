@@ -169,8 +169,8 @@ func TestRangeUsedUp(t *testing.T) {
 	}
 }
 
-// TestAddressesRest checks that an address is not used again while others are unused.
-func TestAddressesRest(t *testing.T) {
+// TestAddressesAreReusedLast checks that an address is not used again while others are unused.
+func TestAddressesAreReusedLast(t *testing.T) {
 	c := newConfig()
 	c.Range = netip.PrefixFrom(c.Range.Addr(), 29)
 	n := open(t, c)

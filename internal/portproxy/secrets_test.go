@@ -197,8 +197,8 @@ func keysOf[V any](m map[string]V) []string {
 	return keys
 }
 
-// TestOthersAreLeft has texts of applications that look a little like a secret.
-func TestOthersAreLeft(t *testing.T) {
+// TestOtherTextsAreKept has texts of applications that look a little like a secret.
+func TestOtherTextsAreKept(t *testing.T) {
 	for _, text := range []string{
 		"cay_dark", "cay_token", "cay_token=", "", "v1_users", "v2.0", "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
 		"Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",

@@ -454,7 +454,7 @@ func TestFromATemplateThatIsNotReady(t *testing.T) {
 	})
 }
 
-func TestCancelWhatWaitsForATemplate(t *testing.T) {
+func TestCancelBuildThatWaitsForATemplate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBuilder()
 		b.from = map[string]string{"app": "base"}

@@ -12,9 +12,9 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// TestRandomLives makes random calls, with restarts and crashes of the server in between, and
+// TestRandomRuns makes random calls, with restarts and crashes of the server in between, and
 // then lets everything come to its end.
-func TestRandomLives(t *testing.T) {
+func TestRandomRuns(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		steps := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) step {
 			return step{

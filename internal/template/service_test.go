@@ -681,7 +681,7 @@ func TestImageThatIsGoneIsBuiltAgain(t *testing.T) {
 	}
 }
 
-func TestImageNobodyCanCheckIsKept(t *testing.T) {
+func TestImageThatCannotBeCheckedIsKept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store, b := newMemory(), newBuilder()
 		h := start(t, store, b, definition("base"))
