@@ -19,10 +19,10 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// maxParts bounds the files of an archive that holds an image.
+// maxParts bounds the number of files in an archive that holds an image.
 const maxParts = 16 << 10
 
-// tarBlobs is an image in a tar: where in the file each part lies.
+// tarBlobs is an image in a tar, with the place of each file in it.
 type tarBlobs struct {
 	f  *os.File
 	at map[string]section
@@ -38,9 +38,9 @@ func (t *tarBlobs) open(name string) (io.ReadCloser, int64, error) {
 	return io.NopCloser(io.NewSectionReader(t.f, at.off, at.size)), at.size, nil
 }
 
-// openArchive opens the tar of an image, or what is within it, and returns the SHA-256
-// of the tar's bytes and of where in it the image is. A packed one is unpacked to a file that has no name. Close
-// the file.
+// openArchive opens the tar of an image, or what it has at within. It returns the SHA-256 of the
+// tar's bytes and of within. It unpacks a compressed tar to a file without a name. The caller
+// closes the file.
 func (s *Store) openArchive(ctx context.Context, name, within string, maxSize int64) (*tarBlobs, string, error) {
 	f, err := openRegular(name)
 	if err != nil {
@@ -65,7 +65,7 @@ func (s *Store) openArchive(ctx context.Context, name, within string, maxSize in
 	return t, hex.EncodeToString(hash.Sum(nil)), nil
 }
 
-// listArchive takes the file of a tar, plain or packed.
+// listArchive opens a tar, plain or compressed. It takes over the file.
 func (s *Store) listArchive(ctx context.Context, f *os.File, maxSize int64) (*tarBlobs, error) {
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		f.Close()
@@ -86,8 +86,8 @@ func (s *Store) listArchive(ctx context.Context, f *os.File, maxSize int64) (*ta
 	return t, nil
 }
 
-// within takes a tar and gives what it has at a path: a tar that is a file of it, or
-// a directory as if it were all there is.
+// within returns what a tar has at a path: a tar that is a file of it, or a directory as if it
+// were the whole tar. It takes over t.
 func (s *Store) within(ctx context.Context, t *tarBlobs, at string, maxSize int64) (*tarBlobs, error) {
 	if file, ok := t.at[at]; ok {
 		defer t.f.Close()
@@ -95,7 +95,8 @@ func (s *Store) within(ctx context.Context, t *tarBlobs, at string, maxSize int6
 		if err != nil {
 			return nil, fmt.Errorf("taking %s out of the archive: %w", at, err)
 		}
-		_, err = io.CopyBuffer(struct{ io.Writer }{inner}, contextReader{ctx, io.NewSectionReader(t.f, file.off, file.size)}, make([]byte, chunk))
+		_, err = io.CopyBuffer(struct{ io.Writer }{inner}, contextReader{ctx, io.NewSectionReader(t.f, file.off, file.size)},
+			make([]byte, chunk))
 		if err := errors.Join(err, os.Remove(inner.Name())); err != nil {
 			inner.Close()
 			return nil, fmt.Errorf("taking %s out of the archive: %w", at, err)
@@ -115,7 +116,7 @@ func (s *Store) within(ctx context.Context, t *tarBlobs, at string, maxSize int6
 	return &tarBlobs{f: t.f, at: below}, nil
 }
 
-// openRegular opens a file that must be one.
+// openRegular opens a file, which must be a regular one.
 func openRegular(name string) (*os.File, error) {
 	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -132,7 +133,7 @@ func openRegular(name string) (*os.File, error) {
 	return f, nil
 }
 
-// plainFile gives back f, or a file of what is packed in it.
+// plainFile returns f, or a file with the decompressed content of f.
 func (s *Store) plainFile(ctx context.Context, f *os.File, maxSize int64) (*os.File, error) {
 	in := &counted{Reader: contextReader{ctx, f}}
 	r, done, err := decompress(in)
@@ -144,7 +145,7 @@ func (s *Store) plainFile(ctx context.Context, f *os.File, maxSize int64) (*os.F
 		_, err := f.Seek(0, io.SeekStart)
 		return f, err
 	}
-	t, err := newTree(s.tmpDir(), maxSize) // its spool is such a file, its bounds are those wanted
+	t, err := newTree(s.tmpDir(), maxSize) // a tree's spool is such a file, with the same bounds
 	if err != nil {
 		return nil, err
 	}
@@ -157,11 +158,11 @@ func (s *Store) plainFile(ctx context.Context, f *os.File, maxSize int64) (*os.F
 	return t.spool, err
 }
 
-// list notes where the files of the archive lie. Links are followed once: that is
-// how docker save names a layer that is there already.
+// list records the places of the archive's files. It follows links once, since docker save uses
+// them for a repeated layer.
 func (t *tarBlobs) list(ctx context.Context) error {
-	// The reader seeks over what it skips and reads headers by whole blocks, so
-	// that the file stands where the content begins.
+	// The reader seeks over what it skips and reads headers by whole blocks, so the file's offset
+	// is at the beginning of the content.
 	tr := tar.NewReader(t.f)
 	links := map[string]string{}
 	for {
@@ -182,7 +183,7 @@ func (t *tarBlobs) list(ctx context.Context) error {
 		switch h.Typeflag {
 		case tar.TypeReg:
 			if h.PAXRecords["GNU.sparse.major"] != "" || h.PAXRecords["GNU.sparse.map"] != "" {
-				return fmt.Errorf("entry %.100q is sparse, which parts of an image are not", h.Name)
+				return fmt.Errorf("entry %.100q is sparse, which a part of an image must not be", h.Name)
 			}
 			off, err := t.f.Seek(0, io.SeekCurrent)
 			if err != nil {
@@ -203,8 +204,7 @@ func (t *tarBlobs) list(ctx context.Context) error {
 	return nil
 }
 
-// image finds the image of the archive: as an OCI layout, or as docker save
-// writes it.
+// image returns the image of the archive, an OCI layout or the output of docker save.
 func (t *tarBlobs) image(maxSize int64) (*ociImage, error) {
 	if _, ok := t.at["index.json"]; ok {
 		return openOCI(t, "", maxSize)
@@ -228,7 +228,7 @@ func (t *tarBlobs) image(maxSize int64) (*ociImage, error) {
 	}
 	img := images[0]
 	if len(img.Layers) > maxLayers {
-		return nil, fmt.Errorf("%d layers; %d are the most", len(img.Layers), maxLayers)
+		return nil, fmt.Errorf("%d layers; at most %d are allowed", len(img.Layers), maxLayers)
 	}
 	raw, err := readAll(t, path.Clean(img.Config), -1, maxConfig)
 	if err != nil {

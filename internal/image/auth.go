@@ -12,18 +12,18 @@ import (
 	"github.com/google/go-containerregistry/pkg/authn"
 )
 
-// Auth is what a registry wants to know of who pulls: a user's name and password,
-// or a bearer token. It prints as nothing, so that no log shows it by accident.
+// Auth holds the credentials for a registry: a user's name and password, or a bearer token. It
+// does not print them, so that no log shows them by accident.
 type Auth struct {
 	Username string `json:"-"`
 	Password string `json:"-"`
-	Token    string `json:"-"` // in place of both
+	Token    string `json:"-"` // instead of both
 }
 
-// Format implements fmt.Formatter: whatever the verb, no secret comes out.
+// Format implements fmt.Formatter. It prints no secret, whatever the verb.
 func (Auth) Format(f fmt.State, _ rune) { fmt.Fprint(f, "(hidden)") }
 
-// authenticator is the library's form of it; nil asks anonymously.
+// authenticator returns the library's form of the credentials. Without any it is anonymous.
 func (a *Auth) authenticator() authn.Authenticator {
 	if a == nil {
 		return authn.Anonymous
@@ -31,12 +31,12 @@ func (a *Auth) authenticator() authn.Authenticator {
 	return authn.FromConfig(authn.AuthConfig{Username: a.Username, Password: a.Password, RegistryToken: a.Token})
 }
 
-// queries are those of URLs: what signs a redirect or asks for a token.
+// queries matches the queries of URLs, which may hold the signature of a redirect or a request
+// for a token.
 var queries = regexp.MustCompile(`(https?://[^\s"?]*)\?[^\s"]*`)
 
-// hide returns an error with the text of err, less what is secret: credentials,
-// also as a header has them, and the queries of URLs. The original is not in its
-// chain, since it would tell.
+// hide returns an error with the text of err without secrets: credentials, also in the form of a
+// header, and the queries of URLs. err itself is not in its chain, since that would reveal them.
 func (a *Auth) hide(err error) error {
 	text := queries.ReplaceAllString(err.Error(), "$1?…")
 	if a != nil {

@@ -14,8 +14,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 )
 
-// pythonSized is a layer of about the size and shape of a Python image: 12,000
-// files, 240 MB that pack to about a third.
+// pythonSized returns a layer of about the size and shape of a Python image: 12,000 files, 240 MB
+// that compress to about a third.
 func pythonSized(b *testing.B) []byte {
 	b.Helper()
 	random := rand.New(rand.NewPCG(1, 2))
@@ -28,7 +28,8 @@ func pythonSized(b *testing.B) []byte {
 	total := 0
 	for k := range 12000 {
 		size := int(random.ExpFloat64() * 20000)
-		h := &tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprintf("usr/lib/python3/d%d/f%d.py", k/60, k), Mode: 0o644, Size: int64(size), ModTime: time.Unix(1700000000, 0), Format: tar.FormatPAX}
+		h := &tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprintf("usr/lib/python3/d%d/f%d.py", k/60, k), Mode: 0o644,
+			Size: int64(size), ModTime: time.Unix(1700000000, 0), Format: tar.FormatPAX}
 		if err := w.WriteHeader(h); err != nil {
 			b.Fatal(err)
 		}
@@ -55,7 +56,7 @@ func BenchmarkConvert(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		b.StopTimer()
-		s := openStore(b) // an empty one: nothing is known
+		s := openStore(b) // an empty store knows no results
 		b.StartTimer()
 		if _, err := s.Build(b.Context(), Source{Layout: &l}, quiet); err != nil {
 			b.Fatal(err)

@@ -13,12 +13,11 @@ import (
 	"time"
 )
 
-// Build makes the image of a source, or finds it where the same inputs were
-// built before. progress is called with lines for people, from one goroutine at a
-// time. Builds run one at a time, downloads side by side; waiting for the turn ends
-// with ctx. A step that failed is a *[StepError]. The image is safe from
-// [Store.Collect] for a while (see collectGrace), so that the caller can write down
-// that it is needed.
+// Build makes the image of a source, or finds it if the same inputs were built before. It calls
+// progress with lines for people, from one goroutine at a time. Builds run one at a time,
+// downloads in parallel; waiting ends with ctx. A step that failed is a *[StepError].
+// [Store.Collect] keeps the image for a while (see collectGrace), so that the caller can record
+// that it needs the image.
 func (s *Store) Build(ctx context.Context, src Source, progress func(string)) (Image, error) {
 	if err := src.check(); err != nil {
 		return Image{}, err
@@ -37,7 +36,7 @@ func (s *Store) Build(ctx context.Context, src Source, progress func(string)) (I
 	case <-ctx.Done():
 		return Image{}, context.Cause(ctx)
 	}
-	if in.key != "" && !src.Fresh { // another build of it may have had the turn before
+	if in.key != "" && !src.Fresh { // another build of the same inputs may have finished
 		if img, ok := s.known(ctx, in.key, progress); ok {
 			return img, nil
 		}
@@ -49,7 +48,7 @@ func (s *Store) Build(ctx context.Context, src Source, progress func(string)) (I
 	return img, err
 }
 
-// limit bounds the regular files of a source, in bytes.
+// limit returns the bound of a source's regular files, in bytes.
 func (s *Store) limit(src Source) int64 {
 	if src.MaxSize <= 0 || src.MaxSize > s.cfg.MaxSize {
 		return s.cfg.MaxSize
@@ -57,7 +56,7 @@ func (s *Store) limit(src Source) int64 {
 	return src.MaxSize
 }
 
-// check refuses a source that says nothing, or two things.
+// check refuses a source with no origin, or with more than one.
 func (src Source) check() error {
 	n := 0
 	for _, has := range []bool{src.Image != "", src.Layout != nil, src.Archive != ""} {
@@ -74,16 +73,16 @@ func (src Source) check() error {
 	return nil
 }
 
-// opened is a source whose parts are at hand: found already, or an OCI image to
-// build from, or why there is none.
+// opened is a source that was opened: a result that was found, or an OCI image to build from, or
+// the reason why there is none.
 type opened struct {
-	key     string // "" where the result must not be given to others
+	key     string // "" if the result must not be given to others
 	found   Image
 	done    bool // found is the result
 	image   *ociImage
-	name    string // of the image, for the record
-	pulled  string // the layout of the store that it is in, or ""
-	err     error  // why there is no image, where Debian packages are used instead
+	name    string // the image's name for the record
+	pulled  string // the store's layout that the image is in, or ""
+	err     error  // why there is no image; Debian packages are used instead
 	closers []func()
 }
 
@@ -93,9 +92,9 @@ func (in *opened) close() {
 	}
 }
 
-// open brings the parts of a source together. Whatever it says, what was built of
-// private things is found again only by who has them: the bytes of an archive or of
-// a layout's blobs, or the registry's leave to pull.
+// open opens the parts of a source. A result built from private inputs is found again only by
+// callers that have them: the bytes of an archive or of a layout's blobs, or the registry's
+// permission to pull.
 func (s *Store) open(ctx context.Context, src Source, progress func(string)) (*opened, error) {
 	in := &opened{}
 	var err error
@@ -150,7 +149,7 @@ func (s *Store) openImage(ctx context.Context, in *opened, src Source, progress 
 		return err
 	}
 	if src.Auth == nil {
-		in.key = key // anybody may pull it
+		in.key = key // any caller may pull it
 	}
 	return nil
 }
@@ -173,7 +172,7 @@ func (s *Store) openLayout(ctx context.Context, in *opened, src Source, l Layout
 		return err
 	}
 	if in.pulled == "" {
-		l.Reference = "" // anybody could say so
+		l.Reference = "" // a caller could claim any reference
 		if err := p.verify(ctx); err != nil {
 			return err
 		}
@@ -202,8 +201,9 @@ func (s *Store) openArchiveOf(ctx context.Context, in *opened, src Source) error
 	return err
 }
 
-// make builds from the first of the source's parts that gives what is required.
-func (s *Store) make(ctx context.Context, src Source, in *opened, progress func(string)) (img Image, moving bool, err error) {
+// make builds from the first of the source's parts that has the required programs.
+func (s *Store) make(ctx context.Context, src Source, in *opened,
+	progress func(string)) (img Image, moving bool, err error) {
 	if in.image != nil {
 		img, err := s.makeOne(ctx, src, progress, func(t *tree) (Runtime, string, error) {
 			rt, err := in.image.unpack(ctx, t, progress)
@@ -231,8 +231,9 @@ func (s *Store) make(ctx context.Context, src Source, in *opened, progress func(
 	return img, true, err
 }
 
-// makeOne fills a tree, sets it up, checks it and makes it an image.
-func (s *Store) makeOne(ctx context.Context, src Source, progress func(string), fill func(*tree) (Runtime, string, error)) (Image, error) {
+// makeOne fills a tree, sets it up, checks it and writes it as an image.
+func (s *Store) makeOne(ctx context.Context, src Source, progress func(string),
+	fill func(*tree) (Runtime, string, error)) (Image, error) {
 	t, err := newTree(s.tmpDir(), s.limit(src))
 	if err != nil {
 		return Image{}, err
@@ -246,13 +247,14 @@ func (s *Store) makeOne(ctx context.Context, src Source, progress func(string), 
 		return Image{}, &StepError{Step: "setting up", ExitCode: -1, Err: err}
 	}
 	if missing := t.missing(src.Require); len(missing) > 0 {
-		return Image{}, &StepError{Step: "checking " + from, ExitCode: -1, Err: fmt.Errorf("it lacks %s", strings.Join(missing, ", "))}
+		return Image{}, &StepError{Step: "checking " + from, ExitCode: -1,
+			Err: fmt.Errorf("it lacks %s", strings.Join(missing, ", "))}
 	}
 	if err := t.writeAttributes(); err != nil {
 		return Image{}, &StepError{Step: "keeping extended attributes", ExitCode: -1, Err: err}
 	}
 	if t.droppedDevices > 0 || t.droppedXattrs > 0 {
-		progress(fmt.Sprintf("left out, since gVisor cannot have them: %d device nodes of /dev, %d extended attributes",
+		progress(fmt.Sprintf("left out, since gVisor does not support them: %d device nodes of /dev, %d extended attributes",
 			t.droppedDevices, t.droppedXattrs))
 	}
 	start := time.Now()
@@ -267,14 +269,14 @@ func (s *Store) makeOne(ctx context.Context, src Source, progress func(string), 
 	return img, nil
 }
 
-// write makes the tree a file of the store.
+// write writes the tree as a file of the store.
 func (s *Store) write(t *tree) (Image, error) {
 	f, err := os.CreateTemp(s.tmpDir(), "image-")
 	if err != nil {
 		return Image{}, fmt.Errorf("making file: %w", err)
 	}
 	defer f.Close()
-	defer os.Remove(f.Name()) // fails when it was moved to its place
+	defer os.Remove(f.Name()) // fails if the file was renamed
 	hash, out := sha256.New(), &sparseFile{f: f}
 	if err := writeErofs(tee{hash, out}, t); err != nil {
 		return Image{}, err
@@ -285,8 +287,7 @@ func (s *Store) write(t *tree) (Image, error) {
 	return s.place(f, hex.EncodeToString(hash.Sum(nil)))
 }
 
-// place moves a finished file to its name: after a crash it is there whole or
-// not at all.
+// place renames a finished file to its name. After a crash the file is there whole or not at all.
 func (s *Store) place(f *os.File, digest string) (Image, error) {
 	info, err := f.Stat()
 	if err != nil {
@@ -298,7 +299,7 @@ func (s *Store) place(f *os.File, digest string) (Image, error) {
 	if err := f.Sync(); err != nil {
 		return Image{}, fmt.Errorf("syncing image: %w", err)
 	}
-	s.touch(digest) // before it can be seen, so that Collect leaves it
+	s.touch(digest) // before the file appears, so that Collect keeps it
 	if err := os.Rename(f.Name(), s.file(digest)); err != nil {
 		return Image{}, fmt.Errorf("naming image: %w", err)
 	}
@@ -312,7 +313,7 @@ func (s *Store) place(f *os.File, digest string) (Image, error) {
 func (s *Store) tmpDir() string            { return filepath.Join(s.cfg.Dir, "tmp") }
 func (s *Store) file(digest string) string { return filepath.Join(s.cfg.Dir, digest+suffix) }
 
-// suffix of the names of images.
+// suffix is the suffix of the names of images.
 const suffix = ".erofs"
 
 func syncDir(dir string) error {

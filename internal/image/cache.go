@@ -15,24 +15,24 @@ import (
 	"time"
 )
 
-// recipe counts the changes of how images are made from the same source: a new
-// number makes every image anew.
+// recipe is the version of the way in which images are made from a source. A new number makes
+// every image anew.
 const recipe = 2
 
-// inputsDir holds, per key of inputs, what was made of them.
+// inputsDir is the directory with the result for each key of inputs.
 const inputsDir = "inputs"
 
-// maxInput bounds one such file, in bytes; the environment of an image is the most of it.
+// maxInput bounds such a file, in bytes. Most of it is the environment of an image.
 const maxInput = 1 << 20
 
-// input is what was made of one set of inputs.
+// input is the result for one set of inputs.
 type input struct {
 	Image  Image     `json:"image"`
 	MadeAt time.Time `json:"made_at"`
-	Moving bool      `json:"moving"` // may be another tomorrow
+	Moving bool      `json:"moving"` // may change by itself
 }
 
-// key names the inputs of a build; archive is the SHA-256 of the source's.
+// key returns the key of the inputs of a build. archive is the SHA-256 of the source's archive.
 func (src Source) key(archive string) (string, error) {
 	b, err := json.Marshal(struct {
 		Recipe  int    `json:"recipe"`
@@ -47,13 +47,13 @@ func (src Source) key(archive string) (string, error) {
 	return hex.EncodeToString(sum[:]), nil
 }
 
-// known finds what the same inputs gave before, here or in the shared cache,
-// with the image verified.
+// known returns the earlier result for the same inputs, here or in the shared cache, and verifies
+// the image.
 func (s *Store) known(ctx context.Context, key string, progress func(string)) (Image, bool) {
 	if in, ok := s.recall(s.cfg.Dir, key); ok {
 		_, err := s.Path(ctx, in.Image.Digest)
 		if err == nil {
-			progress("the same inputs were built before: nothing to do")
+			progress("using the result of an earlier build with the same inputs")
 			return in.Image, true
 		}
 		if !errors.Is(err, ErrMissing) {
@@ -72,13 +72,13 @@ func (s *Store) known(ctx context.Context, key string, progress func(string)) (I
 		return Image{}, false
 	}
 	if err := writeInput(s.cfg.Dir, key, in); err != nil {
-		s.log.Warn("cannot note what an image was built from", "error", err)
+		s.log.Warn("cannot record the inputs of an image", "error", err)
 	}
 	progress("found in the cache")
 	return in.Image, true
 }
 
-// recall reads what inputs gave, unless it is too old.
+// recall reads the result for a key, unless it is too old.
 func (s *Store) recall(dir, key string) (input, bool) {
 	f, err := os.Open(filepath.Join(dir, inputsDir, key+".json"))
 	if err != nil {
@@ -96,11 +96,11 @@ func (s *Store) recall(dir, key string) (input, bool) {
 	return in, true
 }
 
-// remember notes what inputs gave, here and in the shared cache. Failing costs
-// a later build and nothing else.
+// remember records the result for a key, here and in the shared cache. An error only costs a
+// later build.
 func (s *Store) remember(key string, in input) {
 	if err := writeInput(s.cfg.Dir, key, in); err != nil {
-		s.log.Warn("cannot note what an image was built from", "error", err)
+		s.log.Warn("cannot record the inputs of an image", "error", err)
 	}
 	if s.cfg.CacheDir == "" {
 		return
@@ -127,7 +127,7 @@ func writeInput(dir, key string, in input) error {
 	if err != nil {
 		return fmt.Errorf("making file: %w", err)
 	}
-	defer os.Remove(f.Name()) // fails when it was moved to its place
+	defer os.Remove(f.Name()) // fails if the file was renamed
 	_, err = f.Write(append(b, '\n'))
 	if err := errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
 		return fmt.Errorf("writing: %w", err)
@@ -135,7 +135,7 @@ func writeInput(dir, key string, in input) error {
 	return os.Rename(f.Name(), filepath.Join(dir, key+".json"))
 }
 
-// fetch takes an image out of the shared cache, checking what it takes.
+// fetch copies an image from the shared cache and checks it.
 func (s *Store) fetch(ctx context.Context, digest string) error {
 	in, err := os.Open(filepath.Join(s.cfg.CacheDir, digest+suffix))
 	if err != nil {
@@ -147,9 +147,9 @@ func (s *Store) fetch(ctx context.Context, digest string) error {
 		return fmt.Errorf("making file: %w", err)
 	}
 	defer f.Close()
-	defer os.Remove(f.Name()) // fails when it was moved to its place
-	// A copy and not a hard link: a file that others can write to is no content
-	// address. It is hashed on its way, so the copy costs little more.
+	defer os.Remove(f.Name()) // fails if the file was renamed
+	// Copy instead of making a hard link: the digest says nothing about a file that others can
+	// write to. The copy is hashed on its way, so it costs little more.
 	hash, out := sha256.New(), &sparseFile{f: f}
 	_, err = io.CopyBuffer(struct{ io.Writer }{tee{hash, out}}, contextReader{ctx, in}, make([]byte, chunk))
 	if err := errors.Join(err, out.finish()); err != nil {
@@ -163,7 +163,7 @@ func (s *Store) fetch(ctx context.Context, digest string) error {
 	return err
 }
 
-// offer puts an image into the shared cache.
+// offer copies an image to the shared cache.
 func (s *Store) offer(digest string) error {
 	to := filepath.Join(s.cfg.CacheDir, digest+suffix)
 	if _, err := os.Stat(to); err == nil || !errors.Is(err, fs.ErrNotExist) {
@@ -181,7 +181,7 @@ func (s *Store) offer(digest string) error {
 	if err != nil {
 		return fmt.Errorf("making file: %w", err)
 	}
-	defer os.Remove(f.Name()) // fails when it was moved to its place
+	defer os.Remove(f.Name()) // fails if the file was renamed
 	err = copyFile(f, in)
 	if err := errors.Join(err, f.Chmod(0o444), f.Sync(), f.Close()); err != nil {
 		return fmt.Errorf("copying image: %w", err)
@@ -189,7 +189,7 @@ func (s *Store) offer(digest string) error {
 	return os.Rename(f.Name(), to)
 }
 
-// contextReader ends a long copy when nobody wants it any more.
+// contextReader is a reader that fails when its context ends.
 type contextReader struct {
 	ctx context.Context
 	io.Reader

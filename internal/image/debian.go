@@ -16,19 +16,18 @@ import (
 	"time"
 )
 
-// keyring is what Debian's archives are verified with; on Debian it is part of
-// the system, on others a package.
+// keyring is the file of keys that verify Debian's archives. Debian has it installed; other
+// distributions have a package.
 const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-// tailLines is how much of a failed program's output its error keeps.
+// tailLines is the number of lines of a failed program's output that its error keeps.
 const tailLines = 12
 
-// debianTimeout bounds one installation: a mirror that gives a byte now and then
-// would otherwise keep every other build waiting for ever. Too short and a slow
-// line never gets its 100 MB.
+// debianTimeout bounds one installation, since a mirror that sends a byte now and then would keep
+// every other build waiting. With a shorter one a slow line never gets its 100 MB.
 const debianTimeout = time.Hour
 
-// StepError is a step of a build that failed.
+// StepError reports a step of a build that failed.
 type StepError struct {
 	Step     string   // what was being done
 	ExitCode int      // of the program that did it; -1 if none, or killed
@@ -36,7 +35,7 @@ type StepError struct {
 	Err      error
 }
 
-// Error is the whole story, for people.
+// Error returns the step, the cause and the program's last lines.
 func (e *StepError) Error() string {
 	s := e.Step + ": " + e.Err.Error()
 	if len(e.Tail) > 0 {
@@ -48,12 +47,13 @@ func (e *StepError) Error() string {
 // Unwrap returns the cause.
 func (e *StepError) Unwrap() error { return e.Err }
 
-// What may stand in a Debian source: these end up on a command line, so no
-// leading "-" and no comma (mmdebstrap splits at it).
+// Forms of the parts of a Debian source. They end up on a command line, so they have no leading
+// "-" and no comma (mmdebstrap splits at it).
 var (
 	suitePattern   = regexp.MustCompile(`^[a-z][a-z0-9.-]*$`)
 	packagePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9+.:-]*(=[A-Za-z0-9.+:~-]+)?$`)
-	variants       = map[string]bool{"": true, "minbase": true, "essential": true, "apt": true, "required": true, "important": true, "extract": true, "custom": true}
+	variants       = map[string]bool{"": true, "minbase": true, "essential": true, "apt": true, "required": true,
+		"important": true, "extract": true, "custom": true}
 )
 
 func (d *Debian) check() error {
@@ -81,13 +81,13 @@ func (d *Debian) check() error {
 	return nil
 }
 
-// args is mmdebstrap's command line: a tar on stdout, messages on stderr.
+// args returns the arguments of mmdebstrap: it writes a tar to stdout and messages to stderr.
 func (d *Debian) args() []string {
 	variant := d.Variant
 	if variant == "" {
 		variant = "minbase"
 	}
-	// What dpkg syncs while unpacking is thrown away: the tar is all that counts.
+	// dpkg need not sync while unpacking, since only the tar is used.
 	args := []string{"--variant=" + variant, "--mode=root", "--format=tar", "--dpkgopt=force-unsafe-io"}
 	if len(d.Packages) > 0 {
 		args = append(args, "--include="+strings.Join(d.Packages, ","))
@@ -103,8 +103,8 @@ func (d *Debian) args() []string {
 	return append(args, d.Mirrors...)
 }
 
-// hostProxy hands the host's apt proxy on: mmdebstrap does not read the host's
-// apt configuration. http_proxy and the like reach it through the environment.
+// hostProxy returns the host's apt proxy settings, since mmdebstrap does not read the host's apt
+// configuration. http_proxy and the like reach it through the environment.
 func hostProxy() []string {
 	out, err := exec.Command("apt-config", "dump", "--format", "%f=%v%n",
 		"Acquire::http::Proxy", "Acquire::https::Proxy", "Acquire::http::Proxy-Auto-Detect").Output()
@@ -121,7 +121,7 @@ func hostProxy() []string {
 	return args
 }
 
-// fromDebian lays a Debian system over an empty tree.
+// fromDebian unpacks a Debian system into an empty tree.
 func (s *Store) fromDebian(ctx context.Context, t *tree, d *Debian, progress func(string)) error {
 	step := "installing Debian " + d.Suite
 	if err := d.check(); err != nil {
@@ -129,28 +129,31 @@ func (s *Store) fromDebian(ctx context.Context, t *tree, d *Debian, progress fun
 	}
 	program, err := exec.LookPath("mmdebstrap")
 	if err != nil {
-		return &StepError{Step: step, ExitCode: -1, Err: errors.New("mmdebstrap is not installed on this machine (apt-get install mmdebstrap)")}
+		return &StepError{Step: step, ExitCode: -1,
+			Err: errors.New("mmdebstrap is not installed on this machine (apt-get install mmdebstrap)")}
 	}
 	if _, err := os.Stat(keyring); err != nil && len(d.Mirrors) == 0 {
 		return &StepError{Step: step, ExitCode: -1, Err: errors.New(
-			"the keys of Debian's archive are not on this machine (apt-get install debian-archive-keyring; Ubuntu does not have them by default)")}
+			"the keys of Debian's archive are not on this machine (apt-get install debian-archive-keyring; Ubuntu does not " +
+				"have them by default)")}
 	}
 	tmp, err := os.MkdirTemp(s.tmpDir(), "debian-")
 	if err != nil {
 		return fmt.Errorf("making build directory: %w", err)
 	}
-	defer os.RemoveAll(tmp) // what is left goes at the next Open
+	defer os.RemoveAll(tmp) // the next Open removes what is left
 
 	ctx, cancel := context.WithTimeoutCause(ctx, debianTimeout, fmt.Errorf("not done within %v", debianTimeout))
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, d.args()...)
 	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "LC_ALL=C.UTF-8", "PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin")
-	// Namespaces of its own: its mounts and every process it starts are gone
-	// with it, also when cay is killed.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID, Pdeathsig: syscall.SIGKILL}
-	cmd.WaitDelay = 10 * time.Second // for pipes that somebody else holds open
+	// It has namespaces of its own, so that its mounts and all its processes end with it, also if
+	// cay is killed.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
+		Pdeathsig: syscall.SIGKILL}
+	cmd.WaitDelay = 10 * time.Second // for pipes that another process holds open
 	messages := &lines{each: func(line string) {
-		// Users read these lines: where on the machine things are is not for them.
+		// Users read these lines, so they must not show paths of the machine.
 		if text, ok := strings.CutPrefix(line, "I: "); ok && !strings.Contains(text, tmp) {
 			progress(step + ": " + text)
 		}
@@ -169,7 +172,7 @@ func (s *Store) fromDebian(ctx context.Context, t *tree, d *Debian, progress fun
 	}
 	tarErr := t.apply(ctx, bufio.NewReaderSize(stdout, 1<<20), false)
 	if tarErr != nil {
-		cancel() // nobody reads any more
+		cancel() // the reader has stopped
 	} else if _, err := io.Copy(io.Discard, stdout); err != nil {
 		tarErr = fmt.Errorf("reading the end of the tar: %w", err)
 	}
@@ -187,18 +190,18 @@ func (s *Store) fromDebian(ctx context.Context, t *tree, d *Debian, progress fun
 	return nil
 }
 
-// lines takes a program's output apart, hands each line on and remembers the
-// last ones. Used by one goroutine, read after the program ended.
+// lines splits a program's output, passes on each line and keeps the last ones. One goroutine
+// writes; it is read after the program has ended.
 type lines struct {
 	each func(string)
 	last []string
 	part []byte
 }
 
-// maxLine bounds what is kept of one line, in bytes.
+// maxLine bounds the bytes kept of one line.
 const maxLine = 2000
 
-// Write never fails.
+// Write splits b into lines. It never fails.
 func (l *lines) Write(p []byte) (int, error) {
 	for _, c := range p {
 		if c == '\n' || c == '\r' {

@@ -9,40 +9,40 @@ import (
 	"math"
 )
 
-// The format is https://docs.kernel.org/filesystems/erofs.html: superblock,
-// then inodes, then data, in this order, so that a file is written from front to
-// back. It is written here and not by a library because gVisor maps files and
-// cannot map bytes that lie beside an inode (regular files never are inline), and
-// because hard links must stay what they are.
+// The format is https://docs.kernel.org/filesystems/erofs.html: superblock, then inodes, then
+// data, in this order, so that a file is written from front to back. This package writes it
+// itself because gVisor maps files and cannot map bytes stored beside an inode (so regular files
+// are never inline), and because hard links must be kept.
 const (
-	blockSize   = 4096 // gVisor's page: file data must start at one
+	blockSize   = 4096 // gVisor's page; file data must begin at one
 	superOffset = 1024
 	superSize   = 128
-	inodeSize   = 64 // the extended form, which has a time of its own
-	slotSize    = 32 // inodes are numbered by these
+	inodeSize   = 64 // the extended form, which has a time
+	slotSize    = 32 // the unit of inode numbers
 	direntSize  = 12
 	erofsMagic  = 0xe0f5e1e2
 
 	layoutPlain  = 0 // data in blocks
-	layoutInline = 2 // the last, partial block behind the inode
+	layoutInline = 2 // the last, partial block after the inode
 
-	// featureCompat: the superblock has a checksum; times are of modification.
+	// featureCompat tells that the superblock has a checksum and that times are times of
+	// modification.
 	featureCompat = 1 | 2
 )
 
-// layout is where an inode's bytes go.
+// layout is the place of an inode's bytes.
 type layout struct {
 	format uint16 // layoutPlain or layoutInline
-	size   int64  // what i_size says
-	blocks int64  // data blocks
+	size   int64  // value of i_size
+	blocks int64  // number of data blocks
 	block  uint32 // the first of them
-	inline int64  // bytes behind the inode
+	inline int64  // bytes after the inode
 	dir    [][]entry
 	ino    uint32
-	offset int64 // of the inode in the metadata
+	offset int64 // offset of the inode in the metadata
 }
 
-// entry is a directory entry before its inode has a number.
+// entry is a directory entry whose inode has no number yet.
 type entry struct {
 	name string
 	to   *inode
@@ -79,13 +79,13 @@ type erofsWriter struct {
 
 func roundUp(n, to int64) int64 { return (n + to - 1) / to * to }
 
-// plan gives every inode its place and every byte its block.
+// plan assigns a place to every inode and a block to every byte.
 func (w *erofsWriter) plan() error {
 	w.place(w.t.root, w.t.root)
 	at := int64(0)
 	for _, i := range w.inodes {
 		p := &i.plan
-		// An inode and what is inline behind it stay in one block.
+		// An inode and the bytes inline after it are in one block.
 		if room := blockSize - at%blockSize; inodeSize+p.inline > room {
 			at += room
 		}
@@ -108,12 +108,12 @@ func (w *erofsWriter) plan() error {
 	return nil
 }
 
-// place lists the inodes of a node and all below it, directories before what
-// they hold, and decides how each is laid out.
+// place lists the inodes of a node and all below it, directories before their content, and
+// decides the layout of each.
 func (w *erofsWriter) place(n, parent *node) {
 	i := n.inode
 	if i.placed {
-		return // another name of it came first
+		return // another name of the inode came first
 	}
 	i.placed = true
 	w.inodes = append(w.inodes, i)
@@ -136,7 +136,7 @@ func (w *erofsWriter) place(n, parent *node) {
 	dots := []entry{{".", i}, {"..", parent.inode}}
 	i.links = 2
 	for _, c := range children {
-		// "." and ".." sort among the names: "-" comes before them.
+		// "." and ".." are sorted among the names: "-" comes before them.
 		for len(dots) > 0 && dots[0].name < c.name {
 			entries, dots = append(entries, dots[0]), dots[1:]
 		}
@@ -156,7 +156,7 @@ func (w *erofsWriter) place(n, parent *node) {
 	}
 }
 
-// setTail lays size bytes out with the last, partial block inline where it fits.
+// setTail sets the layout of size bytes, with the last, partial block inline if it fits.
 func (p *layout) setTail(size int64) {
 	p.size = size
 	if tail := size % blockSize; tail > 0 && tail <= blockSize-inodeSize {
@@ -166,7 +166,7 @@ func (p *layout) setTail(size int64) {
 	p.blocks = roundUp(size, blockSize) / blockSize
 }
 
-// packDir fills directory blocks one after the other.
+// packDir distributes entries over directory blocks.
 func packDir(entries []entry) [][]entry {
 	var blocks [][]entry
 	start, used := 0, 0
@@ -193,7 +193,8 @@ func (w *erofsWriter) superblock() []byte {
 	le.PutUint64(sb[16:], uint64(len(w.inodes)))
 	le.PutUint32(sb[36:], uint32(w.blocks))
 	le.PutUint32(sb[40:], 1) // block of the first inode
-	// CRC-32C of the block's rest with this field zero, not inverted at the end.
+	// The checksum is CRC-32C of the rest of the block, with this field zero and not inverted at
+	// the end.
 	le.PutUint32(sb[4:], ^crc32.Checksum(sb, crc32.MakeTable(crc32.Castagnoli)))
 	return b
 }
@@ -218,7 +219,7 @@ func (w *erofsWriter) writeInodes() error {
 	return w.zeros(w.meta - at)
 }
 
-// writeTail writes what lies inline behind an inode.
+// writeTail writes the bytes inline after an inode.
 func (w *erofsWriter) writeTail(i *inode) error {
 	if i.kind() == typeDir {
 		_, err := w.out.Write(encodeDirents(i.plan.dir[len(i.plan.dir)-1]))
@@ -228,7 +229,7 @@ func (w *erofsWriter) writeTail(i *inode) error {
 	return err
 }
 
-// encode returns the inode as the disk has it.
+// encode returns the inode as on the disk.
 func (i *inode) encode() []byte {
 	var b [inodeSize]byte
 	le := binary.LittleEndian

@@ -18,13 +18,13 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// tree reads what an image of the store holds. The caller closes it.
+// tree reads the tree of an image of the store. The caller closes it.
 func (s *Store) tree(ctx context.Context, digest string) (*tree, error) {
 	path, err := s.Path(ctx, digest)
 	if err != nil {
 		return nil, err
 	}
-	f, err := os.Open(path) // from here on it may be collected
+	f, err := os.Open(path) // the image may be collected from now on
 	if err != nil {
 		return nil, fmt.Errorf("opening image: %w", err)
 	}
@@ -36,12 +36,11 @@ func (s *Store) tree(ctx context.Context, digest string) (*tree, error) {
 	return t, nil
 }
 
-// Export writes an image of the store as an OCI layout with one layer into a
-// directory, which is made or must be empty: every name, owner, mode, time, link
-// and extended attribute is as the image has it, so that [Store.Build] makes the
-// same image of it again. rt becomes the configuration. The same image and rt give
-// the same bytes. After an error the directory may hold a part of them; it is the
-// caller's to remove either way.
+// Export writes an image of the store as an OCI layout with one layer to a directory, which it
+// makes or which must be empty. Every name, owner, mode, time, link and extended attribute is
+// kept, so that [Store.Build] makes the same image of the layout again. rt becomes the
+// configuration. The same image and rt give the same bytes. After an error the directory may hold
+// a part of them; the caller removes the directory in any case.
 func (s *Store) Export(ctx context.Context, digest string, rt Runtime, dir string) (Layout, error) {
 	t, err := s.tree(ctx, digest)
 	if err != nil {
@@ -75,8 +74,10 @@ func (t *tree) export(ctx context.Context, rt Runtime, w layoutWriter) (Layout, 
 	if err := t.writeTar(ctx, tee{hash, out}); err != nil {
 		return Layout{}, fmt.Errorf("writing layer: %w", err)
 	}
-	// Not packed: whoever reads it is on this machine, and unpacking costs more than reading.
-	layer := v1.Descriptor{MediaType: types.OCIUncompressedLayer, Size: out.size, Digest: v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(hash.Sum(nil))}}
+	// The layer is not compressed: its reader is on this machine, and decompressing costs more
+	// than reading.
+	layer := v1.Descriptor{MediaType: types.OCIUncompressedLayer, Size: out.size,
+		Digest: v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(hash.Sum(nil))}}
 	if err := errors.Join(out.finish(), f.Chmod(0o644), os.Rename(f.Name(), w.file(layer.Digest))); err != nil {
 		return Layout{}, fmt.Errorf("ending layer: %w", err)
 	}
@@ -86,7 +87,8 @@ func (t *tree) export(ctx context.Context, rt Runtime, w layoutWriter) (Layout, 
 	if err != nil {
 		return Layout{}, fmt.Errorf("encoding configuration: %w", err)
 	}
-	m := &v1.Manifest{SchemaVersion: 2, MediaType: types.OCIManifestSchema1, Config: describe(types.OCIConfigJSON, config), Layers: []v1.Descriptor{layer}}
+	m := &v1.Manifest{SchemaVersion: 2, MediaType: types.OCIManifestSchema1, Config: describe(types.OCIConfigJSON, config),
+		Layers: []v1.Descriptor{layer}}
 	manifest, err := json.Marshal(m)
 	if err != nil {
 		return Layout{}, fmt.Errorf("encoding manifest: %w", err)
@@ -97,10 +99,11 @@ func (t *tree) export(ctx context.Context, rt Runtime, w layoutWriter) (Layout, 
 	return Layout{Dir: filepath.Clean(w.dir), Manifest: describe(m.MediaType, manifest).Digest.String()}, nil
 }
 
-// describe names a small blob.
+// describe returns the descriptor of a small blob.
 func describe(kind types.MediaType, b []byte) v1.Descriptor {
 	sum := sha256.Sum256(b)
-	return v1.Descriptor{MediaType: kind, Size: int64(len(b)), Digest: v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(sum[:])}}
+	return v1.Descriptor{MediaType: kind, Size: int64(len(b)),
+		Digest: v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(sum[:])}}
 }
 
 // writeTar writes the tree as the tar of a layer.
@@ -133,9 +136,10 @@ func (t *tree) writeTar(ctx context.Context, out io.Writer) error {
 	return errors.Join(err, w.Close(), buffered.Flush())
 }
 
-// headerOf is the tar header of a file, without its name.
+// headerOf returns the tar header of a file, without its name.
 func headerOf(i *inode) *tar.Header {
-	h := &tar.Header{Format: tar.FormatPAX, Mode: int64(i.mode & 0o7777), Uid: int(i.uid), Gid: int(i.gid), ModTime: time.Unix(i.mtime, int64(i.mtimeNs))}
+	h := &tar.Header{Format: tar.FormatPAX, Mode: int64(i.mode & 0o7777), Uid: int(i.uid), Gid: int(i.gid),
+		ModTime: time.Unix(i.mtime, int64(i.mtimeNs))}
 	switch i.kind() {
 	case typeRegular:
 		h.Typeflag, h.Size = tar.TypeReg, i.size

@@ -12,7 +12,8 @@ import (
 )
 
 func FuzzReference(f *testing.F) {
-	for _, s := range []string{"python", "docker.io/library/python:3.13-slim", "ghcr.io/a/b@sha256:" + strings.Repeat("0", 64), "localhost:5000/x", "UPPER", "a b", "", "://", "x@sha256:1"} {
+	for _, s := range []string{"python", "docker.io/library/python:3.13-slim",
+		"ghcr.io/a/b@sha256:" + strings.Repeat("0", 64), "localhost:5000/x", "UPPER", "a b", "", "://", "x@sha256:1"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
@@ -20,7 +21,7 @@ func FuzzReference(f *testing.F) {
 		if err != nil {
 			return
 		}
-		// The full name can be longer than a name may be; if not, it is itself.
+		// The full name can be longer than a name may be; otherwise it must parse as itself.
 		if again, err := parseReference(ref.Name()); err == nil && again.Name() != ref.Name() {
 			t.Errorf("%q reads as %q, and that as %q", s, ref.Name(), again.Name())
 		}
@@ -30,15 +31,15 @@ func FuzzReference(f *testing.F) {
 	})
 }
 
-// Whatever the names in an archive are, what is accepted stays in the tree and
-// makes an image that another reader can walk.
+// FuzzTarNames checks that accepted names of any archive stay in the tree and make an image that
+// another reader can walk.
 func FuzzTarNames(f *testing.F) {
 	f.Add("a", "b", "c", byte(tar.TypeReg))
 	f.Add("d/e", "d/.wh.e", "d/.wh..wh..opq", byte(tar.TypeSymlink))
 	f.Add("../a", "/", "a/../b", byte(tar.TypeLink))
 	f.Add("l", "l/x", "/etc", byte(tar.TypeSymlink))
-	f.Add("l", attributesFile, "/", byte(tar.TypeSymlink))           // a list of attributes that is not ours
-	f.Add("l", "x", strings.Repeat("b", 300), byte(tar.TypeSymlink)) // dangling, and too long to be made
+	f.Add("l", attributesFile, "/", byte(tar.TypeSymlink))           // a list of attributes from a layer
+	f.Add("l", "x", strings.Repeat("b", 300), byte(tar.TypeSymlink)) // dangling, with a name that is too long
 	f.Add("\x00", strings.Repeat("a/", 2000), strings.Repeat("b", 300), byte(tar.TypeDir))
 	f.Fuzz(func(t *testing.T, one, two, link string, kind byte) {
 		tree, err := newTree(t.TempDir(), 1<<20)
@@ -54,7 +55,7 @@ func FuzzTarNames(f *testing.F) {
 			{Typeflag: tar.TypeLink, Name: link, Linkname: one},
 			{Typeflag: tar.TypeReg, Name: one + "/" + two, Size: 1},
 		} {
-			// A refused entry ends a build; going on is the harder test.
+			// A refused entry ends a build; continuing is the harder test.
 			_ = tree.entry(&h, strings.NewReader("z"), true)
 			tree.layer++
 		}
@@ -62,7 +63,7 @@ func FuzzTarNames(f *testing.F) {
 	})
 }
 
-// Whatever bytes come as a tar, nothing breaks, and what is accepted makes an image.
+// FuzzTar checks that any bytes as a tar break nothing, and that an accepted tar makes an image.
 func FuzzTar(f *testing.F) {
 	f.Add(archive(f, dir("./"), file("a/b", "x"), symlink("l", "a"), hardlink("h", "a/b"), file("a/.wh.b", "")))
 	f.Add([]byte("x"))
@@ -79,11 +80,11 @@ func FuzzTar(f *testing.F) {
 	})
 }
 
-// checkImage fails unless a tree makes an image with the tree's names.
+// checkImage checks that a tree makes an image with the tree's names.
 func checkImage(t *testing.T, tree *tree) {
 	t.Helper()
 	if err := tree.writeAttributes(); err != nil {
-		return // too many of them
+		return // too many attributes
 	}
 	var b bytes.Buffer
 	if err := writeErofs(&b, tree); err != nil {
@@ -110,7 +111,8 @@ func checkImage(t *testing.T, tree *tree) {
 			}
 		}
 		for name, c := range n.children {
-			if name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") || len(name) > maxName || c.parent != n || c.name != name {
+			if name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") || len(name) > maxName ||
+				c.parent != n || c.name != name {
 				t.Fatalf("the tree has the name %q in %q", name, path)
 			}
 			walk(c, strings.TrimPrefix(path+"/"+name, "./"))
@@ -123,7 +125,7 @@ func checkImage(t *testing.T, tree *tree) {
 	comesBack(t, b.Bytes())
 }
 
-// comesBack fails unless an image makes itself again by way of a layer.
+// comesBack checks that an image, exported as a layer, makes the same image.
 func comesBack(t *testing.T, image []byte) {
 	t.Helper()
 	read, err := readErofs(onDisk(t, image))
@@ -154,7 +156,7 @@ func comesBack(t *testing.T, image []byte) {
 	}
 }
 
-// onDisk is a file with no name.
+// onDisk returns an unlinked file with the bytes.
 func onDisk(t *testing.T, b []byte) *os.File {
 	t.Helper()
 	f, err := os.CreateTemp(t.TempDir(), "")
@@ -167,7 +169,7 @@ func onDisk(t *testing.T, b []byte) *os.File {
 	return f
 }
 
-// Whatever is in an image, reading it ends, and what is read can be exported.
+// FuzzImage checks that reading any image ends, and that what was read can be exported.
 func FuzzImage(f *testing.F) {
 	tree, err := newTree(f.TempDir(), 1<<20)
 	if err != nil {
@@ -186,7 +188,7 @@ func FuzzImage(f *testing.F) {
 	}
 	f.Add(b.Bytes(), uint32(superOffset), []byte{0})
 	f.Add(b.Bytes(), uint32(blockSize), []byte{1, 0, 0, 0})
-	// A few bytes changed somewhere: a whole image of the fuzzer's own would not get far.
+	// Change only a few bytes, since images made by the fuzzer would be refused early.
 	f.Fuzz(func(t *testing.T, image []byte, at uint32, change []byte) {
 		if len(image) == 0 || len(image) > 1<<20 {
 			return
@@ -205,12 +207,13 @@ func FuzzImage(f *testing.F) {
 	})
 }
 
-// Whatever an archive holds, finding the image in it ends.
+// FuzzArchive checks that looking for the image in any archive ends.
 func FuzzArchive(f *testing.F) {
 	p := parts{}
 	p.index(f, p.image(f, platform.Architecture, gzipped, archive(f, file("a", "1"))))
 	f.Add(p.tar(f))
-	f.Add(archive(f, file("manifest.json", `[{"Config":"c.json","Layers":["l"]}]`), file("c.json", "{}"), symlink("l", "c.json")))
+	f.Add(archive(f, file("manifest.json", `[{"Config":"c.json","Layers":["l"]}]`), file("c.json", "{}"),
+		symlink("l", "c.json")))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		file := onDisk(t, b)
 		defer file.Close()

@@ -23,12 +23,13 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// entryTime is the time of all test files: with nanoseconds, which must survive.
+// entryTime is the time of all test files. It has nanoseconds, which must be kept.
 var entryTime = time.Unix(1700000000, 123456789).UTC()
 
 // file, dir, symlink and hardlink make the headers of test archives.
 func file(name, content string, change ...func(*tar.Header)) member {
-	return newMember(tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: int64(len(content))}, content, change)
+	return newMember(tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: int64(len(content))}, content,
+		change)
 }
 
 func dir(name string, change ...func(*tar.Header)) member {
@@ -80,7 +81,7 @@ func archive(t testing.TB, members ...member) []byte {
 	return b.Bytes()
 }
 
-// layers lays archives over each other, as those of an OCI image.
+// layers unpacks archives one over the other, as the layers of an OCI image.
 func layers(t testing.TB, archives ...[]byte) (*tree, error) {
 	t.Helper()
 	tree, err := newTree(t.TempDir(), 1<<30)
@@ -96,7 +97,7 @@ func layers(t testing.TB, archives ...[]byte) (*tree, error) {
 	return tree, nil
 }
 
-// write writes a tree to a file and, where fsck.erofs is installed, has it checked.
+// write writes a tree to a file and, if fsck.erofs is installed, has it checked.
 func write(t testing.TB, tree *tree) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "test.erofs")
@@ -114,7 +115,7 @@ func write(t testing.TB, tree *tree) string {
 	return path
 }
 
-// fsck asks the format's own tool for a second opinion, where it is installed.
+// fsck checks an image with the format's own tool, if it is installed.
 func fsck(t testing.TB, path string) {
 	t.Helper()
 	program, err := exec.LookPath("fsck.erofs")
@@ -127,9 +128,9 @@ func fsck(t testing.TB, path string) {
 	}
 }
 
-// list reads an image back with another implementation of the format, one line
-// per name: type, mode, owner, links, size, time, path, and content or target. Names
-// of one inode are shown as "= first name".
+// list reads an image with another implementation of the format. It returns one line per name:
+// type, mode, owner, links, size, time, path, and content or target. Other names of an inode are
+// shown as "= first name".
 func list(t testing.TB, path string) []string {
 	t.Helper()
 	f, err := os.Open(path)
@@ -152,7 +153,7 @@ func list(t testing.TB, path string) []string {
 			return err
 		}
 		st := info.Sys().(*erofs.Stat)
-		// The other implementation keeps setuid and the like to itself.
+		// The other implementation does not show setuid and the like.
 		var raw [2]byte
 		if _, err := f.ReadAt(raw[:], blockSize+int64(st.Ino)*slotSize+4); err != nil {
 			return err
@@ -198,8 +199,7 @@ func list(t testing.TB, path string) []string {
 	return out
 }
 
-// names is a listing with nothing but names and contents, for tests about what
-// is there and not about how.
+// names returns a listing with names and contents only, for tests that do not check the rest.
 func names(t testing.TB, tree *tree) []string {
 	t.Helper()
 	var out []string
@@ -266,7 +266,8 @@ func TestOneLayerComesBackWhole(t *testing.T) {
 		newMember(tar.Header{Typeflag: tar.TypeChar, Name: "dev/null", Mode: 0o666, Devmajor: 1, Devminor: 3}, "", nil),
 		newMember(tar.Header{Typeflag: tar.TypeBlock, Name: "dev/sda", Mode: 0o660, Devmajor: 8}, "", nil),
 		file("bin/ping", "cap", func(h *tar.Header) {
-			h.PAXRecords = map[string]string{"SCHILY.xattr.security.selinux": "system_u", "LIBARCHIVE.xattr.security.selinux": "c3lz"}
+			h.PAXRecords = map[string]string{"SCHILY.xattr.security.selinux": "system_u",
+				"LIBARCHIVE.xattr.security.selinux": "c3lz"}
 		}),
 		file("old", "from 1901", func(h *tar.Header) { h.ModTime = time.Unix(-2177452800, 0) }),
 	))
@@ -323,25 +324,32 @@ func TestLayersMerge(t *testing.T) {
 		want   []string
 	}{
 		{"a file replaces a file", [][]byte{archive(t, file("a", "old")), archive(t, file("a", "new"))}, []string{`a "new"`}},
-		{"a directory keeps what is in it", [][]byte{archive(t, dir("d"), file("d/a", "1")), archive(t, dir("d"), file("d/b", "2"))},
+		{"a directory keeps what is in it",
+			[][]byte{archive(t, dir("d"), file("d/a", "1")), archive(t, dir("d"), file("d/b", "2"))},
 			[]string{"d/", `d/a "1"`, `d/b "2"`}},
 		{"a file replaces a directory", [][]byte{archive(t, file("d/a", "1")), archive(t, file("d", "2"))}, []string{`d "2"`}},
 		{"a directory replaces a file", [][]byte{archive(t, file("d", "1")), archive(t, dir("d"), file("d/a", "2"))}, []string{"d/", `d/a "2"`}},
-		{"a directory replaces a link", [][]byte{archive(t, dir("x"), symlink("d", "x")), archive(t, dir("d"), file("d/a", "2"))},
+		{"a directory replaces a link", [][]byte{archive(t, dir("x"), symlink("d", "x")),
+			archive(t, dir("d"), file("d/a", "2"))},
 			[]string{"d/", `d/a "2"`, "x/"}},
-		{"files go where a link of a lower layer leads", [][]byte{archive(t, dir("usr/lib"), symlink("lib", "/usr/lib")), archive(t, file("lib/new/a", "1"))},
+		{"files go where a link of a lower layer leads",
+			[][]byte{archive(t, dir("usr/lib"), symlink("lib", "/usr/lib")), archive(t, file("lib/new/a", "1"))},
 			[]string{"lib -> /usr/lib", "usr/", "usr/lib/", "usr/lib/new/", `usr/lib/new/a "1"`}},
 		{"the last of two entries counts", [][]byte{archive(t, file("a", "1"), file("a", "2"), dir("a"), symlink("a", "b"), file("a", "3"))}, []string{`a "3"`}},
 		{"whiteout", [][]byte{archive(t, file("d/a", "1"), file("d/b", "2")), archive(t, file("d/.wh.a", ""))}, []string{"d/", `d/b "2"`}},
 		{"whiteout of a directory", [][]byte{archive(t, file("d/e/a", "1")), archive(t, file(".wh.d", ""))}, []string{}},
 		{"whiteout of nothing there", [][]byte{archive(t, file("a", "1")), archive(t, file("x/.wh.a", ""), file(".wh.b", ""))}, []string{`a "1"`}},
-		{"whiteout before the same layer's file", [][]byte{archive(t, file("d/a", "1"), file("d/b", "1")), archive(t, file(".wh.d", ""), file("d/a", "2"))},
+		{"whiteout before the same layer's file",
+			[][]byte{archive(t, file("d/a", "1"), file("d/b", "1")), archive(t, file(".wh.d", ""), file("d/a", "2"))},
 			[]string{"d/", `d/a "2"`}},
-		{"whiteout after the same layer's file", [][]byte{archive(t, file("d/a", "1"), file("d/b", "1")), archive(t, file("d/a", "2"), file(".wh.d", ""))},
+		{"whiteout after the same layer's file",
+			[][]byte{archive(t, file("d/a", "1"), file("d/b", "1")), archive(t, file("d/a", "2"), file(".wh.d", ""))},
 			[]string{"d/", `d/a "2"`}},
-		{"opaque directory", [][]byte{archive(t, file("d/a", "1"), file("d/e/f", "1")), archive(t, dir("d"), file("d/.wh..wh..opq", ""), file("d/b", "2"))},
+		{"opaque directory", [][]byte{archive(t, file("d/a", "1"), file("d/e/f", "1")),
+			archive(t, dir("d"), file("d/.wh..wh..opq", ""), file("d/b", "2"))},
 			[]string{"d/", `d/b "2"`}},
-		{"opaque marker after the files", [][]byte{archive(t, file("d/a", "1"), file("d/e/f", "1")), archive(t, dir("d"), file("d/e/g", "2"), file("d/.wh..wh..opq", ""))},
+		{"opaque marker after the files", [][]byte{archive(t, file("d/a", "1"), file("d/e/f", "1")),
+			archive(t, dir("d"), file("d/e/g", "2"), file("d/.wh..wh..opq", ""))},
 			[]string{"d/", "d/e/", `d/e/g "2"`}},
 		{"what AUFS kept for itself", [][]byte{archive(t, file("a", "1"), file(".wh..wh.plnk", ""), dir(".wh..wh.orph"))}, []string{`a "1"`}},
 		{"a hard link to a lower layer's file", [][]byte{archive(t, file("a", "1")), archive(t, hardlink("b", "a"))}, []string{`a "1"`, "b = a"}},
@@ -349,7 +357,8 @@ func TestLayersMerge(t *testing.T) {
 		{"one name of two gets a new file", [][]byte{archive(t, file("a", "1"), hardlink("b", "a")), archive(t, file("a", "2"))}, []string{`a "2"`, `b "1"`}},
 		{"a hard link to itself", [][]byte{archive(t, file("a", "1"), hardlink("a", "a"))}, []string{`a "1"`}},
 		{"absolute names are relative", [][]byte{archive(t, file("/a", "1"), file("//b//c", "2"), hardlink("/d", "/a"))}, []string{`a "1"`, "b/", `b/c "2"`, "d = a"}},
-		{"links never lead out", [][]byte{archive(t, symlink("up", "../../.."), symlink("abs", "/"), file("up/a", "1"), file("abs/b", "2"))},
+		{"links never lead out",
+			[][]byte{archive(t, symlink("up", "../../.."), symlink("abs", "/"), file("up/a", "1"), file("abs/b", "2"))},
 			[]string{`a "1"`, "abs -> /", `b "2"`, "up -> ../../.."}},
 		{"where a link to nowhere leads is made", [][]byte{archive(t, symlink("l", "/no/where"), file("l/a", "1"))},
 			[]string{"l -> /no/where", "no/", "no/where/", `no/where/a "1"`}},
@@ -367,7 +376,7 @@ func TestLayersMerge(t *testing.T) {
 	}
 }
 
-func TestSparseTarIsWhatItSays(t *testing.T) {
+func TestSparseTarContent(t *testing.T) {
 	tree, err := layers(t, sparseTar(t, "a", 1<<20))
 	if err != nil {
 		t.Fatal(err)
@@ -396,7 +405,8 @@ func TestBadTarsAreRefused(t *testing.T) {
 	loop := []member{symlink("a", "b"), symlink("b", "a")}
 	var deep []member
 	for k := range 3 { // each link leads a thousand directories further down
-		deep = append(deep, file(fmt.Sprintf("l%d/", k)+strings.Repeat("d/", 500)+"f", ""), symlink(fmt.Sprintf("l%d", k+1), fmt.Sprintf("l%d/", k)+strings.Repeat("d/", 500)))
+		deep = append(deep, file(fmt.Sprintf("l%d/", k)+strings.Repeat("d/", 500)+"f", ""),
+			symlink(fmt.Sprintf("l%d", k+1), fmt.Sprintf("l%d/", k)+strings.Repeat("d/", 500)))
 	}
 	attribute := func(name, value string) []byte {
 		return archive(t, file("a", "1", xattrs(map[string]string{name: value})))
@@ -407,9 +417,9 @@ func TestBadTarsAreRefused(t *testing.T) {
 	tests := []struct {
 		name string
 		tar  []byte
-		want string // in the error
+		want string // part of the error
 	}{
-		{"device node", device("var/x"), "a device node outside /dev"}, // of overlayfs it would be a whiteout
+		{"device node", device("var/x"), "a device node outside /dev"}, // for overlayfs it would be a whiteout
 		{"capabilities that are none", attribute("security.capability", "\x01"), "file capabilities are not"},
 		{"attribute with a huge name", attribute("user."+strings.Repeat("n", maxName), "1"), "a name of 260 bytes"},
 		{"attribute with a huge value", attribute("user.a", strings.Repeat("v", maxValue+1)), "a value of 65537"},
@@ -443,20 +453,21 @@ func TestBadTarsAreRefused(t *testing.T) {
 	}
 }
 
-// A small archive must not make the machine work for long.
+// TestTooMuchWorkIsRefused checks that a small archive cannot make the machine work for a long
+// time.
 func TestTooMuchWorkIsRefused(t *testing.T) {
 	var members []member
 	for k := range 5000 {
 		members = append(members, file(fmt.Sprintf("d/%d", k), ""))
 	}
-	for range 5000 { // each looks at all there are
+	for range 5000 { // each visits all nodes
 		members = append(members, file("d/.wh..wh..opq", ""))
 	}
 	if _, err := layers(t, archive(t, members...)); err == nil || !strings.Contains(err.Error(), "steps") {
 		t.Errorf("whiteouts of a large directory: %v", err)
 	}
 	members = []member{symlink("l0", "x")}
-	for k := range 39 { // links through links, each target as long as can be
+	for k := range 39 { // links through links, each with the longest target
 		members = append(members, symlink(fmt.Sprintf("l%d", k+1), strings.Repeat("./", 2000)+fmt.Sprintf("l%d", k)))
 	}
 	for k := range 2000 {
@@ -469,12 +480,14 @@ func TestTooMuchWorkIsRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tree.text = maxText - 10 // as if that much had come
-	if err := tree.apply(t.Context(), bytes.NewReader(archive(t, symlink("l", "of ten bytes"))), true); err == nil || !strings.Contains(err.Error(), "names and links of more than") {
+	tree.text = maxText - 10 // as if that much text had come
+	if err := tree.apply(t.Context(), bytes.NewReader(archive(t, symlink("l", "of ten bytes"))), true); err == nil ||
+		!strings.Contains(err.Error(), "names and links of more than") {
 		t.Errorf("text that fills memory: %v", err)
 	}
 	tree.entries = maxEntries
-	if err := tree.apply(t.Context(), bytes.NewReader(archive(t, file("a", ""))), true); err == nil || !strings.Contains(err.Error(), "entries") {
+	if err := tree.apply(t.Context(), bytes.NewReader(archive(t, file("a", ""))), true); err == nil ||
+		!strings.Contains(err.Error(), "entries") {
 		t.Errorf("entries without end: %v", err)
 	}
 }
@@ -498,7 +511,8 @@ func TestBombsAreRefused(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer tree.Close()
-			n, err := io.CopyBuffer(io.Discard, struct{ io.Reader }{tree.metered(tc.plain, &counted{n: tc.packed})}, make([]byte, hole))
+			n, err := io.CopyBuffer(io.Discard, struct{ io.Reader }{tree.metered(tc.plain, &counted{n: tc.packed})},
+				make([]byte, hole))
 			if err == nil || !strings.Contains(err.Error(), tc.want) {
 				t.Errorf("after %d bytes: %v", n, err)
 			}
@@ -515,7 +529,8 @@ func TestTooManyAttributesAreRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := tree.writeAttributes(); err == nil || !strings.Contains(err.Error(), "too many extended attributes: 4097 files") {
+	if err := tree.writeAttributes(); err == nil ||
+		!strings.Contains(err.Error(), "too many extended attributes: 4097 files") {
 		t.Errorf("error is %v", err)
 	}
 }
@@ -527,19 +542,20 @@ func TestTooMuchDataIsRefused(t *testing.T) {
 	}
 	defer tree.Close()
 	a := archive(t, file("a", strings.Repeat("x", 600)), file("b", strings.Repeat("x", 600)))
-	if err := tree.apply(t.Context(), bytes.NewReader(a), true); err == nil || !strings.Contains(err.Error(), "larger than 1000 bytes") {
+	if err := tree.apply(t.Context(), bytes.NewReader(a), true); err == nil ||
+		!strings.Contains(err.Error(), "larger than 1000 bytes") {
 		t.Errorf("error is %v", err)
 	}
 }
 
-// Directories of many sizes cross block boundaries in all the ways there are.
+// TestLargeDirectories makes directories that cross block boundaries in every way.
 func TestLargeDirectories(t *testing.T) {
 	for _, n := range []int{1, 100, 203, 204, 205, 4000, 100_000} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			var members []member
 			var want []string
 			for k := range n {
-				// 12 bytes per entry and 8 of name fill a block evenly at times.
+				// 12 bytes per entry and 8 of name sometimes fill a block exactly.
 				name := fmt.Sprintf("f%07d", k)
 				members = append(members, file("d/"+name, name))
 				want = append(want, fmt.Sprintf("d/%s %q", name, name))
@@ -556,10 +572,11 @@ func TestLargeDirectories(t *testing.T) {
 	}
 }
 
-// The same files give the same bytes, whatever their order in the archive and
-// whatever lower layers had in their place.
+// TestSameTreeSameBytes checks that the same files give the same bytes, in any order in the
+// archive and over any lower layers.
 func TestSameTreeSameBytes(t *testing.T) {
-	members := []member{dir("./"), dir("d"), file("d/a", "1"), file("d/b", "2"), symlink("l", "d"), file("c", strings.Repeat("c", 5000))}
+	members := []member{dir("./"), dir("d"), file("d/a", "1"), file("d/b", "2"), symlink("l", "d"),
+		file("c", strings.Repeat("c", 5000))}
 	read := func(archives ...[]byte) []byte {
 		tree, err := layers(t, archives...)
 		if err != nil {
@@ -576,7 +593,8 @@ func TestSameTreeSameBytes(t *testing.T) {
 	if !bytes.Equal(want, read(archive(t, members...))) {
 		t.Error("another order in the archive gives another image")
 	}
-	if !bytes.Equal(want, read(archive(t, file("c", "old"), file("x", "gone")), archive(t, append(members, file(".wh.x", ""))...))) {
+	if !bytes.Equal(want, read(archive(t, file("c", "old"), file("x", "gone")),
+		archive(t, append(members, file(".wh.x", ""))...))) {
 		t.Error("what a lower layer had gives another image")
 	}
 }

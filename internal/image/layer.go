@@ -14,12 +14,11 @@ import (
 const (
 	whiteoutPrefix = ".wh."
 	whiteoutOpaque = ".wh..wh..opq"
-	whiteoutMeta   = ".wh..wh." // what AUFS kept for itself
+	whiteoutMeta   = ".wh..wh." // names that AUFS used itself
 )
 
-// apply lays a tar over the tree. With whiteouts its .wh. files remove what
-// lower layers put there; what the same layer puts is not touched, wherever in the
-// archive it stands.
+// apply unpacks a tar over the tree. With whiteouts, its .wh. files remove files of lower layers,
+// but none of the same layer, wherever in the archive they are.
 func (t *tree) apply(ctx context.Context, r io.Reader, whiteouts bool) error {
 	t.layer++
 	tr := tar.NewReader(r)
@@ -40,7 +39,7 @@ func (t *tree) apply(ctx context.Context, r io.Reader, whiteouts bool) error {
 	}
 }
 
-// entry lays one entry of a tar.
+// entry unpacks one entry of a tar.
 func (t *tree) entry(h *tar.Header, r io.Reader, whiteouts bool) error {
 	if t.entries++; t.entries > maxEntries {
 		return fmt.Errorf("more than %d entries", maxEntries)
@@ -94,7 +93,7 @@ func (t *tree) entry(h *tar.Header, r io.Reader, whiteouts bool) error {
 	return err
 }
 
-// parent finds or makes the directory that the last of parts goes into.
+// parent returns the directory of the last of parts, making it if needed.
 func (t *tree) parent(parts []string) (*node, error) {
 	dir, err := t.walk(parts[:len(parts)-1], true, true)
 	if err != nil {
@@ -106,8 +105,8 @@ func (t *tree) parent(parts []string) (*node, error) {
 	return dir, nil
 }
 
-// link makes another name for a file that is already there. The target's last
-// element is not followed: a symbolic link can have two names too.
+// link makes another name for an existing file. It does not follow the target's last element,
+// since a symbolic link can have two names too.
 func (t *tree) link(dir *node, name, target string) error {
 	parts, err := split(target)
 	if err != nil {
@@ -121,7 +120,7 @@ func (t *tree) link(dir *node, name, target string) error {
 		return fmt.Errorf("hard link to %.100q, which is a directory", target)
 	}
 	if old.parent == dir && old.name == name {
-		return nil // to itself: as good as there
+		return nil // a link to itself exists already
 	}
 	_, err = t.put(dir, name, old.inode)
 	return err
@@ -144,7 +143,7 @@ func (t *tree) whiteout(parent []string, name string) error {
 		return err
 	}
 	if name == whiteoutOpaque {
-		// Going through a map takes longer than finding something in it.
+		// Iterating over a map takes longer than a look-up.
 		if err := t.step(4 * len(dir.children)); err != nil {
 			return err
 		}
@@ -159,7 +158,7 @@ func (t *tree) whiteout(parent []string, name string) error {
 	return err
 }
 
-// inodeOf takes over what a header says of a file; its bytes are not its business.
+// inodeOf returns the inode that a header describes, without its bytes.
 func (t *tree) inodeOf(h *tar.Header) (*inode, error) {
 	i := &inode{mode: uint16(h.Mode & 0o7777), size: h.Size}
 	switch h.Typeflag {
@@ -185,7 +184,7 @@ func (t *tree) inodeOf(h *tar.Header) (*inode, error) {
 		return nil, fmt.Errorf("owner %d:%d is outside 0-%d", h.Uid, h.Gid, uint32(math.MaxUint32))
 	}
 	i.uid, i.gid = uint32(h.Uid), uint32(h.Gid)
-	// Before 1970 there were no files: a time EROFS cannot hold is the first it can.
+	// EROFS cannot hold a time before 1970; use the first one that it can.
 	if !h.ModTime.IsZero() && h.ModTime.Unix() > 0 {
 		i.mtime, i.mtimeNs = h.ModTime.Unix(), uint32(h.ModTime.Nanosecond())
 	}

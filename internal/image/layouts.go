@@ -9,14 +9,14 @@ import (
 	"time"
 )
 
-// layoutsDir holds the OCI images that were pulled, one layout each. The time of
-// such a directory is when it was last given out.
+// layoutsDir is the directory of the pulled OCI images, one layout each. The time of such a
+// directory is the time of its last use.
 const layoutsDir = "layouts"
 
 func (s *Store) layoutPath(id string) string { return filepath.Join(s.cfg.Dir, layoutsDir, id) }
 
-// Hold keeps a layout that [Store.Pull] gave from being removed until release is
-// called. One that is not the store's is not affected.
+// Hold keeps a layout that [Store.Pull] returned from being removed until release is called. It
+// has no effect on other layouts.
 func (s *Store) Hold(l Layout) (release func()) {
 	id := filepath.Base(l.Dir)
 	if l.Dir != s.layoutPath(id) {
@@ -35,7 +35,7 @@ func (s *Store) Hold(l Layout) (release func()) {
 	}
 }
 
-// useLayoutLocked notes that a layout is wanted now, and reports whether it is there.
+// useLayoutLocked records that a layout is used now, and reports whether it exists.
 //
 // +checklocks:s.mu
 func (s *Store) useLayoutLocked(id string) bool {
@@ -43,7 +43,7 @@ func (s *Store) useLayoutLocked(id string) bool {
 	return os.Chtimes(s.layoutPath(id), now, now) == nil
 }
 
-// placeLayout moves a finished layout to its name.
+// placeLayout renames a finished layout to its name.
 func (s *Store) placeLayout(from, to string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -57,9 +57,8 @@ func (s *Store) placeLayout(from, to string) error {
 	return syncDir(filepath.Dir(to))
 }
 
-// trimLayouts removes pulled layouts, the one that was not wanted for the longest
-// time first, until they fit the budget. One that cannot be removed costs room and
-// is tried again.
+// trimLayouts removes pulled layouts, the longest unused first, until they fit the budget. One
+// that cannot be removed takes space and is tried again.
 func (s *Store) trimLayouts() {
 	entries, err := os.ReadDir(filepath.Join(s.cfg.Dir, layoutsDir))
 	if err != nil {
@@ -76,7 +75,7 @@ func (s *Store) trimLayouts() {
 	for _, e := range entries {
 		info, err := e.Info()
 		if err != nil {
-			continue // gone meanwhile
+			continue // removed meanwhile
 		}
 		l := layout{e.Name(), treeSize(s.layoutPath(e.Name())), info.ModTime()}
 		total += l.size
@@ -97,25 +96,25 @@ func (s *Store) trimLayouts() {
 	}
 }
 
-// dropLayout removes a layout that is damaged, so that it is pulled again.
+// dropLayout removes a damaged layout, so that it is pulled again.
 func (s *Store) dropLayout(id string) {
 	aside, err := os.MkdirTemp(s.tmpDir(), "gone-")
 	if err == nil {
-		defer os.RemoveAll(aside) // what is left goes at the next Open
+		defer os.RemoveAll(aside) // the next Open removes what is left
 		err = os.Rename(s.layoutPath(id), filepath.Join(aside, id))
 	}
 	s.log.Error("pulled image is damaged", "layout", id, "removing", err)
 }
 
-// removeLayout removes a layout that nobody holds or was given lately.
+// removeLayout removes a layout that is not held and was not used recently.
 func (s *Store) removeLayout(id string) (bool, error) {
 	aside, err := os.MkdirTemp(s.tmpDir(), "gone-")
 	if err != nil {
 		return false, err
 	}
-	defer os.RemoveAll(aside) // what is left goes at the next Open
+	defer os.RemoveAll(aside) // the next Open removes what is left
 	s.mu.Lock()
-	defer s.mu.Unlock() // held, so that Pull cannot give it out meanwhile
+	defer s.mu.Unlock() // held, so that Pull cannot return it meanwhile
 	info, err := os.Stat(s.layoutPath(id))
 	if err != nil {
 		return false, err
@@ -126,9 +125,9 @@ func (s *Store) removeLayout(id string) (bool, error) {
 	return true, os.Rename(s.layoutPath(id), filepath.Join(aside, id))
 }
 
-// treeSize is what files below a directory hold, in bytes.
+// treeSize returns the size of the files below a directory, in bytes.
 func treeSize(dir string) (total int64) {
-	// What cannot be read counts as nothing: the sum only chooses what to remove.
+	// Unreadable files count as nothing, since the sum only chooses what to remove.
 	_ = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
 		if err == nil && d.Type().IsRegular() {
 			if info, err := d.Info(); err == nil {

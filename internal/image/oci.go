@@ -22,35 +22,35 @@ import (
 )
 
 const (
-	// maxLayers bounds the layers of an image; Docker's own limit is 127.
+	// maxLayers bounds the number of layers of an image; Docker's own limit is 127.
 	maxLayers = 512
-	// maxManifest and maxConfig bound what is read into memory, in bytes. A
-	// configuration holds the history of its image.
+	// maxManifest and maxConfig bound manifests and configurations, which are read into memory,
+	// in bytes. A configuration holds the history of its image.
 	maxManifest = 4 << 20
 	maxConfig   = 8 << 20
-	// maxIndexes bounds the indexes that are read to find one image.
+	// maxIndexes bounds the number of indexes that are read to find one image.
 	maxIndexes = 16
 )
 
-// errDamaged says that a part of an image is not what names it.
-var errDamaged = errors.New("the image is not whole")
+// errDamaged reports that a part of an image does not match its digest.
+var errDamaged = errors.New("the image is damaged")
 
 const mediaIndex = types.OCIImageIndex
 
-// platform is what images must be for.
+// platform is the platform that images must be for.
 var platform = v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
 
-// blobs is where the parts of an OCI image are, by their path in a layout.
+// blobs has the parts of an OCI image, by their path in a layout.
 type blobs interface {
-	// open gives a regular file and its size; fs.ErrNotExist if there is none.
+	// open returns a regular file and its size, or fs.ErrNotExist.
 	open(name string) (io.ReadCloser, int64, error)
 }
 
-// dirBlobs is a layout in a directory; links do not lead out of it.
+// dirBlobs is a layout in a directory. Links cannot lead out of it.
 type dirBlobs struct{ *os.Root }
 
 func (d dirBlobs) open(name string) (io.ReadCloser, int64, error) {
-	// A pipe in place of a file must not hang the build.
+	// A pipe instead of a file must not block the build.
 	f, err := d.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, 0, err
@@ -66,10 +66,10 @@ func (d dirBlobs) open(name string) (io.ReadCloser, int64, error) {
 	return f, info.Size(), nil
 }
 
-// ociImage is an OCI image whose parts are at hand.
+// ociImage is an OCI image whose parts can be read.
 type ociImage struct {
 	from     blobs
-	manifest string // digest; of the configuration where there is no manifest
+	manifest string // digest; of the configuration if there is no manifest
 	config   *v1.ConfigFile
 	layers   []ociLayer
 }
@@ -77,14 +77,14 @@ type ociImage struct {
 // ociLayer is one layer of an image.
 type ociLayer struct {
 	file   string
-	desc   v1.Descriptor // of the file; without a digest where nothing names one
-	diffID v1.Hash       // of its tar
+	desc   v1.Descriptor // of the file; without a digest if none is known
+	diffID v1.Hash       // digest of its tar
 }
 
 func blobPath(h v1.Hash) string { return path.Join("blobs", h.Algorithm, h.Hex) }
 
-// openOCI finds the image of a layout: the named manifest, or what the index
-// has for this machine.
+// openOCI returns the image of a layout: the named manifest, or the one in the index for this
+// machine.
 func openOCI(from blobs, manifest string, maxSize int64) (*ociImage, error) {
 	raw, digest, err := findManifest(from, manifest)
 	if err != nil {
@@ -109,7 +109,7 @@ func openOCI(from blobs, manifest string, maxSize int64) (*ociImage, error) {
 	return p, nil
 }
 
-// findManifest reads the manifest of an image, through indexes where they are.
+// findManifest reads the manifest of an image, through indexes if needed.
 func findManifest(from blobs, named string) (raw []byte, digest v1.Hash, err error) {
 	var todo []v1.Descriptor
 	if named != "" {
@@ -150,8 +150,8 @@ func findManifest(from blobs, named string) (raw []byte, digest v1.Hash, err err
 	return nil, v1.Hash{}, errors.New("its indexes lead to no manifest")
 }
 
-// forUs lists what an index has for this machine's architecture; what does not
-// say what it is for may be.
+// forUs returns an index's entries for this machine's architecture. An entry without a platform
+// counts.
 func forUs(index []byte) ([]v1.Descriptor, error) {
 	var m v1.IndexManifest
 	if err := json.Unmarshal(index, &m); err != nil {
@@ -170,19 +170,20 @@ func forUs(index []byte) ([]v1.Descriptor, error) {
 		}
 	}
 	if len(fit) == 0 {
-		return nil, fmt.Errorf("it has no image for %s/%s, only for %s", platform.OS, platform.Architecture, strings.Join(append(others, "nothing")[:max(1, len(others))], ", "))
+		return nil, fmt.Errorf("it has no image for %s/%s, only for %s", platform.OS, platform.Architecture,
+			strings.Join(append(others, "nothing")[:max(1, len(others))], ", "))
 	}
 	return fit, nil
 }
 
-// parseManifest reads a manifest and holds its numbers to what an image may be.
+// parseManifest parses a manifest and checks its numbers against the limits.
 func parseManifest(raw []byte, maxSize int64) (*v1.Manifest, error) {
 	m, err := v1.ParseManifest(bytes.NewReader(raw))
 	if err != nil {
 		return nil, fmt.Errorf("reading the manifest: %w", err)
 	}
 	if len(m.Layers) > maxLayers {
-		return nil, fmt.Errorf("%d layers; %d are the most", len(m.Layers), maxLayers)
+		return nil, fmt.Errorf("%d layers; at most %d are allowed", len(m.Layers), maxLayers)
 	}
 	total := int64(0)
 	for n, desc := range append([]v1.Descriptor{m.Config}, m.Layers...) {
@@ -201,15 +202,16 @@ func parseManifest(raw []byte, maxSize int64) (*v1.Manifest, error) {
 	return m, nil
 }
 
-// parseConfig reads a configuration that must be for this machine and fit its manifest.
+// parseConfig parses a configuration, which must be for this machine and match its manifest.
 func parseConfig(raw []byte, layers int) (*v1.ConfigFile, error) {
 	c, err := v1.ParseConfigFile(bytes.NewReader(raw))
 	if err != nil {
 		return nil, fmt.Errorf("reading its configuration: %w", err)
 	}
-	// An index is searched for this architecture; a lone image may be of any.
+	// An index was searched for this architecture; an image without an index may be for any.
 	if c.OS != platform.OS || c.Architecture != platform.Architecture {
-		return nil, fmt.Errorf("it is for %.40s/%.40s, this machine is %s/%s", c.OS, c.Architecture, platform.OS, platform.Architecture)
+		return nil, fmt.Errorf("it is for %.40s/%.40s, this machine is %s/%s", c.OS, c.Architecture, platform.OS,
+			platform.Architecture)
 	}
 	if layers != len(c.RootFS.DiffIDs) {
 		return nil, fmt.Errorf("%d layers, %d of them named in its configuration", layers, len(c.RootFS.DiffIDs))
@@ -217,7 +219,7 @@ func parseConfig(raw []byte, layers int) (*v1.ConfigFile, error) {
 	return c, nil
 }
 
-// readBlob reads a small blob and checks it; a size of -1 is unknown.
+// readBlob reads a small blob and checks it. A size of -1 is unknown.
 func readBlob(from blobs, desc v1.Descriptor, limit int64) ([]byte, error) {
 	b, err := readAll(from, blobPath(desc.Digest), desc.Size, limit)
 	if err != nil {
@@ -237,13 +239,13 @@ func readAll(from blobs, name string, want, limit int64) ([]byte, error) {
 	}
 	defer f.Close()
 	if size > limit || want >= 0 && size != want {
-		return nil, fmt.Errorf("%w: %s is %d bytes, not %d; %d is the most", errDamaged, name, size, want, limit)
+		return nil, fmt.Errorf("%w: %s has %d bytes, not %d; at most %d are allowed", errDamaged, name, size, want, limit)
 	}
 	return io.ReadAll(io.LimitReader(f, limit))
 }
 
-// unpack lays the layers over an empty tree. Every byte is checked against the
-// digests that lead to it.
+// unpack unpacks the layers into an empty tree. It checks every byte against the digests that
+// lead to it.
 func (p *ociImage) unpack(ctx context.Context, t *tree, progress func(string)) (Runtime, error) {
 	for n, l := range p.layers {
 		progress(fmt.Sprintf("unpacking layer %d of %d", n+1, len(p.layers)))
@@ -263,7 +265,8 @@ func (p *ociImage) unpack(ctx context.Context, t *tree, progress func(string)) (
 	return Runtime{Env: c.Env, User: c.User, Workdir: c.WorkingDir, Entrypoint: c.Entrypoint, Cmd: c.Cmd}, nil
 }
 
-// volume makes the directory that a container runtime would mount a volume over, if nothing is there.
+// volume makes the directory that a container runtime would mount a volume over, if nothing is
+// there.
 func (t *tree) volume(at string) error {
 	parts, err := split(at)
 	if err != nil {
@@ -273,8 +276,7 @@ func (t *tree) volume(at string) error {
 	return err
 }
 
-// unpackLayer lays one layer over the tree and checks that its bytes are those
-// its image names.
+// unpackLayer unpacks one layer over the tree and checks its bytes against the image's digest.
 func (p *ociImage) unpackLayer(ctx context.Context, t *tree, l ociLayer) error {
 	f, size, err := p.from.open(l.file)
 	if err != nil {
@@ -292,7 +294,7 @@ func (p *ociImage) unpackLayer(ctx context.Context, t *tree, l ociLayer) error {
 	ahead := readAhead(t.metered(plain, in))
 	err = t.apply(ctx, ahead, true)
 	if err == nil {
-		// What follows the end of the tar belongs to the digest too.
+		// Bytes after the end of the tar belong to the digest too.
 		_, err = io.Copy(io.Discard, ahead)
 	}
 	got := ahead.stop() // nothing reads f any more
@@ -306,8 +308,7 @@ func (p *ociImage) unpackLayer(ctx context.Context, t *tree, l ociLayer) error {
 	return nil
 }
 
-// verify reads every layer and checks it against the manifest: what names a
-// manifest need not have what it names.
+// verify checks every layer against the manifest, since a manifest's layers need not match it.
 func (p *ociImage) verify(ctx context.Context) error {
 	for n, l := range p.layers {
 		f, size, err := p.from.open(l.file)
@@ -321,14 +322,15 @@ func (p *ociImage) verify(ctx context.Context) error {
 			return fmt.Errorf("layer %d: %w", n+1, err)
 		}
 		if got := hex.EncodeToString(hash.Sum(nil)); got != l.desc.Digest.Hex || size != l.desc.Size {
-			return fmt.Errorf("layer %d: its bytes (%d) have the digest sha256:%s, the manifest names %d with %s", n+1, size, got, l.desc.Size, l.desc.Digest)
+			return fmt.Errorf("layer %d: its bytes (%d) have the digest sha256:%s, the manifest names %d with %s", n+1, size,
+				got, l.desc.Size, l.desc.Digest)
 		}
 	}
 	return nil
 }
 
-// short is an error's text for the record of a source, which users see: one
-// line, not endless, and nothing of the machine's network.
+// short returns an error's text for the record of a source, which users see: one line, of bounded
+// length, without details of the machine's network.
 func short(err error) string {
 	if errors.Is(err, errUnreachable) {
 		return errUnreachable.Error()

@@ -71,8 +71,7 @@ func (p parts) json(t testing.TB, kind types.MediaType, v any) v1.Descriptor {
 	return p.blob(kind, b)
 }
 
-// image adds an image and returns the descriptor of its manifest. Layers are
-// packed by pack.
+// image adds an image and returns the descriptor of its manifest. pack compresses its layers.
 func (p parts) image(t testing.TB, arch string, pack func(testing.TB, []byte) []byte, layers ...[]byte) v1.Descriptor {
 	t.Helper()
 	m := v1.Manifest{SchemaVersion: 2, MediaType: types.OCIManifestSchema1}
@@ -104,7 +103,8 @@ func (p parts) dir(t testing.TB) string {
 	t.Helper()
 	dir := t.TempDir()
 	for name, b := range p {
-		if err := errors.Join(os.MkdirAll(filepath.Join(dir, path.Dir(name)), 0o755), os.WriteFile(filepath.Join(dir, name), b, 0o644)); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Join(dir, path.Dir(name)), 0o755),
+			os.WriteFile(filepath.Join(dir, name), b, 0o644)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -136,20 +136,23 @@ func TestBuildFromLayoutsAndArchives(t *testing.T) {
 	p := parts{}
 	other := p.image(t, "s390x", plain, archive(t, file("wrong", "architecture")))
 	mine := p.image(t, runtime.GOARCH, gzipped, lower, upper)
-	both := p.json(t, types.OCIImageIndex, v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex, Manifests: []v1.Descriptor{other, mine}})
+	both := p.json(t, types.OCIImageIndex,
+		v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex, Manifests: []v1.Descriptor{other, mine}})
 	p.index(t, both)
 	z := parts{}
 	zstdDesc := z.image(t, runtime.GOARCH, zstandard, lower, upper)
 	z.index(t, zstdDesc)
 	docker := parts{"l1/layer.tar": lower, "l2/layer.tar": upper}
-	config, err := json.Marshal(v1.ConfigFile{OS: "linux", Architecture: runtime.GOARCH, RootFS: v1.RootFS{Type: "layers", DiffIDs: []v1.Hash{hashOf(lower), hashOf(upper)}}})
+	config, err := json.Marshal(v1.ConfigFile{OS: "linux", Architecture: runtime.GOARCH,
+		RootFS: v1.RootFS{Type: "layers", DiffIDs: []v1.Hash{hashOf(lower), hashOf(upper)}}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	docker["c.json"] = config
 	docker["manifest.json"] = []byte(`[{"Config":"c.json","RepoTags":["x:1"],"Layers":["l3/layer.tar","l2/layer.tar"]}]`)
-	dockerTar := docker.tar(t, symlink("l3/layer.tar", "../l1/layer.tar")) // as docker names a layer it has already
-	inside := parts{"sub/docker.tar": dockerTar, "sub/docker.tar.gz": gzipped(t, dockerTar), "index.json": []byte("of something else")}
+	dockerTar := docker.tar(t, symlink("l3/layer.tar", "../l1/layer.tar")) // as docker names a repeated layer
+	inside := parts{"sub/docker.tar": dockerTar, "sub/docker.tar.gz": gzipped(t, dockerTar),
+		"index.json": []byte("of something else")}
 	for name, b := range p {
 		inside["a/layout/"+name] = b
 	}
@@ -195,7 +198,7 @@ func TestBuildFromLayoutsAndArchives(t *testing.T) {
 			if again, err := s.Build(t.Context(), src, lines.line); err != nil || again.Digest != want.Digest {
 				t.Errorf("built again: %+v, %v", again, err)
 			}
-			lines.has(t, "nothing to do")
+			lines.has(t, "earlier build with the same inputs")
 			leftovers(t, s)
 		})
 	}
@@ -206,11 +209,13 @@ func TestBuildFromLayoutsAndArchives(t *testing.T) {
 	}
 }
 
-// TestVolumes makes directories of what an image says are volumes, but for what is there.
+// TestVolumes checks that the directories of an image's volumes are made, unless something is
+// there.
 func TestVolumes(t *testing.T) {
 	lower := archive(t, file("taken", "1"), symlink("way", "srv"))
 	p := parts{}
-	config := v1.ConfigFile{OS: "linux", Architecture: runtime.GOARCH, RootFS: v1.RootFS{Type: "layers", DiffIDs: []v1.Hash{hashOf(lower)}},
+	config := v1.ConfigFile{OS: "linux", Architecture: runtime.GOARCH,
+		RootFS: v1.RootFS{Type: "layers", DiffIDs: []v1.Hash{hashOf(lower)}},
 		Config: v1.Config{Volumes: map[string]struct{}{"/var/lib/data": {}, "way/in": {}, "/taken": {}}}}
 	m := v1.Manifest{SchemaVersion: 2, MediaType: types.OCIManifestSchema1, Config: p.json(t, types.OCIConfigJSON, config),
 		Layers: []v1.Descriptor{p.blob(types.OCILayer, lower)}}
@@ -236,10 +241,11 @@ func TestVolumes(t *testing.T) {
 	}
 }
 
-// TestHasUser reads accounts of an image.
+// TestHasUser looks for accounts of an image.
 func TestHasUser(t *testing.T) {
 	s := openStore(t)
-	for passwd, want := range map[string]bool{"root:x:0:0::/:\napp:x:5:5::/:/bin/sh\n": true, "happy:x:5:5:app::\n": false, "app\n": false, "": false} {
+	for passwd, want := range map[string]bool{"root:x:0:0::/:\napp:x:5:5::/:/bin/sh\n": true, "happy:x:5:5:app::\n": false,
+		"app\n": false, "": false} {
 		layers := [][]byte{archive(t, file("etc/passwd", passwd))}
 		if passwd == "" {
 			layers = [][]byte{archive(t, file("a", "1"))}
@@ -258,7 +264,7 @@ func TestHasUser(t *testing.T) {
 
 func TestBadLayoutsAreRefused(t *testing.T) {
 	layer := archive(t, file("a", strings.Repeat("a", 1000)))
-	// change makes a layout with something wrong in it.
+	// change makes a layout with a defect.
 	change := func(f func(t *testing.T, p parts, d v1.Descriptor) string) func(*testing.T) string {
 		return func(t *testing.T) string {
 			p := parts{}
@@ -312,13 +318,13 @@ func TestBadLayoutsAreRefused(t *testing.T) {
 		{"huge index", change(func(_ *testing.T, p parts, _ v1.Descriptor) string {
 			p["index.json"] = bytes.Repeat([]byte(" "), maxManifest+1)
 			return ""
-		}), "is the most"},
+		}), "are allowed"},
 		{"changed manifest", change(func(_ *testing.T, p parts, d v1.Descriptor) string {
 			b := bytes.Clone(p[blobPath(d.Digest)])
 			b[len(b)-2] ^= 1
 			p[blobPath(d.Digest)] = b
 			return ""
-		}), "not whole"},
+		}), "the image is damaged"},
 		{"missing layer", change(func(_ *testing.T, p parts, _ v1.Descriptor) string { delete(p, layerBlob(p)); return "" }), "no such file"},
 		{"changed layer", change(func(_ *testing.T, p parts, _ v1.Descriptor) string {
 			name := layerBlob(p)
@@ -349,11 +355,13 @@ func TestBadLayoutsAreRefused(t *testing.T) {
 			return ""
 		}), "larger than it may be"},
 		{"negative sizes", change(func(t *testing.T, p parts, _ v1.Descriptor) string {
-			p.index(t, p.json(t, types.OCIManifestSchema1, v1.Manifest{SchemaVersion: 2, Config: v1.Descriptor{Digest: hashOf(nil), Size: -1}}))
+			p.index(t, p.json(t, types.OCIManifestSchema1,
+				v1.Manifest{SchemaVersion: 2, Config: v1.Descriptor{Digest: hashOf(nil), Size: -1}}))
 			return ""
 		}), "larger than it may be"},
 		{"too many layers", change(func(t *testing.T, p parts, _ v1.Descriptor) string {
-			m := v1.Manifest{SchemaVersion: 2, Config: v1.Descriptor{Digest: hashOf(nil)}, Layers: make([]v1.Descriptor, maxLayers+1)}
+			m := v1.Manifest{SchemaVersion: 2, Config: v1.Descriptor{Digest: hashOf(nil)},
+				Layers: make([]v1.Descriptor, maxLayers+1)}
 			for n := range m.Layers {
 				m.Layers[n].Digest = hashOf(nil)
 			}
@@ -378,7 +386,8 @@ func TestBadLayoutsAreRefused(t *testing.T) {
 			leftovers(t, s)
 		})
 	}
-	for _, bad := range []Source{{Layout: &Layout{Dir: t.TempDir(), Manifest: "sha256:../../x"}}, {Layout: &Layout{Dir: t.TempDir(), Manifest: "md5:0"}},
+	for _, bad := range []Source{{Layout: &Layout{Dir: t.TempDir(), Manifest: "sha256:../../x"}},
+		{Layout: &Layout{Dir: t.TempDir(), Manifest: "md5:0"}},
 		{Layout: &Layout{}, Archive: "x"}, {Image: "x", Archive: "x"}, {}} {
 		if _, err := openStore(t).Build(t.Context(), bad, quiet); err == nil {
 			t.Errorf("built %+v", bad)
@@ -390,7 +399,8 @@ func TestBadArchivesAreRefused(t *testing.T) {
 	layer := archive(t, file("a", "1"))
 	good := parts{}
 	good.index(t, good.image(t, runtime.GOARCH, plain, layer))
-	config := fmt.Sprintf(`{"os":"linux","architecture":%q,"rootfs":{"type":"layers","diff_ids":[%q]}}`, runtime.GOARCH, hashOf(layer))
+	config := fmt.Sprintf(`{"os":"linux","architecture":%q,"rootfs":{"type":"layers","diff_ids":[%q]}}`, runtime.GOARCH,
+		hashOf(layer))
 	dockerSave := func(manifest string, more ...member) []byte {
 		return archive(t, append([]member{file("manifest.json", manifest), file("c.json", config)}, more...)...)
 	}
@@ -437,17 +447,19 @@ func TestBadArchivesAreRefused(t *testing.T) {
 	}
 }
 
-// sparseTar is an archive with a sparse file of a size that holds one byte, its
-// last, as GNU tar writes it with --format=pax.
+// sparseTar returns an archive with a sparse file of the size whose last byte is its only data,
+// as GNU tar writes it with --format=pax.
 func sparseTar(t testing.TB, name string, size int64) []byte {
 	t.Helper()
 	content := append(fmt.Appendf(nil, "1\n%d\n1\n", size-1), make([]byte, 512)...)[:512]
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
-	// The library writes no sparse files and refuses their records: they are put
-	// in afterwards, in place of records of the same length.
-	records := map[string]string{"XNU.sparse.major": "1", "XNU.sparse.minor": "0", "XNU.sparse.name": name, "XNU.sparse.realsize": fmt.Sprint(size)}
-	if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "sparse", Size: 513, Mode: 0o644, ModTime: entryTime, Format: tar.FormatPAX, PAXRecords: records}); err != nil {
+	// The library writes no sparse files and refuses their records, so they are put in
+	// afterwards, in place of records of the same length.
+	records := map[string]string{"XNU.sparse.major": "1", "XNU.sparse.minor": "0", "XNU.sparse.name": name,
+		"XNU.sparse.realsize": fmt.Sprint(size)}
+	if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "sparse", Size: 513, Mode: 0o644, ModTime: entryTime,
+		Format: tar.FormatPAX, PAXRecords: records}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := w.Write(append(content, 'x')); err != nil {
@@ -464,7 +476,8 @@ func TestLimitOfOneBuild(t *testing.T) {
 	p.index(t, p.image(t, runtime.GOARCH, gzipped, archive(t, file("a", strings.Repeat("a", 5000)))))
 	l := Layout{Dir: p.dir(t)}
 	s := openStore(t, func(c *Config) { c.MaxSize = 10000 })
-	if _, err := s.Build(t.Context(), Source{Layout: &l, MaxSize: 4999}, quiet); err == nil || !strings.Contains(err.Error(), "larger than 4999 bytes") || !strings.Contains(err.Error(), `tar entry "a"`) {
+	if _, err := s.Build(t.Context(), Source{Layout: &l, MaxSize: 4999}, quiet); err == nil ||
+		!strings.Contains(err.Error(), "larger than 4999 bytes") || !strings.Contains(err.Error(), `tar entry "a"`) {
 		t.Errorf("error is %v, want the entry and the limit of the build", err)
 	}
 	for _, max := range []int64{0, 5000, 1 << 40} {
@@ -473,13 +486,15 @@ func TestLimitOfOneBuild(t *testing.T) {
 		}
 	}
 	s = openStore(t, func(c *Config) { c.MaxSize = 4000 })
-	if _, err := s.Build(t.Context(), Source{Layout: &l, MaxSize: 5000}, quiet); err == nil || !strings.Contains(err.Error(), "larger than 4000 bytes") {
+	if _, err := s.Build(t.Context(), Source{Layout: &l, MaxSize: 5000}, quiet); err == nil ||
+		!strings.Contains(err.Error(), "larger than 4000 bytes") {
 		t.Errorf("error is %v, want the limit of the store", err)
 	}
 	leftovers(t, s)
 }
 
-// A damaged layout of the store's own is thrown away, and pulled again.
+// TestDamagedPullIsPulledAgain checks that a damaged layout of the store is removed and pulled
+// again.
 func TestDamagedPullIsPulledAgain(t *testing.T) {
 	h := newHub(t)
 	ref := h.push(t, "x:1", picture(t, runtime.GOARCH, v1.Config{}, archive(t, file("a", strings.Repeat("a", 1000)))))

@@ -20,12 +20,12 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// pull is one download that any number of callers wait for. It ends early when
-// the last of them leaves.
+// pull is one download that any number of callers wait for. It ends early when the last of them
+// leaves.
 type pull struct {
 	cancel context.CancelCauseFunc
 	done   chan struct{}
-	err    error // once done is closed
+	err    error // valid once done is closed
 
 	mu sync.Mutex // taken while Store.mu is held, never the other way
 	// +checklocks:mu
@@ -35,17 +35,16 @@ type pull struct {
 // waiter is one caller of [Store.Pull].
 type waiter struct{ progress func(string) }
 
-// errNobodyWaits ends a download that nobody wants any more.
-var errNobodyWaits = errors.New("nobody waits for it any more")
+// errAbandoned ends a download when its last caller has left.
+var errAbandoned = errors.New("all callers have left")
 
-// Pull fetches the OCI image for this machine's architecture into a layout below
-// the store's directory, every byte checked against the digests that lead to it.
-// The registry is asked each time, with auth, what the reference stands for now;
-// what it names is downloaded once, however many ask at once, and kept until the
-// budget needs the room: not before 15 minutes after it was last given out, nor
-// while it is held ([Store.Hold]). progress is called with lines for people, from
-// one goroutine at a time and not after Pull has returned. A failure is a
-// *[StepError] that tells no credentials.
+// Pull fetches the OCI image for this machine's architecture into a layout below the store's
+// directory, and checks every byte against the digests that lead to it. It asks the registry each
+// time, with auth, what the reference stands for now. It downloads that once, however many
+// callers ask at the same time, and keeps it until the budget needs the space: at least for 15
+// minutes after its last use, and while it is held ([Store.Hold]). It calls progress with lines
+// for people, from one goroutine at a time and not after Pull has returned. A failure is a
+// *[StepError] without credentials.
 func (s *Store) Pull(ctx context.Context, ref string, auth *Auth, progress func(string)) (Layout, error) {
 	l, err := s.pull(ctx, ref, auth, progress)
 	if err == nil {
@@ -78,17 +77,19 @@ func (s *Store) pull(ctx context.Context, text string, auth *Auth, progress func
 		return Layout{}, fmt.Errorf("its digest is %s; only sha256 is known", digest.Algorithm)
 	}
 	full := ref.Context().Digest(digest.String())
-	// By repository too: who may read one must not read another's blobs by naming
-	// them in a manifest of his own.
+	// The key includes the repository: a caller who may read one repository must not read
+	// another's blobs by naming them in a manifest.
 	sum := sha256.Sum256([]byte(full.Name()))
-	l := Layout{Dir: filepath.Join(s.cfg.Dir, layoutsDir, hex.EncodeToString(sum[:])), Manifest: digest.String(), Reference: full.Name()}
+	l := Layout{Dir: filepath.Join(s.cfg.Dir, layoutsDir, hex.EncodeToString(sum[:])), Manifest: digest.String(),
+		Reference: full.Name()}
 	return l, s.join(ctx, l, progress, func(ctx context.Context, progress func(string)) error {
 		return s.download(ctx, text, full, auth, l.Dir, progress)
 	})
 }
 
-// join waits for the download of a layout, beginning it if nobody has.
-func (s *Store) join(ctx context.Context, l Layout, progress func(string), work func(context.Context, func(string)) error) error {
+// join waits for the download of a layout, and begins it if there is none.
+func (s *Store) join(ctx context.Context, l Layout, progress func(string),
+	work func(context.Context, func(string)) error) error {
 	id := filepath.Base(l.Dir)
 	s.mu.Lock()
 	if s.useLayoutLocked(id) {
@@ -114,13 +115,13 @@ func (s *Store) join(ctx context.Context, l Layout, progress func(string), work 
 	case <-ctx.Done():
 	}
 	if s.leave(id, p, me) {
-		p.cancel(errNobodyWaits)
+		p.cancel(errAbandoned)
 		<-p.done // it leaves nothing behind
 	}
 	return context.Cause(ctx)
 }
 
-// run does the work of a pull.
+// run carries out a pull.
 func (s *Store) run(ctx context.Context, id string, p *pull, work func(context.Context, func(string)) error) {
 	ctx, stop := context.WithTimeoutCause(ctx, pullTimeout, fmt.Errorf("not done within %v", pullTimeout))
 	defer stop()
@@ -137,7 +138,7 @@ func (s *Store) run(ctx context.Context, id string, p *pull, work func(context.C
 	close(p.done)
 }
 
-// leave takes a waiter off, and reports whether it was the last one.
+// leave removes a waiter, and reports whether it was the last one.
 func (s *Store) leave(id string, p *pull, w *waiter) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -148,22 +149,23 @@ func (s *Store) leave(id string, p *pull, w *waiter) bool {
 		return false
 	}
 	if s.pulls[id] == p {
-		delete(s.pulls, id) // a later caller begins anew
+		delete(s.pulls, id) // a later caller begins a new download
 	}
 	return true
 }
 
-// tell hands a line to all who wait.
+// tell passes a line to all waiters.
 func (p *pull) tell(line string) {
 	p.mu.Lock()
-	defer p.mu.Unlock() // held, so that nobody is told after he left
+	defer p.mu.Unlock() // held, so that no waiter is called after it has left
 	for w := range p.waiting {
 		w.progress(line)
 	}
 }
 
 // download fetches an image into a new layout.
-func (s *Store) download(ctx context.Context, text string, ref name.Digest, auth *Auth, dir string, progress func(string)) error {
+func (s *Store) download(ctx context.Context, text string, ref name.Digest, auth *Auth, dir string,
+	progress func(string)) error {
 	transport := s.transport()
 	defer transport.CloseIdleConnections()
 	ctx, end := context.WithCancelCause(ctx)
@@ -184,9 +186,10 @@ func (s *Store) download(ctx context.Context, text string, ref name.Digest, auth
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(w.dir) // not there when it was moved to its place
-	// The library reads it in one go: only its end can be waited for.
-	stalled := time.AfterFunc(configTimeout, func() { end(fmt.Errorf("its configuration did not come within %v", configTimeout)) })
+	defer os.RemoveAll(w.dir) // gone if it was renamed
+	// The library reads it at once, so only its end can be awaited.
+	stalled := time.AfterFunc(configTimeout,
+		func() { end(fmt.Errorf("its configuration did not come within %v", configTimeout)) })
 	config, err := img.RawConfigFile()
 	stalled.Stop()
 	if err != nil {
@@ -214,7 +217,7 @@ func (s *Store) download(ctx context.Context, text string, ref name.Digest, auth
 	return s.placeLayout(w.dir, dir)
 }
 
-// layoutWriter puts an OCI layout together.
+// layoutWriter writes an OCI layout.
 type layoutWriter struct{ dir string }
 
 // newLayout makes an empty layout in a new directory.
@@ -227,7 +230,7 @@ func newLayout(parent string) (layoutWriter, error) {
 	return w, errors.Join(os.Chmod(dir, 0o755), w.begin())
 }
 
-// begin makes what every layout has.
+// begin writes the parts that every layout has.
 func (w layoutWriter) begin() error {
 	if err := os.MkdirAll(filepath.Join(w.dir, "blobs", "sha256"), 0o755); err != nil {
 		return fmt.Errorf("making layout: %w", err)
@@ -247,7 +250,7 @@ func (w layoutWriter) finish(manifest []byte, m *v1.Manifest) error {
 	sum := sha256.Sum256(manifest)
 	digest := v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(sum[:])}
 	index, err := json.Marshal(v1.IndexManifest{SchemaVersion: 2, MediaType: mediaIndex, Manifests: []v1.Descriptor{{
-		MediaType: cmp.Or(m.MediaType, types.OCIManifestSchema1), // a manifest need not say what it is, an index must
+		MediaType: cmp.Or(m.MediaType, types.OCIManifestSchema1), // an index must have a type, a manifest need not
 		Size:      int64(len(manifest)), Digest: digest, Platform: &platform}}})
 	if err != nil {
 		return fmt.Errorf("encoding index: %w", err)
@@ -255,8 +258,7 @@ func (w layoutWriter) finish(manifest []byte, m *v1.Manifest) error {
 	return errors.Join(w.blob(digest, manifest), writeSynced(filepath.Join(w.dir, "index.json"), index))
 }
 
-// layer writes a layer from where it comes, checked, and gives up when nothing
-// comes any more.
+// layer writes a layer from a stream, checks it, and gives up when the stream stalls.
 func (w layoutWriter) layer(ctx context.Context, desc v1.Descriptor, open func() (io.ReadCloser, error)) error {
 	if _, err := os.Stat(w.file(desc.Digest)); err == nil {
 		return nil // images name empty layers many times
@@ -277,13 +279,14 @@ func (w layoutWriter) layer(ctx context.Context, desc v1.Descriptor, open func()
 		return err
 	}
 	if got := hex.EncodeToString(hash.Sum(nil)); n != desc.Size || got != desc.Digest.Hex {
-		return fmt.Errorf("its bytes (%d) have the digest sha256:%s, the manifest names %d with %s", n, got, desc.Size, desc.Digest)
+		return fmt.Errorf("its bytes (%d) have the digest sha256:%s, the manifest names %d with %s", n, got, desc.Size,
+			desc.Digest)
 	}
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// unstalled reads a stream until nothing has come for stallTimeout, or ctx ends.
-// A read that hangs ends when its stream is closed under it.
+// unstalled returns a reader that fails when nothing has come for stallTimeout, or when ctx ends.
+// It closes the stream to end a blocked read.
 func unstalled(ctx context.Context, stream io.ReadCloser) io.Reader {
 	var gaveUp atomic.Bool
 	timer := time.AfterFunc(stallTimeout, func() {
@@ -297,7 +300,7 @@ func unstalled(ctx context.Context, stream io.ReadCloser) io.Reader {
 		}
 		timer.Reset(stallTimeout)
 		n, err := stream.Read(p)
-		timer.Stop() // writing is not waiting
+		timer.Stop() // the time of writing does not count
 		if err != nil && gaveUp.Load() {
 			err = fmt.Errorf("nothing came for %v", stallTimeout)
 		}
@@ -309,7 +312,7 @@ type readerFunc func([]byte) (int, error)
 
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
-// writeSynced writes a small file that a crash does not take.
+// writeSynced writes a small file and syncs it.
 func writeSynced(path string, b []byte) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
 	if err != nil {

@@ -88,7 +88,8 @@ func TestPullIsDownloadedOnce(t *testing.T) {
 	leftovers(t, s)
 }
 
-// Who leaves does not disturb who stays, and the last one takes the download along.
+// TestPullEndsWithItsLastCaller checks that a caller that leaves does not disturb the others, and
+// that the download ends when the last one leaves.
 func TestPullEndsWithItsLastCaller(t *testing.T) {
 	h := newHub(t)
 	ref := h.push(t, "x:1", picture(t, runtime.GOARCH, v1.Config{}, archive(t, file("a", "1"))))
@@ -137,7 +138,8 @@ func TestPullEndsWithItsLastCaller(t *testing.T) {
 	if err := <-second; err != nil {
 		t.Errorf("error of who stayed: %v", err)
 	}
-	if err := errors.Join(os.RemoveAll(filepath.Join(s.cfg.Dir, layoutsDir)), os.Mkdir(filepath.Join(s.cfg.Dir, layoutsDir), 0o755)); err != nil {
+	if err := errors.Join(os.RemoveAll(filepath.Join(s.cfg.Dir, layoutsDir)),
+		os.Mkdir(filepath.Join(s.cfg.Dir, layoutsDir), 0o755)); err != nil {
 		t.Fatal(err)
 	}
 	for len(reached) > 0 {
@@ -158,8 +160,8 @@ func TestPullEndsWithItsLastCaller(t *testing.T) {
 	}
 }
 
-// guarded makes a registry want credentials: as basic, or as a bearer token from
-// a service of its own.
+// guarded makes a registry require credentials: basic authentication, or a bearer token from a
+// token service.
 func guarded(h *hub, auth Auth, bearer bool) {
 	h.front = func(w http.ResponseWriter, r *http.Request) bool {
 		name, password, basic := r.BasicAuth()
@@ -208,7 +210,7 @@ func TestCredentials(t *testing.T) {
 				t.Fatal(err)
 			}
 			tellsNothing(t, strings.Join(lines, "\n"), right)
-			// What one may pull is nobody else's, though it is there.
+			// A caller without the credentials does not get the image, though the store has it.
 			if _, err := s.Build(t.Context(), Source{Image: ref}, quiet); err == nil {
 				t.Error("an image that needs credentials was given without them")
 			}
@@ -220,7 +222,7 @@ func TestCredentials(t *testing.T) {
 			if err != nil || again.Digest != img.Digest || before == 0 {
 				t.Errorf("built again: %+v, %v", again, err)
 			}
-			lines.has(t, "nothing to do")
+			lines.has(t, "earlier build with the same inputs")
 			err = filepath.WalkDir(s.cfg.Dir, func(path string, d fs.DirEntry, err error) error {
 				if err != nil || !d.Type().IsRegular() {
 					return err
@@ -255,7 +257,8 @@ func TestCredentials(t *testing.T) {
 
 func tellsNothing(t *testing.T, text string, auth Auth) {
 	t.Helper()
-	for _, secret := range []string{auth.Password, auth.Token, base64.StdEncoding.EncodeToString([]byte(auth.Username + ":" + auth.Password))} {
+	for _, secret := range []string{auth.Password, auth.Token,
+		base64.StdEncoding.EncodeToString([]byte(auth.Username + ":" + auth.Password))} {
 		quoted := fmt.Sprintf("%q", secret)
 		if secret != "" && (strings.Contains(text, secret) || strings.Contains(text, quoted[1:len(quoted)-1])) {
 			t.Errorf("a secret is in %q", text)
@@ -263,7 +266,7 @@ func tellsNothing(t *testing.T, text string, auth Auth) {
 	}
 }
 
-// noLoopback is a policy as the wiring has one.
+// noLoopback is a Dial policy as the wiring has it.
 func noLoopback(to netip.AddrPort) error {
 	if to.Addr().IsLoopback() {
 		return errors.New("loopback addresses are this machine's own")
@@ -271,7 +274,7 @@ func noLoopback(to netip.AddrPort) error {
 	return errors.New("no tests on other machines")
 }
 
-func TestConnectionsAreAskedAbout(t *testing.T) {
+func TestDialDecidesAboutConnections(t *testing.T) {
 	h, other := newHub(t), newHub(t)
 	ref := h.push(t, "x:1", picture(t, runtime.GOARCH, v1.Config{}, archive(t, file("a", "1"))))
 	port := h.host[strings.LastIndex(h.host, ":"):]
@@ -290,7 +293,7 @@ func TestConnectionsAreAskedAbout(t *testing.T) {
 		}
 	}
 	denied(open(), ref, "not one of those that the operator lists")
-	denied(open(), "198.51.100.7:5000/x:1", "the registry may not be asked: no tests on other machines")
+	denied(open(), "198.51.100.7:5000/x:1", "the registry may not be used: no tests on other machines")
 	denied(open(), "[::1]"+port+"/x:1", "not one of those that the operator lists")
 	if _, err := open(h.host).Pull(t.Context(), ref, nil, quiet); err != nil {
 		t.Errorf("a listed registry: %v", err)
@@ -303,7 +306,8 @@ func TestConnectionsAreAskedAbout(t *testing.T) {
 		return false
 	}
 	denied(open(h.host), ref, "loopback addresses are this machine's own")
-	if _, err := open(h.host).Pull(t.Context(), ref, nil, quiet); err == nil || strings.Contains(err.Error(), "of-somebody") {
+	if _, err := open(h.host).Pull(t.Context(), ref, nil, quiet); err == nil ||
+		strings.Contains(err.Error(), "of-somebody") {
 		t.Errorf("the error tells what signs a redirect: %v", err)
 	}
 	h.front = func(w http.ResponseWriter, r *http.Request) bool {
@@ -311,7 +315,7 @@ func TestConnectionsAreAskedAbout(t *testing.T) {
 		w.WriteHeader(http.StatusUnauthorized)
 		return true
 	}
-	denied(open(h.host), ref, "realm") // the library refuses it before anybody is asked
+	denied(open(h.host), ref, "realm") // the library refuses it before Dial is asked
 }
 
 func TestChangedBlobsAreRefused(t *testing.T) {
@@ -350,7 +354,8 @@ func TestPulledLayoutsFitTheBudget(t *testing.T) {
 	s := openStore(t, func(c *Config) { c.Now, c.Budget = func() time.Time { return clock }, 1 })
 	pull := func(tag string) Layout {
 		t.Helper()
-		l, err := s.Pull(t.Context(), h.push(t, tag, picture(t, runtime.GOARCH, v1.Config{}, archive(t, file("a", tag)))), nil, quiet)
+		l, err := s.Pull(t.Context(), h.push(t, tag, picture(t, runtime.GOARCH, v1.Config{}, archive(t, file("a", tag)))),
+			nil, quiet)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -364,7 +369,7 @@ func TestPulledLayoutsFitTheBudget(t *testing.T) {
 		}
 	}
 	one, two := pull("x:1"), pull("x:2")
-	there(true, one) // over the budget, but given out just now
+	there(true, one) // over the budget, but used just now
 	release := s.Hold(one)
 	clock = clock.Add(collectGrace)
 	three := pull("x:3")
@@ -377,7 +382,7 @@ func TestPulledLayoutsFitTheBudget(t *testing.T) {
 	if _, _, err := s.Collect(nil); err != nil {
 		t.Fatal(err)
 	}
-	there(true, one) // wanted last: it was held until just before
+	there(true, one) // used last, since it was held until just now
 	there(false, three)
 	if _, err := s.Build(t.Context(), Source{Layout: &one}, quiet); err != nil {
 		t.Errorf("building from what is left: %v", err)

@@ -7,12 +7,12 @@ import (
 	"os"
 )
 
-// errNotOurs says that a file is not an image as this room writes them.
+// errNotOurs reports that a file is not an image as this package writes them.
 var errNotOurs = errors.New("not an image of cay's")
 
-// readErofs reads the tree of an image that [writeErofs] wrote. Files' bytes stay
-// where they are: the image is the tree's spool, and closed with it. Attributes are
-// back on their files.
+// readErofs reads the tree of an image that [writeErofs] wrote. It does not copy the bytes of
+// files: the image is the tree's spool, and is closed with it. The extended attributes are those
+// of the files again.
 func readErofs(f *os.File) (*tree, error) {
 	info, err := f.Stat()
 	if err != nil {
@@ -32,9 +32,10 @@ func readErofs(f *os.File) (*tree, error) {
 		return nil, err
 	}
 	if root.kind() != typeDir {
-		return nil, fmt.Errorf("%w: its root is no directory", errNotOurs)
+		return nil, fmt.Errorf("%w: its root is not a directory", errNotOurs)
 	}
-	r.t = &tree{root: &node{inode: root, children: map[string]*node{}}, nodes: 1, spool: f, buf: make([]byte, chunk), maxSize: info.Size()}
+	r.t = &tree{root: &node{inode: root, children: map[string]*node{}}, nodes: 1, spool: f, buf: make([]byte, chunk),
+		maxSize: info.Size()}
 	if err := r.dir(r.t.root); err != nil {
 		return nil, err
 	}
@@ -44,12 +45,12 @@ func readErofs(f *os.File) (*tree, error) {
 type erofsReader struct {
 	f    *os.File
 	size int64
-	meta int64 // where inodes begin
+	meta int64 // offset of the inodes
 	t    *tree
 	seen map[uint64]*inode // by number
 }
 
-// inode reads an inode with the target of a link; bytes of others stay away.
+// inode reads an inode, with the target of a link but not the bytes of a file.
 func (r *erofsReader) inode(nid uint64) (*inode, error) {
 	if i, ok := r.seen[nid]; ok {
 		if i.kind() == typeDir {
@@ -77,7 +78,8 @@ func (r *erofsReader) inode(nid uint64) (*inode, error) {
 	if i.plan.format == layoutInline {
 		inline = i.size % blockSize
 	}
-	if i.size < 0 || i.size > inline && (i.off > r.size || i.size-inline > r.size-i.off) || inline > 0 && i.kind() == typeRegular {
+	if i.size < 0 || i.size > inline && (i.off > r.size || i.size-inline > r.size-i.off) ||
+		inline > 0 && i.kind() == typeRegular {
 		return nil, fmt.Errorf("%w: inode %d has its %d bytes outside", errNotOurs, nid, i.size)
 	}
 	i.plan.inline = inline
@@ -96,10 +98,10 @@ func (r *erofsReader) inode(nid uint64) (*inode, error) {
 	return i, nil
 }
 
-// bytes reads what a directory or a link holds.
+// bytes reads the content of a directory or a link.
 func (r *erofsReader) bytes(i *inode, limit int64) ([]byte, error) {
 	if i.size > limit {
-		return nil, fmt.Errorf("%w: inode %d holds %d bytes, %d are the most", errNotOurs, i.nid, i.size, limit)
+		return nil, fmt.Errorf("%w: inode %d holds %d bytes; at most %d are allowed", errNotOurs, i.nid, i.size, limit)
 	}
 	b := make([]byte, i.size)
 	whole := i.size - i.plan.inline
@@ -112,7 +114,7 @@ func (r *erofsReader) bytes(i *inode, limit int64) ([]byte, error) {
 	return b, nil
 }
 
-// dir reads what a directory holds, and what its directories hold.
+// dir reads a directory and those below it.
 func (r *erofsReader) dir(n *node) error {
 	b, err := r.bytes(n.inode, int64(maxNodes)*(direntSize+maxName))
 	if err != nil {
@@ -136,7 +138,7 @@ func (r *erofsReader) dirents(n *node, b []byte) error {
 	if len(b) < direntSize {
 		return bad()
 	}
-	count := int(le.Uint16(b[8:])) / direntSize // names begin where the entries end
+	count := int(le.Uint16(b[8:])) / direntSize // names begin after the entries
 	if count == 0 || count*direntSize > len(b) {
 		return bad()
 	}

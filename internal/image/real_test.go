@@ -25,9 +25,8 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// TestRealThings makes an image of a real Debian package, and starts real
-// gVisor on an image that holds a program of it: what is seen inside must be
-// what the layers said.
+// TestRealThings makes an image of a real Debian package, and starts real gVisor on an image with
+// a program of it. A program inside must see what the layers contained.
 func TestRealThings(t *testing.T) {
 	if testing.Short() {
 		t.Skip("skipped: downloads from Debian, and -short is given")
@@ -35,7 +34,8 @@ func TestRealThings(t *testing.T) {
 	caytest.RequireRoot(t)
 	caytest.RequireProgram(t, "mmdebstrap")
 	s := openStore(t)
-	// "extract" unpacks and runs nothing: the smallest thing that goes all the way.
+	// "extract" unpacks and runs nothing. It is the smallest package set that takes the whole
+	// way.
 	src := Source{Debian: &Debian{Suite: "bookworm", Variant: "extract", Packages: []string{"busybox-static"}},
 		Setup: Setup{Users: []User{account}}, Require: []string{"busybox"}}
 	var lines record
@@ -78,14 +78,15 @@ func TestRealThings(t *testing.T) {
 	t.Run("AttributesInGVisor", attributesInGVisor)
 }
 
-// tinyProgram is an ELF that ends with exit code 42 and is smaller than a page:
-// a writer that packs small files beside their inodes makes it unmappable.
+// tinyProgram returns an ELF program that ends with exit code 42 and is smaller than a page. A
+// writer that stores small files beside their inodes makes it impossible to map.
 func tinyProgram() string {
 	var b bytes.Buffer
 	code := []byte{0xbf, 42, 0, 0, 0, 0xb8, 60, 0, 0, 0, 0x0f, 0x05} // exit(42)
 	const base, headers = 0x400000, 64 + 56
 	b.WriteString("\x7fELF\x02\x01\x01" + strings.Repeat("\x00", 9))
-	for _, v := range []any{uint16(2), uint16(62), uint32(1), uint64(base + headers), uint64(64), uint64(0), uint32(0), // executable, x86-64, entry, program header at 64
+	// executable, x86-64, entry, program header at 64
+	for _, v := range []any{uint16(2), uint16(62), uint32(1), uint64(base + headers), uint64(64), uint64(0), uint32(0),
 		uint16(64), uint16(56), uint16(1), uint16(0), uint16(0), uint16(0),
 		uint32(1), uint32(5), uint64(0), uint64(base), uint64(base), uint64(headers + len(code)), uint64(headers + len(code)), uint64(4096)} {
 		binary.Write(&b, binary.LittleEndian, v)
@@ -94,7 +95,7 @@ func tinyProgram() string {
 	return b.String()
 }
 
-// bootInGVisor compares what a program inside sees with what was put there.
+// bootInGVisor compares what a program inside sees with what was written.
 func bootInGVisor(t *testing.T, busybox string) {
 	runsc := caytest.RequireProgram(t, absolute(t, "../../bin/cay-runsc"))
 	members := []member{
@@ -108,7 +109,8 @@ func bootInGVisor(t *testing.T, busybox string) {
 	}
 	members = append(members, file("odd/\xff\xfe bytes", "1"), file("odd/ünï→", "2"), file(`odd/back\slash "quoted"`, "3"),
 		file("deep/"+strings.Repeat("d/", 60)+"f", "far down"), hardlink("no/pipe", "pipe"), hardlink("no/abs", "abs"),
-		file("sparse", strings.Repeat("\x00", 8<<20)+"end"), file("old", "from 1901", func(h *tar.Header) { h.ModTime = time.Unix(-2177452800, 0) }))
+		file("sparse", strings.Repeat("\x00", 8<<20)+"end"),
+		file("old", "from 1901", func(h *tar.Header) { h.ModTime = time.Unix(-2177452800, 0) }))
 	for k := range 10000 {
 		members = append(members, file(fmt.Sprintf("many/%d", k), fmt.Sprint(k)))
 	}
@@ -146,13 +148,14 @@ func bootInGVisor(t *testing.T, busybox string) {
 	}
 }
 
-// bindCapability is CAP_NET_BIND_SERVICE, permitted and effective, as a file has it.
+// bindCapability is CAP_NET_BIND_SERVICE, permitted and effective, as the value of a file's
+// attribute.
 const bindCapability = "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
 
-// attributesInGVisor looks at what became of extended attributes, from inside.
+// attributesInGVisor checks extended attributes from inside.
 func attributesInGVisor(t *testing.T) {
 	runsc := caytest.RequireProgram(t, absolute(t, "../../bin/cay-runsc"))
-	// A program of its own and not this one: it must be static.
+	// This needs another program than the test's, since it must be static.
 	built := filepath.Join(t.TempDir(), "inside")
 	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", built, "./testdata/inside")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -187,7 +190,7 @@ uid 1000, <nil> CapEff:	0000000000000400
 	}
 }
 
-// inside is what stat, sha256sum and readlink must say of a tree that has been written.
+// inside returns the expected output of stat, sha256sum and readlink for a tree that was written.
 func inside(t *testing.T, tree *tree) (stats, sums, targets []string) {
 	t.Helper()
 	var walk func(n *node)
@@ -196,7 +199,8 @@ func inside(t *testing.T, tree *tree) (stats, sums, targets []string) {
 		switch path {
 		case "/proc", "/sys", "/dev", "/tmp":
 		default:
-			stats = append(stats, fmt.Sprintf("%x %d:%d %d %d %d %d %s", i.mode, i.uid, i.gid, i.links, i.plan.size, i.mtime, i.nid, path))
+			stats = append(stats, fmt.Sprintf("%x %d:%d %d %d %d %d %s", i.mode, i.uid, i.gid, i.links, i.plan.size, i.mtime,
+				i.nid, path))
 		}
 		switch i.kind() {
 		case typeRegular:
@@ -234,29 +238,29 @@ func absolute(t *testing.T, path string) string {
 	return p
 }
 
-// runInGVisor runs a shell script in a sandbox whose root is the image, and
-// returns its output.
+// runInGVisor runs a shell script in a sandbox whose root is the image, and returns its output.
 func runInGVisor(t *testing.T, runsc, image, script string) string {
 	t.Helper()
 	return inGVisor(t, runsc, image, false, "/bin/busybox", "sh", "-c", script)
 }
 
-// inGVisor runs a program in a sandbox whose root is the image, and returns its
-// output.
+// inGVisor runs a program in a sandbox whose root is the image, and returns its output.
 func inGVisor(t *testing.T, runsc, image string, writable bool, args ...string) string {
 	t.Helper()
 	bundle := t.TempDir()
 	caps := []string{"CAP_DAC_OVERRIDE", "CAP_SETFCAP", "CAP_FOWNER", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"}
 	annotations := map[string]string{"dev.gvisor.spec.rootfs.source": image, "dev.gvisor.spec.rootfs.type": "erofs"}
 	overlay, mounts := "--overlay2=none", []any{}
-	if writable { // as sandboxes are: a layer in a file, which takes a gofer, which takes a bind mount
+	if writable { // as in sandboxes: a layer in a file, which needs a gofer, which needs a bind mount
 		annotations["dev.gvisor.spec.rootfs.overlay"] = "dir=" + bundle
 		overlay = "--overlay2=root:dir=" + bundle
-		mounts = append(mounts, map[string]any{"destination": "/.cay", "type": "bind", "source": t.TempDir(), "options": []string{"ro", "rbind"}})
+		mounts = append(mounts, map[string]any{"destination": "/.cay", "type": "bind", "source": t.TempDir(),
+			"options": []string{"ro", "rbind"}})
 	}
 	spec := map[string]any{
 		"ociVersion": "1.0.2",
-		"process": map[string]any{"args": args, "cwd": "/", "env": []string{"PATH=/bin"}, "user": map[string]any{"uid": 0, "gid": 0},
+		"process": map[string]any{"args": args, "cwd": "/", "env": []string{"PATH=/bin"},
+			"user": map[string]any{"uid": 0, "gid": 0},
 			// Root reads everything, as in a sandbox of cay's.
 			"capabilities": map[string]any{"bounding": caps, "effective": caps, "permitted": caps}},
 		"root":        map[string]any{"path": bundle, "readonly": !writable},
@@ -270,7 +274,8 @@ func inGVisor(t *testing.T, runsc, image string, writable bool, args ...string) 
 	if err := os.WriteFile(filepath.Join(bundle, "config.json"), b, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	// Files and not pipes: the sandbox inherits them, and who reads a pipe waits for all of it.
+	// Use files instead of pipes: the sandbox inherits them, and the reader of a pipe would wait
+	// for its end.
 	stdout, stderr := filepath.Join(bundle, "stdout"), filepath.Join(bundle, "stderr")
 	out, err1 := os.Create(stdout)
 	errs, err2 := os.Create(stderr)
@@ -280,13 +285,14 @@ func inGVisor(t *testing.T, runsc, image string, writable bool, args ...string) 
 	defer out.Close()
 	defer errs.Close()
 	id := fmt.Sprintf("cay-image-test-%d", os.Getpid())
-	global := []string{"--root=" + filepath.Join(bundle, "state"), "--network=none", "--ignore-cgroups", "--allow-suid", overlay}
+	global := []string{"--root=" + filepath.Join(bundle, "state"), "--network=none", "--ignore-cgroups", "--allow-suid",
+		overlay}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, runsc, append(global, "run", "--bundle="+bundle, id)...)
 	cmd.Stdout, cmd.Stderr = out, errs
 	err = cmd.Run()
-	// After a run to its end there is nothing to delete: that this fails then is fine.
+	// After a complete run there is nothing to delete, so this may fail.
 	_ = exec.Command(runsc, append(global, "delete", "--force", id)...).Run()
 	said, _ := os.ReadFile(stderr) // for the message only
 	if err != nil {

@@ -21,25 +21,24 @@ import (
 )
 
 const (
-	// answerFactor times the time to connect is what a registry has to answer the
-	// question for a manifest, its token service included.
+	// answerFactor, multiplied by the time to connect, is the time for a registry to answer a
+	// request for a manifest, with its token service.
 	answerFactor = 4
-	// stallTimeout ends a download that brings nothing: a dead connection would
-	// otherwise hold a build for hours.
+	// stallTimeout is the time without a byte after which a download is given up. Without it a
+	// dead connection would hold a build for hours.
 	stallTimeout = time.Minute
-	// configTimeout bounds how long the configuration of an image may take, a few
-	// kilobytes as a rule.
+	// configTimeout bounds the time for the configuration of an image, usually a few kilobytes.
 	configTimeout = 2 * time.Minute
-	// pullTimeout bounds one download, for a registry that gives a byte now and
-	// then. Too short and a slow line never gets a large image.
+	// pullTimeout bounds one download, since a registry may send a byte now and then. With a
+	// shorter one a slow line never gets a large image.
 	pullTimeout = 2 * time.Hour
 )
 
-// errUnreachable says that a registry gave no answer.
+// errUnreachable reports that a registry gave no answer.
 var errUnreachable = errors.New("its registry is not reachable")
 
-// errDenied says that an address may not be asked.
-var errDenied = errors.New("the registry may not be asked")
+// errDenied reports that an address must not be connected to.
+var errDenied = errors.New("the registry may not be used")
 
 // parseReference checks an OCI reference as users write it ("python:3.13",
 // "ghcr.io/a/b@sha256:…").
@@ -51,8 +50,8 @@ func parseReference(text string, opts ...name.Option) (name.Reference, error) {
 	return ref, nil
 }
 
-// AskedOf reports whether what a reference names is asked of a registry, given by its host and
-// port as references have them ("docker.io", "registry.example.com:5000").
+// AskedOf reports whether a reference belongs to a registry, which is given by host and port as
+// in references ("docker.io", "registry.example.com:5000").
 func AskedOf(reference, registry string) bool {
 	ref, err := parseReference(reference)
 	if err != nil {
@@ -62,7 +61,7 @@ func AskedOf(reference, registry string) bool {
 	return err == nil && ref.Context().RegistryStr() == asked.RegistryStr()
 }
 
-// reference reads a reference as this store asks for it.
+// reference parses a reference as this store uses it.
 func (s *Store) reference(text string) (name.Reference, error) {
 	ref, err := parseReference(text)
 	if err != nil {
@@ -71,14 +70,15 @@ func (s *Store) reference(text string) (name.Reference, error) {
 	if slices.Contains(s.cfg.PlainHTTP, ref.Context().RegistryStr()) {
 		return parseReference(text, name.Insecure)
 	}
-	// The library speaks plain HTTP with private addresses by itself.
+	// The library by itself speaks plain HTTP with private addresses.
 	if s.cfg.Dial != nil && ref.Context().Scheme() != "https" {
-		return nil, fmt.Errorf("%w: %s is private, and not one of those that the operator lists", errDenied, ref.Context().RegistryStr())
+		return nil, fmt.Errorf("%w: %s is private, and not one of those that the operator lists", errDenied,
+			ref.Context().RegistryStr())
 	}
 	return ref, nil
 }
 
-// moves reports whether a source can give something else tomorrow.
+// moves reports whether a source can give another result later.
 func (src Source) moves() bool {
 	if src.Image == "" {
 		return false
@@ -91,31 +91,34 @@ func (src Source) moves() bool {
 	return !digest
 }
 
-// transport carries one pull. Every connection that it makes is asked about.
+// transport returns the transport of one pull. It asks about every connection that it makes.
 func (s *Store) transport() *http.Transport {
 	t := http.DefaultTransport.(*http.Transport).Clone()
 	t.TLSHandshakeTimeout = s.cfg.RegistryTimeout
 	t.ResponseHeaderTimeout = answerFactor * s.cfg.RegistryTimeout
 	free := &net.Dialer{Timeout: s.cfg.RegistryTimeout}
-	asked := &net.Dialer{Timeout: s.cfg.RegistryTimeout, ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
-		// What the name gave, just before it is connected to: a second answer of the
-		// name server cannot differ.
-		to, err := netip.ParseAddrPort(address)
-		if err != nil {
-			return fmt.Errorf("%w: %q is no address", errDenied, address)
-		}
-		return s.allowed(to)
-	}}
+	asked := &net.Dialer{Timeout: s.cfg.RegistryTimeout,
+		ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
+			// This is the resolved address, just before the connection: a second answer of the name
+			// server cannot differ.
+			to, err := netip.ParseAddrPort(address)
+			if err != nil {
+				return fmt.Errorf("%w: %q is not an address", errDenied, address)
+			}
+			return s.allowed(to)
+		}}
 	var proxies []string
 	for _, scheme := range []string{"http", "https"} {
-		if proxy, err := http.ProxyFromEnvironment(&http.Request{URL: &url.URL{Scheme: scheme, Host: "registry.invalid"}}); err == nil && proxy != nil {
+		if proxy, err := http.ProxyFromEnvironment(
+			&http.Request{URL: &url.URL{Scheme: scheme, Host: "registry.invalid"}}); err == nil && proxy != nil {
 			proxies = append(proxies, hostPort(proxy))
 		}
 	}
 	t.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-		if s.cfg.Dial == nil || slices.Contains(proxies, address) || slices.ContainsFunc(s.cfg.PlainHTTP, func(registry string) bool {
-			return address == registry || address == registry+":80"
-		}) {
+		if s.cfg.Dial == nil || slices.Contains(proxies, address) ||
+			slices.ContainsFunc(s.cfg.PlainHTTP, func(registry string) bool {
+				return address == registry || address == registry+":80"
+			}) {
 			return free.DialContext(ctx, network, address)
 		}
 		return asked.DialContext(ctx, network, address)
@@ -125,7 +128,7 @@ func (s *Store) transport() *http.Transport {
 		if err != nil || proxy == nil || s.cfg.Dial == nil {
 			return proxy, err
 		}
-		// A name is the proxy's to resolve and to judge; an address can be judged here.
+		// The proxy resolves and checks names; an address can be checked here.
 		if to, err := netip.ParseAddrPort(hostPort(r.URL)); err == nil {
 			return proxy, s.allowed(to)
 		}
@@ -134,7 +137,7 @@ func (s *Store) transport() *http.Transport {
 	return t
 }
 
-// allowed asks Config.Dial about an address, as IPv4 where it is one.
+// allowed asks Config.Dial about an address, as IPv4 if it is one.
 func (s *Store) allowed(to netip.AddrPort) error {
 	if err := s.cfg.Dial(netip.AddrPortFrom(to.Addr().Unmap().WithZone(""), to.Port())); err != nil {
 		return fmt.Errorf("%w: %w", errDenied, err)
@@ -142,7 +145,7 @@ func (s *Store) allowed(to netip.AddrPort) error {
 	return nil
 }
 
-// hostPort is what is dialed for a URL.
+// hostPort returns the host and port of a URL to connect to.
 func hostPort(u *url.URL) string {
 	port := u.Port()
 	if port == "" {
@@ -154,16 +157,16 @@ func hostPort(u *url.URL) string {
 	return net.JoinHostPort(u.Hostname(), port)
 }
 
-// find asks the registry for the image of this machine's architecture. It gives
-// up soon: most machines without a registry must not wait for one. The image keeps
-// ctx for what it reads later.
-func (s *Store) find(ctx context.Context, ref name.Reference, auth *Auth, transport http.RoundTripper) (v1.Image, error) {
+// find asks the registry for the image for this machine's architecture. It gives up soon, since
+// most machines without a registry must not wait for one. The image keeps ctx for later reads.
+func (s *Store) find(ctx context.Context, ref name.Reference, auth *Auth,
+	transport http.RoundTripper) (v1.Image, error) {
 	limit := answerFactor * s.cfg.RegistryTimeout
 	asking, answered := context.WithCancelCause(ctx)
 	giveUp := time.AfterFunc(limit, func() { answered(fmt.Errorf("no answer within %v", limit)) })
 	defer giveUp.Stop()
-	img, err := remote.Image(ref, remote.WithContext(asking), remote.WithTransport(transport), remote.WithAuth(auth.authenticator()),
-		remote.WithPlatform(v1.Platform{OS: "linux", Architecture: runtime.GOARCH}),
+	img, err := remote.Image(ref, remote.WithContext(asking), remote.WithTransport(transport),
+		remote.WithAuth(auth.authenticator()), remote.WithPlatform(v1.Platform{OS: "linux", Architecture: runtime.GOARCH}),
 		remote.WithRetryBackoff(remote.Backoff{Duration: time.Millisecond, Factor: 1, Steps: 1}), remote.WithJobs(1))
 	if err == nil {
 		return img, nil

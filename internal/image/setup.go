@@ -11,14 +11,15 @@ import (
 	"strings"
 )
 
-// maxAccounts bounds /etc/passwd and the like, which are edited in memory.
+// maxAccounts bounds /etc/passwd and similar files, which are edited in memory.
 const maxAccounts = 1 << 20 // bytes
 
-// searchPath is where programs of Require are looked for: what a login shell
-// and sudo search, and where Go's own images have it.
-var searchPath = []string{"/usr/local/go/bin", "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"}
+// searchPath has the directories in which programs of Require are looked for: those of a login
+// shell and sudo, and that of Go's own images.
+var searchPath = []string{"/usr/local/go/bin", "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin",
+	"/bin"}
 
-// setUp changes the tree as a Setup says. No code of the image runs.
+// setUp changes the tree as a Setup says. It runs no code of the image.
 func (t *tree) setUp(s Setup) error {
 	t.layer++
 	for _, pattern := range s.Remove {
@@ -39,7 +40,7 @@ func (t *tree) setUp(s Setup) error {
 	return nil
 }
 
-// missing lists the programs that are not on searchPath as something executable.
+// missing returns the programs that are not on searchPath as an executable.
 func (t *tree) missing(programs []string) []string {
 	var missing []string
 	for _, name := range programs {
@@ -54,8 +55,8 @@ func (t *tree) missing(programs []string) []string {
 	return missing
 }
 
-// remove drops what matches a pattern, directory by directory. Symbolic links
-// are not followed. Nothing matching is fine.
+// remove removes what matches a pattern, directory by directory, without following symbolic
+// links. It is no error if nothing matches.
 func (t *tree) remove(pattern string) error {
 	parts, err := split(pattern)
 	if err != nil {
@@ -86,8 +87,8 @@ func (t *tree) remove(pattern string) error {
 	return nil
 }
 
-// writeFile puts a regular file, as what is last in its path: a symbolic link
-// there is replaced, not followed.
+// writeFile writes a regular file. It replaces a symbolic link at the path, and does not follow
+// it.
 func (t *tree) writeFile(f File) error {
 	parts, err := split(f.Path)
 	if err != nil {
@@ -100,8 +101,8 @@ func (t *tree) writeFile(f File) error {
 	if err != nil {
 		return err
 	}
-	i := &inode{mode: typeRegular | uint16(f.Mode&0o7777), uid: uint32(f.UID), gid: uint32(f.GID), size: int64(len(f.Content)),
-		mtime: t.root.inode.mtime, mtimeNs: t.root.inode.mtimeNs}
+	i := &inode{mode: typeRegular | uint16(f.Mode&0o7777), uid: uint32(f.UID), gid: uint32(f.GID),
+		size: int64(len(f.Content)), mtime: t.root.inode.mtime, mtimeNs: t.root.inode.mtimeNs}
 	if i.off, err = t.store(strings.NewReader(f.Content), i.size); err != nil {
 		return err
 	}
@@ -109,8 +110,8 @@ func (t *tree) writeFile(f File) error {
 	return err
 }
 
-// edit changes a text file, keeping its owner and mode; a missing one starts
-// empty with the given mode.
+// edit changes a text file, keeping its owner and mode. A missing one starts empty with the given
+// mode.
 func (t *tree) edit(name string, mode uint32, change func([]byte) []byte) error {
 	var old []byte
 	f := File{Path: name, Mode: mode}
@@ -119,15 +120,16 @@ func (t *tree) edit(name string, mode uint32, change func([]byte) []byte) error 
 			return fmt.Errorf("%s: %w", name, err)
 		}
 		f.Mode, f.UID, f.GID = uint32(n.inode.mode&0o7777), int(n.inode.uid), int(n.inode.gid)
-		f.Path = t.path(n) // where links led: the file is replaced, not a link to it
+		f.Path = t.path(n) // where links led; the file is replaced, not a link to it
 	}
 	f.Content = string(change(old))
 	return t.writeFile(f)
 }
 
-// addUser makes an account, its group, its home and its right to sudo.
+// addUser makes an account, its group, its home and its right to use sudo.
 func (t *tree) addUser(u User) error {
-	if u.Name == "" || strings.ContainsAny(u.Name+u.Home+u.Shell, ":\n\x00") || !strings.HasPrefix(u.Home, "/") || u.UID <= 0 {
+	if u.Name == "" || strings.ContainsAny(u.Name+u.Home+u.Shell, ":\n\x00") || !strings.HasPrefix(u.Home, "/") ||
+		u.UID <= 0 {
 		return fmt.Errorf("account %q (%d, home %q) is not one", u.Name, u.UID, u.Home)
 	}
 	id := strconv.Itoa(u.UID)
@@ -146,7 +148,8 @@ func (t *tree) addUser(u User) error {
 		return err
 	}
 	byName := func(f []string) bool { return f[0] != u.Name }
-	// "*": no password opens it; 19000: a day of the last change that is not "must change now".
+	// "*" means that no password is valid; 19000 is a date of the last change that requires no
+	// new password.
 	if err := t.edit("/etc/shadow", 0o640, func(b []byte) []byte {
 		return fmt.Appendf(keepLines(b, byName), "%s:*:19000:0:99999:7:::\n", u.Name)
 	}); err != nil {
@@ -192,8 +195,7 @@ func (s *Store) HasUser(ctx context.Context, digest, name string) (bool, error) 
 	return false, nil
 }
 
-// makeHome makes the home directory with the files of /etc/skel. One that is
-// there keeps what it holds.
+// makeHome makes the home directory with the files of /etc/skel. An existing one keeps its files.
 func (t *tree) makeHome(u User) error {
 	parts, err := split(u.Home)
 	if err != nil {
@@ -210,13 +212,14 @@ func (t *tree) makeHome(u User) error {
 		i.mode, i.uid, i.gid, i.links = mode, uint32(u.UID), uint32(u.UID), 0
 		return &i
 	}
-	home, err := t.put(dir, parts[len(parts)-1], owned(typeDir|0o755, inode{mtime: t.root.inode.mtime, mtimeNs: t.root.inode.mtimeNs}))
+	home, err := t.put(dir, parts[len(parts)-1],
+		owned(typeDir|0o755, inode{mtime: t.root.inode.mtime, mtimeNs: t.root.inode.mtimeNs}))
 	if err != nil {
 		return err
 	}
 	skel, err := t.lookup("/etc/skel")
 	if err != nil || !skel.isDir() {
-		return nil // an image without one has plain homes
+		return nil // an image without /etc/skel has empty homes
 	}
 	for _, c := range skel.sorted() {
 		if _, there := home.children[c.name]; there || c.inode.kind() != typeRegular {
@@ -229,8 +232,8 @@ func (t *tree) makeHome(u User) error {
 	return nil
 }
 
-// keepLines drops the lines of a colon-separated file that keep refuses, and
-// ends the last one.
+// keepLines removes the lines of a colon-separated file for which keep returns false, and ends
+// the last line.
 func keepLines(b []byte, keep func(fields []string) bool) []byte {
 	var out []byte
 	for line := range bytes.Lines(b) {

@@ -8,7 +8,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-var account = User{Name: "user", UID: 1000, Home: "/home/user", Shell: "/bin/bash", Groups: []string{"sudo", "users", "nogroup"}, Sudo: true}
+var account = User{Name: "user", UID: 1000, Home: "/home/user", Shell: "/bin/bash",
+	Groups: []string{"sudo", "users", "nogroup"}, Sudo: true}
 
 // content returns a file of the tree.
 func content(t *testing.T, tree *tree, path string) string {
@@ -53,7 +54,8 @@ func TestUserIsAdded(t *testing.T) {
 			if err := tree.setUp(Setup{Users: []User{account}}); err != nil {
 				t.Fatal(err)
 			}
-			got := []string{content(t, tree, "/etc/passwd"), content(t, tree, "/etc/group"), content(t, tree, "/etc/shadow"), content(t, tree, "/etc/gshadow")}
+			got := []string{content(t, tree, "/etc/passwd"), content(t, tree, "/etc/group"), content(t, tree, "/etc/shadow"),
+				content(t, tree, "/etc/gshadow")}
 			if diff := cmp.Diff([]string{tc.passwd, tc.group, tc.shadow, tc.gshadow}, got); diff != "" {
 				t.Errorf("accounts (-want +got):\n%s", diff)
 			}
@@ -66,21 +68,25 @@ func TestUserIsAdded(t *testing.T) {
 
 func TestSetUpKeepsOwnersAndReplacesLinks(t *testing.T) {
 	tree, err := layers(t, archive(t, dir("./"),
-		file("etc/shadow", "", mode(0o640), owner(0, 42)), file("etc/skel/.bashrc", "# bash\n", mode(0o600)), symlink("etc/skel/link", "x"),
+		file("etc/shadow", "", mode(0o640), owner(0, 42)), file("etc/skel/.bashrc", "# bash\n", mode(0o600)),
+		symlink("etc/skel/link", "x"),
 		file("home/user/kept", "mine", owner(9, 9)),
 		symlink("etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf"), symlink("etc/mtab", "/proc/mounts"),
-		file("var/lib/apt/lists/a", ""), dir("var/lib/apt/lists/partial"), file("usr/lib/python3.11/EXTERNALLY-MANAGED", ""), file("usr/lib/python3.11/os.py", ""),
+		file("var/lib/apt/lists/a", ""), dir("var/lib/apt/lists/partial"), file("usr/lib/python3.11/EXTERNALLY-MANAGED", ""),
+		file("usr/lib/python3.11/os.py", ""),
 		symlink("var/log", "/etc")))
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = tree.setUp(Setup{Users: []User{account}, Files: []File{{Path: "/etc/resolv.conf", Mode: 0o644}, {Path: "/srv/app/run", Mode: 0o4755, UID: 7, GID: 8, Content: "x"}},
+	err = tree.setUp(Setup{Users: []User{account},
+		Files: []File{{Path: "/etc/resolv.conf", Mode: 0o644},
+			{Path: "/srv/app/run", Mode: 0o4755, UID: 7, GID: 8, Content: "x"}},
 		Remove: []string{"/var/lib/apt/lists/*", "/usr/lib/python3*/EXTERNALLY-MANAGED", "/var/log/shadow", "/not/there"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	const at = "1700000000.123456789"
-	want := []string{ // from here on without what TestUserIsAdded looks at
+	want := []string{ // without what TestUserIsAdded checks
 		"Lrwxrwxrwx 0:0 1 " + at + " etc/mtab -> /proc/mounts",
 		"-rw-r--r-- 0:0 1 " + at + ` etc/resolv.conf ""`,
 		"-rw-r----- 0:42 1 " + at + ` etc/shadow "user:*:19000:0:99999:7:::\n"`,
@@ -129,8 +135,10 @@ func TestBadSetUpIsRefused(t *testing.T) {
 }
 
 func TestMissingPrograms(t *testing.T) {
-	tree, err := layers(t, archive(t, symlink("bin", "usr/bin"), program("usr/bin/real"), file("usr/bin/data", ""), symlink("usr/bin/link", "/etc/alternatives/link"),
-		symlink("etc/alternatives/link", "/usr/bin/real"), symlink("usr/bin/dangling", "/no"), dir("usr/bin/dir"), program("opt/far"), program("usr/local/sbin/admin")))
+	tree, err := layers(t, archive(t, symlink("bin", "usr/bin"), program("usr/bin/real"), file("usr/bin/data", ""),
+		symlink("usr/bin/link", "/etc/alternatives/link"), symlink("etc/alternatives/link", "/usr/bin/real"),
+		symlink("usr/bin/dangling", "/no"), dir("usr/bin/dir"),
+		program("opt/far"), program("usr/local/sbin/admin")))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -34,9 +34,10 @@ import (
 // hub is a registry on the loopback interface.
 type hub struct {
 	host   string
-	asked  atomic.Int64                                                  // requests so far
+	asked  atomic.Int64                                                  // number of requests
 	tamper func(w http.ResponseWriter, r *http.Request, b []byte) []byte // changes answers
-	front  func(w http.ResponseWriter, r *http.Request) bool             // answers itself if it says so
+	// answers instead of the registry if it returns true
+	front func(w http.ResponseWriter, r *http.Request) bool
 }
 
 func newHub(t testing.TB) *hub {
@@ -122,12 +123,15 @@ func (r record) has(t *testing.T, text string) {
 func TestBuildFromRegistry(t *testing.T) {
 	h := newHub(t)
 	other := picture(t, "s390x", v1.Config{}, archive(t, file("wrong", "architecture")))
-	mine := picture(t, runtime.GOARCH, v1.Config{Env: []string{"A=1"}, User: "app", WorkingDir: "/srv", Entrypoint: []string{"/e"}, Cmd: []string{"c"}},
+	mine := picture(t, runtime.GOARCH, v1.Config{Env: []string{"A=1"}, User: "app", WorkingDir: "/srv",
+		Entrypoint: []string{"/e"}, Cmd: []string{"c"}},
 		archive(t, dir("./"), program("usr/bin/tool"), file("a", "1"), file("b", "1")),
 		archive(t, file("a", "2"), file(".wh.b", "")))
 	both := mutate.AppendManifests(empty.Index,
-		mutate.IndexAddendum{Add: other, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "s390x"}}},
-		mutate.IndexAddendum{Add: mine, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: runtime.GOARCH}}})
+		mutate.IndexAddendum{Add: other,
+			Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "s390x"}}},
+		mutate.IndexAddendum{Add: mine,
+			Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: runtime.GOARCH}}})
 	ref, err := name.ParseReference(h.host + "/lib/tool:1")
 	if err != nil {
 		t.Fatal(err)
@@ -189,7 +193,8 @@ func TestBadImagesAreRefused(t *testing.T) {
 	})
 	t.Run("hostile names", func(t *testing.T) {
 		h := newHub(t)
-		refused(t, h.push(t, "x", picture(t, runtime.GOARCH, v1.Config{}, archive(t, file("../../etc/passwd", "x")))), ".. element")
+		refused(t, h.push(t, "x", picture(t, runtime.GOARCH, v1.Config{}, archive(t, file("../../etc/passwd", "x")))),
+			".. element")
 	})
 	t.Run("not a reference", func(t *testing.T) {
 		refused(t, "UPPER CASE", "not an image reference")
@@ -234,7 +239,7 @@ func TestBadImagesAreRefused(t *testing.T) {
 	}
 }
 
-// refused fails unless building from an image alone fails with a text, and leaves nothing.
+// refused checks that building from an image alone fails with a text, and leaves nothing.
 func refused(t *testing.T, ref, want string, require ...string) {
 	t.Helper()
 	s := openStore(t)
@@ -248,8 +253,8 @@ func refused(t *testing.T, ref, want string, require ...string) {
 	}
 }
 
-// fakeDebian puts a mmdebstrap on PATH that writes a given tar, and returns the
-// file its arguments go to.
+// fakeDebian puts a mmdebstrap on PATH that writes a given tar, and returns the file with its
+// arguments.
 func fakeDebian(t *testing.T, tar []byte, script string) (argsFile string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -272,7 +277,8 @@ var mirror = []string{"deb [trusted=yes] http://127.0.0.1:9/debian x main"}
 func TestFallsBackToDebian(t *testing.T) {
 	needsNamespaces(t)
 	args := fakeDebian(t, archive(t, program("usr/bin/git")), "echo 'I: working' >&2")
-	debian := &Debian{Suite: "bookworm", Packages: []string{"git", "curl"}, Mirrors: mirror, Exclude: []string{"/usr/share/man/*"}}
+	debian := &Debian{Suite: "bookworm", Packages: []string{"git", "curl"}, Mirrors: mirror,
+		Exclude: []string{"/usr/share/man/*"}}
 
 	h := newHub(t)
 	lacking := h.push(t, "lacking", picture(t, runtime.GOARCH, v1.Config{User: "app"}, archive(t, file("a", "1"))))
@@ -324,7 +330,7 @@ func closedPort(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// hangingPort takes connections and says nothing.
+// hangingPort returns the address of a port that accepts connections and sends nothing.
 func hangingPort(t *testing.T) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -346,7 +352,8 @@ func TestDebianFailuresSayWhatHappened(t *testing.T) {
 		if !errors.As(err, &step) {
 			t.Fatalf("error is %v, want a StepError", err)
 		}
-		if step.ExitCode != 25 || len(step.Tail) != tailLines || step.Tail[tailLines-1] != "E: line 50" || step.Step != "installing Debian bookworm" {
+		if step.ExitCode != 25 || len(step.Tail) != tailLines || step.Tail[tailLines-1] != "E: line 50" ||
+			step.Step != "installing Debian bookworm" {
 			t.Errorf("error is %+v", step)
 		}
 		leftovers(t, s)
@@ -354,7 +361,8 @@ func TestDebianFailuresSayWhatHappened(t *testing.T) {
 	t.Run("half a tar", func(t *testing.T) {
 		fakeDebian(t, archive(t, file("a", strings.Repeat("x", 5000)))[:3000], "")
 		s := openStore(t)
-		if _, err := s.Build(t.Context(), Source{Debian: debian}, quiet); err == nil || !strings.Contains(err.Error(), "unexpected EOF") {
+		if _, err := s.Build(t.Context(), Source{Debian: debian}, quiet); err == nil ||
+			!strings.Contains(err.Error(), "unexpected EOF") {
 			t.Errorf("error is %v", err)
 		}
 		leftovers(t, s)
@@ -362,13 +370,15 @@ func TestDebianFailuresSayWhatHappened(t *testing.T) {
 	t.Run("a whole tar but a failure after it", func(t *testing.T) {
 		fakeDebian(t, archive(t, file("a", "1")), "trap 'exit 3' EXIT")
 		s := openStore(t)
-		if _, err := s.Build(t.Context(), Source{Debian: debian}, quiet); err == nil || !strings.Contains(err.Error(), "exit code 3") {
+		if _, err := s.Build(t.Context(), Source{Debian: debian}, quiet); err == nil ||
+			!strings.Contains(err.Error(), "exit code 3") {
 			t.Errorf("error is %v", err)
 		}
 	})
 	t.Run("not installed", func(t *testing.T) {
 		t.Setenv("PATH", t.TempDir())
-		if _, err := openStore(t).Build(t.Context(), Source{Debian: debian}, quiet); err == nil || !strings.Contains(err.Error(), "apt-get install mmdebstrap") {
+		if _, err := openStore(t).Build(t.Context(), Source{Debian: debian}, quiet); err == nil ||
+			!strings.Contains(err.Error(), "apt-get install mmdebstrap") {
 			t.Errorf("error is %v", err)
 		}
 	})
@@ -377,18 +387,20 @@ func TestDebianFailuresSayWhatHappened(t *testing.T) {
 		{Suite: "sid", Variant: "x y"}, {Suite: "sid", Mirrors: []string{"/etc/passwd"}}, {Suite: "sid", Exclude: []string{"x"}},
 	} {
 		t.Run(fmt.Sprintf("refused %+v", bad), func(t *testing.T) {
-			if _, err := openStore(t).Build(t.Context(), Source{Debian: &bad}, quiet); err == nil || !strings.Contains(err.Error(), "is not") {
+			if _, err := openStore(t).Build(t.Context(), Source{Debian: &bad}, quiet); err == nil ||
+				!strings.Contains(err.Error(), "is not") {
 				t.Errorf("error is %v", err)
 			}
 		})
 	}
 }
 
-// A build that is given up leaves neither its processes nor its files.
+// TestCancelledBuildLeavesNothing checks that a cancelled build leaves neither processes nor
+// files.
 func TestCancelledBuildLeavesNothing(t *testing.T) {
 	needsNamespaces(t)
 	pidFile := filepath.Join(t.TempDir(), "started")
-	// The grandchild leaves its session and process group: only the namespace holds it.
+	// The grandchild leaves its session and process group, so only the namespace holds it.
 	fakeDebian(t, nil, "setsid sleep 1000 & echo 'I: started' >&2; touch "+pidFile+"; wait")
 	s := openStore(t)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -420,7 +432,7 @@ func TestCancelledBuildLeavesNothing(t *testing.T) {
 	}
 }
 
-// processesOf lists the processes that have the store's directory in their environment.
+// processesOf returns the processes that have the store's directory in their environment.
 func processesOf(t *testing.T, dir string) []string {
 	t.Helper()
 	environs, err := filepath.Glob("/proc/[0-9]*/environ")
@@ -429,7 +441,7 @@ func processesOf(t *testing.T, dir string) []string {
 	}
 	var found []string
 	for _, p := range environs {
-		b, err := os.ReadFile(p) // gone meanwhile is as good as not there
+		b, err := os.ReadFile(p) // a process that has gone counts as absent
 		if err == nil && bytes.Contains(b, []byte("TMPDIR="+dir)) {
 			found = append(found, p)
 		}
@@ -439,7 +451,8 @@ func processesOf(t *testing.T, dir string) []string {
 
 func TestSameInputsAreBuiltOnce(t *testing.T) {
 	h := newHub(t)
-	src := Source{Image: h.push(t, "x:1", picture(t, runtime.GOARCH, v1.Config{}, archive(t, file("a", "1")))), Setup: Setup{Files: []File{{Path: "/b"}}}}
+	src := Source{Image: h.push(t, "x:1", picture(t, runtime.GOARCH, v1.Config{}, archive(t, file("a", "1")))),
+		Setup: Setup{Files: []File{{Path: "/b"}}}}
 	clock := time.Now()
 	cache := filepath.Join(t.TempDir(), "cache")
 	config := func(c *Config) { c.Now, c.CacheDir = func() time.Time { return clock }, cache }
@@ -537,7 +550,7 @@ func TestCorruptImage(t *testing.T) {
 	if err := errors.Join(os.Remove(path), os.WriteFile(path, b, 0o444)); err != nil {
 		t.Fatal(err)
 	}
-	// A new life of the process looks at every image once.
+	// A new process verifies every image once.
 	if s, err = Open(s.cfg, s.log); err != nil {
 		t.Fatal(err)
 	}
@@ -574,7 +587,8 @@ func TestCollect(t *testing.T) {
 	s := openStore(t, func(c *Config) { c.Now = func() time.Time { return clock } })
 	var digests []string
 	for n := range 3 {
-		ref := h.push(t, fmt.Sprintf("x:%d", n), picture(t, runtime.GOARCH, v1.Config{}, archive(t, file("a", fmt.Sprint(n)))))
+		ref := h.push(t, fmt.Sprintf("x:%d", n),
+			picture(t, runtime.GOARCH, v1.Config{}, archive(t, file("a", fmt.Sprint(n)))))
 		img, err := s.Build(t.Context(), Source{Image: ref}, quiet)
 		if err != nil {
 			t.Fatal(err)
@@ -593,12 +607,12 @@ func TestCollect(t *testing.T) {
 			t.Errorf("removed %v (%d bytes, %v), want %v", removed, freed, err, want)
 		}
 	}
-	collect(nil) // just built: nobody can have said yet that they are needed
+	collect(nil) // just built, so no caller can have named them yet
 	clock = clock.Add(collectGrace)
 	if _, err := s.Path(t.Context(), digests[1]); err != nil {
 		t.Fatal(err)
 	}
-	collect(digests[:1], digests[2]) // 0 is needed, 1 was asked for just now
+	collect(digests[:1], digests[2]) // 0 is needed, 1 was used just now
 	clock = clock.Add(collectGrace)
 	collect(nil, digests[0], digests[1])
 	if _, err := s.Path(t.Context(), digests[0]); !errors.Is(err, ErrMissing) {
@@ -634,7 +648,7 @@ func TestDownloadThatStallsIsGivenUp(t *testing.T) {
 		b := archive(t, file("a", strings.Repeat("x", 10000)))
 		desc := v1.Descriptor{Size: int64(len(b)), Digest: v1.Hash{Algorithm: "sha256", Hex: strings.Repeat("0", 64)}}
 		go func() {
-			for len(b) > 5000 { // slow, but it comes
+			for len(b) > 5000 { // slow, but not stalled
 				time.Sleep(stallTimeout - time.Second)
 				if _, err := in.Write(b[:1000]); err != nil {
 					t.Errorf("a slow download was given up: %v", err)

@@ -17,19 +17,20 @@ import (
 )
 
 const (
-	// chunk is what is read, hashed or written at once, in bytes.
+	// chunk is the number of bytes read, hashed or written at once.
 	chunk = 1 << 20
-	// hole is the least run of zeros that is left out of a file, in bytes. Smaller
-	// finds more and makes more system calls.
+	// hole is the shortest run of zeros that is left out of a file, in bytes. A smaller one saves
+	// more space and takes more system calls.
 	hole = 64 << 10
-	// maxWindow bounds the memory that a zstd stream may ask for, in bytes: what
-	// the strongest of its usual levels use.
+	// maxWindow bounds the memory that a zstd stream may ask for, in bytes: what the strongest of
+	// its usual levels use.
 	maxWindow = 128 << 20
-	// headerRoom is what the headers of all layers may take beside their files, in bytes.
+	// headerRoom is the number of bytes that the headers of all layers may take besides their
+	// files.
 	headerRoom = 8 << 30
-	// maxRatio is how many times its size a layer may become, beyond ratioFree bytes
-	// and not counting zeros, which take no room. Real files stay far below; gzip can
-	// reach a thousand and zstd ten times that.
+	// maxRatio is the factor by which a layer may grow when it is decompressed, beyond ratioFree
+	// bytes and without zeros, which take no space. Real files stay far below; gzip can reach a
+	// thousand and zstd ten times that.
 	maxRatio  = 250
 	ratioFree = 1 << 30
 )
@@ -38,18 +39,18 @@ var zeros [hole]byte
 
 func allZero(p []byte) bool { return bytes.Equal(p, zeros[:len(p)]) }
 
-// sparseFile writes a file from its start to its end and leaves long runs of
-// zeros out: they take no room on the disk.
+// sparseFile writes a file from start to end and leaves out long runs of zeros, which take no
+// space on the disk.
 type sparseFile struct {
 	f    *os.File
 	size int64
 }
 
-// Write writes at the end.
+// Write appends p.
 func (s *sparseFile) Write(p []byte) (int, error) {
 	n := 0
 	for n < len(p) {
-		// One system call for all that is not left out.
+		// Write all up to the next hole with one system call.
 		end := n
 		for end < len(p) {
 			piece := p[end:min(end+hole, len(p))]
@@ -73,15 +74,15 @@ func (s *sparseFile) Write(p []byte) (int, error) {
 	return n, nil
 }
 
-// finish gives the file its length, which zeros at its end have not.
+// finish sets the length of the file, which zeros at its end do not.
 func (s *sparseFile) finish() error { return s.f.Truncate(s.size) }
 
-// copyRange copies a part of a file. What the file does not hold is not read:
-// reading a hole costs as much as reading data.
+// copyRange copies a part of a file. It does not read holes, since that costs as much as reading
+// data.
 func copyRange(w io.Writer, f *os.File, off, size int64, buf []byte) error {
 	for end := off + size; off < end; {
 		data, stop := off, end
-		if size > 2*hole { // in small ones none is worth asking for
+		if size > 2*hole { // it is not worth asking for holes in small ones
 			data, stop = dataIn(f, off, end)
 		}
 		for off < data {
@@ -101,8 +102,8 @@ func copyRange(w io.Writer, f *os.File, off, size int64, buf []byte) error {
 	return nil
 }
 
-// dataIn finds the next piece of data between off and end: where it begins and
-// ends, end and end if there is none. A file system that does not know has all of it.
+// dataIn returns the begin and end of the next piece of data between off and end, or end and end
+// if there is none. On a file system without holes all is data.
 func dataIn(f *os.File, off, end int64) (data, stop int64) {
 	data, err := unix.Seek(int(f.Fd()), off, unix.SEEK_DATA)
 	switch {
@@ -117,8 +118,7 @@ func dataIn(f *os.File, off, end int64) (data, stop int64) {
 	return data, stop
 }
 
-// tee writes to a file and takes the hash of it, at once: each is about as slow
-// as the other.
+// tee writes to a file and hashes at the same time, since each is about as slow as the other.
 type tee struct {
 	hash hash.Hash
 	to   io.Writer
@@ -135,7 +135,7 @@ func (t tee) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// counted counts what is read.
+// counted is a reader that counts bytes.
 type counted struct {
 	io.Reader
 	n int64
@@ -147,8 +147,8 @@ func (c *counted) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// decompress finds out how a stream is packed by its first bytes. Call the
-// function when nothing reads any more.
+// decompress detects a stream's compression by its first bytes. Call the returned function when
+// nothing reads any more.
 func decompress(r io.Reader) (io.Reader, func(), error) {
 	in := bufio.NewReaderSize(r, chunk)
 	magic, err := in.Peek(4)
@@ -172,8 +172,8 @@ func decompress(r io.Reader) (io.Reader, func(), error) {
 	return in, func() {}, nil
 }
 
-// metered ends a stream that becomes more than an image may be, or more than
-// what it is packed in can honestly be.
+// metered returns a reader that fails when a stream becomes larger than an image may be, or grows
+// by more than maxRatio.
 func (t *tree) metered(plain io.Reader, packed *counted) io.Reader {
 	solid := int64(0)
 	return readerFunc(func(p []byte) (int, error) {
@@ -195,18 +195,19 @@ func (t *tree) metered(plain io.Reader, packed *counted) io.Reader {
 	})
 }
 
-// ahead reads a stream and takes its hash in a goroutine of its own, so that
-// unpacking, hashing and writing go on side by side.
+// ahead reads and hashes a stream in a goroutine, so that unpacking, hashing and writing run in
+// parallel.
 type ahead struct {
 	full, free chan []byte
 	quit, done chan struct{}
 	hash       hash.Hash
-	err        error // once full is closed
+	err        error // valid once full is closed
 	all, rest  []byte
 }
 
 func readAhead(r io.Reader) *ahead {
-	a := &ahead{full: make(chan []byte, 3), free: make(chan []byte, 3), quit: make(chan struct{}), done: make(chan struct{}), hash: sha256.New()}
+	a := &ahead{full: make(chan []byte, 3), free: make(chan []byte, 3), quit: make(chan struct{}),
+		done: make(chan struct{}), hash: sha256.New()}
 	for range cap(a.free) {
 		a.free <- make([]byte, chunk)
 	}
@@ -222,7 +223,7 @@ func readAhead(r io.Reader) *ahead {
 			}
 			n, err := fill(r, b[:chunk])
 			a.hash.Write(b[:n])
-			a.full <- b[:n] // has room for all buffers
+			a.full <- b[:n] // full has room for all buffers
 			if err != nil {
 				a.err = err
 				return
@@ -232,8 +233,8 @@ func readAhead(r io.Reader) *ahead {
 	return a
 }
 
-// fill reads until b is full or the stream ends, and says how it did:
-// [io.ReadFull] makes one that was cut off of one that is short.
+// fill reads until b is full or the stream ends, and returns the stream's own error.
+// [io.ReadFull] does not tell a truncated stream from a short one.
 func fill(r io.Reader, b []byte) (n int, err error) {
 	for n < len(b) && err == nil {
 		var k int
@@ -243,7 +244,7 @@ func fill(r io.Reader, b []byte) (n int, err error) {
 	return n, err
 }
 
-// Read gives what was read ahead.
+// Read returns bytes that were read ahead.
 func (a *ahead) Read(p []byte) (int, error) {
 	for len(a.rest) == 0 {
 		if a.all != nil {
@@ -261,17 +262,16 @@ func (a *ahead) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// stop ends the reading, and returns the hash of what was read.
+// stop stops reading, and returns the hash of all bytes read.
 func (a *ahead) stop() string {
 	close(a.quit)
-	for range a.full { // it may be about to hand one over
+	for range a.full { // the goroutine may be about to send one
 	}
 	<-a.done
 	return hex.EncodeToString(a.hash.Sum(nil))
 }
 
-// copyFile copies a file, whose zeros take no room in the copy where they take
-// none in it.
+// copyFile copies a file. Holes of the file are holes of the copy.
 func copyFile(to, from *os.File) error {
 	if info, err := from.Stat(); err != nil {
 		return err
@@ -282,6 +282,6 @@ func copyFile(to, from *os.File) error {
 		}
 		return out.finish()
 	}
-	_, err := io.Copy(to, from) // the kernel shares the blocks where it can
+	_, err := io.Copy(to, from) // the kernel shares the blocks if it can
 	return err
 }

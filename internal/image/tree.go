@@ -10,13 +10,13 @@ import (
 	"strings"
 )
 
-// Bounds of a tree. A hostile image must run into them before the machine runs
-// out of memory or time: a node costs about 400 bytes and its name.
+// Bounds of a tree. A hostile image must reach them before the machine runs out of memory or
+// time. A node costs about 400 bytes and its name.
 const (
 	maxNodes   = 2 << 20
-	maxText    = 256 << 20 // bytes of names, links' targets and attributes together
+	maxText    = 256 << 20 // bytes of names, link targets and attributes in all
 	maxEntries = 4 * maxNodes
-	maxSteps   = 64 << 20 // looks at a node, seconds' worth; an honest image of a million files needs a tenth
+	maxSteps   = 64 << 20 // steps from node to node, some seconds; an honest image of a million files needs a tenth
 	maxName    = 255      // bytes, EROFS's and Linux's
 	maxTarget  = 4095     // bytes of a symbolic link, Linux's
 	maxDepth   = 1024     // directories
@@ -32,7 +32,7 @@ const (
 	typeSymlink = 0o120000
 )
 
-// inode is what hard links share.
+// inode is a file without its name; hard links share one.
 type inode struct {
 	mode     uint16 // type and permissions, setuid and the like included
 	uid, gid uint32
@@ -41,10 +41,11 @@ type inode struct {
 	links    uint32
 	target   string // of a symbolic link
 	xattrs   []xattr
-	off      int64 // of a regular file's bytes in the spool
+	off      int64 // offset of a regular file's bytes in the spool
 	size     int64 // of a regular file, bytes
 
-	// Where the writer put it; nid 0 belongs to the root and to whom has not been placed.
+	// These are set by the writer. nid 0 belongs to the root, and to inodes that have no place
+	// yet.
 	placed bool
 	nid    uint64
 	plan   layout
@@ -64,7 +65,7 @@ type node struct {
 
 func (n *node) isDir() bool { return n.inode.kind() == typeDir }
 
-// sorted returns the children by name, bytewise, as EROFS wants them.
+// sorted returns the children by name, bytewise, as EROFS needs them.
 func (n *node) sorted() []*node {
 	names := slices.Sorted(maps.Keys(n.children))
 	out := make([]*node, len(names))
@@ -74,26 +75,26 @@ func (n *node) sorted() []*node {
 	return out
 }
 
-// tree is a file system being put together: names and owners in memory, the
-// bytes of files in a spool on disk. Not safe for concurrent use.
+// tree is a file system in the making. Names and owners are in memory, the bytes of files in a
+// spool on disk. It is not safe for concurrent use.
 type tree struct {
 	root  *node
 	nodes int
 	layer int
 
-	spool   *os.File // unlinked; the disk gets it back when it is closed
+	spool   *os.File // unlinked, so that closing it frees the disk
 	out     *sparseFile
 	buf     []byte // for copying
 	maxSize int64
 
-	// What the bounds are about, layers that were covered included.
+	// These are counted against the bounds, with covered layers.
 	text, entries, steps, streamed int64
 
 	droppedDevices int
-	droppedXattrs  int // attributes that gVisor has no place for
+	droppedXattrs  int // attributes that gVisor does not support
 }
 
-// newTree makes an empty tree whose spool is in dir. Close it.
+// newTree returns an empty tree whose spool is in dir. Close it.
 func newTree(dir string, maxSize int64) (*tree, error) {
 	f, err := os.CreateTemp(dir, "spool-")
 	if err != nil {
@@ -107,11 +108,11 @@ func newTree(dir string, maxSize int64) (*tree, error) {
 	return &tree{root: root, nodes: 1, spool: f, out: &sparseFile{f: f}, buf: make([]byte, chunk), maxSize: maxSize}, nil
 }
 
-// Close gives the spool back.
+// Close closes the spool and frees its space.
 func (t *tree) Close() error { return t.spool.Close() }
 
-// split takes a name as a tar has it apart. Leading "/" and "./" mean nothing;
-// ".." is refused, because no honest archive has it.
+// split splits a name of a tar. It ignores leading "/" and "./", and refuses "..", which no
+// honest archive has.
 func split(name string) ([]string, error) {
 	if strings.IndexByte(name, 0) >= 0 {
 		return nil, fmt.Errorf("name %q holds a NUL byte", name)
@@ -123,7 +124,8 @@ func split(name string) ([]string, error) {
 		case part == "..":
 			return nil, fmt.Errorf("name %q holds a .. element", name)
 		case len(part) > maxName:
-			return nil, fmt.Errorf("name %.40q… has an element of %d bytes; %d is the most a file system takes", name, len(part), maxName)
+			return nil, fmt.Errorf("name %.40q… has an element of %d bytes; file systems allow at most %d", name, len(part),
+				maxName)
 		default:
 			parts = append(parts, part)
 		}
@@ -131,13 +133,13 @@ func split(name string) ([]string, error) {
 	return parts, nil
 }
 
-// errNotThere says that a path leads nowhere in the tree.
+// errNotThere reports that a path does not exist in the tree.
 var errNotThere = errors.New("no such file in the image")
 
-// walk finds the node of a path, following symbolic links in all elements but
-// the last one, and there too with follow. Links never lead out of the tree: its
-// root is the root of absolute ones and the parent of itself. With mkdir, missing
-// directories are made, where a dangling link points too.
+// walk returns the node of a path. It follows symbolic links in all elements but the last one,
+// and with follow there too. Links cannot lead out of the tree: its root is the root of absolute
+// ones and its own parent. With mkdir it makes missing directories, also at the target of a
+// dangling link.
 func (t *tree) walk(parts []string, follow, mkdir bool) (*node, error) {
 	at := t.root
 	follows := 0
@@ -164,7 +166,7 @@ func (t *tree) walk(parts []string, follow, mkdir bool) (*node, error) {
 			if !mkdir {
 				return nil, errNotThere
 			}
-			// The target of a dangling link may hold what no name can.
+			// The target of a dangling link may be longer than any name, or hold a NUL.
 			if len(part) > maxName || strings.IndexByte(part, 0) >= 0 {
 				return nil, fmt.Errorf("the link to %.40q… cannot be followed: no file can have that name", part)
 			}
@@ -181,7 +183,7 @@ func (t *tree) walk(parts []string, follow, mkdir bool) (*node, error) {
 				at = t.root
 			}
 			parts = slices.Concat(strings.Split(next.inode.target, "/"), parts)
-			if err := t.step(len(parts)); err != nil { // for having split them
+			if err := t.step(len(parts)); err != nil { // the work of splitting the target
 				return nil, err
 			}
 			continue
@@ -191,7 +193,7 @@ func (t *tree) walk(parts []string, follow, mkdir bool) (*node, error) {
 	return at, nil
 }
 
-// step counts work that an archive makes, so that a small one cannot make much.
+// step counts the work that an archive causes, so that a small one cannot cause much.
 func (t *tree) step(n int) error {
 	if t.steps += int64(n); t.steps > maxSteps {
 		return fmt.Errorf("its links and whiteouts lead to more than %d steps", maxSteps)
@@ -199,7 +201,7 @@ func (t *tree) step(n int) error {
 	return nil
 }
 
-// lookup finds a path, following symbolic links everywhere.
+// lookup returns the node of a path, following symbolic links everywhere.
 func (t *tree) lookup(path string) (*node, error) {
 	parts, err := split(path)
 	if err != nil {
@@ -208,7 +210,7 @@ func (t *tree) lookup(path string) (*node, error) {
 	return t.walk(parts, true, false)
 }
 
-// path is the node's absolute path, for people.
+// path returns the node's absolute path, for people.
 func (t *tree) path(n *node) string {
 	if n.parent == nil {
 		return "/"
@@ -221,8 +223,8 @@ func (t *tree) path(n *node) string {
 	return "/" + strings.Join(parts, "/")
 }
 
-// put gives a directory a child, in the present layer. What had the name goes;
-// only a directory replaced by a directory keeps what is below it.
+// put adds a child to a directory, in the present layer. It replaces an existing child; only a
+// directory replaced by a directory keeps its children.
 func (t *tree) put(dir *node, name string, i *inode) (*node, error) {
 	if old, ok := dir.children[name]; ok {
 		if old.isDir() && i.kind() == typeDir {
@@ -262,8 +264,8 @@ func (t *tree) drop(n *node) {
 	t.nodes--
 }
 
-// hide removes what lower layers put at and below n, and reports whether
-// anything of the present layer remains there.
+// hide removes what lower layers put at and below n, and reports whether anything of the present
+// layer remains there.
 func (t *tree) hide(n *node) (remains bool, err error) {
 	if err := t.step(1); err != nil {
 		return true, err
@@ -282,7 +284,7 @@ func (t *tree) hide(n *node) (remains bool, err error) {
 	return false, nil
 }
 
-// store takes the bytes of a regular file into the spool.
+// store copies the bytes of a regular file to the spool.
 func (t *tree) store(r io.Reader, size int64) (off int64, err error) {
 	if size < 0 || size > t.maxSize-t.out.size {
 		return 0, fmt.Errorf("the files of the image are larger than %d bytes", t.maxSize)
@@ -298,7 +300,7 @@ func (t *tree) store(r io.Reader, size int64) (off int64, err error) {
 	return off, nil
 }
 
-// settle makes the spool as long as what was stored, so that it can be read.
+// settle extends the spool to the length of its content, so that it can be read.
 func (t *tree) settle() error {
 	if t.out == nil {
 		return nil // the tree of a finished image
@@ -309,13 +311,13 @@ func (t *tree) settle() error {
 	return nil
 }
 
-// read returns a regular file's bytes, refusing more than limit.
+// read returns a regular file's bytes, at most limit.
 func (t *tree) read(i *inode, limit int64) ([]byte, error) {
 	if i.kind() != typeRegular {
 		return nil, errors.New("not a regular file")
 	}
 	if i.size > limit {
-		return nil, fmt.Errorf("is %d bytes; %d is the most", i.size, limit)
+		return nil, fmt.Errorf("has %d bytes; at most %d are allowed", i.size, limit)
 	}
 	if err := t.settle(); err != nil {
 		return nil, err

@@ -17,24 +17,22 @@ import (
 	"time"
 )
 
-// verification is one check of one image; the first that needs it does it, the
-// others wait for it.
+// verification is one check of one image. The first caller does it, the others wait.
 type verification struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	ok bool // guarded by mu
 }
 
-// isDigest reports whether text can name an image: also what keeps paths out.
+// isDigest reports whether text can name an image, which also excludes paths.
 func isDigest(text string) bool {
 	return len(text) == 2*sha256.Size && strings.Trim(text, "0123456789abcdef") == ""
 }
 
-// Path returns the file of an image, for reading only. The first call in this
-// process's life reads the whole file and checks its SHA-256; later ones are
-// free. A file that is not there is [ErrMissing]; one that is not what its name
-// says is [ErrCorrupt], and moved aside to NAME.corrupt, so that the next build
-// puts a good one there.
+// Path returns the file of an image, for reading only. The first call in this process reads the
+// whole file and checks its SHA-256; later ones are free. A missing file gives [ErrMissing]. A
+// file that does not match its name gives [ErrCorrupt], and is renamed to NAME.corrupt, so that
+// the next build makes a good one.
 func (s *Store) Path(ctx context.Context, digest string) (string, error) {
 	if !isDigest(digest) {
 		return "", fmt.Errorf("%w: %.80q is not the name of one", ErrMissing, digest)
@@ -55,7 +53,7 @@ func (s *Store) Path(ctx context.Context, digest string) (string, error) {
 		if _, err := os.Stat(path); err == nil {
 			return path, nil
 		}
-		v.ok = false // somebody removed it
+		v.ok = false // the file was removed
 	}
 	got, err := hashFile(ctx, path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -73,7 +71,7 @@ func (s *Store) Path(ctx context.Context, digest string) (string, error) {
 	return path, nil
 }
 
-// trust notes that an image was just written by this process, which hashed it.
+// trust records that this process has just written and hashed an image.
 func (s *Store) trust(digest string) {
 	v := &verification{ok: true}
 	s.mu.Lock()
@@ -81,21 +79,20 @@ func (s *Store) trust(digest string) {
 	s.verified[digest] = v
 }
 
-// touch notes that an image is wanted now.
+// touch records that an image is used now.
 func (s *Store) touch(digest string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.used[digest] = s.cfg.Now()
 }
 
-// collectGrace is how long an image that was built or asked for stays, wanted or
-// not: between being chosen and being written down as needed, nobody can name it.
+// collectGrace is the time for which an image that was built or used is kept, needed or not.
+// Between choosing an image and recording that it is needed, no caller can name it to Collect.
 const collectGrace = 15 * time.Minute
 
-// Collect removes the images that are not in keep, and of the pulled OCI images
-// those that the budget has no room for. It never removes one that was built or asked for in the last 15 minutes.
-// Sandboxes that have a removed file open are not disturbed. It goes on after
-// errors and joins them.
+// Collect removes the images that are not in keep, and pulled OCI images that exceed the budget.
+// It never removes one that was built or used in the last 15 minutes. Sandboxes that have a
+// removed file open are not disturbed. After an error it goes on, and returns all errors joined.
 func (s *Store) Collect(keep []string) (removed []string, freed int64, err error) {
 	kept := map[string]bool{}
 	for _, digest := range keep {
@@ -113,7 +110,7 @@ func (s *Store) Collect(keep []string) (removed []string, freed int64, err error
 		switch {
 		case isImage && isDigest(digest) && !kept[digest]:
 		case isCorrupt && isDigest(corrupt):
-			digest = "" // kept for whoever looks into it, until now
+			digest = "" // kept for inspection until now
 		default:
 			continue
 		}
@@ -136,7 +133,7 @@ func (s *Store) Collect(keep []string) (removed []string, freed int64, err error
 	return removed, freed, errors.Join(append(errs, s.forget())...)
 }
 
-// forget removes the notes about images that are gone.
+// forget removes the records of images that are gone.
 func (s *Store) forget() error {
 	notes, err := filepath.Glob(filepath.Join(s.cfg.Dir, inputsDir, "*.json"))
 	if err != nil {
@@ -146,7 +143,7 @@ func (s *Store) forget() error {
 	for _, note := range notes {
 		b, err := os.ReadFile(note)
 		if err != nil {
-			continue // gone meanwhile
+			continue // removed meanwhile
 		}
 		var in input
 		if json.Unmarshal(b, &in) == nil && isDigest(in.Image.Digest) {
@@ -161,13 +158,13 @@ func (s *Store) forget() error {
 	return errors.Join(errs...)
 }
 
-// removeUnused removes a file of the store that nobody has asked for lately.
+// removeUnused removes a file of the store that was not used recently.
 func (s *Store) removeUnused(digest, name string, info fs.FileInfo) (bool, error) {
 	s.mu.Lock()
-	defer s.mu.Unlock() // held, so that Path cannot hand it out meanwhile
+	defer s.mu.Unlock() // held, so that Path cannot return it meanwhile
 	last, ok := s.used[digest]
 	if !ok {
-		last = info.ModTime() // a former life of the process may have
+		last = info.ModTime() // an earlier process may have used it
 	}
 	if s.cfg.Now().Sub(last) < collectGrace {
 		return false, nil
@@ -180,7 +177,7 @@ func (s *Store) removeUnused(digest, name string, info fs.FileInfo) (bool, error
 	return true, nil
 }
 
-// isSparse reports whether a file has parts that take no room.
+// isSparse reports whether a file has holes.
 func isSparse(info fs.FileInfo) bool {
 	st, ok := info.Sys().(*syscall.Stat_t)
 	return ok && st.Blocks*512 < info.Size()-hole

@@ -13,20 +13,20 @@ import (
 	"time"
 )
 
-// AttributesPath is the file of an image that holds its extended attributes,
-// where it has any: a tar whose entries have no content, named as the files are,
-// with the attributes as PAX records SCHILY.xattr.NAME. gVisor's EROFS cannot hold
-// them; whoever starts the image sets them in its writable layer before anything
-// else runs. What layers have under this name is ignored.
+// AttributesPath is the file of an image that holds the image's extended attributes, if it has
+// any: a tar whose entries have no content, the names of the files, and the attributes as PAX
+// records SCHILY.xattr.NAME. gVisor's EROFS cannot hold attributes; the first process inside sets
+// them in the writable layer before anything else runs. A file of a layer with this name is
+// ignored.
 const AttributesPath = "/" + attributesFile
 
 const attributesFile = ".cay-xattrs"
 
-// Bounds of the attributes of one image. Each file that has any is copied to the
-// writable layer at every start: many or large ones would make every start slow.
+// Bounds of the attributes of one image. Each file with attributes is copied to the writable
+// layer at every start, so many or large ones would make every start slow.
 const (
 	maxAttributed     = 4096
-	maxAttributeBytes = 1 << 20   // names and values together
+	maxAttributeBytes = 1 << 20   // names and values in all
 	maxAttributedSize = 512 << 20 // bytes of the files that have any
 	maxValue          = 64 << 10  // bytes, Linux's
 )
@@ -40,8 +40,8 @@ const (
 // capability is the attribute that holds a file's capabilities.
 const capability = "security.capability"
 
-// validCapability reports whether a kernel takes a value as capabilities
-// (capability.h: vfs_cap_data): what it would refuse at a start is refused here.
+// validCapability reports whether a kernel accepts a value as capabilities (capability.h:
+// vfs_cap_data). A value that it would refuse at a start is refused here.
 func validCapability(value string) bool {
 	if len(value) < 4 {
 		return false
@@ -59,8 +59,8 @@ func validCapability(value string) bool {
 // xattr is one extended attribute.
 type xattr struct{ name, value string }
 
-// takeAttributes takes over the extended attributes of a tar header. Those that
-// gVisor has no place for are counted and left out.
+// takeAttributes takes the extended attributes from a tar header. It counts and leaves out those
+// that gVisor does not support.
 func (t *tree) takeAttributes(i *inode, h *tar.Header) error {
 	for _, key := range slices.Sorted(maps.Keys(h.PAXRecords)) {
 		name, ok := strings.CutPrefix(key, schilyXattr)
@@ -79,11 +79,13 @@ func (t *tree) takeAttributes(i *inode, h *tar.Header) error {
 		}
 		value := h.PAXRecords[key]
 		if name == capability && !validCapability(value) {
-			return fmt.Errorf("its file capabilities are not of the kernel's second or third form: %x", value[:min(len(value), 32)])
+			return fmt.Errorf("its file capabilities are not of the kernel's second or third form: %x",
+				value[:min(len(value), 32)])
 		}
 		if len(name) > maxName || len(value) > maxValue || strings.IndexByte(name, 0) >= 0 {
-			return fmt.Errorf("extended attribute %.60q with a name of %d bytes and a value of %d; %d and %d are the most",
-				name, len(name), len(value), maxName, maxValue)
+			return fmt.Errorf(
+				"extended attribute %.60q with a name of %d bytes and a value of %d; at most %d and %d are allowed", name,
+				len(name), len(value), maxName, maxValue)
 		}
 		if t.text += int64(len(name) + len(value)); t.text > maxText {
 			return fmt.Errorf("names, links and attributes of more than %d bytes", maxText)
@@ -93,11 +95,11 @@ func (t *tree) takeAttributes(i *inode, h *tar.Header) error {
 	return nil
 }
 
-// writeAttributes puts the file of attributes into the tree, if there are any.
-// It is the last thing done to a tree before it is written.
+// writeAttributes puts the file of attributes into the tree, if there are any. Call it last,
+// before the tree is written.
 func (t *tree) writeAttributes() error {
 	if others, ok := t.root.children[attributesFile]; ok {
-		t.drop(others) // what layers have there would be believed
+		t.drop(others) // a file from a layer would be trusted
 	}
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
@@ -108,7 +110,8 @@ func (t *tree) writeAttributes() error {
 		}
 		files++
 		bulk += n.inode.size
-		h := &tar.Header{Typeflag: tar.TypeReg, Name: t.path(n)[1:], Format: tar.FormatPAX, ModTime: time.Unix(0, 0), PAXRecords: map[string]string{}}
+		h := &tar.Header{Typeflag: tar.TypeReg, Name: t.path(n)[1:], Format: tar.FormatPAX, ModTime: time.Unix(0, 0),
+			PAXRecords: map[string]string{}}
 		if h.Name == "" {
 			h.Name = "./"
 		}
@@ -120,8 +123,10 @@ func (t *tree) writeAttributes() error {
 			h.PAXRecords[schilyXattr+x.name] = x.value
 		}
 		if files > maxAttributed || size > maxAttributeBytes || bulk > maxAttributedSize {
-			return fmt.Errorf("too many extended attributes: %d files of %d bytes with %d bytes of them; %d, %d and %d are the most",
-				files, bulk, size, maxAttributed, maxAttributedSize, maxAttributeBytes)
+			return fmt.Errorf(
+				"too many extended attributes: %d files of %d bytes with %d bytes of them; at most %d, %d and %d are allowed",
+				files, bulk,
+				size, maxAttributed, maxAttributedSize, maxAttributeBytes)
 		}
 		return w.WriteHeader(h)
 	})
@@ -131,12 +136,12 @@ func (t *tree) writeAttributes() error {
 	if err := w.Close(); err != nil {
 		return fmt.Errorf("encoding extended attributes: %w", err)
 	}
-	// It says nothing that stat and getfattr do not, and is nobody's but root's.
+	// The file shows nothing that stat and getfattr do not, and only root may read it.
 	return t.writeFile(File{Path: AttributesPath, Mode: 0o400, Content: b.String()})
 }
 
-// readAttributes takes the attributes out of their file, as writeAttributes put
-// them there, and the file out of the tree.
+// readAttributes reads the attributes from their file, as writeAttributes wrote it, and removes
+// the file from the tree.
 func (t *tree) readAttributes() error {
 	parts, err := split(AttributesPath)
 	if err != nil {
@@ -170,7 +175,7 @@ func (t *tree) readAttributes() error {
 		if err != nil {
 			return fmt.Errorf("extended attributes of %.100q: %w", h.Name, err)
 		}
-		if len(to.inode.xattrs) == 0 { // else it is another name of a file that has them
+		if len(to.inode.xattrs) == 0 { // otherwise it is another name of a file that has them
 			if err := t.takeAttributes(to.inode, h); err != nil {
 				return err
 			}
@@ -180,8 +185,7 @@ func (t *tree) readAttributes() error {
 	return nil
 }
 
-// each calls a function for every node, a directory before what is in it, in the
-// order of the names.
+// each calls a function for every node, a directory before its content, in the order of names.
 func (t *tree) each(do func(*node) error) error {
 	var walk func(*node) error
 	walk = func(n *node) error {
