@@ -118,7 +118,7 @@ func (d *daemon) start(c *wire.Config) error {
 	}
 	cache := filepath.Join(dataDir, "cache")
 	if _, err := os.Stat(overdrawn); err == nil {
-		fmt.Fprintln(os.Stderr, "cay-buildkit: the cache is begun anew: it could not be cut to what it may have")
+		fmt.Fprintln(os.Stderr, "cay-buildkit: making the cache anew: it could not be cut to its limit")
 		if err := errors.Join(os.RemoveAll(cache), os.Remove(overdrawn)); err != nil {
 			return fmt.Errorf("removing a cache: %w", err)
 		}

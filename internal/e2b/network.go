@@ -75,7 +75,7 @@ func egress(internet *bool, n *networkBody) (*sandbox.Egress, error) {
 		left = subtract(left, p, allow)
 		if len(left) > sandbox.MaxEgressCIDRs {
 			return nil, fault.InField("invalid_network", "network.denyOut",
-				"is more than %d ranges without what allowOut takes out of it", sandbox.MaxEgressCIDRs)
+				"is more than %d ranges after allowOut is subtracted", sandbox.MaxEgressCIDRs)
 		}
 	}
 	if len(left) == 0 {

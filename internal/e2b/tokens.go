@@ -103,7 +103,7 @@ func (s *Surface) signed(w http.ResponseWriter, r *http.Request) error {
 	}
 	if wait > 0 {
 		return fault.New(fault.Exhausted, "too_many_searches",
-			"the URL names no sandbox, and too many such are looked for; use the host name %d-ID, or the headers %s and %s",
+			"there are too many requests with URLs that name no sandbox; use the host name %d-ID, or the headers %s and %s",
 			envdPort, idHeader, portHeader).After(wait)
 	}
 	ids, err := s.Sandboxes.Living(r.Context())

@@ -64,7 +64,7 @@ func (p *Proxy) metadataHandler(from netip.Addr, handle any) http.Handler {
 		m, err := p.host.Metadata(r.Context(), handle)
 		if err != nil {
 			p.log.Error("looking up metadata for a sandbox", "error", err)
-			problem(w, http.StatusInternalServerError, "internal", "the metadata cannot be looked up now")
+			problem(w, http.StatusInternalServerError, "internal", "the metadata is not available at the moment")
 			return
 		}
 		contentType, body, ok := m.at(r.URL.Path)

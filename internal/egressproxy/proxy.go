@@ -359,7 +359,7 @@ func (s *session) upload(server *net.TCPConn) error {
 			return s.deny("", errors.New("HTTP behind something else"))
 		}
 		if _, err := server.Write(said); err != nil {
-			return fmt.Errorf("passing on what the client says: %w", err)
+			return fmt.Errorf("copying from the client: %w", err)
 		}
 		if !s.maybeHTTP || line.over {
 			break
@@ -371,11 +371,11 @@ func (s *session) upload(server *net.TCPConn) error {
 			}
 			return server.CloseWrite()
 		} else if n == 0 && err != nil {
-			return fmt.Errorf("passing on what the client says: %w", err)
+			return fmt.Errorf("copying from the client: %w", err)
 		}
 	}
 	if _, err := io.Copy(server, s.client); err != nil {
-		return fmt.Errorf("passing on what the client says: %w", err)
+		return fmt.Errorf("copying from the client: %w", err)
 	}
 	return server.CloseWrite()
 }
@@ -388,14 +388,14 @@ func (s *session) download(server *net.TCPConn, spoke *atomic.Bool) error {
 		n, err := server.Read(b)
 		spoke.Store(n > 0 || !errors.Is(err, net.ErrClosed))
 		if err != nil && !errors.Is(err, io.EOF) {
-			return fmt.Errorf("passing on what the server says: %w", err)
+			return fmt.Errorf("copying from the server: %w", err)
 		}
 		if _, err := s.client.Write(b[:n]); err != nil {
-			return fmt.Errorf("passing on what the server says: %w", err)
+			return fmt.Errorf("copying from the server: %w", err)
 		}
 	}
 	if _, err := io.Copy(s.client, server); err != nil {
-		return fmt.Errorf("passing on what the server says: %w", err)
+		return fmt.Errorf("copying from the server: %w", err)
 	}
 	return s.client.CloseWrite()
 }

@@ -244,7 +244,7 @@ func (s *Service) begin(ctx context.Context, r *run, m *member) {
 	// The last lines are written even if the server stops.
 	j := newJournal(context.WithoutCancel(ctx), func(ctx context.Context, c LogChange, progress string) error {
 		return s.write(ctx, m, c, progress)
-	}, func(err error) { log.Warn("cannot write down what a build says", "error", err) })
+	}, func(err error) { log.Warn("cannot record the output of a build", "error", err) })
 	j.say(Progress{Text: "building template " + t.Name})
 	s.changed(t.ID)
 	s.mu.Lock()
@@ -313,7 +313,7 @@ func (s *Service) builds(ctx context.Context, r *run, b Build) (Built, error) {
 		var err error
 		if j.Context, err = s.contexts.Path(b.Context); err != nil {
 			s.log.Error("the context of a build is gone", "context", b.Context, "error", err)
-			return Built{}, &BuildError{ExitCode: -1, Message: "its context is not there any more: rebuild it with one"}
+			return Built{}, &BuildError{ExitCode: -1, Message: "its context is gone: rebuild it with a context"}
 		}
 	}
 	s.mu.Lock()

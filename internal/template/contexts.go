@@ -97,8 +97,8 @@ func (s *Service) putContext(ctx context.Context, org string, source io.Reader) 
 	var size int64
 	defer func() { s.budget.end(org, limit, hash, size) }()
 	spent := fault.New(fault.Exhausted, "quota_exceeded",
-		"the contexts of the organization's templates have %d MiB together at the most (build.contexts_mb): delete "+
-			"templates, or wait an hour for what is not used any more to be removed", s.cfg.ContextTotal>>20)
+		"the contexts of the organization's templates may take %d MiB in all (build.contexts_mb): delete templates, "+
+			"or wait an hour until unused contexts are removed", s.cfg.ContextTotal>>20)
 	if limit == 0 {
 		return "", spent
 	}

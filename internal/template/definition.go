@@ -85,7 +85,7 @@ var (
 func ParseDefinition(text []byte) (Definition, error) {
 	var d Definition
 	if len(text) > MaxDefinition {
-		return d, fmt.Errorf("definition is %d bytes; %d is the most", len(text), MaxDefinition)
+		return d, fmt.Errorf("definition has %d bytes; at most %d are allowed", len(text), MaxDefinition)
 	}
 	meta, err := toml.Decode(string(text), &d)
 	if err != nil {
@@ -153,7 +153,7 @@ func (d Definition) check() error {
 			return fmt.Errorf("file %s: from is the name of a file, and stands for its content", f.Path)
 		}
 		if f.Mode > 0o7777 {
-			return fmt.Errorf("file %s: mode %#o is none", f.Path, f.Mode)
+			return fmt.Errorf("file %s: mode %#o is not a mode", f.Path, f.Mode)
 		}
 	}
 	for _, p := range d.Remove {

@@ -113,7 +113,7 @@ func TestBadDefinitionsAreRefused(t *testing.T) {
 		{"root again", good + "[[users]]\nname = \"root\"\nuid = 0", "not an account"},
 		{"user without a home", good + "[[users]]\nname = \"a\"\nuid = 5", "home"},
 		{"user without a shell", good + "[[users]]\nname = \"a\"\nuid = 5\nhome = \"/h\"", "shell"},
-		{"too long", good + "#" + strings.Repeat("x", MaxDefinition), "is the most"},
+		{"too long", good + "#" + strings.Repeat("x", MaxDefinition), "are allowed"},
 	}
 	for _, tc := range tests {
 		t.Run(tc.name, func(t *testing.T) {

@@ -81,7 +81,7 @@ func (r *Request) check(cfg Config, withContext bool) error {
 		return invalid("user", "must be the name or number of a user")
 	}
 	if r.Size != "" && !slices.Contains(cfg.Sizes, r.Size) {
-		return invalid("size", "%.100q is none of the sizes in GET /v1/sizes", r.Size)
+		return invalid("size", "%.100q is not one of the sizes in GET /v1/sizes", r.Size)
 	}
 	if r.DiskMB != 0 && (r.DiskMB < sandbox.MinDiskMB || r.DiskMB > cfg.MaxDiskMB) {
 		return invalid("disk_size_mb", "must be between %d and %d", sandbox.MinDiskMB, cfg.MaxDiskMB)

@@ -342,7 +342,7 @@ func (s *Service) idle() bool {
 }
 
 // errSettled ends an update of a row that a newer build has changed.
-var errSettled = errors.New("the build is not the newest one any more")
+var errSettled = errors.New("the build is no longer the newest")
 
 // begin changes the row for a requested build.
 func (t *Template) begin(buildID string) {
