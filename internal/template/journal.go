@@ -162,8 +162,8 @@ func (j *journal) addLocked(l LogLine) {
 	}
 }
 
-// dropLocked drops the older half of the step that says the most, but for its heading,
-// and notes that in the place of the last line dropped.
+// dropLocked drops the older half of the largest step, except its heading,
+// and puts a note in the place of the last dropped line.
 //
 // +checklocks:j.mu
 func (j *journal) dropLocked() {
