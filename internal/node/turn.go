@@ -89,7 +89,8 @@ func (t *turns) giveLocked() {
 		t.given++
 		t.last[t.waiting[first].org] = t.given
 		if len(t.last) > remembered {
-			maps.DeleteFunc(t.last, func(_ string, at uint64) bool { return at+remembered <= t.given })
+			now := t.given
+			maps.DeleteFunc(t.last, func(_ string, at uint64) bool { return at+remembered <= now })
 		}
 		close(t.waiting[first].starts[0])
 		t.removeLocked(first, 0)
