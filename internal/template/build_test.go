@@ -27,7 +27,9 @@ func life(t *testing.T, store *memory, b *builder, change ...func(*Config)) *har
 	for _, c := range change {
 		c(&cfg)
 	}
-	return startWith(t, cfg, store, b, newShelf())
+	h := startWith(t, cfg, store, b, newShelf())
+	synctest.Wait() // for the first collection: the shelf keeps nothing for being new
+	return h
 }
 
 // of returns a request for a template from an image.
