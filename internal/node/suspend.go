@@ -14,6 +14,7 @@ import (
 	"github.com/cayhq/cay/internal/checkpoint"
 	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/runsc"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -30,24 +31,23 @@ type about struct {
 // Suspend implements sandbox.Node. The sandbox stands still from before it is written
 // down until it is ended or its checkpoint has failed, so nothing that it did is lost.
 func (n *Node) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
-	b, draft, err := n.draft(ctx, id)
+	var hold *runsc.Hold
+	w, err := n.save(ctx, id, func(b *box, dir string) (err error) {
+		// The agent should not wake with connections to somebody who has gone.
+		n.agents.Drop(string(id))
+		hold, err = b.runtime().Save(ctx, b.container(), dir)
+		return err
+	})
 	if err != nil {
 		return sandbox.Point{}, err
 	}
-	// The agent should not wake with connections to somebody who has gone.
-	n.agents.Drop(string(id))
-	now := time.Now()
-	hold, err := b.runtime().Save(ctx, b.container(), draft.Dir())
-	if err != nil {
-		return sandbox.Point{}, n.giveUp(b, draft, err)
-	}
-	point, err := n.commit(b, draft, string(id), now)
+	point, err := n.commit(w, string(id))
 	if err != nil {
 		err = errors.Join(err, hold.Release())
-		return sandbox.Point{}, n.giveUp(b, draft, err)
+		return sandbox.Point{}, n.giveUp(w.box, w.draft, err)
 	}
 	// From here on the checkpoint is the sandbox, and what stands still is not.
-	b.gone.Store(true)
+	w.box.gone.Store(true)
 	err = n.Rest(ctx, id)
 	return point, errors.Join(err, hold.Release())
 }
@@ -60,19 +60,49 @@ func (n *Node) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Point, er
 // saveLive writes a sandbox down that runs on, as the latest checkpoint of a name: its own,
 // or that of a snapshot.
 func (n *Node) saveLive(ctx context.Context, id sandbox.ID, name string) (sandbox.Point, error) {
-	b, draft, err := n.draft(ctx, id)
+	w, err := n.save(ctx, id, func(b *box, dir string) error { return b.runtime().SaveLive(ctx, b.container(), dir) })
 	if err != nil {
 		return sandbox.Point{}, err
 	}
-	now := time.Now()
-	if err := b.runtime().SaveLive(ctx, b.container(), draft.Dir()); err != nil {
-		return sandbox.Point{}, n.giveUp(b, draft, err)
-	}
-	point, err := n.commit(b, draft, name, now)
+	point, err := n.commit(w, name)
 	if err != nil {
-		return sandbox.Point{}, n.giveUp(b, draft, err)
+		return sandbox.Point{}, n.giveUp(w.box, w.draft, err)
 	}
 	return point, nil
+}
+
+// saveAttempts counts the tries of a save. What gVisor stumbles over while state changes under it, it rarely meets
+// again; a third try would hold the sandbox still once more and seldom help.
+const saveAttempts = 2
+
+// written is a sandbox that was written down into a draft at a time.
+type written struct {
+	box   *box
+	draft *checkpoint.Draft
+	at    time.Time
+}
+
+// save calls write with a sandbox that runs and the empty directory of a new draft, and once more if gVisor
+// fails and the sandbox goes on: a full disk, a dead sandbox and a call that was given up stay as they are.
+func (n *Node) save(ctx context.Context, id sandbox.ID, write func(b *box, dir string) error) (written, error) {
+	for attempt := 1; ; attempt++ {
+		b, draft, err := n.draft(ctx, id)
+		if err != nil {
+			return written{}, err
+		}
+		w := written{b, draft, time.Now()}
+		if err = n.passed("draft"); err == nil {
+			err = write(b, draft.Dir())
+		}
+		if err == nil {
+			return w, nil
+		}
+		err = n.giveUp(b, draft, err)
+		if attempt == saveAttempts || ctx.Err() != nil || b.dead() || fault.Is(err, fault.NoSpace) {
+			return written{}, err
+		}
+		n.log.WarnContext(ctx, "saving a sandbox failed and is tried again", "sandbox", id, "error", err)
+	}
 }
 
 // giveUp is the end of a checkpoint that failed. The one before is still there.
@@ -100,15 +130,15 @@ func (n *Node) draft(ctx context.Context, id sandbox.ID) (*box, *checkpoint.Draf
 	return b, draft, err
 }
 
-func (n *Node) commit(b *box, draft *checkpoint.Draft, name string, at time.Time) (sandbox.Point, error) {
+func (n *Node) commit(w written, name string) (sandbox.Point, error) {
 	if err := n.passed("save"); err != nil {
 		return sandbox.Point{}, err
 	}
-	c, err := draft.CommitAs(name, at, about{b.life, n.cfg.Nameservers})
+	c, err := w.draft.CommitAs(name, w.at, about{w.box.life, n.cfg.Nameservers})
 	if err != nil {
 		return sandbox.Point{}, err
 	}
-	return sandbox.Point{At: c.At, Size: c.Size, Run: b.life.Run}, n.passed("commit")
+	return sandbox.Point{At: c.At, Size: c.Size, Run: w.box.life.Run}, n.passed("commit")
 }
 
 // passed is the tests' door to break an operation after a step.

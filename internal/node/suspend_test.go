@@ -184,6 +184,57 @@ func TestSuspendFailsAtEveryStep(t *testing.T) {
 	}
 }
 
+// TestSaveIsTriedAgain puts a directory where gVisor is to write a file, so that the save fails: of one try, the next
+// succeeds; of every try, the error quotes gVisor, nothing is left, and the sandbox goes on.
+func TestSaveIsTriedAgain(t *testing.T) {
+	m := newMachine(t)
+	spec, n := m.working()
+	snapshot := sandbox.SnapshotID("snap_aaaaaaaaaaaaaaaaaaaa")
+	saves := map[string]func() error{
+		"checkpoint": func() error { _, err := m.node.Checkpoint(m.ctx(), spec.ID); return err },
+		"snapshot":   func() error { _, err := m.node.Snapshot(m.ctx(), spec.ID, snapshot); return err },
+		"suspend":    func() error { _, err := m.node.Suspend(m.ctx(), spec.ID); return err },
+	}
+	for _, name := range []string{"checkpoint", "snapshot", "suspend"} {
+		for failing, want := range map[int]int{saveAttempts: saveAttempts, 1: 2, 0: 1} {
+			tries := 0
+			m.node.after = func(step string) error {
+				if step != "draft" {
+					return nil
+				}
+				if tries++; tries > failing {
+					return nil
+				}
+				drafts, err := filepath.Glob(filepath.Join(m.dir, "checkpoints", string(spec.ID), "*", "config.json"))
+				if err != nil || len(drafts) > 1 {
+					t.Errorf("before a save there are %v, %v", drafts, err)
+				}
+				return os.MkdirAll(filepath.Join(m.draftDir(spec.ID), "checkpoint.img"), 0o700)
+			}
+			err := saves[name]()
+			m.node.after = nil
+			if tries != want || (err == nil) != (failing < saveAttempts) {
+				t.Fatalf("%s, %d failing: %d tries, %v", name, failing, tries, err)
+			}
+			if err != nil && !strings.Contains(err.Error(), "checkpoint.img") {
+				t.Errorf("%s: the error does not say what gVisor said: %v", name, err)
+			}
+			if _, err := os.Stat(m.draftDir(spec.ID)); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("%s, %d failing: of the draft there is left: %v", name, failing, err)
+			}
+			if name == "suspend" && err == nil {
+				spec = m.wake(spec)
+			}
+			n = m.counts(spec, n)
+		}
+	}
+}
+
+// draftDir returns where a checkpoint of a sandbox is written before it is one.
+func (m *machine) draftDir(id sandbox.ID) string {
+	return filepath.Join(m.dir, "checkpoints", string(id), "draft")
+}
+
 // TestWakeFailsAtEveryStep breaks a wake after each of its steps: the sandbox sleeps on
 // and the next try succeeds.
 func TestWakeFailsAtEveryStep(t *testing.T) {

@@ -11,6 +11,7 @@
 package runsc
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -215,7 +216,7 @@ func lastMessages(bundle string) string {
 		if err != nil {
 			continue
 		}
-		lines := strings.Split(strings.TrimSpace(string(data)), "\n")
+		lines := messages(data)
 		room, first := mostQuoted, len(lines)
 		for ; first > 0; first-- {
 			line := &lines[first-1]
@@ -231,6 +232,24 @@ func lastMessages(bundle string) string {
 		}
 	}
 	return strings.Join(out, "; ")
+}
+
+// messages returns what a log says: the texts of JSON messages, which runsc writes without line breaks between, and
+// the lines of all else, such as a panic.
+func messages(log []byte) []string {
+	var all []string
+	decoder := json.NewDecoder(bytes.NewReader(log))
+	for {
+		from := decoder.InputOffset()
+		var m struct{ Msg string }
+		if decoder.Decode(&m) != nil || m.Msg == "" {
+			if rest := strings.TrimSpace(string(log[from:])); rest != "" {
+				all = append(all, strings.Split(rest, "\n")...)
+			}
+			return all
+		}
+		all = append(all, m.Msg)
+	}
 }
 
 // runsc keeps the state of a sandbox in <id>_sandbox:<id>.state.

@@ -119,6 +119,14 @@ func TestErrorsNameTheReason(t *testing.T) {
 	if !strings.Contains(got, "an older one\nthe save failed: some reason") || !strings.HasSuffix(got, "xxx…\nthe end") || len(got) > 2*mostQuoted {
 		t.Errorf("%d bytes: %.3000s", len(got), got)
 	}
+	// runsc's own messages follow one another on one line.
+	log = `{"msg":"an older one ` + strings.Repeat("x", 2*mostOfLine) + `","level":"error"}{"msg":"saving: no \"space\"","level":"error"}`
+	if err := os.WriteFile(filepath.Join(dir, logFile), []byte(log+"\na panic\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := lastMessages(dir); !strings.HasPrefix(got, "an older one xxx") || !strings.HasSuffix(got, "xxx…\nsaving: no \"space\"\na panic") {
+		t.Errorf("got %s", got)
+	}
 	if got := lastMessages(t.TempDir()); got != "" {
 		t.Errorf("without logs: %q", got)
 	}
