@@ -268,6 +268,13 @@ func TestDockerfiles(t *testing.T) {
 			dockerfile: "FROM python\nRUN python3 -c 'import sys; open(\"/version\", \"w\").write(str(sys.version_info[0]))'\n",
 			command:    "cat /version; python3 -c 'print(1+1)'", want: "32",
 		},
+		"times": { // byte code names the time of its source
+			dockerfile: "FROM python\nRUN cd /opt && echo x=1 >m.py && touch -d @1500000000 m.py && python3 -m py_compile m.py && python3 -c 'import m'\n" +
+				"RUN date >/dev/null; test -z \"$SOURCE_DATE_EPOCH\"\n",
+			command: "cd /opt; stat -c %Y m.py; stat -c '%y %s' __pycache__/* >/tmp/1; python3 -v -c 'import m' 2>&1 | grep -o 'matches /opt/m.py'; " +
+				"stat -c '%y %s' __pycache__/* | cmp - /tmp/1; ls __pycache__ | wc -l; test $(date -r __pycache__ +%Y) -gt 2020",
+			want: "1500000000\nmatches /opt/m.py\n1",
+		},
 		"context-path": {
 			dockerfile: "",
 			files:      map[string]string{"docker/My.Dockerfile": "FROM " + tiny + "\nCOPY a.txt /a\n", "a.txt": "found"},
@@ -479,6 +486,13 @@ func TestTemplateLife(t *testing.T) {
 	}
 	if status, body := s.built("mine"); status != "ready" || !strings.Contains(string(body), `"version":2`) {
 		t.Fatalf("after the rebuild: %s", body)
+	}
+	// The steps run again, at another time, and give the same.
+	if code, body := s.call("POST", "/v1/templates/mine/rebuild", nil); code != 202 {
+		t.Fatalf("rebuild: %d %s", code, body)
+	}
+	if status, body := s.built("mine"); status != "ready" || !strings.Contains(string(body), `"version":2`) {
+		t.Errorf("after a rebuild of the same: %s", body)
 	}
 	if got := s.inside("mine", "cat /which"); got != "two" {
 		t.Errorf("version 2: %q", got)

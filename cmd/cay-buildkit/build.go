@@ -234,35 +234,30 @@ func (b *build) options() map[string]string {
 }
 
 // exporter returns the exporter of the image's layout. It does not compress layers, since the
-// image is unpacked next, and it dates nothing later than the epoch, so that the same input gives
-// the same image.
+// image is unpacked next. Files keep their times: programs that record the time of one file in
+// another, as Python does for compiled files, would find the times to differ.
 func (b *build) exporter(ctx context.Context) (llbsolver.ExporterRequest, error) {
 	var r llbsolver.ExporterRequest
 	exp, err := b.engine.worker.Exporter(client.ExporterOCI, b.engine.sessions)
 	if err != nil {
 		return r, fmt.Errorf("making the exporter: %w", err)
 	}
-	instance, err := exp.Resolve(ctx, 0, map[string]string{
+	attributes := map[string]string{
 		"tar":                                   "false",
 		string(exptypes.OptKeyLayerCompression): "uncompressed",
-		string(exptypes.OptKeySourceDateEpoch):  b.epoch(),
-		string(exptypes.OptKeyRewriteTimestamp): "true",
-	})
+		string(exptypes.OptKeySourceDateEpoch):  strconv.Itoa(wire.Epoch),
+	}
+	if said := b.request.Args["SOURCE_DATE_EPOCH"]; said != "" {
+		if _, err := strconv.ParseInt(said, 10, 64); err == nil {
+			attributes[string(exptypes.OptKeySourceDateEpoch)], attributes[string(exptypes.OptKeyRewriteTimestamp)] = said, "true"
+		}
+	}
+	instance, err := exp.Resolve(ctx, 0, attributes)
 	if err != nil {
 		return r, fmt.Errorf("making the exporter: %w", err)
 	}
 	r.Exporters = append(r.Exporters, instance)
 	return r, nil
-}
-
-// epoch returns the user's epoch, or the default.
-func (b *build) epoch() string {
-	if said := b.request.Args["SOURCE_DATE_EPOCH"]; said != "" {
-		if _, err := strconv.ParseInt(said, 10, 64); err == nil {
-			return said
-		}
-	}
-	return strconv.Itoa(wire.Epoch)
 }
 
 // policy decides where a build's sources come from. Images are only those that the server gives

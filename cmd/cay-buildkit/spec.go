@@ -6,14 +6,11 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/moby/buildkit/executor"
 	"github.com/opencontainers/runtime-spec/specs-go"
-
-	"github.com/cayhq/cay/internal/buildkit/wire"
 )
 
 // capabilities are docker's default set, for which Dockerfiles are written. The sandbox's own
@@ -43,7 +40,7 @@ func (s *steps) spec(ctx context.Context, b *runningStep, root string, mounts []
 		Hostname: hostname,
 		Root:     &specs.Root{Path: root},
 		Process: &specs.Process{
-			Args: m.Args, Env: dated(m.Env), Cwd: m.Cwd, User: u,
+			Args: m.Args, Env: m.Env, Cwd: m.Cwd, User: u,
 			Capabilities: &specs.LinuxCapabilities{Bounding: capabilities, Effective: capabilities, Permitted: capabilities},
 			Rlimits:      rlimits(m),
 		},
@@ -86,15 +83,6 @@ func (s *steps) spec(ctx context.Context, b *runningStep, root string, mounts []
 		spec.Mounts = append(spec.Mounts, to)
 	}
 	return spec, nil
-}
-
-// dated adds SOURCE_DATE_EPOCH to a step's environment, unless the Dockerfile sets it.
-func dated(env []string) []string {
-	const name = "SOURCE_DATE_EPOCH="
-	if slices.ContainsFunc(env, func(v string) bool { return strings.HasPrefix(v, name) }) {
-		return env
-	}
-	return append(slices.Clone(env), name+strconv.Itoa(wire.Epoch))
 }
 
 // nameFiles writes the step's files of host names and name servers.

@@ -129,6 +129,12 @@ func (b builder) HasUser(ctx context.Context, digest, name string) (bool, error)
 	return known, goneIfUnusable(err)
 }
 
+// Same implements template.Builder.
+func (b builder) Same(ctx context.Context, one, other string) (bool, error) {
+	same, err := b.images.Same(ctx, one, other)
+	return same, goneIfUnusable(err)
+}
+
 // Collect implements template.Builder.
 func (b builder) Collect(_ context.Context, keep []string) ([]string, int64, error) {
 	return b.images.Collect(keep)

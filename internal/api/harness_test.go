@@ -384,6 +384,10 @@ func (b *fakeBuilder) Build(ctx context.Context, j template.Job, progress func(t
 
 func (b *fakeBuilder) Check(context.Context, string) error { return nil }
 
+func (b *fakeBuilder) Same(_ context.Context, one, other string) (bool, error) {
+	return one == other, nil
+}
+
 func (b *fakeBuilder) HasUser(context.Context, string, string) (bool, error) { return true, nil }
 
 func (b *fakeBuilder) Collect(context.Context, []string) ([]string, int64, error) { return nil, 0, nil }

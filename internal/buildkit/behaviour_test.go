@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/caytest"
@@ -176,19 +177,36 @@ func TestServerDies(t *testing.T) {
 	}
 }
 
-// TestSameInputSameImage builds twice without the cache, the second time in a new directory.
+// TestSameInputSameImage builds twice without the cache, the second time in a new directory. The images
+// are the same but for the times of files, and the same in all if the build says which times, or
+// everything comes from the cache.
 func TestSameInputSameImage(t *testing.T) {
 	request := Request{Base: testBases(t), NoCache: true, Context: pack(t, map[string]string{"f": "f", "d/g": "g"}),
 		Dockerfile: "FROM base AS a\nRUN mkdir /made && echo x >/made/file && ln -s file /made/link\nFROM base\nCOPY . /ctx\nCOPY --from=a /made /made\nRUN date >/dev/null; rm /etc/group; touch /tmp/t\nWORKDIR /w\n"}
-	got := map[string]bool{}
+	dated, cached := request, request
+	dated.Args = map[string]string{"SOURCE_DATE_EPOCH": "1000000000"}
+	cached.NoCache = false
+	same := map[string]bool{}
+	var first map[string]string
 	for range 2 {
 		r := newFixture(t)
 		for range 2 {
-			got[r.build(t, request).Manifest] = true
+			same[r.build(t, dated).Manifest] = true
+		}
+		result := r.build(t, request)
+		_, files := opened(t, result)
+		if first == nil {
+			first = files
+		}
+		if diff := cmp.Diff(first, files); diff != "" {
+			t.Error(diff)
+		}
+		if again := r.build(t, cached); again.Manifest != result.Manifest {
+			t.Errorf("out of the cache comes %s, and had been %s", again.Manifest, result.Manifest)
 		}
 	}
-	if len(got) != 1 {
-		t.Errorf("four builds gave the images %v", got)
+	if len(same) != 1 {
+		t.Errorf("four builds gave the images %v", same)
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -259,6 +260,63 @@ func TestHasUser(t *testing.T) {
 		if got, err := s.HasUser(t.Context(), img.Digest, "app"); got != want || err != nil {
 			t.Errorf("%q: %v, %v", passwd, got, err)
 		}
+	}
+}
+
+// TestSame compares images with one that has a bit of everything.
+func TestSame(t *testing.T) {
+	s := openStore(t)
+	build := func(members ...member) string {
+		t.Helper()
+		p := parts{}
+		p.index(t, p.image(t, runtime.GOARCH, plain, archive(t, members...)))
+		img, err := s.Build(t.Context(), Source{Layout: &Layout{Dir: p.dir(t)}}, quiet)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return img.Digest
+	}
+	late := func(h *tar.Header) { h.ModTime = h.ModTime.Add(time.Hour) }
+	with := func(value string) func(*tar.Header) {
+		return func(h *tar.Header) { h.PAXRecords = map[string]string{"SCHILY.xattr.user.x": value} }
+	}
+	long := strings.Repeat("x", 3<<20)
+	all := func(last ...member) []member {
+		return append([]member{dir("d"), file("d/long", long), file("d/attributed", "1", with("a")), symlink("l", "d"),
+			file("one", "1"), hardlink("two", "one"), file("empty", "")}, last...)
+	}
+	was := build(all()...)
+	for name, tt := range map[string]struct {
+		members []member
+		want    bool
+	}{
+		"the same": {all(), true},
+		"other times": {[]member{dir("d", late), file("d/long", long, late), file("d/attributed", "1", with("a"), late),
+			symlink("l", "d"), file("one", "1", late), hardlink("two", "one"), file("empty", "", late)}, true},
+		"one more":             {all(file("e", "")), false},
+		"other bytes":          {all(file("one", "2"), hardlink("two", "one")), false},
+		"other bytes far in":   {all(file("d/long", long[1:]+"y")), false},
+		"another size":         {all(file("empty", "1")), false},
+		"another mode":         {all(file("empty", "", mode(0o600))), false},
+		"another owner":        {all(file("empty", "", owner(1, 0))), false},
+		"another target":       {all(symlink("l", "one")), false},
+		"another attribute":    {all(file("d/attributed", "1", with("b"))), false},
+		"two files of one":     {all(file("two", "1")), false},
+		"one file of two":      {all(file("d/a", "1"), hardlink("d/b", "d/a")), false},
+		"a link, not a folder": {all(symlink("empty", "one")), false},
+	} {
+		other := build(tt.members...)
+		if name == "other times" && other == was {
+			t.Error("other times give the same image")
+		}
+		for _, pair := range [][2]string{{was, other}, {other, was}} {
+			if got, err := s.Same(t.Context(), pair[0], pair[1]); got != tt.want || err != nil {
+				t.Errorf("%s: %v, %v", name, got, err)
+			}
+		}
+	}
+	if _, err := s.Same(t.Context(), was, strings.Repeat("0", 64)); !errors.Is(err, ErrMissing) {
+		t.Errorf("with an image that is not there: %v", err)
 	}
 }
 

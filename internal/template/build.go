@@ -405,6 +405,9 @@ func (s *Service) succeeded(ctx context.Context, m *member, b Build, built Built
 	if err == nil {
 		err = s.checkUser(ctx, b.Definition, built)
 	}
+	if err == nil {
+		built.Image, err = s.unchanged(ctx, m, built.Image)
+	}
 	if err != nil {
 		return s.failed(ctx, m, err)
 	}
@@ -427,6 +430,26 @@ func (s *Service) succeeded(ctx context.Context, m *member, b Build, built Built
 			"took", took)
 	}
 	return err
+}
+
+// unchanged returns the image of the version before where the new one is the same but for the times of files, and the
+// new one otherwise: a build that gave nothing else is no version.
+func (s *Service) unchanged(ctx context.Context, m *member, image string) (string, error) {
+	t, err := s.store.GetTemplate(ctx, m.org, m.template)
+	if err != nil || t.Image == "" || m.last != "" {
+		return image, nil // the template is gone, or the image is: there is nothing to compare with
+	}
+	same, err := s.builder.Same(ctx, t.Image, image)
+	if ctx.Err() != nil {
+		return "", ctx.Err()
+	}
+	if err != nil {
+		s.log.Warn("cannot compare a built image with the one before: it counts as another", "template", t.Name, "error", err)
+	}
+	if same {
+		return t.Image, nil
+	}
+	return image, nil
 }
 
 // sameVersion reports whether sandboxes of both would start alike.

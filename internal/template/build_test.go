@@ -142,6 +142,27 @@ func TestVersionCountsWhatSandboxesGet(t *testing.T) {
 	})
 }
 
+// TestTimesAreNoVersion builds an image that differs from the one before in its times alone.
+func TestTimesAreNoVersion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b, builds := newBuilder(), 0
+		b.made = func(Definition) string { builds++; return fmt.Sprintf("image@%d", builds) }
+		h := life(t, newMemory(), b)
+		h.create(t, me, of("app", "a"))
+		synctest.Wait()
+		for range 2 {
+			h.rebuild(t, "app", nil)
+			h.wantStatus(t, "app", Ready, 1)
+			if got := h.get(t, "app").Image; got != "image@1" {
+				t.Errorf("the image is %s", got)
+			}
+		}
+		if builds != 3 {
+			t.Errorf("%d builds", builds)
+		}
+	})
+}
+
 // TestRestartDuringABuild checks that a service continues from any state that the last one ended
 // in.
 func TestRestartDuringABuild(t *testing.T) {

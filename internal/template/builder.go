@@ -77,6 +77,9 @@ type Builder interface {
 	Check(ctx context.Context, image string) error
 	// HasUser reports whether an image has a user of the name. It has the errors of Check.
 	HasUser(ctx context.Context, image, name string) (bool, error)
+	// Same reports whether two images differ in the times of their files at most. It has the errors
+	// of Check.
+	Same(ctx context.Context, a, b string) (bool, error)
 	// Collect removes the images that are not in keep and were not used recently. After an error
 	// it goes on, and returns all errors joined.
 	Collect(ctx context.Context, keep []string) (removed []string, freed int64, err error)

@@ -345,6 +345,13 @@ func (b *builder) Build(ctx context.Context, j Job, progress func(Progress)) (Bu
 		User: "app", Workdir: "/srv", Cmd: []string{"serve"}}, nil
 }
 
+// Same takes images for the same that differ in what stands behind an "@" alone.
+func (b *builder) Same(_ context.Context, one, other string) (bool, error) {
+	one, _, _ = strings.Cut(one, "@")
+	other, _, _ = strings.Cut(other, "@")
+	return one == other, nil
+}
+
 func (b *builder) HasUser(_ context.Context, image, name string) (bool, error) {
 	return name != "nobody-has-it", nil
 }

@@ -170,10 +170,9 @@ type Failure struct {
 	Message  string   `json:"message"`
 }
 
-// Epoch is the latest date in an image, in Unix seconds, so that the same input gives the same
-// image. It is the first day that zip files can express. Steps see it as SOURCE_DATE_EPOCH;
-// without that, programs that record the date of one file in another, as Python does for compiled
-// files, would find the dates to differ.
+// Epoch is the date of an image and its history, in Unix seconds, but not of the files in it, so that
+// an image that comes from the cache is the same each time. The build argument SOURCE_DATE_EPOCH is
+// the latest date of files too.
 const Epoch = 315532800
 
 // MaxMessage is the greatest size of a message in bytes.
