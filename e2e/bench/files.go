@@ -15,6 +15,8 @@ import (
 const (
 	fileUpload   = "upload of 100 MB"
 	fileDownload = "download of 100 MB"
+	fileList     = "listing of 20,000 files"
+	fileShell    = "  ls -l of the same, inside"
 )
 
 // transfers is how often the largest file goes each way.
@@ -48,7 +50,36 @@ func measureFiles(ctx context.Context, o options, s *server, _ *docker, r *resul
 		}
 		r.add(fileDownload, unitMBps, float64(n)/1e6/time.Since(began).Seconds())
 	}
+	if err := s.measureListing(ctx, id, o.transfers(), r); err != nil {
+		return err
+	}
 	return s.api.DestroySandbox(ctx, id)
+}
+
+// measureListing lists a large directory, and has a program inside do it in turn.
+func (s *server) measureListing(ctx context.Context, id string, times int, r *results) error {
+	const dir, files = "/tmp/many", 20_000
+	fill := fmt.Sprintf("mkdir %s && cd %s && seq %d | xargs touch", dir, dir, files)
+	if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"sh", "-c", fill}}); err != nil {
+		return err
+	}
+	for range times {
+		began := time.Now()
+		all, err := s.api.ListFiles(ctx, id, dir, 1)
+		if err == nil && len(all) != files {
+			err = fmt.Errorf("%d files of %d", len(all), files)
+		}
+		if err != nil {
+			return fmt.Errorf("listing: %w", err)
+		}
+		r.add(fileList, unitMS, milliseconds(time.Since(began)))
+		res, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"sh", "-c", "ls -l " + dir + " >/dev/null"}})
+		if err != nil {
+			return err
+		}
+		r.add(fileShell, unitMS, float64(res.DurationMs))
+	}
+	return nil
 }
 
 func (s *server) download(ctx context.Context, id, path string) (int64, error) {

@@ -4,9 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -41,7 +43,8 @@ func TestUsers(t *testing.T) {
 			t.Errorf("%q: %s, want %s", spec, got, want)
 		}
 	}
-	if got := u.ownerName(10) + " " + u.groupName(30) + " " + u.ownerName(99); got != "ann extra 99" {
+	o := u.owners()
+	if got := o.user(10) + " " + o.group(30) + " " + o.user(99); got != "ann extra 99" {
 		t.Errorf("names %q", got)
 	}
 	// A change is seen.
@@ -50,6 +53,9 @@ func TestUsers(t *testing.T) {
 	}
 	if who, err := u.lookup("ann"); err != nil || who.uid != 1234 {
 		t.Errorf("after a change: %v, %v", who, err)
+	}
+	if got := u.owners().user(1234) + " " + u.owners().user(10) + " " + o.user(10); got != "ann 10 ann" {
+		t.Errorf("after a change the names are %q", got)
 	}
 	// Without files there is root nevertheless; a fifo does not stop anything.
 	if err := errors.Join(os.Remove(u.passwd), os.Remove(u.group)); err != nil {
@@ -79,8 +85,8 @@ func FuzzUsers(f *testing.F) {
 		if !strings.HasPrefix(who.home, "/") || !slices.IsSorted(who.groups) || !slices.Contains(who.groups, who.gid) {
 			t.Errorf("%q is %+v", spec, who)
 		}
-		u.ownerName(who.uid)
-		u.groupName(who.gid)
+		u.owners().user(who.uid)
+		u.owners().group(who.gid)
 	})
 }
 
@@ -212,5 +218,51 @@ func TestCommandEnv(t *testing.T) {
 		if _, err := commandEnv(who, false, nil, bad); err == nil {
 			t.Errorf("%q was taken", bad)
 		}
+	}
+}
+
+// changing is an answer that calls change when its first part is written.
+type changing struct {
+	*httptest.ResponseRecorder
+	change func()
+}
+
+func (c *changing) Write(b []byte) (int, error) {
+	if c.change != nil {
+		c.change()
+		c.change = nil
+	}
+	return c.ResponseRecorder.Write(b)
+}
+
+// TestListingAsksForNamesOnce renames the owner of files in the middle of a listing. All its entries have the first name:
+// looking for a change at each would take longer than looking at the file.
+func TestListingAsksForNamesOnce(t *testing.T) {
+	me := uint32(os.Getuid())
+	passwd := func(name string) string { return fmt.Sprintf("root:x:0:0::/root:\n%s:x:%d:1::/:\n", name, me) }
+	if me == 0 {
+		passwd = func(name string) string { return name + ":x:0:0::/root:\n" }
+	}
+	f := &files{settings: &settings{}, users: testUsers(t, passwd("before"), "")}
+	dir := t.TempDir()
+	const many = 1000 // more than the buffer of an answer holds
+	for n := range many {
+		if err := os.WriteFile(filepath.Join(dir, strconv.Itoa(n)), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	renamed := false
+	w := &changing{httptest.NewRecorder(), func() {
+		renamed = true
+		if err := os.WriteFile(f.users.passwd, []byte(passwd("afterwards")), 0o600); err != nil {
+			t.Error(err)
+		}
+	}}
+	f.list(w, httptest.NewRequest("GET", "/files/list?username=0&path="+dir, nil))
+	if n := strings.Count(w.Body.String(), `"owner":"before"`); n != many || !renamed {
+		t.Errorf("%d of %d entries have the first name, renamed: %v; %.300s", n, many, renamed, w.Body)
+	}
+	if got := f.users.owners().user(me); got != "afterwards" {
+		t.Errorf("later the name is %q", got)
 	}
 }

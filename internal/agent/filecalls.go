@@ -25,7 +25,7 @@ func (f *files) stat(w http.ResponseWriter, r *http.Request) {
 }
 
 func (f *files) answerEntry(w http.ResponseWriter, p string) error {
-	e, err := f.entry(p)
+	e, err := entry(p, f.users.owners())
 	if errors.Is(err, syscall.ENOTDIR) {
 		err = syscall.ENOENT // below a file there is nothing
 	}

@@ -376,11 +376,12 @@ func (f *files) list(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
-	names, err := readNames(p)
+	dir, names, err := openDir(p)
 	if err != nil {
 		httpError(w, fileProblem(err, p))
 		return
 	}
+	defer dir.Close()
 	if len(names) > agentapi.MaxEntries { // else the host says so in the middle of the answer
 		httpError(w, newProblem(agentapi.CodeListingTooLarge, "more than %d entries", agentapi.MaxEntries))
 		return
@@ -389,34 +390,47 @@ func (f *files) list(w http.ResponseWriter, r *http.Request) {
 	out := bufio.NewWriterSize(w, 32<<10)
 	enc := json.NewEncoder(out)
 	// The first error is one of writing: the client has gone.
-	if f.listInto(enc, p, names, depth) == nil {
+	if listInto(enc, f.users.owners(), dir, names, depth) == nil {
 		_ = out.Flush()
 	}
 }
 
 // readNames lists a directory in lexical order.
 func readNames(dir string) ([]string, error) {
-	st, err := os.Stat(dir)
+	d, names, err := openDir(dir)
 	if err != nil {
 		return nil, err
 	}
+	return names, d.Close()
+}
+
+// openDir opens a directory and lists it in lexical order.
+func openDir(dir string) (*os.File, []string, error) {
+	st, err := os.Stat(dir)
+	if err != nil {
+		return nil, nil, err
+	}
 	if !st.IsDir() {
-		return nil, newProblem(agentapi.CodeNotDirectory, "path %q is not a directory", dir)
+		return nil, nil, newProblem(agentapi.CodeNotDirectory, "path %q is not a directory", dir)
 	}
 	d, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	defer d.Close()
 	names, err := d.Readdirnames(-1)
+	if err != nil {
+		return nil, nil, errors.Join(err, d.Close())
+	}
 	slices.Sort(names)
-	return names, err
+	return d, names, nil
 }
 
-func (f *files) listInto(enc *json.Encoder, dir string, names []string, depth int) error {
+// listInto writes what a directory holds. It looks at each name from the open directory: by its whole path it would take
+// half as long again.
+func listInto(enc *json.Encoder, o owners, dir *os.File, names []string, depth int) error {
 	for _, name := range names {
-		p := path.Join(dir, name)
-		e, err := f.entry(p)
+		p := path.Join(dir.Name(), name)
+		e, err := entryAt(int(dir.Fd()), name, p, o)
 		if err != nil {
 			continue // gone meanwhile
 		}
@@ -427,8 +441,8 @@ func (f *files) listInto(enc *json.Encoder, dir string, names []string, depth in
 			continue
 		}
 		// What cannot be listed is there nevertheless.
-		if below, err := readNames(p); err == nil {
-			if err := f.listInto(enc, p, below, depth-1); err != nil {
+		if below, names, err := openDir(p); err == nil {
+			if err := errors.Join(listInto(enc, o, below, names, depth-1), below.Close()); err != nil {
 				return err
 			}
 		}
@@ -437,30 +451,32 @@ func (f *files) listInto(enc *json.Encoder, dir string, names []string, depth in
 }
 
 // entry describes what is at p itself, for the v1 API.
-func (f *files) entry(p string) (agentapi.Entry, error) {
-	st, err := os.Lstat(p)
-	if err != nil {
-		return agentapi.Entry{}, err
+func entry(p string, o owners) (agentapi.Entry, error) { return entryAt(unix.AT_FDCWD, p, p, o) }
+
+// entryAt describes what is at p, which is found as at from a directory.
+func entryAt(dir int, at, p string, o owners) (agentapi.Entry, error) {
+	var st unix.Stat_t
+	if err := unix.Fstatat(dir, at, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return agentapi.Entry{}, &fs.PathError{Op: "lstat", Path: p, Err: err}
 	}
-	sys := st.Sys().(*syscall.Stat_t)
 	e := agentapi.Entry{
 		Name:       path.Base(p),
 		Path:       p,
-		Size:       st.Size(),
-		Mode:       sys.Mode & 0o7777,
-		Owner:      f.users.ownerName(sys.Uid),
-		Group:      f.users.groupName(sys.Gid),
-		ModifiedAt: st.ModTime().UTC(),
+		Size:       st.Size,
+		Mode:       st.Mode & 0o7777,
+		Owner:      o.user(st.Uid),
+		Group:      o.group(st.Gid),
+		ModifiedAt: time.Unix(st.Mtim.Unix()).UTC(),
 	}
 	if !utf8.ValidString(p) {
 		e.RawPath = []byte(p)
 	}
-	switch {
-	case st.Mode().IsRegular():
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFREG:
 		e.Type = agentapi.TypeFile
-	case st.IsDir():
+	case unix.S_IFDIR:
 		e.Type = agentapi.TypeDirectory
-	case st.Mode()&fs.ModeSymlink != 0:
+	case unix.S_IFLNK:
 		e.Type = agentapi.TypeSymlink
 		// A link removed meanwhile has no target.
 		e.SymlinkTarget, _ = os.Readlink(p)

@@ -46,7 +46,7 @@ func (s *filesystemService) Stat(_ context.Context, req *connect.Request[filesys
 	if err != nil {
 		return nil, err
 	}
-	e, err := s.files.entryInfo(p)
+	e, err := entryInfo(p, s.files.users.owners())
 	if err != nil {
 		return nil, statErr(err, p)
 	}
@@ -76,7 +76,7 @@ func (s *filesystemService) MakeDir(_ context.Context, req *connect.Request[file
 	if err := makeDirs(p, u); err != nil {
 		return nil, connectErr(fileProblem(err, p))
 	}
-	e, err := s.files.entryInfo(p)
+	e, err := entryInfo(p, s.files.users.owners())
 	if err != nil {
 		return nil, statErr(err, p)
 	}
@@ -102,7 +102,7 @@ func (s *filesystemService) Move(_ context.Context, req *connect.Request[filesys
 	if err := os.Rename(from, to); err != nil {
 		return nil, connectErr(fileProblem(err, to))
 	}
-	e, err := s.files.entryInfo(to)
+	e, err := entryInfo(to, s.files.users.owners())
 	if err != nil {
 		return nil, statErr(err, to)
 	}
@@ -121,20 +121,22 @@ func (s *filesystemService) ListDir(ctx context.Context, req *connect.Request[fi
 	}
 	reply := &filesystem.ListDirResponse{}
 	depth := min(max(req.Msg.GetDepth(), 1), maxDepth)
-	s.listInto(ctx, reply, p, names, int(depth))
+	s.listInto(ctx, reply, s.files.users.owners(), p, names, int(depth))
 	if ctx.Err() != nil {
 		return nil, contextError(ctx)
 	}
 	return connect.NewResponse(reply), nil
 }
 
-func (s *filesystemService) listInto(ctx context.Context, reply *filesystem.ListDirResponse, dir string, names []string, depth int) {
+func (s *filesystemService) listInto(ctx context.Context, reply *filesystem.ListDirResponse, o owners, dir string,
+	names []string, depth int,
+) {
 	for _, name := range names {
 		if ctx.Err() != nil {
 			return
 		}
 		p := path.Join(dir, name)
-		e, err := s.files.entryInfo(p)
+		e, err := entryInfo(p, o)
 		if err != nil {
 			continue // gone meanwhile
 		}
@@ -144,7 +146,7 @@ func (s *filesystemService) listInto(ctx context.Context, reply *filesystem.List
 		}
 		// What cannot be listed is there nevertheless.
 		if below, err := readNames(p); err == nil {
-			s.listInto(ctx, reply, p, below, depth-1)
+			s.listInto(ctx, reply, o, p, below, depth-1)
 		}
 	}
 }
@@ -167,7 +169,7 @@ func (s *filesystemService) Remove(_ context.Context, req *connect.Request[files
 
 // entryInfo describes what is at p as E2B's server does: of a link, type and
 // mode are those of what it leads to, everything else is the link's own.
-func (f *files) entryInfo(p string) (*filesystem.EntryInfo, error) {
+func entryInfo(p string, o owners) (*filesystem.EntryInfo, error) {
 	st, err := os.Lstat(p)
 	if err != nil {
 		return nil, err
@@ -180,8 +182,8 @@ func (f *files) entryInfo(p string) (*filesystem.EntryInfo, error) {
 		Size:         st.Size(),
 		Mode:         uint32(st.Mode().Perm()),
 		Permissions:  st.Mode().String(),
-		Owner:        f.users.ownerName(sys.Uid),
-		Group:        f.users.groupName(sys.Gid),
+		Owner:        o.user(sys.Uid),
+		Group:        o.group(sys.Gid),
 		ModifiedTime: timestamppb.New(st.ModTime()),
 	}
 	if st.Mode()&fs.ModeSymlink == 0 {

@@ -42,7 +42,7 @@ func (f *files) getTar(w http.ResponseWriter, r *http.Request) {
 	out := tar.NewWriter(w)
 	p, err = realPath(p)
 	if err == nil {
-		err = f.pack(out, p, "", names)
+		err = pack(out, f.users.owners(), p, "", names)
 	}
 	if err == nil {
 		err = out.Close()
@@ -53,11 +53,11 @@ func (f *files) getTar(w http.ResponseWriter, r *http.Request) {
 }
 
 // pack writes the entries of a directory and all below them.
-func (f *files) pack(out *tar.Writer, root, rel string, names []string) error {
+func pack(out *tar.Writer, o owners, root, rel string, names []string) error {
 	for _, name := range names {
 		rel := path.Join(rel, name)
 		p := path.Join(root, rel)
-		isDir, err := f.packOne(out, p, rel)
+		isDir, err := packOne(out, o, p, rel)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
@@ -72,7 +72,7 @@ func (f *files) pack(out *tar.Writer, root, rel string, names []string) error {
 		if err != nil {
 			return err
 		}
-		if err := f.pack(out, root, rel, below); err != nil {
+		if err := pack(out, o, root, rel, below); err != nil {
 			return err
 		}
 	}
@@ -80,7 +80,7 @@ func (f *files) pack(out *tar.Writer, root, rel string, names []string) error {
 }
 
 // packOne writes one entry. What vanishes before it was begun is fs.ErrNotExist.
-func (f *files) packOne(out *tar.Writer, p, rel string) (isDir bool, err error) {
+func packOne(out *tar.Writer, o owners, p, rel string) (isDir bool, err error) {
 	st, err := os.Lstat(p)
 	if err != nil {
 		return false, err
@@ -106,7 +106,7 @@ func (f *files) packOne(out *tar.Writer, p, rel string) (isDir bool, err error) 
 	}
 	h.Format = tar.FormatPAX // takes any name, and times are whole seconds without more records
 	h.ModTime, h.AccessTime, h.ChangeTime = st.ModTime().Truncate(time.Second), time.Time{}, time.Time{}
-	h.Uname, h.Gname = f.users.ownerName(sys.Uid), f.users.groupName(sys.Gid)
+	h.Uname, h.Gname = o.user(sys.Uid), o.group(sys.Gid)
 	if !st.Mode().IsRegular() {
 		return st.IsDir(), out.WriteHeader(h)
 	}

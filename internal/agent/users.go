@@ -33,7 +33,7 @@ type users struct {
 	mu     sync.Mutex
 	stamps [2]fileStamp // of the files behind what follows
 	cached map[string]*user
-	names  [2]map[uint32]string // of user and group numbers; nil when not read yet
+	names  *owners // nil when not read yet, and never changed
 }
 
 type fileStamp struct {
@@ -53,7 +53,7 @@ func stampOf(path string) fileStamp {
 func (u *users) refreshLocked() {
 	now := [2]fileStamp{stampOf(u.passwd), stampOf(u.group)}
 	if now != u.stamps || u.cached == nil {
-		u.stamps, u.cached, u.names = now, map[string]*user{}, [2]map[uint32]string{}
+		u.stamps, u.cached, u.names = now, map[string]*user{}, nil
 	}
 }
 
@@ -166,38 +166,50 @@ func (u *users) groupNamed(name string) (uint32, error) {
 	return u.findGroup(name)
 }
 
-// nameOf is the name of a user's number (kind 0) or a group's (kind 1), else the
-// number itself.
-func (u *users) nameOf(kind int, id uint32) string {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.refreshLocked()
-	if u.names[kind] == nil {
-		names := map[uint32]string{}
-		// A file that cannot be read names nobody.
-		_ = eachLine([]string{u.passwd, u.group}[kind], func(line string) {
-			name, number := "", uint32(0)
-			if kind == 0 {
-				p, _ := parsePasswd(line)
-				name, number = p.name, p.uid
-			} else {
-				g, _ := parseGroup(line)
-				name, number = g.name, g.gid
-			}
-			if _, taken := names[number]; name != "" && !taken {
-				names[number] = name
-			}
-		})
-		u.names[kind] = names
-	}
-	if name, ok := u.names[kind][id]; ok {
+// owners names users and groups by number. It is as the files of accounts were when it was made: a listing takes one for
+// all it shows, since looking whether these files have changed costs more than looking at a file.
+type owners struct{ users, groups map[uint32]string }
+
+// user returns the name of a user's number, or the number if no line has it.
+func (o owners) user(uid uint32) string { return nameIn(o.users, uid) }
+
+// group does the same for a group.
+func (o owners) group(gid uint32) string { return nameIn(o.groups, gid) }
+
+func nameIn(names map[uint32]string, id uint32) string {
+	if name, ok := names[id]; ok {
 		return name
 	}
 	return strconv.FormatUint(uint64(id), 10)
 }
 
-func (u *users) ownerName(uid uint32) string { return u.nameOf(0, uid) }
-func (u *users) groupName(gid uint32) string { return u.nameOf(1, gid) }
+// owners returns the names of now.
+func (u *users) owners() owners {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.refreshLocked()
+	if u.names == nil {
+		// A file that cannot be read names nobody.
+		o := owners{map[uint32]string{}, map[uint32]string{}}
+		_ = eachLine(u.passwd, func(line string) {
+			p, _ := parsePasswd(line)
+			note(o.users, p.uid, p.name)
+		})
+		_ = eachLine(u.group, func(line string) {
+			g, _ := parseGroup(line)
+			note(o.groups, g.gid, g.name)
+		})
+		u.names = &o
+	}
+	return *u.names
+}
+
+// note keeps the first name of a number.
+func note(names map[uint32]string, id uint32, name string) {
+	if _, taken := names[id]; name != "" && !taken {
+		names[id] = name
+	}
+}
 
 // parseID reads a number of a user or group. The largest is "no change" to the
 // kernel and nobody's.

@@ -246,7 +246,7 @@ func (w *watch) event(rel string, kind filesystem.EventType) *filesystem.Filesys
 	ev := &filesystem.FilesystemEvent{Name: shown(rel), Type: kind}
 	gone := kind == filesystem.EventType_EVENT_TYPE_REMOVE || kind == filesystem.EventType_EVENT_TYPE_RENAME
 	if w.entries && !gone {
-		if e, err := w.files.entryInfo(path.Join(w.root, rel)); err == nil {
+		if e, err := entryInfo(path.Join(w.root, rel), w.files.users.owners()); err == nil {
 			ev.Entry = e
 		}
 	}
