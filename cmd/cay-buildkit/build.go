@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/distribution/reference"
 	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/exporter"
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
 	"github.com/moby/buildkit/frontend"
 	"github.com/moby/buildkit/frontend/dockerfile/parser"
@@ -249,15 +250,32 @@ func (b *build) exporter(ctx context.Context) (llbsolver.ExporterRequest, error)
 	}
 	if said := b.request.Args["SOURCE_DATE_EPOCH"]; said != "" {
 		if _, err := strconv.ParseInt(said, 10, 64); err == nil {
-			attributes[string(exptypes.OptKeySourceDateEpoch)], attributes[string(exptypes.OptKeyRewriteTimestamp)] = said, "true"
+			attributes[string(exptypes.OptKeySourceDateEpoch)] = said
+			attributes[string(exptypes.OptKeyRewriteTimestamp)] = "true"
 		}
 	}
 	instance, err := exp.Resolve(ctx, 0, attributes)
 	if err != nil {
 		return r, fmt.Errorf("making the exporter: %w", err)
 	}
-	r.Exporters = append(r.Exporters, instance)
+	r.Exporters = append(r.Exporters, announced{instance, b.conn})
 	return r, nil
+}
+
+// announced is an exporter that reports when it begins. All steps are over then.
+type announced struct {
+	exporter.ExporterInstance
+	conn *wire.Conn
+}
+
+// Export implements [exporter.ExporterInstance].
+func (a announced) Export(ctx context.Context, src *exporter.Source, info exporter.ExportBuildInfo) (
+	map[string]string, exporter.FinalizeFunc, exporter.DescriptorReference, error,
+) {
+	if err := a.conn.Send(wire.Report{Event: &wire.Event{Kind: wire.Made, Time: time.Now()}}, nil); err != nil {
+		return nil, nil, nil, fmt.Errorf("reporting that all steps are over: %w", err)
+	}
+	return a.ExporterInstance.Export(ctx, src, info)
 }
 
 // policy decides where a build's sources come from. Images are only those that the server gives

@@ -55,7 +55,7 @@ func (b builder) dockerfile(ctx context.Context, j template.Job, progress func(t
 	} else {
 		r.DockerfilePath = d.Dockerfile
 	}
-	out, err := b.dockerfiles.Build(ctx, r, newSteps(bases.say).event)
+	out, err := b.dockerfiles.Build(ctx, r, newSteps(bases.say, j.Made).event)
 	if err != nil {
 		return template.Built{}, b.buildError(err)
 	}
@@ -223,16 +223,21 @@ func (b *bases) close() error {
 // steps makes lines of what BuildKit says, which comes in pieces.
 type steps struct {
 	say  func(template.Progress)
+	made func()         // called when all steps are over
 	part map[int]string // the last line of each step, while it has no end
 }
 
-func newSteps(say func(template.Progress)) *steps { return &steps{say: say, part: map[int]string{}} }
+func newSteps(say func(template.Progress), made func()) *steps {
+	return &steps{say: say, made: made, part: map[int]string{}}
+}
 
 // longLine is where a line that does not end is cut, in bytes.
 const longLine = 4000
 
 func (s *steps) event(e buildkit.Event) {
 	switch e.Kind {
+	case buildkit.Made:
+		s.made()
 	case buildkit.Began:
 		s.say(template.Progress{Step: e.Step, Name: e.Name})
 	case buildkit.Log, buildkit.Note:

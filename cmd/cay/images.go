@@ -48,7 +48,8 @@ func (b builder) Build(ctx context.Context, j template.Job, progress func(templa
 	if d.Dockerfile != "" {
 		return b.dockerfile(ctx, j, progress)
 	}
-	src := image.Source{Require: d.Require, Setup: image.Setup{Remove: d.Remove}, MaxSize: j.MaxDisk, Fresh: j.Refresh}
+	src := image.Source{Require: d.Require, Setup: image.Setup{Remove: d.Remove}, MaxSize: j.MaxDisk, Fresh: j.Refresh,
+		Made: j.Made}
 	switch {
 	case d.Image != "" && j.Context != "":
 		src.Archive, src.Within = j.Context, d.Image

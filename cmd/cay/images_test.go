@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/cayhq/cay/internal/buildkit"
 	"github.com/cayhq/cay/internal/template"
 )
 
@@ -35,5 +36,20 @@ func TestBasesAreBounded(t *testing.T) {
 		if last := i == 2; (err != nil) != last || last && !strings.Contains(err.Error(), "100 MiB together that a build may write (build.disk_mb)") {
 			t.Errorf("template %d: %v", i, err)
 		}
+	}
+}
+
+// TestStepsAreOver hands on that all steps of a build are over.
+func TestStepsAreOver(t *testing.T) {
+	over := 0
+	s := newSteps(func(template.Progress) {}, func() { over++ })
+	for _, kind := range []string{buildkit.Began, buildkit.Log, buildkit.Ended, buildkit.Made} {
+		if over != 0 {
+			t.Errorf("over before %s", kind)
+		}
+		s.event(buildkit.Event{Kind: kind, Step: 1, Name: "RUN true"})
+	}
+	if over != 1 {
+		t.Errorf("over %d times", over)
 	}
 }

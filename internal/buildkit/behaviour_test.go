@@ -210,6 +210,30 @@ func TestSameInputSameImage(t *testing.T) {
 	}
 }
 
+// TestReportsTheEndOfSteps checks that the event before the image is written comes once, and not after
+// a step that failed.
+func TestReportsTheEndOfSteps(t *testing.T) {
+	r := newFixture(t)
+	for dockerfile, want := range map[string]int{
+		"FROM base\nRUN echo 1\nRUN echo 2\n": 1, "FROM base\n": 1, "FROM base\nRUN exit 3\n": 0,
+	} {
+		made := 0
+		result, err := r.Build(t.Context(), Request{Dockerfile: dockerfile, Base: testBases(t)}, func(e Event) {
+			if e.Kind == Made {
+				made++
+			}
+		})
+		if made != want || (err == nil) != (want == 1) {
+			t.Errorf("%q: reported %d times, %v", dockerfile, made, err)
+		}
+		if err == nil {
+			if err := result.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
 // TestCache checks that a step is run once, that cache mounts stay within a scope, and that the
 // cache is cut to its size without harm to a running build.
 func TestCache(t *testing.T) {

@@ -53,6 +53,7 @@ const (
 	Log   = wire.Log   // a step has written Text
 	Ended = wire.Ended // a step is over
 	Note  = wire.Note  // Text is a remark, such as a warning of the front end
+	Made  = wire.Made  // all steps are over; the image is written next
 )
 
 // Result is a built image.

@@ -257,6 +257,9 @@ func (s *Store) makeOne(ctx context.Context, src Source, progress func(string),
 		progress(fmt.Sprintf("left out, since gVisor does not support them: %d device nodes of /dev, %d extended attributes",
 			t.droppedDevices, t.droppedXattrs))
 	}
+	if src.Made != nil {
+		src.Made()
+	}
 	start := time.Now()
 	progress(fmt.Sprintf("writing an image of %d files", t.nodes))
 	img, err := s.write(t)

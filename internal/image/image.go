@@ -104,6 +104,8 @@ type Source struct {
 	// Fresh ignores earlier results of inputs that change by themselves, an Image or a Debian
 	// suite, however recent.
 	Fresh bool `json:"-"`
+	// Made, if not nil, is called when all files are there and the image is written next.
+	Made func() `json:"-"`
 	// MaxSize bounds the regular files, in bytes. 0, or more than the store's bound, takes the
 	// store's.
 	MaxSize int64 `json:"max_size,omitempty"`

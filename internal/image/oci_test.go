@@ -253,9 +253,10 @@ func TestHasUser(t *testing.T) {
 		}
 		p := parts{}
 		p.index(t, p.image(t, runtime.GOARCH, plain, layers...))
-		img, err := s.Build(t.Context(), Source{Layout: &Layout{Dir: p.dir(t)}}, quiet)
-		if err != nil {
-			t.Fatal(err)
+		made := 0
+		img, err := s.Build(t.Context(), Source{Layout: &Layout{Dir: p.dir(t)}, Made: func() { made++ }}, quiet)
+		if err != nil || made != 1 {
+			t.Fatalf("%v; said %d times that all files are there", err, made)
 		}
 		if got, err := s.HasUser(t.Context(), img.Digest, "app"); got != want || err != nil {
 			t.Errorf("%q: %v, %v", passwd, got, err)

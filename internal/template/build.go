@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
@@ -304,11 +305,8 @@ func (s *Service) drop(r *run, m *member, cause error) {
 
 // builds calls the builder.
 func (s *Service) builds(ctx context.Context, r *run, b Build) (Built, error) {
-	j := Job{ID: r.id, OrgID: r.org, Definition: b.Definition, Refresh: b.Refresh, Timeout: s.cfg.Timeout,
-		MaxDisk: s.cfg.MaxDisk, Base: func(ctx context.Context,
-			name string) (Base, bool, error) {
-			return s.base(ctx, r, name)
-		}}
+	j := Job{ID: r.id, OrgID: r.org, Definition: b.Definition, Refresh: b.Refresh, MaxDisk: s.cfg.MaxDisk,
+		Base: func(ctx context.Context, name string) (Base, bool, error) { return s.base(ctx, r, name) }}
 	if b.Context != "" {
 		var err error
 		if j.Context, err = s.contexts.Path(b.Context); err != nil {
@@ -323,11 +321,22 @@ func (s *Service) builds(ctx context.Context, r *run, b Build) (Built, error) {
 		}
 	}
 	s.mu.Unlock()
-	late := &BuildError{ExitCode: -1, Message: fmt.Sprintf("it was not done within %s", s.cfg.Timeout)}
-	timed, cancel := context.WithTimeoutCause(ctx, s.cfg.Timeout, late)
-	defer cancel()
+	timed, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var why atomic.Pointer[BuildError]
+	why.Store(&BuildError{ExitCode: -1, Message: fmt.Sprintf("it was not done within %s", s.cfg.Timeout)})
+	end := time.AfterFunc(s.cfg.Timeout, func() { cancel(why.Load()) })
+	defer end.Stop()
+	j.Made = sync.OnceFunc(func() {
+		if end.Stop() { // else it is too late
+			why.Store(&BuildError{ExitCode: -1,
+				Message: fmt.Sprintf("its steps were done, but its image was not written within %s", s.cfg.Timeout)})
+			end.Reset(s.cfg.Timeout)
+		}
+	})
 	built, err := s.builder.Build(timed, j, func(p Progress) { s.tell(r, p) })
 	if err != nil && ctx.Err() == nil && timed.Err() != nil {
+		late := why.Load()
 		if as := new(*BuildError); errors.As(err, as) {
 			late.Step, late.Tail = (*as).Step, (*as).Tail
 		}

@@ -521,6 +521,38 @@ func TestBuildThatTakesTooLong(t *testing.T) {
 	})
 }
 
+// TestTimeToWriteTheImage has builds whose steps are done just in time: what is left to do has a time of its own.
+func TestTimeToWriteTheImage(t *testing.T) {
+	for name, c := range map[string]struct {
+		steps, writes time.Duration
+		want          Status
+		message       string
+	}{
+		"both in time":            {DefaultTimeout - time.Second, DefaultTimeout - time.Second, Ready, ""},
+		"the steps take too long": {DefaultTimeout + time.Second, 0, Failed, "it was not done within 30m0s"},
+		"the image takes too long": {DefaultTimeout - time.Second, DefaultTimeout + time.Second, Failed,
+			"its steps were done, but its image was not written within 30m0s"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := life(t, newMemory(), newBuilder())
+				h.builder.takes = []time.Duration{c.steps, c.writes}
+				h.create(t, me, of("app", "a"))
+				time.Sleep(3 * DefaultTimeout)
+				synctest.Wait()
+				row := h.get(t, "app")
+				message := ""
+				if row.BuildError != nil {
+					message = row.BuildError.Message
+				}
+				if row.Status != c.want || message != c.message {
+					t.Errorf("%s, %q", row.Status, message)
+				}
+			})
+		})
+	}
+}
+
 func TestContextOfABuild(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := life(t, newMemory(), newBuilder(), func(c *Config) { c.ContextLimit = 2048 })

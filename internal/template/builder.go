@@ -3,7 +3,6 @@ package template
 import (
 	"context"
 	"errors"
-	"time"
 )
 
 // ErrImageGone reports that an image is missing or damaged.
@@ -26,8 +25,10 @@ type Job struct {
 	// there is none. A template that is not ready is an error, after which Build should end;
 	// Build is called again when the template is ready.
 	Base func(ctx context.Context, name string) (Base, bool, error)
-	// Timeout is the time until ctx ends, for a builder that must pass it on.
-	Timeout time.Duration
+	// Made reports that everything which can take long is done, such as the steps of a Dockerfile, and
+	// that the image is written next. Build calls it; ctx then gets a time of its own for the rest, so
+	// that finished work is not lost.
+	Made    func()
 	MaxDisk int64 // bytes that the build may write and its result may have; 0 is the builder's own limit
 }
 

@@ -301,6 +301,7 @@ type builder struct {
 	// +checklocks:mu
 	block   chan struct{} // if not nil, Build waits for it after its first line
 	made    func(d Definition) string
+	takes   []time.Duration // what the steps take, and what writing the image does; set before the first build
 	running atomic.Int32
 	most    atomic.Int32 // most builds at once
 }
@@ -322,6 +323,14 @@ func (b *builder) Build(ctx context.Context, j Job, progress func(Progress)) (Bu
 	if block != nil {
 		select {
 		case <-block:
+		case <-ctx.Done():
+			return Built{}, context.Cause(ctx)
+		}
+	}
+	for _, long := range b.takes {
+		select {
+		case <-time.After(long):
+			j.Made()
 		case <-ctx.Done():
 			return Built{}, context.Cause(ctx)
 		}

@@ -123,6 +123,7 @@ const (
 	Log   = "log"   // a step has written Text
 	Ended = "ended" // a step is over
 	Note  = "note"  // a remark: Text
+	Made  = "made"  // all steps are over; the image is written next
 )
 
 // Event is one piece of a build's progress.
