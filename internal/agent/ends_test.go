@@ -49,6 +49,16 @@ func TestInputOfNone(t *testing.T) {
 	}
 }
 
+// TestTerminalBeforeItIsOpened waits for a terminal whose other end has not been opened yet, as screen does.
+func TestTerminalBeforeItIsOpened(t *testing.T) {
+	s := startSandbox(t, options{})
+	const want = "before false resource temporarily unavailable\nopen false resource temporarily unavailable\n" +
+		"closed true input/output error\nopen again false resource temporarily unavailable"
+	if got := s.sh("probe terminal"); got != want {
+		t.Errorf("got %q", got)
+	}
+}
+
 // TestTerminalEndsWithItsShell leaves a job in the background that has the terminal open.
 func TestTerminalEndsWithItsShell(t *testing.T) {
 	s := startSandbox(t, options{})

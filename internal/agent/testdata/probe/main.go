@@ -12,6 +12,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func main() {
@@ -53,8 +55,41 @@ func main() {
 		signals(os.Args[2:])
 	case "cpuid":
 		cpuid()
+	case "terminal": // say what a terminal's master is ready for before, while and after its other end is open
+		terminal()
 	case "true":
 	}
+}
+
+// terminal makes one and prints whether it is hung up.
+func terminal() {
+	must := func(err error) {
+		if err != nil {
+			panic(err)
+		}
+	}
+	master, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_NONBLOCK, 0)
+	must(err)
+	n, err := unix.IoctlGetInt(master, unix.TIOCGPTN)
+	must(err)
+	must(unix.IoctlSetPointerInt(master, unix.TIOCSPTLCK, 0))
+	look := func(when string) {
+		fds := []unix.PollFd{{Fd: int32(master)}}
+		_, err := unix.Poll(fds, 0)
+		must(err)
+		_, err = unix.Read(master, make([]byte, 1))
+		fmt.Println(when, fds[0].Revents&unix.POLLHUP != 0, err)
+	}
+	look("before")
+	other, err := unix.Open("/dev/pts/"+strconv.Itoa(n), unix.O_RDWR|unix.O_NOCTTY, 0)
+	must(err)
+	look("open")
+	must(unix.Close(other))
+	look("closed")
+	other, err = unix.Open("/dev/pts/"+strconv.Itoa(n), unix.O_RDWR|unix.O_NOCTTY, 0)
+	must(err)
+	look("open again")
+	must(unix.Close(other))
 }
 
 func status(words []string) {
