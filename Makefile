@@ -59,6 +59,11 @@ soak-hostile: build ## let 50 hostile tenants attack beside an honest one, for H
 	@scripts/needs.sh test
 	CAY_TEST_REQUIRE=1 $(GO) test -count=1 -timeout 60m ./e2e -run '^TestSoakHostile$$' -v -hostile.time=$(HOSTILE) -hostile.tenants=50 -hostile.spin
 
+.PHONY: soak-programs
+soak-programs: build ## build a template with the programs of docs/compatibility.md and try each: half an hour, 4 GB of disk
+	@scripts/needs.sh test
+	CAY_TEST_REQUIRE=1 $(GO) test -count=1 -timeout 3h ./e2e -run '^TestPrograms' -v -programs
+
 .PHONY: check
 check: build ## formatting, vet, staticcheck, locks, imports, prose, generated files, modules
 	@scripts/check.sh

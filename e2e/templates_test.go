@@ -158,16 +158,27 @@ func templateForm(definition object, context []byte) (body *bytes.Buffer, conten
 // build makes a template and waits for its end.
 func (s *server) build(definition object, context []byte) (status string, body []byte) {
 	s.t.Helper()
+	s.beginBuild(definition, context)
+	return s.built(definition["name"].(string))
+}
+
+// beginBuild makes a template, which is built then.
+func (s *server) beginBuild(definition object, context []byte) {
+	s.t.Helper()
 	if code, body := s.template("POST", "/v1/templates", definition, context); code != 202 {
 		s.t.Fatalf("creating template %v: %d %s", definition["name"], code, body)
 	}
-	return s.built(definition["name"].(string))
 }
 
 // built waits for the end of the newest build of a template.
 func (s *server) built(name string) (status string, body []byte) {
 	s.t.Helper()
-	for deadline := time.Now().Add(templatePatience); ; time.Sleep(50 * time.Millisecond) { // a poll with a deadline
+	return s.builtWithin(templatePatience, name)
+}
+
+func (s *server) builtWithin(patience time.Duration, name string) (status string, body []byte) {
+	s.t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) { // a poll with a deadline
 		code, body := s.call("GET", "/v1/templates/"+name, nil)
 		if code != 200 {
 			s.t.Fatalf("reading template %s: %d %s", name, code, body)
@@ -176,7 +187,7 @@ func (s *server) built(name string) (status string, body []byte) {
 			return status, body
 		}
 		if time.Now().After(deadline) {
-			s.t.Fatalf("template %s is not built after %s: %s", name, templatePatience, body)
+			s.t.Fatalf("template %s is not built after %s: %s", name, patience, body)
 		}
 	}
 }
@@ -184,7 +195,13 @@ func (s *server) built(name string) (status string, body []byte) {
 // needBuilt wants a template that is ready.
 func (s *server) needBuilt(definition object, context []byte) {
 	s.t.Helper()
-	status, body := s.build(definition, context)
+	s.needBuiltWithin(templatePatience, definition, context)
+}
+
+func (s *server) needBuiltWithin(patience time.Duration, definition object, context []byte) {
+	s.t.Helper()
+	s.beginBuild(definition, context)
+	status, body := s.builtWithin(patience, definition["name"].(string))
 	if status != "ready" {
 		_, log := s.call("GET", "/v1/templates/"+definition["name"].(string)+"/logs", nil)
 		s.t.Fatalf("template %v: %s\n%s", definition["name"], body, log)
