@@ -285,6 +285,10 @@ func TestDockerfiles(t *testing.T) {
 			dockerfile: "FROM python\nRUN python3 -c 'import sys; open(\"/version\", \"w\").write(str(sys.version_info[0]))'\n",
 			command:    "cat /version; python3 -c 'print(1+1)'", want: "32",
 		},
+		"volume": {
+			dockerfile: "FROM %s\nVOLUME /var/lib/data /tmp\n",
+			command:    "cd /var/lib/data && echo x >y && cat y", want: "x",
+		},
 		"times": { // byte code names the time of its source
 			dockerfile: "FROM python\nRUN cd /opt && echo x=1 >m.py && touch -d @1500000000 m.py && python3 -m py_compile m.py && python3 -c 'import m'\n" +
 				"RUN date >/dev/null; test -z \"$SOURCE_DATE_EPOCH\"\n",
@@ -415,6 +419,7 @@ func TestBuildFails(t *testing.T) {
 		"forbidden":     {dockerfile: "FROM 127.0.0.1:1/x\n", want: []string{"127.0.0.1:1"}},
 		"memory":        {dockerfile: "FROM %s\nRUN dd if=/dev/zero of=/dev/null bs=3G count=1\n", want: []string{"dd"}},
 		"archive":       {dockerfile: "FROM %s\nADD zeros.tgz /\n", files: map[string]string{"zeros.tgz": zeroArchive(t, 400<<20)}, want: []string{"ADD zeros.tgz", "build.disk_mb"}},
+		"no-such-user":  {dockerfile: "FROM %s\nUSER nobody-has-it\n", want: []string{"nobody-has-it", "/etc/passwd"}},
 		"insecure":      {dockerfile: "FROM %s\nRUN --security=insecure true\n", want: []string{"insecure"}},
 		"host-network":  {dockerfile: "FROM %s\nRUN --network=host true\n", want: []string{"host"}},
 		"path-trick": {dockerfile: "FROM %s\nCOPY . /x\n", files: map[string]string{"a": "b"},
