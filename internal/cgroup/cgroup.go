@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -29,8 +30,8 @@ const mountRoot = "/sys/fs/cgroup"
 
 // Hierarchy is the machine's control groups.
 type Hierarchy struct {
-	unified bool     // v2: one tree with all controllers
-	mounts  []string // v1: one tree per controller
+	unified bool    // v2: one tree with all controllers
+	mounts  []mount // v1: a tree for each controller, or for some together
 }
 
 // Detect reads how this machine mounts its control groups.
@@ -47,23 +48,32 @@ func Detect() (*Hierarchy, error) {
 		return nil, fmt.Errorf("reading the mounts: %w", err)
 	}
 	defer f.Close()
-	h := &Hierarchy{}
-	for lines := bufio.NewScanner(f); lines.Scan(); {
-		// 39 32 0:34 / /sys/fs/cgroup/memory rw,… shared:18 - cgroup cgroup rw,memory
-		before, after, ok := strings.Cut(lines.Text(), " - ")
-		fields := strings.Fields(before)
-		if ok && len(fields) > 4 && strings.HasPrefix(after, "cgroup ") {
-			h.mounts = append(h.mounts, fields[4])
+	h := &Hierarchy{mounts: mountsOf(f)}
+	for _, controller := range []string{"memory", "pids", "cpu"} {
+		if !slices.ContainsFunc(h.mounts, func(m mount) bool { return slices.Contains(m.controllers, controller) }) {
+			return nil, fmt.Errorf("the controller %s is not mounted below %s", controller, mountRoot)
 		}
-	}
-	if !h.has("memory") || !h.has("pids") || !h.has("cpu") {
-		return nil, errors.New("the memory, pids and cpu controllers are not all mounted below " + mountRoot)
 	}
 	return h, nil
 }
 
-func (h *Hierarchy) has(controller string) bool {
-	return slices.Contains(h.mounts, filepath.Join(mountRoot, controller)) || h.unified
+// mount is one of v1's trees.
+type mount struct {
+	dir         string
+	controllers []string // several share a tree where systemd mounts them: cpu,cpuacct
+}
+
+// mountsOf reads v1's trees out of /proc/self/mountinfo.
+func mountsOf(info io.Reader) (all []mount) {
+	for lines := bufio.NewScanner(info); lines.Scan(); {
+		// 39 32 0:34 / /sys/fs/cgroup/memory rw,… shared:18 - cgroup cgroup rw,memory
+		before, after, ok := strings.Cut(lines.Text(), " - ")
+		place, tree := strings.Fields(before), strings.Fields(after)
+		if ok && len(place) > 4 && len(tree) > 2 && tree[0] == "cgroup" && strings.HasPrefix(place[4], mountRoot+"/") {
+			all = append(all, mount{place[4], strings.Split(tree[2], ",")})
+		}
+	}
+	return all
 }
 
 // Version says which interface the controllers have, for people.
@@ -91,7 +101,7 @@ func (g Group) dirs() []string {
 	}
 	dirs := make([]string, 0, len(g.h.mounts))
 	for _, m := range g.h.mounts {
-		dirs = append(dirs, filepath.Join(m, g.path))
+		dirs = append(dirs, filepath.Join(m.dir, g.path))
 	}
 	return dirs
 }
@@ -101,7 +111,12 @@ func (g Group) dir(controller string) string {
 	if g.h.unified {
 		return filepath.Join(mountRoot, g.path)
 	}
-	return filepath.Join(mountRoot, controller, g.path)
+	for _, m := range g.h.mounts {
+		if slices.Contains(m.controllers, controller) {
+			return filepath.Join(m.dir, g.path)
+		}
+	}
+	return filepath.Join(mountRoot, controller, g.path) // is not there: an error of who opens it
 }
 
 // Children lists the names of the groups below, in any controller's tree.

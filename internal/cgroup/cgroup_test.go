@@ -59,6 +59,31 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// TestSharedTrees finds controllers where systemd mounts v1: several in one tree, whose name
+// is not a controller's.
+func TestSharedTrees(t *testing.T) {
+	const info = `25 30 0:22 / /sys rw,nosuid - sysfs sysfs rw
+31 25 0:26 / /sys/fs/cgroup ro,nosuid shared:8 - tmpfs tmpfs ro,mode=755
+32 31 0:27 / /sys/fs/cgroup/unified rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate
+33 31 0:28 / /sys/fs/cgroup/systemd rw,nosuid shared:10 - cgroup cgroup rw,xattr,name=systemd
+37 31 0:32 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid shared:15 - cgroup cgroup rw,cpu,cpuacct
+38 31 0:33 / /sys/fs/cgroup/memory rw,nosuid shared:16 - cgroup cgroup rw,memory
+39 31 0:34 / /sys/fs/cgroup/pids rw,nosuid shared:17 - cgroup cgroup rw,pids
+`
+	group := (&Hierarchy{mounts: mountsOf(strings.NewReader(info))}).Group("/g")
+	for controller, want := range map[string]string{
+		"cpu": "/sys/fs/cgroup/cpu,cpuacct/g", "cpuacct": "/sys/fs/cgroup/cpu,cpuacct/g",
+		"memory": "/sys/fs/cgroup/memory/g", "pids": "/sys/fs/cgroup/pids/g",
+	} {
+		if got := group.dir(controller); got != want {
+			t.Errorf("%s is in %s, want %s", controller, got, want)
+		}
+	}
+	if dirs := group.dirs(); len(dirs) != 4 {
+		t.Errorf("the group's directories are %q", dirs)
+	}
+}
+
 type zeros struct{}
 
 func (zeros) Read(b []byte) (int, error) { return len(b), nil }
