@@ -47,10 +47,8 @@ func newEvilServer(t *testing.T) *evilServer {
 		"CAY_TEMPLATES_PREPARE=python")
 	s.args = []string{"--log-level", "info"}
 	program := filepath.Join(t.TempDir(), "cay-agent")
-	build := exec.Command(caytest.RequireProgram(t, "go"), "build", "-o", program, "./evil")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%s: %v: %s", build, err, out)
+	if err := caytest.Build(program, "./evil"); err != nil {
+		t.Fatal(err)
 	}
 	evils, err := exec.Command(program, "evils").Output()
 	if err != nil {

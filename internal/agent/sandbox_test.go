@@ -54,10 +54,8 @@ var programs = sync.OnceValues(func() (_ map[string]string, err error) {
 	built := map[string]string{}
 	for name, pkg := range map[string]string{"cay-agent": "../../cmd/cay-agent", "probe": "./testdata/probe"} {
 		out := filepath.Join(programsDir, name)
-		cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, pkg)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if text, err := cmd.CombinedOutput(); err != nil {
-			return nil, fmt.Errorf("building %s: %w: %s", name, err, text)
+		if err := caytest.Build(out, pkg); err != nil {
+			return nil, err
 		}
 		built[name] = out
 	}

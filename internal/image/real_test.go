@@ -157,10 +157,8 @@ func attributesInGVisor(t *testing.T) {
 	runsc := caytest.RequireProgram(t, absolute(t, "../../bin/cay-runsc"))
 	// This needs another program than the test's, since it must be static.
 	built := filepath.Join(t.TempDir(), "inside")
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", built, "./testdata/inside")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("building the program inside: %v\n%s", err, out)
+	if err := caytest.Build(built, "./testdata/inside"); err != nil {
+		t.Fatal(err)
 	}
 	program, err := os.ReadFile(built)
 	if err != nil {

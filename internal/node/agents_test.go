@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -15,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/embedded"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -28,10 +28,8 @@ func target(spec sandbox.Spec) agentapi.Target {
 func build(t *testing.T, name string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), name)
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", path, "./testdata/"+name)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("building %s: %v: %s", name, err, out)
+	if err := caytest.Build(path, "./testdata/"+name); err != nil {
+		t.Fatal(err)
 	}
 	return path
 }
