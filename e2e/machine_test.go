@@ -23,6 +23,9 @@ func (s *server) groups() []string {
 	}
 	var all []string
 	for _, root := range append(roots, "/sys/fs/cgroup/cay-"+s.instance()) {
+		if real, err := filepath.EvalSymlinks(root); err != nil || real != root {
+			continue // none, or systemd's second name for a tree of v1: cpu for cpu,cpuacct
+		}
 		_ = filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 			if err == nil && d.IsDir() {
 				all = append(all, path)

@@ -182,11 +182,15 @@ func (s *server) limits(id string) string {
 	s.t.Helper()
 	var all []string
 	for _, file := range []string{"memory.limit_in_bytes", "memory.oom_control", "cpu.shares", "cpu.cfs_quota_us", "pids.max", "memory.max", "memory.high", "cpu.weight", "cpu.max"} {
-		paths, err := filepath.Glob("/sys/fs/cgroup/*/cay-" + s.instance() + "/" + id + "/" + file)
+		v1, err := filepath.Glob("/sys/fs/cgroup/*/cay-" + s.instance() + "/" + id + "/" + file)
 		if err != nil {
 			s.t.Fatal(err)
 		}
-		slices.Sort(paths)
+		v2, err := filepath.Glob("/sys/fs/cgroup/cay-" + s.instance() + "/" + id + "/" + file)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		paths := slices.Sorted(slices.Values(append(v1, v2...)))
 		for _, path := range paths {
 			data, err := os.ReadFile(path)
 			if err != nil {
