@@ -46,6 +46,15 @@ test: build ## run every test, the real ones included
 	@$(GO) test -run '^$$' ./... >/dev/null # builds in parallel; the next line runs one by one
 	CAY_TEST_REQUIRE=1 $(GO) test -p 1 -timeout 40m ./...
 
+# Which machines make test-hosts runs, all by default, and more of its flags: go run ./e2e/hosts -h
+HOSTS      ?=
+HOSTS_ARGS ?=
+
+.PHONY: test-hosts
+test-hosts: build ## run the tests in virtual machines, HOSTS="bookworm trixie" for some, and write docs/hosts.md; an hour or two where the processor is emulated
+	@scripts/needs.sh hosts
+	nice -n 10 $(GO) run ./e2e/hosts $(if $(HOSTS),-machines "$(HOSTS)") -doc docs/hosts.md $(HOSTS_ARGS)
+
 .PHONY: soak
 soak: build ## suspend and wake one sandbox 200 times and 20 at once, and check for losses and leaks
 	@scripts/needs.sh test

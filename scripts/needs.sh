@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that the host lacks for a purpose.
-#   needs.sh build|run|test|generate
+#   needs.sh build|run|test|hosts|generate
 set -euo pipefail
 
 declare -A package=(
@@ -13,14 +13,19 @@ declare -A package=(
 	[chromium]=chromium # a test opens a terminal in it
 	[node]=nodejs # tests run E2B's own packages with it
 	[npm]=npm
+	[qemu-system-x86_64]=qemu-system-x86 # runs the machines of make test-hosts
+	[qemu-img]=qemu-utils
+	[faketime]=faketime # slows the clock of emulated ones
+	[mke2fs]=e2fsprogs
 	[git]=git # patches gVisor; ADD in Dockerfiles fetches repositories with it
 )
 case ${1:-} in
 build) programs=(git) ;;
 run) programs=(mmdebstrap curl) ;;
 test) programs=(mmdebstrap curl ip nft fsck.erofs git chromium node npm) ;;
+hosts) programs=(mmdebstrap git qemu-system-x86_64 qemu-img faketime mke2fs) ;;
 generate) programs=(protoc) ;;
-*) echo "usage: $0 build|run|test|generate" >&2; exit 2 ;;
+*) echo "usage: $0 build|run|test|hosts|generate" >&2; exit 2 ;;
 esac
 
 missing=()
@@ -28,7 +33,7 @@ for program in "${programs[@]}"; do
 	PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || missing+=("${package[$program]}")
 done
 # Debian's keys, which other distributions do not install.
-if [[ $1 == @(run|test) && ! -e /usr/share/keyrings/debian-archive-keyring.gpg ]]; then
+if [[ $1 == @(run|test|hosts) && ! -e /usr/share/keyrings/debian-archive-keyring.gpg ]]; then
 	missing+=(debian-archive-keyring)
 fi
 # Protocol Buffers' own definitions, which are not in the compiler's package.

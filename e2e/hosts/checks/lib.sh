@@ -1,0 +1,134 @@
+# What all checks have. A check succeeds if it ends with 0; its last line "note: …" is told in the table.
+set -euo pipefail
+trap 'echo "failed in line $LINENO: $BASH_COMMAND" >&2' ERR
+export CAY_IMAGES_CACHE_DIR=/mnt/lab/images HOME=/root TERM=dumb
+lab=/mnt/lab
+
+# go_tests DIRECTORY PATTERN TIME runs tests of the repository that were built outside.
+go_tests() {
+	local out=/var/tmp/tests.out code=0
+	if systemctl -q is-active cay; then systemctl stop cay; fi # it would share the processors
+	cd "$lab/$1"
+	CAY_TEST_REQUIRE=1 CAY_TEST_PROGRAMS=$lab/programs "./$(basename "$1").test" -test.v -test.run "$2" -test.timeout "$3" >"$out" 2>&1 || code=$?
+	cat "$out"
+	local passed failed skipped
+	passed=$(grep -c '^--- PASS' "$out" || true)
+	skipped=$(sed -n 's/^--- SKIP: \([^ ]*\).*/\1/p' "$out" | xargs)
+	failed=$(sed -n 's/^--- FAIL: \([^ ]*\).*/\1/p' "$out" | xargs)
+	if [[ $code != 0 && -z $failed ]]; then
+		failed=$(grep -m1 -E '^(panic|fatal error|FAIL)' "$out" || echo "ended with $code")
+	fi
+	echo "note: $passed passed${skipped:+; skipped: $skipped}${failed:+; failed: $failed}"
+	[[ $code == 0 && $passed -gt 0 ]]
+}
+
+fail() {
+	echo "note: $*"
+	exit 1
+}
+
+# eventually SECONDS COMMAND... waits until the command succeeds.
+eventually() {
+	local end=$((SECONDS + $1))
+	shift
+	until "$@" >/dev/null 2>&1; do
+		((SECONDS < end)) || fail "not within its time: $*"
+		sleep 0.1
+	done
+}
+
+ready() { curl -fsS -o /dev/null http://127.0.0.1:7070/readyz; }
+
+# api METHOD PATH [JSON] prints the answer, whatever it is.
+api() {
+	curl -sS -X "$1" -H "Authorization: Bearer $(cat /var/lib/cay/api-key)" -H 'Content-Type: application/json' \
+		${3:+-d "$3"} "http://127.0.0.1:7070/v1$2"
+}
+
+ephemeral='{"template": "python", "timeout": "1h"}'
+persistent='{"template": "python", "mode": "persistent"}'
+
+# create [JSON] makes a sandbox and prints its id.
+create() {
+	local answer id
+	answer=$(api POST /sandboxes "${1:-$ephemeral}")
+	id=$(jq -r .id <<<"$answer")
+	[[ $id == sbx_* ]] || { echo "create: $answer" >&2; return 1; }
+	echo "$id"
+}
+
+# inside ID COMMAND prints what a command in a sandbox prints.
+inside() {
+	local answer
+	answer=$(api POST "/sandboxes/$1/execute" "$(jq -n --arg c "$2" '{command: $c}')")
+	[[ $(jq .exit_code <<<"$answer") == 0 ]] || { echo "execute: $answer" >&2; return 1; }
+	jq -rj .stdout <<<"$answer"
+}
+
+state() { api GET "/sandboxes/$1" | jq -r .state; }
+is() { [[ $(state "$1") == "$2" ]]; }
+
+# install_unit installs the server as docs/operating.md says, and waits until it serves.
+install_unit() {
+	install -m 755 $lab/bin/cay /usr/local/bin/cay
+	cp $lab/deploy/cay.service /etc/systemd/system/
+	mkdir -p /etc/cay
+	# The machine reaches nothing, so templates come from the disk of the lab.
+	printf '%s\n' "CAY_IMAGES_CACHE_DIR=$CAY_IMAGES_CACHE_DIR" "$@" >/etc/cay/environment
+	systemctl daemon-reload
+	systemctl enable -q cay
+	systemctl restart cay
+	eventually 300 ready
+	eventually 300 template_ready
+}
+
+# serve starts the server of the unit, and installs it if no check has yet.
+serve() {
+	if [[ -e /etc/systemd/system/cay.service ]]; then systemctl start cay; eventually 300 ready; else install_unit; fi
+}
+template_ready() { [[ $(api GET /templates/python | jq -r .status) == ready ]]; }
+
+forty_two() {
+	local answer
+	answer=$(cay run -t python -- python3 -c 'print(6*7)')
+	[[ $answer == 42 ]] || fail "cay run printed $answer"
+}
+
+# pids ID prints the processes in a sandbox's groups, lowest first.
+pids() {
+	find /sys/fs/cgroup -path "*/cay-*/$1*" -name cgroup.procs -exec cat {} + 2>/dev/null | sort -nu
+}
+
+# world makes a namespace that stands for what is beyond the machine, with a server.
+world() {
+	ip netns add world
+	ip link add world0 type veth peer name eth0 netns world
+	ip address add 198.18.0.1/24 dev world0
+	ip link set world0 up
+	ip -n world address add 198.18.0.2/24 dev eth0
+	ip -n world link set eth0 up
+	ip -n world link set lo up
+	ip netns exec world python3 -m http.server -b 198.18.0.2 8000 --directory /usr/share/zoneinfo >/dev/null 2>&1 &
+	server=$!
+}
+no_world() {
+	kill "$server" 2>/dev/null || true
+	ip link delete world0 2>/dev/null || true
+	ip netns delete world 2>/dev/null || true
+}
+fetch='python3 -c "import urllib.request; print(urllib.request.urlopen(\"http://198.18.0.2:8000/tzdata.zi\", timeout=20).status)"'
+
+# beside NAME: the sandbox answers, runs, is reached at a port, and reaches what it may beside a firewall.
+beside() {
+	local id code
+	id=$(create '{"template": "python", "timeout": "1h", "egress": {"mode": "deny_all", "allow_cidrs": ["198.18.0.2/32"]}}')
+	[[ $(inside "$id" 'echo alive') == alive ]] || fail "with $1: the sandbox does not answer"
+	forty_two
+	inside "$id" 'nohup python3 -m http.server 8000 >/dev/null 2>&1 &' >/dev/null
+	port() { [[ $(curl -s -o /dev/null -w '%{http_code}' -H "Authorization: Bearer $(cat /var/lib/cay/api-key)" "http://127.0.0.1:7070/v1/sandboxes/$id/ports/8000/") == 200 ]]; }
+	eventually 60 port
+	code=$(inside "$id" "$fetch" 2>/dev/null) || code=none
+	api DELETE "/sandboxes/$id"
+	echo "outside: $code"
+	[[ $code == 200 ]]
+}

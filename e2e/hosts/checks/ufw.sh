@@ -1,0 +1,16 @@
+# Beside ufw, which drops what is forwarded: sandboxes are reached; what they send needs a rule, which the docs name.
+serve
+world
+back() { ufw --force disable; ufw --force reset; no_world; } >/dev/null 2>&1
+trap back EXIT
+beside nothing || fail "the world is not reached without a firewall"
+ufw allow ssh >/dev/null
+ufw --force enable
+if beside ufw; then out="sandboxes reach out"; else
+	ufw default allow routed >/dev/null
+	beside "ufw, routed allowed" || fail "no way out with: ufw default allow routed"
+	out="they reach out after ufw default allow routed"
+fi
+systemctl restart cay; eventually 300 ready
+beside "ufw after a restart" || fail "after a restart of the server"
+echo "note: sandboxes run and are reached, $out"

@@ -1,0 +1,124 @@
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// TestReplay keeps of a log of writes what was flushed, and of the rest what chance says.
+func TestReplay(t *testing.T) {
+	const sector = 512
+	type write struct {
+		sector uint64
+		fill   byte
+		flags  uint64
+	}
+	logOf := func(entries uint64, writes ...write) string {
+		var b bytes.Buffer
+		put := func(values ...any) {
+			start := b.Len()
+			for _, v := range values {
+				if err := binary.Write(&b, binary.LittleEndian, v); err != nil {
+					t.Fatal(err)
+				}
+			}
+			b.Write(make([]byte, sector-(b.Len()-start)))
+		}
+		put(uint64(logMagic), uint64(1), entries, uint32(sector))
+		for _, w := range writes {
+			if w.fill == 0 {
+				put(w.sector, uint64(0), w.flags, uint64(0))
+				continue
+			}
+			put(w.sector, uint64(1), w.flags, uint64(0))
+			b.Write(bytes.Repeat([]byte{w.fill}, sector))
+		}
+		path := filepath.Join(t.TempDir(), "log")
+		if err := os.WriteFile(path, b.Bytes(), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	flush := write{flags: logFlush}
+	log := logOf(3, write{1, 'a', 0}, write{2, 'b', 0}, flush, write{1, 'c', 0}, write{3, 'd', 0})
+	for _, tt := range []struct {
+		chance float64
+		want   string
+	}{{0, "ab."}, {1, "cbd"}} {
+		image := filepath.Join(t.TempDir(), "image")
+		if err := os.WriteFile(image, bytes.Repeat([]byte{'.'}, 4*sector), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := replay(image, log, rand.New(rand.NewPCG(1, 1)), tt.chance); err != nil {
+			t.Fatal(err)
+		}
+		data, err := os.ReadFile(image)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := string([]byte{data[sector], data[2*sector], data[3*sector]}); got != tt.want || len(data) != 4*sector {
+			t.Errorf("with chance %g the disk has %q, want %q", tt.chance, got, tt.want)
+		}
+	}
+	if err := replay(os.DevNull, os.DevNull, nil, 0); err == nil {
+		t.Error("an empty log was replayed")
+	}
+}
+
+// TestDoc replaces the rows of a table that were run again, and no others.
+func TestDoc(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "hosts.md")
+	first, second := machines[0], machines[1]
+	old := []row{
+		{machine: first.name, check: "unit", result: "FAILED", took: 3 * time.Minute, day: "2026-01-02", note: "no"},
+		{machine: second.name, check: "unit", result: passed, took: time.Second, day: "2026-01-02", note: ""},
+	}
+	if err := os.WriteFile(path, []byte("before\n"+begins+table(old)+ends+"after\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	note := oneLine("a | b\nc")
+	now := []row{
+		{machine: first.name, check: "unit", result: passed, took: time.Minute, day: "2026-01-03", note: note},
+		{machine: first.name, check: "boot", result: passed, took: time.Second, day: "2026-01-03", note: "6.1"},
+	}
+	if err := updateDoc(path, now); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := "before\n" + begins + table([]row{now[1], now[0], old[1]}) + ends + "after\n"
+	if diff := cmp.Diff(want, string(text)); diff != "" {
+		t.Errorf("the file is other than it should (-want +got):\n%s", diff)
+	}
+	if strings.Contains(note, "|") {
+		t.Errorf("a cell has %q", note)
+	}
+}
+
+// TestMachines holds that every check of a machine is a script or a list of tests.
+func TestMachines(t *testing.T) {
+	for _, m := range machines {
+		for _, c := range m.checks {
+			if _, is := goTests[c]; is {
+				continue
+			}
+			file := map[string]string{"cuts": "after-cut"}[c]
+			if file == "" {
+				file = c
+			}
+			if _, err := scripts.ReadFile("checks/" + file + ".sh"); err != nil {
+				t.Errorf("%s: %v", m.name, err)
+			}
+		}
+	}
+}

@@ -1,0 +1,62 @@
+package main
+
+import "strings"
+
+// release is a distribution's, of which roots are made.
+type release struct {
+	suite    string
+	kernel   string   // its package
+	packages []string // besides those that all have
+}
+
+// machine is one kind of host.
+type machine struct {
+	name    string
+	release release
+	append  string // to the kernel's command line
+	small   bool   // 1 CPU and 1 GiB, else 2 and 4
+	checks  []string
+}
+
+var (
+	bookworm = release{"bookworm", "linux-image-cloud-amd64", []string{"systemd-oomd"}}
+	trixie   = release{"trixie", "linux-image-cloud-amd64", []string{"systemd-oomd"}}
+	// The release is over, and the package that names its newest kernel is not everywhere.
+	bullseye = release{"bullseye", "linux-image-5.10.0-46-cloud-amd64", nil}
+)
+
+// Checks that a machine can have, in their order. Those of use leave the unit installed; the
+// odd ones put back what they change.
+var (
+	use   = []string{"unit", "doctor", "restart", "reboot"}
+	rooms = []string{"cgroup", "runsc", "network", "agent", "node"}
+	story = []string{"story", "memory", "processes", "disk", "sleep", "egress", "crashes"}
+	odd   = []string{"oomd", "noexec", "full-var", "clock", "loopback6", "ufw", "firewalld", "docker"}
+)
+
+var machines = []machine{
+	{name: "bookworm", release: bookworm, checks: join(use, rooms, story)},
+	{name: "trixie", release: trixie, checks: join(use, rooms, story)},
+	{name: "bullseye", release: bullseye, checks: join(use, rooms, story)},
+	{name: "bookworm-v1", release: bookworm, append: "systemd.unified_cgroup_hierarchy=0",
+		checks: join(use, []string{"cgroup", "node", "memory"})},
+	{name: "bookworm-power", release: bookworm, checks: []string{"cuts"}},
+	{name: "bookworm-odd", release: bookworm, checks: join([]string{"unit"}, odd)},
+	{name: "bookworm-small", release: bookworm, small: true, checks: use},
+}
+
+func join(lists ...[]string) (all []string) {
+	for _, l := range lists {
+		all = append(all, l...)
+	}
+	return all
+}
+
+// names lists the machines.
+func names() string {
+	var all []string
+	for _, m := range machines {
+		all = append(all, m.name)
+	}
+	return strings.Join(all, " ")
+}

@@ -1,0 +1,160 @@
+// Command hosts runs cay and its tests in virtual machines of the kinds that users have,
+// and writes what came of it into a table.
+//
+// It needs root, a built cay and the packages that scripts/needs.sh names for it. Roots of
+// machines stay in the user's cache directory; everything else, processes included, is gone
+// at the end, after an error and after ^C too. docs/hosts.md says what the table means.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// options say what to run.
+type options struct {
+	machines string         // names, separated by spaces
+	checks   *regexp.Regexp // names of checks
+	cuts     int            // of power, in each machine that has the check
+	doc      string         // Markdown file whose table is brought up to date, "" is none
+	cache    string         // directory of roots and of logs
+	clock    float64        // how fast a machine's clock goes, 1 is as it should
+	keep     bool           // a failed machine runs on until the program is interrupted
+}
+
+func main() {
+	// Children die with the thread that started them, so that none outlives the program.
+	runtime.LockOSThread()
+	var o options
+	flag.StringVar(&o.machines, "machines", names(), "which `machines` to run, separated by spaces")
+	checks := flag.String("checks", ".", "run the checks that this `expression` matches, as unit or as bookworm/unit")
+	flag.IntVar(&o.cuts, "cuts", 10, "how often the check cuts takes the power away, 1 to 1000")
+	flag.StringVar(&o.doc, "doc", "", "bring the table of this Markdown `file`, after <!-- run -->, up to date")
+	flag.Float64Var(&o.clock, "clock", 0.2, "how fast the clock of an emulated machine goes, 0.01 to 1")
+	flag.BoolVar(&o.keep, "keep", false, "leave a machine in which a check failed running until ^C")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	err := o.check(*checks)
+	if err == nil {
+		err = run(ctx, o)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "hosts:", err)
+		os.Exit(1)
+	}
+}
+
+// check completes the options and refuses those that make no sense.
+func (o *options) check(checks string) (err error) {
+	if o.checks, err = regexp.Compile(checks); err != nil {
+		return fmt.Errorf("-checks: %w", err)
+	}
+	if o.cuts < 1 || o.cuts > 1000 {
+		return fmt.Errorf("-cuts is %d; it is 1 to 1000", o.cuts)
+	}
+	if o.clock < 0.01 || o.clock > 1 {
+		return fmt.Errorf("-clock is %g; it is 0.01 to 1", o.clock)
+	}
+	if hasKVM() {
+		o.clock = 1
+	}
+	if os.Geteuid() != 0 {
+		return errors.New("it needs root, for mmdebstrap and for a server that has the templates")
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return err
+	}
+	o.cache = filepath.Join(cache, "cay", "hosts")
+	if os.Getenv("CAY_IMAGES_CACHE_DIR") == "" { // make sets it to the same
+		return os.Setenv("CAY_IMAGES_CACHE_DIR", filepath.Join(cache, "cay", "images"))
+	}
+	return nil
+}
+
+// run does all that the options ask for. It fails if any check did.
+func run(ctx context.Context, o options) (err error) {
+	var chosen []machine
+	for name := range strings.FieldsSeq(o.machines) {
+		i := slices.IndexFunc(machines, func(m machine) bool { return m.name == name })
+		if i < 0 {
+			return fmt.Errorf("there is no machine %q; there are %s", name, names())
+		}
+		chosen = append(chosen, machines[i])
+	}
+	// Not below /tmp, which may be memory: disks are large.
+	if err := os.MkdirAll(o.cache, 0o700); err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp(o.cache, "run-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	l, err := pack(ctx, dir, o.packages(chosen))
+	if err != nil {
+		return fmt.Errorf("packing what machines need: %w", err)
+	}
+	var all []row
+	for _, m := range chosen {
+		if !slices.ContainsFunc(m.checks, func(c string) bool { return o.wants(m, c) }) {
+			continue
+		}
+		rows := tryMachine(ctx, o, m, l, dir)
+		all = append(all, rows...)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if o.doc != "" {
+			if err := updateDoc(o.doc, rows); err != nil {
+				return err
+			}
+		}
+	}
+	fmt.Print("\n", table(all))
+	failed := 0
+	for _, r := range all {
+		if r.result != passed {
+			failed++
+		}
+	}
+	if failed > 0 {
+		return fmt.Errorf("%d of %d checks failed; their output is in %s", failed, len(all), filepath.Join(o.cache, "logs"))
+	}
+	return nil
+}
+
+// tryMachine runs the chosen checks in one machine. Whatever goes wrong is a row.
+func tryMachine(ctx context.Context, o options, m machine, l *luggage, dir string) []row {
+	start := time.Now()
+	lab := &lab{options: o, machine: m, luggage: l}
+	lab.dir, lab.logs = filepath.Join(dir, m.name), filepath.Join(o.cache, "logs", m.name)
+	root, err := makeRoot(ctx, o.cache, m.release)
+	if err != nil {
+		return []row{lab.row("boot", start, "", fmt.Errorf("making the root: %w", err))}
+	}
+	lab.root = root
+	for _, d := range []string{lab.dir, lab.logs} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return []row{lab.row("boot", start, "", err)}
+		}
+	}
+	fmt.Printf("%s: root ready after %s\n", m.name, time.Since(start).Round(time.Second))
+	rows := lab.run(ctx)
+	if err := os.RemoveAll(lab.dir); err != nil {
+		rows = append(rows, lab.row("boot", start, "", err))
+	}
+	return rows
+}

@@ -1,0 +1,199 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// bootPatience bounds a boot until ssh answers. An emulated one takes about a minute, on busy
+// machines some times that.
+const bootPatience = 10 * time.Minute
+
+// hasKVM reports whether QEMU can use the processor's own support. Some machines have a /dev/kvm for
+// kernels that were made for it, without that support: ordinary ones do not boot there.
+func hasKVM() bool {
+	info, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil || !bytes.Contains(info, []byte(" vmx ")) && !bytes.Contains(info, []byte(" svm ")) {
+		return false
+	}
+	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if err == nil {
+		f.Close() // it was only tried
+	}
+	return err == nil
+}
+
+// accelerator returns how QEMU runs the guest's processors, and its environment.
+//
+// An emulated processor is too slow for the time limits of calls and tests, the more so on a busy machine.
+// So the guest's clock is slowed down by libfaketime, and the guest kept from the counter of the
+// processor, which is not. Tests stay as they are, and see a machine of nearly ordinary speed.
+func (o options) accelerator() (args, env []string, err error) {
+	if hasKVM() {
+		return []string{"-accel", "kvm", "-cpu", "max"}, os.Environ(), nil
+	}
+	libraries, err := filepath.Glob("/usr/lib/*/faketime/libfaketimeMT.so.1")
+	if err != nil || len(libraries) == 0 {
+		return nil, nil, errors.New("no libfaketime to slow a machine's clock with: scripts/needs.sh hosts installs it")
+	}
+	return []string{"-accel", "tcg,thread=multi", "-cpu", "max,tsc=off"},
+		append(os.Environ(), "LD_PRELOAD="+libraries[0], fmt.Sprintf("FAKETIME=+0 x%g", o.clock)), nil
+}
+
+// guest is a machine that runs.
+type guest struct {
+	cmd    *exec.Cmd
+	exited chan struct{} // closed when QEMU has ended
+	client *ssh.Client
+	dir    string
+	port   string
+	how    *ssh.ClientConfig
+}
+
+// boot starts a machine of the lab's and waits until it answers. disks are more of QEMU's
+// arguments. The root is what the last boot left, unless fresh.
+func (l *lab) boot(ctx context.Context, fresh bool, disks ...string) (_ *guest, err error) {
+	overlay := filepath.Join(l.dir, "root.qcow2")
+	if _, err := os.Stat(overlay); fresh || err != nil {
+		if err := makeOverlay(ctx, filepath.Join(l.root, "root.img"), overlay); err != nil {
+			return nil, err
+		}
+	}
+	address, err := freeAddress()
+	if err != nil {
+		return nil, err
+	}
+	_, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, err
+	}
+	g := &guest{dir: l.dir, port: port, exited: make(chan struct{}), how: &ssh.ClientConfig{
+		User: "root", Auth: []ssh.AuthMethod{ssh.PublicKeys(l.luggage.key)},
+		// It is the machine that was just started, at a port of the loopback.
+		HostKeyCallback: ssh.InsecureIgnoreHostKey(),
+		Timeout:         20 * time.Second, // of a dial; a boot tries again
+	}}
+	how, env, err := l.options.accelerator()
+	if err != nil {
+		return nil, err
+	}
+	cpus, memory := "2", "4096"
+	if l.machine.small {
+		cpus, memory = "1", "1024"
+	}
+	args := append([]string{
+		"-nodefaults", "-machine", "q35", "-smp", cpus, "-m", memory,
+		"-kernel", filepath.Join(l.root, "vmlinuz"), "-initrd", filepath.Join(l.root, "initrd"),
+		"-append", "root=LABEL=root rw console=ttyS0 panic=-1 " + l.machine.append,
+		"-drive", "if=virtio,format=qcow2,file=" + overlay,
+		"-drive", "if=virtio,format=raw,readonly=on,file=" + l.luggage.image,
+		"-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:" + port + "-:22",
+		"-device", "virtio-net-pci,netdev=net",
+		"-device", "virtio-rng-pci", "-display", "none", "-no-reboot",
+		"-serial", "file:" + filepath.Join(l.logs, "console.log"),
+	}, append(how, disks...)...)
+	g.cmd = exec.Command("qemu-system-x86_64", args...)
+	log, err := os.Create(filepath.Join(l.logs, "qemu.log"))
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	g.cmd.Env, g.cmd.Stdout, g.cmd.Stderr = env, log, log
+	g.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	if err := g.cmd.Start(); err != nil {
+		return nil, err
+	}
+	go func() { _ = g.cmd.Wait(); close(g.exited) }() // how it ends does not matter
+	deadline := time.Now().Add(bootPatience)
+	for {
+		if err = g.dial(); err == nil {
+			return g, nil
+		}
+		select {
+		case <-g.exited:
+			text, _ := os.ReadFile(log.Name()) // the error is told in any case
+			return nil, fmt.Errorf("QEMU ended: %s", lastLines(string(text), 3))
+		case <-ctx.Done():
+			g.cut()
+			return nil, ctx.Err()
+		case <-time.After(time.Second): // a poll with a deadline
+		}
+		if time.Now().After(deadline) {
+			g.cut()
+			return nil, fmt.Errorf("no answer after %s: %w", bootPatience, err)
+		}
+	}
+}
+
+// makeOverlay makes a disk that is another one until it is written to.
+func makeOverlay(ctx context.Context, base, overlay string) error {
+	return command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", overlay)
+}
+
+// dial opens the connection that commands go over.
+func (g *guest) dial() (err error) {
+	g.client, err = ssh.Dial("tcp", "127.0.0.1:"+g.port, g.how)
+	return err
+}
+
+// cut takes the power away: what QEMU has not written yet is lost.
+func (g *guest) cut() {
+	_ = g.cmd.Process.Kill() // it may have ended
+	<-g.exited
+	if g.client != nil {
+		g.client.Close()
+	}
+}
+
+// reboot shuts the machine down in order. QEMU ends with it; the next boot finds what it left.
+func (g *guest) reboot(ctx context.Context) error {
+	_ = g.script(ctx, "systemctl reboot", io.Discard, time.Minute) // the connection may break first
+	defer g.cut()
+	select {
+	case <-g.exited:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(bootPatience):
+		return errors.New("the machine does not shut down")
+	}
+}
+
+// errTimeout reports that a script took longer than it may.
+var errTimeout = errors.New("timed out")
+
+// script runs a bash script in the machine.
+func (g *guest) script(ctx context.Context, text string, out io.Writer, limit time.Duration) error {
+	session, err := g.client.NewSession()
+	if err != nil {
+		return err
+	}
+	defer session.Close()
+	session.Stdin = strings.NewReader(text)
+	session.Stdout, session.Stderr = out, out
+	done := make(chan error, 1)
+	// Read as a whole first: what a script runs must not read the rest of it as its input.
+	go func() { done <- session.Run(`script=$(cat); exec bash -c "$script" check </dev/null`) }()
+	select {
+	case err := <-done:
+		return err
+	case <-g.exited:
+		return errors.New("the machine ended")
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(limit):
+		return errTimeout
+	}
+}

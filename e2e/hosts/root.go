@@ -1,0 +1,48 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+)
+
+//go:embed root.sh
+var rootScript string
+
+// makeRoot makes the root of a release, or finds it in the cache, and returns its directory,
+// with root.img, vmlinuz and initrd. It is kept by what it is made with.
+func makeRoot(ctx context.Context, cache string, r release) (dir string, err error) {
+	arguments := append([]string{r.kernel}, r.packages...)
+	sum := sha256.Sum256([]byte(rootScript + strings.Join(arguments, "\n")))
+	dir = filepath.Join(cache, r.suite+"-"+hex.EncodeToString(sum[:6]))
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil
+	}
+	fmt.Printf("making the root of %s, which takes some minutes\n", r.suite)
+	draft, err := os.MkdirTemp(cache, "root-")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(draft) // it has another name if it became the root
+	script := exec.CommandContext(ctx, "bash", append([]string{"-s", "--", r.suite, draft}, arguments...)...)
+	script.Stdin = strings.NewReader(rootScript)
+	if out, err := script.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%w: %s", err, lastLines(string(out), 20))
+	}
+	old, err := filepath.Glob(filepath.Join(cache, r.suite+"-*"))
+	if err != nil {
+		return "", err
+	}
+	for _, o := range old {
+		if err := os.RemoveAll(o); err != nil { // made with something else
+			return "", err
+		}
+	}
+	return dir, os.Rename(draft, dir)
+}
