@@ -28,7 +28,7 @@ var (
 // Checks that a machine can have, in their order. Those of use leave the unit installed; the
 // odd ones put back what they change.
 var (
-	use   = []string{"unit", "doctor", "restart", "reboot"}
+	use   = []string{"unit", "doctor", "restart", "reboot", "allocators"}
 	rooms = []string{"cgroup", "runsc", "network", "agent", "node"}
 	story = []string{"story", "memory", "processes", "disk", "sleep", "egress", "crashes"}
 	odd   = []string{"oomd", "noexec", "full-var", "clock", "loopback6", "ufw", "firewalld", "docker"}

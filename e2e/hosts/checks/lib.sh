@@ -9,8 +9,7 @@ go_tests() {
 	local out=/var/tmp/tests.out code=0
 	if systemctl -q is-active cay; then systemctl stop cay; fi # it would share the processors
 	cd "$lab/$1"
-	CAY_TEST_REQUIRE=1 CAY_TEST_PROGRAMS=$lab/programs "./$(basename "$1").test" -test.v -test.run "$2" -test.timeout "$3" >"$out" 2>&1 || code=$?
-	cat "$out"
+	CAY_TEST_REQUIRE=1 CAY_TEST_PROGRAMS=$lab/programs "./$(basename "$1").test" -test.v -test.run "$2" -test.timeout "$3" 2>&1 | tee "$out" || code=$?
 	local passed failed skipped
 	passed=$(grep -c '^--- PASS' "$out" || true)
 	skipped=$(sed -n 's/^--- SKIP: \([^ ]*\).*/\1/p' "$out" | xargs)
