@@ -32,7 +32,8 @@ var mayImport = map[string]struct {
 	"internal/sandbox":   {[]string{"fault", "trace"}, "the core does no I/O: rows and machines are given to it"},
 	"internal/auth":      {[]string{"fault"}, "the core does no I/O"},
 	"internal/accesslog": {[]string{"auth"}, "all fronts log requests with it; it takes the rates of callers from auth"},
-	"internal/template":  {[]string{"fault", "sandbox"}, "the core does no I/O; it uses the types of sandboxes, which are made from templates"},
+	"internal/event":     {[]string{"fault"}, "the core does no I/O; others write the events that it names"},
+	"internal/template":  {[]string{"event", "fault", "sandbox"}, "the core does no I/O; it uses the types of sandboxes, which are made from templates, and of events"},
 
 	"internal/cgroup":      {nil, "a technology room: it knows the kernel and nothing of the product"},
 	"internal/runsc":       {nil, "a technology room: it knows gVisor and nothing of the product"},
@@ -53,8 +54,8 @@ var mayImport = map[string]struct {
 	"internal/agentapi/filesystem": {nil, "generated"},
 	"internal/agent":               {[]string{"agentapi", "agentapi/*", "fault"}, "code that runs in sandboxes must stay small and know nothing of the host"},
 
-	"internal/store":     {[]string{"auth", "fault", "sandbox", "template"}, "it implements the core's interfaces; all SQL is here"},
-	"internal/api":       {[]string{"accesslog", "agentapi", "auth", "budget", "fault", "portproxy", "sandbox", "template", "trace"}, "a front: it calls the core and the agent, and has portproxy carry traffic to ports"},
+	"internal/store":     {[]string{"auth", "event", "fault", "sandbox", "template"}, "it implements the core's interfaces; all SQL is here"},
+	"internal/api":       {[]string{"accesslog", "agentapi", "auth", "budget", "event", "fault", "portproxy", "sandbox", "template", "trace"}, "a front: it calls the core and the agent, and has portproxy carry traffic to ports"},
 	"internal/portproxy": {[]string{"agentapi", "fault"}, "a front that carries traffic and decides nothing about it: it knows ports and the agent, and not the core"},
 	"internal/e2b": {[]string{"accesslog", "agentapi", "auth", "budget", "fault", "portproxy", "sandbox", "template"},
 		"a front beside api, for E2B's clients: it calls the same core and the agent, and has portproxy carry traffic to ports"},
@@ -67,7 +68,7 @@ var mayImport = map[string]struct {
 	"cmd/cay-runsc/early":    {nil, "it runs before gVisor's packages are initialised"},
 	"scripts/gvisor/filters": {nil, "a step of the build of cay-runsc"},
 	"cmd/cay": {[]string{"agentapi", "api", "auth", "blob", "budget", "buildkit", "cgroup", "e2b", "egressproxy",
-		"embedded", "fault", "image", "network", "node", "portproxy", "sandbox", "store", "template"},
+		"embedded", "event", "fault", "image", "network", "node", "portproxy", "sandbox", "store", "template"},
 		"all wiring is here; the verbs of the command line use client"},
 }
 

@@ -27,6 +27,7 @@ var statuses = map[fault.Kind]int{
 	fault.NoSpace:         http.StatusInsufficientStorage,
 	fault.TooLarge:        http.StatusRequestEntityTooLarge,
 	fault.Upstream:        http.StatusBadGateway,
+	fault.Gone:            http.StatusGone,
 }
 
 // statusGone is what the log and the metrics say of a call whose caller left

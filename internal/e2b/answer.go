@@ -35,6 +35,7 @@ var statuses = map[fault.Kind]int{
 	fault.NoSpace:         http.StatusInsufficientStorage,
 	fault.TooLarge:        http.StatusRequestEntityTooLarge,
 	fault.Upstream:        http.StatusBadGateway,
+	fault.Gone:            http.StatusGone,
 }
 
 // unsupported is an error that names something this server does not have; it is answered with

@@ -31,10 +31,11 @@ const (
 	NoSpace              // a disk is full
 	TooLarge             // a body or a result is over its limit
 	Upstream             // a program in a sandbox failed, not cay
+	Gone                 // the thing was there and has been dropped for good
 )
 
 var kindNames = [...]string{"internal", "not found", "conflict", "invalid", "unauthenticated", "denied",
-	"exhausted", "unavailable", "no space", "too large", "upstream"}
+	"exhausted", "unavailable", "no space", "too large", "upstream", "gone"}
 
 // String names the kind for logs.
 func (k Kind) String() string {

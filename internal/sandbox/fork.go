@@ -114,12 +114,18 @@ func (s *Service) saveFork(ctx context.Context, id ID, f *fork) (Sandbox, error)
 		return Sandbox{}, err
 	}
 	f.release = s.holdSnapshot(f.from.ID)
-	if _, err := s.writeSnapshot(ctx, box, f.from.ID); err != nil {
+	_, err = s.writeSnapshot(ctx, box, f.from.ID)
+	forked := Event{SandboxID: box.ID, At: time.Now().UTC(), Reason: reasonForked,
+		Detail: fmt.Sprintf("%d asked for", f.request.Count)}
+	if err == nil {
+		err = s.store.Note(ctx, []Event{forked})
+	}
+	if err != nil {
 		s.abandonSnapshot(ctx, f.from.ID, false)
 		f.release()
 		return Sandbox{}, s.snapshotFailed(ctx, box, err)
 	}
-	s.noteSnapshot(ctx, box.ID, reasonForked, fmt.Sprintf("%d asked for", f.request.Count))
+	s.logNote(ctx, forked)
 	return box, nil
 }
 

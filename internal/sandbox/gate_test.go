@@ -176,7 +176,8 @@ func (s gatedStore) SetExpiry(ctx context.Context, id sandbox.ID, at time.Time, 
 	})
 }
 
-func (s gatedStore) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) (sandbox.Sandbox, error) {
+func (s gatedStore) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress,
+	note sandbox.Event) (sandbox.Sandbox, error) {
 	s.writes.Add(1)
 	s.mu.Lock()
 	locked := s.locked
@@ -184,7 +185,9 @@ func (s gatedStore) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egre
 	if locked {
 		return sandbox.Sandbox{}, errBroken
 	}
-	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) { return s.Store.SetEgress(ctx, id, e) })
+	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) {
+		return s.Store.SetEgress(ctx, id, e, note)
+	})
 }
 
 func (s gatedStore) Note(ctx context.Context, events []sandbox.Event) error {
@@ -205,9 +208,12 @@ func (s gatedStore) AddSnapshot(ctx context.Context, snap sandbox.Snapshot, most
 	return err
 }
 
-func (s gatedStore) ReadySnapshot(ctx context.Context, id sandbox.SnapshotID, at time.Time, size int64) (sandbox.Snapshot, error) {
+func (s gatedStore) ReadySnapshot(ctx context.Context, id sandbox.SnapshotID, at time.Time, size int64,
+	note sandbox.Event) (sandbox.Snapshot, error) {
 	s.writes.Add(1)
-	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Snapshot, error) { return s.Store.ReadySnapshot(ctx, id, at, size) })
+	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Snapshot, error) {
+		return s.Store.ReadySnapshot(ctx, id, at, size, note)
+	})
 }
 
 func (s gatedStore) EndSnapshot(ctx context.Context, id sandbox.SnapshotID) error {

@@ -52,7 +52,7 @@ func (s *Service) setEgress(ctx context.Context, id ID, e Egress) (Sandbox, erro
 	if before.State != Running && before.State != Suspended {
 		return Sandbox{}, notRunning(before)
 	}
-	box, err := s.store.SetEgress(ctx, id, e)
+	box, err := s.store.SetEgress(ctx, id, e, changed(e))
 	if err != nil {
 		return Sandbox{}, err
 	}
@@ -62,10 +62,13 @@ func (s *Service) setEgress(ctx context.Context, id ID, e Egress) (Sandbox, erro
 		}
 	}
 	s.log.InfoContext(ctx, "sandbox has another egress policy", "sandbox", id, "egress", e.summary())
-	if err := s.store.Note(ctx, []Event{{SandboxID: id, At: time.Now().UTC(), Reason: reasonEgressChanged, Detail: e.summary()}}); err != nil {
-		s.log.ErrorContext(ctx, "noting a change of policy", "sandbox", id, "error", err)
-	}
 	return box, nil
+}
+
+// changed returns the event of a change of policy. It is written with the row, which the machine
+// follows in the end; a policy that is written back has one too.
+func changed(e Egress) Event {
+	return Event{At: time.Now().UTC(), Reason: reasonEgressChanged, Detail: e.summary()}
 }
 
 // egressFailed writes the policy back that is still in force. When that fails too, what
@@ -77,7 +80,7 @@ func (s *Service) egressFailed(ctx context.Context, before Sandbox, cause error)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 	defer cancel()
 	s.log.ErrorContext(ctx, "changing the policy of a sandbox", "sandbox", before.ID, "error", cause)
-	if _, err := s.store.SetEgress(ctx, before.ID, before.Egress); err != nil {
+	if _, err := s.store.SetEgress(ctx, before.ID, before.Egress, changed(before.Egress)); err != nil {
 		s.log.ErrorContext(ctx, "writing back the policy of a sandbox", "sandbox", before.ID, "error", err)
 	}
 	if fault.As(cause) != nil {

@@ -80,8 +80,8 @@ type Store interface {
 	// A cursor that is not one of ours is Invalid in field "cursor".
 	List(ctx context.Context, f Filter) ([]Sandbox, string, error)
 	// Transition applies c and records its event in one transaction. A row that comes to a state
-	// which is over loses its environment, token and surface, and all but its newest 100 events;
-	// others keep 1,000. A row that
+	// which is over loses its environment, token and surface, and its listing all but its newest
+	// 100 events; others keep 1,000. A row that
 	// is not in c.From or not in c.Run is a Conflict, code "sandbox_state", and
 	// untouched; the returned sandbox is then the row as it is.
 	Transition(ctx context.Context, c Change) (Sandbox, error)
@@ -92,14 +92,14 @@ type Store interface {
 	// SetActivity moves the last activity of sandboxes forward, never back, all in
 	// one transaction. Sandboxes that are over or unknown are left out.
 	SetActivity(ctx context.Context, last map[ID]time.Time) error
-	// SetEgress writes the policy of a sandbox that is not over; Conflict, code
-	// "sandbox_state", when it is.
-	SetEgress(ctx context.Context, id ID, e Egress) (Sandbox, error)
+	// SetEgress writes the policy of a sandbox that is not over, and note as Note does; Conflict,
+	// code "sandbox_state", when it is.
+	SetEgress(ctx context.Context, id ID, e Egress, note Event) (Sandbox, error)
 	// SetSurface writes what a surface keeps with a sandbox that is not over; Conflict,
 	// code "sandbox_state", when it is.
 	SetSurface(ctx context.Context, id ID, surface string) (Sandbox, error)
 	// Note adds events that are no transitions, all in one transaction: From and To are
-	// written as the state that the row is in. Of one reason a sandbox keeps its newest
+	// written as the state that the row is in. Of one reason a sandbox's listing keeps its newest
 	// 100. Sandboxes that are over or unknown are left out.
 	Note(ctx context.Context, events []Event) error
 	// Living lists the sandboxes that are not over, in no order.
@@ -108,7 +108,7 @@ type Store interface {
 	Unfinished(ctx context.Context) ([]Sandbox, error)
 	// Events pages a sandbox's events, newest first.
 	Events(ctx context.Context, id ID, limit int, cursor string) ([]Event, string, error)
-	// Purge drops sandboxes that were over before the time, with their events,
+	// Purge drops sandboxes that were over before the time, with their listings of events,
 	// and idempotency records older than 24 h at now. Of those of one organization that are over
 	// it keeps the newest, most of them, where one counts once more for each 4 KiB of its metadata
 	// and policy; 0 is no limit. It says how many sandboxes went.
@@ -127,8 +127,9 @@ type Store interface {
 	// code "quota_exceeded"; 0 is no limit): nothing is written then.
 	AddSnapshot(ctx context.Context, s Snapshot, most int) error
 	// ReadySnapshot makes a snapshot that is being created ready, with what is known of it
-	// now. One in another state, or none, is Conflict, code "snapshot_state".
-	ReadySnapshot(ctx context.Context, id SnapshotID, at time.Time, size int64) (Snapshot, error)
+	// now, and writes note for its sandbox as Note does. One in another state, or none, is
+	// Conflict, code "snapshot_state".
+	ReadySnapshot(ctx context.Context, id SnapshotID, at time.Time, size int64, note Event) (Snapshot, error)
 	// EndSnapshot makes a snapshot one that is being deleted; its name is free from then
 	// on. It is no error if it is already. None is NotFound, code "snapshot_not_found".
 	EndSnapshot(ctx context.Context, id SnapshotID) error

@@ -162,22 +162,22 @@ func (s *Service) saveSnapshot(ctx context.Context, id ID, name string) (Sandbox
 		return Sandbox{}, Snapshot{}, err
 	}
 	point, err := s.writeSnapshot(ctx, box, snap.ID)
+	saved := Event{SandboxID: box.ID, At: time.Now().UTC(), Reason: reasonSnapshot,
+		Detail: strings.TrimSpace(string(snap.ID) + " " + snap.Name)}
 	if err == nil {
-		snap, err = s.store.ReadySnapshot(ctx, snap.ID, point.At, point.Size)
+		snap, err = s.store.ReadySnapshot(ctx, snap.ID, point.At, point.Size, saved)
 	}
 	if err != nil {
 		s.abandonSnapshot(ctx, snap.ID, true)
 		return Sandbox{}, Snapshot{}, s.snapshotFailed(ctx, box, err)
 	}
-	s.noteSnapshot(ctx, box.ID, reasonSnapshot, strings.TrimSpace(string(snap.ID)+" "+snap.Name))
+	s.logNote(ctx, saved)
 	return box, snap, nil
 }
 
-func (s *Service) noteSnapshot(ctx context.Context, id ID, reason, detail string) {
-	s.log.InfoContext(ctx, "sandbox "+reason, "sandbox", id, "detail", detail)
-	if err := s.store.Note(ctx, []Event{{SandboxID: id, At: time.Now().UTC(), Reason: reason, Detail: detail}}); err != nil {
-		s.log.ErrorContext(ctx, "noting a snapshot", "sandbox", id, "error", err)
-	}
+// logNote logs an event that is no transition.
+func (s *Service) logNote(ctx context.Context, e Event) {
+	s.log.InfoContext(ctx, "sandbox "+e.Reason, "sandbox", e.SandboxID, "detail", e.Detail)
 }
 
 // writeSnapshot has the machine write it.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
 )
 
@@ -34,7 +35,7 @@ func noOrg(id string) error {
 
 // PutOrg implements [auth.Store].
 func (db *DB) PutOrg(ctx context.Context, o auth.Org, first auth.Key) error {
-	err := db.write(ctx, func(tx *sql.Tx) error {
+	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		fields := orgFields(&o)
 		_, err := tx.ExecContext(ctx, "INSERT INTO orgs ("+orgColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
 		if violates(err, false) {
@@ -43,7 +44,11 @@ func (db *DB) PutOrg(ctx context.Context, o auth.Org, first auth.Key) error {
 		if err != nil {
 			return fmt.Errorf("writing row: %w", err)
 		}
-		return insertKey(ctx, tx, first)
+		made := event.Event{OrgID: o.ID, At: o.CreatedAt, Type: event.OrgCreated, About: event.About{Name: o.Name}}
+		if err := out.add(ctx, made); err != nil {
+			return err
+		}
+		return insertKey(ctx, tx, out, first)
 	})
 	if err != nil {
 		return fmt.Errorf("adding organization %q: %w", o.Name, err)
@@ -51,7 +56,7 @@ func (db *DB) PutOrg(ctx context.Context, o auth.Org, first auth.Key) error {
 	return nil
 }
 
-func insertKey(ctx context.Context, tx *sql.Tx, k auth.Key) error {
+func insertKey(ctx context.Context, tx *sql.Tx, out *outbox, k auth.Key) error {
 	hash := hex.EncodeToString(k.Hash)
 	fields := keyFields(&k, &hash)
 	_, err := tx.ExecContext(ctx, "INSERT INTO api_keys ("+keyColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
@@ -61,7 +66,11 @@ func insertKey(ctx context.Context, tx *sql.Tx, k auth.Key) error {
 	if err != nil {
 		return fmt.Errorf("writing key: %w", err)
 	}
-	return nil
+	return out.add(ctx, keyEvent(event.KeyCreated, k, k.CreatedAt))
+}
+
+func keyEvent(t event.Type, k auth.Key, when time.Time) event.Event {
+	return event.Event{OrgID: k.OrgID, At: when, Type: t, About: event.About{KeyID: k.ID, Name: k.Name}}
 }
 
 // GetOrg implements [auth.Store].
@@ -106,13 +115,13 @@ func (db *DB) ListOrgs(ctx context.Context, limit int, after string) ([]auth.Org
 
 // PutKey implements [auth.Store]. No such organization is NotFound.
 func (db *DB) PutKey(ctx context.Context, k auth.Key, limit int) error {
-	err := db.write(ctx, func(tx *sql.Tx) error {
+	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if limit > 0 {
 			if err := makeRoom(ctx, tx, k, limit); err != nil {
 				return err
 			}
 		}
-		return insertKey(ctx, tx, k)
+		return insertKey(ctx, tx, out, k)
 	})
 	if err != nil {
 		return fmt.Errorf("adding key %s: %w", k.ID, err)
@@ -200,16 +209,25 @@ func (db *DB) ListKeys(ctx context.Context, orgID string, limit int, after strin
 
 // RevokeKey implements [auth.Store].
 func (db *DB) RevokeKey(ctx context.Context, orgID, id string, when time.Time) error {
-	r, err := db.writer.ExecContext(ctx, "UPDATE api_keys SET revoked_at = COALESCE(revoked_at, $1) WHERE org_id = $2 AND id = $3", at(when), orgID, id)
+	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
+		k := auth.Key{ID: id, OrgID: orgID}
+		err := tx.QueryRowContext(ctx, `UPDATE api_keys SET revoked_at = $1
+			WHERE org_id = $2 AND id = $3 AND revoked_at IS NULL RETURNING name`,
+			at(when), orgID, id).Scan(&k.Name)
+		if err == nil {
+			return out.add(ctx, keyEvent(event.KeyRevoked, k, when))
+		}
+		if !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
+		err = tx.QueryRowContext(ctx, "SELECT name FROM api_keys WHERE org_id = $1 AND id = $2", orgID, id).Scan(&k.Name)
+		if errors.Is(err, sql.ErrNoRows) {
+			return fault.New(fault.NotFound, "api_key_not_found", "there is no API key %s", id)
+		}
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("revoking key %s: %w", id, err)
-	}
-	n, err := r.RowsAffected()
-	if err != nil {
-		return fmt.Errorf("revoking key %s: %w", id, err)
-	}
-	if n == 0 {
-		return fault.New(fault.NotFound, "api_key_not_found", "there is no API key %s", id)
 	}
 	return nil
 }

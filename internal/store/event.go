@@ -5,58 +5,123 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"time"
 
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// eventID is "evt_" and the event's number in its sandbox, with so many digits
-// that a sandbox suspended and woken every second for a century stays sortable.
-func eventID(seq int64) string { return fmt.Sprintf("evt_%010d", seq) }
+// outbox takes the events of one transaction. There is no other way to write an event, so that
+// followers are always told.
+type outbox struct {
+	db   *DB
+	tx   *sql.Tx
+	orgs []string // that have events in it
+}
 
-// insertEvent gives the event the sandbox's next number. The transaction has
-// written the sandbox's row, so nobody else can be numbering its events.
-func insertEvent(ctx context.Context, tx *sql.Tx, e sandbox.Event) error {
-	var seq int64
-	err := tx.QueryRowContext(ctx, `INSERT INTO sandbox_events (sandbox_id, seq, at, from_state, to_state, reason, detail)
-		VALUES ($1, (SELECT COALESCE(MAX(seq), 0) + 1 FROM sandbox_events WHERE sandbox_id = $1), $2, $3, $4, $5, $6) RETURNING seq`,
-		e.SandboxID, at(e.At), e.From, e.To, e.Reason, e.Detail).Scan(&seq)
-	if err != nil {
-		return fmt.Errorf("writing event: %w", err)
+// record is write for a transaction that may write events.
+func (db *DB) record(ctx context.Context, f func(tx *sql.Tx, out *outbox) error) error {
+	out := &outbox{db: db}
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		out.tx = tx
+		return f(tx, out)
+	})
+	if wake := db.wake.Load(); wake != nil && len(out.orgs) > 0 {
+		(*wake)(out.orgs)
 	}
-	if seq > eventsKept {
-		return dropEvents(ctx, tx, e.SandboxID, eventsKept)
+	return err
+}
+
+// OnEvents has wake called after each transaction that wrote events, with the organizations that they
+// belong to. It must not block.
+func (db *DB) OnEvents(wake func(orgs []string)) { db.wake.Store(&wake) }
+
+const (
+	// nextSeq is the place of the next event: the present time, given as $1, or one more than the
+	// last. The transaction has the write lock, so the order of these values is the order of commits.
+	nextSeq = `(SELECT CASE WHEN last.seq < $1 THEN $1 ELSE last.seq + 1 END
+		FROM (SELECT COALESCE((SELECT seq FROM events ORDER BY seq DESC LIMIT 1), 0) AS seq) AS last)`
+	// nextNumber is the number of the next event in the listing of a sandbox, given as $5.
+	nextNumber = `(SELECT COALESCE(MAX(number), 0) + 1 FROM events WHERE sandbox_id = $5 AND number IS NOT NULL)`
+
+	insertEvent = `INSERT INTO events
+		(seq, org_id, at, type, sandbox_id, number, from_state, to_state, reason, detail, about)
+		VALUES (` + nextSeq + `, $2, $3, $4, $5, NULL, $6, $7, $8, $9, $10)`
+	insertListed = `INSERT INTO events
+		(seq, org_id, at, type, sandbox_id, number, from_state, to_state, reason, detail, about)
+		VALUES (` + nextSeq + `, $2, $3, $4, $5, ` + nextNumber + `, $6, $7, $8, $9, $10) RETURNING number`
+)
+
+// eventArgs are the parameters of both statements that insert e.
+func (o *outbox) eventArgs(e *event.Event) []any {
+	o.orgs = append(o.orgs, e.OrgID)
+	return []any{time.Now().UnixMicro(), e.OrgID, at(e.At), e.Type, e.SandboxID, e.From, e.To, e.Reason, e.Detail,
+		jsonColumn{&e.About}}
+}
+
+// add writes an event that is in no sandbox's listing.
+func (o *outbox) add(ctx context.Context, e event.Event) error {
+	if _, err := o.tx.StmtContext(ctx, o.db.insertEvent).ExecContext(ctx, o.eventArgs(&e)...); err != nil {
+		return fmt.Errorf("writing event: %w", err)
 	}
 	return nil
 }
 
-// A sandbox keeps its newest events: while it lives those of some hundred suspends and wakes, about
-// 100 KiB; when it is over those that led to its end. Without a bound a sandbox that is suspended
-// and woken all day fills the disk.
+// list writes an event of a sandbox, which its listing has too, and returns its number there. The
+// transaction has written the sandbox's row, so no other transaction is numbering its events.
+func (o *outbox) list(ctx context.Context, e event.Event) (number int64, err error) {
+	if err := o.tx.StmtContext(ctx, o.db.insertListed).QueryRowContext(ctx, o.eventArgs(&e)...).Scan(&number); err != nil {
+		return 0, fmt.Errorf("writing event: %w", err)
+	}
+	if number > eventsKept {
+		err = o.unlist(ctx, "sandbox_id = $1 AND number <= $2", e.SandboxID, number-eventsKept)
+	}
+	return number, err
+}
+
+// transition writes the event of a sandbox's transition.
+func (o *outbox) transition(ctx context.Context, orgID string, e sandbox.Event) error {
+	number, err := o.list(ctx, event.Event{OrgID: orgID, At: e.At, Type: event.Transition(string(e.To)),
+		SandboxID: string(e.SandboxID), From: string(e.From), To: string(e.To), Reason: e.Reason, Detail: e.Detail})
+	if err == nil && e.To.Over() && number > eventsKeptOver {
+		err = o.unlist(ctx, "sandbox_id = $1 AND number <= $2", e.SandboxID, number-eventsKeptOver)
+	}
+	return err
+}
+
+// A sandbox's listing keeps its newest events: while it lives those of some hundred suspends and
+// wakes, about 100 KiB; when it is over those that led to its end. The feed has the others too,
+// until they are dropped from it.
 const (
 	eventsKept     = 1000
 	eventsKeptOver = 100
 )
 
-// dropEvents drops all events of a sandbox but the newest.
-func dropEvents(ctx context.Context, tx *sql.Tx, id sandbox.ID, keep int) error {
-	_, err := tx.ExecContext(ctx, `DELETE FROM sandbox_events WHERE sandbox_id = $1 AND seq <=
-		(SELECT MAX(seq) FROM sandbox_events WHERE sandbox_id = $1) - $2`, id, keep)
-	if err != nil {
+// unlist takes events out of the listing of their sandbox. Those that the feed has no more go.
+func (o *outbox) unlist(ctx context.Context, where string, args ...any) error {
+	where = " WHERE number IS NOT NULL AND " + where
+	if _, err := o.tx.ExecContext(ctx, "DELETE FROM events"+where+isBeyond, args...); err != nil {
+		return fmt.Errorf("dropping old events: %w", err)
+	}
+	if _, err := o.tx.ExecContext(ctx, "UPDATE events SET number = NULL"+where, args...); err != nil {
 		return fmt.Errorf("dropping old events: %w", err)
 	}
 	return nil
 }
 
-// notesKept is how many notes of one reason a sandbox keeps: some hours of the most that
+// isBeyond selects events that are in no feed any more.
+const isBeyond = " AND seq <= (SELECT h.seq FROM event_horizons h WHERE h.org_id = events.org_id)"
+
+// notesKept is how many notes of one reason a sandbox's listing keeps: some hours of the most that
 // one which scans its network makes, some tens of KiB.
 const notesKept = 100
 
 // Note implements [sandbox.Store].
 func (db *DB) Note(ctx context.Context, events []sandbox.Event) error {
-	err := db.write(ctx, func(tx *sql.Tx) error {
+	err := db.record(ctx, func(_ *sql.Tx, out *outbox) error {
 		for _, e := range events {
-			if err := insertNote(ctx, tx, e); err != nil {
+			if _, err := out.note(ctx, event.Transition(e.Reason), e, event.About{}); err != nil {
 				return err
 			}
 		}
@@ -68,47 +133,52 @@ func (db *DB) Note(ctx context.Context, events []sandbox.Event) error {
 	return nil
 }
 
-func insertNote(ctx context.Context, tx *sql.Tx, e sandbox.Event) error {
+// note writes an event of a sandbox that is no transition, if the sandbox is not over.
+func (o *outbox) note(ctx context.Context, t event.Type, e sandbox.Event, about event.About) (noted bool, err error) {
+	var org, state string
 	// Taking the state by an update makes this transaction a writer from its beginning.
-	err := tx.QueryRowContext(ctx, "UPDATE sandboxes SET state = state WHERE id = $1 AND ended_at IS NULL RETURNING state", e.SandboxID).Scan(&e.To)
+	err = o.tx.QueryRowContext(ctx, `UPDATE sandboxes SET state = state WHERE id = $1 AND ended_at IS NULL
+		RETURNING org_id, state`, e.SandboxID).Scan(&org, &state)
 	if errors.Is(err, sql.ErrNoRows) {
-		return nil
+		return false, nil
 	}
 	if err != nil {
-		return fmt.Errorf("reading the state of %s: %w", e.SandboxID, err)
+		return false, fmt.Errorf("reading the state of %s: %w", e.SandboxID, err)
 	}
-	e.From = e.To
-	if err := insertEvent(ctx, tx, e); err != nil {
-		return err
+	number, err := o.list(ctx, event.Event{OrgID: org, At: e.At, Type: t, SandboxID: string(e.SandboxID),
+		From: state, To: state, Reason: e.Reason, Detail: e.Detail, About: about})
+	if err != nil || number <= notesKept {
+		return true, err
 	}
-	_, err = tx.ExecContext(ctx, `DELETE FROM sandbox_events WHERE sandbox_id = $1 AND reason = $2 AND from_state = to_state AND seq <=
-		(SELECT seq FROM sandbox_events WHERE sandbox_id = $1 AND reason = $2 AND from_state = to_state ORDER BY seq DESC LIMIT 1 OFFSET $3)`,
-		e.SandboxID, e.Reason, notesKept)
+	var oldest int64
+	err = o.tx.QueryRowContext(ctx, `SELECT number FROM events
+		WHERE sandbox_id = $1 AND number IS NOT NULL AND reason = $2 AND from_state = to_state
+		ORDER BY number DESC LIMIT 1 OFFSET $3`, e.SandboxID, e.Reason, notesKept).Scan(&oldest)
+	if errors.Is(err, sql.ErrNoRows) {
+		return true, nil
+	}
+	if err == nil {
+		err = o.unlist(ctx, "sandbox_id = $1 AND number <= $2 AND reason = $3 AND from_state = to_state", e.SandboxID,
+			oldest, e.Reason)
+	}
 	if err != nil {
-		return fmt.Errorf("dropping old notes: %w", err)
+		return true, fmt.Errorf("dropping old notes: %w", err)
 	}
-	return nil
+	return true, nil
 }
+
+// listedID is the id of an event in the listing of its sandbox: "evt_" and its number there, with
+// so many digits that a sandbox suspended and woken every second for a century stays sortable.
+func listedID(number int64) string { return fmt.Sprintf("evt_%010d", number) }
 
 // Events implements [sandbox.Store]. Events of one sandbox are ordered by their
 // number, not by their time, which a clock set back would upset.
 func (db *DB) Events(ctx context.Context, id sandbox.ID, limit int, after string) ([]sandbox.Event, string, error) {
-	if limit < 1 {
-		return nil, "", fmt.Errorf("listing events with limit %d", limit)
+	query, args, err := listingQuery(id, limit, after)
+	if err != nil {
+		return nil, "", err
 	}
-	var p params
-	q := "SELECT seq, at, from_state, to_state, reason, detail FROM sandbox_events WHERE sandbox_id = " + p.add(id)
-	if after != "" {
-		c, err := parseCursor(listEvents, after)
-		if err != nil {
-			return nil, "", err
-		}
-		if c.id != string(id) {
-			return nil, "", fault.InField("invalid_cursor", "cursor", "is of another sandbox's events")
-		}
-		q += " AND seq < " + p.add(c.at)
-	}
-	rows, err := db.reader.QueryContext(ctx, q+" ORDER BY seq DESC LIMIT "+p.add(limit+1), p...)
+	rows, err := db.reader.QueryContext(ctx, query, args...)
 	if err != nil {
 		return nil, "", fmt.Errorf("listing events of %s: %w", id, err)
 	}
@@ -117,18 +187,40 @@ func (db *DB) Events(ctx context.Context, id sandbox.ID, limit int, after string
 	var last int64
 	for rows.Next() {
 		e := sandbox.Event{SandboxID: id}
-		var seq int64
-		if err := rows.Scan(&seq, timeColumn{&e.At}, &e.From, &e.To, &e.Reason, &e.Detail); err != nil {
+		var number int64
+		if err := rows.Scan(&number, timeColumn{&e.At}, &e.From, &e.To, &e.Reason, &e.Detail); err != nil {
 			return nil, "", fmt.Errorf("listing events of %s: %w", id, err)
 		}
 		if len(all) == limit {
 			return all, cursor{listEvents, last, string(id)}.String(), rows.Close()
 		}
-		e.ID, last = eventID(seq), seq
+		e.ID, last = listedID(number), number
 		all = append(all, e)
 	}
 	if err := rows.Err(); err != nil {
 		return nil, "", fmt.Errorf("listing events of %s: %w", id, err)
 	}
 	return all, "", nil
+}
+
+// listingQuery is that of a sandbox's listing. The events of a sandbox whose row is gone are
+// listed nowhere.
+func listingQuery(id sandbox.ID, limit int, after string) (string, params, error) {
+	if limit < 1 {
+		return "", nil, fmt.Errorf("listing events with limit %d", limit)
+	}
+	var p params
+	q := "SELECT number, at, from_state, to_state, reason, detail FROM events WHERE sandbox_id = " + p.add(id) +
+		" AND number IS NOT NULL AND EXISTS (SELECT 1 FROM sandboxes WHERE id = " + p.add(id) + ")"
+	if after != "" {
+		c, err := parseCursor(listEvents, after)
+		if err != nil {
+			return "", nil, err
+		}
+		if c.id != string(id) {
+			return "", nil, fault.InField("invalid_cursor", "cursor", "is of another sandbox's events")
+		}
+		q += " AND number < " + p.add(c.at)
+	}
+	return q + " ORDER BY number DESC LIMIT " + p.add(limit+1), p, nil
 }

@@ -85,7 +85,7 @@ func (db *DB) Claim(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota, onc
 	if s.State != sandbox.Running {
 		return prior, false, fmt.Errorf("claiming sandbox %s in state %q", s.ID, s.State)
 	}
-	err = db.write(ctx, func(tx *sql.Tx) error {
+	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if prior, found, err = admit(ctx, tx, s, q, once); err != nil || found {
 			return err
 		}
@@ -99,10 +99,11 @@ func (db *DB) Claim(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota, onc
 			}
 			return fault.New(fault.Conflict, "no_member", "the pool has no member %s", s.ID)
 		}
-		if err := insertSandbox(ctx, tx, s, once); err != nil {
+		if err := insertSandbox(ctx, tx, out, s, once); err != nil {
 			return err
 		}
-		return insertEvent(ctx, tx, sandbox.Event{SandboxID: s.ID, At: s.StartedAt, From: sandbox.Creating, To: sandbox.Running})
+		return out.transition(ctx, s.OrgID, sandbox.Event{SandboxID: s.ID, At: s.StartedAt, From: sandbox.Creating,
+			To: sandbox.Running})
 	})
 	if err != nil {
 		return sandbox.Sandbox{}, false, fmt.Errorf("claiming sandbox %s: %w", s.ID, err)

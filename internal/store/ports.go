@@ -4,17 +4,22 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
+	"time"
 
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
 // SetPublicPort implements [sandbox.Store].
 func (db *DB) SetPublicPort(ctx context.Context, id sandbox.ID, port int, public bool) error {
-	err := db.write(ctx, func(tx *sql.Tx) error {
+	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if !public {
-			_, err := tx.ExecContext(ctx, "DELETE FROM public_ports WHERE sandbox_id = $1 AND port = $2", id, port)
-			return err
+			r, err := tx.ExecContext(ctx, "DELETE FROM public_ports WHERE sandbox_id = $1 AND port = $2", id, port)
+			if err != nil {
+				return err
+			}
+			return out.port(ctx, event.SandboxPortPrivate, id, port, r)
 		}
 		var others int
 		if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM public_ports WHERE sandbox_id = $1 AND port <> $2", id, port).Scan(&others); err != nil {
@@ -23,16 +28,32 @@ func (db *DB) SetPublicPort(ctx context.Context, id sandbox.ID, port int, public
 		if others >= sandbox.MaxPublicPorts {
 			return fault.New(fault.Conflict, "too_many_public_ports", "a sandbox may have %d public ports", sandbox.MaxPublicPorts)
 		}
-		_, err := tx.ExecContext(ctx, "INSERT INTO public_ports (sandbox_id, port) VALUES ($1, $2) ON CONFLICT DO NOTHING", id, port)
+		r, err := tx.ExecContext(ctx, `INSERT INTO public_ports (sandbox_id, port) VALUES ($1, $2)
+			ON CONFLICT DO NOTHING`, id, port)
 		if violates(err, true) {
 			return fault.New(fault.NotFound, "sandbox_not_found", "there is no sandbox %q", string(id))
 		}
-		return err
+		if err != nil {
+			return err
+		}
+		return out.port(ctx, event.SandboxPortPublic, id, port, r)
 	})
 	if err != nil {
 		return fmt.Errorf("changing port %d of %s: %w", port, id, err)
 	}
 	return nil
+}
+
+// port writes the event of a change of a public port, if r changed a row.
+func (o *outbox) port(ctx context.Context, t event.Type, id sandbox.ID, port int, r sql.Result) error {
+	if n, err := r.RowsAffected(); err != nil || n == 0 {
+		return err
+	}
+	e := event.Event{At: time.Now(), Type: t, SandboxID: string(id), About: event.About{Port: port}}
+	if err := o.tx.QueryRowContext(ctx, "SELECT org_id FROM sandboxes WHERE id = $1", id).Scan(&e.OrgID); err != nil {
+		return fmt.Errorf("reading whose %s is: %w", id, err)
+	}
+	return o.add(ctx, e)
 }
 
 // PublicPorts implements [sandbox.Store].

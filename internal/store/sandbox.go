@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -80,11 +81,11 @@ func (db *DB) Insert(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota, on
 	if s.State != sandbox.Creating {
 		return prior, false, fmt.Errorf("inserting sandbox %s in state %q", s.ID, s.State)
 	}
-	err = db.write(ctx, func(tx *sql.Tx) error {
+	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if prior, found, err = admit(ctx, tx, s, q, once); err != nil || found {
 			return err
 		}
-		return insertSandbox(ctx, tx, s, once)
+		return insertSandbox(ctx, tx, out, s, once)
 	})
 	if err != nil {
 		return sandbox.Sandbox{}, false, fmt.Errorf("inserting sandbox %s: %w", s.ID, err)
@@ -156,7 +157,7 @@ func checkQuota(ctx context.Context, tx querier, s sandbox.Sandbox, q sandbox.Qu
 
 // insertSandbox writes the row with what belongs to it, the event that it is created and
 // the once key.
-func insertSandbox(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, once sandbox.Once) error {
+func insertSandbox(ctx context.Context, tx *sql.Tx, out *outbox, s sandbox.Sandbox, once sandbox.Once) error {
 	fields := sandboxFields(&s)
 	if _, err := tx.ExecContext(ctx, "INSERT INTO sandboxes ("+sandboxColumns+") VALUES ("+placeholders(len(fields))+")", fields...); err != nil {
 		return fmt.Errorf("writing row: %w", err)
@@ -171,7 +172,7 @@ func insertSandbox(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, once sand
 	if s.Origin != "" {
 		made.Reason, made.Detail = string(s.Source), s.Origin
 	}
-	if err := insertEvent(ctx, tx, made); err != nil {
+	if err := out.transition(ctx, s.OrgID, made); err != nil {
 		return err
 	}
 	if once.Key == "" {
@@ -258,7 +259,7 @@ func states(p *params, all []sandbox.State) string {
 
 // Transition implements [sandbox.Store].
 func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.Sandbox, err error) {
-	err = db.write(ctx, func(tx *sql.Tx) error {
+	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		before, err := getSandbox(ctx, tx, c.ID)
 		if err != nil {
 			return err
@@ -283,13 +284,9 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 		if err != nil {
 			return fmt.Errorf("writing row: %w", err)
 		}
-		if err := insertEvent(ctx, tx, sandbox.Event{SandboxID: c.ID, At: c.At, From: before.State, To: c.To, Reason: c.Reason, Detail: c.Detail}); err != nil {
+		moves := sandbox.Event{SandboxID: c.ID, At: c.At, From: before.State, To: c.To, Reason: c.Reason, Detail: c.Detail}
+		if err := out.transition(ctx, before.OrgID, moves); err != nil {
 			return err
-		}
-		if c.To.Over() {
-			if err := dropEvents(ctx, tx, c.ID, eventsKeptOver); err != nil {
-				return err
-			}
 		}
 		after = moved
 		return nil
@@ -377,9 +374,14 @@ func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time,
 }
 
 // SetEgress implements [sandbox.Store].
-func (db *DB) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) (s sandbox.Sandbox, err error) {
-	err = db.write(ctx, func(tx *sql.Tx) error {
-		s, err = setLiving(ctx, tx, id, "egress", jsonColumn{&e})
+func (db *DB) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress,
+	note sandbox.Event) (s sandbox.Sandbox, err error) {
+	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
+		if s, err = setLiving(ctx, tx, id, "egress", jsonColumn{&e}); err != nil {
+			return err
+		}
+		note.SandboxID = id
+		_, err = out.note(ctx, event.SandboxEgressChanged, note, event.About{})
 		return err
 	})
 	if err != nil {
@@ -468,23 +470,31 @@ func (db *DB) Images(ctx context.Context) ([]string, error) {
 
 // texts runs a query for one column of text.
 func (db *DB) texts(ctx context.Context, doing, query string, args ...any) ([]string, error) {
-	rows, err := db.reader.QueryContext(ctx, query, args...)
+	all, err := texts(ctx, db.reader, query, args...)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", doing, err)
+	}
+	return all, nil
+}
+
+// texts runs a query for one column of text on a *sql.DB or a *sql.Tx.
+func texts(ctx context.Context, q interface {
+	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
+}, query string, args ...any) ([]string, error) {
+	rows, err := q.QueryContext(ctx, query, args...)
+	if err != nil {
+		return nil, err
 	}
 	defer rows.Close()
 	var all []string
 	for rows.Next() {
 		var text string
 		if err := rows.Scan(&text); err != nil {
-			return nil, fmt.Errorf("%s: %w", doing, err)
+			return nil, err
 		}
 		all = append(all, text)
 	}
-	if err := rows.Err(); err != nil {
-		return nil, fmt.Errorf("%s: %w", doing, err)
-	}
-	return all, nil
+	return all, rows.Err()
 }
 
 const (
@@ -523,16 +533,20 @@ func (db *DB) Purge(ctx context.Context, over, now time.Time, most int) (int, er
 func (db *DB) purge(ctx context.Context, which string, args ...any) (int, error) {
 	var gone int
 	for {
-		r, err := db.writer.ExecContext(ctx, "DELETE FROM sandboxes WHERE id IN ("+which+")", append(args[:len(args):len(args)], purgeBatch)...)
+		var ids []string
+		err := db.write(ctx, func(tx *sql.Tx) (err error) {
+			ids, err = texts(ctx, tx, "DELETE FROM sandboxes WHERE id IN ("+which+") RETURNING id",
+				append(args[:len(args):len(args)], purgeBatch)...)
+			if err != nil || len(ids) == 0 {
+				return err
+			}
+			return dropListed(ctx, tx, ids)
+		})
 		if err != nil {
 			return gone, fmt.Errorf("dropping old sandboxes: %w", err)
 		}
-		n, err := r.RowsAffected()
-		if err != nil {
-			return gone, fmt.Errorf("counting dropped sandboxes: %w", err)
-		}
-		gone += int(n)
-		if n < purgeBatch {
+		gone += len(ids)
+		if len(ids) < purgeBatch {
 			return gone, nil
 		}
 	}

@@ -773,7 +773,7 @@ func sandboxEgress(t *testing.T, st sandbox.Store) {
 	want := mustInsert(t, st, fullSandbox("org_a", 0))
 	want = asStored(want)
 	want.Egress = sandbox.Egress{Mode: sandbox.DenyAll, AllowDomains: []string{"example.org"}}
-	got, err := st.SetEgress(t.Context(), want.ID, want.Egress)
+	got, err := st.SetEgress(t.Context(), want.ID, want.Egress, sandbox.Event{At: start})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -784,9 +784,9 @@ func sandboxEgress(t *testing.T, st sandbox.Store) {
 		t.Errorf("read afterwards: %+v, %v", read, err)
 	}
 	mustMove(t, st, want.ID, sandbox.Creating, sandbox.Failed, start)
-	_, err = st.SetEgress(t.Context(), want.ID, sandbox.Egress{Mode: sandbox.AllowAll})
+	_, err = st.SetEgress(t.Context(), want.ID, sandbox.Egress{Mode: sandbox.AllowAll}, sandbox.Event{At: start})
 	wantFault(t, err, fault.Conflict, "sandbox_state")
-	_, err = st.SetEgress(t.Context(), sandbox.NewID(), sandbox.Egress{Mode: sandbox.AllowAll})
+	_, err = st.SetEgress(t.Context(), sandbox.NewID(), sandbox.Egress{Mode: sandbox.AllowAll}, sandbox.Event{At: start})
 	wantFault(t, err, fault.NotFound, "sandbox_not_found")
 	if read, err := st.Get(t.Context(), want.ID); err != nil || !read.Egress.Equal(want.Egress) {
 		t.Errorf("refused, and now it is %+v, %v", read.Egress, err)
@@ -1046,11 +1046,11 @@ func sandboxEventsBounded(t *testing.T, st sandbox.Store) {
 			}
 		}
 	}
-	if n, newest := count(); n != eventsKept || newest != eventID(eventsKept+11) {
+	if n, newest := count(); n != eventsKept || newest != listedID(eventsKept+11) {
 		t.Errorf("%d events, the newest is %s", n, newest)
 	}
 	mustMove(t, st, s.ID, from, sandbox.Destroyed, start)
-	if n, newest := count(); n != eventsKeptOver || newest != eventID(eventsKept+12) {
+	if n, newest := count(); n != eventsKeptOver || newest != listedID(eventsKept+12) {
 		t.Errorf("when it is over %d events, the newest is %s", n, newest)
 	}
 }

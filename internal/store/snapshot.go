@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -78,20 +79,46 @@ func (db *DB) AddSnapshot(ctx context.Context, s sandbox.Snapshot, most int) err
 }
 
 // ReadySnapshot implements [sandbox.Store].
-func (db *DB) ReadySnapshot(ctx context.Context, id sandbox.SnapshotID, made time.Time, size int64) (sandbox.Snapshot, error) {
-	s, err := scanSnapshot(db.writer.QueryRowContext(ctx, "UPDATE snapshots SET state = $1, created_at = $2, bytes = $3 WHERE id = $4 AND state = $5 RETURNING "+snapshotColumns,
-		sandbox.SnapshotReady, at(made), size, id, sandbox.SnapshotCreating), string(id))
-	if fault.Is(err, fault.NotFound) {
-		return s, fault.New(fault.Conflict, "snapshot_state", "snapshot %s is not being created", id)
-	}
+func (db *DB) ReadySnapshot(ctx context.Context, id sandbox.SnapshotID, made time.Time, size int64,
+	note sandbox.Event) (s sandbox.Snapshot, err error) {
+	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
+		s, err = scanSnapshot(tx.QueryRowContext(ctx, `UPDATE snapshots SET state = $1, created_at = $2, bytes = $3
+			WHERE id = $4 AND state = $5 RETURNING `+snapshotColumns,
+			sandbox.SnapshotReady, at(made), size, id, sandbox.SnapshotCreating), string(id))
+		if fault.Is(err, fault.NotFound) {
+			return fault.New(fault.Conflict, "snapshot_state", "snapshot %s is not being created", id)
+		}
+		if err != nil {
+			return err
+		}
+		note.SandboxID = s.SandboxID
+		about := event.About{SnapshotID: string(s.ID), Name: s.Name}
+		noted, err := out.note(ctx, event.SnapshotCreated, note, about)
+		if err != nil || noted {
+			return err
+		}
+		return out.add(ctx, event.Event{OrgID: s.OrgID, At: note.At, Type: event.SnapshotCreated,
+			SandboxID: string(s.SandboxID), Reason: note.Reason, Detail: note.Detail, About: about})
+	})
 	return s, err
 }
 
 // EndSnapshot implements [sandbox.Store].
 func (db *DB) EndSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
-	_, err := scanSnapshot(db.writer.QueryRowContext(ctx, "UPDATE snapshots SET state = $1, env = '{}' WHERE id = $2 RETURNING "+snapshotColumns,
-		sandbox.SnapshotDeleting, id), string(id))
-	return err
+	const end = "UPDATE snapshots SET state = $1, env = '{}' WHERE id = $2"
+	return db.record(ctx, func(tx *sql.Tx, out *outbox) error {
+		s, err := scanSnapshot(tx.QueryRowContext(ctx, end+" AND state = $3 RETURNING "+snapshotColumns,
+			sandbox.SnapshotDeleting, id, sandbox.SnapshotReady), string(id))
+		if err == nil {
+			return out.add(ctx, event.Event{OrgID: s.OrgID, At: time.Now(), Type: event.SnapshotDeleted,
+				SandboxID: string(s.SandboxID), About: event.About{SnapshotID: string(s.ID), Name: s.Name}})
+		}
+		if fault.Is(err, fault.NotFound) { // it never was ready, or is being deleted already
+			_, err = scanSnapshot(tx.QueryRowContext(ctx, end+" RETURNING "+snapshotColumns, sandbox.SnapshotDeleting, id),
+				string(id))
+		}
+		return err
+	})
 }
 
 // DropSnapshot implements [sandbox.Store].

@@ -30,7 +30,7 @@ func mustSave(t *testing.T, st sandbox.Store, s sandbox.Snapshot) sandbox.Snapsh
 	if err := st.AddSnapshot(t.Context(), s, 0); err != nil {
 		t.Fatal(err)
 	}
-	s, err := st.ReadySnapshot(t.Context(), s.ID, s.CreatedAt, s.Bytes)
+	s, err := st.ReadySnapshot(t.Context(), s.ID, s.CreatedAt, s.Bytes, sandbox.Event{At: s.CreatedAt})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,11 +65,11 @@ func snapshotLives(t *testing.T, st sandbox.Store) {
 	}
 
 	s.State, s.CreatedAt, s.Bytes = sandbox.SnapshotReady, start.Add(time.Minute), 1<<40
-	got, err = st.ReadySnapshot(ctx, s.ID, s.CreatedAt, s.Bytes)
+	got, err = st.ReadySnapshot(ctx, s.ID, s.CreatedAt, s.Bytes, sandbox.Event{At: s.CreatedAt})
 	if d := cmp.Diff(s, got, prefixes); err != nil || d != "" {
 		t.Errorf("ready (-want +got), %v:\n%s", err, d)
 	}
-	_, err = st.ReadySnapshot(ctx, s.ID, s.CreatedAt, s.Bytes)
+	_, err = st.ReadySnapshot(ctx, s.ID, s.CreatedAt, s.Bytes, sandbox.Event{At: s.CreatedAt})
 	wantFault(t, err, fault.Conflict, "snapshot_state")
 	if got, err = st.FindSnapshot(ctx, "org_a", "first"); err != nil || got.ID != s.ID {
 		t.Errorf("found %+v, %v", got, err)

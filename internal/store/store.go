@@ -1,14 +1,14 @@
-// Package store keeps cay's records: sandboxes and their events, templates and
-// their build logs, organizations and their keys, and the server's own settings.
-// All SQL of cay is here.
+// Package store keeps cay's records: sandboxes, templates and their build logs,
+// organizations and their keys, the events of all of these, and the server's own
+// settings. All SQL of cay is here.
 //
-// It implements the Store ports of the rooms sandbox, template and auth, and
+// It implements the Store ports of the rooms sandbox, template, auth and event, and
 // knows of their rules only what concurrent writers could break: who wins a
 // transition, whether a quota still has room, whether a name is taken. Errors of
 // the database never leave it as such: what a caller decides by is a fault, the
 // rest is wrapped and internal.
 //
-// Promises. Every method is one transaction ([DB.Purge] several): after an error
+// Promises. Every method is one transaction ([DB.Purge] and [DB.TrimEvents] several): after an error
 // nothing of it is written, after success it survives a crash of the process and
 // of the machine (write-ahead log, synced at every commit). A read that begins
 // after a write has returned sees it. Times keep microseconds and come back as
@@ -30,12 +30,14 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 
 	"github.com/pressly/goose/v3"
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
 
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
 )
@@ -59,12 +61,18 @@ const (
 type DB struct {
 	writer *sql.DB // one connection: SQLite has one writer, so the queue is here, where it is fair and ends with the context
 	reader *sql.DB
+	wake   atomic.Pointer[func(orgs []string)] // see OnEvents
+
+	// The statements that every create and transition runs, prepared once: parsing them costs a
+	// twentieth of a millisecond each.
+	insertEvent, insertListed *sql.Stmt
 }
 
 var (
 	_ sandbox.Store  = (*DB)(nil)
 	_ template.Store = (*DB)(nil)
 	_ auth.Store     = (*DB)(nil)
+	_ event.Store    = (*DB)(nil)
 )
 
 // Open opens the SQLite database at path, makes it (readable by its owner alone)
@@ -87,12 +95,26 @@ func Open(ctx context.Context, path string) (*DB, error) {
 	if err := migrate(ctx, db.writer); err != nil {
 		return nil, errors.Join(fmt.Errorf("opening database %q: %w", path, err), db.writer.Close())
 	}
+	if err := db.prepare(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("opening database %q: %w", path, err), db.writer.Close())
+	}
 	if db.reader, err = sql.Open("sqlite", dsn(path, url.Values{"_query_only": {"true"}})); err != nil {
 		return nil, errors.Join(fmt.Errorf("opening database %q: %w", path, err), db.writer.Close())
 	}
 	db.reader.SetMaxOpenConns(readers)
 	db.reader.SetMaxIdleConns(readers)
 	return db, nil
+}
+
+// prepare prepares the statements that are used all the time. They are closed with the writer.
+func (db *DB) prepare(ctx context.Context) (err error) {
+	if db.insertEvent, err = db.writer.PrepareContext(ctx, insertEvent); err != nil {
+		return fmt.Errorf("preparing a statement: %w", err)
+	}
+	if db.insertListed, err = db.writer.PrepareContext(ctx, insertListed); err != nil {
+		return fmt.Errorf("preparing a statement: %w", err)
+	}
+	return nil
 }
 
 // private makes the file before SQLite would with the umask's mode: it holds

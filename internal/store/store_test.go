@@ -9,11 +9,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
 )
@@ -171,7 +173,12 @@ func TestOpenMigrates(t *testing.T) {
 			'{"A":"b"}', '', 'root', '', 0, '{"mode":"allow_all"}', 1000000)`,
 		"INSERT INTO template_logs (template_id, seq, at, line) VALUES ('tpl_1', 1, 1000000, 'old')",
 		"ALTER TABLE sandboxes DROP COLUMN at_end", "ALTER TABLE sandboxes DROP COLUMN surface",
-		"ALTER TABLE sandbox_events DROP COLUMN detail", "DELETE FROM goose_db_version WHERE version_id > 1",
+		"DROP TABLE events", "DROP TABLE event_horizons", "DROP TABLE event_consumers",
+		`CREATE TABLE sandbox_events (sandbox_id TEXT NOT NULL REFERENCES sandboxes (id) ON DELETE CASCADE,
+			seq BIGINT NOT NULL, at BIGINT NOT NULL,
+			from_state TEXT NOT NULL, to_state TEXT NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (sandbox_id, seq))`,
+		"INSERT INTO sandbox_events SELECT id, 1, created_at, '', 'creating', '' FROM sandboxes",
+		"DELETE FROM goose_db_version WHERE version_id > 1",
 	} {
 		if _, err := db.writer.Exec(back); err != nil {
 			t.Fatal(err)
@@ -346,6 +353,28 @@ func killWhileCommitting(t *testing.T, path string, after int, promised map[sand
 	}
 }
 
+// checkFeed checks that the feed has the facts of every sandbox, once each.
+func checkFeed(t *testing.T, db *DB, promised map[sandbox.ID]sandbox.State) {
+	t.Helper()
+	all, _ := feed(t, db, event.Query{OrgID: "org_crash", After: event.Oldest, Limit: 1000})
+	told := map[string][]string{}
+	for _, e := range all {
+		told[e.SandboxID] = append(told[e.SandboxID], e.To)
+	}
+	for id, to := range told {
+		s, err := db.Get(t.Context(), sandbox.ID(id))
+		want := []string{"creating", "running"}[:len(to)]
+		if err != nil || !slices.Equal(to, want) || to[len(to)-1] != string(s.State) {
+			t.Errorf("%s is %s, the feed tells %q, %v", id, s.State, to, err)
+		}
+	}
+	for id := range promised {
+		if told[string(id)] == nil {
+			t.Errorf("the feed tells nothing of %s", id)
+		}
+	}
+}
+
 // checkWhole checks that every promise is kept and that no row is half.
 func checkWhole(t *testing.T, db *DB, promised map[sandbox.ID]sandbox.State) {
 	t.Helper()
@@ -368,6 +397,7 @@ func checkWhole(t *testing.T, db *DB, promised map[sandbox.ID]sandbox.State) {
 	if err := db.reader.QueryRowContext(t.Context(), "PRAGMA integrity_check").Scan(&verdict); err != nil || verdict != "ok" {
 		t.Errorf("integrity check: %q, %v", verdict, err)
 	}
+	checkFeed(t, db, promised)
 	var sandboxes, once int
 	if err := db.reader.QueryRowContext(t.Context(), "SELECT (SELECT COUNT(*) FROM sandboxes), (SELECT COUNT(*) FROM idempotency)").Scan(&sandboxes, &once); err != nil {
 		t.Fatal(err)
@@ -394,6 +424,13 @@ func TestPlans(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	listing, pl, err := listingQuery("sbx_a", 50, cursor{listEvents, 5, "sbx_a"}.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, pp := feedQuery(event.Query{OrgID: "o", After: 5, Limit: 50}, 9)
+	filtered, pf := feedQuery(event.Query{OrgID: "o", After: 5, Limit: 50, SandboxID: "sbx_a",
+		Types: []event.Type{event.OrgCreated, event.KeyCreated}}, 9)
 	q1, p1 := list(sandbox.Filter{States: live})
 	q2, p2 := list(sandbox.Filter{States: []sandbox.State{sandbox.Destroyed}, Cursor: cursor{listSandboxes, 5, "sbx_a"}.String()})
 	for _, c := range []struct {
@@ -416,6 +453,19 @@ func TestPlans(t *testing.T) {
 		{"SELECT COUNT(*) FROM sandboxes WHERE template_id = $1 AND ended_at IS NULL", []any{"t"}, "sandboxes_of_template"},
 		{"SELECT id FROM templates WHERE queued_at IS NOT NULL ORDER BY queued_at, id", nil, "templates_queued"},
 		{"SELECT port FROM public_ports WHERE sandbox_id = $1 ORDER BY port", []any{"s"}, "sqlite_autoindex_public_ports"},
+		{listing, pl, "events_listing"},
+		{page, pp, "events_feed"},
+		{filtered, pf, "events_feed"},
+		{lastEvent, []any{"o"}, "events_feed"},
+		{scanEnd, []any{"o", 5, 9, 50}, "events_feed"},
+		{surplus, []any{"o", 5, 50}, "events_feed"},
+		{oldest, []any{"o", 5, 9, 50}, "events_feed"},
+		{trim, []any{"o", 5, 9}, "events_feed"},
+		{trimmable, nil, "SCAN events"}, // its last row
+		{insertListed, []any{5, "o", 5, "t", "s", "", "", "", "", ""}, "events_listing"},
+		{insertEvent, []any{5, "o", 5, "t", "s", "", "", "", "", ""}, "SCAN events"},
+		{"DELETE FROM events WHERE number IS NOT NULL AND sandbox_id IN ($1, $2)" + isBeyond, []any{"a", "b"},
+			"events_listing"},
 		{"SELECT sandbox_id FROM sandbox_metadata WHERE org_id = $1 AND name = $2 AND value = $3", []any{"o", "n", "v"}, "sandbox_metadata_search"},
 	} {
 		rows, err := db.reader.QueryContext(t.Context(), "EXPLAIN QUERY PLAN "+c.query, c.args...)
@@ -494,7 +544,7 @@ func BenchmarkList50Of10000(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		if err := insertSandbox(b.Context(), tx, s, sandbox.Once{}); err != nil {
+		if err := insertSandbox(b.Context(), tx, &outbox{db: db, tx: tx}, s, sandbox.Once{}); err != nil {
 			b.Fatal(err)
 		}
 		if i%10 != 0 {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/template"
 )
@@ -28,7 +29,7 @@ func noTemplate(nameOrID string) error {
 
 // InsertTemplate implements [template.Store].
 func (db *DB) InsertTemplate(ctx context.Context, t template.Template, b *template.Build, limit int) error {
-	err := db.write(ctx, func(tx *sql.Tx) error {
+	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if limit > 0 {
 			var n int
 			if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM templates WHERE org_id = $1", t.OrgID).Scan(&n); err != nil {
@@ -46,10 +47,25 @@ func (db *DB) InsertTemplate(ctx context.Context, t template.Template, b *templa
 		if err != nil {
 			return err
 		}
+		if err := out.template(ctx, template.Template{}, t); err != nil {
+			return err
+		}
 		return putBuild(ctx, tx, t.ID, b)
 	})
 	if err != nil {
 		return fmt.Errorf("inserting template %s: %w", t.ID, err)
+	}
+	return nil
+}
+
+// template writes the events of a change of a template.
+func (o *outbox) template(ctx context.Context, before, after template.Template) error {
+	for _, t := range template.Facts(before, after) {
+		e := event.Event{OrgID: after.OrgID, At: time.Now(), Type: t,
+			About: event.About{TemplateID: after.ID, Name: after.Name, Version: after.Version}}
+		if err := o.add(ctx, e); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -71,7 +87,7 @@ func putBuild(ctx context.Context, tx *sql.Tx, id string, b *template.Build) err
 func (db *DB) UpdateTemplate(ctx context.Context, id string, b *template.Build, change func(*template.Template) error) (template.Template, error) {
 	var t template.Template
 	var refused error
-	err := db.write(ctx, func(tx *sql.Tx) error {
+	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		err := tx.QueryRowContext(ctx, "SELECT "+templateColumns+" FROM templates WHERE id = $1", id).Scan(templateFields(&t)...)
 		if errors.Is(err, sql.ErrNoRows) {
 			return noTemplate(id)
@@ -79,17 +95,20 @@ func (db *DB) UpdateTemplate(ctx context.Context, id string, b *template.Build, 
 		if err != nil {
 			return err
 		}
-		build := t.BuildID
+		before := t
 		if refused = change(&t); refused != nil {
 			return refused
 		}
-		if t.BuildID != build {
+		if t.BuildID != before.BuildID {
 			if _, err := tx.ExecContext(ctx, "DELETE FROM template_logs WHERE template_id = $1", id); err != nil {
 				return fmt.Errorf("dropping the log: %w", err)
 			}
 		}
 		fields := templateFields(&t)
 		if _, err := tx.ExecContext(ctx, "UPDATE templates SET ("+templateColumns+") = ("+placeholders(len(fields))+") WHERE id = "+fmt.Sprintf("$%d", len(fields)+1), append(fields, id)...); err != nil {
+			return err
+		}
+		if err := out.template(ctx, before, t); err != nil {
 			return err
 		}
 		return putBuild(ctx, tx, id, b)
@@ -119,7 +138,7 @@ func (db *DB) GetBuild(ctx context.Context, id string) (template.Build, error) {
 
 // DeleteTemplate implements [template.Store].
 func (db *DB) DeleteTemplate(ctx context.Context, id string, force bool) error {
-	err := db.write(ctx, func(tx *sql.Tx) error {
+	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if !force {
 			var n int
 			if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM sandboxes WHERE template_id = $1 AND ended_at IS NULL", id).Scan(&n); err != nil {
@@ -129,14 +148,16 @@ func (db *DB) DeleteTemplate(ctx context.Context, id string, force bool) error {
 				return fault.New(fault.Conflict, "template_in_use", "%d sandboxes of it are not destroyed; with force they go on without it", n)
 			}
 		}
-		result, err := tx.ExecContext(ctx, "DELETE FROM templates WHERE id = $1", id)
+		gone := event.Event{At: time.Now(), Type: event.TemplateDeleted, About: event.About{TemplateID: id}}
+		err := tx.QueryRowContext(ctx, "DELETE FROM templates WHERE id = $1 RETURNING org_id, name", id).
+			Scan(&gone.OrgID, &gone.Name)
+		if errors.Is(err, sql.ErrNoRows) {
+			return noTemplate(id)
+		}
 		if err != nil {
 			return err
 		}
-		if n, err := result.RowsAffected(); err != nil || n == 0 {
-			return errors.Join(err, noTemplate(id))
-		}
-		return nil
+		return out.add(ctx, gone)
 	})
 	if err != nil {
 		return fmt.Errorf("deleting template %s: %w", id, err)

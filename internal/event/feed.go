@@ -1,0 +1,249 @@
+package event
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// Query selects events of one organization.
+type Query struct {
+	OrgID     string
+	After     Seq    // only events after it; [Oldest] is no bound
+	Types     []Type // any of them; none is all
+	SandboxID string // "" is any
+	Limit     int    // events in a page, 1 or more
+}
+
+// Page is a piece of the sequence, in its order.
+type Page struct {
+	Events  []Event
+	Through Seq  // the page has all events up to it that match
+	More    bool // there are events after Through now
+}
+
+// Store keeps the sequence.
+type Store interface {
+	// ReadEvents returns the page after q.After. It looks at a bounded number of events, so that a
+	// page may be short, or empty, while there is more. Gone, code "events_gone", when events
+	// of the organization after q.After have been dropped, unless that is [Oldest].
+	ReadEvents(ctx context.Context, q Query) (Page, error)
+	// LastEvent returns the place of the organization's last event, 0 if it never had one.
+	LastEvent(ctx context.Context, orgID string) (Seq, error)
+	// TrimEvents drops the events of every organization from before the time, and the oldest of one
+	// that has more than most (0 is no limit); but nothing that a consumer has not read, nor the
+	// last event of all, which the next one is numbered after. Events that the listing of a
+	// sandbox still has stay for that, and are in no page any more. It works in short transactions.
+	TrimEvents(ctx context.Context, before time.Time, most int) (int, error)
+
+	// Consumed returns the place up to which a consumer of the server's own has read, and whether
+	// it has one.
+	Consumed(ctx context.Context, consumer string) (Seq, bool, error)
+	// SetConsumed moves it. From the first time on nothing after it is dropped.
+	SetConsumed(ctx context.Context, consumer string, through Seq) error
+	// EndConsumer forgets a consumer. None is no error.
+	EndConsumer(ctx context.Context, consumer string) error
+	// ReadAllEvents returns at most limit events of all organizations after a place.
+	ReadAllEvents(ctx context.Context, after Seq, limit int) ([]Event, error)
+}
+
+// CodeGone is the code of the error for events that have been dropped.
+const CodeGone = "events_gone"
+
+// Gone returns the error of a store for events that have been dropped.
+func Gone() error {
+	return fault.New(fault.Gone, CodeGone,
+		"events after this one have been dropped: begin again without it, and read the present state of what you keep")
+}
+
+// Config holds the operator's settings for events.
+type Config struct {
+	Keep         time.Duration // events are dropped after it
+	MaxPerOrg    int           // the oldest above it are dropped earlier; 0 is no limit
+	MaxFollowers int           // of one organization at a time
+}
+
+// Feed reads the sequence for organizations.
+type Feed struct {
+	cfg   Config
+	store Store
+	log   *slog.Logger
+
+	mu sync.Mutex
+	// +checklocks:mu
+	changed map[string]chan struct{} // by organization; closed when it has another event
+	// +checklocks:mu
+	anyChanged chan struct{} // closed when there is another event of any
+	// +checklocks:mu
+	followers map[string]int // by organization
+}
+
+// New makes a Feed. The store must call [Feed.Wake].
+func New(cfg Config, store Store, log *slog.Logger) *Feed {
+	return &Feed{cfg: cfg, store: store, log: log, changed: map[string]chan struct{}{},
+		anyChanged: make(chan struct{}), followers: map[string]int{}}
+}
+
+// Wake tells the followers of organizations that there are new events. It does not block.
+func (f *Feed) Wake(orgs []string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	close(f.anyChanged)
+	f.anyChanged = make(chan struct{})
+	for _, org := range orgs {
+		if c := f.changed[org]; c != nil {
+			close(c)
+			delete(f.changed, org)
+		}
+	}
+}
+
+// watch returns a channel that is closed when the organization has another event.
+func (f *Feed) watch(org string) <-chan struct{} {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.changed[org] == nil {
+		f.changed[org] = make(chan struct{})
+	}
+	return f.changed[org]
+}
+
+// Read returns a page. Errors are as [Store].ReadEvents's.
+func (f *Feed) Read(ctx context.Context, q Query) (Page, error) { return f.store.ReadEvents(ctx, q) }
+
+// Last returns the place after which the organization has no event yet.
+func (f *Feed) Last(ctx context.Context, orgID string) (Seq, error) {
+	return f.store.LastEvent(ctx, orgID)
+}
+
+// Follow hands pages after q.After to emit, the first one at once, which may be empty, and others
+// when there are new events, until ctx ends, emit fails, or events were dropped before they were read (as for
+// Read). While nothing comes it calls emit with an empty page each time that idle has passed. Exhausted, code
+// "too_many_followers", when the organization has as many as it may. It holds one page at a time
+// and none while it waits, so a slow reader costs no memory.
+func (f *Feed) Follow(ctx context.Context, q Query, idle time.Duration, emit func(Page) error) error {
+	leave, err := f.join(q.OrgID)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	tick := time.NewTicker(idle)
+	defer tick.Stop()
+	for first := true; ; first = false {
+		changed := f.watch(q.OrgID) // before reading, so that nothing falls between
+		page, err := f.store.ReadEvents(ctx, q)
+		if err != nil {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			return err
+		}
+		if first || page.Through > q.After {
+			q.After = page.Through
+			if err := emit(page); err != nil {
+				return err
+			}
+		}
+		if page.More {
+			continue
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-tick.C:
+			if err := emit(Page{Through: q.After}); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// join counts a follower until leave is called.
+func (f *Feed) join(org string) (leave func(), err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.followers[org] >= f.cfg.MaxFollowers {
+		return nil, fault.New(fault.Exhausted, "too_many_followers",
+			"the organization may follow its events %d times at once", f.cfg.MaxFollowers)
+	}
+	f.followers[org]++
+	return func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if f.followers[org]--; f.followers[org] == 0 {
+			delete(f.followers, org)
+			delete(f.changed, org) // others would be in followers
+		}
+	}, nil
+}
+
+// consumeBatch is the most events that a consumer handles at once, some 100 KiB: more would be repeated
+// after a crash, with fewer the place is written more often.
+const consumeBatch = 100
+
+// Consume hands the events of all organizations to handle, oldest first and as they come, until ctx
+// ends or handle fails. It is for consumers within the server, whose place is kept under their name:
+// the next Consume goes on there, and a new consumer begins with the oldest event that is kept. What
+// handle has returned from is not handed over again, unless the server dies right after. Nothing
+// that a consumer has not handled is dropped, so one that is given up must be ended with
+// [Store].EndConsumer.
+func (f *Feed) Consume(ctx context.Context, consumer string, handle func([]Event) error) error {
+	place, found, err := f.store.Consumed(ctx, consumer)
+	if err == nil && !found {
+		err = f.store.SetConsumed(ctx, consumer, place) // before reading, so that nothing is dropped
+	}
+	for err == nil {
+		f.mu.Lock()
+		changed := f.anyChanged // before reading, so that nothing falls between
+		f.mu.Unlock()
+		var events []Event
+		if events, err = f.store.ReadAllEvents(ctx, place, consumeBatch); err != nil {
+			break
+		}
+		if len(events) == 0 {
+			select {
+			case <-changed:
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+			continue
+		}
+		if err := handle(events); err != nil {
+			return err
+		}
+		place = events[len(events)-1].Seq
+		err = f.store.SetConsumed(ctx, consumer, place)
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+// trimEvery is the interval between two drops of old events, each of which reads the oldest
+// events of every organization. A longer interval lets an organization exceed its number for
+// longer: one that makes 100 events a second by 60,000.
+const trimEvery = 10 * time.Minute
+
+// Run drops old events until ctx ends.
+func (f *Feed) Run(ctx context.Context) {
+	tick := time.NewTicker(trimEvery)
+	defer tick.Stop()
+	for {
+		n, err := f.store.TrimEvents(ctx, time.Now().Add(-f.cfg.Keep), f.cfg.MaxPerOrg)
+		if err != nil && ctx.Err() == nil {
+			f.log.ErrorContext(ctx, "dropping old events", "error", err)
+		} else if n > 0 {
+			f.log.InfoContext(ctx, "dropped old events", "count", n)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}

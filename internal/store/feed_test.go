@@ -1,0 +1,458 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"io/fs"
+	"net/url"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/pressly/goose/v3"
+
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/event"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// putOrg makes an organization, which has two events then.
+func putOrg(t *testing.T, db *DB, id string) {
+	t.Helper()
+	key := auth.Key{ID: "key_" + id, OrgID: id, Name: "first", Hash: []byte(id), CreatedAt: start}
+	if err := db.PutOrg(t.Context(), auth.Org{ID: id, Name: id, CreatedAt: start}, key); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// addEvents writes n events of an organization in one transaction.
+func addEvents(t *testing.T, db *DB, n int, e event.Event) {
+	t.Helper()
+	err := db.record(t.Context(), func(_ *sql.Tx, out *outbox) error {
+		for i := range n {
+			e.About.Version = i
+			if err := out.add(t.Context(), e); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// feed reads all that a query selects, page by page, and how many pages that took.
+func feed(t *testing.T, db *DB, q event.Query) (all []event.Event, pages int) {
+	t.Helper()
+	for {
+		page, err := db.ReadEvents(t.Context(), q)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if page.Through < q.After || len(page.Events) > q.Limit {
+			t.Fatalf("after %d comes a page of %d up to %d", q.After, len(page.Events), page.Through)
+		}
+		all = append(all, page.Events...)
+		q.After = page.Through
+		if pages++; !page.More {
+			return all, pages
+		}
+	}
+}
+
+// TestFeedKeepsEveryField writes an event with all fields and reads it back.
+func TestFeedKeepsEveryField(t *testing.T) {
+	db := open(t)
+	want := event.Event{OrgID: "org_a", At: start, Type: event.SnapshotCreated, SandboxID: "sbx_a",
+		From: "running", To: "suspended", Reason: "why", Detail: "\"\\\x01\u2028",
+		About: event.About{SnapshotID: "snap_a", TemplateID: "tpl_a", KeyID: "key_a",
+			Name: "name", Version: 3, Port: 80}}
+	err := db.record(t.Context(), func(_ *sql.Tx, out *outbox) error { return out.add(t.Context(), want) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := time.Now().UnixMicro()
+	got, _ := feed(t, db, event.Query{OrgID: "org_a", After: event.Oldest, Limit: 5})
+	if len(got) != 1 || int64(got[0].Seq) > before || int64(got[0].Seq) < before-int64(time.Hour/time.Microsecond) {
+		t.Fatalf("the feed is %+v", got)
+	}
+	want.Seq = got[0].Seq
+	if diff := cmp.Diff(want, got[0]); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestFeedPages(t *testing.T) {
+	db := open(t)
+	const many = 2*feedScan + 10
+	addEvents(t, db, many, event.Event{OrgID: "org_a", At: start, Type: event.SandboxRunning, SandboxID: "sbx_a"})
+	addEvents(t, db, 5, event.Event{OrgID: "org_b", At: start, Type: event.SandboxFailed, SandboxID: "sbx_b"})
+	addEvents(t, db, 2, event.Event{OrgID: "org_a", At: start, Type: event.SandboxFailed, SandboxID: "sbx_c"})
+	q := event.Query{OrgID: "org_a", After: event.Oldest, Limit: 1000}
+	all, pages := feed(t, db, q)
+	if len(all) != many+2 || pages != 11 || !slices.IsSortedFunc(all,
+		func(a, b event.Event) int { return int(a.Seq - b.Seq) }) {
+		t.Errorf("%d events on %d pages", len(all), pages)
+	}
+	for i, e := range all[:many] {
+		if e.OrgID != "org_a" || e.Version != i {
+			t.Fatalf("event %d is %+v", i, e)
+		}
+	}
+	for name, q := range map[string]event.Query{
+		"a type":        {Types: []event.Type{event.SandboxFailed}},
+		"types":         {Types: []event.Type{event.OrgCreated, event.SandboxFailed}},
+		"a sandbox":     {SandboxID: "sbx_c"},
+		"both":          {SandboxID: "sbx_c", Types: []event.Type{event.SandboxFailed}},
+		"after a place": {SandboxID: "sbx_c", After: all[many-1].Seq},
+	} {
+		q.OrgID, q.Limit = "org_a", 50
+		got, pages := feed(t, db, q)
+		if len(got) != 2 || q.After == 0 && pages != 3 || got[0].SandboxID != "sbx_c" {
+			t.Errorf("%s: %d events on %d pages", name, len(got), pages)
+		}
+	}
+	if got, _ := feed(t, db, event.Query{OrgID: "org_c", After: event.Oldest, Limit: 1}); len(got) != 0 {
+		t.Errorf("another organization sees %v", got)
+	}
+	if last, err := db.LastEvent(t.Context(), "org_a"); err != nil || last != all[many+1].Seq {
+		t.Errorf("the last is %d, %v", last, err)
+	}
+	if _, err := db.ReadEvents(t.Context(), event.Query{OrgID: "org_a"}); err == nil {
+		t.Error("a page of nothing")
+	}
+}
+
+// TestFeedInOrder has writers and readers at once: no reader misses an event, sees one twice, or
+// sees one come before another that it has seen.
+func TestFeedInOrder(t *testing.T) {
+	db := open(t)
+	const writers, each = 6, 40
+	done := make(chan struct{})
+	var writing, reading sync.WaitGroup
+	for w := range writers {
+		writing.Go(func() {
+			for i := range each {
+				e := event.Event{OrgID: fmt.Sprint("org_", w%2), At: start, Type: event.OrgCreated,
+					About: event.About{Version: i, Port: w}}
+				err := db.record(context.Background(), func(_ *sql.Tx, out *outbox) error {
+					if err := out.add(context.Background(), e); err != nil {
+						return err
+					}
+					if i%5 == 4 {
+						return fault.New(fault.Conflict, "taken_back", "this one is not to be")
+					}
+					return nil
+				})
+				if (err != nil) != (i%5 == 4) {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	for range 2 {
+		reading.Go(func() {
+			var last event.Seq
+			next := map[int]int{} // the number that comes next, by writer
+			for over := false; ; {
+				select {
+				case <-done:
+					over = true
+				default:
+				}
+				page, err := db.ReadAllEvents(context.Background(), last, 7)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				for _, e := range page {
+					if e.Seq <= last || e.Version != next[e.Port] {
+						t.Errorf("after %d comes %+v, want number %d of that writer", last, e, next[e.Port])
+						return
+					}
+					last = e.Seq
+					if next[e.Port]++; next[e.Port]%5 == 4 {
+						next[e.Port]++
+					}
+				}
+				if over && len(page) == 0 {
+					break
+				}
+			}
+			for w := range writers {
+				if next[w] != each {
+					t.Errorf("of writer %d the last event seen is %d", w, next[w])
+				}
+			}
+		})
+	}
+	writing.Wait()
+	close(done)
+	reading.Wait()
+}
+
+// TestFeedIsWoken checks that followers are woken once an event can be read, and for nothing else.
+func TestFeedIsWoken(t *testing.T) {
+	db := open(t)
+	var woken []string
+	db.OnEvents(func(orgs []string) {
+		for _, org := range orgs {
+			if last, err := db.LastEvent(t.Context(), org); err != nil || last == 0 {
+				t.Errorf("woken for %s before there is anything, %v", org, err)
+			}
+		}
+		woken = append(woken, orgs...)
+	})
+	s := mustInsert(t, db, small("org_a", 0))
+	mustMove(t, db, s.ID, sandbox.Creating, sandbox.Running, start)
+	if err := db.SetActivity(t.Context(), map[sandbox.ID]time.Time{s.ID: start}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.SetExpiry(t.Context(), s.ID, start, time.Minute, false); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(woken, []string{"org_a", "org_a"}) {
+		t.Errorf("woken for %q", woken)
+	}
+}
+
+// trimmed drops old events and returns the rest of an organization's feed.
+func trimmed(t *testing.T, db *DB, before time.Time, most int) []event.Event {
+	t.Helper()
+	if _, err := db.TrimEvents(t.Context(), before, most); err != nil {
+		t.Fatal(err)
+	}
+	left, _ := feed(t, db, event.Query{OrgID: "org_a", After: event.Oldest, Limit: 100})
+	return left
+}
+
+func TestTrimEvents(t *testing.T) {
+	db := open(t)
+	putOrg(t, db, "org_a")
+	putOrg(t, db, "org_b")
+	addEvents(t, db, trimBatch, event.Event{OrgID: "org_a", At: start, Type: event.SandboxRunning})
+	addEvents(t, db, 10, event.Event{OrgID: "org_a", At: start.Add(time.Hour), Type: event.SandboxRunning})
+	all, _ := feed(t, db, event.Query{OrgID: "org_a", After: event.Oldest, Limit: 1000})
+	q := event.Query{OrgID: "org_a", Limit: 100, After: all[0].Seq}
+
+	// Nothing is old enough, or it is, but somebody has still to read it.
+	if left := trimmed(t, db, start, 0); len(left) != len(all) {
+		t.Errorf("%d are left, want %d", len(left), len(all))
+	}
+	if err := db.SetConsumed(t.Context(), "webhooks", all[4].Seq); err != nil {
+		t.Fatal(err)
+	}
+	if left := trimmed(t, db, start.Add(time.Minute), 1); len(left) != len(all)-5 || left[0].Seq != all[5].Seq {
+		t.Errorf("%d are left, want all that the consumer has not read", len(left))
+	}
+	_, err := db.ReadEvents(t.Context(), q)
+	wantFault(t, err, fault.Gone, event.CodeGone)
+	q.After = all[4].Seq // misses nothing
+	if page, err := db.ReadEvents(t.Context(), q); err != nil || page.Events[0].Seq != all[5].Seq {
+		t.Errorf("after the last that was dropped comes %+v, %v", page, err)
+	}
+	if through, found, err := db.Consumed(t.Context(), "webhooks"); err != nil || !found || through != all[4].Seq {
+		t.Errorf("the consumer is at %d, %v, %v", through, found, err)
+	}
+	if err := db.EndConsumer(t.Context(), "webhooks"); err != nil {
+		t.Fatal(err)
+	}
+	if _, found, err := db.Consumed(t.Context(), "webhooks"); err != nil || found {
+		t.Errorf("the consumer is still there: %v", err)
+	}
+
+	// By age, then by number; in more than one transaction.
+	if left := trimmed(t, db, start.Add(time.Minute), 0); len(left) != 10 {
+		t.Errorf("%d are left, want the 10 that are not old", len(left))
+	}
+	if left := trimmed(t, db, start, 4); len(left) != 4 || left[3].Seq != all[len(all)-1].Seq {
+		t.Errorf("%d are left, want 4", len(left))
+	}
+	// The last of all stays, so that the next is after it, whatever the clock says.
+	left := trimmed(t, db, start.Add(24*time.Hour), 1)
+	if len(left) != 1 || left[0].Seq != all[len(all)-1].Seq {
+		t.Errorf("%+v is left, want the last", left)
+	}
+	addEvents(t, db, 1, event.Event{OrgID: "org_b", At: start, Type: event.SandboxRunning})
+	if left := trimmed(t, db, start.Add(24*time.Hour), 0); len(left) != 0 {
+		t.Errorf("%d are left", len(left))
+	}
+	if last, err := db.LastEvent(t.Context(), "org_a"); err != nil || last != all[len(all)-1].Seq {
+		t.Errorf("an organization without events is at %d, %v", last, err)
+	}
+}
+
+// TestTrimEventsKeepsListings drops events from the feed and from the listing of a sandbox: each
+// keeps those that the other has dropped, and those that both have dropped are gone.
+func TestTrimEventsKeepsListings(t *testing.T) {
+	db := open(t)
+	putOrg(t, db, "org_a")
+	rows := func() (n int) {
+		t.Helper()
+		if err := db.reader.QueryRow("SELECT COUNT(*) FROM events WHERE org_id = 'org_a'").Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	listed := func(id sandbox.ID) int {
+		t.Helper()
+		all, _, err := db.Events(t.Context(), id, 2000, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(all)
+	}
+	s := mustInsert(t, db, small("org_a", 0))
+	var notes []sandbox.Event
+	for range notesKept + 20 {
+		notes = append(notes, sandbox.Event{SandboxID: s.ID, At: start, Reason: "egress_denied"})
+	}
+	if err := db.Note(t.Context(), notes); err != nil {
+		t.Fatal(err)
+	}
+	if left := trimmed(t, db, start.Add(-time.Hour), 0); len(left) != 2+1+len(notes) || listed(s.ID) != 1+notesKept {
+		t.Errorf("the feed has %d, the listing %d", len(left), listed(s.ID))
+	}
+	putOrg(t, db, "org_b") // so that the last of all is not ours
+	if left := trimmed(t, db, start.Add(time.Hour), 0); len(left) != 0 || listed(s.ID) != 1+notesKept ||
+		rows() != 1+notesKept {
+		t.Errorf("the feed has %d, the listing %d, the table %d", len(left), listed(s.ID), rows())
+	}
+	// Out of the listing now is out of everything.
+	if err := db.Note(t.Context(), notes[:10]); err != nil {
+		t.Fatal(err)
+	}
+	if listed(s.ID) != 1+notesKept || rows() != 1+notesKept {
+		t.Errorf("the listing has %d, the table %d", listed(s.ID), rows())
+	}
+	mustMove(t, db, s.ID, sandbox.Creating, sandbox.Destroyed, start)
+	if listed(s.ID) != eventsKeptOver {
+		t.Errorf("over, the listing has %d", listed(s.ID))
+	}
+	if n, err := db.Purge(t.Context(), start.Add(time.Hour), start.Add(time.Hour), 0); err != nil || n != 1 {
+		t.Fatal(n, err)
+	}
+	left, _ := feed(t, db, event.Query{OrgID: "org_a", After: event.Oldest, Limit: 100})
+	if len(left) != 11 || listed(s.ID) != 0 || rows() != 11 {
+		t.Errorf("when its row is gone, the feed has %d, the listing %d, the table %d", len(left), listed(s.ID), rows())
+	}
+	if left := trimmed(t, db, start.Add(time.Hour), 0); len(left) > 1 || rows() > 1 {
+		t.Errorf("in the end the feed has %d, the table %d", len(left), rows())
+	}
+}
+
+// TestClockSetBack: events are numbered after those that are there, and no place is used twice.
+func TestClockSetBack(t *testing.T) {
+	db := open(t)
+	ahead := time.Now().Add(time.Hour).UnixMicro()
+	const insert = "INSERT INTO events SELECT $1, 'org_a', 1, 'org.created', '', NULL, '', '', '', '', '{}'"
+	if _, err := db.writer.Exec(insert, ahead); err != nil {
+		t.Fatal(err)
+	}
+	addEvents(t, db, 3, event.Event{OrgID: "org_a", At: start, Type: event.OrgCreated})
+	all, _ := feed(t, db, event.Query{OrgID: "org_a", After: event.Oldest, Limit: 10})
+	for i, e := range all {
+		if e.Seq != event.Seq(ahead+int64(i)) {
+			t.Errorf("event %d is at %d, want %d", i, e.Seq, ahead+int64(i))
+		}
+	}
+}
+
+// TestMigrateEvents migrates the events that the schema before had: they keep the ids and the cursors
+// that clients have, and are in the feed.
+func TestMigrateEvents(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "cay.db")
+	old, err := sql.Open("sqlite", dsn(path, url.Values{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := fs.Sub(migrations, "migrations")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := goose.NewProvider(goose.DialectSQLite3, old, dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.UpTo(t.Context(), 8); err != nil {
+		t.Fatal(err)
+	}
+	a, b := small("org_a", 0), small("org_b", 0)
+	a.ID, b.ID = "sbx_aaaaaaaaaaaaaaaaaaaa", "sbx_bbbbbbbbbbbbbbbbbbbb"
+	snap := "snap_cccccccccccccccccccc"
+	for _, s := range []*sandbox.Sandbox{&a, &b} {
+		fields := sandboxFields(s)
+		if _, err := old.Exec("INSERT INTO sandboxes ("+sandboxColumns+") VALUES ("+placeholders(len(fields))+")",
+			fields...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, row := range []struct {
+		id       sandbox.ID
+		seq, at  int64
+		from, to string
+		reason   string
+		detail   string
+	}{
+		{a.ID, 3, 100, "creating", "running", "", ""}, // those before were dropped
+		{a.ID, 4, 400, "running", "running", "egress_denied", "tcp"},
+		{a.ID, 5, 200, "running", "running", "snapshot_made", snap + " mine"}, // a clock was set back
+		{a.ID, 6, 500, "running", "running", "snapshot_made", snap},
+		{a.ID, 7, 600, "running", "running", "forked", "2 asked for"},
+		{b.ID, 1, 50, "", "creating", "fork", string(a.ID)},
+		{b.ID, 2, 450, "creating", "failed", "boot_failed", ""},
+	} {
+		_, err := old.Exec(`INSERT INTO sandbox_events (sandbox_id, seq, at, from_state, to_state, reason, detail)
+			VALUES ($1, $2, $3, $4, $5, $6, $7)`,
+			row.id, row.seq, row.at, row.from, row.to, row.reason, row.detail)
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := old.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	db := openAt(t, path)
+	// A cursor of a page that ended with number 5, as that commit made it.
+	page, next, err := db.Events(t.Context(), a.ID, 1, "AWUAAAAAAAAABXNieF9hYWFhYWFhYWFhYWFhYWFhYWFhYQ")
+	if err != nil || len(page) != 1 || page[0].ID != "evt_0000000004" || page[0].Detail != "tcp" ||
+		page[0].At.UnixMicro() != 400 || next == "" {
+		t.Errorf("after an old cursor comes %+v, %q, %v", page, next, err)
+	}
+	mustMove(t, db, a.ID, sandbox.Creating, sandbox.Running, start)
+	var ids []string
+	listed, _, err := db.Events(t.Context(), a.ID, 10, "")
+	for _, e := range listed {
+		ids = append(ids, e.ID)
+	}
+	if want := []string{"evt_0000000008", "evt_0000000007", "evt_0000000006", "evt_0000000005", "evt_0000000004",
+		"evt_0000000003"}; err != nil || !slices.Equal(ids, want) {
+		t.Errorf("the listing has %q, want %q, %v", ids, want, err)
+	}
+	all, err := db.ReadAllEvents(t.Context(), event.Oldest, 100)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, e := range all {
+		got = append(got, fmt.Sprintf("%s %s %s %s", e.OrgID, e.Type, e.SnapshotID, e.Name))
+	}
+	want := []string{"org_b sandbox.creating  ", "org_a sandbox.running  ", "org_a sandbox.egress_denied  ",
+		"org_a snapshot.created " + snap + " mine",
+		"org_b sandbox.failed  ", "org_a snapshot.created " + snap + " ", "org_a sandbox.forked  ", "org_a sandbox.running  "}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("the feed (-want +got):\n%s", diff)
+	}
+	for _, e := range all {
+		if !e.Type.Known() {
+			t.Errorf("type %s", e.Type)
+		}
+	}
+}
