@@ -84,6 +84,90 @@ func (e ExecuteResultStdoutEncoding) Valid() bool {
 	}
 }
 
+// Defines values for FeedEventType.
+const (
+	FeedEventTypeAPIKeyCreated        FeedEventType = "api_key.created"
+	FeedEventTypeAPIKeyRevoked        FeedEventType = "api_key.revoked"
+	FeedEventTypeOrgCreated           FeedEventType = "org.created"
+	FeedEventTypeSandboxCreating      FeedEventType = "sandbox.creating"
+	FeedEventTypeSandboxDestroyed     FeedEventType = "sandbox.destroyed"
+	FeedEventTypeSandboxDestroying    FeedEventType = "sandbox.destroying"
+	FeedEventTypeSandboxEgressChanged FeedEventType = "sandbox.egress_changed"
+	FeedEventTypeSandboxEgressDenied  FeedEventType = "sandbox.egress_denied"
+	FeedEventTypeSandboxFailed        FeedEventType = "sandbox.failed"
+	FeedEventTypeSandboxForked        FeedEventType = "sandbox.forked"
+	FeedEventTypeSandboxPortPrivate   FeedEventType = "sandbox.port_private"
+	FeedEventTypeSandboxPortPublic    FeedEventType = "sandbox.port_public"
+	FeedEventTypeSandboxRunning       FeedEventType = "sandbox.running"
+	FeedEventTypeSandboxSuspended     FeedEventType = "sandbox.suspended"
+	FeedEventTypeSandboxSuspending    FeedEventType = "sandbox.suspending"
+	FeedEventTypeSandboxWaking        FeedEventType = "sandbox.waking"
+	FeedEventTypeSnapshotCreated      FeedEventType = "snapshot.created"
+	FeedEventTypeSnapshotDeleted      FeedEventType = "snapshot.deleted"
+	FeedEventTypeTemplateBuildFailed  FeedEventType = "template.build_failed"
+	FeedEventTypeTemplateBuildQueued  FeedEventType = "template.build_queued"
+	FeedEventTypeTemplateBuildReady   FeedEventType = "template.build_ready"
+	FeedEventTypeTemplateBuildStarted FeedEventType = "template.build_started"
+	FeedEventTypeTemplateCreated      FeedEventType = "template.created"
+	FeedEventTypeTemplateDeleted      FeedEventType = "template.deleted"
+)
+
+// Valid indicates whether the value is a known member of the FeedEventType enum.
+func (e FeedEventType) Valid() bool {
+	switch e {
+	case FeedEventTypeAPIKeyCreated:
+		return true
+	case FeedEventTypeAPIKeyRevoked:
+		return true
+	case FeedEventTypeOrgCreated:
+		return true
+	case FeedEventTypeSandboxCreating:
+		return true
+	case FeedEventTypeSandboxDestroyed:
+		return true
+	case FeedEventTypeSandboxDestroying:
+		return true
+	case FeedEventTypeSandboxEgressChanged:
+		return true
+	case FeedEventTypeSandboxEgressDenied:
+		return true
+	case FeedEventTypeSandboxFailed:
+		return true
+	case FeedEventTypeSandboxForked:
+		return true
+	case FeedEventTypeSandboxPortPrivate:
+		return true
+	case FeedEventTypeSandboxPortPublic:
+		return true
+	case FeedEventTypeSandboxRunning:
+		return true
+	case FeedEventTypeSandboxSuspended:
+		return true
+	case FeedEventTypeSandboxSuspending:
+		return true
+	case FeedEventTypeSandboxWaking:
+		return true
+	case FeedEventTypeSnapshotCreated:
+		return true
+	case FeedEventTypeSnapshotDeleted:
+		return true
+	case FeedEventTypeTemplateBuildFailed:
+		return true
+	case FeedEventTypeTemplateBuildQueued:
+		return true
+	case FeedEventTypeTemplateBuildReady:
+		return true
+	case FeedEventTypeTemplateBuildStarted:
+		return true
+	case FeedEventTypeTemplateCreated:
+		return true
+	case FeedEventTypeTemplateDeleted:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for FileChangeType.
 const (
 	FileChangeTypeChmod  FileChangeType = "chmod"
@@ -753,6 +837,65 @@ type ExecuteResultStderrEncoding string
 
 // ExecuteResultStdoutEncoding `base64` when the output is not UTF-8, else absent.
 type ExecuteResultStdoutEncoding string
+
+// FeedEvent Something that happened in the organization. Beside the first three, it has the fields that its type is about.
+type FeedEvent struct {
+	// APIKeyID Id of the API key.
+	APIKeyID *string `json:"api_key_id,omitempty"`
+
+	// Detail More about it, for people.
+	Detail *string `json:"detail,omitempty"`
+
+	// From The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+	From *SandboxState `json:"from,omitempty"`
+
+	// ID Unique; ordered as the events are. Pass it as `after` or `Last-Event-ID`.
+	//
+	// Example: evt_00351fl4re540
+	ID string `json:"id"`
+
+	// Name Name of the snapshot, template, API key or organization.
+	Name *string `json:"name,omitempty"`
+
+	// Port The port.
+	Port *int `json:"port,omitempty"`
+
+	// Reason Why, e.g. `requested`.
+	Reason *string `json:"reason,omitempty"`
+
+	// SandboxID The sandbox that it is about, or that the snapshot is of.
+	SandboxID *string `json:"sandbox_id,omitempty"`
+
+	// SnapshotID Id of the snapshot.
+	SnapshotID *string `json:"snapshot_id,omitempty"`
+
+	// TemplateID Id of the template.
+	TemplateID *string `json:"template_id,omitempty"`
+
+	// TemplateVersion The template's ready version after it; absent when there is none.
+	TemplateVersion *int `json:"template_version,omitempty"`
+
+	// Time When it happened.
+	Time time.Time `json:"time"`
+
+	// To The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+	To *SandboxState `json:"to,omitempty"`
+
+	// Type What happened, and to what. `sandbox.` and a state: the sandbox came to that state.
+	Type FeedEventType `json:"type"`
+}
+
+// FeedEventType What happened, and to what. `sandbox.` and a state: the sandbox came to that state.
+type FeedEventType string
+
+// FeedPage A page of events, oldest first.
+type FeedPage struct {
+	// Events The events. There may be none although there is another page.
+	Events []FeedEvent `json:"events"`
+
+	// NextCursor `cursor` of the next page; absent when there is no more now. To go on later, pass the `id` of the last event as `after`.
+	NextCursor *string `json:"next_cursor,omitempty"`
+}
 
 // FileChange Something that happened in a directory that is watched.
 type FileChange struct {
@@ -1845,6 +1988,27 @@ type ListAPIKeysParams struct {
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
+// ReadFeedParams defines parameters for ReadFeed.
+type ReadFeedParams struct {
+	// After `id` of an event; only what comes after it is answered.
+	After *string `form:"after,omitempty" json:"after,omitempty"`
+
+	// Type Keep only events of this type. Repeat it for several.
+	Type []FeedEventType `form:"type,omitempty" json:"type,omitempty"`
+
+	// Sandbox Keep only events of this sandbox, which may be gone.
+	Sandbox *string `form:"sandbox,omitempty" json:"sandbox,omitempty"`
+
+	// Limit Most entries to answer.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor `next_cursor` of the page before. Opaque.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+
+	// LastEventID `id` of the last event that was received; only what comes after it is sent. Goes before `after`. Only with `Accept: text/event-stream`.
+	LastEventID *string `json:"Last-Event-ID,omitempty"`
+}
+
 // ListOrgsParams defines parameters for ListOrgs.
 type ListOrgsParams struct {
 	// Limit Most entries to answer.
@@ -2254,6 +2418,24 @@ type wireInterface interface {
 	//
 	// Corresponds with DELETE /v1/api-keys/{key} (the `RevokeAPIKey` operationId).
 	RevokeAPIKey(ctx context.Context, key string, reqEditors ...requestEditor) (*http.Response, error)
+
+	// ReadFeed Read or follow what happened in the organization
+	//
+	// The organization's events in the order in which they happened, oldest first: every transition of a sandbox, changes and denials of policies, snapshots, forks, ports made public or private, templates and
+	// their builds, API keys, and the organization itself. Each is written together with what it tells of, so none is missing and none is made up. Ids are opaque and ordered as the events are.
+	//
+	// A key sees the events of what it may read: `sandbox.…` and `snapshot.…` take the scope `sandboxes:read`, `template.…` takes `templates:read`, `api_key.…` and `org.…` take `admin`. Asking with `type` for others, or for any with a
+	// key that may see none, is 403, code `scope_missing`. Events go on when their sandbox is gone. They are kept for 30 days, and the newest 1,000,000 of an organization; the operator can change both.
+	//
+	// Without more, answers a page of what there is after `after`, else from the oldest event that is kept. A page may be short or empty, and still have `next_cursor`, when few events match. 410, code `events_gone`, when events after the
+	// one that `after`, `cursor` or `Last-Event-ID` names have been dropped: read the present state of what you keep, then begin without it.
+	//
+	// With `Accept: text/event-stream` follows: first an event `ready` without content, then an event `event` for each (`FeedEvent`), those after `Last-Event-ID` or `after` at once, else only new ones. The `id` of an event is its own, so a stream that broke off goes on with `Last-Event-ID`
+	// where it was, without a gap and without a duplicate, also with a server that has been started anew. An `id` alone, without an event, comes when events that do not match were passed. `error`, with a problem, ends
+	// a stream whose server stops (code `stopping`), whose key was revoked or has expired (401, within about 15 seconds), or that is too far behind (410). An organization may follow so many times at once (default 32); more is 429, code `too_many_followers`.
+	//
+	// Corresponds with GET /v1/events (the `ReadFeed` operationId).
+	ReadFeed(ctx context.Context, params *ReadFeedParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// GetMe Who am I
 	//
@@ -3079,6 +3261,34 @@ func (c *wire) CreateAPIKey(ctx context.Context, body CreateAPIKeyJSONRequestBod
 // Corresponds with DELETE /v1/api-keys/{key} (the `RevokeAPIKey` operationId).
 func (c *wire) RevokeAPIKey(ctx context.Context, key string, reqEditors ...requestEditor) (*http.Response, error) {
 	req, err := newRevokeAPIKeyRequest(c.Server, key)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ReadFeed Read or follow what happened in the organization
+//
+// The organization's events in the order in which they happened, oldest first: every transition of a sandbox, changes and denials of policies, snapshots, forks, ports made public or private, templates and
+// their builds, API keys, and the organization itself. Each is written together with what it tells of, so none is missing and none is made up. Ids are opaque and ordered as the events are.
+//
+// A key sees the events of what it may read: `sandbox.…` and `snapshot.…` take the scope `sandboxes:read`, `template.…` takes `templates:read`, `api_key.…` and `org.…` take `admin`. Asking with `type` for others, or for any with a
+// key that may see none, is 403, code `scope_missing`. Events go on when their sandbox is gone. They are kept for 30 days, and the newest 1,000,000 of an organization; the operator can change both.
+//
+// Without more, answers a page of what there is after `after`, else from the oldest event that is kept. A page may be short or empty, and still have `next_cursor`, when few events match. 410, code `events_gone`, when events after the
+// one that `after`, `cursor` or `Last-Event-ID` names have been dropped: read the present state of what you keep, then begin without it.
+//
+// With `Accept: text/event-stream` follows: first an event `ready` without content, then an event `event` for each (`FeedEvent`), those after `Last-Event-ID` or `after` at once, else only new ones. The `id` of an event is its own, so a stream that broke off goes on with `Last-Event-ID`
+// where it was, without a gap and without a duplicate, also with a server that has been started anew. An `id` alone, without an event, comes when events that do not match were passed. `error`, with a problem, ends
+// a stream whose server stops (code `stopping`), whose key was revoked or has expired (401, within about 15 seconds), or that is too far behind (410). An organization may follow so many times at once (default 32); more is 429, code `too_many_followers`.
+//
+// Corresponds with GET /v1/events (the `ReadFeed` operationId).
+func (c *wire) ReadFeed(ctx context.Context, params *ReadFeedParams, reqEditors ...requestEditor) (*http.Response, error) {
+	req, err := newReadFeedRequest(c.Server, params)
 	if err != nil {
 		return nil, err
 	}
@@ -4715,6 +4925,123 @@ func newRevokeAPIKeyRequest(server string, key string) (*http.Request, error) {
 	req, err := http.NewRequest(http.MethodDelete, queryURL.String(), nil)
 	if err != nil {
 		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewReadFeedRequest constructs an http.Request for the ReadFeed method
+func newReadFeedRequest(server string, params *ReadFeedParams) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/events")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if params.After != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "after", *params.After, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Type != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "type", params.Type, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "array", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Sandbox != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "sandbox", *params.Sandbox, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Limit != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "limit", *params.Limit, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Cursor != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "cursor", *params.Cursor, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+
+		if params.LastEventID != nil {
+			var headerParam0 string
+
+			headerParam0, err = runtime.StyleParamWithOptions("simple", false, "Last-Event-ID", *params.LastEventID, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationHeader, Type: "string", Format: ""})
+			if err != nil {
+				return nil, err
+			}
+
+			req.Header.Set("Last-Event-ID", headerParam0)
+		}
+
 	}
 
 	return req, nil
@@ -7579,4 +7906,4 @@ func (c *wire) applyEditors(ctx context.Context, req *http.Request, additionalEd
 }
 
 // What decodes the answers is in client.go.
-// 60 operations.
+// 61 operations.

@@ -21,7 +21,7 @@ func acceptEvents(_ context.Context, r *http.Request) error {
 var errLast = errors.New("the last event")
 
 // readEvents hands the events of a stream to on until it says errLast, which is then no
-// error. An event has max bytes at the most. A stream that ends before is an
+// error; event is "" where there is an id alone. An event has max bytes at the most. A stream that ends before is an
 // [io.ErrUnexpectedEOF].
 func readEvents(r io.Reader, max int, on func(id, event string, data []byte) error) error {
 	lines := bufio.NewScanner(r)
@@ -32,7 +32,7 @@ func readEvents(r io.Reader, max int, on func(id, event string, data []byte) err
 			fields[name] = strings.TrimPrefix(value, " ")
 			continue
 		}
-		if fields["event"] != "" {
+		if fields["event"] != "" || fields["id"] != "" {
 			if err := on(fields["id"], fields["event"], []byte(fields["data"])); errors.Is(err, errLast) {
 				return nil
 			} else if err != nil {

@@ -45,6 +45,13 @@ type config struct {
 	Memory    memoryConfig    `toml:"memory"`
 	Proxy     proxyConfig     `toml:"proxy"`
 	E2B       e2bConfig       `toml:"e2b"`
+	Events    eventsConfig    `toml:"events"`
+}
+
+type eventsConfig struct {
+	Keep         duration `toml:"keep"`
+	MaxPerOrg    int      `toml:"max_per_org"`
+	MaxFollowers int      `toml:"max_followers"`
 }
 
 type e2bConfig struct {
@@ -147,6 +154,7 @@ func defaults() config {
 		Pool:   poolConfig{Enabled: true, Target: 2, MaxMembers: 16},
 		Proxy:  proxyConfig{Scheme: "https"},
 		E2B:    e2bConfig{Enabled: true},
+		Events: eventsConfig{Keep: duration(30 * 24 * time.Hour), MaxPerOrg: 1_000_000, MaxFollowers: 32},
 	}
 }
 
@@ -317,6 +325,8 @@ func (c *config) check() error {
 		{"build.disk_mb", c.Build.DiskMB, 64},
 		{"build.cache_mb", c.Build.CacheMB, 1},
 		{"images.pulled_mb", c.Images.PulledMB, 1},
+		{"events.max_per_org", c.Events.MaxPerOrg, 0},
+		{"events.max_followers", c.Events.MaxFollowers, 0},
 	} {
 		if rule.got < rule.from {
 			return fmt.Errorf("%s: must be at least %d, not %d", rule.key, rule.from, rule.got)
@@ -339,6 +349,9 @@ func (c *config) check() error {
 	}
 	if c.Sandbox.AnswerTimeout < duration(time.Second) {
 		return fmt.Errorf("sandbox.answer_timeout: must be at least 1s, not %s", time.Duration(c.Sandbox.AnswerTimeout))
+	}
+	if c.Events.Keep < duration(time.Minute) {
+		return fmt.Errorf("events.keep: must be at least 1m, not %s", time.Duration(c.Events.Keep))
 	}
 	if err := c.Memory.check(); err != nil {
 		return err

@@ -88,6 +88,7 @@ func newFakeAPI() *fakeAPI {
 		"DELETE /v1/sandboxes/{id}/files":   f.removeFile,
 		"GET /v1/sandboxes/{id}/files/list": f.listFiles,
 		"GET /v1/sandboxes/{id}/events":     f.events,
+		"GET /v1/events":                    f.feed,
 		"GET /v1/templates":                 f.templates,
 		"GET /v1/templates/{name}":          f.template,
 		"GET /v1/templates/{name}/logs":     f.logs,

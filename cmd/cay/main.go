@@ -154,7 +154,8 @@ On the server's own machine they need none of these.`,
 		}
 		return fmt.Errorf("%w; %s", err, hint)
 	})
-	root.AddCommand(serverCommand(), a.runCommand(), a.sandboxCommand(), a.templatesCommand(), a.snapshotsCommand(), a.keysCommand(), a.orgsCommand(), a.versionCommand(), a.doctorCommand())
+	root.AddCommand(serverCommand(), a.runCommand(), a.sandboxCommand(), a.templatesCommand(), a.snapshotsCommand(),
+		a.feedCommand(), a.keysCommand(), a.orgsCommand(), a.versionCommand(), a.doctorCommand())
 	return root
 }
 

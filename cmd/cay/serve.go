@@ -28,6 +28,7 @@ import (
 	"github.com/cayhq/cay/internal/e2b"
 	"github.com/cayhq/cay/internal/egressproxy"
 	"github.com/cayhq/cay/internal/embedded"
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/image"
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/node"
@@ -138,6 +139,7 @@ type server struct {
 	templates   *template.Service
 	auth        *auth.Service
 	sandboxes   *sandbox.Service
+	events      *event.Feed
 	ports       *portproxy.Proxy
 	registry    *prometheus.Registry
 	budget      *budget.Budget // of the memory that calls hold
@@ -190,6 +192,9 @@ func (s *server) open(ctx context.Context) error {
 		return err
 	}
 	s.onClose(func(context.Context) error { return s.db.Close() })
+	s.events = event.New(event.Config{Keep: time.Duration(cfg.Events.Keep), MaxPerOrg: cfg.Events.MaxPerOrg,
+		MaxFollowers: cfg.Events.MaxFollowers}, s.db, s.log)
+	s.db.OnEvents(s.events.Wake)
 	if s.instance, err = s.setting(ctx, settingInstance, newInstance); err != nil {
 		return err
 	}
@@ -373,7 +378,7 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 	handler := api.New(api.Config{
 		Stopping: stopping, Hijacked: &hijacked,
 		Ports: s.ports, Names: s.cfg.Proxy.names(), Signer: portproxy.NewSigner(secret),
-		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
+		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Events: s.events, Agent: s.node.Agents(),
 		Budget: s.budget, Ready: func() error { return s.db.Ping(ctx) }, Metrics: metrics, Registry: s.registry, Log: s.log, Version: version,
 	})
 	surface, err := s.openE2B(ctx, handler)
@@ -387,6 +392,7 @@ func (s *server) listen(ctx context.Context, ready func(net.Addr)) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { s.sandboxes.Run(work) })
 	wg.Go(func() { _ = s.templates.Run(work) }) // returns nil
+	wg.Go(func() { s.events.Run(work) })
 	if surface != nil {
 		wg.Go(func() { surface.Run(work) })
 	}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/url"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -376,37 +375,16 @@ func (p *progress) logLine(l client.TemplateLogLine) error {
 	return nil
 }
 
-const (
-	// followPatience is how long a server may be away while a build is followed: a
-	// restart takes a few seconds.
-	followPatience = time.Minute
-	followRetry    = time.Second
-)
-
 // followTemplate hands on the lines of a build until it is over, also across a restart of
 // the server.
-func followTemplate(ctx context.Context, c *client.Client, name string, emit func(client.TemplateLogLine) error) (*client.Template, error) {
-	last := ""
-	var ours error // of emit
-	heard := time.Now()
-	for {
-		t, err := c.FollowTemplate(ctx, name, last, func(id string, l client.TemplateLogLine) error {
-			last, heard = id, time.Now()
-			ours = emit(l)
-			return ours
+func followTemplate(ctx context.Context, c *client.Client, name string,
+	emit func(client.TemplateLogLine) error) (t *client.Template, err error) {
+	err = followOn(ctx, "", func(last string, reached func(id string)) error {
+		t, err = c.FollowTemplate(ctx, name, last, func(id string, l client.TemplateLogLine) error {
+			reached(id)
+			return emit(l)
 		})
-		var conn *url.Error
-		broken := errors.Is(err, io.ErrUnexpectedEOF) || errors.As(err, &conn)
-		if err == nil || ours != nil || ctx.Err() != nil || !broken || last == "" && conn != nil || conn != nil && time.Since(heard) > followPatience {
-			return t, err
-		}
-		if conn == nil {
-			heard = time.Now() // it was there
-		}
-		select {
-		case <-time.After(followRetry):
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
-	}
+		return err
+	})
+	return t, err
 }

@@ -81,6 +81,90 @@ func (e ExecuteResultStdoutEncoding) Valid() bool {
 	}
 }
 
+// Defines values for FeedEventType.
+const (
+	FeedEventTypeAPIKeyCreated        FeedEventType = "api_key.created"
+	FeedEventTypeAPIKeyRevoked        FeedEventType = "api_key.revoked"
+	FeedEventTypeOrgCreated           FeedEventType = "org.created"
+	FeedEventTypeSandboxCreating      FeedEventType = "sandbox.creating"
+	FeedEventTypeSandboxDestroyed     FeedEventType = "sandbox.destroyed"
+	FeedEventTypeSandboxDestroying    FeedEventType = "sandbox.destroying"
+	FeedEventTypeSandboxEgressChanged FeedEventType = "sandbox.egress_changed"
+	FeedEventTypeSandboxEgressDenied  FeedEventType = "sandbox.egress_denied"
+	FeedEventTypeSandboxFailed        FeedEventType = "sandbox.failed"
+	FeedEventTypeSandboxForked        FeedEventType = "sandbox.forked"
+	FeedEventTypeSandboxPortPrivate   FeedEventType = "sandbox.port_private"
+	FeedEventTypeSandboxPortPublic    FeedEventType = "sandbox.port_public"
+	FeedEventTypeSandboxRunning       FeedEventType = "sandbox.running"
+	FeedEventTypeSandboxSuspended     FeedEventType = "sandbox.suspended"
+	FeedEventTypeSandboxSuspending    FeedEventType = "sandbox.suspending"
+	FeedEventTypeSandboxWaking        FeedEventType = "sandbox.waking"
+	FeedEventTypeSnapshotCreated      FeedEventType = "snapshot.created"
+	FeedEventTypeSnapshotDeleted      FeedEventType = "snapshot.deleted"
+	FeedEventTypeTemplateBuildFailed  FeedEventType = "template.build_failed"
+	FeedEventTypeTemplateBuildQueued  FeedEventType = "template.build_queued"
+	FeedEventTypeTemplateBuildReady   FeedEventType = "template.build_ready"
+	FeedEventTypeTemplateBuildStarted FeedEventType = "template.build_started"
+	FeedEventTypeTemplateCreated      FeedEventType = "template.created"
+	FeedEventTypeTemplateDeleted      FeedEventType = "template.deleted"
+)
+
+// Valid indicates whether the value is a known member of the FeedEventType enum.
+func (e FeedEventType) Valid() bool {
+	switch e {
+	case FeedEventTypeAPIKeyCreated:
+		return true
+	case FeedEventTypeAPIKeyRevoked:
+		return true
+	case FeedEventTypeOrgCreated:
+		return true
+	case FeedEventTypeSandboxCreating:
+		return true
+	case FeedEventTypeSandboxDestroyed:
+		return true
+	case FeedEventTypeSandboxDestroying:
+		return true
+	case FeedEventTypeSandboxEgressChanged:
+		return true
+	case FeedEventTypeSandboxEgressDenied:
+		return true
+	case FeedEventTypeSandboxFailed:
+		return true
+	case FeedEventTypeSandboxForked:
+		return true
+	case FeedEventTypeSandboxPortPrivate:
+		return true
+	case FeedEventTypeSandboxPortPublic:
+		return true
+	case FeedEventTypeSandboxRunning:
+		return true
+	case FeedEventTypeSandboxSuspended:
+		return true
+	case FeedEventTypeSandboxSuspending:
+		return true
+	case FeedEventTypeSandboxWaking:
+		return true
+	case FeedEventTypeSnapshotCreated:
+		return true
+	case FeedEventTypeSnapshotDeleted:
+		return true
+	case FeedEventTypeTemplateBuildFailed:
+		return true
+	case FeedEventTypeTemplateBuildQueued:
+		return true
+	case FeedEventTypeTemplateBuildReady:
+		return true
+	case FeedEventTypeTemplateBuildStarted:
+		return true
+	case FeedEventTypeTemplateCreated:
+		return true
+	case FeedEventTypeTemplateDeleted:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for FileChangeType.
 const (
 	FileChangeTypeChmod  FileChangeType = "chmod"
@@ -750,6 +834,65 @@ type ExecuteResultStderrEncoding string
 
 // ExecuteResultStdoutEncoding `base64` when the output is not UTF-8, else absent.
 type ExecuteResultStdoutEncoding string
+
+// FeedEvent Something that happened in the organization. Beside the first three, it has the fields that its type is about.
+type FeedEvent struct {
+	// APIKeyID Id of the API key.
+	APIKeyID *string `json:"api_key_id,omitempty"`
+
+	// Detail More about it, for people.
+	Detail *string `json:"detail,omitempty"`
+
+	// From The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+	From *SandboxState `json:"from,omitempty"`
+
+	// ID Unique; ordered as the events are. Pass it as `after` or `Last-Event-ID`.
+	//
+	// Example: evt_00351fl4re540
+	ID string `json:"id"`
+
+	// Name Name of the snapshot, template, API key or organization.
+	Name *string `json:"name,omitempty"`
+
+	// Port The port.
+	Port *int `json:"port,omitempty"`
+
+	// Reason Why, e.g. `requested`.
+	Reason *string `json:"reason,omitempty"`
+
+	// SandboxID The sandbox that it is about, or that the snapshot is of.
+	SandboxID *string `json:"sandbox_id,omitempty"`
+
+	// SnapshotID Id of the snapshot.
+	SnapshotID *string `json:"snapshot_id,omitempty"`
+
+	// TemplateID Id of the template.
+	TemplateID *string `json:"template_id,omitempty"`
+
+	// TemplateVersion The template's ready version after it; absent when there is none.
+	TemplateVersion *int `json:"template_version,omitempty"`
+
+	// Time When it happened.
+	Time time.Time `json:"time"`
+
+	// To The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+	To *SandboxState `json:"to,omitempty"`
+
+	// Type What happened, and to what. `sandbox.` and a state: the sandbox came to that state.
+	Type FeedEventType `json:"type"`
+}
+
+// FeedEventType What happened, and to what. `sandbox.` and a state: the sandbox came to that state.
+type FeedEventType string
+
+// FeedPage A page of events, oldest first.
+type FeedPage struct {
+	// Events The events. There may be none although there is another page.
+	Events []FeedEvent `json:"events"`
+
+	// NextCursor `cursor` of the next page; absent when there is no more now. To go on later, pass the `id` of the last event as `after`.
+	NextCursor *string `json:"next_cursor,omitempty"`
+}
 
 // FileChange Something that happened in a directory that is watched.
 type FileChange struct {
@@ -1842,6 +1985,27 @@ type ListAPIKeysParams struct {
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
+// ReadFeedParams defines parameters for ReadFeed.
+type ReadFeedParams struct {
+	// After `id` of an event; only what comes after it is answered.
+	After *string `form:"after,omitempty" json:"after,omitempty"`
+
+	// Type Keep only events of this type. Repeat it for several.
+	Type []FeedEventType `form:"type,omitempty" json:"type,omitempty"`
+
+	// Sandbox Keep only events of this sandbox, which may be gone.
+	Sandbox *string `form:"sandbox,omitempty" json:"sandbox,omitempty"`
+
+	// Limit Most entries to answer.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor `next_cursor` of the page before. Opaque.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+
+	// LastEventID `id` of the last event that was received; only what comes after it is sent. Goes before `after`. Only with `Accept: text/event-stream`.
+	LastEventID *string `json:"Last-Event-ID,omitempty"`
+}
+
 // ListOrgsParams defines parameters for ListOrgs.
 type ListOrgsParams struct {
 	// Limit Most entries to answer.
@@ -2141,6 +2305,9 @@ type ServerInterface interface {
 	// RevokeAPIKey Revoke an API key
 	// (DELETE /v1/api-keys/{key})
 	RevokeAPIKey(w http.ResponseWriter, r *http.Request, key string)
+	// ReadFeed Read or follow what happened in the organization
+	// (GET /v1/events)
+	ReadFeed(w http.ResponseWriter, r *http.Request, params ReadFeedParams)
 	// GetMe Who am I
 	// (GET /v1/me)
 	GetMe(w http.ResponseWriter, r *http.Request)
@@ -2444,6 +2611,112 @@ func (siw *ServerInterfaceWrapper) RevokeAPIKey(w http.ResponseWriter, r *http.R
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.RevokeAPIKey(w, r, key)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ReadFeed operation middleware
+func (siw *ServerInterfaceWrapper) ReadFeed(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ReadFeedParams
+
+	// ------------- Optional query parameter "after" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "after", r.URL.Query(), &params.After, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "after"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "after", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "type" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "type", r.URL.Query(), &params.Type, runtime.BindQueryParameterOptions{Type: "array", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "type"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "type", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "sandbox" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "sandbox", r.URL.Query(), &params.Sandbox, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "sandbox"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandbox", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Last-Event-ID" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Last-Event-ID")]; found {
+		var LastEventID string
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Last-Event-ID", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Last-Event-ID", valueList[0], &LastEventID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Last-Event-ID", Err: err})
+			return
+		}
+
+		params.LastEventID = &LastEventID
+
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ReadFeed(w, r, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -4677,6 +4950,7 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/templates/{template}/rebuild", wrapper.RebuildTemplate)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/templates/{template}/cancel", wrapper.CancelTemplateBuild)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/templates/{template}/logs", wrapper.GetTemplateLogs)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/events", wrapper.ReadFeed)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sizes", wrapper.ListSizes)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/pool", wrapper.GetPool)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/me", wrapper.GetMe)

@@ -107,6 +107,7 @@ type Config struct {
 	Sandboxes Sandboxes
 	Templates Templates
 	Auth      Auth
+	Events    Events
 	Agent     Agent
 	Ports     Ports
 	Names     portproxy.Names // host names of ports; the zero value is none

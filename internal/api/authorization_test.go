@@ -82,6 +82,7 @@ var samples = map[string]sample{
 
 	"cancelTemplateBuild": {others: 404, othersCode: "template_not_found"},
 	"getTemplateLogs":     {others: 404, othersCode: "template_not_found"},
+	"readFeed":            {others: 200},
 	"listSizes":           {others: 200},
 	"getPool":             {others: 403, othersCode: "not_the_operator"},
 	"getMe":               {others: 200},

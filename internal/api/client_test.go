@@ -21,6 +21,7 @@ import (
 	"github.com/getkin/kin-openapi/openapi3filter"
 	"github.com/getkin/kin-openapi/routers"
 	"github.com/getkin/kin-openapi/routers/gorillamux"
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/client"
@@ -101,6 +102,7 @@ func TestClient(t *testing.T) {
 	}
 	clientAccount(t, ctx, c, fatal)
 	clientTemplates(t, ctx, c, fatal)
+	clientFeed(t, ctx, c, fatal, box)
 
 	operations(h.spec, func(pattern, _ string, op *openapi3.Operation, _ openapi3.Parameters) {
 		if !checker.seen[op.OperationID] {
@@ -229,6 +231,57 @@ func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal 
 		}
 	}
 	return first.ID
+}
+
+func clientFeed(t *testing.T, ctx context.Context, c *client.Client, fatal func(error), box string) {
+	var all, some []client.FeedEvent
+	for e, err := range c.Feed(ctx, client.FeedOptions{ListOptions: client.ListOptions{Limit: 7}}) {
+		fatal(err)
+		all = append(all, e)
+	}
+	for e, err := range c.Feed(ctx, client.FeedOptions{Sandbox: box,
+		Types: []client.FeedEventType{"sandbox.creating", "sandbox.running"}, After: all[0].ID}) {
+		fatal(err)
+		some = append(some, e)
+	}
+	if len(all) < 20 || len(some) != 2 {
+		t.Errorf("%d events, %d of the sandbox's beginning", len(all), len(some))
+	}
+	// Following from the middle gives the rest, and then new events.
+	errEnough := errors.New("enough")
+	middle := len(all) / 2
+	var followed []client.FeedEvent
+	ready := false
+	err := c.FollowFeed(ctx, client.FeedOptions{After: all[middle-1].ID}, func(id string, e *client.FeedEvent) error {
+		if e == nil {
+			ready = id == all[middle-1].ID
+			return nil
+		}
+		if followed = append(followed, *e); id != e.ID {
+			t.Errorf("event %s came with id %s", e.ID, id)
+		}
+		if len(followed) == len(all)-middle {
+			_, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Template: "python"}, client.CreateOptions{})
+			return err
+		}
+		if len(followed) > len(all)-middle {
+			return errEnough
+		}
+		return nil
+	})
+	if !errors.Is(err, errEnough) || !ready {
+		t.Errorf("following: %v, begun %v", err, ready)
+	}
+	if diff := cmp.Diff(all[middle:], followed[:len(all)-middle]); diff != "" {
+		t.Error(diff)
+	}
+	if e := followed[len(followed)-1]; e.Type != client.FeedEventTypeSandboxCreating {
+		t.Errorf("the new one is %+v", e)
+	}
+	err = c.FollowFeed(ctx, client.FeedOptions{After: "x"}, func(string, *client.FeedEvent) error { return nil })
+	if !client.HasCode(err, "invalid_after") {
+		t.Errorf("following after nothing: %v", err)
+	}
 }
 
 func clientFiles(t *testing.T, ctx context.Context, c *client.Client, h *house, id string, fatal func(error)) {

@@ -30,6 +30,7 @@ import (
 	"github.com/cayhq/cay/internal/blob"
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
@@ -58,6 +59,7 @@ type house struct {
 	key   string // admin of the operator's organization
 	org   auth.Principal
 	other string // admin of another organization
+	feed  *event.Feed
 }
 
 type option func(*auth.Config, *sandbox.Config, *Config)
@@ -108,6 +110,9 @@ func newHouse(t testing.TB, options ...option) *house {
 		cfg.Sandboxes = h.boxes
 	}
 	cfg.Auth = h.auth
+	h.feed = event.New(event.Config{Keep: time.Hour, MaxFollowers: 2}, db, log)
+	db.OnEvents(h.feed.Wake)
+	cfg.Events = h.feed
 	if _, err := h.auth.Bootstrap(ctx, func(secret string) error { h.key = secret; return nil }); err != nil {
 		t.Fatal(err)
 	}

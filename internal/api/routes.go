@@ -73,6 +73,9 @@ var routes = map[string]access{
 	"POST /v1/templates/{template}/cancel":  {scope: auth.TemplatesWrite},
 	"GET /v1/templates/{template}/logs":     {scope: auth.TemplatesRead},
 
+	// What of it a key may see, eventScopes says.
+	"GET /v1/events": {query: []string{"after", "type", "sandbox", "limit", "cursor"}, many: "type"},
+
 	"GET /v1/sizes":             {},
 	"GET /v1/me":                {},
 	"GET /v1/pool":              {scope: auth.Admin},
