@@ -128,10 +128,14 @@ func TestUpgrade(t *testing.T) {
 	point := s.checkpoint(saved.id)
 	saved.check()
 	snap := s.snapshot(running.id, nil)
+	_, events := s.call("GET", "/v1/sandboxes/"+saved.id+"/events", nil)
 
 	s.stop(syscall.SIGTERM)
 	s.binary = current
 	s.start()
+	if _, after := s.call("GET", "/v1/sandboxes/"+saved.id+"/events", nil); string(after) != string(events) {
+		t.Errorf("the events of a sandbox were %s and are %s", events, after)
+	}
 	if kept := s.programs(); len(old) != 2 || len(kept) != 4 || !slices.Contains(kept, old[0]) || !slices.Contains(kept, old[1]) {
 		t.Fatalf("the programs of the older build are %v; those after the upgrade %v", old, kept)
 	}

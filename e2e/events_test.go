@@ -1,0 +1,243 @@
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/url"
+	"slices"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cayhq/cay/client"
+)
+
+// allEvents reads the whole feed of a key's organization.
+func (s *server) allEvents() []client.FeedEvent {
+	s.t.Helper()
+	c, err := client.New(s.url, s.key)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	var all []client.FeedEvent
+	for e, err := range c.Feed(context.Background(), client.FeedOptions{ListOptions: client.ListOptions{Limit: 200}}) {
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		all = append(all, e)
+	}
+	return all
+}
+
+// ofOwnOrg returns the server with a key of a new organization.
+func (s *server) ofOwnOrg(name string) *server {
+	s.t.Helper()
+	status, body := s.call("POST", "/v1/orgs", object{"name": name})
+	if status != 201 {
+		s.t.Fatalf("making an organization: %d %s", status, body)
+	}
+	own := *s
+	own.key = text(body, "api_key")
+	return &own
+}
+
+// TestEvents makes facts of all kinds with real sandboxes, and finds exactly their events, in order,
+// in the feed and in the output of a follower.
+func TestEvents(t *testing.T) {
+	operator := shared(t)
+	s := operator.ofOwnOrg("events")
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	follower := s.command(ctx, "events", "--follow", "--json", "--after", s.allEvents()[1].ID)
+	out, err := follower.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := follower.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(out)
+
+	id := s.persistent(nil)
+	s.want(id, "true")
+	s.suspend(id)
+	s.want(id, "true") // wakes it
+	s.setEgress(id, object{"mode": "deny_all"})
+	s.connect(id, "203.0.113.7", 443)
+	s.awaitDenied(id, "203.0.113.7")
+	snap := s.snapshot(id, object{"name": "kept"})
+	made := s.from("kept", nil)
+	fork := s.fork(id, nil)[0]
+	for _, public := range []bool{true, true, false} {
+		if status, body := s.call("PUT", "/v1/sandboxes/"+id+"/ports/8080", object{"public": public}); status != 200 {
+			t.Fatalf("port: %d %s", status, body)
+		}
+	}
+	if status, body := s.call("DELETE", "/v1/snapshots/"+snap, nil); status != 204 {
+		t.Fatalf("deleting a snapshot: %d %s", status, body)
+	}
+	status, key := s.call("POST", "/v1/api-keys", object{"name": "short", "scopes": []string{"exec"}})
+	if status != 201 {
+		t.Fatalf("key: %d %s", status, key)
+	}
+	s.call("DELETE", "/v1/api-keys/"+text(key, "id"), nil)
+	for _, box := range []string{id, made, fork} {
+		s.destroy(box)
+		s.waitState(box, "destroyed")
+	}
+
+	want := []client.FeedEventType{"org.created", "api_key.created",
+		"sandbox.creating", "sandbox.running", "sandbox.suspending", "sandbox.suspended", "sandbox.waking", "sandbox.running",
+		"sandbox.egress_changed", "sandbox.egress_denied", "snapshot.created", "sandbox.creating", "sandbox.running",
+		"sandbox.forked", "sandbox.creating", "sandbox.running", "sandbox.port_public", "sandbox.port_private",
+		"snapshot.deleted", "api_key.created", "api_key.revoked"}
+	for range 3 {
+		want = append(want, "sandbox.destroying", "sandbox.destroyed")
+	}
+	all := s.allEvents()
+	var got []client.FeedEventType
+	for _, e := range all {
+		// What is sent again and again is denied again and again.
+		if e.Type != "sandbox.egress_denied" || got[len(got)-1] != e.Type {
+			got = append(got, e.Type)
+		}
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("the feed has\n%q, want\n%q", got, want)
+	}
+	for _, e := range all[2:] {
+		var f client.FeedEvent
+		if !lines.Scan() || json.Unmarshal(lines.Bytes(), &f) != nil || f.ID != e.ID || f.Type != e.Type {
+			t.Fatalf("the follower has %s, want %+v", lines.Bytes(), e)
+		}
+	}
+	if err := follower.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Error(err)
+	}
+	if rest, _ := io.ReadAll(out); len(rest) > 0 {
+		t.Errorf("the follower has more: %s", rest)
+	}
+	_ = follower.Wait() // it was ended
+	other := operator.ofOwnOrg("events-beside")
+	if theirs := other.allEvents(); len(theirs) != 2 {
+		t.Errorf("another organization sees %+v", theirs)
+	}
+}
+
+// TestFollowerAcrossRestarts ends the server with SIGTERM and SIGKILL while facts are made. A
+// follower sees the event of every call that was answered, once, and the same events as the feed.
+func TestFollowerAcrossRestarts(t *testing.T) {
+	t.Parallel() // its server is its own
+	s := newServer(t)
+	s.start()
+	c, err := client.New(s.url, s.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	working, rest := context.WithCancel(ctx)
+	var work, follow sync.WaitGroup
+	answered := map[string]bool{}
+	work.Go(func() {
+		for i := 0; working.Err() == nil; i++ {
+			name := fmt.Sprint("key ", i)
+			if _, err := c.CreateAPIKey(working, client.CreateAPIKeyRequest{Name: name, Scopes: []string{"exec"}}); err == nil {
+				answered[name] = true
+			}
+			time.Sleep(2 * time.Millisecond) // so that there are not more than a page's each second
+		}
+	})
+	first := s.allEvents()[0].ID
+	var mu sync.Mutex
+	var seen []string
+	broken := 0
+	follow.Go(func() {
+		last := first
+		for ctx.Err() == nil {
+			err := c.FollowFeed(ctx, client.FeedOptions{After: last}, func(id string, e *client.FeedEvent) error {
+				last = id
+				if e != nil {
+					mu.Lock()
+					defer mu.Unlock()
+					seen = append(seen, e.ID)
+				}
+				return nil
+			})
+			var away *url.Error
+			switch {
+			case ctx.Err() != nil:
+			case errors.Is(err, io.ErrUnexpectedEOF), client.HasCode(err, "stopping"):
+				broken++
+			case !errors.As(err, &away): // as it is while there is no server
+				t.Errorf("following: %v", err)
+				return
+			}
+			time.Sleep(10 * time.Millisecond) // between two tries, until the test ends
+		}
+	})
+	for _, signal := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM, syscall.SIGKILL} {
+		s.awaitFollowed(&mu, &seen, 30)
+		s.stop(signal)
+		s.start()
+	}
+	s.awaitFollowed(&mu, &seen, 30)
+	rest()
+	work.Wait()
+	all := s.allEvents()
+	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) { // a poll with a deadline
+		mu.Lock()
+		n := len(seen)
+		mu.Unlock()
+		if n >= len(all)-1 || time.Now().After(deadline) {
+			break
+		}
+	}
+	cancel()
+	follow.Wait()
+	told := map[string]int{}
+	var want []string
+	for _, e := range all[1:] {
+		want = append(want, e.ID)
+		if e.Type == "api_key.created" {
+			told[*e.Name]++
+		}
+	}
+	if !slices.Equal(seen, want) {
+		t.Errorf("the follower saw %d events, the feed has %d after the first", len(seen), len(want))
+	}
+	for name := range answered {
+		if told[name] != 1 {
+			t.Errorf("%s has %d events", name, told[name])
+		}
+	}
+	if broken != 3 {
+		t.Errorf("the stream broke off %d times, want 3", broken)
+	}
+	t.Logf("%d facts answered, %d events", len(answered), len(all))
+}
+
+// awaitFollowed waits until a follower has seen so many more events.
+func (s *server) awaitFollowed(mu *sync.Mutex, seen *[]string, more int) {
+	s.t.Helper()
+	until := -1
+	for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) { // a poll with a deadline
+		mu.Lock()
+		n := len(*seen)
+		mu.Unlock()
+		if until < 0 {
+			until = n + more
+		}
+		if n >= until {
+			return
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("the follower has seen %d events, not %d", n, until)
+		}
+	}
+}
