@@ -9,8 +9,8 @@ import (
 )
 
 // Build builds a program of the repository, named by its directory, for a test to run or to
-// put into a sandbox. Where Go is not (the machines of e2e/hosts), CAY_TEST_PROGRAMS names a
-// directory in which it lies, built before.
+// put into a sandbox. On a machine without Go (those of e2e/hosts), CAY_TEST_PROGRAMS names a
+// directory with the programs.
 func Build(out, dir string) error {
 	if built := os.Getenv("CAY_TEST_PROGRAMS"); built != "" {
 		return copyProgram(out, filepath.Join(built, filepath.Base(dir)))

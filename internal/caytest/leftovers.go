@@ -13,8 +13,8 @@ import (
 
 // Leftovers lists everything that an instance still has on this host: processes,
 // control groups, mounts, namespaces, links, packet filter tables and files. It
-// looks for itself, with the system's own tools where there are any, and does not
-// ask the code that is being tested.
+// looks with the system's own tools where there are any, and does not use the code that
+// is being tested.
 func Leftovers(t testing.TB, instance, dataDir string) []string {
 	t.Helper()
 	var left []string
@@ -64,7 +64,8 @@ func Leftovers(t testing.TB, instance, dataDir string) []string {
 			}
 		}
 	}
-	for _, pattern := range []string{dataDir, "/run/cay/" + instance, "/run/cay/servers/" + instance + "*", "/run/netns/*" + instance + "*", "/run/cay/network/*" + instance + "*"} {
+	for _, pattern := range []string{dataDir, "/run/cay/" + instance, "/run/cay/servers/" + instance + "*",
+		"/run/netns/*" + instance + "*", "/run/cay/network/*" + instance + "*"} {
 		files, err := filepath.Glob(pattern)
 		if err != nil {
 			t.Fatal(fmt.Errorf("looking for %s: %w", pattern, err))

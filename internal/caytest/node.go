@@ -11,8 +11,8 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// Node is a sandbox.Node that keeps its sandboxes in memory. It is for the order
-// of things and for faults, never the proof that a sandbox works.
+// Node implements sandbox.Node and keeps its sandboxes in memory. Use it to test the order
+// of calls and faults, never as the proof that a sandbox works.
 type Node struct {
 	// The hooks, if set, are called before the node does anything; an error fails
 	// the call. They may block until ctx ends. Set them while nothing is under way.
@@ -30,7 +30,7 @@ type Node struct {
 	OnSnapshot   func(ctx context.Context, id sandbox.ID) error // of SnapshotPoint too
 	OnDrop       func(ctx context.Context, id sandbox.SnapshotID) error
 	OnBusy       func(ctx context.Context, id sandbox.ID) (bool, error) // unset: not busy
-	// OnDial, if set, answers Dial for a sandbox that is there.
+	// OnDial, if set, answers Dial for a sandbox that exists.
 	OnDial func(ctx context.Context, id sandbox.ID) (net.Conn, error)
 
 	lost   chan sandbox.Fact
@@ -55,7 +55,7 @@ func NewNode() *Node {
 		snapshots: map[sandbox.SnapshotID]bool{}}
 }
 
-// SetFull makes Room say no, or yes again.
+// SetFull makes Room refuse, or not any more.
 func (n *Node) SetFull(full bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -72,7 +72,7 @@ func (n *Node) Room(context.Context, sandbox.Size) error {
 	return nil
 }
 
-// SetMost makes Room and Spare say that there may be so many sandboxes.
+// SetMost sets the number of sandboxes that Room and Spare allow.
 func (n *Node) SetMost(most int) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -210,7 +210,8 @@ func (n *Node) Wake(ctx context.Context, spec sandbox.Spec) error {
 	case fact.Point == nil:
 		return fault.New(fault.Internal, "wake_failed", "the sandbox has no recovery point")
 	}
-	n.boxes[spec.ID] = sandbox.Fact{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Egress: spec.Egress, Point: fact.Point}
+	n.boxes[spec.ID] = sandbox.Fact{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true,
+		Egress: spec.Egress, Point: fact.Point}
 	return nil
 }
 
@@ -266,7 +267,7 @@ func (n *Node) Traffic(_ context.Context, id sandbox.ID) (sandbox.Traffic, error
 // Denied implements sandbox.Node.
 func (n *Node) Denied() <-chan sandbox.Denial { return n.denied }
 
-// Deny reports what a policy kept in, and returns when it was taken.
+// Deny reports a connection that a policy refused, and returns when the report was taken.
 func (n *Node) Deny(d sandbox.Denial) { n.denied <- d }
 
 // Inspect implements sandbox.Node.
@@ -320,14 +321,14 @@ func (n *Node) List(context.Context) ([]sandbox.Fact, error) {
 // Lost implements sandbox.Node.
 func (n *Node) Lost() <-chan sandbox.Fact { return n.lost }
 
-// Put makes the node have a sandbox that nobody created.
+// Put gives the node a sandbox without a create.
 func (n *Node) Put(fact sandbox.Fact) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.boxes[fact.ID] = fact
 }
 
-// Kill ends a sandbox's processes, if it has any, and tells nobody, as when the
+// Kill ends a sandbox's processes, if it has any, without a report, as when the
 // machine restarts. Its recovery point stays.
 func (n *Node) Kill(id sandbox.ID) (fact sandbox.Fact, killed bool) {
 	n.mu.Lock()
@@ -348,15 +349,17 @@ func (n *Node) Die(id sandbox.ID) {
 	}
 }
 
-// Calls lists what was called, in order.
+// Calls returns the calls in their order.
 func (n *Node) Calls() []string {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return append([]string(nil), n.calls...)
 }
 
-// called notes a call and asks its hook.
-func called[T any](ctx context.Context, n *Node, what string, id sandbox.ID, arg T, hook func(context.Context, T) error) error {
+// called records a call and runs its hook.
+func called[T any](ctx context.Context, n *Node, what string, id sandbox.ID, arg T,
+	hook func(context.Context, T) error,
+) error {
 	n.mu.Lock()
 	n.calls = append(n.calls, what+" "+string(id))
 	n.mu.Unlock()

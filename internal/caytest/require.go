@@ -1,8 +1,8 @@
-// Package caytest holds what the tests of several rooms share: the checks of
-// what a test needs from the machine.
+// Package caytest holds code that the tests of several rooms share, such as the checks
+// that the machine has what a test needs.
 //
-// A test that cannot run says why and is skipped; with CAY_TEST_REQUIRE=1 it
-// fails instead, so that a CI machine that lacks something cannot look green.
+// A test that cannot run is skipped with the reason. With CAY_TEST_REQUIRE=1 it fails
+// instead, so that CI on a machine that lacks something does not pass.
 package caytest
 
 import (

@@ -18,7 +18,9 @@ func (n *Node) SnapshotPoint(ctx context.Context, id sandbox.ID, to sandbox.Snap
 	return n.snapshot(ctx, id, to, func(f sandbox.Fact) bool { return f.Point != nil })
 }
 
-func (n *Node) snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID, can func(sandbox.Fact) bool) (sandbox.Point, error) {
+func (n *Node) snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID,
+	can func(sandbox.Fact) bool,
+) (sandbox.Point, error) {
 	err := called(ctx, n, "snapshot", id, id, n.OnSnapshot)
 	n.mu.Lock()
 	defer n.mu.Unlock()

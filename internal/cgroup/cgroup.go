@@ -3,9 +3,9 @@
 // killing its sentry.
 //
 // It works on cgroup v1 (also a hybrid of both, where the controllers are v1) and
-// on v2. It makes no groups: runsc does, from the spec. It knows nothing of the
-// product. A [Group] is a path and holds no state; its methods may be called
-// concurrently.
+// on v2. runsc makes the groups of sandboxes, from the spec; this package makes those
+// of the server and of builds. It knows nothing of the product. A [Group] is a path
+// and holds no state; its methods may be called concurrently.
 package cgroup
 
 import (
@@ -25,16 +25,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mountRoot is where every Linux distribution mounts its control groups.
+// mountRoot is the directory in which every Linux distribution mounts its control groups.
 const mountRoot = "/sys/fs/cgroup"
 
-// Hierarchy is the machine's control groups.
+// Hierarchy describes the machine's control groups.
 type Hierarchy struct {
 	unified bool    // v2: one tree with all controllers
 	mounts  []mount // v1: a tree for each controller, or for some together
 }
 
-// Detect reads how this machine mounts its control groups.
+// Detect returns the Hierarchy of this machine.
 func Detect() (*Hierarchy, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(mountRoot, &st); err != nil {
@@ -57,13 +57,13 @@ func Detect() (*Hierarchy, error) {
 	return h, nil
 }
 
-// mount is one of v1's trees.
+// mount describes one of v1's trees.
 type mount struct {
 	dir         string
 	controllers []string // several share a tree where systemd mounts them: cpu,cpuacct
 }
 
-// mountsOf reads v1's trees out of /proc/self/mountinfo.
+// mountsOf returns v1's trees, from the text of /proc/self/mountinfo.
 func mountsOf(info io.Reader) (all []mount) {
 	for lines := bufio.NewScanner(info); lines.Scan(); {
 		// 39 32 0:34 / /sys/fs/cgroup/memory rw,… shared:18 - cgroup cgroup rw,memory
@@ -76,7 +76,7 @@ func mountsOf(info io.Reader) (all []mount) {
 	return all
 }
 
-// Version says which interface the controllers have, for people.
+// Version returns "v1" or "v2", the interface of the controllers.
 func (h *Hierarchy) Version() string {
 	if h.unified {
 		return "v2"
@@ -84,17 +84,17 @@ func (h *Hierarchy) Version() string {
 	return "v1"
 }
 
-// Group is the group at an absolute path such as "/cay-1a2b3c/sbx_…", the same in
-// every controller's tree.
+// Group returns the group at an absolute path such as "/cay-1a2b3c/sbx_…", which is the
+// same in every controller's tree.
 func (h *Hierarchy) Group(path string) Group { return Group{h: h, path: path} }
 
-// Group is one control group.
+// Group names one control group, which need not exist.
 type Group struct {
 	h    *Hierarchy
 	path string
 }
 
-// dirs lists the group's directories: one on v2, one a controller on v1.
+// dirs returns the group's directories: one on v2, one for each tree on v1.
 func (g Group) dirs() []string {
 	if g.h.unified {
 		return []string{filepath.Join(mountRoot, g.path)}
@@ -106,7 +106,7 @@ func (g Group) dirs() []string {
 	return dirs
 }
 
-// dir is the group's directory in one controller's tree.
+// dir returns the group's directory in one controller's tree.
 func (g Group) dir(controller string) string {
 	if g.h.unified {
 		return filepath.Join(mountRoot, g.path)
@@ -116,10 +116,10 @@ func (g Group) dir(controller string) string {
 			return filepath.Join(m.dir, g.path)
 		}
 	}
-	return filepath.Join(mountRoot, controller, g.path) // is not there: an error of who opens it
+	return filepath.Join(mountRoot, controller, g.path) // does not exist; opening it fails
 }
 
-// Children lists the names of the groups below, in any controller's tree.
+// Children returns the names of the groups below, in any controller's tree.
 func (g Group) Children() ([]string, error) {
 	var names []string
 	for _, dir := range g.dirs() {
@@ -136,7 +136,7 @@ func (g Group) Children() ([]string, error) {
 	return names, nil
 }
 
-// Exists reports whether the group is there, in any controller's tree.
+// Exists reports whether the group exists in any controller's tree.
 func (g Group) Exists() bool {
 	return slices.ContainsFunc(g.dirs(), func(dir string) bool {
 		_, err := os.Stat(dir)
@@ -144,7 +144,7 @@ func (g Group) Exists() bool {
 	})
 }
 
-// Procs lists the processes in the group, in any controller's tree.
+// Procs returns the ids of the processes in the group, in any controller's tree.
 func (g Group) Procs() ([]int, error) {
 	var pids []int
 	for _, dir := range g.dirs() {
@@ -168,21 +168,21 @@ func (g Group) Procs() ([]int, error) {
 	return pids, nil
 }
 
-// killPoll is how long Kill waits between two looks. A killed sentry with
-// little memory is gone in about 5 ms; one with gigabytes takes longer to give them back.
+// killPoll is the pause of Kill between two looks. A killed sentry with little memory
+// is gone in about 5 ms; one with gigabytes takes longer to return them.
 const killPoll = 2 * time.Millisecond
 
-// Kill ends every process in the group and returns when none is left, or with
-// ctx's error. A group that does not exist has none.
+// Kill ends every process in the group and returns when none is left, or with ctx's
+// error. A group that does not exist has no process.
 func (g Group) Kill(ctx context.Context) error {
 	if !g.h.unified {
 		// Processes that wait for memory at the limit cannot run to their end.
-		_ = g.set("memory", "memory.oom_control", "0") // gone or never there: nothing waits
+		_ = g.set("memory", "memory.oom_control", "0") // fails if the group does not exist: nothing waits
 	}
 	for {
 		if g.h.unified {
 			// One write instead of a race with fork; absent before Linux 5.14.
-			_ = g.set("", "cgroup.kill", "1") // what it misses, the loop below kills
+			_ = g.set("", "cgroup.kill", "1") // the loop below kills what this misses
 		}
 		pids, err := g.Procs()
 		if err != nil || len(pids) == 0 {
@@ -201,8 +201,8 @@ func (g Group) Kill(ctx context.Context) error {
 	}
 }
 
-// Remove removes the group, which must be empty, and what is below it. None
-// there is success. It goes on after errors and joins them.
+// Remove removes the group, which must be empty, and the groups below it. It succeeds if
+// there is no such group. It goes on after errors and joins them.
 func (g Group) Remove() error {
 	var errs []error
 	for _, dir := range g.dirs() {
@@ -213,7 +213,7 @@ func (g Group) Remove() error {
 	return errors.Join(errs...)
 }
 
-// removeTree removes directories bottom up; their files are the kernel's. A group
+// removeTree removes directories bottom up; the kernel removes their files. A group
 // whose last process has just ended may be busy for a moment.
 func removeTree(dir string) error {
 	entries, err := os.ReadDir(dir)

@@ -19,8 +19,8 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// childMode makes the test binary a process that waits to be told and then takes
-// memory without end, or sleeps.
+// childMode names the environment variable that makes the test binary a child: a process that
+// waits for its standard input to close and then takes memory without end, or sleeps.
 const (
 	childMode = "CAY_TEST_CHILD"
 	childDir  = "CAY_TEST_DIR" // where it writes
@@ -59,8 +59,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// TestSharedTrees finds controllers where systemd mounts v1: several in one tree, whose name
-// is not a controller's.
+// TestSharedTrees checks that controllers are found where systemd mounts v1: several in one tree,
+// whose name is not that of a controller.
 func TestSharedTrees(t *testing.T) {
 	const info = `25 30 0:22 / /sys rw,nosuid - sysfs sysfs rw
 31 25 0:26 / /sys/fs/cgroup ro,nosuid shared:8 - tmpfs tmpfs ro,mode=755
@@ -129,7 +129,7 @@ func child(t *testing.T, g Group, mode string) (cmd *exec.Cmd, begin func()) {
 	}
 	for _, dir := range g.dirs() {
 		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(cmd.Process.Pid)), 0o600); err != nil {
-			// A cpuset without CPUs takes nobody; it is not needed here.
+			// A cpuset without CPUs takes no process; it is not needed here.
 			if filepath.Base(filepath.Dir(dir)) != "cpuset" {
 				t.Fatal(err)
 			}
@@ -146,8 +146,8 @@ func child(t *testing.T, g Group, mode string) (cmd *exec.Cmd, begin func()) {
 	}
 }
 
-// TestGuard lets processes take memory without end: each is ended through Relieve, and
-// never by the kernel; who holds little lives.
+// TestGuard lets processes take memory without end: each is ended through Relieve and none by the
+// kernel, and a process that holds little lives.
 func TestGuard(t *testing.T) {
 	g := newGroup(t)
 	bystander, _ := child(t, g, "sleep")
@@ -176,7 +176,8 @@ func TestGuard(t *testing.T) {
 		v, begin := child(t, g, "allocate")
 		victims <- v
 		begin()
-		for deadline := time.Now().Add(30 * time.Second); v.ProcessState == nil && len(victims) > 0; time.Sleep(time.Millisecond) { // a poll with a deadline
+		for deadline := time.Now().Add(30 * time.Second); v.ProcessState == nil && len(victims) > 0; {
+			time.Sleep(time.Millisecond)
 			if time.Now().After(deadline) {
 				t.Fatalf("round %d: the allocator was not ended", round)
 			}
@@ -248,7 +249,7 @@ func TestGuardSeesThroughCache(t *testing.T) {
 	}
 }
 
-// TestGuardGivesUp says so when nothing can be ended.
+// TestGuardGivesUp checks that the guard returns ErrHopeless when no process can be ended.
 func TestGuardGivesUp(t *testing.T) {
 	g := newGroup(t)
 	_, begin := child(t, g, "allocate")
@@ -263,14 +264,14 @@ func TestGuardGivesUp(t *testing.T) {
 	}
 }
 
-// TestGuardBelievesNoAnswer has a relief that claims for ever to have freed something: the loans are bounded, and so is
-// the time.
+// TestGuardBelievesNoAnswer has a relief that always claims to have freed memory: the loans and the time are bounded.
 func TestGuardBelievesNoAnswer(t *testing.T) {
 	const limit, reserve = 64 << 20, 8 << 20
 	g := newGroup(t)
 	_, begin := child(t, g, "allocate")
-	guard := &Guard{Group: g, Limit: limit, Reserve: reserve, Log: slog.New(slog.DiscardHandler), Patience: 2 * time.Second,
-		Relieve: func(context.Context, int64) (int64, error) { return 1, nil }}
+	guard := &Guard{Group: g, Limit: limit, Reserve: reserve, Log: slog.New(slog.DiscardHandler),
+		Patience: 2 * time.Second,
+		Relieve:  func(context.Context, int64) (int64, error) { return 1, nil }}
 	if err := guard.Arm(); err != nil {
 		t.Fatal(err)
 	}
@@ -279,13 +280,13 @@ func TestGuardBelievesNoAnswer(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	held, err := g.MemoryHeld()
-	// The kernel counts in batches, for each processor.
+	// The kernel counts in batches for each CPU.
 	if most := int64(limit + (1+attempts)*reserve + 1<<20); err != nil || held > most {
 		t.Errorf("the group holds %d bytes, %v; more than %d", held, err, most)
 	}
 }
 
-// TestCredit lets a group that is below its limit as long as above it go on, and ends one that is not.
+// TestCredit checks that credit lasts for a group that is as long below its limit as above it, and not for another.
 func TestCredit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := credit{most: 10 * time.Second, left: 10 * time.Second, last: time.Now()}
@@ -304,7 +305,7 @@ func TestCredit(t *testing.T) {
 	})
 }
 
-// TestKillAndRemove ends everything in a group, also processes that wait at the limit.
+// TestKillAndRemove checks that Kill ends every process of a group, also those that wait at the limit.
 func TestKillAndRemove(t *testing.T) {
 	g := newGroup(t)
 	guard := &Guard{Group: g, Limit: 64 << 20, Reserve: 8 << 20}
@@ -340,13 +341,13 @@ func TestKillAndRemove(t *testing.T) {
 	if err := g.Remove(); err != nil {
 		t.Error(err)
 	}
-	// Again, of nothing.
+	// Both succeed for a group that does not exist.
 	if err := errors.Join(g.Kill(ctx), g.Remove()); err != nil {
 		t.Error(err)
 	}
 }
 
-// TestQuickMoves finds the hierarchy while it is held, and nothing of it after.
+// TestQuickMoves checks that the hierarchy exists while it is open, and not after.
 func TestQuickMoves(t *testing.T) {
 	caytest.RequireRoot(t)
 	name := "cay-test-" + caytest.Instance()
@@ -416,8 +417,10 @@ func TestUnified(t *testing.T) {
 	}
 	v2 := Group{h: &Hierarchy{unified: true}, path: rel}
 	for name, text := range map[string]string{
-		"memory.stat": "anon 10\nfile 1000\nshmem 5\nkernel_stack 3\npagetables 2\nslab_unreclaimable 1\nslab_reclaimable 100\n",
-		"memory.max":  "max\n", "memory.high": "max\n", "memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n", "cgroup.procs": "",
+		"memory.stat": "anon 10\nfile 1000\nshmem 5\nkernel_stack 3\npagetables 2\n" +
+			"slab_unreclaimable 1\nslab_reclaimable 100\n",
+		"memory.max": "max\n", "memory.high": "max\n", "cgroup.procs": "",
+		"memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n",
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -444,7 +447,7 @@ func TestUnified(t *testing.T) {
 	defer stop()
 	done := make(chan error, 1)
 	go func() { done <- guard.Run(ctx) }()
-	// The kernel would say: usage is high.
+	// The kernel reports so that usage is high.
 	if err := os.WriteFile(filepath.Join(dir, "memory.stat"), []byte("anon 1500\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}

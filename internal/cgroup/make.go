@@ -10,18 +10,18 @@ import (
 	"strings"
 )
 
-// CPUPeriod is the length, in µs, over which a CPU quota is accounted: the kernel's default.
+// CPUPeriod is the period of a CPU quota in µs: the kernel's default.
 const CPUPeriod = 100_000
 
-// Limits are what a group's processes may have together. What is 0 has no limit.
+// Limits bound the processes of a group together. 0 is no limit.
 type Limits struct {
 	MemoryBytes int64 // beyond it the kernel kills one of them
 	CPUQuota    int64 // µs per CPUPeriod
 	PIDs        int64
 }
 
-// Make makes the group with limits, for processes that are not a sandbox of the pool. A group that is
-// there gets the limits. After an error what was made is left for [Group.Remove].
+// Make makes the group with limits, for processes that are not a sandbox: those of builds. A group that
+// exists gets the limits. After an error the caller must call [Group.Remove].
 func (g Group) Make(l Limits) error {
 	if g.h.unified {
 		if err := g.delegate(); err != nil {
@@ -33,7 +33,8 @@ func (g Group) Make(l Limits) error {
 			return fmt.Errorf("making group %s: %w", g.path, err)
 		}
 	}
-	memory, cpu, pids := strconv.FormatInt(l.MemoryBytes, 10), strconv.FormatInt(l.CPUQuota, 10), strconv.FormatInt(l.PIDs, 10)
+	memory, cpu := strconv.FormatInt(l.MemoryBytes, 10), strconv.FormatInt(l.CPUQuota, 10)
+	pids := strconv.FormatInt(l.PIDs, 10)
 	var errs []error
 	limit := func(controller, file, value string, wanted int64) {
 		if wanted > 0 {
@@ -68,7 +69,7 @@ func (g Group) delegate() error {
 	return nil
 }
 
-// Add moves a process into the group, whatever it starts later with it.
+// Add moves a process into the group. What the process starts later is in the group too.
 func (g Group) Add(pid int) error {
 	controllers := []string{"memory", "cpu", "pids"}
 	if g.h.unified {
@@ -82,7 +83,7 @@ func (g Group) Add(pid int) error {
 	return nil
 }
 
-// Events are what limits did to a group.
+// Events counts what limits did to a group.
 type Events struct {
 	OutOfMemory int64 // processes that the kernel killed for memory
 	NoMorePIDs  int64 // forks that were refused

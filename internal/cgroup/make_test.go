@@ -10,8 +10,8 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// TestMake makes a group below one that is not there, puts a process into it that takes more memory
-// than it may have, and asks what happened.
+// TestMake makes a group below one that does not exist, puts a process into it that takes more memory
+// than its limit, and reads the events.
 func TestMake(t *testing.T) {
 	caytest.RequireRoot(t)
 	h, err := Detect()

@@ -15,33 +15,33 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Relieve is asked to end processes inside the sandbox until about over bytes are
-// free, and says how many bytes that freed. What it says may be a lie: 0 makes the guard
-// give up sooner, and nothing makes it give up later.
+// Relieve ends processes inside the sandbox until about over bytes are free, and returns how many
+// bytes that freed. The number may be a lie: 0 makes the guard give up sooner, and no number makes
+// it give up later.
 type Relieve func(ctx context.Context, over int64) (freed int64, err error)
 
 // Guard keeps the group's memory at or below Limit without the kernel ever choosing
 // a victim, which would be the sentry and with it the whole sandbox.
 //
-// v1: the guard hears when usage comes near the limit, and acts if page cache is not what fills
-// it: it has the agent end the process at fault. While page cache does fill the group, processes
-// can grow in its place and the kernel reports nothing, so the guard looks from time to time. The
-// kernel's own limit stands Reserve above, and its killer is switched off: a process that needs
-// memory beyond that waits, and the guard lends another Reserve. Waiting is the last line and not
-// a safe one: a system call of the sentry that needs kernel memory does not wait, it fails. When
-// it was to make a thread, the sentry ends.
+// On v1 the kernel tells the guard when usage comes near the limit. If processes and not page
+// cache fill the group, the guard has the agent end the process at fault. While page cache fills
+// the group, processes can grow in its place and the kernel reports nothing, so the guard looks
+// from time to time. The kernel's own limit is higher by Reserve, and its killer is switched off:
+// a process that needs more memory waits, and the guard lends another Reserve. Waiting is the last
+// resort and not a safe one: a system call of the sentry that needs kernel memory does not wait
+// but fails, and the sentry ends if it cannot make a thread.
 //
-// v2 has no such switch. memory.high stands at the limit: beyond it the kernel
-// reclaims and slows down who allocates, and tells the guard, which acts as above. memory.max stands
-// Reserve above it, as the last line.
+// v2 has no such switch. memory.high is the limit: beyond it the kernel reclaims, slows down the
+// processes that allocate, and tells the guard, which acts as on v1. memory.max is higher by
+// Reserve, as the last resort.
 type Guard struct {
 	Group   Group
-	Limit   int64 // bytes of everything: the sandbox's promise plus what its kernel needs
-	Reserve int64 // bytes beyond it while somebody is being ended, and of each loan
+	Limit   int64 // bytes of everything: the sandbox's size plus the need of its kernel
+	Reserve int64 // bytes beyond Limit while a process is being ended, and of each loan
 	Relieve Relieve
 	Log     *slog.Logger
-	// Patience is how long the group may be over its limit, 0 for the default. Time in which it
-	// is not makes up for time in which it was.
+	// Patience limits the time for which the group is over its limit, 0 for the default. Time
+	// below the limit makes up for time over it.
 	Patience time.Duration
 }
 
@@ -50,32 +50,33 @@ const (
 	// when it gets the CPU and memory; when it got stuck at the limit itself, the
 	// next loan sets it free.
 	relieveTimeout = 2 * time.Second
-	// attempts is how often in a row relief may say that it freed nothing before the sandbox
-	// is given up: the memory is then not its processes' to give back. It is also how
-	// many reserves may be lent at once.
+	// attempts limits the answers in a row that nothing was freed. After that many the guard
+	// gives the sandbox up: its processes do not hold the memory. It also limits the reserves
+	// that are lent at once.
 	attempts = 8
-	// patience is how long the host may see the group over its limit before the sandbox is given
-	// up, whatever relief says: as long as all attempts take when none is answered. What it
-	// takes to end some hundred allocators is less, also on a busy machine. A shorter time ends
-	// sandboxes that would have come to rest, a longer one lends memory to those that lie.
+	// patience limits the time for which the host sees the group over its limit, whatever relief
+	// answers: it is the time of all attempts when none is answered. Ending some hundred
+	// allocators takes less, also on a busy machine. A shorter time ends sandboxes that would
+	// have recovered, a longer one lends memory to agents that lie.
 	patience = attempts * relieveTimeout
-	// loanEvery is how soon more is lent while somebody waits for memory and the agent
-	// has not answered: allocators take a reserve in some 20 ms.
+	// loanEvery is the interval between loans while a process waits for memory and the agent
+	// has not answered. Allocators take a reserve in some 20 ms.
 	loanEvery = 50 * time.Millisecond
-	// growth is the most bytes a second by which processes are taken to grow: a reserve in 15 ms.
+	// growth is the assumed growth of processes, bytes a second: a reserve in 15 ms. Faster
+	// growth reaches the kernel's limit before the guard looks.
 	growth = 4 << 30
-	// near is how far below the limit relief begins, as a part of it: what allocators
-	// take until it has begun.
+	// near is the distance from the limit at which relief begins, as a divisor of the limit:
+	// allocators take that much until relief has begun.
 	near = 18
-	// margin is how far below the limit relief aims, as a part of the limit, so that
-	// the next page does not call for it again.
+	// margin is the distance below the limit that relief aims at, as a divisor of the limit, so
+	// that the next page does not need relief again.
 	margin = 16
-	// settleTime is how long freed memory may take to be given back to the host: the
-	// sandbox's kernel does that in the background, at some GB/s.
+	// settleTime limits the wait for freed memory to return to the host. The sandbox's kernel
+	// returns it in the background, at some GB/s.
 	settleTime = 500 * time.Millisecond
 	settlePoll = 2 * time.Millisecond
-	// recheck is how soon the guard looks again when relief freed nothing, or the
-	// kernel could not take the loan back yet.
+	// recheck is the pause before the guard looks again when relief freed nothing, or the kernel
+	// could not take the loan back yet.
 	recheck = 100 * time.Millisecond
 )
 
@@ -96,7 +97,7 @@ func (g *Guard) Arm() error {
 		g.lend(0))
 }
 
-// lend sets v1's limit to Limit, what is always there to act in, and a loan.
+// lend sets v1's limit to the sum of Limit, Reserve and a loan.
 func (g *Guard) lend(loan int64) error {
 	return g.Group.set("memory", "memory.limit_in_bytes", strconv.FormatInt(g.Limit+g.Reserve+loan, 10))
 }
@@ -115,7 +116,7 @@ func (g *Guard) Run(ctx context.Context) error {
 	most := cmp.Or(g.Patience, patience)
 	allowed := credit{most: most, left: most, last: time.Now()}
 	for {
-		// First look, then wait: what happened before the watch was set counts too.
+		// Look first, then wait: the watch reports nothing from before it was set.
 		if err := g.check(ctx, &allowed); err != nil {
 			if ctx.Err() != nil || errors.Is(err, fs.ErrNotExist) {
 				return nil
@@ -141,9 +142,9 @@ func (g *Guard) Run(ctx context.Context) error {
 	}
 }
 
-// next is when to look again though the kernel reports nothing, zero for never.
+// next returns the time to look again although the kernel reports nothing, zero for never.
 func (g *Guard) next() (time.Time, error) {
-	if g.Group.h.unified { // where each reclaim is reported
+	if g.Group.h.unified { // v2 reports each reclaim
 		return time.Time{}, nil
 	}
 	used, err := g.Group.value("memory", "memory.usage_in_bytes")
@@ -155,24 +156,25 @@ func (g *Guard) next() (time.Time, error) {
 	return time.Now().Add(time.Duration(float64(room) / growth * float64(time.Second))), err
 }
 
-// unreported is how far usage may fall below v1's threshold and rise again without a report: the
-// kernel compares after every 128 pages of each processor, whose counters lag by 64 pages.
+// unreported returns by how many bytes usage may fall below v1's threshold and rise again without
+// a report: the kernel compares after every 128 pages of each CPU, whose counters lag by 64 pages.
 func (g *Guard) unreported() int64 {
 	return max(g.Limit/32, int64(runtime.NumCPU())<<20)
 }
 
-// Near is the usage in bytes at which the guard of a group with the limit acts.
+// Near returns the usage in bytes at which the guard of a group with the limit acts.
 func Near(limit int64) int64 { return limit - limit/near }
 
 func (g *Guard) near() int64 { return Near(g.Limit) }
 
-// credit is the time for which the group may be over its limit. It comes back as it passes.
+// credit counts down the time for which the group may be over its limit. Time below the limit
+// adds to it.
 type credit struct {
 	most, left time.Duration
-	last       time.Time // when it was looked at
+	last       time.Time // of the last spend
 }
 
-// spend takes a time that has just ended, and reports whether there is any left.
+// spend takes a duration that has just ended, and reports whether any credit is left.
 func (c *credit) spend(d time.Duration) bool {
 	now := time.Now()
 	c.left = min(c.most, c.left+max(0, now.Sub(c.last)-d)) - d
@@ -180,8 +182,9 @@ func (c *credit) spend(d time.Duration) bool {
 	return c.left > 0
 }
 
-// check acts until the group is below its limit and the loan is paid back. Both are what the
-// host sees. It gives up when its credit is spent, or when relief admits that there is none.
+// check acts until the group is below its limit and the loan is paid back, both by the host's
+// numbers. It gives up when the credit is spent, or when relief says again and again that it
+// freed nothing.
 func (g *Guard) check(ctx context.Context, c *credit) error {
 	lent, idle := int64(0), 0
 	for ctx.Err() == nil {
@@ -209,8 +212,8 @@ func (g *Guard) check(ctx context.Context, c *credit) error {
 		case lent == 0:
 			return nil
 		default:
-			// Refused while too little can be reclaimed; who needs memory meanwhile
-			// must not wait for that.
+			// The kernel refuses while it can reclaim too little. A process that needs memory
+			// meanwhile must not wait for that.
 			if err := g.lend(0); errors.Is(err, unix.EBUSY) {
 				pause(ctx)
 			} else if err != nil {
@@ -223,9 +226,8 @@ func (g *Guard) check(ctx context.Context, c *credit) error {
 	return ctx.Err()
 }
 
-// act has the agent end somebody. The agent needs memory for that, and so does who
-// is being ended, while others take what there is: on v1 the loan grows for as
-// long as somebody waits.
+// act has the agent end a process. The agent and that process need memory for it while others take
+// all there is, so on v1 the loan grows for as long as a process waits.
 func (g *Guard) act(ctx context.Context, over int64, lent *int64) (freed int64, err error) {
 	grow := func(waiting bool) error {
 		if g.Group.h.unified || *lent > 0 && !waiting || *lent >= attempts*g.Reserve {
@@ -251,7 +253,7 @@ func (g *Guard) act(ctx context.Context, over int64, lent *int64) (freed int64, 
 				err = grow(waiting)
 			}
 			if err != nil {
-				<-done // bounded by its own time
+				<-done // relieveTimeout bounds it
 				return 0, err
 			}
 		}
@@ -265,9 +267,9 @@ func pause(ctx context.Context) {
 	}
 }
 
-// settle waits until what was freed inside shows outside, so that nobody is ended for
-// memory that is on its way back. Who runs into the loan's end ends the wait, which is never
-// nothing: relief that lies would keep a processor busy.
+// settle waits until the host sees that memory was freed, so that no process is ended for memory
+// that is being returned. It returns at once when a process waits for memory, but sleeps at least
+// once: otherwise relief that lies would keep a CPU busy.
 func (g *Guard) settle(ctx context.Context) {
 	for end := time.Now().Add(settleTime); time.Now().Before(end) && ctx.Err() == nil; {
 		time.Sleep(settlePoll)
@@ -287,7 +289,7 @@ func (g *Guard) relieve(ctx context.Context, over int64) int64 {
 	return freed
 }
 
-// over says how much must go, 0 if nothing, and whether somebody waits for memory.
+// over returns how many bytes must be freed, 0 for none, and whether a process waits for memory.
 func (g *Guard) over() (over int64, waiting bool, err error) {
 	used, err := g.Group.MemoryHeld()
 	if err != nil {
@@ -306,9 +308,9 @@ func (g *Guard) over() (over int64, waiting bool, err error) {
 	return over, waiting, nil
 }
 
-// MemoryHeld is how many bytes the group holds that no reclaim gives back: process
-// memory, shared memory (in a sandbox: everything its processes have) and the
-// kernel's own for it. Page cache of files on disk does not count.
+// MemoryHeld returns the number of bytes of the group that the kernel cannot reclaim: memory of
+// processes, shared memory (in a sandbox: all memory of its processes) and the kernel's own memory
+// for the group. Page cache of files on disk does not count.
 func (g Group) MemoryHeld() (int64, error) {
 	stat, err := g.stat("memory", "memory.stat")
 	if err != nil {
@@ -321,8 +323,8 @@ func (g Group) MemoryHeld() (int64, error) {
 	return stat["total_rss"] + stat["total_shmem"] + kernel, err
 }
 
-// watch returns a file that becomes readable when the group is at its limit. It
-// waits in the runtime's poller and holds no thread.
+// watch returns a file that becomes readable when the group is at its limit. A read waits in the
+// runtime's poller and holds no thread.
 func (g *Guard) watch() (*os.File, error) {
 	if g.Group.h.unified {
 		return g.watchEvents()
@@ -354,7 +356,7 @@ func (g *Guard) watch() (*os.File, error) {
 	return watch, nil
 }
 
-// watchEvents is watch on v2, where the kernel marks memory.events as modified.
+// watchEvents implements watch on v2, where the kernel marks memory.events as modified.
 func (g *Guard) watchEvents() (*os.File, error) {
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
 	if err != nil {

@@ -9,18 +9,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// QuickMoves has the kernel move processes between groups without waiting, until it is closed or this
-// process has ended. The name is one that nobody else on the machine uses.
+// QuickMoves lets the kernel move processes between groups without waiting, until the returned
+// hierarchy is closed or this process has ended. No other hierarchy of the machine may have the name.
 //
-// The kernel keeps forks and moves apart with a lock that by default is for free for a fork, and for whoever
-// moves costs an RCU grace period, 8 to 24 ms, in which nobody can make a group either. runsc
-// moves itself into its group and out again on every start. A hierarchy mounted with the option
-// favordynmods (Linux 6.0) turns that around for the whole machine: a move took 7.9 ms and
-// takes 0.2, and of 2000 forks none of it could be seen. This is such a hierarchy, without
-// controllers and mounted nowhere, which goes when nobody has it open any more. Linux 6.18
-// and later forks have a lock per process instead, and keep to that until the next boot.
+// The kernel keeps forks and moves apart with a lock. By default a fork takes it for free, and a
+// move waits for an RCU grace period of 8 to 24 ms, in which no group can be made either. runsc
+// moves itself into its group and out again on every start. A hierarchy that is mounted with the
+// option favordynmods (Linux 6.0) reverses this for the whole machine: a move took 7.9 ms and
+// takes 0.2, and 2000 forks took no longer. QuickMoves makes such a hierarchy, without
+// controllers and without a mount point; the kernel removes it when no process has it open.
+// Linux 6.18 gives forks a lock for each process instead, and keeps that until the next boot.
 //
-// Errors: kernels before 6.0, and those that were told not to have hierarchies of v1.
+// It fails on kernels before 6.0 and on those that are booted without hierarchies of v1.
 func QuickMoves(name string) (io.Closer, error) {
 	fs, err := unix.Fsopen("cgroup", unix.FSOPEN_CLOEXEC)
 	if err != nil {

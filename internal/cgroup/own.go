@@ -36,8 +36,8 @@ func hasController(list, name string) bool {
 // Path returns the group's path, the same in every controller's tree.
 func (g Group) Path() string { return g.path }
 
-// OfService reports whether systemd made the group and so must be told of what it holds: on v2 a process that
-// leaves it looks to systemd as if the service had ended.
+// OfService reports whether systemd made the group. On v2 a process must not leave such a group: to systemd it
+// looks as if the service had ended.
 func (g Group) OfService() bool {
 	return g.h.unified && (strings.HasSuffix(g.path, ".service") || strings.HasSuffix(g.path, ".scope"))
 }
@@ -50,7 +50,7 @@ func (g Group) MemoryLimit() (int64, error) {
 			return 0, err
 		}
 		limit := stat["hierarchical_memory_limit"]
-		if limit > 1<<60 { // v1's "none" is all pages that a number can count
+		if limit > 1<<60 { // v1 writes "none" as the largest number of pages
 			limit = 0
 		}
 		return limit, nil
@@ -62,7 +62,7 @@ func (g Group) MemoryLimit() (int64, error) {
 			return 0, fmt.Errorf("reading the limit of memory of %s: %w", path, err)
 		}
 		if n, err := strconv.ParseInt(strings.TrimSpace(string(data)), 10, 64); err == nil && (lowest == 0 || n < lowest) {
-			lowest = n // "max" is none
+			lowest = n // "max", which is no limit, does not parse
 		}
 	}
 	return lowest, nil

@@ -8,7 +8,7 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// A process that is confined is ended by the kernel when it takes more than it may, and nothing else is.
+// TestConfine checks that the kernel ends a confined process that takes more than its limit, and nothing else.
 func TestConfine(t *testing.T) {
 	caytest.RequireRoot(t)
 	h, err := Detect()
@@ -47,7 +47,11 @@ func TestConfine(t *testing.T) {
 	if err := cmd.Wait(); err == nil {
 		t.Error("the process ended by itself")
 	}
-	if events, err := g.stat("memory", map[bool]string{true: "memory.events", false: "memory.oom_control"}[h.unified]); err != nil || events["oom_kill"] < 1 {
+	file := "memory.oom_control"
+	if h.unified {
+		file = "memory.events"
+	}
+	if events, err := g.stat("memory", file); err != nil || events["oom_kill"] < 1 {
 		t.Errorf("the kernel killed %d, %v", events["oom_kill"], err)
 	}
 	if now, err := h.Own("memory"); err != nil || now.Path() != own.Path() {

@@ -22,7 +22,7 @@ import (
 // the background for a while.
 const PagesFile = "pages.img"
 
-// saved is what cay-runsc says when the sandbox has been written down.
+// saved is the line that cay-runsc prints when the sandbox has been saved.
 const saved = "saved\n"
 
 // Hold keeps a sandbox paused after it was saved.
@@ -39,21 +39,21 @@ func (h *Hold) Release() error {
 	return nil
 }
 
-// savePatience is how long a save that is not wanted any more may take to end by itself:
-// a sentry in the middle of one cannot be interrupted. After that the client is killed, and
-// whoever wanted the end, mostly a destroy, does not wait for a disk that hangs.
+// savePatience limits the wait for the end of a save whose context has ended, since a sentry cannot
+// be interrupted in the middle of one. After it the client is killed, so that a destroy does not
+// wait for a disk that hangs.
 const savePatience = 5 * time.Second
 
 // Save pauses the sandbox, writes it into dir, which must be empty, with its spec, and
-// keeps it paused until the hold is released: whoever ends the sandbox after that knows
-// that nothing has happened in it since. Should this process end first, the sandbox goes
-// on by itself. After an error the sandbox goes on, if its sentry still can.
+// keeps it paused until the hold is released: a caller that ends the sandbox before knows
+// that nothing has happened in it since the save. If this process ends first, the sandbox
+// continues by itself. After an error the sandbox continues, if its sentry still can.
 func (r *Runtime) Save(ctx context.Context, c Container, dir string) (*Hold, error) {
 	if err := copySpec(c.Bundle, dir); err != nil {
 		return nil, err
 	}
 	cmd := command(ctx, r.Program, r.args(c, "save", "--hold", "--image-path="+dir, c.ID)...)
-	// Asked nicely, and by the end of its input, it resumes the sandbox before it goes.
+	// After SIGTERM, and at the end of its input, it resumes the sandbox before it exits.
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.WaitDelay = savePatience
 	stdin, err := cmd.StdinPipe()
@@ -76,7 +76,7 @@ func (r *Runtime) Save(ctx context.Context, c Container, dir string) (*Hold, err
 }
 
 // SaveLive writes the sandbox into dir, which must be empty, with its spec. The sandbox
-// stands still meanwhile and then goes on; its connections live.
+// is paused meanwhile and then continues; its connections stay open.
 func (r *Runtime) SaveLive(ctx context.Context, c Container, dir string) error {
 	if err := copySpec(c.Bundle, dir); err != nil {
 		return err
@@ -98,8 +98,8 @@ func copySpec(bundle, dir string) error {
 	return nil
 }
 
-// Place is where a restored sandbox finds what is not in the checkpoint, and keeps what it
-// writes. All else of its spec is as it was saved.
+// Place holds the parts of a restored sandbox's spec that differ from the saved one: those of the
+// machine.
 type Place struct {
 	Image     string // path of the root's EROFS file, the same content as before
 	Binds     []Bind // the same, maybe from elsewhere
@@ -128,15 +128,14 @@ func (r *Runtime) Restore(ctx context.Context, c Container, dir string, p Place)
 	if err := writeSpec(c); err != nil {
 		return 0, err
 	}
-	// gVisor would compare the specs, and refuse a sandbox that is in another directory than
-	// the one that was saved, be it woken or a copy of it. There is nothing to find out: this
-	// spec is the saved one, and what differs is what apply has changed.
+	// gVisor would compare the specs and refuse a sandbox in another directory than the saved
+	// one. The comparison is of no use: this spec is the saved one with the changes of apply.
 	unasked := *r
 	unasked.Flags = append(slices.Clone(r.Flags), "--restore-spec-validation=ignore")
 	return unasked.start(ctx, c, "restore", "--background", "--image-path="+dir)
 }
 
-// apply changes a spec of [NewSpec] to the place.
+// apply changes a spec of [NewSpec] to one for the place.
 func (p Place) apply(s *specs.Spec, overlay string) error {
 	if s.Root == nil || s.Linux == nil || s.Annotations == nil {
 		return errors.New("the spec of a checkpoint is not one of ours")

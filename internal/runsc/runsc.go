@@ -2,9 +2,9 @@
 // starts it, finds its processes again, and ends it.
 //
 // It knows gVisor and nothing of the product. A [Runtime] keeps no state in
-// memory: what it knows of a sandbox is in its bundle directory and below the
-// runtime's root, so it finds everything again after a restart of the server. Its
-// methods may be called concurrently for different sandboxes.
+// memory: its records of a sandbox are in the bundle directory and below the
+// runtime's root, so it finds them again after a restart of the server. Its methods
+// may be called concurrently for different sandboxes.
 //
 // After an error of [Runtime.Run] nothing of the sandbox runs and nothing is left
 // but the bundle directory, which belongs to the caller.
@@ -37,15 +37,15 @@ type Runtime struct {
 	// Flags come before the verb of every call: those of [Flags] at the time when the
 	// sandbox was first started, since its checkpoints are only restored with the same.
 	Flags []string
-	// Root is where runsc keeps its own state and its control sockets. The path
-	// must be short: a Unix socket's name ends at 107 bytes, and runsc puts the
-	// socket elsewhere when it does not fit. It should not outlive a reboot.
+	// Root is the directory of runsc's own state and control sockets. The path must be
+	// short: the name of a Unix socket has at most 107 bytes, and runsc puts a socket
+	// elsewhere when its name is longer. The directory should not survive a reboot.
 	Root string
 	// Standby, if not nil, has a process of Program that starts sandboxes sooner.
 	Standby *Standby
 }
 
-// Container is what one sandbox is made of.
+// Container describes one sandbox to runsc.
 type Container struct {
 	ID     string // also the name of its state below Root
 	Bundle string // directory for config.json and logs; exists, belongs to the sandbox alone
@@ -57,13 +57,13 @@ const (
 	specFile = "config.json"
 	pidFile  = "sandbox.pid"
 	logFile  = "runsc.log" // runsc's own messages, JSON lines; read when a start fails
-	panicLog = "panic.log" // a sentry that panics says why here
+	panicLog = "panic.log" // the message of a sentry that panicked
 )
 
 // Run creates and starts the sandbox and returns the process ID of its sentry
-// once the first process inside has been started. It does not wait for that
-// process to be of use. ctx bounds the start; when it ends first, the start is
-// killed and what it had made is removed by [Runtime.Remove], as after any error.
+// once the first process inside has been started. It does not wait until that
+// process is ready. When ctx ends first, Run kills the start; after any error the
+// caller must call [Runtime.Remove].
 func (r *Runtime) Run(ctx context.Context, c Container) (pid int, err error) {
 	if err := writeSpec(c); err != nil {
 		return 0, err
@@ -72,7 +72,8 @@ func (r *Runtime) Run(ctx context.Context, c Container) (pid int, err error) {
 }
 
 func (r *Runtime) start(ctx context.Context, c Container, verb ...string) (pid int, err error) {
-	args := r.args(c, append(verb, "--detach", "--bundle="+c.Bundle, "--pid-file="+filepath.Join(c.Bundle, pidFile), c.ID)...)
+	file := filepath.Join(c.Bundle, pidFile)
+	args := r.args(c, append(verb, "--detach", "--bundle="+c.Bundle, "--pid-file="+file, c.ID)...)
 	err = errGone
 	if w := r.Standby.take(r.Program); w != nil {
 		err = w.run(ctx, args)
@@ -99,12 +100,12 @@ func (r *Runtime) run(ctx context.Context, args []string) error {
 
 // begin starts a call that starts a sandbox, on a thread that the caller keeps until the call has ended.
 //
-// Should the server be killed, a start under way must not go on where the next server cannot see
-// it: what it started already is in the control group. The signal comes when the thread ends that
-// started the program.
+// If the server is killed, the kernel kills runsc too (Pdeathsig), so that no start continues that the
+// next server does not see; processes that runsc has started are in the control group. The kernel
+// sends that signal when the thread ends that started the program.
 //
-// The sandbox's first process inherits the standard streams; it must not be able to fill the host's
-// disk through them, so they lead nowhere. runsc's messages have a file of their own.
+// The standard streams are /dev/null: the sandbox's first process inherits them and must not be able
+// to fill the host's disk. runsc writes its messages to a file of their own.
 func begin(cmd *exec.Cmd) error {
 	cmd.SysProcAttr.Pdeathsig = unix.SIGKILL
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
@@ -116,49 +117,49 @@ func begin(cmd *exec.Cmd) error {
 	return cmd.Start()
 }
 
-// args are the arguments of a call of runsc for the sandbox.
+// args returns the arguments of a call of runsc for the sandbox.
 func (r *Runtime) args(c Container, verb ...string) []string {
 	args := append(slices.Clone(r.Flags),
 		"--root="+r.Root,
 		"--log="+filepath.Join(c.Bundle, logFile),
 		"--panic-log="+filepath.Join(c.Bundle, panicLog),
-		// The writable layer is made by annotations on the root; this makes the
-		// gofer hand over its file.
+		// Annotations on the root make the writable layer; this flag makes the gofer
+		// hand over the layer's file.
 		"--overlay2=root:dir="+c.Bundle)
 	return append(args, verb...)
 }
 
-// command is a call of runsc.
+// command returns a call of runsc.
 func command(ctx context.Context, program string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	cmd.SysProcAttr = &unix.SysProcAttr{
-		// A ^C at the server's terminal is not for sandboxes.
+		// A ^C at the server's terminal must not reach sandboxes.
 		Setsid: true,
-		// Nor are the supplementary groups of the server, which may be started with root's: sentry and gofer
-		// would keep them, since a user namespace forbids to change groups.
+		// Sentry and gofer would keep the supplementary groups of the server, such as root's:
+		// a user namespace forbids changing groups.
 		Credential: &syscall.Credential{},
 	}
 	return cmd
 }
 
-// Flags are the flags that sandboxes are started with on a platform: systrap
-// (everywhere) or kvm (where /dev/kvm is). Every one differs from runsc's default for
+// Flags returns the flags that sandboxes are started with on a platform: systrap
+// (everywhere) or kvm (where there is /dev/kvm). Each differs from runsc's default for
 // a reason.
 func Flags(platform string) []string {
 	return []string{
 		"--platform=" + platform,
 		"--log-format=json",
 		"--network=sandbox",
-		// sudo and su work as in any image; what root inside may do is bounded
-		// by the capability set, not by missing setuid.
+		// sudo and su work as in any image. The capability set bounds root inside, not
+		// the lack of setuid.
 		"--allow-suid",
-		// Host settings are the operator's; doctor speaks of them.
+		// The operator chooses the host's settings; doctor checks them.
 		"--host-settings=ignore",
-		// The images are immutable and nobody else writes below them.
+		// The images are immutable.
 		"--file-access=exclusive",
 		"--file-access-mounts=exclusive",
-		// Weighted sizes have no quota to count CPUs from.
+		// Sizes with shared CPUs have no quota to count CPUs from.
 		"--cpu-num-from-quota=true",
 	}
 }
@@ -174,7 +175,7 @@ func writeSpec(c Container) error {
 	return nil
 }
 
-// PID is the process ID that the sentry of a bundle had when it was started.
+// PID returns the process ID that the sentry of a bundle had when it was started.
 func PID(bundle string) (int, error) {
 	data, err := os.ReadFile(filepath.Join(bundle, pidFile))
 	if err != nil {
@@ -187,14 +188,14 @@ func PID(bundle string) (int, error) {
 	return pid, nil
 }
 
-// Limits of what an error quotes of runsc's log, bytes. A message names its reason first; one of a save
-// that failed goes on with all of gVisor's state, megabytes of it.
+// Limits of an error's quotation of runsc's log, bytes. A message begins with its reason; that of a failed
+// save continues with megabytes of gVisor's state.
 const (
 	mostQuoted = 2000 // of a log
 	mostOfLine = 600  // of one message
 )
 
-// Panic returns the beginning of what a panicking sentry wrote, empty if nothing.
+// Panic returns the beginning of the message of a sentry that panicked, "" if there is none.
 func (c Container) Panic() string {
 	f, err := os.Open(filepath.Join(c.Bundle, panicLog))
 	if err != nil {
@@ -208,7 +209,7 @@ func (c Container) Panic() string {
 	return strings.ToValidUTF8(string(data), "")
 }
 
-// lastMessages returns the end of what runsc and a panicking sentry wrote, for an error text.
+// lastMessages returns the last messages of runsc and of a sentry that panicked, for an error text.
 func lastMessages(bundle string) string {
 	var out []string
 	for _, name := range []string{logFile, panicLog} {
@@ -234,8 +235,8 @@ func lastMessages(bundle string) string {
 	return strings.Join(out, "; ")
 }
 
-// messages returns what a log says: the texts of JSON messages, which runsc writes without line breaks between, and
-// the lines of all else, such as a panic.
+// messages returns the texts of a log's JSON messages, which runsc writes without line breaks between them, and the
+// lines of everything else, such as a panic.
 func messages(log []byte) []string {
 	var all []string
 	decoder := json.NewDecoder(bytes.NewReader(log))
@@ -258,7 +259,7 @@ const (
 	stateSuffix = ".state"
 )
 
-// IDs lists the sandboxes that runsc keeps a state of, dead or alive.
+// IDs returns the sandboxes that runsc has a state of, dead or alive.
 func (r *Runtime) IDs() ([]string, error) {
 	entries, err := os.ReadDir(r.Root)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -278,14 +279,14 @@ func (r *Runtime) IDs() ([]string, error) {
 	return ids, nil
 }
 
-// Knows reports whether runsc keeps a state of a sandbox, dead or alive.
+// Knows reports whether runsc has a state of a sandbox, dead or alive.
 func (r *Runtime) Knows(id string) bool {
 	_, err := os.Stat(filepath.Join(r.Root, id+stateInfix+id+stateSuffix))
 	return err == nil
 }
 
-// Remove drops what runsc keeps of a sandbox whose processes are gone. Nothing
-// there is success.
+// Remove removes runsc's state of a sandbox whose processes have ended. It succeeds if
+// there is none.
 func (r *Runtime) Remove(id string) error {
 	matches, err := filepath.Glob(filepath.Join(r.Root, "*"+id+"*"))
 	if err != nil {

@@ -14,16 +14,19 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
-// TestSpec holds the OCI spec of a sandbox: what isolates it should not change
-// without somebody reading the difference.
+// TestSpec compares the OCI spec of a sandbox with a file, so that a reviewer reads each
+// change of its isolation.
 func TestSpec(t *testing.T) {
 	for name, limits := range map[string]Limits{
-		"shared":    {CgroupsPath: "/cay-abc123/sbx_x", MemoryBytes: 512 << 20, PauseBytes: 544 << 20, CPUShares: 1024, PIDs: 2048},
-		"dedicated": {CgroupsPath: "/cay-abc123/sbx_x", MemoryBytes: 2 << 30, PauseBytes: 1995 << 20, CPUShares: 2048, CPUQuota: 2 * CPUPeriod, PIDs: 4096},
+		"shared": {CgroupsPath: "/cay-abc123/sbx_x", MemoryBytes: 512 << 20, PauseBytes: 544 << 20,
+			CPUShares: 1024, PIDs: 2048},
+		"dedicated": {CgroupsPath: "/cay-abc123/sbx_x", MemoryBytes: 2 << 30, PauseBytes: 1995 << 20,
+			CPUShares: 2048, CPUQuota: 2 * CPUPeriod, PIDs: 4096},
 	} {
 		t.Run(name, func(t *testing.T) {
 			spec := NewSpec(Box{
-				HostUID: 2_005_000_042, Hostname: "x", Root: Root{Image: "/images/i.erofs", Overlay: "/sandboxes/sbx_x", MaxBytes: 100 << 20},
+				HostUID: 2_005_000_042, Hostname: "x",
+				Root:  Root{Image: "/images/i.erofs", Overlay: "/sandboxes/sbx_x", MaxBytes: 100 << 20},
 				Binds: []Bind{{From: "/programs/1", To: "/.cay"}}, Args: []string{"/.cay/cay-agent"}, Env: []string{"A=b"},
 				Namespace: "/run/netns/n", Limits: limits, ShmBytes: 256 << 20,
 			})
@@ -48,11 +51,14 @@ func TestSpec(t *testing.T) {
 	}
 }
 
-// TestRunReportsWhatRunscSays starts a program that fails as runsc does.
+// TestRunReportsWhatRunscSays checks that an error of Run quotes a program that fails as runsc does.
 func TestRunReportsWhatRunscSays(t *testing.T) {
 	dir := t.TempDir()
 	program := filepath.Join(dir, "runsc")
-	script := "#!/bin/sh\nfor a in \"$@\"; do case $a in --log=*) echo '{\"msg\":\"no such image\"}' > ${a#--log=};; esac; done\nexit 128\n"
+	script := `#!/bin/sh
+for a in "$@"; do case $a in --log=*) echo '{"msg":"no such image"}' > ${a#--log=};; esac; done
+exit 128
+`
 	if err := os.WriteFile(program, []byte(script), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +75,8 @@ func TestRunReportsWhatRunscSays(t *testing.T) {
 
 func TestStateIsFoundAndRemoved(t *testing.T) {
 	r := &Runtime{Root: t.TempDir()}
-	for _, name := range []string{"sbx_a_sandbox:sbx_a.state", "sbx_a_sandbox:sbx_a.lock", "runsc-sbx_a.sock", "sbx_b_sandbox:sbx_b.state", "other"} {
+	for _, name := range []string{"sbx_a_sandbox:sbx_a.state", "sbx_a_sandbox:sbx_a.lock", "runsc-sbx_a.sock",
+		"sbx_b_sandbox:sbx_b.state", "other"} {
 		if err := os.WriteFile(filepath.Join(r.Root, name), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -108,23 +115,27 @@ func TestPID(t *testing.T) {
 	}
 }
 
-// TestErrorsNameTheReason has messages that go on for long after what they are about.
+// TestErrorsNameTheReason checks that errors quote the beginning of messages that are long.
 func TestErrorsNameTheReason(t *testing.T) {
 	dir := t.TempDir()
-	log := strings.Repeat("an older one\n", 1000) + "the save failed: some reason, for object " + strings.Repeat("x", 1<<20) + "\nthe end\n"
+	log := strings.Repeat("an older one\n", 1000) +
+		"the save failed: some reason, for object " + strings.Repeat("x", 1<<20) + "\nthe end\n"
 	if err := os.WriteFile(filepath.Join(dir, logFile), []byte(log), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	got := lastMessages(dir)
-	if !strings.Contains(got, "an older one\nthe save failed: some reason") || !strings.HasSuffix(got, "xxx…\nthe end") || len(got) > 2*mostQuoted {
+	if !strings.Contains(got, "an older one\nthe save failed: some reason") ||
+		!strings.HasSuffix(got, "xxx…\nthe end") || len(got) > 2*mostQuoted {
 		t.Errorf("%d bytes: %.3000s", len(got), got)
 	}
 	// runsc's own messages follow one another on one line.
-	log = `{"msg":"an older one ` + strings.Repeat("x", 2*mostOfLine) + `","level":"error"}{"msg":"saving: no \"space\"","level":"error"}`
+	log = `{"msg":"an older one ` + strings.Repeat("x", 2*mostOfLine) + `","level":"error"}` +
+		`{"msg":"saving: no \"space\"","level":"error"}`
 	if err := os.WriteFile(filepath.Join(dir, logFile), []byte(log+"\na panic\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if got := lastMessages(dir); !strings.HasPrefix(got, "an older one xxx") || !strings.HasSuffix(got, "xxx…\nsaving: no \"space\"\na panic") {
+	if got := lastMessages(dir); !strings.HasPrefix(got, "an older one xxx") ||
+		!strings.HasSuffix(got, "xxx…\nsaving: no \"space\"\na panic") {
 		t.Errorf("got %s", got)
 	}
 	if got := lastMessages(t.TempDir()); got != "" {

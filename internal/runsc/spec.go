@@ -7,20 +7,20 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
-// Root is a sandbox's root file system.
+// Root describes a sandbox's root file system.
 type Root struct {
 	Image    string // path of an EROFS file, opened read-only and shared
 	Overlay  string // directory on the host for the writable layer's unlinked file
 	MaxBytes int64  // limit of the writable layer; beyond it writes get ENOSPC
 }
 
-// Bind is a read-only mount of a host directory.
+// Bind describes a read-only mount of a host directory.
 type Bind struct {
 	From, To string
 }
 
-// Limits are what the host enforces on all processes of the sandbox together.
-// What they bound inside is the agent's business.
+// Limits bound all processes of the sandbox together; the host's kernel enforces
+// them. The agent enforces the limits inside.
 type Limits struct {
 	CgroupsPath string // absolute, below every controller's root
 	MemoryBytes int64  // also what the sandbox sees as its total memory
@@ -30,7 +30,7 @@ type Limits struct {
 	PIDs        int64  // host tasks: about three for every task inside
 }
 
-// CPUPeriod is the length, in µs, over which a CPU quota is accounted: the kernel's default.
+// CPUPeriod is the period of a CPU quota in µs: the kernel's default.
 const CPUPeriod = 100_000
 
 // Box describes a sandbox for [NewSpec].
@@ -45,12 +45,12 @@ type Box struct {
 	HostUID   uint32 // user and group id on the host of the sandbox's processes, and of no others
 }
 
-// capabilities is docker's default set, which is what ordinary images expect of
-// root inside a container (chown, su, low ports, chroot, …), and CAP_SYS_ADMIN, with
-// which the agent detaches the control groups and sets the host name, and which
-// it takes from everything it starts. All of it is answered by the sandbox's own
-// kernel and gives nothing on the host. runsc takes CAP_NET_RAW out again: without
-// --net-raw there are no raw sockets.
+// capabilities lists docker's default set, which ordinary images expect root inside a
+// container to have (chown, su, low ports, chroot, …), and CAP_SYS_ADMIN. The agent
+// needs that to detach the control groups and to set the host name, and drops it for
+// every process that it starts. They are capabilities in the sandbox's own kernel and
+// give no power on the host. runsc removes CAP_NET_RAW: without --net-raw there are no
+// raw sockets.
 var capabilities = []string{"CAP_SYS_ADMIN",
 	"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW",
 	"CAP_SETGID", "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE",
@@ -63,17 +63,17 @@ const (
 	rootOverlay = "dev.gvisor.spec.rootfs.overlay"
 )
 
-// Limits of /dev, which programs may write as in any container: syslog makes a socket there, and
-// /dev/tty cannot be opened for writing where they may not. A file in it is memory that no process
-// holds and none can be ended for. The size is docker's. An inode costs the sandbox's kernel about
-// 1 KiB; programs make a handful. With more of either, fewer processes find room in the memory.
+// Limits of /dev. Programs may write there as in any container: syslog makes a socket, and without
+// it /dev/tty cannot be opened for writing. A file in /dev takes memory that the end of no process
+// frees. The size is docker's. An inode costs the sandbox's kernel about 1 KiB, and programs make a
+// few. Larger limits leave less memory for processes.
 const (
 	devSize   = "size=64m"
 	devInodes = "nr_inodes=4096"
 )
 
-// NewSpec is the OCI spec of a sandbox. The same Box gives the same spec, which
-// a restore demands.
+// NewSpec returns the OCI spec of a sandbox. The same Box gives the same spec, as a
+// restore requires.
 func NewSpec(b Box) *specs.Spec {
 	shares, quota, period := b.Limits.CPUShares, b.Limits.CPUQuota, uint64(CPUPeriod)
 	memory, pids := b.Limits.MemoryBytes, b.Limits.PIDs
@@ -84,12 +84,14 @@ func NewSpec(b Box) *specs.Spec {
 	mounts := []specs.Mount{
 		{Destination: "/proc", Type: "proc", Source: "proc"},
 		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"ro", "nosuid", "noexec", "nodev"}},
-		{Destination: "/dev", Type: "tmpfs", Source: "dev", Options: []string{"nosuid", "strictatime", "mode=755", devSize, devInodes}},
+		{Destination: "/dev", Type: "tmpfs", Source: "dev",
+			Options: []string{"nosuid", "strictatime", "mode=755", devSize, devInodes}},
 		{Destination: "/dev/shm", Type: "tmpfs", Source: "shm",
 			Options: []string{"nosuid", "noexec", "nodev", "mode=1777", "size=" + strconv.FormatInt(b.ShmBytes, 10)}},
 	}
 	for _, bind := range b.Binds {
-		mounts = append(mounts, specs.Mount{Destination: bind.To, Type: "bind", Source: bind.From, Options: []string{"ro", "rbind", "nosuid", "nodev"}})
+		mounts = append(mounts, specs.Mount{Destination: bind.To, Type: "bind", Source: bind.From,
+			Options: []string{"ro", "rbind", "nosuid", "nodev"}})
 	}
 	spec := &specs.Spec{
 		Version:  "1.1.0",
@@ -130,10 +132,11 @@ func NewSpec(b Box) *specs.Spec {
 
 // runAs gives the sandbox's processes on the host (sentry, gofer and stubs) the user and group id uid, which
 // no other process has. They run as root of a user namespace of their own that maps root to uid and no other
-// id, so their capabilities reach nothing that belongs to anybody else. gVisor's own namespace maps every id
-// to itself: there they have the host's root for a user.
+// id, so their capabilities do not reach what another user owns. gVisor's default namespace maps every id to
+// itself: in that they would run as the host's root.
 func runAs(s *specs.Spec, uid uint32) {
-	if !slices.ContainsFunc(s.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.UserNamespace }) {
+	isUser := func(n specs.LinuxNamespace) bool { return n.Type == specs.UserNamespace }
+	if !slices.ContainsFunc(s.Linux.Namespaces, isUser) {
 		s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
 	}
 	only := []specs.LinuxIDMapping{{ContainerID: 0, HostID: uid, Size: 1}}

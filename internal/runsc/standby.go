@@ -17,12 +17,11 @@ import (
 // it answers with a byte when it has them.
 const awaitVerb = "await"
 
-// Standby keeps one process of cay-runsc that was started before there is anything for it to do: the first
-// of a start's processes would spend 8 ms on nothing but its own start, while the other
-// processors wait. It serves one start like any other process would, and is then
-// replaced. A start that finds none starts its own.
+// Standby keeps one process of cay-runsc ready for the next start of a sandbox: without it the first
+// process of a start spends 8 ms on its own start while the other CPUs wait. The process serves one
+// start and is then replaced. A start that finds no process starts its own.
 //
-// Its methods may be called concurrently, and on nil, which has none.
+// Its methods may be called concurrently, and on nil, which has no process.
 type Standby struct {
 	program string
 	ready   chan *waiting
@@ -30,11 +29,11 @@ type Standby struct {
 	ended   sync.WaitGroup
 }
 
-// pause is how long after a start that took the process the next one is started: what was started, and a
-// first command in it, need the processors themselves for some 40 ms.
+// pause is the time between a start that took the process and the start of the next process: the new
+// sandbox and a first command in it need the CPUs for some 40 ms.
 const pause = 100 * time.Millisecond
 
-// waiting is a process that waits for its arguments.
+// waiting holds a process that waits for its arguments.
 type waiting struct {
 	cmd   *exec.Cmd
 	args  *os.File      // the other end of its socket
@@ -54,12 +53,12 @@ func (s *Standby) Close() {
 	s.ended.Wait()
 }
 
-// keep starts one after the other.
+// keep starts one process after the other.
 func (s *Standby) keep() {
 	runtime.LockOSThread() // which begin asks for
 	defer runtime.UnlockOSThread()
 	for {
-		// If it cannot be started: a start's own process cannot either, and says so.
+		// An error is not reported here: a start then starts its own process and reports it.
 		if w, err := standBy(s.program); err == nil {
 			select {
 			case s.ready <- w:
@@ -97,7 +96,7 @@ func standBy(program string) (*waiting, error) {
 	return &waiting{cmd: cmd, args: ours, ended: make(chan struct{})}, nil
 }
 
-// take is the process, if it waits and is of the program, else nil.
+// take returns the process if it waits and runs the program, else nil.
 func (s *Standby) take(program string) *waiting {
 	if s == nil || s.program != program {
 		return nil
@@ -110,10 +109,10 @@ func (s *Standby) take(program string) *waiting {
 	}
 }
 
-// errGone says that a process ended before it was told what to do.
+// errGone reports that a process ended before it had its arguments.
 var errGone = errors.New("the standby process of runsc is gone")
 
-// run has it do what its arguments say, and waits for it. When ctx ends it is killed.
+// run sends the process its arguments and waits for its end. When ctx ends, it kills the process.
 func (w *waiting) run(ctx context.Context, args []string) error {
 	defer close(w.ended)
 	stop := context.AfterFunc(ctx, func() { _ = w.cmd.Process.Kill() })
@@ -133,7 +132,7 @@ func (w *waiting) run(ctx context.Context, args []string) error {
 	return err
 }
 
-// dismiss ends it: there will be no arguments.
+// dismiss ends a process that gets no arguments.
 func (w *waiting) dismiss() {
 	_ = w.args.Close()
 	_ = w.cmd.Wait()

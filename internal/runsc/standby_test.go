@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// TestStandbyDoesAsItsOwnProcess gives both the same program, which is slow or fails as it is told.
+// TestStandbyDoesAsItsOwnProcess compares a process that waited with one that a start made.
 func TestStandbyDoesAsItsOwnProcess(t *testing.T) {
 	program := filepath.Join(t.TempDir(), "runsc")
 	script := `#!/bin/sh
@@ -37,13 +37,13 @@ case $args in *sbx_slow*) exec sleep 60;; *sbx_bad*) exit 7;; esac
 			return errors.Is(err, context.DeadlineExceeded) || strings.Contains(err.Error(), "killed")
 		},
 		"sbx_bad": func(err error) bool { return strings.Contains(err.Error(), "exit status 7") },
-		// It ends well, and has left no process ID.
+		// It succeeds and writes no process ID.
 		"sbx_good": func(err error) bool { return errors.Is(err, os.ErrNotExist) },
 	} {
 		standby := NewStandby(program)
 		w := <-standby.ready
 		standby.Close()
-		// In its place, so that it is sure to be there.
+		// keep would start the process a moment later; here it waits from the beginning.
 		kept := &Standby{program: program, ready: make(chan *waiting, 1)}
 		kept.ready <- w
 		with := &Runtime{Program: program, Root: plain.Root, Standby: kept}
