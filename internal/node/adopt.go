@@ -12,9 +12,8 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// adopt takes over the sandboxes that a former process of this server left, those
-// that run and what is left of the others, and then removes slots that no directory
-// speaks of.
+// adopt takes over the sandboxes that a former process of this server left: those that run, and the
+// remains of the others. Then it removes the slots that no directory records.
 func (n *Node) adopt() error {
 	dirs, err := os.ReadDir(n.cfg.Dir)
 	if err != nil {
@@ -28,7 +27,7 @@ func (n *Node) adopt() error {
 		}
 		l, err := readLife(n.dir(id))
 		if err != nil || l.ID != id {
-			continue // it never ran: its directory is all there is, and List shows it
+			continue // it never ran; List reports its directory
 		}
 		b := n.boxOf(l)
 		b.agentKey = l.Token
@@ -42,9 +41,9 @@ func (n *Node) adopt() error {
 		}
 		keep[l.Slot] = true
 		if l.Warm != "" && l.Egress.Mode == "" {
-			// A member that has no policy yet: its slot stays closed.
+			// A pooled sandbox without a policy: its slot stays closed.
 		} else if err := b.applyPolicy(n.ctx); err != nil {
-			// It keeps the rules it had; the sandbox room gives it its policy again.
+			// The slot keeps its old rules; the sandbox room sets the policy again.
 			n.log.Error("adopting a sandbox's policy", "sandbox", id, "error", err)
 		}
 		if b.pid, err = runsc.PID(n.dir(id)); err == nil {
@@ -54,7 +53,7 @@ func (n *Node) adopt() error {
 			n.log.Warn("a sandbox does not run any more", "sandbox", id, "error", err)
 			continue
 		}
-		b.hurry.settle() // the server may have ended in a call
+		b.hurry.settle() // the server may have ended during a call
 		n.verifyAdopted(b)
 		n.warnOlder(b)
 		n.log.Info("adopted a sandbox", "sandbox", id, "pid", b.pid)
@@ -62,8 +61,8 @@ func (n *Node) adopt() error {
 	return n.net.Sweep(keep)
 }
 
-// verifyAdopted verifies the memory of a sandbox that was restored by another process of
-// the server, which may not have come to the end of it.
+// verifyAdopted verifies the memory of a sandbox that another process of the server restored. That
+// process may have ended before it had verified all of it.
 func (n *Node) verifyAdopted(b *box) {
 	c, was, err := n.latest(string(b.life.ID))
 	if err == nil && c == nil && b.life.From != "" {
@@ -77,7 +76,7 @@ func (n *Node) verifyAdopted(b *box) {
 	}
 }
 
-// availableMemory is what the machine can give without swapping, in bytes.
+// availableMemory returns how many bytes of memory the machine can give without swapping.
 func availableMemory() (int64, error) {
 	f, err := os.Open("/proc/meminfo")
 	if err != nil {

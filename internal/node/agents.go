@@ -10,29 +10,31 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// The agent of a sandbox that is booted has no key, and nothing but it runs there, so whatever
-// answers is the agent: the first init gives it one. One that is restored has the key that was
-// saved with it, and its processes run when it is first spoken to; it proves that it knows that
-// key before it is given another. Which of these it is, and whether its agent is of before there
-// were keys that are not sent, is what the host has recorded. Nothing that is said inside
-// changes it.
+// The host decides from its own records how it recognizes an agent. Nothing that is said inside the
+// sandbox changes that.
+//
+// The agent of a booted sandbox has no key, and no other program runs there, so every answer comes
+// from the agent; the first init gives it a key. The agent of a restored sandbox has the key that
+// was saved with it, and other processes run when the host first calls it: it proves that it knows
+// its key before it gets another. An agent from before the handshake gets its key as a token with
+// each request.
 
-// agentKnows notes the key that the agent has from here on.
+// agentKnows records the key that the agent has from now on.
 func (b *box) agentKnows(key string) {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()
 	b.agentKey = key
 }
 
-// key returns the key that the agent has now, "" while it has none.
+// key returns the agent's present key, "" while it has none.
 func (b *box) key() string {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()
 	return b.agentKey
 }
 
-// bearer returns the token to send with requests to a sandbox whose agent is of before the
-// handshake, "" for all others.
+// bearer returns the token to send with requests to an agent from before the handshake, "" for all
+// other agents.
 func (n *Node) bearer(id string) string {
 	b := n.box(sandbox.ID(id))
 	if b == nil || b.life.Handshake {
@@ -41,14 +43,16 @@ func (n *Node) bearer(id string) string {
 	return b.key()
 }
 
-// warnOlder tells the operator of a sandbox whose agent is of before the handshake.
+// warnOlder logs a warning if the agent of the sandbox is from before the handshake.
 func (n *Node) warnOlder(b *box) {
 	if !b.life.Handshake {
-		n.log.Warn("the agent of a sandbox is of an older cay: programs inside can read what is sent to it", "sandbox", b.life.ID)
+		n.log.Warn("the agent of a sandbox is from an older version of cay: programs inside can read what is sent to it",
+			"sandbox", b.life.ID)
 	}
 }
 
-// reach connects to the agent of a sandbox, and makes sure that it is the agent.
+// reach connects to the agent of a sandbox and authenticates it, unless the agent has no key yet or
+// is from before the handshake.
 func (n *Node) reach(ctx context.Context, id sandbox.ID) (net.Conn, error) {
 	conn, err := n.Dial(ctx, id)
 	if err != nil {
@@ -65,10 +69,10 @@ func (n *Node) reach(ctx context.Context, id sandbox.ID) (net.Conn, error) {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(b.ctx, cancel)() // a dead sandbox is silent
+	defer context.AfterFunc(b.ctx, cancel)() // a dead sandbox does not answer
 	proven, err := agentapi.Authenticate(ctx, conn, key)
 	if errors.Is(err, agentapi.ErrNotTheAgent) {
-		b.impostor.Do(func() { n.log.WarnContext(ctx, "something else than the agent answers in a sandbox", "sandbox", id) })
+		b.impostor.Do(func() { n.log.WarnContext(ctx, "a program other than the agent answers in a sandbox", "sandbox", id) })
 	}
 	return proven, err
 }

@@ -19,12 +19,12 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// target is the sandbox for calls to its agent.
+// target returns the sandbox as the target of calls to its agent.
 func target(spec sandbox.Spec) agentapi.Target {
 	return agentapi.Target{SandboxID: string(spec.ID), Run: spec.Run}
 }
 
-// build builds one of the programs in testdata and returns its path.
+// build compiles one of the programs in testdata and returns its path.
 func build(t *testing.T, name string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), name)
@@ -34,7 +34,7 @@ func build(t *testing.T, name string) string {
 	return path
 }
 
-// upload puts a program into the sandbox.
+// upload copies a program of the host into /bin of the sandbox.
 func (m *machine) upload(spec sandbox.Spec, path string) {
 	m.t.Helper()
 	data, err := os.ReadFile(path)
@@ -42,17 +42,17 @@ func (m *machine) upload(spec sandbox.Spec, path string) {
 		m.t.Fatal(err)
 	}
 	mode := os.FileMode(0o755)
-	err = m.node.Agents().Upload(m.ctx(), target(spec), agentapi.UploadRequest{Path: "/bin/" + filepath.Base(path), Mode: &mode,
-		Body: bytes.NewReader(data), Size: int64(len(data))})
+	err = m.node.Agents().Upload(m.ctx(), target(spec), agentapi.UploadRequest{
+		Path: "/bin/" + filepath.Base(path), Mode: &mode, Body: bytes.NewReader(data), Size: int64(len(data))})
 	if err != nil {
 		m.t.Fatal(err)
 	}
 }
 
-// fresh makes the next call to the sandbox's agent dial.
+// fresh closes the connections to the sandbox's agent, so that the next call makes a new one.
 func (m *machine) fresh(spec sandbox.Spec) { m.node.Agents().Drop(string(spec.ID)) }
 
-// dialled is a client that opens the connections of a sandbox itself.
+// dialled returns a client whose connections to the sandbox's agent pass through dial.
 func (m *machine) dialled(id sandbox.ID, dial func(context.Context, net.Conn) (net.Conn, error)) *agentapi.Client {
 	c := agentapi.NewClient(func(ctx context.Context, _ string) (net.Conn, error) {
 		conn, err := m.node.Dial(ctx, id)
@@ -65,14 +65,15 @@ func (m *machine) dialled(id sandbox.ID, dial func(context.Context, net.Conn) (n
 	return c
 }
 
-// refused checks that nothing but the health is answered to somebody who has the key of the spec, sends it as a token, or
-// has none.
+// refused checks that the agent answers nothing but the health check to a client that has the key
+// of the spec, sends it as a token, or has no key.
 func (m *machine) refused(spec sandbox.Spec) {
 	m.t.Helper()
 	withKey := m.dialled(spec.ID, func(ctx context.Context, c net.Conn) (net.Conn, error) {
 		return agentapi.Authenticate(ctx, c, spec.Token)
 	})
-	if err := withKey.Health(m.ctx(), target(spec)); !errors.Is(err, agentapi.ErrNotTheAgent) && !strings.Contains(err.Error(), "does not answer") {
+	if err := withKey.Health(m.ctx(), target(spec)); !errors.Is(err, agentapi.ErrNotTheAgent) &&
+		!strings.Contains(err.Error(), "does not answer") {
 		m.t.Errorf("key %q: %v", spec.Token, err)
 	}
 	plain := m.dialled(spec.ID, func(_ context.Context, c net.Conn) (net.Conn, error) { return c, nil })
@@ -122,7 +123,7 @@ func (m *machine) refused(spec sandbox.Spec) {
 	}
 }
 
-// TestAgentWantsItsKey talks to a running agent with other keys and without.
+// TestAgentWantsItsKey calls a running agent with other keys and without a key.
 func TestAgentWantsItsKey(t *testing.T) {
 	m := newMachine(t)
 	spec := m.created()
@@ -132,7 +133,8 @@ func TestAgentWantsItsKey(t *testing.T) {
 		m.refused(wrong)
 	}
 	m.works(spec)
-	// The tunnel to the agent's own port is one from inside: the health and nothing else.
+	// The tunnel to the agent's own port counts as a connection from inside: only the health check is
+	// answered.
 	conn, err := m.node.Agents().DialPort(m.ctx(), target(spec), AgentPort)
 	if err != nil {
 		t.Fatal(err)
@@ -146,19 +148,23 @@ func TestAgentWantsItsKey(t *testing.T) {
 	}
 }
 
-// tryPort lets a user inside try to take the agent's port, and returns what came of it. What was taken listens for a while.
+// tryPort runs a program that tries to take the agent's port as a user inside, and returns its
+// report. It listens for a while on every port that it has taken.
 func (m *machine) tryPort(spec sandbox.Spec, user string) string {
 	m.t.Helper()
 	own := m.node.box(spec.ID).slot.Addr.String()
-	r, err := m.node.Agents().Execute(m.ctx(), target(spec), agentapi.ExecuteRequest{User: user, Timeout: 30 * time.Second, Workdir: "/dev/shm", Env: map[string]string{"PATH": "/bin"},
-		Command: "hostile bind " + own + " /dev/shm/caught-" + user + " >/dev/shm/tried-" + user + " 2>&1 & until grep -q ^tried /dev/shm/tried-" + user + "; do sleep 0.05; done; cat /dev/shm/tried-" + user})
+	r, err := m.node.Agents().Execute(m.ctx(), target(spec), agentapi.ExecuteRequest{
+		User: user, Timeout: 30 * time.Second, Workdir: "/dev/shm", Env: map[string]string{"PATH": "/bin"},
+		Command: "hostile bind " + own + " /dev/shm/caught-" + user + " >/dev/shm/tried-" + user + " 2>&1 & " +
+			"until grep -q ^tried /dev/shm/tried-" + user + "; do sleep 0.05; done; cat /dev/shm/tried-" + user})
 	if err != nil || r.ExitCode != 0 {
 		m.t.Fatalf("%d %v %s", r.ExitCode, err, r.Stderr)
 	}
 	return string(r.Stdout)
 }
 
-// alone lets root and another user inside try to take the agent's port, and the host call meanwhile on new connections.
+// alone checks that neither root nor another user inside can take the agent's port, and that the
+// host reaches the agent on new connections meanwhile.
 func (m *machine) alone(spec sandbox.Spec) {
 	m.t.Helper()
 	for _, user := range []string{"root", "33"} {
@@ -170,13 +176,14 @@ func (m *machine) alone(spec sandbox.Spec) {
 		m.fresh(spec)
 		m.works(spec)
 	}
-	if caught := m.sh(spec, "cat /dev/shm/caught-* 2>/dev/null; busybox killall hostile; rm -f /dev/shm/tried-*"); caught != "" {
+	if caught := m.sh(spec, "cat /dev/shm/caught-* 2>/dev/null; busybox killall hostile; "+
+		"rm -f /dev/shm/tried-*"); caught != "" {
 		m.t.Errorf("the guest caught %s", caught)
 	}
 }
 
-// TestAgentsPort holds the agent's port through everything that a sandbox goes through: no program inside can bind it on
-// a way that the host's connections take, and the host finds its agent.
+// TestAgentsPort checks the agent's port through all changes of a sandbox: no program inside can
+// bind it on a path that the host's connections take, and the host finds its agent.
 func TestAgentsPort(t *testing.T) {
 	m := newMachine(t)
 	hostile := build(t, "hostile")
@@ -212,13 +219,14 @@ func TestAgentsPort(t *testing.T) {
 	m.wantNothing()
 }
 
-// TestRelayToTheAgent lets a program inside have the host's connection and join it to the agent, as one that had taken
-// the port would. The host sends it nothing but a nonce.
+// TestRelayToTheAgent lets a program inside accept the host's connection and relay it to the agent,
+// as a program that had taken the port would. The host sends it nothing but a nonce.
 func TestRelayToTheAgent(t *testing.T) {
 	m := newMachine(t)
 	spec := m.created()
 	m.upload(spec, build(t, "hostile"))
-	p, err := m.node.Agents().StartProcess(m.ctx(), target(spec), agentapi.StartProcess{Args: []string{"/bin/hostile", "relay", "7001", "/tmp/noted"}})
+	p, err := m.node.Agents().StartProcess(m.ctx(), target(spec), agentapi.StartProcess{
+		Args: []string{"/bin/hostile", "relay", "7001", "/tmp/noted"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -231,8 +239,9 @@ func TestRelayToTheAgent(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// Seen from the host this is a connection to the agent's port, that the relay has.
-	if to := conn.RemoteAddr().(*net.TCPAddr); to.Port != AgentPort || to.IP.String() != m.node.box(spec.ID).slot.Addr.String() {
+	// To the host this is a connection to the agent's port; the relay has it.
+	if to := conn.RemoteAddr().(*net.TCPAddr); to.Port != AgentPort ||
+		to.IP.String() != m.node.box(spec.ID).slot.Addr.String() {
 		t.Fatalf("the connection leads to %s", to)
 	}
 	if _, err := agentapi.Authenticate(m.ctx(), conn, spec.Token); !errors.Is(err, agentapi.ErrNotTheAgent) {
@@ -243,15 +252,17 @@ func TestRelayToTheAgent(t *testing.T) {
 	}
 	own, host := m.node.box(spec.ID).slot.Addr, conn.LocalAddr().(*net.TCPAddr).IP
 	for _, user := range []string{"root", "33"} {
-		r, err := m.node.Agents().Execute(m.ctx(), target(spec), agentapi.ExecuteRequest{User: user, Args: []string{"/bin/hostile", "from", own.String(), host.String()}, Timeout: 30 * time.Second})
-		if err != nil || r.ExitCode != 0 || strings.Contains(string(r.Stdout), "WON") || strings.Count(string(r.Stdout), "refused") != 8 {
+		r, err := m.node.Agents().Execute(m.ctx(), target(spec), agentapi.ExecuteRequest{User: user,
+			Args: []string{"/bin/hostile", "from", own.String(), host.String()}, Timeout: 30 * time.Second})
+		if err != nil || r.ExitCode != 0 || strings.Contains(string(r.Stdout), "WON") ||
+			strings.Count(string(r.Stdout), "refused") != 8 {
 			t.Errorf("%s comes from the host's address: %v\n%s%s", user, err, r.Stdout, r.Stderr)
 		}
 	}
 	if err := m.node.Agents().KillProcess(m.ctx(), target(spec), strconv.Itoa(p.PID)); err != nil {
 		t.Error(err)
 	}
-	// Connections from inside that say nothing, or half of something, keep nobody out.
+	// Connections from inside that send nothing, or part of a message, do not keep the host out.
 	m.sh(spec, "hostile crowd 200 >/tmp/crowd 2>&1 & until grep -q ^crowded /tmp/crowd; do sleep 0.05; done")
 	for range 3 {
 		m.fresh(spec)
@@ -262,13 +273,15 @@ func TestRelayToTheAgent(t *testing.T) {
 	}
 }
 
-// TestNamespacesInside tries all that would give somebody inside capabilities that he has not.
+// TestNamespacesInside tries every way for a process inside to gain capabilities that it does not
+// have.
 func TestNamespacesInside(t *testing.T) {
 	m := newMachine(t)
 	spec := m.created()
 	m.upload(spec, build(t, "hostile"))
 	for _, user := range []string{"root", "33"} {
-		r, err := m.node.Agents().Execute(m.ctx(), target(spec), agentapi.ExecuteRequest{User: user, Args: []string{"/bin/hostile", "namespaces"}, Workdir: "/dev/shm", Timeout: 30 * time.Second})
+		r, err := m.node.Agents().Execute(m.ctx(), target(spec), agentapi.ExecuteRequest{User: user,
+			Args: []string{"/bin/hostile", "namespaces"}, Workdir: "/dev/shm", Timeout: 30 * time.Second})
 		out := string(r.Stdout)
 		if err != nil || r.ExitCode != 0 || strings.Contains(out, "WON") || !strings.HasSuffix(out, "tried\n") {
 			t.Errorf("%s: %v\n%s%s", user, err, out, r.Stderr)
@@ -287,7 +300,7 @@ func TestNamespacesInside(t *testing.T) {
 	}
 }
 
-// older makes the machine's sandboxes be made as by a server of before the handshake.
+// older makes the machine create sandboxes as a server from before the handshake did.
 func (m *machine) older(agent string) {
 	m.t.Helper()
 	dir := filepath.Join(m.dir, "programs", "0123456789abcdef")
@@ -298,13 +311,14 @@ func (m *machine) older(agent string) {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	m.programs = embedded.At(filepath.Join(m.dir, "programs"), embedded.Version{Agent: filepath.Base(dir), Runsc: m.programs.Version.Runsc})
+	m.programs = embedded.At(filepath.Join(m.dir, "programs"),
+		embedded.Version{Agent: filepath.Base(dir), Runsc: m.programs.Version.Runsc})
 	m.close()
 	m.open()
 }
 
-// TestOlderAgents goes on with sandboxes that were started, saved and snapshotted before there was a handshake: their
-// agents are sent their token, and no other agent is.
+// TestOlderAgents checks that sandboxes work that were started, saved and snapshotted before there
+// was a handshake: their agents get their token with each request, and no other agent does.
 func TestOlderAgents(t *testing.T) {
 	m := newMachine(t)
 	m.older(build(t, "bearer"))
@@ -326,10 +340,11 @@ func TestOlderAgents(t *testing.T) {
 	m.works(spec)
 	m.suspend(spec)
 	spec = m.wake(spec)
-	// The attack that the tests of new agents make works here, which is why nothing new is to be sent to them.
+	// The attack that fails on new agents works here, so the host must send nothing new to older ones.
 	m.upload(spec, build(t, "hostile"))
-	if tried := m.tryPort(spec, "33"); !strings.Contains(tried, "WON bind own ") { // whichever option comes first takes it
-		t.Errorf("nobody takes the port of an older agent:\n%s", tried)
+	// The bind that is tried first takes the port, whatever its option.
+	if tried := m.tryPort(spec, "33"); !strings.Contains(tried, "WON bind own ") {
+		t.Errorf("no program takes the port of an older agent:\n%s", tried)
 	}
 	m.sh(spec, "busybox killall hostile")
 	m.works(spec)
@@ -346,7 +361,7 @@ func TestOlderAgents(t *testing.T) {
 	if m.node.bearer(string(fresh.ID)) != "" {
 		t.Error("a new sandbox is sent a token")
 	}
-	// What answers in a new one cannot make it an old one.
+	// A program that answers in a new sandbox cannot make the host take it for an older one.
 	m.refused(sandbox.Spec{ID: fresh.ID, Run: fresh.Run, Token: fresh.Token + "x"})
 	for _, s := range []sandbox.Spec{spec, child, fresh} {
 		if err := m.node.Destroy(m.ctx(), s.ID); err != nil {

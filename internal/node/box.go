@@ -21,31 +21,31 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// box is one sandbox on this machine.
+// box holds what the node knows of a sandbox on this machine and of its instance.
 type box struct {
 	node *Node
 	life life
-	slot *network.Slot // nil until there is one
+	slot *network.Slot // nil until it is acquired
 
-	policed bool // the slot has the policy of life; guarded by node.mu, as that policy is
-	pid     int  // of the sentry; 0 until there is one
+	policed bool // whether the slot has the policy of life; node.mu guards both
+	pid     int  // of the sentry; 0 until it has started
 
-	over     func()        // ends its turn to start, if it has had one; safe to repeat
-	verified *verification // of the memory it was restored with; nil if it was booted
+	over     func()        // ends its turn to start; nil if it had none; safe to repeat
+	verified *verification // of the memory that it was restored with; nil if it was booted
 
-	hurry hurry // its weight while it is called
+	hurry hurry // raises its CPU weight during calls
 
-	agentKey string    // what the agent knows of keys now; "" is none yet. Guarded by node.mu
-	impostor sync.Once // what answers instead of the agent is told once
+	agentKey string    // the agent's present key; "" while it has none. Guarded by node.mu
+	impostor sync.Once // limits the log to one warning of another program that answers
 
-	watched atomic.Bool        // death is noticed by a watch
+	watched atomic.Bool        // a watch waits for the end of the sentry
 	gone    atomic.Bool        // the sentry has ended
-	ending  atomic.Bool        // its end is wanted
-	ctx     context.Context    // of the watches, ends with the sentry; nil until there are any
-	stop    context.CancelFunc // ends it
+	ending  atomic.Bool        // its end is intended
+	ctx     context.Context    // of the watches; ends with the sentry; nil until they start
+	stop    context.CancelFunc // ends ctx
 }
 
-// boxOf returns the sandbox of a life.
+// boxOf returns a new box for the sandbox of a life.
 func (n *Node) boxOf(l life) *box {
 	b := &box{node: n, life: l}
 	b.hurry.weigh = n.weigh(l.ID, l.CPUWeight)
@@ -56,21 +56,22 @@ func (b *box) target() agentapi.Target {
 	return agentapi.Target{SandboxID: string(b.life.ID), Run: b.life.Run}
 }
 
-// container is the sandbox for the runtime, as far as it has to be known after the start.
+// container returns the sandbox for the runtime, without the spec, which only the start needs.
 func (b *box) container() runsc.Container {
 	return runsc.Container{ID: string(b.life.ID), Bundle: b.node.dir(b.life.ID)}
 }
 
-// runtime is the runsc that the sandbox was first started with.
+// runtime returns the version of runsc that first started the sandbox.
 func (b *box) runtime() *runsc.Runtime {
 	cfg := b.node.cfg
-	return &runsc.Runtime{Program: embedded.At(cfg.ProgramsDir, b.life.Programs).Runsc, Flags: b.life.Flags, Root: cfg.RunDir, Standby: b.node.standby}
+	return &runsc.Runtime{Program: embedded.At(cfg.ProgramsDir, b.life.Programs).Runsc, Flags: b.life.Flags,
+		Root: cfg.RunDir, Standby: b.node.standby}
 }
 
-// dead reports whether the sandbox ran and does not any more, or never did.
+// dead reports whether the sandbox has no instance: its sentry has ended or never ran.
 func (b *box) dead() bool { return b.gone.Load() || !b.watched.Load() }
 
-// end says that the sandbox's death from here on is wanted.
+// end marks the coming end of the sandbox as intended and stops its watches.
 func (b *box) end() {
 	b.ending.Store(true)
 	if b.stop != nil {
@@ -89,7 +90,8 @@ func (b *box) watch() error {
 		Group: n.groups.Group(n.groupPath(b.life.ID)), Limit: int64(b.life.MemoryMB)<<20 + overhead, Reserve: reserve,
 		Relieve: func(ctx context.Context, over int64) (int64, error) {
 			freed, killed, err := n.agents.RelieveMemory(ctx, b.target(), over)
-			n.log.InfoContext(ctx, "sandbox out of memory", "sandbox", b.life.ID, "over_bytes", over, "freed_bytes", freed, "killed", killed)
+			n.log.InfoContext(ctx, "sandbox out of memory", "sandbox", b.life.ID,
+				"over_bytes", over, "freed_bytes", freed, "killed", killed)
 			return freed, err
 		},
 		Log: n.log,
@@ -119,13 +121,13 @@ func (b *box) guardMemory(ctx context.Context, guard *cgroup.Guard) {
 		return
 	}
 	b.node.log.ErrorContext(ctx, "ending a sandbox whose memory cannot be bounded", "sandbox", b.life.ID, "error", err)
-	// The watch for its end does the rest.
+	// awaitEnd does the rest.
 	if err := guard.Group.Kill(ctx); err != nil && ctx.Err() == nil {
 		b.node.log.ErrorContext(ctx, "ending a sandbox", "sandbox", b.life.ID, "error", err)
 	}
 }
 
-// awaitEnd waits for the sentry to end and reports it if nobody wanted it.
+// awaitEnd waits for the sentry to end and reports an end that was not intended.
 func (b *box) awaitEnd(ctx context.Context, pidfd *os.File) {
 	stop := context.AfterFunc(ctx, func() { pidfd.Close() })
 	defer func() {
@@ -149,7 +151,8 @@ func (b *box) awaitEnd(ctx context.Context, pidfd *os.File) {
 		return
 	}
 	b.gone.Store(true)
-	// Nobody is left to answer, or to say so: calls to the agent would wait for ever.
+	// Without this calls to the agent would wait for ever: no process is left to answer or to close
+	// the connection.
 	b.stop()
 	b.node.agents.Drop(string(b.life.ID))
 	if b.ending.Load() {
@@ -162,8 +165,8 @@ func (b *box) awaitEnd(ctx context.Context, pidfd *os.File) {
 	}
 }
 
-// openProcess opens the sentry's process, and makes sure that it is the sandbox's:
-// process IDs are used again.
+// openProcess opens the process of the sentry and checks that it belongs to the sandbox, since the
+// kernel reuses process IDs.
 func openProcess(pid int, id string) (*os.File, error) {
 	// The runtime's poller takes the descriptor only when it does not block.
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)

@@ -20,65 +20,67 @@ import (
 )
 
 const (
-	// overhead is what the sandbox's own kernel, its gofer and the agent need beside
-	// the memory that the size promises, in bytes. An idle sandbox has about 20 MB of
-	// it; the rest is for page tables, sockets and open files. Too little kills
-	// commands below the promised size.
+	// overhead is the memory in bytes for the sandbox's own kernel, its gofer and the agent, in
+	// addition to the memory that the size promises. An idle sandbox uses about 20 MB of it; the rest
+	// is for page tables, sockets and open files. Too little kills commands below the promised size.
 	overhead = 64 << 20
-	// reserve is what the kernel's limit stands above what the memory guard keeps to, so that it has the time
-	// to have somebody ended, and what it lends beyond that.
+	// reserve is the distance in bytes between the memory guard's limit and the kernel's, which gives
+	// the guard the time to end a process, and the size of the loans beyond that. With too little,
+	// processes reach the kernel's limit before the guard has ended one.
 	reserve = 64 << 20
-	// bootMemory is what a sandbox takes until its agent answers.
+	// bootMemory is the memory in bytes that a sandbox takes until its agent answers. With too little,
+	// Room admits sandboxes that leave less than Config.MinHostMemory.
 	bootMemory = 64 << 20
-	// hostPIDs is how many host tasks a sandbox may have for each task inside, and
-	// hostPIDsBase how many beside them: systrap runs every address space in two
-	// processes, keeps those of ended ones for a while, and the sentry has threads. It is
-	// the last line only: a sentry that runs into it dies. The agent bounds what is inside.
+	// hostPIDs is the number of host tasks that a sandbox may have for each task inside, and
+	// hostPIDsBase the number in addition: systrap runs every address space in two processes, keeps
+	// those of ended ones for a while, and the sentry has threads. The limit is only the last resort,
+	// since a sentry that reaches it dies; the agent limits the tasks inside.
 	hostPIDs, hostPIDsBase = 12, 1024
-	// agentPath is where sandboxes find the agent.
+	// agentPath is the directory of the agent inside a sandbox.
 	agentPath = "/.cay"
 )
 
-// lifeFile holds the record of a sandbox's life in its directory.
+// lifeFile names the file in a sandbox's directory that records its life.
 const lifeFile = "life.json"
 
-// life is what a later process of the server must know to adopt the sandbox.
+// life records what a later process of the server must know to adopt the sandbox.
 type life struct {
 	ID sandbox.ID `json:"id"`
-	// Org is the organization whose it is; "" for a member of the pool, and for a sandbox of
-	// a server that did not record it. Guarded by node.mu, as Egress.
+	// Org is the organization that owns the sandbox; "" for a pooled sandbox, and for one of a server
+	// that did not record it. Guarded by node.mu, as Egress.
 	Org   string `json:"org,omitempty"`
 	Run   string `json:"run"`
 	Token string `json:"token"` // the agent's key; secret: the file is 0600
-	// Handshake says that the agent and the host prove to each other that they know Token. Lives
-	// that began before there was that send it with each request; see agentapi.Client.Bearer.
+	// Handshake reports whether the agent and the host prove to each other that they know Token. In a
+	// life that began before there was a handshake the host sends Token with each request; see
+	// agentapi.Client.Bearer.
 	Handshake bool   `json:"handshake,omitempty"`
 	Slot      int    `json:"slot"`
-	UID       uint32 `json:"uid,omitempty"` // of its processes on the host; 0 is one of a version without
+	UID       uint32 `json:"uid,omitempty"` // of its processes on the host; 0 if a version without user ids started it
 	MemoryMB  int    `json:"memory_mb"`
-	// CPUWeight is of the sandbox's group while it is not called; 0 is one of a version that did not record it.
+	// CPUWeight is the weight of the sandbox's group while it is not called; 0 if a version that did
+	// not record it started the sandbox.
 	CPUWeight int64 `json:"cpu_weight,omitempty"`
-	// What the sandbox was first started with, and its checkpoints need.
+	// Programs and Flags are those that first started the sandbox; its checkpoints need them.
 	Programs embedded.Version `json:"programs"`
 	Flags    []string         `json:"flags"`
-	// Warm says what a member of the pool was made with, see Node.make. "" is no member, or
-	// one that is being claimed. Guarded by node.mu, as Egress.
+	// Warm describes what a pooled sandbox was made with, see Node.make; "" if the sandbox is not
+	// pooled or is being claimed. Guarded by node.mu, as Egress.
 	Warm string `json:"warm,omitempty"`
-	// Egress is the policy that is wanted. It changes while the sandbox runs.
+	// Egress is the wanted policy. It changes while the sandbox runs.
 	Egress sandbox.Egress `json:"egress"`
-	// From is the snapshot that this life was made from; "" is none.
+	// From is the snapshot that this life was made from; "" if there is none.
 	From string `json:"from,omitempty"`
 }
 
-// step is one part of a create. What it did is undone by Destroy, which works
-// from what it finds.
+// step names one part of a create and does it. Destroy undoes it, working from what it finds.
 type step struct {
 	name string
 	do   func(context.Context) error
 }
 
-// Create makes a sandbox and returns when its agent answers and knows its token, and its
-// start command, if it has one, is ready.
+// Create makes a sandbox. It returns when the agent answers and knows its token, and the start
+// command, if there is one, is ready.
 func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
 	b, steps, err := n.making(ctx, spec)
 	if err != nil {
@@ -87,14 +89,14 @@ func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
 	return n.take(ctx, b, steps, n.Destroy)
 }
 
-// newBox returns a sandbox that is to be booted.
+// newBox returns the box of a sandbox that is to be booted.
 func (n *Node) newBox(spec sandbox.Spec) *box {
-	return n.boxOf(life{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Handshake: true, MemoryMB: spec.Size.MemoryMB,
-		CPUWeight: cpuWeight(spec), Egress: spec.Egress,
+	return n.boxOf(life{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Handshake: true,
+		MemoryMB: spec.Size.MemoryMB, CPUWeight: cpuWeight(spec), Egress: spec.Egress,
 		Programs: n.cfg.Programs.Version, Flags: runsc.Flags(n.cfg.Platform)})
 }
 
-// creation is how it is.
+// creation returns the steps that boot a new sandbox.
 func (n *Node) creation(b *box, spec sandbox.Spec) []step {
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		return b.runtime().Run(ctx, n.container(b, spec, image))
@@ -105,7 +107,8 @@ func (n *Node) creation(b *box, spec sandbox.Spec) []step {
 	return steps
 }
 
-// take makes a life of a sandbox that has none, step by step, and undoes it when one fails.
+// take registers the box of a sandbox that has none on this machine and makes its life step by
+// step. It calls undo when a step fails.
 func (n *Node) take(ctx context.Context, b *box, steps []step, undo func(context.Context, sandbox.ID) error) error {
 	id := b.life.ID
 	n.mu.Lock()
@@ -118,7 +121,7 @@ func (n *Node) take(ctx context.Context, b *box, steps []step, undo func(context
 	return n.walk(ctx, b, steps, undo)
 }
 
-// walk takes the steps one after the other, and undoes all when one fails.
+// walk does the steps one after the other. It calls undo when one fails.
 func (n *Node) walk(ctx context.Context, b *box, steps []step, undo func(context.Context, sandbox.ID) error) error {
 	id := b.life.ID
 	for _, s := range steps {
@@ -144,9 +147,10 @@ func (n *Node) walk(ctx context.Context, b *box, steps []step, undo func(context
 	return nil
 }
 
-// steps is how a life is made: start boots or restores gVisor, meet tells the agent
-// what is new to it.
-func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, image string) (pid int, err error), meet func(context.Context) error) []step {
+// steps returns the steps that make a life: start boots or restores gVisor, and meet tells the
+// agent what is new to it.
+func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, image string) (pid int, err error),
+	meet func(context.Context) error) []step {
 	var image string
 	return []step{
 		{"image", func(ctx context.Context) (err error) {
@@ -176,8 +180,9 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 		{"favour", func(ctx context.Context) error {
 			b.hurry.settle()
 			if err := n.groups.Group(n.groupPath(spec.ID)).Renice(); err != nil {
-				// A host that does not let us: the sandbox works, and is easier to overrun.
-				n.log.WarnContext(ctx, "the sandbox's kernel runs with the weight of its processes", "sandbox", spec.ID, "error", err)
+				// The host does not permit it. The sandbox works, but its processes can slow down its kernel.
+				n.log.WarnContext(ctx, "the sandbox's kernel runs with the weight of its processes",
+					"sandbox", spec.ID, "error", err)
 			}
 			return nil
 		}},
@@ -189,11 +194,11 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 	}
 }
 
-// undoTimeout bounds the clean-up after a failed create or wake, which goes on when the
-// operation's own time is over.
+// undoTimeout limits the clean-up after a failed create or wake, which continues after the
+// operation's own deadline.
 const undoTimeout = 30 * time.Second
 
-// container is what gVisor boots: the agent as the first process.
+// container returns the sandbox that gVisor boots, with the agent as the first process.
 func (n *Node) container(b *box, spec sandbox.Spec, image string) runsc.Container {
 	quota := int64(0)
 	if spec.Size.Dedicated {
@@ -211,11 +216,11 @@ func (n *Node) container(b *box, spec sandbox.Spec, image string) runsc.Containe
 		Namespace: b.slot.Namespace,
 		Limits: runsc.Limits{
 			CgroupsPath: n.groupPath(spec.ID),
-			// What the sandbox sees as its memory; the guard sets what the host
-			// enforces, which is more by what the sandbox's kernel needs.
+			// The sandbox sees this as its memory. The guard sets the limit that the host enforces, which is
+			// higher by the need of the sandbox's kernel.
 			MemoryBytes: memory,
 			PauseBytes:  cgroup.Near(memory + overhead),
-			CPUShares:   uint64(hurried * b.life.CPUWeight), // until something else than the agent runs, see hurry.settle
+			CPUShares:   uint64(hurried * b.life.CPUWeight), // until a program other than the agent runs, see hurry.settle
 			CPUQuota:    quota,
 			PIDs:        int64(pids)*hostPIDs + hostPIDsBase,
 		},
@@ -225,37 +230,38 @@ func (n *Node) container(b *box, spec sandbox.Spec, image string) runsc.Containe
 	return c
 }
 
-// binds are the directories of the host that a sandbox sees.
+// binds returns the directories of the host that a sandbox sees.
 func binds(p embedded.Programs) []runsc.Bind {
 	return []runsc.Bind{{From: p.AgentDir, To: agentPath}}
 }
 
-// tasksFor is how many tasks a sandbox with so much memory may have inside: one for
-// each 2 MiB up to 256, and one for each 4 MiB in a larger one.
+// tasksFor returns how many tasks a sandbox with so much memory may have inside: one for each 2 MiB
+// up to 256, and one for each 4 MiB in a larger one.
 //
-// An idle process costs the host 0.6 MiB (two processes, their page tables and stacks, and
-// what it touches), a shell twice that, and a bomb of them also what the dead have not given
-// back yet. With this no number of them comes near the limit, where the sandbox's kernel
-// could not start another and would die of it; and the agent, which has to end the bomb,
-// does so in 2 s among 256 and in 6 s among 512, measured on 2 CPUs.
+// An idle process costs the host 0.6 MiB: two processes, their page tables and stacks, and the
+// memory that it touches. A shell costs twice that, and a fork bomb also the memory that dead
+// processes have not returned yet. With this limit no number of processes comes near the memory
+// limit, where the sandbox's kernel could not start another process and would die. The agent, which
+// has to end a fork bomb, does so in 2 s among 256 processes and in 6 s among 512, measured on 2
+// CPUs.
 func tasksFor(memoryMB int) int { return max(min(memoryMB/2, 256), memoryMB/4) }
 
-// hostname is the name a sandbox has for itself: its ID without the prefix, whose
-// underscore no host name may have.
+// hostname returns the sandbox's host name: its ID without the prefix, whose underscore a host name
+// may not have.
 func hostname(id sandbox.ID) string { return strings.TrimPrefix(string(id), "sbx_") }
 
 const (
-	// agentPoll is how long to wait between two tries to reach a starting agent. It
-	// answers about 100 ms after its start; a try costs the sandbox's network
-	// stack some tens of microseconds.
+	// agentPoll is the pause between two tries to reach a starting agent. The agent answers about 100
+	// ms after its start; a try costs the sandbox's network stack some tens of microseconds. A longer
+	// pause makes every start slower.
 	agentPoll = 4 * time.Millisecond
-	// agentTry bounds one try, since a packet that comes before the sandbox's
-	// network stack is up is lost, and TCP sends it again after a second only.
+	// agentTry limits one try. A packet that comes before the sandbox's network stack is up is lost,
+	// and TCP sends it again only after a second.
 	agentTry = 250 * time.Millisecond
 )
 
-// awaitAgent returns when the agent answers, or with an error when the sandbox died
-// or ctx ended.
+// awaitAgent waits until the agent answers. It returns an error when the sandbox has died or ctx
+// has ended.
 func (n *Node) awaitAgent(ctx context.Context, b *box) error {
 	for {
 		try, cancel := context.WithTimeout(ctx, agentTry)
@@ -275,8 +281,8 @@ func (n *Node) awaitAgent(ctx context.Context, b *box) error {
 	}
 }
 
-// meetTimeout bounds telling an agent that answers about its sandbox. It takes 3 ms; a
-// sandbox that dies just then says nothing more.
+// meetTimeout limits the call that tells an agent about its sandbox. The call takes 3 ms; a sandbox
+// that dies during it never answers.
 const meetTimeout = 15 * time.Second
 
 func (n *Node) initAgent(ctx context.Context, b *box, spec sandbox.Spec) error {
@@ -291,9 +297,8 @@ func (n *Node) initAgent(ctx context.Context, b *box, spec sandbox.Spec) error {
 	return nil
 }
 
-// startCommand starts the sandbox's start command and waits until it is ready. It is a call
-// beside init, which a wake makes too and must not start anything: a wake finds the
-// command as it was.
+// startCommand starts the sandbox's start command and waits until it is ready. The call is separate
+// from init, which a wake makes too: a wake finds the command as it was and must not start it.
 func (n *Node) startCommand(ctx context.Context, b *box, s sandbox.Start) error {
 	ctx, cancel := context.WithTimeout(ctx, meetTimeout+s.Patience())
 	defer cancel()
@@ -309,12 +314,13 @@ func (n *Node) startCommand(ctx context.Context, b *box, s sandbox.Start) error 
 	case err == nil:
 		return nil
 	case b.dead():
-		return fault.New(fault.Internal, "boot_failed", "the sandbox's kernel ended before its start command was ready").Because(err)
+		return fault.New(fault.Internal, "boot_failed",
+			"the sandbox's kernel ended before its start command was ready").Because(err)
 	}
 	return fmt.Errorf("starting its start command: %w", err)
 }
 
-// record writes the life file, whole or not at all.
+// record writes the life file, completely or not at all.
 func (b *box) record() error {
 	data, err := json.Marshal(b.life)
 	if err != nil {
@@ -324,15 +330,15 @@ func (b *box) record() error {
 	if err := os.WriteFile(path+".new", data, 0o600); err != nil {
 		return fmt.Errorf("writing the record of %s: %w", b.life.ID, err)
 	}
-	// Not synced: after a crash of the machine no sandbox runs that could be adopted.
+	// The file is not synced: after a crash of the machine no sandbox runs that could be adopted.
 	if err := os.Rename(path+".new", path); err != nil {
 		return fmt.Errorf("writing the record of %s: %w", b.life.ID, err)
 	}
 	return nil
 }
 
-// readLife reads the record of a sandbox's directory. None, or one that is not
-// whole, is NotFound.
+// readLife returns the record in a sandbox's directory. It fails with NotFound if there is no
+// record or an incomplete one.
 func readLife(dir string) (life, error) {
 	var l life
 	data, err := os.ReadFile(filepath.Join(dir, lifeFile))

@@ -11,19 +11,22 @@ import (
 )
 
 const (
-	// weightPerCPU is the CPU weight of a sandbox for each of its CPUs: the kernel's default of a group.
+	// weightPerCPU is the CPU weight of a sandbox for each of its CPUs: the kernel's default for a
+	// group.
 	weightPerCPU = 1024
-	// hurried is how many times its weight a sandbox has while it boots or works on a call and the CPUs are busy. With
-	// the same weight as 50 sandboxes that compute, a command of 10 ms takes a second on 2 CPUs.
+	// hurried multiplies the weight of a sandbox while it boots or works on a call and the CPUs are
+	// busy. With the same weight as 50 sandboxes that compute, a command of 10 ms takes a second on 2
+	// CPUs.
 	hurried = 16
-	// hurryMost is how long one call hurries a sandbox: ten times what a short command takes. A longer command takes its
-	// share like everything else.
+	// hurryMost limits the time for which one call hurries a sandbox: ten times the time of a short
+	// command. A longer command then gets its normal share.
 	hurryMost = 100 * time.Millisecond
-	// hurryPart is the part of the time in which a sandbox may be hurried, as a divisor, and hurryBurst what it may save up
-	// of that. More would let sandboxes that are called all the time take the CPUs from the others.
+	// hurryPart limits the time for which a sandbox is hurried to a part of all time, as a divisor,
+	// and hurryBurst limits how much of that time a sandbox may save up. More would let sandboxes that
+	// are called all the time take the CPUs from the others.
 	hurryPart  = 10
 	hurryBurst = time.Second
-	// contentionAge is how long it is believed that the CPUs are busy, or are not. Looking takes 10 µs.
+	// contentionAge is the time for which one look at the load of the CPUs counts. A look takes 10 µs.
 	contentionAge = 100 * time.Millisecond
 )
 
@@ -34,15 +37,15 @@ type hurry struct {
 
 	mu sync.Mutex
 	// +checklocks:mu
-	calls int // under way
+	calls int // number under way
 	// +checklocks:mu
 	raised bool
 	// +checklocks:mu
-	since time.Time // when the weight was raised or lowered last
+	since time.Time // when the weight last changed
 	// +checklocks:mu
-	spent time.Duration // of hurryBurst, at since
+	spent time.Duration // used part of hurryBurst, at since
 	// +checklocks:mu
-	timer *time.Timer // lowers it
+	timer *time.Timer // lowers the weight
 }
 
 // begin raises the weight for a call, unless the sandbox was hurried too much lately.
@@ -55,7 +58,7 @@ func (h *hurry) begin() {
 	if !h.raised {
 		h.spent, h.since = max(0, h.spent-passed/hurryPart), now
 		if h.spent >= hurryBurst || h.weigh(hurried) != nil {
-			return // a group that is gone has nothing to hurry
+			return // the burst is used up, or the group is gone
 		}
 		h.raised, passed = true, 0
 	}
@@ -87,14 +90,15 @@ func (h *hurry) lower(answered bool) {
 	_ = h.weigh(1) // fails when the group is gone
 }
 
-// settle gives the group its own weight after a boot or an adoption.
+// settle sets the group to its own weight after a boot or an adoption.
 func (h *hurry) settle() {
 	if h.weigh != nil {
 		_ = h.weigh(1) // fails when the group is gone
 	}
 }
 
-// weigh returns what sets the weight of a sandbox's group to a multiple of its own; nil if its own is not known.
+// weigh returns a function that sets the weight of a sandbox's group to a multiple of its own
+// weight, nil if that is not known.
 func (n *Node) weigh(id sandbox.ID, own int64) func(times int64) error {
 	if own == 0 {
 		return nil
@@ -105,7 +109,7 @@ func (n *Node) weigh(id sandbox.ID, own int64) func(times int64) error {
 
 func cpuWeight(spec sandbox.Spec) int64 { return int64(spec.Size.VCPUs) * weightPerCPU }
 
-// hurry hurries a sandbox for a call, if the CPUs are busy, until answered is called.
+// hurry raises the weight of a sandbox for a call, if the CPUs are busy, until answered is called.
 func (n *Node) hurry(id string) (answered func()) {
 	b := n.box(sandbox.ID(id))
 	if b == nil || b.hurry.weigh == nil || !n.contention.now() {
@@ -115,7 +119,7 @@ func (n *Node) hurry(id string) (answered func()) {
 	return b.hurry.end
 }
 
-// contention is whether more threads want CPUs than there are.
+// contention remembers whether more threads want CPUs than there are.
 type contention struct {
 	mu sync.Mutex
 	// +checklocks:mu

@@ -67,15 +67,16 @@ func TestHurry(t *testing.T) {
 	})
 }
 
-// TestCallsHurry looks at the weight of a sandbox that keeps the CPUs busy: it is higher during a call, for a while, and not
-// else, also when the server ended during a call.
+// TestCallsHurry checks the weight of a sandbox that keeps the CPUs busy: it is higher for a while
+// during a call and at no other time, also when the server ended during a call.
 func TestCallsHurry(t *testing.T) {
 	m := newMachine(t)
 	spec := m.spec()
 	weight := func() string {
 		t.Helper()
 		paths, err := filepath.Glob("/sys/fs/cgroup/*/cay-" + m.instance + "/" + string(spec.ID) + "/cpu.shares")
-		if unified, _ := filepath.Glob("/sys/fs/cgroup/cay-" + m.instance + "/" + string(spec.ID) + "/cpu.weight"); len(unified) > 0 {
+		if unified, _ := filepath.Glob("/sys/fs/cgroup/cay-" + m.instance + "/" + string(spec.ID) +
+			"/cpu.weight"); len(unified) > 0 {
 			paths = unified
 		}
 		if err != nil || len(paths) == 0 {
@@ -116,7 +117,8 @@ func TestCallsHurry(t *testing.T) {
 	call := func() (over chan error) {
 		over = make(chan error, 1)
 		go func() {
-			_, err := m.node.Agents().Execute(m.ctx(), target(spec), agentapi.ExecuteRequest{Command: "sleep 1", Timeout: time.Minute})
+			_, err := m.node.Agents().Execute(m.ctx(), target(spec), agentapi.ExecuteRequest{
+				Command: "sleep 1", Timeout: time.Minute})
 			over <- err
 		}()
 		return over

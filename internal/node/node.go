@@ -1,15 +1,15 @@
-// Package node puts sandboxes together on this machine and takes them apart: a
-// network slot, a root file system, a control group, gVisor, and the agent inside.
+// Package node builds sandboxes on this machine and removes them: a network slot, a root file
+// system, a control group, gVisor, and the agent inside.
 //
-// It owns the order of the steps and the directory of each sandbox (0700, with the
-// bundle, the writable layer and a record of its life), and adopts what a former
-// process of the same server left running. It decides nothing about sandboxes:
-// states, lifetimes and rows are the sandbox room's.
+// It owns the order of the steps and the directory of each sandbox (0700, with the bundle, the
+// writable layer and a record of its life). It adopts sandboxes that a former process of the same
+// server left running. It decides nothing about sandboxes: the sandbox room owns their states,
+// lifetimes and rows.
 //
-// A [Node] is safe for concurrent use for different sandboxes; calls for one sandbox
-// are made one at a time by the sandbox room. After an error of [Node.Create] nothing
-// of the sandbox is left, except what the error says could not be removed; a Destroy
-// later removes that too. Sandboxes outlive the process.
+// A [Node] is safe for concurrent use for different sandboxes; the sandbox room makes the calls for
+// one sandbox one at a time. After an error of [Node.Create] nothing of the sandbox is left, except
+// what the error says could not be removed; a later Destroy removes that too. Sandboxes outlive the
+// process.
 package node
 
 import (
@@ -40,47 +40,46 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// AgentPort is where the agent listens inside: the port E2B's clients know.
+// AgentPort is the agent's TCP port inside a sandbox: the port that E2B's clients know.
 const AgentPort = 49983
 
-// Images finds root file systems. Implemented by the image room.
+// Images finds root file systems. The image room implements it.
 type Images interface {
 	// Path returns the verified EROFS file with that content hash.
 	Path(ctx context.Context, digest string) (string, error)
 }
 
-// Config says where a Node keeps things and how much it takes on.
+// Config says where a Node keeps its files and how many sandboxes it takes.
 type Config struct {
-	Instance string            // names this server's things on the host
-	Dir      string            // one directory a sandbox; on disk, holds the writable layers
+	Instance string            // names everything of this server on the host
+	Dir      string            // one directory for each sandbox; on disk, holds the writable layers
 	RunDir   string            // runsc's state; on a tmpfs, and short: see [runsc.Runtime]
 	Platform string            // gVisor platform
-	Programs embedded.Programs // what new sandboxes start with
-	// ProgramsDir holds Programs, and those that older sandboxes and checkpoints need.
+	Programs embedded.Programs // programs of new sandboxes
+	// ProgramsDir holds Programs, and the programs that older sandboxes and checkpoints need.
 	ProgramsDir string
-	Checkpoints string // one directory a sandbox that has any; on disk
+	Checkpoints string // one directory for each sandbox that has a checkpoint; on disk
 
-	Nameservers []string // what sandboxes resolve names with
+	Nameservers []string // of sandboxes
 
-	// PolicyChanged, if not nil, is told the address of a sandbox that has another policy
-	// now, or has gone: what was decided for it before does not hold. It must not wait
-	// for this Node.
+	// PolicyChanged, if not nil, is called with the address of a sandbox whose policy has changed or
+	// that has gone: earlier decisions for that address do not hold any more. It must not wait for
+	// this Node.
 	PolicyChanged func(addr netip.Addr)
 
-	MaxSandboxes int // beyond it Room says no
-	// MinHostMemory and MinDisk are what must stay free for the machine itself, in
-	// bytes; below that Room says no.
+	MaxSandboxes int // at this number Room refuses another
+	// MinHostMemory and MinDisk are the bytes that must stay free for the machine itself. Room refuses
+	// a sandbox when less is free.
 	MinHostMemory, MinDisk int64
 	// FirstUID begins the range of [UIDs] user and group ids that sandboxes have on the host.
 	FirstUID uint32
-	// MaxPIDs is how many tasks a sandbox may have inside at the most; see tasksFor
-	// for what a small one may have.
+	// MaxPIDs limits the tasks inside a sandbox; see tasksFor for the lower limit of a small one.
 	MaxPIDs int
-	// AnswerTimeout is how long an agent may be silent; 0 is agentapi's default.
+	// AnswerTimeout limits the silence of an agent; 0 is the default of agentapi.
 	AnswerTimeout time.Duration
 }
 
-// Node is this machine.
+// Node builds, changes and removes sandboxes on this machine. Open makes one.
 type Node struct {
 	cfg     Config
 	log     *slog.Logger
@@ -88,8 +87,8 @@ type Node struct {
 	images  Images
 	groups  *cgroup.Hierarchy
 	moves   io.Closer      // keeps moves into control groups quick; nil where the kernel cannot
-	state   *runsc.Runtime // for what runsc keeps below RunDir
-	standby *runsc.Standby // of the programs that new sandboxes are made with
+	state   *runsc.Runtime // reads and removes the state of runsc below RunDir
+	standby *runsc.Standby // of the programs of new sandboxes
 	agents  *agentapi.Client
 	lost    chan sandbox.Fact
 	denials chan sandbox.Denial
@@ -100,21 +99,21 @@ type Node struct {
 	checkpoints *checkpoint.Store
 	contention  contention
 	turns       *turns
-	verifying   sync.Mutex // held while pages are verified: one at a time, since it is the disk's time
+	verifying   sync.Mutex // held while pages are verified, which keeps the disk busy: one at a time
 
-	// after, when set, is called after each step of an operation; its error fails the
-	// step. Tests break operations everywhere with it.
+	// after, when set, is called after each step of an operation; its error fails the step. Tests use
+	// it to make operations fail after any step.
 	after func(step string) error
 
 	mu            sync.Mutex
-	boxes         map[sandbox.ID]*box      // everything that has a directory; guarded by mu
-	verifications map[string]*verification // that have not begun, by the checkpoint's directory; guarded by mu
-	guests        map[*network.Slot]*box   // those whose slot has its policy; guarded by mu
-	uids          map[uint32]*box          // by the user id on the host that they have; guarded by mu
+	boxes         map[sandbox.ID]*box      // of all sandboxes with a directory; guarded by mu
+	verifications map[string]*verification // those not begun, by the checkpoint's directory; guarded by mu
+	guests        map[*network.Slot]*box   // sandboxes whose slot has their policy; guarded by mu
+	uids          map[uint32]*box          // by their user id on the host; guarded by mu
 }
 
-// Open makes a Node and adopts the sandboxes that still run. What is left of dead
-// ones shows in [Node.List] until it is destroyed.
+// Open makes a Node and adopts the sandboxes that still run. [Node.List] reports the remains of
+// dead ones until they are destroyed.
 func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (*Node, error) {
 	groups, err := cgroup.Detect()
 	if err != nil {
@@ -163,45 +162,48 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 	return n, n.collect()
 }
 
-// Agents is the client that talks to the agents of this node's sandboxes.
+// Agents returns the client that talks to the agents of this node's sandboxes.
 func (n *Node) Agents() *agentapi.Client { return n.agents }
 
-// Lost yields sandboxes whose processes ended without being asked to.
+// Lost returns a channel of the sandboxes whose processes ended although their end was not
+// intended.
 func (n *Node) Lost() <-chan sandbox.Fact { return n.lost }
 
-// Close stops watching. Sandboxes go on running.
+// Close stops the watches. Sandboxes continue to run.
 func (n *Node) Close() {
 	n.stop()
 	n.agents.CloseIdle()
 	n.watches.Wait()
 	n.standby.Close()
 	if n.moves != nil {
-		_ = n.moves.Close() // as the end of this process would
+		_ = n.moves.Close() // the end of this process closes it too
 	}
 }
 
 const codeNoCapacity = "no_capacity"
 
-// retryRoom is when a caller who found no room should come back: sandboxes end all
-// the time, so soon, but not at once.
+// retryRoom is the time after which a caller that found no room should try again. Sandboxes end all
+// the time, so it is short; a retry at once would find the machine as full.
 const retryRoom = 5 * time.Second
 
-// Room says whether one more sandbox of the size can be made now.
+// Room returns an error if the machine cannot take one more sandbox of the size now.
 func (n *Node) Room(_ context.Context, size sandbox.Size) error {
 	n.mu.Lock()
 	count := len(n.boxes)
 	n.mu.Unlock()
 	if count >= n.cfg.MaxSandboxes {
-		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has its %d sandboxes", n.cfg.MaxSandboxes).After(retryRoom)
+		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has its %d sandboxes",
+			n.cfg.MaxSandboxes).After(retryRoom)
 	}
 	free, err := availableMemory()
 	if err != nil {
 		return err
 	}
-	// A new sandbox takes about 20 MB and grows to its size only if it is used that
-	// way; what is checked is that it can start without hurting the machine.
+	// A new sandbox takes about 20 MB and grows to its size only if it uses that much. This checks
+	// that it can start without harm to the machine.
 	if free < n.cfg.MinHostMemory+bootMemory {
-		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has no memory for a sandbox of size %s", size.Name).After(retryRoom)
+		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has no memory for a sandbox of size %s",
+			size.Name).After(retryRoom)
 	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(n.cfg.Dir, &st); err != nil {
@@ -221,13 +223,12 @@ func (n *Node) Dial(ctx context.Context, id sandbox.ID) (net.Conn, error) {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(b.ctx, cancel)() // a dead sandbox does not refuse, it is silent
+	defer context.AfterFunc(b.ctx, cancel)() // a dead sandbox does not refuse connections but never answers
 	return n.net.Dial(ctx, b.slot, AgentPort)
 }
 
-// List says what the machine has of each sandbox of this instance: those with a
-// directory or a checkpoint, and those that only a control group or a state file of
-// runsc is left of.
+// List returns the observed state of each sandbox of this instance: those with a directory or a
+// checkpoint, and those of which only a control group or a state file of runsc is left.
 func (n *Node) List(ctx context.Context) ([]sandbox.Fact, error) {
 	names, err := n.groups.Group(n.groupPath("")).Children()
 	if err != nil {
@@ -257,7 +258,7 @@ func (n *Node) List(ctx context.Context) ([]sandbox.Fact, error) {
 	slices.Sort(names)
 	var facts []sandbox.Fact
 	for _, name := range slices.Compact(names) {
-		if !sandbox.ID(name).Valid() { // a name of somebody else's is not ours to remove
+		if !sandbox.ID(name).Valid() { // it is not a sandbox, and not ours to remove
 			continue
 		}
 		fact, err := n.Inspect(ctx, sandbox.ID(name))
@@ -271,7 +272,7 @@ func (n *Node) List(ctx context.Context) ([]sandbox.Fact, error) {
 	return facts, nil
 }
 
-// Inspect says what the machine has of one sandbox, nil if nothing.
+// Inspect returns the observed state of one sandbox, nil if the machine has nothing of it.
 func (n *Node) Inspect(_ context.Context, id sandbox.ID) (*sandbox.Fact, error) {
 	fact := &sandbox.Fact{ID: id}
 	b := n.box(id)
@@ -297,25 +298,26 @@ func (n *Node) box(id sandbox.ID) *box {
 
 func (n *Node) dir(id sandbox.ID) string { return filepath.Join(n.cfg.Dir, string(id)) }
 
-// groupPath is the control group of a sandbox, and of "" the one that holds all.
+// groupPath returns the path of the control group of a sandbox; for "", of the group that holds
+// all.
 func (n *Node) groupPath(id sandbox.ID) string {
 	return filepath.Join(GroupRoot(n.cfg.Instance), string(id))
 }
 
-// ServerGroup is the control group of the server itself.
+// ServerGroup returns the path of the control group of the server itself.
 func ServerGroup(instance string) string { return GroupRoot(instance) + serverSuffix }
 
 const serverSuffix = "-server"
 
-// GroupRoot is the control group that holds all sandboxes of an instance.
+// GroupRoot returns the path of the control group that holds all sandboxes of an instance.
 func GroupRoot(instance string) string { return "/cay-" + instance }
 
-// Destroy removes everything of the sandbox from the machine. It works from what is
-// there, so it also finishes what a crash interrupted and undoes a create that
-// failed at any step. It goes on after errors and joins them.
+// Destroy removes everything of the sandbox from the machine. It works from what it finds, so it
+// also finishes what a crash interrupted and undoes a create that failed at any step. It goes on
+// after errors and joins them.
 func (n *Node) Destroy(ctx context.Context, id sandbox.ID) error {
 	if err := n.Rest(ctx, id); err != nil {
-		return err // the checkpoint may be all that can be used of it
+		return err // the checkpoint may be the only usable part of it
 	}
 	if err := n.checkpoints.Remove(string(id)); err != nil {
 		return err
@@ -323,17 +325,17 @@ func (n *Node) Destroy(ctx context.Context, id sandbox.ID) error {
 	return n.collect()
 }
 
-// Rest removes everything of the sandbox but its checkpoint, as Destroy does.
+// Rest removes everything of the sandbox except its checkpoint, in the same way as Destroy.
 func (n *Node) Rest(ctx context.Context, id sandbox.ID) error {
 	b := n.box(id)
 	if b != nil {
-		b.end() // from here on its death is wanted
+		b.end() // from here on its death is intended
 	}
 	n.agents.Drop(string(id))
 	group := n.groups.Group(n.groupPath(id))
 	var errs []error
 	if err := group.Kill(ctx); err != nil {
-		// With processes left nothing else may go: they use it.
+		// The remaining processes use everything else, so nothing else may be removed.
 		return err
 	}
 	errs = append(errs, group.Remove(), n.state.Remove(string(id)))
@@ -348,7 +350,7 @@ func (n *Node) Rest(ctx context.Context, id sandbox.ID) error {
 		errs = append(errs, n.net.Release(ctx, b.slot))
 	}
 	if err := errors.Join(errs...); err != nil {
-		return err // the directory, with its record of the slot, goes last
+		return err // the directory, with its record of the slot, is removed last
 	}
 	if err := os.RemoveAll(n.dir(id)); err != nil {
 		return fmt.Errorf("removing the directory of %s: %w", id, err)

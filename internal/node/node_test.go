@@ -23,7 +23,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// oneImage is a root file system with a static shell and nothing else.
+// oneImage implements Images with one root file system, which has a static shell and nothing else.
 type oneImage struct{ path string }
 
 func (i oneImage) Path(_ context.Context, digest string) (string, error) {
@@ -33,7 +33,7 @@ func (i oneImage) Path(_ context.Context, digest string) (string, error) {
 	return i.path, nil
 }
 
-// makeImage builds it.
+// makeImage builds the root file system of a oneImage.
 func makeImage(t *testing.T) oneImage {
 	t.Helper()
 	busybox := caytest.RequireProgram(t, "/bin/busybox")
@@ -63,7 +63,7 @@ func makeImage(t *testing.T) oneImage {
 	return oneImage{image}
 }
 
-// machine is what a Node needs, on this host, for one test.
+// machine holds a Node on this host and everything that it needs, for one test.
 type machine struct {
 	t        *testing.T
 	instance string
@@ -79,14 +79,16 @@ type machine struct {
 func newMachine(t *testing.T) *machine {
 	t.Helper()
 	caytest.RequireRoot(t)
-	m := &machine{t: t, instance: caytest.Instance(), dir: t.TempDir(), images: makeImage(t), log: slog.New(slog.NewTextHandler(logWriter{t}, nil))}
+	m := &machine{t: t, instance: caytest.Instance(), dir: t.TempDir(), images: makeImage(t),
+		log: slog.New(slog.NewTextHandler(logWriter{t}, nil))}
 	var err error
 	if m.programs, err = embedded.Unpack(filepath.Join(m.dir, "programs")); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		m.close()
-		err := Purge(context.Background(), Remains{Instance: m.instance, Dir: filepath.Join(m.dir, "sandboxes"), RunDir: m.runDir()})
+		err := Purge(context.Background(), Remains{
+			Instance: m.instance, Dir: filepath.Join(m.dir, "sandboxes"), RunDir: m.runDir()})
 		if err != nil {
 			t.Error(err)
 		}
@@ -98,7 +100,7 @@ func newMachine(t *testing.T) *machine {
 	return m
 }
 
-// logWriter shows the log of a failing test.
+// logWriter writes the server's log to that of the test.
 type logWriter struct{ t *testing.T }
 
 func (w logWriter) Write(p []byte) (int, error) {
@@ -108,7 +110,7 @@ func (w logWriter) Write(p []byte) (int, error) {
 
 func (m *machine) runDir() string { return "/run/cay/" + m.instance }
 
-// open opens network and node, as a start of the server does.
+// open opens the network and the node, as the start of the server does.
 func (m *machine) open() {
 	m.t.Helper()
 	var err error
@@ -116,14 +118,16 @@ func (m *machine) open() {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	m.node, err = Open(Config{Instance: m.instance, Dir: filepath.Join(m.dir, "sandboxes"), RunDir: m.runDir(), Platform: "systrap",
-		Programs: m.programs, ProgramsDir: filepath.Join(m.dir, "programs"), Checkpoints: filepath.Join(m.dir, "checkpoints"), Nameservers: []string{"192.0.2.53"}, MaxSandboxes: 10, MaxPIDs: 64, FirstUID: DefaultFirstUID, MinDisk: m.minDisk}, m.slots, m.images, m.log)
+	m.node, err = Open(Config{Instance: m.instance, Dir: filepath.Join(m.dir, "sandboxes"), RunDir: m.runDir(),
+		Platform: "systrap", Programs: m.programs, ProgramsDir: filepath.Join(m.dir, "programs"),
+		Checkpoints: filepath.Join(m.dir, "checkpoints"), Nameservers: []string{"192.0.2.53"},
+		MaxSandboxes: 10, MaxPIDs: 64, FirstUID: DefaultFirstUID, MinDisk: m.minDisk}, m.slots, m.images, m.log)
 	if err != nil {
 		m.t.Fatal(err)
 	}
 }
 
-// close ends both; sandboxes go on.
+// close closes the network and the node. Sandboxes continue to run.
 func (m *machine) close() {
 	if m.node != nil {
 		m.node.Close()
@@ -145,7 +149,7 @@ func (m *machine) ctx() context.Context {
 	return ctx
 }
 
-// works runs a command in the sandbox.
+// works checks that a command runs in the sandbox.
 func (m *machine) works(spec sandbox.Spec) {
 	m.t.Helper()
 	r, err := m.node.Agents().Execute(m.ctx(), agentapi.Target{SandboxID: string(spec.ID), Run: spec.Run},
@@ -170,12 +174,13 @@ func (m *machine) wantNothing() {
 	}
 }
 
-// TestCreateFailsAtEveryStep breaks a create after each of its steps: nothing is
-// left, and the next try succeeds.
+// TestCreateFailsAtEveryStep makes a create fail after each of its steps: nothing is left, and the
+// next try succeeds.
 func TestCreateFailsAtEveryStep(t *testing.T) {
 	m := newMachine(t)
 	broken := errors.New("broken on purpose")
-	for _, step := range []string{"image", "directory", "network", "record", "policy", "start", "watch", "agent", "favour", "init", "command"} {
+	for _, step := range []string{"image", "directory", "network", "record", "policy", "start",
+		"watch", "agent", "favour", "init", "command"} {
 		t.Run(step, func(t *testing.T) {
 			reached := false
 			m.node.after = func(name string) error {
@@ -204,7 +209,7 @@ func TestCreateFailsAtEveryStep(t *testing.T) {
 	}
 }
 
-// TestCreateGivesUpWithItsContext ends a create in the middle of the start.
+// TestCreateGivesUpWithItsContext cancels a create in the middle of the start.
 func TestCreateGivesUpWithItsContext(t *testing.T) {
 	m := newMachine(t)
 	for _, after := range []time.Duration{time.Millisecond, 30 * time.Millisecond, 120 * time.Millisecond} {
@@ -224,8 +229,8 @@ func TestCreateGivesUpWithItsContext(t *testing.T) {
 	}
 }
 
-// TestFiltersAreCompiled looks whether sentry and gofer find the seccomp programs of the build, which
-// they do by names that have everything in them that a program depends on.
+// TestFiltersAreCompiled checks that sentry and gofer find the seccomp programs of the build. The
+// name of a program contains everything that it depends on.
 func TestFiltersAreCompiled(t *testing.T) {
 	m := newMachine(t)
 	spec, logs := m.spec(), t.TempDir()
@@ -270,8 +275,8 @@ func TestDestroyTwiceAndOfNothing(t *testing.T) {
 	}
 }
 
-// TestAdoption lets another Node take over: what runs goes on, what died meanwhile
-// shows as dead, and both can be destroyed.
+// TestAdoption opens another Node: sandboxes that run continue, one that died meanwhile is reported
+// as dead, and both can be destroyed.
 func TestAdoption(t *testing.T) {
 	m := newMachine(t)
 	lives, dies := m.spec(), m.spec()
@@ -318,7 +323,7 @@ func (m *machine) awaitExit(pid int) {
 	}
 }
 
-// TestLost reports a sentry that is killed, once, and not one that is destroyed.
+// TestLost checks that a sentry that is killed is reported once, and one that is destroyed is not.
 func TestLost(t *testing.T) {
 	m := newMachine(t)
 	asked, killed := m.spec(), m.spec()
@@ -339,7 +344,7 @@ func TestLost(t *testing.T) {
 			t.Errorf("lost %+v", fact)
 		}
 	case <-time.After(30 * time.Second):
-		t.Fatal("nobody noticed")
+		t.Fatal("the end of the sandbox was not reported")
 	}
 	if err := m.node.Destroy(m.ctx(), killed.ID); err != nil {
 		t.Error(err)

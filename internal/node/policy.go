@@ -11,8 +11,8 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// policyOf is a policy as the rules have it. One without a mode, which no row has, is
-// closed.
+// policyOf returns a policy in the form of the packet filter. A policy without a mode, which no row
+// has, is closed.
 func policyOf(e sandbox.Egress) network.Policy {
 	if e.Mode == sandbox.AllowAll {
 		return network.Policy{Open: true}
@@ -20,8 +20,8 @@ func policyOf(e sandbox.Egress) network.Policy {
 	return network.Policy{Allow: e.AllowCIDRs, Deny: e.DenyCIDRs, Ports: e.AllowPorts, Names: len(e.AllowDomains) > 0}
 }
 
-// applyPolicy puts the recorded policy in force. Before it was done the first time nothing
-// leaves the slot, and nobody is its guest.
+// applyPolicy puts the recorded policy in force. Before the first call nothing leaves the slot, and
+// Guest knows no sandbox at its address.
 func (b *box) applyPolicy(ctx context.Context) error {
 	n := b.node
 	if err := n.net.SetPolicy(ctx, b.slot, policyOf(b.life.Egress)); err != nil {
@@ -34,8 +34,8 @@ func (b *box) applyPolicy(ctx context.Context) error {
 	return nil
 }
 
-// SetEgress implements sandbox.Node. The record comes first, as what is wanted: a server
-// that dies in between is followed by one that goes by it.
+// SetEgress implements sandbox.Node. It records the policy before it applies it: if the server dies
+// in between, the next one applies what is recorded.
 func (n *Node) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) error {
 	b := n.box(id)
 	if b == nil || b.slot == nil || b.dead() {
@@ -61,14 +61,15 @@ func (n *Node) policyChanged(s *network.Slot) {
 	}
 }
 
-// want changes the policy that others may be reading.
+// want records the policy as wanted. It holds node.mu, since other goroutines may read the policy.
 func (b *box) want(e sandbox.Egress) {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()
 	b.life.Egress = e
 }
 
-// policy is what Inspect says: nothing, if the recorded one is not in force.
+// policy returns the policy that Inspect reports: the recorded one, or the zero policy while that
+// is not in force.
 func (b *box) policy() sandbox.Egress {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()
@@ -82,7 +83,8 @@ func (b *box) policy() sandbox.Egress {
 func (n *Node) Traffic(_ context.Context, id sandbox.ID) (sandbox.Traffic, error) {
 	b := n.box(id)
 	if b == nil || b.slot == nil || b.dead() {
-		return sandbox.Traffic{}, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
+		return sandbox.Traffic{}, fault.New(fault.Conflict, "sandbox_not_running",
+			"sandbox %s does not run on this machine", id)
 	}
 	c, err := n.net.Counters(b.slot)
 	if err != nil {
@@ -95,12 +97,12 @@ func (n *Node) Traffic(_ context.Context, id sandbox.ID) (sandbox.Traffic, error
 // Denied implements sandbox.Node.
 func (n *Node) Denied() <-chan sandbox.Denial { return n.denials }
 
-// denialsHeld is how many denials wait for whoever takes them; more are dropped. The
-// rules report a few each second.
+// denialsHeld is the number of denials that wait for their reader; more are dropped. The rules
+// report a few each second.
 const denialsHeld = 256
 
-// Deny reports what was kept from leaving a sandbox by something else than the rules. It
-// never blocks: a sandbox can cause any number.
+// Deny reports traffic that something other than the rules kept from leaving a sandbox. It never
+// blocks, since a sandbox can cause any number of denials.
 func (n *Node) Deny(d sandbox.Denial) {
 	select {
 	case n.denials <- d:
@@ -108,7 +110,7 @@ func (n *Node) Deny(d sandbox.Denial) {
 	}
 }
 
-// reportDenials passes on what the rules report.
+// reportDenials forwards the denials that the rules report.
 func (n *Node) reportDenials() {
 	for {
 		select {
@@ -119,13 +121,14 @@ func (n *Node) reportDenials() {
 			b := n.guests[d.Slot]
 			n.mu.Unlock()
 			if b != nil {
-				n.Deny(sandbox.Denial{ID: b.life.ID, Protocol: d.Protocol, Destination: d.Destination, Count: d.Count, Excess: d.Excess})
+				n.Deny(sandbox.Denial{ID: b.life.ID, Protocol: d.Protocol, Destination: d.Destination,
+					Count: d.Count, Excess: d.Excess})
 			}
 		}
 	}
 }
 
-// Guest is the sandbox that has a slot, for what is decided outside of the rules.
+// Guest describes the sandbox that has a slot, for decisions that the rules do not make.
 type Guest struct {
 	ID     sandbox.ID
 	Org    string // "" if it is not known
@@ -133,8 +136,8 @@ type Guest struct {
 	Egress sandbox.Egress
 }
 
-// Guest says whose packets come from an address; false is nobody's. What it says of the
-// policy may be in force a moment later only.
+// Guest returns the sandbox whose packets come from an address, and false if there is none. The
+// policy that it returns may be in force only a moment later.
 func (n *Node) Guest(from netip.Addr) (Guest, bool) {
 	slot, ok := n.net.SlotOf(from)
 	if !ok {

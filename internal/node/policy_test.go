@@ -14,12 +14,13 @@ import (
 
 var (
 	openPolicy  = sandbox.Egress{Mode: sandbox.AllowAll}
-	rangePolicy = sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")}, AllowPorts: []uint16{443}}
+	rangePolicy = sandbox.Egress{Mode: sandbox.DenyAll,
+		AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")}, AllowPorts: []uint16{443}}
 	namesPolicy = sandbox.Egress{Mode: sandbox.DenyAll, AllowDomains: []string{"example.com"}}
 )
 
-// wantPolicy checks what the node says of the sandbox, what is recorded, and what is
-// decided for its packets.
+// wantPolicy checks the policy that the node reports for the sandbox, that of the record, and that
+// of the sandbox at the address.
 func (m *machine) wantPolicy(id sandbox.ID, want sandbox.Egress) {
 	m.t.Helper()
 	fact, err := m.node.Inspect(m.ctx(), id)
@@ -55,7 +56,7 @@ func TestPolicyThroughALife(t *testing.T) {
 	if addr := m.node.box(spec.ID).slot.Addr; len(told) != 1 || told[0] != addr {
 		t.Errorf("told of %v, want %s", told, addr)
 	}
-	// The next server goes by the record.
+	// The next server applies the recorded policy.
 	m.close()
 	m.open()
 	m.wantPolicy(spec.ID, namesPolicy)
@@ -85,7 +86,7 @@ func TestPolicyThroughALife(t *testing.T) {
 	m.wantNothing()
 }
 
-// TestPolicyThatCannotBeRecorded: the one before stays in force and in the record.
+// TestPolicyThatCannotBeRecorded checks that the former policy stays in force and in the record.
 func TestPolicyThatCannotBeRecorded(t *testing.T) {
 	m := newMachine(t)
 	spec := m.spec()

@@ -14,17 +14,20 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// make is what every sandbox of this Node is made with, beside its spec. A member of the
-// pool that a former process of the server made with something else is not what a create
-// would make now.
+// make returns a description of what every sandbox of this Node is made with, apart from its spec.
+// A pooled sandbox with another description, which a former process of the server made, differs
+// from what a create would make now.
 func (n *Node) make() string { return n.makeWith(n.cfg.Programs.Version, runsc.Flags(n.cfg.Platform)) }
 
-// makeWith is make for programs and flags that may be those of an older snapshot.
+// makeWith returns the same description as make for programs and flags that may be those of an
+// older snapshot.
 func (n *Node) makeWith(v embedded.Version, flags []string) string {
-	return strings.Join(slices.Concat([]string{v.Agent, v.Runsc, fmt.Sprint(n.cfg.MaxPIDs), fmt.Sprint("uid ", n.cfg.FirstUID)}, flags, n.cfg.Nameservers), " ")
+	return strings.Join(slices.Concat(
+		[]string{v.Agent, v.Runsc, fmt.Sprint(n.cfg.MaxPIDs), fmt.Sprint("uid ", n.cfg.FirstUID)},
+		flags, n.cfg.Nameservers), " ")
 }
 
-// Prepare implements sandbox.Node. The slot of a member without a start command gets no
+// Prepare implements sandbox.Node. The slot of a pooled sandbox without a start command gets no
 // policy, so that nothing leaves it.
 func (n *Node) Prepare(ctx context.Context, spec sandbox.Spec) error {
 	b, steps, err := n.making(ctx, spec)
@@ -39,12 +42,12 @@ func (n *Node) Prepare(ctx context.Context, spec sandbox.Spec) error {
 	return n.take(ctx, b, steps, n.Destroy)
 }
 
-// Claim implements sandbox.Node. The record comes first: from there on a server that finds
-// the sandbox knows that it is no member any more.
+// Claim implements sandbox.Node. It changes the record first: a server that adopts the sandbox
+// after that knows that it is not pooled any more.
 func (n *Node) Claim(ctx context.Context, spec sandbox.Spec) error {
 	b := n.box(spec.ID)
 	if b == nil || !b.unwarm(spec) {
-		return fault.New(fault.Conflict, "no_member", "there is no member %s of the pool on this machine", spec.ID)
+		return fault.New(fault.Conflict, "no_member", "there is no pooled sandbox %s on this machine", spec.ID)
 	}
 	return n.walk(ctx, b, []step{
 		{"claimed", func(context.Context) error { return b.record() }},
@@ -56,7 +59,8 @@ func (n *Node) Claim(ctx context.Context, spec sandbox.Spec) error {
 		{"init", func(ctx context.Context) error {
 			ctx, cancel := context.WithTimeout(ctx, meetTimeout)
 			defer cancel()
-			err := n.agents.Init(ctx, b.target(), agentapi.InitRequest{Env: spec.Env, DefaultUser: spec.User, DefaultWorkdir: spec.Workdir})
+			err := n.agents.Init(ctx, b.target(), agentapi.InitRequest{
+				Env: spec.Env, DefaultUser: spec.User, DefaultWorkdir: spec.Workdir})
 			if err != nil {
 				return fmt.Errorf("telling the agent about its sandbox: %w", err)
 			}
@@ -65,8 +69,8 @@ func (n *Node) Claim(ctx context.Context, spec sandbox.Spec) error {
 	}, n.Destroy)
 }
 
-// unwarm makes a member one that is being claimed, with the policy that it is to have;
-// false if it is no member.
+// unwarm turns a pooled sandbox into one that is being claimed, with the policy of the spec. It
+// returns false if the spec does not name a pooled sandbox.
 func (b *box) unwarm(spec sandbox.Spec) bool {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()
@@ -77,7 +81,7 @@ func (b *box) unwarm(spec sandbox.Spec) bool {
 	return true
 }
 
-// warm reports whether it is a member as this Node would make it.
+// warm reports whether the sandbox is pooled and is made as this Node would make it now.
 func (b *box) warm() bool {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()

@@ -11,7 +11,8 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// member prepares one; the claim of it may have another environment and policy.
+// member prepares a pooled sandbox and returns its spec. The environment and policy of the spec may
+// be changed for the claim.
 func (m *machine) member() sandbox.Spec {
 	m.t.Helper()
 	spec := m.spec()
@@ -30,7 +31,7 @@ func (m *machine) wantWarm(id sandbox.ID, want bool) {
 	}
 }
 
-// closed checks that the slot has no policy: what has none is dropped.
+// closed checks that the slot has no policy, so that everything from it is dropped.
 func (m *machine) closed(id sandbox.ID) {
 	m.t.Helper()
 	b := m.node.box(id)
@@ -39,10 +40,11 @@ func (m *machine) closed(id sandbox.ID) {
 	}
 }
 
-// TestClaim makes members sandboxes, each with its own of everything.
+// TestClaim claims pooled sandboxes and checks that each has its own settings and random numbers.
 func TestClaim(t *testing.T) {
 	m := newMachine(t)
-	const look = "hostname; cat /etc/hostname; cat /etc/hosts; echo $MINE; env | grep -c SECRET; cat /etc/resolv.conf; head -c 16 /dev/urandom | md5sum; cat /proc/sys/kernel/random/uuid 2>/dev/null"
+	const look = "hostname; cat /etc/hostname; cat /etc/hosts; echo $MINE; env | grep -c SECRET; cat /etc/resolv.conf; " +
+		"head -c 16 /dev/urandom | md5sum; cat /proc/sys/kernel/random/uuid 2>/dev/null"
 	specs := []sandbox.Spec{m.member(), m.member()}
 	seen := map[string]bool{}
 	for i, spec := range specs {
@@ -60,7 +62,8 @@ func TestClaim(t *testing.T) {
 		m.wantPolicy(spec.ID, rangePolicy)
 		host := hostname(spec.ID)
 		got := m.sh(spec, look)
-		want := host + "\n" + host + "\n127.0.0.1\tlocalhost\n127.0.1.1\t" + host + "\n" + string(spec.ID) + "\n0\nnameserver 192.0.2.53\n"
+		want := host + "\n" + host + "\n127.0.0.1\tlocalhost\n127.0.1.1\t" + host + "\n" + string(spec.ID) +
+			"\n0\nnameserver 192.0.2.53\n"
 		random, ok := strings.CutPrefix(got, want)
 		if !ok || random == "" || seen[random] {
 			t.Errorf("member %d is\n%s\nwant it to begin with\n%s", i, got, want)
@@ -69,7 +72,7 @@ func TestClaim(t *testing.T) {
 		if dir := m.sh(spec, "pwd"); dir != "/tmp" {
 			t.Errorf("works in %s", dir)
 		}
-		// A second claim of it is none of a member, and leaves the sandbox alone.
+		// A second claim finds no pooled sandbox and does not change the sandbox.
 		if err := m.node.Claim(m.ctx(), spec); !fault.Is(err, fault.Conflict) {
 			t.Errorf("claimed twice: %v", err)
 		}
@@ -82,18 +85,19 @@ func TestClaim(t *testing.T) {
 	}
 	m.wantNothing()
 	if err := m.node.Claim(m.ctx(), specs[0]); !fault.Is(err, fault.Conflict) {
-		t.Errorf("claimed what is not there: %v", err)
+		t.Errorf("claimed a sandbox that does not exist: %v", err)
 	}
 	if err := m.node.Check(m.ctx(), specs[0].ID); err == nil {
-		t.Error("what is not there answers")
+		t.Error("a sandbox that does not exist answers")
 	}
 }
 
-// TestWarmIsLikeCold compares what a command sees of a sandbox made for the request and
-// of one that was claimed.
+// TestWarmIsLikeCold compares what a command sees in a sandbox that was created and in one that was
+// claimed.
 func TestWarmIsLikeCold(t *testing.T) {
 	m := newMachine(t)
-	const look = `env | sort; id; pwd; ps -o args; ls -la / /tmp /root; mount; ulimit -a; cat /proc/1/environ; df -k /; cat /proc/meminfo | head -1; ls /proc/self/fd; cat /etc/resolv.conf`
+	const look = `env | sort; id; pwd; ps -o args; ls -la / /tmp /root; mount; ulimit -a; cat /proc/1/environ; ` +
+		`df -k /; cat /proc/meminfo | head -1; ls /proc/self/fd; cat /etc/resolv.conf`
 	cold := m.spec()
 	cold.Env = map[string]string{"PATH": "/bin", "A": "1"}
 	if err := m.node.Create(m.ctx(), cold); err != nil {
@@ -106,7 +110,7 @@ func TestWarmIsLikeCold(t *testing.T) {
 	}
 	see := func(spec sandbox.Spec) string {
 		lines := strings.Split(strings.ReplaceAll(m.sh(spec, "{ "+look+"; } 2>&1"), hostname(spec.ID), "HOST"), "\n")
-		for i, line := range lines { // the times of what was made at the start
+		for i, line := range lines { // without the times of files that the start made
 			if fields := strings.Fields(line); len(fields) == 9 && strings.Contains(fields[7], ":") {
 				lines[i] = strings.Join(append(fields[:5], fields[8]), " ")
 			}
@@ -124,7 +128,8 @@ func TestWarmIsLikeCold(t *testing.T) {
 	m.wantNothing()
 }
 
-// TestPrepareAndClaimFailAtEveryStep: nothing is left.
+// TestPrepareAndClaimFailAtEveryStep makes a prepare and a claim fail after each of their steps:
+// nothing is left.
 func TestPrepareAndClaimFailAtEveryStep(t *testing.T) {
 	m := newMachine(t)
 	broken := errors.New("broken on purpose")
@@ -151,7 +156,7 @@ func TestPrepareAndClaimFailAtEveryStep(t *testing.T) {
 		spec := m.member()
 		fail(step, func() error { return m.node.Claim(m.ctx(), spec) })
 	}
-	// One that died while it waited.
+	// A pooled sandbox that died before its claim.
 	spec := m.member()
 	pid := m.node.box(spec.ID).pid
 	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
@@ -164,8 +169,8 @@ func TestPrepareAndClaimFailAtEveryStep(t *testing.T) {
 	m.wantNothing()
 }
 
-// TestAdoptMembers lets another Node take over: a member is one, closed, and can be
-// claimed; one whose claim had begun is none; and none is one for a Node that makes
+// TestAdoptMembers opens another Node: a pooled sandbox is still pooled and closed, and can be
+// claimed; one whose claim had begun is not pooled; and none is pooled for a Node that makes
 // sandboxes in another way.
 func TestAdoptMembers(t *testing.T) {
 	m := newMachine(t)
@@ -199,8 +204,8 @@ func TestAdoptMembers(t *testing.T) {
 	m.wantNothing()
 }
 
-// TestMembersServe: a start command is ready in the pool, under its policy, and is not
-// started again by the claim; and what was claimed sleeps and wakes as any other.
+// TestMembersServe checks that a start command is ready in the pool, under its policy, and that the
+// claim does not start it again. A claimed sandbox is suspended and woken like any other.
 func TestMembersServe(t *testing.T) {
 	m := newMachine(t)
 	spec := m.serving(sandbox.Ready{Port: 8080})

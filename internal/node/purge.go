@@ -13,16 +13,16 @@ import (
 	"github.com/cayhq/cay/internal/network"
 )
 
-// Remains is where an instance whose server does not run may have left things.
+// Remains says where an instance whose server does not run may have left files.
 type Remains struct {
 	Instance string
-	Dir      string // as in [Config]; "" if nobody knows any more
+	Dir      string // as in [Config]; "" if it is not known any more
 	RunDir   string
 }
 
-// Purge ends all sandboxes of an instance and removes everything of them from the
-// machine: processes, control groups, namespaces, links, rules and files. Its
-// server must not run. It goes on after errors and joins them; nothing there is success.
+// Purge ends all sandboxes of an instance and removes everything of them from the machine:
+// processes, control groups, namespaces, links, rules and files. The server of the instance must
+// not run. Purge goes on after errors and joins them. It succeeds if there is nothing to remove.
 func Purge(ctx context.Context, r Remains) error {
 	groups, err := cgroup.Detect()
 	if err != nil {
@@ -38,16 +38,17 @@ func Purge(ctx context.Context, r Remains) error {
 		errs = append(errs, groups.Group(filepath.Join(GroupRoot(r.Instance), name)).Kill(ctx))
 	}
 	if err := errors.Join(errs...); err != nil {
-		return err // with processes left nothing else may go: they use it
+		return err // the remaining processes use everything else
 	}
-	errs = append(errs, root.Remove(), groups.Group(ServerGroup(r.Instance)).Remove(), network.Purge(r.Instance), os.RemoveAll(r.RunDir))
+	errs = append(errs, root.Remove(), groups.Group(ServerGroup(r.Instance)).Remove(), network.Purge(r.Instance),
+		os.RemoveAll(r.RunDir))
 	if r.Dir != "" {
 		errs = append(errs, os.RemoveAll(r.Dir))
 	}
 	return errors.Join(errs...)
 }
 
-// Instances lists the instances that have control groups or network things on this machine.
+// Instances returns the instances that have control groups or parts of a network on this machine.
 func Instances() ([]string, error) {
 	groups, err := cgroup.Detect()
 	if err != nil {
@@ -76,8 +77,8 @@ func Instances() ([]string, error) {
 	return instances, nil
 }
 
-// ValidInstance reports whether the name has the form of an instance's: 6
-// characters of a-z and 0-9, so that it fits into the name of a network link.
+// ValidInstance reports whether the name has the form of an instance: 6 characters of a-z and 0-9,
+// so that it fits into the name of a network link.
 func ValidInstance(name string) bool {
 	if len(name) != 6 {
 		return false

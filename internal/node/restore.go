@@ -18,9 +18,8 @@ import (
 	"github.com/cayhq/cay/internal/trace"
 )
 
-// making is what a sandbox of the spec is made with, and the steps that do it: a boot, or
-// with spec.From a restore from that checkpoint under an identity of its own. What comes
-// of both is undone by Destroy.
+// making returns the box of a new sandbox and the steps that make it: a boot, or with spec.From a
+// restore from that snapshot under an identity of its own. Destroy undoes the steps of both.
 func (n *Node) making(ctx context.Context, spec sandbox.Spec) (*box, []step, error) {
 	if spec.From != "" {
 		return n.restoration(ctx, spec, string(spec.From), n.introduce)
@@ -38,13 +37,14 @@ func (n *Node) Wake(ctx context.Context, spec sandbox.Spec) error {
 	return n.take(ctx, b, steps, n.Rest)
 }
 
-// restoration is a life from the latest checkpoint of a name, and the steps that make it.
-// Of the spec ID, Run, Token and Egress are used, and what meet tells the agent; all else
-// is what the saved sandbox was first made with, its programs included: a checkpoint is
-// only restored by the gVisor that made it, with the spec it was made with. One checkpoint
-// serves any number of lives, one after the other or at once, and is not needed by them any
-// more once their last step is over.
-func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string, meet func(context.Context, *box, sandbox.Spec, about) error) (*box, []step, error) {
+// restoration returns a box for a life from the latest checkpoint of a name, and the steps that
+// make it. Of the spec it uses ID, Run, Token and Egress, and the settings that meet tells the
+// agent. Everything else is what the saved sandbox was first made with, its programs included: only
+// the gVisor that made a checkpoint can restore it, and only with the spec that it was made with.
+// One checkpoint serves any number of lives, one after the other or at once. A life does not need
+// it after its last step.
+func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string,
+	meet func(context.Context, *box, sandbox.Spec, about) error) (*box, []step, error) {
 	failed := func(cause error, why string, args ...any) error {
 		code := "wake_failed"
 		if name != string(spec.ID) {
@@ -65,17 +65,19 @@ func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string, 
 	}
 	programs, err := embedded.Find(n.cfg.ProgramsDir, was.Programs)
 	if err != nil {
-		return nil, nil, failed(err, "the version of cay's runtime that made the checkpoint (%s) is not on this machine any more", was.Programs.Runsc)
+		return nil, nil, failed(err,
+			"the version of cay's runtime that made the checkpoint (%s) is not on this machine any more", was.Programs.Runsc)
 	}
-	b := n.boxOf(life{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Egress: spec.Egress, From: string(spec.From),
-		Handshake: was.Handshake, MemoryMB: was.MemoryMB, CPUWeight: cpuWeight(spec), Programs: was.Programs, Flags: was.Flags})
+	b := n.boxOf(life{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Egress: spec.Egress,
+		From: string(spec.From), Handshake: was.Handshake, MemoryMB: was.MemoryMB, CPUWeight: cpuWeight(spec),
+		Programs: was.Programs, Flags: was.Flags})
 	b.agentKey = was.Token
 	n.warnOlder(b)
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		pid, err := b.runtime().Restore(ctx, b.container(), c.Dir, runsc.Place{
-			Image: image, Binds: binds(programs), Namespace: b.slot.Namespace, Cgroups: n.groupPath(spec.ID), HostUID: b.life.UID,
-			CPUShares: uint64(hurried * b.life.CPUWeight)})
-		b.hurry.settle() // its own processes run again
+			Image: image, Binds: binds(programs), Namespace: b.slot.Namespace, Cgroups: n.groupPath(spec.ID),
+			HostUID: b.life.UID, CPUShares: uint64(hurried * b.life.CPUWeight)})
+		b.hurry.settle() // programs other than the agent run again
 		if err != nil && ctx.Err() == nil {
 			err = failed(err, "gVisor could not restore the checkpoint; the server's log has the cause")
 		}
@@ -84,7 +86,8 @@ func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string, 
 	return b, append(steps, step{"verify", func(context.Context) error { return n.verify(b, c) }}), nil
 }
 
-// latest is the latest checkpoint of a name and what it is about; nil if there is none.
+// latest returns the latest checkpoint of a name and the contents of its manifest; the checkpoint
+// is nil if there is none.
 func (n *Node) latest(name string) (*checkpoint.Checkpoint, about, error) {
 	var was about
 	c, err := n.checkpoints.Latest(name)
@@ -96,9 +99,9 @@ func (n *Node) latest(name string) (*checkpoint.Checkpoint, about, error) {
 
 func isPages(name string) bool { return name == runsc.PagesFile }
 
-// restorable finds the latest checkpoint of a name and looks at it: at the sums of all
-// files but the pages, which take as long to read as the sandbox is large. They are
-// verified while it runs, and before it does once they were found wrong.
+// restorable returns the latest checkpoint of a name after it has verified the sums of its files.
+// It leaves out the pages, which take as long to read as the sandbox is large: verify reads them
+// while the sandbox runs. Once they were found damaged, restorable verifies them too.
 func (n *Node) restorable(ctx context.Context, name string) (*checkpoint.Checkpoint, about, error) {
 	c, was, err := n.latest(name)
 	if err != nil || c == nil {
@@ -108,20 +111,21 @@ func (n *Node) restorable(ctx context.Context, name string) (*checkpoint.Checkpo
 	return c, was, c.Verify(ctx, func(name string) bool { return suspect || !isPages(name) })
 }
 
-// greetAgent gives a woken agent its new key, and the name servers if they are
-// others now. Nothing else: what is in its files since may be the user's.
+// greetAgent gives a woken agent its new key, and the name servers if they have changed. It sends
+// nothing else, since the user may have changed the files inside that the other settings are
+// written to.
 func (n *Node) greetAgent(ctx context.Context, b *box, _ sandbox.Spec, was about) error {
 	return n.renew(ctx, b, was, agentapi.InitRequest{AccessToken: b.life.Token})
 }
 
-// introduce tells an agent that it is another sandbox's now: its token, its name, and what
-// commands begin with from here on.
+// introduce tells an agent that it belongs to another sandbox now: its token, its host name, and
+// the environment, user and directory of later commands.
 func (n *Node) introduce(ctx context.Context, b *box, spec sandbox.Spec, was about) error {
 	return n.renew(ctx, b, was, agentapi.InitRequest{AccessToken: b.life.Token, Env: spec.Env,
 		DefaultUser: spec.User, DefaultWorkdir: spec.Workdir, Hostname: hostname(spec.ID)})
 }
 
-// renew speaks to a restored agent, which still has the key of the life before.
+// renew sends init to a restored agent, which still has the key of the former life.
 func (n *Node) renew(ctx context.Context, b *box, was about, hello agentapi.InitRequest) error {
 	if strings.Join(was.Nameservers, " ") != strings.Join(n.cfg.Nameservers, " ") {
 		hello.Nameservers = n.cfg.Nameservers
@@ -133,17 +137,17 @@ func (n *Node) renew(ctx context.Context, b *box, was about, hello agentapi.Init
 	return nil
 }
 
-// verification is the reading of the memory that sandboxes were restored with: of one
-// checkpoint, once for all that were made from it before it began.
+// verification reads and verifies the memory of one checkpoint, once for all sandboxes that were
+// restored from it before the reading began.
 type verification struct {
 	dir      string
 	pages    *checkpoint.Opened
 	distrust func() error
-	wanted   chan struct{} // somebody waits for it
+	wanted   chan struct{} // receives when a caller waits for the result
 	done     chan struct{} // closed when err is set
 	err      error
 
-	ctx    context.Context // ends when nobody needs it any more
+	ctx    context.Context // ends when no sandbox needs the result any more
 	cancel context.CancelFunc
 
 	mu sync.Mutex
@@ -153,14 +157,15 @@ type verification struct {
 	alive int // of boxes; guarded by mu
 }
 
-// verifyAfter is how long after a restore its memory is verified, if nobody waits for it. Until
-// then the sandbox's kernel reads the same file, and whoever woke it wants the machine.
+// verifyAfter is the delay between a restore and the verification of its memory, if no caller waits
+// for that. Earlier, the verification competes for the machine with the sandbox's kernel, which
+// reads the same file, and with the user that woke the sandbox.
 const verifyAfter = 5 * time.Second
 
-// verify reads, in the background, the memory that a sandbox was restored with, and ends
-// the sandbox if it is not what was written: it would go on with somebody else's memory. The
-// checkpoint may be removed meanwhile: its pages are held open, here as by the sandbox's
-// kernel.
+// verify verifies, in the background, the memory that a sandbox was restored with, and ends the
+// sandbox if the memory is damaged: it must not go on with memory that is not its own. The
+// checkpoint may be removed meanwhile, since verify holds the pages open, as the sandbox's kernel
+// does.
 func (n *Node) verify(b *box, c *checkpoint.Checkpoint) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -169,14 +174,15 @@ func (n *Node) verify(b *box, c *checkpoint.Checkpoint) error {
 	}
 	pages, err := c.Open(isPages)
 	if errors.Is(err, fs.ErrNotExist) {
-		// Somebody removed it. What the sandbox has in memory is all there is now.
+		// The checkpoint was removed. The only copy of its memory is in the sandbox now.
 		n.log.WarnContext(b.ctx, "a checkpoint is gone while its sandbox runs", "sandbox", b.life.ID, "checkpoint", c.Dir)
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	v := &verification{dir: c.Dir, pages: pages, distrust: c.Distrust, wanted: make(chan struct{}, 1), done: make(chan struct{})}
+	v := &verification{dir: c.Dir, pages: pages, distrust: c.Distrust,
+		wanted: make(chan struct{}, 1), done: make(chan struct{})}
 	v.ctx, v.cancel = context.WithCancel(n.ctx)
 	v.join(b)
 	n.verifications[c.Dir] = v
@@ -184,7 +190,8 @@ func (n *Node) verify(b *box, c *checkpoint.Checkpoint) error {
 	return nil
 }
 
-// join makes it the box's too; false if nobody needs it any more.
+// join adds a sandbox to the verification. It returns false if no sandbox needed the verification
+// any more.
 func (v *verification) join(b *box) bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -203,7 +210,8 @@ func (v *verification) join(b *box) bool {
 	return true
 }
 
-// verified does it, when it is time.
+// verified does a verification when its time has come, and ends the sandboxes if the memory is
+// damaged.
 func (n *Node) verified(v *verification) {
 	defer close(v.done)
 	defer v.cancel()
@@ -215,7 +223,7 @@ func (n *Node) verified(v *verification) {
 	n.verifying.Lock()
 	defer n.verifying.Unlock()
 	n.mu.Lock()
-	delete(n.verifications, v.dir) // who comes from now on has read what may be read already
+	delete(n.verifications, v.dir) // a later restore may read pages after they are verified
 	n.mu.Unlock()
 	v.err = errors.Join(v.pages.Verify(v.ctx), v.pages.Close())
 	if v.err == nil || v.ctx.Err() != nil {
@@ -238,15 +246,15 @@ func (n *Node) verified(v *verification) {
 	}
 }
 
-// sound waits until the memory that the sandbox was restored with is known to be right.
-// Before that no checkpoint may take the place of the one it came from.
+// sound waits until the memory that the sandbox was restored with is verified. Before that no
+// checkpoint may replace the one that the sandbox was restored from.
 func (b *box) sound(ctx context.Context) error {
 	if b.verified == nil {
 		return nil // it was booted
 	}
 	select {
 	case b.verified.wanted <- struct{}{}:
-	default: // somebody has said so
+	default: // another caller waits already
 	}
 	select {
 	case <-b.verified.done:

@@ -7,8 +7,8 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// A snapshot is a checkpoint under a name of its own beside those of the sandboxes: nothing
-// of it depends on the sandbox that it is of.
+// A snapshot is a checkpoint under its own name, beside those of the sandboxes. It does not depend
+// on the sandbox that it was taken from.
 
 // Snapshot implements sandbox.Node.
 func (n *Node) Snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Point, error) {
@@ -25,7 +25,8 @@ func (n *Node) SnapshotPoint(_ context.Context, id sandbox.ID, to sandbox.Snapsh
 	case err != nil:
 		return sandbox.Point{}, err
 	case c == nil:
-		return sandbox.Point{}, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s has no recovery point on this machine", id)
+		return sandbox.Point{}, fault.New(fault.Conflict, "sandbox_not_running",
+			"sandbox %s has no recovery point on this machine", id)
 	}
 	return sandbox.Point{At: c.At, Size: c.Size, Run: was.Run}, n.passed("copy")
 }

@@ -15,7 +15,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// snapshot makes one, which must work.
+// snapshot makes a snapshot, which must succeed.
 func (m *machine) snapshot(spec sandbox.Spec) sandbox.SnapshotID {
 	m.t.Helper()
 	id := sandbox.NewSnapshotID()
@@ -25,7 +25,7 @@ func (m *machine) snapshot(spec sandbox.Spec) sandbox.SnapshotID {
 	return id
 }
 
-// child is the spec of a sandbox that is to be made from a snapshot of another.
+// child returns the spec of a sandbox that is to be made from a snapshot of another.
 func child(of sandbox.Spec, from sandbox.SnapshotID) sandbox.Spec {
 	c := of
 	c.ID, c.Run, c.Token, c.From = sandbox.NewID(), "child", "token of a child", from
@@ -43,7 +43,7 @@ func (m *machine) restored(of sandbox.Spec, from sandbox.SnapshotID) sandbox.Spe
 	return c
 }
 
-// wantSnapshots checks which the machine has, in files too.
+// wantSnapshots checks that the machine has exactly these snapshots, and no other checkpoint.
 func (m *machine) wantSnapshots(want ...sandbox.SnapshotID) {
 	m.t.Helper()
 	got, err := m.node.Snapshots(m.ctx())
@@ -56,8 +56,9 @@ func (m *machine) wantSnapshots(want ...sandbox.SnapshotID) {
 	}
 }
 
-// TestChildrenOfASnapshot makes two sandboxes from one snapshot while the first goes on, and
-// one after it has gone and the snapshot was deleted: all go on from where it was.
+// TestChildrenOfASnapshot makes two sandboxes from one snapshot while the first continues, and one
+// more after the first has gone and the snapshot was deleted: each continues from the state of the
+// snapshot.
 func TestChildrenOfASnapshot(t *testing.T) {
 	m := newMachine(t)
 	spec, n := m.working()
@@ -78,7 +79,8 @@ func TestChildrenOfASnapshot(t *testing.T) {
 	}
 	m.wantSnapshots()
 	m.counts(last, n)
-	// Each is a sandbox of its own: asleep and awake again, and what it is a snapshot of too.
+	// A child is independent: it can be suspended, woken and destroyed, and a snapshot of it has
+	// children too.
 	m.counts(specs[1], n)
 	point, err := m.node.Suspend(m.ctx(), specs[1].ID)
 	if err != nil {
@@ -109,12 +111,12 @@ func TestChildrenOfASnapshot(t *testing.T) {
 	m.wantNothing()
 }
 
-// TestIdentityOfAChild looks at everything that a sandbox is told apart by.
+// TestIdentityOfAChild checks everything that distinguishes a sandbox from others.
 func TestIdentityOfAChild(t *testing.T) {
 	m := newMachine(t)
 	spec := m.created()
 	m.sh(spec, "echo '192.0.2.7 mine' >>/etc/hosts")
-	// A process that draws random numbers on command, without ever being started anew.
+	// This process draws random numbers on command and is never started again.
 	m.sh(spec, `mkfifo /tmp/ask; (exec 3<>/tmp/ask; while read -r n <&3; do head -c 16 /dev/urandom | md5sum >/tmp/drawn; cat /proc/sys/kernel/random/uuid >>/tmp/drawn; done) >/dev/null 2>&1 &
 while ! [ -p /tmp/ask ]; do sleep 0.01; done`)
 	look := func(s sandbox.Spec) string {
@@ -145,10 +147,11 @@ head -c 16 /dev/urandom | md5sum; head -c 16 /dev/random | md5sum; cat /proc/sys
 			t.Errorf("%s has address %q, others %v", s.ID, address, addresses)
 		}
 		addresses[address] = true
-		if inside := m.sh(s, "date +%s"); inside < fmt.Sprint(time.Now().Unix()-2) || inside > fmt.Sprint(time.Now().Unix()+2) {
+		if inside := m.sh(s, "date +%s"); inside < fmt.Sprint(time.Now().Unix()-2) ||
+			inside > fmt.Sprint(time.Now().Unix()+2) {
 			t.Errorf("the clock of %s is at %s", s.ID, inside)
 		}
-		// Nobody else's token is good for it.
+		// The token of another sandbox is not valid for it.
 		for _, o := range specs {
 			wrong := s
 			wrong.Token = o.Token + "x"
@@ -163,14 +166,15 @@ head -c 16 /dev/urandom | md5sum; head -c 16 /dev/random | md5sum; cat /proc/sys
 	}
 }
 
-// TestRestoreFailsAtEveryStep breaks the making of a child after each of its steps: nothing is
-// left of it, the snapshot is whole, and the sandbox that it is of goes on.
+// TestRestoreFailsAtEveryStep makes the restore of a child fail after each of its steps: nothing of
+// the child is left, the snapshot is whole, and the sandbox that it was taken from continues.
 func TestRestoreFailsAtEveryStep(t *testing.T) {
 	m := newMachine(t)
 	spec, n := m.working()
 	snap := m.snapshot(spec)
 	broken := errors.New("broken on purpose")
-	for _, name := range []string{"image", "directory", "network", "record", "policy", "start", "watch", "agent", "favour", "init", "verify"} {
+	for _, name := range []string{"image", "directory", "network", "record", "policy", "start",
+		"watch", "agent", "favour", "init", "verify"} {
 		reached := false
 		m.node.after = func(step string) error {
 			if step == name {
@@ -192,8 +196,8 @@ func TestRestoreFailsAtEveryStep(t *testing.T) {
 	m.counts(spec, n)
 }
 
-// TestSnapshotFails breaks the making of a snapshot: the sandbox runs on with the recovery
-// point that it had, and what there is of the snapshot goes with it.
+// TestSnapshotFails makes a snapshot fail after it is saved and after it is committed: the sandbox
+// continues with its former recovery point, and what was made of the snapshot can be removed.
 func TestSnapshotFails(t *testing.T) {
 	m := newMachine(t)
 	spec, n := m.working()
@@ -226,10 +230,11 @@ func TestSnapshotFails(t *testing.T) {
 		}
 	}
 	if _, err := m.node.SnapshotPoint(m.ctx(), m.created().ID, sandbox.NewSnapshotID()); !fault.Is(err, fault.Conflict) {
-		t.Errorf("a snapshot of a recovery point that there is not: %v", err)
+		t.Errorf("a snapshot of a missing recovery point: %v", err)
 	}
-	if err := m.node.Create(m.ctx(), child(spec, sandbox.NewSnapshotID())); fault.As(err) == nil || fault.As(err).Code != "restore_failed" {
-		t.Errorf("a child of a snapshot that there is not: %v", err)
+	if err := m.node.Create(m.ctx(), child(spec, sandbox.NewSnapshotID())); fault.As(err) == nil ||
+		fault.As(err).Code != "restore_failed" {
+		t.Errorf("a child of a missing snapshot: %v", err)
 	}
 	m.wantNoRoomForASnapshot(spec)
 }
@@ -245,8 +250,8 @@ func (m *machine) wantNoRoomForASnapshot(spec sandbox.Spec) {
 	m.works(spec)
 }
 
-// TestDamagedSnapshot breaks the pages of a snapshot whose children run: each is ended, and
-// no other is made of it. One whose snapshot was deleted before is looked at all the same.
+// TestDamagedSnapshot damages the pages of a snapshot whose children run: each child is ended, and
+// no other can be made from it. The pages of a snapshot that was deleted before are verified too.
 func TestDamagedSnapshot(t *testing.T) {
 	m := newMachine(t)
 	spec := m.created()
@@ -298,8 +303,9 @@ func TestDamagedSnapshot(t *testing.T) {
 	m.works(spec)
 }
 
-// TestSnapshotKeepsItsPrograms makes another version of the programs the server's: the snapshot
-// is still restored by the one that made it, which goes with the last that needs it.
+// TestSnapshotKeepsItsPrograms gives the server another version of the programs: the snapshot is
+// still restored by the version that made it, which is removed with the last sandbox or checkpoint
+// that needs it.
 func TestSnapshotKeepsItsPrograms(t *testing.T) {
 	m := newMachine(t)
 	spec, n := m.working()
@@ -328,10 +334,11 @@ func TestSnapshotKeepsItsPrograms(t *testing.T) {
 	}
 }
 
-// otherPrograms are another version of the programs, which does the same.
+// otherPrograms installs another version of the programs, with the same contents.
 func otherPrograms(t *testing.T, m *machine) embedded.Programs {
 	t.Helper()
-	other := embedded.At(filepath.Join(m.dir, "programs"), embedded.Version{Agent: "another-agent", Runsc: "another-runsc"})
+	other := embedded.At(filepath.Join(m.dir, "programs"),
+		embedded.Version{Agent: "another-agent", Runsc: "another-runsc"})
 	for from, to := range map[string]string{m.programs.Agent: other.Agent, m.programs.Runsc: other.Runsc} {
 		if err := errors.Join(os.Mkdir(filepath.Dir(to), 0o755), os.Link(from, to)); err != nil {
 			t.Fatal(err)
@@ -340,8 +347,8 @@ func otherPrograms(t *testing.T, m *machine) embedded.Programs {
 	return other
 }
 
-// TestMemberFromASnapshot prepares members of the pool from a snapshot of one that was started,
-// and claims one: it is a sandbox of its own with what the first had running in it.
+// TestMemberFromASnapshot prepares pooled sandboxes from a snapshot of one that had been started,
+// and claims one: it is independent and runs the processes of the first.
 func TestMemberFromASnapshot(t *testing.T) {
 	m := newMachine(t)
 	first, n := m.working()

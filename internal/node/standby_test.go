@@ -8,13 +8,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// standbys are the processes of the machine's runsc that wait to be used.
+// standbys returns the ids of the waiting processes of the machine's runsc.
 func (m *machine) standbys() []int {
 	m.t.Helper()
 	return processes(m.t, func(args []string) bool { return slices.Equal(args, []string{m.programs.Runsc, "await"}) })
 }
 
-// standby is the one that waits, once there is one that is none of those.
+// standby waits for a waiting process that is none of those in not, and returns its id.
 func (m *machine) standby(not ...int) int {
 	m.t.Helper()
 	for range 1000 {
@@ -23,7 +23,7 @@ func (m *machine) standby(not ...int) int {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	m.t.Fatalf("the processes that wait are %v, and there was to be one beside %v", m.standbys(), not)
+	m.t.Fatalf("the waiting processes are %v, want another one than %v", m.standbys(), not)
 	return 0
 }
 
@@ -48,7 +48,7 @@ func TestStandby(t *testing.T) {
 	}
 	create()
 	m.standby(first, second)
-	// At the same time more than there are.
+	// More sandboxes are made at once than processes wait.
 	t.Run("many", func(t *testing.T) {
 		for range 3 {
 			t.Run("one", func(t *testing.T) {

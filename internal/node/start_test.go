@@ -14,8 +14,9 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// web answers on port 8080 after a moment, and counts its starts.
-const web = `echo started >>/root/starts; mkdir -p /tmp/www; echo hello >/tmp/www/index.html; sleep 0.3; exec httpd -f -p 8080 -h /tmp/www`
+// web is a start command that answers on port 8080 after a moment and counts its starts.
+const web = `echo started >>/root/starts; mkdir -p /tmp/www; echo hello >/tmp/www/index.html; sleep 0.3; ` +
+	`exec httpd -f -p 8080 -h /tmp/www`
 
 func (m *machine) serving(ready sandbox.Ready) sandbox.Spec {
 	spec := m.spec()
@@ -31,8 +32,8 @@ func (m *machine) wantServing(spec sandbox.Spec) {
 	}
 }
 
-// TestStartCommand makes sandboxes that answer when they are ready, and takes one through
-// sleep, where its server goes on and is not started again.
+// TestStartCommand checks that a create returns when the start command is ready, and that its
+// server continues after a suspend and a wake and is not started again.
 func TestStartCommand(t *testing.T) {
 	m := newMachine(t)
 	for name, ready := range map[string]sandbox.Ready{
@@ -42,7 +43,7 @@ func TestStartCommand(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			spec := m.serving(ready)
-			// What a policy keeps in does not keep anybody from being ready.
+			// A policy that denies all traffic does not keep the check from succeeding.
 			spec.Egress = sandbox.Egress{Mode: sandbox.DenyAll}
 			if err := m.node.Create(m.ctx(), spec); err != nil {
 				t.Fatal(err)
@@ -60,7 +61,8 @@ func TestStartCommand(t *testing.T) {
 					t.Error(err)
 				}
 				m.wantServing(spec)
-				m.sh(spec, "kill "+pid+"; until grep -q 'cay: the start command was ended by signal 15' "+agentapi.StartLog+"; do sleep 0.05; done")
+				m.sh(spec, "kill "+pid+"; until grep -q 'cay: the start command was ended by signal 15' "+
+					agentapi.StartLog+"; do sleep 0.05; done")
 			}
 			if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
 				t.Error(err)
@@ -70,7 +72,8 @@ func TestStartCommand(t *testing.T) {
 	}
 }
 
-// TestStartCommandFails says why to who asked for the sandbox, and leaves nothing.
+// TestStartCommandFails checks that a create whose start command fails returns the reason and
+// leaves nothing.
 func TestStartCommandFails(t *testing.T) {
 	m := newMachine(t)
 	for name, c := range map[string]struct {
@@ -85,7 +88,8 @@ func TestStartCommandFails(t *testing.T) {
 			spec := m.spec()
 			spec.Start = c.start
 			err := m.node.Create(m.ctx(), spec)
-			if f := fault.As(err); f == nil || f.Kind != fault.Conflict || f.Code != "start_failed" || !strings.Contains(f.Detail, c.want) {
+			if f := fault.As(err); f == nil || f.Kind != fault.Conflict || f.Code != "start_failed" ||
+				!strings.Contains(f.Detail, c.want) {
 				t.Errorf("got %v, want %q", err, c.want)
 			}
 			m.wantNothing()
@@ -93,8 +97,8 @@ func TestStartCommandFails(t *testing.T) {
 	}
 }
 
-// TestStartCommandNotWaitedFor is over at once when the create is given up, and when the
-// sandbox dies under it.
+// TestStartCommandNotWaitedFor checks that a create returns at once when its context ends or the
+// sandbox dies while the start command is not ready.
 func TestStartCommandNotWaitedFor(t *testing.T) {
 	m := newMachine(t)
 	begin := func(ctx context.Context) (sandbox.Spec, chan error) {

@@ -18,22 +18,23 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// stateSize is what a checkpoint takes beside the sandbox's memory and files, in
-// bytes: the state of its kernel is 1 to 2 MiB, more with very many open files.
+// stateSize is the assumed size of a checkpoint in bytes, apart from the sandbox's memory and
+// files: the state of its kernel takes 1 to 2 MiB, and more with very many open files. With too
+// little a checkpoint begins that does not fit on the disk.
 const stateSize = 16 << 20
 
-// about is what a checkpoint's manifest says for its restore.
+// about is the part of a checkpoint's manifest that a restore needs.
 type about struct {
 	life
 	Nameservers []string `json:"nameservers"`
 }
 
-// Suspend implements sandbox.Node. The sandbox stands still from before it is written
-// down until it is ended or its checkpoint has failed, so nothing that it did is lost.
+// Suspend implements sandbox.Node. The sandbox is paused from before it is saved until it is ended
+// or its checkpoint has failed, so nothing that it did is lost.
 func (n *Node) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
 	var hold *runsc.Hold
 	w, err := n.save(ctx, id, func(b *box, dir string) (err error) {
-		// The agent should not wake with connections to somebody who has gone.
+		// A woken agent should not have connections to a peer that has gone.
 		n.agents.Drop(string(id))
 		hold, err = b.runtime().Save(ctx, b.container(), dir)
 		return err
@@ -46,7 +47,7 @@ func (n *Node) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Point, error
 		err = errors.Join(err, hold.Release())
 		return sandbox.Point{}, n.giveUp(w.box, w.draft, err)
 	}
-	// From here on the checkpoint is the sandbox, and what stands still is not.
+	// From here on the checkpoint is the sandbox, and the paused instance is not.
 	w.box.gone.Store(true)
 	err = n.Rest(ctx, id)
 	return point, errors.Join(err, hold.Release())
@@ -57,8 +58,8 @@ func (n *Node) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Point, er
 	return n.saveLive(ctx, id, string(id))
 }
 
-// saveLive writes a sandbox down that runs on, as the latest checkpoint of a name: its own,
-// or that of a snapshot.
+// saveLive saves a sandbox that continues to run, as the latest checkpoint of a name: its own, or
+// that of a snapshot.
 func (n *Node) saveLive(ctx context.Context, id sandbox.ID, name string) (sandbox.Point, error) {
 	w, err := n.save(ctx, id, func(b *box, dir string) error { return b.runtime().SaveLive(ctx, b.container(), dir) })
 	if err != nil {
@@ -71,19 +72,20 @@ func (n *Node) saveLive(ctx context.Context, id sandbox.ID, name string) (sandbo
 	return point, nil
 }
 
-// saveAttempts counts the tries of a save. What gVisor stumbles over while state changes under it, it rarely meets
-// again; a third try would hold the sandbox still once more and seldom help.
+// saveAttempts limits the tries of a save. A save that fails because state changed during it rarely
+// fails again; a third try would pause the sandbox once more and seldom help.
 const saveAttempts = 2
 
-// written is a sandbox that was written down into a draft at a time.
+// written records a sandbox that was saved into a draft, and the time of that.
 type written struct {
 	box   *box
 	draft *checkpoint.Draft
 	at    time.Time
 }
 
-// save calls write with a sandbox that runs and the empty directory of a new draft, and once more if gVisor
-// fails and the sandbox goes on: a full disk, a dead sandbox and a call that was given up stay as they are.
+// save calls write with a running sandbox and the empty directory of a new draft. It tries again if
+// gVisor fails and the sandbox continues, but not if the disk is full, the sandbox is dead or ctx
+// has ended.
 func (n *Node) save(ctx context.Context, id sandbox.ID, write func(b *box, dir string) error) (written, error) {
 	for attempt := 1; ; attempt++ {
 		b, draft, err := n.draft(ctx, id)
@@ -105,10 +107,12 @@ func (n *Node) save(ctx context.Context, id sandbox.ID, write func(b *box, dir s
 	}
 }
 
-// giveUp is the end of a checkpoint that failed. The one before is still there.
+// giveUp abandons the draft of a checkpoint that failed with cause and revives the sandbox. It
+// returns all errors. The former checkpoint is kept.
 func (n *Node) giveUp(b *box, draft *checkpoint.Draft, cause error) error {
 	if errors.Is(cause, unix.ENOSPC) || draft.Full() {
-		cause = fault.New(fault.NoSpace, "disk_full", "this machine's disk filled up while the checkpoint was written").Because(cause)
+		cause = fault.New(fault.NoSpace, "disk_full",
+			"this machine's disk filled up while the checkpoint was written").Because(cause)
 	}
 	return errors.Join(cause, draft.Abandon(), n.revive(b))
 }
@@ -141,7 +145,7 @@ func (n *Node) commit(w written, name string) (sandbox.Point, error) {
 	return sandbox.Point{At: c.At, Size: c.Size, Run: w.box.life.Run}, n.passed("commit")
 }
 
-// passed is the tests' door to break an operation after a step.
+// passed calls the hook with which tests make an operation fail after a step.
 func (n *Node) passed(step string) error {
 	if n.after == nil {
 		return nil
@@ -149,8 +153,9 @@ func (n *Node) passed(step string) error {
 	return n.after(step)
 }
 
-// size is about what a checkpoint of the sandbox will take, in bytes: its memory and what
-// it has written to its disk, less the pages that are zero, which nobody knows before.
+// size estimates the size of a checkpoint of the sandbox in bytes: that of its memory and of what
+// it has written to its disk. The checkpoint leaves out pages that are zero; their number is not
+// known before.
 func (b *box) size() (int64, error) {
 	memory, err := b.node.groups.Group(b.node.groupPath(b.life.ID)).MemoryHeld()
 	if err != nil {
@@ -160,8 +165,8 @@ func (b *box) size() (int64, error) {
 	return memory + disk + stateSize, err
 }
 
-// layer is what the writable layer takes on disk, in bytes. It is a file without a name,
-// which only the sentry has open.
+// layer returns the size of the writable layer on disk in bytes. The layer is a file without a name
+// that only the sentry has open.
 func (b *box) layer() (int64, error) {
 	dir := fmt.Sprintf("/proc/%d/fd", b.pid)
 	fds, err := os.ReadDir(dir)
@@ -183,13 +188,13 @@ func (b *box) layer() (int64, error) {
 	return size, nil
 }
 
-// revivePatience is how long a sandbox may take to go on after a checkpoint that failed or
-// was interrupted. It takes milliseconds when it can at all; on a machine that swaps,
-// some seconds.
+// revivePatience limits the time in which a sandbox continues after a checkpoint that failed or was
+// interrupted. A sandbox that can continue takes milliseconds, or some seconds on a machine that
+// swaps. A shorter time ends sandboxes that would have continued.
 const revivePatience = 10 * time.Second
 
-// revive makes sure that a sandbox goes on which stood still: one that does not is ended,
-// so that it is lost like any other and found again at its latest checkpoint.
+// revive waits for a paused sandbox to continue. It ends one that does not, which is then lost like
+// any other and restored from its latest checkpoint.
 func (n *Node) revive(b *box) error {
 	ctx, cancel := context.WithTimeout(b.ctx, revivePatience)
 	defer cancel()
@@ -197,13 +202,14 @@ func (n *Node) revive(b *box) error {
 	if err == nil || b.dead() || b.ctx.Err() != nil {
 		return nil
 	}
-	n.log.ErrorContext(ctx, "ending a sandbox that did not go on after its checkpoint failed", "sandbox", b.life.ID, "error", err)
+	n.log.ErrorContext(ctx, "ending a sandbox that did not go on after its checkpoint failed",
+		"sandbox", b.life.ID, "error", err)
 	b.gone.Store(true)
 	return n.groups.Group(n.groupPath(b.life.ID)).Kill(n.ctx)
 }
 
-// point is the sandbox's recovery point, nil if it has none. One that cannot be read is
-// one too: it is kept, and a wake says what is wrong with it.
+// point returns the sandbox's recovery point, nil if it has none. It also returns one that cannot
+// be read: that one is kept, and a wake reports what is wrong with it.
 func (n *Node) point(id sandbox.ID) (*sandbox.Point, error) {
 	c, err := n.checkpoints.Latest(string(id))
 	if err != nil {
@@ -235,11 +241,11 @@ func (n *Node) Busy(ctx context.Context, id sandbox.ID) (bool, error) {
 	return n.agents.Busy(ctx, b.target())
 }
 
-// collect removes the programs of earlier versions that no sandbox and no checkpoint
-// needs any more.
+// collect removes the programs of earlier versions that no sandbox and no checkpoint needs any
+// more.
 func (n *Node) collect() error {
 	if entries, err := os.ReadDir(n.cfg.ProgramsDir); err == nil && len(entries) <= 2 {
-		return nil // those of this version: nothing to read all checkpoints for
+		return nil // only this version is there: the checkpoints need not be read
 	}
 	keep := []embedded.Version{n.cfg.Programs.Version}
 	n.mu.Lock()

@@ -20,7 +20,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// sh runs a command in the sandbox and returns what it wrote.
+// sh runs a command in the sandbox and returns its output.
 func (m *machine) sh(spec sandbox.Spec, command string) string {
 	m.t.Helper()
 	r, err := m.node.Agents().Execute(m.ctx(), agentapi.Target{SandboxID: string(spec.ID), Run: spec.Run},
@@ -31,14 +31,14 @@ func (m *machine) sh(spec sandbox.Spec, command string) string {
 	return strings.TrimSpace(string(r.Stdout))
 }
 
-// next is the spec of the sandbox's next life.
+// next returns the spec of the sandbox's next life.
 func next(spec sandbox.Spec) sandbox.Spec {
 	spec.Run += "+"
 	spec.Token += "+"
 	return spec
 }
 
-// suspend and wake, each of which must work.
+// suspend suspends the sandbox, which must succeed.
 func (m *machine) suspend(spec sandbox.Spec) sandbox.Point {
 	m.t.Helper()
 	point, err := m.node.Suspend(m.ctx(), spec.ID)
@@ -58,7 +58,7 @@ func (m *machine) wake(spec sandbox.Spec) sandbox.Spec {
 	return spec
 }
 
-// wantAsleep checks that the sandbox is files and nothing else.
+// wantAsleep checks that nothing of the sandbox is left but files.
 func (m *machine) wantAsleep(id sandbox.ID) {
 	m.t.Helper()
 	fact, err := m.node.Inspect(m.ctx(), id)
@@ -68,7 +68,8 @@ func (m *machine) wantAsleep(id sandbox.ID) {
 	for _, slot := range m.slots.Slots() {
 		m.t.Errorf("slot %s is still handed out", slot.Link)
 	}
-	err = filepath.WalkDir(filepath.Join(m.dir, "checkpoints", string(id)), func(path string, d os.DirEntry, err error) error {
+	saved := filepath.Join(m.dir, "checkpoints", string(id))
+	err = filepath.WalkDir(saved, func(path string, d os.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
@@ -83,13 +84,14 @@ func (m *machine) wantAsleep(id sandbox.ID) {
 	}
 }
 
-// worker counts into a file that it holds open, into memory, and to a reader of a pipe.
+// worker is a command that counts into a file that it holds open, into memory, and to the reader of
+// a pipe.
 const worker = `mkfifo /tmp/pipe
 (i=0; exec 3>>/root/log; while :; do i=$((i+1)); echo $i >&3; echo $i; sleep 0.05; done >/tmp/pipe) &
 (while read n; do echo $n >/dev/shm/now; done </tmp/pipe) &
 until [ -s /dev/shm/now ]; do sleep 0.01; done`
 
-// working makes a sandbox with a worker in it, and says how far that is.
+// working makes a sandbox that runs worker and returns its count.
 func (m *machine) working() (sandbox.Spec, int) {
 	m.t.Helper()
 	spec := m.created()
@@ -106,7 +108,7 @@ func (m *machine) created() sandbox.Spec {
 	return spec
 }
 
-// count is how far the worker has come, with every line of its log in place.
+// count returns the last number in the log of worker, after checking that no line is missing.
 func (m *machine) count(spec sandbox.Spec) int {
 	m.t.Helper()
 	lines := strings.Fields(m.sh(spec, "cat /root/log"))
@@ -118,8 +120,8 @@ func (m *machine) count(spec sandbox.Spec) int {
 	return len(lines)
 }
 
-// counts waits until the worker is beyond where it was, both in its file and behind
-// the pipe.
+// counts waits until the count of worker is higher than before, both in its file and behind the
+// pipe.
 func (m *machine) counts(spec sandbox.Spec, before int) int {
 	m.t.Helper()
 	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); {
@@ -153,8 +155,8 @@ func TestSuspendAndWake(t *testing.T) {
 	m.wantNothing()
 }
 
-// TestSuspendFailsAtEveryStep breaks a suspend after each of its steps: the sandbox goes
-// on, or sleeps with a checkpoint that is whole, and can be used either way.
+// TestSuspendFailsAtEveryStep makes a suspend fail after each of its steps: the sandbox continues,
+// or is suspended with a whole checkpoint, and works either way.
 func TestSuspendFailsAtEveryStep(t *testing.T) {
 	m := newMachine(t)
 	spec, n := m.working()
@@ -184,8 +186,9 @@ func TestSuspendFailsAtEveryStep(t *testing.T) {
 	}
 }
 
-// TestSaveIsTriedAgain puts a directory where gVisor is to write a file, so that the save fails: of one try, the next
-// succeeds; of every try, the error quotes gVisor, nothing is left, and the sandbox goes on.
+// TestSaveIsTriedAgain puts a directory in the place of a file of gVisor, so that the save fails.
+// If one try fails, the next succeeds; if all do, the error quotes gVisor, nothing is left, and the
+// sandbox continues.
 func TestSaveIsTriedAgain(t *testing.T) {
 	m := newMachine(t)
 	spec, n := m.working()
@@ -217,10 +220,10 @@ func TestSaveIsTriedAgain(t *testing.T) {
 				t.Fatalf("%s, %d failing: %d tries, %v", name, failing, tries, err)
 			}
 			if err != nil && !strings.Contains(err.Error(), "checkpoint.img") {
-				t.Errorf("%s: the error does not say what gVisor said: %v", name, err)
+				t.Errorf("%s: the error does not quote gVisor: %v", name, err)
 			}
 			if _, err := os.Stat(m.draftDir(spec.ID)); !errors.Is(err, os.ErrNotExist) {
-				t.Errorf("%s, %d failing: of the draft there is left: %v", name, failing, err)
+				t.Errorf("%s, %d failing: the draft is still there: %v", name, failing, err)
 			}
 			if name == "suspend" && err == nil {
 				spec = m.wake(spec)
@@ -230,18 +233,20 @@ func TestSaveIsTriedAgain(t *testing.T) {
 	}
 }
 
-// draftDir returns where a checkpoint of a sandbox is written before it is one.
+// draftDir returns the directory in which a checkpoint of a sandbox is written before it is
+// committed.
 func (m *machine) draftDir(id sandbox.ID) string {
 	return filepath.Join(m.dir, "checkpoints", string(id), "draft")
 }
 
-// TestWakeFailsAtEveryStep breaks a wake after each of its steps: the sandbox sleeps on
+// TestWakeFailsAtEveryStep makes a wake fail after each of its steps: the sandbox stays suspended
 // and the next try succeeds.
 func TestWakeFailsAtEveryStep(t *testing.T) {
 	m := newMachine(t)
 	spec, n := m.working()
 	broken := errors.New("broken on purpose")
-	for _, step := range []string{"image", "directory", "network", "record", "policy", "start", "watch", "agent", "favour", "init"} {
+	for _, step := range []string{"image", "directory", "network", "record", "policy", "start",
+		"watch", "agent", "favour", "init"} {
 		m.suspend(spec)
 		reached := false
 		m.node.after = func(name string) error {
@@ -261,8 +266,8 @@ func TestWakeFailsAtEveryStep(t *testing.T) {
 	}
 }
 
-// TestDiesWhileItWakes ends the sentry when its agent has answered and is to be told of its
-// new life: the wake fails at once instead of waiting for somebody who is silent.
+// TestDiesWhileItWakes kills the sentry after its agent has answered and before init: the wake
+// fails at once instead of waiting for an answer.
 func TestDiesWhileItWakes(t *testing.T) {
 	m := newMachine(t)
 	spec, n := m.working()
@@ -285,8 +290,8 @@ func TestDiesWhileItWakes(t *testing.T) {
 	m.counts(m.wake(spec), n)
 }
 
-// TestCheckpointWhileRunning takes recovery points of a running sandbox, kills its sentry,
-// and finds it again where it was at the last of them.
+// TestCheckpointWhileRunning takes recovery points of a running sandbox, kills its sentry, and
+// restores the sandbox to the last of them.
 func TestCheckpointWhileRunning(t *testing.T) {
 	m := newMachine(t)
 	spec := m.created()
@@ -317,7 +322,8 @@ func TestCheckpointWhileRunning(t *testing.T) {
 		t.Errorf("lost %+v", lost)
 	}
 	fact, err := m.node.Inspect(m.ctx(), spec.ID)
-	if err != nil || fact.Alive || !fact.Remains || fact.Point == nil || !fact.Point.At.Equal(last.At) || fact.Point.Run != spec.Run {
+	if err != nil || fact.Alive || !fact.Remains || fact.Point == nil || !fact.Point.At.Equal(last.At) ||
+		fact.Point.Run != spec.Run {
 		t.Fatalf("the machine has %+v with %+v, %v", fact, fact.Point, err)
 	}
 	if err := m.node.Rest(m.ctx(), spec.ID); err != nil {
@@ -331,7 +337,8 @@ func TestCheckpointWhileRunning(t *testing.T) {
 	m.counts(spec, 0)
 }
 
-// TestNoRoomForACheckpoint refuses before anything is done to the sandbox.
+// TestNoRoomForACheckpoint checks that a checkpoint without enough disk space is refused before
+// anything is done to the sandbox.
 func TestNoRoomForACheckpoint(t *testing.T) {
 	m := newMachine(t)
 	spec := m.created()
@@ -349,8 +356,8 @@ func TestNoRoomForACheckpoint(t *testing.T) {
 	m.works(spec)
 }
 
-// TestDamagedCheckpoint breaks a checkpoint in every way: it is kept, the wake says what
-// is wrong, and once that is mended the sandbox wakes.
+// TestDamagedCheckpoint damages a checkpoint in every way: it is kept, the wake reports the damage,
+// and the sandbox wakes after it is repaired.
 func TestDamagedCheckpoint(t *testing.T) {
 	m := newMachine(t)
 	spec, n := m.working()
@@ -392,8 +399,8 @@ func TestDamagedCheckpoint(t *testing.T) {
 	m.counts(spec, n)
 }
 
-// TestDamagedMemory breaks the pages, which are read after the wake: the sandbox is ended
-// as soon as it is seen, and then does not wake until they are what they were.
+// TestDamagedMemory damages the pages, which are verified after the wake: the sandbox is ended when
+// the damage is found, and cannot be woken until the pages are repaired.
 func TestDamagedMemory(t *testing.T) {
 	m := newMachine(t)
 	spec := m.created()
@@ -415,7 +422,7 @@ func TestDamagedMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	spec = m.wake(spec)
-	// Nothing that was made of it takes the place of what is damaged.
+	// No checkpoint of the damaged sandbox replaces the one that it was restored from.
 	for _, write := range []func(context.Context, sandbox.ID) (sandbox.Point, error){m.node.Checkpoint, m.node.Suspend} {
 		if _, err := write(m.ctx(), spec.ID); err == nil {
 			t.Error("damaged memory was written down as if it were right")
@@ -443,8 +450,8 @@ func TestDamagedMemory(t *testing.T) {
 	}
 }
 
-// TestDiskFillsUp lets the disk fill while a checkpoint is written, as it does when others
-// write too: the sandbox goes on, with the checkpoint it had, and sleeps once there is room.
+// TestDiskFillsUp lets the disk fill while a checkpoint is written, as other writers may do: the
+// sandbox continues with its former checkpoint, and can be suspended when there is room.
 func TestDiskFillsUp(t *testing.T) {
 	m := newMachine(t)
 	spec, n := m.working()
@@ -454,7 +461,8 @@ func TestDiskFillsUp(t *testing.T) {
 	m.close()
 	dir := filepath.Join(m.dir, "checkpoints")
 	small := filepath.Join(m.dir, "small")
-	if err := errors.Join(os.Rename(dir, small), os.Mkdir(dir, 0o700), unix.Mount("tmpfs", dir, "tmpfs", 0, "size=9m,mode=0700")); err != nil {
+	if err := errors.Join(os.Rename(dir, small), os.Mkdir(dir, 0o700),
+		unix.Mount("tmpfs", dir, "tmpfs", 0, "size=9m,mode=0700")); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -462,10 +470,11 @@ func TestDiskFillsUp(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	if err := errors.Join(os.CopyFS(dir, os.DirFS(small)), os.Chmod(filepath.Join(dir, string(spec.ID)), 0o700)); err != nil {
+	if err := errors.Join(os.CopyFS(dir, os.DirFS(small)),
+		os.Chmod(filepath.Join(dir, string(spec.ID)), 0o700)); err != nil {
 		t.Fatal(err)
 	}
-	m.minDisk = -1 << 60 // it looks as if there were room
+	m.minDisk = -1 << 60 // so that the space always seems to suffice
 	m.open()
 	m.sh(spec, "head -c 20000000 /dev/urandom >/root/data")
 	sum := m.sh(spec, "md5sum /root/data")
@@ -479,7 +488,8 @@ func TestDiskFillsUp(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 		n = m.counts(spec, n)
-		if c, err := m.node.checkpoints.Latest(string(spec.ID)); err != nil || c.Verify(t.Context(), func(string) bool { return true }) != nil {
+		if c, err := m.node.checkpoints.Latest(string(spec.ID)); err != nil ||
+			c.Verify(t.Context(), func(string) bool { return true }) != nil {
 			t.Errorf("%s: the checkpoint it had is %v, %v", name, c, err)
 		}
 	}
@@ -494,8 +504,8 @@ func TestDiskFillsUp(t *testing.T) {
 	m.counts(spec, n)
 }
 
-// TestServerDiesInTheMiddle ends the server while a sandbox stands still for its
-// checkpoint: it goes on by itself, and the next server finds it running.
+// TestServerDiesInTheMiddle simulates the death of the server while a sandbox is paused for its
+// checkpoint: the sandbox continues by itself, and the next server finds it running.
 func TestServerDiesInTheMiddle(t *testing.T) {
 	m := newMachine(t)
 	spec, n := m.working()
@@ -503,7 +513,7 @@ func TestServerDiesInTheMiddle(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// What the death of the server does to its child: the end of its input.
+	// Release closes the input of the child that saves, as the death of the server does.
 	hold, err := b.runtime().Save(m.ctx(), b.container(), draft.Dir())
 	if err != nil {
 		t.Fatal(err)
@@ -515,13 +525,14 @@ func TestServerDiesInTheMiddle(t *testing.T) {
 	m.open()
 	n = m.counts(spec, n)
 
-	// It dies before its child has finished: nobody reads what that says in the end.
+	// The server dies before its child has finished: the final answer of the child is never read.
 	b, draft, err = m.node.draft(m.ctx(), spec.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
 	r := b.runtime()
-	save := exec.Command(r.Program, append(slices.Clone(r.Flags), "--root="+r.Root, "save", "--hold", "--image-path="+draft.Dir(), string(spec.ID))...)
+	save := exec.Command(r.Program, append(slices.Clone(r.Flags),
+		"--root="+r.Root, "save", "--hold", "--image-path="+draft.Dir(), string(spec.ID))...)
 	stdout, err := save.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -533,8 +544,8 @@ func TestServerDiesInTheMiddle(t *testing.T) {
 	m.open()
 	n = m.counts(spec, n)
 
-	// Both are killed: nobody is left to let the sandbox go on, so the next server
-	// ends it and it is found at its latest checkpoint.
+	// Both are killed: no process is left to let the sandbox continue, so the next server ends it, and
+	// it is restored from its latest checkpoint.
 	m.suspend(spec)
 	spec = m.wake(spec)
 	if b, draft, err = m.node.draft(m.ctx(), spec.ID); err != nil {
@@ -545,7 +556,7 @@ func TestServerDiesInTheMiddle(t *testing.T) {
 	}
 	killSaver(t, spec.ID)
 	if err := hold.Release(); err == nil {
-		t.Error("who keeps the sandbox paused was not killed")
+		t.Error("the program that keeps the sandbox paused was not killed")
 	}
 	m.close()
 	m.open()
@@ -564,19 +575,22 @@ func TestServerDiesInTheMiddle(t *testing.T) {
 	m.counts(spec, n)
 }
 
-// killSaver kills the program that writes a sandbox down and keeps it paused.
+// killSaver kills the program that saves a sandbox and keeps it paused.
 func killSaver(t *testing.T, id sandbox.ID) {
 	t.Helper()
-	savers := processes(t, func(args []string) bool { return slices.Contains(args, "save") && slices.Contains(args, string(id)) })
+	savers := processes(t, func(args []string) bool {
+		return slices.Contains(args, "save") && slices.Contains(args, string(id))
+	})
 	if len(savers) == 0 {
-		t.Fatal("nobody saves the sandbox")
+		t.Fatal("no process saves the sandbox")
 	}
 	if err := unix.Kill(savers[0], unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// processes are the IDs of those on this machine whose arguments, the program included, are looked for.
+// processes returns the ids of the processes on this machine for whose arguments, the program
+// included, wanted returns true.
 func processes(t *testing.T, wanted func(args []string) bool) (pids []int) {
 	t.Helper()
 	paths, err := filepath.Glob("/proc/[0-9]*/cmdline")
@@ -586,7 +600,7 @@ func processes(t *testing.T, wanted func(args []string) bool) (pids []int) {
 	for _, path := range paths {
 		cmdline, err := os.ReadFile(path)
 		if err != nil || !wanted(strings.Split(strings.TrimSuffix(string(cmdline), "\x00"), "\x00")) {
-			continue // it has ended, or is another
+			continue // it has ended, or is not wanted
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
 		if err != nil {

@@ -11,43 +11,43 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// startsPerCPU is how many sandboxes start at once for each processor. A start keeps more
-// than one busy for its whole time, so more at once make none of them earlier, and keep
-// everything else on the machine, the server's other answers included, from its turn: of
-// 50 clients on 2 processors 7.5 a second were served with 1, 6.9 with 2 and 5.7 with 10, and
-// a lookup beside them took 54, 142 and 815 ms at its 99th percentile.
+// startsPerCPU is the number of sandboxes that start at once for each CPU. A start keeps more than
+// one CPU busy for its whole time, so more at once make none of them earlier and delay everything
+// else on the machine, the server's other answers included: of 50 clients on 2 CPUs 7.5 a second
+// were served with 1, 6.9 with 2 and 5.7 with 10, and a lookup beside them took 54, 142 and 815 ms
+// at its 99th percentile.
 const startsPerCPU = 1
 
 const (
-	// turnPatience is how long a start waits for its turn. Who comes so late is told to
-	// come again, before the time for the whole create is over.
+	// turnPatience limits the wait of a start for its turn. A later start fails and asks the caller to
+	// retry, before the time for the whole create is over.
 	turnPatience = 30 * time.Second
-	// turnMost is how long a turn lasts at the most. A start that takes longer, some
-	// hundred times what it takes on a quiet machine, waits for something else than a
-	// processor, and must not keep all others waiting.
+	// turnMost limits the length of a turn. A start that takes longer, some hundred times what it
+	// takes on a quiet machine, waits for something other than a CPU, and must not delay all others.
 	turnMost = 10 * time.Second
 )
 
-// turns are the turns to start. Of the organizations that wait, the one whose last turn is the longest ago is next, and the
-// starts of one organization come in the order in which they were asked for. So an organization that asks for a hundred
-// sandboxes at once makes its own wait, and one that asks for one now and then waits for the starts under way alone. It is
-// safe for concurrent use.
+// turns gives out the turns to start. Of the waiting organizations, the one whose last turn is the
+// longest ago is next, and the starts of one organization come in the order of their requests. So
+// an organization that asks for a hundred sandboxes at once delays only its own, and one that asks
+// for one now and then waits only for the starts under way. turns is safe for concurrent use.
 type turns struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	free int
 	// +checklocks:mu
-	waiting []waitingOrg // in the order in which they came, without those that wait for nothing
+	waiting []waitingOrg // in the order of arrival; each has at least one start
 	// +checklocks:mu
-	given uint64 // turns, ever
+	given uint64 // number of turns given so far
 	// +checklocks:mu
-	last map[string]uint64 // what given was at an organization's last turn; without those of long ago
+	last map[string]uint64 // value of given at an organization's last turn; old ones are removed
 }
 
-// remembered is how many turns are remembered. An organization that had none of them counts as one that never had a turn.
+// remembered is the number of latest turns that are remembered. An organization that had none of
+// them counts as one that never had a turn.
 const remembered = 1000
 
-// waitingOrg is an organization with the turns that it waits for, in order.
+// waitingOrg holds an organization and the turns that it waits for, in order.
 type waitingOrg struct {
 	org    string
 	starts []chan struct{}
@@ -55,7 +55,7 @@ type waitingOrg struct {
 
 func newTurns(most int) *turns { return &turns{free: most, last: map[string]uint64{}} }
 
-// take returns a channel that is closed when the organization has a turn.
+// take returns a channel that is closed when the organization gets a turn.
 func (t *turns) take(org string) (given chan struct{}) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -74,7 +74,7 @@ func (t *turns) findLocked(org string) int {
 	return slices.IndexFunc(t.waiting, func(w waitingOrg) bool { return w.org == org })
 }
 
-// giveLocked gives the turns that are free to those that wait.
+// giveLocked gives the free turns to waiting organizations.
 //
 // +checklocks:t.mu
 func (t *turns) giveLocked() {
@@ -105,7 +105,7 @@ func (t *turns) removeLocked(i, start int) {
 	}
 }
 
-// giveUp takes back a request for a turn; one that was given meanwhile goes to the next.
+// giveUp withdraws a request for a turn. A turn that was given meanwhile goes to the next request.
 func (t *turns) giveUp(org string, given chan struct{}) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -119,7 +119,7 @@ func (t *turns) giveUp(org string, given chan struct{}) {
 	t.giveLocked()
 }
 
-// over ends a turn and gives it to the next.
+// over ends a turn and gives it to the next request.
 func (t *turns) over() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -127,7 +127,7 @@ func (t *turns) over() {
 	t.giveLocked()
 }
 
-// turn waits until this one may start.
+// turn waits until the sandbox may start.
 func (n *Node) turn(ctx context.Context, b *box, org string) error {
 	late := time.NewTimer(turnPatience)
 	defer late.Stop()
@@ -136,7 +136,8 @@ func (n *Node) turn(ctx context.Context, b *box, org string) error {
 	case <-given:
 	case <-late.C:
 		n.turns.giveUp(org, given)
-		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has more sandboxes to start than it can within %s", turnPatience).After(retryRoom)
+		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has more sandboxes to start than it can within %s",
+			turnPatience).After(retryRoom)
 	case <-ctx.Done():
 		n.turns.giveUp(org, given)
 		return fmt.Errorf("waiting for its turn to start: %w", ctx.Err())
@@ -147,7 +148,7 @@ func (n *Node) turn(ctx context.Context, b *box, org string) error {
 	return nil
 }
 
-// turnOver ends the sandbox's turn to start, if it has it.
+// turnOver ends the sandbox's turn to start, if it has one.
 func (b *box) turnOver() {
 	if b.over != nil {
 		b.over()

@@ -43,7 +43,7 @@ func TestTurns(t *testing.T) {
 		if len(came) != 2 || came[1] != 1 {
 			t.Errorf("the order is %v", came)
 		}
-		// Who is stuck does not keep the others.
+		// A start that is stuck does not delay the others.
 		time.Sleep(turnMost + time.Second)
 		synctest.Wait()
 		if len(came) != 3 {
@@ -55,7 +55,7 @@ func TestTurns(t *testing.T) {
 func TestTurnThatDoesNotCome(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := &Node{turns: newTurns(1)}
-		n.turns.take("") // nobody's, and for ever
+		n.turns.take("") // a turn without a start, which never ends
 		began := time.Now()
 		err := n.turn(t.Context(), &box{}, "")
 		if f := fault.As(err); f == nil || f.Kind != fault.Unavailable || f.Code != codeNoCapacity || f.RetryAfter <= 0 {
@@ -69,12 +69,12 @@ func TestTurnThatDoesNotCome(t *testing.T) {
 		if err := n.turn(ctx, &box{}, ""); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("its time being over, it is %v", err)
 		}
-		(&box{}).turnOver() // one that never had a turn
+		(&box{}).turnOver() // a sandbox that never had a turn
 	})
 }
 
-// TestTurnsAreFair lets one organization ask for many starts at once: another's single one does not
-// wait for all of them, and those that give up are no one's loss.
+// TestTurnsAreFair lets one organization ask for many starts at once: the single start of another
+// does not wait for all of them, and starts that give up cost no turn.
 func TestTurnsAreFair(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := &Node{turns: newTurns(1)}
@@ -114,7 +114,7 @@ func TestTurnsAreFair(t *testing.T) {
 			s := <-came
 			order, next = append(order, s.org), s.box
 		}
-		// The busy one has had a turn.
+		// The busy organization has had a turn.
 		if got := order[:4]; !slices.Equal(got, []string{"modest", "other", "busy", "busy"}) {
 			t.Errorf("they start as %v", order)
 		}
@@ -125,8 +125,8 @@ func TestTurnsAreFair(t *testing.T) {
 	})
 }
 
-// TestSeldomStartsComeFirst lets three organizations ask for starts all the time: another that asks now and then is next
-// each time, and the three have as many turns as each other.
+// TestSeldomStartsComeFirst lets three organizations ask for starts all the time: one that asks now
+// and then is next each time, and the three get equally many turns.
 func TestSeldomStartsComeFirst(t *testing.T) {
 	turns := newTurns(1)
 	given := map[string][]chan struct{}{}

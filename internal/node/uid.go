@@ -12,26 +12,28 @@ import (
 )
 
 const (
-	// DefaultFirstUID begins the range of user ids of a server that was told no other. The range lies above
-	// the ids that distributions, systemd's containers, /etc/subuid and SSSD hand out (the last ends at
-	// 2,000,200,000), and below those that systemd keeps for foreign images (from 2,147,352,576).
+	// DefaultFirstUID begins the range of user ids of a server without a setting for it. The range
+	// lies above the ids that distributions, systemd's containers, /etc/subuid and SSSD hand out (the
+	// last ends at 2,000,200,000), and below those that systemd keeps for foreign images (from
+	// 2,147,352,576).
 	DefaultFirstUID = 2_005_000_000
-	// UIDs is the length of the range: half as many as an address has values in its lower 28 bits, so that all
-	// ranges for private use (10/8, 172.16/12, 192.168/16, 100.64/10, 198.18/15) have ids of their own in it.
+	// UIDs is the length of the range: half the number of values in the lower 28 bits of an address,
+	// so that all ranges for private use (10/8, 172.16/12, 192.168/16, 100.64/10, 198.18/15) get
+	// different ids in it.
 	UIDs = 1 << 27
 )
 
-// uidOf returns the user id on the host for the sandbox with the address. No two slots of a machine have an
-// address in common, whatever server they belong to, and a slot has two addresses: so no two sandboxes have
-// an id in common. (Servers whose ranges differ in the first four bits of the address alone need a
-// FirstUID each.)
+// uidOf returns the user id on the host for the sandbox with the address. No two slots of a machine
+// share an address, whatever server they belong to, and a slot has two addresses: so no two
+// sandboxes share an id. Servers whose ranges differ only in the first four bits of the address
+// need a FirstUID each.
 func (n *Node) uidOf(addr netip.Addr) uint32 {
 	a := addr.As4()
 	return n.cfg.FirstUID + binary.BigEndian.Uint32(a[:])/2%UIDs
 }
 
-// takeUID gives the sandbox the user id of its slot. Another sandbox can only have that id when the server has
-// another FirstUID or range than it had when that sandbox was started.
+// takeUID gives the sandbox the user id of its slot. Another sandbox has that id only if it was
+// started when the server had another FirstUID or range.
 func (n *Node) takeUID(b *box) error {
 	uid := n.uidOf(b.slot.Addr)
 	n.mu.Lock()
@@ -45,7 +47,8 @@ func (n *Node) takeUID(b *box) error {
 	return nil
 }
 
-// giveUID gives the sandbox's user id back, of which nothing runs any more. Its slot must still be its own.
+// giveUID frees the user id of a sandbox that has no processes left. The sandbox must still have
+// its slot.
 func (n *Node) giveUID(b *box) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -54,16 +57,16 @@ func (n *Node) giveUID(b *box) {
 	}
 }
 
-// unlimitProcesses lifts the limit of processes of a user as far as the server may, which sandboxes inherit: the
-// host's root has none, and the kernel of a sandbox, whose user has one, ends when it cannot start another. Its
-// control group and its agent bound it.
+// unlimitProcesses raises the server's limit on the processes of a user as far as it may. Sandboxes
+// inherit the limit. The host's root is exempt from it; the kernel of a sandbox, whose user is not,
+// ends when it cannot start another process. Its control group and its agent bound it instead.
 func (n *Node) unlimitProcesses() error {
 	unlimited := unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}
 	err := unix.Setrlimit(unix.RLIMIT_NPROC, &unlimited)
 	if !errors.Is(err, unix.EPERM) {
 		return err
 	}
-	// Without CAP_SYS_RESOURCE, as in a container.
+	// The server has no CAP_SYS_RESOURCE, as in a container.
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NPROC, &limit); err != nil {
 		return err

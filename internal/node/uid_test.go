@@ -25,7 +25,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// intruderEnv makes the test's program an intruder.
+// intruderEnv names the environment variable that makes the test binary an intruder.
 const intruderEnv = "CAY_TEST_INTRUDER"
 
 func TestMain(m *testing.M) {
@@ -36,7 +36,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// quarry is one thing that a process of another sandbox has no business with.
+// quarry names one thing that a process of another sandbox must not reach.
 type quarry struct {
 	Kind string // a key of intrusions
 	PID  int
@@ -44,7 +44,7 @@ type quarry struct {
 	Path string
 }
 
-// intrusions lists the ways to get at something, which all work for the host's root.
+// intrusions holds the ways to reach a quarry, all of which work for the host's root.
 var intrusions = map[string]func(quarry) error{
 	"signal": func(t quarry) error { return unix.Kill(t.PID, 0) },
 	"ptrace": func(t quarry) error {
@@ -56,7 +56,8 @@ var intrusions = map[string]func(quarry) error{
 	},
 	"read memory": func(t quarry) error {
 		var b [1]byte
-		_, err := unix.ProcessVMReadv(t.PID, []unix.Iovec{{Base: &b[0], Len: 1}}, []unix.RemoteIovec{{Base: t.Addr, Len: 1}}, 0)
+		_, err := unix.ProcessVMReadv(t.PID,
+			[]unix.Iovec{{Base: &b[0], Len: 1}}, []unix.RemoteIovec{{Base: t.Addr, Len: 1}}, 0)
 		return err
 	},
 	"open memory": func(t quarry) error { return open(fmt.Sprintf("/proc/%d/mem", t.PID), os.O_RDWR) },
@@ -91,7 +92,7 @@ func open(path string, flag int) error {
 	return err
 }
 
-// intrude tries what it reads from its standard input, and writes what it got at.
+// intrude tries the targets that it reads from standard input and writes those that it reached.
 func intrude() {
 	var targets, got []quarry
 	err := json.NewDecoder(os.Stdin).Decode(&targets)
@@ -106,8 +107,9 @@ func intrude() {
 	}
 }
 
-// intruders returns what of the targets a process gets at that has the user and group id, and every capability in a
-// user namespace of its own, and that no other namespace and no filter confines. A sentry has less.
+// intruders returns the targets that a process reaches which has the user and group id and every
+// capability in a user namespace of its own, and which no other namespace and no filter confines. A
+// sentry has less.
 func (m *machine) intruders(uid int, targets []quarry) (got []quarry) {
 	m.t.Helper()
 	var out, errs bytes.Buffer
@@ -120,7 +122,7 @@ func (m *machine) intruders(uid int, targets []quarry) (got []quarry) {
 	only := []syscall.SysProcIDMap{{ContainerID: 0, HostID: uid, Size: 1}}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, UidMappings: only, GidMappings: only,
 		Credential: &syscall.Credential{}}
-	if uid == 0 { // the host's root, to see that everything can be done
+	if uid == 0 { // the host's root, to check that every way works
 		cmd.SysProcAttr = nil
 	}
 	if err := errors.Join(cmd.Run(), json.Unmarshal(out.Bytes(), &got)); err != nil {
@@ -129,7 +131,7 @@ func (m *machine) intruders(uid int, targets []quarry) (got []quarry) {
 	return got
 }
 
-// processTargets returns every way to get at a process.
+// processTargets returns every way to reach a process.
 func (m *machine) processTargets(pid int) (all []quarry) {
 	m.t.Helper()
 	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
@@ -146,7 +148,7 @@ func (m *machine) processTargets(pid int) (all []quarry) {
 	return all
 }
 
-// fileTargets returns every way to get at what is below a directory of the host.
+// fileTargets returns every way to reach the files below a directory of the host.
 func (m *machine) fileTargets(dir string) (all []quarry) {
 	m.t.Helper()
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -158,7 +160,7 @@ func (m *machine) fileTargets(dir string) (all []quarry) {
 			all = append(all, quarry{Kind: "connect", Path: path})
 		case d.Type().IsRegular():
 			all = append(all, quarry{Kind: "read", Path: path})
-			if path != m.programs.Runsc { // which runs, so that root cannot either
+			if path != m.programs.Runsc { // it runs, so that root cannot write it either
 				all = append(all, quarry{Kind: "write", Path: path})
 			}
 		}
@@ -170,7 +172,7 @@ func (m *machine) fileTargets(dir string) (all []quarry) {
 	return all
 }
 
-// processes lists the processes of a sandbox by name: sentry, gofer, and stubs.
+// processes returns the processes of a sandbox by name: sentry, gofer, and stubs.
 func (m *machine) processes(id sandbox.ID) map[string][]int {
 	m.t.Helper()
 	pids, err := m.node.groups.Group(m.node.groupPath(id)).Procs()
@@ -197,7 +199,7 @@ func (m *machine) processes(id sandbox.ID) map[string][]int {
 	return named
 }
 
-// status returns a line of a process's status, its fields joined by spaces.
+// status returns a line of a process's status, with its fields joined by spaces.
 func (m *machine) status(pid int, name string) string {
 	m.t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
@@ -212,8 +214,9 @@ func (m *machine) status(pid int, name string) string {
 	return strings.Join(strings.Fields(line), " ")
 }
 
-// wantOwnUID checks that all processes of the sandbox have one user and group id, which is in the server's
-// range, no other group, and no capability but in a user namespace that knows this id alone. It returns the id.
+// wantOwnUID checks that all processes of the sandbox have one user and group id, which is in the
+// server's range, no other group, and no capability except in a user namespace that has only this
+// id. It returns the id.
 func (m *machine) wantOwnUID(id sandbox.ID) int {
 	m.t.Helper()
 	uid := int(m.node.box(id).life.UID)
@@ -237,7 +240,8 @@ func (m *machine) wantOwnUID(id sandbox.ID) int {
 			}
 			for _, file := range []string{"uid_map", "gid_map"} {
 				text, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, file))
-				if got, want := strings.Join(strings.Fields(string(text)), " "), fmt.Sprintf("0 %d 1", uid); err != nil || got != want {
+				if got, want := strings.Join(strings.Fields(string(text)), " "), fmt.Sprintf("0 %d 1", uid); err != nil ||
+					got != want {
 					m.t.Errorf("the %s of a %s is %q, %v, want %q", file, name, got, err, want)
 				}
 			}
@@ -250,10 +254,11 @@ func (m *machine) wantOwnUID(id sandbox.ID) int {
 	return uid
 }
 
-// TestOwnUID looks at the processes of sandboxes that were booted, restored and adopted. Then a process with the user
-// id of one, without the rest of gVisor's confinement, tries to get at the others, at the server and at its files.
+// TestOwnUID checks the processes of sandboxes that were booted, restored and adopted. Then a
+// process with the user id of one sandbox, without the rest of gVisor's confinement, tries to reach
+// the others, the server and its files.
 func TestOwnUID(t *testing.T) {
-	// The server may be started with groups of root's.
+	// The server may be started with root's groups.
 	groups, err := syscall.Getgroups()
 	if err != nil {
 		t.Fatal(err)
@@ -272,7 +277,7 @@ func TestOwnUID(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := newMachine(t)
-	// As the server has it: sandboxes need nothing of it by a path.
+	// The directory of the server has this mode too: sandboxes open nothing below it by a path.
 	if err := os.Chmod(m.dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -296,7 +301,7 @@ func TestOwnUID(t *testing.T) {
 	}
 	b = m.wake(b)
 	m.close()
-	m.open() // which adopts them
+	m.open() // adopts them
 	seen := map[int]bool{}
 	for _, spec := range []sandbox.Spec{a, b, child} {
 		m.works(spec)
@@ -314,15 +319,16 @@ func TestOwnUID(t *testing.T) {
 		targets = append(targets, quarry{Kind: "list", Path: fds})
 	}
 	stub := m.processTargets(others["stub"][0])
-	targets = append(targets, slices.DeleteFunc(stub, func(t quarry) bool { return t.Kind == "ptrace" })...) // it is traced already
-	// The control: all of it is there to be had, and an intruder can do what it may.
+	// Without ptrace, since the stub is traced already.
+	targets = append(targets, slices.DeleteFunc(stub, func(t quarry) bool { return t.Kind == "ptrace" })...)
+	// As a control, root reaches every target, so that each way works in this test.
 	if diff := cmp.Diff(targets, m.intruders(0, targets)); diff != "" {
-		t.Errorf("what root cannot do says nothing about others (-all +done):\n%s", diff)
+		t.Errorf("root does not reach all targets, so that the test proves nothing (-all +done):\n%s", diff)
 	}
 	uid := m.wantOwnUID(a.ID)
 	own := quarry{Kind: "signal", PID: m.node.box(a.ID).pid}
 	if diff := cmp.Diff([]quarry{own}, m.intruders(uid, append(slices.Clone(targets), own))); diff != "" {
-		t.Errorf("with the user id of a sandbox one gets at this, of what is not that sandbox's (-want +got):\n%s", diff)
+		t.Errorf("the user id of a sandbox reaches these targets outside of that sandbox (-want +got):\n%s", diff)
 	}
 	for _, spec := range []sandbox.Spec{a, b, child} {
 		m.works(spec)
@@ -333,8 +339,8 @@ func TestOwnUID(t *testing.T) {
 	m.wantNothing()
 }
 
-// TestUIDOfOlderSandboxes adopts a sandbox that was started before sandboxes had user ids. It gets one when it is
-// restored.
+// TestUIDOfOlderSandboxes adopts a sandbox that was started before sandboxes had user ids. It gets
+// one when it is restored.
 func TestUIDOfOlderSandboxes(t *testing.T) {
 	m := newMachine(t)
 	spec := m.spec()
@@ -343,7 +349,9 @@ func TestUIDOfOlderSandboxes(t *testing.T) {
 		c := m.node.container(b, spec, image)
 		linux := c.Spec.Linux
 		linux.UIDMappings, linux.GIDMappings = nil, nil
-		linux.Namespaces = slices.DeleteFunc(linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.UserNamespace })
+		linux.Namespaces = slices.DeleteFunc(linux.Namespaces, func(n specs.LinuxNamespace) bool {
+			return n.Type == specs.UserNamespace
+		})
 		b.life.UID = 0
 		return b.runtime().Run(ctx, c)
 	}, func(ctx context.Context) error { return errors.Join(b.record(), m.node.initAgent(ctx, b, spec)) })
@@ -369,12 +377,13 @@ func TestUIDOfOlderSandboxes(t *testing.T) {
 	m.wantNothing()
 }
 
-// TestUIDsDiffer computes the user ids of neighbours, and of the ends of all ranges for private use.
+// TestUIDsDiffer checks that neighbours, and the ends of all ranges for private use, have different
+// user ids.
 func TestUIDsDiffer(t *testing.T) {
 	n := &Node{cfg: Config{FirstUID: DefaultFirstUID}}
 	seen := map[uint32]string{}
-	for _, text := range []string{"10.0.0.1", "10.0.0.3", "10.255.255.255", "100.64.0.1", "100.127.255.255", "172.16.0.1", "172.31.255.255",
-		"192.168.0.1", "192.168.255.255", "198.18.0.1", "198.19.255.255"} {
+	for _, text := range []string{"10.0.0.1", "10.0.0.3", "10.255.255.255", "100.64.0.1", "100.127.255.255",
+		"172.16.0.1", "172.31.255.255", "192.168.0.1", "192.168.255.255", "198.18.0.1", "198.19.255.255"} {
 		uid := n.uidOf(netip.MustParseAddr(text))
 		if other, ok := seen[uid]; ok || uid < DefaultFirstUID || uid >= DefaultFirstUID+UIDs {
 			t.Errorf("%s has the user id %d; %s has it too", text, uid, other)
@@ -383,8 +392,8 @@ func TestUIDsDiffer(t *testing.T) {
 	}
 }
 
-// TestUIDIsNotTakenTwice tries to give a slot the user id of a sandbox that was started with another setting, before
-// and after that sandbox has gone.
+// TestUIDIsNotTakenTwice tries to give a slot the user id of a sandbox that was started with
+// another setting, before and after that sandbox has gone.
 func TestUIDIsNotTakenTwice(t *testing.T) {
 	m := newMachine(t)
 	spec := m.spec()
@@ -403,7 +412,7 @@ func TestUIDIsNotTakenTwice(t *testing.T) {
 	if err := m.node.takeUID(other); !fault.Is(err, fault.Unavailable) {
 		t.Errorf("with the user id of a sandbox that runs: %v", err)
 	}
-	m.node.giveUID(other) // as the undoing of a create does
+	m.node.giveUID(other) // as the undo of a create does
 	if err := m.node.takeUID(other); !fault.Is(err, fault.Unavailable) {
 		t.Errorf("with the user id of a sandbox that runs, after a create was undone: %v", err)
 	}
