@@ -22,8 +22,8 @@ func orgFields(o *auth.Org) []any {
 	return []any{&o.ID, &o.Name, &o.Quota.Sandboxes, &o.Quota.VCPUs, &o.Quota.MemoryMB, timeColumn{&o.CreatedAt}}
 }
 
-// keyFields are k's columns but for the hash, which is hex in the table, so that
-// it is the same type and searchable by hand everywhere.
+// keyFields returns k's columns, to scan into or to write, with hash in place of k.Hash. The table
+// stores the hash as hex, which has the same type in every database and can be searched by hand.
 func keyFields(k *auth.Key, hash *string) []any {
 	return []any{&k.ID, &k.OrgID, &k.Name, hash, &k.Prefix, jsonColumn{&k.Scopes},
 		timeColumn{&k.CreatedAt}, timeColumn{&k.ExpiresAt}, timeColumn{&k.RevokedAt}, timeColumn{&k.LastUsedAt}}
@@ -59,7 +59,8 @@ func (db *DB) PutOrg(ctx context.Context, o auth.Org, first auth.Key) error {
 func insertKey(ctx context.Context, tx *sql.Tx, out *outbox, k auth.Key) error {
 	hash := hex.EncodeToString(k.Hash)
 	fields := keyFields(&k, &hash)
-	_, err := tx.ExecContext(ctx, "INSERT INTO api_keys ("+keyColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
+	_, err := tx.ExecContext(ctx,
+		"INSERT INTO api_keys ("+keyColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
 	if violates(err, true) {
 		return noOrg(k.OrgID)
 	}
@@ -113,7 +114,7 @@ func (db *DB) ListOrgs(ctx context.Context, limit int, after string) ([]auth.Org
 	return all, next, nil
 }
 
-// PutKey implements [auth.Store]. No such organization is NotFound.
+// PutKey implements [auth.Store]. It returns NotFound if the organization does not exist.
 func (db *DB) PutKey(ctx context.Context, k auth.Key, limit int) error {
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if limit > 0 {
@@ -136,15 +137,17 @@ const (
 		(SELECT id FROM api_keys WHERE org_id = $1 AND NOT (` + isLive + `) ORDER BY created_at DESC, id DESC LIMIT $3)`
 )
 
-// makeRoom refuses a key more than the limit, and drops the oldest of those that open nothing any
-// more. It reads the organization's keys, of which there are no more than twice the limit.
+// makeRoom returns Exhausted if the organization has limit live keys. Otherwise it deletes the
+// revoked and expired keys, except the newest limit of them. It reads the keys of the organization,
+// which are at most twice the limit.
 func makeRoom(ctx context.Context, tx *sql.Tx, k auth.Key, limit int) error {
 	var live int
 	if err := tx.QueryRowContext(ctx, liveKeys, k.OrgID, at(k.CreatedAt)).Scan(&live); err != nil {
 		return fmt.Errorf("counting keys: %w", err)
 	}
 	if live >= limit {
-		return fault.New(fault.Exhausted, "quota_exceeded", "the organization may have %d API keys; revoke one that is not needed", limit)
+		return fault.New(fault.Exhausted, "quota_exceeded",
+			"the organization may have %d API keys; revoke one that is not needed", limit)
 	}
 	if _, err := tx.ExecContext(ctx, dropKeys, k.OrgID, at(k.CreatedAt), limit); err != nil {
 		return fmt.Errorf("dropping old keys: %w", err)
@@ -152,7 +155,8 @@ func makeRoom(ctx context.Context, tx *sql.Tx, k auth.Key, limit int) error {
 	return nil
 }
 
-// keyByHash is constant so that the hottest query of all is the same text always.
+// keyByHash selects a key and its organization by the hash of the key. It is a constant, so that
+// this query, the most frequent one, always has the same text.
 const keyByHash = `SELECT k.id, k.org_id, k.name, k.hash, k.prefix, k.scopes, k.created_at, k.expires_at, k.revoked_at, k.last_used_at,
 	o.id, o.name, o.quota_sandboxes, o.quota_vcpus, o.quota_memory_mb, o.created_at
 	FROM api_keys k JOIN orgs o ON o.id = k.org_id WHERE k.hash = $1`
@@ -162,7 +166,8 @@ func (db *DB) KeyByHash(ctx context.Context, hash []byte) (auth.Key, auth.Org, e
 	var k auth.Key
 	var o auth.Org
 	var text string
-	err := db.reader.QueryRowContext(ctx, keyByHash, hex.EncodeToString(hash)).Scan(append(keyFields(&k, &text), orgFields(&o)...)...)
+	err := db.reader.QueryRowContext(ctx, keyByHash, hex.EncodeToString(hash)).
+		Scan(append(keyFields(&k, &text), orgFields(&o)...)...)
 	if errors.Is(err, sql.ErrNoRows) {
 		return auth.Key{}, auth.Org{}, fault.New(fault.NotFound, "api_key_not_found", "there is no such API key")
 	}
@@ -232,10 +237,11 @@ func (db *DB) RevokeKey(ctx context.Context, orgID, id string, when time.Time) e
 	return nil
 }
 
-// TouchKey implements [auth.Store]. An earlier use, or one of a key that is not
-// there, changes nothing.
+// TouchKey implements [auth.Store]. It changes nothing if a later use is recorded or if the key does
+// not exist.
 func (db *DB) TouchKey(ctx context.Context, id string, when time.Time) error {
-	_, err := db.writer.ExecContext(ctx, "UPDATE api_keys SET last_used_at = $1 WHERE id = $2 AND (last_used_at IS NULL OR last_used_at < $1)", at(when), id)
+	_, err := db.writer.ExecContext(ctx,
+		"UPDATE api_keys SET last_used_at = $1 WHERE id = $2 AND (last_used_at IS NULL OR last_used_at < $1)", at(when), id)
 	if err != nil {
 		return fmt.Errorf("recording a use of key %s: %w", id, err)
 	}

@@ -16,12 +16,14 @@ import (
 
 func aKey(org string, i int) auth.Key {
 	hash := sha256.Sum256(fmt.Append(nil, org, i))
-	return auth.Key{ID: fmt.Sprintf("key_%s%03d", org, i), OrgID: "org_" + org, Name: "ci", Hash: hash[:], Prefix: "cay_12345678",
+	return auth.Key{ID: fmt.Sprintf("key_%s%03d", org, i), OrgID: "org_" + org, Name: "ci",
+		Hash: hash[:], Prefix: "cay_12345678",
 		Scopes: []auth.Scope{auth.Exec, auth.Admin}, CreatedAt: start.Add(time.Duration(i) * time.Second)}
 }
 
 func anOrg(name string, i int) (auth.Org, auth.Key) {
-	return auth.Org{ID: "org_" + name, Name: name, Quota: auth.Quota{Sandboxes: 1, VCPUs: 2, MemoryMB: 3}, CreatedAt: start.Add(time.Duration(i) * time.Second)}, aKey(name, 0)
+	return auth.Org{ID: "org_" + name, Name: name, Quota: auth.Quota{Sandboxes: 1, VCPUs: 2, MemoryMB: 3},
+		CreatedAt: start.Add(time.Duration(i) * time.Second)}, aKey(name, 0)
 }
 
 func mustPutOrg(t *testing.T, st auth.Store, name string, i int) (auth.Org, auth.Key) {
@@ -33,7 +35,7 @@ func mustPutOrg(t *testing.T, st auth.Store, name string, i int) (auth.Org, auth
 	return o, k
 }
 
-// testAuthStore is the contract of auth.Store: every implementation keeps it.
+// testAuthStore tests the contract of auth.Store, which every implementation must keep.
 func testAuthStore(t *testing.T, open func(t *testing.T) auth.Store) {
 	for name, f := range map[string]func(*testing.T, auth.Store){
 		"organizations":   authOrgs,
@@ -106,7 +108,7 @@ func authOrgRace(t *testing.T, st auth.Store) {
 	}
 	wg.Wait()
 	if made != 1 {
-		t.Errorf("%d organizations of one name", made)
+		t.Errorf("made %d organizations with one name", made)
 	}
 }
 
@@ -141,7 +143,7 @@ func authKeys(t *testing.T, st auth.Store) {
 	orphan := aKey("nobody", 0)
 	wantFault(t, st.PutKey(t.Context(), orphan, 0), fault.NotFound, "org_not_found")
 	if err := st.PutKey(t.Context(), full, 0); err == nil {
-		t.Error("the same key was put twice")
+		t.Error("added the same key twice")
 	}
 }
 
@@ -165,7 +167,11 @@ func authRevoke(t *testing.T, st auth.Store) {
 
 func authTouch(t *testing.T, st auth.Store) {
 	_, k := mustPutOrg(t, st, "a", 0)
-	for _, c := range []struct{ at, want time.Duration }{{time.Hour, time.Hour}, {time.Minute, time.Hour}, {2 * time.Hour, 2 * time.Hour}} {
+	for _, c := range []struct{ at, want time.Duration }{
+		{time.Hour, time.Hour},
+		{time.Minute, time.Hour},
+		{2 * time.Hour, 2 * time.Hour},
+	} {
 		if err := st.TouchKey(t.Context(), k.ID, start.Add(c.at)); err != nil {
 			t.Fatal(err)
 		}
@@ -174,7 +180,7 @@ func authTouch(t *testing.T, st auth.Store) {
 		}
 	}
 	if err := st.TouchKey(t.Context(), "key_none", start); err != nil {
-		t.Errorf("a key that is gone: %v", err)
+		t.Errorf("touching a key that does not exist: %v", err)
 	}
 }
 
@@ -207,7 +213,7 @@ func authListKeys(t *testing.T, st auth.Store) {
 	wantFault(t, err, fault.Invalid, "invalid_cursor")
 }
 
-// authKeyLimit makes keys up to the limit, and far more that are revoked or expired at once.
+// authKeyLimit adds keys up to the limit, and far more that are revoked or expire at once.
 func authKeyLimit(t *testing.T, st auth.Store) {
 	const limit = 5
 	_, first := mustPutOrg(t, st, "a", 0)
@@ -221,18 +227,18 @@ func authKeyLimit(t *testing.T, st auth.Store) {
 	more := aKey("a", 100)
 	wantFault(t, st.PutKey(ctx, more, limit), fault.Exhausted, "quota_exceeded")
 	if err := st.PutKey(ctx, aKey("b", 1), limit); err != nil {
-		t.Errorf("another organization: %v", err)
+		t.Errorf("adding a key to another organization: %v", err)
 	}
 	if err := st.RevokeKey(ctx, "org_a", first.ID, start); err != nil {
 		t.Fatal(err)
 	}
-	for i := range 4 * limit { // each takes the place that the one before it left
+	for i := range 4 * limit { // each takes the place of the key before it
 		k := aKey("a", 200+i)
 		if i%2 == 0 {
 			k.ExpiresAt = k.CreatedAt.Add(time.Millisecond)
 		}
 		if err := st.PutKey(ctx, k, limit); err != nil {
-			t.Fatalf("in a place that is free, %d: %v", i, err)
+			t.Fatalf("adding key %d in a free place: %v", i, err)
 		}
 		if err := st.RevokeKey(ctx, "org_a", k.ID, k.CreatedAt); i%2 == 1 && err != nil {
 			t.Fatal(err)
@@ -240,22 +246,22 @@ func authKeyLimit(t *testing.T, st auth.Store) {
 	}
 	all, _, err := st.ListKeys(ctx, "org_a", 100, "")
 	if err != nil || len(all) > 2*limit {
-		t.Errorf("%d keys are kept, %v; want at most %d", len(all), err, 2*limit)
+		t.Errorf("the store kept %d keys, %v; want at most %d", len(all), err, 2*limit)
 	}
 	for i := range limit - 1 {
 		if _, _, err := st.KeyByHash(ctx, aKey("a", i+1).Hash); err != nil {
-			t.Errorf("key %d, which is in use, is gone: %v", i+1, err)
+			t.Errorf("live key %d is gone: %v", i+1, err)
 		}
 	}
 }
 
-// authAtomic: an organization whose first key cannot be stored is not there either.
+// authAtomic checks that an organization is not stored if its first key cannot be stored.
 func authAtomic(t *testing.T, st auth.Store) {
 	_, k := mustPutOrg(t, st, "a", 0)
 	o, _ := anOrg("b", 0)
 	k.OrgID = o.ID // the hash is taken
 	if err := st.PutOrg(t.Context(), o, k); err == nil {
-		t.Fatal("two keys with one hash")
+		t.Fatal("stored two keys with one hash")
 	}
 	_, err := st.GetOrg(t.Context(), o.ID)
 	wantFault(t, err, fault.NotFound, "org_not_found")

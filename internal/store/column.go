@@ -9,10 +9,10 @@ import (
 	"time"
 )
 
-// The column types own how a Go value looks in the database. Each wraps a
-// pointer and goes both ways: it is scanned into and it is a parameter.
+// The column types convert Go values to columns of the database and back. Each wraps a pointer to
+// the value and serves both as a parameter and as a destination of Scan.
 
-// timeColumn is a time as microseconds since 1970, the zero time as NULL.
+// timeColumn stores a time as microseconds since 1970, and the zero time as NULL.
 type timeColumn struct{ t *time.Time }
 
 func (c timeColumn) Value() (driver.Value, error) {
@@ -34,10 +34,10 @@ func (c timeColumn) Scan(v any) error {
 	return nil
 }
 
-// at is a parameter of a time that is not changed.
+// at returns t as a parameter, for times that are written and not scanned.
 func at(t time.Time) timeColumn { return timeColumn{&t} }
 
-// durationColumn is a duration as microseconds.
+// durationColumn stores a duration as microseconds.
 type durationColumn struct{ d *time.Duration }
 
 func (c durationColumn) Value() (driver.Value, error) { return c.d.Microseconds(), nil }
@@ -51,7 +51,7 @@ func (c durationColumn) Scan(v any) error {
 	return nil
 }
 
-// jsonColumn is anything as JSON text.
+// jsonColumn stores a value of any type as JSON text.
 type jsonColumn struct{ p any }
 
 func (c jsonColumn) Value() (driver.Value, error) {
@@ -70,16 +70,16 @@ func (c jsonColumn) Scan(v any) error {
 	}
 }
 
-// params collects the parameters of a statement that is put together.
+// params collects the parameters of a statement while its text is put together.
 type params []any
 
-// add takes a parameter and returns its place holder.
+// add appends a parameter and returns its placeholder.
 func (p *params) add(v any) string {
 	*p = append(*p, v)
 	return "$" + strconv.Itoa(len(*p))
 }
 
-// placeholders is "$1, $2, …" for n parameters.
+// placeholders returns "$1, $2, …" for n parameters.
 func placeholders(n int) string {
 	var b strings.Builder
 	for i := 1; i <= n; i++ {
@@ -92,5 +92,5 @@ func placeholders(n int) string {
 	return b.String()
 }
 
-// scanner is a row to read from: sql.Row or sql.Rows.
+// scanner reads a row. *sql.Row and *sql.Rows implement it.
 type scanner interface{ Scan(into ...any) error }

@@ -9,16 +9,16 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// cursor is the place after the last row of a page: the pair that listings are
-// ordered by. A page therefore neither repeats nor skips a row when others come
-// or go meanwhile. Its text is opaque to users but not secret.
+// cursor marks the place after the last row of a page by the pair of columns that listings are
+// ordered by. The next page therefore neither repeats nor skips a row when other rows are added or
+// removed before it is read. The text of a cursor is opaque to users but not secret.
 type cursor struct {
-	list byte  // which listing it belongs to
+	list byte  // the listing that it belongs to
 	at   int64 // created_at in microseconds, or the seq of an event
 	id   string
 }
 
-// The listings. They are in cursors that users hold: never renumber.
+// These bytes name the listings in cursors. Never change one: users hold cursors that contain them.
 const (
 	listSandboxes byte = 's'
 	listEvents    byte = 'e'
@@ -32,12 +32,12 @@ const (
 
 const (
 	cursorVersion = 1
-	// maxCursorID bounds the id in a cursor, in bytes. Ours have 24; room for
-	// longer ones costs nothing.
+	// maxCursorID limits the id in a cursor, in bytes. Today's ids have 24: a limit below that would
+	// refuse valid cursors, and room for longer ids costs nothing.
 	maxCursorID = 64
 )
 
-// String is base64url of version, list, at (8 bytes) and id.
+// String returns the base64url encoding of version, list, at (8 bytes) and id.
 func (c cursor) String() string {
 	b := []byte{cursorVersion, c.list}
 	b = binary.BigEndian.AppendUint64(b, uint64(c.at))
@@ -59,20 +59,20 @@ func parseCursor(list byte, text string) (cursor, error) {
 			return cursor{}, bad
 		}
 	}
-	// DecodeString skips line breaks, so that two texts could be one place.
+	// DecodeString skips line breaks, so without this check two texts could be the same cursor.
 	if c.String() != text {
 		return cursor{}, bad
 	}
 	return c, nil
 }
 
-// page puts the end on a listing's query: only rows after the cursor, in order,
-// one more than the limit to see whether there is a next page.
+// page returns the end of a listing's query. It selects the rows after the cursor, in order, and
+// one row more than the limit, which shows whether there is a next page.
 func page(list byte, limit int, after string, p *params) (string, error) {
 	return pageIn(order{list: list}, limit, after, p)
 }
 
-// order is a listing's: newest first, or oldest first when ascending.
+// order describes the order of a listing: newest first, or oldest first if ascending.
 type order struct {
 	list      byte
 	ascending bool
@@ -97,7 +97,8 @@ func pageIn(o order, limit int, after string, p *params) (string, error) {
 	return where + " ORDER BY created_at" + down + ", id" + down + " LIMIT " + p.add(limit+1), nil
 }
 
-// cut takes the one row too many off and makes the next page's cursor.
+// cut removes the row beyond the limit and returns the cursor of the next page. It returns "" if
+// there is no such row.
 func cut[T any](list byte, rows []T, limit int, key func(T) (time.Time, string)) ([]T, string) {
 	if len(rows) <= limit {
 		return rows, ""

@@ -7,7 +7,8 @@ import (
 )
 
 func FuzzParseCursor(f *testing.F) {
-	for _, seed := range []string{"", "AXM", "not base64!", cursor{listSandboxes, 1, "sbx_abc"}.String(), cursor{listSandboxes, -1, "x"}.String(),
+	for _, seed := range []string{"", "AXM", "not base64!",
+		cursor{listSandboxes, 1, "sbx_abc"}.String(), cursor{listSandboxes, -1, "x"}.String(),
 		cursor{listEvents, 7, "sbx_abc"}.String(), cursor{listSandboxes, 1 << 62, "sbx_ABC'; DROP"}.String()} {
 		f.Add(seed)
 	}
@@ -20,7 +21,7 @@ func FuzzParseCursor(f *testing.F) {
 			return
 		}
 		if c.String() != text || c.list != listSandboxes || c.id == "" || len(c.id) > maxCursorID {
-			t.Fatalf("%q parsed to %+v, which is %q", text, c, c.String())
+			t.Fatalf("%q parsed to %+v, whose text is %q", text, c, c.String())
 		}
 	})
 }
@@ -31,6 +32,6 @@ func TestCursorBelongsToOneListing(t *testing.T) {
 		t.Error(err)
 	}
 	if _, err := parseCursor(listOrgs, text); !fault.Is(err, fault.Invalid) {
-		t.Errorf("a cursor of keys paged organizations: %v", err)
+		t.Errorf("parsing a cursor of keys as one of organizations: %v", err)
 	}
 }

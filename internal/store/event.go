@@ -12,15 +12,16 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// outbox takes the events of one transaction. There is no other way to write an event, so that
-// followers are always told.
+// outbox writes the events of one transaction. All events are written through an outbox, so that
+// followers learn of each.
 type outbox struct {
 	db   *DB
 	tx   *sql.Tx
-	orgs []string // that have events in it
+	orgs []string // the organizations of the events written so far
 }
 
-// record is write for a transaction that may write events.
+// record runs f in a transaction, as write does, with an outbox for its events. If f wrote events,
+// record calls the function set by OnEvents after the transaction.
 func (db *DB) record(ctx context.Context, f func(tx *sql.Tx, out *outbox) error) error {
 	out := &outbox{db: db}
 	err := db.write(ctx, func(tx *sql.Tx) error {
@@ -33,16 +34,17 @@ func (db *DB) record(ctx context.Context, f func(tx *sql.Tx, out *outbox) error)
 	return err
 }
 
-// OnEvents has wake called after each transaction that wrote events, with the organizations that they
-// belong to. It must not block.
+// OnEvents sets the function that is called after each transaction that wrote events, with the
+// organizations that the events belong to. wake must not block.
 func (db *DB) OnEvents(wake func(orgs []string)) { db.wake.Store(&wake) }
 
 const (
-	// nextSeq is the place of the next event: the present time, given as $1, or one more than the
-	// last. The transaction has the write lock, so the order of these values is the order of commits.
+	// nextSeq selects the seq of the next event: the present time, given as $1, or one more than
+	// the last seq if the present time is not past it. The transaction has the write lock, so the
+	// order of these values is the order of commits.
 	nextSeq = `(SELECT CASE WHEN last.seq < $1 THEN $1 ELSE last.seq + 1 END
 		FROM (SELECT COALESCE((SELECT seq FROM events ORDER BY seq DESC LIMIT 1), 0) AS seq) AS last)`
-	// nextNumber is the number of the next event in the listing of a sandbox, given as $5.
+	// nextNumber selects the number of the next event in the listing of a sandbox, given as $5.
 	nextNumber = `(SELECT COALESCE(MAX(number), 0) + 1 FROM events WHERE sandbox_id = $5 AND number IS NOT NULL)`
 
 	insertEvent = `INSERT INTO events
@@ -53,14 +55,15 @@ const (
 		VALUES (` + nextSeq + `, $2, $3, $4, $5, ` + nextNumber + `, $6, $7, $8, $9, $10) RETURNING number`
 )
 
-// eventArgs are the parameters of both statements that insert e.
+// eventArgs returns the parameters of insertEvent and insertListed for e, and adds e's organization
+// to the outbox.
 func (o *outbox) eventArgs(e *event.Event) []any {
 	o.orgs = append(o.orgs, e.OrgID)
 	return []any{time.Now().UnixMicro(), e.OrgID, at(e.At), e.Type, e.SandboxID, e.From, e.To, e.Reason, e.Detail,
 		jsonColumn{&e.About}}
 }
 
-// add writes an event that is in no sandbox's listing.
+// add writes an event that appears in no sandbox's listing.
 func (o *outbox) add(ctx context.Context, e event.Event) error {
 	if _, err := o.tx.StmtContext(ctx, o.db.insertEvent).ExecContext(ctx, o.eventArgs(&e)...); err != nil {
 		return fmt.Errorf("writing event: %w", err)
@@ -68,8 +71,9 @@ func (o *outbox) add(ctx context.Context, e event.Event) error {
 	return nil
 }
 
-// list writes an event of a sandbox, which its listing has too, and returns its number there. The
-// transaction has written the sandbox's row, so no other transaction is numbering its events.
+// list writes an event of a sandbox, adds it to the sandbox's listing and returns its number there.
+// The transaction must have written the sandbox's row already, so that no other transaction numbers
+// events of the sandbox at the same time.
 func (o *outbox) list(ctx context.Context, e event.Event) (number int64, err error) {
 	if err := o.tx.StmtContext(ctx, o.db.insertListed).QueryRowContext(ctx, o.eventArgs(&e)...).Scan(&number); err != nil {
 		return 0, fmt.Errorf("writing event: %w", err)
@@ -90,15 +94,18 @@ func (o *outbox) transition(ctx context.Context, orgID string, e sandbox.Event) 
 	return err
 }
 
-// A sandbox's listing keeps its newest events: while it lives those of some hundred suspends and
-// wakes, about 100 KiB; when it is over those that led to its end. The feed has the others too,
-// until they are dropped from it.
 const (
-	eventsKept     = 1000
+	// eventsKept limits the events in the listing of a sandbox, which keeps the newest. 1000 are the
+	// events of some hundred suspends and wakes, about 100 KiB; fewer hide events that users look for,
+	// more take space for every sandbox. The feed keeps older events until they are dropped from it.
+	eventsKept = 1000
+	// eventsKeptOver limits the events in the listing of a sandbox that is over. 100 show what led to
+	// its end.
 	eventsKeptOver = 100
 )
 
-// unlist takes events out of the listing of their sandbox. Those that the feed has no more go.
+// unlist removes events from the listing of their sandbox. It deletes the events that the feed no
+// longer has.
 func (o *outbox) unlist(ctx context.Context, where string, args ...any) error {
 	where = " WHERE number IS NOT NULL AND " + where
 	if _, err := o.tx.ExecContext(ctx, "DELETE FROM events"+where+isBeyond, args...); err != nil {
@@ -110,11 +117,12 @@ func (o *outbox) unlist(ctx context.Context, where string, args ...any) error {
 	return nil
 }
 
-// isBeyond selects events that are in no feed any more.
+// isBeyond selects events that were dropped from the feed.
 const isBeyond = " AND seq <= (SELECT h.seq FROM event_horizons h WHERE h.org_id = events.org_id)"
 
-// notesKept is how many notes of one reason a sandbox's listing keeps: some hours of the most that
-// one which scans its network makes, some tens of KiB.
+// notesKept limits the notes of one reason in a sandbox's listing. A sandbox that scans its network
+// makes the most notes: 100 of them cover some hours and take some tens of KiB. With a higher limit,
+// notes would displace transitions from the listing.
 const notesKept = 100
 
 // Note implements [sandbox.Store].
@@ -133,10 +141,11 @@ func (db *DB) Note(ctx context.Context, events []sandbox.Event) error {
 	return nil
 }
 
-// note writes an event of a sandbox that is no transition, if the sandbox is not over.
+// note writes an event of a sandbox that is not a transition. If the sandbox is over or does not
+// exist, note writes nothing and returns false.
 func (o *outbox) note(ctx context.Context, t event.Type, e sandbox.Event, about event.About) (noted bool, err error) {
 	var org, state string
-	// Taking the state by an update makes this transaction a writer from its beginning.
+	// Reading the state with an UPDATE makes this transaction a writer from its first statement.
 	err = o.tx.QueryRowContext(ctx, `UPDATE sandboxes SET state = state WHERE id = $1 AND ended_at IS NULL
 		RETURNING org_id, state`, e.SandboxID).Scan(&org, &state)
 	if errors.Is(err, sql.ErrNoRows) {
@@ -167,12 +176,13 @@ func (o *outbox) note(ctx context.Context, t event.Type, e sandbox.Event, about 
 	return true, nil
 }
 
-// listedID is the id of an event in the listing of its sandbox: "evt_" and its number there, with
-// so many digits that a sandbox suspended and woken every second for a century stays sortable.
+// listedID returns the id of an event in the listing of its sandbox: "evt_" and its number there.
+// With ten digits, ids stay sortable for a sandbox that is suspended and woken every second for a
+// century.
 func listedID(number int64) string { return fmt.Sprintf("evt_%010d", number) }
 
-// Events implements [sandbox.Store]. Events of one sandbox are ordered by their
-// number, not by their time, which a clock set back would upset.
+// Events implements [sandbox.Store]. It orders the events of a sandbox by number and not by time,
+// because a clock that is set back puts times out of order.
 func (db *DB) Events(ctx context.Context, id sandbox.ID, limit int, after string) ([]sandbox.Event, string, error) {
 	query, args, err := listingQuery(id, limit, after)
 	if err != nil {
@@ -203,8 +213,8 @@ func (db *DB) Events(ctx context.Context, id sandbox.ID, limit int, after string
 	return all, "", nil
 }
 
-// listingQuery is that of a sandbox's listing. The events of a sandbox whose row is gone are
-// listed nowhere.
+// listingQuery returns the query that lists the events of a sandbox. The query finds no events if
+// the row of the sandbox is gone.
 func listingQuery(id sandbox.ID, limit int, after string) (string, params, error) {
 	if limit < 1 {
 		return "", nil, fmt.Errorf("listing events with limit %d", limit)

@@ -12,12 +12,12 @@ import (
 )
 
 const (
-	// feedScan is the most events that one call reads to find those that it is asked for, some
-	// milliseconds of work. With fewer a filter that matches little takes more calls; with more a
-	// call holds one of few readers for longer.
+	// feedScan limits the events that one call searches for those that match a filter: some
+	// milliseconds of work. With a lower limit, a filter that matches little takes more calls; with
+	// a higher one, a call holds one of the few connections for reading longer.
 	feedScan = 5000
-	// trimBatch is the most events that one transaction drops, some milliseconds of work: more would
-	// hold up creates, fewer would sync more often.
+	// trimBatch limits the events that one transaction drops: some milliseconds of work. A higher
+	// limit would delay creates; a lower one would sync the database more often.
 	trimBatch = 500
 )
 
@@ -41,7 +41,8 @@ func scanEvents(rows *sql.Rows) ([]event.Event, error) {
 	return all, rows.Err()
 }
 
-// feedQuery selects the events that are asked for up to a place, one more than the limit.
+// feedQuery returns the query for the events that match q, up to and including through. It selects
+// one more than the limit, which shows whether there are further events.
 func feedQuery(q event.Query, through event.Seq) (string, params) {
 	var p params
 	text := "SELECT " + eventColumns + " FROM events WHERE org_id = " + p.add(q.OrgID) +
@@ -61,11 +62,11 @@ func feedQuery(q event.Query, through event.Seq) (string, params) {
 
 const (
 	lastEvent = "SELECT seq FROM events WHERE org_id = $1 ORDER BY seq DESC LIMIT 1"
-	// scanEnd finds the last of the events that one call looks at.
+	// scanEnd selects the last event that one call searches.
 	scanEnd = "SELECT seq FROM events WHERE org_id = $1 AND seq > $2 AND seq < $3 ORDER BY seq LIMIT 1 OFFSET $4"
 )
 
-// place runs a query for a place, found false if it has no row.
+// place runs a query for one seq. It returns found false if the query has no row.
 func place(ctx context.Context, q querier, query string, args ...any) (s event.Seq, found bool, err error) {
 	err = q.QueryRowContext(ctx, query, args...).Scan(&s)
 	if errors.Is(err, sql.ErrNoRows) {
@@ -74,8 +75,8 @@ func place(ctx context.Context, q querier, query string, args ...any) (s event.S
 	return s, err == nil, err
 }
 
-// horizon returns the place of the last event that was dropped from an organization's feed, 0 if
-// none was.
+// horizon returns the seq of the last event that was dropped from an organization's feed, or 0 if
+// none was dropped.
 func (db *DB) horizon(ctx context.Context, org string) (event.Seq, error) {
 	s, _, err := place(ctx, db.reader, "SELECT seq FROM event_horizons WHERE org_id = $1", org)
 	if err != nil {
@@ -91,14 +92,14 @@ func (db *DB) ReadEvents(ctx context.Context, q event.Query) (event.Page, error)
 		return event.Page{}, err
 	}
 	if q.After == event.Oldest {
-		// Rows up to the horizon are kept only for the listings of sandboxes.
+		// Rows up to the horizon exist only for the listings of sandboxes.
 		q.After = horizon
 	}
 	page, err := db.readEvents(ctx, q)
 	if err != nil {
 		return event.Page{}, fmt.Errorf("reading events: %w", err)
 	}
-	// The horizon is read again, since events may have been dropped before the page was read.
+	// Read the horizon again: events may have been dropped before the page was read.
 	if horizon, err = db.horizon(ctx, q.OrgID); err == nil && q.After < horizon {
 		err = event.Gone()
 	}
@@ -110,7 +111,7 @@ func (db *DB) readEvents(ctx context.Context, q event.Query) (event.Page, error)
 	if q.Limit < 1 {
 		return page, fmt.Errorf("with limit %d", q.Limit)
 	}
-	// Events up to the last one are all there: the sequence grows only at its end.
+	// No event will be added before the last one: the sequence grows only at its end.
 	last, _, err := place(ctx, db.reader, lastEvent, q.OrgID)
 	if err != nil || last <= q.After {
 		return page, err
@@ -144,7 +145,7 @@ func (db *DB) readEvents(ctx context.Context, q event.Query) (event.Page, error)
 func (db *DB) LastEvent(ctx context.Context, org string) (event.Seq, error) {
 	last, _, err := place(ctx, db.reader, lastEvent, org)
 	if err != nil {
-		return 0, fmt.Errorf("looking for the last event: %w", err)
+		return 0, fmt.Errorf("finding the last event: %w", err)
 	}
 	horizon, err := db.horizon(ctx, org)
 	return max(last, horizon), err
@@ -192,14 +193,14 @@ func (db *DB) EndConsumer(ctx context.Context, consumer string) error {
 }
 
 const (
-	// trimmable is the last event that may be dropped: before the last of all, and read by every
-	// consumer.
+	// trimmable selects the last seq that may be dropped: every consumer has read up to it, and it
+	// is below the seq of the last event, which must stay.
 	trimmable = `SELECT COALESCE(MIN(seq), 0) FROM (SELECT seq FROM event_consumers
 		UNION ALL SELECT seq - 1 FROM (SELECT seq FROM events ORDER BY seq DESC LIMIT 1) AS last) AS bounds`
-	// surplus finds the newest event of those above the number that an organization may have.
+	// surplus selects the newest event beyond the number that an organization may have.
 	surplus = "SELECT seq FROM events WHERE org_id = $1 AND seq > $2 ORDER BY seq DESC LIMIT 1 OFFSET $3"
 	oldest  = "SELECT seq, at FROM events WHERE org_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq LIMIT $4"
-	// trim leaves the events that the listing of a sandbox has.
+	// trim deletes events, except those in the listing of a sandbox whose row exists.
 	trim = `DELETE FROM events WHERE org_id = $1 AND seq > $2 AND seq <= $3
 		AND (number IS NULL OR NOT EXISTS (SELECT 1 FROM sandboxes WHERE id = events.sandbox_id))`
 )
@@ -208,7 +209,7 @@ const (
 func (db *DB) TrimEvents(ctx context.Context, before time.Time, most int) (int, error) {
 	bound, _, err := place(ctx, db.reader, trimmable)
 	if err != nil {
-		return 0, fmt.Errorf("looking for what may be dropped: %w", err)
+		return 0, fmt.Errorf("finding the last event that may be dropped: %w", err)
 	}
 	orgs, err := db.texts(ctx, "listing organizations", "SELECT id FROM orgs UNION ALL SELECT ''")
 	if err != nil {
@@ -250,8 +251,9 @@ func (db *DB) trimOrg(ctx context.Context, org string, before time.Time, most in
 	}
 }
 
-// oldEvents returns the last of the events of an organization after from that are old, all before
-// it being old too, or from; full says that there may be others.
+// oldEvents returns the end of the unbroken run of old events that follows from in an organization's
+// feed, or from if the first event after it is not old. It reads at most trimBatch events, and
+// returns full true if all of them are old, so that more may follow.
 func (db *DB) oldEvents(ctx context.Context, org string, from, bound event.Seq,
 	old func(event.Seq, time.Time) bool) (to event.Seq, full bool, err error) {
 	rows, err := db.reader.QueryContext(ctx, oldest, org, from, bound, trimBatch)
@@ -275,7 +277,8 @@ func (db *DB) oldEvents(ctx context.Context, org string, from, bound event.Seq,
 	return to, n == trimBatch, rows.Err()
 }
 
-// trimBatch drops events of an organization from its feed, and says so in the same transaction.
+// trimBatch drops events from an organization's feed and moves the organization's horizon in the
+// same transaction.
 func (db *DB) trimBatch(ctx context.Context, org string, from, to event.Seq) (int, error) {
 	var n int64
 	err := db.write(ctx, func(tx *sql.Tx) error {
@@ -293,7 +296,8 @@ func (db *DB) trimBatch(ctx context.Context, org string, from, to event.Seq) (in
 	return int(n), err
 }
 
-// dropListed drops the events of sandboxes whose rows are gone from those that no feed has any more.
+// dropListed deletes the events of sandboxes whose rows are gone. It leaves the events that the feed
+// still has.
 func dropListed(ctx context.Context, tx *sql.Tx, gone []string) error {
 	var p params
 	var marks []string

@@ -21,7 +21,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// putOrg makes an organization, which has two events then.
+// putOrg adds an organization, which writes two events.
 func putOrg(t *testing.T, db *DB, id string) {
 	t.Helper()
 	key := auth.Key{ID: "key_" + id, OrgID: id, Name: "first", Hash: []byte(id), CreatedAt: start}
@@ -47,7 +47,7 @@ func addEvents(t *testing.T, db *DB, n int, e event.Event) {
 	}
 }
 
-// feed reads all that a query selects, page by page, and how many pages that took.
+// feed returns all events that a query selects, and the number of pages that they took.
 func feed(t *testing.T, db *DB, q event.Query) (all []event.Event, pages int) {
 	t.Helper()
 	for {
@@ -56,7 +56,7 @@ func feed(t *testing.T, db *DB, q event.Query) (all []event.Event, pages int) {
 			t.Fatal(err)
 		}
 		if page.Through < q.After || len(page.Events) > q.Limit {
-			t.Fatalf("after %d comes a page of %d up to %d", q.After, len(page.Events), page.Through)
+			t.Fatalf("the page after %d has %d events up to %d", q.After, len(page.Events), page.Through)
 		}
 		all = append(all, page.Events...)
 		q.After = page.Through
@@ -122,15 +122,15 @@ func TestFeedPages(t *testing.T) {
 		t.Errorf("another organization sees %v", got)
 	}
 	if last, err := db.LastEvent(t.Context(), "org_a"); err != nil || last != all[many+1].Seq {
-		t.Errorf("the last is %d, %v", last, err)
+		t.Errorf("the last event is %d, %v", last, err)
 	}
 	if _, err := db.ReadEvents(t.Context(), event.Query{OrgID: "org_a"}); err == nil {
-		t.Error("a page of nothing")
+		t.Error("answered a query with limit 0")
 	}
 }
 
-// TestFeedInOrder has writers and readers at once: no reader misses an event, sees one twice, or
-// sees one come before another that it has seen.
+// TestFeedInOrder runs writers and readers at once. It checks that no reader misses an event, reads
+// one twice, or reads one that precedes an event it has read before.
 func TestFeedInOrder(t *testing.T) {
 	db := open(t)
 	const writers, each = 6, 40
@@ -159,7 +159,7 @@ func TestFeedInOrder(t *testing.T) {
 	for range 2 {
 		reading.Go(func() {
 			var last event.Seq
-			next := map[int]int{} // the number that comes next, by writer
+			next := map[int]int{} // the next number of each writer
 			for over := false; ; {
 				select {
 				case <-done:
@@ -173,7 +173,7 @@ func TestFeedInOrder(t *testing.T) {
 				}
 				for _, e := range page {
 					if e.Seq <= last || e.Version != next[e.Port] {
-						t.Errorf("after %d comes %+v, want number %d of that writer", last, e, next[e.Port])
+						t.Errorf("after %d the reader got %+v, want number %d of that writer", last, e, next[e.Port])
 						return
 					}
 					last = e.Seq
@@ -187,7 +187,7 @@ func TestFeedInOrder(t *testing.T) {
 			}
 			for w := range writers {
 				if next[w] != each {
-					t.Errorf("of writer %d the last event seen is %d", w, next[w])
+					t.Errorf("the next event of writer %d is %d", w, next[w])
 				}
 			}
 		})
@@ -204,7 +204,7 @@ func TestFeedIsWoken(t *testing.T) {
 	db.OnEvents(func(orgs []string) {
 		for _, org := range orgs {
 			if last, err := db.LastEvent(t.Context(), org); err != nil || last == 0 {
-				t.Errorf("woken for %s before there is anything, %v", org, err)
+				t.Errorf("woken for %s before its events can be read, %v", org, err)
 			}
 		}
 		woken = append(woken, orgs...)
@@ -222,7 +222,7 @@ func TestFeedIsWoken(t *testing.T) {
 	}
 }
 
-// trimmed drops old events and returns the rest of an organization's feed.
+// trimmed drops old events and returns the rest of the feed of org_a.
 func trimmed(t *testing.T, db *DB, before time.Time, most int) []event.Event {
 	t.Helper()
 	if _, err := db.TrimEvents(t.Context(), before, most); err != nil {
@@ -241,21 +241,21 @@ func TestTrimEvents(t *testing.T) {
 	all, _ := feed(t, db, event.Query{OrgID: "org_a", After: event.Oldest, Limit: 1000})
 	q := event.Query{OrgID: "org_a", Limit: 100, After: all[0].Seq}
 
-	// Nothing is old enough, or it is, but somebody has still to read it.
+	// TrimEvents keeps events that are not old enough, and events that a consumer has not read.
 	if left := trimmed(t, db, start, 0); len(left) != len(all) {
-		t.Errorf("%d are left, want %d", len(left), len(all))
+		t.Errorf("%d events are left, want %d", len(left), len(all))
 	}
 	if err := db.SetConsumed(t.Context(), "webhooks", all[4].Seq); err != nil {
 		t.Fatal(err)
 	}
 	if left := trimmed(t, db, start.Add(time.Minute), 1); len(left) != len(all)-5 || left[0].Seq != all[5].Seq {
-		t.Errorf("%d are left, want all that the consumer has not read", len(left))
+		t.Errorf("%d events are left, want those that the consumer has not read", len(left))
 	}
 	_, err := db.ReadEvents(t.Context(), q)
 	wantFault(t, err, fault.Gone, event.CodeGone)
-	q.After = all[4].Seq // misses nothing
+	q.After = all[4].Seq // this reader misses no event
 	if page, err := db.ReadEvents(t.Context(), q); err != nil || page.Events[0].Seq != all[5].Seq {
-		t.Errorf("after the last that was dropped comes %+v, %v", page, err)
+		t.Errorf("the page after the last dropped event is %+v, %v", page, err)
 	}
 	if through, found, err := db.Consumed(t.Context(), "webhooks"); err != nil || !found || through != all[4].Seq {
 		t.Errorf("the consumer is at %d, %v, %v", through, found, err)
@@ -264,32 +264,33 @@ func TestTrimEvents(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, found, err := db.Consumed(t.Context(), "webhooks"); err != nil || found {
-		t.Errorf("the consumer is still there: %v", err)
+		t.Errorf("the consumer still exists: %v", err)
 	}
 
-	// By age, then by number; in more than one transaction.
+	// Drop events by age, then by number, in more than one transaction.
 	if left := trimmed(t, db, start.Add(time.Minute), 0); len(left) != 10 {
-		t.Errorf("%d are left, want the 10 that are not old", len(left))
+		t.Errorf("%d events are left, want the 10 that are not old", len(left))
 	}
 	if left := trimmed(t, db, start, 4); len(left) != 4 || left[3].Seq != all[len(all)-1].Seq {
-		t.Errorf("%d are left, want 4", len(left))
+		t.Errorf("%d events are left, want 4", len(left))
 	}
-	// The last of all stays, so that the next is after it, whatever the clock says.
+	// The last event stays, so that the next one gets a higher seq even if the clock was set back.
 	left := trimmed(t, db, start.Add(24*time.Hour), 1)
 	if len(left) != 1 || left[0].Seq != all[len(all)-1].Seq {
-		t.Errorf("%+v is left, want the last", left)
+		t.Errorf("%+v are left, want the last event", left)
 	}
 	addEvents(t, db, 1, event.Event{OrgID: "org_b", At: start, Type: event.SandboxRunning})
 	if left := trimmed(t, db, start.Add(24*time.Hour), 0); len(left) != 0 {
-		t.Errorf("%d are left", len(left))
+		t.Errorf("%d events are left, want 0", len(left))
 	}
 	if last, err := db.LastEvent(t.Context(), "org_a"); err != nil || last != all[len(all)-1].Seq {
-		t.Errorf("an organization without events is at %d, %v", last, err)
+		t.Errorf("the last event of an organization without events is %d, %v", last, err)
 	}
 }
 
-// TestTrimEventsKeepsListings drops events from the feed and from the listing of a sandbox: each
-// keeps those that the other has dropped, and those that both have dropped are gone.
+// TestTrimEventsKeepsListings drops events from the feed and from the listing of a sandbox. It checks
+// that each keeps the events that only the other has dropped, and that events that both have dropped
+// are deleted.
 func TestTrimEventsKeepsListings(t *testing.T) {
 	db := open(t)
 	putOrg(t, db, "org_a")
@@ -319,12 +320,12 @@ func TestTrimEventsKeepsListings(t *testing.T) {
 	if left := trimmed(t, db, start.Add(-time.Hour), 0); len(left) != 2+1+len(notes) || listed(s.ID) != 1+notesKept {
 		t.Errorf("the feed has %d, the listing %d", len(left), listed(s.ID))
 	}
-	putOrg(t, db, "org_b") // so that the last of all is not ours
+	putOrg(t, db, "org_b") // the last event of all is now one of org_b
 	if left := trimmed(t, db, start.Add(time.Hour), 0); len(left) != 0 || listed(s.ID) != 1+notesKept ||
 		rows() != 1+notesKept {
 		t.Errorf("the feed has %d, the listing %d, the table %d", len(left), listed(s.ID), rows())
 	}
-	// Out of the listing now is out of everything.
+	// The feed has dropped these events, so dropping them from the listing deletes them.
 	if err := db.Note(t.Context(), notes[:10]); err != nil {
 		t.Fatal(err)
 	}
@@ -333,21 +334,22 @@ func TestTrimEventsKeepsListings(t *testing.T) {
 	}
 	mustMove(t, db, s.ID, sandbox.Creating, sandbox.Destroyed, start)
 	if listed(s.ID) != eventsKeptOver {
-		t.Errorf("over, the listing has %d", listed(s.ID))
+		t.Errorf("after its end the listing has %d", listed(s.ID))
 	}
 	if n, err := db.Purge(t.Context(), start.Add(time.Hour), start.Add(time.Hour), 0); err != nil || n != 1 {
 		t.Fatal(n, err)
 	}
 	left, _ := feed(t, db, event.Query{OrgID: "org_a", After: event.Oldest, Limit: 100})
 	if len(left) != 11 || listed(s.ID) != 0 || rows() != 11 {
-		t.Errorf("when its row is gone, the feed has %d, the listing %d, the table %d", len(left), listed(s.ID), rows())
+		t.Errorf("without the row the feed has %d, the listing %d, the table %d", len(left), listed(s.ID), rows())
 	}
 	if left := trimmed(t, db, start.Add(time.Hour), 0); len(left) > 1 || rows() > 1 {
 		t.Errorf("in the end the feed has %d, the table %d", len(left), rows())
 	}
 }
 
-// TestClockSetBack: events are numbered after those that are there, and no place is used twice.
+// TestClockSetBack checks that events get seqs above the existing ones when the clock was set back,
+// and that no seq is used twice.
 func TestClockSetBack(t *testing.T) {
 	db := open(t)
 	ahead := time.Now().Add(time.Hour).UnixMicro()
@@ -364,8 +366,8 @@ func TestClockSetBack(t *testing.T) {
 	}
 }
 
-// TestMigrateEvents migrates the events that the schema before had: they keep the ids and the cursors
-// that clients have, and are in the feed.
+// TestMigrateEvents migrates events from version 8 of the schema. It checks that the ids and cursors
+// that clients hold stay valid, and that the feed has the events.
 func TestMigrateEvents(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "cay.db")
 	old, err := sql.Open("sqlite", dsn(path, url.Values{}))
@@ -400,9 +402,9 @@ func TestMigrateEvents(t *testing.T) {
 		reason   string
 		detail   string
 	}{
-		{a.ID, 3, 100, "creating", "running", "", ""}, // those before were dropped
+		{a.ID, 3, 100, "creating", "running", "", ""}, // its events 1 and 2 were dropped
 		{a.ID, 4, 400, "running", "running", "egress_denied", "tcp"},
-		{a.ID, 5, 200, "running", "running", "snapshot_made", snap + " mine"}, // a clock was set back
+		{a.ID, 5, 200, "running", "running", "snapshot_made", snap + " mine"}, // the clock was set back
 		{a.ID, 6, 500, "running", "running", "snapshot_made", snap},
 		{a.ID, 7, 600, "running", "running", "forked", "2 asked for"},
 		{b.ID, 1, 50, "", "creating", "fork", string(a.ID)},
@@ -420,11 +422,11 @@ func TestMigrateEvents(t *testing.T) {
 	}
 
 	db := openAt(t, path)
-	// A cursor of a page that ended with number 5, as that commit made it.
+	// The cursor of a page that ended with number 5, as the version before the migration made it.
 	page, next, err := db.Events(t.Context(), a.ID, 1, "AWUAAAAAAAAABXNieF9hYWFhYWFhYWFhYWFhYWFhYWFhYQ")
 	if err != nil || len(page) != 1 || page[0].ID != "evt_0000000004" || page[0].Detail != "tcp" ||
 		page[0].At.UnixMicro() != 400 || next == "" {
-		t.Errorf("after an old cursor comes %+v, %q, %v", page, next, err)
+		t.Errorf("the page after an old cursor is %+v, %q, %v", page, next, err)
 	}
 	mustMove(t, db, a.ID, sandbox.Creating, sandbox.Running, start)
 	var ids []string

@@ -9,11 +9,11 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// memberColumns lists what memberFields reads and writes, in its order.
+// memberColumns lists the columns of memberFields, in the same order.
 const memberColumns = `id, run, token, org_id, template, template_id, template_version, image,
 	size, vcpus, memory_mb, dedicated, disk_mb, started, created_at`
 
-// memberFields are m's columns, to scan into or to write.
+// memberFields returns m's columns, to scan into or to write.
 func memberFields(m *sandbox.Member) []any {
 	k := &m.Kind
 	return []any{&m.ID, &m.Run, &m.Token, &m.OrgID, &m.Template, &k.TemplateID, &k.Version, &k.Image,
@@ -24,7 +24,8 @@ func memberFields(m *sandbox.Member) []any {
 func (db *DB) AddMember(ctx context.Context, m sandbox.Member) error {
 	err := db.write(ctx, func(tx *sql.Tx) error {
 		fields := memberFields(&m)
-		if _, err := tx.ExecContext(ctx, "INSERT INTO pool ("+memberColumns+") VALUES ("+placeholders(len(fields))+")", fields...); err != nil {
+		if _, err := tx.ExecContext(ctx,
+			"INSERT INTO pool ("+memberColumns+") VALUES ("+placeholders(len(fields))+")", fields...); err != nil {
 			return err
 		}
 		var taken int
@@ -32,12 +33,12 @@ func (db *DB) AddMember(ctx context.Context, m sandbox.Member) error {
 			return err
 		}
 		if taken > 0 {
-			return fmt.Errorf("there is a sandbox of that ID")
+			return fmt.Errorf("a sandbox with that ID exists")
 		}
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("adding member %s to the pool: %w", m.ID, err)
+		return fmt.Errorf("adding sandbox %s to the warm pool: %w", m.ID, err)
 	}
 	return nil
 }
@@ -45,7 +46,7 @@ func (db *DB) AddMember(ctx context.Context, m sandbox.Member) error {
 // DropMember implements [sandbox.Store].
 func (db *DB) DropMember(ctx context.Context, id sandbox.ID) error {
 	if _, err := db.writer.ExecContext(ctx, "DELETE FROM pool WHERE id = $1", id); err != nil {
-		return fmt.Errorf("dropping member %s of the pool: %w", id, err)
+		return fmt.Errorf("dropping sandbox %s from the warm pool: %w", id, err)
 	}
 	return nil
 }
@@ -54,34 +55,36 @@ func (db *DB) DropMember(ctx context.Context, id sandbox.ID) error {
 func (db *DB) Members(ctx context.Context) ([]sandbox.Member, error) {
 	rows, err := db.reader.QueryContext(ctx, "SELECT "+memberColumns+" FROM pool ORDER BY created_at, id")
 	if err != nil {
-		return nil, fmt.Errorf("listing the pool: %w", err)
+		return nil, fmt.Errorf("listing the warm pool: %w", err)
 	}
 	defer rows.Close()
 	var all []sandbox.Member
 	for rows.Next() {
 		var m sandbox.Member
 		if err := rows.Scan(memberFields(&m)...); err != nil {
-			return nil, fmt.Errorf("listing the pool: %w", err)
+			return nil, fmt.Errorf("listing the warm pool: %w", err)
 		}
 		all = append(all, m)
 	}
 	if err := rows.Err(); err != nil {
-		return nil, fmt.Errorf("listing the pool: %w", err)
+		return nil, fmt.Errorf("listing the warm pool: %w", err)
 	}
 	return all, nil
 }
 
 // Admit implements [sandbox.Store].
-func (db *DB) Admit(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota, once sandbox.Once) (sandbox.Sandbox, bool, error) {
+func (db *DB) Admit(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
+	once sandbox.Once) (sandbox.Sandbox, bool, error) {
 	prior, found, err := admit(ctx, db.reader, s, q, once)
 	if err != nil {
-		return sandbox.Sandbox{}, false, fmt.Errorf("looking whether sandbox %s may be made: %w", s.ID, err)
+		return sandbox.Sandbox{}, false, fmt.Errorf("checking whether sandbox %s may be created: %w", s.ID, err)
 	}
 	return prior, found, nil
 }
 
 // Claim implements [sandbox.Store].
-func (db *DB) Claim(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota, once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
+func (db *DB) Claim(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
+	once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
 	if s.State != sandbox.Running {
 		return prior, false, fmt.Errorf("claiming sandbox %s in state %q", s.ID, s.State)
 	}
@@ -91,13 +94,13 @@ func (db *DB) Claim(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota, onc
 		}
 		r, err := tx.ExecContext(ctx, "DELETE FROM pool WHERE id = $1", s.ID)
 		if err != nil {
-			return fmt.Errorf("taking the member: %w", err)
+			return fmt.Errorf("taking the pooled sandbox: %w", err)
 		}
 		if n, err := r.RowsAffected(); err != nil || n == 0 {
 			if err != nil {
-				return fmt.Errorf("taking the member: %w", err)
+				return fmt.Errorf("taking the pooled sandbox: %w", err)
 			}
-			return fault.New(fault.Conflict, "no_member", "the pool has no member %s", s.ID)
+			return fault.New(fault.Conflict, "no_member", "the warm pool has no sandbox %s", s.ID)
 		}
 		if err := insertSandbox(ctx, tx, out, s, once); err != nil {
 			return err

@@ -13,9 +13,10 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// fullMember has a value in every field.
+// fullMember returns a pooled sandbox with a value in every field.
 func fullMember(i int) sandbox.Member {
-	return sandbox.Member{ID: sandbox.NewID(), Run: fmt.Sprint("run", i), Token: "secret", OrgID: "org_a", Template: "python",
+	return sandbox.Member{ID: sandbox.NewID(), Run: fmt.Sprint("run", i), Token: "secret",
+		OrgID: "org_a", Template: "python",
 		Kind: sandbox.Kind{TemplateID: "tpl_python", Version: 3, Image: "abcdef", DiskMB: 2048, Started: "0123",
 			Size: sandbox.Size{Name: "performance-2x", VCPUs: 2, MemoryMB: 4096, Dedicated: true}},
 		CreatedAt: start.Add(time.Duration(i) * time.Second)}
@@ -29,7 +30,7 @@ func mustAdd(t *testing.T, st sandbox.Store, m sandbox.Member) sandbox.Member {
 	return m
 }
 
-// claimed is a sandbox that a member becomes.
+// claimed returns the sandbox that a pooled sandbox becomes when org claims it.
 func claimed(m sandbox.Member, org string) sandbox.Sandbox {
 	s := fullSandbox(org, 0)
 	s.ID, s.Run, s.State = m.ID, m.Run, sandbox.Running
@@ -44,7 +45,7 @@ func wantMembers(t *testing.T, st sandbox.Store, want ...sandbox.Member) {
 		t.Fatal(err)
 	}
 	if d := cmp.Diff(want, got); d != "" {
-		t.Errorf("members (-want +got):\n%s", d)
+		t.Errorf("pooled sandboxes (-want +got):\n%s", d)
 	}
 }
 
@@ -53,13 +54,13 @@ func poolMembers(t *testing.T, st sandbox.Store) {
 	b, a := mustAdd(t, st, fullMember(2)), mustAdd(t, st, fullMember(1))
 	wantMembers(t, st, a, b)
 	if err := st.AddMember(t.Context(), a); err == nil {
-		t.Error("added twice")
+		t.Error("added a pooled sandbox twice")
 	}
 	s := mustInsert(t, st, small("org_a", 0))
 	taken := fullMember(3)
 	taken.ID = s.ID
 	if err := st.AddMember(t.Context(), taken); err == nil {
-		t.Error("added with the ID of a sandbox")
+		t.Error("added a pooled sandbox with the ID of a sandbox")
 	}
 	if images, err := st.Images(t.Context()); err != nil || len(images) != 1 || images[0] != a.Kind.Image {
 		t.Errorf("images %v, %v", images, err)
@@ -86,15 +87,18 @@ func poolClaim(t *testing.T, st sandbox.Store) {
 		t.Errorf("the row (-want +got), %v:\n%s", err, d)
 	}
 	events, _, err := st.Events(ctx, a.ID, 10, "")
-	if err != nil || len(events) != 2 || events[1].From != "" || events[1].To != sandbox.Creating || !events[1].At.Equal(want.CreatedAt) ||
-		events[0].From != sandbox.Creating || events[0].To != sandbox.Running || !events[0].At.Equal(asStored(want).StartedAt) {
+	if err != nil || len(events) != 2 ||
+		events[1].From != "" || events[1].To != sandbox.Creating || !events[1].At.Equal(want.CreatedAt) ||
+		events[0].From != sandbox.Creating || events[0].To != sandbox.Running ||
+		!events[0].At.Equal(asStored(want).StartedAt) {
 		t.Errorf("events %+v, %v", events, err)
 	}
-	if ids := listIDs(t, st, sandbox.Filter{OrgID: "org_a", Metadata: map[string]string{"team": "red"}, Limit: 10}); len(ids) != 1 {
-		t.Errorf("found by metadata: %v", ids)
+	if ids := listIDs(t, st, sandbox.Filter{OrgID: "org_a", Metadata: map[string]string{"team": "red"},
+		Limit: 10}); len(ids) != 1 {
+		t.Errorf("sandboxes found by metadata: %v", ids)
 	}
 
-	// What is refused writes nothing, and Admit says the same before.
+	// A refused claim writes nothing, and Admit returns the same error before it.
 	for name, c := range map[string]struct {
 		box  sandbox.Sandbox
 		q    sandbox.Quota
@@ -120,8 +124,9 @@ func poolClaim(t *testing.T, st sandbox.Store) {
 			wantMembers(t, st, b)
 		}
 	}
-	if _, found, err := st.Admit(ctx, claimed(b, "org_a"), sandbox.Quota{Sandboxes: 2}, sandbox.Once{Key: "new"}); err != nil || found {
-		t.Errorf("admitting what is allowed: found %v, %v", found, err)
+	if _, found, err := st.Admit(ctx, claimed(b, "org_a"), sandbox.Quota{Sandboxes: 2},
+		sandbox.Once{Key: "new"}); err != nil || found {
+		t.Errorf("admitting an allowed create: found %v, %v", found, err)
 	}
 	if err := st.DropMember(ctx, b.ID); err != nil {
 		t.Fatal(err)
@@ -129,13 +134,17 @@ func poolClaim(t *testing.T, st sandbox.Store) {
 	_, _, err = st.Claim(ctx, claimed(b, "org_a"), sandbox.Quota{}, sandbox.Once{})
 	wantFault(t, err, fault.Conflict, "no_member")
 	if _, err := st.Get(ctx, b.ID); !fault.Is(err, fault.NotFound) {
-		t.Errorf("a claim of nothing made %v", err)
+		t.Errorf("claiming a dropped pooled sandbox made a row: %v", err)
 	}
 }
 
-// poolClaimRace: many claims of few members, and of a member by many.
+// poolClaimRace makes many claims at once, several for each of a few pooled sandboxes.
 func poolClaimRace(t *testing.T, st sandbox.Store) {
-	members := []sandbox.Member{mustAdd(t, st, fullMember(1)), mustAdd(t, st, fullMember(2)), mustAdd(t, st, fullMember(3))}
+	members := []sandbox.Member{
+		mustAdd(t, st, fullMember(1)),
+		mustAdd(t, st, fullMember(2)),
+		mustAdd(t, st, fullMember(3)),
+	}
 	var won atomic.Int64
 	var wg sync.WaitGroup
 	for i := range 12 {
@@ -151,7 +160,7 @@ func poolClaimRace(t *testing.T, st sandbox.Store) {
 	}
 	wg.Wait()
 	if won.Load() != 3 {
-		t.Errorf("%d claims of 3 members succeeded", won.Load())
+		t.Errorf("%d claims of 3 pooled sandboxes succeeded", won.Load())
 	}
 	wantMembers(t, st)
 }

@@ -22,11 +22,13 @@ func (db *DB) SetPublicPort(ctx context.Context, id sandbox.ID, port int, public
 			return out.port(ctx, event.SandboxPortPrivate, id, port, r)
 		}
 		var others int
-		if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM public_ports WHERE sandbox_id = $1 AND port <> $2", id, port).Scan(&others); err != nil {
-			return fmt.Errorf("counting: %w", err)
+		if err := tx.QueryRowContext(ctx,
+			"SELECT COUNT(*) FROM public_ports WHERE sandbox_id = $1 AND port <> $2", id, port).Scan(&others); err != nil {
+			return fmt.Errorf("counting public ports: %w", err)
 		}
 		if others >= sandbox.MaxPublicPorts {
-			return fault.New(fault.Conflict, "too_many_public_ports", "a sandbox may have %d public ports", sandbox.MaxPublicPorts)
+			return fault.New(fault.Conflict, "too_many_public_ports",
+				"a sandbox may have %d public ports", sandbox.MaxPublicPorts)
 		}
 		r, err := tx.ExecContext(ctx, `INSERT INTO public_ports (sandbox_id, port) VALUES ($1, $2)
 			ON CONFLICT DO NOTHING`, id, port)
@@ -44,14 +46,14 @@ func (db *DB) SetPublicPort(ctx context.Context, id sandbox.ID, port int, public
 	return nil
 }
 
-// port writes the event of a change of a public port, if r changed a row.
+// port writes the event that a port became public or private, if r changed a row.
 func (o *outbox) port(ctx context.Context, t event.Type, id sandbox.ID, port int, r sql.Result) error {
 	if n, err := r.RowsAffected(); err != nil || n == 0 {
 		return err
 	}
 	e := event.Event{At: time.Now(), Type: t, SandboxID: string(id), About: event.About{Port: port}}
 	if err := o.tx.QueryRowContext(ctx, "SELECT org_id FROM sandboxes WHERE id = $1", id).Scan(&e.OrgID); err != nil {
-		return fmt.Errorf("reading whose %s is: %w", id, err)
+		return fmt.Errorf("reading the organization of %s: %w", id, err)
 	}
 	return o.add(ctx, e)
 }

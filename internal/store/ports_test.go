@@ -39,7 +39,7 @@ func publicPorts(t *testing.T, st sandbox.Store) {
 	for port := 1; port < sandbox.MaxPublicPorts; port++ {
 		set(a.ID, port, true)
 	}
-	set(a.ID, 8080, true) // is one of them
+	set(a.ID, 8080, true) // port 8080 is public already
 	wantFault(t, st.SetPublicPort(ctx, a.ID, 9000, true), fault.Conflict, "too_many_public_ports")
 	wantFault(t, st.SetPublicPort(ctx, sandbox.NewID(), 9000, true), fault.NotFound, "sandbox_not_found")
 

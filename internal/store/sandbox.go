@@ -14,27 +14,29 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// onceFor is how long an idempotency key is remembered. Part of the contract.
+// onceFor limits how long an idempotency key is remembered. The API promises these 24 hours: with a
+// shorter time a repeated request would create a second sandbox.
 const onceFor = 24 * time.Hour
 
-// purgeBatch is how many sandboxes one transaction of [DB.Purge] drops, some
-// milliseconds of work: more would hold up creates, fewer would sync more often.
+// purgeBatch limits the sandboxes that one transaction of [DB.Purge] drops: some milliseconds of
+// work. A higher limit would delay creates; a lower one would sync the database more often.
 const purgeBatch = 200
 
-// sandboxColumns lists what sandboxFields reads and writes, in its order.
+// sandboxColumns lists the columns of sandboxFields, in the same order.
 const sandboxColumns = `id, org_id, mode, state, run, template, template_id, template_version, image,
 	size, vcpus, memory_mb, dedicated, disk_mb, env, metadata, egress, run_as, workdir,
 	timeout, idle_timeout, recovery_interval, created_at, started_at, expires_at, last_activity_at,
 	suspended_at, destroyed_at, destroy_reason, error, source, origin, token, at_end, surface`
 
-// sandboxFields are s's columns, to scan into or to write.
+// sandboxFields returns s's columns, to scan into or to write.
 func sandboxFields(s *sandbox.Sandbox) []any {
 	return []any{&s.ID, &s.OrgID, &s.Mode, &s.State, &s.Run, &s.Template, &s.TemplateID, &s.TemplateVersion, &s.Image,
 		&s.Size.Name, &s.Size.VCPUs, &s.Size.MemoryMB, &s.Size.Dedicated, &s.DiskMB,
 		jsonColumn{&s.Env}, jsonColumn{&s.Metadata}, jsonColumn{&s.Egress}, &s.User, &s.Workdir,
 		durationColumn{&s.Timeout}, durationColumn{&s.IdleTimeout}, durationColumn{&s.RecoveryInterval},
 		timeColumn{&s.CreatedAt}, timeColumn{&s.StartedAt}, timeColumn{&s.ExpiresAt}, timeColumn{&s.LastActivityAt},
-		timeColumn{&s.SuspendedAt}, timeColumn{&s.DestroyedAt}, &s.DestroyReason, &s.Error, &s.Source, &s.Origin, &s.Token, &s.AtEnd, &s.Surface}
+		timeColumn{&s.SuspendedAt}, timeColumn{&s.DestroyedAt}, &s.DestroyReason, &s.Error, &s.Source, &s.Origin,
+		&s.Token, &s.AtEnd, &s.Surface}
 }
 
 func scanSandbox(row scanner) (sandbox.Sandbox, error) {
@@ -60,7 +62,7 @@ func noSandbox(id sandbox.ID) error {
 	return fault.New(fault.NotFound, "sandbox_not_found", "there is no sandbox %s", id)
 }
 
-// querier is what a lookup needs of a connection: a *sql.DB or a *sql.Tx.
+// querier runs a query for one row. *sql.DB and *sql.Tx implement it.
 type querier interface {
 	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
 }
@@ -77,7 +79,8 @@ func getSandbox(ctx context.Context, q querier, id sandbox.ID) (sandbox.Sandbox,
 }
 
 // Insert implements [sandbox.Store].
-func (db *DB) Insert(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota, once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
+func (db *DB) Insert(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
+	once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
 	if s.State != sandbox.Creating {
 		return prior, false, fmt.Errorf("inserting sandbox %s in state %q", s.ID, s.State)
 	}
@@ -93,8 +96,10 @@ func (db *DB) Insert(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota, on
 	return prior, found, nil
 }
 
-// admit says whether s may be inserted, or what the once key made before.
-func admit(ctx context.Context, q querier, s sandbox.Sandbox, quota sandbox.Quota, once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
+// admit returns an error if s may not be inserted. If the key of once created a sandbox before, admit
+// returns that sandbox and found true.
+func admit(ctx context.Context, q querier, s sandbox.Sandbox, quota sandbox.Quota,
+	once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
 	if once.Key != "" {
 		if prior, found, err = first(ctx, q, s, once); err != nil || found {
 			return prior, found, err
@@ -103,11 +108,12 @@ func admit(ctx context.Context, q querier, s sandbox.Sandbox, quota sandbox.Quot
 	return prior, false, checkQuota(ctx, q, s, quota)
 }
 
-// first finds the sandbox that the once key made before, if it did.
+// first returns the sandbox that the key of once created before, if there is one.
 func first(ctx context.Context, tx querier, s sandbox.Sandbox, once sandbox.Once) (sandbox.Sandbox, bool, error) {
 	var hash string
 	var id sandbox.ID
-	err := tx.QueryRowContext(ctx, "SELECT hash, sandbox_id FROM idempotency WHERE org_id = $1 AND name = $2 AND created_at > $3",
+	err := tx.QueryRowContext(ctx,
+		"SELECT hash, sandbox_id FROM idempotency WHERE org_id = $1 AND name = $2 AND created_at > $3",
 		s.OrgID, once.Key, at(s.CreatedAt.Add(-onceFor))).Scan(&hash, &id)
 	switch {
 	case errors.Is(err, sql.ErrNoRows):
@@ -122,10 +128,11 @@ func first(ctx context.Context, tx querier, s sandbox.Sandbox, once sandbox.Once
 	return prior, err == nil, err
 }
 
-// checkQuota refuses s if its organization's sandboxes that are not over would
-// exceed q with it. Suspended ones hold no CPU and no memory, and those being destroyed
-// do not count: their owner is done with them. A row that s may have
-// already does not count, so that one to be woken is weighed like a new one.
+// checkQuota returns Exhausted if the organization of s would exceed q with s. It counts the
+// organization's sandboxes that are not over. Suspended sandboxes count without CPU and memory, which
+// they do not use. Sandboxes that are being destroyed do not count, because their owner no longer
+// uses them. A row of s itself does not count, so that a sandbox to be woken is counted like a new
+// one.
 func checkQuota(ctx context.Context, tx querier, s sandbox.Sandbox, q sandbox.Quota) error {
 	if q == (sandbox.Quota{}) {
 		return nil
@@ -148,22 +155,25 @@ func checkQuota(ctx context.Context, tx querier, s sandbox.Sandbox, q sandbox.Qu
 		{q.MemoryMB, have.MemoryMB, s.Size.MemoryMB, "MiB of memory"},
 	} {
 		if of.limit > 0 && of.have+of.more > of.limit {
-			return fault.New(fault.Exhausted, "quota_exceeded", "the organization may have %d %s at once, has %d and asks for %d more",
+			return fault.New(fault.Exhausted, "quota_exceeded",
+				"the organization may have %d %s at once, has %d and asks for %d more",
 				of.limit, of.what, of.have, of.more)
 		}
 	}
 	return nil
 }
 
-// insertSandbox writes the row with what belongs to it, the event that it is created and
-// the once key.
+// insertSandbox writes the row of a sandbox, its metadata, the event of its creation and the key of
+// once.
 func insertSandbox(ctx context.Context, tx *sql.Tx, out *outbox, s sandbox.Sandbox, once sandbox.Once) error {
 	fields := sandboxFields(&s)
-	if _, err := tx.ExecContext(ctx, "INSERT INTO sandboxes ("+sandboxColumns+") VALUES ("+placeholders(len(fields))+")", fields...); err != nil {
+	if _, err := tx.ExecContext(ctx,
+		"INSERT INTO sandboxes ("+sandboxColumns+") VALUES ("+placeholders(len(fields))+")", fields...); err != nil {
 		return fmt.Errorf("writing row: %w", err)
 	}
 	for name, value := range s.Metadata {
-		if _, err := tx.ExecContext(ctx, "INSERT INTO sandbox_metadata (sandbox_id, org_id, name, value) VALUES ($1, $2, $3, $4)",
+		if _, err := tx.ExecContext(ctx,
+			"INSERT INTO sandbox_metadata (sandbox_id, org_id, name, value) VALUES ($1, $2, $3, $4)",
 			s.ID, s.OrgID, name, value); err != nil {
 			return fmt.Errorf("writing metadata: %w", err)
 		}
@@ -214,7 +224,8 @@ func (db *DB) List(ctx context.Context, f sandbox.Filter) ([]sandbox.Sandbox, st
 	if err != nil {
 		return nil, "", fmt.Errorf("listing sandboxes: %w", err)
 	}
-	all, next := cut(listingOf(f), all, f.Limit, func(s sandbox.Sandbox) (time.Time, string) { return s.CreatedAt, string(s.ID) })
+	all, next := cut(listingOf(f), all, f.Limit,
+		func(s sandbox.Sandbox) (time.Time, string) { return s.CreatedAt, string(s.ID) })
 	return all, next, nil
 }
 
@@ -223,7 +234,7 @@ func listQuery(f sandbox.Filter) (string, params, error) {
 	q := "SELECT " + sandboxColumns + " FROM sandboxes WHERE org_id = " + p.add(f.OrgID)
 	if len(f.States) > 0 {
 		if !slices.ContainsFunc(f.States, sandbox.State.Over) {
-			q += " AND ended_at IS NULL" // says nothing new, but lets the small index be used
+			q += " AND ended_at IS NULL" // follows from the states; it allows SQLite to use the smaller index
 		}
 		q += " AND state IN (" + states(&p, f.States) + ")"
 	}
@@ -241,7 +252,7 @@ func listQuery(f sandbox.Filter) (string, params, error) {
 	return q + end, p, err
 }
 
-// listingOf is the listing that a cursor of the filter's order belongs to.
+// listingOf returns the listing that cursors of the filter's order belong to.
 func listingOf(f sandbox.Filter) byte {
 	if f.OldestFirst {
 		return listSandboxesUp
@@ -269,7 +280,7 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 			return fault.New(fault.Conflict, "sandbox_state", "the sandbox is %s", before.State)
 		}
 		if c.Run != "" && c.Run != before.Run {
-			return fault.New(fault.Conflict, "sandbox_state", "the sandbox has been started anew meanwhile")
+			return fault.New(fault.Conflict, "sandbox_state", "the sandbox was started again in the meantime")
 		}
 		if c.Quota != nil {
 			if err := checkQuota(ctx, tx, before, *c.Quota); err != nil {
@@ -297,12 +308,13 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 	return after, nil
 }
 
-// forgetting clears the secrets of a row whose sandbox is over, and sets its weight: the number of
-// rows that it counts for in [DB.Purge].
-const forgetting = "env = '{}', surface = '', token = '', weight = 1 + (2 * LENGTH(metadata) + LENGTH(egress) + LENGTH(error)) / 4096"
+// forgetting assigns the columns of a row when its sandbox is over. It clears the secrets and sets
+// the weight, which is the number of rows that this row counts for in [DB.Purge].
+const forgetting = "env = '{}', surface = '', token = '', " +
+	"weight = 1 + (2 * LENGTH(metadata) + LENGTH(egress) + LENGTH(error)) / 4096"
 
-// updateQuery is the one conditional update of a transition: it hits the row only
-// while it is in the state and the life that were read.
+// updateQuery returns the conditional update that makes a transition. The update changes the row only
+// if the row still has the state and the run of before.
 func updateQuery(c sandbox.Change, before sandbox.Sandbox) (string, params) {
 	var p params
 	set := []string{"state = " + p.add(c.To)}
@@ -352,13 +364,15 @@ func updateQuery(c sandbox.Change, before sandbox.Sandbox) (string, params) {
 }
 
 // SetExpiry implements [sandbox.Store].
-func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time, timeout time.Duration, later bool) (s sandbox.Sandbox, err error) {
+func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time, timeout time.Duration,
+	later bool) (s sandbox.Sandbox, err error) {
 	err = db.write(ctx, func(tx *sql.Tx) error {
 		query := "UPDATE sandboxes SET expires_at = $1, timeout = $2 WHERE id = $3 AND state = $4"
 		if later {
 			query += " AND expires_at < $1"
 		}
-		s, err = scanSandbox(tx.QueryRowContext(ctx, query+" RETURNING "+sandboxColumns, at(expiresAt), durationColumn{&timeout}, id, sandbox.Running))
+		s, err = scanSandbox(tx.QueryRowContext(ctx, query+" RETURNING "+sandboxColumns,
+			at(expiresAt), durationColumn{&timeout}, id, sandbox.Running))
 		if !errors.Is(err, sql.ErrNoRows) {
 			return err
 		}
@@ -368,7 +382,7 @@ func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time,
 		return fault.New(fault.Conflict, "sandbox_not_running", "the sandbox is %s", s.State)
 	})
 	if err != nil {
-		return s, fmt.Errorf("moving the end of sandbox %s: %w", id, err)
+		return s, fmt.Errorf("setting the expiry of sandbox %s: %w", id, err)
 	}
 	return s, nil
 }
@@ -397,14 +411,15 @@ func (db *DB) SetSurface(ctx context.Context, id sandbox.ID, surface string) (s 
 		return err
 	})
 	if err != nil {
-		return s, fmt.Errorf("writing what a surface keeps with sandbox %s: %w", id, err)
+		return s, fmt.Errorf("writing the data of a surface for sandbox %s: %w", id, err)
 	}
 	return s, nil
 }
 
 // setLiving writes one column of a sandbox that is not over.
 func setLiving(ctx context.Context, tx *sql.Tx, id sandbox.ID, column string, value any) (sandbox.Sandbox, error) {
-	s, err := scanSandbox(tx.QueryRowContext(ctx, "UPDATE sandboxes SET "+column+" = $1 WHERE id = $2 AND ended_at IS NULL RETURNING "+sandboxColumns, value, id))
+	s, err := scanSandbox(tx.QueryRowContext(ctx,
+		"UPDATE sandboxes SET "+column+" = $1 WHERE id = $2 AND ended_at IS NULL RETURNING "+sandboxColumns, value, id))
 	if !errors.Is(err, sql.ErrNoRows) {
 		return s, err
 	}
@@ -441,7 +456,8 @@ func (db *DB) SetActivity(ctx context.Context, last map[sandbox.ID]time.Time) er
 
 // Unfinished implements [sandbox.Store].
 func (db *DB) Unfinished(ctx context.Context) ([]sandbox.Sandbox, error) {
-	rows, err := db.reader.QueryContext(ctx, "SELECT "+sandboxColumns+" FROM sandboxes WHERE ended_at IS NULL ORDER BY created_at, id")
+	rows, err := db.reader.QueryContext(ctx,
+		"SELECT "+sandboxColumns+" FROM sandboxes WHERE ended_at IS NULL ORDER BY created_at, id")
 	if err != nil {
 		return nil, fmt.Errorf("listing unfinished sandboxes: %w", err)
 	}
@@ -465,10 +481,12 @@ func (db *DB) Living(ctx context.Context) ([]sandbox.ID, error) {
 // Images implements [sandbox.Store].
 func (db *DB) Images(ctx context.Context) ([]string, error) {
 	return db.texts(ctx, "listing images of sandboxes",
-		"SELECT image FROM sandboxes WHERE ended_at IS NULL AND image <> '' UNION SELECT image FROM pool UNION SELECT image FROM snapshots ORDER BY image")
+		"SELECT image FROM sandboxes WHERE ended_at IS NULL AND image <> '' UNION "+
+			"SELECT image FROM pool UNION SELECT image FROM snapshots ORDER BY image")
 }
 
-// texts runs a query for one column of text.
+// texts returns the rows of a query for one column of text. It puts doing before the text of an
+// error.
 func (db *DB) texts(ctx context.Context, doing, query string, args ...any) ([]string, error) {
 	all, err := texts(ctx, db.reader, query, args...)
 	if err != nil {
@@ -477,7 +495,7 @@ func (db *DB) texts(ctx context.Context, doing, query string, args ...any) ([]st
 	return all, nil
 }
 
-// texts runs a query for one column of text on a *sql.DB or a *sql.Tx.
+// texts returns the rows of a query for one column of text. q is a *sql.DB or a *sql.Tx.
 func texts(ctx context.Context, q interface {
 	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
 }, query string, args ...any) ([]string, error) {
@@ -499,17 +517,18 @@ func texts(ctx context.Context, q interface {
 
 const (
 	purgeOld = "SELECT id FROM sandboxes WHERE ended_at IS NOT NULL AND ended_at < $1 ORDER BY ended_at LIMIT $2"
-	// crowded finds the organizations above the limit, and purgeMany the rows of one of them beyond
-	// it, counted from the newest.
-	crowded   = "SELECT org_id FROM sandboxes WHERE ended_at IS NOT NULL GROUP BY org_id HAVING SUM(weight) > $1"
+	// crowded selects the organizations whose sandboxes that are over weigh more than the limit.
+	crowded = "SELECT org_id FROM sandboxes WHERE ended_at IS NOT NULL GROUP BY org_id HAVING SUM(weight) > $1"
+	// purgeMany selects the sandboxes of one organization beyond the limit, counted from the newest.
 	purgeMany = `SELECT id FROM (SELECT id, SUM(weight) OVER (ORDER BY ended_at DESC, id DESC) AS upto
 		FROM sandboxes WHERE ended_at IS NOT NULL AND org_id = $1) AS all_over WHERE upto > $2 LIMIT $3`
 )
 
-// Purge implements [sandbox.Store]. It works in batches so that creates get
-// between them; after an error the count says what is gone already.
+// Purge implements [sandbox.Store]. It works in batches, so that creates run between them. After an
+// error it returns the number of sandboxes that it has dropped already.
 func (db *DB) Purge(ctx context.Context, over, now time.Time, most int) (int, error) {
-	if _, err := db.writer.ExecContext(ctx, "DELETE FROM idempotency WHERE created_at <= $1", at(now.Add(-onceFor))); err != nil {
+	if _, err := db.writer.ExecContext(ctx, "DELETE FROM idempotency WHERE created_at <= $1",
+		at(now.Add(-onceFor))); err != nil {
 		return 0, fmt.Errorf("dropping old idempotency keys: %w", err)
 	}
 	gone, err := db.purge(ctx, purgeOld, at(over))
@@ -529,7 +548,8 @@ func (db *DB) Purge(ctx context.Context, over, now time.Time, most int) (int, er
 	return gone, nil
 }
 
-// purge drops the sandboxes that a query finds, whose last parameter is how many at once.
+// purge drops the sandboxes that a query selects, in batches. It adds the last parameter of the
+// query, which limits a batch.
 func (db *DB) purge(ctx context.Context, which string, args ...any) (int, error) {
 	var gone int
 	for {

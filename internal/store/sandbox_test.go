@@ -20,10 +20,11 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// prefixes compares addresses by value.
+// prefixes makes cmp compare values of netip.Prefix with ==.
 var prefixes = cmpopts.EquateComparable(netip.Prefix{})
 
-// fullSandbox has a value in every field, so that a column that is forgotten shows.
+// fullSandbox returns a sandbox with a value in every field, so that tests notice a column that is
+// not written or read.
 func fullSandbox(org string, i int) sandbox.Sandbox {
 	created := start.Add(time.Duration(i) * time.Second)
 	return sandbox.Sandbox{
@@ -32,7 +33,8 @@ func fullSandbox(org string, i int) sandbox.Sandbox {
 		Size: sandbox.Size{Name: "performance-2x", VCPUs: 2, MemoryMB: 4096, Dedicated: true}, DiskMB: 2048,
 		Env: map[string]string{"A": "1", "ü": "\"\\\x01\u2028"}, Metadata: map[string]string{"team": "red", "n": fmt.Sprint(i)},
 		Egress: sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
-			DenyCIDRs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}, AllowPorts: []uint16{80, 443}, AllowDomains: []string{"*.example.com"}},
+			DenyCIDRs:  []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")},
+			AllowPorts: []uint16{80, 443}, AllowDomains: []string{"*.example.com"}},
 		User: "user", Workdir: "/srv", Timeout: 5 * time.Minute, IdleTimeout: 90 * time.Second, RecoveryInterval: 1500 * time.Millisecond,
 		CreatedAt: created, StartedAt: created.Add(1), ExpiresAt: created.Add(time.Hour), LastActivityAt: created.Add(2 * time.Second),
 		SuspendedAt: created.Add(3 * time.Second), DestroyedAt: created.Add(4 * time.Second), DestroyReason: sandbox.Lost,
@@ -40,13 +42,13 @@ func fullSandbox(org string, i int) sandbox.Sandbox {
 	}
 }
 
-// asStored is s as it comes back: to the microsecond.
+// asStored returns s as the store returns it, with times to the microsecond.
 func asStored(s sandbox.Sandbox) sandbox.Sandbox {
 	s.StartedAt = s.StartedAt.Truncate(time.Microsecond)
 	return s
 }
 
-// small is a sandbox with the least that a row needs.
+// small returns a sandbox with only the fields that a row needs.
 func small(org string, i int) sandbox.Sandbox {
 	return sandbox.Sandbox{ID: sandbox.NewID(), OrgID: org, Mode: sandbox.Ephemeral, State: sandbox.Creating, Run: "run1",
 		Size: sandbox.Size{Name: "s", VCPUs: 1, MemoryMB: 512}, CreatedAt: start.Add(time.Duration(i) * time.Second)}
@@ -69,7 +71,7 @@ func mustMove(t *testing.T, st sandbox.Store, id sandbox.ID, from, to sandbox.St
 	return s
 }
 
-// wantFault checks kind and code, and that a plain error has not slipped in.
+// wantFault checks that err is a fault of a kind with a code.
 func wantFault(t *testing.T, err error, kind fault.Kind, code string) {
 	t.Helper()
 	if fe := fault.As(err); fe == nil || fe.Kind != kind || fe.Code != code {
@@ -77,7 +79,7 @@ func wantFault(t *testing.T, err error, kind fault.Kind, code string) {
 	}
 }
 
-// testSandboxStore is the contract of sandbox.Store: every implementation keeps it.
+// testSandboxStore tests the contract of sandbox.Store, which every implementation must keep.
 func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
 	for name, f := range map[string]func(*testing.T, sandbox.Store){
 		"public ports":           publicPorts,
@@ -158,11 +160,11 @@ func sandboxNotFound(t *testing.T, st sandbox.Store) {
 	_, err = st.SetExpiry(t.Context(), id, start, time.Second, false)
 	wantFault(t, err, fault.NotFound, "sandbox_not_found")
 	if err := st.Forget(t.Context(), id); err != nil {
-		t.Errorf("forgetting what is not there: %v", err)
+		t.Errorf("forgetting a sandbox that does not exist: %v", err)
 	}
 	events, next, err := st.Events(t.Context(), id, 5, "")
 	if len(events) != 0 || next != "" || err != nil {
-		t.Errorf("events of nobody: %v, %q, %v", events, next, err)
+		t.Errorf("events of a sandbox that does not exist: %v, %q, %v", events, next, err)
 	}
 }
 
@@ -186,24 +188,24 @@ func sandboxQuota(t *testing.T, st sandbox.Store) {
 		t.Errorf("a sandbox over quota was written: %v", err)
 	}
 	if _, err := insert("org_b", two); err != nil {
-		t.Errorf("another organization's quota: %v", err)
+		t.Errorf("inserting for another organization: %v", err)
 	}
 	_, err = insert("org_a", sandbox.Quota{VCPUs: 2})
 	wantFault(t, err, fault.Exhausted, "quota_exceeded")
 	_, err = insert("org_a", sandbox.Quota{MemoryMB: 1535})
 	wantFault(t, err, fault.Exhausted, "quota_exceeded")
 	if _, err := insert("org_a", sandbox.Quota{VCPUs: 3, MemoryMB: 1536}); err != nil {
-		t.Errorf("exactly up to the quota: %v", err)
+		t.Errorf("using the quota exactly: %v", err)
 	}
 
-	// A suspended one counts as a sandbox and for nothing else.
+	// A suspended sandbox counts as a sandbox, but without CPU and memory.
 	mustMove(t, st, first, sandbox.Creating, sandbox.Suspended, start)
 	if _, err := insert("org_a", sandbox.Quota{VCPUs: 3, MemoryMB: 1536}); err != nil {
 		t.Errorf("a suspended sandbox counts for CPU or memory: %v", err)
 	}
 	_, err = insert("org_a", sandbox.Quota{Sandboxes: 4})
 	wantFault(t, err, fault.Exhausted, "quota_exceeded")
-	// One being destroyed does not count, nor does one that is over.
+	// A sandbox that is being destroyed or is over does not count.
 	mustMove(t, st, first, sandbox.Suspended, sandbox.Destroying, start)
 	if _, err := insert("org_a", sandbox.Quota{Sandboxes: 4}); err != nil {
 		t.Errorf("a sandbox being destroyed counts: %v", err)
@@ -239,7 +241,7 @@ func sandboxQuotaRace(t *testing.T, st sandbox.Store) {
 	}
 }
 
-// sandboxQuotaWake: a suspended sandbox that is to wake is weighed as if it were new,
+// sandboxQuotaWake checks that a suspended sandbox that wakes counts against the quota like a new one,
 // and not twice.
 func sandboxQuotaWake(t *testing.T, st sandbox.Store) {
 	mustInsert(t, st, small("org_a", 0))
@@ -248,13 +250,14 @@ func sandboxQuotaWake(t *testing.T, st sandbox.Store) {
 	want := mustMove(t, st, asleep.ID, sandbox.Creating, sandbox.Suspended, start)
 	wake := func(q sandbox.Quota) (sandbox.Sandbox, error) {
 		run := "run2"
-		return st.Transition(t.Context(), sandbox.Change{ID: asleep.ID, From: []sandbox.State{sandbox.Suspended}, To: sandbox.Waking, At: start, Quota: &q, NewRun: &run})
+		return st.Transition(t.Context(), sandbox.Change{ID: asleep.ID, From: []sandbox.State{sandbox.Suspended},
+			To: sandbox.Waking, At: start, Quota: &q, NewRun: &run})
 	}
 	for _, q := range []sandbox.Quota{{Sandboxes: 1}, {VCPUs: 1}, {MemoryMB: 1023}} {
 		got, err := wake(q)
 		wantFault(t, err, fault.Exhausted, "quota_exceeded")
 		if diff := cmp.Diff(want, got, prefixes); diff != "" {
-			t.Errorf("the row as it is (-want +got):\n%s", diff)
+			t.Errorf("the returned row (-want +got):\n%s", diff)
 		}
 		if now, err := st.Get(t.Context(), asleep.ID); err != nil || !cmp.Equal(want, now, prefixes) {
 			t.Errorf("a refused wake changed the row: %+v, %v", now, err)
@@ -264,12 +267,12 @@ func sandboxQuotaWake(t *testing.T, st sandbox.Store) {
 		t.Errorf("refused wakes left events: %v, %v", events, err)
 	}
 	if got, err := wake(sandbox.Quota{Sandboxes: 2, VCPUs: 2, MemoryMB: 1024}); err != nil || got.State != sandbox.Waking {
-		t.Errorf("exactly up to the quota: %s, %v", got.State, err)
+		t.Errorf("using the quota exactly: %s, %v", got.State, err)
 	}
-	// From here it counts.
+	// The woken sandbox counts from now on.
 	_, _, err := st.Insert(t.Context(), small("org_a", 2), sandbox.Quota{VCPUs: 2}, sandbox.Once{})
 	wantFault(t, err, fault.Exhausted, "quota_exceeded")
-	// A change without a quota asks for none.
+	// A change without a quota is not checked against one.
 	mustMove(t, st, asleep.ID, sandbox.Waking, sandbox.Running, start)
 }
 
@@ -285,7 +288,8 @@ func sandboxQuotaWakeRace(t *testing.T, st sandbox.Store) {
 	var wg sync.WaitGroup
 	for _, id := range ids {
 		wg.Go(func() {
-			_, err := st.Transition(t.Context(), sandbox.Change{ID: id, From: []sandbox.State{sandbox.Suspended}, To: sandbox.Waking, At: start, Quota: &sandbox.Quota{VCPUs: 7}})
+			_, err := st.Transition(t.Context(), sandbox.Change{ID: id, From: []sandbox.State{sandbox.Suspended},
+				To: sandbox.Waking, At: start, Quota: &sandbox.Quota{VCPUs: 7}})
 			mu.Lock()
 			defer mu.Unlock()
 			switch {
@@ -306,16 +310,19 @@ func sandboxQuotaWakeRace(t *testing.T, st sandbox.Store) {
 
 func sandboxActivity(t *testing.T, st sandbox.Store) {
 	if err := st.SetActivity(t.Context(), nil); err != nil {
-		t.Errorf("of nobody: %v", err)
+		t.Errorf("setting the activity of no sandbox: %v", err)
 	}
 	older := small("org_a", 0)
 	older.LastActivityAt = start.Add(time.Minute)
 	mustInsert(t, st, older)
-	fresh, gone, other := mustInsert(t, st, small("org_a", 1)), mustInsert(t, st, small("org_a", 2)), mustInsert(t, st, small("org_a", 3))
+	fresh, gone, other := mustInsert(t, st, small("org_a", 1)), mustInsert(t, st, small("org_a", 2)),
+		mustInsert(t, st, small("org_a", 3))
 	mustMove(t, st, gone.ID, sandbox.Creating, sandbox.Destroyed, start)
 	set := func(at time.Time) {
 		t.Helper()
-		if err := st.SetActivity(t.Context(), map[sandbox.ID]time.Time{older.ID: at, fresh.ID: at, gone.ID: at, sandbox.NewID(): at}); err != nil {
+		if err := st.SetActivity(t.Context(), map[sandbox.ID]time.Time{
+			older.ID: at, fresh.ID: at, gone.ID: at, sandbox.NewID(): at,
+		}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -326,7 +333,7 @@ func sandboxActivity(t *testing.T, st sandbox.Store) {
 		}
 	}
 	set(start)
-	check(older.ID, start.Add(time.Minute)) // never back
+	check(older.ID, start.Add(time.Minute)) // a time never moves back
 	check(fresh.ID, start)
 	check(gone.ID, time.Time{})
 	check(other.ID, time.Time{})
@@ -347,7 +354,8 @@ func sandboxOnce(t *testing.T, st sandbox.Store) {
 	moved := mustMove(t, st, s.ID, sandbox.Creating, sandbox.Running, start)
 
 	again := small("org_a", 3600)
-	prior, found, err := st.Insert(t.Context(), again, sandbox.Quota{Sandboxes: 1}, once) // the quota is used up, and that must not matter
+	// The quota is used up, which must not matter.
+	prior, found, err := st.Insert(t.Context(), again, sandbox.Quota{Sandboxes: 1}, once)
 	if err != nil || !found {
 		t.Fatal(found, err)
 	}
@@ -359,27 +367,30 @@ func sandboxOnce(t *testing.T, st sandbox.Store) {
 	}
 	_, _, err = st.Insert(t.Context(), again, sandbox.Quota{}, sandbox.Once{Key: "k", Hash: "h2"})
 	wantFault(t, err, fault.Conflict, "idempotency_key_reused")
-	if _, found, err := st.Insert(t.Context(), small("org_b", 0), sandbox.Quota{}, sandbox.Once{Key: "k", Hash: "h2"}); err != nil || found {
+	if _, found, err := st.Insert(t.Context(), small("org_b", 0), sandbox.Quota{},
+		sandbox.Once{Key: "k", Hash: "h2"}); err != nil || found {
 		t.Errorf("the same key of another organization: %v, %v", found, err)
 	}
 
-	// A microsecond before 24 h it is known, then it is a new one.
+	// The key is known until a microsecond before 24 h; after 24 h it is a new key.
 	late := small("org_a", 0)
 	late.CreatedAt = s.CreatedAt.Add(onceFor - time.Microsecond)
 	if _, found, err := st.Insert(t.Context(), late, sandbox.Quota{}, once); err != nil || !found {
 		t.Errorf("just inside 24 h: %v, %v", found, err)
 	}
 	late.CreatedAt = s.CreatedAt.Add(onceFor)
-	if _, found, err := st.Insert(t.Context(), late, sandbox.Quota{}, sandbox.Once{Key: "k", Hash: "h3"}); err != nil || found {
+	if _, found, err := st.Insert(t.Context(), late, sandbox.Quota{},
+		sandbox.Once{Key: "k", Hash: "h3"}); err != nil || found {
 		t.Errorf("after 24 h: %v, %v", found, err)
 	}
 
-	// What is forgotten may be tried again.
+	// The key of a forgotten sandbox can be used again.
 	if err := st.Forget(t.Context(), late.ID); err != nil {
 		t.Fatal(err)
 	}
 	anew := small("org_a", 90000)
-	if _, found, err := st.Insert(t.Context(), anew, sandbox.Quota{}, sandbox.Once{Key: "k", Hash: "h4"}); err != nil || found {
+	if _, found, err := st.Insert(t.Context(), anew, sandbox.Quota{},
+		sandbox.Once{Key: "k", Hash: "h4"}); err != nil || found {
 		t.Errorf("after forgetting: %v, %v", found, err)
 	}
 }
@@ -497,7 +508,7 @@ func sandboxList(t *testing.T, st sandbox.Store) {
 	}
 }
 
-// sandboxListUp lists oldest first, from a time on, and of one template.
+// sandboxListUp lists sandboxes oldest first, from a time on, and of one template.
 func sandboxListUp(t *testing.T, st sandbox.Store) {
 	var oldest []sandbox.ID
 	for i := range 5 {
@@ -508,7 +519,8 @@ func sandboxListUp(t *testing.T, st sandbox.Store) {
 		oldest = append(oldest, mustInsert(t, st, s).ID)
 	}
 	for _, limit := range []int{1, 2, 5, 6} {
-		if diff := cmp.Diff(oldest, listIDs(t, st, sandbox.Filter{OrgID: "org_a", OldestFirst: true, Limit: limit})); diff != "" {
+		if diff := cmp.Diff(oldest,
+			listIDs(t, st, sandbox.Filter{OrgID: "org_a", OldestFirst: true, Limit: limit})); diff != "" {
 			t.Errorf("limit %d (-want +got):\n%s", limit, diff)
 		}
 	}
@@ -516,18 +528,18 @@ func sandboxListUp(t *testing.T, st sandbox.Store) {
 		filter sandbox.Filter
 		want   []sandbox.ID
 	}{
-		"from":               {sandbox.Filter{CreatedFrom: start.Add(2 * time.Second)}, oldest[2:]},
-		"from a bit later":   {sandbox.Filter{CreatedFrom: start.Add(2*time.Second + time.Microsecond)}, oldest[3:]},
-		"template by name":   {sandbox.Filter{Template: "node"}, oldest[4:]},
-		"template by id":     {sandbox.Filter{Template: "tpl_python"}, oldest[:4]},
-		"template of nobody": {sandbox.Filter{Template: "go"}, nil},
+		"from":             {sandbox.Filter{CreatedFrom: start.Add(2 * time.Second)}, oldest[2:]},
+		"from a bit later": {sandbox.Filter{CreatedFrom: start.Add(2*time.Second + time.Microsecond)}, oldest[3:]},
+		"template by name": {sandbox.Filter{Template: "node"}, oldest[4:]},
+		"template by id":   {sandbox.Filter{Template: "tpl_python"}, oldest[:4]},
+		"unknown template": {sandbox.Filter{Template: "go"}, nil},
 	} {
 		c.filter.OrgID, c.filter.OldestFirst, c.filter.Limit = "org_a", true, 2
 		if diff := cmp.Diff(c.want, listIDs(t, st, c.filter)); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", name, diff)
 		}
 	}
-	// A cursor of one order is none of the other.
+	// A cursor of one order is invalid for the other.
 	_, next, err := st.List(t.Context(), sandbox.Filter{OrgID: "org_a", OldestFirst: true, Limit: 1})
 	if err != nil || next == "" {
 		t.Fatalf("next is %q, %v", next, err)
@@ -546,8 +558,8 @@ func cmp2(a, b sandbox.ID) int {
 	return 0
 }
 
-// sandboxPaging: whoever was there when paging began is seen exactly once, however
-// many come meanwhile.
+// sandboxPaging checks that pages contain each sandbox that existed before the first page exactly
+// once, while other sandboxes are inserted.
 func sandboxPaging(t *testing.T, st sandbox.Store) {
 	want := make(map[sandbox.ID]bool)
 	for i := range 30 {
@@ -571,11 +583,11 @@ func sandboxPaging(t *testing.T, st sandbox.Store) {
 	}
 	for id := range want {
 		if seen[id] != 1 {
-			t.Errorf("%s was seen %d times", id, seen[id])
+			t.Errorf("pages contain %s %d times", id, seen[id])
 		}
 	}
 	if len(seen) != len(want) {
-		t.Errorf("%d seen, %d were there", len(seen), len(want))
+		t.Errorf("pages contain %d sandboxes, %d existed before", len(seen), len(want))
 	}
 }
 
@@ -583,7 +595,8 @@ func sandboxBadCursors(t *testing.T, st sandbox.Store) {
 	s := mustInsert(t, st, small("org_a", 0))
 	for range 2 {
 		mustInsert(t, st, small("org_a", 1))
-		if err := errors.Join(move(t, st, s.ID, sandbox.Creating, sandbox.Running), move(t, st, s.ID, sandbox.Running, sandbox.Creating)); err != nil {
+		if err := errors.Join(move(t, st, s.ID, sandbox.Creating, sandbox.Running),
+			move(t, st, s.ID, sandbox.Running, sandbox.Creating)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -595,7 +608,8 @@ func sandboxBadCursors(t *testing.T, st sandbox.Store) {
 	if err != nil || events == "" {
 		t.Fatal(events, err)
 	}
-	for _, bad := range []string{"x", "!", "AAAA", list + "A", list[:len(list)-1], list + "=", " " + list, list + "\n", events, "' OR 1=1 --"} {
+	for _, bad := range []string{"x", "!", "AAAA", list + "A", list[:len(list)-1],
+		list + "=", " " + list, list + "\n", events, "' OR 1=1 --"} {
 		_, _, err := st.List(t.Context(), sandbox.Filter{OrgID: "org_a", Limit: 1, Cursor: bad})
 		if fe := fault.As(err); fe == nil || fe.Kind != fault.Invalid || fe.Field != "cursor" {
 			t.Errorf("listing with cursor %q: %v, want Invalid in field cursor", bad, err)
@@ -617,28 +631,33 @@ func sandboxTransition(t *testing.T, st sandbox.Store) {
 	s := mustInsert(t, st, small("org_a", 0))
 	run, source, token, started, expires := "run2", sandbox.Warm, "tok", start.Add(time.Second), start.Add(time.Hour)
 	suspended, active := start.Add(2*time.Second), start.Add(3*time.Second)
-	got, err := st.Transition(t.Context(), sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Running, sandbox.Creating}, Run: "run1", To: sandbox.Running,
+	got, err := st.Transition(t.Context(), sandbox.Change{ID: s.ID,
+		From: []sandbox.State{sandbox.Running, sandbox.Creating}, Run: "run1", To: sandbox.Running,
 		At: started, Reason: "booted", NewRun: &run, StartedAt: &started, ExpiresAt: &expires, Source: &source, Token: &token,
 		SuspendedAt: &suspended, LastActivityAt: &active})
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := s
-	want.State, want.Run, want.Source, want.Token, want.StartedAt, want.ExpiresAt = sandbox.Running, run, source, token, started, expires
+	want.State, want.Run, want.Source, want.Token, want.StartedAt, want.ExpiresAt =
+		sandbox.Running, run, source, token, started, expires
 	want.SuspendedAt, want.LastActivityAt = suspended, active
 	if diff := cmp.Diff(want, got, prefixes); diff != "" {
 		t.Errorf("after the first (-want +got):\n%s", diff)
 	}
 
 	reason, text, ended := sandbox.Lost, "it went away", start.Add(2*time.Second)
-	got, err = st.Transition(t.Context(), sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Running}, Run: "run2", To: sandbox.Destroyed,
-		At: ended, DestroyedAt: &ended, DestroyReason: &reason, Error: &text, ExpiresAt: &time.Time{}, SuspendedAt: &time.Time{}})
+	got, err = st.Transition(t.Context(), sandbox.Change{ID: s.ID,
+		From: []sandbox.State{sandbox.Running}, Run: "run2", To: sandbox.Destroyed,
+		At: ended, DestroyedAt: &ended, DestroyReason: &reason, Error: &text,
+		ExpiresAt: &time.Time{}, SuspendedAt: &time.Time{}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	want.State, want.DestroyedAt, want.DestroyReason, want.Error, want.ExpiresAt = sandbox.Destroyed, ended, reason, text, time.Time{}
+	want.State, want.DestroyedAt, want.DestroyReason, want.Error, want.ExpiresAt =
+		sandbox.Destroyed, ended, reason, text, time.Time{}
 	want.SuspendedAt = time.Time{}
-	want.Env, want.Token = map[string]string{}, "" // nobody needs them any more
+	want.Env, want.Token = map[string]string{}, "" // a sandbox that is over has no secrets
 	if diff := cmp.Diff(want, got, prefixes); diff != "" {
 		t.Errorf("after the second (-want +got):\n%s", diff)
 	}
@@ -663,14 +682,14 @@ func sandboxTransitionRefused(t *testing.T, st sandbox.Store) {
 		got, err := st.Transition(t.Context(), c)
 		wantFault(t, err, fault.Conflict, "sandbox_state")
 		if diff := cmp.Diff(s, got, prefixes); diff != "" {
-			t.Errorf("%s: the row as it is (-want +got):\n%s", name, diff)
+			t.Errorf("%s: the returned row (-want +got):\n%s", name, diff)
 		}
 	}
 	if read, err := st.Get(t.Context(), s.ID); err != nil || !cmp.Equal(s, read, prefixes) {
 		t.Errorf("the row was changed: %+v, %v", read, err)
 	}
 	if events, _, err := st.Events(t.Context(), s.ID, 10, ""); err != nil || len(events) != 1 {
-		t.Errorf("events %v, %v; want the first alone", events, err)
+		t.Errorf("events %v, %v; want only the first", events, err)
 	}
 }
 
@@ -684,7 +703,8 @@ func sandboxTransitionRace(t *testing.T, st sandbox.Store) {
 	for i := range racers {
 		wg.Go(func() {
 			run := fmt.Sprint("racer", i)
-			_, err := st.Transition(t.Context(), sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Creating}, Run: "run1", To: sandbox.Running, At: start, NewRun: &run})
+			_, err := st.Transition(t.Context(), sandbox.Change{ID: s.ID,
+				From: []sandbox.State{sandbox.Creating}, Run: "run1", To: sandbox.Running, At: start, NewRun: &run})
 			mu.Lock()
 			defer mu.Unlock()
 			switch {
@@ -715,7 +735,7 @@ func sandboxExpiry(t *testing.T, st sandbox.Store) {
 	got, err := st.SetExpiry(t.Context(), s.ID, start.Add(time.Hour), time.Hour, false)
 	wantFault(t, err, fault.Conflict, "sandbox_not_running")
 	if diff := cmp.Diff(s, got, prefixes); diff != "" {
-		t.Errorf("the row as it is (-want +got):\n%s", diff)
+		t.Errorf("the returned row (-want +got):\n%s", diff)
 	}
 	want := mustMove(t, st, s.ID, sandbox.Creating, sandbox.Running, start)
 	want.ExpiresAt, want.Timeout = start.Add(time.Hour), time.Hour
@@ -730,14 +750,19 @@ func sandboxExpiry(t *testing.T, st sandbox.Store) {
 	}
 }
 
-// sandboxExpiryLater: who only gives time never takes any.
+// sandboxExpiryLater checks that SetExpiry with later set never makes the expiry earlier.
 func sandboxExpiryLater(t *testing.T, st sandbox.Store) {
 	s := mustInsert(t, st, small("org_a", 0))
 	mustMove(t, st, s.ID, sandbox.Creating, sandbox.Running, start)
 	for _, c := range []struct {
 		to, want time.Duration
 		later    bool
-	}{{time.Hour, time.Hour, false}, {time.Minute, time.Hour, true}, {2 * time.Hour, 2 * time.Hour, true}, {time.Minute, time.Minute, false}} {
+	}{
+		{time.Hour, time.Hour, false},
+		{time.Minute, time.Hour, true},
+		{2 * time.Hour, 2 * time.Hour, true},
+		{time.Minute, time.Minute, false},
+	} {
 		got, err := st.SetExpiry(t.Context(), s.ID, start.Add(c.to), c.to, c.later)
 		if err != nil || !got.ExpiresAt.Equal(start.Add(c.want)) || got.Timeout != c.want {
 			t.Errorf("%+v gives %s, %s, %v", c, got.ExpiresAt, got.Timeout, err)
@@ -757,7 +782,7 @@ func sandboxSurface(t *testing.T, st sandbox.Store) {
 	}
 	ids, err := st.Living(t.Context())
 	if err != nil || len(ids) != 1 || ids[0] != want.ID {
-		t.Errorf("living are %v, %v", ids, err)
+		t.Errorf("the living sandboxes are %v, %v", ids, err)
 	}
 	mustMove(t, st, want.ID, sandbox.Creating, sandbox.Failed, start)
 	_, err = st.SetSurface(t.Context(), want.ID, "")
@@ -765,7 +790,7 @@ func sandboxSurface(t *testing.T, st sandbox.Store) {
 	_, err = st.SetSurface(t.Context(), sandbox.NewID(), "")
 	wantFault(t, err, fault.NotFound, "sandbox_not_found")
 	if ids, err := st.Living(t.Context()); err != nil || len(ids) != 0 {
-		t.Errorf("living are %v, %v", ids, err)
+		t.Errorf("the living sandboxes are %v, %v", ids, err)
 	}
 }
 
@@ -789,7 +814,7 @@ func sandboxEgress(t *testing.T, st sandbox.Store) {
 	_, err = st.SetEgress(t.Context(), sandbox.NewID(), sandbox.Egress{Mode: sandbox.AllowAll}, sandbox.Event{At: start})
 	wantFault(t, err, fault.NotFound, "sandbox_not_found")
 	if read, err := st.Get(t.Context(), want.ID); err != nil || !read.Egress.Equal(want.Egress) {
-		t.Errorf("refused, and now it is %+v, %v", read.Egress, err)
+		t.Errorf("the refused change wrote %+v, %v", read.Egress, err)
 	}
 }
 
@@ -814,15 +839,17 @@ func sandboxNotes(t *testing.T, st sandbox.Store) {
 	if err != nil || next != "" {
 		t.Fatalf("%v, %q", err, next)
 	}
-	// The newest hundred, the one of another reason, and the two transitions.
+	// The listing has the newest 100 notes, the note of another reason, and the two transitions.
 	if len(all) != 103 {
 		t.Fatalf("there are %d events", len(all))
 	}
-	want := sandbox.Event{ID: all[0].ID, SandboxID: lives, At: start.Add(149 * time.Second), From: sandbox.Running, To: sandbox.Running, Reason: "noise", Detail: "149"}
+	want := sandbox.Event{ID: all[0].ID, SandboxID: lives, At: start.Add(149 * time.Second),
+		From: sandbox.Running, To: sandbox.Running, Reason: "noise", Detail: "149"}
 	if diff := cmp.Diff(want, all[0]); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
-	if all[99].Detail != "50" || all[100].Reason != "rare" || all[101].To != sandbox.Running || all[102].To != sandbox.Creating {
+	if all[99].Detail != "50" || all[100].Reason != "rare" ||
+		all[101].To != sandbox.Running || all[102].To != sandbox.Creating {
 		t.Errorf("the oldest are %+v", all[99:])
 	}
 	if all, _, err := st.Events(t.Context(), over, 200, ""); err != nil || len(all) != 2 {
@@ -863,7 +890,7 @@ func sandboxUnfinished(t *testing.T, st sandbox.Store) {
 		t.Errorf("images (-want +got):\n%s", diff)
 	}
 
-	// What a suspended one was made from is needed to wake it.
+	// A suspended sandbox needs its image to wake.
 	asleep := small("org_s", 50)
 	asleep.Image = "of one asleep"
 	mustMove(t, st, mustInsert(t, st, asleep).ID, sandbox.Creating, sandbox.Suspended, start)
@@ -872,7 +899,7 @@ func sandboxUnfinished(t *testing.T, st sandbox.Store) {
 	}
 	mustMove(t, st, asleep.ID, sandbox.Suspended, sandbox.Destroyed, start)
 
-	// A sandbox that failed and is being destroyed again is not over any more.
+	// A failed sandbox that is being destroyed again is no longer over.
 	failed := mustInsert(t, st, small("org_f", 100))
 	mustMove(t, st, failed.ID, sandbox.Creating, sandbox.Failed, start)
 	mustMove(t, st, failed.ID, sandbox.Failed, sandbox.Destroying, start)
@@ -890,7 +917,7 @@ func sandboxEvents(t *testing.T, st sandbox.Store) {
 		if i%2 == 1 {
 			from, to = to, from
 		}
-		// The clock goes backwards: the order must not.
+		// The clock goes backwards, which must not change the order of events.
 		mustMove(t, st, s.ID, from, to, start.Add(-time.Duration(i)*time.Minute))
 		mustMove(t, st, other.ID, from, to, start)
 	}
@@ -913,17 +940,20 @@ func sandboxEvents(t *testing.T, st sandbox.Store) {
 			t.Errorf("event %q comes before the older %q", got[i].ID, got[i+1].ID)
 		}
 		if got[i].From != got[i+1].To {
-			t.Errorf("event %d comes from %q, the one before went to %q", i, got[i].From, got[i+1].To)
+			t.Errorf("event %d is from state %q, the event before is to %q", i, got[i].From, got[i+1].To)
 		}
 	}
-	if _, err := st.Transition(t.Context(), sandbox.Change{ID: other.ID, From: sandbox.States(), To: sandbox.Suspended, At: start, Reason: "lost", Detail: "fell back"}); err != nil {
+	if _, err := st.Transition(t.Context(), sandbox.Change{ID: other.ID, From: sandbox.States(),
+		To: sandbox.Suspended, At: start, Reason: "lost", Detail: "fell back"}); err != nil {
 		t.Fatal(err)
 	}
-	if page, _, err := st.Events(t.Context(), other.ID, 1, ""); err != nil || len(page) != 1 || page[0].Reason != "lost" || page[0].Detail != "fell back" {
-		t.Errorf("an event with a detail: %+v, %v", page, err)
+	if page, _, err := st.Events(t.Context(), other.ID, 1, ""); err != nil || len(page) != 1 ||
+		page[0].Reason != "lost" || page[0].Detail != "fell back" {
+		t.Errorf("the event with a detail is %+v, %v", page, err)
 	}
 	first := got[rounds]
-	if diff := cmp.Diff(sandbox.Event{ID: first.ID, SandboxID: s.ID, At: s.CreatedAt, To: sandbox.Creating}, first); diff != "" {
+	if diff := cmp.Diff(sandbox.Event{ID: first.ID, SandboxID: s.ID, At: s.CreatedAt, To: sandbox.Creating},
+		first); diff != "" {
 		t.Errorf("the first event (-want +got):\n%s", diff)
 	}
 	if _, _, err := st.Events(t.Context(), s.ID, 0, ""); err == nil {
@@ -954,36 +984,38 @@ func sandboxPurge(t *testing.T, st sandbox.Store) {
 	living := mustInsert(t, st, small("org_a", 0))
 
 	if n, err := st.Purge(t.Context(), start, start, 0); err != nil || n != 0 {
-		t.Errorf("purged %d, %v; nothing was over before", n, err)
+		t.Errorf("purged %d, %v; want none, since all ended later", n, err)
 	}
-	if _, found, err := st.Insert(t.Context(), small("org_a", 1), sandbox.Quota{}, sandbox.Once{Key: "1", Hash: "h"}); err != nil || !found {
-		t.Errorf("an idempotency key of today: %v, %v", found, err)
+	if _, found, err := st.Insert(t.Context(), small("org_a", 1), sandbox.Quota{},
+		sandbox.Once{Key: "1", Hash: "h"}); err != nil || !found {
+		t.Errorf("using an idempotency key of today: %v, %v", found, err)
 	}
 	n, err := st.Purge(t.Context(), start.Add(time.Minute), start, 0)
 	if err != nil || n != old {
 		t.Errorf("purged %d, %v; want %d", n, err, old)
 	}
 	if _, err := st.Get(t.Context(), ids[0]); !fault.Is(err, fault.NotFound) {
-		t.Errorf("an old one is still there: %v", err)
+		t.Errorf("an old sandbox was not purged: %v", err)
 	}
 	if events, _, err := st.Events(t.Context(), ids[0], 10, ""); err != nil || len(events) != 0 {
-		t.Errorf("an old one's events are still there: %v, %v", events, err)
+		t.Errorf("the events of an old sandbox were not purged: %v, %v", events, err)
 	}
 	for _, id := range []sandbox.ID{ids[old], ids[old+1], living.ID} {
 		if _, err := st.Get(t.Context(), id); err != nil {
 			t.Errorf("purged too much: %v", err)
 		}
 	}
-	// The same body under a young sandbox's key, a day later, is a new create.
+	// After a day the key of a young sandbox is dropped, so a create with it makes a new sandbox.
 	if _, err := st.Purge(t.Context(), start, start.Add(onceFor), 0); err != nil {
 		t.Fatal(err)
 	}
-	if _, found, err := st.Insert(t.Context(), small("org_a", 1), sandbox.Quota{}, sandbox.Once{Key: fmt.Sprint(old), Hash: "other"}); err != nil || found {
-		t.Errorf("an idempotency key that was dropped: %v, %v", found, err)
+	if _, found, err := st.Insert(t.Context(), small("org_a", 1), sandbox.Quota{},
+		sandbox.Once{Key: fmt.Sprint(old), Hash: "other"}); err != nil || found {
+		t.Errorf("using a dropped idempotency key: %v, %v", found, err)
 	}
 }
 
-// sandboxPurgeMany has organizations with more sandboxes that are over than they may have.
+// sandboxPurgeMany purges organizations that have more ended sandboxes than allowed.
 func sandboxPurgeMany(t *testing.T, st sandbox.Store) {
 	const most = purgeBatch + 10
 	ctx := t.Context()
@@ -1000,26 +1032,29 @@ func sandboxPurgeMany(t *testing.T, st sandbox.Store) {
 	}
 	few := end("org_few", 0, "")
 	living := mustInsert(t, st, small("org_many", 0))
-	heavy := end("org_heavy", 0, strings.Repeat("x", (most-5)*4096/2)) // counts for nearly all it may have
+	heavy := end("org_heavy", 0, strings.Repeat("x", (most-5)*4096/2)) // weighs nearly as much as the limit
 	var after []sandbox.ID
 	for i := range 10 {
 		after = append(after, end("org_heavy", 1+i, ""))
 	}
 	if n, err := st.Purge(ctx, start, start, 0); err != nil || n != 0 {
-		t.Errorf("without a limit %d go, %v", n, err)
+		t.Errorf("purged %d without a limit, %v", n, err)
 	}
 	if n, err := st.Purge(ctx, start, start, most); err != nil || n != most+2 {
-		t.Errorf("%d go, %v; want %d", n, err, most+2)
+		t.Errorf("purged %d, %v; want %d", n, err, most+2)
 	}
-	for id, kept := range map[sandbox.ID]bool{many[0]: false, many[most]: false, many[most+1]: true, many[2*most]: true, few: true, living.ID: true,
-		heavy: false, after[0]: true, after[9]: true} {
+	for id, kept := range map[sandbox.ID]bool{
+		many[0]: false, many[most]: false, many[most+1]: true, many[2*most]: true, few: true, living.ID: true,
+		heavy: false, after[0]: true, after[9]: true,
+	} {
 		if _, err := st.Get(ctx, id); (err == nil) != kept {
 			t.Errorf("%s is kept: %v, want %v", id, err, kept)
 		}
 	}
 }
 
-// sandboxEventsBounded has a sandbox that is suspended and woken all day.
+// sandboxEventsBounded moves a sandbox more often than its listing keeps events, and checks that the
+// listing keeps the newest.
 func sandboxEventsBounded(t *testing.T, st sandbox.Store) {
 	s := mustInsert(t, st, small("org_a", 0))
 	from := sandbox.Creating
@@ -1051,11 +1086,11 @@ func sandboxEventsBounded(t *testing.T, st sandbox.Store) {
 	}
 	mustMove(t, st, s.ID, from, sandbox.Destroyed, start)
 	if n, newest := count(); n != eventsKeptOver || newest != listedID(eventsKept+12) {
-		t.Errorf("when it is over %d events, the newest is %s", n, newest)
+		t.Errorf("after its end %d events, the newest is %s", n, newest)
 	}
 }
 
-// sandboxContext: a call that is given up writes nothing, and the store goes on.
+// sandboxContext checks that a canceled call writes nothing and that the store works afterwards.
 func sandboxContext(t *testing.T, st sandbox.Store) {
 	over, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -1064,9 +1099,9 @@ func sandboxContext(t *testing.T, st sandbox.Store) {
 		t.Errorf("inserting: %v", err)
 	}
 	if _, err := st.Get(t.Context(), s.ID); !fault.Is(err, fault.NotFound) {
-		t.Errorf("a call that was given up wrote: %v", err)
+		t.Errorf("a canceled call wrote a row: %v", err)
 	}
-	// Calls that are given up at any moment leave no lock behind and no half row.
+	// Calls that are canceled at random moments leave no lock and no incomplete row.
 	for range 30 {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(rand.IntN(1500))*time.Microsecond)
 		s := small("org_c", 0)
@@ -1074,10 +1109,11 @@ func sandboxContext(t *testing.T, st sandbox.Store) {
 		cancel()
 		_, getErr := st.Get(t.Context(), s.ID)
 		if err == nil && getErr != nil {
-			t.Errorf("lost what was acknowledged: %v", getErr)
+			t.Errorf("lost a sandbox whose insert succeeded: %v", getErr)
 		}
-		if events, _, eventsErr := st.Events(t.Context(), s.ID, 5, ""); eventsErr != nil || (len(events) == 1) != (getErr == nil) {
-			t.Errorf("half a row: %d events, row %v, %v", len(events), getErr, eventsErr)
+		if events, _, eventsErr := st.Events(t.Context(), s.ID, 5, ""); eventsErr != nil ||
+			(len(events) == 1) != (getErr == nil) {
+			t.Errorf("incomplete row: %d events, row %v, %v", len(events), getErr, eventsErr)
 		}
 	}
 	mustInsert(t, st, small("org_a", 0))

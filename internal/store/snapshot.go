@@ -12,15 +12,16 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// snapshotColumns lists what snapshotFields reads and writes, in its order.
+// snapshotColumns lists the columns of snapshotFields, in the same order.
 const snapshotColumns = `id, org_id, name, state, sandbox_id, template, template_id, template_version, image,
 	size, vcpus, memory_mb, dedicated, disk_mb, env, egress, run_as, workdir, bytes, created_at`
 
-// snapshotFields are s's columns, to scan into or to write.
+// snapshotFields returns s's columns, to scan into or to write.
 func snapshotFields(s *sandbox.Snapshot) []any {
-	return []any{&s.ID, &s.OrgID, &s.Name, &s.State, &s.SandboxID, &s.Template, &s.TemplateID, &s.TemplateVersion, &s.Image,
-		&s.Size.Name, &s.Size.VCPUs, &s.Size.MemoryMB, &s.Size.Dedicated, &s.DiskMB, jsonColumn{&s.Env}, jsonColumn{&s.Egress},
-		&s.User, &s.Workdir, &s.Bytes, timeColumn{&s.CreatedAt}}
+	return []any{&s.ID, &s.OrgID, &s.Name, &s.State, &s.SandboxID,
+		&s.Template, &s.TemplateID, &s.TemplateVersion, &s.Image,
+		&s.Size.Name, &s.Size.VCPUs, &s.Size.MemoryMB, &s.Size.Dedicated, &s.DiskMB,
+		jsonColumn{&s.Env}, jsonColumn{&s.Egress}, &s.User, &s.Workdir, &s.Bytes, timeColumn{&s.CreatedAt}}
 }
 
 func scanSnapshot(row scanner, id string) (sandbox.Snapshot, error) {
@@ -59,16 +60,18 @@ func (db *DB) snapshots(ctx context.Context, query string, args ...any) ([]sandb
 func (db *DB) AddSnapshot(ctx context.Context, s sandbox.Snapshot, most int) error {
 	err := db.write(ctx, func(tx *sql.Tx) error {
 		var have int
-		if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM snapshots WHERE org_id = $1", s.OrgID).Scan(&have); err != nil {
+		if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM snapshots WHERE org_id = $1", s.OrgID).
+			Scan(&have); err != nil {
 			return fmt.Errorf("counting the organization's snapshots: %w", err)
 		}
 		if most > 0 && have >= most {
 			return fault.New(fault.Exhausted, "quota_exceeded", "the organization may have %d snapshots and has %d", most, have)
 		}
 		fields := snapshotFields(&s)
-		_, err := tx.ExecContext(ctx, "INSERT INTO snapshots ("+snapshotColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
+		_, err := tx.ExecContext(ctx,
+			"INSERT INTO snapshots ("+snapshotColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
 		if violates(err, false) {
-			return fault.New(fault.Conflict, "snapshot_exists", "the organization has a snapshot %q", s.Name)
+			return fault.New(fault.Conflict, "snapshot_exists", "the organization already has a snapshot %q", s.Name)
 		}
 		return err
 	})
@@ -113,7 +116,7 @@ func (db *DB) EndSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
 			return out.add(ctx, event.Event{OrgID: s.OrgID, At: time.Now(), Type: event.SnapshotDeleted,
 				SandboxID: string(s.SandboxID), About: event.About{SnapshotID: string(s.ID), Name: s.Name}})
 		}
-		if fault.Is(err, fault.NotFound) { // it never was ready, or is being deleted already
+		if fault.Is(err, fault.NotFound) { // it was never ready, or is being deleted already
 			_, err = scanSnapshot(tx.QueryRowContext(ctx, end+" RETURNING "+snapshotColumns, sandbox.SnapshotDeleting, id),
 				string(id))
 		}
@@ -131,11 +134,14 @@ func (db *DB) DropSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
 
 // GetSnapshot implements [sandbox.Store].
 func (db *DB) GetSnapshot(ctx context.Context, id sandbox.SnapshotID) (sandbox.Snapshot, error) {
-	return scanSnapshot(db.reader.QueryRowContext(ctx, "SELECT "+snapshotColumns+" FROM snapshots WHERE id = $1", id), string(id))
+	return scanSnapshot(
+		db.reader.QueryRowContext(ctx, "SELECT "+snapshotColumns+" FROM snapshots WHERE id = $1", id), string(id))
 }
 
-// findSnapshot says nothing new by its last condition, but lets the index of names be used.
-const findSnapshot = "SELECT " + snapshotColumns + " FROM snapshots WHERE org_id = $1 AND name = $2 AND state = $3 AND name <> '' AND state <> 'deleting'"
+// findSnapshot selects a snapshot by name and state. Its last two conditions let SQLite use the index
+// of names, and are true of every snapshot that FindSnapshot looks for.
+const findSnapshot = "SELECT " + snapshotColumns +
+	" FROM snapshots WHERE org_id = $1 AND name = $2 AND state = $3 AND name <> '' AND state <> 'deleting'"
 
 // FindSnapshot implements [sandbox.Store].
 func (db *DB) FindSnapshot(ctx context.Context, orgID, name string) (sandbox.Snapshot, error) {
@@ -152,13 +158,15 @@ func (db *DB) ListSnapshots(ctx context.Context, f sandbox.SnapshotFilter) ([]sa
 	if err != nil {
 		return nil, "", err
 	}
-	all, next := cut(listSnapshots, all, f.Limit, func(s sandbox.Snapshot) (time.Time, string) { return s.CreatedAt, string(s.ID) })
+	all, next := cut(listSnapshots, all, f.Limit,
+		func(s sandbox.Snapshot) (time.Time, string) { return s.CreatedAt, string(s.ID) })
 	return all, next, nil
 }
 
 func listSnapshotsQuery(f sandbox.SnapshotFilter) (string, params, error) {
 	var p params
-	q := "SELECT " + snapshotColumns + " FROM snapshots WHERE org_id = " + p.add(f.OrgID) + " AND state = " + p.add(sandbox.SnapshotReady)
+	q := "SELECT " + snapshotColumns + " FROM snapshots WHERE org_id = " + p.add(f.OrgID) +
+		" AND state = " + p.add(sandbox.SnapshotReady)
 	if f.SandboxID != "" {
 		q += " AND sandbox_id = " + p.add(f.SandboxID)
 	}

@@ -15,11 +15,13 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// fullSnapshot has a value in every field.
+// fullSnapshot returns a snapshot with a value in every field.
 func fullSnapshot(org, name string, i int) sandbox.Snapshot {
-	return sandbox.Snapshot{ID: sandbox.NewSnapshotID(), OrgID: org, Name: name, State: sandbox.SnapshotCreating, SandboxID: sandbox.NewID(),
+	return sandbox.Snapshot{ID: sandbox.NewSnapshotID(), OrgID: org, Name: name,
+		State: sandbox.SnapshotCreating, SandboxID: sandbox.NewID(),
 		Template: "python", TemplateID: "tpl_python", TemplateVersion: 3, Image: fmt.Sprint("image", i),
-		Size: sandbox.Size{Name: "performance-2x", VCPUs: 2, MemoryMB: 4096, Dedicated: true}, DiskMB: 2048, Env: map[string]string{"A": "ü"},
+		Size: sandbox.Size{Name: "performance-2x", VCPUs: 2, MemoryMB: 4096, Dedicated: true}, DiskMB: 2048,
+		Env:    map[string]string{"A": "ü"},
 		Egress: sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}},
 		User:   "user", Workdir: "/srv", Bytes: 7, CreatedAt: start.Add(time.Duration(i) * time.Second)}
 }
@@ -52,16 +54,16 @@ func snapshotLives(t *testing.T, st sandbox.Store) {
 	if d := cmp.Diff(s, got, prefixes); err != nil || d != "" {
 		t.Errorf("the row (-want +got), %v:\n%s", err, d)
 	}
-	// Until it is ready nobody finds it, and its name is taken.
+	// A snapshot that is not ready cannot be found, but its name is taken.
 	_, err = st.FindSnapshot(ctx, "org_a", "first")
 	wantFault(t, err, fault.NotFound, "snapshot_not_found")
 	wantFault(t, st.AddSnapshot(ctx, fullSnapshot("org_a", "first", 1), 2), fault.Conflict, "snapshot_exists")
 	wantFault(t, st.AddSnapshot(ctx, fullSnapshot("org_a", "second", 1), 1), fault.Exhausted, "quota_exceeded")
 	if err := st.AddSnapshot(ctx, fullSnapshot("org_b", "first", 1), 1); err != nil {
-		t.Errorf("the name in another organization: %v", err)
+		t.Errorf("using the name in another organization: %v", err)
 	}
 	if unready, err := st.UnreadySnapshots(ctx); err != nil || len(unready) != 2 || unready[0].ID != s.ID {
-		t.Errorf("not ready are %+v, %v", unready, err)
+		t.Errorf("the snapshots that are not ready are %+v, %v", unready, err)
 	}
 
 	s.State, s.CreatedAt, s.Bytes = sandbox.SnapshotReady, start.Add(time.Minute), 1<<40
@@ -78,7 +80,7 @@ func snapshotLives(t *testing.T, st sandbox.Store) {
 		t.Errorf("images are %v, %v", images, err)
 	}
 
-	// Being deleted it is not found, and its name is free.
+	// A snapshot that is being deleted cannot be found, and its name is free.
 	for range 2 {
 		if err := st.EndSnapshot(ctx, s.ID); err != nil {
 			t.Fatal(err)
@@ -98,7 +100,7 @@ func snapshotLives(t *testing.T, st sandbox.Store) {
 	if got, err = st.FindSnapshot(ctx, "org_a", "first"); err != nil || got.ID != again.ID {
 		t.Errorf("found %+v, %v", got, err)
 	}
-	// Those without a name have none in common.
+	// Snapshots without a name do not count as having the same name.
 	mustSave(t, st, fullSnapshot("org_a", "", 3))
 	mustSave(t, st, fullSnapshot("org_a", "", 4))
 	_, err = st.FindSnapshot(ctx, "org_a", "")
@@ -122,7 +124,7 @@ func snapshotLists(t *testing.T, st sandbox.Store) {
 		"by name":          {sandbox.SnapshotFilter{OrgID: "org_a", Name: "s1"}, []int{1}},
 		"by sandbox":       {sandbox.SnapshotFilter{OrgID: "org_a", SandboxID: all[2].SandboxID}, []int{2}},
 		"by both, neither": {sandbox.SnapshotFilter{OrgID: "org_a", Name: "s1", SandboxID: all[2].SandboxID}, nil},
-		"of nobody":        {sandbox.SnapshotFilter{OrgID: "org_c"}, nil},
+		"none":             {sandbox.SnapshotFilter{OrgID: "org_c"}, nil},
 	} {
 		var got []sandbox.SnapshotID
 		c.f.Limit = 2
@@ -150,7 +152,8 @@ func snapshotLists(t *testing.T, st sandbox.Store) {
 	wantFault(t, err, fault.Invalid, "invalid_cursor")
 }
 
-// snapshotNameRace has many want one name and the last place: one gets both.
+// snapshotNameRace adds many snapshots at once with one name and one place left in the quota, and
+// checks that one succeeds.
 func snapshotNameRace(t *testing.T, st sandbox.Store) {
 	var won atomic.Int32
 	var wg sync.WaitGroup

@@ -2,22 +2,22 @@
 // organizations and their keys, the events of all of these, and the server's own
 // settings. All SQL of cay is here.
 //
-// It implements the Store ports of the rooms sandbox, template, auth and event, and
-// knows of their rules only what concurrent writers could break: who wins a
-// transition, whether a quota still has room, whether a name is taken. Errors of
-// the database never leave it as such: what a caller decides by is a fault, the
-// rest is wrapped and internal.
+// It implements the Store interfaces of the rooms sandbox, template, auth and event. It
+// enforces only those of their rules that concurrent writers could break: which of
+// several transitions wins, whether a quota still has room, whether a name is taken. It
+// reports conditions that callers act on as faults, and wraps all other errors of the
+// database as internal errors.
 //
-// Promises. Every method is one transaction ([DB.Purge] and [DB.TrimEvents] several): after an error
-// nothing of it is written, after success it survives a crash of the process and
-// of the machine (write-ahead log, synced at every commit). A read that begins
-// after a write has returned sees it. Times keep microseconds and come back as
-// UTC. A DB is safe for concurrent use; writers go one at a time, readers wait
-// for nobody.
+// Every method runs in one transaction; [DB.Purge] and [DB.TrimEvents] run in several.
+// After an error nothing of the transaction is written. After success it survives a
+// crash of the process and of the machine: the database has a write-ahead log that is
+// synced at every commit. A read that begins after a write has returned sees that write.
+// Times keep microseconds and are returned as UTC. A DB is safe for concurrent use:
+// writers run one at a time, and readers do not wait for writers.
 //
-// The SQL keeps to what SQLite and PostgreSQL share (numbered parameters,
-// RETURNING, ON CONFLICT, row values, partial indexes), so that the second
-// database needs its own Open and little else.
+// The SQL uses only what SQLite and PostgreSQL share (numbered parameters, RETURNING, ON
+// CONFLICT, row values, partial indexes), so that a second database needs its own Open
+// and little else.
 package store
 
 import (
@@ -46,25 +46,27 @@ import (
 var migrations embed.FS
 
 const (
-	// readers is how many reads go on at once. SQLite reads are CPU work, so more
-	// than the cores of a small machine only costs memory (about 2 MB of cache
-	// each); fewer would let one long listing hold up every request's key lookup.
+	// readers limits the reads that run at once. Reads from SQLite are CPU work, so more readers than
+	// a small machine has cores only cost memory, about 2 MB of cache each. With fewer, one long
+	// listing could delay the key lookup of every request.
 	readers = 4
 
-	// busyMillis is how long a statement waits for another process's lock, in
-	// milliseconds: a backup or a curious sqlite3 shell. Shorter would fail calls
-	// for a copy that takes seconds; longer would look like a hang.
+	// busyMillis limits how long a statement waits for a lock of another process, such as a backup or
+	// a sqlite3 shell, in milliseconds. A shorter wait would fail calls during a copy that takes
+	// seconds; a longer one would look like a hang.
 	busyMillis = 10_000
 )
 
-// DB is an open database.
+// DB is an open database. It implements the Store interfaces of the core.
 type DB struct {
-	writer *sql.DB // one connection: SQLite has one writer, so the queue is here, where it is fair and ends with the context
+	// writer has one connection, because SQLite has one writer. Calls therefore queue in sql.DB, where
+	// the queue is fair and waiting ends with the context.
+	writer *sql.DB
 	reader *sql.DB
-	wake   atomic.Pointer[func(orgs []string)] // see OnEvents
+	wake   atomic.Pointer[func(orgs []string)] // set by OnEvents
 
-	// The statements that every create and transition runs, prepared once: parsing them costs a
-	// twentieth of a millisecond each.
+	// insertEvent and insertListed are prepared once, because every create and transition runs one of
+	// them and parsing one takes a twentieth of a millisecond.
 	insertEvent, insertListed *sql.Stmt
 }
 
@@ -75,10 +77,10 @@ var (
 	_ event.Store    = (*DB)(nil)
 )
 
-// Open opens the SQLite database at path, makes it (readable by its owner alone)
-// if it is not there, and brings its schema up to date. A database that a newer
-// cay has migrated is refused and left as it is. Only one process may have it
-// open for writing at a time; keeping others out is the caller's business.
+// Open opens the SQLite database at path and migrates its schema to the present version. It creates
+// a database that does not exist, readable by its owner alone. It refuses a database that a newer
+// cay has migrated, and leaves it unchanged. Only one process may have the database open for writing
+// at a time; the caller must keep others out.
 func Open(ctx context.Context, path string) (*DB, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {
@@ -106,7 +108,7 @@ func Open(ctx context.Context, path string) (*DB, error) {
 	return db, nil
 }
 
-// prepare prepares the statements that are used all the time. They are closed with the writer.
+// prepare prepares the most frequent statements. Closing the writer closes them.
 func (db *DB) prepare(ctx context.Context) (err error) {
 	if db.insertEvent, err = db.writer.PrepareContext(ctx, insertEvent); err != nil {
 		return fmt.Errorf("preparing a statement: %w", err)
@@ -117,9 +119,9 @@ func (db *DB) prepare(ctx context.Context) (err error) {
 	return nil
 }
 
-// private makes the file before SQLite would with the umask's mode: it holds
-// hashes of keys and the tokens of running sandboxes. SQLite gives its log the
-// same mode as the database.
+// private creates the file with mode 0600 before SQLite creates it with the mode of the umask. The
+// file holds hashes of keys and the tokens of running sandboxes. SQLite gives its log the mode of the
+// database.
 func private(path string) error {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -128,19 +130,19 @@ func private(path string) error {
 	return errors.Join(f.Chmod(0o600), f.Close())
 }
 
-// dsn names the database with the settings every connection has.
+// dsn returns the data source name of the database, with the settings of every connection.
 func dsn(path string, more url.Values) string {
-	// Set before the journal mode, because changing that takes a lock.
+	// The busy timeout must be set before the journal mode, because changing the mode takes a lock.
 	more.Set("_busy_timeout", fmt.Sprint(busyMillis))
 	more.Set("_journal_mode", "WAL")
 	more.Set("_foreign_keys", "true")
-	// A commit is on disk when it returns. NORMAL would lose the last ones when
-	// the machine loses power, and with them sandboxes that were promised.
+	// FULL writes a commit to the disk before it returns. NORMAL would lose the last commits when the
+	// machine loses power, and with them sandboxes that users were promised.
 	more.Set("_synchronous", "FULL")
-	// Deleted and overwritten content is zeroed in the file: a copy of the file must not hold the
-	// environments and tokens of sandboxes that are over.
+	// secure_delete zeroes deleted and overwritten content in the file: a copy of the file must not
+	// contain the environments and tokens of sandboxes that are over.
 	more.Set("_pragma", "secure_delete(1)")
-	// A misspelt column in double quotes must be an error, not a string.
+	// _dqs=false makes a misspelt column in double quotes an error instead of a string.
 	more.Set("_dqs", "false")
 	u := url.URL{Scheme: "file", Path: path, RawQuery: more.Encode()}
 	return u.String()
@@ -170,7 +172,7 @@ func migrate(ctx context.Context, db *sql.DB) error {
 
 // Close waits for calls in flight and closes the database.
 func (db *DB) Close() error {
-	// The writer last: the last connection folds the log into the file.
+	// Close the writer last: the last connection writes the log back into the database file.
 	return errors.Join(db.reader.Close(), db.writer.Close())
 }
 
@@ -183,15 +185,15 @@ func (db *DB) Ping(ctx context.Context) error {
 	return nil
 }
 
-// write runs f in a transaction that holds the write lock from its beginning, so
-// that what f reads is still true when it writes.
+// write runs f in a transaction that holds the write lock from its beginning, so that what f reads
+// is still true when f writes.
 func (db *DB) write(ctx context.Context, f func(tx *sql.Tx) error) error {
 	tx, err := db.writer.BeginTx(ctx, nil)
 	if err != nil {
 		return fmt.Errorf("beginning transaction: %w", err)
 	}
-	// After a commit this does nothing; after an error of f that is the error to
-	// report, and a rollback that fails closes the connection, which rolls back.
+	// Rollback does nothing after a commit. After an error of f, that error is the one to report, and
+	// a rollback that fails closes the connection, which rolls back.
 	defer func() { _ = tx.Rollback() }()
 	if err := f(tx); err != nil {
 		return err
@@ -202,8 +204,8 @@ func (db *DB) write(ctx context.Context, f func(tx *sql.Tx) error) error {
 	return nil
 }
 
-// violates reports whether err is the break of a key: unique (or primary) keys,
-// or foreign ones.
+// violates reports whether err is the violation of a key: of a foreign key if foreign is true, else
+// of a unique or primary key.
 func violates(err error, foreign bool) bool {
 	var e *sqlite.Error
 	if !errors.As(err, &e) {
@@ -215,7 +217,7 @@ func violates(err error, foreign bool) bool {
 	return e.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE || e.Code() == sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY
 }
 
-// Setting returns a setting of the server's own, and whether there is one.
+// Setting returns one of the server's own settings. It returns found false if the setting does not exist.
 func (db *DB) Setting(ctx context.Context, name string) (value string, found bool, err error) {
 	err = db.reader.QueryRowContext(ctx, "SELECT value FROM settings WHERE name = $1", name).Scan(&value)
 	switch {
@@ -227,7 +229,7 @@ func (db *DB) Setting(ctx context.Context, name string) (value string, found boo
 	return value, true, nil
 }
 
-// SetSetting writes a setting of the server's own.
+// SetSetting writes one of the server's own settings.
 func (db *DB) SetSetting(ctx context.Context, name, value string) error {
 	_, err := db.writer.ExecContext(ctx, `INSERT INTO settings (name, value) VALUES ($1, $2)
 		ON CONFLICT (name) DO UPDATE SET value = excluded.value`, name, value)

@@ -20,7 +20,7 @@ import (
 	"github.com/cayhq/cay/internal/template"
 )
 
-// start is when the tests' world begins, to the microsecond.
+// start is the time from which the tests count. It has microseconds, the finest unit that the store keeps.
 var start = time.Date(2026, 3, 1, 12, 30, 15, 123456000, time.UTC)
 
 func TestMain(m *testing.M) {
@@ -148,7 +148,8 @@ func TestOpenRefusesNewerSchema(t *testing.T) {
 	}
 }
 
-// TestOpenMigrates: what an earlier cay wrote is there, and can be written on.
+// TestOpenMigrates opens a database with the first schema, and checks that its rows can be read and
+// changed.
 func TestOpenMigrates(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "cay.db")
 	db, err := Open(t.Context(), path)
@@ -157,7 +158,7 @@ func TestOpenMigrates(t *testing.T) {
 	}
 	s := mustInsert(t, db, small("org_a", 0))
 	for _, back := range []string{
-		// What was over kept its secrets.
+		// Earlier versions kept the secrets of sandboxes that are over.
 		`INSERT INTO sandboxes (` + sandboxColumns + `, ended_at) SELECT 'sbx_over', org_id, mode, 'destroyed', run, template, template_id, template_version, image,
 			size, vcpus, memory_mb, dedicated, disk_mb, '{"KEY":"` + aSecret + `"}', '{"a":"b"}', egress, run_as, workdir,
 			timeout, idle_timeout, recovery_interval, created_at, started_at, expires_at, last_activity_at,
@@ -188,39 +189,42 @@ func TestOpenMigrates(t *testing.T) {
 		t.Fatal(err)
 	}
 	db = openAt(t, path)
-	if _, err := db.Transition(t.Context(), sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Creating}, To: sandbox.Suspended, At: start, Detail: "new"}); err != nil {
+	if _, err := db.Transition(t.Context(), sandbox.Change{ID: s.ID,
+		From: []sandbox.State{sandbox.Creating}, To: sandbox.Suspended, At: start, Detail: "new"}); err != nil {
 		t.Fatal(err)
 	}
 	if old, err := db.Get(t.Context(), s.ID); err != nil || old.AtEnd != sandbox.EndDestroys || old.Surface != "" {
-		t.Errorf("a sandbox from before ends with %q, keeps %q, %v", old.AtEnd, old.Surface, err)
+		t.Errorf("a migrated sandbox has AtEnd %q, Surface %q, %v", old.AtEnd, old.Surface, err)
 	}
 	events, _, err := db.Events(t.Context(), s.ID, 10, "")
 	if err != nil || len(events) != 2 || events[0].Detail != "new" || events[1].Detail != "" {
 		t.Errorf("events are %+v, %v", events, err)
 	}
 	tpl, err := db.GetTemplate(t.Context(), "org_a", "python")
-	if err != nil || tpl.BuildError != nil || tpl.Queued() || tpl.Version != 2 || tpl.Image != "abc" || tpl.Env["A"] != "b" || !tpl.Start.None() {
+	if err != nil || tpl.BuildError != nil || tpl.Queued() || tpl.Version != 2 || tpl.Image != "abc" ||
+		tpl.Env["A"] != "b" || !tpl.Start.None() {
 		t.Errorf("template is %+v, %v", tpl, err)
 	}
 	over, err := db.Get(t.Context(), "sbx_over")
-	if err != nil || len(over.Env) != 0 || over.Token != "" || over.Metadata["a"] != "b" || over.DestroyReason != sandbox.Requested {
-		t.Errorf("what was over before is %+v, %v", over, err)
+	if err != nil || len(over.Env) != 0 || over.Token != "" || over.Metadata["a"] != "b" ||
+		over.DestroyReason != sandbox.Requested {
+		t.Errorf("a migrated sandbox that is over is %+v, %v", over, err)
 	}
 	if lines, err := db.TemplateLog(t.Context(), "tpl_1", 0, 10); err != nil || len(lines) != 1 || lines[0].Text != "old" {
-		t.Errorf("its log is %v, %v", lines, err)
+		t.Errorf("the log of the template is %v, %v", lines, err)
 	}
 }
 
 const aSecret = "a-secret-that-nobody-else-would-write"
 
-// TestSecretsAreForgotten looks for the secrets of sandboxes, snapshots and members that are over
-// in the bytes of the files.
+// TestSecretsAreForgotten checks that the files of the database do not contain the secrets of ended
+// sandboxes, deleted snapshots and dropped pooled sandboxes.
 func TestSecretsAreForgotten(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "cay.db")
 	db := openAt(t, path)
 	ctx := t.Context()
 	for i, to := range []sandbox.State{sandbox.Destroyed, sandbox.Failed} {
-		for size := range 3 { // in the page, and in pages of its own
+		for size := range 3 { // the value is in the page of the row, or in pages of its own
 			s := small("org_a", i)
 			s.Env = map[string]string{"KEY": strings.Repeat(aSecret, 1+size*2000)}
 			s.Token, s.Surface = aSecret, aSecret
@@ -232,7 +236,8 @@ func TestSecretsAreForgotten(t *testing.T) {
 			}
 		}
 	}
-	snap := sandbox.Snapshot{ID: "snap_a", OrgID: "org_a", State: sandbox.SnapshotCreating, SandboxID: "sbx_a", CreatedAt: start, Env: map[string]string{"KEY": aSecret}}
+	snap := sandbox.Snapshot{ID: "snap_a", OrgID: "org_a", State: sandbox.SnapshotCreating, SandboxID: "sbx_a",
+		CreatedAt: start, Env: map[string]string{"KEY": aSecret}}
 	if err := db.AddSnapshot(ctx, snap, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -248,7 +253,7 @@ func TestSecretsAreForgotten(t *testing.T) {
 	if err := db.DropMember(ctx, "sbx_m"); err != nil {
 		t.Fatal(err)
 	}
-	if err := db.Close(); err != nil { // which folds the log into the file
+	if err := db.Close(); err != nil { // writes the log back into the database file
 		t.Fatal(err)
 	}
 	files, err := filepath.Glob(path + "*")
@@ -257,7 +262,7 @@ func TestSecretsAreForgotten(t *testing.T) {
 	}
 	for _, f := range files {
 		if b, err := os.ReadFile(f); err != nil || bytes.Contains(b, []byte(aSecret)) {
-			t.Errorf("%s has a secret of what is over (%v)", filepath.Base(f), err)
+			t.Errorf("%s has a secret that should be erased (%v)", filepath.Base(f), err)
 		}
 	}
 }
@@ -269,18 +274,18 @@ func TestOpenRefusesWhatIsNoDatabase(t *testing.T) {
 		t.Fatal(err)
 	}
 	if db, err := Open(t.Context(), path); err == nil {
-		t.Error("opened a letter", db.Close())
+		t.Error("opened a file that is not a database", db.Close())
 	}
 	if after, err := os.ReadFile(path); err != nil || string(after) != text {
-		t.Errorf("the letter was changed (%v)", err)
+		t.Errorf("Open changed a file that is not a database (%v)", err)
 	}
 	if _, err := Open(t.Context(), filepath.Join(t.TempDir(), "no", "such", "folder")); err == nil {
-		t.Error("opened a file in a folder that is not there")
+		t.Error("opened a file in a folder that does not exist")
 	}
 }
 
-// commitForever is the process that the crash test kills: it makes sandboxes and
-// moves each on, and says so only after the store has.
+// commitForever runs in the process that the crash test kills. It inserts sandboxes and makes a
+// transition of each, and prints each change after the store has committed it.
 func commitForever(path string) {
 	ctx := context.Background()
 	db, err := Open(ctx, path)
@@ -289,11 +294,13 @@ func commitForever(path string) {
 		os.Exit(1)
 	}
 	for i := 0; ; i++ {
-		s := sandbox.Sandbox{ID: sandbox.NewID(), OrgID: "org_crash", State: sandbox.Creating, CreatedAt: start.Add(time.Duration(i) * time.Second)}
+		s := sandbox.Sandbox{ID: sandbox.NewID(), OrgID: "org_crash", State: sandbox.Creating,
+			CreatedAt: start.Add(time.Duration(i) * time.Second)}
 		_, _, err := db.Insert(ctx, s, sandbox.Quota{}, sandbox.Once{Key: string(s.ID), Hash: "h"})
 		if err == nil {
 			fmt.Println(sandbox.Creating, s.ID)
-			_, err = db.Transition(ctx, sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Creating}, To: sandbox.Running, At: start})
+			_, err = db.Transition(ctx, sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Creating},
+				To: sandbox.Running, At: start})
 		}
 		if err != nil {
 			fmt.Println("error", err)
@@ -303,7 +310,7 @@ func commitForever(path string) {
 	}
 }
 
-// TestKilled kills a process that commits and finds everything that was promised.
+// TestKilled kills a process while it commits, and checks that every change it printed is stored.
 func TestKilled(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "cay.db")
 	promised := make(map[sandbox.ID]sandbox.State)
@@ -320,7 +327,8 @@ func TestKilled(t *testing.T) {
 	}
 }
 
-// killWhileCommitting adds to promised what the process said before it died.
+// killWhileCommitting starts a process that commits and kills it. It adds the changes that the process
+// printed before its end to promised.
 func killWhileCommitting(t *testing.T, path string, after int, promised map[sandbox.ID]sandbox.State) {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
@@ -336,7 +344,7 @@ func killWhileCommitting(t *testing.T, path string, after int, promised map[sand
 	for n := 0; lines.Scan(); n++ {
 		state, id, _ := strings.Cut(lines.Text(), " ")
 		if state == "error" {
-			t.Errorf("the process said: %s", lines.Text())
+			t.Errorf("the process printed: %s", lines.Text())
 		}
 		promised[sandbox.ID(id)] = sandbox.State(state)
 		if n == after {
@@ -349,11 +357,11 @@ func killWhileCommitting(t *testing.T, path string, after int, promised map[sand
 		t.Fatalf("the process was not killed: %v", cmd.ProcessState)
 	}
 	if len(promised) < after/2 {
-		t.Fatalf("only %d sandboxes promised", len(promised))
+		t.Fatalf("the process printed only %d sandboxes", len(promised))
 	}
 }
 
-// checkFeed checks that the feed has the facts of every sandbox, once each.
+// checkFeed checks that the feed has each event of every sandbox exactly once.
 func checkFeed(t *testing.T, db *DB, promised map[sandbox.ID]sandbox.State) {
 	t.Helper()
 	all, _ := feed(t, db, event.Query{OrgID: "org_crash", After: event.Oldest, Limit: 1000})
@@ -365,17 +373,17 @@ func checkFeed(t *testing.T, db *DB, promised map[sandbox.ID]sandbox.State) {
 		s, err := db.Get(t.Context(), sandbox.ID(id))
 		want := []string{"creating", "running"}[:len(to)]
 		if err != nil || !slices.Equal(to, want) || to[len(to)-1] != string(s.State) {
-			t.Errorf("%s is %s, the feed tells %q, %v", id, s.State, to, err)
+			t.Errorf("%s is %s, the feed has %q, %v", id, s.State, to, err)
 		}
 	}
 	for id := range promised {
 		if told[string(id)] == nil {
-			t.Errorf("the feed tells nothing of %s", id)
+			t.Errorf("the feed has no events of %s", id)
 		}
 	}
 }
 
-// checkWhole checks that every promise is kept and that no row is half.
+// checkWhole checks that every promised sandbox is stored and that no row is incomplete.
 func checkWhole(t *testing.T, db *DB, promised map[sandbox.ID]sandbox.State) {
 	t.Helper()
 	for id, state := range promised {
@@ -384,7 +392,7 @@ func checkWhole(t *testing.T, db *DB, promised map[sandbox.ID]sandbox.State) {
 			t.Errorf("lost %s: %v", id, err)
 			continue
 		}
-		// The kill may have come between the commit and the word about it.
+		// The kill may have come after the commit and before the process printed it.
 		if s.State != state && !(state == sandbox.Creating && s.State == sandbox.Running) {
 			t.Errorf("%s is %s, promised %s", id, s.State, state)
 		}
@@ -394,12 +402,14 @@ func checkWhole(t *testing.T, db *DB, promised map[sandbox.ID]sandbox.State) {
 		}
 	}
 	var verdict string
-	if err := db.reader.QueryRowContext(t.Context(), "PRAGMA integrity_check").Scan(&verdict); err != nil || verdict != "ok" {
+	if err := db.reader.QueryRowContext(t.Context(), "PRAGMA integrity_check").Scan(&verdict); err != nil ||
+		verdict != "ok" {
 		t.Errorf("integrity check: %q, %v", verdict, err)
 	}
 	checkFeed(t, db, promised)
 	var sandboxes, once int
-	if err := db.reader.QueryRowContext(t.Context(), "SELECT (SELECT COUNT(*) FROM sandboxes), (SELECT COUNT(*) FROM idempotency)").Scan(&sandboxes, &once); err != nil {
+	if err := db.reader.QueryRowContext(t.Context(),
+		"SELECT (SELECT COUNT(*) FROM sandboxes), (SELECT COUNT(*) FROM idempotency)").Scan(&sandboxes, &once); err != nil {
 		t.Fatal(err)
 	}
 	if sandboxes < len(promised) || sandboxes > len(promised)+3 || sandboxes < once {
@@ -407,8 +417,8 @@ func checkWhole(t *testing.T, db *DB, promised map[sandbox.ID]sandbox.State) {
 	}
 }
 
-// TestPlans holds the hot queries to their indexes: a scan of a table of destroyed
-// rows would be found only on a machine that has run for a week.
+// TestPlans checks that frequent queries use their indexes. Without it, a scan of a table full of
+// destroyed sandboxes would be noticed only on a machine that has run for a week.
 func TestPlans(t *testing.T) {
 	db := open(t)
 	live := []sandbox.State{sandbox.Creating, sandbox.Running}
@@ -432,7 +442,8 @@ func TestPlans(t *testing.T) {
 	filtered, pf := feedQuery(event.Query{OrgID: "o", After: 5, Limit: 50, SandboxID: "sbx_a",
 		Types: []event.Type{event.OrgCreated, event.KeyCreated}}, 9)
 	q1, p1 := list(sandbox.Filter{States: live})
-	q2, p2 := list(sandbox.Filter{States: []sandbox.State{sandbox.Destroyed}, Cursor: cursor{listSandboxes, 5, "sbx_a"}.String()})
+	q2, p2 := list(sandbox.Filter{States: []sandbox.State{sandbox.Destroyed},
+		Cursor: cursor{listSandboxes, 5, "sbx_a"}.String()})
 	for _, c := range []struct {
 		query string
 		args  []any
@@ -461,7 +472,7 @@ func TestPlans(t *testing.T) {
 		{surplus, []any{"o", 5, 50}, "events_feed"},
 		{oldest, []any{"o", 5, 9, 50}, "events_feed"},
 		{trim, []any{"o", 5, 9}, "events_feed"},
-		{trimmable, nil, "SCAN events"}, // its last row
+		{trimmable, nil, "SCAN events"}, // reads the last row alone
 		{insertListed, []any{5, "o", 5, "t", "s", "", "", "", "", ""}, "events_listing"},
 		{insertEvent, []any{5, "o", 5, "t", "s", "", "", "", "", ""}, "SCAN events"},
 		{"DELETE FROM events WHERE number IS NOT NULL AND sandbox_id IN ($1, $2)" + isBeyond, []any{"a", "b"},
@@ -486,7 +497,7 @@ func TestPlans(t *testing.T) {
 		}
 		text := strings.Join(plan, "; ")
 		if !strings.Contains(text, c.index) || strings.Contains(text, "TEMP B-TREE") {
-			t.Errorf("%s\n\tplan %q does not go by %s alone", c.query, text, c.index)
+			t.Errorf("%s\n\tplan %q does not use %s alone", c.query, text, c.index)
 		}
 	}
 }
@@ -498,7 +509,8 @@ func BenchmarkInsertTransition(b *testing.B) {
 		if _, _, err := db.Insert(b.Context(), s, sandbox.Quota{Sandboxes: 1 << 30}, sandbox.Once{}); err != nil {
 			b.Fatal(err)
 		}
-		if _, err := db.Transition(b.Context(), sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Creating}, To: sandbox.Running, At: start}); err != nil {
+		if _, err := db.Transition(b.Context(), sandbox.Change{ID: s.ID, From: []sandbox.State{sandbox.Creating},
+			To: sandbox.Running, At: start}); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -557,7 +569,8 @@ func BenchmarkList50Of10000(b *testing.B) {
 		}
 	}
 	for b.Loop() {
-		page, _, err := db.List(b.Context(), sandbox.Filter{OrgID: "org_bench", States: []sandbox.State{sandbox.Creating, sandbox.Running}, Limit: 50})
+		page, _, err := db.List(b.Context(), sandbox.Filter{OrgID: "org_bench",
+			States: []sandbox.State{sandbox.Creating, sandbox.Running}, Limit: 50})
 		if err != nil || len(page) != 50 {
 			b.Fatal(len(page), err)
 		}

@@ -12,14 +12,16 @@ import (
 	"github.com/cayhq/cay/internal/template"
 )
 
-// templateColumns lists what templateFields reads and writes, in its order.
+// templateColumns lists the columns of templateFields, in the same order.
 const templateColumns = `id, org_id, name, description, status, progress, build_error, build_id, tries, queued_at,
 	version, image, image_size, source, inputs, env, workdir, run_as, start, size, disk_mb, egress, created_at, updated_at, built_at`
 
-// templateFields are t's columns, to scan into or to write.
+// templateFields returns t's columns, to scan into or to write.
 func templateFields(t *template.Template) []any {
-	return []any{&t.ID, &t.OrgID, &t.Name, &t.Description, &t.Status, &t.Progress, jsonColumn{&t.BuildError}, &t.BuildID, &t.Tries, timeColumn{&t.QueuedAt},
-		&t.Version, &t.Image, &t.ImageSize, &t.Source, &t.Inputs, jsonColumn{&t.Env}, &t.Workdir, &t.User, jsonColumn{&t.Start}, &t.Size, &t.DiskMB, jsonColumn{&t.Egress},
+	return []any{&t.ID, &t.OrgID, &t.Name, &t.Description,
+		&t.Status, &t.Progress, jsonColumn{&t.BuildError}, &t.BuildID, &t.Tries, timeColumn{&t.QueuedAt},
+		&t.Version, &t.Image, &t.ImageSize, &t.Source, &t.Inputs,
+		jsonColumn{&t.Env}, &t.Workdir, &t.User, jsonColumn{&t.Start}, &t.Size, &t.DiskMB, jsonColumn{&t.Egress},
 		timeColumn{&t.CreatedAt}, timeColumn{&t.UpdatedAt}, timeColumn{&t.BuiltAt}}
 }
 
@@ -40,7 +42,8 @@ func (db *DB) InsertTemplate(ctx context.Context, t template.Template, b *templa
 			}
 		}
 		fields := templateFields(&t)
-		_, err := tx.ExecContext(ctx, "INSERT INTO templates ("+templateColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
+		_, err := tx.ExecContext(ctx,
+			"INSERT INTO templates ("+templateColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
 		if violates(err, false) {
 			return fault.New(fault.Conflict, "template_exists", "there is a template %q already", t.Name).Because(err)
 		}
@@ -84,11 +87,13 @@ func putBuild(ctx context.Context, tx *sql.Tx, id string, b *template.Build) err
 }
 
 // UpdateTemplate implements [template.Store].
-func (db *DB) UpdateTemplate(ctx context.Context, id string, b *template.Build, change func(*template.Template) error) (template.Template, error) {
+func (db *DB) UpdateTemplate(ctx context.Context, id string, b *template.Build,
+	change func(*template.Template) error) (template.Template, error) {
 	var t template.Template
 	var refused error
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
-		err := tx.QueryRowContext(ctx, "SELECT "+templateColumns+" FROM templates WHERE id = $1", id).Scan(templateFields(&t)...)
+		err := tx.QueryRowContext(ctx, "SELECT "+templateColumns+" FROM templates WHERE id = $1", id).
+			Scan(templateFields(&t)...)
 		if errors.Is(err, sql.ErrNoRows) {
 			return noTemplate(id)
 		}
@@ -105,7 +110,8 @@ func (db *DB) UpdateTemplate(ctx context.Context, id string, b *template.Build, 
 			}
 		}
 		fields := templateFields(&t)
-		if _, err := tx.ExecContext(ctx, "UPDATE templates SET ("+templateColumns+") = ("+placeholders(len(fields))+") WHERE id = "+fmt.Sprintf("$%d", len(fields)+1), append(fields, id)...); err != nil {
+		if _, err := tx.ExecContext(ctx, "UPDATE templates SET ("+templateColumns+") = ("+placeholders(len(fields))+
+			") WHERE id = "+fmt.Sprintf("$%d", len(fields)+1), append(fields, id)...); err != nil {
 			return err
 		}
 		if err := out.template(ctx, before, t); err != nil {
@@ -125,7 +131,8 @@ func (db *DB) UpdateTemplate(ctx context.Context, id string, b *template.Build, 
 // GetBuild implements [template.Store].
 func (db *DB) GetBuild(ctx context.Context, id string) (template.Build, error) {
 	var b template.Build
-	err := db.reader.QueryRowContext(ctx, "SELECT definition, context, refresh, private FROM template_builds WHERE template_id = $1", id).
+	err := db.reader.QueryRowContext(ctx,
+		"SELECT definition, context, refresh, private FROM template_builds WHERE template_id = $1", id).
 		Scan(jsonColumn{&b.Definition}, &b.Context, &b.Refresh, &b.Private)
 	if errors.Is(err, sql.ErrNoRows) {
 		return template.Build{}, noTemplate(id)
@@ -141,11 +148,13 @@ func (db *DB) DeleteTemplate(ctx context.Context, id string, force bool) error {
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if !force {
 			var n int
-			if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM sandboxes WHERE template_id = $1 AND ended_at IS NULL", id).Scan(&n); err != nil {
+			if err := tx.QueryRowContext(ctx,
+				"SELECT COUNT(*) FROM sandboxes WHERE template_id = $1 AND ended_at IS NULL", id).Scan(&n); err != nil {
 				return fmt.Errorf("counting its sandboxes: %w", err)
 			}
 			if n > 0 {
-				return fault.New(fault.Conflict, "template_in_use", "%d sandboxes of it are not destroyed; with force they go on without it", n)
+				return fault.New(fault.Conflict, "template_in_use",
+					"%d sandboxes of it are not destroyed; with force they go on without it", n)
 			}
 		}
 		gone := event.Event{At: time.Now(), Type: event.TemplateDeleted, About: event.About{TemplateID: id}}
@@ -180,7 +189,8 @@ func (db *DB) GetTemplate(ctx context.Context, orgID, nameOrID string) (template
 }
 
 // ListTemplates implements [template.Store].
-func (db *DB) ListTemplates(ctx context.Context, orgID string, limit int, after string) ([]template.Template, string, error) {
+func (db *DB) ListTemplates(ctx context.Context, orgID string, limit int,
+	after string) ([]template.Template, string, error) {
 	var p params
 	q := "SELECT " + templateColumns + " FROM templates WHERE org_id IN (" + p.add(orgID) + ", '')"
 	end, err := page(listTemplates, limit, after, &p)
@@ -218,7 +228,8 @@ func scanTemplates(rows *sql.Rows) ([]template.Template, error) {
 
 // QueuedTemplates implements [template.Store].
 func (db *DB) QueuedTemplates(ctx context.Context) ([]template.Template, error) {
-	rows, err := db.reader.QueryContext(ctx, "SELECT "+templateColumns+" FROM templates WHERE queued_at IS NOT NULL ORDER BY queued_at, id")
+	rows, err := db.reader.QueryContext(ctx,
+		"SELECT "+templateColumns+" FROM templates WHERE queued_at IS NOT NULL ORDER BY queued_at, id")
 	if err != nil {
 		return nil, fmt.Errorf("listing templates: %w", err)
 	}
@@ -227,7 +238,8 @@ func (db *DB) QueuedTemplates(ctx context.Context) ([]template.Template, error) 
 
 // TemplatesWithImage implements [template.Store].
 func (db *DB) TemplatesWithImage(ctx context.Context, image string) ([]template.Template, error) {
-	rows, err := db.reader.QueryContext(ctx, "SELECT "+templateColumns+" FROM templates WHERE image = $1 AND version > 0 ORDER BY id", image)
+	rows, err := db.reader.QueryContext(ctx,
+		"SELECT "+templateColumns+" FROM templates WHERE image = $1 AND version > 0 ORDER BY id", image)
 	if err != nil {
 		return nil, fmt.Errorf("listing templates: %w", err)
 	}
@@ -236,7 +248,8 @@ func (db *DB) TemplatesWithImage(ctx context.Context, image string) ([]template.
 
 // TemplateImages implements [template.Store].
 func (db *DB) TemplateImages(ctx context.Context) ([]string, error) {
-	return db.texts(ctx, "listing images of templates", "SELECT DISTINCT image FROM templates WHERE version > 0 AND image <> '' ORDER BY image")
+	return db.texts(ctx, "listing images of templates",
+		"SELECT DISTINCT image FROM templates WHERE version > 0 AND image <> '' ORDER BY image")
 }
 
 // TemplateContexts implements [template.Store].
@@ -245,20 +258,23 @@ func (db *DB) TemplateContexts(ctx context.Context, orgID string) ([]string, err
 	if orgID == "" {
 		return db.texts(ctx, doing, "SELECT DISTINCT context FROM template_builds WHERE context <> '' ORDER BY context")
 	}
-	return db.texts(ctx, doing, "SELECT DISTINCT b.context FROM templates t JOIN template_builds b ON b.template_id = t.id WHERE t.org_id = $1 AND b.context <> '' ORDER BY b.context", orgID)
+	return db.texts(ctx, doing, "SELECT DISTINCT b.context FROM templates t "+
+		"JOIN template_builds b ON b.template_id = t.id WHERE t.org_id = $1 AND b.context <> '' ORDER BY b.context", orgID)
 }
 
 // ChangeTemplateLog implements [template.Store].
 func (db *DB) ChangeTemplateLog(ctx context.Context, id string, c template.LogChange) error {
 	err := db.write(ctx, func(tx *sql.Tx) error {
 		for _, d := range c.Drop {
-			if _, err := tx.ExecContext(ctx, "DELETE FROM template_logs WHERE template_id = $1 AND step = $2 AND seq BETWEEN $3 AND $4",
+			if _, err := tx.ExecContext(ctx,
+				"DELETE FROM template_logs WHERE template_id = $1 AND step = $2 AND seq BETWEEN $3 AND $4",
 				id, d.Step, d.From, d.To); err != nil {
 				return fmt.Errorf("dropping lines: %w", err)
 			}
 		}
 		for _, l := range c.Add {
-			_, err := tx.ExecContext(ctx, "INSERT INTO template_logs (template_id, seq, at, step, heading, line) VALUES ($1, $2, $3, $4, $5, $6)",
+			_, err := tx.ExecContext(ctx,
+				"INSERT INTO template_logs (template_id, seq, at, step, heading, line) VALUES ($1, $2, $3, $4, $5, $6)",
 				id, l.Seq, at(l.At), l.Step, l.Heading, l.Text)
 			if violates(err, true) {
 				return noTemplate(id)
@@ -275,9 +291,10 @@ func (db *DB) ChangeTemplateLog(ctx context.Context, id string, c template.LogCh
 	return nil
 }
 
-// TemplateLog implements [template.Store]. A template that is not there has no log.
+// TemplateLog implements [template.Store]. It returns no lines if the template does not exist.
 func (db *DB) TemplateLog(ctx context.Context, id string, after int64, limit int) ([]template.LogLine, error) {
-	rows, err := db.reader.QueryContext(ctx, "SELECT seq, at, step, heading, line FROM template_logs WHERE template_id = $1 AND seq > $2 ORDER BY seq LIMIT $3", id, after, limit)
+	rows, err := db.reader.QueryContext(ctx, "SELECT seq, at, step, heading, line FROM template_logs "+
+		"WHERE template_id = $1 AND seq > $2 ORDER BY seq LIMIT $3", id, after, limit)
 	if err != nil {
 		return nil, fmt.Errorf("reading the log of template %s: %w", id, err)
 	}

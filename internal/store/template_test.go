@@ -18,10 +18,11 @@ import (
 )
 
 func aTemplate(org, name string, i int) template.Template {
-	return template.Template{ID: fmt.Sprintf("tpl_%s%s", org, name), OrgID: org, Name: name, CreatedAt: start.Add(time.Duration(i) * time.Second)}
+	return template.Template{ID: fmt.Sprintf("tpl_%s%s", org, name), OrgID: org, Name: name,
+		CreatedAt: start.Add(time.Duration(i) * time.Second)}
 }
 
-// testTemplateStore is the contract of template.Store: every implementation keeps it.
+// testTemplateStore tests the contract of template.Store, which every implementation must keep.
 func testTemplateStore(t *testing.T, open func(t *testing.T) template.Store) {
 	for name, f := range map[string]func(*testing.T, template.Store){
 		"round trip": templateRoundTrip,
@@ -62,11 +63,16 @@ func update(t *testing.T, st template.Store, id string, change func(*template.Te
 }
 
 func templateRoundTrip(t *testing.T, st template.Store) {
-	full := template.Template{ID: "tpl_1", OrgID: "org_a", Name: "mine", Description: "what", Status: template.Building, Progress: "step 3 of 7",
-		BuildError: &template.BuildError{Step: "RUN x", ExitCode: 3, Tail: []string{"a", "b"}, Message: "no"}, BuildID: "bld_1", Tries: 2, QueuedAt: start.Add(3 * time.Second),
-		Version: 4, Image: "abc", ImageSize: 5 << 30, Source: "debian:bookworm", Inputs: "1234", Env: map[string]string{"A": "b"}, Workdir: "/w", User: "u",
-		Start: sandbox.Start{Args: []string{"run", "me"}, Ready: &sandbox.Ready{HTTP: &sandbox.ReadyHTTP{Port: 80, Path: "/"}, Timeout: time.Second}},
-		Size:  "shared-cpu-1x", DiskMB: 99, Egress: sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("1.2.3.0/24")}},
+	full := template.Template{ID: "tpl_1", OrgID: "org_a", Name: "mine", Description: "what",
+		Status: template.Building, Progress: "step 3 of 7",
+		BuildError: &template.BuildError{Step: "RUN x", ExitCode: 3, Tail: []string{"a", "b"}, Message: "no"},
+		BuildID:    "bld_1", Tries: 2, QueuedAt: start.Add(3 * time.Second),
+		Version: 4, Image: "abc", ImageSize: 5 << 30, Source: "debian:bookworm", Inputs: "1234",
+		Env: map[string]string{"A": "b"}, Workdir: "/w", User: "u",
+		Start: sandbox.Start{Args: []string{"run", "me"},
+			Ready: &sandbox.Ready{HTTP: &sandbox.ReadyHTTP{Port: 80, Path: "/"}, Timeout: time.Second}},
+		Size: "shared-cpu-1x", DiskMB: 99,
+		Egress:    sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("1.2.3.0/24")}},
 		CreatedAt: start, UpdatedAt: start.Add(time.Second), BuiltAt: start.Add(2 * time.Second)}
 	for i, f := range reflect.VisibleFields(reflect.TypeFor[template.Template]()) {
 		if reflect.ValueOf(full).Field(i).IsZero() {
@@ -74,9 +80,11 @@ func templateRoundTrip(t *testing.T, st template.Store) {
 		}
 	}
 	later := full
-	later.OrgID, later.Name, later.Description, later.Status, later.Progress = "org_b", "other", "else", template.Ready, "p"
+	later.OrgID, later.Name, later.Description, later.Status, later.Progress =
+		"org_b", "other", "else", template.Ready, "p"
 	later.BuildError, later.BuildID, later.Tries, later.QueuedAt = nil, "bld_2", 0, time.Time{}
-	later.Version, later.Image, later.ImageSize, later.Source, later.Inputs, later.Env = 5, "def", 7, "docker.io/x", "56", map[string]string{"C": "d"}
+	later.Version, later.Image, later.ImageSize, later.Source, later.Inputs, later.Env =
+		5, "def", 7, "docker.io/x", "56", map[string]string{"C": "d"}
 	later.Workdir, later.User, later.Start, later.Size, later.DiskMB = "/x", "v", sandbox.Start{Command: "r"}, "z", 1
 	later.Egress = sandbox.Egress{Mode: sandbox.AllowAll}
 	later.CreatedAt, later.UpdatedAt, later.BuiltAt = start.Add(time.Minute), start.Add(time.Hour), start.Add(2*time.Hour)
@@ -94,7 +102,8 @@ func templateRoundTrip(t *testing.T, st template.Store) {
 	put(t, st, full, bare)
 	check(full)
 	check(bare)
-	if diff := cmp.Diff(later, update(t, st, full.ID, func(tpl *template.Template) { *tpl = later }), prefixes); diff != "" {
+	if diff := cmp.Diff(later,
+		update(t, st, full.ID, func(tpl *template.Template) { *tpl = later }), prefixes); diff != "" {
 		t.Errorf("updated (-want +got):\n%s", diff)
 	}
 	check(later)
@@ -111,13 +120,13 @@ func templateInsert(t *testing.T, st template.Store) {
 	wantFault(t, insert("org_a", "a", 0), fault.Conflict, "template_exists")
 	wantFault(t, insert("org_a", "x", 1), fault.Exhausted, "quota_exceeded")
 	if contexts, err := st.TemplateContexts(t.Context(), ""); err != nil || len(contexts) > 0 {
-		t.Errorf("what was refused left %v, %v", contexts, err)
+		t.Errorf("refused inserts left contexts %v, %v", contexts, err)
 	}
 	if err := insert("org_a", "x", 2); err != nil {
 		t.Error(err)
 	}
 	if err := insert("", "a", 0); err != nil {
-		t.Errorf("a name of another organization: %v", err)
+		t.Errorf("using a name of another organization: %v", err)
 	}
 }
 
@@ -130,14 +139,15 @@ func templateUpdate(t *testing.T, st template.Store) {
 		return no
 	})
 	if !errors.Is(err, no) || got.ID != "" {
-		t.Errorf("an update that was refused gives %+v, %v", got, err)
+		t.Errorf("a refused update returned %+v, %v", got, err)
 	}
 	if read, err := st.GetTemplate(t.Context(), "org_a", "a"); err != nil || read.Description != "" {
-		t.Errorf("and wrote %+v, %v", read, err)
+		t.Errorf("a refused update wrote %+v, %v", read, err)
 	}
 	_, err = st.GetBuild(t.Context(), tpl.ID)
 	wantFault(t, err, fault.NotFound, "template_not_found")
-	_, err = st.UpdateTemplate(t.Context(), "tpl_none", nil, func(*template.Template) error { t.Error("called"); return nil })
+	_, err = st.UpdateTemplate(t.Context(), "tpl_none", nil,
+		func(*template.Template) error { t.Error("called"); return nil })
 	wantFault(t, err, fault.NotFound, "template_not_found")
 	var wg sync.WaitGroup
 	const many = 20
@@ -152,8 +162,10 @@ func templateUpdate(t *testing.T, st template.Store) {
 
 func templateBuilds(t *testing.T, st template.Store) {
 	tpl, other := aTemplate("org_a", "a", 0), aTemplate("org_b", "b", 0)
-	first := template.Build{Definition: template.Definition{Name: "a", Dockerfile: "FROM base", Env: map[string]string{"A": "b"}, StartCommand: new(""),
-		BuildArgs: map[string]string{"C": "d"}, Debian: &template.Debian{Suite: "x", Packages: []string{"y"}}, Ready: &sandbox.Ready{Port: 5}}, Context: "c1", Refresh: true, Private: true}
+	first := template.Build{Definition: template.Definition{Name: "a", Dockerfile: "FROM base",
+		Env: map[string]string{"A": "b"}, StartCommand: new(""), BuildArgs: map[string]string{"C": "d"},
+		Debian: &template.Debian{Suite: "x", Packages: []string{"y"}}, Ready: &sandbox.Ready{Port: 5}},
+		Context: "c1", Refresh: true, Private: true}
 	if err := st.InsertTemplate(t.Context(), tpl, &first, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -177,7 +189,8 @@ func templateBuilds(t *testing.T, st template.Store) {
 	update(t, st, tpl.ID, func(tpl *template.Template) { tpl.Version = 2 })
 	check(first, "c1", "c2")
 	second := template.Build{Definition: template.Definition{Name: "a", Image: "x"}, Context: "c2"}
-	if _, err := st.UpdateTemplate(t.Context(), tpl.ID, &second, func(*template.Template) error { return nil }); err != nil {
+	if _, err := st.UpdateTemplate(t.Context(), tpl.ID, &second,
+		func(*template.Template) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	check(second, "c2")
@@ -211,10 +224,10 @@ func templateQueued(t *testing.T, st template.Store) {
 		return out
 	}
 	if got := names(st.QueuedTemplates(t.Context())); !slices.Equal(got, []string{"t2", "t0"}) {
-		t.Errorf("queued %v", got)
+		t.Errorf("the queued templates are %v", got)
 	}
 	if got := names(st.TemplatesWithImage(t.Context(), "image")); !slices.Equal(got, []string{"t1", "t2"}) {
-		t.Errorf("with the image %v", got)
+		t.Errorf("the templates with the image are %v", got)
 	}
 }
 
@@ -275,7 +288,7 @@ func templateList(t *testing.T, st template.Store) {
 func templateImages(t *testing.T, st template.Store) {
 	for i, image := range []string{"b", "a", "b", "", "unbuilt"} {
 		tpl := aTemplate("org_a", fmt.Sprint("t", i), i)
-		tpl.Image, tpl.Status = image, template.Failed // a failed rebuild leaves the last version in use
+		tpl.Image, tpl.Status = image, template.Failed // after a failed rebuild the last version stays in use
 		if image != "unbuilt" {
 			tpl.Version = 1
 		}
@@ -292,7 +305,8 @@ func templateImages(t *testing.T, st template.Store) {
 
 func templateLog(t *testing.T, st template.Store) {
 	line := func(seq int64, step int) template.LogLine {
-		return template.LogLine{Seq: seq, At: start.Add(time.Duration(10-seq) * time.Second), Step: step, Heading: seq == 1, Text: fmt.Sprint("line ", seq)}
+		return template.LogLine{Seq: seq, At: start.Add(time.Duration(10-seq) * time.Second), Step: step,
+			Heading: seq == 1, Text: fmt.Sprint("line ", seq)}
 	}
 	change := func(id string, c template.LogChange) {
 		t.Helper()
@@ -300,7 +314,9 @@ func templateLog(t *testing.T, st template.Store) {
 			t.Fatal(err)
 		}
 	}
-	wantFault(t, st.ChangeTemplateLog(t.Context(), "tpl_none", template.LogChange{Add: []template.LogLine{line(1, 0)}}), fault.NotFound, "template_not_found")
+	wantFault(t,
+		st.ChangeTemplateLog(t.Context(), "tpl_none", template.LogChange{Add: []template.LogLine{line(1, 0)}}),
+		fault.NotFound, "template_not_found")
 	a, b := aTemplate("", "a", 0), aTemplate("", "b", 0)
 	put(t, st, a, b)
 	check := func(what string, after int64, limit int, want ...template.LogLine) {
@@ -316,7 +332,8 @@ func templateLog(t *testing.T, st template.Store) {
 	check("empty", 0, 9)
 	change(a.ID, template.LogChange{Add: []template.LogLine{line(1, 0), line(2, 1)}})
 	change(b.ID, template.LogChange{Add: []template.LogLine{line(9, 0)}})
-	change(a.ID, template.LogChange{Add: []template.LogLine{line(3, 2), line(4, 1), line(5, 1)}}) // in the order of their numbers, whatever their times
+	// Lines are ordered by their numbers and not by their times.
+	change(a.ID, template.LogChange{Add: []template.LogLine{line(3, 2), line(4, 1), line(5, 1)}})
 	check("appended", 0, 9, line(1, 0), line(2, 1), line(3, 2), line(4, 1), line(5, 1))
 	check("a part", 1, 2, line(2, 1), line(3, 2))
 	update(t, st, a.ID, func(tpl *template.Template) { tpl.Progress = "on" })
@@ -332,7 +349,7 @@ func templateLog(t *testing.T, st template.Store) {
 	}
 }
 
-// A template cannot go while sandboxes of it are alive, unless forced.
+// TestDeleteTemplateInUse checks that a template with living sandboxes can be deleted only with force.
 func TestDeleteTemplateInUse(t *testing.T) {
 	db := open(t)
 	tpl := aTemplate("org_a", "a", 0)
@@ -348,11 +365,11 @@ func TestDeleteTemplateInUse(t *testing.T) {
 		t.Error(err)
 	}
 	if _, err := db.Get(t.Context(), box.ID); err != nil {
-		t.Errorf("its sandbox: %v", err)
+		t.Errorf("reading the sandbox of a deleted template: %v", err)
 	}
 	put(t, db, tpl)
 	mustMove(t, db, box.ID, sandbox.Creating, sandbox.Destroyed, start)
 	if err := db.DeleteTemplate(t.Context(), tpl.ID, false); err != nil {
-		t.Errorf("with a destroyed sandbox: %v", err)
+		t.Errorf("deleting a template with a destroyed sandbox: %v", err)
 	}
 }
