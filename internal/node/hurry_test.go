@@ -113,7 +113,7 @@ func TestCallsHurry(t *testing.T) {
 	if own != "1024" && own != "100" {
 		t.Fatalf("after a boot the weight is %s", own)
 	}
-	m.sh(spec, fmt.Sprintf("for i in $(seq %d); do (while :; do :; done) >/dev/null 2>&1 & done", 2*runtime.NumCPU()))
+	m.sh(spec, fmt.Sprintf("for i in $(seq %d); do (while :; do :; done) >/dev/null 2>&1 & done", runtime.NumCPU()+2))
 	call := func() (over chan error) {
 		over = make(chan error, 1)
 		go func() {
