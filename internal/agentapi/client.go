@@ -22,43 +22,45 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// Target names one life of one sandbox.
+// Target names one instance of one sandbox.
 type Target struct {
 	SandboxID string
-	Run       string // connections are pooled per life, so that none outlives it
+	Run       string // connections are pooled per run, so that none serves another instance
 }
 
-// Limits on what an agent may make the host hold or wait for.
+// Limits on what an agent may make the host hold or wait for. Lower ones refuse or cut answers of
+// honest agents, higher ones let a hostile agent take more of the server's memory.
 const (
-	maxErrorText    = 4 << 10          // bytes of an error's text; longer ones are cut
-	maxErrorBody    = 7 * maxErrorText // bytes; JSON makes up to six of one
-	maxReplyHeader  = 16 << 10         // bytes; our own replies have under 1 KiB
+	maxErrorText    = 4 << 10          // bytes of an error's text; longer texts are cut
+	maxErrorBody    = 7 * maxErrorText // bytes; JSON escapes one byte as up to six
+	maxReplyHeader  = 16 << 10         // bytes; those of cay's agent have under 1 KiB
 	maxReply        = 64 << 10         // bytes of JSON; the largest is an entry with two paths, escaped
 	maxMessage      = 64 << 10         // bytes of a message of a stream; an agent sends 32 KiB of output, or a path
-	idleConnTimeout = 90 * time.Second // shorter costs a dial, 1-2 ms, on the next call
-	// maxIdlePerLife is how many connections of a sandbox are kept; more calls
+	idleConnTimeout = 90 * time.Second // a shorter one costs a dial, 1-2 ms, on the next call
+	// maxIdlePerInstance limits the idle connections that are kept for an instance; more calls
 	// at once dial anew.
-	maxIdlePerLife = 8
-	// maxIdle is how many are kept of all sandboxes, those used longest ago going first. Each has some 40 KiB
-	// of the server's memory, which no call answers for.
+	maxIdlePerInstance = 8
+	// maxIdle limits the idle connections that are kept for all sandboxes; those used longest ago are
+	// closed first. Each takes some 40 KiB of the server's memory, which no call's account counts.
 	maxIdle = 512
-	// connBuffer is each of the two buffers of a connection, bytes. Larger pieces pass them by.
+	// connBuffer is the size of each of the two buffers of a connection, bytes. Larger pieces bypass them.
 	connBuffer = 8 << 10
 )
 
 // Client calls agents. The zero value does not work; see [NewClient].
 type Client struct {
-	// Bearer, if not nil, returns the token that a sandbox's agent wants with each request: one
-	// that was started before there was a handshake. "" is none. It must not change once the
-	// client is in use.
+	// Bearer, if not nil, returns the token that a sandbox's agent requires with each request.
+	// Only agents of versions without the handshake require one; "" is none. Bearer must not
+	// change once the client is in use.
 	Bearer func(sandboxID string) string
 
-	// OnCall, if not nil, is told of each request to a sandbox's agent; answered is called once the answer has been
-	// read. It must not change once the client is in use.
+	// OnCall, if not nil, is called before each request to a sandbox's agent, and answered once the
+	// answer has been read or the request has failed. OnCall must not change once the client is in
+	// use.
 	OnCall func(sandboxID string) (answered func())
 
-	// Patience is how long an agent may be silent before a call ends as unreachable. It is
-	// [DefaultPatience] at first and must not be changed once calls are made.
+	// Patience limits the silence of an agent; after it a call ends as unreachable. NewClient sets
+	// it to [DefaultPatience]. It must not change once the client is in use.
 	Patience time.Duration
 
 	http *http.Client
@@ -69,9 +71,9 @@ type Client struct {
 	conns map[string]map[*trackedConn]struct{} // by sandbox id
 }
 
-// NewClient makes a client that reaches agents through dial, which returns connections on which
-// the agent has been authenticated (see [Authenticate]), if it has a key. An error of dial that
-// is a *fault.Error comes back from the calls as it is.
+// NewClient returns a client that reaches agents through dial. dial must return connections on
+// which the agent has been authenticated (see [Authenticate]), if it has a key. Calls return an
+// error of dial unchanged if it is a *fault.Error.
 func NewClient(dial func(ctx context.Context, sandboxID string) (net.Conn, error)) *Client {
 	c := &Client{Patience: DefaultPatience, dial: dial, conns: map[string]map[*trackedConn]struct{}{}}
 	c.http = &http.Client{
@@ -79,31 +81,33 @@ func NewClient(dial func(ctx context.Context, sandboxID string) (net.Conn, error
 			DialContext:            c.dialHost,
 			DisableCompression:     true,
 			MaxIdleConns:           maxIdle,
-			MaxIdleConnsPerHost:    maxIdlePerLife,
+			MaxIdleConnsPerHost:    maxIdlePerInstance,
 			IdleConnTimeout:        idleConnTimeout,
 			MaxResponseHeaderBytes: maxReplyHeader,
 			ExpectContinueTimeout:  5 * time.Second, // an agent that does not answer gets the body anyway
 			ReadBufferSize:         connBuffer,
 			WriteBufferSize:        connBuffer,
 		}},
-		// A redirect can only come from somebody who is not the agent.
+		// The agent sends no redirects; a program that poses as the agent may.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	return c
 }
 
-// whole is a transport that refuses answers that are none, and sends a short request as one write. By itself Go sends the header
-// alone when it does not know that the body is there already, and a second packet costs its way
-// through the sandbox's network stack, and a wake of the agent. It gives agents of before the
-// handshake their token.
+// whole is a transport that sends a short request in one write, refuses answers with an impossible
+// status, and gives agents without the handshake their token. Go's transport sends the header alone
+// when it does not know that the body is available already; the second packet costs a passage through
+// the sandbox's network stack and a wake of the agent.
 type whole struct {
 	client *Client
 	*http.Transport
 }
 
-// shortBody is up to how many bytes of body leave with the header; both fit the write buffer.
+// shortBody is the longest body, in bytes, that is sent in one write with the header. Both must fit the
+// write buffer; with a longer body they would be two writes.
 const shortBody = connBuffer - 2<<10
 
+// RoundTrip implements [http.RoundTripper], and calls OnCall.
 func (w whole) RoundTrip(r *http.Request) (*http.Response, error) {
 	if w.client.OnCall == nil {
 		return w.roundTrip(r)
@@ -118,7 +122,7 @@ func (w whole) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// answer is the body of an answer that tells when it was read.
+// answer wraps the body of an answer and calls read when the body has been read or closed.
 type answer struct {
 	io.ReadCloser
 	read func()
@@ -146,27 +150,29 @@ func (w whole) roundTrip(r *http.Request) (*http.Response, error) {
 	if r.Body == nil || r.ContentLength <= 0 || r.ContentLength > shortBody {
 		return plausible(w.Transport.RoundTrip(r))
 	}
-	body, err := io.ReadAll(io.LimitReader(r.Body, r.ContentLength+1)) // more than it says is the transport's error
+	// The transport reports a body that is longer than its ContentLength.
+	body, err := io.ReadAll(io.LimitReader(r.Body, r.ContentLength+1))
 	if err := errors.Join(err, r.Body.Close()); err != nil {
 		return nil, err
 	}
-	sent := *r // a transport does not change the caller's
+	sent := *r // a transport must not change the caller's request
 	sent.Body = io.NopCloser(bytes.NewReader(body))
 	return plausible(w.Transport.RoundTrip(&sent))
 }
 
-// host is the host part of a target's URLs, which is what the transport pools
-// connections by.
+// host returns the host part of a target's URLs, by which the transport pools
+// connections.
 func (t Target) host() string {
 	return t.SandboxID + "." + hex.EncodeToString([]byte(t.Run))
 }
 
+// url returns the URL of a call to the target's agent.
 func (t Target) url(path string, query url.Values) string {
 	u := url.URL{Scheme: "http", Host: t.host(), Path: path, RawQuery: query.Encode()}
 	return u.String()
 }
 
-// bearer returns the token that goes with requests to a host, "" for none.
+// bearer returns the token for requests to a host, "" for none.
 func (c *Client) bearer(host string) string {
 	if c.Bearer == nil {
 		return ""
@@ -180,6 +186,7 @@ func sandboxOf(host string) string {
 	return id
 }
 
+// dialHost makes a connection to the sandbox of a target's host, which [Client.Drop] can break.
 func (c *Client) dialHost(ctx context.Context, _, addr string) (net.Conn, error) {
 	id, _, _ := strings.Cut(addr, ".")
 	t := &trackedConn{client: c, id: id}
@@ -205,7 +212,7 @@ func (c *Client) dialHost(ctx context.Context, _, addr string) (net.Conn, error)
 	return t, nil
 }
 
-// trackedConn leaves the client's books when it is closed.
+// trackedConn is a connection in the client's conns until it is closed.
 type trackedConn struct {
 	net.Conn // nil while it is being made; guarded by client.mu until then
 	client   *Client
@@ -213,7 +220,7 @@ type trackedConn struct {
 	heads    heads
 }
 
-// Read reads what came, if it is no head without an end.
+// Read reads from the connection. It fails when the head of an answer has too many lines.
 func (t *trackedConn) Read(b []byte) (int, error) {
 	n, err := t.Conn.Read(b)
 	if bad := t.heads.look(b[:n]); bad != nil {
@@ -224,7 +231,7 @@ func (t *trackedConn) Read(b []byte) (int, error) {
 
 func (t *trackedConn) expectHead() { t.heads.expect() }
 
-// forget takes it out of the client's books, and returns the connection to close, if there is one.
+// forget removes t from the client's conns, and returns the connection to close, nil if none was made.
 func (t *trackedConn) forget() net.Conn {
 	t.client.mu.Lock()
 	defer t.client.mu.Unlock()
@@ -242,12 +249,12 @@ func (t *trackedConn) Close() error {
 	return nil
 }
 
-// Drop breaks every connection to the sandbox, idle, in use or being made. Calls in flight
-// end with Unavailable. For a sandbox that goes away or is suspended: its
-// connections would otherwise keep its network namespace alive.
+// Drop breaks every connection to the sandbox: those that are idle, in use or being made. Calls
+// in flight end with Unavailable. A sandbox that is removed or suspended needs it: connections
+// would otherwise keep its network namespace alive.
 func (c *Client) Drop(sandboxID string) { c.dropBut(sandboxID, nil) }
 
-// dropBut is Drop of all connections but one.
+// dropBut breaks every connection to the sandbox but kept.
 func (c *Client) dropBut(sandboxID string, kept net.Conn) {
 	c.mu.Lock()
 	var conns []*trackedConn
@@ -258,21 +265,20 @@ func (c *Client) dropBut(sandboxID string, kept net.Conn) {
 	}
 	c.mu.Unlock()
 	for _, t := range conns {
-		// The peer is gone or about to be; there is nobody to tell.
-		_ = t.Close()
+		_ = t.Close() // its error changes nothing: the other end is gone or ends soon
 	}
 }
 
 // CloseIdle closes the connections that no call uses.
 func (c *Client) CloseIdle() { c.http.CloseIdleConnections() }
 
-// Health asks whether the agent answers. It is the one call that an agent answers to everybody.
+// Health returns an error if the agent does not answer. An agent answers only this call without a key.
 func (c *Client) Health(ctx context.Context, t Target) error {
 	return c.call(ctx, t, c.Patience, http.MethodGet, "/health", nil, nil, nil)
 }
 
-// InitRequest is what an agent is told about its sandbox. Absent fields leave
-// what the agent has.
+// InitRequest is the body of POST /init: the key of an agent and the settings of its
+// sandbox. The agent keeps its value of a field that is absent.
 type InitRequest struct {
 	AccessToken    string            `json:"accessToken,omitempty"`
 	Env            map[string]string `json:"envVars,omitempty"`
@@ -282,17 +288,20 @@ type InitRequest struct {
 	Nameservers    []string          `json:"nameservers,omitempty"` // replaces /etc/resolv.conf
 }
 
-// Init gives the agent its key and the sandbox's defaults. An agent without a
-// key takes any from anybody, so the first Init is made before anything else runs inside; one
-// that has a key takes another over connections that were authenticated with the former. With a
-// new key all other connections end, those being made included; the one that brought the key
-// goes on under it.
+// Init gives the agent its key and the sandbox's defaults. An agent without a key accepts
+// one from any client, so the first Init must be made before another program runs inside. An
+// agent with a key accepts a new key only over connections that were authenticated with the old
+// one. With a new key all other connections end, also those being made; the connection that
+// brought the key remains.
 func (c *Client) Init(ctx context.Context, t Target, r InitRequest) error {
 	var used net.Conn
 	if r.AccessToken != "" {
-		ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) { used = i.Conn }})
+		ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+			GotConn: func(i httptrace.GotConnInfo) { used = i.Conn },
+		})
 	}
-	if err := c.call(ctx, t, c.Patience, http.MethodPost, "/init", nil, r, nil); err != nil || r.AccessToken == "" {
+	err := c.call(ctx, t, c.Patience, http.MethodPost, "/init", nil, r, nil)
+	if err != nil || r.AccessToken == "" {
 		return err
 	}
 	c.dropBut(t.SandboxID, used)
@@ -300,16 +309,17 @@ func (c *Client) Init(ctx context.Context, t Target, r InitRequest) error {
 }
 
 // RelieveMemory kills the largest processes of the sandbox, by resident memory,
-// until that many bytes were freed or nothing is left to kill, and waits until
-// they are gone. The commands they belonged to end with OOMKilled.
-func (c *Client) RelieveMemory(ctx context.Context, t Target, bytes int64) (freed int64, killed int, err error) {
+// until that many bytes were freed or no process is left to kill, and waits until
+// the killed processes are gone. The commands that they belonged to end with OOMKilled.
+func (c *Client) RelieveMemory(ctx context.Context, t Target, bytes int64) (
+	freed int64, killed int, err error) {
 	var reply RelieveReply
 	err = c.call(ctx, t, c.Patience, http.MethodPost, "/memory/relieve", nil, RelieveRequest{Bytes: bytes}, &reply)
 	return reply.Freed, reply.Killed, err
 }
 
-// Busy reports whether any process runs inside beside the agent: a command, or what one
-// that has ended left in the background.
+// Busy reports whether any process beside the agent runs inside: a command, or a process that
+// an ended command left in the background.
 func (c *Client) Busy(ctx context.Context, t Target) (bool, error) {
 	var reply BusyReply
 	err := c.call(ctx, t, c.Patience, http.MethodGet, "/busy", nil, nil, &reply)
@@ -326,15 +336,16 @@ type RelieveRequest struct {
 	Bytes int64 `json:"bytes"`
 }
 
-// RelieveReply is its answer.
+// RelieveReply is the answer to POST /memory/relieve.
 type RelieveReply struct {
-	Freed  int64 `json:"freed"`
+	Freed  int64 `json:"freed"` // bytes
 	Killed int   `json:"killed"`
 }
 
-// call does one request with a JSON body and answer, all of which has to be there within a time; body and
-// reply may be nil.
-func (c *Client) call(ctx context.Context, t Target, within time.Duration, method, path string, query url.Values, body, reply any) error {
+// call sends one request with a JSON body and decodes the JSON answer into reply. The whole answer must
+// have come within the given time. body and reply may be nil.
+func (c *Client) call(ctx context.Context, t Target, within time.Duration, method, path string, query url.Values,
+	body, reply any) error {
 	var r io.Reader
 	if body != nil {
 		b, err := json.Marshal(body)
@@ -363,7 +374,7 @@ func (c *Client) call(ctx context.Context, t Target, within time.Duration, metho
 	return decodeReply(ctx, resp.Body, path, reply)
 }
 
-// decodeReply decodes an answer, as far as one may be long.
+// decodeReply decodes an answer of up to maxReply bytes.
 func decodeReply(ctx context.Context, body io.Reader, path string, reply any) error {
 	b, err := io.ReadAll(io.LimitReader(body, maxReply+1))
 	switch {
@@ -378,7 +389,7 @@ func decodeReply(ctx context.Context, body io.Reader, path string, reply any) er
 	return nil
 }
 
-// drain reads the little that is left, so that the connection can be reused.
+// drain reads the rest of an answer, up to maxErrorText bytes, so that the connection can be reused.
 func drain(ctx context.Context, r io.Reader) error {
 	if _, err := io.CopyN(io.Discard, r, maxErrorText); err != nil && !errors.Is(err, io.EOF) {
 		return callError(ctx, err)
@@ -386,18 +397,19 @@ func drain(ctx context.Context, r io.Reader) error {
 	return nil
 }
 
-// do sends a request whose answer may go on. The agent has to take each piece of what is sent within the
-// patience, and to begin the answer after the last one, and from then on send each patientPace of it. The
-// time that the caller takes does not count. The caller closes the body.
+// do sends a request whose answer may take long. The agent has to take each piece of the body within the
+// patience, to begin its answer within the patience after the last piece, and to send each patientPace
+// bytes of the answer within the patience. The time that the caller takes does not count. The caller
+// closes the body.
 func (c *Client) do(req *http.Request) (*http.Response, error) {
 	return c.doFor(req, c.Patience, c.Patience, c.Patience, patientPace)
 }
 
-// doFor is do with the patience for each piece of what is sent, that for the head once all is sent, and that for
-// pace bytes of the body.
+// doFor is like do with three patiences: sent for each piece of the request's body, head for the head of
+// the answer after the last piece, and body for each pace bytes of the answer.
 func (c *Client) doFor(req *http.Request, sent, head, body time.Duration, pace int) (*http.Response, error) {
 	ctx, w := watching(req.Context(), head)
-	if req.Body != nil && req.Body != http.NoBody && req.GetBody == nil { // one that comes from a caller
+	if req.Body != nil && req.Body != http.NoBody && req.GetBody == nil { // the caller made the body
 		w.begun(sent, 0)
 		w.wait()
 		req.Body = &sentBody{req.Body, w, head}
@@ -412,7 +424,7 @@ func (c *Client) doFor(req *http.Request, sent, head, body time.Duration, pace i
 	return resp, nil
 }
 
-// send sends the request and turns answers other than 2xx and 416 into errors.
+// send sends the request and returns answers other than 2xx and 416 as errors.
 // The caller closes the body.
 func (c *Client) send(req *http.Request) (*http.Response, error) {
 	resp, err := c.http.Do(req)
@@ -426,30 +438,31 @@ func (c *Client) send(req *http.Request) (*http.Response, error) {
 	return nil, replyError(resp)
 }
 
-// replyError reads {"code":N,"message":"…"}.
+// replyError returns the error of an answer whose body is {"code":N,"message":"…"}.
 func replyError(resp *http.Response) error {
 	var body struct {
 		Message string `json:"message"`
 	}
-	// A body that is no JSON leaves the status to speak.
+	// If the body is not JSON, the error has only the status.
 	_ = json.NewDecoder(io.LimitReader(resp.Body, maxErrorBody)).Decode(&body)
 	if resp.StatusCode == http.StatusNotFound && resp.Header.Get(CodeHeader) == "" {
 		return &unknownCall{resp.Request.URL.Path}
 	}
-	err := codeError(resp.Header.Get(CodeHeader), body.Message, fmt.Errorf("the agent answered %.40s: %s", resp.Status, body.Message))
+	err := codeError(resp.Header.Get(CodeHeader), body.Message,
+		fmt.Errorf("the agent answered %.40s: %s", resp.Status, body.Message))
 	if f := fault.As(err); f != nil && f.Field != "" && resp.Header.Get(FieldHeader) == "to" {
-		f.Field = "to" // the fault was made just now and is nobody else's yet
+		f.Field = "to" // codeError made this fault, so no other code shares it
 	}
 	return err
 }
 
-// unknownCall is the error of a call that the agent does not have.
+// unknownCall reports a call that the agent does not have.
 type unknownCall struct{ path string }
 
 func (e *unknownCall) Error() string { return "the agent has no " + e.path }
 
-// codeError makes the fault of a code. One that is not known says that the sandbox, and not the server,
-// is at fault.
+// codeError returns the fault of a code. For an unknown code it returns an error that says that the
+// sandbox, and not the server, is at fault.
 func codeError(code, text string, cause error) error {
 	k, ok := kinds[code]
 	if !ok {
@@ -463,7 +476,7 @@ func codeError(code, text string, cause error) error {
 	return e
 }
 
-// printable drops what a terminal would act on.
+// printable returns -1 for characters on which a terminal would act, and others unchanged.
 func printable(r rune) rune {
 	if r != '\n' && r != '\t' && !unicode.IsPrint(r) {
 		return -1
@@ -471,7 +484,7 @@ func printable(r rune) rune {
 	return r
 }
 
-// callError says what an error of the connection means.
+// callError returns the error of a call for an error of its connection or its context.
 func callError(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		if cause := context.Cause(ctx); cause != error(errSilent) {
@@ -485,7 +498,7 @@ func callError(ctx context.Context, err error) error {
 	return unreachable(err)
 }
 
-// connectError is callError for errors of the Connect protocol.
+// connectError returns the error of a call for an error of the Connect protocol.
 func connectError(ctx context.Context, err error) error {
 	var e *connect.Error
 	if errors.As(err, &e) && e.Meta().Get(CodeHeader) != "" {

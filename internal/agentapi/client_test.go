@@ -15,7 +15,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// serve makes a client whose every sandbox is one test server, and counts dials.
+// serve returns a client for which one test server is every sandbox, and a count of its dials.
 func serve(t *testing.T, h http.HandlerFunc) (*Client, *atomic.Int64) {
 	t.Helper()
 	srv := httptest.NewServer(h)
@@ -30,7 +30,7 @@ func serve(t *testing.T, h http.HandlerFunc) (*Client, *atomic.Int64) {
 	return c, dials
 }
 
-// OnCall learns when each answer was read, or failed.
+// TestOnCall checks that OnCall is told when each answer was read or each request failed.
 func TestOnCall(t *testing.T) {
 	c, _ := serve(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path != "/health" {
@@ -71,7 +71,7 @@ func (c *countedConn) Write(b []byte) (int, error) {
 	return c.Conn.Write(b)
 }
 
-// A short request is one packet, a command as well as our own calls.
+// TestShortRequestsAreSentWhole checks that a short request is one write: a command and another call.
 func TestShortRequestsAreSentWhole(t *testing.T) {
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if b, err := io.ReadAll(r.Body); err != nil || len(b) == 0 {
@@ -96,8 +96,9 @@ func TestShortRequestsAreSentWhole(t *testing.T) {
 		t.Errorf("an init was %d writes", n)
 	}
 	conn = nil
-	// The server speaks no Connect, so this fails, after it was sent.
-	if _, err := c.Execute(t.Context(), Target{SandboxID: "sbx_b", Run: "1"}, ExecuteRequest{Args: []string{"true"}}); err == nil {
+	// The server does not speak Connect, so the call fails after its request was sent.
+	command := ExecuteRequest{Args: []string{"true"}}
+	if _, err := c.Execute(t.Context(), Target{SandboxID: "sbx_b", Run: "1"}, command); err == nil {
 		t.Error("executed by a server that cannot")
 	}
 	if n := conn.writes.Load(); n != 1 {
@@ -112,7 +113,8 @@ func TestConnectionsBelongToOneLife(t *testing.T) {
 		dials  int64
 	}{
 		{Target{SandboxID: "sbx_a", Run: "1"}, 1}, {Target{SandboxID: "sbx_a", Run: "1"}, 1},
-		{Target{SandboxID: "sbx_a", Run: "2"}, 2}, {Target{SandboxID: "sbx_b", Run: "1"}, 3}, {Target{SandboxID: "sbx_a", Run: "2"}, 3},
+		{Target{SandboxID: "sbx_a", Run: "2"}, 2}, {Target{SandboxID: "sbx_b", Run: "1"}, 3},
+		{Target{SandboxID: "sbx_a", Run: "2"}, 3},
 	} {
 		if err := c.Health(t.Context(), step.target); err != nil {
 			t.Fatal(err)
@@ -172,7 +174,8 @@ func TestErrorsOfDialAndContext(t *testing.T) {
 	}
 }
 
-// Whoever answers in the agent's place cannot make the host hold or follow anything.
+// TestHostileAnswers checks that a program that answers in the agent's place cannot make the host hold
+// much memory or follow a redirect.
 func TestHostileAnswers(t *testing.T) {
 	long := strings.Repeat("x", 1<<20)
 	for name, h := range map[string]http.HandlerFunc{
@@ -222,7 +225,8 @@ func TestUploadReportsTheBodysError(t *testing.T) {
 		w.WriteHeader(http.StatusNoContent)
 	})
 	broken := errors.New("broken")
-	err := c.Upload(t.Context(), Target{SandboxID: "sbx_a"}, UploadRequest{Path: "/x", Body: io.MultiReader(strings.NewReader("x"), errReader{broken}), Size: -1})
+	body := io.MultiReader(strings.NewReader("x"), errReader{broken})
+	err := c.Upload(t.Context(), Target{SandboxID: "sbx_a"}, UploadRequest{Path: "/x", Body: body, Size: -1})
 	if !errors.Is(err, broken) {
 		t.Errorf("got %v, want the body's error", err)
 	}
@@ -234,15 +238,18 @@ func (r errReader) Read([]byte) (int, error) { return 0, r.err }
 
 func TestCheckPath(t *testing.T) {
 	for p, want := range map[string][2]bool{ // CheckPath, CheckFilePath
-		"/": {true, false}, "//": {true, false}, "/./": {true, false}, "/a": {true, true}, "/a/": {true, false}, "/a/.": {true, false}, "/a//b": {true, true},
-		"": {}, "a": {}, "./a": {}, "/..": {}, "/a/../b": {}, "/a/..": {}, "/a\x00": {}, "/...": {true, true}, "/a..b": {true, true}, "~/a": {},
+		"/": {true, false}, "//": {true, false}, "/./": {true, false}, "/a": {true, true}, "/a/": {true, false},
+		"/a/.": {true, false}, "/a//b": {true, true},
+		"": {}, "a": {}, "./a": {}, "/..": {}, "/a/../b": {}, "/a/..": {}, "/a\x00": {},
+		"/...": {true, true}, "/a..b": {true, true}, "~/a": {},
 		"/" + strings.Repeat("a", 4094): {true, true}, "/" + strings.Repeat("a", 4095): {},
 	} {
 		for i, err := range []error{CheckPath(p), CheckFilePath(p)} {
 			if (err == nil) != want[i] {
 				t.Errorf("%.20q, check %d: %v", p, i, err)
 			}
-			if f := fault.As(err); err != nil && (f == nil || f.Kind != fault.Invalid || f.Field != "path" || f.Code != CodeInvalidPath) {
+			f := fault.As(err)
+			if err != nil && (f == nil || f.Kind != fault.Invalid || f.Field != "path" || f.Code != CodeInvalidPath) {
 				t.Errorf("%.20q: %v is not Invalid in path", p, err)
 			}
 		}
@@ -260,7 +267,7 @@ func FuzzCheckPath(f *testing.F) {
 		if CheckPath(p) != nil {
 			return
 		}
-		// What is let through stays below the root however it is joined.
+		// A path that is let through stays below the root however it is joined.
 		if p[0] != '/' || strings.Contains(p, "\x00") || strings.Contains("/"+p+"/", "/../") {
 			t.Errorf("%q was let through", p)
 		}
@@ -272,7 +279,8 @@ func FuzzExecuteRequest(f *testing.F) {
 	f.Add("", "echo", "x y", "", "", "", int64(0))
 	f.Add("a\x00b", "c", "d", "=", "\x00", "\x00", int64(-1))
 	f.Fuzz(func(t *testing.T, command, arg0, arg1, name, value, workdir string, timeout int64) {
-		r := ExecuteRequest{Command: command, Env: map[string]string{name: value}, Workdir: workdir, Timeout: time.Duration(timeout)}
+		r := ExecuteRequest{Command: command, Env: map[string]string{name: value}, Workdir: workdir,
+			Timeout: time.Duration(timeout)}
 		if arg0 != "" || arg1 != "" {
 			r.Args = []string{arg0, arg1}
 		}

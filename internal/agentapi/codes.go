@@ -2,26 +2,27 @@ package agentapi
 
 import "github.com/cayhq/cay/internal/fault"
 
-// Port is the TCP port the agent listens on inside the sandbox, E2B's.
+// Port is the TCP port on which the agent listens inside the sandbox. It is E2B's; with another
+// one E2B's clients would not reach the agent.
 const Port = 49983
 
 // EnvdVersion is the version of E2B's in-sandbox daemon whose behaviour the
-// agent has; E2B's clients decide by it what they may ask for.
+// agent has. E2B's clients decide by it which calls they make.
 const EnvdVersion = "0.6.13"
 
-// Headers of the wire. The codes travel beside E2B's error bodies, whose form
-// is fixed and has no room for them.
+// Headers of the protocol. Codes have headers because the form of E2B's error
+// bodies is fixed and has no field for them.
 const (
 	TokenHeader = "X-Access-Token"
 	CodeHeader  = "Cay-Error-Code"  // one of the Code constants
-	FieldHeader = "Cay-Error-Field" // "to", where a code's own field is not the one at fault
+	FieldHeader = "Cay-Error-Field" // "to", if that field is at fault and not the code's own
 )
 
-// TunnelProtocol is what a connection is upgraded to that is to carry bytes to a port of
-// the sandbox, on both stretches of its way.
+// TunnelProtocol names the protocol to which a connection is upgraded to carry bytes to a
+// port of the sandbox: from the client to the server, and from the server to the agent.
 const TunnelProtocol = "tcp"
 
-// Codes of what can go wrong inside, as users of the v1 API see them.
+// Codes of errors inside a sandbox, as users of the v1 API see them.
 const (
 	CodeFileNotFound     = "file_not_found"
 	CodeIsDirectory      = "path_is_directory"
@@ -52,11 +53,11 @@ const (
 	CodeNoTerminal       = "no_terminal"
 	CodeOutputNotKept    = "output_not_kept"
 	CodeInvalidOffset    = "invalid_offset"
-	CodeOlderSandbox     = "sandbox_too_old" // the host's own
+	CodeOlderSandbox     = "sandbox_too_old" // the host finds it out; no agent sends it
 )
 
-// kinds says what a caller can do about each code, and which field of its
-// request is at fault.
+// kinds maps each code of an agent to the kind of its error and to the field of
+// the request that is at fault.
 var kinds = map[string]struct {
 	kind  fault.Kind
 	field string
@@ -76,7 +77,7 @@ var kinds = map[string]struct {
 	CodeDiskFull:         {fault.NoSpace, ""},
 	CodeListingTooLarge:  {fault.TooLarge, ""},
 	CodeTooManyProcesses: {fault.Unavailable, ""},
-	CodeStartFailed:      {fault.Conflict, ""}, // it is the template that does not allow the create
+	CodeStartFailed:      {fault.Conflict, ""}, // the template does not allow the create
 	CodeInvalidTar:       {fault.Invalid, ""},
 	CodePathExists:       {fault.Conflict, ""},
 	CodePortClosed:       {fault.Upstream, ""},

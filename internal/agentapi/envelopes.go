@@ -9,11 +9,11 @@ import (
 	"github.com/cayhq/cay/internal/budget"
 )
 
-// metered is a client for streams of the Connect protocol, whose messages are taken from the call's
-// account while they are put together.
+// metered sends requests for streams of the Connect protocol. It takes the memory of each message from
+// the call's account while the message is read.
 type metered struct{ *http.Client }
 
-// Do sends a request.
+// Do sends a request and meters the body of its answer.
 func (m metered) Do(r *http.Request) (*http.Response, error) {
 	resp, err := m.Client.Do(r)
 	if err == nil {
@@ -24,19 +24,21 @@ func (m metered) Do(r *http.Request) (*http.Response, error) {
 
 const (
 	envelopeHead = 5 // bytes: flags and the length of the message
-	// smallMessage is up to which length a message counts as part of what every call costs, bytes.
+	// smallMessage is the longest message, in bytes, that is not taken from the account: the cost that
+	// each call pays at its start covers it. A larger value leaves memory that no account counts.
 	smallMessage = 4 << 10
 )
 
-// envelopes follows the messages of a stream. One that is longer than any of an agent's ends it.
+// envelopes meters the messages of a stream. A message longer than maxMessage, which no agent sends,
+// ends the stream.
 type envelopes struct {
 	io.ReadCloser
 	account *budget.Account
 
 	head [envelopeHead]byte
-	got  int   // bytes of head
+	got  int   // bytes of head that have come
 	left int64 // bytes of the message that have not come
-	held int64
+	held int64 // bytes taken from account
 }
 
 // Read implements [io.Reader].
@@ -54,7 +56,7 @@ func (e *envelopes) Read(p []byte) (int, error) {
 				return 0, unusable(fmt.Errorf("a message of the stream has %d bytes", e.left))
 			}
 			if e.left > smallMessage {
-				// The buffer it is read to, which may have doubled, and the message.
+				// Once for the message, twice for the buffer that it is read to, which may have doubled.
 				if err := e.account.Take(3 * e.left); err != nil {
 					return 0, err
 				}
@@ -70,7 +72,8 @@ func (e *envelopes) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// give is called when a message is whole: what is kept of it is the receiver's to take.
+// give returns the memory of a message that has come whole to the account. The receiver takes the
+// memory of what it keeps.
 func (e *envelopes) give() {
 	e.account.Give(e.held)
 	e.got, e.held = 0, 0

@@ -15,35 +15,35 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// DefaultMaxOutput is how much of each stream of a command is kept when the
-// call says nothing, bytes.
+// DefaultMaxOutput limits the kept output of each stream of a command, in bytes,
+// when the call sets no limit.
 const DefaultMaxOutput = 8 << 20
 
 // Exit codes of commands that did not exit by themselves.
 const (
 	ExitTimedOut = 124 // as timeout(1)
-	exitSignal   = 128 // plus the signal's number, as the shell
+	exitSignal   = 128 // plus the signal's number, as in the shell
 )
 
-// MaxArgument is the longest argument that a program can be given, and the longest NAME=value of its
-// environment, bytes: Linux's limit without the closing NUL.
+// MaxArgument limits an argument of a program, and a NAME=value of its environment, bytes: Linux's
+// limit without the closing NUL. With a higher one the program's start would fail instead.
 const MaxArgument = 128<<10 - 1
 
-// ExecuteRequest is one command to run to its end.
+// ExecuteRequest describes a command to run to its end.
 type ExecuteRequest struct {
-	Command string   // run by Shell -c; or
+	Command string   // run by Shell -c; excludes Args
 	Shell   string   // "" is /bin/sh
-	Args    []string // run as they are, looked up in the PATH of Env
+	Args    []string // program, looked up in the PATH of Env, and arguments, run without a shell
 	Env     map[string]string
 	Workdir string        // "" is the sandbox's, else the user's home
 	User    string        // "" is the sandbox's default
-	Stdin   []byte        // then end of file
+	Stdin   []byte        // followed by end of file
 	Timeout time.Duration // 0 is none
-	// MaxOutput is how many bytes of each stream are kept; 0 is DefaultMaxOutput.
+	// MaxOutput limits the bytes of each stream that are kept; 0 is DefaultMaxOutput.
 	MaxOutput int64
 }
 
-// ExecuteResult is how a command ended.
+// ExecuteResult holds the end and the output of a command.
 type ExecuteResult struct {
 	// ExitCode is the command's own, ExitTimedOut, or 128 and the signal.
 	ExitCode                         int
@@ -51,10 +51,10 @@ type ExecuteResult struct {
 	StdoutTruncated, StderrTruncated bool
 	Duration                         time.Duration // inside the sandbox
 	TimedOut                         bool
-	// OOMKilled says that some process of the command was killed to relieve the
-	// sandbox's memory.
+	// OOMKilled reports whether some process of the command was killed to relieve
+	// the sandbox's memory.
 	OOMKilled bool
-	Signal    int // that ended the command; 0 if it exited
+	Signal    int // the signal that ended the command; 0 if it exited
 }
 
 // Check refuses a request that no sandbox could run: neither or both of Command
@@ -76,25 +76,28 @@ func (r ExecuteRequest) Check() error {
 		return fault.InField("invalid_timeout", "timeout", "is negative")
 	}
 	if len(r.Command) > MaxArgument {
-		return fault.InField("invalid_command", "command", "has %d bytes, and may have %d: write it into a file", len(r.Command), MaxArgument)
+		return fault.InField("invalid_command", "command", "has %d bytes, and may have %d: write it into a file",
+			len(r.Command), MaxArgument)
 	}
 	for i, a := range r.Args {
 		switch {
 		case strings.Contains(a, "\x00"):
 			return fault.InField("invalid_args", fmt.Sprintf("args[%d]", i), "contains a NUL")
 		case len(a) > MaxArgument:
-			return fault.InField("invalid_args", fmt.Sprintf("args[%d]", i), "has %d bytes, and may have %d", len(a), MaxArgument)
+			return fault.InField("invalid_args", fmt.Sprintf("args[%d]", i), "has %d bytes, and may have %d",
+				len(a), MaxArgument)
 		}
 	}
 	for name, value := range r.Env {
 		if name == "" || strings.ContainsAny(name, "=\x00") || strings.Contains(value, "\x00") {
-			return fault.InField(CodeInvalidEnv, "env", "%q is no name of an environment variable, or its value contains a NUL", name)
+			return fault.InField(CodeInvalidEnv, "env",
+				"%q is no name of an environment variable, or its value contains a NUL", name)
 		}
 	}
 	return nil
 }
 
-// Argv returns the program that is run and its arguments.
+// Argv returns the program to run and its arguments.
 func (r ExecuteRequest) Argv() []string {
 	if r.Command == "" {
 		return r.Args
@@ -104,9 +107,9 @@ func (r ExecuteRequest) Argv() []string {
 
 // Execute runs a command to its end in a single HTTP request. When its Timeout
 // is over, or ctx ends, the command is killed with all its descendants; in the
-// first case Execute returns its result with TimedOut set. What a finished
-// command left in the background lives on; output it writes after the command's
-// end is lost.
+// first case Execute returns its result with TimedOut set. Processes that a
+// finished command left in the background live on; the output that they write
+// after the command's end is lost.
 func (c *Client) Execute(ctx context.Context, t Target, r ExecuteRequest) (ExecuteResult, error) {
 	var stdout, stderr budget.Bytes
 	res, err := c.Collect(ctx, t, r, &stdout, &stderr)
@@ -116,10 +119,11 @@ func (c *Client) Execute(ctx context.Context, t Target, r ExecuteRequest) (Execu
 	return res, err
 }
 
-// Collect is [Client.Execute] that keeps the output in stdout and stderr, and gives a result without any.
-// When their account refuses more, the command is killed and that error comes back. After an error they
-// hold nothing.
-func (c *Client) Collect(ctx context.Context, t Target, r ExecuteRequest, stdout, stderr *budget.Bytes) (ExecuteResult, error) {
+// Collect is like [Client.Execute], but keeps the output in stdout and stderr and returns a result without
+// output. When their account refuses more, Collect kills the command and returns the account's error. After
+// an error stdout and stderr hold nothing.
+func (c *Client) Collect(ctx context.Context, t Target, r ExecuteRequest, stdout, stderr *budget.Bytes) (
+	ExecuteResult, error) {
 	if err := r.Check(); err != nil {
 		return ExecuteResult{}, err
 	}
@@ -141,15 +145,17 @@ func (c *Client) Collect(ctx context.Context, t Target, r ExecuteRequest, stdout
 	return result(end, out.cut, errs.cut), nil
 }
 
-// execute hands over what becomes of a command until its end, which it returns. An error
-// of on ends it, and the command.
-func (c *Client) execute(ctx context.Context, t Target, r *process.StartRequest, on func(*process.ProcessEvent) error) (*process.EndEvent, error) {
+// execute runs a command, calls on with each of its events but the last, and returns the last,
+// its end. When on fails, execute kills the command and returns that error.
+func (c *Client) execute(ctx context.Context, t Target, r *process.StartRequest,
+	on func(*process.ProcessEvent) error) (*process.EndEvent, error) {
 	waitCtx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	if limit := r.GetExecute().GetTimeoutMs(); limit > 0 {
 		var stop context.CancelFunc
-		// The agent may take its time to kill thousands of processes.
-		waitCtx, stop = context.WithTimeoutCause(waitCtx, time.Duration(limit)*time.Millisecond+c.Patience, errSilent)
+		// The agent may need the patience to kill thousands of processes.
+		within := time.Duration(limit)*time.Millisecond + c.Patience
+		waitCtx, stop = context.WithTimeoutCause(waitCtx, within, errSilent)
 		defer stop()
 	}
 
@@ -160,7 +166,7 @@ func (c *Client) execute(ctx context.Context, t Target, r *process.StartRequest,
 	if err != nil {
 		return nil, connectError(waitCtx, err)
 	}
-	// Closing tells the agent that nobody waits; its own error says nothing new.
+	// Closing tells the agent that the host no longer waits. An error of Close says nothing new.
 	defer func() { _ = stream.Close() }()
 	for stream.Receive() {
 		event := stream.Msg().GetEvent()
@@ -170,7 +176,7 @@ func (c *Client) execute(ctx context.Context, t Target, r *process.StartRequest,
 			return end, nil
 		}
 		if err := on(event); err != nil {
-			cancel() // else closing would wait for what the command still says
+			cancel() // else Close would wait for the rest of the command's output
 			return nil, err
 		}
 	}
@@ -180,11 +186,15 @@ func (c *Client) execute(ctx context.Context, t Target, r *process.StartRequest,
 	return nil, unusable(errors.New("the agent ended the stream without a result"))
 }
 
-// connectOptions bound the messages of an agent. None is taken compressed: a few KiB could become much.
-var connectOptions = []connect.ClientOption{connect.WithReadMaxBytes(maxMessage), connect.WithAcceptCompression("gzip", nil, nil)}
+// connectOptions limits the messages of an agent, and refuses compressed ones: a few KiB of such could
+// become very large.
+var connectOptions = []connect.ClientOption{
+	connect.WithReadMaxBytes(maxMessage),
+	connect.WithAcceptCompression("gzip", nil, nil),
+}
 
-// message is the request on the wire. With gather the output may come late, and at the end
-// at the latest.
+// message returns the request as it is sent. With gather the agent may hold back output, until
+// the end of the command at the latest.
 func (r ExecuteRequest) message(gather bool) *process.StartRequest {
 	m := &process.StartRequest{
 		Process: &process.ProcessConfig{Envs: r.Env},
@@ -208,14 +218,17 @@ func (r ExecuteRequest) message(gather bool) *process.StartRequest {
 	return m
 }
 
+// Limits of what an agent's result may say.
 const (
-	maxSignal     = 64                                             // Linux's last
-	maxDurationUs = int64(366 * 24 * time.Hour / time.Microsecond) // no sandbox runs one command that long; more would overflow
+	maxSignal = 64 // Linux's last signal
+	// maxDurationUs is longer than any sandbox runs one command, µs. Much longer durations would
+	// overflow a [time.Duration].
+	maxDurationUs = int64(366 * 24 * time.Hour / time.Microsecond)
 )
 
-// result returns how a command ended, without its output.
+// result returns the result of a command without its output.
 func result(end *process.EndEvent, stdoutCut, stderrCut bool) ExecuteResult {
-	// An end that no process can have is the agent's, and means nothing.
+	// The program that answers may have made the numbers up: they are clamped to possible ones.
 	res := ExecuteResult{
 		ExitCode:        int(min(max(end.GetExitCode(), -1), 255)),
 		StdoutTruncated: end.GetStdoutTruncated() || stdoutCut,

@@ -16,19 +16,19 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// UploadRequest is one file to write.
+// UploadRequest describes a file to write.
 type UploadRequest struct {
 	Path  string
-	User  string       // writes it, and owns it and parents that had to be made; "" is the sandbox's default
+	User  string       // writes the file, and owns it and the parents that are made; "" is the sandbox's default
 	Owner string       // owns the file instead: a name or a number, "user" or "user:group"; "" is User
-	Mode  *fs.FileMode // permission bits; nil is what a replaced file had, else 0644
+	Mode  *fs.FileMode // permission bits; nil is those of a replaced file, else 0644
 	Body  io.Reader
 	Size  int64 // bytes of Body; -1 when not known
 }
 
-// Upload streams a file into the sandbox. It appears whole under its path or
-// not at all: after any error, one of Body included, what was there before is
-// there still. An error of Body comes back wrapped. Errors: Invalid
+// Upload streams a file into the sandbox. The file appears whole under its path or
+// not at all: after any error, also one of Body, a file that was there before is
+// unchanged. Upload returns an error of Body wrapped. Other errors: Invalid
 // ("invalid_path", "path_is_directory", "path_not_directory", "unknown_user",
 // "unknown_owner"), Denied "file_denied", NoSpace "disk_full".
 func (c *Client) Upload(ctx context.Context, t Target, r UploadRequest) error {
@@ -43,8 +43,8 @@ func (c *Client) Upload(ctx context.Context, t Target, r UploadRequest) error {
 		q.Set("mode", strconv.FormatUint(uint64(r.Mode.Perm()), 8))
 	}
 	body := &watchedReader{r: r.Body}
-	// The transport may go on reading after it has returned; the caller's reader
-	// must be left alone then.
+	// The transport may go on reading after it has returned, when the caller's
+	// reader must no longer be used.
 	defer body.Close()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPut, t.url("/files", q), body)
 	if err != nil {
@@ -55,8 +55,8 @@ func (c *Client) Upload(ctx context.Context, t Target, r UploadRequest) error {
 	if r.Size == 0 {
 		req.Body = http.NoBody
 	}
-	// Asking first saves sending much to a path that is refused; for little, the
-	// round trip costs more than it saves.
+	// Asking first saves sending a large body to a path that is refused. For a
+	// small body the round trip costs more than it saves.
 	if r.Size < 0 || r.Size > largeBody {
 		req.Header.Set("Expect", "100-continue")
 	}
@@ -71,12 +71,13 @@ func (c *Client) Upload(ctx context.Context, t Target, r UploadRequest) error {
 	return drain(req.Context(), resp.Body)
 }
 
-// largeBody is from which length on a body is worth asking about before it is sent, and takes the agent
-// long to write, bytes.
+// largeBody is the length, in bytes, above which the host asks the agent before it sends a body, and the
+// agent may take long to write it. A smaller value costs round trips, a larger one sends more bytes that
+// are refused.
 const largeBody = 1 << 20
 
-// headPatience is how long an agent may take to answer once it has a body of so many bytes, -1 if that is
-// not known.
+// headPatience returns the patience for the head of the answer to a body of size bytes, or of unknown size
+// if size is -1.
 func headPatience(patience time.Duration, size int64) time.Duration {
 	if size < 0 || size > largeBody {
 		return longPatience * patience
@@ -84,8 +85,8 @@ func headPatience(patience time.Duration, size int64) time.Duration {
 	return 2 * patience
 }
 
-// watchedReader remembers why reading ended, which the transport hides among
-// the errors of the connection, and reads no more once it is closed.
+// watchedReader remembers the error that ended reading, which the transport hides
+// among the errors of the connection, and does not read once it is closed.
 type watchedReader struct {
 	mu     sync.Mutex
 	r      io.Reader
@@ -114,13 +115,14 @@ func (w *watchedReader) Close() error {
 	return nil
 }
 
+// broken returns the error that ended reading, nil if there is none.
 func (w *watchedReader) broken() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.err
 }
 
-// Download is a file being read. The caller closes Body.
+// Download holds a file that is being read. The caller closes Body.
 type Download struct {
 	Body   io.ReadCloser
 	Size   int64 // bytes of Body; -1 when not known
@@ -150,10 +152,10 @@ func (c *Client) Download(ctx context.Context, t Target, path, user, rng string)
 	return &Download{Body: resp.Body, Size: resp.ContentLength, Status: resp.StatusCode, Header: resp.Header}, nil
 }
 
-// Remove removes a file, or a directory: an empty one, or with recursive any.
-// Errors: NotFound "file_not_found", Invalid ("invalid_path",
-// "directory_not_empty", "unknown_user"), Denied "file_denied". A recursive
-// removal that fails may have removed a part.
+// Remove removes a file or an empty directory, with recursive any directory. A
+// recursive removal that fails may have removed a part. Errors: NotFound
+// "file_not_found", Invalid ("invalid_path", "directory_not_empty",
+// "unknown_user"), Denied "file_denied".
 func (c *Client) Remove(ctx context.Context, t Target, path, user string, recursive bool) error {
 	if err := CheckPath(path); err != nil {
 		return err
@@ -175,12 +177,12 @@ const (
 	TypeOther     = "other" // a device, socket or pipe
 )
 
-// Entry is one name in a directory. A symbolic link is described itself, not
-// what it points to.
+// Entry describes a file by one of its names. It describes a symbolic link itself
+// and not its target.
 type Entry struct {
 	Name          string    `json:"name"`
 	Path          string    `json:"path"`
-	RawPath       []byte    `json:"raw_path,omitempty"` // where it is not UTF-8; then Name and Path show it with U+FFFD
+	RawPath       []byte    `json:"raw_path,omitempty"` // a path that is not UTF-8; Name and Path then have U+FFFD
 	Type          string    `json:"type"`
 	Size          int64     `json:"size"` // bytes
 	Mode          uint32    `json:"mode"` // permission, setuid, setgid and sticky bits as in stat(2)
@@ -190,23 +192,25 @@ type Entry struct {
 	SymlinkTarget string    `json:"symlink_target,omitempty"` // as it is written in the link
 }
 
-// MaxEntries is how many entries of a listing are handed on.
+// MaxEntries limits the entries that [Client.List] emits. A lower limit refuses large directories,
+// a higher one lets one listing take more of the host's time.
 const MaxEntries = 100_000
 
-// Limits of the texts in an entry, bytes: those of Linux, and for names of users what is plenty.
+// Limits of the texts in an entry, bytes. Lower ones refuse honest entries, higher ones let an agent
+// take more of the host's memory.
 const (
-	maxName = 255
-	maxUser = 256
-	// maxLine is that of an entry as JSON, in which a byte may become six.
+	maxName = 255 // Linux's
+	maxUser = 256 // plenty for the name of a user
+	// maxLine limits an entry as JSON, which escapes one byte as up to six.
 	maxLine = 64 << 10
 )
 
-// List hands over what is below a directory, depth levels deep (1: its own entries),
-// a parent before its children, in lexical order. It does not follow links
-// below path. An error of emit ends it. Errors: NotFound "file_not_found", Invalid ("invalid_path",
-// "path_not_directory", "unknown_user"), Denied "file_denied", TooLarge
-// "listing_too_large" for more than [MaxEntries]: before the first entry where path itself has as many,
-// else after the last one that is handed over.
+// List calls emit with each entry below a directory, depth levels deep (1: its own entries), a
+// parent before its children, in lexical order. It does not follow links below path. An error of
+// emit ends it. Errors: NotFound "file_not_found", Invalid ("invalid_path", "path_not_directory",
+// "unknown_user"), Denied "file_denied", TooLarge "listing_too_large" for more than [MaxEntries]:
+// before the first entry if the directory at path itself has as many, else after the last one that
+// is emitted.
 func (c *Client) List(ctx context.Context, t Target, path, user string, depth int, emit func(Entry) error) error {
 	if err := CheckPath(path); err != nil {
 		return err
@@ -226,7 +230,8 @@ func (c *Client) List(ctx context.Context, t Target, path, user string, depth in
 	lines.Buffer(make([]byte, 4<<10), maxLine)
 	for n := 0; lines.Scan(); n++ {
 		if n == MaxEntries {
-			return fault.New(fault.TooLarge, CodeListingTooLarge, "more than %d entries: list fewer levels", MaxEntries)
+			return fault.New(fault.TooLarge, CodeListingTooLarge,
+				"more than %d entries: list fewer levels", MaxEntries)
 		}
 		var e Entry
 		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
@@ -245,17 +250,19 @@ func (c *Client) List(ctx context.Context, t Target, path, user string, depth in
 	return nil
 }
 
-// check refuses what no file can be.
+// check refuses an entry that no file can have, and clears an impossible time.
 func (e *Entry) check() error {
 	switch {
-	case len(e.Name) > 3*maxName, len(e.Path) > 3*maxPath, len(e.SymlinkTarget) > 3*maxPath: // what is not UTF-8 became three bytes for each
-		return unusable(fmt.Errorf("an entry has names of %d, %d and %d bytes", len(e.Name), len(e.Path), len(e.SymlinkTarget)))
+	case len(e.Name) > 3*maxName, len(e.Path) > 3*maxPath, len(e.SymlinkTarget) > 3*maxPath:
+		// Each byte that is not UTF-8 became three.
+		return unusable(fmt.Errorf("an entry has names of %d, %d and %d bytes",
+			len(e.Name), len(e.Path), len(e.SymlinkTarget)))
 	case len(e.RawPath) > maxPath:
 		return unusable(fmt.Errorf("an entry has a raw path of %d bytes", len(e.RawPath)))
 	case len(e.Owner) > maxUser, len(e.Group) > maxUser, len(e.Type) > maxUser:
 		return unusable(fmt.Errorf("an entry has an owner of %d and a group of %d bytes", len(e.Owner), len(e.Group)))
 	}
-	// A year of five digits has no form in JSON.
+	// A year of five digits cannot be encoded as JSON.
 	if year := e.ModifiedAt.UTC().Year(); year < 0 || year > 9999 {
 		e.ModifiedAt = time.Time{}
 	}

@@ -6,10 +6,10 @@ import (
 	"time"
 )
 
-// Transport makes the requests that somebody outside wants made to the sandbox's agent,
-// without their token. It changes nothing else but where they go, follows no redirect, and
-// gives answers as they come, errors included. The answer to a stream may take as long as it
-// likes.
+// Transport returns a RoundTripper that passes requests of clients outside to the sandbox's
+// agent, without their token. It changes nothing else but their address, follows no redirect,
+// and returns answers unchanged, also those with errors. With stream the agent may be silent
+// for as long as it likes.
 func (c *Client) Transport(t Target, stream bool) http.RoundTripper { return transport{c, t, stream} }
 
 type transport struct {
@@ -18,10 +18,11 @@ type transport struct {
 	stream bool
 }
 
-// endless is longer than any sandbox lives that a stream may be silent in.
+// endless is the patience with streams: longer than any sandbox lives, so that none ends for
+// silence.
 const endless = 1 << 62 * time.Nanosecond
 
-// RoundTrip implements [http.RoundTripper]. Errors are those of all calls.
+// RoundTrip implements [http.RoundTripper]. Its errors are those of all calls.
 func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	head, body := headPatience(t.client.Patience, r.ContentLength), t.client.Patience
 	if t.stream {
@@ -45,19 +46,19 @@ func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// Metrics is what a sandbox uses of its machine, as it sees it.
+// Metrics holds the resources that a sandbox uses, as seen from inside.
 type Metrics struct {
 	Unix       int64   `json:"ts"` // seconds
 	CPUs       int     `json:"cpu_count"`
-	CPUPercent float64 `json:"cpu_used_pct"` // of all CPUs, since it was asked before
-	MemTotal   int64   `json:"mem_total"`    // bytes, as those below
+	CPUPercent float64 `json:"cpu_used_pct"` // of all CPUs, since the call before
+	MemTotal   int64   `json:"mem_total"`    // bytes, as the fields below
 	MemUsed    int64   `json:"mem_used"`
 	MemCache   int64   `json:"mem_cache"`
 	DiskUsed   int64   `json:"disk_used"`
 	DiskTotal  int64   `json:"disk_total"`
 }
 
-// Metrics asks the agent what the sandbox uses.
+// Metrics returns the resources that the sandbox uses.
 func (c *Client) Metrics(ctx context.Context, t Target) (Metrics, error) {
 	var m Metrics
 	err := c.call(ctx, t, c.Patience, http.MethodGet, "/metrics", nil, nil, &m)

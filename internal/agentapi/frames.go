@@ -7,53 +7,53 @@ import (
 	"unicode/utf8"
 )
 
-// Stream says which of a process's outputs bytes are of.
+// Stream identifies an output of a process, or another kind of frame.
 type Stream byte
 
-// The streams, and the other things that come in the frames of a process's output. The
-// numbers are on the wire.
+// The streams, and the other kinds of frames in a process's output. The numbers are part of
+// the protocol: agents of other versions would misread frames with other numbers.
 const (
 	Stdout    Stream = 1
 	Stderr    Stream = 2
-	Terminal  Stream = 3 // of a process with a terminal, which has no other
-	frameLost Stream = 4 // the offset is where the gap begins, the payload its bytes as 8 of them
-	frameEnd  Stream = 5 // the payload is a Process as JSON; nothing follows
-	frameIdle Stream = 6 // says only that the agent lives
+	Terminal  Stream = 3 // of a process with a terminal, which has no other stream
+	frameLost Stream = 4 // the offset is that of a gap, the payload the gap's length in 8 bytes
+	frameEnd  Stream = 5 // the payload is a Process as JSON; no frame follows
+	frameIdle Stream = 6 // shows only that the agent is alive
 )
 
-// Output of a process is sent in frames: the kind (1 byte), the offset of the first byte
-// in all output of the process (8), the payload's length (4), numbers big-endian, and
-// the payload.
+// frameHead is the length of a frame without its payload, bytes. The output of a process is
+// sent in frames: the kind (1 byte), the offset of the first byte in all output of the process
+// (8), the payload's length (4), and the payload. Numbers are big-endian.
 const frameHead = 13
 
-// maxFrame is the most that is taken in a frame, bytes. An agent sends up to MaxPiece of
-// output, and a Process of a few KiB at the end.
+// maxFrame limits the payload of a frame that the host accepts, bytes. An agent sends up to
+// MaxPiece of output, and a Process of a few KiB at the end; a lower limit would refuse them.
 const maxFrame = MaxPiece
 
-// MaxPiece is how much output the agent sends in one frame at the most, bytes.
+// MaxPiece limits the output that the agent sends in one frame, bytes.
 const MaxPiece = 64 << 10
 
-// Frame is one of them.
+// Frame holds one frame of a process's output.
 type Frame struct {
 	Kind    Stream
 	Offset  int64
 	Payload []byte
 }
 
-// LostFrame says that so many bytes from offset on are not kept any more.
+// LostFrame returns a frame that reports that as many bytes from offset on are no longer kept.
 func LostFrame(offset, bytes int64) Frame {
 	return Frame{Kind: frameLost, Offset: offset, Payload: binary.BigEndian.AppendUint64(nil, uint64(bytes))}
 }
 
-// EndFrame is the last one; process is the Process as JSON.
+// EndFrame returns the last frame of an output; process is the Process as JSON.
 func EndFrame(offset int64, process []byte) Frame {
 	return Frame{Kind: frameEnd, Offset: offset, Payload: process}
 }
 
-// IdleFrame is sent when there is nothing to say.
+// IdleFrame returns a frame that the agent sends while there is no output.
 func IdleFrame() Frame { return Frame{Kind: frameIdle} }
 
-// WriteTo writes the frame in one piece.
+// WriteTo writes the frame in a single write.
 func (f Frame) WriteTo(w io.Writer) (int64, error) {
 	b := make([]byte, 0, frameHead+len(f.Payload))
 	b = append(b, byte(f.Kind))
@@ -63,7 +63,7 @@ func (f Frame) WriteTo(w io.Writer) (int64, error) {
 	return int64(n), err
 }
 
-// readFrame reads a frame that a stranger may have written.
+// readFrame reads a frame, which another program than the agent may have written.
 func readFrame(r io.Reader) (Frame, error) {
 	var head [frameHead]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
@@ -89,9 +89,10 @@ func readFrame(r io.Reader) (Frame, error) {
 	return f, nil
 }
 
+// lost returns the number of bytes that a frame of the kind frameLost reports.
 func (f Frame) lost() int64 { return int64(binary.BigEndian.Uint64(f.Payload)) }
 
-// noEOF is the error of a reader that ended where it may not.
+// noEOF returns err, or [io.ErrUnexpectedEOF] for the end of a reader that ended too early.
 func noEOF(err error) error {
 	if err == io.EOF {
 		return io.ErrUnexpectedEOF
@@ -99,8 +100,8 @@ func noEOF(err error) error {
 	return err
 }
 
-// IncompleteTail is how many bytes at the end of b are the beginning of a character whose
-// rest may come yet.
+// IncompleteTail returns the number of bytes at the end of b that begin a character whose
+// other bytes may still come.
 func IncompleteTail(b []byte) int {
 	for n := 1; n < utf8.UTFMax && n <= len(b); n++ {
 		tail := b[len(b)-n:]

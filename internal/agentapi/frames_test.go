@@ -8,7 +8,8 @@ import (
 )
 
 func FuzzReadFrame(f *testing.F) {
-	for _, frame := range []Frame{{Stdout, 7, []byte("out")}, {Stderr, 0, []byte{}}, LostFrame(0, 9), EndFrame(1, []byte("{}")), IdleFrame()} {
+	for _, frame := range []Frame{{Stdout, 7, []byte("out")}, {Stderr, 0, []byte{}}, LostFrame(0, 9),
+		EndFrame(1, []byte("{}")), IdleFrame()} {
 		var b bytes.Buffer
 		if _, err := frame.WriteTo(&b); err != nil {
 			f.Fatal(err)
@@ -40,7 +41,8 @@ func FuzzReadFrame(f *testing.F) {
 }
 
 func TestIncompleteTail(t *testing.T) {
-	for text, want := range map[string]int{"": 0, "a": 0, "€": 0, "a\xe2": 1, "a\xe2\x82": 2, "\xf0\x9f\x98": 3, "\xff": 0, "\x80\x80\x80\x80": 0, "\xc3": 1, "é\x80": 0} {
+	for text, want := range map[string]int{"": 0, "a": 0, "€": 0, "a\xe2": 1, "a\xe2\x82": 2, "\xf0\x9f\x98": 3,
+		"\xff": 0, "\x80\x80\x80\x80": 0, "\xc3": 1, "é\x80": 0} {
 		if got := IncompleteTail([]byte(text)); got != want {
 			t.Errorf("%q: %d, want %d", text, got, want)
 		}

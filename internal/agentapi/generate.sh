@@ -18,5 +18,5 @@ PATH="$plugins:$PATH" protoc -I. \
 	--connect-go_out=. --connect-go_opt=module=github.com/cayhq/cay/internal/agentapi,package_suffix \
 	process.proto filesystem.proto
 
-# Distributions have different versions of protoc; the code is the same.
+# The comment with the version of protoc differs between distributions; the code does not.
 sed -i '/^\/\/ \tprotoc  /d' process/*.pb.go filesystem/*.pb.go

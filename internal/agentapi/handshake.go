@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// Every connection to an agent that has a key begins with a handshake, in which host and agent
-// prove to each other that they know the key without sending it:
+// Every connection to an agent that has a key begins with a handshake. In it host and agent
+// prove to each other that they know the key, without sending it:
 //
 //	host:  helloMagic, 16 bytes of nonce
 //	agent: 16 bytes of nonce, proof of "agent"
@@ -23,31 +23,34 @@ import (
 //
 // A proof is an HMAC-SHA256 with the key of the role, both nonces, and both addresses of the
 // connection as its ends see them. The nonces make a recorded handshake worthless. The addresses
-// make a relayed one worthless: whoever takes the host's connection in the agent's place has to
-// open another one to the agent, and that one comes from an address of the sandbox.
+// make a relayed handshake worthless: a program that takes the host's connection in the agent's
+// place has to open another one to the agent, and that one comes from an address of the sandbox.
 
-// helloMagic begins a handshake. Its first byte begins no HTTP request.
+// helloMagic begins a handshake. No HTTP request has its first byte, so the agent can tell both
+// apart.
 const helloMagic = "\x00cay/1\r\n"
 
 const (
 	nonceSize = 16
-	// HelloSize is the length of what the host begins a handshake with.
+	// HelloSize is the length of a [Hello], bytes.
 	HelloSize = len(helloMagic) + nonceSize
-	// ProofSize is the length of a proof.
+	// ProofSize is the length of a proof, bytes.
 	ProofSize = sha256.Size
 
-	// handshakePatience bounds the host's wait for an agent's proof. It takes a millisecond; an
-	// agent whose sandbox burns all its CPU may need seconds, and a shorter wait would make such
-	// a sandbox unreachable. A longer one only holds the caller of something that never answers.
+	// handshakePatience bounds the host's wait for an agent's proof. The proof takes a
+	// millisecond; an agent whose sandbox uses all its CPU may need seconds, and a shorter wait
+	// would make such a sandbox unreachable. A longer wait only holds the caller of an agent that
+	// never answers.
 	handshakePatience = 20 * time.Second
-	// proofDelay is how long the host keeps its own proof back for the first request to leave
-	// in the same packet. The agent gives up on a connection that stays without a proof, so
-	// one that is opened ahead proves itself without a request.
+	// proofDelay is the time for which the host keeps back its own proof, so that it leaves in
+	// one packet with the first request. After it the host sends the proof alone, because the
+	// agent gives up on a connection without a proof. A shorter delay costs a packet where the
+	// request comes later.
 	proofDelay = time.Second
 )
 
-// ErrNotTheAgent reports that a connection was answered by something that does not know the key.
-var ErrNotTheAgent = errors.New("what answers in the sandbox is not its agent")
+// ErrNotTheAgent reports that the program at the other end of a connection does not know the key.
+var ErrNotTheAgent = errors.New("the program that answers in the sandbox is not its agent")
 
 // Hello is the beginning of a handshake: the magic and the host's nonce.
 type Hello [HelloSize]byte
@@ -64,7 +67,7 @@ const (
 	roleHost  = 'h'
 )
 
-// proof returns what the holder of the key can make alone.
+// proof returns the proof of a role that only a holder of the key can make.
 func proof(key string, role byte, hello *Hello, nonce []byte, host, agent netip.AddrPort) []byte {
 	mac := hmac.New(sha256.New, []byte(key))
 	mac.Write([]byte{role})
@@ -78,7 +81,7 @@ func proof(key string, role byte, hello *Hello, nonce []byte, host, agent netip.
 	return mac.Sum(nil)
 }
 
-// ends returns the addresses of a connection, this end's first.
+// ends returns the addresses of this end and of the other end of a connection.
 func ends(c net.Conn) (local, remote netip.AddrPort, err error) {
 	l, ok := c.LocalAddr().(*net.TCPAddr)
 	r, ok2 := c.RemoteAddr().(*net.TCPAddr)
@@ -89,13 +92,13 @@ func ends(c net.Conn) (local, remote netip.AddrPort, err error) {
 }
 
 // Authenticate does the host's part of a handshake on a new connection and returns the
-// connection to use from there on. It returns [ErrNotTheAgent] when the other end does not
-// prove that it knows the key; nothing that depends on the key was sent then. ctx bounds the
-// handshake alone. After an error the connection is closed.
+// connection to use from then on. It returns [ErrNotTheAgent] when the other end does not
+// prove that it knows the key; before that proof it sends nothing that depends on the key. ctx
+// bounds only the handshake. After an error the connection is closed.
 func Authenticate(ctx context.Context, c net.Conn, key string) (net.Conn, error) {
 	proven, err := authenticate(ctx, c, key)
 	if err != nil {
-		_ = c.Close() // nothing was sent that anybody waits for
+		_ = c.Close() // its error changes nothing: no request was sent
 		return nil, err
 	}
 	return proven, nil
@@ -110,9 +113,10 @@ func authenticate(ctx context.Context, c net.Conn, key string) (net.Conn, error)
 	copy(hello[:], helloMagic)
 	_, _ = rand.Read(hello[len(helloMagic):]) // never fails
 
-	ctx, cancel := context.WithTimeoutCause(ctx, handshakePatience, fmt.Errorf("no handshake within %s", handshakePatience))
+	late := fmt.Errorf("no handshake within %s", handshakePatience)
+	ctx, cancel := context.WithTimeoutCause(ctx, handshakePatience, late)
 	defer cancel()
-	// A deadline in the past ends whatever read or write is under way.
+	// A deadline in the past ends a read or write that is under way.
 	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
 	var answer [nonceSize + ProofSize]byte
 	if _, err = c.Write(hello[:]); err == nil {
@@ -129,12 +133,12 @@ func authenticate(ctx context.Context, c net.Conn, key string) (net.Conn, error)
 		return nil, ErrNotTheAgent
 	}
 	p := &provenConn{Conn: c, proof: proof(key, roleHost, &hello, nonce, local, remote)}
-	p.late = time.AfterFunc(proofDelay, func() { _, _ = p.Write(nil) }) // an error is the next write's too
+	p.late = time.AfterFunc(proofDelay, func() { _, _ = p.Write(nil) }) // the next write has the same error
 	return p, nil
 }
 
-// provenConn is a connection whose agent is known. It sends the host's proof before the first
-// bytes that are written.
+// provenConn is a connection on which the agent has proved itself. It sends the host's proof
+// before the first bytes that are written.
 type provenConn struct {
 	net.Conn
 	late *time.Timer
@@ -164,9 +168,9 @@ func (p *provenConn) Close() error {
 	return p.Conn.Close()
 }
 
-// Answer does the agent's part of a handshake on a connection that brought a hello, and reports
-// whether the other end knows the key. It waits for the host's proof as long as the connection
-// lets it.
+// Answer does the agent's part of a handshake on a connection that brought a hello. It returns
+// an error unless the other end proves that it knows the key. The deadline of the connection
+// bounds its wait for that proof.
 func Answer(c net.Conn, hello Hello, key string) error {
 	if key == "" {
 		return errors.New("the agent has no key yet")
@@ -189,7 +193,7 @@ func Answer(c net.Conn, hello Hello, key string) error {
 		return fmt.Errorf("waiting for the host's proof: %w", err)
 	}
 	if !hmac.Equal(got[:], want) {
-		return errors.New("what opened a connection is not the host")
+		return errors.New("the program that opened the connection is not the host")
 	}
 	return nil
 }

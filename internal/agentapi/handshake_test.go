@@ -31,7 +31,7 @@ func pair(t *testing.T) (host, agent *net.TCPConn) {
 	return c.(*net.TCPConn), a
 }
 
-// answers does the agent's part on a connection and returns what becomes of it.
+// answers does the agent's part of a handshake on a connection, and sends its error on the returned channel.
 func answers(c net.Conn, key string) <-chan error {
 	done := make(chan error, 1)
 	go func() {
@@ -67,7 +67,7 @@ func TestHandshake(t *testing.T) {
 	}
 }
 
-// TestHandshakeAhead opens a connection that brings no request: the agent knows the host all the same.
+// TestHandshakeAhead checks that a connection without a request proves the host to the agent too.
 func TestHandshakeAhead(t *testing.T) {
 	host, agent := pair(t)
 	done := answers(agent, "key")
@@ -139,7 +139,8 @@ func TestHandshakeRefused(t *testing.T) {
 	}
 	hello, _, proof := recorded(t)
 	for name, send := range map[string][2][]byte{
-		"another key": {hello, make([]byte, ProofSize)}, "a recording": {hello, proof}, "no magic": {bytes.Repeat([]byte{1}, HelloSize), proof},
+		"another key": {hello, make([]byte, ProofSize)}, "a recording": {hello, proof},
+		"no magic": {bytes.Repeat([]byte{1}, HelloSize), proof},
 	} {
 		t.Run("agent/"+name, func(t *testing.T) {
 			host, agent := pair(t)
@@ -156,7 +157,7 @@ func TestHandshakeRefused(t *testing.T) {
 	}
 }
 
-// TestHandshakeEnds gives up on an agent that says nothing, or stops in the middle.
+// TestHandshakeEnds checks that the host gives up on an agent that sends nothing or a part of its answer.
 func TestHandshakeEnds(t *testing.T) {
 	for _, said := range []int{0, nonceSize, nonceSize + ProofSize - 1} {
 		host, agent := pair(t)
@@ -169,7 +170,7 @@ func TestHandshakeEnds(t *testing.T) {
 	}
 }
 
-// recorder notes what is read and written.
+// recorder is a connection that copies what is read to in and what is written to out.
 type recorder struct {
 	net.Conn
 	in, out *bytes.Buffer

@@ -7,15 +7,16 @@ import (
 	"sync"
 )
 
-// maxHeadLines is how many lines the heads of one answer may have together, those of informational
-// answers before it included. Each costs the host some hundred bytes however short it is, so that a limit
-// of bytes alone bounds nothing; servers send some twenty.
+// maxHeadLines limits the lines in the heads of one answer and of the informational answers before it
+// together. Each line costs the host some hundred bytes however short it is, so a limit of bytes alone
+// does not bound the memory. Servers send some twenty lines; a limit near that would refuse good answers.
 const maxHeadLines = 256
 
+// errHead reports an answer with more than maxHeadLines.
 var errHead = errors.New("the head of the answer has too many lines")
 
-// WithHeads returns a copy of ctx for one HTTP/1.1 request over a connection of this package's: an
-// answer whose head has more lines than any needs breaks the connection.
+// WithHeads returns a copy of ctx for one HTTP/1.1 request over a connection of this package. An answer
+// whose head has too many lines then breaks the connection.
 func WithHeads(ctx context.Context) context.Context {
 	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
 		if c, ok := i.Conn.(interface{ expectHead() }); ok {
@@ -36,17 +37,17 @@ type heads struct {
 	// +checklocks:mu
 	status [10]byte // the beginning of the head's first line
 	// +checklocks:mu
-	first bool // that is the line
+	first bool // line is the head's first line
 }
 
-// expect says that an answer comes.
+// expect makes look count the lines of the answer that comes next.
 func (h *heads) expect() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.expected, h.lines, h.line, h.first = true, 0, 0, true
 }
 
-// look looks at what came.
+// look counts lines in b, the bytes that came next, and returns errHead if there are too many.
 func (h *heads) look(b []byte) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -61,7 +62,7 @@ func (h *heads) look(b []byte) error {
 			}
 			h.line++
 		case h.line == 0 && !h.first:
-			// "HTTP/1.1 1": another head follows an informational one.
+			// Status "HTTP/1.1 1": another head follows an informational one.
 			h.expected, h.first = h.status[9] == '1', true
 		default:
 			h.line, h.first = 0, false

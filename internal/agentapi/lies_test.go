@@ -12,7 +12,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// TestImpossibleAnswers is told what no agent of ours says.
+// TestImpossibleAnswers checks that answers with impossible statuses are refused and impossible numbers clamped.
 func TestImpossibleAnswers(t *testing.T) {
 	for _, status := range []string{"000 x", "001 x", "099 x", "600 x", "999 x"} {
 		client, _ := serve(t, func(w http.ResponseWriter, _ *http.Request) {
@@ -32,7 +32,8 @@ func TestImpossibleAnswers(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if resp, err := client.Transport(to, false).RoundTrip(r); fault.As(err) == nil || fault.As(err).Code != CodeUnreachable {
+		resp, err := client.Transport(to, false).RoundTrip(r)
+		if fault.As(err) == nil || fault.As(err).Code != CodeUnreachable {
 			if err == nil {
 				resp.Body.Close()
 			}
@@ -43,14 +44,17 @@ func TestImpossibleAnswers(t *testing.T) {
 		_, _ = io.Copy(io.Discard, r.Body)
 		fmt.Fprint(w, `{"written":9000000000000000000}`)
 	})
-	if n, err := client.WriteInput(t.Context(), Target{SandboxID: "sbx_a"}, "1", strings.NewReader("four"), false); err != nil || n != 4 {
+	n, err := client.WriteInput(t.Context(), Target{SandboxID: "sbx_a"}, "1", strings.NewReader("four"), false)
+	if err != nil || n != 4 {
 		t.Errorf("of four bytes %d were taken, %v", n, err)
 	}
 	for _, end := range []*process.EndEvent{
-		{ExitCode: 1 << 30, DurationUs: 1 << 62, Signal: 1 << 30}, {ExitCode: -1 << 31, DurationUs: -1 << 63, Signal: -1 << 31},
+		{ExitCode: 1 << 30, DurationUs: 1 << 62, Signal: 1 << 30},
+		{ExitCode: -1 << 31, DurationUs: -1 << 63, Signal: -1 << 31},
 	} {
 		r := result(end, false, false)
-		if r.ExitCode < -1 || r.ExitCode > 255 || r.Duration < 0 || r.Duration > 366*24*time.Hour || r.Signal < 0 || r.Signal > maxSignal {
+		if r.ExitCode < -1 || r.ExitCode > 255 || r.Duration < 0 || r.Duration > 366*24*time.Hour ||
+			r.Signal < 0 || r.Signal > maxSignal {
 			t.Errorf("%v became %+v", end, r)
 		}
 	}

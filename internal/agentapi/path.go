@@ -7,11 +7,11 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// maxPath is Linux's PATH_MAX with its closing NUL, bytes.
+// maxPath is Linux's PATH_MAX, in bytes with the closing NUL. Longer paths would fail inside.
 const maxPath = 4096
 
-// CheckPath refuses a path that the v1 API does not take anywhere: empty,
-// relative, too long, with a NUL or with a ".." element. The error is Invalid in
+// CheckPath refuses a path that no call of the v1 API takes: an empty, relative or
+// too long one, or one with a NUL or with a ".." element. The error is Invalid in
 // field "path", code "invalid_path".
 func CheckPath(p string) error {
 	switch {
@@ -32,9 +32,8 @@ func CheckPath(p string) error {
 	return nil
 }
 
-// CheckFilePath is [CheckPath] for what must name a file or directory other
-// than the root: uploads and removals. A path that ends in a slash names a
-// directory and is refused too.
+// CheckFilePath refuses the paths that [CheckPath] refuses, the root, and a path
+// that ends in a slash, which names a directory.
 func CheckFilePath(p string) error {
 	if err := CheckPath(p); err != nil {
 		return err

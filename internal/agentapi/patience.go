@@ -13,34 +13,36 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// DefaultPatience is how long an agent may be silent. A sandbox whose processes compete for its CPU may
-// take seconds to kill thousands of them, and a slow disk seconds to sync a file. Shorter breaks off
-// what only is slow; longer lets a sandbox that does not answer hold its callers.
+// DefaultPatience limits the silence of an agent. A sandbox whose processes compete for its CPU may take
+// seconds to kill thousands of them, and a slow disk may take seconds to sync a file. A shorter limit
+// breaks off calls that are only slow; a longer one lets a sandbox that does not answer hold its callers.
 const DefaultPatience = 30 * time.Second
 
-// patientPace is how much of a body has to come within the patience, bytes. Less would let an agent that
-// sends single bytes hold a call for ever, more would break off a disk that is busy.
+// patientPace is the number of bytes of a body that must come within the patience. A smaller number would
+// let an agent that sends single bytes hold a call for ever, a larger one would break off transfers from
+// a busy disk.
 const patientPace = 16 << 10
 
-// longPatience is how often the patience fits into what an agent may take for work without an end of its
-// own: the removal of a large tree, the last sync of a large upload.
+// longPatience multiplies the patience for work that has no limit of its own: the removal of a large tree,
+// the last sync of a large upload. A smaller factor breaks off such work, a larger one lets an agent that
+// does not answer hold the caller for longer.
 const longPatience = 5
 
-// errSilent is the cause of a call's end whose agent was silent for too long.
+// errSilent is the error of a call whose agent was silent for too long.
 var errSilent = unreachable(errors.New("the agent was silent for too long"))
 
-// watch ends a call whose agent is silent. The time that the caller takes is not counted. Its methods
-// may be called concurrently.
+// watch ends a call whose agent is silent. Its clock runs while the call waits for the agent, and stands
+// while it waits for the caller. Its methods may be called concurrently.
 type watch struct {
 	cancel   context.CancelCauseFunc
 	patience time.Duration
-	pace     int // bytes; 0 is any
+	pace     int // more than this many bytes set the clock anew; 0: any byte does
 
 	mu sync.Mutex
 	// +checklocks:mu
 	timer *time.Timer
 	// +checklocks:mu
-	left time.Duration
+	left time.Duration // of the patience, when the clock last stood
 	// +checklocks:mu
 	since time.Time // zero while the clock stands
 	// +checklocks:mu
@@ -48,11 +50,11 @@ type watch struct {
 	// +checklocks:mu
 	over bool
 	// +checklocks:mu
-	answering bool // the head of the answer has come: what is still sent of a request sets no clock
+	answering bool // the head of the answer has come: the rest of the request does not affect the clock
 }
 
-// watching returns a context that ends when the agent is silent for longer than patience, and the watch,
-// whose clock runs.
+// watching returns a context that ends when the agent is silent for longer than patience, and the watch
+// that ends it, with its clock running.
 func watching(ctx context.Context, patience time.Duration) (context.Context, *watch) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	w := &watch{cancel: cancel, patience: patience, left: patience}
@@ -61,7 +63,7 @@ func watching(ctx context.Context, patience time.Duration) (context.Context, *wa
 	return ctx, w
 }
 
-// wait lets the clock run: it is the agent's turn.
+// wait starts the clock, because the call waits for the agent.
 func (w *watch) wait() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -76,8 +78,8 @@ func (w *watch) waitLocked() {
 	}
 }
 
-// heard stops the clock: the agent has sent n bytes, or it is the caller's turn. It is set anew when
-// enough came.
+// heard stops the clock, because the agent has sent n bytes or the call waits for the caller. It sets the
+// clock anew if more than pace bytes have come since it was set.
 func (w *watch) heard(n int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -100,7 +102,7 @@ func (w *watch) heardLocked(n int) {
 	w.left = max(w.left, 0)
 }
 
-// begun sets the clock anew and stops it: another part of the call has begun.
+// begun stops the clock and sets it anew for another part of the call.
 func (w *watch) begun(patience time.Duration, pace int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -113,8 +115,8 @@ func (w *watch) begunLocked(patience time.Duration, pace int) {
 	w.patience, w.pace, w.left, w.came = patience, pace, patience, 0
 }
 
-// answered is begun for the body of the answer. An agent may answer before it has taken the request, whose
-// rest then no longer sets the clock.
+// answered stops the clock and sets it anew for the body of the answer. An agent may answer before it has
+// taken the whole request; the rest of the request no longer affects the clock.
 func (w *watch) answered(patience time.Duration, pace int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -122,7 +124,7 @@ func (w *watch) answered(patience time.Duration, pace int) {
 	w.begunLocked(patience, pace)
 }
 
-// taken stops the clock: the agent took what was sent, and the caller is waited for.
+// taken stops the clock, because the agent took what was sent and the call waits for the caller.
 func (w *watch) taken() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -131,8 +133,8 @@ func (w *watch) taken() {
 	}
 }
 
-// given lets the clock run: the agent has to take what the caller gave, or, after the last of it, to begin
-// its answer within head.
+// given starts the clock, because the agent has to take what the caller gave. After the last of it the
+// agent has to begin its answer within head.
 func (w *watch) given(last bool, head time.Duration) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -154,7 +156,7 @@ func (w *watch) end() {
 	w.cancel(nil)
 }
 
-// watchedBody is an answer each piece of which has to come in time.
+// watchedBody lets the watch's clock run while the body of an answer is read.
 type watchedBody struct {
 	io.ReadCloser
 	watch *watch
@@ -176,8 +178,8 @@ func (b *watchedBody) Close() error {
 	return b.ReadCloser.Close()
 }
 
-// sentBody is a request's body. While it is read the caller is waited for; then the agent has to take it,
-// and answer within head when it has all.
+// sentBody stops the watch's clock while the body of a request is read from the caller. The agent then has
+// to take each piece within the patience, and to answer within head after the last one.
 type sentBody struct {
 	io.ReadCloser
 	watch *watch
@@ -191,27 +193,29 @@ func (b *sentBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// plausible refuses an answer that net/http takes and nothing of ours can pass on. The body of one that
-// is refused is closed.
+// plausible refuses an answer with a status that net/http accepts and no front can pass on: one outside
+// 200 to 599. It closes the body of an answer that it refuses.
 func plausible(resp *http.Response, err error) (*http.Response, error) {
 	if err != nil || resp.StatusCode >= http.StatusOK && resp.StatusCode < 600 {
 		return resp, err
 	}
-	_ = resp.Body.Close() // nothing of it is wanted
+	_ = resp.Body.Close() // the body is not used
 	return nil, unreachable(errors.New("the agent answered with the status " + brief(resp.Status)))
 }
 
-// maxSaid is how much of what an agent said gets into an error, and so into a log line, bytes.
+// maxSaid limits the text of an agent in an error, and so in a log line, bytes. A longer text would let
+// a sandbox fill the log.
 const maxSaid = 300
 
-// said is an error whose text may be an agent's.
+// said wraps an error whose text may come from an agent, and makes the text fit a log line.
 type said struct{ error }
 
 func (e said) Error() string { return brief(e.error.Error()) }
 
 func (e said) Unwrap() error { return e.error }
 
-// brief returns a text that an agent may have made up in a form that fits a log line.
+// brief returns a text of an agent in a form that fits a log line: one line without control characters,
+// cut after maxSaid bytes.
 func brief(text string) string {
 	cut := len(text) > maxSaid
 	if cut {
@@ -229,11 +233,12 @@ func brief(text string) string {
 	return text
 }
 
+// unreachable returns the error of a call whose sandbox does not answer.
 func unreachable(cause error) *fault.Error {
 	return fault.New(fault.Unavailable, CodeUnreachable, "the sandbox does not answer").Because(said{cause})
 }
 
-// unusable is unreachable for an agent that answers, and what it answers is no answer.
+// unusable returns the error of a call whose sandbox gave an answer that cannot be used.
 func unusable(cause error) *fault.Error {
 	return fault.New(fault.Unavailable, CodeUnreachable, "the sandbox does not answer as it should").Because(said{cause})
 }

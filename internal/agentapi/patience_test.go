@@ -18,10 +18,10 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// An agent that is silent, wherever in its answer, ends the call and not more: what the caller takes is the
-// caller's.
+// TestSilentAgents checks that each call ends as unreachable when its agent falls silent, wherever in its
+// answer, and that the context of the caller goes on.
 func TestSilentAgents(t *testing.T) {
-	over := make(chan struct{}) // a server does not see a caller leave whose body it has not read
+	over := make(chan struct{}) // ends handlers: a server that has not read a request's body does not see its caller leave
 	wait := func(r *http.Request) {
 		select {
 		case <-r.Context().Done():
@@ -69,7 +69,8 @@ func TestSilentAgents(t *testing.T) {
 					return err
 				},
 				"upload": func(ctx context.Context) error {
-					return c.Upload(ctx, target, UploadRequest{Path: "/a", Body: strings.NewReader(strings.Repeat("x", 8<<20)), Size: 8 << 20})
+					body := strings.NewReader(strings.Repeat("x", 8<<20))
+					return c.Upload(ctx, target, UploadRequest{Path: "/a", Body: body, Size: 8 << 20})
 				},
 				"download": func(ctx context.Context) error {
 					d, err := c.Download(ctx, target, "/a", "", "")
@@ -91,7 +92,7 @@ func TestSilentAgents(t *testing.T) {
 	}
 }
 
-// slowReader takes longer for each piece than an agent may.
+// slowReader returns pieces, and takes longer for each than an agent may be silent.
 type slowReader struct{ left int }
 
 func (s *slowReader) Read(p []byte) (int, error) {
@@ -122,7 +123,8 @@ func TestSlowCallersAreNotSilentAgents(t *testing.T) {
 	}
 }
 
-// TestProcessThatDoesNotRead lets the agent wait for as long as it does for a process to read its input, and say so.
+// TestProcessThatDoesNotRead checks that a call lasts while the agent waits InputPatience for a process to read its
+// input, and returns the agent's error.
 func TestProcessThatDoesNotRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		here, there := net.Pipe()
@@ -134,8 +136,9 @@ func TestProcessThatDoesNotRead(t *testing.T) {
 				t.Errorf("reading the call: %v", err)
 				return
 			}
-			time.Sleep(InputPatience + time.Second) // takes nothing more
-			fmt.Fprintf(there, "HTTP/1.1 409 Conflict\r\n%s: %s\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}", CodeHeader, CodeStdinBlocked)
+			time.Sleep(InputPatience + time.Second) // and does not read the body
+			fmt.Fprintf(there, "HTTP/1.1 409 Conflict\r\n%s: %s\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}",
+				CodeHeader, CodeStdinBlocked)
 		}()
 		_, err := c.WriteInput(t.Context(), target, "1", strings.NewReader(strings.Repeat("x", 1<<20)), false)
 		if f := fault.As(err); f == nil || f.Code != CodeStdinBlocked {
@@ -145,7 +148,7 @@ func TestProcessThatDoesNotRead(t *testing.T) {
 	})
 }
 
-// What an agent says gets into a log line in one short piece.
+// TestBrief checks that the text of an agent is one short printable line in an error, which wraps its cause.
 func TestBrief(t *testing.T) {
 	err := unreachable(errors.New("\x1b[31m\nred\u202e\xff" + strings.Repeat("x", 10_000)))
 	if text := err.Error(); len(text) > 2*maxSaid || strings.ContainsAny(text, "\x1b\n\u202e") || !utf8.ValidString(text) {
@@ -185,14 +188,16 @@ func TestHeads(t *testing.T) {
 	}
 }
 
-// An execute takes what it keeps, and no more than is left; what it took is given back with its account.
+// TestOutputIsTaken checks that a stream takes the memory of a message from its account while the message comes,
+// and returns it when the message is whole or the stream is closed.
 func TestOutputIsTaken(t *testing.T) {
 	b := budget.New(1<<20, 1<<20)
 	var account budget.Account
 	if err := account.Open(b, "a", 0); err != nil {
 		t.Fatal(err)
 	}
-	e := envelopes{ReadCloser: io.NopCloser(strings.NewReader("\x00\x00\x00\x40\x00" + strings.Repeat("x", 8<<10))), account: &account}
+	half := strings.NewReader("\x00\x00\x00\x40\x00" + strings.Repeat("x", 8<<10))
+	e := envelopes{ReadCloser: io.NopCloser(half), account: &account}
 	if _, err := io.ReadAll(&e); err != nil || b.Used() != 3*16<<10 {
 		t.Errorf("half a message of 16 KiB takes %d, %v", b.Used(), err)
 	}

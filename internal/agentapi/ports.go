@@ -15,14 +15,14 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// DialPort connects to a TCP port inside the sandbox, through the agent: to whatever
-// listens there on the loopback, on all addresses, or on the sandbox's own. ctx bounds the
-// dialling alone.
+// DialPort connects to a TCP port inside the sandbox, through the agent: to the program that
+// listens there on the loopback address, on all addresses, or on the sandbox's own. ctx bounds
+// only the dialling.
 //
-// The connection has a CloseWrite, which ends its half without the other, and breaks
-// with the sandbox's life, as all of the client's (see [Client.Drop]). Errors: Upstream
-// "port_closed" when nothing listens, Conflict "sandbox_too_old" in a sandbox that an older
-// cay started, Exhausted "too_many_connections"; and those of all calls.
+// The connection has a method CloseWrite, which ends sending and not receiving. Like all of
+// the client's connections it breaks when the instance ends (see [Client.Drop]). Errors:
+// Upstream "port_closed" when no program listens, Conflict "sandbox_too_old" in a sandbox that
+// an older cay started, Exhausted "too_many_connections"; and the errors of all calls.
 func (c *Client) DialPort(ctx context.Context, t Target, port int) (net.Conn, error) {
 	if port < 1 || port > 65535 {
 		return nil, fault.InField("invalid_port", "port", "must be from 1 to 65535")
@@ -33,21 +33,21 @@ func (c *Client) DialPort(ctx context.Context, t Target, port int) (net.Conn, er
 	if err != nil {
 		return nil, callError(ctx, err)
 	}
-	// A deadline in the past ends whatever read or write is under way.
+	// A deadline in the past ends a read or write that is under way.
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	rest, err := upgrade(conn, t, port, c.bearer(t.host()))
 	if !stop() && err == nil {
 		err = context.Cause(ctx) // the deadline is set, or about to be
 	}
 	if err != nil {
-		_ = conn.Close() // nothing was sent that anybody waits for
+		_ = conn.Close() // its error changes nothing: no bytes of a caller were sent
 		return nil, callError(ctx, err)
 	}
 	return &portConn{Conn: conn, early: rest}, nil
 }
 
-// upgrade asks for the tunnel on a new connection, with a token if one is needed, and returns
-// what came after the answer.
+// upgrade requests the tunnel on a new connection, with a token unless that is "", and returns
+// the bytes that were read after the answer.
 func upgrade(conn net.Conn, t Target, port int, token string) (rest []byte, err error) {
 	req, err := http.NewRequest(http.MethodGet, t.url("/tunnel", url.Values{"port": {strconv.Itoa(port)}}), nil)
 	if err != nil {
@@ -73,11 +73,11 @@ func upgrade(conn net.Conn, t Target, port int, token string) (rest []byte, err 
 	return nil, olderAgent(replyError(resp))
 }
 
-// portConn is a connection to a port. Its ReadFrom and WriteTo let io.Copy move bytes
-// within the kernel where both ends are TCP.
+// portConn is a connection to a port of a sandbox. Its ReadFrom and WriteTo let io.Copy move
+// bytes within the kernel where both ends are TCP.
 type portConn struct {
 	net.Conn
-	early []byte // read with the answer already
+	early []byte // bytes of the port that were read with the answer
 }
 
 func (p *portConn) Read(b []byte) (int, error) {
@@ -95,8 +95,8 @@ func (p *portConn) expectHead() {
 	}
 }
 
-// below is the connection of the kernel's. The request for the tunnel has sent what a
-// handshake kept back.
+// below returns the kernel's connection. Nothing of a handshake is left to send on it: the
+// request for the tunnel sent the host's proof.
 func (p *portConn) below() net.Conn {
 	c := p.Conn
 	if t, ok := c.(*trackedConn); ok {
@@ -108,7 +108,7 @@ func (p *portConn) below() net.Conn {
 	return c
 }
 
-// WriteTo writes what comes to w until the end.
+// WriteTo writes to w what comes on the connection, until its end.
 func (p *portConn) WriteTo(w io.Writer) (int64, error) {
 	n, err := w.Write(p.early)
 	p.early = p.early[n:]
@@ -119,10 +119,10 @@ func (p *portConn) WriteTo(w io.Writer) (int64, error) {
 	return int64(n) + more, err
 }
 
-// ReadFrom sends what r has until the end.
+// ReadFrom sends what is read from r, until its end.
 func (p *portConn) ReadFrom(r io.Reader) (int64, error) { return io.Copy(p.below(), r) }
 
-// CloseWrite ends what is sent; what comes can still be read.
+// CloseWrite ends sending; the connection can still be read.
 func (p *portConn) CloseWrite() error {
 	c, ok := p.below().(interface{ CloseWrite() error })
 	if !ok {

@@ -44,7 +44,7 @@ func TestDialPortAnswers(t *testing.T) {
 	}
 }
 
-// What is dialled is asked for, with the token if the agent is of before the handshake.
+// TestDialPortAsks checks that DialPort asks the agent for the port, with the token of an agent that has one.
 func TestDialPortAsks(t *testing.T) {
 	asked := make(chan *http.Request, 1)
 	client, _ := serve(t, func(w http.ResponseWriter, r *http.Request) {
@@ -67,7 +67,8 @@ func TestDialPortAsks(t *testing.T) {
 	}
 	defer conn.Close()
 	r := <-asked
-	if r.URL.String() != "/tunnel?port=8080" || r.Header.Get(TokenHeader) != "secret" || r.Header.Get("Upgrade") != TunnelProtocol {
+	if r.URL.String() != "/tunnel?port=8080" || r.Header.Get(TokenHeader) != "secret" ||
+		r.Header.Get("Upgrade") != TunnelProtocol {
 		t.Errorf("asked %s with %v", r.URL, r.Header)
 	}
 	if b, err := io.ReadAll(struct{ io.Reader }{conn}); err != nil || string(b) != "early" {

@@ -20,71 +20,76 @@ import (
 
 // Limits of the processes that the agent keeps for clients to come back to.
 const (
-	// HistorySize is how much of a process's output is kept, bytes: the last of it. With
-	// many processes it is less, see MaxHistory. It is memory of the sandbox.
+	// HistorySize limits the output of a process that is kept, bytes: the end of it. With
+	// many processes it is less, see MaxHistory. The output takes memory of the sandbox; a
+	// smaller limit loses output of followers that come late.
 	HistorySize = 1 << 20
-	// MaxHistory is how much output is kept of all processes of a sandbox together.
+	// MaxHistory limits the kept output of all processes of a sandbox together, bytes. More
+	// would leave programs less memory.
 	MaxHistory = 32 << 20
-	// MaxKept is how many of them run at once; MaxEnded and EndedKept how many that have
-	// ended are still known, and how long.
+	// MaxKept limits the kept processes that run at once, MaxEnded the ended processes that
+	// are still known, and EndedKept the time for which they are. Larger limits cost memory
+	// of the sandbox.
 	MaxKept   = 512
 	MaxEnded  = 32
 	EndedKept = 15 * time.Minute
-	// InputPatience is how long a process may leave its input unread before whoever writes
-	// it is told so. Longer holds connections, shorter breaks off what only is slow.
+	// InputPatience limits the time for which a process may leave its input unread before a
+	// write fails. A longer one holds connections, a shorter one breaks off writes to processes
+	// that are only slow.
 	InputPatience = 30 * time.Second
-	// MaxTag is the length of a process's tag, bytes.
+	// MaxTag limits the length of a process's tag, bytes.
 	MaxTag = 64
 )
 
-// What is taken of an answer about processes.
+// Limits of an answer about processes. Lower ones refuse honest answers, higher ones let an agent
+// take more of the host's memory.
 const (
-	maxCommands    = 4096     // processes beside those that are kept: calls go on, one for each at the most
-	maxProcess     = 32 << 10 // bytes of JSON; arguments are cut after 1 KiB, which escaped are 6
+	maxCommands    = 4096     // processes that are not kept: at most one for each call under way
+	maxProcess     = 32 << 10 // bytes of JSON; arguments are cut after 1 KiB, which may be 6 KiB when escaped
 	maxProcessList = 8 << 20  // bytes of JSON
-	processCost    = 512      // what one costs beside its texts, bytes
+	processCost    = 512      // memory of a process beside its texts, bytes
 )
 
-// TerminalSize is what a terminal has of columns and rows; 0 is the agent's default.
+// TerminalSize is the size of a terminal in columns and rows; 0 is the agent's default.
 type TerminalSize struct {
 	Cols uint16 `json:"cols"`
 	Rows uint16 `json:"rows"`
 }
 
-// StartProcess is the body of POST /processes: a process that outlives the call.
+// StartProcess is the body of POST /processes. It describes a process that outlives the call.
 type StartProcess struct {
 	Args    []string          `json:"args"`
 	Env     map[string]string `json:"env,omitempty"`
 	Workdir string            `json:"workdir,omitempty"` // "" is the sandbox's, else the user's home
 	User    string            `json:"user,omitempty"`    // "" is the sandbox's default
-	Tag     string            `json:"tag,omitempty"`     // of no other that runs
-	// Input is written to its standard input, which ends then unless OpenInput.
+	Tag     string            `json:"tag,omitempty"`     // no other running process may have it
+	// Input is written to the process's standard input, which then ends unless OpenInput is set.
 	Input     []byte        `json:"input,omitempty"`
 	OpenInput bool          `json:"openInput,omitempty"`
 	Terminal  *TerminalSize `json:"terminal,omitempty"`
-	TimeoutMs int64         `json:"timeoutMs,omitempty"` // then it is killed; 0 is never
-	// GraceMs is how long it lives without anybody who follows it, from its start on, before
-	// it is hung up and killed; 0 is for ever.
+	TimeoutMs int64         `json:"timeoutMs,omitempty"` // time until the process is killed; 0 is never
+	// GraceMs limits the time for which the process lives without a follower, from its start on.
+	// After that it is hung up and killed; 0 is no limit.
 	GraceMs int64 `json:"graceMs,omitempty"`
 }
 
-// Process is one of a sandbox's processes that some call started.
+// Process describes a process of a sandbox that a call started.
 type Process struct {
 	PID       int          `json:"pid"`
 	Tag       string       `json:"tag,omitempty"`
-	Args      []string     `json:"args"` // cut where they are long
+	Args      []string     `json:"args"` // long ones are cut
 	Workdir   string       `json:"workdir,omitempty"`
 	User      string       `json:"user,omitempty"`
 	StartedAt time.Time    `json:"startedAt"`
 	Terminal  bool         `json:"terminal,omitempty"`
-	Input     bool         `json:"input,omitempty"` // it can be written to
-	Kept      bool         `json:"kept,omitempty"`  // its output can be followed from where it is kept
+	Input     bool         `json:"input,omitempty"` // its input can be written
+	Kept      bool         `json:"kept,omitempty"`  // its output is kept and can be followed
 	First     int64        `json:"first,omitempty"` // offset of the first byte of output that is kept
-	Next      int64        `json:"next,omitempty"`  // offset of the first byte to come
-	End       *ProcessExit `json:"end,omitempty"`   // nil while it runs
+	Next      int64        `json:"next,omitempty"`  // offset of the next byte to come
+	End       *ProcessExit `json:"end,omitempty"`   // nil while the process runs
 }
 
-// ProcessExit is how a process ended.
+// ProcessExit describes the end of a process.
 type ProcessExit struct {
 	At         time.Time `json:"at"`
 	ExitCode   int       `json:"exitCode"` // -1 after a signal
@@ -94,10 +99,10 @@ type ProcessExit struct {
 	DurationUs int64     `json:"durationUs"`
 }
 
-// Result is the end as Execute has it, without the output.
+// Result returns the end as a result of [Client.Execute], without output.
 func (e ProcessExit) Result() ExecuteResult {
-	return result(&process.EndEvent{ExitCode: int32(e.ExitCode), Signal: int32(e.Signal), TimedOut: e.TimedOut, OomKilled: e.OOMKilled, DurationUs: e.DurationUs},
-		false, false)
+	return result(&process.EndEvent{ExitCode: int32(e.ExitCode), Signal: int32(e.Signal), TimedOut: e.TimedOut,
+		OomKilled: e.OOMKilled, DurationUs: e.DurationUs}, false, false)
 }
 
 // ProcessList is the answer to GET /processes.
@@ -122,7 +127,8 @@ func (c *Client) StartProcess(ctx context.Context, t Target, r StartProcess) (Pr
 	return p, err
 }
 
-// Processes lists what calls have started and still runs, and what has ended and is kept.
+// Processes returns the processes that calls have started and that still run, and the kept ones
+// that have ended.
 func (c *Client) Processes(ctx context.Context, t Target) ([]Process, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.Patience, errSilent)
 	defer cancel()
@@ -142,7 +148,8 @@ func (c *Client) Processes(ctx context.Context, t Target) ([]Process, error) {
 	return list, nil
 }
 
-// readProcesses reads a [ProcessList] one by one, as many as there can be, and as large.
+// readProcesses reads the processes of a [ProcessList] one by one. It refuses a list with more or
+// larger processes than there can be.
 func readProcesses(r io.Reader, account *budget.Account) ([]Process, error) {
 	d := json.NewDecoder(io.LimitReader(r, maxProcessList))
 	for _, want := range []json.Token{json.Delim('{'), "processes", json.Delim('[')} {
@@ -151,10 +158,10 @@ func readProcesses(r io.Reader, account *budget.Account) ([]Process, error) {
 			return nil, unusable(fmt.Errorf("decoding the list of processes: %w", err))
 		}
 		if got == nil && want == json.Delim('[') {
-			return nil, nil // null, which is an empty list
+			return nil, nil // null stands for an empty list
 		}
 		if got != want {
-			return nil, unusable(fmt.Errorf("the list of processes has %v for %v", got, want))
+			return nil, unusable(fmt.Errorf("the list of processes has %v in place of %v", got, want))
 		}
 	}
 	var list []Process
@@ -164,13 +171,13 @@ func readProcesses(r io.Reader, account *budget.Account) ([]Process, error) {
 			return nil, unusable(fmt.Errorf("decoding a process: %w", err))
 		}
 		if len(list) == MaxKept+MaxEnded+maxCommands || len(one) > maxProcess {
-			return nil, unusable(fmt.Errorf("after %d processes comes one of %d bytes", len(list), len(one)))
+			return nil, unusable(fmt.Errorf("the list of processes has one of %d bytes after %d", len(one), len(list)))
 		}
 		var p Process
 		if err := json.Unmarshal(one, &p); err != nil {
 			return nil, unusable(fmt.Errorf("decoding a process: %w", err))
 		}
-		// Held until the call is answered, twice: as it is here and as it is answered.
+		// Twice, until the call is answered: once for the list, once for the answer made from it.
 		if err := account.Take(2 * (processCost + int64(len(one)))); err != nil {
 			return nil, err
 		}
@@ -182,14 +189,14 @@ func readProcesses(r io.Reader, account *budget.Account) ([]Process, error) {
 	return list, nil
 }
 
-// Process is the one of a pid or tag.
+// Process returns the process with a pid or tag.
 func (c *Client) Process(ctx context.Context, t Target, ref string) (Process, error) {
 	var p Process
 	err := c.callProcesses(ctx, t, http.MethodGet, processPath(ref, ""), nil, nil, &p)
 	return p, err
 }
 
-// WaitProcess returns the process when it has ended, or as it is after a time.
+// WaitProcess returns the process when it has ended, or as it is after the time within.
 func (c *Client) WaitProcess(ctx context.Context, t Target, ref string, within time.Duration) (Process, error) {
 	var p Process
 	query := url.Values{"ms": {strconv.FormatInt(within.Milliseconds(), 10)}}
@@ -199,30 +206,31 @@ func (c *Client) WaitProcess(ctx context.Context, t Target, ref string, within t
 
 // SignalProcess sends a signal to a process and its process group.
 func (c *Client) SignalProcess(ctx context.Context, t Target, ref string, signal int) error {
-	return c.callProcesses(ctx, t, http.MethodPost, processPath(ref, "/signal"), nil, SignalRequest{Signal: signal}, nil)
+	body := SignalRequest{Signal: signal}
+	return c.callProcesses(ctx, t, http.MethodPost, processPath(ref, "/signal"), nil, body, nil)
 }
 
-// KillProcess kills a process with all that descends from it, and forgets it.
+// KillProcess kills a process with all its descendants, and makes the agent forget it.
 func (c *Client) KillProcess(ctx context.Context, t Target, ref string) error {
 	return c.callProcesses(ctx, t, http.MethodDelete, processPath(ref, ""), nil, nil, nil)
 }
 
-// ResizeTerminal tells a process's terminal its size.
+// ResizeTerminal sets the size of a process's terminal.
 func (c *Client) ResizeTerminal(ctx context.Context, t Target, ref string, size TerminalSize) error {
 	return c.callProcesses(ctx, t, http.MethodPost, processPath(ref, "/resize"), nil, size, nil)
 }
 
-// WriteInput writes body to a process's input as it comes and says how much was taken; with
-// end the input is at its end then. A process that does not read for InputPatience is a
-// Conflict, code "stdin_blocked".
+// WriteInput writes body to a process's input as it comes and returns the number of bytes that
+// the process's input took; with end it then ends the input. A process that does not read for
+// InputPatience is a Conflict, code "stdin_blocked".
 func (c *Client) WriteInput(ctx context.Context, t Target, ref string, body io.Reader, end bool) (int64, error) {
 	query := url.Values{}
 	if end {
 		query.Set("end", "1")
 	}
 	sent, within := &countedReader{r: body}, c.Patience
-	if within >= InputPatience { // the agent is silent while it waits for the process; a shorter patience is meant to be shorter
-		within += InputPatience
+	if within >= InputPatience {
+		within += InputPatience // the agent is silent while it waits for the process; shorter patiences stay short
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, t.url(processPath(ref, "/input"), query), sent)
 	if err != nil {
@@ -240,7 +248,7 @@ func (c *Client) WriteInput(ctx context.Context, t Target, ref string, body io.R
 	return min(max(reply.Written, 0), sent.n.Load()), nil
 }
 
-// countedReader counts what was read.
+// countedReader counts the bytes that were read from r.
 type countedReader struct {
 	r io.Reader
 	n atomic.Int64
@@ -254,41 +262,45 @@ func (c *countedReader) Read(b []byte) (int, error) {
 
 func processPath(ref, verb string) string { return "/processes/" + url.PathEscape(ref) + verb }
 
-// callProcesses is call for what agents have not always had.
-func (c *Client) callProcesses(ctx context.Context, t Target, method, path string, query url.Values, body, reply any) error {
+// callProcesses sends one request of a kind that old agents do not have.
+func (c *Client) callProcesses(ctx context.Context, t Target, method, path string, query url.Values,
+	body, reply any) error {
 	return olderAgent(c.call(ctx, t, c.Patience, method, path, query, body, reply))
 }
 
-// olderAgent says of a call that the agent does not know why that is.
+// olderAgent returns CodeOlderSandbox for the error of a call that the agent does not know, and other
+// errors unchanged.
 func olderAgent(err error) error {
 	var unknown *unknownCall
 	if errors.As(err, &unknown) {
-		return fault.New(fault.Conflict, CodeOlderSandbox, "the sandbox was started by an older version of cay that does not have this yet").Because(err)
+		return fault.New(fault.Conflict, CodeOlderSandbox,
+			"the sandbox was started by an older version of cay that does not have this yet").Because(err)
 	}
 	return err
 }
 
-// ProcessOutput is what Follow hands over.
+// ProcessOutput holds a piece of a process's output, or reports a gap in it.
 type ProcessOutput struct {
 	Stream Stream
 	Offset int64  // of the first byte
-	Data   []byte // or, if there is none:
-	Lost   int64  // so many bytes from Offset on are not kept any more
+	Data   []byte // empty for a gap
+	Lost   int64  // length of the gap, bytes: they are no longer kept
 }
 
-// FollowRequest says what to follow.
+// FollowRequest selects the output to follow.
 type FollowRequest struct {
 	Ref    string // pid or tag
 	Offset int64  // of the first byte
-	Now    bool   // only what there is at the moment
-	Begun  func() // called when it is known that there is such a process, unless nil
+	Now    bool   // only the output that there is already
+	Begun  func() // called once the agent has found the process, unless nil
 }
 
-// Follow hands the output of a process from an offset on to emit, what is kept first, then
-// as it comes, and returns the process when it has ended and all was handed over. What emit
-// is slow to take is lost when it is not kept any more; the process is never held up. An
-// error of emit ends it. The data is emit's own.
-func (c *Client) Follow(ctx context.Context, t Target, r FollowRequest, emit func(ProcessOutput) error) (Process, error) {
+// Follow calls emit with the output of a process from an offset on, first with what is kept, then
+// as it comes, and returns the process when it has ended and emit had all output. Output is lost
+// if it is no longer kept when emit is ready for it; a slow emit never holds up the process. An
+// error of emit ends Follow. emit may keep the data.
+func (c *Client) Follow(ctx context.Context, t Target, r FollowRequest, emit func(ProcessOutput) error) (
+	Process, error) {
 	query := url.Values{"offset": {strconv.FormatInt(r.Offset, 10)}}
 	if r.Now {
 		query.Set("now", "1")
@@ -297,7 +309,7 @@ func (c *Client) Follow(ctx context.Context, t Target, r FollowRequest, emit fun
 	if err != nil {
 		return Process{}, fmt.Errorf("making the request: %w", err)
 	}
-	// An agent with nothing to say says so every 30 seconds.
+	// While there is no output, the agent sends an idle frame every 30 seconds.
 	resp, err := c.doFor(req, c.Patience, c.Patience, 2*c.Patience, 1)
 	if err != nil {
 		return Process{}, olderAgent(err)
@@ -306,7 +318,7 @@ func (c *Client) Follow(ctx context.Context, t Target, r FollowRequest, emit fun
 	if r.Begun != nil {
 		r.Begun()
 	}
-	// A piece, and what an event is made of it.
+	// Once for a piece of output, once for the event that is made of it.
 	if err := budget.From(ctx).Take(2 * maxFrame); err != nil {
 		return Process{}, err
 	}

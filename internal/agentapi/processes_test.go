@@ -17,7 +17,7 @@ import (
 
 var target = Target{SandboxID: "sbx_a", Run: "1"}
 
-// What follows a process believes nothing that cannot be.
+// TestFollowHostileAgents checks that Follow refuses output that no agent can send.
 func TestFollowHostileAgents(t *testing.T) {
 	frames := func(all ...Frame) []byte {
 		var b bytes.Buffer
@@ -31,7 +31,7 @@ func TestFollowHostileAgents(t *testing.T) {
 	end := EndFrame(9, []byte(`{"pid":7,"end":{"exitCode":3}}`))
 	for name, c := range map[string]struct {
 		body []byte
-		want string // the output, when it is right
+		want string // the output that is emitted
 		bad  bool
 	}{
 		"right":             {frames(Frame{Stdout, 5, []byte("out")}, IdleFrame(), Frame{Stderr, 8, []byte("E")}, end), "outE", false},
@@ -48,7 +48,8 @@ func TestFollowHostileAgents(t *testing.T) {
 	} {
 		client, _ := serve(t, func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(c.body) })
 		got := ""
-		p, err := client.Follow(t.Context(), target, FollowRequest{Ref: "7", Offset: 5}, func(o ProcessOutput) error { got += string(o.Data); return nil })
+		p, err := client.Follow(t.Context(), target, FollowRequest{Ref: "7", Offset: 5},
+			func(o ProcessOutput) error { got += string(o.Data); return nil })
 		if got != c.want || (err != nil) != c.bad || !c.bad && (p.PID != 7 || p.End.Result().ExitCode != 3) {
 			t.Errorf("%s: %q, %+v, %v", name, got, p, err)
 		}
@@ -65,17 +66,20 @@ func TestFollowEnds(t *testing.T) {
 		<-r.Context().Done()
 	})
 	no := errors.New("no")
-	if _, err := client.Follow(t.Context(), target, FollowRequest{Ref: "7"}, func(ProcessOutput) error { return no }); !errors.Is(err, no) {
+	_, err := client.Follow(t.Context(), target, FollowRequest{Ref: "7"}, func(ProcessOutput) error { return no })
+	if !errors.Is(err, no) {
 		t.Errorf("an error of emit: %v", err)
 	}
 	why := errors.New("why")
 	ctx, cancel := context.WithCancelCause(t.Context())
-	if _, err := client.Follow(ctx, target, FollowRequest{Ref: "7"}, func(ProcessOutput) error { cancel(why); return nil }); !errors.Is(err, why) {
+	_, err = client.Follow(ctx, target, FollowRequest{Ref: "7"},
+		func(ProcessOutput) error { cancel(why); return nil })
+	if !errors.Is(err, why) {
 		t.Errorf("an end of the context: %v", err)
 	}
 }
 
-// Output of a stream must not be held back; that of a plain call may be.
+// TestOnlyPlainCallsAreGathered checks that an agent may hold back output of Execute and not of ExecuteStream.
 func TestOnlyPlainCallsAreGathered(t *testing.T) {
 	var gather []bool
 	_, handler := process.NewProcessHandler(gathered{got: &gather})
@@ -83,7 +87,9 @@ func TestOnlyPlainCallsAreGathered(t *testing.T) {
 	if _, err := client.Execute(t.Context(), target, ExecuteRequest{Command: "x"}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := client.ExecuteStream(t.Context(), target, ExecuteRequest{Command: "x"}, func(ExecuteEvent) error { return nil }); err != nil {
+	_, err := client.ExecuteStream(t.Context(), target, ExecuteRequest{Command: "x"},
+		func(ExecuteEvent) error { return nil })
+	if err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff([]bool{true, false}, gather); diff != "" {
@@ -91,18 +97,20 @@ func TestOnlyPlainCallsAreGathered(t *testing.T) {
 	}
 }
 
-// gathered is an agent whose commands end at once.
+// gathered is an agent whose commands end at once. It notes whether each could be gathered.
 type gathered struct {
 	process.UnimplementedProcessHandler
 	got *[]bool
 }
 
-func (g gathered) Start(_ context.Context, r *connect.Request[process.StartRequest], out *connect.ServerStream[process.StartResponse]) error {
+func (g gathered) Start(_ context.Context, r *connect.Request[process.StartRequest],
+	out *connect.ServerStream[process.StartResponse]) error {
 	*g.got = append(*g.got, r.Msg.GetExecute().GetGather())
-	return out.Send(&process.StartResponse{Event: &process.ProcessEvent{Event: &process.ProcessEvent_End{End: &process.EndEvent{}}}})
+	end := &process.ProcessEvent_End{End: &process.EndEvent{}}
+	return out.Send(&process.StartResponse{Event: &process.ProcessEvent{Event: end}})
 }
 
-// An agent of an earlier version does not have these calls.
+// TestOlderAgents checks the error of calls that an agent of an earlier version does not have.
 func TestOlderAgents(t *testing.T) {
 	client, _ := serve(t, http.NotFound)
 	_, startErr := client.StartProcess(t.Context(), target, StartProcess{Args: []string{"true"}})

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// Texts that clients compare.
+// Errors of [CheckSignature]. E2B's clients compare their texts.
 var (
 	ErrSignatureMissing = errors.New("missing signature query parameter")
 	ErrSignatureInvalid = errors.New("invalid signature")
@@ -21,9 +21,9 @@ var (
 // SignatureLength is the length of every signature, bytes.
 const SignatureLength = len("v1_") + 43
 
-// Signature is E2B's of a request for /files: what one who knows the token gives to one who
-// may read or, with POST, write the path of the query, until its signature_expiration if it
-// has one.
+// Signature returns the signature, in E2B's form, of a request for /files. A holder of the
+// token gives it to a client that may read the path of the query, or with POST write it, until
+// the signature_expiration of the query if there is one.
 func Signature(method string, q url.Values, token string) string {
 	op := "read"
 	if method == http.MethodPost {
@@ -37,8 +37,8 @@ func Signature(method string, q url.Values, token string) string {
 	return "v1_" + base64.RawStdEncoding.EncodeToString(sum[:])
 }
 
-// CheckSignature lets a request for /files through that carries a valid signature instead
-// of the token.
+// CheckSignature returns an error unless a request for /files, which has no token, carries a
+// valid signature.
 func CheckSignature(method string, q url.Values, token string, now time.Time) error {
 	given := q.Get("signature")
 	if given == "" {

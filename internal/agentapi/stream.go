@@ -6,17 +6,18 @@ import (
 	"github.com/cayhq/cay/internal/agentapi/process"
 )
 
-// ExecuteEvent is what happens to a command before its end.
+// ExecuteEvent reports the start of a command or a piece of its output.
 type ExecuteEvent struct {
-	PID    int    // it was started, and is this process; or 0 and
-	Stream Stream // which of its outputs
-	Data   []byte // this is of, emit's own
+	PID    int    // process id of the command that was started; 0 with output
+	Stream Stream // the output that Data belongs to
+	Data   []byte // belongs to emit, which may keep it
 }
 
-// ExecuteStream is [Client.Execute] that hands the output over as it comes, up to MaxOutput
-// bytes of each stream. The result has none. A command that could not be started has no
-// event with a pid. An error of emit kills the command.
-func (c *Client) ExecuteStream(ctx context.Context, t Target, r ExecuteRequest, emit func(ExecuteEvent) error) (ExecuteResult, error) {
+// ExecuteStream is like [Client.Execute], but calls emit with the output as it comes, up to
+// MaxOutput bytes of each stream, and returns a result without output. A command that could
+// not be started has no event with a PID. An error of emit kills the command.
+func (c *Client) ExecuteStream(ctx context.Context, t Target, r ExecuteRequest, emit func(ExecuteEvent) error) (
+	ExecuteResult, error) {
 	if err := r.Check(); err != nil {
 		return ExecuteResult{}, err
 	}
@@ -42,12 +43,13 @@ func (c *Client) ExecuteStream(ctx context.Context, t Target, r ExecuteRequest, 
 	return result(end, stdout.cut, stderr.cut), nil
 }
 
-// counted lets through the first bytes and notes that there were more.
+// counted passes on the first bytes of a stream and notes whether there were more.
 type counted struct {
-	left int64
-	cut  bool
+	left int64 // bytes still to pass on
+	cut  bool  // there were more
 }
 
+// take returns the part of b, the next bytes, that is passed on.
 func (c *counted) take(b []byte) []byte {
 	if int64(len(b)) > c.left {
 		c.cut = true

@@ -19,11 +19,12 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// MaxTar is how large an archive may be that is unpacked, and the files in it, bytes.
+// MaxTar limits the size of an archive that is unpacked, and that of all files in it, bytes. A smaller
+// limit refuses large trees, a larger one lets one call write for longer.
 const MaxTar = 10_000_000_000
 
-// Stat describes what a path names; a symbolic link itself. Errors: NotFound
-// "file_not_found", Invalid ("invalid_path", "unknown_user"), Denied "file_denied".
+// Stat describes the file at a path. It describes a symbolic link itself and not its target.
+// Errors: NotFound "file_not_found", Invalid ("invalid_path", "unknown_user"), Denied "file_denied".
 func (c *Client) Stat(ctx context.Context, t Target, path, user string) (Entry, error) {
 	if err := CheckPath(path); err != nil {
 		return Entry{}, err
@@ -33,9 +34,10 @@ func (c *Client) Stat(ctx context.Context, t Target, path, user string) (Entry, 
 	return e, olderAgent(errors.Join(err, e.check()))
 }
 
-// MakeDirectory makes a directory with its parents, for the user, and describes it. mode is
-// its permission bits, nil is 0755; one that is there already stays as it is. Errors: Invalid ("invalid_path",
-// "path_not_directory", "unknown_user"), Denied "file_denied", NoSpace "disk_full".
+// MakeDirectory makes a directory and its missing parents as the user, and describes the directory.
+// mode holds its permission bits; nil means 0755. A directory that exists is not changed. Errors:
+// Invalid ("invalid_path", "path_not_directory", "unknown_user"), Denied "file_denied", NoSpace
+// "disk_full".
 func (c *Client) MakeDirectory(ctx context.Context, t Target, path, user string, mode *fs.FileMode) (Entry, error) {
 	if err := CheckPath(path); err != nil {
 		return Entry{}, err
@@ -49,10 +51,11 @@ func (c *Client) MakeDirectory(ctx context.Context, t Target, path, user string,
 	return e, olderAgent(errors.Join(err, e.check()))
 }
 
-// Rename gives a file or directory another path, making parents, and describes it there.
-// What is there already is replaced only if overwrite says so, and a directory only if it is
-// empty. Errors: NotFound "file_not_found", Conflict "path_exists", Invalid ("invalid_path",
-// "path_not_directory", "path_is_directory", "directory_not_empty", "unknown_user"; in field "path" or "to"), Denied "file_denied".
+// Rename moves a file or directory to another path, makes missing parents of that, and describes
+// the file at its new path. It replaces a file or an empty directory at the new path only if
+// overwrite is true. Errors: NotFound "file_not_found", Conflict "path_exists", Invalid
+// ("invalid_path", "path_not_directory", "path_is_directory", "directory_not_empty", "unknown_user";
+// in field "path" or "to"), Denied "file_denied".
 func (c *Client) Rename(ctx context.Context, t Target, from, to, user string, overwrite bool) (Entry, error) {
 	if err := CheckPath(from); err != nil {
 		return Entry{}, err
@@ -70,6 +73,7 @@ func (c *Client) Rename(ctx context.Context, t Target, from, to, user string, ov
 	return e, olderAgent(errors.Join(err, e.check()))
 }
 
+// inField returns a copy of a fault with another field, and other errors unchanged.
 func inField(err error, field string) error {
 	f := fault.As(err)
 	if f == nil {
@@ -80,9 +84,10 @@ func inField(err error, field string) error {
 	return &named
 }
 
-// DownloadTree opens an archive of all that is below a directory, names relative to it. An
-// archive that is not whole ends with an error of reading. The caller closes it. Errors: NotFound "file_not_found", Invalid
-// ("invalid_path", "path_not_directory", "unknown_user"), Denied "file_denied".
+// DownloadTree opens a tar archive of everything below a directory, with names relative to the
+// directory. Reading an incomplete archive ends with an error. The caller closes the archive. Errors:
+// NotFound "file_not_found", Invalid ("invalid_path", "path_not_directory", "unknown_user"), Denied
+// "file_denied".
 func (c *Client) DownloadTree(ctx context.Context, t Target, path, user string) (io.ReadCloser, error) {
 	if err := CheckPath(path); err != nil {
 		return nil, err
@@ -98,11 +103,12 @@ func (c *Client) DownloadTree(ctx context.Context, t Target, path, user string) 
 	return resp.Body, nil
 }
 
-// UploadTree unpacks an archive into a directory, making it if it is not there. Everything in it becomes the
-// user's, with the permission bits of the archive; files are replaced, links too. Each file
-// appears whole or not at all; after an error, one of body included, those before it are there.
-// Nothing is written outside the directory. Errors: Invalid ("invalid_path", "invalid_tar", "path_is_directory", "path_not_directory",
-// "unknown_user"), Denied "file_denied", NoSpace "disk_full".
+// UploadTree unpacks a tar archive into a directory, which it makes if it does not exist. The user
+// owns all unpacked files; their permission bits are those of the archive. Files and links that exist
+// are replaced. Each file appears whole or not at all; after an error, also one of body, the files
+// before it have been written. Nothing is written outside the directory. Errors: Invalid
+// ("invalid_path", "invalid_tar", "path_is_directory", "path_not_directory", "unknown_user"), Denied
+// "file_denied", NoSpace "disk_full".
 func (c *Client) UploadTree(ctx context.Context, t Target, path, user string, body io.Reader) error {
 	if err := CheckPath(path); err != nil {
 		return err
@@ -132,10 +138,11 @@ const (
 	ChangeCreate = "create"
 	ChangeWrite  = "write"
 	ChangeRemove = "remove"
-	ChangeRename = "rename" // moved away; where it went is a create, if that is watched
+	ChangeRename = "rename" // moved away; a create reports the new path, if that is watched
 	ChangeMode   = "chmod"
 )
 
+// changes maps the agent's types of events to the kinds of a [Change].
 var changes = map[filesystem.EventType]string{
 	filesystem.EventType_EVENT_TYPE_CREATE: ChangeCreate,
 	filesystem.EventType_EVENT_TYPE_WRITE:  ChangeWrite,
@@ -144,23 +151,28 @@ var changes = map[filesystem.EventType]string{
 	filesystem.EventType_EVENT_TYPE_CHMOD:  ChangeMode,
 }
 
-// Change is something that happened in a directory that is watched.
+// Change describes one change in a watched directory.
 type Change struct {
 	Type string // one of the kinds
 	Name string // relative to the directory
 }
 
-// watchKeepalive is how often the agent is asked to say that it lives while nothing changes.
+// watchKeepalive is the interval at which the agent shows that it is alive while nothing changes.
+// With more than twice the patience, a watch without changes would end as unreachable.
 const watchKeepalive = 20 * time.Second
 
-// Watch calls ready once it watches a directory, with recursive all below it too, then emit with each change, until ctx ends
-// or emit fails. Watching 10000 directories is the most; changes in others are not seen. The removal and the renaming of the
-// directory itself, whose Name is ".", is the last change. Errors: NotFound "file_not_found", also after that, Invalid ("invalid_path", "path_not_directory").
-func (c *Client) Watch(ctx context.Context, t Target, path string, recursive bool, ready func(), emit func(Change) error) error {
+// Watch calls ready once it watches a directory, and with recursive everything below it, then calls
+// emit with each change until ctx ends or emit fails. It watches at most 10000 directories and does
+// not see changes in others. The last change is the removal or the renaming of the directory itself,
+// whose Name is ".". Errors: NotFound "file_not_found", also after that last change, Invalid
+// ("invalid_path", "path_not_directory").
+func (c *Client) Watch(ctx context.Context, t Target, path string, recursive bool, ready func(),
+	emit func(Change) error) error {
 	if err := CheckPath(path); err != nil {
 		return err
 	}
-	client := filesystem.NewFilesystemClient(metered{c.http}, (&url.URL{Scheme: "http", Host: t.host()}).String(), connectOptions...)
+	base := &url.URL{Scheme: "http", Host: t.host()}
+	client := filesystem.NewFilesystemClient(metered{c.http}, base.String(), connectOptions...)
 	req := connect.NewRequest(&filesystem.WatchDirRequest{Path: path, Recursive: recursive, AllowNetworkMounts: true})
 	req.Header().Set("Keepalive-Ping-Interval", strconv.Itoa(int(watchKeepalive.Seconds())))
 	ctx, w := watching(ctx, c.Patience)
@@ -171,7 +183,7 @@ func (c *Client) Watch(ctx context.Context, t Target, path string, recursive boo
 	}
 	defer stream.Close()
 	gone := false
-	w.begun(c.Patience, math.MaxInt) // until the watch has begun, whatever else comes
+	w.begun(c.Patience, math.MaxInt) // only the start of the watch sets the clock anew
 	receive := func() bool {
 		w.wait()
 		defer w.heard(2)
@@ -185,14 +197,14 @@ func (c *Client) Watch(ctx context.Context, t Target, path string, recursive boo
 		case *filesystem.WatchDirResponse_Filesystem:
 			kind := changes[ev.Filesystem.GetType()]
 			if kind == "" {
-				continue // of an agent that is newer than we are
+				continue // an agent of a newer version sent it
 			}
 			if len(ev.Filesystem.GetName()) > maxPath {
 				return unusable(fmt.Errorf("a change has a name of %d bytes", len(ev.Filesystem.GetName())))
 			}
 			change := Change{Type: kind, Name: ev.Filesystem.GetName()}
 			if change.Name != "" && !filepath.IsLocal(change.Name) {
-				return unreachable(fmt.Errorf("a change of %q is none in the directory", change.Name))
+				return unreachable(fmt.Errorf("the change of %q is not in the directory", change.Name))
 			}
 			gone = change.Name == "." && (kind == ChangeRemove || kind == ChangeRename)
 			if err := emit(change); err != nil {
@@ -204,7 +216,7 @@ func (c *Client) Watch(ctx context.Context, t Target, path string, recursive boo
 		return connectError(ctx, err)
 	}
 	if gone {
-		return fault.New(fault.NotFound, CodeFileNotFound, "the directory %q, which was watched, is gone", path)
+		return fault.New(fault.NotFound, CodeFileNotFound, "the watched directory %q is gone", path)
 	}
 	return unreachable(errors.New("the watch ended"))
 }
