@@ -7,7 +7,7 @@ import (
 	"iter"
 )
 
-// Pool returns what is booted in advance, by template and size. For keys of the server's
+// Pool returns the state of the warm pool, by template and size. It needs a key of the server's
 // first organization with the scope admin.
 func (c *Client) Pool(ctx context.Context) ([]PoolEntry, error) {
 	p, err := decode[Pool](c.wire.GetPool(ctx))
@@ -17,7 +17,7 @@ func (c *Client) Pool(ctx context.Context) ([]PoolEntry, error) {
 	return p.Pool, nil
 }
 
-// ListSizes returns the sizes a sandbox may have.
+// ListSizes returns the sizes that a sandbox may have.
 func (c *Client) ListSizes(ctx context.Context) ([]Size, error) {
 	l, err := decode[SizeList](c.wire.ListSizes(ctx))
 	if err != nil {
@@ -26,13 +26,13 @@ func (c *Client) ListSizes(ctx context.Context) ([]Size, error) {
 	return l.Sizes, nil
 }
 
-// Me returns the organization and the key that make the calls.
+// Me returns the organization and the key with which the client makes its calls.
 func (c *Client) Me(ctx context.Context) (*Me, error) {
 	return decode[Me](c.wire.GetMe(ctx))
 }
 
-// CreateAPIKey makes a key. Its secret is in APIKey of the answer and nowhere
-// else, ever.
+// CreateAPIKey makes a key. The field APIKey of the answer has the key's secret, which
+// the server never returns again.
 func (c *Client) CreateAPIKey(ctx context.Context, r CreateAPIKeyRequest) (*NewAPIKey, error) {
 	return decode[NewAPIKey](c.wire.CreateAPIKey(ctx, r))
 }
@@ -44,7 +44,7 @@ func (c *Client) ListAPIKeys(ctx context.Context, o ListOptions) (*APIKeyList, e
 	return decode[APIKeyList](c.wire.ListAPIKeys(ctx, &p))
 }
 
-// APIKeys walks all of the organization's keys and ends after the first error.
+// APIKeys returns an iterator over all of the organization's keys, which ends after the first error.
 func (c *Client) APIKeys(ctx context.Context, o ListOptions) iter.Seq2[APIKey, error] {
 	return all(o, func(page ListOptions) ([]APIKey, *string, error) {
 		l, err := c.ListAPIKeys(ctx, page)
@@ -60,8 +60,8 @@ func (c *Client) RevokeAPIKey(ctx context.Context, id string) error {
 	return done(c.wire.RevokeAPIKey(ctx, id))
 }
 
-// CreateOrg makes an organization with its first key, whose secret is in APIKey
-// of the answer and nowhere else, ever.
+// CreateOrg makes an organization with its first key. The field APIKey of the answer has
+// the key's secret, which the server never returns again.
 func (c *Client) CreateOrg(ctx context.Context, r CreateOrgRequest) (*NewOrg, error) {
 	return decode[NewOrg](c.wire.CreateOrg(ctx, r))
 }
@@ -73,7 +73,7 @@ func (c *Client) ListOrgs(ctx context.Context, o ListOptions) (*OrgList, error) 
 	return decode[OrgList](c.wire.ListOrgs(ctx, &p))
 }
 
-// Orgs walks all organizations and ends after the first error.
+// Orgs returns an iterator over all organizations, which ends after the first error.
 func (c *Client) Orgs(ctx context.Context, o ListOptions) iter.Seq2[Org, error] {
 	return all(o, func(page ListOptions) ([]Org, *string, error) {
 		l, err := c.ListOrgs(ctx, page)
@@ -84,13 +84,13 @@ func (c *Client) Orgs(ctx context.Context, o ListOptions) iter.Seq2[Org, error] 
 	})
 }
 
-// Health asks whether the server answers.
+// Health returns an error if the server does not answer.
 func (c *Client) Health(ctx context.Context) (*Health, error) {
 	return decode[Health](c.wire.GetHealth(ctx))
 }
 
-// Ready asks whether the server can create sandboxes; an [*Error] with code
-// "not_ready" says that it cannot.
+// Ready returns an [*Error] with code "not_ready" if the server cannot create
+// sandboxes.
 func (c *Client) Ready(ctx context.Context) (*Health, error) {
 	return decode[Health](c.wire.GetReady(ctx))
 }

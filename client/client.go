@@ -1,16 +1,16 @@
-// Package client talks to a cay server: create sandboxes, run commands in them,
-// move files in and out.
+// Package client calls a cay server: it creates sandboxes, runs commands in them, and
+// moves files in and out.
 //
 //	c, err := client.New("http://127.0.0.1:7070", os.Getenv("CAY_API_KEY"))
-//	box, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Template: "python"}, client.CreateOptions{})
-//	defer c.DestroySandbox(context.WithoutCancel(ctx), box.ID)
-//	res, err := c.Execute(ctx, box.ID, client.ExecuteRequest{Args: []string{"python3", "-c", "print(6*7)"}})
+//	sandbox, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Template: "python"}, client.CreateOptions{})
+//	defer c.DestroySandbox(context.WithoutCancel(ctx), sandbox.ID)
+//	res, err := c.Execute(ctx, sandbox.ID, client.ExecuteRequest{Args: []string{"python3", "-c", "print(6*7)"}})
 //
 // The types of requests and answers are generated from openapi.yaml, which
-// describes every field. What the server refuses comes back as an [*Error]; anything
-// else is an error of the connection. A [Client] is safe for concurrent use and
-// keeps nothing but idle connections. It never tries a call again: with
-// [CreateOptions].IdempotencyKey the caller safely can.
+// describes every field. If the server refuses a call, the error is an [*Error]; any
+// other error is one of the connection. A [Client] is safe for concurrent use and
+// keeps nothing but idle connections. It never retries a call; a caller can safely
+// retry a create with [CreateOptions].IdempotencyKey.
 package client
 
 import (
@@ -29,13 +29,15 @@ import (
 )
 
 const (
-	// dialTimeout and headerTimeout end calls to a server that is gone. A
-	// command may run for 5 minutes before its answer begins, and a create wait for
-	// a boot and 10 minutes for its start command, so the latter must stay above that.
+	// dialTimeout and headerTimeout end calls to a server that is gone. A command
+	// may run for 5 minutes before its answer begins, and a create may wait for a
+	// boot and 10 minutes for its start command; a headerTimeout below that would
+	// break off good calls.
 	dialTimeout   = 10 * time.Second
 	headerTimeout = 12 * time.Minute
-	// maxAnswer bounds what a broken server can make us hold, bytes. The largest
-	// honest answer is two streams of 8 MiB that JSON escapes to six times their size.
+	// maxAnswer limits the memory that a broken server can make the client use,
+	// bytes. The largest honest answer has two streams of 8 MiB, which JSON may escape
+	// to six times their size; a lower limit would refuse it.
 	maxAnswer = 128 << 20
 )
 
@@ -44,9 +46,10 @@ type Client struct {
 	wire *wire
 }
 
-// Option changes how a [Client] works.
+// Option sets an option of a [Client].
 type Option func(*options)
 
+// options holds the settings of [New].
 type options struct {
 	http      *http.Client
 	userAgent string
@@ -59,8 +62,8 @@ func WithHTTPClient(h *http.Client) Option { return func(o *options) { o.http = 
 // WithUserAgent sets the User-Agent header.
 func WithUserAgent(name string) Option { return func(o *options) { o.userAgent = name } }
 
-// New makes a client for the server at baseURL (http or https, with a path if the
-// server stands behind one). It makes no call. An empty apiKey is enough for
+// New returns a client for the server at baseURL (http or https, with a path if the
+// server is reached below one). It makes no call. An empty apiKey is enough for
 // [Client.Health], [Client.Ready] and [Client.OpenAPI].
 func New(baseURL, apiKey string, opts ...Option) (*Client, error) {
 	u, err := url.Parse(baseURL)
@@ -77,19 +80,21 @@ func New(baseURL, apiKey string, opts ...Option) (*Client, error) {
 	if o.http == nil {
 		o.http = &http.Client{Transport: transport()}
 	}
-	w, err := newWire(u.String(), wireWithHTTPClient(o.http), wireWithRequestEditorFn(func(_ context.Context, r *http.Request) error {
+	identify := func(_ context.Context, r *http.Request) error {
 		if apiKey != "" {
 			r.Header.Set("Authorization", "Bearer "+apiKey)
 		}
 		r.Header.Set("User-Agent", o.userAgent)
 		return nil
-	}))
+	}
+	w, err := newWire(u.String(), wireWithHTTPClient(o.http), wireWithRequestEditorFn(identify))
 	if err != nil {
 		return nil, err
 	}
 	return &Client{wire: w}, nil
 }
 
+// transport returns the transport of a client without [WithHTTPClient].
 func transport() *http.Transport {
 	return &http.Transport{
 		Proxy:                 http.ProxyFromEnvironment,
@@ -102,20 +107,20 @@ func transport() *http.Transport {
 	}
 }
 
-// Error is what the server answered instead of a result.
+// Error reports that the server refused a call.
 type Error struct {
 	Status    int    // HTTP status
-	Code      string // stable, e.g. "sandbox_not_found"; "" when the answer was not cay's
+	Code      string // stable, e.g. "sandbox_not_found"; "" if the answer was not from cay
 	Detail    string // for people
 	Field     string // the offending field of the request, "" if none
-	RequestID string // leads to the server's log
+	RequestID string // names the request in the server's log
 
-	// RetryAfter is how long the server asks to wait before trying again; 0
-	// when it does not say.
+	// RetryAfter is the time that the server asks the caller to wait before a
+	// retry, 0 if it names none.
 	RetryAfter time.Duration
 }
 
-// Error says what is wrong, where, and how to find it in the server's log.
+// Error returns the field, the detail, the status, the code and the request's ID.
 func (e *Error) Error() string {
 	var b strings.Builder
 	if e.Field != "" {
@@ -138,7 +143,7 @@ func HasCode(err error, code string) bool {
 	return errors.As(err, &e) && e.Code == code
 }
 
-// errorOf reads an answer that is no success.
+// errorOf returns the error of an answer with a status other than 2xx.
 func errorOf(resp *http.Response) *Error {
 	e := &Error{Status: resp.StatusCode, RequestID: resp.Header.Get("X-Request-Id")}
 	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds > 0 {
@@ -147,7 +152,8 @@ func errorOf(resp *http.Response) *Error {
 	const maxProblem = 64 << 10 // bytes; cay's are under 1 KiB
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxProblem))
 	var p Problem
-	if err == nil && strings.HasPrefix(resp.Header.Get("Content-Type"), "application/problem+json") && json.Unmarshal(body, &p) == nil {
+	if err == nil && strings.HasPrefix(resp.Header.Get("Content-Type"), "application/problem+json") &&
+		json.Unmarshal(body, &p) == nil {
 		e.Code, e.Detail = p.Code, p.Detail
 		if p.Field != nil {
 			e.Field = *p.Field
@@ -159,7 +165,7 @@ func errorOf(resp *http.Response) *Error {
 	return e
 }
 
-// open gives the answer if it is a success; the caller closes its body.
+// open returns an answer with a status of 2xx, else an error. The caller closes the body.
 func open(resp *http.Response, err error) (*http.Response, error) {
 	if err != nil {
 		return nil, err
@@ -171,7 +177,7 @@ func open(resp *http.Response, err error) (*http.Response, error) {
 	return resp, nil
 }
 
-// decode reads a JSON answer.
+// decode decodes the JSON of an answer.
 func decode[T any](resp *http.Response, err error) (*T, error) {
 	if resp, err = open(resp, err); err != nil {
 		return nil, err
@@ -182,13 +188,13 @@ func decode[T any](resp *http.Response, err error) (*T, error) {
 	if err := json.NewDecoder(body).Decode(v); err != nil {
 		return nil, fmt.Errorf("decoding the server's answer: %w", err)
 	}
-	// What follows the value is a newline; reading it lets the connection be used
-	// again, and an error there changes nothing about the value.
+	// A newline follows the value. Reading it lets the connection be reused; an
+	// error of that read does not affect the value.
 	_, _ = io.CopyN(io.Discard, body, 512)
 	return v, nil
 }
 
-// done is for answers without a body.
+// done closes an answer without a body and returns the error of the call.
 func done(resp *http.Response, err error) error {
 	if resp, err = open(resp, err); err != nil {
 		return err
@@ -196,12 +202,13 @@ func done(resp *http.Response, err error) error {
 	return resp.Body.Close()
 }
 
-// ListOptions pages a listing.
+// ListOptions selects a page of a listing.
 type ListOptions struct {
 	Limit  int    // entries on a page, 1 to 200; 0 is the server's default, 50
 	Cursor string // NextCursor of the page before; "" is the first page
 }
 
+// params returns the options as parameters of a request, nil where they are not set.
 func (o ListOptions) params() (limit *int, cursor *string) {
 	if o.Limit != 0 {
 		limit = &o.Limit
@@ -212,7 +219,7 @@ func (o ListOptions) params() (limit *int, cursor *string) {
 	return limit, cursor
 }
 
-// all walks the pages of a listing and ends after the first error.
+// all returns an iterator over the entries of all pages of a listing, which ends after the first error.
 func all[T any](o ListOptions, page func(ListOptions) ([]T, *string, error)) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		for {

@@ -11,18 +11,18 @@ import (
 	"strings"
 )
 
-// acceptEvents asks for a stream of events.
+// acceptEvents changes a request to ask for a stream of events.
 func acceptEvents(_ context.Context, r *http.Request) error {
 	r.Header.Set("Accept", "text/event-stream")
 	return nil
 }
 
-// errLast ends the reading of events: the last one has come.
+// errLast is returned by a callback of readEvents to report that the last event has come.
 var errLast = errors.New("the last event")
 
-// readEvents hands the events of a stream to on until it says errLast, which is then no
-// error; event is "" where there is an id alone. An event has max bytes at the most. A stream that ends before is an
-// [io.ErrUnexpectedEOF].
+// readEvents calls on with each event of a stream, of up to max bytes, until on fails. event is
+// "" for an id without an event. readEvents returns nil if on returns errLast, and
+// [io.ErrUnexpectedEOF] if the stream ends before.
 func readEvents(r io.Reader, max int, on func(id, event string, data []byte) error) error {
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, max)
@@ -44,7 +44,7 @@ func readEvents(r io.Reader, max int, on func(id, event string, data []byte) err
 	return errors.Join(io.ErrUnexpectedEOF, lines.Err())
 }
 
-// errorOfEvent is the error of an event whose data is a problem.
+// errorOfEvent returns the error of an event whose data is a problem.
 func errorOfEvent(data []byte) error {
 	var p Problem
 	if err := json.Unmarshal(data, &p); err != nil {

@@ -7,25 +7,25 @@ import (
 	"iter"
 )
 
-// FeedOptions selects events of the organization; the zero value is all.
+// FeedOptions selects events of the organization; the zero value selects all.
 type FeedOptions struct {
-	After   string          // id of an event; only what comes after it
-	Types   []FeedEventType // any of; empty is all that the key may see
+	After   string          // id of an event; selects only later events
+	Types   []FeedEventType // selects events of any of these; empty is all that the key may see
 	Sandbox string          // id of a sandbox; "" is any
 	ListOptions
 }
 
-// ReadFeed returns a page of the organization's events, oldest first. It may be short or empty
-// and have a NextCursor all the same. An error with code "events_gone" says that events after the
-// given one have been dropped.
+// ReadFeed returns a page of the organization's events, oldest first. A page that is short or
+// empty may have a NextCursor too. An error with code "events_gone" reports that the server has
+// dropped events after o.After.
 func (c *Client) ReadFeed(ctx context.Context, o FeedOptions) (*FeedPage, error) {
 	p := o.params()
 	p.Limit, p.Cursor = o.ListOptions.params()
 	return decode[FeedPage](c.wire.ReadFeed(ctx, &p))
 }
 
-// Feed walks the organization's events, oldest first, up to the present, and ends after the first
-// error.
+// Feed returns an iterator over the organization's events up to the present, oldest first, which ends
+// after the first error.
 func (c *Client) Feed(ctx context.Context, o FeedOptions) iter.Seq2[FeedEvent, error] {
 	return all(o.ListOptions, func(page ListOptions) ([]FeedEvent, *string, error) {
 		o.ListOptions = page
@@ -37,6 +37,7 @@ func (c *Client) Feed(ctx context.Context, o FeedOptions) iter.Seq2[FeedEvent, e
 	})
 }
 
+// params returns the options as parameters of a request, without the page.
 func (o FeedOptions) params() ReadFeedParams {
 	p := ReadFeedParams{Type: o.Types}
 	if o.After != "" {
@@ -48,14 +49,16 @@ func (o FeedOptions) params() ReadFeedParams {
 	return p
 }
 
-// maxFeedEvent bounds an event of the feed, bytes. The longest has a detail of some KiB.
+// maxFeedEvent limits an event of the feed, bytes. The longest has a detail of some KiB, which a
+// much lower limit would refuse.
 const maxFeedEvent = 1 << 20
 
-// FollowFeed hands the organization's events to emit as they come: those after o.After, or new
-// ones if it is "". id is the place that has been reached; e is nil when there is a new one without
-// an event, as there is at the beginning. A stream that breaks off is an [io.ErrUnexpectedEOF], and
-// one whose server stops an [*Error] with code "stopping": follow again after the last id, and
-// nothing is missed or repeated. An error of emit ends it. Limit and Cursor are not looked at.
+// FollowFeed calls emit with the organization's events as they come: with those after o.After, or
+// with new ones if o.After is "". id is the position that the stream has reached; e is nil if the
+// position moved without an event, as at the beginning. If the stream breaks off, FollowFeed returns
+// [io.ErrUnexpectedEOF], and if the server stops, an [*Error] with code "stopping". A call with the
+// last id as o.After then continues without a gap or a repeated event. An error of emit ends
+// FollowFeed. It ignores Limit and Cursor.
 func (c *Client) FollowFeed(ctx context.Context, o FeedOptions, emit func(id string, e *FeedEvent) error) error {
 	p := o.params()
 	resp, err := open(c.wire.ReadFeed(ctx, &p, acceptEvents))

@@ -9,12 +9,13 @@ import (
 	"time"
 )
 
-// GetPort says where a port of a sandbox is reached and who may. It wakes nobody.
+// GetPort returns the URL of a port of a sandbox and whether the port is public. It does not
+// wake the sandbox.
 func (c *Client) GetPort(ctx context.Context, id string, port int) (*Port, error) {
 	return decode[Port](c.wire.GetPort(ctx, id, port))
 }
 
-// Ports lists the public ports of a sandbox.
+// Ports returns the public ports of a sandbox.
 func (c *Client) Ports(ctx context.Context, id string) ([]Port, error) {
 	l, err := decode[PortList](c.wire.ListPorts(ctx, id))
 	if err != nil {
@@ -23,14 +24,14 @@ func (c *Client) Ports(ctx context.Context, id string) ([]Port, error) {
 	return l.Ports, nil
 }
 
-// SetPortPublic makes a port one that anybody may reach, or that needs a key or a signed
-// URL, as it is in the beginning.
+// SetPortPublic makes a port public or private. Any client may reach a public port; a private
+// one, as each port is at first, needs a key or a signed URL.
 func (c *Client) SetPortPublic(ctx context.Context, id string, port int, public bool) (*Port, error) {
 	return decode[Port](c.wire.SetPort(ctx, id, port, PortSettings{Public: &public}))
 }
 
-// PortURL makes a URL that opens a port to whoever has it, for a time of 1s to 24h; 0 is
-// the server's default, 1h.
+// PortURL makes a signed URL that lets any holder reach a port, for a time of 1s to 24h; 0
+// is the server's default, 1h.
 func (c *Client) PortURL(ctx context.Context, id string, port int, expiresIn time.Duration) (*PortURL, error) {
 	var r CreatePortURLRequest
 	if expiresIn != 0 {
@@ -39,15 +40,16 @@ func (c *Client) PortURL(ctx context.Context, id string, port int, expiresIn tim
 	return decode[PortURL](c.wire.CreatePortURL(ctx, id, port, r))
 }
 
-// DialPort opens a TCP connection to a port of a sandbox, waking it if it is suspended.
-// ctx bounds the connection's whole life. It has a CloseWrite, which ends what is sent and not
-// what comes; its deadlines and addresses are not supported.
+// DialPort opens a TCP connection to a port of a sandbox, and wakes the sandbox if it is suspended.
+// ctx bounds the connection until its end. The connection has a method CloseWrite, which ends
+// sending and not receiving; it supports no deadlines and no addresses.
 func (c *Client) DialPort(ctx context.Context, id string, port int) (net.Conn, error) {
-	resp, err := c.wire.OpenTunnel(ctx, id, &OpenTunnelParams{Port: port}, func(_ context.Context, r *http.Request) error {
+	upgrade := func(_ context.Context, r *http.Request) error {
 		r.Header.Set("Connection", "Upgrade")
 		r.Header.Set("Upgrade", "tcp")
 		return nil
-	})
+	}
+	resp, err := c.wire.OpenTunnel(ctx, id, &OpenTunnelParams{Port: port}, upgrade)
 	if err != nil {
 		return nil, err
 	}
@@ -65,7 +67,7 @@ type portConn struct {
 	name string
 }
 
-// CloseWrite ends what is sent.
+// CloseWrite ends sending; the connection can still be read.
 func (p *portConn) CloseWrite() error {
 	half, ok := p.ReadWriteCloser.(interface{ CloseWrite() error })
 	if !ok {
@@ -74,13 +76,13 @@ func (p *portConn) CloseWrite() error {
 	return half.CloseWrite()
 }
 
-// portAddr is a port of a sandbox.
+// portAddr names a port of a sandbox.
 type portAddr string
 
-// Network is "cay": it can be dialled with [Client.DialPort] alone.
+// Network returns "cay": only [Client.DialPort] can dial the address.
 func (portAddr) Network() string { return "cay" }
 
-// String is the sandbox's ID and the port.
+// String returns the sandbox's ID and the port.
 func (a portAddr) String() string { return string(a) }
 
 func (p *portConn) LocalAddr() net.Addr  { return portAddr("") }

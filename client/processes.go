@@ -9,8 +9,9 @@ import (
 	"time"
 )
 
-// maxOutputEvent bounds an event with output, bytes: a piece has 64 KiB, or what waited of
-// 8 MiB, which JSON makes up to six times as long.
+// maxOutputEvent limits an event with output, bytes. A piece of output has 64 KiB, or up to 8 MiB
+// that waited to be sent, and JSON may escape it to six times its size; a lower limit would refuse
+// such events.
 const maxOutputEvent = 64 << 20
 
 // Streams of output.
@@ -20,20 +21,21 @@ const (
 	StreamTerminal = string(OutputPieceStreamTerminal)
 )
 
-// Output is a piece of what a running process writes, or what is told beside.
+// Output reports a piece of a process's output, the process's start, or a gap in its output.
 type Output struct {
-	PID int // of the process that was started; then nothing else is set
+	PID int // of a process that was started; the other fields are then not set
 
-	Stream string // StreamStdout, StreamStderr or StreamTerminal; "" with Lost
+	Stream string // StreamStdout, StreamStderr or StreamTerminal; "" for a gap
 	Offset int64  // of the first byte, counting all streams; 0 in an execution that is not detached
 	Data   []byte
-	Lost   int64 // so many bytes from Offset on are not kept any more
+	Lost   int64 // length of a gap that begins at Offset, bytes: they are no longer kept
 }
 
-// ExecuteStream runs a command and hands its output to on as it comes, then says how it
-// ended. When ctx ends or on fails, the command is killed, unless r.Detach: then it goes on,
-// and can be followed again. A stream that breaks off is an [io.ErrUnexpectedEOF].
-func (c *Client) ExecuteStream(ctx context.Context, id string, r ExecuteRequest, on func(Output) error) (*ProcessExit, error) {
+// ExecuteStream runs a command, calls on with its output as it comes, and returns its end. When ctx
+// ends or on fails, the command is killed; with r.Detach it goes on instead, and can be followed
+// again. If the stream breaks off, ExecuteStream returns [io.ErrUnexpectedEOF].
+func (c *Client) ExecuteStream(ctx context.Context, id string, r ExecuteRequest, on func(Output) error) (
+	*ProcessExit, error) {
 	resp, err := open(c.wire.ExecuteCommand(ctx, id, r, acceptEvents))
 	if err != nil {
 		return nil, err
@@ -41,13 +43,13 @@ func (c *Client) ExecuteStream(ctx context.Context, id string, r ExecuteRequest,
 	return followed(resp, on)
 }
 
-// StartProcess starts a process that goes on by itself.
+// StartProcess starts a process that outlives the call.
 func (c *Client) StartProcess(ctx context.Context, id string, r StartProcessRequest) (*Process, error) {
 	return decode[Process](c.wire.StartProcess(ctx, id, r))
 }
 
-// ListProcesses returns what calls have started and still runs, and what has ended and is
-// still known, newest first.
+// ListProcesses returns the processes that calls have started and that still run, and the ended
+// ones that are still known, newest first.
 func (c *Client) ListProcesses(ctx context.Context, id string) ([]Process, error) {
 	l, err := decode[ProcessList](c.wire.ListProcesses(ctx, id))
 	if err != nil {
@@ -56,13 +58,13 @@ func (c *Client) ListProcesses(ctx context.Context, id string) ([]Process, error
 	return l.Processes, nil
 }
 
-// GetProcess returns the process of a pid or tag.
+// GetProcess returns the process with a pid or tag.
 func (c *Client) GetProcess(ctx context.Context, id, process string) (*Process, error) {
 	return decode[Process](c.wire.GetProcess(ctx, id, process))
 }
 
-// WaitProcess returns a process when it has ended, or as it is after a time of up to 5
-// minutes.
+// WaitProcess returns a process when it has ended, or as it is after the time within, which is
+// up to 5 minutes.
 func (c *Client) WaitProcess(ctx context.Context, id, process string, within time.Duration) (*Process, error) {
 	return decode[Process](c.wire.WaitProcess(ctx, id, process, &WaitProcessParams{Timeout: new(within.String())}))
 }
@@ -72,13 +74,13 @@ func (c *Client) SignalProcess(ctx context.Context, id, process, signal string) 
 	return done(c.wire.SignalProcess(ctx, id, process, SignalRequest{Signal: signal}))
 }
 
-// KillProcess kills a process with all that descends from it, and forgets it.
+// KillProcess kills a process with all its descendants, and makes the sandbox forget it.
 func (c *Client) KillProcess(ctx context.Context, id, process string) error {
 	return done(c.wire.KillProcess(ctx, id, process))
 }
 
-// WriteProcessStdin writes body, up to 8 MiB, to a process's input as it comes and returns
-// how much was taken; with end the input is at its end then. body is not closed.
+// WriteProcessStdin writes body, up to 8 MiB, to a process's input as it comes, and returns the
+// number of bytes that the input took; with end it then ends the input. It does not close body.
 func (c *Client) WriteProcessStdin(ctx context.Context, id, process string, body io.Reader, end bool) (int64, error) {
 	p := WriteProcessStdinParams{}
 	if end {
@@ -91,43 +93,48 @@ func (c *Client) WriteProcessStdin(ctx context.Context, id, process string, body
 		size = n
 	}
 	if _, closes := body.(io.Closer); closes && body != http.NoBody {
-		body = struct{ io.Reader }{body} // net/http would close what is the caller's
+		body = struct{ io.Reader }{body} // net/http would close the caller's body
 	}
-	taken, err := decode[InputTaken](c.wire.WriteProcessStdinWithBody(ctx, id, process, &p, "application/octet-stream", body, func(_ context.Context, r *http.Request) error {
+	setLength := func(_ context.Context, r *http.Request) error {
 		r.ContentLength = size
 		return nil
-	}))
+	}
+	taken, err := decode[InputTaken](c.wire.WriteProcessStdinWithBody(ctx, id, process, &p,
+		"application/octet-stream", body, setLength))
 	if err != nil {
 		return 0, err
 	}
 	return taken.Written, nil
 }
 
-// ResizeProcessTerminal tells a process's terminal its size.
+// ResizeProcessTerminal sets the size of a process's terminal.
 func (c *Client) ResizeProcessTerminal(ctx context.Context, id, process string, size TerminalSize) error {
 	return done(c.wire.ResizeProcessTerminal(ctx, id, process, size))
 }
 
-// ProcessOutput returns what is kept of a process's output from an offset on.
+// ProcessOutput returns the kept output of a process from an offset on.
 func (c *Client) ProcessOutput(ctx context.Context, id, process string, offset int64) (*ProcessOutput, error) {
 	return decode[ProcessOutput](c.wire.GetProcessOutput(ctx, id, process, &GetProcessOutputParams{Offset: &offset}))
 }
 
-// Bytes is the output as the process wrote it, whatever the encoding.
+// Bytes returns the output as the process wrote it; it decodes Data if Encoding is set.
 func (p *OutputPiece) Bytes() ([]byte, error) { return outputBytes(p.Data, p.Encoding != nil) }
 
-// FollowProcess hands a process's output from an offset on to f, what is kept first, then as
-// it comes, and says how it ended. A stream that breaks off is an [io.ErrUnexpectedEOF]:
-// follow again from the offset after the last byte. An error of f ends it.
-func (c *Client) FollowProcess(ctx context.Context, id, process string, offset int64, on func(Output) error) (*ProcessExit, error) {
-	resp, err := open(c.wire.GetProcessOutput(ctx, id, process, &GetProcessOutputParams{Offset: &offset}, acceptEvents))
+// FollowProcess calls on with a process's output from an offset on, first with what is kept, then
+// as it comes, and returns the process's end. If the stream breaks off, FollowProcess returns
+// [io.ErrUnexpectedEOF]; a call with the offset after the last byte then continues. An error of on
+// ends FollowProcess.
+func (c *Client) FollowProcess(ctx context.Context, id, process string, offset int64, on func(Output) error) (
+	*ProcessExit, error) {
+	p := &GetProcessOutputParams{Offset: &offset}
+	resp, err := open(c.wire.GetProcessOutput(ctx, id, process, p, acceptEvents))
 	if err != nil {
 		return nil, err
 	}
 	return followed(resp, on)
 }
 
-// followed reads a stream of output to its end.
+// followed calls on with the output of a stream, and returns the end of the process.
 func followed(resp *http.Response, on func(Output) error) (*ProcessExit, error) {
 	defer resp.Body.Close()
 	exit := new(ProcessExit)
@@ -146,7 +153,7 @@ func followed(resp *http.Response, on func(Output) error) (*ProcessExit, error) 
 			return fmt.Errorf("decoding the event %s: %w", event, err)
 		}
 		if !known {
-			return nil // of a newer server
+			return nil // a newer server sent it
 		}
 		return on(out)
 	})
@@ -156,6 +163,7 @@ func followed(resp *http.Response, on func(Output) error) (*ProcessExit, error) 
 	return exit, nil
 }
 
+// outputOf returns the output of an event, and whether the event is of a known type.
 func outputOf(event string, data []byte) (out Output, known bool, err error) {
 	switch event {
 	case "started":

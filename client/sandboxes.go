@@ -9,16 +9,17 @@ import (
 	"time"
 )
 
-// CreateOptions says how to create; the zero value waits until the sandbox runs.
+// CreateOptions holds the options of [Client.CreateSandbox].
 type CreateOptions struct {
-	// NoWait returns at once, with a sandbox that is still creating.
+	// NoWait makes CreateSandbox return at once, with a sandbox that is still creating.
 	NoWait bool
-	// IdempotencyKey makes it safe to try again: the same key and request within
-	// 24 hours give the same sandbox. 1 to 255 printable ASCII characters; "" is off.
+	// IdempotencyKey makes a retry safe: calls with the same key and request within 24
+	// hours return the same sandbox. It has 1 to 255 printable ASCII characters; "" is
+	// none.
 	IdempotencyKey string
 }
 
-// CreateSandbox makes a sandbox and returns when it runs.
+// CreateSandbox makes a sandbox and returns when it runs, or at once if o.NoWait is set.
 func (c *Client) CreateSandbox(ctx context.Context, r CreateSandboxRequest, o CreateOptions) (*Sandbox, error) {
 	var p CreateSandboxParams
 	if o.NoWait {
@@ -30,10 +31,10 @@ func (c *Client) CreateSandbox(ctx context.Context, r CreateSandboxRequest, o Cr
 	return decode[Sandbox](c.wire.CreateSandbox(ctx, &p, r))
 }
 
-// ListSandboxesOptions selects and pages; the zero value is the first page of all
-// that are not destroyed.
+// ListSandboxesOptions selects sandboxes and a page; the zero value selects the first
+// page of all sandboxes that are not destroyed.
 type ListSandboxesOptions struct {
-	Status   []SandboxStatus   // any of; empty is all but destroyed
+	Status   []SandboxStatus   // selects sandboxes in any of these; empty is all but destroyed
 	Metadata map[string]string // all must match
 	ListOptions
 }
@@ -48,7 +49,7 @@ func (c *Client) ListSandboxes(ctx context.Context, o ListSandboxesOptions) (*Sa
 	return decode[SandboxList](c.wire.ListSandboxes(ctx, &p, withMetadata(o.Metadata)))
 }
 
-// withMetadata adds the filters, whose names OpenAPI cannot describe.
+// withMetadata adds filters by metadata to a request. OpenAPI cannot describe their names.
 func withMetadata(metadata map[string]string) requestEditor {
 	return func(_ context.Context, r *http.Request) error {
 		q := url.Values{}
@@ -65,8 +66,8 @@ func withMetadata(metadata map[string]string) requestEditor {
 	}
 }
 
-// Sandboxes walks all sandboxes that o selects, page by page, and ends after the
-// first error.
+// Sandboxes returns an iterator over all sandboxes that o selects, which reads them page
+// by page and ends after the first error.
 func (c *Client) Sandboxes(ctx context.Context, o ListSandboxesOptions) iter.Seq2[Sandbox, error] {
 	return all(o.ListOptions, func(page ListOptions) ([]Sandbox, *string, error) {
 		o.ListOptions = page
@@ -78,7 +79,8 @@ func (c *Client) Sandboxes(ctx context.Context, o ListSandboxesOptions) iter.Seq
 	})
 }
 
-// GetSandbox returns a sandbox. It never wakes it and does not count as activity.
+// GetSandbox returns a sandbox. The call never wakes the sandbox and does not count as
+// activity.
 func (c *Client) GetSandbox(ctx context.Context, id string) (*Sandbox, error) {
 	return decode[Sandbox](c.wire.GetSandbox(ctx, id))
 }
@@ -88,8 +90,8 @@ func (c *Client) DestroySandbox(ctx context.Context, id string) error {
 	return done(c.wire.DestroySandbox(ctx, id))
 }
 
-// Keepalive gives an ephemeral sandbox a new lifetime from now; 0 is its own.
-// Above 24 hours is clamped to 24 hours.
+// Keepalive gives an ephemeral sandbox a new lifetime from now on; 0 is the sandbox's own
+// lifetime. The server clamps a timeout above 24 hours to 24 hours.
 func (c *Client) Keepalive(ctx context.Context, id string, timeout time.Duration) (*Sandbox, error) {
 	var r KeepaliveRequest
 	if timeout != 0 {
@@ -98,31 +100,31 @@ func (c *Client) Keepalive(ctx context.Context, id string, timeout time.Duration
 	return decode[Sandbox](c.wire.KeepaliveSandbox(ctx, id, r))
 }
 
-// DurationOrZero is a duration such as "10m"; "0" is never.
+// DurationOrZero is a duration such as "10m"; "0" means never.
 type DurationOrZero = string
 
-// Wake makes sure a sandbox runs: a suspended one is woken where it was. Calls that
-// use a sandbox do it by themselves.
+// Wake wakes a suspended sandbox, which continues where it was, and returns when it runs.
+// Calls that use a sandbox wake it themselves.
 func (c *Client) Wake(ctx context.Context, id string) (*Sandbox, error) {
 	return decode[Sandbox](c.wire.WakeSandbox(ctx, id))
 }
 
-// Suspend writes a persistent sandbox to disk, its memory and processes included,
-// and returns when it takes none of the machine any more. The next call that uses
-// it wakes it. "sandbox_in_use" is the code when calls are being made in it.
+// Suspend saves a persistent sandbox to disk with its memory and processes, and returns
+// when the sandbox uses no CPU or memory of the machine. The next call that uses the
+// sandbox wakes it. While other calls use it, Suspend fails with code "sandbox_in_use".
 func (c *Client) Suspend(ctx context.Context, id string) (*Sandbox, error) {
 	return decode[Sandbox](c.wire.SuspendSandbox(ctx, id))
 }
 
-// Checkpoint takes a recovery point of a running persistent sandbox, what it falls
-// back to when the machine or the sandbox's kernel dies. The sandbox runs on after a
-// pause that grows with its memory.
+// Checkpoint takes a recovery point of a running persistent sandbox. The sandbox falls
+// back to it when the machine or the sandbox's kernel dies. It runs on after a pause that
+// grows with its memory.
 func (c *Client) Checkpoint(ctx context.Context, id string) (*RecoveryPoint, error) {
 	return decode[RecoveryPoint](c.wire.CheckpointSandbox(ctx, id))
 }
 
-// SetEgress replaces a sandbox's egress policy, at once and for established connections
-// too; a suspended sandbox has it when it wakes.
+// SetEgress replaces a sandbox's egress policy, at once and also for established
+// connections. For a suspended sandbox the new policy applies when it wakes.
 func (c *Client) SetEgress(ctx context.Context, id string, e Egress) (*Sandbox, error) {
 	return decode[Sandbox](c.wire.SetEgress(ctx, id, e))
 }
@@ -134,7 +136,8 @@ func (c *Client) ListEvents(ctx context.Context, id string, o ListOptions) (*Eve
 	return decode[EventList](c.wire.ListEvents(ctx, id, &p))
 }
 
-// Events walks all events of a sandbox, newest first, and ends after the first error.
+// Events returns an iterator over all events of a sandbox, newest first, which ends after the
+// first error.
 func (c *Client) Events(ctx context.Context, id string, o ListOptions) iter.Seq2[Event, error] {
 	return all(o, func(page ListOptions) ([]Event, *string, error) {
 		l, err := c.ListEvents(ctx, id, page)
@@ -145,23 +148,26 @@ func (c *Client) Events(ctx context.Context, id string, o ListOptions) iter.Seq2
 	})
 }
 
-// Execute runs a command and returns when it has ended, waking the sandbox first if
-// it is suspended. A command that fails is no error: see ExitCode. When ctx ends,
+// Execute runs a command and returns when it has ended. It first wakes a suspended
+// sandbox. If the command fails, Execute returns its ExitCode and no error. When ctx ends,
 // the command is killed.
 func (c *Client) Execute(ctx context.Context, id string, r ExecuteRequest) (*ExecuteResult, error) {
 	return decode[ExecuteResult](c.wire.ExecuteCommand(ctx, id, r))
 }
 
-// StdoutBytes is the standard output as the command wrote it, whatever the encoding.
+// StdoutBytes returns the standard output as the command wrote it; it decodes Stdout if
+// StdoutEncoding is set.
 func (r *ExecuteResult) StdoutBytes() ([]byte, error) {
 	return outputBytes(r.Stdout, r.StdoutEncoding != nil)
 }
 
-// StderrBytes is the standard error as the command wrote it, whatever the encoding.
+// StderrBytes returns the standard error as the command wrote it; it decodes Stderr if
+// StderrEncoding is set.
 func (r *ExecuteResult) StderrBytes() ([]byte, error) {
 	return outputBytes(r.Stderr, r.StderrEncoding != nil)
 }
 
+// outputBytes returns the bytes of s, which is base64 if encoded.
 func outputBytes(s string, encoded bool) ([]byte, error) {
 	if encoded {
 		return base64.StdEncoding.DecodeString(s)

@@ -5,8 +5,8 @@ import (
 	"iter"
 )
 
-// CreateSnapshot keeps a sandbox as it is now, under a name if that is not "". Make others
-// from it with CreateSandboxRequest.Snapshot.
+// CreateSnapshot makes a snapshot of a sandbox in its present state, with a name unless that is
+// "". CreateSandboxRequest.Snapshot creates other sandboxes from it.
 func (c *Client) CreateSnapshot(ctx context.Context, id, name string) (*Snapshot, error) {
 	var r CreateSnapshotRequest
 	if name != "" {
@@ -15,7 +15,7 @@ func (c *Client) CreateSnapshot(ctx context.Context, id, name string) (*Snapshot
 	return decode[Snapshot](c.wire.CreateSnapshot(ctx, id, r))
 }
 
-// ListSnapshotsOptions selects and pages; the zero value is the first page of all.
+// ListSnapshotsOptions selects snapshots and a page; the zero value selects the first page of all.
 type ListSnapshotsOptions struct {
 	SandboxID string // "" is any
 	Name      string // "" is any
@@ -35,8 +35,8 @@ func (c *Client) ListSnapshots(ctx context.Context, o ListSnapshotsOptions) (*Sn
 	return decode[SnapshotList](c.wire.ListSnapshots(ctx, &p))
 }
 
-// Snapshots walks all snapshots that o selects, page by page, and ends after the first
-// error.
+// Snapshots returns an iterator over all snapshots that o selects, which reads them page by page
+// and ends after the first error.
 func (c *Client) Snapshots(ctx context.Context, o ListSnapshotsOptions) iter.Seq2[Snapshot, error] {
 	return all(o.ListOptions, func(page ListOptions) ([]Snapshot, *string, error) {
 		o.ListOptions = page
@@ -53,14 +53,14 @@ func (c *Client) GetSnapshot(ctx context.Context, nameOrID string) (*Snapshot, e
 	return decode[Snapshot](c.wire.GetSnapshot(ctx, nameOrID))
 }
 
-// DeleteSnapshot deletes a snapshot by name or id. Sandboxes made from it go on.
+// DeleteSnapshot deletes a snapshot by name or id. Sandboxes that were created from it go on.
 func (c *Client) DeleteSnapshot(ctx context.Context, nameOrID string) error {
 	return done(c.wire.DeleteSnapshot(ctx, nameOrID))
 }
 
-// Fork makes children of a running sandbox, which go on from where it is now. There is one
-// for each that was asked for: a sandbox, or why it was not made. An error says that there
-// is none at all.
+// Fork creates sandboxes from the present state of a running one. It returns one child for each
+// that was requested: a sandbox, or the reason why that was not created. After an error there are
+// no children.
 func (c *Client) Fork(ctx context.Context, id string, r ForkRequest) ([]ForkChild, error) {
 	result, err := decode[ForkResult](c.wire.ForkSandbox(ctx, id, r))
 	if err != nil {

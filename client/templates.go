@@ -20,7 +20,7 @@ func (c *Client) ListTemplates(ctx context.Context, o ListOptions) (*TemplateLis
 	return decode[TemplateList](c.wire.ListTemplates(ctx, &p))
 }
 
-// Templates walks all templates and ends after the first error.
+// Templates returns an iterator over all templates, which ends after the first error.
 func (c *Client) Templates(ctx context.Context, o ListOptions) iter.Seq2[Template, error] {
 	return all(o, func(page ListOptions) ([]Template, *string, error) {
 		l, err := c.ListTemplates(ctx, page)
@@ -45,9 +45,9 @@ func (c *Client) TemplateLogs(ctx context.Context, nameOrID string) ([]TemplateL
 	return l.Lines, nil
 }
 
-// CreateTemplate has a template built and returns at once. source is the build context,
-// a tar, plain or compressed with gzip, that is streamed to the server; nil is none. It
-// is not closed.
+// CreateTemplate makes the server build a template, and returns once the server has taken the
+// request. source is the build context, a tar archive, plain or compressed with gzip, that is
+// streamed to the server; nil is none. CreateTemplate does not close it.
 func (c *Client) CreateTemplate(ctx context.Context, r CreateTemplateRequest, source io.Reader) (*Template, error) {
 	if source == nil {
 		return decode[Template](c.wire.CreateTemplate(ctx, r))
@@ -59,13 +59,14 @@ func (c *Client) CreateTemplate(ctx context.Context, r CreateTemplateRequest, so
 	return decode[Template](c.wire.CreateTemplateWithBody(ctx, contentType, body, askFirst))
 }
 
-// RebuildTemplate has a template built again and returns at once: from the same inputs if
-// r is nil or has only credentials, else from those of r and source, as in
-// [Client.CreateTemplate].
-func (c *Client) RebuildTemplate(ctx context.Context, nameOrID string, r *RebuildTemplateRequest, source io.Reader) (*Template, error) {
+// RebuildTemplate makes the server build a template again, and returns once the server has taken
+// the request. The build has the same inputs if r is nil or has only credentials, else those of r
+// and source, as in [Client.CreateTemplate].
+func (c *Client) RebuildTemplate(ctx context.Context, nameOrID string, r *RebuildTemplateRequest,
+	source io.Reader) (*Template, error) {
 	switch {
 	case r == nil && source != nil:
-		return nil, errors.New("rebuilding from a context: a request must say what to make of it")
+		return nil, errors.New("rebuilding from a context: a request must say how to build it")
 	case r == nil:
 		return decode[Template](c.wire.RebuildTemplateWithBody(ctx, nameOrID, "application/json", http.NoBody))
 	case source == nil:
@@ -78,42 +79,50 @@ func (c *Client) RebuildTemplate(ctx context.Context, nameOrID string, r *Rebuil
 	return decode[Template](c.wire.RebuildTemplateWithBody(ctx, nameOrID, contentType, body, askFirst))
 }
 
-// withContext is a body of two parts.
+// withContext returns a multipart body of a request and its build context.
 func withContext(r any, source io.Reader) (contentType string, body io.Reader, err error) {
 	var head bytes.Buffer
 	w := multipart.NewWriter(&head)
-	part, err := w.CreatePart(textproto.MIMEHeader{"Content-Disposition": {`form-data; name="template"`}, "Content-Type": {"application/json"}})
+	part, err := w.CreatePart(textproto.MIMEHeader{
+		"Content-Disposition": {`form-data; name="template"`},
+		"Content-Type":        {"application/json"},
+	})
 	if err == nil {
 		err = json.NewEncoder(part).Encode(r)
 	}
 	if err == nil {
-		_, err = w.CreatePart(textproto.MIMEHeader{"Content-Disposition": {`form-data; name="context"; filename="context.tar"`}, "Content-Type": {"application/x-tar"}})
+		_, err = w.CreatePart(textproto.MIMEHeader{
+			"Content-Disposition": {`form-data; name="context"; filename="context.tar"`},
+			"Content-Type":        {"application/x-tar"},
+		})
 	}
 	if err != nil {
 		return "", nil, fmt.Errorf("encoding the request: %w", err)
 	}
-	// The end of the body is written after what was streamed in between.
+	// head then holds the end of the body, which follows the streamed context.
 	begin := bytes.Clone(head.Bytes())
 	head.Reset()
 	if err := w.Close(); err != nil {
 		return "", nil, fmt.Errorf("encoding the request: %w", err)
 	}
-	return w.FormDataContentType(), io.MultiReader(bytes.NewReader(begin), source, bytes.NewReader(head.Bytes())), nil
+	body = io.MultiReader(bytes.NewReader(begin), source, bytes.NewReader(head.Bytes()))
+	return w.FormDataContentType(), body, nil
 }
 
-// askFirst saves sending a context for a request that is refused.
+// askFirst makes a request ask the server before it sends its body, so that no context is sent
+// for a request that is refused.
 func askFirst(_ context.Context, r *http.Request) error {
 	r.Header.Set("Expect", "100-continue")
 	return nil
 }
 
-// CancelTemplateBuild ends the build of a template that waits or runs.
+// CancelTemplateBuild ends the waiting or running build of a template.
 func (c *Client) CancelTemplateBuild(ctx context.Context, nameOrID string) (*Template, error) {
 	return decode[Template](c.wire.CancelTemplateBuild(ctx, nameOrID))
 }
 
-// DeleteTemplate deletes a template; with force also while there are sandboxes of it,
-// which go on.
+// DeleteTemplate deletes a template. With force it also deletes one that has sandboxes; they
+// go on.
 func (c *Client) DeleteTemplate(ctx context.Context, nameOrID string, force bool) error {
 	p := DeleteTemplateParams{}
 	if force {
@@ -122,16 +131,17 @@ func (c *Client) DeleteTemplate(ctx context.Context, nameOrID string, force bool
 	return done(c.wire.DeleteTemplate(ctx, nameOrID, &p))
 }
 
-// maxEvent bounds an event of a log, bytes: a line has at most 4000 characters, the
-// template at the end an environment of 128 KiB.
+// maxEvent limits an event of a log, bytes. A line has at most 4000 characters, and the
+// template at the end an environment of 128 KiB; a lower limit might refuse that.
 const maxEvent = 4 << 20
 
-// FollowTemplate hands the lines of the newest build's log to emit as they are written,
-// those that are there first, and returns the template when the build is over. id names a
-// line; after is the id of the last one that is not wanted again, "" is all. A stream that
-// breaks off is an [io.ErrUnexpectedEOF]: follow again after the last id. An error of emit
-// ends it.
-func (c *Client) FollowTemplate(ctx context.Context, nameOrID, after string, emit func(id string, line TemplateLogLine) error) (*Template, error) {
+// FollowTemplate calls emit with the lines of the newest build's log, first with those that are
+// there, then as they are written, and returns the template when the build is over. id names a
+// line. after is the id of the line after which to begin, "" for all. If the stream breaks off,
+// FollowTemplate returns [io.ErrUnexpectedEOF]; a call with the last id as after then continues. An
+// error of emit ends FollowTemplate.
+func (c *Client) FollowTemplate(ctx context.Context, nameOrID, after string,
+	emit func(id string, line TemplateLogLine) error) (*Template, error) {
 	p := GetTemplateLogsParams{}
 	if after != "" {
 		p.LastEventID = &after

@@ -13,31 +13,33 @@ import (
 	"github.com/coder/websocket"
 )
 
-// TerminalOptions says which terminal to open; the zero value is a login shell of 80
-// columns and 24 rows.
+// TerminalOptions holds the options of [Client.OpenTerminal]; the zero value is a login shell
+// in a terminal of 80 columns and 24 rows.
 type TerminalOptions struct {
 	Cols, Rows int           // 0 is the default
 	Command    string        // shell command line instead of a login shell
 	User       string        // name or number; "" is the template's, else root
 	Workdir    string        // "" is the template's, else the user's home
-	Term       string        // the variable TERM; "" is xterm-256color
-	Grace      time.Duration // how long it lives without a client; 0 is a minute
+	Term       string        // value of the variable TERM; "" is xterm-256color
+	Grace      time.Duration // time for which the process lives without a client; 0 is a minute
 
-	// Process is the pid or tag of a process to join instead of starting one, and Offset that
-	// of the first byte to get then; nil is all that is kept.
+	// Process is the pid or tag of a process to join instead of starting one. Offset is then
+	// the offset of the first byte to get; nil is that of the first byte that is kept.
 	Process string
 	Offset  *int64
 }
 
+// params returns the options as parameters of a request.
 func (o TerminalOptions) params() *OpenTerminalParams {
-	p := &OpenTerminalParams{Command: orNil(o.Command), User: orNil(o.User), Workdir: orNil(o.Workdir), Term: orNil(o.Term), Process: orNil(o.Process),
-		Cols: orNil(o.Cols), Rows: orNil(o.Rows), Offset: o.Offset}
+	p := &OpenTerminalParams{Command: orNil(o.Command), User: orNil(o.User), Workdir: orNil(o.Workdir),
+		Term: orNil(o.Term), Process: orNil(o.Process), Cols: orNil(o.Cols), Rows: orNil(o.Rows), Offset: o.Offset}
 	if o.Grace != 0 {
 		p.Grace = new(o.Grace.String())
 	}
 	return p
 }
 
+// orNil returns a pointer to v, nil for the zero value.
 func orNil[T comparable](v T) *T {
 	var zero T
 	if v == zero {
@@ -49,10 +51,10 @@ func orNil[T comparable](v T) *T {
 // Terminal is a connection to a terminal. One goroutine may read while others write and
 // resize.
 type Terminal struct {
-	PID int // what joins it again
+	PID int // process id, with which TerminalOptions.Process joins the process again
 
 	conn *websocket.Conn
-	rest []byte // of the frame that is being read
+	rest []byte // unread part of the frame that is being read
 
 	mu     sync.Mutex
 	offset int64
@@ -60,8 +62,9 @@ type Terminal struct {
 	exit   *ProcessExit
 }
 
-// OpenTerminal starts a shell with a terminal, or joins one. ctx ends the opening only. A
-// terminal that is closed, or whose connection breaks, lives on for its grace.
+// OpenTerminal starts a shell or command with a terminal, or joins a process with one. ctx bounds
+// only the opening. When the terminal is closed or its connection breaks, the process lives on for
+// its grace.
 func (c *Client) OpenTerminal(ctx context.Context, id string, o TerminalOptions) (*Terminal, error) {
 	w := c.wire
 	req, err := newOpenTerminalRequest(w.Server, id, o.params())
@@ -86,13 +89,13 @@ func (c *Client) OpenTerminal(ctx context.Context, id string, o TerminalOptions)
 	conn.SetReadLimit(1 << 20) // bytes of a frame; the server's have 64 KiB
 	t := &Terminal{conn: conn}
 	if err := t.begin(ctx); err != nil {
-		_ = conn.CloseNow() // the error is what counts
+		_ = conn.CloseNow() // the error of begin is the one to report
 		return nil, err
 	}
 	return t, nil
 }
 
-// begin reads what the server says first.
+// begin reads the server's first message, which names the process.
 func (t *Terminal) begin(ctx context.Context) error {
 	kind, b, err := t.conn.Read(ctx)
 	if err != nil {
@@ -102,12 +105,13 @@ func (t *Terminal) begin(ctx context.Context) error {
 		err = t.told(b)
 	}
 	if err == nil && t.PID == 0 {
-		err = errors.New("opening the terminal: the server does not say of which process it is")
+		err = errors.New("opening the terminal: the server does not name its process")
 	}
 	return err
 }
 
-// told takes what the server says in a text frame.
+// told handles a message of the server, which is a text frame. It returns [io.EOF] for the end of
+// the process, and an [*Error] for an error that the server reports.
 func (t *Terminal) told(b []byte) error {
 	var said struct {
 		Type   string `json:"type"`
@@ -118,7 +122,7 @@ func (t *Terminal) told(b []byte) error {
 		Detail string `json:"detail"`
 	}
 	if err := json.Unmarshal(b, &said); err != nil {
-		return fmt.Errorf("decoding what the server says: %w", err)
+		return fmt.Errorf("decoding a message of the server: %w", err)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -140,12 +144,12 @@ func (t *Terminal) told(b []byte) error {
 	return nil
 }
 
-// Read reads what the terminal shows. The end of its process is [io.EOF], see Exit; an
-// [*Error] is what the server says, any other one the connection's: joining the process
-// again at Offset goes on where it broke.
+// Read reads output of the terminal. It returns [io.EOF] at the end of the process, which Exit
+// then describes, and an [*Error] if the server reports an error. Any other error is one of the
+// connection; joining the process again at Offset continues after it.
 func (t *Terminal) Read(p []byte) (int, error) {
 	for len(t.rest) == 0 {
-		// Close is what ends it.
+		// No context bounds this read; Close ends it.
 		kind, b, err := t.conn.Read(context.Background())
 		if err != nil {
 			return 0, fmt.Errorf("reading from the terminal: %w", errors.Join(io.ErrUnexpectedEOF, err))
@@ -166,7 +170,7 @@ func (t *Terminal) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// Write types.
+// Write sends p as input of the terminal.
 func (t *Terminal) Write(p []byte) (int, error) {
 	const piece = 64 << 10 // bytes in a frame
 	for written := 0; ; {
@@ -180,7 +184,7 @@ func (t *Terminal) Write(p []byte) (int, error) {
 	}
 }
 
-// Resize tells the terminal its size.
+// Resize sets the size of the terminal.
 func (t *Terminal) Resize(ctx context.Context, cols, rows int) error {
 	b, err := json.Marshal(map[string]any{"type": "resize", "cols": cols, "rows": rows})
 	if err != nil {
@@ -189,21 +193,21 @@ func (t *Terminal) Resize(ctx context.Context, cols, rows int) error {
 	return t.conn.Write(ctx, websocket.MessageText, b)
 }
 
-// Offset is that of the byte that Read gives next.
+// Offset returns the offset of the next byte that Read reads.
 func (t *Terminal) Offset() int64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.offset
 }
 
-// Lost is how much output was not kept any more when it was asked for, bytes.
+// Lost returns the number of bytes of output that were no longer kept when Read came to them.
 func (t *Terminal) Lost() int64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.lost
 }
 
-// Exit is how the process ended; nil before Read has said io.EOF.
+// Exit returns the end of the process, nil until Read has returned [io.EOF].
 func (t *Terminal) Exit() *ProcessExit {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -212,7 +216,7 @@ func (t *Terminal) Exit() *ProcessExit {
 
 // Close ends the connection; the process lives on for its grace.
 func (t *Terminal) Close() error {
-	// A server that has gone first is no error.
+	// An error means that the server closed the connection first, which changes nothing.
 	_ = t.conn.Close(websocket.StatusNormalClosure, "")
 	return nil
 }

@@ -10,18 +10,18 @@ import (
 	"strconv"
 )
 
-// StatFile describes what a path names, a symbolic link itself.
+// StatFile describes the file at a path. It describes a symbolic link itself and not its target.
 func (c *Client) StatFile(ctx context.Context, id, path string) (*FileEntry, error) {
 	return decode[FileEntry](c.wire.StatFile(ctx, id, &StatFileParams{Path: path}))
 }
 
-// MakeDirectoryOptions says how to make a directory.
+// MakeDirectoryOptions holds the options of [Client.MakeDirectory].
 type MakeDirectoryOptions struct {
 	Mode  *fs.FileMode // permission bits; nil is 0755
 	Owner string       // as in [WriteFileOptions]
 }
 
-// MakeDirectory makes a directory with its parents. One that is there stays as it is.
+// MakeDirectory makes a directory and its missing parents. A directory that exists is not changed.
 func (c *Client) MakeDirectory(ctx context.Context, id, path string, o MakeDirectoryOptions) (*FileEntry, error) {
 	r := MakeDirectoryRequest{Path: path}
 	if o.Mode != nil {
@@ -33,8 +33,8 @@ func (c *Client) MakeDirectory(ctx context.Context, id, path string, o MakeDirec
 	return decode[FileEntry](c.wire.MakeDirectory(ctx, id, r))
 }
 
-// RenameFile gives a file or directory another path. What is there already is replaced only
-// if overwrite says so.
+// RenameFile moves a file or directory to another path. It replaces a file at that path only if
+// overwrite is true.
 func (c *Client) RenameFile(ctx context.Context, id, from, to string, overwrite bool) (*FileEntry, error) {
 	r := RenameFileRequest{From: from, To: to}
 	if overwrite {
@@ -43,8 +43,8 @@ func (c *Client) RenameFile(ctx context.Context, id, from, to string, overwrite 
 	return decode[FileEntry](c.wire.RenameFile(ctx, id, r))
 }
 
-// DownloadTree opens a tar archive of everything below a directory, names relative to it. An
-// archive that is not whole ends with an error of reading. The caller closes it.
+// DownloadTree opens a tar archive of everything below a directory, with names relative to the
+// directory. Reading an incomplete archive ends with an error. The caller closes the archive.
 func (c *Client) DownloadTree(ctx context.Context, id, path string) (io.ReadCloser, error) {
 	resp, err := open(c.wire.DownloadTree(ctx, id, &DownloadTreeParams{Path: path}))
 	if err != nil {
@@ -53,26 +53,31 @@ func (c *Client) DownloadTree(ctx context.Context, id, path string) (io.ReadClos
 	return resp.Body, nil
 }
 
-// UploadTree unpacks a tar archive into a directory, making it if it is not there. owner is as in
-// [WriteFileOptions]. After an error, what came before it is there. archive is not closed.
+// UploadTree unpacks a tar archive into a directory, which it makes if it does not exist. owner is
+// as in [WriteFileOptions]. After an error, the files before it have been written. UploadTree does
+// not close archive.
 func (c *Client) UploadTree(ctx context.Context, id, path string, archive io.Reader, owner string) error {
 	p := UploadTreeParams{Path: path}
 	if owner != "" {
 		p.Owner = &owner
 	}
-	return done(c.wire.UploadTreeWithBody(ctx, id, &p, "application/x-tar", struct{ io.Reader }{archive}, func(_ context.Context, r *http.Request) error {
-		r.Header.Set("Expect", "100-continue") // what is refused need not be sent
-		return nil
-	}))
+	body := struct{ io.Reader }{archive} // net/http would close the caller's archive
+	return done(c.wire.UploadTreeWithBody(ctx, id, &p, "application/x-tar", body,
+		func(_ context.Context, r *http.Request) error {
+			r.Header.Set("Expect", "100-continue") // so that an archive that is refused is not sent
+			return nil
+		}))
 }
 
-// maxChange bounds one event of a watch, bytes: a path of 4 KiB, escaped.
+// maxChange limits an event of a watch, bytes: a path of 4 KiB, escaped. A lower limit would refuse
+// long paths.
 const maxChange = 64 << 10
 
-// WatchFiles calls ready once changes in a directory are seen, with recursive those in all
-// below it too, then emit with each. It ends with ctx, with an error of emit, with an [*Error]
-// when the sandbox goes or the server stops, or with an [io.ErrUnexpectedEOF].
-func (c *Client) WatchFiles(ctx context.Context, id, path string, recursive bool, ready func(), emit func(FileChange) error) error {
+// WatchFiles calls ready once it watches a directory, and with recursive everything below it, then
+// calls emit with each change. It returns when ctx ends, with an error of emit, with an [*Error]
+// when the sandbox ends or the server stops, or with [io.ErrUnexpectedEOF].
+func (c *Client) WatchFiles(ctx context.Context, id, path string, recursive bool, ready func(),
+	emit func(FileChange) error) error {
 	p := WatchFilesParams{Path: path}
 	if recursive {
 		p.Recursive = &recursive
