@@ -7,54 +7,53 @@ import (
 )
 
 const (
-	// flushEvery is how often last activities go to the rows. A server that is
-	// killed forgets at most so much of them (5 s are promised); each time is one
-	// transaction, and none when nothing changed.
+	// flushEvery is the interval between saves of last activities. A killed server loses at most this
+	// much of them (the promise is 5 s). A save is one transaction, and none when nothing changed; a
+	// shorter interval writes more often.
 	flushEvery = 2 * time.Second
-	// flushTimeout bounds the last flush of a server that shuts down: one
-	// transaction, milliseconds on a disk that works.
+	// flushTimeout bounds the last flush of a server that shuts down: one transaction, which takes
+	// milliseconds on a working disk.
 	flushTimeout = 5 * time.Second
-	// retryAfter is how long a sandbox is left alone by its own timers after what
-	// they wanted failed: a full disk is not empty a second later, and each try may
-	// stop the sandbox for a moment.
+	// retryAfter is the delay before a sandbox's timer retries after a failure. A full disk is not
+	// empty a second later, and each try may pause the sandbox for a moment.
 	retryAfter = time.Minute
 )
 
-// life is what is kept in memory of one life of a running sandbox: who uses it, when
-// it was used last, and its timers.
+// life holds in memory the use, the last activity and the timers of an instance.
 //
-// It is in Service.lives exactly while the sandbox may be used. Leases are given
-// under Service.mu and only from there, so whoever takes it out under the same
-// lock while no lease is held (suspend) can be sure that nobody uses the sandbox
-// and that nobody will before it is put back. Service.mu guards what can change.
+// A life is in Service.lives exactly while its sandbox may be used. Leases are granted only from
+// there, under Service.mu. When suspend removes a life under the same lock while no lease is held,
+// the sandbox is unused and stays unused until the life is put back. Service.mu guards the mutable
+// fields.
 type life struct {
 	id       ID
 	run      string
 	mode     Mode
-	expires  time.Time     // ephemeral: when it was to end as its row was read; keepalive moves the timer
-	idle     time.Duration // persistent: 0 is never
-	interval time.Duration // persistent: between recovery points; 0 is off
+	expires  time.Time     // ephemeral: its end when its row was read; keepalive moves the timer
+	idle     time.Duration // persistent: 0 means never
+	interval time.Duration // persistent: between recovery points; 0 means off
 
 	leases  int
-	free    chan struct{} // if somebody waits for the last lease to end: closed then
-	last    time.Time     // activity
-	saved   time.Time     // the last activity that the row has
-	after   time.Time     // if not zero, its own timers suspend it not before
+	free    chan struct{} // closed when the last lease ends; nil if no caller waits
+	last    time.Time     // last activity
+	saved   time.Time     // last activity in the row
+	after   time.Time     // earliest time for its own timers to suspend it; zero means any
 	looked  time.Time     // when a recovery point was last taken, or found needless or impossible
-	changed bool          // it may have changed since its latest recovery point
+	changed bool          // whether it may have changed since its latest recovery point
 
-	end      *time.Timer // its expiry, or the end of its idle time; nil if there is none
+	end      *time.Timer // for its expiry or the end of its idle time; nil if there is none
 	recovery *time.Timer // nil if off
 }
 
-// newLife is the life of a sandbox as its row is. It is taken as changed: it has no
-// recovery point yet, which is then soon due, or nobody knows what happened since.
+// newLife returns the life of a sandbox as read from its row. The sandbox counts as changed: either
+// it has no recovery point yet and soon needs one, or its changes are unknown.
 func newLife(box Sandbox) *life {
-	return &life{id: box.ID, run: box.Run, mode: box.Mode, expires: box.ExpiresAt, idle: box.IdleTimeout, interval: box.RecoveryInterval,
-		last: box.LastActivityAt, saved: box.LastActivityAt, looked: box.StartedAt.Add(firstPoint - box.RecoveryInterval), changed: true}
+	return &life{id: box.ID, run: box.Run, mode: box.Mode, expires: box.ExpiresAt, idle: box.IdleTimeout,
+		interval: box.RecoveryInterval, last: box.LastActivityAt, saved: box.LastActivityAt,
+		looked: box.StartedAt.Add(firstPoint - box.RecoveryInterval), changed: true}
 }
 
-// activity is the last one: now while somebody uses it.
+// activity returns the time of the last activity, which is now while a lease is held.
 func (l *life) activity() time.Time {
 	if l.leases > 0 {
 		return time.Now().UTC()
@@ -62,7 +61,7 @@ func (l *life) activity() time.Time {
 	return l.last
 }
 
-// due is when its idle time is over, if nothing happens before.
+// due returns the end of the idle time if no activity comes before.
 func (l *life) due() time.Time {
 	due := l.last.Add(l.idle)
 	if due.Before(l.after) {
@@ -71,12 +70,12 @@ func (l *life) due() time.Time {
 	return due
 }
 
-// isIdle reports whether nobody uses it and its idle time is over.
+// isIdle reports whether no lease is held and the idle time is over.
 func (l *life) isIdle() bool {
 	return l.leases == 0 && l.idle > 0 && !time.Now().Before(l.due())
 }
 
-// stop ends its timers.
+// stop ends the timers.
 func (l *life) stop() {
 	for _, t := range []*time.Timer{l.end, l.recovery} {
 		if t != nil {
@@ -85,8 +84,8 @@ func (l *life) stop() {
 	}
 }
 
-// track makes a running sandbox usable and sets its timers. An earlier life of it
-// is forgotten.
+// track makes a running sandbox usable and sets its timers. It replaces an earlier life of the
+// sandbox.
 func (s *Service) track(l *life) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -112,7 +111,7 @@ func (s *Service) track(l *life) {
 	}
 }
 
-// tracked reports whether the sandbox can be used in the life its row is in.
+// tracked reports whether the sandbox can be used in the run of its row.
 func (s *Service) tracked(box Sandbox) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -120,8 +119,8 @@ func (s *Service) tracked(box Sandbox) bool {
 	return l != nil && l.run == box.Run
 }
 
-// untrack ends the use of a sandbox that is going, used or not. It returns its last
-// activity if it is persistent, for the row; nil if that is not known.
+// untrack ends the use of a sandbox that is being removed, even if leases are held. It returns the
+// last activity of a persistent sandbox for the row, or nil if it is unknown.
 func (s *Service) untrack(id ID) *time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -143,7 +142,7 @@ func (s *Service) remove(l *life) {
 	delete(s.lives, l.id)
 }
 
-// wind sets the timer of the end of its idle time to what it is now.
+// wind resets the timer for the end of the idle time.
 //
 // +checklocks:s.mu
 func (s *Service) wind(l *life) {
@@ -152,22 +151,22 @@ func (s *Service) wind(l *life) {
 	}
 }
 
-// Lease is the right to talk to a running sandbox's agent. While it is held the
-// sandbox counts as in use and is not suspended. Release it exactly once.
+// Lease grants access to a running sandbox's agent. While it is held the sandbox counts as in use
+// and is not suspended. Release it exactly once.
 type Lease struct {
-	Sandbox Sandbox // with its Token
+	Sandbox Sandbox // includes its Token
 	service *Service
 	life    *life
 }
 
-// Release ends the lease: from now on the sandbox is idle, if it was the last.
+// Release ends the lease. The sandbox becomes idle when its last lease ends.
 func (l *Lease) Release() { l.service.release(l.life) }
 
-// InUse is the number of leases held now.
+// InUse returns the number of leases held.
 func (s *Service) InUse() int64 { return s.leases.Load() }
 
-// use notes an activity of a sandbox that can be used in the life its row is in, and
-// with pin leases it. It returns nil when it cannot be used (any more).
+// use records an activity of a sandbox that can be used in the run of its row. With pin it also
+// leases the sandbox. It returns nil when the sandbox cannot be used.
 func (s *Service) use(box Sandbox, pin bool) *life {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -202,7 +201,7 @@ func (s *Service) release(l *life) {
 	s.wind(l)
 }
 
-// errNotIdle says that a sandbox whose idle timer fired has been used meanwhile.
+// errNotIdle reports that a sandbox was used after its idle timer fired.
 var errNotIdle = errors.New("not idle any more")
 
 // partIfIdle ends the use of a sandbox whose idle time is over.
@@ -217,8 +216,8 @@ func (s *Service) partIfIdle(_ context.Context, id ID) (*life, error) {
 	return l, nil
 }
 
-// idled suspends a sandbox whose idle timer fired. If it was used meanwhile, whoever
-// used it has wound the timer, or will at the end of the last lease.
+// idled suspends a sandbox whose idle timer fired. A use in the meantime has reset the timer, or
+// will do so when the last lease ends.
 func (s *Service) idled(l *life) {
 	s.mu.Lock()
 	idle := s.lives[l.id] == l && l.isIdle()
@@ -233,7 +232,7 @@ func (s *Service) idled(l *life) {
 	var failed bool
 	if mine {
 		box, err := s.suspend(op.ctx, l.id, reasonIdle, s.partIfIdle)
-		failed = err != nil && !errors.Is(err, errNotIdle) // suspend has logged it
+		failed = err != nil && !errors.Is(err, errNotIdle) // suspend has logged the error
 		s.finish(l.id, op, box, err)
 	} else {
 		<-op.done
@@ -248,7 +247,7 @@ func (s *Service) idled(l *life) {
 	}
 }
 
-// shown is a row with the last activity that it does not have yet.
+// shown returns the row with its last activity, which may not have been saved yet.
 func (s *Service) shown(box Sandbox) Sandbox {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -258,7 +257,7 @@ func (s *Service) shown(box Sandbox) Sandbox {
 	return box
 }
 
-// flush writes the last activities that changed to the rows.
+// flush saves the last activities that changed.
 func (s *Service) flush(ctx context.Context) error {
 	last := map[ID]time.Time{}
 	s.mu.Lock()
@@ -284,7 +283,7 @@ func (s *Service) flush(ctx context.Context) error {
 	return nil
 }
 
-// flushing writes last activities and denials down until ctx ends.
+// flushing saves last activities and records denials until ctx ends.
 func (s *Service) flushing(ctx context.Context) {
 	tick := time.NewTicker(flushEvery)
 	defer tick.Stop()
@@ -297,7 +296,7 @@ func (s *Service) flushing(ctx context.Context) {
 				s.log.ErrorContext(ctx, "writing last activities", "error", err)
 			}
 			if err := s.noteDenials(ctx); err != nil && ctx.Err() == nil {
-				s.log.ErrorContext(ctx, "writing what policies denied", "error", err)
+				s.log.ErrorContext(ctx, "recording denials of policies", "error", err)
 			}
 		}
 	}

@@ -11,33 +11,35 @@ import (
 	"time"
 )
 
-// Denial says that a sandbox's policy, or a limit, kept something from leaving.
+// Denial reports that a sandbox's policy, or a limit, blocked traffic that would have left it.
 type Denial struct {
 	ID          ID
 	Protocol    string         // tcp, udp, icmp, …, or dns for a name that was not resolved
-	Destination netip.AddrPort // the zero value when it was a name only
-	Name        string         // if it was decided by name
-	Count       int            // times since the last one of the same
-	Excess      bool           // the policy allows it, and the sandbox had too many at once
+	Destination netip.AddrPort // the zero value when only the name was known
+	Name        string         // set if the decision was made by name
+	Count       int            // occurrences since the previous report of the same denial
+	Excess      bool           // the policy allows it, but a limit on concurrent use was exceeded
 }
 
 const (
-	// denialsPerMinute is how many events denials make of one sandbox at the most. They
-	// come within flushEvery, since somebody may be waiting to see why nothing connects.
+	// denialsPerMinute limits the events that the denials of one sandbox make. They come within
+	// flushEvery, since a user may be waiting to see why nothing connects. A higher value floods the
+	// events of a sandbox; a lower one hides destinations.
 	denialsPerMinute = 6
-	// denialsKept is how many destinations of one sandbox are told apart meanwhile.
+	// denialsKept limits the destinations of one sandbox that are counted separately until their
+	// events are written. A higher value costs memory; a lower one merges more destinations.
 	denialsKept = 64
 )
 
-// denials are those of one sandbox that no event tells of yet.
+// denials counts the denials of one sandbox that no event has recorded yet.
 type denials struct {
-	count  map[Denial]int // by what they are, with Count 0
-	others int            // of destinations that found no place
+	count  map[Denial]int // by denial, with Count 0
+	others int            // of destinations beyond denialsKept
 	since  time.Time      // when the present minute began
-	told   int            // events in it
+	told   int            // events in the present minute
 }
 
-// denied notes what a policy kept in, until [Service.noteDenials].
+// denied counts a denial until [Service.noteDenials] records it.
 func (s *Service) denied(d Denial) {
 	n := max(d.Count, 1)
 	d.Name = plain(d.Name)
@@ -56,7 +58,7 @@ func (s *Service) denied(d Denial) {
 	of.count[d] += n
 }
 
-// noteDenials makes events of the denials that are due, all in one transaction.
+// noteDenials records events for the denials that are due, all in one transaction.
 func (s *Service) noteDenials(ctx context.Context) error {
 	now := time.Now().UTC()
 	var events []Event
@@ -82,7 +84,7 @@ func (s *Service) noteDenials(ctx context.Context) error {
 	return s.store.Note(ctx, events)
 }
 
-// events are the denials in at most so many events: the most frequent, and one for the rest.
+// events returns the denials in at most room events: the most frequent ones, and one for the rest.
 func (of *denials) events(id ID, at time.Time, room int) []Event {
 	all := make([]Denial, 0, len(of.count))
 	for d, n := range of.count {
@@ -93,7 +95,7 @@ func (of *denials) events(id ID, at time.Time, room int) []Event {
 		return cmp.Or(cmp.Compare(b.Count, a.Count), strings.Compare(a.String(), b.String()))
 	})
 	if len(all) > room || of.others > 0 {
-		room-- // for the rest
+		room-- // keeps an event for the rest
 	}
 	var events []Event
 	rest := of.others
@@ -105,12 +107,13 @@ func (of *denials) events(id ID, at time.Time, room int) []Event {
 		events = append(events, Event{SandboxID: id, At: at, Reason: reasonEgressDenied, Detail: d.String()})
 	}
 	if rest > 0 {
-		events = append(events, Event{SandboxID: id, At: at, Reason: reasonEgressDenied, Detail: "other destinations " + times(rest)})
+		events = append(events, Event{SandboxID: id, At: at, Reason: reasonEgressDenied,
+			Detail: "other destinations " + times(rest)})
 	}
 	return events
 }
 
-// String returns the denial as its event tells it: tcp 203.0.113.5:443 (example.org) 3 times.
+// String returns the text of the denial for its event: tcp 203.0.113.5:443 (example.org) 3 times.
 func (d Denial) String() string {
 	parts := []string{d.Protocol}
 	switch {
@@ -131,8 +134,8 @@ func (d Denial) String() string {
 	return strings.Join(parts, " ")
 }
 
-// plain is a name that a program inside made up as a text that can be shown: at most as
-// long as a domain can be, and without what is not printable.
+// plain returns a printable form of a name that a program inside made up. It cuts the name to the
+// length of a domain name and quotes characters that are not printable.
 func plain(name string) string {
 	name = name[:min(len(name), maxDomain)]
 	if strings.ContainsFunc(name, func(c rune) bool { return c <= ' ' || c > '~' }) {

@@ -8,21 +8,22 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// cleanupTimeout bounds taking one sandbox apart. It takes tens of milliseconds;
-// a machine that needs longer is overloaded, and the reconciler comes back.
+// cleanupTimeout bounds the removal of one sandbox. It takes tens of milliseconds; a machine that
+// needs longer is overloaded, and Reconcile retries. A lower value fails removals under load; a
+// higher one only delays the retry.
 const cleanupTimeout = 60 * time.Second
 
-// takedownsAtOnce is how many sandboxes are taken apart at once. It is the host's
-// kernel that works then, on process tables, control groups and namespaces, mostly
-// under locks of its own: more at once take as long and slow creates, fewer let
-// a crowd that is destroyed together run on for longer.
+// takedownsAtOnce limits how many sandboxes are removed at once. The host's kernel does that work
+// on process tables, control groups and namespaces, mostly under locks of its own. More at once
+// take as long and slow creates; fewer let many sandboxes that are destroyed together run on for
+// longer.
 const takedownsAtOnce = 4
 
-// Destroy removes a sandbox, whatever is being done to it. It returns when that is
-// durable: from then on the sandbox shows as destroyed, cannot be used and counts
-// against no quota, and what it has on the machine goes in the background. It is
-// safe to repeat. When something could not be removed the sandbox stays
-// destroying, and removal is tried again until it succeeds.
+// Destroy removes a sandbox and interrupts any operation on it. It returns when the removal is
+// durable: from then on the sandbox shows as destroyed, cannot be used and counts against no quota,
+// and its resources on the machine are removed in the background. It is safe to repeat. If
+// something cannot be removed, the sandbox stays in state destroying and the removal is retried
+// until it succeeds.
 func (s *Service) Destroy(ctx context.Context, orgID string, id ID) error {
 	box, err := s.Get(ctx, orgID, id)
 	if err != nil || box.State.Over() {
@@ -37,16 +38,16 @@ func (s *Service) Destroy(ctx context.Context, orgID string, id ID) error {
 	case <-ctx.Done():
 		err = ctx.Err()
 	}
-	go func() { // nobody is told any more
+	go func() { // no caller gets its error any more
 		if err := <-done; err != nil {
-			s.log.Error("taking a sandbox apart", "sandbox", id, "error", err)
+			s.log.Error("removing a sandbox", "sandbox", id, "error", err)
 		}
 	}()
 	return err
 }
 
-// destroy ends the sandbox if it is still in the given life ("" is any), and returns
-// when nothing of it is left. It goes on when ctx ends; ctx only bounds the wait.
+// destroy ends the sandbox if it is still in the given run ("" matches any) and returns when
+// nothing of it is left. It continues when ctx ends, which only bounds the wait.
 func (s *Service) destroy(ctx context.Context, id ID, run string, why Reason) error {
 	done := make(chan error, 1)
 	go func() { done <- s.end(id, run, why, func() {}) }()
@@ -58,8 +59,8 @@ func (s *Service) destroy(ctx context.Context, id ID, run string, why Reason) er
 	}
 }
 
-// end interrupts what is being done to the sandbox and takes it apart. It calls claimed
-// once the row says that it is being destroyed, unless an error comes first.
+// end interrupts any operation on the sandbox and removes the sandbox. It calls claimed after the
+// row says that the sandbox is being destroyed, unless an error comes first.
 func (s *Service) end(id ID, run string, why Reason, claimed func()) error {
 	for {
 		op, mine := s.begin(id, opDestroy)
@@ -85,7 +86,7 @@ func (s *Service) end(id ID, run string, why Reason, claimed func()) error {
 	}
 }
 
-// takeApart claims destroying and calls claimed, clears the host and writes destroyed.
+// takeApart claims state destroying, calls claimed, clears the host and writes state destroyed.
 func (s *Service) takeApart(ctx context.Context, id ID, run string, why Reason, claimed func()) error {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
@@ -108,11 +109,11 @@ func (s *Service) takeApart(ctx context.Context, id ID, run string, why Reason, 
 	select {
 	case s.takedowns <- struct{}{}:
 		defer func() { <-s.takedowns }()
-	case <-ctx.Done(): // reconcile comes back for it
-		return fmt.Errorf("waiting to take %s apart: %w", id, ctx.Err())
+	case <-ctx.Done(): // Reconcile tries again
+		return fmt.Errorf("waiting to remove %s: %w", id, ctx.Err())
 	}
 	if err := s.node.Destroy(ctx, id); err != nil {
-		return fmt.Errorf("taking %s apart: %w", id, err)
+		return fmt.Errorf("removing %s: %w", id, err)
 	}
 	now := time.Now().UTC()
 	_, err = s.transition(ctx, Change{ID: id, From: []State{Destroying}, To: Destroyed, At: now,
@@ -123,7 +124,7 @@ func (s *Service) takeApart(ctx context.Context, id ID, run string, why Reason, 
 	return err
 }
 
-// extend moves the end of an ephemeral sandbox's life to where its row has it.
+// extend moves the end of an ephemeral sandbox to the expiry in its row.
 func (s *Service) extend(box Sandbox) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -132,7 +133,7 @@ func (s *Service) extend(box Sandbox) {
 	}
 }
 
-// expire ends a sandbox whose time is over, unless it was given more meanwhile.
+// expire ends a sandbox whose timeout is over, unless it was extended meanwhile.
 func (s *Service) expire(id ID) {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanupTimeout)
 	defer cancel()
@@ -155,7 +156,7 @@ func (s *Service) expire(id ID) {
 	s.log.ErrorContext(ctx, "destroying an expired sandbox", "sandbox", id, "error", err)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	// Once it is claimed reconcile has it; before that nobody but this timer.
+	// Once the destroy is claimed Reconcile retries it; before that only this timer does.
 	if l := s.lives[id]; l != nil && !s.closed {
 		l.end.Reset(retryAfter)
 	}

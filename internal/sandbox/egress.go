@@ -10,7 +10,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// EgressMode says what happens to traffic no list speaks of.
+// EgressMode selects what happens to traffic that no list of the policy matches.
 type EgressMode string
 
 // The egress modes.
@@ -19,41 +19,41 @@ const (
 	DenyAll  EgressMode = "deny_all"
 )
 
-// Limits of one policy. The kernel looks a range up in a tree and would take more;
-// what bounds them is the row and the answer that shows it.
+// Limits of one policy. The kernel looks a range up in a tree and would take more; the size of the
+// row and of the answer that shows it sets the limits. Higher values make both larger.
 const (
 	MaxEgressCIDRs   = 10_000 // in each list
 	MaxEgressPorts   = 1_000
-	MaxEgressDomains = 100 // each is compared with every name that is asked for
+	MaxEgressDomains = 100 // each is compared with every requested name
 )
 
-// Egress is a sandbox's outbound policy. Denies are evaluated before allows.
+// Egress holds a sandbox's outbound policy. Denies are evaluated before allows.
 type Egress struct {
 	Mode       EgressMode     `json:"mode"`
 	AllowCIDRs []netip.Prefix `json:"allow_cidrs,omitempty"`
 	DenyCIDRs  []netip.Prefix `json:"deny_cidrs,omitempty"`
-	// AllowPorts restricts AllowCIDRs to these destination TCP ports; empty is
-	// every protocol and port.
+	// AllowPorts restricts AllowCIDRs to these destination TCP ports. An empty list allows every
+	// protocol and port.
 	AllowPorts []uint16 `json:"allow_ports,omitempty"`
-	// AllowDomains are reached by name, whatever their address: exact, or with
-	// "*." in front everything below the name and not the name itself. In lower
-	// case and ASCII.
+	// AllowDomains lists domains that may be reached by name at any address. An entry matches the
+	// exact name; one that begins with "*." matches every name below it, but not the name itself.
+	// Entries are in lower case and ASCII.
 	AllowDomains []string `json:"allow_domains,omitempty"`
 }
 
-// Equal reports whether both policies say the same in the same order.
+// Equal reports whether both policies have the same entries in the same order.
 func (e Egress) Equal(o Egress) bool {
 	return e.Mode == o.Mode && slices.Equal(e.AllowCIDRs, o.AllowCIDRs) && slices.Equal(e.DenyCIDRs, o.DenyCIDRs) &&
 		slices.Equal(e.AllowPorts, o.AllowPorts) && slices.Equal(e.AllowDomains, o.AllowDomains)
 }
 
-// metadataRange holds cay's own metadata service and the cloud providers'; no
-// policy may speak of it.
+// metadataRange contains the metadata services of cay and of cloud providers. No policy may name
+// it.
 var metadataRange = netip.MustParsePrefix("169.254.0.0/16")
 
 const codeEgress = "invalid_egress"
 
-// EgressRequest is a policy as a user wrote it.
+// EgressRequest holds a policy as a user wrote it.
 type EgressRequest struct {
 	Mode                  string
 	AllowCIDRs, DenyCIDRs []string
@@ -61,14 +61,15 @@ type EgressRequest struct {
 	AllowDomains          []string
 }
 
-// Parse checks the policy. Errors are Invalid, code "invalid_egress", and name the
+// Parse checks the policy and returns it. Errors are Invalid, code "invalid_egress", and name the
 // field below "egress".
 func (r EgressRequest) Parse() (Egress, error) {
 	e := Egress{Mode: EgressMode(r.Mode)}
 	switch e.Mode {
 	case AllowAll:
 		if len(r.AllowCIDRs)+len(r.DenyCIDRs)+len(r.AllowPorts)+len(r.AllowDomains) > 0 {
-			return Egress{}, fault.InField(codeEgress, "egress.mode", "allow_all takes no lists: use deny_all with allow_cidrs or allow_domains")
+			return Egress{}, fault.InField(codeEgress, "egress.mode",
+				"allow_all takes no lists: use deny_all with allow_cidrs or allow_domains")
 		}
 	case DenyAll:
 	default:
@@ -83,7 +84,8 @@ func (r EgressRequest) Parse() (Egress, error) {
 	}
 	for i, p := range e.DenyCIDRs {
 		if p.Overlaps(metadataRange) {
-			return Egress{}, fault.InField(codeEgress, index("egress.deny_cidrs", i), "%s touches the metadata range %s, which is cay's own", p, metadataRange)
+			return Egress{}, fault.InField(codeEgress, index("egress.deny_cidrs", i),
+				"%s touches the metadata range %s, which is cay's own", p, metadataRange)
 		}
 	}
 	if len(r.AllowPorts) > 0 && len(r.AllowCIDRs) == 0 {
@@ -98,7 +100,7 @@ func (r EgressRequest) Parse() (Egress, error) {
 	return e, nil
 }
 
-// short refuses a list of more than limit entries.
+// short returns an error for a list of more than limit entries.
 func short(field string, length, limit int) error {
 	if length > limit {
 		return fault.InField(codeEgress, field, "has %d entries; at most %d", length, limit)
@@ -153,11 +155,13 @@ func parseDomains(field string, texts []string) ([]string, error) {
 		}
 		name, err := idna.Lookup.ToASCII(strings.TrimSuffix(bare, "."))
 		if err == nil {
-			// Some encodings are made and not read again; what is stored must be.
+			// idna encodes some names into a form that it does not accept itself. Stored names must be
+			// accepted.
 			_, err = idna.Lookup.ToASCII(name)
 		}
 		if err != nil || name == "" || len(name) > maxDomain || !domainName(name) {
-			return nil, fault.InField(codeEgress, index(field, i), "%.100q is not a name such as example.com, nor *.example.com for the names below it", text)
+			return nil, fault.InField(codeEgress, index(field, i),
+				"%.100q is not a name such as example.com, nor *.example.com for the names below it", text)
 		}
 		if isWild {
 			name = "*." + name
@@ -167,12 +171,13 @@ func parseDomains(field string, texts []string) ([]string, error) {
 	return out, nil
 }
 
-// maxDomain is how long a name in the DNS can be, in bytes as text without the last dot.
+// maxDomain limits the length of a DNS name, in bytes of text without the last dot. The DNS allows
+// no longer names.
 const maxDomain = 253
 
-// domainName reports whether the labels of a name in ASCII and lower case are such as
-// the DNS has for hosts: 1 to 63 letters, digits and hyphens, no hyphen at either end.
-// A last label of digits alone is refused, for programs take the name for an address.
+// domainName reports whether a name in ASCII and lower case has labels that the DNS allows for
+// hosts: 1 to 63 letters, digits and hyphens, no hyphen at either end. It refuses a last label of
+// digits alone, because programs take such a name for an address.
 func domainName(name string) bool {
 	labels := strings.Split(name, ".")
 	for _, l := range labels {

@@ -16,14 +16,14 @@ func TestParseEgress(t *testing.T) {
 		allow, deny []string
 		ports       []int
 		domains     []string
-		field       string // "" is accepted
+		field       string // "" if the policy is valid
 	}{
 		"allow all":              {mode: "allow_all"},
 		"deny all":               {mode: "deny_all"},
 		"lists":                  {mode: "deny_all", allow: []string{"0.0.0.0/0"}, deny: []string{"10.0.0.0/8"}, ports: []int{1, 443, 65535}},
 		"one address":            {mode: "deny_all", allow: []string{"192.0.2.1/32"}},
 		"deny without allow":     {mode: "deny_all", deny: []string{"10.0.0.0/8"}},
-		"allow the metadata":     {mode: "deny_all", allow: []string{"169.254.0.0/16"}}, // changes nothing
+		"allow the metadata":     {mode: "deny_all", allow: []string{"169.254.0.0/16"}}, // has no effect
 		"no mode":                {field: "egress.mode"},
 		"unknown mode":           {mode: "open", field: "egress.mode"},
 		"allow all, allow list":  {mode: "allow_all", allow: []string{"10.0.0.0/8"}, field: "egress.mode"},
@@ -77,7 +77,8 @@ func TestParseEgress(t *testing.T) {
 		"too many domains": {mode: "deny_all", domains: slices.Repeat([]string{"example.com"}, 101), field: "egress.allow_domains"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := sandbox.EgressRequest{Mode: tt.mode, AllowCIDRs: tt.allow, DenyCIDRs: tt.deny, AllowPorts: tt.ports, AllowDomains: tt.domains}.Parse()
+			_, err := sandbox.EgressRequest{Mode: tt.mode, AllowCIDRs: tt.allow, DenyCIDRs: tt.deny, AllowPorts: tt.ports,
+				AllowDomains: tt.domains}.Parse()
 			e := fault.As(err)
 			switch {
 			case tt.field == "" && err != nil:
@@ -90,13 +91,16 @@ func TestParseEgress(t *testing.T) {
 }
 
 func TestDomainsAreCanonical(t *testing.T) {
-	got, err := sandbox.EgressRequest{Mode: "deny_all", AllowDomains: []string{"Example.COM", "*.Bücher.example.", "EXAMPLE。org"}}.Parse()
-	if want := []string{"example.com", "*.xn--bcher-kva.example", "example.org"}; err != nil || !slices.Equal(got.AllowDomains, want) {
+	got, err := sandbox.EgressRequest{Mode: "deny_all",
+		AllowDomains: []string{"Example.COM", "*.Bücher.example.", "EXAMPLE。org"}}.Parse()
+	if want := []string{"example.com", "*.xn--bcher-kva.example", "example.org"}; err != nil ||
+		!slices.Equal(got.AllowDomains, want) {
 		t.Errorf("got %q, %v, want %q", got.AllowDomains, err, want)
 	}
 }
 
-// FuzzParseEgress: what is accepted is canonical, IPv4, and leaves the metadata range alone.
+// FuzzParseEgress checks that accepted policies are canonical, IPv4 only, and leave the metadata
+// range alone.
 func FuzzParseEgress(f *testing.F) {
 	f.Add("deny_all", "10.0.0.0/8,0.0.0.0/0", "192.168.0.0/16", 443, "*.Example.com,xn--bcher-kva.example")
 	f.Add("allow_all", "", "", 0, "")
@@ -112,7 +116,8 @@ func FuzzParseEgress(f *testing.F) {
 		if port != 0 {
 			ports = []int{port}
 		}
-		e, err := sandbox.EgressRequest{Mode: mode, AllowCIDRs: split(allow), DenyCIDRs: split(deny), AllowPorts: ports, AllowDomains: split(domains)}.Parse()
+		e, err := sandbox.EgressRequest{Mode: mode, AllowCIDRs: split(allow), DenyCIDRs: split(deny), AllowPorts: ports,
+			AllowDomains: split(domains)}.Parse()
 		if err != nil {
 			if fe := fault.As(err); fe == nil || fe.Kind != fault.Invalid || !strings.HasPrefix(fe.Field, "egress.") {
 				t.Errorf("refused with %v", err)
@@ -157,7 +162,8 @@ func FuzzCheckEnv(f *testing.F) {
 	f.Add("PATH", "/bin")
 	f.Add("1", "\x00")
 	f.Fuzz(func(t *testing.T, name, value string) {
-		if sandbox.CheckEnv(map[string]string{name: value}) == nil && (name == "" || strings.ContainsAny(name+value, "\x00") || strings.ContainsAny(name, "= ")) {
+		if sandbox.CheckEnv(map[string]string{name: value}) == nil &&
+			(name == "" || strings.ContainsAny(name+value, "\x00") || strings.ContainsAny(name, "= ")) {
 			t.Errorf("accepted %q=%q", name, value)
 		}
 	})

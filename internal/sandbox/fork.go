@@ -9,35 +9,36 @@ import (
 	"time"
 )
 
-// MaxFork is how many children one fork may have. Part of the contract.
+// MaxFork limits the children of one fork. It is part of the contract.
 const MaxFork = 100
 
-// forkAtOnce is how many children of one fork are made at a time. Each restore keeps more
-// than one CPU busy for a third of a second; all at once would only make each of them
-// late, and hold up everybody else.
+// forkAtOnce limits how many children of one fork are made at a time. Each restore keeps more than
+// one CPU busy for a third of a second. A higher value makes each child later and delays other
+// callers; a lower one leaves CPUs idle.
 const forkAtOnce = 4
 
-// ForkRequest asks for children of a running sandbox. What is not given is as the sandbox
-// has it: its mode and times, metadata, policy, and environment, which Env is added to.
-// Template, Snapshot, Size and DiskSizeMB are not looked at.
+// ForkRequest asks for children of a running sandbox. Fields that are not given take the values of
+// the sandbox: its mode and times, metadata, policy, and environment, to which Env is added.
+// Template, Snapshot, Size and DiskSizeMB are ignored.
 type ForkRequest struct {
-	Count int // 0 is 1
+	Count int // 0 means 1
 	Request
 }
 
-// Child is one child of a fork: a sandbox that runs, or why there is none.
+// Child holds one child of a fork: a running sandbox, or the error that prevented it.
 type Child struct {
 	Sandbox Sandbox
 	Err     error
 }
 
-// Fork makes children of a running sandbox of either mode: sandboxes of their own, which go
-// on from where it is now, with its processes, memory, files and listening sockets. The
-// sandbox itself runs on after one pause, and may be used meanwhile. There is a Child for
-// each that was asked for; errors of one are as Create's, and do not keep the others. An error
-// of Fork itself says that nothing was begun: the request is wrong, the sandbox does not run
-// (Conflict, code "sandbox_not_running"), not even one child has room or is within the quota, or
-// the sandbox could not be saved, as for SaveSnapshot. Children go on being made when ctx ends.
+// Fork makes children of a running sandbox of either mode. The children are sandboxes of their own,
+// which continue from its present state, with its processes, memory, files and listening sockets.
+// The sandbox itself keeps running after one pause, and may be used meanwhile. Fork returns a Child
+// for each child that was asked for. Errors of a child are those of Create and do not affect the
+// others. If Fork itself returns an error, no child was begun: the request is wrong, the sandbox
+// does not run (Conflict, code "sandbox_not_running"), there is no room or quota for even one
+// child, or the sandbox could not be saved, with the errors of SaveSnapshot. The creation of
+// children continues when ctx ends.
 func (s *Service) Fork(ctx context.Context, c Caller, id ID, r ForkRequest) ([]Child, error) {
 	if r.Count == 0 {
 		r.Count = 1
@@ -51,7 +52,7 @@ func (s *Service) Fork(ctx context.Context, c Caller, id ID, r ForkRequest) ([]C
 		if err != nil {
 			return Sandbox{}, err
 		}
-		s.wg.Add(1) // this operation is in it still
+		s.wg.Add(1) // wg is not zero: the present operation is counted
 		go func() {
 			defer s.wg.Done()
 			s.makeChildren(f)
@@ -69,7 +70,7 @@ func (s *Service) Fork(ctx context.Context, c Caller, id ID, r ForkRequest) ([]C
 	}
 }
 
-// forkable refuses a sandbox that does not run, nor will by itself.
+// forkable returns an error for a sandbox that does not run and is not about to by itself.
 func forkable(box Sandbox) error {
 	if box.State != Running && box.State != Suspending {
 		return notRunning(box)
@@ -77,19 +78,19 @@ func forkable(box Sandbox) error {
 	return nil
 }
 
-// fork is one fork under way.
+// fork holds the state of a fork under way.
 type fork struct {
 	caller   Caller
 	request  ForkRequest
 	from     Snapshot // has no row
-	release  func()   // lets go of it
+	release  func()   // releases from
 	boxes    []Sandbox
 	children []Child
-	done     chan struct{} // closed when there are all children
+	done     chan struct{} // closed when children is complete
 }
 
-// saveFork writes down the sandbox that is forked; the caller holds the operation. There is
-// no row of that: a server that dies leaves a snapshot that nobody owns.
+// saveFork saves the sandbox to fork; the caller holds the operation. The saved state has no row: a
+// server that dies leaves a snapshot without an owner.
 func (s *Service) saveFork(ctx context.Context, id ID, f *fork) (Sandbox, error) {
 	box, err := s.present(ctx, id)
 	if err != nil {
@@ -106,7 +107,8 @@ func (s *Service) saveFork(ctx context.Context, id ID, f *fork) (Sandbox, error)
 		}
 		f.boxes = append(f.boxes, child)
 	}
-	// Not worth a pause if there cannot be any. Each child is asked about again.
+	// A pause is not worthwhile if not even one child is possible. Each child is admitted again when
+	// it is made.
 	if _, _, err := s.store.Admit(ctx, f.boxes[0], f.caller.Quota, Once{}); err != nil {
 		return Sandbox{}, err
 	}
@@ -129,7 +131,7 @@ func (s *Service) saveFork(ctx context.Context, id ID, f *fork) (Sandbox, error)
 	return box, nil
 }
 
-// child is a child of a sandbox as the request wants it.
+// child returns a child of the parent with the settings of the request.
 func (r ForkRequest) child(cfg Config, parent Sandbox, from Snapshot) (Sandbox, error) {
 	q := r.Request
 	q.Template, q.Snapshot, q.Size, q.DiskSizeMB = "", string(from.ID), "", nil
@@ -161,7 +163,7 @@ func (r ForkRequest) child(cfg Config, parent Sandbox, from Snapshot) (Sandbox, 
 	return child, err
 }
 
-// makeChildren makes them, and then removes what they were made from.
+// makeChildren makes the children, and then removes the snapshot that they were made from.
 func (s *Service) makeChildren(f *fork) {
 	defer close(f.done)
 	f.children = make([]Child, len(f.boxes))
@@ -172,7 +174,8 @@ func (s *Service) makeChildren(f *fork) {
 		wg.Go(func() {
 			defer func() { <-slots }()
 			box.CreatedAt = time.Now().UTC()
-			f.children[i].Sandbox, f.children[i].Err = s.restoreNew(context.Background(), f.caller, box, f.from.ID, Once{}, true, func() {})
+			f.children[i].Sandbox, f.children[i].Err = s.restoreNew(context.Background(), f.caller, box, f.from.ID,
+				Once{}, true, func() {})
 		})
 	}
 	wg.Wait()
@@ -195,7 +198,7 @@ func (s *Service) createFrom(ctx context.Context, c Caller, r Request, once Once
 	return s.restoreNew(ctx, c, box, snap.ID, once, wait, release)
 }
 
-// restore is the sandbox that a request for one from a snapshot asks for.
+// restore returns the sandbox that a request for one from a snapshot asks for.
 func (r Request) restore(cfg Config, snap Snapshot, now time.Time) (Sandbox, error) {
 	if r.Size != "" && r.Size != snap.Size.Name {
 		return Sandbox{}, invalid("size", "is the snapshot's, %s: leave it out", snap.Size.Name)
@@ -204,18 +207,20 @@ func (r Request) restore(cfg Config, snap Snapshot, now time.Time) (Sandbox, err
 		return Sandbox{}, invalid("disk_size_mb", "is the snapshot's, %d: leave it out", snap.DiskMB)
 	}
 	r.Size, r.DiskSizeMB = "", nil
-	box, err := r.resolve(cfg, snap.OrgID, TemplateVersion{ID: snap.TemplateID, Name: snap.Template, Version: snap.TemplateVersion,
-		Image: snap.Image, Env: snap.Env, User: snap.User, Workdir: snap.Workdir, DiskMB: snap.DiskMB, Egress: snap.Egress}, now)
+	box, err := r.resolve(cfg, snap.OrgID, TemplateVersion{ID: snap.TemplateID, Name: snap.Template,
+		Version: snap.TemplateVersion, Image: snap.Image, Env: snap.Env, User: snap.User, Workdir: snap.Workdir,
+		DiskMB: snap.DiskMB, Egress: snap.Egress}, now)
 	if err != nil {
 		return Sandbox{}, err
 	}
-	box.Size = snap.Size // also when the operator has no such preset any more
+	box.Size = snap.Size // even if the operator has removed the preset
 	return box, CheckEnv(box.Env)
 }
 
-// restoreNew makes a sandbox from a snapshot that the caller holds, and calls release once
-// that is not needed any more.
-func (s *Service) restoreNew(ctx context.Context, c Caller, box Sandbox, from SnapshotID, once Once, wait bool, release func()) (Sandbox, error) {
+// restoreNew makes a sandbox from a snapshot that the caller holds. It calls release when the
+// snapshot is no longer needed.
+func (s *Service) restoreNew(ctx context.Context, c Caller, box Sandbox, from SnapshotID, once Once, wait bool,
+	release func()) (Sandbox, error) {
 	spec := box.spec()
 	spec.From = from
 	return s.makeNew(ctx, c, box, spec, pointTimeout, once, wait, release)

@@ -16,8 +16,8 @@ var (
 	errBroken = errors.New("injected: the database is broken")
 )
 
-// order is held for a moment before time passes and at the beginning of each call to a
-// node: a timer's goroutine then sees the hooks as the test has set them.
+// order is locked for a moment before time passes and at the beginning of each call to a node, so
+// that a timer's goroutine sees the hooks as the test has set them.
 var order sync.Mutex
 
 func barrier() {
@@ -25,8 +25,8 @@ func barrier() {
 	defer order.Unlock()
 }
 
-// gate is what one server's calls to its store and its node go through. Shut, it ends
-// those in flight and fails all others, as the death of the server does.
+// gate controls the calls of one server to its store and its node. When shut, it cancels calls in
+// flight and fails all others, as the death of the server does.
 type gate struct {
 	ctx  context.Context
 	shut context.CancelFunc
@@ -34,10 +34,10 @@ type gate struct {
 	writes atomic.Int64 // to the store
 
 	mu     sync.Mutex
-	broken func(to sandbox.State) bool // transitions that fail; guarded by mu
-	locked bool                        // SetEgress of the store fails; guarded by mu
-	before func()                      // what happens once before Unfinished; guarded by mu
-	after  func()                      // what happens once after Get; guarded by mu
+	broken func(to sandbox.State) bool // reports the transitions that fail; guarded by mu
+	locked bool                        // whether SetEgress of the store fails; guarded by mu
+	before func()                      // called once before Unfinished; guarded by mu
+	after  func()                      // called once after Get; guarded by mu
 }
 
 func newGate() *gate {
@@ -46,35 +46,36 @@ func newGate() *gate {
 	return g
 }
 
-// breakTransitions makes transitions to such states fail; nil heals them.
+// breakTransitions makes transitions to states for which broken returns true fail. A nil broken
+// stops that.
 func (g *gate) breakTransitions(broken func(to sandbox.State) bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.broken = broken
 }
 
-// breakPolicies makes writes of policies to the rows fail, or heals them.
+// breakPolicies makes writes of policies to the rows fail, or stops that.
 func (g *gate) breakPolicies(broken bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.locked = broken
 }
 
-// onUnfinished makes something happen just before the rows are read the next time.
+// onUnfinished sets a function to call just before the rows are read the next time.
 func (g *gate) onUnfinished(f func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.before = f
 }
 
-// afterGet makes something happen once a row has been read, before it is used.
+// afterGet sets a function to call once after a row has been read, before it is used.
 func (g *gate) afterGet(f func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.after = f
 }
 
-// pass is for the beginning of a call.
+// pass returns the context for a call that begins, or an error if the gate is shut.
 func (g *gate) pass(ctx context.Context) (context.Context, context.CancelFunc, error) {
 	barrier()
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -102,7 +103,8 @@ type gatedStore struct {
 	*gate
 }
 
-func (s gatedStore) Insert(ctx context.Context, b sandbox.Sandbox, q sandbox.Quota, once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
+func (s gatedStore) Insert(ctx context.Context, b sandbox.Sandbox, q sandbox.Quota,
+	once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
 	s.writes.Add(1)
 	ctx, done, err := s.pass(ctx)
 	defer done()
@@ -124,7 +126,8 @@ func (s gatedStore) DropMember(ctx context.Context, id sandbox.ID) error {
 	return err
 }
 
-func (s gatedStore) Claim(ctx context.Context, b sandbox.Sandbox, q sandbox.Quota, once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
+func (s gatedStore) Claim(ctx context.Context, b sandbox.Sandbox, q sandbox.Quota,
+	once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
 	s.writes.Add(1)
 	s.mu.Lock()
 	broken := s.broken
@@ -169,7 +172,8 @@ func (s gatedStore) Transition(ctx context.Context, c sandbox.Change) (sandbox.S
 	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) { return s.Store.Transition(ctx, c) })
 }
 
-func (s gatedStore) SetExpiry(ctx context.Context, id sandbox.ID, at time.Time, timeout time.Duration, later bool) (sandbox.Sandbox, error) {
+func (s gatedStore) SetExpiry(ctx context.Context, id sandbox.ID, at time.Time, timeout time.Duration,
+	later bool) (sandbox.Sandbox, error) {
 	s.writes.Add(1)
 	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) {
 		return s.Store.SetExpiry(ctx, id, at, timeout, later)
@@ -204,7 +208,9 @@ func (s gatedStore) SetActivity(ctx context.Context, last map[sandbox.ID]time.Ti
 
 func (s gatedStore) AddSnapshot(ctx context.Context, snap sandbox.Snapshot, most int) error {
 	s.writes.Add(1)
-	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) { return nil, s.Store.AddSnapshot(ctx, snap, most) })
+	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) {
+		return nil, s.Store.AddSnapshot(ctx, snap, most)
+	})
 	return err
 }
 
@@ -287,7 +293,9 @@ func (n gatedNode) Snapshot(ctx context.Context, id sandbox.ID, to sandbox.Snaps
 }
 
 func (n gatedNode) SnapshotPoint(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Point, error) {
-	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Point, error) { return n.Node.SnapshotPoint(ctx, id, to) })
+	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Point, error) {
+		return n.Node.SnapshotPoint(ctx, id, to)
+	})
 }
 
 func (n gatedNode) DropSnapshot(ctx context.Context, id sandbox.SnapshotID) error {

@@ -21,19 +21,19 @@ const (
 	opSnapshot   opKind = "snapshot"
 	opFork       opKind = "fork"
 	opClaim      opKind = "claim"   // a create from the pool
-	opPrepare    opKind = "prepare" // a new member of the pool
+	opPrepare    opKind = "prepare" // a new pooled sandbox
 	opSettle     opKind = "settle"  // makes row and host agree
 )
 
-// operation is work on one sandbox under way in this process. Its context
-// outlives the request that began it; only destroy ends it early.
+// operation holds the state of work on one sandbox in this process. Its context outlives the
+// request that began it; only destroy cancels it early.
 type operation struct {
 	kind   opKind
 	ctx    context.Context
 	cancel context.CancelCauseFunc
-	// claimed is closed once a destroy is durable; what is left of it no caller waits for.
+	// claimed is closed when a destroy is durable. No caller waits for the rest of the destroy.
 	claimed chan struct{}
-	done    chan struct{} // closed by finish, after what follows is set
+	done    chan struct{} // closed by finish, after the fields below are set
 	result  Sandbox
 	point   Point // of a checkpoint
 	err     error
@@ -47,7 +47,7 @@ func (op *operation) wait(ctx context.Context) (Sandbox, error) {
 	return op.result, op.err
 }
 
-// ended waits until the operation is over, whatever came of it.
+// ended waits until the operation is over, whether it failed or not, or until ctx ends.
 func (op *operation) ended(ctx context.Context) error {
 	select {
 	case <-op.done:
@@ -62,9 +62,8 @@ var (
 	errClosing     = fault.New(fault.Unavailable, "shutting_down", "the server is shutting down").After(2 * time.Second)
 )
 
-// begin registers an operation on a sandbox nobody works on (mine), or returns the
-// one that is under way. It returns nil when there is none and the service is
-// closing.
+// begin registers an operation on a sandbox that has none (mine), or returns the operation under
+// way. It returns nil when there is none and the service is closing.
 func (s *Service) begin(id ID, kind opKind) (op *operation, mine bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -78,21 +77,21 @@ func (s *Service) begin(id ID, kind opKind) (op *operation, mine bool) {
 	return op, true
 }
 
-// do works on the operation that the caller has begun, and finishes it. Of ctx it has
-// nothing but what is measured.
+// do starts work for the operation that the caller has begun, and finishes the operation after it.
+// It does not wait for work, and uses ctx only for measurements.
 func (s *Service) do(ctx context.Context, id ID, op *operation, work func(ctx context.Context) (Sandbox, error)) {
 	ctx = trace.Carry(op.ctx, ctx)
 	go func() {
 		result, err := work(ctx)
 		if err != nil && fault.As(err) == nil && context.Cause(ctx) == errInterrupted {
-			// Whatever broke, broke because a destroy came.
+			// The error follows from the destroy.
 			err = fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed meanwhile", id).Because(err)
 		}
 		s.finish(id, op, result, err)
 	}()
 }
 
-// finish hands the result to everybody who waits.
+// finish stores the result and wakes all waiters.
 func (s *Service) finish(id ID, op *operation, result Sandbox, err error) {
 	s.mu.Lock()
 	delete(s.work, id)
@@ -107,14 +106,15 @@ func (s *Service) finish(id ID, op *operation, result Sandbox, err error) {
 	s.wg.Done()
 }
 
-// working is the operation under way on the sandbox, nil if none.
+// working returns the operation under way on the sandbox, or nil if there is none.
 func (s *Service) working(id ID) *operation {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.work[id]
 }
 
-// current is the operation of that kind under way on the sandbox, nil if none.
+// current returns the operation of the given kind under way on the sandbox, or nil if there is
+// none.
 func (s *Service) current(id ID, kind opKind) *operation {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -10,13 +10,14 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// persistent makes one with an idle timeout and without recovery points.
+// persistent creates a sandbox with an idle timeout and without recovery points.
 func (h *house) persistent(idle time.Duration) sandbox.ID {
 	h.t.Helper()
-	return h.mustCreate(sandbox.Request{Mode: "persistent", IdleTimeout: &idle, RecoveryInterval: ptr(time.Duration(0))}).ID
+	return h.mustCreate(sandbox.Request{Mode: "persistent", IdleTimeout: &idle,
+		RecoveryInterval: ptr(time.Duration(0))}).ID
 }
 
-// suspended makes one that has been suspended and has no timers.
+// suspended creates a sandbox without timers and suspends it.
 func (h *house) suspended() sandbox.ID {
 	h.t.Helper()
 	id := h.persistent(0)
@@ -51,7 +52,7 @@ func (h *house) mustConnect(id sandbox.ID) *sandbox.Lease {
 	return lease
 }
 
-// call is a short call of a user's.
+// call makes a short call of a user.
 func (h *house) call(id sandbox.ID) {
 	h.t.Helper()
 	h.mustConnect(id).Release()
@@ -74,7 +75,7 @@ func (h *house) wantEvent(id sandbox.ID, from, to sandbox.State, reason, detail 
 	}
 }
 
-// calls counts the calls of one kind to the node.
+// calls returns the number of calls of one kind to the node.
 func (h *house) calls(what string, id sandbox.ID) (n int) {
 	for _, call := range h.node.Calls() {
 		if call == what+" "+string(id) {
@@ -84,7 +85,7 @@ func (h *house) calls(what string, id sandbox.ID) (n int) {
 	return n
 }
 
-// pass lets the bubble's time pass.
+// pass waits until the duration has passed on the bubble's clock.
 func pass(d time.Duration) {
 	barrier()
 	time.Sleep(d)
@@ -95,16 +96,18 @@ func TestPersistentDefaults(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
 		box := h.mustCreate(sandbox.Request{Mode: "persistent"})
-		if box.Mode != sandbox.Persistent || box.IdleTimeout != sandbox.DefaultIdleTimeout || box.RecoveryInterval != sandbox.DefaultRecoveryInterval ||
+		if box.Mode != sandbox.Persistent || box.IdleTimeout != sandbox.DefaultIdleTimeout ||
+			box.RecoveryInterval != sandbox.DefaultRecoveryInterval ||
 			box.Timeout != 0 || !box.ExpiresAt.IsZero() || !box.LastActivityAt.Equal(box.StartedAt) {
 			t.Errorf("unexpected sandbox %+v", box)
 		}
-		box = h.mustCreate(sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Duration(0)), RecoveryInterval: ptr(time.Duration(0))})
+		box = h.mustCreate(sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Duration(0)),
+			RecoveryInterval: ptr(time.Duration(0))})
 		if box.IdleTimeout != 0 || box.RecoveryInterval != 0 {
-			t.Errorf("never and off came out as %s and %s", box.IdleTimeout, box.RecoveryInterval)
+			t.Errorf("never and off became %s and %s", box.IdleTimeout, box.RecoveryInterval)
 		}
 		pass(48 * time.Hour)
-		h.wantState(box.ID, sandbox.Running, "") // never means never
+		h.wantState(box.ID, sandbox.Running, "") // an idle timeout of 0 means never
 	})
 }
 
@@ -112,12 +115,12 @@ func TestIdleSuspendsToTheMoment(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
 		id := h.persistent(10 * time.Second)
-		for range 3 { // any use begins the time anew
+		for range 3 { // each use restarts the idle time
 			pass(9 * time.Second)
 			h.call(id)
 		}
 		pass(9 * time.Second)
-		h.mustWake(id) // so does a wake of one that runs
+		h.mustWake(id) // a wake of a running sandbox does the same
 		used := time.Now().UTC()
 		pass(10*time.Second - time.Millisecond)
 		h.wantState(id, sandbox.Running, "")
@@ -125,7 +128,8 @@ func TestIdleSuspendsToTheMoment(t *testing.T) {
 		h.wantState(id, sandbox.Suspended, "")
 		h.wantEvent(id, sandbox.Suspending, sandbox.Suspended, "idle", "")
 		box := h.get(id)
-		if !box.LastActivityAt.Equal(used.Truncate(time.Microsecond)) || !box.SuspendedAt.Equal(time.Now().Add(0).UTC().Truncate(time.Microsecond)) {
+		if !box.LastActivityAt.Equal(used.Truncate(time.Microsecond)) ||
+			!box.SuspendedAt.Equal(time.Now().Add(0).UTC().Truncate(time.Microsecond)) {
 			t.Errorf("last used %s, suspended %s", box.LastActivityAt, box.SuspendedAt)
 		}
 	})
@@ -152,7 +156,7 @@ func TestReadingIsNoActivity(t *testing.T) {
 		h.wantState(id, sandbox.Suspended, "")
 		h.get(id)
 		pass(time.Minute)
-		h.wantState(id, sandbox.Suspended, "") // nor does it wake
+		h.wantState(id, sandbox.Suspended, "") // it does not wake the sandbox either
 	})
 }
 
@@ -184,8 +188,8 @@ func TestRunningCommandIsActivity(t *testing.T) {
 	})
 }
 
-// TestCallsDoNotWrite: a call to a running sandbox costs the store no write, and the
-// activity of all goes to it together, every two seconds.
+// TestCallsDoNotWrite checks that a call to a running sandbox writes nothing to the store, and that
+// the activity of all sandboxes is written together, every two seconds.
 func TestCallsDoNotWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -226,7 +230,7 @@ func TestActivitySurvivesACrash(t *testing.T) {
 		pass(31500 * time.Millisecond)
 		used := time.Now()
 		h.crash()
-		lease.Release() // of a server that is dead
+		lease.Release() // of the dead server
 		pass(2 * time.Second)
 		h.start()
 		got := h.get(id).LastActivityAt
@@ -254,11 +258,12 @@ func TestCloseWritesActivity(t *testing.T) {
 			t.Errorf("the row says %s, %v; want %s", box.LastActivityAt, err, used)
 		}
 		pass(time.Hour)
-		h.wantState(id, sandbox.Running, "") // a closed server suspends nobody
+		h.wantState(id, sandbox.Running, "") // a closed server suspends no sandbox
 	})
 }
 
-// TestIdleWhileTheServerWasAway: it is suspended soon, but the start does not wait.
+// TestIdleWhileTheServerWasAway checks that a sandbox that became idle without a server is
+// suspended soon, and that the start of the server does not wait for it.
 func TestIdleWhileTheServerWasAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -286,7 +291,8 @@ func TestRefusedWhenNotRunning(t *testing.T) {
 			t.Fatal(err)
 		}
 		h.node.OnCreate = func(context.Context, sandbox.Spec) error { time.Sleep(time.Second); return nil }
-		starting, err := h.Create(ctx, h.caller(), sandbox.Request{Template: "python", Mode: "persistent"}, sandbox.Once{}, false)
+		starting, err := h.Create(ctx, h.caller(), sandbox.Request{Template: "python", Mode: "persistent"},
+			sandbox.Once{}, false)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -9,12 +9,12 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// SetEgress replaces the policy of a sandbox. Of one that runs it is in force when
-// SetEgress returns, for established connections too; one that is suspended has it when
-// it wakes. Neither is used or woken by it. It waits for what is being done to the
-// sandbox and goes on when ctx ends. A sandbox that is destroyed is Conflict, code
-// "sandbox_not_running". After an error the old policy is in force: the machine's own,
-// or Internal, code "egress_failed".
+// SetEgress replaces the policy of a sandbox. For a running sandbox the new policy is in force when
+// SetEgress returns, for established connections too; a suspended one gets it when it wakes.
+// SetEgress counts as no activity and wakes no sandbox. It waits for any operation on the sandbox
+// and continues when ctx ends. A destroyed sandbox is Conflict, code "sandbox_not_running". After
+// an error the old policy is in force; the error is the machine's own, or Internal, code
+// "egress_failed".
 func (s *Service) SetEgress(ctx context.Context, orgID string, id ID, e Egress) (Sandbox, error) {
 	for {
 		box, err := s.Get(ctx, orgID, id)
@@ -39,9 +39,9 @@ func (s *Service) SetEgress(ctx context.Context, orgID string, id ID, e Egress) 
 	}
 }
 
-// setEgress writes the policy to the row, as what is wanted, and then to the kernel; the
-// caller holds the operation. A server that dies between the two leaves a row that its
-// successor goes by.
+// setEgress writes the policy to the row, as the wanted one, and then to the kernel; the caller
+// holds the operation. If the server dies between the two writes, the next server applies the
+// policy of the row.
 func (s *Service) setEgress(ctx context.Context, id ID, e Egress) (Sandbox, error) {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
@@ -61,18 +61,18 @@ func (s *Service) setEgress(ctx context.Context, id ID, e Egress) (Sandbox, erro
 			return Sandbox{}, s.egressFailed(ctx, before, err)
 		}
 	}
-	s.log.InfoContext(ctx, "sandbox has another egress policy", "sandbox", id, "egress", e.summary())
+	s.log.InfoContext(ctx, "egress policy of a sandbox changed", "sandbox", id, "egress", e.summary())
 	return box, nil
 }
 
 // changed returns the event of a change of policy. It is written with the row, which the machine
-// follows in the end; a policy that is written back has one too.
+// follows in the end. A policy that is restored after an error gets such an event too.
 func changed(e Egress) Event {
 	return Event{At: time.Now().UTC(), Reason: reasonEgressChanged, Detail: e.summary()}
 }
 
-// egressFailed writes the policy back that is still in force. When that fails too, what
-// row and machine have differs, and reconcile makes them agree.
+// egressFailed writes the policy that is still in force back to the row. If that fails too, row and
+// machine differ until Reconcile makes them agree.
 func (s *Service) egressFailed(ctx context.Context, before Sandbox, cause error) error {
 	if context.Cause(ctx) == errInterrupted {
 		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while its policy was changed", before.ID)
@@ -89,13 +89,15 @@ func (s *Service) egressFailed(ctx context.Context, before Sandbox, cause error)
 	return fault.New(fault.Internal, "egress_failed", "the policy of sandbox %s was not changed", before.ID).Because(cause)
 }
 
-// summary is the policy in one line: lists by their length, since they may be long.
+// summary returns the policy in one line. It gives only the lengths of lists, since they may be
+// long.
 func (e Egress) summary() string {
 	parts := []string{string(e.Mode)}
 	for _, list := range []struct {
 		name   string
 		length int
-	}{{"allow_cidrs", len(e.AllowCIDRs)}, {"deny_cidrs", len(e.DenyCIDRs)}, {"allow_ports", len(e.AllowPorts)}, {"allow_domains", len(e.AllowDomains)}} {
+	}{{"allow_cidrs", len(e.AllowCIDRs)}, {"deny_cidrs", len(e.DenyCIDRs)}, {"allow_ports", len(e.AllowPorts)},
+		{"allow_domains", len(e.AllowDomains)}} {
 		if list.length > 0 {
 			parts = append(parts, fmt.Sprintf("%d %s", list.length, list.name))
 		}
@@ -103,21 +105,22 @@ func (e Egress) summary() string {
 	return strings.Join(parts, ", ")
 }
 
-// Traffic is what came out of a sandbox since it runs: by its policy let through, or
-// denied. Answers to it are not counted.
+// Traffic counts the traffic that left a sandbox since its instance started: allowed by its policy,
+// or denied. It does not count answers to that traffic.
 type Traffic struct {
 	PacketsAllowed, BytesAllowed uint64
 	PacketsDenied, BytesDenied   uint64
 }
 
-// Traffic counts what left the sandbox in its present life; nil when it does not run.
+// Traffic returns the traffic that left the sandbox during its present run, or nil when it does not
+// run.
 func (s *Service) Traffic(ctx context.Context, box Sandbox) (*Traffic, error) {
 	if box.State.Status() != StatusRunning {
 		return nil, nil
 	}
 	t, err := s.node.Traffic(ctx, box.ID)
 	if fault.Is(err, fault.Conflict) {
-		return nil, nil // it has just ended
+		return nil, nil // the sandbox has just ended
 	}
 	if err != nil {
 		return nil, fmt.Errorf("counting the traffic of %s: %w", box.ID, err)
@@ -125,6 +128,6 @@ func (s *Service) Traffic(ctx context.Context, box Sandbox) (*Traffic, error) {
 	return &t, nil
 }
 
-// Look returns the row of a sandbox for the machine itself, which acts for nobody. It is
+// Look returns the row of a sandbox for the machine itself, without a caller's rights. It counts as
 // no activity.
 func (s *Service) Look(ctx context.Context, id ID) (Sandbox, error) { return s.store.Get(ctx, id) }

@@ -21,7 +21,7 @@ var (
 	named  = sandbox.Egress{Mode: sandbox.DenyAll, AllowDomains: []string{"example.com"}}
 )
 
-// wantPolicy checks what the row shows and, if the sandbox runs, what the node has.
+// wantPolicy checks the policy of the row and, if the sandbox runs, that of the node.
 func (h *house) wantPolicy(id sandbox.ID, want sandbox.Egress) {
 	h.t.Helper()
 	box := h.get(id)
@@ -33,7 +33,7 @@ func (h *house) wantPolicy(id sandbox.ID, want sandbox.Egress) {
 	}
 }
 
-// notes are the events that are no transitions, newest first.
+// notes returns the events that are not transitions, newest first.
 func (h *house) notes(id sandbox.ID) []string {
 	h.t.Helper()
 	events, _, err := h.Events(context.Background(), org, id, 200, "")
@@ -66,7 +66,8 @@ func TestPolicyOfARunningSandbox(t *testing.T) {
 			}
 			h.wantPolicy(id, e)
 		}
-		want := []string{"running egress_changed: allow_all", "running egress_changed: allow_all", "running egress_changed: deny_all, 1 allow_domains"}
+		want := []string{"running egress_changed: allow_all", "running egress_changed: allow_all",
+			"running egress_changed: deny_all, 1 allow_domains"}
 		if diff := cmp.Diff(want, h.notes(id)); diff != "" {
 			t.Error(diff)
 		}
@@ -100,8 +101,8 @@ func TestPolicyOfASuspendedSandbox(t *testing.T) {
 	})
 }
 
-// TestPolicyWaits: a change waits for a create, and comes before a suspend that is
-// asked for after it.
+// TestPolicyWaits checks that a change of policy waits for a create, and precedes a suspend that is
+// requested after it.
 func TestPolicyWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -142,7 +143,7 @@ func TestPolicyThatFails(t *testing.T) {
 		_, err := h.SetEgress(context.Background(), org, id, closed)
 		wantCode(t, err, fault.Internal, "egress_failed")
 		h.wantPolicy(id, open)
-		// When the row cannot be written back, what it says comes true in the end.
+		// If the row cannot be restored, the policy that it says is applied in the end.
 		h.node.OnSetEgress = func(context.Context, sandbox.ID) error { h.gate.breakPolicies(true); return errInjected }
 		_, err = h.SetEgress(context.Background(), org, id, closed)
 		wantCode(t, err, fault.Internal, "egress_failed")
@@ -153,8 +154,8 @@ func TestPolicyThatFails(t *testing.T) {
 	})
 }
 
-// TestPolicyThatACrashInterrupted: whether the server died before or after the kernel
-// had the policy, the next one goes by the row.
+// TestPolicyThatACrashInterrupted checks that the next server applies the policy of the row,
+// whether or not the dead server had given it to the kernel.
 func TestPolicyThatACrashInterrupted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -208,8 +209,10 @@ func TestDenialsBecomeEvents(t *testing.T) {
 		h := newHouse(t)
 		id := h.mustCreate(sandbox.Request{Egress: &closed, Timeout: ptr(24 * time.Hour)}).ID
 		to := func(text string) netip.AddrPort { return netip.MustParseAddrPort(text) }
-		h.node.Deny(sandbox.Denial{ID: id, Protocol: "tcp", Destination: to("203.0.113.5:443"), Name: "example.org", Count: 2})
-		h.node.Deny(sandbox.Denial{ID: id, Protocol: "tcp", Destination: to("203.0.113.5:443"), Name: "example.org", Count: 1})
+		h.node.Deny(sandbox.Denial{ID: id, Protocol: "tcp", Destination: to("203.0.113.5:443"),
+			Name: "example.org", Count: 2})
+		h.node.Deny(sandbox.Denial{ID: id, Protocol: "tcp", Destination: to("203.0.113.5:443"),
+			Name: "example.org", Count: 1})
 		h.node.Deny(sandbox.Denial{ID: id, Protocol: "icmp", Destination: to("203.0.113.6:0"), Count: 1})
 		h.node.Deny(sandbox.Denial{ID: id, Protocol: "dns", Name: "example.net", Count: 1})
 		h.node.Deny(sandbox.Denial{ID: id, Protocol: "dns", Name: "\xff\n" + strings.Repeat("x", 1000), Count: 4})
@@ -221,10 +224,11 @@ func TestDenialsBecomeEvents(t *testing.T) {
 		if diff := cmp.Diff(first, h.notes(id)); diff != "" {
 			t.Error(diff)
 		}
-		// One that scans makes a few events a minute, and the rest is a number.
+		// A sandbox that scans makes a few events a minute, which give only the number of the rest.
 		scan := func(ports int) {
 			for i := range ports {
-				h.node.Deny(sandbox.Denial{ID: id, Protocol: "udp", Destination: netip.AddrPortFrom(netip.MustParseAddr("203.0.113.9"), uint16(i+1)), Count: 1})
+				h.node.Deny(sandbox.Denial{ID: id, Protocol: "udp",
+					Destination: netip.AddrPortFrom(netip.MustParseAddr("203.0.113.9"), uint16(i+1)), Count: 1})
 			}
 		}
 		scan(5000)

@@ -11,32 +11,32 @@ import (
 	"time"
 )
 
-// Member is a sandbox of the pool: booted, without an owner, waiting to be claimed. Its
-// ID, Run and Token become those of the sandbox that claims it. There is a row of it only
-// when it is ready, so a server that dies while it prepares one leaves what no row owns.
+// Member holds a pooled sandbox: booted, without an owner, waiting to be claimed. The sandbox that
+// claims it takes its ID, Run and Token. It has a row only once it is ready, so a server that dies
+// while it prepares one leaves a sandbox without a row.
 type Member struct {
 	ID        ID
 	Run       string
-	Token     string // secret, as Sandbox.Token
-	OrgID     string // one that may use the template
-	Template  string // name, for people
+	Token     string // secret, like Sandbox.Token
+	OrgID     string // an organization that may use the template
+	Template  string // name, for display
 	Kind      Kind
 	CreatedAt time.Time
 }
 
-// Kind is what must be the same for a member to be what a create asks for.
+// Kind holds the settings in which a create and the member that serves it must agree.
 type Kind struct {
 	TemplateID string
 	Version    int
 	Image      string
 	Size       Size
 	DiskMB     int
-	// Started is what its start command runs as: a hash of the command and of the
-	// environment, user, working directory and policy that it began with. "" is none.
+	// Started identifies the conditions of its start command: a hash of the command and of the
+	// environment, user, working directory and policy that it began with. "" means none.
 	Started string
 }
 
-// kind is the kind that the sandbox of a create is of.
+// kind returns the kind of member that can serve a create of the sandbox.
 func (b Sandbox) kind(start Start) Kind {
 	k := Kind{b.TemplateID, b.TemplateVersion, b.Image, b.Size, b.DiskMB, ""}
 	if start.None() {
@@ -50,7 +50,7 @@ func (b Sandbox) kind(start Start) Kind {
 		User, Workdir string
 		Egress        Egress
 	}{start, b.Env, user, b.Workdir, b.Egress})
-	if err != nil { // texts and numbers only
+	if err != nil { // Marshal cannot fail on texts and numbers
 		panic(err)
 	}
 	sum := sha256.Sum256(text)
@@ -58,54 +58,56 @@ func (b Sandbox) kind(start Start) Kind {
 	return k
 }
 
-// PoolConfig is what the operator decides about the pool.
+// PoolConfig holds the operator's settings for the pool.
 type PoolConfig struct {
 	Enabled    bool
-	Target     int // members of each template in use, at its default size
-	MaxMembers int // of all together
-	// Templates have targets of their own; those that are not in it have Target while
-	// they are in use.
+	Target     int // members for each template in use, at its default size
+	MaxMembers int // of all templates together
+	// Templates sets targets for single templates. Others have Target while they are in use.
 	Templates []PoolTemplate
-	// Prepared, if not nil, is told how long each new member took. It must not block.
+	// Prepared, if not nil, is called with the duration and error of each preparation of a member. It
+	// must not block.
 	Prepared func(took time.Duration, err error)
 }
 
-// PoolTemplate is the target of one template at one size. Target 0 is off.
+// PoolTemplate sets the target of one template at one size. Target 0 turns it off.
 type PoolTemplate struct {
 	Template string // name or ID
-	OrgID    string // whose it is; "" is one that is built in
-	Size     string // "" is the template's default
+	OrgID    string // its owner; "" means that it is built in
+	Size     string // "" means the template's default
 	Target   int
 }
 
 const (
-	// inUseFor is how long after its last create a template counts as in use. Longer keeps
-	// memory for nobody, shorter makes the first create after a break a cold one.
+	// inUseFor sets how long a template counts as in use after its last create. A longer time keeps
+	// memory for unused templates; a shorter one makes the first create after a break a cold one.
 	inUseFor = 4 * time.Hour
-	// demandOver and demandAhead are how the target follows creates: it is what was taken
-	// within demandAhead on the average of the last demandOver.
+	// demandOver and demandAhead set how the target follows creates: it is the number of creates
+	// expected within demandAhead, at the average rate of the last demandOver. A longer demandOver
+	// reacts later; a longer demandAhead keeps more members.
 	demandOver  = time.Minute
 	demandAhead = 10 * time.Second
 )
 
-// demand is who asks for a template at one size, and how many members that is worth.
+// demand holds the requests for a template at one size, and the number of members that they
+// justify.
 type demand struct {
 	orgID   string
-	version TemplateVersion // the newest that is known
+	version TemplateVersion // newest known version
 	kind    Kind
-	fixed   bool // the operator's target, which use does not end
+	fixed   bool // the target is the operator's; it remains without use
 	target  int
 	used    time.Time
-	taken   [6]int    // creates in each sixth of demandOver, a ring
-	slot    int64     // which sixth was counted last
-	claimed int       // creates from the pool since the start
-	paused  time.Time // until then none is prepared, since one could not be
-	share   int       // of the members there may be; see share
+	taken   [6]int    // creates in each sixth of demandOver, as a ring
+	slot    int64     // the sixth that was counted last
+	claimed int       // creates from the pool since the server's start
+	paused  time.Time // end of the pause after a failed preparation
+	share   int       // its part of the allowed members; see share
 }
 
 const sixth = demandOver / 6
 
-// roll forgets what is older than demandOver.
+// roll forgets creates older than demandOver.
 func (d *demand) roll(now time.Time) {
 	slot := now.UnixNano() / int64(sixth)
 	for i := max(d.slot+1, slot-int64(len(d.taken))+1); i <= slot; i++ {
@@ -120,7 +122,7 @@ func (d *demand) use(now time.Time) {
 	d.used = now
 }
 
-// wants is its target now.
+// wants returns its target at the time.
 func (d *demand) wants(now time.Time) int {
 	d.roll(now)
 	if d.target == 0 || d.kind.TemplateID == "" || !d.fixed && now.Sub(d.used) > inUseFor {
@@ -134,12 +136,12 @@ func (d *demand) wants(now time.Time) int {
 	return max(d.target, (sum+share-1)/share)
 }
 
-// demandKey finds a demand.
+// demandKey identifies a demand.
 type demandKey struct{ templateID, size string }
 
-// share gives each demand what it wants, one after the other in turns while there are
-// members left of the most there may be: those that the operator wants first, then what
-// was used last.
+// share divides the allowed number of members, most, among the demands. In each round every demand
+// gets one until it has its target. Demands with a target of the operator come first, then those
+// used last.
 func share(demands map[demandKey]*demand, most int, now time.Time) []*demand {
 	order := slices.SortedFunc(maps.Values(demands), func(a, b *demand) int {
 		if a.fixed != b.fixed {
@@ -148,7 +150,8 @@ func share(demands map[demandKey]*demand, most int, now time.Time) []*demand {
 			}
 			return 1
 		}
-		return cmp.Or(b.used.Compare(a.used), cmp.Compare(a.kind.TemplateID, b.kind.TemplateID), cmp.Compare(a.kind.Size.Name, b.kind.Size.Name))
+		return cmp.Or(b.used.Compare(a.used), cmp.Compare(a.kind.TemplateID, b.kind.TemplateID),
+			cmp.Compare(a.kind.Size.Name, b.kind.Size.Name))
 	})
 	for _, d := range order {
 		d.share = 0
@@ -166,11 +169,10 @@ func share(demands map[demandKey]*demand, most int, now time.Time) []*demand {
 	return order
 }
 
-// pool is what is kept in memory of the pool: the members that can be claimed, and who
-// asks for them.
+// pool holds in memory the members that can be claimed, and the demands for them.
 type pool struct {
 	cfg  PoolConfig
-	work chan struct{} // holds one token: there may be something to do
+	work chan struct{} // holds a token when there may be work
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -181,18 +183,18 @@ type pool struct {
 	counts PoolCounts // guarded by mu
 }
 
-// PoolCounts is what creates came to while the pool was on.
+// PoolCounts counts creates while the pool was on.
 type PoolCounts struct {
-	Ready int   // members now
-	Warm  int64 // creates from it
-	Cold  int64 // creates that it had nothing for
+	Ready int   // present members
+	Warm  int64 // creates served by the pool
+	Cold  int64 // creates that the pool could not serve
 }
 
 func newPool(cfg PoolConfig) *pool {
 	return &pool{cfg: cfg, work: make(chan struct{}, 1), ready: map[ID]Member{}, demands: map[demandKey]*demand{}}
 }
 
-// nudge says that there may be something to do.
+// nudge wakes keepPool, since there may be work.
 func (p *pool) nudge() {
 	select {
 	case p.work <- struct{}{}:
@@ -213,7 +215,8 @@ func (p *pool) add(m Member) {
 	p.ready[m.ID] = m
 }
 
-// remove takes a member out, so that nobody else claims it.
+// remove takes a member out of the pool and reports whether it was there. After that no other
+// operation claims it.
 func (p *pool) remove(id ID) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -222,8 +225,8 @@ func (p *pool) remove(id ID) bool {
 	return ready
 }
 
-// take takes the oldest member that is of the kind, if any, and that the caller can begin
-// to work on. Members are put in only by who works on them, so nobody else has it then.
+// take removes and returns the oldest member for which of, and then begin, return true. Only the
+// holder of a member's operation puts it in, so after begin no other operation holds the member.
 func (p *pool) take(of func(Member) bool, begin func(ID) bool) (Member, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -236,7 +239,7 @@ func (p *pool) take(of func(Member) bool, begin func(ID) bool) (Member, bool) {
 	return Member{}, false
 }
 
-// members lists those that can be claimed, oldest first.
+// members returns the members that can be claimed, oldest first.
 func (p *pool) members() []Member {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -250,7 +253,7 @@ func (p *pool) membersLocked() []Member {
 	})
 }
 
-// demandLocked is the demand for a template at one size, a new one if there was none.
+// demandLocked returns the demand for a template at one size. It adds one if there is none.
 //
 // +checklocks:p.mu
 func (p *pool) demandLocked(key demandKey, orgID string) *demand {
@@ -262,21 +265,21 @@ func (p *pool) demandLocked(key demandKey, orgID string) *demand {
 	return d
 }
 
-// refresh changes a demand, a new one if there was none.
+// refresh calls change on a demand. It adds one if there is none.
 func (p *pool) refresh(key demandKey, orgID string, change func(*demand)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	change(p.demandLocked(key, orgID))
 }
 
-// forget drops a demand; its members go then.
+// forget drops a demand, so that its members are removed.
 func (p *pool) forget(key demandKey) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.demands, key)
 }
 
-// claimed counts what became of a create.
+// claimed counts a create as warm or cold.
 func (p *pool) claimed(key demandKey, warm bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

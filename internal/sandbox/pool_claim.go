@@ -10,23 +10,24 @@ import (
 	"github.com/cayhq/cay/internal/trace"
 )
 
-// claimTimeout bounds giving a member to its sandbox, which takes milliseconds. Too low
-// throws members away on a machine that is slow for a moment, too high keeps a caller from
-// the cold start that would serve it.
+// claimTimeout bounds giving a member to its sandbox, which takes milliseconds. A lower value
+// discards members on a machine that is slow for a moment; a higher one delays the cold start that
+// would serve the caller.
 const claimTimeout = 5 * time.Second
 
 const codeNoMember = "no_member"
 
-// errNotWarm says that the pool cannot serve a create; a cold one can.
-var errNotWarm = errors.New("nothing of the pool could be claimed")
+// errNotWarm reports that the pool cannot serve a create, while a cold start can.
+var errNotWarm = errors.New("no pooled sandbox could be claimed")
 
-// createWarm makes the sandbox of a create from the pool, if that has one of its kind;
-// done says that the create is answered.
+// createWarm serves a create from the pool if the pool has a member of its kind. It returns done
+// when the create is answered.
 //
-// A member is claimed on the machine first and in the rows then, all in one transaction:
-// until that nobody knows the sandbox. A server that dies in between leaves a member that
-// is not warm any more, which reconcile removes.
-func (s *Service) createWarm(ctx context.Context, c Caller, box Sandbox, v TemplateVersion, once Once, wait bool) (_ Sandbox, done bool, err error) {
+// createWarm claims a member on the machine first and then in the rows, in one transaction. Until
+// that transaction no caller knows the sandbox. A server that dies in between leaves a member that
+// is no longer warm, which Reconcile removes.
+func (s *Service) createWarm(ctx context.Context, c Caller, box Sandbox, v TemplateVersion, once Once,
+	wait bool) (_ Sandbox, done bool, err error) {
 	if !s.pool.cfg.Enabled {
 		return Sandbox{}, false, nil
 	}
@@ -47,7 +48,7 @@ func (s *Service) createWarm(ctx context.Context, c Caller, box Sandbox, v Templ
 	if !ok {
 		return Sandbox{}, false, nil
 	}
-	// Refused like this no member is spent. What decides is the claim's transaction.
+	// A refusal here saves the member. The claim's transaction makes the decision.
 	end := trace.Start(ctx, "admit")
 	prior, found, err := s.store.Admit(ctx, box, c.Quota, once)
 	end()
@@ -71,16 +72,16 @@ func (s *Service) createWarm(ctx context.Context, c Caller, box Sandbox, v Templ
 	case errors.Is(err, errRepeated):
 		return s.claimAnswered(ctx, prior, nil, wait)
 	case errors.Is(err, errNotWarm):
-		s.log.WarnContext(ctx, "a create goes on without the pool", "member", m.ID, "error", err)
+		s.log.WarnContext(ctx, "creating a sandbox without the pool", "member", m.ID, "error", err)
 		return Sandbox{}, false, nil
 	}
 	return Sandbox{}, true, err
 }
 
-// errRepeated says that a create was made before under the same key.
-var errRepeated = errors.New("made before")
+// errRepeated reports that an earlier create used the same key.
+var errRepeated = errors.New("already made with the same key")
 
-// claimAnswered is the end of a create that is refused, or was made before.
+// claimAnswered returns the answer to a create that is refused, or repeats an earlier one.
 func (s *Service) claimAnswered(ctx context.Context, prior Sandbox, err error, wait bool) (Sandbox, bool, error) {
 	if err == nil {
 		prior, err = s.repeated(ctx, prior, wait)
@@ -88,16 +89,17 @@ func (s *Service) claimAnswered(ctx context.Context, prior Sandbox, err error, w
 	return prior, true, err
 }
 
-// claim makes a member that the caller works on a sandbox that runs. What goes wrong ends
-// the member.
-func (s *Service) claim(ctx context.Context, box Sandbox, q Quota, once Once) (running, prior Sandbox, found bool, err error) {
+// claim turns a member into a running sandbox; the caller holds the member's operation. An error
+// removes the member.
+func (s *Service) claim(ctx context.Context, box Sandbox, q Quota,
+	once Once) (running, prior Sandbox, found bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
 	defer cancel()
 	defer func() {
 		if err == nil && !found {
 			return
 		}
-		if err := s.discard(context.WithoutCancel(ctx), box.ID); err != nil { // reconcile comes back for it
+		if err := s.discard(context.WithoutCancel(ctx), box.ID); err != nil { // Reconcile tries again
 			s.log.ErrorContext(ctx, "removing a member that could not be claimed", "member", box.ID, "error", err)
 		}
 	}()
@@ -123,13 +125,13 @@ func (s *Service) claim(ctx context.Context, box Sandbox, q Quota, once Once) (r
 		s.pool.claimed(demandKey{box.TemplateID, box.Size.Name}, true)
 		return box, prior, false, nil
 	case fault.As(err) != nil && fault.As(err).Code != codeNoMember:
-		return running, prior, false, err // what a cold one would be told
+		return running, prior, false, err // a cold start would fail in the same way
 	}
 	return running, prior, false, fmt.Errorf("%w: %w", errNotWarm, err)
 }
 
-// want notes what a create asks for, and says whether a member can be that. Of each
-// template in use the pool holds what a request for nothing special gives.
+// want records the demand of a create, and reports whether a member can serve it. The pool holds
+// members for plain requests only, for each template in use.
 func (s *Service) want(orgID string, v TemplateVersion, key demandKey, kind Kind) bool {
 	plain, err := s.plain(orgID, v, key.size)
 	if err != nil || plain.kind(v.Start) != kind {
@@ -149,7 +151,7 @@ func (s *Service) want(orgID string, v TemplateVersion, key demandKey, kind Kind
 	return d.target > 0
 }
 
-// plain is the sandbox of a request for a template at a size and for nothing else.
+// plain returns the sandbox of a request that gives only a template and a size.
 func (s *Service) plain(orgID string, v TemplateVersion, size string) (Sandbox, error) {
 	return Request{Size: size}.resolve(s.cfg, orgID, v, time.Now())
 }

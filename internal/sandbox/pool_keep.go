@@ -13,30 +13,35 @@ import (
 )
 
 const (
-	// lookEvery is how often the pool looks whether templates have new versions and
-	// whether the machine has memory: a few reads, none of a member. New versions that
-	// are created from are known at once.
+	// lookEvery is the interval at which the pool checks templates for new versions and the machine
+	// for free memory. That takes a few reads and none of a member. A create makes a new version known
+	// at once. A longer interval keeps old versions and scarce memory for longer.
 	lookEvery = 10 * time.Second
-	// checkEvery is how often each member is asked whether it answers, which is a few
-	// hundred microseconds of its time. One that died is known at once.
-	checkEvery   = time.Minute
+	// checkEvery is the interval at which each member's agent is called, which takes a few hundred
+	// microseconds of its time. The death of a member is known at once. A longer interval keeps
+	// members that hang for longer.
+	checkEvery = time.Minute
+	// checkTimeout bounds one call to the agent of a member. A lower value evicts members of a slow
+	// machine; a higher one delays the work of the pool while a member hangs.
 	checkTimeout = 5 * time.Second
 
-	// quiet is how long no create or wake must have been under way before a member is
-	// prepared: who got a sandbox uses it at once, and a start takes a processor.
+	// quiet is the time without a create or wake that must pass before a member is prepared. A new
+	// sandbox is used at once, and a start takes a processor. A shorter time slows those users; a
+	// longer one delays refills.
 	quiet = 100 * time.Millisecond
-	// yieldMost is how long the pool waits for that while it is not full. Then it goes on
-	// beside whatever is done, one start at a time, until it is: without it creates that
-	// never pause would all be cold ones.
+	// yieldMost limits how long a pool that is not full waits for a quiet moment. After it the pool
+	// prepares members beside other work, one at a time, until it is full. Without the limit, creates
+	// without pause would all be cold; a shorter one disturbs them sooner.
 	yieldMost = 2 * time.Second
 
-	// spareMake is for how many sandboxes there must be room on the machine for a member
-	// to be prepared, spareKeep for none to be given back. With less than spareMake 256 MiB
-	// are free beyond what the machine itself is left.
+	// spareMake sets how many sandboxes must have room on the machine before a member is prepared;
+	// spareKeep sets the number below which a member is given back. Room for spareMake sandboxes
+	// takes 256 MiB beyond the machine's own reserve. Lower values let the pool take room that
+	// creates need; higher ones leave memory unused.
 	spareMake, spareKeep = 4, 2
 )
 
-// keepPool keeps as many members as are wanted until ctx ends.
+// keepPool maintains the wanted number of members until ctx ends.
 func (s *Service) keepPool(ctx context.Context) {
 	if !s.pool.cfg.Enabled {
 		return
@@ -46,7 +51,7 @@ func (s *Service) keepPool(ctx context.Context) {
 	defer check.Stop()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	var lacking time.Time // since when the pool is not full
+	var lacking time.Time // when the pool began to lack members; zero if it is full
 	s.refreshDemands(ctx)
 	for ctx.Err() == nil {
 		select {
@@ -74,15 +79,16 @@ func (s *Service) keepPool(ctx context.Context) {
 			continue
 		}
 		if spare, err := s.node.Spare(ctx); err != nil || spare < spareMake {
-			continue // look again with the next tick
+			continue // the next tick tries again
 		}
 		s.prepare(ctx, d)
 		s.pool.nudge()
 	}
 }
 
-// untilQuiet is how long it is until nobody has been waiting for a sandbox for a while;
-// 0 is now. While somebody waits that is not known, and the end of it is a nudge.
+// untilQuiet returns the time until no caller will have waited for a sandbox for the duration
+// quiet; 0 means now. While a caller waits it returns quiet, and the end of that wait nudges the
+// pool.
 func (s *Service) untilQuiet() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -94,17 +100,17 @@ func (s *Service) untilQuiet() time.Duration {
 	return max(0, quiet-time.Since(s.served))
 }
 
-// foreground reports whether somebody waits for a sandbox to run.
+// foreground reports whether a caller waits for a sandbox to run.
 func (k opKind) foreground() bool { return k == opCreate || k == opClaim || k == opWake }
 
-// refreshDemands looks up the present versions of the templates that are wanted. Those
-// that are gone, or that nobody wants any more, are forgotten.
+// refreshDemands looks up the present versions of the templates in demand. It forgets demands for
+// templates that are gone or not wanted any more.
 func (s *Service) refreshDemands(ctx context.Context) {
 	fixed := map[demandKey]PoolTemplate{}
 	for _, t := range s.pool.cfg.Templates {
 		v, err := s.templates.Ready(ctx, t.OrgID, t.Template)
 		if err != nil {
-			continue // it is not ready yet, or will never be; creates are told
+			continue // not ready, now or ever; creates report it
 		}
 		fixed[demandKey{v.ID, cmp.Or(t.Size, s.defaultSize(v))}] = t
 	}
@@ -120,7 +126,7 @@ func (s *Service) refreshDemands(ctx context.Context) {
 	for key, orgID := range keys {
 		v, err := s.templates.Ready(ctx, orgID, key.templateID)
 		if err != nil && !fault.Is(err, fault.NotFound) {
-			continue // as it was: it may be being built anew
+			continue // keep the demand: the template may be being rebuilt
 		}
 		var plain Sandbox
 		if err == nil {
@@ -140,7 +146,7 @@ func (s *Service) refreshDemands(ctx context.Context) {
 	}
 }
 
-// lacking finds the demand that lacks the most of its share of members.
+// lacking returns the demand that lacks the largest part of its share of members.
 func (s *Service) lacking() (demand, bool) {
 	now := time.Now()
 	p := s.pool
@@ -149,7 +155,8 @@ func (s *Service) lacking() (demand, bool) {
 	have := p.kindsLocked()
 	var most *demand
 	for _, d := range share(p.demands, p.cfg.MaxMembers, now) {
-		if d.share > have[d.kind] && d.version.ID != "" && now.After(d.paused) && (most == nil || d.lacks(have) > most.lacks(have)) {
+		if d.share > have[d.kind] && d.version.ID != "" && now.After(d.paused) &&
+			(most == nil || d.lacks(have) > most.lacks(have)) {
 			most = d
 		}
 	}
@@ -159,7 +166,7 @@ func (s *Service) lacking() (demand, bool) {
 	return *most, true
 }
 
-// lacks is the part of its share that a demand lacks.
+// lacks returns the part of its share that a demand lacks.
 func (d *demand) lacks(have map[Kind]int) float64 {
 	return float64(d.share-have[d.kind]) / float64(max(d.share, 1))
 }
@@ -173,19 +180,20 @@ func (p *pool) kindsLocked() map[Kind]int {
 	return have
 }
 
-// prepare makes a member and puts it into the pool.
+// prepare makes a member and adds it to the pool.
 func (s *Service) prepare(ctx context.Context, d demand) {
 	box, err := s.plain(d.orgID, d.version, d.kind.Size.Name)
 	if err != nil {
-		return // it was one when the demand was noted
+		return // the request was valid when the demand was recorded
 	}
-	m := Member{ID: box.ID, Run: box.Run, Token: box.Token, OrgID: d.orgID, Template: d.version.Name, Kind: d.kind, CreatedAt: box.CreatedAt}
+	m := Member{ID: box.ID, Run: box.Run, Token: box.Token, OrgID: d.orgID, Template: d.version.Name, Kind: d.kind,
+		CreatedAt: box.CreatedAt}
 	op, mine := s.begin(m.ID, opPrepare)
 	if !mine {
-		return // closing
+		return // the service is closing
 	}
 	defer s.finish(m.ID, op, Sandbox{}, nil)
-	// A server that stops does not wait for it.
+	// A server that stops does not wait for the member.
 	defer context.AfterFunc(ctx, func() { op.cancel(errClosing) })()
 	work, cancel := context.WithTimeout(op.ctx, bootTimeout+d.version.Start.Patience())
 	defer cancel()
@@ -203,14 +211,15 @@ func (s *Service) prepare(ctx context.Context, d demand) {
 	switch {
 	case err == nil:
 		s.pool.add(m)
-		s.log.DebugContext(ctx, "prepared a sandbox for the pool", "member", m.ID, "template", m.Template, "took", time.Since(began))
+		s.log.DebugContext(ctx, "prepared a sandbox for the pool", "member", m.ID, "template", m.Template,
+			"took", time.Since(began))
 	case op.ctx.Err() == nil:
 		s.log.WarnContext(ctx, "preparing a sandbox for the pool", "member", m.ID, "template", m.Template, "error", err)
 		s.pool.pause(demandKey{d.kind.TemplateID, d.kind.Size.Name})
 	}
 }
 
-// pause leaves a demand alone for a while.
+// pause stops preparations for a demand for the duration retryAfter.
 func (p *pool) pause(key demandKey) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -219,8 +228,7 @@ func (p *pool) pause(key demandKey) {
 	}
 }
 
-// drain removes the members that nobody wants: of old versions, and those beyond their
-// demand's share.
+// drain removes unwanted members: those of old versions, and those beyond their demand's share.
 func (s *Service) drain(ctx context.Context) {
 	for ctx.Err() == nil {
 		p, now := s.pool, time.Now()
@@ -237,15 +245,14 @@ func (s *Service) drain(ctx context.Context) {
 	}
 }
 
-// giveBack removes a member when the machine has hardly room for anything else.
+// giveBack removes a member when the machine has little room left.
 func (s *Service) giveBack(ctx context.Context) {
 	if spare, err := s.node.Spare(ctx); err == nil && spare < spareKeep {
 		s.evict(ctx, func(Member) bool { return true })
 	}
 }
 
-// evict removes the oldest member that is meant, and says whether there was one that
-// could be removed.
+// evict removes the oldest member for which meant returns true, and reports whether it removed one.
 func (s *Service) evict(ctx context.Context, meant func(Member) bool) bool {
 	var op *operation
 	m, ok := s.pool.take(meant, func(id ID) (mine bool) {
@@ -255,20 +262,21 @@ func (s *Service) evict(ctx context.Context, meant func(Member) bool) bool {
 	if !ok {
 		return false
 	}
-	err := s.discard(context.WithoutCancel(ctx), m.ID) // begun, it goes on to its end
+	err := s.discard(context.WithoutCancel(ctx), m.ID) // a removal that has begun is completed
 	s.finish(m.ID, op, Sandbox{}, err)
-	if err != nil { // reconcile comes back for it
+	if err != nil { // Reconcile tries again
 		s.log.ErrorContext(ctx, "removing a member of the pool", "member", m.ID, "error", err)
 	}
 	return err == nil
 }
 
-// roomPatience is how long a create waits for what is on its way out, which takes tens of
-// milliseconds. Longer keeps a caller from being told that there is no room.
+// roomPatience bounds how long a create waits for sandboxes that are being removed, which takes
+// tens of milliseconds. A higher value delays the report that there is no room; a lower one refuses
+// creates that could have room.
 const roomPatience = 2 * time.Second
 
-// room makes sure that the machine can take one more sandbox. Members of the pool give
-// way, those that are being prepared too, and sandboxes that are going are waited for.
+// room makes sure that the machine can take one more sandbox. It evicts members of the pool,
+// cancels preparations, and waits for sandboxes that are being removed.
 func (s *Service) room(ctx context.Context, size Size) error {
 	defer trace.Start(ctx, "room")()
 	patience, cancel := context.WithTimeout(ctx, roomPatience)
@@ -293,7 +301,7 @@ func (s *Service) room(ctx context.Context, size Size) error {
 	}
 }
 
-// doing is an operation of that kind under way, nil if none.
+// doing returns an operation of the given kind under way, or nil if there is none.
 func (s *Service) doing(kind opKind) *operation {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -305,7 +313,7 @@ func (s *Service) doing(kind opKind) *operation {
 	return nil
 }
 
-// checkMembers replaces the members that do not answer.
+// checkMembers removes members that do not answer, so that they are replaced.
 func (s *Service) checkMembers(ctx context.Context) {
 	for _, m := range s.pool.members() {
 		try, cancel := context.WithTimeout(ctx, checkTimeout)
@@ -320,19 +328,19 @@ func (s *Service) checkMembers(ctx context.Context) {
 	}
 }
 
-// discard removes a member from the machine and then its row; the caller works on it.
+// discard removes a member from the machine and then its row; the caller holds the operation.
 func (s *Service) discard(ctx context.Context, id ID) error {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
 	s.pool.remove(id)
 	if err := s.node.Destroy(ctx, id); err != nil {
-		return fmt.Errorf("clearing what is left of %s: %w", id, err)
+		return fmt.Errorf("removing the remains of %s: %w", id, err)
 	}
 	return s.store.DropMember(ctx, id)
 }
 
-// keep makes a member that can be claimed known; the caller works on it. Of a pool that
-// is off none is kept.
+// keep adds a claimable member to the pool; the caller holds the operation. If the pool is off,
+// keep discards the member.
 func (s *Service) keep(ctx context.Context, m Member) error {
 	if !s.pool.cfg.Enabled {
 		return s.discard(ctx, m.ID)
@@ -341,7 +349,7 @@ func (s *Service) keep(ctx context.Context, m Member) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.ready[m.ID] = m
-	// Before the last server stopped it was in use; refreshDemands fills it in.
+	// The member was in demand before the last server stopped; refreshDemands fills in its demand.
 	key := demandKey{m.Kind.TemplateID, m.Kind.Size.Name}
 	if p.demands[key] == nil {
 		d := p.demandLocked(key, m.OrgID)
@@ -350,7 +358,7 @@ func (s *Service) keep(ctx context.Context, m Member) error {
 	return nil
 }
 
-// member is a member's row, nil if there is none.
+// member returns the row of a member, or nil if there is none.
 func (s *Service) member(ctx context.Context, id ID) (*Member, error) {
 	all, err := s.store.Members(ctx)
 	if err != nil {
@@ -362,17 +370,17 @@ func (s *Service) member(ctx context.Context, id ID) (*Member, error) {
 	return nil, nil
 }
 
-// PoolStatus is what the pool has of one template at one size.
+// PoolStatus reports the pool's members of one template at one size.
 type PoolStatus struct {
 	Template string
 	Version  int
 	Size     string
 	Ready    int // can be claimed now
-	Claimed  int // creates served since the server started
+	Claimed  int // creates served since the server's start
 	Target   int
 }
 
-// Pool lists what the pool has, by template and size.
+// Pool returns the status of the pool, by template and size.
 func (s *Service) Pool() []PoolStatus {
 	p := s.pool
 	p.mu.Lock()
@@ -390,5 +398,5 @@ func (s *Service) Pool() []PoolStatus {
 	return all
 }
 
-// PoolCounts says how creates went.
+// PoolCounts returns the counts of creates.
 func (s *Service) PoolCounts() PoolCounts { return s.pool.count() }

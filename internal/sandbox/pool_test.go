@@ -17,12 +17,13 @@ import (
 
 var twoOfEach = sandbox.PoolConfig{Enabled: true, Target: 2, MaxMembers: 6}
 
-// fixed has so many members of the template python from the start.
+// fixed returns a configuration with target members of the template python from the start.
 func fixed(target int) sandbox.PoolConfig {
-	return sandbox.PoolConfig{Enabled: true, MaxMembers: 10, Templates: []sandbox.PoolTemplate{{Template: "python", Target: target}}}
+	return sandbox.PoolConfig{Enabled: true, MaxMembers: 10,
+		Templates: []sandbox.PoolTemplate{{Template: "python", Target: target}}}
 }
 
-// settled waits until the pool has done what it wants and returns its members' rows.
+// settled waits until the pool has no more work and returns the rows of its members.
 func (h *house) settled() []sandbox.Member {
 	h.t.Helper()
 	pass(15 * time.Second)
@@ -33,7 +34,7 @@ func (h *house) settled() []sandbox.Member {
 	return members
 }
 
-// wantWhole checks that there is nothing on the host but what rows own.
+// wantWhole checks that rows own everything on the host.
 func (h *house) wantWhole() {
 	h.t.Helper()
 	l := lives{house: h}
@@ -46,7 +47,7 @@ func TestWarmCreateIsLikeACold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newPoolHouse(t, twoOfEach)
 		if len(h.settled()) > 0 {
-			t.Fatal("members of what nobody has asked for")
+			t.Fatal("members without a demand")
 		}
 		if cold := h.mustCreate(sandbox.Request{}); cold.Source != sandbox.Cold {
 			t.Fatalf("source %s of the first", cold.Source)
@@ -58,19 +59,23 @@ func TestWarmCreateIsLikeACold(t *testing.T) {
 		var claimed sandbox.Spec
 		h.node.OnClaim = func(_ context.Context, spec sandbox.Spec) error { claimed = spec; return nil }
 		policy := sandbox.Egress{Mode: sandbox.DenyAll}
-		box := h.mustCreate(sandbox.Request{Mode: "persistent", Env: map[string]string{"B": "request"}, Metadata: map[string]string{"k": "v"}, Egress: &policy})
-		if box.Source != sandbox.Warm || box.ID != members[0].ID || box.Run != members[0].Run || box.Token != members[0].Token {
+		box := h.mustCreate(sandbox.Request{Mode: "persistent", Env: map[string]string{"B": "request"},
+			Metadata: map[string]string{"k": "v"}, Egress: &policy})
+		if box.Source != sandbox.Warm || box.ID != members[0].ID || box.Run != members[0].Run ||
+			box.Token != members[0].Token {
 			t.Errorf("got %+v of member %+v", box, members[0])
 		}
 		if claimed.Env["A"] != "template" || claimed.Env["B"] != "request" || !claimed.Egress.Equal(policy) {
 			t.Errorf("claimed with %+v", claimed)
 		}
 		row := h.get(box.ID)
-		if row.Mode != sandbox.Persistent || row.Metadata["k"] != "v" || row.IdleTimeout != sandbox.DefaultIdleTimeout || row.Env["B"] != "request" || !row.Egress.Equal(policy) || row.StartedAt.IsZero() {
+		if row.Mode != sandbox.Persistent || row.Metadata["k"] != "v" || row.IdleTimeout != sandbox.DefaultIdleTimeout ||
+			row.Env["B"] != "request" || !row.Egress.Equal(policy) || row.StartedAt.IsZero() {
 			t.Errorf("row %+v", row)
 		}
 		events, _, err := h.Events(context.Background(), org, box.ID, 10, "")
-		if err != nil || len(events) != 2 || events[0].To != sandbox.Running || events[0].From != sandbox.Creating || events[1].To != sandbox.Creating {
+		if err != nil || len(events) != 2 || events[0].To != sandbox.Running || events[0].From != sandbox.Creating ||
+			events[1].To != sandbox.Creating {
 			t.Errorf("events are %+v, %v", events, err)
 		}
 		h.wantState(box.ID, sandbox.Running, "")
@@ -83,7 +88,8 @@ func TestWarmCreateIsLikeACold(t *testing.T) {
 		}
 		pass(10 * time.Second)
 		h.wantState(short.ID, sandbox.Destroyed, sandbox.Expired)
-		if got := h.Pool(); len(got) != 1 || got[0] != (sandbox.PoolStatus{Template: "python", Version: 1, Size: "small", Ready: 2, Claimed: 2, Target: 2}) {
+		if got := h.Pool(); len(got) != 1 || got[0] != (sandbox.PoolStatus{Template: "python", Version: 1, Size: "small",
+			Ready: 2, Claimed: 2, Target: 2}) {
 			t.Errorf("the pool is %+v", got)
 		}
 		if got := h.PoolCounts(); got != (sandbox.PoolCounts{Ready: 2, Warm: 2, Cold: 1}) {
@@ -122,7 +128,8 @@ func TestClaimsAreExclusive(t *testing.T) {
 	})
 }
 
-// TestOnlyTheSameIsWarm: a create that a member would not serve as a cold start does.
+// TestOnlyTheSameIsWarm checks that a create gets a cold start if a member would serve it
+// differently.
 func TestOnlyTheSameIsWarm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		pool := fixed(2)
@@ -144,13 +151,14 @@ func TestOnlyTheSameIsWarm(t *testing.T) {
 			h.settled()
 		}
 	})
-	synctest.Test(t, func(t *testing.T) { // with a start command, that has run
+	synctest.Test(t, func(t *testing.T) { // with a start command that has run
 		h := newPoolHouse(t, sandbox.PoolConfig{Enabled: true, Target: 1, MaxMembers: 2})
 		var prepared sandbox.Spec
 		h.node.OnPrepare = func(_ context.Context, spec sandbox.Spec) error { prepared = spec; return nil }
 		h.mustCreate(sandbox.Request{Template: "service"})
 		h.settled()
-		if prepared.Start.Command != service.Command || prepared.Env["A"] != "template" || prepared.Egress.Mode != sandbox.AllowAll {
+		if prepared.Start.Command != service.Command || prepared.Env["A"] != "template" ||
+			prepared.Egress.Mode != sandbox.AllowAll {
 			t.Errorf("prepared %+v", prepared)
 		}
 		for _, c := range []struct {
@@ -160,7 +168,7 @@ func TestOnlyTheSameIsWarm(t *testing.T) {
 			{sandbox.Request{Env: map[string]string{"C": "1"}}, sandbox.Cold},
 			{sandbox.Request{Egress: &sandbox.Egress{Mode: sandbox.DenyAll}}, sandbox.Cold},
 			{sandbox.Request{Metadata: map[string]string{"k": "v"}, Mode: "persistent"}, sandbox.Warm},
-			{sandbox.Request{User: "somebody"}, sandbox.Warm}, // which the command does not run as
+			{sandbox.Request{User: "somebody"}, sandbox.Warm}, // does not change the command's user
 		} {
 			c.r.Template = "service"
 			if box := h.mustCreate(c.r); box.Source != c.want {
@@ -171,7 +179,8 @@ func TestOnlyTheSameIsWarm(t *testing.T) {
 	})
 }
 
-// TestClaimFails: the create is a cold one then, and nothing is left of the member.
+// TestClaimFails checks that after a failed claim the create is a cold one and nothing is left of
+// the member.
 func TestClaimFails(t *testing.T) {
 	for name, spoil := range map[string]func(*house){
 		"host": func(h *house) { h.node.OnClaim = func(context.Context, sandbox.Spec) error { return errInjected } },
@@ -230,15 +239,17 @@ func TestRefusedCreatesSpendNoMember(t *testing.T) {
 		h.quota = sandbox.Quota{Sandboxes: 1}
 		_, err = h.create(sandbox.Request{})
 		wantCode(t, err, fault.Exhausted, "quota_exceeded")
-		if members := h.settled(); !slices.ContainsFunc(members, func(m sandbox.Member) bool { return m.ID == before[1].ID }) {
+		if members := h.settled(); !slices.ContainsFunc(members, func(m sandbox.Member) bool {
+			return m.ID == before[1].ID
+		}) {
 			t.Errorf("member %s was spent: %+v", before[1].ID, members)
 		}
 		h.wantWhole()
 	})
 }
 
-// TestRepeatedClaimsAtOnce: of two creates with one key that both found a member, one
-// sandbox comes.
+// TestRepeatedClaimsAtOnce checks that two creates with one key that both found a member return one
+// sandbox.
 func TestRepeatedClaimsAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newPoolHouse(t, fixed(2))
@@ -249,7 +260,8 @@ func TestRepeatedClaimsAtOnce(t *testing.T) {
 		ids := make(chan sandbox.ID, 2)
 		for range 2 {
 			go func() {
-				box, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, sandbox.Once{Key: "k", Hash: "h"}, true)
+				box, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"},
+					sandbox.Once{Key: "k", Hash: "h"}, true)
 				if err != nil {
 					t.Error(err)
 				}
@@ -265,7 +277,7 @@ func TestRepeatedClaimsAtOnce(t *testing.T) {
 	})
 }
 
-// TestServerDiesWithItsPool ends the server in the middle of everything the pool does.
+// TestServerDiesWithItsPool kills the server during each operation of the pool.
 func TestServerDiesWithItsPool(t *testing.T) {
 	for name, at := range map[string]func(h *house, crash func()){
 		"preparing": func(h *house, crash func()) {
@@ -311,7 +323,7 @@ func TestServerDiesWithItsPool(t *testing.T) {
 				if err == nil {
 					h.wantState(box.ID, sandbox.Running, "")
 				} else if rows, _ := h.db.Unfinished(context.Background()); len(rows) > 0 {
-					t.Errorf("rows of a create that nobody was told of: %+v", rows)
+					t.Errorf("rows of a create that returned no sandbox: %+v", rows)
 				}
 				h.wantWhole()
 			})
@@ -345,7 +357,7 @@ func TestRestartKeepsThePool(t *testing.T) {
 	})
 }
 
-// versions is a template whose version changes.
+// versions implements a template whose version changes.
 type versions struct {
 	oneTemplate
 	mu      sync.Mutex
@@ -388,7 +400,7 @@ func TestPoolFollowsTheTemplate(t *testing.T) {
 				t.Errorf("still has %+v", m)
 			}
 		}
-		v.set(3, false) // noticed without a create, too
+		v.set(3, false) // noticed even without a create
 		members := h.settled()
 		for _, m := range members {
 			if m.Kind.Version != 3 {
@@ -422,7 +434,8 @@ func TestUnusedMembersGo(t *testing.T) {
 	})
 }
 
-// TestTargetFollowsDemand: many creates make it more, up to the bound, and none less.
+// TestTargetFollowsDemand checks that frequent creates raise the target up to the bound, and that
+// it falls without creates.
 func TestTargetFollowsDemand(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newPoolHouse(t, twoOfEach)
@@ -447,7 +460,7 @@ func TestTargetFollowsDemand(t *testing.T) {
 	})
 }
 
-// TestMembersGiveWay: a create is never refused because of them.
+// TestMembersGiveWay checks that members never cause a create to be refused.
 func TestMembersGiveWay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newPoolHouse(t, fixed(3))
@@ -467,7 +480,7 @@ func TestMembersGiveWay(t *testing.T) {
 		}
 		h.wantWhole()
 	})
-	synctest.Test(t, func(t *testing.T) { // one that is being prepared, too
+	synctest.Test(t, func(t *testing.T) { // a member in preparation, too
 		h := newPoolHouse(t, sandbox.PoolConfig{})
 		h.crash()
 		h.pool = fixed(1)
@@ -484,11 +497,11 @@ func TestMembersGiveWay(t *testing.T) {
 		}
 		h.node.OnPrepare = nil
 	})
-	synctest.Test(t, func(t *testing.T) { // memory that others take
+	synctest.Test(t, func(t *testing.T) { // memory that other processes take
 		h := newPoolHouse(t, fixed(3))
 		h.settled()
 		h.node.SetMost(4)
-		if left := h.settled(); len(left) != 2 { // one is spare after the first, two are after the second
+		if left := h.settled(); len(left) != 2 { // room for one is left after the first eviction, for two after the second
 			t.Errorf("%d members when there is hardly room", len(left))
 		}
 		h.node.SetFull(true)
@@ -524,15 +537,15 @@ func TestDeadMembersAreReplaced(t *testing.T) {
 	})
 }
 
-// TestPreparingIsPaced: one at a time, not while somebody waits for a sandbox, and after a
-// failure not at once again.
+// TestPreparingIsPaced checks that members are prepared one at a time, not while a caller waits for
+// a sandbox, and not at once again after a failure.
 func TestPreparingIsPaced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newPoolHouse(t, fixed(2))
 		h.settled()
 		release := make(chan struct{})
 		h.node.OnCreate = func(context.Context, sandbox.Spec) error { <-release; return nil }
-		for _, r := range []sandbox.Request{{}, {DiskSizeMB: ptr(100)}} { // warm, and cold
+		for _, r := range []sandbox.Request{{}, {DiskSizeMB: ptr(100)}} { // a warm create and a cold one
 			go func() {
 				if _, err := h.create(r); err != nil {
 					t.Error(err)
@@ -544,7 +557,7 @@ func TestPreparingIsPaced(t *testing.T) {
 		}
 		pass(time.Second)
 		if n := prepares(); n != 2 {
-			t.Errorf("%d members prepared while somebody waits", n)
+			t.Errorf("%d members prepared while a caller waits", n)
 		}
 		close(release)
 		pass(time.Second)
@@ -563,12 +576,12 @@ func TestPreparingIsPaced(t *testing.T) {
 			t.Errorf("%d members when it works again", n)
 		}
 	})
-	synctest.Test(t, func(t *testing.T) { // not for ever
+	synctest.Test(t, func(t *testing.T) { // the pool does not wait for ever
 		h := newPoolHouse(t, fixed(1))
 		h.crash()
 		h.node.OnCreate = func(ctx context.Context, _ sandbox.Spec) error { <-ctx.Done(); return ctx.Err() }
 		h.start()
-		go func() { _, _ = h.create(sandbox.Request{DiskSizeMB: ptr(100)}) }() // is cut off
+		go func() { _, _ = h.create(sandbox.Request{DiskSizeMB: ptr(100)}) }() // is cancelled
 		if n := len(h.settled()); n != 1 {
 			t.Errorf("%d members beside a create that does not end", n)
 		}
@@ -576,7 +589,8 @@ func TestPreparingIsPaced(t *testing.T) {
 	})
 }
 
-// TestSharesAreFair: a template in use has members though others want all there may be.
+// TestSharesAreFair checks that a template in use has members even though other templates want all
+// that are allowed.
 func TestSharesAreFair(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		pool := fixed(6)

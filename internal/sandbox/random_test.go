@@ -15,9 +15,9 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// TestRandomLives drives random operations, faults, deaths and restarts, and holds
-// after them that rows and host agree, that nothing is stuck, and that no persistent
-// sandbox with a recovery point was lost.
+// TestRandomLives runs random operations, faults, deaths and restarts. Afterwards it checks that
+// rows and host agree, that nothing is stuck, and that no persistent sandbox with a recovery point
+// was lost.
 func TestRandomLives(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		steps := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) step {
@@ -31,7 +31,8 @@ func TestRandomLives(t *testing.T) {
 		pool := sandbox.PoolConfig{Enabled: rapid.Bool().Draw(rt, "pool"), Target: 2, MaxMembers: 4}
 		var failure string
 		synctest.Test(t, func(t *testing.T) {
-			l := &lives{house: newPoolHouse(t, pool), had: map[sandbox.ID]bool{}, asked: map[sandbox.ID]bool{}, perhaps: map[sandbox.SnapshotID]bool{}}
+			l := &lives{house: newPoolHouse(t, pool), had: map[sandbox.ID]bool{}, asked: map[sandbox.ID]bool{},
+				perhaps: map[sandbox.SnapshotID]bool{}}
 			failure = l.play(steps)
 		})
 		if failure != "" {
@@ -42,35 +43,38 @@ func TestRandomLives(t *testing.T) {
 
 type step struct {
 	what  string
-	which int    // sandbox, of those made so far
+	which int    // index of the sandbox among those made so far
 	fault string // of the machine during the step
 	secs  int
 }
 
 var (
-	whats = []string{"create ephemeral", "create pausing", "create persistent", "create persistent", "pause", "pause", "set timeout", "attach", "destroy", "keepalive",
+	whats = []string{"create ephemeral", "create pausing", "create persistent", "create persistent", "pause", "pause",
+		"set timeout", "attach", "destroy", "keepalive",
 		"call", "connect", "release", "suspend", "suspend", "wake", "checkpoint", "snapshot", "snapshot", "fork", "from snapshot", "delete snapshot", "egress", "egress", "die", "restart", "sleep", "sleep"}
-	// An operation that fails leaves the sandbox alive, or dead as it was, or dead with
-	// the new point; or the server dies in the middle of it, and maybe the machine too.
-	faults = []string{"", "", "", "fails", "fails and kills", "fails, kills, new point", "cannot clean", "crash", "crash and kill", "database"}
+	// An operation that fails leaves the sandbox alive, dead in its previous state, or dead with the
+	// new point. Otherwise the server dies during it, and maybe the machine too.
+	faults = []string{"", "", "", "fails", "fails and kills", "fails, kills, new point", "cannot clean", "crash",
+		"crash and kill", "database"}
 
-	policies = []sandbox.Egress{{Mode: sandbox.AllowAll}, {Mode: sandbox.DenyAll}, {Mode: sandbox.DenyAll, AllowDomains: []string{"example.com"}}}
+	policies = []sandbox.Egress{{Mode: sandbox.AllowAll}, {Mode: sandbox.DenyAll},
+		{Mode: sandbox.DenyAll, AllowDomains: []string{"example.com"}}}
 
 	errInjected = errors.New("injected")
 )
 
-// lives is the model: what must not be lost.
+// lives models the state that must not be lost.
 type lives struct {
 	*house
 	ids     []sandbox.ID
 	leases  []*sandbox.Lease
 	snaps   []sandbox.SnapshotID        // made and not deleted
-	perhaps map[sandbox.SnapshotID]bool // somebody asked for their end, and it failed
+	perhaps map[sandbox.SnapshotID]bool // their deletion was requested and failed
 	had     map[sandbox.ID]bool         // had a recovery point
-	asked   map[sandbox.ID]bool         // somebody asked for its end
+	asked   map[sandbox.ID]bool         // their end was requested
 }
 
-// play plays the steps and says what was wrong, if anything.
+// play runs the steps and returns a description of the first error, or "".
 func (l *lives) play(steps []step) string {
 	for i, s := range steps {
 		err := l.inject(s)
@@ -86,14 +90,14 @@ func (l *lives) play(steps []step) string {
 	for _, lease := range l.leases {
 		lease.Release()
 	}
-	pass(time.Minute) // longer than the reconciler needs
+	pass(time.Minute) // longer than Reconcile needs
 	if s := l.agree(); s != "" {
 		return s
 	}
 	for _, id := range l.ids {
 		box, err := l.Get(context.Background(), org, id)
 		if fault.Is(err, fault.NotFound) && l.asked[id] {
-			continue // dropped, having been over for long
+			continue // its row was dropped long after its end
 		}
 		if err != nil {
 			return err.Error()
@@ -113,18 +117,20 @@ func (l *lives) play(steps []step) string {
 func (l *lives) heal() {
 	n := l.node
 	n.OnCreate, n.OnPrepare, n.OnClaim, n.OnWake = nil, nil, nil, nil
-	n.OnDestroy, n.OnSuspend, n.OnCheckpoint, n.OnRest, n.OnSetEgress, n.OnSnapshot, n.OnDrop = nil, nil, nil, nil, nil, nil, nil
+	n.OnDestroy, n.OnSuspend, n.OnCheckpoint, n.OnRest, n.OnSetEgress, n.OnSnapshot, n.OnDrop =
+		nil, nil, nil, nil, nil, nil, nil
 	l.gate.breakTransitions(nil)
 	barrier()
 }
 
-// inject takes the step under its fault.
+// inject runs the step with its fault.
 func (l *lives) inject(s step) error {
 	n := l.node
-	after := func(ctx context.Context, id sandbox.ID) error { // what of it happens before the fault
+	after := func(ctx context.Context, id sandbox.ID) error { // runs the part of the operation that precedes the fault
 		switch s.fault {
 		case "fails, kills, new point":
-			if row, err := l.db.Get(ctx, id); err == nil && row.Mode == sandbox.Persistent { // others never have one
+			// other sandboxes never have a point
+			if row, err := l.db.Get(ctx, id); err == nil && row.Mode == sandbox.Persistent {
 				_, _ = n.Checkpoint(ctx, id)
 			}
 			n.Kill(id)
@@ -149,7 +155,7 @@ func (l *lives) inject(s step) error {
 		n.OnCreate = func(ctx context.Context, spec sandbox.Spec) error { return after(ctx, spec.ID) }
 		n.OnWake, n.OnPrepare, n.OnClaim = n.OnCreate, n.OnCreate, n.OnCreate
 		n.OnSetEgress, n.OnSnapshot = after, after
-		if s.fault != "fails, kills, new point" { // which itself makes one
+		if s.fault != "fails, kills, new point" { // that fault makes a point itself
 			n.OnCheckpoint = after
 		}
 	}
@@ -159,7 +165,7 @@ func (l *lives) inject(s step) error {
 		return err
 	}
 	done := make(chan error, 1)
-	if s.what == "sleep" { // what timers begin is hit
+	if s.what == "sleep" { // the fault hits operations of timers
 		pass(time.Duration(s.secs) * time.Second)
 		done <- nil
 	} else {
@@ -173,15 +179,15 @@ func (l *lives) inject(s step) error {
 			n.Kill(fact.ID)
 		}
 	}
-	pass(5 * time.Second) // who waits for a lease gives up
-	<-done                // failed, as its server did
+	pass(5 * time.Second) // callers that wait for a lease give up
+	<-done                // failed with its server
 	l.heal()
 	l.start()
 	synctest.Wait()
 	return nil
 }
 
-// take takes the step; an error is one that no fault and no state explains.
+// take runs the step. It returns an error that no fault and no state explains.
 func (l *lives) take(s step) error {
 	ctx := context.Background()
 	if len(l.ids) == 0 && !strings.HasPrefix(s.what, "create") {
@@ -192,8 +198,10 @@ func (l *lives) take(s step) error {
 		id = l.ids[s.which%len(l.ids)]
 	}
 	fact, _ := l.node.Inspect(ctx, id)
-	expected := func(err error) error { // of a call that a state may forbid, or a death nobody noticed yet
-		if s.fault != "" || fact != nil && fact.Remains && !fact.Alive || fault.Is(err, fault.Conflict) || fault.Is(err, fault.NotFound) {
+	// filters the errors of a call that a state may forbid, or a death that is not noticed yet
+	expected := func(err error) error {
+		if s.fault != "" || fact != nil && fact.Remains && !fact.Alive || fault.Is(err, fault.Conflict) ||
+			fault.Is(err, fault.NotFound) {
 			return nil
 		}
 		return err
@@ -204,7 +212,8 @@ func (l *lives) take(s step) error {
 	case "create pausing":
 		return l.make(s, sandbox.Request{Timeout: ptr(time.Duration(s.secs) * time.Second), AtEnd: sandbox.EndSuspends})
 	case "create persistent":
-		r := sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Duration(10+s.secs) * time.Second), RecoveryInterval: ptr(time.Duration(0))}
+		r := sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Duration(10+s.secs) * time.Second),
+			RecoveryInterval: ptr(time.Duration(0))}
 		if s.which%2 == 0 {
 			r.RecoveryInterval = ptr(time.Minute)
 		}
@@ -228,8 +237,8 @@ func (l *lives) take(s step) error {
 		}
 		fact, _ = l.node.Inspect(ctx, id)
 		lease.Release()
-		if fact == nil || fact.Run != lease.Sandbox.Run { // dead it may be, before anybody noticed
-			return fmt.Errorf("leased life %s, the host has %+v", lease.Sandbox.Run, fact)
+		if fact == nil || fact.Run != lease.Sandbox.Run { // it may be dead before that is noticed
+			return fmt.Errorf("leased run %s, the host has %+v", lease.Sandbox.Run, fact)
 		}
 	case "release":
 		if len(l.leases) > 0 {
@@ -318,7 +327,7 @@ func (l *lives) make(s step, r sandbox.Request) error {
 	return nil
 }
 
-// agree says where rows and host differ.
+// agree returns a description of the differences between rows and host, or "".
 func (l *lives) agree() string {
 	rows, err := l.db.Unfinished(context.Background())
 	if err != nil {
@@ -333,7 +342,8 @@ func (l *lives) agree() string {
 		f, there := has[row.ID]
 		delete(has, row.ID)
 		switch {
-		case row.State == sandbox.Running && (!f.Alive || f.Run != row.Run), row.State == sandbox.Suspended && (f.Remains || f.Point == nil):
+		case row.State == sandbox.Running && (!f.Alive || f.Run != row.Run),
+			row.State == sandbox.Suspended && (f.Remains || f.Point == nil):
 			return fmt.Sprintf("sandbox %s is %s in life %s, and the host has (%v) %+v", row.ID, row.State, row.Run, there, f)
 		case row.State == sandbox.Running && !f.Egress.Equal(row.Egress):
 			return fmt.Sprintf("sandbox %s has policy %+v, and the host %+v", row.ID, row.Egress, f.Egress)
@@ -368,7 +378,8 @@ func (l *lives) agree() string {
 	return ""
 }
 
-// snapshotsAgree says where the snapshots that users have and what the host has differ.
+// snapshotsAgree returns a description of the differences between users' snapshots and the host's,
+// or "".
 func (l *lives) snapshotsAgree() string {
 	ctx := context.Background()
 	if unready, err := l.db.UnreadySnapshots(ctx); err != nil || len(unready) > 0 {

@@ -9,30 +9,30 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// Action is what has to be done so that a row and the host agree again.
+// Action names the work that makes a row and the host agree again.
 type Action string
 
-// The actions. Those that clean the host leave the recovery point where it is, except
-// Remove, Abandon, Lose and Finish.
+// The actions. Those that clean the host keep the recovery point, except Remove, Abandon, Lose and
+// Finish.
 const (
-	Leave   Action = "leave"   // they agree
-	Adopt   Action = "adopt"   // it runs: make it usable, set its timers
-	Remove  Action = "remove"  // the host has what no living row owns
-	Abandon Action = "abandon" // a start that a crash interrupted: clean up, failed
-	Lose    Action = "lose"    // its processes are gone and there is no recovery point: clean up, destroyed with reason lost
-	Fall    Action = "fall"    // its processes are gone: clean the host, suspended at its recovery point
-	Finish  Action = "finish"  // a destroy that a crash interrupted: do it again
-	Rest    Action = "rest"    // a suspend or a wake that a crash interrupted: clean the host, suspended
-	Clear   Action = "clear"   // suspended already, with something of a life left: clean the host
-	Resume  Action = "resume"  // a suspend that did not take: running
+	Leave   Action = "leave"   // row and host agree
+	Adopt   Action = "adopt"   // it runs: make it usable and set its timers
+	Remove  Action = "remove"  // no living row owns what the host has
+	Abandon Action = "abandon" // a crash interrupted the start: clean up, failed
+	Lose    Action = "lose"    // processes gone, no recovery point: clean up, destroyed as lost
+	Fall    Action = "fall"    // processes gone: clean the host, suspended at its point
+	Finish  Action = "finish"  // a crash interrupted the destroy: repeat it
+	Rest    Action = "rest"    // a crash interrupted a suspend or a wake: clean the host, suspended
+	Clear   Action = "clear"   // suspended, with leftovers of an instance: clean the host
+	Resume  Action = "resume"  // a failed suspend: running
 	Keep    Action = "keep"    // a member of the pool that can be claimed
-	Discard Action = "discard" // a member of the pool that cannot: clean the host, drop its row
+	Discard Action = "discard" // another member of the pool: clean the host, drop its row
 )
 
-// Decide is the whole of what cay makes of a crash, and of a suspend or a wake that
-// failed: a pure function of a row, of a row of the pool (each nil if there is none) and
-// of what the host has (nil if nothing). Nobody else may be at work on the sandbox. A
-// sandbox's row goes before one of the pool: the claim that wrote it took that.
+// Decide returns the action that settles a sandbox after a crash, or after a failed suspend or
+// wake. It is a pure function of the sandbox's row, of the pool's row (each nil if missing) and of
+// what the host has (nil if nothing). No operation on the sandbox may be under way. A sandbox's row
+// takes precedence over a pool's row, because the claim that wrote it removed the other.
 func Decide(row *Sandbox, member *Member, fact *Fact) Action {
 	switch {
 	case row != nil:
@@ -40,7 +40,7 @@ func Decide(row *Sandbox, member *Member, fact *Fact) Action {
 		if fact != nil && fact.Alive && fact.Warm && fact.Run == member.Run {
 			return Keep
 		}
-		return Discard // dead, made by another cay, or claimed for a sandbox that was never told to anybody
+		return Discard // dead, prepared by another version of cay, or claimed for a sandbox that no caller knows
 	case fact == nil:
 		return Leave
 	default:
@@ -71,12 +71,12 @@ func Decide(row *Sandbox, member *Member, fact *Fact) Action {
 		if fact != nil && fact.Remains {
 			return Clear
 		}
-		return Leave // also without a point: to wake it says why not, to destroy it is up to the user
+		return Leave // even without a point: a wake reports that, and the user may destroy it
 	case Waking:
-		return Rest // what was woken has not been used by anybody
+		return Rest // the woken instance has not been used
 	case Destroying:
 		return Finish
-	default: // destroyed, failed: they own nothing
+	default: // destroyed and failed sandboxes own nothing
 		if fact != nil {
 			return Remove
 		}
@@ -84,12 +84,12 @@ func Decide(row *Sandbox, member *Member, fact *Fact) Action {
 	}
 }
 
-// Reconcile makes rows and host agree. It skips sandboxes that somebody works on.
-// It goes on after errors and joins them.
+// Reconcile makes rows and host agree. It skips sandboxes with an operation under way. It continues
+// after errors and joins them.
 func (s *Service) Reconcile(ctx context.Context) error {
 	facts, err := s.node.List(ctx)
 	if err != nil {
-		return fmt.Errorf("listing what the machine has: %w", err)
+		return fmt.Errorf("listing the machine's sandboxes: %w", err)
 	}
 	rows, err := s.store.Unfinished(ctx)
 	if err != nil {
@@ -129,7 +129,7 @@ func (s *Service) Reconcile(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// lookAfter settles a sandbox, unless somebody works on it.
+// lookAfter settles a sandbox, unless an operation on it is under way.
 func (s *Service) lookAfter(id ID) error {
 	op, mine := s.begin(id, opSettle)
 	if !mine {
@@ -140,14 +140,14 @@ func (s *Service) lookAfter(id ID) error {
 	return err
 }
 
-// note is what is written down with what [Service.settle] does.
+// note holds the texts that [Service.settle] writes with its result.
 type note struct {
 	reason, detail string  // of the event
-	hinders        *string // the row's Error, if a wake failed by the sandbox's own fault
+	hinders        *string // the row's Error, if the sandbox itself caused a wake to fail
 }
 
-// settle makes one sandbox's row and the host agree; the caller holds the operation,
-// so that neither changes meanwhile.
+// settle makes one sandbox's row and the host agree. The caller holds the operation, so that
+// neither changes meanwhile.
 func (s *Service) settle(ctx context.Context, id ID, why note) error {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
@@ -167,7 +167,7 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 	}
 	fact, err := s.node.Inspect(ctx, id)
 	if err != nil {
-		return fmt.Errorf("looking at what the machine has of %s: %w", id, err)
+		return fmt.Errorf("inspecting %s on the machine: %w", id, err)
 	}
 	a := Decide(row, member, fact)
 	if a != Leave && a != Adopt && a != Keep {
@@ -192,7 +192,7 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 		return s.discard(ctx, id)
 	}
 	if err := s.node.Destroy(ctx, id); err != nil {
-		return fmt.Errorf("clearing what is left of %s: %w", id, err)
+		return fmt.Errorf("removing the remains of %s: %w", id, err)
 	}
 	if a == Abandon {
 		return s.fail(ctx, *row, BootFailed, "the server stopped while the sandbox was being created")
@@ -200,11 +200,11 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 	return nil // Remove
 }
 
-// adopt makes a sandbox usable that was running before this server, under the policy
-// of its row: a change of it may have been interrupted.
+// adopt makes a sandbox usable that was running before this server. It applies the policy of the
+// row, since a change of it may have been interrupted.
 func (s *Service) adopt(ctx context.Context, row Sandbox, fact *Fact) error {
 	if !fact.Egress.Equal(row.Egress) {
-		s.log.WarnContext(ctx, "a sandbox has another policy than it should", "sandbox", row.ID)
+		s.log.WarnContext(ctx, "policy of a sandbox differs from its row", "sandbox", row.ID)
 		if err := s.node.SetEgress(ctx, row.ID, row.Egress); err != nil {
 			return fmt.Errorf("giving %s the policy of its row: %w", row.ID, err)
 		}
@@ -220,8 +220,8 @@ func (s *Service) adopt(ctx context.Context, row Sandbox, fact *Fact) error {
 	return nil
 }
 
-// resume takes a sandbox whose suspend did not take back to running, where its timer
-// leaves it alone for a while.
+// resume takes a sandbox back to running after a failed suspend. The sandbox's timer does not
+// suspend it again before the time retryAfter has passed.
 func (s *Service) resume(ctx context.Context, row Sandbox, fact *Fact, why note) error {
 	now := time.Now().UTC()
 	running, err := s.transition(ctx, Change{ID: row.ID, From: []State{Suspending}, Run: row.Run, To: Running, At: now,
@@ -238,19 +238,19 @@ func (s *Service) resume(ctx context.Context, row Sandbox, fact *Fact, why note)
 	return nil
 }
 
-// rest clears the host of a sandbox but for its recovery point, and makes its row
-// suspended. When the host cannot be cleared the row stays as it is.
+// rest removes everything of a sandbox from the host except its recovery point, and makes its row
+// suspended. If that removal fails, rest leaves the row unchanged.
 func (s *Service) rest(ctx context.Context, row Sandbox, fact *Fact, a Action, why note) error {
 	last := s.untrack(row.ID)
 	if err := s.node.Rest(ctx, row.ID); err != nil {
-		return fmt.Errorf("clearing what is left of %s: %w", row.ID, err)
+		return fmt.Errorf("removing the remains of %s: %w", row.ID, err)
 	}
 	if a == Clear {
 		return nil
 	}
 	c := Change{ID: row.ID, From: []State{row.State}, Run: row.Run, To: Suspended, At: time.Now().UTC(),
 		Reason: why.reason, Detail: why.detail, Error: why.hinders, ExpiresAt: new(time.Time)}
-	if row.State != Waking { // it comes from a life that was used
+	if row.State != Waking { // its instance was in use
 		c.SuspendedAt, c.LastActivityAt = &fact.Point.At, last
 		at := fact.Point.At.UTC().Format(time.RFC3339)
 		c.Detail = "is at its recovery point of " + at
@@ -265,8 +265,8 @@ func (s *Service) rest(ctx context.Context, row Sandbox, fact *Fact, a Action, w
 	return err
 }
 
-// present reads the row for whoever holds the operation. A claim that nobody works on,
-// and a running sandbox that nobody has adopted, are settled first.
+// present returns the row to the holder of the operation. It first settles a claim without an
+// operation, and a running sandbox that was not adopted.
 func (s *Service) present(ctx context.Context, id ID) (Sandbox, error) {
 	box, err := s.store.Get(ctx, id)
 	if err != nil || !box.State.Claim() && (box.State != Running || s.tracked(box)) {

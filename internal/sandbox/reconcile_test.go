@@ -9,21 +9,21 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// TestDecide holds the whole product of rows and facts.
+// TestDecide checks every combination of rows and facts.
 func TestDecide(t *testing.T) {
 	point := &sandbox.Point{Run: "before"}
 	facts := map[string]*sandbox.Fact{
 		"nothing":     nil,
 		"alive":       {Run: "now", Alive: true, Remains: true},
 		"dead":        {Run: "now", Remains: true},
-		"other":       {Run: "before", Alive: true, Remains: true}, // an earlier life's processes
-		"part":        {Remains: true},                             // the node cannot tell which life it is of
+		"other":       {Run: "before", Alive: true, Remains: true}, // processes of an earlier instance
+		"part":        {Remains: true},                             // the node cannot tell which run it belongs to
 		"alive+point": {Run: "now", Alive: true, Remains: true, Point: point},
 		"dead+point":  {Run: "now", Remains: true, Point: point},
 		"other+point": {Run: "before", Alive: true, Remains: true, Point: point},
 		"part+point":  {Remains: true, Point: point},
 		"point":       {Point: point},
-		"directory":   {}, // neither a life nor a point
+		"directory":   {}, // neither an instance nor a point
 		// Members of the pool.
 		"warm":       {Run: "now", Alive: true, Remains: true, Warm: true},
 		"warm dead":  {Run: "now", Remains: true, Warm: true},
@@ -64,7 +64,7 @@ func TestDecide(t *testing.T) {
 				t.Errorf("row %q, host %s: got %s, want %s", state, name, got, want[state][name])
 			}
 			member := &sandbox.Member{Run: "now"}
-			want := want[state][name] // a row goes before one of the pool
+			want := want[state][name] // a sandbox's row takes precedence over a pool's
 			switch {
 			case row == nil && name == "warm":
 				want = sandbox.Keep
@@ -81,7 +81,7 @@ func TestDecide(t *testing.T) {
 func TestRestartAbandonsAnInterruptedCreate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
-		// A row that a dying server left in its claim, with something on the host.
+		// A dying server left this row in its claim, with something on the host.
 		box := sandbox.Sandbox{ID: sandbox.NewID(), OrgID: org, Mode: sandbox.Ephemeral, State: sandbox.Creating, Run: "r",
 			CreatedAt: time.Now().UTC(), Source: sandbox.Cold, Egress: sandbox.Egress{Mode: sandbox.AllowAll}}
 		if _, _, err := h.db.Insert(context.Background(), box, sandbox.Quota{}, sandbox.Once{}); err != nil {

@@ -8,24 +8,24 @@ import (
 )
 
 const (
-	// firstPoint is how long after its start a sandbox's first recovery point is due. Until
-	// then it would be lost with the machine, so not long; but whoever made it is setting
-	// it up now, and it stands still for about a tenth of a second.
+	// firstPoint is the time from a sandbox's start to its first recovery point. A longer time leaves
+	// a new sandbox unprotected against a loss of the machine for longer. A shorter one disturbs the
+	// user who is setting it up: taking a point pauses it for about a tenth of a second.
 	firstPoint = 5 * time.Second
-	// recoveriesAtOnce is how many recovery points are taken at a time without being
-	// asked for. After a restart many are due together, and they share one disk with
-	// the calls; one alone would let a slow one hold up all others.
+	// recoveriesAtOnce limits the recovery points that timers take at a time. After a restart many are
+	// due together, and they share one disk with calls. A higher value slows calls; a value of one
+	// would let a slow point delay all others.
 	recoveriesAtOnce = 2
-	// busyTimeout bounds asking a sandbox whether anything runs in it, which is one
-	// call to its agent.
+	// busyTimeout bounds asking a sandbox whether processes run in it, which is one call to its agent.
+	// A lower value fails on a slow machine; a higher one delays other recovery points.
 	busyTimeout = 10 * time.Second
 )
 
-// Checkpoint takes a recovery point of a running persistent sandbox, which runs on and
-// may be used meanwhile. It shares the result of one under way, and goes on when ctx
-// ends. Conflicts are as [Service.Suspend]'s, without "sandbox_in_use". The error is the
-// machine's (NoSpace, code "disk_full", …) or Internal, code "checkpoint_failed"; the point
-// before is then still there. It is no transition and leaves no event.
+// Checkpoint takes a recovery point of a running persistent sandbox, which keeps running and may be
+// used meanwhile. It shares the result of a checkpoint under way, and continues when ctx ends.
+// Conflicts are those of [Service.Suspend], without "sandbox_in_use". Other errors are the
+// machine's (NoSpace, code "disk_full", …) or Internal, code "checkpoint_failed"; the previous
+// point is then still there. A checkpoint is no transition and leaves no event.
 func (s *Service) Checkpoint(ctx context.Context, orgID string, id ID) (Point, error) {
 	for {
 		box, err := s.Get(ctx, orgID, id)
@@ -63,7 +63,7 @@ func (s *Service) checkpoint(id ID, op *operation) {
 	s.finish(id, op, box, err)
 }
 
-// takePoint takes a recovery point of a sandbox that runs.
+// takePoint takes a recovery point of a running sandbox.
 func (s *Service) takePoint(ctx context.Context, id ID) (Point, error) {
 	s.markChanged(id, false)
 	point, err := s.writePoint(ctx, id, s.node.Checkpoint)
@@ -72,20 +72,22 @@ func (s *Service) takePoint(ctx context.Context, id ID) (Point, error) {
 	}
 	s.markChanged(id, true)
 	if context.Cause(ctx) == errInterrupted {
-		return Point{}, fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while a recovery point was taken", id)
+		return Point{}, fault.New(fault.Conflict, codeNotRunning,
+			"sandbox %s was destroyed while a recovery point was taken", id)
 	}
 	s.log.ErrorContext(ctx, "taking a recovery point", "sandbox", id, "error", err)
-	if err := s.settle(ctx, id, note{reason: reasonInterrupted}); err != nil { // it may have died of it
-		s.log.ErrorContext(ctx, "looking after a sandbox without its recovery point", "sandbox", id, "error", err)
+	if err := s.settle(ctx, id, note{reason: reasonInterrupted}); err != nil { // the failure may have killed it
+		s.log.ErrorContext(ctx, "settling a sandbox after a failed recovery point", "sandbox", id, "error", err)
 	}
 	if fault.As(err) != nil {
 		return Point{}, err
 	}
-	return Point{}, fault.New(fault.Internal, "checkpoint_failed", "no recovery point of sandbox %s was taken", id).Because(err)
+	return Point{}, fault.New(fault.Internal, "checkpoint_failed",
+		"no recovery point of sandbox %s was taken", id).Because(err)
 }
 
-// markChanged notes whether a sandbox may differ from its latest point. One that is
-// in use while the point is taken always may.
+// markChanged records whether a sandbox may differ from its latest point. A sandbox with leases
+// while the point is taken always may.
 func (s *Service) markChanged(id ID, changed bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -94,8 +96,8 @@ func (s *Service) markChanged(id ID, changed bool) {
 	}
 }
 
-// recoveryDue takes a recovery point of a sandbox whose recovery timer fired, if it may
-// have changed, and sets the timer for the next.
+// recoveryDue handles a sandbox's recovery timer. It takes a recovery point if the sandbox may have
+// changed, and sets the timer for the next one.
 func (s *Service) recoveryDue(l *life) {
 	s.recoveries <- struct{}{}
 	defer func() { <-s.recoveries }()
@@ -106,10 +108,10 @@ func (s *Service) recoveryDue(l *life) {
 			return
 		}
 		if mine {
-			s.checkpoint(l.id, op) // logs what goes wrong; the next interval tries again
+			s.checkpoint(l.id, op) // logs its errors; the next interval tries again
 		} else {
 			<-op.done
-			looked = false // unless that was a checkpoint, which has noted it
+			looked = false // unless the operation was a checkpoint, which has set it
 		}
 	}
 	s.mu.Lock()
@@ -123,7 +125,7 @@ func (s *Service) recoveryDue(l *life) {
 	l.recovery.Reset(time.Until(l.looked.Add(l.interval)))
 }
 
-// needsPoint reports whether a sandbox that runs may differ from its latest point.
+// needsPoint reports whether a running sandbox may differ from its latest point.
 func (s *Service) needsPoint(l *life) bool {
 	s.mu.Lock()
 	gone, changed := s.lives[l.id] != l, l.changed
@@ -135,7 +137,7 @@ func (s *Service) needsPoint(l *life) bool {
 	defer cancel()
 	busy, err := s.node.Busy(ctx, l.id)
 	if err != nil {
-		s.log.WarnContext(ctx, "asking whether a sandbox is busy; taking it as so", "sandbox", l.id, "error", err)
+		s.log.WarnContext(ctx, "asking whether a sandbox is busy; assuming that it is", "sandbox", l.id, "error", err)
 		return true
 	}
 	return busy

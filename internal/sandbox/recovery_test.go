@@ -25,7 +25,7 @@ func TestCheckpoint(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
 		id := h.persistent(0)
-		lease := h.mustConnect(id) // calls in flight do not hinder it
+		lease := h.mustConnect(id) // calls in flight do not prevent it
 		h.node.OnCheckpoint = func(context.Context, sandbox.ID) error { time.Sleep(3 * time.Second); return nil }
 		points := make(chan sandbox.Point, 3)
 		for range cap(points) {
@@ -33,13 +33,13 @@ func TestCheckpoint(t *testing.T) {
 		}
 		synctest.Wait()
 		began := time.Now()
-		h.call(id) // and it does not hinder calls
+		h.call(id) // and it does not block calls
 		h.mustWake(id)
 		if d := time.Since(began); d != 0 {
 			t.Errorf("a call waited %s for a checkpoint", d)
 		}
 		lease.Release()
-		// A suspend waits for it and then goes on.
+		// A suspend waits for the checkpoint and then continues.
 		h.mustSuspend(id)
 		if d := time.Since(began); d != 3*time.Second {
 			t.Errorf("suspended after %s", d)
@@ -75,14 +75,16 @@ func TestCheckpointThatFails(t *testing.T) {
 		_, err = h.Checkpoint(ctx, org, id)
 		wantCode(t, err, fault.Internal, "checkpoint_failed")
 		h.wantState(id, sandbox.Suspended, "")
-		h.wantEvent(id, sandbox.Running, sandbox.Suspended, "lost", "fell back to the recovery point of "+point.At.Format(time.RFC3339))
+		h.wantEvent(id, sandbox.Running, sandbox.Suspended, "lost",
+			"fell back to the recovery point of "+point.At.Format(time.RFC3339))
 	})
 }
 
 func TestRecoveryPoints(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
-		id := h.mustCreate(sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Duration(0)), RecoveryInterval: ptr(time.Minute)}).ID
+		id := h.mustCreate(sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Duration(0)),
+			RecoveryInterval: ptr(time.Minute)}).ID
 		off := h.persistent(0)
 		want := func(n int) {
 			t.Helper()
@@ -93,15 +95,15 @@ func TestRecoveryPoints(t *testing.T) {
 		pass(5*time.Second - time.Millisecond)
 		want(0)
 		pass(time.Millisecond)
-		want(1) // without any use: it had none at all
+		want(1) // even without use: it had no point at all
 		pass(10 * time.Minute)
-		want(1) // nothing changed
+		want(1) // no change
 		h.call(id)
 		pass(time.Minute)
 		want(2)
 		pass(10 * time.Minute)
 		want(2)
-		lease := h.mustConnect(id) // one that lasts changes things all the time
+		lease := h.mustConnect(id) // a call in flight may change things all the time
 		pass(3 * time.Minute)
 		want(5)
 		lease.Release()
@@ -116,12 +118,12 @@ func TestRecoveryPoints(t *testing.T) {
 		want(8)
 		h.node.OnBusy = func(context.Context, sandbox.ID) (bool, error) { return false, errors.New("injected") }
 		pass(time.Minute)
-		want(9) // who cannot tell may have changed
+		want(9) // if the node cannot tell, it may have changed
 		h.node.OnBusy = nil
 		h.node.OnCheckpoint = func(context.Context, sandbox.ID) error { return diskFull }
 		h.call(id)
 		pass(2 * time.Minute)
-		want(11) // one that failed is tried again, an interval later
+		want(11) // a failed point is tried again, an interval later
 		h.node.OnCheckpoint = nil
 		pass(time.Minute)
 		want(12)
@@ -129,7 +131,7 @@ func TestRecoveryPoints(t *testing.T) {
 		want(12)
 		pass(30 * time.Second)
 		h.call(id)
-		h.mustCheckpoint(id) // one that was asked for counts
+		h.mustCheckpoint(id) // a requested point counts
 		pass(time.Minute)
 		want(13)
 		if n := h.calls("checkpoint", off); n != 0 {
@@ -140,17 +142,18 @@ func TestRecoveryPoints(t *testing.T) {
 		want(13)
 		h.mustWake(id)
 		pass(10 * time.Minute)
-		want(13) // it is as it was
+		want(13) // no change after the wake
 	})
 }
 
-// TestRecoveryPointsAfterARestart: the interval goes on, and many that are due do not
-// go at the disk together.
+// TestRecoveryPointsAfterARestart checks that intervals continue, and that many points that are due
+// do not use the disk together.
 func TestRecoveryPointsAfterARestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
 		for range 10 {
-			h.mustCreate(sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Duration(0)), RecoveryInterval: ptr(time.Minute)})
+			h.mustCreate(sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Duration(0)),
+				RecoveryInterval: ptr(time.Minute)})
 		}
 		pass(30 * time.Second)
 		h.crash()
@@ -163,7 +166,7 @@ func TestRecoveryPointsAfterARestart(t *testing.T) {
 			now.Add(-1)
 			return nil
 		}
-		pass(35*time.Second - time.Millisecond) // of the first points, at 5 s
+		pass(35*time.Second - time.Millisecond) // after the first points, at 5 s
 		if all.Load() != 0 {
 			t.Errorf("%d points before they were due", all.Load())
 		}
@@ -184,17 +187,19 @@ func TestLostFallsBack(t *testing.T) {
 		h.node.Die(id)
 		synctest.Wait()
 		h.wantState(id, sandbox.Suspended, "")
-		h.wantEvent(id, sandbox.Running, sandbox.Suspended, "lost", "fell back to the recovery point of "+point.At.Format(time.RFC3339))
-		if box := h.get(id); box.Error != "" || !box.SuspendedAt.Equal(point.At.Truncate(time.Microsecond)) || !box.LastActivityAt.Equal(time.Now().UTC()) {
+		h.wantEvent(id, sandbox.Running, sandbox.Suspended, "lost",
+			"fell back to the recovery point of "+point.At.Format(time.RFC3339))
+		if box := h.get(id); box.Error != "" || !box.SuspendedAt.Equal(point.At.Truncate(time.Microsecond)) ||
+			!box.LastActivityAt.Equal(time.Now().UTC()) {
 			t.Errorf("the row is %+v", box)
 		}
 		again := h.mustConnect(id) // wakes it
-		lease.Release()            // of the life that is over
+		lease.Release()            // of the previous run
 		if again.Sandbox.Run == lease.Sandbox.Run {
-			t.Error("the same life goes on")
+			t.Error("the run did not change")
 		}
 		pass(2 * time.Hour)
-		h.wantState(id, sandbox.Running, "") // the old lease took nothing from the new life
+		h.wantState(id, sandbox.Running, "") // the old lease did not affect the new instance
 		again.Release()
 		pass(time.Hour)
 		h.wantState(id, sandbox.Suspended, "")
@@ -228,7 +233,7 @@ func TestLostThatCannotBeCleared(t *testing.T) {
 			t.Errorf("sandbox is %s", s)
 		}
 		if _, err := h.Connect(context.Background(), h.caller(), id); err == nil {
-			t.Error("a dead life was leased")
+			t.Error("a dead instance was leased")
 		}
 		h.node.OnRest = nil
 		pass(time.Minute)
@@ -236,8 +241,8 @@ func TestLostThatCannotBeCleared(t *testing.T) {
 	})
 }
 
-// TestLostDuringAnOperation: whoever is at work when the processes end does not hide
-// that they did.
+// TestLostDuringAnOperation checks that an operation under way does not hide the end of the
+// processes.
 func TestLostDuringAnOperation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -250,13 +255,13 @@ func TestLostDuringAnOperation(t *testing.T) {
 		h.node.Die(id)
 		wantCode(t, <-suspended, fault.Conflict, "sandbox_in_use")
 		synctest.Wait()
-		h.wantState(id, sandbox.Suspended, "") // now, not when the reconciler comes
+		h.wantState(id, sandbox.Suspended, "") // at once, before Reconcile runs
 		lease.Release()
 	})
 }
 
-// TestRestartInTheMiddle crashes the server in the middle of suspend and wake, and
-// holds what the next one makes of what the host has.
+// TestRestartInTheMiddle crashes the server during suspend and wake, and checks how the next server
+// settles what the host has.
 func TestRestartInTheMiddle(t *testing.T) {
 	type left func(h *house, id sandbox.ID)
 	dead := func(h *house, id sandbox.ID) { h.node.Kill(id) }
@@ -308,7 +313,7 @@ func TestRestartInTheMiddle(t *testing.T) {
 	}
 }
 
-// wakeBehind makes the node wake the sandbox as the dead server had asked it to.
+// wakeBehind makes the node wake the sandbox as the dead server had requested.
 func wakeBehind(h *house, id sandbox.ID) {
 	row, err := h.db.Get(context.Background(), id)
 	if err == nil {
@@ -319,8 +324,8 @@ func wakeBehind(h *house, id sandbox.ID) {
 	}
 }
 
-// TestSuspendedWithRemains: what is left of a life goes, the recovery point stays; and
-// one whose point is gone stays suspended and says why it does not wake.
+// TestSuspendedWithRemains checks that leftovers of an instance are removed and the recovery point
+// stays. A sandbox whose point is gone stays suspended and reports why it does not wake.
 func TestSuspendedWithRemains(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -345,8 +350,8 @@ func TestSuspendedWithRemains(t *testing.T) {
 	})
 }
 
-// TestReconcileRereads: a sandbox that was made between looking at the host and
-// reading the rows is not taken for lost.
+// TestReconcileRereads checks that a sandbox that was made between the reading of the host and that
+// of the rows does not count as lost.
 func TestReconcileRereads(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)

@@ -12,7 +12,8 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// Limits of a request. All are part of the contract, except those with a reason.
+// Limits of a request. All are part of the contract; a comment gives the reason of those that have
+// one.
 const (
 	DefaultTimeout          = 5 * time.Minute
 	MinTimeout              = time.Second
@@ -22,36 +23,36 @@ const (
 	DefaultRecoveryInterval = 10 * time.Minute
 	MinRecoveryInterval     = time.Minute
 
-	// What one row may hold, so that a listing of 200 stays a few MB:
+	// These limit a row, so that a listing of 200 rows stays within a few MB:
 	MaxEnv           = 256       // entries
 	MaxEnvBytes      = 128 << 10 // names and values together; Linux refuses more in one exec
 	MaxMetadata      = 64        // entries
 	MaxMetadataKey   = 128       // bytes
 	MaxMetadataValue = 1024      // bytes
-	MinDiskMB        = 64        // below it a package manager cannot start
+	MinDiskMB        = 64        // a package manager cannot start with less
 )
 
-// Request asks for a sandbox. Pointers distinguish "not given" from zero.
+// Request asks for a sandbox. A nil pointer means "not given", unlike zero.
 type Request struct {
-	Template string // name or id; or
-	Snapshot string // name or id: size and disk are its own then, and the rest by default
-	Mode     string // "" is ephemeral
+	Template string // name or id; exclusive with Snapshot
+	Snapshot string // name or id; fixes size and disk and gives defaults for the rest
+	Mode     string // "" means ephemeral
 
 	Timeout          *time.Duration // ephemeral only
-	AtEnd            AtEnd          // ephemeral only; "" is EndDestroys
+	AtEnd            AtEnd          // ephemeral only; "" means EndDestroys
 	IdleTimeout      *time.Duration // persistent only
 	RecoveryInterval *time.Duration // persistent only
 
-	Size       string // "" is the template's, else the configured default
+	Size       string // "" means the template's, else the configured default
 	DiskSizeMB *int
 	Env        map[string]string
 	Metadata   map[string]string
-	Egress     *Egress // nil is the template's default
-	User       string  // "" is the template's
+	Egress     *Egress // nil means the template's default
+	User       string  // "" means the template's
 	Surface    string  // see [Sandbox]
 }
 
-// TemplateVersion is what sandbox needs to know of a ready template.
+// TemplateVersion holds the settings of a ready template that a new sandbox needs.
 type TemplateVersion struct {
 	ID, Name string
 	Version  int
@@ -59,17 +60,17 @@ type TemplateVersion struct {
 	Env      map[string]string
 	User     string
 	Workdir  string
-	Size     string // "" is the configured default
-	DiskMB   int    // 0 is the configured default
+	Size     string // "" means the configured default
+	DiskMB   int    // 0 means the configured default
 	Egress   Egress
 	Start    Start
 }
 
-// Templates finds templates. Implemented by the template room.
+// Templates finds templates. Package template implements it.
 type Templates interface {
-	// Ready returns the version that a new sandbox of orgID is made from:
-	// NotFound code "template_not_found"; Conflict code "template_not_ready" with
-	// the state and progress in the detail.
+	// Ready returns the version that a new sandbox of orgID is made from. It returns NotFound, code
+	// "template_not_found", or Conflict, code "template_not_ready", with the state and progress in the
+	// detail.
 	Ready(ctx context.Context, orgID, nameOrID string) (TemplateVersion, error)
 }
 
@@ -84,7 +85,7 @@ func invalid(field, detail string, args ...any) error {
 
 func index(field string, i int) string { return fmt.Sprintf("%s[%d]", field, i) }
 
-// check refuses what is wrong in the request by itself.
+// check reports errors of the request that need no template to be found.
 func (r Request) check(cfg Config) error {
 	if r.Template == "" && r.Snapshot == "" {
 		return invalid("template", "is required, or a snapshot")
@@ -136,8 +137,8 @@ func (r Request) check(cfg Config) error {
 
 var envName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 
-// CheckEnv refuses environment variables that no process could be given: Invalid
-// in field "env" or "env.NAME".
+// CheckEnv returns an error for environment variables that no process could be given: Invalid in
+// field "env" or "env.NAME".
 func CheckEnv(env map[string]string) error {
 	if len(env) > MaxEnv {
 		return fault.InField("invalid_env", "env", "has %d entries; at most %d", len(env), MaxEnv)
@@ -173,7 +174,7 @@ func checkMetadata(metadata map[string]string) error {
 	return nil
 }
 
-// resolve fills in what the request leaves to the template and the operator.
+// resolve returns the sandbox of the request, with the defaults of the template and the operator.
 func (r Request) resolve(cfg Config, orgID string, v TemplateVersion, now time.Time) (Sandbox, error) {
 	box := Sandbox{
 		ID: NewID(), Run: newSecret(10), Token: newSecret(32), OrgID: orgID, Mode: Ephemeral, State: Creating,
@@ -231,7 +232,7 @@ func (c Config) size(name string) (Size, bool) {
 	return Size{}, false
 }
 
-// or is what p points to, else what stands in for it.
+// or returns *p, or otherwise if p is nil.
 func or[T any](p *T, otherwise T) T {
 	if p != nil {
 		return *p
@@ -248,7 +249,7 @@ func firstPositive(values ...int) int {
 	return 0
 }
 
-// newSecret is n random bytes in base32.
+// newSecret returns n random bytes in base32.
 func newSecret(n int) string {
 	b := make([]byte, n)
 	rand.Read(b)

@@ -7,19 +7,18 @@ import (
 )
 
 const (
-	// reconcileEvery is how often rows and host are compared while the server
-	// runs. It catches what a failed cleanup left; the start of the server does not
-	// wait for it. Longer leaves leftovers longer, shorter reads the host for nothing.
+	// reconcileEvery is the interval between comparisons of rows and host while the server runs. They
+	// remove the leftovers of failed cleanups; the start of the server does not wait for them. A
+	// longer interval keeps leftovers for longer; a shorter one reads the host needlessly.
 	reconcileEvery = 15 * time.Second
 	// purgeEvery is the interval between purges of rows of destroyed sandboxes. A purge reads an
 	// index of those rows. A longer interval lets an organization exceed its number for longer.
 	purgeEvery = time.Minute
 )
 
-// Run does what has to be done over time until ctx ends: it notices sandboxes
-// whose processes ended and what policies denied, reconciles, writes down last activities,
-// keeps the pool, and drops old rows. Call [Service.Reconcile]
-// once before, so that timers are set when the first request comes.
+// Run does the periodic work until ctx ends. It handles sandboxes whose processes ended, records
+// what policies denied, reconciles, saves last activities, maintains the pool and drops old rows.
+// Call [Service.Reconcile] once before Run, so that timers are set when the first request comes.
 func (s *Service) Run(ctx context.Context) {
 	go s.flushing(ctx)
 	go s.keepPool(ctx)
@@ -40,7 +39,8 @@ func (s *Service) Run(ctx context.Context) {
 			}
 		case <-purge.C:
 			now := time.Now().UTC()
-			if n, err := s.store.Purge(ctx, now.Add(-s.cfg.KeepDestroyed), now, s.cfg.MaxDestroyed); err != nil && ctx.Err() == nil {
+			if n, err := s.store.Purge(ctx, now.Add(-s.cfg.KeepDestroyed), now, s.cfg.MaxDestroyed); err != nil &&
+				ctx.Err() == nil {
 				s.log.ErrorContext(ctx, "dropping old sandboxes", "error", err)
 			} else if n > 0 {
 				s.log.InfoContext(ctx, "dropped old sandboxes", "count", n)
@@ -49,8 +49,7 @@ func (s *Service) Run(ctx context.Context) {
 	}
 }
 
-// lost looks after a sandbox whose processes ended, when whoever is at work on it is
-// through.
+// lost settles a sandbox whose processes ended, after any running operation on it has finished.
 func (s *Service) lost(ctx context.Context, fact Fact) {
 	for {
 		op, mine := s.begin(fact.ID, opSettle)
@@ -60,8 +59,8 @@ func (s *Service) lost(ctx context.Context, fact Fact) {
 		if mine {
 			err := s.settle(op.ctx, fact.ID, note{reason: reasonInterrupted})
 			s.finish(fact.ID, op, Sandbox{}, err)
-			if err != nil { // reconcile comes back for it
-				s.log.ErrorContext(ctx, "looking after a lost sandbox", "sandbox", fact.ID, "error", err)
+			if err != nil { // the next Reconcile tries again
+				s.log.ErrorContext(ctx, "settling a lost sandbox", "sandbox", fact.ID, "error", err)
 			}
 			return
 		}
@@ -69,9 +68,9 @@ func (s *Service) lost(ctx context.Context, fact Fact) {
 	}
 }
 
-// Close stops the timers, lets operations under way finish until ctx ends, and
-// writes down last activities. What is not finished by then is given up with the
-// process: reconcile finds the claims at the next start. Sandboxes go on running.
+// Close stops the timers, lets operations under way finish until ctx ends, and saves last
+// activities. It abandons operations that have not finished by then: Reconcile finds their claims
+// at the next start. Sandboxes keep running.
 func (s *Service) Close(ctx context.Context) error {
 	s.mu.Lock()
 	s.closed = true

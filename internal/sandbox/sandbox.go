@@ -1,16 +1,15 @@
-// Package sandbox is what a sandbox is: its states, the operations that move
-// it between them, its lifetime, and what is made of it after a crash.
+// Package sandbox implements the core of cay: the states of sandboxes, the operations that move
+// them between states, their lifetimes, and recovery after a crash.
 //
-// It owns every transition. The -ing states are claims, written to the Store
-// before the Node touches the host, so that after a crash the rows say what was
-// being done. It does no I/O of its own: rows are kept by a [Store], machines are
-// driven through a [Node], both given by the caller. It does not know HTTP, SQL,
-// gVisor or the file system.
+// The package owns every transition. The -ing states are claims: they are written to the Store
+// before the Node touches the host, so that after a crash the rows tell which operations were under
+// way. The package does no I/O of its own: the caller gives it a [Store], which keeps rows, and a
+// [Node], which drives a machine. The package does not know HTTP, SQL, gVisor or the file system.
 //
-// A [Service] is safe for concurrent use; operations on one sandbox run one at a
-// time, a second caller of the same operation shares the first one's result, and
-// only destroy interrupts. After an error the row is never in a claim that nobody
-// works on: [Service.Reconcile] comes back for what a crash left.
+// A [Service] is safe for concurrent use. Operations on one sandbox run one at a time, a second
+// caller of the same operation shares the result of the first, and only destroy interrupts an
+// operation. After an error no row stays in a claim without an operation: [Service.Reconcile]
+// settles the rows that a crash left.
 package sandbox
 
 import (
@@ -29,17 +28,17 @@ var (
 	idPattern  = regexp.MustCompile(`^sbx_[a-z2-7]{20}$`)
 )
 
-// NewID makes an ID from the system's random source.
+// NewID returns a new ID from the system's random source.
 func NewID() ID {
 	var b [13]byte
 	rand.Read(b[:])
 	return ID("sbx_" + strings.ToLower(idEncoding.EncodeToString(b[:]))[:20])
 }
 
-// Valid reports whether the ID has the form of one.
+// Valid reports whether the ID has the form of a sandbox's ID.
 func (id ID) Valid() bool { return idPattern.MatchString(string(id)) }
 
-// Mode says what happens to a sandbox nobody uses.
+// Mode selects what happens to an unused sandbox.
 type Mode string
 
 // The modes.
@@ -48,49 +47,48 @@ const (
 	Persistent Mode = "persistent" // suspended when idle, woken by the next call
 )
 
-// AtEnd says what becomes of an ephemeral sandbox when its timeout is over.
+// AtEnd selects what happens to an ephemeral sandbox when its timeout is over.
 type AtEnd string
 
-// The ends.
+// The values of AtEnd.
 const (
 	EndDestroys AtEnd = "destroy"
-	EndSuspends AtEnd = "suspend" // with everything it has, until it is woken for another timeout
+	EndSuspends AtEnd = "suspend" // keeps all of its state until it is woken for another timeout
 )
 
-// Source says how a sandbox was made.
+// Source tells how a sandbox was made.
 type Source string
 
 // The sources.
 const (
 	Cold Source = "cold" // booted for the request
-	Warm Source = "warm" // taken from the pool
+	Warm Source = "warm" // claimed from the warm pool
 
-	Restored Source = "snapshot" // made from one, see Origin
-	Forked   Source = "fork"     // of another sandbox, see Origin
+	Restored Source = "snapshot" // created from a snapshot, see Origin
+	Forked   Source = "fork"     // forked from another sandbox, see Origin
 )
 
-// Size is a preset of what a sandbox may use.
+// Size is a preset of the resources of a sandbox.
 type Size struct {
 	Name     string `json:"name" toml:"name"`
 	VCPUs    int    `json:"vcpus" toml:"vcpus"`
 	MemoryMB int    `json:"memory_mb" toml:"memory_mb"` // MiB
-	// Dedicated sizes get a CPU quota of VCPUs; the others share by weight.
+	// Dedicated gives the size a CPU quota of VCPUs. Other sizes share CPUs by weight.
 	Dedicated bool `json:"dedicated" toml:"dedicated"`
 }
 
-// Sandbox is one sandbox as its row has it. Times are UTC; the zero time means
-// "not yet" or "does not apply".
+// Sandbox holds the row of a sandbox. Times are UTC; the zero time means "not yet" or "does not
+// apply".
 type Sandbox struct {
 	ID    ID
 	OrgID string
 	Mode  Mode
 	State State
-	// Run names the present life of the sandbox's processes: it changes with
-	// every create and wake, so that a decision made on an old reading cannot
-	// hit a new life.
+	// Run names the present instance of the sandbox. It changes with every create and wake, so that a
+	// decision from an old reading cannot reach a new instance.
 	Run string
 
-	Template        string // name, for people
+	Template        string // name, for display
 	TemplateID      string
 	TemplateVersion int
 	Image           string // content hash of the root file system, see Template
@@ -103,32 +101,32 @@ type Sandbox struct {
 	User     string // default user of commands and files; "" is root
 	Workdir  string // default working directory; "" is the user's home
 
-	Timeout          time.Duration // ephemeral: the lifetime it was given last
-	AtEnd            AtEnd         // "" of a persistent one
-	IdleTimeout      time.Duration // persistent: 0 is never
-	RecoveryInterval time.Duration // persistent: 0 is off
+	Timeout          time.Duration // ephemeral: the lifetime that it was last given
+	AtEnd            AtEnd         // "" for a persistent sandbox
+	IdleTimeout      time.Duration // persistent: 0 means never
+	RecoveryInterval time.Duration // persistent: 0 means off
 
 	CreatedAt      time.Time
 	StartedAt      time.Time
-	ExpiresAt      time.Time // ephemeral only, and not while it is suspended
+	ExpiresAt      time.Time // ephemeral only; zero while it is suspended
 	LastActivityAt time.Time // persistent only
-	SuspendedAt    time.Time // the time of the recovery point it would wake from
+	SuspendedAt    time.Time // time of the recovery point that a wake would restore
 	DestroyedAt    time.Time
 	DestroyReason  Reason
-	Error          string // why it failed, or why it could not be woken, for the user
+	Error          string // why it failed or could not be woken, for the user
 	Source         Source
-	Origin         string // ID of the snapshot or the sandbox that it is from, which may be gone; "" is none
+	Origin         string // ID of its snapshot or parent sandbox, which may be gone; "" if none
 
-	// Surface is what the surface that it was made through keeps with it. The core
-	// carries it and does not look into it; "" is nothing.
+	// Surface holds data of the surface that created the sandbox. The core stores it and does not read
+	// it; "" means none.
 	Surface string
 
-	// Token authorises the host to the agent inside. Secret: never in an
-	// answer, an event or a log.
+	// Token authorises the host to the agent inside. It is secret: it must never appear in an answer,
+	// an event or a log.
 	Token string
 }
 
-// Reason says why a sandbox was destroyed. Part of the contract.
+// Reason tells why a sandbox was destroyed. Its values are part of the contract.
 type Reason string
 
 // The reasons.
@@ -136,16 +134,16 @@ const (
 	Requested  Reason = "requested"
 	Expired    Reason = "expired"
 	BootFailed Reason = "boot_failed"
-	Lost       Reason = "lost" // its processes ended without being asked to
+	Lost       Reason = "lost" // its processes ended unexpectedly
 )
 
-// Event is one transition in the life of a sandbox.
+// Event records one transition of a sandbox.
 type Event struct {
-	ID        string // sortable, unique in the sandbox
+	ID        string // sortable, unique within the sandbox
 	SandboxID ID
 	At        time.Time
 	From      State // "" for the first
 	To        State
 	Reason    string
-	Detail    string // what there is to say beyond the reason, for people; "" is nothing
+	Detail    string // text for people beyond the reason; "" means none
 }

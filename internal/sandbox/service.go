@@ -12,20 +12,20 @@ import (
 	"github.com/cayhq/cay/internal/trace"
 )
 
-// Config is what the operator decides about sandboxes.
+// Config holds the operator's settings for sandboxes.
 type Config struct {
 	Sizes       []Size
 	DefaultSize string // name of one of Sizes
 	DefaultDisk int    // MiB
 	MaxDisk     int    // MiB
-	// KeepDestroyed is how long a destroyed sandbox stays readable.
+	// KeepDestroyed sets how long a destroyed sandbox stays readable.
 	KeepDestroyed time.Duration
-	MaxDestroyed  int // of one organization that stay readable; 0 is no limit
-	MaxSnapshots  int // of one organization; 0 is no limit
+	MaxDestroyed  int // readable ones of an organization; 0 means no limit
+	MaxSnapshots  int // of an organization; 0 means no limit
 	Pool          PoolConfig
 }
 
-// Service is the core of cay: all operations on sandboxes.
+// Service implements all operations on sandboxes.
 type Service struct {
 	cfg       Config
 	store     Store
@@ -36,51 +36,51 @@ type Service struct {
 	leases    atomic.Int64
 	pool      *pool
 
-	recoveries chan struct{} // one in it for each recovery point being taken by timer
-	takedowns  chan struct{} // one in it for each sandbox being taken apart
+	recoveries chan struct{} // holds a token for each recovery point that a timer takes
+	takedowns  chan struct{} // holds a token for each sandbox that is being removed
 
 	mu sync.Mutex
 	// +checklocks:mu
-	work map[ID]*operation // what is being done, at most one per sandbox; guarded by mu
+	work map[ID]*operation // operations under way, at most one per sandbox; guarded by mu
 	// +checklocks:mu
-	lives map[ID]*life // of running sandboxes, while they may be used; guarded by mu
+	lives map[ID]*life // instances of running sandboxes, while they may be used; guarded by mu
 	// +checklocks:mu
-	denials map[ID]*denials // not yet events; guarded by mu
+	denials map[ID]*denials // not yet recorded as events; guarded by mu
 	// +checklocks:mu
-	snapshots map[SnapshotID]*snapshotUse // that somebody works with; guarded by mu
+	snapshots map[SnapshotID]*snapshotUse // snapshots that are in use; guarded by mu
 	// +checklocks:mu
-	served time.Time // when somebody last waited for a sandbox; guarded by mu
+	served time.Time // when a caller last waited for a sandbox; guarded by mu
 	// +checklocks:mu
-	closed bool           // no timers and no operations start any more; guarded by mu
+	closed bool           // no more timers and operations may start; guarded by mu
 	wg     sync.WaitGroup // operations under way
 }
 
-// New makes a Service. observe, if not nil, is told of every transition after it
-// is durable; it must not block. Call [Service.Run] to start its timers.
+// New returns a Service. It calls observe, if not nil, after each durable transition; observe must
+// not block. Call [Service.Run] to start the Service's timers.
 func New(cfg Config, store Store, node Node, templates Templates, log *slog.Logger, observe func(Event)) *Service {
 	if observe == nil {
 		observe = func(Event) {}
 	}
-	return &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe, pool: newPool(cfg.Pool),
-		recoveries: make(chan struct{}, recoveriesAtOnce), takedowns: make(chan struct{}, takedownsAtOnce), work: map[ID]*operation{}, lives: map[ID]*life{},
+	return &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe,
+		pool: newPool(cfg.Pool), recoveries: make(chan struct{}, recoveriesAtOnce),
+		takedowns: make(chan struct{}, takedownsAtOnce), work: map[ID]*operation{}, lives: map[ID]*life{},
 		denials: map[ID]*denials{}, snapshots: map[SnapshotID]*snapshotUse{}}
 }
 
-// Caller is the organization that asks for a sandbox to run, and what it may have.
+// Caller names the organization that asks for a running sandbox, with its quota.
 type Caller struct {
 	OrgID string
 	Quota Quota
 }
 
-// rootUser is whom commands run as where nobody says.
+// rootUser runs commands when neither the request nor the template names a user.
 const rootUser = "root"
 
-// Create makes a sandbox for an organization and returns it running; with
-// wait false it returns at once, creating. See [Request] for what is refused:
-// Invalid naming the field, NotFound or Conflict for the template or the snapshot, Exhausted
-// over quota, Unavailable when no machine has room, Conflict with code "start_failed" when
-// the template's start command is not ready in time. The sandbox goes on being made when
-// ctx ends.
+// Create makes a sandbox for an organization and returns it running; with wait false it returns the
+// sandbox at once, in state creating. Errors are Invalid, which names the field of [Request];
+// NotFound or Conflict for the template or the snapshot; Exhausted over quota; Unavailable when no
+// machine has room; and Conflict with code "start_failed" when the template's start command is not
+// ready in time. The creation continues when ctx ends.
 func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wait bool) (Sandbox, error) {
 	if err := r.check(s.cfg); err != nil {
 		return Sandbox{}, err
@@ -99,25 +99,25 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wa
 		return Sandbox{}, err
 	}
 	if box.User != version.User {
-		version.Start.User = cmp.Or(version.User, rootUser) // the template's command is the template's
+		version.Start.User = cmp.Or(version.User, rootUser) // the command runs as the template's user
 	}
 	if warm, done, err := s.createWarm(ctx, c, box, version, once, wait); done {
 		return warm, err
 	}
 	spec := box.spec()
-	spec.Start = version.Start // not in the row: a create that is interrupted is not taken up again
+	spec.Start = version.Start // not in the row: an interrupted create is not resumed
 	return s.makeNew(ctx, c, box, spec, bootTimeout+version.Start.Patience(), once, wait, func() {})
 }
 
-// makeNew makes a new sandbox as spec says, within patience, and calls release once it is
-// made or cannot be.
-func (s *Service) makeNew(ctx context.Context, c Caller, box Sandbox, spec Spec, patience time.Duration, once Once, wait bool, release func()) (Sandbox, error) {
+// makeNew makes a new sandbox from spec within patience. It calls release after the sandbox is made
+// or has failed.
+func (s *Service) makeNew(ctx context.Context, c Caller, box Sandbox, spec Spec, patience time.Duration, once Once,
+	wait bool, release func()) (Sandbox, error) {
 	if err := s.room(ctx, box.Size); err != nil {
 		release()
 		return Sandbox{}, err
 	}
-	// The claim is taken before the row exists, so that nobody who finds the row
-	// can come between.
+	// begin runs before the row exists, so that no other operation can start on a row that is found.
 	op, _ := s.begin(box.ID, opCreate)
 	if op == nil {
 		release()
@@ -145,7 +145,7 @@ func (s *Service) makeNew(ctx context.Context, c Caller, box Sandbox, spec Spec,
 	return op.wait(ctx)
 }
 
-// repeated answers a create that was made before under the same key.
+// repeated answers a create that repeats an earlier one with the same key.
 func (s *Service) repeated(ctx context.Context, prior Sandbox, wait bool) (Sandbox, error) {
 	if op := s.current(prior.ID, opCreate); wait && op != nil {
 		return op.wait(ctx)
@@ -153,9 +153,9 @@ func (s *Service) repeated(ctx context.Context, prior Sandbox, wait bool) (Sandb
 	return s.store.Get(ctx, prior.ID)
 }
 
-// bootTimeout bounds one start, but for what its start command may take to be ready. A cold start takes a third of a second on a quiet
-// machine; when fifty share it, some take seconds. Too low fails creates under load,
-// too high only delays the report of a machine that is broken.
+// bootTimeout bounds one start, without the time that its start command may take to be ready. A
+// cold start takes a third of a second on a quiet machine; when fifty share it, some take seconds.
+// A lower value fails creates under load; a higher one only delays the report of a broken machine.
 const bootTimeout = 60 * time.Second
 
 // boot takes a claimed row to running, or to failed.
@@ -182,7 +182,8 @@ func (s *Service) boot(ctx context.Context, box Sandbox, spec Spec, patience tim
 	return Sandbox{}, s.bootFailed(ctx, box, err)
 }
 
-// bootFailed cleans up and writes down why, unless destroy took over.
+// bootFailed cleans up after a failed start and records the cause, unless a destroy interrupted the
+// start.
 func (s *Service) bootFailed(ctx context.Context, box Sandbox, cause error) error {
 	if context.Cause(ctx) == errInterrupted {
 		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while it was being created", box.ID)
@@ -191,18 +192,19 @@ func (s *Service) bootFailed(ctx context.Context, box Sandbox, cause error) erro
 	defer cancel()
 	s.log.ErrorContext(ctx, "sandbox did not start", "sandbox", box.ID, "error", cause)
 	if err := s.node.Destroy(ctx, box.ID); err != nil {
-		// The row stays a claim; reconcile comes back for it.
+		// The row stays a claim; Reconcile settles it.
 		s.log.ErrorContext(ctx, "cleaning up a failed start", "sandbox", box.ID, "error", err)
 		return startError(box.ID, cause)
 	}
-	if err := s.fail(ctx, box, BootFailed, publicText(cause, "the sandbox did not start; the server's log has the cause")); err != nil {
-		s.log.ErrorContext(ctx, "writing down a failed start", "sandbox", box.ID, "error", err)
+	if err := s.fail(ctx, box, BootFailed, publicText(cause,
+		"the sandbox did not start; the server's log has the cause")); err != nil {
+		s.log.ErrorContext(ctx, "recording a failed start", "sandbox", box.ID, "error", err)
 	}
 	return startError(box.ID, cause)
 }
 
-// startError is what the caller of a create that failed is told. A kind the node
-// gave (no room, …) goes through; anything else is internal.
+// startError returns the error for the caller of a failed create. It passes an error of the node
+// with a kind (no room, …) on and makes every other error internal.
 func startError(id ID, cause error) error {
 	if e := fault.As(cause); e != nil {
 		return cause
@@ -210,7 +212,7 @@ func startError(id ID, cause error) error {
 	return fault.New(fault.Internal, "boot_failed", "sandbox %s did not start", id).Because(cause)
 }
 
-// publicText is what a user may read of an error: its detail, else what stands in.
+// publicText returns the detail of an error that a user may read, or otherwise if it has none.
 func publicText(err error, otherwise string) string {
 	if e := fault.As(err); e != nil && e.Detail != "" {
 		return e.Detail
@@ -218,7 +220,7 @@ func publicText(err error, otherwise string) string {
 	return otherwise
 }
 
-// fail ends a sandbox that never ran, or whose start a crash interrupted.
+// fail ends a sandbox that never ran, or whose start was interrupted by a crash.
 func (s *Service) fail(ctx context.Context, box Sandbox, why Reason, text string) error {
 	now := time.Now().UTC()
 	_, err := s.transition(ctx, Change{ID: box.ID, From: []State{Creating}, Run: box.Run, To: Failed, At: now,
@@ -229,8 +231,9 @@ func (s *Service) fail(ctx context.Context, box Sandbox, why Reason, text string
 	return s.store.Forget(ctx, box.ID)
 }
 
-// Get returns a sandbox of the organization: NotFound if there is none, Denied
-// (code "not_your_sandbox") if it is another's. It is no activity and wakes nobody.
+// Get returns a sandbox of the organization. It returns NotFound if there is none and Denied, code
+// "not_your_sandbox", if it belongs to another organization. It counts as no activity and wakes no
+// sandbox.
 func (s *Service) Get(ctx context.Context, orgID string, id ID) (Sandbox, error) {
 	if !id.Valid() {
 		return Sandbox{}, notFound(id)
@@ -251,7 +254,7 @@ func notFound(id ID) error {
 
 const codeNotRunning = "sandbox_not_running"
 
-// notRunning is the answer to a call that needs a running sandbox.
+// notRunning returns the error for a call that needs a running sandbox.
 func notRunning(box Sandbox) error {
 	return fault.New(fault.Conflict, codeNotRunning, "sandbox %s is %s", box.ID, box.State)
 }
@@ -265,9 +268,9 @@ func (s *Service) List(ctx context.Context, f Filter) ([]Sandbox, string, error)
 	return boxes, next, err
 }
 
-// Keepalive gives an ephemeral sandbox a new lifetime from now; nil is its own,
-// and more than [MaxTimeout] is taken as that. Conflict when it is not ephemeral or
-// not running.
+// Keepalive gives an ephemeral sandbox a new lifetime from now. A nil lifetime means the sandbox's
+// own; one above [MaxTimeout] is cut to it. Keepalive returns Conflict if the sandbox is not
+// ephemeral or not running.
 func (s *Service) Keepalive(ctx context.Context, orgID string, id ID, timeout *time.Duration) (Sandbox, error) {
 	box, err := s.Get(ctx, orgID, id)
 	if err != nil {
@@ -290,8 +293,8 @@ func (s *Service) Keepalive(ctx context.Context, orgID string, id ID, timeout *t
 	return box, nil
 }
 
-// Lookup returns a sandbox whoever's it is, for a caller who is known by something else
-// than a key: NotFound if there is none.
+// Lookup returns a sandbox of any organization, for callers that are not identified by a key. It
+// returns NotFound if there is none.
 func (s *Service) Lookup(ctx context.Context, id ID) (Sandbox, error) {
 	if !id.Valid() {
 		return Sandbox{}, notFound(id)
@@ -299,10 +302,10 @@ func (s *Service) Lookup(ctx context.Context, id ID) (Sandbox, error) {
 	return s.store.Get(ctx, id)
 }
 
-// Living lists the sandboxes of all organizations that are not over.
+// Living returns the IDs of all organizations' sandboxes that are not over.
 func (s *Service) Living(ctx context.Context) ([]ID, error) { return s.store.Living(ctx) }
 
-// Events pages a sandbox's events, newest first.
+// Events returns a page of a sandbox's events, newest first.
 func (s *Service) Events(ctx context.Context, orgID string, id ID, limit int, cursor string) ([]Event, string, error) {
 	if _, err := s.Get(ctx, orgID, id); err != nil {
 		return nil, "", err
@@ -310,11 +313,10 @@ func (s *Service) Events(ctx context.Context, orgID string, id ID, limit int, cu
 	return s.store.Events(ctx, id, limit, cursor)
 }
 
-// Sizes lists the presets.
+// Sizes returns the presets.
 func (s *Service) Sizes() []Size { return s.cfg.Sizes }
 
-// transition is the one door between states: the row, then the log line and
-// whoever observes.
+// transition makes every change of state: it writes the row, then logs it and calls observe.
 func (s *Service) transition(ctx context.Context, c Change) (Sandbox, error) {
 	end := trace.Start(ctx, "commit")
 	before, err := s.store.Transition(ctx, c)
@@ -326,8 +328,9 @@ func (s *Service) transition(ctx context.Context, c Change) (Sandbox, error) {
 	return before, nil
 }
 
-// announce tells of a transition that is durable.
+// announce logs a durable transition and passes it to observe.
 func (s *Service) announce(ctx context.Context, e Event) {
-	s.log.InfoContext(ctx, "sandbox "+string(e.To), "sandbox", e.SandboxID, "state", e.To, "reason", e.Reason, "detail", e.Detail)
+	s.log.InfoContext(ctx, "sandbox "+string(e.To), "sandbox", e.SandboxID, "state", e.To, "reason", e.Reason,
+		"detail", e.Detail)
 	s.observe(e)
 }

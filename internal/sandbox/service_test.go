@@ -21,7 +21,7 @@ const org = "org_aaaaaaaaaaaaaaaaaaaa"
 
 type oneTemplate struct{}
 
-// service is the start command of the template of that name.
+// service holds the start command of the template with the same name.
 var service = sandbox.Start{Command: "serve", Ready: &sandbox.Ready{Port: 80, Timeout: 10 * time.Minute}}
 
 func (oneTemplate) Ready(_ context.Context, _, name string) (sandbox.TemplateVersion, error) {
@@ -41,15 +41,15 @@ func (oneTemplate) Ready(_ context.Context, _, name string) (sandbox.TemplateVer
 		Env: map[string]string{"A": "template", "B": "template"}}, nil
 }
 
-// house is a Service on a real store and a fake node, to be used in a synctest bubble.
+// house holds a Service with a real store and a fake node, for use in a synctest bubble.
 type house struct {
 	*sandbox.Service
 	t     *testing.T
 	db    *store.DB
 	node  *caytest.Node
-	gate  *gate // of the server that runs now
+	gate  *gate // of the running server
 	quota sandbox.Quota
-	pool  sandbox.PoolConfig // of the next start
+	pool  sandbox.PoolConfig // for the next start
 	what  sandbox.Templates
 	stop  context.CancelFunc
 }
@@ -69,7 +69,7 @@ func newPoolHouse(t *testing.T, pool sandbox.PoolConfig) *house {
 	h.start()
 	t.Cleanup(func() {
 		h.crash()
-		time.Sleep(time.Minute) // the bubble's: what waits for something gives up
+		time.Sleep(time.Minute) // on the bubble's clock: all waits end
 		if err := db.Close(); err != nil {
 			t.Error(err)
 		}
@@ -77,7 +77,7 @@ func newPoolHouse(t *testing.T, pool sandbox.PoolConfig) *house {
 	return h
 }
 
-// start runs a Service on what is there, as a start of the server does.
+// start runs a Service on the existing rows and node, as a start of the server does.
 func (h *house) start() {
 	h.gate = newGate()
 	h.Service = sandbox.New(sandbox.Config{
@@ -92,13 +92,13 @@ func (h *house) start() {
 	go h.Run(ctx)
 }
 
-// crash ends the Service as a dying server does: nothing is finished.
+// crash ends the Service as a dying server does: it finishes nothing.
 func (h *house) crash() {
 	h.gate.shut()
 	h.stop()
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	_ = h.Close(ctx) // what is under way fails at the gate
+	_ = h.Close(ctx) // operations under way fail at the gate
 	synctest.Wait()
 }
 
@@ -129,11 +129,12 @@ func (h *house) get(id sandbox.ID) sandbox.Sandbox {
 	return box
 }
 
-// wantState checks the row, and that the node has of the sandbox what belongs to it.
+// wantState checks the row, and that the node has the parts of the sandbox that belong to the
+// state.
 func (h *house) wantState(id sandbox.ID, state sandbox.State, reason sandbox.Reason) {
 	h.t.Helper()
 	if state == sandbox.Destroyed {
-		synctest.Wait() // the call left the host to do after it
+		synctest.Wait() // the call may have left work on the host for later
 	}
 	box := h.get(id)
 	if box.State != state || box.DestroyReason != reason {
@@ -143,14 +144,15 @@ func (h *house) wantState(id sandbox.ID, state sandbox.State, reason sandbox.Rea
 	agree := fact == nil
 	switch state {
 	case sandbox.Destroying:
-		agree = true // all of it, or a part
+		agree = true // all of it or a part
 	case sandbox.Running:
 		agree = fact != nil && fact.Alive && fact.Run == box.Run
 	case sandbox.Suspended:
-		agree = fact != nil && !fact.Remains && fact.Point != nil && fact.Point.At.Truncate(time.Microsecond).Equal(box.SuspendedAt)
+		agree = fact != nil && !fact.Remains && fact.Point != nil &&
+			fact.Point.At.Truncate(time.Microsecond).Equal(box.SuspendedAt)
 	}
 	if !agree {
-		h.t.Errorf("sandbox is %+v and the node has of it: %+v", box, fact)
+		h.t.Errorf("sandbox is %+v; the node has %+v", box, fact)
 	}
 }
 
@@ -167,7 +169,8 @@ func TestCreateFillsInAndRuns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
 		box := h.mustCreate(sandbox.Request{Env: map[string]string{"B": "request"}, DiskSizeMB: ptr(100)})
-		if box.State != sandbox.Running || box.Size.Name != "small" || box.DiskMB != 100 || box.Egress.Mode != sandbox.AllowAll {
+		if box.State != sandbox.Running || box.Size.Name != "small" || box.DiskMB != 100 ||
+			box.Egress.Mode != sandbox.AllowAll {
 			t.Errorf("unexpected sandbox %+v", box)
 		}
 		if box.Env["A"] != "template" || box.Env["B"] != "request" {
@@ -187,7 +190,7 @@ func TestExpiresToTheSecond(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
 		box := h.mustCreate(sandbox.Request{Timeout: ptr(10 * time.Second)})
-		pass(10*time.Second - time.Millisecond) // the bubble's clock, not the machine's
+		pass(10*time.Second - time.Millisecond) // on the bubble's clock, not the machine's
 		h.wantState(box.ID, sandbox.Running, "")
 		pass(time.Second)
 		h.wantState(box.ID, sandbox.Destroyed, sandbox.Expired)
@@ -206,10 +209,11 @@ func TestKeepalive(t *testing.T) {
 		}
 		pass(59 * time.Second)
 		h.wantState(box.ID, sandbox.Running, "")
-		if got, err = h.Keepalive(ctx, org, box.ID, ptr(100*time.Hour)); err != nil || got.ExpiresAt.After(time.Now().Add(sandbox.MaxTimeout)) {
+		if got, err = h.Keepalive(ctx, org, box.ID, ptr(100*time.Hour)); err != nil ||
+			got.ExpiresAt.After(time.Now().Add(sandbox.MaxTimeout)) {
 			t.Errorf("above 24 h is not clamped: %s, %v", got.ExpiresAt, err)
 		}
-		if _, err = h.Keepalive(ctx, org, box.ID, ptr(time.Second)); err != nil { // shorter is allowed
+		if _, err = h.Keepalive(ctx, org, box.ID, ptr(time.Second)); err != nil { // a shorter lifetime is allowed
 			t.Fatal(err)
 		}
 		pass(2 * time.Second)
@@ -241,8 +245,8 @@ func TestDestroyIsSafeToRepeat(t *testing.T) {
 	})
 }
 
-// TestDestroyAnswersEarly: who destroys waits for the row and not for the host, of which
-// a crowd takes its turn.
+// TestDestroyAnswersEarly checks that a destroy waits for the row and not for the host, where many
+// removals wait for each other.
 func TestDestroyAnswersEarly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -258,7 +262,7 @@ func TestDestroyAnswersEarly(t *testing.T) {
 			busy++
 			most = max(most, busy)
 			mu.Unlock()
-			time.Sleep(time.Second) // the bubble's
+			time.Sleep(time.Second) // on the bubble's clock
 			mu.Lock()
 			busy--
 			mu.Unlock()
@@ -278,13 +282,13 @@ func TestDestroyAnswersEarly(t *testing.T) {
 		if took := time.Since(began); took != 0 {
 			t.Errorf("ten destroys took %s", took)
 		}
-		h.mustCreate(sandbox.Request{}) // those on their way out count against no quota
+		h.mustCreate(sandbox.Request{}) // sandboxes that are being destroyed count against no quota
 		time.Sleep(10 * time.Second)
 		for _, id := range ids {
 			h.wantState(id, sandbox.Destroyed, sandbox.Requested)
 		}
 		if most != 4 {
-			t.Errorf("%d were taken apart at once", most)
+			t.Errorf("%d were removed at once", most)
 		}
 	})
 }
@@ -330,7 +334,8 @@ func TestFailedStart(t *testing.T) {
 		once := sandbox.Once{Key: "k", Hash: "h"}
 		_, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, once, true)
 		wantCode(t, err, fault.Internal, "boot_failed")
-		all, _, err := h.List(context.Background(), sandbox.Filter{OrgID: org, Limit: 10, States: []sandbox.State{sandbox.Failed}})
+		all, _, err := h.List(context.Background(),
+			sandbox.Filter{OrgID: org, Limit: 10, States: []sandbox.State{sandbox.Failed}})
 		if err != nil || len(all) != 1 {
 			t.Fatalf("%d failed sandboxes, %v", len(all), err)
 		}
@@ -338,7 +343,7 @@ func TestFailedStart(t *testing.T) {
 		if text := all[0].Error; text == "" || strings.Contains(text, "secret") {
 			t.Errorf("error text is %q", text)
 		}
-		// The same key may try again.
+		// The same key may be used again.
 		h.node.OnCreate = nil
 		box, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, once, true)
 		if err != nil || box.ID == all[0].ID {
@@ -354,7 +359,8 @@ func TestIdempotentCreate(t *testing.T) {
 		ids := make(chan sandbox.ID, 5)
 		for range cap(ids) {
 			go func() {
-				box, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, sandbox.Once{Key: "k", Hash: "h"}, true)
+				box, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"},
+					sandbox.Once{Key: "k", Hash: "h"}, true)
 				if err != nil || box.State != sandbox.Running {
 					t.Errorf("%s, %v", box.State, err)
 				}
@@ -367,7 +373,8 @@ func TestIdempotentCreate(t *testing.T) {
 				t.Errorf("one key made %s and %s", first, id)
 			}
 		}
-		_, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, sandbox.Once{Key: "k", Hash: "other"}, true)
+		_, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"},
+			sandbox.Once{Key: "k", Hash: "other"}, true)
 		wantCode(t, err, fault.Conflict, "idempotency_key_reused")
 	})
 }
@@ -378,7 +385,7 @@ func TestCleanupIsTriedAgain(t *testing.T) {
 		box := h.mustCreate(sandbox.Request{})
 		broken := errors.New("device busy")
 		h.node.OnDestroy = func(context.Context, sandbox.ID) error { return broken }
-		for range 2 { // the second finds it being destroyed
+		for range 2 { // the second call finds it being destroyed
 			if err := h.Destroy(context.Background(), org, box.ID); err != nil {
 				t.Errorf("got %v", err)
 			}

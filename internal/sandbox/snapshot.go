@@ -18,43 +18,44 @@ type SnapshotID string
 
 var (
 	snapshotIDPattern = regexp.MustCompile(`^snap_[a-z2-7]{20}$`)
-	// snapshotName keeps a name in one element of a path, and out of a shell's way.
+	// snapshotName limits a name to one element of a path, without characters that a shell interprets.
 	snapshotName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
 )
 
 const snapshotPrefix = "snap_"
 
-// NewSnapshotID makes a SnapshotID from the system's random source.
+// NewSnapshotID returns a new SnapshotID from the system's random source.
 func NewSnapshotID() SnapshotID {
 	var b [13]byte
 	rand.Read(b[:])
 	return SnapshotID(snapshotPrefix + strings.ToLower(idEncoding.EncodeToString(b[:]))[:20])
 }
 
-// Valid reports whether the ID has the form of one.
+// Valid reports whether the ID has the form of a snapshot's ID.
 func (id SnapshotID) Valid() bool { return snapshotIDPattern.MatchString(string(id)) }
 
-// SnapshotState is where a snapshot stands, stored as this string. Only one that is ready
-// is seen by users; the others are claims, which reconcile ends by dropping it.
+// SnapshotState is the state of a snapshot, stored as this string. Users see only ready snapshots.
+// The other states are claims, which Reconcile ends by dropping the snapshot.
 type SnapshotState string
 
-// The states, in their order.
+// The states of snapshots, in their order.
 const (
 	SnapshotCreating SnapshotState = "creating"
 	SnapshotReady    SnapshotState = "ready"
 	SnapshotDeleting SnapshotState = "deleting"
 )
 
-// Snapshot is a sandbox as it was at a time, kept until it is deleted, from which new
-// sandboxes start. It depends on nothing of the sandbox it is of.
+// Snapshot describes the saved state of a sandbox at a time, from which new sandboxes can be
+// created until it is deleted. It does not depend on its sandbox.
 type Snapshot struct {
 	ID        SnapshotID
 	OrgID     string
-	Name      string // unique among the organization's snapshots; "" is none
+	Name      string // unique among the organization's snapshots; "" means none
 	State     SnapshotState
-	SandboxID ID // that it is of, which may be gone
+	SandboxID ID // its sandbox, which may be gone
 
-	// As the sandbox had them, since a restore needs the same or a create begins with them.
+	// These fields hold the sandbox's settings. A restore needs the same settings, or uses them as
+	// defaults.
 	Template        string
 	TemplateID      string
 	TemplateVersion int
@@ -66,15 +67,15 @@ type Snapshot struct {
 	User            string
 	Workdir         string
 
-	Bytes     int64     // on disk; 0 until it is ready
-	CreatedAt time.Time // the moment that it holds
+	Bytes     int64     // on disk; 0 until the snapshot is ready
+	CreatedAt time.Time // time of the state that it holds
 }
 
 // SnapshotFilter selects and pages snapshots, newest first.
 type SnapshotFilter struct {
 	OrgID     string
-	SandboxID ID     // "" is any
-	Name      string // "" is any
+	SandboxID ID     // "" means any
+	Name      string // "" means any
 	Limit     int
 	Cursor    string
 }
@@ -92,16 +93,18 @@ func noSnapshot(nameOrID string) error {
 	return fault.New(fault.NotFound, codeNoSnapshot, "there is no snapshot %.100q", nameOrID)
 }
 
-// SaveSnapshot makes a snapshot of a sandbox of either mode: of one that runs as it is
-// now, which runs on and may be used meanwhile, or of a suspended one as it would wake. It is
-// no activity and wakes nobody. It waits for what is being done to the sandbox, and goes on
-// when ctx ends. Invalid in field "name"; Conflict, code "snapshot_exists" for a name that is
-// taken and "sandbox_not_running" for a sandbox in any other state; Exhausted, code
-// "quota_exceeded". Else the error is the machine's (NoSpace, code "disk_full", …) or
-// Internal, code "snapshot_failed". After an error there is no snapshot.
+// SaveSnapshot makes a snapshot of a sandbox of either mode. A running sandbox is saved in its
+// present state, keeps running and may be used meanwhile. A suspended one is saved in the state in
+// which it would wake. SaveSnapshot counts as no activity and wakes no sandbox. It waits for any
+// operation on the sandbox, and continues when ctx ends. Errors are Invalid in field "name";
+// Conflict, code "snapshot_exists", for a name that is taken; Conflict, code "sandbox_not_running",
+// for a sandbox in another state; Exhausted, code "quota_exceeded"; the machine's own (NoSpace,
+// code "disk_full", …); or Internal, code "snapshot_failed". After an error there is no snapshot.
 func (s *Service) SaveSnapshot(ctx context.Context, orgID string, id ID, name string) (Snapshot, error) {
 	if name != "" && (!snapshotName.MatchString(name) || strings.HasPrefix(name, snapshotPrefix)) {
-		return Snapshot{}, invalid("name", "must be 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit and not with %s", snapshotPrefix)
+		return Snapshot{}, invalid("name",
+			"must be 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit and not with %s",
+			snapshotPrefix)
 	}
 	var snap Snapshot
 	_, err := s.exclusive(ctx, orgID, id, opSnapshot, savable, func(ctx context.Context) (box Sandbox, err error) {
@@ -114,9 +117,10 @@ func (s *Service) SaveSnapshot(ctx context.Context, orgID string, id ID, name st
 	return snap, nil
 }
 
-// exclusive does work on a sandbox in its turn, unless refuse has something against the
-// sandbox's state. It waits for what is being done to it, and goes on when ctx ends.
-func (s *Service) exclusive(ctx context.Context, orgID string, id ID, kind opKind, refuse func(Sandbox) error, work func(context.Context) (Sandbox, error)) (Sandbox, error) {
+// exclusive runs work as an operation on a sandbox, unless refuse returns an error for the
+// sandbox's row. It waits for any other operation on the sandbox, and continues when ctx ends.
+func (s *Service) exclusive(ctx context.Context, orgID string, id ID, kind opKind, refuse func(Sandbox) error,
+	work func(context.Context) (Sandbox, error)) (Sandbox, error) {
 	for {
 		box, err := s.Get(ctx, orgID, id)
 		if err != nil {
@@ -139,7 +143,7 @@ func (s *Service) exclusive(ctx context.Context, orgID string, id ID, kind opKin
 	}
 }
 
-// savable refuses a sandbox that a snapshot cannot be made of, nor soon.
+// savable returns an error for a sandbox of which no snapshot can be made now or soon.
 func savable(box Sandbox) error {
 	if box.State == Creating || box.State == Destroying || box.State.Over() {
 		return notRunning(box)
@@ -180,7 +184,7 @@ func (s *Service) logNote(ctx context.Context, e Event) {
 	s.log.InfoContext(ctx, "sandbox "+e.Reason, "sandbox", e.SandboxID, "detail", e.Detail)
 }
 
-// writeSnapshot has the machine write it.
+// writeSnapshot makes the machine write the snapshot.
 func (s *Service) writeSnapshot(ctx context.Context, box Sandbox, to SnapshotID) (Point, error) {
 	ctx, cancel := context.WithTimeout(ctx, pointTimeout)
 	defer cancel()
@@ -190,8 +194,8 @@ func (s *Service) writeSnapshot(ctx context.Context, box Sandbox, to SnapshotID)
 	return s.node.Snapshot(ctx, box.ID, to)
 }
 
-// abandonSnapshot removes what is there of a snapshot that is not to be. What fails,
-// reconcile tries again.
+// abandonSnapshot removes a failed or unwanted snapshot from the machine and then, with row, its
+// row. Reconcile retries what fails.
 func (s *Service) abandonSnapshot(ctx context.Context, id SnapshotID, row bool) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 	defer cancel()
@@ -204,16 +208,16 @@ func (s *Service) abandonSnapshot(ctx context.Context, id SnapshotID, row bool) 
 	}
 }
 
-// snapshotFailed looks after the sandbox that could not be saved, unless destroy took
-// over, and returns what the callers are told.
+// snapshotFailed settles the sandbox that could not be saved, unless a destroy interrupted, and
+// returns the error for the callers.
 func (s *Service) snapshotFailed(ctx context.Context, box Sandbox, cause error) error {
 	if context.Cause(ctx) == errInterrupted {
 		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while a snapshot was made", box.ID)
 	}
 	s.log.ErrorContext(ctx, "making a snapshot", "sandbox", box.ID, "error", cause)
 	if box.State == Running {
-		if err := s.settle(ctx, box.ID, note{reason: reasonInterrupted}); err != nil { // it may have died of it
-			s.log.ErrorContext(ctx, "looking after a sandbox without its snapshot", "sandbox", box.ID, "error", err)
+		if err := s.settle(ctx, box.ID, note{reason: reasonInterrupted}); err != nil { // the failure may have killed it
+			s.log.ErrorContext(ctx, "settling a sandbox after a failed snapshot", "sandbox", box.ID, "error", err)
 		}
 	}
 	if fault.As(cause) != nil {
@@ -222,15 +226,15 @@ func (s *Service) snapshotFailed(ctx context.Context, box Sandbox, cause error) 
 	return fault.New(fault.Internal, "snapshot_failed", "no snapshot of sandbox %s was made", box.ID).Because(cause)
 }
 
-// snapshotUse is who needs the files of a snapshot now, makers included.
+// snapshotUse counts the users of a snapshot's files, makers included.
 type snapshotUse struct {
 	count  int
-	doomed bool // it was deleted meanwhile: the last one removes it
+	doomed bool // deleted meanwhile: its last user removes it
 }
 
-// holdSnapshot keeps a snapshot from being removed until the returned function is called.
-// Whether it is there is to be looked at afterwards: who deletes it writes that down before
-// looking for those who hold it.
+// holdSnapshot prevents the removal of a snapshot until the returned function is called. Check
+// afterwards whether the snapshot still exists: a deletion changes the row before it looks for
+// users.
 func (s *Service) holdSnapshot(id SnapshotID) (release func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -243,7 +247,7 @@ func (s *Service) holdSnapshot(id SnapshotID) (release func()) {
 	return func() { s.releaseSnapshot(id) }
 }
 
-// holdAlone is holdSnapshot for a snapshot that nobody holds; nil if somebody does.
+// holdAlone holds a snapshot like holdSnapshot if it has no other user, and otherwise returns nil.
 func (s *Service) holdAlone(id SnapshotID) (release func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -300,8 +304,8 @@ func (s *Service) useSnapshot(ctx context.Context, orgID, nameOrID string) (Snap
 	return snap, release, nil
 }
 
-// GetSnapshot returns a snapshot of the organization by name or ID: NotFound, code
-// "snapshot_not_found", if there is none, or it is another's.
+// GetSnapshot returns a snapshot of the organization by name or ID. It returns NotFound, code
+// "snapshot_not_found", if there is none or it belongs to another organization.
 func (s *Service) GetSnapshot(ctx context.Context, orgID, nameOrID string) (Snapshot, error) {
 	return s.findSnapshot(ctx, orgID, nameOrID)
 }
@@ -311,8 +315,8 @@ func (s *Service) ListSnapshots(ctx context.Context, f SnapshotFilter) ([]Snapsh
 	return s.store.ListSnapshots(ctx, f)
 }
 
-// DeleteSnapshot deletes a snapshot by name or ID. Sandboxes made from it go on; those
-// being made from it are still made, and then its files go. Errors are as GetSnapshot's.
+// DeleteSnapshot deletes a snapshot by name or ID. Sandboxes made from it continue. Sandboxes being
+// made from it are completed before its files are removed. Errors are those of GetSnapshot.
 func (s *Service) DeleteSnapshot(ctx context.Context, orgID, nameOrID string) error {
 	snap, err := s.findSnapshot(ctx, orgID, nameOrID)
 	if err != nil {
@@ -334,13 +338,13 @@ func (s *Service) DeleteSnapshot(ctx context.Context, orgID, nameOrID string) er
 	return nil
 }
 
-// DropsSnapshot is the whole of what is made of a snapshot after a crash: a function of its
-// row (nil if there is none) when nobody works with it. A snapshot of which nobody was told
-// goes; one that is ready stays, also without its files: to use it says so, to delete it is up
-// to the user.
+// DropsSnapshot reports whether recovery from a crash drops a snapshot, from its row (nil if there
+// is none), when it has no users. A snapshot that was not reported to a caller is dropped. A ready
+// snapshot stays even without its files: its use reports that they are missing, and the user may
+// delete it.
 func DropsSnapshot(row *Snapshot) bool { return row == nil || row.State != SnapshotReady }
 
-// reconcileSnapshots drops what a crash left of snapshots and forks.
+// reconcileSnapshots drops the leftovers of snapshots and forks after a crash.
 func (s *Service) reconcileSnapshots(ctx context.Context) error {
 	there, err := s.node.Snapshots(ctx)
 	if err != nil {
@@ -364,7 +368,7 @@ func (s *Service) reconcileSnapshots(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// settleSnapshot drops a snapshot if it is not to be, unless somebody works with it.
+// settleSnapshot drops a snapshot if DropsSnapshot says so, unless it has users.
 func (s *Service) settleSnapshot(ctx context.Context, id SnapshotID) error {
 	release := s.holdAlone(id)
 	if release == nil {

@@ -22,7 +22,7 @@ func (h *house) save(id sandbox.ID, name string) sandbox.Snapshot {
 	return snap
 }
 
-// wantSnapshots checks what the organization sees, and that the node has the same.
+// wantSnapshots checks the organization's snapshots, and that the node has the same.
 func (h *house) wantSnapshots(want ...sandbox.SnapshotID) {
 	h.t.Helper()
 	there, _ := h.node.Snapshots(context.Background())
@@ -35,12 +35,13 @@ func (h *house) wantSnapshots(want ...sandbox.SnapshotID) {
 	}
 }
 
-// TestDropsSnapshot holds the whole of what becomes of a snapshot after a crash.
+// TestDropsSnapshot checks recovery of snapshots in every state after a crash.
 func TestDropsSnapshot(t *testing.T) {
 	if !sandbox.DropsSnapshot(nil) {
 		t.Error("one without a row stays")
 	}
-	for state, want := range map[sandbox.SnapshotState]bool{sandbox.SnapshotCreating: true, sandbox.SnapshotReady: false, sandbox.SnapshotDeleting: true} {
+	for state, want := range map[sandbox.SnapshotState]bool{sandbox.SnapshotCreating: true, sandbox.SnapshotReady: false,
+		sandbox.SnapshotDeleting: true} {
 		if got := sandbox.DropsSnapshot(&sandbox.Snapshot{State: state}); got != want {
 			t.Errorf("%s: dropped %v", state, got)
 		}
@@ -50,12 +51,15 @@ func TestDropsSnapshot(t *testing.T) {
 func TestSnapshotOfBothModesAndStates(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
-		ephemeral := h.mustCreate(sandbox.Request{Env: map[string]string{"B": "its own"}, DiskSizeMB: ptr(100), Size: "big", Egress: &sandbox.Egress{Mode: sandbox.DenyAll}})
+		ephemeral := h.mustCreate(sandbox.Request{Env: map[string]string{"B": "its own"}, DiskSizeMB: ptr(100), Size: "big",
+			Egress: &sandbox.Egress{Mode: sandbox.DenyAll}})
 		first := h.save(ephemeral.ID, "first")
-		if first.State != sandbox.SnapshotReady || first.SandboxID != ephemeral.ID || first.Size.Name != "big" || first.DiskMB != 100 || first.Bytes == 0 || first.Image != "abc" {
+		if first.State != sandbox.SnapshotReady || first.SandboxID != ephemeral.ID || first.Size.Name != "big" ||
+			first.DiskMB != 100 || first.Bytes == 0 || first.Image != "abc" {
 			t.Errorf("the snapshot is %+v", first)
 		}
-		if e := h.latest(ephemeral.ID); e.Reason != "snapshot_made" || e.From != e.To || e.Detail != string(first.ID)+" first" {
+		if e := h.latest(ephemeral.ID); e.Reason != "snapshot_made" || e.From != e.To ||
+			e.Detail != string(first.ID)+" first" {
 			t.Errorf("its event is %+v", e)
 		}
 		if n := h.calls("suspend", ephemeral.ID) + h.calls("destroy", ephemeral.ID); n > 0 {
@@ -65,15 +69,18 @@ func TestSnapshotOfBothModesAndStates(t *testing.T) {
 		running := h.save(id, "")
 		h.mustSuspend(id)
 		asleep := h.save(id, "")
-		h.wantState(id, sandbox.Suspended, "") // not woken
+		h.wantState(id, sandbox.Suspended, "") // SaveSnapshot did not wake it
 		h.wantSnapshots(first.ID, running.ID, asleep.ID)
-		// It outlives what it is of.
+		// The snapshot outlives its sandbox.
 		if err := h.Destroy(context.Background(), org, ephemeral.ID); err != nil {
 			t.Fatal(err)
 		}
-		box := h.mustCreate(sandbox.Request{Snapshot: "first", Env: map[string]string{"C": "new"}, Metadata: map[string]string{"m": "1"}})
-		if box.Size.Name != "big" || box.DiskMB != 100 || box.Egress.Mode != sandbox.DenyAll || box.Source != sandbox.Restored || box.Origin != string(first.ID) ||
-			fmt.Sprint(box.Env) != "map[A:template B:its own C:new]" || box.Timeout != sandbox.DefaultTimeout || box.Template != "python" || box.TemplateVersion != 1 {
+		box := h.mustCreate(sandbox.Request{Snapshot: "first", Env: map[string]string{"C": "new"},
+			Metadata: map[string]string{"m": "1"}})
+		if box.Size.Name != "big" || box.DiskMB != 100 || box.Egress.Mode != sandbox.DenyAll ||
+			box.Source != sandbox.Restored || box.Origin != string(first.ID) ||
+			fmt.Sprint(box.Env) != "map[A:template B:its own C:new]" || box.Timeout != sandbox.DefaultTimeout ||
+			box.Template != "python" || box.TemplateVersion != 1 {
 			t.Errorf("the sandbox is %+v", box)
 		}
 		h.wantState(box.ID, sandbox.Running, "")
@@ -81,8 +88,10 @@ func TestSnapshotOfBothModesAndStates(t *testing.T) {
 		if err != nil || len(events) != 2 || events[1].Reason != "snapshot" || events[1].Detail != string(first.ID) {
 			t.Errorf("its events are %+v, %v", events, err)
 		}
-		again := h.mustCreate(sandbox.Request{Snapshot: string(asleep.ID), Mode: "persistent", Size: "small", Egress: &sandbox.Egress{Mode: sandbox.AllowAll}})
-		if again.Mode != sandbox.Persistent || again.IdleTimeout != sandbox.DefaultIdleTimeout || again.Egress.Mode != sandbox.AllowAll {
+		again := h.mustCreate(sandbox.Request{Snapshot: string(asleep.ID), Mode: "persistent", Size: "small",
+			Egress: &sandbox.Egress{Mode: sandbox.AllowAll}})
+		if again.Mode != sandbox.Persistent || again.IdleTimeout != sandbox.DefaultIdleTimeout ||
+			again.Egress.Mode != sandbox.AllowAll {
 			t.Errorf("the sandbox is %+v", again)
 		}
 		if images, err := h.db.Images(context.Background()); err != nil || len(images) != 1 {
@@ -152,8 +161,8 @@ func TestSnapshotRefused(t *testing.T) {
 	})
 }
 
-// TestDeleteWhileCreating deletes a snapshot while a sandbox is made from it: that is made,
-// nobody else finds the snapshot, and then its files go.
+// TestDeleteWhileCreating deletes a snapshot while a sandbox is made from it. The sandbox is made,
+// no other caller finds the snapshot, and its files are removed afterwards.
 func TestDeleteWhileCreating(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -183,7 +192,7 @@ func TestDeleteWhileCreating(t *testing.T) {
 	})
 }
 
-// TestCrashWithSnapshots dies at every moment of making and deleting one.
+// TestCrashWithSnapshots crashes at every point of making and deleting a snapshot.
 func TestCrashWithSnapshots(t *testing.T) {
 	for _, when := range []string{"saving", "saved", "deleting", "forking", "children"} {
 		t.Run(when, func(t *testing.T) {
@@ -215,8 +224,9 @@ func TestCrashWithSnapshots(t *testing.T) {
 					done <- err
 				}()
 				synctest.Wait()
-				if when == "saved" { // and its row never was made ready
-					snap := sandbox.Snapshot{ID: sandbox.NewSnapshotID(), OrgID: org, State: sandbox.SnapshotCreating, CreatedAt: time.Now().UTC()}
+				if when == "saved" { // its row was never made ready
+					snap := sandbox.Snapshot{ID: sandbox.NewSnapshotID(), OrgID: org, State: sandbox.SnapshotCreating,
+						CreatedAt: time.Now().UTC()}
 					if err := h.db.AddSnapshot(ctx, snap, 0); err != nil {
 						t.Fatal(err)
 					}
@@ -273,22 +283,26 @@ func TestFork(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
 		ctx := context.Background()
-		box := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour), Metadata: map[string]string{"a": "b"}, Egress: &sandbox.Egress{Mode: sandbox.DenyAll}})
+		box := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour), Metadata: map[string]string{"a": "b"},
+			Egress: &sandbox.Egress{Mode: sandbox.DenyAll}})
 		tokens := map[string]bool{box.Token: true}
 		lease := h.mustConnect(box.ID)
 		h.node.OnCreate = func(_ context.Context, spec sandbox.Spec) error {
-			if spec.From == "" || spec.Image != "abc" || spec.Egress.Mode != sandbox.DenyAll || spec.Env["X"] != "y" || spec.Env["A"] != "template" {
+			if spec.From == "" || spec.Image != "abc" || spec.Egress.Mode != sandbox.DenyAll || spec.Env["X"] != "y" ||
+				spec.Env["A"] != "template" {
 				t.Errorf("made with %+v", spec)
 			}
 			time.Sleep(time.Second)
 			return nil
 		}
-		children, err := h.Fork(ctx, h.caller(), box.ID, sandbox.ForkRequest{Count: 10, Request: sandbox.Request{Env: map[string]string{"X": "y"}}})
+		children, err := h.Fork(ctx, h.caller(), box.ID,
+			sandbox.ForkRequest{Count: 10, Request: sandbox.Request{Env: map[string]string{"X": "y"}}})
 		if err != nil || len(children) != 10 {
 			t.Fatalf("%d children, %v", len(children), err)
 		}
 		for _, c := range children {
-			if c.Err != nil || tokens[c.Sandbox.Token] || c.Sandbox.Timeout != time.Hour || c.Sandbox.Source != sandbox.Forked || c.Sandbox.Origin != string(box.ID) || c.Sandbox.Metadata["a"] != "b" {
+			if c.Err != nil || tokens[c.Sandbox.Token] || c.Sandbox.Timeout != time.Hour ||
+				c.Sandbox.Source != sandbox.Forked || c.Sandbox.Origin != string(box.ID) || c.Sandbox.Metadata["a"] != "b" {
 				t.Errorf("a child is %+v, %v", c.Sandbox, c.Err)
 			}
 			tokens[c.Sandbox.Token] = true
@@ -303,25 +317,28 @@ func TestFork(t *testing.T) {
 			t.Errorf("its event is %+v", e)
 		}
 		h.node.OnCreate = nil
-		// Other modes, other times.
+		// Children may have another mode and other times.
 		id := h.persistent(time.Hour)
 		for _, c := range []struct {
 			r    sandbox.Request
 			want sandbox.Mode
-		}{{sandbox.Request{}, sandbox.Persistent}, {sandbox.Request{Mode: "ephemeral", Timeout: ptr(time.Minute), Metadata: map[string]string{}}, sandbox.Ephemeral}} {
+		}{{sandbox.Request{}, sandbox.Persistent}, {sandbox.Request{Mode: "ephemeral", Timeout: ptr(time.Minute),
+			Metadata: map[string]string{}}, sandbox.Ephemeral}} {
 			children, err := h.Fork(ctx, h.caller(), id, sandbox.ForkRequest{Request: c.r})
 			if err != nil || len(children) != 1 || children[0].Err != nil || children[0].Sandbox.Mode != c.want {
 				t.Fatalf("children %+v, %v", children, err)
 			}
-			if child := children[0].Sandbox; c.want == sandbox.Persistent && child.IdleTimeout != time.Hour || c.want == sandbox.Ephemeral && child.Timeout != time.Minute {
+			if child := children[0].Sandbox; c.want == sandbox.Persistent && child.IdleTimeout != time.Hour ||
+				c.want == sandbox.Ephemeral && child.Timeout != time.Minute {
 				t.Errorf("the child is %+v", child)
 			}
 		}
 		h.mustSuspend(id)
 		_, err = h.Fork(ctx, h.caller(), id, sandbox.ForkRequest{})
 		wantCode(t, err, fault.Conflict, "sandbox_not_running")
-		for field, r := range map[string]sandbox.ForkRequest{"count": {Count: 101}, "idle_timeout": {Request: sandbox.Request{IdleTimeout: ptr(time.Hour)}},
-			"env.A B": {Request: sandbox.Request{Env: map[string]string{"A B": ""}}}} {
+		for field, r := range map[string]sandbox.ForkRequest{"count": {Count: 101},
+			"idle_timeout": {Request: sandbox.Request{IdleTimeout: ptr(time.Hour)}},
+			"env.A B":      {Request: sandbox.Request{Env: map[string]string{"A B": ""}}}} {
 			_, err := h.Fork(ctx, h.caller(), box.ID, r)
 			if f := fault.As(err); f == nil || f.Kind != fault.Invalid || f.Field != field {
 				t.Errorf("%s: %v", field, err)
@@ -330,7 +347,7 @@ func TestFork(t *testing.T) {
 	})
 }
 
-// TestForkInPart has room and quota for some of the children, and one that fails.
+// TestForkInPart forks with room and quota for some of the children, of which one fails.
 func TestForkInPart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -384,7 +401,7 @@ func TestForkInPart(t *testing.T) {
 	})
 }
 
-// TestForkGoesOnWhenTheCallerLeaves makes all children all the same.
+// TestForkGoesOnWhenTheCallerLeaves checks that all children are made after the caller has left.
 func TestForkGoesOnWhenTheCallerLeaves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -392,11 +409,13 @@ func TestForkGoesOnWhenTheCallerLeaves(t *testing.T) {
 		h.node.OnCreate = func(context.Context, sandbox.Spec) error { time.Sleep(time.Second); return nil }
 		ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
 		defer cancel()
-		if _, err := h.Fork(ctx, h.caller(), box.ID, sandbox.ForkRequest{Count: 9}); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := h.Fork(ctx, h.caller(), box.ID, sandbox.ForkRequest{
+			Count: 9}); !errors.Is(err, context.DeadlineExceeded) {
 			t.Fatal(err)
 		}
 		pass(10 * time.Second)
-		boxes, _, err := h.List(context.Background(), sandbox.Filter{OrgID: org, States: []sandbox.State{sandbox.Running}, Limit: 100})
+		boxes, _, err := h.List(context.Background(),
+			sandbox.Filter{OrgID: org, States: []sandbox.State{sandbox.Running}, Limit: 100})
 		if err != nil || len(boxes) != 10 {
 			t.Errorf("%d sandboxes run, %v", len(boxes), err)
 		}

@@ -8,27 +8,28 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// Start is the command that a template's sandboxes begin with. It runs as one of Execute
-// would, with the sandbox's environment and working directory, and goes on beside all others. When it ends nothing starts it again. The zero value is none.
+// Start describes the command that a template's sandboxes begin with. It runs as a command of
+// Execute does, with the sandbox's environment and working directory, and continues beside all
+// others. It is not restarted when it ends. The zero value means no command.
 type Start struct {
-	Command string   // run by /bin/sh -c; or
-	Args    []string // run as they are
-	Ready   *Ready   // nil: nothing is waited for
-	// User is whom it runs as when that is not the sandbox's: "" is the sandbox's. Templates
-	// have none: it is given by a create that has the commands after it run as another.
+	Command string   // run by /bin/sh -c; exclusive with Args
+	Args    []string // run without a shell
+	Ready   *Ready   // nil: a create does not wait
+	// User runs the command if it is not the sandbox's user; "" means the sandbox's. Templates do not
+	// set it: a create sets it when later commands run as another user.
 	User string `json:",omitempty"`
 }
 
-// Ready is how a start command is seen to be ready, looked at from inside the sandbox.
-// Exactly one of Port, Command and HTTP is given.
+// Ready describes the check, from inside the sandbox, that a start command is ready. Exactly one of
+// Port, Command and HTTP is set.
 type Ready struct {
-	Port    int           // something listens on this TCP port
-	Command string        // ends with exit code 0, run by /bin/sh -c
-	HTTP    *ReadyHTTP    // answers
-	Timeout time.Duration // from the command's start; 0 is DefaultReadyTimeout
+	Port    int           // ready when a program listens on this TCP port
+	Command string        // ready when it ends with exit code 0; run by /bin/sh -c
+	HTTP    *ReadyHTTP    // ready when it answers
+	Timeout time.Duration // from the command's start; 0 means DefaultReadyTimeout
 }
 
-// ReadyHTTP is a GET that is answered with a status of 2xx or 3xx.
+// ReadyHTTP describes a GET that counts as answered with a status of 2xx or 3xx.
 type ReadyHTTP struct {
 	Port int
 	Path string // begins with "/", may have a query
@@ -40,16 +41,16 @@ const (
 	MinReadyTimeout     = time.Second
 	MaxReadyTimeout     = 10 * time.Minute
 
-	// MaxStartBytes is how long a command and all of its arguments may be together, bytes.
+	// MaxStartBytes limits the bytes of a command and all of its arguments together.
 	MaxStartBytes = 64 << 10
-	// MaxReadyPath is how long the path of a check may be, bytes.
+	// MaxReadyPath limits the bytes of the path of a check.
 	MaxReadyPath = 2048
 )
 
 // None reports whether there is no start command.
 func (s Start) None() bool { return s.Command == "" && len(s.Args) == 0 }
 
-// Patience is how long a create waits for the command to be ready at the most.
+// Patience returns how long a create waits at most for the command to be ready.
 func (s Start) Patience() time.Duration {
 	switch {
 	case s.None() || s.Ready == nil:
@@ -60,8 +61,9 @@ func (s Start) Patience() time.Duration {
 	return s.Ready.Timeout
 }
 
-// Check refuses a start command that no sandbox could run, and a check without one or
-// out of its limits: Invalid in field "start_command", or "ready" and what is in it.
+// Check returns an error for a start command that no sandbox could run, for a check without a
+// command, and for a check out of its limits. The error is Invalid in field "start_command", or in
+// "ready" or a field below it.
 func (s Start) Check() error {
 	if s.Command != "" && len(s.Args) > 0 {
 		return invalid("start_command", "is a command or arguments, not both")
@@ -119,7 +121,8 @@ func (r *Ready) check() error {
 	case len(r.HTTP.Path) > MaxReadyPath:
 		return wrong("ready.http.path", "is %d bytes; at most %d", len(r.HTTP.Path), MaxReadyPath)
 	}
-	if _, err := url.ParseRequestURI(r.HTTP.Path); err != nil || r.HTTP.Path[0] != '/' || strings.Contains(r.HTTP.Path, "#") {
+	if _, err := url.ParseRequestURI(r.HTTP.Path); err != nil || r.HTTP.Path[0] != '/' ||
+		strings.Contains(r.HTTP.Path, "#") {
 		return wrong("ready.http.path", "must be a path that begins with /, as /health")
 	}
 	return nil

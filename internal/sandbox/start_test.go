@@ -20,7 +20,7 @@ func TestStartCheck(t *testing.T) {
 	}
 	for name, c := range map[string]struct {
 		start sandbox.Start
-		field string // "" is fine
+		field string // "" if the command is valid
 	}{
 		"none":                {sandbox.Start{}, ""},
 		"command":             {sandbox.Start{Command: "serve", Ready: port}, ""},
@@ -48,14 +48,15 @@ func TestStartCheck(t *testing.T) {
 		"too patient":         {sandbox.Start{Command: "serve", Ready: &sandbox.Ready{Port: 80, Timeout: 10*time.Minute + 1}}, "ready.timeout"},
 	} {
 		err := c.start.Check()
-		if f := fault.As(err); c.field == "" && err != nil || c.field != "" && (f == nil || f.Kind != fault.Invalid || f.Field != c.field) {
+		if f := fault.As(err); c.field == "" && err != nil ||
+			c.field != "" && (f == nil || f.Kind != fault.Invalid || f.Field != c.field) {
 			t.Errorf("%s: got %v, want a fault in %q", name, err, c.field)
 		}
 	}
 }
 
-// A create waits for its start command as long as that is patient, and no longer; destroy
-// does not wait for it.
+// TestCreateWaitsForItsStartCommand checks that a create waits for its start command up to the
+// command's timeout and no longer, and that destroy does not wait for it.
 func TestCreateWaitsForItsStartCommand(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -86,7 +87,8 @@ func TestCreateWaitsForItsStartCommand(t *testing.T) {
 	})
 }
 
-// What a start command did wrong is what its sandbox failed of, and a wake starts nothing.
+// TestStartCommandFails checks that the error of a start command becomes the error of its sandbox,
+// and that a wake starts no command.
 func TestStartCommandFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)

@@ -14,13 +14,13 @@ package sandbox
 //	                         ▲                  │       │
 //	                         └───── error ──────┘   destroy, from any state
 //
-// Lost: the processes of a running sandbox ended without being asked to. With a
-// recovery point it is suspended as it was then. Without one, as every ephemeral
-// sandbox is and a persistent one for its first seconds, it is destroyed. The same
-// holds for one that dies while it is being suspended.
+// A running sandbox is lost when its processes end unexpectedly. A sandbox with a recovery point is
+// then suspended in the state of that point. A sandbox without one is destroyed: every ephemeral
+// sandbox, and a persistent one during its first seconds. The same holds for a sandbox that dies
+// while it is being suspended.
 //
-// The -ing states are claims: written before the host is touched, by one
-// conditional update, and left by another.
+// The -ing states are claims. A conditional update writes a claim before the host is touched, and
+// another one ends it.
 type State string
 
 // The states.
@@ -32,18 +32,18 @@ const (
 	Waking     State = "waking"
 	Destroying State = "destroying"
 	Destroyed  State = "destroyed"
-	Failed     State = "failed" // never ran, or could not go on; cleaned up, as good as destroyed
+	Failed     State = "failed" // never ran, or could not go on; cleaned up like a destroyed one
 )
 
-// States lists all states in the order of a life.
+// States returns all states in the order of a sandbox's lifetime.
 func States() []State {
 	return []State{Creating, Running, Suspending, Suspended, Waking, Destroying, Destroyed, Failed}
 }
 
-// Status is what the API shows of a state.
+// Status is the form of a state that the API shows.
 type Status string
 
-// The public statuses. Fixed by the contract.
+// The public statuses. They are fixed by the contract.
 const (
 	StatusCreating  Status = "creating"
 	StatusRunning   Status = "running"
@@ -51,8 +51,8 @@ const (
 	StatusDestroyed Status = "destroyed"
 )
 
-// Status is the public side of the state. A sandbox being suspended still shows
-// as running, one being woken as suspended, one being destroyed as destroyed.
+// Status returns the public status of the state. A sandbox that is being suspended still shows as
+// running, one that is being woken as suspended, and one that is being destroyed as destroyed.
 func (s State) Status() Status {
 	switch s {
 	case Creating:
@@ -66,7 +66,7 @@ func (s State) Status() Status {
 	}
 }
 
-// Of lists the states that show as the status.
+// Of returns the states that show as the status.
 func (s Status) Of() []State {
 	var states []State
 	for _, state := range States() {
@@ -77,11 +77,10 @@ func (s Status) Of() []State {
 	return states
 }
 
-// Claim reports whether somebody is at work on a sandbox in this state.
+// Claim reports whether the state belongs to an operation under way.
 func (s State) Claim() bool {
 	return s == Creating || s == Suspending || s == Waking || s == Destroying
 }
 
-// Over reports whether a sandbox in this state has nothing on the host and
-// never will again.
+// Over reports whether a sandbox in this state has nothing on the host and never will have again.
 func (s State) Over() bool { return s == Destroyed || s == Failed }

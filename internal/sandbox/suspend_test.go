@@ -27,7 +27,7 @@ func TestSuspendOnRequest(t *testing.T) {
 		pass(1500 * time.Millisecond)
 		h.call(id)
 		used := time.Now().UTC().Truncate(time.Microsecond)
-		errs := make(chan error, 5) // who asks together is answered together
+		errs := make(chan error, 5) // concurrent callers share the answer
 		for range cap(errs) {
 			go func() {
 				box, err := h.Suspend(context.Background(), org, id)
@@ -104,7 +104,7 @@ func TestFullDiskKeepsItRunning(t *testing.T) {
 		if n := h.calls("suspend", id); n != 2 {
 			t.Errorf("tried %d times in %s", n, time.Since(began))
 		}
-		lease := h.mustConnect(id) // it can be used
+		lease := h.mustConnect(id) // the sandbox can be used
 		_, err := h.Suspend(context.Background(), org, id)
 		wantCode(t, err, fault.Conflict, "sandbox_in_use")
 		lease.Release()
@@ -117,17 +117,17 @@ func TestFullDiskKeepsItRunning(t *testing.T) {
 	})
 }
 
-// TestSuspendThatFails plays what a node may leave behind when it fails.
+// TestSuspendThatFails simulates the states that a failing node may leave.
 func TestSuspendThatFails(t *testing.T) {
 	broken := errors.New("secret path /etc/x")
 	for name, tt := range map[string]struct {
-		before bool // there is an earlier point
+		before bool // whether there is an earlier point
 		left   func(h *house, id sandbox.ID)
 		state  sandbox.State
 		reason sandbox.Reason
 		event  string
-		fell   bool // says so
-		ok     bool // the caller is told of success
+		fell   bool // whether the event tells of the earlier point
+		ok     bool // whether the caller gets success
 	}{
 		"runs on":             {false, nil, sandbox.Running, "", "suspend_failed", false, false},
 		"runs on, with point": {true, nil, sandbox.Running, "", "suspend_failed", false, false},
@@ -164,7 +164,8 @@ func TestSuspendThatFails(t *testing.T) {
 				}
 				h.wantState(id, tt.state, tt.reason)
 				e := h.latest(id)
-				if e.Reason != tt.event || strings.Contains(e.Detail, "secret") || strings.Contains(e.Detail, "at its recovery point of 20") != tt.fell {
+				if e.Reason != tt.event || strings.Contains(e.Detail, "secret") ||
+					strings.Contains(e.Detail, "at its recovery point of 20") != tt.fell {
 					t.Errorf("latest event is %+v", e)
 				}
 				h.node.OnSuspend = nil
@@ -197,7 +198,7 @@ func TestSuspendThatCannotBeWrittenDown(t *testing.T) {
 					t.Errorf("sandbox is %s", s)
 				}
 				h.gate.breakTransitions(nil)
-				h.call(id) // does not wait for the reconciler
+				h.call(id) // the call does not wait for Reconcile
 				h.wantState(id, sandbox.Running, "")
 				pass(2 * time.Minute)
 				h.wantState(id, sandbox.Suspended, "")
@@ -206,8 +207,8 @@ func TestSuspendThatCannotBeWrittenDown(t *testing.T) {
 	}
 }
 
-// TestCallJustBeforeSuspend: a lease that is given when the suspend has begun to look,
-// and before it ends the use of the sandbox, makes it not happen.
+// TestCallJustBeforeSuspend checks that a lease prevents a suspend that has begun, if it is granted
+// before the suspend ends the use of the sandbox.
 func TestCallJustBeforeSuspend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -230,8 +231,8 @@ func TestCallJustBeforeSuspend(t *testing.T) {
 	})
 }
 
-// TestCallWithAnOldReading: a call that read the row before a suspend and a wake gets
-// the life and the token of now.
+// TestCallWithAnOldReading checks that a call that read the row before a suspend and a wake gets
+// the present run and token.
 func TestCallWithAnOldReading(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -245,8 +246,8 @@ func TestCallWithAnOldReading(t *testing.T) {
 	})
 }
 
-// TestNobodyIsSuspendedInUse races real calls with suspends: never is a sandbox
-// suspended while somebody holds a lease, and no call fails.
+// TestNobodyIsSuspendedInUse races real calls with suspends. It checks that no sandbox is suspended
+// while a lease is held, and that no call fails.
 func TestNobodyIsSuspendedInUse(t *testing.T) {
 	db, err := store.Open(t.Context(), filepath.Join(t.TempDir(), "cay.db"))
 	if err != nil {
@@ -254,10 +255,12 @@ func TestNobodyIsSuspendedInUse(t *testing.T) {
 	}
 	defer db.Close()
 	node := caytest.NewNode()
-	s := sandbox.New(sandbox.Config{Sizes: []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}}, DefaultSize: "small", DefaultDisk: 64, MaxDisk: 64},
+	s := sandbox.New(sandbox.Config{Sizes: []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}},
+		DefaultSize: "small", DefaultDisk: 64, MaxDisk: 64},
 		db, node, oneTemplate{}, slog.New(slog.DiscardHandler), nil)
 	caller := sandbox.Caller{OrgID: org}
-	box, err := s.Create(t.Context(), caller, sandbox.Request{Template: "python", Mode: "persistent"}, sandbox.Once{}, true)
+	box, err := s.Create(t.Context(), caller, sandbox.Request{Template: "python", Mode: "persistent"},
+		sandbox.Once{}, true)
 	if err != nil {
 		t.Fatal(err)
 	}

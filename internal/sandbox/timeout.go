@@ -8,11 +8,12 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// SetTimeout gives an ephemeral sandbox that runs so long to live from now, longer or
-// shorter than it has; 0 or less ends it at once, as [AtEnd] says. With later set it only
-// ever moves the end away. Invalid above [MaxTimeout]; conflicts are as
-// [Service.Keepalive]'s.
-func (s *Service) SetTimeout(ctx context.Context, orgID string, id ID, timeout time.Duration, later bool) (Sandbox, error) {
+// SetTimeout moves the end of a running ephemeral sandbox to timeout from now, which may be later
+// or earlier than its present end. A timeout of 0 or less ends the sandbox at once, as [AtEnd]
+// says. With later set it moves the end only to a later time. A timeout above [MaxTimeout] is
+// Invalid; conflicts are those of [Service.Keepalive].
+func (s *Service) SetTimeout(ctx context.Context, orgID string, id ID, timeout time.Duration,
+	later bool) (Sandbox, error) {
 	if timeout > MaxTimeout {
 		return Sandbox{}, invalid("timeout", "must be at most %s", MaxTimeout)
 	}
@@ -25,7 +26,7 @@ func (s *Service) SetTimeout(ctx context.Context, orgID string, id ID, timeout t
 	}
 	own := timeout
 	if timeout < MinTimeout {
-		own = box.Timeout // what it has when it is woken must be a life
+		own = box.Timeout // a wake needs a timeout of at least MinTimeout
 	}
 	box, err = s.store.SetExpiry(ctx, id, time.Now().UTC().Add(max(timeout, 0)), own, later)
 	if err != nil {
@@ -36,10 +37,11 @@ func (s *Service) SetTimeout(ctx context.Context, orgID string, id ID, timeout t
 }
 
 func notEphemeral(box Sandbox) error {
-	return fault.New(fault.Conflict, "sandbox_not_ephemeral", "sandbox %s is %s and has no timeout to extend", box.ID, box.Mode)
+	return fault.New(fault.Conflict, "sandbox_not_ephemeral",
+		"sandbox %s is %s and has no timeout to extend", box.ID, box.Mode)
 }
 
-// SetSurface replaces what the surface that a sandbox was made through keeps with it.
+// SetSurface replaces the data that the surface stores with a sandbox that it created.
 func (s *Service) SetSurface(ctx context.Context, orgID string, id ID, surface string) (Sandbox, error) {
 	if _, err := s.Get(ctx, orgID, id); err != nil {
 		return Sandbox{}, err
@@ -47,15 +49,15 @@ func (s *Service) SetSurface(ctx context.Context, orgID string, id ID, surface s
 	return s.store.SetSurface(ctx, id, surface)
 }
 
-// suspendExpired suspends a sandbox whose time is over, whoever uses it. When that fails
-// it runs on, and is tried again after a while.
+// suspendExpired suspends a sandbox whose timeout is over, even while it is in use. If that fails,
+// the sandbox keeps running and suspendExpired is retried later.
 func (s *Service) suspendExpired(expired Sandbox) {
 	op, mine := s.begin(expired.ID, opSuspend)
 	if op == nil {
 		return
 	}
 	if mine {
-		// What goes wrong is logged by suspend.
+		// suspend logs its errors.
 		box, err := s.suspend(op.ctx, expired.ID, string(Expired), s.partExpired(expired.Run))
 		s.finish(expired.ID, op, box, err)
 	} else {
@@ -63,10 +65,10 @@ func (s *Service) suspendExpired(expired Sandbox) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	// It is still in use: it was given more time, somebody else worked on it, or its row
-	// could not be read.
+	// The sandbox may still be in use: it was given more time, another operation on it was under way,
+	// or its row could not be read.
 	if l := s.lives[expired.ID]; l != nil && l.run == expired.Run && !s.closed {
-		again := time.Now().Add(time.Second) // no sooner, whatever hinders
+		again := time.Now().Add(time.Second) // no sooner, whatever the cause
 		if again.Before(l.after) {
 			again = l.after
 		}
@@ -74,10 +76,10 @@ func (s *Service) suspendExpired(expired Sandbox) {
 	}
 }
 
-// errNotExpired says that a sandbox whose time was over was given more meanwhile.
+// errNotExpired reports that a sandbox was given more time after its timeout was over.
 var errNotExpired = errors.New("not expired any more")
 
-// partExpired ends the use of a sandbox if its row still says that its time is over.
+// partExpired ends the use of a sandbox if its row still says that its timeout is over.
 func (s *Service) partExpired(run string) parting {
 	return func(ctx context.Context, id ID) (*life, error) {
 		box, err := s.store.Get(ctx, id)

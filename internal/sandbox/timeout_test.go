@@ -10,7 +10,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// pausing makes an ephemeral sandbox that is suspended at its end.
+// pausing creates an ephemeral sandbox that is suspended at its end.
 func (h *house) pausing(timeout time.Duration) sandbox.ID {
 	h.t.Helper()
 	return h.mustCreate(sandbox.Request{Timeout: &timeout, AtEnd: sandbox.EndSuspends, Surface: "kept"}).ID
@@ -20,18 +20,19 @@ func TestEndSuspends(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
 		id := h.pausing(time.Minute)
-		lease := h.mustConnect(id) // who uses it does not keep it
+		lease := h.mustConnect(id) // a lease does not keep it
 		pass(time.Minute)
 		h.wantState(id, sandbox.Suspended, "")
 		h.wantEvent(id, sandbox.Suspending, sandbox.Suspended, "expired", "")
 		lease.Release()
-		if box := h.get(id); !box.ExpiresAt.IsZero() || box.Surface != "kept" || box.SuspendedAt.IsZero() || !box.LastActivityAt.IsZero() {
+		if box := h.get(id); !box.ExpiresAt.IsZero() || box.Surface != "kept" || box.SuspendedAt.IsZero() ||
+			!box.LastActivityAt.IsZero() {
 			t.Errorf("the row is %+v", box)
 		}
 		pass(48 * time.Hour)
 		h.wantState(id, sandbox.Suspended, "")
 
-		// It has its own timeout when it is woken, or the one that is asked for.
+		// A wake gives it its own timeout, or the requested one.
 		box := h.mustWake(id)
 		if left := time.Until(box.ExpiresAt); left != time.Minute {
 			t.Errorf("it has %s", left)
@@ -68,21 +69,21 @@ func TestPauseOfEitherModeInUse(t *testing.T) {
 			wantCode(t, err, fault.Conflict, "sandbox_not_running")
 			_, err = h.Attach(context.Background(), id)
 			wantCode(t, err, fault.Conflict, "sandbox_not_running")
-			lease.Release() // late, and harms nobody
+			lease.Release() // late, and without effect
 			h.mustWake(id)
 			again, err := h.Attach(context.Background(), id)
 			if err != nil {
 				t.Fatal(err)
 			}
 			if again.Sandbox.Run == lease.Sandbox.Run {
-				t.Error("it was leased in the life that is over")
+				t.Error("it was leased in a run that is over")
 			}
 			again.Release()
 		}
 		if n := h.InUse(); n != 0 {
 			t.Errorf("%d leases are left", n)
 		}
-		// What the v1 API promises of an ephemeral one holds.
+		// It behaves as the v1 API promises for an ephemeral sandbox.
 		_, err := h.Suspend(context.Background(), org, ephemeral)
 		wantCode(t, err, fault.Conflict, "sandbox_not_persistent")
 		_, err = h.Pause(context.Background(), "org_other", ephemeral)
@@ -90,7 +91,8 @@ func TestPauseOfEitherModeInUse(t *testing.T) {
 	})
 }
 
-// TestEndThatCannotSuspend: the sandbox runs on, is tried again, and not without end.
+// TestEndThatCannotSuspend checks that the sandbox keeps running, and that its suspend is retried
+// after a pause.
 func TestEndThatCannotSuspend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -135,7 +137,7 @@ func TestSetTimeout(t *testing.T) {
 		_, err = h.SetTimeout(ctx, org, id, time.Minute, true)
 		wantCode(t, err, fault.Conflict, "sandbox_not_running")
 
-		// At once, whatever the end is.
+		// A timeout of 0 takes effect at once for every AtEnd.
 		now := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour)}).ID
 		set(now, -time.Second, false, 0)
 		synctest.Wait()
@@ -152,8 +154,8 @@ func TestSetTimeout(t *testing.T) {
 	})
 }
 
-// TestEndAcrossRestarts: what was due while no server ran is done by the next, and one that
-// was paused is found paused.
+// TestEndAcrossRestarts checks that a server handles the ends that were due before it started, and
+// finds a paused sandbox paused.
 func TestEndAcrossRestarts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -168,7 +170,7 @@ func TestEndAcrossRestarts(t *testing.T) {
 		pass(time.Second)
 		h.wantState(due, sandbox.Suspended, "")
 		h.wantState(paused, sandbox.Suspended, "")
-		// It was paused once, so there is what it falls back to.
+		// It was paused once, so it falls back to that point.
 		h.wantState(dies, sandbox.Suspended, "")
 		for _, id := range []sandbox.ID{due, paused, dies} {
 			if box := h.mustWake(id); box.ExpiresAt.IsZero() {

@@ -5,13 +5,14 @@ import (
 	"slices"
 )
 
-// MaxPublicPorts is how many ports of a sandbox may be public: more than anybody serves,
-// and few enough to be read at once.
+// MaxPublicPorts limits the public ports of a sandbox. It exceeds what a user serves and is low
+// enough to read all ports at once. A higher value makes that read larger.
 const MaxPublicPorts = 100
 
-// SetPublicPort says whether anybody may reach a port of a sandbox, or only who has a key
-// or a signature. It is no activity and wakes nobody. A sandbox that is destroyed is Conflict,
-// code "sandbox_not_running"; so are more than [MaxPublicPorts], code "too_many_public_ports".
+// SetPublicPort makes a port of a sandbox public, so that it can be reached without a key or a
+// signature, or takes that back. It counts as no activity and wakes no sandbox. It returns a
+// Conflict with code "sandbox_not_running" for a destroyed sandbox, and with code
+// "too_many_public_ports" above [MaxPublicPorts].
 func (s *Service) SetPublicPort(ctx context.Context, orgID string, id ID, port int, public bool) error {
 	box, err := s.Get(ctx, orgID, id)
 	if err != nil {
@@ -23,7 +24,7 @@ func (s *Service) SetPublicPort(ctx context.Context, orgID string, id ID, port i
 	return s.store.SetPublicPort(ctx, id, port, public)
 }
 
-// PublicPorts lists the public ports of a sandbox, lowest first.
+// PublicPorts returns the public ports of a sandbox, lowest first.
 func (s *Service) PublicPorts(ctx context.Context, orgID string, id ID) ([]int, error) {
 	if _, err := s.Get(ctx, orgID, id); err != nil {
 		return nil, err
@@ -31,8 +32,9 @@ func (s *Service) PublicPorts(ctx context.Context, orgID string, id ID) ([]int, 
 	return s.store.PublicPorts(ctx, id)
 }
 
-// Visit is for who comes to a port without a key: it says whose the sandbox is and whether
-// the port is public. What that allows, the caller decides. NotFound if there is no such sandbox.
+// Visit returns the owner of a sandbox and reports whether the port is public, for a request
+// without a key. The caller decides what that allows. Visit returns NotFound if there is no such
+// sandbox.
 func (s *Service) Visit(ctx context.Context, id ID, port int) (orgID string, public bool, err error) {
 	if !id.Valid() {
 		return "", false, notFound(id)

@@ -8,32 +8,32 @@ import (
 	"github.com/cayhq/cay/internal/trace"
 )
 
-// pointTimeout bounds writing or reading one recovery point. The largest size has
-// 16 GiB, which a disk of 30 MB/s takes nine minutes for; a machine that needs
-// longer is broken, and a sandbox that waits for it must be told.
+// pointTimeout bounds writing or reading one recovery point. The largest size has 16 GiB, which
+// takes a disk of 30 MB/s nine minutes. A lower value fails large sandboxes on slow disks; a higher
+// one delays the report of a broken machine.
 const pointTimeout = 10 * time.Minute
 
-// Wake returns the sandbox running: as it is if it runs already, of either mode, else
-// woken. It waits for a suspend under way and wakes then; many callers share one
-// wake, which goes on when ctx ends. A sandbox being created, and one that is
-// destroyed or being destroyed, is Conflict, code "sandbox_not_running"; Exhausted,
-// code "quota_exceeded", and Unavailable, code "no_capacity", when there is no room for it
-// now. A sandbox whose recovery point cannot be restored stays suspended with an Error
-// that says why, and the point is kept.
+// Wake returns a sandbox of either mode running, and wakes it if it is suspended. It waits for a
+// suspend under way before it wakes the sandbox. Concurrent callers share one wake, which continues
+// when ctx ends. Wake returns a Conflict, code "sandbox_not_running", for a sandbox that is being
+// created, being destroyed or destroyed. It returns Exhausted, code "quota_exceeded", or
+// Unavailable, code "no_capacity", when there is no room for the sandbox now. A sandbox whose
+// recovery point cannot be restored stays suspended, with the cause in its Error, and keeps the
+// point.
 func (s *Service) Wake(ctx context.Context, c Caller, id ID) (Sandbox, error) {
 	return s.WakeFor(ctx, c, id, 0)
 }
 
-// WakeFor is Wake for an ephemeral sandbox that has that long to live when it is woken; 0
-// is the timeout that it had last. To one that runs it gives no time.
+// WakeFor is like Wake, but gives an ephemeral sandbox the timeout when it wakes; 0 means the
+// timeout that it had last. It does not change the timeout of a running sandbox.
 func (s *Service) WakeFor(ctx context.Context, c Caller, id ID, timeout time.Duration) (Sandbox, error) {
 	box, _, err := s.running(ctx, c, id, wish{timeout: timeout})
 	return s.shown(box), err
 }
 
-// Connect leases a sandbox. It waits until one being created runs, and wakes a
-// suspended one; errors are as [Service.Wake]'s. A sandbox that runs costs one read
-// of its row and no write.
+// Connect leases a sandbox. It waits for one that is being created and wakes a suspended one.
+// Errors are those of [Service.Wake]. For a running sandbox it costs one read of the row and no
+// write.
 func (s *Service) Connect(ctx context.Context, c Caller, id ID) (*Lease, error) {
 	box, l, err := s.running(ctx, c, id, wish{pin: true})
 	if err != nil {
@@ -42,8 +42,8 @@ func (s *Service) Connect(ctx context.Context, c Caller, id ID) (*Lease, error) 
 	return &Lease{Sandbox: box, service: s, life: l}, nil
 }
 
-// Attach leases a sandbox that runs, whoever asks. It wakes none, and waits for none that
-// does not run as its row says: Conflict, code "sandbox_not_running".
+// Attach leases a running sandbox of any organization. It wakes no sandbox, and does not wait for
+// one that is not in state running: it returns a Conflict, code "sandbox_not_running".
 func (s *Service) Attach(ctx context.Context, id ID) (*Lease, error) {
 	for last := false; ; last = true {
 		box, err := s.Lookup(ctx, id)
@@ -55,7 +55,7 @@ func (s *Service) Attach(ctx context.Context, id ID) (*Lease, error) {
 				return &Lease{Sandbox: box, service: s, life: l}, nil
 			}
 		}
-		// A row is ahead of those at work on it for a moment: what comes of them counts.
+		// A row may be briefly ahead of the operation on its sandbox: wait for the operation's result.
 		op := s.working(id)
 		if last || op == nil || box.State != Running {
 			return nil, notRunning(box)
@@ -66,14 +66,13 @@ func (s *Service) Attach(ctx context.Context, id ID) (*Lease, error) {
 	}
 }
 
-// wish is what somebody wants of a running sandbox.
+// wish holds what a caller needs of a running sandbox.
 type wish struct {
-	pin     bool          // a lease; one being created is then waited for
-	timeout time.Duration // of an ephemeral one, from when it is woken; 0 is its own
+	pin     bool          // take a lease, and wait for a sandbox being created
+	timeout time.Duration // of an ephemeral one, from its wake; 0 means its own
 }
 
-// running brings the sandbox to running, whatever is being done to it, and notes
-// the activity.
+// running brings the sandbox to running after any operation on it, and records the activity.
 func (s *Service) running(ctx context.Context, c Caller, id ID, u wish) (Sandbox, *life, error) {
 	for {
 		end := trace.Start(ctx, "find")
@@ -90,8 +89,8 @@ func (s *Service) running(ctx context.Context, c Caller, id ID, u wish) (Sandbox
 		case box.State == Creating && !u.pin, box.State == Destroying, box.State.Over():
 			return Sandbox{}, nil, notRunning(box)
 		}
-		// Nobody can use it as it was read: wait for whoever is at work on it, or
-		// be the one, and look again.
+		// The sandbox cannot be used as it was read: wait for the operation on it, or begin a wake, and
+		// read it again.
 		op, mine := s.begin(id, opWake)
 		if op == nil {
 			return Sandbox{}, nil, errClosing
@@ -119,7 +118,7 @@ func (s *Service) wake(ctx context.Context, c Caller, id ID, timeout time.Durati
 	case box.State != Suspended:
 		return Sandbox{}, notRunning(box)
 	}
-	// What only this caller need hear of leaves the row as it is.
+	// Errors that concern only this caller leave the row unchanged.
 	if err := s.room(ctx, box.Size); err != nil {
 		return Sandbox{}, err
 	}
@@ -160,24 +159,25 @@ func (s *Service) restore(ctx context.Context, box Sandbox) (Sandbox, error) {
 		return Sandbox{}, err
 	}
 	l := newLife(woken)
-	l.looked, l.changed = now, false // it is as its point is
+	l.looked, l.changed = now, false // it equals its point
 	s.track(l)
 	return woken, nil
 }
 
-// wakeFailed takes the sandbox back to suspended, unless destroy took over, and
-// returns what the callers are told.
+// wakeFailed takes the sandbox back to suspended, unless a destroy interrupted, and returns the
+// error for the callers.
 func (s *Service) wakeFailed(ctx context.Context, box Sandbox, cause error) error {
 	if context.Cause(ctx) == errInterrupted {
 		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while it was being woken", box.ID)
 	}
 	s.log.ErrorContext(ctx, "sandbox did not wake", "sandbox", box.ID, "error", cause)
-	why := note{reason: reasonWakeFailed, detail: publicText(cause, "the sandbox did not wake; the server's log has the cause")}
+	why := note{reason: reasonWakeFailed, detail: publicText(cause,
+		"the sandbox did not wake; the server's log has the cause")}
 	if !fault.Is(cause, fault.Unavailable) && !fault.Is(cause, fault.Exhausted) {
 		why.hinders = &why.detail
 	}
 	if err := s.settle(ctx, box.ID, why); err != nil {
-		// The row stays a claim; reconcile comes back for it.
+		// The row stays a claim; Reconcile settles it.
 		s.log.ErrorContext(ctx, "cleaning up a failed wake", "sandbox", box.ID, "error", err)
 	}
 	if fault.As(cause) != nil {

@@ -20,7 +20,8 @@ func TestWakeIsShared(t *testing.T) {
 		pass(time.Minute)
 		h.mustSuspend(id)
 		h.node.OnWake = func(_ context.Context, spec sandbox.Spec) error {
-			if spec.Run == before.Run || spec.Token == before.Token || spec.Token == "" || spec.Image != before.Image || spec.Size != before.Size {
+			if spec.Run == before.Run || spec.Token == before.Token || spec.Token == "" || spec.Image != before.Image ||
+				spec.Size != before.Size {
 				t.Errorf("woken with %+v", spec)
 			}
 			time.Sleep(time.Second)
@@ -57,11 +58,12 @@ func TestWakeIsShared(t *testing.T) {
 			t.Errorf("woken %d times", n)
 		}
 		box := h.get(id)
-		if !box.SuspendedAt.IsZero() || !box.StartedAt.Equal(before.StartedAt) || !box.LastActivityAt.Equal(time.Now().UTC()) || h.InUse() != 0 {
+		if !box.SuspendedAt.IsZero() || !box.StartedAt.Equal(before.StartedAt) ||
+			!box.LastActivityAt.Equal(time.Now().UTC()) || h.InUse() != 0 {
 			t.Errorf("woken as %+v, %d leases", box, h.InUse())
 		}
 		pass(time.Hour)
-		h.wantState(id, sandbox.Suspended, "") // it has its idle timer again
+		h.wantState(id, sandbox.Suspended, "") // its idle timer is set again
 	})
 }
 
@@ -112,7 +114,8 @@ func TestRoomAndQuotaLeaveOneSuspended(t *testing.T) {
 		want, event := h.get(id), h.latest(id)
 		same := func() {
 			t.Helper()
-			if got := h.get(id); got.State != sandbox.Suspended || got.Run != want.Run || got.Token != want.Token || got.Error != "" || h.latest(id) != event {
+			if got := h.get(id); got.State != sandbox.Suspended || got.Run != want.Run || got.Token != want.Token ||
+				got.Error != "" || h.latest(id) != event {
 				t.Errorf("the row is %+v, its latest event %+v", got, h.latest(id))
 			}
 		}
@@ -134,7 +137,7 @@ func TestWakeThatFails(t *testing.T) {
 	for name, tt := range map[string]struct {
 		err  error
 		code string
-		text string // of the row's error and the event; "" is none in the row
+		text string // of the row's error and the event; "" means none in the row
 	}{
 		"the checkpoint": {fault.New(fault.Internal, "wake_failed", "its memory file is damaged"), "wake_failed", "its memory file is damaged"},
 		"a plain error":  {errors.New("secret path /etc/x"), "wake_failed", "the sandbox did not wake; the server's log has the cause"},
@@ -159,7 +162,8 @@ func TestWakeThatFails(t *testing.T) {
 				if box := h.get(id); box.Error != tt.text || !box.SuspendedAt.Equal(slept) {
 					t.Errorf("the row is %+v", box)
 				}
-				if e := h.latest(id); e.From != sandbox.Waking || e.Reason != "wake_failed" || tt.text != "" && e.Detail != tt.text {
+				if e := h.latest(id); e.From != sandbox.Waking || e.Reason != "wake_failed" ||
+					tt.text != "" && e.Detail != tt.text {
 					t.Errorf("latest event is %+v", e)
 				}
 				h.node.OnWake = nil
@@ -171,8 +175,8 @@ func TestWakeThatFails(t *testing.T) {
 	}
 }
 
-// TestWakeThatCannotBeCleared: the claim stays, and the next call does not wait for
-// the reconciler to settle it.
+// TestWakeThatCannotBeCleared checks that the claim stays, and that the next call settles it
+// without waiting for Reconcile.
 func TestWakeThatCannotBeCleared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -197,7 +201,7 @@ func TestWakeThatCannotBeWrittenDown(t *testing.T) {
 		if _, err := h.Wake(context.Background(), h.caller(), id); !errors.Is(err, errBroken) {
 			t.Errorf("got %v", err)
 		}
-		h.wantState(id, sandbox.Suspended, "") // what nobody could use is gone, its point is not
+		h.wantState(id, sandbox.Suspended, "") // the unused instance is gone, its point is not
 		h.gate.breakTransitions(nil)
 		h.mustWake(id)
 	})
@@ -241,7 +245,7 @@ func TestDestroyWins(t *testing.T) {
 				interrupted := make(chan error)
 				go func() { interrupted <- begin(h, id) }()
 				synctest.Wait()
-				// It goes on when who asked for it leaves.
+				// The wake continues when its caller leaves.
 				ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
 				defer cancel()
 				before := time.Now()
@@ -261,8 +265,8 @@ func TestDestroyWins(t *testing.T) {
 	}
 }
 
-// TestDestroyBetweenPointAndRow: a destroy that comes when the host's part of a suspend is
-// done, and its row is not written yet.
+// TestDestroyBetweenPointAndRow destroys a sandbox when the host's part of a suspend is done and
+// its row is not written yet.
 func TestDestroyBetweenPointAndRow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t)
@@ -305,7 +309,7 @@ func TestClosing(t *testing.T) {
 		wantCode(t, err, fault.Unavailable, "shutting_down")
 		_, err = h.Connect(ctx, h.caller(), going)
 		wantCode(t, err, fault.Unavailable, "shutting_down")
-		if err := errors.Join(<-going2, <-closed); err != nil { // what was under way is finished
+		if err := errors.Join(<-going2, <-closed); err != nil { // the operation under way is completed
 			t.Error(err)
 		}
 		h.wantState(going, sandbox.Suspended, "")
