@@ -15,15 +15,19 @@ func (s *server) ListSizes(w http.ResponseWriter, r *http.Request) {
 	s.answer(w, r, http.StatusOK, SizeList{Sizes: each(s.Sandboxes.Sizes(), sizeOf)})
 }
 
-// GetPool answers GET /v1/pool. It tells of the templates of all organizations, so an admin
-// of another one than the operator's is refused.
+// GetPool answers GET /v1/pool. The pool serves the templates of all organizations, so GetPool
+// refuses admins of every organization but the operator's.
 func (s *server) GetPool(w http.ResponseWriter, r *http.Request) {
 	if callOf(r).who.Org.Name != auth.OperatorOrg {
-		s.fail(w, r, fault.New(fault.Denied, "not_the_operator", "the pool is read with keys of the organization %q", auth.OperatorOrg))
+		s.fail(w, r, fault.New(fault.Denied, "not_the_operator",
+			"only keys of the organization %q may read the pool", auth.OperatorOrg))
 		return
 	}
 	s.answer(w, r, http.StatusOK, Pool{Pool: each(s.Sandboxes.Pool(), func(p sandbox.PoolStatus) PoolEntry {
-		return PoolEntry{Template: p.Template, TemplateVersion: p.Version, Size: p.Size, Ready: p.Ready, Claimed: p.Claimed, Target: p.Target}
+		return PoolEntry{
+			Template: p.Template, TemplateVersion: p.Version, Size: p.Size,
+			Ready: p.Ready, Claimed: p.Claimed, Target: p.Target,
+		}
 	})})
 }
 
@@ -46,12 +50,13 @@ func (s *server) CreateAPIKey(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if expiresIn == nil {
-		expiresIn = new(time.Duration) // never
+		expiresIn = new(time.Duration) // 0 means that the key never expires
 	}
 	request := auth.KeyRequest{Name: in.Name, Scopes: in.Scopes, ExpiresIn: *expiresIn}
 	if in.Format != nil {
 		if *in.Format == "" {
-			s.fail(w, r, fault.InField("invalid_format", "format", "must be %s or %s, not empty", auth.FormatCay, auth.FormatE2B))
+			s.fail(w, r, fault.InField("invalid_format", "format",
+				"must be %s or %s, not empty", auth.FormatCay, auth.FormatE2B))
 			return
 		}
 		request.Format = auth.Format(*in.Format)
@@ -62,8 +67,8 @@ func (s *server) CreateAPIKey(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.answer(w, r, http.StatusCreated, NewAPIKey{
-		ID: k.ID, Name: k.Name, Prefix: k.Prefix, Scopes: scopesOf(k.Scopes), CreatedAt: k.CreatedAt.UTC(), ExpiresAt: at(k.ExpiresAt),
-		APIKey: secret,
+		ID: k.ID, Name: k.Name, Prefix: k.Prefix, Scopes: scopesOf(k.Scopes),
+		CreatedAt: k.CreatedAt.UTC(), ExpiresAt: at(k.ExpiresAt), APIKey: secret,
 	})
 }
 
@@ -147,19 +152,21 @@ func (s *server) GetReady(w http.ResponseWriter, r *http.Request) {
 	s.GetHealth(w, r)
 }
 
-// GetMetrics answers GET /metrics. They tell of all organizations, so an admin of
-// another one than the operator's is refused.
+// GetMetrics answers GET /metrics. The metrics cover all organizations, so GetMetrics refuses
+// admins of every organization but the operator's.
 func (s *server) GetMetrics(w http.ResponseWriter, r *http.Request) {
 	if callOf(r).who.Org.Name != auth.OperatorOrg {
-		s.fail(w, r, fault.New(fault.Denied, "not_the_operator", "metrics are read with keys of the organization %q", auth.OperatorOrg))
+		s.fail(w, r, fault.New(fault.Denied, "not_the_operator",
+			"only keys of the organization %q may read the metrics", auth.OperatorOrg))
 		return
 	}
 	s.Metrics.ServeHTTP(w, r)
 }
 
-// GetOpenAPI answers GET /openapi.yaml.
+// GetOpenAPI answers GET /openapi.yaml. It limits the requests of an address as it limits failed
+// attempts to authenticate, because the document is large and needs no key.
 func (s *server) GetOpenAPI(w http.ResponseWriter, r *http.Request) {
-	if err := s.Auth.Failed(r.RemoteAddr); err != nil { // the document is large and needs no key
+	if err := s.Auth.Failed(r.RemoteAddr); err != nil {
 		s.fail(w, r, err)
 		return
 	}

@@ -33,16 +33,17 @@ func TestLifeOfASandbox(t *testing.T) {
 	if r.header.Get("Location") != "/v1/sandboxes/"+box.ID {
 		t.Errorf("Location %q", r.header.Get("Location"))
 	}
-	if box.Status != SandboxStatusRunning || box.Template != "python" || box.TemplateVersion != 3 || *box.TimeoutSeconds != 5400 ||
-		box.VCPUs != 1 || box.MemoryMB != 2048 || box.DiskMB != 1024 || box.Env["A"] != "1" || box.Env["LANG"] != "C.UTF-8" || box.Metadata["team"] != "x" {
+	if box.Status != SandboxStatusRunning || box.Template != "python" || box.TemplateVersion != 3 ||
+		*box.TimeoutSeconds != 5400 || box.VCPUs != 1 || box.MemoryMB != 2048 || box.DiskMB != 1024 || box.Env["A"] != "1" ||
+		box.Env["LANG"] != "C.UTF-8" || box.Metadata["team"] != "x" {
 		t.Errorf("created %s", r.body)
 	}
 	if life := box.ExpiresAt.Sub(*box.StartedAt); life != 90*time.Minute {
-		t.Errorf("lives %s, want 1h30m", life)
+		t.Errorf("the timeout is %s, want 1h30m", life)
 	}
 	for _, absent := range []string{"idle_timeout_seconds", "last_activity_at", "suspended_at", "destroyed_at", "error"} {
 		if bytes.Contains(r.body, []byte(absent)) {
-			t.Errorf("%s does not apply and is there: %s", absent, r.body)
+			t.Errorf("the field %s does not apply but is present: %s", absent, r.body)
 		}
 	}
 	path := "/v1/sandboxes/" + box.ID
@@ -54,21 +55,24 @@ func TestLifeOfASandbox(t *testing.T) {
 		kept := as[Sandbox](t, 200, h.send(t, "POST", path+"/keepalive", h.key, body))
 		want := int64(5400)
 		if strings.Contains(body, "48h") {
-			want = 86400 // clamped
+			want = 86400 // limited to 24 hours
 		}
 		if *kept.TimeoutSeconds != want {
 			t.Errorf("keepalive %q: %d s, want %d", body, *kept.TimeoutSeconds, want)
 		}
 	}
 	as[Sandbox](t, 200, h.send(t, "POST", path+"/wake", h.key, ""))
-	policy := `{"mode":"deny_all","allow_cidrs":["10.0.0.0/8"],"deny_cidrs":["10.1.0.0/16"],"allow_ports":[443],"allow_domains":["*.Example.com"]}`
+	policy := `{"mode":"deny_all","allow_cidrs":["10.0.0.0/8"],"deny_cidrs":["10.1.0.0/16"],"allow_ports":[443],` +
+		`"allow_domains":["*.Example.com"]}`
 	changed := as[Sandbox](t, 200, h.send(t, "PUT", path+"/egress", h.key, policy))
 	read := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, ""))
-	want := Egress{Mode: EgressModeDenyAll, AllowCIDRs: []string{"10.0.0.0/8"}, DenyCIDRs: []string{"10.1.0.0/16"}, AllowPorts: []int{443}, AllowDomains: []string{"*.example.com"}}
+	want := Egress{Mode: EgressModeDenyAll, AllowCIDRs: []string{"10.0.0.0/8"}, DenyCIDRs: []string{"10.1.0.0/16"},
+		AllowPorts: []int{443}, AllowDomains: []string{"*.example.com"}}
 	if !cmp.Equal(changed.Egress, want) || !cmp.Equal(read.Egress, want) {
 		t.Errorf("policy %+v, read %+v", changed.Egress, read.Egress)
 	}
-	if use := (&NetworkUse{PacketsAllowed: 4, BytesAllowed: 4096, PacketsDenied: 1, BytesDenied: 60}); !cmp.Equal(read.Network, use) || changed.Network != nil {
+	use := &NetworkUse{PacketsAllowed: 4, BytesAllowed: 4096, PacketsDenied: 1, BytesDenied: 60}
+	if !cmp.Equal(read.Network, use) || changed.Network != nil {
 		t.Errorf("network %+v, in the answer to another call %+v", read.Network, changed.Network)
 	}
 	for range 2 {
@@ -88,8 +92,9 @@ func TestLifeOfASandbox(t *testing.T) {
 	for _, e := range events {
 		states = append(states, e.To)
 	}
-	if want := []SandboxState{"destroyed", "destroying", "running", "running", "creating"}; !slices.Equal(states, want) || events[len(events)-1].From != nil {
-		t.Errorf("events %v, want %v, the oldest from nothing", states, want)
+	if want := []SandboxState{"destroyed", "destroying", "running", "running", "creating"}; !slices.Equal(states, want) ||
+		events[len(events)-1].From != nil {
+		t.Errorf("events %v, want %v, the oldest without a from", states, want)
 	}
 	if e := events[2]; e.From == nil || *e.From != e.To || e.Reason != "egress_changed" || e.Detail == nil {
 		t.Errorf("the change of policy is %+v", e)
@@ -113,7 +118,8 @@ func TestCreateWithoutWaiting(t *testing.T) {
 	}
 	close(started)
 	for deadline := time.Now().Add(10 * time.Second); ; {
-		if box = as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, "")); box.Status == SandboxStatusRunning {
+		if box = as[Sandbox](t, 200,
+			h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, "")); box.Status == SandboxStatusRunning {
 			return
 		}
 		if time.Now().After(deadline) {
@@ -130,7 +136,8 @@ func TestBootFailed(t *testing.T) {
 		t.Errorf("status %d %s", r.status, r.body)
 	}
 	failed := as[SandboxList](t, 200, h.send(t, "GET", "/v1/sandboxes?status=destroyed", h.key, "")).Sandboxes
-	if len(failed) != 1 || failed[0].State != SandboxStateFailed || *failed[0].DestroyReason != "boot_failed" || strings.Contains(*failed[0].Error, "secret") {
+	if len(failed) != 1 || failed[0].State != SandboxStateFailed || *failed[0].DestroyReason != "boot_failed" ||
+		strings.Contains(*failed[0].Error, "secret") {
 		t.Errorf("left behind: %+v", failed)
 	}
 }
@@ -139,11 +146,13 @@ func TestIdempotency(t *testing.T) {
 	h := newHouse(t)
 	key := header("Idempotency-Key", "job-17")
 	first := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","timeout":"5m"}`, key))
-	again := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, "{ \"timeout\": \"5m\",\n\"template\": \"python\" }", key))
+	again := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key,
+		"{ \"timeout\": \"5m\",\n\"template\": \"python\" }", key))
 	if again.ID != first.ID {
-		t.Errorf("the same create made %s and %s", first.ID, again.ID)
+		t.Errorf("repeating a create made %s and %s", first.ID, again.ID)
 	}
-	if r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","timeout":"6m"}`, key); r.status != 409 || r.problem.Code != "idempotency_key_reused" {
+	if r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","timeout":"6m"}`, key); r.status != 409 ||
+		r.problem.Code != "idempotency_key_reused" {
 		t.Errorf("another body: %d %s", r.status, r.body)
 	}
 	theirs := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.other, `{"template":"python","timeout":"5m"}`, key))
@@ -160,7 +169,7 @@ func TestListFiltersAndPages(t *testing.T) {
 		ids = append(ids, as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, body)).ID)
 	}
 	h.send(t, "DELETE", "/v1/sandboxes/"+ids[0], h.key, "")
-	slices.Reverse(ids) // newest first
+	slices.Reverse(ids) // listings begin with the newest
 	list := func(query string) (got []string, next *string) {
 		page := as[SandboxList](t, 200, h.send(t, "GET", "/v1/sandboxes?"+query, h.key, ""))
 		for _, b := range page.Sandboxes {
@@ -197,9 +206,10 @@ func TestListFiltersAndPages(t *testing.T) {
 		}
 	}
 	if !slices.Equal(all, ids) {
-		t.Errorf("pages give %v, want %v", all, ids)
+		t.Errorf("the pages list %v, want %v", all, ids)
 	}
-	if r := h.send(t, "GET", "/v1/sandboxes?status=suspended", h.key, ""); !bytes.Contains(r.body, []byte(`"sandboxes":[]`)) {
+	if r := h.send(t, "GET", "/v1/sandboxes?status=suspended", h.key, ""); !bytes.Contains(
+		r.body, []byte(`"sandboxes":[]`)) {
 		t.Errorf("an empty list is %s", r.body)
 	}
 }
@@ -221,24 +231,30 @@ func TestExecute(t *testing.T) {
 		return as[ExecuteResult](t, 200, h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/execute", h.key, body))
 	}
 
-	result = agentapi.ExecuteResult{ExitCode: 3, Stdout: []byte("<é>\n"), Stderr: []byte{0xff, 0}, Duration: 1500 * time.Microsecond}
+	result = agentapi.ExecuteResult{ExitCode: 3, Stdout: []byte("<é>\n"), Stderr: []byte{0xff, 0},
+		Duration: 1500 * time.Microsecond}
 	out := execute(`{"command":"x","timeout":"1m30s","workdir":"/tmp","env":{"A":"1"},"stdin":"in\u0000","user":"nobody"}`)
-	if got.Command != "x" || got.Args != nil || got.Timeout != 90*time.Second || got.Workdir != "/tmp" || got.Env["A"] != "1" || string(got.Stdin) != "in\x00" || got.User != "nobody" {
+	if got.Command != "x" || got.Args != nil || got.Timeout != 90*time.Second || got.Workdir != "/tmp" ||
+		got.Env["A"] != "1" || string(got.Stdin) != "in\x00" || got.User != "nobody" {
 		t.Errorf("the agent was asked %+v", got)
 	}
-	if out.ExitCode != 3 || out.Stdout != "<é>\n" || out.StdoutEncoding != nil || out.DurationMs != 1 || out.Signal != nil {
+	if out.ExitCode != 3 || out.Stdout != "<é>\n" || out.StdoutEncoding != nil || out.DurationMs != 1 ||
+		out.Signal != nil {
 		t.Errorf("answer %+v", out)
 	}
-	if b, err := base64.StdEncoding.DecodeString(out.Stderr); out.StderrEncoding == nil || err != nil || !bytes.Equal(b, []byte{0xff, 0}) {
+	if b, err := base64.StdEncoding.DecodeString(out.Stderr); out.StderrEncoding == nil || err != nil ||
+		!bytes.Equal(b, []byte{0xff, 0}) {
 		t.Errorf("binary output is %q, %v", out.Stderr, err)
 	}
 
-	result = agentapi.ExecuteResult{ExitCode: 137, Signal: 9, OOMKilled: true, TimedOut: true, StdoutTruncated: true, Stdout: []byte("ab\xc3")}
+	result = agentapi.ExecuteResult{ExitCode: 137, Signal: 9, OOMKilled: true, TimedOut: true, StdoutTruncated: true,
+		Stdout: []byte("ab\xc3")}
 	out = execute(`{"args":["sleep","1"]}`)
 	if !slices.Equal(got.Args, []string{"sleep", "1"}) || got.Timeout != 30*time.Second || len(got.Stdin) != 0 {
 		t.Errorf("the agent was asked %+v", got)
 	}
-	if *out.Signal != "SIGKILL" || !out.OOMKilled || !out.TimedOut || !out.StdoutTruncated || out.Stdout != "ab" || out.StdoutEncoding != nil {
+	if *out.Signal != "SIGKILL" || !out.OOMKilled || !out.TimedOut || !out.StdoutTruncated || out.Stdout != "ab" ||
+		out.StdoutEncoding != nil {
 		t.Errorf("answer %+v", out)
 	}
 	if target := h.agent.targets[0]; target.SandboxID != box.ID || target.Run == "" {
@@ -249,7 +265,7 @@ func TestExecute(t *testing.T) {
 	}
 }
 
-// outputField is a field of output as a client reads it.
+// outputField returns a field of output as a client reads it.
 func outputField(t *testing.T, kept *budget.Bytes, cut bool) (text string, encoded bool) {
 	t.Helper()
 	var b strings.Builder
@@ -267,18 +283,18 @@ func outputField(t *testing.T, kept *budget.Bytes, cut bool) (text string, encod
 	return got.X, got.Encoding == "base64"
 }
 
-// However the pieces of an output are cut, the answer is what one piece would give.
+// FuzzOutputField checks that the answer does not depend on how an output is split into pieces.
 func FuzzOutputField(f *testing.F) {
 	f.Add([]byte("plain\x00\"\\\n\r\t\x7f é € 😀"), uint8(3), false)
 	f.Add([]byte("a\xf0\x9f\x98"), uint8(1), true)
 	f.Add([]byte("\xff\xc3"), uint8(1), false)
 	f.Fuzz(func(t *testing.T, b []byte, size uint8, cut bool) {
-		const own = 8 << 10 // pieces as long are kept as they come
+		const own = 8 << 10 // pieces of this length are kept without copying
 		padding := bytes.Repeat([]byte("x"), own)
 		var kept budget.Bytes
 		var whole []byte
 		for piece := range slices.Chunk(b, int(size)+1) {
-			// A piece ends in the middle of whatever it is.
+			// Pieces end at arbitrary bytes of the input.
 			p := append(padding[:own:own], piece...)
 			if len(whole) > 0 {
 				p = append(slices.Clone(piece), padding...)
@@ -298,13 +314,13 @@ func FuzzOutputField(f *testing.F) {
 		}
 		lost := len(whole) - len(got)
 		if !bytes.HasPrefix(whole, got) || lost > 0 && (!cut || encoded || agentapi.IncompleteTail(whole) != lost) {
-			t.Errorf("%d bytes of %d came, cut %t, encoded %t", len(got), len(whole), cut, encoded)
+			t.Errorf("got %d of %d bytes, cut %t, encoded %t", len(got), len(whole), cut, encoded)
 		}
 		if encoded && utf8.Valid(whole) || !encoded && !utf8.Valid(got) {
 			t.Errorf("encoded %t, and UTF-8 is %t", encoded, utf8.Valid(whole))
 		}
 		if kept.Len() != 0 {
-			t.Errorf("%d bytes are kept still", kept.Len())
+			t.Errorf("%d bytes are still held", kept.Len())
 		}
 	})
 }
@@ -319,11 +335,11 @@ func TestOutputAsText(t *testing.T) {
 		{"", false, "", false},
 		{"plain\x00", false, "plain\x00", false},
 		{"é", false, "é", false},
-		{"a\xc3", false, "YcM=", true},      // not cut: these are the bytes
+		{"a\xc3", false, "YcM=", true},      // not cut, so the bytes are kept
 		{"a\xc3", true, "a", false},         // half of é
 		{"a\xe2\x82", true, "a", false},     // two thirds of €
 		{"a\xf0\x9f\x98", true, "a", false}, // three quarters of an emoji
-		{"a\xff", true, "Yf8=", true},       // nothing that could go on
+		{"a\xff", true, "Yf8=", true},       // no continuation could make it UTF-8
 		{"\xffa\xc3", true, "/2HD", true},   // binary before the cut
 		{"\xc3", true, "", false},
 		{"\x82\x82\x82", true, "goKC", true},
@@ -343,7 +359,8 @@ func TestOutputAsText(t *testing.T) {
 	}
 }
 
-// A command whose caller goes away is killed, and its sandbox is in use no longer.
+// TestCallerGoesAway checks that a command is killed when its caller leaves, and that its sandbox
+// then no longer counts as in use.
 func TestCallerGoesAway(t *testing.T) {
 	h := newHouse(t)
 	box := h.newBox(t)
@@ -356,7 +373,8 @@ func TestCallerGoesAway(t *testing.T) {
 	}
 	ctx, leave := context.WithCancel(t.Context())
 	go func() { <-running; leave() }()
-	r, err := http.NewRequestWithContext(ctx, "POST", h.url+"/v1/sandboxes/"+box.ID+"/execute", strings.NewReader(`{"command":"sleep 100"}`))
+	r, err := http.NewRequestWithContext(ctx, "POST", h.url+"/v1/sandboxes/"+box.ID+"/execute",
+		strings.NewReader(`{"command":"sleep 100"}`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -368,7 +386,7 @@ func TestCallerGoesAway(t *testing.T) {
 	select {
 	case <-killed:
 	case <-time.After(10 * time.Second):
-		t.Fatal("the command goes on")
+		t.Fatal("the command was not canceled")
 	}
 	if line := h.log.line(t, "leaver"); line["status"] != float64(statusGone) {
 		t.Errorf("log line %v, want status %d", line, statusGone)
@@ -389,7 +407,8 @@ func TestFiles(t *testing.T) {
 		t.Errorf("the agent was asked %+v", up)
 	}
 	r := h.send(t, "GET", base+"?path=/home/user/a%20b", h.key, "")
-	if r.status != 200 || string(r.body) != "0123456789" || r.header.Get("Content-Length") != "10" || r.header.Get("Content-Type") != "application/octet-stream" || r.header.Get("Accept-Ranges") != "bytes" {
+	if r.status != 200 || string(r.body) != "0123456789" || r.header.Get("Content-Length") != "10" ||
+		r.header.Get("Content-Type") != "application/octet-stream" || r.header.Get("Accept-Ranges") != "bytes" {
 		t.Errorf("read: %d %q %v", r.status, r.body, r.header)
 	}
 	for _, c := range []struct {
@@ -412,7 +431,8 @@ func TestFiles(t *testing.T) {
 	if r.status != 416 || r.problem.Code != "invalid_range" || r.header.Get("Content-Range") != "bytes */10" {
 		t.Errorf("range outside: %d %s %q", r.status, r.body, r.header.Get("Content-Range"))
 	}
-	if r := h.send(t, "HEAD", base+"?path=/home/user/a%20b", h.key, ""); r.status != 200 || r.header.Get("Content-Length") != "10" || len(r.body) != 0 {
+	if r := h.send(t, "HEAD", base+"?path=/home/user/a%20b", h.key, ""); r.status != 200 ||
+		r.header.Get("Content-Length") != "10" || len(r.body) != 0 {
 		t.Errorf("head: %d %v", r.status, r.header)
 	}
 	h.send(t, "PUT", base+"?path=/home/user/empty", h.key, "")
@@ -431,7 +451,7 @@ func TestFiles(t *testing.T) {
 	}
 }
 
-// streamAgent counts an upload as it comes, and sends a file that never ends well.
+// streamAgent passes each upload to count, and sends a file that breaks off.
 type streamAgent struct {
 	*fakeAgent
 	count func(io.Reader) error
@@ -466,12 +486,13 @@ func TestUploadLimitIsCounted(t *testing.T) {
 	if r := h.send(t, "PUT", path, h.key, "", sent(maxFile)); r.status != 204 || n != maxFile {
 		t.Errorf("the largest file: %d %s, %d bytes", r.status, r.body, n)
 	}
-	if r := h.send(t, "PUT", path, h.key, "", sent(maxFile+1)); r.status != 400 || r.problem.Code != "file_too_large" || n > maxFile {
-		t.Errorf("one byte more: %d %s, the agent got %d bytes", r.status, r.body, n)
+	if r := h.send(t, "PUT", path, h.key, "", sent(maxFile+1)); r.status != 400 || r.problem.Code != "file_too_large" ||
+		n > maxFile {
+		t.Errorf("a file one byte larger: %d %s, the agent got %d bytes", r.status, r.body, n)
 	}
 }
 
-// A file that breaks off must not look whole.
+// TestDownloadBreaksOff checks that a client can tell a file that breaks off from a complete one.
 func TestDownloadBreaksOff(t *testing.T) {
 	h := newHouse(t, withAgent(&streamAgent{fakeAgent: newFakeAgent()}))
 	path := "/v1/sandboxes/" + h.newBox(t).ID + "/files?path=/a"
@@ -481,7 +502,7 @@ func TestDownloadBreaksOff(t *testing.T) {
 	}
 	r.Header.Set("Authorization", "Bearer "+h.key)
 	r.Header.Set("X-Request-Id", "half")
-	// What was sent before may still have been in a buffer, head and all.
+	// The head and the first bytes may have been lost in a buffer, so Do may fail too.
 	if resp, err := h.http.Do(r); err == nil {
 		defer resp.Body.Close()
 		if b, err := io.ReadAll(resp.Body); err == nil {
@@ -511,14 +532,16 @@ func TestTemplates(t *testing.T) {
 		t.Errorf("templates of another organization %v, want %v", got, want)
 	}
 	python := as[Template](t, 200, h.send(t, "GET", "/v1/templates/python", h.key, ""))
-	if !python.Builtin || python.Version != 3 || *python.Source != "debian:bookworm" || *python.User != "user" || python.Progress != nil || *python.DiskSizeMB != 512 {
+	if !python.Builtin || python.Version != 3 || *python.Source != "debian:bookworm" || *python.User != "user" ||
+		python.Progress != nil || *python.DiskSizeMB != 512 {
 		t.Errorf("python is %+v", python)
 	}
 	same := as[Template](t, 200, h.send(t, "GET", "/v1/templates/"+python.ID, h.key, ""))
 	if same.Name != "python" {
 		t.Errorf("by id: %+v", same)
 	}
-	if slow := as[Template](t, 200, h.send(t, "GET", "/v1/templates/slow", h.key, "")); slow.Status != TemplateStatusBuilding || *slow.Progress != "installing packages, 3 of 9" {
+	slow := as[Template](t, 200, h.send(t, "GET", "/v1/templates/slow", h.key, ""))
+	if slow.Status != TemplateStatusBuilding || *slow.Progress != "installing packages, 3 of 9" {
 		t.Errorf("slow is %+v", slow)
 	}
 	lines := as[TemplateLogs](t, 200, h.send(t, "GET", "/v1/templates/python/logs", h.key, "")).Lines
@@ -534,7 +557,8 @@ func TestTemplates(t *testing.T) {
 func TestLogAndMetrics(t *testing.T) {
 	h := newHouse(t)
 	box := h.newBox(t)
-	r := h.send(t, "PUT", "/v1/sandboxes/"+box.ID+"/files?path=/private/name", h.key, "0123456789", header("X-Request-Id", "bad id\t\"}"))
+	r := h.send(t, "PUT", "/v1/sandboxes/"+box.ID+"/files?path=/private/name", h.key, "0123456789",
+		header("X-Request-Id", "bad id\t\"}"))
 	id := r.header.Get("X-Request-Id")
 	if !strings.HasPrefix(id, "req_") {
 		t.Errorf("a request id that could disturb the log was taken over: %q", id)
@@ -572,7 +596,7 @@ func TestLogAndMetrics(t *testing.T) {
 	}
 }
 
-// TestServerTiming looks at which answers say what their parts took.
+// TestServerTiming checks which answers have a Server-Timing header, and which parts it lists.
 func TestServerTiming(t *testing.T) {
 	h := newHouse(t)
 	parts := func(r reply) (names []string) {
@@ -587,14 +611,17 @@ func TestServerTiming(t *testing.T) {
 	}
 	created := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`)
 	path := "/v1/sandboxes/" + as[Sandbox](t, 201, created).ID
-	if got, want := parts(created), []string{"auth", "template", "room", "insert", "commit", "total"}; !slices.Equal(got, want) {
+	if got, want := parts(created), []string{"auth", "template", "room", "insert", "commit", "total"}; !slices.Equal(
+		got, want) {
 		t.Errorf("create: %v, want %v", got, want)
 	}
-	if got, want := parts(h.send(t, "POST", path+"/execute", h.key, `{"command":"true"}`)), []string{"auth", "find", "agent", "inside", "total"}; !slices.Equal(got, want) {
+	if got, want := parts(h.send(t, "POST", path+"/execute", h.key, `{"command":"true"}`)),
+		[]string{"auth", "find", "agent", "inside", "total"}; !slices.Equal(got, want) {
 		t.Errorf("execute: %v, want %v", got, want)
 	}
 	h.send(t, "POST", path+"/suspend", h.key, "")
-	if got, want := parts(h.send(t, "POST", path+"/wake", h.key, "")), []string{"auth", "find", "room", "commit", "commit", "find", "total"}; !slices.Equal(got, want) {
+	if got, want := parts(h.send(t, "POST", path+"/wake", h.key, "")),
+		[]string{"auth", "find", "room", "commit", "commit", "find", "total"}; !slices.Equal(got, want) {
 		t.Errorf("wake: %v, want %v", got, want)
 	}
 	if got := h.send(t, "GET", path, h.key, "").header.Get("Server-Timing"); got != "" {

@@ -1,16 +1,14 @@
-// Package api is HTTP in, HTTP out: it decodes a request, says who asks and
-// whether the key's scopes cover it, calls one method of the core, and encodes
-// the answer. It owns the wire format of openapi.yaml, the HTTP statuses, the access log,
-// and the limits on bodies and slow callers. It holds no state of its own and
-// decides nothing about sandboxes: what a core room refuses is a fault, which only
-// this package turns into a status.
+// Package api implements the HTTP API of cay. It decodes a request, authenticates the caller,
+// checks the scopes of the key, calls one method of the core, and encodes the answer. It owns the
+// wire format of openapi.yaml, the HTTP statuses, the access log, and the limits on bodies and slow
+// callers. It holds no state of its own and decides nothing about sandboxes: a core room refuses a
+// request with a fault, and only this package turns a fault into a status.
 //
-// The handler is safe for concurrent use. Files stream both ways and are never
-// whole in memory. After an error nothing is left behind: every lease is
-// released with the call it was taken for, and a command whose caller has gone is
-// killed.
+// The handler is safe for concurrent use. Files stream in both directions and are never held in
+// memory whole. A failed call leaves nothing behind: the call releases every lease that it took,
+// and a command is killed when its caller leaves.
 //
-// api.gen.go is generated from openapi.yaml; run generate.sh after changing it.
+// api.gen.go is generated from openapi.yaml; run generate.sh after changing openapi.yaml.
 package api
 
 //go:generate ./generate.sh
@@ -35,7 +33,8 @@ import (
 	"github.com/cayhq/cay/internal/template"
 )
 
-// Sandboxes is what is called of the sandbox room; [*sandbox.Service] has it.
+// Sandboxes has the methods of the sandbox room that this package calls; [*sandbox.Service]
+// implements it.
 type Sandboxes interface {
 	Create(ctx context.Context, c sandbox.Caller, r sandbox.Request, once sandbox.Once, wait bool) (sandbox.Sandbox, error)
 	Get(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
@@ -61,19 +60,22 @@ type Sandboxes interface {
 	Pool() []sandbox.PoolStatus
 }
 
-// Templates is what is called of the template room; [*template.Service] has it.
+// Templates has the methods of the template room that this package calls; [*template.Service]
+// implements it.
 type Templates interface {
 	Get(ctx context.Context, orgID, nameOrID string) (template.Template, error)
 	List(ctx context.Context, orgID string, limit int, cursor string) ([]template.Template, string, error)
 	Create(ctx context.Context, c template.Caller, r template.Request, source io.Reader) (template.Template, error)
-	Rebuild(ctx context.Context, c template.Caller, nameOrID string, r *template.Request, source io.Reader) (template.Template, error)
+	Rebuild(ctx context.Context, c template.Caller, nameOrID string, r *template.Request,
+		source io.Reader) (template.Template, error)
 	Cancel(ctx context.Context, c template.Caller, nameOrID string) (template.Template, error)
 	Delete(ctx context.Context, c template.Caller, nameOrID string, force bool) error
 	Log(ctx context.Context, orgID, nameOrID string) ([]template.LogLine, error)
-	Follow(ctx context.Context, orgID, nameOrID, after string, seq int64, emit func(build string, lines []template.LogLine) error) (template.Template, error)
+	Follow(ctx context.Context, orgID, nameOrID, after string, seq int64,
+		emit func(build string, lines []template.LogLine) error) (template.Template, error)
 }
 
-// Auth is what is called of the auth room; [*auth.Service] has it.
+// Auth has the methods of the auth room that this package calls; [*auth.Service] implements it.
 type Auth interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 	Allow(p auth.Principal) error
@@ -86,9 +88,10 @@ type Auth interface {
 	ListOrgs(ctx context.Context, p auth.Principal, limit int, cursor string) ([]auth.Org, string, error)
 }
 
-// Agent is what is called inside sandboxes; [*agentapi.Client] has it.
+// Agent has the calls into sandboxes that this package makes; [*agentapi.Client] implements it.
 type Agent interface {
-	Collect(ctx context.Context, t agentapi.Target, r agentapi.ExecuteRequest, stdout, stderr *budget.Bytes) (agentapi.ExecuteResult, error)
+	Collect(ctx context.Context, t agentapi.Target, r agentapi.ExecuteRequest,
+		stdout, stderr *budget.Bytes) (agentapi.ExecuteResult, error)
 	Upload(ctx context.Context, t agentapi.Target, r agentapi.UploadRequest) error
 	Download(ctx context.Context, t agentapi.Target, path, user, rng string) (*agentapi.Download, error)
 	Remove(ctx context.Context, t agentapi.Target, path, user string, recursive bool) error
@@ -98,11 +101,13 @@ type Agent interface {
 	Rename(ctx context.Context, t agentapi.Target, from, to, user string, overwrite bool) (agentapi.Entry, error)
 	DownloadTree(ctx context.Context, t agentapi.Target, path, user string) (io.ReadCloser, error)
 	UploadTree(ctx context.Context, t agentapi.Target, path, user string, body io.Reader) error
-	Watch(ctx context.Context, t agentapi.Target, path string, recursive bool, ready func(), emit func(agentapi.Change) error) error
+	Watch(ctx context.Context, t agentapi.Target, path string, recursive bool, ready func(),
+		emit func(agentapi.Change) error) error
 	Processes
 }
 
-// Config is what the API needs. Every field but Ready, Names, Stopping, Hijacked and Budget is required.
+// Config configures the API. All fields but Ready, Names, Stopping, Hijacked and Budget are
+// required.
 type Config struct {
 	Sandboxes Sandboxes
 	Templates Templates
@@ -110,28 +115,28 @@ type Config struct {
 	Events    Events
 	Agent     Agent
 	Ports     Ports
-	Names     portproxy.Names // host names of ports; the zero value is none
+	Names     portproxy.Names // host names of ports; the zero value has none
 	Signer    portproxy.Signer
 
-	// Ready says whether sandboxes can be created; nil, or a nil error, is yes.
-	// The text of a fault is shown, that of any other error only logged.
+	// Ready reports why no sandbox can be created; a nil Ready, or a nil error, means that sandboxes
+	// can be created. Callers are shown the text of a fault; any other error is only logged.
 	Ready func() error
 	// Metrics answers /metrics; Registry takes the metrics of this package.
 	Metrics  http.Handler
 	Registry prometheus.Registerer
 
-	// Stopping ends when the server stops: calls that have no end of their own, such as
-	// watching a directory or following a process, end then. nil never does.
+	// Stopping is canceled when the server stops. That ends calls that have no end of their own, such
+	// as watching a directory or following a process. A nil Stopping never ends them.
 	Stopping context.Context
-	// Hijacked has the calls whose connection net/http does not wait for; nil is nobody who
-	// waits for them.
+	// Hijacked counts the calls on connections that net/http does not wait for, so that the server can
+	// wait for them. If it is nil, nothing waits for them.
 	Hijacked *sync.WaitGroup
 
-	// Budget is what calls take the memory from that they hold; nil is no limit.
+	// Budget limits the memory that calls hold; nil sets no limit.
 	Budget *budget.Budget
 
 	Log     *slog.Logger
-	Version string // of the server, for /healthz
+	Version string // the server's version, for /healthz
 }
 
 // server answers the operations of openapi.yaml.
@@ -145,8 +150,8 @@ type server struct {
 
 var _ ServerInterface = (*server)(nil)
 
-// New makes the handler of the whole API. It registers metrics, so it can be
-// called once per registry.
+// New returns the handler of the whole API. It registers metrics, so it can be called only once for
+// each registry.
 func New(cfg Config) http.Handler {
 	if cfg.Stopping == nil {
 		cfg.Stopping = context.Background()
@@ -154,7 +159,9 @@ func New(cfg Config) http.Handler {
 	if cfg.Hijacked == nil {
 		cfg.Hijacked = &sync.WaitGroup{}
 	}
-	s := &server{Config: cfg, mux: http.NewServeMux(), metrics: newMetrics(cfg.Registry), access: accesslog.New(cfg.Log), patience: usual}
+	s := &server{
+		Config: cfg, mux: http.NewServeMux(), metrics: newMetrics(cfg.Registry), access: accesslog.New(cfg.Log), patience: usual,
+	}
 	HandlerWithOptions(s, StdHTTPServerOptions{
 		BaseRouter:       s.mux,
 		ErrorHandlerFunc: func(w http.ResponseWriter, r *http.Request, err error) { s.fail(w, r, parameterError(err)) },
@@ -162,36 +169,37 @@ func New(cfg Config) http.Handler {
 	return s
 }
 
-// Limits on callers who are slow or gone. A caller on a phone line must be able to
-// work; one who only holds connections must not.
+// Limits on slow and absent callers. A caller on a slow line must be able to work; a caller that
+// only holds connections open must not.
 const (
 	headerTimeout  = 10 * time.Second // to send a request's headers
 	idleTimeout    = 2 * time.Minute  // between two requests on a connection
-	maxHeaderBytes = 32 << 10         // a key, a path of 4 KiB escaped, filters. They are read before the caller is known
-	// http2Window is how much of bodies that are not read yet a connection of HTTP/2 may make the server hold,
-	// bytes: the least that there can be, beside which nothing is counted. An upload over a line with 50 ms
-	// there and back has 1.3 MB a second of it.
+	maxHeaderBytes = 32 << 10         // fits a key, an escaped path of 4 KiB and filters; read before the caller is known
+	// http2Window limits the bytes of unread bodies that an HTTP/2 connection can make the server
+	// hold. 64 KiB - 1 is the least that HTTP/2 allows, and the budget does not count it. At a round
+	// trip of 50 ms it lets an upload reach 1.3 MB a second; a larger window uploads faster and holds
+	// more uncounted memory.
 	http2Window = 64<<10 - 1
-	// http2Streams is how many calls go on over one.
+	// http2Streams limits the concurrent calls on one HTTP/2 connection.
 	http2Streams = 100
 )
 
-// patience is how long a caller may take.
+// patience limits how long a caller may take.
 type patience struct {
 	body  time.Duration // to send a JSON body, 8 MiB at most
 	stall time.Duration // between two pieces of a file, and to take a piece of an answer
-	drain time.Duration // to send the rest of what is refused already
-	quiet time.Duration // without a sign of life in a stream of events: proxies give up after a minute or so
+	drain time.Duration // to send the rest of a body that is already refused
+	quiet time.Duration // without a sign of life in a stream of events; proxies give up after about a minute
 }
 
 var usual = patience{body: time.Minute, stall: time.Minute, drain: 30 * time.Second, quiet: 15 * time.Second}
 
-// Server makes an HTTP server that protects itself against slow callers. It has no
-// timeout for whole requests: commands and transfers take as long as they take,
-// and the handler watches that they move.
+// Server returns an HTTP server that protects itself against slow callers. It sets no timeout for
+// whole requests, because commands and transfers may take long; the handler checks that they make
+// progress.
 //
-// It speaks HTTP/2 too, without TLS and only with those who know beforehand: a proxy with TLS in
-// front, clients of gRPC.
+// The server also speaks HTTP/2 without TLS, but only to clients that begin with it: proxies that
+// terminate TLS in front of the server, and gRPC clients.
 func Server(addr string, h http.Handler, log *slog.Logger) *http.Server {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)

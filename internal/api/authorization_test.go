@@ -17,13 +17,12 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// sample is a request that would do something, were it allowed. An operation of
-// openapi.yaml that is not here fails the matrix.
+// sample describes a request that would change or return something if it were allowed. The matrix
+// fails for an operation of openapi.yaml without a sample.
 type sample struct {
 	query string
 	body  string
-	// others is what a key of another organization gets: the status, and the code
-	// where it is refused.
+	// others and othersCode are the status and the code that a key of another organization gets.
 	others     int
 	othersCode string
 }
@@ -46,7 +45,7 @@ var samples = map[string]sample{
 	"deleteSnapshot":    {others: 404, othersCode: "snapshot_not_found"},
 	"setEgress":         {body: `{"mode":"deny_all"}`, others: 403, othersCode: notYours},
 	"listEvents":        {others: 403, othersCode: notYours},
-	"openTunnel":        {query: "port=80", others: 426, othersCode: "upgrade_required"}, // else, see TestPortCallsRefused
+	"openTunnel":        {query: "port=80", others: 426, othersCode: "upgrade_required"}, // TestPortCallsRefused checks the rest
 	"listPorts":         {others: 403, othersCode: notYours},
 	"getPort":           {others: 403, othersCode: notYours},
 	"setPort":           {body: `{"public":true}`, others: 403, othersCode: notYours},
@@ -97,7 +96,7 @@ var samples = map[string]sample{
 	"getOpenAPI":          {others: 200},
 }
 
-// cover lists for each scope which scopes grant it.
+// cover maps each scope to the scopes that grant it.
 var cover = map[auth.Scope][]auth.Scope{
 	auth.SandboxesRead:  {auth.SandboxesRead, auth.SandboxesWrite, auth.Admin},
 	auth.SandboxesWrite: {auth.SandboxesWrite, auth.Admin},
@@ -108,7 +107,7 @@ var cover = map[auth.Scope][]auth.Scope{
 	auth.Admin:          {auth.Admin},
 }
 
-// Every operation of openapi.yaml × every way not to be allowed.
+// TestAuthorizationMatrix sends every operation of openapi.yaml in every way that is not allowed.
 func TestAuthorizationMatrix(t *testing.T) {
 	h := newHouse(t)
 	box := h.newBox(t)
@@ -141,7 +140,8 @@ func TestAuthorizationMatrix(t *testing.T) {
 		"in the query": func(r *http.Request) { r.URL.RawQuery += "&access_token=" + h.key },
 	}
 	snap := as[Snapshot](t, 201, h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/snapshots", h.key, ""))
-	replace := strings.NewReplacer("{id}", box.ID, "{port}", "80", "{snapshot}", snap.ID, "{template}", "mine", "{process}", "7", "{key}", victim.ID)
+	replace := strings.NewReplacer("{id}", box.ID, "{port}", "80", "{snapshot}", snap.ID, "{template}", "mine",
+		"{process}", "7", "{key}", victim.ID)
 	operations(h.spec, func(pattern, path string, op *openapi3.Operation, _ openapi3.Parameters) {
 		s, known := samples[op.OperationID]
 		if !known {
@@ -166,13 +166,14 @@ func TestAuthorizationMatrix(t *testing.T) {
 			h.checkScopes(t, method, target, s, auth.Scope(op.Extensions["x-cay-scope"].(string)))
 			if r := h.send(t, method, target, h.other, s.body); r.status != s.others || r.problem.Code != s.othersCode {
 				t.Errorf("another organization: status %d %s, want %d %s", r.status, r.body, s.others, s.othersCode)
-			} else if strings.Contains(string(r.body), h.org.Org.ID) || r.problem.Code == "" && strings.Contains(string(r.body), box.ID) {
-				t.Errorf("another organization is told about ours: %s", r.body)
+			} else if strings.Contains(string(r.body), h.org.Org.ID) || r.problem.Code == "" &&
+				strings.Contains(string(r.body), box.ID) {
+				t.Errorf("the answer to another organization tells about ours: %s", r.body)
 			}
 		})
 	})
 
-	// Nothing of all that did anything.
+	// None of the requests changed anything.
 	after := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, ""))
 	if after.Status != "running" || !after.ExpiresAt.Equal(*box.ExpiresAt) {
 		t.Errorf("the sandbox is %s until %s, was running until %s", after.Status, after.ExpiresAt, box.ExpiresAt)
@@ -187,8 +188,8 @@ func TestAuthorizationMatrix(t *testing.T) {
 	}
 }
 
-// checkScopes tries keys that have every scope but those which cover the one that
-// is needed, and each of these alone.
+// checkScopes calls an operation with a key that has every scope but those that grant the needed
+// one, and with keys that have only one of those.
 func (h *house) checkScopes(t *testing.T, method, target string, s sample, needed auth.Scope) {
 	var without []auth.Scope
 	for _, scope := range auth.Scopes() {
@@ -199,20 +200,20 @@ func (h *house) checkScopes(t *testing.T, method, target string, s sample, neede
 	_, poor := h.newKey(t, 0, without...)
 	if needed == "" && !strings.HasPrefix(target, "/v1/api-keys/") {
 		if r := h.send(t, method, target, poor, s.body); r.status != 200 {
-			t.Errorf("any key will do, but status %d: %s", r.status, r.body)
+			t.Errorf("no scope is needed, but status %d: %s", r.status, r.body)
 		}
 		return
 	}
 	want := needed
 	if want == "" {
-		want = auth.Admin // of a key other than oneself
+		want = auth.Admin // needed for a key other than the caller's own
 	}
 	r := h.send(t, method, target, poor, s.body)
 	if r.status != 403 || r.problem.Code != "scope_missing" || !strings.Contains(r.problem.Detail, string(want)) {
 		t.Errorf("without %s: status %d %s, want 403 scope_missing that names it", want, r.status, r.body)
 	}
 	if method != http.MethodGet {
-		return // what is allowed would be done
+		return // the operation would be carried out if it were allowed
 	}
 	for _, scope := range cover[needed] {
 		_, enough := h.newKey(t, 0, scope)
@@ -222,23 +223,26 @@ func (h *house) checkScopes(t *testing.T, method, target string, s sample, neede
 	}
 }
 
-// expiredKey stores a key whose time is over.
+// expiredKey stores a key that has expired.
 func (h *house) expiredKey(t *testing.T) string {
 	t.Helper()
 	secret := "cay_" + strings.Repeat("9876543210", 4)
 	hash := sha256.Sum256([]byte(secret))
-	err := h.db.PutKey(t.Context(), auth.Key{ID: "key_" + strings.Repeat("e", 20), OrgID: h.org.Org.ID, Name: "expired", Hash: hash[:],
-		Prefix: secret[:12], Scopes: []auth.Scope{auth.Admin}, CreatedAt: time.Now().Add(-time.Hour), ExpiresAt: time.Now().Add(-time.Minute)}, 0)
+	err := h.db.PutKey(t.Context(), auth.Key{ID: "key_" + strings.Repeat("e", 20), OrgID: h.org.Org.ID, Name: "expired",
+		Hash: hash[:], Prefix: secret[:12], Scopes: []auth.Scope{auth.Admin},
+		CreatedAt: time.Now().Add(-time.Hour), ExpiresAt: time.Now().Add(-time.Minute)}, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return secret
 }
 
-// What is not there at all also needs a key: routes are not told to strangers.
+// TestUnknownPaths checks that requests for unknown paths need a key too, so that strangers cannot
+// find out which routes exist.
 func TestUnknownPaths(t *testing.T) {
 	h := newHouse(t)
-	for _, path := range []string{"/", "/v1", "/v2/sandboxes", "/v1/sandboxes/", "/v1//sandboxes", "/v1/sandboxes/../me", "/v1/sandboxes/x/nope", "/debug/pprof/"} {
+	for _, path := range []string{"/", "/v1", "/v2/sandboxes", "/v1/sandboxes/", "/v1//sandboxes", "/v1/sandboxes/../me",
+		"/v1/sandboxes/x/nope", "/debug/pprof/"} {
 		if r := h.send(t, "GET", path, "", ""); r.status != 401 {
 			t.Errorf("%s without a key: status %d, want 401", path, r.status)
 		}
@@ -261,21 +265,24 @@ func TestUnknownPaths(t *testing.T) {
 
 func TestKeysAndOrganizations(t *testing.T) {
 	h := newHouse(t)
-	made := as[NewAPIKey](t, 201, h.send(t, "POST", "/v1/api-keys", h.key, `{"name":"ci","scopes":["exec","files"],"expires_in":"1h"}`))
+	made := as[NewAPIKey](t, 201, h.send(t, "POST", "/v1/api-keys", h.key,
+		`{"name":"ci","scopes":["exec","files"],"expires_in":"1h"}`))
 	if d := time.Until(*made.ExpiresAt); d < 59*time.Minute || d > time.Hour {
 		t.Errorf("expires in %s, want an hour", d)
 	}
 	me := as[Me](t, 200, h.send(t, "GET", "/v1/me", made.APIKey, ""))
-	if me.APIKey.ID != made.ID || me.Org.ID != h.org.Org.ID || !slices.Equal(me.APIKey.Scopes, []Scope{ScopeExec, ScopeFiles}) {
+	if me.APIKey.ID != made.ID || me.Org.ID != h.org.Org.ID ||
+		!slices.Equal(me.APIKey.Scopes, []Scope{ScopeExec, ScopeFiles}) {
 		t.Errorf("me is %+v", me)
 	}
-	for _, body := range []string{string(h.send(t, "GET", "/v1/api-keys", h.key, "").body), string(h.send(t, "GET", "/v1/me", made.APIKey, "").body), h.log.String()} {
+	for _, body := range []string{string(h.send(t, "GET", "/v1/api-keys", h.key, "").body),
+		string(h.send(t, "GET", "/v1/me", made.APIKey, "").body), h.log.String()} {
 		if strings.Contains(body, made.APIKey) || strings.Contains(body, h.key) {
 			t.Errorf("a secret is shown: %s", body)
 		}
 	}
 	if r := h.send(t, "DELETE", "/v1/api-keys/"+made.ID, made.APIKey, ""); r.status != 204 {
-		t.Errorf("revoking oneself: status %d %s", r.status, r.body)
+		t.Errorf("a key that revokes itself: status %d %s", r.status, r.body)
 	}
 	if r := h.send(t, "GET", "/v1/me", made.APIKey, ""); r.status != 401 {
 		t.Errorf("revoked key: status %d", r.status)
@@ -284,9 +291,11 @@ func TestKeysAndOrganizations(t *testing.T) {
 		t.Errorf("revoking again: status %d %s", r.status, r.body)
 	}
 
-	// A key for E2B's clients is a key.
-	foreign := as[NewAPIKey](t, 201, h.send(t, "POST", "/v1/api-keys", h.key, `{"name":"sdk","scopes":["exec"],"format":"e2b"}`))
-	if !regexp.MustCompile(`^e2b_[0-9a-f]{40}$`).MatchString(foreign.APIKey) || !strings.HasPrefix(foreign.Prefix, "e2b_") {
+	// A key in E2B's format is valid here too.
+	foreign := as[NewAPIKey](t, 201, h.send(t, "POST", "/v1/api-keys", h.key,
+		`{"name":"sdk","scopes":["exec"],"format":"e2b"}`))
+	if !regexp.MustCompile(`^e2b_[0-9a-f]{40}$`).MatchString(foreign.APIKey) ||
+		!strings.HasPrefix(foreign.Prefix, "e2b_") {
 		t.Errorf("the key is %+v", foreign)
 	}
 	if me := as[Me](t, 200, h.send(t, "GET", "/v1/me", foreign.APIKey, "")); me.APIKey.ID != foreign.ID {
@@ -298,7 +307,8 @@ func TestKeysAndOrganizations(t *testing.T) {
 		t.Errorf("quota %+v", org.Quota)
 	}
 	h.send(t, "POST", "/v1/sandboxes", org.APIKey, `{"template":"python"}`)
-	if r := h.send(t, "POST", "/v1/sandboxes", org.APIKey, `{"template":"python"}`); r.status != 429 || r.problem.Code != "quota_exceeded" {
+	if r := h.send(t, "POST", "/v1/sandboxes", org.APIKey, `{"template":"python"}`); r.status != 429 ||
+		r.problem.Code != "quota_exceeded" {
 		t.Errorf("over quota: status %d %s", r.status, r.body)
 	}
 	page := as[OrgList](t, 200, h.send(t, "GET", "/v1/orgs?limit=2", h.key, ""))
@@ -311,7 +321,8 @@ func TestKeysAndOrganizations(t *testing.T) {
 	}
 }
 
-// A sandbox's token opens its inside, so nobody is shown it.
+// TestTokensStayInside checks that no answer and no log line shows the token of a sandbox, which
+// gives access to its inside.
 func TestTokensStayInside(t *testing.T) {
 	h := newHouse(t)
 	box := h.newBox(t)

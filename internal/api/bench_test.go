@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// What the API, the key's lookup and the rows cost a call: real HTTP and a real
-// database, nothing inside the sandbox.
+// BenchmarkCall measures what the API, the look-up of the key and the database rows cost a call,
+// with real HTTP and a real database, but without work inside the sandbox.
 func BenchmarkCall(b *testing.B) {
 	h := newHouse(b)
 	box := "/v1/sandboxes/" + h.newBox(b).ID

@@ -22,33 +22,33 @@ import (
 	"github.com/cayhq/cay/internal/trace"
 )
 
-// call is what is known of one request while it is answered. It belongs to the
-// goroutine that answers it.
+// call holds the facts about one request while it is answered. It belongs to the goroutine that
+// answers the request.
 type call struct {
 	id       string
 	patience patience
 	received *countingBody
 
-	route string // pattern, e.g. "/v1/sandboxes/{id}"; "" when there is none
+	route string // pattern, e.g. "/v1/sandboxes/{id}"; "" if no route matches
 	who   auth.Principal
-	page  bool // problems are shown as a page to who looks at them in a browser
+	page  bool // a browser is shown problems as a page
 
-	trace *trace.Trace // what its parts took
-	timed bool         // the answer says so
+	trace *trace.Trace // times of the parts of the call
+	timed bool         // the answer has a Server-Timing header
 
 	code string // of the problem that was answered
-	err  error  // for the log, when the server or the connection broke
+	err  error  // for the log, when the server or the connection failed
 	gone bool   // the caller left before the answer
 
-	account budget.Account // what it holds
+	account budget.Account // the memory that the call holds
 }
 
 type callKey struct{}
 
 func callOf(r *http.Request) *call { return r.Context().Value(callKey{}).(*call) }
 
-// saneID is what is taken over of a caller's own X-Request-Id: nothing that could
-// disturb a log.
+// saneID matches the values of X-Request-Id that are taken over from callers. They hold no
+// character that could garble a log.
 var saneID = regexp.MustCompile(`^[A-Za-z0-9._-]{1,128}$`)
 
 func requestID(r *http.Request) string {
@@ -58,7 +58,8 @@ func requestID(r *http.Request) string {
 	return "req_" + strings.ToLower(rand.Text())
 }
 
-// ServeHTTP answers one request: who asks, may they, do it, write it down.
+// ServeHTTP answers one request: it authenticates the caller, checks the scopes, runs the operation
+// and logs the call.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	c := &call{id: requestID(r), patience: s.patience, received: &countingBody{ReadCloser: r.Body}}
@@ -66,8 +67,8 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	c.trace = tr
 	r = r.WithContext(ctx)
 	rec := &recorder{ResponseWriter: w, control: http.NewResponseController(w), call: c, began: start}
-	// The deadline of the answer before this one on the connection is not for this
-	// one. A writer without deadlines is one of a test.
+	// Clear the write deadline of the previous answer on this connection. The writers of tests have no
+	// deadlines, so the error is ignored.
 	_ = rec.control.SetWriteDeadline(time.Time{})
 	if r.Body != nil && r.Body != http.NoBody {
 		r.Body = c.received
@@ -80,15 +81,15 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		broken := s.recovered(rec, r, recover())
 		s.finish(r, rec, time.Since(start))
 		if broken {
-			// The answer has begun and is not whole: only a broken connection says so.
+			// The answer has begun and is incomplete; only a broken connection tells the client.
 			panic(http.ErrAbortHandler)
 		}
 	}()
 	s.serve(rec, r)
 }
 
-// ownHead sets the header of all answers of the API. They hold files, output and names that
-// untrusted code wrote, so no browser may run them as a page.
+// ownHead sets the headers that all answers of the API have. Answers hold files, output and names
+// that untrusted code wrote, so no browser may run them as a page.
 func ownHead(h http.Header, id string) {
 	h.Set("X-Request-Id", id)
 	h.Set("X-Content-Type-Options", "nosniff")
@@ -105,7 +106,7 @@ func (s *server) serve(w *recorder, r *http.Request) {
 	_, pattern := s.mux.Handler(r)
 	route, known := routes[pattern]
 	if path.Clean(r.URL.Path) != r.URL.Path {
-		known = false // the mux would redirect; no client of ours needs that
+		known = false // the mux would redirect; none of our clients needs that
 	}
 	if known {
 		_, c.route, _ = strings.Cut(pattern, " ")
@@ -128,7 +129,7 @@ func (s *server) serve(w *recorder, r *http.Request) {
 	s.mux.ServeHTTP(w, r)
 }
 
-// admit says who asks and whether the key covers the scope.
+// admit authenticates the caller and checks that the key has the scope.
 func (s *server) admit(r *http.Request, scope auth.Scope) error {
 	return s.admitKey(r, secretOf(r), scope)
 }
@@ -150,7 +151,7 @@ func (s *server) admitKey(r *http.Request, key string, scope auth.Scope) error {
 	return s.account(r, who.Org.ID, callCost)
 }
 
-// secretOf is the key that the caller shows.
+// secretOf returns the key that the caller presents.
 func secretOf(r *http.Request) string {
 	if callOf(r).route == terminalRoute && len(r.Header.Values("Authorization")) == 0 {
 		return offeredKey(r.Header)
@@ -158,8 +159,8 @@ func secretOf(r *http.Request) string {
 	return bearer(r)
 }
 
-// bearer is the secret of the Authorization header, "" when there is none or it
-// is not of the form.
+// bearer returns the secret of the Authorization header, or "" if the header is absent or
+// malformed.
 func bearer(r *http.Request) string {
 	values := r.Header.Values("Authorization")
 	if len(values) != 1 {
@@ -172,7 +173,7 @@ func bearer(r *http.Request) string {
 	return secret
 }
 
-// noRoute tells 404 from 405: the mux knows which methods a path has.
+// noRoute answers 405 if the path has other methods, which the mux knows, and 404 otherwise.
 func (s *server) noRoute(w http.ResponseWriter, r *http.Request) {
 	probe := probe{header: http.Header{}}
 	if path.Clean(r.URL.Path) == r.URL.Path {
@@ -183,13 +184,14 @@ func (s *server) noRoute(w http.ResponseWriter, r *http.Request) {
 	if probe.status == http.StatusMethodNotAllowed {
 		allow := probe.header.Get("Allow")
 		w.Header().Set("Allow", allow)
-		s.problem(w, r, http.StatusMethodNotAllowed, fault.New(fault.Invalid, "method_not_allowed", "this path has %s", allow))
+		s.problem(w, r, http.StatusMethodNotAllowed,
+			fault.New(fault.Invalid, "method_not_allowed", "this path has %s", allow))
 		return
 	}
 	s.fail(w, r, fault.New(fault.NotFound, "no_such_route", "this API has no such path; see /openapi.yaml"))
 }
 
-// probe takes the head of an answer and nothing else.
+// probe is a ResponseWriter that keeps the status and the header and discards the body.
 type probe struct {
 	header http.Header
 	status int
@@ -199,8 +201,8 @@ func (p *probe) Header() http.Header         { return p.header }
 func (p *probe) WriteHeader(status int)      { p.status = status }
 func (p *probe) Write(b []byte) (int, error) { return len(b), nil }
 
-// checkQuery refuses what a route does not know. A misspelt filter would select
-// everything, so it is not ignored.
+// checkQuery refuses query parameters that the route does not know. Ignoring a misspelt filter
+// would select everything.
 func checkQuery(r *http.Request, route access) error {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
@@ -209,7 +211,7 @@ func checkQuery(r *http.Request, route access) error {
 	for name, values := range query {
 		switch {
 		case !route.takes(name):
-			return fault.InField("unknown_parameter", name, "is no parameter of this operation")
+			return fault.InField("unknown_parameter", name, "is not a parameter of this operation")
 		case len(values) > 1 && name != route.many:
 			return fault.InField(codeOf(name), name, "is given more than once")
 		}
@@ -217,8 +219,8 @@ func checkQuery(r *http.Request, route access) error {
 	return nil
 }
 
-// recovered answers a panic. It reports whether the connection has to be broken
-// because an answer has begun.
+// recovered answers a panic. It reports whether the connection must be broken because an answer has
+// begun.
 func (s *server) recovered(w *recorder, r *http.Request, p any) (broken bool) {
 	if p == nil {
 		return false
@@ -235,7 +237,7 @@ func (s *server) recovered(w *recorder, r *http.Request, p any) (broken bool) {
 	return false
 }
 
-// finish writes the access log line and counts.
+// finish writes the line of the access log and counts the call.
 func (s *server) finish(r *http.Request, w *recorder, took time.Duration) {
 	c := callOf(r)
 	status := w.status
@@ -252,17 +254,20 @@ func (s *server) finish(r *http.Request, w *recorder, took time.Duration) {
 	case status == http.StatusServiceUnavailable:
 		level = slog.LevelWarn
 	case c.route == "/healthz" || c.route == "/readyz" || c.route == "/metrics":
-		level = slog.LevelDebug // asked every few seconds
+		level = slog.LevelDebug // polled every few seconds
 	}
-	s.access.Write(r, accesslog.Entry{Level: level, ID: c.id, Route: c.route, Status: status, Took: took, In: c.received.n, Out: w.bytes,
-		Org: c.who.Org.ID, Key: c.who.Key.ID, Code: c.code, Err: c.err})
+	s.access.Write(r, accesslog.Entry{
+		Level: level, ID: c.id, Route: c.route, Status: status, Took: took, In: c.received.n, Out: w.bytes,
+		Org: c.who.Org.ID, Key: c.who.Key.ID, Code: c.code, Err: c.err,
+	})
 	s.metrics.observe(c.route, r.Method, status, took)
 	if c.timed && status/100 == 2 {
 		s.metrics.observeParts(c.route, c.trace.Spans())
 	}
 }
 
-// recorder notes what was answered, and ends a caller who does not take it.
+// recorder records the status and size of an answer, and disconnects a caller that does not read
+// it.
 type recorder struct {
 	http.ResponseWriter
 	control *http.ResponseController
@@ -275,7 +280,7 @@ type recorder struct {
 // Unwrap lets http.ResponseController reach the connection.
 func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// Upgraded notes that the connection is another protocol's from now on.
+// Upgraded records that another protocol uses the connection from now on.
 func (w *recorder) Upgraded() { w.status = http.StatusSwitchingProtocols }
 
 // WriteHeader begins the answer.
@@ -291,17 +296,17 @@ func (w *recorder) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 }
 
-// soon gives the caller time to take the next piece. A writer without deadlines
-// is one of a test.
+// soon extends the write deadline, so that the caller has time to take the next piece. The writers
+// of tests have no deadlines, so the error is ignored.
 func (w *recorder) soon() {
 	_ = w.control.SetWriteDeadline(time.Now().Add(w.call.patience.stall))
 }
 
-// writePiece is how much is written under one deadline, bytes: with a minute for
-// each, a caller has to take 4 KiB a second.
+// writePiece is the number of bytes that are written under one deadline. With a deadline of a
+// minute, a caller must take at least 4 KiB a second; larger pieces cut off slower callers.
 const writePiece = 256 << 10
 
-// Write writes in pieces, each of which has to be taken in time.
+// Write writes b in pieces and disconnects the caller if it does not take each piece in time.
 func (w *recorder) Write(b []byte) (int, error) {
 	if w.status == 0 {
 		w.WriteHeader(http.StatusOK)
@@ -319,7 +324,7 @@ func (w *recorder) Write(b []byte) (int, error) {
 	}
 }
 
-// countingBody counts what was read of a body.
+// countingBody counts the bytes that are read of a body.
 type countingBody struct {
 	io.ReadCloser
 	n int64

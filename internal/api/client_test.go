@@ -28,8 +28,8 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 )
 
-// requestChecker fails the test when a request is not what openapi.yaml says, and
-// notes which operations were called.
+// requestChecker fails the test if a request does not match openapi.yaml. It records which
+// operations were called.
 type requestChecker struct {
 	t      testing.TB
 	router routers.Router
@@ -48,15 +48,16 @@ func (c *requestChecker) RoundTrip(r *http.Request) (*http.Response, error) {
 	c.mu.Lock()
 	c.seen[route.Operation.OperationID] = true
 	c.mu.Unlock()
-	in := &openapi3filter.RequestValidationInput{Request: r.Clone(r.Context()), PathParams: params, Route: route, Options: &openapi3filter.Options{
-		AuthenticationFunc: func(_ context.Context, a *openapi3filter.AuthenticationInput) error {
-			if !strings.HasPrefix(a.RequestValidationInput.Request.Header.Get("Authorization"), "Bearer cay_") {
-				return errors.New("no bearer key")
-			}
-			return nil
-		},
-		ExcludeRequestBody: r.Header.Get("Content-Type") == "application/octet-stream" || route.Operation.OperationID == "uploadTree" || strings.HasPrefix(r.Header.Get("Content-Type"), "multipart/"),
-	}}
+	in := &openapi3filter.RequestValidationInput{Request: r.Clone(r.Context()), PathParams: params, Route: route,
+		Options: &openapi3filter.Options{
+			AuthenticationFunc: func(_ context.Context, a *openapi3filter.AuthenticationInput) error {
+				if !strings.HasPrefix(a.RequestValidationInput.Request.Header.Get("Authorization"), "Bearer cay_") {
+					return errors.New("no bearer key")
+				}
+				return nil
+			},
+			ExcludeRequestBody: r.Header.Get("Content-Type") == "application/octet-stream" || route.Operation.OperationID == "uploadTree" || strings.HasPrefix(r.Header.Get("Content-Type"), "multipart/"),
+		}}
 	in.Request.Body = http.NoBody
 	if r.Body != nil && r.Header.Get("Content-Type") == "application/json" {
 		b, err := io.ReadAll(r.Body)
@@ -66,12 +67,12 @@ func (c *requestChecker) RoundTrip(r *http.Request) (*http.Response, error) {
 		r.Body, in.Request.Body = io.NopCloser(bytes.NewReader(b)), io.NopCloser(bytes.NewReader(b))
 	}
 	if err := openapi3filter.ValidateRequest(r.Context(), in); err != nil {
-		c.t.Errorf("%s %s: the request is not what openapi.yaml says: %v", r.Method, r.URL, err)
+		c.t.Errorf("%s %s: the request does not match openapi.yaml: %v", r.Method, r.URL, err)
 	}
 	return c.base.RoundTrip(r)
 }
 
-// Every operation through the client, requests and answers held against
+// TestClient calls every operation through the client and checks requests and answers against
 // openapi.yaml.
 func TestClient(t *testing.T) {
 	h := newHouse(t)
@@ -80,7 +81,8 @@ func TestClient(t *testing.T) {
 		t.Fatal(err)
 	}
 	checker := &requestChecker{t: t, router: router, base: h.http.Transport, seen: map[string]bool{}}
-	c, err := client.New(h.url+"/", h.key, client.WithHTTPClient(&http.Client{Transport: checker}), client.WithUserAgent("test"))
+	c, err := client.New(h.url+"/", h.key, client.WithHTTPClient(&http.Client{Transport: checker}),
+		client.WithUserAgent("test"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -112,12 +114,14 @@ func TestClient(t *testing.T) {
 }
 
 func clientSleep(t *testing.T, ctx context.Context, c *client.Client, fatal func(error)) {
-	r := client.CreateSandboxRequest{Template: "python", Mode: new("persistent"), IdleTimeout: new("0"), RecoveryInterval: new("30m")}
+	r := client.CreateSandboxRequest{Template: "python", Mode: new("persistent"), IdleTimeout: new("0"),
+		RecoveryInterval: new("30m")}
 	box, err := c.CreateSandbox(ctx, r, client.CreateOptions{})
 	fatal(err)
 	point, err := c.Checkpoint(ctx, box.ID)
 	fatal(err)
-	if *box.IdleTimeoutSeconds != 0 || *box.RecoveryIntervalSeconds != 1800 || point.CreatedAt.Before(box.CreatedAt) || point.SizeBytes == 0 {
+	if *box.IdleTimeoutSeconds != 0 || *box.RecoveryIntervalSeconds != 1800 || point.CreatedAt.Before(box.CreatedAt) ||
+		point.SizeBytes == 0 {
 		t.Errorf("created %+v, recovery point %+v", box, point)
 	}
 	asleep, err := c.Suspend(ctx, box.ID)
@@ -145,7 +149,8 @@ func clientSnapshots(t *testing.T, ctx context.Context, c *client.Client, fatal 
 		}
 	}
 	n := 0
-	for s, err := range c.Snapshots(ctx, client.ListSnapshotsOptions{SandboxID: id, ListOptions: client.ListOptions{Limit: 1}}) {
+	for s, err := range c.Snapshots(ctx, client.ListSnapshotsOptions{SandboxID: id,
+		ListOptions: client.ListOptions{Limit: 1}}) {
 		fatal(err)
 		if n++; n == 1 && *s.Name != "named" {
 			t.Errorf("the newest is %+v", s)
@@ -154,7 +159,7 @@ func clientSnapshots(t *testing.T, ctx context.Context, c *client.Client, fatal 
 	l, err := c.ListSnapshots(ctx, client.ListSnapshotsOptions{Name: "none"})
 	fatal(err)
 	if n != 2 || len(l.Snapshots) != 0 {
-		t.Errorf("%d snapshots, %d of no name", n, len(l.Snapshots))
+		t.Errorf("%d snapshots, %d with an unknown name", n, len(l.Snapshots))
 	}
 	s, err := c.GetSnapshot(ctx, "named")
 	fatal(err)
@@ -167,7 +172,8 @@ func clientSnapshots(t *testing.T, ctx context.Context, c *client.Client, fatal 
 	if err := c.DeleteSnapshot(ctx, s.ID); !client.HasCode(err, "snapshot_not_found") {
 		t.Errorf("deleted again: %v", err)
 	}
-	children, err := c.Fork(ctx, box.ID, client.ForkRequest{Count: new(2), Timeout: new("1h"), Metadata: client.Metadata{"k": "child"}})
+	children, err := c.Fork(ctx, box.ID, client.ForkRequest{Count: new(2), Timeout: new("1h"),
+		Metadata: client.Metadata{"k": "child"}})
 	fatal(err)
 	for _, child := range children {
 		if child.Error != nil || *child.Sandbox.Origin != box.ID || *child.Sandbox.TimeoutSeconds != 3600 {
@@ -180,7 +186,8 @@ func clientSnapshots(t *testing.T, ctx context.Context, c *client.Client, fatal 
 }
 
 func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal func(error)) (id string) {
-	r := client.CreateSandboxRequest{Template: "python", Timeout: new("5m"), Env: client.Env{"A": "1"}, Metadata: client.Metadata{"k": "v w"}}
+	r := client.CreateSandboxRequest{Template: "python", Timeout: new("5m"), Env: client.Env{"A": "1"},
+		Metadata: client.Metadata{"k": "v w"}}
 	first, err := c.CreateSandbox(ctx, r, client.CreateOptions{IdempotencyKey: "a key"})
 	fatal(err)
 	again, err := c.CreateSandbox(ctx, r, client.CreateOptions{IdempotencyKey: "a key", NoWait: true})
@@ -193,7 +200,8 @@ func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal 
 		fatal(err)
 	}
 	n := 0
-	for b, err := range c.Sandboxes(ctx, client.ListSandboxesOptions{Status: []client.SandboxStatus{"running", "creating"}, ListOptions: client.ListOptions{Limit: 3}}) {
+	for b, err := range c.Sandboxes(ctx, client.ListSandboxesOptions{Status: []client.SandboxStatus{"running",
+		"creating"}, ListOptions: client.ListOptions{Limit: 3}}) {
 		fatal(err)
 		if n++; n == 4 && b.ID != first.ID {
 			t.Errorf("the oldest is %s, want %s", b.ID, first.ID)
@@ -213,7 +221,8 @@ func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal 
 	fatal(err)
 	_, err = c.Wake(ctx, first.ID)
 	fatal(err)
-	_, err = c.SetEgress(ctx, first.ID, client.Egress{Mode: client.EgressModeDenyAll, AllowDomains: []string{"example.com"}})
+	_, err = c.SetEgress(ctx, first.ID, client.Egress{Mode: client.EgressModeDenyAll,
+		AllowDomains: []string{"example.com"}})
 	fatal(err)
 	clientSleep(t, ctx, c, fatal)
 	clientSnapshots(t, ctx, c, fatal, first.ID)
@@ -222,10 +231,11 @@ func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal 
 		fatal(err)
 		n++
 	}
-	if n != 5 { // with the change of its policy and two snapshots
+	if n != 5 { // includes the change of its policy and two snapshots
 		t.Errorf("%d events, want 5", n)
 	}
-	for b, err := range c.Sandboxes(ctx, client.ListSandboxesOptions{ListOptions: client.ListOptions{Cursor: "nonsense"}}) {
+	cursor := client.ListSandboxesOptions{ListOptions: client.ListOptions{Cursor: "nonsense"}}
+	for b, err := range c.Sandboxes(ctx, cursor) {
 		if !client.HasCode(err, "invalid_cursor") {
 			t.Errorf("%v, %v", b, err)
 		}
@@ -245,9 +255,9 @@ func clientFeed(t *testing.T, ctx context.Context, c *client.Client, fatal func(
 		some = append(some, e)
 	}
 	if len(all) < 20 || len(some) != 2 {
-		t.Errorf("%d events, %d of the sandbox's beginning", len(all), len(some))
+		t.Errorf("%d events, %d of creating and starting the sandbox", len(all), len(some))
 	}
-	// Following from the middle gives the rest, and then new events.
+	// A follower that begins in the middle gets the remaining events, then new ones.
 	errEnough := errors.New("enough")
 	middle := len(all) / 2
 	var followed []client.FeedEvent
@@ -280,7 +290,7 @@ func clientFeed(t *testing.T, ctx context.Context, c *client.Client, fatal func(
 	}
 	err = c.FollowFeed(ctx, client.FeedOptions{After: "x"}, func(string, *client.FeedEvent) error { return nil })
 	if !client.HasCode(err, "invalid_after") {
-		t.Errorf("following after nothing: %v", err)
+		t.Errorf("following after an invalid id: %v", err)
 	}
 }
 
@@ -305,7 +315,8 @@ func clientFiles(t *testing.T, ctx context.Context, c *client.Client, h *house, 
 	defer local.Close()
 	_, err = local.Seek(2, io.SeekStart)
 	fatal(err)
-	fatal(c.WriteFile(ctx, id, "/home/user/a?b&c", local, client.WriteFileOptions{Mode: new(fs.FileMode(0o700)), Owner: "user"}))
+	fatal(c.WriteFile(ctx, id, "/home/user/a?b&c", local,
+		client.WriteFileOptions{Mode: new(fs.FileMode(0o700)), Owner: "user"}))
 	if up := h.agent.uploads[0]; up.Path != "/home/user/a?b&c" || up.Size != 8 || *up.Mode != 0o700 || up.User != "user" {
 		t.Errorf("uploaded %+v", up)
 	}
@@ -341,8 +352,9 @@ func clientFiles(t *testing.T, ctx context.Context, c *client.Client, h *house, 
 	fatal(c.RemoveFile(ctx, id, "/home/user", true))
 	_, err = c.ReadFile(ctx, id, "/home/user/piped", client.ReadFileOptions{})
 	var e *client.Error
-	if !errors.As(err, &e) || e.Status != 404 || e.Code != "file_not_found" || e.Detail == "" || e.RequestID == "" || !strings.Contains(e.Error(), e.RequestID) {
-		t.Errorf("reading what is gone: %#v", err)
+	if !errors.As(err, &e) || e.Status != 404 || e.Code != "file_not_found" || e.Detail == "" || e.RequestID == "" ||
+		!strings.Contains(e.Error(), e.RequestID) {
+		t.Errorf("reading a file that was removed: %#v", err)
 	}
 	_, err = c.ReadFile(ctx, id, "relative", client.ReadFileOptions{})
 	if !errors.As(err, &e) || e.Field != "path" || !strings.HasPrefix(e.Error(), "path: ") {
@@ -399,7 +411,8 @@ func clientTrees(t *testing.T, ctx context.Context, c *client.Client, h *house, 
 	hd, err := tar.NewReader(archive).Next()
 	fatal(err)
 	fatal(archive.Close())
-	dir, err := c.MakeDirectory(ctx, id, "/tree/d", client.MakeDirectoryOptions{Mode: new(fs.FileMode(0o700)), Owner: "user"})
+	dir, err := c.MakeDirectory(ctx, id, "/tree/d",
+		client.MakeDirectoryOptions{Mode: new(fs.FileMode(0o700)), Owner: "user"})
 	fatal(err)
 	moved, err := c.RenameFile(ctx, id, "/tree/a", "/tree/b/c", true)
 	fatal(err)
@@ -432,13 +445,14 @@ func clientAccount(t *testing.T, ctx context.Context, c *client.Client, fatal fu
 	fatal(err)
 	pool, err := c.Pool(ctx)
 	fatal(err)
-	if len(pool) != 0 { // it is off
+	if len(pool) != 0 { // the warm pool is off
 		t.Errorf("the pool is %+v", pool)
 	}
 	if n != 5 || python.Status != client.TemplateStatusReady || len(lines) != 2 || len(sizes) != 2 {
 		t.Errorf("%d templates, %+v, %v, %v", n, python, lines, sizes)
 	}
-	key, err := c.CreateAPIKey(ctx, client.CreateAPIKeyRequest{Name: "k", Scopes: []string{string(client.ScopeExec)}, ExpiresIn: new("1h")})
+	key, err := c.CreateAPIKey(ctx, client.CreateAPIKeyRequest{Name: "k", Scopes: []string{string(client.ScopeExec)},
+		ExpiresIn: new("1h")})
 	fatal(err)
 	me, err := c.Me(ctx)
 	fatal(err)
@@ -475,7 +489,8 @@ func clientAccount(t *testing.T, ctx context.Context, c *client.Client, fatal fu
 }
 
 func clientTemplates(t *testing.T, ctx context.Context, c *client.Client, fatal func(error)) {
-	tpl, err := c.CreateTemplate(ctx, client.CreateTemplateRequest{Name: "app", Dockerfile: new("Dockerfile"), BuildArgs: client.BuildArgs{"A": "1"}}, bytes.NewReader(aTar(t)))
+	tpl, err := c.CreateTemplate(ctx, client.CreateTemplateRequest{Name: "app", Dockerfile: new("Dockerfile"),
+		BuildArgs: client.BuildArgs{"A": "1"}}, bytes.NewReader(aTar(t)))
 	fatal(err)
 	var lines []string
 	var ids []string
@@ -494,7 +509,8 @@ func clientTemplates(t *testing.T, ctx context.Context, c *client.Client, fatal 
 		t.Errorf("%d lines after the second of %d", rest, len(lines))
 	}
 	no := errors.New("enough")
-	if _, err := c.FollowTemplate(ctx, "app", "", func(string, client.TemplateLogLine) error { return no }); !errors.Is(err, no) {
+	if _, err := c.FollowTemplate(ctx, "app", "",
+		func(string, client.TemplateLogLine) error { return no }); !errors.Is(err, no) {
 		t.Errorf("error is %v", err)
 	}
 	_, err = c.RebuildTemplate(ctx, "app", nil, nil)
@@ -508,7 +524,8 @@ func clientTemplates(t *testing.T, ctx context.Context, c *client.Client, fatal 
 	}
 	_, err = c.FollowTemplate(ctx, "app", "", func(string, client.TemplateLogLine) error { return nil })
 	fatal(err)
-	_, err = c.RebuildTemplate(ctx, "app", &client.RebuildTemplateRequest{Dockerfile: new("Dockerfile")}, bytes.NewReader(aTar(t)))
+	_, err = c.RebuildTemplate(ctx, "app", &client.RebuildTemplateRequest{Dockerfile: new("Dockerfile")},
+		bytes.NewReader(aTar(t)))
 	fatal(err)
 	fatal(c.DeleteTemplate(ctx, "app", true))
 	if err := c.DeleteTemplate(ctx, "app", false); !client.HasCode(err, "template_not_found") {

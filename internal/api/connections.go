@@ -13,31 +13,34 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Bounds of the connections that a server holds, whoever opens them: they need no key.
+// Limits of the connections that a server holds, no matter which client opens them: opening one
+// needs no key.
 const (
-	// mostConnections is how many there may be. One at rest takes about 12 KiB, so that all of them
-	// take a fifth of the server's memory. Beyond it those that rest are closed, the one that has
-	// rested longest first: its client opens another.
+	// mostConnections is the largest number of connections. An idle one takes about 12 KiB, so all of
+	// them take a fifth of the server's memory. Beyond the limit idle connections are closed, the
+	// longest idle first; their clients open new ones.
 	mostConnections = 8192
-	// mostPending is how many may be without a call that is being answered and not at rest either:
-	// their request is on its way, or what is left of its body. A header takes up to 64 KiB, so all of
-	// them 64 MiB. Callers send a header in one piece; with fewer a crowd that connects at once would lose some.
+	// mostPending is the largest number of connections that are neither idle nor have a call being
+	// answered: their request, or the rest of its body, is on its way. A header takes up to 64 KiB, so
+	// all of them take up to 64 MiB. Callers send a header in one piece; with a lower limit a crowd
+	// that connects at once would lose some connections.
 	mostPending = 1024
-	// shareOfFiles is the part of the server's file descriptors that connections may take: each call
-	// needs another one to the sandbox, and the sandboxes themselves some.
+	// shareOfFiles limits connections to one part in four of the server's file descriptors: each call
+	// needs another descriptor for its connection to the sandbox, and the sandboxes need some too.
+	// With a larger part, calls fail for lack of descriptors.
 	shareOfFiles = 4
-	// restOfBody is how long a body is read that its call did not look at. net/http reads up
-	// to 256 KiB of it, to use the connection again, and has no end for that of its own.
+	// restOfBody limits how long net/http reads a body that its call did not read. net/http reads up
+	// to 256 KiB of it, to use the connection again, and sets no time limit itself.
 	restOfBody = 30 * time.Second
 )
 
-// connections bounds the connections of one http.Server. Those on which calls are answered are
-// never closed; how many of them there are is for the limits of organizations to say. It is safe
-// for concurrent use.
+// connections limits the connections of one http.Server. It never closes a connection on which a
+// call is answered; the limits of organizations bound the number of those. It is safe for
+// concurrent use.
 type connections struct {
 	most        int
 	mostPending int
-	rest        time.Duration // restOfBody, less in tests
+	rest        time.Duration // restOfBody, shorter in tests
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -48,12 +51,12 @@ type connections struct {
 	resting list.List // of *connection, the oldest first; guarded by mu
 }
 
-// connection is one of them. Its fields, but for the constant ones, are guarded by of.mu.
+// connection records the state of one connection. of.mu guards all fields that are not constant.
 type connection struct {
 	of       *connections // constant
 	conn     net.Conn     // constant
 	state    http.ConnState
-	serving  int // calls; several on one of HTTP/2
+	serving  int // calls being answered; HTTP/2 allows several
 	in       *list.List
 	at       *list.Element
 	hijacked bool
@@ -61,22 +64,22 @@ type connection struct {
 
 type connectionKey struct{}
 
-// newConnections makes one for a process with so many file descriptors.
+// newConnections returns the limits for a process that may have that many file descriptors.
 func newConnections(files uint64) *connections {
 	most := int(min(mostConnections, max(files/shareOfFiles, 16)))
 	return &connections{most: most, mostPending: min(mostPending, most), rest: restOfBody, all: map[net.Conn]*connection{}}
 }
 
-// files is how many descriptors the process may have.
+// files returns the number of descriptors that the process may have.
 func files() uint64 {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		return 1024 // what every system gives
+		return 1024 // the smallest usual limit
 	}
 	return limit.Cur
 }
 
-// bound makes srv keep to the bounds. It must be called before srv serves.
+// bound makes srv keep to the limits. It must be called before srv serves.
 func (c *connections) bound(srv *http.Server) {
 	next := srv.Handler
 	srv.ConnState = c.changed
@@ -87,7 +90,9 @@ func (c *connections) bound(srv *http.Server) {
 	}
 	srv.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		conn := r.Context().Value(connectionKey{}).(*connection)
-		r = r.WithContext(r.Context()) // net/http looks at the body of its own request to answer before "Expect: 100-continue"
+		// net/http looks at the body of its own request before it answers "Expect: 100-continue", so
+		// that request must keep its body.
+		r = r.WithContext(r.Context())
 		body := &touchedBody{ReadCloser: r.Body}
 		if r.Body != nil && r.Body != http.NoBody {
 			r.Body = body
@@ -97,7 +102,7 @@ func (c *connections) bound(srv *http.Server) {
 		c.serve(conn, 1)
 		defer func() {
 			if c.serve(conn, -1) && !body.touched.Load() {
-				// A writer without deadlines is none of net/http's.
+				// Only net/http's own writers have deadlines; others return an error, which is ignored.
 				_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(c.rest))
 			}
 		}()
@@ -105,10 +110,11 @@ func (c *connections) bound(srv *http.Server) {
 	})
 }
 
-// touchedBody knows whether a call read anything of its body: then the call's own deadlines hold for the rest.
+// touchedBody records whether a call read any of its body. If it did, the call's own deadlines hold
+// for the rest.
 type touchedBody struct {
 	io.ReadCloser
-	touched atomic.Bool // what carries a body on may read it when its call is over
+	touched atomic.Bool // atomic, because a goroutine that passes the body on may read it after the call
 }
 
 // Read implements [io.Reader].
@@ -125,7 +131,7 @@ func (c *connections) ofLocked(conn net.Conn) *connection {
 	return c.all[conn]
 }
 
-// changed is told of a connection's new state by net/http.
+// changed takes note of the new state of a connection; net/http calls it.
 func (c *connections) changed(conn net.Conn, state http.ConnState) {
 	c.mu.Lock()
 	one := c.ofLocked(conn)
@@ -134,7 +140,7 @@ func (c *connections) changed(conn net.Conn, state http.ConnState) {
 	case http.StateClosed:
 		c.dropLocked(one)
 	case http.StateHijacked:
-		one.hijacked = true // it is there until its call is over
+		one.hijacked = true // it is kept until its call has ended
 	}
 	surplus := c.placeLocked(one)
 	c.mu.Unlock()
@@ -143,12 +149,12 @@ func (c *connections) changed(conn net.Conn, state http.ConnState) {
 
 func closeAll(conns []net.Conn) {
 	for _, conn := range conns {
-		_ = conn.Close() // who has it finds out
+		_ = conn.Close() // its reader or writer gets an error
 	}
 }
 
-// serve counts a call that began on a connection, or ended. It reports whether the connection is
-// net/http's still.
+// serve adds n to the number of calls on a connection. It reports whether net/http still owns the
+// connection.
 func (c *connections) serve(one *connection, n int) (kept bool) {
 	c.mu.Lock()
 	one.serving += n
@@ -162,19 +168,19 @@ func (c *connections) serve(one *connection, n int) (kept bool) {
 	return kept
 }
 
-// withoutCall runs f, which waits for a caller whose call is as good as answered: meanwhile its connection
-// may be closed as one without a call.
+// withoutCall runs f, which waits for a caller whose call is practically answered. While f runs,
+// the connection may be closed as one without a call.
 func withoutCall(r *http.Request, f func()) {
 	one, ok := r.Context().Value(connectionKey{}).(*connection)
-	if ok { // a request of a test has none
+	if ok { // requests of tests have none
 		one.of.serve(one, -1)
 		defer one.of.serve(one, 1)
 	}
 	f()
 }
 
-// placeLocked puts a connection at the end of the list where it belongs, and takes out what there is
-// too much of then.
+// placeLocked puts a connection at the end of the list where it belongs, and removes and returns
+// the connections that then exceed the limits.
 //
 // +checklocks:c.mu
 func (c *connections) placeLocked(one *connection) (surplus []net.Conn) {
@@ -203,8 +209,8 @@ func (c *connections) unlistLocked(one *connection) {
 // +checklocks:c.mu
 func (c *connections) dropLocked(one *connection) { delete(c.all, one.conn) }
 
-// surplusLocked takes out what there is too much of: the oldest that rest, then the oldest that
-// are pending, which may be the newcomer.
+// surplusLocked removes and returns the connections that exceed the limits: first those that have
+// been idle longest, then those that have been pending longest, which may include the newest one.
 //
 // +checklocks:c.mu
 func (c *connections) surplusLocked() (surplus []net.Conn) {
@@ -218,13 +224,13 @@ func (c *connections) surplusLocked() (surplus []net.Conn) {
 		case c.pending.Len() > 0:
 			surplus = append(surplus, c.takeLocked(&c.pending))
 		default:
-			return surplus // cannot be: a newcomer is pending
+			return surplus // unreachable, because a new connection is pending
 		}
 	}
 	return surplus
 }
 
-// takeLocked takes the oldest out of a list.
+// takeLocked removes the oldest connection of a list and returns it.
 //
 // +checklocks:c.mu
 func (c *connections) takeLocked(from *list.List) net.Conn {

@@ -14,10 +14,11 @@ import (
 	"time"
 )
 
-// connectionsServer serves h with room for 16 connections.
+// connectionsServer serves h with a limit of 16 connections.
 func connectionsServer(t *testing.T, h http.HandlerFunc) (c *connections, addr string) {
 	t.Helper()
-	srv := &http.Server{Handler: h, ReadHeaderTimeout: time.Minute, IdleTimeout: time.Minute, Protocols: new(http.Protocols)}
+	srv := &http.Server{Handler: h, ReadHeaderTimeout: time.Minute, IdleTimeout: time.Minute,
+		Protocols: new(http.Protocols)}
 	srv.Protocols.SetHTTP1(true)
 	srv.Protocols.SetUnencryptedHTTP2(true)
 	c = newConnections(16 * shareOfFiles)
@@ -27,16 +28,17 @@ func connectionsServer(t *testing.T, h http.HandlerFunc) (c *connections, addr s
 	if err != nil {
 		t.Fatal(err)
 	}
-	go func() { _ = srv.Serve(l) }() // ends with Close
+	go func() { _ = srv.Serve(l) }() // ends when srv is closed
 	t.Cleanup(func() { _ = srv.Close() })
 	return c, l.Addr().String()
 }
 
-// held is how many connections there are, after the server had time to see them all.
+// held waits until the server has at most atMost connections.
 func (c *connections) held(t *testing.T, atMost int) {
 	t.Helper()
 	var n int
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) { // a poll with a deadline
+	// Poll until the deadline.
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		c.mu.Lock()
 		n = len(c.all)
 		c.mu.Unlock()
@@ -44,7 +46,7 @@ func (c *connections) held(t *testing.T, atMost int) {
 			return
 		}
 	}
-	t.Errorf("%d connections are held, at most there may be %d", n, atMost)
+	t.Errorf("%d connections are open, want at most %d", n, atMost)
 }
 
 func dialed(t *testing.T, addr, send string) net.Conn {
@@ -60,7 +62,7 @@ func dialed(t *testing.T, addr, send string) net.Conn {
 	return conn
 }
 
-// answered makes a request over a connection of its own.
+// answered makes a request over a new connection.
 func answered(t *testing.T, addr string) {
 	t.Helper()
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
@@ -97,7 +99,8 @@ func TestConnectionsAreBounded(t *testing.T) {
 	}
 }
 
-// TestConnectionsInUseStay floods a server while calls are answered, on connections that are upgraded too.
+// TestConnectionsInUseStay floods a server while it answers calls, some of them on upgraded
+// connections.
 func TestConnectionsInUseStay(t *testing.T) {
 	const calls = 6
 	goOn, begun := make(chan struct{}), make(chan struct{}, 2*calls)
@@ -141,7 +144,8 @@ func TestConnectionsInUseStay(t *testing.T) {
 	c.held(t, 16)
 }
 
-// TestConnectionsAllInUse has as many calls as there may be connections: there is no room for another.
+// TestConnectionsAllInUse makes as many calls as there may be connections, so that there is no room
+// for another.
 func TestConnectionsAllInUse(t *testing.T) {
 	goOn := make(chan struct{})
 	var begun sync.WaitGroup
@@ -163,7 +167,8 @@ func TestConnectionsAllInUse(t *testing.T) {
 	close(goOn)
 }
 
-// TestRefusedCallsAreNoCalls refuses calls whose body never comes: the time that it is given keeps nobody out.
+// TestRefusedCallsAreNoCalls checks that calls whose body never arrives do not keep others out
+// while the server waits for the body.
 func TestRefusedCallsAreNoCalls(t *testing.T) {
 	c, addr := connectionsServer(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.ContentLength > 0 {
@@ -178,7 +183,8 @@ func TestRefusedCallsAreNoCalls(t *testing.T) {
 	answered(t, addr)
 }
 
-// TestRestOfBodyIsBounded answers a request whose body never comes: the connection ends.
+// TestRestOfBodyIsBounded checks that the server closes a connection if the body of an answered
+// request never arrives.
 func TestRestOfBodyIsBounded(t *testing.T) {
 	c, addr := connectionsServer(t, here)
 	conn := dialed(t, addr, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nx")
@@ -188,12 +194,12 @@ func TestRestOfBodyIsBounded(t *testing.T) {
 	if err != nil || resp.StatusCode != 200 {
 		t.Fatalf("%v, %v", resp, err)
 	}
-	_, _ = io.Copy(io.Discard, resp.Body) // up to the end of the answer
+	_, _ = io.Copy(io.Discard, resp.Body) // read to the end of the answer
 	if _, err := in.ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("the connection is kept: %v", err)
 	}
 	c.held(t, 0)
-	// One whose body was read is used again, however long the call took.
+	// A connection whose body was read is used again, however long the call took.
 	_, addr = connectionsServer(t, func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
 		here(w, r)
@@ -215,6 +221,6 @@ func TestRestOfBodyIsBounded(t *testing.T) {
 			t.Errorf("%q, %v", b, err)
 		}
 		resp.Body.Close()
-		time.Sleep(60 * time.Millisecond) // longer than the rest of a body may take
+		time.Sleep(60 * time.Millisecond) // longer than the server reads the rest of a body
 	}
 }

@@ -12,8 +12,9 @@ import (
 	"github.com/cayhq/cay"
 )
 
-// operations calls f for every operation of the document with its route pattern.
-func operations(spec *openapi3.T, f func(pattern, path string, op *openapi3.Operation, parameters openapi3.Parameters)) {
+// operations calls f for every operation of the document, with its route pattern.
+func operations(spec *openapi3.T, f func(pattern, path string, op *openapi3.Operation,
+	parameters openapi3.Parameters)) {
 	for path, item := range spec.Paths.Map() {
 		for method, op := range item.Operations() {
 			f(method+" "+path, path, op, slices.Concat(item.Parameters, op.Parameters))
@@ -27,7 +28,8 @@ func TestSpecIsValid(t *testing.T) {
 	}
 }
 
-// Every route is in openapi.yaml with its scope and parameters, and the reverse.
+// TestRoutesAreTheDocument checks that the routes and openapi.yaml list the same operations, with
+// the same scopes and parameters.
 func TestRoutesAreTheDocument(t *testing.T) {
 	documented := map[string]access{}
 	operations(loadSpec(t), func(pattern, _ string, op *openapi3.Operation, parameters openapi3.Parameters) {
@@ -35,7 +37,7 @@ func TestRoutesAreTheDocument(t *testing.T) {
 		a.open = op.Security != nil && len(*op.Security) == 0
 		scope, has := op.Extensions["x-cay-scope"].(string)
 		if has == a.open {
-			t.Errorf("%s: x-cay-scope must be there exactly where a key is needed", pattern)
+			t.Errorf("%s: x-cay-scope must be set if and only if a key is needed", pattern)
 		}
 		for _, p := range parameters {
 			if p.Value.In == "query" {
@@ -46,7 +48,7 @@ func TestRoutesAreTheDocument(t *testing.T) {
 			}
 		}
 		if op.OperationID == "listSandboxes" {
-			a.query = append(a.query, metadataPrefix) // OpenAPI cannot describe names with a free part
+			a.query = append(a.query, metadataPrefix) // OpenAPI cannot describe parameters whose names vary
 		}
 		for _, answer := range op.Responses.Map() {
 			a.timed = a.timed || answer.Value.Headers["Server-Timing"] != nil
@@ -67,8 +69,8 @@ func TestRoutesAreTheDocument(t *testing.T) {
 		t.Errorf("openapi.yaml (-) and the table of routes (+) differ:\n%s", diff)
 	}
 
-	// The generated code registers what the document has; a route that the mux
-	// knows and the table does not would be refused, so look at the mux too.
+	// The generated code registers the operations of the document in the mux. Routes that are in the
+	// mux but not in the table would be refused, so compare the mux with the table too.
 	s := &server{mux: http.NewServeMux()}
 	HandlerFromMux(s, s.mux)
 	for pattern := range routes {
@@ -83,7 +85,7 @@ func TestRoutesAreTheDocument(t *testing.T) {
 	}
 }
 
-// Everything a reader of the document meets says what it is.
+// TestDocumentIsComplete checks that all parts of the document have a description.
 func TestDocumentIsComplete(t *testing.T) {
 	spec := loadSpec(t)
 	ids := map[string]string{}
@@ -112,7 +114,8 @@ func TestDocumentIsComplete(t *testing.T) {
 				}
 			}
 		}
-		if strings.HasPrefix(path, "/v1/") && op.RequestBody != nil && op.RequestBody.Value.Content["application/json"] != nil {
+		if strings.HasPrefix(path, "/v1/") && op.RequestBody != nil &&
+			op.RequestBody.Value.Content["application/json"] != nil {
 			for _, status := range []string{"413", "415"} {
 				if op.Responses.Value(status) == nil {
 					t.Errorf("%s: answers %s, which is not documented", pattern, status)
@@ -131,7 +134,7 @@ func describe(t *testing.T, name string, ref *openapi3.SchemaRef) {
 		t.Errorf("schema %s has no description", name)
 	}
 	if s.Type.Is("object") && len(s.Properties) > 0 && (s.AdditionalProperties.Has == nil || *s.AdditionalProperties.Has) {
-		t.Errorf("schema %s does not say that there are no other fields", name)
+		t.Errorf("schema %s does not exclude other fields", name)
 	}
 	for field, p := range s.Properties {
 		if p.Ref == "" {

@@ -17,13 +17,13 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// Limits of JSON bodies, bytes.
+// Limits of JSON bodies, in bytes.
 const (
 	maxBody        = 1 << 20
-	maxExecuteBody = 8 << 20 // stdin is in it
+	maxExecuteBody = 8 << 20 // includes stdin
 )
 
-// body reads a JSON body of at most limit bytes. One that is not there is nil.
+// body reads a JSON body of at most limit bytes. It returns nil if there is no body.
 func body(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
 	if r.ContentLength == 0 || r.Body == nil || r.Body == http.NoBody {
 		return nil, nil
@@ -32,7 +32,7 @@ func body(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
 		return nil, tooLarge(limit)
 	}
 	control := http.NewResponseController(w)
-	// A writer without deadlines is one of a test.
+	// The writers of tests have no deadlines, so the error is ignored.
 	_ = control.SetReadDeadline(time.Now().Add(callOf(r).patience.body))
 	b, err := readAll(&callOf(r).account, http.MaxBytesReader(w, r.Body, limit), limit, r.ContentLength)
 	var over *http.MaxBytesError
@@ -44,9 +44,9 @@ func body(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
 	case err != nil:
 		return nil, incomplete(err)
 	}
-	// The deadline must go when all is read: net/http watches the connection while we
-	// work, and would take a deadline that passes for a caller who leaves. While
-	// there is more to come it must stay, for net/http waits for that in the end.
+	// Clear the deadline once the whole body is read: net/http watches the connection during the call
+	// and would take an expired deadline for a caller that leaves. While more of the body is to come
+	// the deadline must stay, because net/http waits for the rest in the end.
 	_ = control.SetReadDeadline(time.Time{})
 	if len(b) == 0 {
 		return nil, nil
@@ -64,13 +64,14 @@ func incomplete(cause error) error {
 	return fault.New(fault.Invalid, codeIncomplete, "the body ended early or came too slowly").Because(cause)
 }
 
-// errNotJSON is 415, a status that no kind of fault has.
+// errNotJSON reports a body that is not JSON. It is answered with 415, a status that no kind of
+// fault has.
 type errNotJSON struct{ detail string }
 
 func (e errNotJSON) Error() string { return e.detail }
 
-// checkJSONType refuses a body that says it is something else. One that says
-// nothing is taken for JSON.
+// checkJSONType refuses a body whose headers declare another type than JSON. It accepts a body
+// without a declared type.
 func checkJSONType(h http.Header) error {
 	if encoding := h.Get("Content-Encoding"); encoding != "" && encoding != "identity" {
 		return errNotJSON{"the body is encoded; send it as it is"}
@@ -89,8 +90,8 @@ func checkJSONType(h http.Header) error {
 	return nil
 }
 
-// read decodes the body into dst, a pointer to a struct of api.gen.go, and
-// returns it. Without a body it leaves dst alone, unless the body is required.
+// read decodes the body into dst, a pointer to a struct of api.gen.go, and returns the body.
+// Without a body it leaves dst unchanged, or fails if the body is required.
 func read(w http.ResponseWriter, r *http.Request, limit int64, required bool, dst any) ([]byte, error) {
 	b, err := body(w, r, limit)
 	switch {
@@ -104,14 +105,14 @@ func read(w http.ResponseWriter, r *http.Request, limit int64, required bool, ds
 	return nil, nil
 }
 
-// nothing is the body of an operation that takes none: absent or an empty object.
+// nothing decodes the body of an operation that takes none: absent or an empty object.
 type nothing struct{}
 
-// DurationOrZero is a duration as text, for which the number 0 will do too.
+// DurationOrZero holds a duration as text; JSON may also give the number 0.
 type DurationOrZero string
 
-// unmarshalers refuse null where a value is: in a list, a map, or a field that is
-// required. An optional field that is null never comes here.
+// unmarshalers refuse null in lists, in maps and in required fields. The decoder handles an
+// optional field that is null without calling them.
 var unmarshalers = json.WithUnmarshalers(json.JoinUnmarshalers(
 	json.UnmarshalFromFunc(func(d *jsontext.Decoder, _ *string) error { return refuseNull(d) }),
 	json.UnmarshalFromFunc(func(d *jsontext.Decoder, _ *int) error { return refuseNull(d) }),
@@ -119,8 +120,8 @@ var unmarshalers = json.WithUnmarshalers(json.JoinUnmarshalers(
 ))
 
 func takeZero(d *jsontext.Decoder, dst *DurationOrZero) error {
-	if d.PeekKind() != '0' { // which is the kind of all numbers
-		return errors.ErrUnsupported // let the decoder do it
+	if d.PeekKind() != '0' { // '0' is the kind of all numbers
+		return errors.ErrUnsupported // leave it to the decoder
 	}
 	number, err := d.ReadValue()
 	if err == nil && string(number) != "0" {
@@ -132,13 +133,13 @@ func takeZero(d *jsontext.Decoder, dst *DurationOrZero) error {
 
 func refuseNull(d *jsontext.Decoder) error {
 	if d.PeekKind() == 'n' {
-		return errors.New("null is no value here")
+		return errors.New("null is not allowed here")
 	}
-	return errors.ErrUnsupported // let the decoder do it
+	return errors.ErrUnsupported // leave it to the decoder
 }
 
-// decode reads exactly one JSON object into dst: UTF-8, no unknown and no
-// repeated fields, nothing after it. Errors are Invalid and name the field.
+// decode reads exactly one JSON object into dst. It refuses invalid UTF-8, unknown and repeated
+// fields, and text after the object. Its errors are Invalid and name the field.
 func decode(b []byte, dst any) error {
 	if trimmed := bytes.TrimLeft(b, " \t\r\n"); len(trimmed) > 0 && trimmed[0] != '{' {
 		return fault.New(fault.Invalid, "invalid_json", "the body must be a JSON object")
@@ -153,9 +154,10 @@ func decode(b []byte, dst any) error {
 	case errors.Is(err, jsontext.ErrDuplicateName) && errors.As(err, &syntax):
 		return fault.InField("duplicate_field", fieldPath(syntax.JSONPointer, dst), "is given more than once")
 	case errors.As(err, &syntax):
-		return fault.New(fault.Invalid, "invalid_json", "the body is not valid JSON at byte %d", syntax.ByteOffset).Because(err)
+		return fault.New(fault.Invalid, "invalid_json",
+			"the body is not valid JSON at byte %d", syntax.ByteOffset).Because(err)
 	case errors.Is(err, json.ErrUnknownName) && errors.As(err, &semantic):
-		return fault.InField("unknown_field", fieldPath(semantic.JSONPointer, dst), "is no field of this request")
+		return fault.InField("unknown_field", fieldPath(semantic.JSONPointer, dst), "is not a field of this request")
 	case errors.As(err, &semantic):
 		field := fieldPath(semantic.JSONPointer, dst)
 		return fault.InField(codeOf(field), field, "must be %s", wanted(semantic.GoType)).Because(err)
@@ -163,7 +165,7 @@ func decode(b []byte, dst any) error {
 	return fault.New(fault.Invalid, "invalid_json", "the body cannot be read").Because(err)
 }
 
-// wanted names a type of api.gen.go as a caller knows it.
+// wanted describes a type of api.gen.go in words that callers know.
 func wanted(t reflect.Type) string {
 	for t != nil && t.Kind() == reflect.Pointer {
 		t = t.Elem()
@@ -189,8 +191,8 @@ func wanted(t reflect.Type) string {
 	return "of another type"
 }
 
-// fieldPath writes a JSON pointer the way people do: egress.allow_cidrs[0]. The
-// type says which numbers are indices.
+// fieldPath writes a JSON pointer in the usual notation, such as egress.allow_cidrs[0]. The type of
+// dst tells which numbers are indices.
 func fieldPath(pointer jsontext.Pointer, dst any) string {
 	var b strings.Builder
 	t := reflect.TypeOf(dst)
@@ -212,7 +214,8 @@ func fieldPath(pointer jsontext.Pointer, dst any) string {
 	return b.String()
 }
 
-// member is the type of a field of a struct or a value of a map; nil if it has none.
+// member returns the type of a field of a struct or of the values of a map, or nil if t has no such
+// member.
 func member(t reflect.Type, name string) reflect.Type {
 	switch {
 	case t == nil:
@@ -228,8 +231,8 @@ func member(t reflect.Type, name string) reflect.Type {
 	return nil
 }
 
-// fileMode is the octal text of permissions, 0 to 0777. The set-id and sticky bits
-// are not taken: the agent would not set them.
+// fileMode parses the octal text of permissions, 0 to 0777. It refuses the set-id and sticky bits,
+// because the agent would not set them.
 func fileMode(text string) (fs.FileMode, error) {
 	n, err := strconv.ParseUint(text, 8, 32)
 	if err != nil || n > 0o777 || len(text) > len("0777") {
@@ -238,14 +241,13 @@ func fileMode(text string) (fs.FileMode, error) {
 	return fs.FileMode(n), nil
 }
 
-// Limits of a page.
+// Limits of a page, in rows.
 const (
 	defaultLimit = 50
 	maxLimit     = 200
 )
 
-// page checks the parameters of a listing; whether the cursor is one of ours is
-// for the store to say.
+// page checks the parameters of a listing. The store checks whether the cursor is valid.
 func page(limit *int, cursor *string) (int, string, error) {
 	n, after := defaultLimit, ""
 	if limit != nil {

@@ -13,7 +13,7 @@ import (
 	"github.com/cayhq/cay/internal/template"
 )
 
-// optional is nil for the zero value, which the wire leaves out.
+// optional returns a pointer to v, or nil for the zero value, which the wire format leaves out.
 func optional[T comparable](v T) *T {
 	var zero T
 	if v == zero {
@@ -22,7 +22,8 @@ func optional[T comparable](v T) *T {
 	return &v
 }
 
-// at is a time of the wire, nil for "not yet" and "does not apply".
+// at returns a pointer to the time in UTC, or nil for the zero time, which stands for "not yet" and
+// "does not apply".
 func at(t time.Time) *time.Time {
 	if t.IsZero() {
 		return nil
@@ -30,10 +31,11 @@ func at(t time.Time) *time.Time {
 	return new(t.UTC())
 }
 
-// seconds rounds up, so that a short time never shows as none.
+// seconds returns d in whole seconds, rounded up, so that a short time is never shown as 0.
 func seconds(d time.Duration) int64 { return int64((d + time.Second - 1) / time.Second) }
 
-// each maps a list; the result is never nil, so that an empty one is [].
+// each applies f to every element of list. The result is never nil, so that JSON shows an empty
+// list as [].
 func each[T, U any](list []T, f func(T) U) []U {
 	out := make([]U, len(list))
 	for i, v := range list {
@@ -115,19 +117,22 @@ func networkOf(t *sandbox.Traffic) *NetworkUse {
 
 func eventOf(e sandbox.Event) Event {
 	return Event{
-		ID: e.ID, Time: e.At.UTC(), From: optional(SandboxState(e.From)), To: SandboxState(e.To), Reason: e.Reason, Detail: optional(e.Detail),
+		ID: e.ID, Time: e.At.UTC(), From: optional(SandboxState(e.From)), To: SandboxState(e.To),
+		Reason: e.Reason, Detail: optional(e.Detail),
 	}
 }
 
-// encodedPath returns a path as it stands in the query of a URL, readable as far as it goes.
+// encodedPath returns a path encoded for the query of a URL. It keeps the path as readable as
+// possible.
 func encodedPath(raw []byte) string {
 	return strings.NewReplacer("+", "%20", "%2F", "/").Replace(url.QueryEscape(string(raw)))
 }
 
 func entryOf(e agentapi.Entry) FileEntry {
 	return FileEntry{
-		Name: e.Name, Path: e.Path, PathEncoded: optional(encodedPath(e.RawPath)), Type: FileEntryType(e.Type), Size: e.Size, Mode: fmt.Sprintf("%04o", e.Mode&0o7777),
-		Owner: e.Owner, Group: e.Group, ModifiedAt: e.ModifiedAt.UTC(), SymlinkTarget: optional(e.SymlinkTarget),
+		Name: e.Name, Path: e.Path, PathEncoded: optional(encodedPath(e.RawPath)), Type: FileEntryType(e.Type), Size: e.Size,
+		Mode: fmt.Sprintf("%04o", e.Mode&0o7777), Owner: e.Owner, Group: e.Group, ModifiedAt: e.ModifiedAt.UTC(),
+		SymlinkTarget: optional(e.SymlinkTarget),
 	}
 }
 
@@ -168,7 +173,7 @@ func buildErrorOf(e *template.BuildError) *BuildError {
 	return out
 }
 
-// startText is a start command as a line for a shell.
+// startText returns a start command as a line for a shell.
 func startText(s sandbox.Start) string {
 	if len(s.Args) == 0 {
 		return s.Command
@@ -224,9 +229,12 @@ func keyOf(k auth.Key) APIKey {
 }
 
 func snapshotOf(s sandbox.Snapshot) Snapshot {
-	return Snapshot{ID: string(s.ID), Name: optional(s.Name), SandboxID: string(s.SandboxID), Template: s.Template, TemplateID: s.TemplateID,
-		TemplateVersion: s.TemplateVersion, Size: s.Size.Name, VCPUs: s.Size.VCPUs, MemoryMB: s.Size.MemoryMB, DiskMB: s.DiskMB, Env: orEmpty(s.Env),
-		Egress: egressOf(s.Egress), Memory: true, SizeBytes: s.Bytes, CreatedAt: s.CreatedAt.UTC()}
+	return Snapshot{
+		ID: string(s.ID), Name: optional(s.Name), SandboxID: string(s.SandboxID),
+		Template: s.Template, TemplateID: s.TemplateID, TemplateVersion: s.TemplateVersion,
+		Size: s.Size.Name, VCPUs: s.Size.VCPUs, MemoryMB: s.Size.MemoryMB, DiskMB: s.DiskMB, Env: orEmpty(s.Env),
+		Egress: egressOf(s.Egress), Memory: true, SizeBytes: s.Bytes, CreatedAt: s.CreatedAt.UTC(),
+	}
 }
 
 func childOf(c sandbox.Child) ForkChild {

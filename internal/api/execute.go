@@ -18,15 +18,15 @@ import (
 	"github.com/cayhq/cay/internal/trace"
 )
 
-// Limits of a command. Part of the contract.
+// Time limits of a command. They are part of the contract.
 const (
 	defaultCommandTimeout = 30 * time.Second
 	maxCommandTimeout     = 5 * time.Minute
 )
 
-// inside does the part of a call that needs a running sandbox: it leases the
-// sandbox, waking it if it is suspended, for as long as do takes. An error of
-// either is the answer; else do has answered.
+// inside runs do with a lease of the sandbox, which it wakes if the sandbox is suspended. It
+// releases the lease when do returns. It answers an error of the lease or of do; if do returns nil,
+// do has answered.
 func (s *server) inside(w http.ResponseWriter, r *http.Request, id SandboxID, do func(agentapi.Target) error) {
 	if err := callOf(r).account.Take(insideCost); err != nil {
 		s.fail(w, r, err) // before the sandbox is woken
@@ -56,9 +56,10 @@ func (s *server) ExecuteCommand(w http.ResponseWriter, r *http.Request, id Sandb
 	switch {
 	case err != nil:
 	case detach && !wantsEvents(r):
-		err = fault.InField("invalid_detach", "detach", "needs Accept: text/event-stream; without following its output start a process instead")
+		err = fault.InField("invalid_detach", "detach",
+			"needs Accept: text/event-stream; without following its output start a process instead")
 	case all && detach:
-		err = fault.InField("invalid_all_output", "all_output", "not with detach")
+		err = fault.InField("invalid_all_output", "all_output", "cannot be given together with detach")
 	case all && !wantsEvents(r):
 		err = fault.InField("invalid_all_output", "all_output", "needs Accept: text/event-stream")
 	}
@@ -133,25 +134,25 @@ func commandOf(in ExecuteRequest) (agentapi.ExecuteRequest, error) {
 	return out, out.Check()
 }
 
-// shellOf reads what is to run the command line.
+// shellOf reads the shell that runs the command line.
 func shellOf(in ExecuteRequest, out *agentapi.ExecuteRequest) error {
 	if in.Shell == nil {
 		return nil
 	}
 	if in.Command == nil {
-		return fault.InField("invalid_shell", "shell", "is for command; args are run without one")
+		return fault.InField("invalid_shell", "shell", "applies to command only; args are run without a shell")
 	}
 	switch *in.Shell {
 	case ExecuteRequestShellSh:
 	case ExecuteRequestShellBash:
-		out.Shell = "bash" // wherever the image has it
+		out.Shell = "bash" // found on PATH, because images keep it in different places
 	default:
 		return fault.InField("invalid_shell", "shell", "must be sh or bash")
 	}
 	return nil
 }
 
-// text is output as JSON can carry it: as it is, or base64 when it is not UTF-8.
+// text returns output in a form that JSON can carry: unchanged if it is UTF-8, else in base64.
 func text(b []byte) (s string, encoded bool) {
 	if utf8.Valid(b) {
 		return string(b), false
@@ -159,7 +160,7 @@ func text(b []byte) (s string, encoded bool) {
 	return base64.StdEncoding.EncodeToString(b), true
 }
 
-// firstRealtime is SIGRTMIN of Linux; what lies above has no names of its own.
+// firstRealtime is SIGRTMIN of Linux. The signals above it have no names of their own.
 const firstRealtime = 34
 
 func signalName(n int) string {

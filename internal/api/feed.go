@@ -14,22 +14,22 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// Events has the methods that are called of the event room; [*event.Feed] implements it.
+// Events has the methods of the event room that this package calls; [*event.Feed] implements it.
 type Events interface {
 	Read(ctx context.Context, q event.Query) (event.Page, error)
 	Last(ctx context.Context, orgID string) (event.Seq, error)
 	Follow(ctx context.Context, q event.Query, idle time.Duration, emit func(event.Page) error) error
 }
 
-// eventScopes has the scope that a key needs to see events about a subject: the one that it needs
-// to read the subject itself.
+// eventScopes maps the subject of an event to the scope that a key needs to see the event. It is
+// the scope that the key needs to read the subject itself.
 var eventScopes = map[string]auth.Scope{
 	"sandbox": auth.SandboxesRead, "snapshot": auth.SandboxesRead, "template": auth.TemplatesRead,
 	"api_key": auth.Admin, "org": auth.Admin,
 }
 
-// visibleTypes returns the types of events that a key may see, of those that are asked for or of
-// all; nil is all.
+// visibleTypes returns the types of events that a key may see, out of the types asked for, or out
+// of all types if none is asked for. A nil result stands for all types.
 func visibleTypes(p auth.Principal, asked []FeedEventType) ([]event.Type, error) {
 	missing := func(scope auth.Scope) error {
 		return fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s", scope)
@@ -59,7 +59,7 @@ func visibleTypes(p auth.Principal, asked []FeedEventType) ([]event.Type, error)
 	return types, nil
 }
 
-// placeOf reads the id of an event from a parameter, nil if that is absent.
+// placeOf reads the id of an event from a parameter. It returns nil if the parameter is absent.
 func placeOf(field string, text *string) (*event.Seq, error) {
 	if text == nil || *text == "" {
 		return nil, nil
@@ -110,7 +110,7 @@ func (s *server) ReadFeed(w http.ResponseWriter, r *http.Request, params ReadFee
 	}
 }
 
-// answerFeed answers with one page.
+// answerFeed answers with one page of events.
 func (s *server) answerFeed(w http.ResponseWriter, r *http.Request, q event.Query) {
 	page, err := s.Events.Read(r.Context(), q)
 	if err == nil {
@@ -145,15 +145,17 @@ func sizeOfEvents(events []event.Event) int64 {
 	return size
 }
 
-// followBatch is the most events that a follower is sent at once, some 100 KiB: with fewer it reads the
-// database more often to catch up, with more it holds more while its caller reads slowly.
+// followBatch is the largest number of events that a follower is sent at once, about 100 KiB. With
+// fewer, a follower that catches up causes more reads of the database; with more, the server holds
+// more memory while a caller reads slowly.
 const followBatch = 100
 
 // errFeedStopping ends the streams of followers when the server stops.
 var errFeedStopping = fault.New(fault.Unavailable, "stopping",
 	"the server stops; follow again with Last-Event-ID when it is back")
 
-// followFeed streams events until the caller goes, the server stops, or the key is no good any more.
+// followFeed streams events until the caller leaves, the server stops, or the key is no longer
+// valid.
 func (s *server) followFeed(w http.ResponseWriter, r *http.Request, q event.Query, after *event.Seq) {
 	reply := &eventReply{s: s, w: w, r: r}
 	defer reply.end()
@@ -172,7 +174,7 @@ func (s *server) followFeed(w http.ResponseWriter, r *http.Request, q event.Quer
 	checked, sent := time.Now(), event.Oldest
 	err := s.Events.Follow(ctx, q, quiet, func(page event.Page) error {
 		if time.Since(checked) >= quiet {
-			// The key was good when the stream began.
+			// The key was valid when the stream began; check that it still is.
 			if _, err := s.Auth.Authenticate(ctx, secretOf(r)); err != nil {
 				return err
 			}

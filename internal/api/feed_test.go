@@ -21,7 +21,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// feedOf reads all events that a key sees after an id, a few at a time.
+// feedOf reads all events after an id that a key may see, in several pages.
 func (h *house) feedOf(t *testing.T, key, query string) []FeedEvent {
 	t.Helper()
 	var all []FeedEvent
@@ -45,7 +45,7 @@ func (h *house) lastOf(t *testing.T, key string) string {
 	return all[len(all)-1].ID
 }
 
-// awaitEvents waits until there are the given types after an id, exactly.
+// awaitEvents waits until the events after an id have exactly the given types.
 func (h *house) awaitEvents(t *testing.T, after string, want ...event.Type) []FeedEvent {
 	t.Helper()
 	var got []event.Type
@@ -61,8 +61,8 @@ func (h *house) awaitEvents(t *testing.T, after string, want ...event.Type) []Fe
 	}
 }
 
-// TestFeedHasEveryFact makes one of each kind of fact through the API and finds exactly its
-// events, in order; other calls make none.
+// TestFeedHasEveryFact causes one fact of each kind through the API and checks that the feed has
+// exactly its events, in order, and that other calls add none.
 func TestFeedHasEveryFact(t *testing.T) {
 	h := newHouse(t)
 	running, stop := context.WithCancel(t.Context())
@@ -93,7 +93,7 @@ func TestFeedHasEveryFact(t *testing.T) {
 		}
 		return r
 	}
-	// What newHouse made of the operator's organization.
+	// newHouse created the operator's organization.
 	if e := expect(event.OrgCreated, event.KeyCreated, event.TemplateCreated); *e[0].Name != auth.OperatorOrg ||
 		*e[1].APIKeyID != h.org.Key.ID {
 		t.Errorf("the first events are %+v", e)
@@ -122,16 +122,16 @@ func TestFeedHasEveryFact(t *testing.T) {
 	expect(event.SandboxWaking, event.SandboxRunning)
 	do(200, "PUT", path+"/egress", `{"mode":"deny_all"}`)
 	if e := expect(event.SandboxEgressChanged); *e[0].Detail != "deny_all" || *e[0].From != *e[0].To {
-		t.Errorf("a change of policy has %+v", e)
+		t.Errorf("the event of a policy change is %+v", e)
 	}
 	h.node.OnSetEgress = func(context.Context, sandbox.ID) error { return errors.New("injected") }
 	do(500, "PUT", path+"/egress", `{"mode":"allow_all"}`)
 	h.node.OnSetEgress = nil
 	if e := expect(event.SandboxEgressChanged, event.SandboxEgressChanged); *e[0].Detail != "allow_all" ||
 		*e[1].Detail != "deny_all" {
-		t.Errorf("a policy that was written back has %+v", e)
+		t.Errorf("the events of a policy that was restored are %+v", e)
 	}
-	for range 3 { // gathered
+	for range 3 { // gathered into one event
 		h.node.Deny(sandbox.Denial{ID: sandbox.ID(box), Protocol: "tcp",
 			Destination: netip.MustParseAddrPort("203.0.113.5:443"), Count: 1})
 	}
@@ -156,7 +156,7 @@ func TestFeedHasEveryFact(t *testing.T) {
 	expect()
 	do(201, "POST", "/v1/sandboxes", `{"snapshot":"mine"}`)
 	if e := expect(event.SandboxCreating, event.SandboxRunning); *e[0].Reason != "snapshot" || *e[0].Detail != snap {
-		t.Errorf("one from a snapshot has %+v", e)
+		t.Errorf("the event of a sandbox from a snapshot is %+v", e)
 	}
 	do(204, "DELETE", "/v1/snapshots/mine", "")
 	do(404, "DELETE", "/v1/snapshots/mine", "")
@@ -197,7 +197,7 @@ func TestFeedHasEveryFact(t *testing.T) {
 	}
 	for _, typ := range event.Types() {
 		if !seen[typ] {
-			t.Errorf("nothing made an event of type %s", typ)
+			t.Errorf("the test caused no event of type %s", typ)
 		}
 		if !FeedEventType(typ).Valid() {
 			t.Errorf("openapi.yaml has no type %s", typ)
@@ -205,7 +205,7 @@ func TestFeedHasEveryFact(t *testing.T) {
 	}
 	h.sameAsListing(t, box, facts)
 
-	// Nobody else sees any of it, and none of it holds a secret.
+	// No other organization sees any of the events, and none of them holds a secret.
 	r := h.send(t, "GET", "/v1/events?limit=200", h.key, "")
 	for _, s := range []string{secret, h.key, key.APIKey, h.org.Key.Prefix} {
 		if strings.Contains(string(r.body), s) {
@@ -213,15 +213,16 @@ func TestFeedHasEveryFact(t *testing.T) {
 		}
 	}
 	others := h.feedOf(t, h.other, "")
-	if len(others) != 2 || others[0].Type != "org.created" || *others[0].Name != "other" || others[1].Type != "api_key.created" {
+	if len(others) != 2 || others[0].Type != "org.created" || *others[0].Name != "other" ||
+		others[1].Type != "api_key.created" {
 		t.Errorf("another organization sees %+v", others)
 	}
 	if theirs := h.feedOf(t, h.other, "sandbox="+box+"&after="+facts[0].ID); len(theirs) != 0 {
-		t.Errorf("another organization sees of our sandbox %+v", theirs)
+		t.Errorf("another organization sees events of our sandbox: %+v", theirs)
 	}
 }
 
-// sameAsListing checks that a sandbox's own listing has the same events, but for those of ports.
+// sameAsListing checks that the sandbox's own listing has the same events, except those of ports.
 func (h *house) sameAsListing(t *testing.T, box string, facts []FeedEvent) {
 	t.Helper()
 	var listed, fed []Event
@@ -257,13 +258,13 @@ func TestFeedFilters(t *testing.T) {
 	}
 	for _, e := range h.feedOf(t, h.key, "sandbox="+second.ID) {
 		if *e.SandboxID != second.ID {
-			t.Errorf("of another sandbox: %+v", e)
+			t.Errorf("the events of another sandbox are %+v", e)
 		}
 	}
 	if got := types(h.key, "type=sandbox.creating&sandbox="+first.ID); len(got) != 1 {
-		t.Errorf("of one type of one sandbox: %q", got)
+		t.Errorf("the events of one type of one sandbox are %q", got)
 	}
-	// A key sees the events of what it may read.
+	// A key sees the events of the subjects that it may read.
 	for _, tt := range []struct {
 		scope auth.Scope
 		sees  []FeedEventType
@@ -278,7 +279,7 @@ func TestFeedFilters(t *testing.T) {
 		}
 		if r := h.send(t, "GET", "/v1/events?type=api_key.created", key, ""); r.status != 403 ||
 			r.problem.Code != "scope_missing" {
-			t.Errorf("with %s one may ask for keys: %d %s", tt.scope, r.status, r.body)
+			t.Errorf("a key with the scope %s may read events of keys: %d %s", tt.scope, r.status, r.body)
 		}
 	}
 	_, key := h.newKey(t, 0, auth.Exec, auth.Files)
@@ -297,7 +298,7 @@ func TestFeedFilters(t *testing.T) {
 	})
 }
 
-// feedStream follows the feed and hands out its events, "ready" first.
+// feedStream follows the feed and returns the stream of its events, which begins with "ready".
 func (h *house) feedStream(t *testing.T, key, query, last string) *bufio.Reader {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), "GET", h.url+"/v1/events?"+query, nil)
@@ -343,12 +344,12 @@ func TestFeedIsFollowed(t *testing.T) {
 	h.send(t, "PUT", "/v1/sandboxes/"+box.ID+"/egress", h.key, `{"mode":"deny_all"}`)
 	h.send(t, "POST", "/v1/sandboxes", h.other, `{"template":"python"}`)
 	if e := nextFeedEvent(t, live); e.Type != "sandbox.egress_changed" || *e.SandboxID != box.ID {
-		t.Errorf("the first new one is %+v", e)
+		t.Errorf("the first new event is %+v", e)
 	}
 	if e := nextFeedEvent(t, other); e.Type != "sandbox.creating" {
-		t.Errorf("another organization's first new one is %+v", e)
+		t.Errorf("another organization's first new event is %+v", e)
 	}
-	// One that was away goes on where it was.
+	// A follower that reconnects continues after its last event.
 	all := h.feedOf(t, h.key, "")
 	late := h.feedStream(t, h.key, "after="+all[3].ID, all[1].ID)
 	for _, want := range all[2:] {
@@ -356,20 +357,21 @@ func TestFeedIsFollowed(t *testing.T) {
 			t.Error(diff)
 		}
 	}
-	// The organization has two now.
+	// The organization has two followers now, which is the limit.
 	r := h.send(t, "GET", "/v1/events", h.key, "", header("Accept", eventStream))
 	if r.status != 429 || r.problem.Code != "too_many_followers" {
 		t.Errorf("a third: %d %s", r.status, r.body)
 	}
 }
 
-// TestFeedPassesWhatDoesNotMatch follows a type that is rare: the stream tells how far it has read.
+// TestFeedPassesWhatDoesNotMatch follows a rare type of event and checks that the stream reports
+// how far it has read.
 func TestFeedPassesWhatDoesNotMatch(t *testing.T) {
 	h := newHouse(t)
 	stream := h.feedStream(t, h.key, "type=template.deleted", "")
 	h.newBox(t)
 	if e := readEvent(t, stream); len(e) != 1 || e["id"] == "" {
-		t.Errorf("instead of an id alone comes %v", e)
+		t.Errorf("got %v, want an id without an event", e)
 	}
 	h.send(t, "DELETE", "/v1/templates/mine", h.key, "")
 	for e := readEvent(t, stream); e["event"] != "event"; e = readEvent(t, stream) {
@@ -379,7 +381,7 @@ func TestFeedPassesWhatDoesNotMatch(t *testing.T) {
 	}
 }
 
-// awaitError reads a stream up to its error, which must be its end.
+// awaitError reads a stream up to an error event, which must be the last event.
 func awaitError(t *testing.T, r *bufio.Reader, status int, code string) {
 	t.Helper()
 	for {
@@ -392,7 +394,7 @@ func awaitError(t *testing.T, r *bufio.Reader, status int, code string) {
 			t.Errorf("the stream ends with %v, %v; want %d %s", e, err, status, code)
 		}
 		if rest, err := io.ReadAll(r); err != nil || strings.Trim(string(rest), ":\n") != "" {
-			t.Errorf("after the end comes %q, %v", rest, err)
+			t.Errorf("got %q, %v after the end", rest, err)
 		}
 		return
 	}
@@ -416,10 +418,11 @@ func TestFeedEndsWithTheKey(t *testing.T) {
 	h.send(t, "DELETE", "/v1/api-keys/"+key.ID, h.key, "")
 	awaitError(t, revoked, 401, "unauthenticated")
 	awaitError(t, expired, 401, "unauthenticated")
-	h.feedStream(t, h.key, "", "") // both have left
+	h.feedStream(t, h.key, "", "") // both followers have left
 }
 
-// TestFeedOfDropped asks for events after dropped ones: only a reader that misses some is refused.
+// TestFeedOfDropped asks for events after dropped ones and checks that only a reader that misses
+// events is refused.
 func TestFeedOfDropped(t *testing.T) {
 	h := newHouse(t)
 	before, others := h.feedOf(t, h.key, ""), h.lastOf(t, h.other)
@@ -437,7 +440,7 @@ func TestFeedOfDropped(t *testing.T) {
 	if got := h.feedOf(t, h.key, ""); len(got) != 1 || got[0].Type != "sandbox.running" {
 		t.Errorf("what is left is %+v", got)
 	}
-	h.feedOf(t, h.other, "after="+others) // nothing of it is missing
+	h.feedOf(t, h.other, "after="+others) // no event of this organization is missing
 	stream := h.feedStream(t, h.key, "", "")
 	h.newBox(t)
 	nextFeedEvent(t, stream)

@@ -16,9 +16,10 @@ import (
 )
 
 const (
-	// maxFile is the largest file that can be written, bytes. Part of the contract.
+	// maxFile is the size in bytes of the largest file that can be written. It is part of the
+	// contract.
 	maxFile = 100_000_000
-	// Depths of a listing. Part of the contract.
+	// Depths of a listing. They are part of the contract.
 	defaultDepth = 1
 	maxDepth     = 10
 )
@@ -55,19 +56,23 @@ func uploadOf(w http.ResponseWriter, r *http.Request, params WriteFileParams) (a
 		if *params.Owner == "" {
 			return out, fault.InField("invalid_owner", "owner", "must be the name or number of a user, not empty")
 		}
-		// The file is written as its owner, so that parents become theirs too.
+		// The file is written as its owner, so that the owner also owns new parent directories.
 		out.User = *params.Owner
 	}
 	if r.ContentLength > maxFile {
 		return out, errFileTooLarge
 	}
 	if r.Body != nil {
-		out.Body = &upload{body: r.Body, control: http.NewResponseController(w), stall: callOf(r).patience.stall, left: maxFile, over: errFileTooLarge}
+		out.Body = &upload{
+			body: r.Body, control: http.NewResponseController(w), stall: callOf(r).patience.stall,
+			left: maxFile, over: errFileTooLarge,
+		}
 	}
 	return out, nil
 }
 
-// ownerError names the parameter of this call where the agent names its own.
+// ownerError renames the field of an error from the agent's name for it, user, to this call's,
+// owner.
 func ownerError(err error) error {
 	f := fault.As(err)
 	if f == nil || f.Field != "user" {
@@ -78,20 +83,21 @@ func ownerError(err error) error {
 	return named
 }
 
-// errFileTooLarge is Invalid, not TooLarge: the contract has 400 here.
+// errFileTooLarge refuses a file over maxFile. It is Invalid, not TooLarge, because the contract
+// has 400 here.
 var errFileTooLarge = fault.New(fault.Invalid, "file_too_large", "a file may have %d bytes", maxFile)
 
-// upload reads a file from the caller: no more than is left, and each piece in time.
+// upload reads a file from the caller. It refuses more than left bytes and a caller that stalls.
 type upload struct {
 	body    io.Reader
 	control *http.ResponseController
 	stall   time.Duration
 	left    int64
-	over    error // for what is more than is left
+	over    error // the error for a body of more than left bytes
 }
 
 func (u *upload) Read(p []byte) (int, error) {
-	// A writer without deadlines is one of a test.
+	// The writers of tests have no deadlines, so the error is ignored.
 	_ = u.control.SetReadDeadline(time.Now().Add(u.stall))
 	n, err := u.body.Read(p)
 	if u.left -= int64(n); u.left < 0 {
@@ -99,7 +105,7 @@ func (u *upload) Read(p []byte) (int, error) {
 	}
 	switch {
 	case err == io.EOF:
-		// See body for why it must go.
+		// Clear the deadline; the function body in decode.go says why.
 		_ = u.control.SetReadDeadline(time.Time{})
 	case err != nil:
 		err = incomplete(err)
@@ -107,11 +113,11 @@ func (u *upload) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// contentRange is what a Content-Range may look like; it comes from inside the
-// sandbox.
+// contentRange matches a well-formed Content-Range. The header must be checked because it comes
+// from inside the sandbox.
 var contentRange = regexp.MustCompile(`^bytes (\d+-\d+|\*)/(\d+|\*)$`)
 
-// copyPiece is how much of a file is held at once, bytes.
+// copyPiece is the number of bytes of a file that are held at once.
 const copyPiece = 64 << 10
 
 // ReadFile answers GET /v1/sandboxes/{id}/files.
@@ -134,8 +140,7 @@ func (s *server) ReadFile(w http.ResponseWriter, r *http.Request, id SandboxID, 
 	})
 }
 
-// checkNotRoot refuses the paths that no file can have, without touching the
-// sandbox.
+// checkNotRoot refuses paths that no file can have, without waking the sandbox.
 func checkNotRoot(p string) error {
 	if err := agentapi.CheckPath(p); err != nil {
 		return err
@@ -146,9 +151,9 @@ func checkNotRoot(p string) error {
 	return nil
 }
 
-// rangeOf is the range to ask for. Several at once, and one that depends on what
-// the file was (If-Range), are answered with the whole file, as RFC 9110 allows, and one of
-// another unit than bytes, as it demands.
+// rangeOf returns the range to ask the agent for, or "" for the whole file. Requests for several
+// ranges and conditional ones (If-Range) get the whole file, as RFC 9110 allows; ranges in another
+// unit than bytes get it too, as RFC 9110 demands.
 func rangeOf(h http.Header) string {
 	text := h.Get("Range")
 	if unit, _, _ := strings.Cut(text, "="); unit != "bytes" || strings.Contains(text, ",") || h.Get("If-Range") != "" {
@@ -171,7 +176,7 @@ func (s *server) sendFile(w http.ResponseWriter, r *http.Request, file *agentapi
 		return
 	}
 	h.Set("Content-Type", "application/octet-stream")
-	h.Set("Content-Disposition", "attachment") // never shown, whatever a browser makes of its type
+	h.Set("Content-Disposition", "attachment") // no browser displays it, whatever type it guesses
 	h.Set("Cache-Control", "no-store")
 	h.Set("Accept-Ranges", "bytes")
 	if file.Size >= 0 {
@@ -191,7 +196,8 @@ func (s *server) sendFile(w http.ResponseWriter, r *http.Request, file *agentapi
 			callOf(r).gone = true
 		}
 		callOf(r).err = fmt.Errorf("sending a file: %w", err)
-		// The status is out; only a broken connection says that this is not all.
+		// The status is sent already; only a broken connection tells the client that the file is
+		// incomplete.
 		panic(http.ErrAbortHandler)
 	}
 }
@@ -248,8 +254,8 @@ func (s *server) ListFiles(w http.ResponseWriter, r *http.Request, id SandboxID,
 	})
 }
 
-// tooManyEntries makes a listing that is too large the fault of the depth: 413
-// speaks of the caller's body.
+// tooManyEntries turns the error of a listing that is too large into an Invalid for the field
+// depth, because 413 would blame the caller's body.
 func tooManyEntries(err error) error {
 	var f *fault.Error
 	if errors.As(err, &f) && f.Code == agentapi.CodeListingTooLarge {

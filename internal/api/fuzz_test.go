@@ -15,7 +15,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// invalid fails the test unless err is nil or the caller's fault.
+// invalid fails the test unless err is nil or blames the caller.
 func invalid(t *testing.T, err error) {
 	t.Helper()
 	if err != nil && !fault.Is(err, fault.Invalid) {
@@ -23,7 +23,7 @@ func invalid(t *testing.T, err error) {
 	}
 }
 
-// Whatever a body holds, decoding ends in a request or in the caller's fault.
+// FuzzBody checks that decoding any body gives a request or an error that blames the caller.
 func FuzzBody(f *testing.F) {
 	for _, seed := range []string{
 		``, `{}`, `null`, `[1]`, `{"template":"python","egress":{"mode":"deny_all","allow_cidrs":["10.0.0.0/8",null],"allow_ports":[1e400]}}`,
@@ -44,7 +44,7 @@ func FuzzBody(f *testing.F) {
 			r.Header.Set("Idempotency-Key", "k")
 			once, err := onceOf(r, b)
 			if err != nil || len(once.Hash) != 64 {
-				t.Fatalf("hashing a body that was decoded: %q, %v", once.Hash, err)
+				t.Fatalf("hashing a decoded body: %q, %v", once.Hash, err)
 			}
 			padded, err := onceOf(r, append([]byte(" \n"), b...))
 			if err != nil || padded != once {
@@ -56,7 +56,8 @@ func FuzzBody(f *testing.F) {
 			_, err = commandOf(execute)
 		}
 		invalid(t, err)
-		for _, dst := range []any{new(KeepaliveRequest), new(Egress), new(CreateAPIKeyRequest), new(CreateOrgRequest), new(nothing)} {
+		for _, dst := range []any{new(KeepaliveRequest), new(Egress), new(CreateAPIKeyRequest), new(CreateOrgRequest),
+			new(nothing)} {
 			invalid(t, decode(b, dst))
 		}
 	})
@@ -94,19 +95,22 @@ func FuzzFileParameters(f *testing.F) {
 		}
 		err = checkNotRoot(path)
 		invalid(t, err)
-		if err == nil && (path[0] != '/' || strings.ContainsRune(path, 0) || strings.Contains(path+"/", "/../") || strings.Trim(path, "/.") == "" && !strings.Contains(path, "...")) {
+		if err == nil && (path[0] != '/' || strings.ContainsRune(path, 0) || strings.Contains(path+"/", "/../") ||
+			strings.Trim(path, "/.") == "" && !strings.Contains(path, "...")) {
 			t.Fatalf("path %q passes", path)
 		}
 	})
 }
 
-// Whatever stands in a query, a path or a body, no answer is a defect of ours, and
-// every one is a problem or what was asked for.
+// FuzzRequest checks that no query, path or body causes an internal error, and that every answer is
+// a success or a problem.
 func FuzzRequest(f *testing.F) {
 	h := newHouse(f)
 	h.agent.fail = fault.New(fault.NotFound, agentapi.CodeFileNotFound, "no such file")
-	handler := New(Config{Sandboxes: h.boxes, Templates: nil, Auth: h.auth, Agent: h.agent, Log: slog.New(slog.DiscardHandler), Registry: prometheus.NewRegistry(), Version: "fuzz"})
-	box := as[Sandbox](f, http.StatusCreated, h.send(f, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`)).ID
+	handler := New(Config{Sandboxes: h.boxes, Templates: nil, Auth: h.auth, Agent: h.agent,
+		Log: slog.New(slog.DiscardHandler), Registry: prometheus.NewRegistry(), Version: "fuzz"})
+	box := as[Sandbox](f, http.StatusCreated,
+		h.send(f, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`)).ID
 	for i, seed := range []string{
 		"limit=5&cursor=x", "status=running&status=x", "metadata.=x&metadata.a%00=%ff", "path=/a&mode=0644", "path=%2f..%2f&depth=3", "wait=1;wait=2",
 		"cursor=" + url.QueryEscape("c1_AAAA"), "%zz", "a=b&&&=", "path=/a&recursive=TRUE",
@@ -115,7 +119,8 @@ func FuzzRequest(f *testing.F) {
 		f.Add(uint8(i+7), seed, "/files/../%2e", `{"command":"id"}`)
 	}
 	methods := []string{"GET", "POST", "PUT", "DELETE", "HEAD", "PATCH"}
-	suffixes := []string{"", "/files", "/files/list", "/events", "/execute", "/keepalive", "/egress", "/suspend", "/wake", "/checkpoint"}
+	suffixes := []string{"", "/files", "/files/list", "/events", "/execute", "/keepalive", "/egress", "/suspend", "/wake",
+		"/checkpoint"}
 	f.Fuzz(func(t *testing.T, which uint8, query, path, body string) {
 		target := "/v1/sandboxes/" + box + suffixes[int(which)%len(suffixes)]
 		if which&1 == 0 {
@@ -131,10 +136,11 @@ func FuzzRequest(f *testing.F) {
 			t.Fatalf("%s %s: %d %s", r.Method, u, w.Code, w.Body)
 		}
 		if w.Code >= 400 && w.Header().Get("Content-Type") != "application/problem+json" {
-			t.Fatalf("%s %s: %d %s is no problem", r.Method, u, w.Code, w.Body)
+			t.Fatalf("%s %s: the answer %d %s is not a problem", r.Method, u, w.Code, w.Body)
 		}
-		if w.Code == http.StatusCreated { // so that the quota does not end the story
-			if err := h.boxes.Destroy(t.Context(), h.org.Org.ID, sandbox.ID(strings.TrimPrefix(w.Header().Get("Location"), "/v1/sandboxes/"))); err != nil {
+		if w.Code == http.StatusCreated { // destroy it, so that the quota does not end the test
+			if err := h.boxes.Destroy(t.Context(), h.org.Org.ID,
+				sandbox.ID(strings.TrimPrefix(w.Header().Get("Location"), "/v1/sandboxes/"))); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -153,7 +159,8 @@ func FuzzCursor(f *testing.F) {
 	f.Add(next)
 	f.Fuzz(func(t *testing.T, cursor string) {
 		q := "?" + url.Values{"cursor": {cursor}}.Encode()
-		for _, path := range []string{"/v1/sandboxes", "/v1/sandboxes/" + box + "/events", "/v1/templates", "/v1/api-keys", "/v1/orgs"} {
+		for _, path := range []string{"/v1/sandboxes", "/v1/sandboxes/" + box + "/events", "/v1/templates", "/v1/api-keys",
+			"/v1/orgs"} {
 			if r := h.send(t, "GET", path+q, h.key, ""); r.status != 200 && r.status != 400 {
 				t.Fatalf("%s%s: %d %s", path, q, r.status, r.body)
 			}
@@ -169,7 +176,8 @@ func FuzzRequestID(f *testing.F) {
 		r := httptest.NewRequest("GET", "/", nil)
 		r.Header["X-Request-Id"] = []string{id}
 		got := requestID(r)
-		if got != id && !strings.HasPrefix(got, "req_") || got == "" || len(got) > 128 || strings.ContainsAny(got, " \t\r\n\"\\{}\x00") {
+		if got != id && !strings.HasPrefix(got, "req_") || got == "" || len(got) > 128 ||
+			strings.ContainsAny(got, " \t\r\n\"\\{}\x00") {
 			t.Fatalf("%q gives %q", id, got)
 		}
 	})

@@ -38,8 +38,8 @@ import (
 	"github.com/cayhq/cay/internal/template"
 )
 
-// house is the real core on a real database behind the real HTTP stack; only the
-// machine and what is inside the sandboxes is played.
+// house holds the real core on a real database behind the real HTTP stack. Only the machine and the
+// inside of the sandboxes are fakes.
 type house struct {
 	url    string
 	spec   *openapi3.T
@@ -49,7 +49,7 @@ type house struct {
 	node   *caytest.Node
 	agent  *fakeAgent
 	ports  *fakePorts
-	server *server // not to be changed once a request was made
+	server *server // must not be changed after the first request
 	boxes  *sandbox.Service
 	auth   *auth.Service
 	ready  error
@@ -64,7 +64,7 @@ type house struct {
 
 type option func(*auth.Config, *sandbox.Config, *Config)
 
-// withAgent plays the inside of the sandboxes in another way.
+// withAgent replaces the fake inside of the sandboxes.
 func withAgent(a Agent) option {
 	return func(_ *auth.Config, _ *sandbox.Config, c *Config) { c.Agent = a }
 }
@@ -72,7 +72,8 @@ func withAgent(a Agent) option {
 func newHouse(t testing.TB, options ...option) *house {
 	t.Helper()
 	ctx := t.Context()
-	h := &house{log: &logBuffer{}, node: caytest.NewNode(), agent: newFakeAgent(), ports: &fakePorts{addrs: map[int]string{}}, spec: loadSpec(t)}
+	h := &house{log: &logBuffer{}, node: caytest.NewNode(), agent: newFakeAgent(),
+		ports: &fakePorts{addrs: map[int]string{}}, spec: loadSpec(t)}
 	log := slog.New(slog.NewJSONHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	db, err := store.Open(ctx, filepath.Join(t.TempDir(), "cay.db"))
 	if err != nil {
@@ -131,7 +132,7 @@ func newHouse(t testing.TB, options ...option) *house {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_ = templates.Run(building) // returns nil
+		_ = templates.Run(building) // always nil
 	}()
 
 	listener := httptest.NewUnstartedServer(nil)
@@ -143,7 +144,8 @@ func newHouse(t testing.TB, options ...option) *house {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h.http = &http.Client{Transport: &checkedTransport{t: t, router: router, base: &http.Transport{ExpectContinueTimeout: 10 * time.Second}}}
+	h.http = &http.Client{Transport: &checkedTransport{t: t, router: router,
+		base: &http.Transport{ExpectContinueTimeout: 10 * time.Second}}}
 	t.Cleanup(func() {
 		templates.Hangup()
 		listener.Close()
@@ -160,12 +162,13 @@ func newHouse(t testing.TB, options ...option) *house {
 	return h
 }
 
-// putTemplates stores one template of each kind; only python is ready.
+// putTemplates stores one template in each status; only python is ready.
 func (h *house) putTemplates(t testing.TB) {
 	t.Helper()
 	at := time.Now().UTC().Add(-time.Hour)
 	for i, v := range []template.Template{
-		{Name: "python", Status: template.Ready, Version: 3, Image: strings.Repeat("ab", 32), ImageSize: 5, Source: "debian:bookworm", BuiltAt: at,
+		{Name: "python", Status: template.Ready, Version: 3, Image: strings.Repeat("ab", 32), ImageSize: 5,
+			Source: "debian:bookworm", BuiltAt: at,
 			Env: map[string]string{"LANG": "C.UTF-8"}, Workdir: "/home/user", User: "user", Size: "shared-cpu-1x", DiskMB: 512},
 		{Name: "slow", Status: template.Building, Progress: "installing packages, 3 of 9"},
 		{Name: "broken", Status: template.Failed, BuildError: &template.BuildError{Step: "step 2", ExitCode: 100, Message: "exit code 100", Tail: []string{"E: no"}}},
@@ -174,10 +177,13 @@ func (h *house) putTemplates(t testing.TB) {
 		v.ID = "tpl_" + strings.Repeat(string(rune('a'+i)), 20)
 		v.CreatedAt, v.UpdatedAt = at.Add(time.Duration(i)*time.Second), at.Add(time.Duration(i)*time.Second)
 		v.Egress.Mode = sandbox.AllowAll
-		if err := h.db.InsertTemplate(t.Context(), v, &template.Build{Definition: template.Definition{Name: v.Name, Image: v.Name + ":1"}}, 0); err != nil {
+		if err := h.db.InsertTemplate(t.Context(), v,
+			&template.Build{Definition: template.Definition{Name: v.Name, Image: v.Name + ":1"}}, 0); err != nil {
 			t.Fatal(err)
 		}
-		if err := h.db.ChangeTemplateLog(t.Context(), v.ID, template.LogChange{Add: []template.LogLine{{Seq: 1, At: at, Text: "first"}, {Seq: 2, At: at, Text: "second"}}}); err != nil {
+		if err := h.db.ChangeTemplateLog(t.Context(), v.ID,
+			template.LogChange{Add: []template.LogLine{{Seq: 1, At: at, Text: "first"},
+				{Seq: 2, At: at, Text: "second"}}}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -192,8 +198,8 @@ func loadSpec(t testing.TB) *openapi3.T {
 	return spec
 }
 
-// checkedTransport fails the test when an answer is not what openapi.yaml says
-// that operation answers, or lacks what every answer has.
+// checkedTransport fails the test if an answer does not match what openapi.yaml says of the
+// operation, or lacks the headers of all answers.
 type checkedTransport struct {
 	t      testing.TB
 	router routers.Router
@@ -210,13 +216,13 @@ func (c *checkedTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	route, params, err := c.router.FindRoute(&http.Request{Method: r.Method, URL: r.URL, Host: r.Host})
 	if err != nil {
-		return resp, nil // no operation: 404 and 405 are in no document
+		return resp, nil // 404 and 405 belong to no operation
 	}
 	if resp.Header.Get("Content-Type") == eventStream || resp.StatusCode == http.StatusSwitchingProtocols {
-		return resp, nil // has no end yet
+		return resp, nil // the stream does not end
 	}
 	if resp.ContentLength > 1<<20 {
-		return resp, nil // large files are checked by those who ask for them
+		return resp, nil // tests that read large files check them
 	}
 	body, err := io.ReadAll(resp.Body)
 	resp.Body.Close()
@@ -231,7 +237,7 @@ func (c *checkedTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 		Options: &openapi3filter.Options{IncludeResponseStatus: true, ExcludeResponseBody: resp.Header.Get("Content-Type") == "application/yaml"},
 	})
 	if err != nil {
-		c.t.Errorf("%s %s: the answer is not what openapi.yaml says: %v", r.Method, r.URL, err)
+		c.t.Errorf("%s %s: the answer does not match openapi.yaml: %v", r.Method, r.URL, err)
 	}
 	return resp, nil
 }
@@ -240,15 +246,15 @@ type brokenReader struct{ err error }
 
 func (b brokenReader) Read([]byte) (int, error) { return 0, b.err }
 
-// reply is an answer read to its end.
+// reply holds an answer that was read to its end.
 type reply struct {
 	status  int
 	header  http.Header
 	body    []byte
-	problem Problem // if it is one
+	problem Problem // set if the answer is a problem
 }
 
-// send makes a request as it is; a body that is not "" is JSON.
+// send sends a request unchanged. A body other than "" is sent as JSON.
 func (h *house) send(t testing.TB, method, path, key, body string, edit ...func(*http.Request)) reply {
 	t.Helper()
 	var in io.Reader
@@ -292,7 +298,7 @@ func header(name, value string) func(*http.Request) {
 	return func(r *http.Request) { r.Header.Set(name, value) }
 }
 
-// as decodes the body of an answer that must have the status.
+// as checks the status of an answer and decodes its body.
 func as[T any](t testing.TB, status int, r reply) T {
 	t.Helper()
 	var v T
@@ -311,51 +317,54 @@ func (h *house) newBox(t testing.TB) Sandbox {
 	return as[Sandbox](t, http.StatusCreated, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python"}`))
 }
 
-// newAsleep creates a persistent sandbox of the operator's organization and suspends
-// it.
+// newAsleep creates a persistent sandbox of the operator's organization and suspends it.
 func (h *house) newAsleep(t testing.TB) Sandbox {
 	t.Helper()
-	box := as[Sandbox](t, http.StatusCreated, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`))
+	box := as[Sandbox](t, http.StatusCreated,
+		h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`))
 	return as[Sandbox](t, http.StatusOK, h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/suspend", h.key, ""))
 }
 
-// newKey makes a key of the operator's organization.
+// newKey creates a key of the operator's organization.
 func (h *house) newKey(t testing.TB, expiresIn time.Duration, scopes ...auth.Scope) (auth.Key, string) {
 	t.Helper()
 	var names []string
 	for _, s := range scopes {
 		names = append(names, string(s))
 	}
-	k, secret, err := h.auth.CreateKey(t.Context(), h.org, auth.KeyRequest{Name: "test", Scopes: names, ExpiresIn: expiresIn})
+	k, secret, err := h.auth.CreateKey(t.Context(), h.org,
+		auth.KeyRequest{Name: "test", Scopes: names, ExpiresIn: expiresIn})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return k, secret
 }
 
-// putBox stores a sandbox as a crash or a later version might have left it.
+// putBox stores a sandbox as a crash or a later version might leave it.
 func (h *house) putBox(t testing.TB, mode sandbox.Mode, state sandbox.State) sandbox.ID {
 	t.Helper()
 	now := time.Now().UTC()
-	b := sandbox.Sandbox{ID: sandbox.NewID(), OrgID: h.org.Org.ID, Mode: mode, State: sandbox.Creating, Run: "r", Template: "python",
-		TemplateID: "tpl_aaaaaaaaaaaaaaaaaaaa", TemplateVersion: 3, Size: sandbox.Size{Name: "shared-cpu-1x", VCPUs: 1, MemoryMB: 512},
+	b := sandbox.Sandbox{ID: sandbox.NewID(), OrgID: h.org.Org.ID, Mode: mode, State: sandbox.Creating, Run: "r",
+		Template: "python", TemplateID: "tpl_aaaaaaaaaaaaaaaaaaaa", TemplateVersion: 3,
+		Size:   sandbox.Size{Name: "shared-cpu-1x", VCPUs: 1, MemoryMB: 512},
 		DiskMB: 64, Timeout: time.Minute, IdleTimeout: time.Minute, CreatedAt: now, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, Source: sandbox.Cold}
 	if _, _, err := h.db.Insert(t.Context(), b, sandbox.Quota{}, sandbox.Once{}); err != nil {
 		t.Fatal(err)
 	}
 	if state != sandbox.Creating {
-		if _, err := h.db.Transition(t.Context(), sandbox.Change{ID: b.ID, From: []sandbox.State{sandbox.Creating}, To: state, At: now}); err != nil {
+		if _, err := h.db.Transition(t.Context(),
+			sandbox.Change{ID: b.ID, From: []sandbox.State{sandbox.Creating}, To: state, At: now}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	return b.ID
 }
 
-// contextLimit is that of the house, bytes.
+// contextLimit is the limit of build contexts in a house, in bytes.
 const contextLimit = 2 << 20
 
-// fakeBuilder plays all builds: each says a few lines and then waits for hold, if that is
-// set; the definition's image "fail" fails.
+// fakeBuilder fakes all builds. Each build logs a few lines, then waits for hold if it is set. A
+// build of the image "fail" fails.
 type fakeBuilder struct {
 	mu sync.Mutex
 	// +checklocks:mu
@@ -364,7 +373,8 @@ type fakeBuilder struct {
 	jobs []template.Job
 }
 
-func (b *fakeBuilder) Build(ctx context.Context, j template.Job, progress func(template.Progress)) (template.Built, error) {
+func (b *fakeBuilder) Build(ctx context.Context, j template.Job,
+	progress func(template.Progress)) (template.Built, error) {
 	b.mu.Lock()
 	b.jobs = append(b.jobs, j)
 	hold := b.hold
@@ -380,10 +390,12 @@ func (b *fakeBuilder) Build(ctx context.Context, j template.Job, progress func(t
 		}
 	}
 	if j.Definition.Image == "fail" {
-		return template.Built{}, &template.BuildError{Step: "RUN make", ExitCode: 2, Tail: []string{"cc: no"}, Message: "the command ended with exit code 2"}
+		return template.Built{}, &template.BuildError{Step: "RUN make", ExitCode: 2, Tail: []string{"cc: no"},
+			Message: "the command ended with exit code 2"}
 	}
 	sum := sha256.Sum256([]byte(j.Definition.Image + j.Definition.Dockerfile + j.Context))
-	return template.Built{Image: hex.EncodeToString(sum[:]), Size: 9, Source: "test", Env: map[string]string{"FROM": "image"}, User: "app:app", Workdir: "/srv",
+	return template.Built{Image: hex.EncodeToString(sum[:]), Size: 9, Source: "test",
+		Env: map[string]string{"FROM": "image"}, User: "app:app", Workdir: "/srv",
 		Entrypoint: []string{"serve"}, Cmd: []string{"--port", "80 80"}}, nil
 }
 
@@ -397,7 +409,7 @@ func (b *fakeBuilder) HasUser(context.Context, string, string) (bool, error) { r
 
 func (b *fakeBuilder) Collect(context.Context, []string) ([]string, int64, error) { return nil, 0, nil }
 
-// holding makes builds wait until the returned function is called.
+// holding makes builds wait until release is called.
 func (b *fakeBuilder) holding() (release func()) {
 	hold := make(chan struct{})
 	b.mu.Lock()
@@ -411,12 +423,12 @@ func (b *fakeBuilder) holding() (release func()) {
 	}
 }
 
-// fakeAgent plays the inside of every sandbox: files in a map, and whatever
-// execute is set to.
+// fakeAgent fakes the inside of every sandbox. It keeps files in a map and runs commands with
+// execute.
 type fakeAgent struct {
 	fakeProcesses
 	execute func(ctx context.Context, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error)
-	fail    error // of every call but execute
+	fail    error // returned by every call but execute
 
 	cutTrees bool // archives end early
 
@@ -427,12 +439,14 @@ type fakeAgent struct {
 }
 
 func newFakeAgent() *fakeAgent {
-	return &fakeAgent{files: map[string][]byte{}, execute: func(context.Context, agentapi.ExecuteRequest) (agentapi.ExecuteResult, error) {
-		return agentapi.ExecuteResult{Stdout: []byte("42\n"), Duration: 1500 * time.Microsecond}, nil
-	}}
+	return &fakeAgent{files: map[string][]byte{},
+		execute: func(context.Context, agentapi.ExecuteRequest) (agentapi.ExecuteResult, error) {
+			return agentapi.ExecuteResult{Stdout: []byte("42\n"), Duration: 1500 * time.Microsecond}, nil
+		}}
 }
 
-func (a *fakeAgent) Collect(ctx context.Context, t agentapi.Target, r agentapi.ExecuteRequest, stdout, stderr *budget.Bytes) (agentapi.ExecuteResult, error) {
+func (a *fakeAgent) Collect(ctx context.Context, t agentapi.Target, r agentapi.ExecuteRequest,
+	stdout, stderr *budget.Bytes) (agentapi.ExecuteResult, error) {
 	a.mu.Lock()
 	a.targets = append(a.targets, t)
 	execute := a.execute
@@ -472,7 +486,7 @@ func (a *fakeAgent) Download(_ context.Context, _ agentapi.Target, path, _, rng 
 	if !ok {
 		return nil, errNoFile
 	}
-	// net/http's own file server plays the agent's.
+	// The file server of net/http takes the place of the agent's.
 	rec := httptest.NewRecorder()
 	r := httptest.NewRequest("GET", "/files", nil)
 	if rng != "" {
@@ -480,7 +494,8 @@ func (a *fakeAgent) Download(_ context.Context, _ agentapi.Target, path, _, rng 
 	}
 	http.ServeContent(rec, r, "", time.Time{}, bytes.NewReader(b))
 	resp := rec.Result()
-	return &agentapi.Download{Body: resp.Body, Size: int64(rec.Body.Len()), Status: resp.StatusCode, Header: resp.Header}, nil
+	return &agentapi.Download{Body: resp.Body, Size: int64(rec.Body.Len()), Status: resp.StatusCode,
+		Header: resp.Header}, nil
 }
 
 func (a *fakeAgent) Remove(_ context.Context, _ agentapi.Target, path, _ string, recursive bool) error {
@@ -502,7 +517,8 @@ func (a *fakeAgent) Remove(_ context.Context, _ agentapi.Target, path, _ string,
 	return nil
 }
 
-func (a *fakeAgent) List(_ context.Context, _ agentapi.Target, path, _ string, depth int, emit func(agentapi.Entry) error) error {
+func (a *fakeAgent) List(_ context.Context, _ agentapi.Target, path, _ string, depth int,
+	emit func(agentapi.Entry) error) error {
 	if a.fail != nil {
 		return a.fail
 	}
@@ -512,7 +528,8 @@ func (a *fakeAgent) List(_ context.Context, _ agentapi.Target, path, _ string, d
 	for name, b := range a.files {
 		rest, ok := strings.CutPrefix(name, strings.TrimSuffix(path, "/")+"/")
 		if ok && strings.Count(rest, "/") < depth {
-			entries = append(entries, agentapi.Entry{Name: filepath.Base(name), Path: name, Type: agentapi.TypeFile, Size: int64(len(b)),
+			entries = append(entries, agentapi.Entry{Name: filepath.Base(name), Path: name, Type: agentapi.TypeFile,
+				Size: int64(len(b)),
 				Mode: 0o100644, Owner: "user", Group: "user", ModifiedAt: time.Now()})
 		}
 	}
@@ -524,7 +541,7 @@ func (a *fakeAgent) List(_ context.Context, _ agentapi.Target, path, _ string, d
 	return nil
 }
 
-// logBuffer takes log lines from several goroutines.
+// logBuffer collects log lines; several goroutines may write to it.
 type logBuffer struct {
 	mu sync.Mutex
 	// +checklocks:mu
@@ -543,8 +560,8 @@ func (l *logBuffer) String() string {
 	return l.buf.String()
 }
 
-// line waits for the access log line of a request, which is written after the
-// answer has left.
+// line returns the access log line of a request. It waits for the line, which is written after the
+// answer was sent.
 func (l *logBuffer) line(t testing.TB, requestID string) map[string]any {
 	t.Helper()
 	for deadline := time.Now().Add(5 * time.Second); ; {
@@ -557,6 +574,6 @@ func (l *logBuffer) line(t testing.TB, requestID string) map[string]any {
 		if time.Now().After(deadline) {
 			t.Fatalf("no log line for request %s in:\n%s", requestID, l)
 		}
-		time.Sleep(time.Millisecond) // between two looks, until the deadline
+		time.Sleep(time.Millisecond) // between two polls, until the deadline
 	}
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// fakeProcesses plays the processes of all sandboxes: each writes back what it is sent, on
-// its terminal if it has one, and ends with its input or by a signal.
+// fakeProcesses fakes the processes of all sandboxes. Each echoes its input, to its terminal if it
+// has one, and ends at the end of its input or by a signal.
 type fakeProcesses struct {
 	mu sync.Mutex
 	// +checklocks:mu
@@ -21,7 +21,7 @@ type fakeProcesses struct {
 	// +checklocks:mu
 	sizes []agentapi.TerminalSize
 
-	// stream plays streamed executions; nil says "42".
+	// stream fakes streamed executions; if it is nil, they print "42".
 	stream func(ctx context.Context, emit func(agentapi.ExecuteEvent) error) (agentapi.ExecuteResult, error)
 }
 
@@ -34,24 +34,29 @@ type fakeProcess struct {
 
 var errNoProcess = fault.New(fault.NotFound, agentapi.CodeProcessNotFound, "no such process")
 
-func (f *fakeProcesses) ExecuteStream(ctx context.Context, _ agentapi.Target, _ agentapi.ExecuteRequest, emit func(agentapi.ExecuteEvent) error) (agentapi.ExecuteResult, error) {
+func (f *fakeProcesses) ExecuteStream(ctx context.Context, _ agentapi.Target, _ agentapi.ExecuteRequest,
+	emit func(agentapi.ExecuteEvent) error) (agentapi.ExecuteResult, error) {
 	if f.stream != nil {
 		return f.stream(ctx, emit)
 	}
-	return agentapi.ExecuteResult{Duration: time.Millisecond}, errors.Join(emit(agentapi.ExecuteEvent{PID: 7}), emit(agentapi.ExecuteEvent{Stream: agentapi.Stdout, Data: []byte("42\n")}))
+	return agentapi.ExecuteResult{Duration: time.Millisecond},
+		errors.Join(emit(agentapi.ExecuteEvent{PID: 7}),
+			emit(agentapi.ExecuteEvent{Stream: agentapi.Stdout, Data: []byte("42\n")}))
 }
 
-func (f *fakeProcesses) StartProcess(_ context.Context, _ agentapi.Target, r agentapi.StartProcess) (agentapi.Process, error) {
+func (f *fakeProcesses) StartProcess(_ context.Context, _ agentapi.Target,
+	r agentapi.StartProcess) (agentapi.Process, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	p := &fakeProcess{request: r, changed: make(chan struct{}), Process: agentapi.Process{PID: len(f.all) + 1, Tag: r.Tag, Args: r.Args, User: "user", Workdir: "/home/user",
-		StartedAt: time.Now(), Terminal: r.Terminal != nil, Input: r.OpenInput || r.Terminal != nil, Kept: true}}
+	p := &fakeProcess{request: r, changed: make(chan struct{}),
+		Process: agentapi.Process{PID: len(f.all) + 1, Tag: r.Tag, Args: r.Args, User: "user", Workdir: "/home/user",
+			StartedAt: time.Now(), Terminal: r.Terminal != nil, Input: r.OpenInput || r.Terminal != nil, Kept: true}}
 	f.all = append(f.all, p)
 	f.said(p, r.Input)
 	return p.Process, nil
 }
 
-// said is output of a process; f.mu is held.
+// said adds output of a process. The caller holds f.mu.
 func (f *fakeProcesses) said(p *fakeProcess, b []byte) {
 	p.output = append(p.output, b...)
 	p.Next = int64(len(p.output))
@@ -96,7 +101,8 @@ func (f *fakeProcesses) Process(_ context.Context, _ agentapi.Target, ref string
 	return p.Process, nil
 }
 
-func (f *fakeProcesses) WaitProcess(ctx context.Context, t agentapi.Target, ref string, within time.Duration) (agentapi.Process, error) {
+func (f *fakeProcesses) WaitProcess(ctx context.Context, t agentapi.Target, ref string,
+	within time.Duration) (agentapi.Process, error) {
 	p, err := f.find(ref)
 	if err != nil {
 		return agentapi.Process{}, err
@@ -137,7 +143,8 @@ func (f *fakeProcesses) KillProcess(ctx context.Context, t agentapi.Target, ref 
 	return nil
 }
 
-func (f *fakeProcesses) ResizeTerminal(_ context.Context, _ agentapi.Target, ref string, size agentapi.TerminalSize) error {
+func (f *fakeProcesses) ResizeTerminal(_ context.Context, _ agentapi.Target, ref string,
+	size agentapi.TerminalSize) error {
 	p, err := f.find(ref)
 	if err != nil {
 		return err
@@ -151,7 +158,8 @@ func (f *fakeProcesses) ResizeTerminal(_ context.Context, _ agentapi.Target, ref
 	return nil
 }
 
-func (f *fakeProcesses) WriteInput(_ context.Context, _ agentapi.Target, ref string, body io.Reader, end bool) (int64, error) {
+func (f *fakeProcesses) WriteInput(_ context.Context, _ agentapi.Target, ref string,
+	body io.Reader, end bool) (int64, error) {
 	p, err := f.find(ref)
 	if err != nil {
 		return 0, err
@@ -180,7 +188,8 @@ func (f *fakeProcesses) WriteInput(_ context.Context, _ agentapi.Target, ref str
 	}
 }
 
-func (f *fakeProcesses) Follow(ctx context.Context, _ agentapi.Target, r agentapi.FollowRequest, emit func(agentapi.ProcessOutput) error) (agentapi.Process, error) {
+func (f *fakeProcesses) Follow(ctx context.Context, _ agentapi.Target, r agentapi.FollowRequest,
+	emit func(agentapi.ProcessOutput) error) (agentapi.Process, error) {
 	p, err := f.find(r.Ref)
 	if err != nil {
 		return agentapi.Process{}, err

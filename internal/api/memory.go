@@ -11,30 +11,32 @@ import (
 	"github.com/cayhq/cay/internal/budget"
 )
 
-// The costs of calls while they go on, bytes, reckoned from the buffers that each holds. Too high, an organization
-// that makes many calls gets 429 although there is memory; too low, a server with 1000 callers needs more than its
-// memory.heap_mb.
+// The memory that calls hold while they are answered, in bytes, estimated from the buffers of each.
+// If these costs are too high, an organization that makes many calls gets 429 although there is
+// memory; if they are too low, a server with 1000 callers needs more than its memory.heap_mb.
 const (
-	// callCost is a connection with its buffers and goroutines, and a request without a long head or body.
+	// callCost covers a connection with its buffers and goroutines, and a request with a short head
+	// and body.
 	callCost = 32 << 10
-	// insideCost is a call into a sandbox: another connection, and the piece that is being passed on.
+	// insideCost covers a call into a sandbox: another connection, and the piece that is being copied.
 	insideCost = 64 << 10
-	// passCost is what a file or an archive is passed on with beside, and a listing.
+	// passCost is added for copying a file or an archive, and for a listing.
 	passCost = copyPiece
-	// portCost is a request to a port: a connection with larger buffers, and one to copy.
+	// portCost covers a request to a port: a connection with larger buffers, and one to copy.
 	portCost = 128 << 10
-	// headLineCost is what a line of a request's head costs beside its bytes.
+	// headLineCost is the cost of a line in the head of a request, in addition to its bytes.
 	headLineCost = 100
-	// smallBody is up to which length a body is a part of callCost, bytes.
+	// smallBody is the largest body that callCost includes, in bytes.
 	smallBody = 8 << 10
-	// bodyCost is how many bytes one byte of a JSON body costs: as it came, as it was decoded, and as it
-	// is sent on.
+	// bodyCost is the number of bytes that one byte of a JSON body costs: it is held as received, as
+	// decoded, and as it is passed on.
 	bodyCost = 3
 )
 
-// account opens the account of a call whose organization is known. Until then a call holds nothing that lasts.
+// account opens the account of a call once its organization is known. Until then the call holds
+// nothing that lasts.
 func (s *server) account(r *http.Request, orgID string, cost int64) error {
-	cost += int64(3 * len(r.RequestURI)) // with the path and the parameters that were made of it
+	cost += int64(3 * len(r.RequestURI)) // the path and the parameters are copied from it
 	for name, values := range r.Header {
 		cost += int64(headLineCost + len(name))
 		for _, v := range values {
@@ -44,7 +46,7 @@ func (s *server) account(r *http.Request, orgID string, cost int64) error {
 	return callOf(r).account.Open(s.Budget, orgID, cost)
 }
 
-// readAll reads a body of at most limit bytes, which are taken from the account as they come.
+// readAll reads a body of at most limit bytes and charges the account for them as they arrive.
 func readAll(account *budget.Account, body io.Reader, limit, length int64) ([]byte, error) {
 	b := make([]byte, 0, min(max(length+1, 512), smallBody))
 	for {
@@ -59,7 +61,7 @@ func readAll(account *budget.Account, body io.Reader, limit, length int64) ([]by
 		if len(b) < cap(b) {
 			continue
 		}
-		larger := min(2*int64(cap(b)), limit+512) // one more than the limit has to be seen
+		larger := min(2*int64(cap(b)), limit+512) // a byte beyond the limit must be noticed
 		if err := account.Take(bodyCost * (larger - int64(cap(b)))); err != nil {
 			return nil, err
 		}
@@ -67,10 +69,11 @@ func readAll(account *budget.Account, body io.Reader, limit, length int64) ([]by
 	}
 }
 
-// piece is how much of an answer is gathered before it is written, bytes.
+// piece is the number of bytes of an answer that are collected before they are written.
 const piece = 32 << 10
 
-// answerBegin is a writer whose first write begins the answer: until then there can be another.
+// answerBegin is a writer that begins the answer with its first write. Until then another answer
+// can be sent.
 type answerBegin struct {
 	w     http.ResponseWriter
 	begun bool
@@ -80,13 +83,13 @@ func (a *answerBegin) Write(p []byte) (int, error) {
 	if !a.begun {
 		a.begun = true
 		a.w.Header().Set("Content-Type", "application/json")
-		a.w.Header().Set("Cache-Control", "no-store") // keys, files and states are nobody else's
+		a.w.Header().Set("Cache-Control", "no-store") // only the caller may see keys, files and states
 		a.w.WriteHeader(http.StatusOK)
 	}
 	return a.w.Write(p)
 }
 
-// listReply is an answer {"name": [items…], …} that is sent while it is made.
+// listReply sends an answer {"name": [items…], …} while its items are produced.
 type listReply struct {
 	begin *answerBegin
 	out   *bufio.Writer
@@ -96,11 +99,11 @@ type listReply struct {
 func newListReply(w http.ResponseWriter, name string) *listReply {
 	l := &listReply{begin: &answerBegin{w: w}}
 	l.out = bufio.NewWriterSize(l.begin, piece)
-	_, _ = fmt.Fprintf(l.out, `{"%s":[`, name) // it fits the buffer
+	_, _ = fmt.Fprintf(l.out, `{"%s":[`, name) // it fits into the buffer
 	return l
 }
 
-// add adds an item that is encoded.
+// add appends an encoded item.
 func (l *listReply) add(item []byte) error {
 	if l.items++; l.items > 1 {
 		if err := l.out.WriteByte(','); err != nil {
@@ -111,7 +114,7 @@ func (l *listReply) add(item []byte) error {
 	return err
 }
 
-// encode encodes a value as all answers are.
+// encode encodes a value the way all answers are encoded.
 func encode(v any) ([]byte, error) {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
@@ -120,7 +123,7 @@ func encode(v any) ([]byte, error) {
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), err
 }
 
-// end ends the list, and the answer after more members.
+// end ends the list, appends more members to the object, and ends the answer.
 func (l *listReply) end(members string) error {
 	if _, err := l.out.WriteString("]" + members + "}\n"); err != nil {
 		return err
@@ -128,8 +131,8 @@ func (l *listReply) end(members string) error {
 	return l.out.Flush()
 }
 
-// broken answers an error of a list that was being sent, or breaks the connection if the answer has begun:
-// only that says that it is not whole.
+// broken answers an error that occurred while a list was sent. If the answer has begun, it breaks
+// the connection, because nothing else tells the client that the list is incomplete.
 func (s *server) broken(l *listReply, w http.ResponseWriter, r *http.Request, err error) {
 	if !l.begin.begun {
 		s.fail(w, r, err)
@@ -142,8 +145,9 @@ func (s *server) broken(l *listReply, w http.ResponseWriter, r *http.Request, er
 	panic(http.ErrAbortHandler)
 }
 
-// listPage is how many rows of a listing are held at once. A row may have an environment of 128 KiB, a
-// policy and metadata.
+// listPage is the number of rows of a listing that are held at once. A row may have an environment
+// of 128 KiB, a policy and metadata, so a larger number costs memory; a smaller one costs more
+// reads of the database.
 const listPage = 8
 
 // answerList answers with a page of rows, of which it holds listPage at once.
@@ -158,7 +162,7 @@ func answerList[T, U any](s *server, w http.ResponseWriter, r *http.Request, nam
 		for i := 0; err == nil && i < len(rows); i++ {
 			var text []byte
 			if text, err = encode(shown(rows[i])); err == nil {
-				held += 3 * int64(len(text)) // as a row, as it is shown, and as text
+				held += 3 * int64(len(text)) // held as a row, as an API type, and as text
 				texts = append(texts, text)
 			}
 		}

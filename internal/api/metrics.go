@@ -10,7 +10,7 @@ import (
 	"github.com/cayhq/cay/internal/trace"
 )
 
-// metrics counts requests by route pattern, never by path: ids would make a
+// metrics counts requests by route pattern, never by path, because the ids in paths would create a
 // series each.
 type metrics struct {
 	inFlight prometheus.Gauge
@@ -28,12 +28,14 @@ func newMetrics(registry prometheus.Registerer) *metrics {
 			Name: "cay_http_requests_total", Help: "Requests answered, by route pattern, method and class of status (4xx).",
 		}, []string{"route", "method", "code"}),
 		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "cay_http_request_duration_seconds", Help: "Time to answer a request, its body included, by route pattern and method.",
-			// From a lookup to a command of five minutes.
+			Name: "cay_http_request_duration_seconds",
+			Help: "Time to answer a request, its body included, by route pattern and method.",
+			// From a look-up to a command of five minutes.
 			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300},
 		}, []string{"route", "method"}),
 		parts: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "cay_http_request_part_duration_seconds", Help: "Time of each part of requests that succeeded, as their Server-Timing has them, by route pattern.",
+			Name:    "cay_http_request_part_duration_seconds",
+			Help:    "Time of each part of requests that succeeded, as their Server-Timing has them, by route pattern.",
 			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 10, 60, 300},
 		}, []string{"route", "part"}),
 	}
@@ -48,7 +50,7 @@ func (m *metrics) observe(route, method string, status int, took time.Duration) 
 	switch method {
 	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete:
 	default:
-		method = "other" // callers choose it; each would make a series
+		method = "other" // callers choose the method, and each would create a series
 	}
 	m.requests.WithLabelValues(route, method, strconv.Itoa(status/100)+"xx").Inc()
 	m.duration.WithLabelValues(route, method).Observe(took.Seconds())

@@ -9,12 +9,12 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// wantsPage reports whether a person looks at the answer in a browser.
+// wantsPage reports whether a browser asks for the answer in order to show it to a person.
 func wantsPage(r *http.Request) bool {
 	return strings.Contains(r.Header.Get("Accept"), "text/html") && r.Header.Get("Upgrade") == ""
 }
 
-// errorPage is self-contained: it is shown on host names that serve nothing of ours.
+// errorPage is self-contained, because it is shown on host names that serve no other file of ours.
 var errorPage = template.Must(template.New("error").Parse(`<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{.Title}}</title>
@@ -30,7 +30,7 @@ code{background:#f2f2f2;padding:.1em .3em;border-radius:3px}small{color:#777}
 </body></html>
 `))
 
-// writePage writes a fault for people.
+// writePage writes a fault as a page for people.
 func (s *server) writePage(w http.ResponseWriter, r *http.Request, status int, f *fault.Error) {
 	c := callOf(r)
 	title, hint := http.StatusText(status), ""
@@ -52,6 +52,6 @@ func (s *server) writePage(w http.ResponseWriter, r *http.Request, status int, f
 		Status                               int
 	}{title, f.Detail, hint, f.Code, c.id, status})
 	if err != nil {
-		c.err = err // the caller has gone
+		c.err = err // the caller has left
 	}
 }

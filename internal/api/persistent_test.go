@@ -19,38 +19,43 @@ import (
 
 func TestLifeOfAPersistentSandbox(t *testing.T) {
 	h := newHouse(t)
-	r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent","idle_timeout":"30m","recovery_interval":"1h"}`)
+	r := h.send(t, "POST", "/v1/sandboxes", h.key,
+		`{"template":"python","mode":"persistent","idle_timeout":"30m","recovery_interval":"1h"}`)
 	box := as[Sandbox](t, 201, r)
-	if box.Mode != "persistent" || box.Status != SandboxStatusRunning || *box.IdleTimeoutSeconds != 1800 || *box.RecoveryIntervalSeconds != 3600 ||
+	if box.Mode != "persistent" || box.Status != SandboxStatusRunning || *box.IdleTimeoutSeconds != 1800 ||
+		*box.RecoveryIntervalSeconds != 3600 ||
 		box.LastActivityAt.Before(box.CreatedAt) || box.StartedAt == nil {
 		t.Errorf("created %s", r.body)
 	}
 	for _, absent := range []string{"timeout_seconds", "expires_at", "suspended_at", "destroyed_at", "error"} {
 		if bytes.Contains(r.body, []byte(`"`+absent+`"`)) {
-			t.Errorf("%s does not apply and is there: %s", absent, r.body)
+			t.Errorf("the field %s does not apply but is present: %s", absent, r.body)
 		}
 	}
 	path := "/v1/sandboxes/" + box.ID
 	r = h.send(t, "POST", path+"/checkpoint", h.key, "{}")
-	if p := as[RecoveryPoint](t, 200, r); p.SizeBytes != 1<<20 || p.CreatedAt.Before(box.CreatedAt) || time.Since(p.CreatedAt) > time.Minute {
+	if p := as[RecoveryPoint](t, 200, r); p.SizeBytes != 1<<20 || p.CreatedAt.Before(box.CreatedAt) ||
+		time.Since(p.CreatedAt) > time.Minute {
 		t.Errorf("recovery point %s", r.body)
 	}
 	asleep := as[Sandbox](t, 200, h.send(t, "POST", path+"/suspend", h.key, ""))
 	if asleep.Status != SandboxStatusSuspended || asleep.SuspendedAt.Before(box.CreatedAt) || asleep.Error != nil {
 		t.Errorf("suspended: %+v", asleep)
 	}
-	// Looking does not wake.
-	if got := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, "")); got.State != "suspended" || !got.LastActivityAt.Equal(*asleep.LastActivityAt) {
+	// Reading a sandbox does not wake it.
+	if got := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, "")); got.State != "suspended" ||
+		!got.LastActivityAt.Equal(*asleep.LastActivityAt) {
 		t.Errorf("read: %+v", got)
 	}
 	h.send(t, "GET", path+"/events", h.key, "")
 	listed := as[SandboxList](t, 200, h.send(t, "GET", "/v1/sandboxes?status=suspended", h.key, "")).Sandboxes
 	if len(listed) != 1 || listed[0].State != "suspended" {
-		t.Errorf("suspended ones: %+v", listed)
+		t.Errorf("the suspended sandboxes are %+v", listed)
 	}
 	for range 2 {
 		awake := as[Sandbox](t, 200, h.send(t, "POST", path+"/wake", h.key, ""))
-		if awake.Status != SandboxStatusRunning || awake.SuspendedAt != nil || !awake.LastActivityAt.After(*asleep.LastActivityAt) {
+		if awake.Status != SandboxStatusRunning || awake.SuspendedAt != nil ||
+			!awake.LastActivityAt.After(*asleep.LastActivityAt) {
 			t.Errorf("woken: %+v", awake)
 		}
 	}
@@ -58,19 +63,21 @@ func TestLifeOfAPersistentSandbox(t *testing.T) {
 	for _, e := range as[EventList](t, 200, h.send(t, "GET", path+"/events", h.key, "")).Events {
 		states = append(states, e.To)
 	}
-	if want := []SandboxState{"running", "waking", "suspended", "suspending", "running", "creating"}; !slices.Equal(states, want) {
+	if want := []SandboxState{"running", "waking", "suspended", "suspending", "running",
+		"creating"}; !slices.Equal(states, want) {
 		t.Errorf("events %v, want %v", states, want)
 	}
 	as[Sandbox](t, 200, h.send(t, "POST", path+"/suspend", h.key, ""))
 	if r := h.send(t, "DELETE", path, h.key, ""); r.status != 204 {
-		t.Errorf("destroying a suspended one: %d %s", r.status, r.body)
+		t.Errorf("destroying a suspended sandbox: %d %s", r.status, r.body)
 	}
-	if gone := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, "")); gone.Status != SandboxStatusDestroyed || *gone.DestroyReason != "requested" {
+	if gone := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, "")); gone.Status != SandboxStatusDestroyed ||
+		*gone.DestroyReason != "requested" {
 		t.Errorf("destroyed: %+v", gone)
 	}
 }
 
-// insideCalls are the calls that need a running sandbox, with what they answer.
+// insideCalls lists the calls that need a running sandbox, with their answers.
 var insideCalls = []struct {
 	method, path, body string
 	status             int
@@ -82,7 +89,8 @@ var insideCalls = []struct {
 	{"DELETE", "/files?path=/a", "", 204},
 }
 
-// Every use wakes, does its work with the new life's token, and leaves no lease.
+// TestUseWakes checks that every call into a suspended sandbox wakes it, does its work in the new
+// run, and leaves no lease.
 func TestUseWakes(t *testing.T) {
 	h := newHouse(t)
 	for _, c := range insideCalls {
@@ -118,20 +126,22 @@ func TestZeroIsNever(t *testing.T) {
 			t.Errorf("%s is %d s and %d s", zero, *box.IdleTimeoutSeconds, *box.RecoveryIntervalSeconds)
 		}
 	}
-	for _, absent := range []string{`{"template":"python","mode":"persistent"}`, `{"template":"python","mode":"persistent","idle_timeout":null,"recovery_interval":null}`} {
+	for _, absent := range []string{`{"template":"python","mode":"persistent"}`,
+		`{"template":"python","mode":"persistent","idle_timeout":null,"recovery_interval":null}`} {
 		box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, absent))
 		if *box.IdleTimeoutSeconds != 600 || *box.RecoveryIntervalSeconds != 600 {
-			t.Errorf("%s is %d s and %d s, want 10m both", absent, *box.IdleTimeoutSeconds, *box.RecoveryIntervalSeconds)
+			t.Errorf("%s is %d s and %d s, want 10m for both", absent, *box.IdleTimeoutSeconds, *box.RecoveryIntervalSeconds)
 		}
 	}
-	detail := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent","idle_timeout":5}`).problem.Detail
+	detail := h.send(t, "POST", "/v1/sandboxes", h.key,
+		`{"template":"python","mode":"persistent","idle_timeout":5}`).problem.Detail
 	if !strings.Contains(detail, "or 0") || !strings.Contains(detail, "30s") {
 		t.Errorf("a number is refused with %q", detail)
 	}
 }
 
-// A sandbox whose processes died is suspended where it was, and the event says when
-// that was.
+// TestFallsBack checks that a sandbox whose processes died is suspended at its latest checkpoint,
+// and that the event tells the time of the checkpoint.
 func TestFallsBack(t *testing.T) {
 	h := newHouse(t)
 	box := h.newAsleep(t)
@@ -143,22 +153,24 @@ func TestFallsBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	fallen := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, ""))
-	// Rows keep times to the microsecond.
+	// The database keeps times to the microsecond.
 	if fallen.Status != SandboxStatusSuspended || fallen.SuspendedAt.Sub(point.CreatedAt).Abs() > time.Microsecond {
 		t.Errorf("suspended at %v, want %v: %+v", fallen.SuspendedAt, point.CreatedAt, fallen)
 	}
 	r := h.send(t, "GET", path+"/events", h.key, "")
 	events := as[EventList](t, 200, r).Events
-	if e := events[0]; e.To != "suspended" || e.Reason != "lost" || e.Detail == nil || !strings.Contains(*e.Detail, point.CreatedAt.Format(time.RFC3339)) {
+	if e := events[0]; e.To != "suspended" || e.Reason != "lost" || e.Detail == nil ||
+		!strings.Contains(*e.Detail, point.CreatedAt.Format(time.RFC3339)) {
 		t.Errorf("event %+v of %s", e, r.body)
 	}
 	if e := events[1]; e.Detail != nil {
-		t.Errorf("an event without a detail has one: %+v", e)
+		t.Errorf("the event should have no detail: %+v", e)
 	}
 	as[ExecuteResult](t, 200, h.send(t, "POST", path+"/execute", h.key, `{"command":"id"}`))
 }
 
-// A checkpoint that cannot be restored is told as what it is, and kept.
+// TestWakeFailed checks that the error of a checkpoint that cannot be restored is reported, and
+// that the checkpoint is kept.
 func TestWakeFailed(t *testing.T) {
 	h := newHouse(t)
 	box := h.newAsleep(t)
@@ -168,10 +180,12 @@ func TestWakeFailed(t *testing.T) {
 	}
 	for _, c := range insideCalls {
 		r := h.send(t, c.method, path+c.path, h.key, c.body)
-		if r.status != 500 || r.problem.Code != "wake_failed" || r.problem.Detail != "pages.img is damaged" || bytes.Contains(r.body, []byte("secret")) {
+		if r.status != 500 || r.problem.Code != "wake_failed" || r.problem.Detail != "pages.img is damaged" ||
+			bytes.Contains(r.body, []byte("secret")) {
 			t.Errorf("%s %s: status %d %s", c.method, c.path, r.status, r.body)
 		}
-		if line := h.log.line(t, r.header.Get("X-Request-Id")); !strings.Contains(fmt.Sprint(line["error"]), "/var/lib/secret") || line["level"] != "ERROR" {
+		if line := h.log.line(t, r.header.Get("X-Request-Id")); !strings.Contains(
+			fmt.Sprint(line["error"]), "/var/lib/secret") || line["level"] != "ERROR" {
 			t.Errorf("the log does not say why: %v", line)
 		}
 	}
@@ -186,7 +200,8 @@ func TestWakeFailed(t *testing.T) {
 	}
 }
 
-// What waking takes is counted as for a new sandbox, and refused in the same words.
+// TestNoRoomToWake checks that waking a sandbox needs the same capacity as creating one, and is
+// refused in the same words.
 func TestNoRoomToWake(t *testing.T) {
 	h := newHouse(t, func(a *auth.Config, _ *sandbox.Config, _ *Config) { a.Quota.VCPUs = 1 })
 	path := "/v1/sandboxes/" + h.newAsleep(t).ID
@@ -195,13 +210,15 @@ func TestNoRoomToWake(t *testing.T) {
 		for _, c := range append(slices.Clone(insideCalls), insideCalls[0]) {
 			r := h.send(t, c.method, path+c.path, h.key, c.body)
 			if r.status != status || r.problem.Code != code || r.header.Get("Retry-After") != after {
-				t.Errorf("%s %s: status %d, Retry-After %q: %s, want %d %s", c.method, c.path, r.status, r.header.Get("Retry-After"), r.body, status, code)
+				t.Errorf("%s %s: status %d, Retry-After %q: %s, want %d %s", c.method, c.path, r.status,
+					r.header.Get("Retry-After"), r.body, status, code)
 			}
 		}
 		if r := h.send(t, "POST", path+"/wake", h.key, ""); r.status != status || r.problem.Code != code {
 			t.Errorf("wake: status %d %s, want %d %s", r.status, r.body, status, code)
 		}
-		if box := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, "")); box.Status != SandboxStatusSuspended || box.Error != nil {
+		if box := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, "")); box.Status != SandboxStatusSuspended ||
+			box.Error != nil {
 			t.Errorf("refused and %+v", box)
 		}
 	}
@@ -214,7 +231,8 @@ func TestNoRoomToWake(t *testing.T) {
 	as[Sandbox](t, 200, h.send(t, "POST", path+"/wake", h.key, ""))
 }
 
-// What the machine says of a checkpoint it could not write.
+// TestPointNotWritten checks which errors of the machine callers are told when a checkpoint could
+// not be written.
 func TestPointNotWritten(t *testing.T) {
 	h := newHouse(t)
 	box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`))
@@ -222,7 +240,7 @@ func TestPointNotWritten(t *testing.T) {
 	for _, c := range []struct {
 		err    error
 		status int
-		codes  []string // of suspend and of checkpoint
+		codes  []string // of suspend and of checkpoint, in this order
 	}{
 		{fault.New(fault.NoSpace, "disk_full", "a checkpoint needs 20 MiB and 3 are left"), 507, []string{"disk_full", "disk_full"}},
 		{errors.New("writing /var/lib/secret: EIO"), 500, []string{"suspend_failed", "checkpoint_failed"}},
@@ -241,7 +259,8 @@ func TestPointNotWritten(t *testing.T) {
 	}
 }
 
-// A suspended sandbox is not woken by those who may not use it, nor by looking at it.
+// TestNobodyElseWakes checks that callers without the right to use a suspended sandbox do not wake
+// it, and that reading it does not either.
 func TestNobodyElseWakes(t *testing.T) {
 	h := newHouse(t)
 	box := h.newAsleep(t)
@@ -257,8 +276,9 @@ func TestNobodyElseWakes(t *testing.T) {
 			h.send(t, method, target, key, s.body)
 		}
 	})
-	if got := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, "")); got.State != "suspended" || !got.LastActivityAt.Equal(*box.LastActivityAt) {
-		t.Errorf("it is %+v, was %+v", got, box)
+	if got := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, "")); got.State != "suspended" ||
+		!got.LastActivityAt.Equal(*box.LastActivityAt) {
+		t.Errorf("the sandbox is %+v, was %+v", got, box)
 	}
 	if n := slices.Index(h.node.Calls(), "wake "+box.ID); n >= 0 {
 		t.Errorf("the machine was asked %v", h.node.Calls())

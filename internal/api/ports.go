@@ -16,37 +16,38 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// Limits of a signed URL's life. Part of the contract.
+// Limits of the lifetime of signed URLs. They are part of the contract.
 const (
 	defaultURLExpiry = time.Hour
 	minURLExpiry     = time.Second
 	maxURLExpiry     = 24 * time.Hour
 )
 
-// Routes of requests that go to ports, for the log and the metrics.
+// Routes of requests to ports, as the log and the metrics name them.
 const (
 	portPathRoute = "/v1/sandboxes/{id}/ports/{port}/*"
 	portHostRoute = "{port}-{id}.{domain}"
 )
 
-// Ports is what is called of the room portproxy; [*portproxy.Proxy] has it.
+// Ports has the methods of the room portproxy that this package calls; [*portproxy.Proxy]
+// implements it.
 type Ports interface {
 	Serve(w http.ResponseWriter, r *http.Request, to portproxy.Destination) error
 	Tunnel(w http.ResponseWriter, r *http.Request, t agentapi.Target, port int) error
 }
 
-// portRequest is a request for what a port serves.
+// portRequest describes a request to a port.
 type portRequest struct {
 	id     sandbox.ID
 	port   int
 	byHost bool
-	path   string // by path: what is asked for inside, escaped
+	path   string // if not byHost: the escaped path that the port receives
 }
 
 var portPath = regexp.MustCompile(`^/v1/sandboxes/([^/]+)/ports/([0-9]{1,9})(/.*)$`)
 
-// portOf finds out whether a request is for a port: by its host, or by its path. The one
-// path that is the API's own is where signed URLs are made.
+// portOf reports whether a request is for a port, by its host name or by its path. Of the paths
+// below a port, only the one that creates signed URLs belongs to the API.
 func (s *server) portOf(r *http.Request) (portRequest, bool) {
 	if port, id, ok := s.Names.Parse(r.Host); ok {
 		return portRequest{id: sandbox.ID(id), port: port, byHost: true}, true
@@ -55,11 +56,11 @@ func (s *server) portOf(r *http.Request) (portRequest, bool) {
 	if m == nil || m[3] == "/url" && r.Method == http.MethodPost {
 		return portRequest{}, false
 	}
-	port, _ := strconv.Atoi(m[2]) // nine digits at most
+	port, _ := strconv.Atoi(m[2]) // cannot fail: nine digits at most
 	return portRequest{id: sandbox.ID(m[1]), port: port, path: m[3]}, true
 }
 
-// servePort passes a request on to a port, if the caller may reach it.
+// servePort forwards a request to a port, if the caller may reach it.
 func (s *server) servePort(w *recorder, r *http.Request, p portRequest) {
 	c := callOf(r)
 	c.route, c.page = portPathRoute, true
@@ -89,7 +90,7 @@ func (s *server) servePort(w *recorder, r *http.Request, p portRequest) {
 		to.Path, to.Prefix = p.path, portproxy.Path(string(p.id), p.port)
 		to.Host = "localhost:" + strconv.Itoa(p.port)
 	}
-	clear(w.Header()) // it is the application's, which may have a request id of its own
+	clear(w.Header()) // the application sets the header, which may include its own request id
 	if err := s.Ports.Serve(w, r, to); err != nil {
 		ownHead(w.Header(), c.id)
 		s.fail(w, r, err)
@@ -100,9 +101,9 @@ func targetOf(l *sandbox.Lease) agentapi.Target {
 	return agentapi.Target{SandboxID: string(l.Sandbox.ID), Run: l.Sandbox.Run}
 }
 
-// mayReach says for whom the request may pass: the organization of its key, or that of the
-// sandbox if it brings a signature or the port is public. moved says that the caller was
-// sent to the same place with its signature in a cookie.
+// mayReach authorizes a request to a port. It returns the organization to charge: that of the key,
+// or that of the sandbox if the request is signed or the port is public. moved reports that the
+// caller was redirected to the same URL with its signature in a cookie.
 func (s *server) mayReach(w *recorder, r *http.Request, p portRequest) (caller sandbox.Caller, moved bool, err error) {
 	if err := checkPort(p.port); err != nil {
 		return sandbox.Caller{}, false, err
@@ -119,14 +120,16 @@ func (s *server) mayReach(w *recorder, r *http.Request, p portRequest) (caller s
 	}
 	orgID, public, err := s.Sandboxes.Visit(r.Context(), p.id, p.port)
 	if !signed && (fault.Is(err, fault.NotFound) || err == nil && !public) {
-		// Who has no right is not told either which sandboxes there are.
+		// A caller without a right must not learn which sandboxes exist either.
 		return sandbox.Caller{}, false, fault.New(fault.Unauthenticated, "unauthenticated",
-			"this port is private: it needs a signed URL, or an API key in Authorization: Bearer cay_… or in %s", portproxy.KeyHeader)
+			"this port is private: it needs a signed URL, or an API key in Authorization: Bearer cay_… or in %s",
+			portproxy.KeyHeader)
 	}
 	if err != nil {
 		return sandbox.Caller{}, false, err
 	}
-	if fromQuery := r.URL.Query().Has(portproxy.TokenParam); p.byHost && fromQuery && (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.Header.Get("Upgrade") == "" {
+	if fromQuery := r.URL.Query().Has(portproxy.TokenParam); p.byHost && fromQuery &&
+		(r.Method == http.MethodGet || r.Method == http.MethodHead) && r.Header.Get("Upgrade") == "" {
 		exchange(w, r, ends)
 		return sandbox.Caller{}, true, nil
 	}
@@ -134,8 +137,8 @@ func (s *server) mayReach(w *recorder, r *http.Request, p portRequest) (caller s
 	return sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}, false, err
 }
 
-// keyOfPort is the key that a request to a port brings, "" for none: an Authorization that is
-// no key of ours is the application's.
+// keyOfPort returns the key of a request to a port, or "" if there is none. An Authorization header
+// without a key of ours belongs to the application.
 func keyOfPort(r *http.Request) string {
 	if values := r.Header.Values(portproxy.KeyHeader); len(values) > 0 {
 		return strings.Join(values, ",")
@@ -146,8 +149,9 @@ func keyOfPort(r *http.Request) string {
 	return ""
 }
 
-// signature checks that of the query, else that of the cookie. One of the query that is not
-// right is an error; a cookie that is not is none: the port may be public meanwhile.
+// signature checks the signature in the query or, without one, those in cookies. An invalid
+// signature in the query is an error; an invalid cookie is ignored, because the port may have
+// become public.
 func (s *server) signature(r *http.Request, p portRequest) (signed bool, ends time.Time, err error) {
 	now := time.Now()
 	if values := r.URL.Query()[portproxy.TokenParam]; len(values) > 0 {
@@ -155,7 +159,7 @@ func (s *server) signature(r *http.Request, p portRequest) (signed bool, ends ti
 		return err == nil, ends, err
 	}
 	if !p.byHost {
-		return false, ends, nil // on the API's host a cookie of one sandbox would come with the pages of all
+		return false, ends, nil // on the API's host the cookie of one sandbox would be sent by the pages of all
 	}
 	for _, cookie := range r.CookiesNamed(portproxy.TokenCookie) {
 		if ends, err = s.Signer.Check(cookie.Value, string(p.id), p.port, now); err == nil {
@@ -165,13 +169,17 @@ func (s *server) signature(r *http.Request, p portRequest) (signed bool, ends ti
 	return false, ends, nil
 }
 
-// exchange sends the caller to the same place without the signature in the URL, which would
-// get into histories and logs, and with it in a cookie of this host alone.
+// exchange redirects the caller to the same URL without the signature, and sets the signature as a
+// cookie of this host alone. A signature in a URL would get into histories and logs.
 func exchange(w *recorder, r *http.Request, ends time.Time) {
 	http.SetCookie(w, &http.Cookie{Name: portproxy.TokenCookie, Value: r.URL.Query().Get(portproxy.TokenParam), Path: "/",
 		Expires: ends, HttpOnly: true, Secure: portproxy.Scheme(r) == "https", SameSite: http.SameSiteLaxMode})
-	// Never two slashes at the beginning, which would be another host.
-	to := url.URL{Path: "/" + strings.TrimLeft(r.URL.Path, "/"), RawPath: "/" + strings.TrimLeft(r.URL.EscapedPath(), "/"), RawQuery: portproxy.WithoutToken(r.URL.RawQuery)}
+	// Two slashes at the beginning would name another host.
+	to := url.URL{
+		Path:     "/" + strings.TrimLeft(r.URL.Path, "/"),
+		RawPath:  "/" + strings.TrimLeft(r.URL.EscapedPath(), "/"),
+		RawQuery: portproxy.WithoutToken(r.URL.RawQuery),
+	}
 	h := w.Header()
 	h.Set("Location", to.String())
 	h.Set("Cache-Control", "no-store")
@@ -196,7 +204,8 @@ func (s *server) OpenTunnel(w http.ResponseWriter, r *http.Request, id SandboxID
 	}
 	if !portproxy.WantsTunnel(r) {
 		w.Header().Set("Upgrade", agentapi.TunnelProtocol)
-		s.problem(w, r, http.StatusUpgradeRequired, fault.InField("upgrade_required", "Upgrade", "a tunnel needs HTTP/1.1 with Connection: Upgrade and Upgrade: %s", agentapi.TunnelProtocol))
+		s.problem(w, r, http.StatusUpgradeRequired, fault.InField("upgrade_required", "Upgrade",
+			"a tunnel needs HTTP/1.1 with Connection: Upgrade and Upgrade: %s", agentapi.TunnelProtocol))
 		return
 	}
 	s.inside(w, r, id, func(t agentapi.Target) error { return s.Ports.Tunnel(w, r, t, params.Port) })
@@ -239,12 +248,13 @@ func (s *server) answerPort(w http.ResponseWriter, r *http.Request, id SandboxID
 	s.answer(w, r, http.StatusOK, out)
 }
 
-// portShown is a private port as the API shows it.
+// portShown returns a private port as the API shows it.
 func (s *server) portShown(r *http.Request, id string, port int) Port {
 	return Port{Port: port, URL: s.portURL(r, id, port)}
 }
 
-// portURL is where a port is reached: its host name, else the path on the host that was called.
+// portURL returns the URL of a port: one with its host name, or a path on the host that was called
+// if ports have no host names.
 func (s *server) portURL(r *http.Request, id string, port int) string {
 	if base := s.Names.Of(id, port); base != "" {
 		return base + "/"
@@ -290,13 +300,14 @@ func (s *server) CreatePortURL(w http.ResponseWriter, r *http.Request, id Sandbo
 		s.fail(w, r, err)
 		return
 	}
-	// Signatures end with a whole second, and what is promised is not cut short by that.
+	// Signatures end at a whole second. Round up, so that the URL lives at least as long as asked.
 	ends := time.Now().Add(expiry + time.Second - 1).Truncate(time.Second).UTC()
 	signed := s.portURL(r, id, port) + "?" + portproxy.TokenParam + "=" + s.Signer.Sign(id, port, ends)
 	s.answer(w, r, http.StatusCreated, PortURL{URL: signed, ExpiresAt: ends})
 }
 
-// notOver refuses a sandbox of the organization that nothing can be reached in any more.
+// notOver refuses a sandbox of the organization that is destroyed, so that nothing in it can be
+// reached.
 func (s *server) notOver(ctx context.Context, orgID string, id sandbox.ID) error {
 	box, err := s.Sandboxes.Get(ctx, orgID, id)
 	if err == nil && box.State.Status() == sandbox.StatusDestroyed {

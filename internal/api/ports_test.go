@@ -21,7 +21,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// fakePorts plays the ports of all sandboxes: each leads to a server of the test.
+// fakePorts fakes the ports of all sandboxes. Each port leads to a server of the test.
 type fakePorts struct {
 	mu sync.Mutex
 	// +checklocks:mu
@@ -50,8 +50,8 @@ func (f *fakePorts) open(port int, addr string) {
 
 const testDomain = "boxes.test"
 
-// portHouse has host names, and a server on port 8080 of every sandbox that answers with what
-// it was asked.
+// portHouse returns a house with host names for ports. On port 8080 of every sandbox a server
+// answers with the request that it got.
 func portHouse(t *testing.T) *house {
 	t.Helper()
 	h := newHouse(t, func(_ *auth.Config, _ *sandbox.Config, c *Config) {
@@ -67,7 +67,7 @@ func portHouse(t *testing.T) *house {
 	return h
 }
 
-// visit asks for a port as a browser or curl would.
+// visit sends a request to a port as a browser or curl would.
 func (h *house) visit(t *testing.T, method, target string, edits ...func(*http.Request)) reply {
 	t.Helper()
 	u, err := url.Parse(target)
@@ -120,9 +120,10 @@ func TestPortByPathAndHost(t *testing.T) {
 				t.Errorf("%s with %s: %d %q", target, name, r.status, r.body)
 			}
 			if strings.Contains(string(r.body), h.key) || strings.Contains(string(r.body), "theirs") != (name == "own header") {
-				t.Errorf("%s with %s: inside came %q", target, name, r.body)
+				t.Errorf("%s with %s: the port received %q", target, name, r.body)
 			}
-			if ids := r.header.Values("X-Request-Id"); len(ids) != 1 || ids[0] != "theirs" || r.header.Get("X-Content-Type-Options") != "" {
+			if ids := r.header.Values("X-Request-Id"); len(ids) != 1 || ids[0] != "theirs" ||
+				r.header.Get("X-Content-Type-Options") != "" {
 				t.Errorf("%s: the answer's head is %v", target, r.header)
 			}
 		}
@@ -130,7 +131,7 @@ func TestPortByPathAndHost(t *testing.T) {
 	h.released(t)
 }
 
-// released waits until no lease is held: a call may end a moment after its answer.
+// released waits until no lease is held, because a call may end shortly after its answer.
 func (h *house) released(t *testing.T) {
 	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); h.boxes.InUse() != 0; time.Sleep(time.Millisecond) {
@@ -152,10 +153,10 @@ func TestPortRefused(t *testing.T) {
 		status int
 		code   string
 	}{
-		"nobody":                {hostOf(box.ID, 8080) + "/", none, 401, "unauthenticated"},
-		"nobody, by path":       {portproxy.Path(box.ID, 8080) + "/", none, 401, "unauthenticated"},
-		"nobody, no sandbox":    {hostOf("sbx_aaaaaaaaaaaaaaaaaaaa", 8080) + "/", none, 401, "unauthenticated"},
-		"nobody, no such id":    {"/v1/sandboxes/x/ports/80/", none, 401, "unauthenticated"},
+		"no key":                {hostOf(box.ID, 8080) + "/", none, 401, "unauthenticated"},
+		"no key, by path":       {portproxy.Path(box.ID, 8080) + "/", none, 401, "unauthenticated"},
+		"no key, no sandbox":    {hostOf("sbx_aaaaaaaaaaaaaaaaaaaa", 8080) + "/", none, 401, "unauthenticated"},
+		"no key, no such id":    {"/v1/sandboxes/x/ports/80/", none, 401, "unauthenticated"},
 		"the application's key": {hostOf(box.ID, 8080) + "/", key("theirs"), 401, "unauthenticated"},
 		"another's key":         {hostOf(box.ID, 8080) + "/", key(h.other), 403, notYours},
 		"no such key":           {hostOf(box.ID, 8080) + "/", key("cay_0123456789abcdef0123456789abcdef01234567"), 401, "unauthenticated"},
@@ -173,11 +174,13 @@ func TestPortRefused(t *testing.T) {
 			header("Cookie", "cay_token="+h.server.Signer.Sign(box.ID, 8080, time.Now().Add(time.Hour))), 401, "unauthenticated"},
 	} {
 		r := h.visit(t, "GET", c.target, c.edit)
-		if r.status != c.status || !strings.Contains(string(r.body), `"code":"`+c.code+`"`) || r.header.Get("X-Request-Id") == "" {
+		if r.status != c.status || !strings.Contains(string(r.body), `"code":"`+c.code+`"`) ||
+			r.header.Get("X-Request-Id") == "" {
 			t.Errorf("%s: %d %s, want %d %s", name, r.status, r.body, c.status, c.code)
 		}
 		r = h.visit(t, "GET", c.target, c.edit, header("Accept", "text/html,*/*;q=0.8"))
-		if r.status != c.status || !strings.Contains(r.header.Get("Content-Type"), "text/html") || !strings.Contains(string(r.body), c.code) || strings.Contains(string(r.body), "<script") {
+		if r.status != c.status || !strings.Contains(r.header.Get("Content-Type"), "text/html") ||
+			!strings.Contains(string(r.body), c.code) || strings.Contains(string(r.body), "<script") {
 			t.Errorf("%s, as a page: %d %v %s", name, r.status, r.header, r.body)
 		}
 	}
@@ -197,11 +200,12 @@ func TestPortPublic(t *testing.T) {
 	if !p.Public || p.Port != 8080 || p.URL != hostOf(box.ID, 8080)+"/" {
 		t.Errorf("port %+v", p)
 	}
-	if l := as[PortList](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID+"/ports", h.key, "")); len(l.Ports) != 1 || l.Ports[0] != p {
+	if l := as[PortList](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID+"/ports", h.key, "")); len(l.Ports) != 1 ||
+		l.Ports[0] != p {
 		t.Errorf("ports %+v", l)
 	}
 	if b := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, "")); b.Status != "suspended" {
-		t.Errorf("changing a port woke it: %s", b.Status)
+		t.Errorf("changing a port woke the sandbox: %s", b.Status)
 	}
 	for _, target := range []string{target, portproxy.Path(box.ID, 8080) + "/x"} {
 		if r := h.visit(t, "POST", target); r.status != 200 {
@@ -209,7 +213,7 @@ func TestPortPublic(t *testing.T) {
 		}
 	}
 	if b := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, "")); b.Status != "running" {
-		t.Errorf("a visit did not wake it: %s", b.Status)
+		t.Errorf("a request to the port did not wake the sandbox: %s", b.Status)
 	}
 	if r := h.visit(t, "GET", hostOf(box.ID, 8081)); r.status != 401 {
 		t.Errorf("another port: %d", r.status)
@@ -217,7 +221,8 @@ func TestPortPublic(t *testing.T) {
 	if r := h.visit(t, "GET", target, header("Cookie", "cay_token=a.b")); r.status != 200 {
 		t.Errorf("public, with an old cookie: %d", r.status)
 	}
-	if p := as[Port](t, 200, h.send(t, "PUT", "/v1/sandboxes/"+box.ID+"/ports/8080", h.key, `{"public":false}`)); p.Public {
+	if p := as[Port](t, 200,
+		h.send(t, "PUT", "/v1/sandboxes/"+box.ID+"/ports/8080", h.key, `{"public":false}`)); p.Public {
 		t.Errorf("port %+v", p)
 	}
 	if r := h.visit(t, "GET", target); r.status != 401 {
@@ -229,7 +234,8 @@ func TestPortSigned(t *testing.T) {
 	h := portHouse(t)
 	box := h.newBox(t)
 	u := as[PortURL](t, 201, h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/ports/8080/url", h.key, `{"expires_in":"90s"}`))
-	if left := time.Until(u.ExpiresAt); left < 80*time.Second || left > 92*time.Second || !strings.HasPrefix(u.URL, hostOf(box.ID, 8080)+"/?cay_token=") {
+	if left := time.Until(u.ExpiresAt); left < 80*time.Second || left > 92*time.Second ||
+		!strings.HasPrefix(u.URL, hostOf(box.ID, 8080)+"/?cay_token=") {
 		t.Fatalf("URL %+v", u)
 	}
 	signed, err := url.Parse(u.URL)
@@ -238,7 +244,8 @@ func TestPortSigned(t *testing.T) {
 	}
 	signed.Path, signed.RawPath, signed.RawQuery = "//evil/a/path", "//evil/a%2Fpath", "a=1;2&"+signed.RawQuery+"&b=%20"
 	r := h.visit(t, "GET", signed.String())
-	if r.status != 303 || r.header.Get("Location") != "/evil/a%2Fpath?a=1;2&b=%20" || r.header.Get("Referrer-Policy") != "no-referrer" {
+	if r.status != 303 || r.header.Get("Location") != "/evil/a%2Fpath?a=1;2&b=%20" ||
+		r.header.Get("Referrer-Policy") != "no-referrer" {
 		t.Fatalf("the exchange: %d %v", r.status, r.header)
 	}
 	cookie := r.header.Get("Set-Cookie")
@@ -247,7 +254,8 @@ func TestPortSigned(t *testing.T) {
 			t.Errorf("cookie %q", cookie)
 		}
 	}
-	if r := h.visit(t, "GET", signed.String(), header("X-Forwarded-Proto", "https")); !strings.Contains(r.header.Get("Set-Cookie"), "Secure") {
+	if r := h.visit(t, "GET", signed.String(),
+		header("X-Forwarded-Proto", "https")); !strings.Contains(r.header.Get("Set-Cookie"), "Secure") {
 		t.Errorf("over TLS the cookie is %q", r.header.Get("Set-Cookie"))
 	}
 	pair, _, _ := strings.Cut(cookie, ";")
@@ -255,14 +263,16 @@ func TestPortSigned(t *testing.T) {
 	if r.status != 200 || strings.Contains(string(r.body), "cay_token") || !strings.Contains(string(r.body), "mine=1") {
 		t.Errorf("with the cookie: %d %s", r.status, r.body)
 	}
-	// What cannot be sent elsewhere is served as it is.
-	for name, edit := range map[string]func(*http.Request){"POST": func(r *http.Request) { r.Method = "POST" }, "WebSocket": header("Upgrade", "websocket")} {
+	// Requests that cannot be redirected are served directly.
+	for name, edit := range map[string]func(*http.Request){"POST": func(r *http.Request) { r.Method = "POST" },
+		"WebSocket": header("Upgrade", "websocket")} {
 		if r := h.visit(t, "GET", u.URL, edit); r.status != 200 || strings.Contains(string(r.body), "cay_token") {
 			t.Errorf("%s: %d %s", name, r.status, r.body)
 		}
 	}
 	byPath := portproxy.Path(box.ID, 8080) + "/?" + signed.RawQuery
-	if r := h.visit(t, "GET", byPath); r.status != 200 || strings.Contains(string(r.body), "cay_token") || r.header.Get("Set-Cookie") != "" {
+	if r := h.visit(t, "GET", byPath); r.status != 200 || strings.Contains(string(r.body), "cay_token") ||
+		r.header.Get("Set-Cookie") != "" {
 		t.Errorf("by path: %d %s", r.status, r.body)
 	}
 	if l := h.log.String(); strings.Contains(l, signed.Query().Get("cay_token")) {
@@ -300,7 +310,8 @@ func TestPortCallsRefused(t *testing.T) {
 	})
 }
 
-// The tunnel carries both ways, each half for itself, and holds a lease meanwhile.
+// TestTunnel checks that a tunnel carries both directions, closes each separately, and holds a
+// lease meanwhile.
 func TestTunnel(t *testing.T) {
 	h := portHouse(t)
 	box := h.newBox(t)
@@ -315,7 +326,8 @@ func TestTunnel(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	fmt.Fprintf(conn, "POST /v1/sandboxes/%s/tunnel?port=5432 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n", box.ID, h.key)
+	fmt.Fprintf(conn, "POST /v1/sandboxes/%s/tunnel?port=5432 HTTP/1.1\r\nHost: x\r\n"+
+		"Authorization: Bearer %s\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n", box.ID, h.key)
 	in, err := l.Accept()
 	if err != nil {
 		t.Fatal(err)
@@ -323,11 +335,12 @@ func TestTunnel(t *testing.T) {
 	defer in.Close()
 	out := bufio.NewReader(conn)
 	resp, err := http.ReadResponse(out, nil)
-	if err != nil || resp.StatusCode != 101 || resp.Header.Get("Upgrade") != "tcp" || resp.Header.Get("X-Request-Id") == "" {
+	if err != nil || resp.StatusCode != 101 || resp.Header.Get("Upgrade") != "tcp" ||
+		resp.Header.Get("X-Request-Id") == "" {
 		t.Fatalf("%+v, %v", resp, err)
 	}
 	if n := h.boxes.InUse(); n != 1 {
-		t.Errorf("%d leases while it is open", n)
+		t.Errorf("%d leases while the tunnel is open", n)
 	}
 	fmt.Fprint(conn, "ping")
 	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {

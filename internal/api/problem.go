@@ -14,7 +14,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// statuses is the one place where a kind of error becomes an HTTP status.
+// statuses maps each kind of fault to its HTTP status. No other code does.
 var statuses = map[fault.Kind]int{
 	fault.Internal:        http.StatusInternalServerError,
 	fault.NotFound:        http.StatusNotFound,
@@ -30,19 +30,20 @@ var statuses = map[fault.Kind]int{
 	fault.Gone:            http.StatusGone,
 }
 
-// statusGone is what the log and the metrics say of a call whose caller left
-// before the answer; nobody receives it. nginx made the number known.
+// statusGone is the status in the log and the metrics of a call whose caller left before the
+// answer. It is never sent. nginx introduced the number.
 const statusGone = 499
 
-// maxField bounds how much of a caller's own field name is sent back, bytes.
+// maxField limits how many bytes of a caller's own field name are sent back.
 const maxField = 256
 
-// fail answers err. What is not a fault is internal: its text goes to the log line
-// of the call alone.
+// fail answers err. An error that is not a fault is internal: the caller is not shown its text,
+// which goes to the log line of the call.
 func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	var notJSON errNotJSON
 	if errors.As(err, &notJSON) {
-		s.problem(w, r, http.StatusUnsupportedMediaType, fault.InField("unsupported_media_type", "Content-Type", "%s", notJSON.detail))
+		s.problem(w, r, http.StatusUnsupportedMediaType,
+			fault.InField("unsupported_media_type", "Content-Type", "%s", notJSON.detail))
 		return
 	}
 	if fault.Is(err, fault.Unauthenticated) {
@@ -54,16 +55,16 @@ func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	s.problem(w, r, status, f)
 }
 
-// verdict is what the caller is told of an error, and under which status; it notes for
-// the call what broke.
+// verdict returns the status and the fault that answer an error. It notes a failure of the server
+// in the call.
 func verdict(r *http.Request, err error) (int, *fault.Error) {
 	status, f := statusOf(err)
 	if status >= 500 {
 		c := callOf(r)
 		c.err = err
 		if r.Context().Err() != nil {
-			// Whatever broke, broke because the caller left or the server stops. It is
-			// answered all the same, so that no half-done call looks like a success.
+			// The error is a consequence of the caller leaving or the server stopping. Answer the call all
+			// the same, so that an incomplete call does not look like a success.
 			c.gone = true
 			status, f = http.StatusServiceUnavailable, fault.New(fault.Unavailable, "interrupted", "the call was interrupted")
 		}
@@ -71,11 +72,12 @@ func verdict(r *http.Request, err error) (int, *fault.Error) {
 	return status, f
 }
 
-// statusOf is the status of an error, and what of it a caller is told.
+// statusOf returns the status of an error and the fault that its caller is shown.
 func statusOf(err error) (int, *fault.Error) {
 	f := fault.As(err)
 	if f == nil || f.Kind == fault.Internal && f.Code == "" {
-		f = fault.New(fault.Internal, "internal", "something broke on this server; its log has the cause under the request_id").Because(err)
+		f = fault.New(fault.Internal, "internal",
+			"something broke on this server; its log has the cause under the request_id").Because(err)
 	}
 	status := statuses[f.Kind]
 	if status == 0 {
@@ -84,7 +86,7 @@ func statusOf(err error) (int, *fault.Error) {
 	return status, f
 }
 
-// problem writes a fault under a status that its kind does not have.
+// problem answers with a fault under the given status.
 func (s *server) problem(w http.ResponseWriter, r *http.Request, status int, f *fault.Error) {
 	drain(w, r, f.Code)
 	p := problemOf(r, status, f)
@@ -104,7 +106,8 @@ func (s *server) problem(w http.ResponseWriter, r *http.Request, status int, f *
 	writeJSON(w, r, status, p)
 }
 
-// problemOf is a fault as the caller sees it. The log line of the call has its code.
+// problemOf returns a fault as the caller sees it. It records the code for the log line of the
+// call.
 func problemOf(r *http.Request, status int, f *fault.Error) Problem {
 	c := callOf(r)
 	c.code = f.Code
@@ -125,15 +128,15 @@ func problemOf(r *http.Request, status int, f *fault.Error) Problem {
 	return p
 }
 
-// What is still read of the body of a request that is refused: many clients send
-// all of it before they look for an answer, and a connection closed meanwhile would
-// tell them nothing. It is more than a file may have, so that a file which is a
-// little too large hears of it.
-const maxRest = 128 << 20 // bytes
+// maxRest limits how many bytes of the body of a refused request are still read. Many clients send
+// the whole body before they look for an answer, and closing the connection meanwhile would hide
+// the answer from them. The limit is above the size that a file may have, so that the sender of a
+// file that is slightly too large gets the answer.
+const maxRest = 128 << 20
 
-// maxStrangersRest bounds how much is still read of the body of a caller without a valid key, bytes,
-// and strangersDrain for how long: enough for the JSON body of a client with a wrong key. With more,
-// anybody could keep the server reading.
+// maxStrangersRest limits how many bytes of the body of a caller without a valid key are still
+// read, and strangersDrain for how long. They suffice for the JSON body of a client with a wrong
+// key. With higher limits, anybody could keep the server reading.
 const (
 	maxStrangersRest = 1 << 20
 	strangersDrain   = 5 * time.Second
@@ -145,20 +148,20 @@ func drain(w http.ResponseWriter, r *http.Request, code string) {
 	case r.Body == nil || r.Body == http.NoBody:
 		return
 	case r.Header.Get("Expect") != "" && c.received.n == 0:
-		return // who waits to be asked for the body is not asked
+		return // the caller waits for the server to ask for the body, which it does not
 	case code == codeIncomplete, code == auth.CodeTooManyAttempts:
-		return // nothing comes, or nothing is wanted
+		return // the rest will not come, or is not worth reading
 	}
 	control := http.NewResponseController(w)
 	patience, rest := c.patience.drain, int64(maxRest)
 	if c.who.Key.ID == "" {
 		patience, rest = min(patience, strangersDrain), maxStrangersRest
 	}
-	// A writer without deadlines is one of a test.
+	// The writers of tests have no deadlines, so the error is ignored.
 	_ = control.SetReadDeadline(time.Now().Add(patience))
 	withoutCall(r, func() {
 		if _, err := io.CopyN(io.Discard, r.Body, rest); err == io.EOF {
-			_ = control.SetReadDeadline(time.Time{}) // see body
+			_ = control.SetReadDeadline(time.Time{}) // the function body in decode.go says why
 		}
 	})
 }
@@ -166,7 +169,7 @@ func drain(w http.ResponseWriter, r *http.Request, code string) {
 // answer writes v as JSON.
 func (s *server) answer(w http.ResponseWriter, r *http.Request, status int, v any) {
 	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Cache-Control", "no-store") // keys, files and states are nobody else's
+	w.Header().Set("Cache-Control", "no-store") // only the caller may see keys, files and states
 	writeJSON(w, r, status, v)
 }
 
@@ -175,14 +178,14 @@ func writeJSON(w http.ResponseWriter, r *http.Request, status int, v any) {
 	e := json.NewEncoder(w)
 	e.SetEscapeHTML(false)
 	if err := e.Encode(v); err != nil {
-		// The caller has gone, or our own types cannot be encoded; either way the
-		// answer cannot be mended any more.
+		// The caller has left, or one of our types cannot be encoded. In both cases the answer cannot be
+		// repaired.
 		callOf(r).err = err
 	}
 }
 
-// parameterError makes a fault of what the generated code says about a path,
-// query or header parameter.
+// parameterError turns an error of the generated code about a path, query or header parameter into
+// a fault.
 func parameterError(err error) error {
 	var name, detail string
 	var required *RequiredParamError
@@ -202,7 +205,7 @@ func parameterError(err error) error {
 	case errors.As(err, &unmarshal):
 		name, detail = unmarshal.ParamName, "is not of the right type"
 	default:
-		return fault.New(fault.Invalid, "invalid_request", "a parameter is not right").Because(err)
+		return fault.New(fault.Invalid, "invalid_request", "a parameter is invalid").Because(err)
 	}
 	switch name {
 	case "limit", "depth", "port":
@@ -217,7 +220,7 @@ func parameterError(err error) error {
 	return fault.InField(codeOf(name), name, "%s", detail).Because(err)
 }
 
-// codeOf is the code of an Invalid in a field: that of its first element.
+// codeOf returns the code of an Invalid in a field, made of the first element of the field.
 func codeOf(field string) string {
 	if i := strings.IndexAny(field, ".["); i >= 0 {
 		field = field[:i]
@@ -225,7 +228,8 @@ func codeOf(field string) string {
 	return "invalid_" + strings.ToLower(strings.ReplaceAll(field, "-", "_"))
 }
 
-// duration is a Go-style duration of a request's field, nil if it was not given.
+// duration parses a duration of a request's field in Go's syntax. It returns nil if the field was
+// not given.
 func duration(field string, text *string) (*time.Duration, error) {
 	if text == nil {
 		return nil, nil

@@ -16,20 +16,21 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// Limits of processes. Part of the contract.
+// Limits of processes. They are part of the contract.
 const (
 	maxProcessTimeout = 24 * time.Hour
 	defaultWait       = 30 * time.Second
 	maxWait           = 5 * time.Minute
 	maxTerminalSide   = 10_000
-	// maxInput is what is taken in one call, bytes; the process takes it as it reads.
+	// maxInput limits the bytes of input in one call. The process takes them as it reads.
 	maxInput = 8 << 20
 )
 
-// Processes is what is called inside sandboxes for the processes that outlive calls;
-// [*agentapi.Client] has it.
+// Processes has the calls into sandboxes that concern processes; [*agentapi.Client] implements it.
+// Processes started by StartProcess outlive the call.
 type Processes interface {
-	ExecuteStream(ctx context.Context, t agentapi.Target, r agentapi.ExecuteRequest, emit func(agentapi.ExecuteEvent) error) (agentapi.ExecuteResult, error)
+	ExecuteStream(ctx context.Context, t agentapi.Target, r agentapi.ExecuteRequest,
+		emit func(agentapi.ExecuteEvent) error) (agentapi.ExecuteResult, error)
 	StartProcess(ctx context.Context, t agentapi.Target, r agentapi.StartProcess) (agentapi.Process, error)
 	Processes(ctx context.Context, t agentapi.Target) ([]agentapi.Process, error)
 	Process(ctx context.Context, t agentapi.Target, ref string) (agentapi.Process, error)
@@ -38,10 +39,11 @@ type Processes interface {
 	KillProcess(ctx context.Context, t agentapi.Target, ref string) error
 	ResizeTerminal(ctx context.Context, t agentapi.Target, ref string, size agentapi.TerminalSize) error
 	WriteInput(ctx context.Context, t agentapi.Target, ref string, body io.Reader, end bool) (int64, error)
-	Follow(ctx context.Context, t agentapi.Target, r agentapi.FollowRequest, emit func(agentapi.ProcessOutput) error) (agentapi.Process, error)
+	Follow(ctx context.Context, t agentapi.Target, r agentapi.FollowRequest,
+		emit func(agentapi.ProcessOutput) error) (agentapi.Process, error)
 }
 
-// processRef is what a process may be called by: its pid or a tag.
+// processRef matches the names of a process in a call: its pid or a tag.
 var processRef = regexp.MustCompile(`^([0-9]{1,9}|[A-Za-z][A-Za-z0-9_.-]{0,63})$`)
 
 func checkRef(field, ref string) error {
@@ -74,14 +76,17 @@ func (s *server) StartProcess(w http.ResponseWriter, r *http.Request, id Sandbox
 
 func startOf(in StartProcessRequest) (agentapi.StartProcess, error) {
 	var out agentapi.StartProcess
-	command, err := commandOf(ExecuteRequest{Command: in.Command, Shell: (*ExecuteRequestShell)(in.Shell), Args: in.Args, Env: in.Env, User: in.User, Workdir: in.Workdir, Detach: new(true)})
+	command, err := commandOf(ExecuteRequest{Command: in.Command, Shell: (*ExecuteRequestShell)(in.Shell), Args: in.Args,
+		Env: in.Env, User: in.User, Workdir: in.Workdir, Detach: new(true)})
 	if err != nil {
 		return out, err
 	}
-	out = agentapi.StartProcess{Args: command.Argv(), Env: command.Env, User: command.User, Workdir: command.Workdir, OpenInput: in.Stdin != nil && *in.Stdin}
+	out = agentapi.StartProcess{Args: command.Argv(), Env: command.Env, User: command.User, Workdir: command.Workdir,
+		OpenInput: in.Stdin != nil && *in.Stdin}
 	if in.Tag != nil {
 		if checkRef("tag", *in.Tag) != nil || (*in.Tag)[0] <= '9' {
-			return out, fault.InField("invalid_tag", "tag", "must be 1 to %d letters, digits, _, . and -, and begin with a letter", agentapi.MaxTag)
+			return out, fault.InField("invalid_tag", "tag",
+				"must be 1 to %d letters, digits, _, . and -, and begin with a letter", agentapi.MaxTag)
 		}
 		out.Tag = *in.Tag
 	}
@@ -108,7 +113,8 @@ func startOf(in StartProcessRequest) (agentapi.StartProcess, error) {
 func sizeOfTerminal(prefix string, cols, rows int) (agentapi.TerminalSize, error) {
 	for name, n := range map[string]int{"cols": cols, "rows": rows} {
 		if n < 1 || n > maxTerminalSide {
-			return agentapi.TerminalSize{}, fault.InField(codeOf(prefix+name), prefix+name, "must be between 1 and %d", maxTerminalSide)
+			return agentapi.TerminalSize{}, fault.InField(codeOf(prefix+name), prefix+name,
+				"must be between 1 and %d", maxTerminalSide)
 		}
 	}
 	return agentapi.TerminalSize{Cols: uint16(cols), Rows: uint16(rows)}, nil
@@ -125,8 +131,9 @@ func (s *server) ListProcesses(w http.ResponseWriter, r *http.Request, id Sandbo
 	})
 }
 
-// withProcess does the part of a call that needs a process.
-func (s *server) withProcess(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef, do func(agentapi.Target) error) {
+// withProcess runs do, which needs a process, with a lease of the sandbox; see inside.
+func (s *server) withProcess(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef,
+	do func(agentapi.Target) error) {
 	if err := checkRef("process", ref); err != nil {
 		s.fail(w, r, err)
 		return
@@ -157,7 +164,8 @@ func (s *server) KillProcess(w http.ResponseWriter, r *http.Request, id SandboxI
 }
 
 // WaitProcess answers GET /v1/sandboxes/{id}/processes/{process}/wait.
-func (s *server) WaitProcess(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef, params WaitProcessParams) {
+func (s *server) WaitProcess(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef,
+	params WaitProcessParams) {
 	within := defaultWait
 	timeout, err := duration("timeout", params.Timeout)
 	if err == nil && timeout != nil {
@@ -181,7 +189,8 @@ func (s *server) WaitProcess(w http.ResponseWriter, r *http.Request, id SandboxI
 }
 
 // GetProcessOutput answers GET /v1/sandboxes/{id}/processes/{process}/output.
-func (s *server) GetProcessOutput(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef, params GetProcessOutputParams) {
+func (s *server) GetProcessOutput(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef,
+	params GetProcessOutputParams) {
 	f := agentapi.FollowRequest{Ref: ref}
 	var err error
 	if params.Offset != nil {
@@ -215,20 +224,20 @@ func (s *server) GetProcessOutput(w http.ResponseWriter, r *http.Request, id San
 	})
 }
 
-// outputNow is a process's output as far as it is kept.
+// outputNow returns the output of a process that the agent still keeps.
 func (s *server) outputNow(ctx context.Context, t agentapi.Target, f agentapi.FollowRequest) (ProcessOutput, error) {
 	out := ProcessOutput{Output: []OutputPiece{}, NextOffset: f.Offset}
 	size, account := 0, budget.From(ctx)
 	p, err := s.Agent.Follow(ctx, t, f, func(o agentapi.ProcessOutput) error {
 		out.Lost += o.Lost
 		out.NextOffset = o.Offset + max(o.Lost, int64(len(o.Data)))
-		// No more than is kept, with room for what came meanwhile.
+		// Accept no more than the agent keeps, with room for output that arrives meanwhile.
 		if size += len(o.Data) + waitingCost; size > 2*agentapi.HistorySize {
-			return fault.New(fault.Unavailable, agentapi.CodeUnreachable, "the sandbox answers more output than it can have")
+			return fault.New(fault.Unavailable, agentapi.CodeUnreachable, "the sandbox sent more output than it can keep")
 		}
 		if len(o.Data) > 0 {
 			piece := pieceOf(o.Data)
-			// As it is held, as it is answered, and the buffer for the answer, which may have doubled.
+			// The piece is held, it is encoded, and the buffer of the answer may have doubled.
 			if err := account.Take(waitingCost + int64(len(piece.Data)) + 3*escapedLen(piece.Data)); err != nil {
 				return err
 			}
@@ -241,7 +250,7 @@ func (s *server) outputNow(ctx context.Context, t agentapi.Target, f agentapi.Fo
 	return out, err
 }
 
-// escapedLen is about how long a text is in JSON, bytes.
+// escapedLen returns the approximate length of a text in JSON, in bytes.
 func escapedLen(s string) int64 {
 	n := len(s)
 	for i := range len(s) {
@@ -256,12 +265,14 @@ func escapedLen(s string) int64 {
 }
 
 // WriteProcessStdin answers POST /v1/sandboxes/{id}/processes/{process}/stdin.
-func (s *server) WriteProcessStdin(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef, params WriteProcessStdinParams) {
+func (s *server) WriteProcessStdin(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef,
+	params WriteProcessStdinParams) {
 	if r.ContentLength > maxInput {
 		s.fail(w, r, tooLarge(maxInput))
 		return
 	}
-	body := &upload{body: http.NoBody, control: http.NewResponseController(w), stall: callOf(r).patience.stall, left: maxInput, over: tooLarge(maxInput)}
+	body := &upload{body: http.NoBody, control: http.NewResponseController(w), stall: callOf(r).patience.stall,
+		left: maxInput, over: tooLarge(maxInput)}
 	if r.Body != nil {
 		body.body = r.Body
 	}
@@ -295,7 +306,7 @@ func (s *server) SignalProcess(w http.ResponseWriter, r *http.Request, id Sandbo
 	})
 }
 
-// signalNumber reads a signal as kill(1) does.
+// signalNumber parses a signal the way kill(1) does.
 func signalNumber(name string) (int, error) {
 	const highest = 64
 	if n, err := strconv.Atoi(name); err == nil && n >= 1 && n <= highest {
@@ -313,7 +324,8 @@ func signalNumber(name string) (int, error) {
 			return n, nil
 		}
 	}
-	return 0, fault.InField("invalid_signal", "signal", "must be the name of a signal, such as TERM, or its number, 1 to %d", highest)
+	return 0, fault.InField("invalid_signal", "signal",
+		"must be the name of a signal, such as TERM, or its number, 1 to %d", highest)
 }
 
 // ResizeProcessTerminal answers POST /v1/sandboxes/{id}/processes/{process}/resize.
@@ -338,9 +350,14 @@ func (s *server) ResizeProcessTerminal(w http.ResponseWriter, r *http.Request, i
 }
 
 func processOf(p agentapi.Process) Process {
-	out := Process{PID: p.PID, Tag: optional(p.Tag), Args: each(p.Args, func(arg string) string { return strings.ToValidUTF8(arg, "\uFFFD") }),
-		Workdir: optional(strings.ToValidUTF8(p.Workdir, "\uFFFD")), User: optional(strings.ToValidUTF8(p.User, "\uFFFD")), Status: ProcessStatusRunning,
-		StartedAt: p.StartedAt.UTC(), Terminal: p.Terminal, StdinOpen: p.Input, OutputKept: p.Kept}
+	out := Process{
+		PID: p.PID, Tag: optional(p.Tag),
+		Args:    each(p.Args, func(arg string) string { return strings.ToValidUTF8(arg, "\uFFFD") }),
+		Workdir: optional(strings.ToValidUTF8(p.Workdir, "\uFFFD")),
+		User:    optional(strings.ToValidUTF8(p.User, "\uFFFD")),
+		Status:  ProcessStatusRunning, StartedAt: p.StartedAt.UTC(),
+		Terminal: p.Terminal, StdinOpen: p.Input, OutputKept: p.Kept,
+	}
 	if p.Kept {
 		out.OutputFrom, out.OutputTo = &p.First, &p.Next
 	}
@@ -352,7 +369,8 @@ func processOf(p agentapi.Process) Process {
 }
 
 func exitOf(r agentapi.ExecuteResult) ProcessExit {
-	out := ProcessExit{ExitCode: r.ExitCode, DurationMs: r.Duration.Milliseconds(), TimedOut: r.TimedOut, OOMKilled: r.OOMKilled}
+	out := ProcessExit{ExitCode: r.ExitCode, DurationMs: r.Duration.Milliseconds(), TimedOut: r.TimedOut,
+		OOMKilled: r.OOMKilled}
 	if r.Signal != 0 {
 		out.Signal = new(signalName(r.Signal))
 	}

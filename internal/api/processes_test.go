@@ -30,7 +30,8 @@ func clientProcesses(t *testing.T, ctx context.Context, c *client.Client, h *hou
 	if diff := cmp.Diff(want, out); diff != "" || exit.ExitCode != 0 || exit.StdoutTruncated == nil {
 		t.Errorf("streamed (- want):\n%s\nexit %+v", diff, exit)
 	}
-	p, err := c.StartProcess(ctx, id, client.StartProcessRequest{Args: []string{"cat"}, Tag: new("cat"), Stdin: new(true), Timeout: new("1h")})
+	p, err := c.StartProcess(ctx, id, client.StartProcessRequest{Args: []string{"cat"}, Tag: new("cat"), Stdin: new(true),
+		Timeout: new("1h")})
 	fatal(err)
 	if p.Status != client.ProcessStatusRunning || !p.StdinOpen || *p.Tag != "cat" {
 		t.Errorf("started %+v", p)
@@ -49,31 +50,35 @@ func clientProcesses(t *testing.T, ctx context.Context, c *client.Client, h *hou
 	out = nil
 	exit, err = c.FollowProcess(ctx, id, "cat", 1, on)
 	fatal(err)
-	if diff := cmp.Diff([]client.Output{{Stream: client.StreamStdout, Offset: 1, Data: []byte("yped")}}, out); diff != "" || p.Exit != nil || exit.DurationMs != 1 {
+	output := []client.Output{{Stream: client.StreamStdout, Offset: 1, Data: []byte("yped")}}
+	if diff := cmp.Diff(output, out); diff != "" || p.Exit != nil || exit.DurationMs != 1 {
 		t.Errorf("followed (- want):\n%s\nexit %+v after %+v", diff, exit, p)
 	}
 	p, err = c.GetProcess(ctx, id, "cat")
 	fatal(err)
-	if err := c.SignalProcess(ctx, id, "cat", "TERM"); !client.HasCode(err, "process_ended") || p.Status != client.ProcessStatusExited {
-		t.Errorf("signalling what has ended: %v, %+v", err, p)
+	if err := c.SignalProcess(ctx, id, "cat", "TERM"); !client.HasCode(err, "process_ended") ||
+		p.Status != client.ProcessStatusExited {
+		t.Errorf("signalling an ended process: %v, %+v", err, p)
 	}
 	all, err := c.ListProcesses(ctx, id)
 	fatal(err)
 	fatal(c.KillProcess(ctx, id, "cat"))
 	if _, err := c.GetProcess(ctx, id, "cat"); !client.HasCode(err, "process_not_found") || len(all) != 1 {
-		t.Errorf("it is gone: %v; of %d", err, len(all))
+		t.Errorf("after the kill: %v; %d processes before it", err, len(all))
 	}
 	clientTerminal(t, ctx, c, h, id, fatal)
 }
 
 func clientTerminal(t *testing.T, ctx context.Context, c *client.Client, h *house, id string, fatal func(error)) {
-	term, err := c.OpenTerminal(ctx, id, client.TerminalOptions{Cols: 100, Rows: 30, Command: "cat", User: "user", Workdir: "/tmp", Term: "vt100", Grace: 5 * time.Second})
+	term, err := c.OpenTerminal(ctx, id, client.TerminalOptions{Cols: 100, Rows: 30, Command: "cat", User: "user",
+		Workdir: "/tmp", Term: "vt100", Grace: 5 * time.Second})
 	fatal(err)
 	p, err := h.agent.find(procName(term.PID))
 	fatal(err)
 	r := p.request
-	if *r.Terminal != (agentapi.TerminalSize{Cols: 100, Rows: 30}) || r.GraceMs != 5000 || r.Env["TERM"] != "vt100" || r.User != "user" || r.Workdir != "/tmp" || r.Args[2] != "cat" {
-		t.Errorf("it was started with %+v", r)
+	if *r.Terminal != (agentapi.TerminalSize{Cols: 100, Rows: 30}) || r.GraceMs != 5000 || r.Env["TERM"] != "vt100" ||
+		r.User != "user" || r.Workdir != "/tmp" || r.Args[2] != "cat" {
+		t.Errorf("the terminal was started with %+v", r)
 	}
 	_, err = term.Write([]byte("hello"))
 	fatal(err)
@@ -92,21 +97,23 @@ func clientTerminal(t *testing.T, ctx context.Context, c *client.Client, h *hous
 	fatal(err)
 	fatal(c.ResizeProcessTerminal(ctx, id, procName(term.PID), client.TerminalSize{Cols: 7, Rows: 8}))
 	fatal(c.SignalProcess(ctx, id, procName(term.PID), "15"))
-	if _, err := again.Read(b); err != io.EOF || again.Exit() == nil || again.Exit().ExitCode != 143 || *again.Exit().Signal != "SIGTERM" || string(b[:3]) != "llo" {
+	if _, err := again.Read(b); err != io.EOF || again.Exit() == nil || again.Exit().ExitCode != 143 ||
+		*again.Exit().Signal != "SIGTERM" || string(b[:3]) != "llo" {
 		t.Errorf("the end is %v, %+v after %q", err, again.Exit(), b)
 	}
-	if diff := cmp.Diff([]agentapi.TerminalSize{{Cols: 120, Rows: 40}, {Cols: 80, Rows: 24}, {Cols: 7, Rows: 8}}, h.agent.sizes); diff != "" {
+	if diff := cmp.Diff([]agentapi.TerminalSize{{Cols: 120, Rows: 40}, {Cols: 80, Rows: 24}, {Cols: 7, Rows: 8}},
+		h.agent.sizes); diff != "" {
 		t.Errorf("sizes (- want):\n%s", diff)
 	}
 	_, err = c.OpenTerminal(ctx, id, client.TerminalOptions{Process: "nobody"})
 	if !client.HasCode(err, "process_not_found") {
-		t.Errorf("joining nobody: %v", err)
+		t.Errorf("joining an unknown process: %v", err)
 	}
 }
 
 func procName(pid int) string { return string(rune('0' + pid)) }
 
-// events reads what is streamed, event by event: "name: data".
+// eventsOf returns a function that reads the next event of a stream, as "name: data".
 func eventsOf(t *testing.T, body io.Reader) func() string {
 	lines := bufio.NewScanner(body)
 	lines.Buffer(nil, 64<<20)
@@ -147,7 +154,7 @@ func (h *house) stream(t *testing.T, ctx context.Context, method, path, body str
 	return resp
 }
 
-// playing makes the agent say what is put into the channel, and fail with err at its end.
+// playing makes the agent emit the events that are sent to say, and return err after say is closed.
 func (h *house) playing(err error) (say chan agentapi.ExecuteEvent, ended chan error) {
 	say, ended = make(chan agentapi.ExecuteEvent), make(chan error, 1)
 	h.agent.stream = func(ctx context.Context, emit func(agentapi.ExecuteEvent) error) (agentapi.ExecuteResult, error) {
@@ -204,7 +211,8 @@ func TestStreamedExecution(t *testing.T) {
 	step(errs("\xc3"))
 	close(say)
 	step(agentapi.ExecuteEvent{}, `stderr: {"data":"ww==","encoding":"base64"}`,
-		`exit: {"duration_ms":1000,"exit_code":137,"oom_killed":false,"signal":"SIGKILL","stderr_truncated":true,"stdout_truncated":false,"timed_out":false}`, "")
+		`exit: {"duration_ms":1000,"exit_code":137,"oom_killed":false,"signal":"SIGKILL",`+
+			`"stderr_truncated":true,"stdout_truncated":false,"timed_out":false}`, "")
 }
 
 func TestStreamedExecutionFails(t *testing.T) {
@@ -216,20 +224,22 @@ func TestStreamedExecutionFails(t *testing.T) {
 	close(say)
 	r := h.send(t, "POST", path, h.key, `{"command":"x"}`, header("Accept", eventStream))
 	if r.status != 503 || r.problem.Code != "sandbox_unreachable" {
-		t.Errorf("before anything happened: %d %s", r.status, r.body)
+		t.Errorf("an error before the first event: %d %s", r.status, r.body)
 	}
 	say, _ = h.playing(gone)
 	go func() { say <- agentapi.ExecuteEvent{PID: 9}; close(say) }()
 	resp := h.stream(t, t.Context(), "POST", path, `{"command":"x"}`)
 	next := eventsOf(t, resp.Body)
 	next()
-	if got := next(); !strings.HasPrefix(got, "error: ") || !strings.Contains(got, `"code":"sandbox_unreachable"`) || !strings.Contains(got, `"status":503`) {
-		t.Errorf("after it began: %q", got)
+	if got := next(); !strings.HasPrefix(got, "error: ") || !strings.Contains(got, `"code":"sandbox_unreachable"`) ||
+		!strings.Contains(got, `"status":503`) {
+		t.Errorf("an error after the first event: %q", got)
 	}
 	if line := h.log.line(t, resp.Header.Get("X-Request-Id")); line["code"] != "sandbox_unreachable" {
 		t.Errorf("the log has %v", line)
 	}
-	for body, field := range map[string]string{`{"command":"x","detach":true}`: "detach", `{"command":"x","detach":true,"timeout":"25h"}`: "timeout"} {
+	for body, field := range map[string]string{`{"command":"x","detach":true}`: "detach",
+		`{"command":"x","detach":true,"timeout":"25h"}`: "timeout"} {
 		edit := header("Accept", "application/json")
 		if field != "detach" {
 			edit = header("Accept", eventStream)
@@ -240,7 +250,8 @@ func TestStreamedExecutionFails(t *testing.T) {
 	}
 }
 
-// A reader that is slow holds nothing up, and one that goes away ends the command.
+// TestStreamedExecutionReaders checks that a slow reader does not delay the command, and that the
+// command is killed when its reader leaves.
 func TestStreamedExecutionReaders(t *testing.T) {
 	h := newHouse(t)
 	path := "/v1/sandboxes/" + h.newBox(t).ID + "/execute"
@@ -253,7 +264,7 @@ func TestStreamedExecutionReaders(t *testing.T) {
 		select {
 		case say <- agentapi.ExecuteEvent{Stream: agentapi.Stdout, Data: append([]byte(nil), piece...)}:
 		case <-time.After(10 * time.Second):
-			t.Fatal("a reader that reads nothing holds the command up")
+			t.Fatal("a reader that does not read delays the command")
 		}
 	}
 	next := eventsOf(t, resp.Body)
@@ -267,7 +278,7 @@ func TestStreamedExecutionReaders(t *testing.T) {
 			t.Errorf("the command ended with %v", err)
 		}
 	case <-time.After(10 * time.Second):
-		t.Fatal("the command goes on without its reader")
+		t.Fatal("the command was not killed after its reader left")
 	}
 	if line := h.log.line(t, resp.Header.Get("X-Request-Id")); line["status"] != 499.0 {
 		t.Errorf("the log has %v", line)
@@ -311,7 +322,8 @@ func TestOutboxIsBounded(t *testing.T) {
 	}
 }
 
-// A command whose output has no room waits for the one who reads, and what is read makes room again.
+// TestOutboxWithoutMemory checks that a command waits for its reader when its output has no room,
+// and that reading makes room again.
 func TestOutboxWithoutMemory(t *testing.T) {
 	b := budget.New(40<<10, 40<<10)
 	var account, other budget.Account
@@ -322,10 +334,10 @@ func TestOutboxWithoutMemory(t *testing.T) {
 	box := newOutbox(&account, maxWaiting)
 	piece := agentapi.ExecuteEvent{Stream: agentapi.Stdout, Data: make([]byte, mergeBelow)}
 	if !box.tryPut(piece) {
-		t.Fatal("not one piece is taken")
+		t.Fatal("the outbox took no piece at all")
 	}
 	if box.tryPut(piece) {
-		t.Fatal("a piece was taken that there is no memory for")
+		t.Fatal("the outbox took a piece for which there is no memory")
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
@@ -342,7 +354,7 @@ func TestOutboxWithoutMemory(t *testing.T) {
 	}
 	other.Close()
 	if !box.tryPut(piece) {
-		t.Error("there is memory and no room")
+		t.Error("the outbox takes no piece although there is memory")
 	}
 }
 
@@ -362,7 +374,7 @@ func TestDetachedExecution(t *testing.T) {
 	h.log.line(t, resp.Header.Get("X-Request-Id"))
 	p := as[Process](t, 200, h.send(t, "GET", path+"/processes/1", h.key, ""))
 	if p.Status != ProcessStatusRunning || h.agent.all[0].request.TimeoutMs != 7_200_000 {
-		t.Errorf("after its caller went it is %+v", p)
+		t.Errorf("after its caller left the process is %+v", p)
 	}
 }
 
@@ -395,7 +407,7 @@ func TestFollowingEndsWithTheServer(t *testing.T) {
 	h.server.Hijacked.Wait()
 }
 
-// dialTerminal opens a WebSocket as a browser does, with the key among the subprotocols.
+// dialTerminal opens a WebSocket as a browser does, with the key in a subprotocol.
 func (h *house) dialTerminal(t *testing.T, path, key string) *websocket.Conn {
 	t.Helper()
 	conn, resp, err := websocket.Dial(t.Context(), h.url+path, &websocket.DialOptions{
@@ -403,7 +415,7 @@ func (h *house) dialTerminal(t *testing.T, path, key string) *websocket.Conn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = conn.CloseNow() }) // a test may have closed it
+	t.Cleanup(func() { _ = conn.CloseNow() }) // the test may have closed it already
 	if conn.Subprotocol() != terminalProtocol || strings.Contains(resp.Header.Get("Sec-WebSocket-Protocol"), key) {
 		t.Errorf("the subprotocol is %q", resp.Header.Get("Sec-WebSocket-Protocol"))
 	}
@@ -426,7 +438,8 @@ func TestTerminalOfABrowser(t *testing.T) {
 	if err := conn.Write(t.Context(), websocket.MessageText, []byte(`{"type":"resize","cols":0,"rows":24}`)); err != nil {
 		t.Fatal(err)
 	}
-	if _, b, err := conn.Read(t.Context()); err != nil || !strings.HasPrefix(string(b), `{"type":"error","code":"invalid_cols"`) {
+	if _, b, err := conn.Read(t.Context()); err != nil ||
+		!strings.HasPrefix(string(b), `{"type":"error","code":"invalid_cols"`) {
 		t.Errorf("a wrong size: %s, %v", b, err)
 	}
 	if _, _, err := conn.Read(t.Context()); websocket.CloseStatus(err) != websocket.StatusPolicyViolation {
@@ -448,7 +461,8 @@ func TestTerminalOfABrowser(t *testing.T) {
 		if c.edit != nil {
 			c.edit(head)
 		}
-		_, resp, err := websocket.Dial(t.Context(), h.url+path, &websocket.DialOptions{Subprotocols: c.protocols, HTTPHeader: head})
+		_, resp, err := websocket.Dial(t.Context(), h.url+path,
+			&websocket.DialOptions{Subprotocols: c.protocols, HTTPHeader: head})
 		if err == nil || resp == nil || resp.StatusCode != c.status {
 			t.Errorf("%s: %v, %v", name, resp, err)
 			continue
@@ -457,8 +471,9 @@ func TestTerminalOfABrowser(t *testing.T) {
 			t.Errorf("%s: %s, %v", name, b, err)
 		}
 	}
-	// Elsewhere the subprotocol is no key.
-	if r := h.send(t, "GET", strings.TrimSuffix(path, "/terminal"), "", "", header("Sec-WebSocket-Protocol", keyProtocol+h.key)); r.status != 401 {
+	// Other routes do not accept the key in a subprotocol.
+	if r := h.send(t, "GET", strings.TrimSuffix(path, "/terminal"), "", "",
+		header("Sec-WebSocket-Protocol", keyProtocol+h.key)); r.status != 401 {
 		t.Errorf("a key as a subprotocol of another call: %d", r.status)
 	}
 	if strings.Contains(h.log.String(), h.key) {
@@ -470,7 +485,8 @@ func TestProcessesRefused(t *testing.T) {
 	h := newHouse(t)
 	box := "/v1/sandboxes/" + h.newBox(t).ID
 	upgrade := func(r *http.Request) {
-		for name, value := range map[string]string{"Connection": "keep-alive, Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "MDEyMzQ1Njc4OTAxMjM0NQ=="} {
+		for name, value := range map[string]string{"Connection": "keep-alive, Upgrade", "Upgrade": "websocket",
+			"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "MDEyMzQ1Njc4OTAxMjM0NQ=="} {
 			r.Header.Set(name, value)
 		}
 	}
@@ -510,7 +526,8 @@ func TestProcessesRefused(t *testing.T) {
 	if r := h.send(t, "GET", box+"/terminal", h.key, ""); r.status != 400 || r.problem.Code != "not_a_websocket" {
 		t.Errorf("a terminal without a WebSocket: %d %s", r.status, r.body)
 	}
-	if r := h.send(t, "GET", box+"/processes/1/output", h.key, "", header("Last-Event-ID", "x"), header("Accept", eventStream)); r.status != 400 || deref(r.problem.Field) != "Last-Event-ID" {
+	if r := h.send(t, "GET", box+"/processes/1/output", h.key, "", header("Last-Event-ID", "x"),
+		header("Accept", eventStream)); r.status != 400 || deref(r.problem.Field) != "Last-Event-ID" {
 		t.Errorf("a wrong id: %d %s", r.status, r.body)
 	}
 	for name, want := range map[string]int{"TERM": 15, "sigint": 2, "9": 9, "SIGRTMIN": 34, "rtmin+1": 35, "64": 64} {
@@ -523,9 +540,10 @@ func TestProcessesRefused(t *testing.T) {
 	}
 	as[Process](t, 201, h.send(t, "POST", box+"/processes", h.key, `{"command":"x"}`))
 	if r := h.send(t, "POST", box+"/processes/1/stdin", h.key, strings.Repeat("x", maxInput+1)); r.status != 413 {
-		t.Errorf("too much input: %d %.100s", r.status, r.body)
+		t.Errorf("input over the limit: %d %.100s", r.status, r.body)
 	}
-	if r := h.send(t, "POST", box+"/processes/1/resize", h.key, `{"cols":1,"rows":1}`); r.status != 409 || r.problem.Code != "no_terminal" {
-		t.Errorf("resizing what has no terminal: %d %s", r.status, r.body)
+	if r := h.send(t, "POST", box+"/processes/1/resize", h.key, `{"cols":1,"rows":1}`); r.status != 409 ||
+		r.problem.Code != "no_terminal" {
+		t.Errorf("resizing a process without a terminal: %d %s", r.status, r.body)
 	}
 }

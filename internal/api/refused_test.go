@@ -16,7 +16,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// refusal is a row of the contract: what is asked, and how it is refused.
+// refusal describes a request that the contract refuses, and the answer.
 type refusal struct {
 	name, method, path, body string
 	edit                     func(*http.Request)
@@ -43,7 +43,8 @@ func (h *house) check(t *testing.T, rows []refusal) {
 			if field != c.field {
 				t.Errorf("field %q, want %q: %s", field, c.field, r.body)
 			}
-			if want := "urn:cay:problem:" + c.code; r.problem.Type != want || r.problem.Title != http.StatusText(c.status) || r.problem.Detail == "" {
+			if want := "urn:cay:problem:" + c.code; r.problem.Type != want || r.problem.Title != http.StatusText(c.status) ||
+				r.problem.Detail == "" {
 				t.Errorf("problem %s: want type %s, a title and a detail", r.body, want)
 			}
 		})
@@ -157,12 +158,13 @@ func TestCreateRefused(t *testing.T) {
 	if calls := h.node.Calls(); len(calls) != 0 {
 		t.Errorf("the machine was touched: %v", calls)
 	}
-	if detail := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"slow"}`).problem.Detail; !strings.Contains(detail, "building") || !strings.Contains(detail, "3 of 9") {
+	if detail := h.send(t, "POST", "/v1/sandboxes", h.key,
+		`{"template":"slow"}`).problem.Detail; !strings.Contains(detail, "building") || !strings.Contains(detail, "3 of 9") {
 		t.Errorf("409 of a template being built says %q: its state and progress are missing", detail)
 	}
 }
 
-// chunked sends a body whose length the head does not say.
+// chunked sends a body without giving its length in the head.
 func chunked(body string) func(*http.Request) {
 	return func(r *http.Request) {
 		r.Header.Set("Content-Type", "application/json")
@@ -250,7 +252,8 @@ func TestSandboxCallsRefused(t *testing.T) {
 	} {
 		rows = append(rows,
 			refusal{c.method + c.path + " of none", c.method, noBox + c.path, c.body, nil, 404, "sandbox_not_found", ""},
-			refusal{c.method + c.path + " of no id", c.method, "/v1/sandboxes/%2e%00%ff" + c.path, c.body, nil, 404, "sandbox_not_found", ""})
+			refusal{c.method + c.path + " of no id", c.method, "/v1/sandboxes/%2e%00%ff" + c.path, c.body, nil, 404,
+				"sandbox_not_found", ""})
 	}
 	h.check(t, rows)
 	if len(h.agent.targets)+len(h.agent.uploads) > 0 {
@@ -306,15 +309,18 @@ func TestFilesRefused(t *testing.T) {
 		"too long": "path=/" + strings.Repeat("x", 4096),
 	}
 	for name, query := range paths {
-		for _, c := range []struct{ method, path, body string }{{"PUT", "/files?", "x"}, {"GET", "/files?", ""}, {"DELETE", "/files?", ""}, {"GET", "/files/list?", ""}} {
-			rows = append(rows, refusal{c.method + c.path + name, c.method, box + c.path + query, c.body, nil, 400, "invalid_path", "path"})
+		for _, c := range []struct{ method, path, body string }{{"PUT", "/files?", "x"}, {"GET", "/files?", ""},
+			{"DELETE", "/files?", ""}, {"GET", "/files/list?", ""}} {
+			rows = append(rows, refusal{c.method + c.path + name, c.method, box + c.path + query, c.body, nil, 400,
+				"invalid_path", "path"})
 		}
 	}
 	for _, root := range []string{"/", "//", "/./", "/."} {
 		rows = append(rows,
 			refusal{"write " + root, "PUT", box + "/files?path=" + root, "x", nil, 400, "invalid_path", "path"},
 			refusal{"read " + root, "GET", box + "/files?path=" + root, "", nil, 400, "invalid_path", "path"},
-			refusal{"remove " + root, "DELETE", box + "/files?recursive=true&path=" + root, "", nil, 400, "invalid_path", "path"})
+			refusal{"remove " + root, "DELETE", box + "/files?recursive=true&path=" + root, "", nil, 400, "invalid_path",
+				"path"})
 	}
 	h.check(t, append(rows, []refusal{
 		{"write a directory", "PUT", box + "/files?path=/a/", "x", nil, 400, "invalid_path", "path"},
@@ -338,7 +344,8 @@ func TestFilesRefused(t *testing.T) {
 	}
 }
 
-// oversized sends n bytes, or with expect promises them and waits to be asked.
+// oversized sends n bytes. If expect is set, it announces them and waits for the server to ask for
+// them.
 func oversized(n int64, expect string) func(*http.Request) {
 	return func(r *http.Request) {
 		r.Body = io.NopCloser(io.LimitReader(zeros{}, n))
@@ -356,7 +363,8 @@ func (zeros) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Every kind of error that comes from inside, over every call that goes there.
+// TestAgentErrors returns every kind of error from inside the sandbox to every call that goes
+// there.
 func TestAgentErrors(t *testing.T) {
 	h := newHouse(t)
 	box := "/v1/sandboxes/" + h.newBox(t).ID
@@ -380,13 +388,15 @@ func TestAgentErrors(t *testing.T) {
 			{"PUT", "/files?path=/a", "x"}, {"GET", "/files?path=/a", ""}, {"DELETE", "/files?path=/a", ""}, {"GET", "/files/list?path=/a", ""}, {"POST", "/execute", `{"command":"id"}`},
 		} {
 			if c.status == 507 && call.method != "PUT" && call.method != "POST" {
-				continue // only what writes can fill a disk
+				continue // only writes can fill a disk
 			}
 			r := h.send(t, call.method, box+call.path, h.key, call.body)
 			if r.status != c.status || r.problem.Code != c.code || strings.Contains(string(r.body), "10.1.2.3") {
-				t.Errorf("%s %s with %v: status %d %s, want %d %s", call.method, call.path, c.err, r.status, r.body, c.status, c.code)
+				t.Errorf("%s %s with %v: status %d %s, want %d %s", call.method, call.path, c.err, r.status, r.body, c.status,
+					c.code)
 			}
-			if line := h.log.line(t, r.header.Get("X-Request-Id")); c.status == 500 && !strings.Contains(fmt.Sprint(line["error"]), "10.1.2.3") {
+			if line := h.log.line(t, r.header.Get("X-Request-Id")); c.status == 500 &&
+				!strings.Contains(fmt.Sprint(line["error"]), "10.1.2.3") {
 				t.Errorf("the log does not say why: %v", line)
 			}
 		}
@@ -405,14 +415,18 @@ func TestAgentErrors(t *testing.T) {
 }
 
 func TestNoRoomAndLimits(t *testing.T) {
-	h := newHouse(t, func(a *auth.Config, _ *sandbox.Config, _ *Config) { a.Rate, a.Burst, a.Quota.Sandboxes = 0.25, 3, 1 })
+	h := newHouse(t, func(a *auth.Config, _ *sandbox.Config, _ *Config) {
+		a.Rate, a.Burst, a.Quota.Sandboxes = 0.25, 3, 1
+	})
 	h.node.SetFull(true)
-	if r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python"}`); r.status != 503 || r.problem.Code != "no_capacity" || r.header.Get("Retry-After") != "5" {
+	if r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python"}`); r.status != 503 ||
+		r.problem.Code != "no_capacity" || r.header.Get("Retry-After") != "5" {
 		t.Errorf("full: status %d, Retry-After %q: %s", r.status, r.header.Get("Retry-After"), r.body)
 	}
 	h.node.SetFull(false)
 	h.newBox(t)
-	if r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python"}`); r.status != 429 || r.problem.Code != "quota_exceeded" {
+	if r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python"}`); r.status != 429 ||
+		r.problem.Code != "quota_exceeded" {
 		t.Errorf("over quota: status %d %s", r.status, r.body)
 	}
 	r := h.send(t, "GET", "/v1/me", h.key, "")
@@ -424,7 +438,7 @@ func TestNoRoomAndLimits(t *testing.T) {
 	}
 }
 
-// brokenCore fails in ways the real one should not.
+// brokenCore returns errors that the real core should not return.
 type brokenCore struct {
 	Sandboxes
 	get func() (sandbox.Sandbox, error)
@@ -446,7 +460,8 @@ func TestInternalErrorsStayInside(t *testing.T) {
 	} {
 		core.get = get
 		r := h.send(t, "GET", noBox, h.key, "", header("X-Request-Id", "trace-me.1"))
-		if r.status != 500 || r.problem.Code != "internal" || strings.Contains(string(r.body), "secret") || r.problem.RequestID != "trace-me.1" {
+		if r.status != 500 || r.problem.Code != "internal" || strings.Contains(string(r.body), "secret") ||
+			r.problem.RequestID != "trace-me.1" {
 			t.Errorf("%s: status %d %s", name, r.status, r.body)
 		}
 		line := h.log.line(t, "trace-me.1")
@@ -461,10 +476,12 @@ func TestInternalErrorsStayInside(t *testing.T) {
 		h.log.mu.Unlock()
 	}
 	core.get = func() (sandbox.Sandbox, error) {
-		return sandbox.Sandbox{}, fault.New(fault.Internal, "boot_failed", "it did not start").Because(errors.New("/var/lib/secret"))
+		return sandbox.Sandbox{}, fault.New(fault.Internal, "boot_failed",
+			"it did not start").Because(errors.New("/var/lib/secret"))
 	}
-	if r := h.send(t, "GET", noBox, h.key, ""); r.status != 500 || r.problem.Code != "boot_failed" || strings.Contains(string(r.body), "secret") {
-		t.Errorf("a fault that explains itself: %d %s", r.status, r.body)
+	if r := h.send(t, "GET", noBox, h.key, ""); r.status != 500 || r.problem.Code != "boot_failed" ||
+		strings.Contains(string(r.body), "secret") {
+		t.Errorf("an internal fault with a code: %d %s", r.status, r.body)
 	}
 }
 
@@ -476,10 +493,12 @@ func TestReady(t *testing.T) {
 	for _, c := range []struct {
 		err  error
 		want string
-	}{{errors.New("/var/lib/secret is broken"), "log says why"}, {fault.New(fault.Unavailable, "starting", "the templates are being read"), "templates are being read"}} {
+	}{{errors.New("/var/lib/secret is broken"), "log says why"},
+		{fault.New(fault.Unavailable, "starting", "the templates are being read"), "templates are being read"}} {
 		h.ready = c.err
 		r := h.send(t, "GET", "/readyz", "", "")
-		if r.status != 503 || r.problem.Code != "not_ready" || strings.Contains(string(r.body), "secret") || !strings.Contains(r.problem.Detail, c.want) {
+		if r.status != 503 || r.problem.Code != "not_ready" || strings.Contains(string(r.body), "secret") ||
+			!strings.Contains(r.problem.Detail, c.want) {
 			t.Errorf("status %d %s", r.status, r.body)
 		}
 	}

@@ -11,16 +11,17 @@ import (
 	"github.com/cayhq/cay/internal/budget"
 )
 
-// sendResult answers with how a command ended. The output is written out of the pieces that it is kept in,
-// which are given up one by one: there is never a second copy of it.
-func (s *server) sendResult(w http.ResponseWriter, r *http.Request, result agentapi.ExecuteResult, stdout, stderr *budget.Bytes) {
+// sendResult answers with the result of a command. It writes the output from the pieces that hold
+// it and gives up each piece after writing it, so that there is never a second copy.
+func (s *server) sendResult(w http.ResponseWriter, r *http.Request, result agentapi.ExecuteResult,
+	stdout, stderr *budget.Bytes) {
 	head, err := json.Marshal(endOf(result))
 	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
 	out := bufio.NewWriterSize(&answerBegin{w: w}, int(min(int64(piece), 1<<10+2*(stdout.Len()+stderr.Len()))))
-	_, err = out.Write(head[:len(head)-1]) // without the brace that closes it
+	_, err = out.Write(head[:len(head)-1]) // without the closing brace
 	if err == nil {
 		err = writeOutputField(out, "stdout", stdout, result.StdoutTruncated)
 	}
@@ -34,7 +35,7 @@ func (s *server) sendResult(w http.ResponseWriter, r *http.Request, result agent
 		err = out.Flush()
 	}
 	if err != nil {
-		// The caller has gone; the answer cannot be mended any more.
+		// The caller has left; the answer cannot be repaired.
 		callOf(r).err = err
 	}
 }
@@ -59,8 +60,9 @@ func endOf(r agentapi.ExecuteResult) resultEnd {
 	return out
 }
 
-// writeOutputField writes an output as JSON can carry it: as it is, or base64 when it is not UTF-8. A cut in
-// the middle of a character does not make text binary: the piece of the character goes.
+// writeOutputField writes an output as a field of JSON: unchanged if it is UTF-8, else in base64.
+// If the output was cut in the middle of a character, the incomplete character is dropped; it does
+// not make the text binary.
 func writeOutputField(out *bufio.Writer, name string, b *budget.Bytes, cut bool) error {
 	isText, tail := textOf(b)
 	if tail > 0 && !cut {
@@ -93,9 +95,10 @@ func writeOutputField(out *bufio.Writer, name string, b *budget.Bytes, cut bool)
 	return err
 }
 
-// textOf reports whether the bytes are UTF-8, but for the beginning of a character of tail bytes at their end.
+// textOf reports whether the bytes are UTF-8, apart from tail bytes at the end that begin a
+// character.
 func textOf(b *budget.Bytes) (ok bool, tail int) {
-	var held [utf8.UTFMax]byte // of a character that a piece ends in
+	var held [utf8.UTFMax]byte // the incomplete character at the end of a piece
 	for _, p := range b.Pieces() {
 		for tail > 0 && len(p) > 0 {
 			held[tail] = p[0]
@@ -120,7 +123,7 @@ func textOf(b *budget.Bytes) (ok bool, tail int) {
 
 const hexDigits = "0123456789abcdef"
 
-// writeEscaped writes text, which is UTF-8 or a part of it, into a string of JSON.
+// writeEscaped writes text, which is UTF-8 or a part of it, into a JSON string.
 func writeEscaped(out *bufio.Writer, p []byte) error {
 	for len(p) > 0 {
 		n := 0

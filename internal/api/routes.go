@@ -6,18 +6,18 @@ import (
 	"github.com/cayhq/cay/internal/auth"
 )
 
-// access says who may call a route and what its query may hold. The zero value
-// needs a valid key and takes no parameters.
+// access tells which keys may call a route and which parameters its query may have. The zero value
+// requires a valid key and allows no parameters.
 type access struct {
 	open  bool       // needs no key
-	scope auth.Scope // the key must cover it; "" is any valid key
-	query []string   // known parameters; one that ends in "." is a prefix
-	many  string     // the one parameter that may be repeated
+	scope auth.Scope // the key must have it; "" accepts any valid key
+	query []string   // known parameters; one that ends in "." stands for all with that prefix
+	many  string     // the only parameter that may be repeated
 	timed bool       // answers have a Server-Timing header
 }
 
-// routes is the one table of who may call what. A test holds it and openapi.yaml
-// together; a route that is not here is refused.
+// routes lists all routes with their access. A test compares it with openapi.yaml. Requests for
+// other routes are refused.
 var routes = map[string]access{
 	"POST /v1/sandboxes":                 {scope: auth.SandboxesWrite, timed: true, query: []string{"wait"}},
 	"GET /v1/sandboxes":                  {scope: auth.SandboxesRead, query: []string{"status", "limit", "cursor", "metadata."}, many: "status"},
@@ -73,7 +73,7 @@ var routes = map[string]access{
 	"POST /v1/templates/{template}/cancel":  {scope: auth.TemplatesWrite},
 	"GET /v1/templates/{template}/logs":     {scope: auth.TemplatesRead},
 
-	// What of it a key may see, eventScopes says.
+	// eventScopes limits which events a key may see.
 	"GET /v1/events": {query: []string{"after", "type", "sandbox", "limit", "cursor"}, many: "type"},
 
 	"GET /v1/sizes":             {},
@@ -81,7 +81,7 @@ var routes = map[string]access{
 	"GET /v1/pool":              {scope: auth.Admin},
 	"POST /v1/api-keys":         {scope: auth.Admin},
 	"GET /v1/api-keys":          {scope: auth.Admin, query: []string{"limit", "cursor"}},
-	"DELETE /v1/api-keys/{key}": {}, // a key may revoke itself; auth asks for admin else
+	"DELETE /v1/api-keys/{key}": {}, // a key may revoke itself; auth requires admin for other keys
 	"POST /v1/orgs":             {scope: auth.Admin},
 	"GET /v1/orgs":              {scope: auth.Admin, query: []string{"limit", "cursor"}},
 
@@ -91,7 +91,7 @@ var routes = map[string]access{
 	"GET /metrics":      {scope: auth.Admin},
 }
 
-// takes reports whether the route knows the query parameter.
+// takes reports whether the route has the query parameter.
 func (a access) takes(parameter string) bool {
 	for _, known := range a.query {
 		if known == parameter || strings.HasSuffix(known, ".") && strings.HasPrefix(parameter, known) {

@@ -41,14 +41,14 @@ func (s *server) CreateSandbox(w http.ResponseWriter, r *http.Request, params Cr
 	s.answer(w, r, http.StatusCreated, sandboxOf(box))
 }
 
-// callerOf is who asks, as the core knows it.
+// callerOf returns the caller of a request as the core represents it.
 func callerOf(r *http.Request) sandbox.Caller {
 	org := callOf(r).who.Org
 	return sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}
 }
 
-// onceOf is the Idempotency-Key with the hash of the body as it is meant: without
-// white space, its fields in order.
+// onceOf returns the Idempotency-Key with a hash of the body. The hash ignores white space and the
+// order of fields.
 func onceOf(r *http.Request, body []byte) (sandbox.Once, error) {
 	const name, maxKey = "Idempotency-Key", 255
 	values := r.Header.Values(name)
@@ -56,8 +56,10 @@ func onceOf(r *http.Request, body []byte) (sandbox.Once, error) {
 		return sandbox.Once{}, nil
 	}
 	key := values[0]
-	if len(values) > 1 || key == "" || len(key) > maxKey || strings.ContainsFunc(key, func(c rune) bool { return c < ' ' || c > '~' }) {
-		return sandbox.Once{}, fault.InField(codeOf(name), name, "must be one text of 1 to %d printable ASCII characters", maxKey)
+	if len(values) > 1 || key == "" || len(key) > maxKey ||
+		strings.ContainsFunc(key, func(c rune) bool { return c < ' ' || c > '~' }) {
+		return sandbox.Once{}, fault.InField(codeOf(name), name,
+			"must be one text of 1 to %d printable ASCII characters", maxKey)
 	}
 	canonical := jsontext.Value(body).Clone()
 	if err := canonical.Canonicalize(); err != nil {
@@ -68,10 +70,12 @@ func onceOf(r *http.Request, body []byte) (sandbox.Once, error) {
 }
 
 func requestOf(in CreateSandboxRequest) (sandbox.Request, error) {
-	out := sandbox.Request{Template: in.Template, Snapshot: in.Snapshot, DiskSizeMB: in.DiskSizeMB, Env: in.Env, Metadata: in.Metadata}
+	out := sandbox.Request{Template: in.Template, Snapshot: in.Snapshot, DiskSizeMB: in.DiskSizeMB, Env: in.Env,
+		Metadata: in.Metadata}
 	if in.Mode != nil {
 		if *in.Mode == "" {
-			return out, fault.InField("invalid_mode", "mode", "must be %s or %s, not empty", sandbox.Ephemeral, sandbox.Persistent)
+			return out, fault.InField("invalid_mode", "mode",
+				"must be %s or %s, not empty", sandbox.Ephemeral, sandbox.Persistent)
 		}
 		out.Mode = *in.Mode
 	}
@@ -106,7 +110,7 @@ func policyOf(in Egress) (sandbox.Egress, error) {
 		AllowPorts: in.AllowPorts, AllowDomains: in.AllowDomains}.Parse()
 }
 
-// metadataPrefix begins the query parameters that filter by metadata.
+// metadataPrefix is the prefix of the query parameters that filter by metadata.
 const metadataPrefix = "metadata."
 
 // ListSandboxes answers GET /v1/sandboxes.
@@ -138,7 +142,8 @@ func (s *server) ListSandboxes(w http.ResponseWriter, r *http.Request, params Li
 	}, sandboxOf)
 }
 
-// statesOf is the states of the statuses asked for: all but destroyed when none is.
+// statesOf returns the states of the given statuses, or without any the states of all statuses but
+// destroyed.
 func statesOf(statuses []SandboxStatus) ([]sandbox.State, error) {
 	if len(statuses) == 0 {
 		statuses = []SandboxStatus{SandboxStatusCreating, SandboxStatusRunning, SandboxStatusSuspended}
@@ -147,7 +152,8 @@ func statesOf(statuses []SandboxStatus) ([]sandbox.State, error) {
 	for _, status := range statuses {
 		of := sandbox.Status(status).Of()
 		if len(of) == 0 {
-			return nil, fault.InField("invalid_status", "status", "must be creating, running, suspended or destroyed, not %.40q", status)
+			return nil, fault.InField("invalid_status", "status",
+				"must be creating, running, suspended or destroyed, not %.40q", status)
 		}
 		states = append(states, of...)
 	}
@@ -259,8 +265,8 @@ func (s *server) SetEgress(w http.ResponseWriter, r *http.Request, id SandboxID)
 	s.answer(w, r, http.StatusOK, sandboxOf(box))
 }
 
-// egressError names fields as they are where the policy is the whole body, and
-// gives what is wrong in one the code it has in a create.
+// egressError adapts an error to a call whose whole body is the policy: it removes the prefix
+// "egress." from the field, and sets the code that the error has in a create.
 func egressError(err error) error {
 	f := fault.As(err)
 	if f == nil || f.Field == "" {

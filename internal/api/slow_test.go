@@ -14,8 +14,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 )
 
-// dial sends the head of a request and what follows it, and leaves the rest to
-// the test.
+// dial sends the head of a request and the given body. The test does the rest.
 func (h *house) dial(t *testing.T, method, path, id string, headers string, body string) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(h.url, "http://"))
@@ -24,14 +23,15 @@ func (h *house) dial(t *testing.T, method, path, id string, headers string, body
 	}
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(20 * time.Second))
-	_, err = fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer %s\r\nX-Request-Id: %s\r\n%s\r\n%s", method, path, h.key, id, headers, body)
+	_, err = fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer %s\r\nX-Request-Id: %s\r\n%s\r\n%s",
+		method, path, h.key, id, headers, body)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return conn
 }
 
-// endless is an inside whose files never end and whose uploads are thrown away.
+// endless fakes an inside whose files never end and which discards uploads.
 type endless struct{ *fakeAgent }
 
 func (endless) Download(ctx context.Context, _ agentapi.Target, _, _, _ string) (*agentapi.Download, error) {
@@ -45,7 +45,8 @@ func (endless) Upload(_ context.Context, _ agentapi.Target, r agentapi.UploadReq
 	return nil
 }
 
-// Callers who send nothing more are answered and let go, whatever they promised.
+// TestSlowSenders checks that callers that stop sending are answered and disconnected, however much
+// they announced.
 func TestSlowSenders(t *testing.T) {
 	h := newHouse(t, withAgent(endless{newFakeAgent()}))
 	h.server.patience = patience{body: 50 * time.Millisecond, stall: 50 * time.Millisecond, drain: 50 * time.Millisecond}
@@ -81,13 +82,15 @@ func TestSlowSenders(t *testing.T) {
 	}
 }
 
-// A caller who does not take a file does not hold its sandbox.
+// TestSlowTaker checks that a caller that does not read a file does not keep a lease of the
+// sandbox.
 func TestSlowTaker(t *testing.T) {
 	h := newHouse(t, withAgent(endless{newFakeAgent()}))
 	h.server.patience.stall = 100 * time.Millisecond
 	box := "/v1/sandboxes/" + h.newBox(t).ID
 	h.dial(t, "GET", box+"/files?path=/a", "taker", "", "")
-	if line := h.log.line(t, "taker"); line["error"] == nil || line["status"] != float64(200) && line["status"] != float64(statusGone) {
+	if line := h.log.line(t, "taker"); line["error"] == nil || line["status"] != float64(200) &&
+		line["status"] != float64(statusGone) {
 		t.Errorf("log line %v", line)
 	}
 	if n := h.boxes.InUse(); n != 0 {
@@ -95,8 +98,8 @@ func TestSlowTaker(t *testing.T) {
 	}
 }
 
-// A deadline of one call must not hit the next one on the same connection, nor a
-// command that takes longer than it.
+// TestDeadlinesEndWithTheCall checks that a deadline of one call affects neither the next call on
+// the connection nor a command that takes longer than the deadline.
 func TestDeadlinesEndWithTheCall(t *testing.T) {
 	h := newHouse(t)
 	h.server.patience = patience{body: 60 * time.Millisecond, stall: 60 * time.Millisecond, drain: 60 * time.Millisecond}
@@ -128,7 +131,7 @@ func TestDeadlinesEndWithTheCall(t *testing.T) {
 		if b, err := io.ReadAll(resp.Body); resp.StatusCode/100 != 2 || err != nil {
 			t.Fatalf("answer %d: %d %s, %v", i, resp.StatusCode, b, err)
 		}
-		<-time.After(100 * time.Millisecond) // the deadlines of that call pass
+		<-time.After(100 * time.Millisecond) // let the deadlines of that call pass
 		if _, err := io.WriteString(conn, next); err != nil {
 			t.Fatal(err)
 		}

@@ -39,7 +39,7 @@ func (s *server) ListSnapshots(w http.ResponseWriter, r *http.Request, params Li
 	}
 	f := sandbox.SnapshotFilter{OrgID: callOf(r).who.Org.ID, Limit: limit, Cursor: cursor}
 	for name, value := range map[string]*string{"sandbox": params.Sandbox, "name": params.Name} {
-		// What selects everything is not what an empty one means.
+		// An empty filter would select everything, which its sender cannot mean.
 		if value != nil && *value == "" {
 			s.fail(w, r, fault.InField(codeOf(name), name, "must not be empty: leave it out for any"))
 			return
@@ -92,10 +92,11 @@ func (s *server) ForkSandbox(w http.ResponseWriter, r *http.Request, id SandboxI
 	count := 1
 	if in.Count != nil {
 		if count = *in.Count; count == 0 {
-			count = -1 // which the core refuses; its 0 is the default
+			count = -1 // the core refuses -1, but takes 0 as the default
 		}
 	}
-	children, err := s.Sandboxes.Fork(r.Context(), callerOf(r), sandbox.ID(id), sandbox.ForkRequest{Count: count, Request: request})
+	children, err := s.Sandboxes.Fork(r.Context(), callerOf(r), sandbox.ID(id),
+		sandbox.ForkRequest{Count: count, Request: request})
 	if err != nil {
 		s.fail(w, r, err)
 		return

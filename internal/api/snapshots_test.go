@@ -15,12 +15,15 @@ import (
 
 func TestSnapshots(t *testing.T) {
 	h := newHouse(t)
-	box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","timeout":"1h","env":{"A":"1"},"size":"performance-1x","egress":{"mode":"deny_all"}}`))
+	box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key,
+		`{"template":"python","timeout":"1h","env":{"A":"1"},"size":"performance-1x","egress":{"mode":"deny_all"}}`))
 	path := "/v1/sandboxes/" + box.ID
 	r := h.send(t, "POST", path+"/snapshots", h.key, `{"name":"after-setup"}`)
 	snap := as[Snapshot](t, 201, r)
-	if r.header.Get("Location") != "/v1/snapshots/"+snap.ID || *snap.Name != "after-setup" || snap.SandboxID != box.ID || snap.Template != "python" || snap.TemplateVersion != 3 ||
-		snap.MemoryMB != 2048 || snap.Env["A"] != "1" || snap.Egress.Mode != EgressModeDenyAll || !snap.Memory || snap.SizeBytes == 0 || snap.CreatedAt.Before(box.CreatedAt) {
+	if r.header.Get("Location") != "/v1/snapshots/"+snap.ID || *snap.Name != "after-setup" || snap.SandboxID != box.ID ||
+		snap.Template != "python" || snap.TemplateVersion != 3 ||
+		snap.MemoryMB != 2048 || snap.Env["A"] != "1" || snap.Egress.Mode != EgressModeDenyAll || !snap.Memory ||
+		snap.SizeBytes == 0 || snap.CreatedAt.Before(box.CreatedAt) {
 		t.Errorf("made %s", r.body)
 	}
 	for _, ref := range []string{"after-setup", snap.ID} {
@@ -31,7 +34,8 @@ func TestSnapshots(t *testing.T) {
 	for range 2 {
 		as[Snapshot](t, 201, h.send(t, "POST", path+"/snapshots", h.key, "{}"))
 	}
-	for query, want := range map[string]int{"": 3, "?name=after-setup": 1, "?sandbox=" + box.ID: 3, "?sandbox=sbx_none": 0, "?name=none": 0} {
+	for query, want := range map[string]int{"": 3, "?name=after-setup": 1, "?sandbox=" + box.ID: 3,
+		"?sandbox=sbx_none": 0, "?name=none": 0} {
 		if l := as[SnapshotList](t, 200, h.send(t, "GET", "/v1/snapshots"+query, h.key, "")); len(l.Snapshots) != want {
 			t.Errorf("%q lists %d, want %d", query, len(l.Snapshots), want)
 		}
@@ -42,7 +46,8 @@ func TestSnapshots(t *testing.T) {
 		t.Errorf("the second page is %+v", rest)
 	}
 	made := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, `{"snapshot":"after-setup","env":{"B":"2"}}`))
-	if made.Size != "performance-1x" || made.Env["A"] != "1" || made.Env["B"] != "2" || made.Egress.Mode != EgressModeDenyAll || *made.Source != SandboxSourceSnapshot || *made.Origin != snap.ID {
+	if made.Size != "performance-1x" || made.Env["A"] != "1" || made.Env["B"] != "2" ||
+		made.Egress.Mode != EgressModeDenyAll || *made.Source != SandboxSourceSnapshot || *made.Origin != snap.ID {
 		t.Errorf("made %+v", made)
 	}
 	if r := h.send(t, "DELETE", "/v1/snapshots/after-setup", h.key, ""); r.status != 204 || len(r.body) != 0 {
@@ -114,7 +119,8 @@ func TestSnapshotsRefused(t *testing.T) {
 	})
 }
 
-// What the machine says of a snapshot that it could not write, and of children.
+// TestForkFails checks which errors of the machine callers are told when a snapshot could not be
+// written or children could not be created.
 func TestForkFails(t *testing.T) {
 	h := newHouse(t)
 	box := h.newBox(t)
@@ -136,7 +142,7 @@ func TestForkFails(t *testing.T) {
 		}
 	}
 	h.node.OnSnapshot = nil
-	// Some children, and none.
+	// Create some of the children, then none.
 	var n atomic.Int32
 	h.node.OnCreate = func(context.Context, sandbox.Spec) error {
 		switch n.Add(1) {
@@ -150,7 +156,8 @@ func TestForkFails(t *testing.T) {
 	for _, want := range []string{"", "boot_failed"} {
 		r := h.send(t, "POST", path+"/fork", h.key, `{"count":1}`)
 		if want == "" {
-			if made := as[ForkResult](t, 201, r); len(made.Children) != 1 || made.Children[0].Sandbox == nil || made.Children[0].Error != nil {
+			if made := as[ForkResult](t, 201, r); len(made.Children) != 1 || made.Children[0].Sandbox == nil ||
+				made.Children[0].Error != nil {
 				t.Errorf("made %s", r.body)
 			}
 		} else if r.status != 500 || r.problem.Code != want || bytes.Contains(r.body, []byte("secret")) {
@@ -159,7 +166,7 @@ func TestForkFails(t *testing.T) {
 	}
 	r := h.send(t, "POST", path+"/fork", h.key, `{"count":3}`)
 	if r.status != 503 || r.problem.Code != "no_capacity" || r.header.Get("Retry-After") != "5" {
-		t.Errorf("no child has room: %d %s %v", r.status, r.body, r.header)
+		t.Errorf("a fork without room for any child: %d %s %v", r.status, r.body, r.header)
 	}
 	n.Store(0)
 	r = h.send(t, "POST", path+"/fork", h.key, `{"count":3}`)
@@ -168,7 +175,8 @@ func TestForkFails(t *testing.T) {
 	for _, c := range made.Children {
 		if c.Sandbox != nil {
 			sandboxes++
-		} else if (c.Error.Status == 503 && c.Error.Code == "no_capacity" || c.Error.Status == 500 && c.Error.Code == "boot_failed") && c.Error.Detail != "" {
+		} else if (c.Error.Status == 503 && c.Error.Code == "no_capacity" || c.Error.Status == 500 &&
+			c.Error.Code == "boot_failed") && c.Error.Detail != "" {
 			refused++
 		}
 	}

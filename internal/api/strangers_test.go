@@ -13,8 +13,8 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// TestStrangersAreLimited has one address that tries everything without a valid key, and a caller
-// at the same address who has one.
+// TestStrangersAreLimited tries all calls without a valid key from one address. A caller with a
+// valid key at the same address must not be limited.
 func TestStrangersAreLimited(t *testing.T) {
 	const burst = 8
 	for name, try := range map[string]func(h *house, box Sandbox) reply{
@@ -40,7 +40,8 @@ func TestStrangersAreLimited(t *testing.T) {
 			}
 		}
 		r := try(h, box)
-		if r.status != 429 || !strings.Contains(string(r.body), auth.CodeTooManyAttempts) || r.header.Get("Retry-After") == "" {
+		if r.status != 429 || !strings.Contains(string(r.body), auth.CodeTooManyAttempts) ||
+			r.header.Get("Retry-After") == "" {
 			t.Errorf("%s: beyond the burst %d %v %s", name, r.status, r.header, r.body)
 		}
 		if r := h.send(t, "GET", "/v1/me", h.key, ""); r.status != 200 {
@@ -58,7 +59,8 @@ func TestStrangersAreLimited(t *testing.T) {
 
 const aKey = "cay_0123456789abcdef0123456789abcdef01234567"
 
-// TestStrangersBodies has callers without a key who send without an end.
+// TestStrangersBodies checks how much the server reads from callers without a key that send without
+// end.
 func TestStrangersBodies(t *testing.T) {
 	h := newHouse(t)
 	conn, err := net.Dial("tcp", strings.TrimPrefix(h.url, "http://"))
@@ -69,7 +71,8 @@ func TestStrangersBodies(t *testing.T) {
 	if err := conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
-	fmt.Fprintf(conn, "PUT /v1/sandboxes/sbx_aaaaaaaaaaaaaaaaaaaa/files?path=/a HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n", 100<<20)
+	fmt.Fprintf(conn, "PUT /v1/sandboxes/sbx_aaaaaaaaaaaaaaaaaaaa/files?path=/a HTTP/1.1\r\n"+
+		"Host: x\r\nContent-Length: %d\r\n\r\n", 100<<20)
 	sent := 0
 	for piece := make([]byte, 64<<10); sent < 100<<20; {
 		n, err := conn.Write(piece)
@@ -77,13 +80,13 @@ func TestStrangersBodies(t *testing.T) {
 			break
 		}
 	}
-	// What the kernel holds of both ends comes on top.
+	// The kernel's buffers at both ends hold some more.
 	if sent > maxStrangersRest+32<<20 {
-		t.Errorf("%d bytes were taken of a caller without a key", sent)
+		t.Errorf("%d bytes were read from a caller without a key", sent)
 	}
 }
 
-// TestHeadersAreBounded has a head that is larger than anything needs.
+// TestHeadersAreBounded sends a head that is larger than any call needs.
 func TestHeadersAreBounded(t *testing.T) {
 	h := newHouse(t)
 	for path, want := range map[string]int{strings.Repeat("x", 57<<10): 431, strings.Repeat("x", 20<<10): 401} {
@@ -97,19 +100,23 @@ func TestHeadersAreBounded(t *testing.T) {
 	}
 }
 
-// TestOwnAnswersAreNoPages holds what has been written by strangers, and is answered at the API's
-// origin, to types and policies under which no browser runs it.
+// TestOwnAnswersAreNoPages checks that answers on the API's origin with content that strangers
+// wrote have types and policies under which no browser runs them.
 func TestOwnAnswersAreNoPages(t *testing.T) {
 	h := newHouse(t)
 	box := h.newBox(t)
-	if r := h.send(t, "PUT", "/v1/sandboxes/"+box.ID+"/files?path=/page.html", h.key, "<script>1</script>"); r.status != 204 {
+	if r := h.send(t, "PUT", "/v1/sandboxes/"+box.ID+"/files?path=/page.html", h.key,
+		"<script>1</script>"); r.status != 204 {
 		t.Fatalf("upload: %d %s", r.status, r.body)
 	}
-	for _, path := range []string{"/v1/sandboxes/" + box.ID, "/v1/sandboxes/" + box.ID + "/files?path=/page.html", "/v1/sandboxes/" + box.ID + "/events",
+	for _, path := range []string{"/v1/sandboxes/" + box.ID, "/v1/sandboxes/" + box.ID + "/files?path=/page.html",
+		"/v1/sandboxes/" + box.ID + "/events",
 		"/v1/templates/python/logs", "/v1/nothing", "/openapi.yaml"} {
 		r := h.send(t, "GET", path, h.key, "")
-		if p := r.header.Get("Content-Security-Policy"); !strings.HasPrefix(p, "default-src 'none'") || !strings.HasSuffix(p, "sandbox") ||
-			r.header.Get("X-Content-Type-Options") != "nosniff" || r.header.Get("Referrer-Policy") != "no-referrer" || strings.Contains(r.header.Get("Content-Type"), "html") {
+		if p := r.header.Get("Content-Security-Policy"); !strings.HasPrefix(p, "default-src 'none'") ||
+			!strings.HasSuffix(p, "sandbox") ||
+			r.header.Get("X-Content-Type-Options") != "nosniff" || r.header.Get("Referrer-Policy") != "no-referrer" ||
+			strings.Contains(r.header.Get("Content-Type"), "html") {
 			t.Errorf("%s: %d %v", path, r.status, r.header)
 		}
 		if strings.Contains(path, "page.html") && (r.status != 200 || r.header.Get("Content-Disposition") != "attachment") {
@@ -118,15 +125,19 @@ func TestOwnAnswersAreNoPages(t *testing.T) {
 	}
 }
 
-// TestPortByPathIsConfined is of the whole way; what is removed is tested in portproxy.
+// TestPortByPathIsConfined checks the answers of ports through the whole server. The tests of
+// portproxy check what the proxy removes from answers.
 func TestPortByPathIsConfined(t *testing.T) {
 	h := portHouse(t)
 	box := h.newBox(t)
 	key := header("Authorization", "Bearer "+h.key)
-	if r := h.visit(t, "GET", portproxy.Path(box.ID, 8080)+"/", key); !strings.HasPrefix(r.header.Get("Content-Security-Policy"), "sandbox ") || len(r.header.Values("Content-Security-Policy")) != 1 {
+	if r := h.visit(t, "GET", portproxy.Path(box.ID, 8080)+"/",
+		key); !strings.HasPrefix(r.header.Get("Content-Security-Policy"), "sandbox ") ||
+		len(r.header.Values("Content-Security-Policy")) != 1 {
 		t.Errorf("by path: %d %v", r.status, r.header)
 	}
-	if r := h.visit(t, "GET", hostOf(box.ID, 8080)+"/", key); r.header.Get("Content-Security-Policy")+r.header.Get("Referrer-Policy") != "" {
+	if r := h.visit(t, "GET", hostOf(box.ID, 8080)+"/",
+		key); r.header.Get("Content-Security-Policy")+r.header.Get("Referrer-Policy") != "" {
 		t.Errorf("by host: %d %v", r.status, r.header)
 	}
 	for target, want := range map[string]string{
@@ -139,7 +150,8 @@ func TestPortByPathIsConfined(t *testing.T) {
 				r.Header.Set("Service-Worker", "script")
 			}
 		})
-		if status, code, _ := strings.Cut(want, " "); fmt.Sprint(r.status) != status || !strings.Contains(string(r.body), code) || r.header.Get("X-Request-Id") == "" {
+		if status, code, _ := strings.Cut(want, " "); fmt.Sprint(r.status) != status ||
+			!strings.Contains(string(r.body), code) || r.header.Get("X-Request-Id") == "" {
 			t.Errorf("%s: %d %s, want %s", target, r.status, r.body, want)
 		}
 	}

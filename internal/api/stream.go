@@ -13,57 +13,59 @@ import (
 )
 
 const (
-	// maxWaiting is how much output of a command waits for a caller who reads slowly, bytes
-	// with what each piece costs: both streams as far as they are sent, so that mostly the
-	// command never waits. One that writes single bytes to two streams in turn may.
+	// maxWaiting limits the output of a command that waits for a slow caller, in bytes, with the cost
+	// of each piece. It holds both streams up to the size at which they are truncated, so that a
+	// command seldom waits. A command that writes single bytes to two streams in turn may wait.
 	maxWaiting = 2*agentapi.DefaultMaxOutput + 4<<20
-	// pacedWaiting replaces maxWaiting where the command waits for its caller, bytes. A smaller one would stop the
-	// command for the delay of the network alone.
+	// pacedWaiting replaces maxWaiting, in bytes, where the command waits for its caller. With a
+	// smaller limit, the delay of the network alone would stop the command.
 	pacedWaiting = 1 << 20
-	// waitingCost is what a waiting piece costs beside its bytes, about.
+	// waitingCost is the approximate cost of a waiting piece in addition to its bytes.
 	waitingCost = 64
-	// mergeBelow is the size up to which a waiting piece takes more of its stream, bytes.
+	// mergeBelow is the size in bytes up to which output is appended to a waiting piece of the same
+	// stream.
 	mergeBelow = 32 << 10
 )
 
-// errStopping ends what has no end of its own when the server stops.
-var errStopping = fault.New(fault.Unavailable, "stopping", "the server stops; the process goes on, and can be followed again when the server is back")
+// errStopping ends the calls that have no end of their own when the server stops.
+var errStopping = fault.New(fault.Unavailable, "stopping",
+	"the server stops; the process goes on, and can be followed again when the server is back")
 
-// untilStop is a context of the call that the server's stop ends too. Its cause is
-// errStopping then.
+// untilStop returns a copy of ctx that is also canceled when the server stops, with the cause
+// errStopping.
 func (s *server) untilStop(ctx context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(s.Stopping, func() { cancel(errStopping) })
 	return ctx, func() { stop(); cancel(nil) }
 }
 
-// eventReply is an answer of server-sent events that begins with the first one, so that
-// what fails before is answered as any call. It belongs to one goroutine at a time.
+// eventReply sends an answer of server-sent events. The answer begins with the first event, so that
+// an earlier error is answered like that of any call. One goroutine at a time may use it.
 type eventReply struct {
 	s      *server
 	w      http.ResponseWriter
 	r      *http.Request
 	events *events
 	stop   func()
-	left   bool // the caller has gone, or did not take it
+	left   bool // the caller has left, or stopped reading
 }
 
-// begin sends the head of the answer, if that has not been done.
+// begin sends the head of the answer if it is not sent yet.
 func (e *eventReply) begin() {
 	if e.events != nil {
 		return
 	}
 	e.w.Header().Set("Content-Type", eventStream)
 	e.w.Header().Set("Cache-Control", "no-store")
-	e.w.Header().Set("X-Accel-Buffering", "no") // nginx would keep it back
+	e.w.Header().Set("X-Accel-Buffering", "no") // nginx would buffer the events
 	e.w.WriteHeader(http.StatusOK)
 	e.events = &events{w: e.w, control: http.NewResponseController(e.w)}
-	// So that the caller knows at once. An error comes again with the first event.
+	// The caller sees the head at once. If this fails, the first event fails too.
 	_ = e.events.send(":\n\n")
 	e.stop = e.events.keepalive(callOf(e.r).patience.quiet)
 }
 
-// send sends events that are written already.
+// send sends events that are encoded already.
 func (e *eventReply) send(text string) error {
 	e.begin()
 	err := e.events.send(text)
@@ -73,7 +75,7 @@ func (e *eventReply) send(text string) error {
 	return err
 }
 
-// fail ends the stream with an error if it has begun; else the error is the answer.
+// fail ends a stream that has begun with an error event; otherwise it answers the error.
 func (e *eventReply) fail(err error) {
 	if e.events == nil {
 		e.s.fail(e.w, e.r, err)
@@ -86,20 +88,21 @@ func (e *eventReply) fail(err error) {
 	var b strings.Builder
 	status, f := verdict(e.r, err)
 	if err := writeEvent(&b, "", "error", problemOf(e.r, status, f)); err == nil {
-		// The caller has gone, if this fails.
+		// If this fails, the caller has left.
 		_ = e.send(b.String())
 	}
 }
 
-// end stops signs of life. It must be called.
+// end stops the keepalive comments. It must be called.
 func (e *eventReply) end() {
 	if e.stop != nil {
 		e.stop()
 	}
 }
 
-// streamCommand answers an execution with events.
-func (s *server) streamCommand(w http.ResponseWriter, r *http.Request, id SandboxID, request agentapi.ExecuteRequest, detach bool) {
+// streamCommand runs a command and streams its output as events.
+func (s *server) streamCommand(w http.ResponseWriter, r *http.Request, id SandboxID, request agentapi.ExecuteRequest,
+	detach bool) {
 	s.inside(w, r, id, func(t agentapi.Target) error {
 		reply := &eventReply{s: s, w: w, r: r}
 		defer reply.end()
@@ -110,7 +113,7 @@ func (s *server) streamCommand(w http.ResponseWriter, r *http.Request, id Sandbo
 		ctx, cancel := context.WithCancel(r.Context())
 		defer cancel()
 		account := &callOf(r).account
-		if err := account.Take(2 * piece); err != nil { // what is being sent
+		if err := account.Take(2 * piece); err != nil { // for the text that is being sent
 			return err
 		}
 		most := maxWaiting
@@ -122,7 +125,7 @@ func (s *server) streamCommand(w http.ResponseWriter, r *http.Request, id Sandbo
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			if box.drain(reply) != nil {
-				cancel() // nobody reads: the command is killed
+				cancel() // the caller does not read, so kill the command
 			}
 		})
 		result, err := s.Agent.ExecuteStream(ctx, t, request, func(e agentapi.ExecuteEvent) error { return box.put(ctx, e) })
@@ -145,13 +148,15 @@ func (s *server) sendExit(reply *eventReply, exit ProcessExit) {
 		reply.fail(err)
 		return
 	}
-	_ = reply.send(b.String()) // it has noted that the caller has gone
+	_ = reply.send(b.String()) // send notes that the caller has left
 }
 
-// streamDetached starts a process and follows it from its first byte.
+// streamDetached starts a process and follows its output from the first byte.
 func (s *server) streamDetached(reply *eventReply, t agentapi.Target, request agentapi.ExecuteRequest) {
-	start := agentapi.StartProcess{Args: request.Argv(), Env: request.Env, Workdir: request.Workdir, User: request.User, Input: request.Stdin,
-		TimeoutMs: request.Timeout.Milliseconds()}
+	start := agentapi.StartProcess{
+		Args: request.Argv(), Env: request.Env, Workdir: request.Workdir, User: request.User,
+		Input: request.Stdin, TimeoutMs: request.Timeout.Milliseconds(),
+	}
 	p, err := s.Agent.StartProcess(reply.r.Context(), t, start)
 	if err != nil {
 		reply.fail(err)
@@ -168,7 +173,7 @@ func (s *server) streamDetached(reply *eventReply, t agentapi.Target, request ag
 	s.followProcess(reply, t, agentapi.FollowRequest{Ref: strconv.Itoa(p.PID)})
 }
 
-// followProcess sends a process's output until its end.
+// followProcess sends the output of a process until the process ends.
 func (s *server) followProcess(reply *eventReply, t agentapi.Target, f agentapi.FollowRequest) {
 	ctx, cancel := s.untilStop(reply.r.Context())
 	defer cancel()
@@ -196,10 +201,11 @@ func (s *server) followProcess(reply *eventReply, t agentapi.Target, f agentapi.
 	}
 }
 
-// eventPiece is how much output goes into one event, bytes: as JSON it may be six times that.
+// eventPiece is the largest number of bytes of output in one event. Encoded as JSON they may take
+// six times as many.
 const eventPiece = 16 << 10
 
-// parts cuts output into pieces for events, between characters.
+// parts cuts output into pieces for events. It does not cut within a character.
 func parts(o agentapi.ProcessOutput) []agentapi.ProcessOutput {
 	var all []agentapi.ProcessOutput
 	for len(o.Data) > eventPiece {
@@ -210,7 +216,7 @@ func parts(o agentapi.ProcessOutput) []agentapi.ProcessOutput {
 	return append(all, o)
 }
 
-// writeOutput writes a piece of a process's output as an event.
+// writeOutput writes a piece of output of a process as an event.
 func writeOutput(b *strings.Builder, o agentapi.ProcessOutput) error {
 	if o.Lost > 0 {
 		return writeEvent(b, strconv.FormatInt(o.Offset+o.Lost, 10), "lost", OutputLost{Offset: o.Offset, Bytes: o.Lost})
@@ -220,8 +226,10 @@ func writeOutput(b *strings.Builder, o agentapi.ProcessOutput) error {
 	return writeEvent(b, strconv.FormatInt(o.Offset+int64(len(o.Data)), 10), streamNames[o.Stream], piece)
 }
 
-// streamNames are the names of events with output. Nothing else comes from an agent.
-var streamNames = map[agentapi.Stream]string{agentapi.Stdout: "stdout", agentapi.Stderr: "stderr", agentapi.Terminal: "terminal"}
+// streamNames maps streams to the names of their events. Agents send no other streams.
+var streamNames = map[agentapi.Stream]string{
+	agentapi.Stdout: "stdout", agentapi.Stderr: "stderr", agentapi.Terminal: "terminal",
+}
 
 func pieceOf(data []byte) OutputPiece {
 	var piece OutputPiece
@@ -232,7 +240,7 @@ func pieceOf(data []byte) OutputPiece {
 	return piece
 }
 
-// outbox is a command's output on its way to a caller, who may be slower than the command.
+// outbox queues the output of a command for a caller that may be slower than the command.
 type outbox struct {
 	mu sync.Mutex
 	// +checklocks:mu
@@ -240,17 +248,17 @@ type outbox struct {
 	// +checklocks:mu
 	cost int
 	// +checklocks:mu
-	sending int64 // what was taken last has of the account
+	sending int64 // taken from the account by the events that take returned last
 	// +checklocks:mu
 	closed bool
 
 	account *budget.Account
-	most    int           // bytes that may wait
-	more    chan struct{} // something was put or it was closed; capacity 1
-	room    chan struct{} // something was taken; capacity 1
+	most    int           // limit of cost, in bytes
+	more    chan struct{} // signaled after put and close; capacity 1
+	room    chan struct{} // signaled after take; capacity 1
 }
 
-// outEvent is an event that waits, with what it has of the account.
+// outEvent is a waiting event with the amount that it holds of the account.
 type outEvent struct {
 	agentapi.ExecuteEvent
 	held int64
@@ -267,7 +275,7 @@ func signal(c chan struct{}) {
 	}
 }
 
-// put adds an event, and waits for room if there is none.
+// put adds an event. It waits while the outbox is full.
 func (o *outbox) put(ctx context.Context, e agentapi.ExecuteEvent) error {
 	for !o.tryPut(e) {
 		select {
@@ -289,12 +297,13 @@ func (o *outbox) tryPut(e agentapi.ExecuteEvent) bool {
 	held := int64(len(e.Data) + waitingCost)
 	if o.account.Take(held) != nil {
 		if len(o.waiting) > 0 {
-			return false // until the caller has taken some
+			return false // wait until the caller has taken some
 		}
-		held = 0 // a piece always goes on: it is a part of what the call costs
+		held = 0 // one piece may always wait; the cost of the call includes it
 	}
 	o.cost += len(e.Data)
-	if n := len(o.waiting) - 1; n >= 0 && e.PID == 0 && o.waiting[n].Stream == e.Stream && len(o.waiting[n].Data) < mergeBelow {
+	if n := len(o.waiting) - 1; n >= 0 && e.PID == 0 && o.waiting[n].Stream == e.Stream &&
+		len(o.waiting[n].Data) < mergeBelow {
 		o.waiting[n].Data = append(o.waiting[n].Data, e.Data...)
 		o.waiting[n].held += held
 		return true
@@ -304,7 +313,7 @@ func (o *outbox) tryPut(e agentapi.ExecuteEvent) bool {
 	return true
 }
 
-// close says that nothing more comes.
+// close tells take that no more events come.
 func (o *outbox) close() {
 	o.mu.Lock()
 	o.closed = true
@@ -312,8 +321,8 @@ func (o *outbox) close() {
 	signal(o.more)
 }
 
-// take returns what waits, as much as is sent at once, when there is anything; nothing when nothing more comes.
-// What it returned before has been sent.
+// take waits for events and returns as many as are sent at once; it returns none after the last. A
+// call of take means that the events of the previous call have been sent.
 func (o *outbox) take() []outEvent {
 	for range o.more {
 		some, again := o.takeSome()
@@ -328,7 +337,8 @@ func (o *outbox) take() []outEvent {
 	return nil
 }
 
-// takeSome returns what is sent at once, and whether there is more to take or nothing more comes.
+// takeSome returns the events that are sent at once. again reports whether more events wait or the
+// outbox is closed.
 func (o *outbox) takeSome() (some []outEvent, again bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -345,7 +355,8 @@ func (o *outbox) takeSome() (some []outEvent, again bool) {
 	return some, o.closed || len(o.waiting) > 0
 }
 
-// drain sends what comes until it is closed. Characters that were cut are put together.
+// drain sends events until the outbox is closed. It joins characters that were cut between two
+// pieces.
 func (o *outbox) drain(reply *eventReply) error {
 	var held [agentapi.Stderr + 1][]byte
 	var b strings.Builder

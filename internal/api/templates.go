@@ -45,7 +45,7 @@ func (s *server) answerTemplate(w http.ResponseWriter, r *http.Request, status i
 	s.answer(w, r, status, templateOf(t))
 }
 
-// builderOf is who asks for a template.
+// builderOf returns the caller of a request as the template room represents it.
 func builderOf(r *http.Request) template.Caller {
 	who := callOf(r).who
 	return template.Caller{OrgID: who.Org.ID, Operator: who.Org.Name == auth.OperatorOrg && who.May(auth.Admin)}
@@ -81,9 +81,12 @@ func (s *server) RebuildTemplate(w http.ResponseWriter, r *http.Request, ref Tem
 	}
 	var request *template.Request
 	if given {
-		parsed, err := templateRequestOf(CreateTemplateRequest{Description: in.Description, Image: in.Image, Dockerfile: in.Dockerfile, Debian: in.Debian,
-			BuildArgs: in.BuildArgs, Target: in.Target, Credentials: in.Credentials, Env: in.Env, Workdir: in.Workdir, User: in.User,
-			StartCommand: in.StartCommand, Ready: in.Ready, Size: in.Size, DiskSizeMB: in.DiskSizeMB})
+		parsed, err := templateRequestOf(CreateTemplateRequest{
+			Description: in.Description, Image: in.Image, Dockerfile: in.Dockerfile, Debian: in.Debian,
+			BuildArgs: in.BuildArgs, Target: in.Target, Credentials: in.Credentials,
+			Env: in.Env, Workdir: in.Workdir, User: in.User, StartCommand: in.StartCommand,
+			Ready: in.Ready, Size: in.Size, DiskSizeMB: in.DiskSizeMB,
+		})
 		if err != nil {
 			s.fail(w, r, err)
 			return
@@ -114,10 +117,11 @@ func (s *server) DeleteTemplate(w http.ResponseWriter, r *http.Request, ref Temp
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// readParts decodes the JSON of a template into dst, from the body or from its part
-// "template", and returns the part "context", nil without one. given says that there was
-// any JSON but an empty object.
-func readParts(w http.ResponseWriter, r *http.Request, required bool, dst any) (source io.Reader, given bool, err error) {
+// readParts decodes the JSON of a template into dst, from the body or from its part "template". It
+// returns the part "context", or nil if there is none. given reports whether the JSON was present
+// and not an empty object.
+func readParts(w http.ResponseWriter, r *http.Request, required bool,
+	dst any) (source io.Reader, given bool, err error) {
 	media, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if err != nil || media != "multipart/form-data" {
 		b, err := read(w, r, maxBody, required, dst)
@@ -137,7 +141,7 @@ func readParts(w http.ResponseWriter, r *http.Request, required bool, dst any) (
 		return nil, false, err
 	}
 	if part == nil {
-		return nil, false, fault.InField("invalid_template", "template", "is the part that must come first")
+		return nil, false, fault.InField("invalid_template", "template", "must be the first part")
 	}
 	b, err := io.ReadAll(io.LimitReader(part, maxBody+1))
 	if err != nil {
@@ -156,7 +160,7 @@ func readParts(w http.ResponseWriter, r *http.Request, required bool, dst any) (
 	return &contextPart{part: part, parts: parts}, true, nil
 }
 
-// nextPart is the next part, which must have the name; nil when there is none.
+// nextPart returns the next part, or nil after the last one. It refuses a part with another name.
 func nextPart(parts *multipart.Reader, name string) (*multipart.Part, error) {
 	part, err := parts.NextRawPart()
 	switch {
@@ -165,12 +169,13 @@ func nextPart(parts *multipart.Reader, name string) (*multipart.Part, error) {
 	case err != nil:
 		return nil, partError(err)
 	case part.FormName() != name:
-		return nil, fault.InField("unknown_field", part.FormName(), "is not the part that is expected here: there are template and then context")
+		return nil, fault.InField("unknown_field", part.FormName(),
+			"is not expected here: the parts are template, then context")
 	}
 	return part, nil
 }
 
-// partError is what is wrong with a multipart body.
+// partError turns an error of reading a multipart body into a fault.
 func partError(err error) error {
 	if fault.As(err) != nil {
 		return err
@@ -181,7 +186,7 @@ func partError(err error) error {
 	return fault.New(fault.Invalid, "invalid_multipart", "the body is not valid multipart/form-data").Because(err)
 }
 
-// contextPart reads the last part, and refuses what comes after it.
+// contextPart reads the last part and refuses any part after it.
 type contextPart struct {
 	part  *multipart.Part
 	parts *multipart.Reader
@@ -202,7 +207,7 @@ func (c *contextPart) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// slowBody gives the caller time for each piece.
+// slowBody reads a body and extends the read deadline before each piece.
 type slowBody struct {
 	body    io.Reader
 	control *http.ResponseController
@@ -210,12 +215,12 @@ type slowBody struct {
 }
 
 func (b *slowBody) Read(p []byte) (int, error) {
-	// A writer without deadlines is one of a test.
+	// The writers of tests have no deadlines, so the error is ignored.
 	_ = b.control.SetReadDeadline(time.Now().Add(b.stall))
 	n, err := b.body.Read(p)
 	switch {
 	case err == io.EOF:
-		// See body for why it must go.
+		// Clear the deadline; the function body in decode.go says why.
 		_ = b.control.SetReadDeadline(time.Time{})
 	case err != nil:
 		err = incomplete(err)
@@ -238,7 +243,7 @@ func templateRequestOf(in CreateTemplateRequest) (template.Request, error) {
 	}
 	if in.DiskSizeMB != nil {
 		if out.DiskMB = *in.DiskSizeMB; out.DiskMB == 0 {
-			out.DiskMB = -1 // 0 is "absent" to the core
+			out.DiskMB = -1 // the core takes 0 as absent
 		}
 	}
 	if in.Debian != nil {
@@ -261,7 +266,7 @@ func templateRequestOf(in CreateTemplateRequest) (template.Request, error) {
 		}
 		if timeout != nil {
 			if out.Ready.Timeout = *timeout; *timeout == 0 {
-				out.Ready.Timeout = -1 // 0 is "absent" to the core
+				out.Ready.Timeout = -1 // the core takes 0 as absent
 			}
 		}
 	}
@@ -276,7 +281,8 @@ func templateRequestOf(in CreateTemplateRequest) (template.Request, error) {
 }
 
 // GetTemplateLogs answers GET /v1/templates/{template}/logs.
-func (s *server) GetTemplateLogs(w http.ResponseWriter, r *http.Request, ref TemplateRef, params GetTemplateLogsParams) {
+func (s *server) GetTemplateLogs(w http.ResponseWriter, r *http.Request, ref TemplateRef,
+	params GetTemplateLogsParams) {
 	if wantsEvents(r) {
 		s.followTemplate(w, r, ref, params.LastEventID)
 		return
@@ -300,7 +306,7 @@ func (s *server) GetTemplateLogs(w http.ResponseWriter, r *http.Request, ref Tem
 	}
 }
 
-// sizeOfLines is about what lines of a log take, bytes.
+// sizeOfLines returns the approximate memory that lines of a log take, in bytes.
 func sizeOfLines(lines []template.LogLine) int64 {
 	const lineCost = 128
 	size := int64(0)
@@ -323,7 +329,7 @@ func wantsEvents(r *http.Request) bool {
 	return false
 }
 
-// followTemplate streams a log as it is written.
+// followTemplate streams the log of a build while it is written.
 func (s *server) followTemplate(w http.ResponseWriter, r *http.Request, ref TemplateRef, last *string) {
 	build, seq, err := parseEventID(last)
 	if err != nil {
@@ -332,12 +338,12 @@ func (s *server) followTemplate(w http.ResponseWriter, r *http.Request, ref Temp
 	}
 	org := callOf(r).who.Org.ID
 	if _, err := s.Templates.Get(r.Context(), org, ref); err != nil {
-		s.fail(w, r, err) // while there can still be a status
+		s.fail(w, r, err) // a status can still be sent
 		return
 	}
 	w.Header().Set("Content-Type", eventStream)
 	w.Header().Set("Cache-Control", "no-store")
-	w.Header().Set("X-Accel-Buffering", "no") // nginx would keep it back
+	w.Header().Set("X-Accel-Buffering", "no") // nginx would buffer the events
 	w.WriteHeader(http.StatusOK)
 	events := &events{w: w, control: http.NewResponseController(w)}
 	events.send(":\n\n")
@@ -378,7 +384,7 @@ func (s *server) followTemplate(w http.ResponseWriter, r *http.Request, ref Temp
 	}
 }
 
-// parseEventID reads the id of an event: the build and the number of the line.
+// parseEventID parses the id of an event: the build and the number of the line.
 func parseEventID(text *string) (build string, seq int64, err error) {
 	if text == nil || *text == "" {
 		return "", 0, nil
@@ -403,14 +409,14 @@ func writeEvent(b *strings.Builder, id, event string, v any) error {
 	return nil
 }
 
-// events is a stream of server-sent events. It is safe for concurrent use.
+// events writes a stream of server-sent events. It is safe for concurrent use.
 type events struct {
 	w       io.Writer
 	control *http.ResponseController
 
 	mu sync.Mutex
 	// +checklocks:mu
-	err error // the first one
+	err error // the first error
 }
 
 func (e *events) send(text string) error {
@@ -425,8 +431,8 @@ func (e *events) send(text string) error {
 	return e.err
 }
 
-// keepalive sends a comment now and then, until stop, so that nobody on the way takes
-// the stream for dead and a caller who has gone is found out.
+// keepalive sends a comment regularly until stop is called. The comments keep proxies from ending
+// the stream as idle, and detect a caller that has left.
 func (e *events) keepalive(every time.Duration) (stop func()) {
 	done := make(chan struct{})
 	var wg sync.WaitGroup
@@ -438,7 +444,7 @@ func (e *events) keepalive(every time.Duration) (stop func()) {
 			case <-done:
 				return
 			case <-tick.C:
-				_ = e.send(":\n\n") // the next line meets the same error
+				_ = e.send(":\n\n") // the next event meets the same error
 			}
 		}
 	})

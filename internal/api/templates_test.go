@@ -22,13 +22,14 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// aTar is a context with a Dockerfile.
+// aTar returns a build context with a Dockerfile.
 func aTar(t testing.TB) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	text := "FROM base\n"
-	if err := errors.Join(w.WriteHeader(&tar.Header{Name: "Dockerfile", Mode: 0o644, Size: int64(len(text))}), write(w, text), w.Close()); err != nil {
+	if err := errors.Join(w.WriteHeader(&tar.Header{Name: "Dockerfile", Mode: 0o644, Size: int64(len(text))}),
+		write(w, text), w.Close()); err != nil {
 		t.Fatal(err)
 	}
 	return b.Bytes()
@@ -49,7 +50,7 @@ func gzipped(t testing.TB, b []byte) []byte {
 	return out.Bytes()
 }
 
-// form makes the body a form of the parts, given as name and content in turn.
+// form sets the body to a form. parts holds the name and the content of each part in turn.
 func form(t testing.TB, parts ...string) func(*http.Request) {
 	t.Helper()
 	var b bytes.Buffer
@@ -72,7 +73,7 @@ func form(t testing.TB, parts ...string) func(*http.Request) {
 	}
 }
 
-// waitTemplate waits until no build of the template waits or runs.
+// waitTemplate waits until no build of the template is waiting or running.
 func (h *house) waitTemplate(t *testing.T, name string) Template {
 	t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); ; {
@@ -83,7 +84,7 @@ func (h *house) waitTemplate(t *testing.T, name string) Template {
 		if time.Now().After(deadline) {
 			t.Fatalf("template %s is still %s", name, tpl.Status)
 		}
-		time.Sleep(time.Millisecond) // between two looks, until the deadline
+		time.Sleep(time.Millisecond) // between two polls, until the deadline
 	}
 }
 
@@ -97,7 +98,8 @@ func TestLifeOfATemplate(t *testing.T) {
 		t.Errorf("created %s, at %q", r.body, r.header.Get("Location"))
 	}
 	ready := h.waitTemplate(t, "app")
-	want := Template{ID: created.ID, Name: "app", Description: "mine", Status: TemplateStatusReady, Version: 1, Source: new("test"), ImageSizeBytes: new(int64(9)),
+	want := Template{ID: created.ID, Name: "app", Description: "mine", Status: TemplateStatusReady, Version: 1,
+		Source: new("test"), ImageSizeBytes: new(int64(9)),
 		Env: Env{"A": "1", "FROM": "image"}, Workdir: new("/w"), User: new("me"), StartCommand: new("serve"),
 		Ready: &ReadyCheck{HTTP: &ReadyHTTP{Port: 80, Path: "/ok"}, Timeout: new("30s")}, Size: new("shared-cpu-1x"), DiskSizeMB: new(100),
 		Egress:    Egress{Mode: EgressModeDenyAll, AllowDomains: []string{"pypi.org"}},
@@ -118,28 +120,32 @@ func TestLifeOfATemplate(t *testing.T) {
 		t.Errorf("sandbox %+v", box)
 	}
 
-	// A rebuild with other inputs has their defaults, and the same egress policy.
+	// A rebuild with other inputs gets their defaults and keeps the egress policy.
 	as[Template](t, 202, h.send(t, "POST", "/v1/templates/app/rebuild", h.key, `{"dockerfile":"FROM python\nCMD serve"}`))
 	second := h.waitTemplate(t, "app")
-	if second.Version != 2 || *second.User != "app" || *second.Workdir != "/srv" || second.Description != "" || second.Size != nil || second.Ready != nil ||
+	if second.Version != 2 || *second.User != "app" || *second.Workdir != "/srv" || second.Description != "" ||
+		second.Size != nil || second.Ready != nil ||
 		second.Egress.Mode != EgressModeDenyAll || *second.StartCommand != "serve --port '80 80'" {
 		t.Errorf("rebuilt %+v", second)
 	}
-	// The same inputs, asked for in both ways, are no new version.
+	// Rebuilds with the same inputs, asked for in both ways, create no new version.
 	for _, body := range []string{`{"dockerfile":"FROM python\nCMD serve"}`, ""} {
 		as[Template](t, 202, h.send(t, "POST", "/v1/templates/app/rebuild", h.key, body))
 		if again := h.waitTemplate(t, "app"); again.Version != 2 {
 			t.Errorf("rebuild %q: version %d", body, again.Version)
 		}
 	}
-	// A failed one leaves the ready version in use.
+	// A failed build leaves the ready version in use.
 	as[Template](t, 202, h.send(t, "POST", "/v1/templates/app/rebuild", h.key, `{"image":"fail"}`))
 	failed := h.waitTemplate(t, "app")
-	wantError := &BuildError{Message: "the command ended with exit code 2", Step: new("RUN make"), ExitCode: new(2), Tail: []string{"cc: no"}}
-	if diff := cmp.Diff(wantError, failed.BuildError); diff != "" || failed.Version != 2 || failed.Status != TemplateStatusFailed {
+	wantError := &BuildError{Message: "the command ended with exit code 2", Step: new("RUN make"), ExitCode: new(2),
+		Tail: []string{"cc: no"}}
+	if diff := cmp.Diff(wantError, failed.BuildError); diff != "" || failed.Version != 2 ||
+		failed.Status != TemplateStatusFailed {
 		t.Errorf("failed: %+v\n%s", failed, diff)
 	}
-	if other := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"app"}`)); other.TemplateVersion != 2 {
+	if other := as[Sandbox](t, 201,
+		h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"app"}`)); other.TemplateVersion != 2 {
 		t.Errorf("sandbox of version %d", other.TemplateVersion)
 	}
 	if r := h.send(t, "DELETE", "/v1/templates/app", h.key, ""); r.status != 409 || r.problem.Code != "template_in_use" {
@@ -151,21 +157,25 @@ func TestLifeOfATemplate(t *testing.T) {
 	if r := h.send(t, "GET", "/v1/templates/app", h.key, ""); r.status != 404 {
 		t.Errorf("deleted: %d %s", r.status, r.body)
 	}
-	if same := as[Sandbox](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, "")); same.Status != SandboxStatusRunning {
-		t.Errorf("its sandbox is %s", same.Status)
+	if same := as[Sandbox](t, 200,
+		h.send(t, "GET", "/v1/sandboxes/"+box.ID, h.key, "")); same.Status != SandboxStatusRunning {
+		t.Errorf("the sandbox of the deleted template is %s", same.Status)
 	}
 }
 
 func TestTemplateWithContext(t *testing.T) {
 	h := newHouse(t)
-	for name, source := range map[string][]byte{"plain": aTar(t), "gzip": gzipped(t, aTar(t)), "empty": make([]byte, 1024)} {
-		r := h.send(t, "POST", "/v1/templates", h.key, "", form(t, "template", `{"name":"`+name+`","dockerfile":"Dockerfile"}`, "context", string(source)))
+	for name, source := range map[string][]byte{"plain": aTar(t), "gzip": gzipped(t, aTar(t)),
+		"empty": make([]byte, 1024)} {
+		r := h.send(t, "POST", "/v1/templates", h.key, "",
+			form(t, "template", `{"name":"`+name+`","dockerfile":"Dockerfile"}`, "context", string(source)))
 		as[Template](t, 202, r)
 		if tpl := h.waitTemplate(t, name); tpl.Status != TemplateStatusReady {
 			t.Errorf("%s: %+v", name, tpl)
 		}
 	}
-	as[Template](t, 202, h.send(t, "POST", "/v1/templates", h.key, "", form(t, "template", `{"name":"none","image":"alpine"}`)))
+	as[Template](t, 202, h.send(t, "POST", "/v1/templates", h.key, "",
+		form(t, "template", `{"name":"none","image":"alpine"}`)))
 	h.builds.mu.Lock()
 	for _, j := range h.builds.jobs {
 		if (j.Context != "") != (j.Definition.Dockerfile != "") {
@@ -173,7 +183,8 @@ func TestTemplateWithContext(t *testing.T) {
 		}
 	}
 	h.builds.mu.Unlock()
-	as[Template](t, 202, h.send(t, "POST", "/v1/templates/plain/rebuild", h.key, "", form(t, "template", `{"image":"image.tar"}`, "context", string(aTar(t)))))
+	as[Template](t, 202, h.send(t, "POST", "/v1/templates/plain/rebuild", h.key, "",
+		form(t, "template", `{"image":"image.tar"}`, "context", string(aTar(t)))))
 	if tpl := h.waitTemplate(t, "plain"); tpl.Version != 2 {
 		t.Errorf("rebuilt: %+v", tpl)
 	}
@@ -267,21 +278,23 @@ func TestTemplatesRefused(t *testing.T) {
 	h.builds.mu.Lock()
 	defer h.builds.mu.Unlock()
 	if len(h.builds.jobs) > 0 {
-		t.Errorf("builds of what was refused: %+v", h.builds.jobs)
+		t.Errorf("refused requests started builds: %+v", h.builds.jobs)
 	}
 }
 
 func TestTemplateQuota(t *testing.T) {
 	h := newHouse(t)
-	for i := range 20 - 1 { // mine is there
+	for i := range 20 - 1 { // the template mine exists already
 		as[Template](t, 202, h.send(t, "POST", "/v1/templates", h.key, fmt.Sprintf(`{"name":"t%d","image":"alpine"}`, i)))
 	}
-	if r := h.send(t, "POST", "/v1/templates", h.key, `{"name":"more","image":"alpine"}`); r.status != 429 || r.problem.Code != "quota_exceeded" {
-		t.Errorf("one too many: %d %s", r.status, r.body)
+	if r := h.send(t, "POST", "/v1/templates", h.key, `{"name":"more","image":"alpine"}`); r.status != 429 ||
+		r.problem.Code != "quota_exceeded" {
+		t.Errorf("a template over the quota: %d %s", r.status, r.body)
 	}
 }
 
-// A caller who goes away in the middle of a context leaves no template.
+// TestContextThatBreaksOff checks that a caller that leaves in the middle of a build context leaves
+// no template behind.
 func TestContextThatBreaksOff(t *testing.T) {
 	h := newHouse(t)
 	broken := errors.New("gone")
@@ -294,7 +307,8 @@ func TestContextThatBreaksOff(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	request.Body, request.ContentLength = io.NopCloser(io.MultiReader(bytes.NewReader(whole[:len(whole)-600]), iotest.ErrReader(broken))), -1
+	request.Body, request.ContentLength = io.NopCloser(io.MultiReader(bytes.NewReader(whole[:len(whole)-600]),
+		iotest.ErrReader(broken))), -1
 	request.Header.Set("Authorization", "Bearer "+h.key)
 	if resp, err := http.DefaultClient.Do(request); err == nil {
 		resp.Body.Close()
@@ -307,16 +321,18 @@ func TestContextThatBreaksOff(t *testing.T) {
 
 func TestBuiltinWhenFirstAskedFor(t *testing.T) {
 	h := newHouse(t)
-	if tpl := as[Template](t, 200, h.send(t, "GET", "/v1/templates/lazy", h.key, "")); tpl.Status != TemplateStatusPending || tpl.Progress == nil {
+	if tpl := as[Template](t, 200,
+		h.send(t, "GET", "/v1/templates/lazy", h.key, "")); tpl.Status != TemplateStatusPending || tpl.Progress == nil {
 		t.Errorf("%+v", tpl)
 	}
-	if r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"lazy"}`); r.status != 409 || r.problem.Code != "template_not_ready" {
+	if r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"lazy"}`); r.status != 409 ||
+		r.problem.Code != "template_not_ready" {
 		t.Errorf("%d %s", r.status, r.body)
 	}
 	if tpl := h.waitTemplate(t, "lazy"); tpl.Status != TemplateStatusReady || tpl.StartCommand != nil {
 		t.Errorf("%+v", tpl)
 	}
-	// The operator may have it made anew, nobody else.
+	// Only the operator may rebuild it.
 	_, writer := h.newKey(t, 0, auth.TemplatesWrite)
 	for _, c := range []struct {
 		key    string
@@ -331,7 +347,7 @@ func TestBuiltinWhenFirstAskedFor(t *testing.T) {
 	}
 }
 
-// readEvent reads one event; comments are left out.
+// readEvent reads one event and skips comments.
 func readEvent(t *testing.T, r *bufio.Reader) map[string]string {
 	t.Helper()
 	event := map[string]string{}
@@ -389,7 +405,7 @@ func TestFollowingABuild(t *testing.T) {
 		got, ids = append(got, l), append(ids, e["id"])
 	}
 	for range 4 {
-		line(stream) // while it is being built
+		line(stream) // read while the build runs
 	}
 	if l := got[2]; l.Text != "step 2 of 2: RUN make" || !l.Heading || l.Step == nil || *l.Step != 2 {
 		t.Errorf("heading %+v", l)
@@ -407,17 +423,18 @@ func TestFollowingABuild(t *testing.T) {
 	line(stream)
 	end := readEvent(t, stream)
 	var tpl Template
-	if err := json.Unmarshal([]byte(end["data"]), &tpl); err != nil || end["event"] != "end" || tpl.Status != TemplateStatusReady || tpl.Version != 1 {
+	if err := json.Unmarshal([]byte(end["data"]), &tpl); err != nil || end["event"] != "end" ||
+		tpl.Status != TemplateStatusReady || tpl.Version != 1 {
 		t.Errorf("end is %v, %v", end, err)
 	}
 	if _, err := stream.ReadByte(); err != io.EOF {
-		t.Errorf("after the end comes %v", err)
+		t.Errorf("got %v after the end", err)
 	}
 	whole := as[TemplateLogs](t, 200, h.send(t, "GET", "/v1/templates/app/logs", h.key, ""))
 	if len(whole.Lines) != 5 {
 		t.Errorf("the log is %+v", whole)
 	}
-	// One that is over ends at once; one of another build is sent from its beginning.
+	// The log of a finished build ends at once. The log of another build is sent from its beginning.
 	late := h.follow(t, "app", "bld_other.3")
 	for range 5 {
 		line(late)
@@ -433,23 +450,27 @@ func TestCancelABuild(t *testing.T) {
 	defer release()
 	as[Template](t, 202, h.send(t, "POST", "/v1/templates", h.key, `{"name":"app","image":"alpine"}`))
 	stream := h.follow(t, "app", "")
-	readEvent(t, stream) // it runs
-	if r := h.send(t, "POST", "/v1/templates/app/rebuild", h.key, `{"image":"other"}`); r.status != 409 || r.problem.Code != "build_in_progress" {
+	readEvent(t, stream) // the build runs
+	if r := h.send(t, "POST", "/v1/templates/app/rebuild", h.key, `{"image":"other"}`); r.status != 409 ||
+		r.problem.Code != "build_in_progress" {
 		t.Errorf("rebuild: %d %s", r.status, r.body)
 	}
-	as[Template](t, 202, h.send(t, "POST", "/v1/templates/app/rebuild", h.key, `{"image":"alpine"}`)) // that one will do
+	// This rebuild joins the running build, which has the same inputs.
+	as[Template](t, 202, h.send(t, "POST", "/v1/templates/app/rebuild", h.key, `{"image":"alpine"}`))
 	tpl := as[Template](t, 200, h.send(t, "POST", "/v1/templates/app/cancel", h.key, ""))
-	if tpl.Status != TemplateStatusFailed || tpl.BuildError == nil || !strings.Contains(tpl.BuildError.Message, "cancelled") {
+	if tpl.Status != TemplateStatusFailed || tpl.BuildError == nil ||
+		!strings.Contains(tpl.BuildError.Message, "cancelled") {
 		t.Errorf("%+v", tpl)
 	}
 	for e := map[string]string{}; e["event"] != "end"; e = readEvent(t, stream) {
 	}
-	if r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"app"}`); r.status != 409 || !strings.Contains(r.problem.Detail, "cancelled") {
+	if r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"app"}`); r.status != 409 ||
+		!strings.Contains(r.problem.Detail, "cancelled") {
 		t.Errorf("create: %d %s", r.status, r.body)
 	}
 }
 
-// A server that stops does not wait for those who follow a build.
+// TestFollowersAreSentAway checks that a server that stops does not wait for followers of a build.
 func TestFollowersAreSentAway(t *testing.T) {
 	h := newHouse(t)
 	release := h.builds.holding()

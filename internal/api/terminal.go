@@ -21,35 +21,36 @@ import (
 
 const terminalRoute = "/v1/sandboxes/{id}/terminal"
 
-// Limits of terminals. Part of the contract, but for the last four.
+// Limits of terminals. They are part of the contract, except maxTyped and those below it.
 const (
 	defaultCols, defaultRows = 80, 24
 	defaultTerm              = "xterm-256color"
 	defaultGrace             = time.Minute
 	minGrace, maxGrace       = time.Second, time.Hour
 
-	// maxTyped is how much of what was typed waits for the terminal to take it, bytes: a
-	// large paste. Beyond it the connection ends; the terminal goes on.
+	// maxTyped limits the typed bytes that wait for the terminal to take them. It suffices for a large
+	// paste. Beyond it the connection ends, but the terminal's process goes on.
 	maxTyped = 4 << 20
-	// maxTerminalFrame is the largest frame that is taken, bytes, and maxTerminalText the largest one of text.
+	// maxTerminalFrame is the size in bytes of the largest frame that is accepted, and maxTerminalText
+	// that of the largest text frame.
 	maxTerminalFrame = 1 << 20
 	maxTerminalText  = 4 << 10
-	// pingEvery is how often a client is asked whether it is there, and how long it has to
-	// answer: what a broken connection is found out by, and what keeps proxies from ending
-	// a silent one.
+	// pingEvery is the interval at which the server pings a client, and the time that the client has
+	// to answer. Pings detect broken connections and keep proxies from ending silent ones; with longer
+	// intervals both take longer, and proxies may give up.
 	pingEvery = 20 * time.Second
-	// goodbyeTime is how long a client has to take the last words.
+	// goodbyeTime is the time that a client has to take the last frame.
 	goodbyeTime = 10 * time.Second
 )
 
-// Subprotocols of a terminal: the one that is spoken, and the form of one that carries the
-// key of a caller who cannot send headers.
+// Subprotocols of a terminal: the protocol itself, and the prefix of one that carries the key of a
+// caller that cannot send headers.
 const (
 	terminalProtocol = "cay.terminal.v1"
 	keyProtocol      = "cay.key."
 )
 
-// offeredKey is the key among the subprotocols that are offered, "" if none is.
+// offeredKey returns the key among the offered subprotocols, or "" if there is none.
 func offeredKey(h http.Header) string {
 	for _, line := range h.Values("Sec-WebSocket-Protocol") {
 		for offer := range strings.SplitSeq(line, ",") {
@@ -61,11 +62,11 @@ func offeredKey(h http.Header) string {
 	return ""
 }
 
-// terminalSpec is a terminal to start or to join.
+// terminalSpec describes a terminal to start or to join.
 type terminalSpec struct {
 	size   agentapi.TerminalSize
-	start  agentapi.StartProcess // unless
-	join   string                // this is given
+	start  agentapi.StartProcess // if join is ""
+	join   string                // the process to join
 	offset *int64
 }
 
@@ -88,11 +89,11 @@ func (s *server) OpenTerminal(w http.ResponseWriter, r *http.Request, id Sandbox
 		}
 		conn, err := websocket.Accept(w, r, &websocket.AcceptOptions{
 			Subprotocols: []string{terminalProtocol},
-			// Whatever page it is of: the key decides, and no browser sends that by itself.
+			// Pages of all origins are accepted: the key decides, and no browser sends a key by itself.
 			InsecureSkipVerify: true,
 		})
 		if err != nil {
-			callOf(r).err = err // it has been answered
+			callOf(r).err = err // Accept has answered
 			return nil
 		}
 		session := &terminalSession{server: s, call: callOf(r), conn: conn, target: t, process: p, ref: strconv.Itoa(p.PID)}
@@ -105,7 +106,7 @@ func (s *server) OpenTerminal(w http.ResponseWriter, r *http.Request, id Sandbox
 	})
 }
 
-// checkWebSocket refuses what cannot be upgraded, while there can be an answer of ours.
+// checkWebSocket refuses requests that cannot be upgraded, while a problem can still be answered.
 func checkWebSocket(r *http.Request) error {
 	has := func(header, token string) bool {
 		for _, line := range r.Header.Values(header) {
@@ -139,7 +140,10 @@ func terminalOf(p OpenTerminalParams) (terminalSpec, error) {
 		return out, err
 	}
 	if p.Process != nil {
-		for name, given := range map[string]bool{"command": p.Command != nil, "user": p.User != nil, "workdir": p.Workdir != nil, "term": p.Term != nil, "grace": p.Grace != nil} {
+		for name, given := range map[string]bool{
+			"command": p.Command != nil, "user": p.User != nil, "workdir": p.Workdir != nil,
+			"term": p.Term != nil, "grace": p.Grace != nil,
+		} {
 			if given {
 				return out, fault.InField(codeOf(name), name, "is for a new terminal, and cannot be given together with process")
 			}
@@ -162,7 +166,8 @@ func terminalOf(p OpenTerminalParams) (terminalSpec, error) {
 	if p.Term != nil {
 		term = *p.Term
 	}
-	command, err := commandOf(ExecuteRequest{Command: &line, User: p.User, Workdir: p.Workdir, Env: Env{"TERM": term}, Detach: new(true)})
+	command, err := commandOf(ExecuteRequest{Command: &line, User: p.User, Workdir: p.Workdir, Env: Env{"TERM": term},
+		Detach: new(true)})
 	if err != nil {
 		return out, err
 	}
@@ -176,14 +181,17 @@ func terminalOf(p OpenTerminalParams) (terminalSpec, error) {
 			return out, fault.InField("invalid_grace", "grace", "must be between %s and %s", minGrace, maxGrace)
 		}
 	}
-	out.start = agentapi.StartProcess{Args: command.Argv(), Env: command.Env, User: command.User, Workdir: command.Workdir, Terminal: &out.size, GraceMs: grace.Milliseconds()}
+	out.start = agentapi.StartProcess{
+		Args: command.Argv(), Env: command.Env, User: command.User, Workdir: command.Workdir,
+		Terminal: &out.size, GraceMs: grace.Milliseconds(),
+	}
 	return out, nil
 }
 
-// loginShell becomes the best shell there is.
+// loginShell starts bash if the image has it, else sh.
 const loginShell = `[ -x /bin/bash ] && exec /bin/bash -il; exec /bin/sh -il`
 
-// terminalProcess starts the process or finds it.
+// terminalProcess starts the process of a terminal, or finds the one to join.
 func (s *server) terminalProcess(ctx context.Context, t agentapi.Target, spec terminalSpec) (agentapi.Process, error) {
 	if spec.join == "" {
 		return s.Agent.StartProcess(ctx, t, spec.start)
@@ -197,7 +205,7 @@ func (s *server) terminalProcess(ctx context.Context, t agentapi.Target, spec te
 	case spec.offset != nil && *spec.offset > p.Next:
 		return p, fault.InField(agentapi.CodeInvalidOffset, "offset", "the process has written %d bytes so far", p.Next)
 	case p.End != nil:
-		return p, nil // its output can be read
+		return p, nil // its output can still be read
 	}
 	if err := s.Agent.ResizeTerminal(ctx, t, spec.join, spec.size); err != nil && !ended(err) {
 		return p, err
@@ -205,7 +213,7 @@ func (s *server) terminalProcess(ctx context.Context, t agentapi.Target, spec te
 	return p, nil
 }
 
-// terminalSession is one client's connection to a terminal.
+// terminalSession serves the connection of one client to a terminal.
 type terminalSession struct {
 	server  *server
 	call    *call
@@ -216,10 +224,10 @@ type terminalSession struct {
 	offset  int64
 }
 
-// errClientLeft says that the client has closed the connection or does not answer.
+// errClientLeft reports that the client has closed the connection or does not answer.
 var errClientLeft = errors.New("the client has left")
 
-// run serves the connection until the process or the client has ended, and closes it.
+// run serves the connection until the process or the client has ended, then closes it.
 func (t *terminalSession) run(ctx context.Context) {
 	ctx, stop := t.server.untilStop(ctx)
 	defer stop()
@@ -227,8 +235,8 @@ func (t *terminalSession) run(ctx context.Context) {
 	typed := newTyped(ctx, &t.call.account)
 	var wg sync.WaitGroup
 	t.conn.SetReadLimit(maxTerminalFrame)
-	// The connection outlasts ctx, whose end would break it before there was a goodbye: a
-	// context that ends during a read or a write does that.
+	// The connection uses a context that outlasts ctx, because a context that ends during a read or a
+	// write breaks the connection before the last frame.
 	lasting, breakOff := context.WithCancel(context.WithoutCancel(ctx))
 	defer breakOff()
 	context.AfterFunc(ctx, func() { time.AfterFunc(goodbyeTime, breakOff) })
@@ -236,13 +244,15 @@ func (t *terminalSession) run(ctx context.Context) {
 	wg.Go(func() { cancel(t.receive(lasting, ctx, typed)) })
 	wg.Go(func() { t.ping(ctx, cancel) })
 	wg.Go(func() {
-		if _, err := t.server.Agent.WriteInput(ctx, t.target, t.ref, typed, false); err != nil && ctx.Err() == nil && !ended(err) {
+		_, err := t.server.Agent.WriteInput(ctx, t.target, t.ref, typed, false)
+		if err != nil && ctx.Err() == nil && !ended(err) {
 			cancel(err)
 		}
 	})
 	var p agentapi.Process
 	if err == nil {
-		p, err = t.server.Agent.Follow(ctx, t.target, agentapi.FollowRequest{Ref: t.ref, Offset: t.offset}, func(o agentapi.ProcessOutput) error { return t.show(lasting, o) })
+		f := agentapi.FollowRequest{Ref: t.ref, Offset: t.offset}
+		p, err = t.server.Agent.Follow(ctx, t.target, f, func(o agentapi.ProcessOutput) error { return t.show(lasting, o) })
 	}
 	if cause := context.Cause(ctx); cause != nil {
 		err = cause
@@ -253,13 +263,14 @@ func (t *terminalSession) run(ctx context.Context) {
 	wg.Wait()
 }
 
-// ended reports whether input was refused since the process has ended, which its output tells better.
+// ended reports whether the agent refused input because the process has ended. The output of the
+// process tells the end too, with its reason.
 func ended(err error) bool {
 	f := fault.As(err)
 	return f != nil && f.Code == agentapi.CodeProcessEnded
 }
 
-// What the server says in text frames.
+// Messages that the server sends in text frames.
 type (
 	terminalStarted struct {
 		Type   string `json:"type"`
@@ -289,7 +300,7 @@ func (t *terminalSession) say(ctx context.Context, v any) error {
 	return t.write(ctx, websocket.MessageText, b)
 }
 
-// write sends a frame, which the client has to take in time.
+// write sends a frame. It fails if the client does not take the frame in time.
 func (t *terminalSession) write(ctx context.Context, kind websocket.MessageType, b []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, t.call.patience.stall)
 	defer cancel()
@@ -306,7 +317,7 @@ func (t *terminalSession) show(ctx context.Context, o agentapi.ProcessOutput) er
 	return t.write(ctx, websocket.MessageBinary, o.Data)
 }
 
-// receive takes what the client sends until it closes the connection.
+// receive handles the client's frames until the client closes the connection.
 func (t *terminalSession) receive(lasting, ctx context.Context, typed *typed) error {
 	for {
 		kind, in, err := t.conn.Reader(lasting)
@@ -330,14 +341,14 @@ func (t *terminalSession) receive(lasting, ctx context.Context, typed *typed) er
 		if err != nil {
 			return err
 		}
-		// A process that has just ended needs no size.
+		// Resizing a process that has just ended fails, which is no error.
 		if err := t.server.Agent.ResizeTerminal(ctx, t.target, t.ref, size); err != nil && !ended(err) {
 			return err
 		}
 	}
 }
 
-// resizeOf reads the one thing that clients say in text frames.
+// resizeOf decodes a text frame of the client, which can only be a resize.
 func resizeOf(b []byte) (agentapi.TerminalSize, error) {
 	var in struct {
 		Type string `json:"type"`
@@ -353,7 +364,7 @@ func resizeOf(b []byte) (agentapi.TerminalSize, error) {
 	return sizeOfTerminal("", in.Cols, in.Rows)
 }
 
-// ping finds out whether the client is there.
+// ping checks regularly whether the client still answers.
 func (t *terminalSession) ping(ctx context.Context, cancel context.CancelCauseFunc) {
 	tick := time.NewTicker(pingEvery)
 	defer tick.Stop()
@@ -373,7 +384,7 @@ func (t *terminalSession) ping(ctx context.Context, cancel context.CancelCauseFu
 	}
 }
 
-// goodbye says how it ended and closes the connection.
+// goodbye sends the end of the session to the client and closes the connection.
 func (t *terminalSession) goodbye(ctx context.Context, p agentapi.Process, err error) {
 	code := websocket.StatusInternalError
 	var last any
@@ -383,7 +394,7 @@ func (t *terminalSession) goodbye(ctx context.Context, p agentapi.Process, err e
 		code, last = websocket.StatusNormalClosure, terminalExit{"exit", exitOf(p.End.Result())}
 	case errors.Is(err, errClientLeft), f == nil && t.call.gone:
 		t.call.gone = true
-		_ = t.conn.CloseNow() // there is nobody to be told
+		_ = t.conn.CloseNow() // the client has left, so no frame can be sent
 		return
 	case f != nil:
 		t.call.code = f.Code
@@ -395,17 +406,18 @@ func (t *terminalSession) goodbye(ctx context.Context, p agentapi.Process, err e
 		}
 	default:
 		t.call.err = err
-		last = terminalError{"error", "internal", "something broke on this server; its log has the cause under the request_id " + t.call.id}
+		last = terminalError{"error", "internal",
+			"something broke on this server; its log has the cause under the request_id " + t.call.id}
 	}
 	if err := t.say(ctx, last); err != nil {
 		_ = t.conn.CloseNow()
 		return
 	}
-	// Its error is that of a client who went without a goodbye of its own.
+	// An error means that the client left without a close frame.
 	_ = t.conn.Close(code, "")
 }
 
-// typed is what was typed and the terminal has not taken yet. It is read by one goroutine.
+// typed queues the input that was typed and the terminal has not taken yet. One goroutine reads it.
 type typed struct {
 	ctx     context.Context
 	account *budget.Account
@@ -423,7 +435,7 @@ func newTyped(ctx context.Context, account *budget.Account) *typed {
 	return &typed{ctx: ctx, account: account, more: make(chan struct{}, 1)}
 }
 
-// take adds a frame as it comes.
+// take adds the bytes of a frame as they arrive.
 func (t *typed) take(in io.Reader) error {
 	b := make([]byte, 4<<10)
 	for {
@@ -442,12 +454,13 @@ func (t *typed) take(in io.Reader) error {
 	}
 }
 
-// add never waits.
+// add appends input without waiting. It fails if too much input waits.
 func (t *typed) add(b []byte) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(t.waiting)+len(b) > maxTyped {
-		return fault.New(fault.Conflict, agentapi.CodeStdinBlocked, "the terminal does not read what is typed, and %d bytes wait", len(t.waiting))
+		return fault.New(fault.Conflict, agentapi.CodeStdinBlocked,
+			"the terminal does not read what is typed, and %d bytes wait", len(t.waiting))
 	}
 	if err := t.account.Take(2 * int64(len(b))); err != nil { // the buffer may have doubled
 		return err
@@ -464,14 +477,14 @@ func (t *typed) close() {
 	signal(t.more)
 }
 
-// Read waits for something to be typed.
+// Read waits for input. It returns io.EOF when the session ends.
 func (t *typed) Read(p []byte) (int, error) {
 	for {
 		t.mu.Lock()
 		n := copy(p, t.waiting)
 		t.account.Give(2 * int64(n))
 		if t.waiting = t.waiting[n:]; len(t.waiting) == 0 {
-			t.waiting = nil // not the buffer of a large paste for the rest of the session
+			t.waiting = nil // free the buffer of a large paste
 		}
 		closed := t.closed
 		t.mu.Unlock()

@@ -58,7 +58,7 @@ func (s *server) MakeDirectory(w http.ResponseWriter, r *http.Request, id Sandbo
 	})
 }
 
-// ownerOf is the owner that a call names, "" for the sandbox's default.
+// ownerOf returns the owner that a call names, or "" for the sandbox's default.
 func ownerOf(named *string) (string, error) {
 	switch {
 	case named == nil:
@@ -93,7 +93,7 @@ func (s *server) RenameFile(w http.ResponseWriter, r *http.Request, id SandboxID
 	})
 }
 
-// renamed gives an error in the field "path" the name that the call has for it.
+// renamed changes the field of an error from "path" to the name of the field in the call.
 func renamed(err error, field string) error {
 	f := fault.As(err)
 	if f == nil || f.Field != "path" {
@@ -104,7 +104,8 @@ func renamed(err error, field string) error {
 	return named
 }
 
-// WatchFiles answers GET /v1/sandboxes/{id}/files/watch with events until the caller goes.
+// WatchFiles answers GET /v1/sandboxes/{id}/files/watch. It streams changes until the caller
+// leaves.
 func (s *server) WatchFiles(w http.ResponseWriter, r *http.Request, id SandboxID, params WatchFilesParams) {
 	if err := agentapi.CheckPath(params.Path); err != nil {
 		s.fail(w, r, err)
@@ -119,7 +120,8 @@ func (s *server) WatchFiles(w http.ResponseWriter, r *http.Request, id SandboxID
 		ready := func() { _ = reply.send("event: ready\ndata: {}\n\n") } // the next event meets the same error
 		err := s.Agent.Watch(ctx, t, params.Path, recursive, ready, func(c agentapi.Change) error {
 			var b strings.Builder
-			if err := writeEvent(&b, "", "change", FileChange{Type: FileChangeType(c.Type), Path: path.Join(params.Path, c.Name)}); err != nil {
+			change := FileChange{Type: FileChangeType(c.Type), Path: path.Join(params.Path, c.Name)}
+			if err := writeEvent(&b, "", "change", change); err != nil {
 				return err
 			}
 			return reply.send(b.String())
@@ -157,13 +159,13 @@ func (s *server) DownloadTree(w http.ResponseWriter, r *http.Request, id Sandbox
 		if _, err := io.CopyBuffer(struct{ io.Writer }{w}, tree, make([]byte, copyPiece)); err != nil {
 			callOf(r).gone = r.Context().Err() != nil
 			callOf(r).err = fmt.Errorf("sending an archive: %w", err)
-			panic(http.ErrAbortHandler) // as in sendFile
+			panic(http.ErrAbortHandler) // see sendFile
 		}
 		return nil
 	})
 }
 
-// errTarTooLarge is Invalid, as errFileTooLarge is.
+// errTarTooLarge refuses an archive over agentapi.MaxTar. It is Invalid, as errFileTooLarge is.
 var errTarTooLarge = fault.New(fault.Invalid, "tar_too_large", "an archive may have %d bytes", int64(agentapi.MaxTar))
 
 // UploadTree answers PUT /v1/sandboxes/{id}/files/tar.
@@ -181,7 +183,10 @@ func (s *server) UploadTree(w http.ResponseWriter, r *http.Request, id SandboxID
 	}
 	var body io.Reader = http.NoBody
 	if r.Body != nil {
-		body = &upload{body: r.Body, control: http.NewResponseController(w), stall: callOf(r).patience.stall, left: agentapi.MaxTar, over: errTarTooLarge}
+		body = &upload{
+			body: r.Body, control: http.NewResponseController(w), stall: callOf(r).patience.stall,
+			left: agentapi.MaxTar, over: errTarTooLarge,
+		}
 	}
 	s.inside(w, r, id, func(t agentapi.Target) error {
 		err := s.Agent.UploadTree(r.Context(), t, params.Path, owner, body)

@@ -19,7 +19,8 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// The part of fakeAgent that plays trees: its files are what is there, directories are not.
+// The methods of fakeAgent for trees follow. They know the files in its map; directories do not
+// exist by themselves.
 
 func (a *fakeAgent) Stat(_ context.Context, _ agentapi.Target, p, _ string) (agentapi.Entry, error) {
 	if a.fail != nil {
@@ -31,10 +32,12 @@ func (a *fakeAgent) Stat(_ context.Context, _ agentapi.Target, p, _ string) (age
 	if !ok {
 		return agentapi.Entry{}, errNoFile
 	}
-	return agentapi.Entry{Name: path.Base(p), Path: p, Type: agentapi.TypeFile, Size: int64(len(b)), Mode: 0o100644, Owner: "user", Group: "user", ModifiedAt: time.Now()}, nil
+	return agentapi.Entry{Name: path.Base(p), Path: p, Type: agentapi.TypeFile, Size: int64(len(b)), Mode: 0o100644,
+		Owner: "user", Group: "user", ModifiedAt: time.Now()}, nil
 }
 
-func (a *fakeAgent) MakeDirectory(_ context.Context, _ agentapi.Target, p, user string, mode *fs.FileMode) (agentapi.Entry, error) {
+func (a *fakeAgent) MakeDirectory(_ context.Context, _ agentapi.Target, p, user string,
+	mode *fs.FileMode) (agentapi.Entry, error) {
 	if a.fail != nil {
 		return agentapi.Entry{}, a.fail
 	}
@@ -42,10 +45,12 @@ func (a *fakeAgent) MakeDirectory(_ context.Context, _ agentapi.Target, p, user 
 	if mode != nil {
 		bits = *mode
 	}
-	return agentapi.Entry{Name: path.Base(p), Path: p, Type: agentapi.TypeDirectory, Mode: uint32(bits), Owner: user, Group: user, ModifiedAt: time.Now()}, nil
+	return agentapi.Entry{Name: path.Base(p), Path: p, Type: agentapi.TypeDirectory, Mode: uint32(bits), Owner: user,
+		Group: user, ModifiedAt: time.Now()}, nil
 }
 
-func (a *fakeAgent) Rename(ctx context.Context, t agentapi.Target, from, to, user string, overwrite bool) (agentapi.Entry, error) {
+func (a *fakeAgent) Rename(ctx context.Context, t agentapi.Target, from, to, user string,
+	overwrite bool) (agentapi.Entry, error) {
 	if a.fail != nil {
 		return agentapi.Entry{}, a.fail
 	}
@@ -117,7 +122,8 @@ func (a *fakeAgent) UploadTree(_ context.Context, _ agentapi.Target, dir, user s
 	}
 }
 
-func (a *fakeAgent) Watch(ctx context.Context, _ agentapi.Target, p string, recursive bool, ready func(), emit func(agentapi.Change) error) error {
+func (a *fakeAgent) Watch(ctx context.Context, _ agentapi.Target, p string, recursive bool, ready func(),
+	emit func(agentapi.Change) error) error {
 	if a.fail != nil {
 		return a.fail
 	}
@@ -127,7 +133,7 @@ func (a *fakeAgent) Watch(ctx context.Context, _ agentapi.Target, p string, recu
 			return err
 		}
 	}
-	if !recursive { // which plays a sandbox that goes
+	if !recursive { // stands for a sandbox that ends
 		return fault.New(fault.Unavailable, agentapi.CodeUnreachable, "gone")
 	}
 	<-ctx.Done()
@@ -157,23 +163,30 @@ func TestTreeCalls(t *testing.T) {
 	box := h.newBox(t)
 	base := "/v1/sandboxes/" + box.ID + "/files"
 	archive := func(r *http.Request) { r.Header.Set("Content-Type", "application/x-tar") }
-	if r := h.send(t, "PUT", base+"/tar?path=/d&owner=user", h.key, string(aTree(t, "a", "b/c")), archive); r.status != 204 {
+	if r := h.send(t, "PUT", base+"/tar?path=/d&owner=user", h.key, string(aTree(t, "a", "b/c")),
+		archive); r.status != 204 {
 		t.Fatalf("%d %s", r.status, r.body)
 	}
 	if string(h.agent.files["/d/b/c"]) != "b/c" || h.agent.uploads[0].User != "user" {
 		t.Errorf("files %q, uploads %+v", h.agent.files, h.agent.uploads)
 	}
-	if e := as[FileEntry](t, 200, h.send(t, "GET", base+"/stat?path=/d/a", h.key, "")); e.Name != "a" || e.Type != "file" || e.Size != 1 {
+	if e := as[FileEntry](t, 200, h.send(t, "GET", base+"/stat?path=/d/a", h.key, "")); e.Name != "a" ||
+		e.Type != "file" || e.Size != 1 {
 		t.Errorf("entry %+v", e)
 	}
-	if e := as[FileEntry](t, 200, h.send(t, "POST", base+"/mkdir", h.key, `{"path":"/e","mode":"0700","owner":"user"}`)); e.Mode != "0700" || e.Owner != "user" || e.Type != "directory" {
+	if e := as[FileEntry](t, 200,
+		h.send(t, "POST", base+"/mkdir", h.key, `{"path":"/e","mode":"0700","owner":"user"}`)); e.Mode != "0700" ||
+		e.Owner != "user" || e.Type != "directory" {
 		t.Errorf("entry %+v", e)
 	}
-	if e := as[FileEntry](t, 200, h.send(t, "POST", base+"/rename", h.key, `{"from":"/d/a","to":"/d/b/c","overwrite":true}`)); e.Path != "/d/b/c" || e.Size != 1 {
+	if e := as[FileEntry](t, 200,
+		h.send(t, "POST", base+"/rename", h.key, `{"from":"/d/a","to":"/d/b/c","overwrite":true}`)); e.Path != "/d/b/c" ||
+		e.Size != 1 {
 		t.Errorf("entry %+v", e)
 	}
 	r := h.send(t, "GET", base+"/tar?path=/d", h.key, "")
-	if hd, err := tar.NewReader(bytes.NewReader(r.body)).Next(); r.status != 200 || err != nil || hd.Name != "b/c" || r.header.Get("Content-Type") != "application/x-tar" {
+	if hd, err := tar.NewReader(bytes.NewReader(r.body)).Next(); r.status != 200 || err != nil || hd.Name != "b/c" ||
+		r.header.Get("Content-Type") != "application/x-tar" {
 		t.Errorf("%d %+v, %v", r.status, hd, err)
 	}
 	h.agent.cutTrees = true
@@ -183,12 +196,12 @@ func TestTreeCalls(t *testing.T) {
 		resp.Body.Close()
 	}
 	if err == nil {
-		t.Error("an archive that was cut off looks whole")
+		t.Error("an archive that was cut off looks complete")
 	}
 	h.released(t)
 }
 
-// visitRaw asks without checking the answer.
+// visitRaw sends a request without checking the answer against openapi.yaml.
 func (h *house) visitRaw(t *testing.T, path string) (*http.Response, error) {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), "GET", h.url+path, nil)
@@ -220,7 +233,7 @@ func TestTreesRefused(t *testing.T) {
 		{"mkdir without a path", "POST", base + "/mkdir", `{}`, nil, 400, "invalid_path", "path"},
 		{"mkdir with dots", "POST", base + "/mkdir", `{"path":"/a/../b"}`, nil, 400, "invalid_path", "path"},
 		{"mkdir with a wrong mode", "POST", base + "/mkdir", `{"path":"/x","mode":"1777"}`, nil, 400, "invalid_mode", "mode"},
-		{"mkdir for nobody", "POST", base + "/mkdir", `{"path":"/x","owner":""}`, nil, 400, "invalid_owner", "owner"},
+		{"mkdir with an empty owner", "POST", base + "/mkdir", `{"path":"/x","owner":""}`, nil, 400, "invalid_owner", "owner"},
 		{"rename nothing", "POST", base + "/rename", `{"from":"/none","to":"/x"}`, nil, 404, "file_not_found", ""},
 		{"rename without from", "POST", base + "/rename", `{"to":"/x"}`, nil, 400, "invalid_path", "from"},
 		{"rename without to", "POST", base + "/rename", `{"from":"/a"}`, nil, 400, "invalid_path", "to"},
@@ -232,13 +245,14 @@ func TestTreesRefused(t *testing.T) {
 		{"tar of a relative path", "GET", base + "/tar?path=x", "", nil, 400, "invalid_path", "path"},
 		{"tar to nowhere", "PUT", base + "/tar", "x", archive, 400, "invalid_path", "path"},
 		{"tar that is none", "PUT", base + "/tar?path=/d", strings.Repeat("x", 1000), archive, 400, "invalid_tar", ""},
-		{"tar for nobody", "PUT", base + "/tar?path=/d&owner=", "x", archive, 400, "invalid_owner", "owner"},
+		{"tar with an empty owner", "PUT", base + "/tar?path=/d&owner=", "x", archive, 400, "invalid_owner", "owner"},
 		{"tar that is too large", "PUT", base + "/tar?path=/d", "x", large, 400, "tar_too_large", ""},
 	})
-	// What the agent says of a path or a user is told in the words of the call.
+	// Errors of the agent about a path or a user name the field as the call does.
 	for field, want := range map[string]string{"path": "from", "to": "to"} {
 		h.agent.fail = fault.InField(agentapi.CodeNotDirectory, field, "no")
-		h.check(t, []refusal{{"rename, " + field, "POST", base + "/rename", `{"from":"/a","to":"/b"}`, nil, 400, "path_not_directory", want}})
+		h.check(t, []refusal{{"rename, " + field, "POST", base + "/rename", `{"from":"/a","to":"/b"}`, nil, 400,
+			"path_not_directory", want}})
 	}
 	h.agent.fail = fault.InField(agentapi.CodeUnknownUser, "user", "no")
 	h.check(t, []refusal{
@@ -265,14 +279,15 @@ func TestWatch(t *testing.T) {
 		got, ready = nil, 0
 		return c.WatchFiles(t.Context(), box.ID, "/d", recursive, func() { ready++ }, func(f client.FileChange) error {
 			if got = append(got, string(f.Type)+" "+f.Path); len(got) == 2 && recursive {
-				stop() // the server ends what has no end of its own
+				stop() // the server ends calls that have no end of their own
 			}
 			return nil
 		})
 	}
 	for _, recursive := range []bool{false, true} {
 		err := watch(recursive)
-		if want := map[bool]string{false: agentapi.CodeUnreachable, true: "stopping"}[recursive]; !client.HasCode(err, want) || ready != 1 || strings.Join(got, "|") != "create /d/a|create /d/ü\nb" {
+		if want := map[bool]string{false: agentapi.CodeUnreachable, true: "stopping"}[recursive]; !client.HasCode(err,
+			want) || ready != 1 || strings.Join(got, "|") != "create /d/a|create /d/ü\nb" {
 			t.Errorf("recursive %v: %v, ready %d times, got %q", recursive, err, ready, got)
 		}
 	}
