@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io"
 	"net/http"
@@ -146,7 +147,8 @@ nohup python3 /tmp/liar.py >/dev/null 2>&1 & sleep 1`)
 	at(8, func(who int) {
 		for range 25 {
 			if who%2 == 0 {
-				s.page("GET", portPath(id, 8091)+"/own/0", strings.NewReader(smuggled))
+				// What becomes of it does not matter: the server inside may reset the connection for the rest of the body.
+				_, _, _ = s.request(context.Background(), "GET", portPath(id, 8091)+"/own/0", "", strings.NewReader(smuggled))
 				continue
 			}
 			if resp, b := s.page("GET", fmt.Sprintf("%s/own/%d", portPath(id, 8091), who/2), nil); resp.StatusCode == 200 && string(b) != fmt.Sprintln(who/2) {
