@@ -220,7 +220,7 @@ func (n *Node) container(b *box, spec sandbox.Spec, image string) runsc.Containe
 			// higher by the need of the sandbox's kernel.
 			MemoryBytes: memory,
 			PauseBytes:  cgroup.Near(memory + overhead),
-			CPUShares:   uint64(hurried * b.life.CPUWeight), // until a program other than the agent runs, see hurry.settle
+			CPUShares:   b.bootShares(), // until a program other than the agent runs
 			CPUQuota:    quota,
 			PIDs:        int64(pids)*hostPIDs + hostPIDsBase,
 		},

@@ -31,11 +31,13 @@ const (
 )
 
 // hurry raises the weight of a sandbox's group while the sandbox works on calls, so that it answers before sandboxes
-// that only compute. The zero hurry does nothing.
+// that only compute. It does nothing before settle is called: the weight of a boot is higher already.
 type hurry struct {
 	weigh func(times int64) error // sets the group's weight, as a multiple of its own
 
 	mu sync.Mutex
+	// +checklocks:mu
+	settled bool
 	// +checklocks:mu
 	calls int // number under way
 	// +checklocks:mu
@@ -53,6 +55,9 @@ func (h *hurry) begin() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.calls++
+	if !h.settled {
+		return
+	}
 	now := time.Now()
 	passed := now.Sub(h.since)
 	if !h.raised {
@@ -90,9 +95,12 @@ func (h *hurry) lower(answered bool) {
 	_ = h.weigh(1) // fails when the group is gone
 }
 
-// settle sets the group to its own weight after a boot or an adoption.
+// settle sets the group to its own weight after a boot, a restore or an adoption.
 func (h *hurry) settle() {
-	if h.weigh != nil {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.weigh != nil && !h.settled {
+		h.settled = true
 		_ = h.weigh(1) // fails when the group is gone
 	}
 }
@@ -106,6 +114,9 @@ func (n *Node) weigh(id sandbox.ID, own int64) func(times int64) error {
 	group := n.groups.Group(n.groupPath(id))
 	return func(times int64) error { return group.SetCPUWeight(own * times) }
 }
+
+// bootShares returns the weight with which the sandbox's group is made. It counts until settle.
+func (b *box) bootShares() uint64 { return uint64(hurried * b.life.CPUWeight) }
 
 func cpuWeight(spec sandbox.Spec) int64 { return int64(spec.Size.VCPUs) * weightPerCPU }
 

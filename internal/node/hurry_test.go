@@ -31,6 +31,14 @@ func TestHurry(t *testing.T) {
 			weights = nil
 		}
 		h.begin()
+		h.end()
+		want("calls during a boot")
+		h.settle()
+		want("the end of the boot", 1)
+		h.settle()
+		want("the second step that ends it")
+
+		h.begin()
 		h.begin()
 		h.end()
 		want("one of two calls is over", hurried)
@@ -98,7 +106,7 @@ func TestCallsHurry(t *testing.T) {
 	}
 	booting := ""
 	m.node.after = func(step string) error {
-		if step == "start" {
+		if step == "agent" {
 			booting = weight()
 		}
 		return nil

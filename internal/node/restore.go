@@ -76,7 +76,7 @@ func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string,
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		pid, err := b.runtime().Restore(ctx, b.container(), c.Dir, runsc.Place{
 			Image: image, Binds: binds(programs), Namespace: b.slot.Namespace, Cgroups: n.groupPath(spec.ID),
-			HostUID: b.life.UID, CPUShares: uint64(hurried * b.life.CPUWeight)})
+			HostUID: b.life.UID, CPUShares: b.bootShares()})
 		b.hurry.settle() // programs other than the agent run again
 		if err != nil && ctx.Err() == nil {
 			err = failed(err, "gVisor could not restore the checkpoint; the server's log has the cause")
