@@ -189,7 +189,7 @@ func (h *honest) phase(name string, long time.Duration, meanwhile func(context.C
 		err = json.Unmarshal(out, &p.measurements)
 	}
 	if err != nil {
-		t.Fatalf("measuring the honest tenant: %v", err)
+		t.Errorf("measuring the honest tenant: %v", err) // what watches the server still runs
 	}
 	p.server, p.machine = h.server.scheduled().since(server), machineScheduled(t).since(machine)
 	return p

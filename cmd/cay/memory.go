@@ -15,7 +15,7 @@ import (
 	"github.com/cayhq/cay/internal/node"
 )
 
-// memoryConfig is what the server itself may take.
+// memoryConfig limits the memory of the server itself.
 type memoryConfig struct {
 	CallsMB    int `toml:"calls_mb"`
 	OrgCallsMB int `toml:"org_calls_mb"`
@@ -75,19 +75,19 @@ func (s *server) confine(limit int64) error {
 		_ = g.Remove() // what the server started may be in it still; the next one has the same, and --purge removes it
 		return nil
 	})
-	enter := func(controller string, enter func(own cgroup.Group) error) error {
+	enter := func(controller string, seat func(own cgroup.Group) error) error {
 		own, err := groups.Own(controller)
 		if err != nil {
 			return err
 		}
 		if own.Path() == g.Path() {
-			own = groups.Group("/") // of a server that was started by one, or of v2 when the group was entered already
+			own = groups.Group("/") // another server started this one, or v2 moved it for the controller before
 		}
 		s.onClose(func(context.Context) error {
 			_ = own.Join(controller, os.Getpid()) // the group goes with the next server, or with --purge
 			return nil
 		})
-		return enter(own)
+		return seat(own)
 	}
 	memory := enter("memory", func(own cgroup.Group) error {
 		if has, err := own.MemoryLimit(); limit == 0 || err == nil && has > 0 && has <= limit {
