@@ -19,10 +19,10 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// defaultURL is where a server listens that was told nothing.
+// defaultURL is the address of a server with default settings.
 const defaultURL = "http://127.0.0.1:7070"
 
-// defaultDataDir is where the default server keeps its first key. Only tests of
+// defaultDataDir is the directory in which the default server keeps its first key. Only tests of
 // the command line change it.
 var defaultDataDir = defaults().DataDir
 
@@ -33,7 +33,7 @@ type clientConfig struct {
 	Orgs map[string]account `toml:"orgs"`
 }
 
-// account is where a server is and who one is there.
+// account holds the address of a server and a key for it.
 type account struct {
 	APIURL string `toml:"api_url"`
 	APIKey string `toml:"api_key"`

@@ -76,7 +76,7 @@ func (b builder) dockerfile(ctx context.Context, j template.Job, progress func(t
 // below the instance's control group.
 const buildDir = "buildkit"
 
-// buildRemains is where the builds of an instance have what they have.
+// buildRemains names the directories and control groups of the builds of an instance.
 func buildRemains(instance, dataDir string) buildkit.Config {
 	c := buildkit.Config{RunDir: filepath.Join(stateDir(instance), buildDir), CgroupParent: node.GroupRoot(instance) + "/" + buildDir}
 	if dataDir != "" {
@@ -231,7 +231,7 @@ func newSteps(say func(template.Progress), made func()) *steps {
 	return &steps{say: say, made: made, part: map[int]string{}}
 }
 
-// longLine is where a line that does not end is cut, in bytes.
+// longLine is the length in bytes at which a line that does not end is cut.
 const longLine = 4000
 
 func (s *steps) event(e buildkit.Event) {

@@ -28,7 +28,7 @@ func (e *egressFlags) add(f *pflag.FlagSet, otherwise string) {
 	f.StringArrayVar(&e.allowDomain, "egress-allow-domain", nil, "name that may be reached over TCP, or *.NAME for the names below it; implies deny_all for the rest (repeatable)")
 }
 
-// policy is what the flags ask for; nil when none was given.
+// policy returns the policy that the flags ask for, nil if no flag is given.
 func (e egressFlags) policy() *client.Egress {
 	lists := len(e.allowCIDR)+len(e.denyCIDR)+len(e.allowPort)+len(e.allowDomain) > 0
 	if !lists && e.mode == "" {
@@ -84,7 +84,7 @@ func (a *app) showEgress(s *client.Sandbox) error {
 
 func portsText(ports []int) string { return strings.Trim(fmt.Sprint(ports), "[]") }
 
-// shown is how much of a list is printed where the policy is one line of many.
+// shown limits the entries of a list that are printed where the policy is one line of many.
 const shown = 5
 
 func egressText(e client.Egress) string {
@@ -105,7 +105,7 @@ func egressText(e client.Egress) string {
 	return text
 }
 
-// networkText is what left a sandbox; empty when that is not known.
+// networkText returns a text about the traffic of a sandbox, "" if that is not known.
 func networkText(n *client.NetworkUse) string {
 	if n == nil {
 		return ""

@@ -121,8 +121,8 @@ func (a *app) printFeedEvent(e client.FeedEvent) error {
 }
 
 const (
-	// followPatience is how long a server may be away while something of it is followed: a
-	// restart takes a few seconds.
+	// followPatience limits the time without a server while a stream of it is followed: a restart
+	// takes a few seconds. With less, a restart ends the command.
 	followPatience = time.Minute
 	followRetry    = time.Second
 )

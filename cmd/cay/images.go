@@ -75,7 +75,7 @@ func (b builder) Build(ctx context.Context, j template.Job, progress func(templa
 	return built(img), nil
 }
 
-// auth is what the job has for the registry of an image, nil for nothing.
+// auth returns the credentials of the job for the registry of an image, nil for none.
 func (b builder) auth(j template.Job, ref string) *image.Auth {
 	c := j.Credentials
 	// Without a registry they are for the one image there is.

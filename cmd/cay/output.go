@@ -67,7 +67,7 @@ func printable(text string) string {
 	}, text)
 }
 
-// age is how long ago t was, as people say it.
+// age returns the time since t, as people say it.
 func age(t time.Time) string {
 	if t.IsZero() {
 		return "-"
@@ -75,7 +75,7 @@ func age(t time.Time) string {
 	return span(time.Since(t)) + " ago"
 }
 
-// until is how long it is to t.
+// until returns the time to t, as people say it.
 func until(t *time.Time) string {
 	if t == nil {
 		return "-"

@@ -9,7 +9,7 @@ import (
 	"github.com/cayhq/cay/internal/portproxy"
 )
 
-// proxyConfig is how ports of sandboxes are reached by host name.
+// proxyConfig sets how ports of sandboxes are reached by host name.
 type proxyConfig struct {
 	Domain string `toml:"domain"`
 	Scheme string `toml:"scheme"`

@@ -14,7 +14,7 @@ import (
 	"github.com/cayhq/cay/internal/store"
 )
 
-// remains is where the instance of a data directory keeps things.
+// remains names the places in which the instance of a data directory keeps things.
 func remains(instance, dataDir string) node.Remains {
 	r := node.Remains{Instance: instance, RunDir: stateDir(instance)}
 	if dataDir != "" {

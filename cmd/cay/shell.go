@@ -217,7 +217,7 @@ func (s *shell) read(ctx context.Context, typed chan<- []byte) {
 	}
 }
 
-// size is that of our terminal; zeros if we have none.
+// size returns the size of the terminal, zeros if there is none.
 func (s *shell) size() (cols, rows int) {
 	for _, v := range []any{s.app.out, s.app.in} {
 		if f, ok := v.(*os.File); ok {

@@ -70,7 +70,7 @@ func (t *templateFlags) add(f *pflag.FlagSet) {
 	f.BoolVar(&t.noWait, "no-wait", false, "return at once, without waiting for the build")
 }
 
-// source is what a create or a rebuild sends beside its JSON.
+// source is the build context that a create or a rebuild sends beside its JSON.
 type source struct {
 	io.ReadCloser
 	what string // for people

@@ -12,7 +12,7 @@ import (
 // version is set when cay is built for others: -ldflags "-X main.version=v1.2.3".
 var version = "dev"
 
-// build is what this binary was built from.
+// build describes the sources of this binary.
 type build struct {
 	Version string `json:"version"`
 	Commit  string `json:"commit,omitempty"`
