@@ -26,7 +26,8 @@ const attackedFiles = 1024
 
 // attackedServer is the one that most attacks are made on, with small limits.
 var attackedServer = sync.OnceValue(func() *server {
-	s := newServer(suite, "CAY_POOL_ENABLED=true", "CAY_POOL_TARGET=1", "CAY_TEMPLATES_PREPARE=python", "CAY_TEMPLATES_MAX_PER_ORG=3",
+	s := newServer(suite, "CAY_POOL_ENABLED=true", "CAY_POOL_TARGET=1", "CAY_TEMPLATES_PREPARE=python",
+		"CAY_TEMPLATES_MAX_PER_ORG=3",
 		"CAY_SANDBOX_MAX_SNAPSHOTS=3", "CAY_PROXY_DOMAIN="+portsZone, "CAY_PROXY_SCHEME=http")
 	limited := filepath.Join(filepath.Dir(s.dataDir), "cay")
 	script := fmt.Sprintf("#!/bin/sh\nulimit -n %d\nexec %s \"$@\"\n", attackedFiles, s.binary)
@@ -55,7 +56,8 @@ func (s *server) works(id string) {
 	for range 5 {
 		// A server at its bound closes connections that rest, and a POST on one of them would fail.
 		http.DefaultClient.CloseIdleConnections()
-		if status, body, err := s.try(ctx, "POST", "/v1/sandboxes/"+id+"/execute", object{"args": []string{"true"}}); err != nil || status != 200 {
+		if status, body, err := s.try(ctx, "POST", "/v1/sandboxes/"+id+"/execute",
+			object{"args": []string{"true"}}); err != nil || status != 200 {
 			s.t.Errorf("beside the attack an execute is answered %d %s, %v", status, body, err)
 		}
 	}
@@ -135,7 +137,8 @@ func TestHTTP2Floods(t *testing.T) {
 	goroutines, before := s.metric("go_goroutines"), hostNow(s)
 	var block bytes.Buffer
 	e := hpack.NewEncoder(&block)
-	for _, f := range [][2]string{{":method", "POST"}, {":scheme", "http"}, {":path", "/v1/sandboxes/" + own + "/execute"}, {":authority", "x"},
+	for _, f := range [][2]string{{":method", "POST"}, {":scheme", "http"}, {":path", "/v1/sandboxes/" + own + "/execute"},
+		{":authority", "x"},
 		{"authorization", "Bearer " + h.key}, {"content-type", "application/json"}} {
 		_ = e.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]}) // into a buffer
 	}
@@ -209,7 +212,8 @@ func (s *server) settlesAt(goroutines, rssMB int) {
 			return
 		}
 		if time.Now().After(deadline) {
-			s.t.Errorf("the server keeps %d goroutines and %d MiB; it should have at most %d and %d", n, u.rssMB, goroutines, rssMB)
+			s.t.Errorf("the server keeps %d goroutines and %d MiB; it should have at most %d and %d", n, u.rssMB, goroutines,
+				rssMB)
 			return
 		}
 	}
@@ -226,10 +230,13 @@ func TestFollowerFlood(t *testing.T) {
 	defer h.destroy(id)
 	s.works(honest)
 	goroutines, before := s.metric("go_goroutines"), hostNow(s)
-	_, body := h.call("POST", "/v1/sandboxes/"+id+"/processes", object{"command": "while :; do head -c 65536 /dev/zero | tr '\\0' x; sleep 0.1; done"})
+	_, body := h.call("POST", "/v1/sandboxes/"+id+"/processes",
+		object{"command": "while :; do head -c 65536 /dev/zero | tr '\\0' x; sleep 0.1; done"})
 	process := fmt.Sprint(s.number(strings.ReplaceAll(string(body), ",", "\n"), `"pid":`))
-	head := "GET /v1/sandboxes/" + id + "%s HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + h.key + "\r\nAccept: text/event-stream\r\n\r\n"
-	for _, path := range []string{"/processes/" + process + "/output", "/files/watch?path=/tmp&recursive=true", "/processes/" + process + "/wait?timeout=1m"} {
+	head := "GET /v1/sandboxes/" + id + "%s HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + h.key +
+		"\r\nAccept: text/event-stream\r\n\r\n"
+	for _, path := range []string{"/processes/" + process + "/output", "/files/watch?path=/tmp&recursive=true",
+		"/processes/" + process + "/wait?timeout=1m"} {
 		var flood []net.Conn
 		for range 150 {
 			flood = append(flood, s.dial(fmt.Sprintf(head, path))) // which are not read from
@@ -243,7 +250,8 @@ func TestFollowerFlood(t *testing.T) {
 	defer leave()
 	var terminals []*websocket.Conn
 	for range 20 {
-		conn, _, err := websocket.Dial(ctx, strings.Replace(s.url, "http", "ws", 1)+"/v1/sandboxes/"+id+"/terminal?grace=1s&command=yes",
+		conn, _, err := websocket.Dial(ctx, strings.Replace(s.url, "http", "ws", 1)+"/v1/sandboxes/"+id+
+			"/terminal?grace=1s&command=yes",
 			&websocket.DialOptions{Subprotocols: []string{terminalProtocols, "cay.key." + h.key}})
 		if err != nil {
 			continue // there is a bound, whoever of them sets it
@@ -286,7 +294,8 @@ func TestHostileBodies(t *testing.T) {
 		"NUL":             "{\"template\":\"python\x00\"}",
 		"too much":        `{"template":"` + strings.Repeat("x", 9<<20) + `"}`,
 	} {
-		if status, answer := s.send("POST", "/v1/sandboxes", "application/json", strings.NewReader(body)); status/100 != 4 || text(answer, "code") == "" || len(answer) > 2<<10 {
+		if status, answer := s.send("POST", "/v1/sandboxes", "application/json", strings.NewReader(body)); status/100 != 4 ||
+			text(answer, "code") == "" || len(answer) > 2<<10 {
 			t.Errorf("%s: %d %.300s", name, status, answer)
 		}
 		e2bBody := strings.ReplaceAll(strings.ReplaceAll(body, `"template"`, `"templateID"`), `"env"`, `"envVars"`)
@@ -308,12 +317,14 @@ func TestHostileBodies(t *testing.T) {
 		"no part":           "--x--\r\n",
 		"cut":               part[:40],
 	} {
-		if status, answer := s.send("POST", "/v1/templates", "multipart/form-data; boundary=x", strings.NewReader(body)); status/100 != 4 || text(answer, "code") == "" {
+		if status, answer := s.send("POST", "/v1/templates", "multipart/form-data; boundary=x",
+			strings.NewReader(body)); status/100 != 4 || text(answer, "code") == "" {
 			t.Errorf("form, %s: %d %.300s", name, status, answer)
 		}
 	}
 	// An archive that is a hundred times what is sent is unpacked into the sandbox's own disk, and no further.
-	if status, answer := s.send("PUT", "/v1/sandboxes/"+id+"/files/tar?path=/tmp/bomb", "application/x-tar", bytes.NewReader(bombContext())); status/100 != 2 && status/100 != 4 && status != 507 {
+	if status, answer := s.send("PUT", "/v1/sandboxes/"+id+"/files/tar?path=/tmp/bomb", "application/x-tar",
+		bytes.NewReader(bombContext())); status/100 != 2 && status/100 != 4 && status != 507 {
 		t.Errorf("archive: %d %.300s", status, answer)
 	}
 	s.alive(id)

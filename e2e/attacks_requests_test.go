@@ -151,7 +151,8 @@ nohup python3 /tmp/liar.py >/dev/null 2>&1 & sleep 1`)
 				_, _, _ = s.request(context.Background(), "GET", portPath(id, 8091)+"/own/0", "", strings.NewReader(smuggled))
 				continue
 			}
-			if resp, b := s.page("GET", fmt.Sprintf("%s/own/%d", portPath(id, 8091), who/2), nil); resp.StatusCode == 200 && string(b) != fmt.Sprintln(who/2) {
+			if resp, b := s.page("GET", fmt.Sprintf("%s/own/%d", portPath(id, 8091), who/2), nil); resp.StatusCode == 200 &&
+				string(b) != fmt.Sprintln(who/2) {
 				t.Errorf("/own/%d is answered %s", who/2, b)
 			}
 		}
@@ -164,7 +165,9 @@ func TestConfusedPaths(t *testing.T) {
 	s := attacked(t)
 	victim := s.create(nil)
 	defer s.destroy(victim)
-	s.want(victim, fmt.Sprintf("mkdir /srv/web; echo treasure | tee /tmp/treasure >/srv/web/treasure; cd /srv/web; nohup python3 -u -m http.server %d >/tmp/web.log 2>&1 & sleep 1; curl -sf http://127.0.0.1:%d/treasure", webPort, webPort))
+	s.want(victim, fmt.Sprintf("mkdir /srv/web; echo treasure | tee /tmp/treasure >/srv/web/treasure; cd /srv/web; "+
+		"nohup python3 -u -m http.server %d >/tmp/web.log 2>&1 & sleep 1; curl -sf http://127.0.0.1:%d/treasure", webPort,
+		webPort))
 	h := s.tenant("confused", nil)
 	own := h.create(nil)
 	defer h.destroy(own)
@@ -183,26 +186,31 @@ func TestConfusedPaths(t *testing.T) {
 		"/v1/sandboxes/" + victim + "/ports/8080/url", "/sandboxes/" + victimID, "/sandboxes/" + ownID + "%2f..%2f" + victimID, "//sandboxes/" + victimID,
 		"/v2/../v1/sandboxes/" + victim, "/sandboxes/../v1/sandboxes/" + victim + file, "/v1/../sandboxes/" + victimID,
 	}
-	hosts := []string{"x", portHost(own, webPort), portHost(victim, webPort), portHost(victim, webPort) + ".", strings.ToUpper(portHost(victim, webPort)),
+	hosts := []string{"x", portHost(own, webPort), portHost(victim, webPort), portHost(victim, webPort) + ".",
+		strings.ToUpper(portHost(victim, webPort)),
 		portHost(victim, webPort) + ":80", portHost(victim, webPort) + "." + portsZone, portHost(own, webPort) + "," + portHost(victim, webPort), "x@" + portHost(victim, webPort)}
 	wrong := func(what, answer string) {
 		t.Helper()
 		// Where the answer says from whose server inside it is, it must be the caller's own; the treasure is never said.
-		if strings.Contains(answer, "treasure\n") || strings.HasPrefix(answer, "200") && strings.Contains(answer, victimID) && !strings.Contains(answer, ownID) {
+		if strings.Contains(answer, "treasure\n") || strings.HasPrefix(answer, "200") && strings.Contains(answer, victimID) &&
+			!strings.Contains(answer, ownID) {
 			t.Errorf("%s is answered %.400s", what, answer)
 		}
 	}
 	for _, target := range targets {
 		for _, host := range hosts {
-			for _, more := range []string{"", "E2b-Sandbox-Id: " + victimID + "\r\nE2b-Sandbox-Port: 8080\r\n", "X-Forwarded-Host: " + portHost(victim, webPort) + "\r\nX-Original-URL: /v1/sandboxes/" + victim + file + "\r\n"} {
-				request := fmt.Sprintf("GET %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nX-API-Key: %s\r\n%sConnection: close\r\n\r\n", target, host, h.key, h.key, more)
+			for _, more := range []string{"", "E2b-Sandbox-Id: " + victimID + "\r\nE2b-Sandbox-Port: 8080\r\n",
+				"X-Forwarded-Host: " + portHost(victim, webPort) + "\r\nX-Original-URL: /v1/sandboxes/" + victim + file + "\r\n"} {
+				request := fmt.Sprintf("GET %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nX-API-Key: %s\r\n"+
+					"%sConnection: close\r\n\r\n", target, host, h.key, h.key, more)
 				for _, answer := range s.talk(request) {
 					wrong(fmt.Sprintf("%s at %s with %q", target, host, more), answer)
 				}
 			}
 		}
 	}
-	for _, line := range []string{"GET http://" + portHost(victim, webPort) + "/treasure HTTP/1.1\r\nHost: " + portHost(own, webPort),
+	for _, line := range []string{"GET http://" + portHost(victim, webPort) + "/treasure HTTP/1.1\r\nHost: " +
+		portHost(own, webPort),
 		"GET http://" + portHost(own, webPort) + "/x HTTP/1.1\r\nHost: " + portHost(victim, webPort), "CONNECT " + portHost(victim, webPort) + ":8080 HTTP/1.1\r\nHost: x",
 		"OPTIONS * HTTP/1.1\r\nHost: " + portHost(victim, webPort), "GET /x HTTP/1.1\r\nHost: " + portHost(own, webPort) + "\r\nHost: " + portHost(victim, webPort)} {
 		for _, answer := range s.talk(line + "\r\nAuthorization: Bearer " + h.key + "\r\nConnection: close\r\n\r\n") {

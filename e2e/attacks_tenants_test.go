@@ -50,7 +50,8 @@ func TestCursorsOfOthers(t *testing.T) {
 		own[strings.TrimPrefix(first, "sbx_")], own[strings.TrimPrefix(second, "sbx_")] = true, true
 		for i := range 2 {
 			own[tenant.snapshot(first, object{"name": fmt.Sprintf("s%d", i)})] = true
-			status, body := tenant.call("POST", "/v1/api-keys", object{"name": fmt.Sprintf("k%d", i), "scopes": []string{"sandboxes:read"}})
+			status, body := tenant.call("POST", "/v1/api-keys", object{"name": fmt.Sprintf("k%d", i),
+				"scopes": []string{"sandboxes:read"}})
 			if status != 201 {
 				t.Fatalf("key: %d %s", status, body)
 			}
@@ -96,7 +97,8 @@ func TestCursorsOfOthers(t *testing.T) {
 		cursors[l.path] = next
 	}
 	for _, l := range lists {
-		forged := map[string]string{"empty base64": "AA", "no base64": "%%%%", "huge": strings.Repeat("A", 20_000), "SQL": "' OR 1=1 --", "NUL": "\x00\x00"}
+		forged := map[string]string{"empty base64": "AA", "no base64": "%%%%", "huge": strings.Repeat("A", 20_000),
+			"SQL": "' OR 1=1 --", "NUL": "\x00\x00"}
 		for path, c := range cursors {
 			forged["of "+path] = c
 			if len(c) > 4 {
@@ -134,7 +136,8 @@ func TestCursorsOfOthers(t *testing.T) {
 // TestReplays uses what once opened something after it should not any more.
 func TestReplays(t *testing.T) {
 	s := attacked(t)
-	status, body := s.call("POST", "/v1/sandboxes", object{"template": "python", "mode": "persistent", "idle_timeout": "0"})
+	status, body := s.call("POST", "/v1/sandboxes", object{"template": "python", "mode": "persistent",
+		"idle_timeout": "0"})
 	if status != 201 {
 		t.Fatalf("create: %d %s", status, body)
 	}
@@ -162,7 +165,8 @@ func TestReplays(t *testing.T) {
 		if got := ask(id, webPort); got != 401 {
 			t.Errorf("the signature opens %s: %d", what, got)
 		}
-		if got := s.want(id, "curl -sf http://169.254.169.254/v1/sandbox || curl -s http://169.254.169.254/"); strings.Contains(got, s.key) {
+		if got := s.want(id,
+			"curl -sf http://169.254.169.254/v1/sandbox || curl -s http://169.254.169.254/"); strings.Contains(got, s.key) {
 			t.Errorf("the metadata of %s is %s", what, got)
 		}
 		s.destroy(id)
@@ -240,7 +244,8 @@ func (s *server) replaysE2B() {
 		s.t.Fatalf("fork: %d %s", status, body)
 	}
 	child := children[0].Sandbox.SandboxID
-	for what, got := range map[string]int{"another sandbox": envs(two.id, one.token), "a fork": envs(child, one.token), "no token": envs(one.id, "")} {
+	for what, got := range map[string]int{"another sandbox": envs(two.id, one.token), "a fork": envs(child, one.token),
+		"no token": envs(one.id, "")} {
 		if got != 401 {
 			s.t.Errorf("the token at %s: %d", what, got)
 		}
@@ -265,18 +270,21 @@ func (s *server) replaysE2B() {
 	if got := envs(one.id, one.token); got != 502 {
 		s.t.Errorf("killed, it answers %d", got)
 	}
-	if resp, b := s.page("GET", "/files?path=/etc/passwd&username=root&signature=v1_"+strings.Repeat("A", 43), nil, withoutKey); resp.StatusCode != 401 {
+	if resp, b := s.page("GET", "/files?path=/etc/passwd&username=root&signature=v1_"+strings.Repeat("A", 43), nil,
+		withoutKey); resp.StatusCode != 401 {
 		s.t.Errorf("a signature of nobody's: %s %s", resp.Status, b)
 	}
 	// A key that only reads is not told what opens a sandbox.
-	_, body = s.call("POST", "/v1/api-keys", object{"name": "reader", "scopes": []string{"sandboxes:read"}, "format": "e2b"})
+	_, body = s.call("POST", "/v1/api-keys", object{"name": "reader", "scopes": []string{"sandboxes:read"},
+		"format": "e2b"})
 	reader, box := text(body, "api_key"), make()
 	for _, path := range []string{"/sandboxes/" + box.id, "/v2/sandboxes", "/sandboxes"} {
 		if status, body := s.e2bCall(reader, "GET", path, ""); status != 200 || bytes.Contains(body, []byte(box.token)) {
 			s.t.Errorf("a key that only reads is answered %s with %d %s", path, status, body)
 		}
 	}
-	for method, path := range map[string]string{"POST": "/sandboxes/" + box.id + "/connect", "DELETE": "/sandboxes/" + box.id} {
+	for method, path := range map[string]string{"POST": "/sandboxes/" + box.id + "/connect", "DELETE": "/sandboxes/" +
+		box.id} {
 		if status, body := s.e2bCall(reader, method, path, `{"timeout":60}`); status != 403 {
 			s.t.Errorf("a key that only reads: %s %s: %d %s", method, path, status, body)
 		}
@@ -315,9 +323,11 @@ func TestQuotaRaces(t *testing.T) {
 		var status int
 		switch i % 4 {
 		case 0:
-			status, _, _ = h.try(t.Context(), "POST", "/v1/sandboxes", object{"template": "python", "timeout": "10m"}) // of the pool
+			// of the pool
+			status, _, _ = h.try(t.Context(), "POST", "/v1/sandboxes", object{"template": "python", "timeout": "10m"})
 		case 1:
-			status, _, _ = h.try(t.Context(), "POST", "/v1/sandboxes", object{"template": "python", "timeout": "10m", "disk_size_mb": 300})
+			status, _, _ = h.try(t.Context(), "POST", "/v1/sandboxes", object{"template": "python", "timeout": "10m",
+				"disk_size_mb": 300})
 		case 2:
 			r, _ := http.NewRequest("POST", h.url+"/v2/sandboxes", strings.NewReader(`{"templateID":"python","timeout":600}`))
 			r.Header.Set("X-API-Key", h.key)
@@ -345,14 +355,16 @@ func TestQuotaRaces(t *testing.T) {
 		t.Errorf("after forks there are %d sandboxes", n)
 	}
 	race(10, func(i int) int {
-		status, _, _ := h.try(t.Context(), "POST", "/v1/sandboxes/"+boxes[i%2]+"/snapshots", object{"name": fmt.Sprintf("r%d", i)})
+		status, _, _ := h.try(t.Context(), "POST", "/v1/sandboxes/"+boxes[i%2]+"/snapshots",
+			object{"name": fmt.Sprintf("r%d", i)})
 		return status
 	})
 	if n := count("/v1/snapshots?limit=200", "snapshots"); n > 3 || n == 0 {
 		t.Errorf("there are %d snapshots, and there may be 3", n)
 	}
 	race(10, func(i int) int {
-		status, _, _ := h.try(t.Context(), "POST", "/v1/templates", object{"name": fmt.Sprintf("t%d", i), "dockerfile": "FROM python\n"})
+		status, _, _ := h.try(t.Context(), "POST", "/v1/templates", object{"name": fmt.Sprintf("t%d", i),
+			"dockerfile": "FROM python\n"})
 		return status
 	})
 	_, body := h.call("GET", "/v1/templates?limit=200", nil)
@@ -384,10 +396,11 @@ func TestKeysOfOthersAreNoRepeats(t *testing.T) {
 	for _, name := range []string{"repeats-a", "repeats-b"} {
 		h := s.tenant(name, nil)
 		for range 2 {
-			resp, body := h.page("POST", "/v1/sandboxes", strings.NewReader(`{"template":"python","timeout":"5m"}`), func(r *http.Request) {
-				r.Header.Set("Idempotency-Key", "the same")
-				r.Header.Set("Content-Type", "application/json")
-			})
+			resp, body := h.page("POST", "/v1/sandboxes", strings.NewReader(`{"template":"python","timeout":"5m"}`),
+				func(r *http.Request) {
+					r.Header.Set("Idempotency-Key", "the same")
+					r.Header.Set("Content-Type", "application/json")
+				})
 			if resp.StatusCode != 201 {
 				t.Fatalf("%s %s", resp.Status, body)
 			}
@@ -410,7 +423,8 @@ func TestUploadsInTheWay(t *testing.T) {
 	for i := range 6 {
 		wg.Go(func() {
 			for range 3 {
-				status, body, err := s.try(t.Context(), "PUT", fmt.Sprintf("/v1/sandboxes/%s/files?path=/up/%d", id, i), strings.NewReader(content))
+				status, body, err := s.try(t.Context(), "PUT", fmt.Sprintf("/v1/sandboxes/%s/files?path=/up/%d", id, i),
+					strings.NewReader(content))
 				if err != nil || status != 204 && status != 409 && status != 503 {
 					t.Errorf("upload: %d %s %v", status, body, err)
 				}
@@ -419,13 +433,15 @@ func TestUploadsInTheWay(t *testing.T) {
 	}
 	wg.Go(func() {
 		for range 3 {
-			if status, body, err := s.try(t.Context(), "POST", "/v1/sandboxes/"+id+"/suspend", nil); err != nil || status != 200 && status != 409 {
+			if status, body, err := s.try(t.Context(), "POST", "/v1/sandboxes/"+id+"/suspend", nil); err != nil ||
+				status != 200 && status != 409 {
 				t.Errorf("suspend: %d %s %v", status, body, err)
 			}
 		}
 	})
 	wg.Wait()
-	if got := s.want(id, `for f in /up/*; do [ "$(stat -c %s $f)" = 4194304 ] || echo $f; done; ls /up | wc -l`); got != "6" {
+	if got := s.want(id,
+		`for f in /up/*; do [ "$(stat -c %s $f)" = 4194304 ] || echo $f; done; ls /up | wc -l`); got != "6" {
 		t.Errorf("after uploads beside suspends there is %s", got)
 	}
 	// Cut in the middle, and destroyed under it.

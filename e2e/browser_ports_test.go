@@ -20,7 +20,8 @@ func (s *server) serve(id, name, body string, headers ...[2]string) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	if status, b := s.call("PUT", "/v1/sandboxes/"+id+"/files?path=/tmp/"+name+".json", bytes.NewReader(text)); status != 204 {
+	if status, b := s.call("PUT", "/v1/sandboxes/"+id+"/files?path=/tmp/"+name+".json",
+		bytes.NewReader(text)); status != 204 {
 		s.t.Fatalf("upload: %d %s", status, b)
 	}
 }
@@ -87,7 +88,8 @@ func TestPagesOfStrangers(t *testing.T) {
 		resp, _ := s.page("GET", "/v1/sandboxes/"+id+"/files?path=/tmp/page.html", nil)
 		h := resp.Header
 		if h.Get("Content-Type") != "application/octet-stream" || h.Get("X-Content-Type-Options") != "nosniff" ||
-			!strings.HasPrefix(h.Get("Content-Disposition"), "attachment") || !strings.Contains(h.Get("Content-Security-Policy"), "sandbox") {
+			!strings.HasPrefix(h.Get("Content-Disposition"), "attachment") ||
+			!strings.Contains(h.Get("Content-Security-Policy"), "sandbox") {
 			t.Errorf("a file comes with %v", h)
 		}
 	})
@@ -101,7 +103,8 @@ var grabs = [][2]string{
 
 func (s *server) pagesByPath(id string, b *browser) {
 	base := s.url + portPath(id, webPort) + "/page?"
-	s.serve(id, "sw", "self.onfetch = e => e.respondWith(new Response('taken over'))", append(grabs[1:2:2], [2]string{"Content-Type", "text/javascript"})...)
+	s.serve(id, "sw", "self.onfetch = e => e.respondWith(new Response('taken over'))",
+		append(grabs[1:2:2], [2]string{"Content-Type", "text/javascript"})...)
 	for name, kind := range map[string][2]string{
 		"html": {"text/html", "<!doctype html><title>t</title><script>var ran = true</script>"},
 		"svg":  {"image/svg+xml", `<svg xmlns="http://www.w3.org/2000/svg"><script>var ran = true</script></svg>`},
@@ -133,7 +136,8 @@ func (s *server) pagesByPath(id string, b *browser) {
 		s.t.Errorf("the cookies of the API's origin are %q", got)
 	}
 	// A page of the origin that is not a sandbox's: even that cannot make the script a worker.
-	resp, body := s.page("GET", portPath(id, webPort)+"/page?sw", nil, func(r *http.Request) { r.Header.Set("Service-Worker", "script") })
+	resp, body := s.page("GET", portPath(id, webPort)+"/page?sw", nil,
+		func(r *http.Request) { r.Header.Set("Service-Worker", "script") })
 	if resp.StatusCode != 403 || text(body, "code") != "service_worker_refused" {
 		s.t.Errorf("the script of a service worker: %s %s", resp.Status, body)
 	}
@@ -147,8 +151,10 @@ func thrown(script string) string {
 func (s *server) pagesByHost(id string, b *browser) {
 	_, port, _ := strings.Cut(strings.TrimPrefix(s.url, "http://"), ":")
 	own, sibling := "http://"+portHost(id, webPort)+":"+port, "http://"+portHost(id, openPort)+":"+port
-	s.serve(id, "own", "<!doctype html><script>localStorage.x = 'kept'</script>", [2]string{"Content-Type", "text/html"}, [2]string{"Set-Cookie", "own=1; Path=/"},
-		[2]string{"Set-Cookie", "tossed=1; Path=/; Domain=" + portsZone}, [2]string{"Set-Cookie", "again=1; path=/ ;  DOMAIN = ." + portsZone})
+	s.serve(id, "own", "<!doctype html><script>localStorage.x = 'kept'</script>", [2]string{"Content-Type", "text/html"},
+		[2]string{"Set-Cookie", "own=1; Path=/"},
+		[2]string{"Set-Cookie", "tossed=1; Path=/; Domain=" + portsZone},
+		[2]string{"Set-Cookie", "again=1; path=/ ;  DOMAIN = ." + portsZone})
 	b.open(own + "/page?own")
 	if got := b.run("self.origin + localStorage.x"); got != own+"kept" {
 		s.t.Errorf("at its own origin a page has %s", got)

@@ -142,11 +142,14 @@ func (b *browser) run(script string) string {
 func (b *browser) keys(text string) {
 	b.t.Helper()
 	for _, key := range text {
-		b.call("Input.dispatchKeyEvent", object{"type": "keyDown", "text": string(key), "key": string(key), "unmodifiedText": string(key)}, &object{})
+		b.call("Input.dispatchKeyEvent", object{"type": "keyDown", "text": string(key), "key": string(key),
+			"unmodifiedText": string(key)}, &object{})
 		b.call("Input.dispatchKeyEvent", object{"type": "keyUp", "key": string(key)}, &object{})
 	}
-	b.call("Input.dispatchKeyEvent", object{"type": "keyDown", "text": "\r", "key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}, &object{})
-	b.call("Input.dispatchKeyEvent", object{"type": "keyUp", "key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}, &object{})
+	b.call("Input.dispatchKeyEvent", object{"type": "keyDown", "text": "\r", "key": "Enter", "code": "Enter",
+		"windowsVirtualKeyCode": 13}, &object{})
+	b.call("Input.dispatchKeyEvent", object{"type": "keyUp", "key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13},
+		&object{})
 }
 
 // until waits until a script's value is true.

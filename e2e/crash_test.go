@@ -46,7 +46,8 @@ func TestRestartAdopts(t *testing.T) {
 	s.start()
 	s.needTemplate("python")
 	long, short := s.create(nil), s.create(object{"timeout": "12s"})
-	s.want(long, "nohup sh -c 'while true; do date +%s%N > /tmp/next; mv /tmp/next /tmp/beat; sleep 0.05; done' >/dev/null 2>&1 & sleep 0.2")
+	s.want(long, "nohup sh -c 'while true; do date +%s%N > /tmp/next; mv /tmp/next /tmp/beat; sleep 0.05; done' "+
+		">/dev/null 2>&1 & sleep 0.2")
 	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
 		before := s.want(long, "cat /tmp/beat; cat /proc/sys/kernel/random/boot_id")
 		s.stop(signal)
@@ -75,7 +76,8 @@ func TestTermLetsCallsFinish(t *testing.T) {
 	id := s.create(nil)
 	answer := make(chan string, 1)
 	go func() {
-		_, body, err := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/execute", object{"command": "touch /tmp/begun; sleep 2; echo finished"})
+		_, body, err := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/execute",
+			object{"command": "touch /tmp/begun; sleep 2; echo finished"})
 		answer <- fmt.Sprint(string(body), err)
 	}()
 	for deadline := time.Now().Add(patience); s.exec(id, "test -e /tmp/begun").ExitCode != 0; {
@@ -90,7 +92,8 @@ func TestTermLetsCallsFinish(t *testing.T) {
 }
 
 // TestKilledAtAnyMoment kills the server with SIGKILL while it creates and destroys,
-// again and again, until both claims were found by a next start. After each start every sandbox is running or destroyed, what
+// again and again, until both claims were found by a next start. After each start every sandbox is
+// running or destroyed, what
 // runs works, and nothing on the host is without a row.
 func TestKilledAtAnyMoment(t *testing.T) {
 	s := newServer(t)

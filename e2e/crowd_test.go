@@ -71,10 +71,12 @@ func TestCrowd(t *testing.T) {
 func visit(t *testing.T, c *client.Client) int {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	box, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Template: "python", Timeout: new("2m")}, client.CreateOptions{})
+	box, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Template: "python", Timeout: new("2m")},
+		client.CreateOptions{})
 	var refused *client.Error
 	switch {
-	case errors.As(err, &refused) && refused.Status == http.StatusServiceUnavailable && refused.Code == "no_capacity" && refused.RetryAfter > 0:
+	case errors.As(err, &refused) && refused.Status == http.StatusServiceUnavailable && refused.Code == "no_capacity" &&
+		refused.RetryAfter > 0:
 		return refused.Status
 	case err != nil:
 		t.Errorf("create: %v", err)

@@ -90,7 +90,8 @@ func speak(t *testing.T, c net.PacketConn) {
 // heard returns how often each socket of ears has heard something, nil if its listener does not answer.
 func (s *server) heard(id string) (counts []int) {
 	s.t.Helper()
-	r := s.exec(id, `python3 -c 'import socket; print(socket.create_connection(("127.0.0.1", 7001), timeout=5).makefile().read())'`)
+	r := s.exec(id, `python3 -c 'import socket; print(socket.create_connection(("127.0.0.1", 7001), `+
+		`timeout=5).makefile().read())'`)
 	if err := json.Unmarshal([]byte(r.Stdout), &counts); err != nil {
 		s.t.Logf("the listener does not answer: %+v", r)
 	}
@@ -105,7 +106,8 @@ func TestSocketsHearAfterWake(t *testing.T) {
 	speak(t, inNamespace(t, o.name, func() (net.PacketConn, error) { return net.ListenPacket("udp4", o.address+":7000") }))
 	id := s.persistent(nil)
 	defer s.destroy(id)
-	s.want(id, fmt.Sprintf("cat > /tmp/ears.py; nohup python3 /tmp/ears.py %s %d >/tmp/ears.log 2>&1 &", o.address, earsCount),
+	s.want(id, fmt.Sprintf("cat > /tmp/ears.py; nohup python3 /tmp/ears.py %s %d >/tmp/ears.log 2>&1 &", o.address,
+		earsCount),
 		object{"stdin": ears})
 	before := make([]int, earsCount)
 	for wakes := range 3 {

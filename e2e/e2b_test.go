@@ -91,7 +91,8 @@ func (s *server) runE2B(t *testing.T, version, key string) {
 	}
 	t.Logf("%s", out)
 	// None may be left, and nobody may hold a lease.
-	if status, body := s.call("GET", "/v1/sandboxes", nil); status != 200 || !strings.Contains(string(body), `"sandboxes":[]`) {
+	if status, body := s.call("GET", "/v1/sandboxes", nil); status != 200 ||
+		!strings.Contains(string(body), `"sandboxes":[]`) {
 		t.Errorf("sandboxes are left: %d %s", status, body)
 	}
 }

@@ -54,7 +54,8 @@ func (s *server) e2bCall(key, method, path, body string) (int, []byte) {
 
 // startBody is the one message of a Start, in its envelope.
 func startBody(command string) []byte {
-	message, err := json.Marshal(object{"process": object{"cmd": "/bin/bash", "args": []string{"-c", command}}, "stdin": false})
+	message, err := json.Marshal(object{"process": object{"cmd": "/bin/bash", "args": []string{"-c", command}},
+		"stdin": false})
 	if err != nil {
 		panic(err)
 	}
@@ -63,12 +64,14 @@ func startBody(command string) []byte {
 
 // start opens the stream of a command. The caller closes it.
 func (b e2bBox) start(ctx context.Context, client *http.Client, command string) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, "POST", b.s.url+"/process.Process/Start", strings.NewReader(string(startBody(command))))
+	req, err := http.NewRequestWithContext(ctx, "POST", b.s.url+"/process.Process/Start",
+		strings.NewReader(string(startBody(command))))
 	if err != nil {
 		return nil, err
 	}
-	for name, value := range map[string]string{"E2b-Sandbox-Id": b.id, "E2b-Sandbox-Port": "49983", "X-Access-Token": b.token,
-		"Content-Type": "application/connect+json", "Connect-Protocol-Version": "1"} {
+	for name, value := range map[string]string{"E2b-Sandbox-Id": b.id, "E2b-Sandbox-Port": "49983",
+		"X-Access-Token": b.token,
+		"Content-Type":   "application/connect+json", "Connect-Protocol-Version": "1"} {
 		req.Header.Set(name, value)
 	}
 	return client.Do(req)
@@ -117,7 +120,8 @@ var leases = regexp.MustCompile(`(?m)^cay_sandbox_leases (\d+)$`)
 func (s *server) noLeases() {
 	s.t.Helper()
 	var last string
-	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(50 * time.Millisecond) { // a poll with a deadline
+	// a poll with a deadline
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		status, body := s.call("GET", "/metrics", nil)
 		m := leases.FindSubmatch(body)
 		if status != 200 || m == nil {
@@ -239,7 +243,8 @@ func (s *server) slowReader(key string) {
 
 func (s *server) halfWritten(key string) {
 	box := s.e2bCreate(key)
-	head := fmt.Sprintf("POST /process.Process/Start HTTP/1.1\r\nHost: x\r\nE2b-Sandbox-Id: %s\r\nE2b-Sandbox-Port: 49983\r\nX-Access-Token: %s\r\n"+
+	head := fmt.Sprintf("POST /process.Process/Start HTTP/1.1\r\nHost: x\r\nE2b-Sandbox-Id: %s\r\n"+
+		"E2b-Sandbox-Port: 49983\r\nX-Access-Token: %s\r\n"+
 		"Content-Type: application/connect+json\r\nConnect-Protocol-Version: 1\r\n", box.id, box.token)
 	whole := string(startBody("touch /tmp/never; sleep 1000"))
 	for name, sent := range map[string]string{
@@ -271,7 +276,8 @@ func (s *server) halfWritten(key string) {
 		conn.Close()
 	}
 	s.noLeases()
-	if out := box.run("ls /tmp/never 2>/dev/null; echo alive"); strings.Contains(out, "bmV2ZXI") || !strings.Contains(out, "YWxpdmUK") {
+	if out := box.run("ls /tmp/never 2>/dev/null; echo alive"); strings.Contains(out, "bmV2ZXI") ||
+		!strings.Contains(out, "YWxpdmUK") {
 		s.t.Errorf("half a request did something: %s", out)
 	}
 	if status, _ := s.e2bCall(key, "DELETE", "/sandboxes/"+box.id, ""); status != 204 {

@@ -188,7 +188,8 @@ func TestEgressSurvives(t *testing.T) {
 	port := func(n int) object {
 		return object{"mode": "deny_all", "allow_cidrs": []string{o.address + "/32"}, "allow_ports": []int{n}}
 	}
-	first, second := map[string]bool{o.address + ":8080": true, o.address + ":8081": false}, map[string]bool{o.address + ":8080": false, o.address + ":8081": true}
+	first, second := map[string]bool{o.address + ":8080": true, o.address + ":8081": false},
+		map[string]bool{o.address + ":8080": false, o.address + ":8081": true}
 	id := s.persistent(object{"egress": port(8080)})
 	s.reaches(id, first)
 	s.suspend(id)
@@ -216,12 +217,16 @@ func (o *outside) serveWeb(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	like := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"*.example.test"}}
+	like := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour),
+		DNSNames: []string{"*.example.test"}}
 	der, err := x509.CreateCertificate(rand.Reader, like, like, &key.PublicKey, key)
 	if err != nil {
 		t.Fatal(err)
 	}
-	web := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprintln(w, "this is", r.Host) })}
+	web := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter,
+		r *http.Request) {
+		fmt.Fprintln(w, "this is", r.Host)
+	})}
 	t.Cleanup(func() { web.Close() })
 	for _, port := range []int{80, 443} {
 		l := inNamespace(t, o.name, func() (net.Listener, error) { return net.Listen("tcp4", fmt.Sprintf(":%d", port)) })
@@ -243,7 +248,8 @@ func TestEgressByName(t *testing.T) {
 	s := newServer(t, "CAY_NETWORK_NAMESERVERS="+o.address)
 	s.start()
 	s.needTemplate("python")
-	id := s.create(object{"egress": object{"mode": "deny_all", "allow_domains": []string{"one.example.test", "*.wild.example.test"}}})
+	id := s.create(object{"egress": object{"mode": "deny_all", "allow_domains": []string{"one.example.test",
+		"*.wild.example.test"}}})
 	defer s.destroy(id)
 
 	// Before a name was resolved its address is nothing special.
@@ -298,7 +304,8 @@ u.sendto(q, ("198.51.100.99", 53)); print(struct.unpack(">H", u.recv(512)[6:8])[
 // TestMetadata asks from inside, under a policy that lets nothing out.
 func TestMetadata(t *testing.T) {
 	s := shared(t)
-	id := s.create(object{"egress": object{"mode": "deny_all"}, "metadata": object{"team": "red"}, "env": object{"SECRET": "hidden"}})
+	id := s.create(object{"egress": object{"mode": "deny_all"}, "metadata": object{"team": "red"},
+		"env": object{"SECRET": "hidden"}})
 	defer s.destroy(id)
 	other := s.create(nil)
 	defer s.destroy(other)

@@ -43,7 +43,8 @@ const maxServerMemory = 512 << 20
 
 func newEvilServer(t *testing.T) *evilServer {
 	t.Helper()
-	s := newServer(t, "CAY_SANDBOX_ANSWER_TIMEOUT="+evilPatience.String(), "CAY_RATE_LIMIT_PER_SECOND=100000", "CAY_RATE_LIMIT_BURST=100000",
+	s := newServer(t, "CAY_SANDBOX_ANSWER_TIMEOUT="+evilPatience.String(), "CAY_RATE_LIMIT_PER_SECOND=100000",
+		"CAY_RATE_LIMIT_BURST=100000",
 		"CAY_TEMPLATES_PREPARE=python")
 	s.args = []string{"--log-level", "info"}
 	program := filepath.Join(t.TempDir(), "cay-agent")
@@ -75,10 +76,12 @@ func newEvilServer(t *testing.T) *evilServer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(os.WriteFile(agents[0]+".new", data, 0o755), os.Rename(agents[0]+".new", agents[0])); err != nil {
+	if err := errors.Join(os.WriteFile(agents[0]+".new", data, 0o755),
+		os.Rename(agents[0]+".new", agents[0])); err != nil {
 		t.Fatal(err)
 	}
-	req, err := http.NewRequest("POST", s.url+"/sandboxes", strings.NewReader(`{"templateID":"python","timeout":600,"secure":true}`))
+	req, err := http.NewRequest("POST", s.url+"/sandboxes",
+		strings.NewReader(`{"templateID":"python","timeout":600,"secure":true}`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,7 +99,8 @@ func newEvilServer(t *testing.T) *evilServer {
 	return e
 }
 
-// evilCall is a way on which the host calls an agent. In its texts EVIL stands for what the agent is asked for, and ID for the
+// evilCall is a way on which the host calls an agent. In its texts EVIL stands for what the agent
+// is asked for, and ID for the
 // sandbox.
 type evilCall struct {
 	method, path string
@@ -111,7 +115,8 @@ func (e *evilServer) evilCalls() map[string]evilCall {
 		return append([]string{"Connection", "Upgrade", "Upgrade", to}, more...)
 	}
 	e2b := func(more ...string) []string {
-		return append([]string{"E2b-Sandbox-Id", strings.TrimPrefix(e.evilID, "sbx_"), "E2b-Sandbox-Port", "49983", "X-Access-Token", e.token}, more...)
+		return append([]string{"E2b-Sandbox-Id", strings.TrimPrefix(e.evilID, "sbx_"), "E2b-Sandbox-Port", "49983",
+			"X-Access-Token", e.token}, more...)
 	}
 	connect := e2b("Content-Type", "application/connect+proto", "Connect-Protocol-Version", "1")
 	box := "/v1/sandboxes/ID"
@@ -157,7 +162,8 @@ func (e *evilServer) evilCalls() map[string]evilCall {
 
 // neverEnd are the calls that may be silent as long as they like: what they carry is a stranger's stream, and
 // only its caller knows how long it may be silent.
-var neverEnd = map[string]bool{"tunnel": true, "port": true, "port websocket": true, "e2b start": true, "e2b watch": true}
+var neverEnd = map[string]bool{"tunnel": true, "port": true, "port websocket": true, "e2b start": true,
+	"e2b watch": true}
 
 // try makes one call and says what is wrong with how it ended.
 func (e *evilServer) evilTry(ctx context.Context, name string, c evilCall, evil string) error {
@@ -171,7 +177,8 @@ func (e *evilServer) evilTry(ctx context.Context, name string, c evilCall, evil 
 	// Longer than anything that the server waits for: five times its patience.
 	ctx, cancel := context.WithTimeout(ctx, 15*evilPatience)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, c.method, e.url+fill.Replace(c.path), strings.NewReader(fill.Replace(c.body)))
+	req, err := http.NewRequestWithContext(ctx, c.method, e.url+fill.Replace(c.path),
+		strings.NewReader(fill.Replace(c.body)))
 	if err != nil {
 		return err
 	}
@@ -210,7 +217,9 @@ func (e *evilServer) evilTry(ctx context.Context, name string, c evilCall, evil 
 		if err := json.Unmarshal(b, &problem); err != nil {
 			return fmt.Errorf("status %d with %.200q", resp.StatusCode, b)
 		}
-		if text := fmt.Sprint(problem.Detail, problem.Message); strings.ContainsFunc(text, func(r rune) bool { return r != '\n' && r != '\t' && !unicode.IsPrint(r) }) || len(text) > 8<<10 {
+		if text := fmt.Sprint(problem.Detail, problem.Message); strings.ContainsFunc(text, func(r rune) bool {
+			return r != '\n' && r != '\t' && !unicode.IsPrint(r)
+		}) || len(text) > 8<<10 {
 			return fmt.Errorf("status %d tells %.200q", resp.StatusCode, text)
 		}
 	}
@@ -273,7 +282,8 @@ func (e *evilServer) beHonest() (stop func() (n int, longest time.Duration)) {
 			default:
 			}
 			start := time.Now()
-			status, body, err := e.honest.try(context.Background(), "POST", "/v1/sandboxes/"+e.honestID+"/execute", object{"command": "echo fine"})
+			status, body, err := e.honest.try(context.Background(), "POST", "/v1/sandboxes/"+e.honestID+"/execute",
+				object{"command": "echo fine"})
 			if err != nil || status != 200 || text(body, "stdout") != "fine\n" {
 				e.t.Errorf("the honest command %d ended with %d %.300s, %v", n, status, body, err)
 				return
@@ -290,7 +300,8 @@ func (e *evilServer) settled(before spent) {
 	const slack = 40 // connections that rest, and what comes and goes by itself
 	var now spent
 	for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) { // a poll with a deadline
-		if now = e.spent(); now.files <= before.files+slack && now.goroutines <= before.goroutines+slack && e.metric("cay_calls_memory_bytes") < 1<<20 {
+		if now = e.spent(); now.files <= before.files+slack && now.goroutines <= before.goroutines+slack &&
+			e.metric("cay_calls_memory_bytes") < 1<<20 {
 			return
 		}
 		if time.Now().After(deadline) {
@@ -379,7 +390,8 @@ func (e *evilServer) eachAnswer() {
 	wg.Wait()
 	honest, slowest := stop()
 	after := e.spent()
-	t.Logf("%d calls in %s, the longest %s; %d honest commands, the longest %s; the server took %d MiB at the most", len(all), time.Since(start).Round(time.Second),
+	t.Logf("%d calls in %s, the longest %s; %d honest commands, the longest %s; the server took %d MiB at the most",
+		len(all), time.Since(start).Round(time.Second),
 		time.Duration(most.Load()).Round(time.Millisecond), honest, slowest, after.peak>>20)
 	if honest == 0 {
 		t.Error("not one honest command ended meanwhile")
@@ -465,7 +477,8 @@ func (e *evilServer) manyCalls() {
 	wg.Wait()
 	honest, slowest := stop()
 	after := e.spent()
-	t.Logf("answers %v; %d honest commands, the longest %s; the server took %d MiB at the most", statuses, honest, slowest, after.peak>>20)
+	t.Logf("answers %v; %d honest commands, the longest %s; the server took %d MiB at the most", statuses, honest, slowest,
+		after.peak>>20)
 	if honest == 0 {
 		t.Error("not one honest command ended meanwhile")
 	}

@@ -97,7 +97,8 @@ func TestForkGoesOn(t *testing.T) {
 	if left := s.snapshotsOnDisk(); len(left) > 0 {
 		t.Errorf("the forks have left %v", left)
 	}
-	if status, body := s.call("GET", "/v1/sandboxes?metadata.family=yes&limit=200", nil); status != 200 || strings.Count(string(body), `"family":"yes"`) != 13 {
+	if status, body := s.call("GET", "/v1/sandboxes?metadata.family=yes&limit=200", nil); status != 200 ||
+		strings.Count(string(body), `"family":"yes"`) != 13 {
 		t.Errorf("the children's metadata: %d %s", status, body)
 	}
 	if e := s.events(id)[0]; e.Reason != "forked" {
@@ -138,7 +139,8 @@ func TestForkIdentity(t *testing.T) {
 	s := shared(t)
 	id := s.create(object{"env": object{"FIRST": "1"}})
 	defer s.destroy(id)
-	s.want(id, "cat >/root/oracle.py; echo '192.0.2.9 mine' >>/etc/hosts; nohup python3 /root/oracle.py >/root/oracle.log 2>&1 & until [ -e /root/ready ]; do sleep 0.05; done",
+	s.want(id, "cat >/root/oracle.py; echo '192.0.2.9 mine' >>/etc/hosts; nohup python3 /root/oracle.py "+
+		">/root/oracle.log 2>&1 & until [ -e /root/ready ]; do sleep 0.05; done",
 		object{"stdin": oracle})
 	children := s.fork(id, object{"count": 3, "env": object{"ROLE": "child"}})
 	seen := map[string]string{}
@@ -168,7 +170,8 @@ func TestForkIdentity(t *testing.T) {
 			role = "child"
 		}
 		want := fmt.Sprintf("%[1]s\n127.0.0.1\tlocalhost\n127.0.1.1\t%[1]s\n192.0.2.9 mine\n%[2]s 1", name, role)
-		if out := s.want(box, `cat /etc/hostname /etc/hosts; echo "$ROLE $FIRST"; getent hosts $(hostname) >/dev/null`); out != want {
+		if out := s.want(box,
+			`cat /etc/hostname /etc/hosts; echo "$ROLE $FIRST"; getent hosts $(hostname) >/dev/null`); out != want {
 			t.Errorf("%s says %q, want %q", box, out, want)
 		}
 		if box != id {
@@ -183,7 +186,9 @@ func TestForkIdentity(t *testing.T) {
 	}
 	addresses := map[string]bool{}
 	for _, box := range append(children, id) {
-		addresses[s.want(box, "python3 -c 'import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect((\"192.0.2.1\", 9)); print(s.getsockname()[0])'")] = true
+		addresses[s.want(box,
+			"python3 -c 'import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect((\"192.0.2.1\", 9)); "+
+				"print(s.getsockname()[0])'")] = true
 	}
 	if len(addresses) != 4 {
 		t.Errorf("the addresses are %v", addresses)
@@ -217,21 +222,26 @@ nohup python3 /root/c.py >/root/c.log 2>&1 & until [ -e /root/connected ] || ! k
 	defer peer.Close()
 	caller := make(chan string, 1)
 	go func() {
-		_, body, err := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/execute", object{"command": "touch /root/begun; until [ -e /root/go ]; do sleep 0.05; done; echo to the end"})
+		_, body, err := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/execute",
+			object{"command": "touch /root/begun; until [ -e /root/go ]; do sleep 0.05; done; echo to the end"})
 		caller <- fmt.Sprint(text(body, "stdout"), err)
 	}()
 	s.want(id, "until [ -e /root/begun ]; do sleep 0.05; done")
 	child := s.fork(id, nil)[0]
 	defer s.destroy(child)
-	if got := s.want(child, "until [ -e /root/result ]; do sleep 0.05; done; cat /root/result"); got != "ConnectionAbortedError" && got != "ConnectionResetError" && got != "b''" {
+	if got := s.want(child,
+		"until [ -e /root/result ]; do sleep 0.05; done; cat /root/result"); got != "ConnectionAbortedError" &&
+		got != "ConnectionResetError" && got != "b''" {
 		t.Errorf("the connection in the child ended with %s", got)
 	}
 	// Its caller has gone, as the child sees it.
-	s.want(child, "i=0; while pgrep -f 'touch /root/[b]egun' >/dev/null; do i=$((i+1)); [ $i -lt 200 ] || exit 1; sleep 0.05; done")
+	s.want(child, "i=0; while pgrep -f 'touch /root/[b]egun' >/dev/null; do i=$((i+1)); [ $i -lt 200 ] || exit 1; "+
+		"sleep 0.05; done")
 	if _, err := peer.Write([]byte("hello")); err != nil {
 		t.Error(err)
 	}
-	if got := s.want(id, "until [ -e /root/result ]; do sleep 0.05; done; cat /root/result; touch /root/go"); got != "b'hello'" {
+	if got := s.want(id,
+		"until [ -e /root/result ]; do sleep 0.05; done; cat /root/result; touch /root/go"); got != "b'hello'" {
 		t.Errorf("the connection of the sandbox itself: %s", got)
 	}
 	if got := <-caller; got != "to the end\n<nil>" {
@@ -267,7 +277,8 @@ nohup python3 /root/c.py >/root/c.log 2>&1 & until [ -s /root/through ]; do slee
 	// What came through began before the child ran.
 	var last float64
 	started := s.parse(s.field(child, "started_at"))
-	if _, err := fmt.Sscan(s.want(child, "tail -n 1 /root/through"), &last); err != nil || last > float64(started.UnixNano())/1e9 {
+	if _, err := fmt.Sscan(s.want(child, "tail -n 1 /root/through"), &last); err != nil ||
+		last > float64(started.UnixNano())/1e9 {
 		t.Errorf("the last connection that came through began at %f, the child ran at %s, %v", last, started, err)
 	}
 	first := s.want(id, "wc -l </root/through")
@@ -315,7 +326,8 @@ func TestSnapshots(t *testing.T) {
 	if state, _ := s.state(box); state != "suspended" {
 		t.Errorf("the snapshot has made it %s", state)
 	}
-	if list := run("snapshots", "list"); !strings.Contains(list, snap) || !strings.Contains(list, "counting") || !strings.Contains(list, second) {
+	if list := run("snapshots", "list"); !strings.Contains(list, snap) || !strings.Contains(list, "counting") ||
+		!strings.Contains(list, second) {
 		t.Errorf("the list is %s", list)
 	}
 	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
@@ -333,7 +345,8 @@ func TestSnapshots(t *testing.T) {
 	asleep.check()
 	s.destroy(box)
 	last := &worker{s: s, id: s.from(second, nil), seen: m}
-	if status, body := s.call("POST", "/v1/sandboxes", object{"snapshot": "counting", "size": "shared-cpu-2x"}); status != 400 || text(body, "field") != "size" {
+	if status, body := s.call("POST", "/v1/sandboxes",
+		object{"snapshot": "counting", "size": "shared-cpu-2x"}); status != 400 || text(body, "field") != "size" {
 		t.Errorf("another size: %d %s", status, body)
 	}
 	run("snapshots", "delete", "counting", second)
@@ -341,7 +354,8 @@ func TestSnapshots(t *testing.T) {
 		t.Errorf("deleted, and there is %v", left)
 	}
 	last.check()
-	if _, stderr, code := s.cli("", "sandbox", "create", "--snapshot", "counting"); code != 1 || !strings.Contains(stderr, "snapshot_not_found") {
+	if _, stderr, code := s.cli("", "sandbox", "create", "--snapshot", "counting"); code != 1 ||
+		!strings.Contains(stderr, "snapshot_not_found") {
 		t.Errorf("made from a deleted one: %d %s", code, stderr)
 	}
 }
@@ -507,7 +521,8 @@ func TestNoDiskToFork(t *testing.T) {
 	w.check()
 	filler := fill(t, dir, 10<<20)
 	for _, verb := range []string{"fork", "snapshots"} {
-		if status, body := s.call("POST", "/v1/sandboxes/"+w.id+"/"+verb, nil); status != 507 || text(body, "code") != "disk_full" {
+		if status, body := s.call("POST", "/v1/sandboxes/"+w.id+"/"+verb, nil); status != 507 ||
+			text(body, "code") != "disk_full" {
 			t.Errorf("%s without room: %d %s", verb, status, body)
 		}
 	}
@@ -567,7 +582,8 @@ func TestForkInPart(t *testing.T) {
 	if made != 2 || refused != 2 {
 		t.Errorf("fork: %s", body)
 	}
-	if status, body := s.call("POST", "/v1/sandboxes/"+id+"/fork", nil); status != 429 || text(body, "code") != "quota_exceeded" {
+	if status, body := s.call("POST", "/v1/sandboxes/"+id+"/fork", nil); status != 429 ||
+		text(body, "code") != "quota_exceeded" {
 		t.Errorf("fork over the quota: %d %s", status, body)
 	}
 	if left := s.snapshotsOnDisk(); len(left) > 0 {

@@ -108,7 +108,8 @@ func (s *server) start() {
 		s.t.Fatal(err)
 	}
 	defer log.Close()
-	args := append([]string{"server", "--data-dir", s.dataDir, "--listen", strings.TrimPrefix(s.url, "http://"), "--log-level", "debug"}, s.args...)
+	args := append([]string{"server", "--data-dir", s.dataDir, "--listen", strings.TrimPrefix(s.url, "http://"),
+		"--log-level", "debug"}, s.args...)
 	cmd := exec.Command(s.binary, args...)
 	cmd.Env, cmd.Stdout, cmd.Stderr = s.env, log, log
 	if err := cmd.Start(); err != nil {

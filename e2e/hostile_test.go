@@ -54,7 +54,8 @@ func TestMemory(t *testing.T) {
 	} {
 		for round := range 3 {
 			status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"args": tt.args, "timeout": "60s"})
-			if status != 200 || !strings.Contains(string(body), `"oom_killed":true`) || !strings.Contains(string(body), `"exit_code":137`) {
+			if status != 200 || !strings.Contains(string(body), `"oom_killed":true`) ||
+				!strings.Contains(string(body), `"exit_code":137`) {
 				t.Fatalf("%s, round %d: %d %s", tt.name, round, status, body)
 			}
 			s.alive(id)
@@ -111,20 +112,23 @@ while True: l.append(bytearray(3 << 20))'`, object{"timeout": "2m"})
 			t.Errorf("got %+v", r)
 		}
 		r = s.exec(id, "mkdir /dev/many && cd /dev/many && seq 6000 | xargs touch; ls | wc -l; cd /; rm -r /dev/many")
-		if n, err := strconv.Atoi(strings.TrimSpace(r.Stdout)); err != nil || n < 3500 || n > 4096 || !strings.Contains(r.Stderr, "No space left") {
+		if n, err := strconv.Atoi(strings.TrimSpace(r.Stdout)); err != nil || n < 3500 || n > 4096 ||
+			!strings.Contains(r.Stderr, "No space left") {
 			t.Errorf("got %+v", r)
 		}
 		s.alive(id)
 	})
 	t.Run("tmpfs and a process together", func(t *testing.T) {
-		r := s.exec(id, "dd if=/dev/zero of=/dev/shm/half bs=1M count=200 2>/dev/null; python3 -c 'b = bytearray(500 << 20)'; echo $?; rm /dev/shm/half")
+		r := s.exec(id, "dd if=/dev/zero of=/dev/shm/half bs=1M count=200 2>/dev/null; python3 -c 'b = bytearray(500 << "+
+			"20)'; echo $?; rm /dev/shm/half")
 		if !strings.Contains(r.Stdout, "137") || !r.OOMKilled {
 			t.Errorf("got %+v", r)
 		}
 		s.alive(id)
 	})
 	t.Run("/tmp is on the disk", func(t *testing.T) {
-		r := s.exec(id, "dd if=/dev/zero of=/tmp/fill bs=1M count=1200 && stat -c %a /tmp && df --output=target /tmp | tail -1; rm -f /tmp/fill", object{"timeout": "2m"})
+		r := s.exec(id, "dd if=/dev/zero of=/tmp/fill bs=1M count=1200 && stat -c %a /tmp && df --output=target /tmp | "+
+			"tail -1; rm -f /tmp/fill", object{"timeout": "2m"})
 		if r.ExitCode != 0 || r.OOMKilled || r.Stdout != "1777\n/\n" {
 			t.Errorf("got %+v", r)
 		}
@@ -202,7 +206,8 @@ func TestOutputFlood(t *testing.T) {
 	r := s.exec(id, "yes | head -c 100000000; yes error | head -c 20000000 >&2; echo end", object{"timeout": "2m"})
 	const most = 8 << 20
 	if r.ExitCode != 0 || len(r.Stdout) != most || len(r.Stderr) != most || !r.StdoutTruncated || !r.StderrTruncated {
-		t.Errorf("exit code %d, %d and %d bytes, truncated %v %v", r.ExitCode, len(r.Stdout), len(r.Stderr), r.StdoutTruncated, r.StderrTruncated)
+		t.Errorf("exit code %d, %d and %d bytes, truncated %v %v", r.ExitCode, len(r.Stdout), len(r.Stderr),
+			r.StdoutTruncated, r.StderrTruncated)
 	}
 	r = s.exec(id, "exec yes", object{"timeout": "1s"})
 	if !r.TimedOut || r.ExitCode != 124 || !r.StdoutTruncated {
@@ -219,7 +224,8 @@ func TestFullDisk(t *testing.T) {
 	if r.ExitCode == 0 || !strings.Contains(r.Stderr, "No space left on device") {
 		t.Errorf("got %+v", r)
 	}
-	status, body := s.call("PUT", "/v1/sandboxes/"+id+"/files?path=/var/more", strings.NewReader(strings.Repeat("x", 10<<20)))
+	status, body := s.call("PUT", "/v1/sandboxes/"+id+"/files?path=/var/more",
+		strings.NewReader(strings.Repeat("x", 10<<20)))
 	if status != 507 || text(body, "code") != "disk_full" {
 		t.Errorf("upload to a full disk: %d %s", status, body)
 	}
@@ -238,7 +244,8 @@ func TestZombiesAndKilledChildren(t *testing.T) {
 	id := s.create(nil)
 	defer s.destroy(id)
 	// A thousand orphans that end: nobody but the first process can reap them.
-	s.want(id, `for i in $(seq 10); do (for j in $(seq 100); do (true &) ; done) ; done; sleep 0.5`, object{"timeout": "2m"})
+	s.want(id, `for i in $(seq 10); do (for j in $(seq 100); do (true &) ; done) ; done; sleep 0.5`,
+		object{"timeout": "2m"})
 	if n := s.want(id, `grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null | wc -l`); n != "0" {
 		t.Errorf("%s zombies are left", n)
 	}
@@ -337,16 +344,22 @@ func TestDev(t *testing.T) {
 	for _, who := range []string{"root", "user"} {
 		// The command has a terminal; what it says there is what script prints.
 		const prompt = `script -qec 'printf "Password: " > /dev/tty; read x < /dev/tty; echo got $x > /dev/tty' /dev/null`
-		if got := s.want(id, "echo secret | "+prompt, object{"user": who}); !strings.Contains(got, "Password: ") || !strings.Contains(got, "got secret") {
+		if got := s.want(id, "echo secret | "+prompt, object{"user": who}); !strings.Contains(got, "Password: ") ||
+			!strings.Contains(got, "got secret") {
 			t.Errorf("as %s, the terminal shows %q", who, got)
 		}
-		s.want(id, "for d in null zero full random urandom tty; do test -c /dev/$d && test -w /dev/$d || exit 1; done; echo x > /dev/null; head -c 3 /dev/urandom | wc -c; echo > /dev/full && exit 1; true", object{"user": who})
+		s.want(id, "for d in null zero full random urandom tty; do test -c /dev/$d && test -w /dev/$d || exit 1; done; "+
+			"echo x > /dev/null; head -c 3 /dev/urandom | wc -c; echo > /dev/full && exit 1; true", object{"user": who})
 	}
-	if got := s.want(id, "cd /dev && ls -d fd null zero full random urandom tty ptmx pts shm stdin stdout stderr | wc -l; readlink fd stdin stdout stderr ptmx | tr '\n' ' '"); got != "13\n/proc/self/fd /proc/self/fd/0 /proc/self/fd/1 /proc/self/fd/2 pts/ptmx" {
+	if got := s.want(id,
+		"cd /dev && ls -d fd null zero full random urandom tty ptmx pts shm stdin stdout stderr | wc -l; readlink fd "+
+			"stdin stdout stderr ptmx | tr '\n' ' '"); got != "13\n/proc/self/fd /proc/self/fd/0 /proc/self/fd/1 "+
+		"/proc/self/fd/2 pts/ptmx" {
 		t.Errorf("in /dev are %q", got)
 	}
 	// As syslog does, and programs that look for a device that is not there.
-	s.want(id, `python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind("/dev/log")' && ln -s /proc/kcore /dev/core && mkdir /dev/net-of-mine && rm -r /dev/log /dev/core /dev/net-of-mine`)
+	s.want(id, `python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind("/dev/log")' && ln -s /proc/kcore `+
+		`/dev/core && mkdir /dev/net-of-mine && rm -r /dev/log /dev/core /dev/net-of-mine`)
 	if r := s.exec(id, "touch /dev/x; ln -s a /dev/b", object{"user": "user"}); r.ExitCode == 0 {
 		t.Error("anybody can write into /dev")
 	}
@@ -361,7 +374,8 @@ func TestHostIsInvisible(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	out := s.want(id, "cat /proc/mounts /proc/cpuinfo /proc/version /etc/hostname /proc/self/cgroup; ls -la / /.cay; hostname")
+	out := s.want(id, "cat /proc/mounts /proc/cpuinfo /proc/version /etc/hostname /proc/self/cgroup; ls -la / /.cay; "+
+		"hostname")
 	for _, secret := range []string{s.dataDir, filepath.Dir(s.dataDir), "/run/cay", s.key} {
 		if strings.Contains(out, secret) {
 			t.Errorf("the sandbox sees %q:\n%s", secret, out)
@@ -375,7 +389,8 @@ func TestHostIsInvisible(t *testing.T) {
 	if err := unix.Statfs(s.dataDir, &host); err != nil {
 		t.Fatal(err)
 	}
-	sizes := s.exec(id, "stat -f -c '%n %b %S' / /.cay /proc/1/exe $(cut -d' ' -f2 /proc/mounts); grep -c 9p /proc/mounts").Stdout
+	sizes := s.exec(id, "stat -f -c '%n %b %S' / /.cay /proc/1/exe $(cut -d' ' -f2 /proc/mounts); grep -c 9p "+
+		"/proc/mounts").Stdout
 	if strings.Contains(sizes, fmt.Sprintf(" %d ", host.Blocks)) || !strings.HasSuffix(sizes, "\n0\n") {
 		t.Errorf("the sandbox sees a disk of the host's, of %d blocks:\n%s", host.Blocks, sizes)
 	}

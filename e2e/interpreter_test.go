@@ -20,11 +20,13 @@ type interpreter struct {
 // ask does one request and returns the status and the body.
 func (i interpreter) ask(method, path, body string, more ...string) (status int, answer string) {
 	i.s.t.Helper()
-	args := append([]string{"curl", "-sN", "-X", method, "-w", "\n%{http_code}", "-H", "Content-Type: application/json"}, more...)
+	args := append([]string{"curl", "-sN", "-X", method, "-w", "\n%{http_code}", "-H", "Content-Type: application/json"},
+		more...)
 	if body != "" {
 		args = append(args, "-d", "@-")
 	}
-	code, reply := i.s.call("POST", "/v1/sandboxes/"+i.id+"/execute", object{"args": append(args, "http://localhost:49999"+path), "stdin": body, "timeout": "1m"})
+	code, reply := i.s.call("POST", "/v1/sandboxes/"+i.id+"/execute",
+		object{"args": append(args, "http://localhost:49999"+path), "stdin": body, "timeout": "1m"})
 	r := i.s.decoded(reply)
 	end := strings.LastIndex(r.Stdout, "\n")
 	if code != 200 || r.ExitCode != 0 || end < 0 {
@@ -146,7 +148,8 @@ func interpreterResults(t *testing.T, i interpreter) {
 		t.Errorf("a text is %v", got)
 	}
 	lines = i.run("def f(): return 1/0\nf()", nil)
-	if e := of(lines, "error"); e["name"] != "ZeroDivisionError" || e["value"] != "division by zero" || !strings.Contains(e["traceback"].(string), "ZeroDivisionError") {
+	if e := of(lines, "error"); e["name"] != "ZeroDivisionError" || e["value"] != "division by zero" ||
+		!strings.Contains(e["traceback"].(string), "ZeroDivisionError") {
 		t.Errorf("the error is %v", e)
 	}
 	lines = i.run(`from IPython.display import *
@@ -158,7 +161,8 @@ display(Markdown("# m")); display(Latex("$l$")); display(Javascript("1")); displ
 			all[k] = v
 		}
 	}
-	for k, want := range map[string]any{"html": "<b>h</b>", "json": object{"a": 1.0}, "svg": "<svg xmlns='http://www.w3.org/2000/svg'/>", "markdown": "# m",
+	for k, want := range map[string]any{"html": "<b>h</b>", "json": object{"a": 1.0},
+		"svg": "<svg xmlns='http://www.w3.org/2000/svg'/>", "markdown": "# m",
 		"latex": "$l$", "javascript": "1", "extra": object{"application/x-own": "o"}} {
 		got, _ := json.Marshal(all[k])
 		if text, _ := json.Marshal(want); string(got) != string(text) {
@@ -169,7 +173,8 @@ display(Markdown("# m")); display(Latex("$l$")); display(Javascript("1")); displ
 		}
 	}
 	frame := of(i.run("import pandas as pd\npd.DataFrame({'a': [1, 2], 'b': ['x', None]})", nil), "result")
-	if data, _ := json.Marshal(frame["data"]); string(data) != `{"a":[1,2],"b":["x",null]}` || !strings.Contains(fmt.Sprint(frame["html"]), "<table") {
+	if data, _ := json.Marshal(frame["data"]); string(data) != `{"a":[1,2],"b":["x",null]}` ||
+		!strings.Contains(fmt.Sprint(frame["html"]), "<table") {
 		t.Errorf("a frame is %v", frame)
 	}
 	// Variables: the sandbox's, and those of one execution alone.
@@ -235,7 +240,8 @@ plt.show()`
 				t.Errorf("chart %d has the %s %v, want %v", n, k, got[k], v)
 			}
 		}
-		if ticks, _ := got["x_ticks"].([]any); n == 0 && (len(ticks) == 0 || !strings.HasPrefix(fmt.Sprint(ticks[0]), "202")) {
+		if ticks, _ := got["x_ticks"].([]any); n == 0 && (len(ticks) == 0 ||
+			!strings.HasPrefix(fmt.Sprint(ticks[0]), "202")) {
 			t.Errorf("the ticks of dates are %v", got["x_ticks"])
 		}
 	}
@@ -294,7 +300,8 @@ func interpreterTrouble(t *testing.T, i interpreter) {
 	}
 	// Who goes away interrupts, and the next does not wait.
 	began := time.Now()
-	r := i.s.exec(i.id, `timeout 1 curl -sN -H 'Content-Type: application/json' localhost:49999/execute -d '{"code":"import time\nfor n in range(600): time.sleep(0.1)"}'`)
+	r := i.s.exec(i.id, `timeout 1 curl -sN -H 'Content-Type: application/json' localhost:49999/execute -d `+
+		`'{"code":"import time\nfor n in range(600): time.sleep(0.1)"}'`)
 	if r.ExitCode != 124 {
 		t.Errorf("the caller who goes: %+v", r)
 	}
@@ -348,10 +355,12 @@ func interpreterRefuses(t *testing.T, i interpreter) {
 			t.Errorf("%s: %s, want %s", body, got, want)
 		}
 	}
-	if status, answer := i.ask("POST", "/contexts", `{"cwd":"/none"}`); status != 400 || !strings.Contains(answer, "/none") {
+	if status, answer := i.ask("POST", "/contexts", `{"cwd":"/none"}`); status != 400 ||
+		!strings.Contains(answer, "/none") {
 		t.Errorf("a context in no directory: %d %s", status, answer)
 	}
-	if status, answer := i.ask("POST", "/contexts", `{"cwd":"/root"}`); status != 400 || !strings.Contains(answer, "/root") || !strings.Contains(answer, "user") {
+	if status, answer := i.ask("POST", "/contexts", `{"cwd":"/root"}`); status != 400 ||
+		!strings.Contains(answer, "/root") || !strings.Contains(answer, "user") {
 		t.Errorf("a context in a directory of root's: %d %s", status, answer)
 	}
 	if status, answer := i.ask("GET", "/health", ""); status != 200 || answer != "OK" {

@@ -44,7 +44,8 @@ func waitingFor(path string) string {
 // runs waits until as many processes with the words in their command line run inside.
 func (s *server) runs(id, words string, want int) {
 	s.t.Helper()
-	count := fmt.Sprintf(`n=0; for f in /proc/[0-9]*/cmdline; do [ "$f" = /proc/$$/cmdline ] || ! tr '\0' ' ' <$f 2>/dev/null | grep -q "^%s" || n=$((n+1)); done; echo $n`,
+	count := fmt.Sprintf(`n=0; for f in /proc/[0-9]*/cmdline; `+
+		`do [ "$f" = /proc/$$/cmdline ] || ! tr '\0' ' ' <$f 2>/dev/null | grep -q "^%s" || n=$((n+1)); done; echo $n`,
 		words[:1]+"["+words[1:2]+"]"+words[2:])
 	deadline := time.Now().Add(patience)
 	for {
@@ -83,19 +84,22 @@ func TestStreamedOutput(t *testing.T) {
 	}
 	// A character that was cut comes whole; the streams may overtake each other.
 	all := strings.Join(got, "|")
-	if exit.ExitCode != 7 || !strings.HasPrefix(all, ":|stdout:one |") || !strings.Contains(all, "stdout:€\n") || !strings.Contains(all, "stderr:two\n") || !strings.HasSuffix(all, "|stdout:\xff") {
+	if exit.ExitCode != 7 || !strings.HasPrefix(all, ":|stdout:one |") || !strings.Contains(all, "stdout:€\n") ||
+		!strings.Contains(all, "stderr:two\n") || !strings.HasSuffix(all, "|stdout:\xff") {
 		t.Errorf("%q, exit %+v", got, exit)
 	}
-	exit, err = s.api().ExecuteStream(ctx, id, client.ExecuteRequest{Args: []string{"/no/such"}}, func(o client.Output) error {
-		if o.PID != 0 {
-			t.Error("it has started")
-		}
-		return nil
-	})
+	exit, err = s.api().ExecuteStream(ctx, id, client.ExecuteRequest{Args: []string{"/no/such"}},
+		func(o client.Output) error {
+			if o.PID != 0 {
+				t.Error("it has started")
+			}
+			return nil
+		})
 	if err != nil || exit.ExitCode != 127 {
 		t.Errorf("%+v, %v", exit, err)
 	}
-	exit, err = s.api().ExecuteStream(ctx, id, client.ExecuteRequest{Command: new("echo on; sleep 60"), Timeout: new("500ms")}, func(client.Output) error { return nil })
+	exit, err = s.api().ExecuteStream(ctx, id, client.ExecuteRequest{Command: new("echo on; sleep 60"),
+		Timeout: new("500ms")}, func(client.Output) error { return nil })
 	if err != nil || !exit.TimedOut || exit.ExitCode != 124 {
 		t.Errorf("%+v, %v", exit, err)
 	}
@@ -109,7 +113,8 @@ func TestStreamSlowReader(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 	defer cancel()
 	n := 0
-	exit, err := s.api().ExecuteStream(ctx, id, client.ExecuteRequest{Timeout: new("2m"), Command: new("head -c 20000000 /dev/zero | tr '\\0' x; touch /tmp/done")}, func(o client.Output) error {
+	exit, err := s.api().ExecuteStream(ctx, id, client.ExecuteRequest{Timeout: new("2m"),
+		Command: new("head -c 20000000 /dev/zero | tr '\\0' x; touch /tmp/done")}, func(o client.Output) error {
 		if n == 0 && len(o.Data) > 0 {
 			s.want(id, waitingFor("/tmp/done"), object{"timeout": "80s"})
 		}
@@ -127,7 +132,8 @@ func TestStreamReaderLeaves(t *testing.T) {
 	id := s.create(nil)
 	defer s.destroy(id)
 	for _, detach := range []bool{false, true} {
-		r := client.ExecuteRequest{Command: new("echo begun; setsid sleep 8642 & sleep 9753; echo over"), Timeout: new("4m"), Detach: new(detach)}
+		r := client.ExecuteRequest{Command: new("echo begun; setsid sleep 8642 & sleep 9753; echo over"), Timeout: new("4m"),
+			Detach: new(detach)}
 		ctx, leave := context.WithCancel(t.Context())
 		pid := 0
 		_, err := s.api().ExecuteStream(ctx, id, r, func(o client.Output) error {
@@ -178,13 +184,15 @@ func TestManyStreams(t *testing.T) {
 		for i := range each {
 			wg.Go(func() {
 				var out strings.Builder
-				exit, err := c.ExecuteStream(ctx, id, client.ExecuteRequest{Command: new(fmt.Sprintf("echo begun; cat /tmp/gate; echo end %d", i)), Timeout: new("3m")}, func(o client.Output) error {
-					if out.Len() == 0 && len(o.Data) > 0 {
-						begun.Add(1)
-					}
-					out.Write(o.Data)
-					return nil
-				})
+				exit, err := c.ExecuteStream(ctx, id,
+					client.ExecuteRequest{Command: new(fmt.Sprintf("echo begun; cat /tmp/gate; echo end %d", i)), Timeout: new("3m")},
+					func(o client.Output) error {
+						if out.Len() == 0 && len(o.Data) > 0 {
+							begun.Add(1)
+						}
+						out.Write(o.Data)
+						return nil
+					})
 				if err != nil || exit.ExitCode != 0 || out.String() != fmt.Sprintf("begun\nend %d\n", i) {
 					t.Errorf("stream %d: %q, %+v, %v", i, out.String(), exit, err)
 					return
@@ -282,7 +290,8 @@ func TestStreamsAndCrashes(t *testing.T) {
 	streamed := make(chan error, 1)
 	begun := make(chan struct{})
 	go func() {
-		_, err := s.api().ExecuteStream(t.Context(), id, client.ExecuteRequest{Command: new("echo begun; sleep 7531"), Timeout: new("4m")}, func(o client.Output) error {
+		_, err := s.api().ExecuteStream(t.Context(), id, client.ExecuteRequest{Command: new("echo begun; sleep 7531"),
+			Timeout: new("4m")}, func(o client.Output) error {
 			if len(o.Data) > 0 {
 				close(begun)
 			}
@@ -308,7 +317,8 @@ func TestStreamsAndCrashes(t *testing.T) {
 	s.settles("the server", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return s.cmd == nil })
 	<-s.exited
 	s.start()
-	if again, err := s.api().GetProcess(t.Context(), id, "counter"); err != nil || again.PID != p.PID || again.Status != client.ProcessStatusRunning {
+	if again, err := s.api().GetProcess(t.Context(), id, "counter"); err != nil || again.PID != p.PID ||
+		again.Status != client.ProcessStatusRunning {
 		t.Errorf("afterwards it is %+v, %v", again, err)
 	}
 	err = follow(func() { s.destroy(id) })
@@ -326,7 +336,8 @@ func TestProcesses(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 	defer cancel()
 	c := s.api()
-	p, err := c.StartProcess(ctx, id, client.StartProcessRequest{Args: []string{"sh", "-c", "echo $A $PWD $(id -un); cat; trap 'exit 9' INT; echo eof; sleep 3600 & wait"}, Tag: new("job"),
+	p, err := c.StartProcess(ctx, id, client.StartProcessRequest{Args: []string{"sh", "-c",
+		"echo $A $PWD $(id -un); cat; trap 'exit 9' INT; echo eof; sleep 3600 & wait"}, Tag: new("job"),
 		Env: client.Env{"A": "b"}, Workdir: new("/tmp"), User: new("user"), Stdin: new(true)})
 	if err != nil {
 		t.Fatal(err)
@@ -340,7 +351,8 @@ func TestProcesses(t *testing.T) {
 	if _, err := c.WriteProcessStdin(ctx, id, "job", nil, true); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.WriteProcessStdin(ctx, id, "job", strings.NewReader("more"), false); !client.HasCode(err, "stdin_closed") {
+	if _, err := c.WriteProcessStdin(ctx, id, "job", strings.NewReader("more"),
+		false); !client.HasCode(err, "stdin_closed") {
 		t.Errorf("writing to what is closed: %v", err)
 	}
 	var out []byte
@@ -355,7 +367,8 @@ func TestProcesses(t *testing.T) {
 		t.Errorf("%d bytes, %.50q, exit %+v, %v", len(out), out, exit, err)
 	}
 	all, err := c.ListProcesses(ctx, id)
-	if err != nil || len(all) != 1 || all[0].PID != p.PID || all[0].Exit == nil || all[0].Exit.ExitCode != 9 || *all[0].OutputTo != int64(len(want)) {
+	if err != nil || len(all) != 1 || all[0].PID != p.PID || all[0].Exit == nil || all[0].Exit.ExitCode != 9 ||
+		*all[0].OutputTo != int64(len(want)) {
 		t.Errorf("listed: %+v, %v", all, err)
 	}
 	// What it left in the background goes with it.
@@ -367,15 +380,18 @@ func TestProcesses(t *testing.T) {
 	if _, err := c.GetProcess(ctx, id, name); !client.HasCode(err, "process_not_found") {
 		t.Errorf("it is known still: %v", err)
 	}
-	if _, err := c.StartProcess(ctx, id, client.StartProcessRequest{Command: new("true"), User: new("nobody-here")}); !client.HasCode(err, "unknown_user") {
+	if _, err := c.StartProcess(ctx, id, client.StartProcessRequest{Command: new("true"),
+		User: new("nobody-here")}); !client.HasCode(err, "unknown_user") {
 		t.Errorf("an unknown user: %v", err)
 	}
 	// Input that is not read.
-	p, err = c.StartProcess(ctx, id, client.StartProcessRequest{Command: new("sleep 600"), Stdin: new(true), Timeout: new("10m")})
+	p, err = c.StartProcess(ctx, id, client.StartProcessRequest{Command: new("sleep 600"), Stdin: new(true),
+		Timeout: new("10m")})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.WriteProcessStdin(ctx, id, strconv.Itoa(p.PID), strings.NewReader(strings.Repeat("x", 1<<20)), false); !client.HasCode(err, "stdin_blocked") {
+	if _, err := c.WriteProcessStdin(ctx, id, strconv.Itoa(p.PID), strings.NewReader(strings.Repeat("x", 1<<20)),
+		false); !client.HasCode(err, "stdin_blocked") {
 		t.Errorf("writing what is not read: %v", err)
 	}
 }
@@ -389,7 +405,8 @@ func TestProcessesSleep(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
 	defer cancel()
 	c := s.api()
-	if _, err := c.StartProcess(ctx, id, client.StartProcessRequest{Command: new(counter), Tag: new("counter")}); err != nil {
+	if _, err := c.StartProcess(ctx, id,
+		client.StartProcessRequest{Command: new(counter), Tag: new("counter")}); err != nil {
 		t.Fatal(err)
 	}
 	var all []byte
@@ -475,7 +492,8 @@ func TestTerminal(t *testing.T) {
 	}
 	// What was shown can be read for a while.
 	late := open(client.TerminalOptions{Process: name})
-	if shown, err := io.ReadAll(late); err != nil || !bytes.Contains(shown, []byte("31 97\r\n")) || late.Exit().ExitCode != 5 {
+	if shown, err := io.ReadAll(late); err != nil || !bytes.Contains(shown, []byte("31 97\r\n")) ||
+		late.Exit().ExitCode != 5 {
 		t.Errorf("afterwards: %q, %v", shown, err)
 	}
 	// A shell that nobody comes back to is ended, and what runs in it.
@@ -538,7 +556,10 @@ func TestHalfWrittenFrames(t *testing.T) {
 	s.alive(id)
 	held.Close()
 	s.runs(id, "sleep 5678", 0)
-	s.settles("goroutines", func() bool { return s.metric("go_goroutines") < before+20 && s.metric("cay_sandbox_leases") == 0 })
+	s.settles("goroutines", func() bool {
+		return s.metric("go_goroutines") < before+20 &&
+			s.metric("cay_sandbox_leases") == 0
+	})
 }
 
 // handshake opens a WebSocket by hand.
@@ -548,7 +569,8 @@ func (s *server) handshake(id, query string) net.Conn {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	fmt.Fprintf(conn, "GET /v1/sandboxes/%s/terminal%s HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"+
+	fmt.Fprintf(conn, "GET /v1/sandboxes/%s/terminal%s HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"+
+		"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"+
 		"Sec-WebSocket-Key: MDEyMzQ1Njc4OTAxMjM0NQ==\r\nAuthorization: Bearer %s\r\n\r\n", id, query, s.key)
 	_ = conn.SetReadDeadline(time.Now().Add(patience))
 	head := make([]byte, 12)

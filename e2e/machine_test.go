@@ -121,7 +121,8 @@ func (s *server) reboot() {
 			}
 		}
 	}
-	for _, pattern := range []string{"/run/cay/" + s.instance(), "/run/cay/servers/" + s.instance() + "*", "/run/cay/network/*" + s.instance() + "*"} {
+	for _, pattern := range []string{"/run/cay/" + s.instance(), "/run/cay/servers/" + s.instance() + "*",
+		"/run/cay/network/*" + s.instance() + "*"} {
 		paths, err := filepath.Glob(pattern)
 		if err != nil {
 			s.t.Fatal(err)

@@ -17,7 +17,8 @@ func TestOddNames(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)
-	s.want(id, `mkdir /tmp/n; cd /tmp/n; printf 'a' >"$(printf 'caf\351 & +#?%%=\377')"; mkdir "$(printf 'd\376')"; printf b >"$(printf 'd\376/e\303')"; printf c >"café %E9"`)
+	s.want(id, `mkdir /tmp/n; cd /tmp/n; printf 'a' >"$(printf 'caf\351 & +#?%%=\377')"; mkdir "$(printf 'd\376')"; `+
+		`printf b >"$(printf 'd\376/e\303')"; printf c >"café %E9"`)
 	files := "/v1/sandboxes/" + id + "/files"
 	type entry struct {
 		Path    string `json:"path"`
@@ -33,7 +34,8 @@ func TestOddNames(t *testing.T) {
 		}
 		return all.Entries
 	}
-	want := map[string]string{"/tmp/n/caf\uFFFD & +#?%=\uFFFD": "a", "/tmp/n/d\uFFFD": "", "/tmp/n/d\uFFFD/e\uFFFD": "b", "/tmp/n/café %E9": "c"}
+	want := map[string]string{"/tmp/n/caf\uFFFD & +#?%=\uFFFD": "a", "/tmp/n/d\uFFFD": "", "/tmp/n/d\uFFFD/e\uFFFD": "b",
+		"/tmp/n/café %E9": "c"}
 	all := list("/tmp/n", 2)
 	for _, e := range all {
 		text, ok := want[e.Path]
@@ -46,10 +48,12 @@ func TestOddNames(t *testing.T) {
 		if status, body := s.call("GET", files+"?path="+e.Encoded, nil); status != 200 || string(body) != text {
 			t.Errorf("%s: %d %s, want %q", e.Encoded, status, body, text)
 		}
-		if status, body := s.send("PUT", files+"?path="+e.Encoded, "application/octet-stream", strings.NewReader("new")); status != 204 {
+		if status, body := s.send("PUT", files+"?path="+e.Encoded, "application/octet-stream",
+			strings.NewReader("new")); status != 204 {
 			t.Errorf("writing %s: %d %s", e.Encoded, status, body)
 		}
-		if status, body := s.call("GET", files+"/stat?path="+e.Encoded, nil); status != 200 || !strings.Contains(string(body), `"path_encoded":`) {
+		if status, body := s.call("GET", files+"/stat?path="+e.Encoded, nil); status != 200 ||
+			!strings.Contains(string(body), `"path_encoded":`) {
 			t.Errorf("asking for %s: %d %s", e.Encoded, status, body)
 		}
 		if status, body := s.call("GET", files+"?path="+e.Encoded, nil); status != 200 || string(body) != "new" {
@@ -98,7 +102,8 @@ func TestWatchEndsWithItsDirectory(t *testing.T) {
 	}
 	s.want(id, "rm -r /srv/w")
 	told, err := io.ReadAll(in)
-	if err != nil || !strings.Contains(string(told), `{"path":"/srv/w","type":"remove"}`) || !strings.Contains(string(told), "event: error\n") || !strings.Contains(string(told), "file_not_found") {
+	if err != nil || !strings.Contains(string(told), `{"path":"/srv/w","type":"remove"}`) ||
+		!strings.Contains(string(told), "event: error\n") || !strings.Contains(string(told), "file_not_found") {
 		t.Errorf("it ends with %q, %v", told, err)
 	}
 }
@@ -113,7 +118,8 @@ func TestWhatIsAsked(t *testing.T) {
 		if got := s.want(id, line, object{"shell": shell}); got != want {
 			t.Errorf("%s: %q", shell, got)
 		}
-		status, body := s.call("POST", "/v1/sandboxes/"+id+"/processes", object{"command": line + "; echo $TERM", "shell": shell, "pty": object{"cols": 80, "rows": 24}})
+		status, body := s.call("POST", "/v1/sandboxes/"+id+"/processes",
+			object{"command": line + "; echo $TERM", "shell": shell, "pty": object{"cols": 80, "rows": 24}})
 		if status != 201 {
 			t.Fatalf("%d %s", status, body)
 		}
@@ -121,15 +127,18 @@ func TestWhatIsAsked(t *testing.T) {
 		if err := json.Unmarshal(body, &p); err != nil {
 			t.Fatal(err)
 		}
-		if _, body = s.call("GET", fmt.Sprintf("/v1/sandboxes/%s/processes/%d/wait?timeout=30s", id, p.PID), nil); !strings.Contains(string(body), `"exit_code":0`) {
+		if _, body = s.call("GET", fmt.Sprintf("/v1/sandboxes/%s/processes/%d/wait?timeout=30s", id, p.PID),
+			nil); !strings.Contains(string(body), `"exit_code":0`) {
 			t.Errorf("it ends with %s", body)
 		}
-		if _, body = s.call("GET", fmt.Sprintf("/v1/sandboxes/%s/processes/%d/output", id, p.PID), nil); !strings.Contains(string(body), want) || !strings.Contains(string(body), "xterm-256color") {
+		if _, body = s.call("GET", fmt.Sprintf("/v1/sandboxes/%s/processes/%d/output", id, p.PID),
+			nil); !strings.Contains(string(body), want) || !strings.Contains(string(body), "xterm-256color") {
 			t.Errorf("%s: %s", shell, body)
 		}
 	}
 	most := strings.Repeat("x", 128<<10-1)
-	if r := s.exec(id, "", object{"command": nil, "args": []string{"sh", "-c", "echo ${#1}", "sh", most}}); r.Stdout != "131071\n" {
+	if r := s.exec(id, "", object{"command": nil,
+		"args": []string{"sh", "-c", "echo ${#1}", "sh", most}}); r.Stdout != "131071\n" {
 		t.Errorf("the longest argument: %+v", r)
 	}
 	var many []string
@@ -151,7 +160,8 @@ func TestWhatIsAsked(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer resp.Body.Close()
-	if got, err := io.ReadAll(resp.Body); resp.StatusCode != 200 || err != nil || !strings.HasPrefix(string(got), "root:") {
+	if got, err := io.ReadAll(resp.Body); resp.StatusCode != 200 || err != nil ||
+		!strings.HasPrefix(string(got), "root:") {
 		t.Errorf("a range of a unit that there is not: %d %q, %v", resp.StatusCode, got, err)
 	}
 }

@@ -210,7 +210,8 @@ func TestNeverReachable(t *testing.T) {
 	otherIP := s.want(other, `python3 -c '
 import socket
 u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.connect(("198.51.100.9", 1)); print(u.getsockname()[0])'`)
-	s.want(other, "nohup python3 -m http.server 8000 >/dev/null 2>&1 & sleep 1; curl -sf http://127.0.0.1:8000/ >/dev/null")
+	s.want(other, "nohup python3 -m http.server 8000 >/dev/null 2>&1 & sleep 1; curl -sf http://127.0.0.1:8000/ "+
+		">/dev/null")
 	targets = append(targets, target{otherIP, 8000, "another sandbox"}, target{otherIP, 49983, "another's agent"})
 	for _, address := range []string{"169.254.1.1", "224.0.0.1", "255.255.255.255", "fe80::1%eth0"} {
 		targets = append(targets, target{address, 80, "a reserved address"})
@@ -243,7 +244,9 @@ func TestAgentIsNotForTheInside(t *testing.T) {
 		}
 	}
 	for _, path := range []string{"/init", "/process.Process/List", "/memory/relieve"} {
-		if got := s.want(id, "curl -s -o /dev/null -w '%{http_code}' -H 'Content-Type: application/json' -d '{}' 'http://127.0.0.1:49983"+path+"'"); got != "401" {
+		if got := s.want(id,
+			"curl -s -o /dev/null -w '%{http_code}' -H 'Content-Type: application/json' -d '{}' 'http://127.0.0.1:49983"+path+
+				"'"); got != "401" {
 			t.Errorf("%s answers %s", path, got)
 		}
 	}
@@ -288,7 +291,8 @@ func answerNames(c net.PacketConn, address [4]byte) {
 		}
 		m.Response, m.RecursionAvailable, m.Additionals = true, true, nil
 		if q := m.Questions[0]; q.Type == dnsmessage.TypeA {
-			m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 60}, Body: &dnsmessage.AResource{A: address}}}
+			m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 60},
+				Body: &dnsmessage.AResource{A: address}}}
 		}
 		if answer, err := m.Pack(); err == nil {
 			_, _ = c.WriteTo(answer, from) // who asked sees whether it came

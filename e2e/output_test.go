@@ -41,7 +41,8 @@ func TestAllOutput(t *testing.T) {
 			line = append(strconv.AppendInt(line[:0], int64(i+1), 10), '\n')
 			want.Write(line)
 		}
-		cmd, out := s.started("sandbox", "exec", id, "--", "sh", "-c", "seq 1 "+strconv.Itoa(lines)+"; echo ended >/tmp/ended")
+		cmd, out := s.started("sandbox", "exec", id, "--", "sh", "-c", "seq 1 "+strconv.Itoa(lines)+
+			"; echo ended >/tmp/ended")
 		first := make([]byte, 2)
 		if _, err := io.ReadFull(out, first); err != nil {
 			t.Fatal(err)
@@ -83,8 +84,10 @@ func TestAllOutput(t *testing.T) {
 		s.settles("the command", func() bool { return s.exec(id, "pgrep -fx 'sleep 86399'").ExitCode == 1 })
 	})
 	t.Run("refused", func(t *testing.T) {
-		for _, more := range []object{{"command": "true", "all_output": true}, {"command": "true", "all_output": true, "detach": true}} {
-			if status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", more); status != 400 || !bytes.Contains(body, []byte(`"invalid_`)) {
+		for _, more := range []object{{"command": "true", "all_output": true},
+			{"command": "true", "all_output": true, "detach": true}} {
+			if status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", more); status != 400 ||
+				!bytes.Contains(body, []byte(`"invalid_`)) {
 				t.Errorf("%v: %d %s", more, status, body)
 			}
 		}

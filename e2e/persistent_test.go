@@ -66,7 +66,8 @@ func (s *server) onHost(id string) []string {
 	if slices.Contains(s.groupsOnHost(), id) {
 		found = append(found, "a control group")
 	}
-	for _, pattern := range []string{"/run/cay/" + s.instance() + "/*" + id + "*", filepath.Join(s.dataDir, "sandboxes", id)} {
+	for _, pattern := range []string{"/run/cay/" + s.instance() + "/*" + id + "*",
+		filepath.Join(s.dataDir, "sandboxes", id)} {
 		files, err := filepath.Glob(pattern)
 		if err != nil {
 			s.t.Fatal(err)
@@ -137,10 +138,12 @@ func TestSleepKeepsEverything(t *testing.T) {
 	s := shared(t)
 	id := s.persistent(object{"env": object{"KEPT": "yes"}})
 	defer s.destroy(id)
-	if status, body := s.call("PUT", "/v1/sandboxes/"+id+"/files?path=/root/keeper.py", strings.NewReader(keeper)); status != 204 {
+	if status, body := s.call("PUT", "/v1/sandboxes/"+id+"/files?path=/root/keeper.py",
+		strings.NewReader(keeper)); status != 204 {
 		t.Fatalf("upload: %d %s", status, body)
 	}
-	s.want(id, "nohup python3 /root/keeper.py >/root/keeper.log 2>&1 & until [ -e /root/ready ] || ! kill -0 $!; do sleep 0.05; done; cat /root/keeper.log")
+	s.want(id, "nohup python3 /root/keeper.py >/root/keeper.log 2>&1 & until [ -e /root/ready ] || ! kill -0 $!; do "+
+		"sleep 0.05; done; cat /root/keeper.log")
 	// What the user made of files that cay writes at the start is the user's.
 	s.want(id, "echo 192.0.2.9 mine >>/etc/hosts; echo mine >/tmp/mine; useradd -m kept; umount /sys 2>/dev/null; true")
 	limits := s.limits(id)
@@ -153,19 +156,23 @@ func TestSleepKeepsEverything(t *testing.T) {
 		for _, left := range s.onHost(id) {
 			t.Errorf("asleep: %s", left)
 		}
-		if status, body := s.call("GET", "/v1/sandboxes/"+id, nil); status != 200 || text(body, "status") != "suspended" || text(body, "suspended_at") == "" {
+		if status, body := s.call("GET", "/v1/sandboxes/"+id, nil); status != 200 || text(body, "status") != "suspended" ||
+			text(body, "suspended_at") == "" {
 			t.Errorf("asleep it is %d %s", status, body)
 		}
 		s.wake(id)
 	}
-	if got := s.want(id, "tail -1 /etc/hosts; cat /tmp/mine; id -un 0; id kept >/dev/null && echo $KEPT"); got != "192.0.2.9 mine\nmine\nroot\nyes" {
+	if got := s.want(id,
+		"tail -1 /etc/hosts; cat /tmp/mine; id -un 0; id kept >/dev/null && echo $KEPT"); got != "192.0.2.9 "+
+		"mine\nmine\nroot\nyes" {
 		t.Errorf("after all that: %q", got)
 	}
 	if got := s.limits(id); got != limits {
 		t.Errorf("its limits on the host are\n%s\nand were\n%s", got, limits)
 	}
 	now := time.Now()
-	if inside, err := time.Parse("2006-01-02T15:04:05Z", s.want(id, "date -u +%Y-%m-%dT%H:%M:%SZ")); err != nil || inside.Sub(now).Abs() > 10*time.Second {
+	if inside, err := time.Parse("2006-01-02T15:04:05Z", s.want(id, "date -u +%Y-%m-%dT%H:%M:%SZ")); err != nil ||
+		inside.Sub(now).Abs() > 10*time.Second {
 		t.Errorf("inside it is %s, outside %s, %v", inside, now, err)
 	}
 	// The memory limit is guarded in every life.
@@ -181,7 +188,8 @@ func TestSleepKeepsEverything(t *testing.T) {
 func (s *server) limits(id string) string {
 	s.t.Helper()
 	var all []string
-	for _, file := range []string{"memory.limit_in_bytes", "memory.oom_control", "cpu.shares", "cpu.cfs_quota_us", "pids.max", "memory.max", "memory.high", "cpu.weight", "cpu.max"} {
+	for _, file := range []string{"memory.limit_in_bytes", "memory.oom_control", "cpu.shares", "cpu.cfs_quota_us",
+		"pids.max", "memory.max", "memory.high", "cpu.weight", "cpu.max"} {
 		v1, err := filepath.Glob("/sys/fs/cgroup/*/cay-" + s.instance() + "/" + id + "/" + file)
 		if err != nil {
 			s.t.Fatal(err)
@@ -233,7 +241,9 @@ nohup python3 /root/c.py >/root/c.log 2>&1 & until [ -e /root/connected ] || ! k
 	defer peer.Close()
 	s.suspend(id)
 	s.wake(id)
-	if got := s.want(id, "until [ -e /root/result ]; do sleep 0.05; done; cat /root/result"); got != "ConnectionAbortedError" && got != "ConnectionResetError" && got != "b''" {
+	if got := s.want(id,
+		"until [ -e /root/result ]; do sleep 0.05; done; cat /root/result"); got != "ConnectionAbortedError" &&
+		got != "ConnectionResetError" && got != "b''" {
 		t.Errorf("the connection inside ended with %s", got)
 	}
 	// The other side hears of it as soon as it says something.
@@ -303,7 +313,8 @@ func TestEachUseWakes(t *testing.T) {
 	}
 	s.suspend(id)
 	for _, path := range []string{base, base + "/events", "/v1/sandboxes?status=suspended"} {
-		if status, body := s.call("GET", path, nil); status != 200 || !strings.Contains(string(body), id) && !strings.Contains(path, "events") {
+		if status, body := s.call("GET", path, nil); status != 200 || !strings.Contains(string(body), id) &&
+			!strings.Contains(path, "events") {
 			t.Errorf("GET %s: %d %s", path, status, body)
 		}
 	}
@@ -334,7 +345,8 @@ func TestManyWakeIt(t *testing.T) {
 		}
 		for i := range callers {
 			wg.Go(func() {
-				status, body, err := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/execute", object{"command": fmt.Sprintf("echo %d", i)})
+				status, body, err := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/execute",
+					object{"command": fmt.Sprintf("echo %d", i)})
 				if err != nil || status != 200 || text(body, "stdout") != fmt.Sprintln(i) {
 					t.Errorf("caller %d: %d %s, %v", i, status, body, err)
 				}
@@ -373,7 +385,8 @@ func (s *server) events(id string) []event {
 func TestIdle(t *testing.T) {
 	s := shared(t)
 	const least = "10s" // the least that may be asked for
-	left, used, working := s.persistent(object{"idle_timeout": least}), s.persistent(object{"idle_timeout": least}), s.persistent(object{"idle_timeout": least})
+	left, used, working := s.persistent(object{"idle_timeout": least}), s.persistent(object{"idle_timeout": least}),
+		s.persistent(object{"idle_timeout": least})
 	for _, id := range []string{left, used, working} {
 		defer s.destroy(id)
 	}

@@ -69,7 +69,9 @@ func TestPool(t *testing.T) {
 	s.awaitPool(2)
 
 	// A warm one is what was asked for, and none is as another.
-	const identity = `hostname; cat /etc/hostname; cat /proc/sys/kernel/random/boot_id; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n'; echo; python3 -c 'import uuid, random; print(uuid.uuid4()); print(random.random())'`
+	const identity = `hostname; cat /etc/hostname; cat /proc/sys/kernel/random/boot_id; ` +
+		`head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n'; echo; python3 -c 'import uuid, random; ` +
+		`print(uuid.uuid4()); print(random.random())'`
 	lines := map[string]string{}
 	for _, id := range []string{cold, s.createFrom("warm", nil), s.createFrom("warm", nil)} {
 		for i, line := range strings.Split(s.want(id, identity), "\n") {
@@ -87,7 +89,8 @@ func TestPool(t *testing.T) {
 	}
 	s.awaitPool(2)
 	id := s.createFrom("warm", object{"env": object{"MINE": "a b"}, "metadata": object{"team": "red"}})
-	if got, want := s.want(id, `env | grep -v '^\(MINE\|HOSTNAME\)=' | sort; id; pwd`), s.want(cold, `env | grep -v '^\(MINE\|HOSTNAME\)=' | sort; id; pwd`); got != want {
+	if got, want := s.want(id, `env | grep -v '^\(MINE\|HOSTNAME\)=' | sort; id; pwd`),
+		s.want(cold, `env | grep -v '^\(MINE\|HOSTNAME\)=' | sort; id; pwd`); got != want {
 		t.Errorf("a command in a warm sandbox sees\n%s\nin a cold one\n%s", got, want)
 	}
 	if got := s.want(id, "echo $MINE"); got != "a b" {
@@ -96,7 +99,8 @@ func TestPool(t *testing.T) {
 	if got := s.want(id, "date +%s"); len(got) < 10 || got[:8] != fmt.Sprint(time.Now().Unix())[:8] {
 		t.Errorf("its clock says %s", got)
 	}
-	if code, body := s.call("GET", "/v1/sandboxes?status=running&metadata.team=red", nil); code != 200 || !strings.Contains(string(body), id) {
+	if code, body := s.call("GET", "/v1/sandboxes?status=running&metadata.team=red", nil); code != 200 ||
+		!strings.Contains(string(body), id) {
 		t.Errorf("by its metadata: %d %s", code, body)
 	}
 	s.destroy(id)
@@ -109,7 +113,8 @@ func TestPool(t *testing.T) {
 		ExpiresAt      time.Time `json:"expires_at"`
 	}
 	_, body := s.call("GET", "/v1/sandboxes/"+id, nil)
-	if err := json.Unmarshal(body, &box); err != nil || box.TimeoutSeconds != 3600 || box.ExpiresAt.Sub(box.StartedAt) != time.Hour {
+	if err := json.Unmarshal(body, &box); err != nil || box.TimeoutSeconds != 3600 ||
+		box.ExpiresAt.Sub(box.StartedAt) != time.Hour {
 		t.Errorf("with a timeout of an hour it is %s, %v", body, err)
 	}
 	if got, want := s.want(id, size), s.want(cold, size); got != want {
@@ -127,7 +132,8 @@ func TestPool(t *testing.T) {
 	if fields := strings.Fields(out); code != 0 || !slices.Contains(fields, "python") {
 		t.Errorf("cay sandbox pool: %d %s", code, out)
 	}
-	if _, body := s.call("GET", "/metrics", nil); !strings.Contains(string(body), `cay_pool_creates_total{source="warm"} 4`) || !strings.Contains(string(body), "cay_pool_prepare_seconds_count") {
+	if _, body := s.call("GET", "/metrics", nil); !strings.Contains(string(body),
+		`cay_pool_creates_total{source="warm"} 4`) || !strings.Contains(string(body), "cay_pool_prepare_seconds_count") {
 		t.Error("the metrics do not tell of the pool")
 	}
 }
@@ -206,7 +212,8 @@ func TestPoolOfATemplate(t *testing.T) {
 	}
 	first := web("cold", object{})
 	s.awaitPool(2)
-	if a, b := web("warm", object{}), web("warm", object{"metadata": object{"a": "b"}}); a == b || a == first || !strings.HasPrefix(a, "one ") {
+	if a, b := web("warm", object{}), web("warm", object{"metadata": object{"a": "b"}}); a == b || a == first ||
+		!strings.HasPrefix(a, "one ") {
 		t.Errorf("the services say %q, %q and %q", first, a, b)
 	}
 	s.awaitPool(2)
@@ -215,7 +222,9 @@ func TestPoolOfATemplate(t *testing.T) {
 	}
 	web("cold", object{"egress": object{"mode": "deny_all"}})
 	s.awaitPool(2)
-	if code, body := s.template("POST", "/v1/templates/web/rebuild", object{"image": tiny, "ready": object{"port": 8000}, "start_command": "mkdir /www; echo next >/www/index.html; exec httpd -f -p 8000 -h /www"}, nil); code != 202 {
+	if code, body := s.template("POST", "/v1/templates/web/rebuild",
+		object{"image": tiny, "ready": object{"port": 8000},
+			"start_command": "mkdir /www; echo next >/www/index.html; exec httpd -f -p 8000 -h /www"}, nil); code != 202 {
 		t.Fatalf("rebuild: %d %s", code, body)
 	}
 	if status, body := s.built("web"); status != "ready" {

@@ -38,7 +38,8 @@ const (
 // web starts the test's web server in a sandbox, on the loopback and on all addresses.
 func (s *server) web(id string) {
 	s.t.Helper()
-	if status, body := s.call("PUT", "/v1/sandboxes/"+id+"/files?path=/opt/web.py", strings.NewReader(webServer)); status != 204 {
+	if status, body := s.call("PUT", "/v1/sandboxes/"+id+"/files?path=/opt/web.py",
+		strings.NewReader(webServer)); status != 204 {
 		s.t.Fatalf("upload: %d %s", status, body)
 	}
 	s.want(id, fmt.Sprintf(`rm -f /tmp/ready-*; nohup python3 /opt/web.py 127.0.0.1 %d %d >/tmp/web.log 2>&1 &
@@ -69,7 +70,8 @@ func portHost(id string, port int) string {
 }
 
 // visit asks for a port, by path or by host; with a key unless an edit takes it away.
-func (s *server) visit(ctx context.Context, method, target string, body io.Reader, edits ...func(*http.Request)) (*http.Response, error) {
+func (s *server) visit(ctx context.Context, method, target string, body io.Reader,
+	edits ...func(*http.Request)) (*http.Response, error) {
 	host := ""
 	if u, err := url.Parse(target); err == nil && u.Host != "" {
 		host, target = u.Host, u.RequestURI()
@@ -83,7 +85,9 @@ func (s *server) visit(ctx context.Context, method, target string, body io.Reade
 	for _, e := range edits {
 		e(r)
 	}
-	return (&http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}).Do(r)
+	return (&http.Client{CheckRedirect: func(*http.Request, []*http.Request) error {
+		return http.ErrUseLastResponse
+	}}).Do(r)
 }
 
 // page is visit with the answer read.
@@ -142,7 +146,8 @@ func TestPorts(t *testing.T) {
 		for _, port := range []int{webPort, openPort} {
 			for _, base := range []string{portPath(id, port), "http://" + portHost(id, port)} {
 				for _, method := range []string{"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} {
-					if v := s.asked(method, base+"/a%2Fb/%C3%BC?x=1&y=%20", nil); v.Method != method || v.Path != "/a%2Fb/%C3%BC?x=1&y=%20" {
+					if v := s.asked(method, base+"/a%2Fb/%C3%BC?x=1&y=%20", nil); v.Method != method ||
+						v.Path != "/a%2Fb/%C3%BC?x=1&y=%20" {
 						t.Errorf("%s %s: inside came %+v", method, base, v)
 					}
 				}
@@ -153,13 +158,16 @@ func TestPorts(t *testing.T) {
 			}
 		}
 		// What is the API's elsewhere is the application's on its own host name.
-		for _, path := range []string{"/v1/me", "/healthz", "/metrics", "/files?path=/etc/passwd", "/sandboxes", "/v2/sandboxes", "/health", "/openapi.yaml"} {
+		for _, path := range []string{"/v1/me", "/healthz", "/metrics", "/files?path=/etc/passwd", "/sandboxes",
+			"/v2/sandboxes", "/health", "/openapi.yaml"} {
 			if v := s.asked("GET", "http://"+portHost(id, webPort)+path, nil); v.Path != path {
 				t.Errorf("%s: inside came %+v", path, v)
 			}
 		}
-		v := s.asked("GET", "http://"+portHost(id, webPort)+"/", nil, func(r *http.Request) { r.Header.Set("X-Forwarded-Proto", "https") })
-		if v.header("Host") != portHost(id, webPort) || v.header("X-Forwarded-Host") != portHost(id, webPort) || v.header("X-Forwarded-Proto") != "https" || v.header("X-Forwarded-For") != "127.0.0.1" {
+		v := s.asked("GET", "http://"+portHost(id, webPort)+"/", nil,
+			func(r *http.Request) { r.Header.Set("X-Forwarded-Proto", "https") })
+		if v.header("Host") != portHost(id, webPort) || v.header("X-Forwarded-Host") != portHost(id, webPort) ||
+			v.header("X-Forwarded-Proto") != "https" || v.header("X-Forwarded-For") != "127.0.0.1" {
 			t.Errorf("inside came %+v", v)
 		}
 		if v := s.asked("GET", portPath(id, webPort)+"/", nil); v.header("X-Forwarded-Prefix") != portPath(id, webPort) {
@@ -183,7 +191,8 @@ func TestPorts(t *testing.T) {
 				r.Header.Set("X-Cay-Api-Key", s.key)
 			},
 		} {
-			if v := s.asked("GET", portPath(id, webPort)+"/", nil, edit); strings.Contains(fmt.Sprint(v), s.key[4:]) || (v.header("Authorization") == "Bearer theirs") != (name == "own header") {
+			if v := s.asked("GET", portPath(id, webPort)+"/", nil, edit); strings.Contains(fmt.Sprint(v), s.key[4:]) ||
+				(v.header("Authorization") == "Bearer theirs") != (name == "own header") {
 				t.Errorf("%s: inside came %+v", name, v)
 			}
 		}
@@ -214,15 +223,19 @@ func TestPorts(t *testing.T) {
 	t.Run("nothing listens", func(t *testing.T) {
 		s.t = t
 		resp, b := s.page("GET", portPath(id, noPort)+"/", nil)
-		if resp.StatusCode != 502 || text(b, "code") != "port_closed" || resp.Header.Get("Content-Type") != "application/problem+json" {
+		if resp.StatusCode != 502 || text(b, "code") != "port_closed" ||
+			resp.Header.Get("Content-Type") != "application/problem+json" {
 			t.Errorf("%s %v %s", resp.Status, resp.Header, b)
 		}
-		resp, b = s.page("GET", "http://"+portHost(id, noPort)+"/", nil, func(r *http.Request) { r.Header.Set("Accept", "text/html") })
-		if resp.StatusCode != 502 || !strings.Contains(resp.Header.Get("Content-Type"), "text/html") || !strings.Contains(string(b), "nothing listens on port 7777") {
+		resp, b = s.page("GET", "http://"+portHost(id, noPort)+"/", nil,
+			func(r *http.Request) { r.Header.Set("Accept", "text/html") })
+		if resp.StatusCode != 502 || !strings.Contains(resp.Header.Get("Content-Type"), "text/html") ||
+			!strings.Contains(string(b), "nothing listens on port 7777") {
 			t.Errorf("%s %v %s", resp.Status, resp.Header, b)
 		}
 		// What listens and speaks something else.
-		if resp, b := s.page("GET", portPath(id, rawPort)+"/", nil); resp.StatusCode != 502 || text(b, "code") != "port_no_answer" {
+		if resp, b := s.page("GET", portPath(id, rawPort)+"/", nil); resp.StatusCode != 502 ||
+			text(b, "code") != "port_no_answer" {
 			t.Errorf("%s %s", resp.Status, b)
 		}
 		if resp, b := s.page("GET", portPath(id, 49983)+"/health", nil); resp.StatusCode != 400 {
@@ -254,12 +267,14 @@ func (s *server) largeBodies(id string) {
 	if got := hex.EncodeToString(sum.Sum(nil)); got != sumOf(whole) {
 		s.t.Error("what came down is not what was sent")
 	}
-	for name, body := range map[string]io.Reader{"with a length": bytes.NewReader(whole), "in chunks": io.MultiReader(bytes.NewReader(whole))} {
+	for name, body := range map[string]io.Reader{"with a length": bytes.NewReader(whole),
+		"in chunks": io.MultiReader(bytes.NewReader(whole))} {
 		if v := s.asked("PUT", portPath(id, openPort)+"/up", body); v.Size != size || v.SHA256 != sumOf(whole) {
 			s.t.Errorf("up %s: %d bytes arrived", name, v.Size)
 		}
 	}
-	if v := s.asked("POST", portPath(id, webPort)+"/asked-first", bytes.NewReader(whole[:1000]), func(r *http.Request) { r.Header.Set("Expect", "100-continue") }); v.Size != 1000 {
+	if v := s.asked("POST", portPath(id, webPort)+"/asked-first", bytes.NewReader(whole[:1000]),
+		func(r *http.Request) { r.Header.Set("Expect", "100-continue") }); v.Size != 1000 {
 		s.t.Errorf("with Expect: %+v", v)
 	}
 	// A caller who goes in the middle takes the request inside with him.
@@ -308,7 +323,8 @@ func (s *server) dialled(request string) (net.Conn, *bufio.Reader, *http.Respons
 // openWebSocket makes the handshake of a WebSocket by host name.
 func (s *server) openWebSocket(id string) (net.Conn, *bufio.Reader) {
 	s.t.Helper()
-	conn, in, resp := s.dialled(fmt.Sprintf("GET /ws HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
+	conn, in, resp := s.dialled(fmt.Sprintf("GET /ws HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\n"+
+		"Connection: Upgrade\r\nUpgrade: websocket\r\n"+
 		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", portHost(id, webPort), s.key))
 	if resp.StatusCode != 101 || resp.Header.Get("Sec-WebSocket-Accept") != "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" {
 		s.t.Fatalf("handshake: %s %v", resp.Status, resp.Header)
@@ -432,7 +448,8 @@ func TestPortAccess(t *testing.T) {
 	signed := strings.TrimSpace(out)
 	resp, _ := s.page("GET", signed, nil, withoutKey)
 	cookies := resp.Cookies()
-	if resp.StatusCode != 303 || resp.Header.Get("Location") != "/" || len(cookies) != 1 || !cookies[0].HttpOnly || cookies[0].Domain != "" {
+	if resp.StatusCode != 303 || resp.Header.Get("Location") != "/" || len(cookies) != 1 || !cookies[0].HttpOnly ||
+		cookies[0].Domain != "" {
 		t.Fatalf("the exchange: %s %v", resp.Status, resp.Header)
 	}
 	withCookie := func(r *http.Request) {
@@ -541,7 +558,8 @@ func TestPortForward(t *testing.T) {
 	for i := range 20 {
 		wg.Go(func() {
 			body := bytes.Repeat([]byte{byte(i)}, i*100_000)
-			if got, err := halfClosed(addresses[rawPort], body); err != nil || got != fmt.Sprintf("hello\n%d %s\n", len(body), sumOf(body)) {
+			if got, err := halfClosed(addresses[rawPort], body); err != nil ||
+				got != fmt.Sprintf("hello\n%d %s\n", len(body), sumOf(body)) {
 				t.Errorf("connection %d: %q, %v", i, got, err)
 			}
 		})
@@ -553,7 +571,8 @@ func TestPortForward(t *testing.T) {
 	if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
 		t.Fatal(err)
 	}
-	if _ = cmd.Wait(); cmd.ProcessState.ExitCode() != 130 || !strings.Contains(errOut.String(), "nothing listens on port 7777") {
+	if _ = cmd.Wait(); cmd.ProcessState.ExitCode() != 130 || !strings.Contains(errOut.String(),
+		"nothing listens on port 7777") {
 		t.Errorf("it ended with %d: %s", cmd.ProcessState.ExitCode(), &errOut)
 	}
 	s.alive(id)
@@ -584,7 +603,8 @@ func TestPortsEndWithTheSandbox(t *testing.T) {
 	s.web(id)
 	ws, wsIn := s.openWebSocket(id)
 	s.shout(ws, wsIn, "hello")
-	tunnel, tunnelIn, resp := s.dialled(fmt.Sprintf("POST /v1/sandboxes/%s/tunnel?port=%d HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n", id, rawPort, s.key))
+	tunnel, tunnelIn, resp := s.dialled(fmt.Sprintf("POST /v1/sandboxes/%s/tunnel?port=%d HTTP/1.1\r\nHost: x\r\n"+
+		"Authorization: Bearer %s\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n", id, rawPort, s.key))
 	if line, err := tunnelIn.ReadString('\n'); resp.StatusCode != 101 || line != "hello\n" {
 		t.Fatalf("%s, %q, %v", resp.Status, line, err)
 	}

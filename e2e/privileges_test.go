@@ -29,7 +29,8 @@ func TestServerCapabilities(t *testing.T) {
 	s.needTemplate("python")
 	server := s.cmd.Process.Pid
 	var children []string
-	for deadline := time.Now().Add(patience); len(children) == 0; time.Sleep(20 * time.Millisecond) { // a poll with a deadline
+	// a poll with a deadline
+	for deadline := time.Now().Add(patience); len(children) == 0; time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the server has not started any process")
 		}

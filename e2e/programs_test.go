@@ -11,7 +11,8 @@ import (
 )
 
 // triedPrograms is set by `make soak-programs`: the template takes a quarter of an hour to build.
-var triedPrograms = flag.Bool("programs", false, "build a template of e2e/testdata/programs and run what is there in a sandbox")
+var triedPrograms = flag.Bool("programs", false,
+	"build a template of e2e/testdata/programs and run what is there in a sandbox")
 
 // programsPatience bounds the build of the template: it took 12 minutes on two processors that others used too.
 const programsPatience = 2 * time.Hour

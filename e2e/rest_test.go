@@ -43,7 +43,8 @@ func TestRest(t *testing.T) {
 	s.rests(id)
 	s.clocksOf(id)
 
-	status, body := s.call("POST", "/v1/sandboxes/"+id+"/processes", object{"args": []string{"python3", "-c", clocksProgram}})
+	status, body := s.call("POST", "/v1/sandboxes/"+id+"/processes",
+		object{"args": []string{"python3", "-c", clocksProgram}})
 	if status != 201 {
 		t.Fatalf("start: %d %s", status, body)
 	}

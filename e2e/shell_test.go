@@ -55,7 +55,8 @@ func TestShell(t *testing.T) {
 	if err := pty.Setsize(shell.File, &pty.Winsize{Cols: 55, Rows: 22}); err != nil {
 		t.Fatal(err)
 	}
-	typing(t, shell, "while [ \"$(stty size)\" != \"22 55\" ]; do sleep 0.1; done; echo resized $((1+1))\r", "resized 2\r\n")
+	typing(t, shell, "while [ \"$(stty size)\" != \"22 55\" ]; do sleep 0.1; done; echo resized $((1+1))\r",
+		"resized 2\r\n")
 	typing(t, shell, "sleep 2345\r", "sleep 2345")
 	s.runs(id, "sleep 2345", 1)
 	typing(t, shell, "\x03", "$ ") // for the command, not for cay
@@ -77,7 +78,8 @@ func TestShell(t *testing.T) {
 	}
 	s.runs(id, "sleep 3456", 1)
 	// Left, and taken up again.
-	shell = s.inTerminal(80, 24, "sandbox", "shell", id, "--", "sh", "-c", "echo pid $$; read line; echo got $line; exit 6")
+	shell = s.inTerminal(80, 24, "sandbox", "shell", id, "--", "sh", "-c",
+		"echo pid $$; read line; echo got $line; exit 6")
 	typing(t, shell, "", "pid ")
 	typing(t, shell, "~.", "cay: left; ")
 	if status := shell.exits(t); status != 0 {
@@ -97,7 +99,8 @@ func TestLiveCommandLine(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)
-	cmd := s.command(context.Background(), "sandbox", "exec", id, "--timeout", "80s", "--", "sh", "-c", "echo first; "+waitingFor("/tmp/go")+"; echo second >&2; exit 4")
+	cmd := s.command(context.Background(), "sandbox", "exec", id, "--timeout", "80s", "--", "sh", "-c", "echo first; "+
+		waitingFor("/tmp/go")+"; echo second >&2; exit 4")
 	var errs strings.Builder
 	cmd.Stderr = &errs
 	out, err := cmd.StdoutPipe()
@@ -115,7 +118,8 @@ func TestLiveCommandLine(t *testing.T) {
 	if _ = cmd.Wait(); cmd.ProcessState.ExitCode() != 4 || errs.String() != "second\n" {
 		t.Errorf("exit status %d, %q", cmd.ProcessState.ExitCode(), errs.String())
 	}
-	pid, _, _ := s.cli("", "sandbox", "exec", id, "-d", "--tag", "job", "--", "sh", "-c", "echo out; echo err >&2; "+waitingFor("/tmp/end")+"; exit 9")
+	pid, _, _ := s.cli("", "sandbox", "exec", id, "-d", "--tag", "job", "--", "sh", "-c", "echo out; echo err >&2; "+
+		waitingFor("/tmp/end")+"; exit 9")
 	pid = strings.TrimSpace(pid)
 	if _, err := strconv.Atoi(pid); err != nil {
 		t.Fatalf("the number of the process is %q", pid)
@@ -141,7 +145,8 @@ func TestLiveCommandLine(t *testing.T) {
 		t.Errorf("ps after kill: %s", list)
 	}
 	// A reader that has what it wants ends the command, as in any pipe.
-	_, _, code := s.pipeline(fmt.Sprintf("%s sandbox exec %s --timeout 4m -- sh -c 'yes | tr y z' | head -n 1", s.binary, id))
+	_, _, code := s.pipeline(fmt.Sprintf("%s sandbox exec %s --timeout 4m -- sh -c 'yes | tr y z' | head -n 1", s.binary,
+		id))
 	s.runs(id, "yes", 0)
 	if code != 0 {
 		t.Errorf("the pipeline ends with %d", code)

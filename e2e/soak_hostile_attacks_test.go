@@ -82,7 +82,8 @@ func (h *hostile) run(ctx context.Context, command, timeout string) {
 
 // script executes a Python program.
 func (h *hostile) script(ctx context.Context, timeout, program string, args ...string) {
-	h.call(ctx, "POST", h.box("/execute"), object{"args": append([]string{"python3", "-c", program}, args...), "timeout": timeout})
+	h.call(ctx, "POST", h.box("/execute"), object{"args": append([]string{"python3", "-c", program}, args...),
+		"timeout": timeout})
 }
 
 // floodOutputs fills both outputs of commands with bytes that are no text, and reads slowly.
@@ -90,12 +91,15 @@ func floodOutputs(ctx context.Context, h *hostile) {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	at(4, func(int) {
-		h.sip(ctx, h.newRequest("POST", h.box("/execute"), object{"command": `tr '\0' '\377' </dev/zero | head -c 9000000; tr '\0' '\377' </dev/zero | head -c 9000000 >&2`}), 256<<10, 200*time.Millisecond)
+		h.sip(ctx, h.newRequest("POST", h.box("/execute"),
+			object{"command": `tr '\0' '\377' </dev/zero | head -c 9000000; tr '\0' '\377' </dev/zero | head -c 9000000 >&2`}),
+			256<<10, 200*time.Millisecond)
 	})
 }
 
 func plantTree(h *hostile) {
-	h.server.want(h.id, `for i in $(seq 100); do mkdir -p /tree/$i && (cd /tree/$i && touch $(seq 200)); done`, object{"timeout": "3m"})
+	h.server.want(h.id, `for i in $(seq 100); do mkdir -p /tree/$i && (cd /tree/$i && touch $(seq 200)); done`,
+		object{"timeout": "3m"})
 }
 
 func listTree(ctx context.Context, h *hostile) {
@@ -152,7 +156,8 @@ func eatMemory(ctx context.Context, h *hostile) {
 }
 
 func fillDisk(ctx context.Context, h *hostile) {
-	h.run(ctx, "dd if=/dev/zero of=/var/fill bs=1M count=200; rm -f /var/fill; seq 20000 | (mkdir -p /many; cd /many; head -2000 | xargs touch); rm -rf /many", "30s")
+	h.run(ctx, "dd if=/dev/zero of=/var/fill bs=1M count=200; rm -f /var/fill; seq 20000 | (mkdir -p /many; cd /many; "+
+		"head -2000 | xargs touch); rm -rf /many", "30s")
 }
 
 func serveFiles(h *hostile) {
@@ -170,7 +175,8 @@ func floodPorts(ctx context.Context, h *hostile) {
 			continue
 		}
 		open = append(open, c)
-		fmt.Fprintf(c, "POST %s?port=8000 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n", h.box("/tunnel"), h.server.key)
+		fmt.Fprintf(c, "POST %s?port=8000 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nConnection: Upgrade\r\n"+
+			"Upgrade: tcp\r\n\r\n", h.box("/tunnel"), h.server.key)
 	}
 	h.rest(ctx, 2*time.Second)
 	for _, c := range open {
@@ -195,7 +201,8 @@ func slowConnections(ctx context.Context, h *hostile) {
 		case 0:
 			_, err = io.WriteString(c, head+"X-Slow: ")
 		case 1:
-			_, err = io.WriteString(c, strings.Replace(head, "GET", "POST", 1)+"Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n{")
+			_, err = io.WriteString(c, strings.Replace(head, "GET", "POST", 1)+
+				"Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n{")
 		case 2:
 			_, err = io.WriteString(c, head+"\r\n")
 		}
@@ -228,8 +235,10 @@ func buildBombs(ctx context.Context, h *hostile) {
 		return
 	}
 	id := text(answer, "id")
-	for deadline := time.Now().Add(2 * time.Minute); ctx.Err() == nil && time.Now().Before(deadline); h.rest(ctx, time.Second) {
-		if status, answer := h.call(ctx, "GET", "/v1/templates/"+id, nil); status != 200 || text(answer, "status") == "ready" || text(answer, "status") == "failed" {
+	for deadline := time.Now().Add(2 * time.Minute); ctx.Err() == nil &&
+		time.Now().Before(deadline); h.rest(ctx, time.Second) {
+		if status, answer := h.call(ctx, "GET", "/v1/templates/"+id, nil); status != 200 ||
+			text(answer, "status") == "ready" || text(answer, "status") == "failed" {
 			break
 		}
 	}
@@ -255,7 +264,8 @@ var bombContext = sync.OnceValue(func() []byte {
 	must(w.Close())
 	must(z.Close())
 	w = tar.NewWriter(&context)
-	for name, data := range map[string][]byte{"Dockerfile": []byte("FROM python\nADD bomb.tar.gz /bomb\nRUN b() { b | b & }; b; sleep 5; head -c 2000000000 /dev/zero >/fill\n"), "bomb.tar.gz": bomb.Bytes()} {
+	for name, data := range map[string][]byte{"Dockerfile": []byte("FROM python\nADD bomb.tar.gz /bomb\nRUN b() { b | " +
+		"b & }; b; sleep 5; head -c 2000000000 /dev/zero >/fill\n"), "bomb.tar.gz": bomb.Bytes()} {
 		must(w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(data)), Typeflag: tar.TypeReg}))
 		_, err := w.Write(data)
 		must(err)
@@ -297,7 +307,8 @@ func floodE2B(ctx context.Context, h *hostile) {
 
 // floodFollowers lets many follow one process that never stops talking, and read slowly or not at all.
 func floodFollowers(ctx context.Context, h *hostile) {
-	_, answer := h.call(ctx, "POST", h.box("/processes"), object{"command": "while :; do head -c 65536 /dev/zero | tr '\\0' x; sleep 0.2; done"})
+	_, answer := h.call(ctx, "POST", h.box("/processes"),
+		object{"command": "while :; do head -c 65536 /dev/zero | tr '\\0' x; sleep 0.2; done"})
 	var process struct{ PID int }
 	if json.Unmarshal(answer, &process) != nil || process.PID == 0 {
 		return // it is told by the count of answers
@@ -305,7 +316,8 @@ func floodFollowers(ctx context.Context, h *hostile) {
 	own, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	at(60, func(i int) {
-		h.sip(own, h.newRequest("GET", fmt.Sprintf("%s/%d/output", h.box("/processes"), process.PID), nil), 4<<10, time.Duration(i)*50*time.Millisecond)
+		h.sip(own, h.newRequest("GET", fmt.Sprintf("%s/%d/output", h.box("/processes"), process.PID), nil), 4<<10,
+			time.Duration(i)*50*time.Millisecond)
 	})
 	h.call(context.WithoutCancel(ctx), "DELETE", fmt.Sprintf("%s/%d", h.box("/processes"), process.PID), nil)
 }

@@ -113,7 +113,8 @@ func startAndDestroy(ctx context.Context, s *server, source string, more object)
 	if err != nil || status != 201 {
 		return took, errors.Join(err, fmt.Errorf("%d %.200s", status, body))
 	}
-	if status, body, err := s.try(context.WithoutCancel(ctx), "DELETE", "/v1/sandboxes/"+text(body, "id"), nil); err != nil || status != 204 {
+	if status, body, err := s.try(context.WithoutCancel(ctx), "DELETE", "/v1/sandboxes/"+text(body, "id"),
+		nil); err != nil || status != 204 {
 		return took, errors.Join(err, fmt.Errorf("destroy: %d %.200s", status, body))
 	}
 	if text(body, "source") != source {
@@ -210,7 +211,8 @@ func latencies(phases []phase) string {
 				}
 				return fmt.Sprintf("%.1f", float64(quantile(took, of))/float64(quantile(first, of)))
 			}
-			fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%s\t%s\t%s\t%s\t%s\n", name, p.name, len(took), p.Fails[name], quantile(took, .5), quantile(took, .99), ratio(.5), ratio(.99), p.Why[name])
+			fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%s\t%s\t%s\t%s\t%s\n", name, p.name, len(took), p.Fails[name], quantile(took, .5),
+				quantile(took, .99), ratio(.5), ratio(.99), p.Why[name])
 		}
 	}
 	_ = w.Flush() // into a builder

@@ -23,7 +23,8 @@ var (
 	hostileTime    = flag.Duration("hostile.time", 5*time.Second, "how long the hostile tenants attack")
 	hostileTenants = flag.Int("hostile.tenants", len(attacks), "how many hostile tenants there are")
 	hostileOnly    = flag.String("hostile.only", "", "the kinds of attack, separated by commas; all of them by default")
-	hostileSpin    = flag.Bool("hostile.spin", false, "first let the sandboxes of the hostile tenants only keep the processors busy")
+	hostileSpin    = flag.Bool("hostile.spin", false,
+		"first let the sandboxes of the hostile tenants only keep the processors busy")
 )
 
 // TestSoakHostile lets hostile tenants of every kind attack together beside an honest one. It
@@ -35,8 +36,10 @@ func TestSoakHostile(t *testing.T) {
 	queries := inNamespace(t, o.name, func() (net.PacketConn, error) { return net.ListenPacket("udp4", ":53") })
 	t.Cleanup(func() { queries.Close() })
 	go answerNames(queries, [4]byte{198, 51, 100, 77})
-	s := newServer(t, "CAY_POOL_ENABLED=true", "CAY_POOL_TARGET=1", "CAY_TEMPLATES_PREPARE=python", "CAY_NETWORK_NAMESERVERS="+o.address,
-		"CAY_CAPACITY_MAX_SANDBOXES=300", "CAY_BUILD_DISK_MB=512", "CAY_BUILD_MEMORY_MB=512", "CAY_BUILD_CPUS=1", "CAY_BUILD_CACHE_MB=512")
+	s := newServer(t, "CAY_POOL_ENABLED=true", "CAY_POOL_TARGET=1", "CAY_TEMPLATES_PREPARE=python",
+		"CAY_NETWORK_NAMESERVERS="+o.address,
+		"CAY_CAPACITY_MAX_SANDBOXES=300", "CAY_BUILD_DISK_MB=512", "CAY_BUILD_MEMORY_MB=512", "CAY_BUILD_CPUS=1",
+		"CAY_BUILD_CACHE_MB=512")
 	s.args = append(s.args, "--log-level", "info")
 	s.start()
 	s.needTemplate("python")
@@ -115,7 +118,8 @@ func attackAll(ctx context.Context, tenants []*hostile) {
 				h.mu.Lock()
 				h.used += used
 				h.mu.Unlock()
-				h.rest(ctx, max(h.attack.pause, used*time.Duration(len(tenants))/time.Duration(hostileShare*float64(runtime.NumCPU()))))
+				h.rest(ctx, max(h.attack.pause,
+					used*time.Duration(len(tenants))/time.Duration(hostileShare*float64(runtime.NumCPU()))))
 			}
 		})
 	}
@@ -168,7 +172,8 @@ func newHostiles(s *server, o *outside) []*hostile {
 	var all []*hostile
 	for i := range *hostileTenants {
 		a := kinds[i%len(kinds)]
-		h := &hostile{server: s.tenant(fmt.Sprintf("hostile-%d", i), object{"sandboxes": 3, "vcpus": 3, "memory_mb": 1536}), attack: a, out: o, counted: map[string]int{}}
+		h := &hostile{server: s.tenant(fmt.Sprintf("hostile-%d", i), object{"sandboxes": 3, "vcpus": 3, "memory_mb": 1536}),
+			attack: a, out: o, counted: map[string]int{}}
 		h.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
 		s.t.Cleanup(h.client.CloseIdleConnections)
 		if a.box != nil {
@@ -270,7 +275,8 @@ func rounds(tenants []*hostile) string {
 	fmt.Fprintln(w, "hostile tenants\tof them\trounds\tcomputed\t2xx\t4xx\t5xx\tbroken")
 	for _, kind := range order {
 		c := counts[kind]
-		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%d\t%d\t%d\t%d\n", kind, of[kind], c["rounds"], used[kind].Round(100*time.Millisecond), c["2xx"], c["4xx"], c["5xx"], c["broken"])
+		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%d\t%d\t%d\t%d\n", kind, of[kind], c["rounds"],
+			used[kind].Round(100*time.Millisecond), c["2xx"], c["4xx"], c["5xx"], c["broken"])
 	}
 	_ = w.Flush() // into a builder
 	return out.String()

@@ -193,7 +193,8 @@ func (s schedule) since(before schedule) schedule {
 	return schedule{s.ran - before.ran, s.waited - before.waited, s.wall - before.wall}
 }
 
-// scheduled returns what the server's threads had since it started. How long threads that have ended waited is not known.
+// scheduled returns what the server's threads had since it started. How long threads that have
+// ended waited is not known.
 func (s *server) scheduled() (all schedule) {
 	s.t.Helper()
 	s.mu.Lock()
@@ -240,10 +241,12 @@ func machineScheduled(t testing.TB) schedule {
 		t.Fatal(err)
 	}
 	var user, nice, system, idle, wait, hard, soft time.Duration // in hundredths of a second
-	if _, err := fmt.Sscanf(string(data), "cpu %d %d %d %d %d %d %d", &user, &nice, &system, &idle, &wait, &hard, &soft); err != nil {
+	if _, err := fmt.Sscanf(string(data), "cpu %d %d %d %d %d %d %d", &user, &nice, &system, &idle, &wait, &hard,
+		&soft); err != nil {
 		t.Fatal(err)
 	}
-	return schedule{ran: (user + nice + system + hard + soft) * 10 * time.Millisecond, wall: time.Duration(time.Now().UnixNano())}
+	return schedule{ran: (user + nice + system + hard + soft) * 10 * time.Millisecond,
+		wall: time.Duration(time.Now().UnixNano())}
 }
 
 // processors is the table of who had them.
@@ -252,7 +255,8 @@ func processors(phases []phase) string {
 	w := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "processors\tlasted\tall of the machine busy\tserver ran\tserver was ready and waited")
 	for _, p := range phases {
-		fmt.Fprintf(w, "%s\t%s\t%.0f%%\t%s\t%s\n", p.name, p.server.wall.Round(time.Second), 100*p.machine.ran.Seconds()/p.machine.wall.Seconds()/float64(runtime.NumCPU()),
+		fmt.Fprintf(w, "%s\t%s\t%.0f%%\t%s\t%s\n", p.name, p.server.wall.Round(time.Second),
+			100*p.machine.ran.Seconds()/p.machine.wall.Seconds()/float64(runtime.NumCPU()),
 			p.server.ran.Round(time.Millisecond), p.server.waited.Round(time.Millisecond))
 	}
 	_ = w.Flush() // into a builder

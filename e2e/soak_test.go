@@ -54,7 +54,8 @@ func TestSoak(t *testing.T) {
 		}
 		s.suspend(w.id)
 		s.holdsNoMore(before)
-		t.Logf("%d cycles of one sandbox with %d MiB: %s; its worker counted to %d", *soakCycles, soakMemoryMB, times, w.last())
+		t.Logf("%d cycles of one sandbox with %d MiB: %s; its worker counted to %d", *soakCycles, soakMemoryMB, times,
+			w.last())
 		s.destroy(w.id)
 		s.gone(w.id)
 	})

@@ -50,7 +50,8 @@ func TestStory(t *testing.T) {
 		t.Errorf("cay run left %d sandboxes", n)
 	}
 
-	out, errOut, code = s.cli("", "sandbox", "create", "-t", "python", "--timeout", "10m", "-e", "A=b", "--metadata", "k=v", "--json")
+	out, errOut, code = s.cli("", "sandbox", "create", "-t", "python", "--timeout", "10m", "-e", "A=b", "--metadata",
+		"k=v", "--json")
 	id := text([]byte(out), "id")
 	if code != 0 || id == "" {
 		t.Fatalf("create: %q %q %d", out, errOut, code)
@@ -139,7 +140,8 @@ func TestTimeIsUp(t *testing.T) {
 	if err := errors.Join(err1, err2); err != nil || destroyed.Before(expires) {
 		t.Errorf("expires %v, destroyed %v", text(body, "expires_at"), text(body, "destroyed_at"))
 	}
-	if code, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"command": "true"}); code != 409 || text(body, "code") != "sandbox_not_running" {
+	if code, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"command": "true"}); code != 409 ||
+		text(body, "code") != "sandbox_not_running" {
 		t.Errorf("execute: %d %s", code, body)
 	}
 }
@@ -223,14 +225,17 @@ func TestFiles(t *testing.T) {
 	if code, body := s.call("DELETE", path+"/srv/new&recursive=true", nil); code != 204 {
 		t.Errorf("delete: %d %s", code, body)
 	}
-	for bad, want := range map[string]int{"": 400, "relative": 400, "/a/../b": 400, "/tmp": 400, "/nothing/here": 404, "/a%00b": 400} {
+	for bad, want := range map[string]int{"": 400, "relative": 400, "/a/../b": 400, "/tmp": 400, "/nothing/here": 404,
+		"/a%00b": 400} {
 		if code, body := s.call("GET", path+bad, nil); code != want {
 			t.Errorf("GET %q: %d %s, want %d", bad, code, body, want)
 		}
 	}
 	s.cutUpload(path + "/srv/cut")
 	// The agent hears of it a moment after the caller.
-	if left := s.want(id, "for i in $(seq 100); do n=$(find /srv -type f | wc -l); [ $n = 0 ] && break; sleep 0.1; done; echo $n", object{"timeout": "2m"}); left != "0" {
+	if left := s.want(id,
+		"for i in $(seq 100); do n=$(find /srv -type f | wc -l); [ $n = 0 ] && break; sleep 0.1; done; echo $n",
+		object{"timeout": "2m"}); left != "0" {
 		t.Errorf("%s files are left of an upload that was cut", left)
 	}
 }

@@ -24,7 +24,8 @@ func TestStrangersCannotFillTheLog(t *testing.T) {
 		return info.Size()
 	}
 	const callers, each = 4, 500
-	from := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 7)}} // other tests at this server have attempts of their own
+	// other tests at this server have attempts of their own
+	from := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 7)}}
 	before := size()
 	var wg sync.WaitGroup
 	statuses := make(chan int, callers*each)
@@ -39,7 +40,8 @@ func TestStrangersCannotFillTheLog(t *testing.T) {
 			in := bufio.NewReader(conn)
 			for i := range each {
 				path := fmt.Sprintf("/v1/%d/%d/%s", c, i, strings.Repeat("x", 30<<10))
-				if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: x\r\nX-Request-Id: %s\r\n\r\n", path, strings.Repeat("i", 128)); err != nil {
+				if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: x\r\nX-Request-Id: %s\r\n\r\n", path,
+					strings.Repeat("i", 128)); err != nil {
 					t.Error(err)
 					return
 				}

@@ -270,7 +270,8 @@ func TestReboot(t *testing.T) {
 	saved.fellBack(least)
 
 	// Half way: one that falls asleep and one that wakes up.
-	for round := 0; !s.interrupted([]*worker{saved}, "suspending") || !s.interrupted([]*worker{asleep}, "waking"); round++ {
+	for round := 0; !s.interrupted([]*worker{saved}, "suspending") ||
+		!s.interrupted([]*worker{asleep}, "waking"); round++ {
 		if round == 20 {
 			t.Fatalf("in %d rounds no start found a suspend and a wake half done", round)
 		}
@@ -332,7 +333,8 @@ func (s *server) in(t testing.TB) *server {
 	return &own
 }
 
-// TestServerGroup looks for the server in a control group of its own, with a limit on memory and a CPU weight, and for what
+// TestServerGroup looks for the server in a control group of its own, with a limit on memory and a
+// CPU weight, and for what
 // is left of the group when the server has ended.
 func TestServerGroup(t *testing.T) {
 	s := newServer(t)
@@ -346,7 +348,8 @@ func TestServerGroup(t *testing.T) {
 		t.Errorf("the server is in %s", data)
 	}
 	found := 0
-	for file, want := range map[string]string{"memory.limit_in_bytes": "1073741824", "cpu.shares": "4096", "memory.max": "1073741824", "cpu.weight": "400"} {
+	for file, want := range map[string]string{"memory.limit_in_bytes": "1073741824", "cpu.shares": "4096",
+		"memory.max": "1073741824", "cpu.weight": "400"} {
 		for _, dir := range []string{"/sys/fs/cgroup/memory", "/sys/fs/cgroup/cpu", "/sys/fs/cgroup"} {
 			got, err := os.ReadFile(filepath.Join(dir+group, file))
 			if err != nil {

@@ -73,11 +73,13 @@ func tinyImage(t *testing.T) v1.Image {
 		t.Fatal(err)
 	}
 	var links []*tar.Header
-	for _, tool := range []string{"sh", "ls", "cat", "echo", "id", "stat", "env", "sleep", "true", "false", "mkdir", "chmod", "chown", "ln", "cp", "wget",
+	for _, tool := range []string{"sh", "ls", "cat", "echo", "id", "stat", "env", "sleep", "true", "false", "mkdir",
+		"chmod", "chown", "ln", "cp", "wget",
 		"httpd", "adduser", "grep", "dmesg", "find", "sort", "touch", "head", "tail", "wc", "dd", "nc", "ps", "kill", "rm", "ip", "readlink", "sha256sum", "date", "yes"} {
 		links = append(links, &tar.Header{Name: "bin/" + tool, Typeflag: tar.TypeSymlink, Linkname: "busybox", Mode: 0o777})
 	}
-	layer := tarOf(t, map[string]string{"bin/": "", "bin/busybox": string(busybox), "etc/": "", "tmp/": "", "root/": "", "var/": "",
+	layer := tarOf(t, map[string]string{"bin/": "", "bin/busybox": string(busybox), "etc/": "", "tmp/": "", "root/": "",
+		"var/":       "",
 		"etc/passwd": "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n",
 		"etc/group":  "root:x:0:\nuser:x:1000:\n", "home/": "", "home/user/": "",
 	}, links...)
@@ -220,7 +222,8 @@ func (s *server) inside(template, command string) string {
 func newBuilder(t *testing.T, env ...string) (s *server, tiny string) {
 	t.Helper()
 	tiny = newRegistry(t)
-	s = newServer(t, append(env, "CAY_IMAGES_REGISTRIES="+strings.SplitN(tiny, "/", 2)[0], "CAY_TEMPLATES_PREPARE=python")...)
+	s = newServer(t, append(env, "CAY_IMAGES_REGISTRIES="+strings.SplitN(tiny, "/", 2)[0],
+		"CAY_TEMPLATES_PREPARE=python")...)
 	s.start()
 	return s, tiny
 }
@@ -264,7 +267,8 @@ func TestDockerfiles(t *testing.T) {
 		},
 		"mounts": {
 			dockerfile: "FROM %s\nRUN --mount=type=cache,target=/cache echo kept >/cache/file\n" +
-				"RUN --mount=type=cache,target=/cache --mount=type=bind,source=a.txt,target=/bound --mount=type=tmpfs,target=/scratch cat /cache/file /bound >/result && touch /scratch/x\n",
+				"RUN --mount=type=cache,target=/cache --mount=type=bind,source=a.txt,target=/bound " +
+				"--mount=type=tmpfs,target=/scratch cat /cache/file /bound >/result && touch /scratch/x\n",
 			files:   map[string]string{"a.txt": "bound\n"},
 			command: "cat /result; ls /cache /scratch 2>/dev/null | wc -l", want: "kept\nbound\n0",
 		},
@@ -290,9 +294,11 @@ func TestDockerfiles(t *testing.T) {
 			command:    "cd /var/lib/data && echo x >y && cat y", want: "x",
 		},
 		"times": { // byte code names the time of its source
-			dockerfile: "FROM python\nRUN cd /opt && echo x=1 >m.py && touch -d @1500000000 m.py && python3 -m py_compile m.py && python3 -c 'import m'\n" +
+			dockerfile: "FROM python\nRUN cd /opt && echo x=1 >m.py && touch -d @1500000000 m.py && python3 -m py_compile " +
+				"m.py && python3 -c 'import m'\n" +
 				"RUN date >/dev/null; test -z \"$SOURCE_DATE_EPOCH\"\n",
-			command: "cd /opt; stat -c %Y m.py; stat -c '%y %s' __pycache__/* >/tmp/1; python3 -v -c 'import m' 2>&1 | grep -o 'matches /opt/m.py'; " +
+			command: "cd /opt; stat -c %Y m.py; stat -c '%y %s' __pycache__/* >/tmp/1; python3 -v -c 'import m' 2>&1 | grep " +
+				"-o 'matches /opt/m.py'; " +
 				"stat -c '%y %s' __pycache__/* | cmp - /tmp/1; ls __pycache__ | wc -l; test $(date -r __pycache__ +%Y) -gt 2020",
 			want: "1500000000\nmatches /opt/m.py\n1",
 		},
@@ -343,8 +349,11 @@ func TestDockerfiles(t *testing.T) {
 			"Dockerfile": "FROM scratch\nCOPY --chmod=755 busybox /\nUSER 65534\nENTRYPOINT [\"/busybox\", \"sleep\", \"3600\"]\n", "busybox": string(busybox)}))
 		id := s.create(object{"template": "from-scratch"})
 		defer s.destroy(id)
-		status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"args": []string{"/busybox", "sh", "-c", "echo $PPID $(/busybox id -u) $(/busybox hostname); cd /tmp && echo x > y && /busybox cat y"}})
-		if want := fmt.Sprintf("1 65534 %s\nx\n", strings.TrimPrefix(id, "sbx_")); status != 200 || text(body, "stdout") != want {
+		status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute",
+			object{"args": []string{"/busybox", "sh", "-c",
+				"echo $PPID $(/busybox id -u) $(/busybox hostname); cd /tmp && echo x > y && /busybox cat y"}})
+		if want := fmt.Sprintf("1 65534 %s\nx\n", strings.TrimPrefix(id, "sbx_")); status != 200 ||
+			text(body, "stdout") != want {
 			t.Errorf("%d %s, want %q", status, body, want)
 		}
 		if r := s.exec(id, "echo x"); r.ExitCode != 127 || !strings.Contains(r.Stderr, "/bin/sh: no such file or directory") {
@@ -377,16 +386,19 @@ func TestImages(t *testing.T) {
 	}
 	s := newServer(t, "CAY_IMAGES_REGISTRIES="+host, "CAY_TEMPLATES_PREPARE=python")
 	s.start()
-	s.needBuilt(object{"name": "private", "image": ref.String(), "credentials": object{"username": user, "password": password}}, nil)
+	s.needBuilt(object{"name": "private", "image": ref.String(),
+		"credentials": object{"username": user, "password": password}}, nil)
 	s.needBuilt(object{"name": "built", "dockerfile": "FROM " + ref.String() + "\nRUN echo yes >/built\n",
 		"credentials": object{"registry": host, "username": user, "password": password}}, nil)
-	for name, credentials := range map[string]object{"nobody": nil, "stranger": {"username": user, "password": "wrong-" + password}} {
+	for name, credentials := range map[string]object{"nobody": nil,
+		"stranger": {"username": user, "password": "wrong-" + password}} {
 		definition := object{"name": name, "image": ref.String()}
 		if credentials != nil {
 			definition["credentials"] = credentials
 		}
 		status, body := s.build(definition, nil)
-		if _, log := s.call("GET", "/v1/templates/"+name+"/logs", nil); status != "failed" || strings.Contains(string(body)+string(log), password) {
+		if _, log := s.call("GET", "/v1/templates/"+name+"/logs", nil); status != "failed" ||
+			strings.Contains(string(body)+string(log), password) {
 			t.Errorf("%s: %s %s", name, body, log)
 		}
 	}
@@ -395,9 +407,11 @@ func TestImages(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.needBuilt(object{"name": "whole", "image": "."}, saved.Bytes())
-	s.needBuilt(object{"name": "within", "image": "images/tiny.tar"}, tarOf(t, map[string]string{"images/": "", "images/tiny.tar": saved.String(), "other": "x"}))
+	s.needBuilt(object{"name": "within", "image": "images/tiny.tar"},
+		tarOf(t, map[string]string{"images/": "", "images/tiny.tar": saved.String(), "other": "x"}))
 	for _, name := range []string{"private", "built", "whole", "within"} {
-		if got := s.inside(name, "echo $FROM_TINY; cat /built 2>/dev/null || true"); !strings.HasPrefix(got, "yes") || name == "built" && got != "yes\nyes" {
+		if got := s.inside(name, "echo $FROM_TINY; cat /built 2>/dev/null || true"); !strings.HasPrefix(got, "yes") ||
+			name == "built" && got != "yes\nyes" {
 			t.Errorf("inside %s: %q", name, got)
 		}
 	}
@@ -497,13 +511,15 @@ func TestBuildReaches(t *testing.T) {
 // TestTemplateLife takes one through rebuilds, failures, use, and its end.
 func TestTemplateLife(t *testing.T) {
 	s, tiny := newBuilder(t)
-	s.needBuilt(object{"name": "mine", "dockerfile": "FROM " + tiny + "\nRUN echo one >/which\n", "env": object{"MODE": "dev"},
+	s.needBuilt(object{"name": "mine", "dockerfile": "FROM " + tiny + "\nRUN echo one >/which\n",
+		"env":    object{"MODE": "dev"},
 		"egress": object{"mode": "deny_all"}}, nil)
 	old := s.create(object{"template": "mine"})
 	if got := s.want(old, "cat /which; echo $MODE"); got != "one\ndev" {
 		t.Errorf("version 1: %q", got)
 	}
-	if code, body := s.template("POST", "/v1/templates/mine/rebuild", object{"dockerfile": "FROM " + tiny + "\nRUN echo two >/which\n"}, nil); code != 202 {
+	if code, body := s.template("POST", "/v1/templates/mine/rebuild",
+		object{"dockerfile": "FROM " + tiny + "\nRUN echo two >/which\n"}, nil); code != 202 {
 		t.Fatalf("rebuild: %d %s", code, body)
 	}
 	if status, body := s.built("mine"); status != "ready" || !strings.Contains(string(body), `"version":2`) {
@@ -522,7 +538,8 @@ func TestTemplateLife(t *testing.T) {
 	if got := s.want(old, "cat /which"); got != "one" {
 		t.Errorf("the sandbox of version 1: %q", got)
 	}
-	if code, body := s.template("POST", "/v1/templates/mine/rebuild", object{"dockerfile": "FROM " + tiny + "\nRUN exit 3\n"}, nil); code != 202 {
+	if code, body := s.template("POST", "/v1/templates/mine/rebuild",
+		object{"dockerfile": "FROM " + tiny + "\nRUN exit 3\n"}, nil); code != 202 {
 		t.Fatalf("rebuild: %d %s", code, body)
 	}
 	if status, body := s.built("mine"); status != "failed" || !strings.Contains(string(body), `"version":2`) {
@@ -549,7 +566,8 @@ func TestTemplateLife(t *testing.T) {
 // TestBuildSurvives: a build goes on after the server was killed, and can be cancelled.
 func TestBuildSurvives(t *testing.T) {
 	s, tiny := newBuilder(t)
-	code, body := s.template("POST", "/v1/templates", object{"name": "slow", "dockerfile": "FROM " + tiny + "\nRUN sleep 4\nRUN echo done >/done\n"}, nil)
+	code, body := s.template("POST", "/v1/templates", object{"name": "slow", "dockerfile": "FROM " + tiny +
+		"\nRUN sleep 4\nRUN echo done >/done\n"}, nil)
 	if code != 202 {
 		t.Fatalf("create: %d %s", code, body)
 	}
@@ -562,7 +580,8 @@ func TestBuildSurvives(t *testing.T) {
 	if got := s.inside("slow", "cat /done"); got != "done" {
 		t.Errorf("inside: %q", got)
 	}
-	code, body = s.template("POST", "/v1/templates", object{"name": "endless", "dockerfile": "FROM " + tiny + "\nRUN sleep 1000\n"}, nil)
+	code, body = s.template("POST", "/v1/templates", object{"name": "endless", "dockerfile": "FROM " + tiny +
+		"\nRUN sleep 1000\n"}, nil)
 	if code != 202 {
 		t.Fatalf("create: %d %s", code, body)
 	}
@@ -596,7 +615,8 @@ func TestTemplateStarts(t *testing.T) {
 	if got := s.inside("web", "wget -q -O - http://127.0.0.1:8000/"); got != "served" {
 		t.Errorf("the service says %q", got)
 	}
-	s.needBuilt(object{"name": "broken", "start_command": "echo no config; exit 4", "ready": object{"port": 8000}, "image": tiny}, nil)
+	s.needBuilt(object{"name": "broken", "start_command": "echo no config; exit 4", "ready": object{"port": 8000},
+		"image": tiny}, nil)
 	code, body := s.call("POST", "/v1/sandboxes", object{"template": "broken"})
 	if code != 409 || !strings.Contains(string(body), "no config") {
 		t.Errorf("a service that does not start: %d %s", code, body)
@@ -607,7 +627,8 @@ func TestTemplateStarts(t *testing.T) {
 func TestTemplateByLine(t *testing.T) {
 	s, tiny := newBuilder(t)
 	dir := t.TempDir()
-	for path, content := range map[string]string{"Dockerfile": "FROM " + tiny + "\nCOPY hello /hello\n", "hello": "by line"} {
+	for path, content := range map[string]string{"Dockerfile": "FROM " + tiny + "\nCOPY hello /hello\n",
+		"hello": "by line"} {
 		if err := os.WriteFile(dir+"/"+path, []byte(content), 0o644); err != nil {
 			t.Fatal(err)
 		}

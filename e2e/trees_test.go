@@ -81,7 +81,8 @@ func TestFileCalls(t *testing.T) {
 			continue
 		}
 		if status != step.status || text(body, step.field) != step.value {
-			t.Errorf("%s %s %v: %d %s, want %d with %s %s", step.method, step.path, step.body, status, body, step.status, step.field, step.value)
+			t.Errorf("%s %s %v: %d %s, want %d with %s %s", step.method, step.path, step.body, status, body, step.status,
+				step.field, step.value)
 		}
 	}
 	if got := s.want(id, "stat -c '%a %U' /srv/new/place/b /srv/new"); got != "700 user\n755 root" {
@@ -101,13 +102,17 @@ func TestTrees(t *testing.T) {
 	t.Run("there and back", func(t *testing.T) {
 		var many []tar.Header
 		for i := range 2000 {
-			many = append(many, tar.Header{Name: fmt.Sprintf("d%02d/f%d", i%50, i), Linkname: strings.Repeat("x", i), Uid: 4242, Gid: 4242})
+			many = append(many, tar.Header{Name: fmt.Sprintf("d%02d/f%d", i%50, i), Linkname: strings.Repeat("x", i), Uid: 4242,
+				Gid: 4242})
 		}
-		many = append(many, tar.Header{Name: "run.sh", Linkname: "#!/bin/sh\n", Mode: 0o6755}, tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "run.sh"})
+		many = append(many, tar.Header{Name: "run.sh", Linkname: "#!/bin/sh\n", Mode: 0o6755},
+			tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "run.sh"})
 		if status, body := put("/srv/many&owner=user", packed(t, many...)); status != 204 {
 			t.Fatalf("%d %s", status, body)
 		}
-		if got := s.want(id, "cd /srv/many && find . -type f | wc -l && find . ! -user user | wc -l && stat -c %a run.sh && readlink link && wc -c <d49/f1999"); got != "2001\n0\n755\nrun.sh\n1999" {
+		if got := s.want(id,
+			"cd /srv/many && find . -type f | wc -l && find . ! -user user | wc -l && stat -c %a run.sh && readlink link && "+
+				"wc -c <d49/f1999"); got != "2001\n0\n755\nrun.sh\n1999" {
 			t.Errorf("inside: %s", got)
 		}
 		resp, err := s.visit(context.Background(), "GET", base+"/srv/many", nil)
@@ -133,7 +138,8 @@ func TestTrees(t *testing.T) {
 		}
 	})
 	t.Run("hostile", func(t *testing.T) {
-		const outside = "ls -A / /etc; sha256sum /etc/passwd; stat -c '%a %U' /etc /etc/passwd" // no times: those of /srv change
+		// no times: those of /srv change
+		const outside = "ls -A / /etc; sha256sum /etc/passwd; stat -c '%a %U' /etc /etc/passwd"
 		before := s.want(id, outside)
 		for name, entries := range map[string][]tar.Header{
 			"dots":            {{Name: "../../etc/evil", Linkname: "x"}},
@@ -168,7 +174,8 @@ func TestTrees(t *testing.T) {
 		}
 	})
 	t.Run("refused and cut off", func(t *testing.T) {
-		for path, want := range map[string]string{"/none": "404 file_not_found", "/etc/passwd": "400 path_not_directory", "": "400 invalid_path", "/a/../b": "400 invalid_path"} {
+		for path, want := range map[string]string{"/none": "404 file_not_found", "/etc/passwd": "400 path_not_directory",
+			"": "400 invalid_path", "/a/../b": "400 invalid_path"} {
 			status, body := s.call("GET", base+path, nil)
 			if got := fmt.Sprint(status, " ", text(body, "code")); got != want {
 				t.Errorf("GET %q: %s, want %s", path, got, want)
@@ -177,8 +184,10 @@ func TestTrees(t *testing.T) {
 		if status, body := put("/etc/passwd", packed(t)); status != 400 || text(body, "code") != "path_not_directory" {
 			t.Errorf("into a file: %d %s", status, body)
 		}
-		whole := packed(t, tar.Header{Name: "a", Linkname: "a"}, tar.Header{Name: "b", Linkname: strings.Repeat("b", 100_000)}).Bytes()
-		if status, body := put("/srv/cut", bytes.NewReader(whole[:50_000])); status != 400 || text(body, "code") != "invalid_tar" {
+		whole := packed(t, tar.Header{Name: "a", Linkname: "a"}, tar.Header{Name: "b",
+			Linkname: strings.Repeat("b", 100_000)}).Bytes()
+		if status, body := put("/srv/cut", bytes.NewReader(whole[:50_000])); status != 400 ||
+			text(body, "code") != "invalid_tar" {
 			t.Errorf("cut off: %d %s", status, body)
 		}
 		if got := s.want(id, "ls -A /srv/cut"); got != "a" {
@@ -198,7 +207,8 @@ func TestTrees(t *testing.T) {
 		cancel()
 		_ = w.CloseWithError(io.ErrUnexpectedEOF) // net/http waits for a read that is under way
 		<-over
-		s.want(id, "for i in $(seq 400); do [ \"$(ls -A /srv/gone 2>/dev/null)\" = a ] && exit 0; sleep 0.05; done; ls -lA /srv/gone; exit 1")
+		s.want(id, "for i in $(seq 400); do [ \"$(ls -A /srv/gone 2>/dev/null)\" = a ] && exit 0; sleep 0.05; done; ls "+
+			"-lA /srv/gone; exit 1")
 	})
 	t.Run("a full disk", func(t *testing.T) {
 		small := s.create(object{"disk_size_mb": 64})
@@ -207,7 +217,8 @@ func TestTrees(t *testing.T) {
 		for i := range 10 {
 			big = append(big, tar.Header{Name: fmt.Sprint(i), Linkname: strings.Repeat("x", 10<<20)})
 		}
-		status, body := s.send("PUT", "/v1/sandboxes/"+small+"/files/tar?path=/srv/big", "application/x-tar", packed(t, big...))
+		status, body := s.send("PUT", "/v1/sandboxes/"+small+"/files/tar?path=/srv/big", "application/x-tar",
+			packed(t, big...))
 		if status != 507 || text(body, "code") != "disk_full" {
 			t.Errorf("%d %s", status, body)
 		}
@@ -271,7 +282,8 @@ func TestWatch(t *testing.T) {
 	if event, _ := next(); resp.StatusCode != 200 || event != "ready" {
 		t.Fatalf("%s, %s", resp.Status, event)
 	}
-	s.want(id, "cd /srv/w && echo x >sub/f && chmod 600 sub/f && mv sub/f g && rm g && mkdir -p new/deep && sleep 0.5 && echo y >new/deep/h")
+	s.want(id, "cd /srv/w && echo x >sub/f && chmod 600 sub/f && mv sub/f g && rm g && mkdir -p new/deep && sleep 0.5 "+
+		"&& echo y >new/deep/h")
 	seen := map[string]bool{}
 	for last := ""; last != "write /srv/w/new/deep/h"; {
 		_, data := next()
@@ -282,7 +294,8 @@ func TestWatch(t *testing.T) {
 		last = change.Type + " " + change.Path
 		seen[last] = true
 	}
-	for _, want := range []string{"create /srv/w/sub/f", "write /srv/w/sub/f", "chmod /srv/w/sub/f", "rename /srv/w/sub/f", "create /srv/w/g", "remove /srv/w/g", "create /srv/w/new"} {
+	for _, want := range []string{"create /srv/w/sub/f", "write /srv/w/sub/f", "chmod /srv/w/sub/f", "rename /srv/w/sub/f",
+		"create /srv/w/g", "remove /srv/w/g", "create /srv/w/new"} {
 		if !seen[want] {
 			t.Errorf("%q is not in %v", want, seen)
 		}
@@ -293,13 +306,15 @@ func TestWatch(t *testing.T) {
 		t.Errorf("the stream goes on: %v", err)
 	}
 	for path, want := range map[string]int{"/none": 409, "": 400} {
-		if resp, err := s.visit(ctx, "GET", "/v1/sandboxes/"+id+"/files/watch?path="+path, nil); err != nil || resp.StatusCode != want {
+		if resp, err := s.visit(ctx, "GET", "/v1/sandboxes/"+id+"/files/watch?path="+path, nil); err != nil ||
+			resp.StatusCode != want {
 			t.Errorf("watching %q afterwards: %v, %v", path, resp, err)
 		} else {
 			resp.Body.Close()
 		}
 	}
-	if resp, err := s.visit(ctx, "GET", "/v1/sandboxes/"+id+"/files/watch?path=/srv", nil, func(r *http.Request) { r.Header.Del("Authorization") }); err != nil || resp.StatusCode != 401 {
+	if resp, err := s.visit(ctx, "GET", "/v1/sandboxes/"+id+"/files/watch?path=/srv", nil,
+		func(r *http.Request) { r.Header.Del("Authorization") }); err != nil || resp.StatusCode != 401 {
 		t.Errorf("without a key: %v, %v", resp, err)
 	}
 }
@@ -342,7 +357,8 @@ func TestCopy(t *testing.T) {
 	defer s.destroy(id)
 	top := t.TempDir()
 	src := filepath.Join(top, "src")
-	for name, content := range map[string]string{"a.txt": "a", "deep/er/b": strings.Repeat("b", 1<<20), "name with spaces: and ü": "c", "empty": ""} {
+	for name, content := range map[string]string{"a.txt": "a", "deep/er/b": strings.Repeat("b", 1<<20),
+		"name with spaces: and ü": "c", "empty": ""} {
 		p := filepath.Join(src, name)
 		if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
 			t.Fatal(err)
@@ -351,7 +367,8 @@ func TestCopy(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := errors.Join(os.Symlink("deep/er/b", filepath.Join(src, "link")), os.Symlink("/nowhere", filepath.Join(src, "dangling")),
+	if err := errors.Join(os.Symlink("deep/er/b", filepath.Join(src, "link")),
+		os.Symlink("/nowhere", filepath.Join(src, "dangling")),
 		os.Chmod(filepath.Join(src, "a.txt"), 0o755), syscall.Mkfifo(filepath.Join(src, "pipe"), 0o600)); err != nil {
 		t.Fatal(err)
 	}
@@ -366,9 +383,11 @@ func TestCopy(t *testing.T) {
 	cp(0, "-r", src, id+":/srv/new")          // is new: becomes it
 	cp(0, "-r", src, id+":/srv")              // is there: goes into it
 	cp(0, "-r", src+"/.", id+":/srv/flat/er") // what is in it
-	want := s.want(id, "cd /srv/new && find . -type f -exec sha256sum {} + | sort; readlink link dangling; stat -c %a a.txt")
+	want := s.want(id, "cd /srv/new && find . -type f -exec sha256sum {} + | sort; readlink link dangling; stat -c %a "+
+		"a.txt")
 	for _, place := range []string{"/srv/src", "/srv/flat/er"} {
-		if got := s.want(id, "cd "+place+" && find . -type f -exec sha256sum {} + | sort; readlink link dangling; stat -c %a a.txt"); got != want {
+		if got := s.want(id, "cd "+place+
+			" && find . -type f -exec sha256sum {} + | sort; readlink link dangling; stat -c %a a.txt"); got != want {
 			t.Errorf("%s is\n%s\nand /srv/new\n%s", place, got, want)
 		}
 	}
@@ -388,7 +407,8 @@ func TestCopy(t *testing.T) {
 	cp(0, filepath.Join(src, "a.txt"), id+":/srv/single")
 	cp(0, filepath.Join(src, "a.txt"), id+":/srv/")
 	cp(0, "--owner", "user", filepath.Join(src, "a.txt"), id+":/srv/made/for/")
-	if got := s.want(id, "cat /srv/single /srv/a.txt /srv/made/for/a.txt; stat -c ' %U' /srv/made/for/a.txt"); got != "aaa user" {
+	if got := s.want(id,
+		"cat /srv/single /srv/a.txt /srv/made/for/a.txt; stat -c ' %U' /srv/made/for/a.txt"); got != "aaa user" {
 		t.Errorf("single files: %q", got)
 	}
 	cp(0, id+":/srv/single", top)
@@ -428,12 +448,14 @@ func TestCopy(t *testing.T) {
 	go func() { // until the watch is there
 		defer close(making)
 		for i := 0; seen.Err() == nil; i++ {
-			_, _, _ = s.try(seen, "POST", "/v1/sandboxes/"+id+"/execute", object{"command": fmt.Sprintf("echo x >/srv/seen%d; sleep 0.1", i)})
+			_, _, _ = s.try(seen, "POST", "/v1/sandboxes/"+id+"/execute",
+				object{"command": fmt.Sprintf("echo x >/srv/seen%d; sleep 0.1", i)})
 		}
 	}()
 	defer func() { stopMaking(); <-making }()
 	var change struct{ Type, Path string }
-	if err := json.NewDecoder(lines).Decode(&change); err != nil || change.Type != "create" || !strings.HasPrefix(change.Path, "/srv/seen") {
+	if err := json.NewDecoder(lines).Decode(&change); err != nil || change.Type != "create" ||
+		!strings.HasPrefix(change.Path, "/srv/seen") {
 		t.Errorf("watch prints %+v, %v", change, err)
 	}
 	if err := cmd.Process.Signal(syscall.SIGINT); err != nil {

@@ -71,7 +71,8 @@ func TestDamagedCheckpoint(t *testing.T) {
 		if name == "pages.img" {
 			// Memory is read after the wake, which is why that is quick: it is looked at
 			// then, and the sandbox ended that has begun to use it.
-			if status, body := s.call("POST", "/v1/sandboxes/"+id+"/wake", nil); status != 200 && text(body, "code") != "wake_failed" {
+			if status, body := s.call("POST", "/v1/sandboxes/"+id+"/wake", nil); status != 200 &&
+				text(body, "code") != "wake_failed" {
 				t.Errorf("waking it with damaged memory: %d %s", status, body)
 			}
 			s.waitState(id, "suspended")
@@ -176,7 +177,8 @@ func TestNoDiskToSleep(t *testing.T) {
 		if status, body := suspend(); status != 507 || text(body, "code") != "disk_full" {
 			t.Errorf("suspend without room: %d %s", status, body)
 		}
-		if status, body := s.call("POST", "/v1/sandboxes/"+w.id+"/checkpoint", nil); status != 507 || text(body, "code") != "disk_full" {
+		if status, body := s.call("POST", "/v1/sandboxes/"+w.id+"/checkpoint", nil); status != 507 ||
+			text(body, "code") != "disk_full" {
 			t.Errorf("checkpoint without room: %d %s", status, body)
 		}
 	}

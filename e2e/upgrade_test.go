@@ -23,14 +23,16 @@ func anotherBuild(t testing.TB) string {
 	dir, root := t.TempDir(), filepath.Dir(filepath.Dir(cayBinary(t)))
 	build := func(output, flags string, args ...string) {
 		t.Helper()
-		cmd := exec.Command(caytest.RequireProgram(t, "go"), append([]string{"build", "-trimpath", "-o", output, "-ldflags", "-s -w " + flags}, args...)...)
+		cmd := exec.Command(caytest.RequireProgram(t, "go"), append([]string{"build", "-trimpath", "-o", output, "-ldflags",
+			"-s -w " + flags}, args...)...)
 		cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("%s: %v: %s", cmd, err, out)
 		}
 	}
 	replace := map[string]string{}
-	for name, flags := range map[string]string{"cay-agent": "-buildid=another", "cay-runsc": "-E main.entry -buildid=another"} {
+	for name, flags := range map[string]string{"cay-agent": "-buildid=another",
+		"cay-runsc": "-E main.entry -buildid=another"} {
 		path := filepath.Join(dir, name)
 		build(path, flags, "-modfile=bin/gvisor/go.mod", "./cmd/"+name)
 		pack(t, path)
@@ -43,7 +45,8 @@ func anotherBuild(t testing.TB) string {
 	if err := os.WriteFile(filepath.Join(dir, "overlay.json"), overlay, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	build(filepath.Join(dir, "cay"), "-X main.version=another", "-overlay="+filepath.Join(dir, "overlay.json"), "./cmd/cay")
+	build(filepath.Join(dir, "cay"), "-X main.version=another", "-overlay="+filepath.Join(dir, "overlay.json"),
+		"./cmd/cay")
 	return filepath.Join(dir, "cay")
 }
 
@@ -118,7 +121,8 @@ func TestUpgrade(t *testing.T) {
 	}
 	s.start()
 	s.needTemplate("python")
-	asleep, running, saved := s.startWorker(s.persistent(nil), 4), s.startWorker(s.persistent(nil), 4), s.startWorker(s.persistent(nil), 4)
+	asleep, running, saved := s.startWorker(s.persistent(nil), 4), s.startWorker(s.persistent(nil), 4),
+		s.startWorker(s.persistent(nil), 4)
 	old := s.programs()
 	runtime := s.runtimeOf(asleep.id)
 	asleep.check()
@@ -136,7 +140,8 @@ func TestUpgrade(t *testing.T) {
 	if _, after := s.call("GET", "/v1/sandboxes/"+saved.id+"/events", nil); string(after) != string(events) {
 		t.Errorf("the events of a sandbox were %s and are %s", events, after)
 	}
-	if kept := s.programs(); len(old) != 2 || len(kept) != 4 || !slices.Contains(kept, old[0]) || !slices.Contains(kept, old[1]) {
+	if kept := s.programs(); len(old) != 2 || len(kept) != 4 || !slices.Contains(kept, old[0]) ||
+		!slices.Contains(kept, old[1]) {
 		t.Fatalf("the programs of the older build are %v; those after the upgrade %v", old, kept)
 	}
 	fresh := s.startWorker(s.persistent(nil), 4)

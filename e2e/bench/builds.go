@@ -48,7 +48,8 @@ func measureBuilds(ctx context.Context, o options, s *server, _ *docker, r *resu
 		}
 		r.took(buildSame, began)
 	}
-	for _, pattern := range []string{"/sys/fs/cgroup/memory/cay-*/buildkit/program/memory.max_usage_in_bytes", "/sys/fs/cgroup/cay-*/buildkit/program/memory.peak"} {
+	for _, pattern := range []string{"/sys/fs/cgroup/memory/cay-*/buildkit/program/memory.max_usage_in_bytes",
+		"/sys/fs/cgroup/cay-*/buildkit/program/memory.peak"} {
 		files, err := filepath.Glob(pattern)
 		if err != nil || len(files) != 1 {
 			continue // of the other version, or several servers
@@ -71,7 +72,8 @@ var wrote = regexp.MustCompile(`^wrote (\d+) MB in ([0-9.]+) s`)
 
 func (s *server) build(ctx context.Context, name, dockerfile, row string, r *results) error {
 	began := time.Now()
-	if _, err := s.api.CreateTemplate(ctx, client.CreateTemplateRequest{Name: name, Dockerfile: &dockerfile}, nil); err != nil {
+	if _, err := s.api.CreateTemplate(ctx, client.CreateTemplateRequest{Name: name, Dockerfile: &dockerfile},
+		nil); err != nil {
 		return fmt.Errorf("creating template %s: %w", name, err)
 	}
 	if err := s.awaitBuild(ctx, name); err != nil {

@@ -116,7 +116,8 @@ func (s *server) egressOnce(ctx context.Context, id string, p policy, crowd stri
 		return fmt.Errorf("setting the policy: %w", err)
 	}
 	r.took(fmt.Sprintf(policyPut, p.name, crowd), began)
-	res, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"python3", "-c", traffic, p.host, fmt.Sprint(portBlob), fmt.Sprint(portHang)}})
+	res, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"python3", "-c", traffic, p.host,
+		fmt.Sprint(portBlob), fmt.Sprint(portHang)}})
 	if err != nil {
 		return err
 	}

@@ -28,7 +28,8 @@ func measureFork(ctx context.Context, o options, s *server, _ *docker, r *result
 	if err != nil {
 		return err
 	}
-	program := fmt.Sprintf("import os, time\nb = os.urandom(%d << 20)\nopen('/dev/shm/filled', 'w').close(); time.sleep(1e6)", forkMemory)
+	program := fmt.Sprintf("import os, time\nb = os.urandom(%d << 20)\nopen('/dev/shm/filled', 'w').close(); "+
+		"time.sleep(1e6)", forkMemory)
 	if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"sh", "-c",
 		`python3 -c "$0" >/dev/null 2>&1 & until [ -e /dev/shm/filled ]; do kill -0 $! && sleep 0.1 || exit 1; done`, program}}); err != nil {
 		return err

@@ -109,7 +109,8 @@ func (s *server) output(ctx context.Context, id string, r *results) error {
 	n := int64(0)
 	count := func(o client.Output) error { n += int64(len(o.Data)) + o.Lost; return nil }
 	began := time.Now()
-	if _, err := s.api.ExecuteStream(ctx, id, client.ExecuteRequest{Command: new(fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x", streamed))}, count); err != nil {
+	if _, err := s.api.ExecuteStream(ctx, id,
+		client.ExecuteRequest{Command: new(fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x", streamed))}, count); err != nil {
 		return err
 	}
 	if n != streamed {
@@ -118,7 +119,8 @@ func (s *server) output(ctx context.Context, id string, r *results) error {
 	r.add(liveOutput, unitMBps, float64(n)/1e6/time.Since(began).Seconds())
 	n = 0
 	began = time.Now()
-	p, err := s.api.StartProcess(ctx, id, client.StartProcessRequest{Command: new(fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x", followedSize))})
+	p, err := s.api.StartProcess(ctx, id,
+		client.StartProcessRequest{Command: new(fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x", followedSize))})
 	if err != nil {
 		return err
 	}

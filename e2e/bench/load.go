@@ -79,7 +79,8 @@ func (l *loop) run(ctx context.Context) {
 		var problem *client.Error
 		switch {
 		case err == nil || ctx.Err() != nil:
-		case errors.As(err, &problem) && (problem.Status == http.StatusTooManyRequests || problem.Status == http.StatusServiceUnavailable) && problem.RetryAfter > 0:
+		case errors.As(err, &problem) && (problem.Status == http.StatusTooManyRequests ||
+			problem.Status == http.StatusServiceUnavailable) && problem.RetryAfter > 0:
 			l.mu.Lock()
 			l.refused++
 			l.mu.Unlock()
@@ -96,7 +97,8 @@ func (l *loop) run(ctx context.Context) {
 // once is one cycle. What ends with the time of the loop is not counted.
 func (l *loop) once(ctx context.Context) error {
 	began := time.Now()
-	box, err := l.server.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(life)}, client.CreateOptions{})
+	box, err := l.server.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(life)},
+		client.CreateOptions{})
 	if err != nil {
 		return fmt.Errorf("creating: %w", err)
 	}

@@ -43,15 +43,20 @@ func main() {
 	var quick bool
 	flag.StringVar(&o.cay, "cay", "bin/cay", "the program to measure")
 	flag.StringVar(&o.json, "json", "", "write the results to this `file` as well")
-	flag.IntVar(&o.starts, "n", 25, "how many sandboxes to create one after the other, 2 to 200; commands run twice as often")
+	flag.IntVar(&o.starts, "n", 25,
+		"how many sandboxes to create one after the other, 2 to 200; commands run twice as often")
 	flag.IntVar(&o.idle, "idle", 10, "how many sandboxes at rest to take the memory of, 1 to 100")
-	flag.IntVar(&o.crowd, "crowd", 200, "how many sandboxes with egress policies stand beside the one that sends, 2 to 250; 200 need 4 GB of memory")
+	flag.IntVar(&o.crowd, "crowd", 200,
+		"how many sandboxes with egress policies stand beside the one that sends, 2 to 250; 200 need 4 GB of memory")
 	flag.BoolVar(&o.docker, "docker", true, "measure Docker beside it when an engine answers")
 	flag.IntVar(&o.dense, "dense", 300, "how many sandboxes rest at once, 2 to 1000; 300 need 7 GB of memory")
 	flag.IntVar(&o.clients, "clients", 50, "how many clients create, execute and destroy in a loop, 1 to 200")
 	flag.DurationVar(&o.loadTime, "load", time.Minute, "for how long they do, up to 10m")
-	flag.StringVar(&o.doc, "doc", "", "put the results into this Markdown `file`, between its lines <!-- run --> and <!-- /run -->")
-	flag.StringVar(&o.only, "only", "", "measure this `part` alone: starts, commands, live, files, ports, rest, sleep, egress, builds, fork, pool, load or dense")
+	flag.StringVar(&o.doc, "doc", "",
+		"put the results into this Markdown `file`, between its lines <!-- run --> and <!-- /run -->")
+	flag.StringVar(&o.only, "only", "",
+		"measure this `part` alone: starts, commands, live, files, ports, rest, sleep, egress, builds, fork, pool, load "+
+			"or dense")
 	flag.BoolVar(&quick, "quick", false, "few runs: shows that everything works, and little more")
 	serve := flag.String("serve", "", "be the server that ports are measured with, at `ADDRESS,ADDRESS`, and nothing else")
 	flag.Parse()
@@ -62,7 +67,9 @@ func main() {
 	if quick {
 		o.starts, o.idle, o.crowd, o.dense, o.clients, o.loadTime = 4, 3, 5, 5, 4, 5*time.Second
 	}
-	if flag.NArg() > 0 || o.dense < 2 || o.dense > 1000 || o.clients < 1 || o.clients > 200 || o.loadTime <= 0 || o.loadTime > 10*time.Minute || o.starts < 2 || o.starts > 200 || o.idle < 1 || o.idle > 100 || o.crowd < 2 || o.crowd > 250 {
+	if flag.NArg() > 0 || o.dense < 2 || o.dense > 1000 || o.clients < 1 || o.clients > 200 || o.loadTime <= 0 ||
+		o.loadTime > 10*time.Minute || o.starts < 2 || o.starts > 200 || o.idle < 1 || o.idle > 100 || o.crowd < 2 ||
+		o.crowd > 250 {
 		flag.Usage()
 		os.Exit(2)
 	}

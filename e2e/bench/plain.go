@@ -41,7 +41,8 @@ func newPlain(ctx context.Context, s *server) (*plain, error) {
 		return nil, err
 	}
 	p.program = filepath.Join(p.dir, "runsc")
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", p.program, "gvisor.dev/gvisor/runsc")
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", p.program,
+		"gvisor.dev/gvisor/runsc")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, errors.Join(fmt.Errorf("building runsc: %w: %s", err, out), p.close())
@@ -52,7 +53,8 @@ func newPlain(ctx context.Context, s *server) (*plain, error) {
 func (p *plain) close() error { return os.RemoveAll(p.dir) }
 
 func (p *plain) do(ctx context.Context, bundle string, verb ...string) error {
-	args := append([]string{"--root=" + filepath.Join(p.dir, "state"), "--network=none", "--ignore-cgroups", "--overlay2=root:dir=" + bundle}, verb...)
+	args := append([]string{"--root=" + filepath.Join(p.dir, "state"), "--network=none", "--ignore-cgroups",
+		"--overlay2=root:dir=" + bundle}, verb...)
 	cmd := exec.CommandContext(ctx, p.program, args...)
 	// Not a pipe: the sandbox inherits it and holds it open.
 	said, err := os.Create(filepath.Join(bundle, "said"))

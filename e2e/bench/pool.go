@@ -73,7 +73,8 @@ func (s *server) warmOnce(ctx context.Context, full bool, r *results) error {
 		}
 	}
 	began := time.Now()
-	box, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(life)}, client.CreateOptions{})
+	box, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(life)},
+		client.CreateOptions{})
 	if err != nil {
 		return fmt.Errorf("creating a sandbox: %w", err)
 	}

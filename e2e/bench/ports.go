@@ -63,7 +63,8 @@ func serveBulk(address, raw string) error {
 	return http.ListenAndServe(address, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		n, err := strconv.Atoi(r.URL.Query().Get("n"))
 		if err != nil {
-			_, _ = io.CopyBuffer(struct{ io.Writer }{io.Discard}, r.Body, make([]byte, bulkPiece)) // the caller sees what is lost
+			// the caller sees what is lost
+			_, _ = io.CopyBuffer(struct{ io.Writer }{io.Discard}, r.Body, make([]byte, bulkPiece))
 			return
 		}
 		w.Header().Set("Content-Length", strconv.Itoa(n))
@@ -136,7 +137,8 @@ func measurePorts(ctx context.Context, o options, s *server, _ *docker, r *resul
 	for range o.transfers() {
 		for _, way := range []struct {
 			name, method, url string
-		}{{portDown, http.MethodGet, inside}, {hostDown, http.MethodGet, host}, {portUp, http.MethodPut, inside}, {hostUp, http.MethodPut, host}} {
+		}{{portDown, http.MethodGet, inside}, {hostDown, http.MethodGet, host}, {portUp, http.MethodPut, inside},
+			{hostUp, http.MethodPut, host}} {
 			var body io.Reader
 			url := way.url
 			if way.method == http.MethodPut {
@@ -286,7 +288,8 @@ func (s *server) measureTrees(ctx context.Context, o options, id string, r *resu
 		return err
 	}
 	for i := range treeFiles {
-		if err := w.WriteHeader(&tar.Header{Name: fmt.Sprintf("d%02d/f%d", i/50, i), Mode: 0o644, Size: treeFile}); err != nil {
+		if err := w.WriteHeader(&tar.Header{Name: fmt.Sprintf("d%02d/f%d", i/50, i), Mode: 0o644,
+			Size: treeFile}); err != nil {
 			return err
 		}
 		if _, err := w.Write(content); err != nil {

@@ -90,7 +90,8 @@ func percentile(sorted []float64, p float64) float64 {
 func (r *results) summarise() {
 	for _, m := range r.Measures {
 		sorted := slices.Sorted(slices.Values(m.Samples))
-		m.N, m.P50, m.P95, m.P99, m.Min = len(sorted), percentile(sorted, 0.5), percentile(sorted, 0.95), percentile(sorted, 0.99), sorted[0]
+		m.N, m.P50, m.P95, m.P99, m.Min = len(sorted), percentile(sorted, 0.5), percentile(sorted, 0.95),
+			percentile(sorted, 0.99), sorted[0]
 	}
 	for _, m := range r.Measures {
 		if other := r.find(counterparts[m.Name]); other != nil {
@@ -168,8 +169,10 @@ func (r *results) print(w io.Writer) {
 	if h.DockerNetwork != "" {
 		fmt.Fprintf(w, "          network %s\n", h.DockerNetwork)
 	}
-	fmt.Fprintf(w, "machine:  %d CPUs (%s), %d MB memory, Linux %s, cgroup %s\n", h.CPUs, h.CPUModel, h.MemoryMB, h.Kernel, h.Cgroup)
-	fmt.Fprintf(w, "load:     %.2f before, %.2f after; the bench took %.0f s\n\n", h.LoadBefore, h.LoadAfter, r.TookSeconds)
+	fmt.Fprintf(w, "machine:  %d CPUs (%s), %d MB memory, Linux %s, cgroup %s\n", h.CPUs, h.CPUModel, h.MemoryMB, h.Kernel,
+		h.Cgroup)
+	fmt.Fprintf(w, "load:     %.2f before, %.2f after; the bench took %.0f s\n\n", h.LoadBefore, h.LoadAfter,
+		r.TookSeconds)
 
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "measure\tn\tp50\tp95\tp99\tmin\tunit\tby the other's p50")
@@ -178,7 +181,8 @@ func (r *results) print(w io.Writer) {
 		if m.Beside != "" {
 			ratio = fmt.Sprintf("%.2f", m.Ratio)
 		}
-		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%s\t%s\n", m.Name, m.N, number(m.P50), number(m.P95), number(m.P99), number(m.Min), m.Unit, ratio)
+		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%s\t%s\n", m.Name, m.N, number(m.P50), number(m.P95), number(m.P99),
+			number(m.Min), m.Unit, ratio)
 	}
 	t.Flush()
 	fmt.Fprintf(w, "\n%s\n", notes)

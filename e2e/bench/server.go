@@ -165,7 +165,8 @@ func (s *server) version(ctx context.Context) (string, error) {
 
 // create makes a sandbox that outlives the measurement.
 func (s *server) create(ctx context.Context) (string, error) {
-	box, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(life)}, client.CreateOptions{})
+	box, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(life)},
+		client.CreateOptions{})
 	if err != nil {
 		return "", fmt.Errorf("creating a sandbox: %w", err)
 	}

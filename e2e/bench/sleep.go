@@ -53,7 +53,8 @@ func measureSleep(ctx context.Context, o options, s *server, d *docker, r *resul
 }
 
 func (s *server) sleep(ctx context.Context, one sleeper, o options, d *docker, r *results) error {
-	box, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Mode: new(string(client.SandboxModePersistent)),
+	box, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template,
+		Mode: new(string(client.SandboxModePersistent)),
 		Size: new(one.size), IdleTimeout: new("0"), RecoveryInterval: new("0")}, client.CreateOptions{})
 	if err != nil {
 		return fmt.Errorf("creating a sandbox: %w", err)
@@ -63,7 +64,8 @@ func (s *server) sleep(ctx context.Context, one sleeper, o options, d *docker, r
 		fill := fmt.Sprintf("b = os.urandom(%d << 20)", one.mib)
 		if one.zero {
 			// Touched, and zero all the same.
-			fill = fmt.Sprintf("n = 1 << 20; b = bytearray(b'\\x01') * (%d * n)\nfor i in range(0, len(b), n): b[i:i+n] = bytes(n)\n", one.mib)
+			fill = fmt.Sprintf("n = 1 << 20; b = bytearray(b'\\x01') * (%d * n)\nfor i in range(0, len(b), n): b[i:i+n] = "+
+				"bytes(n)\n", one.mib)
 		}
 		program := "import os, time\n" + fill + "\nopen('/dev/shm/filled', 'w').close(); time.sleep(1e6)"
 		if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"sh", "-c",

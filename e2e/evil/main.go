@@ -399,5 +399,6 @@ func entry(length int) string {
 
 func (r *reply) error(code, message string) {
 	body := `{"code":400,"message":"` + strings.NewReplacer("\x1b", `\u001b`).Replace(message) + `"}`
-	r.text("HTTP/1.1 400 Bad Request\r\nCay-Error-Code: " + code + "\r\nContent-Length: " + strconv.Itoa(len(body)) + "\r\n\r\n" + body)
+	r.text("HTTP/1.1 400 Bad Request\r\nCay-Error-Code: " + code + "\r\nContent-Length: " + strconv.Itoa(len(body)) +
+		"\r\n\r\n" + body)
 }
