@@ -20,11 +20,11 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// attackedFiles is how many files the server of the attacks may have open: few, so that a test needs
-// no more connections than a test should make.
+// attackedFiles limits the files that the attacked server may have open. A low limit lets a test
+// reach it with few connections.
 const attackedFiles = 1024
 
-// attackedServer is the one that most attacks are made on, with small limits.
+// attackedServer returns the server that most attacks run against. Its limits are small.
 var attackedServer = sync.OnceValue(func() *server {
 	s := newServer(suite, "CAY_POOL_ENABLED=true", "CAY_POOL_TARGET=1", "CAY_TEMPLATES_PREPARE=python",
 		"CAY_TEMPLATES_MAX_PER_ORG=3",
@@ -47,18 +47,18 @@ func attacked(t *testing.T) *server {
 	return &own
 }
 
-// works checks that an honest organization is answered, on connections of its own, and that the
-// server has not run into its limits.
+// works checks that an honest organization gets answers on connections of its own, and that the
+// server has not run out of files.
 func (s *server) works(id string) {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(s.t.Context(), patience)
 	defer cancel()
 	for range 5 {
-		// A server at its bound closes connections that rest, and a POST on one of them would fail.
+		// A server at its limit closes idle connections, and a POST on one of them would fail.
 		http.DefaultClient.CloseIdleConnections()
 		if status, body, err := s.try(ctx, "POST", "/v1/sandboxes/"+id+"/execute",
 			object{"args": []string{"true"}}); err != nil || status != 200 {
-			s.t.Errorf("beside the attack an execute is answered %d %s, %v", status, body, err)
+			s.t.Errorf("during the attack, execute answers %d %s, %v", status, body, err)
 		}
 	}
 	u, err := s.usage()
@@ -70,7 +70,7 @@ func (s *server) works(id string) {
 	}
 }
 
-// dial opens a connection that ends with the test.
+// dial opens a connection that the test closes at its end.
 func (s *server) dial(send string) net.Conn {
 	s.t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
@@ -82,8 +82,8 @@ func (s *server) dial(send string) net.Conn {
 	return conn
 }
 
-// TestConnectionFloods opens more connections than the server may have files, of every slow kind: an honest
-// organization works on, and the server keeps files for it.
+// TestConnectionFloods opens more connections than the server may have files, of every slow kind.
+// An honest organization works on, and the server keeps files for it.
 func TestConnectionFloods(t *testing.T) {
 	s := attacked(t)
 	id := s.create(nil)
@@ -124,8 +124,8 @@ func TestConnectionFloods(t *testing.T) {
 	}
 }
 
-// TestHTTP2Floods sends what HTTP/2 is known to be attacked with. The server ends the connection or
-// answers, others are served, and neither memory nor goroutines stay.
+// TestHTTP2Floods sends the known attacks on HTTP/2. The server ends the connection or answers,
+// serves other clients, and frees the memory and the goroutines afterwards.
 func TestHTTP2Floods(t *testing.T) {
 	s := attacked(t)
 	id := s.create(nil)
@@ -140,7 +140,7 @@ func TestHTTP2Floods(t *testing.T) {
 	for _, f := range [][2]string{{":method", "POST"}, {":scheme", "http"}, {":path", "/v1/sandboxes/" + own + "/execute"},
 		{":authority", "x"},
 		{"authorization", "Bearer " + h.key}, {"content-type", "application/json"}} {
-		_ = e.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]}) // into a buffer
+		_ = e.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]}) // a buffer does not fail
 	}
 	header := func(stream int, end bool) http2.HeadersFrameParam {
 		return http2.HeadersFrameParam{StreamID: uint32(2*stream + 1), BlockFragment: block.Bytes(), EndHeaders: end}
@@ -187,7 +187,7 @@ func TestHTTP2Floods(t *testing.T) {
 				f := http2.NewFramer(conn, conn)
 				f.AllowIllegalWrites = true
 				wg.Go(func() {
-					// Nothing that the server says is read: it must not be kept for us without a bound.
+					// The test reads nothing that the server sends; the server must not buffer it without a limit.
 					_ = conn.SetWriteDeadline(time.Now().Add(5 * time.Second))
 					err := f.WriteSettings()
 					for i := 0; err == nil && i < 5_000; i++ {
@@ -203,7 +203,7 @@ func TestHTTP2Floods(t *testing.T) {
 	s.settlesAt(goroutines+100, before.rssMB+128)
 }
 
-// settlesAt waits until the server has no more goroutines and memory in use than that.
+// settlesAt waits until the server has at most so many goroutines and so much memory in use.
 func (s *server) settlesAt(goroutines, rssMB int) {
 	s.t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) { // a poll with a deadline
@@ -219,8 +219,9 @@ func (s *server) settlesAt(goroutines, rssMB int) {
 	}
 }
 
-// TestFollowerFlood lets one organization follow one process, watch one directory and open terminals
-// hundreds of times: another works on, and everything ends with those who left.
+// TestFollowerFlood lets one organization follow one process, watch one directory and open
+// terminals hundreds of times. Another organization works on, and everything ends when the
+// followers leave.
 func TestFollowerFlood(t *testing.T) {
 	s := attacked(t)
 	honest := s.create(nil)
@@ -239,7 +240,7 @@ func TestFollowerFlood(t *testing.T) {
 		"/processes/" + process + "/wait?timeout=1m"} {
 		var flood []net.Conn
 		for range 150 {
-			flood = append(flood, s.dial(fmt.Sprintf(head, path))) // which are not read from
+			flood = append(flood, s.dial(fmt.Sprintf(head, path))) // nothing is read from these
 		}
 		s.works(honest)
 		for _, conn := range flood {
@@ -254,16 +255,16 @@ func TestFollowerFlood(t *testing.T) {
 			"/terminal?grace=1s&command=yes",
 			&websocket.DialOptions{Subprotocols: []string{terminalProtocols, "cay.key." + h.key}})
 		if err != nil {
-			continue // there is a bound, whoever of them sets it
+			continue // another limit refuses it
 		}
 		terminals = append(terminals, conn)
 	}
 	if len(terminals) == 0 {
-		t.Error("there is no terminal at all")
+		t.Error("no terminal opened")
 	}
 	s.works(honest)
 	for _, conn := range terminals {
-		_ = conn.CloseNow() // without a word
+		_ = conn.CloseNow() // without a closing handshake
 	}
 	h.call("DELETE", "/v1/sandboxes/"+id+"/processes/"+process, nil)
 	s.noLeases()
@@ -272,8 +273,8 @@ func TestFollowerFlood(t *testing.T) {
 
 const terminalProtocols = "cay.terminal.v1"
 
-// TestHostileBodies sends bodies that cost more to read than to write. Each is refused with a
-// reason, and costs the server no memory that stays.
+// TestHostileBodies sends bodies that are cheap to write and expensive to read. The server refuses
+// each with a reason and keeps no memory for it.
 func TestHostileBodies(t *testing.T) {
 	s := attacked(t)
 	id := s.create(nil)
@@ -308,7 +309,7 @@ func TestHostileBodies(t *testing.T) {
 			t.Errorf("E2B, %s: %d %.300s", name, status, answer)
 		}
 	}
-	// A form of thousands of parts, of one with an endless header, and of none.
+	// Forms of thousands of parts, with an endless part header, and without parts.
 	part := "--x\r\nContent-Disposition: form-data; name=\"template\"\r\n\r\n{}\r\n"
 	for name, body := range map[string]string{
 		"many parts":        strings.Repeat(part, 20_000) + "--x--\r\n",
@@ -322,7 +323,7 @@ func TestHostileBodies(t *testing.T) {
 			t.Errorf("form, %s: %d %.300s", name, status, answer)
 		}
 	}
-	// An archive that is a hundred times what is sent is unpacked into the sandbox's own disk, and no further.
+	// An archive that unpacks to a hundred times its size fills the sandbox's own disk, and no other.
 	if status, answer := s.send("PUT", "/v1/sandboxes/"+id+"/files/tar?path=/tmp/bomb", "application/x-tar",
 		bytes.NewReader(bombContext())); status/100 != 2 && status/100 != 4 && status != 507 {
 		t.Errorf("archive: %d %.300s", status, answer)

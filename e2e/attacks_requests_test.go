@@ -12,20 +12,20 @@ import (
 	"time"
 )
 
-// talk sends raw bytes and returns the statuses and bodies of what is answered, until the server closes
-// the connection or says nothing for a while.
+// talk sends raw bytes and returns the statuses and bodies of the answers, until the server closes
+// the connection or sends nothing for a while.
 func (s *server) talk(send string) (answers []string) {
 	s.t.Helper()
 	conn := s.dial(send)
 	defer conn.Close()
 	in := bufio.NewReader(conn)
 	for len(answers) < 10 {
-		_ = conn.SetReadDeadline(time.Now().Add(time.Second)) // an answer that comes later is missed, and fails no test
+		_ = conn.SetReadDeadline(time.Now().Add(time.Second)) // a later answer is missed, and fails no test
 		resp, err := http.ReadResponse(in, nil)
 		if err != nil {
 			return answers
 		}
-		b, _ := io.ReadAll(resp.Body) // what came of it counts
+		b, _ := io.ReadAll(resp.Body) // the part that was read counts
 		resp.Body.Close()
 		if resp.StatusCode >= 200 {
 			answers = append(answers, fmt.Sprintf("%d %s", resp.StatusCode, b))
@@ -34,15 +34,15 @@ func (s *server) talk(send string) (answers []string) {
 	return answers
 }
 
-// TestSmuggling sends requests to a port whose end two servers could see at different places, while others
-// use the same port over kept connections: nobody is answered with what belongs to another.
+// TestSmuggling sends requests to a port whose end two servers could see at different places. Other
+// clients use the same port over kept connections and must get only their own answers.
 func TestSmuggling(t *testing.T) {
 	s := attacked(t)
 	id := s.create(nil)
 	defer s.destroy(id)
 	s.web(id)
 	base := portPath(id, webPort)
-	// What an attacker would have the server inside see as a request of its own.
+	// smuggled is the request that an attacker wants the server inside to see as a separate one.
 	const smuggled = "GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
 	head := "POST " + base + "/evil HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + s.key + "\r\n"
 	attacks := map[string]string{
@@ -95,7 +95,7 @@ func TestSmuggling(t *testing.T) {
 					t.Errorf("%s: %v", mark, err)
 					return
 				}
-				b, _ := io.ReadAll(resp.Body) // what came of it counts
+				b, _ := io.ReadAll(resp.Body) // the part that was read counts
 				resp.Body.Close()
 				if resp.StatusCode != 200 || text(b, "path") != mark {
 					t.Errorf("%s is answered %d %s", mark, resp.StatusCode, b)
@@ -108,7 +108,8 @@ func TestSmuggling(t *testing.T) {
 		attackers.Go(func() {
 			for range 2 {
 				for i, answer := range s.talk(attack) {
-					// A request that the attacker put behind the first is one to this server: without a key it is refused.
+					// A request that the attacker put behind the first one goes to this server, which refuses it
+					// without a key.
 					if strings.Contains(answer, `"path": "/smuggled"`) || i > 0 && strings.HasPrefix(answer, "200") {
 						t.Errorf("%s: answer %d is %.300s", name, i+1, answer)
 					}
@@ -119,7 +120,8 @@ func TestSmuggling(t *testing.T) {
 	attackers.Wait()
 	close(stop)
 	bystanders.Wait()
-	// A server inside that says more than it was asked: what is left on a connection is for nobody.
+	// A server inside sends more than the answer. The rest that is left on the connection must reach
+	// no other client.
 	s.want(id, `cat >/tmp/liar.py <<'END'
 import socket, threading
 l = socket.socket(); l.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); l.bind(("127.0.0.1", 8090)); l.listen(50)
@@ -141,13 +143,14 @@ nohup python3 /tmp/liar.py >/dev/null 2>&1 & sleep 1`)
 			}
 		}
 	})
-	// The commonest server there is does not read the body of a GET, and takes it for the next request.
+	// Python's http.server does not read the body of a GET, and takes it for the next request.
 	s.want(id, `mkdir -p /srv/naive/own && cd /srv/naive && echo theirs >smuggled && for i in 0 1 2 3; do echo $i >own/$i; done
 		nohup python3 -m http.server --protocol HTTP/1.1 8091 >/dev/null 2>&1 & sleep 1`)
 	at(8, func(who int) {
 		for range 25 {
 			if who%2 == 0 {
-				// What becomes of it does not matter: the server inside may reset the connection for the rest of the body.
+				// The result does not matter: the server inside may reset the connection because of the unread
+				// body.
 				_, _, _ = s.request(context.Background(), "GET", portPath(id, 8091)+"/own/0", "", strings.NewReader(smuggled))
 				continue
 			}
@@ -159,8 +162,8 @@ nohup python3 /tmp/liar.py >/dev/null 2>&1 & sleep 1`)
 	})
 }
 
-// TestConfusedPaths names another organization's sandbox in every way that two readers of a request could
-// understand differently.
+// TestConfusedPaths names another organization's sandbox in every way that two readers of a request
+// could understand differently.
 func TestConfusedPaths(t *testing.T) {
 	s := attacked(t)
 	victim := s.create(nil)
@@ -191,7 +194,7 @@ func TestConfusedPaths(t *testing.T) {
 		portHost(victim, webPort) + ":80", portHost(victim, webPort) + "." + portsZone, portHost(own, webPort) + "," + portHost(victim, webPort), "x@" + portHost(victim, webPort)}
 	wrong := func(what, answer string) {
 		t.Helper()
-		// Where the answer says from whose server inside it is, it must be the caller's own; the treasure is never said.
+		// An answer that names a sandbox must name the caller's own, and no answer may have the treasure.
 		if strings.Contains(answer, "treasure\n") || strings.HasPrefix(answer, "200") && strings.Contains(answer, victimID) &&
 			!strings.Contains(answer, ownID) {
 			t.Errorf("%s is answered %.400s", what, answer)
@@ -217,8 +220,8 @@ func TestConfusedPaths(t *testing.T) {
 			wrong(line, answer)
 		}
 	}
-	// None of it has come to the server inside the victim.
+	// No request has reached the server inside the victim.
 	if got := s.want(victim, "grep -c GET /tmp/web.log"); got != "1" { // the test's own
-		t.Errorf("inside came %s requests: %s", got, s.want(victim, "cat /tmp/web.log"))
+		t.Errorf("%s requests reached the victim: %s", got, s.want(victim, "cat /tmp/web.log"))
 	}
 }

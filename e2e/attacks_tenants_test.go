@@ -15,13 +15,14 @@ import (
 	"time"
 )
 
-// page reads a page of a list: the ids in it and the next cursor, wherever the surface has it.
+// listed reads a page of a list and returns the ids in it and the next cursor, from the place where
+// the surface has it.
 func (s *server) listed(path, plural, id string, withKey func(*http.Request)) (status int, ids []string, next string) {
 	s.t.Helper()
 	resp, body := s.page("GET", path, nil, withKey)
 	var rows []object
 	if plural == "" {
-		_ = json.Unmarshal(body, &rows) // none then
+		_ = json.Unmarshal(body, &rows) // no rows if it fails
 		next = resp.Header.Get("X-Next-Token")
 	} else {
 		var all map[string]json.RawMessage
@@ -35,8 +36,8 @@ func (s *server) listed(path, plural, id string, withKey func(*http.Request)) (s
 	return resp.StatusCode, ids, next
 }
 
-// TestCursorsOfOthers shows an organization's cursors to another, those of one list to the others, and
-// forged ones to all: nobody sees a row that is not their own.
+// TestCursorsOfOthers uses an organization's cursors with another's key, cursors of one list with
+// the other lists, and forged cursors with all. No organization sees a row of another.
 func TestCursorsOfOthers(t *testing.T) {
 	s := attacked(t)
 	mine, other := s.tenant("cursors-a", nil), s.tenant("cursors-b", nil)
@@ -133,7 +134,7 @@ func TestCursorsOfOthers(t *testing.T) {
 	}
 }
 
-// TestReplays uses what once opened something after it should not any more.
+// TestReplays uses URLs, tokens and connections after the access that they gave has ended.
 func TestReplays(t *testing.T) {
 	s := attacked(t)
 	status, body := s.call("POST", "/v1/sandboxes", object{"template": "python", "mode": "persistent",
@@ -154,9 +155,9 @@ func TestReplays(t *testing.T) {
 		return resp.StatusCode
 	}
 	if got := ask(id, webPort); got != 200 {
-		t.Fatalf("the signed URL answers %d", got)
+		t.Fatalf("the signed URL gives %d", got)
 	}
-	// What is made of the sandbox is another one, for which nobody signed.
+	// A fork is another sandbox, and the signature is not valid for it.
 	children := s.fork(id, object{"count": 1})
 	child := children[0]
 	snapshot := s.snapshot(id, nil)
@@ -171,12 +172,12 @@ func TestReplays(t *testing.T) {
 		}
 		s.destroy(id)
 	}
-	// A wake is the same sandbox, for which the signature was made.
+	// A woken sandbox is the same one, and the signature stays valid.
 	s.suspend(id)
 	if got := ask(id, webPort); got != 200 {
 		t.Errorf("after a suspend the signed URL answers %d", got)
 	}
-	// A port that was public is not, whoever still has a connection to it.
+	// A port that is private again refuses a caller with a connection from before.
 	if status, b := s.call("PUT", portPath(id, webPort), object{"public": true}); status != 200 {
 		t.Fatalf("%d %s", status, b)
 	}
@@ -192,13 +193,13 @@ func TestReplays(t *testing.T) {
 		return resp.StatusCode
 	}
 	if got := anybody(); got != 200 {
-		t.Errorf("public, it answers %d", got)
+		t.Errorf("the public port answers %d", got)
 	}
 	if status, b := s.call("PUT", portPath(id, webPort), object{"public": false}); status != 200 {
 		t.Fatalf("%d %s", status, b)
 	}
 	if got := anybody(); got != 401 {
-		t.Errorf("private again, over a connection that was kept, it answers %d", got)
+		t.Errorf("the port that is private again answers %d over a kept connection", got)
 	}
 	if status, b := s.call("DELETE", "/v1/snapshots/"+snapshot, nil); status != 204 {
 		t.Errorf("%d %s", status, b)
@@ -209,13 +210,13 @@ func TestReplays(t *testing.T) {
 	s.destroy(id)
 	for _, got := range []int{ask(id, webPort), anybody()} {
 		if got == 200 || got >= 500 {
-			t.Errorf("destroyed, it answers %d", got)
+			t.Errorf("a destroyed sandbox answers %d", got)
 		}
 	}
 	t.Run("E2B", func(t *testing.T) { s.in(t).replaysE2B() })
 }
 
-// replaysE2B is the same for what E2B's clients hold.
+// replaysE2B does the same as TestReplays with the tokens and signatures of E2B's clients.
 func (s *server) replaysE2B() {
 	key := s.e2bKey()
 	make := func() e2bBox {
@@ -236,7 +237,7 @@ func (s *server) replaysE2B() {
 	}
 	one, two := make(), make()
 	if got := envs(one.id, one.token); got != 200 {
-		s.t.Fatalf("with its token it answers %d", got)
+		s.t.Fatalf("with its token the sandbox answers %d", got)
 	}
 	status, body := s.e2bCall(key, "POST", "/sandboxes/"+one.id+"/fork", `{"count":1,"timeout":600}`)
 	var children []struct{ Sandbox struct{ SandboxID string } }
@@ -254,13 +255,13 @@ func (s *server) replaysE2B() {
 		s.t.Fatalf("pause: %d %s", status, body)
 	}
 	if got := envs(one.id, one.token); got != 502 {
-		s.t.Errorf("paused, it answers %d", got)
+		s.t.Errorf("the paused sandbox answers %d", got)
 	}
 	if status, body := s.e2bCall(key, "POST", "/sandboxes/"+one.id+"/connect", `{"timeout":600}`); status/100 != 2 {
 		s.t.Fatalf("connect: %d %s", status, body)
 	}
 	if got := envs(one.id, one.token); got != 200 {
-		s.t.Errorf("woken, with its token, it answers %d", got)
+		s.t.Errorf("the woken sandbox answers %d to its token", got)
 	}
 	for _, id := range []string{one.id, two.id, child} {
 		if status, body := s.e2bCall(key, "DELETE", "/sandboxes/"+id, ""); status != 204 {
@@ -268,13 +269,13 @@ func (s *server) replaysE2B() {
 		}
 	}
 	if got := envs(one.id, one.token); got != 502 {
-		s.t.Errorf("killed, it answers %d", got)
+		s.t.Errorf("the killed sandbox answers %d", got)
 	}
 	if resp, b := s.page("GET", "/files?path=/etc/passwd&username=root&signature=v1_"+strings.Repeat("A", 43), nil,
 		withoutKey); resp.StatusCode != 401 {
-		s.t.Errorf("a signature of nobody's: %s %s", resp.Status, b)
+		s.t.Errorf("a forged signature: %s %s", resp.Status, b)
 	}
-	// A key that only reads is not told what opens a sandbox.
+	// A key with only the scope to read does not learn the tokens that open a sandbox.
 	_, body = s.call("POST", "/v1/api-keys", object{"name": "reader", "scopes": []string{"sandboxes:read"},
 		"format": "e2b"})
 	reader, box := text(body, "api_key"), make()
@@ -292,13 +293,13 @@ func (s *server) replaysE2B() {
 	s.e2bCall(key, "DELETE", "/sandboxes/"+box.id, "")
 }
 
-// TestQuotaRaces asks for much more than there may be, at once and in every way: there is exactly as
-// much as there may be.
+// TestQuotaRaces makes many more requests at once than the quota allows, on every way that creates
+// something. Exactly as many succeed as the quota allows.
 func TestQuotaRaces(t *testing.T) {
 	s := attacked(t)
 	h := s.tenant("racers", object{"sandboxes": 4, "vcpus": 4, "memory_mb": 4 * 512})
 	id := h.persistent(nil)
-	h.suspend(id) // which gives its vCPU and memory back, and not its place
+	h.suspend(id) // it gives its vCPU and memory back, but keeps its place
 	count := func(path, plural string) int {
 		t.Helper()
 		_, body := h.call("GET", path, nil)
@@ -323,7 +324,7 @@ func TestQuotaRaces(t *testing.T) {
 		var status int
 		switch i % 4 {
 		case 0:
-			// of the pool
+			// This one comes from the pool.
 			status, _, _ = h.try(t.Context(), "POST", "/v1/sandboxes", object{"template": "python", "timeout": "10m"})
 		case 1:
 			status, _, _ = h.try(t.Context(), "POST", "/v1/sandboxes", object{"template": "python", "timeout": "10m",
@@ -343,16 +344,16 @@ func TestQuotaRaces(t *testing.T) {
 		return status
 	})
 	if n := count("/v1/sandboxes?limit=200", "sandboxes"); n != 4 || made[0]+made[500] > 0 {
-		t.Errorf("there are %d sandboxes, and there may be 4; answers by status: %v", n, made)
+		t.Errorf("there are %d sandboxes, want 4; answers by status: %v", n, made)
 	}
-	// Forks into a quota that is full, and one that has one place.
+	// Forks that ask for more than the one place that is left.
 	boxes := h.sandboxes("running")
 	race(4, func(int) int {
 		status, _, _ := h.try(t.Context(), "POST", "/v1/sandboxes/"+boxes[0]+"/fork", object{"count": 3})
 		return status
 	})
 	if n := count("/v1/sandboxes?limit=200", "sandboxes"); n != 4 {
-		t.Errorf("after forks there are %d sandboxes", n)
+		t.Errorf("there are %d sandboxes after the forks", n)
 	}
 	race(10, func(i int) int {
 		status, _, _ := h.try(t.Context(), "POST", "/v1/sandboxes/"+boxes[i%2]+"/snapshots",
@@ -360,7 +361,7 @@ func TestQuotaRaces(t *testing.T) {
 		return status
 	})
 	if n := count("/v1/snapshots?limit=200", "snapshots"); n > 3 || n == 0 {
-		t.Errorf("there are %d snapshots, and there may be 3", n)
+		t.Errorf("there are %d snapshots, want 3", n)
 	}
 	race(10, func(i int) int {
 		status, _, _ := h.try(t.Context(), "POST", "/v1/templates", object{"name": fmt.Sprintf("t%d", i),
@@ -369,14 +370,14 @@ func TestQuotaRaces(t *testing.T) {
 	})
 	_, body := h.call("GET", "/v1/templates?limit=200", nil)
 	if n := strings.Count(string(body), `"name":"t`); n != 3 {
-		t.Errorf("there are %d templates, and there may be 3: %s", n, body)
+		t.Errorf("there are %d templates, want 3: %s", n, body)
 	}
 	race(130, func(i int) int {
 		status, _, _ := h.try(t.Context(), "PUT", portPath(boxes[0], 2000+i), object{"public": true})
 		return status
 	})
 	if n := count("/v1/sandboxes/"+boxes[0]+"/ports", "ports"); n != 100 {
-		t.Errorf("there are %d public ports, and there may be 100", n)
+		t.Errorf("there are %d public ports, want 100", n)
 	}
 	if made[0]+made[500] > 0 {
 		t.Errorf("answers by status: %v", made)
@@ -389,7 +390,8 @@ func TestQuotaRaces(t *testing.T) {
 	(&hostile{server: h}).destroyAll()
 }
 
-// TestKeysOfOthersAreNoRepeats sends the Idempotency-Key of one organization's create from another.
+// TestKeysOfOthersAreNoRepeats creates sandboxes in two organizations with the same
+// Idempotency-Key.
 func TestKeysOfOthersAreNoRepeats(t *testing.T) {
 	s := attacked(t)
 	ids := map[string]bool{}
@@ -413,8 +415,8 @@ func TestKeysOfOthersAreNoRepeats(t *testing.T) {
 	}
 }
 
-// TestUploadsInTheWay uploads to a sandbox that is being suspended, that sleeps, and that is destroyed
-// meanwhile. A file is whole or not there, and no call stays.
+// TestUploadsInTheWay uploads to a sandbox while it is suspended, sleeps, and is destroyed. Every
+// file is whole or absent, and every call ends.
 func TestUploadsInTheWay(t *testing.T) {
 	s := attacked(t)
 	id := s.persistent(nil)
@@ -442,15 +444,15 @@ func TestUploadsInTheWay(t *testing.T) {
 	wg.Wait()
 	if got := s.want(id,
 		`for f in /up/*; do [ "$(stat -c %s $f)" = 4194304 ] || echo $f; done; ls /up | wc -l`); got != "6" {
-		t.Errorf("after uploads beside suspends there is %s", got)
+		t.Errorf("after uploads during suspends the files are %s", got)
 	}
-	// Cut in the middle, and destroyed under it.
+	// Uploads that are cut in the middle, and whose sandbox is destroyed meanwhile.
 	cut := make(chan error, 20)
 	for i := range 20 {
 		r, w := io.Pipe()
 		go func() {
-			_, _ = w.Write([]byte(content[:1<<20])) // it may be refused
-			time.Sleep(time.Second)                 // the upload is under way while the sandbox goes
+			_, _ = w.Write([]byte(content[:1<<20])) // the server may refuse it
+			time.Sleep(time.Second)                 // the upload is under way when the sandbox is destroyed
 			_ = w.CloseWithError(io.ErrUnexpectedEOF)
 		}()
 		go func() {
@@ -460,11 +462,11 @@ func TestUploadsInTheWay(t *testing.T) {
 			} else {
 				err = nil
 			}
-			_ = r.Close() // ends what is still written
+			_ = r.Close() // ends the writer
 			cut <- err
 		}()
 	}
-	time.Sleep(200 * time.Millisecond) // some have begun
+	time.Sleep(200 * time.Millisecond) // some uploads have begun
 	s.destroy(id)
 	for range 20 {
 		if err := <-cut; err != nil {

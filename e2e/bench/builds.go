@@ -13,7 +13,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// What is measured about builds of Dockerfiles, whose base is the template python.
+// Names of the measurements of Dockerfile builds. Their base is the template python.
 const (
 	buildFirst   = "build, the first of a server"
 	buildCold    = "build with one new RUN"
@@ -23,7 +23,8 @@ const (
 	buildMemory  = "memory of the build program, at its most"
 )
 
-// measureBuilds builds the same Dockerfile with what is new in it further and further down.
+// measureBuilds builds the same Dockerfile several times, with the first new step further and
+// further down.
 func measureBuilds(ctx context.Context, o options, s *server, _ *docker, r *results) error {
 	for i := range max(3, o.starts/8) {
 		// The first build also starts the build program and unpacks the base.
@@ -52,7 +53,7 @@ func measureBuilds(ctx context.Context, o options, s *server, _ *docker, r *resu
 		"/sys/fs/cgroup/cay-*/buildkit/program/memory.peak"} {
 		files, err := filepath.Glob(pattern)
 		if err != nil || len(files) != 1 {
-			continue // of the other version, or several servers
+			continue // of the other cgroup version, or of several servers
 		}
 		text, err := os.ReadFile(files[0])
 		if err != nil {
@@ -67,7 +68,8 @@ func measureBuilds(ctx context.Context, o options, s *server, _ *docker, r *resu
 	return nil
 }
 
-// wrote is how the server tells of a root file system.
+// wrote matches the log line that says how large the root file system is and how long it took to
+// write.
 var wrote = regexp.MustCompile(`^wrote (\d+) MB in ([0-9.]+) s`)
 
 func (s *server) build(ctx context.Context, name, dockerfile, row string, r *results) error {
@@ -89,7 +91,7 @@ func (s *server) build(ctx context.Context, name, dockerfile, row string, r *res
 		if m == nil {
 			continue
 		}
-		size, _ := strconv.ParseFloat(m[1], 64) // digits
+		size, _ := strconv.ParseFloat(m[1], 64) // the expression matches only digits
 		took, _ := strconv.ParseFloat(m[2], 64)
 		if took > 0 {
 			r.add(buildConvert, unitMBps, size/took)

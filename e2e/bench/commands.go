@@ -17,7 +17,7 @@ import (
 	"github.com/cayhq/cay/internal/node"
 )
 
-// What is measured about commands.
+// Names of the measurements of commands.
 const (
 	commandTrue   = "execute args [true]"
 	commandDirect = "  the same asked of the agent itself"
@@ -34,13 +34,13 @@ const (
 
 var python = []string{"python3", "-c", "print(1)"}
 
-// row is how often true is started one right after the other, by each who starts it: the
-// first is slower wherever it is, after what others have done with the processor's caches meanwhile, and
-// must not be compared with one that is not.
+// row limits how often each starter starts true in a row. The first start is slower everywhere,
+// after the work of others has filled the processor's caches, and must not be compared with a later
+// one.
 const row = 5
 
-// spawn starts true in a row, as glibc does it, and prints what each took, until it
-// was waited for, in milliseconds.
+// spawn starts true several times in a row, as glibc does it, and prints the milliseconds from each
+// start to the end of its wait.
 const spawn = `
 import os, sys, time
 for i in range(int(sys.argv[1])):
@@ -68,7 +68,7 @@ func measureCommands(ctx context.Context, o options, s *server, d *docker, r *re
 	}
 	for i := range o.commands() + 1 {
 		into := r
-		if i == 0 { // warms up and is not counted
+		if i == 0 { // the first round warms up and is not counted
 			into = &results{}
 		}
 		if err := s.commandsOnce(ctx, id, direct, into); err != nil {
@@ -123,7 +123,8 @@ func (s *server) commandsOnce(ctx context.Context, id string, direct *agent, r *
 	return nil
 }
 
-// trueOnce runs true through the API and by the agent, the latter first if it is told so.
+// trueOnce runs true through the API and directly by the agent, the latter first if directFirst is
+// set.
 func (s *server) trueOnce(ctx context.Context, id string, direct *agent, directFirst bool, r *results) error {
 	var whole, asked, inside time.Duration
 	calls := []func() error{
@@ -176,8 +177,8 @@ func (d *docker) commandsOnce(ctx context.Context, container string, r *results)
 	return nil
 }
 
-// agent asks a sandbox's agent without the server between: what is left of the
-// time of a call is what the API adds to it.
+// agent calls a sandbox's agent without the server in between. The difference to a call through the
+// API is the cost of the API.
 type agent struct {
 	calls  *agentapi.Client
 	target agentapi.Target
@@ -212,7 +213,7 @@ func (s *server) agent(ctx context.Context, id string) (*agent, error) {
 	}, nil
 }
 
-// execute runs a command and returns its own time, as the agent took it.
+// execute runs a command and returns the duration that the agent reports.
 func (a *agent) execute(ctx context.Context, args ...string) (time.Duration, error) {
 	res, err := a.calls.Execute(ctx, a.target, agentapi.ExecuteRequest{Args: args, Timeout: 30 * time.Second})
 	if err != nil {

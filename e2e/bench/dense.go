@@ -14,7 +14,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// What is measured with as many sandboxes at rest as a small machine should hold.
+// Names of the measurements with as many idle sandboxes as a small machine should hold.
 const (
 	denseCount   = "sandboxes at rest at once"
 	denseHost    = "  memory of the machine, each"
@@ -26,14 +26,14 @@ const (
 )
 
 const (
-	// denseRest is over how long the CPU of sandboxes at rest is taken.
+	// denseRest is the time over which the CPU use of idle sandboxes is measured.
 	denseRest = 30 * time.Second
-	// denseIdle is how long after their last command: until then the server keeps its connection to
-	// the agent, which TCP probes.
+	// denseIdle is the wait after their last command before that: until then the server keeps its
+	// connection to the agent, which TCP probes.
 	denseIdle = 95 * time.Second
 )
 
-// measureDense fills a server of its own up to its limit of sandboxes, which are all at rest.
+// measureDense fills a server of its own up to its limit of sandboxes, which are all idle.
 func measureDense(ctx context.Context, o options, s *server, _ *docker, r *results) (err error) {
 	dense, err := startServer(ctx, s.program, s.outside, "CAY_CAPACITY_MAX_SANDBOXES="+strconv.Itoa(o.dense+1))
 	if err != nil {
@@ -83,7 +83,7 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// beside measures with the crowd at rest, and what happens when there is no room at all.
+// beside measures one sandbox beside the idle crowd, and a create that finds no room.
 func (s *server) beside(ctx context.Context, o options, ids []string, r *results) error {
 	for i := range o.starts {
 		began := time.Now()
@@ -102,12 +102,12 @@ func (s *server) beside(ctx context.Context, o options, ids []string, r *results
 			if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
 				return err
 			}
-			if j > 0 { // the first of a sandbox is a measure of its own, see starts
+			if j > 0 { // starts measures the first command of a sandbox
 				r.took(denseExecute, began)
 			}
 		}
 		began = time.Now()
-		_, err = s.create(ctx) // one more than there may be
+		_, err = s.create(ctx) // one more than the limit
 		var problem *client.Error
 		if !errors.As(err, &problem) || problem.Status != http.StatusServiceUnavailable || problem.RetryAfter <= 0 {
 			return fmt.Errorf("with no room, a create says %w", err)
@@ -123,7 +123,7 @@ func (s *server) beside(ctx context.Context, o options, ids []string, r *results
 	return nil
 }
 
-// empty destroys all, one after the other, and waits until nothing of them is left.
+// empty destroys all sandboxes, one after the other, and waits until nothing of them is left.
 func (s *server) empty(ctx context.Context, ids []string, r *results) error {
 	began := time.Now()
 	for _, id := range ids {
@@ -140,13 +140,14 @@ func (s *server) empty(ctx context.Context, ids []string, r *results) error {
 	return nil
 }
 
-// awaitGone waits until the sandbox has no control group any more, which goes after its processes.
+// awaitGone waits until the sandbox has no control group any more. The group is removed after its
+// processes have ended.
 func awaitGone(ctx context.Context, id string) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
 		if _, err := groupOf(id); err != nil {
-			return nil // nothing else is wrong with it
+			return nil // the group is gone
 		}
 		if err := pause(ctx, time.Millisecond); err != nil {
 			return fmt.Errorf("%s is still there: %w", id, err)
@@ -154,7 +155,7 @@ func awaitGone(ctx context.Context, id string) error {
 	}
 }
 
-// denseCPUOf takes the CPU of sandboxes that rest.
+// denseCPUOf measures the CPU use of idle sandboxes.
 func denseCPUOf(ctx context.Context, ids []string, r *results) error {
 	if err := pause(ctx, denseIdle); err != nil {
 		return err
@@ -175,7 +176,7 @@ func denseCPUOf(ctx context.Context, ids []string, r *results) error {
 	return nil
 }
 
-// cpuOf is the CPU time that the sandboxes have had, all together.
+// cpuOf returns the sum of the CPU time that the sandboxes have used.
 func cpuOf(ids []string) (sum time.Duration, err error) {
 	for _, id := range ids {
 		took, err := cpuOfOne(id)
@@ -217,7 +218,7 @@ func cpuOfOne(id string) (time.Duration, error) {
 	return 0, errors.New("cpu.stat has no usage_usec")
 }
 
-// availableMemory is what the machine could give to others, in bytes.
+// availableMemory returns the memory that the machine could give to other processes, in bytes.
 func availableMemory() (float64, error) {
 	data, err := os.ReadFile("/proc/meminfo")
 	if err != nil {

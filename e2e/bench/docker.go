@@ -14,14 +14,14 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// docker is an engine, driven as its users do: with its own command line.
+// docker drives a Docker engine with its command line, as users do.
 type docker struct {
 	version string
-	name    string   // of the image, and the label of the containers
+	name    string   // image name, also the label of the containers
 	network []string // flags of docker run
 }
 
-// findDocker is the engine that the environment leads to, nil if none answers.
+// findDocker returns the engine that the environment names, nil if none answers.
 func findDocker(ctx context.Context) *docker {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -63,26 +63,26 @@ func (d *docker) do(ctx context.Context, args ...string) (string, error) {
 
 func (d *docker) command(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, "docker", args...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // ^C is for the bench
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // so that ^C reaches only the bench
 	return cmd
 }
 
-// run starts a container that stays, and returns its id.
+// run starts a container that keeps running, and returns its id.
 func (d *docker) run(ctx context.Context) (string, error) {
 	args := append([]string{"run", "-d", "--label", d.name}, d.network...)
 	return d.do(ctx, append(args, d.name, "sleep", "1000")...)
 }
 
-// takeImage makes an image of the root file system that the template has: a sandbox
-// packs its own, and it goes through the API into the engine.
+// takeImage makes an image of the template's root file system: a sandbox packs its own, and the API
+// carries it to the engine.
 func (d *docker) takeImage(ctx context.Context, s *server) error {
 	id, err := s.create(ctx)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = s.api.DestroySandbox(context.WithoutCancel(ctx), id) }() // purged at the end anyway
+	defer func() { _ = s.api.DestroySandbox(context.WithoutCancel(ctx), id) }() // purged at the end in any case
 	const packed = "/var/tmp/root.tar"
-	// /proc, /sys, /dev and the agent are file systems of their own.
+	// /proc, /sys, /dev and the agent are file systems of their own and are left out.
 	_, err = s.execute(ctx, id, client.ExecuteRequest{
 		Args:    []string{"tar", "--one-file-system", "--numeric-owner", "--exclude=./var/tmp/*", "-C", "/", "-cf", packed, "."},
 		User:    new("root"),

@@ -10,25 +10,25 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// What is measured about egress, for every policy and crowd.
+// Names of the measurements of egress, for every policy and crowd.
 const (
 	policyPut     = "PUT egress: %s, %s"
 	policyThrough = "a download, one connection: %s, %s"
 	policyConnect = "connections opened, one by one: %s, %s"
 )
 
-// manyRanges is the most that a policy takes.
+// manyRanges is the largest number of ranges that a policy takes.
 const manyRanges = 10_000
 
-// policy is one that the host outside is reached under.
+// policy is an egress policy under which the host outside can be reached.
 type policy struct {
 	name   string
 	egress client.Egress
-	host   string // what it is reached as
+	host   string // name or address under which it reaches the host
 }
 
-// policies are the kinds whose cost differs. The many ranges are single addresses with gaps,
-// so that none can be merged with its neighbour.
+// policies returns the kinds of policy that differ in cost. The many ranges are single addresses
+// with gaps, so that none can be merged with its neighbour.
 func policies(o *outside) []policy {
 	ranges := []string{o.address + "/32"}
 	for i := range manyRanges - 1 {
@@ -43,8 +43,8 @@ func policies(o *outside) []policy {
 	}
 }
 
-// measureEgress has one sandbox send under every policy, alone and in a crowd of sandboxes
-// that have policies of their own.
+// measureEgress has one sandbox send under every policy, alone and in a crowd of sandboxes that
+// have policies of their own.
 func measureEgress(ctx context.Context, o options, s *server, _ *docker, r *results) error {
 	id, err := s.create(ctx)
 	if err != nil {
@@ -90,8 +90,8 @@ func (s *server) egressRounds(ctx context.Context, id, crowd string, o options, 
 	return nil
 }
 
-// traffic downloads for a second and then connects for a second, and prints both rates. Python's
-// own work is in them: they compare policies, and say little about the network.
+// traffic downloads for a second, then connects for a second, and prints both rates. They include
+// Python's own work, so they compare policies and say little about the network.
 const traffic = `import json, socket, sys, time
 host, blob, hang = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 address = socket.gethostbyname(host)
@@ -107,7 +107,7 @@ print(json.dumps({"down": down, "connections": opened / (time.time() - began)}))
 `
 
 func (s *server) egressOnce(ctx context.Context, id string, p policy, crowd string, r *results) error {
-	// The one before may be large, and removing it is not what is measured.
+	// The policy before may be large, and its removal must not count.
 	if _, err := s.api.SetEgress(ctx, id, client.Egress{Mode: client.EgressModeDenyAll}); err != nil {
 		return fmt.Errorf("closing: %w", err)
 	}

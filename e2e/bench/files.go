@@ -11,7 +11,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// What is measured about files.
+// Names of the measurements of files.
 const (
 	fileUpload   = "upload of 100 MB"
 	fileDownload = "download of 100 MB"
@@ -19,11 +19,11 @@ const (
 	fileShell    = "  ls -l of the same, inside"
 )
 
-// transfers is how often the largest file goes each way.
+// transfers returns how often the largest file is moved each way.
 func (o options) transfers() int { return max(2, o.starts/5) }
 
-// measureFiles moves the largest file that the API takes, which nothing can compress,
-// in and out of one sandbox.
+// measureFiles moves the largest file that the API takes, of incompressible bytes, in and out of
+// one sandbox.
 func measureFiles(ctx context.Context, o options, s *server, _ *docker, r *results) error {
 	id, err := s.create(ctx)
 	if err != nil {
@@ -43,7 +43,7 @@ func measureFiles(ctx context.Context, o options, s *server, _ *docker, r *resul
 		began = time.Now()
 		n, err := s.download(ctx, id, path)
 		if err == nil && n != int64(len(data)) {
-			err = fmt.Errorf("%d bytes of %d came", n, len(data))
+			err = fmt.Errorf("got %d bytes of %d", n, len(data))
 		}
 		if err != nil {
 			return fmt.Errorf("downloading: %w", err)
@@ -56,7 +56,7 @@ func measureFiles(ctx context.Context, o options, s *server, _ *docker, r *resul
 	return s.api.DestroySandbox(ctx, id)
 }
 
-// measureListing lists a large directory, and has a program inside do it in turn.
+// measureListing lists a large directory through the API and with a program inside, in turn.
 func (s *server) measureListing(ctx context.Context, id string, times int, r *results) error {
 	const dir, files = "/tmp/many", 20_000
 	fill := fmt.Sprintf("mkdir %s && cd %s && seq %d | xargs touch", dir, dir, files)

@@ -8,8 +8,8 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// What is measured about snapshots and forks, of a sandbox with a process that has filled
-// some memory.
+// Names of the measurements of snapshots and forks of a sandbox with a process that has filled some
+// memory.
 const (
 	forkOf       = "fork of %d, all answer a command"
 	forkAnswered = "fork of %d"
@@ -17,12 +17,12 @@ const (
 	fromSnapshot = "create from a snapshot"
 	fromFirst    = "create from a snapshot until the first command answered"
 
-	// forkMemory is what the process has filled with random bytes, MiB: a Python with some
-	// libraries loaded.
+	// forkMemory is the memory that the process fills with random bytes, MiB. It is about that of a
+	// Python process with some libraries loaded.
 	forkMemory = 64
 )
 
-// measureFork saves and splits one sandbox again and again.
+// measureFork takes snapshots and forks of one sandbox again and again.
 func measureFork(ctx context.Context, o options, s *server, _ *docker, r *results) error {
 	id, err := s.create(ctx)
 	if err != nil {
@@ -36,7 +36,7 @@ func measureFork(ctx context.Context, o options, s *server, _ *docker, r *result
 	}
 	for i := range max(3, o.starts/3) + 1 {
 		into := r
-		if i == 0 { // warms the page cache
+		if i == 0 { // the first round warms the page cache
 			into = &results{}
 		}
 		for _, count := range []int{1, 10} {

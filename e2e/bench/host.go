@@ -9,17 +9,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// host is what the numbers depend on.
+// host describes the machine, on which the numbers depend.
 type host struct {
 	CPUs          int     `json:"cpus"`
 	CPUModel      string  `json:"cpu_model"`
-	MemoryMB      int     `json:"memory_mb"` // 10⁶ bytes
+	MemoryMB      int     `json:"memory_mb"` // units of 10⁶ bytes
 	Kernel        string  `json:"kernel"`
 	Cgroup        string  `json:"cgroup"`
 	Cay           string  `json:"cay"`
-	Docker        string  `json:"docker"`         // or why there is none
+	Docker        string  `json:"docker"`         // version, or why there is none
 	DockerNetwork string  `json:"docker_network"` // "" without an engine
-	LoadBefore    float64 `json:"load_before"`    // of the last minute: others at work make every number worse
+	LoadBefore    float64 `json:"load_before"`    // of the last minute; other work on the machine makes every number worse
 	LoadAfter     float64 `json:"load_after"`
 }
 
@@ -36,7 +36,7 @@ func lookAtHost() host {
 	if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err == nil {
 		h.Cgroup = "v2"
 	}
-	cpus, _ := os.ReadFile("/proc/cpuinfo") // without it the model is unknown
+	cpus, _ := os.ReadFile("/proc/cpuinfo") // if it fails the model is unknown
 	for line := range strings.Lines(string(cpus)) {
 		if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
 			h.CPUModel = strings.TrimSpace(value)
@@ -46,13 +46,13 @@ func lookAtHost() host {
 	return h
 }
 
-// load is the load average of the last minute; 0 if the kernel does not say.
+// load returns the load average of the last minute, 0 if the kernel does not say.
 func load() float64 {
 	data, err := os.ReadFile("/proc/loadavg")
 	if err != nil {
 		return 0
 	}
 	var v float64
-	_, _ = fmt.Sscan(string(data), &v) // 0 then
+	_, _ = fmt.Sscan(string(data), &v) // 0 if it fails
 	return v
 }

@@ -10,7 +10,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// What is measured with sandboxes at rest.
+// Names of the measurements of idle sandboxes.
 const (
 	memoryPrivate = "memory of a sandbox at rest: its own"
 	memorySentry  = "  of it: sentry (runsc-sandbox)"
@@ -26,14 +26,15 @@ const (
 )
 
 const (
-	// settle is how long sandboxes rest after their first command: the agent gives
-	// back what it does not use.
+	// settle is the wait after a sandbox's first command, in which the agent gives back memory that it
+	// does not use.
 	settle = 5 * time.Second
-	// rateTime is how long each rate is taken.
+	// rateTime is the duration over which each rate is measured.
 	rateTime = 2 * time.Second
 )
 
-// measureIdle makes sandboxes that do nothing, takes their memory and asks for them.
+// measureIdle creates sandboxes that do nothing, and measures their memory and the rate at which
+// the API answers about them.
 func measureIdle(ctx context.Context, o options, s *server, _ *docker, r *results) error {
 	ids := make([]string, o.idle)
 	for i := range ids {
@@ -103,7 +104,7 @@ func (s *server) rates(ctx context.Context, ids []string, r *results) error {
 	return nil
 }
 
-// rateOf is how many calls clients at once get done, per second.
+// rateOf returns how many calls per second a number of concurrent clients complete.
 func rateOf(clients int, call func(int) error) (float64, error) {
 	counts, errs := make([]int, clients), make([]error, clients)
 	began := time.Now()

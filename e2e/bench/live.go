@@ -9,7 +9,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// What is measured about streams and terminals.
+// Names of the measurements of streams and terminals.
 const (
 	liveFirst    = "streamed execute: first byte of echo"
 	liveWhole    = "  the plain answer of the same"
@@ -18,7 +18,7 @@ const (
 	liveFollowed = "process: output as it is followed, of which at most 1 MiB is kept"
 )
 
-// followedSize is how much a process writes to be followed, bytes: seconds at 10 MB/s.
+// followedSize is the output of the followed process, bytes: seconds at 10 MB/s.
 const followedSize = 32 << 20
 
 // measureLive streams output and types into a terminal of one sandbox.
@@ -29,7 +29,7 @@ func measureLive(ctx context.Context, o options, s *server, _ *docker, r *result
 	}
 	for i := range o.commands() + 1 {
 		into := r
-		if i == 0 { // warms up and is not counted
+		if i == 0 { // the first round warms up and is not counted
 			into = &results{}
 		}
 		if err := s.firstByte(ctx, id, into); err != nil {
@@ -69,7 +69,7 @@ func (s *server) firstByte(ctx context.Context, id string, r *results) error {
 	return nil
 }
 
-// echoes types keys into a program that gives each back, one at a time.
+// echoes types keys, one at a time, into a program that echoes each.
 func (s *server) echoes(ctx context.Context, id string, keys int, r *results) error {
 	t, err := s.api.OpenTerminal(ctx, id, client.TerminalOptions{Command: "stty raw -echo; echo ready; exec cat"})
 	if err != nil {
@@ -85,7 +85,7 @@ func (s *server) echoes(ctx context.Context, id string, keys int, r *results) er
 		}
 		shown = append(shown, b[:n]...)
 	}
-	if i := bytes.IndexByte(shown, '\n'); i < 0 { // the end of its line
+	if i := bytes.IndexByte(shown, '\n'); i < 0 { // the end of the program's line
 		if _, err := t.Read(b); err != nil {
 			return err
 		}
@@ -103,7 +103,8 @@ func (s *server) echoes(ctx context.Context, id string, keys int, r *results) er
 	return s.api.KillProcess(ctx, id, fmt.Sprint(t.PID))
 }
 
-// output streams as much as an execution sends, and more than a process keeps.
+// output streams as many bytes as one execution returns, and follows a process with more output
+// than is kept.
 func (s *server) output(ctx context.Context, id string, r *results) error {
 	const streamed = 8 << 20
 	n := int64(0)
@@ -114,7 +115,7 @@ func (s *server) output(ctx context.Context, id string, r *results) error {
 		return err
 	}
 	if n != streamed {
-		return fmt.Errorf("%d bytes came, want %d", n, streamed)
+		return fmt.Errorf("got %d bytes, want %d", n, streamed)
 	}
 	r.add(liveOutput, unitMBps, float64(n)/1e6/time.Since(began).Seconds())
 	n = 0
@@ -128,7 +129,7 @@ func (s *server) output(ctx context.Context, id string, r *results) error {
 		return err
 	}
 	if n != followedSize {
-		return fmt.Errorf("%d bytes came or were lost, want %d", n, int64(followedSize))
+		return fmt.Errorf("got or lost %d bytes, want %d", n, int64(followedSize))
 	}
 	r.add(liveFollowed, unitMBps, float64(n)/1e6/time.Since(began).Seconds())
 	return s.api.KillProcess(ctx, id, fmt.Sprint(p.PID))

@@ -11,7 +11,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// What is measured while many clients create, execute and destroy in a loop.
+// Names of the measurements while many clients create, execute and destroy in a loop.
 const (
 	loadCycles  = "load, %d clients: create, execute, destroy"
 	loadCreate  = "  create"
@@ -23,11 +23,11 @@ const (
 	fullRefused = "create when capacity is gone, answered 503"
 )
 
-// backOff is how long a client waits that was refused. What the answer asks for is whole
-// seconds, which would measure how well clients sleep.
+// backOff is the time that a client waits after a refusal. Retry-After is in whole seconds and
+// would measure how well clients sleep.
 const backOff = 100 * time.Millisecond
 
-// measureLoad drives a server of its own, as it is by default, with its pool.
+// measureLoad drives a server of its own with default settings, pool included.
 func measureLoad(ctx context.Context, o options, s *server, _ *docker, r *results) (err error) {
 	loaded, err := startServer(ctx, s.program, s.outside, "CAY_POOL_ENABLED=true")
 	if err != nil {
@@ -60,7 +60,7 @@ func measureLoad(ctx context.Context, o options, s *server, _ *docker, r *result
 	return nil
 }
 
-// loop is what the clients have done.
+// loop holds the results of all clients.
 type loop struct {
 	server  *server
 	results *results
@@ -72,7 +72,7 @@ type loop struct {
 	errs []error // guarded by mu
 }
 
-// run is one client.
+// run runs one client.
 func (l *loop) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		err := l.once(ctx)
@@ -94,7 +94,7 @@ func (l *loop) run(ctx context.Context) {
 	}
 }
 
-// once is one cycle. What ends with the time of the loop is not counted.
+// once runs one cycle. A cycle that the end of the loop interrupts is not counted.
 func (l *loop) once(ctx context.Context) error {
 	began := time.Now()
 	box, err := l.server.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(life)},
@@ -123,7 +123,7 @@ func (l *loop) once(ctx context.Context) error {
 	return nil
 }
 
-// watch asks for one sandbox all the while, 20 times a second.
+// watch reads one sandbox, 20 times a second, until ctx ends.
 func (l *loop) watch(ctx context.Context, id string) {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()

@@ -1,10 +1,8 @@
-// Command bench measures a cay server of its own on this machine, and Docker beside
-// it, run by run in turn, when an engine answers. It prints a table and, with -json,
-// writes everything it measured to a file.
+// Command bench measures a cay server of its own on this machine and, in turn, a Docker engine if
+// one answers. It prints a table and, with -json, writes all measurements to a file.
 //
-// It needs root and a built cay. The server, its sandboxes, and what was put into the
-// engine are removed at the end, after an error and after ^C too. docs/performance.md
-// says what the numbers mean.
+// It needs root and a built cay. It removes the server, its sandboxes and its images in the engine
+// at the end, also after an error and after ^C. docs/performance.md explains the numbers.
 package main
 
 import (
@@ -19,23 +17,23 @@ import (
 	"time"
 )
 
-// options say how much to measure.
+// options hold the settings of a run.
 type options struct {
-	cay    string // the program
-	json   string // file for the results, "" is none
+	cay    string // path of the program
+	json   string // file for the results, "" for none
 	starts int    // sandboxes created one after the other
-	idle   int    // sandboxes at rest, for their memory
-	crowd  int    // sandboxes with policies that stand beside the one that sends
-	dense  int    // sandboxes at rest at once
-	doc    string // Markdown file whose run is replaced by this one, "" is none
+	idle   int    // idle sandboxes whose memory is measured
+	crowd  int    // sandboxes with policies beside the one that sends
+	dense  int    // idle sandboxes at once
+	doc    string // Markdown file whose run is replaced by this one, "" for none
 
-	clients  int           // that create, execute and destroy in a loop
-	loadTime time.Duration // for so long
+	clients  int           // clients that create, execute and destroy in a loop
+	loadTime time.Duration // duration of that loop
 	docker   bool
-	only     string // the one part to measure; "" is all
+	only     string // the only part to measure, "" for all
 }
 
-// commands is how often each command runs in one sandbox.
+// commands returns how often each command runs in one sandbox.
 func (o options) commands() int { return 2 * o.starts }
 
 func main() {
@@ -82,7 +80,7 @@ func main() {
 	}
 }
 
-// cleanTimeout bounds the clean-up, which also runs when everything else was broken off.
+// cleanTimeout limits the clean-up, which also runs after an interrupt.
 const cleanTimeout = 2 * time.Minute
 
 func bench(ctx context.Context, o options) (err error) {
@@ -157,7 +155,7 @@ func bench(ctx context.Context, o options) (err error) {
 	return nil
 }
 
-// beside finds the engine and gives it the image; nil is none.
+// beside finds the engine and gives it the image. It returns nil if there is no engine.
 func beside(ctx context.Context, o options, s *server, r *results) (*docker, error) {
 	if !o.docker {
 		r.Host.Docker = "not asked for"

@@ -15,14 +15,14 @@ import (
 
 // usage is the memory of one sandbox, in bytes.
 type usage struct {
-	// own is what would be free without the sandbox, by role, and by "memfd" for the
-	// file that holds the memory of everything inside, which sentry and stubs share.
+	// own is the memory that the end of the sandbox would free, by role, and by "memfd" for the file
+	// that holds the memory of everything inside, which sentry and stubs share.
 	own     map[string]float64
 	pss     float64
 	charged float64 // by the kernel to its control group
 }
 
-// roles are the kinds of process that a sandbox has on the host.
+// roles lists the kinds of process that a sandbox has on the host.
 var roles = []string{"sentry", "gofer", "stub"}
 
 // memoryOf adds up all processes in the control group of a sandbox.
@@ -58,7 +58,7 @@ func memoryOf(id string) (usage, error) {
 	return u, fmt.Errorf("%s does not count memory", group)
 }
 
-// groupOf finds the control group that counts the sandbox's memory.
+// groupOf returns the control group that counts the sandbox's memory.
 func groupOf(id string) (string, error) {
 	for _, root := range []string{"/sys/fs/cgroup/memory", "/sys/fs/cgroup"} {
 		groups, err := filepath.Glob(filepath.Join(root, "cay-*", id))
@@ -72,8 +72,8 @@ func groupOf(id string) (string, error) {
 	return "", fmt.Errorf("no control group of %s", id)
 }
 
-// addressSpaces picks one process of each address space: systrap runs several on one,
-// and each shows all of its memory as its own.
+// addressSpaces returns one process of each address space. systrap runs several processes in one,
+// and each reports all of its memory.
 func addressSpaces(pids []string) ([]string, error) {
 	var spaces []string
 next:
@@ -92,8 +92,8 @@ next:
 	return spaces, nil
 }
 
-// sameMemory reports whether two processes share their address space. One that has
-// ended shares nothing.
+// sameMemory reports whether two processes share their address space. A process that has ended
+// shares nothing.
 func sameMemory(a, b string) (bool, error) {
 	var n [2]int
 	for i, pid := range []string{a, b} {
@@ -129,8 +129,8 @@ func (u *usage) addProcess(pid string) error {
 	return u.addMaps(role, maps)
 }
 
-// ended lets processes pass that are not there any more: the sentry ends the stubs of
-// what ended inside.
+// ended ignores errors about processes that have ended: the sentry ends the stubs of processes that
+// ended inside.
 func ended(err error) error {
 	if errors.Is(err, fs.ErrNotExist) || strings.HasSuffix(err.Error(), "no such process") {
 		return nil
@@ -138,10 +138,9 @@ func ended(err error) error {
 	return err
 }
 
-// addMaps reads the mappings of one process. What is anonymous or in the memory file
-// nobody but this sandbox can have, so its proportional parts add up to what is its
-// own although its processes share it. Of files only what is private is its own: the
-// program is shared with all other sandboxes.
+// addMaps adds the mappings of one process. Anonymous memory and the memory file belong to this
+// sandbox alone, so their proportional parts add up to its memory although its processes share it.
+// Of files only private pages count: all sandboxes share the program.
 func (u *usage) addMaps(role string, maps []byte) error {
 	kind := ""
 	for line := range strings.Lines(string(maps)) {

@@ -15,8 +15,8 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// outside is a host of the bench's own in a network namespace, which sandboxes reach
-// as they reach the internet: through the host's rules, and no further.
+// outside is a host in a network namespace of the bench. Sandboxes reach it as they reach the
+// internet, through the host's rules; nothing lies behind it.
 type outside struct {
 	name      string
 	block     string
@@ -27,11 +27,11 @@ type outside struct {
 
 // Ports of the host outside.
 const (
-	portBlob = 8080 // sends zeros until the reader goes
-	portHang = 8081 // reads a line and hangs up
+	portBlob = 8080 // sends zeros until the reader closes
+	portHang = 8081 // reads a line and closes
 )
 
-// newOutside takes a block of the addresses that documentation uses. Nothing is left after an error.
+// newOutside takes a block of the addresses for documentation. Nothing is left after an error.
 func newOutside(ctx context.Context) (o *outside, err error) {
 	first := 8 * rand.IntN(32)
 	at := func(n int) string { return fmt.Sprintf("198.51.100.%d", first+n) }
@@ -66,7 +66,7 @@ func ip(ctx context.Context, args ...string) error {
 	return nil
 }
 
-// within runs f on a thread in the namespace: sockets stay in the one they were made in.
+// within runs f on a thread in the namespace. A socket stays in the namespace in which it was made.
 func (o *outside) within(f func() error) error {
 	runtime.LockOSThread()
 	home, err := netns.Get()
@@ -111,7 +111,7 @@ func (o *outside) serve() error {
 			for {
 				c, err := l.Accept()
 				if err != nil {
-					return // closed
+					return // the listener is closed
 				}
 				go func() { defer c.Close(); answer(c) }()
 			}
@@ -126,14 +126,14 @@ func (o *outside) serve() error {
 	return nil
 }
 
-// answer is a name server for which every name is this host.
+// answer serves names on c and resolves every name to this host.
 func (o *outside) answer(c net.PacketConn) {
 	address := [4]byte(net.ParseIP(o.address).To4())
 	buf := make([]byte, 1500)
 	for {
 		n, from, err := c.ReadFrom(buf)
 		if err != nil {
-			return // closed
+			return // c is closed
 		}
 		var m dnsmessage.Message
 		if m.Unpack(buf[:n]) != nil || len(m.Questions) == 0 {
@@ -145,7 +145,7 @@ func (o *outside) answer(c net.PacketConn) {
 				Body: &dnsmessage.AResource{A: address}}}
 		}
 		if packed, err := m.Pack(); err == nil {
-			_, _ = c.WriteTo(packed, from) // who asked asks again
+			_, _ = c.WriteTo(packed, from) // the client asks again
 		}
 	}
 }
@@ -155,6 +155,6 @@ func (o *outside) close() error {
 	for _, l := range o.listeners {
 		errs = append(errs, l.Close())
 	}
-	// With the namespace goes the link.
+	// The link is removed with the namespace.
 	return errors.Join(append(errs, ip(context.Background(), "netns", "del", o.name))...)
 }

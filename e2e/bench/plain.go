@@ -15,17 +15,17 @@ import (
 	"github.com/cayhq/cay/internal/runsc"
 )
 
-// What is measured of gVisor without cay: runsc of the same module, on the same root
-// file system, without a network and without control groups.
+// Names of the measurements of gVisor without cay: runsc of the same module, on the same root file
+// system, without a network and without control groups.
 const (
 	plainRun  = "runsc run -detach … sleep"
 	plainExec = "runsc exec … true"
 )
 
-// plain is one runsc of gVisor's own.
+// plain runs an unchanged runsc.
 type plain struct {
 	program string
-	dir     string // state and bundles, gone at the end
+	dir     string // state and bundles, removed at the end
 	image   string // the template's root file system
 	made    int
 }
@@ -56,16 +56,16 @@ func (p *plain) do(ctx context.Context, bundle string, verb ...string) error {
 	args := append([]string{"--root=" + filepath.Join(p.dir, "state"), "--network=none", "--ignore-cgroups",
 		"--overlay2=root:dir=" + bundle}, verb...)
 	cmd := exec.CommandContext(ctx, p.program, args...)
-	// Not a pipe: the sandbox inherits it and holds it open.
+	// A file and no pipe: the sandbox would inherit the pipe and hold it open.
 	said, err := os.Create(filepath.Join(bundle, "said"))
 	if err != nil {
 		return err
 	}
 	defer said.Close()
 	cmd.Stdout, cmd.Stderr = said, said
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // ^C is for the bench
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // so that ^C reaches only the bench
 	if err := cmd.Run(); err != nil {
-		text, _ := os.ReadFile(said.Name()) // nothing else could be said
+		text, _ := os.ReadFile(said.Name()) // if it fails there is nothing else to say
 		return fmt.Errorf("runsc %s: %w: %s", verb[0], err, bytes.TrimSpace(text))
 	}
 	return nil
@@ -81,7 +81,7 @@ func (p *plain) once(ctx context.Context, r *results) (err error) {
 	}
 	spec := runsc.NewSpec(runsc.Box{
 		Hostname: "plain", Root: runsc.Root{Image: p.image, Overlay: bundle, MaxBytes: 2 << 30},
-		Binds: []runsc.Bind{{From: bundle, To: "/mnt"}}, // it also makes a gofer start, as cay has one
+		Binds: []runsc.Bind{{From: bundle, To: "/mnt"}}, // it also makes runsc start a gofer, as cay has one
 		Args:  []string{"sleep", "1000"}, Env: []string{"PATH=/usr/bin:/bin"}, ShmBytes: 64 << 20,
 	})
 	data, err := json.Marshal(spec)

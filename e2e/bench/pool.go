@@ -9,7 +9,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// What is measured about the warm pool, on a server of its own that has one.
+// Names of the measurements of the warm pool, on a server of its own that has one.
 const (
 	warmAnswered   = "create from the pool until the first command answered"
 	warmCreate     = "  of it: the create, warm"
@@ -17,8 +17,7 @@ const (
 	dockerWithWarm = "docker run -d, in turn with the pool"
 )
 
-// measurePool creates from the pool when that is full, with a cold create and a start of docker's
-// in turn.
+// measurePool creates from the full pool, creates cold and starts a container, in turn.
 func measurePool(ctx context.Context, o options, s *server, d *docker, r *results) (err error) {
 	warm, err := startServer(ctx, s.program, s.outside, "CAY_POOL_ENABLED=true")
 	if err != nil {
@@ -28,7 +27,7 @@ func measurePool(ctx context.Context, o options, s *server, d *docker, r *result
 	if err := warm.awaitTemplate(ctx); err != nil {
 		return err
 	}
-	// The first create is cold, and tells the pool what is in use.
+	// The first create is cold, and makes the pool keep that kind of sandbox.
 	for i := range o.starts + 1 {
 		into := r
 		if i == 0 {

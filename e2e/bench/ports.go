@@ -18,7 +18,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// What is measured about ports and directories.
+// Names of the measurements of ports and directories.
 const (
 	portRequest = "a request to a port, kept connection"
 	portDown    = "an answer of 200 MB from a port"
@@ -35,16 +35,16 @@ const (
 
 const (
 	bulk      = 200_000_000 // bytes of one transfer
-	bulkPiece = 256 << 10   // bytes; that the server writes at once
+	bulkPiece = 256 << 10   // bytes of one write of the server
 	servePort = 8080
 	rawPort   = 8081
 	treeFiles = 2000
 	treeFile  = 5000 // bytes
 )
 
-// serveBulk is the server at the other end, inside and on the host: the bench's own program.
-// GET ?n=N answers with so many bytes, anything else is read and answered with nothing. The
-// raw port sends bulk bytes to who sends 'd', and returns every other byte.
+// serveBulk serves the other end of the transfers, inside and on the host; the bench runs its own
+// program there. GET ?n=N returns so many bytes; any other request is read and gets an empty
+// answer. The raw port sends bulk bytes for a 'd', and echoes every other byte.
 func serveBulk(address, raw string) error {
 	l, err := net.Listen("tcp", raw)
 	if err != nil {
@@ -63,7 +63,7 @@ func serveBulk(address, raw string) error {
 	return http.ListenAndServe(address, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		n, err := strconv.Atoi(r.URL.Query().Get("n"))
 		if err != nil {
-			// the caller sees what is lost
+			// The caller notices lost bytes.
 			_, _ = io.CopyBuffer(struct{ io.Writer }{io.Discard}, r.Body, make([]byte, bulkPiece))
 			return
 		}
@@ -103,7 +103,7 @@ func serveRaw(c net.Conn) {
 	}
 }
 
-// measurePorts talks to one server in a sandbox, and to the same on the host, in turn.
+// measurePorts calls one server in a sandbox and the same server on the host, in turn.
 func measurePorts(ctx context.Context, o options, s *server, _ *docker, r *results) (err error) {
 	id, err := s.create(ctx)
 	if err != nil {
@@ -123,7 +123,7 @@ func measurePorts(ctx context.Context, o options, s *server, _ *docker, r *resul
 	defer c.CloseIdleConnections()
 	for i := range o.commands() + 1 {
 		into := r
-		if i == 0 { // warms up and is not counted
+		if i == 0 { // the first round warms up and is not counted
 			into = &results{}
 		}
 		for name, url := range map[string]string{portRequest: inside, hostRequest: host} {
@@ -159,12 +159,12 @@ func measurePorts(ctx context.Context, o options, s *server, _ *docker, r *resul
 	return s.measureTrees(ctx, o, id, r)
 }
 
-// zeros are as many as anybody reads.
+// zeros is an endless reader of zeros.
 type zeros struct{}
 
 func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
 
-// ask does one request and reads the answer to its end.
+// ask makes one request and reads the answer to its end.
 func (s *server) ask(ctx context.Context, c *http.Client, method, url string, body io.Reader) error {
 	req, err := http.NewRequestWithContext(ctx, method, url, body)
 	if err != nil {
@@ -185,7 +185,7 @@ func (s *server) ask(ctx context.Context, c *http.Client, method, url string, bo
 	return nil
 }
 
-// tunnelOnce sends bytes there and back, then takes all that there is, over one connection.
+// tunnelOnce sends bytes there and back, then downloads the bulk, over one connection.
 func (s *server) tunnelOnce(ctx context.Context, id string, r *results) error {
 	conn, err := s.api.DialPort(ctx, id, rawPort)
 	if err != nil {
@@ -209,13 +209,13 @@ func (s *server) tunnelOnce(ctx context.Context, id string, r *results) error {
 	}
 	n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{conn}, make([]byte, bulkPiece))
 	if err != nil || n != bulk {
-		return fmt.Errorf("%d bytes of %d came: %w", n, bulk, err)
+		return fmt.Errorf("got %d bytes of %d: %w", n, bulk, err)
 	}
 	r.add(portTunnel, unitMBps, bulk/1e6/time.Since(began).Seconds())
 	return nil
 }
 
-// serveInside puts the bench's own program into a sandbox and runs it as a server there.
+// serveInside puts the bench's own program into a sandbox and runs it there as a server.
 func (s *server) serveInside(ctx context.Context, id string) error {
 	self, err := os.Executable()
 	if err != nil {
@@ -246,7 +246,7 @@ func (s *server) serveInside(ctx context.Context, id string) error {
 	})
 }
 
-// serveHere runs the same on the host's loopback.
+// serveHere runs the same server on the host's loopback.
 func serveHere(ctx context.Context) (url string, stop func(), err error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -266,7 +266,7 @@ func serveHere(ctx context.Context) (url string, stop func(), err error) {
 		cancel()
 		return "", nil, err
 	}
-	stop = func() { cancel(); _ = cmd.Wait() } // it was killed
+	stop = func() { cancel(); _ = cmd.Wait() } // the program was killed
 	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		conn, err := net.Dial("tcp", address)
 		if err == nil {
@@ -279,7 +279,7 @@ func serveHere(ctx context.Context) (url string, stop func(), err error) {
 	}
 }
 
-// measureTrees moves a directory in and out.
+// measureTrees uploads and downloads a directory.
 func (s *server) measureTrees(ctx context.Context, o options, id string, r *results) error {
 	var archive bytes.Buffer
 	w := tar.NewWriter(&archive)
@@ -313,7 +313,7 @@ func (s *server) measureTrees(ctx context.Context, o options, id string, r *resu
 		}
 		n, err := io.Copy(io.Discard, back)
 		if err := errors.Join(err, back.Close()); err != nil || n < treeFiles*treeFile {
-			return fmt.Errorf("downloading a directory: %d bytes came: %w", n, err)
+			return fmt.Errorf("downloading a directory: got %d bytes: %w", n, err)
 		}
 		r.took(treeDown, began)
 	}

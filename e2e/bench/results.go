@@ -12,16 +12,16 @@ import (
 	"time"
 )
 
-// Units of what is measured.
+// Units of the measurements.
 const (
 	unitMS          = "ms"
-	unitMB          = "MB" // 10⁶ bytes
+	unitMB          = "MB" // units of 10⁶ bytes
 	unitMBps        = "MB/s"
 	unitRate        = "calls/s"
 	unitConnections = "conn/s"
 )
 
-// results is everything that was measured, and where.
+// results holds all measurements, and the machine on which they were taken.
 type results struct {
 	Host        host       `json:"host"`
 	Measures    []*measure `json:"measures"`
@@ -29,7 +29,7 @@ type results struct {
 	TookSeconds float64    `json:"took_seconds"`
 }
 
-// measure is one thing measured many times.
+// measure holds the samples of one measurement.
 type measure struct {
 	Name    string    `json:"name"`
 	Unit    string    `json:"unit"`
@@ -40,13 +40,13 @@ type measure struct {
 	Min     float64   `json:"min"`
 	Samples []float64 `json:"samples"` // in the order they were taken
 
-	// Beside is the measure that this one was taken in turn with, "" if none, and
-	// Ratio is this median by that one.
+	// Beside names the measure that was taken in turn with this one, "" if none. Ratio is this median
+	// divided by that one's.
 	Beside string  `json:"beside,omitempty"`
 	Ratio  float64 `json:"ratio,omitempty"`
 }
 
-// aim is what a number should be. Missing one is told and is no error: machines differ.
+// aim is a target for a number. A missed target is reported and is no error: machines differ.
 type aim struct {
 	What  string  `json:"what"`
 	Limit float64 `json:"limit"`
@@ -54,7 +54,7 @@ type aim struct {
 	Met   bool    `json:"met"`
 }
 
-// add takes one sample.
+// add adds one sample.
 func (r *results) add(name, unit string, value float64) {
 	m := r.find(name)
 	if m == nil {
@@ -71,7 +71,7 @@ func (r *results) took(name string, began time.Time) {
 
 func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-// find is the measure of the name, nil if there is none.
+// find returns the measure of the name, nil if there is none.
 func (r *results) find(name string) *measure {
 	for _, m := range r.Measures {
 		if m.Name == name {
@@ -81,12 +81,12 @@ func (r *results) find(name string) *measure {
 	return nil
 }
 
-// percentile is the nearest-rank one of sorted samples, of which there is at least one.
+// percentile returns the nearest-rank percentile of sorted samples, of which there is at least one.
 func percentile(sorted []float64, p float64) float64 {
 	return sorted[max(0, int(math.Ceil(p*float64(len(sorted))))-1)]
 }
 
-// summarise computes what the table shows from the samples.
+// summarise computes the columns of the table from the samples.
 func (r *results) summarise() {
 	for _, m := range r.Measures {
 		sorted := slices.Sorted(slices.Values(m.Samples))
@@ -111,8 +111,8 @@ func (r *results) summarise() {
 	r.aim("private memory of a sandbox at rest, MB", 14, r.ratio(memoryPrivate, ""))
 }
 
-// ratio is the median of one measure by another's, "" being 1; not a number when one
-// was not measured.
+// ratio returns the median of one measure divided by another's, or by 1 if by is "". It is not a
+// number if one was not measured.
 func (r *results) ratio(name, by string) float64 {
 	m, other := r.find(name), r.find(by)
 	switch {
@@ -124,7 +124,7 @@ func (r *results) ratio(name, by string) float64 {
 	return m.P50 / other.P50
 }
 
-// p99 is that of a measure; not a number when it was not measured.
+// p99 returns the 99th percentile of a measure. It is not a number if it was not measured.
 func (r *results) p99(name string) float64 {
 	if m := r.find(name); m != nil {
 		return m.P99
@@ -138,10 +138,10 @@ func (r *results) aim(what string, limit, got float64) {
 	}
 }
 
-// Lines of a document between which a run stands.
+// runBegin and runEnd are the lines of a document between which a run stands.
 const runBegin, runEnd = "<!-- run -->\n", "<!-- /run -->\n"
 
-// document replaces the run that stands in a document.
+// document replaces the run in a document.
 func (r *results) document(path string) error {
 	text, err := os.ReadFile(path)
 	if err != nil {
@@ -195,7 +195,7 @@ func (r *results) print(w io.Writer) {
 	}
 }
 
-// number has three digits that mean something.
+// number formats three significant digits.
 func number(v float64) string {
 	switch {
 	case v >= 100:
@@ -217,7 +217,7 @@ func (r *results) write(path string) error {
 	return nil
 }
 
-// notes tell what the names alone do not.
+// notes explains the names of the measurements.
 const notes = `Samples of cay and of docker are taken in turn; a ratio is of the medians. Docker is
 driven by its command line, whose own start is in its numbers as in those of "cay …"
 lines; the others are calls of the Go client. The agent is asked over the same network

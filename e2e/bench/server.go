@@ -16,32 +16,33 @@ import (
 )
 
 const (
-	// patience bounds what normally takes seconds; a template that is not in the cache
+	// patience limits waits for events that normally take seconds. A template that is not in the cache
 	// of images takes minutes.
 	patience         = 2 * time.Minute
 	templatePatience = 20 * time.Minute
 	template         = "python"
-	// life is longer than any part of the bench; the end of the bench ends it.
+	// life is the timeout of sandboxes. It is longer than any part of the bench; the end of the bench
+	// ends them.
 	life = "1h"
 )
 
 // server is a cay server with a data directory of its own.
 type server struct {
 	program string
-	dir     string // all of it, gone at the end
+	dir     string // all files of the server, removed at the end
 	api     *client.Client
 	url     string
 	key     string
 	cmd     *exec.Cmd
-	exited  chan struct{} // closed when cmd ended
-	outside *outside      // whose name server it uses
+	exited  chan struct{} // closed when cmd has ended
+	outside *outside      // the host whose name server it uses
 }
 
 func (s *server) dataDir() string { return filepath.Join(s.dir, "data") }
 func (s *server) logFile() string { return filepath.Join(s.dir, "server.log") }
 
-// startServer starts the program, with env after what every server of the bench has, and
-// waits until it is ready. After an error nothing is left.
+// startServer starts the program, with env after the settings that every server of the bench has,
+// and waits until it is ready. Nothing is left after an error.
 func startServer(ctx context.Context, program string, out *outside, env ...string) (s *server, err error) {
 	if program, err = filepath.Abs(program); err != nil {
 		return nil, err
@@ -94,8 +95,8 @@ func freeAddress() (string, error) {
 	return l.Addr().String(), l.Close()
 }
 
-// run starts the process, with documented defaults except where those would be what
-// is measured.
+// run starts the process with the documented defaults, except where a default would be what is
+// measured.
 func (s *server) run(address string, env []string) error {
 	log, err := os.Create(s.logFile())
 	if err != nil {
@@ -109,11 +110,11 @@ func (s *server) run(address string, env []string) error {
 		}
 	}
 	s.cmd.Env = append(s.cmd.Env, "CAY_RATE_LIMIT_PER_SECOND=1000000", "CAY_RATE_LIMIT_BURST=1000000",
-		"CAY_POOL_ENABLED=false", // it would boot sandboxes beside what is measured
+		"CAY_POOL_ENABLED=false", // the pool would boot sandboxes during a measurement
 		"CAY_TEMPLATES_PREPARE="+template, "CAY_NETWORK_NAMESERVERS="+s.outside.address)
-	s.cmd.Env = append(s.cmd.Env, env...) // the last of a name counts
+	s.cmd.Env = append(s.cmd.Env, env...) // the last setting of a name counts
 	s.cmd.Stdout, s.cmd.Stderr = log, log
-	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // ^C is for the bench, which ends it in order
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // so that ^C reaches only the bench, which ends the server in order
 	if err := s.cmd.Start(); err != nil {
 		return fmt.Errorf("starting the server: %w", err)
 	}
@@ -122,7 +123,7 @@ func (s *server) run(address string, env []string) error {
 	return nil
 }
 
-// poll tries until done, and gives up when the server ends.
+// poll calls done until it returns true. It gives up when the server ends.
 func (s *server) poll(ctx context.Context, within time.Duration, done func() (bool, error)) error {
 	deadline := time.After(within)
 	for {
@@ -133,7 +134,7 @@ func (s *server) poll(ctx context.Context, within time.Duration, done func() (bo
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-s.exited:
-			log, _ := os.ReadFile(s.logFile()) // nothing else could be said
+			log, _ := os.ReadFile(s.logFile()) // if it fails there is nothing else to say
 			return fmt.Errorf("the server ended: %s", log[max(0, len(log)-2000):])
 		case <-deadline:
 			return fmt.Errorf("not done after %s", within)
@@ -185,7 +186,7 @@ func (s *server) execute(ctx context.Context, id string, r client.ExecuteRequest
 	return res, nil
 }
 
-// line runs the command line's program.
+// line runs cay's command line.
 func (s *server) line(ctx context.Context, args ...string) error {
 	cmd := exec.CommandContext(ctx, s.program, args...)
 	cmd.Env = append(os.Environ(), "CAY_API_URL="+s.url, "CAY_API_KEY="+s.key)
@@ -201,7 +202,7 @@ func (s *server) close() error {
 	defer cancel()
 	var errs []error
 	if s.exited != nil {
-		_ = s.cmd.Process.Signal(syscall.SIGTERM) // it may have ended
+		_ = s.cmd.Process.Signal(syscall.SIGTERM) // the process may have ended
 		select {
 		case <-s.exited:
 		case <-ctx.Done():
@@ -210,7 +211,7 @@ func (s *server) close() error {
 		}
 		out, err := exec.CommandContext(ctx, s.program, "server", "--data-dir", s.dataDir(), "--purge").CombinedOutput()
 		if err != nil {
-			// The directory says what is left; removing it would hide that.
+			// The directory shows what is left, so it stays.
 			return errors.Join(append(errs, fmt.Errorf("purging the server of %s: %w: %s", s.dir, err, out))...)
 		}
 	}

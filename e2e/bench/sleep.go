@@ -14,7 +14,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// What is measured about sleep, for sandboxes with more and more memory that was written to.
+// Names of the measurements of suspend and wake, for sandboxes with more and more memory in use.
 const (
 	suspendOf      = "suspend, %s"
 	wakeAnswered   = "wake until the first command answered, %s"
@@ -26,10 +26,10 @@ const (
 
 // sleeper is a sandbox that is suspended and woken again and again.
 type sleeper struct {
-	name    string // of its row
+	name    string // name of its row
 	size    string // preset
-	mib     int    // memory that a process in it has filled with random bytes
-	zero    bool   // with zeros instead
+	mib     int    // memory that a process in it fills with random bytes
+	zero    bool   // fill with zeros instead
 	samples func(options) int
 }
 
@@ -42,7 +42,7 @@ var sleepers = []sleeper{
 	{"1 GiB of zeros", "shared-cpu-4x", 1024, true, func(o options) int { return max(3, o.starts/5) }},
 }
 
-// measureSleep suspends and wakes, with a start of docker's in turn with the smallest.
+// measureSleep suspends and wakes sandboxes, and starts a container in turn with the smallest one.
 func measureSleep(ctx context.Context, o options, s *server, d *docker, r *results) error {
 	for _, one := range sleepers {
 		if err := s.sleep(ctx, one, o, d, r); err != nil {
@@ -63,7 +63,7 @@ func (s *server) sleep(ctx context.Context, one sleeper, o options, d *docker, r
 	if one.mib > 0 {
 		fill := fmt.Sprintf("b = os.urandom(%d << 20)", one.mib)
 		if one.zero {
-			// Touched, and zero all the same.
+			// The program touches the pages, and they are zero in the end.
 			fill = fmt.Sprintf("n = 1 << 20; b = bytearray(b'\\x01') * (%d * n)\nfor i in range(0, len(b), n): b[i:i+n] = "+
 				"bytes(n)\n", one.mib)
 		}
@@ -76,7 +76,7 @@ func (s *server) sleep(ctx context.Context, one sleeper, o options, d *docker, r
 	}
 	for i := range one.samples(o) + 1 {
 		into := r
-		if i == 0 { // warms the page cache
+		if i == 0 { // the first round warms the page cache
 			into = &results{}
 		}
 		if err := s.sleepOnce(ctx, id, one.name, into); err != nil {
@@ -113,7 +113,7 @@ func (s *server) sleepOnce(ctx context.Context, id, name string, r *results) err
 	return nil
 }
 
-// diskUse is what the files below dir take, bytes.
+// diskUse returns the disk space of the files below dir, in bytes.
 func diskUse(dir string) (size int64, err error) {
 	err = filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
 		var st unix.Stat_t
@@ -126,7 +126,7 @@ func diskUse(dir string) (size int64, err error) {
 	return size, err
 }
 
-// stillness writes the longest time, in ms, that it was not run for to /dev/shm/still.
+// stillness writes to /dev/shm/still the longest time, in ms, for which it did not run.
 const stillness = `import os, time
 open("/dev/shm/still", "w").write("0"); last, worst = time.time(), 0
 while True:
@@ -136,7 +136,7 @@ while True:
     last = now
 `
 
-// pauseOnce takes a recovery point beside a program that notices when it stands still.
+// pauseOnce takes a recovery point while a program measures how long it stands still.
 func (s *server) pauseOnce(ctx context.Context, id, name string, r *results) error {
 	if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"sh", "-c",
 		`python3 -c "$0" >/dev/null 2>&1 & echo $! >/dev/shm/pid; until [ -e /dev/shm/still ]; do sleep 0.02; done`, stillness}}); err != nil {

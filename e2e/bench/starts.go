@@ -9,7 +9,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// What is measured about starts and ends.
+// Names of the measurements of starts and ends.
 const (
 	startAnswered       = "create until the first command answered"
 	startCreate         = "  of it: create"
@@ -24,7 +24,7 @@ const (
 	dockerStartLine     = "docker run --rm … true"
 )
 
-// counterparts are those of docker's, taken in turn with ours.
+// counterparts maps measurements of cay to those of Docker that are taken in turn with them.
 var counterparts = map[string]string{
 	startAnswered:                           dockerStartAnswered,
 	startCreate:                             dockerStartCreate,
@@ -100,7 +100,7 @@ func (s *server) startOnce(ctx context.Context, r *results) error {
 		return err
 	}
 	r.took(startDestroy, began)
-	// What is left of it is not what the next measures.
+	// The clean-up of this sandbox must not fall into the next measurement.
 	if err := awaitGone(ctx, id); err != nil {
 		return fmt.Errorf("waiting for a destroy: %w", err)
 	}
