@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// serve has the web server inside answer /page?NAME so.
+// serve makes the web server inside answer /page?NAME with the body and the headers.
 func (s *server) serve(id, name, body string, headers ...[2]string) {
 	s.t.Helper()
 	text, err := json.Marshal(object{"headers": headers, "body": body})
@@ -26,7 +26,7 @@ func (s *server) serve(id, name, body string, headers ...[2]string) {
 	}
 }
 
-// open leads the browser to a page.
+// open opens a page in the browser.
 func (b *browser) open(page string) {
 	b.t.Helper()
 	var reply struct {
@@ -42,13 +42,13 @@ func (b *browser) open(page string) {
 	}
 	for b.run(fmt.Sprintf(`location.href === %s && document.readyState === "complete"`, want)) != "true" {
 		if b.ctx.Err() != nil {
-			b.t.Fatalf("%s never opens; the browser has %s", page, b.run("location.href"))
+			b.t.Fatalf("%s did not open; the browser shows %s", page, b.run("location.href"))
 		}
 		time.Sleep(20 * time.Millisecond) // a poll with a deadline
 	}
 }
 
-// cookies names the cookies that the browser would send to an address.
+// cookies returns the names of the cookies that the browser would send to an address.
 func (b *browser) cookies(address string) []string {
 	b.t.Helper()
 	var reply struct {
@@ -63,9 +63,9 @@ func (b *browser) cookies(address string) []string {
 	return names
 }
 
-// TestPagesOfStrangers opens pages that a sandbox serves in a real browser. By path they stand at
-// the API's origin and must get nothing of it; by host name they have an origin of their own, and
-// must not reach their neighbours.
+// TestPagesOfStrangers opens pages that a sandbox serves in a real browser. By path a page has the
+// API's origin and must gain nothing from it. By host name it has an origin of its own, and must
+// not reach its neighbours.
 func TestPagesOfStrangers(t *testing.T) {
 	s := sharedPorts(t)
 	id := s.create(nil)
@@ -95,7 +95,7 @@ func TestPagesOfStrangers(t *testing.T) {
 	})
 }
 
-// grabs are headers with which a page reaches for the whole origin.
+// grabs are response headers that would give a page power over the whole origin.
 var grabs = [][2]string{
 	{"Set-Cookie", "theirs=1; Path=/"}, {"Service-Worker-Allowed", "/"}, {"Clear-Site-Data", `"cookies", "storage"`},
 	{"Content-Security-Policy", "sandbox allow-scripts allow-same-origin"}, {"Strict-Transport-Security", "max-age=9; includeSubDomains"},
@@ -113,7 +113,7 @@ func (s *server) pagesByPath(id string, b *browser) {
 		s.serve(id, name, kind[1], append(grabs, [2]string{"Content-Type", kind[0]})...)
 		b.open(base + name)
 		for script, want := range map[string]string{
-			"String(ran)":                    "true", // it is a page, and works as one
+			"String(ran)":                    "true", // the page loads and its script runs
 			"self.origin":                    "null",
 			thrown("document.cookie"):        "SecurityError",
 			thrown("localStorage.x = 1"):     "SecurityError",
@@ -135,7 +135,7 @@ func (s *server) pagesByPath(id string, b *browser) {
 	if got := b.cookies(s.url); !slices.Equal(got, []string{"session=ours"}) {
 		s.t.Errorf("the cookies of the API's origin are %q", got)
 	}
-	// A page of the origin that is not a sandbox's: even that cannot make the script a worker.
+	// Even a page of the API's own origin cannot register the script as a service worker.
 	resp, body := s.page("GET", portPath(id, webPort)+"/page?sw", nil,
 		func(r *http.Request) { r.Header.Set("Service-Worker", "script") })
 	if resp.StatusCode != 403 || text(body, "code") != "service_worker_refused" {
@@ -143,7 +143,7 @@ func (s *server) pagesByPath(id string, b *browser) {
 	}
 }
 
-// thrown is a script whose value is the name of the error that another one throws.
+// thrown returns a script whose value is the name of the error that another script throws.
 func thrown(script string) string {
 	return "(async () => { try { " + script + "; return 'nothing' } catch (e) { return e.name } })()"
 }
@@ -157,18 +157,18 @@ func (s *server) pagesByHost(id string, b *browser) {
 		[2]string{"Set-Cookie", "again=1; path=/ ;  DOMAIN = ." + portsZone})
 	b.open(own + "/page?own")
 	if got := b.run("self.origin + localStorage.x"); got != own+"kept" {
-		s.t.Errorf("at its own origin a page has %s", got)
+		s.t.Errorf("a page at its own origin gives %s", got)
 	}
 	if got := b.cookies(own); !slices.Equal(got, []string{"again=1", "own=1", "tossed=1"}) {
-		s.t.Errorf("it has the cookies %q", got)
+		s.t.Errorf("the page's origin has the cookies %q", got)
 	}
 	if got := b.cookies(sibling); len(got) != 0 {
-		s.t.Errorf("it has given its neighbour the cookies %q", got)
+		s.t.Errorf("the page's neighbour has the cookies %q", got)
 	}
 	if got := b.cookies("http://" + portsZone + ":" + port); len(got) != 0 {
-		s.t.Errorf("it has given the domain above the cookies %q", got)
+		s.t.Errorf("the parent domain has the cookies %q", got)
 	}
-	// A link that was signed: what is inside hears nothing of it.
+	// The server inside must not see a signature that the browser sends in other headers.
 	status, body := s.call("POST", portPath(id, openPort)+"/url", object{"expires_in": "1m"})
 	signed, err := url.Parse(text(body, "url"))
 	if status != 201 || err != nil {
@@ -179,6 +179,6 @@ func (s *server) pagesByHost(id string, b *browser) {
 		r.Header.Set("X-Orig-Url", "/?"+signed.RawQuery)
 	})
 	if strings.Contains(fmt.Sprint(v), "cays_") {
-		s.t.Errorf("inside came %+v", v)
+		s.t.Errorf("the server inside got %+v", v)
 	}
 }

@@ -21,8 +21,8 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// browser is one page in a headless Chromium, driven by the DevTools protocol: the few
-// calls that are needed, without a library of all of them.
+// browser drives one page in a headless Chromium over the DevTools protocol. It has only the few
+// calls that the tests need, so a library would be larger than this.
 type browser struct {
 	t    *testing.T
 	ctx  context.Context
@@ -34,7 +34,7 @@ type browser struct {
 func openPage(t *testing.T, ctx context.Context, page string, flags ...string) *browser {
 	t.Helper()
 	program := caytest.RequireProgram(t, "chromium")
-	dir, err := os.MkdirTemp("", "cay-chromium-") // t.TempDir would be removed while the last of its processes write
+	dir, err := os.MkdirTemp("", "cay-chromium-") // t.TempDir would be removed while the last processes still write
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -46,26 +46,26 @@ func openPage(t *testing.T, ctx context.Context, page string, flags ...string) *
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // all of it
-		_ = cmd.Wait()                                      // it was killed
-		_ = os.RemoveAll(dir)                               // in the way of nobody
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // the whole process group
+		_ = cmd.Wait()                                      // the browser was killed
+		_ = os.RemoveAll(dir)                               // a directory that stays harms no other test
 	})
 	b := &browser{t: t, ctx: ctx}
 	address := b.target(dir)
 	if b.conn, _, err = websocket.Dial(ctx, address, nil); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = b.conn.CloseNow() }) // it has been killed
+	t.Cleanup(func() { _ = b.conn.CloseNow() }) // the browser was killed
 	b.conn.SetReadLimit(16 << 20)
 	return b
 }
 
-// target waits for the page and says where it is driven.
+// target waits for the page and returns the address of its DevTools connection.
 func (b *browser) target(dir string) string {
 	b.t.Helper()
 	for ; b.ctx.Err() == nil; time.Sleep(50 * time.Millisecond) { // a poll with a deadline
 		port, err := os.ReadFile(filepath.Join(dir, "DevToolsActivePort"))
-		if err != nil || len(strings.Fields(string(port))) == 0 { // it is being written
+		if err != nil || len(strings.Fields(string(port))) == 0 { // the file is being written
 			continue
 		}
 		resp, err := http.Get("http://127.0.0.1:" + strings.Fields(string(port))[0] + "/json")
@@ -88,7 +88,7 @@ func (b *browser) target(dir string) string {
 	return ""
 }
 
-// call makes one call and decodes its result.
+// call makes one DevTools call and decodes its result.
 func (b *browser) call(method string, params, result any) {
 	b.t.Helper()
 	b.last++
@@ -138,7 +138,7 @@ func (b *browser) run(script string) string {
 	return fmt.Sprint(reply.Result.Value)
 }
 
-// keys presses keys.
+// keys types a text.
 func (b *browser) keys(text string) {
 	b.t.Helper()
 	for _, key := range text {
@@ -157,14 +157,14 @@ func (b *browser) until(script string) {
 	b.t.Helper()
 	for b.run(script) != "true" {
 		if b.ctx.Err() != nil {
-			b.t.Fatalf("never: %s; the page has %s", script, b.run("JSON.stringify(terminal)"))
+			b.t.Fatalf("%s never became true; the page has %s", script, b.run("JSON.stringify(terminal)"))
 		}
 		time.Sleep(20 * time.Millisecond) // a poll with a deadline
 	}
 }
 
-// TestTerminalInABrowser types into a terminal in a page of another origin, whose key goes as
-// a subprotocol.
+// TestTerminalInABrowser types into a terminal from a page of another origin, which sends the key
+// as a subprotocol.
 func TestTerminalInABrowser(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
@@ -175,7 +175,7 @@ func TestTerminalInABrowser(t *testing.T) {
 	}
 	elsewhere := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
-		_, _ = w.Write(page) // the browser has gone
+		_, _ = w.Write(page) // the browser may have gone
 	}))
 	defer elsewhere.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -195,7 +195,7 @@ func TestTerminalInABrowser(t *testing.T) {
 	b.keys("echo $x; stty size; exit 3")
 	b.until(`terminal.exit === 3 && terminal.text.includes("kept\r\n30 90\r\n") && terminal.code === 1000`)
 	if got := b.run("terminal.text.split('43 132').length"); got != "2" {
-		t.Errorf("what was shown before came again: %s", b.run("terminal.text"))
+		t.Errorf("old output came again: %s", b.run("terminal.text"))
 	}
 	if shown := b.run(`document.getElementById("screen").textContent`); !strings.Contains(shown, "é42") {
 		t.Errorf("the page shows %q", shown)

@@ -2,8 +2,8 @@ package e2e
 
 import "testing"
 
-// churn makes a hundred connections a second and closes them. Eight seconds later a timer of the sandbox's
-// kernel forgets each, and goes on with that while the sandbox is saved.
+// churn opens and closes a hundred connections a second. Eight seconds later a timer of the
+// sandbox's kernel removes each, also while the sandbox is being saved.
 const churn = `
 import socket, time
 l = socket.socket()
@@ -21,7 +21,7 @@ while True:
     time.sleep(0.008)
 `
 
-// TestSavesUnderChurn saves a sandbox again and again in which connections come and go.
+// TestSavesUnderChurn saves a sandbox again and again while connections in it come and go.
 func TestSavesUnderChurn(t *testing.T) {
 	s := shared(t)
 	id := s.persistent(nil)

@@ -5,7 +5,8 @@ import (
 	"testing"
 )
 
-// lacks tries what docs/compatibility.md says that gVisor does not have, and prints how each fails.
+// lacks tries every feature that docs/compatibility.md lists as missing in gVisor, and prints how
+// each fails.
 const lacks = `
 import ctypes, errno, os, socket, subprocess
 
@@ -61,7 +62,8 @@ for name, attempt in tried.items():
         print(name, errno.errorcode[e.errno])
 `
 
-// TestCompatibility holds docs/compatibility.md to what gVisor does: a line that has become wrong is taken out there.
+// TestCompatibility checks docs/compatibility.md against gVisor. Remove a line there when the
+// feature works.
 func TestCompatibility(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
@@ -80,6 +82,6 @@ func TestCompatibility(t *testing.T) {
 		}
 	}
 	if n := strings.Count(got, "\n") + 1; n != len(want) {
-		t.Errorf("%d were tried, want %d:\n%s", n, len(want), got)
+		t.Errorf("%d features were tried, want %d:\n%s", n, len(want), got)
 	}
 }

@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// sandboxes lists the sandboxes of a server by status.
+// sandboxes lists the ids of the sandboxes that have a status.
 func (s *server) sandboxes(status string) []string {
 	s.t.Helper()
 	var ids []string
@@ -39,8 +39,8 @@ func (s *server) sandboxes(status string) []string {
 	}
 }
 
-// TestRestartAdopts ends the server with SIGTERM and with SIGKILL: sandboxes go on,
-// with what runs in them, and their time still ends.
+// TestRestartAdopts ends the server with SIGTERM and with SIGKILL. Sandboxes go on with their
+// processes, and still end when their time is up.
 func TestRestartAdopts(t *testing.T) {
 	s := newServer(t)
 	s.start()
@@ -59,9 +59,9 @@ func TestRestartAdopts(t *testing.T) {
 		}
 	}
 	if reason := s.waitState(short, "destroyed"); reason != "expired" {
-		t.Errorf("the short one was destroyed with reason %q", reason)
+		t.Errorf("the sandbox with a short timeout was destroyed with reason %q", reason)
 	}
-	// The memory limit is guarded by the new process.
+	// The new server process enforces the memory limit.
 	if r := s.exec(long, "exec python3 -c 'b = bytearray(2 << 30)'"); !r.OOMKilled {
 		t.Errorf("after adoption: %+v", r)
 	}
@@ -87,14 +87,14 @@ func TestTermLetsCallsFinish(t *testing.T) {
 	}
 	s.stop(syscall.SIGTERM)
 	if got := <-answer; !strings.Contains(got, "finished") {
-		t.Errorf("the call in flight got %s", got)
+		t.Errorf("the call in flight returned %s", got)
 	}
 }
 
-// TestKilledAtAnyMoment kills the server with SIGKILL while it creates and destroys,
-// again and again, until both claims were found by a next start. After each start every sandbox is
-// running or destroyed, what
-// runs works, and nothing on the host is without a row.
+// TestKilledAtAnyMoment kills the server with SIGKILL while it creates and destroys, again and
+// again, until later starts have found both an interrupted create and an interrupted destroy. After
+// each start every sandbox is running or destroyed, running ones work, and the host has nothing
+// without a row.
 func TestKilledAtAnyMoment(t *testing.T) {
 	s := newServer(t)
 	s.start()
@@ -102,15 +102,15 @@ func TestKilledAtAnyMoment(t *testing.T) {
 	const rounds, most = 10, 60
 	for round := 0; round < rounds || !s.reconciled("abandon", "finish"); round++ {
 		if round == most {
-			t.Fatalf("in %d rounds no start found a create and a destroy to finish", most)
+			t.Fatalf("in %d rounds no start found an interrupted create and an interrupted destroy", most)
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		var wg sync.WaitGroup
 		for range 3 {
 			wg.Go(func() { s.churn(ctx) })
 		}
-		// Spread over what a create and a destroy take, and over more if that was not enough: the first create of a
-		// server reads the whole image.
+		// The delays spread over the time of a create and a destroy, and grow if that was not enough: the
+		// first create of a server reads the whole image.
 		time.Sleep(time.Duration(50+round%rounds*75+rand.IntN(75)) * time.Millisecond * time.Duration(1+round/rounds))
 		s.stop(syscall.SIGKILL)
 		cancel()
@@ -159,8 +159,8 @@ func (s *server) churn(ctx context.Context) {
 	}
 }
 
-// agree waits until every sandbox is running or destroyed, and checks that those that
-// run work and that the host has no others.
+// agree waits until every sandbox is running or destroyed, and checks that the running ones work
+// and that the host has no others.
 func (s *server) agree(since time.Time) {
 	s.t.Helper()
 	for len(s.sandboxes("creating")) > 0 {
@@ -173,7 +173,7 @@ func (s *server) agree(since time.Time) {
 	for _, id := range running {
 		s.alive(id)
 	}
-	// A destroy goes on after its answer.
+	// A destroy continues after its answer.
 	for onHost := s.groupsOnHost(); len(onHost) != len(running); onHost = s.groupsOnHost() {
 		if time.Since(since) > patience {
 			s.t.Errorf("the host has %v, rows say %v", onHost, running)

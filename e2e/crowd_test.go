@@ -13,9 +13,8 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// TestCrowd lets more clients create, execute and destroy in a loop than the machine has
-// room for: each is served or told to come again, others are answered meanwhile, and
-// nothing is left.
+// TestCrowd lets more clients create, execute and destroy in a loop than the machine has room for.
+// Each is served or told to retry, other clients are answered meanwhile, and nothing is left.
 func TestCrowd(t *testing.T) {
 	s := newServer(t, "CAY_POOL_ENABLED=true", "CAY_CAPACITY_MAX_SANDBOXES=6")
 	s.start()
@@ -38,7 +37,7 @@ func TestCrowd(t *testing.T) {
 					refused.Add(1)
 					time.Sleep(50 * time.Millisecond) // a client's pause
 				default:
-					return // it has said why
+					return // visit has reported the error
 				}
 			}
 		})
@@ -55,7 +54,7 @@ func TestCrowd(t *testing.T) {
 	wg.Wait()
 	t.Logf("%d were served, %d refused; the list was read %d times", served.Load(), refused.Load(), looked.Load())
 	if served.Load() < 10 || refused.Load() == 0 || looked.Load() < 10 {
-		t.Error("that is not what a crowd should find")
+		t.Error("some must be served, some refused, and the list must be read")
 	}
 	s.stop(syscall.SIGTERM)
 	s.env = append(s.env, "CAY_POOL_ENABLED=false")
@@ -66,8 +65,8 @@ func TestCrowd(t *testing.T) {
 	}
 }
 
-// visit creates a sandbox, uses it and destroys it. It returns the status of the create,
-// or 0 when something went wrong, which it says.
+// visit creates a sandbox, uses it and destroys it. It returns the status of the create, or 0 after
+// an error, which it reports.
 func visit(t *testing.T, c *client.Client) int {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()

@@ -10,15 +10,15 @@ import (
 	"time"
 )
 
-// earsPatience is how long a socket may take to hear one of some thousand packets a second again: a second when it can
-// at all, and more on a busy machine.
+// earsPatience limits the wait until a socket receives one of some thousand packets a second again.
+// That takes a second if it works at all, and longer on a busy machine.
 const earsPatience = 30 * time.Second
 
-// earsCount counts the sockets of ears.
+// earsCount is the number of sockets that ears opens.
 const earsCount = 400
 
-// ears listens on many sockets with one epoll instance. Each greets a peer outside twice a second, and a connection
-// to the listener is told how often each socket has heard something.
+// ears listens on many sockets with one epoll instance. Each greets a peer outside twice a second.
+// A connection to the listener is told how many packets each socket has received.
 const ears = `
 import json, select, socket, sys, time
 peer, many = (sys.argv[1], 7000), int(sys.argv[2])
@@ -49,8 +49,8 @@ while True:
             heard[fd] += 1
 `
 
-// speak sends to those who have last spoken to a socket, one after the other by chance, so that packets come at any
-// moment of a save.
+// speak sends to the peers that have last sent to a socket, in random order, so that packets come
+// at any moment of a save.
 func speak(t *testing.T, c net.PacketConn) {
 	var mu sync.Mutex
 	var peers [earsCount]net.Addr
@@ -80,14 +80,15 @@ func speak(t *testing.T, c net.PacketConn) {
 			}
 			mu.Lock()
 			if to := peers[rand.IntN(len(peers))]; to != nil {
-				_, _ = c.WriteTo([]byte("yes"), to) // the test sees who hears nothing
+				_, _ = c.WriteTo([]byte("yes"), to) // the test sees which sockets receive nothing
 			}
 			mu.Unlock()
 		}
 	})
 }
 
-// heard returns how often each socket of ears has heard something, nil if its listener does not answer.
+// heard returns how many packets each socket of ears has received, nil if its listener does not
+// answer.
 func (s *server) heard(id string) (counts []int) {
 	s.t.Helper()
 	r := s.exec(id, `python3 -c 'import socket; print(socket.create_connection(("127.0.0.1", 7001), `+
@@ -98,8 +99,9 @@ func (s *server) heard(id string) (counts []int) {
 	return counts
 }
 
-// TestSocketsHearAfterWake suspends and wakes a process that waits with epoll for many sockets, at which packets
-// arrive while the sandbox is saved. Each of them is heard again, and so is the listener.
+// TestSocketsHearAfterWake suspends and wakes a process that waits with epoll for many sockets,
+// while packets arrive for them. Each socket receives packets again afterwards, and so does the
+// listener.
 func TestSocketsHearAfterWake(t *testing.T) {
 	s := shared(t)
 	o := newOutside(t)
@@ -127,7 +129,7 @@ func TestSocketsHearAfterWake(t *testing.T) {
 				break
 			}
 			if time.Now().After(deadline) {
-				t.Fatalf("after %d wakes %d of %d sockets hear nothing", wakes, deaf, len(now))
+				t.Fatalf("after %d wakes %d of %d sockets receive nothing", wakes, deaf, len(now))
 			}
 		}
 	}

@@ -19,8 +19,8 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// TestE2B runs what E2B's unmodified packages do, in two versions, against a server, with
-// the environment that their users set. The tests themselves are e2e/e2b/*.test.mjs.
+// TestE2B runs E2B's unmodified packages, in two versions, against a server, with the environment
+// that their users set. The tests are e2e/e2b/*.test.mjs.
 func TestE2B(t *testing.T) {
 	s := newServer(t, "CAY_POOL_ENABLED=true", "CAY_TEMPLATES_PREPARE=base,code-interpreter")
 	s.start()
@@ -34,7 +34,7 @@ func TestE2B(t *testing.T) {
 	}
 }
 
-// e2bKey makes a key as an E2B user needs it, with the command line.
+// e2bKey makes a key for an E2B user with the command line.
 func (s *server) e2bKey() string {
 	s.t.Helper()
 	cmd := exec.Command(s.binary, "keys", "create", "sdk", "--format", "e2b")
@@ -47,13 +47,13 @@ func (s *server) e2bKey() string {
 	return key
 }
 
-// e2bPatience bounds one run of all tests of a version.
+// e2bPatience limits one run of all tests of a version.
 const e2bPatience = 10 * time.Minute
 
 func (s *server) runE2B(t *testing.T, version, key string) {
 	node := nodeProgram(t)
 	dir := installed(t, version)
-	// The packages are found from where the tests are.
+	// Node.js looks for the packages in the directories above the tests.
 	run, err := os.MkdirTemp(dir, "run-")
 	if err != nil {
 		t.Fatal(err)
@@ -90,7 +90,7 @@ func (s *server) runE2B(t *testing.T, version, key string) {
 		t.Errorf("the tests did not run:\n%s", out)
 	}
 	t.Logf("%s", out)
-	// None may be left, and nobody may hold a lease.
+	// No sandbox may be left, and no lease may be held.
 	if status, body := s.call("GET", "/v1/sandboxes", nil); status != 200 ||
 		!strings.Contains(string(body), `"sandboxes":[]`) {
 		t.Errorf("sandboxes are left: %d %s", status, body)
@@ -106,8 +106,8 @@ func mustGlob(t *testing.T, pattern string) []string {
 	return paths
 }
 
-// nodeProgram is a Node.js that E2B's packages run on: the host's, if that is new enough,
-// else one that is installed as they are.
+// nodeProgram returns a Node.js that can run E2B's packages: the host's if it is new enough, else
+// one that is installed with npm like them.
 func nodeProgram(t *testing.T) string {
 	t.Helper()
 	const oldest = 20
@@ -124,8 +124,8 @@ func nodeProgram(t *testing.T) string {
 	return filepath.Join(installed(t, "node"), "node_modules", "node-linux-"+cmp.Or(arch, runtime.GOARCH), "bin", "node")
 }
 
-// installed is a directory with the packages of a version, as its lock file has them. It is
-// kept outside the clone, by what it holds.
+// installed returns a directory with the packages of a version, as its lock file names them. The
+// directory is kept outside the clone, under a hash of its content.
 func installed(t *testing.T, version string) string {
 	t.Helper()
 	npm := caytest.RequireProgram(t, "npm")
@@ -150,12 +150,12 @@ func installed(t *testing.T, version string) string {
 	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	// Made beside and renamed, so that what is there is whole.
+	// The directory gets its name when it is complete.
 	draft, err := os.MkdirTemp(filepath.Dir(dir), "draft-")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer os.RemoveAll(draft) // renamed away if all went well
+	defer os.RemoveAll(draft) // it has another name if all went well
 	for name, data := range files {
 		if err := os.WriteFile(filepath.Join(draft, name), data, 0o600); err != nil {
 			t.Fatal(err)

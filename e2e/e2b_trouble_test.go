@@ -52,7 +52,7 @@ func (s *server) e2bCall(key, method, path, body string) (int, []byte) {
 	return resp.StatusCode, data
 }
 
-// startBody is the one message of a Start, in its envelope.
+// startBody returns the one message of a Start, in its envelope.
 func startBody(command string) []byte {
 	message, err := json.Marshal(object{"process": object{"cmd": "/bin/bash", "args": []string{"-c", command}},
 		"stdin": false})
@@ -88,7 +88,7 @@ func frame(r io.Reader) (flags byte, message []byte, err error) {
 	return head[0], message, err
 }
 
-// run runs a command to its end and returns what it printed, as its messages have it.
+// run runs a command to its end and returns its output, encoded as in the messages.
 func (b e2bBox) run(command string) string {
 	b.s.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -116,7 +116,7 @@ func (b e2bBox) run(command string) string {
 
 var leases = regexp.MustCompile(`(?m)^cay_sandbox_leases (\d+)$`)
 
-// noLeases waits until nobody uses a sandbox any more.
+// noLeases waits until no lease of a sandbox is held.
 func (s *server) noLeases() {
 	s.t.Helper()
 	var last string
@@ -147,7 +147,7 @@ func TestE2BTrouble(t *testing.T) {
 	t.Run("a stop under streams", func(t *testing.T) { s.at(t).stopUnderStreams(key) })
 }
 
-// at is the server for a part of a test.
+// at returns the server with its failures reported to t, for a part of a test.
 func (s *server) at(t *testing.T) *server {
 	part := *s
 	part.t = t
@@ -174,7 +174,7 @@ func (s *server) manyStreams(key string) {
 			for n := 0; ; n++ {
 				flags, message, err := frame(resp.Body)
 				if n == 1 {
-					begun.Done() // it has started and said something
+					begun.Done() // the command has started and printed something
 				}
 				if err != nil {
 					if n < 2 {
@@ -226,15 +226,15 @@ func (s *server) slowReader(key string) {
 	if _, message, err := frame(resp.Body); err != nil || !strings.Contains(string(message), "start") {
 		s.t.Fatalf("begins with %s, %v", message, err)
 	}
-	// From here on nobody reads, and everything else works.
+	// From here on the client reads nothing, and everything else works.
 	for range 10 {
 		box.run("head -c 1000000 /dev/zero >/tmp/zeros && wc -c </tmp/zeros")
 	}
 	leave()
 	s.noLeases()
-	// Its command goes on for who connects to it, or for who kills it.
+	// The command keeps running for a client that connects to it or kills it.
 	if out := box.run("pgrep -c yes"); !strings.Contains(out, "MQo=") {
-		s.t.Errorf("the command went with its reader: %s", out)
+		s.t.Errorf("the command ended with its reader: %s", out)
 	}
 	if status, _ := s.e2bCall(key, "DELETE", "/sandboxes/"+box.id, ""); status != 204 {
 		s.t.Errorf("kill: %d", status)
@@ -263,11 +263,11 @@ func (s *server) halfWritten(key string) {
 		if _, err := io.WriteString(conn, sent); err != nil {
 			s.t.Errorf("%s: %v", name, err)
 		}
-		if strings.HasSuffix(sent, "\r\n0\r\n\r\n") { // this one is whole, and is answered
+		if strings.HasSuffix(sent, "\r\n0\r\n\r\n") { // this request is whole and gets an answer
 			if resp, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil {
 				s.t.Errorf("%s: %v", name, err)
 			} else {
-				body, _ := io.ReadAll(resp.Body) // what came of it counts
+				body, _ := io.ReadAll(resp.Body) // the part that was read counts
 				if !strings.Contains(string(body), `"error"`) {
 					s.t.Errorf("%s: %d %q", name, resp.StatusCode, body)
 				}
@@ -278,14 +278,14 @@ func (s *server) halfWritten(key string) {
 	s.noLeases()
 	if out := box.run("ls /tmp/never 2>/dev/null; echo alive"); strings.Contains(out, "bmV2ZXI") ||
 		!strings.Contains(out, "YWxpdmUK") {
-		s.t.Errorf("half a request did something: %s", out)
+		s.t.Errorf("half a request had an effect: %s", out)
 	}
 	if status, _ := s.e2bCall(key, "DELETE", "/sandboxes/"+box.id, ""); status != 204 {
 		s.t.Errorf("kill: %d", status)
 	}
 }
 
-// warmE2B: the pool serves E2B's clients, with their user and environment.
+// warmE2B checks that the pool serves E2B's clients, with their user and environment.
 func (s *server) warmE2B(key string) {
 	for end := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) { // a poll with a deadline
 		box := s.e2bCreate(key)
@@ -306,7 +306,7 @@ func (s *server) warmE2B(key string) {
 	}
 }
 
-// networkE2B: what is said about the network holds for what leaves the sandbox.
+// networkE2B checks that E2B's network settings apply to traffic that leaves the sandbox.
 func (s *server) networkE2B(key string) {
 	o := newOutside(s.t.(*testing.T))
 	o.listen(s.t.(*testing.T), 8080)
@@ -323,7 +323,7 @@ func (s *server) networkE2B(key string) {
 		`{"denyOut":["` + o.second + `"]}`: {one: true, two: false},
 		`{"allow_internet_access":false}`:  {one: false, two: false},
 		`{"denyOut":["0.0.0.0/0"],"allowOut":["` + o.second + `"]}`:        {one: false, two: true},
-		`{"denyOut":["` + o.block + `"],"allowOut":["` + o.address + `"]}`: {one: true, two: false}, // what is allowed goes first
+		`{"denyOut":["` + o.block + `"],"allowOut":["` + o.address + `"]}`: {one: true, two: false}, // allowOut wins
 	} {
 		if status, answer := s.e2bCall(key, "PUT", "/sandboxes/"+id+"/network", body); status != 204 {
 			s.t.Fatalf("%s: %d %s", body, status, answer)
@@ -336,8 +336,8 @@ func (s *server) networkE2B(key string) {
 	}
 }
 
-// stopUnderStreams: a server that is stopped does not wait for streams without an end, and
-// the command goes on under the next.
+// stopUnderStreams checks that a server that stops does not wait for endless streams, and that the
+// command goes on under the next server.
 func (s *server) stopUnderStreams(key string) {
 	box := s.e2bCreate(key)
 	resp, err := box.start(context.Background(), http.DefaultClient, "echo $$ >/tmp/pid; sleep 1000")
@@ -358,7 +358,7 @@ func (s *server) stopUnderStreams(key string) {
 	}
 	s.start()
 	if out := box.run("kill -0 $(cat /tmp/pid) && echo lives"); !strings.Contains(out, "bGl2ZXMK") {
-		s.t.Errorf("the command is gone: %s", out)
+		s.t.Errorf("the command has ended: %s", out)
 	}
 	if status, _ := s.e2bCall(key, "DELETE", "/sandboxes/"+box.id, ""); status != 204 {
 		s.t.Errorf("kill: %d", status)

@@ -27,7 +27,7 @@ func (s *server) setEgress(id string, policy object) {
 	}
 }
 
-// reaches checks which of the targets (host:port) are reached.
+// reaches checks which of the targets (host:port) a sandbox reaches.
 func (s *server) reaches(id string, want map[string]bool) {
 	s.t.Helper()
 	for target, open := range want {
@@ -45,7 +45,7 @@ func (s *server) reaches(id string, want map[string]bool) {
 	}
 }
 
-// network is the object of that name of a sandbox.
+// network returns the field "network" of a sandbox.
 func (s *server) network(id string) (use struct {
 	PacketsAllowed int64 `json:"packets_allowed"`
 	BytesAllowed   int64 `json:"bytes_allowed"`
@@ -64,7 +64,7 @@ func (s *server) network(id string) (use struct {
 	return use
 }
 
-// awaitDenied waits for an event of something denied whose detail contains the text.
+// awaitDenied waits for an event about denied traffic whose detail contains the text.
 func (s *server) awaitDenied(id, part string) {
 	s.t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) { // a poll with a deadline
@@ -75,7 +75,7 @@ func (s *server) awaitDenied(id, part string) {
 			}
 		}
 		if time.Now().After(deadline) {
-			s.t.Fatalf("no event tells that %q was denied: %+v", part, events)
+			s.t.Fatalf("no event says that %q was denied: %+v", part, events)
 		}
 	}
 }
@@ -93,7 +93,7 @@ func TestEgressByRange(t *testing.T) {
 	s.reaches(id, map[string]bool{one: false, two: false})
 	s.awaitDenied(id, "tcp "+one)
 	if use := s.network(id); use.PacketsDenied == 0 || use.BytesDenied == 0 {
-		t.Errorf("after it was denied: %+v", use)
+		t.Errorf("after a denied connection: %+v", use)
 	}
 	for name, tt := range map[string]struct {
 		policy object
@@ -109,11 +109,11 @@ func TestEgressByRange(t *testing.T) {
 		s.reaches(id, tt.want)
 	}
 	if use := s.network(id); use.PacketsAllowed == 0 || use.BytesAllowed == 0 {
-		t.Errorf("after it was let out: %+v", use)
+		t.Errorf("after an allowed connection: %+v", use)
 	}
 }
 
-// echo answers every connection with what it sends.
+// echo sends back on every connection what it receives.
 func (o *outside) echo(t *testing.T, port int) {
 	t.Helper()
 	l := inNamespace(t, o.name, func() (net.Listener, error) { return net.Listen("tcp4", fmt.Sprintf(":%d", port)) })
@@ -126,7 +126,7 @@ func (o *outside) echo(t *testing.T, port int) {
 			}
 			go func() {
 				defer c.Close()
-				_, _ = io.Copy(c, c) // until the sandbox's end
+				_, _ = io.Copy(c, c) // until the sandbox closes it
 			}()
 		}
 	}()
@@ -157,14 +157,14 @@ until [ -s /tmp/n ]; do sleep 0.02; done`, o.address))
 		}
 		return n
 	}
-	// Half a second is 25 turns.
+	// Half a second has 25 rounds of the program inside.
 	moves := func() bool {
 		before := count()
 		s.want(id, "sleep 0.5")
 		return count() > before
 	}
 	if !moves() {
-		t.Fatal("the connection carries nothing")
+		t.Fatal("the connection carries no data")
 	}
 	s.setEgress(id, object{"mode": "deny_all", "allow_cidrs": []string{o.address + "/32"}, "allow_ports": []int{7}})
 	if !moves() {
@@ -176,8 +176,8 @@ until [ -s /tmp/n ]; do sleep 0.02; done`, o.address))
 	}
 }
 
-// TestEgressSurvives: the policy holds after a suspend and a wake, after the death of the
-// server, and as it was changed while the sandbox slept.
+// TestEgressSurvives checks that the policy holds after a suspend and a wake and after the death of
+// the server, and that a change during the sleep holds after the wake.
 func TestEgressSurvives(t *testing.T) {
 	s := newServer(t)
 	s.start()
@@ -203,14 +203,14 @@ func TestEgressSurvives(t *testing.T) {
 	if state, _ := s.state(id); state != "suspended" {
 		t.Errorf("a change of the policy made it %s", state)
 	}
-	s.reaches(id, second) // which wakes it
+	s.reaches(id, second) // the connection wakes the sandbox
 	s.stop(syscall.SIGTERM)
 	s.start()
 	s.reaches(id, second)
 	s.destroy(id)
 }
 
-// serveWeb serves HTTPS and HTTP outside, saying which host was asked for.
+// serveWeb serves HTTPS and HTTP outside. The answer names the host that was asked for.
 func (o *outside) serveWeb(t *testing.T) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -233,11 +233,11 @@ func (o *outside) serveWeb(t *testing.T) {
 		if port == 443 {
 			l = tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}})
 		}
-		go func() { _ = web.Serve(l) }() // until it is closed
+		go func() { _ = web.Serve(l) }() // until the listener is closed
 	}
 }
 
-// TestEgressByName allows names whose address other names have too.
+// TestEgressByName allows names that share their address with other names.
 func TestEgressByName(t *testing.T) {
 	o := newOutside(t)
 	o.serveWeb(t)
@@ -252,7 +252,7 @@ func TestEgressByName(t *testing.T) {
 		"*.wild.example.test"}}})
 	defer s.destroy(id)
 
-	// Before a name was resolved its address is nothing special.
+	// An address is closed until an allowed name has been resolved to it.
 	s.reaches(id, map[string]bool{o.address + ":443": false, o.address + ":8080": false})
 	curl := func(args string) string {
 		t.Helper()
@@ -262,14 +262,14 @@ func TestEgressByName(t *testing.T) {
 		"https://one.example.test/":      "this is one.example.test",
 		"http://one.example.test/":       "this is one.example.test",
 		"https://a.b.wild.example.test/": "this is a.b.wild.example.test",
-		"https://two.example.test/":      "", // not resolved
-		"https://wild.example.test/":     "", // a wildcard is for what is below
+		"https://two.example.test/":      "", // the name is not resolved
+		"https://wild.example.test/":     "", // a wildcard covers only names below it
 	} {
 		if got := curl(url); got != want {
 			t.Errorf("%s: %q, want %q", url, got, want)
 		}
 	}
-	// The address is open now, and not for other names.
+	// The address is open now, but not for other names.
 	for args, why := range map[string]string{
 		"--resolve two.example.test:443:" + o.address + " https://two.example.test/": "another name in TLS",
 		"--resolve two.example.test:80:" + o.address + " http://two.example.test/":   "another name in HTTP",
@@ -280,9 +280,9 @@ func TestEgressByName(t *testing.T) {
 			t.Errorf("%s: %q", why, got)
 		}
 	}
-	// What names nobody passes on ports that are not the web's.
+	// Protocols without a host name pass on ports other than 80 and 443.
 	s.reaches(id, map[string]bool{o.address + ":8080": true})
-	// Whatever resolver is asked, ours answers.
+	// The egress proxy answers in place of every other resolver.
 	for _, name := range []string{"one.example.test", "two.example.test"} {
 		got := s.want(id, fmt.Sprintf(`python3 -c '
 import socket, struct
@@ -294,14 +294,14 @@ u.sendto(q, ("198.51.100.99", 53)); print(struct.unpack(">H", u.recv(512)[6:8])[
 		}
 	}
 	s.awaitDenied(id, "two.example.test")
-	// Without the name it is closed again, at once.
+	// Once the name is not allowed any more, its address is closed at once.
 	s.setEgress(id, object{"mode": "deny_all", "allow_domains": []string{"*.wild.example.test"}})
 	if got := curl("--resolve one.example.test:443:" + o.address + " https://one.example.test/"); got != "" {
 		t.Errorf("a name that is not allowed any more: %q", got)
 	}
 }
 
-// TestMetadata asks from inside, under a policy that lets nothing out.
+// TestMetadata reads the metadata service from inside, under a policy that denies everything.
 func TestMetadata(t *testing.T) {
 	s := shared(t)
 	id := s.create(object{"egress": object{"mode": "deny_all"}, "metadata": object{"team": "red"},
@@ -322,7 +322,7 @@ func TestMetadata(t *testing.T) {
 		t.Errorf("it is told %s", whole)
 	}
 	if m, whole := read(other); m["id"] != other {
-		t.Errorf("the other is told %s", whole)
+		t.Errorf("the other sandbox reads %s", whole)
 	}
 	if got := s.want(id, "curl -sS --max-time 5 http://169.254.169.254/metadata/team"); got != "red" {
 		t.Errorf("its label is %q", got)
@@ -332,6 +332,6 @@ func TestMetadata(t *testing.T) {
 		t.Fatalf("keepalive: %d %s", status, body)
 	}
 	if m, whole := read(id); m["expires_at"] == before || m["expires_at"] == nil {
-		t.Errorf("after a keepalive it is told %s", whole)
+		t.Errorf("after a keepalive the sandbox reads %s", whole)
 	}
 }

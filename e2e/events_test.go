@@ -46,8 +46,8 @@ func (s *server) ofOwnOrg(name string) *server {
 	return &own
 }
 
-// TestEvents makes facts of all kinds with real sandboxes, and finds exactly their events, in order,
-// in the feed and in the output of a follower.
+// TestEvents causes events of all kinds with real sandboxes, and finds exactly those events, in
+// order, in the feed and in the output of a follower.
 func TestEvents(t *testing.T) {
 	operator := shared(t)
 	s := operator.ofOwnOrg("events")
@@ -66,7 +66,7 @@ func TestEvents(t *testing.T) {
 	id := s.persistent(nil)
 	s.want(id, "true")
 	s.suspend(id)
-	s.want(id, "true") // wakes it
+	s.want(id, "true") // this wakes it
 	s.setEgress(id, object{"mode": "deny_all"})
 	s.connect(id, "203.0.113.7", 443)
 	s.awaitDenied(id, "203.0.113.7")
@@ -102,7 +102,7 @@ func TestEvents(t *testing.T) {
 	all := s.allEvents()
 	var got []client.FeedEventType
 	for _, e := range all {
-		// What is sent again and again is denied again and again.
+		// A repeated packet causes a repeated event.
 		if e.Type != "sandbox.egress_denied" || got[len(got)-1] != e.Type {
 			got = append(got, e.Type)
 		}
@@ -120,19 +120,19 @@ func TestEvents(t *testing.T) {
 		t.Error(err)
 	}
 	if rest, _ := io.ReadAll(out); len(rest) > 0 {
-		t.Errorf("the follower has more: %s", rest)
+		t.Errorf("the follower has more events: %s", rest)
 	}
-	_ = follower.Wait() // it was ended
+	_ = follower.Wait() // the follower was killed
 	other := operator.ofOwnOrg("events-beside")
 	if theirs := other.allEvents(); len(theirs) != 2 {
 		t.Errorf("another organization sees %+v", theirs)
 	}
 }
 
-// TestFollowerAcrossRestarts ends the server with SIGTERM and SIGKILL while facts are made. A
-// follower sees the event of every call that was answered, once, and the same events as the feed.
+// TestFollowerAcrossRestarts ends the server with SIGTERM and SIGKILL while sandboxes change. A
+// follower sees one event of every call that was answered, and the same events as the feed.
 func TestFollowerAcrossRestarts(t *testing.T) {
-	t.Parallel() // its server is its own
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	c, err := client.New(s.url, s.key)
@@ -150,7 +150,7 @@ func TestFollowerAcrossRestarts(t *testing.T) {
 			if _, err := c.CreateAPIKey(working, client.CreateAPIKeyRequest{Name: name, Scopes: []string{"exec"}}); err == nil {
 				answered[name] = true
 			}
-			time.Sleep(2 * time.Millisecond) // so that there are not more than a page's each second
+			time.Sleep(2 * time.Millisecond) // so that at most one page of events comes each second
 		}
 	})
 	first := s.allEvents()[0].ID
@@ -174,11 +174,11 @@ func TestFollowerAcrossRestarts(t *testing.T) {
 			case ctx.Err() != nil:
 			case errors.Is(err, io.ErrUnexpectedEOF), client.HasCode(err, "stopping"):
 				broken++
-			case !errors.As(err, &away): // as it is while there is no server
+			case !errors.As(err, &away): // expected while there is no server
 				t.Errorf("following: %v", err)
 				return
 			}
-			time.Sleep(10 * time.Millisecond) // between two tries, until the test ends
+			time.Sleep(10 * time.Millisecond) // between two attempts, until the test ends
 		}
 	})
 	for _, signal := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM, syscall.SIGKILL} {
@@ -219,7 +219,7 @@ func TestFollowerAcrossRestarts(t *testing.T) {
 	if broken != 3 {
 		t.Errorf("the stream broke off %d times, want 3", broken)
 	}
-	t.Logf("%d facts answered, %d events", len(answered), len(all))
+	t.Logf("%d calls answered, %d events", len(answered), len(all))
 }
 
 // awaitFollowed waits until a follower has seen so many more events.

@@ -25,20 +25,21 @@ import (
 	"github.com/cayhq/cay/internal/cgroup"
 )
 
-// evilServer is a server with an honest sandbox of one organization, and one of another whose agent is e2e/evil.
+// evilServer is a server with an honest sandbox of one organization and a sandbox of another whose
+// agent is e2e/evil.
 type evilServer struct {
 	*server
 	honest   *server // with the key of the honest organization
 	honestID string
 	evilID   string
-	token    string   // of the evil sandbox, for E2B's clients
-	evils    []string // what the agent can be asked for
+	token    string   // token of the evil sandbox, for E2B's clients
+	evils    []string // names of the evils that the agent knows
 }
 
-// evilPatience is how long an agent may be silent on that server.
+// evilPatience is the time for which an agent on that server may be silent.
 const evilPatience = 2 * time.Second
 
-// maxServerMemory is what the server stays under whatever is done to it, bytes.
+// maxServerMemory limits the server's memory under every attack, bytes.
 const maxServerMemory = 512 << 20
 
 func newEvilServer(t *testing.T) *evilServer {
@@ -67,7 +68,8 @@ func newEvilServer(t *testing.T) *evilServer {
 	e.honest, own.key = &own, text(org, "api_key")
 	e.honestID = e.honest.create(nil)
 
-	// What is in place already is not looked at again, and the honest sandbox goes on with what it runs.
+	// The server does not check a program that is in place already, and the honest sandbox keeps
+	// running its own.
 	agents, err := filepath.Glob(filepath.Join(s.dataDir, "programs", "*", "cay-agent"))
 	if err != nil || len(agents) != 1 {
 		t.Fatalf("the agent's program is %v, %v", agents, err)
@@ -99,16 +101,15 @@ func newEvilServer(t *testing.T) *evilServer {
 	return e
 }
 
-// evilCall is a way on which the host calls an agent. In its texts EVIL stands for what the agent
-// is asked for, and ID for the
-// sandbox.
+// evilCall is a way on which the host calls an agent. In its texts EVIL stands for the name of an
+// evil, and ID for the sandbox.
 type evilCall struct {
 	method, path string
 	headers      []string
 	body         string
 }
 
-// evilCalls are all of them.
+// evilCalls returns all of them.
 func (e *evilServer) evilCalls() map[string]evilCall {
 	sse := []string{"Accept", "text/event-stream"}
 	upgrade := func(to string, more ...string) []string {
@@ -160,21 +161,21 @@ func (e *evilServer) evilCalls() map[string]evilCall {
 	}
 }
 
-// neverEnd are the calls that may be silent as long as they like: what they carry is a stranger's stream, and
-// only its caller knows how long it may be silent.
+// neverEnd are the calls that may be silent for ever: they carry a stream of a program inside, and
+// only the caller knows how long it may be silent.
 var neverEnd = map[string]bool{"tunnel": true, "port": true, "port websocket": true, "e2b start": true,
 	"e2b watch": true}
 
-// try makes one call and says what is wrong with how it ended.
+// evilTry makes one call and returns an error that says in what way it ended wrongly.
 func (e *evilServer) evilTry(ctx context.Context, name string, c evilCall, evil string) error {
 	index := 0
 	for i, other := range e.evils {
 		if other == evil {
-			index = i + 10*len(e.evils) // a port, by which the agent finds the evil
+			index = i + 10*len(e.evils) // a port, from which the agent takes the evil
 		}
 	}
 	fill := strings.NewReplacer("EVIL", evil, "ID", e.evilID, "PORT", strconv.Itoa(index))
-	// Longer than anything that the server waits for: five times its patience.
+	// The limit is longer than every wait of the server: it is fifteen times the server's patience.
 	ctx, cancel := context.WithTimeout(ctx, 15*evilPatience)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, c.method, e.url+fill.Replace(c.path),
@@ -195,13 +196,14 @@ func (e *evilServer) evilTry(ctx context.Context, name string, c evilCall, evil 
 	resp, err := evilClient.Do(req)
 	if err != nil {
 		if neverEnd[name] || !errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
-			return nil // the connection was broken, as it must be when an answer cannot be
+			return nil // the server breaks off an answer that it cannot complete
 		}
 		return fmt.Errorf("no answer: %w", err)
 	}
 	defer resp.Body.Close()
-	defer context.AfterFunc(ctx, func() { _ = resp.Body.Close() })() // net/http leaves another protocol's connection alone
-	// Whoever gets what does not end leaves after a while.
+	// net/http leaves a connection of another protocol alone
+	defer context.AfterFunc(ctx, func() { _ = resp.Body.Close() })()
+	// The caller of an endless answer leaves after so many bytes.
 	const enough = 256 << 10
 	start := time.Now()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, enough))
@@ -211,7 +213,7 @@ func (e *evilServer) evilTry(ctx context.Context, name string, c evilCall, evil 
 	case resp.StatusCode == http.StatusInternalServerError && !bringsItsOwn(name):
 		return fmt.Errorf("status 500: %.200q", b)
 	case resp.StatusCode >= 400 && len(b) == 0 && err == nil && !bringsItsOwn(name):
-		return fmt.Errorf("status %d and nothing with it", resp.StatusCode)
+		return fmt.Errorf("status %d with an empty body", resp.StatusCode)
 	case resp.StatusCode >= 400 && !bringsItsOwn(name):
 		var problem struct{ Code, Detail, Message any }
 		if err := json.Unmarshal(b, &problem); err != nil {
@@ -220,7 +222,7 @@ func (e *evilServer) evilTry(ctx context.Context, name string, c evilCall, evil 
 		if text := fmt.Sprint(problem.Detail, problem.Message); strings.ContainsFunc(text, func(r rune) bool {
 			return r != '\n' && r != '\t' && !unicode.IsPrint(r)
 		}) || len(text) > 8<<10 {
-			return fmt.Errorf("status %d tells %.200q", resp.StatusCode, text)
+			return fmt.Errorf("status %d with the detail %.200q", resp.StatusCode, text)
 		}
 	}
 	return nil
@@ -236,7 +238,7 @@ var evilClient = &http.Client{
 	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 }
 
-// spent is what a server has of its host.
+// spent is the server's use of the host's resources.
 type spent struct{ peak, files, goroutines int64 }
 
 func (s *server) spent() spent {
@@ -267,8 +269,8 @@ func (s *server) spent() spent {
 	return u
 }
 
-// beHonest executes in the honest sandbox, one command after the other, until stop is called, which returns
-// how many there were. Each must succeed.
+// beHonest executes commands in the honest sandbox, one after the other, until stop is called. Each
+// must succeed. stop returns how many there were and the longest duration.
 func (e *evilServer) beHonest() (stop func() (n int, longest time.Duration)) {
 	done := make(chan struct{})
 	var n int
@@ -294,10 +296,10 @@ func (e *evilServer) beHonest() (stop func() (n int, longest time.Duration)) {
 	return func() (int, time.Duration) { close(done); wg.Wait(); return n, longest.Round(time.Millisecond) }
 }
 
-// settled waits until the server has no more of the host than before, but for a little.
+// settled waits until the server uses hardly more of the host than before.
 func (e *evilServer) settled(before spent) {
 	e.t.Helper()
-	const slack = 40 // connections that rest, and what comes and goes by itself
+	const slack = 40 // idle connections, and others that come and go by themselves
 	var now spent
 	for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) { // a poll with a deadline
 		if now = e.spent(); now.files <= before.files+slack && now.goroutines <= before.goroutines+slack &&
@@ -311,9 +313,10 @@ func (e *evilServer) settled(before spent) {
 	}
 }
 
-// Whatever an agent answers to whatever the host asks, each call ends, with an error that says who is at
-// fault, another organization's calls succeed meanwhile, and the server keeps nothing of it. So it is when a thousand
-// calls at once make it hold what they can: it stays under its limit.
+// TestEvilAgent checks that for every answer of an agent to every call of the host, the call ends
+// with an error that says which side is at fault, calls of another organization succeed meanwhile,
+// and the server keeps nothing of it. Under a thousand concurrent calls that make it hold as much
+// as they can, it stays under its limit.
 func TestEvilAgent(t *testing.T) {
 	e := newEvilServer(t)
 	e.confined()
@@ -322,7 +325,8 @@ func TestEvilAgent(t *testing.T) {
 	e.checkLog()
 }
 
-// confined checks that the server is in a control group of its own, with the limit that it was given.
+// confined checks that the server is in a control group of its own, with the limit that it was
+// given.
 func (e *evilServer) confined() {
 	e.t.Helper()
 	e.mu.Lock()
@@ -394,7 +398,7 @@ func (e *evilServer) eachAnswer() {
 		len(all), time.Since(start).Round(time.Second),
 		time.Duration(most.Load()).Round(time.Millisecond), honest, slowest, after.peak>>20)
 	if honest == 0 {
-		t.Error("not one honest command ended meanwhile")
+		t.Error("no honest command ended meanwhile")
 	}
 	if after.peak > maxServerMemory {
 		t.Errorf("the server took %d MiB", after.peak>>20)
@@ -402,7 +406,7 @@ func (e *evilServer) eachAnswer() {
 	e.settled(before)
 }
 
-// checkLog looks for what an agent may not put into the log.
+// checkLog fails for log lines that an agent must not be able to cause.
 func (e *evilServer) checkLog() {
 	e.t.Helper()
 	f, err := os.Open(e.logFile())
@@ -425,8 +429,8 @@ func (e *evilServer) checkLog() {
 	}
 }
 
-// manyCalls makes a thousand calls at once that make the server hold as much as each can, and whose callers
-// read nothing.
+// manyCalls makes a thousand concurrent calls that make the server hold as much as each can, and
+// whose callers read nothing.
 func (e *evilServer) manyCalls() {
 	t := e.t
 	before := e.spent()
@@ -462,7 +466,7 @@ func (e *evilServer) manyCalls() {
 			}
 			defer conn.Close()
 			_ = conn.SetDeadline(time.Now().Add(6 * time.Second))
-			// What is refused is refused while it is sent.
+			// The server may refuse the request while it is being sent.
 			_, _ = io.WriteString(conn, kinds[i%len(kinds)])
 			status := make([]byte, len("HTTP/1.1 200"))
 			_, err = io.ReadFull(conn, status)
@@ -471,7 +475,7 @@ func (e *evilServer) manyCalls() {
 				statuses["none"]++
 			}
 			mu.Unlock()
-			time.Sleep(4 * time.Second) // the caller, who does not read on
+			time.Sleep(4 * time.Second) // a caller that does not read on
 		})
 	}
 	wg.Wait()
@@ -480,13 +484,13 @@ func (e *evilServer) manyCalls() {
 	t.Logf("answers %v; %d honest commands, the longest %s; the server took %d MiB at the most", statuses, honest, slowest,
 		after.peak>>20)
 	if honest == 0 {
-		t.Error("not one honest command ended meanwhile")
+		t.Error("no honest command ended meanwhile")
 	}
 	if after.peak > maxServerMemory {
 		t.Errorf("the server took %d MiB", after.peak>>20)
 	}
 	if statuses["HTTP/1.1 429"] == 0 {
-		t.Error("no call was refused: the test does not test")
+		t.Error("no call was refused: the load is too small to test the limit")
 	}
 	e.settled(before)
 }

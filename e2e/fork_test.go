@@ -16,7 +16,7 @@ import (
 	"time"
 )
 
-// fork makes children, each of which must be made.
+// fork makes children of a sandbox. All of them must succeed.
 func (s *server) fork(id string, more object) (ids []string) {
 	s.t.Helper()
 	if more == nil {
@@ -41,7 +41,7 @@ func (s *server) fork(id string, more object) (ids []string) {
 	return ids
 }
 
-// snapshot makes one and returns its id.
+// snapshot makes a snapshot and returns its id.
 func (s *server) snapshot(id string, more object) string {
 	s.t.Helper()
 	if more == nil {
@@ -68,14 +68,14 @@ func (s *server) from(snapshot string, more object) string {
 	return text(body, "id")
 }
 
-// snapshotsOnDisk lists the snapshots that there is anything of.
+// snapshotsOnDisk lists the ids of the snapshots that have files.
 func (s *server) snapshotsOnDisk() []string {
 	s.t.Helper()
 	return slices.DeleteFunc(s.checkpoints(), func(name string) bool { return !strings.HasPrefix(name, "snap_") })
 }
 
-// TestForkGoesOn forks a process that counts in its memory, into one and into ten, and a child
-// of its own once more: each goes on from where it was, with every line of its log.
+// TestForkGoesOn forks a process that counts in its memory, into one child and into ten, and forks
+// one child again. Each goes on from the same number, with every line of its log.
 func TestForkGoesOn(t *testing.T) {
 	s := shared(t)
 	id := s.create(object{"metadata": object{"family": "yes"}})
@@ -95,16 +95,16 @@ func TestForkGoesOn(t *testing.T) {
 		c.check()
 	}
 	if left := s.snapshotsOnDisk(); len(left) > 0 {
-		t.Errorf("the forks have left %v", left)
+		t.Errorf("the forks have left the snapshots %v", left)
 	}
 	if status, body := s.call("GET", "/v1/sandboxes?metadata.family=yes&limit=200", nil); status != 200 ||
 		strings.Count(string(body), `"family":"yes"`) != 13 {
 		t.Errorf("the children's metadata: %d %s", status, body)
 	}
 	if e := s.events(id)[0]; e.Reason != "forked" {
-		t.Errorf("its last event is %+v", e)
+		t.Errorf("the last event of the sandbox is %+v", e)
 	}
-	// The persistent one sleeps and wakes, by what it has of its own.
+	// The persistent child sleeps and wakes with its own checkpoint.
 	last := children[11]
 	s.suspend(last.id)
 	last.check()
@@ -115,8 +115,8 @@ func TestForkGoesOn(t *testing.T) {
 	w.check()
 }
 
-// oracle answers who connects with what the kernel, the clock and its own memory say, from
-// a process that is never started anew.
+// oracle tells every client the values of the kernel, the clock and its own memory, from one
+// process that is never restarted.
 const oracle = `
 import ctypes, json, os, random, secrets, socket, time, uuid
 random.seed(os.urandom(16)); libc = ctypes.CDLL(None)
@@ -133,8 +133,8 @@ const ask = `python3 -c '
 import socket
 c = socket.create_connection(("127.0.0.1", 7000)); print(c.makefile().read())'`
 
-// TestForkIdentity looks at everything that a sandbox is told apart by, in the eyes of a
-// process that was there before: children and the sandbox itself differ in all of it.
+// TestForkIdentity compares everything that tells sandboxes apart, as a process sees it that was
+// there before the fork. The children and the sandbox itself differ in all of it.
 func TestForkIdentity(t *testing.T) {
 	s := shared(t)
 	id := s.create(object{"env": object{"FIRST": "1"}})
@@ -178,7 +178,7 @@ func TestForkIdentity(t *testing.T) {
 			defer s.destroy(box)
 		}
 	}
-	// A generator of a program's own is memory like any other: copied. Documented.
+	// A random generator in a program's own memory is copied, as documented.
 	for _, d := range drawn[1:] {
 		if d != drawn[0] {
 			t.Errorf("the copied generators differ: %v: correct the documents", drawn)
@@ -195,8 +195,8 @@ func TestForkIdentity(t *testing.T) {
 	}
 }
 
-// TestForkConnections forks a sandbox that has a connection to the outside, and a caller who
-// waits for a command: the sandbox keeps both, a child has neither.
+// TestForkConnections forks a sandbox with a connection to the outside and a caller that waits for
+// a command. The sandbox keeps both; the child has neither.
 func TestForkConnections(t *testing.T) {
 	s := shared(t)
 	o := newOutside(t)
@@ -234,7 +234,7 @@ nohup python3 /root/c.py >/root/c.log 2>&1 & until [ -e /root/connected ] || ! k
 		got != "ConnectionResetError" && got != "b''" {
 		t.Errorf("the connection in the child ended with %s", got)
 	}
-	// Its caller has gone, as the child sees it.
+	// The child sees that the caller has gone.
 	s.want(child, "i=0; while pgrep -f 'touch /root/[b]egun' >/dev/null; do i=$((i+1)); [ $i -lt 200 ] || exit 1; "+
 		"sleep 0.05; done")
 	if _, err := peer.Write([]byte("hello")); err != nil {
@@ -250,7 +250,7 @@ nohup python3 /root/c.py >/root/c.log 2>&1 & until [ -e /root/connected ] || ! k
 }
 
 // TestForkPolicy forks a process that connects to the outside all the time into a child that may
-// not: from its first moment none of its connections is let out.
+// not. The child lets no connection out from its first moment on.
 func TestForkPolicy(t *testing.T) {
 	s := shared(t)
 	o := newOutside(t)
@@ -274,7 +274,7 @@ nohup python3 /root/c.py >/root/c.log 2>&1 & until [ -s /root/through ]; do slee
 	if after := s.want(child, "wc -l </root/through"); after != before {
 		t.Errorf("the child's process came through %s times before the first look and %s after", before, after)
 	}
-	// What came through began before the child ran.
+	// Connections that succeeded began before the child ran.
 	var last float64
 	started := s.parse(s.field(child, "started_at"))
 	if _, err := fmt.Sscan(s.want(child, "tail -n 1 /root/through"), &last); err != nil ||
@@ -283,9 +283,9 @@ nohup python3 /root/c.py >/root/c.log 2>&1 & until [ -s /root/through ]; do slee
 	}
 	first := s.want(id, "wc -l </root/through")
 	if later := s.want(id, "sleep 1; wc -l </root/through"); later == first {
-		t.Error("the sandbox itself does not get through any more")
+		t.Error("the sandbox itself does not reach the outside any more")
 	}
-	// A child of a closed one is closed, unless it is to be otherwise.
+	// A child of a closed sandbox is closed, unless the fork sets another policy.
 	for policy, want := range map[string]string{"": "failed", "allow_all": "connected"} {
 		request := object{}
 		if policy != "" {
@@ -299,7 +299,8 @@ nohup python3 /root/c.py >/root/c.log 2>&1 & until [ -s /root/through ]; do slee
 	}
 }
 
-// TestSnapshots keeps sandboxes with the command line, past their own end and the server's.
+// TestSnapshots makes and uses snapshots with the command line, after the end of their sandboxes
+// and of the server.
 func TestSnapshots(t *testing.T) {
 	s := newServer(t)
 	s.start()
@@ -324,7 +325,7 @@ func TestSnapshots(t *testing.T) {
 	s.suspend(box)
 	second := s.snapshot(box, nil)
 	if state, _ := s.state(box); state != "suspended" {
-		t.Errorf("the snapshot has made it %s", state)
+		t.Errorf("after the snapshot the sandbox is %s", state)
 	}
 	if list := run("snapshots", "list"); !strings.Contains(list, snap) || !strings.Contains(list, "counting") ||
 		!strings.Contains(list, second) {
@@ -351,17 +352,17 @@ func TestSnapshots(t *testing.T) {
 	}
 	run("snapshots", "delete", "counting", second)
 	if left := s.snapshotsOnDisk(); len(left) > 0 {
-		t.Errorf("deleted, and there is %v", left)
+		t.Errorf("after the delete there are the files of %v", left)
 	}
 	last.check()
 	if _, stderr, code := s.cli("", "sandbox", "create", "--snapshot", "counting"); code != 1 ||
 		!strings.Contains(stderr, "snapshot_not_found") {
-		t.Errorf("made from a deleted one: %d %s", code, stderr)
+		t.Errorf("create from a deleted snapshot: %d %s", code, stderr)
 	}
 }
 
 // TestDeleteWhileCreatingFrom deletes a snapshot while sandboxes are made from it, at different
-// moments: each is made and works, or hears that there is no such snapshot.
+// moments. Each create gives a working sandbox or fails because the snapshot does not exist.
 func TestDeleteWhileCreatingFrom(t *testing.T) {
 	s := newServer(t)
 	s.start()
@@ -387,20 +388,20 @@ func TestDeleteWhileCreatingFrom(t *testing.T) {
 				}
 			})
 		}
-		time.Sleep(time.Duration(round*60) * time.Millisecond) // spread over what a create takes
+		time.Sleep(time.Duration(round*60) * time.Millisecond) // spread over the duration of a create
 		if status, body := s.call("DELETE", "/v1/snapshots/"+snap, nil); status != 204 {
 			t.Errorf("delete: %d %s", status, body)
 		}
 		wg.Wait()
 		if left := s.snapshotsOnDisk(); len(left) > 0 {
-			t.Errorf("deleted, and there is %v", left)
+			t.Errorf("after the delete there are the files of %v", left)
 		}
 	}
 }
 
-// TestForkKilledAtAnyMoment kills the server in the middle of forks, of making snapshots and of
-// deleting them: afterwards what is on the disk are the snapshots that are listed, each can be
-// used, every child runs or is gone, and the sandbox that was forked has gone on.
+// TestForkKilledAtAnyMoment kills the server in the middle of forks, creations and deletions of
+// snapshots. Afterwards the snapshots on the disk are those that are listed, each can be used,
+// every child runs or is gone, and the forked sandbox has gone on.
 func TestForkKilledAtAnyMoment(t *testing.T) {
 	s := newServer(t)
 	s.start()
@@ -409,13 +410,14 @@ func TestForkKilledAtAnyMoment(t *testing.T) {
 	const rounds, most = 8, 40
 	for round := 0; round < rounds || !s.reconciled("abandon") || !s.logs("dropping what is left of a snapshot"); round++ {
 		if round == most {
-			t.Fatalf("in %d rounds no start found a child and a snapshot to clear", most)
+			t.Fatalf("in %d rounds no start found an interrupted fork and an interrupted snapshot", most)
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		var wg sync.WaitGroup
 		wg.Go(func() { w.forkOn(ctx) })
 		wg.Go(func() { w.saveOn(ctx) })
-		time.Sleep(time.Duration(50+round%rounds*150+rand.IntN(150)) * time.Millisecond) // spread over what they take
+		// spread over the durations of the operations
+		time.Sleep(time.Duration(50+round%rounds*150+rand.IntN(150)) * time.Millisecond)
 		s.stop(syscall.SIGKILL)
 		cancel()
 		wg.Wait()
@@ -462,7 +464,8 @@ func (w *worker) forkOn(ctx context.Context) {
 	}
 }
 
-// saveOn makes snapshots of it and deletes half of them, until the server is gone.
+// saveOn makes snapshots of the worker's sandbox and deletes half of them, until the server is
+// gone.
 func (w *worker) saveOn(ctx context.Context) {
 	for ctx.Err() == nil {
 		status, body, err := w.s.try(ctx, "POST", "/v1/sandboxes/"+w.id+"/snapshots", nil)
@@ -491,7 +494,7 @@ func (s *server) logs(words string) bool {
 	return strings.Contains(string(log), words)
 }
 
-// snapshots lists the ids of all.
+// snapshots lists the ids of all snapshots.
 func (s *server) snapshots() (ids []string) {
 	s.t.Helper()
 	status, body := s.call("GET", "/v1/snapshots?limit=200", nil)
@@ -507,14 +510,14 @@ func (s *server) snapshots() (ids []string) {
 	return ids
 }
 
-// TestNoDiskToFork fills the disk of the checkpoints: forks and snapshots are refused, the sandbox
-// runs on, and both work when there is room again.
+// TestNoDiskToFork fills the disk of the checkpoints. Forks and snapshots are refused, the sandbox
+// runs on, and both work when there is space again.
 func TestNoDiskToFork(t *testing.T) {
-	t.Parallel() // its server is its own
+	t.Parallel() // it has its own server
 	s := newServer(t, "CAY_CAPACITY_MIN_FREE_DISK_MB=1")
 	dir := filepath.Join(s.dataDir, "checkpoints")
 	tmpfs(t, dir, "256m")
-	t.Cleanup(func() { s.stop(syscall.SIGTERM) }) // before the disk goes
+	t.Cleanup(func() { s.stop(syscall.SIGTERM) }) // before the disk is unmounted
 	s.start()
 	s.needTemplate("python")
 	w := s.startWorker(s.create(nil), 16)
@@ -530,7 +533,7 @@ func TestNoDiskToFork(t *testing.T) {
 	if err := os.Remove(filler); err != nil {
 		t.Fatal(err)
 	}
-	// Somebody else takes the room that was there when it began, unless he comes too late.
+	// Another writer takes the space after the snapshot has begun, unless it comes too late.
 	late := fillsUp(t, dir, w.id)
 	status, body := s.call("POST", "/v1/sandboxes/"+w.id+"/snapshots", nil)
 	if err := os.Remove(<-late); err != nil {
@@ -550,8 +553,8 @@ func TestNoDiskToFork(t *testing.T) {
 	(&worker{s: s, id: s.from(s.snapshot(w.id, nil), nil), seen: n}).check()
 }
 
-// TestForkInPart asks for more children than there may be: some are made, and each of the
-// others says why not.
+// TestForkInPart asks for more children than the quota allows. Some are made, and each of the
+// others has an error that says why not.
 func TestForkInPart(t *testing.T) {
 	s := newServer(t, "CAY_QUOTA_SANDBOXES=3")
 	s.start()

@@ -1,9 +1,9 @@
-// Package e2e tests the real binary on the real host: the story of the README,
-// hostile commands, crashes, and that nothing is left behind.
+// Package e2e tests the real binary on the real host: the README's story, hostile commands,
+// crashes, and that nothing is left behind.
 //
-// The tests need root and bin/cay (make build). One server serves most of them;
-// those that kill servers start their own. Every server has a data directory, an
-// instance and a range of addresses of its own.
+// The tests need root and bin/cay (make build). One server serves most of them; tests that kill
+// servers start their own. Every server has a data directory, an instance and a range of addresses
+// of its own.
 package e2e
 
 import (
@@ -27,11 +27,11 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// patience bounds every wait for something that normally takes milliseconds. The
-// machine may be busy with other tests.
+// patience limits every wait for an event that normally takes milliseconds. Other tests may keep
+// the machine busy.
 const patience = 90 * time.Second
 
-// templatePatience bounds the first preparation of a template without a cache.
+// templatePatience limits the first preparation of a template without a cache.
 const templatePatience = 20 * time.Minute
 
 func cayBinary(t testing.TB) string {
@@ -43,7 +43,7 @@ func cayBinary(t testing.TB) string {
 	return caytest.RequireProgram(t, path)
 }
 
-// server is a cay server as a process.
+// server is a cay server in a process of its own.
 type server struct {
 	t       testing.TB
 	binary  string
@@ -56,16 +56,16 @@ type server struct {
 	*process
 }
 
-// process is the server's, if it runs.
+// process is the server's process while it runs.
 type process struct {
 	mu     sync.Mutex
 	cmd    *exec.Cmd
-	exited chan struct{} // closed when cmd ended
-	name   string        // the instance, once it is known
+	exited chan struct{} // closed when cmd has ended
+	name   string        // the server instance, once it is known
 }
 
-// newServer makes a server that is not started. When the test ends it is purged,
-// and whatever it left on the host fails the test.
+// newServer returns a server that is not started. At the end of the test it is purged, and things
+// that it left on the host fail the test.
 func newServer(t testing.TB, env ...string) *server {
 	t.Helper()
 	caytest.RequireRoot(t)
@@ -75,7 +75,7 @@ func newServer(t testing.TB, env ...string) *server {
 		t.Fatal(err)
 	}
 	s := &server{t: t, binary: cayBinary(t), dataDir: filepath.Join(dir, "data"), process: &process{}}
-	// Sandboxes nobody asked for would be in the way of most tests; those of the pool turn it on.
+	// Pooled sandboxes would disturb most tests; the tests of the pool turn it on.
 	s.env = append(append(os.Environ(), "CAY_POOL_ENABLED=false"), env...)
 	s.url = "http://" + freeAddress(t)
 	t.Cleanup(func() {
@@ -158,7 +158,7 @@ func (s *server) lastLog() string {
 	return string(data[max(0, len(data)-6000):])
 }
 
-// stop signals the server and waits for its end. A server that does not run is fine.
+// stop signals the server and waits for its end. It does nothing if the server does not run.
 func (s *server) stop(signal syscall.Signal) {
 	s.t.Helper()
 	s.mu.Lock()
@@ -175,12 +175,12 @@ func (s *server) stop(signal syscall.Signal) {
 	case <-exited:
 	case <-time.After(patience):
 		s.t.Errorf("the server did not end on %s:\n%s", signal, s.lastLog())
-		_ = cmd.Process.Kill() // it did not want to
+		_ = cmd.Process.Kill() // it may end at this moment
 		<-exited
 	}
 }
 
-// instance is the name of the server's things on the host.
+// instance returns the name of the server's things on the host.
 func (s *server) instance() string {
 	s.t.Helper()
 	s.mu.Lock()
@@ -191,7 +191,7 @@ func (s *server) instance() string {
 	return s.name
 }
 
-// recordedInstance is what the server told about itself, "" if it never ran.
+// recordedInstance returns the instance that the server recorded on the host, "" if it never ran.
 func (s *server) recordedInstance() string {
 	s.t.Helper()
 	records, err := filepath.Glob("/run/cay/servers/*.json")
@@ -201,7 +201,7 @@ func (s *server) recordedInstance() string {
 	for _, path := range records {
 		data, err := os.ReadFile(path)
 		if err != nil {
-			continue // of a server of another test, which ended
+			continue // of a server of another test, which has ended
 		}
 		var record struct {
 			Instance string `json:"instance"`
@@ -214,7 +214,7 @@ func (s *server) recordedInstance() string {
 	return ""
 }
 
-// purge removes the server from the host and fails the test for what it leaves.
+// purge removes the server from the host and fails the test for things that it leaves.
 func (s *server) purge() {
 	s.t.Helper()
 	instance := s.instance()
@@ -254,8 +254,7 @@ func (s *server) needTemplate(name string) {
 	}
 }
 
-// call does one request with the server's first key. A body that is not a reader
-// is sent as JSON.
+// call makes one request with the server's first key. A body that is not a reader is sent as JSON.
 func (s *server) call(method, path string, body any) (int, []byte) {
 	s.t.Helper()
 	status, answer, err := s.try(context.Background(), method, path, body)
@@ -280,7 +279,7 @@ func (s *server) try(ctx context.Context, method, path string, body any) (int, [
 	}
 }
 
-// send does one request with a body of any type.
+// send makes one request with a body of any type.
 func (s *server) send(method, path, contentType string, body io.Reader) (int, []byte) {
 	s.t.Helper()
 	status, answer, err := s.request(context.Background(), method, path, contentType, body)
@@ -310,7 +309,7 @@ func (s *server) request(ctx context.Context, method, path, contentType string, 
 
 type object = map[string]any
 
-// text is a string field of a JSON object, "" if it is not there.
+// text returns a string field of a JSON object, "" if there is none.
 func text(body []byte, field string) string {
 	var o object
 	if json.Unmarshal(body, &o) != nil {
@@ -334,7 +333,7 @@ func (s *server) create(more object) string {
 	return text(body, "id")
 }
 
-// destroy returns when nothing of the sandbox is left.
+// destroy destroys a sandbox and returns when nothing of it is left.
 func (s *server) destroy(id string) {
 	s.t.Helper()
 	if status, body := s.call("DELETE", "/v1/sandboxes/"+id, nil); status != 204 {
@@ -345,7 +344,7 @@ func (s *server) destroy(id string) {
 		case state == "destroyed" || state == "failed":
 			return
 		case state != "destroying" || time.Now().After(deadline):
-			s.t.Errorf("destroyed, it is %s, reason %q", state, reason)
+			s.t.Errorf("the destroyed sandbox is %s, reason %q", state, reason)
 			return
 		}
 	}
@@ -365,7 +364,7 @@ type result struct {
 	Signal          string `json:"signal"`
 }
 
-// exec runs a command line and wants an answer.
+// exec runs a command line that may fail.
 func (s *server) exec(id, command string, more ...object) result {
 	s.t.Helper()
 	request := object{"command": command}
@@ -403,7 +402,7 @@ func (s *server) alive(id string) {
 	}
 }
 
-// state is the exact state of a sandbox and why it was destroyed.
+// state returns the exact state of a sandbox and the reason why it was destroyed.
 func (s *server) state(id string) (state, reason string) {
 	s.t.Helper()
 	code, body := s.call("GET", "/v1/sandboxes/"+id, nil)
@@ -429,7 +428,7 @@ func (s *server) waitState(id, want string) string {
 	}
 }
 
-// command is the command line against the server, not started.
+// command returns a run of the command line against the server, not started.
 func (s *server) command(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, s.binary, args...)
 	cmd.Env = append(slices.Clone(s.env), "CAY_API_URL="+s.url, "CAY_API_KEY="+s.key)
@@ -455,13 +454,13 @@ func (s *server) cli(stdin string, args ...string) (stdout, stderr string, code 
 	return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
 }
 
-// The server that most tests use, started by the first that asks.
+// sharedServer serves most tests. The first test that needs it starts it.
 var (
 	sharedOnce   sync.Once
 	sharedServer *server
 )
 
-// shared returns it with the template python ready.
+// shared returns the shared server with the template python ready.
 func shared(t *testing.T) *server {
 	t.Helper()
 	caytest.RequireRoot(t)
@@ -474,12 +473,12 @@ func shared(t *testing.T) *server {
 	if sharedServer == nil {
 		t.Fatal("the shared server did not start")
 	}
-	own := *sharedServer // the same process; failures are told to this test
+	own := *sharedServer // the same process, but failures are reported to this test
 	own.t = t
 	return &own
 }
 
-// suite stands for the whole run where a helper wants a test.
+// suite stands for the whole run where a helper needs a test.
 var suite = &suiteTB{}
 
 type suiteTB struct {

@@ -114,7 +114,8 @@ func (s *server) run(address string, env []string) error {
 		"CAY_TEMPLATES_PREPARE="+template, "CAY_NETWORK_NAMESERVERS="+s.outside.address)
 	s.cmd.Env = append(s.cmd.Env, env...) // the last setting of a name counts
 	s.cmd.Stdout, s.cmd.Stderr = log, log
-	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // so that ^C reaches only the bench, which ends the server in order
+	// so that ^C reaches only the bench, which ends the server in order
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := s.cmd.Start(); err != nil {
 		return fmt.Errorf("starting the server: %w", err)
 	}

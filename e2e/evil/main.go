@@ -1,9 +1,9 @@
-// Command evil is a sandbox's agent that lies: a program for tests, put in the place of cay-agent. It lets a
-// sandbox start, and then answers every call with what the call asks for by "evil-" and the name of an evil,
-// wherever that stands in the request: silence, half answers, answers without end, and what is no HTTP at all.
+// Command evil is a hostile agent for tests, put in the place of cay-agent. It lets a sandbox
+// start. Then it misbehaves on every call that has "evil-" and the name of an evil anywhere in its
+// request: with silence, half answers, endless answers, and bytes that are not HTTP.
 //
-// It reads requests and writes answers as bytes on connections that a function makes of those that were
-// accepted, so that whatever the host and the agent do first on a connection can be done by the real code.
+// It reads requests and writes answers as bytes on connections. A function prepares each accepted
+// connection, so that real code can do the handshake between the host and the agent.
 package main
 
 import (
@@ -33,7 +33,8 @@ import (
 const port = 49983 // the agent's
 
 func main() {
-	// PID 1 is ended by no signal that it does not ask for; these would end the program.
+	// PID 1 gets only the signals that it asks for; the Go runtime asks for these and they would end
+	// the program.
 	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGPIPE)
 	if len(os.Args) > 1 && os.Args[1] == "evils" {
 		fmt.Println(strings.Join(names(), "\n"))
@@ -46,10 +47,10 @@ func main() {
 	log.Fatal(serve(l, authenticate))
 }
 
-// key is what the host gave at init, and authenticates connections with from then on.
+// key holds the token that the host gave at init. It authenticates later connections.
 var key atomic.Value
 
-// authenticate does an agent's part of the handshake on a connection that begins with one.
+// authenticate does the agent's part of the handshake on a connection that begins with one.
 func authenticate(c net.Conn) (net.Conn, error) {
 	var hello agentapi.Hello
 	n, err := io.ReadAtLeast(c, hello[:], 1)
@@ -66,7 +67,7 @@ func authenticate(c net.Conn) (net.Conn, error) {
 	return c, agentapi.Answer(c, hello, known)
 }
 
-// early is a connection of which some was read already.
+// early is a connection of which the first bytes were read already.
 type early struct {
 	net.Conn
 	rest io.Reader
@@ -74,7 +75,7 @@ type early struct {
 
 func (e early) Read(b []byte) (int, error) { return e.rest.Read(b) }
 
-// serve answers on all connections of l, each of which begin has made ready.
+// serve answers on all connections of l, each of which begin has prepared.
 func serve(l net.Listener, begin func(net.Conn) (net.Conn, error)) error {
 	for {
 		raw, err := l.Accept()
@@ -128,7 +129,7 @@ func answer(conn net.Conn, r *http.Request) bool {
 	} else if n, err := strconv.Atoi(r.URL.Query().Get("port")); err == nil {
 		name = names()[n%len(names())]
 	} else {
-		// Nothing of a body is read but what is there at once: not reading it is an evil too.
+		// It reads only the part of a body that is there at once: not to read the rest is an evil, too.
 		b := make([]byte, 64<<10)
 		_ = conn.SetReadDeadline(time.Now().Add(time.Second))
 		n, _ := r.Body.Read(b)
@@ -153,7 +154,7 @@ func names() []string {
 	return all
 }
 
-// reply writes to the host until that has gone.
+// reply writes to the host until the host has closed the connection.
 type reply struct {
 	conn    net.Conn
 	request *http.Request
@@ -170,7 +171,7 @@ func (r *reply) head(lines ...string) bool {
 	return r.text("HTTP/1.1 200 OK\r\nContent-Type: " + r.contentType() + "\r\n" + strings.Join(lines, "") + "\r\n")
 }
 
-// contentType is what an honest answer would have.
+// contentType returns the type that an honest answer would have.
 func (r *reply) contentType() string {
 	if t := r.request.Header.Get("Content-Type"); strings.Contains(t, "connect") || strings.Contains(t, "proto") {
 		return t
@@ -182,17 +183,17 @@ func (r *reply) json(s string) {
 	r.text("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: " + strconv.Itoa(len(s)) + "\r\n\r\n" + s)
 }
 
-// chunk is a piece of a chunked body.
+// chunk writes a piece of a chunked body.
 func (r *reply) chunk(s string) bool { return r.text(fmt.Sprintf("%x\r\n%s\r\n", len(s), s)) }
 
-// again does f until the host has gone.
+// again calls f until the host has closed the connection.
 func (r *reply) again(pause time.Duration, f func() bool) {
 	for f() {
 		time.Sleep(pause)
 	}
 }
 
-// wait keeps the connection until the host has gone.
+// wait keeps the connection until the host closes it.
 func (r *reply) wait() { _, _ = io.Copy(io.Discard, r.conn) }
 
 func (r *reply) chunked() bool { return r.head("Transfer-Encoding: chunked\r\n") }
@@ -202,18 +203,18 @@ func envelope(flags byte, size uint32, data string) string {
 	return string(b) + data
 }
 
-// bytesField is a field of a protobuf message.
+// bytesField returns a field of a protobuf message.
 func bytesField(number int, data string) string {
 	return string(binary.AppendUvarint([]byte{byte(number<<3 | 2)}, uint64(len(data)))) + data
 }
 
-// output is a message of a process's start with output on a stream: 1 is stdout, 2 stderr.
+// output returns a message of a process's stream with output: stream 1 is stdout, 2 stderr.
 func output(stream int, data string) string {
 	m := bytesField(1, bytesField(2, bytesField(stream, data)))
 	return envelope(0, uint32(len(m)), m)
 }
 
-// ended is the message of a process that has ended, and the end of its stream.
+// ended returns the message that a process has ended, and the end of its stream.
 func ended() string {
 	m := bytesField(1, bytesField(3, ""))
 	return envelope(0, uint32(len(m)), m) + envelope(2, 2, "{}")
@@ -235,9 +236,9 @@ func bomb() string {
 	return b.String()
 }
 
-const long = 1 << 20 // bytes of what is too long
+const long = 1 << 20 // bytes of an overlong part of an answer
 
-// evils are the answers, by name.
+// evils maps names to functions that write the answers.
 var evils map[string]func(*reply)
 
 func init() {
@@ -369,7 +370,7 @@ func init() {
 	}
 }
 
-// full ends a command after more output on both streams than is kept, none of it text.
+// full ends a command after more output on both streams than the host keeps. None of it is text.
 func full(piece string) func(*reply) {
 	return func(r *reply) {
 		r.chunked()
