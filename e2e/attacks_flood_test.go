@@ -255,7 +255,7 @@ func TestFollowerFlood(t *testing.T) {
 			"/terminal?grace=1s&command=yes",
 			&websocket.DialOptions{Subprotocols: []string{terminalProtocols, "cay.key." + h.key}})
 		if err != nil {
-			continue // another limit refuses it
+			continue // refused by a limit, which may be any
 		}
 		terminals = append(terminals, conn)
 	}

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// hostOOMKills is how often the kernel has killed in the sandbox's control group. It
+// hostOOMKills returns how often the kernel has killed a process in the sandbox's control group. It
 // must stay 0: the victim would be the sentry.
 func hostOOMKills(t *testing.T, s *server, id string) string {
 	t.Helper()
@@ -35,8 +35,8 @@ func hostOOMKills(t *testing.T, s *server, id string) string {
 	return ""
 }
 
-// TestMemory lets commands ask for more than there is, in every way a process can.
-// The process at fault is killed and flagged; the sandbox and its other commands live.
+// TestMemory lets commands ask for more memory than there is, in every way a process can. The
+// process at fault is killed and flagged; the sandbox and its other commands live.
 func TestMemory(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
@@ -134,7 +134,7 @@ while True: l.append(bytearray(3 << 20))'`, object{"timeout": "2m"})
 		}
 	})
 	t.Run("the disk is not memory", func(t *testing.T) {
-		// Twice the sandbox's memory, with most of it in use.
+		// The command asks for twice the sandbox's memory while most of it is in use.
 		r := s.exec(id, `python3 -c '
 b = bytearray(300 << 20)
 f = open("/var/tmp/big", "wb")
@@ -145,7 +145,7 @@ print("written")' && ls -l /var/tmp/big && rm /var/tmp/big`, object{"timeout": "
 			t.Errorf("got %+v", r)
 		}
 	})
-	s.want(id, "rm -f /tmp/heartbeat; sleep 1; cat /tmp/heartbeat") // the bystander lived through it all
+	s.want(id, "rm -f /tmp/heartbeat; sleep 1; cat /tmp/heartbeat") // the background command lived through all of it
 	if n := hostOOMKills(t, s, id); n != "0" {
 		t.Errorf("the kernel killed %s times in the sandbox's group", n)
 	}
@@ -162,7 +162,7 @@ func TestForkBomb(t *testing.T) {
 	}
 	s.alive(other)
 	s.alive(id)
-	// What is left of the first counts against the second until it is reaped.
+	// Processes that are left of the first command count against the second until they are reaped.
 	for deadline := time.Now().Add(patience); len(s.want(id, "ls -d /proc/[0-9]* | wc -l")) > 1; {
 		if time.Now().After(deadline) {
 			t.Fatal("the fork bomb's processes do not go")
@@ -181,17 +181,17 @@ time.sleep(600)'`, object{"timeout": "10s"})
 	if !r.TimedOut || r.ExitCode != 124 || !strings.Contains(r.Stdout, "Resource temporarily unavailable") {
 		t.Errorf("got %+v", r)
 	}
-	// All descendants are gone with their command, though they left its session.
+	// All descendants have ended with their command, though they had left its session.
 	if n := s.want(id, "ls -d /proc/[0-9]* | wc -l"); len(n) > 1 {
 		t.Errorf("%s processes are left", n)
 	}
 	s.alive(id)
-	// One that nobody waits for, and that goes off when all has been quiet for a while.
+	// A fork bomb in a background process starts when the sandbox has been quiet for a while.
 	status, body := s.call("POST", "/v1/sandboxes/"+id+"/processes", object{"command": "sleep 8; b() { b | b & b; }; b"})
 	if status != 201 {
 		t.Fatalf("start: %d %s", status, body)
 	}
-	time.Sleep(10 * time.Second) // until it burns; the test does not look before, since that is noticed inside
+	time.Sleep(10 * time.Second) // until the bomb runs; an earlier call would be noticed inside
 	s.settles("the bomb", func() bool { return len(s.want(id, "ls -d /proc/[0-9]* 2>/dev/null | wc -l")) == 1 })
 	s.alive(id)
 	if n := hostOOMKills(t, s, id); n != "0" {
@@ -243,7 +243,7 @@ func TestZombiesAndKilledChildren(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)
-	// A thousand orphans that end: nobody but the first process can reap them.
+	// A thousand orphans that end must be reaped by the first process.
 	s.want(id, `for i in $(seq 10); do (for j in $(seq 100); do (true &) ; done) ; done; sleep 0.5`,
 		object{"timeout": "2m"})
 	if n := s.want(id, `grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null | wc -l`); n != "0" {
@@ -298,7 +298,7 @@ func TestTwentyAtOnce(t *testing.T) {
 	wg.Wait()
 }
 
-// TestWhoAndWhere holds what ordinary images' users expect of users and sudo.
+// TestWhoAndWhere checks users, home directories and sudo, as users of ordinary images expect them.
 func TestWhoAndWhere(t *testing.T) {
 	s := shared(t)
 	id := s.create(object{"env": object{"FROM_CREATE": "yes"}})
@@ -335,14 +335,14 @@ func TestWhoAndWhere(t *testing.T) {
 	}
 }
 
-// TestDev writes into /dev, to the terminal that a prompt for a password is shown in, and to devices, and
-// holds that these are docker's, and that nobody but root makes any.
+// TestDev writes into /dev, to the terminal that shows a password prompt, and to devices. It checks
+// that the devices are the same as docker's, and that only root can make files there.
 func TestDev(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)
 	for _, who := range []string{"root", "user"} {
-		// The command has a terminal; what it says there is what script prints.
+		// The command has a terminal, and script prints its output.
 		const prompt = `script -qec 'printf "Password: " > /dev/tty; read x < /dev/tty; echo got $x > /dev/tty' /dev/null`
 		if got := s.want(id, "echo secret | "+prompt, object{"user": who}); !strings.Contains(got, "Password: ") ||
 			!strings.Contains(got, "got secret") {
@@ -357,15 +357,15 @@ func TestDev(t *testing.T) {
 		"/proc/self/fd/2 pts/ptmx" {
 		t.Errorf("in /dev are %q", got)
 	}
-	// As syslog does, and programs that look for a device that is not there.
+	// syslog binds a socket in /dev, and other programs look for a device that does not exist.
 	s.want(id, `python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind("/dev/log")' && ln -s /proc/kcore `+
 		`/dev/core && mkdir /dev/net-of-mine && rm -r /dev/log /dev/core /dev/net-of-mine`)
 	if r := s.exec(id, "touch /dev/x; ln -s a /dev/b", object{"user": "user"}); r.ExitCode == 0 {
-		t.Error("anybody can write into /dev")
+		t.Error("a user who is not root can write into /dev")
 	}
 }
 
-// TestHostIsInvisible looks from inside for anything of the host.
+// TestHostIsInvisible looks from inside for everything of the host.
 func TestHostIsInvisible(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
@@ -384,7 +384,7 @@ func TestHostIsInvisible(t *testing.T) {
 	if s.want(id, "hostname") == hostname {
 		t.Error("the sandbox has the host's name")
 	}
-	// Nothing has the size of the host's disks, or is a mount of a directory of the host.
+	// No file system has the size of the host's disks or is a mount of a directory of the host.
 	var host unix.Statfs_t
 	if err := unix.Statfs(s.dataDir, &host); err != nil {
 		t.Fatal(err)

@@ -17,7 +17,7 @@ type interpreter struct {
 	id string
 }
 
-// ask does one request and returns the status and the body.
+// ask makes one request and returns the status and the body.
 func (i interpreter) ask(method, path, body string, more ...string) (status int, answer string) {
 	i.s.t.Helper()
 	args := append([]string{"curl", "-sN", "-X", method, "-w", "\n%{http_code}", "-H", "Content-Type: application/json"},
@@ -39,7 +39,8 @@ func (i interpreter) ask(method, path, body string, more ...string) (status int,
 	return status, r.Stdout[:end]
 }
 
-// run executes code and returns the lines, which must be whole: the number first and the end last.
+// run executes code and returns the lines of a complete answer: the number comes first and the end
+// last.
 func (i interpreter) run(code string, more object) []line {
 	i.s.t.Helper()
 	request := object{"code": code}
@@ -66,7 +67,7 @@ func (i interpreter) run(code string, more object) []line {
 	return lines
 }
 
-// of is the first line of a type, nil if there is none.
+// of returns the first line of a type, nil if there is none.
 func of(lines []line, kind string) line {
 	for _, l := range lines {
 		if l["type"] == kind {
@@ -76,7 +77,7 @@ func of(lines []line, kind string) line {
 	return nil
 }
 
-// value is the text of the main result of code.
+// value returns the text of the main result of code.
 func (i interpreter) value(code string, more object) any {
 	i.s.t.Helper()
 	lines := i.run(code, more)
@@ -93,7 +94,7 @@ func (i interpreter) value(code string, more object) any {
 
 func (s *server) interpreter() interpreter {
 	s.t.Helper()
-	// It is built when it is first asked for.
+	// The template is built when it is first asked for.
 	if status, body := s.call("POST", "/v1/templates/code-interpreter/rebuild", nil); status != 202 {
 		s.t.Fatalf("asking for the template: %d %s", status, body)
 	}
@@ -101,7 +102,7 @@ func (s *server) interpreter() interpreter {
 	return interpreter{s, s.create(object{"template": "code-interpreter", "env": object{"OF_THE_SANDBOX": "yes"}})}
 }
 
-// TestCodeInterpreter drives what the template's server answers.
+// TestCodeInterpreter checks the answers of the template's server.
 func TestCodeInterpreter(t *testing.T) {
 	s := shared(t)
 	i := s.interpreter()
@@ -129,7 +130,7 @@ func TestCodeInterpreter(t *testing.T) {
 func interpreterResults(t *testing.T, i interpreter) {
 	lines := i.run("import sys\nx = 41\nprint('out'); print('err', file=sys.stderr)\nx + 1", nil)
 	if lines[0]["type"] != "number_of_executions" || lines[0]["execution_count"] != float64(1) {
-		t.Errorf("it begins with %v", lines[0])
+		t.Errorf("the answer begins with %v", lines[0])
 	}
 	for kind, want := range map[string]string{"stdout": "out\n", "stderr": "err\n"} {
 		l := of(lines, kind)
@@ -167,7 +168,7 @@ display(Markdown("# m")); display(Latex("$l$")); display(Javascript("1")); displ
 		got, _ := json.Marshal(all[k])
 		if text, _ := json.Marshal(want); string(got) != string(text) {
 			if k == "svg" && strings.HasPrefix(fmt.Sprint(all[k]), "<svg") {
-				continue // read and written again by IPython
+				continue // IPython reads and writes these values again
 			}
 			t.Errorf("%s is %s, want %s", k, got, text)
 		}
@@ -177,7 +178,7 @@ display(Markdown("# m")); display(Latex("$l$")); display(Javascript("1")); displ
 		!strings.Contains(fmt.Sprint(frame["html"]), "<table") {
 		t.Errorf("a frame is %v", frame)
 	}
-	// Variables: the sandbox's, and those of one execution alone.
+	// The variables of the sandbox, and those of one execution alone.
 	const env = "import os; [os.environ.get(n) for n in ('OF_THE_SANDBOX', 'ONCE')]"
 	if got := i.value(env, object{"env_vars": object{"ONCE": "now"}}); got != "['yes', 'now']" {
 		t.Errorf("the variables are %v", got)
@@ -218,7 +219,7 @@ func interpreterCharts(t *testing.T, i interpreter) {
 	}
 }
 
-// interpreterAxes checks what a chart tells about its axes: the kind of scale, and the unit in a label.
+// interpreterAxes checks the axes of charts: the kind of scale, and the unit in a label.
 func interpreterAxes(t *testing.T, i interpreter) {
 	const draw = `import matplotlib.pyplot as plt, datetime
 f,(a,b)=plt.subplots(1,2)
@@ -270,7 +271,7 @@ func interpreterContexts(t *testing.T, i interpreter) {
 	if e := of(i.run("y", in), "error"); e["name"] != "NameError" {
 		t.Errorf("after a restart: %v", e)
 	}
-	// A restart ends what runs.
+	// A restart ends running code.
 	ended := make(chan []line, 1)
 	go func() { ended <- i.run("open('/tmp/begun', 'w'); import time; time.sleep(300)", in) }()
 	i.s.want(i.id, "until [ -e /tmp/begun ]; do sleep 0.05; done")
@@ -294,21 +295,21 @@ func interpreterContexts(t *testing.T, i interpreter) {
 }
 
 func interpreterTrouble(t *testing.T, i interpreter) {
-	// A sign of life while nothing comes.
+	// The server sends keepalives while there is no output.
 	if of(i.run("import time; time.sleep(6)", nil), "keepalive") == nil {
 		t.Error("six seconds without a keepalive")
 	}
-	// Who goes away interrupts, and the next does not wait.
+	// A caller that leaves interrupts its code, and the next caller does not wait.
 	began := time.Now()
 	r := i.s.exec(i.id, `timeout 1 curl -sN -H 'Content-Type: application/json' localhost:49999/execute -d `+
 		`'{"code":"import time\nfor n in range(600): time.sleep(0.1)"}'`)
 	if r.ExitCode != 124 {
-		t.Errorf("the caller who goes: %+v", r)
+		t.Errorf("the caller that leaves: %+v", r)
 	}
 	if got := i.value("n < 60", nil); got != "True" || time.Since(began) > 30*time.Second {
 		t.Errorf("after %s the loop is beyond 60: %v", time.Since(began), got)
 	}
-	// One after the other in a context.
+	// Executions in one context run one after the other.
 	done := make(chan any, 4)
 	i.value("order = []", nil)
 	for range cap(done) {
@@ -318,9 +319,9 @@ func interpreterTrouble(t *testing.T, i interpreter) {
 		<-done
 	}
 	if got := i.value("order == ['in', 'out'] * 4", nil); got != "True" {
-		t.Errorf("at the same time: %v", i.value("order", nil))
+		t.Errorf("concurrent executions ran in the order: %v", i.value("order", nil))
 	}
-	// Much output comes whole.
+	// A large output arrives complete.
 	lines := i.run("for n in range(20000): print(n)", nil)
 	var out strings.Builder
 	for _, l := range lines {
@@ -329,9 +330,9 @@ func interpreterTrouble(t *testing.T, i interpreter) {
 		}
 	}
 	if got := strings.Count(out.String(), "\n"); got != 20000 || !strings.HasSuffix(out.String(), "19999\n") {
-		t.Errorf("%d lines came", got)
+		t.Errorf("got %d lines", got)
 	}
-	// A kernel that dies says so, and there is another.
+	// The death of a kernel is reported, and another kernel is started.
 	if e := of(i.run("import os; os._exit(3)", nil), "error"); e["name"] != "KernelDied" {
 		t.Errorf("a dead kernel: %v", e)
 	}
@@ -357,11 +358,11 @@ func interpreterRefuses(t *testing.T, i interpreter) {
 	}
 	if status, answer := i.ask("POST", "/contexts", `{"cwd":"/none"}`); status != 400 ||
 		!strings.Contains(answer, "/none") {
-		t.Errorf("a context in no directory: %d %s", status, answer)
+		t.Errorf("a context in a missing directory: %d %s", status, answer)
 	}
 	if status, answer := i.ask("POST", "/contexts", `{"cwd":"/root"}`); status != 400 ||
 		!strings.Contains(answer, "/root") || !strings.Contains(answer, "user") {
-		t.Errorf("a context in a directory of root's: %d %s", status, answer)
+		t.Errorf("a context in a directory that only root can open: %d %s", status, answer)
 	}
 	if status, answer := i.ask("GET", "/health", ""); status != 200 || answer != "OK" {
 		t.Errorf("health: %d %s", status, answer)

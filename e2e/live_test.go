@@ -18,7 +18,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// api is a client of the server.
+// api returns a client of the server.
 func (s *server) api() *client.Client {
 	s.t.Helper()
 	c, err := client.New(s.url, s.key)
@@ -28,7 +28,7 @@ func (s *server) api() *client.Client {
 	return c
 }
 
-// touch makes a file in the sandbox, which a command waits for.
+// touch makes a file in the sandbox, for which a command waits.
 func (s *server) touch(id, path string) {
 	s.t.Helper()
 	if status, body := s.call("PUT", "/v1/sandboxes/"+id+"/files?path="+path, strings.NewReader("")); status != 204 {
@@ -36,12 +36,12 @@ func (s *server) touch(id, path string) {
 	}
 }
 
-// waitingFor is a shell loop that ends when the file is there.
+// waitingFor returns a shell loop that ends when the file is there.
 func waitingFor(path string) string {
 	return "while [ ! -e " + path + " ]; do sleep 0.05; done"
 }
 
-// runs waits until as many processes with the words in their command line run inside.
+// runs waits until as many processes run inside whose command line begins with the words.
 func (s *server) runs(id, words string, want int) {
 	s.t.Helper()
 	count := fmt.Sprintf(`n=0; for f in /proc/[0-9]*/cmdline; `+
@@ -72,7 +72,7 @@ func TestStreamedOutput(t *testing.T) {
 		func(o client.Output) error {
 			got = append(got, o.Stream+":"+string(o.Data))
 			switch string(o.Data) {
-			case "one ": // so it came while the command runs
+			case "one ": // so the line came while the command ran
 				s.touch(id, "/tmp/a")
 			case "two\n":
 				s.touch(id, "/tmp/b")
@@ -82,7 +82,7 @@ func TestStreamedOutput(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// A character that was cut comes whole; the streams may overtake each other.
+	// A character that was cut in two arrives whole. The order between the streams is not fixed.
 	all := strings.Join(got, "|")
 	if exit.ExitCode != 7 || !strings.HasPrefix(all, ":|stdout:one |") || !strings.Contains(all, "stdout:€\n") ||
 		!strings.Contains(all, "stderr:two\n") || !strings.HasSuffix(all, "|stdout:\xff") {
@@ -91,7 +91,7 @@ func TestStreamedOutput(t *testing.T) {
 	exit, err = s.api().ExecuteStream(ctx, id, client.ExecuteRequest{Args: []string{"/no/such"}},
 		func(o client.Output) error {
 			if o.PID != 0 {
-				t.Error("it has started")
+				t.Error("a program that does not exist has started")
 			}
 			return nil
 		})
@@ -105,7 +105,8 @@ func TestStreamedOutput(t *testing.T) {
 	}
 }
 
-// A reader that is slow holds no command up, and gets as much of it as by a plain call.
+// TestStreamSlowReader checks that a slow reader does not stop a command, and gets as much output
+// as from a plain call.
 func TestStreamSlowReader(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
@@ -126,7 +127,7 @@ func TestStreamSlowReader(t *testing.T) {
 	}
 }
 
-// A reader that goes away ends its command, unless that is detached.
+// TestStreamReaderLeaves checks that a command ends when its reader leaves, unless it is detached.
 func TestStreamReaderLeaves(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
@@ -163,7 +164,7 @@ func TestStreamReaderLeaves(t *testing.T) {
 	}
 }
 
-// TestManyStreams has 200 streams open at once, and finds nothing of them afterwards.
+// TestManyStreams opens 200 streams at once, and checks that nothing of them is left.
 func TestManyStreams(t *testing.T) {
 	s := shared(t)
 	const boxes, each = 4, 50
@@ -210,7 +211,7 @@ func TestManyStreams(t *testing.T) {
 	ended := make(chan struct{})
 	go func() { wg.Wait(); close(ended) }()
 	for open := true; open; {
-		for _, id := range ids { // whoever waits at the gate goes through; some come to it after they have begun
+		for _, id := range ids { // this releases all that wait; some begin to wait later
 			s.want(id, ": <> /tmp/gate", object{"timeout": "80s"})
 		}
 		select {
@@ -222,7 +223,7 @@ func TestManyStreams(t *testing.T) {
 	if right.Load() != boxes*each {
 		t.Errorf("%d of %d streams were right", right.Load(), boxes*each)
 	}
-	// Connections that are kept for the next call have goroutines, at most 8 of each sandbox.
+	// Connections that are kept for the next call have goroutines, at most 8 for each sandbox.
 	s.settles("goroutines", func() bool {
 		return s.metric("go_goroutines") < before+boxes*8*2+20 && s.metric("cay_sandbox_leases") == 0
 	})
@@ -231,7 +232,7 @@ func TestManyStreams(t *testing.T) {
 	}
 }
 
-// settles polls until something holds.
+// settles polls until holds returns true.
 func (s *server) settles(what string, holds func() bool) {
 	s.t.Helper()
 	for deadline := time.Now().Add(patience); !holds(); {
@@ -242,10 +243,10 @@ func (s *server) settles(what string, holds func() bool) {
 	}
 }
 
-// counter is a process that writes numbers, a line each.
+// counter is a shell program that writes numbers, a line each.
 const counter = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.02; done"
 
-// counted checks that the numbers in the output follow each other, and says the last one.
+// counted checks that the numbers in the output are consecutive, and returns the last one.
 func counted(t *testing.T, out []byte) int {
 	t.Helper()
 	lines := strings.Split(string(out[:bytes.LastIndexByte(out, '\n')+1]), "\n")
@@ -260,10 +261,10 @@ func counted(t *testing.T, out []byte) int {
 	return last
 }
 
-// TestStreamsAndCrashes kills the server and the sandbox in mid-stream. Detached processes go
-// on, and those who follow miss nothing.
+// TestStreamsAndCrashes kills the server and the sandbox in mid-stream. Detached processes go on,
+// and their followers miss nothing.
 func TestStreamsAndCrashes(t *testing.T) {
-	t.Parallel() // its server is its own
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")
@@ -277,7 +278,7 @@ func TestStreamsAndCrashes(t *testing.T) {
 	follow := func(stop func()) error {
 		_, err := s.api().FollowProcess(t.Context(), id, "counter", int64(len(all)), func(o client.Output) error {
 			if o.Offset != int64(len(all)) || o.Lost != 0 {
-				return fmt.Errorf("at %d came %d, %d lost", len(all), o.Offset, o.Lost)
+				return fmt.Errorf("at offset %d the stream sent %d, %d lost", len(all), o.Offset, o.Lost)
 			}
 			if all = append(all, o.Data...); counted(t, all) >= enough {
 				enough += 20
@@ -309,7 +310,7 @@ func TestStreamsAndCrashes(t *testing.T) {
 	}
 	s.start()
 	s.runs(id, "sleep 7531", 0)
-	// A server that is asked to stop says so.
+	// A server that is asked to stop ends streams with an error that says so.
 	err = follow(func() { go s.stop(syscall.SIGTERM) })
 	if !client.HasCode(err, "stopping") {
 		t.Errorf("a stream of a server that stops ends with %v", err)
@@ -345,7 +346,7 @@ func TestProcesses(t *testing.T) {
 	name := strconv.Itoa(p.PID)
 	for _, text := range []string{"x", strings.Repeat("y", 300_000), "z\n"} {
 		if n, err := c.WriteProcessStdin(ctx, id, name, strings.NewReader(text), false); err != nil || n != int64(len(text)) {
-			t.Fatalf("writing its input: %d, %v", n, err)
+			t.Fatalf("writing to its standard input: %d, %v", n, err)
 		}
 	}
 	if _, err := c.WriteProcessStdin(ctx, id, "job", nil, true); err != nil {
@@ -353,7 +354,7 @@ func TestProcesses(t *testing.T) {
 	}
 	if _, err := c.WriteProcessStdin(ctx, id, "job", strings.NewReader("more"),
 		false); !client.HasCode(err, "stdin_closed") {
-		t.Errorf("writing to what is closed: %v", err)
+		t.Errorf("writing to a closed standard input: %v", err)
 	}
 	var out []byte
 	exit, err := c.FollowProcess(ctx, id, name, 0, func(o client.Output) error {
@@ -371,20 +372,20 @@ func TestProcesses(t *testing.T) {
 		*all[0].OutputTo != int64(len(want)) {
 		t.Errorf("listed: %+v, %v", all, err)
 	}
-	// What it left in the background goes with it.
+	// A process that it left in the background has ended, too.
 	s.runs(id, "sleep 3600", 1)
 	if err := c.KillProcess(ctx, id, name); err != nil {
 		t.Error(err)
 	}
 	s.runs(id, "sleep 3600", 0)
 	if _, err := c.GetProcess(ctx, id, name); !client.HasCode(err, "process_not_found") {
-		t.Errorf("it is known still: %v", err)
+		t.Errorf("the process is still known: %v", err)
 	}
 	if _, err := c.StartProcess(ctx, id, client.StartProcessRequest{Command: new("true"),
 		User: new("nobody-here")}); !client.HasCode(err, "unknown_user") {
 		t.Errorf("an unknown user: %v", err)
 	}
-	// Input that is not read.
+	// The standard input of a program that does not read it.
 	p, err = c.StartProcess(ctx, id, client.StartProcessRequest{Command: new("sleep 600"), Stdin: new(true),
 		Timeout: new("10m")})
 	if err != nil {
@@ -392,11 +393,11 @@ func TestProcesses(t *testing.T) {
 	}
 	if _, err := c.WriteProcessStdin(ctx, id, strconv.Itoa(p.PID), strings.NewReader(strings.Repeat("x", 1<<20)),
 		false); !client.HasCode(err, "stdin_blocked") {
-		t.Errorf("writing what is not read: %v", err)
+		t.Errorf("writing to a full standard input: %v", err)
 	}
 }
 
-// TestProcessesSleep holds that processes survive a suspend and a wake with their output, that
+// TestProcessesSleep checks that processes survive a suspend and a wake with their output, that
 // they do not keep a sandbox awake, and that following does.
 func TestProcessesSleep(t *testing.T) {
 	s := shared(t)
@@ -429,16 +430,16 @@ func TestProcessesSleep(t *testing.T) {
 	since := time.Now()
 	follow(func() bool { return time.Since(since) > 13*time.Second })
 	if state, _ := s.state(id); state != "running" {
-		t.Errorf("while it is followed the sandbox is %s", state)
+		t.Errorf("while a process is followed its sandbox is %s", state)
 	}
 	for _, e := range s.events(id) {
 		if e.To == "suspended" {
-			t.Errorf("it was suspended while it was followed: %+v", e)
+			t.Errorf("the sandbox was suspended while its process was followed: %+v", e)
 		}
 	}
-	s.waitState(id, "suspended") // by itself: nobody follows, and the process counts for nothing
+	s.waitState(id, "suspended") // by itself, because no client follows
 	before := counted(t, all)
-	follow(func() bool { return counted(t, all) > before+20 }) // wakes it
+	follow(func() bool { return counted(t, all) > before+20 }) // this wakes the sandbox
 	s.suspend(id)
 	s.wake(id)
 	before = counted(t, all)
@@ -474,7 +475,7 @@ func TestTerminal(t *testing.T) {
 	if err := term.Close(); err != nil {
 		t.Error(err)
 	}
-	// Another one comes back, and sees what it missed; two at once see the same.
+	// Another client joins and sees the output that it missed. Two clients see the same.
 	name := strconv.Itoa(term.PID)
 	again := open(client.TerminalOptions{Process: name, Offset: &at, Cols: 50, Rows: 10})
 	whole := open(client.TerminalOptions{Process: name, Cols: 50, Rows: 10})
@@ -486,31 +487,31 @@ func TestTerminal(t *testing.T) {
 	typing(t, again, "exit 5\r", "exit")
 	for _, end := range []*client.Terminal{again, whole} {
 		if rest, err := io.ReadAll(end); err != nil || end.Exit() == nil || end.Exit().ExitCode != 5 {
-			t.Errorf("it ends with %+v, %v after %q", end.Exit(), err, rest)
+			t.Errorf("the terminal ends with %+v, %v after %q", end.Exit(), err, rest)
 		}
-		_ = end.Close() // it is over
+		_ = end.Close() // the shell has exited
 	}
-	// What was shown can be read for a while.
+	// The output can be read for a while after the end.
 	late := open(client.TerminalOptions{Process: name})
 	if shown, err := io.ReadAll(late); err != nil || !bytes.Contains(shown, []byte("31 97\r\n")) ||
 		late.Exit().ExitCode != 5 {
 		t.Errorf("afterwards: %q, %v", shown, err)
 	}
-	// A shell that nobody comes back to is ended, and what runs in it.
+	// A shell to which no client comes back is ended, with the programs in it.
 	lonely := open(client.TerminalOptions{Grace: time.Second})
 	typing(t, lonely, "sleep 4321\r", "sleep 4321")
 	s.runs(id, "sleep 4321", 1)
 	_ = lonely.Close()
 	s.runs(id, "sleep 4321", 0)
 	if p, err := c.WaitProcess(ctx, id, strconv.Itoa(lonely.PID), time.Minute); err != nil || p.Exit == nil {
-		t.Errorf("nobody came back, and it is %+v, %v", p, err)
+		t.Errorf("after the grace period the process is %+v, %v", p, err)
 	}
 }
 
-// typing types, and reads until all texts were shown in this order.
+// typing types keys, and reads until all texts were shown in this order.
 func typing(t *testing.T, term io.ReadWriteCloser, keys string, want ...string) {
 	t.Helper()
-	late := time.AfterFunc(patience, func() { _ = term.Close() }) // which ends the reading
+	late := time.AfterFunc(patience, func() { _ = term.Close() }) // this ends the reading
 	defer late.Stop()
 	if _, err := term.Write([]byte(keys)); err != nil {
 		t.Fatal(err)
@@ -530,7 +531,8 @@ func typing(t *testing.T, term io.ReadWriteCloser, keys string, want ...string) 
 	}
 }
 
-// TestHalfWrittenFrames breaks WebSockets in the middle of frames, and says nonsense in them.
+// TestHalfWrittenFrames breaks WebSocket connections in the middle of frames, and sends malformed
+// frames.
 func TestHalfWrittenFrames(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
@@ -548,7 +550,7 @@ func TestHalfWrittenFrames(t *testing.T) {
 		}
 		conn.Close()
 	}
-	// One that stays and says nothing more holds only itself.
+	// A connection that stays open and idle does not hold up others.
 	held := s.handshake(id, "?grace=1s&command=sleep+5678")
 	if _, err := held.Write([]byte{0x82, 0x85, 1}); err != nil {
 		t.Error(err)

@@ -14,7 +14,7 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// groups lists the directories of the instance's control groups, those inside others first.
+// groups lists the directories of the instance's control groups, inner ones first.
 func (s *server) groups() []string {
 	s.t.Helper()
 	roots, err := filepath.Glob("/sys/fs/cgroup/*/cay-" + s.instance())
@@ -24,21 +24,21 @@ func (s *server) groups() []string {
 	var all []string
 	for _, root := range append(roots, "/sys/fs/cgroup/cay-"+s.instance()) {
 		if real, err := filepath.EvalSymlinks(root); err != nil || real != root {
-			continue // none, or systemd's second name for a tree of v1: cpu for cpu,cpuacct
+			continue // no directory, or systemd's second name for a tree of v1: cpu for cpu,cpuacct
 		}
 		_ = filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 			if err == nil && d.IsDir() {
 				all = append(all, path)
 			}
-			return nil // groups come and go while we look
+			return nil // groups come and go during the walk
 		})
 	}
 	slices.Reverse(all)
 	return all
 }
 
-// groupProcesses lists the processes in the instance's control groups, of one sandbox or,
-// with "", of all.
+// groupProcesses lists the processes in the instance's control groups, of one sandbox or, if id is
+// "", of all.
 func (s *server) groupProcesses(id string) []int {
 	s.t.Helper()
 	var pids []int
@@ -48,7 +48,7 @@ func (s *server) groupProcesses(id string) []int {
 		}
 		data, err := os.ReadFile(filepath.Join(group, "cgroup.procs"))
 		if err != nil {
-			continue // it went meanwhile
+			continue // it has ended meanwhile
 		}
 		for _, field := range strings.Fields(string(data)) {
 			pid, err := strconv.Atoi(field)
@@ -62,7 +62,7 @@ func (s *server) groupProcesses(id string) []int {
 	return slices.Compact(pids)
 }
 
-// sentry is the process that is the sandbox's kernel, 0 if there is none.
+// sentry returns the process of the sandbox's kernel, 0 if there is none.
 func (s *server) sentry(id string) int {
 	s.t.Helper()
 	for _, pid := range s.groupProcesses(id) {
@@ -74,7 +74,7 @@ func (s *server) sentry(id string) int {
 	return 0
 }
 
-// killSentry kills the sandbox's kernel, as a bug in it or the host's memory would.
+// killSentry kills the sandbox's kernel, like a bug in it or a lack of memory on the host.
 func (s *server) killSentry(id string) {
 	s.t.Helper()
 	pid := s.sentry(id)
@@ -86,13 +86,13 @@ func (s *server) killSentry(id string) {
 	}
 }
 
-// reboot takes from the host all that the machine would lose. The server must not run.
+// reboot removes from the host everything that a reboot would. The server must not run.
 func (s *server) reboot() {
 	s.t.Helper()
 	deadline := time.Now().Add(patience)
 	for pids := s.groupProcesses(""); len(pids) > 0; pids = s.groupProcesses("") {
 		for _, pid := range pids {
-			_ = syscall.Kill(pid, syscall.SIGKILL) // it may be gone
+			_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended
 		}
 		if time.Now().After(deadline) {
 			s.t.Fatalf("processes that do not end: %v", pids)
@@ -116,7 +116,7 @@ func (s *server) reboot() {
 		for _, name := range s.ours(list.list...) {
 			remove := exec.Command(list.remove[0], append(list.remove[1:], strings.Fields(name)...)...)
 			if out, err := remove.CombinedOutput(); err != nil && len(s.ours(list.list...)) > 0 {
-				// The other end of a link goes with its namespace.
+				// The other end of a link is removed with its namespace.
 				s.t.Logf("%s: %v: %s", remove, err, out)
 			}
 		}
@@ -140,7 +140,7 @@ func (s *server) reboot() {
 	}
 }
 
-// ours lists the names, in what a tool lists, of what belongs to the instance.
+// ours runs a tool that lists things, and returns the names of those that belong to the instance.
 func (s *server) ours(command ...string) []string {
 	s.t.Helper()
 	out, err := exec.Command(caytest.RequireProgram(s.t, command[0]), command[1:]...).Output()
@@ -179,9 +179,9 @@ func (s *server) checkpoints() []string {
 func (s *server) gone(id string) {
 	s.t.Helper()
 	for _, left := range s.onHost(id) {
-		s.t.Errorf("destroyed, and there is %s", left)
+		s.t.Errorf("the destroyed sandbox has left %s", left)
 	}
 	if slices.Contains(s.checkpoints(), id) {
-		s.t.Errorf("destroyed, and there is a checkpoint of %s", id)
+		s.t.Errorf("there is a checkpoint of the destroyed sandbox %s", id)
 	}
 }

@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// TestOddNames lists, reads, writes and removes files whose names are not UTF-8, by the form that a listing
-// gives them.
+// TestOddNames lists, reads, writes and removes files whose names are not UTF-8, with the encoded
+// names that a listing gives.
 func TestOddNames(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
@@ -81,7 +81,7 @@ func TestOddNames(t *testing.T) {
 	}
 }
 
-// TestWatchEndsWithItsDirectory removes what is watched.
+// TestWatchEndsWithItsDirectory removes a directory that is watched.
 func TestWatchEndsWithItsDirectory(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
@@ -97,18 +97,19 @@ func TestWatchEndsWithItsDirectory(t *testing.T) {
 	in := bufio.NewReader(resp.Body)
 	for line := ""; line != "event: ready\n"; {
 		if line, err = in.ReadString('\n'); err != nil {
-			t.Fatalf("it ends before it is ready: %q, %v", line, err)
+			t.Fatalf("the stream ends before it is ready: %q, %v", line, err)
 		}
 	}
 	s.want(id, "rm -r /srv/w")
 	told, err := io.ReadAll(in)
 	if err != nil || !strings.Contains(string(told), `{"path":"/srv/w","type":"remove"}`) ||
 		!strings.Contains(string(told), "event: error\n") || !strings.Contains(string(told), "file_not_found") {
-		t.Errorf("it ends with %q, %v", told, err)
+		t.Errorf("the stream ends with %q, %v", told, err)
 	}
 }
 
-// TestWhatIsAsked gives calls what clients do give them: a shell, a range of lines, an argument that is too long.
+// TestWhatIsAsked sends requests that real clients send: for a shell, for a range of lines, with an
+// argument that is too long.
 func TestWhatIsAsked(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
@@ -129,7 +130,7 @@ func TestWhatIsAsked(t *testing.T) {
 		}
 		if _, body = s.call("GET", fmt.Sprintf("/v1/sandboxes/%s/processes/%d/wait?timeout=30s", id, p.PID),
 			nil); !strings.Contains(string(body), `"exit_code":0`) {
-			t.Errorf("it ends with %s", body)
+			t.Errorf("the download ends with %s", body)
 		}
 		if _, body = s.call("GET", fmt.Sprintf("/v1/sandboxes/%s/processes/%d/output", id, p.PID),
 			nil); !strings.Contains(string(body), want) || !strings.Contains(string(body), "xterm-256color") {
@@ -147,7 +148,7 @@ func TestWhatIsAsked(t *testing.T) {
 	}
 	status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"args": append([]string{"true"}, many...)})
 	if status != 400 || !strings.Contains(text(body, "detail"), "2097152") {
-		t.Errorf("more than all may have: %d %s", status, body)
+		t.Errorf("more than all arguments may have: %d %s", status, body)
 	}
 	req, err := http.NewRequest("GET", s.url+"/v1/sandboxes/"+id+"/files?path=/etc/passwd", nil)
 	if err != nil {
@@ -162,6 +163,6 @@ func TestWhatIsAsked(t *testing.T) {
 	defer resp.Body.Close()
 	if got, err := io.ReadAll(resp.Body); resp.StatusCode != 200 || err != nil ||
 		!strings.HasPrefix(string(got), "root:") {
-		t.Errorf("a range of a unit that there is not: %d %q, %v", resp.StatusCode, got, err)
+		t.Errorf("a range of an unknown unit: %d %q, %v", resp.StatusCode, got, err)
 	}
 }

@@ -18,20 +18,21 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// outside is a host of the test's own in a network namespace, with an address that
-// documentation uses. It greets whoever connects and says who that was.
+// outside is a host in a network namespace of the test, with an address for documentation. It
+// greets every connection with the address that it comes from.
 type outside struct {
 	name    string
 	address string // of the host outside
-	second  string // another one of its
-	block   string // the range that both are in
-	gateway string // of this machine on that network
+	second  string // another address of it
+	block   string // the range of both addresses
+	gateway string // this machine's address on that network
 }
 
 func newOutside(t *testing.T) *outside {
 	t.Helper()
 	ip := caytest.RequireProgram(t, "ip")
-	// A block of eight to which no other test has a route, be it of another run on the machine.
+	// The block of eight addresses must have no route of another test, also of another run on the
+	// machine.
 	first := 8 * rand.IntN(32)
 	at := func(n int) string { return fmt.Sprintf("198.51.100.%d", first+n) }
 	for range 32 {
@@ -53,8 +54,8 @@ func newOutside(t *testing.T) *outside {
 		}
 	}
 	run("netns", "add", o.name)
-	// The link goes first, by its own name: whatever still holds the namespace, no
-	// route to it stays behind for the next test.
+	// The link is removed first, by its own name: if something still holds the namespace, its route is
+	// gone for the next test.
 	t.Cleanup(func() { run("link", "del", o.name); run("netns", "del", o.name) })
 	run("link", "add", o.name, "type", "veth", "peer", "name", "eth0", "netns", o.name)
 	run("addr", "add", o.gateway+"/29", "dev", o.name)
@@ -75,10 +76,10 @@ func (o *outside) listen(t *testing.T, port int) {
 	for _, address := range []string{o.address, o.second} {
 		c, err := net.DialTimeout("tcp4", fmt.Sprintf("%s:%d", address, port), patience)
 		if err != nil {
-			t.Fatalf("the host does not reach its own outside: %v", err)
+			t.Fatalf("the host does not reach the outside: %v", err)
 		}
 		if from, err := io.ReadAll(c); err != nil || string(from) != "hello "+o.gateway+"\n" {
-			t.Fatalf("somebody else answers at %s: %q, %v", address, from, err)
+			t.Fatalf("another host answers at %s: %q, %v", address, from, err)
 		}
 		c.Close()
 	}
@@ -99,9 +100,9 @@ func greet(t *testing.T, l net.Listener) {
 	}()
 }
 
-// inNamespace makes a socket in a namespace. The thread comes back before anyone
-// else gets it: it may be the process's main one, which cannot end and would keep
-// the namespace.
+// inNamespace makes a socket in a namespace. The thread returns to its own namespace before another
+// goroutine gets it: it may be the process's main thread, which cannot end and would keep the
+// namespace.
 func inNamespace[T any](t *testing.T, name string, f func() (T, error)) T {
 	t.Helper()
 	runtime.LockOSThread()
@@ -125,7 +126,7 @@ func inNamespace[T any](t *testing.T, name string, f func() (T, error)) T {
 	return result
 }
 
-// connect tries a TCP connection from inside and returns what it was greeted with.
+// connect tries a TCP connection from inside and returns the greeting.
 func (s *server) connect(id, host string, port int) string {
 	s.t.Helper()
 	r := s.exec(id, fmt.Sprintf(`python3 -c '
@@ -148,7 +149,7 @@ func TestReachesTheOutside(t *testing.T) {
 	defer s.destroy(id)
 	o := newOutside(t)
 	o.listen(t, 8080)
-	// NAT: the host outside sees this machine, not the sandbox.
+	// The host outside sees this machine's address, because of NAT.
 	if got, want := s.connect(id, o.address, 8080), "connected hello "+o.gateway; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
@@ -161,7 +162,7 @@ func TestReachesTheOutside(t *testing.T) {
 			if err != nil {
 				return
 			}
-			_, _ = dns.WriteTo(buf[:n], from) // the sandbox sees whether it came
+			_, _ = dns.WriteTo(buf[:n], from) // the sandbox notices if the packet is lost
 		}
 	}()
 	got := s.want(id, fmt.Sprintf(`python3 -c '
@@ -179,13 +180,13 @@ func TestNeverReachable(t *testing.T) {
 	defer s.destroy(id)
 	defer s.destroy(other)
 	o := newOutside(t)
-	// The control: what follows fails for a reason, not because nothing works.
+	// The outside can be reached in general, so failures below have another reason.
 	o.listen(t, 8080)
 	if got := s.connect(id, o.address, 8080); !strings.HasPrefix(got, "connected") {
 		t.Fatalf("the outside is not reachable: %q", got)
 	}
 
-	l, err := net.Listen("tcp4", "0.0.0.0:0") // on every address this host has
+	l, err := net.Listen("tcp4", "0.0.0.0:0") // on all addresses of this host
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -216,7 +217,7 @@ u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.connect(("198.51.100.9",
 	for _, address := range []string{"169.254.1.1", "224.0.0.1", "255.255.255.255", "fe80::1%eth0"} {
 		targets = append(targets, target{address, 80, "a reserved address"})
 	}
-	// Of that address cay's own metadata service is all there is.
+	// On this address only cay's own metadata service answers.
 	targets = append(targets, target{"169.254.169.254", 443, "a cloud's metadata"})
 	var wg sync.WaitGroup
 	for _, to := range targets {
@@ -232,8 +233,8 @@ u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.connect(("198.51.100.9",
 	}
 }
 
-// TestAgentIsNotForTheInside connects to the agent from inside its own sandbox:
-// without the token it gives nothing away.
+// TestAgentIsNotForTheInside connects to the agent from inside its own sandbox. Without the token
+// it answers nothing of value.
 func TestAgentIsNotForTheInside(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
@@ -252,8 +253,8 @@ func TestAgentIsNotForTheInside(t *testing.T) {
 	}
 }
 
-// TestNameResolution resolves through a name server of the test's own, which the
-// server's configuration names.
+// TestNameResolution resolves names through the test's own name server, which the server's
+// configuration names.
 func TestNameResolution(t *testing.T) {
 	o := newOutside(t)
 	queries := inNamespace(t, o.name, func() (net.PacketConn, error) { return net.ListenPacket("udp4", ":53") })
@@ -277,7 +278,7 @@ func TestNameResolution(t *testing.T) {
 	}
 }
 
-// answerNames is a name server that knows one address for every name.
+// answerNames serves a name server that resolves every name to one address.
 func answerNames(c net.PacketConn, address [4]byte) {
 	buf := make([]byte, 1500)
 	for {
@@ -295,7 +296,7 @@ func answerNames(c net.PacketConn, address [4]byte) {
 				Body: &dnsmessage.AResource{A: address}}}
 		}
 		if answer, err := m.Pack(); err == nil {
-			_, _ = c.WriteTo(answer, from) // who asked sees whether it came
+			_, _ = c.WriteTo(answer, from) // the client notices if the packet is lost
 		}
 	}
 }

@@ -27,14 +27,14 @@ func (s *server) started(args ...string) (*exec.Cmd, io.ReadCloser) {
 	return cmd, out
 }
 
-// TestAllOutput has more output than an answer keeps, in a pipe whose reader takes its time, and none after its
-// reader has gone.
+// TestAllOutput runs a command with more output than an answer keeps, into a pipe with a slow
+// reader, and into a pipe whose reader has gone.
 func TestAllOutput(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)
 	t.Run("a slow reader", func(t *testing.T) {
-		const lines = 6_000_000 // 47 MB: more than all that lies between the command and here
+		const lines = 6_000_000 // 47 MB, more than all the buffers between the command and here
 		want := sha256.New()
 		var line []byte
 		for i := range lines {
@@ -64,7 +64,7 @@ func TestAllOutput(t *testing.T) {
 			t.Fatal(err)
 		}
 		out.Close()
-		_ = cmd.Wait() // as any program whose reader has gone: Go's runtime ends it, if the write was to standard output
+		_ = cmd.Wait() // Go's runtime ends a program that writes to standard output without a reader
 		if status := cmd.ProcessState.Sys().(syscall.WaitStatus); status.Signal() != syscall.SIGPIPE {
 			t.Errorf("cay ends with %v", cmd.ProcessState)
 		}

@@ -16,7 +16,7 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// persistent makes a persistent sandbox that never falls asleep by itself.
+// persistent makes a persistent sandbox that never suspends by itself.
 func (s *server) persistent(more object) string {
 	s.t.Helper()
 	request := object{"mode": "persistent", "timeout": nil, "idle_timeout": "0", "recovery_interval": "0"}
@@ -26,7 +26,7 @@ func (s *server) persistent(more object) string {
 	return s.create(request)
 }
 
-// ask does a POST that must answer 200, and returns the sandbox's state in the answer.
+// ask makes a POST that must answer 200, and returns the sandbox's state in the answer.
 func (s *server) ask(id, verb string) string {
 	s.t.Helper()
 	status, body := s.call("POST", "/v1/sandboxes/"+id+"/"+verb, nil)
@@ -50,7 +50,8 @@ func (s *server) wake(id string) {
 	}
 }
 
-// onHost lists what the host has of a sandbox beside the files in the server's directory.
+// onHost lists everything that the host has of a sandbox except the files in the server's
+// directory.
 func (s *server) onHost(id string) []string {
 	s.t.Helper()
 	var found []string
@@ -77,8 +78,8 @@ func (s *server) onHost(id string) []string {
 	return found
 }
 
-// keeper is a program with one of everything that must survive a sleep. It answers each
-// line "check N" on its own socket with what it finds.
+// keeper is a program with one of everything that must survive a suspend. It answers each line
+// "check N" on its own socket with its findings.
 const keeper = `
 import hashlib, mmap, os, select, signal, socket, struct, subprocess, threading, time
 
@@ -132,8 +133,8 @@ while True:
     c.sendall(answer.encode()); c.close()
 `
 
-// TestSleepKeepsEverything suspends and wakes a sandbox a few times and looks at all that
-// it should still have, and at what the host must not have meanwhile.
+// TestSleepKeepsEverything suspends and wakes a sandbox a few times. It checks that the sandbox
+// still has everything, and that the host has nothing of it meanwhile.
 func TestSleepKeepsEverything(t *testing.T) {
 	s := shared(t)
 	id := s.persistent(object{"env": object{"KEPT": "yes"}})
@@ -144,7 +145,7 @@ func TestSleepKeepsEverything(t *testing.T) {
 	}
 	s.want(id, "nohup python3 /root/keeper.py >/root/keeper.log 2>&1 & until [ -e /root/ready ] || ! kill -0 $!; do "+
 		"sleep 0.05; done; cat /root/keeper.log")
-	// What the user made of files that cay writes at the start is the user's.
+	// The user's changes to files that cay writes at the start are kept.
 	s.want(id, "echo 192.0.2.9 mine >>/etc/hosts; echo mine >/tmp/mine; useradd -m kept; umount /sys 2>/dev/null; true")
 	limits := s.limits(id)
 	const check = `python3 -c 'import socket; print(socket.create_connection(("127.0.0.1", 8000)).recv(1000).decode())'`
@@ -165,17 +166,17 @@ func TestSleepKeepsEverything(t *testing.T) {
 	if got := s.want(id,
 		"tail -1 /etc/hosts; cat /tmp/mine; id -un 0; id kept >/dev/null && echo $KEPT"); got != "192.0.2.9 "+
 		"mine\nmine\nroot\nyes" {
-		t.Errorf("after all that: %q", got)
+		t.Errorf("after all cycles: %q", got)
 	}
 	if got := s.limits(id); got != limits {
-		t.Errorf("its limits on the host are\n%s\nand were\n%s", got, limits)
+		t.Errorf("the limits on the host are\n%s\nwant\n%s", got, limits)
 	}
 	now := time.Now()
 	if inside, err := time.Parse("2006-01-02T15:04:05Z", s.want(id, "date -u +%Y-%m-%dT%H:%M:%SZ")); err != nil ||
 		inside.Sub(now).Abs() > 10*time.Second {
-		t.Errorf("inside it is %s, outside %s, %v", inside, now, err)
+		t.Errorf("the time inside is %s, outside %s, %v", inside, now, err)
 	}
-	// The memory limit is guarded in every life.
+	// The memory limit holds in every instance.
 	if r := s.exec(id, "exec python3 -c 'b = bytearray(2 << 30)'"); !r.OOMKilled {
 		t.Errorf("too much memory after a wake: %+v", r)
 	}
@@ -184,7 +185,7 @@ func TestSleepKeepsEverything(t *testing.T) {
 	}
 }
 
-// limits are the limits that the host has for a sandbox.
+// limits returns the limits that the host has for a sandbox.
 func (s *server) limits(id string) string {
 	s.t.Helper()
 	var all []string
@@ -213,7 +214,7 @@ func (s *server) limits(id string) string {
 	return strings.Join(all, "")
 }
 
-// TestSleepCutsTheOutside looks at a connection to another host across a sleep, and that
+// TestSleepCutsTheOutside checks that a connection to another host is cut by a suspend, and that
 // the rules hold afterwards.
 func TestSleepCutsTheOutside(t *testing.T) {
 	s := shared(t)
@@ -246,7 +247,7 @@ nohup python3 /root/c.py >/root/c.log 2>&1 & until [ -e /root/connected ] || ! k
 		got != "ConnectionResetError" && got != "b''" {
 		t.Errorf("the connection inside ended with %s", got)
 	}
-	// The other side hears of it as soon as it says something.
+	// The other side notices as soon as it sends something.
 	if err := peer.SetDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
 	}
@@ -257,14 +258,14 @@ nohup python3 /root/c.py >/root/c.log 2>&1 & until [ -e /root/connected ] || ! k
 	for {
 		if _, err := peer.Write([]byte("anyone?")); err != nil {
 			if e, ok := err.(net.Error); ok && e.Timeout() {
-				t.Error("the other side never hears that the connection is gone")
+				t.Error("the other side never notices that the connection is gone")
 			}
 			break
 		}
-		time.Sleep(50 * time.Millisecond) // bounded by the deadline
+		time.Sleep(50 * time.Millisecond) // limited by the deadline
 	}
 	if got := s.connect(id, o.address, 8081); !strings.HasPrefix(got, "connected hello "+o.gateway) {
-		t.Errorf("after the wake the outside is %q", got)
+		t.Errorf("after the wake connecting to the outside gives %q", got)
 	}
 	_, port, err := net.SplitHostPort(strings.TrimPrefix(s.url, "http://"))
 	if err != nil {
@@ -285,7 +286,7 @@ func atoi(t *testing.T, text string) (n int) {
 	return n
 }
 
-// TestEachUseWakes lets every kind of call find the sandbox asleep.
+// TestEachUseWakes makes every kind of call to a suspended sandbox.
 func TestEachUseWakes(t *testing.T) {
 	s := shared(t)
 	id := s.persistent(nil)
@@ -320,16 +321,16 @@ func TestEachUseWakes(t *testing.T) {
 	}
 	for _, verb := range []string{"suspend", "checkpoint"} {
 		if status, body := s.call("POST", base+"/"+verb, nil); status != 409 {
-			t.Errorf("%s of one asleep: %d %s", verb, status, body)
+			t.Errorf("%s of a suspended sandbox: %d %s", verb, status, body)
 		}
 	}
 	if state, _ := s.state(id); state != "suspended" {
-		t.Errorf("after reading about it, it is %s", state)
+		t.Errorf("after reads of its row the sandbox is %s", state)
 	}
 }
 
-// TestManyWakeIt lets many callers find the sandbox asleep, or falling asleep: all get
-// their answer, and it is woken once for each time it slept.
+// TestManyWakeIt lets many callers use a sandbox that is suspended or being suspended. All get
+// their answer, and it is woken once for each suspend.
 func TestManyWakeIt(t *testing.T) {
 	s := shared(t)
 	id := s.persistent(nil)
@@ -381,10 +382,10 @@ func (s *server) events(id string) []event {
 	return page.Events
 }
 
-// TestIdle lets sandboxes fall asleep when nobody uses them, and not before.
+// TestIdle checks that sandboxes are suspended when no client uses them, and not before.
 func TestIdle(t *testing.T) {
 	s := shared(t)
-	const least = "10s" // the least that may be asked for
+	const least = "10s" // the shortest that is allowed
 	left, used, working := s.persistent(object{"idle_timeout": least}), s.persistent(object{"idle_timeout": least}),
 		s.persistent(object{"idle_timeout": least})
 	for _, id := range []string{left, used, working} {
@@ -397,27 +398,27 @@ func TestIdle(t *testing.T) {
 			t.Errorf("the command that ran longer than the idle time: %+v", r)
 		}
 	})
-	// Reading about one is no use of it; the other is used all the time.
+	// Reading a sandbox's row does not count as use; the other sandbox is used all the time.
 	for {
 		if state, _ := s.state(left); state == "suspended" {
 			break
 		}
 		if time.Since(began) > patience {
-			t.Fatal("it does not fall asleep")
+			t.Fatal("the idle sandbox is not suspended")
 		}
 		s.alive(used)
 		time.Sleep(200 * time.Millisecond) // a poll with a deadline
 	}
 	if slept := time.Since(began); slept < 9*time.Second {
-		t.Errorf("it fell asleep after %s", slept)
+		t.Errorf("the idle sandbox was suspended after %s", slept)
 	}
 	for _, id := range []string{used, working} {
 		if state, _ := s.state(id); state != "running" {
-			t.Errorf("one in use is %s", state)
+			t.Errorf("a sandbox in use is %s", state)
 		}
 	}
 	if e := s.events(left)[0]; e.To != "suspended" || e.Reason != "idle" {
-		t.Errorf("its last event is %+v", e)
+		t.Errorf("the last event of the sandbox is %+v", e)
 	}
 	wg.Wait()
 	s.waitState(used, "suspended")
@@ -425,8 +426,8 @@ func TestIdle(t *testing.T) {
 	s.alive(left)
 }
 
-// TestActivitySurvives holds the last activity over the death of the server: it is as old
-// as it was, within 5 seconds.
+// TestActivitySurvives checks that the time of the last activity survives the death of the server,
+// within 5 seconds.
 func TestActivitySurvives(t *testing.T) {
 	s := newServer(t)
 	s.start()
@@ -443,7 +444,7 @@ func TestActivitySurvives(t *testing.T) {
 		return at
 	}
 	used := last()
-	time.Sleep(6 * time.Second) // the promise is 5
+	time.Sleep(6 * time.Second) // longer than the 5 seconds that are promised
 	if now := last(); !now.Equal(used) {
 		t.Errorf("reading moved the last activity from %s to %s", used, now)
 	}
@@ -455,7 +456,7 @@ func TestActivitySurvives(t *testing.T) {
 	s.alive(id)
 }
 
-// TestPurgeTakesTheSleeping leaves nothing of a suspended sandbox.
+// TestPurgeTakesTheSleeping purges a suspended sandbox. Nothing of it is left.
 func TestPurgeTakesTheSleeping(t *testing.T) {
 	s := newServer(t)
 	s.start()
@@ -464,7 +465,7 @@ func TestPurgeTakesTheSleeping(t *testing.T) {
 	s.suspend(id)
 	files, err := filepath.Glob(filepath.Join(s.dataDir, "checkpoints", id, "*", "*"))
 	if err != nil || len(files) == 0 {
-		t.Fatalf("asleep it has the files %v, %v", files, err)
+		t.Fatalf("the suspended sandbox has the files %v, %v", files, err)
 	}
 	for _, file := range files {
 		if info, err := os.Stat(file); err != nil || info.Mode().Perm() != 0o600 {

@@ -20,7 +20,7 @@ type poolEntry struct {
 	Target   int    `json:"target"`
 }
 
-// pool is what the server says of its pool's only template; the zero value is none.
+// pool returns the server's report on its pool's only template, the zero value if there is none.
 func (s *server) pool() poolEntry {
 	s.t.Helper()
 	status, body := s.call("GET", "/v1/pool", nil)
@@ -36,8 +36,7 @@ func (s *server) pool() poolEntry {
 	return answer.Pool[0]
 }
 
-// awaitPool waits until the pool is full, with nothing on the host beside it and the
-// sandboxes that run.
+// awaitPool waits until the pool is full and the host has only the pool and the sandboxes that run.
 func (s *server) awaitPool(ready int) {
 	s.t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) { // a poll with a deadline
@@ -51,7 +50,7 @@ func (s *server) awaitPool(ready int) {
 	}
 }
 
-// createFrom makes a sandbox that must come from where it is said.
+// createFrom makes a sandbox that must come from the given source.
 func (s *server) createFrom(source string, request object) string {
 	s.t.Helper()
 	id := s.create(request)
@@ -68,7 +67,7 @@ func TestPool(t *testing.T) {
 	cold := s.createFrom("cold", nil)
 	s.awaitPool(2)
 
-	// A warm one is what was asked for, and none is as another.
+	// A warm sandbox is created as requested, and all identities differ.
 	const identity = `hostname; cat /etc/hostname; cat /proc/sys/kernel/random/boot_id; ` +
 		`head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n'; echo; python3 -c 'import uuid, random; ` +
 		`print(uuid.uuid4()); print(random.random())'`
@@ -94,14 +93,14 @@ func TestPool(t *testing.T) {
 		t.Errorf("a command in a warm sandbox sees\n%s\nin a cold one\n%s", got, want)
 	}
 	if got := s.want(id, "echo $MINE"); got != "a b" {
-		t.Errorf("its environment has %q", got)
+		t.Errorf("the environment of the warm sandbox has %q", got)
 	}
 	if got := s.want(id, "date +%s"); len(got) < 10 || got[:8] != fmt.Sprint(time.Now().Unix())[:8] {
-		t.Errorf("its clock says %s", got)
+		t.Errorf("the clock of the warm sandbox says %s", got)
 	}
 	if code, body := s.call("GET", "/v1/sandboxes?status=running&metadata.team=red", nil); code != 200 ||
 		!strings.Contains(string(body), id) {
-		t.Errorf("by its metadata: %d %s", code, body)
+		t.Errorf("list by metadata: %d %s", code, body)
 	}
 	s.destroy(id)
 	s.awaitPool(2)
@@ -115,13 +114,13 @@ func TestPool(t *testing.T) {
 	_, body := s.call("GET", "/v1/sandboxes/"+id, nil)
 	if err := json.Unmarshal(body, &box); err != nil || box.TimeoutSeconds != 3600 ||
 		box.ExpiresAt.Sub(box.StartedAt) != time.Hour {
-		t.Errorf("with a timeout of an hour it is %s, %v", body, err)
+		t.Errorf("a sandbox with a timeout of an hour is %s, %v", body, err)
 	}
 	if got, want := s.want(id, size), s.want(cold, size); got != want {
-		t.Errorf("its disk has %s KiB, that of a cold one %s", got, want)
+		t.Errorf("the disk of a warm sandbox has %s KiB, that of a cold one %s", got, want)
 	}
 	s.destroy(id)
-	small := s.createFrom("cold", object{"disk_size_mb": 256}) // nothing of the pool is that
+	small := s.createFrom("cold", object{"disk_size_mb": 256}) // no pooled sandbox has this disk
 	if got := s.want(small, size); len(got) != len("262144") {
 		t.Errorf("a disk of 256 MiB has %s KiB", got)
 	}
@@ -134,11 +133,11 @@ func TestPool(t *testing.T) {
 	}
 	if _, body := s.call("GET", "/metrics", nil); !strings.Contains(string(body),
 		`cay_pool_creates_total{source="warm"} 4`) || !strings.Contains(string(body), "cay_pool_prepare_seconds_count") {
-		t.Error("the metrics do not tell of the pool")
+		t.Error("the metrics lack the pool")
 	}
 }
 
-// TestPoolPolicy: the policy of a warm sandbox is in force with the first answer.
+// TestPoolPolicy checks that the policy of a warm sandbox is in force when the create answers.
 func TestPoolPolicy(t *testing.T) {
 	s := newServer(t, "CAY_POOL_ENABLED=true")
 	s.start()
@@ -162,8 +161,8 @@ func TestPoolPolicy(t *testing.T) {
 	}
 }
 
-// TestPoolOutlivesTheServer: what the pool has is there after a restart, for as long as
-// the pool is on.
+// TestPoolOutlivesTheServer checks that pooled sandboxes are there after a restart, as long as the
+// pool is on.
 func TestPoolOutlivesTheServer(t *testing.T) {
 	s := newServer(t, "CAY_POOL_ENABLED=true")
 	s.start()
@@ -191,12 +190,12 @@ func TestPoolOutlivesTheServer(t *testing.T) {
 	s.agree(time.Now())
 	s.createFrom("cold", nil)
 	if p := s.pool(); p != (poolEntry{}) {
-		t.Errorf("a pool that is off is %+v", p)
+		t.Errorf("the pool that is off has %+v", p)
 	}
 }
 
-// TestPoolOfATemplate: of a template with a service the pool has the service running, and
-// it follows the template to its next version and to its end.
+// TestPoolOfATemplate checks that pooled sandboxes of a template with a service have the service
+// running, and that the pool follows the template to its next version and to its end.
 func TestPoolOfATemplate(t *testing.T) {
 	s, tiny := newBuilder(t, "CAY_POOL_ENABLED=true")
 	s.needBuilt(object{"name": "web", "image": tiny, "env": object{"SAYS": "one"}, "ready": object{"port": 8000},
@@ -218,7 +217,7 @@ func TestPoolOfATemplate(t *testing.T) {
 	}
 	s.awaitPool(2)
 	if said := web("cold", object{"env": object{"SAYS": "two"}}); !strings.HasPrefix(said, "two ") {
-		t.Errorf("with an environment of its own it says %q", said)
+		t.Errorf("the service with another environment says %q", said)
 	}
 	web("cold", object{"egress": object{"mode": "deny_all"}})
 	s.awaitPool(2)
@@ -231,21 +230,21 @@ func TestPoolOfATemplate(t *testing.T) {
 		t.Fatalf("after the rebuild: %s", body)
 	}
 	if said := web("cold", object{}); said != "next" {
-		t.Errorf("version 2 says %q", said)
+		t.Errorf("the cold service of version 2 says %q", said)
 	}
 	s.awaitPool(2)
 	if said := web("warm", object{}); said != "next" {
-		t.Errorf("version 2 of the pool says %q", said)
+		t.Errorf("the warm service of version 2 says %q", said)
 	}
 	if code, body := s.call("DELETE", "/v1/templates/web", nil); code != 204 {
-		t.Errorf("deleting the template with members of the pool: %d %s", code, body)
+		t.Errorf("deleting the template with pooled sandboxes: %d %s", code, body)
 	}
 	s.awaitPool(0)
 }
 
-// TestPoolKilledAtAnyMoment kills the server with SIGKILL while it claims and while it
-// prepares, until both were found interrupted by a next start. After each start every
-// sandbox that runs works, and the host comes to have nothing but those and a full pool.
+// TestPoolKilledAtAnyMoment kills the server with SIGKILL while it claims and while it prepares
+// pooled sandboxes, until later starts have found both interrupted. After each start every running
+// sandbox works, and the host soon has only those and a full pool.
 func TestPoolKilledAtAnyMoment(t *testing.T) {
 	s := newServer(t, "CAY_POOL_ENABLED=true")
 	s.start()
@@ -253,15 +252,15 @@ func TestPoolKilledAtAnyMoment(t *testing.T) {
 	const rounds, most = 8, 80
 	for round := 0; round < rounds || !s.reconciled("discard", "remove"); round++ {
 		if round == most {
-			t.Fatalf("in %d rounds no start found a member half prepared and one half claimed", most)
+			t.Fatalf("in %d rounds no start found a half prepared and a half claimed pooled sandbox", most)
 		}
-		if s.pool().Target == 0 { // none is left that says what is in use
+		if s.pool().Target == 0 { // no sandbox is left that says what is in use
 			s.destroy(s.create(nil))
 		}
 		s.awaitPool(2)
-		after := time.Duration(rand.IntN(6000)) * time.Microsecond // what a claim takes
+		after := time.Duration(rand.IntN(6000)) * time.Microsecond // about the duration of a claim
 		if round%4 == 0 {
-			after = time.Duration(100+rand.IntN(150)) * time.Millisecond // until a member is being prepared
+			after = time.Duration(100+rand.IntN(150)) * time.Millisecond // until the next pooled sandbox is being prepared
 		}
 		answer := make(chan string, 1)
 		go func() {
@@ -277,7 +276,7 @@ func TestPoolKilledAtAnyMoment(t *testing.T) {
 		s.start()
 		running := s.sandboxes("running")
 		if id != "" && !slices.Contains(running, id) {
-			t.Errorf("sandbox %s was answered and is lost; %v run", id, running)
+			t.Errorf("sandbox %s was created and is lost; %v run", id, running)
 		}
 		for _, id := range running {
 			s.alive(id)

@@ -24,18 +24,19 @@ type lab struct {
 	machine machine
 	luggage *luggage
 	root    string // directory of its root
-	dir     string // of its disks
-	logs    string // of what it says
+	dir     string // directory of its disks
+	logs    string // directory of its output
 }
 
-// Limits of checks, by the machine's clock. One that hangs is noticed this late.
+// Limits of checks, by the machine's clock. A check that hangs is noticed this late; a lower limit
+// fails slow machines.
 const (
 	checkLimit = 4 * time.Minute
 	testsLimit = 15 * time.Minute
 )
 
-// goTests are the checks that run tests of the repository: the package, and which of its
-// tests. What other tests of e2e need (node, chromium, Go) is not in the machines.
+// goTests are the checks that run tests of the repository, with a package and a pattern of its
+// tests. The machines do not have the programs that other tests of e2e need (node, chromium, Go).
 var goTests = map[string]struct{ dir, run string }{
 	"cgroup":    {"internal/cgroup", "."},
 	"runsc":     {"internal/runsc", "."},
@@ -68,7 +69,7 @@ func (o options) wants(m machine, check string) bool {
 	return o.checks.MatchString(check) || o.checks.MatchString(m.name+"/"+check)
 }
 
-// run runs the machine's checks that were asked for, each of which gives a row.
+// run runs the chosen checks of the machine, each of which gives a row.
 func (l *lab) run(ctx context.Context) (rows []row) {
 	if l.options.wants(l.machine, "cuts") && len(l.machine.checks) == 1 && l.machine.checks[0] == "cuts" {
 		return l.cuts(ctx)
@@ -100,7 +101,7 @@ func (l *lab) run(ctx context.Context) (rows []row) {
 			}
 		}
 		if ctx.Err() != nil {
-			return rows // a check that was broken off is no result
+			return rows // an interrupted check has no result
 		}
 		rows = append(rows, l.row(name, start, note, err))
 		if err != nil && l.options.keep {
@@ -111,7 +112,7 @@ func (l *lab) run(ctx context.Context) (rows []row) {
 	return rows
 }
 
-// try runs one check and returns what it noted.
+// try runs one check and returns its note.
 func (l *lab) try(ctx context.Context, g *guest, name string) (note string, err error) {
 	common, err := scripts.ReadFile("checks/lib.sh")
 	if err != nil {
@@ -136,7 +137,7 @@ func (l *lab) try(ctx context.Context, g *guest, name string) (note string, err 
 	return note, err
 }
 
-// outside returns how long a time of the machine's is outside.
+// outside converts a duration of the machine's clock to one of the host's clock.
 func (l *lab) outside(d time.Duration) time.Duration {
 	return time.Duration(float64(d) / l.options.clock)
 }
@@ -158,12 +159,13 @@ func (l *lab) row(check string, start time.Time, note string, err error) row {
 	return r
 }
 
-// notes writes what a check says into a file, and keeps the last line that begins with "note: ".
+// notes writes the output of a check into a file, and keeps the last line that begins with "note:
+// ".
 type notes struct {
 	file *os.File
 	mu   sync.Mutex
 	// +checklocks:mu
-	rest []byte // of a line that is not whole yet; guarded by mu
+	rest []byte // of an incomplete line; guarded by mu
 	// +checklocks:mu
 	note string // guarded by mu
 }

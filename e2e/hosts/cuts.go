@@ -15,16 +15,16 @@ import (
 	"time"
 )
 
-// actions are what is answered, or under way, when the power goes. checks/cut.sh does them,
-// and checks/after-cut.sh knows what must be there of them.
+// actions are done or under way when the power is cut. checks/cut.sh does them, and
+// checks/after-cut.sh checks what must be left of them.
 var actions = []string{"create", "suspend", "checkpoint", "snapshot", "policy", "key", "create-persistent", "destroy",
 	"fork", "wake", "during-suspend", "during-snapshot", "during-create", "during-destroy"}
 
-// cuts takes the power from the machine again and again, right after it has answered, and
-// looks after the next boot whether everything that was answered is there.
+// cuts cuts the power of the machine again and again, right after the machine has reported an
+// action. After the next boot it checks that the effect of every answered action is there.
 //
-// The data directory is on a disk with a volatile cache. What the guest has not flushed is lost
-// every other time; else any part of it may be there, as with real disks.
+// The data directory is on a disk with a volatile cache. After every second cut, all that the guest
+// has not flushed is lost; otherwise any part of it may be there, as with real disks.
 func (l *lab) cuts(ctx context.Context) (rows []row) {
 	start := time.Now()
 	data := filepath.Join(l.dir, "data.img")
@@ -41,7 +41,7 @@ func (l *lab) cuts(ctx context.Context) (rows []row) {
 	for i := range l.options.cuts + 1 {
 		action := actions[i%len(actions)]
 		if i == l.options.cuts {
-			action = "nothing" // the last boot only looks
+			action = "nothing" // the last boot only checks
 		}
 		next, err := l.cutOnce(ctx, data, i, action, answered)
 		if ctx.Err() != nil {
@@ -51,7 +51,7 @@ func (l *lab) cuts(ctx context.Context) (rows []row) {
 			failed++
 			notes = append(notes, fmt.Sprintf("cut %d (%s, before it %q): %v", i, action, answered, err))
 			fmt.Println(l.machine.name, notes[len(notes)-1])
-			if next == "" { // it did not come to the cut: begin anew
+			if next == "" { // it did not get as far as the cut, so begin again
 				break
 			}
 		}
@@ -67,8 +67,8 @@ func (l *lab) cuts(ctx context.Context) (rows []row) {
 	return append(rows, l.row("cuts", start, oneLine(note), err))
 }
 
-// cutOnce boots, checks what the cut before left of what was answered, does the next action and takes the
-// power away. It returns what was answered.
+// cutOnce boots, checks the effects of the action before the last cut, does the next action and
+// cuts the power. It returns the answer to the action.
 func (l *lab) cutOnce(ctx context.Context, data string, i int, action, answered string) (string, error) {
 	overlay, log := filepath.Join(l.dir, "data.qcow2"), filepath.Join(l.dir, "data.log")
 	for _, f := range []string{overlay, log} {
@@ -103,11 +103,11 @@ func (l *lab) cutOnce(ctx context.Context, data string, i int, action, answered 
 	return next, err
 }
 
-// errNoAnswer reports that a machine did not come to its answer, so that no power was cut.
+// errNoAnswer reports that a machine gave no answer, so that its power was not cut.
 var errNoAnswer = errors.New("no answer came")
 
-// onDisk boots a fresh root with a data disk and runs prepare-cuts.sh or, with variables for
-// them, after-cut.sh and cut.sh. A cut is made when the answer comes.
+// onDisk boots a fresh root with a data disk and runs prepare-cuts.sh or, if it gets variables for
+// them, after-cut.sh and cut.sh. If cut is set it cuts the power at the answer.
 func (l *lab) onDisk(ctx context.Context, what string, disk []string, cut bool) (answer string, err error) {
 	g, err := l.boot(ctx, true, disk...)
 	if err != nil {
@@ -142,7 +142,7 @@ func (l *lab) onDisk(ctx context.Context, what string, disk []string, cut bool) 
 	if err != nil {
 		return "", err
 	}
-	watch := &watcher{out: log, cut: func() { _ = g.cmd.Process.Kill() }} // it may have ended
+	watch := &watcher{out: log, cut: func() { _ = g.cmd.Process.Kill() }} // the process may have ended
 	err = g.script(ctx, string(common)+what+"\n"+string(after)+"\n"+string(text), watch, l.outside(checkLimit))
 	answer, loss := watch.said()
 	switch {
@@ -156,20 +156,21 @@ func (l *lab) onDisk(ctx context.Context, what string, disk []string, cut bool) 
 	return "", errors.Join(errNoAnswer, err)
 }
 
-// watcher looks for the lines "loss: …" and "answered: …". At the latter it cuts the power at once.
+// watcher looks for the lines "loss: …" and "answered: …". It cuts the power immediately after the
+// latter.
 type watcher struct {
 	out io.Writer
 	cut func()
 	mu  sync.Mutex
 	// +checklocks:mu
-	rest []byte // of a line that is not whole yet; guarded by mu
+	rest []byte // of an incomplete line; guarded by mu
 	// +checklocks:mu
 	answer string // guarded by mu
 	// +checklocks:mu
-	loss string // all of them; guarded by mu
+	loss string // all losses; guarded by mu
 }
 
-// said returns what was answered and what was lost.
+// said returns the answer and the losses.
 func (w *watcher) said() (answer, loss string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -197,15 +198,15 @@ func (w *watcher) Write(p []byte) (int, error) {
 	}
 }
 
-// The format of QEMU's blklogwrites, which is that of Linux's dm-log-writes.
+// The format of QEMU's blklogwrites, which is the format of Linux's dm-log-writes.
 const (
 	logMagic   = 0x6a736677736872
 	logFlush   = 1 << 0
 	logDiscard = 1 << 2
 )
 
-// replay does to an image what the log says that its disk had to keep: all writes up to the
-// last flush. Each later one it does with the chance.
+// replay applies to an image the writes that the log says its disk had to keep: all up to the last
+// flush, and each later one with the given chance.
 func replay(image, log string, random *rand.Rand, chance float64) error {
 	in, err := os.Open(log)
 	if err != nil {
@@ -235,8 +236,8 @@ func replay(image, log string, random *rand.Rand, chance float64) error {
 	size := int64(super.SectorSize)
 	var all []place
 	flushed := 0
-	// What follows the last entry that the head counts is what came after the last flush. Its
-	// end may be half written.
+	// The entries after the last one that the head counts were written after the last flush. The log
+	// may end in the middle of one.
 	for at := size; ; {
 		head := make([]byte, 32)
 		if _, err := in.ReadAt(head, at); err != nil {
@@ -279,5 +280,5 @@ func replay(image, log string, random *rand.Rand, chance float64) error {
 	return nil
 }
 
-// shellQuote makes a text one word of a shell.
+// shellQuote quotes a text as one word of a shell.
 func shellQuote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }

@@ -13,7 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestReplay keeps of a log of writes what was flushed, and of the rest what chance says.
+// TestReplay applies to a disk the flushed writes of a log, and the others with several chances.
 func TestReplay(t *testing.T) {
 	const sector = 512
 	type write struct {
@@ -98,14 +98,14 @@ func TestDoc(t *testing.T) {
 	}
 	want := "before\n" + begins + table([]row{now[1], now[0], old[1]}) + ends + "after\n"
 	if diff := cmp.Diff(want, string(text)); diff != "" {
-		t.Errorf("the file is other than it should (-want +got):\n%s", diff)
+		t.Errorf("the file is wrong (-want +got):\n%s", diff)
 	}
 	if strings.Contains(note, "|") {
 		t.Errorf("a cell has %q", note)
 	}
 }
 
-// TestMachines holds that every check of a machine is a script or a list of tests.
+// TestMachines checks that every check of a machine is a script or a list of tests.
 func TestMachines(t *testing.T) {
 	for _, m := range machines {
 		for _, c := range m.checks {

@@ -20,19 +20,18 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
-// luggage is what every machine is given on a disk of its own, so that nothing is downloaded
-// or built inside.
+// luggage is a disk that every machine gets, so that nothing is downloaded or built inside.
 type luggage struct {
-	image   string     // the disk
-	key     ssh.Signer // opens the machines of this run, and no other ones
-	keyFile string     // the same, for people
+	image   string     // path of the disk image
+	key     ssh.Signer // opens the machines of this run, and no others
+	keyFile string     // the same key, for people
 }
 
-// testPrograms are what tests build where there is Go.
+// testPrograms are the programs that tests build if there is Go.
 var testPrograms = []string{"cmd/cay-agent", "internal/agent/testdata/probe", "internal/node/testdata/*"}
 
-// pack makes the disk below dir, with the tests of some packages. Its files lie as those of the
-// repository do, which is where tests look for them.
+// pack makes the disk below dir, with the tests of some packages. Its files lie where the
+// repository has them, because tests look for them there.
 func pack(ctx context.Context, dir string, packages []string) (*luggage, error) {
 	start := time.Now()
 	tree := filepath.Join(dir, "luggage")
@@ -66,7 +65,7 @@ func pack(ctx context.Context, dir string, packages []string) (*luggage, error) 
 		}
 		for _, f := range files {
 			if info, err := os.Stat(f); err != nil || info.IsDir() {
-				continue // what gVisor is built from
+				continue // sources of the build of gVisor
 			}
 			if err := command(ctx, "install", "-D", "-p", f, filepath.Join(tree, f)); err != nil {
 				return nil, err
@@ -79,7 +78,8 @@ func pack(ctx context.Context, dir string, packages []string) (*luggage, error) 
 	if err := packTemplates(ctx, dir, filepath.Join(tree, "images")); err != nil {
 		return nil, err
 	}
-	// Owned by root, whatever umask made it: sshd looks at who owns the way to authorized_keys.
+	// root owns the files, whatever umask made them: sshd checks the owners of the directories above
+	// authorized_keys.
 	err = command(ctx, "mke2fs", "-q", "-t", "ext4", "-L", "lab", "-E", "root_owner=0:0", "-d", tree, l.image, "4G")
 	if err != nil {
 		return nil, err
@@ -88,7 +88,7 @@ func pack(ctx context.Context, dir string, packages []string) (*luggage, error) 
 	return l, os.RemoveAll(tree)
 }
 
-// packTests builds the tests and what they build.
+// packTests builds the tests and the programs that they build.
 func packTests(ctx context.Context, tree string, packages []string) error {
 	if len(packages) == 0 {
 		return nil
@@ -126,8 +126,8 @@ func packTests(ctx context.Context, tree string, packages []string) error {
 	return nil
 }
 
-// packTemplates copies the images of the templates that tests use from a server that has
-// them. It makes them if the user's cache of images does not have them.
+// packTemplates copies the images of the templates that tests use from a server that has them. The
+// server makes images that the user's cache does not have.
 func packTemplates(ctx context.Context, dir, to string) (err error) {
 	data := filepath.Join(dir, "templates")
 	address, err := freeAddress()
@@ -141,7 +141,7 @@ func packTemplates(ctx context.Context, dir, to string) (err error) {
 	defer log.Close()
 	server := exec.CommandContext(ctx, "bin/cay", "server", "--data-dir", data, "--listen", address)
 	server.Env = append(os.Environ(), "CAY_POOL_ENABLED=false", "CAY_TEMPLATES_PREPARE=python,base",
-		"CAY_LOG_LEVEL=warn") // what is asked of it is not of interest
+		"CAY_LOG_LEVEL=warn") // its requests are of no interest
 	server.Stdout, server.Stderr = log, log
 	server.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM, Setpgid: true}
 	server.Cancel = func() error { return server.Process.Signal(syscall.SIGTERM) }
@@ -150,7 +150,7 @@ func packTemplates(ctx context.Context, dir, to string) (err error) {
 	}
 	defer func() {
 		_ = server.Process.Signal(syscall.SIGTERM) // it may have ended by itself
-		_ = server.Wait()                          // how it ends does not matter: it is purged
+		_ = server.Wait()                          // its status does not matter: it is purged
 		out, purge := exec.Command("bin/cay", "server", "--data-dir", data, "--purge").CombinedOutput()
 		if purge != nil {
 			err = errors.Join(err, fmt.Errorf("purging the server that made the templates: %w: %s", purge, out))
@@ -158,7 +158,7 @@ func packTemplates(ctx context.Context, dir, to string) (err error) {
 	}()
 	for _, name := range []string{"python", "base"} {
 		if err := waitTemplate(ctx, address, data, name); err != nil {
-			end, _ := os.ReadFile(log.Name()) // the error is told in any case
+			end, _ := os.ReadFile(log.Name()) // the error is reported in any case
 			return fmt.Errorf("waiting for the template %s: %w\n%s", name, err, lastLines(string(end), 10))
 		}
 	}
@@ -172,7 +172,8 @@ func packTemplates(ctx context.Context, dir, to string) (err error) {
 	return command(ctx, "cp", append([]string{"-a", "-t", to, filepath.Join(data, "images", "inputs")}, images...)...)
 }
 
-// waitTemplate waits until a server has a template, which takes minutes if it is made.
+// waitTemplate waits until a server has a template. That takes minutes if the server has to make
+// it.
 func waitTemplate(ctx context.Context, address, data, name string) error {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Minute)
 	defer cancel()
@@ -217,7 +218,7 @@ func freeAddress() (string, error) {
 	return l.Addr().String(), l.Close()
 }
 
-// command runs a program whose output only matters if it fails.
+// command runs a program and reports its output only if it fails.
 func command(ctx context.Context, name string, args ...string) error {
 	c := exec.CommandContext(ctx, name, args...)
 	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -227,7 +228,7 @@ func command(ctx context.Context, name string, args ...string) error {
 	return nil
 }
 
-// lastLines returns the end of a text.
+// lastLines returns the last n lines of a text.
 func lastLines(text string, n int) string {
 	lines := strings.Split(strings.TrimSpace(text), "\n")
 	return strings.Join(lines[max(0, len(lines)-n):], "\n")

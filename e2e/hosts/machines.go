@@ -2,31 +2,31 @@ package main
 
 import "strings"
 
-// release is a distribution's, of which roots are made.
+// release is a release of Debian, of which roots are made.
 type release struct {
 	suite    string
 	kernel   string   // its package
-	packages []string // besides those that all have
+	packages []string // in addition to those that all releases have
 }
 
 // machine is one kind of host.
 type machine struct {
 	name    string
 	release release
-	append  string // to the kernel's command line
-	small   bool   // 1 CPU and 1 GiB, else 2 and 4
+	append  string // appended to the kernel's command line
+	small   bool   // 1 CPU and 1 GiB instead of 2 and 4
 	checks  []string
 }
 
 var (
 	bookworm = release{"bookworm", "linux-image-cloud-amd64", []string{"systemd-oomd"}}
 	trixie   = release{"trixie", "linux-image-cloud-amd64", []string{"systemd-oomd"}}
-	// The release is over, and the package that names its newest kernel is not everywhere.
+	// bullseye is out of support, and not every mirror has the package that names its newest kernel.
 	bullseye = release{"bullseye", "linux-image-5.10.0-46-cloud-amd64", nil}
 )
 
-// Checks that a machine can have, in their order. Those of use leave the unit installed; the
-// odd ones put back what they change.
+// Checks that a machine can have, in their order. Those in use leave the unit installed; those in
+// odd undo their changes.
 var (
 	use   = []string{"unit", "doctor", "restart", "reboot", "allocators"}
 	rooms = []string{"cgroup", "runsc", "network", "agent", "node"}

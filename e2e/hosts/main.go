@@ -1,9 +1,9 @@
-// Command hosts runs cay and its tests in virtual machines of the kinds that users have,
-// and writes what came of it into a table.
+// Command hosts runs cay and its tests in virtual machines of the kinds that users have, and writes
+// the results into a table.
 //
-// It needs root, a built cay and the packages that scripts/needs.sh names for it. Roots of
-// machines stay in the user's cache directory; everything else, processes included, is gone
-// at the end, after an error and after ^C too. docs/hosts.md says what the table means.
+// It needs root, a built cay and the packages that scripts/needs.sh names for it. Roots of machines
+// stay in the user's cache directory. It removes everything else and ends its processes at the end,
+// also after an error and after ^C. docs/hosts.md explains the table.
 package main
 
 import (
@@ -24,17 +24,17 @@ import (
 
 // options say what to run.
 type options struct {
-	machines string         // names, separated by spaces
-	checks   *regexp.Regexp // names of checks
-	cuts     int            // of power, in each machine that has the check
-	doc      string         // Markdown file whose table is brought up to date, "" is none
-	cache    string         // directory of roots and of logs
-	clock    float64        // how fast a machine's clock goes, 1 is as it should
-	keep     bool           // a failed machine runs on until the program is interrupted
+	machines string         // names of machines, separated by spaces
+	checks   *regexp.Regexp // matches the names of checks
+	cuts     int            // number of power cuts in each machine that has the check
+	doc      string         // Markdown file whose table is updated, "" for none
+	cache    string         // directory of roots and logs
+	clock    float64        // speed of a machine's clock; 1 is the normal one
+	keep     bool           // lets a failed machine run until the program is interrupted
 }
 
 func main() {
-	// Children die with the thread that started them, so that none outlives the program.
+	// Children die with the thread that started them, so none outlives the program.
 	runtime.LockOSThread()
 	var o options
 	flag.StringVar(&o.machines, "machines", names(), "which `machines` to run, separated by spaces")
@@ -78,13 +78,13 @@ func (o *options) check(checks string) (err error) {
 		return err
 	}
 	o.cache = filepath.Join(cache, "cay", "hosts")
-	if os.Getenv("CAY_IMAGES_CACHE_DIR") == "" { // make sets it to the same
+	if os.Getenv("CAY_IMAGES_CACHE_DIR") == "" { // make sets the same
 		return os.Setenv("CAY_IMAGES_CACHE_DIR", filepath.Join(cache, "cay", "images"))
 	}
 	return nil
 }
 
-// run does all that the options ask for. It fails if any check did.
+// run does everything that the options ask for. It fails if any check did.
 func run(ctx context.Context, o options) (err error) {
 	var chosen []machine
 	for name := range strings.FieldsSeq(o.machines) {
@@ -94,7 +94,7 @@ func run(ctx context.Context, o options) (err error) {
 		}
 		chosen = append(chosen, machines[i])
 	}
-	// Not below /tmp, which may be memory: disks are large.
+	// The cache is not below /tmp, which may be memory: disks are large.
 	if err := os.MkdirAll(o.cache, 0o700); err != nil {
 		return err
 	}
@@ -136,7 +136,7 @@ func run(ctx context.Context, o options) (err error) {
 	return nil
 }
 
-// tryMachine runs the chosen checks in one machine. Whatever goes wrong is a row.
+// tryMachine runs the chosen checks in one machine. Every error becomes a row.
 func tryMachine(ctx context.Context, o options, m machine, l *luggage, dir string) []row {
 	start := time.Now()
 	lab := &lab{options: o, machine: m, luggage: l}

@@ -17,12 +17,12 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
-// bootPatience bounds a boot until ssh answers. An emulated one takes about a minute, on busy
-// machines some times that.
+// bootPatience limits a boot until ssh answers. An emulated boot takes about a minute, and several
+// times that on busy machines.
 const bootPatience = 10 * time.Minute
 
-// hasKVM reports whether QEMU can use the processor's own support. Some machines have a /dev/kvm for
-// kernels that were made for it, without that support: ordinary ones do not boot there.
+// hasKVM reports whether QEMU can use the processor's virtualization. Some hosts have a /dev/kvm
+// without it, made for special kernels; ordinary kernels do not boot there.
 func hasKVM() bool {
 	info, err := os.ReadFile("/proc/cpuinfo")
 	if err != nil || !bytes.Contains(info, []byte(" vmx ")) && !bytes.Contains(info, []byte(" svm ")) {
@@ -30,16 +30,17 @@ func hasKVM() bool {
 	}
 	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
 	if err == nil {
-		f.Close() // it was only tried
+		f.Close() // it was opened only as a test
 	}
 	return err == nil
 }
 
-// accelerator returns how QEMU runs the guest's processors, and its environment.
+// accelerator returns QEMU's arguments for the guest's processors, and its environment.
 //
-// An emulated processor is too slow for the time limits of calls and tests, the more so on a busy machine.
-// So the guest's clock is slowed down by libfaketime, and the guest kept from the counter of the
-// processor, which is not. Tests stay as they are, and see a machine of nearly ordinary speed.
+// An emulated processor is too slow for the time limits of calls and tests, in particular on a busy
+// machine. So libfaketime slows down the guest's clock, and the guest does not get the processor's
+// own counter, which is not slowed down. Unchanged tests then see a machine of nearly ordinary
+// speed.
 func (o options) accelerator() (args, env []string, err error) {
 	if hasKVM() {
 		return []string{"-accel", "kvm", "-cpu", "max"}, os.Environ(), nil
@@ -52,7 +53,7 @@ func (o options) accelerator() (args, env []string, err error) {
 		append(os.Environ(), "LD_PRELOAD="+libraries[0], fmt.Sprintf("FAKETIME=+0 x%g", o.clock)), nil
 }
 
-// guest is a machine that runs.
+// guest is a running machine.
 type guest struct {
 	cmd    *exec.Cmd
 	exited chan struct{} // closed when QEMU has ended
@@ -62,8 +63,8 @@ type guest struct {
 	how    *ssh.ClientConfig
 }
 
-// boot starts a machine of the lab's and waits until it answers. disks are more of QEMU's
-// arguments. The root is what the last boot left, unless fresh.
+// boot starts a machine of the lab and waits until it answers. disks are more of QEMU's arguments.
+// The root is that of the last boot, unless fresh is set.
 func (l *lab) boot(ctx context.Context, fresh bool, disks ...string) (_ *guest, err error) {
 	overlay := filepath.Join(l.dir, "root.qcow2")
 	if _, err := os.Stat(overlay); fresh || err != nil {
@@ -81,9 +82,9 @@ func (l *lab) boot(ctx context.Context, fresh bool, disks ...string) (_ *guest, 
 	}
 	g := &guest{dir: l.dir, port: port, exited: make(chan struct{}), how: &ssh.ClientConfig{
 		User: "root", Auth: []ssh.AuthMethod{ssh.PublicKeys(l.luggage.key)},
-		// It is the machine that was just started, at a port of the loopback.
+		// The machine was just started by this process, at a port of the loopback interface.
 		HostKeyCallback: ssh.InsecureIgnoreHostKey(),
-		Timeout:         20 * time.Second, // of a dial; a boot tries again
+		Timeout:         20 * time.Second, // of one dial; boot tries again
 	}}
 	how, env, err := l.options.accelerator()
 	if err != nil {
@@ -115,7 +116,7 @@ func (l *lab) boot(ctx context.Context, fresh bool, disks ...string) (_ *guest, 
 	if err := g.cmd.Start(); err != nil {
 		return nil, err
 	}
-	go func() { _ = g.cmd.Wait(); close(g.exited) }() // how it ends does not matter
+	go func() { _ = g.cmd.Wait(); close(g.exited) }() // its status does not matter
 	deadline := time.Now().Add(bootPatience)
 	for {
 		if err = g.dial(); err == nil {
@@ -123,7 +124,7 @@ func (l *lab) boot(ctx context.Context, fresh bool, disks ...string) (_ *guest, 
 		}
 		select {
 		case <-g.exited:
-			text, _ := os.ReadFile(log.Name()) // the error is told in any case
+			text, _ := os.ReadFile(log.Name()) // the error is reported in any case
 			return nil, fmt.Errorf("QEMU ended: %s", lastLines(string(text), 3))
 		case <-ctx.Done():
 			g.cut()
@@ -137,27 +138,27 @@ func (l *lab) boot(ctx context.Context, fresh bool, disks ...string) (_ *guest, 
 	}
 }
 
-// makeOverlay makes a disk that is another one until it is written to.
+// makeOverlay makes a disk with the content of base, whose writes go to overlay.
 func makeOverlay(ctx context.Context, base, overlay string) error {
 	return command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", overlay)
 }
 
-// dial opens the connection that commands go over.
+// dial opens the connection that carries commands.
 func (g *guest) dial() (err error) {
 	g.client, err = ssh.Dial("tcp", "127.0.0.1:"+g.port, g.how)
 	return err
 }
 
-// cut takes the power away: what QEMU has not written yet is lost.
+// cut cuts the power: what QEMU has not written yet is lost.
 func (g *guest) cut() {
-	_ = g.cmd.Process.Kill() // it may have ended
+	_ = g.cmd.Process.Kill() // the process may have ended
 	<-g.exited
 	if g.client != nil {
 		g.client.Close()
 	}
 }
 
-// reboot shuts the machine down in order. QEMU ends with it; the next boot finds what it left.
+// reboot shuts the machine down in order. QEMU ends with it; the next boot uses the same root.
 func (g *guest) reboot(ctx context.Context) error {
 	_ = g.script(ctx, "systemctl reboot", io.Discard, time.Minute) // the connection may break first
 	defer g.cut()
@@ -184,7 +185,8 @@ func (g *guest) script(ctx context.Context, text string, out io.Writer, limit ti
 	session.Stdin = strings.NewReader(text)
 	session.Stdout, session.Stderr = out, out
 	done := make(chan error, 1)
-	// Read as a whole first: what a script runs must not read the rest of it as its input.
+	// The shell reads the script as a whole first: otherwise its commands could read the rest of it as
+	// their input.
 	go func() { done <- session.Run(`script=$(cat); exec bash -c "$script" check </dev/null`) }()
 	select {
 	case err := <-done:

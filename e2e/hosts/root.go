@@ -15,8 +15,8 @@ import (
 //go:embed root.sh
 var rootScript string
 
-// makeRoot makes the root of a release, or finds it in the cache, and returns its directory,
-// with root.img, vmlinuz and initrd. It is kept by what it is made with.
+// makeRoot returns the directory of a release's root, with root.img, vmlinuz and initrd. It makes
+// the root unless the cache has one that was made with the same settings.
 func makeRoot(ctx context.Context, cache string, r release) (dir string, err error) {
 	arguments := append([]string{r.kernel}, r.packages...)
 	sum := sha256.Sum256([]byte(rootScript + strings.Join(arguments, "\n")))
@@ -40,7 +40,7 @@ func makeRoot(ctx context.Context, cache string, r release) (dir string, err err
 		return "", err
 	}
 	for _, o := range old {
-		if err := os.RemoveAll(o); err != nil { // made with something else
+		if err := os.RemoveAll(o); err != nil { // made with other settings
 			return "", err
 		}
 	}

@@ -8,10 +8,10 @@ import (
 	"time"
 )
 
-// passed is the result of a check in which everything was as it should be.
+// passed is the result of a check without an error.
 const passed = "passed"
 
-// row is what came of one check in one machine.
+// row is the result of one check in one machine.
 type row struct {
 	machine string
 	check   string
@@ -33,14 +33,14 @@ func table(rows []row) string {
 	return b.String()
 }
 
-// The lines between which a Markdown file has the table.
+// begins and ends are the lines of a Markdown file between which the table stands.
 const (
 	begins = "<!-- run -->\n"
 	ends   = "<!-- /run -->\n"
 )
 
-// updateDoc replaces the rows of the same machines and checks in the table of a Markdown
-// file, and leaves the others.
+// updateDoc replaces the rows of the same machines and checks in the table of a Markdown file, and
+// leaves the others.
 func updateDoc(path string, rows []row) error {
 	text, err := os.ReadFile(path)
 	if err != nil {
@@ -71,12 +71,12 @@ func updateDoc(path string, rows []row) error {
 func (r row) place() int {
 	m := slices.IndexFunc(machines, func(m machine) bool { return m.name == r.machine })
 	if m < 0 {
-		return -1 // of a machine that is no more: it comes first, where it is seen
+		return -1 // of a machine that does not exist any more: it comes first and is noticed
 	}
-	return m*100 + 1 + slices.Index(machines[m].checks, r.check) // the boot is no check of theirs
+	return m*100 + 1 + slices.Index(machines[m].checks, r.check) // the boot is not in the list and comes first
 }
 
-// parseTable reads what table has printed.
+// parseTable reads the output of table.
 func parseTable(text string) (rows []row, err error) {
 	text, _ = strings.CutPrefix(text, tableHead)
 	for line := range strings.Lines(text) {
