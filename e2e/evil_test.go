@@ -175,7 +175,7 @@ func (e *evilServer) evilTry(ctx context.Context, name string, c evilCall, evil 
 		}
 	}
 	fill := strings.NewReplacer("EVIL", evil, "ID", e.evilID, "PORT", strconv.Itoa(index))
-	// The limit is longer than every wait of the server: it is fifteen times the server's patience.
+	// Fifteen times its patience is longer than every wait of the server.
 	ctx, cancel := context.WithTimeout(ctx, 15*evilPatience)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, c.method, e.url+fill.Replace(c.path),

@@ -130,7 +130,7 @@ func TestWhatIsAsked(t *testing.T) {
 		}
 		if _, body = s.call("GET", fmt.Sprintf("/v1/sandboxes/%s/processes/%d/wait?timeout=30s", id, p.PID),
 			nil); !strings.Contains(string(body), `"exit_code":0`) {
-			t.Errorf("the download ends with %s", body)
+			t.Errorf("the process ends with %s", body)
 		}
 		if _, body = s.call("GET", fmt.Sprintf("/v1/sandboxes/%s/processes/%d/output", id, p.PID),
 			nil); !strings.Contains(string(body), want) || !strings.Contains(string(body), "xterm-256color") {

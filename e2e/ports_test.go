@@ -25,9 +25,9 @@ import (
 //go:embed testdata/web.py
 var webServer string
 
-// The ports of the servers that web starts.
+// Ports of the servers that web starts.
 const (
-	webPort   = 8080 // on the loopback
+	webPort   = 8080 // on the loopback address
 	rawPort   = 8081
 	openPort  = 9080 // on all addresses
 	openRaw   = 9081
@@ -35,7 +35,7 @@ const (
 	portsZone = "boxes.test"
 )
 
-// web starts the test's web server in a sandbox, on the loopback and on all addresses.
+// web starts the test's web server in a sandbox, on the loopback address and on all addresses.
 func (s *server) web(id string) {
 	s.t.Helper()
 	if status, body := s.call("PUT", "/v1/sandboxes/"+id+"/files?path=/opt/web.py",
@@ -48,7 +48,7 @@ func (s *server) web(id string) {
 		webPort, rawPort, openPort, openRaw, webPort, openPort))
 }
 
-// portsServer has host names for ports. One is enough for all tests of ports.
+// portsServer has host names for ports. All tests of ports share it.
 var portsServer = sync.OnceValue(func() *server {
 	s := newServer(suite, "CAY_PROXY_DOMAIN="+portsZone, "CAY_PROXY_SCHEME=http", "CAY_TEMPLATES_PREPARE=python")
 	s.start()
@@ -69,7 +69,7 @@ func portHost(id string, port int) string {
 	return fmt.Sprintf("%d-%s.%s", port, strings.TrimPrefix(id, "sbx_"), portsZone)
 }
 
-// visit asks for a port, by path or by host; with a key unless an edit takes it away.
+// visit requests a port, by path or by host name, with a key unless an edit removes it.
 func (s *server) visit(ctx context.Context, method, target string, body io.Reader,
 	edits ...func(*http.Request)) (*http.Response, error) {
 	host := ""
@@ -90,7 +90,7 @@ func (s *server) visit(ctx context.Context, method, target string, body io.Reade
 	}}).Do(r)
 }
 
-// page is visit with the answer read.
+// page calls visit and reads the answer.
 func (s *server) page(method, target string, body io.Reader, edits ...func(*http.Request)) (*http.Response, []byte) {
 	s.t.Helper()
 	resp, err := s.visit(context.Background(), method, target, body, edits...)
@@ -107,7 +107,7 @@ func (s *server) page(method, target string, body io.Reader, edits ...func(*http
 
 func withoutKey(r *http.Request) { r.Header.Del("Authorization") }
 
-// seen is what the web server inside says of a request.
+// seen describes a request as the web server inside got it.
 type seen struct {
 	Method, Path, SHA256 string
 	Size                 int
@@ -124,7 +124,7 @@ func (s seen) header(name string) string {
 	return strings.Join(all, " | ")
 }
 
-// asked is the answer of the web server inside.
+// asked makes a request to the web server inside and returns its answer.
 func (s *server) asked(method, target string, body io.Reader, edits ...func(*http.Request)) seen {
 	s.t.Helper()
 	resp, b := s.page(method, target, body, edits...)
@@ -148,7 +148,7 @@ func TestPorts(t *testing.T) {
 				for _, method := range []string{"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} {
 					if v := s.asked(method, base+"/a%2Fb/%C3%BC?x=1&y=%20", nil); v.Method != method ||
 						v.Path != "/a%2Fb/%C3%BC?x=1&y=%20" {
-						t.Errorf("%s %s: inside came %+v", method, base, v)
+						t.Errorf("%s %s: the server inside got %+v", method, base, v)
 					}
 				}
 				resp, b := s.page("HEAD", base+"/", nil)
@@ -157,21 +157,21 @@ func TestPorts(t *testing.T) {
 				}
 			}
 		}
-		// What is the API's elsewhere is the application's on its own host name.
+		// On a sandbox's own host name, paths of the API go to the application.
 		for _, path := range []string{"/v1/me", "/healthz", "/metrics", "/files?path=/etc/passwd", "/sandboxes",
 			"/v2/sandboxes", "/health", "/openapi.yaml"} {
 			if v := s.asked("GET", "http://"+portHost(id, webPort)+path, nil); v.Path != path {
-				t.Errorf("%s: inside came %+v", path, v)
+				t.Errorf("%s: the server inside got %+v", path, v)
 			}
 		}
 		v := s.asked("GET", "http://"+portHost(id, webPort)+"/", nil,
 			func(r *http.Request) { r.Header.Set("X-Forwarded-Proto", "https") })
 		if v.header("Host") != portHost(id, webPort) || v.header("X-Forwarded-Host") != portHost(id, webPort) ||
 			v.header("X-Forwarded-Proto") != "https" || v.header("X-Forwarded-For") != "127.0.0.1" {
-			t.Errorf("inside came %+v", v)
+			t.Errorf("the server inside got %+v", v)
 		}
 		if v := s.asked("GET", portPath(id, webPort)+"/", nil); v.header("X-Forwarded-Prefix") != portPath(id, webPort) {
-			t.Errorf("inside came %+v", v)
+			t.Errorf("the server inside got %+v", v)
 		}
 	})
 	t.Run("keys stay outside", func(t *testing.T) {
@@ -193,7 +193,7 @@ func TestPorts(t *testing.T) {
 		} {
 			if v := s.asked("GET", portPath(id, webPort)+"/", nil, edit); strings.Contains(fmt.Sprint(v), s.key[4:]) ||
 				(v.header("Authorization") == "Bearer theirs") != (name == "own header") {
-				t.Errorf("%s: inside came %+v", name, v)
+				t.Errorf("%s: the server inside got %+v", name, v)
 			}
 		}
 	})
@@ -233,7 +233,7 @@ func TestPorts(t *testing.T) {
 			!strings.Contains(string(b), "nothing listens on port 7777") {
 			t.Errorf("%s %v %s", resp.Status, resp.Header, b)
 		}
-		// What listens and speaks something else.
+		// A server that listens and speaks another protocol.
 		if resp, b := s.page("GET", portPath(id, rawPort)+"/", nil); resp.StatusCode != 502 ||
 			text(b, "code") != "port_no_answer" {
 			t.Errorf("%s %s", resp.Status, b)
@@ -252,7 +252,7 @@ func sumOf(b []byte) string {
 }
 
 func (s *server) largeBodies(id string) {
-	const size = 150_000_000 // more than a file of the API may have, and than anything buffers
+	const size = 150_000_000 // larger than a file of the API may be, and than all buffers
 	resp, err := s.visit(context.Background(), "GET", portPath(id, webPort)+fmt.Sprintf("/big?%d", size), nil)
 	if err != nil {
 		s.t.Fatal(err)
@@ -265,7 +265,7 @@ func (s *server) largeBodies(id string) {
 	}
 	whole := bytes.Repeat(bytes.Repeat(allBytes(), 4096), size>>20+1)[:size]
 	if got := hex.EncodeToString(sum.Sum(nil)); got != sumOf(whole) {
-		s.t.Error("what came down is not what was sent")
+		s.t.Error("the download differs from what the server sent")
 	}
 	for name, body := range map[string]io.Reader{"with a length": bytes.NewReader(whole),
 		"in chunks": io.MultiReader(bytes.NewReader(whole))} {
@@ -277,7 +277,7 @@ func (s *server) largeBodies(id string) {
 		func(r *http.Request) { r.Header.Set("Expect", "100-continue") }); v.Size != 1000 {
 		s.t.Errorf("with Expect: %+v", v)
 	}
-	// A caller who goes in the middle takes the request inside with him.
+	// A caller that leaves in the middle of an upload ends the request inside.
 	s.want(id, "rm -f /tmp/big-broken")
 	ctx, cancel := context.WithCancel(context.Background())
 	resp, err = s.visit(ctx, "GET", portPath(id, webPort)+"/big?10000000000", nil)
@@ -300,7 +300,7 @@ func allBytes() []byte {
 	return b
 }
 
-// dialled is a connection to the server on which a request was sent and its answer's head read.
+// dialled opens a connection to the server, sends a request on it and reads the head of the answer.
 func (s *server) dialled(request string) (net.Conn, *bufio.Reader, *http.Response) {
 	s.t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
@@ -308,7 +308,7 @@ func (s *server) dialled(request string) (net.Conn, *bufio.Reader, *http.Respons
 		s.t.Fatal(err)
 	}
 	s.t.Cleanup(func() { conn.Close() })
-	_ = conn.SetDeadline(time.Now().Add(patience)) // a new connection takes it
+	_ = conn.SetDeadline(time.Now().Add(patience)) // a new connection accepts it
 	if _, err := io.WriteString(conn, request); err != nil {
 		s.t.Fatal(err)
 	}
@@ -332,7 +332,7 @@ func (s *server) openWebSocket(id string) (net.Conn, *bufio.Reader) {
 	return conn, in
 }
 
-// shout sends a text message and wants it back in capitals.
+// shout sends a text message and expects it back in capitals.
 func (s *server) shout(conn net.Conn, in *bufio.Reader, message string) {
 	s.t.Helper()
 	frame := []byte{0x81, 0x80 | byte(len(message)), 0, 0, 0, 0} // a mask of zeros changes nothing
@@ -458,14 +458,14 @@ func TestPortAccess(t *testing.T) {
 		r.AddCookie(&http.Cookie{Name: "a", Value: "b"})
 	}
 	if v := s.asked("GET", byHost, nil, withCookie); v.header("Cookie") != "a=b" {
-		t.Errorf("with the cookie inside came %+v", v)
+		t.Errorf("with the cookie the server inside got %+v", v)
 	}
 	u, err := url.Parse(signed)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if v := s.asked("GET", byPath+"?"+u.RawQuery, nil, withoutKey); v.Path != "/x" {
-		t.Errorf("signed, by path, inside came %+v", v)
+		t.Errorf("by signed path the server inside got %+v", v)
 	}
 	if resp, _ := s.page("GET", portPath(id, openPort)+"/?"+u.RawQuery, nil, withoutKey); resp.StatusCode != 401 {
 		t.Errorf("on another port the signature gives %s", resp.Status)
@@ -476,16 +476,16 @@ func TestPortAccess(t *testing.T) {
 			break
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("the signature goes on to work: %s %s", resp.Status, b)
+			t.Fatalf("the signature does not expire: %s %s", resp.Status, b)
 		}
 	}
 	if resp, _ := s.page("GET", byHost, nil, withCookie); resp.StatusCode != 401 {
-		t.Errorf("the cookie after its end: %s", resp.Status)
+		t.Errorf("the cookie after its expiry: %s", resp.Status)
 	}
 }
 
-// A request wakes a sandbox, holds it awake while it lasts, and what was public is
-// public after a restart of the server.
+// TestPortWakes checks that a request wakes a sandbox and keeps it running while it lasts, and that
+// a public port stays public after a restart of the server.
 func TestPortWakes(t *testing.T) {
 	s := sharedPorts(t)
 	id := s.persistent(object{"idle_timeout": "10s"})
@@ -494,7 +494,7 @@ func TestPortWakes(t *testing.T) {
 	if status, b := s.call("PUT", portPath(id, webPort), object{"public": true}); status != 200 {
 		t.Fatalf("%d %s", status, b)
 	}
-	s.page("GET", portPath(id, webPort)+"/", nil) // leaves a connection that rests
+	s.page("GET", portPath(id, webPort)+"/", nil) // leaves an idle connection
 	s.suspend(id)
 	for _, left := range s.onHost(id) {
 		t.Errorf("asleep: %s", left)
@@ -502,30 +502,30 @@ func TestPortWakes(t *testing.T) {
 	s.stop(syscall.SIGTERM)
 	s.start()
 	if v := s.asked("GET", "http://"+portHost(id, webPort)+"/awake", nil, withoutKey); v.Path != "/awake" {
-		t.Errorf("inside came %+v", v)
+		t.Errorf("the server inside got %+v", v)
 	}
 	if state, _ := s.state(id); state != "running" {
-		t.Errorf("after a visit it is %s", state)
+		t.Errorf("after the request the sandbox is %s", state)
 	}
 	if status, b := s.call("POST", "/v1/sandboxes/"+id+"/suspend", object{}); status != 200 {
 		t.Fatalf("suspend: %d %s", status, b)
 	}
-	// A WebSocket is use, and keeps it from its idle end.
+	// An open WebSocket counts as use, so the sandbox is not suspended.
 	conn, in := s.openWebSocket(id)
 	s.shout(conn, in, "hello")
 	began := time.Now()
 	for time.Since(began) < 12*time.Second {
 		if state, _ := s.state(id); state != "running" {
-			t.Fatalf("with an open WebSocket it is %s", state)
+			t.Fatalf("with an open WebSocket the sandbox is %s", state)
 		}
-		time.Sleep(time.Second) // between two looks, until its idle time is over
+		time.Sleep(time.Second) // between two looks, until the idle time is over
 	}
 	s.shout(conn, in, "still there")
 	conn.Close()
 	s.waitState(id, "suspended")
 }
 
-// port-forward carries raw TCP, each half for itself.
+// TestPortForward checks that port-forward carries raw TCP, and each direction ends for itself.
 func TestPortForward(t *testing.T) {
 	s := sharedPorts(t)
 	id := s.create(nil)
@@ -573,19 +573,19 @@ func TestPortForward(t *testing.T) {
 	}
 	if _ = cmd.Wait(); cmd.ProcessState.ExitCode() != 130 || !strings.Contains(errOut.String(),
 		"nothing listens on port 7777") {
-		t.Errorf("it ended with %d: %s", cmd.ProcessState.ExitCode(), &errOut)
+		t.Errorf("port-forward ended with %d: %s", cmd.ProcessState.ExitCode(), &errOut)
 	}
 	s.alive(id)
 }
 
-// halfClosed sends, ends its half, and reads to the end.
+// halfClosed sends a body, closes its direction, and reads to the end.
 func halfClosed(address string, body []byte) (string, error) {
 	conn, err := net.Dial("tcp", address)
 	if err != nil {
 		return "", err
 	}
 	defer conn.Close()
-	_ = conn.SetDeadline(time.Now().Add(patience)) // a new connection takes it
+	_ = conn.SetDeadline(time.Now().Add(patience)) // a new connection accepts it
 	if _, err := conn.Write(body); err != nil {
 		return "", err
 	}
@@ -596,7 +596,7 @@ func halfClosed(address string, body []byte) (string, error) {
 	return string(b), err
 }
 
-// What goes on in a sandbox ends with it, and nothing of it is left.
+// TestPortsEndWithTheSandbox checks that open connections end with their sandbox and leave nothing.
 func TestPortsEndWithTheSandbox(t *testing.T) {
 	s := sharedPorts(t)
 	id := s.create(nil)
@@ -633,7 +633,7 @@ func TestPortsEndWithTheSandbox(t *testing.T) {
 	}
 	tunnel.Close()
 	if _, err := io.Copy(io.Discard, big.Body); err == nil {
-		t.Error("a body that was cut off looks whole")
+		t.Error("a body that was cut off looks complete")
 	}
 	if got := <-slow; got != "502 port_no_answer" {
 		t.Errorf("a request that was waiting got %s", got)
@@ -660,7 +660,7 @@ func isTimeout(err error) bool {
 	return ok && n.Timeout()
 }
 
-// A server that is told to end does not wait for upgrades.
+// TestPortsEndWithTheServer checks that a server that stops does not wait for upgraded connections.
 func TestPortsEndWithTheServer(t *testing.T) {
 	s := sharedPorts(t)
 	id := s.create(nil)
@@ -675,7 +675,7 @@ func TestPortsEndWithTheServer(t *testing.T) {
 	defer events.Body.Close()
 	began := time.Now()
 	s.stop(unix.SIGTERM)
-	if took := time.Since(began); took > 20*time.Second { // its own patience is 30 s
+	if took := time.Since(began); took > 20*time.Second { // the shutdown timeout is 30 s
 		t.Errorf("the server took %s to end", took)
 	}
 	if n, err := io.Copy(io.Discard, in); n > 100 || isTimeout(err) {

@@ -12,8 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// dropped lists capabilities by which a flaw of the server would reach beyond what the server is for: the kernel's
-// code and memory, the clock, a reboot, its log, and the policies and records of security modules.
+// dropped lists capabilities that would let a flaw of the server do more than its work needs:
+// change the kernel's code and memory, the clock, the kernel's log, and the policies and records of
+// security modules, or reboot.
 var dropped = map[string]int{
 	"SYS_MODULE": unix.CAP_SYS_MODULE, "SYS_RAWIO": unix.CAP_SYS_RAWIO, "SYS_BOOT": unix.CAP_SYS_BOOT,
 	"SYS_TIME": unix.CAP_SYS_TIME, "SYSLOG": unix.CAP_SYSLOG, "MAC_ADMIN": unix.CAP_MAC_ADMIN,
@@ -22,8 +23,8 @@ var dropped = map[string]int{
 	"WAKE_ALARM": unix.CAP_WAKE_ALARM, "LINUX_IMMUTABLE": unix.CAP_LINUX_IMMUTABLE,
 }
 
-// TestServerCapabilities looks at all threads of the server that serves, and of what it starts. Every other test
-// shows that the server needs none of these capabilities.
+// TestServerCapabilities checks all threads of the running server, and of the processes that it
+// starts. All other tests show that the server works without these capabilities.
 func TestServerCapabilities(t *testing.T) {
 	s := shared(t)
 	s.needTemplate("python")
@@ -43,7 +44,7 @@ func TestServerCapabilities(t *testing.T) {
 	for _, process := range append(threads, children...) {
 		status, err := os.ReadFile(filepath.Join(process, "status"))
 		if err != nil {
-			continue // it has ended
+			continue // the thread has ended
 		}
 		for _, set := range []string{"CapPrm", "CapEff", "CapBnd"} {
 			_, rest, _ := strings.Cut(string(status), "\n"+set+":")
@@ -61,7 +62,7 @@ func TestServerCapabilities(t *testing.T) {
 	}
 }
 
-// childrenOf lists the processes that a process has started, by their paths below /proc.
+// childrenOf returns the paths below /proc of the processes that a process has started.
 func childrenOf(t *testing.T, parent int) (paths []string) {
 	t.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/status")
@@ -70,7 +71,8 @@ func childrenOf(t *testing.T, parent int) (paths []string) {
 	}
 	for _, file := range files {
 		status, err := os.ReadFile(file)
-		if err == nil && strings.Contains(string(status), fmt.Sprintf("\nPPid:\t%d\n", parent)) { // an error: it has ended
+		// after an error the process has ended
+		if err == nil && strings.Contains(string(status), fmt.Sprintf("\nPPid:\t%d\n", parent)) {
 			paths = append(paths, filepath.Dir(file))
 		}
 	}

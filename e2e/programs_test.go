@@ -14,7 +14,8 @@ import (
 var triedPrograms = flag.Bool("programs", false,
 	"build a template of e2e/testdata/programs and run what is there in a sandbox")
 
-// programsPatience bounds the build of the template: it took 12 minutes on two processors that others used too.
+// programsPatience limits the build of the template. It took 12 minutes on two processors that
+// other programs used, too.
 const programsPatience = 2 * time.Hour
 
 const (
@@ -22,8 +23,8 @@ const (
 	programsDoc = "../docs/compatibility.md"
 )
 
-// TestProgramsAreTheDocument holds the table of docs/compatibility.md to the scripts: one line for each, with what its
-// first line says.
+// TestProgramsAreTheDocument compares the table of docs/compatibility.md with the scripts: one line
+// for each script, with the text of its first line.
 func TestProgramsAreTheDocument(t *testing.T) {
 	doc, err := os.ReadFile(programsDoc)
 	if err != nil {
@@ -66,8 +67,8 @@ func programScripts(t *testing.T) []string {
 	return names
 }
 
-// TestPrograms runs each script in a sandbox of its own that reaches no network, of a template that is built from the
-// Dockerfile beside them, of Debian's packages.
+// TestPrograms runs each script in a sandbox of its own without a network. The template is built
+// from the Dockerfile beside the scripts, of Debian's packages.
 func TestPrograms(t *testing.T) {
 	if !*triedPrograms {
 		t.Skip("takes half an hour and 4 GB of disk: make soak-programs")
@@ -98,7 +99,7 @@ func TestPrograms(t *testing.T) {
 			r := s.exec(id, "sh -eu /programs/"+name+".sh", object{"timeout": "5m"})
 			t.Logf("%d ms: %s", r.DurationMS, r.Stdout)
 			if r.ExitCode != 0 {
-				t.Errorf("it ended with %d, signal %q, timed out %v, out of memory %v: %s", r.ExitCode, r.Signal,
+				t.Errorf("the script ended with %d, signal %q, timed out %v, out of memory %v: %s", r.ExitCode, r.Signal,
 					r.TimedOut, r.OOMKilled, r.Stderr)
 			}
 		})

@@ -11,9 +11,9 @@ import (
 	"time"
 )
 
-// clocksProgram sleeps longer than a sandbox takes to come to rest, and then writes what
-// both clocks say the moment it wakes: the time and how far they are apart. It ends when the
-// monotonic one goes back.
+// clocksProgram sleeps longer than a sandbox takes to become idle, and then writes the time and the
+// difference of both clocks at the moment of its wake-up. It ends when the monotonic clock goes
+// back.
 const clocksProgram = `
 import time
 last = 0
@@ -28,8 +28,8 @@ while True:
         last, at = at, time.monotonic()
 `
 
-// TestRest looks whether a sandbox in which everything sleeps costs any CPU at all, also
-// after it was restored, and whether its clocks are right when something wakes.
+// TestRest checks that a sandbox in which everything sleeps uses no CPU, also after a restore, and
+// that its clocks are right when a program wakes up.
 func TestRest(t *testing.T) {
 	s := shared(t)
 	id := s.create(object{"mode": "persistent", "timeout": nil})
@@ -48,7 +48,7 @@ func TestRest(t *testing.T) {
 	if status != 201 {
 		t.Fatalf("start: %d %s", status, body)
 	}
-	time.Sleep(24 * time.Second) // three times its sleep; looking before would keep the sandbox awake
+	time.Sleep(24 * time.Second) // three times the program's sleep; an earlier look would keep the sandbox busy
 	var out string
 	s.settles("the program that reads clocks", func() bool {
 		out = s.want(id, "cat /tmp/clocks")
@@ -64,15 +64,16 @@ func TestRest(t *testing.T) {
 		if i == 0 {
 			first = apart
 		}
-		// Far above what two clocks of one machine differ, far below a second's update missed.
+		// The limit is far above the difference of two clocks of one machine, and far below a missed
+		// update of one second.
 		if math.Abs(apart-first) > 0.02 {
-			t.Errorf("the clocks went apart by %.4f s:\n%s", apart-first, out)
+			t.Errorf("the clocks differ by %.4f s:\n%s", apart-first, out)
 		}
 	}
 }
 
-// rests waits for one and a half seconds in which no process of a sandbox had the CPU. With
-// anything that looks around once a second there are none.
+// rests waits for one and a half seconds in which no process of a sandbox used the CPU. A program
+// that polls once a second prevents that.
 func (s *server) rests(id string) {
 	s.t.Helper()
 	var seen string
@@ -85,7 +86,7 @@ func (s *server) rests(id string) {
 	})
 }
 
-// ran is how long each thread of the sandbox has run, as text.
+// ran returns the CPU time of each thread of the sandbox, as text.
 func (s *server) ran(id string) string {
 	s.t.Helper()
 	var all strings.Builder
@@ -97,7 +98,7 @@ func (s *server) ran(id string) string {
 		for _, thread := range threads {
 			data, err := os.ReadFile(thread)
 			if err != nil {
-				continue // it ended meanwhile
+				continue // the thread has ended meanwhile
 			}
 			on, _, _ := strings.Cut(string(data), " ")
 			fmt.Fprintln(&all, thread, on)

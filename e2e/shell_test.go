@@ -14,7 +14,7 @@ import (
 	"github.com/creack/pty"
 )
 
-// ours is cay in a terminal of our own.
+// ours runs cay in a terminal of the test.
 type ours struct {
 	*os.File
 	cmd *exec.Cmd
@@ -38,13 +38,13 @@ func (o *ours) exits(t *testing.T) int {
 	t.Helper()
 	late := time.AfterFunc(patience, func() { _ = o.cmd.Process.Kill() })
 	defer late.Stop()
-	_ = o.cmd.Wait() // its status is looked at
+	_ = o.cmd.Wait() // the status is returned below
 	return o.cmd.ProcessState.ExitCode()
 }
 
-// TestShell types into cay sandbox shell as somebody at a terminal does.
+// TestShell types into cay sandbox shell like a user at a terminal.
 func TestShell(t *testing.T) {
-	t.Parallel() // its server is its own
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")
@@ -59,8 +59,8 @@ func TestShell(t *testing.T) {
 		"resized 2\r\n")
 	typing(t, shell, "sleep 2345\r", "sleep 2345")
 	s.runs(id, "sleep 2345", 1)
-	typing(t, shell, "\x03", "$ ") // for the command, not for cay
-	// The server stops and comes back; so does cay, to the same shell.
+	typing(t, shell, "\x03", "$ ") // interrupts the command, not cay
+	// The server stops and comes back; cay reconnects to the same shell.
 	s.stop(syscall.SIGTERM)
 	s.start()
 	typing(t, shell, "\recho $x again\r", "kept again\r\n")
@@ -71,30 +71,30 @@ func TestShell(t *testing.T) {
 	if status := shell.exits(t); status != 42 {
 		t.Errorf("cay exits with %d", status)
 	}
-	// What it leaves behind does not keep it.
+	// A background job does not keep cay from exiting.
 	shell = s.inTerminal(80, 24, "sandbox", "shell", id, "--", "sh", "-c", "trap '' HUP; sleep 3456 & exit 7")
 	if status := shell.exits(t); status != 7 {
 		t.Errorf("with a job in the background, cay exits with %d", status)
 	}
 	s.runs(id, "sleep 3456", 1)
-	// Left, and taken up again.
+	// The user detaches from the shell and attaches again.
 	shell = s.inTerminal(80, 24, "sandbox", "shell", id, "--", "sh", "-c",
 		"echo pid $$; read line; echo got $line; exit 6")
 	typing(t, shell, "", "pid ")
 	typing(t, shell, "~.", "cay: left; ")
 	if status := shell.exits(t); status != 0 {
-		t.Errorf("left with %d", status)
+		t.Errorf("detached, cay exits with %d", status)
 	}
 	list, _, _ := s.cli("", "sandbox", "ps", id)
 	pid := strings.Fields(strings.Split(list, "\n")[1])[0]
 	shell = s.inTerminal(80, 24, "sandbox", "shell", id, "--process", pid)
 	typing(t, shell, "it's me\r", "got it's me\r\n")
 	if status := shell.exits(t); status != 6 {
-		t.Errorf("taken up, cay exits with %d", status)
+		t.Errorf("attached again, cay exits with %d", status)
 	}
 }
 
-// TestLiveCommandLine has exec's output as it comes, and detached processes.
+// TestLiveCommandLine reads exec's output as it comes, and runs detached processes.
 func TestLiveCommandLine(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
@@ -114,7 +114,7 @@ func TestLiveCommandLine(t *testing.T) {
 	if _, err := out.Read(line); err != nil || string(line) != "first\n" {
 		t.Errorf("%q, %v", line, err)
 	}
-	s.touch(id, "/tmp/go") // so the line came before
+	s.touch(id, "/tmp/go") // so the line came before the end
 	if _ = cmd.Wait(); cmd.ProcessState.ExitCode() != 4 || errs.String() != "second\n" {
 		t.Errorf("exit status %d, %q", cmd.ProcessState.ExitCode(), errs.String())
 	}
@@ -144,7 +144,7 @@ func TestLiveCommandLine(t *testing.T) {
 	if list, _, _ := s.cli("", "sandbox", "ps", id); strings.Contains(list, "job") {
 		t.Errorf("ps after kill: %s", list)
 	}
-	// A reader that has what it wants ends the command, as in any pipe.
+	// A reader that has enough ends the command, as in every pipe.
 	_, _, code := s.pipeline(fmt.Sprintf("%s sandbox exec %s --timeout 4m -- sh -c 'yes | tr y z' | head -n 1", s.binary,
 		id))
 	s.runs(id, "yes", 0)

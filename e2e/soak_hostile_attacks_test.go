@@ -16,16 +16,16 @@ import (
 	"time"
 )
 
-// attack is what a kind of hostile tenant does. Its pause is as long as its share of the processors
-// asks for: a hundred tenants that compute slow an honest one down whatever the server does, and the
-// test is about the rest.
+// attack describes what one kind of hostile tenant does. Its pause gives it its share of the
+// processors: a hundred tenants that compute slow down an honest one whatever the server does, and
+// the test is about everything else.
 type attack struct {
 	name    string
-	box     object // its sandbox, nil for none
+	box     object // request for its sandbox, nil for none
 	prepare func(h *hostile)
 	round   func(ctx context.Context, h *hostile)
 	pause   time.Duration
-	// persistent is for one that sleeps.
+	// persistent gives the tenant a sandbox that is suspended and woken.
 	persistent bool
 }
 
@@ -49,7 +49,7 @@ var attacks = []attack{
 	{name: "JSON and archives", box: object{}, round: floodBodies, pause: time.Second},
 }
 
-// at makes n calls of f at once.
+// at makes n concurrent calls of f.
 func at(n int, f func(i int)) {
 	var wg sync.WaitGroup
 	for i := range n {
@@ -63,13 +63,13 @@ func (h *hostile) newRequest(method, path string, body any) *http.Request {
 	if body != nil {
 		data, err := json.Marshal(body)
 		if err != nil {
-			panic(err) // of our own making
+			panic(err) // the request is the test's own
 		}
 		r = bytes.NewReader(data)
 	}
 	req, err := http.NewRequest(method, h.server.url+path, r)
 	if err != nil {
-		panic(err) // of our own making
+		panic(err) // the request is the test's own
 	}
 	req.Header.Set("Authorization", "Bearer "+h.server.key)
 	return req
@@ -86,7 +86,7 @@ func (h *hostile) script(ctx context.Context, timeout, program string, args ...s
 		"timeout": timeout})
 }
 
-// floodOutputs fills both outputs of commands with bytes that are no text, and reads slowly.
+// floodOutputs fills both outputs of commands with bytes that are not text, and reads slowly.
 func floodOutputs(ctx context.Context, h *hostile) {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
@@ -110,7 +110,7 @@ func listTree(ctx context.Context, h *hostile) {
 	})
 }
 
-// floodNames asks for names that nobody asked for before, each of which becomes part of the policy.
+// floodNames asks for ever new names, each of which becomes part of the policy.
 func floodNames(ctx context.Context, h *hostile) {
 	h.script(ctx, "30s", `
 import os, socket, struct, time
@@ -135,7 +135,7 @@ func floodRanges(ctx context.Context, h *hostile) {
 	h.call(ctx, "PUT", h.box("/egress"), object{"mode": "deny_all", "allow_cidrs": ranges[:2]})
 }
 
-// floodFlows sends to thousands of ports of an address that is the test's own.
+// floodFlows sends to thousands of ports of the test's own address outside.
 func floodFlows(ctx context.Context, h *hostile) {
 	h.script(ctx, "30s", `
 import socket, time
@@ -164,7 +164,7 @@ func serveFiles(h *hostile) {
 	h.server.want(h.id, "cd / && nohup python3 -m http.server 8000 >/dev/null 2>&1 & sleep 1")
 }
 
-// floodPorts asks one port many times at once, and opens tunnels that nobody uses.
+// floodPorts makes many concurrent requests to one port, and opens tunnels without using them.
 func floodPorts(ctx context.Context, h *hostile) {
 	at(20, func(int) { h.call(ctx, "GET", portPath(h.id, 8000)+"/", nil) })
 	var open []net.Conn
@@ -184,8 +184,8 @@ func floodPorts(ctx context.Context, h *hostile) {
 	}
 }
 
-// slowConnections holds connections that send one byte a second, connections that send a body that way,
-// and connections that send nothing.
+// slowConnections holds connections that send a head at one byte a second, connections that send a
+// body that way, and connections that send nothing.
 func slowConnections(ctx context.Context, h *hostile) {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
 	defer cancel()
@@ -215,7 +215,7 @@ func slowConnections(ctx context.Context, h *hostile) {
 	})
 }
 
-// floodPaths makes requests without a key, with the longest paths there are.
+// floodPaths makes requests without a key, with the longest paths that the server takes.
 func floodPaths(ctx context.Context, h *hostile) {
 	path := "/v1/" + strings.Repeat("a", 57<<10)
 	for range 10 {
@@ -225,7 +225,8 @@ func floodPaths(ctx context.Context, h *hostile) {
 	}
 }
 
-// buildBombs builds a Dockerfile that adds an archive much larger than it looks, and runs a fork bomb.
+// buildBombs builds a Dockerfile that adds an archive of a high compression ratio, and runs a fork
+// bomb.
 func buildBombs(ctx context.Context, h *hostile) {
 	name := "bomb-" + fmt.Sprint(time.Now().UnixNano())
 	body, kind := templateForm(object{"name": name, "dockerfile": "Dockerfile"}, bombContext())
@@ -245,14 +246,14 @@ func buildBombs(ctx context.Context, h *hostile) {
 	h.call(context.WithoutCancel(ctx), "DELETE", "/v1/templates/"+id+"?force=true", nil)
 }
 
-// bombContext is a build context with a compressed archive of 600 MiB of nothing.
+// bombContext returns a build context with a compressed archive of 600 MiB of zeros.
 var bombContext = sync.OnceValue(func() []byte {
 	var bomb, context bytes.Buffer
 	z := gzip.NewWriter(&bomb)
 	w := tar.NewWriter(z)
 	must := func(err error) {
 		if err != nil {
-			panic(err) // into a buffer
+			panic(err) // a buffer does not fail
 		}
 	}
 	must(w.WriteHeader(&tar.Header{Name: "nothing", Mode: 0o644, Size: 600 << 20, Typeflag: tar.TypeReg}))
@@ -279,7 +280,7 @@ func churnSleep(ctx context.Context, h *hostile) {
 	h.call(ctx, "POST", h.box("/wake"), nil)
 }
 
-// floodE2B makes sandboxes through E2B's API, and asks for files with signatures that are none.
+// floodE2B makes sandboxes through E2B's API, and asks for files with false signatures.
 func floodE2B(ctx context.Context, h *hostile) {
 	control := func(method, path string, body any) []byte {
 		r := h.newRequest(method, path, body)
@@ -305,13 +306,14 @@ func floodE2B(ctx context.Context, h *hostile) {
 	}
 }
 
-// floodFollowers lets many follow one process that never stops talking, and read slowly or not at all.
+// floodFollowers lets many clients follow one process with endless output, and read slowly or not
+// at all.
 func floodFollowers(ctx context.Context, h *hostile) {
 	_, answer := h.call(ctx, "POST", h.box("/processes"),
 		object{"command": "while :; do head -c 65536 /dev/zero | tr '\\0' x; sleep 0.2; done"})
 	var process struct{ PID int }
 	if json.Unmarshal(answer, &process) != nil || process.PID == 0 {
-		return // it is told by the count of answers
+		return // the count of answers shows it
 	}
 	own, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -322,7 +324,8 @@ func floodFollowers(ctx context.Context, h *hostile) {
 	h.call(context.WithoutCancel(ctx), "DELETE", fmt.Sprintf("%s/%d", h.box("/processes"), process.PID), nil)
 }
 
-// floodStarts asks for more than its quota at once, in every way there is.
+// floodStarts makes concurrent requests for more than its quota, in every way that starts a
+// sandbox.
 func floodStarts(ctx context.Context, h *hostile) {
 	at(6, func(i int) {
 		if i == 0 {
@@ -338,18 +341,18 @@ func floodStarts(ctx context.Context, h *hostile) {
 	}
 }
 
-// sandboxes lists those of the tenant.
+// sandboxes lists the sandboxes of the tenant.
 func (h *hostile) sandboxes(ctx context.Context) (ids []string) {
 	_, answer := h.call(ctx, "GET", "/v1/sandboxes?limit=200", nil)
 	var list struct{ Sandboxes []struct{ ID string } }
-	_ = json.Unmarshal(answer, &list) // none then
+	_ = json.Unmarshal(answer, &list) // no sandboxes if it fails
 	for _, box := range list.Sandboxes {
 		ids = append(ids, box.ID)
 	}
 	return ids
 }
 
-// floodBodies sends bodies that cost more to read than to write.
+// floodBodies sends bodies that are cheap to write and expensive to read.
 func floodBodies(ctx context.Context, h *hostile) {
 	for _, body := range []string{
 		strings.Repeat(`{"a":`, 150_000),

@@ -25,32 +25,34 @@ func newHonest(s *server) *honest {
 	return h
 }
 
-// phase holds what the honest tenant saw for a while.
+// phase holds the measurements of the honest tenant in one phase of the test.
 type phase struct {
 	name string
 	measurements
-	// server and machine are what had the processors, and what wanted them.
+	// server and machine say who used the processors, and who waited for them.
 	server, machine schedule
 }
 
-// measurements are what operations took, by name.
+// measurements are the durations of operations, by name.
 type measurements struct {
 	Took  map[string][]time.Duration
 	Fails map[string]int
-	Why   map[string]string // the last failure
+	Why   map[string]string // the last failure of each operation
 }
 
-// honestVariable names the environment variable that makes this test's program an honestClient, as JSON.
+// honestVariable names the environment variable that makes this test's program an honestClient,
+// given as JSON.
 const honestVariable = "CAY_TEST_HONEST"
 
-// honestClient is the honest tenant's own program. In the process of the attacks it would measure how long its
-// goroutines wait for theirs.
+// honestClient is the honest tenant as a program of its own. In the process of the attacks it would
+// measure how long its goroutines wait for those of the attacks.
 type honestClient struct {
 	URL, Key, ID string
 	For          time.Duration
 }
 
-// beHonestClient measures and writes the measurements to the standard output, if this process is to be an honestClient.
+// beHonestClient measures and writes the measurements to the standard output, if this process is to
+// be an honestClient.
 func beHonestClient() (was bool) {
 	text, was := os.LookupEnv(honestVariable)
 	if !was {
@@ -68,7 +70,7 @@ func beHonestClient() (was bool) {
 	return true
 }
 
-// operation is one that is measured, and how often it is done.
+// operation is one measured operation and its rate.
 type operation struct {
 	name  string
 	every time.Duration
@@ -101,7 +103,8 @@ func (c honestClient) operations(s *server) []operation {
 	}
 }
 
-// startAndDestroy creates a sandbox and destroys it. One that came another way than wanted is not counted.
+// startAndDestroy creates a sandbox and destroys it. A sandbox of another source than wanted is not
+// counted.
 func startAndDestroy(ctx context.Context, s *server, source string, more object) (took time.Duration, err error) {
 	request := object{"template": "python", "timeout": "5m"}
 	for k, v := range more {
@@ -135,7 +138,7 @@ func (c honestClient) measure() measurements {
 			tick := time.NewTicker(op.every)
 			defer tick.Stop()
 			for ctx.Err() == nil {
-				// What was begun in time is waited for: the slowest are what a 99th percentile is about.
+				// Operations that have begun are waited for: a 99th percentile is about the slowest.
 				own, stop := context.WithTimeout(context.WithoutCancel(ctx), patience)
 				took, err := op.do(own)
 				stop()
@@ -159,7 +162,7 @@ func (c honestClient) measure() measurements {
 	return m
 }
 
-// phase measures for a while, beside what runs meanwhile.
+// phase measures for a while, during the attacks that meanwhile makes.
 func (h *honest) phase(name string, long time.Duration, meanwhile func(context.Context)) phase {
 	t := h.server.t
 	t.Helper()
@@ -175,7 +178,8 @@ func (h *honest) phase(name string, long time.Duration, meanwhile func(context.C
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Its machine is another one: what it waits for is not its own turn on this one.
+	// A real client is on another machine, so the time that it waits for a processor of this one must
+	// not count.
 	cmd := exec.Command("chrt", "--fifo", "1", program)
 	cmd.Env = append(os.Environ(), honestVariable+"="+string(client))
 	cmd.Stderr = os.Stderr
@@ -190,13 +194,14 @@ func (h *honest) phase(name string, long time.Duration, meanwhile func(context.C
 		err = json.Unmarshal(out, &p.measurements)
 	}
 	if err != nil {
-		t.Errorf("measuring the honest tenant: %v", err) // what watches the server still runs
+		t.Errorf("measuring the honest tenant: %v", err) // the watch of the server goes on
 	}
 	p.server, p.machine = h.server.scheduled().since(server), machineScheduled(t).since(machine)
 	return p
 }
 
-// latencies is the table of what the honest tenant saw, with each phase beside the first.
+// latencies returns a table of the honest tenant's measurements, which compares each phase with the
+// first.
 func latencies(phases []phase) string {
 	var out strings.Builder
 	w := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
@@ -215,7 +220,7 @@ func latencies(phases []phase) string {
 				quantile(took, .99), ratio(.5), ratio(.99), p.Why[name])
 		}
 	}
-	_ = w.Flush() // into a builder
+	_ = w.Flush() // a builder does not fail
 	return out.String()
 }
 

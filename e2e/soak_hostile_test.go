@@ -18,7 +18,7 @@ import (
 	"time"
 )
 
-// What TestSoakHostile does. The defaults are for `make test`; `make soak-hostile` does more.
+// Settings of TestSoakHostile. The defaults are for `make test`; `make soak-hostile` does more.
 var (
 	hostileTime    = flag.Duration("hostile.time", 5*time.Second, "how long the hostile tenants attack")
 	hostileTenants = flag.Int("hostile.tenants", len(attacks), "how many hostile tenants there are")
@@ -27,10 +27,10 @@ var (
 		"first let the sandboxes of the hostile tenants only keep the processors busy")
 )
 
-// TestSoakHostile lets hostile tenants of every kind attack together beside an honest one. It
+// TestSoakHostile lets hostile tenants of every kind attack together while an honest one works. It
 // measures the honest tenant alone, with -hostile.spin beside sandboxes that only compute, and
-// beside the attacks. Latencies are printed; what the server and the host have in use must stay
-// within its bounds, and nothing may be left behind.
+// during the attacks. It prints latencies. The resources that the server and the host have in use
+// must stay within limits, and nothing may be left behind.
 func TestSoakHostile(t *testing.T) {
 	o := newOutside(t)
 	queries := inNamespace(t, o.name, func() (net.PacketConn, error) { return net.ListenPacket("udp4", ":53") })
@@ -44,7 +44,7 @@ func TestSoakHostile(t *testing.T) {
 	s.start()
 	s.needTemplate("python")
 	before := hostNow(s)
-	// The tenants' own machines would be others.
+	// Real clients would be on other machines, so the test's own work goes first.
 	runBeforeOthers(t)
 
 	honest := newHonest(s.tenant("honest", object{"sandboxes": 10, "vcpus": 20, "memory_mb": 10 << 10}))
@@ -63,14 +63,14 @@ func TestSoakHostile(t *testing.T) {
 	for _, tenant := range append(tenants, honest.hostile) {
 		tenant.destroyAll()
 	}
-	// Those of the pool are nobody's, and go with the server.
+	// The sandboxes of the pool have no tenant, and end with the server.
 	s.stop(syscall.SIGTERM)
 	s.env = append(s.env, "CAY_POOL_ENABLED=false")
 	s.start()
 	s.agree(time.Now())
 }
 
-// tenant makes an organization with a quota and returns the server as its admin sees it.
+// tenant makes an organization with a quota and returns the server with its admin key.
 func (s *server) tenant(name string, quota object) *server {
 	s.t.Helper()
 	status, body := s.call("POST", "/v1/orgs", object{"name": name, "quota": quota})
@@ -82,7 +82,7 @@ func (s *server) tenant(name string, quota object) *server {
 	return &own
 }
 
-// spin keeps the processors busy in all sandboxes, and does nothing else to anybody.
+// spin keeps the processors busy in all sandboxes, and does nothing else.
 func spin(ctx context.Context, tenants []*hostile) {
 	var wg sync.WaitGroup
 	for _, h := range tenants {
@@ -98,17 +98,18 @@ func spin(ctx context.Context, tenants []*hostile) {
 	wg.Wait()
 }
 
-// hostileShare is the part of the machine's processors that the sandboxes of all hostile tenants together
-// are paced to use. With all of it an honest tenant would be late for the lack of processors alone.
+// hostileShare is the part of the machine's processors that the sandboxes of all hostile tenants
+// together are paced to use. If they used all, an honest tenant would be slow for lack of
+// processors alone.
 const hostileShare = 0.5
 
-// attackAll lets all tenants attack until ctx ends, and returns when they are through.
+// attackAll lets all tenants attack until ctx ends, and returns after their last round.
 func attackAll(ctx context.Context, tenants []*hostile) {
 	var wg sync.WaitGroup
 	deadline, _ := ctx.Deadline()
 	for i, h := range tenants {
 		wg.Go(func() {
-			// Not all in the same moment, but each at least once.
+			// The tenants begin at different moments, but each attacks at least once.
 			h.rest(ctx, min(10*time.Second, time.Until(deadline)/4)*time.Duration(i)/time.Duration(len(tenants)))
 			for ctx.Err() == nil {
 				before := h.computed()
@@ -126,7 +127,7 @@ func attackAll(ctx context.Context, tenants []*hostile) {
 	wg.Wait()
 }
 
-// computed is how long the tenant's first sandbox had a processor, 0 for none.
+// computed returns the CPU time of the tenant's first sandbox, 0 if there is none.
 func (h *hostile) computed() time.Duration {
 	for path, unit := range map[string]time.Duration{
 		"/sys/fs/cgroup/cpuacct/cay-" + h.server.instance() + "/" + h.id + "/cpuacct.usage": time.Nanosecond,
@@ -149,12 +150,12 @@ type hostile struct {
 	server *server
 	attack attack
 	out    *outside
-	id     string // of its sandbox, "" for an attack that needs none
+	id     string // id of its sandbox, "" for an attack that needs none
 	client *http.Client
 
 	mu      sync.Mutex
 	counted map[string]int
-	used    time.Duration // of a processor, by its sandbox in the rounds
+	used    time.Duration // CPU time of its sandbox in the rounds
 }
 
 // newHostiles makes the tenants and their sandboxes.
@@ -192,17 +193,17 @@ func newHostiles(s *server, o *outside) []*hostile {
 	return all
 }
 
-// box is a path of the tenant's sandbox.
+// box returns a path of the API below the tenant's sandbox.
 func (h *hostile) box(path string) string { return "/v1/sandboxes/" + h.id + path }
 
-// did counts what a tenant did or was answered.
+// did counts an action of a tenant or an answer to it.
 func (h *hostile) did(what string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.counted[what]++
 }
 
-// rest waits, at the longest until ctx ends.
+// rest waits, at most until ctx ends.
 func (h *hostile) rest(ctx context.Context, long time.Duration) {
 	select {
 	case <-time.After(long):
@@ -210,7 +211,8 @@ func (h *hostile) rest(ctx context.Context, long time.Duration) {
 	}
 }
 
-// call makes one request and throws the answer away, which is nobody's concern but the server's.
+// call makes one request and returns the answer, which the caller may ignore: the test watches the
+// server.
 func (h *hostile) call(ctx context.Context, method, path string, body any) (status int, answer []byte) {
 	status, answer, err := h.server.try(ctx, method, path, body)
 	switch {
@@ -238,13 +240,13 @@ func (h *hostile) sip(ctx context.Context, r *http.Request, piece int, every tim
 	h.did(fmt.Sprintf("%dxx", resp.StatusCode/100))
 	for ctx.Err() == nil {
 		if _, err := io.CopyN(io.Discard, resp.Body, int64(piece)); err != nil {
-			return // it is over, or was ended
+			return // the answer has ended or was cut
 		}
 		h.rest(ctx, every)
 	}
 }
 
-// destroyAll destroys what the tenant still has.
+// destroyAll destroys all sandboxes of the tenant.
 func (h *hostile) destroyAll() {
 	for _, status := range []string{"running", "creating", "suspended"} {
 		for _, id := range h.server.sandboxes(status) {
@@ -253,7 +255,7 @@ func (h *hostile) destroyAll() {
 	}
 }
 
-// rounds is the table of what the tenants did, by kind.
+// rounds returns a table of what the tenants did, by kind.
 func rounds(tenants []*hostile) string {
 	var order []string
 	counts, of, used := map[string]map[string]int{}, map[string]int{}, map[string]time.Duration{}
@@ -278,6 +280,6 @@ func rounds(tenants []*hostile) string {
 		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%d\t%d\t%d\t%d\n", kind, of[kind], c["rounds"],
 			used[kind].Round(100*time.Millisecond), c["2xx"], c["4xx"], c["5xx"], c["broken"])
 	}
-	_ = w.Flush() // into a builder
+	_ = w.Flush() // a builder does not fail
 	return out.String()
 }

@@ -16,14 +16,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Bounds of what may be in use while hostile tenants attack.
+// Limits of the resources in use while hostile tenants attack.
 const (
-	// hostileMemoryMB is the bound of the server's resident memory, MiB. The guarantee names it.
+	// hostileMemoryMB limits the server's resident memory, MiB. The guarantee names it.
 	hostileMemoryMB = 512
 	// hostileGoroutines and hostileFiles are far above what the quotas of the tenants allow, and far
-	// below what one attacker without a bound would reach.
+	// below what one attacker without a limit would reach.
 	hostileGoroutines = 30_000
-	// hostileProcesses is by how many processes and threads of the host one tenant may have more.
+	// hostileProcesses limits the processes and threads of the host that one tenant may add.
 	hostileProcesses = 100
 )
 
@@ -33,7 +33,7 @@ type usage struct {
 	filesMost, conntrackMost                                                int
 }
 
-// hostNow reads it.
+// hostNow reads the present usage.
 func hostNow(s *server) usage {
 	s.t.Helper()
 	u, err := s.usage()
@@ -57,7 +57,7 @@ func (s *server) usage() (u usage, err error) {
 	number := func(lines, prefix string) (n int) {
 		for line := range strings.Lines(lines) {
 			if rest, found := strings.CutPrefix(line, prefix); found {
-				_, _ = fmt.Sscan(rest, &n) // 0 when it is "unlimited"
+				_, _ = fmt.Sscan(rest, &n) // 0 if it is "unlimited"
 			}
 		}
 		return n
@@ -85,13 +85,13 @@ func (s *server) usage() (u usage, err error) {
 	return u, err
 }
 
-// watching looks every second.
+// watching reads the usage every second.
 type watching struct {
 	done chan struct{}
 	over chan peak
 }
 
-// peak is the most that was seen of each.
+// peak holds the highest value of each number.
 type peak struct {
 	usage
 	before usage
@@ -165,7 +165,7 @@ func (p peak) String() string {
 	return out.String()
 }
 
-// check fails the test for what went over its bound.
+// check fails the test for each number above its limit.
 func (p peak) check(t *testing.T, before usage) {
 	t.Helper()
 	if p.looks == 0 || p.failed != "" {
@@ -180,21 +180,22 @@ func (p peak) check(t *testing.T, before usage) {
 		{"processes of the host", p.processes - before.processes, hostileProcesses * (*hostileTenants + 1)},
 	} {
 		if of.most > of.bound {
-			t.Errorf("%d %s, at most there may be %d", of.most, of.name, of.bound)
+			t.Errorf("%d %s, want at most %d", of.most, of.name, of.bound)
 		}
 	}
 }
 
-// schedule is how long threads ran on processors, and how long they were ready to and waited. What is
-// waited for here is the machine's, and what is late without it is a lock or a queue of ours.
+// schedule says how long threads ran on processors, and how long they were ready and waited for
+// one. Waiting here is due to the machine; a late answer without it is due to a lock or a queue of
+// cay.
 type schedule struct{ ran, waited, wall time.Duration }
 
 func (s schedule) since(before schedule) schedule {
 	return schedule{s.ran - before.ran, s.waited - before.waited, s.wall - before.wall}
 }
 
-// scheduled returns what the server's threads had since it started. How long threads that have
-// ended waited is not known.
+// scheduled returns the schedule of the server's threads since its start. It lacks the time that
+// ended threads have waited.
 func (s *server) scheduled() (all schedule) {
 	s.t.Helper()
 	s.mu.Lock()
@@ -225,7 +226,7 @@ func (s *server) scheduled() (all schedule) {
 	for _, path := range threads {
 		var ran, waited int64 // nanoseconds
 		if data, err := os.ReadFile(path); err == nil {
-			_, _ = fmt.Sscan(string(data), &ran, &waited) // 0 of a kernel that does not count
+			_, _ = fmt.Sscan(string(data), &ran, &waited) // 0 from a kernel that does not count
 		}
 		all.waited += time.Duration(waited)
 	}
@@ -233,7 +234,7 @@ func (s *server) scheduled() (all schedule) {
 	return all
 }
 
-// machineScheduled is how long the machine's processors were busy, all together.
+// machineScheduled returns how long the machine's processors were busy, all together.
 func machineScheduled(t testing.TB) schedule {
 	t.Helper()
 	data, err := os.ReadFile("/proc/stat")
@@ -249,7 +250,7 @@ func machineScheduled(t testing.TB) schedule {
 		wall: time.Duration(time.Now().UnixNano())}
 }
 
-// processors is the table of who had them.
+// processors returns a table of the use of the processors.
 func processors(phases []phase) string {
 	var out strings.Builder
 	w := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
@@ -259,11 +260,11 @@ func processors(phases []phase) string {
 			100*p.machine.ran.Seconds()/p.machine.wall.Seconds()/float64(runtime.NumCPU()),
 			p.server.ran.Round(time.Millisecond), p.server.waited.Round(time.Millisecond))
 	}
-	_ = w.Flush() // into a builder
+	_ = w.Flush() // a builder does not fail
 	return out.String()
 }
 
-// runBeforeOthers lets this process run before all others until the test ends.
+// runBeforeOthers gives this process priority over all others until the test ends.
 func runBeforeOthers(t *testing.T) {
 	t.Helper()
 	const most = -20

@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// What TestSoak does. The defaults are for `make test`; `make soak` does more.
+// Settings of TestSoak. The defaults are for `make test`; `make soak` does more.
 var (
 	soakCycles    = flag.Int("soak.cycles", 6, "how often one sandbox is suspended and woken")
 	soakSandboxes = flag.Int("soak.sandboxes", 4, "how many sandboxes are suspended and woken at once")
@@ -23,19 +23,20 @@ var (
 )
 
 const (
-	// soakWarm is how many cycles come before the first look at what the server and the host
-	// have: caches fill, and the server has made its first connections.
+	// soakWarm is the number of cycles before the first count of the server's and the host's
+	// resources: caches fill, and the server makes its first connections.
 	soakWarm = 3
-	// soakMemoryMB is what a worker looks after while one sandbox cycles.
+	// soakMemoryMB is the memory that a worker checks while one sandbox cycles.
 	soakMemoryMB = 16
-	// soakSlack is by how much the server's memory may differ between two looks, MiB: Go's
-	// heap breathes. A leak of one checkpoint's state for each cycle of `make soak` is ten times that.
+	// soakSlack is the difference that the server's memory may have between two counts, MiB: Go's heap
+	// grows and shrinks. A leak of one checkpoint's state for each cycle of `make soak` is ten times
+	// that.
 	soakSlack = 40
 )
 
-// TestSoak suspends and wakes again and again: one sandbox many times, then many at once. No
-// line of the workers' logs may be lost or doubled, and neither the server nor the host may have
-// more of anything in the end.
+// TestSoak suspends and wakes again and again: one sandbox many times, then many at once. No line
+// of the workers' logs may be lost or doubled, and neither the server nor the host may have more of
+// anything in the end.
 func TestSoak(t *testing.T) {
 	s := newServer(t)
 	s.start()
@@ -76,7 +77,7 @@ func TestSoak(t *testing.T) {
 		var before holdings
 		for n := range *soakRounds + 1 {
 			all(func(w *worker) { w.cycle(times) })
-			if n == 0 { // the first is to warm up
+			if n == 0 { // the first round warms up
 				all(func(w *worker) { s.suspend(w.id) })
 				before = s.holds()
 				all(func(w *worker) { w.check() })
@@ -93,7 +94,7 @@ func TestSoak(t *testing.T) {
 	})
 }
 
-// cycle suspends and wakes a worker's sandbox, and looks at the worker.
+// cycle suspends and wakes a worker's sandbox, and checks the worker.
 func (w *worker) cycle(times *timings) {
 	w.s.t.Helper()
 	began := time.Now()
@@ -108,7 +109,7 @@ func (w *worker) cycle(times *timings) {
 	w.check()
 }
 
-// timings are how long suspends and wakes have taken.
+// timings are the durations of suspends and wakes.
 type timings struct {
 	mu              sync.Mutex
 	suspends, wakes []time.Duration
@@ -134,10 +135,10 @@ func median(all []time.Duration) time.Duration {
 	return sorted[len(sorted)/2].Round(time.Millisecond)
 }
 
-// holdings are what the server and the host have of an instance, by kind.
+// holdings counts, by kind, what the server and the host have of an instance.
 type holdings map[string]int
 
-// holds counts them.
+// holds counts the present holdings.
 func (s *server) holds() holdings {
 	s.t.Helper()
 	h := holdings{
@@ -163,7 +164,7 @@ func (s *server) holds() holdings {
 	for _, dir := range []string{s.dataDir, "/run/cay/" + s.instance()} {
 		_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 			if err != nil || d.IsDir() {
-				return nil // it went while we look
+				return nil // the file has gone meanwhile
 			}
 			h["files"]++
 			if info, err := d.Info(); err == nil && strings.HasPrefix(path, filepath.Join(s.dataDir, "checkpoints")) {
@@ -175,8 +176,8 @@ func (s *server) holds() holdings {
 	return h
 }
 
-// holdsNoMore waits until there is no more of anything than before. What is given back a
-// little later, such as connections at rest and slots of the network, may take its time.
+// holdsNoMore waits until there is no more of anything than before. Idle connections and slots of
+// the network are given back with a delay.
 func (s *server) holdsNoMore(before holdings) {
 	s.t.Helper()
 	slack := holdings{
@@ -204,8 +205,8 @@ func (s *server) holdsNoMore(before holdings) {
 	}
 }
 
-// processes counts the host's processes that speak of the server's directory: the server,
-// gVisor's, and what they have started.
+// processes counts the host's processes whose command line has the server's directory: the server,
+// gVisor's, and those that they have started.
 func (s *server) processes() (n int) {
 	s.t.Helper()
 	paths, err := filepath.Glob("/proc/[0-9]*/cmdline")
@@ -235,7 +236,7 @@ func (s *server) mounts() (n int) {
 	return n
 }
 
-// metric is the value of one of the server's metrics without labels.
+// metric returns the value of one of the server's metrics without labels.
 func (s *server) metric(name string) int {
 	s.t.Helper()
 	status, body := s.call("GET", "/metrics", nil)
@@ -245,7 +246,7 @@ func (s *server) metric(name string) int {
 	return s.number(string(body), name+" ")
 }
 
-// number is the first number after the prefix of a line.
+// number returns the first number after the prefix of a line.
 func (s *server) number(lines, prefix string) int {
 	s.t.Helper()
 	for line := range strings.Lines(lines) {

@@ -35,7 +35,7 @@ func (s *server) groupsOnHost() []string {
 	return ids
 }
 
-// TestStory is the README's: one command, and the ones it goes on with.
+// TestStory runs the commands of the README: the first one, and those that follow.
 func TestStory(t *testing.T) {
 	s := shared(t)
 	out, errOut, code := s.cli("", "run", "-t", "python", "--", "python3", "-c", "print(6*7)")
@@ -78,7 +78,7 @@ func TestStory(t *testing.T) {
 	}
 	back, err := os.ReadFile(filepath.Join(dir, "back"))
 	if err != nil || !bytes.Equal(back, data) {
-		t.Errorf("the file came back changed: %d bytes, %v", len(back), err)
+		t.Errorf("the download differs from the upload: %d bytes, %v", len(back), err)
 	}
 	for _, args := range [][]string{
 		{"sandbox", "list"}, {"sandbox", "status", id}, {"sandbox", "ls", id, "/tmp"}, {"sandbox", "events", id},
@@ -95,7 +95,7 @@ func TestStory(t *testing.T) {
 	if _, errOut, code := s.cli("", "sandbox", "exec", id, "--", "true"); code != 125 || errOut == "" {
 		t.Errorf("exec in a destroyed sandbox: %q %d", errOut, code)
 	}
-	s.destroy(id) // again, which waits for the first: others count what is on the host
+	s.destroy(id) // this waits for the first destroy, because other tests count what is on the host
 }
 
 // TestThirtyAtOnce creates and destroys thirty sandboxes concurrently.
@@ -123,7 +123,7 @@ func TestThirtyAtOnce(t *testing.T) {
 	}
 }
 
-// TestTimeIsUp watches the life of an ephemeral sandbox end by itself.
+// TestTimeIsUp checks that an ephemeral sandbox is destroyed when its time is up.
 func TestTimeIsUp(t *testing.T) {
 	s := shared(t)
 	id := s.create(object{"timeout": "3s"})
@@ -146,11 +146,11 @@ func TestTimeIsUp(t *testing.T) {
 	}
 }
 
-// TestSizesAreLimits reads what the host enforces on sandboxes of two sizes.
+// TestSizesAreLimits reads the limits that the host enforces on sandboxes of two sizes.
 func TestSizesAreLimits(t *testing.T) {
 	s := shared(t)
 	for size, want := range map[string]map[string]string{
-		// Memory and tasks are what the size has and what the sandbox's kernel needs beside.
+		// Memory and tasks are those of the size plus those of the sandbox's kernel.
 		"shared-cpu-1x":  {"cpu.shares": "1024", "cpu.cfs_quota_us": "-1", "memory.limit_in_bytes": fmt.Sprint((512 + 64 + 64) << 20), "pids.max": fmt.Sprint(256*12 + 1024)},
 		"performance-2x": {"cpu.shares": "2048", "cpu.cfs_quota_us": "200000", "memory.limit_in_bytes": fmt.Sprint((4096 + 64 + 64) << 20), "pids.max": fmt.Sprint(1024*12 + 1024)},
 	} {
@@ -170,13 +170,13 @@ func TestSizesAreLimits(t *testing.T) {
 	}
 }
 
-// unified is where cgroup v2 has a value of v1, and how it writes it.
+// unified returns the cgroup v2 file of a v1 file, and the value as v2 writes it.
 func (s *server) unified(id, file, value string) (string, string) {
 	dir := filepath.Join("/sys/fs/cgroup", "cay-"+s.instance(), id)
 	switch file {
 	case "cpu.shares": // runsc converts 2..262144 to 1..10000
 		var shares int
-		_, _ = fmt.Sscan(value, &shares) // a number, above
+		_, _ = fmt.Sscan(value, &shares) // the table above has a number
 		return filepath.Join(dir, "cpu.weight"), fmt.Sprint(1 + (shares-2)*9999/262142)
 	case "cpu.cfs_quota_us":
 		return filepath.Join(dir, "cpu.max"), strings.Replace(value, "-1", "max", 1) + " 100000"
@@ -186,7 +186,7 @@ func (s *server) unified(id, file, value string) (string, string) {
 	return filepath.Join(dir, file), value
 }
 
-// TestLostSandbox kills a sentry from outside: the sandbox is destroyed as lost.
+// TestLostSandbox kills a sentry from outside. The sandbox is destroyed as lost.
 func TestLostSandbox(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
@@ -196,19 +196,19 @@ func TestLostSandbox(t *testing.T) {
 	}
 }
 
-// TestFiles moves large and odd files.
+// TestFiles moves large files and files with unusual names.
 func TestFiles(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
 	defer s.destroy(id)
-	data := make([]byte, 100_000_000) // the largest there may be
+	data := make([]byte, 100_000_000) // the largest size that is allowed
 	rand.Read(data[:1<<20])
 	path := "/v1/sandboxes/" + id + "/files?path="
 	if code, body := s.call("PUT", path+"/srv/new/dir/big", bytes.NewReader(data)); code != 204 {
 		t.Fatalf("upload: %d %s", code, body)
 	}
 	if code, body := s.call("PUT", path+"/srv/too-big", bytes.NewReader(append(data, 0))); code != 400 {
-		t.Errorf("one byte more: %d %s", code, body)
+		t.Errorf("upload with one byte too many: %d %s", code, body)
 	}
 	if code, body := s.call("GET", path+"/srv/new/dir/big", nil); code != 200 || !bytes.Equal(body, data) {
 		t.Errorf("download: %d, %d bytes", code, len(body))
@@ -232,7 +232,7 @@ func TestFiles(t *testing.T) {
 		}
 	}
 	s.cutUpload(path + "/srv/cut")
-	// The agent hears of it a moment after the caller.
+	// The agent notices a moment after the caller.
 	if left := s.want(id,
 		"for i in $(seq 100); do n=$(find /srv -type f | wc -l); [ $n = 0 ] && break; sleep 0.1; done; echo $n",
 		object{"timeout": "2m"}); left != "0" {
@@ -289,8 +289,7 @@ func (c *cutReader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// TestDoctorCleans stops a server with sandboxes alive: doctor finds what is left and
-// removes it.
+// TestDoctorCleans stops a server without its sandboxes. doctor finds what is left and removes it.
 func TestDoctorCleans(t *testing.T) {
 	s := newServer(t)
 	s.start()
@@ -299,7 +298,7 @@ func TestDoctorCleans(t *testing.T) {
 	s.create(nil)
 	s.stop(syscall.SIGTERM)
 	if n := len(s.groupsOnHost()); n != 2 {
-		t.Errorf("SIGTERM left %d sandboxes, want both", n)
+		t.Errorf("SIGTERM left %d sandboxes, want 2", n)
 	}
 	out, errOut, code := s.cli("", "doctor", "--clean")
 	if code != 0 {
@@ -308,9 +307,9 @@ func TestDoctorCleans(t *testing.T) {
 	if n := len(s.groupsOnHost()); n != 0 {
 		t.Errorf("doctor left %d sandboxes", n)
 	}
-	// The next server starts, and says of both that they are lost.
+	// The next server starts, and reports both sandboxes as lost.
 	s.start()
 	if n := len(s.sandboxes("running")); n != 0 {
-		t.Errorf("%d sandboxes are said to run", n)
+		t.Errorf("%d sandboxes have the status running", n)
 	}
 }

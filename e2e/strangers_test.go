@@ -11,9 +11,9 @@ import (
 	"testing"
 )
 
-// TestStrangersCannotFillTheLog floods the server with requests that have no key and the longest
-// paths that are taken, from one address, and looks how far the log has grown. Meanwhile a caller
-// with a key is answered.
+// TestStrangersCannotFillTheLog floods the server from one address with requests that have no key
+// and the longest accepted paths, and checks how much the log has grown. Meanwhile a caller with a
+// key is answered.
 func TestStrangersCannotFillTheLog(t *testing.T) {
 	s := shared(t)
 	size := func() int64 {
@@ -24,7 +24,7 @@ func TestStrangersCannotFillTheLog(t *testing.T) {
 		return info.Size()
 	}
 	const callers, each = 4, 500
-	// other tests at this server have attempts of their own
+	// Another address than that of other tests at this server, whose attempts are counted separately.
 	from := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 7)}}
 	before := size()
 	var wg sync.WaitGroup
@@ -69,12 +69,12 @@ func TestStrangersCannotFillTheLog(t *testing.T) {
 	if count[401] == 0 || count[429] == 0 || count[401]+count[429] != callers*each {
 		t.Errorf("the flood is answered %v", count)
 	}
-	// One address has 100 lines at once and 10 a second more, none of which is over 1 KiB.
+	// One address may cause 100 lines at once and 10 a second more, none of which is over 1 KiB.
 	if grown := size() - before; grown > 1<<20 {
 		t.Errorf("%d requests without a key have written %d bytes of log", callers*each, grown)
 	}
 	if status, body := s.call("POST", "/v1/api-keys", object{"name": "after", "scopes": []string{"exec"}}); status != 201 {
-		t.Errorf("afterwards a key is %d %s", status, body)
+		t.Errorf("afterwards a key is answered %d %s", status, body)
 	} else {
 		s.call("DELETE", "/v1/api-keys/"+text(body, "id"), nil)
 	}

@@ -16,11 +16,11 @@ import (
 )
 
 // TestPersistentKilledAtAnyMoment kills the server with SIGKILL while clients suspend, wake,
-// checkpoint and use persistent sandboxes, again and again, until a next start has found a
-// suspend and a wake half done. The sandboxes' kernels are not killed, so nothing may be lost: no
-// sandbox, and no number that a worker has counted.
+// checkpoint and use persistent sandboxes, again and again, until later starts have found a suspend
+// and a wake half done. The sandboxes' kernels are not killed, so nothing may be lost: no sandbox,
+// and no number that a worker has counted.
 func TestPersistentKilledAtAnyMoment(t *testing.T) {
-	t.Parallel() // its server is its own
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")
@@ -40,7 +40,7 @@ func TestPersistentKilledAtAnyMoment(t *testing.T) {
 				wg.Go(func() { w.use(ctx) })
 			}
 		}
-		time.Sleep(time.Duration(100+rand.IntN(900)) * time.Millisecond) // when it is killed
+		time.Sleep(time.Duration(100+rand.IntN(900)) * time.Millisecond) // until the server is killed
 		s.stop(syscall.SIGKILL)
 		cancel()
 		wg.Wait()
@@ -84,7 +84,7 @@ func (s *server) interrupted(workers []*worker, from string) bool {
 	return false
 }
 
-// use does to the sandbox what clients do, until the server is gone.
+// use makes calls on the sandbox as clients do, until the server is gone.
 func (w *worker) use(ctx context.Context) {
 	for ctx.Err() == nil {
 		verb, body := "execute", any(nil)
@@ -103,7 +103,7 @@ func (w *worker) use(ctx context.Context) {
 		switch {
 		case err != nil:
 			return
-		case status == 409 && verb != "execute" && verb != "wake": // asleep, or in use
+		case status == 409 && verb != "execute" && verb != "wake": // suspended, or in use
 		case status != 200:
 			w.s.t.Errorf("%s: %d %s", verb, status, answer)
 			return
@@ -113,8 +113,8 @@ func (w *worker) use(ctx context.Context) {
 	}
 }
 
-// TestSentryKilled ends sandboxes' kernels, as a bug in one or the host's memory would: a
-// persistent sandbox falls back to its latest recovery point, any other is lost.
+// TestSentryKilled kills sandboxes' kernels, like a bug in one or a lack of memory on the host. A
+// persistent sandbox falls back to its latest recovery point; any other is lost.
 func TestSentryKilled(t *testing.T) {
 	s := shared(t)
 	id := s.persistent(nil)
@@ -155,7 +155,7 @@ func TestSentryKilled(t *testing.T) {
 		w.s = s
 		before, after := 0, 0
 		for range 10 {
-			least := w.check() // wakes it
+			least := w.check() // this wakes the sandbox
 			point := s.checkpoint(id)
 			latest := w.check()
 			began, pid := time.Now(), s.sentry(id)
@@ -164,16 +164,16 @@ func TestSentryKilled(t *testing.T) {
 				code, _, _ := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/suspend", nil)
 				status <- code
 			}()
-			time.Sleep(time.Duration(rand.IntN(300)) * time.Millisecond) // when it is killed
+			time.Sleep(time.Duration(rand.IntN(300)) * time.Millisecond) // until the kernel is killed
 			_ = syscall.Kill(pid, syscall.SIGKILL)                       // it may have ended
 			code := <-status
 			if state := s.settled(id); state != "suspended" {
-				s.waitState(id, "suspended") // running as long as nobody has noticed
+				s.waitState(id, "suspended") // it stays running until the server notices
 			}
 			if at := s.suspendedAt(id); at.Before(began) {
 				before++
 				if code == 200 {
-					t.Error("the suspend answered 200 and has left nothing")
+					t.Error("the suspend answered 200 and left no checkpoint")
 				}
 				s.fellBackTo(id, point)
 				w.fellBack(least)
@@ -200,10 +200,10 @@ func TestSentryKilled(t *testing.T) {
 			pid := 0
 			for deadline := time.Now().Add(patience); pid == 0; pid = s.sentry(id) {
 				if time.Now().After(deadline) {
-					t.Fatal("no kernel comes up")
+					t.Fatal("no kernel has started")
 				}
 			}
-			time.Sleep(time.Duration(rand.IntN(150)) * time.Millisecond) // when it is killed
+			time.Sleep(time.Duration(rand.IntN(150)) * time.Millisecond) // until the kernel is killed
 			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 				t.Fatal(err)
 			}
@@ -212,7 +212,7 @@ func TestSentryKilled(t *testing.T) {
 			}
 			s.waitState(id, "suspended")
 			if at := s.suspendedAt(id); !at.Equal(point) {
-				t.Errorf("it sleeps at %s and slept at %s", at, point)
+				t.Errorf("its checkpoint is of %s, want %s", at, point)
 			}
 			w.fellBack(least)
 		}
@@ -221,27 +221,27 @@ func TestSentryKilled(t *testing.T) {
 			t.Error("no wake was cut short")
 		}
 		if got := s.field(id, "error"); got != "" {
-			t.Errorf("it runs, with the error %q", got)
+			t.Errorf("the running sandbox has the error %q", got)
 		}
 	})
 }
 
-// fellBackTo checks that a sandbox sleeps at a recovery point, and that an event says so.
+// fellBackTo checks that a sandbox is suspended at a recovery point, and that an event says so.
 func (s *server) fellBackTo(id string, point time.Time) {
 	s.t.Helper()
 	if at := s.suspendedAt(id); !at.Equal(point) {
-		s.t.Errorf("it sleeps at %s; its recovery point is of %s", at, point)
+		s.t.Errorf("its checkpoint is of %s, want the recovery point of %s", at, point)
 	}
 	want := "fell back to the recovery point of " + point.UTC().Format(time.RFC3339)
 	if e := s.events(id)[0]; e.To != "suspended" || e.Detail != want {
-		s.t.Errorf("its last event is %+v, want %q", e, want)
+		s.t.Errorf("the last event of the sandbox is %+v, want %q", e, want)
 	}
 }
 
-// TestReboot takes from under sandboxes of every kind and state all that a machine loses when
-// it is started anew.
+// TestReboot removes everything that a machine loses at a reboot from under sandboxes of every kind
+// and state.
 func TestReboot(t *testing.T) {
-	t.Parallel() // its server is its own
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
 	s.needTemplate("python")
@@ -257,19 +257,19 @@ func TestReboot(t *testing.T) {
 	s.start()
 	for _, id := range []string{unsaved, ephemeral} {
 		if reason := s.waitState(id, "destroyed"); reason != "lost" {
-			t.Errorf("one without a recovery point was destroyed with reason %q", reason)
+			t.Errorf("a sandbox without a recovery point was destroyed with reason %q", reason)
 		}
 		s.gone(id)
 	}
 	if state := s.settled(asleep.id); state != "suspended" {
-		t.Errorf("one asleep is %s", state)
+		t.Errorf("the suspended sandbox is %s", state)
 	}
 	s.waitState(saved.id, "suspended")
 	s.fellBackTo(saved.id, point)
 	asleep.check()
 	saved.fellBack(least)
 
-	// Half way: one that falls asleep and one that wakes up.
+	// One sandbox is being suspended and one is being woken.
 	for round := 0; !s.interrupted([]*worker{saved}, "suspending") ||
 		!s.interrupted([]*worker{asleep}, "waking"); round++ {
 		if round == 20 {
@@ -290,7 +290,7 @@ func TestReboot(t *testing.T) {
 			s.fellBackTo(saved.id, point)
 			saved.fellBack(least)
 		} else {
-			saved.from(latest) // its new point was whole
+			saved.from(latest) // the new checkpoint was complete
 		}
 		asleep.fellBack(slept)
 	}
@@ -306,7 +306,7 @@ func (s *server) killHalfWay(suspend, wake string) {
 	seen := map[string]bool{}
 	for deadline := time.Now().Add(patience); !seen["suspending"] || !seen["waking"]; {
 		if time.Now().After(deadline) {
-			s.t.Fatalf("no suspend and no wake begins: %v", seen)
+			s.t.Fatalf("no suspend and no wake has begun: %v", seen)
 		}
 		for _, id := range []string{suspend, wake} {
 			state, _ := s.state(id)
@@ -317,7 +317,7 @@ func (s *server) killHalfWay(suspend, wake string) {
 	wg.Wait()
 }
 
-// decoded is the answer of execute.
+// decoded returns the decoded answer of execute.
 func (s *server) decoded(answer []byte) (r result) {
 	s.t.Helper()
 	if err := json.Unmarshal(answer, &r); err != nil {
@@ -326,16 +326,15 @@ func (s *server) decoded(answer []byte) (r result) {
 	return r
 }
 
-// in is the server for a part of a test, which failures are told to.
+// in returns the server with its failures reported to t, for a part of a test.
 func (s *server) in(t testing.TB) *server {
 	own := *s
 	own.t = t
 	return &own
 }
 
-// TestServerGroup looks for the server in a control group of its own, with a limit on memory and a
-// CPU weight, and for what
-// is left of the group when the server has ended.
+// TestServerGroup checks that the server runs in a control group of its own with a limit on memory
+// and a CPU weight, and what is left of the group when the server has ended.
 func TestServerGroup(t *testing.T) {
 	s := newServer(t)
 	s.start()
@@ -366,6 +365,6 @@ func TestServerGroup(t *testing.T) {
 	}
 	s.stop(syscall.SIGTERM)
 	if left, err := filepath.Glob("/sys/fs/cgroup/*" + group); err != nil || len(left) > 0 {
-		t.Errorf("left are %v, %v", left, err)
+		t.Errorf("left on the host are %v, %v", left, err)
 	}
 }

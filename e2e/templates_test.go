@@ -65,7 +65,7 @@ func tarOf(t *testing.T, files map[string]string, more ...*tar.Header) []byte {
 	return buf.Bytes()
 }
 
-// tinyImage is a busybox and the accounts that a sandbox wants, some 2 MB.
+// tinyImage returns an image of busybox and the accounts that a sandbox needs, some 2 MB.
 func tinyImage(t *testing.T) v1.Image {
 	t.Helper()
 	busybox, err := os.ReadFile("/bin/busybox")
@@ -120,7 +120,8 @@ func newRegistry(t *testing.T) (reference string) {
 	return reference
 }
 
-// template asks for a template, with a context if there is one, and returns the answer.
+// template sends the definition of a template, with a context if there is one, and returns the
+// answer.
 func (s *server) template(method, path string, definition object, context []byte) (int, []byte) {
 	s.t.Helper()
 	if context == nil {
@@ -130,13 +131,13 @@ func (s *server) template(method, path string, definition object, context []byte
 	return s.send(method, path, kind, body)
 }
 
-// templateForm is a definition and its context as a form.
+// templateForm encodes a definition and its context as a form.
 func templateForm(definition object, context []byte) (body *bytes.Buffer, contentType string) {
 	body = &bytes.Buffer{}
 	w := multipart.NewWriter(body)
 	must := func(err error) {
 		if err != nil {
-			panic(err) // into a buffer
+			panic(err) // a buffer does not fail
 		}
 	}
 	text, err := json.Marshal(definition)
@@ -164,7 +165,7 @@ func (s *server) build(definition object, context []byte) (status string, body [
 	return s.built(definition["name"].(string))
 }
 
-// beginBuild makes a template, which is built then.
+// beginBuild makes a template and returns when its build has begun.
 func (s *server) beginBuild(definition object, context []byte) {
 	s.t.Helper()
 	if code, body := s.template("POST", "/v1/templates", definition, context); code != 202 {
@@ -194,7 +195,7 @@ func (s *server) builtWithin(patience time.Duration, name string) (status string
 	}
 }
 
-// needBuilt wants a template that is ready.
+// needBuilt makes a template that must become ready.
 func (s *server) needBuilt(definition object, context []byte) {
 	s.t.Helper()
 	s.needBuiltWithin(templatePatience, definition, context)
@@ -210,7 +211,7 @@ func (s *server) needBuiltWithin(patience time.Duration, definition object, cont
 	}
 }
 
-// in runs a command in a new sandbox of a template.
+// inside runs a command in a new sandbox of a template.
 func (s *server) inside(template, command string) string {
 	s.t.Helper()
 	id := s.create(object{"template": template})
@@ -218,7 +219,7 @@ func (s *server) inside(template, command string) string {
 	return s.want(id, command)
 }
 
-// newBuilder is a server that may ask the registry of the test.
+// newBuilder returns a server that may use the registry of the test.
 func newBuilder(t *testing.T, env ...string) (s *server, tiny string) {
 	t.Helper()
 	tiny = newRegistry(t)
@@ -228,11 +229,12 @@ func newBuilder(t *testing.T, env ...string) (s *server, tiny string) {
 	return s, tiny
 }
 
-// TestDockerfiles builds what Dockerfiles can say, and looks at it from inside a sandbox.
+// TestDockerfiles builds Dockerfiles with every instruction and checks the results from inside a
+// sandbox.
 func TestDockerfiles(t *testing.T) {
 	s, tiny := newBuilder(t)
 	for name, tt := range map[string]struct {
-		dockerfile string // "%s" is the tiny image
+		dockerfile string // "%s" is replaced by the tiny image
 		files      map[string]string
 		more       object
 		command    string
@@ -293,7 +295,7 @@ func TestDockerfiles(t *testing.T) {
 			dockerfile: "FROM %s\nVOLUME /var/lib/data /tmp\n",
 			command:    "cd /var/lib/data && echo x >y && cat y", want: "x",
 		},
-		"times": { // byte code names the time of its source
+		"times": { // byte code holds the time of its source
 			dockerfile: "FROM python\nRUN cd /opt && echo x=1 >m.py && touch -d @1500000000 m.py && python3 -m py_compile " +
 				"m.py && python3 -c 'import m'\n" +
 				"RUN date >/dev/null; test -z \"$SOURCE_DATE_EPOCH\"\n",
@@ -362,7 +364,7 @@ func TestDockerfiles(t *testing.T) {
 	})
 }
 
-// TestImages makes templates of images: of a registry that wants a password, and of archives.
+// TestImages makes templates of images from a registry that needs a password and from archives.
 func TestImages(t *testing.T) {
 	const user, password = "reader", "s3cret-and-long"
 	open := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
@@ -417,14 +419,14 @@ func TestImages(t *testing.T) {
 	}
 }
 
-// TestBuildFails says what went wrong, where, and leaves nothing.
+// TestBuildFails checks that a failed build names the error and the step, and leaves nothing.
 func TestBuildFails(t *testing.T) {
 	s, tiny := newBuilder(t, "CAY_BUILD_DISK_MB=280")
 	for name, tt := range map[string]struct {
 		dockerfile string
 		files      map[string]string
 		headers    []*tar.Header
-		want       []string // in the template
+		want       []string // texts that the template must have
 	}{
 		"step":          {dockerfile: "FROM %s\nRUN echo compiling; echo missing semicolon >&2; exit 7\n", want: []string{"exit 7", "missing semicolon", "7"}},
 		"parse":         {dockerfile: "FROM %s\nRUNN x\n", want: []string{"RUNN"}},
@@ -473,7 +475,7 @@ func TestBuildFails(t *testing.T) {
 	}
 }
 
-// zeroArchive is a packed archive of one file of zeros, a thousandth as long.
+// zeroArchive returns a compressed archive of one file of zeros, about a thousandth of its size.
 func zeroArchive(t *testing.T, size int64) string {
 	t.Helper()
 	var out bytes.Buffer
@@ -494,7 +496,7 @@ func zeroArchive(t *testing.T, size int64) string {
 	return out.String()
 }
 
-// TestBuildReaches tries from RUN what a sandbox may not reach.
+// TestBuildReaches connects from RUN to addresses that a sandbox may not reach.
 func TestBuildReaches(t *testing.T) {
 	s, tiny := newBuilder(t)
 	o := newOutside(t)
@@ -508,7 +510,7 @@ func TestBuildReaches(t *testing.T) {
 	s.needBuilt(object{"name": "reaches", "dockerfile": strings.Join(lines, "\n") + "\n"}, nil)
 }
 
-// TestTemplateLife takes one through rebuilds, failures, use, and its end.
+// TestTemplateLife takes one template through rebuilds, failures, use, and its end.
 func TestTemplateLife(t *testing.T) {
 	s, tiny := newBuilder(t)
 	s.needBuilt(object{"name": "mine", "dockerfile": "FROM " + tiny + "\nRUN echo one >/which\n",
@@ -525,12 +527,12 @@ func TestTemplateLife(t *testing.T) {
 	if status, body := s.built("mine"); status != "ready" || !strings.Contains(string(body), `"version":2`) {
 		t.Fatalf("after the rebuild: %s", body)
 	}
-	// The steps run again, at another time, and give the same.
+	// The steps run again at another time and give the same result.
 	if code, body := s.call("POST", "/v1/templates/mine/rebuild", nil); code != 202 {
 		t.Fatalf("rebuild: %d %s", code, body)
 	}
 	if status, body := s.built("mine"); status != "ready" || !strings.Contains(string(body), `"version":2`) {
-		t.Errorf("after a rebuild of the same: %s", body)
+		t.Errorf("after a rebuild without changes: %s", body)
 	}
 	if got := s.inside("mine", "cat /which"); got != "two" {
 		t.Errorf("version 2: %q", got)
@@ -563,7 +565,7 @@ func TestTemplateLife(t *testing.T) {
 	}
 }
 
-// TestBuildSurvives: a build goes on after the server was killed, and can be cancelled.
+// TestBuildSurvives checks that a build goes on after the server was killed, and can be cancelled.
 func TestBuildSurvives(t *testing.T) {
 	s, tiny := newBuilder(t)
 	code, body := s.template("POST", "/v1/templates", object{"name": "slow", "dockerfile": "FROM " + tiny +
@@ -590,7 +592,7 @@ func TestBuildSurvives(t *testing.T) {
 		t.Fatalf("cancel: %d %s", code, body)
 	}
 	if status, body := s.built("endless"); status != "failed" || !strings.Contains(string(body), "cancel") {
-		t.Errorf("after it was cancelled: %s", body)
+		t.Errorf("after the build was cancelled: %s", body)
 	}
 }
 
@@ -623,7 +625,7 @@ func TestTemplateStarts(t *testing.T) {
 	}
 }
 
-// TestTemplateByLine goes through the command line.
+// TestTemplateByLine uses templates with the command line.
 func TestTemplateByLine(t *testing.T) {
 	s, tiny := newBuilder(t)
 	dir := t.TempDir()

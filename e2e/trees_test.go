@@ -19,7 +19,7 @@ import (
 	"time"
 )
 
-// packed packs entries; a file's content is given, a link's target too.
+// packed packs entries into an archive. Linkname holds a link's target or a file's content.
 func packed(t *testing.T, entries ...tar.Header) *bytes.Buffer {
 	t.Helper()
 	var b bytes.Buffer
@@ -58,7 +58,7 @@ func TestFileCalls(t *testing.T) {
 		field, value string
 	}{
 		{"POST", "/mkdir", object{"path": "/home/user/a/b", "mode": "0700", "owner": "user"}, 200, "mode", "0700"},
-		{"POST", "/mkdir", object{"path": "/home/user/a/b", "mode": "0755"}, 200, "mode", "0700"}, // stays as it is
+		{"POST", "/mkdir", object{"path": "/home/user/a/b", "mode": "0755"}, 200, "mode", "0700"}, // an existing directory does not change
 		{"GET", "/stat?path=/home/user/a", nil, 200, "owner", "user"},
 		{"GET", "/stat?path=/proc/self", nil, 200, "type", "symlink"},
 		{"GET", "/stat?path=/dev/null", nil, 200, "type", "other"},
@@ -71,7 +71,7 @@ func TestFileCalls(t *testing.T) {
 		{"POST", "/rename", object{"from": "/etc/hostname", "to": "/etc/passwd"}, 409, "code", "path_exists"},
 		{"POST", "/rename", object{"from": "/srv/new", "to": "/srv/new/place/x"}, 400, "field", "to"},
 		{"POST", "/rename", object{"from": "/srv/new", "to": "/dev/shm/x"}, 400, "code", "invalid_path"},
-		{"POST", "/rename", object{"from": "/proc/version", "to": "/x"}, 0, "", ""}, // an error of the sandbox's kernel; must not be a success
+		{"POST", "/rename", object{"from": "/proc/version", "to": "/x"}, 0, "", ""}, // the sandbox's kernel returns an error; it must not be a success
 	} {
 		status, body := s.call(step.method, base+step.path, step.body)
 		if step.status == 0 {
@@ -134,11 +134,11 @@ func TestTrees(t *testing.T) {
 			}
 		}
 		if n != 2000+50+2 {
-			t.Errorf("%d entries came back", n)
+			t.Errorf("got %d entries back", n)
 		}
 	})
 	t.Run("hostile", func(t *testing.T) {
-		// no times: those of /srv change
+		// Without times, because those of /srv change.
 		const outside = "ls -A / /etc; sha256sum /etc/passwd; stat -c '%a %U' /etc /etc/passwd"
 		before := s.want(id, outside)
 		for name, entries := range map[string][]tar.Header{
@@ -193,7 +193,7 @@ func TestTrees(t *testing.T) {
 		if got := s.want(id, "ls -A /srv/cut"); got != "a" {
 			t.Errorf("of what was cut off there is %q", got)
 		}
-		// A caller who goes in the middle leaves nothing half.
+		// A caller that leaves in the middle leaves no partial file.
 		ctx, cancel := context.WithCancel(context.Background())
 		r, w := io.Pipe()
 		over := make(chan bool)
@@ -230,8 +230,8 @@ func TestTrees(t *testing.T) {
 	s.alive(id)
 }
 
-// sparseBomb is an archive of a KiB whose one file says that it has 8 GiB less a byte, with
-// holes, twice over.
+// sparseBomb returns an archive of a KiB whose one file claims a size of 8 GiB less a byte, with
+// holes, twice.
 func sparseBomb() *bytes.Buffer {
 	head := make([]byte, 512)
 	copy(head, "bomb")
@@ -300,7 +300,7 @@ func TestWatch(t *testing.T) {
 			t.Errorf("%q is not in %v", want, seen)
 		}
 	}
-	// It ends with the sandbox.
+	// The stream ends with the sandbox.
 	s.destroy(id)
 	if _, err := io.Copy(io.Discard, in); ctx.Err() != nil {
 		t.Errorf("the stream goes on: %v", err)
@@ -319,7 +319,7 @@ func TestWatch(t *testing.T) {
 	}
 }
 
-// listing is what is below a local folder: names, modes, contents.
+// listing returns names, modes and contents of everything below a local directory.
 func listing(t *testing.T, dir string) string {
 	t.Helper()
 	var all []string
@@ -350,7 +350,7 @@ func listing(t *testing.T, dir string) string {
 	return strings.Join(all, "\n")
 }
 
-// cp copies as cp does, both ways.
+// TestCopy copies in both directions with the rules of cp.
 func TestCopy(t *testing.T) {
 	s := shared(t)
 	id := s.create(nil)
@@ -380,9 +380,9 @@ func TestCopy(t *testing.T) {
 		}
 		return errOut
 	}
-	cp(0, "-r", src, id+":/srv/new")          // is new: becomes it
-	cp(0, "-r", src, id+":/srv")              // is there: goes into it
-	cp(0, "-r", src+"/.", id+":/srv/flat/er") // what is in it
+	cp(0, "-r", src, id+":/srv/new")          // the target does not exist: it becomes a copy
+	cp(0, "-r", src, id+":/srv")              // the target exists: the copy goes into it
+	cp(0, "-r", src+"/.", id+":/srv/flat/er") // the content of the directory
 	want := s.want(id, "cd /srv/new && find . -type f -exec sha256sum {} + | sort; readlink link dangling; stat -c %a "+
 		"a.txt")
 	for _, place := range []string{"/srv/src", "/srv/flat/er"} {
@@ -395,15 +395,15 @@ func TestCopy(t *testing.T) {
 		t.Fatal(err)
 	}
 	back := filepath.Join(top, "back")
-	cp(0, "-r", id+":/srv/new", back)           // is new
-	cp(0, "-r", id+":/srv/new", back)           // goes into it
-	cp(0, "-r", id+":/srv/new/.", back+"/flat") // what is in it
+	cp(0, "-r", id+":/srv/new", back)           // the target does not exist
+	cp(0, "-r", id+":/srv/new", back)           // the copy goes into the target
+	cp(0, "-r", id+":/srv/new/.", back+"/flat") // the content of the directory
 	for _, place := range []string{"new", "flat"} {
 		if got, want := listing(t, filepath.Join(back, place)), listing(t, src); got != want {
 			t.Errorf("%s is\n%s\nand was\n%s", place, got, want)
 		}
 	}
-	// Single files.
+	// Copies of single files.
 	cp(0, filepath.Join(src, "a.txt"), id+":/srv/single")
 	cp(0, filepath.Join(src, "a.txt"), id+":/srv/")
 	cp(0, "--owner", "user", filepath.Join(src, "a.txt"), id+":/srv/made/for/")
@@ -423,7 +423,7 @@ func TestCopy(t *testing.T) {
 			t.Errorf("cp %q says %q", bad, said)
 		}
 	}
-	// What is in a sandbox is a stranger's: a link of it is not followed here.
+	// Files in a sandbox are hostile: cp does not follow its links here.
 	s.want(id, "mkdir -p /srv/evil && ln -s "+src+" /srv/evil/l")
 	out := filepath.Join(top, "out")
 	cp(0, "-r", id+":/srv/evil", out)
@@ -441,7 +441,7 @@ func TestCopy(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	stop := time.AfterFunc(patience, func() { _ = cmd.Process.Kill() }) // it waits for ever else
+	stop := time.AfterFunc(patience, func() { _ = cmd.Process.Kill() }) // otherwise it waits for ever
 	defer stop.Stop()
 	seen, stopMaking := context.WithCancel(context.Background())
 	making := make(chan bool)

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// checkpointFiles lists the files of a sandbox's only checkpoint, by name.
+// checkpointFiles returns the paths of the files of a sandbox's only checkpoint, by name.
 func (s *server) checkpointFiles(id string) map[string]string {
 	s.t.Helper()
 	paths, err := filepath.Glob(filepath.Join(s.dataDir, "checkpoints", id, "*", "*"))
@@ -33,7 +33,7 @@ func (s *server) checkpointFiles(id string) map[string]string {
 	return files
 }
 
-// flip changes a byte in the middle of a file. Twice is as it was.
+// flip changes a byte in the middle of a file. A second call restores it.
 func flip(t testing.TB, path string) {
 	t.Helper()
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
@@ -55,8 +55,8 @@ func flip(t testing.TB, path string) {
 	}
 }
 
-// TestDamagedCheckpoint damages each file of a checkpoint. The sandbox stays asleep and says
-// why, and wakes where it was when the file is mended.
+// TestDamagedCheckpoint damages each file of a checkpoint. The sandbox stays suspended with an
+// error that says why, and wakes with its old state when the file is repaired.
 func TestDamagedCheckpoint(t *testing.T) {
 	s := shared(t)
 	id := s.persistent(nil)
@@ -66,11 +66,11 @@ func TestDamagedCheckpoint(t *testing.T) {
 	s.suspend(id)
 	files := s.checkpointFiles(id)
 	for name := range files {
-		path := s.checkpointFiles(id)[name] // each check made another
+		path := s.checkpointFiles(id)[name] // each check made another checkpoint
 		flip(t, path)
 		if name == "pages.img" {
-			// Memory is read after the wake, which is why that is quick: it is looked at
-			// then, and the sandbox ended that has begun to use it.
+			// A quick wake reads memory later. The damage is found then, and the sandbox that has begun to
+			// run is ended.
 			if status, body := s.call("POST", "/v1/sandboxes/"+id+"/wake", nil); status != 200 &&
 				text(body, "code") != "wake_failed" {
 				t.Errorf("waking it with damaged memory: %d %s", status, body)
@@ -81,7 +81,7 @@ func TestDamagedCheckpoint(t *testing.T) {
 		flip(t, path)
 		w.check()
 		if got := s.field(id, "error"); got != "" {
-			t.Errorf("%s is mended, and its error is %q", name, got)
+			t.Errorf("%s is repaired, and the error is %q", name, got)
 		}
 		s.suspend(id)
 	}
@@ -114,7 +114,8 @@ func tmpfs(t testing.TB, dir, size string) {
 	})
 }
 
-// fill leaves so many bytes of the file system of dir free, in a file that it returns.
+// fill leaves so many bytes free in the file system of dir. It returns the path of the file that
+// takes the rest.
 func fill(t testing.TB, dir string, leave int64) string {
 	t.Helper()
 	path := filepath.Join(dir, "filler")
@@ -123,7 +124,7 @@ func fill(t testing.TB, dir string, leave int64) string {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	// In small pieces, since one that does not fit is given back as a whole.
+	// Small pieces, because a write that does not fit is undone as a whole.
 	const piece = 1 << 20
 	for size := int64(0); ; size += piece {
 		var st unix.Statfs_t
@@ -135,14 +136,15 @@ func fill(t testing.TB, dir string, leave int64) string {
 			return path
 		}
 		if err := unix.Fallocate(int(f.Fd()), 0, size, n); err == unix.ENOSPC {
-			return path // somebody else took it, which is full too
+			return path // another writer took the space, so it is full, too
 		} else if err != nil {
 			t.Fatal(err)
 		}
 	}
 }
 
-// fillsUp fills the disk once a suspend of the sandbox has begun, and gives the file that did.
+// fillsUp fills the disk once a suspend of the sandbox has begun. It sends the path of the file
+// that it wrote.
 func fillsUp(t *testing.T, dir, id string) <-chan string {
 	full := make(chan string)
 	go func() {
@@ -156,14 +158,14 @@ func fillsUp(t *testing.T, dir, id string) <-chan string {
 	return full
 }
 
-// TestNoDiskToSleep fills the disk of the checkpoints, before and while one is written:
-// the sandbox runs on, and sleeps when there is room.
+// TestNoDiskToSleep fills the disk of the checkpoints before and while one is written. The sandbox
+// runs on, and is suspended when there is space.
 func TestNoDiskToSleep(t *testing.T) {
 	t.Parallel() // it waits a minute
 	s := newServer(t, "CAY_CAPACITY_MIN_FREE_DISK_MB=1")
 	dir := filepath.Join(s.dataDir, "checkpoints")
 	tmpfs(t, dir, "256m")
-	t.Cleanup(func() { s.stop(syscall.SIGTERM) }) // before the disk goes
+	t.Cleanup(func() { s.stop(syscall.SIGTERM) }) // before the disk is unmounted
 	s.start()
 	s.needTemplate("python")
 	w := s.startWorker(s.persistent(nil), 16)
@@ -185,20 +187,20 @@ func TestNoDiskToSleep(t *testing.T) {
 	w.check()
 	for deadline := time.Now().Add(patience); s.events(idle.id)[0].Reason != "suspend_failed"; {
 		if time.Now().After(deadline) {
-			t.Fatalf("one that is idle: %+v", s.events(idle.id))
+			t.Fatalf("the idle sandbox has the events %+v", s.events(idle.id))
 		}
 		time.Sleep(50 * time.Millisecond) // a poll with a deadline
 	}
 	if e := s.events(idle.id)[0]; e.To != "running" || !strings.Contains(e.Detail, "disk") {
-		t.Errorf("its last event is %+v", e)
+		t.Errorf("the last event of the sandbox is %+v", e)
 	}
 	failed := time.Now()
 	if err := os.Remove(filler); err != nil {
 		t.Fatal(err)
 	}
 
-	// Somebody else takes the room that was there when it began. On a busy machine he may come
-	// too late: then it is suspended, and is woken to try again.
+	// Another writer takes the space after the suspend has begun. On a busy machine it may come too
+	// late: then the sandbox is suspended, and is woken for another try.
 	const tries = 10
 	for try := 1; ; try++ {
 		late := fillsUp(t, dir, w.id)
@@ -223,10 +225,10 @@ func TestNoDiskToSleep(t *testing.T) {
 	s.suspend(w.id)
 	w.check()
 
-	// The idle one is tried again a minute after it failed.
+	// The server tries to suspend the idle sandbox again a minute after a failure.
 	for s.field(idle.id, "state") != "suspended" {
 		if time.Since(failed) > time.Minute+patience {
-			t.Fatalf("with room again, the idle one is not suspended: %+v", s.events(idle.id))
+			t.Fatalf("with free space the idle sandbox is not suspended: %+v", s.events(idle.id))
 		}
 		time.Sleep(100 * time.Millisecond) // a poll with a deadline
 	}
@@ -237,7 +239,7 @@ func TestNoDiskToSleep(t *testing.T) {
 	}
 }
 
-// TestDestroyWins destroys sandboxes that are being suspended or woken, at any moment.
+// TestDestroyWins destroys sandboxes at any moment of a suspend or a wake.
 func TestDestroyWins(t *testing.T) {
 	s := shared(t)
 	for _, verb := range []string{"suspend", "wake"} {
@@ -255,7 +257,7 @@ func TestDestroyWins(t *testing.T) {
 					status, _, _ := s.try(context.Background(), "POST", "/v1/sandboxes/"+id+"/"+verb, nil)
 					answer <- status
 				}()
-				time.Sleep(time.Duration(rand.IntN(250)) * time.Millisecond) // when it is destroyed
+				time.Sleep(time.Duration(rand.IntN(250)) * time.Millisecond) // until the destroy
 				s.destroy(id)
 				s.gone(id)
 				switch status := <-answer; status {
@@ -263,7 +265,7 @@ func TestDestroyWins(t *testing.T) {
 				case 409:
 					interrupted++
 				default:
-					t.Errorf("%s of one that is destroyed answers %d", verb, status)
+					t.Errorf("%s of a destroyed sandbox answers %d", verb, status)
 				}
 				if state, reason := s.state(id); state != "destroyed" || reason != "requested" {
 					t.Errorf("it is %s, reason %q", state, reason)

@@ -16,8 +16,8 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// anotherBuild builds cay with programs of the same sources that are other files, as another
-// version's are: what counts is the hash of their content. It returns the path of the binary.
+// anotherBuild builds cay with programs of the same sources but with other hashes, like those of
+// another version. It returns the path of the binary.
 func anotherBuild(t testing.TB) string {
 	t.Helper()
 	dir, root := t.TempDir(), filepath.Dir(filepath.Dir(cayBinary(t)))
@@ -84,7 +84,7 @@ func (s *server) programs() []string {
 	}
 	var names []string
 	for _, e := range entries {
-		// That of builds is no sandbox's.
+		// The build program does not belong to a sandbox.
 		if _, err := os.Stat(filepath.Join(s.dataDir, "programs", e.Name(), "cay-buildkit")); err != nil {
 			names = append(names, e.Name())
 		}
@@ -92,7 +92,7 @@ func (s *server) programs() []string {
 	return names
 }
 
-// runtimeOf is the version of the runtime that a running sandbox runs with.
+// runtimeOf returns the version of the runtime of a running sandbox.
 func (s *server) runtimeOf(id string) string {
 	s.t.Helper()
 	running, err := os.Stat(fmt.Sprintf("/proc/%d/exe", s.sentry(id)))
@@ -109,14 +109,14 @@ func (s *server) runtimeOf(id string) string {
 	return ""
 }
 
-// TestUpgrade starts another build of cay on the data of an older one. What the older has
-// started goes on with the older's programs for as long as it lives, however often it sleeps. The
-// variable CAY_TEST_OLDER names the binary of a version that there was.
+// TestUpgrade starts another build of cay on the data of an older one. Sandboxes that the older one
+// has started keep the older programs until they are destroyed, however often they are suspended.
+// CAY_TEST_OLDER may name the binary of an older version.
 func TestUpgrade(t *testing.T) {
-	t.Parallel() // its server is its own
+	t.Parallel() // it has its own server
 	s := newServer(t)
 	current := s.binary
-	if s.binary = os.Getenv("CAY_TEST_OLDER"); s.binary == "" { // else that of an older version
+	if s.binary = os.Getenv("CAY_TEST_OLDER"); s.binary == "" { // set to test the upgrade from a released version
 		s.binary = anotherBuild(t)
 	}
 	s.start()
@@ -162,7 +162,7 @@ func TestUpgrade(t *testing.T) {
 	child.check()
 	for _, w := range []*worker{asleep, running, saved, child} {
 		if version := s.runtimeOf(w.id); version != runtime {
-			t.Errorf("one of the older build runs with the runtime %s and began with %s", version, runtime)
+			t.Errorf("a sandbox of the older build runs with the runtime %s and began with %s", version, runtime)
 		}
 	}
 	s.withoutRuntime(asleep, runtime)
@@ -171,7 +171,7 @@ func TestUpgrade(t *testing.T) {
 	s.suspend(running.id)
 	s.destroy(saved.id)
 	if kept := s.programs(); len(kept) != 4 {
-		t.Errorf("a sandbox of the older build sleeps, and the programs are %v", kept)
+		t.Errorf("a sandbox of the older build is suspended, and the programs are %v", kept)
 	}
 	running.check()
 	s.destroy(running.id)
@@ -183,7 +183,7 @@ func TestUpgrade(t *testing.T) {
 	if kept := s.programs(); len(kept) != 2 || slices.Contains(kept, old[0]) || slices.Contains(kept, old[1]) {
 		t.Errorf("no sandbox of the older build is left, and the programs are %v", kept)
 	}
-	// What a crash kept from being removed is removed by the next start.
+	// The next start removes programs that a crash has left.
 	s.stop(syscall.SIGKILL)
 	if err := os.Mkdir(filepath.Join(s.dataDir, "programs", runtime), 0o755); err != nil {
 		t.Fatal(err)
@@ -195,7 +195,7 @@ func TestUpgrade(t *testing.T) {
 	fresh.check()
 }
 
-// withoutRuntime takes the runtime away that a sandbox needs to wake, and puts it back.
+// withoutRuntime moves away the runtime that a sandbox needs to wake, and puts it back.
 func (s *server) withoutRuntime(w *worker, version string) {
 	s.t.Helper()
 	s.suspend(w.id)
@@ -210,20 +210,20 @@ func (s *server) withoutRuntime(w *worker, version string) {
 	}
 	w.check()
 	if got := s.field(w.id, "error"); got != "" {
-		s.t.Errorf("it woke, with the error %q", got)
+		s.t.Errorf("the woken sandbox has the error %q", got)
 	}
 }
 
-// doesNotWake checks that a sandbox cannot be woken, and says why.
+// doesNotWake checks that a sandbox cannot be woken, and that its error says why.
 func (s *server) doesNotWake(id, why string) {
 	s.t.Helper()
-	for range 2 { // and may be tried again
+	for range 2 { // the second try fails, too
 		status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"command": "true"})
 		if status != 500 || text(body, "code") != "wake_failed" || !strings.Contains(text(body, "detail"), why) {
 			s.t.Errorf("waking it answers %d %s, want 500 wake_failed and %q", status, body, why)
 		}
 		if state := s.field(id, "state"); state != "suspended" {
-			s.t.Errorf("one that cannot be woken is %s", state)
+			s.t.Errorf("the sandbox that cannot be woken is %s", state)
 		}
 		if got := s.field(id, "error"); !strings.Contains(got, why) {
 			s.t.Errorf("its error is %q, want %q", got, why)

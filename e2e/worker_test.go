@@ -8,9 +8,9 @@ import (
 	"time"
 )
 
-// workerProgram counts for as long as it lives. Each number is a line of 64 bytes in a log
-// that it holds open, and then in shared memory; the number itself is only in its own
-// memory. It looks after a block of random memory, and says when that has changed.
+// workerProgram counts until it is ended. It writes each number as a line of 64 bytes to a log that
+// it holds open, and then to shared memory; the count itself is only in its own memory. It also
+// checks a block of random memory, and says if that has changed.
 const workerProgram = `
 import hashlib, os, sys, time
 memory = os.urandom(int(sys.argv[1]) << 20)
@@ -28,8 +28,8 @@ while True:
     time.sleep(0.02)
 `
 
-// workerCheck waits until the worker has counted on, and prints its number if every line
-// of the log is there, in order and once.
+// workerCheck waits until the worker has counted on, and prints its number if every line of the log
+// is there, in order and once.
 const workerCheck = `
 read pid </root/worker.pid
 kill -0 $pid || { echo "the worker is dead: $(cat /root/worker.out)"; exit 1; }
@@ -44,7 +44,7 @@ awk -v shared="$b" '
 	END { if (!bad && NR < shared + 0) { print "the log ends at " NR ", the shared memory is at " shared; bad = 1 }
 		if (bad) exit 1; print NR }' "${WORKER_LOG:-/root/worker.log}"`
 
-// worker is that program in a sandbox, and how far it was seen to have counted.
+// worker is a workerProgram in a sandbox, with the highest number that was seen of it.
 type worker struct {
 	s  *server
 	id string
@@ -53,7 +53,7 @@ type worker struct {
 	seen int // the highest number that was seen
 }
 
-// startWorker starts it with so many MiB of memory to look after.
+// startWorker starts a worker that checks so many MiB of memory.
 func (s *server) startWorker(id string, memoryMB int) *worker {
 	s.t.Helper()
 	s.want(id, fmt.Sprintf(`cat >/root/worker.py; nohup python3 /root/worker.py %d >/root/worker.out 2>&1 & echo $! >/root/worker.pid
@@ -61,27 +61,27 @@ func (s *server) startWorker(id string, memoryMB int) *worker {
 	return &worker{s: s, id: id}
 }
 
-// check wakes the sandbox if it sleeps. The worker must go on, with all that it had, and
-// not be behind what was seen of it.
+// check wakes the sandbox if it is suspended. The worker must go on with all of its state, and not
+// be behind the number that was seen last.
 func (w *worker) check() int {
 	w.s.t.Helper()
 	return w.from(w.last())
 }
 
-// last is the highest number that was seen.
+// last returns the highest number that was seen.
 func (w *worker) last() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.seen
 }
 
-// from is check for a worker that may have fallen back, but not to before least.
+// from works like check for a worker that may have fallen back, but not to before least.
 func (w *worker) from(least int) int {
 	w.s.t.Helper()
 	return w.look(w.s.exec(w.id, workerCheck), least)
 }
 
-// look reads what workerCheck has found.
+// look evaluates the result of workerCheck.
 func (w *worker) look(r result, least int) int {
 	w.s.t.Helper()
 	var n int
@@ -98,8 +98,8 @@ func (w *worker) look(r result, least int) int {
 	return n
 }
 
-// fellBack checks that the worker goes on from a recovery point that was taken after it had
-// counted to least, and forgets what was seen of it since.
+// fellBack checks that the worker goes on from a recovery point that was taken after it had counted
+// to least, and forgets the later numbers.
 func (w *worker) fellBack(least int) {
 	w.s.t.Helper()
 	n := w.from(least)
@@ -118,13 +118,13 @@ func (s *server) checkpoint(id string) time.Time {
 	return s.parse(text(body, "created_at"))
 }
 
-// suspendedAt is the time of what a sandbox sleeps on.
+// suspendedAt returns the time of the checkpoint that a suspended sandbox wakes from.
 func (s *server) suspendedAt(id string) time.Time {
 	s.t.Helper()
 	return s.parse(s.field(id, "suspended_at"))
 }
 
-// field is a text field of the sandbox, "" if it is not there.
+// field returns a text field of the sandbox, "" if it is not there.
 func (s *server) field(id, name string) string {
 	s.t.Helper()
 	status, body := s.call("GET", "/v1/sandboxes/"+id, nil)
@@ -143,7 +143,7 @@ func (s *server) parse(at string) time.Time {
 	return parsed
 }
 
-// settled waits until nobody is at work on the sandbox, and returns its state.
+// settled waits until no operation on the sandbox runs, and returns its state.
 func (s *server) settled(id string) string {
 	s.t.Helper()
 	for deadline := time.Now().Add(patience); ; {
@@ -159,7 +159,7 @@ func (s *server) settled(id string) string {
 	}
 }
 
-// TestWorkerIsChecked makes each fault that the check of the worker is there to find.
+// TestWorkerIsChecked causes each fault that workerCheck must find.
 func TestWorkerIsChecked(t *testing.T) {
 	s := shared(t)
 	id := s.persistent(nil)

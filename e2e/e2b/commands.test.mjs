@@ -31,7 +31,7 @@ withSandbox('output comes as it is written', async (sandbox) => {
   })
   assert.equal(seen.map((s) => s[0]).join(''), 'line 1\nline 2\nline 3\n')
   assert.equal(r.stdout, 'line 1\nline 2\nline 3\n')
-  assert.ok(seen.length >= 3 && seen.at(-1)[1] - seen[0][1] >= 300, 'it came all at once')
+  assert.ok(seen.length >= 3 && seen.at(-1)[1] - seen[0][1] >= 300, 'the output came all at once')
 })
 
 withSandbox('much output', async (sandbox) => {
@@ -73,7 +73,7 @@ withSandbox('disconnect and connect again', async (sandbox) => {
   await first.disconnect()
   const second = await sandbox.commands.connect(first.pid)
   await until('later ticks', () => /tick \d\d+\n/.test(second.stdout))
-  assert.ok(!second.stdout.includes('tick 1\n'), 'what came before was sent again')
+  assert.ok(!second.stdout.includes('tick 1\n'), 'the output from before was sent again')
   assert.equal(await second.kill(), true)
   const other = await Sandbox.connect(sandbox.sandboxId)
   assert.equal((await other.commands.run('echo shared')).stdout, 'shared\n')
@@ -87,7 +87,7 @@ withSandbox('many at once', async (sandbox) => {
 test('kill in mid-stream', async () => {
   const sandbox = await Sandbox.create({ timeoutMs: 120_000 })
   const endless = await sandbox.commands.run('while :; do echo x; sleep 0.05; done', { background: true, timeoutMs: 0 })
-  const ended = endless.wait().then(() => assert.fail('it ended well'), (e) => e)
+  const ended = endless.wait().then(() => assert.fail('the command ended without an error'), (e) => e)
   await until('output', () => endless.stdout.length > 10)
   assert.equal(await sandbox.kill(), true)
   assert.equal(await sandbox.isRunning(), false)

@@ -29,7 +29,7 @@ withSandbox('many and large files', async (sandbox) => {
   for (let i = 0; i < large.length; i += 4096) large.writeUInt32LE(i, i)
   await sandbox.files.write('large', large.buffer)
   const back = Buffer.from(await sandbox.files.read('large', { format: 'bytes' }))
-  assert.ok(back.equals(large), 'a large file changed on its way')
+  assert.ok(back.equals(large), 'the download of a large file differs')
   await sandbox.files.write('packed', 'pack me '.repeat(10_000), { gzip: true, useOctetStream: true })
   assert.equal((await sandbox.files.read('packed', { gzip: true })).length, 80_000)
 })
@@ -104,6 +104,6 @@ withSandbox('signed URLs', async (sandbox) => {
   const up = await fetch(await sandbox.uploadUrl('up.txt'), { method: 'POST', body: form })
   assert.deepEqual([up.status, await up.json()], [200, [{ name: 'up.txt', type: 'file', path: '/home/user/up.txt' }]])
   assert.equal(await sandbox.files.read('up.txt'), 'sent by a form')
-  // What signs a read does not sign a write.
+  // A signature for reading is not valid for writing.
   assert.equal((await fetch(down, { method: 'POST', body: form })).status, 401)
 })

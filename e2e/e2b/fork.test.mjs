@@ -22,7 +22,7 @@ withSandbox('fork', { envs: { KEPT: 'yes' }, metadata: { family: 'parent' } }, a
       const before = Number((await s.commands.run('cat /tmp/count')).stdout)
       await until('it counts on', async () => Number((await s.commands.run('cat /tmp/count')).stdout) > before)
     }
-    // The token of one opens none of the others.
+    // The token of one sandbox does not open the others.
     const stolen = await fetch(process.env.E2B_SANDBOX_URL + '/files?path=note', { headers: { 'E2b-Sandbox-Id': children[0].sandboxId, 'E2b-Sandbox-Port': '49983',
       'X-Access-Token': (await control('GET', `/sandboxes/${sandbox.sandboxId}`)).body.envdAccessToken } })
     assert.equal(stolen.status, 401)

@@ -1,7 +1,7 @@
 import { Sandbox } from '@e2b/code-interpreter'
 import { assert, test } from './lib.mjs'
 
-// One sandbox for all: its kernels take a moment to start.
+// All tests share one sandbox, because its kernels take a moment to start.
 test('code interpreter', { timeout: 300_000 }, async (t) => {
   const sandbox = await Sandbox.create({ timeoutMs: 300_000, envs: { FROM: 'create' }, requestTimeoutMs: 120_000 })
   try {

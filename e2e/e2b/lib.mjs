@@ -1,4 +1,4 @@
-// What the tests share. They run with the environment that an E2B user sets, and in the
+// Helpers of the tests. The tests run with the environment that an E2B user sets, and in the
 // directory of one version of the client.
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
@@ -7,7 +7,8 @@ import { Sandbox } from 'e2b'
 export * from 'e2b'
 export { assert, test }
 
-// a test that fails must not leave its sandbox until the timeout.
+// withSandbox runs a test with a sandbox that it kills at the end, so that a failed test does not
+// leave the sandbox until its timeout.
 export function withSandbox(name, options, f) {
   if (typeof options === 'function') [options, f] = [{}, options]
   test(name, async (t) => {
@@ -20,7 +21,7 @@ export function withSandbox(name, options, f) {
   })
 }
 
-// until polls with a deadline.
+// until polls f until it returns a true value, for ms milliseconds at most.
 export async function until(what, f, ms = 30_000) {
   const end = Date.now() + ms
   for (;;) {
@@ -31,7 +32,7 @@ export async function until(what, f, ms = 30_000) {
   }
 }
 
-// newer reports whether the client is of that version or a newer one.
+// newer reports whether the client has this version or a newer one.
 export function newer(major, minor) {
   const [a, b] = process.env.E2B_TEST_VERSION.split('.').map(Number)
   return a > major || (a === major && b >= minor)
@@ -40,7 +41,7 @@ export function newer(major, minor) {
 export const api = process.env.E2B_API_URL
 export const key = process.env.E2B_API_KEY
 
-// control makes a call of the control API as it is.
+// control makes a call of the control API without the client.
 export async function control(method, path, body) {
   const r = await fetch(api + path, { method, headers: { 'X-API-Key': key, 'Content-Type': 'application/json' }, body: body && JSON.stringify(body) })
   const text = await r.text()

@@ -6,7 +6,7 @@ test('pause and resume', async () => {
     await sandbox.files.write('note', 'remember')
     const sleep = await sandbox.commands.run('sleep 3600', { background: true })
     const counter = await sandbox.commands.run('i=0; while :; do echo $((i=i+1)) > /tmp/count; sleep 0.1; done', { background: true, timeoutMs: 0 })
-    const broken = counter.wait().then(() => assert.fail('it ended well'), (e) => e)
+    const broken = counter.wait().then(() => assert.fail('the command ended without an error'), (e) => e)
     assert.equal(await sandbox.pause(), true)
     assert.ok((await broken) instanceof Error)
     assert.equal(await sandbox.isRunning(), false)
@@ -21,16 +21,16 @@ test('pause and resume', async () => {
     assert.equal(info.state, 'running')
     const left = info.endAt - Date.now()
     assert.ok(left > 30_000 && left <= 61_000, `ends in ${left} ms`)
-    // The object from before has the same token.
+    // The first client object has the same token.
     assert.equal((await sandbox.commands.run('echo $KEPT')).stdout, 'yes\n')
     assert.equal(await again.files.read('note'), 'remember')
-    assert.ok((await again.commands.list()).some((p) => p.pid === sleep.pid), 'the command is not there any more')
+    assert.ok((await again.commands.list()).some((p) => p.pid === sleep.pid), 'the command is not listed any more')
     const count = Number((await again.commands.run('cat /tmp/count')).stdout)
-    await until('it counts on', async () => Number((await again.commands.run('cat /tmp/count')).stdout) > count)
+    await until('a higher count', async () => Number((await again.commands.run('cat /tmp/count')).stdout) > count)
     const attached = await again.commands.connect(sleep.pid)
     assert.equal(await attached.kill(), true)
 
-    // Twice, and killed while it is paused.
+    // It is paused twice, and killed while it is paused.
     assert.equal(await again.pause(), true)
     const states = await control('POST', `/sandboxes/${sandbox.sandboxId}/pause`, {})
     assert.deepEqual([states.status, states.body.code], [409, 409])
@@ -89,10 +89,10 @@ test('traffic wakes it', async () => {
     assert.deepEqual((await sandbox.getInfo()).lifecycle, { onTimeout: 'pause', autoResume: true })
     await sandbox.pause()
     assert.equal(await sandbox.isRunning(), false)
-    assert.equal((await sandbox.getInfo()).state, 'paused', 'to ask whether it runs has woken it')
+    assert.equal((await sandbox.getInfo()).state, 'paused', 'isRunning has woken it')
     const wrong = await fetch(process.env.E2B_SANDBOX_URL + '/files?path=x', { headers: { 'E2b-Sandbox-Id': sandbox.sandboxId, 'E2b-Sandbox-Port': '49983', 'X-Access-Token': 'wrong' } })
     assert.equal(wrong.status, 401)
-    assert.equal((await sandbox.getInfo()).state, 'paused', 'who has no token has woken it')
+    assert.equal((await sandbox.getInfo()).state, 'paused', 'a request with a wrong token has woken it')
     assert.equal((await sandbox.commands.run('echo awake')).stdout, 'awake\n')
     assert.equal((await sandbox.getInfo()).state, 'running')
   } finally {

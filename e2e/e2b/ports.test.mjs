@@ -3,12 +3,12 @@ import { Sandbox, assert, test, until } from './lib.mjs'
 
 const base = process.env.E2B_SANDBOX_URL
 
-// through asks a port by the routing headers.
+// through makes a request to a port with the routing headers.
 function through(sandbox, port, path = '/', headers = {}) {
   return fetch(base + path, { headers: { 'E2b-Sandbox-Id': sandbox.sandboxId, 'E2b-Sandbox-Port': `${port}`, ...headers } })
 }
 
-// byHost asks by a host name, which fetch does not let one choose.
+// byHost makes a request to a host name. fetch cannot set the header Host.
 function byHost(host, path = '/') {
   return new Promise((resolve, reject) => {
     http.get(base + path, { headers: { Host: host } }, (r) => {
@@ -51,7 +51,7 @@ test('ports', async () => {
     assert.deepEqual([host.status, host.body], [200, `from inside /by-host 8000-${sandbox.sandboxId}.anything.example`])
     const closed = await through(sandbox, 9000)
     assert.deepEqual([closed.status, await closed.json()], [502, { sandboxId: sandbox.sandboxId, message: 'The sandbox is running but port is not open', port: 9000, code: 502 }])
-    // A stream comes as it is written, and breaks when the sandbox goes.
+    // A stream arrives as it is written, and breaks when the sandbox is killed.
     const slow = (await through(sandbox, 8000, '/slow')).body.getReader()
     assert.match(new TextDecoder().decode((await slow.read()).value), /^tick/)
     assert.equal(await sandbox.kill(), true)

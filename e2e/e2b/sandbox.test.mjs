@@ -65,7 +65,7 @@ withSandbox('timeouts', { timeoutMs: 60_000 }, async (sandbox) => {
   assert.ok((await end()) > 250_000)
   await sandbox.setTimeout(30_000)
   assert.ok((await end()) < 31_000)
-  // To connect never takes time away, and gives it when there is less.
+  // connect never shortens the time that is left, and extends a shorter one.
   const before = (await sandbox.getInfo()).endAt.getTime()
   await Sandbox.connect(sandbox.sandboxId, { timeoutMs: 5_000 })
   assert.equal((await sandbox.getInfo()).endAt.getTime(), before)
@@ -99,7 +99,7 @@ test('what the versions leave out', async () => {
 test('a sandbox without a token is open', async () => {
   const sandbox = await Sandbox.create({ timeoutMs: 60_000, secure: false })
   try {
-    if (newer(2, 51)) return // it is always secure
+    if (newer(2, 51)) return // since 2.51 a sandbox is always secure
     assert.equal((await sandbox.commands.run('echo open')).stdout, 'open\n')
   } finally {
     await sandbox.kill()
@@ -143,7 +143,7 @@ test('list and paging', async () => {
     for (const wrong of ['limit=0', 'limit=101', 'state=dead', 'order=up', 'nextToken=x', 'startedAfter=now']) {
       assert.equal((await control('GET', `/v2/sandboxes?${wrong}`)).status, 400, wrong)
     }
-    // One that is paused keeps its place, and is found by its state.
+    // A paused sandbox keeps its place in the list, and is found by its state.
     await made[1].pause()
     assert.deepEqual(await all({ metadata: mark }), ids.toReversed())
     assert.deepEqual(await all({ metadata: mark, state: ['paused'] }), [ids[1]])

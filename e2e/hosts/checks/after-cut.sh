@@ -1,4 +1,4 @@
-# After a cut: everything that was answered is there, nothing is half, nothing is left.
+# After a cut, every answered change is there, nothing is incomplete, and nothing is left over.
 mkdir -p /var/lib/cay
 mount LABEL=data /var/lib/cay
 install_unit CAY_POOL_ENABLED=false
@@ -12,12 +12,12 @@ has_mark() { # ID
 in_state() { # ID STATE...
 	local id=$1 s
 	shift
-	for _ in $(seq 60); do # what is being settled is at work
+	for _ in $(seq 60); do # until the server has settled the sandbox
 		s=$(state "$id")
 		for want in "$@"; do [[ $s != "$want" ]] || return 0; done
 		sleep 0.5
 	done
-	loss "it is $s, want $*: $(api GET "/sandboxes/$id")"
+	loss "the sandbox is $s, want $*: $(api GET "/sandboxes/$id")"
 	return 0
 }
 id=$(was id)
@@ -47,12 +47,12 @@ during-snapshot) in_state "$id" suspended; has_mark "$id" ;;
 during-destroy) in_state "$id" suspended destroyed; if is "$id" suspended; then has_mark "$id"; fi ;;
 *) loss "no action $(was action)" ;;
 esac
-# Whatever snapshot there is works: none is half.
+# Every snapshot works; none is incomplete.
 for snapshot in $(api GET /snapshots | jq -r '.snapshots[].id'); do
 	child=$(create "{\"snapshot\": \"$snapshot\"}") || loss "snapshot $snapshot is half"
 	api DELETE "/snapshots/$snapshot"
 done
-# Everything goes, and then nothing may be left on the disk or on the machine.
+# After everything is deleted, nothing may be left on the disk or on the machine.
 for id in $(api GET /sandboxes | jq -r '.sandboxes[].id'); do
 	if ! is "$id" destroyed; then api DELETE "/sandboxes/$id"; fi
 done

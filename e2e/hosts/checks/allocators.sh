@@ -1,5 +1,6 @@
-# Processes ask for more memory than there is, one and then eight at once: they end, the sandbox lives, and
-# the kernel has killed nobody. (The check memory runs all of e2e's TestMemory, which takes an hour in emulation.)
+# Processes ask for more memory than there is, first one, then eight at once. They are ended, the sandbox lives,
+# and the kernel has killed no process. (The check memory runs all of e2e's TestMemory, which takes an hour in
+# emulation.)
 serve
 id=$(create)
 sentry=$(pids "$id" | head -1)
@@ -11,7 +12,7 @@ for what in "$one" "$eight"; do
 	[[ $(jq .oom_killed <<<"$answer") == true ]] || fail "not killed for memory: $answer"
 done
 [[ $(inside "$id" 'echo alive') == alive ]] || fail "the sandbox does not answer"
-[[ $(pids "$id" | head -1) == "$sentry" ]] || fail "the sandbox's processes are others"
+[[ $(pids "$id" | head -1) == "$sentry" ]] || fail "the sandbox has other processes than before"
 events=$(cat /sys/fs/cgroup/cay-*/"$id"/memory.events /sys/fs/cgroup/memory/cay-*/"$id"/memory.oom_control 2>/dev/null | xargs)
 [[ $events == *"oom_kill 0"* ]] || fail "the kernel killed: $events"
 api DELETE "/sandboxes/$id"

@@ -1,13 +1,13 @@
-# Does $action, and prints what was answered: at that line the power goes. What is meant by
-# during-… prints what was asked for, and the power goes in the middle.
+# Does $action and prints the answer; at that line the power is cut. An action during-… prints its
+# request while the call is under way, so the power is cut in the middle of it.
 mark=mark-$cut
 answer() { # KEY VALUE...
 	local text
 	text=$(jq -cn '$ARGS.positional | [range(0; length; 2) as $i | {(.[$i]): .[$i + 1]}] | add' --args action "$action" mark "$mark" "$@")
 	echo "answered: $text"
-	sleep 600 # nothing comes after it
+	sleep 600 # until the power is cut
 }
-# in_the_middle KEY VALUE... COMMAND... lets the power go while a call is under way.
+# in_the_middle PATH METHOD BODY KEY VALUE... answers while a call is under way, so that the power is cut then.
 in_the_middle() {
 	local path=$1 method=$2 body=$3
 	shift 3
@@ -15,13 +15,13 @@ in_the_middle() {
 	sleep "$((cut % 4)).$((cut * 7 % 10))"
 	answer "$@"
 }
-marked() { # a persistent sandbox that has the mark in a file that is saved
+marked() { # makes a persistent sandbox with the mark in a file, and prints its id
 	local id
 	id=$(create "$persistent")
 	inside "$id" "echo $mark >/home/user/mark" >/dev/null
 	echo "$id"
 }
-good() { # ANSWER fails unless it is no error
+good() { # ANSWER fails if the answer is an error
 	if [[ $(jq -r '.error.code // empty' <<<"${1:-null}" 2>/dev/null) != "" ]]; then echo "answer: $1" >&2; exit 1; fi
 }
 case $action in

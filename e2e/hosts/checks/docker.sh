@@ -1,4 +1,4 @@
-# Beside Docker, which drops what is forwarded.
+# Beside Docker, which drops forwarded packets.
 serve
 world
 back() { systemctl stop docker.socket docker containerd; nft flush ruleset; systemctl restart cay; no_world; } >/dev/null 2>&1

@@ -1,4 +1,5 @@
-# /var is full: what runs goes on, what needs room is refused with its reason, and all is well when there is room again.
+# /var is full. Running sandboxes go on, calls that need space are refused with the reason, and everything
+# works when there is space again.
 serve
 id=$(create)
 back() { rm -f /var/tmp/fill; }

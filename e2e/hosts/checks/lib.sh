@@ -1,13 +1,13 @@
-# What all checks have. A check succeeds if it ends with 0; its last line "note: …" is told in the table.
+# Functions for all checks. A check succeeds if it exits with 0; the table has its last line "note: …".
 set -euo pipefail
 trap 'echo "failed in line $LINENO: $BASH_COMMAND" >&2' ERR
 export CAY_IMAGES_CACHE_DIR=/mnt/lab/images HOME=/root TERM=dumb
 lab=/mnt/lab
 
-# go_tests DIRECTORY PATTERN TIME runs tests of the repository that were built outside.
+# go_tests DIRECTORY PATTERN TIME runs tests of the repository that were built outside of the machine.
 go_tests() {
 	local out=/var/tmp/tests.out code=0
-	if systemctl -q is-active cay; then systemctl stop cay; fi # it would share the processors
+	if systemctl -q is-active cay; then systemctl stop cay; fi # the server would share the processors
 	cd "$lab/$1"
 	CAY_TEST_REQUIRE=1 CAY_TEST_PROGRAMS=$lab/programs "./$(basename "$1").test" -test.v -test.run "$2" -test.timeout "$3" 2>&1 | tee "$out" || code=$?
 	local passed failed skipped
@@ -31,14 +31,14 @@ eventually() {
 	local end=$((SECONDS + $1))
 	shift
 	until "$@" >/dev/null 2>&1; do
-		((SECONDS < end)) || fail "not within its time: $*"
+		((SECONDS < end)) || fail "not within $1 seconds: $*"
 		sleep 0.1
 	done
 }
 
 ready() { curl -fsS -o /dev/null http://127.0.0.1:7070/readyz; }
 
-# api METHOD PATH [JSON] prints the answer, whatever it is.
+# api METHOD PATH [JSON] prints the answer, also an error.
 api() {
 	curl -sS -X "$1" -H "Authorization: Bearer $(cat /var/lib/cay/api-key)" -H 'Content-Type: application/json' \
 		${3:+-d "$3"} "http://127.0.0.1:7070/v1$2"
@@ -56,7 +56,7 @@ create() {
 	echo "$id"
 }
 
-# inside ID COMMAND prints what a command in a sandbox prints.
+# inside ID COMMAND prints the output of a command in a sandbox.
 inside() {
 	local answer
 	answer=$(api POST "/sandboxes/$1/execute" "$(jq -n --arg c "$2" '{command: $c}')")
@@ -72,7 +72,7 @@ install_unit() {
 	install -m 755 $lab/bin/cay /usr/local/bin/cay
 	cp $lab/deploy/cay.service /etc/systemd/system/
 	mkdir -p /etc/cay
-	# The machine reaches nothing, so templates come from the disk of the lab.
+	# The machine has no network, so templates come from the disk of the lab.
 	printf '%s\n' "CAY_IMAGES_CACHE_DIR=$CAY_IMAGES_CACHE_DIR" "$@" >/etc/cay/environment
 	systemctl daemon-reload
 	systemctl enable -q cay
@@ -81,7 +81,7 @@ install_unit() {
 	eventually 300 template_ready
 }
 
-# serve starts the server of the unit, and installs it if no check has yet.
+# serve starts the unit's server, and installs the unit first if no check has done so.
 serve() {
 	if [[ -e /etc/systemd/system/cay.service ]]; then systemctl start cay; eventually 300 ready; else install_unit; fi
 }
@@ -93,12 +93,12 @@ forty_two() {
 	[[ $answer == 42 ]] || fail "cay run printed $answer"
 }
 
-# pids ID prints the processes in a sandbox's groups, lowest first.
+# pids ID prints the processes in a sandbox's control groups, lowest first.
 pids() {
 	find /sys/fs/cgroup -path "*/cay-*/$1*" -name cgroup.procs -exec cat {} + 2>/dev/null | sort -nu
 }
 
-# world makes a namespace that stands for what is beyond the machine, with a server.
+# world makes a namespace with a server that stands for the network outside of the machine.
 world() {
 	ip netns add world
 	ip link add world0 type veth peer name eth0 netns world
@@ -117,7 +117,8 @@ no_world() {
 }
 fetch='python3 -c "import urllib.request; print(urllib.request.urlopen(\"http://198.18.0.2:8000/tzdata.zi\", timeout=20).status)"'
 
-# beside NAME: the sandbox answers, runs, is reached at a port, and reaches what it may beside a firewall.
+# beside NAME checks that, beside the named firewall, a sandbox runs commands, can be reached at a port, and
+# reaches the addresses that its policy allows.
 beside() {
 	local id code
 	id=$(create '{"template": "python", "timeout": "1h", "egress": {"mode": "deny_all", "allow_cidrs": ["198.18.0.2/32"]}}')

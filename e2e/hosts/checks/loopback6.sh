@@ -1,4 +1,4 @@
-# The loopback has IPv6 only.
+# The loopback interface has only IPv6.
 serve
 back() { ip address add 127.0.0.1/8 dev lo 2>/dev/null || true; install_unit; }
 trap back EXIT

@@ -1,4 +1,4 @@
-# The data directory is on a file system without execution.
+# The data directory is on a file system that is mounted with noexec.
 serve
 systemctl stop cay
 truncate -s 3G /var/tmp/noexec.img

@@ -1,4 +1,4 @@
-# systemd-oomd runs and is told to act on the whole machine, memory is short, and no sandbox is its victim.
+# systemd-oomd watches the whole machine, memory is short, and oomd kills no sandbox.
 serve
 mkdir -p /etc/systemd/oomd.conf.d /etc/systemd/system/-.slice.d
 printf '[OOM]\nDefaultMemoryPressureDurationSec=2s\n' >/etc/systemd/oomd.conf.d/lab.conf
@@ -20,7 +20,7 @@ for _ in 1 2 3; do
 done
 oomctl
 is "$id" running || fail "the sandbox is $(state "$id")"
-[[ $(pids "$id" | head -1) == "$sentry" ]] || fail "the sandbox's processes are others"
+[[ $(pids "$id" | head -1) == "$sentry" ]] || fail "the sandbox has other processes than before"
 kills=$(journalctl -u systemd-oomd --no-pager | grep -c -i 'killed' || true)
 [[ $(inside "$id" 'echo alive') == alive ]]
 api DELETE "/sandboxes/$id"

@@ -1,4 +1,4 @@
-# The data directory as it is before the first cut: a server that has its template.
+# Prepares the data directory for the first cut: a server with its template.
 mkdir -p /var/lib/cay
 mount LABEL=data /var/lib/cay
 install_unit CAY_POOL_ENABLED=false

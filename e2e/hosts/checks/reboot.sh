@@ -1,4 +1,4 @@
-# What there is before the machine is rebooted in order.
+# Makes the sandboxes that rebooted.sh checks after an orderly reboot.
 serve
 awake=$(create "$persistent")
 inside "$awake" 'echo kept >/home/user/file' >/dev/null

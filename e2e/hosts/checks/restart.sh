@@ -5,10 +5,10 @@ for _ in 1 2; do ids+=("$(create)"); done
 for id in "${ids[@]}"; do
 	inside "$id" 'echo "$$" >/tmp/mark; nohup sh -c "while :; do date +%s >/tmp/clock; sleep 1; done" >/dev/null 2>&1 &' >/dev/null
 done
-same() { # that each sandbox has the processes it had
+same() { # WHEN fails unless each sandbox has the same processes as before
 	for id in "${ids[@]}"; do
 		is "$id" running || fail "$1: $id is $(state "$id")"
-		[[ $(pids "$id" | head -1) == "${sentry[$id]}" ]] || fail "$1: the processes of $id are others"
+		[[ $(pids "$id" | head -1) == "${sentry[$id]}" ]] || fail "$1: $id has other processes than before"
 		[[ -n $(inside "$id" 'cat /tmp/mark') ]] || fail "$1: $id has lost its file"
 	done
 }
@@ -23,7 +23,7 @@ systemctl kill -s KILL cay; sleep 1; eventually 300 ready
 same "after a SIGKILL"
 systemctl stop cay
 for id in "${ids[@]}"; do [[ -d /proc/${sentry[$id]} ]] || fail "a stop ended $id"; done
-# What systemd does at a stop, and after: tidies groups.
+# systemd removes control groups at a stop and at a reload.
 systemctl daemon-reload
 systemctl start cay; eventually 300 ready
 same "after a stop and a start"

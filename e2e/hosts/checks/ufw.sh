@@ -1,4 +1,5 @@
-# Beside ufw, which drops what is forwarded: sandboxes are reached; what they send needs a rule, which the docs name.
+# Beside ufw, which drops forwarded packets. Sandboxes can be reached; packets that they send need the rule that the
+# documentation names.
 serve
 world
 back() { ufw --force disable; ufw --force reset; no_world; } >/dev/null 2>&1

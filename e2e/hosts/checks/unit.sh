@@ -1,12 +1,12 @@
-# The unit of deploy/ serves, and a first sandbox prints 42.
+# The unit of deploy/ starts a server, and a first sandbox prints 42.
 install_unit
 start=$EPOCHREALTIME
 forty_two
 took=$(awk -v a="$start" -v b="$EPOCHREALTIME" 'BEGIN {printf "%.1f", b - a}')
 [[ $(cay run -t python -- uname -v) == *gVisor* || -n $(cay run -t python -- dmesg | grep -i gvisor) ]] || fail "the kernel inside is not gVisor's"
-# The group that systemd cleans holds the server and the program that stands by for the next start, and
-# nothing of a sandbox. Where controllers are v1, systemd's own trees go on to hold all that the unit started; KillMode=process
-# is for that.
+# The group that systemd cleans holds the server and the program that waits for the next start, and no process
+# of a sandbox. With cgroup v1, systemd's own trees hold all processes that the unit started; KillMode=process
+# spares those.
 id=$(create)
 sleep 1
 for group in $(find /sys/fs/cgroup -path '*/system.slice/cay.service*' -type d ! -path '/sys/fs/cgroup/systemd/*' \

@@ -5,7 +5,7 @@ rm -f /tmp/screen.txt
 screen -dmS tried sh
 until screen -ls | grep -q tried; do sleep 0.1; done
 for n in $(seq 25); do
-	# A session that is just beginning drops what comes before its window.
+	# A new session drops keys that come before it has a window.
 	screen -S tried -p 0 -X stuff 'expr 40 + 2
 '
 	sleep 0.2
