@@ -219,13 +219,13 @@ func TestReplays(t *testing.T) {
 // replaysE2B does the same as TestReplays with the tokens and signatures of E2B's clients.
 func (s *server) replaysE2B() {
 	key := s.e2bKey()
-	make := func() e2bBox {
+	make := func() e2bSandbox {
 		s.t.Helper()
 		status, body := s.e2bCall(key, "POST", "/v2/sandboxes", `{"templateID":"python","timeout":600,"secure":true}`)
 		if status != 201 || text(body, "envdAccessToken") == "" {
 			s.t.Fatalf("create: %d %s", status, body)
 		}
-		return e2bBox{s, text(body, "sandboxID"), text(body, "envdAccessToken")}
+		return e2bSandbox{s, text(body, "sandboxID"), text(body, "envdAccessToken")}
 	}
 	envs := func(id, token string) int {
 		resp, _ := s.page("GET", "/envs", nil, withoutKey, func(r *http.Request) {
@@ -278,19 +278,19 @@ func (s *server) replaysE2B() {
 	// A key with only the scope to read does not learn the tokens that open a sandbox.
 	_, body = s.call("POST", "/v1/api-keys", object{"name": "reader", "scopes": []string{"sandboxes:read"},
 		"format": "e2b"})
-	reader, box := text(body, "api_key"), make()
-	for _, path := range []string{"/sandboxes/" + box.id, "/v2/sandboxes", "/sandboxes"} {
-		if status, body := s.e2bCall(reader, "GET", path, ""); status != 200 || bytes.Contains(body, []byte(box.token)) {
+	reader, sandbox := text(body, "api_key"), make()
+	for _, path := range []string{"/sandboxes/" + sandbox.id, "/v2/sandboxes", "/sandboxes"} {
+		if status, body := s.e2bCall(reader, "GET", path, ""); status != 200 || bytes.Contains(body, []byte(sandbox.token)) {
 			s.t.Errorf("a key that only reads is answered %s with %d %s", path, status, body)
 		}
 	}
-	for method, path := range map[string]string{"POST": "/sandboxes/" + box.id + "/connect", "DELETE": "/sandboxes/" +
-		box.id} {
+	for method, path := range map[string]string{"POST": "/sandboxes/" + sandbox.id + "/connect", "DELETE": "/sandboxes/" +
+		sandbox.id} {
 		if status, body := s.e2bCall(reader, method, path, `{"timeout":60}`); status != 403 {
 			s.t.Errorf("a key that only reads: %s %s: %d %s", method, path, status, body)
 		}
 	}
-	s.e2bCall(key, "DELETE", "/sandboxes/"+box.id, "")
+	s.e2bCall(key, "DELETE", "/sandboxes/"+sandbox.id, "")
 }
 
 // TestQuotaRaces makes many more requests at once than the quota allows, on every way that creates
@@ -347,16 +347,16 @@ func TestQuotaRaces(t *testing.T) {
 		t.Errorf("there are %d sandboxes, want 4; answers by status: %v", n, made)
 	}
 	// Forks that ask for more than the one place that is left.
-	boxes := h.sandboxes("running")
+	sandboxes := h.sandboxes("running")
 	race(4, func(int) int {
-		status, _, _ := h.try(t.Context(), "POST", "/v1/sandboxes/"+boxes[0]+"/fork", object{"count": 3})
+		status, _, _ := h.try(t.Context(), "POST", "/v1/sandboxes/"+sandboxes[0]+"/fork", object{"count": 3})
 		return status
 	})
 	if n := count("/v1/sandboxes?limit=200", "sandboxes"); n != 4 {
 		t.Errorf("there are %d sandboxes after the forks", n)
 	}
 	race(10, func(i int) int {
-		status, _, _ := h.try(t.Context(), "POST", "/v1/sandboxes/"+boxes[i%2]+"/snapshots",
+		status, _, _ := h.try(t.Context(), "POST", "/v1/sandboxes/"+sandboxes[i%2]+"/snapshots",
 			object{"name": fmt.Sprintf("r%d", i)})
 		return status
 	})
@@ -373,10 +373,10 @@ func TestQuotaRaces(t *testing.T) {
 		t.Errorf("there are %d templates, want 3: %s", n, body)
 	}
 	race(130, func(i int) int {
-		status, _, _ := h.try(t.Context(), "PUT", portPath(boxes[0], 2000+i), object{"public": true})
+		status, _, _ := h.try(t.Context(), "PUT", portPath(sandboxes[0], 2000+i), object{"public": true})
 		return status
 	})
-	if n := count("/v1/sandboxes/"+boxes[0]+"/ports", "ports"); n != 100 {
+	if n := count("/v1/sandboxes/"+sandboxes[0]+"/ports", "ports"); n != 100 {
 		t.Errorf("there are %d public ports, want 100", n)
 	}
 	if made[0]+made[500] > 0 {

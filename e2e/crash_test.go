@@ -30,8 +30,8 @@ func (s *server) sandboxes(status string) []string {
 		if code != 200 || json.Unmarshal(body, &page) != nil {
 			s.t.Fatalf("list: %d %s", code, body)
 		}
-		for _, box := range page.Sandboxes {
-			ids = append(ids, box.ID)
+		for _, sandbox := range page.Sandboxes {
+			ids = append(ids, sandbox.ID)
 		}
 		if cursor = page.NextCursor; cursor == "" {
 			return ids

@@ -70,7 +70,7 @@ func TestCrowd(t *testing.T) {
 func visit(t *testing.T, c *client.Client) int {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	box, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Template: "python", Timeout: new("2m")},
+	sandbox, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Template: "python", Timeout: new("2m")},
 		client.CreateOptions{})
 	var refused *client.Error
 	switch {
@@ -81,10 +81,11 @@ func visit(t *testing.T, c *client.Client) int {
 		t.Errorf("create: %v", err)
 		return 0
 	}
-	if res, err := c.Execute(ctx, box.ID, client.ExecuteRequest{Args: []string{"true"}}); err != nil || res.ExitCode != 0 {
+	if res, err := c.Execute(ctx, sandbox.ID, client.ExecuteRequest{Args: []string{"true"}}); err != nil ||
+		res.ExitCode != 0 {
 		t.Errorf("execute: %+v, %v", res, err)
 	}
-	if err := c.DestroySandbox(ctx, box.ID); err != nil {
+	if err := c.DestroySandbox(ctx, sandbox.ID); err != nil {
 		t.Errorf("destroy: %v", err)
 	}
 	return http.StatusCreated

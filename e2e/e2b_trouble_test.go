@@ -17,20 +17,20 @@ import (
 	"time"
 )
 
-// e2bBox is a sandbox as an E2B client has it.
-type e2bBox struct {
+// e2bSandbox is a sandbox as an E2B client has it.
+type e2bSandbox struct {
 	s         *server
 	id, token string
 }
 
 // e2bCreate makes a sandbox through E2B's API.
-func (s *server) e2bCreate(key string) e2bBox {
+func (s *server) e2bCreate(key string) e2bSandbox {
 	s.t.Helper()
 	status, body := s.e2bCall(key, "POST", "/v2/sandboxes", `{"templateID":"base","timeout":600}`)
 	if status != 201 {
 		s.t.Fatalf("create: %d %s", status, body)
 	}
-	return e2bBox{s, text(body, "sandboxID"), text(body, "envdAccessToken")}
+	return e2bSandbox{s, text(body, "sandboxID"), text(body, "envdAccessToken")}
 }
 
 func (s *server) e2bCall(key, method, path, body string) (int, []byte) {
@@ -63,7 +63,7 @@ func startBody(command string) []byte {
 }
 
 // start opens the stream of a command. The caller closes it.
-func (b e2bBox) start(ctx context.Context, client *http.Client, command string) (*http.Response, error) {
+func (b e2bSandbox) start(ctx context.Context, client *http.Client, command string) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, "POST", b.s.url+"/process.Process/Start",
 		strings.NewReader(string(startBody(command))))
 	if err != nil {
@@ -89,7 +89,7 @@ func frame(r io.Reader) (flags byte, message []byte, err error) {
 }
 
 // run runs a command to its end and returns its output, encoded as in the messages.
-func (b e2bBox) run(command string) string {
+func (b e2bSandbox) run(command string) string {
 	b.s.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -156,7 +156,7 @@ func (s *server) at(t *testing.T) *server {
 
 func (s *server) manyStreams(key string) {
 	const streams = 200
-	box := s.e2bCreate(key)
+	sandbox := s.e2bCreate(key)
 	client := &http.Client{Transport: &http.Transport{}}
 	defer client.CloseIdleConnections()
 	ended := make(chan error, streams)
@@ -164,7 +164,7 @@ func (s *server) manyStreams(key string) {
 	begun.Add(streams)
 	for i := range streams {
 		go func() {
-			resp, err := box.start(context.Background(), client, fmt.Sprintf("echo I am %d; sleep 1000", i))
+			resp, err := sandbox.start(context.Background(), client, fmt.Sprintf("echo I am %d; sleep 1000", i))
 			if err != nil {
 				begun.Done()
 				ended <- fmt.Errorf("stream %d does not begin: %w", i, err)
@@ -195,10 +195,10 @@ func (s *server) manyStreams(key string) {
 		}()
 	}
 	begun.Wait()
-	if out := box.run("echo between them"); !strings.Contains(out, "YmV0d2VlbiB0aGVtCg==") {
+	if out := sandbox.run("echo between them"); !strings.Contains(out, "YmV0d2VlbiB0aGVtCg==") {
 		s.t.Errorf("a command between 200 streams says %s", out)
 	}
-	if status, body := s.e2bCall(key, "DELETE", "/sandboxes/"+box.id, ""); status != 204 {
+	if status, body := s.e2bCall(key, "DELETE", "/sandboxes/"+sandbox.id, ""); status != 204 {
 		s.t.Errorf("kill: %d %s", status, body)
 	}
 	for range streams {
@@ -215,10 +215,10 @@ func (s *server) manyStreams(key string) {
 }
 
 func (s *server) slowReader(key string) {
-	box := s.e2bCreate(key)
+	sandbox := s.e2bCreate(key)
 	ctx, leave := context.WithCancel(context.Background())
 	defer leave()
-	resp, err := box.start(ctx, http.DefaultClient, "yes 0123456789abcdef")
+	resp, err := sandbox.start(ctx, http.DefaultClient, "yes 0123456789abcdef")
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -228,24 +228,24 @@ func (s *server) slowReader(key string) {
 	}
 	// From here on the client reads nothing, and everything else works.
 	for range 10 {
-		box.run("head -c 1000000 /dev/zero >/tmp/zeros && wc -c </tmp/zeros")
+		sandbox.run("head -c 1000000 /dev/zero >/tmp/zeros && wc -c </tmp/zeros")
 	}
 	leave()
 	s.noLeases()
 	// The command keeps running for a client that connects to it or kills it.
-	if out := box.run("pgrep -c yes"); !strings.Contains(out, "MQo=") {
+	if out := sandbox.run("pgrep -c yes"); !strings.Contains(out, "MQo=") {
 		s.t.Errorf("the command ended with its reader: %s", out)
 	}
-	if status, _ := s.e2bCall(key, "DELETE", "/sandboxes/"+box.id, ""); status != 204 {
+	if status, _ := s.e2bCall(key, "DELETE", "/sandboxes/"+sandbox.id, ""); status != 204 {
 		s.t.Errorf("kill: %d", status)
 	}
 }
 
 func (s *server) halfWritten(key string) {
-	box := s.e2bCreate(key)
+	sandbox := s.e2bCreate(key)
 	head := fmt.Sprintf("POST /process.Process/Start HTTP/1.1\r\nHost: x\r\nE2b-Sandbox-Id: %s\r\n"+
 		"E2b-Sandbox-Port: 49983\r\nX-Access-Token: %s\r\n"+
-		"Content-Type: application/connect+json\r\nConnect-Protocol-Version: 1\r\n", box.id, box.token)
+		"Content-Type: application/connect+json\r\nConnect-Protocol-Version: 1\r\n", sandbox.id, sandbox.token)
 	whole := string(startBody("touch /tmp/never; sleep 1000"))
 	for name, sent := range map[string]string{
 		"half the head":          head[:40],
@@ -276,11 +276,11 @@ func (s *server) halfWritten(key string) {
 		conn.Close()
 	}
 	s.noLeases()
-	if out := box.run("ls /tmp/never 2>/dev/null; echo alive"); strings.Contains(out, "bmV2ZXI") ||
+	if out := sandbox.run("ls /tmp/never 2>/dev/null; echo alive"); strings.Contains(out, "bmV2ZXI") ||
 		!strings.Contains(out, "YWxpdmUK") {
 		s.t.Errorf("half a request had an effect: %s", out)
 	}
-	if status, _ := s.e2bCall(key, "DELETE", "/sandboxes/"+box.id, ""); status != 204 {
+	if status, _ := s.e2bCall(key, "DELETE", "/sandboxes/"+sandbox.id, ""); status != 204 {
 		s.t.Errorf("kill: %d", status)
 	}
 }
@@ -288,10 +288,10 @@ func (s *server) halfWritten(key string) {
 // warmE2B checks that the pool serves E2B's clients, with their user and environment.
 func (s *server) warmE2B(key string) {
 	for end := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) { // a poll with a deadline
-		box := s.e2bCreate(key)
-		_, row := s.call("GET", "/v1/sandboxes/sbx_"+box.id, nil)
-		out := box.run("whoami")
-		if status, _ := s.e2bCall(key, "DELETE", "/sandboxes/"+box.id, ""); status != 204 {
+		sandbox := s.e2bCreate(key)
+		_, row := s.call("GET", "/v1/sandboxes/sbx_"+sandbox.id, nil)
+		out := sandbox.run("whoami")
+		if status, _ := s.e2bCall(key, "DELETE", "/sandboxes/"+sandbox.id, ""); status != 204 {
 			s.t.Errorf("kill: %d", status)
 		}
 		if !strings.Contains(out, "dXNlcgo=") {
@@ -339,8 +339,8 @@ func (s *server) networkE2B(key string) {
 // stopUnderStreams checks that a server that stops does not wait for endless streams, and that the
 // command goes on under the next server.
 func (s *server) stopUnderStreams(key string) {
-	box := s.e2bCreate(key)
-	resp, err := box.start(context.Background(), http.DefaultClient, "echo $$ >/tmp/pid; sleep 1000")
+	sandbox := s.e2bCreate(key)
+	resp, err := sandbox.start(context.Background(), http.DefaultClient, "echo $$ >/tmp/pid; sleep 1000")
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -357,10 +357,10 @@ func (s *server) stopUnderStreams(key string) {
 		s.t.Errorf("the stop took %s", d)
 	}
 	s.start()
-	if out := box.run("kill -0 $(cat /tmp/pid) && echo lives"); !strings.Contains(out, "bGl2ZXMK") {
+	if out := sandbox.run("kill -0 $(cat /tmp/pid) && echo lives"); !strings.Contains(out, "bGl2ZXMK") {
 		s.t.Errorf("the command has ended: %s", out)
 	}
-	if status, _ := s.e2bCall(key, "DELETE", "/sandboxes/"+box.id, ""); status != 204 {
+	if status, _ := s.e2bCall(key, "DELETE", "/sandboxes/"+sandbox.id, ""); status != 204 {
 		s.t.Errorf("kill: %d", status)
 	}
 }

@@ -86,9 +86,9 @@ func TestEvents(t *testing.T) {
 		t.Fatalf("key: %d %s", status, key)
 	}
 	s.call("DELETE", "/v1/api-keys/"+text(key, "id"), nil)
-	for _, box := range []string{id, made, fork} {
-		s.destroy(box)
-		s.waitState(box, "destroyed")
+	for _, sandbox := range []string{id, made, fork} {
+		s.destroy(sandbox)
+		s.waitState(sandbox, "destroyed")
 	}
 
 	want := []client.FeedEventType{"org.created", "api_key.created",

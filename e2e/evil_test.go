@@ -120,37 +120,37 @@ func (e *evilServer) evilCalls() map[string]evilCall {
 			"X-Access-Token", e.token}, more...)
 	}
 	connect := e2b("Content-Type", "application/connect+proto", "Connect-Protocol-Version", "1")
-	box := "/v1/sandboxes/ID"
+	base := "/v1/sandboxes/ID"
 	return map[string]evilCall{
-		"execute":        {"POST", box + "/execute", nil, `{"command":"evil-EVIL","timeout":"1s"}`},
-		"execute stream": {"POST", box + "/execute", sse, `{"command":"evil-EVIL","timeout":"1s"}`},
-		"execute detach": {"POST", box + "/execute", sse, `{"command":"evil-EVIL","detach":true}`},
-		"read file":      {"GET", box + "/files?path=/evil-EVIL", nil, ""},
-		"write file":     {"PUT", box + "/files?path=/evil-EVIL", nil, "content"},
-		"write large":    {"PUT", box + "/files?path=/evil-EVIL", nil, strings.Repeat("x", 3<<20)},
-		"remove file":    {"DELETE", box + "/files?path=/evil-EVIL", nil, ""},
-		"list":           {"GET", box + "/files/list?path=/evil-EVIL", nil, ""},
-		"stat":           {"GET", box + "/files/stat?path=/evil-EVIL", nil, ""},
-		"mkdir":          {"POST", box + "/files/mkdir", nil, `{"path":"/evil-EVIL"}`},
-		"rename":         {"POST", box + "/files/rename", nil, `{"from":"/evil-EVIL","to":"/x"}`},
-		"watch":          {"GET", box + "/files/watch?path=/evil-EVIL", sse, ""},
-		"read tree":      {"GET", box + "/files/tar?path=/evil-EVIL", nil, ""},
-		"write tree":     {"PUT", box + "/files/tar?path=/evil-EVIL", nil, strings.Repeat("x", 100<<10)},
-		"start":          {"POST", box + "/processes", nil, `{"command":"evil-EVIL"}`},
-		"processes":      {"GET", box + "/processes", nil, ""}, // one evil after the other
-		"process":        {"GET", box + "/processes/evil-EVIL", nil, ""},
-		"kill":           {"DELETE", box + "/processes/evil-EVIL", nil, ""},
-		"wait":           {"GET", box + "/processes/evil-EVIL/wait?timeout=1s", nil, ""},
-		"output":         {"GET", box + "/processes/evil-EVIL/output", nil, ""},
-		"follow":         {"GET", box + "/processes/evil-EVIL/output", sse, ""},
-		"stdin":          {"POST", box + "/processes/evil-EVIL/stdin", nil, "typed"},
-		"signal":         {"POST", box + "/processes/evil-EVIL/signal", nil, `{"signal":"TERM"}`},
-		"resize":         {"POST", box + "/processes/evil-EVIL/resize", nil, `{"cols":80,"rows":24}`},
-		"terminal": {"GET", box + "/terminal?process=evil-EVIL",
+		"execute":        {"POST", base + "/execute", nil, `{"command":"evil-EVIL","timeout":"1s"}`},
+		"execute stream": {"POST", base + "/execute", sse, `{"command":"evil-EVIL","timeout":"1s"}`},
+		"execute detach": {"POST", base + "/execute", sse, `{"command":"evil-EVIL","detach":true}`},
+		"read file":      {"GET", base + "/files?path=/evil-EVIL", nil, ""},
+		"write file":     {"PUT", base + "/files?path=/evil-EVIL", nil, "content"},
+		"write large":    {"PUT", base + "/files?path=/evil-EVIL", nil, strings.Repeat("x", 3<<20)},
+		"remove file":    {"DELETE", base + "/files?path=/evil-EVIL", nil, ""},
+		"list":           {"GET", base + "/files/list?path=/evil-EVIL", nil, ""},
+		"stat":           {"GET", base + "/files/stat?path=/evil-EVIL", nil, ""},
+		"mkdir":          {"POST", base + "/files/mkdir", nil, `{"path":"/evil-EVIL"}`},
+		"rename":         {"POST", base + "/files/rename", nil, `{"from":"/evil-EVIL","to":"/x"}`},
+		"watch":          {"GET", base + "/files/watch?path=/evil-EVIL", sse, ""},
+		"read tree":      {"GET", base + "/files/tar?path=/evil-EVIL", nil, ""},
+		"write tree":     {"PUT", base + "/files/tar?path=/evil-EVIL", nil, strings.Repeat("x", 100<<10)},
+		"start":          {"POST", base + "/processes", nil, `{"command":"evil-EVIL"}`},
+		"processes":      {"GET", base + "/processes", nil, ""}, // one evil after the other
+		"process":        {"GET", base + "/processes/evil-EVIL", nil, ""},
+		"kill":           {"DELETE", base + "/processes/evil-EVIL", nil, ""},
+		"wait":           {"GET", base + "/processes/evil-EVIL/wait?timeout=1s", nil, ""},
+		"output":         {"GET", base + "/processes/evil-EVIL/output", nil, ""},
+		"follow":         {"GET", base + "/processes/evil-EVIL/output", sse, ""},
+		"stdin":          {"POST", base + "/processes/evil-EVIL/stdin", nil, "typed"},
+		"signal":         {"POST", base + "/processes/evil-EVIL/signal", nil, `{"signal":"TERM"}`},
+		"resize":         {"POST", base + "/processes/evil-EVIL/resize", nil, `{"cols":80,"rows":24}`},
+		"terminal": {"GET", base + "/terminal?process=evil-EVIL",
 			upgrade("websocket", "Sec-WebSocket-Version", "13", "Sec-WebSocket-Key", "MDEyMzQ1Njc4OWFiY2RlZg=="), ""},
-		"tunnel":         {"POST", box + "/tunnel?port=PORT", upgrade("tcp"), ""},
-		"port":           {"GET", box + "/ports/PORT/evil-EVIL", nil, ""},
-		"port websocket": {"GET", box + "/ports/PORT/evil-EVIL", upgrade("websocket"), ""},
+		"tunnel":         {"POST", base + "/tunnel?port=PORT", upgrade("tcp"), ""},
+		"port":           {"GET", base + "/ports/PORT/evil-EVIL", nil, ""},
+		"port websocket": {"GET", base + "/ports/PORT/evil-EVIL", upgrade("websocket"), ""},
 		"e2b read":       {"GET", "/files?path=/evil-EVIL", e2b(), ""},
 		"e2b write":      {"POST", "/files?path=/evil-EVIL", e2b(), "content"},
 		"e2b upgrade":    {"GET", "/files?path=/evil-EVIL", e2b("Connection", "Upgrade", "Upgrade", "tcp"), ""},
@@ -440,19 +440,19 @@ func (e *evilServer) manyCalls() {
 		return fmt.Sprintf("%s %s HTTP/1.1\r\nHost: cay\r\nAuthorization: Bearer %s\r\nContent-Length: %d\r\n%s\r\n%s",
 			method, path, e.key, len(body), strings.Join(headers, ""), body)
 	}
-	box := "/v1/sandboxes/" + e.evilID
+	base := "/v1/sandboxes/" + e.evilID
 	sse, unsent := "Accept: text/event-stream\r\n", "X: "+strings.Repeat("x", 30<<10)+"\r\n"
 	kinds := []string{
-		raw("POST", box+"/execute", `{"command":"evil-full","timeout":"20s"}`),
-		raw("POST", box+"/execute", `{"command":"evil-full","timeout":"20s"}`, sse),
-		raw("POST", box+"/execute", `{"command":"evil-flood","timeout":"20s"}`),
-		raw("POST", box+"/execute", `{"command":"evil-half","timeout":"20s"}`, unsent),
-		raw("GET", box+"/files/list?path=/evil-longnames", ""),
-		raw("GET", box+"/files?path=/evil-endless", ""),
-		raw("GET", box+"/processes/evil-controls/output", "", sse),
-		raw("GET", box+"/processes/evil-controls/output", ""),
-		raw("POST", box+"/execute", `{"command":"evil-silence","timeout":"20s","stdin":"`+strings.Repeat("s", 1<<20)+`"}`),
-		raw("POST", box+"/execute", strings.Repeat(" ", 2<<20)+`{`)[:1<<20], // the rest of the body never comes
+		raw("POST", base+"/execute", `{"command":"evil-full","timeout":"20s"}`),
+		raw("POST", base+"/execute", `{"command":"evil-full","timeout":"20s"}`, sse),
+		raw("POST", base+"/execute", `{"command":"evil-flood","timeout":"20s"}`),
+		raw("POST", base+"/execute", `{"command":"evil-half","timeout":"20s"}`, unsent),
+		raw("GET", base+"/files/list?path=/evil-longnames", ""),
+		raw("GET", base+"/files?path=/evil-endless", ""),
+		raw("GET", base+"/processes/evil-controls/output", "", sse),
+		raw("GET", base+"/processes/evil-controls/output", ""),
+		raw("POST", base+"/execute", `{"command":"evil-silence","timeout":"20s","stdin":"`+strings.Repeat("s", 1<<20)+`"}`),
+		raw("POST", base+"/execute", strings.Repeat(" ", 2<<20)+`{`)[:1<<20], // the rest of the body never comes
 	}
 	statuses := map[string]int{}
 	var mu sync.Mutex

@@ -145,37 +145,37 @@ func TestForkIdentity(t *testing.T) {
 	children := s.fork(id, object{"count": 3, "env": object{"ROLE": "child"}})
 	seen := map[string]string{}
 	var drawn []any
-	for i, box := range append([]string{id}, children...) {
+	for i, sandbox := range append([]string{id}, children...) {
 		var got object
-		if err := json.Unmarshal([]byte(s.want(box, ask)), &got); err != nil {
+		if err := json.Unmarshal([]byte(s.want(sandbox, ask)), &got); err != nil {
 			t.Fatal(err)
 		}
 		for _, key := range []string{"urandom", "getrandom", "secrets", "uuid4", "kernel_uuid"} {
 			value := got[key].(string)
 			if of, twice := seen[value]; twice {
-				t.Errorf("%s: %s and %s both have %s", key, of, box, value)
+				t.Errorf("%s: %s and %s both have %s", key, of, sandbox, value)
 			}
-			seen[value] = box
+			seen[value] = sandbox
 		}
 		drawn = append(drawn, got["random"])
-		name := strings.TrimPrefix(box, "sbx_")
+		name := strings.TrimPrefix(sandbox, "sbx_")
 		if got["hostname"] != name || got["token"] != "1" || got["env"] != "" {
-			t.Errorf("the process of %s says %v", box, got)
+			t.Errorf("the process of %s says %v", sandbox, got)
 		}
 		if off := got["time"].(float64) - float64(time.Now().UnixNano())/1e9; off < -2 || off > 2 {
-			t.Errorf("the clock of %s is off by %g s", box, off)
+			t.Errorf("the clock of %s is off by %g s", sandbox, off)
 		}
 		role := ""
 		if i > 0 {
 			role = "child"
 		}
 		want := fmt.Sprintf("%[1]s\n127.0.0.1\tlocalhost\n127.0.1.1\t%[1]s\n192.0.2.9 mine\n%[2]s 1", name, role)
-		if out := s.want(box,
+		if out := s.want(sandbox,
 			`cat /etc/hostname /etc/hosts; echo "$ROLE $FIRST"; getent hosts $(hostname) >/dev/null`); out != want {
-			t.Errorf("%s says %q, want %q", box, out, want)
+			t.Errorf("%s says %q, want %q", sandbox, out, want)
 		}
-		if box != id {
-			defer s.destroy(box)
+		if sandbox != id {
+			defer s.destroy(sandbox)
 		}
 	}
 	// A random generator in a program's own memory is copied, as documented.
@@ -185,8 +185,8 @@ func TestForkIdentity(t *testing.T) {
 		}
 	}
 	addresses := map[string]bool{}
-	for _, box := range append(children, id) {
-		addresses[s.want(box,
+	for _, sandbox := range append(children, id) {
+		addresses[s.want(sandbox,
 			"python3 -c 'import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect((\"192.0.2.1\", 9)); "+
 				"print(s.getsockname()[0])'")] = true
 	}
@@ -319,12 +319,12 @@ func TestSnapshots(t *testing.T) {
 	snap := run("sandbox", "snapshot", id, "--name", "counting")
 	w.check()
 	s.destroy(id)
-	box := s.persistent(nil)
-	asleep := s.startWorker(box, 4)
+	sandbox := s.persistent(nil)
+	asleep := s.startWorker(sandbox, 4)
 	m := asleep.check()
-	s.suspend(box)
-	second := s.snapshot(box, nil)
-	if state, _ := s.state(box); state != "suspended" {
+	s.suspend(sandbox)
+	second := s.snapshot(sandbox, nil)
+	if state, _ := s.state(sandbox); state != "suspended" {
 		t.Errorf("after the snapshot the sandbox is %s", state)
 	}
 	if list := run("snapshots", "list"); !strings.Contains(list, snap) || !strings.Contains(list, "counting") ||
@@ -344,7 +344,7 @@ func TestSnapshots(t *testing.T) {
 		}
 	}
 	asleep.check()
-	s.destroy(box)
+	s.destroy(sandbox)
 	last := &worker{s: s, id: s.from(second, nil), seen: m}
 	if status, body := s.call("POST", "/v1/sandboxes",
 		object{"snapshot": "counting", "size": "shared-cpu-2x"}); status != 400 || text(body, "field") != "size" {

@@ -167,10 +167,10 @@ func TestStreamReaderLeaves(t *testing.T) {
 // TestManyStreams opens 200 streams at once, and checks that nothing of them is left.
 func TestManyStreams(t *testing.T) {
 	s := shared(t)
-	const boxes, each = 4, 50
+	const sandboxes, each = 4, 50
 	before := s.metric("go_goroutines")
 	var ids []string
-	for range boxes {
+	for range sandboxes {
 		id := s.create(nil)
 		defer s.destroy(id)
 		s.want(id, "mkfifo /tmp/gate")
@@ -202,11 +202,11 @@ func TestManyStreams(t *testing.T) {
 			})
 		}
 	}
-	for begun.Load() < boxes*each && ctx.Err() == nil {
+	for begun.Load() < sandboxes*each && ctx.Err() == nil {
 		time.Sleep(50 * time.Millisecond) // a poll with a deadline
 	}
-	if n := s.metric("cay_sandbox_leases"); n < boxes*each {
-		t.Errorf("%d streams are open, want %d", n, boxes*each)
+	if n := s.metric("cay_sandbox_leases"); n < sandboxes*each {
+		t.Errorf("%d streams are open, want %d", n, sandboxes*each)
 	}
 	ended := make(chan struct{})
 	go func() { wg.Wait(); close(ended) }()
@@ -220,12 +220,12 @@ func TestManyStreams(t *testing.T) {
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
-	if right.Load() != boxes*each {
-		t.Errorf("%d of %d streams were right", right.Load(), boxes*each)
+	if right.Load() != sandboxes*each {
+		t.Errorf("%d of %d streams were right", right.Load(), sandboxes*each)
 	}
 	// Connections that are kept for the next call have goroutines, at most 8 for each sandbox.
 	s.settles("goroutines", func() bool {
-		return s.metric("go_goroutines") < before+boxes*8*2+20 && s.metric("cay_sandbox_leases") == 0
+		return s.metric("go_goroutines") < before+sandboxes*8*2+20 && s.metric("cay_sandbox_leases") == 0
 	})
 	for _, id := range ids {
 		s.runs(id, "cat /tmp/gate", 0)

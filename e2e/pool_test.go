@@ -106,14 +106,14 @@ func TestPool(t *testing.T) {
 	s.awaitPool(2)
 	const size = "df -k / | awk 'NR==2 {print $2}'"
 	id = s.createFrom("warm", object{"timeout": "1h"})
-	var box struct {
+	var sandbox struct {
 		TimeoutSeconds int       `json:"timeout_seconds"`
 		StartedAt      time.Time `json:"started_at"`
 		ExpiresAt      time.Time `json:"expires_at"`
 	}
 	_, body := s.call("GET", "/v1/sandboxes/"+id, nil)
-	if err := json.Unmarshal(body, &box); err != nil || box.TimeoutSeconds != 3600 ||
-		box.ExpiresAt.Sub(box.StartedAt) != time.Hour {
+	if err := json.Unmarshal(body, &sandbox); err != nil || sandbox.TimeoutSeconds != 3600 ||
+		sandbox.ExpiresAt.Sub(sandbox.StartedAt) != time.Hour {
 		t.Errorf("a sandbox with a timeout of an hour is %s, %v", body, err)
 	}
 	if got, want := s.want(id, size), s.want(cold, size); got != want {

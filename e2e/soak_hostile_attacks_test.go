@@ -21,7 +21,7 @@ import (
 // the test is about everything else.
 type attack struct {
 	name    string
-	box     object // request for its sandbox, nil for none
+	request object // request for its sandbox, nil for none
 	prepare func(h *hostile)
 	round   func(ctx context.Context, h *hostile)
 	pause   time.Duration
@@ -30,23 +30,23 @@ type attack struct {
 }
 
 var attacks = []attack{
-	{name: "outputs, slow readers", box: object{}, round: floodOutputs, pause: 3 * time.Second},
-	{name: "listings of a huge tree", box: object{}, prepare: plantTree, round: listTree, pause: 2 * time.Second},
-	{name: "names", box: object{"egress": object{"mode": "deny_all", "allow_domains": []string{"*.flood.test"}}}, round: floodNames, pause: time.Second},
-	{name: "10,000 ranges", box: object{}, round: floodRanges, pause: 2 * time.Second},
-	{name: "UDP flows", box: object{}, round: floodFlows, pause: time.Second},
-	{name: "fork bombs", box: object{}, round: forkBomb, pause: 15 * time.Second},
-	{name: "memory eaters", box: object{}, round: eatMemory, pause: 10 * time.Second},
-	{name: "disk fillers", box: object{"disk_size_mb": 100}, round: fillDisk, pause: 5 * time.Second},
-	{name: "port floods", box: object{}, prepare: serveFiles, round: floodPorts, pause: time.Second},
+	{name: "outputs, slow readers", request: object{}, round: floodOutputs, pause: 3 * time.Second},
+	{name: "listings of a huge tree", request: object{}, prepare: plantTree, round: listTree, pause: 2 * time.Second},
+	{name: "names", request: object{"egress": object{"mode": "deny_all", "allow_domains": []string{"*.flood.test"}}}, round: floodNames, pause: time.Second},
+	{name: "10,000 ranges", request: object{}, round: floodRanges, pause: 2 * time.Second},
+	{name: "UDP flows", request: object{}, round: floodFlows, pause: time.Second},
+	{name: "fork bombs", request: object{}, round: forkBomb, pause: 15 * time.Second},
+	{name: "memory eaters", request: object{}, round: eatMemory, pause: 10 * time.Second},
+	{name: "disk fillers", request: object{"disk_size_mb": 100}, round: fillDisk, pause: 5 * time.Second},
+	{name: "port floods", request: object{}, prepare: serveFiles, round: floodPorts, pause: time.Second},
 	{name: "slow connections", round: slowConnections, pause: time.Second},
 	{name: "long paths", round: floodPaths, pause: 500 * time.Millisecond},
 	{name: "builds with bombs", round: buildBombs, pause: 5 * time.Second},
-	{name: "suspends and wakes", box: object{}, round: churnSleep, pause: 2 * time.Second, persistent: true},
+	{name: "suspends and wakes", request: object{}, round: churnSleep, pause: 2 * time.Second, persistent: true},
 	{name: "E2B's API", round: floodE2B, pause: 2 * time.Second},
-	{name: "followers", box: object{}, round: floodFollowers, pause: time.Second},
-	{name: "creates and forks", box: object{}, round: floodStarts, pause: 3 * time.Second},
-	{name: "JSON and archives", box: object{}, round: floodBodies, pause: time.Second},
+	{name: "followers", request: object{}, round: floodFollowers, pause: time.Second},
+	{name: "creates and forks", request: object{}, round: floodStarts, pause: 3 * time.Second},
+	{name: "JSON and archives", request: object{}, round: floodBodies, pause: time.Second},
 }
 
 // at makes n concurrent calls of f.
@@ -77,12 +77,12 @@ func (h *hostile) newRequest(method, path string, body any) *http.Request {
 
 // run executes a command line.
 func (h *hostile) run(ctx context.Context, command, timeout string) {
-	h.call(ctx, "POST", h.box("/execute"), object{"command": command, "timeout": timeout})
+	h.call(ctx, "POST", h.path("/execute"), object{"command": command, "timeout": timeout})
 }
 
 // script executes a Python program.
 func (h *hostile) script(ctx context.Context, timeout, program string, args ...string) {
-	h.call(ctx, "POST", h.box("/execute"), object{"args": append([]string{"python3", "-c", program}, args...),
+	h.call(ctx, "POST", h.path("/execute"), object{"args": append([]string{"python3", "-c", program}, args...),
 		"timeout": timeout})
 }
 
@@ -91,7 +91,7 @@ func floodOutputs(ctx context.Context, h *hostile) {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	at(4, func(int) {
-		h.sip(ctx, h.newRequest("POST", h.box("/execute"),
+		h.sip(ctx, h.newRequest("POST", h.path("/execute"),
 			object{"command": `tr '\0' '\377' </dev/zero | head -c 9000000; tr '\0' '\377' </dev/zero | head -c 9000000 >&2`}),
 			256<<10, 200*time.Millisecond)
 	})
@@ -106,7 +106,7 @@ func listTree(ctx context.Context, h *hostile) {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	at(3, func(int) {
-		h.sip(ctx, h.newRequest("GET", h.box("/files/list?path=/tree&depth=10"), nil), 256<<10, 200*time.Millisecond)
+		h.sip(ctx, h.newRequest("GET", h.path("/files/list?path=/tree&depth=10"), nil), 256<<10, 200*time.Millisecond)
 	})
 }
 
@@ -131,8 +131,8 @@ func floodRanges(ctx context.Context, h *hostile) {
 	for i := range cap(ranges) {
 		ranges = append(ranges, fmt.Sprintf("203.%d.%d.%d/32", i>>15, i>>7&255, i<<1&255))
 	}
-	h.call(ctx, "PUT", h.box("/egress"), object{"mode": "deny_all", "allow_cidrs": ranges})
-	h.call(ctx, "PUT", h.box("/egress"), object{"mode": "deny_all", "allow_cidrs": ranges[:2]})
+	h.call(ctx, "PUT", h.path("/egress"), object{"mode": "deny_all", "allow_cidrs": ranges})
+	h.call(ctx, "PUT", h.path("/egress"), object{"mode": "deny_all", "allow_cidrs": ranges[:2]})
 }
 
 // floodFlows sends to thousands of ports of the test's own address outside.
@@ -176,7 +176,7 @@ func floodPorts(ctx context.Context, h *hostile) {
 		}
 		open = append(open, c)
 		fmt.Fprintf(c, "POST %s?port=8000 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nConnection: Upgrade\r\n"+
-			"Upgrade: tcp\r\n\r\n", h.box("/tunnel"), h.server.key)
+			"Upgrade: tcp\r\n\r\n", h.path("/tunnel"), h.server.key)
 	}
 	h.rest(ctx, 2*time.Second)
 	for _, c := range open {
@@ -276,8 +276,8 @@ var bombContext = sync.OnceValue(func() []byte {
 })
 
 func churnSleep(ctx context.Context, h *hostile) {
-	h.call(ctx, "POST", h.box("/suspend"), nil)
-	h.call(ctx, "POST", h.box("/wake"), nil)
+	h.call(ctx, "POST", h.path("/suspend"), nil)
+	h.call(ctx, "POST", h.path("/wake"), nil)
 }
 
 // floodE2B makes sandboxes through E2B's API, and asks for files with false signatures.
@@ -309,7 +309,7 @@ func floodE2B(ctx context.Context, h *hostile) {
 // floodFollowers lets many clients follow one process with endless output, and read slowly or not
 // at all.
 func floodFollowers(ctx context.Context, h *hostile) {
-	_, answer := h.call(ctx, "POST", h.box("/processes"),
+	_, answer := h.call(ctx, "POST", h.path("/processes"),
 		object{"command": "while :; do head -c 65536 /dev/zero | tr '\\0' x; sleep 0.2; done"})
 	var process struct{ PID int }
 	if json.Unmarshal(answer, &process) != nil || process.PID == 0 {
@@ -318,10 +318,10 @@ func floodFollowers(ctx context.Context, h *hostile) {
 	own, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	at(60, func(i int) {
-		h.sip(own, h.newRequest("GET", fmt.Sprintf("%s/%d/output", h.box("/processes"), process.PID), nil), 4<<10,
+		h.sip(own, h.newRequest("GET", fmt.Sprintf("%s/%d/output", h.path("/processes"), process.PID), nil), 4<<10,
 			time.Duration(i)*50*time.Millisecond)
 	})
-	h.call(context.WithoutCancel(ctx), "DELETE", fmt.Sprintf("%s/%d", h.box("/processes"), process.PID), nil)
+	h.call(context.WithoutCancel(ctx), "DELETE", fmt.Sprintf("%s/%d", h.path("/processes"), process.PID), nil)
 }
 
 // floodStarts makes concurrent requests for more than its quota, in every way that starts a
@@ -329,7 +329,7 @@ func floodFollowers(ctx context.Context, h *hostile) {
 func floodStarts(ctx context.Context, h *hostile) {
 	at(6, func(i int) {
 		if i == 0 {
-			h.call(ctx, "POST", h.box("/fork"), object{"count": 2, "timeout": "1m"})
+			h.call(ctx, "POST", h.path("/fork"), object{"count": 2, "timeout": "1m"})
 			return
 		}
 		h.call(ctx, "POST", "/v1/sandboxes", object{"timeout": "1m", "disk_size_mb": 200 + i})
@@ -346,8 +346,8 @@ func (h *hostile) sandboxes(ctx context.Context) (ids []string) {
 	_, answer := h.call(ctx, "GET", "/v1/sandboxes?limit=200", nil)
 	var list struct{ Sandboxes []struct{ ID string } }
 	_ = json.Unmarshal(answer, &list) // no sandboxes if it fails
-	for _, box := range list.Sandboxes {
-		ids = append(ids, box.ID)
+	for _, sandbox := range list.Sandboxes {
+		ids = append(ids, sandbox.ID)
 	}
 	return ids
 }
@@ -367,7 +367,7 @@ func floodBodies(ctx context.Context, h *hostile) {
 		}
 	}
 	bomb := bufio.NewReader(bytes.NewReader(bombContext()))
-	status, _, err := h.server.request(ctx, "PUT", h.box("/files/tar?path=/tmp"), "application/x-tar", bomb)
+	status, _, err := h.server.request(ctx, "PUT", h.path("/files/tar?path=/tmp"), "application/x-tar", bomb)
 	if err == nil {
 		h.did(fmt.Sprintf("%dxx", status/100))
 	}

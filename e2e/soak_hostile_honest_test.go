@@ -91,11 +91,11 @@ func (c honestClient) operations(s *server) []operation {
 			return time.Since(began), err
 		}
 	}
-	box := "/v1/sandboxes/" + c.ID
+	base := "/v1/sandboxes/" + c.ID
 	return []operation{
-		{"lookup", 250 * time.Millisecond, timed(200, "GET", box, nil)},
-		{"execute true", 250 * time.Millisecond, timed(200, "POST", box+"/execute", object{"args": []string{"true"}})},
-		{"PUT egress", 500 * time.Millisecond, timed(200, "PUT", box+"/egress", object{"mode": "deny_all", "allow_cidrs": []string{"203.0.113.0/24"}})},
+		{"lookup", 250 * time.Millisecond, timed(200, "GET", base, nil)},
+		{"execute true", 250 * time.Millisecond, timed(200, "POST", base+"/execute", object{"args": []string{"true"}})},
+		{"PUT egress", 500 * time.Millisecond, timed(200, "PUT", base+"/egress", object{"mode": "deny_all", "allow_cidrs": []string{"203.0.113.0/24"}})},
 		{"create, cold", 3 * time.Second, func(ctx context.Context) (time.Duration, error) {
 			return startAndDestroy(ctx, s, "cold", object{"disk_size_mb": 1000})
 		}},

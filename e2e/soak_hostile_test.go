@@ -91,7 +91,7 @@ func spin(ctx context.Context, tenants []*hostile) {
 		}
 		wg.Go(func() {
 			for ctx.Err() == nil {
-				h.call(ctx, "POST", h.box("/execute"), object{"command": "while :; do :; done", "timeout": "5m"})
+				h.call(ctx, "POST", h.path("/execute"), object{"command": "while :; do :; done", "timeout": "5m"})
 			}
 		})
 	}
@@ -177,12 +177,12 @@ func newHostiles(s *server, o *outside) []*hostile {
 			attack: a, out: o, counted: map[string]int{}}
 		h.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
 		s.t.Cleanup(h.client.CloseIdleConnections)
-		if a.box != nil {
+		if a.request != nil {
 			if a.persistent {
-				h.id = h.server.persistent(a.box)
+				h.id = h.server.persistent(a.request)
 			} else {
-				a.box["timeout"] = "24h"
-				h.id = h.server.create(a.box)
+				a.request["timeout"] = "24h"
+				h.id = h.server.create(a.request)
 			}
 		}
 		if a.prepare != nil {
@@ -193,8 +193,8 @@ func newHostiles(s *server, o *outside) []*hostile {
 	return all
 }
 
-// box returns a path of the API below the tenant's sandbox.
-func (h *hostile) box(path string) string { return "/v1/sandboxes/" + h.id + path }
+// path returns a path of the API below the tenant's sandbox.
+func (h *hostile) path(path string) string { return "/v1/sandboxes/" + h.id + path }
 
 // did counts an action of a tenant or an answer to it.
 func (h *hostile) did(what string) {

@@ -196,8 +196,8 @@ func (s *server) agent(ctx context.Context, id string) (*agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading the record of a sandbox: %w", err)
 	}
-	var life struct{ Run, Token string }
-	if err := json.Unmarshal(data, &life); err != nil {
+	var record struct{ Run, Token string }
+	if err := json.Unmarshal(data, &record); err != nil {
 		return nil, fmt.Errorf("reading the record of a sandbox: %w", err)
 	}
 	var dialer net.Dialer
@@ -207,9 +207,9 @@ func (s *server) agent(ctx context.Context, id string) (*agent, error) {
 			if err != nil {
 				return nil, err
 			}
-			return agentapi.Authenticate(ctx, conn, life.Token)
+			return agentapi.Authenticate(ctx, conn, record.Token)
 		}),
-		target: agentapi.Target{SandboxID: id, Run: life.Run},
+		target: agentapi.Target{SandboxID: id, Run: record.Run},
 	}, nil
 }
 

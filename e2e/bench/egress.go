@@ -55,13 +55,13 @@ func measureEgress(ctx context.Context, o options, s *server, _ *docker, r *resu
 	}
 	var crowd []string
 	for i := range o.crowd - 1 {
-		box, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(life),
+		sandbox, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(sandboxTimeout),
 			Egress: &client.Egress{Mode: client.EgressModeDenyAll, AllowCIDRs: []string{fmt.Sprintf("203.0.%d.0/24", i), fmt.Sprintf("203.1.%d.0/24", i)}}},
 			client.CreateOptions{})
 		if err != nil {
 			return fmt.Errorf("creating sandbox %d of the crowd: %w", i+2, err)
 		}
-		crowd = append(crowd, box.ID)
+		crowd = append(crowd, sandbox.ID)
 	}
 	if err := s.egressRounds(ctx, id, fmt.Sprintf("%d sandboxes", o.crowd), o, r); err != nil {
 		return err

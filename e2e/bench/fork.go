@@ -83,16 +83,16 @@ func (s *server) snapshotOnce(ctx context.Context, id string, r *results) error 
 	}
 	r.took(snapshotMade, began)
 	began = time.Now()
-	box, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Snapshot: snap.ID}, client.CreateOptions{})
+	sandbox, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Snapshot: snap.ID}, client.CreateOptions{})
 	if err != nil {
 		return fmt.Errorf("creating from a snapshot: %w", err)
 	}
 	r.took(fromSnapshot, began)
-	if _, err := s.execute(ctx, box.ID, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
+	if _, err := s.execute(ctx, sandbox.ID, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
 		return err
 	}
 	r.took(fromFirst, began)
-	if err := s.api.DestroySandbox(ctx, box.ID); err != nil {
+	if err := s.api.DestroySandbox(ctx, sandbox.ID); err != nil {
 		return fmt.Errorf("destroying: %w", err)
 	}
 	return s.api.DeleteSnapshot(ctx, snap.ID)

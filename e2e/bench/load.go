@@ -97,24 +97,25 @@ func (l *loop) run(ctx context.Context) {
 // once runs one cycle. A cycle that the end of the loop interrupts is not counted.
 func (l *loop) once(ctx context.Context) error {
 	began := time.Now()
-	box, err := l.server.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(life)},
+	sandbox, err := l.server.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template,
+		Timeout: new(sandboxTimeout)},
 		client.CreateOptions{})
 	if err != nil {
 		return fmt.Errorf("creating: %w", err)
 	}
 	created := time.Now()
-	if _, err := l.server.execute(ctx, box.ID, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
+	if _, err := l.server.execute(ctx, sandbox.ID, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
 		return err
 	}
 	executed := time.Now()
-	if err := l.server.api.DestroySandbox(ctx, box.ID); err != nil {
+	if err := l.server.api.DestroySandbox(ctx, sandbox.ID); err != nil {
 		return fmt.Errorf("destroying: %w", err)
 	}
 	destroyed := time.Now()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.cycles++
-	if box.Source != nil && *box.Source == client.SandboxSourceWarm {
+	if sandbox.Source != nil && *sandbox.Source == client.SandboxSourceWarm {
 		l.warm++
 	}
 	l.results.add(loadCreate, unitMS, milliseconds(created.Sub(began)))

@@ -72,19 +72,19 @@ func (s *server) warmOnce(ctx context.Context, full bool, r *results) error {
 		}
 	}
 	began := time.Now()
-	box, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(life)},
+	sandbox, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(sandboxTimeout)},
 		client.CreateOptions{})
 	if err != nil {
 		return fmt.Errorf("creating a sandbox: %w", err)
 	}
 	created := time.Now()
-	if _, err := s.execute(ctx, box.ID, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
+	if _, err := s.execute(ctx, sandbox.ID, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
 		return err
 	}
 	r.took(warmAnswered, began)
 	r.add(warmCreate, unitMS, milliseconds(created.Sub(began)))
-	if box.Source == nil || *box.Source != want {
-		return fmt.Errorf("a create was not %s: %+v", want, box)
+	if sandbox.Source == nil || *sandbox.Source != want {
+		return fmt.Errorf("a create was not %s: %+v", want, sandbox)
 	}
-	return s.api.DestroySandbox(ctx, box.ID)
+	return s.api.DestroySandbox(ctx, sandbox.ID)
 }

@@ -21,9 +21,9 @@ const (
 	patience         = 2 * time.Minute
 	templatePatience = 20 * time.Minute
 	template         = "python"
-	// life is the timeout of sandboxes. It is longer than any part of the bench; the end of the bench
+	// sandboxTimeout is the timeout of sandboxes. It is longer than any part of the bench; the end of the bench
 	// ends them.
-	life = "1h"
+	sandboxTimeout = "1h"
 )
 
 // server is a cay server with a data directory of its own.
@@ -167,12 +167,12 @@ func (s *server) version(ctx context.Context) (string, error) {
 
 // create makes a sandbox that outlives the measurement.
 func (s *server) create(ctx context.Context) (string, error) {
-	box, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(life)},
+	sandbox, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(sandboxTimeout)},
 		client.CreateOptions{})
 	if err != nil {
 		return "", fmt.Errorf("creating a sandbox: %w", err)
 	}
-	return box.ID, nil
+	return sandbox.ID, nil
 }
 
 // execute runs a command that must succeed.

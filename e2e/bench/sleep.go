@@ -53,13 +53,13 @@ func measureSleep(ctx context.Context, o options, s *server, d *docker, r *resul
 }
 
 func (s *server) sleep(ctx context.Context, one sleeper, o options, d *docker, r *results) error {
-	box, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template,
+	sandbox, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template,
 		Mode: new(string(client.SandboxModePersistent)),
 		Size: new(one.size), IdleTimeout: new("0"), RecoveryInterval: new("0")}, client.CreateOptions{})
 	if err != nil {
 		return fmt.Errorf("creating a sandbox: %w", err)
 	}
-	id := box.ID
+	id := sandbox.ID
 	if one.mib > 0 {
 		fill := fmt.Sprintf("b = os.urandom(%d << 20)", one.mib)
 		if one.zero {

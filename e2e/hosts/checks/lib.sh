@@ -31,7 +31,7 @@ eventually() {
 	local end=$((SECONDS + $1))
 	shift
 	until "$@" >/dev/null 2>&1; do
-		((SECONDS < end)) || fail "not within $1 seconds: $*"
+		((SECONDS < end)) || fail "not in time: $*"
 		sleep 0.1
 	done
 }

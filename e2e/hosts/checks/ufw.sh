@@ -4,12 +4,12 @@ serve
 world
 back() { ufw --force disable; ufw --force reset; no_world; } >/dev/null 2>&1
 trap back EXIT
-beside nothing || fail "the world is not reached without a firewall"
+beside nothing || fail "the network outside cannot be reached without a firewall"
 ufw allow ssh >/dev/null
 ufw --force enable
 if beside ufw; then out="sandboxes reach out"; else
 	ufw default allow routed >/dev/null
-	beside "ufw, routed allowed" || fail "no way out with: ufw default allow routed"
+	beside "ufw, routed allowed" || fail "the network outside cannot be reached after: ufw default allow routed"
 	out="they reach out after ufw default allow routed"
 fi
 systemctl restart cay; eventually 300 ready
