@@ -212,10 +212,13 @@ func TestConfusedPaths(t *testing.T) {
 			}
 		}
 	}
-	for _, line := range []string{"GET http://" + portHost(victim, webPort) + "/treasure HTTP/1.1\r\nHost: " +
-		portHost(own, webPort),
-		"GET http://" + portHost(own, webPort) + "/x HTTP/1.1\r\nHost: " + portHost(victim, webPort), "CONNECT " + portHost(victim, webPort) + ":8080 HTTP/1.1\r\nHost: x",
-		"OPTIONS * HTTP/1.1\r\nHost: " + portHost(victim, webPort), "GET /x HTTP/1.1\r\nHost: " + portHost(own, webPort) + "\r\nHost: " + portHost(victim, webPort)} {
+	for _, line := range []string{
+		"GET http://" + portHost(victim, webPort) + "/treasure HTTP/1.1\r\nHost: " + portHost(own, webPort),
+		"GET http://" + portHost(own, webPort) + "/x HTTP/1.1\r\nHost: " + portHost(victim, webPort),
+		"CONNECT " + portHost(victim, webPort) + ":8080 HTTP/1.1\r\nHost: x",
+		"OPTIONS * HTTP/1.1\r\nHost: " + portHost(victim, webPort),
+		"GET /x HTTP/1.1\r\nHost: " + portHost(own, webPort) + "\r\nHost: " + portHost(victim, webPort),
+	} {
 		for _, answer := range s.talk(line + "\r\nAuthorization: Bearer " + h.key + "\r\nConnection: close\r\n\r\n") {
 			wrong(line, answer)
 		}

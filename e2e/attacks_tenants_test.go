@@ -284,8 +284,8 @@ func (s *server) replaysE2B() {
 			s.t.Errorf("a key that only reads is answered %s with %d %s", path, status, body)
 		}
 	}
-	for method, path := range map[string]string{"POST": "/sandboxes/" + sandbox.id + "/connect", "DELETE": "/sandboxes/" +
-		sandbox.id} {
+	for method, path := range map[string]string{"POST": "/sandboxes/" + sandbox.id + "/connect",
+		"DELETE": "/sandboxes/" + sandbox.id} {
 		if status, body := s.e2bCall(reader, method, path, `{"timeout":60}`); status != 403 {
 			s.t.Errorf("a key that only reads: %s %s: %d %s", method, path, status, body)
 		}

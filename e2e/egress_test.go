@@ -223,8 +223,7 @@ func (o *outside) serveWeb(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	web := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter,
-		r *http.Request) {
+	web := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintln(w, "this is", r.Host)
 	})}
 	t.Cleanup(func() { web.Close() })
@@ -319,13 +318,13 @@ func TestMetadata(t *testing.T) {
 	}
 	m, whole := read(id)
 	if m["id"] != id || m["template"] != "python" || m["mode"] != "ephemeral" || strings.Contains(whole, "hidden") {
-		t.Errorf("it is told %s", whole)
+		t.Errorf("the sandbox reads %s", whole)
 	}
 	if m, whole := read(other); m["id"] != other {
 		t.Errorf("the other sandbox reads %s", whole)
 	}
 	if got := s.want(id, "curl -sS --max-time 5 http://169.254.169.254/metadata/team"); got != "red" {
-		t.Errorf("its label is %q", got)
+		t.Errorf("the label of the sandbox is %q", got)
 	}
 	before := m["expires_at"]
 	if status, body := s.call("POST", "/v1/sandboxes/"+id+"/keepalive", object{"timeout": "2h"}); status != 200 {

@@ -109,7 +109,7 @@ type evilCall struct {
 	body         string
 }
 
-// evilCalls returns all of them.
+// evilCalls returns all ways on which the host calls an agent, by name.
 func (e *evilServer) evilCalls() map[string]evilCall {
 	sse := []string{"Accept", "text/event-stream"}
 	upgrade := func(to string, more ...string) []string {

@@ -139,8 +139,8 @@ func TestForkIdentity(t *testing.T) {
 	s := shared(t)
 	id := s.create(object{"env": object{"FIRST": "1"}})
 	defer s.destroy(id)
-	s.want(id, "cat >/root/oracle.py; echo '192.0.2.9 mine' >>/etc/hosts; nohup python3 /root/oracle.py "+
-		">/root/oracle.log 2>&1 & until [ -e /root/ready ]; do sleep 0.05; done",
+	s.want(id, "cat >/root/oracle.py; echo '192.0.2.9 mine' >>/etc/hosts; "+
+		"nohup python3 /root/oracle.py >/root/oracle.log 2>&1 & until [ -e /root/ready ]; do sleep 0.05; done",
 		object{"stdin": oracle})
 	children := s.fork(id, object{"count": 3, "env": object{"ROLE": "child"}})
 	seen := map[string]string{}

@@ -127,8 +127,8 @@ while True: l.append(bytearray(3 << 20))'`, object{"timeout": "2m"})
 		s.alive(id)
 	})
 	t.Run("/tmp is on the disk", func(t *testing.T) {
-		r := s.exec(id, "dd if=/dev/zero of=/tmp/fill bs=1M count=1200 && stat -c %a /tmp && df --output=target /tmp | "+
-			"tail -1; rm -f /tmp/fill", object{"timeout": "2m"})
+		r := s.exec(id, "dd if=/dev/zero of=/tmp/fill bs=1M count=1200 && stat -c %a /tmp && "+
+			"df --output=target /tmp | tail -1; rm -f /tmp/fill", object{"timeout": "2m"})
 		if r.ExitCode != 0 || r.OOMKilled || r.Stdout != "1777\n/\n" {
 			t.Errorf("got %+v", r)
 		}
@@ -352,9 +352,9 @@ func TestDev(t *testing.T) {
 			"echo x > /dev/null; head -c 3 /dev/urandom | wc -c; echo > /dev/full && exit 1; true", object{"user": who})
 	}
 	if got := s.want(id,
-		"cd /dev && ls -d fd null zero full random urandom tty ptmx pts shm stdin stdout stderr | wc -l; readlink fd "+
-			"stdin stdout stderr ptmx | tr '\n' ' '"); got != "13\n/proc/self/fd /proc/self/fd/0 /proc/self/fd/1 "+
-		"/proc/self/fd/2 pts/ptmx" {
+		"cd /dev && ls -d fd null zero full random urandom tty ptmx pts shm stdin stdout stderr | wc -l; "+
+			"readlink fd stdin stdout stderr ptmx | tr '\n' ' '"); got != "13\n"+
+		"/proc/self/fd /proc/self/fd/0 /proc/self/fd/1 /proc/self/fd/2 pts/ptmx" {
 		t.Errorf("in /dev are %q", got)
 	}
 	// syslog binds a socket in /dev, and other programs look for a device that does not exist.
@@ -389,8 +389,8 @@ func TestHostIsInvisible(t *testing.T) {
 	if err := unix.Statfs(s.dataDir, &host); err != nil {
 		t.Fatal(err)
 	}
-	sizes := s.exec(id, "stat -f -c '%n %b %S' / /.cay /proc/1/exe $(cut -d' ' -f2 /proc/mounts); grep -c 9p "+
-		"/proc/mounts").Stdout
+	sizes := s.exec(id, "stat -f -c '%n %b %S' / /.cay /proc/1/exe $(cut -d' ' -f2 /proc/mounts); "+
+		"grep -c 9p /proc/mounts").Stdout
 	if strings.Contains(sizes, fmt.Sprintf(" %d ", host.Blocks)) || !strings.HasSuffix(sizes, "\n0\n") {
 		t.Errorf("the sandbox sees a disk of the host's, of %d blocks:\n%s", host.Blocks, sizes)
 	}

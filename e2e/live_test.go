@@ -416,7 +416,7 @@ func TestProcessesSleep(t *testing.T) {
 		t.Helper()
 		_, err := c.FollowProcess(ctx, id, "counter", int64(len(all)), func(o client.Output) error {
 			if o.Offset != int64(len(all)) {
-				return fmt.Errorf("at %d came %d", len(all), o.Offset)
+				return fmt.Errorf("at offset %d the stream sent %d", len(all), o.Offset)
 			}
 			if all = append(all, o.Data...); until() {
 				return enough

@@ -140,7 +140,7 @@ func (s *server) reboot() {
 	}
 }
 
-// ours runs a tool that lists things, and returns the names of those that belong to the instance.
+// ours runs a command that lists names, and returns those that belong to the instance.
 func (s *server) ours(command ...string) []string {
 	s.t.Helper()
 	out, err := exec.Command(caytest.RequireProgram(s.t, command[0]), command[1:]...).Output()

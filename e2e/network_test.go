@@ -211,8 +211,8 @@ func TestNeverReachable(t *testing.T) {
 	otherIP := s.want(other, `python3 -c '
 import socket
 u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.connect(("198.51.100.9", 1)); print(u.getsockname()[0])'`)
-	s.want(other, "nohup python3 -m http.server 8000 >/dev/null 2>&1 & sleep 1; curl -sf http://127.0.0.1:8000/ "+
-		">/dev/null")
+	s.want(other, "nohup python3 -m http.server 8000 >/dev/null 2>&1 & sleep 1; "+
+		"curl -sf http://127.0.0.1:8000/ >/dev/null")
 	targets = append(targets, target{otherIP, 8000, "another sandbox"}, target{otherIP, 49983, "another's agent"})
 	for _, address := range []string{"169.254.1.1", "224.0.0.1", "255.255.255.255", "fe80::1%eth0"} {
 		targets = append(targets, target{address, 80, "a reserved address"})
@@ -246,8 +246,8 @@ func TestAgentIsNotForTheInside(t *testing.T) {
 	}
 	for _, path := range []string{"/init", "/process.Process/List", "/memory/relieve"} {
 		if got := s.want(id,
-			"curl -s -o /dev/null -w '%{http_code}' -H 'Content-Type: application/json' -d '{}' 'http://127.0.0.1:49983"+path+
-				"'"); got != "401" {
+			"curl -s -o /dev/null -w '%{http_code}' -H 'Content-Type: application/json' -d '{}' "+
+				"'http://127.0.0.1:49983"+path+"'"); got != "401" {
 			t.Errorf("%s answers %s", path, got)
 		}
 	}

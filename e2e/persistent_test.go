@@ -39,14 +39,14 @@ func (s *server) ask(id, verb string) string {
 func (s *server) suspend(id string) {
 	s.t.Helper()
 	if state := s.ask(id, "suspend"); state != "suspended" {
-		s.t.Errorf("after suspend it is %s", state)
+		s.t.Errorf("after suspend the sandbox is %s", state)
 	}
 }
 
 func (s *server) wake(id string) {
 	s.t.Helper()
 	if state := s.ask(id, "wake"); state != "running" {
-		s.t.Errorf("after wake it is %s", state)
+		s.t.Errorf("after wake the sandbox is %s", state)
 	}
 }
 
@@ -143,8 +143,8 @@ func TestSleepKeepsEverything(t *testing.T) {
 		strings.NewReader(keeper)); status != 204 {
 		t.Fatalf("upload: %d %s", status, body)
 	}
-	s.want(id, "nohup python3 /root/keeper.py >/root/keeper.log 2>&1 & until [ -e /root/ready ] || ! kill -0 $!; do "+
-		"sleep 0.05; done; cat /root/keeper.log")
+	s.want(id, "nohup python3 /root/keeper.py >/root/keeper.log 2>&1 & "+
+		"until [ -e /root/ready ] || ! kill -0 $!; do sleep 0.05; done; cat /root/keeper.log")
 	// The user's changes to files that cay writes at the start are kept.
 	s.want(id, "echo 192.0.2.9 mine >>/etc/hosts; echo mine >/tmp/mine; useradd -m kept; umount /sys 2>/dev/null; true")
 	limits := s.limits(id)
@@ -155,11 +155,11 @@ func TestSleepKeepsEverything(t *testing.T) {
 		}
 		s.suspend(id)
 		for _, left := range s.onHost(id) {
-			t.Errorf("asleep: %s", left)
+			t.Errorf("while suspended the host has %s", left)
 		}
 		if status, body := s.call("GET", "/v1/sandboxes/"+id, nil); status != 200 || text(body, "status") != "suspended" ||
 			text(body, "suspended_at") == "" {
-			t.Errorf("asleep it is %d %s", status, body)
+			t.Errorf("GET of the suspended sandbox: %d %s", status, body)
 		}
 		s.wake(id)
 	}
@@ -365,7 +365,7 @@ func TestManyWakeIt(t *testing.T) {
 		}
 	}
 	if slept == 0 || woken > slept {
-		t.Errorf("it slept %d times and was woken %d times", slept, woken)
+		t.Errorf("the sandbox slept %d times and was woken %d times", slept, woken)
 	}
 }
 

@@ -497,7 +497,7 @@ func TestPortWakes(t *testing.T) {
 	s.page("GET", portPath(id, webPort)+"/", nil) // leaves an idle connection
 	s.suspend(id)
 	for _, left := range s.onHost(id) {
-		t.Errorf("asleep: %s", left)
+		t.Errorf("while suspended the host has %s", left)
 	}
 	s.stop(syscall.SIGTERM)
 	s.start()

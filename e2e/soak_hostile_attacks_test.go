@@ -156,8 +156,8 @@ func eatMemory(ctx context.Context, h *hostile) {
 }
 
 func fillDisk(ctx context.Context, h *hostile) {
-	h.run(ctx, "dd if=/dev/zero of=/var/fill bs=1M count=200; rm -f /var/fill; seq 20000 | (mkdir -p /many; cd /many; "+
-		"head -2000 | xargs touch); rm -rf /many", "30s")
+	h.run(ctx, "dd if=/dev/zero of=/var/fill bs=1M count=200; rm -f /var/fill; "+
+		"seq 20000 | (mkdir -p /many; cd /many; head -2000 | xargs touch); rm -rf /many", "30s")
 }
 
 func serveFiles(h *hostile) {
@@ -265,8 +265,8 @@ var bombContext = sync.OnceValue(func() []byte {
 	must(w.Close())
 	must(z.Close())
 	w = tar.NewWriter(&context)
-	for name, data := range map[string][]byte{"Dockerfile": []byte("FROM python\nADD bomb.tar.gz /bomb\nRUN b() { b | " +
-		"b & }; b; sleep 5; head -c 2000000000 /dev/zero >/fill\n"), "bomb.tar.gz": bomb.Bytes()} {
+	for name, data := range map[string][]byte{"Dockerfile": []byte("FROM python\nADD bomb.tar.gz /bomb\n" +
+		"RUN b() { b | b & }; b; sleep 5; head -c 2000000000 /dev/zero >/fill\n"), "bomb.tar.gz": bomb.Bytes()} {
 		must(w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(data)), Typeflag: tar.TypeReg}))
 		_, err := w.Write(data)
 		must(err)

@@ -27,7 +27,7 @@ const (
 	hostileProcesses = 100
 )
 
-// usage is what the server and the host have in use.
+// usage counts the resources that the server and the host have in use.
 type usage struct {
 	rssMB, highMB, goroutines, files, threads, conntrack, processes, usedMB int
 	filesMost, conntrackMost                                                int

@@ -212,7 +212,7 @@ func TestSentryKilled(t *testing.T) {
 			}
 			s.waitState(id, "suspended")
 			if at := s.suspendedAt(id); !at.Equal(point) {
-				t.Errorf("its checkpoint is of %s, want %s", at, point)
+				t.Errorf("the checkpoint is of %s, want %s", at, point)
 			}
 			w.fellBack(least)
 		}
@@ -230,7 +230,7 @@ func TestSentryKilled(t *testing.T) {
 func (s *server) fellBackTo(id string, point time.Time) {
 	s.t.Helper()
 	if at := s.suspendedAt(id); !at.Equal(point) {
-		s.t.Errorf("its checkpoint is of %s, want the recovery point of %s", at, point)
+		s.t.Errorf("the checkpoint is of %s, want the recovery point of %s", at, point)
 	}
 	want := "fell back to the recovery point of " + point.UTC().Format(time.RFC3339)
 	if e := s.events(id)[0]; e.To != "suspended" || e.Detail != want {

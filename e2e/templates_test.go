@@ -296,11 +296,11 @@ func TestDockerfiles(t *testing.T) {
 			command:    "cd /var/lib/data && echo x >y && cat y", want: "x",
 		},
 		"times": { // byte code holds the time of its source
-			dockerfile: "FROM python\nRUN cd /opt && echo x=1 >m.py && touch -d @1500000000 m.py && python3 -m py_compile " +
-				"m.py && python3 -c 'import m'\n" +
+			dockerfile: "FROM python\nRUN cd /opt && echo x=1 >m.py && touch -d @1500000000 m.py && " +
+				"python3 -m py_compile m.py && python3 -c 'import m'\n" +
 				"RUN date >/dev/null; test -z \"$SOURCE_DATE_EPOCH\"\n",
-			command: "cd /opt; stat -c %Y m.py; stat -c '%y %s' __pycache__/* >/tmp/1; python3 -v -c 'import m' 2>&1 | grep " +
-				"-o 'matches /opt/m.py'; " +
+			command: "cd /opt; stat -c %Y m.py; stat -c '%y %s' __pycache__/* >/tmp/1; " +
+				"python3 -v -c 'import m' 2>&1 | grep -o 'matches /opt/m.py'; " +
 				"stat -c '%y %s' __pycache__/* | cmp - /tmp/1; ls __pycache__ | wc -l; test $(date -r __pycache__ +%Y) -gt 2020",
 			want: "1500000000\nmatches /opt/m.py\n1",
 		},
@@ -568,8 +568,8 @@ func TestTemplateLife(t *testing.T) {
 // TestBuildSurvives checks that a build goes on after the server was killed, and can be cancelled.
 func TestBuildSurvives(t *testing.T) {
 	s, tiny := newBuilder(t)
-	code, body := s.template("POST", "/v1/templates", object{"name": "slow", "dockerfile": "FROM " + tiny +
-		"\nRUN sleep 4\nRUN echo done >/done\n"}, nil)
+	code, body := s.template("POST", "/v1/templates", object{"name": "slow",
+		"dockerfile": "FROM " + tiny + "\nRUN sleep 4\nRUN echo done >/done\n"}, nil)
 	if code != 202 {
 		t.Fatalf("create: %d %s", code, body)
 	}
@@ -582,8 +582,8 @@ func TestBuildSurvives(t *testing.T) {
 	if got := s.inside("slow", "cat /done"); got != "done" {
 		t.Errorf("inside: %q", got)
 	}
-	code, body = s.template("POST", "/v1/templates", object{"name": "endless", "dockerfile": "FROM " + tiny +
-		"\nRUN sleep 1000\n"}, nil)
+	code, body = s.template("POST", "/v1/templates", object{"name": "endless",
+		"dockerfile": "FROM " + tiny + "\nRUN sleep 1000\n"}, nil)
 	if code != 202 {
 		t.Fatalf("create: %d %s", code, body)
 	}

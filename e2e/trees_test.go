@@ -191,7 +191,7 @@ func TestTrees(t *testing.T) {
 			t.Errorf("cut off: %d %s", status, body)
 		}
 		if got := s.want(id, "ls -A /srv/cut"); got != "a" {
-			t.Errorf("of what was cut off there is %q", got)
+			t.Errorf("the cut upload has left %q", got)
 		}
 		// A caller that leaves in the middle leaves no partial file.
 		ctx, cancel := context.WithCancel(context.Background())
@@ -207,8 +207,8 @@ func TestTrees(t *testing.T) {
 		cancel()
 		_ = w.CloseWithError(io.ErrUnexpectedEOF) // net/http waits for a read that is under way
 		<-over
-		s.want(id, "for i in $(seq 400); do [ \"$(ls -A /srv/gone 2>/dev/null)\" = a ] && exit 0; sleep 0.05; done; ls "+
-			"-lA /srv/gone; exit 1")
+		s.want(id, "for i in $(seq 400); do [ \"$(ls -A /srv/gone 2>/dev/null)\" = a ] && exit 0; sleep 0.05; done; "+
+			"ls -lA /srv/gone; exit 1")
 	})
 	t.Run("a full disk", func(t *testing.T) {
 		small := s.create(object{"disk_size_mb": 64})
@@ -282,8 +282,8 @@ func TestWatch(t *testing.T) {
 	if event, _ := next(); resp.StatusCode != 200 || event != "ready" {
 		t.Fatalf("%s, %s", resp.Status, event)
 	}
-	s.want(id, "cd /srv/w && echo x >sub/f && chmod 600 sub/f && mv sub/f g && rm g && mkdir -p new/deep && sleep 0.5 "+
-		"&& echo y >new/deep/h")
+	s.want(id, "cd /srv/w && echo x >sub/f && chmod 600 sub/f && mv sub/f g && rm g && "+
+		"mkdir -p new/deep && sleep 0.5 && echo y >new/deep/h")
 	seen := map[string]bool{}
 	for last := ""; last != "write /srv/w/new/deep/h"; {
 		_, data := next()
@@ -383,8 +383,8 @@ func TestCopy(t *testing.T) {
 	cp(0, "-r", src, id+":/srv/new")          // the target does not exist: it becomes a copy
 	cp(0, "-r", src, id+":/srv")              // the target exists: the copy goes into it
 	cp(0, "-r", src+"/.", id+":/srv/flat/er") // the content of the directory
-	want := s.want(id, "cd /srv/new && find . -type f -exec sha256sum {} + | sort; readlink link dangling; stat -c %a "+
-		"a.txt")
+	want := s.want(id, "cd /srv/new && find . -type f -exec sha256sum {} + | sort; readlink link dangling; "+
+		"stat -c %a a.txt")
 	for _, place := range []string{"/srv/src", "/srv/flat/er"} {
 		if got := s.want(id, "cd "+place+
 			" && find . -type f -exec sha256sum {} + | sort; readlink link dangling; stat -c %a a.txt"); got != want {

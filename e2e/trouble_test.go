@@ -73,7 +73,7 @@ func TestDamagedCheckpoint(t *testing.T) {
 			// run is ended.
 			if status, body := s.call("POST", "/v1/sandboxes/"+id+"/wake", nil); status != 200 &&
 				text(body, "code") != "wake_failed" {
-				t.Errorf("waking it with damaged memory: %d %s", status, body)
+				t.Errorf("a wake with damaged memory: %d %s", status, body)
 			}
 			s.waitState(id, "suspended")
 		}

@@ -226,7 +226,7 @@ func (s *server) doesNotWake(id, why string) {
 			s.t.Errorf("the sandbox that cannot be woken is %s", state)
 		}
 		if got := s.field(id, "error"); !strings.Contains(got, why) {
-			s.t.Errorf("its error is %q, want %q", got, why)
+			s.t.Errorf("the error of the sandbox is %q, want %q", got, why)
 		}
 	}
 	if left := s.onHost(id); len(left) > 0 {

@@ -28,8 +28,8 @@ const (
 const (
 	// denseRest is the time over which the CPU use of idle sandboxes is measured.
 	denseRest = 30 * time.Second
-	// denseIdle is the wait after their last command before that: until then the server keeps its
-	// connection to the agent, which TCP probes.
+	// denseIdle is the wait between the last command of the sandboxes and that measurement. Earlier, the
+	// server still keeps its connection to the agent, which TCP probes.
 	denseIdle = 95 * time.Second
 )
 

@@ -21,8 +21,8 @@ const (
 	patience         = 2 * time.Minute
 	templatePatience = 20 * time.Minute
 	template         = "python"
-	// sandboxTimeout is the timeout of sandboxes. It is longer than any part of the bench; the end of the bench
-	// ends them.
+	// sandboxTimeout is the timeout of sandboxes. It is longer than any part of the bench; the end of
+	// the bench ends them.
 	sandboxTimeout = "1h"
 )
 

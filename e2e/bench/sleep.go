@@ -64,8 +64,8 @@ func (s *server) sleep(ctx context.Context, one sleeper, o options, d *docker, r
 		fill := fmt.Sprintf("b = os.urandom(%d << 20)", one.mib)
 		if one.zero {
 			// The program touches the pages, and they are zero in the end.
-			fill = fmt.Sprintf("n = 1 << 20; b = bytearray(b'\\x01') * (%d * n)\nfor i in range(0, len(b), n): b[i:i+n] = "+
-				"bytes(n)\n", one.mib)
+			fill = fmt.Sprintf("n = 1 << 20; b = bytearray(b'\\x01') * (%d * n)\n"+
+				"for i in range(0, len(b), n): b[i:i+n] = bytes(n)\n", one.mib)
 		}
 		program := "import os, time\n" + fill + "\nopen('/dev/shm/filled', 'w').close(); time.sleep(1e6)"
 		if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"sh", "-c",

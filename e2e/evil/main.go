@@ -395,7 +395,8 @@ func lines() string {
 
 func entry(length int) string {
 	name := strings.Repeat("n", length)
-	return fmt.Sprintf(`{"name":"%.200s","path":"/%s","type":"file","size":1,"mode":420,"owner":"root","group":"root","modified_at":"2026-01-02T03:04:05Z","symlink_target":"%s"}`+"\n", name, name, name)
+	return fmt.Sprintf(`{"name":"%.200s","path":"/%s","type":"file","size":1,"mode":420,"owner":"root","group":"root",`+
+		`"modified_at":"2026-01-02T03:04:05Z","symlink_target":"%s"}`+"\n", name, name, name)
 }
 
 func (r *reply) error(code, message string) {
