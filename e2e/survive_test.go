@@ -347,8 +347,8 @@ func TestServerGroup(t *testing.T) {
 		t.Errorf("the server is in %s", data)
 	}
 	found := 0
-	for file, want := range map[string]string{"memory.limit_in_bytes": "1073741824", "cpu.shares": "4096",
-		"memory.max": "1073741824", "cpu.weight": "400"} {
+	for file, want := range map[string]string{"memory.limit_in_bytes": "1073741824", "cpu.shares": "102400",
+		"memory.max": "1073741824", "cpu.weight": "10000"} {
 		for _, dir := range []string{"/sys/fs/cgroup/memory", "/sys/fs/cgroup/cpu", "/sys/fs/cgroup"} {
 			got, err := os.ReadFile(filepath.Join(dir+group, file))
 			if err != nil {

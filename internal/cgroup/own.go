@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Own returns the group that this process is in, in a controller's tree.
@@ -89,6 +90,19 @@ func (g Group) Weigh(pid int, weight int64) error {
 func (g Group) SetCPUWeight(weight int64) error {
 	file, weight := g.cpuWeight(weight)
 	return g.set("cpu", file, strconv.FormatInt(weight, 10))
+}
+
+// CPUTime returns the CPU time that the group's processes have used, those that ended included.
+func (g Group) CPUTime() (time.Duration, error) {
+	if !g.h.unified {
+		ns, err := g.value("cpuacct", "cpuacct.usage")
+		return time.Duration(ns), err
+	}
+	stat, err := g.stat("cpu", "cpu.stat")
+	if err != nil {
+		return 0, err
+	}
+	return time.Duration(stat["usage_usec"]) * time.Microsecond, nil
 }
 
 // cpuWeight returns the file that holds a weight and the weight as it is written there. On v2 a group has 100 unless

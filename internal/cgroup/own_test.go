@@ -1,9 +1,13 @@
 package cgroup
 
 import (
+	"errors"
+	"io"
 	"os"
 	"os/exec"
+	"strconv"
 	"testing"
+	"time"
 
 	"github.com/cayhq/cay/internal/caytest"
 )
@@ -56,5 +60,54 @@ func TestConfine(t *testing.T) {
 	}
 	if now, err := h.Own("memory"); err != nil || now.Path() != own.Path() {
 		t.Errorf("the test itself was moved to %s, %v", now.Path(), err)
+	}
+}
+
+// TestCPUTime checks that the CPU time of a group counts what its processes compute and not how long they wait.
+func TestCPUTime(t *testing.T) {
+	g := newGroup(t)
+	cmd := exec.Command("/bin/sh", "-c", `read -r start; i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; read -r end`)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	err = g.Add(cmd.Process.Pid)
+	if !g.h.unified { // runsc adds a sandbox to cpuacct too
+		err = errors.Join(err, g.set("cpuacct", "cgroup.procs", strconv.Itoa(cmd.Process.Pid)))
+	}
+	if err != nil {
+		t.Error(err)
+	}
+	used := func() time.Duration {
+		t.Helper()
+		used, err := g.CPUTime()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return used
+	}
+	before := used()
+	if _, err := io.WriteString(in, "\n"); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(20 * time.Second); used() < before+50*time.Millisecond; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("a process that computes uses no CPU time")
+		}
+	}
+	if err := in.Close(); err != nil {
+		t.Error(err)
+	}
+	_ = cmd.Wait() // the last read finds the end of its input
+	ended := used()
+	if total := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(); ended > before+2*total+50*time.Millisecond {
+		t.Errorf("the group used %s, its process %s", ended-before, total)
+	}
+	time.Sleep(100 * time.Millisecond)
+	if now := used(); now != ended {
+		t.Errorf("the group used %s after its process had ended", now-ended)
 	}
 }

@@ -48,7 +48,7 @@ type box struct {
 // boxOf returns a new box for the sandbox of a life.
 func (n *Node) boxOf(l life) *box {
 	b := &box{node: n, life: l}
-	b.hurry.weigh = n.weigh(l.ID, l.CPUWeight)
+	b.hurry.attach(n.groups.Group(n.groupPath(l.ID)), l.CPUWeight)
 	return b
 }
 

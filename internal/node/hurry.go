@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cayhq/cay/internal/cgroup"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -16,14 +17,15 @@ const (
 	weightPerCPU = 1024
 	// hurried multiplies the weight of a sandbox while it boots or works on a call and the CPUs are
 	// busy. With the same weight as 50 sandboxes that compute, a command of 10 ms takes a second on 2
-	// CPUs.
-	hurried = 16
+	// CPUs. On v2 the most is 100 times the default weight.
+	hurried = 64
 	// hurryMost limits the time for which one call hurries a sandbox: ten times the time of a short
 	// command. A longer command then gets its normal share.
 	hurryMost = 100 * time.Millisecond
-	// hurryPart limits the time for which a sandbox is hurried to a part of all time, as a divisor,
+	// hurryPart limits the CPU time that a hurried sandbox uses to a part of one CPU, as a divisor,
 	// and hurryBurst limits how much of that time a sandbox may save up. More would let sandboxes that
-	// are called all the time take the CPUs from the others.
+	// are called all the time take the CPUs from the others. Time in which the sandbox waits does not
+	// count, so that a tenant of short commands is always hurried.
 	hurryPart  = 10
 	hurryBurst = time.Second
 	// contentionAge is the time for which one look at the load of the CPUs counts. A look takes 10 µs.
@@ -34,6 +36,7 @@ const (
 // that only compute. It does nothing before settle is called: the weight of a boot is higher already.
 type hurry struct {
 	weigh func(times int64) error // sets the group's weight, as a multiple of its own
+	used  func() time.Duration    // returns the CPU time that the group has used
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -43,9 +46,11 @@ type hurry struct {
 	// +checklocks:mu
 	raised bool
 	// +checklocks:mu
-	since time.Time // when the weight last changed
+	since time.Time // when spent was last counted
 	// +checklocks:mu
 	spent time.Duration // used part of hurryBurst, at since
+	// +checklocks:mu
+	before time.Duration // CPU time that the group had used when the weight was last raised
 	// +checklocks:mu
 	timer *time.Timer // lowers the weight
 }
@@ -58,20 +63,33 @@ func (h *hurry) begin() {
 	if !h.settled {
 		return
 	}
-	now := time.Now()
-	passed := now.Sub(h.since)
-	if !h.raised {
-		h.spent, h.since = max(0, h.spent-passed/hurryPart), now
-		if h.spent >= hurryBurst || h.weigh(hurried) != nil {
-			return // the burst is used up, or the group is gone
-		}
-		h.raised, passed = true, 0
+	h.countLocked()
+	if h.spent >= hurryBurst {
+		return // a raised weight is lowered by its timer
 	}
-	left := min(hurryMost, hurryBurst-h.spent-passed)
+	if !h.raised {
+		h.before = h.used()
+		if h.weigh(hurried) != nil {
+			return // the group is gone
+		}
+		h.raised = true
+	}
 	if h.timer == nil {
-		h.timer = time.AfterFunc(left, func() { h.lower(false) })
+		h.timer = time.AfterFunc(hurryMost, func() { h.lower(false) })
 	} else {
-		h.timer.Reset(left)
+		h.timer.Reset(hurryMost)
+	}
+}
+
+// countLocked brings spent up to date.
+//
+// +checklocks:h.mu
+func (h *hurry) countLocked() {
+	now := time.Now()
+	h.spent, h.since = max(0, h.spent-now.Sub(h.since)/hurryPart), now
+	if h.raised {
+		used := h.used()
+		h.spent, h.before = h.spent+used-h.before, used
 	}
 }
 
@@ -90,8 +108,8 @@ func (h *hurry) lower(answered bool) {
 		return
 	}
 	h.timer.Stop()
-	now := time.Now()
-	h.raised, h.spent, h.since = false, h.spent+now.Sub(h.since), now
+	h.countLocked()
+	h.raised = false
 	_ = h.weigh(1) // fails when the group is gone
 }
 
@@ -105,14 +123,20 @@ func (h *hurry) settle() {
 	}
 }
 
-// weigh returns a function that sets the weight of a sandbox's group to a multiple of its own
-// weight, nil if that is not known.
-func (n *Node) weigh(id sandbox.ID, own int64) func(times int64) error {
+// attach gives hurry the sandbox's group, unless the group's own weight is unknown.
+func (h *hurry) attach(group cgroup.Group, own int64) {
 	if own == 0 {
-		return nil
+		return
 	}
-	group := n.groups.Group(n.groupPath(id))
-	return func(times int64) error { return group.SetCPUWeight(own * times) }
+	h.weigh = func(times int64) error { return group.SetCPUWeight(own * times) }
+	attached := time.Now()
+	h.used = func() time.Duration {
+		used, err := group.CPUTime()
+		if err != nil { // a v1 host without cpuacct, or the group is gone: all time counts
+			return time.Since(attached)
+		}
+		return used
+	}
 }
 
 // bootShares returns the weight with which the sandbox's group is made. It counts until settle.

@@ -18,10 +18,11 @@ import (
 func TestHurry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var weights []int64
+		var used time.Duration
 		h := hurry{weigh: func(times int64) error {
 			weights = append(weights, times)
 			return nil
-		}}
+		}, used: func() time.Duration { return used }}
 		want := func(what string, want ...int64) {
 			t.Helper()
 			synctest.Wait()
@@ -51,20 +52,27 @@ func TestHurry(t *testing.T) {
 		h.end()
 		want("its end")
 
-		time.Sleep(hurryPart * hurryBurst)
-		began, raised := time.Now(), time.Duration(0)
-		for range 100 { // calls without a pause
-			h.begin()
-			time.Sleep(50 * time.Millisecond)
-			synctest.Wait()
-			if len(weights) == 1 {
-				raised += 50 * time.Millisecond
+		calls := func(each time.Duration) (raised time.Duration) { // calls without a pause
+			for range 100 {
+				h.begin()
+				time.Sleep(50 * time.Millisecond)
+				used += each
+				synctest.Wait()
+				if len(weights) == 1 {
+					raised += 50 * time.Millisecond
+				}
+				h.end()
+				weights = nil
 			}
-			h.end()
-			weights = nil
+			return raised
 		}
-		if most := hurryBurst + time.Since(began)/hurryPart; raised > most || raised < hurryBurst/2 {
-			t.Errorf("calls without a pause hurried it for %s, at most it is %s", raised, most)
+		if raised := calls(5 * time.Millisecond); raised != 5*time.Second {
+			t.Errorf("calls that use a tenth of a CPU hurried it for %s of 5 s", raised)
+		}
+		time.Sleep(hurryPart * hurryBurst)
+		if raised, most := calls(50*time.Millisecond), hurryBurst+5*time.Second/hurryPart+hurryMost; raised > most ||
+			raised < hurryBurst/2 {
+			t.Errorf("calls that use a whole CPU hurried it for %s, at most it is %s", raised, most)
 		}
 
 		time.Sleep(hurryPart * hurryBurst)
@@ -114,7 +122,7 @@ func TestCallsHurry(t *testing.T) {
 	if err := m.node.Create(m.ctx(), spec); err != nil {
 		t.Fatal(err)
 	}
-	if booting != "16384" && booting != "1600" {
+	if booting != "65536" && booting != "6400" {
 		t.Errorf("during a boot the weight is %s", booting)
 	}
 	own := weight()
@@ -147,6 +155,9 @@ func TestCallsHurry(t *testing.T) {
 	await("after a call", func(w string) bool { return w == own })
 
 	group := m.node.groups.Group(m.node.groupPath(spec.ID))
+	if used, err := group.CPUTime(); err != nil || used < 10*time.Millisecond {
+		t.Errorf("a sandbox that keeps the CPUs busy used %s, %v", used, err)
+	}
 	if err := group.SetCPUWeight(hurried * weightPerCPU); err != nil {
 		t.Fatal(err)
 	}

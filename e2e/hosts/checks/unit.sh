@@ -9,13 +9,18 @@ took=$(awk -v a="$start" -v b="$EPOCHREALTIME" 'BEGIN {printf "%.1f", b - a}')
 # spares those.
 id=$(create)
 sleep 1
-for group in $(find /sys/fs/cgroup -path '*/system.slice/cay.service*' -type d ! -path '/sys/fs/cgroup/systemd/*' \
+for group in $(find /sys/fs/cgroup -path '*/cay.service*' -type d ! -path '/sys/fs/cgroup/systemd/*' \
 	! -path '/sys/fs/cgroup/unified/*'); do
 	for pid in $(cat "$group/cgroup.procs"); do
 		line=$(tr '\0' ' ' <"/proc/$pid/cmdline" || true)
 		[[ $line == *"cay server"* || $line == *"cay-runsc await"* || -z $line ]] || fail "in $group: $line"
 	done
 done
+# The weight of the unit counts against the sandboxes' group only beside it, below the root.
+if [[ -e /sys/fs/cgroup/cgroup.controllers ]]; then
+	weight=$(cat /sys/fs/cgroup/cay.service/cpu.weight)
+	((weight == 10000)) || fail "the unit's CPU weight is $weight"
+fi
 mine=0
 for pid in $(pids "$id"); do
 	grep -q "cay-.*/$id" "/proc/$pid/cgroup" && mine=$((mine + 1))
