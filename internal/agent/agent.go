@@ -1,15 +1,15 @@
-// Package agent is what runs as PID 1 inside a sandbox: it starts the commands,
-// knows and kills what descends from them, reads and writes files, and reaps what
-// nobody else waits for. It speaks the protocol of the agentapi room and
-// behaves as E2B's envd where that speaks, so that E2B's clients work unmodified.
+// Package agent implements PID 1 of a sandbox. It starts commands, tracks and kills
+// their descendants, reads and writes files, and reaps orphaned processes. It speaks
+// the protocol of package agentapi. Calls that E2B's envd also has behave as in envd,
+// so that E2B's clients work unmodified.
 //
 // It owns the sandbox's processes and, through the control groups of gVisor's
-// kernel, their limit. It does not own the sandbox's life, network or disk: the
-// host does. It runs as root and acts for whatever user a call names. The host alone may call:
+// kernel, their limit. The host owns the sandbox's lifetime, network and disk.
+// The agent runs as root and acts for the user that a call names. Only the host may call:
 // each of its connections begins with a proof that it knows the key that it gave at init.
 //
-// Everything is safe for concurrent use. The agent goes on after every error:
-// a full disk, no more processes, a flood of output end a call, never PID 1.
+// Everything is safe for concurrent use. The agent survives every error: a full
+// disk, a lack of processes or a flood of output ends one call, never PID 1.
 package agent
 
 import (
@@ -31,19 +31,19 @@ import (
 	"github.com/cayhq/cay/internal/agentapi/process"
 )
 
-// DefaultMaxProcesses is how many processes and threads the commands of a
-// sandbox may have at once when nothing else is said. Each costs the sandbox's
-// kernel some 30 KB of the sandbox's memory.
+// DefaultMaxProcesses limits the processes and threads that the commands of a
+// sandbox have at once, unless Config sets another limit. Each costs the
+// sandbox's kernel some 30 KB of the sandbox's memory.
 const DefaultMaxProcesses = 1024
 
-// Config is what an Agent is made with.
+// Config configures an Agent.
 type Config struct {
-	// MountPoint is a directory to mount control groups on for a moment, "" is /sys.
+	// MountPoint names the directory on which New mounts control groups for a moment; "" means /sys.
 	MountPoint   string
-	MaxProcesses int // 0 is DefaultMaxProcesses
+	MaxProcesses int // 0 means DefaultMaxProcesses
 }
 
-// Agent is the inside of one sandbox.
+// Agent runs commands and serves files inside one sandbox.
 type Agent struct {
 	connections *connections
 
@@ -58,8 +58,8 @@ type Agent struct {
 	keeper    *keeper
 }
 
-// New makes the agent of this sandbox and starts to reap children; there can be
-// only one in a process, and nothing else there may wait for children.
+// New returns the agent of this sandbox and starts to reap children. A process can
+// have only one agent, and nothing else in it may wait for children.
 func New(cfg Config) (*Agent, error) {
 	if cfg.MaxProcesses == 0 {
 		cfg.MaxProcesses = DefaultMaxProcesses
@@ -91,11 +91,11 @@ func New(cfg Config) (*Agent, error) {
 	return a, nil
 }
 
-// maxMessage is the largest Connect message taken, bytes: a command's standard
-// input comes in one.
+// maxMessage limits a Connect message, in bytes. A command's standard input comes
+// in one message; a larger one is refused.
 const maxMessage = 64 << 20
 
-// Handler serves the whole wire.
+// Handler returns the handler of all the agent's calls.
 func (a *Agent) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
@@ -131,7 +131,7 @@ func (a *Agent) Handler() http.Handler {
 	return cors(a.authorise(a.guarded(mux)))
 }
 
-// guarded makes the guard look soon: whatever is asked may set something going.
+// guarded wakes the guard at every request, since any request may start processes.
 func (a *Agent) guarded(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		a.processes.guard.wake()
@@ -139,19 +139,19 @@ func (a *Agent) guarded(next http.Handler) http.Handler {
 	})
 }
 
-// authorise lets requests through that came on a connection of the host's, and those for the
-// health. Before the host has given a key nothing else runs inside, and all may pass.
+// authorise passes requests for the agent's health and requests on the host's connections. It
+// passes all requests until the host has given a key: before that, nothing else runs inside.
 func (a *Agent) authorise(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path != "/health" && !a.connections.allowed(connOf(r)) {
-			httpError(w, &problem{status: http.StatusUnauthorized, text: "the agent serves its host alone"})
+			httpError(w, &problem{status: http.StatusUnauthorized, text: "the agent serves only its host"})
 			return
 		}
 		next.ServeHTTP(w, r)
 	})
 }
 
-// cors lets browsers call from any page; what protects is outside.
+// cors allows browsers to call from any page. The host checks who may call.
 func cors(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Origin") != "" {
@@ -170,7 +170,7 @@ func cors(next http.Handler) http.Handler {
 	})
 }
 
-// allowedHeaders repeats what the browser asks for: "*" does not cover Authorization.
+// allowedHeaders returns the headers that the browser asks for: "*" does not cover Authorization.
 func allowedHeaders(r *http.Request) string {
 	if asked := r.Header.Get("Access-Control-Request-Headers"); asked != "" {
 		return asked
@@ -178,7 +178,7 @@ func allowedHeaders(r *http.Request) string {
 	return "*"
 }
 
-// settings is what the host told the agent about its sandbox.
+// settings holds the host's settings for the sandbox.
 type settings struct {
 	mu      sync.RWMutex
 	env     map[string]string // replaced, never changed
@@ -192,15 +192,15 @@ func (s *settings) defaultUser() string {
 	return s.user
 }
 
-// commandDefaults are the environment (not to be changed) and working directory
-// of commands that bring none.
+// commandDefaults returns the sandbox's environment, which the caller must not change, and
+// its working directory.
 func (s *settings) commandDefaults() (env map[string]string, workdir string) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.env, s.workdir
 }
 
-// init takes what the host says about the sandbox. Fields that are absent stay.
+// init answers POST /init: it applies the host's settings. Absent fields keep their values.
 func (a *Agent) init(w http.ResponseWriter, r *http.Request) {
 	const maxInit = 1 << 20 // bytes; an environment has at most 128 KiB
 	var req agentapi.InitRequest
@@ -226,7 +226,7 @@ func (a *Agent) init(w http.ResponseWriter, r *http.Request) {
 func (s *settings) apply(req agentapi.InitRequest) error {
 	for name := range req.Env {
 		if name == "" || strings.ContainsAny(name, "=\x00") {
-			return newProblem(agentapi.CodeInvalidEnv, "%q is no name of an environment variable", name)
+			return newProblem(agentapi.CodeInvalidEnv, "%q is not a name of an environment variable", name)
 		}
 	}
 	s.mu.Lock()

@@ -28,7 +28,9 @@ func testUsers(t testing.TB, passwd, group string) *users {
 }
 
 func TestUsers(t *testing.T) {
-	u := testUsers(t, "# comment\nroot:x:0:0:root:/root:/bin/sh\nbroken:x:one\nann:x:10:20:Ann:/home/ann:/bin/sh\n4:x:11:11::relative:\n", "ann:x:20:\nextra:x:30:bob,ann\nbroken:x:no:ann\nalso:x:25:ann\n")
+	u := testUsers(t, "# comment\nroot:x:0:0:root:/root:/bin/sh\nbroken:x:one\n"+
+		"ann:x:10:20:Ann:/home/ann:/bin/sh\n4:x:11:11::relative:\n",
+		"ann:x:20:\nextra:x:30:bob,ann\nbroken:x:no:ann\nalso:x:25:ann\n")
 	for spec, want := range map[string]string{
 		"root": "0:0 [0] /root", "ann": "10:20 [20 25 30] /home/ann", "10": "10:20 [20 25 30] /home/ann", "ann:extra": "10:30 [30] /home/ann", "10:77": "10:77 [77] /home/ann",
 		"4": "11:11 [11] /", "77": "77:0 [0] /", "": "?", "bob": "?", "broken": "?", "ann:": "?", "ann:nosuch": "?", ":20": "?", "4294967295": "?", "-1": "?", "ann:4294967295": "?",
@@ -47,7 +49,7 @@ func TestUsers(t *testing.T) {
 	if got := o.user(10) + " " + o.group(30) + " " + o.user(99); got != "ann extra 99" {
 		t.Errorf("names %q", got)
 	}
-	// A change is seen.
+	// The next lookup sees a change of the files.
 	if err := os.WriteFile(u.passwd, []byte("ann:x:1234:1:::\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -57,7 +59,7 @@ func TestUsers(t *testing.T) {
 	if got := u.owners().user(1234) + " " + u.owners().user(10) + " " + o.user(10); got != "ann 10 ann" {
 		t.Errorf("after a change the names are %q", got)
 	}
-	// Without files there is root nevertheless; a fifo does not stop anything.
+	// Root exists without files. A FIFO in the place of a file blocks nothing.
 	if err := errors.Join(os.Remove(u.passwd), os.Remove(u.group)); err != nil {
 		t.Fatal(err)
 	}
@@ -169,7 +171,7 @@ func TestProcParsers(t *testing.T) {
 		t.Errorf("cgroup: %q", got)
 	}
 	if got := nameOf([]byte("7:pids:/\n6:memory:/cay-1\n")); got != "" {
-		t.Errorf("no group of ours: %q", got)
+		t.Errorf("not one of the agent's groups: %q", got)
 	}
 	if busy, idle := parseCPU("cpu  10 1 5 100 20 3 0\ncpu0 1 1 1\n"); busy != 19 || idle != 120 {
 		t.Errorf("stat: %d busy, %d idle", busy, idle)
@@ -190,7 +192,7 @@ func FuzzProcParsers(f *testing.F) {
 				t.Errorf("pid %d", pid)
 			}
 		})
-		// What it walks never goes beyond the buffer; an error would be one of ours.
+		// eachInotify never reads beyond the buffer. Only f returns errors.
 		if err := eachInotify(data, func(int32, uint32, string) error { return nil }); err != nil {
 			t.Error(err)
 		}
@@ -202,26 +204,29 @@ func TestLargestFirst(t *testing.T) {
 	for i := range 200 {
 		m.consider(victim{pid: i + 1, rss: int64(i * 37 % 200)})
 	}
-	if len(m.victims) != maxVictims || m.victims[0].rss != 199 || !slices.IsSortedFunc(m.victims, func(a, b victim) int { return int(b.rss - a.rss) }) {
+	if len(m.victims) != maxVictims || m.victims[0].rss != 199 ||
+		!slices.IsSortedFunc(m.victims, func(a, b victim) int { return int(b.rss - a.rss) }) {
 		t.Errorf("kept %v", m.victims)
 	}
 }
 
 func TestCommandEnv(t *testing.T) {
 	who := &user{name: "ann", home: "/home/ann"}
-	env, err := commandEnv(who, false, map[string]string{"A": "sandbox", "B": "sandbox"}, map[string]string{"B": "call", "HOME": "/x"})
+	env, err := commandEnv(who, false, map[string]string{"A": "sandbox", "B": "sandbox"},
+		map[string]string{"B": "call", "HOME": "/x"})
 	slices.Sort(env)
-	if got, want := strings.Join(env, " "), "A=sandbox B=call HOME=/x LOGNAME=ann PATH="+defaultPath+" USER=ann"; err != nil || got != want {
+	got, want := strings.Join(env, " "), "A=sandbox B=call HOME=/x LOGNAME=ann PATH="+defaultPath+" USER=ann"
+	if err != nil || got != want {
 		t.Errorf("got %s, %v\nwant %s", got, err, want)
 	}
 	for _, bad := range []map[string]string{{"": "x"}, {"A=B": "x"}, {"A": "\x00"}} {
 		if _, err := commandEnv(who, false, nil, bad); err == nil {
-			t.Errorf("%q was taken", bad)
+			t.Errorf("%q was accepted", bad)
 		}
 	}
 }
 
-// changing is an answer that calls change when its first part is written.
+// changing is a ResponseWriter that calls change at the first write.
 type changing struct {
 	*httptest.ResponseRecorder
 	change func()
@@ -235,8 +240,8 @@ func (c *changing) Write(b []byte) (int, error) {
 	return c.ResponseRecorder.Write(b)
 }
 
-// TestListingAsksForNamesOnce renames the owner of files in the middle of a listing. All its entries have the first name:
-// looking for a change at each would take longer than looking at the file.
+// TestListingAsksForNamesOnce renames the owner of files in the middle of a listing. All entries of the listing
+// have the old name: a check for a change at each entry would take longer than a stat of the entry.
 func TestListingAsksForNamesOnce(t *testing.T) {
 	me := uint32(os.Getuid())
 	passwd := func(name string) string { return fmt.Sprintf("root:x:0:0::/root:\n%s:x:%d:1::/:\n", name, me) }

@@ -13,20 +13,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// AttributesPath is where an image keeps the extended attributes of its files,
-// since gVisor's EROFS cannot hold them: a tar whose entries have no content.
+// AttributesPath names the file in which an image keeps the extended attributes of its
+// files, since gVisor's EROFS cannot hold them. It is a tar whose entries have no content.
 const AttributesPath = "/.cay-xattrs"
 
 const (
-	// maxAttributes bounds that file, bytes; images are made with less.
+	// maxAttributes limits the file at AttributesPath, in bytes. Images are made with less;
+	// the agent refuses to start with a longer one.
 	maxAttributes = 16 << 20
 	xattrRecord   = "SCHILY.xattr."
 )
 
-// SetAttributes gives the files below root the extended attributes, file
-// capabilities among them, that the file list names. No list is fine. It must run
-// before anything that could have an eye on the files does. Each file is copied to
-// the writable layer; after an error some have their attributes and others not.
+// SetAttributes sets the extended attributes, file capabilities among them, that the
+// file list names on the files below root. It does nothing if list does not exist. Call
+// it before anything runs that could use the files. It copies each file to the writable
+// layer. After an error some files have their attributes and others do not.
 func SetAttributes(root, list string) error {
 	f, err := os.Open(list)
 	if errors.Is(err, fs.ErrNotExist) {

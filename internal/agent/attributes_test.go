@@ -12,13 +12,14 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 )
 
-// attributeList is a list as images have it: names in pairs of file and attribute.
+// attributeList returns a list of attributes as images have it. The keys are pairs of file and attribute.
 func attributeList(t *testing.T, values map[[2]string]string) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	for key, value := range values {
-		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: key[0], Format: tar.FormatPAX, PAXRecords: map[string]string{"SCHILY.xattr." + key[1]: value}}); err != nil {
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: key[0], Format: tar.FormatPAX,
+			PAXRecords: map[string]string{"SCHILY.xattr." + key[1]: value}}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -28,11 +29,14 @@ func attributeList(t *testing.T, values map[[2]string]string) []byte {
 	return b.Bytes()
 }
 
-// A program whose file has capabilities has them, for a user who has none.
+// TestFileCapabilitiesOfTheImage runs a program whose file has a capability, as a user without capabilities.
 func TestFileCapabilitiesOfTheImage(t *testing.T) {
-	const bind = "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00" // CAP_NET_BIND_SERVICE=ep
-	s := startSandbox(t, options{disk: "64m", attributes: attributeList(t, map[[2]string]string{{"bin/probe", "security.capability"}: bind})})
-	res := s.exec(agentapi.ExecuteRequest{Command: "probe status CapEff; cat /proc/self/status | grep CapEff", User: "user"})
+	// CAP_NET_BIND_SERVICE=ep
+	const bind = "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+	s := startSandbox(t, options{disk: "64m",
+		attributes: attributeList(t, map[[2]string]string{{"bin/probe", "security.capability"}: bind})})
+	res := s.exec(agentapi.ExecuteRequest{Command: "probe status CapEff; cat /proc/self/status | grep CapEff",
+		User: "user"})
 	if got, want := string(res.Stdout), "CapEff:\t0000000000000400\nCapEff:\t0000000000000000\n"; got != want {
 		t.Errorf("capabilities are %q, want %q", got, want)
 	}

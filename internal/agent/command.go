@@ -16,65 +16,67 @@ import (
 )
 
 const (
-	// outputGrace is how long an ended command's output stays open for what it
-	// left in the background, as docker exec and ssh do without a terminal. What
-	// the command itself wrote is in the pipes when it ends and is never lost;
-	// this is for a last line of, say, a process substitution. A command that
-	// leaves a job behind with its output open costs this much more.
+	// outputGrace is the time for which an ended command's output stays open for
+	// processes that it left in the background, as in docker exec and ssh without a
+	// terminal. The command's own output is in the pipes when it ends and is never
+	// lost; the time is for the last line of, say, a process substitution. A shorter
+	// time loses such lines; a command that leaves a job with its output open takes
+	// this much longer.
 	outputGrace = 100 * time.Millisecond
 
-	// killPatience is how long killed processes may take to die, which they do
-	// unless the sandbox has hardly any CPU.
+	// killPatience limits the time in which killed processes die. They need it only
+	// in a sandbox with hardly any CPU; a shorter time gives errors there.
 	killPatience = 15 * time.Second
 
-	outputChunk = 32 << 10 // bytes read at once from a pipe
-	ptyChunk    = 16 << 10 // and from a terminal: E2B's sizes
+	outputChunk = 32 << 10 // bytes of one read from a pipe, as in E2B
+	ptyChunk    = 16 << 10 // bytes of one read from a terminal, as in E2B
 
-	// maxLeftover bounds what is read at the grace's end from a pipe that a
-	// background job keeps full, bytes. The largest pipe Linux allows a user.
+	// maxLeftover limits the bytes that are read at the end of outputGrace from a
+	// pipe that a background job keeps full. It is the largest pipe that Linux
+	// allows a user; less would lose output of the command itself.
 	maxLeftover = 1 << 20
 )
 
-// command is one process with all that descends from it. All methods are safe
-// for concurrent use.
+// command is one process with all its descendants. All methods are safe for
+// concurrent use.
 type command struct {
 	pid     int
 	tag     *string
 	config  *process.ProcessConfig
 	started time.Time
-	limit   int64 // bytes of each stream that are sent; 0 is no limit
-	kept    *kept // nil unless clients come back to it
+	limit   int64 // bytes of each stream that are sent; 0 means no limit
+	kept    *kept // nil unless the command outlives the call that started it
 
 	ended  <-chan syscall.WaitStatus
 	exited chan struct{} // closed when the process has been reaped
-	done   chan struct{} // closed when end is set and was sent
+	done   chan struct{} // closed when end is set and sent
 
 	oomKilled atomic.Bool
 	timedOut  atomic.Bool
 
-	groupName string     // of the group, while the command runs
+	groupName string     // name of the group, valid while the command runs
 	groupMu   sync.Mutex // held while the group's processes are killed
 	group     *group     // nil when given back
 
 	stdin *os.File // nil without one
 	pty   *os.File // nil without a terminal
 
-	inputMu sync.Mutex // orders inputs; not held by closing, which breaks them off
+	inputMu sync.Mutex // orders inputs; closing does not hold it and interrupts them
 
 	mu          sync.Mutex
 	subscribers []*subscriber // replaced, never changed
 	end         *process.EndEvent
 }
 
-// subscriber is a client that listens to a command. Its send blocks the
-// command's output when the client does not read, as a pipe would.
+// subscriber is a client that receives a command's events. Its send blocks the
+// command's output while the client does not read, as a pipe does.
 type subscriber struct {
 	mu   sync.Mutex
 	send func(*process.ProcessEvent) error // nil when gone
 }
 
-// deliver sends the event unless the subscriber is gone. One that cannot be
-// sent to is gone.
+// deliver sends the event unless the subscriber is gone. A failure marks the
+// subscriber as gone.
 func (s *subscriber) deliver(ev *process.ProcessEvent) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -86,8 +88,8 @@ func (s *subscriber) deliver(ev *process.ProcessEvent) {
 	}
 }
 
-// subscribe adds a listener; it gets what happens from now on. On a command that
-// has ended it reports false and adds nothing.
+// subscribe adds a subscriber, which gets the events from now on. If the command has
+// ended it adds nothing and reports false.
 func (c *command) subscribe(send func(*process.ProcessEvent) error) (*subscriber, bool) {
 	s := &subscriber{send: send}
 	c.mu.Lock()
@@ -99,7 +101,7 @@ func (c *command) subscribe(send func(*process.ProcessEvent) error) (*subscriber
 	return s, true
 }
 
-// unsubscribe returns when nothing is being sent any more.
+// unsubscribe removes a subscriber and returns when nothing is being sent to it.
 func (c *command) unsubscribe(s *subscriber) {
 	s.mu.Lock()
 	s.send = nil
@@ -127,11 +129,11 @@ func (c *command) publish(ev *process.ProcessEvent) {
 // stream is one of a command's outputs.
 type stream struct {
 	file      *os.File
-	event     *process.ProcessEvent // sent again and again
+	event     *process.ProcessEvent // reused for every piece of output
 	data      *[]byte               // the part of event that changes
 	chunk     int
-	answered  chan struct{} // closed when what belongs to the answer has been sent
-	truncated bool          // read after answered
+	answered  chan struct{} // closed when the output that belongs to the answer has been sent
+	truncated bool          // valid after answered is closed
 	isPTY     bool
 }
 
@@ -154,9 +156,9 @@ func newStream(f *os.File, kind string) *stream {
 	return s
 }
 
-// pump sends what comes out of the stream until its end, or until the read
-// deadline that supervise sets passes. Then it goes on reading for nobody, so that
-// background jobs neither block nor die of writing.
+// pump sends the stream's output until its end, or until the read deadline that
+// supervise sets. Then it reads on and discards the output, so that writing neither
+// blocks nor kills background jobs.
 func (c *command) pump(s *stream) {
 	defer s.file.Close()
 	buf := make([]byte, s.chunk)
@@ -179,20 +181,20 @@ func (c *command) pump(s *stream) {
 			c.leftover(s, buf, emit)
 			break
 		}
-		if err != nil { // io.EOF, or EIO of a terminal nobody holds any more
+		if err != nil { // io.EOF, or EIO from a terminal that no process has open
 			close(s.answered)
 			return
 		}
 	}
 	close(s.answered)
 	if s.isPTY {
-		return // closing the terminal hangs up on what still uses it
+		return // closing the terminal sends a hangup to the processes that still use it
 	}
-	buf = buf[:4<<10] // what a few log lines need
+	buf = buf[:4<<10] // enough for a few log lines
 	_, _ = io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{s.file}, buf)
 }
 
-// leftover sends what is in the stream at this moment.
+// leftover sends the bytes that are in the stream at this moment.
 func (c *command) leftover(s *stream, buf []byte, emit func([]byte)) {
 	_ = s.file.SetReadDeadline(time.Time{})
 	raw, err := s.file.SyscallConn()
@@ -201,7 +203,7 @@ func (c *command) leftover(s *stream, buf []byte, emit func([]byte)) {
 	}
 	for total := 0; total < maxLeftover; {
 		n := 0
-		// An error means nothing there, as at the end of file.
+		// An error means that the pipe is empty or at its end.
 		_ = raw.Read(func(fd uintptr) bool {
 			n, _ = unix.Read(int(fd), buf)
 			return true
@@ -214,14 +216,14 @@ func (c *command) leftover(s *stream, buf []byte, emit func([]byte)) {
 	}
 }
 
-// supervise waits for the command's end, publishes it and calls over.
+// supervise waits for the command's end, calls over and sends the end to the subscribers.
 func (c *command) supervise(streams []*stream, over func()) {
 	status := <-c.ended
 	duration := time.Since(c.started)
 	close(c.exited)
 	deadline := time.Now().Add(outputGrace)
 	for _, s := range streams {
-		// A stream that has ended is closed already.
+		// An error means that the stream has ended and is closed.
 		_ = s.file.SetReadDeadline(deadline)
 	}
 	for _, s := range streams {
@@ -239,7 +241,7 @@ func (c *command) supervise(streams []*stream, over func()) {
 			end.StdoutTruncated = s.truncated
 		}
 	}
-	// Whoever still writes input, writes it for nobody. "Has none" is as good.
+	// No process reads the input any more. A command without input gives an error, which is fine.
 	_ = c.closeStdin()
 
 	c.groupMu.Lock()
@@ -260,7 +262,7 @@ func (c *command) supervise(streams []*stream, over func()) {
 	close(c.done)
 }
 
-// endEvent has what E2B's server says about a status.
+// endEvent describes a wait status as E2B's server does.
 func endEvent(status syscall.WaitStatus) *process.EndEvent {
 	if status.Signaled() {
 		text := "signal: " + status.Signal().String()
@@ -275,9 +277,9 @@ func endEvent(status syscall.WaitStatus) *process.EndEvent {
 	return end
 }
 
-// stop kills the command and everything that descends from it, unless the
-// command has ended; what an ended one left behind is not touched. It returns
-// when all are gone.
+// stop kills the command and all its descendants and returns when they are gone. It
+// does nothing if the command has ended, and leaves processes that it left behind
+// alone.
 func (c *command) stop(timedOut bool) error {
 	c.groupMu.Lock()
 	defer c.groupMu.Unlock()
@@ -295,8 +297,8 @@ func (c *command) stop(timedOut bool) error {
 	return c.group.kill(killPatience)
 }
 
-// stopAt stops the command at a time, unless it has ended before. It is for a
-// command whose client has gone: nobody is left to tell what could not be killed.
+// stopAt stops the command at a time, unless it has ended before. It ignores errors,
+// since the command's client has gone.
 func (c *command) stopAt(end time.Time) {
 	select {
 	case <-c.done:
@@ -305,8 +307,8 @@ func (c *command) stopAt(end time.Time) {
 	}
 }
 
-// signal sends a signal to the command and its process group. After SIGKILL it
-// returns when the command has been reaped, so that its pid is free.
+// signal sends a signal to the command and its process group. With SIGKILL it
+// returns when the command has been reaped and its pid is free.
 func (c *command) signal(sig syscall.Signal) error {
 	select {
 	case <-c.exited:
@@ -314,7 +316,7 @@ func (c *command) signal(sig syscall.Signal) error {
 	default:
 	}
 	if err := syscall.Kill(-c.pid, sig); err != nil {
-		// The leader of a group that it has left is signalled alone.
+		// A command that has left its process group gets the signal alone.
 		if err := syscall.Kill(c.pid, sig); err != nil {
 			return fmt.Errorf("signalling process %d: %w", c.pid, err)
 		}
@@ -334,8 +336,8 @@ var (
 	errNoPTY   = errors.New("the process has no terminal")
 )
 
-// write gives the command input, to its terminal or its standard input. It
-// blocks while the command does not read and its pipe is full.
+// write writes input to the command's terminal or standard input. It blocks
+// while the pipe is full and the command does not read.
 func (c *command) write(input *process.ProcessInput) error {
 	c.inputMu.Lock()
 	defer c.inputMu.Unlock()
@@ -366,7 +368,7 @@ func (c *command) write(input *process.ProcessInput) error {
 	return nil
 }
 
-// closeStdin is the end of file for the command.
+// closeStdin closes the command's standard input, which the command sees as the end of file.
 func (c *command) closeStdin() error {
 	if c.stdin == nil || errors.Is(c.stdin.Close(), os.ErrClosed) {
 		return errNoStdin

@@ -18,25 +18,25 @@ import (
 )
 
 const (
-	// strangerTime bounds the life of a connection that has not proved itself, whatever it does:
-	// says nothing, stops in the middle of a handshake, or asks for the health again and
-	// again. The host needs a millisecond, and seconds in a sandbox that burns all its CPU; a
-	// shorter time would keep it out of such a one, a longer one holds more of the memory that
-	// maxStrangers bounds.
+	// strangerTime limits the life of a stranger: a connection that has not proved that it knows
+	// the key, whether it is silent, stops in the middle of a handshake or asks for the health
+	// again and again. The host needs a millisecond, and seconds in a sandbox that uses all its
+	// CPU. A shorter time would keep the host out of such a sandbox; a longer one holds longer
+	// the memory that maxStrangers limits.
 	strangerTime = 10 * time.Second
-	// maxStrangers is how many such connections from inside the sandbox there are at once; more
-	// are closed as they come. Each costs up to maxHeader and some KB. Those of the host are not
-	// counted, so that processes inside cannot use up its places: its address is none of the
-	// sandbox's, and no process inside can send from it.
+	// maxStrangers limits the strangers from inside the sandbox at one time; further ones are
+	// closed at once. Each costs up to maxHeader and some KB. The host's connections do not
+	// count, so that processes inside cannot use up its places: the host's address is not one of
+	// the sandbox's, and no process inside can send from it.
 	maxStrangers = 16
-	// maxHeader bounds the header of a request, bytes. The server takes 64 KiB from its callers,
-	// and adds little; less would refuse what it lets through.
+	// maxHeader limits the header of a request, in bytes. The server takes 64 KiB from its
+	// callers and adds little; a smaller limit would refuse requests that the server passes on.
 	maxHeader = 128 << 10
 )
 
-// Listen opens the agent's port so that nothing else inside can bind it, on no address of IPv4
-// and with no option of its own. Go asks for SO_REUSEADDR by itself, and two that ask for it may
-// share a port in gVisor, where the more specific address gets the connections.
+// Listen opens the agent's port so that nothing else inside can bind it, on any IPv4 address and
+// with any socket option. It clears SO_REUSEADDR, which Go sets: in gVisor two sockets with that
+// option may share a port, and the one with the more specific address gets the connections.
 func Listen(ctx context.Context) (*net.TCPListener, error) {
 	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var err error
@@ -67,8 +67,8 @@ func (a *Agent) server(h http.Handler) *http.Server {
 	}
 }
 
-// connections knows which connections the host has opened: those that proved that they know the
-// key, or that brought it.
+// connections tracks the open connections and which of them are the host's: those that proved
+// that they know the key, or that brought it.
 type connections struct {
 	patience time.Duration // strangerTime
 
@@ -76,18 +76,18 @@ type connections struct {
 	// +checklocks:mu
 	key string // "" until the host has given one; then connections must know it
 	// +checklocks:mu
-	open map[*connection]bool // whether it knows the key, or brought it
+	open map[*connection]bool // true if the connection knows the key or brought it
 	// +checklocks:mu
-	strangers int // of open, those that are counted
+	strangers int // number of open connections that are counted
 }
 
-// listener gives its connections to connections.
+// listener accepts connections and admits them to connections.
 type listener struct {
 	*net.TCPListener
 	connections *connections
 }
 
-// Accept implements [net.Listener]. It never waits for what a connection sends.
+// Accept implements [net.Listener]. It never waits for bytes from a connection.
 func (l listener) Accept() (net.Conn, error) {
 	for {
 		tcp, err := l.AcceptTCP()
@@ -97,30 +97,31 @@ func (l listener) Accept() (net.Conn, error) {
 		if c := l.connections.admit(tcp); c != nil {
 			return c, nil
 		}
-		_ = tcp.Close() // one too many from inside
+		_ = tcp.Close() // there are too many strangers from inside
 	}
 }
 
-// connection is one with the agent. Its first read is the handshake, if it begins with one.
+// connection is a connection to the agent. Its first read does the handshake if the connection
+// begins with one.
 type connection struct {
 	*net.TCPConn
 	owner   *connections
-	counted bool        // as a stranger, while it is one
-	tooLate *time.Timer // closes a stranger
+	counted bool        // whether it counts as a stranger
+	tooLate *time.Timer // closes the connection if it is still a stranger
 
-	begun bool   // of the goroutine that reads, as early
-	early []byte // read already, and no handshake
+	begun bool   // belongs, as early, to the reading goroutine
+	early []byte // bytes read already that are not a handshake
 }
 
 type connKey struct{}
 
-// connOf returns the connection that a request came on, nil if it came on none of ours.
+// connOf returns the connection of a request, nil if the listener is not ours.
 func connOf(r *http.Request) *connection {
 	c, _ := r.Context().Value(connKey{}).(*connection)
 	return c
 }
 
-// admit takes a new connection; nil if it is one too many.
+// admit adds a new connection. It returns nil if there are too many strangers.
 func (cs *connections) admit(tcp *net.TCPConn) *connection {
 	c := &connection{TCPConn: tcp, owner: cs, counted: inside(tcp)}
 	cs.mu.Lock()
@@ -139,8 +140,8 @@ func (cs *connections) admit(tcp *net.TCPConn) *connection {
 	return c
 }
 
-// inside reports whether a process of the sandbox opened the connection: its source is then an
-// address of the sandbox, since a socket can be bound to no other.
+// inside reports whether a process of the sandbox opened the connection. Then its source is an
+// address of the sandbox, since a socket inside can be bound to no other.
 func inside(tcp *net.TCPConn) bool {
 	local, remote := addr(tcp.LocalAddr()), addr(tcp.RemoteAddr())
 	return local.IsLoopback() || remote.IsLoopback() || local == remote
@@ -148,16 +149,16 @@ func inside(tcp *net.TCPConn) bool {
 
 func addr(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
 
-// endStranger closes the connection, unless it is the host's.
+// endStranger closes the connection unless it is the host's.
 func (cs *connections) endStranger(c *connection) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	if !cs.open[c] {
-		_ = c.TCPConn.Close() // whoever reads from it does the rest
+		_ = c.TCPConn.Close() // the reading goroutine fails and closes c
 	}
 }
 
-// leave takes a connection that is closed out of the books.
+// leave removes a closed connection.
 func (cs *connections) leave(c *connection) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -177,7 +178,7 @@ func (cs *connections) uncountLocked(c *connection) {
 	}
 }
 
-// knowLocked makes it a connection of the host's.
+// knowLocked marks a connection as the host's.
 //
 // +checklocks:cs.mu
 func (cs *connections) knowLocked(c *connection) {
@@ -187,15 +188,14 @@ func (cs *connections) knowLocked(c *connection) {
 	}
 }
 
-// allowed reports whether the connection may ask for more than the health.
+// allowed reports whether the connection may make calls other than that for the health.
 func (cs *connections) allowed(c *connection) bool {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	return cs.key == "" || cs.open[c]
 }
 
-// rekey takes a new key, which came on c, and ends all connections that were opened under the
-// former one, or under none.
+// rekey sets a new key, which came on c, and closes all other connections.
 func (cs *connections) rekey(key string, c *connection) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -206,7 +206,7 @@ func (cs *connections) rekey(key string, c *connection) {
 	for other := range cs.open {
 		if other != c {
 			cs.open[other] = false
-			_ = other.TCPConn.Close() // whoever reads from it does the rest
+			_ = other.TCPConn.Close() // the reading goroutine fails and closes other
 		}
 	}
 	if c != nil {
@@ -214,7 +214,7 @@ func (cs *connections) rekey(key string, c *connection) {
 	}
 }
 
-// Read reads what comes after the handshake.
+// Read reads the bytes after the handshake.
 func (c *connection) Read(b []byte) (int, error) {
 	if !c.begun {
 		c.begun = true

@@ -13,7 +13,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 )
 
-// door is a server that takes connections as the agent does; the address is not the agent's.
+// door starts a server that admits connections as the agent does, at another address than the agent's.
 func door(t *testing.T, patience time.Duration) (*connections, string) {
 	t.Helper()
 	l, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
@@ -41,8 +41,8 @@ func door(t *testing.T, patience time.Duration) (*connections, string) {
 	return a.connections, l.Addr().String()
 }
 
-// dial connects, with a key as the host does. From inside the machine the test is a stranger itself until it has proved
-// itself, so it tries until there is a place for it.
+// dial connects, with a key as the host does. On this machine the test itself is a stranger until it has proved that
+// it knows the key, so dial tries until there is a place for it.
 func dial(t *testing.T, addr, key string) net.Conn {
 	t.Helper()
 	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
@@ -56,14 +56,14 @@ func dial(t *testing.T, addr, key string) net.Conn {
 		}
 		k, err := agentapi.Authenticate(t.Context(), c, key)
 		if err == nil {
-			// The agent knows it when it has read the proof.
+			// The answer shows that the agent has read the proof.
 			if got := ask(k, "GET", "/health"); got == 200 {
 				t.Cleanup(func() { k.Close() })
 				return k
 			}
 		}
 		if time.Now().After(deadline) {
-			t.Fatal("the key opens nothing:", err)
+			t.Fatal("no connection with the key:", err)
 		}
 	}
 }
@@ -92,13 +92,15 @@ func TestConnections(t *testing.T) {
 		t.Errorf("init: %d", got)
 	}
 	if got := ask(idle, "GET", "/envs"); got != 0 {
-		t.Errorf("a connection of before the key answers %d", got)
+		t.Errorf("a connection from before the key answers %d", got)
 	}
 	if got := ask(first, "GET", "/envs"); got != 200 {
 		t.Errorf("the connection that brought the key: %d", got)
 	}
 	stranger := dial(t, addr, "")
-	for path, want := range map[string]int{"/health": 200, "/envs": 401, "/files?path=x&signature=v1_x": 401, "//health": 401, "/health/": 401} {
+	for path, want := range map[string]int{
+		"/health": 200, "/envs": 401, "/files?path=x&signature=v1_x": 401, "//health": 401, "/health/": 401,
+	} {
 		if got := ask(stranger, "GET", path); got != want {
 			t.Errorf("a stranger asks for %s: %d, want %d", path, got, want)
 		}
@@ -128,7 +130,8 @@ func TestConnections(t *testing.T) {
 	}
 }
 
-// TestStrangers bounds those who do not prove themselves, in number and in time, whatever they say; the host gets in.
+// TestStrangers opens many connections that do not prove that they know the key. The agent limits their number and
+// time, whatever they send, and still admits the host.
 func TestStrangers(t *testing.T) {
 	cs, addr := door(t, 300*time.Millisecond)
 	cs.rekey("key", nil)
@@ -136,12 +139,13 @@ func TestStrangers(t *testing.T) {
 	if got := ask(known, "GET", "/envs"); got != 200 {
 		t.Fatalf("with the key: %d", got)
 	}
-	said := []string{"", "\x00", "\x00cay/1\r\n", "\x00cay/1\r\n0123456789abcdef", "GET /health HTTP/1.1\r\nHost: x\r\n\r\n", "GET /health HTTP/1.1\r\nHost: x\r\nA: ",
+	said := []string{"", "\x00", "\x00cay/1\r\n", "\x00cay/1\r\n0123456789abcdef",
+		"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", "GET /health HTTP/1.1\r\nHost: x\r\nA: ",
 		"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n", "\x00nonsense that is no handshake at all"}
 	var all []net.Conn
 	for i := range 3 * maxStrangers {
 		c := dial(t, addr, "")
-		_, _ = io.WriteString(c, said[i%len(said)]) // one too many is closed
+		_, _ = io.WriteString(c, said[i%len(said)]) // fails on a connection beyond the limit, which is closed
 		all = append(all, c)
 	}
 	cs.mu.Lock()
@@ -150,7 +154,7 @@ func TestStrangers(t *testing.T) {
 	}
 	cs.mu.Unlock()
 	for i, c := range all {
-		_ = c.SetReadDeadline(time.Now().Add(30 * time.Second)) // far above what it takes
+		_ = c.SetReadDeadline(time.Now().Add(30 * time.Second)) // far above the limit of 300 ms
 		if _, err := io.Copy(io.Discard, c); err != nil && strings.Contains(err.Error(), "timeout") {
 			t.Errorf("%q holds its connection", said[i%len(said)])
 		}

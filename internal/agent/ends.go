@@ -11,7 +11,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi/process"
 )
 
-// ends is both sides of a new command's pipes, or its terminal.
+// ends holds both sides of a new command's pipes or terminal.
 type ends struct {
 	child   [3]uintptr
 	stdin   *os.File
@@ -21,7 +21,7 @@ type ends struct {
 }
 
 // openEnds makes the standard streams of a command that runs as the user. They belong to the user, so
-// that the command can open /dev/stderr and what else leads back to them.
+// that the command can open /dev/stderr and other paths that lead to them.
 func (p *processes) openEnds(req *process.StartRequest, who *user) (*ends, error) {
 	e := &ends{}
 	err := error(nil)
@@ -65,8 +65,8 @@ func (e *ends) openPipes(req *process.StartRequest, who *user, null *os.File) er
 	return nil
 }
 
-// pipe makes a pipe of the user's of which end ours does not block, so that waiting on it holds no
-// thread; the child's end must, as programs expect.
+// pipe makes a pipe whose end number ours does not block, so that waiting on it holds no thread. The
+// other end, for the child, belongs to the user and blocks, as programs expect.
 func (e *ends) pipe(ours int, who *user) ([2]int, error) {
 	var fds [2]int
 	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
@@ -83,13 +83,13 @@ func (e *ends) pipe(ours int, who *user) ([2]int, error) {
 }
 
 const (
-	// groupOfTTYs may write to every terminal, with [modeTTY], as login sets it. Where there is no such
-	// group nobody but the user may, with modeNoTTY.
+	// groupOfTTYs names the group that may write to every terminal, with modeTTY, as login sets it.
+	// Without such a group only the user may write, with modeNoTTY.
 	groupOfTTYs = "tty"
 	modeTTY     = 0o620
 	modeNoTTY   = 0o600
 
-	firstFD = 3 // for descriptors that are not to be standard streams
+	firstFD = 3 // the first descriptor after the standard streams
 )
 
 func (e *ends) openPTY(size *process.PTY_Size, who *user, users *users) error {
@@ -114,8 +114,7 @@ func (e *ends) openPTY(size *process.PTY_Size, who *user, users *users) error {
 	}
 	e.opened = []int{fd}
 	e.child = [3]uintptr{uintptr(fd), uintptr(fd), uintptr(fd)}
-	// A descriptor of its own: what the library opened can only be read blocking, and such a read
-	// has no deadline.
+	// The library's descriptor blocks, and a blocking read has no deadline: use a duplicate.
 	ours, err := unix.FcntlInt(master.Fd(), unix.F_DUPFD_CLOEXEC, firstFD)
 	if err != nil {
 		return err
@@ -131,8 +130,7 @@ func (e *ends) openPTY(size *process.PTY_Size, who *user, users *users) error {
 	return setSize(e.pty, size)
 }
 
-// setSize tells a terminal its size. It leaves the descriptor as it is, unlike pty.Setsize, which makes
-// it blocking.
+// setSize sets a terminal's size. Unlike pty.Setsize it does not make the descriptor blocking.
 func setSize(terminal *os.File, size *process.PTY_Size) error {
 	const largest = 1<<16 - 1
 	raw, err := terminal.SyscallConn()
@@ -146,7 +144,7 @@ func setSize(terminal *os.File, size *process.PTY_Size) error {
 
 func (e *ends) closeChild() {
 	for _, fd := range e.opened {
-		// Nothing was written through it.
+		// Nothing was written to it, so that no error can lose data.
 		_ = unix.Close(fd)
 	}
 	e.opened = nil
@@ -159,7 +157,7 @@ func (e *ends) closeOurs() {
 	}
 }
 
-// resize tells the command's terminal its size.
+// resize sets the size of the command's terminal.
 func (c *command) resize(size *process.PTY_Size) error {
 	if c.pty == nil {
 		return errNoPTY

@@ -11,17 +11,20 @@ import (
 )
 
 // TestStreamsBelongToTheUser opens a command's standard streams again by their names, as programs do that
-// log to /dev/stdout, and asks whose the terminal is.
+// log to /dev/stdout, and reads the owner of the terminal.
 func TestStreamsBelongToTheUser(t *testing.T) {
 	s := startSandbox(t, options{})
-	const reopened = "read line < /dev/stdin; echo out $line > /dev/stdout && echo err > /dev/stderr && echo fd > /proc/self/fd/2"
+	const reopened = "read line < /dev/stdin; echo out $line > /dev/stdout && echo err > /dev/stderr && " +
+		"echo fd > /proc/self/fd/2"
 	for _, who := range []string{"", "user"} {
 		r := s.exec(agentapi.ExecuteRequest{Command: reopened, User: who, Stdin: []byte("in\n")})
 		if r.ExitCode != 0 || string(r.Stdout) != "out in\n" || string(r.Stderr) != "err\nfd\n" {
 			t.Errorf("as %q: %+v: %q, %q", who, r.ExitCode, r.Stdout, r.Stderr)
 		}
 		ref := s.keep(agentapi.StartProcess{Args: sh(reopened), User: who, Input: []byte("in\n"), OpenInput: true})
-		if out, _, p := s.followed(ref, 0); p.End.ExitCode != 0 || out != "out in\nerr\nfd\n" && out != "err\nfd\nout in\n" { // two pipes have no common order
+		// Two pipes have no common order.
+		out, _, p := s.followed(ref, 0)
+		if p.End.ExitCode != 0 || out != "out in\nerr\nfd\n" && out != "err\nfd\nout in\n" {
 			t.Errorf("detached, as %q: %+v, %q", who, p.End, out)
 		}
 	}
@@ -34,13 +37,14 @@ func TestStreamsBelongToTheUser(t *testing.T) {
 		}
 	}
 	s.sh("echo tty:x:5: >> /etc/group")
-	out, _, _ := s.followed(s.keep(agentapi.StartProcess{Args: sh(whose), User: "user", Terminal: terminal, Env: map[string]string{"TERM": "dumb"}}), 0)
+	out, _, _ := s.followed(s.keep(agentapi.StartProcess{Args: sh(whose), User: "user", Terminal: terminal,
+		Env: map[string]string{"TERM": "dumb"}}), 0)
 	if out != "user tty 620\r\ndumb\r\ntyped\r\nagain\r\n" {
-		t.Errorf("the terminal where there is a group for it: %q", out)
+		t.Errorf("the terminal with a group tty: %q", out)
 	}
 }
 
-// TestInputOfNone replaces /dev/null by what nobody reads or writes.
+// TestInputOfNone replaces /dev/null with a FIFO without readers and writers.
 func TestInputOfNone(t *testing.T) {
 	s := startSandbox(t, options{})
 	s.sh("mknod /tmp/null c 1 3 && rm /dev/null && mkfifo /dev/null")
@@ -49,7 +53,7 @@ func TestInputOfNone(t *testing.T) {
 	}
 }
 
-// TestTerminalBeforeItIsOpened waits for a terminal whose other end has not been opened yet, as screen does.
+// TestTerminalBeforeItIsOpened polls a terminal whose other end has not been opened yet, as screen does.
 func TestTerminalBeforeItIsOpened(t *testing.T) {
 	s := startSandbox(t, options{})
 	const want = "before false resource temporarily unavailable\nopen false resource temporarily unavailable\n" +
@@ -59,7 +63,7 @@ func TestTerminalBeforeItIsOpened(t *testing.T) {
 	}
 }
 
-// TestTerminalEndsWithItsShell leaves a job in the background that has the terminal open.
+// TestTerminalEndsWithItsShell leaves a background job that has the terminal open.
 func TestTerminalEndsWithItsShell(t *testing.T) {
 	s := startSandbox(t, options{})
 	terminal := &agentapi.TerminalSize{Cols: 80, Rows: 24}
@@ -94,7 +98,8 @@ func TestTerminalEndsWithItsShell(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 		defer cancel()
 		c, _ := s.clients("user")
-		e, _ := s.start(t, ctx, c, &process.StartRequest{Process: shell("sleep 4433 & exit 5"), Pty: &process.PTY{Size: &process.PTY_Size{Cols: 80, Rows: 24}}})
+		e, _ := s.start(t, ctx, c, &process.StartRequest{Process: shell("sleep 4433 & exit 5"),
+			Pty: &process.PTY{Size: &process.PTY_Size{Cols: 80, Rows: 24}}})
 		if _, end := e.until(""); end.GetExitCode() != 5 {
 			t.Errorf("%v", end)
 		}

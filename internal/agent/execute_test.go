@@ -41,8 +41,10 @@ func TestExecuteResults(t *testing.T) {
 		"workdir":          {agentapi.ExecuteRequest{Command: "pwd", Workdir: "/tmp"}, agentapi.ExecuteResult{Stdout: []byte("/tmp\n")}},
 		"umask":            {agentapi.ExecuteRequest{Command: "umask"}, agentapi.ExecuteResult{Stdout: []byte("0022\n")}},
 		"own path":         {agentapi.ExecuteRequest{Args: []string{"nosuch"}, Env: map[string]string{"PATH": "/nowhere"}}, agentapi.ExecuteResult{ExitCode: 127, Stderr: []byte("nosuch: no such file or directory\n")}},
-		"signals are not ignored": {agentapi.ExecuteRequest{Command: "sh -c 'kill -TERM $$'; echo $?; sh -c 'kill -HUP $$'; echo $?"},
-			agentapi.ExecuteResult{Stdout: []byte("143\n129\n"), Stderr: []byte("Terminated\nHangup\n")}},
+		"signals are not ignored": {
+			agentapi.ExecuteRequest{Command: "sh -c 'kill -TERM $$'; echo $?; sh -c 'kill -HUP $$'; echo $?"},
+			agentapi.ExecuteResult{Stdout: []byte("143\n129\n"), Stderr: []byte("Terminated\nHangup\n")},
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := s.in(t)
@@ -50,7 +52,8 @@ func TestExecuteResults(t *testing.T) {
 			if got.Duration <= 0 || got.Duration > 20*time.Second {
 				t.Errorf("duration %s", got.Duration)
 			}
-			if diff := cmp.Diff(c.want, got, cmpopts.IgnoreFields(agentapi.ExecuteResult{}, "Duration"), cmpopts.EquateEmpty()); diff != "" {
+			ignore := cmpopts.IgnoreFields(agentapi.ExecuteResult{}, "Duration")
+			if diff := cmp.Diff(c.want, got, ignore, cmpopts.EquateEmpty()); diff != "" {
 				t.Errorf("result (-want +got):\n%s", diff)
 			}
 		})
@@ -79,7 +82,8 @@ func TestExecuteRefused(t *testing.T) {
 	}
 }
 
-// A command over its time dies with everything it started, wherever that went.
+// TestTimeoutReachesEveryDescendant lets a command's time limit pass. The command dies with all its descendants, also
+// those in other sessions.
 func TestTimeoutReachesEveryDescendant(t *testing.T) {
 	s := startSandbox(t, options{})
 	res := s.exec(agentapi.ExecuteRequest{
@@ -91,7 +95,7 @@ func TestTimeoutReachesEveryDescendant(t *testing.T) {
 	}
 	lines := strings.Fields(string(res.Stdout))
 	if len(lines) != 2 {
-		t.Fatalf("the daemon did not say its pid: %q", res.Stdout)
+		t.Fatalf("the daemon did not print its pid: %q", res.Stdout)
 	}
 	if got := s.sh("kill -0 " + lines[1] + " 2>/dev/null && echo alive || echo gone"); got != "gone" {
 		t.Errorf("the daemon is %s", got)
@@ -101,7 +105,7 @@ func TestTimeoutReachesEveryDescendant(t *testing.T) {
 	}
 }
 
-// When the caller goes away, so does the command.
+// TestCancelKills cancels a call, which kills its command.
 func TestCancelKills(t *testing.T) {
 	s := startSandbox(t, options{})
 	ctx, cancel := context.WithCancel(t.Context())
@@ -120,8 +124,8 @@ func TestCancelKills(t *testing.T) {
 	s.eventually("the command is gone", func() bool { return s.sh("ps | grep -c '[s]leep 4242' || true") == "0" })
 }
 
-// A job left in the background lives on, and does not hold the answer though it
-// holds the output.
+// TestBackgroundJobSurvives leaves a background job that has the output open. The job lives on
+// and does not delay the answer.
 func TestBackgroundJobSurvives(t *testing.T) {
 	s := startSandbox(t, options{})
 	start := time.Now()
@@ -133,7 +137,7 @@ func TestBackgroundJobSurvives(t *testing.T) {
 	if pid == "tick" {
 		pid = strings.Fields(string(res.Stdout))[1]
 	}
-	// It goes on writing to the pipe that nobody's answer needs any more.
+	// The job still writes to the pipe after the answer.
 	s.sh("sleep 1; kill -0 " + pid)
 	s.sh("kill -9 " + pid)
 }
@@ -172,7 +176,8 @@ func TestManyAtOnce(t *testing.T) {
 			res, err := s.client.Execute(t.Context(), s.target, agentapi.ExecuteRequest{
 				Command: fmt.Sprintf("sleep 0.2; cat; echo %d >&2; exit %d", i, i), Stdin: []byte(strconv.Itoa(i)), Timeout: 30 * time.Second,
 			})
-			if err != nil || res.ExitCode != i || string(res.Stdout) != strconv.Itoa(i) || string(res.Stderr) != strconv.Itoa(i)+"\n" {
+			if err != nil || res.ExitCode != i || string(res.Stdout) != strconv.Itoa(i) ||
+				string(res.Stderr) != strconv.Itoa(i)+"\n" {
 				t.Errorf("command %d: %+v, %v", i, res, err)
 			}
 		})
@@ -180,14 +185,14 @@ func TestManyAtOnce(t *testing.T) {
 	wg.Wait()
 }
 
-// A bomb goes over the limit and is ended, the agent answering all the while.
+// TestForkBomb runs a fork bomb. The guard ends it at its limit, and the agent answers all the time.
 func TestForkBomb(t *testing.T) {
 	s := startSandbox(t, options{pidsMax: 64})
 	res := s.exec(agentapi.ExecuteRequest{Command: "b() { b | b & b; }; b", Timeout: 15 * time.Second})
 	if res.ExitCode == 0 {
 		t.Errorf("the bomb ended with %+v", res)
 	}
-	// Its first process may have failed to fork and ended; the rest goes too.
+	// The bomb's first process may have failed to fork and ended; the others are killed too.
 	s.eventually("nothing of the bomb is left", func() bool {
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 		defer cancel()
@@ -198,39 +203,42 @@ func TestForkBomb(t *testing.T) {
 			}
 			return nil
 		})
-		// There is little CPU for the agent while it burns.
+		// The bomb leaves the agent little CPU, so that a call may fail.
 		return err == nil && processes == 1
 	})
 	s.sh("for i in $(seq 40); do sleep 1 & done; wait")
 }
 
-// From the limit on no fork succeeds, however often it is tried.
+// TestProcessLimit makes more processes than the limit. No fork beyond it succeeds, however often it is tried.
 func TestProcessLimit(t *testing.T) {
-	const limit, threads = 64, 20 // of the Go program that forks, at the most
+	const limit, threads = 64, 20 // the program that forks is one of Go, with at most so many threads
 	s := startSandbox(t, options{pidsMax: limit})
 	res := s.exec(agentapi.ExecuteRequest{Args: []string{"probe", "processes", "300"}})
 	n, err := strconv.Atoi(strings.TrimSpace(string(res.Stdout)))
 	if err != nil || res.ExitCode != 0 || n >= limit || n < limit-threads {
 		t.Errorf("of a limit of %d: %+v, %v", limit, res, err)
 	}
-	s = startSandbox(t, options{pidsMax: limit}) // what the first left behind counts for all together
+	s = startSandbox(t, options{pidsMax: limit}) // a new one, since processes left by the first command count
 	res = s.exec(agentapi.ExecuteRequest{Command: "for i in $(seq 200); do sleep 3 & done; wait"})
 	if res.ExitCode == 0 || !strings.Contains(string(res.Stderr), "fork") {
 		t.Errorf("200 processes were possible: %+v", res)
 	}
 }
 
-// One that comes to its limit and stays there, however slowly, is no bomb.
+// TestFilledUp runs a command that slowly fills up to its limit and stays there. The guard does not end it.
 func TestFilledUp(t *testing.T) {
 	const limit, threads = 64, 20
 	s := startSandbox(t, options{pidsMax: limit})
-	res := s.exec(agentapi.ExecuteRequest{Args: []string{"probe", "fill", strconv.Itoa(limit - threads)}, Timeout: time.Minute})
-	if n, err := strconv.Atoi(strings.TrimSpace(string(res.Stdout))); err != nil || res.ExitCode != 0 || n < limit-threads {
+	res := s.exec(agentapi.ExecuteRequest{Args: []string{"probe", "fill", strconv.Itoa(limit - threads)},
+		Timeout: time.Minute})
+	n, err := strconv.Atoi(strings.TrimSpace(string(res.Stdout)))
+	if err != nil || res.ExitCode != 0 || n < limit-threads {
 		t.Errorf("ended with %+v, %v", res, err)
 	}
 }
 
-// What the limit does not count is ended before it takes the sandbox's memory.
+// TestZombieHoarder makes zombies, which the limit does not count. The guard ends the command before they take the
+// sandbox's memory.
 func TestZombieHoarder(t *testing.T) {
 	s := startSandbox(t, options{pidsMax: 100})
 	res := s.exec(agentapi.ExecuteRequest{Args: []string{"probe", "hoard"}, Timeout: 25 * time.Second})
@@ -248,9 +256,10 @@ func TestOrphansAreReaped(t *testing.T) {
 	s.eventually("zombies are gone", func() bool {
 		return s.sh("cat /proc/[0-9]*/stat 2>/dev/null | grep -c ' Z ' || true") == "0"
 	})
-	// The ends of commands went to those who wait for them all the while.
+	// Reaping orphans takes no command's end from its waiter.
 	for i := range 20 {
-		if res := s.exec(agentapi.ExecuteRequest{Command: fmt.Sprintf("(exit 1 &) ; (exit 2 &); exit %d", i)}); res.ExitCode != i {
+		res := s.exec(agentapi.ExecuteRequest{Command: fmt.Sprintf("(exit 1 &) ; (exit 2 &); exit %d", i)})
+		if res.ExitCode != i {
 			t.Errorf("command %d: exit code %d", i, res.ExitCode)
 		}
 	}
@@ -265,7 +274,8 @@ func TestReliefKillsTheLargest(t *testing.T) {
 	run := func(command string) chan end {
 		over := make(chan end, 1)
 		go func() {
-			res, err := s.client.Execute(t.Context(), s.target, agentapi.ExecuteRequest{Command: command, Timeout: 30 * time.Second})
+			res, err := s.client.Execute(t.Context(), s.target,
+				agentapi.ExecuteRequest{Command: command, Timeout: 30 * time.Second})
 			over <- end{res, err}
 		}()
 		return over
@@ -285,7 +295,7 @@ func TestReliefKillsTheLargest(t *testing.T) {
 	if got := s.sh("ps | grep -c '[p]robe alloc 20$'"); got == "0" {
 		t.Error("the small one is gone too")
 	}
-	// More than there is: everything but the agent goes.
+	// Relieving more memory than there is kills everything but the agent.
 	freed, killed, err = s.client.RelieveMemory(t.Context(), s.target, 1<<40)
 	if err != nil || killed < 1 || freed < 20<<20 {
 		t.Errorf("freed %d MiB, killed %d, %v", freed>>20, killed, err)
@@ -298,14 +308,16 @@ func TestReliefKillsTheLargest(t *testing.T) {
 	}
 }
 
-// What the agent shuts before it serves stays shut, for root as well.
+// TestHardening tries as root what Harden forbids.
 func TestHardening(t *testing.T) {
 	s := startSandbox(t, options{})
 	const docker = "00000000a80405fb"
-	if got, want := s.sh("probe status CapInh CapPrm CapEff CapBnd"), "CapInh:\t0000000000000000\nCapPrm:\t"+docker+"\nCapEff:\t"+docker+"\nCapBnd:\t"+docker; got != want {
+	want := "CapInh:\t0000000000000000\nCapPrm:\t" + docker + "\nCapEff:\t" + docker + "\nCapBnd:\t" + docker
+	if got := s.sh("probe status CapInh CapPrm CapEff CapBnd"); got != want {
 		t.Errorf("root's capabilities:\n%s\nwant:\n%s", got, want)
 	}
-	res := s.exec(agentapi.ExecuteRequest{Command: "probe status CapEff; suidprobe id; suidprobe status CapEff", User: "user"})
+	res := s.exec(agentapi.ExecuteRequest{Command: "probe status CapEff; suidprobe id; suidprobe status CapEff",
+		User: "user"})
 	if want := "CapEff:\t0000000000000000\n1000 0\nCapEff:\t" + docker + "\n"; string(res.Stdout) != want {
 		t.Errorf("user and set-uid: %q %q, want %q", res.Stdout, res.Stderr, want)
 	}
@@ -320,12 +332,12 @@ func TestHardening(t *testing.T) {
 			t.Errorf("%s: root could: %s", name, res.Stdout)
 		}
 	}
-	// Signals that end other programs, so fast that many wait for one thread.
+	// Send signals that end other programs, so fast that many are pending for one thread.
 	s.sh("probe signals 1 2 3 6 10 12 13 14 15 20 21 22 $(seq 34 64); sleep 0.2")
 	s.waitHealthy()
 }
 
-// BenchmarkExecute says what the agent adds to the making of a process.
+// BenchmarkExecute measures the time that the agent adds to making a process.
 func BenchmarkExecute(b *testing.B) {
 	s := startSandbox(b, options{})
 	for name, r := range map[string]agentapi.ExecuteRequest{
@@ -353,8 +365,8 @@ func BenchmarkExecute(b *testing.B) {
 	})
 }
 
-// TestSignalsAreAsUsual looks at what commands inherit: the agent catches nearly every
-// signal, and ignores some for a moment.
+// TestSignalsAreAsUsual checks the signal actions that commands inherit. The agent catches
+// nearly every signal, and ignores some for a moment.
 func TestSignalsAreAsUsual(t *testing.T) {
 	s := startSandbox(t, options{})
 	for signal, want := range map[int]int{1: 129, 2: 130, 10: 138, 13: 141, 15: 143, 17: 0, 28: 0, 34: 162, 64: 192} {
@@ -365,17 +377,18 @@ func TestSignalsAreAsUsual(t *testing.T) {
 	}
 }
 
-// TestStoppedJob has a program of a script end beside a job that the script has stopped.
+// TestStoppedJob runs a script whose programs end beside a job that the script has stopped.
 func TestStoppedJob(t *testing.T) {
 	s := startSandbox(t, options{})
-	r := s.exec(agentapi.ExecuteRequest{Command: "sleep 100 & kill -STOP $!; true; /bin/true; /bin/true; echo still here; kill -KILL $!"})
+	const script = "sleep 100 & kill -STOP $!; true; /bin/true; /bin/true; echo still here; kill -KILL $!"
+	r := s.exec(agentapi.ExecuteRequest{Command: script})
 	if r.ExitCode != 0 || string(r.Stdout) != "still here\n" {
 		t.Errorf("%+v", r)
 	}
 }
 
-// TestProcessorIsAskedItself asks it inside and on the host. Where CPUID faults, gVisor
-// answers from a table that lacks some of it.
+// TestProcessorIsAskedItself compares CPUID inside and on the host. On processors where CPUID
+// faults, gVisor answers from a table that lacks some features.
 func TestProcessorIsAskedItself(t *testing.T) {
 	s := startSandbox(t, options{})
 	built, err := programs()

@@ -13,7 +13,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 )
 
-// stat answers GET /files/stat with the entry itself: a link is described, not followed.
+// stat answers GET /files/stat with the entry at a path. It does not follow a link.
 func (f *files) stat(w http.ResponseWriter, r *http.Request) {
 	_, p, err := f.target(r)
 	if err == nil {
@@ -27,7 +27,7 @@ func (f *files) stat(w http.ResponseWriter, r *http.Request) {
 func (f *files) answerEntry(w http.ResponseWriter, p string) error {
 	e, err := entry(p, f.users.owners())
 	if errors.Is(err, syscall.ENOTDIR) {
-		err = syscall.ENOENT // below a file there is nothing
+		err = syscall.ENOENT // a path below a file does not exist
 	}
 	if err != nil {
 		return fileProblem(err, p)
@@ -36,7 +36,7 @@ func (f *files) answerEntry(w http.ResponseWriter, p string) error {
 	return nil
 }
 
-// mkdir answers POST /files/mkdir. A directory that is there already stays as it is.
+// mkdir answers POST /files/mkdir. An existing directory stays as it is.
 func (f *files) mkdir(w http.ResponseWriter, r *http.Request) {
 	u, p, err := f.target(r)
 	var mode *fs.FileMode
@@ -71,7 +71,8 @@ func makeDirectory(p string, u *user, mode *fs.FileMode) error {
 	return fileProblem(os.Chmod(p, *mode), p)
 }
 
-// rename answers POST /files/rename. What is there stays unless the call says otherwise.
+// rename answers POST /files/rename. It replaces an existing destination only if the call
+// asks for that.
 func (f *files) rename(w http.ResponseWriter, r *http.Request) {
 	u, from, err := f.target(r)
 	if err != nil {
@@ -125,7 +126,7 @@ func move(from, to string, u *user, overwrite bool) error {
 	}
 }
 
-// inTo says that the destination is at fault, where a path could be either.
+// inTo marks a problem as one of the destination.
 func inTo(err error) error {
 	var p *problem
 	if !errors.As(err, &p) {

@@ -26,15 +26,15 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 )
 
-// files reads and writes files over plain HTTP. It acts as root whomever a call
-// names: the user decides about home and ownership, not about access, since who
-// may call may name root as well.
+// files reads and writes files over plain HTTP. It acts as root: the user that a call
+// names decides about home and ownership, not about access, since a caller may also
+// name root.
 type files struct {
 	settings *settings
 	users    *users
 }
 
-// target is the user and the absolute path of a request's query.
+// target returns the user and the absolute path of a request's query.
 func (f *files) target(r *http.Request) (*user, string, error) {
 	u, err := f.named(r.URL.Query().Get("username"))
 	if err != nil {
@@ -44,13 +44,13 @@ func (f *files) target(r *http.Request) (*user, string, error) {
 	return u, p, err
 }
 
-// named is a user by name, "" being the sandbox's default.
+// named returns a user by name; "" names the sandbox's default.
 func (f *files) named(name string) (*user, error) {
 	return knownUser(f.users, cmp.Or(name, f.settings.defaultUser(), "root"))
 }
 
-// openRegular opens a file for reading or writing. It fails on what would block
-// or is no file; flag is without O_NONBLOCK.
+// openRegular opens a regular file for reading or writing and fails without blocking
+// on anything else. The flag need not have O_NONBLOCK.
 func openRegular(p string, flag int, perm fs.FileMode) (*os.File, fs.FileInfo, error) {
 	file, err := os.OpenFile(p, flag|unix.O_NONBLOCK, perm)
 	if errors.Is(err, unix.ENXIO) {
@@ -74,7 +74,7 @@ func openRegular(p string, flag int, perm fs.FileMode) (*os.File, fs.FileInfo, e
 	return file, st, nil
 }
 
-// get answers GET and HEAD /files with the file's bytes, or ranges of them.
+// get answers GET and HEAD /files with the file's bytes or ranges of them.
 func (f *files) get(w http.ResponseWriter, r *http.Request) {
 	_, p, err := f.target(r)
 	if err != nil {
@@ -96,7 +96,7 @@ func (f *files) get(w http.ResponseWriter, r *http.Request) {
 	h.Set("Content-Disposition", mime.FormatMediaType("inline", map[string]string{"filename": path.Base(p)}))
 	h.Set("Vary", "Accept-Encoding")
 	if unit, _, _ := strings.Cut(r.Header.Get("Range"), "="); unit != "bytes" {
-		r.Header.Del("Range") // one of a unit that is not known is no range
+		r.Header.Del("Range") // a range of an unknown unit is ignored
 	}
 	if st.Size() > 0 {
 		http.ServeContent(w, r, "", st.ModTime(), file)
@@ -107,12 +107,13 @@ func (f *files) get(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// maxUnsized is how much of a file without a size is held to find it out, bytes: nearly all of /proc
-// and /sys. A longer one is sent without its length, and never in part.
+// maxUnsized limits how much of a file without a size is read to find its length, in bytes. It suffices
+// for nearly all files of /proc and /sys. A longer file is sent without its length, and ranges of it are
+// not possible.
 const maxUnsized = 256 << 10
 
-// serveUnsized sends a file that is empty or one of those that the kernel makes when they are read, which
-// have no size and no end to seek to. After an error nothing was sent.
+// serveUnsized sends a file whose size is 0: an empty one, or one that the kernel makes when it is read,
+// which has no size and no end to seek to. If it returns an error it has sent nothing.
 func serveUnsized(w http.ResponseWriter, r *http.Request, file *os.File, modified time.Time) error {
 	head, err := io.ReadAll(io.LimitReader(file, maxUnsized))
 	if err != nil {
@@ -126,14 +127,14 @@ func serveUnsized(w http.ResponseWriter, r *http.Request, file *os.File, modifie
 	if r.Method == http.MethodHead {
 		return nil
 	}
-	// What breaks here is told by the connection.
+	// The head is sent; only a broken connection tells of an error.
 	if _, err := io.Copy(w, io.MultiReader(bytes.NewReader(head), file)); err != nil {
 		panic(http.ErrAbortHandler)
 	}
 	return nil
 }
 
-// makeParents makes the directories above p that are missing, for the user.
+// makeParents makes the missing directories above p, owned by the user.
 func makeParents(p string, u *user) error {
 	return makeDirs(path.Dir(p), u)
 }
@@ -151,7 +152,7 @@ func makeDirs(dir string, u *user) error {
 		return err
 	}
 	if err := os.Mkdir(dir, 0o755); errors.Is(err, os.ErrExist) {
-		// Somebody else made it just now; or it is a dangling link.
+		// Another process has made it just now, or it is a dangling link.
 		return makeDirsRaced(dir)
 	} else if err != nil {
 		return err
@@ -170,13 +171,13 @@ func makeDirsRaced(dir string) error {
 	return nil
 }
 
-// put answers PUT /files, which is cay's own: the file appears whole under its
+// put answers PUT /files, a call of cay and not of E2B. The file appears whole under its
 // path, with its owner and mode, or not at all.
 func (f *files) put(w http.ResponseWriter, r *http.Request) {
 	err := f.replace(r)
 	if err != nil {
-		// The rest of the body is read, so that the client, which may still be
-		// sending, gets to read the answer.
+		// Read the rest of the body, so that a client that is still sending comes
+		// to read the answer.
 		const maxRest = 128 << 20 // bytes; more than an upload may have
 		_, _ = io.CopyN(io.Discard, r.Body, maxRest)
 		httpError(w, err)
@@ -227,16 +228,16 @@ func realPath(p string) (string, error) {
 	return filepath.EvalSymlinks(p)
 }
 
-// writeTarget returns the path of the file that writing to p writes: where p's links lead, be there a
-// file or not. What is there and no regular file is refused: a reader of a FIFO would go on with what
-// nobody writes to any more.
+// writeTarget follows p's links and returns the path of the file that a write to p replaces, which need not
+// exist. It refuses a path at which there is anything but a regular file: a reader of a replaced FIFO would
+// keep one that no process writes to any more.
 func writeTarget(p string) (string, error) {
-	const maxLinks = 40 // as Linux
+	const maxLinks = 40 // as in Linux
 	asked := p
 	for range maxLinks {
 		st, err := os.Lstat(p)
 		switch {
-		case err != nil: // not there yet, or what is wrong is found by making it
+		case err != nil: // the file does not exist yet, or making it gives the error
 			return p, nil
 		case st.IsDir():
 			return "", newProblem(agentapi.CodeIsDirectory, "path %q is a directory", asked)
@@ -254,7 +255,7 @@ func writeTarget(p string) (string, error) {
 		}
 		p = path.Clean(to)
 		dir, name := path.Split(to)
-		// A .. after a link is not the parent of the link.
+		// A .. after a link means the parent of the link's target.
 		if real, err := filepath.EvalSymlinks(dir); err == nil {
 			p = path.Join(real, name)
 		}
@@ -262,21 +263,21 @@ func writeTarget(p string) (string, error) {
 	return "", newProblem(agentapi.CodeInvalidPath, "path %q: %s", asked, syscall.ELOOP)
 }
 
-// parseMode reads octal permission bits; "" is nil.
+// parseMode parses octal permission bits. It returns nil for "".
 func parseMode(s string) (*fs.FileMode, error) {
 	if s == "" {
 		return nil, nil
 	}
 	n, err := strconv.ParseUint(s, 8, 32)
 	if err != nil || n > 0o777 {
-		return nil, newProblem(agentapi.CodeInvalidMode, "mode %q is no octal number up to 0777", s)
+		return nil, newProblem(agentapi.CodeInvalidMode, "mode %q is not an octal number up to 0777", s)
 	}
 	mode := fs.FileMode(n)
 	return &mode, nil
 }
 
-// writeWhole writes body to a temporary file beside p and renames it to p. After
-// an error the temporary file is gone.
+// writeWhole writes body to a temporary file beside p and renames it to p. It removes
+// the temporary file after an error.
 func writeWhole(p string, owner *user, mode *fs.FileMode, body io.Reader) (err error) {
 	file, err := os.CreateTemp(path.Dir(p), ".cay-upload-*")
 	if err != nil {
@@ -296,7 +297,7 @@ func writeWhole(p string, owner *user, mode *fs.FileMode, body io.Reader) (err e
 	if mode != nil {
 		perm = *mode
 	}
-	// The owner first: changing it may take bits away.
+	// Set the owner first: a change of the owner may clear bits of the mode.
 	if err := file.Chown(int(owner.uid), int(owner.gid)); err != nil {
 		return err
 	}
@@ -309,9 +310,9 @@ func writeWhole(p string, owner *user, mode *fs.FileMode, body io.Reader) (err e
 	return os.Rename(temp, p)
 }
 
-// copyBuffer is how much an upload reads at once, bytes. A system call costs
-// tens of microseconds in gVisor: with a smaller buffer they, not the copying,
-// take the time.
+// copyBuffer is the size of one read of an upload, in bytes. A system call costs
+// tens of microseconds in gVisor: with a smaller buffer system calls take more time
+// than copying.
 const copyBuffer = 256 << 10
 
 var copyBuffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
@@ -319,7 +320,7 @@ var copyBuffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
 func copyInto(file *os.File, body io.Reader) error {
 	buf := copyBuffers.Get().(*[copyBuffer]byte)
 	defer copyBuffers.Put(buf)
-	// Without the methods that would make io choose another way.
+	// Hide the methods with which io would bypass the buffer.
 	_, err := io.CopyBuffer(struct{ io.Writer }{file}, struct{ io.Reader }{body}, buf[:])
 	return err
 }
@@ -344,7 +345,7 @@ func removePath(p string, recursive bool) error {
 	st, err := os.Lstat(p)
 	switch {
 	case errors.Is(err, syscall.ENOTDIR):
-		err = syscall.ENOENT // below a file there is nothing
+		err = syscall.ENOENT // a path below a file does not exist
 	case err != nil:
 	case !st.IsDir():
 		err = unix.Unlink(p)
@@ -359,7 +360,7 @@ func removePath(p string, recursive bool) error {
 	return nil
 }
 
-// maxDepth is how deep a listing may go.
+// maxDepth limits the levels of a listing. A larger depth is refused, or reduced in E2B's call.
 const maxDepth = 64
 
 // list answers GET /files/list with one JSON object per line.
@@ -372,7 +373,7 @@ func (f *files) list(w http.ResponseWriter, r *http.Request) {
 	depth := 1
 	if s := r.URL.Query().Get("depth"); s != "" {
 		if depth, err = strconv.Atoi(s); err != nil || depth < 1 || depth > maxDepth {
-			httpError(w, badRequest("depth %q is no number from 1 to %d", s, maxDepth))
+			httpError(w, badRequest("depth %q is not a number from 1 to %d", s, maxDepth))
 			return
 		}
 	}
@@ -382,14 +383,14 @@ func (f *files) list(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer dir.Close()
-	if len(names) > agentapi.MaxEntries { // else the host says so in the middle of the answer
+	if len(names) > agentapi.MaxEntries { // without this check the host would fail within the answer
 		httpError(w, newProblem(agentapi.CodeListingTooLarge, "more than %d entries", agentapi.MaxEntries))
 		return
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	out := bufio.NewWriterSize(w, 32<<10)
 	enc := json.NewEncoder(out)
-	// The first error is one of writing: the client has gone.
+	// An error is one of writing and means that the client has gone.
 	if listInto(enc, f.users.owners(), dir, names, depth) == nil {
 		_ = out.Flush()
 	}
@@ -425,14 +426,14 @@ func openDir(dir string) (*os.File, []string, error) {
 	return d, names, nil
 }
 
-// listInto writes what a directory holds. It looks at each name from the open directory: by its whole path it would take
-// half as long again.
+// listInto writes the entries of a directory. It stats each name relative to the open directory: by
+// absolute paths it would take half as long again.
 func listInto(enc *json.Encoder, o owners, dir *os.File, names []string, depth int) error {
 	for _, name := range names {
 		p := path.Join(dir.Name(), name)
 		e, err := entryAt(int(dir.Fd()), name, p, o)
 		if err != nil {
-			continue // gone meanwhile
+			continue // removed meanwhile
 		}
 		if err := enc.Encode(e); err != nil {
 			return err
@@ -440,7 +441,7 @@ func listInto(enc *json.Encoder, o owners, dir *os.File, names []string, depth i
 		if e.Type != agentapi.TypeDirectory || depth <= 1 {
 			continue
 		}
-		// What cannot be listed is there nevertheless.
+		// A directory that cannot be listed is still an entry.
 		if below, names, err := openDir(p); err == nil {
 			if err := errors.Join(listInto(enc, o, below, names, depth-1), below.Close()); err != nil {
 				return err
@@ -450,10 +451,10 @@ func listInto(enc *json.Encoder, o owners, dir *os.File, names []string, depth i
 	return nil
 }
 
-// entry describes what is at p itself, for the v1 API.
+// entry describes the entry at p for the v1 API. It describes a link itself.
 func entry(p string, o owners) (agentapi.Entry, error) { return entryAt(unix.AT_FDCWD, p, p, o) }
 
-// entryAt describes what is at p, which is found as at from a directory.
+// entryAt describes the entry at p, which has the path at relative to the directory dir.
 func entryAt(dir int, at, p string, o owners) (agentapi.Entry, error) {
 	var st unix.Stat_t
 	if err := unix.Fstatat(dir, at, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
@@ -478,7 +479,7 @@ func entryAt(dir int, at, p string, o owners) (agentapi.Entry, error) {
 		e.Type = agentapi.TypeDirectory
 	case unix.S_IFLNK:
 		e.Type = agentapi.TypeSymlink
-		// A link removed meanwhile has no target.
+		// An error means that the link was removed meanwhile.
 		e.SymlinkTarget, _ = os.Readlink(p)
 	default:
 		e.Type = agentapi.TypeOther

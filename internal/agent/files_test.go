@@ -29,7 +29,8 @@ func wantFault(t *testing.T, err error, kind fault.Kind, code string) {
 }
 
 func (s *sandbox) upload(path, content string) error {
-	return s.client.Upload(s.t.Context(), s.target, agentapi.UploadRequest{Path: path, Body: strings.NewReader(content), Size: int64(len(content))})
+	return s.client.Upload(s.t.Context(), s.target,
+		agentapi.UploadRequest{Path: path, Body: strings.NewReader(content), Size: int64(len(content))})
 }
 
 func (s *sandbox) download(path, rng string) (string, *agentapi.Download, error) {
@@ -57,8 +58,10 @@ func TestUploadAndDownload(t *testing.T) {
 		}
 	}
 	got := s.sh("stat -c '%n %a %U %G %s' /home/user/a /home/user/a/b/c /tmp/mode '/tmp/unknown size'")
-	want := fmt.Sprintf("/home/user/a 755 user user 4096\n/home/user/a/b/c 644 user user 5\n/tmp/mode 600 user extra 0\n/tmp/unknown size 644 root root %d", len(big))
-	if got = strings.Replace(got, "user user 80\n", "user user 4096\n", 1); strings.Replace(got, " 60\n", " 4096\n", 1) != want {
+	want := fmt.Sprintf("/home/user/a 755 user user 4096\n/home/user/a/b/c 644 user user 5\n"+
+		"/tmp/mode 600 user extra 0\n/tmp/unknown size 644 root root %d", len(big))
+	got = strings.Replace(got, "user user 80\n", "user user 4096\n", 1)
+	if strings.Replace(got, " 60\n", " 4096\n", 1) != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
 	for _, c := range []struct {
@@ -73,16 +76,18 @@ func TestUploadAndDownload(t *testing.T) {
 			t.Errorf("download %s %q: %d bytes, %+v, %v", c.path, c.rng, len(body), d, err)
 		}
 	}
-	if _, d, err := s.download("/home/user/a/b/c", "bytes=9-"); err != nil || d.Status != http.StatusRequestedRangeNotSatisfiable {
+	if _, d, err := s.download("/home/user/a/b/c", "bytes=9-"); err != nil ||
+		d.Status != http.StatusRequestedRangeNotSatisfiable {
 		t.Errorf("a range outside: %+v, %v", d, err)
 	}
 
-	// Replacing keeps the mode, and follows a link.
+	// Replacing a file keeps its mode and follows a link.
 	s.sh("chmod 755 /home/user/a/b/c; ln -s a/b/c /home/user/link; mkfifo /tmp/fifo")
 	if err := s.upload("/home/user/link", "new"); err != nil {
 		t.Error(err)
 	}
-	if got := s.sh("cat /home/user/a/b/c; stat -c ' %a' /home/user/a/b/c; readlink /home/user/link"); got != "new 755\na/b/c" {
+	got = s.sh("cat /home/user/a/b/c; stat -c ' %a' /home/user/a/b/c; readlink /home/user/link")
+	if got != "new 755\na/b/c" {
 		t.Errorf("through a link: %q", got)
 	}
 	_, _, err := s.download("/nosuch", "")
@@ -95,13 +100,15 @@ func TestUploadAndDownload(t *testing.T) {
 	wantFault(t, err, fault.Invalid, agentapi.CodeInvalidPath)
 	wantFault(t, s.upload("/tmp", "x"), fault.Invalid, agentapi.CodeIsDirectory)
 	wantFault(t, s.upload("/etc/passwd/x", "x"), fault.Invalid, agentapi.CodeNotDirectory)
-	err = s.client.Upload(t.Context(), s.target, agentapi.UploadRequest{Path: "/tmp/x", Owner: "nosuch", Body: strings.NewReader("x"), Size: 1})
+	err = s.client.Upload(t.Context(), s.target,
+		agentapi.UploadRequest{Path: "/tmp/x", Owner: "nosuch", Body: strings.NewReader("x"), Size: 1})
 	wantFault(t, err, fault.Invalid, agentapi.CodeUnknownOwner)
-	err = s.client.Upload(t.Context(), s.target, agentapi.UploadRequest{Path: "/tmp/x", User: "nosuch", Body: strings.NewReader("x"), Size: 1})
+	err = s.client.Upload(t.Context(), s.target,
+		agentapi.UploadRequest{Path: "/tmp/x", User: "nosuch", Body: strings.NewReader("x"), Size: 1})
 	wantFault(t, err, fault.Invalid, agentapi.CodeUnknownUser)
 }
 
-// failingReader gives some bytes and then an error.
+// failingReader returns some bytes and then an error.
 type failingReader struct {
 	left int
 	err  error
@@ -121,7 +128,8 @@ func TestAbortedUploadLeavesNothing(t *testing.T) {
 	s.sh("mkdir /tmp/d; echo old >/tmp/d/f")
 	broken := errors.New("the body broke")
 	for _, size := range []int64{-1, 8 << 20} {
-		err := s.client.Upload(t.Context(), s.target, agentapi.UploadRequest{Path: "/tmp/d/f", Body: &failingReader{3 << 20, broken}, Size: size})
+		err := s.client.Upload(t.Context(), s.target,
+			agentapi.UploadRequest{Path: "/tmp/d/f", Body: &failingReader{3 << 20, broken}, Size: size})
 		if !errors.Is(err, broken) {
 			t.Errorf("size %d: %v, want the body's error", size, err)
 		}
@@ -133,18 +141,22 @@ func TestFullDisk(t *testing.T) {
 	s := startSandbox(t, options{disk: "32m"})
 	big := int64(64 << 20)
 	for _, size := range []int64{-1, big} {
-		err := s.client.Upload(t.Context(), s.target, agentapi.UploadRequest{Path: "/var/big", Body: &failingReader{int(big), io.EOF}, Size: size})
+		err := s.client.Upload(t.Context(), s.target,
+			agentapi.UploadRequest{Path: "/var/big", Body: &failingReader{int(big), io.EOF}, Size: size})
 		wantFault(t, err, fault.NoSpace, agentapi.CodeDiskFull)
 	}
 	if got := s.sh("ls -A /var"); got != "" {
 		t.Errorf("left behind: %q", got)
 	}
-	// With the disk full to the brim everything that needs none goes on.
+	// On a completely full disk everything that needs no space still works.
 	res := s.exec(agentapi.ExecuteRequest{Command: "dd if=/dev/zero of=/var/fill bs=1M; echo status $?"})
 	if !strings.Contains(string(res.Stdout), "status 1") {
 		t.Errorf("filling: %q %q", res.Stdout, res.Stderr)
 	}
-	s.exec(agentapi.ExecuteRequest{Command: "while echo xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx >>/var/rest; do :; done 2>/dev/null", Timeout: 5 * time.Second})
+	s.exec(agentapi.ExecuteRequest{
+		Command: "while echo xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx >>/var/rest; do :; done 2>/dev/null",
+		Timeout: 5 * time.Second,
+	})
 	wantFault(t, s.upload("/var/more", strings.Repeat("x", 1<<20)), fault.NoSpace, agentapi.CodeDiskFull)
 	if got := s.sh("echo alive"); got != "alive" {
 		t.Error(got)
@@ -159,7 +171,8 @@ func TestFullDisk(t *testing.T) {
 
 func TestRemoveAndList(t *testing.T) {
 	s := startSandbox(t, options{})
-	s.sh("mkdir -p /tmp/t/b/c; echo 12345 >/tmp/t/a; chown user:extra /tmp/t/a; chmod 4750 /tmp/t/a; ln -s /nowhere /tmp/t/z; echo x >/tmp/t/b/c/d; mkfifo /tmp/t/p")
+	s.sh("mkdir -p /tmp/t/b/c; echo 12345 >/tmp/t/a; chown user:extra /tmp/t/a; chmod 4750 /tmp/t/a; " +
+		"ln -s /nowhere /tmp/t/z; echo x >/tmp/t/b/c/d; mkfifo /tmp/t/p")
 	got, err := s.list("/tmp/t", "", 3)
 	if err != nil {
 		t.Fatal(err)
@@ -177,7 +190,7 @@ func TestRemoveAndList(t *testing.T) {
 			t.Errorf("%s was modified at %s", got[i].Path, got[i].ModifiedAt)
 		}
 		if got[i].Type == "directory" || got[i].Type == "symlink" {
-			got[i].Size = 0 // as the file system likes
+			got[i].Size = 0 // depends on the file system
 		}
 	}
 	if diff := cmp.Diff(want, got, cmpopts.IgnoreFields(agentapi.Entry{}, "ModifiedAt")); diff != "" {
@@ -209,7 +222,7 @@ func TestRemoveAndList(t *testing.T) {
 	s.sh("test ! -e /tmp/t")
 }
 
-// request is plain HTTP to the agent, as E2B's clients do it.
+// request sends a plain HTTP request to the agent, as E2B's clients do.
 func (s *sandbox) request(method, target string, header http.Header, body io.Reader) (int, http.Header, string) {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(s.t.Context(), 30*time.Second)
@@ -258,13 +271,17 @@ func TestE2BFiles(t *testing.T) {
 	}
 	mw.Close()
 	status, _, body := s.request("POST", "/files?username=user", with("Content-Type", mw.FormDataContentType()), &form)
-	expect("several files", status, body, 200, `[{"name":"one.txt","path":"/home/user/dir/one.txt","type":"file"},{"name":"two.txt","path":"/tmp/two.txt","type":"file"}]`)
-	if got := s.sh("cat /home/user/dir/one.txt; stat -c ' %U %a' /home/user/dir /home/user/dir/one.txt"); got != "content of dir/one.txt user 755\n user 644" {
+	expect("several files", status, body, 200, `[{"name":"one.txt","path":"/home/user/dir/one.txt","type":"file"},`+
+		`{"name":"two.txt","path":"/tmp/two.txt","type":"file"}]`)
+	got := s.sh("cat /home/user/dir/one.txt; stat -c ' %U %a' /home/user/dir /home/user/dir/one.txt")
+	if got != "content of dir/one.txt user 755\n user 644" {
 		t.Errorf("on disk: %q", got)
 	}
 
-	status, _, body = s.request("POST", "/files?username=user&path=meta", with("Content-Type", "application/octet-stream", "X-Metadata-Some-Key", "a value"), strings.NewReader("x"))
-	expect("with metadata", status, body, 200, `[{"name":"meta","path":"/home/user/meta","type":"file","metadata":{"some-key":"a value"}}]`)
+	status, _, body = s.request("POST", "/files?username=user&path=meta",
+		with("Content-Type", "application/octet-stream", "X-Metadata-Some-Key", "a value"), strings.NewReader("x"))
+	expect("with metadata", status, body, 200,
+		`[{"name":"meta","path":"/home/user/meta","type":"file","metadata":{"some-key":"a value"}}]`)
 	var stat struct {
 		Entry struct {
 			Metadata    map[string]string
@@ -272,12 +289,15 @@ func TestE2BFiles(t *testing.T) {
 			Mode        int
 		}
 	}
-	if _, err := s.rpc("/filesystem.Filesystem/Stat", "user", map[string]any{"path": "~/meta"}, &stat); err != nil || stat.Entry.Metadata["some-key"] != "a value" || stat.Entry.Permissions != "-rw-r--r--" || stat.Entry.Mode != 420 {
+	if _, err := s.rpc("/filesystem.Filesystem/Stat", "user", map[string]any{"path": "~/meta"}, &stat); err != nil ||
+		stat.Entry.Metadata["some-key"] != "a value" || stat.Entry.Permissions != "-rw-r--r--" || stat.Entry.Mode != 420 {
 		t.Errorf("stat: %+v, %v", stat, err)
 	}
-	s.request("POST", "/files?username=user&path=meta", with("Content-Type", "application/octet-stream"), strings.NewReader("y"))
+	s.request("POST", "/files?username=user&path=meta", with("Content-Type", "application/octet-stream"),
+		strings.NewReader("y"))
 	stat.Entry.Metadata = nil
-	if _, err := s.rpc("/filesystem.Filesystem/Stat", "user", map[string]any{"path": "meta"}, &stat); err != nil || stat.Entry.Metadata != nil {
+	if _, err := s.rpc("/filesystem.Filesystem/Stat", "user", map[string]any{"path": "meta"}, &stat); err != nil ||
+		stat.Entry.Metadata != nil {
 		t.Errorf("old metadata stays: %+v, %v", stat, err)
 	}
 
@@ -294,15 +314,19 @@ func TestE2BFiles(t *testing.T) {
 	}
 
 	status, _, body = s.request("POST", "/files/compose", with("Content-Type", "application/json"),
-		strings.NewReader(`{"source_paths":["/home/user/dir/one.txt","/tmp/two.txt"],"destination":"both","username":"user"}`))
+		strings.NewReader(`{"source_paths":["/home/user/dir/one.txt","/tmp/two.txt"],`+
+			`"destination":"both","username":"user"}`))
 	expect("compose", status, body, 200, `{"name":"both","path":"/home/user/both","type":"file"}`)
-	if got := s.sh("cat /home/user/both; ls /tmp /home/user/dir"); !strings.HasPrefix(got, "content of dir/one.txtcontent of /tmp/two.txt") || strings.Contains(got, "one.txt\n") {
+	got = s.sh("cat /home/user/both; ls /tmp /home/user/dir")
+	if !strings.HasPrefix(got, "content of dir/one.txtcontent of /tmp/two.txt") || strings.Contains(got, "one.txt\n") {
 		t.Errorf("composed: %q", got)
 	}
 
 	status, _, body = s.request("GET", "/envs", nil, nil)
 	expect("envs", status, body, 200, `{"FROM_SANDBOX":"yes"}`)
-	if status, _, body = s.request("GET", "/metrics", nil, nil); status != 200 || !strings.Contains(body, `"mem_total":`) || strings.Contains(body, `"mem_total":0,`) || strings.Contains(body, `"disk_total":0`) {
+	if status, _, body = s.request("GET", "/metrics", nil, nil); status != 200 ||
+		!strings.Contains(body, `"mem_total":`) || strings.Contains(body, `"mem_total":0,`) ||
+		strings.Contains(body, `"disk_total":0`) {
 		t.Errorf("metrics: %d %s", status, body)
 	}
 	if status, _, _ = s.request("GET", "/health", nil, nil); status != 204 {
@@ -312,27 +336,33 @@ func TestE2BFiles(t *testing.T) {
 
 func TestInit(t *testing.T) {
 	s := startSandbox(t, options{noInit: true})
-	s.sh("true") // without a key everything is open
-	first := agentapi.InitRequest{AccessToken: "one", DefaultUser: "user", DefaultWorkdir: "/tmp", Env: map[string]string{"A": "1"}, Hostname: "newname", Nameservers: []string{"10.9.8.7"}}
+	s.sh("true") // before there is a key, the agent takes all calls
+	first := agentapi.InitRequest{AccessToken: "one", DefaultUser: "user", DefaultWorkdir: "/tmp",
+		Env: map[string]string{"A": "1"}, Hostname: "newname", Nameservers: []string{"10.9.8.7"}}
 	if err := s.client.Init(t.Context(), s.target, first); err != nil {
 		t.Fatal(err)
 	}
 	plain := s.with("")
 	if err := plain.client.Init(t.Context(), s.target, agentapi.InitRequest{AccessToken: "two"}); err == nil {
-		t.Error("a second init without the key was taken")
+		t.Error("a second init without the key was accepted")
 	}
-	// The connection that brought the key, and one that proves it.
+	// Call on the connection that brought the key and on one that proves that it knows it.
 	for _, s := range []*sandbox{s, s.with("one")} {
-		if got := s.sh("id -un; pwd; echo $A; hostname; cat /etc/resolv.conf"); got != "user\n/tmp\n1\nnewname\nnameserver 10.9.8.7" {
+		got := s.sh("id -un; pwd; echo $A; hostname; cat /etc/resolv.conf")
+		if got != "user\n/tmp\n1\nnewname\nnameserver 10.9.8.7" {
 			t.Errorf("got %q", got)
 		}
 	}
 	old, again := s.with("one"), s.with("one")
 	old.sh("true")
-	if err := again.client.Init(t.Context(), s.target, agentapi.InitRequest{AccessToken: "two", Env: map[string]string{"B": "2"}}); err != nil {
+	if err := again.client.Init(t.Context(), s.target,
+		agentapi.InitRequest{AccessToken: "two", Env: map[string]string{"B": "2"}}); err != nil {
 		t.Fatal(err)
 	}
-	for name, s := range map[string]*sandbox{"a connection under the old key": old, "a new one with the old key": s.with("one"), "one without a key": s.with("")} {
+	for name, s := range map[string]*sandbox{
+		"a connection under the old key": old, "a new one with the old key": s.with("one"),
+		"one without a key": s.with(""),
+	} {
 		if _, err := s.client.Execute(t.Context(), s.target, agentapi.ExecuteRequest{Command: "true"}); err == nil {
 			t.Errorf("%s still works", name)
 		}
@@ -344,14 +374,15 @@ func TestInit(t *testing.T) {
 	}
 }
 
-// BenchmarkFiles moves 100 MB each way.
+// BenchmarkFiles moves 100 MB in each direction.
 func BenchmarkFiles(b *testing.B) {
 	s := startSandbox(b, options{})
 	const size = 100_000_000
 	b.Run("upload", func(b *testing.B) {
 		b.SetBytes(size)
 		for b.Loop() {
-			if err := s.client.Upload(b.Context(), s.target, agentapi.UploadRequest{Path: "/var/big", Body: &failingReader{size, io.EOF}, Size: size}); err != nil {
+			if err := s.client.Upload(b.Context(), s.target,
+				agentapi.UploadRequest{Path: "/var/big", Body: &failingReader{size, io.EOF}, Size: size}); err != nil {
 				b.Fatal(err)
 			}
 		}

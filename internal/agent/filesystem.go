@@ -18,8 +18,8 @@ import (
 	"github.com/cayhq/cay/internal/agentapi/filesystem"
 )
 
-// filesystemService is the service filesystem.Filesystem; the methods that
-// watch are in watch.go.
+// filesystemService implements the service filesystem.Filesystem. Its methods that
+// watch directories are in watch.go.
 type filesystemService struct {
 	filesystem.UnimplementedFilesystemHandler
 
@@ -27,7 +27,7 @@ type filesystemService struct {
 	watchers *watchers
 }
 
-// resolve makes a call's path absolute for the user of the call.
+// resolve returns the user of a call and the call's path, made absolute for that user.
 func (s *filesystemService) resolve(h http.Header, p string) (*user, string, error) {
 	u, err := callUser(s.files.users, s.files.settings, h, "")
 	if err != nil {
@@ -40,8 +40,10 @@ func (s *filesystemService) resolve(h http.Header, p string) (*user, string, err
 	return u, abs, nil
 }
 
-// Stat describes what a path names.
-func (s *filesystemService) Stat(_ context.Context, req *connect.Request[filesystem.StatRequest]) (*connect.Response[filesystem.StatResponse], error) {
+// Stat describes the file or directory at a path.
+func (s *filesystemService) Stat(
+	_ context.Context, req *connect.Request[filesystem.StatRequest],
+) (*connect.Response[filesystem.StatResponse], error) {
 	_, p, err := s.resolve(req.Header(), req.Msg.GetPath())
 	if err != nil {
 		return nil, err
@@ -53,7 +55,7 @@ func (s *filesystemService) Stat(_ context.Context, req *connect.Request[filesys
 	return connect.NewResponse(&filesystem.StatResponse{Entry: e}), nil
 }
 
-// statErr takes "below a file" for "not there", which it is to who asks.
+// statErr converts an error of a stat. A path below a file does not exist for the client.
 func statErr(err error, p string) error {
 	if errors.Is(err, syscall.ENOTDIR) {
 		err = syscall.ENOENT
@@ -62,7 +64,9 @@ func statErr(err error, p string) error {
 }
 
 // MakeDir makes a directory and its parents.
-func (s *filesystemService) MakeDir(_ context.Context, req *connect.Request[filesystem.MakeDirRequest]) (*connect.Response[filesystem.MakeDirResponse], error) {
+func (s *filesystemService) MakeDir(
+	_ context.Context, req *connect.Request[filesystem.MakeDirRequest],
+) (*connect.Response[filesystem.MakeDirResponse], error) {
 	u, p, err := s.resolve(req.Header(), req.Msg.GetPath())
 	if err != nil {
 		return nil, err
@@ -83,8 +87,10 @@ func (s *filesystemService) MakeDir(_ context.Context, req *connect.Request[file
 	return connect.NewResponse(&filesystem.MakeDirResponse{Entry: e}), nil
 }
 
-// Move renames; the destination's parents are made.
-func (s *filesystemService) Move(_ context.Context, req *connect.Request[filesystem.MoveRequest]) (*connect.Response[filesystem.MoveResponse], error) {
+// Move renames a file or directory and makes the destination's missing parents.
+func (s *filesystemService) Move(
+	_ context.Context, req *connect.Request[filesystem.MoveRequest],
+) (*connect.Response[filesystem.MoveResponse], error) {
 	u, from, err := s.resolve(req.Header(), req.Msg.GetSource())
 	if err != nil {
 		return nil, err
@@ -110,7 +116,9 @@ func (s *filesystemService) Move(_ context.Context, req *connect.Request[filesys
 }
 
 // ListDir lists a directory some levels deep, parents before children.
-func (s *filesystemService) ListDir(ctx context.Context, req *connect.Request[filesystem.ListDirRequest]) (*connect.Response[filesystem.ListDirResponse], error) {
+func (s *filesystemService) ListDir(
+	ctx context.Context, req *connect.Request[filesystem.ListDirRequest],
+) (*connect.Response[filesystem.ListDirResponse], error) {
 	_, p, err := s.resolve(req.Header(), req.Msg.GetPath())
 	if err != nil {
 		return nil, err
@@ -138,22 +146,24 @@ func (s *filesystemService) listInto(ctx context.Context, reply *filesystem.List
 		p := path.Join(dir, name)
 		e, err := entryInfo(p, o)
 		if err != nil {
-			continue // gone meanwhile
+			continue // removed meanwhile
 		}
 		reply.Entries = append(reply.Entries, e)
 		if depth <= 1 || e.Type != filesystem.FileType_FILE_TYPE_DIRECTORY || e.SymlinkTarget != nil {
 			continue
 		}
-		// What cannot be listed is there nevertheless.
+		// A directory that cannot be listed is still an entry.
 		if below, err := readNames(p); err == nil {
 			s.listInto(ctx, reply, o, p, below, depth-1)
 		}
 	}
 }
 
-// Remove removes whatever a path names, with all below it. Nothing there is
-// success.
-func (s *filesystemService) Remove(_ context.Context, req *connect.Request[filesystem.RemoveRequest]) (*connect.Response[filesystem.RemoveResponse], error) {
+// Remove removes the file or directory at a path with all below it. It succeeds if
+// the path does not exist.
+func (s *filesystemService) Remove(
+	_ context.Context, req *connect.Request[filesystem.RemoveRequest],
+) (*connect.Response[filesystem.RemoveResponse], error) {
 	_, p, err := s.resolve(req.Header(), req.Msg.GetPath())
 	if err != nil {
 		return nil, err
@@ -167,8 +177,8 @@ func (s *filesystemService) Remove(_ context.Context, req *connect.Request[files
 	return connect.NewResponse(&filesystem.RemoveResponse{}), nil
 }
 
-// entryInfo describes what is at p as E2B's server does: of a link, type and
-// mode are those of what it leads to, everything else is the link's own.
+// entryInfo describes the entry at p as E2B's server does: a link has the type and
+// the mode of its target, and everything else of its own.
 func entryInfo(p string, o owners) (*filesystem.EntryInfo, error) {
 	st, err := os.Lstat(p)
 	if err != nil {
@@ -193,7 +203,7 @@ func entryInfo(p string, o owners) (*filesystem.EntryInfo, error) {
 	e.Type = filesystem.FileType_FILE_TYPE_UNSPECIFIED
 	target, err := filepath.EvalSymlinks(p)
 	if err != nil {
-		// Dangling or a loop: where it points to is all there is.
+		// The link dangles or is part of a loop; only its text is known.
 		if target, err = os.Readlink(p); err != nil {
 			return nil, err
 		}
@@ -207,7 +217,7 @@ func entryInfo(p string, o owners) (*filesystem.EntryInfo, error) {
 	return e, nil
 }
 
-// shown is a name as a message can carry it, which refuses what is not UTF-8.
+// shown returns a name as valid UTF-8, since a message refuses other strings.
 func shown(name string) string { return strings.ToValidUTF8(name, "\uFFFD") }
 
 func fileType(m fs.FileMode) filesystem.FileType {

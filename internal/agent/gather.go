@@ -5,8 +5,8 @@ import (
 	"net/http"
 )
 
-// gathering lets a call hold its answer back with [gather]. A flush is a write to
-// the network, and in gVisor's stack one costs as much as the rest of a short
+// gathering allows a call to hold its answer back with [gather]. A flush writes to
+// the network; in gVisor's stack one write costs as much as the rest of a short
 // command's answer.
 func gathering(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -17,22 +17,21 @@ func gathering(next http.Handler) http.Handler {
 
 type gatherKey struct{}
 
-// gather makes the call's answer leave when it is whole, or when there is more of
-// it than the server's buffer holds.
+// gather holds the call's answer back until it is complete or fills the server's buffer.
 func gather(ctx context.Context) {
 	if g, ok := ctx.Value(gatherKey{}).(*gatherer); ok {
 		g.held = true
 	}
 }
 
-// gatherer belongs to the goroutine that answers the call until that calls gather;
-// from then on it does not change.
+// gatherer is a ResponseWriter that can ignore flushes. It belongs to the goroutine that
+// answers the call until that goroutine calls gather; from then on it does not change.
 type gatherer struct {
 	http.ResponseWriter
 	held bool
 }
 
-// Flush is what sends an answer's beginning before its end.
+// Flush sends the part of the answer that is written so far, unless it is held back.
 func (g *gatherer) Flush() {
 	if g.held {
 		return
@@ -41,5 +40,5 @@ func (g *gatherer) Flush() {
 	_ = http.NewResponseController(g.ResponseWriter).Flush()
 }
 
-// Unwrap is for http.ResponseController.
+// Unwrap returns the wrapped writer to http.ResponseController.
 func (g *gatherer) Unwrap() http.ResponseWriter { return g.ResponseWriter }

@@ -13,41 +13,41 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Control groups of the sandbox kernel, which is gVisor's: version 1, every
-// controller in a hierarchy of its own. Each command gets a group in "pids", which
-// knows all its descendants whatever they do, and carries a limit.
+// The sandbox's kernel, gVisor, has control groups of version 1, with each controller
+// in a hierarchy of its own. Each command gets a group in "pids", which contains all
+// its descendants, whatever they do, and has a limit.
 //
-// That limit is not enough: charges do not propagate from a group to its parent, so there
-// is none for all commands together, and the dead are not counted. The guard sees to that.
+// That limit is not enough. A group's charges do not count for its parent, so that no
+// group limits all commands together; and zombies are not counted. The guard covers both.
 //
 // The thread that makes processes moves itself into a command's group before it
-// forks, because the new process inherits the groups of the forking thread; this
-// costs two writes and no window in which the process is outside.
+// forks, because the new process inherits the groups of the forking thread. That
+// costs two writes, and the process is never outside of its group.
 
-// maxGroupKills is how often in a row a process group is killed before its members
-// are looked for one by one.
+// maxGroupKills limits the consecutive kills of a process group before its members
+// are killed one by one. Fewer leave more members to slow single kills.
 const maxGroupKills = 50
 
-// maxSpareGroups is how many empty groups are kept for the next commands: a
-// spare saves making and removing one, at the price of two file descriptors.
+// maxSpareGroups limits the empty groups that are kept for the next commands. A
+// spare saves making and removing a group and costs four file descriptors.
 const maxSpareGroups = 8
 
 // groups hands out process groups that cannot be escaped by fork, setsid or
 // double fork. Safe for concurrent use.
 type groups struct {
 	root  *os.File // directory of the hierarchy
-	home  *os.File // its tasks file: where the forking thread goes back to
+	home  *os.File // its tasks file, through which the forking thread returns
 	limit int      // processes and threads of all commands together
 
 	mu        sync.Mutex
 	spare     []*group
 	running   []*group // taken and not given back
-	lingering []*group // their command has ended, some process of theirs lives
-	made      int      // groups made so far; the next one's name
+	lingering []*group // groups with live processes whose command has ended
+	made      int      // groups made so far; numbers their names
 	swept     time.Time
 }
 
-// group is the processes of one command.
+// group is the control group of one command's processes.
 type group struct {
 	owner *groups
 	name  string
@@ -57,14 +57,14 @@ type group struct {
 	max   *os.File // pids.max
 
 	leader int // pid of the command: its process group; set before kill can be called
-	taken  int // how often it was handed out; changes under groups.mu
+	taken  int // number of times it was handed out; guarded by groups.mu
 }
 
-// groupPrefix begins the names of our groups.
+// groupPrefix begins the names of the agent's groups.
 const groupPrefix = "cay-"
 
-// openGroups mounts the hierarchy on a directory that is there anyway, opens it
-// and detaches the mount again: what is open works on, and nobody finds it.
+// openGroups mounts the hierarchy on an existing directory, opens it and detaches the
+// mount again. The open files keep working, and no process inside finds the hierarchy.
 func openGroups(mountPoint string, limit int) (*groups, error) {
 	if err := unix.Mount("none", mountPoint, "cgroup", 0, "pids"); err != nil {
 		return nil, fmt.Errorf("mounting control groups on %s: %w", mountPoint, err)
@@ -90,7 +90,7 @@ func (gr *group) setMax(n int) error {
 	return nil
 }
 
-// current is how many processes and threads the group has.
+// current returns the number of processes and threads in the group.
 func (gr *group) current() int {
 	var b [16]byte
 	n, _ := gr.now.ReadAt(b[:], 0)
@@ -101,7 +101,7 @@ func (gr *group) current() int {
 // self moves the calling thread when it is written to a tasks file.
 var self = []byte("0")
 
-// enter moves the calling thread into the group; home moves it out again.
+// enter moves the calling thread into the group; goHome moves it out again.
 func (gr *group) enter() error {
 	_, err := gr.tasks.WriteAt(self, 0)
 	return err
@@ -112,7 +112,7 @@ func (g *groups) goHome() error {
 	return err
 }
 
-// take gives an empty group.
+// take returns an empty group. The caller gives it back.
 func (g *groups) take() (*group, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -147,7 +147,12 @@ func (g *groups) make(name string) (_ *group, err error) {
 		to   **os.File
 		name string
 		flag int
-	}{{&gr.tasks, "tasks", unix.O_WRONLY}, {&gr.procs, "cgroup.procs", unix.O_RDONLY}, {&gr.now, "pids.current", unix.O_RDONLY}, {&gr.max, "pids.max", unix.O_WRONLY}} {
+	}{
+		{&gr.tasks, "tasks", unix.O_WRONLY},
+		{&gr.procs, "cgroup.procs", unix.O_RDONLY},
+		{&gr.now, "pids.current", unix.O_RDONLY},
+		{&gr.max, "pids.max", unix.O_WRONLY},
+	} {
 		if *f.to, err = openAt(dir, name+"/"+f.name, f.flag); err != nil {
 			return nil, err
 		}
@@ -163,8 +168,8 @@ func openAt(dir int, name string, flag int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
-// total is how many processes and threads all commands have, and largest the group
-// that has most of them, nil if none has any.
+// total returns the number n of processes and threads of all commands, and the group
+// with most of them, nil if no group has any.
 func (g *groups) total() (n int, largest *group, most int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -180,7 +185,7 @@ func (g *groups) total() (n int, largest *group, most int) {
 	return n, largest, most
 }
 
-// busy reports whether processes of some command, one that has ended included, may live.
+// busy reports whether processes of any command may live, also of one that has ended.
 func (g *groups) busy() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -188,16 +193,15 @@ func (g *groups) busy() bool {
 	return len(g.running)+len(g.lingering) > 0
 }
 
-// lingers reports whether the command of the group of that name has ended and something
-// of it lives.
+// lingers reports whether the command of the named group has ended and left live processes.
 func (g *groups) lingers(name string) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return slices.ContainsFunc(g.lingering, func(gr *group) bool { return gr.name == name && !gr.empty() })
 }
 
-// takeLingering gives the group of that name if its command has ended and
-// something of it lives; the caller gives it back.
+// takeLingering returns the named group if its command has ended and left live
+// processes, else nil. The caller gives it back.
 func (g *groups) takeLingering(name string) *group {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -211,9 +215,9 @@ func (g *groups) takeLingering(name string) *group {
 	return nil
 }
 
-// takeAgain gives a group that was handed out for the taken-th time, if its command has ended
-// and something of it lives; the caller gives it back. Its name alone would not do: empty ones
-// are handed out again.
+// takeAgain takes the group if the command that it was handed out to the taken-th time has
+// ended and left live processes, and reports whether it did. The caller then gives it back. The
+// group alone does not identify the command, since empty groups are handed out again.
 func (g *groups) takeAgain(gr *group, taken int) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -226,8 +230,8 @@ func (g *groups) takeAgain(gr *group, taken int) bool {
 	return true
 }
 
-// give takes a group back whose command has ended. While processes of it live it
-// is set aside and looked at again later.
+// give gives back a group whose command has ended. A group with live processes is
+// kept in lingering and checked again later.
 func (g *groups) give(gr *group) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -240,7 +244,7 @@ func (g *groups) give(gr *group) {
 
 // sweepLocked takes back the lingering groups that have become empty.
 func (g *groups) sweepLocked() {
-	// Once a second is often enough: a group that stays costs two descriptors.
+	// Once a second is enough: a group that stays costs four descriptors.
 	if len(g.lingering) == 0 || time.Since(g.swept) < time.Second {
 		return
 	}
@@ -264,8 +268,8 @@ func (g *groups) putLocked(gr *group) {
 	gr.close()
 }
 
-// close removes an empty group. A process that was moved in behind our back
-// keeps the directory, which then stays for good and harms nobody.
+// close removes an empty group. If root inside has moved a process into it, the
+// directory stays, which does no harm.
 func (gr *group) close() {
 	_ = unix.Unlinkat(int(gr.owner.root.Fd()), gr.name, unix.AT_REMOVEDIR)
 	closeAll(gr.tasks, gr.procs, gr.now, gr.max)
@@ -278,8 +282,8 @@ func (gr *group) empty() bool {
 	return n == 0
 }
 
-// members calls f with the pid of every process of the group and says how many
-// there were.
+// members calls f with the pid of every process of the group and returns their
+// number.
 func (gr *group) members(f func(pid int)) int {
 	buf := make([]byte, 16<<10)
 	count, pid, offset := 0, 0, int64(0)
@@ -303,20 +307,20 @@ func (gr *group) members(f func(pid int)) int {
 	}
 }
 
-// kill ends every process of the group and returns when none is left or, with
-// an error, when some could not be killed within the time. A bomb leaves the agent
-// so little CPU that a system call takes tens of milliseconds, so most are killed
-// by one; the passes are for what left its process group, and what was forked
-// meanwhile. Killing is faster than forking, so they come to an end.
+// kill kills every process of the group and returns when none is left. It returns an
+// error if some are left after the time. A fork bomb leaves the agent so little CPU that
+// a system call takes tens of milliseconds; killLeaders kills most processes with one
+// call. The passes kill processes that left the process group or were forked meanwhile.
+// They come to an end because killing is faster than forking.
 func (gr *group) kill(within time.Duration) error {
 	deadline := time.Now().Add(within)
 	me := os.Getpid()
 	for pass := 1; ; pass++ {
 		gr.killLeaders()
 		left := gr.members(func(pid int) {
-			// The agent's forking thread passes through the groups.
+			// The agent is a member while its forking thread is in the group.
 			if pid != me {
-				// A process that has ended meanwhile is what we want.
+				// An error means that the process has ended.
 				_ = unix.Kill(pid, unix.SIGKILL)
 			}
 		})
@@ -326,15 +330,15 @@ func (gr *group) kill(within time.Duration) error {
 		if time.Now().After(deadline) {
 			return fmt.Errorf("%d processes of a command are still there %s after they were killed", left, within)
 		}
-		// The killed ones need the CPU to die.
+		// The killed processes need the CPU to die.
 		time.Sleep(min(time.Duration(pass), 10) * time.Millisecond)
 	}
 }
 
-// killLeaders kills all that stayed in the process group the command began with,
-// which of a bomb are mostly all, by one system call. A fork that is under way
-// when its process is killed still makes the child, so it is repeated until
-// nobody is left or the children are few.
+// killLeaders kills the process group that the command began with, by one system
+// call; a fork bomb mostly stays in it. A fork that is in progress when its process is
+// killed still makes the child, so killLeaders repeats the call until no process is
+// left, or maxGroupKills times.
 func (gr *group) killLeaders() {
 	first := 0
 	gr.members(func(pid int) {
@@ -345,7 +349,7 @@ func (gr *group) killLeaders() {
 	if first == 0 {
 		return
 	}
-	// Only a group that one of ours is in: the number may be another's by now.
+	// Kill only the process group of a member: the number may have been reused.
 	pgid, err := unix.Getpgid(first)
 	if err != nil || pgid <= 1 || pgid != gr.leader {
 		return
@@ -357,8 +361,8 @@ func (gr *group) killLeaders() {
 	}
 }
 
-// nameOf reads which of our groups a process is in, "" if none, out of the text
-// of its /proc/PID/cgroup. It allocates nothing but the name.
+// nameOf returns the name of the agent's group that a process is in, "" if none, from the
+// text of its /proc/PID/cgroup. It allocates only the name.
 func nameOf(cgroupFile []byte) string {
 	for line := range bytes.SplitSeq(cgroupFile, []byte("\n")) {
 		_, path, ok := bytes.Cut(line, []byte(":pids:/"))

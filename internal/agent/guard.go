@@ -9,55 +9,59 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How often the guard looks, while anything runs. Looking takes some 3 ms of CPU in gVisor, for
-// the wake alone.
+// The guard's polling periods while any command runs. A check takes some 3 ms of CPU in gVisor
+// for waking up alone: shorter periods cost more CPU, longer ones find fork bombs later.
 const (
-	// quickInterval is for as long as there are more at each look, or the agent was just
-	// called. A bomb makes a hundred or two processes in that time.
+	// quickInterval is the period while the number of tasks grows or just after a call to the
+	// agent. A fork bomb makes 100 to 200 processes in that time.
 	quickInterval = 100 * time.Millisecond
 
-	// slowInterval is what comes of it, twice as long after each look, when there is
-	// nothing to see. A bomb that goes off by itself is at its limit when it is found then, and
-	// has taken half of the memory of the smallest sandbox; half of that if it leaves dead.
+	// slowInterval is the longest period. The period doubles with each check that finds no
+	// growth. A fork bomb that starts by itself is then found at its limit, with half of the
+	// memory of the smallest sandbox; with a quarter of it if it leaves zombies.
 	slowInterval = 5 * time.Second
 )
 
-// hardLimit is at how many processes and threads of all commands together the
-// largest command is killed. One alone never has as many.
+// hardLimit returns the number of processes and threads of all commands together at
+// which the largest command is killed. A single command never has as many.
 func hardLimit(limit int) int { return limit + limit/4 + 16 }
 
-// A command is ended that is found at its limit maxStrikes times within strikeTime, each time
-// with more new processes than there was room for when it was last found there: others have
-// ended for them. One that fills up to its limit and stays there has none. In between it may have a few
-// less: those of a bomb that fail to fork end, and others take their place. There is little CPU
-// then to look more often.
+// The guard ends a command that it finds at its limit maxStrikes times within strikeTime, each
+// time with more new processes than there was room for at the previous time: others have ended
+// for them. A command that fills up to its limit and stays there has no new ones. Between the
+// strikes a command may have a few processes less, since those of a fork bomb that fail to fork
+// end and others take their place. Fewer strikes would end honest commands at their limit; a
+// fork bomb leaves too little CPU to check more often.
 const (
 	maxStrikes = 2
 	strikeTime = 30 * time.Second
 )
 
-// guard ends commands that make processes without end: those that go on at their
-// limit, which takes all CPU and leaves more dead behind than can be reaped; those
-// that do not reap their own, since a process leaves its control group when it
-// ends, so that the limit does not see those whose parents never wait for them; and
-// the largest, when all together are too many. It sleeps while nothing runs.
+// guard ends commands that make processes without end. It sleeps while no command runs.
+// It ends
+//
+//   - commands that go on forking at their limit, which takes all CPU and leaves more
+//     zombies than can be reaped;
+//   - commands that do not reap their children: a process leaves its control group when
+//     it ends, so that the limit does not count zombies;
+//   - the largest command, when all commands together have too many processes.
 type guard struct {
 	processes *processes
 	groups    *groups
-	kick      chan struct{} // the agent was called or given input; capacity 1
+	kick      chan struct{} // receives when the agent is called or given input; capacity 1
 
-	suspect string // the command that had nearly as many as it may at the last look
-	newest  int    // its youngest process when it was last found at its limit
-	room    int    // how many more it could have had then
+	suspect string // group of the command that was near its limit at the last check
+	newest  int    // the suspect's highest pid when it was last found at its limit
+	room    int    // how many more processes the suspect could have had then
 	strikes int
-	struck  time.Time // the last time
+	struck  time.Time // time of the last strike
 }
 
 func newGuard(p *processes, g *groups) *guard {
 	return &guard{processes: p, groups: g, kick: make(chan struct{}, 1)}
 }
 
-// wake makes the guard look soon.
+// wake makes the guard check soon.
 func (g *guard) wake() {
 	select {
 	case g.kick <- struct{}{}:
@@ -65,7 +69,7 @@ func (g *guard) wake() {
 	}
 }
 
-// run guards for ever.
+// run guards without end.
 func (g *guard) run() {
 	for {
 		<-g.kick
@@ -73,7 +77,7 @@ func (g *guard) run() {
 	}
 }
 
-// watch guards while anything runs.
+// watch guards while any command runs.
 func (g *guard) watch() {
 	interval, before := quickInterval, uint16(0)
 	g.suspect = ""
@@ -92,7 +96,7 @@ func (g *guard) watch() {
 		g.countLiving()
 		now := g.tasks()
 		burning := time.Since(g.struck) < strikeTime
-		if !burning { // while it burns that takes seconds
+		if !burning { // the count takes seconds during a fork bomb
 			g.countDead(now)
 		}
 		interval = min(2*interval, slowInterval)
@@ -104,8 +108,8 @@ func (g *guard) watch() {
 	}
 }
 
-// countLiving ends the largest command if all have too many processes, or if it goes on at
-// its limit.
+// countLiving ends the largest command if all commands together have too many processes, or
+// if it goes on forking at its limit.
 func (g *guard) countLiving() {
 	total, largest, n := g.groups.total()
 	if total >= hardLimit(g.groups.limit) {
@@ -144,8 +148,8 @@ func (g *guard) countLiving() {
 	}
 }
 
-// tasks is how many tasks there are in the sandbox, the dead and the agent's threads
-// included; 0 if that cannot be told.
+// tasks returns the number of tasks in the sandbox, with zombies and the agent's threads,
+// or 0 if the system call fails.
 func (g *guard) tasks() uint16 {
 	var info unix.Sysinfo_t
 	if unix.Sysinfo(&info) != nil {
@@ -154,9 +158,9 @@ func (g *guard) tasks() uint16 {
 	return info.Procs
 }
 
-// countDead ends the command that left more children unreaped than all commands
-// may have processes. It looks closer only when there are more tasks than the
-// living can be.
+// countDead ends the command with most unreaped children if there are more of them than
+// all commands may have processes. It counts them only when there are more tasks than
+// living processes can account for.
 func (g *guard) countDead(tasks uint16) {
 	const agentThreads = 64 // more than it ever has
 	if int(tasks) <= hardLimit(g.groups.limit)+g.groups.limit+agentThreads {
@@ -166,7 +170,7 @@ func (g *guard) countDead(tasks uint16) {
 	if zombies <= g.groups.limit {
 		return
 	}
-	// The command that holds most of them, by the groups of their parents.
+	// Find the command that has most of them, by the groups of their parents.
 	held := map[string]int{}
 	for ppid, n := range parents {
 		if data, err := os.ReadFile("/proc/" + strconv.Itoa(ppid) + "/cgroup"); err == nil && ppid != os.Getpid() {
@@ -184,8 +188,8 @@ func (g *guard) countDead(tasks uint16) {
 	}
 }
 
-// end kills everything in a command's group. What is left, if anything, is found
-// again at the next check.
+// end kills every process of a command's group. The next check finds those that are
+// left.
 func (g *guard) end(name string) {
 	if c := g.processes.inGroup(name); c != nil {
 		_ = c.stop(false)
@@ -224,8 +228,8 @@ func (g *guard) census() (parents map[int]int, zombies int) {
 	}
 }
 
-// parseStat reads state and parent out of /proc/PID/stat: "pid (name) S ppid …",
-// where the name may hold anything.
+// parseStat parses the state and the parent in /proc/PID/stat: "pid (name) S ppid …",
+// where the name may contain any byte.
 func parseStat(data []byte) (state byte, ppid int) {
 	i := bytes.LastIndexByte(data, ')')
 	if i < 0 {

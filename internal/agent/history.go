@@ -10,23 +10,23 @@ import (
 )
 
 const (
-	// pieceCost is what a piece of history costs beside its bytes, about. It is counted, so
-	// that a process that writes single bytes to two streams in turn keeps within the bound.
+	// pieceCost is the approximate cost of a piece of history beside its bytes, in bytes. With
+	// it the limit also holds for a process that writes single bytes to two streams in turn.
 	pieceCost = 96
 
-	// holdTime is how long the beginning of a character waits for its rest, which mostly is
-	// written already: a pipe was full, or a read was. A program that writes half a
-	// character and waits is delayed by it.
+	// holdTime limits the time for which the beginning of a character waits for its rest. The
+	// rest is mostly written already: a pipe or a read was full. A shorter time splits
+	// characters; a program that writes half a character and waits is delayed by this much.
 	holdTime = 50 * time.Millisecond
 
-	// leastHistory is what is kept of each process however many there are, bytes.
+	// leastHistory is the least history that each process keeps, however many there are, in bytes.
 	leastHistory = 64 << 10
 )
 
-// history is the end of a process's output. It listens to the command and is never slow,
-// so it never blocks it; those who follow read it at their own pace and learn what they
-// missed. Bytes have offsets in the order they came, whichever stream they are of; no
-// piece ends within a character unless nothing came for a while.
+// history keeps the end of a process's output. It subscribes to the command and never
+// blocks it. Followers read it at their own pace and learn how much they missed. Offsets
+// number the bytes of all streams in the order of their arrival. No piece ends within a
+// character unless the rest did not come within holdTime.
 type history struct {
 	mu sync.Mutex
 	// +checklocks:mu
@@ -34,29 +34,29 @@ type history struct {
 	// +checklocks:mu
 	first int64 // offset of the oldest byte that is kept
 	// +checklocks:mu
-	next int64 // offset of the byte to come
+	next int64 // offset of the next byte
 	// +checklocks:mu
-	size int // bytes it costs
+	size int // cost of all pieces, in bytes
 	// +checklocks:mu
-	limit int // of size
+	limit int // the largest size
 	// +checklocks:mu
 	held [agentapi.Terminal + 1][]byte // by stream: the beginning of a character
 	// +checklocks:mu
-	holding *time.Timer // gives up on what is held; nil when nothing is
+	holding *time.Timer // releases held after holdTime; nil until a character was first held
 	// +checklocks:mu
-	over bool // nothing comes any more
+	over bool // the output has ended
 	// +checklocks:mu
-	changed chan struct{} // if somebody waits: closed at the next change
+	changed chan struct{} // closed at the next change; nil if no reader waits
 }
 
-// piece is output of one stream. Its bytes are only ever added to.
+// piece is consecutive output of one stream. Bytes are only ever appended to it.
 type piece struct {
 	stream agentapi.Stream
 	offset int64
 	data   []byte
 }
 
-// take is a subscriber's send.
+// take adds an event's output to the history. It is a subscriber's send.
 func (h *history) take(ev *process.ProcessEvent) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -75,7 +75,7 @@ func (h *history) take(ev *process.ProcessEvent) error {
 	return nil
 }
 
-// addLocked adds output, but for the beginning of a character at its end.
+// addLocked adds output. It holds the beginning of a character at its end back.
 //
 // +checklocks:h.mu
 func (h *history) addLocked(s agentapi.Stream, b []byte) {
@@ -95,7 +95,7 @@ func (h *history) addLocked(s agentapi.Stream, b []byte) {
 	h.appendLocked(s, b)
 }
 
-// release gives up on the rest of characters.
+// release appends the held beginnings of characters without their rests.
 func (h *history) release() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -124,7 +124,7 @@ func (h *history) appendLocked(s agentapi.Stream, b []byte) {
 		if take < len(b) {
 			take -= agentapi.IncompleteTail(b[:take])
 		}
-		if take == 0 { // a character does not fit any more
+		if take == 0 { // the next character does not fit into the piece
 			h.pieces = append(h.pieces, piece{stream: s, offset: h.next})
 			h.size += pieceCost
 			continue
@@ -138,7 +138,7 @@ func (h *history) appendLocked(s agentapi.Stream, b []byte) {
 	h.wakeLocked()
 }
 
-// trimLocked forgets the oldest output beyond the limit.
+// trimLocked drops the oldest output beyond the limit.
 //
 // +checklocks:h.mu
 func (h *history) trimLocked() {
@@ -147,13 +147,13 @@ func (h *history) trimLocked() {
 		h.size -= len(h.pieces[n].data) + pieceCost
 	}
 	if n > 0 {
-		clear(h.pieces[:n]) // the array lives on, the bytes must not
+		clear(h.pieces[:n]) // free the bytes, since the array lives on
 		h.pieces = h.pieces[n:]
 		h.first = h.pieces[0].offset
 	}
 }
 
-// setLimit changes how much is kept.
+// setLimit sets the limit of the history's size, in bytes.
 func (h *history) setLimit(limit int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -169,16 +169,16 @@ func (h *history) wakeLocked() {
 	}
 }
 
-// bounds are the offsets of the first byte that is kept and of the one to come.
+// bounds returns the offsets of the first byte that is kept and of the next byte to come.
 func (h *history) bounds() (first, next int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.first, h.next
 }
 
-// read is the output from an offset on: as much of one stream as there is in a row, up to
-// MaxPiece; or how many bytes are lost there; or, when there is nothing yet, what is
-// closed at the next change, nil if none will come.
+// read returns the output from an offset on: up to MaxPiece consecutive bytes of one
+// stream. If bytes at the offset are lost it returns their number instead. If there is no
+// output yet it returns a channel that is closed at the next change, nil after the end.
 func (h *history) read(offset int64) (s agentapi.Stream, data []byte, lost int64, changed <-chan struct{}) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

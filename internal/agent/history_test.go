@@ -25,7 +25,7 @@ func said(s agentapi.Stream, text string) *process.ProcessEvent {
 	return &process.ProcessEvent{Event: &process.ProcessEvent_Data{Data: data}}
 }
 
-// replay reads a history from an offset to where nothing more is.
+// replay reads a history from an offset to its present end.
 func replay(h *history, offset int64) (out, errs string, lost int64, pieces int) {
 	for {
 		s, data, gone, _ := h.read(offset)
@@ -59,7 +59,8 @@ func TestHistoryKeepsOrderAndBounds(t *testing.T) {
 	}{{0, "onetwothree", "bad", 3}, {4, "wothree", "bad", 3}, {7, "three", "ad", 2}, {13, "e", "", 1}, {14, "", "", 0}} {
 		out, errs, lost, pieces := replay(h, c.from)
 		if out != c.out || errs != c.errs || lost != 0 || pieces != c.pieces {
-			t.Errorf("from %d: %q, %q, %d lost, in %d pieces; want %q, %q in %d", c.from, out, errs, lost, pieces, c.out, c.errs, c.pieces)
+			t.Errorf("from %d: %q, %q, %d lost, in %d pieces; want %q, %q in %d",
+				c.from, out, errs, lost, pieces, c.out, c.errs, c.pieces)
 		}
 	}
 	if first, next := h.bounds(); first != 0 || next != 14 {
@@ -93,7 +94,8 @@ func TestHistoryForgetsTheOldest(t *testing.T) {
 				t.Errorf("the end is %.20q", errs)
 			}
 			h.setLimit(leastHistory)
-			if out, errs, more, _ := replay(h, 0); more <= lost || len(out)+len(errs) > leastHistory || more+int64(len(out)+len(errs)) != total {
+			if out, errs, more, _ := replay(h, 0); more <= lost || len(out)+len(errs) > leastHistory ||
+				more+int64(len(out)+len(errs)) != total {
 				t.Errorf("with less room %d bytes are lost, %d there", more, len(out)+len(errs))
 			}
 		})
@@ -124,7 +126,7 @@ func TestHistoryDoesNotCutCharacters(t *testing.T) {
 		if !bytes.Equal(all, []byte(text)) {
 			t.Errorf("%d bytes came of %d", len(all), len(text))
 		}
-		// What stays half a character is given up on.
+		// The beginning of a character is released when its rest does not come in time.
 		h = &history{limit: 1 << 20}
 		h.take(said(agentapi.Stdout, "x\xe2\x82"))
 		h.take(said(agentapi.Stderr, "y"))
@@ -137,7 +139,7 @@ func TestHistoryDoesNotCutCharacters(t *testing.T) {
 		select {
 		case <-changed:
 		default:
-			t.Error("who waits is not woken")
+			t.Error("the waiting reader is not woken")
 		}
 		if out, _, _, _ := replay(h, 0); out != "x\xe2\x82" {
 			t.Errorf("%q after a while", out)
@@ -148,7 +150,7 @@ func TestHistoryDoesNotCutCharacters(t *testing.T) {
 			t.Errorf("%q at the end", out)
 		}
 		if _, _, _, changed := h.read(5); changed != nil {
-			t.Error("more is waited for after the end")
+			t.Error("a reader would wait for more after the end")
 		}
 	})
 }

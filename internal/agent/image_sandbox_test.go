@@ -12,8 +12,8 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 )
 
-// TestAnyImageBoots starts sandboxes of images that lack what most have, or have something else in its
-// place, and does in each what every sandbox can: it has a name, users by number, and runs its programs.
+// TestAnyImageBoots starts sandboxes of images that lack usual files or have something else in their
+// place. Each sandbox must have a host name, take users by number and run its programs.
 func TestAnyImageBoots(t *testing.T) {
 	must := func(t testing.TB, errs ...error) {
 		t.Helper()
@@ -21,7 +21,7 @@ func TestAnyImageBoots(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// link makes a link, and file an empty file, in the place of what the image has there.
+	// link and file replace an entry of the image by a link and by an empty file.
 	link := func(t testing.TB, to, at string) { must(t, os.RemoveAll(at), os.Symlink(to, at)) }
 	file := func(t testing.TB, at string) { must(t, os.RemoveAll(at), os.WriteFile(at, nil, 0o644)) }
 	for name, change := range map[string]func(t testing.TB, root, busybox string){
@@ -29,7 +29,7 @@ func TestAnyImageBoots(t *testing.T) {
 			entries, err := os.ReadDir(root)
 			must(t, err)
 			for _, e := range entries {
-				if e.Name() != ".cay" { // of the tests' own sandbox, not of an image
+				if e.Name() != ".cay" { // belongs to the tests and not to an image
 					must(t, os.RemoveAll(filepath.Join(root, e.Name())))
 				}
 			}
@@ -50,7 +50,8 @@ func TestAnyImageBoots(t *testing.T) {
 			link(t, "var", root+"/tmp")
 		},
 		"etc's files are none, tmp leads to itself": func(t testing.TB, root, _ string) {
-			must(t, os.Remove(root+"/etc/passwd"), os.Mkdir(root+"/etc/passwd", 0o755), os.Mkdir(root+"/etc/hosts", 0o755), unix.Mkfifo(root+"/etc/hostname", 0o644))
+			must(t, os.Remove(root+"/etc/passwd"), os.Mkdir(root+"/etc/passwd", 0o755), os.Mkdir(root+"/etc/hosts", 0o755),
+				unix.Mkfifo(root+"/etc/hostname", 0o644))
 			link(t, "resolv.conf", root+"/etc/resolv.conf")
 			link(t, "tmp", root+"/tmp")
 		},
@@ -58,7 +59,8 @@ func TestAnyImageBoots(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := startSandbox(t, options{image: change})
-			err := s.client.Init(t.Context(), s.target, agentapi.InitRequest{Hostname: "given", Nameservers: []string{"10.9.8.7"}})
+			err := s.client.Init(t.Context(), s.target,
+				agentapi.InitRequest{Hostname: "given", Nameservers: []string{"10.9.8.7"}})
 			if err != nil {
 				t.Fatalf("init: %v", err)
 			}
@@ -69,9 +71,10 @@ func TestAnyImageBoots(t *testing.T) {
 				if r.ExitCode != 127 || !strings.Contains(string(r.Stderr), "/bin/sh: no such file") {
 					t.Errorf("without a shell: %+v: %s", r.ExitCode, r.Stderr)
 				}
-				r = s.exec(agentapi.ExecuteRequest{Args: append(program, "stat", "-c", "%a %F", "/tmp", "/etc", "/proc", "/dev", "/sys"), Workdir: "/"})
+				stat := append(program, "stat", "-c", "%a %F", "/tmp", "/etc", "/proc", "/dev", "/sys")
+				r = s.exec(agentapi.ExecuteRequest{Args: stat, Workdir: "/"})
 				if string(r.Stdout) != "1777 directory\n755 directory\n555 directory\n755 directory\n755 directory\n" {
-					t.Errorf("what was missing: %s%s", r.Stdout, r.Stderr)
+					t.Errorf("directories that were missing: %s%s", r.Stdout, r.Stderr)
 				}
 			}
 			for _, who := range []string{"", "1000:1000"} {
@@ -86,7 +89,7 @@ func TestAnyImageBoots(t *testing.T) {
 			if strings.HasPrefix(name, "etc's files lead nowhere") || name == "one static program" {
 				r := s.exec(agentapi.ExecuteRequest{Args: append(program, "cat", "/etc/resolv.conf", "/etc/hostname")})
 				if string(r.Stdout) != "nameserver 10.9.8.7\ngiven\n" {
-					t.Errorf("it is told %q, %q", r.Stdout, r.Stderr)
+					t.Errorf("resolv.conf and hostname are %q, %q", r.Stdout, r.Stderr)
 				}
 			}
 		})

@@ -12,36 +12,36 @@ import (
 	"github.com/cayhq/cay/internal/agentapi/process"
 )
 
-// hangupTime is how long a process that is ended for want of anybody who follows it has
-// between its hangup and the end of it all: a shell writes its history.
+// hangupTime is the time between the hangup of a process that no client follows and its kill. A
+// shell writes its history in it; a shorter time may lose the history.
 const hangupTime = 2 * time.Second
 
-// kept is what a command has beside others that clients come back to: it is started by one
-// call and listed, followed, written to and ended by others.
+// kept is the additional state of a command that outlives its call: one call starts it, and
+// others list, follow, write to and end it.
 type kept struct {
 	history *history
 	workdir string
 	user    string
-	grace   time.Duration // how long it lives without followers; 0 is for ever
+	grace   time.Duration // how long it lives without followers; 0 means without end
 
-	group *group // the command's, which it has for the taken-th time
-	taken int
+	group *group // the command's group
+	taken int    // the group's taken when the command got it
 
 	mu sync.Mutex
 	// +checklocks:mu
 	followers int
 	// +checklocks:mu
-	lonely *time.Timer // ends it; nil while it is followed
+	lonely *time.Timer // ends the command; nil while it has followers
 	// +checklocks:mu
 	endedAt time.Time
 	// +checklocks:mu
-	expiry *time.Timer // takes it off the list; nil while it runs
+	expiry *time.Timer // removes the command from the list; nil while it runs
 }
 
-// keeper starts and serves the processes that are kept.
+// keeper starts and serves the processes that outlive their calls.
 type keeper struct {
 	processes *processes
-	starting  sync.Mutex // so that a tag is given once
+	starting  sync.Mutex // held from the check of a tag to the start, so that tags are unique
 }
 
 // start starts a process that outlives the call.
@@ -70,7 +70,10 @@ func (k *keeper) start(req agentapi.StartProcess) (*command, error) {
 	if err != nil {
 		return nil, err
 	}
-	l.kept = &kept{history: &history{}, workdir: l.dir, user: cmp.Or(who.name, strconv.Itoa(int(who.uid))), grace: time.Duration(req.GraceMs) * time.Millisecond}
+	l.kept = &kept{
+		history: &history{}, workdir: l.dir, user: cmp.Or(who.name, strconv.Itoa(int(who.uid))),
+		grace: time.Duration(req.GraceMs) * time.Millisecond,
+	}
 
 	k.starting.Lock()
 	defer k.starting.Unlock()
@@ -93,8 +96,8 @@ func (k *keeper) start(req agentapi.StartProcess) (*command, error) {
 	return c, nil
 }
 
-// feed writes a process's first input, before any other, and returns meanwhile: the lock is
-// handed on to who writes.
+// feed writes a process's first input before any other. It locks inputMu and returns at once; a
+// goroutine writes the input and unlocks inputMu.
 //
 // +checklocksignore
 func (c *command) feed(input []byte, end bool) {
@@ -102,7 +105,7 @@ func (c *command) feed(input []byte, end bool) {
 	c.inputMu.Lock()
 	go func() {
 		if len(input) > 0 {
-			// A process that does not read its input to the end is no error.
+			// A process need not read its input to the end.
 			_, _ = to.Write(input)
 		}
 		c.inputMu.Unlock()
@@ -112,7 +115,7 @@ func (c *command) feed(input []byte, end bool) {
 	}()
 }
 
-// room refuses what is one process too many, and a tag that is in use.
+// room returns an error if too many processes run already or the tag is in use.
 func (p *processes) room(tag string) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -129,12 +132,12 @@ func (p *processes) room(tag string) error {
 		}
 	}
 	if running >= agentapi.MaxKept {
-		return newProblem(agentapi.CodeTooManyProcesses, "%d processes run detached, which is the most there can be", running)
+		return newProblem(agentapi.CodeTooManyProcesses, "%d processes run detached, which is the limit", running)
 	}
 	return nil
 }
 
-// shareHistory shares the memory for output out among the processes that are kept.
+// shareHistory divides the memory for output among the kept processes.
 func (p *processes) shareHistory() {
 	all := p.keptOnes()
 	limit := max(leastHistory, min(agentapi.HistorySize, agentapi.MaxHistory/max(1, len(all))))
@@ -155,7 +158,8 @@ func (p *processes) keptOnes() []*command {
 	return all
 }
 
-// shelve keeps a kept command that has ended for a while, unless there are many.
+// shelve keeps an ended command for EndedKept. Of more than MaxEnded commands it forgets the
+// oldest.
 func (p *processes) shelve(c *command) {
 	c.kept.mu.Lock()
 	c.kept.endedAt = time.Now()
@@ -174,7 +178,7 @@ func (p *processes) shelve(c *command) {
 	}
 }
 
-// forget takes a command off the list. Nothing holds its output then but who follows it.
+// forget removes a command from the list. After that only its followers hold its output.
 func (p *processes) forget(c *command) {
 	if k := c.kept; k != nil {
 		k.mu.Lock()
@@ -185,7 +189,7 @@ func (p *processes) forget(c *command) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.commands[c.pid] == c { // the pid may be another's by now
+	if p.commands[c.pid] == c { // another command may have the pid by now
 		delete(p.commands, c.pid)
 	}
 }
@@ -204,7 +208,7 @@ func (k *kept) stopLonelyLocked() {
 	}
 }
 
-// attend notes that somebody follows the command, until leave(1).
+// attend adds a follower of the command, until leave(1).
 func (c *command) attend() {
 	k := c.kept
 	k.mu.Lock()
@@ -213,8 +217,8 @@ func (c *command) attend() {
 	k.stopLonelyLocked()
 }
 
-// leave notes that so many do not follow it any more. One that nobody follows has only its
-// grace to live.
+// leave removes n followers of the command. A command without followers is ended after its
+// grace.
 func (c *command) leave(n int) {
 	k := c.kept
 	k.mu.Lock()
@@ -227,15 +231,15 @@ func (c *command) leave(n int) {
 	k.lonely = time.AfterFunc(k.grace, c.hangUp)
 }
 
-// hangUp ends a command that nobody came back to.
+// hangUp ends a command unless it has a follower again.
 func (c *command) hangUp() {
 	c.kept.mu.Lock()
 	followed := c.kept.followers > 0
 	c.kept.mu.Unlock()
 	if followed {
-		return // since just now
+		return // a client has come in the last moment
 	}
-	// What is stopped would not hear of it. Either is for its good only: it is killed next.
+	// A stopped process gets SIGHUP only after SIGCONT. Errors do not matter: the kill follows.
 	_ = c.signal(syscall.SIGHUP)
 	_ = c.signal(syscall.SIGCONT)
 	select {
@@ -246,13 +250,13 @@ func (c *command) hangUp() {
 }
 
 const (
-	// maxShownArgs is how much of a command's arguments is shown, bytes: a list of all
-	// processes has to stay small.
+	// maxShownArgs limits the shown part of a command's arguments, in bytes, so that a list
+	// of all processes stays small.
 	maxShownArgs = 1 << 10
 	ellipsis     = "…"
 )
 
-// about is what is told of a command.
+// about describes a command for clients.
 func (c *command) about() agentapi.Process {
 	out := agentapi.Process{PID: c.pid, StartedAt: c.started.UTC(), Terminal: c.pty != nil, Workdir: c.config.GetCwd(),
 		Args: shownArgs(append([]string{c.config.GetCmd()}, c.config.GetArgs()...))}
@@ -267,8 +271,11 @@ func (c *command) about() agentapi.Process {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.end != nil {
-		out.End = &agentapi.ProcessExit{At: c.started.Add(time.Duration(c.end.GetDurationUs()) * time.Microsecond).UTC(), ExitCode: int(c.end.GetExitCode()),
-			Signal: int(c.end.GetSignal()), TimedOut: c.end.GetTimedOut(), OOMKilled: c.end.GetOomKilled(), DurationUs: c.end.GetDurationUs()}
+		out.End = &agentapi.ProcessExit{
+			At:       c.started.Add(time.Duration(c.end.GetDurationUs()) * time.Microsecond).UTC(),
+			ExitCode: int(c.end.GetExitCode()), Signal: int(c.end.GetSignal()),
+			TimedOut: c.end.GetTimedOut(), OOMKilled: c.end.GetOomKilled(), DurationUs: c.end.GetDurationUs(),
+		}
 	}
 	return out
 }

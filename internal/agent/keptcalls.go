@@ -17,15 +17,15 @@ import (
 )
 
 const (
-	// maxStartProcess is how long the body of POST /processes may be, bytes: what the host
-	// takes for a command, 8 MiB, with the input as base64.
+	// maxStartProcess limits the body of POST /processes, in bytes: the host takes 8 MiB for
+	// a command, and the input comes as base64. A longer body is refused.
 	maxStartProcess = 16 << 20
 
-	// maxListed is how many processes a list has, the newest.
+	// maxListed limits the processes in a list; the newest are listed.
 	maxListed = 1000
 
-	// idleFrames is how often a stream of output that has nothing to say says so, so that
-	// the host learns when the agent is gone.
+	// idleFrames is the interval of idle frames in a stream without output. With a longer
+	// one the host learns later that the agent is gone.
 	idleFrames = 30 * time.Second
 )
 
@@ -84,7 +84,9 @@ func (k *keeper) list(w http.ResponseWriter, _ *http.Request) {
 		}
 	}
 	k.processes.mu.Unlock()
-	slices.SortFunc(all, func(a, b *command) int { return cmp.Or(b.started.Compare(a.started), cmp.Compare(b.pid, a.pid)) })
+	slices.SortFunc(all, func(a, b *command) int {
+		return cmp.Or(b.started.Compare(a.started), cmp.Compare(b.pid, a.pid))
+	})
 	for _, c := range all[:min(len(all), maxListed)] {
 		reply.Processes = append(reply.Processes, c.about())
 	}
@@ -104,7 +106,7 @@ func (k *keeper) remove(w http.ResponseWriter, r *http.Request, c *command) erro
 	}
 	select {
 	case <-c.done:
-	case <-r.Context().Done(): // what it wrote last is taken by a client that is slow
+	case <-r.Context().Done(): // a slow client may not yet have taken the last output
 		return r.Context().Err()
 	}
 	if kept, groups := c.kept, k.processes.spawner.groups; kept != nil && groups.takeAgain(kept.group, kept.taken) {
@@ -122,7 +124,7 @@ func (k *keeper) remove(w http.ResponseWriter, r *http.Request, c *command) erro
 func (k *keeper) wait(w http.ResponseWriter, r *http.Request, c *command) error {
 	ms, err := strconv.ParseInt(r.URL.Query().Get("ms"), 10, 32)
 	if err != nil || ms < 0 {
-		return badRequest("wait: ms is no number of milliseconds")
+		return badRequest("wait: ms is not a number of milliseconds")
 	}
 	timer := time.NewTimer(time.Duration(ms) * time.Millisecond)
 	defer timer.Stop()
@@ -137,8 +139,9 @@ func (k *keeper) wait(w http.ResponseWriter, r *http.Request, c *command) error 
 
 func (k *keeper) signal(w http.ResponseWriter, r *http.Request, c *command) error {
 	var req agentapi.SignalRequest
-	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<10)).Decode(&req); err != nil || req.Signal < 1 || req.Signal > 64 {
-		return badRequest("signal: not the number of one")
+	err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<10)).Decode(&req)
+	if err != nil || req.Signal < 1 || req.Signal > 64 {
+		return badRequest("signal: not the number of a signal")
 	}
 	if err := c.signal(syscall.Signal(req.Signal)); errors.Is(err, os.ErrProcessDone) || errors.Is(err, syscall.ESRCH) {
 		return newProblem(agentapi.CodeProcessEnded, "process %d has ended", c.pid)
@@ -166,11 +169,12 @@ func (k *keeper) resize(w http.ResponseWriter, r *http.Request, c *command) erro
 	return nil
 }
 
-// input writes the body to the process as it comes, and ends the input if it is to.
+// input writes the body to the process as it arrives, and closes the process's input after
+// it if the query has "end".
 func (k *keeper) input(w http.ResponseWriter, r *http.Request, c *command) error {
 	to := cmp.Or(c.pty, c.stdin)
 	if to == nil {
-		return newProblem(agentapi.CodeStdinClosed, "process %d has no input to write to; it was started without", c.pid)
+		return newProblem(agentapi.CodeStdinClosed, "process %d has no input: it was started without one", c.pid)
 	}
 	buf := make([]byte, outputChunk)
 	written := int64(0)
@@ -196,14 +200,14 @@ func (k *keeper) input(w http.ResponseWriter, r *http.Request, c *command) error
 	}
 }
 
-// writeSoon writes input; a process has InputPatience to take each piece.
+// writeSoon writes input and fails if the process does not read it within InputPatience.
 func (c *command) writeSoon(to *os.File, b []byte) (int, error) {
 	if len(b) == 0 {
 		return 0, nil
 	}
 	c.inputMu.Lock()
 	defer c.inputMu.Unlock()
-	// One that has no deadlines is closed.
+	// A file that takes no deadline is closed, and the write fails.
 	_ = to.SetWriteDeadline(time.Now().Add(agentapi.InputPatience))
 	n, err := to.Write(b)
 	_ = to.SetWriteDeadline(time.Time{})
@@ -211,7 +215,9 @@ func (c *command) writeSoon(to *os.File, b []byte) (int, error) {
 	case err == nil:
 		return n, nil
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return n, newProblem(agentapi.CodeStdinBlocked, "process %d has not read its input for %s; %d bytes of the last %d were taken", c.pid, agentapi.InputPatience, n, len(b))
+		return n, newProblem(agentapi.CodeStdinBlocked,
+			"process %d has not read its input for %s; %d bytes of the last %d were taken",
+			c.pid, agentapi.InputPatience, n, len(b))
 	case errors.Is(err, os.ErrClosed), errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.EIO):
 		if !c.running() {
 			return n, newProblem(agentapi.CodeProcessEnded, "process %d has ended", c.pid)
@@ -221,15 +227,16 @@ func (c *command) writeSoon(to *os.File, b []byte) (int, error) {
 	return n, err
 }
 
-// output sends what a process writes in frames, from an offset on, to its end; with "now",
-// what there is.
+// output sends a process's output in frames, from an offset to the process's end, or, if the
+// query has "now", to the newest byte.
 func (k *keeper) output(w http.ResponseWriter, r *http.Request, c *command) error {
 	offset, err := strconv.ParseInt(r.URL.Query().Get("offset"), 10, 64)
 	if err != nil || offset < 0 {
 		return badRequest("output: offset is not the number of a byte")
 	}
 	if c.kept == nil {
-		return newProblem(agentapi.CodeOutputNotKept, "the output of process %d goes to the call that started it and is not kept", c.pid)
+		return newProblem(agentapi.CodeOutputNotKept,
+			"the output of process %d goes to the call that started it and is not kept", c.pid)
 	}
 	if _, next := c.kept.history.bounds(); offset > next {
 		return newProblem(agentapi.CodeInvalidOffset, "the process has written %d bytes so far", next)
@@ -242,24 +249,24 @@ func (k *keeper) output(w http.ResponseWriter, r *http.Request, c *command) erro
 	if !r.URL.Query().Has("now") {
 		f.until = -1
 	}
-	// A client that has gone has nobody to be told.
+	// An error means that the client has gone.
 	_ = f.run(r)
 	return nil
 }
 
-// follower is one client that reads a command's output.
+// follower sends a command's output to one client.
 type follower struct {
 	w       io.Writer
 	control *http.ResponseController
 	command *command
 	next    int64 // offset of the byte to send
-	until   int64 // where to stop; -1 is the process's end
+	until   int64 // offset at which to stop; -1 means at the process's end
 }
 
 func (f *follower) run(r *http.Request) error {
 	idle := time.NewTicker(idleFrames)
 	defer idle.Stop()
-	if err := f.control.Flush(); err != nil { // the head of the answer: there is such a process
+	if err := f.control.Flush(); err != nil { // the head of the answer tells the client that the process exists
 		return err
 	}
 	for {
@@ -292,7 +299,7 @@ func (f *follower) run(r *http.Request) error {
 	}
 }
 
-// end sends the process as it is, with how it ended.
+// end sends the last frame, which describes the process and its end.
 func (f *follower) end() error {
 	about, err := json.Marshal(f.command.about())
 	if err != nil {

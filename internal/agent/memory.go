@@ -13,12 +13,13 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 )
 
-// relievePatience is how long killed processes may take to give their memory
-// back. The host asks when little is left, so it must hear soon how it went.
+// relievePatience limits the time in which killed processes give their memory back.
+// The host asks when little memory is left: a longer wait delays its next step, a
+// shorter one reports less freed memory than there is.
 const relievePatience = 3 * time.Second
 
-// memory finds and kills the processes that hold the most. What it needs is
-// allocated beforehand, since it is used when there is none left.
+// memory finds and kills the processes that hold the most memory. It allocates its
+// buffers beforehand, since it works when no memory is left.
 type memory struct {
 	processes *processes
 	page      int64
@@ -26,7 +27,7 @@ type memory struct {
 	mu      sync.Mutex
 	proc    *os.File // /proc
 	entries []byte   // directory entries
-	text    []byte   // of one file
+	text    []byte   // content of one file
 	path    []byte
 	victims []victim
 }
@@ -36,12 +37,12 @@ type victim struct {
 	rss int64 // bytes
 }
 
-// Sizes of the buffers: 1024 processes have about 24 KiB of entries; more are
-// read in several pieces.
+// Sizes of the buffers, in bytes. 1024 processes have about 24 KiB of directory
+// entries; more are read in several pieces.
 const (
 	entriesBuffer = 32 << 10
 	textBuffer    = 4 << 10
-	maxVictims    = 64 // candidates kept per scan, the largest ones
+	maxVictims    = 64 // processes that one scan keeps, the largest
 )
 
 func newMemory(p *processes) *memory {
@@ -74,8 +75,8 @@ func (m *memory) relieve(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, http.StatusOK, agentapi.RelieveReply{Freed: freed, Killed: killed})
 }
 
-// free kills the largest processes until bytes of resident memory were given
-// back or there is nobody left to kill, and waits until they are gone.
+// free kills the largest processes until they have given back so many bytes of
+// resident memory or no process is left to kill, and waits until they are gone.
 func (m *memory) free(bytes int64) (freed int64, killed int, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -135,7 +136,7 @@ func (m *memory) scan() error {
 	}
 }
 
-// eachPID calls f for the entries of /proc that are processes.
+// eachPID calls f with the pid of each directory entry of /proc that is a process.
 func eachPID(entries []byte, f func(pid int)) {
 	const nameAt = 19 // in struct linux_dirent64
 	for len(entries) > nameAt {
@@ -161,7 +162,7 @@ func eachPID(entries []byte, f func(pid int)) {
 	}
 }
 
-// consider keeps v if it is among the largest.
+// consider adds v to the victims if it is among the largest.
 func (m *memory) consider(v victim) {
 	if v.rss == 0 {
 		return // a zombie
@@ -198,12 +199,12 @@ func (m *memory) read(pid int, name string) []byte {
 	return m.text[:n]
 }
 
-// rss is a process's resident memory in bytes, 0 when it is gone.
+// rss returns a process's resident memory in bytes, 0 when it is gone.
 func (m *memory) rss(pid int) int64 {
 	return residentPages(m.read(pid, "statm")) * m.page
 }
 
-// residentPages is the second number of a statm file.
+// residentPages returns the second number of a statm file.
 func residentPages(statm []byte) int64 {
 	field, pages := 0, int64(0)
 	for _, c := range statm {
@@ -219,7 +220,7 @@ func residentPages(statm []byte) int64 {
 	return 0
 }
 
-// markKilled notes on the command the process belongs to why it will end.
+// markKilled marks the command that the process belongs to as killed for lack of memory.
 func (m *memory) markKilled(pid int) {
 	name := nameOf(m.read(pid, "cgroup"))
 	if name == "" {

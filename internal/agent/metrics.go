@@ -13,12 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// metricsReply is E2B's.
+// metricsReply is the answer to GET /metrics, as E2B defines it.
 type metricsReply struct {
 	Timestamp   int64   `json:"ts"` // Unix seconds
 	CPUCount    int     `json:"cpu_count"`
-	CPUUsedPct  float64 `json:"cpu_used_pct"` // of all CPUs, since the question before
-	MemTotal    uint64  `json:"mem_total"`    // bytes, as those below
+	CPUUsedPct  float64 `json:"cpu_used_pct"` // of all CPUs, since the previous call
+	MemTotal    uint64  `json:"mem_total"`    // bytes, like the fields below
 	MemUsed     uint64  `json:"mem_used"`
 	MemCache    uint64  `json:"mem_cache"`
 	MemTotalMiB uint64  `json:"mem_total_mib"`
@@ -27,7 +27,7 @@ type metricsReply struct {
 	DiskTotal   uint64  `json:"disk_total"`
 }
 
-// cpuMeter remembers the last reading.
+// cpuMeter measures how busy the CPUs are between two calls.
 type cpuMeter struct {
 	mu         sync.Mutex
 	busy, idle uint64 // clock ticks
@@ -53,7 +53,8 @@ func (m *memory) metrics(w http.ResponseWriter, _ *http.Request) {
 	writeJSON(w, http.StatusOK, reply)
 }
 
-// readMemInfo is /proc/meminfo in bytes, empty when it cannot be read.
+// readMemInfo returns the values of /proc/meminfo in bytes. The map is empty if the
+// file cannot be read.
 func readMemInfo() map[string]uint64 {
 	info := map[string]uint64{}
 	f, err := os.Open("/proc/meminfo")
@@ -70,7 +71,7 @@ func readMemInfo() map[string]uint64 {
 	return info
 }
 
-// percent is how busy the CPUs were since the last call, 0 at the first.
+// percent returns how busy the CPUs were since the last call, 0 at the first.
 func (c *cpuMeter) percent() float64 {
 	data, err := os.ReadFile("/proc/stat")
 	if err != nil {
@@ -88,7 +89,7 @@ func (c *cpuMeter) percent() float64 {
 	return 100 * spent / (spent + waited)
 }
 
-// parseCPU reads the first line of /proc/stat: user nice system idle iowait ….
+// parseCPU parses the first line of /proc/stat: user nice system idle iowait ….
 func parseCPU(stat string) (busy, idle uint64) {
 	line, _, _ := strings.Cut(stat, "\n")
 	fields := strings.Fields(line)

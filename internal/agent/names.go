@@ -15,8 +15,8 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 )
 
-// tellName gives the sandbox its host name. One that had another before, as a sandbox made
-// from a snapshot has, keeps what else is in its /etc/hosts.
+// tellName sets the sandbox's host name. A sandbox that had another name before, such as one
+// made from a snapshot, keeps the other lines of its /etc/hosts.
 func tellName(name string) error {
 	before, err := os.Hostname()
 	if err != nil {
@@ -25,7 +25,7 @@ func tellName(name string) error {
 	if err := syscall.Sethostname([]byte(name)); err != nil {
 		return fmt.Errorf("setting the host name: %w", err)
 	}
-	// Programs look their own name up, sudo before anything else.
+	// Programs look their own host name up; sudo does it first of all.
 	const own = "127.0.1.1\t"
 	hosts := "127.0.0.1\tlocalhost\n" + own + name + "\n"
 	if had := readSystemFile("/etc/hosts"); strings.Contains(had, own+before+"\n") {
@@ -37,7 +37,7 @@ func tellName(name string) error {
 	return nil
 }
 
-// tellSystem sets what programs ask the system for.
+// tellSystem sets the host name and the name servers that programs ask the system for.
 func tellSystem(req agentapi.InitRequest) error {
 	if req.Hostname != "" {
 		if err := tellName(req.Hostname); err != nil {
@@ -51,7 +51,7 @@ func tellSystem(req agentapi.InitRequest) error {
 	for _, s := range req.Nameservers {
 		addr, err := netip.ParseAddr(s)
 		if err != nil {
-			return badRequest("nameserver %q is no address", s)
+			return badRequest("nameserver %q is not an address", s)
 		}
 		fmt.Fprintf(&text, "nameserver %s\n", addr)
 	}
@@ -61,11 +61,11 @@ func tellSystem(req agentapi.InitRequest) error {
 	return nil
 }
 
-// maxSystemFile bounds what is read of /etc/hosts, bytes. Of a longer one the end is lost when a
-// sandbox made from a snapshot gets its name.
+// maxSystemFile limits how much of /etc/hosts is read, in bytes. A longer file loses its end
+// when a sandbox made from a snapshot gets its name.
 const maxSystemFile = 1 << 20
 
-// readSystemFile reads a file of the image, "" if it cannot be read.
+// readSystemFile returns the text of a file of the image, "" if it cannot be read.
 func readSystemFile(p string) string {
 	f, err := os.OpenFile(p, os.O_RDONLY|unix.O_NONBLOCK, 0) // it may be a FIFO
 	if err != nil {
@@ -82,18 +82,18 @@ func readSystemFile(p string) string {
 	return string(data)
 }
 
-// writeSystemFile writes a file that programs ask for names. An image may lack its directory, which is
-// made, or have a link there that leads nowhere, a FIFO or a socket, which is replaced. Where the image
-// has a directory in the file's place, or a file in its directory's, there is no such file, and the
-// sandbox starts without.
+// writeSystemFile writes a file in which programs look names up. It makes a missing directory and replaces
+// a dangling link, a FIFO or a socket. If the image has a directory in the file's place, or a file in the
+// place of the file's directory, it writes nothing, and the sandbox starts without the file.
 func writeSystemFile(p, text string) error {
 	if st, err := os.Stat(p); err != nil || !st.Mode().IsRegular() && !st.IsDir() {
-		// What cannot be removed or made is found by the writing.
+		// If either fails, opening the file below fails too.
 		_ = os.Remove(p)
 		_ = os.MkdirAll(path.Dir(p), 0o755)
 	}
 	f, err := os.OpenFile(p, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NONBLOCK, 0o644)
-	if errors.Is(err, unix.EISDIR) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ELOOP) {
+	if errors.Is(err, unix.EISDIR) || errors.Is(err, unix.ENOTDIR) ||
+		errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ELOOP) {
 		return nil
 	}
 	if err != nil {

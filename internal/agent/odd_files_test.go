@@ -14,7 +14,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// read downloads a file, or a range of it.
+// read downloads a file or a range of it.
 func (s *sandbox) read(path, rng string) (status int, size int64, text string) {
 	s.t.Helper()
 	d, err := s.client.Download(s.t.Context(), s.target, path, "", rng)
@@ -30,10 +30,12 @@ func (s *sandbox) read(path, rng string) (status int, size int64, text string) {
 	return d.Status, d.Size, string(b)
 }
 
-// TestFilesOfTheKernel reads files that have no size, which is nearly all below /proc and /sys.
+// TestFilesOfTheKernel reads files that have no size, as nearly all below /proc and /sys.
 func TestFilesOfTheKernel(t *testing.T) {
 	s := startSandbox(t, options{})
-	for _, p := range []string{"/proc/version", "/proc/1/status", "/sys/devices/system/cpu/online", "/proc/sys/kernel/hostname"} {
+	for _, p := range []string{
+		"/proc/version", "/proc/1/status", "/sys/devices/system/cpu/online", "/proc/sys/kernel/hostname",
+	} {
 		status, size, text := s.read(p, "")
 		if status != 200 || size <= 0 || int64(len(text)) != size {
 			t.Errorf("%s: status %d, %d bytes, %q", p, status, size, text)
@@ -43,17 +45,18 @@ func TestFilesOfTheKernel(t *testing.T) {
 	if status, _, text := s.read("/proc/version", "bytes=6-12"); status != 206 || text != whole[6:13] {
 		t.Errorf("a range of /proc/version: %d %q", status, text)
 	}
-	if status, size, text := s.read("/proc/version", "lines=1-2"); status != 200 || size != int64(len(whole)+1) || text != whole+"\n" {
-		t.Errorf("a range of a unit that there is not: %d, %d bytes, %q", status, size, text)
+	if status, size, text := s.read("/proc/version", "lines=1-2"); status != 200 || size != int64(len(whole)+1) ||
+		text != whole+"\n" {
+		t.Errorf("a range of an unknown unit: %d, %d bytes, %q", status, size, text)
 	}
 	s.sh("touch /tmp/empty; echo 0123456789 > /tmp/full")
 	if status, size, text := s.read("/tmp/empty", ""); status != 200 || size != 0 || text != "" {
 		t.Errorf("an empty file: %d, %d, %q", status, size, text)
 	}
 	if status, _, text := s.read("/tmp/full", "items=2-3"); status != 200 || text != "0123456789\n" {
-		t.Errorf("a range of a unit that there is not: %d %q", status, text)
+		t.Errorf("a range of an unknown unit: %d %q", status, text)
 	}
-	// A long one: more mappings than fit into what is held.
+	// Make a file longer than maxUnsized: the mappings of a process with many.
 	s.sh("probe maps 6000 & echo $! >/tmp/pid; until [ -e /tmp/mapped ]; do sleep 0.05; done")
 	path := "/proc/" + s.sh("cat /tmp/pid") + "/maps"
 	if status, size, text := s.read(path, ""); status != 200 || size != -1 || strings.Count(text, "\n") < 6000 {
@@ -62,12 +65,14 @@ func TestFilesOfTheKernel(t *testing.T) {
 	wantFault(t, s.upload("/proc/version", "x"), fault.Denied, agentapi.CodeFileDenied)
 }
 
-// TestWriteWhatALinkLeadsTo writes to links that lead to nothing yet, and to what is no file.
+// TestWriteWhatALinkLeadsTo writes to links whose targets do not exist yet, and to targets that are not files.
 func TestWriteWhatALinkLeadsTo(t *testing.T) {
 	s := startSandbox(t, options{})
 	s.sh(`mkdir -p /tmp/d/real /tmp/e; cd /tmp/d; ln -s ../e/new rel; ln -s /tmp/e/deep/er/new abs; ln -s rel2 twice; ln -s real/x rel2
 		ln -s /tmp/e/sub/dir /tmp/d/dirlink; mkdir -p /tmp/e/sub/dir; ln -s dirlink/../up past; ln -s loop loop; ln -s real todir; mkfifo fifo; ln -s fifo tofifo; mknod null c 1 3; ln -s /dev/null tonull; probe socket sock`)
-	for link, want := range map[string]string{"rel": "/tmp/e/new", "abs": "/tmp/e/deep/er/new", "twice": "/tmp/d/real/x", "past": "/tmp/e/sub/up"} {
+	for link, want := range map[string]string{
+		"rel": "/tmp/e/new", "abs": "/tmp/e/deep/er/new", "twice": "/tmp/d/real/x", "past": "/tmp/e/sub/up",
+	} {
 		if err := s.upload("/tmp/d/"+link, link); err != nil {
 			t.Errorf("%s: %v", link, err)
 		}
@@ -79,18 +84,19 @@ func TestWriteWhatALinkLeadsTo(t *testing.T) {
 		wantFault(t, s.upload("/tmp/d/"+p, "x"), fault.Invalid, agentapi.CodeInvalidPath)
 	}
 	wantFault(t, s.upload("/tmp/d/todir", "x"), fault.Invalid, agentapi.CodeIsDirectory)
-	if got := s.sh("cd /tmp/d; stat -c %F fifo null sock; ls -A /tmp/d /tmp/e | grep -c cay-upload || true"); got != "fifo\ncharacter special file\nsocket\n0" {
+	got := s.sh("cd /tmp/d; stat -c %F fifo null sock; ls -A /tmp/d /tmp/e | grep -c cay-upload || true")
+	if got != "fifo\ncharacter special file\nsocket\n0" {
 		t.Errorf("afterwards: %q", got)
 	}
 }
 
-// TestWatchEnds removes and moves directories that are watched.
+// TestWatchEnds removes and moves watched directories.
 func TestWatchEnds(t *testing.T) {
 	s := startSandbox(t, options{})
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	_, c := s.clients("")
-	// watch returns what comes of a recursive watch on a directory until it ends or a name was seen.
+	// watch makes the change and returns the events of a recursive watch until it ends or has seen the last name.
 	watch := func(dir, change, last string) (seen []string, err error) {
 		t.Helper()
 		s.sh("rm -rf /tmp/w /tmp/elsewhere; mkdir -p /tmp/w/sub/below /tmp/elsewhere")
@@ -120,13 +126,16 @@ func TestWatchEnds(t *testing.T) {
 			t.Errorf("%s: %q, %v", change, seen, err)
 		}
 	}
-	seen, err := watch("/tmp/w", "cd /tmp; mv w/sub elsewhere/; touch elsewhere/sub/x elsewhere/sub/below/y; touch w/end", "end")
-	if got := strings.Join(seen, ", "); err != nil || strings.Contains(got, "sub/") || !strings.Contains(got, "sub RENAME") {
+	seen, err := watch("/tmp/w",
+		"cd /tmp; mv w/sub elsewhere/; touch elsewhere/sub/x elsewhere/sub/below/y; touch w/end", "end")
+	if got := strings.Join(seen, ", "); err != nil || strings.Contains(got, "sub/") ||
+		!strings.Contains(got, "sub RENAME") {
 		t.Errorf("a subtree that moved away: %q, %v", seen, err)
 	}
 	seen, err = watch("/tmp/w", "cd /tmp/w; mv sub new; touch new/below/y; rm -r new; mkdir sub; touch sub/z end", "end")
 	got := strings.Join(seen, ", ")
-	if err != nil || strings.Contains(got, "sub/below") || !strings.Contains(got, "new CREATE, ") || !strings.Contains(got, "new REMOVE") {
+	if err != nil || strings.Contains(got, "sub/below") || !strings.Contains(got, "new CREATE, ") ||
+		!strings.Contains(got, "new REMOVE") {
 		t.Errorf("a subtree that was renamed: %q, %v", seen, err)
 	}
 	polled, err := c.CreateWatcher(ctx, connect.NewRequest(&filesystem.CreateWatcherRequest{Path: "/tmp/w"}))
@@ -135,7 +144,8 @@ func TestWatchEnds(t *testing.T) {
 	}
 	s.sh("rm -r /tmp/w")
 	s.eventually("a watcher that is asked tells it", func() bool {
-		r, err := c.GetWatcherEvents(ctx, connect.NewRequest(&filesystem.GetWatcherEventsRequest{WatcherId: polled.Msg.GetWatcherId()}))
+		r, err := c.GetWatcherEvents(ctx,
+			connect.NewRequest(&filesystem.GetWatcherEventsRequest{WatcherId: polled.Msg.GetWatcherId()}))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -7,8 +7,8 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 )
 
-// resolvePath makes a client's path absolute: "~" and "~/x" are below home, so
-// is a relative one; an empty one is home itself. The result is clean.
+// resolvePath returns a client's path, absolute and clean. "~", "~/x" and relative
+// paths are below home; an empty path is home itself.
 func resolvePath(p, home string) (string, error) {
 	if strings.IndexByte(p, 0) >= 0 {
 		return "", newProblem(agentapi.CodeInvalidPath, "path contains a NUL")

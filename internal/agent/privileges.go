@@ -10,25 +10,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Harden takes from everything the agent will start what would let it out of
-// its control group or into the agent:
+// Harden keeps the agent's children in their control groups and out of the agent:
 //
-//   - control groups that are mounted below cgroupRoot are detached; the agent's
-//     own are already;
-//   - CAP_SYS_ADMIN goes out of the bounding set, so that no child, sudo
-//     included, can mount them again (the agent itself keeps it, for the host
-//     name, and since it thereby has more than they, none may trace it);
-//   - the directory that the agent was started from is detached: it is one of the host's, and
-//     df would show how full the host's disk is;
-//   - the agent becomes undumpable: /proc/1/fd and /proc/1/mem are closed to
-//     all without CAP_SYS_PTRACE.
+//   - It detaches the control groups that are mounted below cgroupRoot; those of
+//     the agent are detached already.
+//   - It removes CAP_SYS_ADMIN from the bounding set, so that no child, sudo
+//     included, can mount them again. The agent keeps the capability for the host
+//     name; since it has more capabilities than its children, none may trace it.
+//   - It detaches the directory that the agent was started from. The directory
+//     belongs to the host, and df would show how full the host's disk is.
+//   - It makes the agent undumpable, which closes /proc/1/fd and /proc/1/mem to
+//     all processes without CAP_SYS_PTRACE.
 //
-// It does not keep root inside from killing PID 1, which hurts only its own
-// sandbox. That nobody makes a user namespace, and mounts in it, is gVisor's to hold.
+// Root inside can still kill PID 1, which hurts only its own sandbox. gVisor refuses
+// user namespaces, in which a process could mount.
 //
-// It is for a process of its own that serves afterwards, and must be called
-// before it starts the first command. Without the right to unmount, the error
-// says so and the capability stays.
+// Call it in the agent's process before the first command starts. Without the right
+// to unmount it returns an error and keeps the capability.
 func Harden(cgroupRoot string) error {
 	program, err := os.Executable()
 	if err != nil {
@@ -47,11 +45,11 @@ func Harden(cgroupRoot string) error {
 			return fmt.Errorf("detaching %s: %w", dir, err)
 		}
 	}
-	// It was made to be mounted on; an image that has it keeps it.
+	// The directory was made as a mount point; an image that has files in it keeps it.
 	_ = unix.Rmdir(home)
-	// gVisor mounts a tmpfs without a limit over an image's empty /tmp. Files there would
-	// be memory that no process holds; below it is the image's own, on the disk. Where it
-	// is not empty nothing was mounted, and it may be a link to some other mount.
+	// gVisor mounts a tmpfs without a limit over an image's empty /tmp. Its files would take
+	// memory that belongs to no process; the image's own /tmp below it is on the disk. If /tmp
+	// is not empty gVisor mounted nothing, and /tmp may be a link to some other mount.
 	if names, err := readNames("/tmp"); err == nil && len(names) == 0 {
 		if err := unix.Unmount("/tmp", unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("detaching the tmpfs at /tmp: %w", err)
@@ -66,12 +64,12 @@ func Harden(cgroupRoot string) error {
 	return nil
 }
 
-// openTmp lets everybody make files in a directory that nobody but root could: one that the image lacks
-// was made so by gVisor.
+// openTmp allows all users to make files in a directory in which only root can. gVisor makes a /tmp that
+// the image lacks with such a mode.
 func openTmp(dir string) error {
 	var st unix.Stat_t
 	if err := unix.Stat(dir, &st); err != nil || st.Mode != unix.S_IFDIR|0o755 || st.Uid != 0 {
-		return nil // it is as its image has it
+		return nil // the directory is the image's own
 	}
 	if err := unix.Chmod(dir, 0o1777); err != nil {
 		return fmt.Errorf("opening %s to all users: %w", dir, err)
@@ -79,8 +77,8 @@ func openTmp(dir string) error {
 	return nil
 }
 
-// allThreads makes a system call on every thread, for what the kernel keeps per
-// thread. Go has no other way without cgo.
+// allThreads makes a system call on every thread, for settings that the kernel keeps
+// per thread. Go has no other way without cgo.
 func allThreads(trap, a1, a2 uintptr) error {
 	if _, _, errno := syscall.AllThreadsSyscall(trap, a1, a2, 0); errno != 0 {
 		return errno

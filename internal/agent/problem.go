@@ -12,19 +12,19 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 )
 
-// problem is an error that a client decides by: an HTTP status for plain HTTP,
-// a Connect code for Connect, and a code of agentapi for the host.
+// problem is an error with the codes by which clients decide: an HTTP status for
+// plain HTTP, a Connect code for Connect, and a code of agentapi for the host.
 type problem struct {
-	code    string // "" has none
+	code    string // "" for none
 	status  int
 	connect connect.Code
 	text    string
-	field   string // of the host's call, where it is not the code's
+	field   string // of the host's call, if it differs from the code's usual field
 }
 
 func (p *problem) Error() string { return p.text }
 
-// problems is how each code of the host's looks to the other two.
+// problems maps each code of agentapi to its HTTP status and its Connect code.
 var problems = map[string]struct {
 	status  int
 	connect connect.Code
@@ -64,13 +64,13 @@ func newProblem(code, text string, args ...any) *problem {
 	return &problem{code: code, status: p.status, connect: p.connect, text: fmt.Sprintf(text, args...)}
 }
 
-// badRequest is a mistake in the request that the host's client does not make.
+// badRequest returns a problem for a mistake that the host's client does not make.
 func badRequest(text string, args ...any) *problem {
 	return &problem{status: http.StatusBadRequest, connect: connect.CodeInvalidArgument, text: fmt.Sprintf(text, args...)}
 }
 
-// fileProblem says what an error of a file operation on path means; one that
-// means nothing in particular is returned as it is.
+// fileProblem returns the problem that an error of a file operation on path means,
+// or the error itself if it has no particular meaning.
 func fileProblem(err error, path string) error {
 	var known *problem
 	var errno syscall.Errno
@@ -98,12 +98,13 @@ func fileProblem(err error, path string) error {
 	case syscall.ENAMETOOLONG, syscall.ELOOP, syscall.EINVAL:
 		return newProblem(agentapi.CodeInvalidPath, "path %q: %s", path, errno)
 	case syscall.EEXIST:
-		return &problem{status: http.StatusConflict, connect: connect.CodeAlreadyExists, text: fmt.Sprintf("path %q exists already", path)}
+		text := fmt.Sprintf("path %q exists already", path)
+		return &problem{status: http.StatusConflict, connect: connect.CodeAlreadyExists, text: text}
 	}
 	return err
 }
 
-// connectErr is err as a Connect method returns it.
+// connectErr returns err in the form that a Connect method returns.
 func connectErr(err error) error {
 	var p *problem
 	if !errors.As(err, &p) {
@@ -136,7 +137,7 @@ func httpError(w http.ResponseWriter, err error) {
 	}{p.status, p.text})
 }
 
-// writeJSON answers with v. A client that has gone has nobody to be told.
+// writeJSON answers with v. It ignores write errors: the client has gone.
 func writeJSON(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)

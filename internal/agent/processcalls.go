@@ -11,8 +11,10 @@ import (
 	"github.com/cayhq/cay/internal/agentapi/process"
 )
 
-// List names the running commands.
-func (p *processes) List(context.Context, *connect.Request[process.ListRequest]) (*connect.Response[process.ListResponse], error) {
+// List lists the running commands.
+func (p *processes) List(
+	context.Context, *connect.Request[process.ListRequest],
+) (*connect.Response[process.ListResponse], error) {
 	reply := &process.ListResponse{}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -24,8 +26,10 @@ func (p *processes) List(context.Context, *connect.Request[process.ListRequest])
 	return connect.NewResponse(reply), nil
 }
 
-// Connect streams what becomes of a command from now on.
-func (p *processes) Connect(ctx context.Context, req *connect.Request[process.ConnectRequest], out *connect.ServerStream[process.ConnectResponse]) error {
+// Connect streams the events of a command from now on.
+func (p *processes) Connect(
+	ctx context.Context, req *connect.Request[process.ConnectRequest], out *connect.ServerStream[process.ConnectResponse],
+) error {
 	c, err := p.find(req.Msg.GetProcess())
 	if err != nil {
 		return err
@@ -51,7 +55,9 @@ func (p *processes) Connect(ctx context.Context, req *connect.Request[process.Co
 }
 
 // Update resizes a command's terminal.
-func (p *processes) Update(_ context.Context, req *connect.Request[process.UpdateRequest]) (*connect.Response[process.UpdateResponse], error) {
+func (p *processes) Update(
+	_ context.Context, req *connect.Request[process.UpdateRequest],
+) (*connect.Response[process.UpdateResponse], error) {
 	c, err := p.findRunning(req.Msg.GetProcess())
 	if err != nil {
 		return nil, err
@@ -65,7 +71,9 @@ func (p *processes) Update(_ context.Context, req *connect.Request[process.Updat
 }
 
 // SendInput writes to a command's standard input or terminal.
-func (p *processes) SendInput(_ context.Context, req *connect.Request[process.SendInputRequest]) (*connect.Response[process.SendInputResponse], error) {
+func (p *processes) SendInput(
+	_ context.Context, req *connect.Request[process.SendInputRequest],
+) (*connect.Response[process.SendInputResponse], error) {
 	c, err := p.findRunning(req.Msg.GetProcess())
 	if err != nil {
 		return nil, err
@@ -76,8 +84,10 @@ func (p *processes) SendInput(_ context.Context, req *connect.Request[process.Se
 	return connect.NewResponse(&process.SendInputResponse{}), nil
 }
 
-// StreamInput is many SendInputs in one call; the first message names the command.
-func (p *processes) StreamInput(_ context.Context, in *connect.ClientStream[process.StreamInputRequest]) (*connect.Response[process.StreamInputResponse], error) {
+// StreamInput writes many inputs in one call. The first message names the command.
+func (p *processes) StreamInput(
+	_ context.Context, in *connect.ClientStream[process.StreamInputRequest],
+) (*connect.Response[process.StreamInputResponse], error) {
 	var c *command
 	for in.Receive() {
 		msg := in.Msg()
@@ -104,7 +114,9 @@ func (p *processes) StreamInput(_ context.Context, in *connect.ClientStream[proc
 }
 
 // SendSignal signals a command and its process group.
-func (p *processes) SendSignal(_ context.Context, req *connect.Request[process.SendSignalRequest]) (*connect.Response[process.SendSignalResponse], error) {
+func (p *processes) SendSignal(
+	_ context.Context, req *connect.Request[process.SendSignalRequest],
+) (*connect.Response[process.SendSignalResponse], error) {
 	c, err := p.findRunning(req.Msg.GetProcess())
 	if err != nil {
 		return nil, err
@@ -127,7 +139,9 @@ func (p *processes) SendSignal(_ context.Context, req *connect.Request[process.S
 }
 
 // CloseStdin ends a command's standard input.
-func (p *processes) CloseStdin(_ context.Context, req *connect.Request[process.CloseStdinRequest]) (*connect.Response[process.CloseStdinResponse], error) {
+func (p *processes) CloseStdin(
+	_ context.Context, req *connect.Request[process.CloseStdinRequest],
+) (*connect.Response[process.CloseStdinResponse], error) {
 	c, err := p.findRunning(req.Msg.GetProcess())
 	if err != nil {
 		return nil, err

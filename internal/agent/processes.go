@@ -20,20 +20,21 @@ import (
 )
 
 const (
-	// endKept is how long the end of a command can still be asked for by a
+	// endKept is the time for which the end of a command stays available to a
 	// client that was not connected when it came.
 	endKept = 30 * time.Second
 
-	// defaultKeepalive is E2B's, for clients that ask for no other; it keeps
-	// proxies from closing a silent stream.
+	// defaultKeepalive is the interval of keepalives, E2B's, unless the client asks
+	// for another. Proxies may close a stream that is silent for longer.
 	defaultKeepalive = 90 * time.Second
 
-	// Exit codes of a shell for a program that could not be started.
+	// exitCannotRun and exitNotFound are a shell's exit codes for a program that
+	// could not be started.
 	exitCannotRun = 126
 	exitNotFound  = 127
 )
 
-// processes is the service process.Process.
+// processes implements the service process.Process.
 type processes struct {
 	process.UnimplementedProcessHandler
 
@@ -41,16 +42,18 @@ type processes struct {
 	users    *users
 	spawner  *spawner
 	guard    *guard
-	// null is /dev/null, the input of commands that have none. It stays open: root inside may put
-	// anything in its place.
+	// null is /dev/null, the input of commands without one. It stays open, since root inside may
+	// replace the file.
 	null *os.File
 
 	mu       sync.Mutex
-	commands map[int]*command // by pid; ended ones for endKept
+	commands map[int]*command // by pid; ended ones stay for endKept
 }
 
-// Start runs a command and streams what becomes of it.
-func (p *processes) Start(ctx context.Context, req *connect.Request[process.StartRequest], out *connect.ServerStream[process.StartResponse]) error {
+// Start runs a command and streams its events.
+func (p *processes) Start(
+	ctx context.Context, req *connect.Request[process.StartRequest], out *connect.ServerStream[process.StartResponse],
+) error {
 	send := func(ev *process.ProcessEvent) error { return out.Send(&process.StartResponse{Event: ev}) }
 	if req.Msg.GetExecute().GetGather() {
 		gather(ctx)
@@ -83,7 +86,7 @@ func (p *processes) Start(ctx context.Context, req *connect.Request[process.Star
 	return p.follow(ctx, c, sub, keepaliveOf(req.Header()), req.Msg.GetExecute())
 }
 
-// run starts what reads, feeds and waits for a command.
+// run starts the goroutines that read from, write to and wait for a command.
 func (p *processes) run(c *command, streams []*stream, opts *process.ExecuteOptions) {
 	for _, s := range streams {
 		go c.pump(s)
@@ -94,10 +97,12 @@ func (p *processes) run(c *command, streams []*stream, opts *process.ExecuteOpti
 	go c.supervise(streams, func() { p.retire(c, opts == nil) })
 }
 
-// follow holds the stream of the client that started the command until the
-// command has ended. The client's time limit kills the command; so does its going
-// away when the command lives for the call alone.
-func (p *processes) follow(ctx context.Context, c *command, sub *subscriber, keepalive time.Duration, opts *process.ExecuteOptions) error {
+// follow serves the stream of the client that started the command until the command
+// has ended. The client's time limit kills the command. If the command belongs to the
+// call, the client's disconnecting kills it too.
+func (p *processes) follow(
+	ctx context.Context, c *command, sub *subscriber, keepalive time.Duration, opts *process.ExecuteOptions,
+) error {
 	if opts == nil {
 		err := p.listen(ctx, c, sub, keepalive)
 		end, limited := ctx.Deadline()
@@ -105,8 +110,8 @@ func (p *processes) follow(ctx context.Context, c *command, sub *subscriber, kee
 		case connect.CodeOf(err) == connect.CodeDeadlineExceeded:
 			err = errors.Join(err, c.stop(true))
 		case err != nil && limited:
-			// The limit is the command's, whoever listens. A client's clock is a
-			// little ahead: mostly it has gone when its limit comes.
+			// The limit applies to the command even without a client. A client's clock
+			// is a little ahead, so that it has mostly gone when its limit comes.
 			go c.stopAt(end)
 		}
 		return err
@@ -131,7 +136,7 @@ func (p *processes) follow(ctx context.Context, c *command, sub *subscriber, kee
 	}
 }
 
-// listen holds a client's stream until the command has ended or the client has.
+// listen serves a client's stream until the command has ended or the client has gone.
 func (p *processes) listen(ctx context.Context, c *command, sub *subscriber, keepalive time.Duration) error {
 	ticker := time.NewTicker(keepalive)
 	defer ticker.Stop()
@@ -154,8 +159,8 @@ func contextError(ctx context.Context) error {
 	return connect.NewError(connect.CodeCanceled, errors.New("the client has gone"))
 }
 
-// userOf is who a call acts as: the name in its Authorization header, else the
-// fallback, else the sandbox's default.
+// userOf returns the user that a call acts as: the name in its Authorization header,
+// else the fallback, else the sandbox's default.
 func (p *processes) userOf(h http.Header, fallback string) (*user, error) {
 	return callUser(p.users, p.settings, h, fallback)
 }
@@ -170,7 +175,7 @@ func callUser(users *users, settings *settings, h http.Header, fallback string) 
 	return knownUser(users, "root")
 }
 
-// knownUser is lookup with the error clients expect.
+// knownUser looks a user up and returns the error that clients expect.
 func knownUser(users *users, spec string) (*user, error) {
 	u, err := users.lookup(spec)
 	if errors.Is(err, errUnknownUser) {
@@ -179,17 +184,17 @@ func knownUser(users *users, spec string) (*user, error) {
 	return u, err
 }
 
-// launchSpec is a command ready to be made.
+// launchSpec describes a checked command that can be started.
 type launchSpec struct {
 	argv []string
 	env  []string
 	dir  string
 	user *user
 	req  *process.StartRequest
-	kept *kept // nil for what lives for its call, or E2B's clients
+	kept *kept // nil for commands of one call and of E2B's clients
 }
 
-// prepare checks a request and works out what it leaves open.
+// prepare checks a request and fills in defaults for its missing fields.
 func (p *processes) prepare(req *process.StartRequest, who *user) (*launchSpec, error) {
 	cfg := req.GetProcess()
 	l := &launchSpec{user: who, req: req, argv: append([]string{cfg.GetCmd()}, cfg.GetArgs()...)}
@@ -201,7 +206,8 @@ func (p *processes) prepare(req *process.StartRequest, who *user) (*launchSpec, 
 		case strings.IndexByte(a, 0) >= 0:
 			return nil, newProblem(agentapi.CodeInvalidCommand, "the command contains a NUL")
 		case len(a) > agentapi.MaxArgument:
-			return nil, newProblem(agentapi.CodeInvalidCommand, "argument %d of the command has %d bytes, and may have %d", i, len(a), agentapi.MaxArgument)
+			return nil, newProblem(agentapi.CodeInvalidCommand,
+				"argument %d of the command has %d bytes, and may have %d", i, len(a), agentapi.MaxArgument)
 		}
 	}
 	sandboxEnv, workdir := p.settings.commandDefaults()
@@ -218,11 +224,12 @@ func (p *processes) prepare(req *process.StartRequest, who *user) (*launchSpec, 
 	return l, nil
 }
 
-// maxVector is the most that all arguments of a program may have, and all of its environment, bytes with
-// the NUL that ends each: gVisor's limit.
+// maxVector limits the arguments of a program together, and its environment, in bytes with the NUL that
+// ends each string. It is gVisor's limit; with a larger one the kernel would refuse the program.
 const maxVector = 2 << 20
 
-// checkLength refuses what no program can be given, which the kernel says without a reason.
+// checkLength returns an error for arguments or an environment that are too long for the kernel, whose own
+// error would give no reason.
 func checkLength(argv, env []string) error {
 	for what, list := range map[string][]string{"the arguments of the command": argv, "its environment": env} {
 		total := 0
@@ -235,18 +242,20 @@ func checkLength(argv, env []string) error {
 	}
 	for _, kv := range env {
 		if name, _, _ := strings.Cut(kv, "="); len(kv) > agentapi.MaxArgument {
-			return newProblem(agentapi.CodeInvalidEnv, "the environment variable %q has %d bytes with its name, and may have %d", name, len(kv), agentapi.MaxArgument)
+			return newProblem(agentapi.CodeInvalidEnv,
+				"the environment variable %q has %d bytes with its name, and may have %d",
+				name, len(kv), agentapi.MaxArgument)
 		}
 	}
 	return nil
 }
 
-// defaultTerm is what programs in a terminal take it for when nobody says: what E2B's clients and
-// ours have at their end.
+// defaultTerm is the TERM of programs in a terminal unless the environment sets one. E2B's clients and
+// ours emulate that terminal.
 const defaultTerm = "xterm-256color"
 
-// commandEnv returns a command's environment: the user's name and home, in a terminal its kind, then the
-// sandbox's variables, then the call's.
+// commandEnv returns a command's environment: PATH, the user's name and home, in a terminal TERM, then the
+// sandbox's variables, then the call's. Later values replace earlier ones.
 func commandEnv(who *user, terminal bool, sandbox, call map[string]string) ([]string, error) {
 	vars := map[string]string{"PATH": defaultPath, "HOME": who.home}
 	if who.name != "" {
@@ -258,7 +267,8 @@ func commandEnv(who *user, terminal bool, sandbox, call map[string]string) ([]st
 	for _, m := range []map[string]string{sandbox, call} {
 		for name, value := range m {
 			if name == "" || strings.ContainsAny(name, "=\x00") || strings.IndexByte(value, 0) >= 0 {
-				return nil, newProblem(agentapi.CodeInvalidEnv, "%q is no name of an environment variable, or its value contains a NUL", name)
+				return nil, newProblem(agentapi.CodeInvalidEnv,
+					"%q is no name of an environment variable, or its value contains a NUL", name)
 			}
 			vars[name] = value
 		}
@@ -270,8 +280,8 @@ func commandEnv(who *user, terminal bool, sandbox, call map[string]string) ([]st
 	return env, nil
 }
 
-// workdir is where a command starts: the call's directory, else the sandbox's,
-// else the user's home. Only a home may be missing; then it is the root.
+// workdir returns the directory in which a command starts: the call's, else the
+// sandbox's, else the user's home. If the home is missing it returns the root directory.
 func (p *processes) workdir(call, sandbox string, who *user) (string, error) {
 	asked := call
 	if asked == "" {
@@ -293,7 +303,7 @@ func (p *processes) workdir(call, sandbox string, who *user) (string, error) {
 	return "", newProblem(agentapi.CodeWorkdirNotFound, "working directory %q does not exist", dir)
 }
 
-// launch makes the process. Nothing reads its output yet.
+// launch makes the process. The caller must call run, which reads its output.
 func (p *processes) launch(l *launchSpec) (*command, []*stream, error) {
 	program, err := lookPath(l.argv[0], l.dir, l.env)
 	if err != nil {
@@ -319,8 +329,8 @@ func (p *processes) launch(l *launchSpec) (*command, []*stream, error) {
 		Env:   l.env,
 		Files: ends.child[:],
 		Sys: &syscall.SysProcAttr{
-			// A session of its own: signals to one command reach no other, and
-			// nothing in it can take the agent's terminal, if there were one.
+			// The command gets its own session, so that signals to it reach no other
+			// command, and it cannot take a terminal of the agent.
 			Setsid:     true,
 			Setctty:    ends.pty != nil,
 			Credential: &syscall.Credential{Uid: l.user.uid, Gid: l.user.gid, Groups: l.user.groups},
@@ -341,7 +351,7 @@ func (p *processes) launch(l *launchSpec) (*command, []*stream, error) {
 	return c, ends.streams, nil
 }
 
-// startProblem says why a process could not be made.
+// startProblem returns the problem that an error of making a process means.
 func startProblem(l *launchSpec, err error) error {
 	var errno syscall.Errno
 	if !errors.As(err, &errno) {
@@ -350,15 +360,16 @@ func startProblem(l *launchSpec, err error) error {
 	switch errno {
 	case syscall.EAGAIN, syscall.ENOMEM, syscall.EMFILE, syscall.ENFILE:
 		return newProblem(agentapi.CodeTooManyProcesses, "no more processes can be started in the sandbox: %s", errno)
-	case syscall.ENOENT, syscall.EACCES, syscall.ENOTDIR, syscall.ENOEXEC, syscall.E2BIG, syscall.EISDIR, syscall.EPERM, syscall.ENAMETOOLONG, syscall.ELOOP, syscall.ETXTBSY:
+	case syscall.ENOENT, syscall.EACCES, syscall.ENOTDIR, syscall.ENOEXEC, syscall.E2BIG, syscall.EISDIR,
+		syscall.EPERM, syscall.ENAMETOOLONG, syscall.ELOOP, syscall.ETXTBSY:
 		return newProblem(agentapi.CodeInvalidCommand, "starting %q: %s", l.argv[0], errno)
 	}
 	return fmt.Errorf("starting %q: %w", l.argv[0], err)
 }
 
-// notStarted answers a one-shot execution of a program that cannot be run as a
-// shell would: 127 or 126, and the reason on standard error. It is nil for
-// other errors and other calls.
+// notStarted returns the events of a program that cannot be run in an execute call. They
+// are those of a shell: exit code 127 or 126, and the reason on standard error. It returns
+// nil for other errors and other calls.
 func notStarted(req *process.StartRequest, err error, took time.Duration) []*process.ProcessEvent {
 	if req.GetExecute() == nil {
 		return nil
@@ -371,22 +382,24 @@ func notStarted(req *process.StartRequest, err error, took time.Duration) []*pro
 	switch errno {
 	case syscall.ENOENT, syscall.ENOTDIR:
 		code = exitNotFound
-	case syscall.EACCES, syscall.ENOEXEC, syscall.EISDIR, syscall.EPERM, syscall.ENAMETOOLONG, syscall.ELOOP, syscall.ETXTBSY, syscall.E2BIG:
+	case syscall.EACCES, syscall.ENOEXEC, syscall.EISDIR, syscall.EPERM,
+		syscall.ENAMETOOLONG, syscall.ELOOP, syscall.ETXTBSY, syscall.E2BIG:
 		code = exitCannotRun
 	default:
 		return nil
 	}
 	text := fmt.Sprintf("%s: %s\n", req.GetProcess().GetCmd(), errno)
+	stderr := &process.DataEvent{Output: &process.DataEvent_Stderr{Stderr: []byte(text)}}
 	return []*process.ProcessEvent{
-		{Event: &process.ProcessEvent_Data{Data: &process.DataEvent{Output: &process.DataEvent_Stderr{Stderr: []byte(text)}}}},
+		{Event: &process.ProcessEvent_Data{Data: stderr}},
 		{Event: &process.ProcessEvent_End{End: &process.EndEvent{
 			ExitCode: code, Exited: true, Status: fmt.Sprintf("exit status %d", code), DurationUs: took.Microseconds(),
 		}}},
 	}
 }
 
-// retire takes an ended command off the list, at once or when its end need not
-// be kept any longer.
+// retire removes an ended command from the list, at once or, with keep, after endKept.
+// It shelves a command that outlives its call.
 func (p *processes) retire(c *command, keep bool) {
 	if c.kept != nil {
 		p.shelve(c)
@@ -395,7 +408,7 @@ func (p *processes) retire(c *command, keep bool) {
 	remove := func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		if p.commands[c.pid] == c { // the pid may be another's by now
+		if p.commands[c.pid] == c { // another command may have the pid by now
 			delete(p.commands, c.pid)
 		}
 	}
@@ -406,7 +419,8 @@ func (p *processes) retire(c *command, keep bool) {
 	}
 }
 
-// find returns the command a selector names, one that runs before one that has ended.
+// find returns the command that a selector names. A running one takes precedence over an
+// ended one.
 func (p *processes) find(sel *process.ProcessSelector) (*command, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -429,7 +443,7 @@ func (p *processes) find(sel *process.ProcessSelector) (*command, error) {
 	return found, nil
 }
 
-// inGroup is the running command in the control group of that name, nil if none.
+// inGroup returns the running command in the named control group, nil if there is none.
 func (p *processes) inGroup(name string) *command {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -441,7 +455,7 @@ func (p *processes) inGroup(name string) *command {
 	return nil
 }
 
-// findRunning is find for what only a running process can do.
+// findRunning returns the running command that a selector names.
 func (p *processes) findRunning(sel *process.ProcessSelector) (*command, error) {
 	c, err := p.find(sel)
 	if err == nil && !c.running() {
@@ -459,7 +473,7 @@ func (c *command) running() bool {
 	}
 }
 
-// keepaliveOf is the interval a client asks for.
+// keepaliveOf returns the interval of keepalives that a client asks for.
 func keepaliveOf(h http.Header) time.Duration {
 	if s, err := strconv.Atoi(h.Get("Keepalive-Ping-Interval")); err == nil && s > 0 && s <= 3600 {
 		return time.Duration(s) * time.Second

@@ -16,28 +16,29 @@ import (
 )
 
 const (
-	// firstPause and longestPause are how long is waited between two checks of a start
-	// command: little at first, since a create waits for it, and never long beside what
-	// the command has taken. A check of a command takes the sandbox 20 ms of CPU.
+	// firstPause and longestPause are the shortest and the longest pause between two checks
+	// of a start command. The first is short, since a create waits for it; the pauses stay
+	// short beside the time that the command has taken. A check with a command takes the
+	// sandbox 20 ms of CPU, so that shorter pauses slow the start command down.
 	firstPause   = 10 * time.Millisecond
 	longestPause = 250 * time.Millisecond
 
-	// checkTimeout bounds one check. A server that takes connections before it can answer
+	// checkTimeout limits one check. A server that accepts connections before it can answer
 	// is asked again after it; a check that needs longer never succeeds.
 	checkTimeout = 10 * time.Second
 
-	maxAnswer = 64 << 10 // bytes of an answer's head that are read
+	maxAnswer = 64 << 10 // limit of an answer's head, in bytes; a longer one fails the check
 )
 
-// readyCheck looks whether a start command is ready.
+// readyCheck checks whether a start command is ready.
 type readyCheck struct {
 	processes *processes
 	ready     *agentapi.Ready
 	own       *net.TCPAddr // the sandbox's address; nil if not known
-	user      string       // whom its command runs as; "" is the sandbox's default
+	user      string       // user of the check's command; "" means the sandbox's default
 }
 
-// do looks once. The error says what was seen.
+// do checks once. The error describes what the check found.
 func (r readyCheck) do(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
@@ -54,7 +55,7 @@ func (r readyCheck) do(ctx context.Context) error {
 	return conn.Close()
 }
 
-// dial connects to a port inside: on the loopback, else on the sandbox's own address.
+// dial connects to a port inside, on the loopback or else on the sandbox's own address.
 func (r readyCheck) dial(ctx context.Context, port int) (net.Conn, error) {
 	hosts := []string{"127.0.0.1"}
 	if r.own != nil {
@@ -70,8 +71,8 @@ func (r readyCheck) dial(ctx context.Context, port int) (net.Conn, error) {
 	return nil, fmt.Errorf("nothing listens on port %d", port)
 }
 
-// get asks for a path over HTTP. Where a redirect leads to is not looked at. It does
-// without http.Client, which would make every sandbox's agent half a megabyte larger.
+// get requests a path over HTTP. It follows no redirect. It does not use http.Client,
+// which would make the agent of every sandbox half a megabyte larger.
 func (r readyCheck) get(ctx context.Context, port int, path string) error {
 	address := fmt.Sprintf("http://127.0.0.1:%d%s", port, path)
 	status, err := r.ask(ctx, port, address)
@@ -100,7 +101,7 @@ func (r readyCheck) ask(ctx context.Context, port int, address string) (status i
 		return 0, err
 	}
 	answer := bufio.NewReader(io.LimitReader(conn, maxAnswer))
-	for status/100 < 2 { // hints may come before the answer
+	for status/100 < 2 { // 1xx responses may come before the answer
 		resp, err := http.ReadResponse(answer, req)
 		if ctx.Err() != nil {
 			return 0, errors.New("no answer")
@@ -108,12 +109,12 @@ func (r readyCheck) ask(ctx context.Context, port int, address string) (status i
 		if err != nil {
 			return 0, fmt.Errorf("no answer: %w", err)
 		}
-		status = resp.StatusCode // the body may never end, and goes with the connection
+		status = resp.StatusCode // the body may never end; closing the connection discards it
 	}
 	return status, nil
 }
 
-// run executes a command as who the start command runs as, and ends it with ctx.
+// run executes a command as the user of the start command. It kills the command when ctx ends.
 func (r readyCheck) run(ctx context.Context, line string) error {
 	p := r.processes
 	who, err := p.userOf(nil, r.user)

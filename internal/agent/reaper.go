@@ -6,16 +6,16 @@ import (
 	"syscall"
 )
 
-// reaper waits for every child of PID 1: the commands, whose ends are handed to
-// those who wait for them, and the orphans that the kernel gives to PID 1, which
-// are dropped. Nothing else in the program may wait for a process.
+// reaper waits for every child of PID 1. It hands the ends of commands to their
+// waiters and drops those of orphans, which the kernel gives to PID 1. Nothing else
+// in the program may wait for a process.
 type reaper struct {
-	kick chan struct{} // a child was made; capacity 1
+	kick chan struct{} // receives when a child was made; capacity 1
 
 	mu      sync.Mutex
 	waiting map[int]chan<- syscall.WaitStatus
-	// Between a fork and the registration of its pid a child may already have
-	// ended. While forks are in progress, the ends of unknown children are kept.
+	// A child may end between its fork and the registration of its pid. While
+	// forks are in progress, early keeps the ends of unknown children.
 	forking int
 	early   map[int]syscall.WaitStatus
 }
@@ -38,8 +38,8 @@ func (r *reaper) run() {
 			r.ended(pid, status)
 		case errors.Is(err, syscall.EINTR):
 		default:
-			// ECHILD: no child at all. Orphans come from children only, so the
-			// next thing to wait for is announced by a fork.
+			// ECHILD: there are no children. Only descendants of a child become
+			// orphans, so that the next child comes from a fork.
 			<-r.kick
 		}
 	}
@@ -59,7 +59,7 @@ func (r *reaper) ended(pid int, status syscall.WaitStatus) {
 }
 
 // fork calls start, which makes a child, and returns the child's pid and a
-// channel on which its end will come, once, after it has been reaped.
+// channel that receives its end, once, after it has been reaped.
 func (r *reaper) fork(start func() (int, error)) (int, <-chan syscall.WaitStatus, error) {
 	r.mu.Lock()
 	r.forking++

@@ -27,26 +27,27 @@ import (
 	"github.com/cayhq/cay/internal/cgroup"
 )
 
-// The tests in this file's package run the real agent as PID 1 in real gVisor.
+// The tests of this package run the real agent as PID 1 in real gVisor.
 
 const testToken = "token-of-the-test"
 
-// sandbox is one gVisor sandbox with the agent in it, gone at the test's end.
+// sandbox is a gVisor sandbox with the agent in it. It is removed at the test's end.
 type sandbox struct {
 	t      testing.TB
 	addr   string
 	client *agentapi.Client
 	target agentapi.Target
-	// transport sends what the client cannot, on connections as the client's.
+	// transport sends requests that the client cannot, on connections like the client's.
 	transport *http.Transport
 	args      []string
 	out       string
 }
 
-// programsDir is where programs are; "" as long as nobody asked for them, as in what fuzzing starts.
+// programsDir is the directory of programs. It is "" until programs is called; processes that fuzzing starts never
+// call it.
 var programsDir string
 
-// programs are built once for all tests.
+// programs builds the programs once for all tests and returns their paths.
 var programs = sync.OnceValues(func() (_ map[string]string, err error) {
 	if programsDir, err = os.MkdirTemp("", "cay-agent-test-"); err != nil {
 		return nil, err
@@ -82,10 +83,10 @@ func runscPath(t testing.TB) string {
 	return caytest.RequireProgram(t, p)
 }
 
-// options change what startSandbox makes.
+// options change the sandbox that startSandbox makes.
 type options struct {
-	pidsMax int    // 0 is the agent's default
-	disk    string // size of the writable layer, as 64m; "" is no limit
+	pidsMax int    // 0 means the agent's default
+	disk    string // size of the writable layer, such as 64m; "" means no limit
 	noInit  bool
 
 	attributes []byte                                   // the image's list of extended attributes
@@ -119,15 +120,17 @@ func startSandbox(t testing.TB, o options) *sandbox {
 	if o.disk != "" {
 		overlay += ",size=" + o.disk
 	}
-	args := []string{"--root", filepath.Join(dir, "state"), "--network=sandbox", "--platform=systrap", "--allow-suid", "--overlay2=" + overlay}
+	args := []string{"--root", filepath.Join(dir, "state"), "--network=sandbox", "--platform=systrap", "--allow-suid",
+		"--overlay2=" + overlay}
 	out, err := os.Create(filepath.Join(dir, "output"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer out.Close()
-	// The sandbox inherits the limit: one that runs away ends, whatever became of
-	// the test.
-	run := exec.Command(caytest.RequireProgram(t, "prlimit"), append(append([]string{"--cpu=" + cpuSeconds, runsc}, args...), "run", "-detach", "-bundle", dir, id)...)
+	// The sandbox inherits the limit of CPU time, so that a runaway one ends even if
+	// the test has died.
+	run := exec.Command(caytest.RequireProgram(t, "prlimit"),
+		append(append([]string{"--cpu=" + cpuSeconds, runsc}, args...), "run", "-detach", "-bundle", dir, id)...)
 	run.Stdout, run.Stderr = out, out
 	t.Cleanup(func() {
 		if text, err := exec.Command(runsc, append(args, "delete", "-force", id)...).CombinedOutput(); err != nil {
@@ -153,7 +156,8 @@ func startSandbox(t testing.TB, o options) *sandbox {
 		t.Fatal(err)
 	}
 	if !o.noInit {
-		err := s.client.Init(t.Context(), s.target, agentapi.InitRequest{AccessToken: testToken, Env: map[string]string{"FROM_SANDBOX": "yes"}})
+		err := s.client.Init(t.Context(), s.target,
+			agentapi.InitRequest{AccessToken: testToken, Env: map[string]string{"FROM_SANDBOX": "yes"}})
 		if err != nil {
 			t.Fatalf("init: %v", err)
 		}
@@ -162,7 +166,7 @@ func startSandbox(t testing.TB, o options) *sandbox {
 	return s
 }
 
-// with is the sandbox spoken to by somebody who has that key; "" is no handshake.
+// with returns the sandbox with a client that has the key; "" means no handshake.
 func (s *sandbox) with(key string) *sandbox {
 	dial := func(ctx context.Context) (net.Conn, error) {
 		var d net.Dialer
@@ -174,7 +178,9 @@ func (s *sandbox) with(key string) *sandbox {
 	}
 	c := *s
 	c.client = agentapi.NewClient(func(ctx context.Context, _ string) (net.Conn, error) { return dial(ctx) })
-	c.transport = &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) }}
+	c.transport = &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
+	}
 	s.t.Cleanup(c.client.CloseIdle)
 	s.t.Cleanup(c.transport.CloseIdleConnections)
 	return &c
@@ -197,7 +203,7 @@ func (s *sandbox) waitHealthy() {
 	}
 }
 
-// makeRootfs is as little as the tests need: busybox, a few users, a helper.
+// makeRootfs makes the least root file system that the tests need: busybox, a few users and the probe.
 func makeRootfs(t testing.TB, dir, busybox string, built map[string]string) string {
 	t.Helper()
 	root := filepath.Join(dir, "rootfs")
@@ -225,8 +231,11 @@ func makeRootfs(t testing.TB, dir, busybox string, built map[string]string) stri
 			must(os.Symlink("busybox", filepath.Join(root, "bin", applet)))
 		}
 	}
-	must(os.WriteFile(filepath.Join(root, "etc/passwd"), []byte("root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\nnohome:x:1001:1001::/nonexistent:/bin/sh\n"), 0o644))
-	must(os.WriteFile(filepath.Join(root, "etc/group"), []byte("root:x:0:\nuser:x:1000:\nextra:x:2000:user\nmore:x:2001:other,user\nnohome:x:1001:\n"), 0o644))
+	must(os.WriteFile(filepath.Join(root, "etc/passwd"),
+		[]byte("root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n"+
+			"nohome:x:1001:1001::/nonexistent:/bin/sh\n"), 0o644))
+	must(os.WriteFile(filepath.Join(root, "etc/group"),
+		[]byte("root:x:0:\nuser:x:1000:\nextra:x:2000:user\nmore:x:2001:other,user\nnohome:x:1001:\n"), 0o644))
 	must(os.Chown(filepath.Join(root, "home/user"), 1000, 1000))
 	return root
 }
@@ -242,7 +251,7 @@ func copyFile(t testing.TB, from, to string, mode os.FileMode) {
 	}
 }
 
-// makeNetwork makes a namespace with an eth0 that runsc will take the address of.
+// makeNetwork makes a network namespace with an eth0 whose address runsc takes.
 func makeNetwork(t testing.TB) (ns, agentAddr string) {
 	t.Helper()
 	runtime.LockOSThread()
@@ -274,7 +283,7 @@ func makeNetwork(t testing.TB) (ns, agentAddr string) {
 	}))
 	t.Cleanup(func() {
 		if l, err := netlink.LinkByName(host); err == nil {
-			_ = netlink.LinkDel(l) // goes with the namespace, sooner or later
+			_ = netlink.LinkDel(l) // after an error the link goes with the namespace
 		}
 	})
 	ip := func(last uint32) string {
@@ -306,16 +315,17 @@ func addAddress(t testing.TB, h *netlink.Handle, link, ip string) {
 	}
 }
 
-// dockerCaps are docker's default capabilities, what commands must end up with.
-var dockerCaps = []string{"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID",
-	"CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE"}
+// dockerCaps lists Docker's default capabilities, which commands must have.
+var dockerCaps = []string{"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW",
+	"CAP_SETGID", "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL",
+	"CAP_AUDIT_WRITE"}
 
-// Limits of a test's sandbox on the host. Without them a bomb that the agent does
-// not stop would take the machine.
+// Limits of a test's sandbox on the host. Without them a fork bomb that the agent
+// does not stop would take the machine.
 const (
 	memoryBytes = 1 << 30
 	hostTasks   = 8192
-	cpuSeconds  = "300" // of each of its processes
+	cpuSeconds  = "300" // of each of the sandbox's processes
 )
 
 func writeSpec(t testing.TB, dir, rootfs, ns, id string, o options) {
@@ -355,7 +365,7 @@ func writeSpec(t testing.TB, dir, rootfs, ns, id string, o options) {
 	}
 }
 
-// exec runs a command and expects the agent to have run it.
+// exec runs a command. The test fails if the agent cannot run it.
 func (s *sandbox) exec(r agentapi.ExecuteRequest) agentapi.ExecuteResult {
 	s.t.Helper()
 	if r.Timeout == 0 {
@@ -368,7 +378,7 @@ func (s *sandbox) exec(r agentapi.ExecuteRequest) agentapi.ExecuteResult {
 	return res
 }
 
-// sh runs a shell command, expects success, and returns what it printed.
+// sh runs a shell command and returns its output. The test fails if the command does.
 func (s *sandbox) sh(command string) string {
 	s.t.Helper()
 	res := s.exec(agentapi.ExecuteRequest{Command: command})
@@ -431,7 +441,7 @@ func handleHere(t testing.TB) *netlink.Handle {
 	return h
 }
 
-// in is the sandbox with another test's t.
+// in returns the sandbox with another test's t.
 func (s *sandbox) in(t testing.TB) *sandbox {
 	c := *s
 	c.t = t

@@ -6,7 +6,7 @@ TEXT handler<>(SB), NOSPLIT|NOFRAME, $0
 TEXT restorer<>(SB), NOSPLIT|NOFRAME, $0
 	MOVQ $15, AX // rt_sigreturn
 	SYSCALL
-	INT  $3      // it does not return
+	INT  $3      // not reached
 
 TEXT ·returner(SB), NOSPLIT, $0-16
 	LEAQ handler<>(SB), AX

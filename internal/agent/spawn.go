@@ -13,24 +13,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// spawner makes processes, one at a time, on a thread that moves through the
-// control groups. (Go makes them one at a time anyway: it holds the parent until
-// the child has called exec.)
+// spawner makes processes, one at a time, on a thread that enters their control
+// groups. (Go makes them one at a time anyway: it holds the parent until the child has
+// called exec.)
 type spawner struct {
 	groups *groups
 	reaper *reaper
 	mu     sync.Mutex // held while a thread is not in the agent's own group
 }
 
-// spawn is one process to make.
+// spawn describes one process to make, and the result.
 type spawn struct {
-	path string // of the program
+	path string // path of the program
 	argv []string
 	attr *syscall.ProcAttr
 
 	group *group                    // result
 	pid   int                       // result
-	ended <-chan syscall.WaitStatus // result: its end, once, after it was reaped
+	ended <-chan syscall.WaitStatus // result: receives its end, once, after it was reaped
 }
 
 func newSpawner(g *groups, r *reaper) *spawner { return &spawner{groups: g, reaper: r} }
@@ -50,8 +50,8 @@ func (s *spawner) start(w *spawn) error {
 	return nil
 }
 
-// fork makes the process on the caller's thread: handing it to another costs
-// two switches between threads, each way.
+// fork makes the process on the caller's thread. A thread of its own would cost two
+// switches between threads in each direction.
 func (s *spawner) fork(w *spawn) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -66,15 +66,15 @@ func (s *spawner) fork(w *spawn) error {
 	})
 	if home := s.groups.goHome(); home != nil {
 		// The thread stays locked and so ends with this goroutine: nothing else of
-		// the agent runs where a command is killed.
+		// the agent may run in a group whose processes are killed.
 		return errors.Join(err, fmt.Errorf("leaving a control group: %w", home))
 	}
 	runtime.UnlockOSThread()
 	return err
 }
 
-// lookPath finds a program as execvp would: a name with a slash as it is
-// (relative to dir), any other in the PATH of env.
+// lookPath finds a program as execvp does: it returns a name with a slash unchanged
+// (relative to dir) and looks any other up in the PATH of env.
 func lookPath(name, dir string, env []string) (string, error) {
 	if strings.Contains(name, "/") {
 		return name, nil
@@ -108,10 +108,11 @@ func lookPath(name, dir string, env []string) (string, error) {
 	return "", found
 }
 
-// defaultPath is Debian's for root: what commands get when nobody sets PATH.
+// defaultPath is the PATH of commands for which none is set, Debian's for root.
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// closeAll closes files whose content does not depend on it.
+// closeAll closes files and ignores errors. Use it only where an error cannot mean lost
+// data.
 func closeAll(files ...*os.File) {
 	for _, f := range files {
 		if f != nil {

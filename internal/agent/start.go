@@ -20,31 +20,32 @@ import (
 )
 
 const (
-	// maxStart is how long the body of POST /start may be, bytes: two commands of 64 KiB,
-	// escaped.
+	// maxStart limits the body of POST /start, in bytes: two commands of 64 KiB, escaped.
+	// A longer body is refused.
 	maxStart = 1 << 20
 
-	// startLogSize is at what size the start command's log is put aside, bytes. There are
-	// two of that size at the most; the smallest disk has 64 MiB.
+	// startLogSize is the size at which the start command's log is rotated, in bytes. There
+	// are at most two files of that size; the smallest disk has 64 MiB.
 	startLogSize = 4 << 20
 
-	// What an error shows of a start command's output.
+	// startTailSize and startTailLines limit the part of a start command's output that an
+	// error shows.
 	startTailSize  = 2 << 10 // bytes
 	startTailLines = 20
 )
 
-// startTag names the start command to who lists processes.
+// startTag is the tag of the start command in lists of processes.
 const startTag = "start_command"
 
-// starter starts the sandbox's start command: a command as any other, whose output goes
-// to a log inside, and that ends when it likes or with the sandbox.
+// starter starts the sandbox's start command. It is a command like any other, except that
+// its output goes to a log inside; it ends by itself or with the sandbox.
 type starter struct {
 	processes *processes
 	logPath   string
 	started   atomic.Bool
 }
 
-// start answers POST /start, when the command is ready.
+// start answers POST /start as soon as the command is ready.
 func (s *starter) start(w http.ResponseWriter, r *http.Request) {
 	var req agentapi.StartRequest
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxStart)).Decode(&req); err != nil {
@@ -70,7 +71,7 @@ func (s *starter) start(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// launch makes the process. It is one of nobody's call: what listens to it is its log.
+// launch starts the process. It belongs to no call; only its log receives its output.
 func (s *starter) launch(req agentapi.StartRequest) (*command, *startLog, error) {
 	who, err := s.processes.userOf(nil, req.User)
 	if err != nil {
@@ -98,12 +99,12 @@ func (s *starter) launch(req agentapi.StartRequest) (*command, *startLog, error)
 	return c, log, nil
 }
 
-// shell is a command line as /bin/sh reads it.
+// shell returns the process that runs a command line with /bin/sh.
 func shell(line string) *process.ProcessConfig {
 	return &process.ProcessConfig{Cmd: "/bin/sh", Args: []string{"-c", line}}
 }
 
-// howEnded says in words how a command ended.
+// howEnded describes the end of a command in words, as a predicate.
 func howEnded(end *process.EndEvent) string {
 	text := fmt.Sprintf("ended with exit code %d", end.GetExitCode())
 	if end.GetSignal() != 0 {
@@ -115,7 +116,7 @@ func howEnded(end *process.EndEvent) string {
 	return text
 }
 
-// startLog is a start command's output in a file, the part before in another one.
+// startLog writes a start command's output to a file and keeps one rotated file beside it.
 type startLog struct {
 	path string
 
@@ -125,10 +126,11 @@ type startLog struct {
 	// +checklocks:mu
 	size int64 // bytes
 	// +checklocks:mu
-	tail []byte // the last of it
+	tail []byte // the last startTailSize bytes of the output
 }
 
-// openStartLog makes the log anew: what the image has in its place is not this sandbox's.
+// openStartLog creates the log. It removes a file that the image has in its place, which is
+// not this sandbox's output.
 func openStartLog(path string) (*startLog, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("making its log: %w", err)
@@ -143,13 +145,13 @@ func openStartLog(path string) (*startLog, error) {
 	return &startLog{path: path, file: file}, nil
 }
 
-// createLog makes a file that is not there, through no link that somebody put there.
+// createLog creates a file. It fails if the path exists, also as a symbolic link.
 func createLog(path string) (*os.File, error) {
 	return os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE|os.O_EXCL, 0o644)
 }
 
-// take is a subscriber's send. It never fails: who cannot be sent to is left out from
-// then on, and a disk that is full may have room later.
+// take adds an event's output to the log. It is a subscriber's send and never fails: a
+// subscriber that fails is dropped, and a full disk may have room later.
 func (l *startLog) take(ev *process.ProcessEvent) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -176,7 +178,7 @@ func (l *startLog) close() {
 	closeAll(l.file)
 }
 
-// writeLocked adds to the file.
+// writeLocked appends to the file, which it rotates first if it is full.
 //
 // +checklocks:l.mu
 func (l *startLog) writeLocked(b []byte) {
@@ -184,12 +186,12 @@ func (l *startLog) writeLocked(b []byte) {
 		l.turnLocked()
 		l.size = int64(len(b))
 	}
-	// What does not fit on the disk is lost.
+	// Output that does not fit on the disk is lost.
 	_, _ = l.file.Write(b)
 }
 
-// turnLocked puts the file aside and begins a new one. Where somebody has made that
-// impossible, the file begins anew itself, so that it does not grow without end.
+// turnLocked renames the file and creates a new one. If a process inside has made that
+// impossible, it truncates the file, so that the file does not grow without end.
 //
 // +checklocks:l.mu
 func (l *startLog) turnLocked() {
@@ -206,12 +208,12 @@ func (l *startLog) turnLocked() {
 	}
 }
 
-// last is the end of the output for an error's text.
+// last returns the end of the output for the text of an error.
 func (l *startLog) last() string {
 	l.mu.Lock()
 	text := string(l.tail)
 	l.mu.Unlock()
-	if len(text) == startTailSize { // it begins in the middle of a line, if it has several
+	if len(text) == startTailSize { // the first of several lines is probably incomplete
 		if _, rest, ok := strings.Cut(text, "\n"); ok && rest != "" {
 			text = rest
 		}
@@ -224,7 +226,7 @@ func (l *startLog) last() string {
 	return "its last output:\n" + text
 }
 
-// await returns when the command is ready, or with what it did instead, to be read after
+// await waits until the command is ready. Its error continues a sentence that begins with
 // "the start command".
 func (s *starter) await(ctx context.Context, c *command, req agentapi.StartRequest, own *net.TCPAddr) error {
 	within := time.Duration(req.Ready.TimeoutMs) * time.Millisecond
@@ -237,7 +239,7 @@ func (s *starter) await(ctx context.Context, c *command, req agentapi.StartReque
 		if err == nil {
 			return nil
 		}
-		if last == nil || ctx.Err() == nil { // one that was broken off says nothing new
+		if last == nil || ctx.Err() == nil { // the error of an interrupted check says nothing new
 			last = err
 		}
 		if end := s.over(c); end != nil {
@@ -251,9 +253,9 @@ func (s *starter) await(ctx context.Context, c *command, req agentapi.StartReque
 	}
 }
 
-// over is how the command ended; nil while it runs. One that ended well and left
-// processes behind goes on in them: that is how services start that put themselves
-// into the background.
+// over returns the end of the command, nil while it runs. A command that exits with 0 and
+// leaves processes behind counts as running: services that put themselves into the
+// background start so.
 func (s *starter) over(c *command) *process.EndEvent {
 	select {
 	case <-c.done:

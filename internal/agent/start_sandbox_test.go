@@ -10,8 +10,9 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// server answers after a moment; its log says who and where it is.
-const server = `id -un; pwd; echo $FROM_SANDBOX; mkdir -p /tmp/www; echo hello >/tmp/www/index.html; sleep 0.3; exec httpd -f -p 8080 -h /tmp/www`
+// server is a start command that answers after a moment. It logs its user and its working directory.
+const server = "id -un; pwd; echo $FROM_SANDBOX; mkdir -p /tmp/www; echo hello >/tmp/www/index.html; sleep 0.3; " +
+	"exec httpd -f -p 8080 -h /tmp/www"
 
 func ready(r agentapi.Ready) *agentapi.Ready {
 	r.TimeoutMs = 60_000
@@ -27,14 +28,15 @@ func TestStartReady(t *testing.T) {
 		"http":        {server, agentapi.Ready{HTTP: &agentapi.ReadyHTTP{Port: 8080, Path: "/index.html"}}},
 		"command":     {server, agentapi.Ready{Command: "wget -q -O /dev/null http://127.0.0.1:8080/"}},
 		"own address": {strings.Replace(server, "8080", "ADDRESS:8080", 1), agentapi.Ready{Port: 8080}},
-		// It ends well, and what it left is what becomes ready.
+		// The command exits with 0, and the process that it left becomes ready.
 		"daemon": {strings.Replace(server, "exec httpd -f", "setsid httpd", 1) + "; (sleep 0.5; touch /tmp/up; sleep 1000) & ", agentapi.Ready{Command: "test -e /tmp/up"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := startSandbox(t, options{})
 			address, _, _ := strings.Cut(s.addr, ":")
 			command := strings.Replace(c.command, "ADDRESS", address, 1)
-			if err := s.client.Start(t.Context(), s.target, agentapi.StartRequest{Command: command, Ready: ready(c.ready)}); err != nil {
+			if err := s.client.Start(t.Context(), s.target,
+				agentapi.StartRequest{Command: command, Ready: ready(c.ready)}); err != nil {
 				t.Fatalf("%v, log: %s", err, s.sh("cat "+agentapi.StartLog))
 			}
 			if got := s.sh("wget -q -O - http://" + address + ":8080/index.html"); got != "hello" {
@@ -51,15 +53,17 @@ func TestStartReady(t *testing.T) {
 	}
 }
 
-// A start command belongs to no call, and is a command as all others nevertheless.
+// TestStartGoesOn checks that a start command belongs to no call and is otherwise a command like all others.
 func TestStartGoesOn(t *testing.T) {
 	s := startSandbox(t, options{})
 	init := agentapi.InitRequest{DefaultUser: "user", DefaultWorkdir: "/tmp", Env: map[string]string{"GREETING": "hello"}}
 	if err := s.client.Init(t.Context(), s.target, init); err != nil {
 		t.Fatal(err)
 	}
-	// What it is given as arguments no shell reads; without a check nothing is waited for.
-	err := s.client.Start(t.Context(), s.target, agentapi.StartRequest{Args: []string{"sh", "-c", `id -un; pwd; echo "$GREETING $1"; cat; while :; do sleep 0.1; done`, "x", "$HOME"}})
+	// No shell reads the arguments, and without a check the call does not wait.
+	const script = `id -un; pwd; echo "$GREETING $1"; cat; while :; do sleep 0.1; done`
+	err := s.client.Start(t.Context(), s.target,
+		agentapi.StartRequest{Args: []string{"sh", "-c", script, "x", "$HOME"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -74,33 +78,39 @@ func TestStartGoesOn(t *testing.T) {
 	var list struct {
 		Processes []struct{ Tag string }
 	}
-	if _, err := s.rpc("/process.Process/List", "", struct{}{}, &list); err != nil || len(list.Processes) != 1 || list.Processes[0].Tag != "start_command" {
+	if _, err := s.rpc("/process.Process/List", "", struct{}{}, &list); err != nil || len(list.Processes) != 1 ||
+		list.Processes[0].Tag != "start_command" {
 		t.Errorf("the list is %+v, %v", list, err)
 	}
-	// It is a victim as all others. Its end is written down, and starts nothing.
+	// Relieving memory kills it like all others. Its end is logged, and it is not started again.
 	if _, killed, err := s.client.RelieveMemory(t.Context(), s.target, 1<<40); err != nil || killed < 1 {
 		t.Errorf("killed %d, %v", killed, err)
 	}
 	s.eventually("the end in the log", func() bool {
-		return strings.HasSuffix(s.sh("cat "+agentapi.StartLog), "\ncay: the start command was ended by signal 9 (killed), out of memory")
+		return strings.HasSuffix(s.sh("cat "+agentapi.StartLog),
+			"\ncay: the start command was ended by signal 9 (killed), out of memory")
 	})
 	s.sh("! ps | grep '[G]REETING'")
 }
 
-// A start command can be another's than the sandbox's, and so is what looks whether it is ready.
+// TestStartAsAnother runs a start command and its check as another user than the sandbox's default.
 func TestStartAsAnother(t *testing.T) {
 	s := startSandbox(t, options{})
 	if err := s.client.Init(t.Context(), s.target, agentapi.InitRequest{DefaultUser: "user"}); err != nil {
 		t.Fatal(err)
 	}
-	err := s.client.Start(t.Context(), s.target, agentapi.StartRequest{Command: "id -un; echo up >/root/up; sleep 1000", User: "root", Ready: ready(agentapi.Ready{Command: "test -e /root/up"})})
+	err := s.client.Start(t.Context(), s.target, agentapi.StartRequest{
+		Command: "id -un; echo up >/root/up; sleep 1000", User: "root",
+		Ready: ready(agentapi.Ready{Command: "test -e /root/up"}),
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if got := s.sh("id -un"); got != "user" {
 		t.Errorf("other commands run as %s", got)
 	}
-	if res := s.exec(agentapi.ExecuteRequest{Command: "head -1 " + agentapi.StartLog, User: "root"}); string(res.Stdout) != "root\n" {
+	res := s.exec(agentapi.ExecuteRequest{Command: "head -1 " + agentapi.StartLog, User: "root"})
+	if string(res.Stdout) != "root\n" {
 		t.Errorf("the start command ran as %+v", res)
 	}
 }
@@ -138,13 +148,14 @@ func TestStartFails(t *testing.T) {
 	}
 }
 
-// A caller that leaves is not waited for, nor is the check it came for.
+// TestStartCallerGoesAway cancels a call during the check. The check is killed and the start command runs on.
 func TestStartCallerGoesAway(t *testing.T) {
 	s := startSandbox(t, options{})
 	ctx, cancel := context.WithCancel(t.Context())
 	over := make(chan error, 1)
 	go func() {
-		over <- s.client.Start(ctx, s.target, agentapi.StartRequest{Command: "sleep 1000", Ready: ready(agentapi.Ready{Command: "touch /tmp/checked; sleep 77"})})
+		over <- s.client.Start(ctx, s.target,
+			agentapi.StartRequest{Command: "sleep 1000", Ready: ready(agentapi.Ready{Command: "touch /tmp/checked; sleep 77"})})
 	}()
 	s.eventually("the check runs", func() bool { return s.sh("ls /tmp") == "checked" })
 	cancel()

@@ -19,7 +19,8 @@ import (
 )
 
 func stdout(text string) *process.ProcessEvent {
-	return &process.ProcessEvent{Event: &process.ProcessEvent_Data{Data: &process.DataEvent{Output: &process.DataEvent_Stdout{Stdout: []byte(text)}}}}
+	data := &process.DataEvent{Output: &process.DataEvent_Stdout{Stdout: []byte(text)}}
+	return &process.ProcessEvent{Event: &process.ProcessEvent_Data{Data: data}}
 }
 
 func testLog(t *testing.T) *startLog {
@@ -41,8 +42,11 @@ func wantFile(t *testing.T, path, want string) {
 
 func TestStartLog(t *testing.T) {
 	l := testLog(t)
-	for _, ev := range []*process.ProcessEvent{stdout("one\n"), {Event: &process.ProcessEvent_Data{Data: &process.DataEvent{Output: &process.DataEvent_Stderr{Stderr: []byte("two")}}}},
-		{Event: &process.ProcessEvent_Keepalive{}}, {Event: &process.ProcessEvent_End{End: &process.EndEvent{ExitCode: 3, Exited: true}}}} {
+	stderr := &process.DataEvent{Output: &process.DataEvent_Stderr{Stderr: []byte("two")}}
+	for _, ev := range []*process.ProcessEvent{
+		stdout("one\n"), {Event: &process.ProcessEvent_Data{Data: stderr}}, {Event: &process.ProcessEvent_Keepalive{}},
+		{Event: &process.ProcessEvent_End{End: &process.EndEvent{ExitCode: 3, Exited: true}}},
+	} {
 		if err := l.take(ev); err != nil {
 			t.Error(err)
 		}
@@ -53,7 +57,7 @@ func TestStartLog(t *testing.T) {
 	}
 }
 
-// The image, or who is root inside, may have put anything in the log's place.
+// TestStartLogInTheWay opens a log in whose place the image, or root inside, has put something else.
 func TestStartLogInTheWay(t *testing.T) {
 	dir := t.TempDir()
 	path, precious := filepath.Join(dir, "start.log"), filepath.Join(dir, "precious")
@@ -117,7 +121,7 @@ func TestStartLogsLast(t *testing.T) {
 		"one line":    {strings.Repeat("a", 10_000), "its last output:\n" + strings.Repeat("a", startTailSize)},
 		"binary":      {"a\xff\xfeb\n", "its last output:\na?b"},
 	} {
-		l := &startLog{file: os.NewFile(^uintptr(0), "closed")} // what cannot be written is lost
+		l := &startLog{file: os.NewFile(^uintptr(0), "closed")} // the log drops output that it cannot write
 		for b := range bytes.Lines([]byte(c.give)) {
 			_ = l.take(stdout(string(b)))
 		}
@@ -150,7 +154,7 @@ func TestReadyChecks(t *testing.T) {
 			http.Error(w, "no", http.StatusServiceUnavailable)
 		}
 	}))
-	// Not on 127.0.0.1, as a service that was told the sandbox's address.
+	// Listen on another address than 127.0.0.1, like a service that is configured with the sandbox's address.
 	own := &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}
 	l, err := net.ListenTCP("tcp4", own)
 	if err != nil {
@@ -171,7 +175,7 @@ func TestReadyChecks(t *testing.T) {
 	for name, c := range map[string]struct {
 		ready agentapi.Ready
 		own   *net.TCPAddr
-		want  string // of the error; "" is none
+		want  string // part of the error; "" means no error
 	}{
 		"port":             {agentapi.Ready{Port: port}, own, ""},
 		"only own address": {agentapi.Ready{Port: port}, nil, "nothing listens on port"},
@@ -196,7 +200,7 @@ func TestReadyChecks(t *testing.T) {
 			t.Errorf("%s: got %v, want %q", name, err, c.want)
 		}
 		if name != "silent" && ctx.Err() != nil {
-			t.Errorf("%s: waited for what does not come", name)
+			t.Errorf("%s: waited until the time limit", name)
 		}
 	}
 }

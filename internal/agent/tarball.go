@@ -18,16 +18,16 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 )
 
-// Limits of an archive that is unpacked, beside agentapi.MaxTar for what it becomes: a sparse
-// file of a KiB can say that it has an exabyte. Below that the sandbox's disk is the limit.
+// Limits of an archive to unpack. agentapi.MaxTar limits the size of its files, since a sparse
+// file of a KiB can claim to have an exabyte; below it the sandbox's disk is the limit.
 const (
 	maxTarEntries = 500_000
-	maxTarDepth   = 256 // directories above each other
+	maxTarDepth   = 256 // nested directories
 )
 
-// getTar answers GET /files/tar with an archive of what is below a directory, names
-// relative to it. What is no file, directory or link is left out, as it means nothing
-// elsewhere. An archive that is cut off had an error.
+// getTar answers GET /files/tar with an archive of the entries below a directory, with
+// names relative to it. It contains only files, directories and links, since other types
+// mean nothing elsewhere. After an error the archive is cut off.
 func (f *files) getTar(w http.ResponseWriter, r *http.Request) {
 	_, p, err := f.target(r)
 	var names []string
@@ -48,11 +48,11 @@ func (f *files) getTar(w http.ResponseWriter, r *http.Request) {
 		err = out.Close()
 	}
 	if err != nil {
-		panic(http.ErrAbortHandler) // the head is out; only a broken connection says that this is not all
+		panic(http.ErrAbortHandler) // the head is sent; only a broken connection tells of the error
 	}
 }
 
-// pack writes the entries of a directory and all below them.
+// pack writes the entries of a directory and everything below them.
 func pack(out *tar.Writer, o owners, root, rel string, names []string) error {
 	for _, name := range names {
 		rel := path.Join(rel, name)
@@ -67,7 +67,7 @@ func pack(out *tar.Writer, o owners, root, rel string, names []string) error {
 		below, err := readNames(p)
 		var known *problem
 		if errors.Is(err, fs.ErrNotExist) || errors.As(err, &known) {
-			continue // gone meanwhile, or another thing now
+			continue // removed or replaced meanwhile
 		}
 		if err != nil {
 			return err
@@ -79,7 +79,7 @@ func pack(out *tar.Writer, o owners, root, rel string, names []string) error {
 	return nil
 }
 
-// packOne writes one entry. What vanishes before it was begun is fs.ErrNotExist.
+// packOne writes one entry. It returns fs.ErrNotExist if the entry vanished before it was begun.
 func packOne(out *tar.Writer, o owners, p, rel string) (isDir bool, err error) {
 	st, err := os.Lstat(p)
 	if err != nil {
@@ -104,13 +104,13 @@ func packOne(out *tar.Writer, o owners, p, rel string) (isDir bool, err error) {
 	if st.IsDir() {
 		h.Name += "/"
 	}
-	h.Format = tar.FormatPAX // takes any name, and times are whole seconds without more records
+	h.Format = tar.FormatPAX // takes any name; times of whole seconds need no extra records
 	h.ModTime, h.AccessTime, h.ChangeTime = st.ModTime().Truncate(time.Second), time.Time{}, time.Time{}
 	h.Uname, h.Gname = o.user(sys.Uid), o.group(sys.Gid)
 	if !st.Mode().IsRegular() {
 		return st.IsDir(), out.WriteHeader(h)
 	}
-	// Opened before the head is written, and never followed: it may be another thing now.
+	// Open the file before writing the head, and follow no link: it may have been replaced.
 	file, opened, err := openRegular(p, os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return false, fs.ErrNotExist
@@ -123,8 +123,8 @@ func packOne(out *tar.Writer, o owners, p, rel string) (isDir bool, err error) {
 	return false, packContent(out, file, h.Size)
 }
 
-// packContent writes as much as was announced, of a file that may change meanwhile: what it
-// grew by is left out, what it lacks is zeros.
+// packContent writes exactly size bytes of a file that may change meanwhile. It leaves out
+// bytes beyond the size and fills up with zeros.
 func packContent(out io.Writer, file io.Reader, size int64) error {
 	buf := copyBuffers.Get().(*[copyBuffer]byte)
 	defer copyBuffers.Put(buf)
@@ -142,7 +142,7 @@ func packContent(out io.Writer, file io.Reader, size int64) error {
 }
 
 // putTar answers PUT /files/tar by unpacking an archive into a directory. Each file appears whole or
-// not at all; after an error, those before it are there.
+// not at all. After an error the entries before the failed one remain.
 func (f *files) putTar(w http.ResponseWriter, r *http.Request) {
 	u, p, err := f.target(r)
 	if err == nil {
@@ -171,7 +171,7 @@ func (f *files) unpack(dir string, u *user, body io.Reader) error {
 	for n := 0; ; n++ {
 		h, err := in.Next()
 		if errors.Is(err, io.EOF) {
-			// What pads an archive is read, so that the connection can be used again.
+			// Read the archive's padding, so that the connection can be used again.
 			_, err := io.Copy(io.Discard, body)
 			return tarProblem(err)
 		}
@@ -187,7 +187,7 @@ func (f *files) unpack(dir string, u *user, body io.Reader) error {
 	}
 }
 
-// tarProblem is an error of reading an archive.
+// tarProblem returns the problem for an error of reading an archive, nil for nil.
 func tarProblem(err error) error {
 	if err == nil {
 		return nil
@@ -195,19 +195,19 @@ func tarProblem(err error) error {
 	return newProblem(agentapi.CodeInvalidTar, "reading the archive: %s", err)
 }
 
-// unpacker writes the entries of an archive below a directory, and nowhere else: whatever
-// names, links and ".." say, os.Root does not leave it.
+// unpacker writes the entries of an archive below a directory. os.Root keeps it inside the
+// directory, whatever names, links and ".." the archive has.
 type unpacker struct {
 	user    *user
 	root    *os.Root
-	parent  *os.Root // the directory of the last entry, as entries of one mostly follow each other
-	in      string   // its name
+	parent  *os.Root // the last entry's directory, which is mostly the next one's too
+	in      string   // name of parent
 	written int64
 }
 
 func (un *unpacker) close() {
 	if un.parent != nil {
-		_ = un.parent.Close() // nothing was written through it that this could lose
+		_ = un.parent.Close() // nothing is written to a directory that an error could lose
 	}
 	_ = un.root.Close()
 }
@@ -225,7 +225,8 @@ func (un *unpacker) entry(h *tar.Header, body io.Reader) error {
 		return err
 	}
 	if h.Size < 0 || h.Size > agentapi.MaxTar-un.written {
-		return newProblem(agentapi.CodeInvalidTar, "with entry %q the files have more than %d bytes", h.Name, int64(agentapi.MaxTar))
+		return newProblem(agentapi.CodeInvalidTar,
+			"with entry %q the files have more than %d bytes", h.Name, int64(agentapi.MaxTar))
 	}
 	if err := un.write(h, name, body); err != nil {
 		return un.problem(err, h.Name)
@@ -233,10 +234,11 @@ func (un *unpacker) entry(h *tar.Header, body io.Reader) error {
 	return nil
 }
 
-// entryName is an entry's place below the directory. A name that leads out is refused, not bent.
+// entryName returns the cleaned name of an entry. It refuses a name that leads out of the directory.
 func entryName(given string) (string, error) {
 	if given == "" || strings.HasPrefix(given, "/") || strings.IndexByte(given, 0) >= 0 || len(given) >= unix.PathMax {
-		return "", newProblem(agentapi.CodeInvalidTar, "entry %.200q: a name must be relative and have 1 to %d bytes", given, unix.PathMax-1)
+		return "", newProblem(agentapi.CodeInvalidTar,
+			"entry %.200q: a name must be relative and have 1 to %d bytes", given, unix.PathMax-1)
 	}
 	for element := range strings.SplitSeq(given, "/") {
 		if element == ".." {
@@ -250,7 +252,7 @@ func entryName(given string) (string, error) {
 	return name, nil
 }
 
-// problem says what an error of writing an entry means.
+// problem returns the problem that an error of writing an entry means.
 func (un *unpacker) problem(err error, name string) error {
 	var known *problem
 	var errno syscall.Errno
@@ -262,13 +264,14 @@ func (un *unpacker) problem(err error, name string) error {
 	case errors.As(err, &errno):
 		return newProblem(agentapi.CodeInvalidTar, "entry %q: %s", name, errno)
 	}
-	// os.Root says by text alone that a path leads out; all else of an entry is the archive's too.
+	// The error of os.Root for a path that leads out has only a text. All other errors here come
+	// from the archive too.
 	return newProblem(agentapi.CodeInvalidTar, "entry %q: %s", name, err)
 }
 
 func (un *unpacker) write(h *tar.Header, name string, body io.Reader) error {
 	if name == "." {
-		return nil // the directory itself, which is the caller's as it is
+		return nil // the directory itself stays as it is
 	}
 	dir, base := path.Split(name)
 	in, err := un.dir(path.Clean("./" + dir))
@@ -284,7 +287,7 @@ func (un *unpacker) write(h *tar.Header, name string, body io.Reader) error {
 	return un.writeFile(in, base, h, body)
 }
 
-// dir opens the directory of an entry, making what is missing.
+// dir opens the directory of an entry and makes missing ones.
 func (un *unpacker) dir(name string) (*os.Root, error) {
 	if name == "." {
 		return un.root, nil
@@ -323,7 +326,7 @@ func (un *unpacker) writeDir(in *os.Root, base string, h *tar.Header) error {
 		switch {
 		case err != nil:
 			return err
-		case st.Mode()&fs.ModeSymlink != 0: // a link to a directory inside stays one
+		case st.Mode()&fs.ModeSymlink != 0: // a link to a directory inside stays a link
 			if st, err = in.Stat(base); err == nil && st.IsDir() {
 				return nil
 			}
@@ -356,16 +359,16 @@ func (un *unpacker) writeLink(in *os.Root, name, base string, h *tar.Header) err
 	if err != nil {
 		return err
 	}
-	// Another name of a file of the directory, and of nothing else.
+	// A hard link may only name a regular file below the directory.
 	if st, err := un.root.Lstat(target); err != nil {
 		return err
 	} else if !st.Mode().IsRegular() {
-		return newProblem(agentapi.CodeInvalidTar, "entry %q: links to %q, which is no file", h.Name, h.Linkname)
+		return newProblem(agentapi.CodeInvalidTar, "entry %q: links to %q, which is not a file", h.Name, h.Linkname)
 	}
 	return un.root.Link(target, name)
 }
 
-// makeWay removes what is in the place of an entry; a directory stays and is an error.
+// makeWay removes the file or link in an entry's place. A directory there is an error.
 func makeWay(in *os.Root, base, name string) error {
 	st, err := in.Lstat(base)
 	switch {
@@ -379,8 +382,8 @@ func makeWay(in *os.Root, base, name string) error {
 	return in.Remove(base)
 }
 
-// writeFile writes beside the place of the file and renames. It replaces a link, and does
-// not write through it.
+// writeFile writes a temporary file beside the entry's place and renames it. It replaces a
+// link and does not write through it.
 func (un *unpacker) writeFile(in *os.Root, base string, h *tar.Header, body io.Reader) (err error) {
 	if st, err := in.Lstat(base); err == nil && st.IsDir() {
 		return newProblem(agentapi.CodeIsDirectory, "entry %q: a directory is in its place", h.Name)
@@ -422,10 +425,10 @@ func (un *unpacker) writeFile(in *os.Root, base string, h *tar.Header, body io.R
 	return in.Rename(temp, base)
 }
 
-// tempName is one that nobody has and that says whose it is, if it is ever left.
+// tempName returns an unused name that shows its origin if the file is ever left behind.
 func tempName() string { return ".cay-upload-" + rand.Text() }
 
-// countedReader tells errors of reading from those of writing.
+// countedReader counts bytes and keeps the error of reading, so that it can be told from one of writing.
 type countedReader struct {
 	in  io.Reader
 	n   int64

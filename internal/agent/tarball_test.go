@@ -22,12 +22,12 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 )
 
-// me is the user of this process, whom files can be given to without being root.
+// me returns the user of this process, to whom files can be given without being root.
 func me() *user { return &user{uid: uint32(os.Getuid()), gid: uint32(os.Getgid())} }
 
 var at = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
-// archive makes a tar of entries; a file's content is its name unless body has another.
+// archive returns a tar with the entries. The content of a file is its name.
 func archive(t testing.TB, entries ...tar.Header) []byte {
 	t.Helper()
 	var b bytes.Buffer
@@ -58,7 +58,7 @@ func archive(t testing.TB, entries ...tar.Header) []byte {
 	return b.Bytes()
 }
 
-// tree lists what is below a directory.
+// tree lists the entries below a directory with their modes and contents.
 func tree(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	all := map[string]string{}
@@ -110,8 +110,8 @@ func TestUnpack(t *testing.T) {
 		tar.Header{Name: "in", Typeflag: tar.TypeSymlink, Linkname: "b"},
 		tar.Header{Name: "in/through"},
 		tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "b/c/d"},
-		tar.Header{Name: "out"}, // replaces the link, and goes not through it
-		tar.Header{Name: "a"},   // again
+		tar.Header{Name: "out"}, // replaces the link and does not follow it
+		tar.Header{Name: "a"},   // a second time
 	)))
 	if err != nil {
 		t.Fatal(err)
@@ -130,7 +130,7 @@ func TestUnpack(t *testing.T) {
 	}
 }
 
-// Whatever an archive says, nothing is written outside the directory.
+// TestUnpackHostile unpacks hostile archives. None writes outside the directory.
 func TestUnpackHostile(t *testing.T) {
 	for name, entries := range map[string][]tar.Header{
 		"dots":                        {{Name: "../evil"}},
@@ -170,7 +170,8 @@ func TestUnpackHostile(t *testing.T) {
 			}
 			err := (&files{}).unpack(dir, me(), bytes.NewReader(archive(t, entries...)))
 			var known *problem
-			if !errors.As(err, &known) || !slices.Contains([]string{agentapi.CodeInvalidTar, agentapi.CodeIsDirectory, agentapi.CodeNotDirectory}, known.code) {
+			codes := []string{agentapi.CodeInvalidTar, agentapi.CodeIsDirectory, agentapi.CodeNotDirectory}
+			if !errors.As(err, &known) || !slices.Contains(codes, known.code) {
 				t.Errorf("unpacked: %v", err)
 			}
 			if d := cmp.Diff(before, tree(t, outside)); d != "" {
@@ -194,16 +195,20 @@ func TestUnpackHostile(t *testing.T) {
 func TestUnpackBroken(t *testing.T) {
 	whole := archive(t, tar.Header{Name: "a"}, tar.Header{Name: "b"})
 	huge := archive(t, tar.Header{Name: "x"})
-	// A size that no archive can hold: the field is eleven octal digits.
+	// Give the entry the largest size that the field's eleven octal digits can hold.
 	copy(huge[124:136], "77777777777\x00")
 	sum := 0
 	copy(huge[148:156], "        ")
 	for _, c := range huge[:512] {
 		sum += int(c)
 	}
-	copy(huge[148:156], []byte{'0' + byte(sum>>15&7), '0' + byte(sum>>12&7), '0' + byte(sum>>9&7), '0' + byte(sum>>6&7), '0' + byte(sum>>3&7), '0' + byte(sum&7), 0, ' '})
+	copy(huge[148:156], []byte{'0' + byte(sum>>15&7), '0' + byte(sum>>12&7), '0' + byte(sum>>9&7), '0' + byte(sum>>6&7),
+		'0' + byte(sum>>3&7), '0' + byte(sum&7), 0, ' '})
 	half := archive(t, tar.Header{Name: "big"})
-	for name, body := range map[string][]byte{"no tar": bytes.Repeat([]byte("x"), 2000), "cut in a head": whole[:100], "cut after a head": whole[:512], "cut in a body": half[:514], "too large": huge} {
+	for name, body := range map[string][]byte{
+		"no tar": bytes.Repeat([]byte("x"), 2000), "cut in a head": whole[:100], "cut after a head": whole[:512],
+		"cut in a body": half[:514], "too large": huge,
+	} {
 		dir := t.TempDir()
 		err := (&files{}).unpack(dir, me(), bytes.NewReader(body))
 		var known *problem
@@ -214,7 +219,7 @@ func TestUnpackBroken(t *testing.T) {
 			t.Errorf("%s: there is %v", name, left)
 		}
 	}
-	// Without an end, as a pipe gives it that was closed early, it is whole.
+	// An archive without its end mark is complete; a pipe that was closed early gives such an archive.
 	if err := (&files{}).unpack(t.TempDir(), me(), bytes.NewReader(whole[:2048])); err != nil {
 		t.Errorf("without an end: %v", err)
 	}
@@ -224,7 +229,7 @@ func TestUnpackBroken(t *testing.T) {
 }
 
 func TestPackAndUnpack(t *testing.T) {
-	caytest.RequireRoot(t) // owners are written
+	caytest.RequireRoot(t) // the test sets owners
 	from, to := t.TempDir(), t.TempDir()
 	for _, dir := range []string{"empty", "d/e"} {
 		if err := os.MkdirAll(filepath.Join(from, dir), 0o750); err != nil {
@@ -273,9 +278,11 @@ func TestPackAndUnpack(t *testing.T) {
 	}
 }
 
-// A file that changes while it is packed does not break the archive.
+// TestPackContent packs files whose size has changed. The archive stays intact.
 func TestPackContent(t *testing.T) {
-	for content, want := range map[string]string{"exact": "exact", "longer": "longe", "le": "le\x00\x00\x00", "": "\x00\x00\x00\x00\x00"} {
+	for content, want := range map[string]string{
+		"exact": "exact", "longer": "longe", "le": "le\x00\x00\x00", "": "\x00\x00\x00\x00\x00",
+	} {
 		var out bytes.Buffer
 		if err := packContent(&out, strings.NewReader(content), 5); err != nil || out.String() != want {
 			t.Errorf("%q became %q, %v", content, &out, err)
@@ -336,16 +343,18 @@ func TestMove(t *testing.T) {
 	}
 }
 
-// FuzzUnpack feeds archives that are changed at random to a directory between two others.
+// FuzzUnpack unpacks randomly changed archives into a directory beside another one.
 func FuzzUnpack(f *testing.F) {
-	f.Add(archive(f, tar.Header{Name: "a/b"}, tar.Header{Name: "l", Typeflag: tar.TypeSymlink, Linkname: "../out"}, tar.Header{Name: "l/x"}))
-	f.Add(archive(f, tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "a/b"}, tar.Header{Name: "d/", Typeflag: tar.TypeDir}))
+	f.Add(archive(f, tar.Header{Name: "a/b"}, tar.Header{Name: "l", Typeflag: tar.TypeSymlink, Linkname: "../out"},
+		tar.Header{Name: "l/x"}))
+	f.Add(archive(f, tar.Header{Name: "h", Typeflag: tar.TypeLink, Linkname: "a/b"},
+		tar.Header{Name: "d/", Typeflag: tar.TypeDir}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		top := t.TempDir()
 		if err := os.Mkdir(filepath.Join(top, "out"), 0o700); err != nil {
 			t.Fatal(err)
 		}
-		// A sparse entry of a few bytes may say that it has gigabytes, which it may.
+		// Skip sparse entries: one of a few bytes may claim gigabytes, which is allowed.
 		if len(b) > 1<<16 || bytes.Contains(b, []byte("GNU.sparse")) || bytes.Contains(b, []byte("S")) {
 			t.Skip()
 		}

@@ -17,16 +17,17 @@ import (
 )
 
 const (
-	// maxTunnels bounds the tunnels of a sandbox; each costs the agent two connections,
+	// maxTunnels limits the tunnels of a sandbox. Each costs the agent two connections,
 	// two goroutines and two small buffers, some 50 KB of the sandbox's memory.
 	maxTunnels = 1000
 
-	// dialTimeout is for a service whose queue of connections is full: it may still
-	// come to them. One that does not listen refuses at once.
+	// dialTimeout limits the wait for a service whose queue of connections is full; a
+	// shorter one would refuse a busy service. A port without a listener refuses at once.
 	dialTimeout = 10 * time.Second
 
-	// A tunnel reads into small buffers, bytes, until one is full, and then into large
-	// ones until one stays half empty: many tunnels rest, few move much, and a system
+	// smallRelay and largeRelay are the sizes of a tunnel's buffers, in bytes. A tunnel
+	// reads into a small buffer until one read fills it, then into a large one until a
+	// read gets less than smallRelay: many tunnels are idle, few move much, and a system
 	// call costs tens of microseconds in gVisor.
 	smallRelay = 8 << 10
 	largeRelay = copyBuffer
@@ -35,12 +36,12 @@ const (
 // tunnels connects the host to ports of the sandbox.
 type tunnels struct{ open atomic.Int64 }
 
-// serve answers GET /tunnel: once somebody listens on the port, the connection of the
-// request becomes a tunnel to it, in which each side can end its half.
+// serve answers GET /tunnel. It connects to the port and turns the connection of the request
+// into a tunnel to it, in which each side can close its half.
 func (t *tunnels) serve(w http.ResponseWriter, r *http.Request) {
 	port, err := strconv.ParseUint(r.URL.Query().Get("port"), 10, 16)
 	if err != nil || port == 0 {
-		httpError(w, badRequest("port %q is no port", r.URL.Query().Get("port")))
+		httpError(w, badRequest("port %q is not a port", r.URL.Query().Get("port")))
 		return
 	}
 	if r.Header.Get("Upgrade") != agentapi.TunnelProtocol {
@@ -49,7 +50,8 @@ func (t *tunnels) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	if t.open.Add(1) > maxTunnels {
 		t.open.Add(-1)
-		httpError(w, newProblem(agentapi.CodeTooManyTunnels, "the sandbox has %d connections to its ports already", maxTunnels))
+		httpError(w, newProblem(agentapi.CodeTooManyTunnels,
+			"the sandbox has %d connections to its ports already", maxTunnels))
 		return
 	}
 	defer t.open.Add(-1)
@@ -67,11 +69,12 @@ func (t *tunnels) serve(w http.ResponseWriter, r *http.Request) {
 	defer conn.Close()
 	outside, ok := conn.(*net.TCPConn)
 	if !ok {
-		outside = conn.(*connection).TCPConn // net/http gives what was accepted
+		outside = conn.(*connection).TCPConn // net/http returns the accepted connection
 	}
-	const head = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: " + agentapi.TunnelProtocol + "\r\n\r\n"
+	const head = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n" +
+		"Upgrade: " + agentapi.TunnelProtocol + "\r\n\r\n"
 	if _, err := io.WriteString(outside, head); err != nil {
-		return // who asked has gone
+		return // the client has gone
 	}
 	early, err := buffered.Reader.Peek(buffered.Reader.Buffered())
 	if err != nil {
@@ -83,8 +86,8 @@ func (t *tunnels) serve(w http.ResponseWriter, r *http.Request) {
 	join(outside, inside)
 }
 
-// dialInside connects to a port of the sandbox: wherever it listens, most services do
-// on the loopback or on all addresses.
+// dialInside connects to a port of the sandbox. It tries the loopback addresses first, on
+// which most services listen, and then the sandbox's other addresses.
 func dialInside(ctx context.Context, port int) (*net.TCPConn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
@@ -111,16 +114,16 @@ func dialInside(ctx context.Context, port int) (*net.TCPConn, error) {
 	case errors.Is(first, syscall.ECONNREFUSED):
 		return nil, newProblem(agentapi.CodePortClosed, "nothing listens on port %d", port)
 	case ctx.Err() != nil:
-		return nil, newProblem(agentapi.CodePortClosed, "what listens on port %d takes no connection", port)
+		return nil, newProblem(agentapi.CodePortClosed, "the program that listens on port %d accepts no connection", port)
 	}
 	return nil, fmt.Errorf("connecting to port %d: %w", port, first)
 }
 
-// ownAddresses are those of the sandbox beside the loopback's.
+// ownAddresses returns the addresses of the sandbox without those of the loopback.
 func ownAddresses() []string {
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {
-		return nil // the loopback is what counts
+		return nil // the loopback suffices for most services
 	}
 	var own []string
 	for _, a := range addrs {
@@ -131,7 +134,7 @@ func ownAddresses() []string {
 	return own
 }
 
-// join carries bytes both ways until both halves have ended, or one broke.
+// join carries bytes both ways until both halves have ended or one fails.
 func join(a, b *net.TCPConn) {
 	var wg sync.WaitGroup
 	for _, way := range [][2]*net.TCPConn{{a, b}, {b, a}} {
@@ -140,7 +143,7 @@ func join(a, b *net.TCPConn) {
 			if err := relay(to, from); err == nil && to.CloseWrite() == nil {
 				return
 			}
-			// Half a tunnel is of no use, and the other half may wait for ever.
+			// The other half alone is of no use and may wait without end.
 			_, _ = from.Close(), to.Close()
 		})
 	}
@@ -172,7 +175,7 @@ func relay(to, from *net.TCPConn) error {
 	}
 }
 
-// relayMuch copies while there is much at once; nil says that there is not any more.
+// relayMuch copies with a large buffer. It returns nil when a read gets less than smallRelay.
 func relayMuch(to, from *net.TCPConn) error {
 	large := copyBuffers.Get().(*[largeRelay]byte)
 	defer copyBuffers.Put(large)

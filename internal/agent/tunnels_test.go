@@ -16,7 +16,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// tunnelled is a client of tunnels that run in this process.
+// tunnelled returns a client of tunnels that run in this process, and the tunnels.
 func tunnelled(t *testing.T) (*agentapi.Client, *tunnels) {
 	t.Helper()
 	tun := &tunnels{}
@@ -30,7 +30,7 @@ func tunnelled(t *testing.T) (*agentapi.Client, *tunnels) {
 	}), tun
 }
 
-// echo listens and sends back what each connection brought once that has ended its half.
+// echo starts a server that sends the bytes of a connection back once the client has closed its half.
 func echo(t *testing.T, network, address string) (port int) {
 	t.Helper()
 	l, err := net.Listen(network, address)
@@ -46,7 +46,7 @@ func echo(t *testing.T, network, address string) (port int) {
 			}
 			go func() {
 				defer c.Close()
-				_, _ = io.WriteString(c, "hello ") // before anything was asked
+				_, _ = io.WriteString(c, "hello ") // before the client has sent anything
 				b, _ := io.ReadAll(c)
 				_, _ = c.Write(b)
 			}()
@@ -128,7 +128,7 @@ func TestTunnelRefused(t *testing.T) {
 	}
 }
 
-// What breaks on one side breaks the other.
+// TestTunnelBreaks breaks one side of a tunnel, which breaks the other.
 func TestTunnelBreaks(t *testing.T) {
 	c, tun := tunnelled(t)
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -151,7 +151,7 @@ func TestTunnelBreaks(t *testing.T) {
 		}
 		cut(out, in.(*net.TCPConn))
 		for side, conn := range map[string]net.Conn{"outside": out, "inside": in} {
-			_ = conn.SetReadDeadline(time.Now().Add(10 * time.Second)) // fails on one that was closed
+			_ = conn.SetReadDeadline(time.Now().Add(10 * time.Second)) // fails on a closed connection
 			if _, err := conn.Read(make([]byte, 1)); err == nil || isTimeout(err) {
 				t.Errorf("%s: reading %s: %v", name, side, err)
 			}

@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// written is E2B's description of a file that was written.
+// written describes a written file as E2B does.
 type written struct {
 	Name     string            `json:"name"`
 	Path     string            `json:"path"`
@@ -24,8 +24,8 @@ type written struct {
 	Metadata map[string]string `json:"metadata,omitempty"`
 }
 
-// post answers POST /files as E2B's server does: files are written in place, so
-// that watchers see a write and links stay links.
+// post answers POST /files as E2B's server does. It writes files in place, so that
+// watchers see a write and links stay links.
 func (f *files) post(w http.ResponseWriter, r *http.Request) {
 	done, err := f.upload(r)
 	if err != nil {
@@ -109,8 +109,8 @@ func (f *files) uploadParts(parts *multipart.Reader, query string, u *user, meta
 	}
 }
 
-// partNames reads a part's name and file name. The file name is a path; the
-// standard library's own accessor would cut its directories off.
+// partNames returns a part's name and file name. The file name is a path; the
+// standard library's accessor would cut its directories off.
 func partNames(disposition string) (name, filename string) {
 	kind, params, err := mime.ParseMediaType(disposition)
 	if err != nil || kind != "form-data" {
@@ -119,7 +119,7 @@ func partNames(disposition string) (name, filename string) {
 	return params["name"], params["filename"]
 }
 
-// writeInPlace writes a file, keeping it the same file if it exists.
+// writeInPlace writes a file. An existing one stays the same file.
 func (f *files) writeInPlace(query string, u *user, meta map[string]string, body io.Reader) (written, error) {
 	p, err := resolvePath(query, u.home)
 	if err != nil {
@@ -148,7 +148,7 @@ func (f *files) writeInPlace(query string, u *user, meta map[string]string, body
 	return written{Name: path.Base(p), Path: p, Type: "file", Metadata: meta}, nil
 }
 
-// bodyProblem tells errors of the file from those of the body.
+// bodyProblem returns the problem for an error of the file or of the body.
 func bodyProblem(err error, p string) error {
 	var onPath *os.PathError
 	if errors.As(err, &onPath) {
@@ -157,15 +157,15 @@ func bodyProblem(err error, p string) error {
 	return badRequest("reading the body: %s", err)
 }
 
-// Metadata of files: extended attributes with this prefix.
+// Metadata of files is stored in extended attributes with the prefix metadataPrefix.
 const (
 	metadataPrefix = "user.e2b."
 	metadataHeader = "X-Metadata-"
-	maxMetadataKey = 246  // bytes: Linux takes 255 with the prefix
-	maxMetadata    = 4096 // bytes of all keys and values
+	maxMetadataKey = 246  // bytes; Linux takes 255 with the prefix
+	maxMetadata    = 4096 // bytes of all keys and values; more is refused
 )
 
-// metadataOf reads the X-Metadata-… headers; nil when there are none.
+// metadataOf returns the metadata in the X-Metadata-… headers, nil if there is none.
 func metadataOf(h http.Header) (map[string]string, error) {
 	var meta map[string]string
 	total := 0
@@ -193,7 +193,7 @@ func metadataOf(h http.Header) (map[string]string, error) {
 	return meta, nil
 }
 
-// setMetadata makes meta the metadata of the file.
+// setMetadata replaces the file's metadata with meta.
 func setMetadata(p string, meta map[string]string) error {
 	for key := range getMetadata(p) {
 		if _, stays := meta[key]; stays {
@@ -211,8 +211,8 @@ func setMetadata(p string, meta map[string]string) error {
 	return nil
 }
 
-// getMetadata reads a file's metadata; nil when it has none or its file system
-// has no extended attributes.
+// getMetadata returns a file's metadata, nil if it has none or its file system has
+// no extended attributes.
 func getMetadata(p string) map[string]string {
 	n, err := unix.Listxattr(p, nil)
 	if err != nil || n == 0 {
@@ -241,8 +241,8 @@ func getMetadata(p string) map[string]string {
 	return meta
 }
 
-// compose answers POST /files/compose: the destination becomes the sources one
-// after the other, and the sources go.
+// compose answers POST /files/compose: it writes the sources one after the other to
+// the destination and removes them.
 func (f *files) compose(w http.ResponseWriter, r *http.Request) {
 	var req struct {
 		SourcePaths []string `json:"source_paths"`
@@ -285,7 +285,7 @@ func (f *files) concat(sources []string, destination, username string) (written,
 		if err != nil {
 			return written{}, err
 		}
-		// Opened one by one when their turn comes; here only that they are there.
+		// Only check here that the source can be opened; chain opens the sources one by one.
 		file, _, err := openRegular(abs, os.O_RDONLY, 0)
 		if err != nil {
 			return written{}, err

@@ -14,26 +14,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// user is who a command runs as and whom new files belong to.
+// user describes the account that a command runs as or that owns new files.
 type user struct {
 	name   string
 	uid    uint32
 	gid    uint32
-	groups []uint32 // supplementary, sorted, with gid
+	groups []uint32 // supplementary groups, gid included, sorted
 	home   string
 }
 
 var errUnknownUser = errors.New("unknown user")
 
-// users knows /etc/passwd and /etc/group. It reads them again when they have
-// changed. Safe for concurrent use.
+// users looks accounts up in /etc/passwd and /etc/group. It reads the files again
+// when they have changed. It is safe for concurrent use.
 type users struct {
 	passwd, group string // paths
 
 	mu     sync.Mutex
-	stamps [2]fileStamp // of the files behind what follows
+	stamps [2]fileStamp // of passwd and group when cached and names were read
 	cached map[string]*user
-	names  *owners // nil when not read yet, and never changed
+	names  *owners // nil when not read yet; its content never changes
 }
 
 type fileStamp struct {
@@ -57,10 +57,10 @@ func (u *users) refreshLocked() {
 	}
 }
 
-// lookup finds a user as docker does: "name", "uid", "name:group" or "uid:gid".
-// A number that no line has is a user without a name, whose home is "/". With a
-// group, the supplementary groups are left out. The error is errUnknownUser or
-// one of reading the files.
+// lookup returns the user that spec names as in Docker: "name", "uid", "name:group"
+// or "uid:gid". A number that no line has gives a user without a name, whose home is
+// "/". With a group, the user has no supplementary groups. The error is errUnknownUser
+// or one of reading the files.
 func (u *users) lookup(spec string) (*user, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -72,7 +72,7 @@ func (u *users) lookup(spec string) (*user, error) {
 	if err != nil {
 		return nil, err
 	}
-	const enough = 256 // users; so that asking for many numbers costs no memory
+	const enough = 256 // users; bounds the memory of lookups of many numbers
 	if len(u.cached) >= enough {
 		clear(u.cached)
 	}
@@ -133,7 +133,7 @@ func (u *users) findUser(name string) (*user, error) {
 	case numErr == nil:
 		return &user{uid: number, gid: 0, home: "/"}, nil
 	case name == "root":
-		// An image without any passwd has a root nevertheless.
+		// Root exists even in an image without a passwd file.
 		return &user{name: "root", home: "/"}, nil
 	}
 	return nil, fmt.Errorf("%w %q", errUnknownUser, name)
@@ -166,14 +166,15 @@ func (u *users) groupNamed(name string) (uint32, error) {
 	return u.findGroup(name)
 }
 
-// owners names users and groups by number. It is as the files of accounts were when it was made: a listing takes one for
-// all it shows, since looking whether these files have changed costs more than looking at a file.
+// owners maps numbers of users and groups to names, as the account files were when it was made. A listing
+// uses one for all its entries: a check whether the account files have changed costs more than a stat of
+// an entry.
 type owners struct{ users, groups map[uint32]string }
 
-// user returns the name of a user's number, or the number if no line has it.
+// user returns the name of the user with a number, or the number if no line has it.
 func (o owners) user(uid uint32) string { return nameIn(o.users, uid) }
 
-// group does the same for a group.
+// group returns the name of the group with a number, or the number if no line has it.
 func (o owners) group(gid uint32) string { return nameIn(o.groups, gid) }
 
 func nameIn(names map[uint32]string, id uint32) string {
@@ -183,13 +184,13 @@ func nameIn(names map[uint32]string, id uint32) string {
 	return strconv.FormatUint(uint64(id), 10)
 }
 
-// owners returns the names of now.
+// owners returns the present names of users and groups.
 func (u *users) owners() owners {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.refreshLocked()
 	if u.names == nil {
-		// A file that cannot be read names nobody.
+		// A file that cannot be read gives no names.
 		o := owners{map[uint32]string{}, map[uint32]string{}}
 		_ = eachLine(u.passwd, func(line string) {
 			p, _ := parsePasswd(line)
@@ -204,15 +205,15 @@ func (u *users) owners() owners {
 	return *u.names
 }
 
-// note keeps the first name of a number.
+// note adds a name to names unless the number has one already.
 func note(names map[uint32]string, id uint32, name string) {
 	if _, taken := names[id]; name != "" && !taken {
 		names[id] = name
 	}
 }
 
-// parseID reads a number of a user or group. The largest is "no change" to the
-// kernel and nobody's.
+// parseID parses the number of a user or group. It refuses the largest number, which
+// means "no change" to the kernel and belongs to no account.
 func parseID(s string) (uint32, error) {
 	n, err := strconv.ParseUint(s, 10, 32)
 	if err == nil && n == 1<<32-1 {
@@ -221,7 +222,7 @@ func parseID(s string) (uint32, error) {
 	return uint32(n), err
 }
 
-// parsePasswd reads name:password:uid:gid:comment:home:shell.
+// parsePasswd parses name:password:uid:gid:comment:home:shell.
 func parsePasswd(line string) (user, bool) {
 	f := strings.Split(line, ":")
 	if len(f) < 6 || f[0] == "" {
@@ -248,7 +249,7 @@ type groupLine struct {
 	members []string
 }
 
-// parseGroup reads name:password:gid:member,member.
+// parseGroup parses name:password:gid:member,member.
 func parseGroup(line string) (groupLine, bool) {
 	f := strings.Split(line, ":")
 	if len(f) < 4 || f[0] == "" {
@@ -261,12 +262,14 @@ func parseGroup(line string) (groupLine, bool) {
 	return groupLine{name: f[0], gid: gid, members: strings.Split(f[3], ",")}, true
 }
 
-// eachLine calls f with every line of a file that is no comment. A missing file,
-// or one that is no regular file, has none. A file longer than 4 MiB or a line longer than 64 KiB ends the reading.
+// eachLine calls f with every line of a file that is not a comment. A missing file
+// and one that is not regular have no lines. It reads the first 4 MiB of a file; a line
+// longer than 64 KiB is an error.
 func eachLine(path string, f func(line string)) error {
-	// Not blocking: a fifo in the file's place must not stop the agent.
+	// O_NONBLOCK keeps a FIFO in the file's place from stopping the agent.
 	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) ||
+		errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
 		return nil
 	}
 	if err != nil {

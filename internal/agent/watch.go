@@ -22,27 +22,28 @@ import (
 )
 
 const (
-	// maxWatchers bounds the watchers that are asked for their events, which
-	// nobody but their makers can tell to be forgotten.
+	// maxWatchers limits the watchers that collect events. A client may forget to
+	// remove its watcher, and the agent cannot tell.
 	maxWatchers = 128
 
-	// maxQueued is how many events such a watcher keeps; older ones go first.
+	// maxQueued limits the events that a watcher keeps; it drops the oldest first.
 	maxQueued = 10_000
 
-	// maxWatched is how many directories one recursive watch covers.
+	// maxWatched limits the directories that one recursive watch covers; it sees no
+	// events in further ones.
 	maxWatched = 10_000
 
 	watchMask = unix.IN_CREATE | unix.IN_MODIFY | unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_MOVED_TO |
 		unix.IN_ATTRIB | unix.IN_ONLYDIR | unix.IN_EXCL_UNLINK | unix.IN_DONT_FOLLOW
 
-	// rootMask also has the end of the directory that is watched.
+	// rootMask also selects the removal and the move of the watched directory.
 	rootMask = (watchMask | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF) &^ unix.IN_DONT_FOLLOW
 
-	// rootName is the watched directory in events about itself.
+	// rootName names the watched directory in events about itself.
 	rootName = "."
 )
 
-// errRootGone reports that the watched directory was removed or moved: there is nothing more to see.
+// errRootGone reports that the watched directory was removed or moved, so that no more events come.
 var errRootGone = errors.New("the directory that was watched is gone")
 
 // watch is an inotify instance on one directory, or a tree of them. It is used
@@ -51,12 +52,12 @@ type watch struct {
 	files     *files
 	root      string
 	recursive bool
-	entries   bool // describe what events are about
+	entries   bool // whether events describe their entries
 	file      *os.File
-	dirs      map[int32]string // by watch descriptor, relative to root, "" is root
+	dirs      map[int32]string // by watch descriptor; relative to root, which is ""
 }
 
-// watchRequest is what both kinds of watching take.
+// watchRequest is the common interface of the two requests that watch a directory.
 type watchRequest interface {
 	GetPath() string
 	GetRecursive() bool
@@ -77,7 +78,7 @@ func (s *filesystemService) newWatch(h http.Header, req watchRequest) (*watch, e
 		return nil, connectErr(newProblem(agentapi.CodeNotDirectory, "path %q is not a directory", p))
 	}
 	if !req.GetAllowNetworkMounts() && onNetwork(p) {
-		return nil, connectErr(badRequest("path %q is on a network mount, where not all changes are seen", p))
+		return nil, connectErr(badRequest("path %q is on a network mount, where not all changes can be seen", p))
 	}
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
 	if err != nil {
@@ -87,7 +88,7 @@ func (s *filesystemService) newWatch(h http.Header, req watchRequest) (*watch, e
 		files: s.files, root: p, recursive: req.GetRecursive(), entries: req.GetIncludeEntry(),
 		file: os.NewFile(uintptr(fd), "inotify"), dirs: map[int32]string{},
 	}
-	// The root is followed if it is a link; what is below it is not.
+	// Follow the root if it is a link, and no links below it.
 	wd, err := unix.InotifyAddWatch(fd, p, rootMask)
 	if err != nil {
 		w.close()
@@ -100,7 +101,7 @@ func (s *filesystemService) newWatch(h http.Header, req watchRequest) (*watch, e
 	return w, nil
 }
 
-// onNetwork reports whether p is on a file system that others change too.
+// onNetwork reports whether p is on a file system that other machines may change.
 func onNetwork(p string) bool {
 	var st unix.Statfs_t
 	if unix.Statfs(p, &st) != nil {
@@ -115,13 +116,13 @@ func onNetwork(p string) bool {
 
 func (w *watch) close() { closeAll(w.file) }
 
-// addBelow watches the directories below dir (relative to the root). found, if
-// not nil, is called for everything that is there already: it may have
-// appeared between the making of dir and the watch on it.
+// addBelow watches the directories below dir (relative to the root). It calls found,
+// if not nil, for each entry that exists already, since the entry may have appeared
+// between the making of dir and the watch on it.
 func (w *watch) addBelow(dir string, found func(name string)) {
 	names, err := readNames(path.Join(w.root, dir))
 	if err != nil {
-		return // gone meanwhile
+		return // removed meanwhile
 	}
 	for _, name := range names {
 		rel := path.Join(dir, name)
@@ -135,8 +136,8 @@ func (w *watch) addBelow(dir string, found func(name string)) {
 	}
 }
 
-// add watches one directory below the root. It reports false when it cannot, or
-// did already.
+// add watches one directory below the root. It returns false if it cannot, or if the
+// directory is watched already.
 func (w *watch) add(rel string) bool {
 	if len(w.dirs) >= maxWatched {
 		return false
@@ -146,18 +147,18 @@ func (w *watch) add(rel string) bool {
 	if closed != nil {
 		return false
 	}
-	// Through the file, so that its number is not another's by now.
+	// Control keeps the file open, so that its descriptor is not reused meanwhile.
 	closed = raw.Control(func(fd uintptr) { wd, err = unix.InotifyAddWatch(int(fd), path.Join(w.root, rel), watchMask) })
 	if closed != nil || err != nil {
-		return false // gone meanwhile
+		return false // removed meanwhile
 	}
 	known, again := w.dirs[int32(wd)]
 	w.dirs[int32(wd)] = rel // it may have been renamed
 	return !again || known != rel
 }
 
-// forget ends the watches on a directory that was moved and on all below it. It may be anywhere now;
-// within the tree it is found again by the event of its arrival.
+// forget ends the watches on a directory that was moved and on all directories below it. If it was moved
+// within the tree, the event of its arrival adds it again.
 func (w *watch) forget(rel string) {
 	raw, err := w.file.SyscallConn()
 	if err != nil {
@@ -166,7 +167,7 @@ func (w *watch) forget(rel string) {
 	for wd, dir := range w.dirs {
 		if dir == rel || strings.HasPrefix(dir, rel+"/") {
 			delete(w.dirs, wd)
-			// One that is gone by itself needs no end.
+			// An error means that the watch has ended by itself.
 			_ = raw.Control(func(fd uintptr) { _, _ = unix.InotifyRmWatch(int(fd), uint32(wd)) })
 		}
 	}
@@ -230,7 +231,7 @@ func (w *watch) handle(buf []byte, emit func(*filesystem.FilesystemEvent) error)
 	})
 }
 
-// end tells that the watched directory itself was removed or moved.
+// end emits the event that the watched directory itself was removed or moved.
 func (w *watch) end(mask uint32, emit func(*filesystem.FilesystemEvent) error) error {
 	kind := filesystem.EventType_EVENT_TYPE_REMOVE
 	if mask&unix.IN_MOVE_SELF != 0 {
@@ -269,8 +270,8 @@ func eventType(mask uint32) filesystem.EventType {
 	return filesystem.EventType_EVENT_TYPE_UNSPECIFIED
 }
 
-// eachInotify walks the records of an inotify read: wd, mask, cookie, length of
-// the name, the name padded with NULs.
+// eachInotify calls f for each record of an inotify read. A record has wd, mask, cookie,
+// length of the name, and the name padded with NULs.
 func eachInotify(buf []byte, f func(wd int32, mask uint32, name string) error) error {
 	for len(buf) >= unix.SizeofInotifyEvent {
 		wd := int32(binary.NativeEndian.Uint32(buf))
@@ -289,17 +290,22 @@ func eachInotify(buf []byte, f func(wd int32, mask uint32, name string) error) e
 	return nil
 }
 
-// WatchDir streams the changes in a directory until the client goes.
-func (s *filesystemService) WatchDir(ctx context.Context, req *connect.Request[filesystem.WatchDirRequest], out *connect.ServerStream[filesystem.WatchDirResponse]) error {
+// WatchDir streams the changes in a directory until the client disconnects.
+func (s *filesystemService) WatchDir(
+	ctx context.Context, req *connect.Request[filesystem.WatchDirRequest],
+	out *connect.ServerStream[filesystem.WatchDirResponse],
+) error {
 	w, err := s.newWatch(req.Header(), req.Msg)
 	if err != nil {
 		return err
 	}
 	defer w.close()
-	if err := out.Send(&filesystem.WatchDirResponse{Event: &filesystem.WatchDirResponse_Start{Start: &filesystem.WatchDirResponse_StartEvent{}}}); err != nil {
+	if err := out.Send(&filesystem.WatchDirResponse{
+		Event: &filesystem.WatchDirResponse_Start{Start: &filesystem.WatchDirResponse_StartEvent{}},
+	}); err != nil {
 		return err
 	}
-	// Events and keepalives come from two goroutines; a stream takes one.
+	// Events and keepalives come from two goroutines; a stream may be used by one at a time.
 	var mu sync.Mutex
 	over := make(chan error, 1)
 	go func() {
@@ -321,7 +327,9 @@ func (s *filesystemService) WatchDir(ctx context.Context, req *connect.Request[f
 			return contextError(ctx)
 		case <-ticker.C:
 			mu.Lock()
-			err := out.Send(&filesystem.WatchDirResponse{Event: &filesystem.WatchDirResponse_Keepalive{Keepalive: &filesystem.WatchDirResponse_KeepAlive{}}})
+			err := out.Send(&filesystem.WatchDirResponse{
+				Event: &filesystem.WatchDirResponse_Keepalive{Keepalive: &filesystem.WatchDirResponse_KeepAlive{}},
+			})
 			mu.Unlock()
 			if err != nil {
 				w.close()
@@ -332,7 +340,7 @@ func (s *filesystemService) WatchDir(ctx context.Context, req *connect.Request[f
 	}
 }
 
-// watchers keeps the watches that are asked for their events.
+// watchers holds the watches whose events are collected.
 type watchers struct {
 	mu   sync.Mutex
 	byID map[string]*watcher
@@ -346,7 +354,9 @@ type watcher struct {
 }
 
 // CreateWatcher starts to collect the changes in a directory.
-func (s *filesystemService) CreateWatcher(_ context.Context, req *connect.Request[filesystem.CreateWatcherRequest]) (*connect.Response[filesystem.CreateWatcherResponse], error) {
+func (s *filesystemService) CreateWatcher(
+	_ context.Context, req *connect.Request[filesystem.CreateWatcherRequest],
+) (*connect.Response[filesystem.CreateWatcherResponse], error) {
 	w, err := s.newWatch(req.Header(), req.Msg)
 	if err != nil {
 		return nil, err
@@ -358,7 +368,7 @@ func (s *filesystemService) CreateWatcher(_ context.Context, req *connect.Reques
 		return nil, err
 	}
 	go func() {
-		// It ends when the watcher is removed.
+		// The run ends when the watcher is removed.
 		_ = w.run(func(ev *filesystem.FilesystemEvent) error {
 			kept.mu.Lock()
 			defer kept.mu.Unlock()
@@ -388,8 +398,10 @@ func (ws *watchers) keep(w *watcher) (string, error) {
 	return id, nil
 }
 
-// GetWatcherEvents hands out what was collected since the last call.
-func (s *filesystemService) GetWatcherEvents(_ context.Context, req *connect.Request[filesystem.GetWatcherEventsRequest]) (*connect.Response[filesystem.GetWatcherEventsResponse], error) {
+// GetWatcherEvents returns the events since the last call.
+func (s *filesystemService) GetWatcherEvents(
+	_ context.Context, req *connect.Request[filesystem.GetWatcherEventsRequest],
+) (*connect.Response[filesystem.GetWatcherEventsResponse], error) {
 	s.watchers.mu.Lock()
 	w := s.watchers.byID[req.Msg.GetWatcherId()]
 	s.watchers.mu.Unlock()
@@ -403,8 +415,10 @@ func (s *filesystemService) GetWatcherEvents(_ context.Context, req *connect.Req
 	return connect.NewResponse(reply), nil
 }
 
-// RemoveWatcher ends a watcher.
-func (s *filesystemService) RemoveWatcher(_ context.Context, req *connect.Request[filesystem.RemoveWatcherRequest]) (*connect.Response[filesystem.RemoveWatcherResponse], error) {
+// RemoveWatcher ends and removes a watcher.
+func (s *filesystemService) RemoveWatcher(
+	_ context.Context, req *connect.Request[filesystem.RemoveWatcherRequest],
+) (*connect.Response[filesystem.RemoveWatcherResponse], error) {
 	s.watchers.mu.Lock()
 	w := s.watchers.byID[req.Msg.GetWatcherId()]
 	delete(s.watchers.byID, req.Msg.GetWatcherId())

@@ -19,7 +19,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi/process"
 )
 
-// clients call as E2B's clients do: with a user when one is named.
+// clients returns clients that call as E2B's do, with a user unless it is "".
 func (s *sandbox) clients(user string) (process.ProcessClient, filesystem.FilesystemClient) {
 	transport := roundTripper(func(r *http.Request) (*http.Response, error) {
 		if user != "" {
@@ -35,7 +35,7 @@ type roundTripper func(*http.Request) (*http.Response, error)
 
 func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// stream is what came of a Start or Connect, one event at a time.
+// events reads the events of a Start or Connect, one at a time.
 type events struct {
 	t       *testing.T
 	receive func() (*process.ProcessEvent, error)
@@ -66,7 +66,9 @@ func (e events) until(text string) (output string, end *process.EndEvent) {
 	}
 }
 
-func (s *sandbox) start(t *testing.T, ctx context.Context, c process.ProcessClient, req *process.StartRequest) (events, uint32) {
+func (s *sandbox) start(
+	t *testing.T, ctx context.Context, c process.ProcessClient, req *process.StartRequest,
+) (events, uint32) {
 	t.Helper()
 	stream, err := c.Start(ctx, connect.NewRequest(req))
 	if err != nil {
@@ -107,10 +109,12 @@ func TestE2BProcess(t *testing.T) {
 		e, pid := s.start(t, ctx, c, &process.StartRequest{Process: shell("id -un; cat; exit 5"), Tag: &tag})
 		e.until("user\n")
 		list, err := c.List(ctx, connect.NewRequest(&process.ListRequest{}))
-		if err != nil || len(list.Msg.Processes) != 1 || list.Msg.Processes[0].GetPid() != pid || list.Msg.Processes[0].GetTag() != tag {
+		if err != nil || len(list.Msg.Processes) != 1 || list.Msg.Processes[0].GetPid() != pid ||
+			list.Msg.Processes[0].GetTag() != tag {
 			t.Errorf("list: %v, %v", list, err)
 		}
-		second, err := c.Connect(ctx, connect.NewRequest(&process.ConnectRequest{Process: &process.ProcessSelector{Selector: &process.ProcessSelector_Tag{Tag: tag}}}))
+		byTag := &process.ProcessSelector{Selector: &process.ProcessSelector_Tag{Tag: tag}}
+		second, err := c.Connect(ctx, connect.NewRequest(&process.ConnectRequest{Process: byTag}))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -124,11 +128,13 @@ func TestE2BProcess(t *testing.T) {
 			t.Errorf("connected to %d, want %d", got, pid)
 		}
 		input := &process.ProcessInput{Input: &process.ProcessInput_Stdin{Stdin: []byte("typed\n")}}
-		if _, err := c.SendInput(ctx, connect.NewRequest(&process.SendInputRequest{Process: byPID(pid), Input: input})); err != nil {
+		if _, err := c.SendInput(ctx,
+			connect.NewRequest(&process.SendInputRequest{Process: byPID(pid), Input: input})); err != nil {
 			t.Error(err)
 		}
 		empty := &process.ProcessInput{Input: &process.ProcessInput_Stdin{}}
-		if _, err := c.SendInput(ctx, connect.NewRequest(&process.SendInputRequest{Process: byPID(pid), Input: empty})); err != nil {
+		if _, err := c.SendInput(ctx,
+			connect.NewRequest(&process.SendInputRequest{Process: byPID(pid), Input: empty})); err != nil {
 			t.Error(err)
 		}
 		e.until("typed\n")
@@ -158,24 +164,28 @@ func TestE2BProcess(t *testing.T) {
 			}
 		}
 		late, err := c.Connect(ctx, connect.NewRequest(&process.ConnectRequest{Process: byPID(pid)}))
-		if err != nil || !late.Receive() || late.Msg().GetEvent().GetStart() == nil || !late.Receive() || late.Msg().GetEvent().GetEnd().GetExitCode() != 5 {
+		if err != nil || !late.Receive() || late.Msg().GetEvent().GetStart() == nil || !late.Receive() ||
+			late.Msg().GetEvent().GetEnd().GetExitCode() != 5 {
 			t.Errorf("late listener: %v", err)
 		}
 	})
 
 	t.Run("kill", func(t *testing.T) {
 		e, pid := s.start(t, ctx, c, &process.StartRequest{Process: shell("setsid sleep 500 & sleep 501")})
-		if _, err := c.SendSignal(ctx, connect.NewRequest(&process.SendSignalRequest{Process: byPID(pid), Signal: process.Signal_SIGNAL_SIGKILL})); err != nil {
+		if _, err := c.SendSignal(ctx, connect.NewRequest(&process.SendSignalRequest{Process: byPID(pid),
+			Signal: process.Signal_SIGNAL_SIGKILL})); err != nil {
 			t.Error(err)
 		}
 		if got := s.sh(fmt.Sprintf("kill -0 %d 2>/dev/null && echo alive || echo gone", pid)); got != "gone" {
 			t.Errorf("after the kill the process is %s", got)
 		}
 		_, end := e.until("")
-		if end.GetExitCode() != -1 || end.GetExited() || end.GetStatus() != "signal: killed" || end.GetError() != "signal: killed" {
+		if end.GetExitCode() != -1 || end.GetExited() || end.GetStatus() != "signal: killed" ||
+			end.GetError() != "signal: killed" {
 			t.Errorf("end: %v", end)
 		}
-		_, err := c.SendSignal(ctx, connect.NewRequest(&process.SendSignalRequest{Process: byPID(pid), Signal: process.Signal_SIGNAL_SIGKILL}))
+		_, err := c.SendSignal(ctx, connect.NewRequest(&process.SendSignalRequest{Process: byPID(pid),
+			Signal: process.Signal_SIGNAL_SIGKILL}))
 		wantCode(t, err, connect.CodeNotFound)
 	})
 
@@ -187,7 +197,8 @@ func TestE2BProcess(t *testing.T) {
 		typing := func(text string) {
 			t.Helper()
 			in := &process.ProcessInput{Input: &process.ProcessInput_Pty{Pty: []byte(text)}}
-			if _, err := c.SendInput(ctx, connect.NewRequest(&process.SendInputRequest{Process: byPID(pid), Input: in})); err != nil {
+			if _, err := c.SendInput(ctx,
+				connect.NewRequest(&process.SendInputRequest{Process: byPID(pid), Input: in})); err != nil {
 				t.Error(err)
 			}
 		}
@@ -208,7 +219,8 @@ func TestE2BProcess(t *testing.T) {
 	t.Run("time limit", func(t *testing.T) {
 		limited, cancel := context.WithTimeout(ctx, time.Second)
 		defer cancel()
-		stream, err := c.Start(limited, connect.NewRequest(&process.StartRequest{Process: shell("setsid sleep 601 & sleep 602")}))
+		stream, err := c.Start(limited,
+			connect.NewRequest(&process.StartRequest{Process: shell("setsid sleep 601 & sleep 602")}))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -253,7 +265,7 @@ func TestE2BProcess(t *testing.T) {
 	})
 }
 
-// The bytes of a whole run, as E2B's JavaScript client sends and expects them.
+// TestE2BFraming exchanges the bytes of a whole command, as E2B's JavaScript client sends and expects them.
 func TestE2BFraming(t *testing.T) {
 	s := startSandbox(t, options{})
 	body := []byte(`{"process":{"cmd":"/bin/sh","args":["-c","echo hey"],"envs":{"X":"y"},"cwd":"/tmp"},"stdin":false}`)
@@ -294,7 +306,8 @@ func TestE2BFraming(t *testing.T) {
 		return m
 	}
 	end := event(2, "end")
-	if event(0, "start")["pid"] == nil || event(1, "data")["stdout"] != hey || end["exited"] != true || end["status"] != "exit status 0" || len(got[3]) != 0 {
+	if event(0, "start")["pid"] == nil || event(1, "data")["stdout"] != hey || end["exited"] != true ||
+		end["status"] != "exit status 0" || len(got[3]) != 0 {
 		t.Errorf("got %v", got)
 	}
 }
@@ -332,7 +345,8 @@ func TestE2BFilesystem(t *testing.T) {
 		{"d/bad", "nowhere", "root", filesystem.FileType_FILE_TYPE_UNSPECIFIED, 0o777},
 	} {
 		e, err := stat(want.path)
-		if err != nil || e.GetType() != want.kind || e.GetMode() != want.mode || e.GetOwner() != want.owner || e.GetSymlinkTarget() != want.target || e.GetSize() <= 0 {
+		if err != nil || e.GetType() != want.kind || e.GetMode() != want.mode || e.GetOwner() != want.owner ||
+			e.GetSymlinkTarget() != want.target || e.GetSize() <= 0 {
 			t.Errorf("stat %s: %v, %v", want.path, e, err)
 		}
 	}
@@ -348,12 +362,13 @@ func TestE2BFilesystem(t *testing.T) {
 	}
 	_, err = c.ListDir(ctx, connect.NewRequest(&filesystem.ListDirRequest{Path: "d/f"}))
 	wantCode(t, err, connect.CodeInvalidArgument)
-	if r, err := c.Move(ctx, connect.NewRequest(&filesystem.MoveRequest{Source: "d/f", Destination: "new/place/f"})); err != nil || r.Msg.GetEntry().GetPath() != "/home/user/new/place/f" {
+	r, err := c.Move(ctx, connect.NewRequest(&filesystem.MoveRequest{Source: "d/f", Destination: "new/place/f"}))
+	if err != nil || r.Msg.GetEntry().GetPath() != "/home/user/new/place/f" {
 		t.Errorf("move: %v, %v", r, err)
 	}
 	_, err = c.Move(ctx, connect.NewRequest(&filesystem.MoveRequest{Source: "d/f", Destination: "g"}))
 	wantCode(t, err, connect.CodeNotFound)
-	for range 2 { // the second time there is nothing, which is success
+	for range 2 { // removing what does not exist succeeds
 		if _, err := c.Remove(ctx, connect.NewRequest(&filesystem.RemoveRequest{Path: "d"})); err != nil {
 			t.Error(err)
 		}
@@ -368,7 +383,8 @@ func TestWatch(t *testing.T) {
 	_, c := s.clients("")
 	s.sh("mkdir -p /tmp/w/sub; echo old >/tmp/w/f")
 	watching, stop := context.WithCancel(ctx)
-	stream, err := c.WatchDir(watching, connect.NewRequest(&filesystem.WatchDirRequest{Path: "/tmp/w", Recursive: true, IncludeEntry: true}))
+	stream, err := c.WatchDir(watching,
+		connect.NewRequest(&filesystem.WatchDirRequest{Path: "/tmp/w", Recursive: true, IncludeEntry: true}))
 	if err != nil || !stream.Receive() || stream.Msg().GetStart() == nil {
 		t.Fatalf("no start: %v, %v", err, stream.Err())
 	}
@@ -377,7 +393,9 @@ func TestWatch(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.sh("cd /tmp/w; echo new >>f; chmod 600 f; mv f g; rm g; mkdir -p deep/er; echo x >deep/er/file; echo y >sub/file")
-	want := map[string]bool{"f WRITE": true, "f CHMOD": true, "f RENAME": true, "g CREATE": true, "g REMOVE": true, "deep CREATE": true, "deep/er CREATE": true, "deep/er/file CREATE": true, "sub/file CREATE": true, "sub/file WRITE": true}
+	want := map[string]bool{"f WRITE": true, "f CHMOD": true, "f RENAME": true, "g CREATE": true, "g REMOVE": true,
+		"deep CREATE": true, "deep/er CREATE": true, "deep/er/file CREATE": true, "sub/file CREATE": true,
+		"sub/file WRITE": true}
 	timer := time.AfterFunc(20*time.Second, stop)
 	defer timer.Stop()
 	for len(want) > 0 && stream.Receive() {
@@ -394,7 +412,8 @@ func TestWatch(t *testing.T) {
 	stop()
 	var polledNames []string
 	s.eventually("events are collected", func() bool {
-		r, err := c.GetWatcherEvents(ctx, connect.NewRequest(&filesystem.GetWatcherEventsRequest{WatcherId: polled.Msg.GetWatcherId()}))
+		r, err := c.GetWatcherEvents(ctx,
+			connect.NewRequest(&filesystem.GetWatcherEventsRequest{WatcherId: polled.Msg.GetWatcherId()}))
 		if err != nil {
 			t.Fatal(err)
 		}

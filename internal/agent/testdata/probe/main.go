@@ -1,5 +1,5 @@
-// Command probe does inside a sandbox what the tests of the agent cannot do
-// with a shell.
+// Command probe does actions inside a sandbox that the agent's tests cannot do with
+// a shell.
 package main
 
 import (
@@ -21,9 +21,9 @@ func main() {
 		os.Exit(2)
 	}
 	switch os.Args[1] {
-	case "status": // lines of /proc/self/status that start with the words given
+	case "status": // print the lines of /proc/self/status that start with the given words
 		status(os.Args[2:])
-	case "socket": // leave a socket where the path says
+	case "socket": // leave a socket at the given path
 		fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
 		if err == nil {
 			err = syscall.Bind(fd, &syscall.SockaddrUnix{Name: os.Args[2]})
@@ -31,37 +31,37 @@ func main() {
 		if err != nil {
 			panic(err)
 		}
-	case "maps": // map so many pieces of memory that cannot be joined, say so, and stay
+	case "maps": // map so many pieces of memory that cannot be joined, make /tmp/mapped, and stay
 		maps(os.Args[2])
 	case "id":
 		fmt.Println(os.Getuid(), os.Geteuid())
-	case "alloc": // MiB to hold for ever
+	case "alloc": // hold so many MiB without end
 		alloc(os.Args[2])
-	case "daemon": // leave the session, forked twice, and ignore what can be ignored
+	case "daemon": // fork twice into new sessions and ignore TERM, HUP and INT
 		daemon(os.Args[2:])
 	case "forkbomb":
 		forkBomb()
-	case "hoard": // make children that end at once, and wait for none
+	case "hoard": // make children that end at once, and never wait for them
 		for {
 			zombies("1000")
 		}
-	case "processes": // start that many that stay for a while, and say how many were possible
+	case "processes": // start so many processes that stay for a while, and print how many were possible
 		processes(os.Args[2])
-	case "fill": // start that many that stay, then more one by one until there can be no other, and stay there
+	case "fill": // start so many processes, then more one by one until a start fails; stay, and print their number
 		fill(os.Args[2])
-	case "zombies": // leave that many children that have ended to init
+	case "zombies": // leave so many ended children to PID 1
 		zombies(os.Args[2])
-	case "signals": // send process 1 each of these numbers, a hundred times over
+	case "signals": // send PID 1 each of these signals, a hundred times over
 		signals(os.Args[2:])
 	case "cpuid":
 		cpuid()
-	case "terminal": // say what a terminal's master is ready for before, while and after its other end is open
+	case "terminal": // print the state of a terminal's master before, while and after its other end is open
 		terminal()
 	case "true":
 	}
 }
 
-// terminal makes one and prints whether it is hung up.
+// terminal makes a terminal and prints whether it is hung up and the error of a read.
 func terminal() {
 	must := func(err error) {
 		if err != nil {
@@ -123,7 +123,7 @@ func alloc(mib string) {
 	}
 }
 
-// daemon runs itself again in a new session, that one again, and the last sleeps.
+// daemon runs itself again in a new session, twice; the last process sleeps.
 func daemon(rest []string) {
 	depth := 0
 	if len(rest) > 0 {
@@ -142,7 +142,7 @@ func daemon(rest []string) {
 		os.Exit(1)
 	}
 	if depth == 0 {
-		// The command itself stays, so that there is something to time out.
+		// The command itself stays, so that its time limit can pass.
 		time.Sleep(time.Hour)
 	}
 }
@@ -164,7 +164,7 @@ func signals(numbers []string) {
 
 func forkBomb() {
 	for {
-		// The raw system call, as a shell's fork: both copies go on here.
+		// A raw system call forks like a shell: both copies go on here.
 		if _, _, errno := syscall.RawSyscall6(syscall.SYS_CLONE, uintptr(syscall.SIGCHLD), 0, 0, 0, 0, 0); errno != 0 {
 			syscall.RawSyscall(syscall.SYS_SCHED_YIELD, 0, 0, 0)
 		}
