@@ -467,10 +467,10 @@ func (e TemplateStatus) Valid() bool {
 
 // APIKey An API key without its secret.
 type APIKey struct {
-	// CreatedAt When it was made.
+	// CreatedAt When the key was created.
 	CreatedAt time.Time `json:"created_at"`
 
-	// ExpiresAt When it stops being valid; absent is never.
+	// ExpiresAt When the key expires. Absent if it does not.
 	ExpiresAt *time.Time `json:"expires_at,omitempty"`
 
 	// ID `key_` and 20 lower-case base32 characters.
@@ -478,19 +478,19 @@ type APIKey struct {
 	// Example: key_abcdefghijklmnopqrst
 	ID string `json:"id"`
 
-	// LastUsedAt When it was last used, to the minute; absent is never.
+	// LastUsedAt When the key was last used, to the minute. Absent if it was never used.
 	LastUsedAt *time.Time `json:"last_used_at,omitempty"`
 
-	// Name For people.
+	// Name Name of the key, for people.
 	Name string `json:"name"`
 
-	// Prefix First characters of the secret, to tell keys apart.
+	// Prefix First characters of the secret, by which you can tell keys apart.
 	Prefix string `json:"prefix"`
 
-	// RevokedAt When it was revoked; absent when it was not.
+	// RevokedAt When the key was revoked. Absent if it was not.
 	RevokedAt *time.Time `json:"revoked_at,omitempty"`
 
-	// Scopes What it may do.
+	// Scopes The key's scopes.
 	Scopes []Scope `json:"scopes"`
 }
 
@@ -499,22 +499,23 @@ type APIKeyList struct {
 	// APIKeys The keys.
 	APIKeys []APIKey `json:"api_keys"`
 
-	// NextCursor `cursor` of the next page; absent on the last one.
+	// NextCursor `cursor` of the next page. Absent on the last page.
 	NextCursor *string `json:"next_cursor,omitempty"`
 }
 
-// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. They end up in the image's history: no place for secrets.
+// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. The values are stored in the image's
+// history, so do not put secrets here.
 type BuildArgs map[string]string
 
-// BuildError Why the newest build failed; absent when it did not.
+// BuildError Why the newest build failed. Absent if it did not.
 type BuildError struct {
-	// ExitCode Exit code of the command that failed; absent when none did.
+	// ExitCode Exit code of the command that failed. Absent if no command did.
 	ExitCode *int `json:"exit_code,omitempty"`
 
-	// Message What went wrong, for people.
+	// Message The reason, for people.
 	Message string `json:"message"`
 
-	// Step The step that failed; absent when it was none in particular.
+	// Step The step that failed. Absent if the failure was not in a step.
 	//
 	// Example: RUN npm ci
 	Step *string `json:"step,omitempty"`
@@ -523,171 +524,186 @@ type BuildError struct {
 	Tail []string `json:"tail,omitempty"`
 }
 
-// CreateAPIKeyRequest A key to make.
+// CreateAPIKeyRequest The key to create.
 type CreateAPIKeyRequest struct {
-	// ExpiresIn How long it is valid, at least 1s. Absent or 0 is for ever.
+	// ExpiresIn How long the key is valid, at least 1s. If absent or 0, the key does not expire.
 	//
 	// Example: 720h
 	ExpiresIn *string `json:"expires_in,omitempty"`
 
-	// Format How the secret begins: `cay` (as when absent) or `e2b`, which E2B's clients take. Keys of both are the same otherwise, and either works in both APIs.
+	// Format The beginning of the secret: `cay` (the default) or `e2b`, which E2B's clients accept. Keys of both formats are the same otherwise, and either works in both APIs.
 	//
 	// Example: e2b
 	Format *string `json:"format,omitempty"`
 
-	// Name For people, 1 to 128 characters.
+	// Name Name of the key, for people, 1 to 128 characters.
 	//
 	// Example: ci
 	Name string `json:"name"`
 
-	// Scopes What it may do; at least one. Only a key of the format `e2b` may go without: it then has `sandboxes:write`, `exec`, `files` and `templates:write`, which E2B's clients need.
+	// Scopes The key's scopes; at least one. Only a key of the format `e2b` may have none: it then gets
+	// `sandboxes:write`, `exec`, `files` and `templates:write`, which E2B's clients need.
 	Scopes []string `json:"scopes,omitempty"`
 }
 
-// CreateOrgRequest An organization to make.
+// CreateOrgRequest The organization to create.
 type CreateOrgRequest struct {
-	// Name Unique on this server: 1 to 63 lower-case letters, digits and `-`.
+	// Name The name, unique on this server: 1 to 63 lower-case letters, digits and `-`.
 	//
 	// Example: acme
 	Name string `json:"name"`
 
-	// Quota What an organization may have at once; 0 is no limit. What is absent has the server's default.
+	// Quota What an organization may have at once. 0 means no limit; an absent field has the server's default.
 	Quota *QuotaRequest `json:"quota,omitempty"`
 }
 
-// CreatePortURLRequest How long a signed URL is to work.
+// CreatePortURLRequest The lifetime of a signed URL.
 type CreatePortURLRequest struct {
-	// ExpiresIn 1s to 24h.
+	// ExpiresIn How long the URL works, 1s to 24h.
 	//
 	// Example: 15m
 	ExpiresIn *string `json:"expires_in,omitempty"`
 }
 
-// CreateSandboxRequest What sandbox to make, from a template or from a snapshot.
+// CreateSandboxRequest The sandbox to create, from a template or a snapshot.
 type CreateSandboxRequest struct {
-	// DiskSizeMB What the sandbox may write, in MiB: at least 64, at most what the operator allows. Default is the template's, else 2048 unless the operator says otherwise.
+	// DiskSizeMB The space that the sandbox may write, in MiB: at least 64, at most what the operator allows. The default is the template's, else 2048 unless the operator says otherwise.
 	//
 	// Example: 2048
 	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
 
-	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
-	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
+	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
+	// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
+	// service at 169.254.169.254), or ranges that the operator forbids. There is no IPv6. Answers to allowed traffic
+	// come back.
 	Egress *Egress `json:"egress,omitempty"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
-	// IdleTimeout Persistent only: suspend after this time without activity, 10s to 24h, or 0 for never; the number 0 will do too. Default 10m.
+	// IdleTimeout Persistent only: suspend after this time without activity, 10s to 24h, or 0 for never, also as a number. The
+	// default is 10m.
 	//
 	// Example: 10m
 	IdleTimeout *DurationOrZero `json:"idle_timeout,omitempty"`
 
-	// Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
+	// Metadata Labels of your choice. At most 64, with keys of 1 to 128 bytes and values of up to 1024 bytes.
 	Metadata Metadata `json:"metadata,omitempty"`
 
 	// Mode `ephemeral` (default) or `persistent`.
 	Mode *string `json:"mode,omitempty"`
 
-	// RecoveryInterval Persistent only: how often to take a recovery point while the sandbox runs and changes, 1m to 24h, or 0 for never; the number 0 will do too. Default 10m.
+	// RecoveryInterval Persistent only: the interval of recovery points while the sandbox runs and changes, 1m to 24h, or 0 for
+	// never, also as a number. The default is 10m.
 	//
 	// Example: 10m
 	RecoveryInterval *DurationOrZero `json:"recovery_interval,omitempty"`
 
-	// Size Name of a size, see `GET /v1/sizes`. Default is the template's, else `shared-cpu-1x` unless the operator says otherwise.
+	// Size Name of a size, see `GET /v1/sizes`. The default is the template's, else `shared-cpu-1x` unless the operator says otherwise.
 	//
 	// Example: shared-cpu-1x
 	Size *string `json:"size,omitempty"`
 
-	// Snapshot Name or id of a snapshot, instead of a template: the sandbox goes on from there, as one of its own. Size and disk are the snapshot's; `env` is added to the snapshot's and holds for
-	// commands from here on; `egress` is by default what the snapshot's sandbox had.
-	//
+	// Snapshot Name or id of a snapshot, instead of a template. The sandbox continues from the snapshot's state as a new
+	// sandbox. It has the snapshot's size and disk. Its `env` is added to the snapshot's and applies to commands
+	// from now on. The default of `egress` is the policy of the snapshot's sandbox.
 	//
 	// Example: snap_abcdefghijklmnopqrst
 	Snapshot string `json:"snapshot,omitempty"`
 
-	// Template Name or id of a template. This or `snapshot`.
+	// Template Name or id of a template. Give this or `snapshot`.
 	//
 	// Example: python
 	Template string `json:"template,omitempty"`
 
-	// Timeout Ephemeral only: the lifetime, 1s to 24h. Default 5m.
+	// Timeout Ephemeral only: the lifetime, 1s to 24h. The default is 5m.
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
 }
 
-// CreateSnapshotRequest What to call a snapshot.
+// CreateSnapshotRequest The snapshot to make.
 type CreateSnapshotRequest struct {
-	// Name 1 to 63 letters, digits, `.`, `_` and `-`, beginning with a letter or digit and not with `snap_`; unique among the organization's snapshots. Absent is none.
+	// Name The name: 1 to 63 letters, digits, `.`, `_` and `-`, beginning with a letter or digit and not with `snap_`.
+	// It must be unique among the organization's snapshots. If absent, the snapshot has no name.
 	//
 	// Example: after-setup
 	Name *string `json:"name,omitempty"`
 }
 
-// CreateTemplateRequest What template to make. Exactly one of `image`, `dockerfile` and `debian`.
+// CreateTemplateRequest The template to create. Give exactly one of `image`, `dockerfile` and `debian`.
 type CreateTemplateRequest struct {
-	// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. They end up in the image's history: no place for secrets.
+	// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. The values are stored in the image's
+	// history, so do not put secrets here.
 	BuildArgs BuildArgs `json:"build_args,omitempty"`
 
-	// Credentials How to open a registry. Never answered, logged or stored: a build that waits or runs while the server restarts fails and says so.
+	// Credentials Credentials for a registry. They are never returned, logged or stored: if the server restarts while the build
+	// waits or runs, the build fails and says so.
 	Credentials *RegistryCredentials `json:"credentials,omitempty"`
 
-	// Debian Source: a minimal Debian system with packages and all they depend on.
+	// Debian Source: a minimal Debian system with packages and all their dependencies.
 	Debian *DebianSource `json:"debian,omitempty"`
 
-	// Description What it is for, at most 1024 bytes.
+	// Description What the template is for, at most 1024 bytes.
 	Description *string `json:"description,omitempty"`
 
-	// DiskSizeMB Default of what a sandbox may write, in MiB: at least 64, at most what the operator allows; absent is the server's.
+	// DiskSizeMB Default of the space that a sandbox may write, in MiB: at least 64, at most what the operator allows. If absent, the server's.
 	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
 
-	// Dockerfile Source: the path of a Dockerfile in the context; without a context its text, at most 512 KiB. `FROM` finds templates of the organization and built-in ones by name before any registry.
+	// Dockerfile Source: the path of a Dockerfile in the context; without a context its text, at most 512 KiB. `FROM` looks a name up in the organization's templates and the built-in ones before any registry.
 	//
 	// Example: FROM python
 	// RUN pip install numpy
 	Dockerfile *string `json:"dockerfile,omitempty"`
 
-	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
-	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
+	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
+	// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
+	// service at 169.254.169.254), or ranges that the operator forbids. There is no IPv6. Answers to allowed traffic
+	// come back.
 	Egress *Egress `json:"egress,omitempty"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
-	// Image Source: the reference of an OCI image; with a context the path in it of an OCI image layout or archive, as `docker save` and others write them, or `.` for the context itself.
+	// Image Source: the reference of an OCI image. With a context, the path in it of an OCI image layout or archive, as `docker save` and other tools write them, or `.` for the context itself.
 	//
 	// Example: docker.io/library/alpine:3.22
 	Image *string `json:"image,omitempty"`
 
-	// Name Unique inside the organization and not that of a built-in template: 1 to 63 of a-z, 0-9 and `-`, not beginning with `-`.
+	// Name The name: 1 to 63 of a-z, 0-9 and `-`, not beginning with `-`. It must be unique in the organization and not that of a built-in template.
 	//
 	// Example: my-app
 	Name string `json:"name"`
 
-	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when the check succeeds,
+	// and fails if it does not succeed in time. Needs a start command.
 	Ready *ReadyCheck `json:"ready,omitempty"`
 
-	// Size Default size of sandboxes, see `GET /v1/sizes`; absent is the server's.
+	// Size Default size of sandboxes, see `GET /v1/sizes`. If absent, the server's.
 	Size *string `json:"size,omitempty"`
 
-	// StartCommand A shell command line that is started with every sandbox. Absent is the image's ENTRYPOINT and CMD; an empty one is none.
+	// StartCommand A shell command line that is started with every sandbox. If absent, the image's ENTRYPOINT and CMD; an empty one means none.
 	//
 	// Example: python3 -m http.server 8000
 	StartCommand *string `json:"start_command,omitempty"`
 
-	// Target Stage of the Dockerfile to build; absent is the last.
+	// Target Stage of the Dockerfile to build. If absent, the last one.
 	Target *string `json:"target,omitempty"`
 
-	// User Default user of commands and files, a name or a number. Absent is the image's, else root.
+	// User Default user of commands and files, a name or a number. If absent, the image's, else root.
 	User *string `json:"user,omitempty"`
 
-	// Workdir Default working directory of commands, an absolute path. Absent is the image's.
+	// Workdir Default working directory of commands, an absolute path. If absent, the image's.
 	Workdir *string `json:"workdir,omitempty"`
 }
 
-// DebianSource Source: a minimal Debian system with packages and all they depend on.
+// DebianSource Source: a minimal Debian system with packages and all their dependencies.
 type DebianSource struct {
-	// Packages Names of packages, with `=VERSION` if need be.
+	// Packages Names of packages, with `=VERSION` if you need a certain version.
 	Packages []string `json:"packages,omitempty"`
 
 	// Suite Debian's name of the release.
@@ -696,160 +712,171 @@ type DebianSource struct {
 	Suite *string `json:"suite,omitempty"`
 }
 
-// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
-// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
+// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
+// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
+// service at 169.254.169.254), or ranges that the operator forbids. There is no IPv6. Answers to allowed traffic
+// come back.
 type Egress struct {
-	// AllowCIDRs IPv4 ranges that may be reached, without host bits.
+	// AllowCIDRs IPv4 ranges that the sandbox may reach, without host bits.
 	AllowCIDRs []string `json:"allow_cidrs,omitempty"`
 
-	// AllowDomains Names that may be reached over TCP: exact ones, or with `*.` in front all names below one, without itself. cay's resolver answers these names only, and TLS and HTTP to their
-	// addresses must ask for an allowed name. `allow_ports` says nothing about them.
+	// AllowDomains Names that the sandbox may reach over TCP: exact names, or `*.` and a name for all names below it, without
+	// itself. cay's resolver answers only these names, and TLS and HTTP to their addresses must ask for an allowed
+	// name. `allow_ports` does not apply to them.
 	AllowDomains []string `json:"allow_domains,omitempty"`
 
-	// AllowPorts Restricts `allow_cidrs` to these destination TCP ports. Absent is every protocol and port.
+	// AllowPorts Restricts `allow_cidrs` to these destination TCP ports. If absent, every protocol and port is allowed.
 	AllowPorts []int `json:"allow_ports,omitempty"`
 
-	// DenyCIDRs IPv4 ranges that may not be reached, whatever allows them. They may not touch 169.254.0.0/16.
+	// DenyCIDRs IPv4 ranges that the sandbox may not reach, even if another list allows them. They must not overlap
+	// 169.254.0.0/16.
 	DenyCIDRs []string `json:"deny_cidrs,omitempty"`
 
-	// Mode What happens to traffic that no list speaks of. `allow_all` takes no lists.
+	// Mode What happens to traffic that no list mentions. `allow_all` takes no lists.
 	Mode EgressMode `json:"mode"`
 }
 
-// EgressMode What happens to traffic that no list speaks of. `allow_all` takes no lists.
+// EgressMode What happens to traffic that no list mentions. `allow_all` takes no lists.
 type EgressMode string
 
-// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+// NUL. At most 256 variables with 128 KiB together.
 type Env map[string]string
 
-// Event One transition of a sandbox, or something else that happened to it: then `from` is the same as `to`.
+// Event One transition of a sandbox, or another event of it, in which `from` is the same as `to`.
 type Event struct {
-	// Detail More about it, for people, e.g. to what time a sandbox fell back; absent when there is nothing more.
+	// Detail More details, for people, such as the time to which a sandbox fell back. Absent if there are none.
 	Detail *string `json:"detail,omitempty"`
 
-	// From The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+	// From The exact internal state. `suspending` has the status `running`, `waking` has `suspended`, `destroying` and
+	// `failed` have `destroyed`.
 	From *SandboxState `json:"from,omitempty"`
 
-	// ID Unique in the sandbox; sorts by time.
+	// ID Unique in the sandbox. Ids sort by time.
 	ID string `json:"id"`
 
-	// Reason Why, e.g. `requested`; may be empty.
+	// Reason The reason, such as `requested`. May be empty.
 	Reason string `json:"reason"`
 
 	// Time When it happened.
 	Time time.Time `json:"time"`
 
-	// To The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+	// To The exact internal state. `suspending` has the status `running`, `waking` has `suspended`, `destroying` and
+	// `failed` have `destroyed`.
 	To SandboxState `json:"to"`
 }
 
 // EventList A page of events, newest first.
 type EventList struct {
-	// Events The events. The first one of a sandbox has no `from`.
+	// Events The events. The first event of a sandbox has no `from`.
 	Events []Event `json:"events"`
 
-	// NextCursor `cursor` of the next page; absent on the last one.
+	// NextCursor `cursor` of the next page. Absent on the last page.
 	NextCursor *string `json:"next_cursor,omitempty"`
 }
 
-// ExecuteRequest What to run. Exactly one of `command` and `args`.
+// ExecuteRequest The command to run. Give exactly one of `command` and `args`.
 type ExecuteRequest struct {
-	// AllOutput Send all of the output, as fast as it is read, and end the command when the caller goes away. Only with `Accept: text/event-stream` and without `detach`; then `timeout` may be up to 24h, and is none by default.
+	// AllOutput Send the whole output, as fast as you read it, and end the command if you disconnect. Only with `Accept: text/event-stream` and without `detach`; `timeout` may then be up to 24h, and there is none by default.
 	AllOutput *bool `json:"all_output,omitempty"`
 
-	// Args A program and its arguments, run without a shell. Each has at most 131071 bytes, and all of them with the environment 2 MiB.
+	// Args A program and its arguments, run without a shell. Each argument has at most 131071 bytes, and all of them
+	// with the environment at most 2 MiB.
 	//
 	// Example: ["python3","-c","print(6*7)"]
 	Args []string `json:"args,omitempty"`
 
-	// Command A shell command line, run by `shell`, of at most 131071 bytes.
+	// Command A shell command line of at most 131071 bytes, run by `shell`.
 	//
 	// Example: python3 -c 'print(6*7)'
 	Command *string `json:"command,omitempty"`
 
-	// Detach Go on when the caller goes away. Only with `Accept: text/event-stream`; then `timeout` may be up to 24h, and is none by default.
+	// Detach Let the command continue if you disconnect. Only with `Accept: text/event-stream`; `timeout` may then be up to 24h, and there is none by default.
 	Detach *bool `json:"detach,omitempty"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
-	// Shell What runs `command`: `/bin/sh -c`, or the `bash -c` that the PATH has. Only with `command`.
+	// Shell The shell that runs `command`: `/bin/sh -c`, or `bash -c` with the bash in the PATH. Only with `command`.
 	Shell *ExecuteRequestShell `json:"shell,omitempty"`
 
-	// Stdin Its standard input. Absent is an empty one.
+	// Stdin The command's standard input. If absent, the input is empty.
 	Stdin *string `json:"stdin,omitempty"`
 
-	// Timeout Kill it and all its descendants after this time, more than 0 and at most 5m. Default 30s.
+	// Timeout Kill the command and all its descendants after this time, more than 0 and at most 5m. The default is 30s.
 	//
 	// Example: 30s
 	Timeout *string `json:"timeout,omitempty"`
 
-	// User Name or number of the user to run as. Default is the template's, else root.
+	// User Name or number of the user to run as. The default is the template's user, else root.
 	User *string `json:"user,omitempty"`
 
-	// Workdir Absolute path of the working directory; must exist. Default is the template's, else the user's home.
+	// Workdir Absolute path of the working directory, which must exist. The default is the template's, else the user's home.
 	Workdir *string `json:"workdir,omitempty"`
 }
 
-// ExecuteRequestShell What runs `command`: `/bin/sh -c`, or the `bash -c` that the PATH has. Only with `command`.
+// ExecuteRequestShell The shell that runs `command`: `/bin/sh -c`, or `bash -c` with the bash in the PATH. Only with `command`.
 type ExecuteRequestShell string
 
-// ExecuteResult How a command ended.
+// ExecuteResult The result of a command.
 type ExecuteResult struct {
-	// DurationMs How long it ran.
+	// DurationMs How long the command ran, in milliseconds.
 	DurationMs int64 `json:"duration_ms"`
 
-	// ExitCode Its exit code; 128+N when killed by signal N, 124 when killed at its timeout, 137 when killed for want of memory.
+	// ExitCode The exit code: 128+N if the command was killed by signal N, 124 if it exceeded its timeout, 137 if it was killed for lack of memory.
 	ExitCode int `json:"exit_code"`
 
-	// OOMKilled It was killed because the sandbox's memory was used up. The sandbox lives on.
+	// OOMKilled Whether the command was killed because the sandbox's memory was used up. The sandbox lives on.
 	OOMKilled bool `json:"oom_killed"`
 
-	// Signal Name of the signal that ended it, e.g. `SIGKILL`; absent when none did.
+	// Signal Name of the signal that ended the command, such as `SIGKILL`. Absent if no signal did.
 	//
 	// Example: SIGKILL
 	Signal *string `json:"signal,omitempty"`
 
-	// Stderr The first 8 MiB of its standard error: text, or base64 where `stderr_encoding` says so.
+	// Stderr The first 8 MiB of standard error, as text, or in base64 if `stderr_encoding` says so.
 	Stderr string `json:"stderr"`
 
-	// StderrEncoding `base64` when the output is not UTF-8, else absent.
+	// StderrEncoding `base64` if the output is not UTF-8, else absent.
 	StderrEncoding *ExecuteResultStderrEncoding `json:"stderr_encoding,omitempty"`
 
-	// StderrTruncated There was more than 8 MiB of standard error.
+	// StderrTruncated Whether there was more than 8 MiB of standard error.
 	StderrTruncated bool `json:"stderr_truncated"`
 
-	// Stdout The first 8 MiB of its standard output: text, or base64 where `stdout_encoding` says so.
+	// Stdout The first 8 MiB of standard output, as text, or in base64 if `stdout_encoding` says so.
 	Stdout string `json:"stdout"`
 
-	// StdoutEncoding `base64` when the output is not UTF-8, else absent.
+	// StdoutEncoding `base64` if the output is not UTF-8, else absent.
 	StdoutEncoding *ExecuteResultStdoutEncoding `json:"stdout_encoding,omitempty"`
 
-	// StdoutTruncated There was more than 8 MiB of standard output.
+	// StdoutTruncated Whether there was more than 8 MiB of standard output.
 	StdoutTruncated bool `json:"stdout_truncated"`
 
-	// TimedOut It was killed at its timeout.
+	// TimedOut Whether the command was killed at its timeout.
 	TimedOut bool `json:"timed_out"`
 }
 
-// ExecuteResultStderrEncoding `base64` when the output is not UTF-8, else absent.
+// ExecuteResultStderrEncoding `base64` if the output is not UTF-8, else absent.
 type ExecuteResultStderrEncoding string
 
-// ExecuteResultStdoutEncoding `base64` when the output is not UTF-8, else absent.
+// ExecuteResultStdoutEncoding `base64` if the output is not UTF-8, else absent.
 type ExecuteResultStdoutEncoding string
 
-// FeedEvent Something that happened in the organization. Beside the first three, it has the fields that its type is about.
+// FeedEvent An event of the organization. It has `id`, `time` and `type`, and the fields that apply to its type.
 type FeedEvent struct {
 	// APIKeyID Id of the API key.
 	APIKeyID *string `json:"api_key_id,omitempty"`
 
-	// Detail More about it, for people.
+	// Detail More details, for people.
 	Detail *string `json:"detail,omitempty"`
 
-	// From The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+	// From The exact internal state. `suspending` has the status `running`, `waking` has `suspended`, `destroying` and
+	// `failed` have `destroyed`.
 	From *SandboxState `json:"from,omitempty"`
 
-	// ID Unique; ordered as the events are. Pass it as `after` or `Last-Event-ID`.
+	// ID Unique, and ordered like the events. Pass it as `after` or `Last-Event-ID`.
 	//
 	// Example: evt_00351fl4re540
 	ID string `json:"id"`
@@ -860,10 +887,10 @@ type FeedEvent struct {
 	// Port The port.
 	Port *int `json:"port,omitempty"`
 
-	// Reason Why, e.g. `requested`.
+	// Reason The reason, such as `requested`.
 	Reason *string `json:"reason,omitempty"`
 
-	// SandboxID The sandbox that it is about, or that the snapshot is of.
+	// SandboxID Id of the sandbox of the event, or of the snapshot's sandbox.
 	SandboxID *string `json:"sandbox_id,omitempty"`
 
 	// SnapshotID Id of the snapshot.
@@ -872,46 +899,51 @@ type FeedEvent struct {
 	// TemplateID Id of the template.
 	TemplateID *string `json:"template_id,omitempty"`
 
-	// TemplateVersion The template's ready version after it; absent when there is none.
+	// TemplateVersion The template's ready version after the event. Absent if there is none.
 	TemplateVersion *int `json:"template_version,omitempty"`
 
 	// Time When it happened.
 	Time time.Time `json:"time"`
 
-	// To The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+	// To The exact internal state. `suspending` has the status `running`, `waking` has `suspended`, `destroying` and
+	// `failed` have `destroyed`.
 	To *SandboxState `json:"to,omitempty"`
 
-	// Type What happened, and to what. `sandbox.` and a state: the sandbox came to that state.
+	// Type The type of an event: its subject and what happened. `sandbox.` and a state means that the sandbox came to that
+	// state.
 	Type FeedEventType `json:"type"`
 }
 
-// FeedEventType What happened, and to what. `sandbox.` and a state: the sandbox came to that state.
+// FeedEventType The type of an event: its subject and what happened. `sandbox.` and a state means that the sandbox came to that
+// state.
 type FeedEventType string
 
 // FeedPage A page of events, oldest first.
 type FeedPage struct {
-	// Events The events. There may be none although there is another page.
+	// Events The events. The list may be empty although there is another page.
 	Events []FeedEvent `json:"events"`
 
-	// NextCursor `cursor` of the next page; absent when there is no more now. To go on later, pass the `id` of the last event as `after`.
+	// NextCursor `cursor` of the next page. Absent if there are no more events now. To continue later, pass the `id` of the last event as `after`.
 	NextCursor *string `json:"next_cursor,omitempty"`
 }
 
-// FileChange Something that happened in a directory that is watched.
+// FileChange A change in a watched directory.
 type FileChange struct {
-	// Path What it happened to.
+	// Path Path of the changed entry.
 	Path string `json:"path"`
 
-	// Type `create` (also of what was moved there), `write`, `remove`, `rename` (it was moved away) or `chmod`.
+	// Type `create` (also if the entry was moved there), `write`, `remove`, `rename` (the entry was moved away) or
+	// `chmod`.
 	Type FileChangeType `json:"type"`
 }
 
-// FileChangeType `create` (also of what was moved there), `write`, `remove`, `rename` (it was moved away) or `chmod`.
+// FileChangeType `create` (also if the entry was moved there), `write`, `remove`, `rename` (the entry was moved away) or
+// `chmod`.
 type FileChangeType string
 
 // FileEntry A file, directory or link in a sandbox.
 type FileEntry struct {
-	// Group Name of the owning group, its number if it has none.
+	// Group Name of the owning group, or the group's number if it has no name.
 	Group string `json:"group"`
 
 	// Mode Permissions in octal.
@@ -919,34 +951,34 @@ type FileEntry struct {
 	// Example: 0644
 	Mode string `json:"mode"`
 
-	// ModifiedAt When its content last changed.
+	// ModifiedAt When the content last changed.
 	ModifiedAt time.Time `json:"modified_at"`
 
 	// Name Last element of the path.
 	Name string `json:"name"`
 
-	// Owner Name of the owning user, its number if it has none.
+	// Owner Name of the owning user, or the user's number if it has no name.
 	Owner string `json:"owner"`
 
-	// Path Absolute path. What is not UTF-8 in it is shown as U+FFFD; then `path_encoded` says what it is.
+	// Path Absolute path. Bytes that are not UTF-8 are shown as U+FFFD; `path_encoded` then has the exact path.
 	Path string `json:"path"`
 
-	// PathEncoded The path percent-encoded, as it stands for `path` in a URL: the one form that names a file whose name is not UTF-8. Absent for all others.
+	// PathEncoded The percent-encoded path, as you put it into `path` of a URL. It is the only way to name a file whose name is not UTF-8. Absent for all others.
 	//
 	// Example: /home/user/caf%E9
 	PathEncoded *string `json:"path_encoded,omitempty"`
 
-	// Size Bytes.
+	// Size Size in bytes.
 	Size int64 `json:"size"`
 
-	// SymlinkTarget Where a symbolic link points; absent for everything else.
+	// SymlinkTarget Target of a symbolic link. Absent for all others.
 	SymlinkTarget *string `json:"symlink_target,omitempty"`
 
-	// Type What it is; `other` is a device, socket or pipe.
+	// Type The type of the entry. `other` is a device, socket or pipe.
 	Type FileEntryType `json:"type"`
 }
 
-// FileEntryType What it is; `other` is a device, socket or pipe.
+// FileEntryType The type of the entry. `other` is a device, socket or pipe.
 type FileEntryType string
 
 // FileList The entries of a directory.
@@ -955,105 +987,110 @@ type FileList struct {
 	Entries []FileEntry `json:"entries"`
 }
 
-// ForkChild A child of a fork. It has one of the two.
+// ForkChild A child of a fork. It has exactly one of the two fields.
 type ForkChild struct {
-	// Error Why a child was not made.
+	// Error Why a child was not created.
 	Error *ForkError `json:"error,omitempty"`
 
 	// Sandbox A sandbox.
 	Sandbox *Sandbox `json:"sandbox,omitempty"`
 }
 
-// ForkError Why a child was not made.
+// ForkError Why a child was not created.
 type ForkError struct {
-	// Code What is wrong, for programs. Stable.
+	// Code The reason, for programs. Stable.
 	//
 	// Example: quota_exceeded
 	Code string `json:"code"`
 
-	// Detail What is wrong, for people.
+	// Detail The reason, for people.
 	Detail string `json:"detail"`
 
-	// Status The HTTP status that a create would have been answered with.
+	// Status The HTTP status with which a create would have been answered.
 	//
 	// Example: 429
 	Status int `json:"status"`
 }
 
-// ForkRequest What children to make. What is not given is as the sandbox has it.
+// ForkRequest The children to create. They inherit every setting that you do not give.
 type ForkRequest struct {
-	// Count How many, 1 to 100. Default 1.
+	// Count Number of children, 1 to 100. The default is 1.
 	//
 	// Example: 3
 	Count *int `json:"count,omitempty"`
 
-	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
-	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
+	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
+	// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
+	// service at 169.254.169.254), or ranges that the operator forbids. There is no IPv6. Answers to allowed traffic
+	// come back.
 	Egress *Egress `json:"egress,omitempty"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
-	// IdleTimeout Persistent children only: suspend after this time without activity, 10s to 24h, or 0 for never; the number 0 will do too.
+	// IdleTimeout Persistent children only: suspend after this time without activity, 10s to 24h, or 0 for never, also as a
+	// number.
 	//
 	// Example: 10m
 	IdleTimeout *DurationOrZero `json:"idle_timeout,omitempty"`
 
-	// Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
+	// Metadata Labels of your choice. At most 64, with keys of 1 to 128 bytes and values of up to 1024 bytes.
 	Metadata Metadata `json:"metadata,omitempty"`
 
 	// Mode `ephemeral` or `persistent`.
 	Mode *string `json:"mode,omitempty"`
 
-	// RecoveryInterval Persistent children only: how often to take a recovery point, 1m to 24h, or 0 for never; the number 0 will do too.
+	// RecoveryInterval Persistent children only: the interval of recovery points, 1m to 24h, or 0 for never, also as a number.
 	//
 	// Example: 10m
 	RecoveryInterval *DurationOrZero `json:"recovery_interval,omitempty"`
 
-	// Timeout Ephemeral children only: their lifetime, 1s to 24h.
+	// Timeout Ephemeral children only: the lifetime, 1s to 24h.
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
 }
 
-// ForkResult What came of a fork.
+// ForkResult The result of a fork.
 type ForkResult struct {
-	// Children One for each child that was asked for.
+	// Children One entry for each child that you asked for.
 	Children []ForkChild `json:"children"`
 }
 
-// Health How the server is.
+// Health The health of the server.
 type Health struct {
-	// Status Always `ok`; anything else is not 200.
+	// Status Always `ok`; an unhealthy server does not answer 200.
 	Status HealthStatus `json:"status"`
 
 	// Version Version of the server.
 	Version string `json:"version"`
 }
 
-// HealthStatus Always `ok`; anything else is not 200.
+// HealthStatus Always `ok`; an unhealthy server does not answer 200.
 type HealthStatus string
 
-// InputTaken What was written to a process.
+// InputTaken The result of a write to a process.
 type InputTaken struct {
-	// Written How many bytes.
+	// Written Number of bytes that were written.
 	Written int64 `json:"written"`
 }
 
 // KeepaliveRequest A new lifetime.
 type KeepaliveRequest struct {
-	// Timeout Lifetime from now, at least 1s; above 24h is clamped to 24h. Absent is the sandbox's own.
+	// Timeout Lifetime from now, at least 1s. A lifetime above 24h is reduced to 24h. If absent, the sandbox's own timeout.
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
 }
 
-// MakeDirectoryRequest A directory to make.
+// MakeDirectoryRequest The directory to make.
 type MakeDirectoryRequest struct {
-	// Mode Its permissions in octal, 0 to 0777. Parents have 0755.
+	// Mode Permissions of the directory in octal, 0 to 0777. Parents have 0755.
 	Mode *string `json:"mode,omitempty"`
 
-	// Owner Name or number of the user that owns it and the parents that had to be made. Absent is the template's user, else root.
+	// Owner Name or number of the user that owns the directory and new parents. If absent, the template's user, else root.
 	Owner *string `json:"owner,omitempty"`
 
 	// Path Absolute path. No `..` elements, no NUL.
@@ -1062,7 +1099,7 @@ type MakeDirectoryRequest struct {
 	Path string `json:"path"`
 }
 
-// Me Who makes the call.
+// Me The caller.
 type Me struct {
 	// APIKey An API key without its secret.
 	APIKey APIKey `json:"api_key"`
@@ -1071,57 +1108,58 @@ type Me struct {
 	Org Org `json:"org"`
 }
 
-// Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
+// Metadata Labels of your choice. At most 64, with keys of 1 to 128 bytes and values of up to 1024 bytes.
 type Metadata map[string]string
 
-// NetworkUse What left the sandbox since it runs, as its policy decided. Only where one running sandbox is read, not in lists and not in answers to other calls.
+// NetworkUse Traffic from the sandbox since it began to run, by the decision of its policy. Only in the answer for one
+// running sandbox, not in lists and answers to other calls.
 type NetworkUse struct {
-	// BytesAllowed Bytes of these.
+	// BytesAllowed Bytes of the allowed packets.
 	BytesAllowed int64 `json:"bytes_allowed"`
 
-	// BytesDenied Bytes of these.
+	// BytesDenied Bytes of the denied packets.
 	BytesDenied int64 `json:"bytes_denied"`
 
-	// PacketsAllowed Packets let out.
+	// PacketsAllowed Packets that the policy allowed.
 	PacketsAllowed int64 `json:"packets_allowed"`
 
-	// PacketsDenied Packets kept in.
+	// PacketsDenied Packets that the policy denied.
 	PacketsDenied int64 `json:"packets_denied"`
 }
 
 // NewAPIKey A new API key with its secret.
 type NewAPIKey struct {
-	// APIKey The secret. Shown this once.
+	// APIKey The secret. You cannot read it again later.
 	APIKey string `json:"api_key"`
 
-	// CreatedAt When it was made.
+	// CreatedAt When the key was created.
 	CreatedAt time.Time `json:"created_at"`
 
-	// ExpiresAt When it stops being valid; absent is never.
+	// ExpiresAt When the key expires. Absent if it does not.
 	ExpiresAt *time.Time `json:"expires_at,omitempty"`
 
 	// ID `key_` and 20 lower-case base32 characters.
 	ID string `json:"id"`
 
-	// Name For people.
+	// Name Name of the key, for people.
 	Name string `json:"name"`
 
-	// Prefix First characters of the secret, to tell keys apart.
+	// Prefix First characters of the secret, by which you can tell keys apart.
 	Prefix string `json:"prefix"`
 
-	// Scopes What it may do.
+	// Scopes The key's scopes.
 	Scopes []Scope `json:"scopes"`
 }
 
 // NewOrg A new organization with its first key.
 type NewOrg struct {
-	// APIKey Secret of its first key. Shown this once.
+	// APIKey Secret of the first key. You cannot read it again later.
 	APIKey string `json:"api_key"`
 
 	// APIKeyID Id of that key.
 	APIKeyID string `json:"api_key_id"`
 
-	// CreatedAt When it was made.
+	// CreatedAt When the organization was created.
 	CreatedAt time.Time `json:"created_at"`
 
 	// ID `org_` and 20 lower-case base32 characters.
@@ -1130,13 +1168,13 @@ type NewOrg struct {
 	// Name Unique on this server.
 	Name string `json:"name"`
 
-	// Quota What an organization may have at once; 0 is no limit.
+	// Quota What an organization may have at once. 0 means no limit.
 	Quota Quota `json:"quota"`
 }
 
 // Org An organization, the owner of sandboxes, templates and keys.
 type Org struct {
-	// CreatedAt When it was made.
+	// CreatedAt When the organization was created.
 	CreatedAt time.Time `json:"created_at"`
 
 	// ID `org_` and 20 lower-case base32 characters.
@@ -1147,61 +1185,61 @@ type Org struct {
 	// Name Unique on this server.
 	Name string `json:"name"`
 
-	// Quota What an organization may have at once; 0 is no limit.
+	// Quota What an organization may have at once. 0 means no limit.
 	Quota Quota `json:"quota"`
 }
 
 // OrgList A page of organizations, newest first.
 type OrgList struct {
-	// NextCursor `cursor` of the next page; absent on the last one.
+	// NextCursor `cursor` of the next page. Absent on the last page.
 	NextCursor *string `json:"next_cursor,omitempty"`
 
 	// Orgs The organizations.
 	Orgs []Org `json:"orgs"`
 }
 
-// OutputLost A gap in the output, whose bytes are not kept any more.
+// OutputLost A gap in the output, whose bytes are no longer kept.
 type OutputLost struct {
-	// Bytes How many.
+	// Bytes Number of missing bytes.
 	Bytes int64 `json:"bytes"`
 
-	// Offset Where it begins.
+	// Offset Offset of the first missing byte.
 	Offset int64 `json:"offset"`
 }
 
 // OutputPiece A piece of a process's output.
 type OutputPiece struct {
-	// Data The output: text, or base64 where `encoding` says so.
+	// Data The output, as text, or in base64 if `encoding` says so.
 	Data string `json:"data"`
 
-	// Encoding `base64` when the piece is not UTF-8, else absent.
+	// Encoding `base64` if the piece is not UTF-8, else absent.
 	Encoding *OutputPieceEncoding `json:"encoding,omitempty"`
 
-	// Offset Offset of its first byte. Absent in an execution that is not detached.
+	// Offset Offset of the first byte of the piece. Absent in an execution that is not detached.
 	Offset *int64 `json:"offset,omitempty"`
 
-	// Stream Of which stream it is; in an event, whose name says it, absent.
+	// Stream The stream of the piece. Absent in an event, whose name says it.
 	Stream *OutputPieceStream `json:"stream,omitempty"`
 }
 
-// OutputPieceEncoding `base64` when the piece is not UTF-8, else absent.
+// OutputPieceEncoding `base64` if the piece is not UTF-8, else absent.
 type OutputPieceEncoding string
 
-// OutputPieceStream Of which stream it is; in an event, whose name says it, absent.
+// OutputPieceStream The stream of the piece. Absent in an event, whose name says it.
 type OutputPieceStream string
 
-// Pool The sandboxes that are booted in advance.
+// Pool The sandboxes that are started in advance.
 type Pool struct {
 	// Pool One entry for each template and size that is in use or has a target, by name.
 	Pool []PoolEntry `json:"pool"`
 }
 
-// PoolEntry What the pool has of one template at one size.
+// PoolEntry The pooled sandboxes of one template and size.
 type PoolEntry struct {
 	// Claimed Creates that were served from the pool since the server started.
 	Claimed int `json:"claimed"`
 
-	// Ready Members that a create can take now.
+	// Ready Pooled sandboxes that a create can claim now.
 	Ready int `json:"ready"`
 
 	// Size Name of the size.
@@ -1209,7 +1247,7 @@ type PoolEntry struct {
 	// Example: shared-cpu-1x
 	Size string `json:"size"`
 
-	// Target Members that there should be now. It follows demand.
+	// Target Pooled sandboxes that there should be now. The number follows demand.
 	Target int `json:"target"`
 
 	// Template Name of the template.
@@ -1217,51 +1255,51 @@ type PoolEntry struct {
 	// Example: python
 	Template string `json:"template"`
 
-	// TemplateVersion The version that the members are of.
+	// TemplateVersion Version of the template that the pooled sandboxes have.
 	TemplateVersion int `json:"template_version"`
 }
 
 // Port A port of a sandbox.
 type Port struct {
-	// Port Its number.
+	// Port Number of the port.
 	Port int `json:"port"`
 
-	// Public Whether anybody may reach it.
+	// Public Whether anyone may reach the port.
 	Public bool `json:"public"`
 
-	// URL Where it is reached, ending in `/`.
+	// URL URL of the port, ending in `/`.
 	URL string `json:"url"`
 }
 
 // PortList The public ports of a sandbox.
 type PortList struct {
-	// Ports Lowest first.
+	// Ports The ports, lowest first.
 	Ports []Port `json:"ports"`
 }
 
-// PortSettings What is to be changed about a port.
+// PortSettings The settings to change of a port.
 type PortSettings struct {
-	// Public Whether anybody may reach it. Required.
+	// Public Whether anyone may reach the port. Required.
 	Public *bool `json:"public,omitempty"`
 }
 
-// PortURL A URL that opens a port to whoever has it.
+// PortURL A URL that opens a port to anyone who has it.
 type PortURL struct {
-	// ExpiresAt When it ceases to work.
+	// ExpiresAt When the URL expires.
 	ExpiresAt time.Time `json:"expires_at"`
 
-	// URL The URL, with its signature in the query; a path can be put before the `?`.
+	// URL The URL, with its signature in the query. You can insert a path before the `?`.
 	URL string `json:"url"`
 }
 
 // Problem An error, as in RFC 9457.
 type Problem struct {
-	// Code What is wrong, for programs. Stable.
+	// Code The reason, for programs. Stable.
 	//
 	// Example: sandbox_not_found
 	Code string `json:"code"`
 
-	// Detail What is wrong, for people.
+	// Detail The reason, for people.
 	Detail string `json:"detail"`
 
 	// Field The offending field, parameter or header.
@@ -1269,7 +1307,7 @@ type Problem struct {
 	// Example: egress.allow_cidrs[0]
 	Field *string `json:"field,omitempty"`
 
-	// RequestID Names this request in the server's log. Also in `X-Request-Id`.
+	// RequestID Id of this request in the server's log, also in `X-Request-Id`.
 	RequestID string `json:"request_id"`
 
 	// Status The HTTP status.
@@ -1277,7 +1315,7 @@ type Problem struct {
 	// Example: 404
 	Status int `json:"status"`
 
-	// Title The text of the status.
+	// Title Text of the HTTP status.
 	//
 	// Example: Not Found
 	Title string `json:"title"`
@@ -1288,152 +1326,153 @@ type Problem struct {
 	Type string `json:"type"`
 }
 
-// Process A process that some call started.
+// Process A process that a call has started.
 type Process struct {
-	// Args Program and arguments, cut off with `…` after 1 KiB. A shell command line is `/bin/sh`, `-c` and it.
+	// Args Program and arguments, cut off with `…` after 1 KiB. A shell command line is shown as `/bin/sh`, `-c` and the line.
 	Args []string `json:"args"`
 
-	// Exit How a process ended.
+	// Exit The end of a process.
 	Exit *ProcessExit `json:"exit,omitempty"`
 
 	// OutputFrom Offset of the first byte of output that is kept.
 	OutputFrom *int64 `json:"output_from,omitempty"`
 
-	// OutputKept Its output can be followed.
+	// OutputKept Whether you can follow the process's output.
 	OutputKept bool `json:"output_kept"`
 
-	// OutputTo Offset of the byte to come; how much it has written so far.
+	// OutputTo Offset of the next byte of output, which is the number of bytes written so far.
 	OutputTo *int64 `json:"output_to,omitempty"`
 
-	// PID Its number in the sandbox. After its end and once it is forgotten another one may have it.
+	// PID The process's number in the sandbox. Another process may have it after the end of this one.
 	//
 	// Example: 7
 	PID int `json:"pid"`
 
-	// StartedAt When it was started.
+	// StartedAt When the process was started.
 	StartedAt time.Time `json:"started_at"`
 
-	// Status Whether it runs.
+	// Status Whether the process runs.
 	Status ProcessStatus `json:"status"`
 
-	// StdinOpen It can be written to.
+	// StdinOpen Whether you can write to the process's input.
 	StdinOpen bool `json:"stdin_open"`
 
-	// Tag Its tag; absent if it has none.
+	// Tag The tag. Absent if the process has none.
 	Tag *string `json:"tag,omitempty"`
 
-	// Terminal It has a terminal.
+	// Terminal Whether the process has a terminal.
 	Terminal bool `json:"terminal"`
 
-	// User Whom it was started as; absent if it is not known.
+	// User The user at the start. Absent if it is not known.
 	User *string `json:"user,omitempty"`
 
-	// Workdir Its working directory when it was started; absent if it is not known.
+	// Workdir The working directory at the start. Absent if it is not known.
 	Workdir *string `json:"workdir,omitempty"`
 }
 
-// ProcessStatus Whether it runs.
+// ProcessStatus Whether the process runs.
 type ProcessStatus string
 
-// ProcessExit How a process ended.
+// ProcessExit The end of a process.
 type ProcessExit struct {
-	// DurationMs How long it ran.
+	// DurationMs How long the process ran, in milliseconds.
 	DurationMs int64 `json:"duration_ms"`
 
-	// ExitCode Its exit code; 128+N when killed by signal N, 124 when killed at its timeout, 137 when killed for want of memory.
+	// ExitCode The exit code: 128+N if the process was killed by signal N, 124 if it exceeded its timeout, 137 if it was killed for lack of memory.
 	ExitCode int `json:"exit_code"`
 
-	// OOMKilled It was killed because the sandbox's memory was used up. The sandbox lives on.
+	// OOMKilled Whether the process was killed because the sandbox's memory was used up. The sandbox lives on.
 	OOMKilled bool `json:"oom_killed"`
 
-	// Signal Name of the signal that ended it, e.g. `SIGKILL`; absent when none did.
+	// Signal Name of the signal that ended the process, such as `SIGKILL`. Absent if no signal did.
 	//
 	// Example: SIGTERM
 	Signal *string `json:"signal,omitempty"`
 
-	// StderrTruncated There was more standard error than was sent. Only at the end of a streamed execution that is not detached.
+	// StderrTruncated Whether there was more standard error than was sent. Only at the end of a streamed execution that is not detached.
 	StderrTruncated *bool `json:"stderr_truncated,omitempty"`
 
-	// StdoutTruncated There was more standard output than was sent. Only at the end of a streamed execution that is not detached.
+	// StdoutTruncated Whether there was more standard output than was sent. Only at the end of a streamed execution that is not detached.
 	StdoutTruncated *bool `json:"stdout_truncated,omitempty"`
 
-	// TimedOut It was killed at its timeout.
+	// TimedOut Whether the process was killed at its timeout.
 	TimedOut bool `json:"timed_out"`
 }
 
 // ProcessList Processes of a sandbox.
 type ProcessList struct {
-	// Processes Newest first.
+	// Processes The processes, newest first.
 	Processes []Process `json:"processes"`
 }
 
 // ProcessOutput Output of a process.
 type ProcessOutput struct {
-	// Lost How many bytes from the offset asked for on are not kept any more.
+	// Lost Number of bytes from the requested offset on that are no longer kept.
 	//
 	// Example: 0
 	Lost int64 `json:"lost"`
 
-	// NextOffset What to ask for next: the offset after the last piece.
+	// NextOffset The offset after the last piece. Ask for it next.
 	NextOffset int64 `json:"next_offset"`
 
-	// Output The pieces, in the order they came.
+	// Output The pieces, in the order of arrival.
 	Output []OutputPiece `json:"output"`
 
-	// Process A process that some call started.
+	// Process A process that a call has started.
 	Process Process `json:"process"`
 }
 
 // ProcessStarted The event `started` of a streamed execution.
 type ProcessStarted struct {
-	// PID The process in the sandbox.
+	// PID The process's number in the sandbox.
 	//
 	// Example: 7
 	PID int `json:"pid"`
 }
 
-// Quota What an organization may have at once; 0 is no limit.
+// Quota What an organization may have at once. 0 means no limit.
 type Quota struct {
-	// MemoryMB Memory of sandboxes that run, in MiB.
+	// MemoryMB Memory of running sandboxes, in MiB.
 	MemoryMB int `json:"memory_mb"`
 
 	// Sandboxes Sandboxes that are not destroyed.
 	Sandboxes int `json:"sandboxes"`
 
-	// VCPUs Virtual CPUs of sandboxes that run.
+	// VCPUs Virtual CPUs of running sandboxes.
 	VCPUs int `json:"vcpus"`
 }
 
-// QuotaRequest What an organization may have at once; 0 is no limit. What is absent has the server's default.
+// QuotaRequest What an organization may have at once. 0 means no limit; an absent field has the server's default.
 type QuotaRequest struct {
-	// MemoryMB Memory of sandboxes that run, in MiB.
+	// MemoryMB Memory of running sandboxes, in MiB.
 	MemoryMB *int `json:"memory_mb,omitempty"`
 
 	// Sandboxes Sandboxes that are not destroyed.
 	Sandboxes *int `json:"sandboxes,omitempty"`
 
-	// VCPUs Virtual CPUs of sandboxes that run.
+	// VCPUs Virtual CPUs of running sandboxes.
 	VCPUs *int `json:"vcpus,omitempty"`
 }
 
-// ReadyCheck When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+// ReadyCheck When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when the check succeeds,
+// and fails if it does not succeed in time. Needs a start command.
 type ReadyCheck struct {
-	// Command A shell command line ends with exit code 0.
+	// Command A shell command line that must end with exit code 0.
 	Command *string `json:"command,omitempty"`
 
-	// HTTP A GET to the sandbox itself is answered with a status of 2xx or 3xx.
+	// HTTP A GET to the sandbox itself that must be answered with a status of 2xx or 3xx.
 	HTTP *ReadyHTTP `json:"http,omitempty"`
 
-	// Port Something listens on this TCP port.
+	// Port A TCP port on which a program must listen.
 	Port *int `json:"port,omitempty"`
 
-	// Timeout How long it may take, 1s to 10m. Default 1m.
+	// Timeout Time limit of the check, 1s to 10m. The default is 1m.
 	//
 	// Example: 1m
 	Timeout *string `json:"timeout,omitempty"`
 }
 
-// ReadyHTTP A GET to the sandbox itself is answered with a status of 2xx or 3xx.
+// ReadyHTTP A GET to the sandbox itself that must be answered with a status of 2xx or 3xx.
 type ReadyHTTP struct {
 	// Path Path, beginning with `/`.
 	//
@@ -1444,73 +1483,78 @@ type ReadyHTTP struct {
 	Port int `json:"port"`
 }
 
-// RebuildTemplateRequest New inputs of a template. Exactly one of `image`, `dockerfile` and `debian`; or nothing but `credentials`.
+// RebuildTemplateRequest New inputs of a template. Give exactly one of `image`, `dockerfile` and `debian`, or only `credentials`.
 type RebuildTemplateRequest struct {
-	// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. They end up in the image's history: no place for secrets.
+	// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. The values are stored in the image's
+	// history, so do not put secrets here.
 	BuildArgs BuildArgs `json:"build_args,omitempty"`
 
-	// Credentials How to open a registry. Never answered, logged or stored: a build that waits or runs while the server restarts fails and says so.
+	// Credentials Credentials for a registry. They are never returned, logged or stored: if the server restarts while the build
+	// waits or runs, the build fails and says so.
 	Credentials *RegistryCredentials `json:"credentials,omitempty"`
 
-	// Debian Source: a minimal Debian system with packages and all they depend on.
+	// Debian Source: a minimal Debian system with packages and all their dependencies.
 	Debian *DebianSource `json:"debian,omitempty"`
 
-	// Description What it is for, at most 1024 bytes.
+	// Description What the template is for, at most 1024 bytes.
 	Description *string `json:"description,omitempty"`
 
-	// DiskSizeMB Default of what a sandbox may write, in MiB: at least 64, at most what the operator allows; absent is the server's.
+	// DiskSizeMB Default of the space that a sandbox may write, in MiB: at least 64, at most what the operator allows. If absent, the server's.
 	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
 
-	// Dockerfile Source: the path of a Dockerfile in the context; without a context its text, at most 512 KiB. `FROM` finds templates of the organization and built-in ones by name before any registry.
+	// Dockerfile Source: the path of a Dockerfile in the context; without a context its text, at most 512 KiB. `FROM` looks a name up in the organization's templates and the built-in ones before any registry.
 	//
 	// Example: FROM python
 	// RUN pip install numpy
 	Dockerfile *string `json:"dockerfile,omitempty"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
-	// Image Source: the reference of an OCI image; with a context the path in it of an OCI image layout or archive, as `docker save` and others write them, or `.` for the context itself.
+	// Image Source: the reference of an OCI image. With a context, the path in it of an OCI image layout or archive, as `docker save` and other tools write them, or `.` for the context itself.
 	//
 	// Example: docker.io/library/alpine:3.22
 	Image *string `json:"image,omitempty"`
 
-	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when the check succeeds,
+	// and fails if it does not succeed in time. Needs a start command.
 	Ready *ReadyCheck `json:"ready,omitempty"`
 
-	// Size Default size of sandboxes, see `GET /v1/sizes`; absent is the server's.
+	// Size Default size of sandboxes, see `GET /v1/sizes`. If absent, the server's.
 	Size *string `json:"size,omitempty"`
 
-	// StartCommand A shell command line that is started with every sandbox. Absent is the image's ENTRYPOINT and CMD; an empty one is none.
+	// StartCommand A shell command line that is started with every sandbox. If absent, the image's ENTRYPOINT and CMD; an empty one means none.
 	//
 	// Example: python3 -m http.server 8000
 	StartCommand *string `json:"start_command,omitempty"`
 
-	// Target Stage of the Dockerfile to build; absent is the last.
+	// Target Stage of the Dockerfile to build. If absent, the last one.
 	Target *string `json:"target,omitempty"`
 
-	// User Default user of commands and files, a name or a number. Absent is the image's, else root.
+	// User Default user of commands and files, a name or a number. If absent, the image's, else root.
 	User *string `json:"user,omitempty"`
 
-	// Workdir Default working directory of commands, an absolute path. Absent is the image's.
+	// Workdir Default working directory of commands, an absolute path. If absent, the image's.
 	Workdir *string `json:"workdir,omitempty"`
 }
 
-// RecoveryPoint A state that a persistent sandbox falls back to after a crash.
+// RecoveryPoint A state to which a persistent sandbox falls back after a crash.
 type RecoveryPoint struct {
-	// CreatedAt The time of the state it holds.
+	// CreatedAt The time of the saved state.
 	CreatedAt time.Time `json:"created_at"`
 
-	// SizeBytes Its size on disk.
+	// SizeBytes Size on disk.
 	SizeBytes int64 `json:"size_bytes"`
 }
 
-// RegistryCredentials How to open a registry. Never answered, logged or stored: a build that waits or runs while the server restarts fails and says so.
+// RegistryCredentials Credentials for a registry. They are never returned, logged or stored: if the server restarts while the build
+// waits or runs, the build fails and says so.
 type RegistryCredentials struct {
 	// Password Password or token.
 	Password string `json:"password"`
 
-	// Registry Host of the registry that may see them, with its port if it has one. Needed with a `dockerfile`; absent is that of `image`.
+	// Registry Host of the registry that gets the credentials, with its port if it has one. Required with a `dockerfile`; if absent, the registry of `image`.
 	//
 	// Example: ghcr.io
 	Registry *string `json:"registry,omitempty"`
@@ -1519,17 +1563,17 @@ type RegistryCredentials struct {
 	Username string `json:"username"`
 }
 
-// RenameFileRequest What to rename.
+// RenameFileRequest The file or directory to rename.
 type RenameFileRequest struct {
-	// From Absolute path of what is renamed. No `..` elements, no NUL.
+	// From Absolute path of the file or directory. No `..` elements, no NUL.
 	//
 	// Example: /home/user/draft
 	From string `json:"from"`
 
-	// Overwrite Replace what is there.
+	// Overwrite Replace an existing file or empty directory at the new path.
 	Overwrite *bool `json:"overwrite,omitempty"`
 
-	// To Its new path.
+	// To The new path.
 	//
 	// Example: /home/user/final
 	To string `json:"to"`
@@ -1537,31 +1581,35 @@ type RenameFileRequest struct {
 
 // Sandbox A sandbox.
 type Sandbox struct {
-	// CreatedAt When it was asked for.
+	// CreatedAt When the sandbox was requested.
 	CreatedAt time.Time `json:"created_at"`
 
-	// DestroyReason Why it was destroyed: `requested`, `expired`, `boot_failed`, `lost`. More may be added.
+	// DestroyReason Why the sandbox was destroyed: `requested`, `expired`, `boot_failed`, `lost`. More may be added.
 	//
 	// Example: expired
 	DestroyReason *string `json:"destroy_reason,omitempty"`
 
-	// DestroyedAt When nothing of it was left.
+	// DestroyedAt When nothing of the sandbox was left.
 	DestroyedAt *time.Time `json:"destroyed_at,omitempty"`
 
-	// DiskMB What it may write, in MiB.
+	// DiskMB The space that the sandbox may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
-	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
-	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
+	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
+	// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
+	// service at 169.254.169.254), or ranges that the operator forbids. There is no IPv6. Answers to allowed traffic
+	// come back.
 	Egress Egress `json:"egress"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env"`
 
-	// Error What went wrong, for people: why it did not start, or why a suspended one could not be woken. Absent when nothing did.
+	// Error The error, for people: why the sandbox did not start, or why a suspended one could not be woken. Absent if there was none.
 	Error *string `json:"error,omitempty"`
 
-	// ExpiresAt Ephemeral only: when it will be destroyed, or suspended if it was made so through E2B's API. Absent while it is suspended.
+	// ExpiresAt Ephemeral only: when the sandbox will be destroyed, or suspended if it was created so through E2B's API. Absent while it is suspended.
 	ExpiresAt *time.Time `json:"expires_at,omitempty"`
 
 	// ID `sbx_` and 20 lower-case base32 characters.
@@ -1569,93 +1617,98 @@ type Sandbox struct {
 	// Example: sbx_abcdefghijklmnopqrst
 	ID string `json:"id"`
 
-	// IdleTimeoutSeconds Persistent only: suspended after this time without activity; 0 is never.
+	// IdleTimeoutSeconds Persistent only: the time without activity after which the sandbox is suspended; 0 means never.
 	IdleTimeoutSeconds *int64 `json:"idle_timeout_seconds,omitempty"`
 
-	// LastActivityAt Persistent only: the last time it was used.
+	// LastActivityAt Persistent only: when the sandbox was last used.
 	LastActivityAt *time.Time `json:"last_activity_at,omitempty"`
 
 	// MemoryMB Memory in MiB.
 	MemoryMB int `json:"memory_mb"`
 
-	// Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
+	// Metadata Labels of your choice. At most 64, with keys of 1 to 128 bytes and values of up to 1024 bytes.
 	Metadata Metadata `json:"metadata"`
 
-	// Mode `ephemeral` sandboxes are destroyed when their timeout is over, `persistent` ones suspended when idle and woken by the next call.
+	// Mode An `ephemeral` sandbox is destroyed at the end of its timeout. A `persistent` one is suspended when idle and
+	// woken by the next call.
 	Mode SandboxMode `json:"mode"`
 
-	// Network What left the sandbox since it runs, as its policy decided. Only where one running sandbox is read, not in lists and not in answers to other calls.
+	// Network Traffic from the sandbox since it began to run, by the decision of its policy. Only in the answer for one
+	// running sandbox, not in lists and answers to other calls.
 	Network *NetworkUse `json:"network,omitempty"`
 
-	// Origin Id of the snapshot or sandbox that it was made from, which may be gone. Absent when neither.
+	// Origin Id of the snapshot or sandbox that the sandbox was created from, which may be gone. Absent if it was created from a template.
 	//
 	// Example: snap_abcdefghijklmnopqrst
 	Origin *string `json:"origin,omitempty"`
 
-	// RecoveryIntervalSeconds Persistent only: how often a recovery point is taken while it runs and changes; 0 is never.
+	// RecoveryIntervalSeconds Persistent only: the interval of recovery points while the sandbox runs and changes; 0 means never.
 	RecoveryIntervalSeconds *int64 `json:"recovery_interval_seconds,omitempty"`
 
-	// Size Name of its size.
+	// Size Name of the sandbox's size.
 	Size string `json:"size"`
 
-	// Source Whether it was taken from the pool (`warm`), booted for the request (`cold`), made from a snapshot, or is a child of another sandbox (`fork`).
+	// Source How the sandbox was created: from the pool (`warm`), started for the request (`cold`), from a snapshot (`snapshot`), or as a child of another sandbox (`fork`).
 	Source *SandboxSource `json:"source,omitempty"`
 
-	// StartedAt When it began to run.
+	// StartedAt When the sandbox began to run.
 	StartedAt *time.Time `json:"started_at,omitempty"`
 
-	// State The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+	// State The exact internal state. `suspending` has the status `running`, `waking` has `suspended`, `destroying` and
+	// `failed` have `destroyed`.
 	State SandboxState `json:"state"`
 
-	// Status What a sandbox is doing.
+	// Status The status of a sandbox.
 	Status SandboxStatus `json:"status"`
 
-	// SuspendedAt The time of the state it is suspended in and would wake from; absent while it runs.
+	// SuspendedAt The time of the checkpoint from which the sandbox would wake. Absent while it runs.
 	SuspendedAt *time.Time `json:"suspended_at,omitempty"`
 
-	// Template Name of the template it was made from.
+	// Template Name of the template that the sandbox was created from.
 	Template string `json:"template"`
 
 	// TemplateID Id of that template.
 	TemplateID string `json:"template_id"`
 
-	// TemplateVersion Version of that template; it stays the same for the sandbox's whole life.
+	// TemplateVersion Version of that template. It never changes.
 	TemplateVersion int `json:"template_version"`
 
-	// TimeoutSeconds Ephemeral only: its lifetime.
+	// TimeoutSeconds Ephemeral only: the lifetime of the sandbox.
 	TimeoutSeconds *int64 `json:"timeout_seconds,omitempty"`
 
 	// VCPUs Virtual CPUs.
 	VCPUs int `json:"vcpus"`
 }
 
-// SandboxSource Whether it was taken from the pool (`warm`), booted for the request (`cold`), made from a snapshot, or is a child of another sandbox (`fork`).
+// SandboxSource How the sandbox was created: from the pool (`warm`), started for the request (`cold`), from a snapshot (`snapshot`), or as a child of another sandbox (`fork`).
 type SandboxSource string
 
 // SandboxList A page of sandboxes, newest first.
 type SandboxList struct {
-	// NextCursor `cursor` of the next page; absent on the last one.
+	// NextCursor `cursor` of the next page. Absent on the last page.
 	NextCursor *string `json:"next_cursor,omitempty"`
 
 	// Sandboxes The sandboxes.
 	Sandboxes []Sandbox `json:"sandboxes"`
 }
 
-// SandboxMode `ephemeral` sandboxes are destroyed when their timeout is over, `persistent` ones suspended when idle and woken by the next call.
+// SandboxMode An `ephemeral` sandbox is destroyed at the end of its timeout. A `persistent` one is suspended when idle and
+// woken by the next call.
 type SandboxMode string
 
-// SandboxState The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+// SandboxState The exact internal state. `suspending` has the status `running`, `waking` has `suspended`, `destroying` and
+// `failed` have `destroyed`.
 type SandboxState string
 
-// SandboxStatus What a sandbox is doing.
+// SandboxStatus The status of a sandbox.
 type SandboxStatus string
 
-// Scope One thing a key may do.
+// Scope A permission of a key.
 type Scope string
 
 // SignalRequest A signal.
 type SignalRequest struct {
-	// Signal Its name with or without SIG, or its number, 1 to 64.
+	// Signal Name of the signal with or without SIG, or its number, 1 to 64.
 	//
 	// Example: TERM
 	Signal string `json:"signal"`
@@ -1663,13 +1716,13 @@ type SignalRequest struct {
 
 // Size A preset of CPU and memory.
 type Size struct {
-	// Dedicated The CPUs are guaranteed, rather than shared by weight.
+	// Dedicated Whether the CPUs are guaranteed rather than shared by weight.
 	Dedicated bool `json:"dedicated"`
 
 	// MemoryMB Memory in MiB.
 	MemoryMB int `json:"memory_mb"`
 
-	// Name Its name.
+	// Name Name of the size.
 	//
 	// Example: shared-cpu-1x
 	Name string `json:"name"`
@@ -1684,19 +1737,23 @@ type SizeList struct {
 	Sizes []Size `json:"sizes"`
 }
 
-// Snapshot A sandbox as it was at a time.
+// Snapshot The saved state of a sandbox.
 type Snapshot struct {
-	// CreatedAt The time of the state it holds.
+	// CreatedAt The time of the saved state.
 	CreatedAt time.Time `json:"created_at"`
 
-	// DiskMB What they may write, in MiB.
+	// DiskMB The space that these sandboxes may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
-	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
-	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
+	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
+	// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
+	// service at 169.254.169.254), or ranges that the operator forbids. There is no IPv6. Answers to allowed traffic
+	// come back.
 	Egress Egress `json:"egress"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env"`
 
 	// ID `snap_` and 20 lower-case base32 characters.
@@ -1704,25 +1761,25 @@ type Snapshot struct {
 	// Example: snap_abcdefghijklmnopqrst
 	ID string `json:"id"`
 
-	// Memory Whether it holds processes and memory, and not files alone: always true now.
+	// Memory Whether the snapshot has processes and memory, and not only files. At present always true.
 	Memory bool `json:"memory"`
 
-	// MemoryMB Their memory in MiB.
+	// MemoryMB Memory of these sandboxes, in MiB.
 	MemoryMB int `json:"memory_mb"`
 
-	// Name Its name; absent if it has none.
+	// Name The name. Absent if the snapshot has none.
 	Name *string `json:"name,omitempty"`
 
-	// SandboxID Id of the sandbox it is of, which may be gone.
+	// SandboxID Id of the snapshot's sandbox, which may be gone.
 	SandboxID string `json:"sandbox_id"`
 
-	// Size Name of the size that sandboxes made from it have.
+	// Size Name of the size of sandboxes that are created from the snapshot.
 	Size string `json:"size"`
 
-	// SizeBytes Its size on disk. One of a suspended sandbox shares that with the sandbox's checkpoint.
+	// SizeBytes Size on disk. A snapshot of a suspended sandbox shares that space with the sandbox's checkpoint.
 	SizeBytes int64 `json:"size_bytes"`
 
-	// Template Name of the template that sandbox was made from.
+	// Template Name of the template that the sandbox was created from.
 	Template string `json:"template"`
 
 	// TemplateID Id of that template.
@@ -1731,88 +1788,94 @@ type Snapshot struct {
 	// TemplateVersion Version of that template.
 	TemplateVersion int `json:"template_version"`
 
-	// VCPUs Their virtual CPUs.
+	// VCPUs Virtual CPUs of these sandboxes.
 	VCPUs int `json:"vcpus"`
 }
 
 // SnapshotList A page of snapshots, newest first.
 type SnapshotList struct {
-	// NextCursor `cursor` of the next page; absent on the last one.
+	// NextCursor `cursor` of the next page. Absent on the last page.
 	NextCursor *string `json:"next_cursor,omitempty"`
 
 	// Snapshots The snapshots.
 	Snapshots []Snapshot `json:"snapshots"`
 }
 
-// StartProcessRequest What to start. Exactly one of `command` and `args`.
+// StartProcessRequest The process to start. Give exactly one of `command` and `args`.
 type StartProcessRequest struct {
-	// Args A program and its arguments, run without a shell. Each has at most 131071 bytes, and all of them with the environment 2 MiB.
+	// Args A program and its arguments, run without a shell. Each argument has at most 131071 bytes, and all of them
+	// with the environment at most 2 MiB.
 	//
 	// Example: ["python3","-m","http.server"]
 	Args []string `json:"args,omitempty"`
 
-	// Command A shell command line, run by `shell`, of at most 131071 bytes.
+	// Command A shell command line of at most 131071 bytes, run by `shell`.
 	//
 	// Example: python3 -m http.server
 	Command *string `json:"command,omitempty"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
 	// Pty The size of a terminal.
 	Pty *TerminalSize `json:"pty,omitempty"`
 
-	// Shell What runs `command`: `/bin/sh -c`, or the `bash -c` that the PATH has. Only with `command`.
+	// Shell The shell that runs `command`: `/bin/sh -c`, or `bash -c` with the bash in the PATH. Only with `command`.
 	Shell *StartProcessRequestShell `json:"shell,omitempty"`
 
-	// Stdin Its input stays open to be written to; else it is empty, `/dev/null`. A terminal's is always open.
+	// Stdin Keep the input open for writing. Otherwise it is empty (`/dev/null`). The input of a terminal is always open.
 	Stdin *bool `json:"stdin,omitempty"`
 
-	// Tag A name to find it by, of no other process that runs.
+	// Tag A name by which you can find the process. No other running process may have it.
 	//
 	// Example: server
 	Tag *string `json:"tag,omitempty"`
 
-	// Timeout Kill it and all its descendants after this time, 1s to 24h. Default is never.
+	// Timeout Kill the process and all its descendants after this time, 1s to 24h. By default there is no limit.
 	//
 	// Example: 2h
 	Timeout *string `json:"timeout,omitempty"`
 
-	// User Name or number of the user to run as. Default is the template's, else root.
+	// User Name or number of the user to run as. The default is the template's user, else root.
 	User *string `json:"user,omitempty"`
 
-	// Workdir Absolute path of the working directory; must exist. Default is the template's, else the user's home.
+	// Workdir Absolute path of the working directory, which must exist. The default is the template's, else the user's home.
 	Workdir *string `json:"workdir,omitempty"`
 }
 
-// StartProcessRequestShell What runs `command`: `/bin/sh -c`, or the `bash -c` that the PATH has. Only with `command`.
+// StartProcessRequestShell The shell that runs `command`: `/bin/sh -c`, or `bash -c` with the bash in the PATH. Only with `command`.
 type StartProcessRequestShell string
 
-// Template What sandboxes are made from.
+// Template A template, from which sandboxes are created.
 type Template struct {
-	// BuildError Why the newest build failed; absent when it did not.
+	// BuildError Why the newest build failed. Absent if it did not.
 	BuildError *BuildError `json:"build_error,omitempty"`
 
 	// BuiltAt When the version in use became ready.
 	BuiltAt *time.Time `json:"built_at,omitempty"`
 
-	// Builtin It belongs to all organizations and is read-only.
+	// Builtin Whether the template is built in: it belongs to all organizations and is read-only.
 	Builtin bool `json:"builtin"`
 
-	// CreatedAt When it was registered.
+	// CreatedAt When the template was created.
 	CreatedAt time.Time `json:"created_at"`
 
-	// Description What it is for; may be empty.
+	// Description What the template is for. May be empty.
 	Description string `json:"description"`
 
-	// DiskSizeMB Default of what a sandbox may write, in MiB; absent is the server's.
+	// DiskSizeMB Default of the space that a sandbox may write, in MiB. If absent, the server's.
 	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
 
-	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
-	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
+	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
+	// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
+	// service at 169.254.169.254), or ranges that the operator forbids. There is no IPv6. Answers to allowed traffic
+	// come back.
 	Egress Egress `json:"egress"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env"`
 
 	// ID `tpl_` and 20 lower-case base32 characters.
@@ -1828,42 +1891,43 @@ type Template struct {
 	// Example: python
 	Name string `json:"name"`
 
-	// Progress What the build is doing now; absent when there is none.
+	// Progress What the build is doing now. Absent if there is no build.
 	Progress *string `json:"progress,omitempty"`
 
-	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when the check succeeds,
+	// and fails if it does not succeed in time. Needs a start command.
 	Ready *ReadyCheck `json:"ready,omitempty"`
 
-	// Size Default size; absent is the server's.
+	// Size Default size of sandboxes. If absent, the server's.
 	Size *string `json:"size,omitempty"`
 
-	// Source What that version was made from.
+	// Source The source of that version.
 	//
 	// Example: debian:bookworm
 	Source *string `json:"source,omitempty"`
 
-	// StartCommand Command started with every sandbox, as a shell command line; absent when there is none.
+	// StartCommand Shell command line that is started with every sandbox. Absent if there is none.
 	StartCommand *string `json:"start_command,omitempty"`
 
-	// Status Where the newest build stands. A template whose `version` is not 0 can be used whatever its status.
+	// Status The status of the newest build. A template whose `version` is not 0 can be used whatever its status.
 	Status TemplateStatus `json:"status"`
 
-	// UpdatedAt When it last changed.
+	// UpdatedAt When the template last changed.
 	UpdatedAt time.Time `json:"updated_at"`
 
-	// User Default user of commands and files; absent is root.
+	// User Default user of commands and files. If absent, root.
 	User *string `json:"user,omitempty"`
 
-	// Version The ready version in use, counted up from 1; 0 is none yet.
+	// Version The ready version in use, counted up from 1. 0 means that there is none yet.
 	Version int `json:"version"`
 
-	// Workdir Default working directory of commands; absent is the user's home.
+	// Workdir Default working directory of commands. If absent, the user's home.
 	Workdir *string `json:"workdir,omitempty"`
 }
 
 // TemplateList A page of templates, newest first.
 type TemplateList struct {
-	// NextCursor `cursor` of the next page; absent on the last one.
+	// NextCursor `cursor` of the next page. Absent on the last page.
 	NextCursor *string `json:"next_cursor,omitempty"`
 
 	// Templates The templates.
@@ -1872,16 +1936,16 @@ type TemplateList struct {
 
 // TemplateLogLine One line of a build's log.
 type TemplateLogLine struct {
-	// Heading The line says what the step is.
+	// Heading Whether the line is the heading of a step.
 	Heading bool `json:"heading,omitempty"`
 
-	// Step Which step of the build said it, counted from 1; absent when it was none in particular.
+	// Step The step of the build that wrote the line, counted from 1. Absent if no step did.
 	Step *int `json:"step,omitempty"`
 
-	// Text The line, without its end.
+	// Text The line, without its line break.
 	Text string `json:"text"`
 
-	// Time When it was written.
+	// Time When the line was written.
 	Time time.Time `json:"time"`
 }
 
@@ -1891,7 +1955,7 @@ type TemplateLogs struct {
 	Lines []TemplateLogLine `json:"lines"`
 }
 
-// TemplateStatus Where the newest build stands. A template whose `version` is not 0 can be used whatever its status.
+// TemplateStatus The status of the newest build. A template whose `version` is not 0 can be used whatever its status.
 type TemplateStatus string
 
 // TerminalSize The size of a terminal.
@@ -1955,7 +2019,7 @@ type NotFound = Problem
 // PortAnswer A port of a sandbox.
 type PortAnswer = Port
 
-// ProcessAnswer A process that some call started.
+// ProcessAnswer A process that a call has started.
 type ProcessAnswer = Process
 
 // RangeNotSatisfiable An error, as in RFC 9457.
@@ -1981,16 +2045,16 @@ type UnsupportedMediaType = Problem
 
 // ListAPIKeysParams defines parameters for ListAPIKeys.
 type ListAPIKeysParams struct {
-	// Limit Most entries to answer.
+	// Limit The largest number of entries to return.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor `next_cursor` of the page before. Opaque.
+	// Cursor `next_cursor` of the previous page. Opaque.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // ReadFeedParams defines parameters for ReadFeed.
 type ReadFeedParams struct {
-	// After `id` of an event; only what comes after it is answered.
+	// After `id` of an event; only later events are returned.
 	After *string `form:"after,omitempty" json:"after,omitempty"`
 
 	// Type Keep only events of this type. Repeat it for several.
@@ -1999,52 +2063,54 @@ type ReadFeedParams struct {
 	// Sandbox Keep only events of this sandbox, which may be gone.
 	Sandbox *string `form:"sandbox,omitempty" json:"sandbox,omitempty"`
 
-	// Limit Most entries to answer.
+	// Limit The largest number of entries to return.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor `next_cursor` of the page before. Opaque.
+	// Cursor `next_cursor` of the previous page. Opaque.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 
-	// LastEventID `id` of the last event that was received; only what comes after it is sent. Goes before `after`. Only with `Accept: text/event-stream`.
+	// LastEventID `id` of the last event that you received; only later events are sent. Takes precedence over `after`. Only
+	// with `Accept: text/event-stream`.
 	LastEventID *string `json:"Last-Event-ID,omitempty"`
 }
 
 // ListOrgsParams defines parameters for ListOrgs.
 type ListOrgsParams struct {
-	// Limit Most entries to answer.
+	// Limit The largest number of entries to return.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor `next_cursor` of the page before. Opaque.
+	// Cursor `next_cursor` of the previous page. Opaque.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // ListSandboxesParams defines parameters for ListSandboxes.
 type ListSandboxesParams struct {
-	// Status Keep only this status. Repeat it for several.
+	// Status Keep only sandboxes with this status. Repeat the parameter for several.
 	Status []SandboxStatus `form:"status,omitempty" json:"status,omitempty"`
 
-	// Limit Most entries to answer.
+	// Limit The largest number of entries to return.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor `next_cursor` of the page before. Opaque.
+	// Cursor `next_cursor` of the previous page. Opaque.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // CreateSandboxParams defines parameters for CreateSandbox.
 type CreateSandboxParams struct {
-	// Wait `false` answers at once, before the sandbox runs.
+	// Wait If `false`, the server answers at once, before the sandbox runs.
 	Wait *bool `form:"wait,omitempty" json:"wait,omitempty"`
 
-	// IdempotencyKey 1 to 255 printable ASCII characters of the caller's choice, unique to this sandbox within the organization.
+	// IdempotencyKey A value of your choice that is unique to this sandbox within the organization, 1 to 255 printable ASCII
+	// characters.
 	IdempotencyKey *string `json:"Idempotency-Key,omitempty"`
 }
 
 // ListEventsParams defines parameters for ListEvents.
 type ListEventsParams struct {
-	// Limit Most entries to answer.
+	// Limit The largest number of entries to return.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor `next_cursor` of the page before. Opaque.
+	// Cursor `next_cursor` of the previous page. Opaque.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
@@ -2071,10 +2137,11 @@ type WriteFileParams struct {
 	// Path Absolute path in the sandbox. Not `/`, no `..` elements, no NUL.
 	Path FilePath `form:"path" json:"path"`
 
-	// Mode Permissions in octal, 0 to 0777. Default 0644, or those of the file that is replaced.
+	// Mode Permissions in octal, 0 to 0777. The default is 0644, or the permissions of the replaced file.
 	Mode *string `form:"mode,omitempty" json:"mode,omitempty"`
 
-	// Owner Name or number of the user that owns the file, and the parents that had to be made. Default is the template's user, else root.
+	// Owner Name or number of the user that owns the file and new parent directories. The default is the template's
+	// user, else root.
 	Owner *string `form:"owner,omitempty" json:"owner,omitempty"`
 }
 
@@ -2104,7 +2171,7 @@ type UploadTreeParams struct {
 	// Path Absolute path of the directory in the sandbox. No `..` elements, no NUL.
 	Path string `form:"path" json:"path"`
 
-	// Owner Name or number of the user that owns what is written. Absent is the template's user, else root.
+	// Owner Name or number of the user that owns the entries. If absent, the template's user, else root.
 	Owner *string `form:"owner,omitempty" json:"owner,omitempty"`
 }
 
@@ -2119,16 +2186,17 @@ type WatchFilesParams struct {
 
 // GetProcessOutputParams defines parameters for GetProcessOutput.
 type GetProcessOutputParams struct {
-	// Offset Offset of the first byte to send. Beyond what was written yet is 400.
+	// Offset Offset of the first byte to send. An offset beyond the bytes written so far is answered with 400.
 	Offset *int64 `form:"offset,omitempty" json:"offset,omitempty"`
 
-	// LastEventID `id` of the last event that was received; only what comes after it is sent. Goes before `offset`.
+	// LastEventID `id` of the last event that you received; only output after it is sent. Takes precedence over `offset`.
 	LastEventID *string `json:"Last-Event-ID,omitempty"`
 }
 
 // WriteProcessStdinParams defines parameters for WriteProcessStdin.
 type WriteProcessStdinParams struct {
-	// Close The input is at its end after the body, which may be empty. Not for a terminal, which is sent what the key Control-D is.
+	// Close Close the input after the body, which may be empty. Not for a terminal: send the byte of the key Control-D
+	// instead.
 	Close *bool `form:"close,omitempty" json:"close,omitempty"`
 }
 
@@ -2143,58 +2211,60 @@ type OpenTerminalParams struct {
 	// Cols Columns of the terminal, 1 to 10000.
 	Cols *int `form:"cols,omitempty" json:"cols,omitempty"`
 
-	// Rows Its rows, 1 to 10000.
+	// Rows Rows of the terminal, 1 to 10000.
 	Rows *int `form:"rows,omitempty" json:"rows,omitempty"`
 
-	// Command Shell command line to run, by `/bin/sh -c`. Default is a login shell: bash where there is one, else sh.
+	// Command Shell command line to run with `/bin/sh -c`. The default is a login shell: bash if the sandbox has it, else
+	// sh.
 	Command *string `form:"command,omitempty" json:"command,omitempty"`
 
-	// User Name or number of the user to run as. Default is the template's, else root.
+	// User Name or number of the user to run as. The default is the template's user, else root.
 	User *string `form:"user,omitempty" json:"user,omitempty"`
 
-	// Workdir Absolute path of the working directory; must exist. Default is the template's, else the user's home.
+	// Workdir Absolute path of the working directory, which must exist. The default is the template's, else the user's
+	// home.
 	Workdir *string `form:"workdir,omitempty" json:"workdir,omitempty"`
 
-	// Term The variable TERM, which kind of terminal it is.
+	// Term The variable TERM, which names the kind of terminal.
 	Term *string `form:"term,omitempty" json:"term,omitempty"`
 
-	// Grace How long it lives without a client, 1s to 1h.
+	// Grace How long the terminal lives without a client, 1s to 1h.
 	Grace *string `form:"grace,omitempty" json:"grace,omitempty"`
 
 	// Process Pid or tag of a process to join. Not together with `command`, `user`, `workdir`, `term` and `grace`.
 	Process *string `form:"process,omitempty" json:"process,omitempty"`
 
-	// Offset With `process`, the offset of the first byte to send. Default is all that is kept.
+	// Offset With `process`, the offset of the first byte to send. The default is the first byte that is kept.
 	Offset *int64 `form:"offset,omitempty" json:"offset,omitempty"`
 }
 
 // OpenTunnelParams defines parameters for OpenTunnel.
 type OpenTunnelParams struct {
-	// Port The port inside; 49983 is the sandbox's own agent's and refused.
+	// Port The port inside. 49983 belongs to the sandbox's agent and is refused.
 	Port int `form:"port" json:"port"`
 }
 
 // ListSnapshotsParams defines parameters for ListSnapshots.
 type ListSnapshotsParams struct {
-	// Sandbox Keep only those of the sandbox with this id, which may be gone.
+	// Sandbox Keep only snapshots of the sandbox with this id, which may be gone.
 	Sandbox *string `form:"sandbox,omitempty" json:"sandbox,omitempty"`
 
-	// Name Keep only the one of this name.
+	// Name Keep only the snapshot with this name.
 	Name *string `form:"name,omitempty" json:"name,omitempty"`
 
-	// Limit Most entries to answer.
+	// Limit The largest number of entries to return.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor `next_cursor` of the page before. Opaque.
+	// Cursor `next_cursor` of the previous page. Opaque.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // ListTemplatesParams defines parameters for ListTemplates.
 type ListTemplatesParams struct {
-	// Limit Most entries to answer.
+	// Limit The largest number of entries to return.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor `next_cursor` of the page before. Opaque.
+	// Cursor `next_cursor` of the previous page. Opaque.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
@@ -2203,19 +2273,19 @@ type CreateTemplateMultipartBody struct {
 	// Context A tar, plain or compressed with gzip.
 	Context *openapi_types.File `json:"context,omitempty"`
 
-	// Template What template to make. Exactly one of `image`, `dockerfile` and `debian`.
+	// Template The template to create. Give exactly one of `image`, `dockerfile` and `debian`.
 	Template CreateTemplateRequest `json:"template"`
 }
 
 // DeleteTemplateParams defines parameters for DeleteTemplate.
 type DeleteTemplateParams struct {
-	// Force Delete it though sandboxes of it are not destroyed.
+	// Force Delete the template even if sandboxes of it are not destroyed.
 	Force *bool `form:"force,omitempty" json:"force,omitempty"`
 }
 
 // GetTemplateLogsParams defines parameters for GetTemplateLogs.
 type GetTemplateLogsParams struct {
-	// LastEventID `id` of the last event that was received; only what comes after it is sent.
+	// LastEventID `id` of the last event that you received; only later events are sent.
 	LastEventID *string `json:"Last-Event-ID,omitempty"`
 }
 
@@ -2224,7 +2294,7 @@ type RebuildTemplateMultipartBody struct {
 	// Context A tar, plain or compressed with gzip.
 	Context *openapi_types.File `json:"context,omitempty"`
 
-	// Template New inputs of a template. Exactly one of `image`, `dockerfile` and `debian`; or nothing but `credentials`.
+	// Template New inputs of a template. Give exactly one of `image`, `dockerfile` and `debian`, or only `credentials`.
 	Template RebuildTemplateRequest `json:"template"`
 }
 
@@ -2359,44 +2429,45 @@ func wireWithRequestEditorFn(fn requestEditor) wireOption {
 // The interface specification for the client above.
 type wireInterface interface {
 
-	// GetHealth Is the process alive
+	// GetHealth Check that the process is alive
 	//
-	// 200 as long as the server answers at all.
+	// The answer is 200 as long as the server answers at all.
 	//
 	// Corresponds with GET /healthz (the `GetHealth` operationId).
 	GetHealth(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error)
 
-	// GetMetrics Prometheus metrics
+	// GetMetrics Get the metrics
 	//
-	// In the text format of Prometheus, or OpenMetrics where the `Accept` header asks for it.
+	// Returns metrics in the text format of Prometheus, or in that of OpenMetrics if the `Accept` header asks for it.
 	//
 	// Corresponds with GET /metrics (the `GetMetrics` operationId).
 	GetMetrics(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error)
 
-	// GetOpenAPI This document
+	// GetOpenAPI Get this document
 	//
 	// The document you are reading.
 	//
 	// Corresponds with GET /openapi.yaml (the `GetOpenAPI` operationId).
 	GetOpenAPI(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error)
 
-	// GetReady Can the server create sandboxes
+	// GetReady Check that the server can create sandboxes
 	//
-	// 200 when it can; 503, code `not_ready`, while it starts, stops, or has lost something it needs.
+	// The answer is 200 if the server can create sandboxes, and 503 with code `not_ready` while it starts, stops, or
+	// lacks something that it needs.
 	//
 	// Corresponds with GET /readyz (the `GetReady` operationId).
 	GetReady(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error)
 
 	// ListAPIKeys List API keys
 	//
-	// The organization's keys, revoked and expired ones too, newest first, without their secrets.
+	// Lists the organization's keys, including revoked and expired ones, newest first, without their secrets.
 	//
 	// Corresponds with GET /v1/api-keys (the `ListAPIKeys` operationId).
 	ListAPIKeys(ctx context.Context, params *ListAPIKeysParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// CreateAPIKeyWithBody Create an API key
 	//
-	// The key's secret is in `api_key` of this answer and nowhere else, ever.
+	// Creates an API key. The key's secret is in `api_key` of this answer; you cannot read it again later.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2405,7 +2476,7 @@ type wireInterface interface {
 
 	// CreateAPIKey Create an API key
 	//
-	// The key's secret is in `api_key` of this answer and nowhere else, ever.
+	// Creates an API key. The key's secret is in `api_key` of this answer; you cannot read it again later.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2414,46 +2485,60 @@ type wireInterface interface {
 
 	// RevokeAPIKey Revoke an API key
 	//
-	// Takes effect with the next call. Safe to repeat. Any key may revoke itself; another one takes the scope `admin`.
+	// Revokes an API key from the next call on. You can repeat the call. Any key may revoke itself; revoking another
+	// key needs the scope `admin`.
 	//
 	// Corresponds with DELETE /v1/api-keys/{key} (the `RevokeAPIKey` operationId).
 	RevokeAPIKey(ctx context.Context, key string, reqEditors ...requestEditor) (*http.Response, error)
 
-	// ReadFeed Read or follow what happened in the organization
+	// ReadFeed Read or follow the organization's events
 	//
-	// The organization's events in the order in which they happened, oldest first: every transition of a sandbox, changes and denials of policies, snapshots, forks, ports made public or private, templates and
-	// their builds, API keys, and the organization itself. Each is written together with what it tells of, so none is missing and none is made up. Ids are opaque and ordered as the events are.
+	// Returns the organization's events in the order in which they happened, oldest first: every transition of a
+	// sandbox, changes and denials of policies, snapshots, forks, ports made public or private, templates and their
+	// builds, API keys, and the organization itself. Each event is recorded in the transaction that makes it true, so
+	// that no event is missing and none is false. Ids are opaque and ordered like the events.
 	//
-	// A key sees the events of what it may read: `sandbox.…` and `snapshot.…` take the scope `sandboxes:read`, `template.…` takes `templates:read`, `api_key.…` and `org.…` take `admin`. Asking with `type` for others, or for any with a
-	// key that may see none, is 403, code `scope_missing`. Events go on when their sandbox is gone. They are kept for 30 days, and the newest 1,000,000 of an organization; the operator can change both.
+	// A key sees the events of objects that it may read: `sandbox.…` and `snapshot.…` need the scope `sandboxes:read`,
+	// `template.…` needs `templates:read`, `api_key.…` and `org.…` need `admin`. If you ask with `type` for other
+	// events, or for any events with a key that may see none, the answer is 403 with code `scope_missing`. Events
+	// outlive their sandbox. The newest 1,000,000 events of an organization are kept for 30 days; the operator can
+	// change both limits.
 	//
-	// Without more, answers a page of what there is after `after`, else from the oldest event that is kept. A page may be short or empty, and still have `next_cursor`, when few events match. 410, code `events_gone`, when events after the
-	// one that `after`, `cursor` or `Last-Event-ID` names have been dropped: read the present state of what you keep, then begin without it.
+	// By default the answer is a page of the events after `after`, or from the oldest kept event on. A page may be
+	// short or empty and still have `next_cursor` if few events match. The answer is 410 with code `events_gone` if
+	// events after the one that `after`, `cursor` or `Last-Event-ID` names have been dropped: read the present state
+	// of the objects that you track, then start again without it.
 	//
-	// With `Accept: text/event-stream` follows: first an event `ready` without content, then an event `event` for each (`FeedEvent`), those after `Last-Event-ID` or `after` at once, else only new ones. The `id` of an event is its own, so a stream that broke off goes on with `Last-Event-ID`
-	// where it was, without a gap and without a duplicate, also with a server that has been started anew. An `id` alone, without an event, comes when events that do not match were passed. `error`, with a problem, ends
-	// a stream whose server stops (code `stopping`), whose key was revoked or has expired (401, within about 15 seconds), or that is too far behind (410). An organization may follow so many times at once (default 32); more is 429, code `too_many_followers`.
+	// With `Accept: text/event-stream` the answer is a stream: first an event `ready` without content, then an event
+	// `event` (`FeedEvent`) for each event. Existing events after `Last-Event-ID` or `after` come at once; without
+	// either, only new events come. The `id` of a stream's event is the event's own, so that you can resume an
+	// interrupted stream with `Last-Event-ID` without a gap and without a duplicate, also after a restart of the
+	// server. An `id` alone, without an event, comes after events that do not match. An event `error` with a problem
+	// ends a stream whose server stops (code `stopping`), whose key was revoked or has expired (401, within about 15
+	// seconds), or that is too far behind (410). The operator limits the concurrent streams of an organization
+	// (default 32); a further one is answered with 429 and code `too_many_followers`.
 	//
 	// Corresponds with GET /v1/events (the `ReadFeed` operationId).
 	ReadFeed(ctx context.Context, params *ReadFeedParams, reqEditors ...requestEditor) (*http.Response, error)
 
-	// GetMe Who am I
+	// GetMe Get the caller
 	//
-	// The organization and the key that make the call. Any valid key will do.
+	// Returns the organization and the key that make the call. Any valid key may call it.
 	//
 	// Corresponds with GET /v1/me (the `GetMe` operationId).
 	GetMe(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error)
 
 	// ListOrgs List organizations
 	//
-	// All organizations of this server, newest first.
+	// Lists all organizations of this server, newest first.
 	//
 	// Corresponds with GET /v1/orgs (the `ListOrgs` operationId).
 	ListOrgs(ctx context.Context, params *ListOrgsParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// CreateOrgWithBody Create an organization
 	//
-	// It comes with its first key, whose secret is in `api_key` of this answer and nowhere else, ever. A name that is taken is 409.
+	// Creates an organization with its first key. The key's secret is in `api_key` of this answer; you cannot read it
+	// again later. A name that exists already is answered with 409.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2462,34 +2547,39 @@ type wireInterface interface {
 
 	// CreateOrg Create an organization
 	//
-	// It comes with its first key, whose secret is in `api_key` of this answer and nowhere else, ever. A name that is taken is 409.
+	// Creates an organization with its first key. The key's secret is in `api_key` of this answer; you cannot read it
+	// again later. A name that exists already is answered with 409.
 	//
 	// Takes a body of the `application/json` content type.
 	//
 	// Corresponds with POST /v1/orgs (the `CreateOrg` operationId).
 	CreateOrg(ctx context.Context, body CreateOrgJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
 
-	// GetPool Look at the warm pool
+	// GetPool Get the warm pool
 	//
-	// Sandboxes that are booted in advance, by template and size. Empty while the pool is off. Only for keys of the organization `default`. Not paged.
+	// Lists the sandboxes that are started in advance, by template and size, without pages. The list is empty while
+	// the pool is off. Only keys of the organization `default` may call it.
 	//
 	// Corresponds with GET /v1/pool (the `GetPool` operationId).
 	GetPool(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error)
 
 	// ListSandboxes List sandboxes
 	//
-	// The organization's sandboxes, newest first: all that are not destroyed, or those of the given statuses. Each query parameter
-	// `metadata.KEY=VALUE` keeps only sandboxes with exactly that metadata; several must all match.
+	// Lists the organization's sandboxes, newest first: all that are not destroyed, or those with the given statuses.
+	// Each query parameter `metadata.KEY=VALUE` keeps only sandboxes with exactly that metadata; a sandbox must match
+	// all of them.
 	//
 	// Corresponds with GET /v1/sandboxes (the `ListSandboxes` operationId).
 	ListSandboxes(ctx context.Context, params *ListSandboxesParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// CreateSandboxWithBody Create a sandbox
 	//
-	// Makes a sandbox from a template. The answer comes when the sandbox runs and is ready to execute; with `wait=false` it comes at once, with status `creating`.
+	// Creates a sandbox from a template or a snapshot. The answer comes when the sandbox runs and can execute
+	// commands. With `wait=false` the answer comes at once, with status `creating`.
 	//
-	// With an `Idempotency-Key`, the same key and body within 24 hours give the first answer again; the same key with another body is 409, code
-	// `idempotency_key_reused`. Bodies are compared by meaning: white space and the order of fields do not matter.
+	// If you repeat a call with the same `Idempotency-Key` and the same body within 24 hours, you get the first answer
+	// again. The same key with another body is answered with 409 and code `idempotency_key_reused`. Bodies are
+	// compared by meaning: white space and the order of fields do not matter.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2498,10 +2588,12 @@ type wireInterface interface {
 
 	// CreateSandbox Create a sandbox
 	//
-	// Makes a sandbox from a template. The answer comes when the sandbox runs and is ready to execute; with `wait=false` it comes at once, with status `creating`.
+	// Creates a sandbox from a template or a snapshot. The answer comes when the sandbox runs and can execute
+	// commands. With `wait=false` the answer comes at once, with status `creating`.
 	//
-	// With an `Idempotency-Key`, the same key and body within 24 hours give the first answer again; the same key with another body is 409, code
-	// `idempotency_key_reused`. Bodies are compared by meaning: white space and the order of fields do not matter.
+	// If you repeat a call with the same `Idempotency-Key` and the same body within 24 hours, you get the first answer
+	// again. The same key with another body is answered with 409 and code `idempotency_key_reused`. Bodies are
+	// compared by meaning: white space and the order of fields do not matter.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2510,35 +2602,42 @@ type wireInterface interface {
 
 	// DestroySandbox Destroy a sandbox
 	//
-	// Ends its processes and removes everything it wrote. Answers once that is certain, and does it in the background: from the
-	// answer on the sandbox shows as destroyed, cannot be used and counts against no quota; it has a `destroyed_at` when nothing
-	// of it is left on the machine. Safe to repeat; one already destroyed is 204 too.
+	// Ends the sandbox's processes and removes everything that it wrote. The call answers once the end is certain; the
+	// work continues in the background. From the answer on the sandbox has the status destroyed, cannot be used and
+	// counts against no quota. It gets a `destroyed_at` when nothing of it is left on the machine. You can repeat the
+	// call: the answer for a destroyed sandbox is also 204.
 	//
 	// Corresponds with DELETE /v1/sandboxes/{id} (the `DestroySandbox` operationId).
 	DestroySandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
 
 	// GetSandbox Get a sandbox
 	//
-	// Never wakes the sandbox and never counts as activity. Destroyed sandboxes stay readable for 7 days unless the operator says otherwise, the newest 10,000 of an organization, without their `env`.
+	// Returns a sandbox. The call does not wake the sandbox and does not count as activity. Destroyed sandboxes stay
+	// readable for 7 days unless the operator says otherwise. The newest 10,000 of an organization are kept, without
+	// their `env`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id} (the `GetSandbox` operationId).
 	GetSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
 
 	// CheckpointSandbox Take a recovery point of a persistent sandbox
 	//
-	// A recovery point is what the sandbox falls back to when the machine or the sandbox's kernel dies. The newest replaces the one before. The sandbox runs on, after a pause that grows
-	// with its memory. Does not count as activity, and does not wake a suspended sandbox.
+	// Takes a recovery point, to which the sandbox falls back when the machine or the sandbox's kernel dies. The
+	// newest recovery point replaces the previous one. The sandbox keeps running, after a pause that grows with its
+	// memory. The call does not count as activity and does not wake a suspended sandbox.
 	//
-	// 409 when it is not persistent (`sandbox_not_persistent`) or not running (`sandbox_not_running`). 507, code `disk_full`, when the machine's disk has no room for it, and 500,
-	// code `checkpoint_failed`, when it could not be written; the one before is then still there.
+	// The answer is 409 if the sandbox is not persistent (`sandbox_not_persistent`) or not running
+	// (`sandbox_not_running`). It is 507 with code `disk_full` if the machine's disk has no room for the recovery
+	// point, and 500 with code `checkpoint_failed` if it could not be written; the previous recovery point then
+	// remains.
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/checkpoint (the `CheckpointSandbox` operationId).
 	CheckpointSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
 
 	// SetEgressWithBody Replace a sandbox's egress policy
 	//
-	// When it is answered the new policy is in force, and established connections that it forbids are cut. A suspended sandbox is not woken: it has the policy when it wakes.
-	// It waits for what is being done to the sandbox, such as a suspend. It is no activity.
+	// Replaces the egress policy. When the call answers, the new policy is in force and established connections that
+	// it forbids are cut. A suspended sandbox is not woken; it has the policy when it wakes. The call waits for other
+	// operations on the sandbox, such as a suspend. It does not count as activity.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2547,35 +2646,47 @@ type wireInterface interface {
 
 	// SetEgress Replace a sandbox's egress policy
 	//
-	// When it is answered the new policy is in force, and established connections that it forbids are cut. A suspended sandbox is not woken: it has the policy when it wakes.
-	// It waits for what is being done to the sandbox, such as a suspend. It is no activity.
+	// Replaces the egress policy. When the call answers, the new policy is in force and established connections that
+	// it forbids are cut. A suspended sandbox is not woken; it has the policy when it wakes. The call waits for other
+	// operations on the sandbox, such as a suspend. It does not count as activity.
 	//
 	// Takes a body of the `application/json` content type.
 	//
 	// Corresponds with PUT /v1/sandboxes/{id}/egress (the `SetEgress` operationId).
 	SetEgress(ctx context.Context, id SandboxID, body SetEgressJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
 
-	// ListEvents List what happened to a sandbox
+	// ListEvents List a sandbox's events
 	//
-	// Every transition of its state, newest first, and what else is worth knowing: an event whose `from` and `to` are the same is no transition. Its `reason` is `egress_changed`
-	// (the policy was replaced) or `egress_denied` (the policy kept something in; `detail` says what and how often). Denials are gathered: a few events a minute at most, and the
-	// newest 100 of each such reason are kept. Readable as long as the sandbox is. Never counts as activity.
+	// Lists every transition of the sandbox's state and other events, newest first. An event with the same `from` and
+	// `to` is not a transition. Its `reason` is `egress_changed` (the policy was replaced) or `egress_denied` (the
+	// policy denied traffic; `detail` says which and how often). Denials are combined into at most a few events a
+	// minute, and the newest 100 of each such reason are kept. Events are readable as long as the sandbox is. The call
+	// does not count as activity.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/events (the `ListEvents` operationId).
 	ListEvents(ctx context.Context, id SandboxID, params *ListEventsParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// ExecuteCommandWithBody Run a command and wait for its end
 	//
-	// Runs `command` by `/bin/sh -c`, or `args` without a shell: exactly one of them. The answer is 200 whenever the command ended, whatever its exit code.
-	// A command over its `timeout` is killed with all its descendants: `timed_out` is true and `exit_code` 124. A command killed by signal N has exit code 128+N
-	// and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`.
-	// The body may have up to 8 MiB, `stdin` included.
+	// Runs `command` with `/bin/sh -c`, or `args` without a shell; give exactly one of them. The answer is 200
+	// whenever the command ended, whatever its exit code. A command that exceeds its `timeout` is killed with all its
+	// descendants: `timed_out` is true and `exit_code` is 124. A command that was killed by signal N has exit code
+	// 128+N and the signal's name in `signal`. If you disconnect before the end, the command is killed. The call
+	// counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`. The body may
+	// have up to 8 MiB, `stdin` included.
 	//
-	// With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless it could not be; `stdout` and `stderr` with a piece of output as it comes (`OutputPiece`), which never ends within a character; and `exit` (`ProcessExit`) at the end. Of each stream 8 MiB
-	// are sent. A failure after the stream began is an event `error` with a problem; a stream without one of these two at its end was broken off. Who reads slowly does not hold up the command.
-	// With `all_output: true` all of the output is sent, and a command whose caller reads slowly waits, as for a pipe; it has no time limit unless `timeout` says so.
-	// With `detach: true` the command is a process as those of `startProcess`, which goes on when the caller goes away: it has no time limit unless `timeout` says so, events have an `id` to take the stream up with, and who reads too slowly misses output beyond the last MiB
-	// and gets an event `lost` (`OutputLost`).
+	// With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless the
+	// command could not be started; `stdout` and `stderr` with pieces of output as they come (`OutputPiece`), which
+	// never end within a character; and `exit` (`ProcessExit`) at the end. The first 8 MiB of each output are sent. A
+	// failure after the stream has begun is an event `error` with a problem. A stream that ends with neither `exit`
+	// nor `error` was interrupted. A slow reader does not delay the command.
+	//
+	// With `all_output: true` the whole output is sent, and a slow reader delays the command, as with a pipe. The
+	// command has no time limit unless you give a `timeout`.
+	//
+	// With `detach: true` the command is a process like those of `startProcess` and continues if you disconnect. It
+	// has no time limit unless you give a `timeout`. Events have an `id` with which you can resume the stream. A
+	// reader that is too slow misses output beyond the last MiB and gets an event `lost` (`OutputLost`).
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2584,16 +2695,25 @@ type wireInterface interface {
 
 	// ExecuteCommand Run a command and wait for its end
 	//
-	// Runs `command` by `/bin/sh -c`, or `args` without a shell: exactly one of them. The answer is 200 whenever the command ended, whatever its exit code.
-	// A command over its `timeout` is killed with all its descendants: `timed_out` is true and `exit_code` 124. A command killed by signal N has exit code 128+N
-	// and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`.
-	// The body may have up to 8 MiB, `stdin` included.
+	// Runs `command` with `/bin/sh -c`, or `args` without a shell; give exactly one of them. The answer is 200
+	// whenever the command ended, whatever its exit code. A command that exceeds its `timeout` is killed with all its
+	// descendants: `timed_out` is true and `exit_code` is 124. A command that was killed by signal N has exit code
+	// 128+N and the signal's name in `signal`. If you disconnect before the end, the command is killed. The call
+	// counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`. The body may
+	// have up to 8 MiB, `stdin` included.
 	//
-	// With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless it could not be; `stdout` and `stderr` with a piece of output as it comes (`OutputPiece`), which never ends within a character; and `exit` (`ProcessExit`) at the end. Of each stream 8 MiB
-	// are sent. A failure after the stream began is an event `error` with a problem; a stream without one of these two at its end was broken off. Who reads slowly does not hold up the command.
-	// With `all_output: true` all of the output is sent, and a command whose caller reads slowly waits, as for a pipe; it has no time limit unless `timeout` says so.
-	// With `detach: true` the command is a process as those of `startProcess`, which goes on when the caller goes away: it has no time limit unless `timeout` says so, events have an `id` to take the stream up with, and who reads too slowly misses output beyond the last MiB
-	// and gets an event `lost` (`OutputLost`).
+	// With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless the
+	// command could not be started; `stdout` and `stderr` with pieces of output as they come (`OutputPiece`), which
+	// never end within a character; and `exit` (`ProcessExit`) at the end. The first 8 MiB of each output are sent. A
+	// failure after the stream has begun is an event `error` with a problem. A stream that ends with neither `exit`
+	// nor `error` was interrupted. A slow reader does not delay the command.
+	//
+	// With `all_output: true` the whole output is sent, and a slow reader delays the command, as with a pipe. The
+	// command has no time limit unless you give a `timeout`.
+	//
+	// With `detach: true` the command is a process like those of `startProcess` and continues if you disconnect. It
+	// has no time limit unless you give a `timeout`. Events have an `id` with which you can resume the stream. A
+	// reader that is too slow misses output beyond the last MiB and gets an event `lost` (`OutputLost`).
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2602,22 +2722,28 @@ type wireInterface interface {
 
 	// RemoveFile Remove a file or directory
 	//
-	// 400 for a directory that is not empty, unless `recursive=true`. A symbolic link is removed, not what it points to. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Removes a file or directory. A directory that is not empty is answered with 400 unless `recursive=true`. The
+	// call removes a symbolic link and not its target. It counts as activity. A suspended sandbox is woken first, see
+	// `wakeSandbox`.
 	//
 	// Corresponds with DELETE /v1/sandboxes/{id}/files (the `RemoveFile` operationId).
 	RemoveFile(ctx context.Context, id SandboxID, params *RemoveFileParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// ReadFile Read a file
 	//
-	// The content of a file as it is, of any size. One `Range` of bytes is honoured with 206. 404 with code `file_not_found` when there is none, 400 when `path` is a directory. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Returns the content of a file of any size. You can ask for one `Range` of bytes, which is answered with 206. The
+	// answer is 404 with code `file_not_found` if there is no file, and 400 if `path` is a directory. The call counts
+	// as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/files (the `ReadFile` operationId).
 	ReadFile(ctx context.Context, id SandboxID, params *ReadFileParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// WriteFileWithBody Write a file
 	//
-	// Writes the body, up to 100 MB (100·10⁶ bytes; more is 400, code `file_too_large`), to `path`, replacing what is there. Parents that do not exist are made. The file appears whole or not at all.
-	// Any `Content-Type` will do. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Writes the body to the file at `path` and replaces an existing file. The body may have up to 100 MB (100·10⁶
+	// bytes); a larger one is answered with 400 and code `file_too_large`. Missing parent directories are made. The
+	// file appears whole or not at all. You may send any `Content-Type`. The call counts as activity. A suspended
+	// sandbox is woken first, see `wakeSandbox`.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2626,14 +2752,18 @@ type wireInterface interface {
 
 	// ListFiles List a directory
 	//
-	// All entries of a directory down to `depth` levels, parents before their children. Not paged. 404 when it does not exist, 400 when it is not a directory. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Lists all entries of a directory down to `depth` levels, parents before their children, without pages. The
+	// answer is 404 if the directory does not exist, and 400 if the path is not a directory. The call counts as
+	// activity. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/files/list (the `ListFiles` operationId).
 	ListFiles(ctx context.Context, id SandboxID, params *ListFilesParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// MakeDirectoryWithBody Make a directory
 	//
-	// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Makes a directory and its missing parents and describes it. An existing directory stays as it is. The answer is
+	// 400 if something else has the path. The call counts as activity. A suspended sandbox is woken first, see
+	// `wakeSandbox`.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2642,7 +2772,9 @@ type wireInterface interface {
 
 	// MakeDirectory Make a directory
 	//
-	// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Makes a directory and its missing parents and describes it. An existing directory stays as it is. The answer is
+	// 400 if something else has the path. The call counts as activity. A suspended sandbox is woken first, see
+	// `wakeSandbox`.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2651,7 +2783,9 @@ type wireInterface interface {
 
 	// RenameFileWithBody Rename a file or directory
 	//
-	// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Gives a file or directory another path, makes missing parents, and describes it there. The answer is 409 with
+	// code `path_exists` if the new path exists, unless `overwrite` is set; a directory is only replaced if it is
+	// empty. The call counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2660,7 +2794,9 @@ type wireInterface interface {
 
 	// RenameFile Rename a file or directory
 	//
-	// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Gives a file or directory another path, makes missing parents, and describes it there. The answer is 409 with
+	// code `path_exists` if the new path exists, unless `overwrite` is set; a directory is only replaced if it is
+	// empty. The call counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2669,24 +2805,32 @@ type wireInterface interface {
 
 	// StatFile Describe a file or directory
 	//
-	// What is at the path itself; a symbolic link is described, not followed. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Describes the file, directory or link at the path. It does not follow a symbolic link. The call counts as
+	// activity. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/files/stat (the `StatFile` operationId).
 	StatFile(ctx context.Context, id SandboxID, params *StatFileParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// DownloadTree Read a directory as tar
 	//
-	// An archive of everything below a directory, names relative to it: files, directories and symbolic links with permissions, owners and times; sockets, pipes and devices are left out. Streamed, so what changes meanwhile is in it as it was read; a connection that breaks says that it is not whole.
-	// 404 when the directory does not exist, 400 when it is not one. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Returns an archive of everything below a directory, with names relative to it: files, directories and symbolic
+	// links with permissions, owners and times. Sockets, pipes and devices are left out. The archive is streamed;
+	// entries that change meanwhile are archived as they were read. If the archive is incomplete, the connection
+	// breaks. The answer is 404 if the directory does not exist, and 400 if the path is not a directory. The call
+	// counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/files/tar (the `DownloadTree` operationId).
 	DownloadTree(ctx context.Context, id SandboxID, params *DownloadTreeParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// UploadTreeWithBody Write a directory from tar
 	//
-	// Unpacks an archive of up to 10 GB (10·10⁹ bytes; so much its files may have, too) into a directory, making it if it is not there. What is there and not in the archive stays; files and links are replaced. Everything becomes the owner's, with the archive's
-	// permissions, without set-id bits. Each file appears whole or not at all; after an error those before it are there. Nothing is written outside the directory: absolute names, `..` elements, writing through links that lead out, devices and
-	// more than 500000 entries are 400, code `invalid_tar`. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Unpacks an archive into a directory, which is made if it does not exist. The archive may have up to 10 GB
+	// (10·10⁹ bytes), and its files together too. Existing entries that are not in the archive stay; files and links
+	// are replaced. All entries belong to the owner and have the archive's permissions without set-id bits. Each file
+	// appears whole or not at all; after an error the entries before the failed one remain. Nothing is written outside
+	// the directory: absolute names, `..` elements, writes through links that lead out, devices and more than 500000
+	// entries are answered with 400 and code `invalid_tar`. The call counts as activity. A suspended sandbox is woken
+	// first, see `wakeSandbox`.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2695,34 +2839,50 @@ type wireInterface interface {
 
 	// WatchFiles Watch a directory
 	//
-	// Server-sent events: `ready` once changes are seen, then `change` with a FileChange for each, until the caller goes; comments now and then when there is nothing. Events of one file come in order; an editor's save is several. With `recursive`, directories that appear are
-	// watched too, 10000 in all. When the directory itself is removed or moved, the sandbox goes or the server stops, the last event is `error`, with a problem. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Streams server-sent events until you disconnect: `ready` when the watch has begun, then `change` with a
+	// FileChange for each change. Comments come now and then while there are no changes. The events of one file come
+	// in order; one save in an editor gives several. With `recursive`, new directories are watched too, up to 10000 in
+	// all. If the directory itself is removed or moved, the sandbox goes away or the server stops, the last event is
+	// `error` with a problem. The call counts as activity as long as it is open. A suspended sandbox is woken first,
+	// see `wakeSandbox`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/files/watch (the `WatchFiles` operationId).
 	WatchFiles(ctx context.Context, id SandboxID, params *WatchFilesParams, reqEditors ...requestEditor) (*http.Response, error)
 
-	// ForkSandboxWithBody Make children of a running sandbox
+	// ForkSandboxWithBody Fork a running sandbox
 	//
-	// Each child is a sandbox of its own that goes on from where this one is now, with its processes, memory, files and listening sockets. It has its own id, host name, address, policy and random
-	// numbers; connections to the outside are broken in it. The sandbox itself runs on after one pause, and its connections live. What is not given is as the sandbox has it. Does not count as activity.
+	// Creates sandboxes, its children, from the present state of a running sandbox. Each child continues from that
+	// state, with the same processes, memory, files and listening sockets. It has its own id, host name, address,
+	// policy and random numbers; its connections to the outside are broken. The sandbox itself keeps running after one
+	// pause and keeps its connections. A child inherits every setting that you do not give. The call does not count as
+	// activity.
 	//
-	// Children are made one by one: the answer says for each what it is, or why it could not be made (`error`, with what a create would have been answered). If not even one could be made the answer is that of the first:
-	// 429, code `quota_exceeded`; 503, code `no_capacity`; or 500. 409, code `sandbox_not_running`, when the sandbox does not run, be it that it is suspended; 507, code `disk_full`, when the
-	// machine's disk has no room to save it; 500, code `snapshot_failed`, when it could not be saved. Children go on being made when the caller leaves.
+	// Children are made one by one. For each, the answer contains the child or the reason why it could not be made
+	// (`error`, with the answer that a create would have had). If no child could be made, the answer is that of the
+	// first: 429 with code `quota_exceeded`, 503 with code `no_capacity`, or 500. The answer is 409 with code
+	// `sandbox_not_running` if the sandbox does not run, also if it is suspended; 507 with code `disk_full` if the
+	// machine's disk has no room to save it; and 500 with code `snapshot_failed` if it could not be saved. If you
+	// disconnect, the remaining children are still made.
 	//
 	// Takes any type of body and a specified content type.
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/fork (the `ForkSandbox` operationId).
 	ForkSandboxWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
 
-	// ForkSandbox Make children of a running sandbox
+	// ForkSandbox Fork a running sandbox
 	//
-	// Each child is a sandbox of its own that goes on from where this one is now, with its processes, memory, files and listening sockets. It has its own id, host name, address, policy and random
-	// numbers; connections to the outside are broken in it. The sandbox itself runs on after one pause, and its connections live. What is not given is as the sandbox has it. Does not count as activity.
+	// Creates sandboxes, its children, from the present state of a running sandbox. Each child continues from that
+	// state, with the same processes, memory, files and listening sockets. It has its own id, host name, address,
+	// policy and random numbers; its connections to the outside are broken. The sandbox itself keeps running after one
+	// pause and keeps its connections. A child inherits every setting that you do not give. The call does not count as
+	// activity.
 	//
-	// Children are made one by one: the answer says for each what it is, or why it could not be made (`error`, with what a create would have been answered). If not even one could be made the answer is that of the first:
-	// 429, code `quota_exceeded`; 503, code `no_capacity`; or 500. 409, code `sandbox_not_running`, when the sandbox does not run, be it that it is suspended; 507, code `disk_full`, when the
-	// machine's disk has no room to save it; 500, code `snapshot_failed`, when it could not be saved. Children go on being made when the caller leaves.
+	// Children are made one by one. For each, the answer contains the child or the reason why it could not be made
+	// (`error`, with the answer that a create would have had). If no child could be made, the answer is that of the
+	// first: 429 with code `quota_exceeded`, 503 with code `no_capacity`, or 500. The answer is 409 with code
+	// `sandbox_not_running` if the sandbox does not run, also if it is suspended; 507 with code `disk_full` if the
+	// machine's disk has no room to save it; and 500 with code `snapshot_failed` if it could not be saved. If you
+	// disconnect, the remaining children are still made.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2731,7 +2891,9 @@ type wireInterface interface {
 
 	// KeepaliveSandboxWithBody Give a sandbox a new lifetime
 	//
-	// An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
+	// Lets an ephemeral running sandbox live for `timeout` from now, or for its own timeout if the body is absent. A
+	// timeout above 24 hours is reduced to 24 hours. The answer is 409 if the sandbox is not ephemeral
+	// (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2740,7 +2902,9 @@ type wireInterface interface {
 
 	// KeepaliveSandbox Give a sandbox a new lifetime
 	//
-	// An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
+	// Lets an ephemeral running sandbox live for `timeout` from now, or for its own timeout if the body is absent. A
+	// timeout above 24 hours is reduced to 24 hours. The answer is 409 if the sandbox is not ephemeral
+	// (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2749,25 +2913,30 @@ type wireInterface interface {
 
 	// ListPorts List the public ports
 	//
-	// The ports of the sandbox that anybody may reach, lowest first; at most 100, not paged. What listens inside is not looked at. Never wakes the sandbox and never counts as activity.
+	// Lists the ports of the sandbox that anyone may reach, lowest first; at most 100, without pages. The list does
+	// not depend on whether a program listens on a port. The call does not wake the sandbox and does not count as
+	// activity.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/ports (the `ListPorts` operationId).
 	ListPorts(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
 
 	// GetPort Get a port's settings
 	//
-	// Where a port is reached, and who may. Never wakes the sandbox and never counts as activity.
+	// Returns a port's URL and whether the port is public. The call does not wake the sandbox and does not count as
+	// activity.
 	//
-	// The port itself is reached, with any method, at `/v1/sandboxes/{id}/ports/{port}/…` and, where the operator has configured a domain, at
-	// `{port}-{id}.{domain}` (the id without `sbx_`). See the tag ports.
+	// You reach the port itself, with any method, at `/v1/sandboxes/{id}/ports/{port}/…` and, if the operator has
+	// configured a domain, at `{port}-{id}.{domain}` (the id without `sbx_`). See the tag ports.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/ports/{port} (the `GetPort` operationId).
 	GetPort(ctx context.Context, id SandboxID, port PortNumber, reqEditors ...requestEditor) (*http.Response, error)
 
 	// SetPortWithBody Make a port public or private
 	//
-	// Whether anybody may reach the port, or only who has an API key or a signed URL, as it is in the beginning. Takes effect at once for requests to come; those that go on are not cut off. It holds as long
-	// as the sandbox, over sleep too. Never wakes the sandbox and never counts as activity.
+	// Makes the port public, so that anyone may reach it, or private, so that a request needs an API key or a signed
+	// URL. Ports are private at first. The setting applies at once to new requests; requests in progress are not cut
+	// off. It lasts as long as the sandbox, also while the sandbox is suspended. The call does not wake the sandbox
+	// and does not count as activity.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2776,8 +2945,10 @@ type wireInterface interface {
 
 	// SetPort Make a port public or private
 	//
-	// Whether anybody may reach the port, or only who has an API key or a signed URL, as it is in the beginning. Takes effect at once for requests to come; those that go on are not cut off. It holds as long
-	// as the sandbox, over sleep too. Never wakes the sandbox and never counts as activity.
+	// Makes the port public, so that anyone may reach it, or private, so that a request needs an API key or a signed
+	// URL. Ports are private at first. The setting applies at once to new requests; requests in progress are not cut
+	// off. It lasts as long as the sandbox, also while the sandbox is suspended. The call does not wake the sandbox
+	// and does not count as activity.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2786,8 +2957,10 @@ type wireInterface interface {
 
 	// CreatePortURLWithBody Make a signed URL of a port
 	//
-	// A URL that opens the port to whoever has it, until it expires; it cannot be taken back before that. With a host name, the first request exchanges the signature for a cookie of that host alone, and every page of the port works;
-	// without one, each request needs the signature in its query (`cay_token`). It is removed before the request goes in.
+	// Makes a URL that opens the port to anyone who has it until it expires. You cannot revoke the URL before that. If
+	// the URL has a host name of its own, the first request exchanges the signature for a cookie of that host only,
+	// and every page of the port works. Otherwise each request needs the signature in its query (`cay_token`). The
+	// signature is removed before the request enters the sandbox.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2796,8 +2969,10 @@ type wireInterface interface {
 
 	// CreatePortURL Make a signed URL of a port
 	//
-	// A URL that opens the port to whoever has it, until it expires; it cannot be taken back before that. With a host name, the first request exchanges the signature for a cookie of that host alone, and every page of the port works;
-	// without one, each request needs the signature in its query (`cay_token`). It is removed before the request goes in.
+	// Makes a URL that opens the port to anyone who has it until it expires. You cannot revoke the URL before that. If
+	// the URL has a host name of its own, the first request exchanges the signature for a cookie of that host only,
+	// and every page of the port works. Otherwise each request needs the signature in its query (`cay_token`). The
+	// signature is removed before the request enters the sandbox.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2806,32 +2981,40 @@ type wireInterface interface {
 
 	// ListProcesses List processes
 	//
-	// What calls have started and still runs: processes, terminals, commands of `executeCommand`, the template's start command; not what these have started themselves. And processes that have ended and are still
-	// known: the last 32, for 15 minutes. Newest first, 1000 at most, not paged. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Lists the running processes that calls have started: processes, terminals, commands of `executeCommand` and the
+	// template's start command, without the processes that these have started. It also lists ended processes that are
+	// still known: the last 32, for 15 minutes. The newest come first, at most 1000, without pages. The call counts as
+	// activity. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/processes (the `ListProcesses` operationId).
 	ListProcesses(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
 
-	// StartProcessWithBody Start a process that goes on by itself
+	// StartProcessWithBody Start a process that outlives the call
 	//
-	// Starts `command` or `args` and answers when it runs. It goes on whether or not anybody listens, through suspend and wake too, until it ends, is killed, or its `timeout` is over.
-	// The last MiB of its output is kept to be followed from any offset, less when a sandbox has more than 32 processes. With `stdin: true` its input stays open to be written to; with `pty` it has a terminal.
-	// At most 512 run in a sandbox at once (503, code `too_many_processes`). Nobody can have a `tag` that a running process has (409, code `tag_in_use`).
+	// Starts `command` or `args` and answers when the process runs. The process continues without any client, also
+	// through suspend and wake, until it ends, is killed, or exceeds its `timeout`. The last MiB of its output is
+	// kept, less if a sandbox has more than 32 processes, and you can follow it from any offset. With `stdin: true`
+	// its input stays open for writing; with `pty` it has a terminal. At most 512 processes run in a sandbox at once
+	// (503, code `too_many_processes`). A `tag` must not be that of a running process (409, code `tag_in_use`).
 	//
-	// A process does not keep its sandbox from being idle: only calls do, while they last, and those that follow or wait for a process last. A suspended sandbox is woken first, see `wakeSandbox`.
+	// A process does not keep its sandbox from being idle. Only calls do, while they last, such as those that follow
+	// or wait for a process. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Takes any type of body and a specified content type.
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/processes (the `StartProcess` operationId).
 	StartProcessWithBody(ctx context.Context, id SandboxID, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
 
-	// StartProcess Start a process that goes on by itself
+	// StartProcess Start a process that outlives the call
 	//
-	// Starts `command` or `args` and answers when it runs. It goes on whether or not anybody listens, through suspend and wake too, until it ends, is killed, or its `timeout` is over.
-	// The last MiB of its output is kept to be followed from any offset, less when a sandbox has more than 32 processes. With `stdin: true` its input stays open to be written to; with `pty` it has a terminal.
-	// At most 512 run in a sandbox at once (503, code `too_many_processes`). Nobody can have a `tag` that a running process has (409, code `tag_in_use`).
+	// Starts `command` or `args` and answers when the process runs. The process continues without any client, also
+	// through suspend and wake, until it ends, is killed, or exceeds its `timeout`. The last MiB of its output is
+	// kept, less if a sandbox has more than 32 processes, and you can follow it from any offset. With `stdin: true`
+	// its input stays open for writing; with `pty` it has a terminal. At most 512 processes run in a sandbox at once
+	// (503, code `too_many_processes`). A `tag` must not be that of a running process (409, code `tag_in_use`).
 	//
-	// A process does not keep its sandbox from being idle: only calls do, while they last, and those that follow or wait for a process last. A suspended sandbox is woken first, see `wakeSandbox`.
+	// A process does not keep its sandbox from being idle. Only calls do, while they last, such as those that follow
+	// or wait for a process. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2840,33 +3023,44 @@ type wireInterface interface {
 
 	// KillProcess Kill a process and forget it
 	//
-	// Kills it with everything that descends from it, and answers when all are gone. One that has ended is forgotten, and what it left in the background is killed. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Kills the process with all its descendants and answers when all are gone. An ended process is forgotten, and
+	// processes that it left in the background are killed. The call counts as activity. A suspended sandbox is woken
+	// first, see `wakeSandbox`.
 	//
 	// Corresponds with DELETE /v1/sandboxes/{id}/processes/{process} (the `KillProcess` operationId).
 	KillProcess(ctx context.Context, id SandboxID, process ProcessRef, reqEditors ...requestEditor) (*http.Response, error)
 
-	// GetProcess Read a process
+	// GetProcess Get a process
 	//
-	// 404, code `process_not_found`, when there is none, or it ended a while ago. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Returns a process. The answer is 404 with code `process_not_found` if there is no such process or it ended a
+	// while ago. The call counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/processes/{process} (the `GetProcess` operationId).
 	GetProcess(ctx context.Context, id SandboxID, process ProcessRef, reqEditors ...requestEditor) (*http.Response, error)
 
 	// GetProcessOutput Read or follow a process's output
 	//
-	// Every byte of output has an offset, counted from 0 in the order it came, all streams together. The last MiB is kept; when what is asked for is gone, `lost` says how much. 409, code `output_not_kept`, for a process whose output goes
-	// to the call that started it.
+	// Returns or streams the output of a process. Every byte of output has an offset, counted from 0 in the order of
+	// arrival, over all streams together. The last MiB is kept; if bytes that you ask for are gone, `lost` gives their
+	// number. The answer is 409 with code `output_not_kept` for a process whose output goes to the call that started
+	// it.
 	//
-	// Without more, answers what there is from `offset` on. With `Accept: text/event-stream` follows: events `stdout`, `stderr` and `terminal` with a piece of output (`OutputPiece`), `lost` with a gap (`OutputLost`), first what is kept and then as it comes, and
-	// `exit` (`ProcessExit`) at the end. The `id` of an event is the offset after it: as `Last-Event-ID` it takes a stream up that broke off. `error`, with a problem, ends a stream that fails or whose server stops. No piece ends within a
-	// character, unless the process stopped there for a while. Who reads slowly misses output, and is told; the process is never held up. The sandbox counts as in use meanwhile. A suspended sandbox is woken first, see `wakeSandbox`.
+	// By default the answer is the output from `offset` to the newest byte. With `Accept: text/event-stream` the
+	// answer is a stream of events: `stdout`, `stderr` and `terminal` with a piece of output (`OutputPiece`) and
+	// `lost` with a gap (`OutputLost`), first for the kept output and then as it comes, and `exit` (`ProcessExit`) at
+	// the end. The `id` of an event is the offset after it; pass it as `Last-Event-ID` to resume an interrupted
+	// stream. An event `error` with a problem ends a stream that fails or whose server stops. No piece ends within a
+	// character unless the process paused there. A slow reader misses output and gets an event `lost`; it does not
+	// delay the process. The sandbox counts as in use meanwhile. A suspended sandbox is woken first, see
+	// `wakeSandbox`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/processes/{process}/output (the `GetProcessOutput` operationId).
 	GetProcessOutput(ctx context.Context, id SandboxID, process ProcessRef, params *GetProcessOutputParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// ResizeProcessTerminalWithBody Resize a process's terminal
 	//
-	// 409, code `no_terminal`, for a process without one. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Sets the size of the process's terminal. The answer is 409 with code `no_terminal` if the process has no
+	// terminal. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2875,7 +3069,8 @@ type wireInterface interface {
 
 	// ResizeProcessTerminal Resize a process's terminal
 	//
-	// 409, code `no_terminal`, for a process without one. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Sets the size of the process's terminal. The answer is 409 with code `no_terminal` if the process has no
+	// terminal. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2884,7 +3079,8 @@ type wireInterface interface {
 
 	// SignalProcessWithBody Send a signal to a process
 	//
-	// Sends it to the process and its process group, as a terminal does. 409, code `process_ended`, for one that has ended. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Sends a signal to the process and its process group, as a terminal does. The answer is 409 with code
+	// `process_ended` if the process has ended. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2893,7 +3089,8 @@ type wireInterface interface {
 
 	// SignalProcess Send a signal to a process
 	//
-	// Sends it to the process and its process group, as a terminal does. 409, code `process_ended`, for one that has ended. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Sends a signal to the process and its process group, as a terminal does. The answer is 409 with code
+	// `process_ended` if the process has ended. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2902,28 +3099,37 @@ type wireInterface interface {
 
 	// WriteProcessStdinWithBody Write to a process's input
 	//
-	// Writes the body, 8 MiB at most, to its standard input or its terminal as it comes, and answers when the process's pipe has taken it. A process that does not read for 30 seconds is 409, code `stdin_blocked`; one whose input is closed or was never open 409, code `stdin_closed`; one that has
-	// ended 409, code `process_ended`. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Writes the body, at most 8 MiB, to the standard input or the terminal of the process as it arrives. The call
+	// answers when the process's pipe has taken it. The answer is 409 with code `stdin_blocked` if the process does
+	// not read for 30 seconds, with code `stdin_closed` if its input is closed or was never open, and with code
+	// `process_ended` if it has ended. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Takes any type of body and a specified content type.
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/processes/{process}/stdin (the `WriteProcessStdin` operationId).
 	WriteProcessStdinWithBody(ctx context.Context, id SandboxID, process ProcessRef, params *WriteProcessStdinParams, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
 
-	// WaitProcess Wait for a process's end
+	// WaitProcess Wait for the end of a process
 	//
-	// Answers when the process has ended, or as it is then after `timeout`. The sandbox counts as in use meanwhile. 503, code `stopping`, when the server stops. A suspended sandbox is woken first, see `wakeSandbox`.
+	// Answers when the process has ended, or after `timeout` with the process as it is then. The sandbox counts as in
+	// use meanwhile. The answer is 503 with code `stopping` if the server stops. A suspended sandbox is woken first,
+	// see `wakeSandbox`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/processes/{process}/wait (the `WaitProcess` operationId).
 	WaitProcess(ctx context.Context, id SandboxID, process ProcessRef, params *WaitProcessParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// CreateSnapshotWithBody Make a snapshot of a sandbox
 	//
-	// Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
-	// `createSandbox`. A running sandbox of either mode runs on, after a pause that grows with its memory, and its connections live; a suspended one is not woken. Does not count as activity.
+	// Saves the present state of the sandbox, with its processes, memory and files, until you delete the snapshot. The
+	// snapshot does not depend on the sandbox. Create new sandboxes from it with `snapshot` in `createSandbox`. A
+	// running sandbox of either mode keeps running, after a pause that grows with its memory, and keeps its
+	// connections. A suspended sandbox is not woken. The call does not count as activity.
 	//
-	// 409 when the sandbox neither runs nor is suspended (`sandbox_not_running`) or the organization has a snapshot of the name (`snapshot_exists`); 429, code `quota_exceeded`, when the organization has as many snapshots
-	// as it may have; 507, code `disk_full`, when the machine's disk has no room for it; 500, code `snapshot_failed`, when it could not be written. There is no snapshot then, and the sandbox runs on.
+	// The answer is 409 if the sandbox is neither running nor suspended (`sandbox_not_running`) or the organization
+	// already has a snapshot with the name (`snapshot_exists`); 429 with code `quota_exceeded` if the organization has
+	// as many snapshots as it may have; 507 with code `disk_full` if the machine's disk has no room for the snapshot;
+	// and 500 with code `snapshot_failed` if it could not be written. In these cases no snapshot is made, and the
+	// sandbox keeps running.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2932,11 +3138,16 @@ type wireInterface interface {
 
 	// CreateSnapshot Make a snapshot of a sandbox
 	//
-	// Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
-	// `createSandbox`. A running sandbox of either mode runs on, after a pause that grows with its memory, and its connections live; a suspended one is not woken. Does not count as activity.
+	// Saves the present state of the sandbox, with its processes, memory and files, until you delete the snapshot. The
+	// snapshot does not depend on the sandbox. Create new sandboxes from it with `snapshot` in `createSandbox`. A
+	// running sandbox of either mode keeps running, after a pause that grows with its memory, and keeps its
+	// connections. A suspended sandbox is not woken. The call does not count as activity.
 	//
-	// 409 when the sandbox neither runs nor is suspended (`sandbox_not_running`) or the organization has a snapshot of the name (`snapshot_exists`); 429, code `quota_exceeded`, when the organization has as many snapshots
-	// as it may have; 507, code `disk_full`, when the machine's disk has no room for it; 500, code `snapshot_failed`, when it could not be written. There is no snapshot then, and the sandbox runs on.
+	// The answer is 409 if the sandbox is neither running nor suspended (`sandbox_not_running`) or the organization
+	// already has a snapshot with the name (`snapshot_exists`); 429 with code `quota_exceeded` if the organization has
+	// as many snapshots as it may have; 507 with code `disk_full` if the machine's disk has no room for the snapshot;
+	// and 500 with code `snapshot_failed` if it could not be written. In these cases no snapshot is made, and the
+	// sandbox keeps running.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2945,101 +3156,122 @@ type wireInterface interface {
 
 	// SuspendSandbox Suspend a persistent sandbox
 	//
-	// Writes its processes, memory, open files and disk to a checkpoint and frees the machine. Connections to the outside are cut.
+	// Writes the sandbox's processes, memory, open files and disk to a checkpoint and frees its resources on the
+	// machine. Connections to the outside are cut.
 	//
-	// 409 when it is not persistent (`sandbox_not_persistent`), not running (`sandbox_not_running`) or when calls that use it do not end within 5 seconds (`sandbox_in_use`).
-	// 507, code `disk_full`, when the machine's disk has no room for the checkpoint: it runs on. 500, code `suspend_failed`, when it could not be written: it runs on if it still lives,
-	// else it is suspended at its latest recovery point.
+	// The answer is 409 if the sandbox is not persistent (`sandbox_not_persistent`), is not running
+	// (`sandbox_not_running`), or is used by calls that do not end within 5 seconds (`sandbox_in_use`). It is 507 with
+	// code `disk_full` if the machine's disk has no room for the checkpoint; the sandbox keeps running. It is 500 with
+	// code `suspend_failed` if the checkpoint could not be written; the sandbox keeps running if it is still alive,
+	// and otherwise is suspended at its latest recovery point.
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/suspend (the `SuspendSandbox` operationId).
 	SuspendSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
 
 	// OpenTerminal Open a terminal
 	//
-	// A WebSocket (RFC 6455) to a shell with a terminal. Binary frames are bytes, to the terminal and from it. Text frames are JSON objects with a `type`:
+	// Opens a WebSocket (RFC 6455) to a shell in a terminal. Binary frames carry the bytes to and from the terminal.
+	// Text frames are JSON objects with a `type`:
 	//
-	// * from the client `{"type":"resize","cols":120,"rows":40}`;
-	// * from the server, first, `{"type":"started","pid":7,"offset":0}`: the process, and the offset of the first byte that follows; when reconnecting to output that is not all kept `{"type":"lost","offset":0,"bytes":4096}`;
-	// * from the server, last, `{"type":"exit","exit_code":0,…}` with the fields of `ProcessExit`, or `{"type":"error","code":"…","detail":"…"}`. Then it closes: 1000 after `exit`, 1001 when the server stops, 1011 after an error.
+	// * from the client, `{"type":"resize","cols":120,"rows":40}`;
+	// * from the server, first, `{"type":"started","pid":7,"offset":0}`: the process, and the offset of the first byte
+	//   that follows; and, if you reconnect and part of the output is not kept,
+	//   `{"type":"lost","offset":0,"bytes":4096}`;
+	// * from the server, last, `{"type":"exit","exit_code":0,…}` with the fields of `ProcessExit`, or
+	//   `{"type":"error","code":"…","detail":"…"}`. Then the server closes the WebSocket: with 1000 after `exit`, 1001
+	//   when the server stops, 1011 after an error.
 	//
-	// With `process` it joins a process that has a terminal, instead of starting one, and sends what is kept of its output from `offset` on. A terminal that nobody is connected to any more is hung up and killed after `grace`, so that a client whose connection broke can come
-	// back; this begins anew with each client that leaves. Several may be connected at once.
+	// With `process` the call joins a process that has a terminal instead of starting one, and sends its kept output
+	// from `offset` on. A terminal without any client gets a hangup and is killed after `grace`, so that a client
+	// whose connection broke can come back; the time starts anew with each client that leaves. Several clients may be
+	// connected at once.
 	//
-	// Browsers cannot send the `Authorization` header with a WebSocket. They can offer two subprotocols instead, `new WebSocket(url, ["cay.terminal.v1", "cay.key." + key])`; the server chooses the first and the key appears in no URL and no log. The `Origin` of a page is not looked at: nothing is
-	// allowed without the key, which no browser sends by itself, and a page that has it may use it.
+	// Browsers cannot send the `Authorization` header with a WebSocket. Offer two subprotocols instead: `new
+	// WebSocket(url, ["cay.terminal.v1", "cay.key." + key])`. The server chooses the first, and the key appears in no
+	// URL and no log. The server does not check the `Origin` of a page: nothing is allowed without the key, which no
+	// browser sends by itself, and a page that has the key may use it.
 	//
-	// The sandbox counts as in use while somebody is connected. A suspended sandbox is woken first, see `wakeSandbox`. A request that is no WebSocket's is 400, code `not_a_websocket`.
+	// The sandbox counts as in use while a client is connected. A suspended sandbox is woken first, see `wakeSandbox`.
+	// A request that does not ask for a WebSocket is answered with 400 and code `not_a_websocket`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/terminal (the `OpenTerminal` operationId).
 	OpenTerminal(ctx context.Context, id SandboxID, params *OpenTerminalParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// OpenTunnel Open a TCP connection to a port
 	//
-	// Makes the connection of this request a TCP connection to a port of the sandbox. Send `Connection: Upgrade` and `Upgrade: tcp` over HTTP/1.1 and no body;
-	// after 101 whatever is sent and received on the connection is the service's. Each side can end its half. The service may listen on the loopback,
-	// on all addresses, or on the sandbox's own. Without the upgrade it is 426; when nothing listens it is 502, code `port_closed`. Counts as activity as long as it is open.
-	// A suspended sandbox is woken first, see `wakeSandbox`.
+	// Turns the connection of this request into a TCP connection to a port of the sandbox. Send `Connection: Upgrade`
+	// and `Upgrade: tcp` over HTTP/1.1 and no body. After 101, all bytes on the connection go to and come from the
+	// service. Each side can close its half. The service may listen on the loopback, on all addresses, or on the
+	// sandbox's own address. The answer is 426 without the upgrade, and 502 with code `port_closed` if nothing
+	// listens. The connection counts as activity as long as it is open. A suspended sandbox is woken first, see
+	// `wakeSandbox`.
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/tunnel (the `OpenTunnel` operationId).
 	OpenTunnel(ctx context.Context, id SandboxID, params *OpenTunnelParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// WakeSandbox Make sure a sandbox runs
 	//
-	// Wakes a suspended sandbox; one that runs stays as it is. The answer comes when it runs and is ready to execute. Counts as activity. Callers at the same time
-	// wake it once and all get the answer. 409, code `sandbox_not_running`, in a state that cannot be woken (creating, destroyed).
+	// Wakes a suspended sandbox and leaves a running one as it is. The answer comes when the sandbox runs and can
+	// execute commands. The call counts as activity. Concurrent calls wake the sandbox once and all get the answer.
+	// The answer is 409 with code `sandbox_not_running` in states that cannot be woken (creating, destroyed).
 	//
-	// Calls that use a sandbox (execute, read, write, remove and list files) wake a suspended one by themselves, and refuse it for the same reasons: 429, code `quota_exceeded`, when it
-	// would bring the organization over its quota; 503, code `no_capacity`, when the machine has no room; 500, code `wake_failed`, when its checkpoint cannot
-	// be restored. In all three it stays suspended; after `wake_failed` its `error` says why, and it may be tried again or destroyed.
+	// Calls that use a sandbox (execute, read, write, remove and list files) wake a suspended one themselves and fail
+	// for the same reasons: 429 with code `quota_exceeded` if the sandbox would bring the organization over its quota,
+	// 503 with code `no_capacity` if the machine has no room, 500 with code `wake_failed` if the checkpoint cannot be
+	// restored. In all three cases the sandbox stays suspended. After `wake_failed` its `error` gives the reason; you
+	// can try again or destroy the sandbox.
 	//
 	// Corresponds with POST /v1/sandboxes/{id}/wake (the `WakeSandbox` operationId).
 	WakeSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error)
 
-	// ListSizes List the sizes a sandbox may have
+	// ListSizes List sizes
 	//
-	// The presets of CPU and memory. Any valid key will do. Not paged.
+	// Lists the presets of CPU and memory that a sandbox may have, without pages. Any valid key may call it.
 	//
 	// Corresponds with GET /v1/sizes (the `ListSizes` operationId).
 	ListSizes(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error)
 
 	// ListSnapshots List snapshots
 	//
-	// The organization's snapshots, newest first.
+	// Lists the organization's snapshots, newest first.
 	//
 	// Corresponds with GET /v1/snapshots (the `ListSnapshots` operationId).
 	ListSnapshots(ctx context.Context, params *ListSnapshotsParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// DeleteSnapshot Delete a snapshot
 	//
-	// Sandboxes made from it go on, and those being made from it are still made. Its name is free at once.
+	// Deletes a snapshot. Sandboxes that were created from it continue, and sandboxes that are being created from it
+	// are still created. Its name is free at once.
 	//
 	// Corresponds with DELETE /v1/snapshots/{snapshot} (the `DeleteSnapshot` operationId).
 	DeleteSnapshot(ctx context.Context, snapshot SnapshotRef, reqEditors ...requestEditor) (*http.Response, error)
 
 	// GetSnapshot Get a snapshot
 	//
-	// By name or id. One of another organization is not found.
+	// Returns a snapshot by name or id. Another organization's snapshot is not found.
 	//
 	// Corresponds with GET /v1/snapshots/{snapshot} (the `GetSnapshot` operationId).
 	GetSnapshot(ctx context.Context, snapshot SnapshotRef, reqEditors ...requestEditor) (*http.Response, error)
 
 	// ListTemplates List templates
 	//
-	// The organization's own and the built-in templates, newest first.
+	// Lists the organization's templates and the built-in ones, newest first.
 	//
 	// Corresponds with GET /v1/templates (the `ListTemplates` operationId).
 	ListTemplates(ctx context.Context, params *ListTemplatesParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// CreateTemplateWithBody Create a template
 	//
-	// Has a template built, from an OCI image, a Dockerfile or Debian packages, and answers at once; the template's `status` and `GET /v1/templates/{template}/logs`
-	// tell how it goes. Builds of an organization run one after the other unless the operator says otherwise, further ones wait for their turn.
+	// Starts the build of a template from an OCI image, a Dockerfile or Debian packages and answers at once. The
+	// template's `status` and `GET /v1/templates/{template}/logs` show the progress. Builds of an organization run one
+	// after the other unless the operator says otherwise; further builds wait.
 	//
-	// With a build context the body is `multipart/form-data` of two parts in this order: `template`, the JSON object, and `context`, a tar, plain or compressed with gzip, of
-	// up to 1 GiB unless the operator says otherwise.
+	// To send a build context, use a `multipart/form-data` body of two parts in this order: `template`, the JSON
+	// object, and `context`, a tar, plain or compressed with gzip, of up to 1 GiB unless the operator says otherwise.
 	//
-	// 409, code `template_exists`, for a name that the organization or a built-in template has; 413, code `context_too_large`; 429, code `quota_exceeded`, when the organization
-	// has as many templates as it may.
+	// The answer is 409 with code `template_exists` if the organization or a built-in template has the name; 413 with
+	// code `context_too_large`; and 429 with code `quota_exceeded` if the organization has as many templates as it may
+	// have.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -3048,14 +3280,16 @@ type wireInterface interface {
 
 	// CreateTemplate Create a template
 	//
-	// Has a template built, from an OCI image, a Dockerfile or Debian packages, and answers at once; the template's `status` and `GET /v1/templates/{template}/logs`
-	// tell how it goes. Builds of an organization run one after the other unless the operator says otherwise, further ones wait for their turn.
+	// Starts the build of a template from an OCI image, a Dockerfile or Debian packages and answers at once. The
+	// template's `status` and `GET /v1/templates/{template}/logs` show the progress. Builds of an organization run one
+	// after the other unless the operator says otherwise; further builds wait.
 	//
-	// With a build context the body is `multipart/form-data` of two parts in this order: `template`, the JSON object, and `context`, a tar, plain or compressed with gzip, of
-	// up to 1 GiB unless the operator says otherwise.
+	// To send a build context, use a `multipart/form-data` body of two parts in this order: `template`, the JSON
+	// object, and `context`, a tar, plain or compressed with gzip, of up to 1 GiB unless the operator says otherwise.
 	//
-	// 409, code `template_exists`, for a name that the organization or a built-in template has; 413, code `context_too_large`; 429, code `quota_exceeded`, when the organization
-	// has as many templates as it may.
+	// The answer is 409 with code `template_exists` if the organization or a built-in template has the name; 413 with
+	// code `context_too_large`; and 429 with code `quota_exceeded` if the organization has as many templates as it may
+	// have.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -3064,66 +3298,79 @@ type wireInterface interface {
 
 	// DeleteTemplate Delete a template
 	//
-	// A build of it that waits or runs ends. While sandboxes of it are not destroyed it is 409, code `template_in_use`, unless `force` is given; they go on, suspended ones too.
-	// Built-in templates are read-only: 403, code `template_builtin`.
+	// Deletes a template and ends a waiting or running build of it. If sandboxes of it are not destroyed, the answer
+	// is 409 with code `template_in_use` unless you give `force`; the sandboxes continue, suspended ones too. Built-in
+	// templates are read-only and answered with 403 and code `template_builtin`.
 	//
 	// Corresponds with DELETE /v1/templates/{template} (the `DeleteTemplate` operationId).
 	DeleteTemplate(ctx context.Context, template TemplateRef, params *DeleteTemplateParams, reqEditors ...requestEditor) (*http.Response, error)
 
 	// GetTemplate Get a template
 	//
-	// By name or id. While it is being built, `progress` says how far it is.
+	// Returns a template by name or id. During a build, `progress` shows how far the build is.
 	//
 	// Corresponds with GET /v1/templates/{template} (the `GetTemplate` operationId).
 	GetTemplate(ctx context.Context, template TemplateRef, reqEditors ...requestEditor) (*http.Response, error)
 
 	// CancelTemplateBuild Cancel the build of a template
 	//
-	// Ends the build that waits or runs. The template has then failed, and its ready version stays in use. 409, code `no_build`, when there is none; built-in templates are
-	// read-only, 403, code `template_builtin`.
+	// Ends the waiting or running build. The template's build has then failed, and its ready version stays in use. The
+	// answer is 409 with code `no_build` if there is no build. Built-in templates are read-only and answered with 403
+	// and code `template_builtin`.
 	//
 	// Corresponds with POST /v1/templates/{template}/cancel (the `CancelTemplateBuild` operationId).
 	CancelTemplateBuild(ctx context.Context, template TemplateRef, reqEditors ...requestEditor) (*http.Response, error)
 
 	// GetTemplateLogs Read the log of a template's newest build
 	//
-	// All lines so far, oldest first. Not paged: a log has about 4 MiB at most, then older lines of the step that says the most are left out, with a note in their place.
+	// Returns all lines of the log so far, oldest first, without pages. A log has at most about 4 MiB; beyond that,
+	// older lines of the step with the most output are replaced by a note.
 	//
-	// With `Accept: text/event-stream` the lines are sent as they are written, those that are there first: events `line`, whose data is a line. When the build is over, or
-	// if none waits or runs, an event `end` comes last, whose data is the template. A stream that breaks off before that, as it does when the server stops, can be taken up with the `id`
-	// of the last event as `Last-Event-ID`. When another build begins its log is sent from its first line on.
+	// With `Accept: text/event-stream` the existing lines are sent first and then new ones as they are written: events
+	// `line`, whose data is a line. When the build has ended, or if none waits or runs, the last event is `end`, whose
+	// data is the template. A stream may be interrupted before that, for example when the server stops. To resume it,
+	// pass the `id` of the last event as `Last-Event-ID`. When another build begins, its log is sent from the first
+	// line on.
 	//
 	// Corresponds with GET /v1/templates/{template}/logs (the `GetTemplateLogs` operationId).
 	GetTemplateLogs(ctx context.Context, template TemplateRef, params *GetTemplateLogsParams, reqEditors ...requestEditor) (*http.Response, error)
 
-	// RebuildTemplateWithBody Build a template anew
+	// RebuildTemplateWithBody Rebuild a template
 	//
-	// Answers at once. The ready version stays in use until the new one is ready, and after a failure; sandboxes keep the version they were made from. `version` counts up
-	// if the result is another one.
+	// Starts a new build of a template and answers at once. The ready version stays in use until the new one is ready,
+	// and also after a failure. Sandboxes keep the version that they were created from. `version` increases if the
+	// result differs.
 	//
-	// Without a body, or with `credentials` alone, the template is made again from the same inputs, and what changes by itself, a tag or a Debian suite, is looked up anew.
-	// With a body (and a context, as in a create) it is made from those inputs; if they are those of the ready version nothing is done. What is absent then has its
-	// default, not its former value. The egress policy is not changed by a rebuild.
+	// Without a body, or with only `credentials`, the template is built from the same inputs, and inputs that change
+	// by themselves, such as a tag or a Debian suite, are resolved again. With a body (and a context, as in a create)
+	// the template is built from those inputs; if they are the inputs of the ready version, nothing is done. An absent
+	// field then has its default and not its former value. A rebuild does not change the egress policy.
 	//
-	// 409, code `build_in_progress`, while another build of it waits or runs. Built-in templates are read-only, 403, code `template_builtin`; but one that was never built
-	// can be asked for in advance, and keys of the operator with the scope `admin` can have all made anew, both without a body.
+	// The answer is 409 with code `build_in_progress` while another build of the template waits or runs. Built-in
+	// templates are read-only and answered with 403 and code `template_builtin`, with two exceptions, both without a
+	// body: you can start the build of one that was never built, and the operator's keys with the scope `admin` can
+	// rebuild all of them.
 	//
 	// Takes any type of body and a specified content type.
 	//
 	// Corresponds with POST /v1/templates/{template}/rebuild (the `RebuildTemplate` operationId).
 	RebuildTemplateWithBody(ctx context.Context, template TemplateRef, contentType string, body io.Reader, reqEditors ...requestEditor) (*http.Response, error)
 
-	// RebuildTemplate Build a template anew
+	// RebuildTemplate Rebuild a template
 	//
-	// Answers at once. The ready version stays in use until the new one is ready, and after a failure; sandboxes keep the version they were made from. `version` counts up
-	// if the result is another one.
+	// Starts a new build of a template and answers at once. The ready version stays in use until the new one is ready,
+	// and also after a failure. Sandboxes keep the version that they were created from. `version` increases if the
+	// result differs.
 	//
-	// Without a body, or with `credentials` alone, the template is made again from the same inputs, and what changes by itself, a tag or a Debian suite, is looked up anew.
-	// With a body (and a context, as in a create) it is made from those inputs; if they are those of the ready version nothing is done. What is absent then has its
-	// default, not its former value. The egress policy is not changed by a rebuild.
+	// Without a body, or with only `credentials`, the template is built from the same inputs, and inputs that change
+	// by themselves, such as a tag or a Debian suite, are resolved again. With a body (and a context, as in a create)
+	// the template is built from those inputs; if they are the inputs of the ready version, nothing is done. An absent
+	// field then has its default and not its former value. A rebuild does not change the egress policy.
 	//
-	// 409, code `build_in_progress`, while another build of it waits or runs. Built-in templates are read-only, 403, code `template_builtin`; but one that was never built
-	// can be asked for in advance, and keys of the operator with the scope `admin` can have all made anew, both without a body.
+	// The answer is 409 with code `build_in_progress` while another build of the template waits or runs. Built-in
+	// templates are read-only and answered with 403 and code `template_builtin`, with two exceptions, both without a
+	// body: you can start the build of one that was never built, and the operator's keys with the scope `admin` can
+	// rebuild all of them.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -3131,9 +3378,9 @@ type wireInterface interface {
 	RebuildTemplate(ctx context.Context, template TemplateRef, body RebuildTemplateJSONRequestBody, reqEditors ...requestEditor) (*http.Response, error)
 }
 
-// GetHealth Is the process alive
+// GetHealth Check that the process is alive
 //
-// 200 as long as the server answers at all.
+// The answer is 200 as long as the server answers at all.
 //
 // Corresponds with GET /healthz (the `GetHealth` operationId).
 func (c *wire) GetHealth(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3148,9 +3395,9 @@ func (c *wire) GetHealth(ctx context.Context, reqEditors ...requestEditor) (*htt
 	return c.Client.Do(req)
 }
 
-// GetMetrics Prometheus metrics
+// GetMetrics Get the metrics
 //
-// In the text format of Prometheus, or OpenMetrics where the `Accept` header asks for it.
+// Returns metrics in the text format of Prometheus, or in that of OpenMetrics if the `Accept` header asks for it.
 //
 // Corresponds with GET /metrics (the `GetMetrics` operationId).
 func (c *wire) GetMetrics(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3165,7 +3412,7 @@ func (c *wire) GetMetrics(ctx context.Context, reqEditors ...requestEditor) (*ht
 	return c.Client.Do(req)
 }
 
-// GetOpenAPI This document
+// GetOpenAPI Get this document
 //
 // The document you are reading.
 //
@@ -3182,9 +3429,10 @@ func (c *wire) GetOpenAPI(ctx context.Context, reqEditors ...requestEditor) (*ht
 	return c.Client.Do(req)
 }
 
-// GetReady Can the server create sandboxes
+// GetReady Check that the server can create sandboxes
 //
-// 200 when it can; 503, code `not_ready`, while it starts, stops, or has lost something it needs.
+// The answer is 200 if the server can create sandboxes, and 503 with code `not_ready` while it starts, stops, or
+// lacks something that it needs.
 //
 // Corresponds with GET /readyz (the `GetReady` operationId).
 func (c *wire) GetReady(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3201,7 +3449,7 @@ func (c *wire) GetReady(ctx context.Context, reqEditors ...requestEditor) (*http
 
 // ListAPIKeys List API keys
 //
-// The organization's keys, revoked and expired ones too, newest first, without their secrets.
+// Lists the organization's keys, including revoked and expired ones, newest first, without their secrets.
 //
 // Corresponds with GET /v1/api-keys (the `ListAPIKeys` operationId).
 func (c *wire) ListAPIKeys(ctx context.Context, params *ListAPIKeysParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3218,7 +3466,7 @@ func (c *wire) ListAPIKeys(ctx context.Context, params *ListAPIKeysParams, reqEd
 
 // CreateAPIKeyWithBody Create an API key
 //
-// The key's secret is in `api_key` of this answer and nowhere else, ever.
+// Creates an API key. The key's secret is in `api_key` of this answer; you cannot read it again later.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3237,7 +3485,7 @@ func (c *wire) CreateAPIKeyWithBody(ctx context.Context, contentType string, bod
 
 // CreateAPIKey Create an API key
 //
-// The key's secret is in `api_key` of this answer and nowhere else, ever.
+// Creates an API key. The key's secret is in `api_key` of this answer; you cannot read it again later.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -3256,7 +3504,8 @@ func (c *wire) CreateAPIKey(ctx context.Context, body CreateAPIKeyJSONRequestBod
 
 // RevokeAPIKey Revoke an API key
 //
-// Takes effect with the next call. Safe to repeat. Any key may revoke itself; another one takes the scope `admin`.
+// Revokes an API key from the next call on. You can repeat the call. Any key may revoke itself; revoking another
+// key needs the scope `admin`.
 //
 // Corresponds with DELETE /v1/api-keys/{key} (the `RevokeAPIKey` operationId).
 func (c *wire) RevokeAPIKey(ctx context.Context, key string, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3271,20 +3520,32 @@ func (c *wire) RevokeAPIKey(ctx context.Context, key string, reqEditors ...reque
 	return c.Client.Do(req)
 }
 
-// ReadFeed Read or follow what happened in the organization
+// ReadFeed Read or follow the organization's events
 //
-// The organization's events in the order in which they happened, oldest first: every transition of a sandbox, changes and denials of policies, snapshots, forks, ports made public or private, templates and
-// their builds, API keys, and the organization itself. Each is written together with what it tells of, so none is missing and none is made up. Ids are opaque and ordered as the events are.
+// Returns the organization's events in the order in which they happened, oldest first: every transition of a
+// sandbox, changes and denials of policies, snapshots, forks, ports made public or private, templates and their
+// builds, API keys, and the organization itself. Each event is recorded in the transaction that makes it true, so
+// that no event is missing and none is false. Ids are opaque and ordered like the events.
 //
-// A key sees the events of what it may read: `sandbox.…` and `snapshot.…` take the scope `sandboxes:read`, `template.…` takes `templates:read`, `api_key.…` and `org.…` take `admin`. Asking with `type` for others, or for any with a
-// key that may see none, is 403, code `scope_missing`. Events go on when their sandbox is gone. They are kept for 30 days, and the newest 1,000,000 of an organization; the operator can change both.
+// A key sees the events of objects that it may read: `sandbox.…` and `snapshot.…` need the scope `sandboxes:read`,
+// `template.…` needs `templates:read`, `api_key.…` and `org.…` need `admin`. If you ask with `type` for other
+// events, or for any events with a key that may see none, the answer is 403 with code `scope_missing`. Events
+// outlive their sandbox. The newest 1,000,000 events of an organization are kept for 30 days; the operator can
+// change both limits.
 //
-// Without more, answers a page of what there is after `after`, else from the oldest event that is kept. A page may be short or empty, and still have `next_cursor`, when few events match. 410, code `events_gone`, when events after the
-// one that `after`, `cursor` or `Last-Event-ID` names have been dropped: read the present state of what you keep, then begin without it.
+// By default the answer is a page of the events after `after`, or from the oldest kept event on. A page may be
+// short or empty and still have `next_cursor` if few events match. The answer is 410 with code `events_gone` if
+// events after the one that `after`, `cursor` or `Last-Event-ID` names have been dropped: read the present state
+// of the objects that you track, then start again without it.
 //
-// With `Accept: text/event-stream` follows: first an event `ready` without content, then an event `event` for each (`FeedEvent`), those after `Last-Event-ID` or `after` at once, else only new ones. The `id` of an event is its own, so a stream that broke off goes on with `Last-Event-ID`
-// where it was, without a gap and without a duplicate, also with a server that has been started anew. An `id` alone, without an event, comes when events that do not match were passed. `error`, with a problem, ends
-// a stream whose server stops (code `stopping`), whose key was revoked or has expired (401, within about 15 seconds), or that is too far behind (410). An organization may follow so many times at once (default 32); more is 429, code `too_many_followers`.
+// With `Accept: text/event-stream` the answer is a stream: first an event `ready` without content, then an event
+// `event` (`FeedEvent`) for each event. Existing events after `Last-Event-ID` or `after` come at once; without
+// either, only new events come. The `id` of a stream's event is the event's own, so that you can resume an
+// interrupted stream with `Last-Event-ID` without a gap and without a duplicate, also after a restart of the
+// server. An `id` alone, without an event, comes after events that do not match. An event `error` with a problem
+// ends a stream whose server stops (code `stopping`), whose key was revoked or has expired (401, within about 15
+// seconds), or that is too far behind (410). The operator limits the concurrent streams of an organization
+// (default 32); a further one is answered with 429 and code `too_many_followers`.
 //
 // Corresponds with GET /v1/events (the `ReadFeed` operationId).
 func (c *wire) ReadFeed(ctx context.Context, params *ReadFeedParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3299,9 +3560,9 @@ func (c *wire) ReadFeed(ctx context.Context, params *ReadFeedParams, reqEditors 
 	return c.Client.Do(req)
 }
 
-// GetMe Who am I
+// GetMe Get the caller
 //
-// The organization and the key that make the call. Any valid key will do.
+// Returns the organization and the key that make the call. Any valid key may call it.
 //
 // Corresponds with GET /v1/me (the `GetMe` operationId).
 func (c *wire) GetMe(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3318,7 +3579,7 @@ func (c *wire) GetMe(ctx context.Context, reqEditors ...requestEditor) (*http.Re
 
 // ListOrgs List organizations
 //
-// All organizations of this server, newest first.
+// Lists all organizations of this server, newest first.
 //
 // Corresponds with GET /v1/orgs (the `ListOrgs` operationId).
 func (c *wire) ListOrgs(ctx context.Context, params *ListOrgsParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3335,7 +3596,8 @@ func (c *wire) ListOrgs(ctx context.Context, params *ListOrgsParams, reqEditors 
 
 // CreateOrgWithBody Create an organization
 //
-// It comes with its first key, whose secret is in `api_key` of this answer and nowhere else, ever. A name that is taken is 409.
+// Creates an organization with its first key. The key's secret is in `api_key` of this answer; you cannot read it
+// again later. A name that exists already is answered with 409.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3354,7 +3616,8 @@ func (c *wire) CreateOrgWithBody(ctx context.Context, contentType string, body i
 
 // CreateOrg Create an organization
 //
-// It comes with its first key, whose secret is in `api_key` of this answer and nowhere else, ever. A name that is taken is 409.
+// Creates an organization with its first key. The key's secret is in `api_key` of this answer; you cannot read it
+// again later. A name that exists already is answered with 409.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -3371,9 +3634,10 @@ func (c *wire) CreateOrg(ctx context.Context, body CreateOrgJSONRequestBody, req
 	return c.Client.Do(req)
 }
 
-// GetPool Look at the warm pool
+// GetPool Get the warm pool
 //
-// Sandboxes that are booted in advance, by template and size. Empty while the pool is off. Only for keys of the organization `default`. Not paged.
+// Lists the sandboxes that are started in advance, by template and size, without pages. The list is empty while
+// the pool is off. Only keys of the organization `default` may call it.
 //
 // Corresponds with GET /v1/pool (the `GetPool` operationId).
 func (c *wire) GetPool(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3390,8 +3654,9 @@ func (c *wire) GetPool(ctx context.Context, reqEditors ...requestEditor) (*http.
 
 // ListSandboxes List sandboxes
 //
-// The organization's sandboxes, newest first: all that are not destroyed, or those of the given statuses. Each query parameter
-// `metadata.KEY=VALUE` keeps only sandboxes with exactly that metadata; several must all match.
+// Lists the organization's sandboxes, newest first: all that are not destroyed, or those with the given statuses.
+// Each query parameter `metadata.KEY=VALUE` keeps only sandboxes with exactly that metadata; a sandbox must match
+// all of them.
 //
 // Corresponds with GET /v1/sandboxes (the `ListSandboxes` operationId).
 func (c *wire) ListSandboxes(ctx context.Context, params *ListSandboxesParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3408,10 +3673,12 @@ func (c *wire) ListSandboxes(ctx context.Context, params *ListSandboxesParams, r
 
 // CreateSandboxWithBody Create a sandbox
 //
-// Makes a sandbox from a template. The answer comes when the sandbox runs and is ready to execute; with `wait=false` it comes at once, with status `creating`.
+// Creates a sandbox from a template or a snapshot. The answer comes when the sandbox runs and can execute
+// commands. With `wait=false` the answer comes at once, with status `creating`.
 //
-// With an `Idempotency-Key`, the same key and body within 24 hours give the first answer again; the same key with another body is 409, code
-// `idempotency_key_reused`. Bodies are compared by meaning: white space and the order of fields do not matter.
+// If you repeat a call with the same `Idempotency-Key` and the same body within 24 hours, you get the first answer
+// again. The same key with another body is answered with 409 and code `idempotency_key_reused`. Bodies are
+// compared by meaning: white space and the order of fields do not matter.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3430,10 +3697,12 @@ func (c *wire) CreateSandboxWithBody(ctx context.Context, params *CreateSandboxP
 
 // CreateSandbox Create a sandbox
 //
-// Makes a sandbox from a template. The answer comes when the sandbox runs and is ready to execute; with `wait=false` it comes at once, with status `creating`.
+// Creates a sandbox from a template or a snapshot. The answer comes when the sandbox runs and can execute
+// commands. With `wait=false` the answer comes at once, with status `creating`.
 //
-// With an `Idempotency-Key`, the same key and body within 24 hours give the first answer again; the same key with another body is 409, code
-// `idempotency_key_reused`. Bodies are compared by meaning: white space and the order of fields do not matter.
+// If you repeat a call with the same `Idempotency-Key` and the same body within 24 hours, you get the first answer
+// again. The same key with another body is answered with 409 and code `idempotency_key_reused`. Bodies are
+// compared by meaning: white space and the order of fields do not matter.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -3452,9 +3721,10 @@ func (c *wire) CreateSandbox(ctx context.Context, params *CreateSandboxParams, b
 
 // DestroySandbox Destroy a sandbox
 //
-// Ends its processes and removes everything it wrote. Answers once that is certain, and does it in the background: from the
-// answer on the sandbox shows as destroyed, cannot be used and counts against no quota; it has a `destroyed_at` when nothing
-// of it is left on the machine. Safe to repeat; one already destroyed is 204 too.
+// Ends the sandbox's processes and removes everything that it wrote. The call answers once the end is certain; the
+// work continues in the background. From the answer on the sandbox has the status destroyed, cannot be used and
+// counts against no quota. It gets a `destroyed_at` when nothing of it is left on the machine. You can repeat the
+// call: the answer for a destroyed sandbox is also 204.
 //
 // Corresponds with DELETE /v1/sandboxes/{id} (the `DestroySandbox` operationId).
 func (c *wire) DestroySandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3471,7 +3741,9 @@ func (c *wire) DestroySandbox(ctx context.Context, id SandboxID, reqEditors ...r
 
 // GetSandbox Get a sandbox
 //
-// Never wakes the sandbox and never counts as activity. Destroyed sandboxes stay readable for 7 days unless the operator says otherwise, the newest 10,000 of an organization, without their `env`.
+// Returns a sandbox. The call does not wake the sandbox and does not count as activity. Destroyed sandboxes stay
+// readable for 7 days unless the operator says otherwise. The newest 10,000 of an organization are kept, without
+// their `env`.
 //
 // Corresponds with GET /v1/sandboxes/{id} (the `GetSandbox` operationId).
 func (c *wire) GetSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3488,11 +3760,14 @@ func (c *wire) GetSandbox(ctx context.Context, id SandboxID, reqEditors ...reque
 
 // CheckpointSandbox Take a recovery point of a persistent sandbox
 //
-// A recovery point is what the sandbox falls back to when the machine or the sandbox's kernel dies. The newest replaces the one before. The sandbox runs on, after a pause that grows
-// with its memory. Does not count as activity, and does not wake a suspended sandbox.
+// Takes a recovery point, to which the sandbox falls back when the machine or the sandbox's kernel dies. The
+// newest recovery point replaces the previous one. The sandbox keeps running, after a pause that grows with its
+// memory. The call does not count as activity and does not wake a suspended sandbox.
 //
-// 409 when it is not persistent (`sandbox_not_persistent`) or not running (`sandbox_not_running`). 507, code `disk_full`, when the machine's disk has no room for it, and 500,
-// code `checkpoint_failed`, when it could not be written; the one before is then still there.
+// The answer is 409 if the sandbox is not persistent (`sandbox_not_persistent`) or not running
+// (`sandbox_not_running`). It is 507 with code `disk_full` if the machine's disk has no room for the recovery
+// point, and 500 with code `checkpoint_failed` if it could not be written; the previous recovery point then
+// remains.
 //
 // Corresponds with POST /v1/sandboxes/{id}/checkpoint (the `CheckpointSandbox` operationId).
 func (c *wire) CheckpointSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3509,8 +3784,9 @@ func (c *wire) CheckpointSandbox(ctx context.Context, id SandboxID, reqEditors .
 
 // SetEgressWithBody Replace a sandbox's egress policy
 //
-// When it is answered the new policy is in force, and established connections that it forbids are cut. A suspended sandbox is not woken: it has the policy when it wakes.
-// It waits for what is being done to the sandbox, such as a suspend. It is no activity.
+// Replaces the egress policy. When the call answers, the new policy is in force and established connections that
+// it forbids are cut. A suspended sandbox is not woken; it has the policy when it wakes. The call waits for other
+// operations on the sandbox, such as a suspend. It does not count as activity.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3529,8 +3805,9 @@ func (c *wire) SetEgressWithBody(ctx context.Context, id SandboxID, contentType 
 
 // SetEgress Replace a sandbox's egress policy
 //
-// When it is answered the new policy is in force, and established connections that it forbids are cut. A suspended sandbox is not woken: it has the policy when it wakes.
-// It waits for what is being done to the sandbox, such as a suspend. It is no activity.
+// Replaces the egress policy. When the call answers, the new policy is in force and established connections that
+// it forbids are cut. A suspended sandbox is not woken; it has the policy when it wakes. The call waits for other
+// operations on the sandbox, such as a suspend. It does not count as activity.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -3547,11 +3824,13 @@ func (c *wire) SetEgress(ctx context.Context, id SandboxID, body SetEgressJSONRe
 	return c.Client.Do(req)
 }
 
-// ListEvents List what happened to a sandbox
+// ListEvents List a sandbox's events
 //
-// Every transition of its state, newest first, and what else is worth knowing: an event whose `from` and `to` are the same is no transition. Its `reason` is `egress_changed`
-// (the policy was replaced) or `egress_denied` (the policy kept something in; `detail` says what and how often). Denials are gathered: a few events a minute at most, and the
-// newest 100 of each such reason are kept. Readable as long as the sandbox is. Never counts as activity.
+// Lists every transition of the sandbox's state and other events, newest first. An event with the same `from` and
+// `to` is not a transition. Its `reason` is `egress_changed` (the policy was replaced) or `egress_denied` (the
+// policy denied traffic; `detail` says which and how often). Denials are combined into at most a few events a
+// minute, and the newest 100 of each such reason are kept. Events are readable as long as the sandbox is. The call
+// does not count as activity.
 //
 // Corresponds with GET /v1/sandboxes/{id}/events (the `ListEvents` operationId).
 func (c *wire) ListEvents(ctx context.Context, id SandboxID, params *ListEventsParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3568,16 +3847,25 @@ func (c *wire) ListEvents(ctx context.Context, id SandboxID, params *ListEventsP
 
 // ExecuteCommandWithBody Run a command and wait for its end
 //
-// Runs `command` by `/bin/sh -c`, or `args` without a shell: exactly one of them. The answer is 200 whenever the command ended, whatever its exit code.
-// A command over its `timeout` is killed with all its descendants: `timed_out` is true and `exit_code` 124. A command killed by signal N has exit code 128+N
-// and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`.
-// The body may have up to 8 MiB, `stdin` included.
+// Runs `command` with `/bin/sh -c`, or `args` without a shell; give exactly one of them. The answer is 200
+// whenever the command ended, whatever its exit code. A command that exceeds its `timeout` is killed with all its
+// descendants: `timed_out` is true and `exit_code` is 124. A command that was killed by signal N has exit code
+// 128+N and the signal's name in `signal`. If you disconnect before the end, the command is killed. The call
+// counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`. The body may
+// have up to 8 MiB, `stdin` included.
 //
-// With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless it could not be; `stdout` and `stderr` with a piece of output as it comes (`OutputPiece`), which never ends within a character; and `exit` (`ProcessExit`) at the end. Of each stream 8 MiB
-// are sent. A failure after the stream began is an event `error` with a problem; a stream without one of these two at its end was broken off. Who reads slowly does not hold up the command.
-// With `all_output: true` all of the output is sent, and a command whose caller reads slowly waits, as for a pipe; it has no time limit unless `timeout` says so.
-// With `detach: true` the command is a process as those of `startProcess`, which goes on when the caller goes away: it has no time limit unless `timeout` says so, events have an `id` to take the stream up with, and who reads too slowly misses output beyond the last MiB
-// and gets an event `lost` (`OutputLost`).
+// With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless the
+// command could not be started; `stdout` and `stderr` with pieces of output as they come (`OutputPiece`), which
+// never end within a character; and `exit` (`ProcessExit`) at the end. The first 8 MiB of each output are sent. A
+// failure after the stream has begun is an event `error` with a problem. A stream that ends with neither `exit`
+// nor `error` was interrupted. A slow reader does not delay the command.
+//
+// With `all_output: true` the whole output is sent, and a slow reader delays the command, as with a pipe. The
+// command has no time limit unless you give a `timeout`.
+//
+// With `detach: true` the command is a process like those of `startProcess` and continues if you disconnect. It
+// has no time limit unless you give a `timeout`. Events have an `id` with which you can resume the stream. A
+// reader that is too slow misses output beyond the last MiB and gets an event `lost` (`OutputLost`).
 //
 // Takes any type of body and a specified content type.
 //
@@ -3596,16 +3884,25 @@ func (c *wire) ExecuteCommandWithBody(ctx context.Context, id SandboxID, content
 
 // ExecuteCommand Run a command and wait for its end
 //
-// Runs `command` by `/bin/sh -c`, or `args` without a shell: exactly one of them. The answer is 200 whenever the command ended, whatever its exit code.
-// A command over its `timeout` is killed with all its descendants: `timed_out` is true and `exit_code` 124. A command killed by signal N has exit code 128+N
-// and the signal's name in `signal`. When the caller goes away before the end the command is killed too. Counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`.
-// The body may have up to 8 MiB, `stdin` included.
+// Runs `command` with `/bin/sh -c`, or `args` without a shell; give exactly one of them. The answer is 200
+// whenever the command ended, whatever its exit code. A command that exceeds its `timeout` is killed with all its
+// descendants: `timed_out` is true and `exit_code` is 124. A command that was killed by signal N has exit code
+// 128+N and the signal's name in `signal`. If you disconnect before the end, the command is killed. The call
+// counts as activity until the command ends. A suspended sandbox is woken first, see `wakeSandbox`. The body may
+// have up to 8 MiB, `stdin` included.
 //
-// With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless it could not be; `stdout` and `stderr` with a piece of output as it comes (`OutputPiece`), which never ends within a character; and `exit` (`ProcessExit`) at the end. Of each stream 8 MiB
-// are sent. A failure after the stream began is an event `error` with a problem; a stream without one of these two at its end was broken off. Who reads slowly does not hold up the command.
-// With `all_output: true` all of the output is sent, and a command whose caller reads slowly waits, as for a pipe; it has no time limit unless `timeout` says so.
-// With `detach: true` the command is a process as those of `startProcess`, which goes on when the caller goes away: it has no time limit unless `timeout` says so, events have an `id` to take the stream up with, and who reads too slowly misses output beyond the last MiB
-// and gets an event `lost` (`OutputLost`).
+// With `Accept: text/event-stream` the answer is a stream of events: `started` (`ProcessStarted`), unless the
+// command could not be started; `stdout` and `stderr` with pieces of output as they come (`OutputPiece`), which
+// never end within a character; and `exit` (`ProcessExit`) at the end. The first 8 MiB of each output are sent. A
+// failure after the stream has begun is an event `error` with a problem. A stream that ends with neither `exit`
+// nor `error` was interrupted. A slow reader does not delay the command.
+//
+// With `all_output: true` the whole output is sent, and a slow reader delays the command, as with a pipe. The
+// command has no time limit unless you give a `timeout`.
+//
+// With `detach: true` the command is a process like those of `startProcess` and continues if you disconnect. It
+// has no time limit unless you give a `timeout`. Events have an `id` with which you can resume the stream. A
+// reader that is too slow misses output beyond the last MiB and gets an event `lost` (`OutputLost`).
 //
 // Takes a body of the `application/json` content type.
 //
@@ -3624,7 +3921,9 @@ func (c *wire) ExecuteCommand(ctx context.Context, id SandboxID, body ExecuteCom
 
 // RemoveFile Remove a file or directory
 //
-// 400 for a directory that is not empty, unless `recursive=true`. A symbolic link is removed, not what it points to. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+// Removes a file or directory. A directory that is not empty is answered with 400 unless `recursive=true`. The
+// call removes a symbolic link and not its target. It counts as activity. A suspended sandbox is woken first, see
+// `wakeSandbox`.
 //
 // Corresponds with DELETE /v1/sandboxes/{id}/files (the `RemoveFile` operationId).
 func (c *wire) RemoveFile(ctx context.Context, id SandboxID, params *RemoveFileParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3641,7 +3940,9 @@ func (c *wire) RemoveFile(ctx context.Context, id SandboxID, params *RemoveFileP
 
 // ReadFile Read a file
 //
-// The content of a file as it is, of any size. One `Range` of bytes is honoured with 206. 404 with code `file_not_found` when there is none, 400 when `path` is a directory. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+// Returns the content of a file of any size. You can ask for one `Range` of bytes, which is answered with 206. The
+// answer is 404 with code `file_not_found` if there is no file, and 400 if `path` is a directory. The call counts
+// as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Corresponds with GET /v1/sandboxes/{id}/files (the `ReadFile` operationId).
 func (c *wire) ReadFile(ctx context.Context, id SandboxID, params *ReadFileParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3658,8 +3959,10 @@ func (c *wire) ReadFile(ctx context.Context, id SandboxID, params *ReadFileParam
 
 // WriteFileWithBody Write a file
 //
-// Writes the body, up to 100 MB (100·10⁶ bytes; more is 400, code `file_too_large`), to `path`, replacing what is there. Parents that do not exist are made. The file appears whole or not at all.
-// Any `Content-Type` will do. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+// Writes the body to the file at `path` and replaces an existing file. The body may have up to 100 MB (100·10⁶
+// bytes); a larger one is answered with 400 and code `file_too_large`. Missing parent directories are made. The
+// file appears whole or not at all. You may send any `Content-Type`. The call counts as activity. A suspended
+// sandbox is woken first, see `wakeSandbox`.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3678,7 +3981,9 @@ func (c *wire) WriteFileWithBody(ctx context.Context, id SandboxID, params *Writ
 
 // ListFiles List a directory
 //
-// All entries of a directory down to `depth` levels, parents before their children. Not paged. 404 when it does not exist, 400 when it is not a directory. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+// Lists all entries of a directory down to `depth` levels, parents before their children, without pages. The
+// answer is 404 if the directory does not exist, and 400 if the path is not a directory. The call counts as
+// activity. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Corresponds with GET /v1/sandboxes/{id}/files/list (the `ListFiles` operationId).
 func (c *wire) ListFiles(ctx context.Context, id SandboxID, params *ListFilesParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3695,7 +4000,9 @@ func (c *wire) ListFiles(ctx context.Context, id SandboxID, params *ListFilesPar
 
 // MakeDirectoryWithBody Make a directory
 //
-// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+// Makes a directory and its missing parents and describes it. An existing directory stays as it is. The answer is
+// 400 if something else has the path. The call counts as activity. A suspended sandbox is woken first, see
+// `wakeSandbox`.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3714,7 +4021,9 @@ func (c *wire) MakeDirectoryWithBody(ctx context.Context, id SandboxID, contentT
 
 // MakeDirectory Make a directory
 //
-// Makes a directory and the parents that are missing, and describes it. One that is there already stays as it is; 400 when something else is in its place. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+// Makes a directory and its missing parents and describes it. An existing directory stays as it is. The answer is
+// 400 if something else has the path. The call counts as activity. A suspended sandbox is woken first, see
+// `wakeSandbox`.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -3733,7 +4042,9 @@ func (c *wire) MakeDirectory(ctx context.Context, id SandboxID, body MakeDirecto
 
 // RenameFileWithBody Rename a file or directory
 //
-// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+// Gives a file or directory another path, makes missing parents, and describes it there. The answer is 409 with
+// code `path_exists` if the new path exists, unless `overwrite` is set; a directory is only replaced if it is
+// empty. The call counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3752,7 +4063,9 @@ func (c *wire) RenameFileWithBody(ctx context.Context, id SandboxID, contentType
 
 // RenameFile Rename a file or directory
 //
-// Gives a file or directory another path, making the parents that are missing, and describes it there. 409, code `path_exists`, when something is there already, unless `overwrite` is set; a directory is only replaced when it is empty. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+// Gives a file or directory another path, makes missing parents, and describes it there. The answer is 409 with
+// code `path_exists` if the new path exists, unless `overwrite` is set; a directory is only replaced if it is
+// empty. The call counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -3771,7 +4084,8 @@ func (c *wire) RenameFile(ctx context.Context, id SandboxID, body RenameFileJSON
 
 // StatFile Describe a file or directory
 //
-// What is at the path itself; a symbolic link is described, not followed. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+// Describes the file, directory or link at the path. It does not follow a symbolic link. The call counts as
+// activity. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Corresponds with GET /v1/sandboxes/{id}/files/stat (the `StatFile` operationId).
 func (c *wire) StatFile(ctx context.Context, id SandboxID, params *StatFileParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3788,8 +4102,11 @@ func (c *wire) StatFile(ctx context.Context, id SandboxID, params *StatFileParam
 
 // DownloadTree Read a directory as tar
 //
-// An archive of everything below a directory, names relative to it: files, directories and symbolic links with permissions, owners and times; sockets, pipes and devices are left out. Streamed, so what changes meanwhile is in it as it was read; a connection that breaks says that it is not whole.
-// 404 when the directory does not exist, 400 when it is not one. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+// Returns an archive of everything below a directory, with names relative to it: files, directories and symbolic
+// links with permissions, owners and times. Sockets, pipes and devices are left out. The archive is streamed;
+// entries that change meanwhile are archived as they were read. If the archive is incomplete, the connection
+// breaks. The answer is 404 if the directory does not exist, and 400 if the path is not a directory. The call
+// counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Corresponds with GET /v1/sandboxes/{id}/files/tar (the `DownloadTree` operationId).
 func (c *wire) DownloadTree(ctx context.Context, id SandboxID, params *DownloadTreeParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3806,9 +4123,13 @@ func (c *wire) DownloadTree(ctx context.Context, id SandboxID, params *DownloadT
 
 // UploadTreeWithBody Write a directory from tar
 //
-// Unpacks an archive of up to 10 GB (10·10⁹ bytes; so much its files may have, too) into a directory, making it if it is not there. What is there and not in the archive stays; files and links are replaced. Everything becomes the owner's, with the archive's
-// permissions, without set-id bits. Each file appears whole or not at all; after an error those before it are there. Nothing is written outside the directory: absolute names, `..` elements, writing through links that lead out, devices and
-// more than 500000 entries are 400, code `invalid_tar`. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+// Unpacks an archive into a directory, which is made if it does not exist. The archive may have up to 10 GB
+// (10·10⁹ bytes), and its files together too. Existing entries that are not in the archive stay; files and links
+// are replaced. All entries belong to the owner and have the archive's permissions without set-id bits. Each file
+// appears whole or not at all; after an error the entries before the failed one remain. Nothing is written outside
+// the directory: absolute names, `..` elements, writes through links that lead out, devices and more than 500000
+// entries are answered with 400 and code `invalid_tar`. The call counts as activity. A suspended sandbox is woken
+// first, see `wakeSandbox`.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3827,8 +4148,12 @@ func (c *wire) UploadTreeWithBody(ctx context.Context, id SandboxID, params *Upl
 
 // WatchFiles Watch a directory
 //
-// Server-sent events: `ready` once changes are seen, then `change` with a FileChange for each, until the caller goes; comments now and then when there is nothing. Events of one file come in order; an editor's save is several. With `recursive`, directories that appear are
-// watched too, 10000 in all. When the directory itself is removed or moved, the sandbox goes or the server stops, the last event is `error`, with a problem. Counts as activity as long as it is open. A suspended sandbox is woken first, see `wakeSandbox`.
+// Streams server-sent events until you disconnect: `ready` when the watch has begun, then `change` with a
+// FileChange for each change. Comments come now and then while there are no changes. The events of one file come
+// in order; one save in an editor gives several. With `recursive`, new directories are watched too, up to 10000 in
+// all. If the directory itself is removed or moved, the sandbox goes away or the server stops, the last event is
+// `error` with a problem. The call counts as activity as long as it is open. A suspended sandbox is woken first,
+// see `wakeSandbox`.
 //
 // Corresponds with GET /v1/sandboxes/{id}/files/watch (the `WatchFiles` operationId).
 func (c *wire) WatchFiles(ctx context.Context, id SandboxID, params *WatchFilesParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3843,14 +4168,20 @@ func (c *wire) WatchFiles(ctx context.Context, id SandboxID, params *WatchFilesP
 	return c.Client.Do(req)
 }
 
-// ForkSandboxWithBody Make children of a running sandbox
+// ForkSandboxWithBody Fork a running sandbox
 //
-// Each child is a sandbox of its own that goes on from where this one is now, with its processes, memory, files and listening sockets. It has its own id, host name, address, policy and random
-// numbers; connections to the outside are broken in it. The sandbox itself runs on after one pause, and its connections live. What is not given is as the sandbox has it. Does not count as activity.
+// Creates sandboxes, its children, from the present state of a running sandbox. Each child continues from that
+// state, with the same processes, memory, files and listening sockets. It has its own id, host name, address,
+// policy and random numbers; its connections to the outside are broken. The sandbox itself keeps running after one
+// pause and keeps its connections. A child inherits every setting that you do not give. The call does not count as
+// activity.
 //
-// Children are made one by one: the answer says for each what it is, or why it could not be made (`error`, with what a create would have been answered). If not even one could be made the answer is that of the first:
-// 429, code `quota_exceeded`; 503, code `no_capacity`; or 500. 409, code `sandbox_not_running`, when the sandbox does not run, be it that it is suspended; 507, code `disk_full`, when the
-// machine's disk has no room to save it; 500, code `snapshot_failed`, when it could not be saved. Children go on being made when the caller leaves.
+// Children are made one by one. For each, the answer contains the child or the reason why it could not be made
+// (`error`, with the answer that a create would have had). If no child could be made, the answer is that of the
+// first: 429 with code `quota_exceeded`, 503 with code `no_capacity`, or 500. The answer is 409 with code
+// `sandbox_not_running` if the sandbox does not run, also if it is suspended; 507 with code `disk_full` if the
+// machine's disk has no room to save it; and 500 with code `snapshot_failed` if it could not be saved. If you
+// disconnect, the remaining children are still made.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3867,14 +4198,20 @@ func (c *wire) ForkSandboxWithBody(ctx context.Context, id SandboxID, contentTyp
 	return c.Client.Do(req)
 }
 
-// ForkSandbox Make children of a running sandbox
+// ForkSandbox Fork a running sandbox
 //
-// Each child is a sandbox of its own that goes on from where this one is now, with its processes, memory, files and listening sockets. It has its own id, host name, address, policy and random
-// numbers; connections to the outside are broken in it. The sandbox itself runs on after one pause, and its connections live. What is not given is as the sandbox has it. Does not count as activity.
+// Creates sandboxes, its children, from the present state of a running sandbox. Each child continues from that
+// state, with the same processes, memory, files and listening sockets. It has its own id, host name, address,
+// policy and random numbers; its connections to the outside are broken. The sandbox itself keeps running after one
+// pause and keeps its connections. A child inherits every setting that you do not give. The call does not count as
+// activity.
 //
-// Children are made one by one: the answer says for each what it is, or why it could not be made (`error`, with what a create would have been answered). If not even one could be made the answer is that of the first:
-// 429, code `quota_exceeded`; 503, code `no_capacity`; or 500. 409, code `sandbox_not_running`, when the sandbox does not run, be it that it is suspended; 507, code `disk_full`, when the
-// machine's disk has no room to save it; 500, code `snapshot_failed`, when it could not be saved. Children go on being made when the caller leaves.
+// Children are made one by one. For each, the answer contains the child or the reason why it could not be made
+// (`error`, with the answer that a create would have had). If no child could be made, the answer is that of the
+// first: 429 with code `quota_exceeded`, 503 with code `no_capacity`, or 500. The answer is 409 with code
+// `sandbox_not_running` if the sandbox does not run, also if it is suspended; 507 with code `disk_full` if the
+// machine's disk has no room to save it; and 500 with code `snapshot_failed` if it could not be saved. If you
+// disconnect, the remaining children are still made.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -3893,7 +4230,9 @@ func (c *wire) ForkSandbox(ctx context.Context, id SandboxID, body ForkSandboxJS
 
 // KeepaliveSandboxWithBody Give a sandbox a new lifetime
 //
-// An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
+// Lets an ephemeral running sandbox live for `timeout` from now, or for its own timeout if the body is absent. A
+// timeout above 24 hours is reduced to 24 hours. The answer is 409 if the sandbox is not ephemeral
+// (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
 //
 // Takes any type of body and a specified content type.
 //
@@ -3912,7 +4251,9 @@ func (c *wire) KeepaliveSandboxWithBody(ctx context.Context, id SandboxID, conte
 
 // KeepaliveSandbox Give a sandbox a new lifetime
 //
-// An ephemeral running sandbox lives for `timeout` from now, its own timeout if the body is absent. Above 24 hours is clamped to 24 hours. 409 when it is not ephemeral (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
+// Lets an ephemeral running sandbox live for `timeout` from now, or for its own timeout if the body is absent. A
+// timeout above 24 hours is reduced to 24 hours. The answer is 409 if the sandbox is not ephemeral
+// (`sandbox_not_ephemeral`) or not running (`sandbox_not_running`).
 //
 // Takes a body of the `application/json` content type.
 //
@@ -3931,7 +4272,9 @@ func (c *wire) KeepaliveSandbox(ctx context.Context, id SandboxID, body Keepaliv
 
 // ListPorts List the public ports
 //
-// The ports of the sandbox that anybody may reach, lowest first; at most 100, not paged. What listens inside is not looked at. Never wakes the sandbox and never counts as activity.
+// Lists the ports of the sandbox that anyone may reach, lowest first; at most 100, without pages. The list does
+// not depend on whether a program listens on a port. The call does not wake the sandbox and does not count as
+// activity.
 //
 // Corresponds with GET /v1/sandboxes/{id}/ports (the `ListPorts` operationId).
 func (c *wire) ListPorts(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3948,10 +4291,11 @@ func (c *wire) ListPorts(ctx context.Context, id SandboxID, reqEditors ...reques
 
 // GetPort Get a port's settings
 //
-// Where a port is reached, and who may. Never wakes the sandbox and never counts as activity.
+// Returns a port's URL and whether the port is public. The call does not wake the sandbox and does not count as
+// activity.
 //
-// The port itself is reached, with any method, at `/v1/sandboxes/{id}/ports/{port}/…` and, where the operator has configured a domain, at
-// `{port}-{id}.{domain}` (the id without `sbx_`). See the tag ports.
+// You reach the port itself, with any method, at `/v1/sandboxes/{id}/ports/{port}/…` and, if the operator has
+// configured a domain, at `{port}-{id}.{domain}` (the id without `sbx_`). See the tag ports.
 //
 // Corresponds with GET /v1/sandboxes/{id}/ports/{port} (the `GetPort` operationId).
 func (c *wire) GetPort(ctx context.Context, id SandboxID, port PortNumber, reqEditors ...requestEditor) (*http.Response, error) {
@@ -3968,8 +4312,10 @@ func (c *wire) GetPort(ctx context.Context, id SandboxID, port PortNumber, reqEd
 
 // SetPortWithBody Make a port public or private
 //
-// Whether anybody may reach the port, or only who has an API key or a signed URL, as it is in the beginning. Takes effect at once for requests to come; those that go on are not cut off. It holds as long
-// as the sandbox, over sleep too. Never wakes the sandbox and never counts as activity.
+// Makes the port public, so that anyone may reach it, or private, so that a request needs an API key or a signed
+// URL. Ports are private at first. The setting applies at once to new requests; requests in progress are not cut
+// off. It lasts as long as the sandbox, also while the sandbox is suspended. The call does not wake the sandbox
+// and does not count as activity.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3988,8 +4334,10 @@ func (c *wire) SetPortWithBody(ctx context.Context, id SandboxID, port PortNumbe
 
 // SetPort Make a port public or private
 //
-// Whether anybody may reach the port, or only who has an API key or a signed URL, as it is in the beginning. Takes effect at once for requests to come; those that go on are not cut off. It holds as long
-// as the sandbox, over sleep too. Never wakes the sandbox and never counts as activity.
+// Makes the port public, so that anyone may reach it, or private, so that a request needs an API key or a signed
+// URL. Ports are private at first. The setting applies at once to new requests; requests in progress are not cut
+// off. It lasts as long as the sandbox, also while the sandbox is suspended. The call does not wake the sandbox
+// and does not count as activity.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -4008,8 +4356,10 @@ func (c *wire) SetPort(ctx context.Context, id SandboxID, port PortNumber, body 
 
 // CreatePortURLWithBody Make a signed URL of a port
 //
-// A URL that opens the port to whoever has it, until it expires; it cannot be taken back before that. With a host name, the first request exchanges the signature for a cookie of that host alone, and every page of the port works;
-// without one, each request needs the signature in its query (`cay_token`). It is removed before the request goes in.
+// Makes a URL that opens the port to anyone who has it until it expires. You cannot revoke the URL before that. If
+// the URL has a host name of its own, the first request exchanges the signature for a cookie of that host only,
+// and every page of the port works. Otherwise each request needs the signature in its query (`cay_token`). The
+// signature is removed before the request enters the sandbox.
 //
 // Takes any type of body and a specified content type.
 //
@@ -4028,8 +4378,10 @@ func (c *wire) CreatePortURLWithBody(ctx context.Context, id SandboxID, port Por
 
 // CreatePortURL Make a signed URL of a port
 //
-// A URL that opens the port to whoever has it, until it expires; it cannot be taken back before that. With a host name, the first request exchanges the signature for a cookie of that host alone, and every page of the port works;
-// without one, each request needs the signature in its query (`cay_token`). It is removed before the request goes in.
+// Makes a URL that opens the port to anyone who has it until it expires. You cannot revoke the URL before that. If
+// the URL has a host name of its own, the first request exchanges the signature for a cookie of that host only,
+// and every page of the port works. Otherwise each request needs the signature in its query (`cay_token`). The
+// signature is removed before the request enters the sandbox.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -4048,8 +4400,10 @@ func (c *wire) CreatePortURL(ctx context.Context, id SandboxID, port PortNumber,
 
 // ListProcesses List processes
 //
-// What calls have started and still runs: processes, terminals, commands of `executeCommand`, the template's start command; not what these have started themselves. And processes that have ended and are still
-// known: the last 32, for 15 minutes. Newest first, 1000 at most, not paged. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+// Lists the running processes that calls have started: processes, terminals, commands of `executeCommand` and the
+// template's start command, without the processes that these have started. It also lists ended processes that are
+// still known: the last 32, for 15 minutes. The newest come first, at most 1000, without pages. The call counts as
+// activity. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Corresponds with GET /v1/sandboxes/{id}/processes (the `ListProcesses` operationId).
 func (c *wire) ListProcesses(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4064,13 +4418,16 @@ func (c *wire) ListProcesses(ctx context.Context, id SandboxID, reqEditors ...re
 	return c.Client.Do(req)
 }
 
-// StartProcessWithBody Start a process that goes on by itself
+// StartProcessWithBody Start a process that outlives the call
 //
-// Starts `command` or `args` and answers when it runs. It goes on whether or not anybody listens, through suspend and wake too, until it ends, is killed, or its `timeout` is over.
-// The last MiB of its output is kept to be followed from any offset, less when a sandbox has more than 32 processes. With `stdin: true` its input stays open to be written to; with `pty` it has a terminal.
-// At most 512 run in a sandbox at once (503, code `too_many_processes`). Nobody can have a `tag` that a running process has (409, code `tag_in_use`).
+// Starts `command` or `args` and answers when the process runs. The process continues without any client, also
+// through suspend and wake, until it ends, is killed, or exceeds its `timeout`. The last MiB of its output is
+// kept, less if a sandbox has more than 32 processes, and you can follow it from any offset. With `stdin: true`
+// its input stays open for writing; with `pty` it has a terminal. At most 512 processes run in a sandbox at once
+// (503, code `too_many_processes`). A `tag` must not be that of a running process (409, code `tag_in_use`).
 //
-// A process does not keep its sandbox from being idle: only calls do, while they last, and those that follow or wait for a process last. A suspended sandbox is woken first, see `wakeSandbox`.
+// A process does not keep its sandbox from being idle. Only calls do, while they last, such as those that follow
+// or wait for a process. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Takes any type of body and a specified content type.
 //
@@ -4087,13 +4444,16 @@ func (c *wire) StartProcessWithBody(ctx context.Context, id SandboxID, contentTy
 	return c.Client.Do(req)
 }
 
-// StartProcess Start a process that goes on by itself
+// StartProcess Start a process that outlives the call
 //
-// Starts `command` or `args` and answers when it runs. It goes on whether or not anybody listens, through suspend and wake too, until it ends, is killed, or its `timeout` is over.
-// The last MiB of its output is kept to be followed from any offset, less when a sandbox has more than 32 processes. With `stdin: true` its input stays open to be written to; with `pty` it has a terminal.
-// At most 512 run in a sandbox at once (503, code `too_many_processes`). Nobody can have a `tag` that a running process has (409, code `tag_in_use`).
+// Starts `command` or `args` and answers when the process runs. The process continues without any client, also
+// through suspend and wake, until it ends, is killed, or exceeds its `timeout`. The last MiB of its output is
+// kept, less if a sandbox has more than 32 processes, and you can follow it from any offset. With `stdin: true`
+// its input stays open for writing; with `pty` it has a terminal. At most 512 processes run in a sandbox at once
+// (503, code `too_many_processes`). A `tag` must not be that of a running process (409, code `tag_in_use`).
 //
-// A process does not keep its sandbox from being idle: only calls do, while they last, and those that follow or wait for a process last. A suspended sandbox is woken first, see `wakeSandbox`.
+// A process does not keep its sandbox from being idle. Only calls do, while they last, such as those that follow
+// or wait for a process. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -4112,7 +4472,9 @@ func (c *wire) StartProcess(ctx context.Context, id SandboxID, body StartProcess
 
 // KillProcess Kill a process and forget it
 //
-// Kills it with everything that descends from it, and answers when all are gone. One that has ended is forgotten, and what it left in the background is killed. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+// Kills the process with all its descendants and answers when all are gone. An ended process is forgotten, and
+// processes that it left in the background are killed. The call counts as activity. A suspended sandbox is woken
+// first, see `wakeSandbox`.
 //
 // Corresponds with DELETE /v1/sandboxes/{id}/processes/{process} (the `KillProcess` operationId).
 func (c *wire) KillProcess(ctx context.Context, id SandboxID, process ProcessRef, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4127,9 +4489,10 @@ func (c *wire) KillProcess(ctx context.Context, id SandboxID, process ProcessRef
 	return c.Client.Do(req)
 }
 
-// GetProcess Read a process
+// GetProcess Get a process
 //
-// 404, code `process_not_found`, when there is none, or it ended a while ago. Counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
+// Returns a process. The answer is 404 with code `process_not_found` if there is no such process or it ended a
+// while ago. The call counts as activity. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Corresponds with GET /v1/sandboxes/{id}/processes/{process} (the `GetProcess` operationId).
 func (c *wire) GetProcess(ctx context.Context, id SandboxID, process ProcessRef, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4146,12 +4509,19 @@ func (c *wire) GetProcess(ctx context.Context, id SandboxID, process ProcessRef,
 
 // GetProcessOutput Read or follow a process's output
 //
-// Every byte of output has an offset, counted from 0 in the order it came, all streams together. The last MiB is kept; when what is asked for is gone, `lost` says how much. 409, code `output_not_kept`, for a process whose output goes
-// to the call that started it.
+// Returns or streams the output of a process. Every byte of output has an offset, counted from 0 in the order of
+// arrival, over all streams together. The last MiB is kept; if bytes that you ask for are gone, `lost` gives their
+// number. The answer is 409 with code `output_not_kept` for a process whose output goes to the call that started
+// it.
 //
-// Without more, answers what there is from `offset` on. With `Accept: text/event-stream` follows: events `stdout`, `stderr` and `terminal` with a piece of output (`OutputPiece`), `lost` with a gap (`OutputLost`), first what is kept and then as it comes, and
-// `exit` (`ProcessExit`) at the end. The `id` of an event is the offset after it: as `Last-Event-ID` it takes a stream up that broke off. `error`, with a problem, ends a stream that fails or whose server stops. No piece ends within a
-// character, unless the process stopped there for a while. Who reads slowly misses output, and is told; the process is never held up. The sandbox counts as in use meanwhile. A suspended sandbox is woken first, see `wakeSandbox`.
+// By default the answer is the output from `offset` to the newest byte. With `Accept: text/event-stream` the
+// answer is a stream of events: `stdout`, `stderr` and `terminal` with a piece of output (`OutputPiece`) and
+// `lost` with a gap (`OutputLost`), first for the kept output and then as it comes, and `exit` (`ProcessExit`) at
+// the end. The `id` of an event is the offset after it; pass it as `Last-Event-ID` to resume an interrupted
+// stream. An event `error` with a problem ends a stream that fails or whose server stops. No piece ends within a
+// character unless the process paused there. A slow reader misses output and gets an event `lost`; it does not
+// delay the process. The sandbox counts as in use meanwhile. A suspended sandbox is woken first, see
+// `wakeSandbox`.
 //
 // Corresponds with GET /v1/sandboxes/{id}/processes/{process}/output (the `GetProcessOutput` operationId).
 func (c *wire) GetProcessOutput(ctx context.Context, id SandboxID, process ProcessRef, params *GetProcessOutputParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4168,7 +4538,8 @@ func (c *wire) GetProcessOutput(ctx context.Context, id SandboxID, process Proce
 
 // ResizeProcessTerminalWithBody Resize a process's terminal
 //
-// 409, code `no_terminal`, for a process without one. A suspended sandbox is woken first, see `wakeSandbox`.
+// Sets the size of the process's terminal. The answer is 409 with code `no_terminal` if the process has no
+// terminal. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Takes any type of body and a specified content type.
 //
@@ -4187,7 +4558,8 @@ func (c *wire) ResizeProcessTerminalWithBody(ctx context.Context, id SandboxID, 
 
 // ResizeProcessTerminal Resize a process's terminal
 //
-// 409, code `no_terminal`, for a process without one. A suspended sandbox is woken first, see `wakeSandbox`.
+// Sets the size of the process's terminal. The answer is 409 with code `no_terminal` if the process has no
+// terminal. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -4206,7 +4578,8 @@ func (c *wire) ResizeProcessTerminal(ctx context.Context, id SandboxID, process 
 
 // SignalProcessWithBody Send a signal to a process
 //
-// Sends it to the process and its process group, as a terminal does. 409, code `process_ended`, for one that has ended. A suspended sandbox is woken first, see `wakeSandbox`.
+// Sends a signal to the process and its process group, as a terminal does. The answer is 409 with code
+// `process_ended` if the process has ended. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Takes any type of body and a specified content type.
 //
@@ -4225,7 +4598,8 @@ func (c *wire) SignalProcessWithBody(ctx context.Context, id SandboxID, process 
 
 // SignalProcess Send a signal to a process
 //
-// Sends it to the process and its process group, as a terminal does. 409, code `process_ended`, for one that has ended. A suspended sandbox is woken first, see `wakeSandbox`.
+// Sends a signal to the process and its process group, as a terminal does. The answer is 409 with code
+// `process_ended` if the process has ended. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -4244,8 +4618,10 @@ func (c *wire) SignalProcess(ctx context.Context, id SandboxID, process ProcessR
 
 // WriteProcessStdinWithBody Write to a process's input
 //
-// Writes the body, 8 MiB at most, to its standard input or its terminal as it comes, and answers when the process's pipe has taken it. A process that does not read for 30 seconds is 409, code `stdin_blocked`; one whose input is closed or was never open 409, code `stdin_closed`; one that has
-// ended 409, code `process_ended`. A suspended sandbox is woken first, see `wakeSandbox`.
+// Writes the body, at most 8 MiB, to the standard input or the terminal of the process as it arrives. The call
+// answers when the process's pipe has taken it. The answer is 409 with code `stdin_blocked` if the process does
+// not read for 30 seconds, with code `stdin_closed` if its input is closed or was never open, and with code
+// `process_ended` if it has ended. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Takes any type of body and a specified content type.
 //
@@ -4262,9 +4638,11 @@ func (c *wire) WriteProcessStdinWithBody(ctx context.Context, id SandboxID, proc
 	return c.Client.Do(req)
 }
 
-// WaitProcess Wait for a process's end
+// WaitProcess Wait for the end of a process
 //
-// Answers when the process has ended, or as it is then after `timeout`. The sandbox counts as in use meanwhile. 503, code `stopping`, when the server stops. A suspended sandbox is woken first, see `wakeSandbox`.
+// Answers when the process has ended, or after `timeout` with the process as it is then. The sandbox counts as in
+// use meanwhile. The answer is 503 with code `stopping` if the server stops. A suspended sandbox is woken first,
+// see `wakeSandbox`.
 //
 // Corresponds with GET /v1/sandboxes/{id}/processes/{process}/wait (the `WaitProcess` operationId).
 func (c *wire) WaitProcess(ctx context.Context, id SandboxID, process ProcessRef, params *WaitProcessParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4281,11 +4659,16 @@ func (c *wire) WaitProcess(ctx context.Context, id SandboxID, process ProcessRef
 
 // CreateSnapshotWithBody Make a snapshot of a sandbox
 //
-// Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
-// `createSandbox`. A running sandbox of either mode runs on, after a pause that grows with its memory, and its connections live; a suspended one is not woken. Does not count as activity.
+// Saves the present state of the sandbox, with its processes, memory and files, until you delete the snapshot. The
+// snapshot does not depend on the sandbox. Create new sandboxes from it with `snapshot` in `createSandbox`. A
+// running sandbox of either mode keeps running, after a pause that grows with its memory, and keeps its
+// connections. A suspended sandbox is not woken. The call does not count as activity.
 //
-// 409 when the sandbox neither runs nor is suspended (`sandbox_not_running`) or the organization has a snapshot of the name (`snapshot_exists`); 429, code `quota_exceeded`, when the organization has as many snapshots
-// as it may have; 507, code `disk_full`, when the machine's disk has no room for it; 500, code `snapshot_failed`, when it could not be written. There is no snapshot then, and the sandbox runs on.
+// The answer is 409 if the sandbox is neither running nor suspended (`sandbox_not_running`) or the organization
+// already has a snapshot with the name (`snapshot_exists`); 429 with code `quota_exceeded` if the organization has
+// as many snapshots as it may have; 507 with code `disk_full` if the machine's disk has no room for the snapshot;
+// and 500 with code `snapshot_failed` if it could not be written. In these cases no snapshot is made, and the
+// sandbox keeps running.
 //
 // Takes any type of body and a specified content type.
 //
@@ -4304,11 +4687,16 @@ func (c *wire) CreateSnapshotWithBody(ctx context.Context, id SandboxID, content
 
 // CreateSnapshot Make a snapshot of a sandbox
 //
-// Keeps the sandbox as it is now, with its processes, memory and files, until the snapshot is deleted, whatever becomes of the sandbox. New sandboxes start from it: `snapshot` in
-// `createSandbox`. A running sandbox of either mode runs on, after a pause that grows with its memory, and its connections live; a suspended one is not woken. Does not count as activity.
+// Saves the present state of the sandbox, with its processes, memory and files, until you delete the snapshot. The
+// snapshot does not depend on the sandbox. Create new sandboxes from it with `snapshot` in `createSandbox`. A
+// running sandbox of either mode keeps running, after a pause that grows with its memory, and keeps its
+// connections. A suspended sandbox is not woken. The call does not count as activity.
 //
-// 409 when the sandbox neither runs nor is suspended (`sandbox_not_running`) or the organization has a snapshot of the name (`snapshot_exists`); 429, code `quota_exceeded`, when the organization has as many snapshots
-// as it may have; 507, code `disk_full`, when the machine's disk has no room for it; 500, code `snapshot_failed`, when it could not be written. There is no snapshot then, and the sandbox runs on.
+// The answer is 409 if the sandbox is neither running nor suspended (`sandbox_not_running`) or the organization
+// already has a snapshot with the name (`snapshot_exists`); 429 with code `quota_exceeded` if the organization has
+// as many snapshots as it may have; 507 with code `disk_full` if the machine's disk has no room for the snapshot;
+// and 500 with code `snapshot_failed` if it could not be written. In these cases no snapshot is made, and the
+// sandbox keeps running.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -4327,11 +4715,14 @@ func (c *wire) CreateSnapshot(ctx context.Context, id SandboxID, body CreateSnap
 
 // SuspendSandbox Suspend a persistent sandbox
 //
-// Writes its processes, memory, open files and disk to a checkpoint and frees the machine. Connections to the outside are cut.
+// Writes the sandbox's processes, memory, open files and disk to a checkpoint and frees its resources on the
+// machine. Connections to the outside are cut.
 //
-// 409 when it is not persistent (`sandbox_not_persistent`), not running (`sandbox_not_running`) or when calls that use it do not end within 5 seconds (`sandbox_in_use`).
-// 507, code `disk_full`, when the machine's disk has no room for the checkpoint: it runs on. 500, code `suspend_failed`, when it could not be written: it runs on if it still lives,
-// else it is suspended at its latest recovery point.
+// The answer is 409 if the sandbox is not persistent (`sandbox_not_persistent`), is not running
+// (`sandbox_not_running`), or is used by calls that do not end within 5 seconds (`sandbox_in_use`). It is 507 with
+// code `disk_full` if the machine's disk has no room for the checkpoint; the sandbox keeps running. It is 500 with
+// code `suspend_failed` if the checkpoint could not be written; the sandbox keeps running if it is still alive,
+// and otherwise is suspended at its latest recovery point.
 //
 // Corresponds with POST /v1/sandboxes/{id}/suspend (the `SuspendSandbox` operationId).
 func (c *wire) SuspendSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4348,19 +4739,29 @@ func (c *wire) SuspendSandbox(ctx context.Context, id SandboxID, reqEditors ...r
 
 // OpenTerminal Open a terminal
 //
-// A WebSocket (RFC 6455) to a shell with a terminal. Binary frames are bytes, to the terminal and from it. Text frames are JSON objects with a `type`:
+// Opens a WebSocket (RFC 6455) to a shell in a terminal. Binary frames carry the bytes to and from the terminal.
+// Text frames are JSON objects with a `type`:
 //
-// * from the client `{"type":"resize","cols":120,"rows":40}`;
-// * from the server, first, `{"type":"started","pid":7,"offset":0}`: the process, and the offset of the first byte that follows; when reconnecting to output that is not all kept `{"type":"lost","offset":0,"bytes":4096}`;
-// * from the server, last, `{"type":"exit","exit_code":0,…}` with the fields of `ProcessExit`, or `{"type":"error","code":"…","detail":"…"}`. Then it closes: 1000 after `exit`, 1001 when the server stops, 1011 after an error.
+//   - from the client, `{"type":"resize","cols":120,"rows":40}`;
+//   - from the server, first, `{"type":"started","pid":7,"offset":0}`: the process, and the offset of the first byte
+//     that follows; and, if you reconnect and part of the output is not kept,
+//     `{"type":"lost","offset":0,"bytes":4096}`;
+//   - from the server, last, `{"type":"exit","exit_code":0,…}` with the fields of `ProcessExit`, or
+//     `{"type":"error","code":"…","detail":"…"}`. Then the server closes the WebSocket: with 1000 after `exit`, 1001
+//     when the server stops, 1011 after an error.
 //
-// With `process` it joins a process that has a terminal, instead of starting one, and sends what is kept of its output from `offset` on. A terminal that nobody is connected to any more is hung up and killed after `grace`, so that a client whose connection broke can come
-// back; this begins anew with each client that leaves. Several may be connected at once.
+// With `process` the call joins a process that has a terminal instead of starting one, and sends its kept output
+// from `offset` on. A terminal without any client gets a hangup and is killed after `grace`, so that a client
+// whose connection broke can come back; the time starts anew with each client that leaves. Several clients may be
+// connected at once.
 //
-// Browsers cannot send the `Authorization` header with a WebSocket. They can offer two subprotocols instead, `new WebSocket(url, ["cay.terminal.v1", "cay.key." + key])`; the server chooses the first and the key appears in no URL and no log. The `Origin` of a page is not looked at: nothing is
-// allowed without the key, which no browser sends by itself, and a page that has it may use it.
+// Browsers cannot send the `Authorization` header with a WebSocket. Offer two subprotocols instead: `new
+// WebSocket(url, ["cay.terminal.v1", "cay.key." + key])`. The server chooses the first, and the key appears in no
+// URL and no log. The server does not check the `Origin` of a page: nothing is allowed without the key, which no
+// browser sends by itself, and a page that has the key may use it.
 //
-// The sandbox counts as in use while somebody is connected. A suspended sandbox is woken first, see `wakeSandbox`. A request that is no WebSocket's is 400, code `not_a_websocket`.
+// The sandbox counts as in use while a client is connected. A suspended sandbox is woken first, see `wakeSandbox`.
+// A request that does not ask for a WebSocket is answered with 400 and code `not_a_websocket`.
 //
 // Corresponds with GET /v1/sandboxes/{id}/terminal (the `OpenTerminal` operationId).
 func (c *wire) OpenTerminal(ctx context.Context, id SandboxID, params *OpenTerminalParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4377,10 +4778,12 @@ func (c *wire) OpenTerminal(ctx context.Context, id SandboxID, params *OpenTermi
 
 // OpenTunnel Open a TCP connection to a port
 //
-// Makes the connection of this request a TCP connection to a port of the sandbox. Send `Connection: Upgrade` and `Upgrade: tcp` over HTTP/1.1 and no body;
-// after 101 whatever is sent and received on the connection is the service's. Each side can end its half. The service may listen on the loopback,
-// on all addresses, or on the sandbox's own. Without the upgrade it is 426; when nothing listens it is 502, code `port_closed`. Counts as activity as long as it is open.
-// A suspended sandbox is woken first, see `wakeSandbox`.
+// Turns the connection of this request into a TCP connection to a port of the sandbox. Send `Connection: Upgrade`
+// and `Upgrade: tcp` over HTTP/1.1 and no body. After 101, all bytes on the connection go to and come from the
+// service. Each side can close its half. The service may listen on the loopback, on all addresses, or on the
+// sandbox's own address. The answer is 426 without the upgrade, and 502 with code `port_closed` if nothing
+// listens. The connection counts as activity as long as it is open. A suspended sandbox is woken first, see
+// `wakeSandbox`.
 //
 // Corresponds with POST /v1/sandboxes/{id}/tunnel (the `OpenTunnel` operationId).
 func (c *wire) OpenTunnel(ctx context.Context, id SandboxID, params *OpenTunnelParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4397,12 +4800,15 @@ func (c *wire) OpenTunnel(ctx context.Context, id SandboxID, params *OpenTunnelP
 
 // WakeSandbox Make sure a sandbox runs
 //
-// Wakes a suspended sandbox; one that runs stays as it is. The answer comes when it runs and is ready to execute. Counts as activity. Callers at the same time
-// wake it once and all get the answer. 409, code `sandbox_not_running`, in a state that cannot be woken (creating, destroyed).
+// Wakes a suspended sandbox and leaves a running one as it is. The answer comes when the sandbox runs and can
+// execute commands. The call counts as activity. Concurrent calls wake the sandbox once and all get the answer.
+// The answer is 409 with code `sandbox_not_running` in states that cannot be woken (creating, destroyed).
 //
-// Calls that use a sandbox (execute, read, write, remove and list files) wake a suspended one by themselves, and refuse it for the same reasons: 429, code `quota_exceeded`, when it
-// would bring the organization over its quota; 503, code `no_capacity`, when the machine has no room; 500, code `wake_failed`, when its checkpoint cannot
-// be restored. In all three it stays suspended; after `wake_failed` its `error` says why, and it may be tried again or destroyed.
+// Calls that use a sandbox (execute, read, write, remove and list files) wake a suspended one themselves and fail
+// for the same reasons: 429 with code `quota_exceeded` if the sandbox would bring the organization over its quota,
+// 503 with code `no_capacity` if the machine has no room, 500 with code `wake_failed` if the checkpoint cannot be
+// restored. In all three cases the sandbox stays suspended. After `wake_failed` its `error` gives the reason; you
+// can try again or destroy the sandbox.
 //
 // Corresponds with POST /v1/sandboxes/{id}/wake (the `WakeSandbox` operationId).
 func (c *wire) WakeSandbox(ctx context.Context, id SandboxID, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4417,9 +4823,9 @@ func (c *wire) WakeSandbox(ctx context.Context, id SandboxID, reqEditors ...requ
 	return c.Client.Do(req)
 }
 
-// ListSizes List the sizes a sandbox may have
+// ListSizes List sizes
 //
-// The presets of CPU and memory. Any valid key will do. Not paged.
+// Lists the presets of CPU and memory that a sandbox may have, without pages. Any valid key may call it.
 //
 // Corresponds with GET /v1/sizes (the `ListSizes` operationId).
 func (c *wire) ListSizes(ctx context.Context, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4436,7 +4842,7 @@ func (c *wire) ListSizes(ctx context.Context, reqEditors ...requestEditor) (*htt
 
 // ListSnapshots List snapshots
 //
-// The organization's snapshots, newest first.
+// Lists the organization's snapshots, newest first.
 //
 // Corresponds with GET /v1/snapshots (the `ListSnapshots` operationId).
 func (c *wire) ListSnapshots(ctx context.Context, params *ListSnapshotsParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4453,7 +4859,8 @@ func (c *wire) ListSnapshots(ctx context.Context, params *ListSnapshotsParams, r
 
 // DeleteSnapshot Delete a snapshot
 //
-// Sandboxes made from it go on, and those being made from it are still made. Its name is free at once.
+// Deletes a snapshot. Sandboxes that were created from it continue, and sandboxes that are being created from it
+// are still created. Its name is free at once.
 //
 // Corresponds with DELETE /v1/snapshots/{snapshot} (the `DeleteSnapshot` operationId).
 func (c *wire) DeleteSnapshot(ctx context.Context, snapshot SnapshotRef, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4470,7 +4877,7 @@ func (c *wire) DeleteSnapshot(ctx context.Context, snapshot SnapshotRef, reqEdit
 
 // GetSnapshot Get a snapshot
 //
-// By name or id. One of another organization is not found.
+// Returns a snapshot by name or id. Another organization's snapshot is not found.
 //
 // Corresponds with GET /v1/snapshots/{snapshot} (the `GetSnapshot` operationId).
 func (c *wire) GetSnapshot(ctx context.Context, snapshot SnapshotRef, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4487,7 +4894,7 @@ func (c *wire) GetSnapshot(ctx context.Context, snapshot SnapshotRef, reqEditors
 
 // ListTemplates List templates
 //
-// The organization's own and the built-in templates, newest first.
+// Lists the organization's templates and the built-in ones, newest first.
 //
 // Corresponds with GET /v1/templates (the `ListTemplates` operationId).
 func (c *wire) ListTemplates(ctx context.Context, params *ListTemplatesParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4504,14 +4911,16 @@ func (c *wire) ListTemplates(ctx context.Context, params *ListTemplatesParams, r
 
 // CreateTemplateWithBody Create a template
 //
-// Has a template built, from an OCI image, a Dockerfile or Debian packages, and answers at once; the template's `status` and `GET /v1/templates/{template}/logs`
-// tell how it goes. Builds of an organization run one after the other unless the operator says otherwise, further ones wait for their turn.
+// Starts the build of a template from an OCI image, a Dockerfile or Debian packages and answers at once. The
+// template's `status` and `GET /v1/templates/{template}/logs` show the progress. Builds of an organization run one
+// after the other unless the operator says otherwise; further builds wait.
 //
-// With a build context the body is `multipart/form-data` of two parts in this order: `template`, the JSON object, and `context`, a tar, plain or compressed with gzip, of
-// up to 1 GiB unless the operator says otherwise.
+// To send a build context, use a `multipart/form-data` body of two parts in this order: `template`, the JSON
+// object, and `context`, a tar, plain or compressed with gzip, of up to 1 GiB unless the operator says otherwise.
 //
-// 409, code `template_exists`, for a name that the organization or a built-in template has; 413, code `context_too_large`; 429, code `quota_exceeded`, when the organization
-// has as many templates as it may.
+// The answer is 409 with code `template_exists` if the organization or a built-in template has the name; 413 with
+// code `context_too_large`; and 429 with code `quota_exceeded` if the organization has as many templates as it may
+// have.
 //
 // Takes any type of body and a specified content type.
 //
@@ -4530,14 +4939,16 @@ func (c *wire) CreateTemplateWithBody(ctx context.Context, contentType string, b
 
 // CreateTemplate Create a template
 //
-// Has a template built, from an OCI image, a Dockerfile or Debian packages, and answers at once; the template's `status` and `GET /v1/templates/{template}/logs`
-// tell how it goes. Builds of an organization run one after the other unless the operator says otherwise, further ones wait for their turn.
+// Starts the build of a template from an OCI image, a Dockerfile or Debian packages and answers at once. The
+// template's `status` and `GET /v1/templates/{template}/logs` show the progress. Builds of an organization run one
+// after the other unless the operator says otherwise; further builds wait.
 //
-// With a build context the body is `multipart/form-data` of two parts in this order: `template`, the JSON object, and `context`, a tar, plain or compressed with gzip, of
-// up to 1 GiB unless the operator says otherwise.
+// To send a build context, use a `multipart/form-data` body of two parts in this order: `template`, the JSON
+// object, and `context`, a tar, plain or compressed with gzip, of up to 1 GiB unless the operator says otherwise.
 //
-// 409, code `template_exists`, for a name that the organization or a built-in template has; 413, code `context_too_large`; 429, code `quota_exceeded`, when the organization
-// has as many templates as it may.
+// The answer is 409 with code `template_exists` if the organization or a built-in template has the name; 413 with
+// code `context_too_large`; and 429 with code `quota_exceeded` if the organization has as many templates as it may
+// have.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -4556,8 +4967,9 @@ func (c *wire) CreateTemplate(ctx context.Context, body CreateTemplateJSONReques
 
 // DeleteTemplate Delete a template
 //
-// A build of it that waits or runs ends. While sandboxes of it are not destroyed it is 409, code `template_in_use`, unless `force` is given; they go on, suspended ones too.
-// Built-in templates are read-only: 403, code `template_builtin`.
+// Deletes a template and ends a waiting or running build of it. If sandboxes of it are not destroyed, the answer
+// is 409 with code `template_in_use` unless you give `force`; the sandboxes continue, suspended ones too. Built-in
+// templates are read-only and answered with 403 and code `template_builtin`.
 //
 // Corresponds with DELETE /v1/templates/{template} (the `DeleteTemplate` operationId).
 func (c *wire) DeleteTemplate(ctx context.Context, template TemplateRef, params *DeleteTemplateParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4574,7 +4986,7 @@ func (c *wire) DeleteTemplate(ctx context.Context, template TemplateRef, params 
 
 // GetTemplate Get a template
 //
-// By name or id. While it is being built, `progress` says how far it is.
+// Returns a template by name or id. During a build, `progress` shows how far the build is.
 //
 // Corresponds with GET /v1/templates/{template} (the `GetTemplate` operationId).
 func (c *wire) GetTemplate(ctx context.Context, template TemplateRef, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4591,8 +5003,9 @@ func (c *wire) GetTemplate(ctx context.Context, template TemplateRef, reqEditors
 
 // CancelTemplateBuild Cancel the build of a template
 //
-// Ends the build that waits or runs. The template has then failed, and its ready version stays in use. 409, code `no_build`, when there is none; built-in templates are
-// read-only, 403, code `template_builtin`.
+// Ends the waiting or running build. The template's build has then failed, and its ready version stays in use. The
+// answer is 409 with code `no_build` if there is no build. Built-in templates are read-only and answered with 403
+// and code `template_builtin`.
 //
 // Corresponds with POST /v1/templates/{template}/cancel (the `CancelTemplateBuild` operationId).
 func (c *wire) CancelTemplateBuild(ctx context.Context, template TemplateRef, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4609,11 +5022,14 @@ func (c *wire) CancelTemplateBuild(ctx context.Context, template TemplateRef, re
 
 // GetTemplateLogs Read the log of a template's newest build
 //
-// All lines so far, oldest first. Not paged: a log has about 4 MiB at most, then older lines of the step that says the most are left out, with a note in their place.
+// Returns all lines of the log so far, oldest first, without pages. A log has at most about 4 MiB; beyond that,
+// older lines of the step with the most output are replaced by a note.
 //
-// With `Accept: text/event-stream` the lines are sent as they are written, those that are there first: events `line`, whose data is a line. When the build is over, or
-// if none waits or runs, an event `end` comes last, whose data is the template. A stream that breaks off before that, as it does when the server stops, can be taken up with the `id`
-// of the last event as `Last-Event-ID`. When another build begins its log is sent from its first line on.
+// With `Accept: text/event-stream` the existing lines are sent first and then new ones as they are written: events
+// `line`, whose data is a line. When the build has ended, or if none waits or runs, the last event is `end`, whose
+// data is the template. A stream may be interrupted before that, for example when the server stops. To resume it,
+// pass the `id` of the last event as `Last-Event-ID`. When another build begins, its log is sent from the first
+// line on.
 //
 // Corresponds with GET /v1/templates/{template}/logs (the `GetTemplateLogs` operationId).
 func (c *wire) GetTemplateLogs(ctx context.Context, template TemplateRef, params *GetTemplateLogsParams, reqEditors ...requestEditor) (*http.Response, error) {
@@ -4628,17 +5044,21 @@ func (c *wire) GetTemplateLogs(ctx context.Context, template TemplateRef, params
 	return c.Client.Do(req)
 }
 
-// RebuildTemplateWithBody Build a template anew
+// RebuildTemplateWithBody Rebuild a template
 //
-// Answers at once. The ready version stays in use until the new one is ready, and after a failure; sandboxes keep the version they were made from. `version` counts up
-// if the result is another one.
+// Starts a new build of a template and answers at once. The ready version stays in use until the new one is ready,
+// and also after a failure. Sandboxes keep the version that they were created from. `version` increases if the
+// result differs.
 //
-// Without a body, or with `credentials` alone, the template is made again from the same inputs, and what changes by itself, a tag or a Debian suite, is looked up anew.
-// With a body (and a context, as in a create) it is made from those inputs; if they are those of the ready version nothing is done. What is absent then has its
-// default, not its former value. The egress policy is not changed by a rebuild.
+// Without a body, or with only `credentials`, the template is built from the same inputs, and inputs that change
+// by themselves, such as a tag or a Debian suite, are resolved again. With a body (and a context, as in a create)
+// the template is built from those inputs; if they are the inputs of the ready version, nothing is done. An absent
+// field then has its default and not its former value. A rebuild does not change the egress policy.
 //
-// 409, code `build_in_progress`, while another build of it waits or runs. Built-in templates are read-only, 403, code `template_builtin`; but one that was never built
-// can be asked for in advance, and keys of the operator with the scope `admin` can have all made anew, both without a body.
+// The answer is 409 with code `build_in_progress` while another build of the template waits or runs. Built-in
+// templates are read-only and answered with 403 and code `template_builtin`, with two exceptions, both without a
+// body: you can start the build of one that was never built, and the operator's keys with the scope `admin` can
+// rebuild all of them.
 //
 // Takes any type of body and a specified content type.
 //
@@ -4655,17 +5075,21 @@ func (c *wire) RebuildTemplateWithBody(ctx context.Context, template TemplateRef
 	return c.Client.Do(req)
 }
 
-// RebuildTemplate Build a template anew
+// RebuildTemplate Rebuild a template
 //
-// Answers at once. The ready version stays in use until the new one is ready, and after a failure; sandboxes keep the version they were made from. `version` counts up
-// if the result is another one.
+// Starts a new build of a template and answers at once. The ready version stays in use until the new one is ready,
+// and also after a failure. Sandboxes keep the version that they were created from. `version` increases if the
+// result differs.
 //
-// Without a body, or with `credentials` alone, the template is made again from the same inputs, and what changes by itself, a tag or a Debian suite, is looked up anew.
-// With a body (and a context, as in a create) it is made from those inputs; if they are those of the ready version nothing is done. What is absent then has its
-// default, not its former value. The egress policy is not changed by a rebuild.
+// Without a body, or with only `credentials`, the template is built from the same inputs, and inputs that change
+// by themselves, such as a tag or a Debian suite, are resolved again. With a body (and a context, as in a create)
+// the template is built from those inputs; if they are the inputs of the ready version, nothing is done. An absent
+// field then has its default and not its former value. A rebuild does not change the egress policy.
 //
-// 409, code `build_in_progress`, while another build of it waits or runs. Built-in templates are read-only, 403, code `template_builtin`; but one that was never built
-// can be asked for in advance, and keys of the operator with the scope `admin` can have all made anew, both without a body.
+// The answer is 409 with code `build_in_progress` while another build of the template waits or runs. Built-in
+// templates are read-only and answered with 403 and code `template_builtin`, with two exceptions, both without a
+// body: you can start the build of one that was never built, and the operator's keys with the scope `admin` can
+// rebuild all of them.
 //
 // Takes a body of the `application/json` content type.
 //

@@ -464,10 +464,10 @@ func (e TemplateStatus) Valid() bool {
 
 // APIKey An API key without its secret.
 type APIKey struct {
-	// CreatedAt When it was made.
+	// CreatedAt When the key was created.
 	CreatedAt time.Time `json:"created_at"`
 
-	// ExpiresAt When it stops being valid; absent is never.
+	// ExpiresAt When the key expires. Absent if it does not.
 	ExpiresAt *time.Time `json:"expires_at,omitempty"`
 
 	// ID `key_` and 20 lower-case base32 characters.
@@ -475,19 +475,19 @@ type APIKey struct {
 	// Example: key_abcdefghijklmnopqrst
 	ID string `json:"id"`
 
-	// LastUsedAt When it was last used, to the minute; absent is never.
+	// LastUsedAt When the key was last used, to the minute. Absent if it was never used.
 	LastUsedAt *time.Time `json:"last_used_at,omitempty"`
 
-	// Name For people.
+	// Name Name of the key, for people.
 	Name string `json:"name"`
 
-	// Prefix First characters of the secret, to tell keys apart.
+	// Prefix First characters of the secret, by which you can tell keys apart.
 	Prefix string `json:"prefix"`
 
-	// RevokedAt When it was revoked; absent when it was not.
+	// RevokedAt When the key was revoked. Absent if it was not.
 	RevokedAt *time.Time `json:"revoked_at,omitempty"`
 
-	// Scopes What it may do.
+	// Scopes The key's scopes.
 	Scopes []Scope `json:"scopes"`
 }
 
@@ -496,22 +496,23 @@ type APIKeyList struct {
 	// APIKeys The keys.
 	APIKeys []APIKey `json:"api_keys"`
 
-	// NextCursor `cursor` of the next page; absent on the last one.
+	// NextCursor `cursor` of the next page. Absent on the last page.
 	NextCursor *string `json:"next_cursor,omitempty"`
 }
 
-// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. They end up in the image's history: no place for secrets.
+// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. The values are stored in the image's
+// history, so do not put secrets here.
 type BuildArgs map[string]string
 
-// BuildError Why the newest build failed; absent when it did not.
+// BuildError Why the newest build failed. Absent if it did not.
 type BuildError struct {
-	// ExitCode Exit code of the command that failed; absent when none did.
+	// ExitCode Exit code of the command that failed. Absent if no command did.
 	ExitCode *int `json:"exit_code,omitempty"`
 
-	// Message What went wrong, for people.
+	// Message The reason, for people.
 	Message string `json:"message"`
 
-	// Step The step that failed; absent when it was none in particular.
+	// Step The step that failed. Absent if the failure was not in a step.
 	//
 	// Example: RUN npm ci
 	Step *string `json:"step,omitempty"`
@@ -520,171 +521,186 @@ type BuildError struct {
 	Tail []string `json:"tail,omitempty"`
 }
 
-// CreateAPIKeyRequest A key to make.
+// CreateAPIKeyRequest The key to create.
 type CreateAPIKeyRequest struct {
-	// ExpiresIn How long it is valid, at least 1s. Absent or 0 is for ever.
+	// ExpiresIn How long the key is valid, at least 1s. If absent or 0, the key does not expire.
 	//
 	// Example: 720h
 	ExpiresIn *string `json:"expires_in,omitempty"`
 
-	// Format How the secret begins: `cay` (as when absent) or `e2b`, which E2B's clients take. Keys of both are the same otherwise, and either works in both APIs.
+	// Format The beginning of the secret: `cay` (the default) or `e2b`, which E2B's clients accept. Keys of both formats are the same otherwise, and either works in both APIs.
 	//
 	// Example: e2b
 	Format *string `json:"format,omitempty"`
 
-	// Name For people, 1 to 128 characters.
+	// Name Name of the key, for people, 1 to 128 characters.
 	//
 	// Example: ci
 	Name string `json:"name"`
 
-	// Scopes What it may do; at least one. Only a key of the format `e2b` may go without: it then has `sandboxes:write`, `exec`, `files` and `templates:write`, which E2B's clients need.
+	// Scopes The key's scopes; at least one. Only a key of the format `e2b` may have none: it then gets
+	// `sandboxes:write`, `exec`, `files` and `templates:write`, which E2B's clients need.
 	Scopes []string `json:"scopes,omitempty"`
 }
 
-// CreateOrgRequest An organization to make.
+// CreateOrgRequest The organization to create.
 type CreateOrgRequest struct {
-	// Name Unique on this server: 1 to 63 lower-case letters, digits and `-`.
+	// Name The name, unique on this server: 1 to 63 lower-case letters, digits and `-`.
 	//
 	// Example: acme
 	Name string `json:"name"`
 
-	// Quota What an organization may have at once; 0 is no limit. What is absent has the server's default.
+	// Quota What an organization may have at once. 0 means no limit; an absent field has the server's default.
 	Quota *QuotaRequest `json:"quota,omitempty"`
 }
 
-// CreatePortURLRequest How long a signed URL is to work.
+// CreatePortURLRequest The lifetime of a signed URL.
 type CreatePortURLRequest struct {
-	// ExpiresIn 1s to 24h.
+	// ExpiresIn How long the URL works, 1s to 24h.
 	//
 	// Example: 15m
 	ExpiresIn *string `json:"expires_in,omitempty"`
 }
 
-// CreateSandboxRequest What sandbox to make, from a template or from a snapshot.
+// CreateSandboxRequest The sandbox to create, from a template or a snapshot.
 type CreateSandboxRequest struct {
-	// DiskSizeMB What the sandbox may write, in MiB: at least 64, at most what the operator allows. Default is the template's, else 2048 unless the operator says otherwise.
+	// DiskSizeMB The space that the sandbox may write, in MiB: at least 64, at most what the operator allows. The default is the template's, else 2048 unless the operator says otherwise.
 	//
 	// Example: 2048
 	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
 
-	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
-	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
+	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
+	// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
+	// service at 169.254.169.254), or ranges that the operator forbids. There is no IPv6. Answers to allowed traffic
+	// come back.
 	Egress *Egress `json:"egress,omitempty"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
-	// IdleTimeout Persistent only: suspend after this time without activity, 10s to 24h, or 0 for never; the number 0 will do too. Default 10m.
+	// IdleTimeout Persistent only: suspend after this time without activity, 10s to 24h, or 0 for never, also as a number. The
+	// default is 10m.
 	//
 	// Example: 10m
 	IdleTimeout *DurationOrZero `json:"idle_timeout,omitempty"`
 
-	// Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
+	// Metadata Labels of your choice. At most 64, with keys of 1 to 128 bytes and values of up to 1024 bytes.
 	Metadata Metadata `json:"metadata,omitempty"`
 
 	// Mode `ephemeral` (default) or `persistent`.
 	Mode *string `json:"mode,omitempty"`
 
-	// RecoveryInterval Persistent only: how often to take a recovery point while the sandbox runs and changes, 1m to 24h, or 0 for never; the number 0 will do too. Default 10m.
+	// RecoveryInterval Persistent only: the interval of recovery points while the sandbox runs and changes, 1m to 24h, or 0 for
+	// never, also as a number. The default is 10m.
 	//
 	// Example: 10m
 	RecoveryInterval *DurationOrZero `json:"recovery_interval,omitempty"`
 
-	// Size Name of a size, see `GET /v1/sizes`. Default is the template's, else `shared-cpu-1x` unless the operator says otherwise.
+	// Size Name of a size, see `GET /v1/sizes`. The default is the template's, else `shared-cpu-1x` unless the operator says otherwise.
 	//
 	// Example: shared-cpu-1x
 	Size *string `json:"size,omitempty"`
 
-	// Snapshot Name or id of a snapshot, instead of a template: the sandbox goes on from there, as one of its own. Size and disk are the snapshot's; `env` is added to the snapshot's and holds for
-	// commands from here on; `egress` is by default what the snapshot's sandbox had.
-	//
+	// Snapshot Name or id of a snapshot, instead of a template. The sandbox continues from the snapshot's state as a new
+	// sandbox. It has the snapshot's size and disk. Its `env` is added to the snapshot's and applies to commands
+	// from now on. The default of `egress` is the policy of the snapshot's sandbox.
 	//
 	// Example: snap_abcdefghijklmnopqrst
 	Snapshot string `json:"snapshot,omitempty"`
 
-	// Template Name or id of a template. This or `snapshot`.
+	// Template Name or id of a template. Give this or `snapshot`.
 	//
 	// Example: python
 	Template string `json:"template,omitempty"`
 
-	// Timeout Ephemeral only: the lifetime, 1s to 24h. Default 5m.
+	// Timeout Ephemeral only: the lifetime, 1s to 24h. The default is 5m.
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
 }
 
-// CreateSnapshotRequest What to call a snapshot.
+// CreateSnapshotRequest The snapshot to make.
 type CreateSnapshotRequest struct {
-	// Name 1 to 63 letters, digits, `.`, `_` and `-`, beginning with a letter or digit and not with `snap_`; unique among the organization's snapshots. Absent is none.
+	// Name The name: 1 to 63 letters, digits, `.`, `_` and `-`, beginning with a letter or digit and not with `snap_`.
+	// It must be unique among the organization's snapshots. If absent, the snapshot has no name.
 	//
 	// Example: after-setup
 	Name *string `json:"name,omitempty"`
 }
 
-// CreateTemplateRequest What template to make. Exactly one of `image`, `dockerfile` and `debian`.
+// CreateTemplateRequest The template to create. Give exactly one of `image`, `dockerfile` and `debian`.
 type CreateTemplateRequest struct {
-	// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. They end up in the image's history: no place for secrets.
+	// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. The values are stored in the image's
+	// history, so do not put secrets here.
 	BuildArgs BuildArgs `json:"build_args,omitempty"`
 
-	// Credentials How to open a registry. Never answered, logged or stored: a build that waits or runs while the server restarts fails and says so.
+	// Credentials Credentials for a registry. They are never returned, logged or stored: if the server restarts while the build
+	// waits or runs, the build fails and says so.
 	Credentials *RegistryCredentials `json:"credentials,omitempty"`
 
-	// Debian Source: a minimal Debian system with packages and all they depend on.
+	// Debian Source: a minimal Debian system with packages and all their dependencies.
 	Debian *DebianSource `json:"debian,omitempty"`
 
-	// Description What it is for, at most 1024 bytes.
+	// Description What the template is for, at most 1024 bytes.
 	Description *string `json:"description,omitempty"`
 
-	// DiskSizeMB Default of what a sandbox may write, in MiB: at least 64, at most what the operator allows; absent is the server's.
+	// DiskSizeMB Default of the space that a sandbox may write, in MiB: at least 64, at most what the operator allows. If absent, the server's.
 	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
 
-	// Dockerfile Source: the path of a Dockerfile in the context; without a context its text, at most 512 KiB. `FROM` finds templates of the organization and built-in ones by name before any registry.
+	// Dockerfile Source: the path of a Dockerfile in the context; without a context its text, at most 512 KiB. `FROM` looks a name up in the organization's templates and the built-in ones before any registry.
 	//
 	// Example: FROM python
 	// RUN pip install numpy
 	Dockerfile *string `json:"dockerfile,omitempty"`
 
-	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
-	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
+	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
+	// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
+	// service at 169.254.169.254), or ranges that the operator forbids. There is no IPv6. Answers to allowed traffic
+	// come back.
 	Egress *Egress `json:"egress,omitempty"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
-	// Image Source: the reference of an OCI image; with a context the path in it of an OCI image layout or archive, as `docker save` and others write them, or `.` for the context itself.
+	// Image Source: the reference of an OCI image. With a context, the path in it of an OCI image layout or archive, as `docker save` and other tools write them, or `.` for the context itself.
 	//
 	// Example: docker.io/library/alpine:3.22
 	Image *string `json:"image,omitempty"`
 
-	// Name Unique inside the organization and not that of a built-in template: 1 to 63 of a-z, 0-9 and `-`, not beginning with `-`.
+	// Name The name: 1 to 63 of a-z, 0-9 and `-`, not beginning with `-`. It must be unique in the organization and not that of a built-in template.
 	//
 	// Example: my-app
 	Name string `json:"name"`
 
-	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when the check succeeds,
+	// and fails if it does not succeed in time. Needs a start command.
 	Ready *ReadyCheck `json:"ready,omitempty"`
 
-	// Size Default size of sandboxes, see `GET /v1/sizes`; absent is the server's.
+	// Size Default size of sandboxes, see `GET /v1/sizes`. If absent, the server's.
 	Size *string `json:"size,omitempty"`
 
-	// StartCommand A shell command line that is started with every sandbox. Absent is the image's ENTRYPOINT and CMD; an empty one is none.
+	// StartCommand A shell command line that is started with every sandbox. If absent, the image's ENTRYPOINT and CMD; an empty one means none.
 	//
 	// Example: python3 -m http.server 8000
 	StartCommand *string `json:"start_command,omitempty"`
 
-	// Target Stage of the Dockerfile to build; absent is the last.
+	// Target Stage of the Dockerfile to build. If absent, the last one.
 	Target *string `json:"target,omitempty"`
 
-	// User Default user of commands and files, a name or a number. Absent is the image's, else root.
+	// User Default user of commands and files, a name or a number. If absent, the image's, else root.
 	User *string `json:"user,omitempty"`
 
-	// Workdir Default working directory of commands, an absolute path. Absent is the image's.
+	// Workdir Default working directory of commands, an absolute path. If absent, the image's.
 	Workdir *string `json:"workdir,omitempty"`
 }
 
-// DebianSource Source: a minimal Debian system with packages and all they depend on.
+// DebianSource Source: a minimal Debian system with packages and all their dependencies.
 type DebianSource struct {
-	// Packages Names of packages, with `=VERSION` if need be.
+	// Packages Names of packages, with `=VERSION` if you need a certain version.
 	Packages []string `json:"packages,omitempty"`
 
 	// Suite Debian's name of the release.
@@ -693,160 +709,171 @@ type DebianSource struct {
 	Suite *string `json:"suite,omitempty"`
 }
 
-// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
-// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
+// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
+// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
+// service at 169.254.169.254), or ranges that the operator forbids. There is no IPv6. Answers to allowed traffic
+// come back.
 type Egress struct {
-	// AllowCIDRs IPv4 ranges that may be reached, without host bits.
+	// AllowCIDRs IPv4 ranges that the sandbox may reach, without host bits.
 	AllowCIDRs []string `json:"allow_cidrs,omitempty"`
 
-	// AllowDomains Names that may be reached over TCP: exact ones, or with `*.` in front all names below one, without itself. cay's resolver answers these names only, and TLS and HTTP to their
-	// addresses must ask for an allowed name. `allow_ports` says nothing about them.
+	// AllowDomains Names that the sandbox may reach over TCP: exact names, or `*.` and a name for all names below it, without
+	// itself. cay's resolver answers only these names, and TLS and HTTP to their addresses must ask for an allowed
+	// name. `allow_ports` does not apply to them.
 	AllowDomains []string `json:"allow_domains,omitempty"`
 
-	// AllowPorts Restricts `allow_cidrs` to these destination TCP ports. Absent is every protocol and port.
+	// AllowPorts Restricts `allow_cidrs` to these destination TCP ports. If absent, every protocol and port is allowed.
 	AllowPorts []int `json:"allow_ports,omitempty"`
 
-	// DenyCIDRs IPv4 ranges that may not be reached, whatever allows them. They may not touch 169.254.0.0/16.
+	// DenyCIDRs IPv4 ranges that the sandbox may not reach, even if another list allows them. They must not overlap
+	// 169.254.0.0/16.
 	DenyCIDRs []string `json:"deny_cidrs,omitempty"`
 
-	// Mode What happens to traffic that no list speaks of. `allow_all` takes no lists.
+	// Mode What happens to traffic that no list mentions. `allow_all` takes no lists.
 	Mode EgressMode `json:"mode"`
 }
 
-// EgressMode What happens to traffic that no list speaks of. `allow_all` takes no lists.
+// EgressMode What happens to traffic that no list mentions. `allow_all` takes no lists.
 type EgressMode string
 
-// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+// NUL. At most 256 variables with 128 KiB together.
 type Env map[string]string
 
-// Event One transition of a sandbox, or something else that happened to it: then `from` is the same as `to`.
+// Event One transition of a sandbox, or another event of it, in which `from` is the same as `to`.
 type Event struct {
-	// Detail More about it, for people, e.g. to what time a sandbox fell back; absent when there is nothing more.
+	// Detail More details, for people, such as the time to which a sandbox fell back. Absent if there are none.
 	Detail *string `json:"detail,omitempty"`
 
-	// From The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+	// From The exact internal state. `suspending` has the status `running`, `waking` has `suspended`, `destroying` and
+	// `failed` have `destroyed`.
 	From *SandboxState `json:"from,omitempty"`
 
-	// ID Unique in the sandbox; sorts by time.
+	// ID Unique in the sandbox. Ids sort by time.
 	ID string `json:"id"`
 
-	// Reason Why, e.g. `requested`; may be empty.
+	// Reason The reason, such as `requested`. May be empty.
 	Reason string `json:"reason"`
 
 	// Time When it happened.
 	Time time.Time `json:"time"`
 
-	// To The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+	// To The exact internal state. `suspending` has the status `running`, `waking` has `suspended`, `destroying` and
+	// `failed` have `destroyed`.
 	To SandboxState `json:"to"`
 }
 
 // EventList A page of events, newest first.
 type EventList struct {
-	// Events The events. The first one of a sandbox has no `from`.
+	// Events The events. The first event of a sandbox has no `from`.
 	Events []Event `json:"events"`
 
-	// NextCursor `cursor` of the next page; absent on the last one.
+	// NextCursor `cursor` of the next page. Absent on the last page.
 	NextCursor *string `json:"next_cursor,omitempty"`
 }
 
-// ExecuteRequest What to run. Exactly one of `command` and `args`.
+// ExecuteRequest The command to run. Give exactly one of `command` and `args`.
 type ExecuteRequest struct {
-	// AllOutput Send all of the output, as fast as it is read, and end the command when the caller goes away. Only with `Accept: text/event-stream` and without `detach`; then `timeout` may be up to 24h, and is none by default.
+	// AllOutput Send the whole output, as fast as you read it, and end the command if you disconnect. Only with `Accept: text/event-stream` and without `detach`; `timeout` may then be up to 24h, and there is none by default.
 	AllOutput *bool `json:"all_output,omitempty"`
 
-	// Args A program and its arguments, run without a shell. Each has at most 131071 bytes, and all of them with the environment 2 MiB.
+	// Args A program and its arguments, run without a shell. Each argument has at most 131071 bytes, and all of them
+	// with the environment at most 2 MiB.
 	//
 	// Example: ["python3","-c","print(6*7)"]
 	Args []string `json:"args,omitempty"`
 
-	// Command A shell command line, run by `shell`, of at most 131071 bytes.
+	// Command A shell command line of at most 131071 bytes, run by `shell`.
 	//
 	// Example: python3 -c 'print(6*7)'
 	Command *string `json:"command,omitempty"`
 
-	// Detach Go on when the caller goes away. Only with `Accept: text/event-stream`; then `timeout` may be up to 24h, and is none by default.
+	// Detach Let the command continue if you disconnect. Only with `Accept: text/event-stream`; `timeout` may then be up to 24h, and there is none by default.
 	Detach *bool `json:"detach,omitempty"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
-	// Shell What runs `command`: `/bin/sh -c`, or the `bash -c` that the PATH has. Only with `command`.
+	// Shell The shell that runs `command`: `/bin/sh -c`, or `bash -c` with the bash in the PATH. Only with `command`.
 	Shell *ExecuteRequestShell `json:"shell,omitempty"`
 
-	// Stdin Its standard input. Absent is an empty one.
+	// Stdin The command's standard input. If absent, the input is empty.
 	Stdin *string `json:"stdin,omitempty"`
 
-	// Timeout Kill it and all its descendants after this time, more than 0 and at most 5m. Default 30s.
+	// Timeout Kill the command and all its descendants after this time, more than 0 and at most 5m. The default is 30s.
 	//
 	// Example: 30s
 	Timeout *string `json:"timeout,omitempty"`
 
-	// User Name or number of the user to run as. Default is the template's, else root.
+	// User Name or number of the user to run as. The default is the template's user, else root.
 	User *string `json:"user,omitempty"`
 
-	// Workdir Absolute path of the working directory; must exist. Default is the template's, else the user's home.
+	// Workdir Absolute path of the working directory, which must exist. The default is the template's, else the user's home.
 	Workdir *string `json:"workdir,omitempty"`
 }
 
-// ExecuteRequestShell What runs `command`: `/bin/sh -c`, or the `bash -c` that the PATH has. Only with `command`.
+// ExecuteRequestShell The shell that runs `command`: `/bin/sh -c`, or `bash -c` with the bash in the PATH. Only with `command`.
 type ExecuteRequestShell string
 
-// ExecuteResult How a command ended.
+// ExecuteResult The result of a command.
 type ExecuteResult struct {
-	// DurationMs How long it ran.
+	// DurationMs How long the command ran, in milliseconds.
 	DurationMs int64 `json:"duration_ms"`
 
-	// ExitCode Its exit code; 128+N when killed by signal N, 124 when killed at its timeout, 137 when killed for want of memory.
+	// ExitCode The exit code: 128+N if the command was killed by signal N, 124 if it exceeded its timeout, 137 if it was killed for lack of memory.
 	ExitCode int `json:"exit_code"`
 
-	// OOMKilled It was killed because the sandbox's memory was used up. The sandbox lives on.
+	// OOMKilled Whether the command was killed because the sandbox's memory was used up. The sandbox lives on.
 	OOMKilled bool `json:"oom_killed"`
 
-	// Signal Name of the signal that ended it, e.g. `SIGKILL`; absent when none did.
+	// Signal Name of the signal that ended the command, such as `SIGKILL`. Absent if no signal did.
 	//
 	// Example: SIGKILL
 	Signal *string `json:"signal,omitempty"`
 
-	// Stderr The first 8 MiB of its standard error: text, or base64 where `stderr_encoding` says so.
+	// Stderr The first 8 MiB of standard error, as text, or in base64 if `stderr_encoding` says so.
 	Stderr string `json:"stderr"`
 
-	// StderrEncoding `base64` when the output is not UTF-8, else absent.
+	// StderrEncoding `base64` if the output is not UTF-8, else absent.
 	StderrEncoding *ExecuteResultStderrEncoding `json:"stderr_encoding,omitempty"`
 
-	// StderrTruncated There was more than 8 MiB of standard error.
+	// StderrTruncated Whether there was more than 8 MiB of standard error.
 	StderrTruncated bool `json:"stderr_truncated"`
 
-	// Stdout The first 8 MiB of its standard output: text, or base64 where `stdout_encoding` says so.
+	// Stdout The first 8 MiB of standard output, as text, or in base64 if `stdout_encoding` says so.
 	Stdout string `json:"stdout"`
 
-	// StdoutEncoding `base64` when the output is not UTF-8, else absent.
+	// StdoutEncoding `base64` if the output is not UTF-8, else absent.
 	StdoutEncoding *ExecuteResultStdoutEncoding `json:"stdout_encoding,omitempty"`
 
-	// StdoutTruncated There was more than 8 MiB of standard output.
+	// StdoutTruncated Whether there was more than 8 MiB of standard output.
 	StdoutTruncated bool `json:"stdout_truncated"`
 
-	// TimedOut It was killed at its timeout.
+	// TimedOut Whether the command was killed at its timeout.
 	TimedOut bool `json:"timed_out"`
 }
 
-// ExecuteResultStderrEncoding `base64` when the output is not UTF-8, else absent.
+// ExecuteResultStderrEncoding `base64` if the output is not UTF-8, else absent.
 type ExecuteResultStderrEncoding string
 
-// ExecuteResultStdoutEncoding `base64` when the output is not UTF-8, else absent.
+// ExecuteResultStdoutEncoding `base64` if the output is not UTF-8, else absent.
 type ExecuteResultStdoutEncoding string
 
-// FeedEvent Something that happened in the organization. Beside the first three, it has the fields that its type is about.
+// FeedEvent An event of the organization. It has `id`, `time` and `type`, and the fields that apply to its type.
 type FeedEvent struct {
 	// APIKeyID Id of the API key.
 	APIKeyID *string `json:"api_key_id,omitempty"`
 
-	// Detail More about it, for people.
+	// Detail More details, for people.
 	Detail *string `json:"detail,omitempty"`
 
-	// From The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+	// From The exact internal state. `suspending` has the status `running`, `waking` has `suspended`, `destroying` and
+	// `failed` have `destroyed`.
 	From *SandboxState `json:"from,omitempty"`
 
-	// ID Unique; ordered as the events are. Pass it as `after` or `Last-Event-ID`.
+	// ID Unique, and ordered like the events. Pass it as `after` or `Last-Event-ID`.
 	//
 	// Example: evt_00351fl4re540
 	ID string `json:"id"`
@@ -857,10 +884,10 @@ type FeedEvent struct {
 	// Port The port.
 	Port *int `json:"port,omitempty"`
 
-	// Reason Why, e.g. `requested`.
+	// Reason The reason, such as `requested`.
 	Reason *string `json:"reason,omitempty"`
 
-	// SandboxID The sandbox that it is about, or that the snapshot is of.
+	// SandboxID Id of the sandbox of the event, or of the snapshot's sandbox.
 	SandboxID *string `json:"sandbox_id,omitempty"`
 
 	// SnapshotID Id of the snapshot.
@@ -869,46 +896,51 @@ type FeedEvent struct {
 	// TemplateID Id of the template.
 	TemplateID *string `json:"template_id,omitempty"`
 
-	// TemplateVersion The template's ready version after it; absent when there is none.
+	// TemplateVersion The template's ready version after the event. Absent if there is none.
 	TemplateVersion *int `json:"template_version,omitempty"`
 
 	// Time When it happened.
 	Time time.Time `json:"time"`
 
-	// To The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+	// To The exact internal state. `suspending` has the status `running`, `waking` has `suspended`, `destroying` and
+	// `failed` have `destroyed`.
 	To *SandboxState `json:"to,omitempty"`
 
-	// Type What happened, and to what. `sandbox.` and a state: the sandbox came to that state.
+	// Type The type of an event: its subject and what happened. `sandbox.` and a state means that the sandbox came to that
+	// state.
 	Type FeedEventType `json:"type"`
 }
 
-// FeedEventType What happened, and to what. `sandbox.` and a state: the sandbox came to that state.
+// FeedEventType The type of an event: its subject and what happened. `sandbox.` and a state means that the sandbox came to that
+// state.
 type FeedEventType string
 
 // FeedPage A page of events, oldest first.
 type FeedPage struct {
-	// Events The events. There may be none although there is another page.
+	// Events The events. The list may be empty although there is another page.
 	Events []FeedEvent `json:"events"`
 
-	// NextCursor `cursor` of the next page; absent when there is no more now. To go on later, pass the `id` of the last event as `after`.
+	// NextCursor `cursor` of the next page. Absent if there are no more events now. To continue later, pass the `id` of the last event as `after`.
 	NextCursor *string `json:"next_cursor,omitempty"`
 }
 
-// FileChange Something that happened in a directory that is watched.
+// FileChange A change in a watched directory.
 type FileChange struct {
-	// Path What it happened to.
+	// Path Path of the changed entry.
 	Path string `json:"path"`
 
-	// Type `create` (also of what was moved there), `write`, `remove`, `rename` (it was moved away) or `chmod`.
+	// Type `create` (also if the entry was moved there), `write`, `remove`, `rename` (the entry was moved away) or
+	// `chmod`.
 	Type FileChangeType `json:"type"`
 }
 
-// FileChangeType `create` (also of what was moved there), `write`, `remove`, `rename` (it was moved away) or `chmod`.
+// FileChangeType `create` (also if the entry was moved there), `write`, `remove`, `rename` (the entry was moved away) or
+// `chmod`.
 type FileChangeType string
 
 // FileEntry A file, directory or link in a sandbox.
 type FileEntry struct {
-	// Group Name of the owning group, its number if it has none.
+	// Group Name of the owning group, or the group's number if it has no name.
 	Group string `json:"group"`
 
 	// Mode Permissions in octal.
@@ -916,34 +948,34 @@ type FileEntry struct {
 	// Example: 0644
 	Mode string `json:"mode"`
 
-	// ModifiedAt When its content last changed.
+	// ModifiedAt When the content last changed.
 	ModifiedAt time.Time `json:"modified_at"`
 
 	// Name Last element of the path.
 	Name string `json:"name"`
 
-	// Owner Name of the owning user, its number if it has none.
+	// Owner Name of the owning user, or the user's number if it has no name.
 	Owner string `json:"owner"`
 
-	// Path Absolute path. What is not UTF-8 in it is shown as U+FFFD; then `path_encoded` says what it is.
+	// Path Absolute path. Bytes that are not UTF-8 are shown as U+FFFD; `path_encoded` then has the exact path.
 	Path string `json:"path"`
 
-	// PathEncoded The path percent-encoded, as it stands for `path` in a URL: the one form that names a file whose name is not UTF-8. Absent for all others.
+	// PathEncoded The percent-encoded path, as you put it into `path` of a URL. It is the only way to name a file whose name is not UTF-8. Absent for all others.
 	//
 	// Example: /home/user/caf%E9
 	PathEncoded *string `json:"path_encoded,omitempty"`
 
-	// Size Bytes.
+	// Size Size in bytes.
 	Size int64 `json:"size"`
 
-	// SymlinkTarget Where a symbolic link points; absent for everything else.
+	// SymlinkTarget Target of a symbolic link. Absent for all others.
 	SymlinkTarget *string `json:"symlink_target,omitempty"`
 
-	// Type What it is; `other` is a device, socket or pipe.
+	// Type The type of the entry. `other` is a device, socket or pipe.
 	Type FileEntryType `json:"type"`
 }
 
-// FileEntryType What it is; `other` is a device, socket or pipe.
+// FileEntryType The type of the entry. `other` is a device, socket or pipe.
 type FileEntryType string
 
 // FileList The entries of a directory.
@@ -952,105 +984,110 @@ type FileList struct {
 	Entries []FileEntry `json:"entries"`
 }
 
-// ForkChild A child of a fork. It has one of the two.
+// ForkChild A child of a fork. It has exactly one of the two fields.
 type ForkChild struct {
-	// Error Why a child was not made.
+	// Error Why a child was not created.
 	Error *ForkError `json:"error,omitempty"`
 
 	// Sandbox A sandbox.
 	Sandbox *Sandbox `json:"sandbox,omitempty"`
 }
 
-// ForkError Why a child was not made.
+// ForkError Why a child was not created.
 type ForkError struct {
-	// Code What is wrong, for programs. Stable.
+	// Code The reason, for programs. Stable.
 	//
 	// Example: quota_exceeded
 	Code string `json:"code"`
 
-	// Detail What is wrong, for people.
+	// Detail The reason, for people.
 	Detail string `json:"detail"`
 
-	// Status The HTTP status that a create would have been answered with.
+	// Status The HTTP status with which a create would have been answered.
 	//
 	// Example: 429
 	Status int `json:"status"`
 }
 
-// ForkRequest What children to make. What is not given is as the sandbox has it.
+// ForkRequest The children to create. They inherit every setting that you do not give.
 type ForkRequest struct {
-	// Count How many, 1 to 100. Default 1.
+	// Count Number of children, 1 to 100. The default is 1.
 	//
 	// Example: 3
 	Count *int `json:"count,omitempty"`
 
-	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
-	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
+	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
+	// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
+	// service at 169.254.169.254), or ranges that the operator forbids. There is no IPv6. Answers to allowed traffic
+	// come back.
 	Egress *Egress `json:"egress,omitempty"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
-	// IdleTimeout Persistent children only: suspend after this time without activity, 10s to 24h, or 0 for never; the number 0 will do too.
+	// IdleTimeout Persistent children only: suspend after this time without activity, 10s to 24h, or 0 for never, also as a
+	// number.
 	//
 	// Example: 10m
 	IdleTimeout *DurationOrZero `json:"idle_timeout,omitempty"`
 
-	// Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
+	// Metadata Labels of your choice. At most 64, with keys of 1 to 128 bytes and values of up to 1024 bytes.
 	Metadata Metadata `json:"metadata,omitempty"`
 
 	// Mode `ephemeral` or `persistent`.
 	Mode *string `json:"mode,omitempty"`
 
-	// RecoveryInterval Persistent children only: how often to take a recovery point, 1m to 24h, or 0 for never; the number 0 will do too.
+	// RecoveryInterval Persistent children only: the interval of recovery points, 1m to 24h, or 0 for never, also as a number.
 	//
 	// Example: 10m
 	RecoveryInterval *DurationOrZero `json:"recovery_interval,omitempty"`
 
-	// Timeout Ephemeral children only: their lifetime, 1s to 24h.
+	// Timeout Ephemeral children only: the lifetime, 1s to 24h.
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
 }
 
-// ForkResult What came of a fork.
+// ForkResult The result of a fork.
 type ForkResult struct {
-	// Children One for each child that was asked for.
+	// Children One entry for each child that you asked for.
 	Children []ForkChild `json:"children"`
 }
 
-// Health How the server is.
+// Health The health of the server.
 type Health struct {
-	// Status Always `ok`; anything else is not 200.
+	// Status Always `ok`; an unhealthy server does not answer 200.
 	Status HealthStatus `json:"status"`
 
 	// Version Version of the server.
 	Version string `json:"version"`
 }
 
-// HealthStatus Always `ok`; anything else is not 200.
+// HealthStatus Always `ok`; an unhealthy server does not answer 200.
 type HealthStatus string
 
-// InputTaken What was written to a process.
+// InputTaken The result of a write to a process.
 type InputTaken struct {
-	// Written How many bytes.
+	// Written Number of bytes that were written.
 	Written int64 `json:"written"`
 }
 
 // KeepaliveRequest A new lifetime.
 type KeepaliveRequest struct {
-	// Timeout Lifetime from now, at least 1s; above 24h is clamped to 24h. Absent is the sandbox's own.
+	// Timeout Lifetime from now, at least 1s. A lifetime above 24h is reduced to 24h. If absent, the sandbox's own timeout.
 	//
 	// Example: 5m
 	Timeout *string `json:"timeout,omitempty"`
 }
 
-// MakeDirectoryRequest A directory to make.
+// MakeDirectoryRequest The directory to make.
 type MakeDirectoryRequest struct {
-	// Mode Its permissions in octal, 0 to 0777. Parents have 0755.
+	// Mode Permissions of the directory in octal, 0 to 0777. Parents have 0755.
 	Mode *string `json:"mode,omitempty"`
 
-	// Owner Name or number of the user that owns it and the parents that had to be made. Absent is the template's user, else root.
+	// Owner Name or number of the user that owns the directory and new parents. If absent, the template's user, else root.
 	Owner *string `json:"owner,omitempty"`
 
 	// Path Absolute path. No `..` elements, no NUL.
@@ -1059,7 +1096,7 @@ type MakeDirectoryRequest struct {
 	Path string `json:"path"`
 }
 
-// Me Who makes the call.
+// Me The caller.
 type Me struct {
 	// APIKey An API key without its secret.
 	APIKey APIKey `json:"api_key"`
@@ -1068,57 +1105,58 @@ type Me struct {
 	Org Org `json:"org"`
 }
 
-// Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
+// Metadata Labels of your choice. At most 64, with keys of 1 to 128 bytes and values of up to 1024 bytes.
 type Metadata map[string]string
 
-// NetworkUse What left the sandbox since it runs, as its policy decided. Only where one running sandbox is read, not in lists and not in answers to other calls.
+// NetworkUse Traffic from the sandbox since it began to run, by the decision of its policy. Only in the answer for one
+// running sandbox, not in lists and answers to other calls.
 type NetworkUse struct {
-	// BytesAllowed Bytes of these.
+	// BytesAllowed Bytes of the allowed packets.
 	BytesAllowed int64 `json:"bytes_allowed"`
 
-	// BytesDenied Bytes of these.
+	// BytesDenied Bytes of the denied packets.
 	BytesDenied int64 `json:"bytes_denied"`
 
-	// PacketsAllowed Packets let out.
+	// PacketsAllowed Packets that the policy allowed.
 	PacketsAllowed int64 `json:"packets_allowed"`
 
-	// PacketsDenied Packets kept in.
+	// PacketsDenied Packets that the policy denied.
 	PacketsDenied int64 `json:"packets_denied"`
 }
 
 // NewAPIKey A new API key with its secret.
 type NewAPIKey struct {
-	// APIKey The secret. Shown this once.
+	// APIKey The secret. You cannot read it again later.
 	APIKey string `json:"api_key"`
 
-	// CreatedAt When it was made.
+	// CreatedAt When the key was created.
 	CreatedAt time.Time `json:"created_at"`
 
-	// ExpiresAt When it stops being valid; absent is never.
+	// ExpiresAt When the key expires. Absent if it does not.
 	ExpiresAt *time.Time `json:"expires_at,omitempty"`
 
 	// ID `key_` and 20 lower-case base32 characters.
 	ID string `json:"id"`
 
-	// Name For people.
+	// Name Name of the key, for people.
 	Name string `json:"name"`
 
-	// Prefix First characters of the secret, to tell keys apart.
+	// Prefix First characters of the secret, by which you can tell keys apart.
 	Prefix string `json:"prefix"`
 
-	// Scopes What it may do.
+	// Scopes The key's scopes.
 	Scopes []Scope `json:"scopes"`
 }
 
 // NewOrg A new organization with its first key.
 type NewOrg struct {
-	// APIKey Secret of its first key. Shown this once.
+	// APIKey Secret of the first key. You cannot read it again later.
 	APIKey string `json:"api_key"`
 
 	// APIKeyID Id of that key.
 	APIKeyID string `json:"api_key_id"`
 
-	// CreatedAt When it was made.
+	// CreatedAt When the organization was created.
 	CreatedAt time.Time `json:"created_at"`
 
 	// ID `org_` and 20 lower-case base32 characters.
@@ -1127,13 +1165,13 @@ type NewOrg struct {
 	// Name Unique on this server.
 	Name string `json:"name"`
 
-	// Quota What an organization may have at once; 0 is no limit.
+	// Quota What an organization may have at once. 0 means no limit.
 	Quota Quota `json:"quota"`
 }
 
 // Org An organization, the owner of sandboxes, templates and keys.
 type Org struct {
-	// CreatedAt When it was made.
+	// CreatedAt When the organization was created.
 	CreatedAt time.Time `json:"created_at"`
 
 	// ID `org_` and 20 lower-case base32 characters.
@@ -1144,61 +1182,61 @@ type Org struct {
 	// Name Unique on this server.
 	Name string `json:"name"`
 
-	// Quota What an organization may have at once; 0 is no limit.
+	// Quota What an organization may have at once. 0 means no limit.
 	Quota Quota `json:"quota"`
 }
 
 // OrgList A page of organizations, newest first.
 type OrgList struct {
-	// NextCursor `cursor` of the next page; absent on the last one.
+	// NextCursor `cursor` of the next page. Absent on the last page.
 	NextCursor *string `json:"next_cursor,omitempty"`
 
 	// Orgs The organizations.
 	Orgs []Org `json:"orgs"`
 }
 
-// OutputLost A gap in the output, whose bytes are not kept any more.
+// OutputLost A gap in the output, whose bytes are no longer kept.
 type OutputLost struct {
-	// Bytes How many.
+	// Bytes Number of missing bytes.
 	Bytes int64 `json:"bytes"`
 
-	// Offset Where it begins.
+	// Offset Offset of the first missing byte.
 	Offset int64 `json:"offset"`
 }
 
 // OutputPiece A piece of a process's output.
 type OutputPiece struct {
-	// Data The output: text, or base64 where `encoding` says so.
+	// Data The output, as text, or in base64 if `encoding` says so.
 	Data string `json:"data"`
 
-	// Encoding `base64` when the piece is not UTF-8, else absent.
+	// Encoding `base64` if the piece is not UTF-8, else absent.
 	Encoding *OutputPieceEncoding `json:"encoding,omitempty"`
 
-	// Offset Offset of its first byte. Absent in an execution that is not detached.
+	// Offset Offset of the first byte of the piece. Absent in an execution that is not detached.
 	Offset *int64 `json:"offset,omitempty"`
 
-	// Stream Of which stream it is; in an event, whose name says it, absent.
+	// Stream The stream of the piece. Absent in an event, whose name says it.
 	Stream *OutputPieceStream `json:"stream,omitempty"`
 }
 
-// OutputPieceEncoding `base64` when the piece is not UTF-8, else absent.
+// OutputPieceEncoding `base64` if the piece is not UTF-8, else absent.
 type OutputPieceEncoding string
 
-// OutputPieceStream Of which stream it is; in an event, whose name says it, absent.
+// OutputPieceStream The stream of the piece. Absent in an event, whose name says it.
 type OutputPieceStream string
 
-// Pool The sandboxes that are booted in advance.
+// Pool The sandboxes that are started in advance.
 type Pool struct {
 	// Pool One entry for each template and size that is in use or has a target, by name.
 	Pool []PoolEntry `json:"pool"`
 }
 
-// PoolEntry What the pool has of one template at one size.
+// PoolEntry The pooled sandboxes of one template and size.
 type PoolEntry struct {
 	// Claimed Creates that were served from the pool since the server started.
 	Claimed int `json:"claimed"`
 
-	// Ready Members that a create can take now.
+	// Ready Pooled sandboxes that a create can claim now.
 	Ready int `json:"ready"`
 
 	// Size Name of the size.
@@ -1206,7 +1244,7 @@ type PoolEntry struct {
 	// Example: shared-cpu-1x
 	Size string `json:"size"`
 
-	// Target Members that there should be now. It follows demand.
+	// Target Pooled sandboxes that there should be now. The number follows demand.
 	Target int `json:"target"`
 
 	// Template Name of the template.
@@ -1214,51 +1252,51 @@ type PoolEntry struct {
 	// Example: python
 	Template string `json:"template"`
 
-	// TemplateVersion The version that the members are of.
+	// TemplateVersion Version of the template that the pooled sandboxes have.
 	TemplateVersion int `json:"template_version"`
 }
 
 // Port A port of a sandbox.
 type Port struct {
-	// Port Its number.
+	// Port Number of the port.
 	Port int `json:"port"`
 
-	// Public Whether anybody may reach it.
+	// Public Whether anyone may reach the port.
 	Public bool `json:"public"`
 
-	// URL Where it is reached, ending in `/`.
+	// URL URL of the port, ending in `/`.
 	URL string `json:"url"`
 }
 
 // PortList The public ports of a sandbox.
 type PortList struct {
-	// Ports Lowest first.
+	// Ports The ports, lowest first.
 	Ports []Port `json:"ports"`
 }
 
-// PortSettings What is to be changed about a port.
+// PortSettings The settings to change of a port.
 type PortSettings struct {
-	// Public Whether anybody may reach it. Required.
+	// Public Whether anyone may reach the port. Required.
 	Public *bool `json:"public,omitempty"`
 }
 
-// PortURL A URL that opens a port to whoever has it.
+// PortURL A URL that opens a port to anyone who has it.
 type PortURL struct {
-	// ExpiresAt When it ceases to work.
+	// ExpiresAt When the URL expires.
 	ExpiresAt time.Time `json:"expires_at"`
 
-	// URL The URL, with its signature in the query; a path can be put before the `?`.
+	// URL The URL, with its signature in the query. You can insert a path before the `?`.
 	URL string `json:"url"`
 }
 
 // Problem An error, as in RFC 9457.
 type Problem struct {
-	// Code What is wrong, for programs. Stable.
+	// Code The reason, for programs. Stable.
 	//
 	// Example: sandbox_not_found
 	Code string `json:"code"`
 
-	// Detail What is wrong, for people.
+	// Detail The reason, for people.
 	Detail string `json:"detail"`
 
 	// Field The offending field, parameter or header.
@@ -1266,7 +1304,7 @@ type Problem struct {
 	// Example: egress.allow_cidrs[0]
 	Field *string `json:"field,omitempty"`
 
-	// RequestID Names this request in the server's log. Also in `X-Request-Id`.
+	// RequestID Id of this request in the server's log, also in `X-Request-Id`.
 	RequestID string `json:"request_id"`
 
 	// Status The HTTP status.
@@ -1274,7 +1312,7 @@ type Problem struct {
 	// Example: 404
 	Status int `json:"status"`
 
-	// Title The text of the status.
+	// Title Text of the HTTP status.
 	//
 	// Example: Not Found
 	Title string `json:"title"`
@@ -1285,152 +1323,153 @@ type Problem struct {
 	Type string `json:"type"`
 }
 
-// Process A process that some call started.
+// Process A process that a call has started.
 type Process struct {
-	// Args Program and arguments, cut off with `…` after 1 KiB. A shell command line is `/bin/sh`, `-c` and it.
+	// Args Program and arguments, cut off with `…` after 1 KiB. A shell command line is shown as `/bin/sh`, `-c` and the line.
 	Args []string `json:"args"`
 
-	// Exit How a process ended.
+	// Exit The end of a process.
 	Exit *ProcessExit `json:"exit,omitempty"`
 
 	// OutputFrom Offset of the first byte of output that is kept.
 	OutputFrom *int64 `json:"output_from,omitempty"`
 
-	// OutputKept Its output can be followed.
+	// OutputKept Whether you can follow the process's output.
 	OutputKept bool `json:"output_kept"`
 
-	// OutputTo Offset of the byte to come; how much it has written so far.
+	// OutputTo Offset of the next byte of output, which is the number of bytes written so far.
 	OutputTo *int64 `json:"output_to,omitempty"`
 
-	// PID Its number in the sandbox. After its end and once it is forgotten another one may have it.
+	// PID The process's number in the sandbox. Another process may have it after the end of this one.
 	//
 	// Example: 7
 	PID int `json:"pid"`
 
-	// StartedAt When it was started.
+	// StartedAt When the process was started.
 	StartedAt time.Time `json:"started_at"`
 
-	// Status Whether it runs.
+	// Status Whether the process runs.
 	Status ProcessStatus `json:"status"`
 
-	// StdinOpen It can be written to.
+	// StdinOpen Whether you can write to the process's input.
 	StdinOpen bool `json:"stdin_open"`
 
-	// Tag Its tag; absent if it has none.
+	// Tag The tag. Absent if the process has none.
 	Tag *string `json:"tag,omitempty"`
 
-	// Terminal It has a terminal.
+	// Terminal Whether the process has a terminal.
 	Terminal bool `json:"terminal"`
 
-	// User Whom it was started as; absent if it is not known.
+	// User The user at the start. Absent if it is not known.
 	User *string `json:"user,omitempty"`
 
-	// Workdir Its working directory when it was started; absent if it is not known.
+	// Workdir The working directory at the start. Absent if it is not known.
 	Workdir *string `json:"workdir,omitempty"`
 }
 
-// ProcessStatus Whether it runs.
+// ProcessStatus Whether the process runs.
 type ProcessStatus string
 
-// ProcessExit How a process ended.
+// ProcessExit The end of a process.
 type ProcessExit struct {
-	// DurationMs How long it ran.
+	// DurationMs How long the process ran, in milliseconds.
 	DurationMs int64 `json:"duration_ms"`
 
-	// ExitCode Its exit code; 128+N when killed by signal N, 124 when killed at its timeout, 137 when killed for want of memory.
+	// ExitCode The exit code: 128+N if the process was killed by signal N, 124 if it exceeded its timeout, 137 if it was killed for lack of memory.
 	ExitCode int `json:"exit_code"`
 
-	// OOMKilled It was killed because the sandbox's memory was used up. The sandbox lives on.
+	// OOMKilled Whether the process was killed because the sandbox's memory was used up. The sandbox lives on.
 	OOMKilled bool `json:"oom_killed"`
 
-	// Signal Name of the signal that ended it, e.g. `SIGKILL`; absent when none did.
+	// Signal Name of the signal that ended the process, such as `SIGKILL`. Absent if no signal did.
 	//
 	// Example: SIGTERM
 	Signal *string `json:"signal,omitempty"`
 
-	// StderrTruncated There was more standard error than was sent. Only at the end of a streamed execution that is not detached.
+	// StderrTruncated Whether there was more standard error than was sent. Only at the end of a streamed execution that is not detached.
 	StderrTruncated *bool `json:"stderr_truncated,omitempty"`
 
-	// StdoutTruncated There was more standard output than was sent. Only at the end of a streamed execution that is not detached.
+	// StdoutTruncated Whether there was more standard output than was sent. Only at the end of a streamed execution that is not detached.
 	StdoutTruncated *bool `json:"stdout_truncated,omitempty"`
 
-	// TimedOut It was killed at its timeout.
+	// TimedOut Whether the process was killed at its timeout.
 	TimedOut bool `json:"timed_out"`
 }
 
 // ProcessList Processes of a sandbox.
 type ProcessList struct {
-	// Processes Newest first.
+	// Processes The processes, newest first.
 	Processes []Process `json:"processes"`
 }
 
 // ProcessOutput Output of a process.
 type ProcessOutput struct {
-	// Lost How many bytes from the offset asked for on are not kept any more.
+	// Lost Number of bytes from the requested offset on that are no longer kept.
 	//
 	// Example: 0
 	Lost int64 `json:"lost"`
 
-	// NextOffset What to ask for next: the offset after the last piece.
+	// NextOffset The offset after the last piece. Ask for it next.
 	NextOffset int64 `json:"next_offset"`
 
-	// Output The pieces, in the order they came.
+	// Output The pieces, in the order of arrival.
 	Output []OutputPiece `json:"output"`
 
-	// Process A process that some call started.
+	// Process A process that a call has started.
 	Process Process `json:"process"`
 }
 
 // ProcessStarted The event `started` of a streamed execution.
 type ProcessStarted struct {
-	// PID The process in the sandbox.
+	// PID The process's number in the sandbox.
 	//
 	// Example: 7
 	PID int `json:"pid"`
 }
 
-// Quota What an organization may have at once; 0 is no limit.
+// Quota What an organization may have at once. 0 means no limit.
 type Quota struct {
-	// MemoryMB Memory of sandboxes that run, in MiB.
+	// MemoryMB Memory of running sandboxes, in MiB.
 	MemoryMB int `json:"memory_mb"`
 
 	// Sandboxes Sandboxes that are not destroyed.
 	Sandboxes int `json:"sandboxes"`
 
-	// VCPUs Virtual CPUs of sandboxes that run.
+	// VCPUs Virtual CPUs of running sandboxes.
 	VCPUs int `json:"vcpus"`
 }
 
-// QuotaRequest What an organization may have at once; 0 is no limit. What is absent has the server's default.
+// QuotaRequest What an organization may have at once. 0 means no limit; an absent field has the server's default.
 type QuotaRequest struct {
-	// MemoryMB Memory of sandboxes that run, in MiB.
+	// MemoryMB Memory of running sandboxes, in MiB.
 	MemoryMB *int `json:"memory_mb,omitempty"`
 
 	// Sandboxes Sandboxes that are not destroyed.
 	Sandboxes *int `json:"sandboxes,omitempty"`
 
-	// VCPUs Virtual CPUs of sandboxes that run.
+	// VCPUs Virtual CPUs of running sandboxes.
 	VCPUs *int `json:"vcpus,omitempty"`
 }
 
-// ReadyCheck When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+// ReadyCheck When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when the check succeeds,
+// and fails if it does not succeed in time. Needs a start command.
 type ReadyCheck struct {
-	// Command A shell command line ends with exit code 0.
+	// Command A shell command line that must end with exit code 0.
 	Command *string `json:"command,omitempty"`
 
-	// HTTP A GET to the sandbox itself is answered with a status of 2xx or 3xx.
+	// HTTP A GET to the sandbox itself that must be answered with a status of 2xx or 3xx.
 	HTTP *ReadyHTTP `json:"http,omitempty"`
 
-	// Port Something listens on this TCP port.
+	// Port A TCP port on which a program must listen.
 	Port *int `json:"port,omitempty"`
 
-	// Timeout How long it may take, 1s to 10m. Default 1m.
+	// Timeout Time limit of the check, 1s to 10m. The default is 1m.
 	//
 	// Example: 1m
 	Timeout *string `json:"timeout,omitempty"`
 }
 
-// ReadyHTTP A GET to the sandbox itself is answered with a status of 2xx or 3xx.
+// ReadyHTTP A GET to the sandbox itself that must be answered with a status of 2xx or 3xx.
 type ReadyHTTP struct {
 	// Path Path, beginning with `/`.
 	//
@@ -1441,73 +1480,78 @@ type ReadyHTTP struct {
 	Port int `json:"port"`
 }
 
-// RebuildTemplateRequest New inputs of a template. Exactly one of `image`, `dockerfile` and `debian`; or nothing but `credentials`.
+// RebuildTemplateRequest New inputs of a template. Give exactly one of `image`, `dockerfile` and `debian`, or only `credentials`.
 type RebuildTemplateRequest struct {
-	// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. They end up in the image's history: no place for secrets.
+	// BuildArgs Values of the Dockerfile's `ARG`s. Names and limits are those of `env`. The values are stored in the image's
+	// history, so do not put secrets here.
 	BuildArgs BuildArgs `json:"build_args,omitempty"`
 
-	// Credentials How to open a registry. Never answered, logged or stored: a build that waits or runs while the server restarts fails and says so.
+	// Credentials Credentials for a registry. They are never returned, logged or stored: if the server restarts while the build
+	// waits or runs, the build fails and says so.
 	Credentials *RegistryCredentials `json:"credentials,omitempty"`
 
-	// Debian Source: a minimal Debian system with packages and all they depend on.
+	// Debian Source: a minimal Debian system with packages and all their dependencies.
 	Debian *DebianSource `json:"debian,omitempty"`
 
-	// Description What it is for, at most 1024 bytes.
+	// Description What the template is for, at most 1024 bytes.
 	Description *string `json:"description,omitempty"`
 
-	// DiskSizeMB Default of what a sandbox may write, in MiB: at least 64, at most what the operator allows; absent is the server's.
+	// DiskSizeMB Default of the space that a sandbox may write, in MiB: at least 64, at most what the operator allows. If absent, the server's.
 	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
 
-	// Dockerfile Source: the path of a Dockerfile in the context; without a context its text, at most 512 KiB. `FROM` finds templates of the organization and built-in ones by name before any registry.
+	// Dockerfile Source: the path of a Dockerfile in the context; without a context its text, at most 512 KiB. `FROM` looks a name up in the organization's templates and the built-in ones before any registry.
 	//
 	// Example: FROM python
 	// RUN pip install numpy
 	Dockerfile *string `json:"dockerfile,omitempty"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
-	// Image Source: the reference of an OCI image; with a context the path in it of an OCI image layout or archive, as `docker save` and others write them, or `.` for the context itself.
+	// Image Source: the reference of an OCI image. With a context, the path in it of an OCI image layout or archive, as `docker save` and other tools write them, or `.` for the context itself.
 	//
 	// Example: docker.io/library/alpine:3.22
 	Image *string `json:"image,omitempty"`
 
-	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when the check succeeds,
+	// and fails if it does not succeed in time. Needs a start command.
 	Ready *ReadyCheck `json:"ready,omitempty"`
 
-	// Size Default size of sandboxes, see `GET /v1/sizes`; absent is the server's.
+	// Size Default size of sandboxes, see `GET /v1/sizes`. If absent, the server's.
 	Size *string `json:"size,omitempty"`
 
-	// StartCommand A shell command line that is started with every sandbox. Absent is the image's ENTRYPOINT and CMD; an empty one is none.
+	// StartCommand A shell command line that is started with every sandbox. If absent, the image's ENTRYPOINT and CMD; an empty one means none.
 	//
 	// Example: python3 -m http.server 8000
 	StartCommand *string `json:"start_command,omitempty"`
 
-	// Target Stage of the Dockerfile to build; absent is the last.
+	// Target Stage of the Dockerfile to build. If absent, the last one.
 	Target *string `json:"target,omitempty"`
 
-	// User Default user of commands and files, a name or a number. Absent is the image's, else root.
+	// User Default user of commands and files, a name or a number. If absent, the image's, else root.
 	User *string `json:"user,omitempty"`
 
-	// Workdir Default working directory of commands, an absolute path. Absent is the image's.
+	// Workdir Default working directory of commands, an absolute path. If absent, the image's.
 	Workdir *string `json:"workdir,omitempty"`
 }
 
-// RecoveryPoint A state that a persistent sandbox falls back to after a crash.
+// RecoveryPoint A state to which a persistent sandbox falls back after a crash.
 type RecoveryPoint struct {
-	// CreatedAt The time of the state it holds.
+	// CreatedAt The time of the saved state.
 	CreatedAt time.Time `json:"created_at"`
 
-	// SizeBytes Its size on disk.
+	// SizeBytes Size on disk.
 	SizeBytes int64 `json:"size_bytes"`
 }
 
-// RegistryCredentials How to open a registry. Never answered, logged or stored: a build that waits or runs while the server restarts fails and says so.
+// RegistryCredentials Credentials for a registry. They are never returned, logged or stored: if the server restarts while the build
+// waits or runs, the build fails and says so.
 type RegistryCredentials struct {
 	// Password Password or token.
 	Password string `json:"password"`
 
-	// Registry Host of the registry that may see them, with its port if it has one. Needed with a `dockerfile`; absent is that of `image`.
+	// Registry Host of the registry that gets the credentials, with its port if it has one. Required with a `dockerfile`; if absent, the registry of `image`.
 	//
 	// Example: ghcr.io
 	Registry *string `json:"registry,omitempty"`
@@ -1516,17 +1560,17 @@ type RegistryCredentials struct {
 	Username string `json:"username"`
 }
 
-// RenameFileRequest What to rename.
+// RenameFileRequest The file or directory to rename.
 type RenameFileRequest struct {
-	// From Absolute path of what is renamed. No `..` elements, no NUL.
+	// From Absolute path of the file or directory. No `..` elements, no NUL.
 	//
 	// Example: /home/user/draft
 	From string `json:"from"`
 
-	// Overwrite Replace what is there.
+	// Overwrite Replace an existing file or empty directory at the new path.
 	Overwrite *bool `json:"overwrite,omitempty"`
 
-	// To Its new path.
+	// To The new path.
 	//
 	// Example: /home/user/final
 	To string `json:"to"`
@@ -1534,31 +1578,35 @@ type RenameFileRequest struct {
 
 // Sandbox A sandbox.
 type Sandbox struct {
-	// CreatedAt When it was asked for.
+	// CreatedAt When the sandbox was requested.
 	CreatedAt time.Time `json:"created_at"`
 
-	// DestroyReason Why it was destroyed: `requested`, `expired`, `boot_failed`, `lost`. More may be added.
+	// DestroyReason Why the sandbox was destroyed: `requested`, `expired`, `boot_failed`, `lost`. More may be added.
 	//
 	// Example: expired
 	DestroyReason *string `json:"destroy_reason,omitempty"`
 
-	// DestroyedAt When nothing of it was left.
+	// DestroyedAt When nothing of the sandbox was left.
 	DestroyedAt *time.Time `json:"destroyed_at,omitempty"`
 
-	// DiskMB What it may write, in MiB.
+	// DiskMB The space that the sandbox may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
-	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
-	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
+	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
+	// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
+	// service at 169.254.169.254), or ranges that the operator forbids. There is no IPv6. Answers to allowed traffic
+	// come back.
 	Egress Egress `json:"egress"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env"`
 
-	// Error What went wrong, for people: why it did not start, or why a suspended one could not be woken. Absent when nothing did.
+	// Error The error, for people: why the sandbox did not start, or why a suspended one could not be woken. Absent if there was none.
 	Error *string `json:"error,omitempty"`
 
-	// ExpiresAt Ephemeral only: when it will be destroyed, or suspended if it was made so through E2B's API. Absent while it is suspended.
+	// ExpiresAt Ephemeral only: when the sandbox will be destroyed, or suspended if it was created so through E2B's API. Absent while it is suspended.
 	ExpiresAt *time.Time `json:"expires_at,omitempty"`
 
 	// ID `sbx_` and 20 lower-case base32 characters.
@@ -1566,93 +1614,98 @@ type Sandbox struct {
 	// Example: sbx_abcdefghijklmnopqrst
 	ID string `json:"id"`
 
-	// IdleTimeoutSeconds Persistent only: suspended after this time without activity; 0 is never.
+	// IdleTimeoutSeconds Persistent only: the time without activity after which the sandbox is suspended; 0 means never.
 	IdleTimeoutSeconds *int64 `json:"idle_timeout_seconds,omitempty"`
 
-	// LastActivityAt Persistent only: the last time it was used.
+	// LastActivityAt Persistent only: when the sandbox was last used.
 	LastActivityAt *time.Time `json:"last_activity_at,omitempty"`
 
 	// MemoryMB Memory in MiB.
 	MemoryMB int `json:"memory_mb"`
 
-	// Metadata Labels of the caller's choice. At most 64, keys of 1 to 128 bytes, values up to 1024 bytes.
+	// Metadata Labels of your choice. At most 64, with keys of 1 to 128 bytes and values of up to 1024 bytes.
 	Metadata Metadata `json:"metadata"`
 
-	// Mode `ephemeral` sandboxes are destroyed when their timeout is over, `persistent` ones suspended when idle and woken by the next call.
+	// Mode An `ephemeral` sandbox is destroyed at the end of its timeout. A `persistent` one is suspended when idle and
+	// woken by the next call.
 	Mode SandboxMode `json:"mode"`
 
-	// Network What left the sandbox since it runs, as its policy decided. Only where one running sandbox is read, not in lists and not in answers to other calls.
+	// Network Traffic from the sandbox since it began to run, by the decision of its policy. Only in the answer for one
+	// running sandbox, not in lists and answers to other calls.
 	Network *NetworkUse `json:"network,omitempty"`
 
-	// Origin Id of the snapshot or sandbox that it was made from, which may be gone. Absent when neither.
+	// Origin Id of the snapshot or sandbox that the sandbox was created from, which may be gone. Absent if it was created from a template.
 	//
 	// Example: snap_abcdefghijklmnopqrst
 	Origin *string `json:"origin,omitempty"`
 
-	// RecoveryIntervalSeconds Persistent only: how often a recovery point is taken while it runs and changes; 0 is never.
+	// RecoveryIntervalSeconds Persistent only: the interval of recovery points while the sandbox runs and changes; 0 means never.
 	RecoveryIntervalSeconds *int64 `json:"recovery_interval_seconds,omitempty"`
 
-	// Size Name of its size.
+	// Size Name of the sandbox's size.
 	Size string `json:"size"`
 
-	// Source Whether it was taken from the pool (`warm`), booted for the request (`cold`), made from a snapshot, or is a child of another sandbox (`fork`).
+	// Source How the sandbox was created: from the pool (`warm`), started for the request (`cold`), from a snapshot (`snapshot`), or as a child of another sandbox (`fork`).
 	Source *SandboxSource `json:"source,omitempty"`
 
-	// StartedAt When it began to run.
+	// StartedAt When the sandbox began to run.
 	StartedAt *time.Time `json:"started_at,omitempty"`
 
-	// State The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+	// State The exact internal state. `suspending` has the status `running`, `waking` has `suspended`, `destroying` and
+	// `failed` have `destroyed`.
 	State SandboxState `json:"state"`
 
-	// Status What a sandbox is doing.
+	// Status The status of a sandbox.
 	Status SandboxStatus `json:"status"`
 
-	// SuspendedAt The time of the state it is suspended in and would wake from; absent while it runs.
+	// SuspendedAt The time of the checkpoint from which the sandbox would wake. Absent while it runs.
 	SuspendedAt *time.Time `json:"suspended_at,omitempty"`
 
-	// Template Name of the template it was made from.
+	// Template Name of the template that the sandbox was created from.
 	Template string `json:"template"`
 
 	// TemplateID Id of that template.
 	TemplateID string `json:"template_id"`
 
-	// TemplateVersion Version of that template; it stays the same for the sandbox's whole life.
+	// TemplateVersion Version of that template. It never changes.
 	TemplateVersion int `json:"template_version"`
 
-	// TimeoutSeconds Ephemeral only: its lifetime.
+	// TimeoutSeconds Ephemeral only: the lifetime of the sandbox.
 	TimeoutSeconds *int64 `json:"timeout_seconds,omitempty"`
 
 	// VCPUs Virtual CPUs.
 	VCPUs int `json:"vcpus"`
 }
 
-// SandboxSource Whether it was taken from the pool (`warm`), booted for the request (`cold`), made from a snapshot, or is a child of another sandbox (`fork`).
+// SandboxSource How the sandbox was created: from the pool (`warm`), started for the request (`cold`), from a snapshot (`snapshot`), or as a child of another sandbox (`fork`).
 type SandboxSource string
 
 // SandboxList A page of sandboxes, newest first.
 type SandboxList struct {
-	// NextCursor `cursor` of the next page; absent on the last one.
+	// NextCursor `cursor` of the next page. Absent on the last page.
 	NextCursor *string `json:"next_cursor,omitempty"`
 
 	// Sandboxes The sandboxes.
 	Sandboxes []Sandbox `json:"sandboxes"`
 }
 
-// SandboxMode `ephemeral` sandboxes are destroyed when their timeout is over, `persistent` ones suspended when idle and woken by the next call.
+// SandboxMode An `ephemeral` sandbox is destroyed at the end of its timeout. A `persistent` one is suspended when idle and
+// woken by the next call.
 type SandboxMode string
 
-// SandboxState The exact inner state. `suspending` shows as status `running`, `waking` as `suspended`, `destroying` and `failed` as `destroyed`.
+// SandboxState The exact internal state. `suspending` has the status `running`, `waking` has `suspended`, `destroying` and
+// `failed` have `destroyed`.
 type SandboxState string
 
-// SandboxStatus What a sandbox is doing.
+// SandboxStatus The status of a sandbox.
 type SandboxStatus string
 
-// Scope One thing a key may do.
+// Scope A permission of a key.
 type Scope string
 
 // SignalRequest A signal.
 type SignalRequest struct {
-	// Signal Its name with or without SIG, or its number, 1 to 64.
+	// Signal Name of the signal with or without SIG, or its number, 1 to 64.
 	//
 	// Example: TERM
 	Signal string `json:"signal"`
@@ -1660,13 +1713,13 @@ type SignalRequest struct {
 
 // Size A preset of CPU and memory.
 type Size struct {
-	// Dedicated The CPUs are guaranteed, rather than shared by weight.
+	// Dedicated Whether the CPUs are guaranteed rather than shared by weight.
 	Dedicated bool `json:"dedicated"`
 
 	// MemoryMB Memory in MiB.
 	MemoryMB int `json:"memory_mb"`
 
-	// Name Its name.
+	// Name Name of the size.
 	//
 	// Example: shared-cpu-1x
 	Name string `json:"name"`
@@ -1681,19 +1734,23 @@ type SizeList struct {
 	Sizes []Size `json:"sizes"`
 }
 
-// Snapshot A sandbox as it was at a time.
+// Snapshot The saved state of a sandbox.
 type Snapshot struct {
-	// CreatedAt The time of the state it holds.
+	// CreatedAt The time of the saved state.
 	CreatedAt time.Time `json:"created_at"`
 
-	// DiskMB What they may write, in MiB.
+	// DiskMB The space that these sandboxes may write, in MiB.
 	DiskMB int `json:"disk_mb"`
 
-	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
-	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
+	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
+	// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
+	// service at 169.254.169.254), or ranges that the operator forbids. There is no IPv6. Answers to allowed traffic
+	// come back.
 	Egress Egress `json:"egress"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env"`
 
 	// ID `snap_` and 20 lower-case base32 characters.
@@ -1701,25 +1758,25 @@ type Snapshot struct {
 	// Example: snap_abcdefghijklmnopqrst
 	ID string `json:"id"`
 
-	// Memory Whether it holds processes and memory, and not files alone: always true now.
+	// Memory Whether the snapshot has processes and memory, and not only files. At present always true.
 	Memory bool `json:"memory"`
 
-	// MemoryMB Their memory in MiB.
+	// MemoryMB Memory of these sandboxes, in MiB.
 	MemoryMB int `json:"memory_mb"`
 
-	// Name Its name; absent if it has none.
+	// Name The name. Absent if the snapshot has none.
 	Name *string `json:"name,omitempty"`
 
-	// SandboxID Id of the sandbox it is of, which may be gone.
+	// SandboxID Id of the snapshot's sandbox, which may be gone.
 	SandboxID string `json:"sandbox_id"`
 
-	// Size Name of the size that sandboxes made from it have.
+	// Size Name of the size of sandboxes that are created from the snapshot.
 	Size string `json:"size"`
 
-	// SizeBytes Its size on disk. One of a suspended sandbox shares that with the sandbox's checkpoint.
+	// SizeBytes Size on disk. A snapshot of a suspended sandbox shares that space with the sandbox's checkpoint.
 	SizeBytes int64 `json:"size_bytes"`
 
-	// Template Name of the template that sandbox was made from.
+	// Template Name of the template that the sandbox was created from.
 	Template string `json:"template"`
 
 	// TemplateID Id of that template.
@@ -1728,88 +1785,94 @@ type Snapshot struct {
 	// TemplateVersion Version of that template.
 	TemplateVersion int `json:"template_version"`
 
-	// VCPUs Their virtual CPUs.
+	// VCPUs Virtual CPUs of these sandboxes.
 	VCPUs int `json:"vcpus"`
 }
 
 // SnapshotList A page of snapshots, newest first.
 type SnapshotList struct {
-	// NextCursor `cursor` of the next page; absent on the last one.
+	// NextCursor `cursor` of the next page. Absent on the last page.
 	NextCursor *string `json:"next_cursor,omitempty"`
 
 	// Snapshots The snapshots.
 	Snapshots []Snapshot `json:"snapshots"`
 }
 
-// StartProcessRequest What to start. Exactly one of `command` and `args`.
+// StartProcessRequest The process to start. Give exactly one of `command` and `args`.
 type StartProcessRequest struct {
-	// Args A program and its arguments, run without a shell. Each has at most 131071 bytes, and all of them with the environment 2 MiB.
+	// Args A program and its arguments, run without a shell. Each argument has at most 131071 bytes, and all of them
+	// with the environment at most 2 MiB.
 	//
 	// Example: ["python3","-m","http.server"]
 	Args []string `json:"args,omitempty"`
 
-	// Command A shell command line, run by `shell`, of at most 131071 bytes.
+	// Command A shell command line of at most 131071 bytes, run by `shell`.
 	//
 	// Example: python3 -m http.server
 	Command *string `json:"command,omitempty"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env,omitempty"`
 
 	// Pty The size of a terminal.
 	Pty *TerminalSize `json:"pty,omitempty"`
 
-	// Shell What runs `command`: `/bin/sh -c`, or the `bash -c` that the PATH has. Only with `command`.
+	// Shell The shell that runs `command`: `/bin/sh -c`, or `bash -c` with the bash in the PATH. Only with `command`.
 	Shell *StartProcessRequestShell `json:"shell,omitempty"`
 
-	// Stdin Its input stays open to be written to; else it is empty, `/dev/null`. A terminal's is always open.
+	// Stdin Keep the input open for writing. Otherwise it is empty (`/dev/null`). The input of a terminal is always open.
 	Stdin *bool `json:"stdin,omitempty"`
 
-	// Tag A name to find it by, of no other process that runs.
+	// Tag A name by which you can find the process. No other running process may have it.
 	//
 	// Example: server
 	Tag *string `json:"tag,omitempty"`
 
-	// Timeout Kill it and all its descendants after this time, 1s to 24h. Default is never.
+	// Timeout Kill the process and all its descendants after this time, 1s to 24h. By default there is no limit.
 	//
 	// Example: 2h
 	Timeout *string `json:"timeout,omitempty"`
 
-	// User Name or number of the user to run as. Default is the template's, else root.
+	// User Name or number of the user to run as. The default is the template's user, else root.
 	User *string `json:"user,omitempty"`
 
-	// Workdir Absolute path of the working directory; must exist. Default is the template's, else the user's home.
+	// Workdir Absolute path of the working directory, which must exist. The default is the template's, else the user's home.
 	Workdir *string `json:"workdir,omitempty"`
 }
 
-// StartProcessRequestShell What runs `command`: `/bin/sh -c`, or the `bash -c` that the PATH has. Only with `command`.
+// StartProcessRequestShell The shell that runs `command`: `/bin/sh -c`, or `bash -c` with the bash in the PATH. Only with `command`.
 type StartProcessRequestShell string
 
-// Template What sandboxes are made from.
+// Template A template, from which sandboxes are created.
 type Template struct {
-	// BuildError Why the newest build failed; absent when it did not.
+	// BuildError Why the newest build failed. Absent if it did not.
 	BuildError *BuildError `json:"build_error,omitempty"`
 
 	// BuiltAt When the version in use became ready.
 	BuiltAt *time.Time `json:"built_at,omitempty"`
 
-	// Builtin It belongs to all organizations and is read-only.
+	// Builtin Whether the template is built in: it belongs to all organizations and is read-only.
 	Builtin bool `json:"builtin"`
 
-	// CreatedAt When it was registered.
+	// CreatedAt When the template was created.
 	CreatedAt time.Time `json:"created_at"`
 
-	// Description What it is for; may be empty.
+	// Description What the template is for. May be empty.
 	Description string `json:"description"`
 
-	// DiskSizeMB Default of what a sandbox may write, in MiB; absent is the server's.
+	// DiskSizeMB Default of the space that a sandbox may write, in MiB. If absent, the server's.
 	DiskSizeMB *int `json:"disk_size_mb,omitempty"`
 
-	// Egress What a sandbox may reach: under `deny_all`, what `allow_cidrs` or `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Whatever the policy, a sandbox never reaches the machine it runs on, other sandboxes, 169.254.0.0/16
-	// (but for cay's own metadata service at 169.254.169.254), or the ranges the operator forbids. There is no IPv6. Answers to what was let out come back.
+	// Egress What a sandbox may reach on the network. Under `deny_all` it may reach addresses and names that `allow_cidrs` or
+	// `allow_domains` allow and `deny_cidrs` does not deny. Denies are evaluated before allows. Under every policy, a
+	// sandbox never reaches the machine that it runs on, other sandboxes, 169.254.0.0/16 (except cay's own metadata
+	// service at 169.254.169.254), or ranges that the operator forbids. There is no IPv6. Answers to allowed traffic
+	// come back.
 	Egress Egress `json:"egress"`
 
-	// Env Environment variables. Names are letters, digits and `_`, not beginning with a digit; values hold no NUL. At most 256 variables with 128 KiB together.
+	// Env Environment variables. Names consist of letters, digits and `_` and do not begin with a digit; values contain no
+	// NUL. At most 256 variables with 128 KiB together.
 	Env Env `json:"env"`
 
 	// ID `tpl_` and 20 lower-case base32 characters.
@@ -1825,42 +1888,43 @@ type Template struct {
 	// Example: python
 	Name string `json:"name"`
 
-	// Progress What the build is doing now; absent when there is none.
+	// Progress What the build is doing now. Absent if there is no build.
 	Progress *string `json:"progress,omitempty"`
 
-	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when it holds, and fails when it does not in time. Needs a start command.
+	// Ready When a sandbox is ready: exactly one of `port`, `command` and `http`. A create answers when the check succeeds,
+	// and fails if it does not succeed in time. Needs a start command.
 	Ready *ReadyCheck `json:"ready,omitempty"`
 
-	// Size Default size; absent is the server's.
+	// Size Default size of sandboxes. If absent, the server's.
 	Size *string `json:"size,omitempty"`
 
-	// Source What that version was made from.
+	// Source The source of that version.
 	//
 	// Example: debian:bookworm
 	Source *string `json:"source,omitempty"`
 
-	// StartCommand Command started with every sandbox, as a shell command line; absent when there is none.
+	// StartCommand Shell command line that is started with every sandbox. Absent if there is none.
 	StartCommand *string `json:"start_command,omitempty"`
 
-	// Status Where the newest build stands. A template whose `version` is not 0 can be used whatever its status.
+	// Status The status of the newest build. A template whose `version` is not 0 can be used whatever its status.
 	Status TemplateStatus `json:"status"`
 
-	// UpdatedAt When it last changed.
+	// UpdatedAt When the template last changed.
 	UpdatedAt time.Time `json:"updated_at"`
 
-	// User Default user of commands and files; absent is root.
+	// User Default user of commands and files. If absent, root.
 	User *string `json:"user,omitempty"`
 
-	// Version The ready version in use, counted up from 1; 0 is none yet.
+	// Version The ready version in use, counted up from 1. 0 means that there is none yet.
 	Version int `json:"version"`
 
-	// Workdir Default working directory of commands; absent is the user's home.
+	// Workdir Default working directory of commands. If absent, the user's home.
 	Workdir *string `json:"workdir,omitempty"`
 }
 
 // TemplateList A page of templates, newest first.
 type TemplateList struct {
-	// NextCursor `cursor` of the next page; absent on the last one.
+	// NextCursor `cursor` of the next page. Absent on the last page.
 	NextCursor *string `json:"next_cursor,omitempty"`
 
 	// Templates The templates.
@@ -1869,16 +1933,16 @@ type TemplateList struct {
 
 // TemplateLogLine One line of a build's log.
 type TemplateLogLine struct {
-	// Heading The line says what the step is.
+	// Heading Whether the line is the heading of a step.
 	Heading bool `json:"heading,omitempty"`
 
-	// Step Which step of the build said it, counted from 1; absent when it was none in particular.
+	// Step The step of the build that wrote the line, counted from 1. Absent if no step did.
 	Step *int `json:"step,omitempty"`
 
-	// Text The line, without its end.
+	// Text The line, without its line break.
 	Text string `json:"text"`
 
-	// Time When it was written.
+	// Time When the line was written.
 	Time time.Time `json:"time"`
 }
 
@@ -1888,7 +1952,7 @@ type TemplateLogs struct {
 	Lines []TemplateLogLine `json:"lines"`
 }
 
-// TemplateStatus Where the newest build stands. A template whose `version` is not 0 can be used whatever its status.
+// TemplateStatus The status of the newest build. A template whose `version` is not 0 can be used whatever its status.
 type TemplateStatus string
 
 // TerminalSize The size of a terminal.
@@ -1952,7 +2016,7 @@ type NotFound = Problem
 // PortAnswer A port of a sandbox.
 type PortAnswer = Port
 
-// ProcessAnswer A process that some call started.
+// ProcessAnswer A process that a call has started.
 type ProcessAnswer = Process
 
 // RangeNotSatisfiable An error, as in RFC 9457.
@@ -1978,16 +2042,16 @@ type UnsupportedMediaType = Problem
 
 // ListAPIKeysParams defines parameters for ListAPIKeys.
 type ListAPIKeysParams struct {
-	// Limit Most entries to answer.
+	// Limit The largest number of entries to return.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor `next_cursor` of the page before. Opaque.
+	// Cursor `next_cursor` of the previous page. Opaque.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // ReadFeedParams defines parameters for ReadFeed.
 type ReadFeedParams struct {
-	// After `id` of an event; only what comes after it is answered.
+	// After `id` of an event; only later events are returned.
 	After *string `form:"after,omitempty" json:"after,omitempty"`
 
 	// Type Keep only events of this type. Repeat it for several.
@@ -1996,52 +2060,54 @@ type ReadFeedParams struct {
 	// Sandbox Keep only events of this sandbox, which may be gone.
 	Sandbox *string `form:"sandbox,omitempty" json:"sandbox,omitempty"`
 
-	// Limit Most entries to answer.
+	// Limit The largest number of entries to return.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor `next_cursor` of the page before. Opaque.
+	// Cursor `next_cursor` of the previous page. Opaque.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 
-	// LastEventID `id` of the last event that was received; only what comes after it is sent. Goes before `after`. Only with `Accept: text/event-stream`.
+	// LastEventID `id` of the last event that you received; only later events are sent. Takes precedence over `after`. Only
+	// with `Accept: text/event-stream`.
 	LastEventID *string `json:"Last-Event-ID,omitempty"`
 }
 
 // ListOrgsParams defines parameters for ListOrgs.
 type ListOrgsParams struct {
-	// Limit Most entries to answer.
+	// Limit The largest number of entries to return.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor `next_cursor` of the page before. Opaque.
+	// Cursor `next_cursor` of the previous page. Opaque.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // ListSandboxesParams defines parameters for ListSandboxes.
 type ListSandboxesParams struct {
-	// Status Keep only this status. Repeat it for several.
+	// Status Keep only sandboxes with this status. Repeat the parameter for several.
 	Status []SandboxStatus `form:"status,omitempty" json:"status,omitempty"`
 
-	// Limit Most entries to answer.
+	// Limit The largest number of entries to return.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor `next_cursor` of the page before. Opaque.
+	// Cursor `next_cursor` of the previous page. Opaque.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // CreateSandboxParams defines parameters for CreateSandbox.
 type CreateSandboxParams struct {
-	// Wait `false` answers at once, before the sandbox runs.
+	// Wait If `false`, the server answers at once, before the sandbox runs.
 	Wait *bool `form:"wait,omitempty" json:"wait,omitempty"`
 
-	// IdempotencyKey 1 to 255 printable ASCII characters of the caller's choice, unique to this sandbox within the organization.
+	// IdempotencyKey A value of your choice that is unique to this sandbox within the organization, 1 to 255 printable ASCII
+	// characters.
 	IdempotencyKey *string `json:"Idempotency-Key,omitempty"`
 }
 
 // ListEventsParams defines parameters for ListEvents.
 type ListEventsParams struct {
-	// Limit Most entries to answer.
+	// Limit The largest number of entries to return.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor `next_cursor` of the page before. Opaque.
+	// Cursor `next_cursor` of the previous page. Opaque.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
@@ -2068,10 +2134,11 @@ type WriteFileParams struct {
 	// Path Absolute path in the sandbox. Not `/`, no `..` elements, no NUL.
 	Path FilePath `form:"path" json:"path"`
 
-	// Mode Permissions in octal, 0 to 0777. Default 0644, or those of the file that is replaced.
+	// Mode Permissions in octal, 0 to 0777. The default is 0644, or the permissions of the replaced file.
 	Mode *string `form:"mode,omitempty" json:"mode,omitempty"`
 
-	// Owner Name or number of the user that owns the file, and the parents that had to be made. Default is the template's user, else root.
+	// Owner Name or number of the user that owns the file and new parent directories. The default is the template's
+	// user, else root.
 	Owner *string `form:"owner,omitempty" json:"owner,omitempty"`
 }
 
@@ -2101,7 +2168,7 @@ type UploadTreeParams struct {
 	// Path Absolute path of the directory in the sandbox. No `..` elements, no NUL.
 	Path string `form:"path" json:"path"`
 
-	// Owner Name or number of the user that owns what is written. Absent is the template's user, else root.
+	// Owner Name or number of the user that owns the entries. If absent, the template's user, else root.
 	Owner *string `form:"owner,omitempty" json:"owner,omitempty"`
 }
 
@@ -2116,16 +2183,17 @@ type WatchFilesParams struct {
 
 // GetProcessOutputParams defines parameters for GetProcessOutput.
 type GetProcessOutputParams struct {
-	// Offset Offset of the first byte to send. Beyond what was written yet is 400.
+	// Offset Offset of the first byte to send. An offset beyond the bytes written so far is answered with 400.
 	Offset *int64 `form:"offset,omitempty" json:"offset,omitempty"`
 
-	// LastEventID `id` of the last event that was received; only what comes after it is sent. Goes before `offset`.
+	// LastEventID `id` of the last event that you received; only output after it is sent. Takes precedence over `offset`.
 	LastEventID *string `json:"Last-Event-ID,omitempty"`
 }
 
 // WriteProcessStdinParams defines parameters for WriteProcessStdin.
 type WriteProcessStdinParams struct {
-	// Close The input is at its end after the body, which may be empty. Not for a terminal, which is sent what the key Control-D is.
+	// Close Close the input after the body, which may be empty. Not for a terminal: send the byte of the key Control-D
+	// instead.
 	Close *bool `form:"close,omitempty" json:"close,omitempty"`
 }
 
@@ -2140,58 +2208,60 @@ type OpenTerminalParams struct {
 	// Cols Columns of the terminal, 1 to 10000.
 	Cols *int `form:"cols,omitempty" json:"cols,omitempty"`
 
-	// Rows Its rows, 1 to 10000.
+	// Rows Rows of the terminal, 1 to 10000.
 	Rows *int `form:"rows,omitempty" json:"rows,omitempty"`
 
-	// Command Shell command line to run, by `/bin/sh -c`. Default is a login shell: bash where there is one, else sh.
+	// Command Shell command line to run with `/bin/sh -c`. The default is a login shell: bash if the sandbox has it, else
+	// sh.
 	Command *string `form:"command,omitempty" json:"command,omitempty"`
 
-	// User Name or number of the user to run as. Default is the template's, else root.
+	// User Name or number of the user to run as. The default is the template's user, else root.
 	User *string `form:"user,omitempty" json:"user,omitempty"`
 
-	// Workdir Absolute path of the working directory; must exist. Default is the template's, else the user's home.
+	// Workdir Absolute path of the working directory, which must exist. The default is the template's, else the user's
+	// home.
 	Workdir *string `form:"workdir,omitempty" json:"workdir,omitempty"`
 
-	// Term The variable TERM, which kind of terminal it is.
+	// Term The variable TERM, which names the kind of terminal.
 	Term *string `form:"term,omitempty" json:"term,omitempty"`
 
-	// Grace How long it lives without a client, 1s to 1h.
+	// Grace How long the terminal lives without a client, 1s to 1h.
 	Grace *string `form:"grace,omitempty" json:"grace,omitempty"`
 
 	// Process Pid or tag of a process to join. Not together with `command`, `user`, `workdir`, `term` and `grace`.
 	Process *string `form:"process,omitempty" json:"process,omitempty"`
 
-	// Offset With `process`, the offset of the first byte to send. Default is all that is kept.
+	// Offset With `process`, the offset of the first byte to send. The default is the first byte that is kept.
 	Offset *int64 `form:"offset,omitempty" json:"offset,omitempty"`
 }
 
 // OpenTunnelParams defines parameters for OpenTunnel.
 type OpenTunnelParams struct {
-	// Port The port inside; 49983 is the sandbox's own agent's and refused.
+	// Port The port inside. 49983 belongs to the sandbox's agent and is refused.
 	Port int `form:"port" json:"port"`
 }
 
 // ListSnapshotsParams defines parameters for ListSnapshots.
 type ListSnapshotsParams struct {
-	// Sandbox Keep only those of the sandbox with this id, which may be gone.
+	// Sandbox Keep only snapshots of the sandbox with this id, which may be gone.
 	Sandbox *string `form:"sandbox,omitempty" json:"sandbox,omitempty"`
 
-	// Name Keep only the one of this name.
+	// Name Keep only the snapshot with this name.
 	Name *string `form:"name,omitempty" json:"name,omitempty"`
 
-	// Limit Most entries to answer.
+	// Limit The largest number of entries to return.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor `next_cursor` of the page before. Opaque.
+	// Cursor `next_cursor` of the previous page. Opaque.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // ListTemplatesParams defines parameters for ListTemplates.
 type ListTemplatesParams struct {
-	// Limit Most entries to answer.
+	// Limit The largest number of entries to return.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
 
-	// Cursor `next_cursor` of the page before. Opaque.
+	// Cursor `next_cursor` of the previous page. Opaque.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
@@ -2200,19 +2270,19 @@ type CreateTemplateMultipartBody struct {
 	// Context A tar, plain or compressed with gzip.
 	Context *openapi_types.File `json:"context,omitempty"`
 
-	// Template What template to make. Exactly one of `image`, `dockerfile` and `debian`.
+	// Template The template to create. Give exactly one of `image`, `dockerfile` and `debian`.
 	Template CreateTemplateRequest `json:"template"`
 }
 
 // DeleteTemplateParams defines parameters for DeleteTemplate.
 type DeleteTemplateParams struct {
-	// Force Delete it though sandboxes of it are not destroyed.
+	// Force Delete the template even if sandboxes of it are not destroyed.
 	Force *bool `form:"force,omitempty" json:"force,omitempty"`
 }
 
 // GetTemplateLogsParams defines parameters for GetTemplateLogs.
 type GetTemplateLogsParams struct {
-	// LastEventID `id` of the last event that was received; only what comes after it is sent.
+	// LastEventID `id` of the last event that you received; only later events are sent.
 	LastEventID *string `json:"Last-Event-ID,omitempty"`
 }
 
@@ -2221,7 +2291,7 @@ type RebuildTemplateMultipartBody struct {
 	// Context A tar, plain or compressed with gzip.
 	Context *openapi_types.File `json:"context,omitempty"`
 
-	// Template New inputs of a template. Exactly one of `image`, `dockerfile` and `debian`; or nothing but `credentials`.
+	// Template New inputs of a template. Give exactly one of `image`, `dockerfile` and `debian`, or only `credentials`.
 	Template RebuildTemplateRequest `json:"template"`
 }
 
@@ -2284,16 +2354,16 @@ type RebuildTemplateMultipartRequestBody RebuildTemplateMultipartBody
 
 // ServerInterface represents all server handlers.
 type ServerInterface interface {
-	// GetHealth Is the process alive
+	// GetHealth Check that the process is alive
 	// (GET /healthz)
 	GetHealth(w http.ResponseWriter, r *http.Request)
-	// GetMetrics Prometheus metrics
+	// GetMetrics Get the metrics
 	// (GET /metrics)
 	GetMetrics(w http.ResponseWriter, r *http.Request)
-	// GetOpenAPI This document
+	// GetOpenAPI Get this document
 	// (GET /openapi.yaml)
 	GetOpenAPI(w http.ResponseWriter, r *http.Request)
-	// GetReady Can the server create sandboxes
+	// GetReady Check that the server can create sandboxes
 	// (GET /readyz)
 	GetReady(w http.ResponseWriter, r *http.Request)
 	// ListAPIKeys List API keys
@@ -2305,10 +2375,10 @@ type ServerInterface interface {
 	// RevokeAPIKey Revoke an API key
 	// (DELETE /v1/api-keys/{key})
 	RevokeAPIKey(w http.ResponseWriter, r *http.Request, key string)
-	// ReadFeed Read or follow what happened in the organization
+	// ReadFeed Read or follow the organization's events
 	// (GET /v1/events)
 	ReadFeed(w http.ResponseWriter, r *http.Request, params ReadFeedParams)
-	// GetMe Who am I
+	// GetMe Get the caller
 	// (GET /v1/me)
 	GetMe(w http.ResponseWriter, r *http.Request)
 	// ListOrgs List organizations
@@ -2317,7 +2387,7 @@ type ServerInterface interface {
 	// CreateOrg Create an organization
 	// (POST /v1/orgs)
 	CreateOrg(w http.ResponseWriter, r *http.Request)
-	// GetPool Look at the warm pool
+	// GetPool Get the warm pool
 	// (GET /v1/pool)
 	GetPool(w http.ResponseWriter, r *http.Request)
 	// ListSandboxes List sandboxes
@@ -2338,7 +2408,7 @@ type ServerInterface interface {
 	// SetEgress Replace a sandbox's egress policy
 	// (PUT /v1/sandboxes/{id}/egress)
 	SetEgress(w http.ResponseWriter, r *http.Request, id SandboxID)
-	// ListEvents List what happened to a sandbox
+	// ListEvents List a sandbox's events
 	// (GET /v1/sandboxes/{id}/events)
 	ListEvents(w http.ResponseWriter, r *http.Request, id SandboxID, params ListEventsParams)
 	// ExecuteCommand Run a command and wait for its end
@@ -2374,7 +2444,7 @@ type ServerInterface interface {
 	// WatchFiles Watch a directory
 	// (GET /v1/sandboxes/{id}/files/watch)
 	WatchFiles(w http.ResponseWriter, r *http.Request, id SandboxID, params WatchFilesParams)
-	// ForkSandbox Make children of a running sandbox
+	// ForkSandbox Fork a running sandbox
 	// (POST /v1/sandboxes/{id}/fork)
 	ForkSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// KeepaliveSandbox Give a sandbox a new lifetime
@@ -2395,13 +2465,13 @@ type ServerInterface interface {
 	// ListProcesses List processes
 	// (GET /v1/sandboxes/{id}/processes)
 	ListProcesses(w http.ResponseWriter, r *http.Request, id SandboxID)
-	// StartProcess Start a process that goes on by itself
+	// StartProcess Start a process that outlives the call
 	// (POST /v1/sandboxes/{id}/processes)
 	StartProcess(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// KillProcess Kill a process and forget it
 	// (DELETE /v1/sandboxes/{id}/processes/{process})
 	KillProcess(w http.ResponseWriter, r *http.Request, id SandboxID, process ProcessRef)
-	// GetProcess Read a process
+	// GetProcess Get a process
 	// (GET /v1/sandboxes/{id}/processes/{process})
 	GetProcess(w http.ResponseWriter, r *http.Request, id SandboxID, process ProcessRef)
 	// GetProcessOutput Read or follow a process's output
@@ -2416,7 +2486,7 @@ type ServerInterface interface {
 	// WriteProcessStdin Write to a process's input
 	// (POST /v1/sandboxes/{id}/processes/{process}/stdin)
 	WriteProcessStdin(w http.ResponseWriter, r *http.Request, id SandboxID, process ProcessRef, params WriteProcessStdinParams)
-	// WaitProcess Wait for a process's end
+	// WaitProcess Wait for the end of a process
 	// (GET /v1/sandboxes/{id}/processes/{process}/wait)
 	WaitProcess(w http.ResponseWriter, r *http.Request, id SandboxID, process ProcessRef, params WaitProcessParams)
 	// CreateSnapshot Make a snapshot of a sandbox
@@ -2434,7 +2504,7 @@ type ServerInterface interface {
 	// WakeSandbox Make sure a sandbox runs
 	// (POST /v1/sandboxes/{id}/wake)
 	WakeSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
-	// ListSizes List the sizes a sandbox may have
+	// ListSizes List sizes
 	// (GET /v1/sizes)
 	ListSizes(w http.ResponseWriter, r *http.Request)
 	// ListSnapshots List snapshots
@@ -2464,7 +2534,7 @@ type ServerInterface interface {
 	// GetTemplateLogs Read the log of a template's newest build
 	// (GET /v1/templates/{template}/logs)
 	GetTemplateLogs(w http.ResponseWriter, r *http.Request, template TemplateRef, params GetTemplateLogsParams)
-	// RebuildTemplate Build a template anew
+	// RebuildTemplate Rebuild a template
 	// (POST /v1/templates/{template}/rebuild)
 	RebuildTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef)
 }
