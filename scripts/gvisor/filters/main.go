@@ -1,6 +1,6 @@
-// Command filters compiles the seccomp programs of gVisor's sentry or gofer and writes them as Go, for
+// Command filters compiles the seccomp programs of gVisor's sentry or gofer and prints them as Go, for
 // package runsc/boot/filter or runsc/fsgofer/filter of the module that it is built with. gVisor's own
-// releases carry the sentry's; its Go module does not, and every start then compiles its own.
+// releases contain the sentry's programs. Its Go module does not, so that every start would compile them.
 //
 //	filters sentry|gofer
 package main
@@ -32,7 +32,7 @@ func write(args []string) error {
 	switch strings.Join(args, " ") {
 	case "sentry":
 		programs, err = sentryPrograms()
-		// Its package fills the map once, with none: whoever comes first.
+		// The package fills the map once, without programs. This init runs first and takes its place.
 		begin, end = begin+"registerPrecompiledProgramsOnce.Do(func() {\n", "})\n"+end
 	case "gofer":
 		programs, err = goferPrograms()
@@ -45,7 +45,7 @@ func write(args []string) error {
 	fmt.Print("package filter\n\nimport \"gvisor.dev/gvisor/pkg/seccomp/precompiledseccomp\"\n\n" +
 		begin + "precompiledPrograms = make(map[string]precompiledseccomp.Program)\n")
 	for _, p := range programs {
-		// Stand-ins for what is only known when it is installed: in some order of the day, else.
+		// Clear the placeholders of values that are only known at installation; they differ from run to run.
 		for _, offsets := range p.VarOffsets {
 			for _, at := range offsets {
 				p.Bytecode32[at] = 0
@@ -57,7 +57,8 @@ func write(args []string) error {
 	return nil
 }
 
-// sentryPrograms are those of sandboxes as cay starts them: every process has them in its memory.
+// sentryPrograms returns the sentry's programs for the options with which cay starts sandboxes. Others are
+// left out, since every process would have them in its memory.
 func sentryPrograms() ([]precompiledseccomp.Program, error) {
 	programs, err := config.PrecompiledPrograms()
 	programs = slices.DeleteFunc(programs, func(p precompiledseccomp.Program) bool {
@@ -68,17 +69,18 @@ func sentryPrograms() ([]precompiledseccomp.Program, error) {
 	return programs, err
 }
 
-// goferPrograms is that of a sandbox as cay starts it.
+// goferPrograms returns the gofer's program for the options with which cay starts sandboxes.
 func goferPrograms() ([]precompiledseccomp.Program, error) {
 	opt := gofer.Options{DirectFS: true}
-	const self = "self_pid" // the ID of the process, which the rules have from the one that makes them
+	const self = "self_pid" // the ID of the process; Rules puts that of the compiling process there
 	vars := precompiledseccomp.Values{}
 	vars.SetUint64(self, 0)
-	p, err := precompiledseccomp.Precompile(fmt.Sprintf("%+v", opt), slices.Collect(maps.Keys(vars)), func(vars precompiledseccomp.Values) *seccomp.Program {
+	name, keys := fmt.Sprintf("%+v", opt), slices.Collect(maps.Keys(vars))
+	p, err := precompiledseccomp.Precompile(name, keys, func(vars precompiledseccomp.Values) *seccomp.Program {
 		rules := gofer.Rules(opt)
 		rules.Remove(unix.SYS_TGKILL)
 		rules.Set(unix.SYS_TGKILL, seccomp.PerArg{seccomp.EqualTo(vars.GetUint64(self))})
-		// As package filter's Install has it.
+		// Install of package filter has the same rule sets.
 		return &seccomp.Program{RuleSets: []seccomp.RuleSet{
 			{Rules: seccomp.DenyNewExecMappings},
 			{Rules: rules, Action: seccomp.Allow},
