@@ -346,8 +346,9 @@ func (h *house) putBox(t testing.TB, mode sandbox.Mode, state sandbox.State) san
 	now := time.Now().UTC()
 	b := sandbox.Sandbox{ID: sandbox.NewID(), OrgID: h.org.Org.ID, Mode: mode, State: sandbox.Creating, Run: "r",
 		Template: "python", TemplateID: "tpl_aaaaaaaaaaaaaaaaaaaa", TemplateVersion: 3,
-		Size:   sandbox.Size{Name: "shared-cpu-1x", VCPUs: 1, MemoryMB: 512},
-		DiskMB: 64, Timeout: time.Minute, IdleTimeout: time.Minute, CreatedAt: now, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, Source: sandbox.Cold}
+		Shape: sandbox.Shape{Size: sandbox.Size{Name: "shared-cpu-1x", VCPUs: 1, MemoryMB: 512}, DiskMB: 64,
+			Egress: sandbox.Egress{Mode: sandbox.AllowAll}},
+		Timeout: time.Minute, IdleTimeout: time.Minute, CreatedAt: now, Source: sandbox.Cold}
 	if _, _, err := h.db.Insert(t.Context(), b, sandbox.Quota{}, sandbox.Once{}); err != nil {
 		t.Fatal(err)
 	}

@@ -195,11 +195,13 @@ func TestSamplesAreBounded(t *testing.T) {
 	for i := range keepSamples + 10 {
 		s.add("sbx_a", agentapi.Metrics{Unix: int64(i)})
 	}
-	all := s.between(sandbox.Sandbox{ID: "sbx_a", Size: sandbox.Size{VCPUs: 1}}, 0, never.Unix())
+	a := sandbox.Sandbox{ID: "sbx_a"}
+	a.Size.VCPUs = 1
+	all := s.between(a, 0, never.Unix())
 	if len(all) != keepSamples || all[0].TimestampUnix != 10 || len(s.of) != 1 {
 		t.Errorf("%d samples from %d, %d histories", len(all), all[0].TimestampUnix, len(s.of))
 	}
-	if got := s.between(sandbox.Sandbox{ID: "sbx_a", Size: sandbox.Size{VCPUs: 1}}, 20, 22); len(got) != 3 {
+	if got := s.between(a, 20, 22); len(got) != 3 {
 		t.Errorf("between 20 and 22 are %d", len(got))
 	}
 	if got := s.between(sandbox.Sandbox{ID: "sbx_b"}, 0, 100); got == nil || len(got) != 0 {

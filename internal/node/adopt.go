@@ -40,7 +40,7 @@ func (n *Node) adopt() error {
 			continue
 		}
 		keep[l.Slot] = true
-		if l.Warm != "" && l.Egress.Mode == "" {
+		if l.Warm != "" && l.Shape.Egress.Mode == "" {
 			// A pooled sandbox without a policy: its slot stays closed.
 		} else if err := b.applyPolicy(n.ctx); err != nil {
 			// The slot keeps its old rules; the sandbox room sets the policy again.

@@ -48,7 +48,7 @@ type box struct {
 // boxOf returns a new box for the sandbox of a life.
 func (n *Node) boxOf(l life) *box {
 	b := &box{node: n, life: l}
-	b.hurry.attach(n.groups.Group(n.groupPath(l.ID)), l.CPUWeight)
+	b.hurry.attach(n.groups.Group(n.groupPath(l.ID)), cpuWeight(l.Shape))
 	return b
 }
 
@@ -87,7 +87,7 @@ func (b *box) watch() error {
 		return err
 	}
 	guard := &cgroup.Guard{
-		Group: n.groups.Group(n.groupPath(b.life.ID)), Limit: int64(b.life.MemoryMB)<<20 + overhead, Reserve: reserve,
+		Group: n.groups.Group(n.groupPath(b.life.ID)), Limit: int64(b.life.Shape.Size.MemoryMB)<<20 + overhead, Reserve: reserve,
 		Relieve: func(ctx context.Context, over int64) (int64, error) {
 			freed, killed, err := n.agents.RelieveMemory(ctx, b.target(), over)
 			n.log.InfoContext(ctx, "sandbox out of memory", "sandbox", b.life.ID,

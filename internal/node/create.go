@@ -47,7 +47,7 @@ const lifeFile = "life.json"
 type life struct {
 	ID sandbox.ID `json:"id"`
 	// Org is the organization that owns the sandbox; "" for a pooled sandbox, and for one of a server
-	// that did not record it. Guarded by node.mu, as Egress.
+	// that did not record it. Guarded by node.mu, as the policy.
 	Org   string `json:"org,omitempty"`
 	Run   string `json:"run"`
 	Token string `json:"token"` // the agent's key; secret: the file is 0600
@@ -57,18 +57,15 @@ type life struct {
 	Handshake bool   `json:"handshake,omitempty"`
 	Slot      int    `json:"slot"`
 	UID       uint32 `json:"uid,omitempty"` // of its processes on the host; 0 if a version without user ids started it
-	MemoryMB  int    `json:"memory_mb"`
-	// CPUWeight is the weight of the sandbox's group while it is not called; 0 if a version that did
-	// not record it started the sandbox.
-	CPUWeight int64 `json:"cpu_weight,omitempty"`
+	// Shape is what the sandbox was made from. Its policy is the wanted one, which changes while the
+	// sandbox runs; what a claim changes of a pooled sandbox is guarded by node.mu.
+	Shape sandbox.Shape `json:"shape"`
 	// Programs and Flags are those that first started the sandbox; its checkpoints need them.
 	Programs embedded.Version `json:"programs"`
 	Flags    []string         `json:"flags"`
 	// Warm describes what a pooled sandbox was made with, see Node.make; "" if the sandbox is not
-	// pooled or is being claimed. Guarded by node.mu, as Egress.
+	// pooled or is being claimed. Guarded by node.mu, as the policy.
 	Warm string `json:"warm,omitempty"`
-	// Egress is the wanted policy. It changes while the sandbox runs.
-	Egress sandbox.Egress `json:"egress"`
 	// From is the snapshot that this life was made from; "" if there is none.
 	From string `json:"from,omitempty"`
 }
@@ -92,8 +89,7 @@ func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
 // newBox returns the box of a sandbox that is to be booted.
 func (n *Node) newBox(spec sandbox.Spec) *box {
 	return n.boxOf(life{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Handshake: true,
-		MemoryMB: spec.Size.MemoryMB, CPUWeight: cpuWeight(spec), Egress: spec.Egress,
-		Programs: n.cfg.Programs.Version, Flags: runsc.Flags(n.cfg.Platform)})
+		Shape: spec.Shape, Programs: n.cfg.Programs.Version, Flags: runsc.Flags(n.cfg.Platform)})
 }
 
 // creation returns the steps that boot a new sandbox.
@@ -345,8 +341,26 @@ func readLife(dir string) (life, error) {
 	if err == nil {
 		err = json.Unmarshal(data, &l)
 	}
+	if err == nil && l.Shape.Size.MemoryMB == 0 {
+		err = readOld(data, &l.Shape)
+	}
 	if err != nil {
 		return life{}, fault.New(fault.NotFound, "", "no record in %s", dir).Because(err)
 	}
 	return l, nil
+}
+
+// readOld reads what a record of a version without shapes has of one.
+func readOld(data []byte, s *sandbox.Shape) error {
+	var old struct {
+		MemoryMB  int            `json:"memory_mb"`
+		CPUWeight int64          `json:"cpu_weight"`
+		Egress    sandbox.Egress `json:"egress"`
+	}
+	if err := json.Unmarshal(data, &old); err != nil {
+		return err
+	}
+	*s = sandbox.Shape{Egress: old.Egress,
+		Size: sandbox.Size{MemoryMB: old.MemoryMB, VCPUs: int(old.CPUWeight / weightPerCPU)}}
+	return nil
 }

@@ -140,9 +140,11 @@ func (h *hurry) attach(group cgroup.Group, own int64) {
 }
 
 // bootShares returns the weight with which the sandbox's group is made. It counts until settle.
-func (b *box) bootShares() uint64 { return uint64(hurried * b.life.CPUWeight) }
+func (b *box) bootShares() uint64 { return uint64(hurried * cpuWeight(b.life.Shape)) }
 
-func cpuWeight(spec sandbox.Spec) int64 { return int64(spec.Size.VCPUs) * weightPerCPU }
+// cpuWeight returns the weight of a sandbox's group while it is not called; 0 if a version that did not
+// record it started the sandbox.
+func cpuWeight(s sandbox.Shape) int64 { return int64(s.Size.VCPUs) * weightPerCPU }
 
 // hurry raises the weight of a sandbox for a call, if the CPUs are busy, until answered is called.
 func (n *Node) hurry(id string) (answered func()) {

@@ -24,7 +24,7 @@ func policyOf(e sandbox.Egress) network.Policy {
 // Guest knows no sandbox at its address.
 func (b *box) applyPolicy(ctx context.Context) error {
 	n := b.node
-	if err := n.net.SetPolicy(ctx, b.slot, policyOf(b.life.Egress)); err != nil {
+	if err := n.net.SetPolicy(ctx, b.slot, policyOf(b.life.Shape.Egress)); err != nil {
 		return fmt.Errorf("installing the policy of %s: %w", b.life.ID, err)
 	}
 	n.mu.Lock()
@@ -41,7 +41,7 @@ func (n *Node) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) e
 	if b == nil || b.slot == nil || b.dead() {
 		return fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
 	}
-	before := b.life.Egress
+	before := b.life.Shape.Egress
 	b.want(e)
 	err := b.record()
 	if err == nil {
@@ -65,7 +65,7 @@ func (n *Node) policyChanged(s *network.Slot) {
 func (b *box) want(e sandbox.Egress) {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()
-	b.life.Egress = e
+	b.life.Shape.Egress = e
 }
 
 // policy returns the policy that Inspect reports: the recorded one, or the zero policy while that
@@ -76,7 +76,7 @@ func (b *box) policy() sandbox.Egress {
 	if !b.policed {
 		return sandbox.Egress{}
 	}
-	return b.life.Egress
+	return b.life.Shape.Egress
 }
 
 // Traffic implements sandbox.Node.
@@ -149,5 +149,5 @@ func (n *Node) Guest(from netip.Addr) (Guest, bool) {
 	if b == nil {
 		return Guest{}, false
 	}
-	return Guest{b.life.ID, b.life.Org, slot, b.life.Egress}, true
+	return Guest{b.life.ID, b.life.Org, slot, b.life.Shape.Egress}, true
 }

@@ -27,8 +27,8 @@ func (m *machine) wantPolicy(id sandbox.ID, want sandbox.Egress) {
 	if err != nil || fact == nil || !fact.Egress.Equal(want) {
 		m.t.Errorf("the node has %+v, %v, want policy %+v", fact, err, want)
 	}
-	if l, err := readLife(m.node.dir(id)); err != nil || !l.Egress.Equal(want) {
-		m.t.Errorf("recorded is %+v, %v, want %+v", l.Egress, err, want)
+	if l, err := readLife(m.node.dir(id)); err != nil || !l.Shape.Egress.Equal(want) {
+		m.t.Errorf("recorded is %+v, %v, want %+v", l.Shape.Egress, err, want)
 	}
 	slot := m.node.box(id).slot
 	if g, ok := m.node.Guest(slot.Addr); !ok || g.ID != id || g.Slot != slot || !g.Egress.Equal(want) {

@@ -36,7 +36,7 @@ func (n *Node) Prepare(ctx context.Context, spec sandbox.Spec) error {
 	}
 	b.life.Warm = n.makeWith(b.life.Programs, b.life.Flags)
 	if spec.Start.None() {
-		b.life.Egress = sandbox.Egress{}
+		b.life.Shape.Egress = sandbox.Egress{}
 		steps = slices.DeleteFunc(steps, func(s step) bool { return s.name == "policy" })
 	}
 	return n.take(ctx, b, steps, n.Destroy)
@@ -77,7 +77,7 @@ func (b *box) unwarm(spec sandbox.Spec) bool {
 	if b.life.Warm == "" || b.life.Run != spec.Run || b.life.Token != spec.Token {
 		return false
 	}
-	b.life.Warm, b.life.Egress, b.life.Org = "", spec.Egress, spec.OrgID
+	b.life.Warm, b.life.Shape, b.life.Org = "", spec.Shape, spec.OrgID
 	return true
 }
 

@@ -68,9 +68,8 @@ func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string,
 		return nil, nil, failed(err,
 			"the version of cay's runtime that made the checkpoint (%s) is not on this machine any more", was.Programs.Runsc)
 	}
-	b := n.boxOf(life{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Egress: spec.Egress,
-		From: string(spec.From), Handshake: was.Handshake, MemoryMB: was.MemoryMB, CPUWeight: cpuWeight(spec),
-		Programs: was.Programs, Flags: was.Flags})
+	b := n.boxOf(life{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Shape: spec.Shape,
+		From: string(spec.From), Handshake: was.Handshake, Programs: was.Programs, Flags: was.Flags})
 	b.agentKey = was.Token
 	n.warnOlder(b)
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {

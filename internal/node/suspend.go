@@ -138,7 +138,9 @@ func (n *Node) commit(w written, name string) (sandbox.Point, error) {
 	if err := n.passed("save"); err != nil {
 		return sandbox.Point{}, err
 	}
-	c, err := w.draft.CommitAs(name, w.at, about{w.box.life, n.cfg.Nameservers})
+	l := w.box.life
+	l.Shape = l.Shape.Public() // a restore gets the rest from its spec
+	c, err := w.draft.CommitAs(name, w.at, about{l, n.cfg.Nameservers})
 	if err != nil {
 		return sandbox.Point{}, err
 	}

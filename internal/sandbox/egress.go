@@ -47,6 +47,13 @@ func (e Egress) Equal(o Egress) bool {
 		slices.Equal(e.AllowPorts, o.AllowPorts) && slices.Equal(e.AllowDomains, o.AllowDomains)
 }
 
+// Clone returns a copy that shares no list.
+func (e Egress) Clone() Egress {
+	e.AllowCIDRs, e.DenyCIDRs = slices.Clone(e.AllowCIDRs), slices.Clone(e.DenyCIDRs)
+	e.AllowPorts, e.AllowDomains = slices.Clone(e.AllowPorts), slices.Clone(e.AllowDomains)
+	return e
+}
+
 // metadataRange contains the metadata services of cay and of cloud providers. No policy may name
 // it.
 var metadataRange = netip.MustParsePrefix("169.254.0.0/16")

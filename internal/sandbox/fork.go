@@ -208,8 +208,7 @@ func (r Request) restore(cfg Config, snap Snapshot, now time.Time) (Sandbox, err
 	}
 	r.Size, r.DiskSizeMB = "", nil
 	box, err := r.resolve(cfg, snap.OrgID, TemplateVersion{ID: snap.TemplateID, Name: snap.Template,
-		Version: snap.TemplateVersion, Image: snap.Image, Env: snap.Env, User: snap.User, Workdir: snap.Workdir,
-		DiskMB: snap.DiskMB, Egress: snap.Egress}, now)
+		Version: snap.TemplateVersion, Shape: snap.Shape}, now)
 	if err != nil {
 		return Sandbox{}, err
 	}
@@ -221,7 +220,7 @@ func (r Request) restore(cfg Config, snap Snapshot, now time.Time) (Sandbox, err
 // snapshot is no longer needed.
 func (s *Service) restoreNew(ctx context.Context, c Caller, box Sandbox, from SnapshotID, once Once, wait bool,
 	release func()) (Sandbox, error) {
-	spec := box.spec()
+	spec := box.restored()
 	spec.From = from
 	return s.makeNew(ctx, c, box, spec, pointTimeout, once, wait, release)
 }

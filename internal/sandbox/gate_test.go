@@ -114,15 +114,15 @@ func (s gatedStore) Insert(ctx context.Context, b sandbox.Sandbox, q sandbox.Quo
 	return s.Store.Insert(ctx, b, q, once)
 }
 
-func (s gatedStore) AddMember(ctx context.Context, m sandbox.Member) error {
+func (s gatedStore) AddPooled(ctx context.Context, m sandbox.Pooled) error {
 	s.writes.Add(1)
-	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) { return nil, s.Store.AddMember(ctx, m) })
+	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) { return nil, s.Store.AddPooled(ctx, m) })
 	return err
 }
 
-func (s gatedStore) DropMember(ctx context.Context, id sandbox.ID) error {
+func (s gatedStore) DropPooled(ctx context.Context, id sandbox.ID) error {
 	s.writes.Add(1)
-	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) { return nil, s.Store.DropMember(ctx, id) })
+	_, err := through(ctx, s.gate, func(ctx context.Context) (any, error) { return nil, s.Store.DropPooled(ctx, id) })
 	return err
 }
 

@@ -2,60 +2,25 @@ package sandbox
 
 import (
 	"cmp"
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
 	"maps"
 	"slices"
 	"sync"
 	"time"
 )
 
-// Member holds a pooled sandbox: booted, without an owner, waiting to be claimed. The sandbox that
-// claims it takes its ID, Run and Token. It has a row only once it is ready, so a server that dies
-// while it prepares one leaves a sandbox without a row.
-type Member struct {
-	ID        ID
-	Run       string
-	Token     string // secret, like Sandbox.Token
-	OrgID     string // an organization that may use the template
-	Template  string // name, for display
-	Kind      Kind
+// Pooled describes a sandbox in the warm pool: booted, without an owner, waiting to be claimed. The
+// sandbox that claims it takes its ID, Run and Token. It has a row only once it is ready, so a server
+// that dies while it prepares one leaves a sandbox without a row.
+type Pooled struct {
+	ID              ID
+	Run             string
+	Token           string // secret, like Sandbox.Token
+	OrgID           string // an organization that may use the template
+	Template        string // name, for display
+	TemplateID      string
+	TemplateVersion int
+	Shape
 	CreatedAt time.Time
-}
-
-// Kind holds the settings in which a create and the member that serves it must agree.
-type Kind struct {
-	TemplateID string
-	Version    int
-	Image      string
-	Size       Size
-	DiskMB     int
-	// Started identifies the conditions of its start command: a hash of the command and of the
-	// environment, user, working directory and policy that it began with. "" means none.
-	Started string
-}
-
-// kind returns the kind of member that can serve a create of the sandbox.
-func (b Sandbox) kind(start Start) Kind {
-	k := Kind{b.TemplateID, b.TemplateVersion, b.Image, b.Size, b.DiskMB, ""}
-	if start.None() {
-		return k
-	}
-	user := cmp.Or(start.User, b.User, rootUser)
-	start.User = ""
-	text, err := json.Marshal(struct {
-		Start         Start
-		Env           map[string]string
-		User, Workdir string
-		Egress        Egress
-	}{start, b.Env, user, b.Workdir, b.Egress})
-	if err != nil { // Marshal cannot fail on texts and numbers
-		panic(err)
-	}
-	sum := sha256.Sum256(text)
-	k.Started = hex.EncodeToString(sum[:])
-	return k
 }
 
 // PoolConfig holds the operator's settings for the pool.
@@ -151,7 +116,7 @@ func share(demands map[demandKey]*demand, most int, now time.Time) []*demand {
 			return 1
 		}
 		return cmp.Or(b.used.Compare(a.used), cmp.Compare(a.kind.TemplateID, b.kind.TemplateID),
-			cmp.Compare(a.kind.Size.Name, b.kind.Size.Name))
+			cmp.Compare(a.kind.Size, b.kind.Size))
 	})
 	for _, d := range order {
 		d.share = 0
@@ -169,6 +134,12 @@ func share(demands map[demandKey]*demand, most int, now time.Time) []*demand {
 	return order
 }
 
+// ready is a pooled sandbox that can be claimed, with its kind.
+type ready struct {
+	Pooled
+	kind Kind
+}
+
 // pool holds in memory the members that can be claimed, and the demands for them.
 type pool struct {
 	cfg  PoolConfig
@@ -176,7 +147,7 @@ type pool struct {
 
 	mu sync.Mutex
 	// +checklocks:mu
-	ready map[ID]Member // guarded by mu
+	ready map[ID]ready // guarded by mu
 	// +checklocks:mu
 	demands map[demandKey]*demand // guarded by mu
 	// +checklocks:mu
@@ -191,7 +162,7 @@ type PoolCounts struct {
 }
 
 func newPool(cfg PoolConfig) *pool {
-	return &pool{cfg: cfg, work: make(chan struct{}, 1), ready: map[ID]Member{}, demands: map[demandKey]*demand{}}
+	return &pool{cfg: cfg, work: make(chan struct{}, 1), ready: map[ID]ready{}, demands: map[demandKey]*demand{}}
 }
 
 // nudge wakes keepPool, since there may be work.
@@ -209,10 +180,10 @@ func (p *pool) has(id ID) bool {
 	return ready
 }
 
-func (p *pool) add(m Member) {
+func (p *pool) add(m Pooled) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.ready[m.ID] = m
+	p.ready[m.ID] = ready{m, m.kind()}
 }
 
 // remove takes a member out of the pool and reports whether it was there. After that no other
@@ -227,28 +198,28 @@ func (p *pool) remove(id ID) bool {
 
 // take removes and returns the oldest member for which of, and then begin, return true. Only the
 // holder of a member's operation puts it in, so after begin no other operation holds the member.
-func (p *pool) take(of func(Member) bool, begin func(ID) bool) (Member, bool) {
+func (p *pool) take(of func(ready) bool, begin func(ID) bool) (Pooled, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, m := range p.membersLocked() {
 		if of(m) && begin(m.ID) {
 			delete(p.ready, m.ID)
-			return m, true
+			return m.Pooled, true
 		}
 	}
-	return Member{}, false
+	return Pooled{}, false
 }
 
 // members returns the members that can be claimed, oldest first.
-func (p *pool) members() []Member {
+func (p *pool) members() []ready {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.membersLocked()
 }
 
 // +checklocks:p.mu
-func (p *pool) membersLocked() []Member {
-	return slices.SortedFunc(maps.Values(p.ready), func(a, b Member) int {
+func (p *pool) membersLocked() []ready {
+	return slices.SortedFunc(maps.Values(p.ready), func(a, b ready) int {
 		return cmp.Or(a.CreatedAt.Compare(b.CreatedAt), cmp.Compare(a.ID, b.ID))
 	})
 }

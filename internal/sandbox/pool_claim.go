@@ -31,7 +31,7 @@ func (s *Service) createWarm(ctx context.Context, c Caller, box Sandbox, v Templ
 	if !s.pool.cfg.Enabled {
 		return Sandbox{}, false, nil
 	}
-	key, kind := demandKey{v.ID, box.Size.Name}, box.kind(v.Start)
+	key, kind := demandKey{v.ID, box.Size.Name}, box.kind()
 	defer func() {
 		if !done {
 			s.pool.claimed(key, false)
@@ -41,7 +41,7 @@ func (s *Service) createWarm(ctx context.Context, c Caller, box Sandbox, v Templ
 		return Sandbox{}, false, nil
 	}
 	var op *operation
-	m, ok := s.pool.take(func(m Member) bool { return m.Kind == kind }, func(id ID) (mine bool) {
+	m, ok := s.pool.take(func(r ready) bool { return r.kind == kind }, func(id ID) (mine bool) {
 		op, mine = s.begin(id, opClaim)
 		return mine
 	})
@@ -134,7 +134,7 @@ func (s *Service) claim(ctx context.Context, box Sandbox, q Quota,
 // members for plain requests only, for each template in use.
 func (s *Service) want(orgID string, v TemplateVersion, key demandKey, kind Kind) bool {
 	plain, err := s.plain(orgID, v, key.size)
-	if err != nil || plain.kind(v.Start) != kind {
+	if err != nil || plain.kind() != kind {
 		return false
 	}
 	now := time.Now()

@@ -138,7 +138,7 @@ func (s *Service) refreshDemands(ctx context.Context) {
 			continue
 		}
 		s.pool.refresh(key, orgID, func(d *demand) {
-			d.version, d.kind, d.fixed = v, plain.kind(v.Start), isFixed
+			d.version, d.kind, d.fixed = v, plain.kind(), isFixed
 			if isFixed {
 				d.target = t.Target
 			}
@@ -175,19 +175,19 @@ func (d *demand) lacks(have map[Kind]int) float64 {
 func (p *pool) kindsLocked() map[Kind]int {
 	have := map[Kind]int{}
 	for _, m := range p.ready {
-		have[m.Kind]++
+		have[m.kind]++
 	}
 	return have
 }
 
 // prepare makes a member and adds it to the pool.
 func (s *Service) prepare(ctx context.Context, d demand) {
-	box, err := s.plain(d.orgID, d.version, d.kind.Size.Name)
+	box, err := s.plain(d.orgID, d.version, d.kind.Size)
 	if err != nil {
 		return // the request was valid when the demand was recorded
 	}
-	m := Member{ID: box.ID, Run: box.Run, Token: box.Token, OrgID: d.orgID, Template: d.version.Name, Kind: d.kind,
-		CreatedAt: box.CreatedAt}
+	m := Pooled{ID: box.ID, Run: box.Run, Token: box.Token, OrgID: d.orgID, Template: d.version.Name,
+		TemplateID: box.TemplateID, TemplateVersion: box.TemplateVersion, Shape: box.Shape, CreatedAt: box.CreatedAt}
 	op, mine := s.begin(m.ID, opPrepare)
 	if !mine {
 		return // the service is closing
@@ -195,13 +195,11 @@ func (s *Service) prepare(ctx context.Context, d demand) {
 	defer s.finish(m.ID, op, Sandbox{}, nil)
 	// A server that stops does not wait for the member.
 	defer context.AfterFunc(ctx, func() { op.cancel(errClosing) })()
-	work, cancel := context.WithTimeout(op.ctx, bootTimeout+d.version.Start.Patience())
+	work, cancel := context.WithTimeout(op.ctx, bootTimeout+box.Start.Patience())
 	defer cancel()
-	spec := box.spec()
-	spec.Start = d.version.Start
 	began := time.Now()
-	if err = s.node.Prepare(work, spec); err == nil {
-		if err = s.store.AddMember(work, m); err != nil {
+	if err = s.node.Prepare(work, box.spec()); err == nil {
+		if err = s.store.AddPooled(work, m); err != nil {
 			err = errors.Join(err, s.discard(context.WithoutCancel(work), m.ID))
 		}
 	}
@@ -215,7 +213,7 @@ func (s *Service) prepare(ctx context.Context, d demand) {
 			"took", time.Since(began))
 	case op.ctx.Err() == nil:
 		s.log.WarnContext(ctx, "preparing a sandbox for the pool", "member", m.ID, "template", m.Template, "error", err)
-		s.pool.pause(demandKey{d.kind.TemplateID, d.kind.Size.Name})
+		s.pool.pause(demandKey{d.kind.TemplateID, d.kind.Size})
 	}
 }
 
@@ -239,7 +237,7 @@ func (s *Service) drain(ctx context.Context) {
 			over[d.kind] -= d.share
 		}
 		p.mu.Unlock()
-		if !s.evict(ctx, func(m Member) bool { return over[m.Kind] > 0 }) {
+		if !s.evict(ctx, func(r ready) bool { return over[r.kind] > 0 }) {
 			return
 		}
 	}
@@ -248,12 +246,12 @@ func (s *Service) drain(ctx context.Context) {
 // giveBack removes a member when the machine has little room left.
 func (s *Service) giveBack(ctx context.Context) {
 	if spare, err := s.node.Spare(ctx); err == nil && spare < spareKeep {
-		s.evict(ctx, func(Member) bool { return true })
+		s.evict(ctx, func(ready) bool { return true })
 	}
 }
 
 // evict removes the oldest member for which meant returns true, and reports whether it removed one.
-func (s *Service) evict(ctx context.Context, meant func(Member) bool) bool {
+func (s *Service) evict(ctx context.Context, meant func(ready) bool) bool {
 	var op *operation
 	m, ok := s.pool.take(meant, func(id ID) (mine bool) {
 		op, mine = s.begin(id, opSettle)
@@ -286,7 +284,7 @@ func (s *Service) room(ctx context.Context, size Size) error {
 		if err == nil || !fault.Is(err, fault.Unavailable) {
 			return err
 		}
-		if s.evict(ctx, func(Member) bool { return true }) {
+		if s.evict(ctx, func(ready) bool { return true }) {
 			continue
 		}
 		op := s.doing(opPrepare)
@@ -322,7 +320,7 @@ func (s *Service) checkMembers(ctx context.Context) {
 		if err == nil || ctx.Err() != nil {
 			continue
 		}
-		if s.evict(ctx, func(o Member) bool { return o.ID == m.ID }) {
+		if s.evict(ctx, func(o ready) bool { return o.ID == m.ID }) {
 			s.log.WarnContext(ctx, "replacing a member of the pool that does not answer", "member", m.ID, "error", err)
 		}
 	}
@@ -336,35 +334,36 @@ func (s *Service) discard(ctx context.Context, id ID) error {
 	if err := s.node.Destroy(ctx, id); err != nil {
 		return fmt.Errorf("removing the remains of %s: %w", id, err)
 	}
-	return s.store.DropMember(ctx, id)
+	return s.store.DropPooled(ctx, id)
 }
 
 // keep adds a claimable member to the pool; the caller holds the operation. If the pool is off,
 // keep discards the member.
-func (s *Service) keep(ctx context.Context, m Member) error {
+func (s *Service) keep(ctx context.Context, m Pooled) error {
 	if !s.pool.cfg.Enabled {
 		return s.discard(ctx, m.ID)
 	}
 	p := s.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.ready[m.ID] = m
+	r := ready{m, m.kind()}
+	p.ready[m.ID] = r
 	// The member was in demand before the last server stopped; refreshDemands fills in its demand.
-	key := demandKey{m.Kind.TemplateID, m.Kind.Size.Name}
+	key := demandKey{m.TemplateID, m.Size.Name}
 	if p.demands[key] == nil {
 		d := p.demandLocked(key, m.OrgID)
-		d.kind, d.used = m.Kind, time.Now()
+		d.kind, d.used = r.kind, time.Now()
 	}
 	return nil
 }
 
 // member returns the row of a member, or nil if there is none.
-func (s *Service) member(ctx context.Context, id ID) (*Member, error) {
-	all, err := s.store.Members(ctx)
+func (s *Service) member(ctx context.Context, id ID) (*Pooled, error) {
+	all, err := s.store.ListPooled(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("listing the pool: %w", err)
 	}
-	if i := slices.IndexFunc(all, func(m Member) bool { return m.ID == id }); i >= 0 {
+	if i := slices.IndexFunc(all, func(m Pooled) bool { return m.ID == id }); i >= 0 {
 		return &all[i], nil
 	}
 	return nil, nil
@@ -389,7 +388,7 @@ func (s *Service) Pool() []PoolStatus {
 	all := []PoolStatus{}
 	for _, d := range share(p.demands, p.cfg.MaxMembers, time.Now()) {
 		if d.kind.TemplateID != "" {
-			all = append(all, PoolStatus{d.version.Name, d.version.Version, d.kind.Size.Name, have[d.kind], d.claimed, d.share})
+			all = append(all, PoolStatus{d.version.Name, d.version.Version, d.kind.Size, have[d.kind], d.claimed, d.share})
 		}
 	}
 	slices.SortFunc(all, func(a, b PoolStatus) int {

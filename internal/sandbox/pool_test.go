@@ -24,10 +24,10 @@ func fixed(target int) sandbox.PoolConfig {
 }
 
 // settled waits until the pool has no more work and returns the rows of its members.
-func (h *house) settled() []sandbox.Member {
+func (h *house) settled() []sandbox.Pooled {
 	h.t.Helper()
 	pass(15 * time.Second)
-	members, err := h.db.Members(context.Background())
+	members, err := h.db.ListPooled(context.Background())
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -195,7 +195,7 @@ func TestClaimFails(t *testing.T) {
 			h.gate.breakTransitions(func(sandbox.State) (broken bool) { once.Do(func() { broken = true }); return broken })
 		},
 		"no row": func(h *house) {
-			h.node.OnClaim = func(ctx context.Context, spec sandbox.Spec) error { return h.db.DropMember(ctx, spec.ID) }
+			h.node.OnClaim = func(ctx context.Context, spec sandbox.Spec) error { return h.db.DropPooled(ctx, spec.ID) }
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -239,7 +239,7 @@ func TestRefusedCreatesSpendNoMember(t *testing.T) {
 		h.quota = sandbox.Quota{Sandboxes: 1}
 		_, err = h.create(sandbox.Request{})
 		wantCode(t, err, fault.Exhausted, "quota_exceeded")
-		if members := h.settled(); !slices.ContainsFunc(members, func(m sandbox.Member) bool {
+		if members := h.settled(); !slices.ContainsFunc(members, func(m sandbox.Pooled) bool {
 			return m.ID == before[1].ID
 		}) {
 			t.Errorf("member %s was spent: %+v", before[1].ID, members)
@@ -317,7 +317,7 @@ func TestServerDiesWithItsPool(t *testing.T) {
 				h.node.OnPrepare, h.node.OnClaim, h.node.OnDestroy = nil, nil, nil
 				h.start()
 				after := h.settled()
-				if len(after) != 2 || !slices.ContainsFunc(after, func(m sandbox.Member) bool { return m.ID == before[1].ID }) {
+				if len(after) != 2 || !slices.ContainsFunc(after, func(m sandbox.Pooled) bool { return m.ID == before[1].ID }) {
 					t.Errorf("members were %+v, are %+v", before, after)
 				}
 				if err == nil {
@@ -396,14 +396,14 @@ func TestPoolFollowsTheTemplate(t *testing.T) {
 			t.Errorf("with members of the old version: %+v", box)
 		}
 		for _, m := range h.settled() {
-			if m.Kind.Version != 2 {
+			if m.TemplateVersion != 2 {
 				t.Errorf("still has %+v", m)
 			}
 		}
 		v.set(3, false) // noticed even without a create
 		members := h.settled()
 		for _, m := range members {
-			if m.Kind.Version != 3 {
+			if m.TemplateVersion != 3 {
 				t.Errorf("still has %+v", m)
 			}
 		}
@@ -443,7 +443,7 @@ func TestTargetFollowsDemand(t *testing.T) {
 		for range 60 { // 1 per second
 			h.mustCreate(sandbox.Request{Timeout: ptr(5 * time.Second)})
 			pass(time.Second)
-			members, err := h.db.Members(context.Background())
+			members, err := h.db.ListPooled(context.Background())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -530,7 +530,7 @@ func TestDeadMembersAreReplaced(t *testing.T) {
 		}
 		pass(time.Minute)
 		after = h.settled()
-		if len(after) != 2 || slices.ContainsFunc(after, func(m sandbox.Member) bool { return m.ID == mute }) {
+		if len(after) != 2 || slices.ContainsFunc(after, func(m sandbox.Pooled) bool { return m.ID == mute }) {
 			t.Errorf("members %+v, one of which does not answer", after)
 		}
 		h.wantWhole()
@@ -599,7 +599,7 @@ func TestSharesAreFair(t *testing.T) {
 		h := newPoolHouse(t, pool)
 		sizes := map[string]int{}
 		for _, m := range h.settled() {
-			sizes[m.Kind.Size.Name]++
+			sizes[m.Size.Name]++
 		}
 		if want := map[string]int{"small": 2, "big": 2}; !maps.Equal(sizes, want) {
 			t.Errorf("members %v, want %v", sizes, want)

@@ -57,7 +57,6 @@ type Change struct {
 	DestroyedAt    *time.Time
 	DestroyReason  *Reason
 	Error          *string
-	Source         *Source
 	Token          *string
 }
 
@@ -145,13 +144,13 @@ type Store interface {
 	// UnreadySnapshots returns every snapshot that is not ready.
 	UnreadySnapshots(ctx context.Context) ([]Snapshot, error)
 
-	// AddMember adds a member of the pool. It returns an error if a member or a sandbox has the same
+	// AddPooled adds a member of the pool. It returns an error if a member or a sandbox has the same
 	// ID.
-	AddMember(ctx context.Context, m Member) error
-	// DropMember drops a member. A missing member is no error.
-	DropMember(ctx context.Context, id ID) error
-	// Members returns the members, oldest first.
-	Members(ctx context.Context) ([]Member, error)
+	AddPooled(ctx context.Context, m Pooled) error
+	// DropPooled drops a member. A missing member is no error.
+	DropPooled(ctx context.Context, id ID) error
+	// ListPooled returns the pooled sandboxes, oldest first.
+	ListPooled(ctx context.Context) ([]Pooled, error)
 	// Admit returns what Insert would return now, and writes nothing.
 	Admit(ctx context.Context, s Sandbox, q Quota, once Once) (prior Sandbox, found bool, err error)
 	// Claim turns the member with the ID of s into the sandbox s, in state running, with the events of
@@ -162,18 +161,11 @@ type Store interface {
 
 // Spec describes a sandbox to a Node.
 type Spec struct {
-	ID      ID
-	OrgID   string // owner, whose start slots and limits the sandbox shares; "" for a pooled one
-	Run     string
-	Image   string
-	Size    Size
-	DiskMB  int
-	Env     map[string]string
-	User    string
-	Workdir string
-	Egress  Egress
-	Token   string
-	Start   Start // of a create; after a wake the running command continues
+	ID    ID
+	OrgID string // owner, whose start slots and limits the sandbox shares; "" for a pooled one
+	Run   string
+	Token string
+	Shape
 	// From names the snapshot from which a create or a member of the pool is restored instead of
 	// booted; "" means none. Image, Size and DiskMB must then be those of the snapshot's sandbox, and
 	// Start is ignored.

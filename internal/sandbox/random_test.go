@@ -355,7 +355,7 @@ func (l *lives) agree() string {
 			return fmt.Sprintf("sandbox %s is suspended and expires at %s", row.ID, row.ExpiresAt)
 		}
 	}
-	members, err := l.db.Members(context.Background())
+	members, err := l.db.ListPooled(context.Background())
 	if err != nil {
 		return err.Error()
 	}

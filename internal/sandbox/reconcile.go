@@ -33,7 +33,7 @@ const (
 // wake. It is a pure function of the sandbox's row, of the pool's row (each nil if missing) and of
 // what the host has (nil if nothing). No operation on the sandbox may be under way. A sandbox's row
 // takes precedence over a pool's row, because the claim that wrote it removed the other.
-func Decide(row *Sandbox, member *Member, fact *Fact) Action {
+func Decide(row *Sandbox, member *Pooled, fact *Fact) Action {
 	switch {
 	case row != nil:
 	case member != nil:
@@ -95,7 +95,7 @@ func (s *Service) Reconcile(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listing unfinished sandboxes: %w", err)
 	}
-	members, err := s.store.Members(ctx)
+	members, err := s.store.ListPooled(ctx)
 	if err != nil {
 		return fmt.Errorf("listing the pool: %w", err)
 	}
@@ -159,7 +159,7 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 	case !fault.Is(err, fault.NotFound):
 		return err
 	}
-	var member *Member
+	var member *Pooled
 	if row == nil {
 		if member, err = s.member(ctx, id); err != nil {
 			return err

@@ -63,7 +63,7 @@ func TestDecide(t *testing.T) {
 			if got := sandbox.Decide(row, nil, fact); got != want[state][name] {
 				t.Errorf("row %q, host %s: got %s, want %s", state, name, got, want[state][name])
 			}
-			member := &sandbox.Member{Run: "now"}
+			member := &sandbox.Pooled{Run: "now"}
 			want := want[state][name] // a sandbox's row takes precedence over a pool's
 			switch {
 			case row == nil && name == "warm":
@@ -83,7 +83,8 @@ func TestRestartAbandonsAnInterruptedCreate(t *testing.T) {
 		h := newHouse(t)
 		// A dying server left this row in its claim, with something on the host.
 		box := sandbox.Sandbox{ID: sandbox.NewID(), OrgID: org, Mode: sandbox.Ephemeral, State: sandbox.Creating, Run: "r",
-			CreatedAt: time.Now().UTC(), Source: sandbox.Cold, Egress: sandbox.Egress{Mode: sandbox.AllowAll}}
+			CreatedAt: time.Now().UTC(), Source: sandbox.Cold,
+			Shape: sandbox.Shape{Egress: sandbox.Egress{Mode: sandbox.AllowAll}}}
 		if _, _, err := h.db.Insert(context.Background(), box, sandbox.Quota{}, sandbox.Once{}); err != nil {
 			t.Fatal(err)
 		}

@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"fmt"
@@ -56,14 +57,9 @@ type Request struct {
 type TemplateVersion struct {
 	ID, Name string
 	Version  int
-	Image    string
-	Env      map[string]string
-	User     string
-	Workdir  string
-	Size     string // "" means the configured default
-	DiskMB   int    // 0 means the configured default
-	Egress   Egress
-	Start    Start
+	// Shape holds the template's settings. Its Size has only a name. An empty name, and a disk of 0,
+	// mean the configured default.
+	Shape
 }
 
 // Templates finds templates. Package template implements it.
@@ -178,13 +174,14 @@ func checkMetadata(metadata map[string]string) error {
 func (r Request) resolve(cfg Config, orgID string, v TemplateVersion, now time.Time) (Sandbox, error) {
 	box := Sandbox{
 		ID: NewID(), Run: newSecret(10), Token: newSecret(32), OrgID: orgID, Mode: Ephemeral, State: Creating,
-		Template: v.Name, TemplateID: v.ID, TemplateVersion: v.Version, Image: v.Image,
-		User: v.User, Workdir: v.Workdir, Metadata: r.Metadata,
-		DiskMB: firstPositive(v.DiskMB, cfg.DefaultDisk), Egress: v.Egress,
+		Template: v.Name, TemplateID: v.ID, TemplateVersion: v.Version, Shape: v.Shape.Clone(), Metadata: r.Metadata,
 		CreatedAt: now.UTC(), Source: Cold, Surface: r.Surface,
 	}
-	if r.User != "" {
+	if r.User != "" && r.User != v.User {
 		box.User = r.User
+		if !v.Start.None() {
+			box.Start.User = cmp.Or(v.User, rootUser) // the command runs as the template's user
+		}
 	}
 	if Mode(r.Mode) == Persistent {
 		box.Mode, box.LastActivityAt = Persistent, box.CreatedAt
@@ -197,25 +194,22 @@ func (r Request) resolve(cfg Config, orgID string, v TemplateVersion, now time.T
 			box.AtEnd = r.AtEnd
 		}
 	}
-	box.Env = maps.Clone(v.Env)
 	if box.Env == nil {
 		box.Env = map[string]string{}
 	}
 	maps.Copy(box.Env, r.Env)
-	for _, name := range []string{r.Size, v.Size, cfg.DefaultSize} {
-		if size, ok := cfg.size(name); ok {
-			box.Size = size
+	var known bool
+	for _, name := range []string{r.Size, v.Size.Name, cfg.DefaultSize} {
+		if box.Size, known = cfg.size(name); known {
 			break
 		}
 	}
-	if box.Size.Name == "" {
+	if !known {
 		return Sandbox{}, invalid("size", "neither the request nor the template nor the server names a known size")
 	}
-	if r.DiskSizeMB != nil {
-		box.DiskMB = *r.DiskSizeMB
-	}
+	box.DiskMB = or(r.DiskSizeMB, cmp.Or(max(v.DiskMB, 0), cfg.DefaultDisk))
 	if r.Egress != nil {
-		box.Egress = *r.Egress
+		box.Egress = r.Egress.Clone()
 	}
 	if box.Egress.Mode == "" {
 		box.Egress.Mode = AllowAll
@@ -240,15 +234,6 @@ func or[T any](p *T, otherwise T) T {
 	return otherwise
 }
 
-func firstPositive(values ...int) int {
-	for _, v := range values {
-		if v > 0 {
-			return v
-		}
-	}
-	return 0
-}
-
 // newSecret returns n random bytes in base32.
 func newSecret(n int) string {
 	b := make([]byte, n)
@@ -257,6 +242,13 @@ func newSecret(n int) string {
 }
 
 func (b Sandbox) spec() Spec {
-	return Spec{ID: b.ID, OrgID: b.OrgID, Run: b.Run, Image: b.Image, Size: b.Size, DiskMB: b.DiskMB, Env: b.Env,
-		User: b.User, Workdir: b.Workdir, Egress: b.Egress, Token: b.Token}
+	return Spec{ID: b.ID, OrgID: b.OrgID, Run: b.Run, Token: b.Token, Shape: b.Shape}
+}
+
+// restored returns the spec of a sandbox that continues from saved state, where its start command
+// runs already.
+func (b Sandbox) restored() Spec {
+	spec := b.spec()
+	spec.Start = Start{}
+	return spec
 }

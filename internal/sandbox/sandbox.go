@@ -91,15 +91,9 @@ type Sandbox struct {
 	Template        string // name, for display
 	TemplateID      string
 	TemplateVersion int
-	Image           string // content hash of the root file system, see Template
 
-	Size     Size
-	DiskMB   int // size limit of the writable layer, MiB
-	Env      map[string]string
+	Shape
 	Metadata map[string]string
-	Egress   Egress
-	User     string // default user of commands and files; "" is root
-	Workdir  string // default working directory; "" is the user's home
 
 	Timeout          time.Duration // ephemeral: the lifetime that it was last given
 	AtEnd            AtEnd         // "" for a persistent sandbox

@@ -1,7 +1,6 @@
 package sandbox
 
 import (
-	"cmp"
 	"context"
 	"log/slog"
 	"sync"
@@ -98,15 +97,10 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wa
 	if err != nil {
 		return Sandbox{}, err
 	}
-	if box.User != version.User {
-		version.Start.User = cmp.Or(version.User, rootUser) // the command runs as the template's user
-	}
 	if warm, done, err := s.createWarm(ctx, c, box, version, once, wait); done {
 		return warm, err
 	}
-	spec := box.spec()
-	spec.Start = version.Start // not in the row: an interrupted create is not resumed
-	return s.makeNew(ctx, c, box, spec, bootTimeout+version.Start.Patience(), once, wait, func() {})
+	return s.makeNew(ctx, c, box, box.spec(), bootTimeout+box.Start.Patience(), once, wait, func() {})
 }
 
 // makeNew makes a new sandbox from spec within patience. It calls release after the sandbox is made

@@ -37,8 +37,8 @@ func (oneTemplate) Ready(_ context.Context, _, name string) (sandbox.TemplateVer
 	if name != "python" && name != id {
 		return sandbox.TemplateVersion{}, fault.New(fault.NotFound, "template_not_found", "there is no template %q", name)
 	}
-	return sandbox.TemplateVersion{ID: id, Name: "python", Version: 1, Image: "abc", Egress: egress, Start: start,
-		Env: map[string]string{"A": "template", "B": "template"}}, nil
+	return sandbox.TemplateVersion{ID: id, Name: "python", Version: 1, Shape: sandbox.Shape{Image: "abc",
+		Egress: egress, Start: start, Env: map[string]string{"A": "template", "B": "template"}}}, nil
 }
 
 // house holds a Service with a real store and a fake node, for use in a synctest bubble.

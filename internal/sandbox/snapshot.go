@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"maps"
 	"regexp"
 	"strings"
 	"time"
@@ -54,18 +53,12 @@ type Snapshot struct {
 	State     SnapshotState
 	SandboxID ID // its sandbox, which may be gone
 
-	// These fields hold the sandbox's settings. A restore needs the same settings, or uses them as
-	// defaults.
+	// These fields are the sandbox's. A restore needs the same image, size and disk, and uses the
+	// rest as defaults.
 	Template        string
 	TemplateID      string
 	TemplateVersion int
-	Image           string
-	Size            Size
-	DiskMB          int
-	Env             map[string]string
-	Egress          Egress
-	User            string
-	Workdir         string
+	Shape
 
 	Bytes     int64     // on disk; 0 until the snapshot is ready
 	CreatedAt time.Time // time of the state that it holds
@@ -82,8 +75,7 @@ type SnapshotFilter struct {
 
 func snapshotOf(box Sandbox, name string) Snapshot {
 	return Snapshot{ID: NewSnapshotID(), OrgID: box.OrgID, Name: name, State: SnapshotCreating, SandboxID: box.ID,
-		Template: box.Template, TemplateID: box.TemplateID, TemplateVersion: box.TemplateVersion, Image: box.Image,
-		Size: box.Size, DiskMB: box.DiskMB, Env: maps.Clone(box.Env), Egress: box.Egress, User: box.User, Workdir: box.Workdir,
+		Template: box.Template, TemplateID: box.TemplateID, TemplateVersion: box.TemplateVersion, Shape: box.Shape.Clone(),
 		CreatedAt: time.Now().UTC().Truncate(time.Microsecond)}
 }
 

@@ -143,7 +143,7 @@ func (s *Service) wake(ctx context.Context, c Caller, id ID, timeout time.Durati
 func (s *Service) restore(ctx context.Context, box Sandbox) (Sandbox, error) {
 	ctx, cancel := context.WithTimeout(ctx, pointTimeout)
 	defer cancel()
-	if err := s.node.Wake(ctx, box.spec()); err != nil {
+	if err := s.node.Wake(ctx, box.restored()); err != nil {
 		return Sandbox{}, err
 	}
 	now := time.Now().UTC()

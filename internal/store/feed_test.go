@@ -4,16 +4,12 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
-	"io/fs"
-	"net/url"
-	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/pressly/goose/v3"
 
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/event"
@@ -369,29 +365,12 @@ func TestClockSetBack(t *testing.T) {
 // TestMigrateEvents migrates events from version 8 of the schema. It checks that the ids and cursors
 // that clients hold stay valid, and that the feed has the events.
 func TestMigrateEvents(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "cay.db")
-	old, err := sql.Open("sqlite", dsn(path, url.Values{}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir, err := fs.Sub(migrations, "migrations")
-	if err != nil {
-		t.Fatal(err)
-	}
-	p, err := goose.NewProvider(goose.DialectSQLite3, old, dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := p.UpTo(t.Context(), 8); err != nil {
-		t.Fatal(err)
-	}
+	path, old := openOld(t, 8)
 	a, b := small("org_a", 0), small("org_b", 0)
 	a.ID, b.ID = "sbx_aaaaaaaaaaaaaaaaaaaa", "sbx_bbbbbbbbbbbbbbbbbbbb"
 	snap := "snap_cccccccccccccccccccc"
-	for _, s := range []*sandbox.Sandbox{&a, &b} {
-		fields := sandboxFields(s)
-		if _, err := old.Exec("INSERT INTO sandboxes ("+sandboxColumns+") VALUES ("+placeholders(len(fields))+")",
-			fields...); err != nil {
+	for _, s := range []sandbox.Sandbox{a, b} {
+		if _, err := old.Exec(insertBeforeShapes, s.ID, s.OrgID, at(s.CreatedAt)); err != nil {
 			t.Fatal(err)
 		}
 	}

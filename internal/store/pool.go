@@ -9,23 +9,22 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// memberColumns lists the columns of memberFields, in the same order.
-const memberColumns = `id, run, token, org_id, template, template_id, template_version, image,
-	size, vcpus, memory_mb, dedicated, disk_mb, started, created_at`
+// pooledColumns lists the columns of pooledFields, in the same order.
+const pooledColumns = `id, run, token, org_id, template, template_id, template_version, image,
+	shape, created_at`
 
-// memberFields returns m's columns, to scan into or to write.
-func memberFields(m *sandbox.Member) []any {
-	k := &m.Kind
-	return []any{&m.ID, &m.Run, &m.Token, &m.OrgID, &m.Template, &k.TemplateID, &k.Version, &k.Image,
-		&k.Size.Name, &k.Size.VCPUs, &k.Size.MemoryMB, &k.Size.Dedicated, &k.DiskMB, &k.Started, timeColumn{&m.CreatedAt}}
+// pooledFields returns m's columns, to scan into or to write.
+func pooledFields(m *sandbox.Pooled) []any {
+	return []any{&m.ID, &m.Run, &m.Token, &m.OrgID, &m.Template, &m.TemplateID, &m.TemplateVersion, &m.Image,
+		jsonColumn{&m.Shape}, timeColumn{&m.CreatedAt}}
 }
 
-// AddMember implements [sandbox.Store].
-func (db *DB) AddMember(ctx context.Context, m sandbox.Member) error {
+// AddPooled implements [sandbox.Store].
+func (db *DB) AddPooled(ctx context.Context, m sandbox.Pooled) error {
 	err := db.write(ctx, func(tx *sql.Tx) error {
-		fields := memberFields(&m)
+		fields := pooledFields(&m)
 		if _, err := tx.ExecContext(ctx,
-			"INSERT INTO pool ("+memberColumns+") VALUES ("+placeholders(len(fields))+")", fields...); err != nil {
+			"INSERT INTO pool ("+pooledColumns+") VALUES ("+placeholders(len(fields))+")", fields...); err != nil {
 			return err
 		}
 		var taken int
@@ -43,25 +42,25 @@ func (db *DB) AddMember(ctx context.Context, m sandbox.Member) error {
 	return nil
 }
 
-// DropMember implements [sandbox.Store].
-func (db *DB) DropMember(ctx context.Context, id sandbox.ID) error {
+// DropPooled implements [sandbox.Store].
+func (db *DB) DropPooled(ctx context.Context, id sandbox.ID) error {
 	if _, err := db.writer.ExecContext(ctx, "DELETE FROM pool WHERE id = $1", id); err != nil {
 		return fmt.Errorf("dropping sandbox %s from the warm pool: %w", id, err)
 	}
 	return nil
 }
 
-// Members implements [sandbox.Store].
-func (db *DB) Members(ctx context.Context) ([]sandbox.Member, error) {
-	rows, err := db.reader.QueryContext(ctx, "SELECT "+memberColumns+" FROM pool ORDER BY created_at, id")
+// ListPooled implements [sandbox.Store].
+func (db *DB) ListPooled(ctx context.Context) ([]sandbox.Pooled, error) {
+	rows, err := db.reader.QueryContext(ctx, "SELECT "+pooledColumns+" FROM pool ORDER BY created_at, id")
 	if err != nil {
 		return nil, fmt.Errorf("listing the warm pool: %w", err)
 	}
 	defer rows.Close()
-	var all []sandbox.Member
+	var all []sandbox.Pooled
 	for rows.Next() {
-		var m sandbox.Member
-		if err := rows.Scan(memberFields(&m)...); err != nil {
+		var m sandbox.Pooled
+		if err := rows.Scan(pooledFields(&m)...); err != nil {
 			return nil, fmt.Errorf("listing the warm pool: %w", err)
 		}
 		all = append(all, m)

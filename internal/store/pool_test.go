@@ -14,37 +14,35 @@ import (
 )
 
 // fullMember returns a pooled sandbox with a value in every field.
-func fullMember(i int) sandbox.Member {
-	return sandbox.Member{ID: sandbox.NewID(), Run: fmt.Sprint("run", i), Token: "secret",
-		OrgID: "org_a", Template: "python",
-		Kind: sandbox.Kind{TemplateID: "tpl_python", Version: 3, Image: "abcdef", DiskMB: 2048, Started: "0123",
-			Size: sandbox.Size{Name: "performance-2x", VCPUs: 2, MemoryMB: 4096, Dedicated: true}},
+func fullMember(i int) sandbox.Pooled {
+	return sandbox.Pooled{ID: sandbox.NewID(), Run: fmt.Sprint("run", i), Token: "secret",
+		OrgID: "org_a", Template: "python", TemplateID: "tpl_python", TemplateVersion: 3, Shape: fullShape(i),
 		CreatedAt: start.Add(time.Duration(i) * time.Second)}
 }
 
-func mustAdd(t *testing.T, st sandbox.Store, m sandbox.Member) sandbox.Member {
+func mustAdd(t *testing.T, st sandbox.Store, m sandbox.Pooled) sandbox.Pooled {
 	t.Helper()
-	if err := st.AddMember(t.Context(), m); err != nil {
+	if err := st.AddPooled(t.Context(), m); err != nil {
 		t.Fatal(err)
 	}
 	return m
 }
 
 // claimed returns the sandbox that a pooled sandbox becomes when org claims it.
-func claimed(m sandbox.Member, org string) sandbox.Sandbox {
+func claimed(m sandbox.Pooled, org string) sandbox.Sandbox {
 	s := fullSandbox(org, 0)
 	s.ID, s.Run, s.State = m.ID, m.Run, sandbox.Running
 	s.StartedAt = s.CreatedAt.Add(time.Millisecond)
 	return s
 }
 
-func wantMembers(t *testing.T, st sandbox.Store, want ...sandbox.Member) {
+func wantMembers(t *testing.T, st sandbox.Store, want ...sandbox.Pooled) {
 	t.Helper()
-	got, err := st.Members(t.Context())
+	got, err := st.ListPooled(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d := cmp.Diff(want, got); d != "" {
+	if d := cmp.Diff(want, got, prefixes); d != "" {
 		t.Errorf("pooled sandboxes (-want +got):\n%s", d)
 	}
 }
@@ -53,20 +51,20 @@ func poolMembers(t *testing.T, st sandbox.Store) {
 	wantMembers(t, st)
 	b, a := mustAdd(t, st, fullMember(2)), mustAdd(t, st, fullMember(1))
 	wantMembers(t, st, a, b)
-	if err := st.AddMember(t.Context(), a); err == nil {
+	if err := st.AddPooled(t.Context(), a); err == nil {
 		t.Error("added a pooled sandbox twice")
 	}
 	s := mustInsert(t, st, small("org_a", 0))
 	taken := fullMember(3)
 	taken.ID = s.ID
-	if err := st.AddMember(t.Context(), taken); err == nil {
+	if err := st.AddPooled(t.Context(), taken); err == nil {
 		t.Error("added a pooled sandbox with the ID of a sandbox")
 	}
-	if images, err := st.Images(t.Context()); err != nil || len(images) != 1 || images[0] != a.Kind.Image {
+	if images, err := st.Images(t.Context()); err != nil || len(images) != 2 || images[0] != a.Image || images[1] != b.Image {
 		t.Errorf("images %v, %v", images, err)
 	}
 	for range 2 {
-		if err := st.DropMember(t.Context(), a.ID); err != nil {
+		if err := st.DropPooled(t.Context(), a.ID); err != nil {
 			t.Error(err)
 		}
 	}
@@ -128,7 +126,7 @@ func poolClaim(t *testing.T, st sandbox.Store) {
 		sandbox.Once{Key: "new"}); err != nil || found {
 		t.Errorf("admitting an allowed create: found %v, %v", found, err)
 	}
-	if err := st.DropMember(ctx, b.ID); err != nil {
+	if err := st.DropPooled(ctx, b.ID); err != nil {
 		t.Fatal(err)
 	}
 	_, _, err = st.Claim(ctx, claimed(b, "org_a"), sandbox.Quota{}, sandbox.Once{})
@@ -140,7 +138,7 @@ func poolClaim(t *testing.T, st sandbox.Store) {
 
 // poolClaimRace makes many claims at once, several for each of a few pooled sandboxes.
 func poolClaimRace(t *testing.T, st sandbox.Store) {
-	members := []sandbox.Member{
+	members := []sandbox.Pooled{
 		mustAdd(t, st, fullMember(1)),
 		mustAdd(t, st, fullMember(2)),
 		mustAdd(t, st, fullMember(3)),

@@ -22,17 +22,16 @@ const onceFor = 24 * time.Hour
 // work. A higher limit would delay creates; a lower one would sync the database more often.
 const purgeBatch = 200
 
-// sandboxColumns lists the columns of sandboxFields, in the same order.
-const sandboxColumns = `id, org_id, mode, state, run, template, template_id, template_version, image,
-	size, vcpus, memory_mb, dedicated, disk_mb, env, metadata, egress, run_as, workdir,
-	timeout, idle_timeout, recovery_interval, created_at, started_at, expires_at, last_activity_at,
-	suspended_at, destroyed_at, destroy_reason, error, source, origin, token, at_end, surface`
+// sandboxColumns lists the columns of sandboxFields, in the same order. The columns of the shape that
+// queries use stand before it.
+const sandboxColumns = `id, org_id, mode, state, run, template, template_id, template_version,
+	image, vcpus, memory_mb, shape, metadata, timeout, idle_timeout, recovery_interval,
+	created_at, started_at, expires_at, last_activity_at, suspended_at, destroyed_at, destroy_reason, error, source, origin, token, at_end, surface`
 
 // sandboxFields returns s's columns, to scan into or to write.
 func sandboxFields(s *sandbox.Sandbox) []any {
-	return []any{&s.ID, &s.OrgID, &s.Mode, &s.State, &s.Run, &s.Template, &s.TemplateID, &s.TemplateVersion, &s.Image,
-		&s.Size.Name, &s.Size.VCPUs, &s.Size.MemoryMB, &s.Size.Dedicated, &s.DiskMB,
-		jsonColumn{&s.Env}, jsonColumn{&s.Metadata}, jsonColumn{&s.Egress}, &s.User, &s.Workdir,
+	return []any{&s.ID, &s.OrgID, &s.Mode, &s.State, &s.Run, &s.Template, &s.TemplateID, &s.TemplateVersion,
+		&s.Image, &s.Size.VCPUs, &s.Size.MemoryMB, jsonColumn{&s.Shape}, jsonColumn{&s.Metadata},
 		durationColumn{&s.Timeout}, durationColumn{&s.IdleTimeout}, durationColumn{&s.RecoveryInterval},
 		timeColumn{&s.CreatedAt}, timeColumn{&s.StartedAt}, timeColumn{&s.ExpiresAt}, timeColumn{&s.LastActivityAt},
 		timeColumn{&s.SuspendedAt}, timeColumn{&s.DestroyedAt}, &s.DestroyReason, &s.Error, &s.Source, &s.Origin,
@@ -308,11 +307,6 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 	return after, nil
 }
 
-// forgetting assigns the columns of a row when its sandbox is over. It clears the secrets and sets
-// the weight, which is the number of rows that this row counts for in [DB.Purge].
-const forgetting = "env = '{}', surface = '', token = '', " +
-	"weight = 1 + (2 * LENGTH(metadata) + LENGTH(egress) + LENGTH(error)) / 4096"
-
 // updateQuery returns the conditional update that makes a transition. The update changes the row only
 // if the row still has the state and the run of before.
 func updateQuery(c sandbox.Change, before sandbox.Sandbox) (string, params) {
@@ -322,7 +316,11 @@ func updateQuery(c sandbox.Change, before sandbox.Sandbox) (string, params) {
 	ended := timeColumn{&time.Time{}}
 	if c.To.Over() {
 		ended = at(c.At)
-		set = append(set, forgetting)
+		// The row loses its secrets. Its weight is the number of rows that it counts for in [DB.Purge].
+		public := before.Shape.Public()
+		shape := p.add(jsonColumn{&public})
+		set = append(set, "shape = "+shape, "surface = ''", "token = ''",
+			"weight = 1 + (2 * LENGTH(metadata) + LENGTH("+shape+") + LENGTH(error)) / 4096")
 	}
 	add("ended_at", ended)
 	if c.NewRun != nil {
@@ -351,9 +349,6 @@ func updateQuery(c sandbox.Change, before sandbox.Sandbox) (string, params) {
 	}
 	if c.Error != nil {
 		add("error", *c.Error)
-	}
-	if c.Source != nil {
-		add("source", *c.Source)
 	}
 	if c.Token != nil {
 		add("token", *c.Token)
@@ -391,7 +386,11 @@ func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time,
 func (db *DB) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress,
 	note sandbox.Event) (s sandbox.Sandbox, err error) {
 	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
-		if s, err = setLiving(ctx, tx, id, "egress", jsonColumn{&e}); err != nil {
+		if s, err = getSandbox(ctx, tx, id); err != nil {
+			return err
+		}
+		s.Egress = e
+		if s, err = setLiving(ctx, tx, id, "shape", jsonColumn{&s.Shape}); err != nil {
 			return err
 		}
 		note.SandboxID = id

@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
+	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -23,19 +24,24 @@ import (
 // prefixes makes cmp compare values of netip.Prefix with ==.
 var prefixes = cmpopts.EquateComparable(netip.Prefix{})
 
+// fullShape returns a shape with a value in every field.
+func fullShape(i int) sandbox.Shape {
+	var s sandbox.Shape
+	caytest.Fill(&s, i+1)
+	s.Image, s.Size.VCPUs, s.Size.MemoryMB = fmt.Sprint("image", i), 2, 4096
+	s.Env["ü"] = "\"\\\x01\u2028"
+	return s
+}
+
 // fullSandbox returns a sandbox with a value in every field, so that tests notice a column that is
 // not written or read.
 func fullSandbox(org string, i int) sandbox.Sandbox {
 	created := start.Add(time.Duration(i) * time.Second)
 	return sandbox.Sandbox{
 		ID: sandbox.NewID(), OrgID: org, Mode: sandbox.Ephemeral, State: sandbox.Creating, Run: fmt.Sprint("run", i),
-		Template: "python", TemplateID: "tpl_python", TemplateVersion: 3, Image: "abcdef",
-		Size: sandbox.Size{Name: "performance-2x", VCPUs: 2, MemoryMB: 4096, Dedicated: true}, DiskMB: 2048,
-		Env: map[string]string{"A": "1", "ü": "\"\\\x01\u2028"}, Metadata: map[string]string{"team": "red", "n": fmt.Sprint(i)},
-		Egress: sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
-			DenyCIDRs:  []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")},
-			AllowPorts: []uint16{80, 443}, AllowDomains: []string{"*.example.com"}},
-		User: "user", Workdir: "/srv", Timeout: 5 * time.Minute, IdleTimeout: 90 * time.Second, RecoveryInterval: 1500 * time.Millisecond,
+		Template: "python", TemplateID: "tpl_python", TemplateVersion: 3, Shape: fullShape(i),
+		Metadata: map[string]string{"team": "red", "n": fmt.Sprint(i)},
+		Timeout:  5 * time.Minute, IdleTimeout: 90 * time.Second, RecoveryInterval: 1500 * time.Millisecond,
 		CreatedAt: created, StartedAt: created.Add(1), ExpiresAt: created.Add(time.Hour), LastActivityAt: created.Add(2 * time.Second),
 		SuspendedAt: created.Add(3 * time.Second), DestroyedAt: created.Add(4 * time.Second), DestroyReason: sandbox.Lost,
 		Error: "it broke", Source: sandbox.Restored, Origin: "snap_a", Token: "secret", AtEnd: sandbox.EndSuspends, Surface: "kept",
@@ -51,7 +57,7 @@ func asStored(s sandbox.Sandbox) sandbox.Sandbox {
 // small returns a sandbox with only the fields that a row needs.
 func small(org string, i int) sandbox.Sandbox {
 	return sandbox.Sandbox{ID: sandbox.NewID(), OrgID: org, Mode: sandbox.Ephemeral, State: sandbox.Creating, Run: "run1",
-		Size: sandbox.Size{Name: "s", VCPUs: 1, MemoryMB: 512}, CreatedAt: start.Add(time.Duration(i) * time.Second)}
+		Shape: sandbox.Shape{Size: sandbox.Size{Name: "s", VCPUs: 1, MemoryMB: 512}}, CreatedAt: start.Add(time.Duration(i) * time.Second)}
 }
 
 func mustInsert(t *testing.T, st sandbox.Store, s sandbox.Sandbox) sandbox.Sandbox {
@@ -126,8 +132,8 @@ func testSandboxStore(t *testing.T, open func(t *testing.T) sandbox.Store) {
 
 func sandboxRoundTrip(t *testing.T, st sandbox.Store) {
 	full := fullSandbox("org_a", 0)
-	for i, f := range reflect.VisibleFields(reflect.TypeFor[sandbox.Sandbox]()) {
-		if reflect.ValueOf(full).Field(i).IsZero() {
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[sandbox.Sandbox]()) {
+		if reflect.ValueOf(full).FieldByIndex(f.Index).IsZero() {
 			t.Errorf("the test leaves field %s empty", f.Name)
 		}
 	}
@@ -629,18 +635,17 @@ func move(t *testing.T, st sandbox.Store, id sandbox.ID, from, to sandbox.State)
 
 func sandboxTransition(t *testing.T, st sandbox.Store) {
 	s := mustInsert(t, st, small("org_a", 0))
-	run, source, token, started, expires := "run2", sandbox.Warm, "tok", start.Add(time.Second), start.Add(time.Hour)
+	run, token, started, expires := "run2", "tok", start.Add(time.Second), start.Add(time.Hour)
 	suspended, active := start.Add(2*time.Second), start.Add(3*time.Second)
 	got, err := st.Transition(t.Context(), sandbox.Change{ID: s.ID,
 		From: []sandbox.State{sandbox.Running, sandbox.Creating}, Run: "run1", To: sandbox.Running,
-		At: started, Reason: "booted", NewRun: &run, StartedAt: &started, ExpiresAt: &expires, Source: &source, Token: &token,
+		At: started, Reason: "booted", NewRun: &run, StartedAt: &started, ExpiresAt: &expires, Token: &token,
 		SuspendedAt: &suspended, LastActivityAt: &active})
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := s
-	want.State, want.Run, want.Source, want.Token, want.StartedAt, want.ExpiresAt =
-		sandbox.Running, run, source, token, started, expires
+	want.State, want.Run, want.Token, want.StartedAt, want.ExpiresAt = sandbox.Running, run, token, started, expires
 	want.SuspendedAt, want.LastActivityAt = suspended, active
 	if diff := cmp.Diff(want, got, prefixes); diff != "" {
 		t.Errorf("after the first (-want +got):\n%s", diff)

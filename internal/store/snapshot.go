@@ -14,14 +14,13 @@ import (
 
 // snapshotColumns lists the columns of snapshotFields, in the same order.
 const snapshotColumns = `id, org_id, name, state, sandbox_id, template, template_id, template_version, image,
-	size, vcpus, memory_mb, dedicated, disk_mb, env, egress, run_as, workdir, bytes, created_at`
+	shape, bytes, created_at`
 
 // snapshotFields returns s's columns, to scan into or to write.
 func snapshotFields(s *sandbox.Snapshot) []any {
 	return []any{&s.ID, &s.OrgID, &s.Name, &s.State, &s.SandboxID,
 		&s.Template, &s.TemplateID, &s.TemplateVersion, &s.Image,
-		&s.Size.Name, &s.Size.VCPUs, &s.Size.MemoryMB, &s.Size.Dedicated, &s.DiskMB,
-		jsonColumn{&s.Env}, jsonColumn{&s.Egress}, &s.User, &s.Workdir, &s.Bytes, timeColumn{&s.CreatedAt}}
+		jsonColumn{&s.Shape}, &s.Bytes, timeColumn{&s.CreatedAt}}
 }
 
 func scanSnapshot(row scanner, id string) (sandbox.Snapshot, error) {
@@ -108,19 +107,21 @@ func (db *DB) ReadySnapshot(ctx context.Context, id sandbox.SnapshotID, made tim
 
 // EndSnapshot implements [sandbox.Store].
 func (db *DB) EndSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
-	const end = "UPDATE snapshots SET state = $1, env = '{}' WHERE id = $2"
 	return db.record(ctx, func(tx *sql.Tx, out *outbox) error {
-		s, err := scanSnapshot(tx.QueryRowContext(ctx, end+" AND state = $3 RETURNING "+snapshotColumns,
-			sandbox.SnapshotDeleting, id, sandbox.SnapshotReady), string(id))
-		if err == nil {
-			return out.add(ctx, event.Event{OrgID: s.OrgID, At: time.Now(), Type: event.SnapshotDeleted,
-				SandboxID: string(s.SandboxID), About: event.About{SnapshotID: string(s.ID), Name: s.Name}})
+		s, err := getSnapshot(ctx, tx, id)
+		if err != nil {
+			return err
 		}
-		if fault.Is(err, fault.NotFound) { // it was never ready, or is being deleted already
-			_, err = scanSnapshot(tx.QueryRowContext(ctx, end+" RETURNING "+snapshotColumns, sandbox.SnapshotDeleting, id),
-				string(id))
+		public := s.Shape.Public()
+		if _, err := tx.ExecContext(ctx, "UPDATE snapshots SET state = $1, shape = $2 WHERE id = $3",
+			sandbox.SnapshotDeleting, jsonColumn{&public}, id); err != nil {
+			return fmt.Errorf("ending snapshot %s: %w", id, err)
 		}
-		return err
+		if s.State != sandbox.SnapshotReady {
+			return nil // it was never ready, or is being deleted already
+		}
+		return out.add(ctx, event.Event{OrgID: s.OrgID, At: time.Now(), Type: event.SnapshotDeleted,
+			SandboxID: string(s.SandboxID), About: event.About{SnapshotID: string(s.ID), Name: s.Name}})
 	})
 }
 
@@ -134,8 +135,12 @@ func (db *DB) DropSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
 
 // GetSnapshot implements [sandbox.Store].
 func (db *DB) GetSnapshot(ctx context.Context, id sandbox.SnapshotID) (sandbox.Snapshot, error) {
+	return getSnapshot(ctx, db.reader, id)
+}
+
+func getSnapshot(ctx context.Context, q querier, id sandbox.SnapshotID) (sandbox.Snapshot, error) {
 	return scanSnapshot(
-		db.reader.QueryRowContext(ctx, "SELECT "+snapshotColumns+" FROM snapshots WHERE id = $1", id), string(id))
+		q.QueryRowContext(ctx, "SELECT "+snapshotColumns+" FROM snapshots WHERE id = $1", id), string(id))
 }
 
 // findSnapshot selects a snapshot by name and state. Its last two conditions let SQLite use the index

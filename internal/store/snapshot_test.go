@@ -2,7 +2,6 @@ package store
 
 import (
 	"fmt"
-	"net/netip"
 	"reflect"
 	"sync"
 	"sync/atomic"
@@ -19,11 +18,8 @@ import (
 func fullSnapshot(org, name string, i int) sandbox.Snapshot {
 	return sandbox.Snapshot{ID: sandbox.NewSnapshotID(), OrgID: org, Name: name,
 		State: sandbox.SnapshotCreating, SandboxID: sandbox.NewID(),
-		Template: "python", TemplateID: "tpl_python", TemplateVersion: 3, Image: fmt.Sprint("image", i),
-		Size: sandbox.Size{Name: "performance-2x", VCPUs: 2, MemoryMB: 4096, Dedicated: true}, DiskMB: 2048,
-		Env:    map[string]string{"A": "ü"},
-		Egress: sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}},
-		User:   "user", Workdir: "/srv", Bytes: 7, CreatedAt: start.Add(time.Duration(i) * time.Second)}
+		Template: "python", TemplateID: "tpl_python", TemplateVersion: 3, Shape: fullShape(i),
+		Bytes: 7, CreatedAt: start.Add(time.Duration(i) * time.Second)}
 }
 
 // mustSave adds a snapshot and makes it ready.
@@ -42,8 +38,8 @@ func mustSave(t *testing.T, st sandbox.Store, s sandbox.Snapshot) sandbox.Snapsh
 func snapshotLives(t *testing.T, st sandbox.Store) {
 	ctx := t.Context()
 	s := fullSnapshot("org_a", "first", 0)
-	for i, f := range reflect.VisibleFields(reflect.TypeFor[sandbox.Snapshot]()) {
-		if reflect.ValueOf(s).Field(i).IsZero() {
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[sandbox.Snapshot]()) {
+		if reflect.ValueOf(s).FieldByIndex(f.Index).IsZero() {
 			t.Errorf("the test leaves field %s empty", f.Name)
 		}
 	}

@@ -6,6 +6,8 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
+	"io/fs"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +15,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/pressly/goose/v3"
 
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/event"
@@ -151,44 +155,33 @@ func TestOpenRefusesNewerSchema(t *testing.T) {
 // TestOpenMigrates opens a database with the first schema, and checks that its rows can be read and
 // changed.
 func TestOpenMigrates(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "cay.db")
-	db, err := Open(t.Context(), path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := mustInsert(t, db, small("org_a", 0))
-	for _, back := range []string{
+	path, old := openOld(t, 1)
+	s := small("org_a", 0)
+	for _, write := range []struct {
+		query string
+		args  []any
+	}{
+		{insertBeforeShapes, []any{s.ID, s.OrgID, at(s.CreatedAt)}},
+		{insertBeforeShapes, []any{"sbx_over", s.OrgID, at(s.CreatedAt)}},
 		// Earlier versions kept the secrets of sandboxes that are over.
-		`INSERT INTO sandboxes (` + sandboxColumns + `, ended_at) SELECT 'sbx_over', org_id, mode, 'destroyed', run, template, template_id, template_version, image,
-			size, vcpus, memory_mb, dedicated, disk_mb, '{"KEY":"` + aSecret + `"}', '{"a":"b"}', egress, run_as, workdir,
-			timeout, idle_timeout, recovery_interval, created_at, started_at, expires_at, last_activity_at,
-			suspended_at, destroyed_at, 'requested', error, source, origin, '` + aSecret + `', at_end, '', 1000000 FROM sandboxes`,
-		"DROP INDEX sandboxes_over", "ALTER TABLE sandboxes DROP COLUMN weight",
-		"DROP TABLE snapshots", "ALTER TABLE sandboxes DROP COLUMN origin",
-		"DROP TABLE public_ports", "DROP TABLE pool", "DROP TABLE template_builds", "DROP INDEX templates_queued", "DROP INDEX templates_image", "DROP INDEX sandboxes_of_template",
-		"ALTER TABLE templates DROP COLUMN build_id", "ALTER TABLE templates DROP COLUMN tries", "ALTER TABLE templates DROP COLUMN queued_at",
-		"ALTER TABLE templates DROP COLUMN start", "ALTER TABLE templates ADD COLUMN start_command TEXT NOT NULL DEFAULT ''",
-		"ALTER TABLE template_logs DROP COLUMN step", "ALTER TABLE template_logs DROP COLUMN heading",
-		`INSERT INTO templates (id, org_id, name, description, status, progress, build_error, version, image, image_size, source, inputs,
-			env, workdir, run_as, size, disk_mb, egress, created_at) VALUES ('tpl_1', '', 'python', '', 'failed', '', 'exit code 100', 2, 'abc', 5, 's', 'i',
-			'{"A":"b"}', '', 'root', '', 0, '{"mode":"allow_all"}', 1000000)`,
-		"INSERT INTO template_logs (template_id, seq, at, line) VALUES ('tpl_1', 1, 1000000, 'old')",
-		"ALTER TABLE sandboxes DROP COLUMN at_end", "ALTER TABLE sandboxes DROP COLUMN surface",
-		"DROP TABLE events", "DROP TABLE event_horizons", "DROP TABLE event_consumers",
-		`CREATE TABLE sandbox_events (sandbox_id TEXT NOT NULL REFERENCES sandboxes (id) ON DELETE CASCADE,
-			seq BIGINT NOT NULL, at BIGINT NOT NULL,
-			from_state TEXT NOT NULL, to_state TEXT NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (sandbox_id, seq))`,
-		"INSERT INTO sandbox_events SELECT id, 1, created_at, '', 'creating', '' FROM sandboxes",
-		"DELETE FROM goose_db_version WHERE version_id > 1",
+		{`UPDATE sandboxes SET state = 'destroyed', destroy_reason = 'requested', ended_at = 1000000, metadata = '{"a":"b"}',
+			env = '{"KEY":"` + aSecret + `"}', token = '` + aSecret + `' WHERE id = 'sbx_over'`, nil},
+		{`INSERT INTO templates (id, org_id, name, description, status, progress, build_error, version, image, image_size,
+			source, inputs, env, workdir, run_as, start_command, size, disk_mb, egress, created_at) VALUES ('tpl_1', '',
+			'python', '', 'failed', '', 'exit code 100', 2, 'abc', 5, 's', 'i', '{"A":"b"}', '', 'root', '', '', 0,
+			'{"mode":"allow_all"}', 1000000)`, nil},
+		{"INSERT INTO template_logs (template_id, seq, at, line) VALUES ('tpl_1', 1, 1000000, 'old')", nil},
+		{`INSERT INTO sandbox_events (sandbox_id, seq, at, from_state, to_state, reason)
+			SELECT id, 1, created_at, '', 'creating', '' FROM sandboxes`, nil},
 	} {
-		if _, err := db.writer.Exec(back); err != nil {
+		if _, err := old.Exec(write.query, write.args...); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := db.Close(); err != nil {
+	if err := old.Close(); err != nil {
 		t.Fatal(err)
 	}
-	db = openAt(t, path)
+	db := openAt(t, path)
 	if _, err := db.Transition(t.Context(), sandbox.Change{ID: s.ID,
 		From: []sandbox.State{sandbox.Creating}, To: sandbox.Suspended, At: start, Detail: "new"}); err != nil {
 		t.Fatal(err)
@@ -215,6 +208,28 @@ func TestOpenMigrates(t *testing.T) {
 	}
 }
 
+// openOld returns a new database with an older schema, which the caller closes, and its path.
+func openOld(t *testing.T, version int64) (path string, db *sql.DB) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "cay.db")
+	db, err := sql.Open("sqlite", dsn(path, url.Values{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := fs.Sub(migrations, "migrations")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := goose.NewProvider(goose.DialectSQLite3, db, dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.UpTo(t.Context(), version); err != nil {
+		t.Fatal(err)
+	}
+	return path, db
+}
+
 const aSecret = "a-secret-that-nobody-else-would-write"
 
 // TestSecretsAreForgotten checks that the files of the database do not contain the secrets of ended
@@ -237,7 +252,7 @@ func TestSecretsAreForgotten(t *testing.T) {
 		}
 	}
 	snap := sandbox.Snapshot{ID: "snap_a", OrgID: "org_a", State: sandbox.SnapshotCreating, SandboxID: "sbx_a",
-		CreatedAt: start, Env: map[string]string{"KEY": aSecret}}
+		CreatedAt: start, Shape: sandbox.Shape{Env: map[string]string{"KEY": aSecret}}}
 	if err := db.AddSnapshot(ctx, snap, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -247,10 +262,10 @@ func TestSecretsAreForgotten(t *testing.T) {
 	if got, err := db.GetSnapshot(ctx, snap.ID); err != nil || len(got.Env) != 0 {
 		t.Errorf("a snapshot that is being deleted has %v, %v", got.Env, err)
 	}
-	if err := db.AddMember(ctx, sandbox.Member{ID: "sbx_m", Token: aSecret, CreatedAt: start}); err != nil {
+	if err := db.AddPooled(ctx, sandbox.Pooled{ID: "sbx_m", Token: aSecret, CreatedAt: start}); err != nil {
 		t.Fatal(err)
 	}
-	if err := db.DropMember(ctx, "sbx_m"); err != nil {
+	if err := db.DropPooled(ctx, "sbx_m"); err != nil {
 		t.Fatal(err)
 	}
 	if err := db.Close(); err != nil { // writes the log back into the database file

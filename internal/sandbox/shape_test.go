@@ -1,0 +1,150 @@
+package sandbox_test
+
+import (
+	"context"
+	"net/netip"
+	"reflect"
+	"slices"
+	"testing"
+	"testing/synctest"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// shapedTemplate serves one template, whose shape has a value in every field.
+type shapedTemplate struct{ shape sandbox.Shape }
+
+func newShapedTemplate() shapedTemplate {
+	var s sandbox.Shape
+	caytest.Fill(&s, 7)
+	s.Size = sandbox.Size{Name: "big"} // the server has the rest
+	s.Start.User = ""                  // templates do not set it
+	return shapedTemplate{s}
+}
+
+func (t shapedTemplate) Ready(context.Context, string, string) (sandbox.TemplateVersion, error) {
+	return sandbox.TemplateVersion{ID: "tpl_aaaaaaaaaaaaaaaaaaaa", Name: "python", Version: 1, Shape: t.shape.Clone()}, nil
+}
+
+// TestShapeIsCarried fails if a field of the shape, also one that is added later, is lost between a
+// template and what a machine is given: by a create, a pooled sandbox and its claim, a row, a wake, a
+// snapshot, a restore or a fork.
+func TestShapeIsCarried(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t)
+		template := newShapedTemplate()
+		want := template.shape
+		want.Size = sandbox.Size{Name: "big", VCPUs: 4, MemoryMB: 8192, Dedicated: true}
+		h.crash()
+		h.what = template
+		h.start()
+		specs := map[string]sandbox.Spec{}
+		remember := func(what string) func(context.Context, sandbox.Spec) error {
+			return func(_ context.Context, spec sandbox.Spec) error {
+				specs[what] = spec
+				return nil
+			}
+		}
+		h.node.OnCreate, h.node.OnWake = remember("create"), remember("wake")
+		h.node.OnPrepare, h.node.OnClaim = remember("prepare"), remember("claim")
+		check := func(what string, got sandbox.Shape, started bool) {
+			t.Helper()
+			want := want
+			if !started {
+				want.Start = sandbox.Start{}
+			}
+			if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Prefix{})); diff != "" {
+				t.Errorf("%s lost (-template +got):\n%s", what, diff)
+			}
+		}
+
+		box := h.mustCreate(sandbox.Request{Mode: "persistent"})
+		check("a create", specs["create"].Shape, true)
+		check("a row", h.get(box.ID).Shape, true)
+		if _, err := h.Suspend(t.Context(), org, box.ID); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := h.Wake(t.Context(), h.caller(), box.ID); err != nil {
+			t.Fatal(err)
+		}
+		check("a wake", specs["wake"].Shape, false)
+		snap, err := h.SaveSnapshot(t.Context(), org, box.ID, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		check("a snapshot", snap.Shape, true)
+		restored := h.mustCreate(sandbox.Request{Snapshot: string(snap.ID)})
+		check("a restore", specs["create"].Shape, false)
+		check("a restored row", h.get(restored.ID).Shape, true)
+		children, err := h.Fork(t.Context(), h.caller(), box.ID, sandbox.ForkRequest{Count: 1})
+		if err != nil || children[0].Err != nil {
+			t.Fatal(err, children)
+		}
+		check("a fork", specs["create"].Shape, false)
+		check("a forked row", children[0].Sandbox.Shape, true)
+
+		h.crash()
+		h.pool = fixed(1)
+		h.pool.Templates[0].Size = "big"
+		h.start()
+		h.mustCreate(sandbox.Request{})
+		h.settled()
+		check("a pooled sandbox", specs["prepare"].Shape, true)
+		if box := h.mustCreate(sandbox.Request{}); box.Source != sandbox.Warm {
+			t.Fatalf("the pool did not serve a plain create: %+v", box)
+		}
+		check("a claim", specs["claim"].Shape, true)
+	})
+}
+
+// TestPoolTellsShapesApart gives a template another value of each field of the shape, also of one
+// that is added later: no pooled sandbox of before may serve a create then. What a claim sets anew
+// makes no difference to a sandbox without a start command.
+func TestPoolTellsShapesApart(t *testing.T) {
+	claimed := map[string]bool{"Env": true, "User": true, "Workdir": true, "Egress": true}
+	for _, started := range []bool{true, false} {
+		base := newShapedTemplate().shape
+		if !started {
+			base.Start = sandbox.Start{}
+		}
+		for i := range reflect.TypeFor[sandbox.Shape]().NumField() {
+			field := reflect.TypeFor[sandbox.Shape]().Field(i)
+			other := base.Clone()
+			if field.Name == "Size" {
+				other.Size.Name = "small"
+			} else {
+				caytest.Fill(reflect.ValueOf(&other).Elem().Field(i).Addr().Interface(), 8)
+			}
+			t.Run(field.Name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					h := newHouse(t)
+					h.crash()
+					h.what, h.pool = shapedTemplate{base}, fixed(1)
+					h.pool.Templates[0].Size = base.Size.Name
+					h.start()
+					h.mustCreate(sandbox.Request{})
+					h.settled()
+					if box := h.mustCreate(sandbox.Request{}); box.Source != sandbox.Warm {
+						t.Fatalf("the pool did not serve the same shape: %+v", box)
+					}
+					before := h.settled()
+					h.crash()
+					h.what = shapedTemplate{other}
+					h.start()
+					h.settled()
+					box := h.mustCreate(sandbox.Request{Size: other.Size.Name})
+					same := !started && claimed[field.Name]
+					old := slices.ContainsFunc(before, func(p sandbox.Pooled) bool { return p.ID == box.ID })
+					if old != same {
+						t.Errorf("with another %s and a start command %v a pooled sandbox of before serves a create: %v",
+							field.Name, started, old)
+					}
+				})
+			})
+		}
+	}
+}
