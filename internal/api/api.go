@@ -44,7 +44,7 @@ type Sandboxes interface {
 	Wake(ctx context.Context, c sandbox.Caller, id sandbox.ID) (sandbox.Sandbox, error)
 	Connect(ctx context.Context, c sandbox.Caller, id sandbox.ID) (*sandbox.Lease, error)
 	Suspend(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
-	Checkpoint(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Point, error)
+	Checkpoint(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Checkpoint, error)
 	SetEgress(ctx context.Context, orgID string, id sandbox.ID, e sandbox.Egress) (sandbox.Sandbox, error)
 	SaveSnapshot(ctx context.Context, orgID string, id sandbox.ID, name string) (sandbox.Snapshot, error)
 	GetSnapshot(ctx context.Context, orgID, nameOrID string) (sandbox.Snapshot, error)

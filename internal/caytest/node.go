@@ -21,7 +21,7 @@ type Node struct {
 	OnSuspend    func(ctx context.Context, id sandbox.ID) error
 	OnCheckpoint func(ctx context.Context, id sandbox.ID) error
 	OnPrepare    func(ctx context.Context, spec sandbox.Spec) error
-	OnClaim      func(ctx context.Context, spec sandbox.Spec) error // an error ends the member
+	OnClaim      func(ctx context.Context, spec sandbox.Spec) error // an error ends the pooled sandbox
 	OnCheck      func(ctx context.Context, id sandbox.ID) error
 	OnWake       func(ctx context.Context, spec sandbox.Spec) error
 	OnRest       func(ctx context.Context, id sandbox.ID) error
@@ -33,7 +33,7 @@ type Node struct {
 	// OnDial, if set, answers Dial for a sandbox that exists.
 	OnDial func(ctx context.Context, id sandbox.ID) (net.Conn, error)
 
-	lost   chan sandbox.Fact
+	lost   chan sandbox.Observed
 	denied chan sandbox.Denial
 
 	mu sync.Mutex
@@ -42,7 +42,7 @@ type Node struct {
 	// +checklocks:mu
 	most int // sandboxes there may be; 0 is any number; guarded by mu
 	// +checklocks:mu
-	boxes map[sandbox.ID]sandbox.Fact // guarded by mu
+	sandboxes map[sandbox.ID]sandbox.Observed // guarded by mu
 	// +checklocks:mu
 	snapshots map[sandbox.SnapshotID]bool // guarded by mu
 	// +checklocks:mu
@@ -51,7 +51,8 @@ type Node struct {
 
 // NewNode makes an empty node.
 func NewNode() *Node {
-	return &Node{lost: make(chan sandbox.Fact), denied: make(chan sandbox.Denial), boxes: map[sandbox.ID]sandbox.Fact{},
+	return &Node{lost: make(chan sandbox.Observed), denied: make(chan sandbox.Denial),
+		sandboxes: map[sandbox.ID]sandbox.Observed{},
 		snapshots: map[sandbox.SnapshotID]bool{}}
 }
 
@@ -66,7 +67,7 @@ func (n *Node) SetFull(full bool) {
 func (n *Node) Room(context.Context, sandbox.Size) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.full || n.most > 0 && len(n.boxes) >= n.most {
+	if n.full || n.most > 0 && len(n.sandboxes) >= n.most {
 		return fault.New(fault.Unavailable, "no_capacity", "full").After(5e9)
 	}
 	return nil
@@ -87,7 +88,7 @@ func (n *Node) Spare(context.Context) (int, error) {
 	case n.full:
 		return 0, nil
 	case n.most > 0:
-		return max(0, n.most-len(n.boxes)), nil
+		return max(0, n.most-len(n.sandboxes)), nil
 	}
 	return 1000, nil
 }
@@ -99,38 +100,38 @@ func (n *Node) Prepare(ctx context.Context, spec sandbox.Spec) error {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if _, there := n.boxes[spec.ID]; there {
+	if _, there := n.sandboxes[spec.ID]; there {
 		return errors.New("prepared twice")
 	}
-	n.boxes[spec.ID] = sandbox.Fact{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Warm: true}
+	n.sandboxes[spec.ID] = sandbox.Observed{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Warm: true}
 	return nil
 }
 
 // Claim implements sandbox.Node.
 func (n *Node) Claim(ctx context.Context, spec sandbox.Spec) error {
 	n.mu.Lock()
-	fact := n.boxes[spec.ID]
-	if !fact.Warm || fact.Run != spec.Run {
+	observed := n.sandboxes[spec.ID]
+	if !observed.Warm || observed.Run != spec.Run {
 		n.mu.Unlock()
 		return fault.New(fault.Conflict, "no_member", "there is no member %s", spec.ID)
 	}
-	fact.Warm = false
-	n.boxes[spec.ID] = fact
+	observed.Warm = false
+	n.sandboxes[spec.ID] = observed
 	n.mu.Unlock()
 	err := called(ctx, n, "claim", spec.ID, spec, n.OnClaim)
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if err == nil && !n.boxes[spec.ID].Alive {
+	if err == nil && !n.sandboxes[spec.ID].Alive {
 		err = errors.New("the member is dead")
 	}
 	if err != nil {
 		if ctx.Err() == nil { // else there was no time to, or nobody is left to
-			delete(n.boxes, spec.ID)
+			delete(n.sandboxes, spec.ID)
 		}
 		return err
 	}
-	fact.Egress = spec.Egress
-	n.boxes[spec.ID] = fact
+	observed.Egress = spec.Egress
+	n.sandboxes[spec.ID] = observed
 	return nil
 }
 
@@ -149,34 +150,34 @@ func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if _, there := n.boxes[spec.ID]; there {
+	if _, there := n.sandboxes[spec.ID]; there {
 		return errors.New("created twice")
 	}
 	if spec.From != "" && !n.snapshots[spec.From] {
 		return fault.New(fault.Internal, "restore_failed", "there is no snapshot %s", spec.From)
 	}
-	n.boxes[spec.ID] = sandbox.Fact{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Egress: spec.Egress}
+	n.sandboxes[spec.ID] = sandbox.Observed{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Egress: spec.Egress}
 	return nil
 }
 
 // Suspend implements sandbox.Node.
-func (n *Node) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
+func (n *Node) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Checkpoint, error) {
 	if err := called(ctx, n, "suspend", id, id, n.OnSuspend); err != nil {
-		return sandbox.Point{}, err
+		return sandbox.Checkpoint{}, err
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	point, err := n.write(id)
+	checkpoint, err := n.write(id)
 	if err == nil {
-		n.boxes[id] = sandbox.Fact{ID: id, Point: &point}
+		n.sandboxes[id] = sandbox.Observed{ID: id, Checkpoint: &checkpoint}
 	}
-	return point, err
+	return checkpoint, err
 }
 
 // Checkpoint implements sandbox.Node.
-func (n *Node) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
+func (n *Node) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Checkpoint, error) {
 	if err := called(ctx, n, "checkpoint", id, id, n.OnCheckpoint); err != nil {
-		return sandbox.Point{}, err
+		return sandbox.Checkpoint{}, err
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -186,14 +187,14 @@ func (n *Node) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Point, er
 // write gives a sandbox that is alive a new recovery point.
 //
 // +checklocks:n.mu
-func (n *Node) write(id sandbox.ID) (sandbox.Point, error) {
-	fact := n.boxes[id]
-	if !fact.Alive {
-		return sandbox.Point{}, errors.New("a recovery point of a sandbox that is not alive")
+func (n *Node) write(id sandbox.ID) (sandbox.Checkpoint, error) {
+	observed := n.sandboxes[id]
+	if !observed.Alive {
+		return sandbox.Checkpoint{}, errors.New("a recovery point of a sandbox that is not alive")
 	}
-	fact.Point = &sandbox.Point{At: time.Now().UTC(), Size: 1 << 20, Run: fact.Run}
-	n.boxes[id] = fact
-	return *fact.Point, nil
+	observed.Checkpoint = &sandbox.Checkpoint{At: time.Now().UTC(), Size: 1 << 20, Run: observed.Run}
+	n.sandboxes[id] = observed
+	return *observed.Checkpoint, nil
 }
 
 // Wake implements sandbox.Node.
@@ -203,15 +204,15 @@ func (n *Node) Wake(ctx context.Context, spec sandbox.Spec) error {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	fact := n.boxes[spec.ID]
+	observed := n.sandboxes[spec.ID]
 	switch {
-	case fact.Remains:
+	case observed.Remains:
 		return errors.New("woken over what remains of another life")
-	case fact.Point == nil:
+	case observed.Checkpoint == nil:
 		return fault.New(fault.Internal, "wake_failed", "the sandbox has no recovery point")
 	}
-	n.boxes[spec.ID] = sandbox.Fact{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true,
-		Egress: spec.Egress, Point: fact.Point}
+	n.sandboxes[spec.ID] = sandbox.Observed{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true,
+		Egress: spec.Egress, Checkpoint: observed.Checkpoint}
 	return nil
 }
 
@@ -222,10 +223,10 @@ func (n *Node) Rest(ctx context.Context, id sandbox.ID) error {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if point := n.boxes[id].Point; point != nil {
-		n.boxes[id] = sandbox.Fact{ID: id, Point: point}
+	if checkpoint := n.sandboxes[id].Checkpoint; checkpoint != nil {
+		n.sandboxes[id] = sandbox.Observed{ID: id, Checkpoint: checkpoint}
 	} else {
-		delete(n.boxes, id)
+		delete(n.sandboxes, id)
 	}
 	return nil
 }
@@ -245,12 +246,12 @@ func (n *Node) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) e
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	fact := n.boxes[id]
-	if !fact.Alive {
+	observed := n.sandboxes[id]
+	if !observed.Alive {
 		return fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is not here", id)
 	}
-	fact.Egress = e
-	n.boxes[id] = fact
+	observed.Egress = e
+	n.sandboxes[id] = observed
 	return nil
 }
 
@@ -258,7 +259,7 @@ func (n *Node) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) e
 func (n *Node) Traffic(_ context.Context, id sandbox.ID) (sandbox.Traffic, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if !n.boxes[id].Alive {
+	if !n.sandboxes[id].Alive {
 		return sandbox.Traffic{}, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is not here", id)
 	}
 	return sandbox.Traffic{PacketsAllowed: 4, BytesAllowed: 4096, PacketsDenied: 1, BytesDenied: 60}, nil
@@ -271,7 +272,7 @@ func (n *Node) Denied() <-chan sandbox.Denial { return n.denied }
 func (n *Node) Deny(d sandbox.Denial) { n.denied <- d }
 
 // Inspect implements sandbox.Node.
-func (n *Node) Inspect(ctx context.Context, id sandbox.ID) (*sandbox.Fact, error) {
+func (n *Node) Inspect(ctx context.Context, id sandbox.ID) (*sandbox.Observed, error) {
 	if n.OnInspect != nil {
 		if err := n.OnInspect(ctx, id); err != nil {
 			return nil, err
@@ -279,8 +280,8 @@ func (n *Node) Inspect(ctx context.Context, id sandbox.ID) (*sandbox.Fact, error
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if fact, there := n.boxes[id]; there {
-		return &fact, nil
+	if observed, there := n.sandboxes[id]; there {
+		return &observed, nil
 	}
 	return nil, nil
 }
@@ -292,60 +293,60 @@ func (n *Node) Destroy(ctx context.Context, id sandbox.ID) error {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	delete(n.boxes, id)
+	delete(n.sandboxes, id)
 	return nil
 }
 
 // Dial implements sandbox.Node.
 func (n *Node) Dial(ctx context.Context, id sandbox.ID) (net.Conn, error) {
 	n.mu.Lock()
-	fact, there := n.boxes[id]
+	observed, there := n.sandboxes[id]
 	n.mu.Unlock()
-	if !there || !fact.Alive || n.OnDial == nil {
+	if !there || !observed.Alive || n.OnDial == nil {
 		return nil, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is not here", id)
 	}
 	return n.OnDial(ctx, id)
 }
 
 // List implements sandbox.Node.
-func (n *Node) List(context.Context) ([]sandbox.Fact, error) {
+func (n *Node) List(context.Context) ([]sandbox.Observed, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	var facts []sandbox.Fact
-	for _, fact := range n.boxes {
-		facts = append(facts, fact)
+	var found []sandbox.Observed
+	for _, observed := range n.sandboxes {
+		found = append(found, observed)
 	}
-	return facts, nil
+	return found, nil
 }
 
 // Lost implements sandbox.Node.
-func (n *Node) Lost() <-chan sandbox.Fact { return n.lost }
+func (n *Node) Lost() <-chan sandbox.Observed { return n.lost }
 
 // Put gives the node a sandbox without a create.
-func (n *Node) Put(fact sandbox.Fact) {
+func (n *Node) Put(observed sandbox.Observed) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.boxes[fact.ID] = fact
+	n.sandboxes[observed.ID] = observed
 }
 
 // Kill ends a sandbox's processes, if it has any, without a report, as when the
 // machine restarts. Its recovery point stays.
-func (n *Node) Kill(id sandbox.ID) (fact sandbox.Fact, killed bool) {
+func (n *Node) Kill(id sandbox.ID) (observed sandbox.Observed, killed bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	fact = n.boxes[id]
-	if !fact.Alive {
-		return fact, false
+	observed = n.sandboxes[id]
+	if !observed.Alive {
+		return observed, false
 	}
-	fact.Alive = false
-	n.boxes[id] = fact
-	return fact, true
+	observed.Alive = false
+	n.sandboxes[id] = observed
+	return observed, true
 }
 
 // Die ends a sandbox's processes and reports it lost, as the real node does.
 func (n *Node) Die(id sandbox.ID) {
-	if fact, killed := n.Kill(id); killed {
-		n.lost <- fact
+	if observed, killed := n.Kill(id); killed {
+		n.lost <- observed
 	}
 }
 

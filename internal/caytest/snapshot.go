@@ -9,30 +9,31 @@ import (
 )
 
 // Snapshot implements sandbox.Node.
-func (n *Node) Snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Point, error) {
-	return n.snapshot(ctx, id, to, func(f sandbox.Fact) bool { return f.Alive })
+func (n *Node) Snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Checkpoint, error) {
+	return n.snapshot(ctx, id, to, func(f sandbox.Observed) bool { return f.Alive })
 }
 
 // SnapshotPoint implements sandbox.Node.
-func (n *Node) SnapshotPoint(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Point, error) {
-	return n.snapshot(ctx, id, to, func(f sandbox.Fact) bool { return f.Point != nil })
+func (n *Node) SnapshotCheckpoint(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID,
+) (sandbox.Checkpoint, error) {
+	return n.snapshot(ctx, id, to, func(f sandbox.Observed) bool { return f.Checkpoint != nil })
 }
 
 func (n *Node) snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID,
-	can func(sandbox.Fact) bool,
-) (sandbox.Point, error) {
+	can func(sandbox.Observed) bool,
+) (sandbox.Checkpoint, error) {
 	err := called(ctx, n, "snapshot", id, id, n.OnSnapshot)
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	fact := n.boxes[id]
-	if !can(fact) {
-		return sandbox.Point{}, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is not here", id)
+	observed := n.sandboxes[id]
+	if !can(observed) {
+		return sandbox.Checkpoint{}, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is not here", id)
 	}
 	n.snapshots[to] = true // also when it fails: in part
 	if err != nil {
-		return sandbox.Point{}, err
+		return sandbox.Checkpoint{}, err
 	}
-	return sandbox.Point{At: time.Now().UTC(), Size: 1 << 20, Run: fact.Run}, nil
+	return sandbox.Checkpoint{At: time.Now().UTC(), Size: 1 << 20, Run: observed.Run}, nil
 }
 
 // DropSnapshot implements sandbox.Node.

@@ -25,13 +25,13 @@ func (n *Node) adopt() error {
 		if !id.Valid() {
 			continue
 		}
-		l, err := readLife(n.dir(id))
+		l, err := readRecord(n.dir(id))
 		if err != nil || l.ID != id {
 			continue // it never ran; List reports its directory
 		}
-		b := n.boxOf(l)
+		b := n.instanceOf(l)
 		b.agentKey = l.Token
-		n.boxes[id] = b
+		n.instances[id] = b
 		if l.UID != 0 {
 			n.uids[l.UID] = b
 		}
@@ -63,16 +63,16 @@ func (n *Node) adopt() error {
 
 // verifyAdopted verifies the memory of a sandbox that another process of the server restored. That
 // process may have ended before it had verified all of it.
-func (n *Node) verifyAdopted(b *box) {
-	c, was, err := n.latest(string(b.life.ID))
-	if err == nil && c == nil && b.life.From != "" {
-		c, was, err = n.latest(b.life.From)
+func (n *Node) verifyAdopted(b *instance) {
+	c, was, err := n.latest(string(b.record.ID))
+	if err == nil && c == nil && b.record.From != "" {
+		c, was, err = n.latest(b.record.From)
 	}
-	if err != nil || c == nil || was.Run == b.life.Run {
+	if err != nil || c == nil || was.Run == b.record.Run {
 		return
 	}
 	if err := n.verify(b, c); err != nil {
-		n.log.Error("verifying the memory of an adopted sandbox", "sandbox", b.life.ID, "error", err)
+		n.log.Error("verifying the memory of an adopted sandbox", "sandbox", b.record.ID, "error", err)
 	}
 }
 

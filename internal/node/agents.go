@@ -20,14 +20,14 @@ import (
 // each request.
 
 // agentKnows records the key that the agent has from now on.
-func (b *box) agentKnows(key string) {
+func (b *instance) agentKnows(key string) {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()
 	b.agentKey = key
 }
 
 // key returns the agent's present key, "" while it has none.
-func (b *box) key() string {
+func (b *instance) key() string {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()
 	return b.agentKey
@@ -36,18 +36,18 @@ func (b *box) key() string {
 // bearer returns the token to send with requests to an agent from before the handshake, "" for all
 // other agents.
 func (n *Node) bearer(id string) string {
-	b := n.box(sandbox.ID(id))
-	if b == nil || b.life.Handshake {
+	b := n.instance(sandbox.ID(id))
+	if b == nil || b.record.Handshake {
 		return ""
 	}
 	return b.key()
 }
 
 // warnOlder logs a warning if the agent of the sandbox is from before the handshake.
-func (n *Node) warnOlder(b *box) {
-	if !b.life.Handshake {
+func (n *Node) warnOlder(b *instance) {
+	if !b.record.Handshake {
 		n.log.Warn("the agent of a sandbox is from an older version of cay: programs inside can read what is sent to it",
-			"sandbox", b.life.ID)
+			"sandbox", b.record.ID)
 	}
 }
 
@@ -58,13 +58,13 @@ func (n *Node) reach(ctx context.Context, id sandbox.ID) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := n.box(id)
+	b := n.instance(id)
 	if b == nil {
 		_ = conn.Close() // nothing was sent
 		return nil, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s has no agent on this machine", id)
 	}
 	key := b.key()
-	if key == "" || !b.life.Handshake {
+	if key == "" || !b.record.Handshake {
 		return conn, nil
 	}
 	ctx, cancel := context.WithCancel(ctx)

@@ -152,7 +152,7 @@ func TestAgentWantsItsKey(t *testing.T) {
 // report. It listens for a while on every port that it has taken.
 func (m *machine) tryPort(spec sandbox.Spec, user string) string {
 	m.t.Helper()
-	own := m.node.box(spec.ID).slot.Addr.String()
+	own := m.node.instance(spec.ID).slot.Addr.String()
 	r, err := m.node.Agents().Execute(m.ctx(), target(spec), agentapi.ExecuteRequest{
 		User: user, Timeout: 30 * time.Second, Workdir: "/dev/shm", Env: map[string]string{"PATH": "/bin"},
 		Command: "hostile bind " + own + " /dev/shm/caught-" + user + " >/dev/shm/tried-" + user + " 2>&1 & " +
@@ -241,7 +241,7 @@ func TestRelayToTheAgent(t *testing.T) {
 	}
 	// To the host this is a connection to the agent's port; the relay has it.
 	if to := conn.RemoteAddr().(*net.TCPAddr); to.Port != AgentPort ||
-		to.IP.String() != m.node.box(spec.ID).slot.Addr.String() {
+		to.IP.String() != m.node.instance(spec.ID).slot.Addr.String() {
 		t.Fatalf("the connection leads to %s", to)
 	}
 	if _, err := agentapi.Authenticate(m.ctx(), conn, spec.Token); !errors.Is(err, agentapi.ErrNotTheAgent) {
@@ -250,7 +250,7 @@ func TestRelayToTheAgent(t *testing.T) {
 	if got := m.sh(spec, "wc -c </tmp/noted"); got != "24" {
 		t.Errorf("the relay has %s bytes of the host, want the 24 of a hello", got)
 	}
-	own, host := m.node.box(spec.ID).slot.Addr, conn.LocalAddr().(*net.TCPAddr).IP
+	own, host := m.node.instance(spec.ID).slot.Addr, conn.LocalAddr().(*net.TCPAddr).IP
 	for _, user := range []string{"root", "33"} {
 		r, err := m.node.Agents().Execute(m.ctx(), target(spec), agentapi.ExecuteRequest{User: user,
 			Args: []string{"/bin/hostile", "from", own.String(), host.String()}, Timeout: 30 * time.Second})
@@ -323,12 +323,12 @@ func TestOlderAgents(t *testing.T) {
 	m := newMachine(t)
 	m.older(build(t, "bearer"))
 	spec := m.spec()
-	b := m.node.newBox(spec)
-	b.life.Handshake = false
+	b := m.node.newInstance(spec)
+	b.record.Handshake = false
 	if err := m.node.take(m.ctx(), b, m.node.creation(b, spec), m.node.Destroy); err != nil {
 		t.Fatal(err)
 	}
-	record, err := os.ReadFile(filepath.Join(m.node.dir(spec.ID), lifeFile))
+	record, err := os.ReadFile(filepath.Join(m.node.dir(spec.ID), recordFile))
 	if err != nil || bytes.Contains(record, []byte("handshake")) {
 		t.Fatalf("a record of before is %s, %v", record, err)
 	}

@@ -40,11 +40,11 @@ const (
 	agentPath = "/.cay"
 )
 
-// lifeFile names the file in a sandbox's directory that records its life.
-const lifeFile = "life.json"
+// recordFile names the file in a sandbox's directory that holds its record.
+const recordFile = "life.json"
 
-// life records what a later process of the server must know to adopt the sandbox.
-type life struct {
+// record holds what a later process of the server must know to adopt the sandbox.
+type record struct {
 	ID sandbox.ID `json:"id"`
 	// Org is the organization that owns the sandbox; "" for a pooled sandbox, and for one of a server
 	// that did not record it. Guarded by node.mu, as the policy.
@@ -52,13 +52,13 @@ type life struct {
 	Run   string `json:"run"`
 	Token string `json:"token"` // the agent's key; secret: the file is 0600
 	// Handshake reports whether the agent and the host prove to each other that they know Token. In a
-	// life that began before there was a handshake the host sends Token with each request; see
+	// instance that began before there was a handshake the host sends Token with each request; see
 	// agentapi.Client.Bearer.
 	Handshake bool   `json:"handshake,omitempty"`
 	Slot      int    `json:"slot"`
 	UID       uint32 `json:"uid,omitempty"` // of its processes on the host; 0 if a version without user ids started it
-	// Shape is what the sandbox was made from. Its policy is the wanted one, which changes while the
-	// sandbox runs; what a claim changes of a pooled sandbox is guarded by node.mu.
+	// Shape holds the wanted policy, which changes while the sandbox runs. node.mu guards the policy,
+	// and the rest for a pooled sandbox that is being claimed.
 	Shape sandbox.Shape `json:"shape"`
 	// Programs and Flags are those that first started the sandbox; its checkpoints need them.
 	Programs embedded.Version `json:"programs"`
@@ -66,7 +66,7 @@ type life struct {
 	// Warm describes what a pooled sandbox was made with, see Node.make; "" if the sandbox is not
 	// pooled or is being claimed. Guarded by node.mu, as the policy.
 	Warm string `json:"warm,omitempty"`
-	// From is the snapshot that this life was made from; "" if there is none.
+	// From is the snapshot that this instance was made from; "" if there is none.
 	From string `json:"from,omitempty"`
 }
 
@@ -86,14 +86,14 @@ func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
 	return n.take(ctx, b, steps, n.Destroy)
 }
 
-// newBox returns the box of a sandbox that is to be booted.
-func (n *Node) newBox(spec sandbox.Spec) *box {
-	return n.boxOf(life{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Handshake: true,
+// newInstance returns the instance of a sandbox that is to be booted.
+func (n *Node) newInstance(spec sandbox.Spec) *instance {
+	return n.instanceOf(record{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Handshake: true,
 		Shape: spec.Shape, Programs: n.cfg.Programs.Version, Flags: runsc.Flags(n.cfg.Platform)})
 }
 
 // creation returns the steps that boot a new sandbox.
-func (n *Node) creation(b *box, spec sandbox.Spec) []step {
+func (n *Node) creation(b *instance, spec sandbox.Spec) []step {
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		return b.runtime().Run(ctx, n.container(b, spec, image))
 	}, func(ctx context.Context) error { return n.initAgent(ctx, b, spec) })
@@ -103,23 +103,25 @@ func (n *Node) creation(b *box, spec sandbox.Spec) []step {
 	return steps
 }
 
-// take registers the box of a sandbox that has none on this machine and makes its life step by
+// take registers the instance of a sandbox that has none on this machine and makes it step by
 // step. It calls undo when a step fails.
-func (n *Node) take(ctx context.Context, b *box, steps []step, undo func(context.Context, sandbox.ID) error) error {
-	id := b.life.ID
+func (n *Node) take(ctx context.Context, b *instance, steps []step, undo func(context.Context, sandbox.ID) error,
+) error {
+	id := b.record.ID
 	n.mu.Lock()
-	if n.boxes[id] != nil {
+	if n.instances[id] != nil {
 		n.mu.Unlock()
 		return fmt.Errorf("sandbox %s is on this machine already", id)
 	}
-	n.boxes[id] = b
+	n.instances[id] = b
 	n.mu.Unlock()
 	return n.walk(ctx, b, steps, undo)
 }
 
 // walk does the steps one after the other. It calls undo when one fails.
-func (n *Node) walk(ctx context.Context, b *box, steps []step, undo func(context.Context, sandbox.ID) error) error {
-	id := b.life.ID
+func (n *Node) walk(ctx context.Context, b *instance, steps []step, undo func(context.Context, sandbox.ID) error,
+) error {
+	id := b.record.ID
 	for _, s := range steps {
 		began := time.Now()
 		end := trace.Start(ctx, s.name)
@@ -129,7 +131,7 @@ func (n *Node) walk(ctx context.Context, b *box, steps []step, undo func(context
 			err = n.passed(s.name)
 		}
 		if err != nil {
-			b.turnOver()
+			b.releaseStartSlot()
 			cause := fmt.Errorf("making sandbox %s, step %s: %w", id, s.name, err)
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 			defer cancel()
@@ -143,9 +145,9 @@ func (n *Node) walk(ctx context.Context, b *box, steps []step, undo func(context
 	return nil
 }
 
-// steps returns the steps that make a life: start boots or restores gVisor, and meet tells the
+// steps returns the steps that make an instance: start boots or restores gVisor, and meet tells the
 // agent what is new to it.
-func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, image string) (pid int, err error),
+func (n *Node) steps(b *instance, spec sandbox.Spec, start func(ctx context.Context, image string) (pid int, err error),
 	meet func(context.Context) error) []step {
 	var image string
 	return []step{
@@ -153,16 +155,16 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 			image, err = n.images.Path(ctx, spec.Image)
 			return err
 		}},
-		{"turn", func(ctx context.Context) error { return n.turn(ctx, b, spec.OrgID) }},
+		{"turn", func(ctx context.Context) error { return n.awaitStartSlot(ctx, b, spec.OrgID) }},
 		{"directory", func(context.Context) error { return os.Mkdir(n.dir(spec.ID), 0o700) }},
 		{"network", func(ctx context.Context) (err error) {
 			if b.slot, err = n.net.Acquire(ctx); err != nil {
 				return err
 			}
-			b.life.Slot = b.slot.Index
+			b.record.Slot = b.slot.Index
 			return n.takeUID(b)
 		}},
-		{"record", func(context.Context) error { return b.record() }},
+		{"record", func(context.Context) error { return b.writeRecord() }},
 		{"policy", b.applyPolicy},
 		{"start", func(ctx context.Context) (err error) {
 			b.pid, err = start(ctx, image)
@@ -170,7 +172,7 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 		}},
 		{"watch", func(context.Context) error { return b.watch() }},
 		{"agent", func(ctx context.Context) error {
-			defer b.turnOver()
+			defer b.releaseStartSlot()
 			return n.awaitAgent(ctx, b)
 		}},
 		{"favour", func(ctx context.Context) error {
@@ -195,7 +197,7 @@ func (n *Node) steps(b *box, spec sandbox.Spec, start func(ctx context.Context, 
 const undoTimeout = 30 * time.Second
 
 // container returns the sandbox that gVisor boots, with the agent as the first process.
-func (n *Node) container(b *box, spec sandbox.Spec, image string) runsc.Container {
+func (n *Node) container(b *instance, spec sandbox.Spec, image string) runsc.Container {
 	quota := int64(0)
 	if spec.Size.Dedicated {
 		quota = int64(spec.Size.VCPUs) * runsc.CPUPeriod
@@ -221,7 +223,7 @@ func (n *Node) container(b *box, spec sandbox.Spec, image string) runsc.Containe
 			PIDs:        int64(pids)*hostPIDs + hostPIDsBase,
 		},
 		ShmBytes: memory / 2, // as Linux does
-		HostUID:  b.life.UID,
+		HostUID:  b.record.UID,
 	})
 	return c
 }
@@ -258,7 +260,7 @@ const (
 
 // awaitAgent waits until the agent answers. It returns an error when the sandbox has died or ctx
 // has ended.
-func (n *Node) awaitAgent(ctx context.Context, b *box) error {
+func (n *Node) awaitAgent(ctx context.Context, b *instance) error {
 	for {
 		try, cancel := context.WithTimeout(ctx, agentTry)
 		err := n.agents.Health(try, b.target())
@@ -281,7 +283,7 @@ func (n *Node) awaitAgent(ctx context.Context, b *box) error {
 // that dies during it never answers.
 const meetTimeout = 15 * time.Second
 
-func (n *Node) initAgent(ctx context.Context, b *box, spec sandbox.Spec) error {
+func (n *Node) initAgent(ctx context.Context, b *instance, spec sandbox.Spec) error {
 	err := n.agents.Init(ctx, b.target(), agentapi.InitRequest{
 		AccessToken: spec.Token, Env: spec.Env, DefaultUser: spec.User, DefaultWorkdir: spec.Workdir,
 		Hostname: hostname(spec.ID), Nameservers: n.cfg.Nameservers,
@@ -295,7 +297,7 @@ func (n *Node) initAgent(ctx context.Context, b *box, spec sandbox.Spec) error {
 
 // startCommand starts the sandbox's start command and waits until it is ready. The call is separate
 // from init, which a wake makes too: a wake finds the command as it was and must not start it.
-func (n *Node) startCommand(ctx context.Context, b *box, s sandbox.Start) error {
+func (n *Node) startCommand(ctx context.Context, b *instance, s sandbox.Start) error {
 	ctx, cancel := context.WithTimeout(ctx, meetTimeout+s.Patience())
 	defer cancel()
 	req := agentapi.StartRequest{Command: s.Command, Args: s.Args, User: s.User}
@@ -316,28 +318,28 @@ func (n *Node) startCommand(ctx context.Context, b *box, s sandbox.Start) error 
 	return fmt.Errorf("starting its start command: %w", err)
 }
 
-// record writes the life file, completely or not at all.
-func (b *box) record() error {
-	data, err := json.Marshal(b.life)
+// writeRecord writes the record, completely or not at all.
+func (b *instance) writeRecord() error {
+	data, err := json.Marshal(b.record)
 	if err != nil {
-		return fmt.Errorf("encoding the record of %s: %w", b.life.ID, err)
+		return fmt.Errorf("encoding the record of %s: %w", b.record.ID, err)
 	}
-	path := filepath.Join(b.node.dir(b.life.ID), lifeFile)
+	path := filepath.Join(b.node.dir(b.record.ID), recordFile)
 	if err := os.WriteFile(path+".new", data, 0o600); err != nil {
-		return fmt.Errorf("writing the record of %s: %w", b.life.ID, err)
+		return fmt.Errorf("writing the record of %s: %w", b.record.ID, err)
 	}
 	// The file is not synced: after a crash of the machine no sandbox runs that could be adopted.
 	if err := os.Rename(path+".new", path); err != nil {
-		return fmt.Errorf("writing the record of %s: %w", b.life.ID, err)
+		return fmt.Errorf("writing the record of %s: %w", b.record.ID, err)
 	}
 	return nil
 }
 
-// readLife returns the record in a sandbox's directory. It fails with NotFound if there is no
+// readRecord returns the record in a sandbox's directory. It fails with NotFound if there is no
 // record or an incomplete one.
-func readLife(dir string) (life, error) {
-	var l life
-	data, err := os.ReadFile(filepath.Join(dir, lifeFile))
+func readRecord(dir string) (record, error) {
+	var l record
+	data, err := os.ReadFile(filepath.Join(dir, recordFile))
 	if err == nil {
 		err = json.Unmarshal(data, &l)
 	}
@@ -345,7 +347,7 @@ func readLife(dir string) (life, error) {
 		err = readOld(data, &l.Shape)
 	}
 	if err != nil {
-		return life{}, fault.New(fault.NotFound, "", "no record in %s", dir).Because(err)
+		return record{}, fault.New(fault.NotFound, "", "no record in %s", dir).Because(err)
 	}
 	return l, nil
 }

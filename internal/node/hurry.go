@@ -140,7 +140,7 @@ func (h *hurry) attach(group cgroup.Group, own int64) {
 }
 
 // bootShares returns the weight with which the sandbox's group is made. It counts until settle.
-func (b *box) bootShares() uint64 { return uint64(hurried * cpuWeight(b.life.Shape)) }
+func (b *instance) bootShares() uint64 { return uint64(hurried * cpuWeight(b.record.Shape)) }
 
 // cpuWeight returns the weight of a sandbox's group while it is not called; 0 if a version that did not
 // record it started the sandbox.
@@ -148,7 +148,7 @@ func cpuWeight(s sandbox.Shape) int64 { return int64(s.Size.VCPUs) * weightPerCP
 
 // hurry raises the weight of a sandbox for a call, if the CPUs are busy, until answered is called.
 func (n *Node) hurry(id string) (answered func()) {
-	b := n.box(sandbox.ID(id))
+	b := n.instance(sandbox.ID(id))
 	if b == nil || b.hurry.weigh == nil || !n.contention.now() {
 		return func() {}
 	}

@@ -2,7 +2,7 @@
 // system, a control group, gVisor, and the agent inside.
 //
 // It owns the order of the steps and the directory of each sandbox (0700, with the bundle, the
-// writable layer and a record of its life). It adopts sandboxes that a former process of the same
+// writable layer and a record for adoption). It adopts sandboxes that a former process of the same
 // server left running. It decides nothing about sandboxes: the sandbox room owns their states,
 // lifetimes and rows.
 //
@@ -90,7 +90,7 @@ type Node struct {
 	state   *runsc.Runtime // reads and removes the state of runsc below RunDir
 	standby *runsc.Standby // of the programs of new sandboxes
 	agents  *agentapi.Client
-	lost    chan sandbox.Fact
+	lost    chan sandbox.Observed
 	denials chan sandbox.Denial
 	ctx     context.Context // of the watches; ends with Close
 	stop    context.CancelFunc
@@ -98,7 +98,7 @@ type Node struct {
 
 	checkpoints *checkpoint.Store
 	contention  contention
-	turns       *turns
+	startSlots  *startSlots
 	verifying   sync.Mutex // held while pages are verified, which keeps the disk busy: one at a time
 
 	// after, when set, is called after each step of an operation; its error fails the step. Tests use
@@ -106,10 +106,10 @@ type Node struct {
 	after func(step string) error
 
 	mu            sync.Mutex
-	boxes         map[sandbox.ID]*box      // of all sandboxes with a directory; guarded by mu
-	verifications map[string]*verification // those not begun, by the checkpoint's directory; guarded by mu
-	guests        map[*network.Slot]*box   // sandboxes whose slot has their policy; guarded by mu
-	uids          map[uint32]*box          // by their user id on the host; guarded by mu
+	instances     map[sandbox.ID]*instance    // of all sandboxes with a directory; guarded by mu
+	verifications map[string]*verification    // those not begun, by the checkpoint's directory; guarded by mu
+	guests        map[*network.Slot]*instance // sandboxes whose slot has their policy; guarded by mu
+	uids          map[uint32]*instance        // by their user id on the host; guarded by mu
 }
 
 // Open makes a Node and adopts the sandboxes that still run. [Node.List] reports the remains of
@@ -128,10 +128,10 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 		}
 	}
 	n := &Node{cfg: cfg, log: log, net: slots, images: images, groups: groups,
-		state: &runsc.Runtime{Root: cfg.RunDir},
-		turns: newTurns(max(2, startsPerCPU*runtime.NumCPU())),
-		lost:  make(chan sandbox.Fact), denials: make(chan sandbox.Denial, denialsHeld),
-		boxes: map[sandbox.ID]*box{}, verifications: map[string]*verification{}, guests: map[*network.Slot]*box{}, uids: map[uint32]*box{}}
+		state:      &runsc.Runtime{Root: cfg.RunDir},
+		startSlots: newStartSlots(max(2, startsPerCPU*runtime.NumCPU())),
+		lost:       make(chan sandbox.Observed), denials: make(chan sandbox.Denial, denialsHeld),
+		instances: map[sandbox.ID]*instance{}, verifications: map[string]*verification{}, guests: map[*network.Slot]*instance{}, uids: map[uint32]*instance{}}
 	n.agents = agentapi.NewClient(func(ctx context.Context, id string) (net.Conn, error) {
 		return n.reach(ctx, sandbox.ID(id))
 	})
@@ -150,7 +150,7 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 		return nil, err
 	}
 	for _, name := range interrupted {
-		if b := n.box(sandbox.ID(name)); b != nil && !b.dead() {
+		if b := n.instance(sandbox.ID(name)); b != nil && !b.dead() {
 			n.watches.Go(func() { n.revive(b) })
 		}
 	}
@@ -167,7 +167,7 @@ func (n *Node) Agents() *agentapi.Client { return n.agents }
 
 // Lost returns a channel of the sandboxes whose processes ended although their end was not
 // intended.
-func (n *Node) Lost() <-chan sandbox.Fact { return n.lost }
+func (n *Node) Lost() <-chan sandbox.Observed { return n.lost }
 
 // Close stops the watches. Sandboxes continue to run.
 func (n *Node) Close() {
@@ -189,7 +189,7 @@ const retryRoom = 5 * time.Second
 // Room returns an error if the machine cannot take one more sandbox of the size now.
 func (n *Node) Room(_ context.Context, size sandbox.Size) error {
 	n.mu.Lock()
-	count := len(n.boxes)
+	count := len(n.instances)
 	n.mu.Unlock()
 	if count >= n.cfg.MaxSandboxes {
 		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has its %d sandboxes",
@@ -217,7 +217,7 @@ func (n *Node) Room(_ context.Context, size sandbox.Size) error {
 
 // Dial connects to the agent of a running sandbox.
 func (n *Node) Dial(ctx context.Context, id sandbox.ID) (net.Conn, error) {
-	b := n.box(id)
+	b := n.instance(id)
 	if b == nil || b.slot == nil || b.dead() {
 		return nil, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s has no agent on this machine", id)
 	}
@@ -229,7 +229,7 @@ func (n *Node) Dial(ctx context.Context, id sandbox.ID) (net.Conn, error) {
 
 // List returns the observed state of each sandbox of this instance: those with a directory or a
 // checkpoint, and those of which only a control group or a state file of runsc is left.
-func (n *Node) List(ctx context.Context) ([]sandbox.Fact, error) {
+func (n *Node) List(ctx context.Context) ([]sandbox.Observed, error) {
 	names, err := n.groups.Group(n.groupPath("")).Children()
 	if err != nil {
 		return nil, err
@@ -238,7 +238,7 @@ func (n *Node) List(ctx context.Context) ([]sandbox.Fact, error) {
 	if err != nil {
 		return nil, err
 	}
-	points, err := n.checkpoints.Names()
+	checkpointsOf, err := n.checkpoints.Names()
 	if err != nil {
 		return nil, err
 	}
@@ -250,50 +250,50 @@ func (n *Node) List(ctx context.Context) ([]sandbox.Fact, error) {
 		names = append(names, d.Name())
 	}
 	n.mu.Lock()
-	for id := range n.boxes {
+	for id := range n.instances {
 		names = append(names, string(id))
 	}
 	n.mu.Unlock()
-	names = slices.Concat(names, states, points)
+	names = slices.Concat(names, states, checkpointsOf)
 	slices.Sort(names)
-	var facts []sandbox.Fact
+	var found []sandbox.Observed
 	for _, name := range slices.Compact(names) {
 		if !sandbox.ID(name).Valid() { // it is not a sandbox, and not ours to remove
 			continue
 		}
-		fact, err := n.Inspect(ctx, sandbox.ID(name))
+		observed, err := n.Inspect(ctx, sandbox.ID(name))
 		if err != nil {
 			return nil, err
 		}
-		if fact != nil { // it may have gone meanwhile
-			facts = append(facts, *fact)
+		if observed != nil { // it may have gone meanwhile
+			found = append(found, *observed)
 		}
 	}
-	return facts, nil
+	return found, nil
 }
 
 // Inspect returns the observed state of one sandbox, nil if the machine has nothing of it.
-func (n *Node) Inspect(_ context.Context, id sandbox.ID) (*sandbox.Fact, error) {
-	fact := &sandbox.Fact{ID: id}
-	b := n.box(id)
+func (n *Node) Inspect(_ context.Context, id sandbox.ID) (*sandbox.Observed, error) {
+	observed := &sandbox.Observed{ID: id}
+	b := n.instance(id)
 	if b != nil {
-		fact.Run, fact.Alive, fact.Warm, fact.Egress = b.life.Run, !b.dead(), b.warm(), b.policy()
+		observed.Run, observed.Alive, observed.Warm, observed.Egress = b.record.Run, !b.dead(), b.warm(), b.policy()
 	}
 	_, err := os.Stat(n.dir(id))
-	fact.Remains = b != nil || err == nil || n.state.Knows(string(id)) || n.groups.Group(n.groupPath(id)).Exists()
-	if fact.Point, err = n.point(id); err != nil {
+	observed.Remains = b != nil || err == nil || n.state.Knows(string(id)) || n.groups.Group(n.groupPath(id)).Exists()
+	if observed.Checkpoint, err = n.point(id); err != nil {
 		return nil, err
 	}
-	if !fact.Remains && fact.Point == nil && !n.checkpoints.Has(string(id)) {
+	if !observed.Remains && observed.Checkpoint == nil && !n.checkpoints.Has(string(id)) {
 		return nil, nil
 	}
-	return fact, nil
+	return observed, nil
 }
 
-func (n *Node) box(id sandbox.ID) *box {
+func (n *Node) instance(id sandbox.ID) *instance {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return n.boxes[id]
+	return n.instances[id]
 }
 
 func (n *Node) dir(id sandbox.ID) string { return filepath.Join(n.cfg.Dir, string(id)) }
@@ -327,7 +327,7 @@ func (n *Node) Destroy(ctx context.Context, id sandbox.ID) error {
 
 // Rest removes everything of the sandbox except its checkpoint, in the same way as Destroy.
 func (n *Node) Rest(ctx context.Context, id sandbox.ID) error {
-	b := n.box(id)
+	b := n.instance(id)
 	if b != nil {
 		b.end() // from here on its death is intended
 	}
@@ -356,7 +356,7 @@ func (n *Node) Rest(ctx context.Context, id sandbox.ID) error {
 		return fmt.Errorf("removing the directory of %s: %w", id, err)
 	}
 	n.mu.Lock()
-	delete(n.boxes, id)
+	delete(n.instances, id)
 	n.mu.Unlock()
 	return nil
 }

@@ -139,7 +139,8 @@ func (m *machine) close() {
 }
 
 func (m *machine) spec() sandbox.Spec {
-	return sandbox.Spec{ID: sandbox.NewID(), Run: "run1", Token: "secret", Shape: sandbox.Shape{Image: "busybox", DiskMB: 64,
+	return sandbox.Spec{ID: sandbox.NewID(), Run: "run1", Token: "secret", Shape: sandbox.Shape{Image: "busybox",
+		DiskMB: 64,
 		Size: sandbox.Size{Name: "small", VCPUs: 1, MemoryMB: 256}, Env: map[string]string{"PATH": "/bin"}}}
 }
 
@@ -161,9 +162,9 @@ func (m *machine) works(spec sandbox.Spec) {
 
 func (m *machine) wantNothing() {
 	m.t.Helper()
-	facts, err := m.node.List(m.ctx())
-	if err != nil || len(facts) > 0 {
-		m.t.Errorf("the machine has %+v, %v", facts, err)
+	found, err := m.node.List(m.ctx())
+	if err != nil || len(found) > 0 {
+		m.t.Errorf("the machine has %+v, %v", found, err)
 	}
 	if slots := m.slots.Slots(); len(slots) > 0 {
 		m.t.Errorf("slots are still handed out: %d", len(slots))
@@ -234,8 +235,8 @@ func TestCreateGivesUpWithItsContext(t *testing.T) {
 func TestFiltersAreCompiled(t *testing.T) {
 	m := newMachine(t)
 	spec, logs := m.spec(), t.TempDir()
-	b := m.node.newBox(spec)
-	b.life.Flags = append(b.life.Flags, "--debug", "--debug-log="+logs+"/")
+	b := m.node.newInstance(spec)
+	b.record.Flags = append(b.record.Flags, "--debug", "--debug-log="+logs+"/")
 	if err := m.node.take(m.ctx(), b, m.node.creation(b, spec), m.node.Destroy); err != nil {
 		t.Fatal(err)
 	}
@@ -285,20 +286,20 @@ func TestAdoption(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	sentry := m.node.box(dies.ID).pid
+	sentry := m.node.instance(dies.ID).pid
 	m.close()
 	if err := unix.Kill(sentry, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	m.awaitExit(sentry)
 	m.open()
-	facts, err := m.node.List(m.ctx())
-	if err != nil || len(facts) != 2 {
-		t.Fatalf("facts are %+v, %v", facts, err)
+	found, err := m.node.List(m.ctx())
+	if err != nil || len(found) != 2 {
+		t.Fatalf("facts are %+v, %v", found, err)
 	}
-	for _, fact := range facts {
-		if want := fact.ID == lives.ID; fact.Alive != want || fact.Run != "run1" {
-			t.Errorf("got %+v, want alive %v", fact, want)
+	for _, observed := range found {
+		if want := observed.ID == lives.ID; observed.Alive != want || observed.Run != "run1" {
+			t.Errorf("got %+v, want alive %v", observed, want)
 		}
 	}
 	m.works(lives)
@@ -335,13 +336,13 @@ func TestLost(t *testing.T) {
 	if err := m.node.Destroy(m.ctx(), asked.ID); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Kill(m.node.box(killed.ID).pid, unix.SIGKILL); err != nil {
+	if err := unix.Kill(m.node.instance(killed.ID).pid, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	select {
-	case fact := <-m.node.Lost():
-		if fact.ID != killed.ID || fact.Run != killed.Run || fact.Alive {
-			t.Errorf("lost %+v", fact)
+	case observed := <-m.node.Lost():
+		if observed.ID != killed.ID || observed.Run != killed.Run || observed.Alive {
+			t.Errorf("lost %+v", observed)
 		}
 	case <-time.After(30 * time.Second):
 		t.Fatal("the end of the sandbox was not reported")

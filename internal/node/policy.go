@@ -22,10 +22,10 @@ func policyOf(e sandbox.Egress) network.Policy {
 
 // applyPolicy puts the recorded policy in force. Before the first call nothing leaves the slot, and
 // Guest knows no sandbox at its address.
-func (b *box) applyPolicy(ctx context.Context) error {
+func (b *instance) applyPolicy(ctx context.Context) error {
 	n := b.node
-	if err := n.net.SetPolicy(ctx, b.slot, policyOf(b.life.Shape.Egress)); err != nil {
-		return fmt.Errorf("installing the policy of %s: %w", b.life.ID, err)
+	if err := n.net.SetPolicy(ctx, b.slot, policyOf(b.record.Shape.Egress)); err != nil {
+		return fmt.Errorf("installing the policy of %s: %w", b.record.ID, err)
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -37,19 +37,19 @@ func (b *box) applyPolicy(ctx context.Context) error {
 // SetEgress implements sandbox.Node. It records the policy before it applies it: if the server dies
 // in between, the next one applies what is recorded.
 func (n *Node) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) error {
-	b := n.box(id)
+	b := n.instance(id)
 	if b == nil || b.slot == nil || b.dead() {
 		return fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
 	}
-	before := b.life.Shape.Egress
+	before := b.record.Shape.Egress
 	b.want(e)
-	err := b.record()
+	err := b.writeRecord()
 	if err == nil {
 		err = b.applyPolicy(ctx)
 	}
 	if err != nil {
 		b.want(before)
-		err = errors.Join(err, b.record())
+		err = errors.Join(err, b.writeRecord())
 	}
 	n.policyChanged(b.slot)
 	return err
@@ -62,26 +62,26 @@ func (n *Node) policyChanged(s *network.Slot) {
 }
 
 // want records the policy as wanted. It holds node.mu, since other goroutines may read the policy.
-func (b *box) want(e sandbox.Egress) {
+func (b *instance) want(e sandbox.Egress) {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()
-	b.life.Shape.Egress = e
+	b.record.Shape.Egress = e
 }
 
 // policy returns the policy that Inspect reports: the recorded one, or the zero policy while that
 // is not in force.
-func (b *box) policy() sandbox.Egress {
+func (b *instance) policy() sandbox.Egress {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()
 	if !b.policed {
 		return sandbox.Egress{}
 	}
-	return b.life.Shape.Egress
+	return b.record.Shape.Egress
 }
 
 // Traffic implements sandbox.Node.
 func (n *Node) Traffic(_ context.Context, id sandbox.ID) (sandbox.Traffic, error) {
-	b := n.box(id)
+	b := n.instance(id)
 	if b == nil || b.slot == nil || b.dead() {
 		return sandbox.Traffic{}, fault.New(fault.Conflict, "sandbox_not_running",
 			"sandbox %s does not run on this machine", id)
@@ -121,7 +121,7 @@ func (n *Node) reportDenials() {
 			b := n.guests[d.Slot]
 			n.mu.Unlock()
 			if b != nil {
-				n.Deny(sandbox.Denial{ID: b.life.ID, Protocol: d.Protocol, Destination: d.Destination,
+				n.Deny(sandbox.Denial{ID: b.record.ID, Protocol: d.Protocol, Destination: d.Destination,
 					Count: d.Count, Excess: d.Excess})
 			}
 		}
@@ -149,5 +149,5 @@ func (n *Node) Guest(from netip.Addr) (Guest, bool) {
 	if b == nil {
 		return Guest{}, false
 	}
-	return Guest{b.life.ID, b.life.Org, slot, b.life.Shape.Egress}, true
+	return Guest{b.record.ID, b.record.Org, slot, b.record.Shape.Egress}, true
 }

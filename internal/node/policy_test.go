@@ -23,14 +23,14 @@ var (
 // of the sandbox at the address.
 func (m *machine) wantPolicy(id sandbox.ID, want sandbox.Egress) {
 	m.t.Helper()
-	fact, err := m.node.Inspect(m.ctx(), id)
-	if err != nil || fact == nil || !fact.Egress.Equal(want) {
-		m.t.Errorf("the node has %+v, %v, want policy %+v", fact, err, want)
+	observed, err := m.node.Inspect(m.ctx(), id)
+	if err != nil || observed == nil || !observed.Egress.Equal(want) {
+		m.t.Errorf("the node has %+v, %v, want policy %+v", observed, err, want)
 	}
-	if l, err := readLife(m.node.dir(id)); err != nil || !l.Shape.Egress.Equal(want) {
+	if l, err := readRecord(m.node.dir(id)); err != nil || !l.Shape.Egress.Equal(want) {
 		m.t.Errorf("recorded is %+v, %v, want %+v", l.Shape.Egress, err, want)
 	}
-	slot := m.node.box(id).slot
+	slot := m.node.instance(id).slot
 	if g, ok := m.node.Guest(slot.Addr); !ok || g.ID != id || g.Slot != slot || !g.Egress.Equal(want) {
 		m.t.Errorf("the guest at %s is %+v (%v), want policy %+v", slot.Addr, g, ok, want)
 	}
@@ -53,7 +53,7 @@ func TestPolicyThroughALife(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.wantPolicy(spec.ID, namesPolicy)
-	if addr := m.node.box(spec.ID).slot.Addr; len(told) != 1 || told[0] != addr {
+	if addr := m.node.instance(spec.ID).slot.Addr; len(told) != 1 || told[0] != addr {
 		t.Errorf("told of %v, want %s", told, addr)
 	}
 	// The next server applies the recorded policy.
@@ -68,7 +68,7 @@ func TestPolicyThroughALife(t *testing.T) {
 	if _, err := m.node.Traffic(m.ctx(), spec.ID); err != nil {
 		t.Error(err)
 	}
-	addr := m.node.box(spec.ID).slot.Addr
+	addr := m.node.instance(spec.ID).slot.Addr
 	if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
 		t.Error(err)
 	}
@@ -94,7 +94,7 @@ func TestPolicyThatCannotBeRecorded(t *testing.T) {
 	if err := m.node.Create(m.ctx(), spec); err != nil {
 		t.Fatal(err)
 	}
-	blocked := filepath.Join(m.node.dir(spec.ID), lifeFile+".new")
+	blocked := filepath.Join(m.node.dir(spec.ID), recordFile+".new")
 	if err := os.Mkdir(blocked, 0o700); err != nil {
 		t.Fatal(err)
 	}

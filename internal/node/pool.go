@@ -34,9 +34,9 @@ func (n *Node) Prepare(ctx context.Context, spec sandbox.Spec) error {
 	if err != nil {
 		return err
 	}
-	b.life.Warm = n.makeWith(b.life.Programs, b.life.Flags)
+	b.record.Warm = n.makeWith(b.record.Programs, b.record.Flags)
 	if spec.Start.None() {
-		b.life.Shape.Egress = sandbox.Egress{}
+		b.record.Shape.Egress = sandbox.Egress{}
 		steps = slices.DeleteFunc(steps, func(s step) bool { return s.name == "policy" })
 	}
 	return n.take(ctx, b, steps, n.Destroy)
@@ -45,12 +45,12 @@ func (n *Node) Prepare(ctx context.Context, spec sandbox.Spec) error {
 // Claim implements sandbox.Node. It changes the record first: a server that adopts the sandbox
 // after that knows that it is not pooled any more.
 func (n *Node) Claim(ctx context.Context, spec sandbox.Spec) error {
-	b := n.box(spec.ID)
+	b := n.instance(spec.ID)
 	if b == nil || !b.unwarm(spec) {
 		return fault.New(fault.Conflict, "no_member", "there is no pooled sandbox %s on this machine", spec.ID)
 	}
 	return n.walk(ctx, b, []step{
-		{"claimed", func(context.Context) error { return b.record() }},
+		{"claimed", func(context.Context) error { return b.writeRecord() }},
 		{"policy", func(ctx context.Context) error {
 			err := b.applyPolicy(ctx)
 			n.policyChanged(b.slot)
@@ -71,26 +71,26 @@ func (n *Node) Claim(ctx context.Context, spec sandbox.Spec) error {
 
 // unwarm turns a pooled sandbox into one that is being claimed, with the policy of the spec. It
 // returns false if the spec does not name a pooled sandbox.
-func (b *box) unwarm(spec sandbox.Spec) bool {
+func (b *instance) unwarm(spec sandbox.Spec) bool {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()
-	if b.life.Warm == "" || b.life.Run != spec.Run || b.life.Token != spec.Token {
+	if b.record.Warm == "" || b.record.Run != spec.Run || b.record.Token != spec.Token {
 		return false
 	}
-	b.life.Warm, b.life.Shape, b.life.Org = "", spec.Shape, spec.OrgID
+	b.record.Warm, b.record.Shape, b.record.Org = "", spec.Shape, spec.OrgID
 	return true
 }
 
 // warm reports whether the sandbox is pooled and is made as this Node would make it now.
-func (b *box) warm() bool {
+func (b *instance) warm() bool {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()
-	return b.life.Warm != "" && b.life.Warm == b.node.make()
+	return b.record.Warm != "" && b.record.Warm == b.node.make()
 }
 
 // Check implements sandbox.Node.
 func (n *Node) Check(ctx context.Context, id sandbox.ID) error {
-	b := n.box(id)
+	b := n.instance(id)
 	if b == nil || b.slot == nil || b.dead() {
 		return fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
 	}
@@ -105,5 +105,5 @@ func (n *Node) Spare(context.Context) (int, error) {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return max(0, min(n.cfg.MaxSandboxes-len(n.boxes), int((free-n.cfg.MinHostMemory)/bootMemory))), nil
+	return max(0, min(n.cfg.MaxSandboxes-len(n.instances), int((free-n.cfg.MinHostMemory)/bootMemory))), nil
 }

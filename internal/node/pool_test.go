@@ -25,16 +25,16 @@ func (m *machine) member() sandbox.Spec {
 
 func (m *machine) wantWarm(id sandbox.ID, want bool) {
 	m.t.Helper()
-	fact, err := m.node.Inspect(m.ctx(), id)
-	if err != nil || fact == nil || !fact.Alive || fact.Warm != want {
-		m.t.Errorf("the node has %+v, %v, want it alive and warm: %v", fact, err, want)
+	observed, err := m.node.Inspect(m.ctx(), id)
+	if err != nil || observed == nil || !observed.Alive || observed.Warm != want {
+		m.t.Errorf("the node has %+v, %v, want it alive and warm: %v", observed, err, want)
 	}
 }
 
 // closed checks that the slot has no policy, so that everything from it is dropped.
 func (m *machine) closed(id sandbox.ID) {
 	m.t.Helper()
-	b := m.node.box(id)
+	b := m.node.instance(id)
 	if _, ok := m.node.Guest(b.slot.Addr); ok || b.policed {
 		m.t.Errorf("member %s has a policy", id)
 	}
@@ -158,7 +158,7 @@ func TestPrepareAndClaimFailAtEveryStep(t *testing.T) {
 	}
 	// A pooled sandbox that died before its claim.
 	spec := m.member()
-	pid := m.node.box(spec.ID).pid
+	pid := m.node.instance(spec.ID).pid
 	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -175,11 +175,11 @@ func TestPrepareAndClaimFailAtEveryStep(t *testing.T) {
 func TestAdoptMembers(t *testing.T) {
 	m := newMachine(t)
 	idle, begun := m.member(), m.member()
-	b := m.node.box(begun.ID)
+	b := m.node.instance(begun.ID)
 	if !b.unwarm(begun) {
 		t.Fatal("not a member")
 	}
-	if err := b.record(); err != nil {
+	if err := b.writeRecord(); err != nil {
 		t.Fatal(err)
 	}
 	m.close()

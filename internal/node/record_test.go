@@ -17,17 +17,17 @@ import (
 // added later.
 func TestRecordHasShape(t *testing.T) {
 	n := &Node{cfg: Config{Dir: t.TempDir()}}
-	b := &box{node: n, life: life{ID: sandbox.NewID(), Run: "run1"}}
-	caytest.Fill(&b.life.Shape, 7)
-	dir := n.dir(b.life.ID)
+	b := &instance{node: n, record: record{ID: sandbox.NewID(), Run: "run1"}}
+	caytest.Fill(&b.record.Shape, 7)
+	dir := n.dir(b.record.ID)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := b.record(); err != nil {
+	if err := b.writeRecord(); err != nil {
 		t.Fatal(err)
 	}
-	got, err := readLife(dir)
-	if diff := cmp.Diff(b.life, got, cmpopts.EquateComparable(netip.Prefix{})); err != nil || diff != "" {
+	got, err := readRecord(dir)
+	if diff := cmp.Diff(b.record, got, cmpopts.EquateComparable(netip.Prefix{})); err != nil || diff != "" {
 		t.Errorf("recorded and read back, %v (-want +got):\n%s", err, diff)
 	}
 }
@@ -37,10 +37,10 @@ func TestOldRecord(t *testing.T) {
 	dir := t.TempDir()
 	old := `{"id":"sbx_aaaaaaaaaaaaaaaaaaaa","org":"org_a","run":"run1","token":"secret","handshake":true,"slot":3,
 		"uid":70001,"memory_mb":256,"cpu_weight":2048,"programs":{},"flags":[],"egress":{"mode":"deny_all"}}`
-	if err := os.WriteFile(filepath.Join(dir, lifeFile), []byte(old), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, recordFile), []byte(old), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	l, err := readLife(dir)
+	l, err := readRecord(dir)
 	if err != nil || l.Slot != 3 || l.Shape.Size.MemoryMB != 256 || cpuWeight(l.Shape) != 2048 ||
 		l.Shape.Egress.Mode != sandbox.DenyAll {
 		t.Errorf("an old record is read as %+v, %v", l, err)

@@ -18,13 +18,13 @@ import (
 	"github.com/cayhq/cay/internal/trace"
 )
 
-// making returns the box of a new sandbox and the steps that make it: a boot, or with spec.From a
+// making returns the instance of a new sandbox and the steps that make it: a boot, or with spec.From a
 // restore from that snapshot under an identity of its own. Destroy undoes the steps of both.
-func (n *Node) making(ctx context.Context, spec sandbox.Spec) (*box, []step, error) {
+func (n *Node) making(ctx context.Context, spec sandbox.Spec) (*instance, []step, error) {
 	if spec.From != "" {
 		return n.restoration(ctx, spec, string(spec.From), n.introduce)
 	}
-	b := n.newBox(spec)
+	b := n.newInstance(spec)
 	return b, n.creation(b, spec), nil
 }
 
@@ -37,14 +37,14 @@ func (n *Node) Wake(ctx context.Context, spec sandbox.Spec) error {
 	return n.take(ctx, b, steps, n.Rest)
 }
 
-// restoration returns a box for a life from the latest checkpoint of a name, and the steps that
+// restoration returns an instance from the latest checkpoint of a name, and the steps that
 // make it. Of the spec it uses ID, Run, Token and Egress, and the settings that meet tells the
 // agent. Everything else is what the saved sandbox was first made with, its programs included: only
 // the gVisor that made a checkpoint can restore it, and only with the spec that it was made with.
-// One checkpoint serves any number of lives, one after the other or at once. A life does not need
+// One checkpoint serves any number of instances, one after the other or at once. An instance does not need
 // it after its last step.
 func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string,
-	meet func(context.Context, *box, sandbox.Spec, about) error) (*box, []step, error) {
+	meet func(context.Context, *instance, sandbox.Spec, about) error) (*instance, []step, error) {
 	failed := func(cause error, why string, args ...any) error {
 		code := "wake_failed"
 		if name != string(spec.ID) {
@@ -68,14 +68,14 @@ func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string,
 		return nil, nil, failed(err,
 			"the version of cay's runtime that made the checkpoint (%s) is not on this machine any more", was.Programs.Runsc)
 	}
-	b := n.boxOf(life{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Shape: spec.Shape,
+	b := n.instanceOf(record{ID: spec.ID, Org: spec.OrgID, Run: spec.Run, Token: spec.Token, Shape: spec.Shape,
 		From: string(spec.From), Handshake: was.Handshake, Programs: was.Programs, Flags: was.Flags})
 	b.agentKey = was.Token
 	n.warnOlder(b)
 	steps := n.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		pid, err := b.runtime().Restore(ctx, b.container(), c.Dir, runsc.Place{
 			Image: image, Binds: binds(programs), Namespace: b.slot.Namespace, Cgroups: n.groupPath(spec.ID),
-			HostUID: b.life.UID, CPUShares: b.bootShares()})
+			HostUID: b.record.UID, CPUShares: b.bootShares()})
 		b.hurry.settle() // programs other than the agent run again
 		if err != nil && ctx.Err() == nil {
 			err = failed(err, "gVisor could not restore the checkpoint; the server's log has the cause")
@@ -113,26 +113,26 @@ func (n *Node) restorable(ctx context.Context, name string) (*checkpoint.Checkpo
 // greetAgent gives a woken agent its new key, and the name servers if they have changed. It sends
 // nothing else, since the user may have changed the files inside that the other settings are
 // written to.
-func (n *Node) greetAgent(ctx context.Context, b *box, _ sandbox.Spec, was about) error {
-	return n.renew(ctx, b, was, agentapi.InitRequest{AccessToken: b.life.Token})
+func (n *Node) greetAgent(ctx context.Context, b *instance, _ sandbox.Spec, was about) error {
+	return n.renew(ctx, b, was, agentapi.InitRequest{AccessToken: b.record.Token})
 }
 
 // introduce tells an agent that it belongs to another sandbox now: its token, its host name, and
 // the environment, user and directory of later commands.
-func (n *Node) introduce(ctx context.Context, b *box, spec sandbox.Spec, was about) error {
-	return n.renew(ctx, b, was, agentapi.InitRequest{AccessToken: b.life.Token, Env: spec.Env,
+func (n *Node) introduce(ctx context.Context, b *instance, spec sandbox.Spec, was about) error {
+	return n.renew(ctx, b, was, agentapi.InitRequest{AccessToken: b.record.Token, Env: spec.Env,
 		DefaultUser: spec.User, DefaultWorkdir: spec.Workdir, Hostname: hostname(spec.ID)})
 }
 
-// renew sends init to a restored agent, which still has the key of the former life.
-func (n *Node) renew(ctx context.Context, b *box, was about, hello agentapi.InitRequest) error {
+// renew sends init to a restored agent, which still has the key of the former instance.
+func (n *Node) renew(ctx context.Context, b *instance, was about, hello agentapi.InitRequest) error {
 	if strings.Join(was.Nameservers, " ") != strings.Join(n.cfg.Nameservers, " ") {
 		hello.Nameservers = n.cfg.Nameservers
 	}
 	if err := n.agents.Init(ctx, b.target(), hello); err != nil {
 		return fmt.Errorf("giving the agent its new key: %w", err)
 	}
-	b.agentKnows(b.life.Token)
+	b.agentKnows(b.record.Token)
 	return nil
 }
 
@@ -151,9 +151,9 @@ type verification struct {
 
 	mu sync.Mutex
 	// +checklocks:mu
-	boxes []*box // guarded by mu
+	instances []*instance // guarded by mu
 	// +checklocks:mu
-	alive int // of boxes; guarded by mu
+	alive int // of instances; guarded by mu
 }
 
 // verifyAfter is the delay between a restore and the verification of its memory, if no caller waits
@@ -165,7 +165,7 @@ const verifyAfter = 5 * time.Second
 // sandbox if the memory is damaged: it must not go on with memory that is not its own. The
 // checkpoint may be removed meanwhile, since verify holds the pages open, as the sandbox's kernel
 // does.
-func (n *Node) verify(b *box, c *checkpoint.Checkpoint) error {
+func (n *Node) verify(b *instance, c *checkpoint.Checkpoint) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if v := n.verifications[c.Dir]; v != nil && v.join(b) {
@@ -174,7 +174,7 @@ func (n *Node) verify(b *box, c *checkpoint.Checkpoint) error {
 	pages, err := c.Open(isPages)
 	if errors.Is(err, fs.ErrNotExist) {
 		// The checkpoint was removed. The only copy of its memory is in the sandbox now.
-		n.log.WarnContext(b.ctx, "a checkpoint is gone while its sandbox runs", "sandbox", b.life.ID, "checkpoint", c.Dir)
+		n.log.WarnContext(b.ctx, "a checkpoint is gone while its sandbox runs", "sandbox", b.record.ID, "checkpoint", c.Dir)
 		return nil
 	}
 	if err != nil {
@@ -191,14 +191,14 @@ func (n *Node) verify(b *box, c *checkpoint.Checkpoint) error {
 
 // join adds a sandbox to the verification. It returns false if no sandbox needed the verification
 // any more.
-func (v *verification) join(b *box) bool {
+func (v *verification) join(b *instance) bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.ctx.Err() != nil {
 		return false
 	}
 	b.verified = v
-	v.boxes, v.alive = append(v.boxes, b), v.alive+1
+	v.instances, v.alive = append(v.instances, b), v.alive+1
 	context.AfterFunc(b.ctx, func() {
 		v.mu.Lock()
 		defer v.mu.Unlock()
@@ -233,21 +233,21 @@ func (n *Node) verified(v *verification) {
 		n.log.ErrorContext(n.ctx, "marking a damaged checkpoint", "checkpoint", v.dir, "error", err)
 	}
 	v.mu.Lock()
-	boxes := v.boxes
+	instances := v.instances
 	v.mu.Unlock()
-	for _, b := range boxes {
+	for _, b := range instances {
 		if b.ctx.Err() != nil {
 			continue
 		}
-		if err := n.groups.Group(n.groupPath(b.life.ID)).Kill(n.ctx); err != nil && n.ctx.Err() == nil {
-			n.log.ErrorContext(n.ctx, "ending a sandbox", "sandbox", b.life.ID, "error", err)
+		if err := n.groups.Group(n.groupPath(b.record.ID)).Kill(n.ctx); err != nil && n.ctx.Err() == nil {
+			n.log.ErrorContext(n.ctx, "ending a sandbox", "sandbox", b.record.ID, "error", err)
 		}
 	}
 }
 
 // sound waits until the memory that the sandbox was restored with is verified. Before that no
 // checkpoint may replace the one that the sandbox was restored from.
-func (b *box) sound(ctx context.Context) error {
+func (b *instance) sound(ctx context.Context) error {
 	if b.verified == nil {
 		return nil // it was booted
 	}
@@ -259,6 +259,6 @@ func (b *box) sound(ctx context.Context) error {
 	case <-b.verified.done:
 		return b.verified.err
 	case <-ctx.Done():
-		return fmt.Errorf("waiting for the memory of %s to be verified: %w", b.life.ID, ctx.Err())
+		return fmt.Errorf("waiting for the memory of %s to be verified: %w", b.record.ID, ctx.Err())
 	}
 }

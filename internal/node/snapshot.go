@@ -11,24 +11,24 @@ import (
 // on the sandbox that it was taken from.
 
 // Snapshot implements sandbox.Node.
-func (n *Node) Snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Point, error) {
+func (n *Node) Snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Checkpoint, error) {
 	return n.saveLive(ctx, id, string(to))
 }
 
 // SnapshotPoint implements sandbox.Node.
-func (n *Node) SnapshotPoint(_ context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Point, error) {
+func (n *Node) SnapshotCheckpoint(_ context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Checkpoint, error) {
 	c, was, err := n.latest(string(id))
 	if err == nil && c != nil {
 		c, err = n.checkpoints.Copy(string(id), string(to))
 	}
 	switch {
 	case err != nil:
-		return sandbox.Point{}, err
+		return sandbox.Checkpoint{}, err
 	case c == nil:
-		return sandbox.Point{}, fault.New(fault.Conflict, "sandbox_not_running",
+		return sandbox.Checkpoint{}, fault.New(fault.Conflict, "sandbox_not_running",
 			"sandbox %s has no recovery point on this machine", id)
 	}
-	return sandbox.Point{At: c.At, Size: c.Size, Run: was.Run}, n.passed("copy")
+	return sandbox.Checkpoint{At: c.At, Size: c.Size, Run: was.Run}, n.passed("copy")
 }
 
 // DropSnapshot implements sandbox.Node.

@@ -87,7 +87,7 @@ func TestChildrenOfASnapshot(t *testing.T) {
 		t.Fatal(err)
 	}
 	of := sandbox.NewSnapshotID()
-	if copied, err := m.node.SnapshotPoint(m.ctx(), specs[1].ID, of); err != nil || copied != point {
+	if copied, err := m.node.SnapshotCheckpoint(m.ctx(), specs[1].ID, of); err != nil || copied != point {
 		t.Errorf("the snapshot is %+v, the recovery point %+v, %v", copied, point, err)
 	}
 	specs[1].From = ""
@@ -158,7 +158,7 @@ head -c 16 /dev/urandom | md5sum; head -c 16 /dev/random | md5sum; cat /proc/sys
 			if o.Run != s.Run {
 				wrong.Token = o.Token
 			}
-			if err := m.node.Agents().Health(m.ctx(), m.node.box(s.ID).target()); err != nil {
+			if err := m.node.Agents().Health(m.ctx(), m.node.instance(s.ID).target()); err != nil {
 				t.Error(err)
 			}
 			m.refused(wrong)
@@ -188,8 +188,8 @@ func TestRestoreFailsAtEveryStep(t *testing.T) {
 			t.Fatalf("%s: got %v, reached: %v", name, err, reached)
 		}
 		m.node.after = nil
-		if fact, err := m.node.Inspect(m.ctx(), c.ID); err != nil || fact != nil {
-			t.Errorf("%s: the machine has %+v, %v", name, fact, err)
+		if observed, err := m.node.Inspect(m.ctx(), c.ID); err != nil || observed != nil {
+			t.Errorf("%s: the machine has %+v, %v", name, observed, err)
 		}
 	}
 	m.counts(m.restored(spec, snap), n)
@@ -225,11 +225,13 @@ func TestSnapshotFails(t *testing.T) {
 		if got, err := m.node.Snapshots(m.ctx()); err != nil || len(got) > 0 {
 			t.Errorf("%s: the machine has %v, %v", name, got, err)
 		}
-		if fact, err := m.node.Inspect(m.ctx(), spec.ID); err != nil || fact.Point == nil || *fact.Point != point {
-			t.Errorf("%s: its recovery point is %+v, %v", name, fact.Point, err)
+		if observed, err := m.node.Inspect(m.ctx(), spec.ID); err != nil ||
+			observed.Checkpoint == nil || *observed.Checkpoint != point {
+			t.Errorf("%s: its recovery point is %+v, %v", name, observed.Checkpoint, err)
 		}
 	}
-	if _, err := m.node.SnapshotPoint(m.ctx(), m.created().ID, sandbox.NewSnapshotID()); !fault.Is(err, fault.Conflict) {
+	if _, err := m.node.SnapshotCheckpoint(m.ctx(), m.created().ID,
+		sandbox.NewSnapshotID()); !fault.Is(err, fault.Conflict) {
 		t.Errorf("a snapshot of a missing recovery point: %v", err)
 	}
 	if err := m.node.Create(m.ctx(), child(spec, sandbox.NewSnapshotID())); fault.As(err) == nil ||

@@ -141,7 +141,7 @@ func TestStartCommandNotWaitedFor(t *testing.T) {
 	m.wantNothing()
 
 	spec, over := begin(context.Background())
-	if err := unix.Kill(m.node.box(spec.ID).pid, unix.SIGKILL); err != nil {
+	if err := unix.Kill(m.node.instance(spec.ID).pid, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	if err := ended(over); !fault.Is(err, fault.Internal) || fault.As(err) == nil {

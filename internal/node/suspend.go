@@ -25,49 +25,49 @@ const stateSize = 16 << 20
 
 // about is the part of a checkpoint's manifest that a restore needs.
 type about struct {
-	life
+	record
 	Nameservers []string `json:"nameservers"`
 }
 
 // Suspend implements sandbox.Node. The sandbox is paused from before it is saved until it is ended
 // or its checkpoint has failed, so nothing that it did is lost.
-func (n *Node) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
+func (n *Node) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Checkpoint, error) {
 	var hold *runsc.Hold
-	w, err := n.save(ctx, id, func(b *box, dir string) (err error) {
+	w, err := n.save(ctx, id, func(b *instance, dir string) (err error) {
 		// A woken agent should not have connections to a peer that has gone.
 		n.agents.Drop(string(id))
 		hold, err = b.runtime().Save(ctx, b.container(), dir)
 		return err
 	})
 	if err != nil {
-		return sandbox.Point{}, err
+		return sandbox.Checkpoint{}, err
 	}
 	point, err := n.commit(w, string(id))
 	if err != nil {
 		err = errors.Join(err, hold.Release())
-		return sandbox.Point{}, n.giveUp(w.box, w.draft, err)
+		return sandbox.Checkpoint{}, n.giveUp(w.instance, w.draft, err)
 	}
 	// From here on the checkpoint is the sandbox, and the paused instance is not.
-	w.box.gone.Store(true)
+	w.instance.gone.Store(true)
 	err = n.Rest(ctx, id)
 	return point, errors.Join(err, hold.Release())
 }
 
 // Checkpoint implements sandbox.Node.
-func (n *Node) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
+func (n *Node) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Checkpoint, error) {
 	return n.saveLive(ctx, id, string(id))
 }
 
 // saveLive saves a sandbox that continues to run, as the latest checkpoint of a name: its own, or
 // that of a snapshot.
-func (n *Node) saveLive(ctx context.Context, id sandbox.ID, name string) (sandbox.Point, error) {
-	w, err := n.save(ctx, id, func(b *box, dir string) error { return b.runtime().SaveLive(ctx, b.container(), dir) })
+func (n *Node) saveLive(ctx context.Context, id sandbox.ID, name string) (sandbox.Checkpoint, error) {
+	w, err := n.save(ctx, id, func(b *instance, dir string) error { return b.runtime().SaveLive(ctx, b.container(), dir) })
 	if err != nil {
-		return sandbox.Point{}, err
+		return sandbox.Checkpoint{}, err
 	}
 	point, err := n.commit(w, name)
 	if err != nil {
-		return sandbox.Point{}, n.giveUp(w.box, w.draft, err)
+		return sandbox.Checkpoint{}, n.giveUp(w.instance, w.draft, err)
 	}
 	return point, nil
 }
@@ -78,15 +78,15 @@ const saveAttempts = 2
 
 // written records a sandbox that was saved into a draft, and the time of that.
 type written struct {
-	box   *box
-	draft *checkpoint.Draft
-	at    time.Time
+	instance *instance
+	draft    *checkpoint.Draft
+	at       time.Time
 }
 
 // save calls write with a running sandbox and the empty directory of a new draft. It tries again if
 // gVisor fails and the sandbox continues, but not if the disk is full, the sandbox is dead or ctx
 // has ended.
-func (n *Node) save(ctx context.Context, id sandbox.ID, write func(b *box, dir string) error) (written, error) {
+func (n *Node) save(ctx context.Context, id sandbox.ID, write func(b *instance, dir string) error) (written, error) {
 	for attempt := 1; ; attempt++ {
 		b, draft, err := n.draft(ctx, id)
 		if err != nil {
@@ -109,7 +109,7 @@ func (n *Node) save(ctx context.Context, id sandbox.ID, write func(b *box, dir s
 
 // giveUp abandons the draft of a checkpoint that failed with cause and revives the sandbox. It
 // returns all errors. The former checkpoint is kept.
-func (n *Node) giveUp(b *box, draft *checkpoint.Draft, cause error) error {
+func (n *Node) giveUp(b *instance, draft *checkpoint.Draft, cause error) error {
 	if errors.Is(cause, unix.ENOSPC) || draft.Full() {
 		cause = fault.New(fault.NoSpace, "disk_full",
 			"this machine's disk filled up while the checkpoint was written").Because(cause)
@@ -118,8 +118,8 @@ func (n *Node) giveUp(b *box, draft *checkpoint.Draft, cause error) error {
 }
 
 // draft begins a checkpoint of a sandbox that runs.
-func (n *Node) draft(ctx context.Context, id sandbox.ID) (*box, *checkpoint.Draft, error) {
-	b := n.box(id)
+func (n *Node) draft(ctx context.Context, id sandbox.ID) (*instance, *checkpoint.Draft, error) {
+	b := n.instance(id)
 	if b == nil || b.dead() {
 		return nil, nil, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
 	}
@@ -134,17 +134,17 @@ func (n *Node) draft(ctx context.Context, id sandbox.ID) (*box, *checkpoint.Draf
 	return b, draft, err
 }
 
-func (n *Node) commit(w written, name string) (sandbox.Point, error) {
+func (n *Node) commit(w written, name string) (sandbox.Checkpoint, error) {
 	if err := n.passed("save"); err != nil {
-		return sandbox.Point{}, err
+		return sandbox.Checkpoint{}, err
 	}
-	l := w.box.life
+	l := w.instance.record
 	l.Shape = l.Shape.Public() // a restore gets the rest from its spec
 	c, err := w.draft.CommitAs(name, w.at, about{l, n.cfg.Nameservers})
 	if err != nil {
-		return sandbox.Point{}, err
+		return sandbox.Checkpoint{}, err
 	}
-	return sandbox.Point{At: c.At, Size: c.Size, Run: w.box.life.Run}, n.passed("commit")
+	return sandbox.Checkpoint{At: c.At, Size: c.Size, Run: w.instance.record.Run}, n.passed("commit")
 }
 
 // passed calls the hook with which tests make an operation fail after a step.
@@ -158,8 +158,8 @@ func (n *Node) passed(step string) error {
 // size estimates the size of a checkpoint of the sandbox in bytes: that of its memory and of what
 // it has written to its disk. The checkpoint leaves out pages that are zero; their number is not
 // known before.
-func (b *box) size() (int64, error) {
-	memory, err := b.node.groups.Group(b.node.groupPath(b.life.ID)).MemoryHeld()
+func (b *instance) size() (int64, error) {
+	memory, err := b.node.groups.Group(b.node.groupPath(b.record.ID)).MemoryHeld()
 	if err != nil {
 		return 0, err
 	}
@@ -169,11 +169,11 @@ func (b *box) size() (int64, error) {
 
 // layer returns the size of the writable layer on disk in bytes. The layer is a file without a name
 // that only the sentry has open.
-func (b *box) layer() (int64, error) {
+func (b *instance) layer() (int64, error) {
 	dir := fmt.Sprintf("/proc/%d/fd", b.pid)
 	fds, err := os.ReadDir(dir)
 	if err != nil {
-		return 0, fmt.Errorf("looking for the writable layer of %s: %w", b.life.ID, err)
+		return 0, fmt.Errorf("looking for the writable layer of %s: %w", b.record.ID, err)
 	}
 	var size int64
 	for _, fd := range fds {
@@ -197,7 +197,7 @@ const revivePatience = 10 * time.Second
 
 // revive waits for a paused sandbox to continue. It ends one that does not, which is then lost like
 // any other and restored from its latest checkpoint.
-func (n *Node) revive(b *box) error {
+func (n *Node) revive(b *instance) error {
 	ctx, cancel := context.WithTimeout(b.ctx, revivePatience)
 	defer cancel()
 	err := n.awaitAgent(ctx, b)
@@ -205,14 +205,14 @@ func (n *Node) revive(b *box) error {
 		return nil
 	}
 	n.log.ErrorContext(ctx, "ending a sandbox that did not go on after its checkpoint failed",
-		"sandbox", b.life.ID, "error", err)
+		"sandbox", b.record.ID, "error", err)
 	b.gone.Store(true)
-	return n.groups.Group(n.groupPath(b.life.ID)).Kill(n.ctx)
+	return n.groups.Group(n.groupPath(b.record.ID)).Kill(n.ctx)
 }
 
 // point returns the sandbox's recovery point, nil if it has none. It also returns one that cannot
 // be read: that one is kept, and a wake reports what is wrong with it.
-func (n *Node) point(id sandbox.ID) (*sandbox.Point, error) {
+func (n *Node) point(id sandbox.ID) (*sandbox.Checkpoint, error) {
 	c, err := n.checkpoints.Latest(string(id))
 	if err != nil {
 		if fault.As(err) == nil {
@@ -222,21 +222,21 @@ func (n *Node) point(id sandbox.ID) (*sandbox.Point, error) {
 		if err != nil {
 			return nil, fmt.Errorf("looking at a damaged checkpoint: %w", err)
 		}
-		return &sandbox.Point{At: info.ModTime().UTC()}, nil
+		return &sandbox.Checkpoint{At: info.ModTime().UTC()}, nil
 	}
 	if c == nil {
 		return nil, nil
 	}
 	var was about
 	if err := c.Understand(&was); err != nil {
-		return &sandbox.Point{At: c.At, Size: c.Size}, nil
+		return &sandbox.Checkpoint{At: c.At, Size: c.Size}, nil
 	}
-	return &sandbox.Point{At: c.At, Size: c.Size, Run: was.Run}, nil
+	return &sandbox.Checkpoint{At: c.At, Size: c.Size, Run: was.Run}, nil
 }
 
 // Busy implements sandbox.Node.
 func (n *Node) Busy(ctx context.Context, id sandbox.ID) (bool, error) {
-	b := n.box(id)
+	b := n.instance(id)
 	if b == nil || b.dead() {
 		return false, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
 	}
@@ -251,8 +251,8 @@ func (n *Node) collect() error {
 	}
 	keep := []embedded.Version{n.cfg.Programs.Version}
 	n.mu.Lock()
-	for _, b := range n.boxes {
-		keep = append(keep, b.life.Programs)
+	for _, b := range n.instances {
+		keep = append(keep, b.record.Programs)
 	}
 	n.mu.Unlock()
 	names, err := n.checkpoints.Names()

@@ -31,7 +31,7 @@ func (m *machine) sh(spec sandbox.Spec, command string) string {
 	return strings.TrimSpace(string(r.Stdout))
 }
 
-// next returns the spec of the sandbox's next life.
+// next returns the spec of the sandbox's next instance.
 func next(spec sandbox.Spec) sandbox.Spec {
 	spec.Run += "+"
 	spec.Token += "+"
@@ -39,7 +39,7 @@ func next(spec sandbox.Spec) sandbox.Spec {
 }
 
 // suspend suspends the sandbox, which must succeed.
-func (m *machine) suspend(spec sandbox.Spec) sandbox.Point {
+func (m *machine) suspend(spec sandbox.Spec) sandbox.Checkpoint {
 	m.t.Helper()
 	point, err := m.node.Suspend(m.ctx(), spec.ID)
 	if err != nil {
@@ -61,9 +61,9 @@ func (m *machine) wake(spec sandbox.Spec) sandbox.Spec {
 // wantAsleep checks that nothing of the sandbox is left but files.
 func (m *machine) wantAsleep(id sandbox.ID) {
 	m.t.Helper()
-	fact, err := m.node.Inspect(m.ctx(), id)
-	if err != nil || fact == nil || fact.Remains || fact.Alive || fact.Point == nil {
-		m.t.Fatalf("asleep the machine has %+v, %v", fact, err)
+	observed, err := m.node.Inspect(m.ctx(), id)
+	if err != nil || observed == nil || observed.Remains || observed.Alive || observed.Checkpoint == nil {
+		m.t.Fatalf("asleep the machine has %+v, %v", observed, err)
 	}
 	for _, slot := range m.slots.Slots() {
 		m.t.Errorf("slot %s is still handed out", slot.Link)
@@ -172,9 +172,9 @@ func TestSuspendFailsAtEveryStep(t *testing.T) {
 			t.Fatalf("%s: got %v", step, err)
 		}
 		m.node.after = nil
-		fact, err := m.node.Inspect(m.ctx(), spec.ID)
-		if err != nil || fact == nil || !fact.Alive || (fact.Point != nil) != (step == "commit") {
-			t.Fatalf("%s: the machine has %+v, %v", step, fact, err)
+		observed, err := m.node.Inspect(m.ctx(), spec.ID)
+		if err != nil || observed == nil || !observed.Alive || (observed.Checkpoint != nil) != (step == "commit") {
+			t.Fatalf("%s: the machine has %+v, %v", step, observed, err)
 		}
 		n = m.counts(spec, n)
 		m.suspend(spec)
@@ -303,7 +303,7 @@ func TestCheckpointWhileRunning(t *testing.T) {
 		t.Errorf("with a job in the background it is busy: %v, %v", busy, err)
 	}
 	n := m.counts(spec, 0)
-	var last sandbox.Point
+	var last sandbox.Checkpoint
 	for range 2 {
 		var err error
 		if last, err = m.node.Checkpoint(m.ctx(), spec.ID); err != nil {
@@ -321,10 +321,11 @@ func TestCheckpointWhileRunning(t *testing.T) {
 	if lost := <-m.node.Lost(); lost.ID != spec.ID {
 		t.Errorf("lost %+v", lost)
 	}
-	fact, err := m.node.Inspect(m.ctx(), spec.ID)
-	if err != nil || fact.Alive || !fact.Remains || fact.Point == nil || !fact.Point.At.Equal(last.At) ||
-		fact.Point.Run != spec.Run {
-		t.Fatalf("the machine has %+v with %+v, %v", fact, fact.Point, err)
+	observed, err := m.node.Inspect(m.ctx(), spec.ID)
+	if err != nil || observed.Alive || !observed.Remains || observed.Checkpoint == nil ||
+		!observed.Checkpoint.At.Equal(last.At) ||
+		observed.Checkpoint.Run != spec.Run {
+		t.Fatalf("the machine has %+v with %+v, %v", observed, observed.Checkpoint, err)
 	}
 	if err := m.node.Rest(m.ctx(), spec.ID); err != nil {
 		t.Fatal(err)
@@ -423,7 +424,8 @@ func TestDamagedMemory(t *testing.T) {
 	}
 	spec = m.wake(spec)
 	// No checkpoint of the damaged sandbox replaces the one that it was restored from.
-	for _, write := range []func(context.Context, sandbox.ID) (sandbox.Point, error){m.node.Checkpoint, m.node.Suspend} {
+	for _, write := range []func(context.Context, sandbox.ID) (sandbox.Checkpoint, error){
+		m.node.Checkpoint, m.node.Suspend} {
 		if _, err := write(m.ctx(), spec.ID); err == nil {
 			t.Error("damaged memory was written down as if it were right")
 		}
@@ -478,9 +480,9 @@ func TestDiskFillsUp(t *testing.T) {
 	m.open()
 	m.sh(spec, "head -c 20000000 /dev/urandom >/root/data")
 	sum := m.sh(spec, "md5sum /root/data")
-	for name, f := range map[string]func() (sandbox.Point, error){
-		"suspend":    func() (sandbox.Point, error) { return m.node.Suspend(m.ctx(), spec.ID) },
-		"checkpoint": func() (sandbox.Point, error) { return m.node.Checkpoint(m.ctx(), spec.ID) },
+	for name, f := range map[string]func() (sandbox.Checkpoint, error){
+		"suspend":    func() (sandbox.Checkpoint, error) { return m.node.Suspend(m.ctx(), spec.ID) },
+		"checkpoint": func() (sandbox.Checkpoint, error) { return m.node.Checkpoint(m.ctx(), spec.ID) },
 	} {
 		if _, err := f(); err == nil {
 			t.Fatalf("%s: 20 MB fit into 9", name)

@@ -34,26 +34,26 @@ func (n *Node) uidOf(addr netip.Addr) uint32 {
 
 // takeUID gives the sandbox the user id of its slot. Another sandbox has that id only if it was
 // started when the server had another FirstUID or range.
-func (n *Node) takeUID(b *box) error {
+func (n *Node) takeUID(b *instance) error {
 	uid := n.uidOf(b.slot.Addr)
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if other := n.uids[uid]; other != nil {
 		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has no user id for a sandbox").After(retryRoom).
-			Because(fmt.Errorf("user id %d is that of sandbox %s, which was started with other settings", uid, other.life.ID))
+			Because(fmt.Errorf("user id %d is that of sandbox %s, which was started with other settings", uid, other.record.ID))
 	}
 	n.uids[uid] = b
-	b.life.UID = uid
+	b.record.UID = uid
 	return nil
 }
 
 // giveUID frees the user id of a sandbox that has no processes left. The sandbox must still have
 // its slot.
-func (n *Node) giveUID(b *box) {
+func (n *Node) giveUID(b *instance) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.uids[b.life.UID] == b {
-		delete(n.uids, b.life.UID)
+	if n.uids[b.record.UID] == b {
+		delete(n.uids, b.record.UID)
 	}
 }
 

@@ -219,7 +219,7 @@ func (m *machine) status(pid int, name string) string {
 // id. It returns the id.
 func (m *machine) wantOwnUID(id sandbox.ID) int {
 	m.t.Helper()
-	uid := int(m.node.box(id).life.UID)
+	uid := int(m.node.instance(id).record.UID)
 	if uid < DefaultFirstUID || uid >= DefaultFirstUID+UIDs {
 		m.t.Errorf("the user id of %s is %d", id, uid)
 	}
@@ -326,7 +326,7 @@ func TestOwnUID(t *testing.T) {
 		t.Errorf("root does not reach all targets, so that the test proves nothing (-all +done):\n%s", diff)
 	}
 	uid := m.wantOwnUID(a.ID)
-	own := quarry{Kind: "signal", PID: m.node.box(a.ID).pid}
+	own := quarry{Kind: "signal", PID: m.node.instance(a.ID).pid}
 	if diff := cmp.Diff([]quarry{own}, m.intruders(uid, append(slices.Clone(targets), own))); diff != "" {
 		t.Errorf("the user id of a sandbox reaches these targets outside of that sandbox (-want +got):\n%s", diff)
 	}
@@ -344,7 +344,7 @@ func TestOwnUID(t *testing.T) {
 func TestUIDOfOlderSandboxes(t *testing.T) {
 	m := newMachine(t)
 	spec := m.spec()
-	b := m.node.newBox(spec)
+	b := m.node.newInstance(spec)
 	steps := m.node.steps(b, spec, func(ctx context.Context, image string) (int, error) {
 		c := m.node.container(b, spec, image)
 		linux := c.Spec.Linux
@@ -352,16 +352,16 @@ func TestUIDOfOlderSandboxes(t *testing.T) {
 		linux.Namespaces = slices.DeleteFunc(linux.Namespaces, func(n specs.LinuxNamespace) bool {
 			return n.Type == specs.UserNamespace
 		})
-		b.life.UID = 0
+		b.record.UID = 0
 		return b.runtime().Run(ctx, c)
-	}, func(ctx context.Context) error { return errors.Join(b.record(), m.node.initAgent(ctx, b, spec)) })
+	}, func(ctx context.Context) error { return errors.Join(b.writeRecord(), m.node.initAgent(ctx, b, spec)) })
 	if err := m.node.take(m.ctx(), b, steps, m.node.Destroy); err != nil {
 		t.Fatal(err)
 	}
 	m.close()
 	m.open()
 	m.works(spec)
-	if got := m.status(m.node.box(spec.ID).pid, "Uid"); got != "0 0 0 0" {
+	if got := m.status(m.node.instance(spec.ID).pid, "Uid"); got != "0 0 0 0" {
 		t.Fatalf("a sandbox that was to be started without user ids has %s", got)
 	}
 	m.sh(spec, "echo kept >/root/file")
@@ -400,7 +400,7 @@ func TestUIDIsNotTakenTwice(t *testing.T) {
 	if err := m.node.Create(m.ctx(), spec); err != nil {
 		t.Fatal(err)
 	}
-	uid := m.node.box(spec.ID).life.UID
+	uid := m.node.instance(spec.ID).record.UID
 	m.close()
 	m.open()
 	slot, err := m.slots.Acquire(m.ctx())
@@ -408,7 +408,7 @@ func TestUIDIsNotTakenTwice(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.node.cfg.FirstUID += uid - m.node.uidOf(slot.Addr)
-	other := &box{node: m.node, slot: slot, life: life{ID: sandbox.NewID()}}
+	other := &instance{node: m.node, slot: slot, record: record{ID: sandbox.NewID()}}
 	if err := m.node.takeUID(other); !fault.Is(err, fault.Unavailable) {
 		t.Errorf("with the user id of a sandbox that runs: %v", err)
 	}

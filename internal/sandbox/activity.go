@@ -19,13 +19,13 @@ const (
 	retryAfter = time.Minute
 )
 
-// life holds in memory the use, the last activity and the timers of an instance.
+// instance holds in memory the use, the last activity and the timers of a running sandbox.
 //
-// A life is in Service.lives exactly while its sandbox may be used. Leases are granted only from
-// there, under Service.mu. When suspend removes a life under the same lock while no lease is held,
-// the sandbox is unused and stays unused until the life is put back. Service.mu guards the mutable
+// An instance is in Service.instances exactly while its sandbox may be used. Leases are granted only from
+// there, under Service.mu. When suspend removes an instance under the same lock while no lease is held,
+// the sandbox is unused and stays unused until the instance is put back. Service.mu guards the mutable
 // fields.
-type life struct {
+type instance struct {
 	id       ID
 	run      string
 	mode     Mode
@@ -45,16 +45,16 @@ type life struct {
 	recovery *time.Timer // nil if off
 }
 
-// newLife returns the life of a sandbox as read from its row. The sandbox counts as changed: either
+// newInstance returns the instance of a sandbox as read from its row. The sandbox counts as changed: either
 // it has no recovery point yet and soon needs one, or its changes are unknown.
-func newLife(box Sandbox) *life {
-	return &life{id: box.ID, run: box.Run, mode: box.Mode, expires: box.ExpiresAt, idle: box.IdleTimeout,
-		interval: box.RecoveryInterval, last: box.LastActivityAt, saved: box.LastActivityAt,
-		looked: box.StartedAt.Add(firstPoint - box.RecoveryInterval), changed: true}
+func newInstance(sbx Sandbox) *instance {
+	return &instance{id: sbx.ID, run: sbx.Run, mode: sbx.Mode, expires: sbx.ExpiresAt, idle: sbx.IdleTimeout,
+		interval: sbx.RecoveryInterval, last: sbx.LastActivityAt, saved: sbx.LastActivityAt,
+		looked: sbx.StartedAt.Add(firstPoint - sbx.RecoveryInterval), changed: true}
 }
 
 // activity returns the time of the last activity, which is now while a lease is held.
-func (l *life) activity() time.Time {
+func (l *instance) activity() time.Time {
 	if l.leases > 0 {
 		return time.Now().UTC()
 	}
@@ -62,7 +62,7 @@ func (l *life) activity() time.Time {
 }
 
 // due returns the end of the idle time if no activity comes before.
-func (l *life) due() time.Time {
+func (l *instance) due() time.Time {
 	due := l.last.Add(l.idle)
 	if due.Before(l.after) {
 		return l.after
@@ -71,12 +71,12 @@ func (l *life) due() time.Time {
 }
 
 // isIdle reports whether no lease is held and the idle time is over.
-func (l *life) isIdle() bool {
+func (l *instance) isIdle() bool {
 	return l.leases == 0 && l.idle > 0 && !time.Now().Before(l.due())
 }
 
 // stop ends the timers.
-func (l *life) stop() {
+func (l *instance) stop() {
 	for _, t := range []*time.Timer{l.end, l.recovery} {
 		if t != nil {
 			t.Stop()
@@ -84,15 +84,15 @@ func (l *life) stop() {
 	}
 }
 
-// track makes a running sandbox usable and sets its timers. It replaces an earlier life of the
+// track makes a running sandbox usable and sets its timers. It replaces an earlier instance of the
 // sandbox.
-func (s *Service) track(l *life) {
+func (s *Service) track(l *instance) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if old := s.lives[l.id]; old != nil {
+	if old := s.instances[l.id]; old != nil {
 		old.stop()
 	}
-	s.lives[l.id] = l
+	s.instances[l.id] = l
 	if s.closed {
 		return
 	}
@@ -112,11 +112,11 @@ func (s *Service) track(l *life) {
 }
 
 // tracked reports whether the sandbox can be used in the run of its row.
-func (s *Service) tracked(box Sandbox) bool {
+func (s *Service) tracked(sbx Sandbox) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l := s.lives[box.ID]
-	return l != nil && l.run == box.Run
+	l := s.instances[sbx.ID]
+	return l != nil && l.run == sbx.Run
 }
 
 // untrack ends the use of a sandbox that is being removed, even if leases are held. It returns the
@@ -124,7 +124,7 @@ func (s *Service) tracked(box Sandbox) bool {
 func (s *Service) untrack(id ID) *time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l := s.lives[id]
+	l := s.instances[id]
 	if l == nil {
 		return nil
 	}
@@ -137,16 +137,16 @@ func (s *Service) untrack(id ID) *time.Time {
 }
 
 // +checklocks:s.mu
-func (s *Service) remove(l *life) {
+func (s *Service) remove(l *instance) {
 	l.stop()
-	delete(s.lives, l.id)
+	delete(s.instances, l.id)
 }
 
 // wind resets the timer for the end of the idle time.
 //
 // +checklocks:s.mu
-func (s *Service) wind(l *life) {
-	if l.mode == Persistent && l.end != nil && s.lives[l.id] == l && !s.closed {
+func (s *Service) wind(l *instance) {
+	if l.mode == Persistent && l.end != nil && s.instances[l.id] == l && !s.closed {
 		l.end.Reset(time.Until(l.due()))
 	}
 }
@@ -154,24 +154,24 @@ func (s *Service) wind(l *life) {
 // Lease grants access to a running sandbox's agent. While it is held the sandbox counts as in use
 // and is not suspended. Release it exactly once.
 type Lease struct {
-	Sandbox Sandbox // includes its Token
-	service *Service
-	life    *life
+	Sandbox  Sandbox // includes its Token
+	service  *Service
+	instance *instance
 }
 
 // Release ends the lease. The sandbox becomes idle when its last lease ends.
-func (l *Lease) Release() { l.service.release(l.life) }
+func (l *Lease) Release() { l.service.release(l.instance) }
 
 // InUse returns the number of leases held.
 func (s *Service) InUse() int64 { return s.leases.Load() }
 
 // use records an activity of a sandbox that can be used in the run of its row. With pin it also
 // leases the sandbox. It returns nil when the sandbox cannot be used.
-func (s *Service) use(box Sandbox, pin bool) *life {
+func (s *Service) use(sbx Sandbox, pin bool) *instance {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l := s.lives[box.ID]
-	if l == nil || l.run != box.Run {
+	l := s.instances[sbx.ID]
+	if l == nil || l.run != sbx.Run {
 		return nil
 	}
 	l.last = time.Now().UTC()
@@ -185,7 +185,7 @@ func (s *Service) use(box Sandbox, pin bool) *life {
 	return l
 }
 
-func (s *Service) release(l *life) {
+func (s *Service) release(l *instance) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.leases.Add(-1)
@@ -205,10 +205,10 @@ func (s *Service) release(l *life) {
 var errNotIdle = errors.New("not idle any more")
 
 // partIfIdle ends the use of a sandbox whose idle time is over.
-func (s *Service) partIfIdle(_ context.Context, id ID) (*life, error) {
+func (s *Service) partIfIdle(_ context.Context, id ID) (*instance, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l := s.lives[id]
+	l := s.instances[id]
 	if l == nil || !l.isIdle() {
 		return nil, errNotIdle
 	}
@@ -218,9 +218,9 @@ func (s *Service) partIfIdle(_ context.Context, id ID) (*life, error) {
 
 // idled suspends a sandbox whose idle timer fired. A use in the meantime has reset the timer, or
 // will do so when the last lease ends.
-func (s *Service) idled(l *life) {
+func (s *Service) idled(l *instance) {
 	s.mu.Lock()
-	idle := s.lives[l.id] == l && l.isIdle()
+	idle := s.instances[l.id] == l && l.isIdle()
 	s.mu.Unlock()
 	if !idle {
 		return
@@ -231,9 +231,9 @@ func (s *Service) idled(l *life) {
 	}
 	var failed bool
 	if mine {
-		box, err := s.suspend(op.ctx, l.id, reasonIdle, s.partIfIdle)
+		sbx, err := s.suspend(op.ctx, l.id, reasonIdle, s.partIfIdle)
 		failed = err != nil && !errors.Is(err, errNotIdle) // suspend has logged the error
-		s.finish(l.id, op, box, err)
+		s.finish(l.id, op, sbx, err)
 	} else {
 		<-op.done
 	}
@@ -248,20 +248,20 @@ func (s *Service) idled(l *life) {
 }
 
 // shown returns the row with its last activity, which may not have been saved yet.
-func (s *Service) shown(box Sandbox) Sandbox {
+func (s *Service) shown(sbx Sandbox) Sandbox {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if l := s.lives[box.ID]; l != nil && l.mode == Persistent && l.run == box.Run {
-		box.LastActivityAt = l.activity()
+	if l := s.instances[sbx.ID]; l != nil && l.mode == Persistent && l.run == sbx.Run {
+		sbx.LastActivityAt = l.activity()
 	}
-	return box
+	return sbx
 }
 
 // flush saves the last activities that changed.
 func (s *Service) flush(ctx context.Context) error {
 	last := map[ID]time.Time{}
 	s.mu.Lock()
-	for id, l := range s.lives {
+	for id, l := range s.instances {
 		if at := l.activity(); l.mode == Persistent && at.After(l.saved) {
 			last[id] = at
 		}
@@ -276,7 +276,7 @@ func (s *Service) flush(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for id, at := range last {
-		if l := s.lives[id]; l != nil && l.saved.Before(at) {
+		if l := s.instances[id]; l != nil && l.saved.Before(at) {
 			l.saved = at
 		}
 	}

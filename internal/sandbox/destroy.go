@@ -25,8 +25,8 @@ const takedownsAtOnce = 4
 // something cannot be removed, the sandbox stays in state destroying and the removal is retried
 // until it succeeds.
 func (s *Service) Destroy(ctx context.Context, orgID string, id ID) error {
-	box, err := s.Get(ctx, orgID, id)
-	if err != nil || box.State.Over() {
+	sbx, err := s.Get(ctx, orgID, id)
+	if err != nil || sbx.State.Over() {
 		return err
 	}
 	claimed, done := make(chan struct{}), make(chan error, 1)
@@ -90,15 +90,15 @@ func (s *Service) end(id ID, run string, why Reason, claimed func()) error {
 func (s *Service) takeApart(ctx context.Context, id ID, run string, why Reason, claimed func()) error {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
-	box, err := s.store.Get(ctx, id)
+	sbx, err := s.store.Get(ctx, id)
 	if err != nil {
 		return err
 	}
-	if box.State.Over() || (run != "" && box.Run != run) {
+	if sbx.State.Over() || (run != "" && sbx.Run != run) {
 		return nil
 	}
-	if box.State != Destroying {
-		box, err = s.transition(ctx, Change{ID: id, From: []State{box.State}, Run: box.Run, To: Destroying,
+	if sbx.State != Destroying {
+		sbx, err = s.transition(ctx, Change{ID: id, From: []State{sbx.State}, Run: sbx.Run, To: Destroying,
 			At: time.Now().UTC(), Reason: string(why), DestroyReason: &why})
 		if err != nil {
 			return fmt.Errorf("claiming %s to destroy it: %w", id, err)
@@ -117,7 +117,7 @@ func (s *Service) takeApart(ctx context.Context, id ID, run string, why Reason, 
 	}
 	now := time.Now().UTC()
 	_, err = s.transition(ctx, Change{ID: id, From: []State{Destroying}, To: Destroyed, At: now,
-		Reason: string(box.DestroyReason), DestroyedAt: &now})
+		Reason: string(sbx.DestroyReason), DestroyedAt: &now})
 	if fault.Is(err, fault.Conflict) {
 		return nil
 	}
@@ -125,11 +125,11 @@ func (s *Service) takeApart(ctx context.Context, id ID, run string, why Reason, 
 }
 
 // extend moves the end of an ephemeral sandbox to the expiry in its row.
-func (s *Service) extend(box Sandbox) {
+func (s *Service) extend(sbx Sandbox) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if l := s.lives[box.ID]; l != nil && l.run == box.Run && l.end != nil && !s.closed {
-		l.end.Reset(time.Until(box.ExpiresAt))
+	if l := s.instances[sbx.ID]; l != nil && l.run == sbx.Run && l.end != nil && !s.closed {
+		l.end.Reset(time.Until(sbx.ExpiresAt))
 	}
 }
 
@@ -137,18 +137,18 @@ func (s *Service) extend(box Sandbox) {
 func (s *Service) expire(id ID) {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanupTimeout)
 	defer cancel()
-	box, err := s.store.Get(ctx, id)
-	if err == nil && time.Now().Before(box.ExpiresAt) {
-		s.extend(box)
+	sbx, err := s.store.Get(ctx, id)
+	if err == nil && time.Now().Before(sbx.ExpiresAt) {
+		s.extend(sbx)
 		return
 	}
 	switch {
 	case err != nil:
-	case box.AtEnd == EndSuspends:
-		s.suspendExpired(box)
+	case sbx.AtEnd == EndSuspends:
+		s.suspendExpired(sbx)
 		return
 	default:
-		err = s.destroy(ctx, id, box.Run, Expired)
+		err = s.destroy(ctx, id, sbx.Run, Expired)
 	}
 	if err == nil {
 		return
@@ -157,7 +157,7 @@ func (s *Service) expire(id ID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	// Once the destroy is claimed Reconcile retries it; before that only this timer does.
-	if l := s.lives[id]; l != nil && !s.closed {
+	if l := s.instances[id]; l != nil && !s.closed {
 		l.end.Reset(retryAfter)
 	}
 }

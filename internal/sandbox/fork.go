@@ -48,7 +48,7 @@ func (s *Service) Fork(ctx context.Context, c Caller, id ID, r ForkRequest) ([]C
 	}
 	f := &fork{caller: c, request: r, done: make(chan struct{})}
 	_, err := s.exclusive(ctx, c.OrgID, id, opFork, forkable, func(ctx context.Context) (Sandbox, error) {
-		box, err := s.saveFork(ctx, id, f)
+		sbx, err := s.saveFork(ctx, id, f)
 		if err != nil {
 			return Sandbox{}, err
 		}
@@ -57,7 +57,7 @@ func (s *Service) Fork(ctx context.Context, c Caller, id ID, r ForkRequest) ([]C
 			defer s.wg.Done()
 			s.makeChildren(f)
 		}()
-		return box, nil
+		return sbx, nil
 	})
 	if err != nil {
 		return nil, err
@@ -71,53 +71,53 @@ func (s *Service) Fork(ctx context.Context, c Caller, id ID, r ForkRequest) ([]C
 }
 
 // forkable returns an error for a sandbox that does not run and is not about to by itself.
-func forkable(box Sandbox) error {
-	if box.State != Running && box.State != Suspending {
-		return notRunning(box)
+func forkable(sbx Sandbox) error {
+	if sbx.State != Running && sbx.State != Suspending {
+		return notRunning(sbx)
 	}
 	return nil
 }
 
 // fork holds the state of a fork under way.
 type fork struct {
-	caller   Caller
-	request  ForkRequest
-	from     Snapshot // has no row
-	release  func()   // releases from
-	boxes    []Sandbox
-	children []Child
-	done     chan struct{} // closed when children is complete
+	caller    Caller
+	request   ForkRequest
+	from      Snapshot // has no row
+	release   func()   // releases from
+	sandboxes []Sandbox
+	children  []Child
+	done      chan struct{} // closed when children is complete
 }
 
 // saveFork saves the sandbox to fork; the caller holds the operation. The saved state has no row: a
 // server that dies leaves a snapshot without an owner.
 func (s *Service) saveFork(ctx context.Context, id ID, f *fork) (Sandbox, error) {
-	box, err := s.present(ctx, id)
+	sbx, err := s.present(ctx, id)
 	if err != nil {
 		return Sandbox{}, err
 	}
-	if box.State != Running {
-		return Sandbox{}, notRunning(box)
+	if sbx.State != Running {
+		return Sandbox{}, notRunning(sbx)
 	}
-	f.from = snapshotOf(box, "")
+	f.from = snapshotOf(sbx, "")
 	for range f.request.Count {
-		child, err := f.request.child(s.cfg, box, f.from)
+		child, err := f.request.child(s.cfg, sbx, f.from)
 		if err != nil {
 			return Sandbox{}, err
 		}
-		f.boxes = append(f.boxes, child)
+		f.sandboxes = append(f.sandboxes, child)
 	}
 	// A pause is not worthwhile if not even one child is possible. Each child is admitted again when
 	// it is made.
-	if _, _, err := s.store.Admit(ctx, f.boxes[0], f.caller.Quota, Once{}); err != nil {
+	if _, _, err := s.store.Admit(ctx, f.sandboxes[0], f.caller.Quota, Once{}); err != nil {
 		return Sandbox{}, err
 	}
-	if err := s.room(ctx, box.Size); err != nil {
+	if err := s.room(ctx, sbx.Size); err != nil {
 		return Sandbox{}, err
 	}
 	f.release = s.holdSnapshot(f.from.ID)
-	_, err = s.writeSnapshot(ctx, box, f.from.ID)
-	forked := Event{SandboxID: box.ID, At: time.Now().UTC(), Reason: reasonForked,
+	_, err = s.writeSnapshot(ctx, sbx, f.from.ID)
+	forked := Event{SandboxID: sbx.ID, At: time.Now().UTC(), Reason: reasonForked,
 		Detail: fmt.Sprintf("%d asked for", f.request.Count)}
 	if err == nil {
 		err = s.store.Note(ctx, []Event{forked})
@@ -125,10 +125,10 @@ func (s *Service) saveFork(ctx context.Context, id ID, f *fork) (Sandbox, error)
 	if err != nil {
 		s.abandonSnapshot(ctx, f.from.ID, false)
 		f.release()
-		return Sandbox{}, s.snapshotFailed(ctx, box, err)
+		return Sandbox{}, s.snapshotFailed(ctx, sbx, err)
 	}
 	s.logNote(ctx, forked)
-	return box, nil
+	return sbx, nil
 }
 
 // child returns a child of the parent with the settings of the request.
@@ -166,15 +166,15 @@ func (r ForkRequest) child(cfg Config, parent Sandbox, from Snapshot) (Sandbox, 
 // makeChildren makes the children, and then removes the snapshot that they were made from.
 func (s *Service) makeChildren(f *fork) {
 	defer close(f.done)
-	f.children = make([]Child, len(f.boxes))
+	f.children = make([]Child, len(f.sandboxes))
 	slots := make(chan struct{}, forkAtOnce)
 	var wg sync.WaitGroup
-	for i, box := range f.boxes {
+	for i, sbx := range f.sandboxes {
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			box.CreatedAt = time.Now().UTC()
-			f.children[i].Sandbox, f.children[i].Err = s.restoreNew(context.Background(), f.caller, box, f.from.ID,
+			sbx.CreatedAt = time.Now().UTC()
+			f.children[i].Sandbox, f.children[i].Err = s.restoreNew(context.Background(), f.caller, sbx, f.from.ID,
 				Once{}, true, func() {})
 		})
 	}
@@ -189,13 +189,13 @@ func (s *Service) createFrom(ctx context.Context, c Caller, r Request, once Once
 	if err != nil {
 		return Sandbox{}, err
 	}
-	box, err := r.restore(s.cfg, snap, time.Now())
+	sbx, err := r.restore(s.cfg, snap, time.Now())
 	if err != nil {
 		release()
 		return Sandbox{}, err
 	}
-	box.Source, box.Origin = Restored, string(snap.ID)
-	return s.restoreNew(ctx, c, box, snap.ID, once, wait, release)
+	sbx.Source, sbx.Origin = Restored, string(snap.ID)
+	return s.restoreNew(ctx, c, sbx, snap.ID, once, wait, release)
 }
 
 // restore returns the sandbox that a request for one from a snapshot asks for.
@@ -207,20 +207,20 @@ func (r Request) restore(cfg Config, snap Snapshot, now time.Time) (Sandbox, err
 		return Sandbox{}, invalid("disk_size_mb", "is the snapshot's, %d: leave it out", snap.DiskMB)
 	}
 	r.Size, r.DiskSizeMB = "", nil
-	box, err := r.resolve(cfg, snap.OrgID, TemplateVersion{ID: snap.TemplateID, Name: snap.Template,
+	sbx, err := r.resolve(cfg, snap.OrgID, TemplateVersion{ID: snap.TemplateID, Name: snap.Template,
 		Version: snap.TemplateVersion, Shape: snap.Shape}, now)
 	if err != nil {
 		return Sandbox{}, err
 	}
-	box.Size = snap.Size // even if the operator has removed the preset
-	return box, CheckEnv(box.Env)
+	sbx.Size = snap.Size // even if the operator has removed the preset
+	return sbx, CheckEnv(sbx.Env)
 }
 
 // restoreNew makes a sandbox from a snapshot that the caller holds. It calls release when the
 // snapshot is no longer needed.
-func (s *Service) restoreNew(ctx context.Context, c Caller, box Sandbox, from SnapshotID, once Once, wait bool,
+func (s *Service) restoreNew(ctx context.Context, c Caller, sbx Sandbox, from SnapshotID, once Once, wait bool,
 	release func()) (Sandbox, error) {
-	spec := box.restored()
+	spec := sbx.restored()
 	spec.From = from
-	return s.makeNew(ctx, c, box, spec, pointTimeout, once, wait, release)
+	return s.makeNew(ctx, c, sbx, spec, checkpointTimeout, once, wait, release)
 }

@@ -32,11 +32,11 @@ type operation struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	// claimed is closed when a destroy is durable. No caller waits for the rest of the destroy.
-	claimed chan struct{}
-	done    chan struct{} // closed by finish, after the fields below are set
-	result  Sandbox
-	point   Point // of a checkpoint
-	err     error
+	claimed    chan struct{}
+	done       chan struct{} // closed by finish, after the fields below are set
+	result     Sandbox
+	checkpoint Checkpoint // of a checkpoint
+	err        error
 }
 
 // wait returns the operation's result, or ctx's error if that ends first.

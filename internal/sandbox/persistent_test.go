@@ -11,39 +11,39 @@ import (
 )
 
 // persistent creates a sandbox with an idle timeout and without recovery points.
-func (h *house) persistent(idle time.Duration) sandbox.ID {
+func (h *fixture) persistent(idle time.Duration) sandbox.ID {
 	h.t.Helper()
 	return h.mustCreate(sandbox.Request{Mode: "persistent", IdleTimeout: &idle,
 		RecoveryInterval: ptr(time.Duration(0))}).ID
 }
 
 // suspended creates a sandbox without timers and suspends it.
-func (h *house) suspended() sandbox.ID {
+func (h *fixture) suspended() sandbox.ID {
 	h.t.Helper()
 	id := h.persistent(0)
 	h.mustSuspend(id)
 	return id
 }
 
-func (h *house) mustSuspend(id sandbox.ID) {
+func (h *fixture) mustSuspend(id sandbox.ID) {
 	h.t.Helper()
-	if box, err := h.Suspend(context.Background(), org, id); err != nil || box.State != sandbox.Suspended {
-		h.t.Fatalf("suspending: %s, %v", box.State, err)
+	if sbx, err := h.Suspend(context.Background(), org, id); err != nil || sbx.State != sandbox.Suspended {
+		h.t.Fatalf("suspending: %s, %v", sbx.State, err)
 	}
 	h.wantState(id, sandbox.Suspended, "")
 }
 
-func (h *house) mustWake(id sandbox.ID) sandbox.Sandbox {
+func (h *fixture) mustWake(id sandbox.ID) sandbox.Sandbox {
 	h.t.Helper()
-	box, err := h.Wake(context.Background(), h.caller(), id)
-	if err != nil || box.State != sandbox.Running {
-		h.t.Fatalf("waking: %s, %v", box.State, err)
+	sbx, err := h.Wake(context.Background(), h.caller(), id)
+	if err != nil || sbx.State != sandbox.Running {
+		h.t.Fatalf("waking: %s, %v", sbx.State, err)
 	}
 	h.wantState(id, sandbox.Running, "")
-	return box
+	return sbx
 }
 
-func (h *house) mustConnect(id sandbox.ID) *sandbox.Lease {
+func (h *fixture) mustConnect(id sandbox.ID) *sandbox.Lease {
 	h.t.Helper()
 	lease, err := h.Connect(context.Background(), h.caller(), id)
 	if err != nil {
@@ -53,12 +53,12 @@ func (h *house) mustConnect(id sandbox.ID) *sandbox.Lease {
 }
 
 // call makes a short call of a user.
-func (h *house) call(id sandbox.ID) {
+func (h *fixture) call(id sandbox.ID) {
 	h.t.Helper()
 	h.mustConnect(id).Release()
 }
 
-func (h *house) latest(id sandbox.ID) sandbox.Event {
+func (h *fixture) latest(id sandbox.ID) sandbox.Event {
 	h.t.Helper()
 	events, _, err := h.Events(context.Background(), org, id, 1, "")
 	if err != nil || len(events) == 0 {
@@ -68,7 +68,7 @@ func (h *house) latest(id sandbox.ID) sandbox.Event {
 }
 
 // wantEvent checks the latest event.
-func (h *house) wantEvent(id sandbox.ID, from, to sandbox.State, reason, detail string) {
+func (h *fixture) wantEvent(id sandbox.ID, from, to sandbox.State, reason, detail string) {
 	h.t.Helper()
 	if e := h.latest(id); e.From != from || e.To != to || e.Reason != reason || e.Detail != detail {
 		h.t.Errorf("latest event is %+v, want %s to %s, %q, %q", e, from, to, reason, detail)
@@ -76,7 +76,7 @@ func (h *house) wantEvent(id sandbox.ID, from, to sandbox.State, reason, detail 
 }
 
 // calls returns the number of calls of one kind to the node.
-func (h *house) calls(what string, id sandbox.ID) (n int) {
+func (h *fixture) calls(what string, id sandbox.ID) (n int) {
 	for _, call := range h.node.Calls() {
 		if call == what+" "+string(id) {
 			n++
@@ -94,26 +94,26 @@ func pass(d time.Duration) {
 
 func TestPersistentDefaults(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
-		box := h.mustCreate(sandbox.Request{Mode: "persistent"})
-		if box.Mode != sandbox.Persistent || box.IdleTimeout != sandbox.DefaultIdleTimeout ||
-			box.RecoveryInterval != sandbox.DefaultRecoveryInterval ||
-			box.Timeout != 0 || !box.ExpiresAt.IsZero() || !box.LastActivityAt.Equal(box.StartedAt) {
-			t.Errorf("unexpected sandbox %+v", box)
+		h := newFixture(t)
+		sbx := h.mustCreate(sandbox.Request{Mode: "persistent"})
+		if sbx.Mode != sandbox.Persistent || sbx.IdleTimeout != sandbox.DefaultIdleTimeout ||
+			sbx.RecoveryInterval != sandbox.DefaultRecoveryInterval ||
+			sbx.Timeout != 0 || !sbx.ExpiresAt.IsZero() || !sbx.LastActivityAt.Equal(sbx.StartedAt) {
+			t.Errorf("unexpected sandbox %+v", sbx)
 		}
-		box = h.mustCreate(sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Duration(0)),
+		sbx = h.mustCreate(sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Duration(0)),
 			RecoveryInterval: ptr(time.Duration(0))})
-		if box.IdleTimeout != 0 || box.RecoveryInterval != 0 {
-			t.Errorf("never and off became %s and %s", box.IdleTimeout, box.RecoveryInterval)
+		if sbx.IdleTimeout != 0 || sbx.RecoveryInterval != 0 {
+			t.Errorf("never and off became %s and %s", sbx.IdleTimeout, sbx.RecoveryInterval)
 		}
 		pass(48 * time.Hour)
-		h.wantState(box.ID, sandbox.Running, "") // an idle timeout of 0 means never
+		h.wantState(sbx.ID, sandbox.Running, "") // an idle timeout of 0 means never
 	})
 }
 
 func TestIdleSuspendsToTheMoment(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(10 * time.Second)
 		for range 3 { // each use restarts the idle time
 			pass(9 * time.Second)
@@ -127,17 +127,17 @@ func TestIdleSuspendsToTheMoment(t *testing.T) {
 		pass(time.Millisecond)
 		h.wantState(id, sandbox.Suspended, "")
 		h.wantEvent(id, sandbox.Suspending, sandbox.Suspended, "idle", "")
-		box := h.get(id)
-		if !box.LastActivityAt.Equal(used.Truncate(time.Microsecond)) ||
-			!box.SuspendedAt.Equal(time.Now().Add(0).UTC().Truncate(time.Microsecond)) {
-			t.Errorf("last used %s, suspended %s", box.LastActivityAt, box.SuspendedAt)
+		sbx := h.get(id)
+		if !sbx.LastActivityAt.Equal(used.Truncate(time.Microsecond)) ||
+			!sbx.SuspendedAt.Equal(time.Now().Add(0).UTC().Truncate(time.Microsecond)) {
+			t.Errorf("last used %s, suspended %s", sbx.LastActivityAt, sbx.SuspendedAt)
 		}
 	})
 }
 
 func TestReadingIsNoActivity(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(10 * time.Second)
 		made := h.get(id).LastActivityAt
 		for range 9 {
@@ -162,7 +162,7 @@ func TestReadingIsNoActivity(t *testing.T) {
 
 func TestRunningCommandIsActivity(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(10 * time.Second)
 		first, second := h.mustConnect(id), h.mustConnect(id)
 		pass(time.Hour)
@@ -192,7 +192,7 @@ func TestRunningCommandIsActivity(t *testing.T) {
 // the activity of all sandboxes is written together, every two seconds.
 func TestCallsDoNotWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		ids := []sandbox.ID{h.persistent(0), h.persistent(0), h.mustCreate(sandbox.Request{}).ID}
 		pass(3 * time.Second)
 		before := h.gate.writes.Load()
@@ -224,7 +224,7 @@ func TestCallsDoNotWrite(t *testing.T) {
 
 func TestActivitySurvivesACrash(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(10 * time.Second)
 		lease := h.mustConnect(id)
 		pass(31500 * time.Millisecond)
@@ -246,7 +246,7 @@ func TestActivitySurvivesACrash(t *testing.T) {
 
 func TestCloseWritesActivity(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(10 * time.Second)
 		pass(2500 * time.Millisecond)
 		h.call(id)
@@ -254,8 +254,8 @@ func TestCloseWritesActivity(t *testing.T) {
 		if err := h.Close(context.Background()); err != nil {
 			t.Fatal(err)
 		}
-		if box, err := h.db.Get(context.Background(), id); err != nil || !box.LastActivityAt.Equal(used) {
-			t.Errorf("the row says %s, %v; want %s", box.LastActivityAt, err, used)
+		if sbx, err := h.db.Get(context.Background(), id); err != nil || !sbx.LastActivityAt.Equal(used) {
+			t.Errorf("the row says %s, %v; want %s", sbx.LastActivityAt, err, used)
 		}
 		pass(time.Hour)
 		h.wantState(id, sandbox.Running, "") // a closed server suspends no sandbox
@@ -266,7 +266,7 @@ func TestCloseWritesActivity(t *testing.T) {
 // suspended soon, and that the start of the server does not wait for it.
 func TestIdleWhileTheServerWasAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(time.Minute)
 		h.crash()
 		pass(time.Hour)
@@ -283,7 +283,7 @@ func TestIdleWhileTheServerWasAway(t *testing.T) {
 
 func TestRefusedWhenNotRunning(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		ctx := context.Background()
 		ephemeral, asleep := h.mustCreate(sandbox.Request{}).ID, h.suspended()
 		gone := h.persistent(0)
@@ -319,8 +319,8 @@ func TestRefusedWhenNotRunning(t *testing.T) {
 			t.Fatalf("%v", err)
 		}
 		lease.Release()
-		if box := h.mustWake(ephemeral); box.Mode != sandbox.Ephemeral {
-			t.Errorf("woke %+v", box)
+		if sbx := h.mustWake(ephemeral); sbx.Mode != sandbox.Ephemeral {
+			t.Errorf("woke %+v", sbx)
 		}
 		const other = "org_bbbbbbbbbbbbbbbbbbbb"
 		_, err = h.Suspend(ctx, other, asleep)

@@ -17,12 +17,12 @@ import (
 // "egress_failed".
 func (s *Service) SetEgress(ctx context.Context, orgID string, id ID, e Egress) (Sandbox, error) {
 	for {
-		box, err := s.Get(ctx, orgID, id)
+		sbx, err := s.Get(ctx, orgID, id)
 		if err != nil {
 			return Sandbox{}, err
 		}
-		if box.State == Destroying || box.State.Over() {
-			return Sandbox{}, notRunning(box)
+		if sbx.State == Destroying || sbx.State.Over() {
+			return Sandbox{}, notRunning(sbx)
 		}
 		op, mine := s.begin(id, opEgress)
 		if op == nil {
@@ -30,8 +30,8 @@ func (s *Service) SetEgress(ctx context.Context, orgID string, id ID, e Egress) 
 		}
 		if mine {
 			s.do(ctx, id, op, func(ctx context.Context) (Sandbox, error) { return s.setEgress(ctx, id, e) })
-			box, err := op.wait(ctx)
-			return s.shown(box), err
+			sbx, err := op.wait(ctx)
+			return s.shown(sbx), err
 		}
 		if err := op.ended(ctx); err != nil {
 			return Sandbox{}, err
@@ -52,17 +52,17 @@ func (s *Service) setEgress(ctx context.Context, id ID, e Egress) (Sandbox, erro
 	if before.State != Running && before.State != Suspended {
 		return Sandbox{}, notRunning(before)
 	}
-	box, err := s.store.SetEgress(ctx, id, e, changed(e))
+	sbx, err := s.store.SetEgress(ctx, id, e, changed(e))
 	if err != nil {
 		return Sandbox{}, err
 	}
-	if box.State == Running {
+	if sbx.State == Running {
 		if err := s.node.SetEgress(ctx, id, e); err != nil {
 			return Sandbox{}, s.egressFailed(ctx, before, err)
 		}
 	}
 	s.log.InfoContext(ctx, "egress policy of a sandbox changed", "sandbox", id, "egress", e.summary())
-	return box, nil
+	return sbx, nil
 }
 
 // changed returns the event of a change of policy. It is written with the row, which the machine
@@ -114,16 +114,16 @@ type Traffic struct {
 
 // Traffic returns the traffic that left the sandbox during its present run, or nil when it does not
 // run.
-func (s *Service) Traffic(ctx context.Context, box Sandbox) (*Traffic, error) {
-	if box.State.Status() != StatusRunning {
+func (s *Service) Traffic(ctx context.Context, sbx Sandbox) (*Traffic, error) {
+	if sbx.State.Status() != StatusRunning {
 		return nil, nil
 	}
-	t, err := s.node.Traffic(ctx, box.ID)
+	t, err := s.node.Traffic(ctx, sbx.ID)
 	if fault.Is(err, fault.Conflict) {
 		return nil, nil // the sandbox has just ended
 	}
 	if err != nil {
-		return nil, fmt.Errorf("counting the traffic of %s: %w", box.ID, err)
+		return nil, fmt.Errorf("counting the traffic of %s: %w", sbx.ID, err)
 	}
 	return &t, nil
 }

@@ -22,19 +22,20 @@ var (
 )
 
 // wantPolicy checks the policy of the row and, if the sandbox runs, that of the node.
-func (h *house) wantPolicy(id sandbox.ID, want sandbox.Egress) {
+func (h *fixture) wantPolicy(id sandbox.ID, want sandbox.Egress) {
 	h.t.Helper()
-	box := h.get(id)
-	if !box.Egress.Equal(want) {
-		h.t.Errorf("the row has policy %+v, want %+v", box.Egress, want)
+	sbx := h.get(id)
+	if !sbx.Egress.Equal(want) {
+		h.t.Errorf("the row has policy %+v, want %+v", sbx.Egress, want)
 	}
-	if fact, _ := h.node.Inspect(context.Background(), id); box.State == sandbox.Running && !fact.Egress.Equal(want) {
-		h.t.Errorf("the node has policy %+v, want %+v", fact.Egress, want)
+	if observed, _ := h.node.Inspect(context.Background(), id); sbx.State == sandbox.Running &&
+		!observed.Egress.Equal(want) {
+		h.t.Errorf("the node has policy %+v, want %+v", observed.Egress, want)
 	}
 }
 
 // notes returns the events that are not transitions, newest first.
-func (h *house) notes(id sandbox.ID) []string {
+func (h *fixture) notes(id sandbox.ID) []string {
 	h.t.Helper()
 	events, _, err := h.Events(context.Background(), org, id, 200, "")
 	if err != nil {
@@ -51,7 +52,7 @@ func (h *house) notes(id sandbox.ID) []string {
 
 func TestPolicyOfARunningSandbox(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		ctx := context.Background()
 		id := h.mustCreate(sandbox.Request{Egress: &closed}).ID
 		h.wantPolicy(id, closed)
@@ -61,8 +62,8 @@ func TestPolicyOfARunningSandbox(t *testing.T) {
 		}
 		defer lease.Release()
 		for _, e := range []sandbox.Egress{named, open, open} {
-			if box, err := h.SetEgress(ctx, org, id, e); err != nil || !box.Egress.Equal(e) {
-				t.Errorf("setting %+v: %+v, %v", e, box.Egress, err)
+			if sbx, err := h.SetEgress(ctx, org, id, e); err != nil || !sbx.Egress.Equal(e) {
+				t.Errorf("setting %+v: %+v, %v", e, sbx.Egress, err)
 			}
 			h.wantPolicy(id, e)
 		}
@@ -76,7 +77,7 @@ func TestPolicyOfARunningSandbox(t *testing.T) {
 
 func TestPolicyOfTheTemplate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		for _, tt := range []struct {
 			template string
 			asked    *sandbox.Egress
@@ -89,7 +90,7 @@ func TestPolicyOfTheTemplate(t *testing.T) {
 
 func TestPolicyOfASuspendedSandbox(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.suspended()
 		if _, err := h.SetEgress(context.Background(), org, id, closed); err != nil {
 			t.Fatal(err)
@@ -105,27 +106,27 @@ func TestPolicyOfASuspendedSandbox(t *testing.T) {
 // requested after it.
 func TestPolicyWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		ctx := context.Background()
 		h.node.OnCreate = func(context.Context, sandbox.Spec) error { time.Sleep(time.Second); return nil }
 		h.node.OnSetEgress = func(context.Context, sandbox.ID) error { time.Sleep(time.Second); return nil }
-		box, err := h.Create(ctx, h.caller(), sandbox.Request{Template: "python", Mode: "persistent"}, sandbox.Once{}, false)
+		sbx, err := h.Create(ctx, h.caller(), sandbox.Request{Template: "python", Mode: "persistent"}, sandbox.Once{}, false)
 		if err != nil {
 			t.Fatal(err)
 		}
 		done := make(chan error)
 		go func() {
-			_, err := h.SetEgress(ctx, org, box.ID, closed)
+			_, err := h.SetEgress(ctx, org, sbx.ID, closed)
 			done <- err
 		}()
 		time.Sleep(1500 * time.Millisecond)
-		if _, err := h.Suspend(ctx, org, box.ID); err != nil {
+		if _, err := h.Suspend(ctx, org, sbx.ID); err != nil {
 			t.Error(err)
 		}
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-		h.wantPolicy(box.ID, closed)
+		h.wantPolicy(sbx.ID, closed)
 		calls := h.node.Calls()
 		for i, what := range []string{"create", "egress", "suspend"} {
 			if i >= len(calls) || !strings.HasPrefix(calls[i], what+" ") {
@@ -137,7 +138,7 @@ func TestPolicyWaits(t *testing.T) {
 
 func TestPolicyThatFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.mustCreate(sandbox.Request{}).ID
 		h.node.OnSetEgress = func(context.Context, sandbox.ID) error { return errInjected }
 		_, err := h.SetEgress(context.Background(), org, id, closed)
@@ -158,7 +159,7 @@ func TestPolicyThatFails(t *testing.T) {
 // whether or not the dead server had given it to the kernel.
 func TestPolicyThatACrashInterrupted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour)}).ID
 		h.node.OnSetEgress = func(ctx context.Context, _ sandbox.ID) error { <-ctx.Done(); return ctx.Err() }
 		go func() { _, _ = h.SetEgress(context.Background(), org, id, closed) }()
@@ -173,7 +174,7 @@ func TestPolicyThatACrashInterrupted(t *testing.T) {
 
 func TestDestroyInterruptsAPolicy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.mustCreate(sandbox.Request{}).ID
 		h.node.OnSetEgress = func(ctx context.Context, _ sandbox.ID) error { <-ctx.Done(); return ctx.Err() }
 		done := make(chan error)
@@ -192,7 +193,7 @@ func TestDestroyInterruptsAPolicy(t *testing.T) {
 
 func TestTraffic(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.mustCreate(sandbox.Request{}).ID
 		got, err := h.Traffic(context.Background(), h.get(id))
 		if err != nil || got == nil || got.PacketsDenied != 1 || got.BytesAllowed != 4096 {
@@ -206,7 +207,7 @@ func TestTraffic(t *testing.T) {
 
 func TestDenialsBecomeEvents(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.mustCreate(sandbox.Request{Egress: &closed, Timeout: ptr(24 * time.Hour)}).ID
 		to := func(text string) netip.AddrPort { return netip.MustParseAddrPort(text) }
 		h.node.Deny(sandbox.Denial{ID: id, Protocol: "tcp", Destination: to("203.0.113.5:443"),

@@ -26,11 +26,11 @@ type Pooled struct {
 // PoolConfig holds the operator's settings for the pool.
 type PoolConfig struct {
 	Enabled    bool
-	Target     int // members for each template in use, at its default size
+	Target     int // pooled sandboxes for each template in use, at its default size
 	MaxMembers int // of all templates together
 	// Templates sets targets for single templates. Others have Target while they are in use.
 	Templates []PoolTemplate
-	// Prepared, if not nil, is called with the duration and error of each preparation of a member. It
+	// Prepared, if not nil, is called with the duration and error of each preparation of a pooled sandbox. It
 	// must not block.
 	Prepared func(took time.Duration, err error)
 }
@@ -49,12 +49,12 @@ const (
 	inUseFor = 4 * time.Hour
 	// demandOver and demandAhead set how the target follows creates: it is the number of creates
 	// expected within demandAhead, at the average rate of the last demandOver. A longer demandOver
-	// reacts later; a longer demandAhead keeps more members.
+	// reacts later; a longer demandAhead keeps more pooled sandboxes.
 	demandOver  = time.Minute
 	demandAhead = 10 * time.Second
 )
 
-// demand holds the requests for a template at one size, and the number of members that they
+// demand holds the requests for a template at one size, and the number of pooled sandboxes that they
 // justify.
 type demand struct {
 	orgID   string
@@ -67,7 +67,7 @@ type demand struct {
 	slot    int64     // the sixth that was counted last
 	claimed int       // creates from the pool since the server's start
 	paused  time.Time // end of the pause after a failed preparation
-	share   int       // its part of the allowed members; see share
+	share   int       // its part of the allowed pooled sandboxes; see share
 }
 
 const sixth = demandOver / 6
@@ -104,7 +104,7 @@ func (d *demand) wants(now time.Time) int {
 // demandKey identifies a demand.
 type demandKey struct{ templateID, size string }
 
-// share divides the allowed number of members, most, among the demands. In each round every demand
+// share divides the allowed number of pooled sandboxes, most, among the demands. In each round every demand
 // gets one until it has its target. Demands with a target of the operator come first, then those
 // used last.
 func share(demands map[demandKey]*demand, most int, now time.Time) []*demand {
@@ -140,7 +140,7 @@ type ready struct {
 	kind Kind
 }
 
-// pool holds in memory the members that can be claimed, and the demands for them.
+// pool holds in memory the pooled sandboxes that can be claimed, and the demands for them.
 type pool struct {
 	cfg  PoolConfig
 	work chan struct{} // holds a token when there may be work
@@ -156,7 +156,7 @@ type pool struct {
 
 // PoolCounts counts creates while the pool was on.
 type PoolCounts struct {
-	Ready int   // present members
+	Ready int   // present pooled sandboxes
 	Warm  int64 // creates served by the pool
 	Cold  int64 // creates that the pool could not serve
 }
@@ -186,7 +186,7 @@ func (p *pool) add(m Pooled) {
 	p.ready[m.ID] = ready{m, m.kind()}
 }
 
-// remove takes a member out of the pool and reports whether it was there. After that no other
+// remove takes a pooled sandbox out of the pool and reports whether it was there. After that no other
 // operation claims it.
 func (p *pool) remove(id ID) bool {
 	p.mu.Lock()
@@ -196,12 +196,12 @@ func (p *pool) remove(id ID) bool {
 	return ready
 }
 
-// take removes and returns the oldest member for which of, and then begin, return true. Only the
-// holder of a member's operation puts it in, so after begin no other operation holds the member.
+// take removes and returns the oldest pooled sandbox for which of, and then begin, return true. Only the
+// holder of a pooled sandbox's operation puts it in, so after begin no other operation holds the pooled sandbox.
 func (p *pool) take(of func(ready) bool, begin func(ID) bool) (Pooled, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, m := range p.membersLocked() {
+	for _, m := range p.pooledLocked() {
 		if of(m) && begin(m.ID) {
 			delete(p.ready, m.ID)
 			return m.Pooled, true
@@ -210,15 +210,15 @@ func (p *pool) take(of func(ready) bool, begin func(ID) bool) (Pooled, bool) {
 	return Pooled{}, false
 }
 
-// members returns the members that can be claimed, oldest first.
-func (p *pool) members() []ready {
+// pooled sandboxes returns the pooled sandboxes that can be claimed, oldest first.
+func (p *pool) pooled() []ready {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.membersLocked()
+	return p.pooledLocked()
 }
 
 // +checklocks:p.mu
-func (p *pool) membersLocked() []ready {
+func (p *pool) pooledLocked() []ready {
 	return slices.SortedFunc(maps.Values(p.ready), func(a, b ready) int {
 		return cmp.Or(a.CreatedAt.Compare(b.CreatedAt), cmp.Compare(a.ID, b.ID))
 	})
@@ -243,7 +243,7 @@ func (p *pool) refresh(key demandKey, orgID string, change func(*demand)) {
 	change(p.demandLocked(key, orgID))
 }
 
-// forget drops a demand, so that its members are removed.
+// forget drops a demand, so that its pooled sandboxes are removed.
 func (p *pool) forget(key demandKey) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -10,8 +10,8 @@ import (
 	"github.com/cayhq/cay/internal/trace"
 )
 
-// claimTimeout bounds giving a member to its sandbox, which takes milliseconds. A lower value
-// discards members on a machine that is slow for a moment; a higher one delays the cold start that
+// claimTimeout bounds giving a pooled sandbox to its sandbox, which takes milliseconds. A lower value
+// discards pooled sandboxes on a machine that is slow for a moment; a higher one delays the cold start that
 // would serve the caller.
 const claimTimeout = 5 * time.Second
 
@@ -20,18 +20,18 @@ const codeNoMember = "no_member"
 // errNotWarm reports that the pool cannot serve a create, while a cold start can.
 var errNotWarm = errors.New("no pooled sandbox could be claimed")
 
-// createWarm serves a create from the pool if the pool has a member of its kind. It returns done
+// createWarm serves a create from the pool if the pool has a pooled sandbox of its kind. It returns done
 // when the create is answered.
 //
-// createWarm claims a member on the machine first and then in the rows, in one transaction. Until
-// that transaction no caller knows the sandbox. A server that dies in between leaves a member that
+// createWarm claims a pooled sandbox on the machine first and then in the rows, in one transaction. Until
+// that transaction no caller knows the sandbox. A server that dies in between leaves a pooled sandbox that
 // is no longer warm, which Reconcile removes.
-func (s *Service) createWarm(ctx context.Context, c Caller, box Sandbox, v TemplateVersion, once Once,
+func (s *Service) createWarm(ctx context.Context, c Caller, sbx Sandbox, v TemplateVersion, once Once,
 	wait bool) (_ Sandbox, done bool, err error) {
 	if !s.pool.cfg.Enabled {
 		return Sandbox{}, false, nil
 	}
-	key, kind := demandKey{v.ID, box.Size.Name}, box.kind()
+	key, kind := demandKey{v.ID, sbx.Size.Name}, sbx.kind()
 	defer func() {
 		if !done {
 			s.pool.claimed(key, false)
@@ -48,18 +48,18 @@ func (s *Service) createWarm(ctx context.Context, c Caller, box Sandbox, v Templ
 	if !ok {
 		return Sandbox{}, false, nil
 	}
-	// A refusal here saves the member. The claim's transaction makes the decision.
+	// A refusal here saves the pooled sandbox. The claim's transaction makes the decision.
 	end := trace.Start(ctx, "admit")
-	prior, found, err := s.store.Admit(ctx, box, c.Quota, once)
+	prior, found, err := s.store.Admit(ctx, sbx, c.Quota, once)
 	end()
 	if err != nil || found {
 		s.pool.add(m)
 		s.finish(m.ID, op, Sandbox{}, nil)
 		return s.claimAnswered(ctx, prior, err, wait)
 	}
-	box.ID, box.Run, box.Token, box.Source = m.ID, m.Run, m.Token, Warm
+	sbx.ID, sbx.Run, sbx.Token, sbx.Source = m.ID, m.Run, m.Token, Warm
 	s.do(ctx, m.ID, op, func(ctx context.Context) (Sandbox, error) {
-		running, first, found, err := s.claim(ctx, box, c.Quota, once)
+		running, first, found, err := s.claim(ctx, sbx, c.Quota, once)
 		if found {
 			prior, err = first, errRepeated
 		}
@@ -72,7 +72,7 @@ func (s *Service) createWarm(ctx context.Context, c Caller, box Sandbox, v Templ
 	case errors.Is(err, errRepeated):
 		return s.claimAnswered(ctx, prior, nil, wait)
 	case errors.Is(err, errNotWarm):
-		s.log.WarnContext(ctx, "creating a sandbox without the pool", "member", m.ID, "error", err)
+		s.log.WarnContext(ctx, "creating a sandbox without the pool", "sandbox", m.ID, "error", err)
 		return Sandbox{}, false, nil
 	}
 	return Sandbox{}, true, err
@@ -89,9 +89,9 @@ func (s *Service) claimAnswered(ctx context.Context, prior Sandbox, err error, w
 	return prior, true, err
 }
 
-// claim turns a member into a running sandbox; the caller holds the member's operation. An error
-// removes the member.
-func (s *Service) claim(ctx context.Context, box Sandbox, q Quota,
+// claim turns a pooled sandbox into a running sandbox; the caller holds the pooled sandbox's operation. An error
+// removes the pooled sandbox.
+func (s *Service) claim(ctx context.Context, sbx Sandbox, q Quota,
 	once Once) (running, prior Sandbox, found bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
 	defer cancel()
@@ -99,39 +99,39 @@ func (s *Service) claim(ctx context.Context, box Sandbox, q Quota,
 		if err == nil && !found {
 			return
 		}
-		if err := s.discard(context.WithoutCancel(ctx), box.ID); err != nil { // Reconcile tries again
-			s.log.ErrorContext(ctx, "removing a member that could not be claimed", "member", box.ID, "error", err)
+		if err := s.discard(context.WithoutCancel(ctx), sbx.ID); err != nil { // Reconcile tries again
+			s.log.ErrorContext(ctx, "removing a member that could not be claimed", "sandbox", sbx.ID, "error", err)
 		}
 	}()
-	if err := s.node.Claim(ctx, box.spec()); err != nil {
+	if err := s.node.Claim(ctx, sbx.spec()); err != nil {
 		return running, prior, false, fmt.Errorf("%w: %w", errNotWarm, err)
 	}
-	box.State, box.StartedAt = Running, time.Now().UTC()
-	if box.Mode == Ephemeral {
-		box.ExpiresAt = box.StartedAt.Add(box.Timeout)
+	sbx.State, sbx.StartedAt = Running, time.Now().UTC()
+	if sbx.Mode == Ephemeral {
+		sbx.ExpiresAt = sbx.StartedAt.Add(sbx.Timeout)
 	} else {
-		box.LastActivityAt = box.StartedAt
+		sbx.LastActivityAt = sbx.StartedAt
 	}
 	end := trace.Start(ctx, "commit")
-	prior, found, err = s.store.Claim(ctx, box, q, once)
+	prior, found, err = s.store.Claim(ctx, sbx, q, once)
 	end()
 	switch {
 	case err == nil && found:
 		return running, prior, true, nil
 	case err == nil:
-		s.announce(ctx, Event{SandboxID: box.ID, At: box.CreatedAt, To: Creating})
-		s.announce(ctx, Event{SandboxID: box.ID, At: box.StartedAt, From: Creating, To: Running})
-		s.track(newLife(box))
-		s.pool.claimed(demandKey{box.TemplateID, box.Size.Name}, true)
-		return box, prior, false, nil
+		s.announce(ctx, Event{SandboxID: sbx.ID, At: sbx.CreatedAt, To: Creating})
+		s.announce(ctx, Event{SandboxID: sbx.ID, At: sbx.StartedAt, From: Creating, To: Running})
+		s.track(newInstance(sbx))
+		s.pool.claimed(demandKey{sbx.TemplateID, sbx.Size.Name}, true)
+		return sbx, prior, false, nil
 	case fault.As(err) != nil && fault.As(err).Code != codeNoMember:
 		return running, prior, false, err // a cold start would fail in the same way
 	}
 	return running, prior, false, fmt.Errorf("%w: %w", errNotWarm, err)
 }
 
-// want records the demand of a create, and reports whether a member can serve it. The pool holds
-// members for plain requests only, for each template in use.
+// want records the demand of a create, and reports whether a pooled sandbox can serve it. The pool holds
+// pooled sandboxes for plain requests only, for each template in use.
 func (s *Service) want(orgID string, v TemplateVersion, key demandKey, kind Kind) bool {
 	plain, err := s.plain(orgID, v, key.size)
 	if err != nil || plain.kind() != kind {
@@ -157,9 +157,9 @@ func (s *Service) plain(orgID string, v TemplateVersion, size string) (Sandbox, 
 }
 
 func (s *Service) defaultSize(v TemplateVersion) string {
-	box, err := s.plain("", v, "")
+	sbx, err := s.plain("", v, "")
 	if err != nil {
 		return ""
 	}
-	return box.Size.Name
+	return sbx.Size.Name
 }

@@ -14,34 +14,34 @@ import (
 
 const (
 	// lookEvery is the interval at which the pool checks templates for new versions and the machine
-	// for free memory. That takes a few reads and none of a member. A create makes a new version known
+	// for free memory. That takes a few reads and none of a pooled sandbox. A create makes a new version known
 	// at once. A longer interval keeps old versions and scarce memory for longer.
 	lookEvery = 10 * time.Second
-	// checkEvery is the interval at which each member's agent is called, which takes a few hundred
-	// microseconds of its time. The death of a member is known at once. A longer interval keeps
-	// members that hang for longer.
+	// checkEvery is the interval at which each pooled sandbox's agent is called, which takes a few hundred
+	// microseconds of its time. The death of a pooled sandbox is known at once. A longer interval keeps
+	// pooled sandboxes that hang for longer.
 	checkEvery = time.Minute
-	// checkTimeout bounds one call to the agent of a member. A lower value evicts members of a slow
-	// machine; a higher one delays the work of the pool while a member hangs.
+	// checkTimeout bounds one call to the agent of a pooled sandbox. A lower value evicts pooled sandboxes of a slow
+	// machine; a higher one delays the work of the pool while a pooled sandbox hangs.
 	checkTimeout = 5 * time.Second
 
-	// quiet is the time without a create or wake that must pass before a member is prepared. A new
+	// quiet is the time without a create or wake that must pass before a pooled sandbox is prepared. A new
 	// sandbox is used at once, and a start takes a processor. A shorter time slows those users; a
 	// longer one delays refills.
 	quiet = 100 * time.Millisecond
 	// yieldMost limits how long a pool that is not full waits for a quiet moment. After it the pool
-	// prepares members beside other work, one at a time, until it is full. Without the limit, creates
+	// prepares pooled sandboxes beside other work, one at a time, until it is full. Without the limit, creates
 	// without pause would all be cold; a shorter one disturbs them sooner.
 	yieldMost = 2 * time.Second
 
-	// spareMake sets how many sandboxes must have room on the machine before a member is prepared;
-	// spareKeep sets the number below which a member is given back. Room for spareMake sandboxes
+	// spareMake sets how many sandboxes must have room on the machine before a pooled sandbox is prepared;
+	// spareKeep sets the number below which a pooled sandbox is given back. Room for spareMake sandboxes
 	// takes 256 MiB beyond the machine's own reserve. Lower values let the pool take room that
 	// creates need; higher ones leave memory unused.
 	spareMake, spareKeep = 4, 2
 )
 
-// keepPool maintains the wanted number of members until ctx ends.
+// keepPool maintains the wanted number of pooled sandboxes until ctx ends.
 func (s *Service) keepPool(ctx context.Context) {
 	if !s.pool.cfg.Enabled {
 		return
@@ -51,7 +51,7 @@ func (s *Service) keepPool(ctx context.Context) {
 	defer check.Stop()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	var lacking time.Time // when the pool began to lack members; zero if it is full
+	var lacking time.Time // when the pool began to lack pooled sandboxes; zero if it is full
 	s.refreshDemands(ctx)
 	for ctx.Err() == nil {
 		select {
@@ -63,7 +63,7 @@ func (s *Service) keepPool(ctx context.Context) {
 			s.refreshDemands(ctx)
 			s.giveBack(ctx)
 		case <-check.C:
-			s.checkMembers(ctx)
+			s.checkPooled(ctx)
 		}
 		s.drain(ctx)
 		d, lacks := s.lacking()
@@ -146,7 +146,7 @@ func (s *Service) refreshDemands(ctx context.Context) {
 	}
 }
 
-// lacking returns the demand that lacks the largest part of its share of members.
+// lacking returns the demand that lacks the largest part of its share of pooled sandboxes.
 func (s *Service) lacking() (demand, bool) {
 	now := time.Now()
 	p := s.pool
@@ -180,25 +180,25 @@ func (p *pool) kindsLocked() map[Kind]int {
 	return have
 }
 
-// prepare makes a member and adds it to the pool.
+// prepare makes a pooled sandbox and adds it to the pool.
 func (s *Service) prepare(ctx context.Context, d demand) {
-	box, err := s.plain(d.orgID, d.version, d.kind.Size)
+	sbx, err := s.plain(d.orgID, d.version, d.kind.Size)
 	if err != nil {
 		return // the request was valid when the demand was recorded
 	}
-	m := Pooled{ID: box.ID, Run: box.Run, Token: box.Token, OrgID: d.orgID, Template: d.version.Name,
-		TemplateID: box.TemplateID, TemplateVersion: box.TemplateVersion, Shape: box.Shape, CreatedAt: box.CreatedAt}
+	m := Pooled{ID: sbx.ID, Run: sbx.Run, Token: sbx.Token, OrgID: d.orgID, Template: d.version.Name,
+		TemplateID: sbx.TemplateID, TemplateVersion: sbx.TemplateVersion, Shape: sbx.Shape, CreatedAt: sbx.CreatedAt}
 	op, mine := s.begin(m.ID, opPrepare)
 	if !mine {
 		return // the service is closing
 	}
 	defer s.finish(m.ID, op, Sandbox{}, nil)
-	// A server that stops does not wait for the member.
+	// A server that stops does not wait for the pooled sandbox.
 	defer context.AfterFunc(ctx, func() { op.cancel(errClosing) })()
-	work, cancel := context.WithTimeout(op.ctx, bootTimeout+box.Start.Patience())
+	work, cancel := context.WithTimeout(op.ctx, bootTimeout+sbx.Start.Patience())
 	defer cancel()
 	began := time.Now()
-	if err = s.node.Prepare(work, box.spec()); err == nil {
+	if err = s.node.Prepare(work, sbx.spec()); err == nil {
 		if err = s.store.AddPooled(work, m); err != nil {
 			err = errors.Join(err, s.discard(context.WithoutCancel(work), m.ID))
 		}
@@ -209,10 +209,10 @@ func (s *Service) prepare(ctx context.Context, d demand) {
 	switch {
 	case err == nil:
 		s.pool.add(m)
-		s.log.DebugContext(ctx, "prepared a sandbox for the pool", "member", m.ID, "template", m.Template,
+		s.log.DebugContext(ctx, "prepared a sandbox for the pool", "sandbox", m.ID, "template", m.Template,
 			"took", time.Since(began))
 	case op.ctx.Err() == nil:
-		s.log.WarnContext(ctx, "preparing a sandbox for the pool", "member", m.ID, "template", m.Template, "error", err)
+		s.log.WarnContext(ctx, "preparing a sandbox for the pool", "sandbox", m.ID, "template", m.Template, "error", err)
 		s.pool.pause(demandKey{d.kind.TemplateID, d.kind.Size})
 	}
 }
@@ -226,7 +226,7 @@ func (p *pool) pause(key demandKey) {
 	}
 }
 
-// drain removes unwanted members: those of old versions, and those beyond their demand's share.
+// drain removes unwanted pooled sandboxes: those of old versions, and those beyond their demand's share.
 func (s *Service) drain(ctx context.Context) {
 	for ctx.Err() == nil {
 		p, now := s.pool, time.Now()
@@ -243,14 +243,14 @@ func (s *Service) drain(ctx context.Context) {
 	}
 }
 
-// giveBack removes a member when the machine has little room left.
+// giveBack removes a pooled sandbox when the machine has little room left.
 func (s *Service) giveBack(ctx context.Context) {
 	if spare, err := s.node.Spare(ctx); err == nil && spare < spareKeep {
 		s.evict(ctx, func(ready) bool { return true })
 	}
 }
 
-// evict removes the oldest member for which meant returns true, and reports whether it removed one.
+// evict removes the oldest pooled sandbox for which meant returns true, and reports whether it removed one.
 func (s *Service) evict(ctx context.Context, meant func(ready) bool) bool {
 	var op *operation
 	m, ok := s.pool.take(meant, func(id ID) (mine bool) {
@@ -263,7 +263,7 @@ func (s *Service) evict(ctx context.Context, meant func(ready) bool) bool {
 	err := s.discard(context.WithoutCancel(ctx), m.ID) // a removal that has begun is completed
 	s.finish(m.ID, op, Sandbox{}, err)
 	if err != nil { // Reconcile tries again
-		s.log.ErrorContext(ctx, "removing a member of the pool", "member", m.ID, "error", err)
+		s.log.ErrorContext(ctx, "removing a member of the pool", "sandbox", m.ID, "error", err)
 	}
 	return err == nil
 }
@@ -273,7 +273,7 @@ func (s *Service) evict(ctx context.Context, meant func(ready) bool) bool {
 // creates that could have room.
 const roomPatience = 2 * time.Second
 
-// room makes sure that the machine can take one more sandbox. It evicts members of the pool,
+// room makes sure that the machine can take one more sandbox. It evicts pooled sandboxes,
 // cancels preparations, and waits for sandboxes that are being removed.
 func (s *Service) room(ctx context.Context, size Size) error {
 	defer trace.Start(ctx, "room")()
@@ -311,9 +311,9 @@ func (s *Service) doing(kind opKind) *operation {
 	return nil
 }
 
-// checkMembers removes members that do not answer, so that they are replaced.
-func (s *Service) checkMembers(ctx context.Context) {
-	for _, m := range s.pool.members() {
+// checkMembers removes pooled sandboxes that do not answer, so that they are replaced.
+func (s *Service) checkPooled(ctx context.Context) {
+	for _, m := range s.pool.pooled() {
 		try, cancel := context.WithTimeout(ctx, checkTimeout)
 		err := s.node.Check(try, m.ID)
 		cancel()
@@ -321,12 +321,12 @@ func (s *Service) checkMembers(ctx context.Context) {
 			continue
 		}
 		if s.evict(ctx, func(o ready) bool { return o.ID == m.ID }) {
-			s.log.WarnContext(ctx, "replacing a member of the pool that does not answer", "member", m.ID, "error", err)
+			s.log.WarnContext(ctx, "replacing a member of the pool that does not answer", "sandbox", m.ID, "error", err)
 		}
 	}
 }
 
-// discard removes a member from the machine and then its row; the caller holds the operation.
+// discard removes a pooled sandbox from the machine and then its row; the caller holds the operation.
 func (s *Service) discard(ctx context.Context, id ID) error {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
@@ -337,8 +337,8 @@ func (s *Service) discard(ctx context.Context, id ID) error {
 	return s.store.DropPooled(ctx, id)
 }
 
-// keep adds a claimable member to the pool; the caller holds the operation. If the pool is off,
-// keep discards the member.
+// keep adds a claimable pooled sandbox to the pool; the caller holds the operation. If the pool is off,
+// keep discards the pooled sandbox.
 func (s *Service) keep(ctx context.Context, m Pooled) error {
 	if !s.pool.cfg.Enabled {
 		return s.discard(ctx, m.ID)
@@ -348,7 +348,7 @@ func (s *Service) keep(ctx context.Context, m Pooled) error {
 	defer p.mu.Unlock()
 	r := ready{m, m.kind()}
 	p.ready[m.ID] = r
-	// The member was in demand before the last server stopped; refreshDemands fills in its demand.
+	// The pooled sandbox was in demand before the last server stopped; refreshDemands fills in its demand.
 	key := demandKey{m.TemplateID, m.Size.Name}
 	if p.demands[key] == nil {
 		d := p.demandLocked(key, m.OrgID)
@@ -357,8 +357,8 @@ func (s *Service) keep(ctx context.Context, m Pooled) error {
 	return nil
 }
 
-// member returns the row of a member, or nil if there is none.
-func (s *Service) member(ctx context.Context, id ID) (*Pooled, error) {
+// pooled sandbox returns the row of a pooled sandbox, or nil if there is none.
+func (s *Service) pooledRow(ctx context.Context, id ID) (*Pooled, error) {
 	all, err := s.store.ListPooled(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("listing the pool: %w", err)
@@ -369,7 +369,7 @@ func (s *Service) member(ctx context.Context, id ID) (*Pooled, error) {
 	return nil, nil
 }
 
-// PoolStatus reports the pool's members of one template at one size.
+// PoolStatus reports the pool's sandboxes of one template at one size.
 type PoolStatus struct {
 	Template string
 	Version  int

@@ -17,27 +17,27 @@ import (
 
 var twoOfEach = sandbox.PoolConfig{Enabled: true, Target: 2, MaxMembers: 6}
 
-// fixed returns a configuration with target members of the template python from the start.
+// fixed returns a configuration with target pooled sandboxes of the template python from the start.
 func fixed(target int) sandbox.PoolConfig {
 	return sandbox.PoolConfig{Enabled: true, MaxMembers: 10,
 		Templates: []sandbox.PoolTemplate{{Template: "python", Target: target}}}
 }
 
-// settled waits until the pool has no more work and returns the rows of its members.
-func (h *house) settled() []sandbox.Pooled {
+// settled waits until the pool has no more work and returns the rows of its pooled sandboxes.
+func (h *fixture) settled() []sandbox.Pooled {
 	h.t.Helper()
 	pass(15 * time.Second)
-	members, err := h.db.ListPooled(context.Background())
+	pooled, err := h.db.ListPooled(context.Background())
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	return members
+	return pooled
 }
 
 // wantWhole checks that rows own everything on the host.
-func (h *house) wantWhole() {
+func (h *fixture) wantWhole() {
 	h.t.Helper()
-	l := lives{house: h}
+	l := scenario{fixture: h}
 	if wrong := l.agree(); wrong != "" {
 		h.t.Error(wrong)
 	}
@@ -45,40 +45,40 @@ func (h *house) wantWhole() {
 
 func TestWarmCreateIsLikeACold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPoolHouse(t, twoOfEach)
+		h := newPoolFixture(t, twoOfEach)
 		if len(h.settled()) > 0 {
 			t.Fatal("members without a demand")
 		}
 		if cold := h.mustCreate(sandbox.Request{}); cold.Source != sandbox.Cold {
 			t.Fatalf("source %s of the first", cold.Source)
 		}
-		members := h.settled()
-		if len(members) != 2 {
-			t.Fatalf("%d members, want 2", len(members))
+		pooled := h.settled()
+		if len(pooled) != 2 {
+			t.Fatalf("%d members, want 2", len(pooled))
 		}
 		var claimed sandbox.Spec
 		h.node.OnClaim = func(_ context.Context, spec sandbox.Spec) error { claimed = spec; return nil }
 		policy := sandbox.Egress{Mode: sandbox.DenyAll}
-		box := h.mustCreate(sandbox.Request{Mode: "persistent", Env: map[string]string{"B": "request"},
+		sbx := h.mustCreate(sandbox.Request{Mode: "persistent", Env: map[string]string{"B": "request"},
 			Metadata: map[string]string{"k": "v"}, Egress: &policy})
-		if box.Source != sandbox.Warm || box.ID != members[0].ID || box.Run != members[0].Run ||
-			box.Token != members[0].Token {
-			t.Errorf("got %+v of member %+v", box, members[0])
+		if sbx.Source != sandbox.Warm || sbx.ID != pooled[0].ID || sbx.Run != pooled[0].Run ||
+			sbx.Token != pooled[0].Token {
+			t.Errorf("got %+v of member %+v", sbx, pooled[0])
 		}
 		if claimed.Env["A"] != "template" || claimed.Env["B"] != "request" || !claimed.Egress.Equal(policy) {
 			t.Errorf("claimed with %+v", claimed)
 		}
-		row := h.get(box.ID)
+		row := h.get(sbx.ID)
 		if row.Mode != sandbox.Persistent || row.Metadata["k"] != "v" || row.IdleTimeout != sandbox.DefaultIdleTimeout ||
 			row.Env["B"] != "request" || !row.Egress.Equal(policy) || row.StartedAt.IsZero() {
 			t.Errorf("row %+v", row)
 		}
-		events, _, err := h.Events(context.Background(), org, box.ID, 10, "")
+		events, _, err := h.Events(context.Background(), org, sbx.ID, 10, "")
 		if err != nil || len(events) != 2 || events[0].To != sandbox.Running || events[0].From != sandbox.Creating ||
 			events[1].To != sandbox.Creating {
 			t.Errorf("events are %+v, %v", events, err)
 		}
-		h.wantState(box.ID, sandbox.Running, "")
+		h.wantState(sbx.ID, sandbox.Running, "")
 		short := h.mustCreate(sandbox.Request{Timeout: ptr(20 * time.Second)})
 		if short.Source != sandbox.Warm || !short.ExpiresAt.Equal(short.StartedAt.Add(20*time.Second)) {
 			t.Errorf("%+v", short)
@@ -101,7 +101,7 @@ func TestWarmCreateIsLikeACold(t *testing.T) {
 
 func TestClaimsAreExclusive(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPoolHouse(t, fixed(4))
+		h := newPoolFixture(t, fixed(4))
 		h.settled()
 		var mu sync.Mutex
 		sources := map[sandbox.Source]int{}
@@ -109,14 +109,14 @@ func TestClaimsAreExclusive(t *testing.T) {
 		var wg sync.WaitGroup
 		for range 10 {
 			wg.Go(func() {
-				box, err := h.create(sandbox.Request{})
+				sbx, err := h.create(sandbox.Request{})
 				if err != nil {
 					t.Error(err)
 				}
 				mu.Lock()
 				defer mu.Unlock()
-				sources[box.Source]++
-				ids[box.ID] = true
+				sources[sbx.Source]++
+				ids[sbx.ID] = true
 			})
 		}
 		wg.Wait()
@@ -128,13 +128,13 @@ func TestClaimsAreExclusive(t *testing.T) {
 	})
 }
 
-// TestOnlyTheSameIsWarm checks that a create gets a cold start if a member would serve it
+// TestOnlyTheSameIsWarm checks that a create gets a cold start if a pooled sandbox would serve it
 // differently.
 func TestOnlyTheSameIsWarm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		pool := fixed(2)
 		pool.Templates = append(pool.Templates, sandbox.PoolTemplate{Template: "python", Size: "big", Target: 1})
-		h := newPoolHouse(t, pool)
+		h := newPoolFixture(t, pool)
 		h.settled()
 		for name, c := range map[string]struct {
 			r    sandbox.Request
@@ -145,14 +145,14 @@ func TestOnlyTheSameIsWarm(t *testing.T) {
 			"same disk":  {sandbox.Request{DiskSizeMB: ptr(2048)}, sandbox.Warm},
 			"other size": {sandbox.Request{Size: "big"}, sandbox.Warm},
 		} {
-			if box := h.mustCreate(c.r); box.Source != c.want {
-				t.Errorf("%s: source %s", name, box.Source)
+			if sbx := h.mustCreate(c.r); sbx.Source != c.want {
+				t.Errorf("%s: source %s", name, sbx.Source)
 			}
 			h.settled()
 		}
 	})
 	synctest.Test(t, func(t *testing.T) { // with a start command that has run
-		h := newPoolHouse(t, sandbox.PoolConfig{Enabled: true, Target: 1, MaxMembers: 2})
+		h := newPoolFixture(t, sandbox.PoolConfig{Enabled: true, Target: 1, MaxMembers: 2})
 		var prepared sandbox.Spec
 		h.node.OnPrepare = func(_ context.Context, spec sandbox.Spec) error { prepared = spec; return nil }
 		h.mustCreate(sandbox.Request{Template: "service"})
@@ -171,8 +171,8 @@ func TestOnlyTheSameIsWarm(t *testing.T) {
 			{sandbox.Request{User: "somebody"}, sandbox.Warm}, // does not change the command's user
 		} {
 			c.r.Template = "service"
-			if box := h.mustCreate(c.r); box.Source != c.want {
-				t.Errorf("%+v: source %s", c.r, box.Source)
+			if sbx := h.mustCreate(c.r); sbx.Source != c.want {
+				t.Errorf("%+v: source %s", c.r, sbx.Source)
 			}
 			h.settled()
 		}
@@ -180,41 +180,41 @@ func TestOnlyTheSameIsWarm(t *testing.T) {
 }
 
 // TestClaimFails checks that after a failed claim the create is a cold one and nothing is left of
-// the member.
+// the pooled sandbox.
 func TestClaimFails(t *testing.T) {
-	for name, spoil := range map[string]func(*house){
-		"host": func(h *house) { h.node.OnClaim = func(context.Context, sandbox.Spec) error { return errInjected } },
-		"slow": func(h *house) {
+	for name, spoil := range map[string]func(*fixture){
+		"host": func(h *fixture) { h.node.OnClaim = func(context.Context, sandbox.Spec) error { return errInjected } },
+		"slow": func(h *fixture) {
 			h.node.OnClaim = func(ctx context.Context, _ sandbox.Spec) error { <-ctx.Done(); return ctx.Err() }
 		},
-		"dead": func(h *house) {
+		"dead": func(h *fixture) {
 			h.node.OnClaim = func(_ context.Context, spec sandbox.Spec) error { h.node.Kill(spec.ID); return nil }
 		},
-		"database": func(h *house) {
+		"database": func(h *fixture) {
 			var once sync.Once
 			h.gate.breakTransitions(func(sandbox.State) (broken bool) { once.Do(func() { broken = true }); return broken })
 		},
-		"no row": func(h *house) {
+		"no row": func(h *fixture) {
 			h.node.OnClaim = func(ctx context.Context, spec sandbox.Spec) error { return h.db.DropPooled(ctx, spec.ID) }
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newPoolHouse(t, fixed(1))
-				member := h.settled()[0]
+				h := newPoolFixture(t, fixed(1))
+				pooledRow := h.settled()[0]
 				spoil(h)
-				box := h.mustCreate(sandbox.Request{})
-				if box.Source != sandbox.Cold || box.ID == member.ID {
-					t.Errorf("got %+v", box)
+				sbx := h.mustCreate(sandbox.Request{})
+				if sbx.Source != sandbox.Cold || sbx.ID == pooledRow.ID {
+					t.Errorf("got %+v", sbx)
 				}
-				h.wantState(box.ID, sandbox.Running, "")
-				if fact, _ := h.node.Inspect(context.Background(), member.ID); fact != nil {
-					t.Errorf("left of the member: %+v", fact)
+				h.wantState(sbx.ID, sandbox.Running, "")
+				if observed, _ := h.node.Inspect(context.Background(), pooledRow.ID); observed != nil {
+					t.Errorf("left of the member: %+v", observed)
 				}
 				h.node.OnClaim = nil
 				h.settled()
-				if box := h.mustCreate(sandbox.Request{}); box.Source != sandbox.Warm {
-					t.Errorf("the next is %s", box.Source)
+				if sbx := h.mustCreate(sandbox.Request{}); sbx.Source != sandbox.Warm {
+					t.Errorf("the next is %s", sbx.Source)
 				}
 				h.settled()
 				h.wantWhole()
@@ -225,7 +225,7 @@ func TestClaimFails(t *testing.T) {
 
 func TestRefusedCreatesSpendNoMember(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPoolHouse(t, fixed(2))
+		h := newPoolFixture(t, fixed(2))
 		before := h.settled()
 		once := sandbox.Once{Key: "k", Hash: "h"}
 		first, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, once, true)
@@ -239,20 +239,20 @@ func TestRefusedCreatesSpendNoMember(t *testing.T) {
 		h.quota = sandbox.Quota{Sandboxes: 1}
 		_, err = h.create(sandbox.Request{})
 		wantCode(t, err, fault.Exhausted, "quota_exceeded")
-		if members := h.settled(); !slices.ContainsFunc(members, func(m sandbox.Pooled) bool {
+		if pooled := h.settled(); !slices.ContainsFunc(pooled, func(m sandbox.Pooled) bool {
 			return m.ID == before[1].ID
 		}) {
-			t.Errorf("member %s was spent: %+v", before[1].ID, members)
+			t.Errorf("member %s was spent: %+v", before[1].ID, pooled)
 		}
 		h.wantWhole()
 	})
 }
 
-// TestRepeatedClaimsAtOnce checks that two creates with one key that both found a member return one
+// TestRepeatedClaimsAtOnce checks that two creates with one key that both found a pooled sandbox return one
 // sandbox.
 func TestRepeatedClaimsAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPoolHouse(t, fixed(2))
+		h := newPoolFixture(t, fixed(2))
 		h.settled()
 		var both sync.WaitGroup
 		both.Add(2)
@@ -260,12 +260,12 @@ func TestRepeatedClaimsAtOnce(t *testing.T) {
 		ids := make(chan sandbox.ID, 2)
 		for range 2 {
 			go func() {
-				box, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"},
+				sbx, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"},
 					sandbox.Once{Key: "k", Hash: "h"}, true)
 				if err != nil {
 					t.Error(err)
 				}
-				ids <- box.ID
+				ids <- sbx.ID
 			}()
 		}
 		if a, b := <-ids, <-ids; a != b {
@@ -279,36 +279,36 @@ func TestRepeatedClaimsAtOnce(t *testing.T) {
 
 // TestServerDiesWithItsPool kills the server during each operation of the pool.
 func TestServerDiesWithItsPool(t *testing.T) {
-	for name, at := range map[string]func(h *house, crash func()){
-		"preparing": func(h *house, crash func()) {
+	for name, at := range map[string]func(h *fixture, crash func()){
+		"preparing": func(h *fixture, crash func()) {
 			h.node.OnPrepare = func(ctx context.Context, spec sandbox.Spec) error {
-				h.node.Put(sandbox.Fact{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Warm: true})
+				h.node.Put(sandbox.Observed{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Warm: true})
 				crash()
 				<-ctx.Done()
 				return ctx.Err()
 			}
 		},
-		"prepared": func(h *house, crash func()) {
+		"prepared": func(h *fixture, crash func()) {
 			h.node.OnPrepare = func(context.Context, sandbox.Spec) error { crash(); return nil }
 		},
-		"claiming": func(h *house, crash func()) {
+		"claiming": func(h *fixture, crash func()) {
 			h.node.OnClaim = func(ctx context.Context, _ sandbox.Spec) error { crash(); <-ctx.Done(); return ctx.Err() }
 		},
-		"claimed": func(h *house, crash func()) {
+		"claimed": func(h *fixture, crash func()) {
 			h.node.OnClaim = func(context.Context, sandbox.Spec) error { crash(); return nil }
 		},
-		"discarding": func(h *house, crash func()) {
+		"discarding": func(h *fixture, crash func()) {
 			h.node.OnClaim = func(context.Context, sandbox.Spec) error { return errInjected }
 			h.node.OnDestroy = func(context.Context, sandbox.ID) error { crash(); return errDead }
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newPoolHouse(t, fixed(2))
+				h := newPoolFixture(t, fixed(2))
 				before := h.settled()
 				var once sync.Once
 				at(h, func() { once.Do(h.gate.shut) })
-				box, err := h.create(sandbox.Request{})
+				sbx, err := h.create(sandbox.Request{})
 				if made := err == nil; made != (name == "preparing" || name == "prepared") {
 					t.Errorf("the create: %v", err)
 				}
@@ -321,7 +321,7 @@ func TestServerDiesWithItsPool(t *testing.T) {
 					t.Errorf("members were %+v, are %+v", before, after)
 				}
 				if err == nil {
-					h.wantState(box.ID, sandbox.Running, "")
+					h.wantState(sbx.ID, sandbox.Running, "")
 				} else if rows, _ := h.db.Unfinished(context.Background()); len(rows) > 0 {
 					t.Errorf("rows of a create that returned no sandbox: %+v", rows)
 				}
@@ -333,13 +333,13 @@ func TestServerDiesWithItsPool(t *testing.T) {
 
 func TestRestartKeepsThePool(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPoolHouse(t, twoOfEach)
+		h := newPoolFixture(t, twoOfEach)
 		h.mustCreate(sandbox.Request{})
 		before := h.settled()
 		h.crash()
 		h.start()
-		if box := h.mustCreate(sandbox.Request{}); box.Source != sandbox.Warm || box.ID != before[0].ID {
-			t.Errorf("after the restart %+v", box)
+		if sbx := h.mustCreate(sandbox.Request{}); sbx.Source != sandbox.Warm || sbx.ID != before[0].ID {
+			t.Errorf("after the restart %+v", sbx)
 		}
 		if after := h.settled(); len(after) != 2 || after[0].ID != before[1].ID {
 			t.Errorf("members %+v, were %+v", after, before)
@@ -350,8 +350,8 @@ func TestRestartKeepsThePool(t *testing.T) {
 		if left := h.settled(); len(left) > 0 {
 			t.Errorf("a pool that is off has %+v", left)
 		}
-		if box := h.mustCreate(sandbox.Request{}); box.Source != sandbox.Cold {
-			t.Errorf("source %s of a pool that is off", box.Source)
+		if sbx := h.mustCreate(sandbox.Request{}); sbx.Source != sandbox.Cold {
+			t.Errorf("source %s of a pool that is off", sbx.Source)
 		}
 		h.wantWhole()
 	})
@@ -384,7 +384,7 @@ func (v *versions) set(version int, gone bool) {
 
 func TestPoolFollowsTheTemplate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPoolHouse(t, twoOfEach)
+		h := newPoolFixture(t, twoOfEach)
 		h.crash()
 		v := &versions{version: 1}
 		h.what = v
@@ -392,8 +392,8 @@ func TestPoolFollowsTheTemplate(t *testing.T) {
 		h.mustCreate(sandbox.Request{})
 		h.settled()
 		v.set(2, false)
-		if box := h.mustCreate(sandbox.Request{}); box.Source != sandbox.Cold || box.TemplateVersion != 2 {
-			t.Errorf("with members of the old version: %+v", box)
+		if sbx := h.mustCreate(sandbox.Request{}); sbx.Source != sandbox.Cold || sbx.TemplateVersion != 2 {
+			t.Errorf("with members of the old version: %+v", sbx)
 		}
 		for _, m := range h.settled() {
 			if m.TemplateVersion != 2 {
@@ -401,14 +401,14 @@ func TestPoolFollowsTheTemplate(t *testing.T) {
 			}
 		}
 		v.set(3, false) // noticed even without a create
-		members := h.settled()
-		for _, m := range members {
+		pooled := h.settled()
+		for _, m := range pooled {
 			if m.TemplateVersion != 3 {
 				t.Errorf("still has %+v", m)
 			}
 		}
-		if len(members) != 2 {
-			t.Errorf("%d members", len(members))
+		if len(pooled) != 2 {
+			t.Errorf("%d members", len(pooled))
 		}
 		v.set(3, true)
 		if left := h.settled(); len(left) > 0 {
@@ -420,7 +420,7 @@ func TestPoolFollowsTheTemplate(t *testing.T) {
 
 func TestUnusedMembersGo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPoolHouse(t, twoOfEach)
+		h := newPoolFixture(t, twoOfEach)
 		h.mustCreate(sandbox.Request{})
 		pass(3 * time.Hour)
 		if n := len(h.settled()); n != 2 {
@@ -438,16 +438,16 @@ func TestUnusedMembersGo(t *testing.T) {
 // it falls without creates.
 func TestTargetFollowsDemand(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPoolHouse(t, twoOfEach)
+		h := newPoolFixture(t, twoOfEach)
 		most := 0
 		for range 60 { // 1 per second
 			h.mustCreate(sandbox.Request{Timeout: ptr(5 * time.Second)})
 			pass(time.Second)
-			members, err := h.db.ListPooled(context.Background())
+			pooled, err := h.db.ListPooled(context.Background())
 			if err != nil {
 				t.Fatal(err)
 			}
-			most = max(most, len(members))
+			most = max(most, len(pooled))
 		}
 		if most != 6 {
 			t.Errorf("%d members at the most, want 6", most)
@@ -460,10 +460,10 @@ func TestTargetFollowsDemand(t *testing.T) {
 	})
 }
 
-// TestMembersGiveWay checks that members never cause a create to be refused.
+// TestMembersGiveWay checks that pooled sandboxes never cause a create to be refused.
 func TestMembersGiveWay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPoolHouse(t, fixed(3))
+		h := newPoolFixture(t, fixed(3))
 		h.node.SetMost(8)
 		if n := len(h.settled()); n != 3 {
 			t.Fatalf("%d members", n)
@@ -480,8 +480,8 @@ func TestMembersGiveWay(t *testing.T) {
 		}
 		h.wantWhole()
 	})
-	synctest.Test(t, func(t *testing.T) { // a member in preparation, too
-		h := newPoolHouse(t, sandbox.PoolConfig{})
+	synctest.Test(t, func(t *testing.T) { // a pooled sandbox in preparation, too
+		h := newPoolFixture(t, sandbox.PoolConfig{})
 		h.crash()
 		h.pool = fixed(1)
 		h.node.OnPrepare = func(ctx context.Context, spec sandbox.Spec) error {
@@ -498,7 +498,7 @@ func TestMembersGiveWay(t *testing.T) {
 		h.node.OnPrepare = nil
 	})
 	synctest.Test(t, func(t *testing.T) { // memory that other processes take
-		h := newPoolHouse(t, fixed(3))
+		h := newPoolFixture(t, fixed(3))
 		h.settled()
 		h.node.SetMost(4)
 		if left := h.settled(); len(left) != 2 { // room for one is left after the first eviction, for two after the second
@@ -514,7 +514,7 @@ func TestMembersGiveWay(t *testing.T) {
 
 func TestDeadMembersAreReplaced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPoolHouse(t, fixed(2))
+		h := newPoolFixture(t, fixed(2))
 		before := h.settled()
 		h.node.Die(before[0].ID)
 		after := h.settled()
@@ -537,11 +537,11 @@ func TestDeadMembersAreReplaced(t *testing.T) {
 	})
 }
 
-// TestPreparingIsPaced checks that members are prepared one at a time, not while a caller waits for
+// TestPreparingIsPaced checks that pooled sandboxes are prepared one at a time, not while a caller waits for
 // a sandbox, and not at once again after a failure.
 func TestPreparingIsPaced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPoolHouse(t, fixed(2))
+		h := newPoolFixture(t, fixed(2))
 		h.settled()
 		release := make(chan struct{})
 		h.node.OnCreate = func(context.Context, sandbox.Spec) error { <-release; return nil }
@@ -577,7 +577,7 @@ func TestPreparingIsPaced(t *testing.T) {
 		}
 	})
 	synctest.Test(t, func(t *testing.T) { // the pool does not wait for ever
-		h := newPoolHouse(t, fixed(1))
+		h := newPoolFixture(t, fixed(1))
 		h.crash()
 		h.node.OnCreate = func(ctx context.Context, _ sandbox.Spec) error { <-ctx.Done(); return ctx.Err() }
 		h.start()
@@ -589,14 +589,14 @@ func TestPreparingIsPaced(t *testing.T) {
 	})
 }
 
-// TestSharesAreFair checks that a template in use has members even though other templates want all
+// TestSharesAreFair checks that a template in use has pooled sandboxes even though other templates want all
 // that are allowed.
 func TestSharesAreFair(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		pool := fixed(6)
 		pool.MaxMembers = 4
 		pool.Templates = append(pool.Templates, sandbox.PoolTemplate{Template: "python", Size: "big", Target: 6})
-		h := newPoolHouse(t, pool)
+		h := newPoolFixture(t, pool)
 		sizes := map[string]int{}
 		for _, m := range h.settled() {
 			sizes[m.Size.Name]++

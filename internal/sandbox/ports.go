@@ -112,7 +112,7 @@ type Store interface {
 	// keeps the newest, at most most of them; 0 means no limit. A sandbox counts once more for each 4
 	// KiB of its metadata and policy. Purge returns the number of sandboxes that it dropped.
 	Purge(ctx context.Context, over, now time.Time, most int) (int, error)
-	// Images lists the images that snapshots, members of the pool and sandboxes that are not over
+	// Images lists the images that snapshots, pooled sandboxes and sandboxes that are not over
 	// need.
 	Images(ctx context.Context) ([]string, error)
 
@@ -144,17 +144,17 @@ type Store interface {
 	// UnreadySnapshots returns every snapshot that is not ready.
 	UnreadySnapshots(ctx context.Context) ([]Snapshot, error)
 
-	// AddPooled adds a member of the pool. It returns an error if a member or a sandbox has the same
+	// AddPooled adds a pooled sandbox. It returns an error if a pooled sandbox or a sandbox has the same
 	// ID.
 	AddPooled(ctx context.Context, m Pooled) error
-	// DropPooled drops a member. A missing member is no error.
+	// DropPooled drops a pooled sandbox. A missing pooled sandbox is no error.
 	DropPooled(ctx context.Context, id ID) error
 	// ListPooled returns the pooled sandboxes, oldest first.
 	ListPooled(ctx context.Context) ([]Pooled, error)
 	// Admit returns what Insert would return now, and writes nothing.
 	Admit(ctx context.Context, s Sandbox, q Quota, once Once) (prior Sandbox, found bool, err error)
-	// Claim turns the member with the ID of s into the sandbox s, in state running, with the events of
-	// a create. Otherwise it behaves like Insert. If there is no such member, it returns a Conflict,
+	// Claim turns the pooled sandbox with the ID of s into the sandbox s, in state running, with the events of
+	// a create. Otherwise it behaves like Insert. If there is no such pooled sandbox, it returns a Conflict,
 	// code "no_member", and writes nothing.
 	Claim(ctx context.Context, s Sandbox, q Quota, once Once) (prior Sandbox, found bool, err error)
 }
@@ -166,7 +166,7 @@ type Spec struct {
 	Run   string
 	Token string
 	Shape
-	// From names the snapshot from which a create or a member of the pool is restored instead of
+	// From names the snapshot from which a create or a pooled sandbox is restored instead of
 	// booted; "" means none. Image, Size and DiskMB must then be those of the snapshot's sandbox, and
 	// Start is ignored.
 	From SnapshotID
@@ -174,15 +174,15 @@ type Spec struct {
 
 // Point describes a recovery point: a complete checkpoint on the machine's disk, from which a
 // sandbox can be woken in its state of that time.
-type Point struct {
+type Checkpoint struct {
 	At   time.Time
 	Size int64  // bytes on disk
 	Run  string // run in which it was taken
 }
 
-// Fact describes what a node has of one sandbox. A sandbox without anything on the node has no
-// Fact.
-type Fact struct {
+// Observed describes what a node has of one sandbox. A sandbox without anything on the node has no
+// Observed.
+type Observed struct {
 	ID    ID
 	Run   string // of the present instance, alive or dead; "" if unknown or without an instance
 	Alive bool   // its processes run and its agent should answer
@@ -196,7 +196,7 @@ type Fact struct {
 	Egress Egress
 	// Point holds the latest recovery point, or nil if there is none. At most one exists beside the
 	// one being written.
-	Point *Point
+	Checkpoint *Checkpoint
 }
 
 // Node makes and removes sandboxes on a machine. The fake in caytest and the real node keep the
@@ -223,14 +223,14 @@ type Node interface {
 	// Spare returns how many more sandboxes the machine's limit on their number and its memory allow,
 	// at least 0.
 	Spare(ctx context.Context) (int, error)
-	// Prepare makes a member of the pool. A member is a sandbox as Create makes it, without what Claim
-	// gives it, and closed: no traffic leaves it. A member with a start command already has the spec's
+	// Prepare makes a pooled sandbox. A pooled sandbox is a sandbox as Create makes it, without what Claim
+	// gives it, and closed: no traffic leaves it. A pooled sandbox with a start command already has the spec's
 	// policy, environment, user and working directory, because the command must run as after a create.
 	// Errors are those of Create.
 	Prepare(ctx context.Context, spec Spec) error
-	// Claim gives a member the environment, user, working directory and policy of the spec. The rest
+	// Claim gives a pooled sandbox the environment, user, working directory and policy of the spec. The rest
 	// of the spec must be the same as for Prepare. The policy is in force when Claim returns. After an
-	// error it is no longer a member, and nothing of it is left, except what the error reports as not
+	// error it is no longer a pooled sandbox, and nothing of it is left, except what the error reports as not
 	// undone.
 	Claim(ctx context.Context, spec Spec) error
 	// Check returns an error if a sandbox's agent does not answer.
@@ -239,11 +239,11 @@ type Node interface {
 	// only the point is left. After an error the sandbox keeps running, or is dead with its previous
 	// or its new point whole; Inspect tells which. Too little space is NoSpace, code "disk_full", and
 	// is detected before the sandbox is touched.
-	Suspend(ctx context.Context, id ID) (Point, error)
+	Suspend(ctx context.Context, id ID) (Checkpoint, error)
 	// Checkpoint writes a recovery point while the sandbox keeps running, after a pause that grows
 	// with its memory. It removes the previous point once the new one is whole. Errors are those of
 	// Suspend.
-	Checkpoint(ctx context.Context, id ID) (Point, error)
+	Checkpoint(ctx context.Context, id ID) (Checkpoint, error)
 	// Wake starts an instance from the sandbox's latest recovery point, as spec.Run and with
 	// spec.Token, and returns when its agent answers. Only ID, Run, Token and Egress of the spec are
 	// new; the rest must be the same as for Create. After an error Wake has undone its work and the
@@ -255,10 +255,10 @@ type Node interface {
 	// with its memory, and keeps its connections. The snapshot outlives the sandbox, and so do the
 	// programs that the snapshot needs. Errors are those of Suspend. After an error nothing of the
 	// snapshot is left but what DropSnapshot removes.
-	Snapshot(ctx context.Context, id ID, to SnapshotID) (Point, error)
+	Snapshot(ctx context.Context, id ID, to SnapshotID) (Checkpoint, error)
 	// SnapshotPoint makes a snapshot from the sandbox's latest recovery point, which it does not
 	// change. A missing point is Conflict, code "sandbox_not_running".
-	SnapshotPoint(ctx context.Context, id ID, to SnapshotID) (Point, error)
+	SnapshotCheckpoint(ctx context.Context, id ID, to SnapshotID) (Checkpoint, error)
 	// DropSnapshot removes a complete or partial snapshot. Sandboxes that were made from it continue;
 	// one that is being made fails. A missing snapshot is no error.
 	DropSnapshot(ctx context.Context, id SnapshotID) error
@@ -278,17 +278,17 @@ type Node interface {
 	// SetEgress.
 	Traffic(ctx context.Context, id ID) (Traffic, error)
 	// Inspect returns what the machine has of one sandbox, or nil for nothing.
-	Inspect(ctx context.Context, id ID) (*Fact, error)
+	Inspect(ctx context.Context, id ID) (*Observed, error)
 	// Destroy removes everything of the sandbox, its recovery point too. It continues after errors and
 	// joins them. A missing sandbox is no error.
 	Destroy(ctx context.Context, id ID) error
 	// Dial connects to the sandbox's agent. A missing sandbox is Conflict, code "sandbox_not_running".
 	Dial(ctx context.Context, id ID) (net.Conn, error)
 	// List returns what the machine has of all sandboxes, alive, dead or partial.
-	List(ctx context.Context) ([]Fact, error)
+	List(ctx context.Context) ([]Observed, error)
 	// Lost returns a channel of the sandboxes whose processes ended unexpectedly. The node has only
 	// one such channel, and does not close it before the node itself is closed.
-	Lost() <-chan Fact
+	Lost() <-chan Observed
 	// Denied returns a channel of denials by policies. The node drops denials that are not received in
 	// time.
 	Denied() <-chan Denial

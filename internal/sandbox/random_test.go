@@ -31,7 +31,7 @@ func TestRandomLives(t *testing.T) {
 		pool := sandbox.PoolConfig{Enabled: rapid.Bool().Draw(rt, "pool"), Target: 2, MaxMembers: 4}
 		var failure string
 		synctest.Test(t, func(t *testing.T) {
-			l := &lives{house: newPoolHouse(t, pool), had: map[sandbox.ID]bool{}, asked: map[sandbox.ID]bool{},
+			l := &scenario{fixture: newPoolFixture(t, pool), had: map[sandbox.ID]bool{}, asked: map[sandbox.ID]bool{},
 				perhaps: map[sandbox.SnapshotID]bool{}}
 			failure = l.play(steps)
 		})
@@ -63,9 +63,9 @@ var (
 	errInjected = errors.New("injected")
 )
 
-// lives models the state that must not be lost.
-type lives struct {
-	*house
+// scenario models the state that must not be lost.
+type scenario struct {
+	*fixture
 	ids     []sandbox.ID
 	leases  []*sandbox.Lease
 	snaps   []sandbox.SnapshotID        // made and not deleted
@@ -75,7 +75,7 @@ type lives struct {
 }
 
 // play runs the steps and returns a description of the first error, or "".
-func (l *lives) play(steps []step) string {
+func (l *scenario) play(steps []step) string {
 	for i, s := range steps {
 		err := l.inject(s)
 		l.heal()
@@ -83,8 +83,8 @@ func (l *lives) play(steps []step) string {
 			return fmt.Sprintf("step %d, %+v: %v", i, s, err)
 		}
 		for _, id := range l.ids {
-			fact, _ := l.node.Inspect(context.Background(), id)
-			l.had[id] = l.had[id] || fact != nil && fact.Point != nil
+			observed, _ := l.node.Inspect(context.Background(), id)
+			l.had[id] = l.had[id] || observed != nil && observed.Checkpoint != nil
 		}
 	}
 	for _, lease := range l.leases {
@@ -95,7 +95,7 @@ func (l *lives) play(steps []step) string {
 		return s
 	}
 	for _, id := range l.ids {
-		box, err := l.Get(context.Background(), org, id)
+		sbx, err := l.Get(context.Background(), org, id)
 		if fault.Is(err, fault.NotFound) && l.asked[id] {
 			continue // its row was dropped long after its end
 		}
@@ -103,18 +103,18 @@ func (l *lives) play(steps []step) string {
 			return err.Error()
 		}
 		switch {
-		case box.State == sandbox.Suspended:
+		case sbx.State == sandbox.Suspended:
 			if _, err := l.Wake(context.Background(), l.caller(), id); err != nil {
 				return fmt.Sprintf("sandbox %s does not wake: %v", id, err)
 			}
-		case box.State.Over() && box.Mode == sandbox.Persistent && l.had[id] && !l.asked[id]:
-			return fmt.Sprintf("sandbox %s was lost, and it had a recovery point: %s", id, box.DestroyReason)
+		case sbx.State.Over() && sbx.Mode == sandbox.Persistent && l.had[id] && !l.asked[id]:
+			return fmt.Sprintf("sandbox %s was lost, and it had a recovery point: %s", id, sbx.DestroyReason)
 		}
 	}
 	return l.agree()
 }
 
-func (l *lives) heal() {
+func (l *scenario) heal() {
 	n := l.node
 	n.OnCreate, n.OnPrepare, n.OnClaim, n.OnWake = nil, nil, nil, nil
 	n.OnDestroy, n.OnSuspend, n.OnCheckpoint, n.OnRest, n.OnSetEgress, n.OnSnapshot, n.OnDrop =
@@ -124,7 +124,7 @@ func (l *lives) heal() {
 }
 
 // inject runs the step with its fault.
-func (l *lives) inject(s step) error {
+func (l *scenario) inject(s step) error {
 	n := l.node
 	after := func(ctx context.Context, id sandbox.ID) error { // runs the part of the operation that precedes the fault
 		switch s.fault {
@@ -174,9 +174,9 @@ func (l *lives) inject(s step) error {
 	}
 	l.crash()
 	if s.fault == "crash and kill" {
-		facts, _ := n.List(context.Background())
-		for _, fact := range facts {
-			n.Kill(fact.ID)
+		found, _ := n.List(context.Background())
+		for _, observed := range found {
+			n.Kill(observed.ID)
 		}
 	}
 	pass(5 * time.Second) // callers that wait for a lease give up
@@ -188,7 +188,7 @@ func (l *lives) inject(s step) error {
 }
 
 // take runs the step. It returns an error that no fault and no state explains.
-func (l *lives) take(s step) error {
+func (l *scenario) take(s step) error {
 	ctx := context.Background()
 	if len(l.ids) == 0 && !strings.HasPrefix(s.what, "create") {
 		s.what = "create persistent"
@@ -197,10 +197,10 @@ func (l *lives) take(s step) error {
 	if len(l.ids) > 0 {
 		id = l.ids[s.which%len(l.ids)]
 	}
-	fact, _ := l.node.Inspect(ctx, id)
+	observed, _ := l.node.Inspect(ctx, id)
 	// filters the errors of a call that a state may forbid, or a death that is not noticed yet
 	expected := func(err error) error {
-		if s.fault != "" || fact != nil && fact.Remains && !fact.Alive || fault.Is(err, fault.Conflict) ||
+		if s.fault != "" || observed != nil && observed.Remains && !observed.Alive || fault.Is(err, fault.Conflict) ||
 			fault.Is(err, fault.NotFound) {
 			return nil
 		}
@@ -235,10 +235,10 @@ func (l *lives) take(s step) error {
 			l.leases = append(l.leases, lease)
 			return nil
 		}
-		fact, _ = l.node.Inspect(ctx, id)
+		observed, _ = l.node.Inspect(ctx, id)
 		lease.Release()
-		if fact == nil || fact.Run != lease.Sandbox.Run { // it may be dead before that is noticed
-			return fmt.Errorf("leased run %s, the host has %+v", lease.Sandbox.Run, fact)
+		if observed == nil || observed.Run != lease.Sandbox.Run { // it may be dead before that is noticed
+			return fmt.Errorf("leased run %s, the host has %+v", lease.Sandbox.Run, observed)
 		}
 	case "release":
 		if len(l.leases) > 0 {
@@ -294,9 +294,9 @@ func (l *lives) take(s step) error {
 		}
 	case "egress":
 		want := policies[s.secs%len(policies)]
-		box, err := l.SetEgress(ctx, org, id, want)
-		if err == nil && !box.Egress.Equal(want) {
-			return fmt.Errorf("asked for %+v and got %+v", want, box.Egress)
+		sbx, err := l.SetEgress(ctx, org, id, want)
+		if err == nil && !sbx.Egress.Equal(want) {
+			return fmt.Errorf("asked for %+v and got %+v", want, sbx.Egress)
 		}
 		return expected(err)
 	case "die":
@@ -316,10 +316,10 @@ func (l *lives) take(s step) error {
 	return nil
 }
 
-func (l *lives) make(s step, r sandbox.Request) error {
-	box, err := l.create(r)
+func (l *scenario) make(s step, r sandbox.Request) error {
+	sbx, err := l.create(r)
 	if err == nil {
-		l.ids = append(l.ids, box.ID)
+		l.ids = append(l.ids, sbx.ID)
 	}
 	if s.fault == "" {
 		return err
@@ -328,14 +328,14 @@ func (l *lives) make(s step, r sandbox.Request) error {
 }
 
 // agree returns a description of the differences between rows and host, or "".
-func (l *lives) agree() string {
+func (l *scenario) agree() string {
 	rows, err := l.db.Unfinished(context.Background())
 	if err != nil {
 		return err.Error()
 	}
-	facts, _ := l.node.List(context.Background())
-	has := map[sandbox.ID]sandbox.Fact{}
-	for _, f := range facts {
+	found, _ := l.node.List(context.Background())
+	has := map[sandbox.ID]sandbox.Observed{}
+	for _, f := range found {
 		has[f.ID] = f
 	}
 	for _, row := range rows {
@@ -343,7 +343,7 @@ func (l *lives) agree() string {
 		delete(has, row.ID)
 		switch {
 		case row.State == sandbox.Running && (!f.Alive || f.Run != row.Run),
-			row.State == sandbox.Suspended && (f.Remains || f.Point == nil):
+			row.State == sandbox.Suspended && (f.Remains || f.Checkpoint == nil):
 			return fmt.Sprintf("sandbox %s is %s in life %s, and the host has (%v) %+v", row.ID, row.State, row.Run, there, f)
 		case row.State == sandbox.Running && !f.Egress.Equal(row.Egress):
 			return fmt.Sprintf("sandbox %s has policy %+v, and the host %+v", row.ID, row.Egress, f.Egress)
@@ -355,19 +355,19 @@ func (l *lives) agree() string {
 			return fmt.Sprintf("sandbox %s is suspended and expires at %s", row.ID, row.ExpiresAt)
 		}
 	}
-	members, err := l.db.ListPooled(context.Background())
+	pooled, err := l.db.ListPooled(context.Background())
 	if err != nil {
 		return err.Error()
 	}
-	for _, m := range members {
+	for _, m := range pooled {
 		f, there := has[m.ID]
 		delete(has, m.ID)
 		if !f.Alive || !f.Warm || f.Run != m.Run {
 			return fmt.Sprintf("member %s of the pool is (%v) %+v", m.ID, there, f)
 		}
 	}
-	if want := l.pool.Target; l.pool.Enabled && len(members) > l.pool.MaxMembers || !l.pool.Enabled && len(members) > 0 {
-		return fmt.Sprintf("the pool has %d members, wants %d", len(members), want)
+	if want := l.pool.Target; l.pool.Enabled && len(pooled) > l.pool.MaxMembers || !l.pool.Enabled && len(pooled) > 0 {
+		return fmt.Sprintf("the pool has %d members, wants %d", len(pooled), want)
 	}
 	if s := l.snapshotsAgree(); s != "" {
 		return s
@@ -380,7 +380,7 @@ func (l *lives) agree() string {
 
 // snapshotsAgree returns a description of the differences between users' snapshots and the host's,
 // or "".
-func (l *lives) snapshotsAgree() string {
+func (l *scenario) snapshotsAgree() string {
 	ctx := context.Background()
 	if unready, err := l.db.UnreadySnapshots(ctx); err != nil || len(unready) > 0 {
 		return fmt.Sprintf("snapshots are stuck: %+v, %v", unready, err)

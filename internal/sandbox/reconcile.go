@@ -25,29 +25,29 @@ const (
 	Rest    Action = "rest"    // a crash interrupted a suspend or a wake: clean the host, suspended
 	Clear   Action = "clear"   // suspended, with leftovers of an instance: clean the host
 	Resume  Action = "resume"  // a failed suspend: running
-	Keep    Action = "keep"    // a member of the pool that can be claimed
-	Discard Action = "discard" // another member of the pool: clean the host, drop its row
+	Keep    Action = "keep"    // a pooled sandbox that can be claimed
+	Discard Action = "discard" // another pooled sandbox: clean the host, drop its row
 )
 
 // Decide returns the action that settles a sandbox after a crash, or after a failed suspend or
 // wake. It is a pure function of the sandbox's row, of the pool's row (each nil if missing) and of
 // what the host has (nil if nothing). No operation on the sandbox may be under way. A sandbox's row
 // takes precedence over a pool's row, because the claim that wrote it removed the other.
-func Decide(row *Sandbox, member *Pooled, fact *Fact) Action {
+func Decide(row *Sandbox, pooledRow *Pooled, observed *Observed) Action {
 	switch {
 	case row != nil:
-	case member != nil:
-		if fact != nil && fact.Alive && fact.Warm && fact.Run == member.Run {
+	case pooledRow != nil:
+		if observed != nil && observed.Alive && observed.Warm && observed.Run == pooledRow.Run {
 			return Keep
 		}
 		return Discard // dead, prepared by another version of cay, or claimed for a sandbox that no caller knows
-	case fact == nil:
+	case observed == nil:
 		return Leave
 	default:
 		return Remove
 	}
-	alive := fact != nil && fact.Alive && fact.Run == row.Run && !fact.Warm
-	point := fact != nil && fact.Point != nil
+	alive := observed != nil && observed.Alive && observed.Run == row.Run && !observed.Warm
+	checkpoint := observed != nil && observed.Checkpoint != nil
 	switch row.State {
 	case Creating:
 		return Abandon
@@ -55,7 +55,7 @@ func Decide(row *Sandbox, member *Pooled, fact *Fact) Action {
 		switch {
 		case alive:
 			return Adopt
-		case point:
+		case checkpoint:
 			return Fall
 		}
 		return Lose
@@ -63,12 +63,12 @@ func Decide(row *Sandbox, member *Pooled, fact *Fact) Action {
 		switch {
 		case alive:
 			return Resume
-		case point:
+		case checkpoint:
 			return Rest
 		}
 		return Lose
 	case Suspended:
-		if fact != nil && fact.Remains {
+		if observed != nil && observed.Remains {
 			return Clear
 		}
 		return Leave // even without a point: a wake reports that, and the user may destroy it
@@ -77,7 +77,7 @@ func Decide(row *Sandbox, member *Pooled, fact *Fact) Action {
 	case Destroying:
 		return Finish
 	default: // destroyed and failed sandboxes own nothing
-		if fact != nil {
+		if observed != nil {
 			return Remove
 		}
 		return Leave
@@ -87,7 +87,7 @@ func Decide(row *Sandbox, member *Pooled, fact *Fact) Action {
 // Reconcile makes rows and host agree. It skips sandboxes with an operation under way. It continues
 // after errors and joins them.
 func (s *Service) Reconcile(ctx context.Context) error {
-	facts, err := s.node.List(ctx)
+	found, err := s.node.List(ctx)
 	if err != nil {
 		return fmt.Errorf("listing the machine's sandboxes: %w", err)
 	}
@@ -95,27 +95,27 @@ func (s *Service) Reconcile(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listing unfinished sandboxes: %w", err)
 	}
-	members, err := s.store.ListPooled(ctx)
+	pooled, err := s.store.ListPooled(ctx)
 	if err != nil {
 		return fmt.Errorf("listing the pool: %w", err)
 	}
-	byID := make(map[ID]*Fact, len(facts))
-	for i := range facts {
-		byID[facts[i].ID] = &facts[i]
+	byID := make(map[ID]*Observed, len(found))
+	for i := range found {
+		byID[found[i].ID] = &found[i]
 	}
 	var errs []error
 	for i := range rows {
 		row := &rows[i]
-		fact := byID[row.ID]
-		a := Decide(row, nil, fact)
+		observed := byID[row.ID]
+		a := Decide(row, nil, observed)
 		delete(byID, row.ID)
-		if a == Leave || a == Adopt && s.tracked(*row) && fact.Egress.Equal(row.Egress) {
+		if a == Leave || a == Adopt && s.tracked(*row) && observed.Egress.Equal(row.Egress) {
 			continue
 		}
 		errs = append(errs, s.lookAfter(row.ID))
 	}
-	for i := range members {
-		m := &members[i]
+	for i := range pooled {
+		m := &pooled[i]
 		a := Decide(nil, m, byID[m.ID])
 		delete(byID, m.ID)
 		if a != Keep || !s.pool.has(m.ID) {
@@ -152,24 +152,24 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
 	var row *Sandbox
-	box, err := s.store.Get(ctx, id)
+	sbx, err := s.store.Get(ctx, id)
 	switch {
 	case err == nil:
-		row = &box
+		row = &sbx
 	case !fault.Is(err, fault.NotFound):
 		return err
 	}
-	var member *Pooled
+	var pooledRow *Pooled
 	if row == nil {
-		if member, err = s.member(ctx, id); err != nil {
+		if pooledRow, err = s.pooledRow(ctx, id); err != nil {
 			return err
 		}
 	}
-	fact, err := s.node.Inspect(ctx, id)
+	observed, err := s.node.Inspect(ctx, id)
 	if err != nil {
 		return fmt.Errorf("inspecting %s on the machine: %w", id, err)
 	}
-	a := Decide(row, member, fact)
+	a := Decide(row, pooledRow, observed)
 	if a != Leave && a != Adopt && a != Keep {
 		s.log.WarnContext(ctx, "reconciling", "sandbox", id, "action", a)
 	}
@@ -177,17 +177,17 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 	case Leave:
 		return nil
 	case Adopt:
-		return s.adopt(ctx, *row, fact)
+		return s.adopt(ctx, *row, observed)
 	case Resume:
-		return s.resume(ctx, *row, fact, why)
+		return s.resume(ctx, *row, observed, why)
 	case Fall, Rest, Clear:
-		return s.rest(ctx, *row, fact, a, why)
+		return s.rest(ctx, *row, observed, a, why)
 	case Lose:
 		return s.takeApart(ctx, id, row.Run, Lost, func() {})
 	case Finish:
 		return s.takeApart(ctx, id, row.Run, row.DestroyReason, func() {})
 	case Keep:
-		return s.keep(ctx, *member)
+		return s.keep(ctx, *pooledRow)
 	case Discard:
 		return s.discard(ctx, id)
 	}
@@ -202,8 +202,8 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 
 // adopt makes a sandbox usable that was running before this server. It applies the policy of the
 // row, since a change of it may have been interrupted.
-func (s *Service) adopt(ctx context.Context, row Sandbox, fact *Fact) error {
-	if !fact.Egress.Equal(row.Egress) {
+func (s *Service) adopt(ctx context.Context, row Sandbox, observed *Observed) error {
+	if !observed.Egress.Equal(row.Egress) {
 		s.log.WarnContext(ctx, "policy of a sandbox differs from its row", "sandbox", row.ID)
 		if err := s.node.SetEgress(ctx, row.ID, row.Egress); err != nil {
 			return fmt.Errorf("giving %s the policy of its row: %w", row.ID, err)
@@ -212,9 +212,9 @@ func (s *Service) adopt(ctx context.Context, row Sandbox, fact *Fact) error {
 	if s.tracked(row) {
 		return nil
 	}
-	l := newLife(row)
-	if fact.Point != nil {
-		l.looked = fact.Point.At
+	l := newInstance(row)
+	if observed.Checkpoint != nil {
+		l.looked = observed.Checkpoint.At
 	}
 	s.track(l)
 	return nil
@@ -222,17 +222,17 @@ func (s *Service) adopt(ctx context.Context, row Sandbox, fact *Fact) error {
 
 // resume takes a sandbox back to running after a failed suspend. The sandbox's timer does not
 // suspend it again before the time retryAfter has passed.
-func (s *Service) resume(ctx context.Context, row Sandbox, fact *Fact, why note) error {
+func (s *Service) resume(ctx context.Context, row Sandbox, observed *Observed, why note) error {
 	now := time.Now().UTC()
 	running, err := s.transition(ctx, Change{ID: row.ID, From: []State{Suspending}, Run: row.Run, To: Running, At: now,
 		Reason: why.reason, Detail: why.detail})
 	if err != nil {
 		return err
 	}
-	l := newLife(running)
+	l := newInstance(running)
 	l.after = now.Add(retryAfter)
-	if fact.Point != nil {
-		l.looked = fact.Point.At
+	if observed.Checkpoint != nil {
+		l.looked = observed.Checkpoint.At
 	}
 	s.track(l)
 	return nil
@@ -240,7 +240,7 @@ func (s *Service) resume(ctx context.Context, row Sandbox, fact *Fact, why note)
 
 // rest removes everything of a sandbox from the host except its recovery point, and makes its row
 // suspended. If that removal fails, rest leaves the row unchanged.
-func (s *Service) rest(ctx context.Context, row Sandbox, fact *Fact, a Action, why note) error {
+func (s *Service) rest(ctx context.Context, row Sandbox, observed *Observed, a Action, why note) error {
 	last := s.untrack(row.ID)
 	if err := s.node.Rest(ctx, row.ID); err != nil {
 		return fmt.Errorf("removing the remains of %s: %w", row.ID, err)
@@ -251,10 +251,10 @@ func (s *Service) rest(ctx context.Context, row Sandbox, fact *Fact, a Action, w
 	c := Change{ID: row.ID, From: []State{row.State}, Run: row.Run, To: Suspended, At: time.Now().UTC(),
 		Reason: why.reason, Detail: why.detail, Error: why.hinders, ExpiresAt: new(time.Time)}
 	if row.State != Waking { // its instance was in use
-		c.SuspendedAt, c.LastActivityAt = &fact.Point.At, last
-		at := fact.Point.At.UTC().Format(time.RFC3339)
+		c.SuspendedAt, c.LastActivityAt = &observed.Checkpoint.At, last
+		at := observed.Checkpoint.At.UTC().Format(time.RFC3339)
 		c.Detail = "is at its recovery point of " + at
-		if a == Fall || fact.Point.At.Before(row.LastActivityAt) {
+		if a == Fall || observed.Checkpoint.At.Before(row.LastActivityAt) {
 			c.Detail = "fell back to the recovery point of " + at
 		}
 		if a == Fall {
@@ -268,9 +268,9 @@ func (s *Service) rest(ctx context.Context, row Sandbox, fact *Fact, a Action, w
 // present returns the row to the holder of the operation. It first settles a claim without an
 // operation, and a running sandbox that was not adopted.
 func (s *Service) present(ctx context.Context, id ID) (Sandbox, error) {
-	box, err := s.store.Get(ctx, id)
-	if err != nil || !box.State.Claim() && (box.State != Running || s.tracked(box)) {
-		return box, err
+	sbx, err := s.store.Get(ctx, id)
+	if err != nil || !sbx.State.Claim() && (sbx.State != Running || s.tracked(sbx)) {
+		return sbx, err
 	}
 	if err := s.settle(ctx, id, note{reason: reasonInterrupted}); err != nil {
 		return Sandbox{}, err

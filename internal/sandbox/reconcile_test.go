@@ -9,20 +9,20 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// TestDecide checks every combination of rows and facts.
+// TestDecide checks every combination of rows and observed states.
 func TestDecide(t *testing.T) {
-	point := &sandbox.Point{Run: "before"}
-	facts := map[string]*sandbox.Fact{
+	checkpoint := &sandbox.Checkpoint{Run: "before"}
+	found := map[string]*sandbox.Observed{
 		"nothing":     nil,
 		"alive":       {Run: "now", Alive: true, Remains: true},
 		"dead":        {Run: "now", Remains: true},
 		"other":       {Run: "before", Alive: true, Remains: true}, // processes of an earlier instance
 		"part":        {Remains: true},                             // the node cannot tell which run it belongs to
-		"alive+point": {Run: "now", Alive: true, Remains: true, Point: point},
-		"dead+point":  {Run: "now", Remains: true, Point: point},
-		"other+point": {Run: "before", Alive: true, Remains: true, Point: point},
-		"part+point":  {Remains: true, Point: point},
-		"point":       {Point: point},
+		"alive+point": {Run: "now", Alive: true, Remains: true, Checkpoint: checkpoint},
+		"dead+point":  {Run: "now", Remains: true, Checkpoint: checkpoint},
+		"other+point": {Run: "before", Alive: true, Remains: true, Checkpoint: checkpoint},
+		"part+point":  {Remains: true, Checkpoint: checkpoint},
+		"point":       {Checkpoint: checkpoint},
 		"directory":   {}, // neither an instance nor a point
 		// Members of the pool.
 		"warm":       {Run: "now", Alive: true, Remains: true, Warm: true},
@@ -31,7 +31,7 @@ func TestDecide(t *testing.T) {
 	}
 	all := func(a sandbox.Action) map[string]sandbox.Action {
 		m := map[string]sandbox.Action{}
-		for name := range facts {
+		for name := range found {
 			m[name] = a
 		}
 		return m
@@ -55,15 +55,15 @@ func TestDecide(t *testing.T) {
 		sandbox.Failed:     but(all(sandbox.Remove), sandbox.Leave, "nothing"),
 	}
 	for _, state := range append(sandbox.States(), "") {
-		for name, fact := range facts {
+		for name, observed := range found {
 			var row *sandbox.Sandbox
 			if state != "" {
 				row = &sandbox.Sandbox{State: state, Run: "now"}
 			}
-			if got := sandbox.Decide(row, nil, fact); got != want[state][name] {
+			if got := sandbox.Decide(row, nil, observed); got != want[state][name] {
 				t.Errorf("row %q, host %s: got %s, want %s", state, name, got, want[state][name])
 			}
-			member := &sandbox.Pooled{Run: "now"}
+			pooledRow := &sandbox.Pooled{Run: "now"}
 			want := want[state][name] // a sandbox's row takes precedence over a pool's
 			switch {
 			case row == nil && name == "warm":
@@ -71,7 +71,7 @@ func TestDecide(t *testing.T) {
 			case row == nil:
 				want = sandbox.Discard
 			}
-			if got := sandbox.Decide(row, member, fact); got != want {
+			if got := sandbox.Decide(row, pooledRow, observed); got != want {
 				t.Errorf("row %q, a member's row, host %s: got %s, want %s", state, name, got, want)
 			}
 		}
@@ -80,22 +80,22 @@ func TestDecide(t *testing.T) {
 
 func TestRestartAbandonsAnInterruptedCreate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		// A dying server left this row in its claim, with something on the host.
-		box := sandbox.Sandbox{ID: sandbox.NewID(), OrgID: org, Mode: sandbox.Ephemeral, State: sandbox.Creating, Run: "r",
+		sbx := sandbox.Sandbox{ID: sandbox.NewID(), OrgID: org, Mode: sandbox.Ephemeral, State: sandbox.Creating, Run: "r",
 			CreatedAt: time.Now().UTC(), Source: sandbox.Cold,
 			Shape: sandbox.Shape{Egress: sandbox.Egress{Mode: sandbox.AllowAll}}}
-		if _, _, err := h.db.Insert(context.Background(), box, sandbox.Quota{}, sandbox.Once{}); err != nil {
+		if _, _, err := h.db.Insert(context.Background(), sbx, sandbox.Quota{}, sandbox.Once{}); err != nil {
 			t.Fatal(err)
 		}
-		h.node.Put(sandbox.Fact{ID: box.ID, Run: "r", Alive: true})
+		h.node.Put(sandbox.Observed{ID: sbx.ID, Run: "r", Alive: true})
 		stranger := sandbox.NewID()
-		h.node.Put(sandbox.Fact{ID: stranger})
+		h.node.Put(sandbox.Observed{ID: stranger})
 		h.crash()
 		h.start()
-		h.wantState(box.ID, sandbox.Failed, sandbox.BootFailed)
-		if facts, _ := h.node.List(context.Background()); len(facts) > 0 {
-			t.Errorf("the host still has %v", facts)
+		h.wantState(sbx.ID, sandbox.Failed, sandbox.BootFailed)
+		if found, _ := h.node.List(context.Background()); len(found) > 0 {
+			t.Errorf("the host still has %v", found)
 		}
 	})
 }

@@ -26,53 +26,53 @@ const (
 // Conflicts are those of [Service.Suspend], without "sandbox_in_use". Other errors are the
 // machine's (NoSpace, code "disk_full", …) or Internal, code "checkpoint_failed"; the previous
 // point is then still there. A checkpoint is no transition and leaves no event.
-func (s *Service) Checkpoint(ctx context.Context, orgID string, id ID) (Point, error) {
+func (s *Service) Checkpoint(ctx context.Context, orgID string, id ID) (Checkpoint, error) {
 	for {
-		box, err := s.Get(ctx, orgID, id)
+		sbx, err := s.Get(ctx, orgID, id)
 		if err != nil {
-			return Point{}, err
+			return Checkpoint{}, err
 		}
-		if err := suspendable(box); err != nil {
-			return Point{}, err
+		if err := suspendable(sbx); err != nil {
+			return Checkpoint{}, err
 		}
 		op, mine := s.begin(id, opCheckpoint)
 		if op == nil {
-			return Point{}, errClosing
+			return Checkpoint{}, errClosing
 		}
 		if mine {
 			go s.checkpoint(id, op)
 		}
 		if err := op.ended(ctx); err != nil {
-			return Point{}, err
+			return Checkpoint{}, err
 		}
 		if op.kind == opCheckpoint {
-			return op.point, op.err
+			return op.checkpoint, op.err
 		}
 	}
 }
 
 // checkpoint takes a recovery point and finishes the operation.
 func (s *Service) checkpoint(id ID, op *operation) {
-	box, err := s.present(op.ctx, id)
+	sbx, err := s.present(op.ctx, id)
 	if err == nil {
-		err = suspendable(box)
+		err = suspendable(sbx)
 	}
 	if err == nil {
-		op.point, err = s.takePoint(op.ctx, id)
+		op.checkpoint, err = s.takePoint(op.ctx, id)
 	}
-	s.finish(id, op, box, err)
+	s.finish(id, op, sbx, err)
 }
 
 // takePoint takes a recovery point of a running sandbox.
-func (s *Service) takePoint(ctx context.Context, id ID) (Point, error) {
+func (s *Service) takePoint(ctx context.Context, id ID) (Checkpoint, error) {
 	s.markChanged(id, false)
-	point, err := s.writePoint(ctx, id, s.node.Checkpoint)
+	checkpoint, err := s.writeCheckpoint(ctx, id, s.node.Checkpoint)
 	if err == nil {
-		return point, nil
+		return checkpoint, nil
 	}
 	s.markChanged(id, true)
 	if context.Cause(ctx) == errInterrupted {
-		return Point{}, fault.New(fault.Conflict, codeNotRunning,
+		return Checkpoint{}, fault.New(fault.Conflict, codeNotRunning,
 			"sandbox %s was destroyed while a recovery point was taken", id)
 	}
 	s.log.ErrorContext(ctx, "taking a recovery point", "sandbox", id, "error", err)
@@ -80,9 +80,9 @@ func (s *Service) takePoint(ctx context.Context, id ID) (Point, error) {
 		s.log.ErrorContext(ctx, "settling a sandbox after a failed recovery point", "sandbox", id, "error", err)
 	}
 	if fault.As(err) != nil {
-		return Point{}, err
+		return Checkpoint{}, err
 	}
-	return Point{}, fault.New(fault.Internal, "checkpoint_failed",
+	return Checkpoint{}, fault.New(fault.Internal, "checkpoint_failed",
 		"no recovery point of sandbox %s was taken", id).Because(err)
 }
 
@@ -91,14 +91,14 @@ func (s *Service) takePoint(ctx context.Context, id ID) (Point, error) {
 func (s *Service) markChanged(id ID, changed bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if l := s.lives[id]; l != nil {
+	if l := s.instances[id]; l != nil {
 		l.changed, l.looked = changed || l.leases > 0, time.Now()
 	}
 }
 
 // recoveryDue handles a sandbox's recovery timer. It takes a recovery point if the sandbox may have
 // changed, and sets the timer for the next one.
-func (s *Service) recoveryDue(l *life) {
+func (s *Service) recoveryDue(l *instance) {
 	s.recoveries <- struct{}{}
 	defer func() { <-s.recoveries }()
 	looked := true
@@ -116,7 +116,7 @@ func (s *Service) recoveryDue(l *life) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.lives[l.id] != l || s.closed {
+	if s.instances[l.id] != l || s.closed {
 		return
 	}
 	if looked {
@@ -126,9 +126,9 @@ func (s *Service) recoveryDue(l *life) {
 }
 
 // needsPoint reports whether a running sandbox may differ from its latest point.
-func (s *Service) needsPoint(l *life) bool {
+func (s *Service) needsPoint(l *instance) bool {
 	s.mu.Lock()
-	gone, changed := s.lives[l.id] != l, l.changed
+	gone, changed := s.instances[l.id] != l, l.changed
 	s.mu.Unlock()
 	if gone || changed {
 		return !gone

@@ -12,22 +12,22 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-func (h *house) mustCheckpoint(id sandbox.ID) sandbox.Point {
+func (h *fixture) mustCheckpoint(id sandbox.ID) sandbox.Checkpoint {
 	h.t.Helper()
-	point, err := h.Checkpoint(context.Background(), org, id)
-	if err != nil || point.Size == 0 || point.At.IsZero() {
-		h.t.Fatalf("%+v, %v", point, err)
+	checkpoint, err := h.Checkpoint(context.Background(), org, id)
+	if err != nil || checkpoint.Size == 0 || checkpoint.At.IsZero() {
+		h.t.Fatalf("%+v, %v", checkpoint, err)
 	}
-	return point
+	return checkpoint
 }
 
 func TestCheckpoint(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(0)
 		lease := h.mustConnect(id) // calls in flight do not prevent it
 		h.node.OnCheckpoint = func(context.Context, sandbox.ID) error { time.Sleep(3 * time.Second); return nil }
-		points := make(chan sandbox.Point, 3)
+		points := make(chan sandbox.Checkpoint, 3)
 		for range cap(points) {
 			go func() { points <- h.mustCheckpoint(id) }()
 		}
@@ -62,10 +62,10 @@ func TestCheckpoint(t *testing.T) {
 
 func TestCheckpointThatFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		ctx := context.Background()
 		id := h.persistent(0)
-		point := h.mustCheckpoint(id)
+		checkpoint := h.mustCheckpoint(id)
 		h.node.OnCheckpoint = func(context.Context, sandbox.ID) error { return diskFull }
 		_, err := h.Checkpoint(ctx, org, id)
 		wantCode(t, err, fault.NoSpace, "disk_full")
@@ -76,13 +76,13 @@ func TestCheckpointThatFails(t *testing.T) {
 		wantCode(t, err, fault.Internal, "checkpoint_failed")
 		h.wantState(id, sandbox.Suspended, "")
 		h.wantEvent(id, sandbox.Running, sandbox.Suspended, "lost",
-			"fell back to the recovery point of "+point.At.Format(time.RFC3339))
+			"fell back to the recovery point of "+checkpoint.At.Format(time.RFC3339))
 	})
 }
 
 func TestRecoveryPoints(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.mustCreate(sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Duration(0)),
 			RecoveryInterval: ptr(time.Minute)}).ID
 		off := h.persistent(0)
@@ -150,7 +150,7 @@ func TestRecoveryPoints(t *testing.T) {
 // do not use the disk together.
 func TestRecoveryPointsAfterARestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		for range 10 {
 			h.mustCreate(sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Duration(0)),
 				RecoveryInterval: ptr(time.Minute)})
@@ -179,19 +179,19 @@ func TestRecoveryPointsAfterARestart(t *testing.T) {
 
 func TestLostFallsBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(time.Hour)
-		point := h.mustCheckpoint(id)
+		checkpoint := h.mustCheckpoint(id)
 		pass(90 * time.Second)
 		lease := h.mustConnect(id)
 		h.node.Die(id)
 		synctest.Wait()
 		h.wantState(id, sandbox.Suspended, "")
 		h.wantEvent(id, sandbox.Running, sandbox.Suspended, "lost",
-			"fell back to the recovery point of "+point.At.Format(time.RFC3339))
-		if box := h.get(id); box.Error != "" || !box.SuspendedAt.Equal(point.At.Truncate(time.Microsecond)) ||
-			!box.LastActivityAt.Equal(time.Now().UTC()) {
-			t.Errorf("the row is %+v", box)
+			"fell back to the recovery point of "+checkpoint.At.Format(time.RFC3339))
+		if sbx := h.get(id); sbx.Error != "" || !sbx.SuspendedAt.Equal(checkpoint.At.Truncate(time.Microsecond)) ||
+			!sbx.LastActivityAt.Equal(time.Now().UTC()) {
+			t.Errorf("the row is %+v", sbx)
 		}
 		again := h.mustConnect(id) // wakes it
 		lease.Release()            // of the previous run
@@ -208,7 +208,7 @@ func TestLostFallsBack(t *testing.T) {
 
 func TestLostWhileTheServerWasAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		with, without := h.persistent(0), h.persistent(0)
 		h.mustCheckpoint(with)
 		h.crash()
@@ -223,7 +223,7 @@ func TestLostWhileTheServerWasAway(t *testing.T) {
 
 func TestLostThatCannotBeCleared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(0)
 		h.mustCheckpoint(id)
 		h.node.OnRest = func(context.Context, sandbox.ID) error { return errors.New("device busy") }
@@ -245,7 +245,7 @@ func TestLostThatCannotBeCleared(t *testing.T) {
 // processes.
 func TestLostDuringAnOperation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(0)
 		h.mustCheckpoint(id)
 		lease := h.mustConnect(id)
@@ -263,23 +263,23 @@ func TestLostDuringAnOperation(t *testing.T) {
 // TestRestartInTheMiddle crashes the server during suspend and wake, and checks how the next server
 // settles what the host has.
 func TestRestartInTheMiddle(t *testing.T) {
-	type left func(h *house, id sandbox.ID)
-	dead := func(h *house, id sandbox.ID) { h.node.Kill(id) }
+	type left func(h *fixture, id sandbox.ID)
+	dead := func(h *fixture, id sandbox.ID) { h.node.Kill(id) }
 	for name, tt := range map[string]struct {
 		wake  bool
 		left  left
 		state sandbox.State
 	}{
-		"suspend, alive":       {false, func(*house, sandbox.ID) {}, sandbox.Running},
+		"suspend, alive":       {false, func(*fixture, sandbox.ID) {}, sandbox.Running},
 		"suspend, dead":        {false, dead, sandbox.Suspended},
-		"suspend, only point":  {false, func(h *house, id sandbox.ID) { dead(h, id); _ = h.node.Rest(context.Background(), id) }, sandbox.Suspended},
-		"wake, nothing begun":  {true, func(*house, sandbox.ID) {}, sandbox.Suspended},
-		"wake, begun and dead": {true, func(h *house, id sandbox.ID) { wakeBehind(h, id); dead(h, id) }, sandbox.Suspended},
+		"suspend, only point":  {false, func(h *fixture, id sandbox.ID) { dead(h, id); _ = h.node.Rest(context.Background(), id) }, sandbox.Suspended},
+		"wake, nothing begun":  {true, func(*fixture, sandbox.ID) {}, sandbox.Suspended},
+		"wake, begun and dead": {true, func(h *fixture, id sandbox.ID) { wakeBehind(h, id); dead(h, id) }, sandbox.Suspended},
 		"wake, done":           {true, wakeBehind, sandbox.Suspended},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newHouse(t)
+				h := newFixture(t)
 				id := h.persistent(time.Hour)
 				h.mustCheckpoint(id)
 				if tt.wake {
@@ -314,7 +314,7 @@ func TestRestartInTheMiddle(t *testing.T) {
 }
 
 // wakeBehind makes the node wake the sandbox as the dead server had requested.
-func wakeBehind(h *house, id sandbox.ID) {
+func wakeBehind(h *fixture, id sandbox.ID) {
 	row, err := h.db.Get(context.Background(), id)
 	if err == nil {
 		err = h.node.Wake(context.Background(), sandbox.Spec{ID: id, Run: row.Run})
@@ -328,10 +328,10 @@ func wakeBehind(h *house, id sandbox.ID) {
 // stays. A sandbox whose point is gone stays suspended and reports why it does not wake.
 func TestSuspendedWithRemains(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.suspended()
-		fact, _ := h.node.Inspect(context.Background(), id)
-		h.node.Put(sandbox.Fact{ID: id, Run: "r", Remains: true, Point: fact.Point})
+		observed, _ := h.node.Inspect(context.Background(), id)
+		h.node.Put(sandbox.Observed{ID: id, Run: "r", Remains: true, Checkpoint: observed.Checkpoint})
 		pass(time.Minute)
 		h.wantState(id, sandbox.Suspended, "")
 		if err := h.node.Destroy(context.Background(), id); err != nil {
@@ -340,8 +340,8 @@ func TestSuspendedWithRemains(t *testing.T) {
 		pass(time.Minute)
 		_, err := h.Wake(context.Background(), h.caller(), id)
 		wantCode(t, err, fault.Internal, "wake_failed")
-		if box := h.get(id); box.State != sandbox.Suspended || box.Error != "the sandbox has no recovery point" {
-			t.Errorf("the row is %+v", box)
+		if sbx := h.get(id); sbx.State != sandbox.Suspended || sbx.Error != "the sandbox has no recovery point" {
+			t.Errorf("the row is %+v", sbx)
 		}
 		if err := h.Destroy(context.Background(), org, id); err != nil {
 			t.Fatal(err)
@@ -354,7 +354,7 @@ func TestSuspendedWithRemains(t *testing.T) {
 // of the rows does not count as lost.
 func TestReconcileRereads(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		ctx := context.Background()
 		var made sandbox.ID
 		h.gate.onUnfinished(func() { made = h.mustCreate(sandbox.Request{}).ID })

@@ -172,49 +172,49 @@ func checkMetadata(metadata map[string]string) error {
 
 // resolve returns the sandbox of the request, with the defaults of the template and the operator.
 func (r Request) resolve(cfg Config, orgID string, v TemplateVersion, now time.Time) (Sandbox, error) {
-	box := Sandbox{
+	sbx := Sandbox{
 		ID: NewID(), Run: newSecret(10), Token: newSecret(32), OrgID: orgID, Mode: Ephemeral, State: Creating,
 		Template: v.Name, TemplateID: v.ID, TemplateVersion: v.Version, Shape: v.Shape.Clone(), Metadata: r.Metadata,
 		CreatedAt: now.UTC(), Source: Cold, Surface: r.Surface,
 	}
 	if r.User != "" && r.User != v.User {
-		box.User = r.User
+		sbx.User = r.User
 		if !v.Start.None() {
-			box.Start.User = cmp.Or(v.User, rootUser) // the command runs as the template's user
+			sbx.Start.User = cmp.Or(v.User, rootUser) // the command runs as the template's user
 		}
 	}
 	if Mode(r.Mode) == Persistent {
-		box.Mode, box.LastActivityAt = Persistent, box.CreatedAt
-		box.IdleTimeout = or(r.IdleTimeout, DefaultIdleTimeout)
-		box.RecoveryInterval = or(r.RecoveryInterval, DefaultRecoveryInterval)
+		sbx.Mode, sbx.LastActivityAt = Persistent, sbx.CreatedAt
+		sbx.IdleTimeout = or(r.IdleTimeout, DefaultIdleTimeout)
+		sbx.RecoveryInterval = or(r.RecoveryInterval, DefaultRecoveryInterval)
 	} else {
-		box.Timeout = or(r.Timeout, DefaultTimeout)
-		box.AtEnd = EndDestroys
+		sbx.Timeout = or(r.Timeout, DefaultTimeout)
+		sbx.AtEnd = EndDestroys
 		if r.AtEnd != "" {
-			box.AtEnd = r.AtEnd
+			sbx.AtEnd = r.AtEnd
 		}
 	}
-	if box.Env == nil {
-		box.Env = map[string]string{}
+	if sbx.Env == nil {
+		sbx.Env = map[string]string{}
 	}
-	maps.Copy(box.Env, r.Env)
+	maps.Copy(sbx.Env, r.Env)
 	var known bool
 	for _, name := range []string{r.Size, v.Size.Name, cfg.DefaultSize} {
-		if box.Size, known = cfg.size(name); known {
+		if sbx.Size, known = cfg.size(name); known {
 			break
 		}
 	}
 	if !known {
 		return Sandbox{}, invalid("size", "neither the request nor the template nor the server names a known size")
 	}
-	box.DiskMB = or(r.DiskSizeMB, cmp.Or(max(v.DiskMB, 0), cfg.DefaultDisk))
+	sbx.DiskMB = or(r.DiskSizeMB, cmp.Or(max(v.DiskMB, 0), cfg.DefaultDisk))
 	if r.Egress != nil {
-		box.Egress = r.Egress.Clone()
+		sbx.Egress = r.Egress.Clone()
 	}
-	if box.Egress.Mode == "" {
-		box.Egress.Mode = AllowAll
+	if sbx.Egress.Mode == "" {
+		sbx.Egress.Mode = AllowAll
 	}
-	return box, nil
+	return sbx, nil
 }
 
 func (c Config) size(name string) (Size, bool) {

@@ -29,8 +29,8 @@ func (s *Service) Run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case fact := <-s.node.Lost():
-			go s.lost(ctx, fact)
+		case observed := <-s.node.Lost():
+			go s.lost(ctx, observed)
 		case d := <-s.node.Denied():
 			s.denied(d)
 		case <-reconcile.C:
@@ -50,17 +50,17 @@ func (s *Service) Run(ctx context.Context) {
 }
 
 // lost settles a sandbox whose processes ended, after any running operation on it has finished.
-func (s *Service) lost(ctx context.Context, fact Fact) {
+func (s *Service) lost(ctx context.Context, observed Observed) {
 	for {
-		op, mine := s.begin(fact.ID, opSettle)
+		op, mine := s.begin(observed.ID, opSettle)
 		if op == nil {
 			return
 		}
 		if mine {
-			err := s.settle(op.ctx, fact.ID, note{reason: reasonInterrupted})
-			s.finish(fact.ID, op, Sandbox{}, err)
+			err := s.settle(op.ctx, observed.ID, note{reason: reasonInterrupted})
+			s.finish(observed.ID, op, Sandbox{}, err)
 			if err != nil { // the next Reconcile tries again
-				s.log.ErrorContext(ctx, "settling a lost sandbox", "sandbox", fact.ID, "error", err)
+				s.log.ErrorContext(ctx, "settling a lost sandbox", "sandbox", observed.ID, "error", err)
 			}
 			return
 		}
@@ -74,7 +74,7 @@ func (s *Service) lost(ctx context.Context, fact Fact) {
 func (s *Service) Close(ctx context.Context) error {
 	s.mu.Lock()
 	s.closed = true
-	for _, l := range s.lives {
+	for _, l := range s.instances {
 		l.stop()
 	}
 	s.mu.Unlock()

@@ -42,7 +42,7 @@ type Service struct {
 	// +checklocks:mu
 	work map[ID]*operation // operations under way, at most one per sandbox; guarded by mu
 	// +checklocks:mu
-	lives map[ID]*life // instances of running sandboxes, while they may be used; guarded by mu
+	instances map[ID]*instance // instances of running sandboxes, while they may be used; guarded by mu
 	// +checklocks:mu
 	denials map[ID]*denials // not yet recorded as events; guarded by mu
 	// +checklocks:mu
@@ -62,7 +62,7 @@ func New(cfg Config, store Store, node Node, templates Templates, log *slog.Logg
 	}
 	return &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe,
 		pool: newPool(cfg.Pool), recoveries: make(chan struct{}, recoveriesAtOnce),
-		takedowns: make(chan struct{}, takedownsAtOnce), work: map[ID]*operation{}, lives: map[ID]*life{},
+		takedowns: make(chan struct{}, takedownsAtOnce), work: map[ID]*operation{}, instances: map[ID]*instance{},
 		denials: map[ID]*denials{}, snapshots: map[SnapshotID]*snapshotUse{}}
 }
 
@@ -93,48 +93,48 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wa
 	if err != nil {
 		return Sandbox{}, err
 	}
-	box, err := r.resolve(s.cfg, c.OrgID, version, time.Now())
+	sbx, err := r.resolve(s.cfg, c.OrgID, version, time.Now())
 	if err != nil {
 		return Sandbox{}, err
 	}
-	if warm, done, err := s.createWarm(ctx, c, box, version, once, wait); done {
+	if warm, done, err := s.createWarm(ctx, c, sbx, version, once, wait); done {
 		return warm, err
 	}
-	return s.makeNew(ctx, c, box, box.spec(), bootTimeout+box.Start.Patience(), once, wait, func() {})
+	return s.makeNew(ctx, c, sbx, sbx.spec(), bootTimeout+sbx.Start.Patience(), once, wait, func() {})
 }
 
 // makeNew makes a new sandbox from spec within patience. It calls release after the sandbox is made
 // or has failed.
-func (s *Service) makeNew(ctx context.Context, c Caller, box Sandbox, spec Spec, patience time.Duration, once Once,
+func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, spec Spec, patience time.Duration, once Once,
 	wait bool, release func()) (Sandbox, error) {
-	if err := s.room(ctx, box.Size); err != nil {
+	if err := s.room(ctx, sbx.Size); err != nil {
 		release()
 		return Sandbox{}, err
 	}
 	// begin runs before the row exists, so that no other operation can start on a row that is found.
-	op, _ := s.begin(box.ID, opCreate)
+	op, _ := s.begin(sbx.ID, opCreate)
 	if op == nil {
 		release()
 		return Sandbox{}, errClosing
 	}
 	end := trace.Start(ctx, "insert")
-	prior, found, err := s.store.Insert(ctx, box, c.Quota, once)
+	prior, found, err := s.store.Insert(ctx, sbx, c.Quota, once)
 	end()
 	if err != nil || found {
 		release()
-		s.finish(box.ID, op, Sandbox{}, err)
+		s.finish(sbx.ID, op, Sandbox{}, err)
 		if err != nil {
 			return Sandbox{}, err
 		}
 		return s.repeated(ctx, prior, wait)
 	}
-	s.observe(Event{SandboxID: box.ID, At: box.CreatedAt, To: Creating})
-	s.do(ctx, box.ID, op, func(ctx context.Context) (Sandbox, error) {
+	s.observe(Event{SandboxID: sbx.ID, At: sbx.CreatedAt, To: Creating})
+	s.do(ctx, sbx.ID, op, func(ctx context.Context) (Sandbox, error) {
 		defer release()
-		return s.boot(ctx, box, spec, patience)
+		return s.boot(ctx, sbx, spec, patience)
 	})
 	if !wait {
-		return box, nil
+		return sbx, nil
 	}
 	return op.wait(ctx)
 }
@@ -153,48 +153,48 @@ func (s *Service) repeated(ctx context.Context, prior Sandbox, wait bool) (Sandb
 const bootTimeout = 60 * time.Second
 
 // boot takes a claimed row to running, or to failed.
-func (s *Service) boot(ctx context.Context, box Sandbox, spec Spec, patience time.Duration) (Sandbox, error) {
+func (s *Service) boot(ctx context.Context, sbx Sandbox, spec Spec, patience time.Duration) (Sandbox, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	err := s.node.Create(ctx, spec)
 	if err == nil {
 		now := time.Now().UTC()
-		change := Change{ID: box.ID, From: []State{Creating}, Run: box.Run, To: Running, At: now, StartedAt: &now}
-		if box.Mode == Ephemeral {
-			end := now.Add(box.Timeout)
+		change := Change{ID: sbx.ID, From: []State{Creating}, Run: sbx.Run, To: Running, At: now, StartedAt: &now}
+		if sbx.Mode == Ephemeral {
+			end := now.Add(sbx.Timeout)
 			change.ExpiresAt = &end
 		} else {
 			change.LastActivityAt = &now
 		}
 		running, err := s.transition(ctx, change)
 		if err == nil {
-			s.track(newLife(running))
+			s.track(newInstance(running))
 			return running, nil
 		}
-		return Sandbox{}, s.bootFailed(ctx, box, err)
+		return Sandbox{}, s.bootFailed(ctx, sbx, err)
 	}
-	return Sandbox{}, s.bootFailed(ctx, box, err)
+	return Sandbox{}, s.bootFailed(ctx, sbx, err)
 }
 
 // bootFailed cleans up after a failed start and records the cause, unless a destroy interrupted the
 // start.
-func (s *Service) bootFailed(ctx context.Context, box Sandbox, cause error) error {
+func (s *Service) bootFailed(ctx context.Context, sbx Sandbox, cause error) error {
 	if context.Cause(ctx) == errInterrupted {
-		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while it was being created", box.ID)
+		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while it was being created", sbx.ID)
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 	defer cancel()
-	s.log.ErrorContext(ctx, "sandbox did not start", "sandbox", box.ID, "error", cause)
-	if err := s.node.Destroy(ctx, box.ID); err != nil {
+	s.log.ErrorContext(ctx, "sandbox did not start", "sandbox", sbx.ID, "error", cause)
+	if err := s.node.Destroy(ctx, sbx.ID); err != nil {
 		// The row stays a claim; Reconcile settles it.
-		s.log.ErrorContext(ctx, "cleaning up a failed start", "sandbox", box.ID, "error", err)
-		return startError(box.ID, cause)
+		s.log.ErrorContext(ctx, "cleaning up a failed start", "sandbox", sbx.ID, "error", err)
+		return startError(sbx.ID, cause)
 	}
-	if err := s.fail(ctx, box, BootFailed, publicText(cause,
+	if err := s.fail(ctx, sbx, BootFailed, publicText(cause,
 		"the sandbox did not start; the server's log has the cause")); err != nil {
-		s.log.ErrorContext(ctx, "recording a failed start", "sandbox", box.ID, "error", err)
+		s.log.ErrorContext(ctx, "recording a failed start", "sandbox", sbx.ID, "error", err)
 	}
-	return startError(box.ID, cause)
+	return startError(sbx.ID, cause)
 }
 
 // startError returns the error for the caller of a failed create. It passes an error of the node
@@ -215,14 +215,14 @@ func publicText(err error, otherwise string) string {
 }
 
 // fail ends a sandbox that never ran, or whose start was interrupted by a crash.
-func (s *Service) fail(ctx context.Context, box Sandbox, why Reason, text string) error {
+func (s *Service) fail(ctx context.Context, sbx Sandbox, why Reason, text string) error {
 	now := time.Now().UTC()
-	_, err := s.transition(ctx, Change{ID: box.ID, From: []State{Creating}, Run: box.Run, To: Failed, At: now,
+	_, err := s.transition(ctx, Change{ID: sbx.ID, From: []State{Creating}, Run: sbx.Run, To: Failed, At: now,
 		Reason: string(why), DestroyedAt: &now, DestroyReason: &why, Error: &text})
 	if err != nil {
 		return err
 	}
-	return s.store.Forget(ctx, box.ID)
+	return s.store.Forget(ctx, sbx.ID)
 }
 
 // Get returns a sandbox of the organization. It returns NotFound if there is none and Denied, code
@@ -232,14 +232,14 @@ func (s *Service) Get(ctx context.Context, orgID string, id ID) (Sandbox, error)
 	if !id.Valid() {
 		return Sandbox{}, notFound(id)
 	}
-	box, err := s.store.Get(ctx, id)
+	sbx, err := s.store.Get(ctx, id)
 	if err != nil {
 		return Sandbox{}, err
 	}
-	if box.OrgID != orgID {
+	if sbx.OrgID != orgID {
 		return Sandbox{}, fault.New(fault.Denied, "not_your_sandbox", "sandbox %s belongs to another organization", id)
 	}
-	return s.shown(box), nil
+	return s.shown(sbx), nil
 }
 
 func notFound(id ID) error {
@@ -249,42 +249,42 @@ func notFound(id ID) error {
 const codeNotRunning = "sandbox_not_running"
 
 // notRunning returns the error for a call that needs a running sandbox.
-func notRunning(box Sandbox) error {
-	return fault.New(fault.Conflict, codeNotRunning, "sandbox %s is %s", box.ID, box.State)
+func notRunning(sbx Sandbox) error {
+	return fault.New(fault.Conflict, codeNotRunning, "sandbox %s is %s", sbx.ID, sbx.State)
 }
 
 // List returns a page of the organization's sandboxes.
 func (s *Service) List(ctx context.Context, f Filter) ([]Sandbox, string, error) {
-	boxes, next, err := s.store.List(ctx, f)
-	for i := range boxes {
-		boxes[i] = s.shown(boxes[i])
+	sandboxes, next, err := s.store.List(ctx, f)
+	for i := range sandboxes {
+		sandboxes[i] = s.shown(sandboxes[i])
 	}
-	return boxes, next, err
+	return sandboxes, next, err
 }
 
 // Keepalive gives an ephemeral sandbox a new lifetime from now. A nil lifetime means the sandbox's
 // own; one above [MaxTimeout] is cut to it. Keepalive returns Conflict if the sandbox is not
 // ephemeral or not running.
 func (s *Service) Keepalive(ctx context.Context, orgID string, id ID, timeout *time.Duration) (Sandbox, error) {
-	box, err := s.Get(ctx, orgID, id)
+	sbx, err := s.Get(ctx, orgID, id)
 	if err != nil {
 		return Sandbox{}, err
 	}
-	life := box.Timeout
+	instance := sbx.Timeout
 	if timeout != nil {
 		if *timeout < MinTimeout {
 			return Sandbox{}, invalid("timeout", "must be at least %s", MinTimeout)
 		}
-		life = min(*timeout, MaxTimeout)
+		instance = min(*timeout, MaxTimeout)
 	}
-	if box.Mode != Ephemeral {
-		return Sandbox{}, notEphemeral(box)
+	if sbx.Mode != Ephemeral {
+		return Sandbox{}, notEphemeral(sbx)
 	}
-	if box, err = s.store.SetExpiry(ctx, id, time.Now().UTC().Add(life), life, false); err != nil {
+	if sbx, err = s.store.SetExpiry(ctx, id, time.Now().UTC().Add(instance), instance, false); err != nil {
 		return Sandbox{}, err
 	}
-	s.extend(box)
-	return box, nil
+	s.extend(sbx)
+	return sbx, nil
 }
 
 // Lookup returns a sandbox of any organization, for callers that are not identified by a key. It

@@ -41,8 +41,8 @@ func (oneTemplate) Ready(_ context.Context, _, name string) (sandbox.TemplateVer
 		Egress: egress, Start: start, Env: map[string]string{"A": "template", "B": "template"}}}, nil
 }
 
-// house holds a Service with a real store and a fake node, for use in a synctest bubble.
-type house struct {
+// fixture holds a Service with a real store and a fake node, for use in a synctest bubble.
+type fixture struct {
 	*sandbox.Service
 	t     *testing.T
 	db    *store.DB
@@ -54,18 +54,18 @@ type house struct {
 	stop  context.CancelFunc
 }
 
-func newHouse(t *testing.T) *house {
+func newFixture(t *testing.T) *fixture {
 	t.Helper()
-	return newPoolHouse(t, sandbox.PoolConfig{})
+	return newPoolFixture(t, sandbox.PoolConfig{})
 }
 
-func newPoolHouse(t *testing.T, pool sandbox.PoolConfig) *house {
+func newPoolFixture(t *testing.T, pool sandbox.PoolConfig) *fixture {
 	t.Helper()
 	db, err := store.Open(t.Context(), filepath.Join(t.TempDir(), "cay.db"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &house{t: t, db: db, node: caytest.NewNode(), pool: pool, what: oneTemplate{}}
+	h := &fixture{t: t, db: db, node: caytest.NewNode(), pool: pool, what: oneTemplate{}}
 	h.start()
 	t.Cleanup(func() {
 		h.crash()
@@ -78,7 +78,7 @@ func newPoolHouse(t *testing.T, pool sandbox.PoolConfig) *house {
 }
 
 // start runs a Service on the existing rows and node, as a start of the server does.
-func (h *house) start() {
+func (h *fixture) start() {
 	h.gate = newGate()
 	h.Service = sandbox.New(sandbox.Config{
 		Sizes:       []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}, {Name: "big", VCPUs: 4, MemoryMB: 8192, Dedicated: true}},
@@ -93,7 +93,7 @@ func (h *house) start() {
 }
 
 // crash ends the Service as a dying server does: it finishes nothing.
-func (h *house) crash() {
+func (h *fixture) crash() {
 	h.gate.shut()
 	h.stop()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -102,57 +102,57 @@ func (h *house) crash() {
 	synctest.Wait()
 }
 
-func (h *house) caller() sandbox.Caller { return sandbox.Caller{OrgID: org, Quota: h.quota} }
+func (h *fixture) caller() sandbox.Caller { return sandbox.Caller{OrgID: org, Quota: h.quota} }
 
-func (h *house) create(r sandbox.Request) (sandbox.Sandbox, error) {
+func (h *fixture) create(r sandbox.Request) (sandbox.Sandbox, error) {
 	if r.Template == "" && r.Snapshot == "" {
 		r.Template = "python"
 	}
 	return h.Create(context.Background(), h.caller(), r, sandbox.Once{}, true)
 }
 
-func (h *house) mustCreate(r sandbox.Request) sandbox.Sandbox {
+func (h *fixture) mustCreate(r sandbox.Request) sandbox.Sandbox {
 	h.t.Helper()
-	box, err := h.create(r)
+	sbx, err := h.create(r)
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	return box
+	return sbx
 }
 
-func (h *house) get(id sandbox.ID) sandbox.Sandbox {
+func (h *fixture) get(id sandbox.ID) sandbox.Sandbox {
 	h.t.Helper()
-	box, err := h.Get(context.Background(), org, id)
+	sbx, err := h.Get(context.Background(), org, id)
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	return box
+	return sbx
 }
 
 // wantState checks the row, and that the node has the parts of the sandbox that belong to the
 // state.
-func (h *house) wantState(id sandbox.ID, state sandbox.State, reason sandbox.Reason) {
+func (h *fixture) wantState(id sandbox.ID, state sandbox.State, reason sandbox.Reason) {
 	h.t.Helper()
 	if state == sandbox.Destroyed {
 		synctest.Wait() // the call may have left work on the host for later
 	}
-	box := h.get(id)
-	if box.State != state || box.DestroyReason != reason {
-		h.t.Errorf("sandbox is %s (%s), want %s (%s)", box.State, box.DestroyReason, state, reason)
+	sbx := h.get(id)
+	if sbx.State != state || sbx.DestroyReason != reason {
+		h.t.Errorf("sandbox is %s (%s), want %s (%s)", sbx.State, sbx.DestroyReason, state, reason)
 	}
-	fact, _ := h.node.Inspect(context.Background(), id)
-	agree := fact == nil
+	observed, _ := h.node.Inspect(context.Background(), id)
+	agree := observed == nil
 	switch state {
 	case sandbox.Destroying:
 		agree = true // all of it or a part
 	case sandbox.Running:
-		agree = fact != nil && fact.Alive && fact.Run == box.Run
+		agree = observed != nil && observed.Alive && observed.Run == sbx.Run
 	case sandbox.Suspended:
-		agree = fact != nil && !fact.Remains && fact.Point != nil &&
-			fact.Point.At.Truncate(time.Microsecond).Equal(box.SuspendedAt)
+		agree = observed != nil && !observed.Remains && observed.Checkpoint != nil &&
+			observed.Checkpoint.At.Truncate(time.Microsecond).Equal(sbx.SuspendedAt)
 	}
 	if !agree {
-		h.t.Errorf("sandbox is %+v; the node has %+v", box, fact)
+		h.t.Errorf("sandbox is %+v; the node has %+v", sbx, observed)
 	}
 }
 
@@ -167,19 +167,19 @@ func wantCode(t *testing.T, err error, kind fault.Kind, code string) {
 
 func TestCreateFillsInAndRuns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
-		box := h.mustCreate(sandbox.Request{Env: map[string]string{"B": "request"}, DiskSizeMB: ptr(100)})
-		if box.State != sandbox.Running || box.Size.Name != "small" || box.DiskMB != 100 ||
-			box.Egress.Mode != sandbox.AllowAll {
-			t.Errorf("unexpected sandbox %+v", box)
+		h := newFixture(t)
+		sbx := h.mustCreate(sandbox.Request{Env: map[string]string{"B": "request"}, DiskSizeMB: ptr(100)})
+		if sbx.State != sandbox.Running || sbx.Size.Name != "small" || sbx.DiskMB != 100 ||
+			sbx.Egress.Mode != sandbox.AllowAll {
+			t.Errorf("unexpected sandbox %+v", sbx)
 		}
-		if box.Env["A"] != "template" || box.Env["B"] != "request" {
-			t.Errorf("env is %v", box.Env)
+		if sbx.Env["A"] != "template" || sbx.Env["B"] != "request" {
+			t.Errorf("env is %v", sbx.Env)
 		}
-		if got := box.ExpiresAt.Sub(box.StartedAt); got != sandbox.DefaultTimeout {
+		if got := sbx.ExpiresAt.Sub(sbx.StartedAt); got != sandbox.DefaultTimeout {
 			t.Errorf("lifetime is %s", got)
 		}
-		events, _, err := h.Events(context.Background(), org, box.ID, 10, "")
+		events, _, err := h.Events(context.Background(), org, sbx.ID, 10, "")
 		if err != nil || len(events) != 2 || events[0].To != sandbox.Running || events[1].To != sandbox.Creating {
 			t.Errorf("events are %+v, %v", events, err)
 		}
@@ -188,57 +188,57 @@ func TestCreateFillsInAndRuns(t *testing.T) {
 
 func TestExpiresToTheSecond(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
-		box := h.mustCreate(sandbox.Request{Timeout: ptr(10 * time.Second)})
+		h := newFixture(t)
+		sbx := h.mustCreate(sandbox.Request{Timeout: ptr(10 * time.Second)})
 		pass(10*time.Second - time.Millisecond) // on the bubble's clock, not the machine's
-		h.wantState(box.ID, sandbox.Running, "")
+		h.wantState(sbx.ID, sandbox.Running, "")
 		pass(time.Second)
-		h.wantState(box.ID, sandbox.Destroyed, sandbox.Expired)
+		h.wantState(sbx.ID, sandbox.Destroyed, sandbox.Expired)
 	})
 }
 
 func TestKeepalive(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		ctx := context.Background()
-		box := h.mustCreate(sandbox.Request{Timeout: ptr(10 * time.Second)})
+		sbx := h.mustCreate(sandbox.Request{Timeout: ptr(10 * time.Second)})
 		time.Sleep(8 * time.Second)
-		got, err := h.Keepalive(ctx, org, box.ID, ptr(time.Minute))
+		got, err := h.Keepalive(ctx, org, sbx.ID, ptr(time.Minute))
 		if err != nil || !got.ExpiresAt.Equal(time.Now().UTC().Add(time.Minute)) {
 			t.Fatalf("expires at %s, %v", got.ExpiresAt, err)
 		}
 		pass(59 * time.Second)
-		h.wantState(box.ID, sandbox.Running, "")
-		if got, err = h.Keepalive(ctx, org, box.ID, ptr(100*time.Hour)); err != nil ||
+		h.wantState(sbx.ID, sandbox.Running, "")
+		if got, err = h.Keepalive(ctx, org, sbx.ID, ptr(100*time.Hour)); err != nil ||
 			got.ExpiresAt.After(time.Now().Add(sandbox.MaxTimeout)) {
 			t.Errorf("above 24 h is not clamped: %s, %v", got.ExpiresAt, err)
 		}
-		if _, err = h.Keepalive(ctx, org, box.ID, ptr(time.Second)); err != nil { // a shorter lifetime is allowed
+		if _, err = h.Keepalive(ctx, org, sbx.ID, ptr(time.Second)); err != nil { // a shorter lifetime is allowed
 			t.Fatal(err)
 		}
 		pass(2 * time.Second)
-		h.wantState(box.ID, sandbox.Destroyed, sandbox.Expired)
-		_, err = h.Keepalive(ctx, org, box.ID, nil)
+		h.wantState(sbx.ID, sandbox.Destroyed, sandbox.Expired)
+		_, err = h.Keepalive(ctx, org, sbx.ID, nil)
 		wantCode(t, err, fault.Conflict, "sandbox_not_running")
-		_, err = h.Keepalive(ctx, org, box.ID, ptr(time.Millisecond))
+		_, err = h.Keepalive(ctx, org, sbx.ID, ptr(time.Millisecond))
 		wantCode(t, err, fault.Invalid, "invalid_timeout")
 	})
 }
 
 func TestDestroyIsSafeToRepeat(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
-		box := h.mustCreate(sandbox.Request{})
+		h := newFixture(t)
+		sbx := h.mustCreate(sandbox.Request{})
 		errs := make(chan error, 10)
 		for range cap(errs) {
-			go func() { errs <- h.Destroy(context.Background(), org, box.ID) }()
+			go func() { errs <- h.Destroy(context.Background(), org, sbx.ID) }()
 		}
 		for range cap(errs) {
 			if err := <-errs; err != nil {
 				t.Error(err)
 			}
 		}
-		h.wantState(box.ID, sandbox.Destroyed, sandbox.Requested)
+		h.wantState(sbx.ID, sandbox.Destroyed, sandbox.Requested)
 		if n := strings.Count(strings.Join(h.node.Calls(), ","), "destroy"); n != 1 {
 			t.Errorf("the host was touched %d times", n)
 		}
@@ -249,7 +249,7 @@ func TestDestroyIsSafeToRepeat(t *testing.T) {
 // removals wait for each other.
 func TestDestroyAnswersEarly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		h.quota = sandbox.Quota{Sandboxes: 10}
 		var ids []sandbox.ID
 		for range 10 {
@@ -295,22 +295,22 @@ func TestDestroyAnswersEarly(t *testing.T) {
 
 func TestDestroyInterruptsCreate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		h.node.OnCreate = func(ctx context.Context, _ sandbox.Spec) error { <-ctx.Done(); return ctx.Err() }
-		box, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, sandbox.Once{}, false)
-		if err != nil || box.State != sandbox.Creating {
-			t.Fatalf("%+v, %v", box, err)
+		sbx, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, sandbox.Once{}, false)
+		if err != nil || sbx.State != sandbox.Creating {
+			t.Fatalf("%+v, %v", sbx, err)
 		}
-		if err := h.Destroy(context.Background(), org, box.ID); err != nil {
+		if err := h.Destroy(context.Background(), org, sbx.ID); err != nil {
 			t.Fatal(err)
 		}
-		h.wantState(box.ID, sandbox.Destroyed, sandbox.Requested)
+		h.wantState(sbx.ID, sandbox.Destroyed, sandbox.Requested)
 	})
 }
 
 func TestCreateGoesOnWhenTheCallerLeaves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		h.node.OnCreate = func(context.Context, sandbox.Spec) error { time.Sleep(time.Second); return nil }
 		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 		defer cancel()
@@ -329,7 +329,7 @@ func TestCreateGoesOnWhenTheCallerLeaves(t *testing.T) {
 
 func TestFailedStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		h.node.OnCreate = func(context.Context, sandbox.Spec) error { return errors.New("secret path /etc/x") }
 		once := sandbox.Once{Key: "k", Hash: "h"}
 		_, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, once, true)
@@ -345,26 +345,26 @@ func TestFailedStart(t *testing.T) {
 		}
 		// The same key may be used again.
 		h.node.OnCreate = nil
-		box, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, once, true)
-		if err != nil || box.ID == all[0].ID {
-			t.Errorf("the retry gave %s, %v", box.ID, err)
+		sbx, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"}, once, true)
+		if err != nil || sbx.ID == all[0].ID {
+			t.Errorf("the retry gave %s, %v", sbx.ID, err)
 		}
 	})
 }
 
 func TestIdempotentCreate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		h.node.OnCreate = func(context.Context, sandbox.Spec) error { time.Sleep(time.Second); return nil }
 		ids := make(chan sandbox.ID, 5)
 		for range cap(ids) {
 			go func() {
-				box, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"},
+				sbx, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "python"},
 					sandbox.Once{Key: "k", Hash: "h"}, true)
-				if err != nil || box.State != sandbox.Running {
-					t.Errorf("%s, %v", box.State, err)
+				if err != nil || sbx.State != sandbox.Running {
+					t.Errorf("%s, %v", sbx.State, err)
 				}
-				ids <- box.ID
+				ids <- sbx.ID
 			}()
 		}
 		first := <-ids
@@ -381,54 +381,54 @@ func TestIdempotentCreate(t *testing.T) {
 
 func TestCleanupIsTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
-		box := h.mustCreate(sandbox.Request{})
+		h := newFixture(t)
+		sbx := h.mustCreate(sandbox.Request{})
 		broken := errors.New("device busy")
 		h.node.OnDestroy = func(context.Context, sandbox.ID) error { return broken }
 		for range 2 { // the second call finds it being destroyed
-			if err := h.Destroy(context.Background(), org, box.ID); err != nil {
+			if err := h.Destroy(context.Background(), org, sbx.ID); err != nil {
 				t.Errorf("got %v", err)
 			}
-			h.wantState(box.ID, sandbox.Destroying, sandbox.Requested)
+			h.wantState(sbx.ID, sandbox.Destroying, sandbox.Requested)
 		}
 		h.node.OnDestroy = nil
 		pass(time.Minute)
-		h.wantState(box.ID, sandbox.Destroyed, sandbox.Requested)
+		h.wantState(sbx.ID, sandbox.Destroyed, sandbox.Requested)
 	})
 }
 
 func TestLostSandbox(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
-		box := h.mustCreate(sandbox.Request{})
-		h.node.Die(box.ID)
+		h := newFixture(t)
+		sbx := h.mustCreate(sandbox.Request{})
+		h.node.Die(sbx.ID)
 		synctest.Wait()
-		h.wantState(box.ID, sandbox.Destroyed, sandbox.Lost)
+		h.wantState(sbx.ID, sandbox.Destroyed, sandbox.Lost)
 	})
 }
 
 func TestRestartAdopts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
-		box := h.mustCreate(sandbox.Request{Timeout: ptr(time.Minute)})
+		h := newFixture(t)
+		sbx := h.mustCreate(sandbox.Request{Timeout: ptr(time.Minute)})
 		h.crash()
 		time.Sleep(30 * time.Second)
 		h.start()
-		h.wantState(box.ID, sandbox.Running, "")
+		h.wantState(sbx.ID, sandbox.Running, "")
 		pass(31 * time.Second)
-		h.wantState(box.ID, sandbox.Destroyed, sandbox.Expired)
+		h.wantState(sbx.ID, sandbox.Destroyed, sandbox.Expired)
 	})
 }
 
 func TestExpiredWhileTheServerWasAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
-		box := h.mustCreate(sandbox.Request{Timeout: ptr(time.Minute)})
+		h := newFixture(t)
+		sbx := h.mustCreate(sandbox.Request{Timeout: ptr(time.Minute)})
 		h.crash()
 		time.Sleep(time.Hour)
 		h.start()
 		synctest.Wait()
-		h.wantState(box.ID, sandbox.Destroyed, sandbox.Expired)
+		h.wantState(sbx.ID, sandbox.Destroyed, sandbox.Expired)
 	})
 }
 
@@ -458,7 +458,7 @@ func TestRefusals(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newHouse(t)
+				h := newFixture(t)
 				_, err := h.create(tt.r)
 				if e := fault.As(err); e == nil || e.Kind != tt.kind || e.Field != tt.field {
 					t.Errorf("got %v (field %q), want %s in %q", err, fault.As(err).Field, tt.kind, tt.field)
@@ -473,14 +473,14 @@ func TestRefusals(t *testing.T) {
 
 func TestOwnership(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
-		box := h.mustCreate(sandbox.Request{})
+		h := newFixture(t)
+		sbx := h.mustCreate(sandbox.Request{})
 		ctx := context.Background()
 		const other = "org_bbbbbbbbbbbbbbbbbbbb"
-		_, err := h.Get(ctx, other, box.ID)
+		_, err := h.Get(ctx, other, sbx.ID)
 		wantCode(t, err, fault.Denied, "not_your_sandbox")
-		wantCode(t, h.Destroy(ctx, other, box.ID), fault.Denied, "not_your_sandbox")
-		_, err = h.Connect(ctx, sandbox.Caller{OrgID: other}, box.ID)
+		wantCode(t, h.Destroy(ctx, other, sbx.ID), fault.Denied, "not_your_sandbox")
+		_, err = h.Connect(ctx, sandbox.Caller{OrgID: other}, sbx.ID)
 		wantCode(t, err, fault.Denied, "not_your_sandbox")
 		_, err = h.Get(ctx, org, sandbox.NewID())
 		wantCode(t, err, fault.NotFound, "sandbox_not_found")
@@ -491,12 +491,12 @@ func TestOwnership(t *testing.T) {
 
 func TestQuotaAndRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		h.quota = sandbox.Quota{Sandboxes: 1}
-		box := h.mustCreate(sandbox.Request{})
+		sbx := h.mustCreate(sandbox.Request{})
 		_, err := h.create(sandbox.Request{})
 		wantCode(t, err, fault.Exhausted, "quota_exceeded")
-		if err := h.Destroy(context.Background(), org, box.ID); err != nil {
+		if err := h.Destroy(context.Background(), org, sbx.ID); err != nil {
 			t.Fatal(err)
 		}
 		h.mustCreate(sandbox.Request{})
@@ -509,15 +509,15 @@ func TestQuotaAndRoom(t *testing.T) {
 
 func TestPurge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
-		box := h.mustCreate(sandbox.Request{})
-		if err := h.Destroy(context.Background(), org, box.ID); err != nil {
+		h := newFixture(t)
+		sbx := h.mustCreate(sandbox.Request{})
+		if err := h.Destroy(context.Background(), org, sbx.ID); err != nil {
 			t.Fatal(err)
 		}
 		pass(50 * time.Minute)
-		h.get(box.ID)
+		h.get(sbx.ID)
 		pass(30 * time.Minute)
-		_, err := h.Get(context.Background(), org, box.ID)
+		_, err := h.Get(context.Background(), org, sbx.ID)
 		wantCode(t, err, fault.NotFound, "sandbox_not_found")
 	})
 }

@@ -35,7 +35,7 @@ func (t shapedTemplate) Ready(context.Context, string, string) (sandbox.Template
 // snapshot, a restore or a fork.
 func TestShapeIsCarried(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		template := newShapedTemplate()
 		want := template.shape
 		want.Size = sandbox.Size{Name: "big", VCPUs: 4, MemoryMB: 8192, Dedicated: true}
@@ -62,17 +62,17 @@ func TestShapeIsCarried(t *testing.T) {
 			}
 		}
 
-		box := h.mustCreate(sandbox.Request{Mode: "persistent"})
+		sbx := h.mustCreate(sandbox.Request{Mode: "persistent"})
 		check("a create", specs["create"].Shape, true)
-		check("a row", h.get(box.ID).Shape, true)
-		if _, err := h.Suspend(t.Context(), org, box.ID); err != nil {
+		check("a row", h.get(sbx.ID).Shape, true)
+		if _, err := h.Suspend(t.Context(), org, sbx.ID); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := h.Wake(t.Context(), h.caller(), box.ID); err != nil {
+		if _, err := h.Wake(t.Context(), h.caller(), sbx.ID); err != nil {
 			t.Fatal(err)
 		}
 		check("a wake", specs["wake"].Shape, false)
-		snap, err := h.SaveSnapshot(t.Context(), org, box.ID, "")
+		snap, err := h.SaveSnapshot(t.Context(), org, sbx.ID, "")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -80,7 +80,7 @@ func TestShapeIsCarried(t *testing.T) {
 		restored := h.mustCreate(sandbox.Request{Snapshot: string(snap.ID)})
 		check("a restore", specs["create"].Shape, false)
 		check("a restored row", h.get(restored.ID).Shape, true)
-		children, err := h.Fork(t.Context(), h.caller(), box.ID, sandbox.ForkRequest{Count: 1})
+		children, err := h.Fork(t.Context(), h.caller(), sbx.ID, sandbox.ForkRequest{Count: 1})
 		if err != nil || children[0].Err != nil {
 			t.Fatal(err, children)
 		}
@@ -94,8 +94,8 @@ func TestShapeIsCarried(t *testing.T) {
 		h.mustCreate(sandbox.Request{})
 		h.settled()
 		check("a pooled sandbox", specs["prepare"].Shape, true)
-		if box := h.mustCreate(sandbox.Request{}); box.Source != sandbox.Warm {
-			t.Fatalf("the pool did not serve a plain create: %+v", box)
+		if sbx := h.mustCreate(sandbox.Request{}); sbx.Source != sandbox.Warm {
+			t.Fatalf("the pool did not serve a plain create: %+v", sbx)
 		}
 		check("a claim", specs["claim"].Shape, true)
 	})
@@ -121,24 +121,24 @@ func TestPoolTellsShapesApart(t *testing.T) {
 			}
 			t.Run(field.Name, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					h := newHouse(t)
+					h := newFixture(t)
 					h.crash()
 					h.what, h.pool = shapedTemplate{base}, fixed(1)
 					h.pool.Templates[0].Size = base.Size.Name
 					h.start()
 					h.mustCreate(sandbox.Request{})
 					h.settled()
-					if box := h.mustCreate(sandbox.Request{}); box.Source != sandbox.Warm {
-						t.Fatalf("the pool did not serve the same shape: %+v", box)
+					if sbx := h.mustCreate(sandbox.Request{}); sbx.Source != sandbox.Warm {
+						t.Fatalf("the pool did not serve the same shape: %+v", sbx)
 					}
 					before := h.settled()
 					h.crash()
 					h.what = shapedTemplate{other}
 					h.start()
 					h.settled()
-					box := h.mustCreate(sandbox.Request{Size: other.Size.Name})
+					sbx := h.mustCreate(sandbox.Request{Size: other.Size.Name})
 					same := !started && claimed[field.Name]
-					old := slices.ContainsFunc(before, func(p sandbox.Pooled) bool { return p.ID == box.ID })
+					old := slices.ContainsFunc(before, func(p sandbox.Pooled) bool { return p.ID == sbx.ID })
 					if old != same {
 						t.Errorf("with another %s and a start command %v a pooled sandbox of before serves a create: %v",
 							field.Name, started, old)

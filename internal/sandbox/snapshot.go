@@ -73,9 +73,9 @@ type SnapshotFilter struct {
 	Cursor    string
 }
 
-func snapshotOf(box Sandbox, name string) Snapshot {
-	return Snapshot{ID: NewSnapshotID(), OrgID: box.OrgID, Name: name, State: SnapshotCreating, SandboxID: box.ID,
-		Template: box.Template, TemplateID: box.TemplateID, TemplateVersion: box.TemplateVersion, Shape: box.Shape.Clone(),
+func snapshotOf(sbx Sandbox, name string) Snapshot {
+	return Snapshot{ID: NewSnapshotID(), OrgID: sbx.OrgID, Name: name, State: SnapshotCreating, SandboxID: sbx.ID,
+		Template: sbx.Template, TemplateID: sbx.TemplateID, TemplateVersion: sbx.TemplateVersion, Shape: sbx.Shape.Clone(),
 		CreatedAt: time.Now().UTC().Truncate(time.Microsecond)}
 }
 
@@ -99,9 +99,9 @@ func (s *Service) SaveSnapshot(ctx context.Context, orgID string, id ID, name st
 			snapshotPrefix)
 	}
 	var snap Snapshot
-	_, err := s.exclusive(ctx, orgID, id, opSnapshot, savable, func(ctx context.Context) (box Sandbox, err error) {
-		box, snap, err = s.saveSnapshot(ctx, id, name)
-		return box, err
+	_, err := s.exclusive(ctx, orgID, id, opSnapshot, savable, func(ctx context.Context) (sbx Sandbox, err error) {
+		sbx, snap, err = s.saveSnapshot(ctx, id, name)
+		return sbx, err
 	})
 	if err != nil {
 		return Snapshot{}, err
@@ -114,11 +114,11 @@ func (s *Service) SaveSnapshot(ctx context.Context, orgID string, id ID, name st
 func (s *Service) exclusive(ctx context.Context, orgID string, id ID, kind opKind, refuse func(Sandbox) error,
 	work func(context.Context) (Sandbox, error)) (Sandbox, error) {
 	for {
-		box, err := s.Get(ctx, orgID, id)
+		sbx, err := s.Get(ctx, orgID, id)
 		if err != nil {
 			return Sandbox{}, err
 		}
-		if err := refuse(box); err != nil {
+		if err := refuse(sbx); err != nil {
 			return Sandbox{}, err
 		}
 		op, mine := s.begin(id, kind)
@@ -136,39 +136,39 @@ func (s *Service) exclusive(ctx context.Context, orgID string, id ID, kind opKin
 }
 
 // savable returns an error for a sandbox of which no snapshot can be made now or soon.
-func savable(box Sandbox) error {
-	if box.State == Creating || box.State == Destroying || box.State.Over() {
-		return notRunning(box)
+func savable(sbx Sandbox) error {
+	if sbx.State == Creating || sbx.State == Destroying || sbx.State.Over() {
+		return notRunning(sbx)
 	}
 	return nil
 }
 
 // saveSnapshot makes the snapshot; the caller holds the operation.
 func (s *Service) saveSnapshot(ctx context.Context, id ID, name string) (Sandbox, Snapshot, error) {
-	box, err := s.present(ctx, id)
+	sbx, err := s.present(ctx, id)
 	if err != nil {
 		return Sandbox{}, Snapshot{}, err
 	}
-	if box.State != Running && box.State != Suspended {
-		return Sandbox{}, Snapshot{}, notRunning(box)
+	if sbx.State != Running && sbx.State != Suspended {
+		return Sandbox{}, Snapshot{}, notRunning(sbx)
 	}
-	snap := snapshotOf(box, name)
+	snap := snapshotOf(sbx, name)
 	defer s.holdSnapshot(snap.ID)()
 	if err := s.store.AddSnapshot(ctx, snap, s.cfg.MaxSnapshots); err != nil {
 		return Sandbox{}, Snapshot{}, err
 	}
-	point, err := s.writeSnapshot(ctx, box, snap.ID)
-	saved := Event{SandboxID: box.ID, At: time.Now().UTC(), Reason: reasonSnapshot,
+	checkpoint, err := s.writeSnapshot(ctx, sbx, snap.ID)
+	saved := Event{SandboxID: sbx.ID, At: time.Now().UTC(), Reason: reasonSnapshot,
 		Detail: strings.TrimSpace(string(snap.ID) + " " + snap.Name)}
 	if err == nil {
-		snap, err = s.store.ReadySnapshot(ctx, snap.ID, point.At, point.Size, saved)
+		snap, err = s.store.ReadySnapshot(ctx, snap.ID, checkpoint.At, checkpoint.Size, saved)
 	}
 	if err != nil {
 		s.abandonSnapshot(ctx, snap.ID, true)
-		return Sandbox{}, Snapshot{}, s.snapshotFailed(ctx, box, err)
+		return Sandbox{}, Snapshot{}, s.snapshotFailed(ctx, sbx, err)
 	}
 	s.logNote(ctx, saved)
-	return box, snap, nil
+	return sbx, snap, nil
 }
 
 // logNote logs an event that is no transition.
@@ -177,13 +177,13 @@ func (s *Service) logNote(ctx context.Context, e Event) {
 }
 
 // writeSnapshot makes the machine write the snapshot.
-func (s *Service) writeSnapshot(ctx context.Context, box Sandbox, to SnapshotID) (Point, error) {
-	ctx, cancel := context.WithTimeout(ctx, pointTimeout)
+func (s *Service) writeSnapshot(ctx context.Context, sbx Sandbox, to SnapshotID) (Checkpoint, error) {
+	ctx, cancel := context.WithTimeout(ctx, checkpointTimeout)
 	defer cancel()
-	if box.State == Suspended {
-		return s.node.SnapshotPoint(ctx, box.ID, to)
+	if sbx.State == Suspended {
+		return s.node.SnapshotCheckpoint(ctx, sbx.ID, to)
 	}
-	return s.node.Snapshot(ctx, box.ID, to)
+	return s.node.Snapshot(ctx, sbx.ID, to)
 }
 
 // abandonSnapshot removes a failed or unwanted snapshot from the machine and then, with row, its
@@ -202,20 +202,20 @@ func (s *Service) abandonSnapshot(ctx context.Context, id SnapshotID, row bool) 
 
 // snapshotFailed settles the sandbox that could not be saved, unless a destroy interrupted, and
 // returns the error for the callers.
-func (s *Service) snapshotFailed(ctx context.Context, box Sandbox, cause error) error {
+func (s *Service) snapshotFailed(ctx context.Context, sbx Sandbox, cause error) error {
 	if context.Cause(ctx) == errInterrupted {
-		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while a snapshot was made", box.ID)
+		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while a snapshot was made", sbx.ID)
 	}
-	s.log.ErrorContext(ctx, "making a snapshot", "sandbox", box.ID, "error", cause)
-	if box.State == Running {
-		if err := s.settle(ctx, box.ID, note{reason: reasonInterrupted}); err != nil { // the failure may have killed it
-			s.log.ErrorContext(ctx, "settling a sandbox after a failed snapshot", "sandbox", box.ID, "error", err)
+	s.log.ErrorContext(ctx, "making a snapshot", "sandbox", sbx.ID, "error", cause)
+	if sbx.State == Running {
+		if err := s.settle(ctx, sbx.ID, note{reason: reasonInterrupted}); err != nil { // the failure may have killed it
+			s.log.ErrorContext(ctx, "settling a sandbox after a failed snapshot", "sandbox", sbx.ID, "error", err)
 		}
 	}
 	if fault.As(cause) != nil {
 		return cause
 	}
-	return fault.New(fault.Internal, "snapshot_failed", "no snapshot of sandbox %s was made", box.ID).Because(cause)
+	return fault.New(fault.Internal, "snapshot_failed", "no snapshot of sandbox %s was made", sbx.ID).Because(cause)
 }
 
 // snapshotUse counts the users of a snapshot's files, makers included.

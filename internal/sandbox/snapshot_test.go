@@ -13,7 +13,7 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-func (h *house) save(id sandbox.ID, name string) sandbox.Snapshot {
+func (h *fixture) save(id sandbox.ID, name string) sandbox.Snapshot {
 	h.t.Helper()
 	snap, err := h.SaveSnapshot(context.Background(), org, id, name)
 	if err != nil {
@@ -23,7 +23,7 @@ func (h *house) save(id sandbox.ID, name string) sandbox.Snapshot {
 }
 
 // wantSnapshots checks the organization's snapshots, and that the node has the same.
-func (h *house) wantSnapshots(want ...sandbox.SnapshotID) {
+func (h *fixture) wantSnapshots(want ...sandbox.SnapshotID) {
 	h.t.Helper()
 	there, _ := h.node.Snapshots(context.Background())
 	rows, _, err := h.ListSnapshots(context.Background(), sandbox.SnapshotFilter{OrgID: org, Limit: 200})
@@ -50,7 +50,7 @@ func TestDropsSnapshot(t *testing.T) {
 
 func TestSnapshotOfBothModesAndStates(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		ephemeral := h.mustCreate(sandbox.Request{Env: map[string]string{"B": "its own"}, DiskSizeMB: ptr(100), Size: "big",
 			Egress: &sandbox.Egress{Mode: sandbox.DenyAll}})
 		first := h.save(ephemeral.ID, "first")
@@ -75,16 +75,16 @@ func TestSnapshotOfBothModesAndStates(t *testing.T) {
 		if err := h.Destroy(context.Background(), org, ephemeral.ID); err != nil {
 			t.Fatal(err)
 		}
-		box := h.mustCreate(sandbox.Request{Snapshot: "first", Env: map[string]string{"C": "new"},
+		sbx := h.mustCreate(sandbox.Request{Snapshot: "first", Env: map[string]string{"C": "new"},
 			Metadata: map[string]string{"m": "1"}})
-		if box.Size.Name != "big" || box.DiskMB != 100 || box.Egress.Mode != sandbox.DenyAll ||
-			box.Source != sandbox.Restored || box.Origin != string(first.ID) ||
-			fmt.Sprint(box.Env) != "map[A:template B:its own C:new]" || box.Timeout != sandbox.DefaultTimeout ||
-			box.Template != "python" || box.TemplateVersion != 1 {
-			t.Errorf("the sandbox is %+v", box)
+		if sbx.Size.Name != "big" || sbx.DiskMB != 100 || sbx.Egress.Mode != sandbox.DenyAll ||
+			sbx.Source != sandbox.Restored || sbx.Origin != string(first.ID) ||
+			fmt.Sprint(sbx.Env) != "map[A:template B:its own C:new]" || sbx.Timeout != sandbox.DefaultTimeout ||
+			sbx.Template != "python" || sbx.TemplateVersion != 1 {
+			t.Errorf("the sandbox is %+v", sbx)
 		}
-		h.wantState(box.ID, sandbox.Running, "")
-		events, _, err := h.Events(context.Background(), org, box.ID, 10, "")
+		h.wantState(sbx.ID, sandbox.Running, "")
+		events, _, err := h.Events(context.Background(), org, sbx.ID, 10, "")
 		if err != nil || len(events) != 2 || events[1].Reason != "snapshot" || events[1].Detail != string(first.ID) {
 			t.Errorf("its events are %+v, %v", events, err)
 		}
@@ -102,20 +102,20 @@ func TestSnapshotOfBothModesAndStates(t *testing.T) {
 
 func TestSnapshotRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		ctx := context.Background()
-		box := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour)})
-		snap := h.save(box.ID, "taken")
+		sbx := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour)})
+		snap := h.save(sbx.ID, "taken")
 		for _, name := range []string{"snap_mine", "-a", ".a", "a/b", "a b", strings.Repeat("a", 64)} {
-			_, err := h.SaveSnapshot(ctx, org, box.ID, name)
+			_, err := h.SaveSnapshot(ctx, org, sbx.ID, name)
 			wantCode(t, err, fault.Invalid, "invalid_name")
 			if _, err := h.GetSnapshot(ctx, org, name); !fault.Is(err, fault.NotFound) {
 				t.Errorf("%q is found: %v", name, err)
 			}
 		}
-		_, err := h.SaveSnapshot(ctx, org, box.ID, "taken")
+		_, err := h.SaveSnapshot(ctx, org, sbx.ID, "taken")
 		wantCode(t, err, fault.Conflict, "snapshot_exists")
-		if n := h.calls("snapshot", box.ID); n != 1 {
+		if n := h.calls("snapshot", sbx.ID); n != 1 {
 			t.Errorf("the node was asked %d times", n)
 		}
 		for _, other := range []string{"taken", string(snap.ID)} {
@@ -146,17 +146,17 @@ func TestSnapshotRefused(t *testing.T) {
 		wantCode(t, err, fault.Unavailable, "no_capacity")
 		h.node.SetFull(false)
 		h.node.OnSnapshot = func(context.Context, sandbox.ID) error { return fault.New(fault.NoSpace, "disk_full", "full") }
-		_, err = h.SaveSnapshot(ctx, org, box.ID, "")
+		_, err = h.SaveSnapshot(ctx, org, sbx.ID, "")
 		wantCode(t, err, fault.NoSpace, "disk_full")
 		h.node.OnSnapshot = func(context.Context, sandbox.ID) error { return errInjected }
-		_, err = h.SaveSnapshot(ctx, org, box.ID, "")
+		_, err = h.SaveSnapshot(ctx, org, sbx.ID, "")
 		wantCode(t, err, fault.Internal, "snapshot_failed")
-		h.wantState(box.ID, sandbox.Running, "")
+		h.wantState(sbx.ID, sandbox.Running, "")
 		h.wantSnapshots(snap.ID)
-		if err := h.Destroy(ctx, org, box.ID); err != nil {
+		if err := h.Destroy(ctx, org, sbx.ID); err != nil {
 			t.Fatal(err)
 		}
-		_, err = h.SaveSnapshot(ctx, org, box.ID, "")
+		_, err = h.SaveSnapshot(ctx, org, sbx.ID, "")
 		wantCode(t, err, fault.Conflict, "sandbox_not_running")
 	})
 }
@@ -165,7 +165,7 @@ func TestSnapshotRefused(t *testing.T) {
 // no other caller finds the snapshot, and its files are removed afterwards.
 func TestDeleteWhileCreating(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		ctx := context.Background()
 		snap := h.save(h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour)}).ID, "mine")
 		h.node.OnCreate = func(context.Context, sandbox.Spec) error { time.Sleep(time.Minute); return nil }
@@ -197,10 +197,10 @@ func TestCrashWithSnapshots(t *testing.T) {
 	for _, when := range []string{"saving", "saved", "deleting", "forking", "children"} {
 		t.Run(when, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newHouse(t)
+				h := newFixture(t)
 				ctx := context.Background()
-				box := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour)})
-				kept := h.save(box.ID, "kept")
+				sbx := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour)})
+				kept := h.save(sbx.ID, "kept")
 				hang := func(ctx context.Context, _ sandbox.ID) error { <-ctx.Done(); return ctx.Err() }
 				done := make(chan error, 1)
 				switch when {
@@ -215,11 +215,11 @@ func TestCrashWithSnapshots(t *testing.T) {
 					var err error
 					switch when {
 					case "saving":
-						_, err = h.SaveSnapshot(ctx, org, box.ID, "")
+						_, err = h.SaveSnapshot(ctx, org, sbx.ID, "")
 					case "deleting":
 						err = h.DeleteSnapshot(ctx, org, "kept")
 					case "forking", "children":
-						_, err = h.Fork(ctx, h.caller(), box.ID, sandbox.ForkRequest{Count: 3})
+						_, err = h.Fork(ctx, h.caller(), sbx.ID, sandbox.ForkRequest{Count: 3})
 					}
 					done <- err
 				}()
@@ -230,7 +230,7 @@ func TestCrashWithSnapshots(t *testing.T) {
 					if err := h.db.AddSnapshot(ctx, snap, 0); err != nil {
 						t.Fatal(err)
 					}
-					if _, err := h.node.Snapshot(ctx, box.ID, snap.ID); err != nil {
+					if _, err := h.node.Snapshot(ctx, sbx.ID, snap.ID); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -239,15 +239,15 @@ func TestCrashWithSnapshots(t *testing.T) {
 				h.start()
 				<-done
 				pass(time.Minute)
-				h.wantState(box.ID, sandbox.Running, "")
+				h.wantState(sbx.ID, sandbox.Running, "")
 				if when == "deleting" {
 					h.wantSnapshots()
 				} else {
 					h.wantSnapshots(kept.ID)
 				}
-				facts, _ := h.node.List(ctx)
-				if len(facts) != 1 {
-					t.Errorf("the host has %+v", facts)
+				found, _ := h.node.List(ctx)
+				if len(found) != 1 {
+					t.Errorf("the host has %+v", found)
 				}
 			})
 		})
@@ -256,37 +256,37 @@ func TestCrashWithSnapshots(t *testing.T) {
 
 func TestDestroyInterruptsASnapshot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
-		box := h.mustCreate(sandbox.Request{})
+		h := newFixture(t)
+		sbx := h.mustCreate(sandbox.Request{})
 		h.node.OnSnapshot = func(ctx context.Context, _ sandbox.ID) error { <-ctx.Done(); return ctx.Err() }
 		for _, f := range []func() error{
-			func() error { _, err := h.SaveSnapshot(context.Background(), org, box.ID, ""); return err },
+			func() error { _, err := h.SaveSnapshot(context.Background(), org, sbx.ID, ""); return err },
 			func() error {
-				_, err := h.Fork(context.Background(), h.caller(), box.ID, sandbox.ForkRequest{})
+				_, err := h.Fork(context.Background(), h.caller(), sbx.ID, sandbox.ForkRequest{})
 				return err
 			},
 		} {
 			failed := make(chan error, 1)
 			go func() { failed <- f() }()
 			synctest.Wait()
-			if err := h.Destroy(context.Background(), org, box.ID); err != nil {
+			if err := h.Destroy(context.Background(), org, sbx.ID); err != nil {
 				t.Error(err)
 			}
 			wantCode(t, <-failed, fault.Conflict, "sandbox_not_running")
 			h.wantSnapshots()
-			box = h.mustCreate(sandbox.Request{})
+			sbx = h.mustCreate(sandbox.Request{})
 		}
 	})
 }
 
 func TestFork(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		ctx := context.Background()
-		box := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour), Metadata: map[string]string{"a": "b"},
+		sbx := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour), Metadata: map[string]string{"a": "b"},
 			Egress: &sandbox.Egress{Mode: sandbox.DenyAll}})
-		tokens := map[string]bool{box.Token: true}
-		lease := h.mustConnect(box.ID)
+		tokens := map[string]bool{sbx.Token: true}
+		lease := h.mustConnect(sbx.ID)
 		h.node.OnCreate = func(_ context.Context, spec sandbox.Spec) error {
 			if spec.From == "" || spec.Image != "abc" || spec.Egress.Mode != sandbox.DenyAll || spec.Env["X"] != "y" ||
 				spec.Env["A"] != "template" {
@@ -295,25 +295,25 @@ func TestFork(t *testing.T) {
 			time.Sleep(time.Second)
 			return nil
 		}
-		children, err := h.Fork(ctx, h.caller(), box.ID,
+		children, err := h.Fork(ctx, h.caller(), sbx.ID,
 			sandbox.ForkRequest{Count: 10, Request: sandbox.Request{Env: map[string]string{"X": "y"}}})
 		if err != nil || len(children) != 10 {
 			t.Fatalf("%d children, %v", len(children), err)
 		}
 		for _, c := range children {
 			if c.Err != nil || tokens[c.Sandbox.Token] || c.Sandbox.Timeout != time.Hour ||
-				c.Sandbox.Source != sandbox.Forked || c.Sandbox.Origin != string(box.ID) || c.Sandbox.Metadata["a"] != "b" {
+				c.Sandbox.Source != sandbox.Forked || c.Sandbox.Origin != string(sbx.ID) || c.Sandbox.Metadata["a"] != "b" {
 				t.Errorf("a child is %+v, %v", c.Sandbox, c.Err)
 			}
 			tokens[c.Sandbox.Token] = true
 			h.wantState(c.Sandbox.ID, sandbox.Running, "")
 		}
 		lease.Release()
-		if n := h.calls("snapshot", box.ID); n != 1 {
+		if n := h.calls("snapshot", sbx.ID); n != 1 {
 			t.Errorf("it was saved %d times", n)
 		}
 		h.wantSnapshots()
-		if e := h.latest(box.ID); e.Reason != "forked" {
+		if e := h.latest(sbx.ID); e.Reason != "forked" {
 			t.Errorf("its event is %+v", e)
 		}
 		h.node.OnCreate = nil
@@ -339,7 +339,7 @@ func TestFork(t *testing.T) {
 		for field, r := range map[string]sandbox.ForkRequest{"count": {Count: 101},
 			"idle_timeout": {Request: sandbox.Request{IdleTimeout: ptr(time.Hour)}},
 			"env.A B":      {Request: sandbox.Request{Env: map[string]string{"A B": ""}}}} {
-			_, err := h.Fork(ctx, h.caller(), box.ID, r)
+			_, err := h.Fork(ctx, h.caller(), sbx.ID, r)
 			if f := fault.As(err); f == nil || f.Kind != fault.Invalid || f.Field != field {
 				t.Errorf("%s: %v", field, err)
 			}
@@ -350,9 +350,9 @@ func TestFork(t *testing.T) {
 // TestForkInPart forks with room and quota for some of the children, of which one fails.
 func TestForkInPart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		ctx := context.Background()
-		box := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour)})
+		sbx := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour)})
 		count := func(children []sandbox.Child) string {
 			n := map[string]int{}
 			for _, c := range children {
@@ -365,23 +365,23 @@ func TestForkInPart(t *testing.T) {
 			return fmt.Sprint(n)
 		}
 		h.quota = sandbox.Quota{Sandboxes: 4}
-		children, err := h.Fork(ctx, h.caller(), box.ID, sandbox.ForkRequest{Count: 5})
+		children, err := h.Fork(ctx, h.caller(), sbx.ID, sandbox.ForkRequest{Count: 5})
 		if got := count(children); err != nil || got != "map[made:3 quota_exceeded:2]" {
 			t.Errorf("%s, %v", got, err)
 		}
-		n := h.calls("snapshot", box.ID)
-		_, err = h.Fork(ctx, h.caller(), box.ID, sandbox.ForkRequest{Count: 5})
+		n := h.calls("snapshot", sbx.ID)
+		_, err = h.Fork(ctx, h.caller(), sbx.ID, sandbox.ForkRequest{Count: 5})
 		wantCode(t, err, fault.Exhausted, "quota_exceeded")
 		h.quota = sandbox.Quota{}
 		h.node.SetMost(6)
-		children, err = h.Fork(ctx, h.caller(), box.ID, sandbox.ForkRequest{Count: 1})
+		children, err = h.Fork(ctx, h.caller(), sbx.ID, sandbox.ForkRequest{Count: 1})
 		if got := count(children); err != nil || got != "map[made:1]" {
 			t.Errorf("%s, %v", got, err)
 		}
 		h.node.SetMost(5)
-		_, err = h.Fork(ctx, h.caller(), box.ID, sandbox.ForkRequest{Count: 2})
+		_, err = h.Fork(ctx, h.caller(), sbx.ID, sandbox.ForkRequest{Count: 2})
 		wantCode(t, err, fault.Unavailable, "no_capacity")
-		if got := h.calls("snapshot", box.ID); got != n+1 {
+		if got := h.calls("snapshot", sbx.ID); got != n+1 {
 			t.Errorf("saved %d times though there was no room", got-n-1)
 		}
 		h.node.SetMost(0)
@@ -393,7 +393,7 @@ func TestForkInPart(t *testing.T) {
 			}
 			return nil
 		}
-		children, err = h.Fork(ctx, h.caller(), box.ID, sandbox.ForkRequest{Count: 3})
+		children, err = h.Fork(ctx, h.caller(), sbx.ID, sandbox.ForkRequest{Count: 3})
 		if got := count(children); err != nil || got != "map[boot_failed:1 made:2]" {
 			t.Errorf("%s, %v", got, err)
 		}
@@ -404,20 +404,20 @@ func TestForkInPart(t *testing.T) {
 // TestForkGoesOnWhenTheCallerLeaves checks that all children are made after the caller has left.
 func TestForkGoesOnWhenTheCallerLeaves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
-		box := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour)})
+		h := newFixture(t)
+		sbx := h.mustCreate(sandbox.Request{Timeout: ptr(time.Hour)})
 		h.node.OnCreate = func(context.Context, sandbox.Spec) error { time.Sleep(time.Second); return nil }
 		ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
 		defer cancel()
-		if _, err := h.Fork(ctx, h.caller(), box.ID, sandbox.ForkRequest{
+		if _, err := h.Fork(ctx, h.caller(), sbx.ID, sandbox.ForkRequest{
 			Count: 9}); !errors.Is(err, context.DeadlineExceeded) {
 			t.Fatal(err)
 		}
 		pass(10 * time.Second)
-		boxes, _, err := h.List(context.Background(),
+		sandboxes, _, err := h.List(context.Background(),
 			sandbox.Filter{OrgID: org, States: []sandbox.State{sandbox.Running}, Limit: 100})
-		if err != nil || len(boxes) != 10 {
-			t.Errorf("%d sandboxes run, %v", len(boxes), err)
+		if err != nil || len(sandboxes) != 10 {
+			t.Errorf("%d sandboxes run, %v", len(sandboxes), err)
 		}
 		h.wantSnapshots()
 	})

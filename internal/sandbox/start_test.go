@@ -59,7 +59,7 @@ func TestStartCheck(t *testing.T) {
 // command's timeout and no longer, and that destroy does not wait for it.
 func TestCreateWaitsForItsStartCommand(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		var given sandbox.Start
 		h.node.OnCreate = func(ctx context.Context, spec sandbox.Spec) error {
 			given = spec.Start
@@ -75,15 +75,15 @@ func TestCreateWaitsForItsStartCommand(t *testing.T) {
 			t.Errorf("the node was given (-want +got):\n%s", diff)
 		}
 
-		box, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "service"}, sandbox.Once{}, false)
+		sbx, err := h.Create(context.Background(), h.caller(), sandbox.Request{Template: "service"}, sandbox.Once{}, false)
 		if err != nil {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		if err := h.Destroy(context.Background(), org, box.ID); err != nil {
+		if err := h.Destroy(context.Background(), org, sbx.ID); err != nil {
 			t.Fatal(err)
 		}
-		h.wantState(box.ID, sandbox.Destroyed, sandbox.Requested)
+		h.wantState(sbx.ID, sandbox.Destroyed, sandbox.Requested)
 	})
 }
 
@@ -91,17 +91,17 @@ func TestCreateWaitsForItsStartCommand(t *testing.T) {
 // and that a wake starts no command.
 func TestStartCommandFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		h.node.OnCreate = func(context.Context, sandbox.Spec) error {
 			return fault.New(fault.Conflict, "start_failed", "the start command ended with exit code 3")
 		}
 		_, err := h.create(sandbox.Request{Template: "service"})
 		wantCode(t, err, fault.Conflict, "start_failed")
-		boxes, _, err := h.List(context.Background(), sandbox.Filter{OrgID: org, Limit: 10})
-		if err != nil || len(boxes) != 1 || boxes[0].Error != "the start command ended with exit code 3" {
-			t.Fatalf("left behind: %+v, %v", boxes, err)
+		sandboxes, _, err := h.List(context.Background(), sandbox.Filter{OrgID: org, Limit: 10})
+		if err != nil || len(sandboxes) != 1 || sandboxes[0].Error != "the start command ended with exit code 3" {
+			t.Fatalf("left behind: %+v, %v", sandboxes, err)
 		}
-		h.wantState(boxes[0].ID, sandbox.Failed, sandbox.BootFailed)
+		h.wantState(sandboxes[0].ID, sandbox.Failed, sandbox.BootFailed)
 
 		h.node.OnCreate = nil
 		h.node.OnWake = func(_ context.Context, spec sandbox.Spec) error {
@@ -110,11 +110,11 @@ func TestStartCommandFails(t *testing.T) {
 			}
 			return nil
 		}
-		box := h.mustCreate(sandbox.Request{Template: "service", Mode: string(sandbox.Persistent)})
-		if _, err := h.Suspend(context.Background(), org, box.ID); err != nil {
+		sbx := h.mustCreate(sandbox.Request{Template: "service", Mode: string(sandbox.Persistent)})
+		if _, err := h.Suspend(context.Background(), org, sbx.ID); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := h.Wake(context.Background(), h.caller(), box.ID); err != nil {
+		if _, err := h.Wake(context.Background(), h.caller(), sbx.ID); err != nil {
 			t.Error(err)
 		}
 	})

@@ -34,25 +34,25 @@ const leaseGrace = 5 * time.Second
 // "disk_full", …) or Internal, code "suspend_failed"; the sandbox then keeps running if it is still
 // alive.
 func (s *Service) Suspend(ctx context.Context, orgID string, id ID) (Sandbox, error) {
-	return s.suspendBy(ctx, orgID, id, suspendable, s.partWhenFree)
+	return s.suspendBy(ctx, orgID, id, suspendable, s.detachWhenFree)
 }
 
 // Pause takes a running sandbox of either mode to suspended, even while it is in use. It breaks
 // calls in flight after the row says that the sandbox does not run. Otherwise it behaves like
 // [Service.Suspend].
 func (s *Service) Pause(ctx context.Context, orgID string, id ID) (Sandbox, error) {
-	return s.suspendBy(ctx, orgID, id, up, s.partNow)
+	return s.suspendBy(ctx, orgID, id, up, s.detachNow)
 }
 
 // suspendBy suspends a sandbox if may returns nil for it. It ends the sandbox's use with part.
 func (s *Service) suspendBy(ctx context.Context, orgID string, id ID, may func(Sandbox) error,
-	part parting) (Sandbox, error) {
+	part detachFunc) (Sandbox, error) {
 	for {
-		box, err := s.Get(ctx, orgID, id)
+		sbx, err := s.Get(ctx, orgID, id)
 		if err != nil {
 			return Sandbox{}, err
 		}
-		if err := may(box); err != nil {
+		if err := may(sbx); err != nil {
 			return Sandbox{}, err
 		}
 		op, mine := s.begin(id, opSuspend)
@@ -75,37 +75,37 @@ func (s *Service) suspendBy(ctx context.Context, orgID string, id ID, may func(S
 
 // suspendable returns an error for a sandbox that cannot be suspended or checkpointed. It accepts
 // one that is being suspended, whose callers wait for the result.
-func suspendable(box Sandbox) error {
-	if err := up(box); err != nil {
+func suspendable(sbx Sandbox) error {
+	if err := up(sbx); err != nil {
 		return err
 	}
-	if box.Mode != Persistent {
+	if sbx.Mode != Persistent {
 		return fault.New(fault.Conflict, "sandbox_not_persistent",
-			"sandbox %s is %s: only persistent ones are suspended", box.ID, box.Mode)
+			"sandbox %s is %s: only persistent ones are suspended", sbx.ID, sbx.Mode)
 	}
 	return nil
 }
 
 // up returns an error for a sandbox that does not run. It accepts one that is being suspended,
 // whose callers wait for the result.
-func up(box Sandbox) error {
-	if box.State != Running && box.State != Suspending {
-		return notRunning(box)
+func up(sbx Sandbox) error {
+	if sbx.State != Running && sbx.State != Suspending {
+		return notRunning(sbx)
 	}
 	return nil
 }
 
-// parting ends the use of a sandbox; its caller holds the operation.
-type parting func(context.Context, ID) (*life, error)
+// detachFunc ends the use of a sandbox; its caller holds the operation.
+type detachFunc func(context.Context, ID) (*instance, error)
 
 // suspend takes a running sandbox to suspended; the caller holds the operation. part ends the
 // sandbox's use: later calls wait for the result of the suspend.
-func (s *Service) suspend(ctx context.Context, id ID, reason string, part parting) (Sandbox, error) {
-	box, err := s.present(ctx, id)
+func (s *Service) suspend(ctx context.Context, id ID, reason string, part detachFunc) (Sandbox, error) {
+	sbx, err := s.present(ctx, id)
 	if err != nil {
 		return Sandbox{}, err
 	}
-	if err := up(box); err != nil {
+	if err := up(sbx); err != nil {
 		return Sandbox{}, err
 	}
 	l, err := part(ctx, id)
@@ -113,8 +113,8 @@ func (s *Service) suspend(ctx context.Context, id ID, reason string, part partin
 		return Sandbox{}, err
 	}
 	began := time.Now().UTC()
-	claim := Change{ID: id, From: []State{Running}, Run: box.Run, To: Suspending, At: began, Reason: reason}
-	if box.Mode == Persistent {
+	claim := Change{ID: id, From: []State{Running}, Run: sbx.Run, To: Suspending, At: began, Reason: reason}
+	if sbx.Mode == Persistent {
 		claim.LastActivityAt = &l.last
 	}
 	if _, err = s.transition(ctx, claim); err != nil {
@@ -123,12 +123,12 @@ func (s *Service) suspend(ctx context.Context, id ID, reason string, part partin
 		s.track(l) // the sandbox is unchanged
 		return Sandbox{}, err
 	}
-	point, err := s.writePoint(ctx, id, s.node.Suspend)
+	checkpoint, err := s.writeCheckpoint(ctx, id, s.node.Suspend)
 	if err != nil {
 		return s.suspendFailed(ctx, id, began, err)
 	}
-	suspended, err := s.transition(ctx, Change{ID: id, From: []State{Suspending}, Run: box.Run, To: Suspended,
-		At: time.Now().UTC(), Reason: reason, SuspendedAt: &point.At, ExpiresAt: new(time.Time)})
+	suspended, err := s.transition(ctx, Change{ID: id, From: []State{Suspending}, Run: sbx.Run, To: Suspended,
+		At: time.Now().UTC(), Reason: reason, SuspendedAt: &checkpoint.At, ExpiresAt: new(time.Time)})
 	if err != nil {
 		// The row stays a claim, which the next call or Reconcile settles from the point.
 		s.log.ErrorContext(ctx, "recording that a sandbox is suspended", "sandbox", id, "error", err)
@@ -137,9 +137,9 @@ func (s *Service) suspend(ctx context.Context, id ID, reason string, part partin
 	return suspended, nil
 }
 
-func (s *Service) writePoint(ctx context.Context, id ID,
-	write func(context.Context, ID) (Point, error)) (Point, error) {
-	ctx, cancel := context.WithTimeout(ctx, pointTimeout)
+func (s *Service) writeCheckpoint(ctx context.Context, id ID,
+	write func(context.Context, ID) (Checkpoint, error)) (Checkpoint, error) {
+	ctx, cancel := context.WithTimeout(ctx, checkpointTimeout)
 	defer cancel()
 	return write(ctx, id)
 }
@@ -157,9 +157,9 @@ func (s *Service) suspendFailed(ctx context.Context, id ID, began time.Time, cau
 	if err := s.settle(ctx, id, why); err != nil {
 		// The row stays a claim; Reconcile settles it.
 		s.log.ErrorContext(ctx, "cleaning up a failed suspend", "sandbox", id, "error", err)
-	} else if box, err := s.store.Get(ctx, id); err == nil && box.State == Suspended &&
-		!box.SuspendedAt.Before(began.Truncate(time.Microsecond)) {
-		return box, nil // its new point was whole before the failure: nothing is missing
+	} else if sbx, err := s.store.Get(ctx, id); err == nil && sbx.State == Suspended &&
+		!sbx.SuspendedAt.Before(began.Truncate(time.Microsecond)) {
+		return sbx, nil // its new point was whole before the failure: nothing is missing
 	}
 	if fault.As(cause) != nil {
 		return Sandbox{}, cause
@@ -167,13 +167,13 @@ func (s *Service) suspendFailed(ctx context.Context, id ID, began time.Time, cau
 	return Sandbox{}, fault.New(fault.Internal, reasonSuspendFailed, "sandbox %s was not suspended", id).Because(cause)
 }
 
-// partWhenFree ends the use of a sandbox as soon as no call is in flight.
-func (s *Service) partWhenFree(ctx context.Context, id ID) (*life, error) {
+// detachWhenFree ends the use of a sandbox as soon as no call is in flight.
+func (s *Service) detachWhenFree(ctx context.Context, id ID) (*instance, error) {
 	patience := time.NewTimer(leaseGrace)
 	defer patience.Stop()
 	for {
 		s.mu.Lock()
-		l := s.lives[id]
+		l := s.instances[id]
 		if l.leases == 0 {
 			s.remove(l)
 			s.mu.Unlock()
@@ -195,12 +195,12 @@ func (s *Service) partWhenFree(ctx context.Context, id ID) (*life, error) {
 	}
 }
 
-// partNow ends the use of a sandbox even while leases are held. The machine breaks their
+// detachNow ends the use of a sandbox even while leases are held. The machine breaks their
 // connections when it suspends the sandbox.
-func (s *Service) partNow(_ context.Context, id ID) (*life, error) {
+func (s *Service) detachNow(_ context.Context, id ID) (*instance, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l := s.lives[id]
+	l := s.instances[id]
 	s.remove(l)
 	return l, nil
 }

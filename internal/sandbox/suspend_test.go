@@ -21,7 +21,7 @@ import (
 
 func TestSuspendOnRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(time.Hour)
 		h.node.OnSuspend = func(context.Context, sandbox.ID) error { time.Sleep(time.Second); return nil }
 		pass(1500 * time.Millisecond)
@@ -30,9 +30,9 @@ func TestSuspendOnRequest(t *testing.T) {
 		errs := make(chan error, 5) // concurrent callers share the answer
 		for range cap(errs) {
 			go func() {
-				box, err := h.Suspend(context.Background(), org, id)
-				if err == nil && (box.State != sandbox.Suspended || !box.LastActivityAt.Equal(used)) {
-					t.Errorf("answered with %+v", box)
+				sbx, err := h.Suspend(context.Background(), org, id)
+				if err == nil && (sbx.State != sandbox.Suspended || !sbx.LastActivityAt.Equal(used)) {
+					t.Errorf("answered with %+v", sbx)
 				}
 				errs <- err
 			}()
@@ -54,7 +54,7 @@ func TestSuspendOnRequest(t *testing.T) {
 
 func TestSuspendWaitsForCalls(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(time.Hour)
 		lease := h.mustConnect(id)
 		began := time.Now()
@@ -89,7 +89,7 @@ var diskFull = fault.New(fault.NoSpace, "disk_full", "the checkpoint needs 100 M
 
 func TestFullDiskKeepsItRunning(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(10 * time.Second)
 		h.node.OnSuspend = func(context.Context, sandbox.ID) error { return diskFull }
 		began := time.Now()
@@ -122,7 +122,7 @@ func TestSuspendThatFails(t *testing.T) {
 	broken := errors.New("secret path /etc/x")
 	for name, tt := range map[string]struct {
 		before bool // whether there is an earlier point
-		left   func(h *house, id sandbox.ID)
+		left   func(h *fixture, id sandbox.ID)
 		state  sandbox.State
 		reason sandbox.Reason
 		event  string
@@ -131,17 +131,17 @@ func TestSuspendThatFails(t *testing.T) {
 	}{
 		"runs on":             {false, nil, sandbox.Running, "", "suspend_failed", false, false},
 		"runs on, with point": {true, nil, sandbox.Running, "", "suspend_failed", false, false},
-		"dead":                {false, func(h *house, id sandbox.ID) { h.node.Kill(id) }, sandbox.Destroyed, sandbox.Lost, "lost", false, false},
-		"dead, with point":    {true, func(h *house, id sandbox.ID) { h.node.Kill(id) }, sandbox.Suspended, "", "suspend_failed", true, false},
-		"dead, new point": {true, func(h *house, id sandbox.ID) {
+		"dead":                {false, func(h *fixture, id sandbox.ID) { h.node.Kill(id) }, sandbox.Destroyed, sandbox.Lost, "lost", false, false},
+		"dead, with point":    {true, func(h *fixture, id sandbox.ID) { h.node.Kill(id) }, sandbox.Suspended, "", "suspend_failed", true, false},
+		"dead, new point": {true, func(h *fixture, id sandbox.ID) {
 			_, _ = h.node.Checkpoint(context.Background(), id)
 			h.node.Kill(id)
 		}, sandbox.Suspended, "", "suspend_failed", true, true},
-		"nothing left": {true, func(h *house, id sandbox.ID) { _ = h.node.Destroy(context.Background(), id) }, sandbox.Destroyed, sandbox.Lost, "lost", false, false},
+		"nothing left": {true, func(h *fixture, id sandbox.ID) { _ = h.node.Destroy(context.Background(), id) }, sandbox.Destroyed, sandbox.Lost, "lost", false, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newHouse(t)
+				h := newFixture(t)
 				id := h.persistent(0)
 				if tt.before {
 					if _, err := h.Checkpoint(context.Background(), org, id); err != nil {
@@ -187,7 +187,7 @@ func TestSuspendThatCannotBeWrittenDown(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newHouse(t)
+				h := newFixture(t)
 				id := h.persistent(10 * time.Second)
 				h.gate.breakTransitions(func(to sandbox.State) bool { return to == tt.broken })
 				_, err := h.Suspend(context.Background(), org, id)
@@ -211,7 +211,7 @@ func TestSuspendThatCannotBeWrittenDown(t *testing.T) {
 // before the suspend ends the use of the sandbox.
 func TestCallJustBeforeSuspend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(10 * time.Second)
 		var lease *sandbox.Lease
 		h.gate.afterGet(func() { lease = h.mustConnect(id) })
@@ -235,7 +235,7 @@ func TestCallJustBeforeSuspend(t *testing.T) {
 // the present run and token.
 func TestCallWithAnOldReading(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(time.Hour)
 		h.gate.afterGet(func() { h.mustSuspend(id); h.mustWake(id) })
 		lease := h.mustConnect(id)
@@ -259,7 +259,7 @@ func TestNobodyIsSuspendedInUse(t *testing.T) {
 		DefaultSize: "small", DefaultDisk: 64, MaxDisk: 64},
 		db, node, oneTemplate{}, slog.New(slog.DiscardHandler), nil)
 	caller := sandbox.Caller{OrgID: org}
-	box, err := s.Create(t.Context(), caller, sandbox.Request{Template: "python", Mode: "persistent"},
+	sbx, err := s.Create(t.Context(), caller, sandbox.Request{Template: "python", Mode: "persistent"},
 		sandbox.Once{}, true)
 	if err != nil {
 		t.Fatal(err)
@@ -278,20 +278,21 @@ func TestNobodyIsSuspendedInUse(t *testing.T) {
 	for range 4 {
 		wg.Go(func() {
 			for range 250 {
-				lease, err := s.Connect(t.Context(), caller, box.ID)
+				lease, err := s.Connect(t.Context(), caller, sbx.ID)
 				if err != nil {
 					t.Error(err)
 					return
 				}
 				held.Add(1)
-				if fact, _ := node.Inspect(t.Context(), box.ID); fact == nil || !fact.Alive || fact.Run != lease.Sandbox.Run {
-					t.Errorf("a lease of life %s, the node has %+v", lease.Sandbox.Run, fact)
+				if observed, _ := node.Inspect(t.Context(), sbx.ID); observed == nil || !observed.Alive ||
+					observed.Run != lease.Sandbox.Run {
+					t.Errorf("a lease of life %s, the node has %+v", lease.Sandbox.Run, observed)
 				}
 				held.Add(-1)
 				lease.Release()
 				calls.Add(1)
 				if rand.IntN(4) == 0 {
-					_, _ = s.Checkpoint(t.Context(), org, box.ID)
+					_, _ = s.Checkpoint(t.Context(), org, sbx.ID)
 				}
 			}
 		})
@@ -304,7 +305,7 @@ func TestNobodyIsSuspendedInUse(t *testing.T) {
 				return
 			default:
 			}
-			if _, err := s.Suspend(t.Context(), org, box.ID); err != nil && !fault.Is(err, fault.Conflict) {
+			if _, err := s.Suspend(t.Context(), org, sbx.ID); err != nil && !fault.Is(err, fault.Conflict) {
 				t.Error(err)
 			}
 		}

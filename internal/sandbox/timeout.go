@@ -17,28 +17,28 @@ func (s *Service) SetTimeout(ctx context.Context, orgID string, id ID, timeout t
 	if timeout > MaxTimeout {
 		return Sandbox{}, invalid("timeout", "must be at most %s", MaxTimeout)
 	}
-	box, err := s.Get(ctx, orgID, id)
+	sbx, err := s.Get(ctx, orgID, id)
 	if err != nil {
 		return Sandbox{}, err
 	}
-	if box.Mode != Ephemeral {
-		return Sandbox{}, notEphemeral(box)
+	if sbx.Mode != Ephemeral {
+		return Sandbox{}, notEphemeral(sbx)
 	}
 	own := timeout
 	if timeout < MinTimeout {
-		own = box.Timeout // a wake needs a timeout of at least MinTimeout
+		own = sbx.Timeout // a wake needs a timeout of at least MinTimeout
 	}
-	box, err = s.store.SetExpiry(ctx, id, time.Now().UTC().Add(max(timeout, 0)), own, later)
+	sbx, err = s.store.SetExpiry(ctx, id, time.Now().UTC().Add(max(timeout, 0)), own, later)
 	if err != nil {
 		return Sandbox{}, err
 	}
-	s.extend(box)
-	return box, nil
+	s.extend(sbx)
+	return sbx, nil
 }
 
-func notEphemeral(box Sandbox) error {
+func notEphemeral(sbx Sandbox) error {
 	return fault.New(fault.Conflict, "sandbox_not_ephemeral",
-		"sandbox %s is %s and has no timeout to extend", box.ID, box.Mode)
+		"sandbox %s is %s and has no timeout to extend", sbx.ID, sbx.Mode)
 }
 
 // SetSurface replaces the data that the surface stores with a sandbox that it created.
@@ -58,8 +58,8 @@ func (s *Service) suspendExpired(expired Sandbox) {
 	}
 	if mine {
 		// suspend logs its errors.
-		box, err := s.suspend(op.ctx, expired.ID, string(Expired), s.partExpired(expired.Run))
-		s.finish(expired.ID, op, box, err)
+		sbx, err := s.suspend(op.ctx, expired.ID, string(Expired), s.partExpired(expired.Run))
+		s.finish(expired.ID, op, sbx, err)
 	} else {
 		<-op.done
 	}
@@ -67,7 +67,7 @@ func (s *Service) suspendExpired(expired Sandbox) {
 	defer s.mu.Unlock()
 	// The sandbox may still be in use: it was given more time, another operation on it was under way,
 	// or its row could not be read.
-	if l := s.lives[expired.ID]; l != nil && l.run == expired.Run && !s.closed {
+	if l := s.instances[expired.ID]; l != nil && l.run == expired.Run && !s.closed {
 		again := time.Now().Add(time.Second) // no sooner, whatever the cause
 		if again.Before(l.after) {
 			again = l.after
@@ -80,15 +80,15 @@ func (s *Service) suspendExpired(expired Sandbox) {
 var errNotExpired = errors.New("not expired any more")
 
 // partExpired ends the use of a sandbox if its row still says that its timeout is over.
-func (s *Service) partExpired(run string) parting {
-	return func(ctx context.Context, id ID) (*life, error) {
-		box, err := s.store.Get(ctx, id)
+func (s *Service) partExpired(run string) detachFunc {
+	return func(ctx context.Context, id ID) (*instance, error) {
+		sbx, err := s.store.Get(ctx, id)
 		if err != nil {
 			return nil, err
 		}
-		if box.Run != run || time.Now().Before(box.ExpiresAt) {
+		if sbx.Run != run || time.Now().Before(sbx.ExpiresAt) {
 			return nil, errNotExpired
 		}
-		return s.partNow(ctx, id)
+		return s.detachNow(ctx, id)
 	}
 }

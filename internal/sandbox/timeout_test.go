@@ -11,36 +11,36 @@ import (
 )
 
 // pausing creates an ephemeral sandbox that is suspended at its end.
-func (h *house) pausing(timeout time.Duration) sandbox.ID {
+func (h *fixture) pausing(timeout time.Duration) sandbox.ID {
 	h.t.Helper()
 	return h.mustCreate(sandbox.Request{Timeout: &timeout, AtEnd: sandbox.EndSuspends, Surface: "kept"}).ID
 }
 
 func TestEndSuspends(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.pausing(time.Minute)
 		lease := h.mustConnect(id) // a lease does not keep it
 		pass(time.Minute)
 		h.wantState(id, sandbox.Suspended, "")
 		h.wantEvent(id, sandbox.Suspending, sandbox.Suspended, "expired", "")
 		lease.Release()
-		if box := h.get(id); !box.ExpiresAt.IsZero() || box.Surface != "kept" || box.SuspendedAt.IsZero() ||
-			!box.LastActivityAt.IsZero() {
-			t.Errorf("the row is %+v", box)
+		if sbx := h.get(id); !sbx.ExpiresAt.IsZero() || sbx.Surface != "kept" || sbx.SuspendedAt.IsZero() ||
+			!sbx.LastActivityAt.IsZero() {
+			t.Errorf("the row is %+v", sbx)
 		}
 		pass(48 * time.Hour)
 		h.wantState(id, sandbox.Suspended, "")
 
 		// A wake gives it its own timeout, or the requested one.
-		box := h.mustWake(id)
-		if left := time.Until(box.ExpiresAt); left != time.Minute {
+		sbx := h.mustWake(id)
+		if left := time.Until(sbx.ExpiresAt); left != time.Minute {
 			t.Errorf("it has %s", left)
 		}
 		h.mustPause(id)
-		box, err := h.WakeFor(context.Background(), h.caller(), id, time.Hour)
-		if left := time.Until(box.ExpiresAt); err != nil || left != time.Hour || box.Timeout != time.Hour {
-			t.Errorf("it has %s of %s, %v", left, box.Timeout, err)
+		sbx, err := h.WakeFor(context.Background(), h.caller(), id, time.Hour)
+		if left := time.Until(sbx.ExpiresAt); err != nil || left != time.Hour || sbx.Timeout != time.Hour {
+			t.Errorf("it has %s of %s, %v", left, sbx.Timeout, err)
 		}
 		pass(time.Hour)
 		h.wantState(id, sandbox.Suspended, "")
@@ -51,16 +51,16 @@ func TestEndSuspends(t *testing.T) {
 	})
 }
 
-func (h *house) mustPause(id sandbox.ID) {
+func (h *fixture) mustPause(id sandbox.ID) {
 	h.t.Helper()
-	if box, err := h.Pause(context.Background(), org, id); err != nil || box.State != sandbox.Suspended {
-		h.t.Fatalf("pausing: %s, %v", box.State, err)
+	if sbx, err := h.Pause(context.Background(), org, id); err != nil || sbx.State != sandbox.Suspended {
+		h.t.Fatalf("pausing: %s, %v", sbx.State, err)
 	}
 }
 
 func TestPauseOfEitherModeInUse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		ephemeral := h.mustCreate(sandbox.Request{}).ID
 		for _, id := range []sandbox.ID{ephemeral, h.persistent(time.Hour)} {
 			lease := h.mustConnect(id)
@@ -95,7 +95,7 @@ func TestPauseOfEitherModeInUse(t *testing.T) {
 // after a pause.
 func TestEndThatCannotSuspend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.pausing(10 * time.Second)
 		h.node.OnSuspend = func(context.Context, sandbox.ID) error { return diskFull }
 		pass(10 * time.Second)
@@ -113,12 +113,12 @@ func TestEndThatCannotSuspend(t *testing.T) {
 
 func TestSetTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		ctx := context.Background()
 		set := func(id sandbox.ID, timeout time.Duration, later bool, want time.Duration) {
 			t.Helper()
-			box, err := h.SetTimeout(ctx, org, id, timeout, later)
-			if left := time.Until(box.ExpiresAt); err != nil || left != want {
+			sbx, err := h.SetTimeout(ctx, org, id, timeout, later)
+			if left := time.Until(sbx.ExpiresAt); err != nil || left != want {
 				t.Errorf("it has %s, want %s; %v", left, want, err)
 			}
 		}
@@ -146,8 +146,8 @@ func TestSetTimeout(t *testing.T) {
 		set(asleep, 0, false, 0)
 		synctest.Wait()
 		h.wantState(asleep, sandbox.Suspended, "")
-		if box := h.mustWake(asleep); time.Until(box.ExpiresAt) != time.Hour {
-			t.Errorf("woken for %s", time.Until(box.ExpiresAt))
+		if sbx := h.mustWake(asleep); time.Until(sbx.ExpiresAt) != time.Hour {
+			t.Errorf("woken for %s", time.Until(sbx.ExpiresAt))
 		}
 		_, err = h.SetTimeout(ctx, org, h.persistent(time.Hour), time.Minute, false)
 		wantCode(t, err, fault.Conflict, "sandbox_not_ephemeral")
@@ -158,7 +158,7 @@ func TestSetTimeout(t *testing.T) {
 // finds a paused sandbox paused.
 func TestEndAcrossRestarts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		due, paused, dies := h.pausing(time.Minute), h.pausing(time.Minute), h.pausing(time.Hour)
 		h.mustPause(paused)
 		h.mustPause(dies)
@@ -173,7 +173,7 @@ func TestEndAcrossRestarts(t *testing.T) {
 		// It was paused once, so it falls back to that point.
 		h.wantState(dies, sandbox.Suspended, "")
 		for _, id := range []sandbox.ID{due, paused, dies} {
-			if box := h.mustWake(id); box.ExpiresAt.IsZero() {
+			if sbx := h.mustWake(id); sbx.ExpiresAt.IsZero() {
 				t.Errorf("%s never ends", id)
 			}
 		}
@@ -182,7 +182,7 @@ func TestEndAcrossRestarts(t *testing.T) {
 
 func TestEndRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		_, err := h.create(sandbox.Request{AtEnd: "explode"})
 		wantCode(t, err, fault.Invalid, "invalid_at_end")
 		_, err = h.create(sandbox.Request{Mode: "persistent", AtEnd: sandbox.EndSuspends})

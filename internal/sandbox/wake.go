@@ -11,7 +11,7 @@ import (
 // pointTimeout bounds writing or reading one recovery point. The largest size has 16 GiB, which
 // takes a disk of 30 MB/s nine minutes. A lower value fails large sandboxes on slow disks; a higher
 // one delays the report of a broken machine.
-const pointTimeout = 10 * time.Minute
+const checkpointTimeout = 10 * time.Minute
 
 // Wake returns a sandbox of either mode running, and wakes it if it is suspended. It waits for a
 // suspend under way before it wakes the sandbox. Concurrent callers share one wake, which continues
@@ -27,38 +27,38 @@ func (s *Service) Wake(ctx context.Context, c Caller, id ID) (Sandbox, error) {
 // WakeFor is like Wake, but gives an ephemeral sandbox the timeout when it wakes; 0 means the
 // timeout that it had last. It does not change the timeout of a running sandbox.
 func (s *Service) WakeFor(ctx context.Context, c Caller, id ID, timeout time.Duration) (Sandbox, error) {
-	box, _, err := s.running(ctx, c, id, wish{timeout: timeout})
-	return s.shown(box), err
+	sbx, _, err := s.running(ctx, c, id, runOptions{timeout: timeout})
+	return s.shown(sbx), err
 }
 
 // Connect leases a sandbox. It waits for one that is being created and wakes a suspended one.
 // Errors are those of [Service.Wake]. For a running sandbox it costs one read of the row and no
 // write.
 func (s *Service) Connect(ctx context.Context, c Caller, id ID) (*Lease, error) {
-	box, l, err := s.running(ctx, c, id, wish{pin: true})
+	sbx, l, err := s.running(ctx, c, id, runOptions{pin: true})
 	if err != nil {
 		return nil, err
 	}
-	return &Lease{Sandbox: box, service: s, life: l}, nil
+	return &Lease{Sandbox: sbx, service: s, instance: l}, nil
 }
 
 // Attach leases a running sandbox of any organization. It wakes no sandbox, and does not wait for
 // one that is not in state running: it returns a Conflict, code "sandbox_not_running".
 func (s *Service) Attach(ctx context.Context, id ID) (*Lease, error) {
 	for last := false; ; last = true {
-		box, err := s.Lookup(ctx, id)
+		sbx, err := s.Lookup(ctx, id)
 		if err != nil {
 			return nil, err
 		}
-		if box.State == Running {
-			if l := s.use(box, true); l != nil {
-				return &Lease{Sandbox: box, service: s, life: l}, nil
+		if sbx.State == Running {
+			if l := s.use(sbx, true); l != nil {
+				return &Lease{Sandbox: sbx, service: s, instance: l}, nil
 			}
 		}
 		// A row may be briefly ahead of the operation on its sandbox: wait for the operation's result.
 		op := s.working(id)
-		if last || op == nil || box.State != Running {
-			return nil, notRunning(box)
+		if last || op == nil || sbx.State != Running {
+			return nil, notRunning(sbx)
 		}
 		if err := op.ended(ctx); err != nil {
 			return nil, err
@@ -66,28 +66,28 @@ func (s *Service) Attach(ctx context.Context, id ID) (*Lease, error) {
 	}
 }
 
-// wish holds what a caller needs of a running sandbox.
-type wish struct {
+// runOptions holds what a caller needs of a running sandbox.
+type runOptions struct {
 	pin     bool          // take a lease, and wait for a sandbox being created
 	timeout time.Duration // of an ephemeral one, from its wake; 0 means its own
 }
 
 // running brings the sandbox to running after any operation on it, and records the activity.
-func (s *Service) running(ctx context.Context, c Caller, id ID, u wish) (Sandbox, *life, error) {
+func (s *Service) running(ctx context.Context, c Caller, id ID, u runOptions) (Sandbox, *instance, error) {
 	for {
 		end := trace.Start(ctx, "find")
-		box, err := s.Get(ctx, c.OrgID, id)
+		sbx, err := s.Get(ctx, c.OrgID, id)
 		end()
 		if err != nil {
 			return Sandbox{}, nil, err
 		}
 		switch {
-		case box.State == Running:
-			if l := s.use(box, u.pin); l != nil {
-				return box, l, nil
+		case sbx.State == Running:
+			if l := s.use(sbx, u.pin); l != nil {
+				return sbx, l, nil
 			}
-		case box.State == Creating && !u.pin, box.State == Destroying, box.State.Over():
-			return Sandbox{}, nil, notRunning(box)
+		case sbx.State == Creating && !u.pin, sbx.State == Destroying, sbx.State.Over():
+			return Sandbox{}, nil, notRunning(sbx)
 		}
 		// The sandbox cannot be used as it was read: wait for the operation on it, or begin a wake, and
 		// read it again.
@@ -109,23 +109,23 @@ func (s *Service) running(ctx context.Context, c Caller, id ID, u wish) (Sandbox
 
 // wake takes a suspended sandbox to running; the caller holds the operation.
 func (s *Service) wake(ctx context.Context, c Caller, id ID, timeout time.Duration) (Sandbox, error) {
-	box, err := s.present(ctx, id)
+	sbx, err := s.present(ctx, id)
 	switch {
 	case err != nil:
 		return Sandbox{}, err
-	case box.State == Running:
-		return box, nil
-	case box.State != Suspended:
-		return Sandbox{}, notRunning(box)
+	case sbx.State == Running:
+		return sbx, nil
+	case sbx.State != Suspended:
+		return Sandbox{}, notRunning(sbx)
 	}
 	// Errors that concern only this caller leave the row unchanged.
-	if err := s.room(ctx, box.Size); err != nil {
+	if err := s.room(ctx, sbx.Size); err != nil {
 		return Sandbox{}, err
 	}
 	run, token := newSecret(10), newSecret(32)
-	claim := Change{ID: id, From: []State{Suspended}, Run: box.Run, To: Waking, At: time.Now().UTC(),
+	claim := Change{ID: id, From: []State{Suspended}, Run: sbx.Run, To: Waking, At: time.Now().UTC(),
 		Quota: &c.Quota, NewRun: &run, Token: &token}
-	if box.Mode == Ephemeral && timeout > 0 {
+	if sbx.Mode == Ephemeral && timeout > 0 {
 		claim.Timeout = &timeout
 	}
 	claimed, err := s.transition(ctx, claim)
@@ -140,17 +140,17 @@ func (s *Service) wake(ctx context.Context, c Caller, id ID, timeout time.Durati
 }
 
 // restore wakes a claimed sandbox and makes it usable.
-func (s *Service) restore(ctx context.Context, box Sandbox) (Sandbox, error) {
-	ctx, cancel := context.WithTimeout(ctx, pointTimeout)
+func (s *Service) restore(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+	ctx, cancel := context.WithTimeout(ctx, checkpointTimeout)
 	defer cancel()
-	if err := s.node.Wake(ctx, box.restored()); err != nil {
+	if err := s.node.Wake(ctx, sbx.restored()); err != nil {
 		return Sandbox{}, err
 	}
 	now := time.Now().UTC()
-	done := Change{ID: box.ID, From: []State{Waking}, Run: box.Run, To: Running, At: now,
+	done := Change{ID: sbx.ID, From: []State{Waking}, Run: sbx.Run, To: Running, At: now,
 		SuspendedAt: new(time.Time), Error: new(string)}
-	if box.Mode == Ephemeral {
-		done.ExpiresAt = new(now.Add(box.Timeout))
+	if sbx.Mode == Ephemeral {
+		done.ExpiresAt = new(now.Add(sbx.Timeout))
 	} else {
 		done.LastActivityAt = &now
 	}
@@ -158,7 +158,7 @@ func (s *Service) restore(ctx context.Context, box Sandbox) (Sandbox, error) {
 	if err != nil {
 		return Sandbox{}, err
 	}
-	l := newLife(woken)
+	l := newInstance(woken)
 	l.looked, l.changed = now, false // it equals its point
 	s.track(l)
 	return woken, nil
@@ -166,22 +166,22 @@ func (s *Service) restore(ctx context.Context, box Sandbox) (Sandbox, error) {
 
 // wakeFailed takes the sandbox back to suspended, unless a destroy interrupted, and returns the
 // error for the callers.
-func (s *Service) wakeFailed(ctx context.Context, box Sandbox, cause error) error {
+func (s *Service) wakeFailed(ctx context.Context, sbx Sandbox, cause error) error {
 	if context.Cause(ctx) == errInterrupted {
-		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while it was being woken", box.ID)
+		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while it was being woken", sbx.ID)
 	}
-	s.log.ErrorContext(ctx, "sandbox did not wake", "sandbox", box.ID, "error", cause)
+	s.log.ErrorContext(ctx, "sandbox did not wake", "sandbox", sbx.ID, "error", cause)
 	why := note{reason: reasonWakeFailed, detail: publicText(cause,
 		"the sandbox did not wake; the server's log has the cause")}
 	if !fault.Is(cause, fault.Unavailable) && !fault.Is(cause, fault.Exhausted) {
 		why.hinders = &why.detail
 	}
-	if err := s.settle(ctx, box.ID, why); err != nil {
+	if err := s.settle(ctx, sbx.ID, why); err != nil {
 		// The row stays a claim; Reconcile settles it.
-		s.log.ErrorContext(ctx, "cleaning up a failed wake", "sandbox", box.ID, "error", err)
+		s.log.ErrorContext(ctx, "cleaning up a failed wake", "sandbox", sbx.ID, "error", err)
 	}
 	if fault.As(cause) != nil {
 		return cause
 	}
-	return fault.New(fault.Internal, reasonWakeFailed, "sandbox %s did not wake", box.ID).Because(cause)
+	return fault.New(fault.Internal, reasonWakeFailed, "sandbox %s did not wake", sbx.ID).Because(cause)
 }

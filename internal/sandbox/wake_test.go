@@ -14,7 +14,7 @@ import (
 
 func TestWakeIsShared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(time.Hour)
 		before := h.get(id)
 		pass(time.Minute)
@@ -31,11 +31,11 @@ func TestWakeIsShared(t *testing.T) {
 		for i := range cap(runs) {
 			go func() {
 				if i%2 == 0 {
-					box, err := h.Wake(context.Background(), h.caller(), id)
-					if err != nil || box.State != sandbox.Running {
-						t.Errorf("%s, %v", box.State, err)
+					sbx, err := h.Wake(context.Background(), h.caller(), id)
+					if err != nil || sbx.State != sandbox.Running {
+						t.Errorf("%s, %v", sbx.State, err)
 					}
-					runs <- box.Run
+					runs <- sbx.Run
 					return
 				}
 				lease, err := h.Connect(context.Background(), h.caller(), id)
@@ -57,10 +57,10 @@ func TestWakeIsShared(t *testing.T) {
 		if n := h.calls("wake", id); n != 1 {
 			t.Errorf("woken %d times", n)
 		}
-		box := h.get(id)
-		if !box.SuspendedAt.IsZero() || !box.StartedAt.Equal(before.StartedAt) ||
-			!box.LastActivityAt.Equal(time.Now().UTC()) || h.InUse() != 0 {
-			t.Errorf("woken as %+v, %d leases", box, h.InUse())
+		sbx := h.get(id)
+		if !sbx.SuspendedAt.IsZero() || !sbx.StartedAt.Equal(before.StartedAt) ||
+			!sbx.LastActivityAt.Equal(time.Now().UTC()) || h.InUse() != 0 {
+			t.Errorf("woken as %+v, %d leases", sbx, h.InUse())
 		}
 		pass(time.Hour)
 		h.wantState(id, sandbox.Suspended, "") // its idle timer is set again
@@ -69,7 +69,7 @@ func TestWakeIsShared(t *testing.T) {
 
 func TestCallWhileSuspendingWaitsAndWakes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(10 * time.Second)
 		h.node.OnSuspend = func(context.Context, sandbox.ID) error { time.Sleep(3 * time.Second); return nil }
 		pass(11 * time.Second)
@@ -90,7 +90,7 @@ func TestCallWhileSuspendingWaitsAndWakes(t *testing.T) {
 
 func TestWakeGoesOnWhenTheCallerLeaves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.suspended()
 		h.node.OnWake = func(context.Context, sandbox.Spec) error { time.Sleep(time.Second); return nil }
 		ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
@@ -108,7 +108,7 @@ func TestWakeGoesOnWhenTheCallerLeaves(t *testing.T) {
 
 func TestRoomAndQuotaLeaveOneSuspended(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.suspended()
 		h.persistent(0)
 		want, event := h.get(id), h.latest(id)
@@ -145,7 +145,7 @@ func TestWakeThatFails(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newHouse(t)
+				h := newFixture(t)
 				id := h.suspended()
 				slept := h.get(id).SuspendedAt
 				h.node.OnWake = func(context.Context, sandbox.Spec) error { time.Sleep(time.Second); return tt.err }
@@ -159,16 +159,16 @@ func TestWakeThatFails(t *testing.T) {
 					}
 				}
 				h.wantState(id, sandbox.Suspended, "")
-				if box := h.get(id); box.Error != tt.text || !box.SuspendedAt.Equal(slept) {
-					t.Errorf("the row is %+v", box)
+				if sbx := h.get(id); sbx.Error != tt.text || !sbx.SuspendedAt.Equal(slept) {
+					t.Errorf("the row is %+v", sbx)
 				}
 				if e := h.latest(id); e.From != sandbox.Waking || e.Reason != "wake_failed" ||
 					tt.text != "" && e.Detail != tt.text {
 					t.Errorf("latest event is %+v", e)
 				}
 				h.node.OnWake = nil
-				if box := h.mustWake(id); box.Error != "" || !box.SuspendedAt.IsZero() {
-					t.Errorf("woken as %+v", box)
+				if sbx := h.mustWake(id); sbx.Error != "" || !sbx.SuspendedAt.IsZero() {
+					t.Errorf("woken as %+v", sbx)
 				}
 			})
 		})
@@ -179,7 +179,7 @@ func TestWakeThatFails(t *testing.T) {
 // without waiting for Reconcile.
 func TestWakeThatCannotBeCleared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.suspended()
 		h.node.OnWake = func(context.Context, sandbox.Spec) error { return errors.New("injected") }
 		h.node.OnRest = func(context.Context, sandbox.ID) error { return errors.New("device busy") }
@@ -195,7 +195,7 @@ func TestWakeThatCannotBeCleared(t *testing.T) {
 
 func TestWakeThatCannotBeWrittenDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.suspended()
 		h.gate.breakTransitions(func(to sandbox.State) bool { return to == sandbox.Running })
 		if _, err := h.Wake(context.Background(), h.caller(), id); !errors.Is(err, errBroken) {
@@ -208,17 +208,17 @@ func TestWakeThatCannotBeWrittenDown(t *testing.T) {
 }
 
 func TestDestroyWins(t *testing.T) {
-	for name, begin := range map[string]func(h *house, id sandbox.ID) error{
-		"suspend": func(h *house, id sandbox.ID) error {
+	for name, begin := range map[string]func(h *fixture, id sandbox.ID) error{
+		"suspend": func(h *fixture, id sandbox.ID) error {
 			_, err := h.Suspend(context.Background(), org, id)
 			return err
 		},
-		"suspend that waits for a call": func(h *house, id sandbox.ID) error {
+		"suspend that waits for a call": func(h *fixture, id sandbox.ID) error {
 			h.mustConnect(id)
 			_, err := h.Suspend(context.Background(), org, id)
 			return err
 		},
-		"wake": func(h *house, id sandbox.ID) error {
+		"wake": func(h *fixture, id sandbox.ID) error {
 			block := h.node.OnSuspend
 			h.node.OnSuspend = nil
 			h.mustSuspend(id)
@@ -226,14 +226,14 @@ func TestDestroyWins(t *testing.T) {
 			_, err := h.Connect(context.Background(), h.caller(), id)
 			return err
 		},
-		"checkpoint": func(h *house, id sandbox.ID) error {
+		"checkpoint": func(h *fixture, id sandbox.ID) error {
 			_, err := h.Checkpoint(context.Background(), org, id)
 			return err
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newHouse(t)
+				h := newFixture(t)
 				id := h.persistent(0)
 				block := func(ctx context.Context, _ sandbox.ID) error { // takes a second to end
 					<-ctx.Done()
@@ -269,7 +269,7 @@ func TestDestroyWins(t *testing.T) {
 // its row is not written yet.
 func TestDestroyBetweenPointAndRow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		id := h.persistent(0)
 		h.node.OnSuspend = func(ctx context.Context, _ sandbox.ID) error {
 			<-ctx.Done()
@@ -291,7 +291,7 @@ func TestDestroyBetweenPointAndRow(t *testing.T) {
 
 func TestClosing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t)
+		h := newFixture(t)
 		ctx := context.Background()
 		asleep, running, going := h.suspended(), h.persistent(0), h.persistent(0)
 		h.node.OnSuspend = func(context.Context, sandbox.ID) error { time.Sleep(time.Second); return nil }
@@ -314,8 +314,8 @@ func TestClosing(t *testing.T) {
 		}
 		h.wantState(going, sandbox.Suspended, "")
 		h.wantState(asleep, sandbox.Suspended, "")
-		if box := h.get(asleep); box.Error != "" {
-			t.Errorf("shutting down is written down: %q", box.Error)
+		if sbx := h.get(asleep); sbx.Error != "" {
+			t.Errorf("shutting down is written down: %q", sbx.Error)
 		}
 	})
 }

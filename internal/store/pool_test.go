@@ -60,7 +60,8 @@ func poolMembers(t *testing.T, st sandbox.Store) {
 	if err := st.AddPooled(t.Context(), taken); err == nil {
 		t.Error("added a pooled sandbox with the ID of a sandbox")
 	}
-	if images, err := st.Images(t.Context()); err != nil || len(images) != 2 || images[0] != a.Image || images[1] != b.Image {
+	if images, err := st.Images(t.Context()); err != nil || len(images) != 2 ||
+		images[0] != a.Image || images[1] != b.Image {
 		t.Errorf("images %v, %v", images, err)
 	}
 	for range 2 {

@@ -19,44 +19,44 @@ import (
 const startsPerCPU = 1
 
 const (
-	// turnPatience limits the wait of a start for its turn. A later start fails and asks the caller to
+	// startSlotPatience limits the wait of a start for its slot. A later start fails and asks the caller to
 	// retry, before the time for the whole create is over.
-	turnPatience = 30 * time.Second
-	// turnMost limits the length of a turn. A start that takes longer, some hundred times what it
+	startSlotPatience = 30 * time.Second
+	// startSlotMost limits how long a start holds its slot. A start that takes longer, some hundred times what it
 	// takes on a quiet machine, waits for something other than a CPU, and must not delay all others.
-	turnMost = 10 * time.Second
+	startSlotMost = 10 * time.Second
 )
 
-// turns gives out the turns to start. Of the waiting organizations, the one whose last turn is the
+// startSlots gives out the slots for starts. Of the waiting organizations, the one whose last slot is the
 // longest ago is next, and the starts of one organization come in the order of their requests. So
 // an organization that asks for a hundred sandboxes at once delays only its own, and one that asks
-// for one now and then waits only for the starts under way. turns is safe for concurrent use.
-type turns struct {
+// for one now and then waits only for the starts under way. startSlots is safe for concurrent use.
+type startSlots struct {
 	mu sync.Mutex
 	// +checklocks:mu
 	free int
 	// +checklocks:mu
 	waiting []waitingOrg // in the order of arrival; each has at least one start
 	// +checklocks:mu
-	given uint64 // number of turns given so far
+	given uint64 // number of slots given so far
 	// +checklocks:mu
-	last map[string]uint64 // value of given at an organization's last turn; old ones are removed
+	last map[string]uint64 // value of given at an organization's last slot; old ones are removed
 }
 
-// remembered is the number of latest turns that are remembered. An organization that had none of
-// them counts as one that never had a turn.
+// remembered limits the number of latest slots that are remembered. An organization that had none of
+// them counts as one that never had a slot.
 const remembered = 1000
 
-// waitingOrg holds an organization and the turns that it waits for, in order.
+// waitingOrg holds an organization and the slots that it waits for, in order.
 type waitingOrg struct {
 	org    string
 	starts []chan struct{}
 }
 
-func newTurns(most int) *turns { return &turns{free: most, last: map[string]uint64{}} }
+func newStartSlots(most int) *startSlots { return &startSlots{free: most, last: map[string]uint64{}} }
 
-// take returns a channel that is closed when the organization gets a turn.
-func (t *turns) take(org string) (given chan struct{}) {
+// take returns a channel that is closed when the organization gets a slot.
+func (t *startSlots) take(org string) (given chan struct{}) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	given = make(chan struct{})
@@ -70,14 +70,14 @@ func (t *turns) take(org string) (given chan struct{}) {
 }
 
 // +checklocks:t.mu
-func (t *turns) findLocked(org string) int {
+func (t *startSlots) findLocked(org string) int {
 	return slices.IndexFunc(t.waiting, func(w waitingOrg) bool { return w.org == org })
 }
 
-// giveLocked gives the free turns to waiting organizations.
+// giveLocked gives the free slots to waiting organizations.
 //
 // +checklocks:t.mu
-func (t *turns) giveLocked() {
+func (t *startSlots) giveLocked() {
 	for t.free > 0 && len(t.waiting) > 0 {
 		first := 0
 		for i, w := range t.waiting {
@@ -98,15 +98,15 @@ func (t *turns) giveLocked() {
 }
 
 // +checklocks:t.mu
-func (t *turns) removeLocked(i, start int) {
+func (t *startSlots) removeLocked(i, start int) {
 	w := &t.waiting[i]
 	if w.starts = slices.Delete(w.starts, start, start+1); len(w.starts) == 0 {
 		t.waiting = slices.Delete(t.waiting, i, i+1)
 	}
 }
 
-// giveUp withdraws a request for a turn. A turn that was given meanwhile goes to the next request.
-func (t *turns) giveUp(org string, given chan struct{}) {
+// giveUp withdraws a request for a slot. A slot that was given meanwhile goes to the next request.
+func (t *startSlots) giveUp(org string, given chan struct{}) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if i := t.findLocked(org); i >= 0 {
@@ -119,37 +119,37 @@ func (t *turns) giveUp(org string, given chan struct{}) {
 	t.giveLocked()
 }
 
-// over ends a turn and gives it to the next request.
-func (t *turns) over() {
+// over frees a slot and gives it to the next request.
+func (t *startSlots) over() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.free++
 	t.giveLocked()
 }
 
-// turn waits until the sandbox may start.
-func (n *Node) turn(ctx context.Context, b *box, org string) error {
-	late := time.NewTimer(turnPatience)
+// awaitStartSlot waits until the sandbox may start.
+func (n *Node) awaitStartSlot(ctx context.Context, b *instance, org string) error {
+	late := time.NewTimer(startSlotPatience)
 	defer late.Stop()
-	given := n.turns.take(org)
+	given := n.startSlots.take(org)
 	select {
 	case <-given:
 	case <-late.C:
-		n.turns.giveUp(org, given)
+		n.startSlots.giveUp(org, given)
 		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has more sandboxes to start than it can within %s",
-			turnPatience).After(retryRoom)
+			startSlotPatience).After(retryRoom)
 	case <-ctx.Done():
-		n.turns.giveUp(org, given)
-		return fmt.Errorf("waiting for its turn to start: %w", ctx.Err())
+		n.startSlots.giveUp(org, given)
+		return fmt.Errorf("waiting for its start slot: %w", ctx.Err())
 	}
-	over := sync.OnceFunc(n.turns.over)
-	timer := time.AfterFunc(turnMost, over)
+	over := sync.OnceFunc(n.startSlots.over)
+	timer := time.AfterFunc(startSlotMost, over)
 	b.over = func() { timer.Stop(); over() }
 	return nil
 }
 
-// turnOver ends the sandbox's turn to start, if it has one.
-func (b *box) turnOver() {
+// releaseStartSlot frees the sandbox's start slot, if it has one.
+func (b *instance) releaseStartSlot() {
 	if b.over != nil {
 		b.over()
 	}

@@ -21,16 +21,16 @@ import (
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
-// box holds what the node knows of a sandbox on this machine and of its instance.
-type box struct {
-	node *Node
-	life life
-	slot *network.Slot // nil until it is acquired
+// instance holds what the node knows of a sandbox on this machine and of its processes.
+type instance struct {
+	node   *Node
+	record record
+	slot   *network.Slot // nil until it is acquired
 
-	policed bool // whether the slot has the policy of life; node.mu guards both
+	policed bool // whether the slot has the policy of record; node.mu guards both
 	pid     int  // of the sentry; 0 until it has started
 
-	over     func()        // ends its turn to start; nil if it had none; safe to repeat
+	over     func()        // frees its start slot; nil if it had none; safe to repeat
 	verified *verification // of the memory that it was restored with; nil if it was booted
 
 	hurry hurry // raises its CPU weight during calls
@@ -45,34 +45,34 @@ type box struct {
 	stop    context.CancelFunc // ends ctx
 }
 
-// boxOf returns a new box for the sandbox of a life.
-func (n *Node) boxOf(l life) *box {
-	b := &box{node: n, life: l}
+// instanceOf returns a new instance for the sandbox of a record.
+func (n *Node) instanceOf(l record) *instance {
+	b := &instance{node: n, record: l}
 	b.hurry.attach(n.groups.Group(n.groupPath(l.ID)), cpuWeight(l.Shape))
 	return b
 }
 
-func (b *box) target() agentapi.Target {
-	return agentapi.Target{SandboxID: string(b.life.ID), Run: b.life.Run}
+func (b *instance) target() agentapi.Target {
+	return agentapi.Target{SandboxID: string(b.record.ID), Run: b.record.Run}
 }
 
 // container returns the sandbox for the runtime, without the spec, which only the start needs.
-func (b *box) container() runsc.Container {
-	return runsc.Container{ID: string(b.life.ID), Bundle: b.node.dir(b.life.ID)}
+func (b *instance) container() runsc.Container {
+	return runsc.Container{ID: string(b.record.ID), Bundle: b.node.dir(b.record.ID)}
 }
 
 // runtime returns the version of runsc that first started the sandbox.
-func (b *box) runtime() *runsc.Runtime {
+func (b *instance) runtime() *runsc.Runtime {
 	cfg := b.node.cfg
-	return &runsc.Runtime{Program: embedded.At(cfg.ProgramsDir, b.life.Programs).Runsc, Flags: b.life.Flags,
+	return &runsc.Runtime{Program: embedded.At(cfg.ProgramsDir, b.record.Programs).Runsc, Flags: b.record.Flags,
 		Root: cfg.RunDir, Standby: b.node.standby}
 }
 
 // dead reports whether the sandbox has no instance: its sentry has ended or never ran.
-func (b *box) dead() bool { return b.gone.Load() || !b.watched.Load() }
+func (b *instance) dead() bool { return b.gone.Load() || !b.watched.Load() }
 
 // end marks the coming end of the sandbox as intended and stops its watches.
-func (b *box) end() {
+func (b *instance) end() {
 	b.ending.Store(true)
 	if b.stop != nil {
 		b.stop()
@@ -80,17 +80,17 @@ func (b *box) end() {
 }
 
 // watch starts to guard the sandbox's memory and to wait for its end.
-func (b *box) watch() error {
+func (b *instance) watch() error {
 	n := b.node
-	pidfd, err := openProcess(b.pid, string(b.life.ID))
+	pidfd, err := openProcess(b.pid, string(b.record.ID))
 	if err != nil {
 		return err
 	}
 	guard := &cgroup.Guard{
-		Group: n.groups.Group(n.groupPath(b.life.ID)), Limit: int64(b.life.Shape.Size.MemoryMB)<<20 + overhead, Reserve: reserve,
+		Group: n.groups.Group(n.groupPath(b.record.ID)), Limit: int64(b.record.Shape.Size.MemoryMB)<<20 + overhead, Reserve: reserve,
 		Relieve: func(ctx context.Context, over int64) (int64, error) {
 			freed, killed, err := n.agents.RelieveMemory(ctx, b.target(), over)
-			n.log.InfoContext(ctx, "sandbox out of memory", "sandbox", b.life.ID,
+			n.log.InfoContext(ctx, "sandbox out of memory", "sandbox", b.record.ID,
 				"over_bytes", over, "freed_bytes", freed, "killed", killed)
 			return freed, err
 		},
@@ -115,20 +115,20 @@ func (b *box) watch() error {
 	return nil
 }
 
-func (b *box) guardMemory(ctx context.Context, guard *cgroup.Guard) {
+func (b *instance) guardMemory(ctx context.Context, guard *cgroup.Guard) {
 	err := guard.Run(ctx)
 	if err == nil || ctx.Err() != nil {
 		return
 	}
-	b.node.log.ErrorContext(ctx, "ending a sandbox whose memory cannot be bounded", "sandbox", b.life.ID, "error", err)
+	b.node.log.ErrorContext(ctx, "ending a sandbox whose memory cannot be bounded", "sandbox", b.record.ID, "error", err)
 	// awaitEnd does the rest.
 	if err := guard.Group.Kill(ctx); err != nil && ctx.Err() == nil {
-		b.node.log.ErrorContext(ctx, "ending a sandbox", "sandbox", b.life.ID, "error", err)
+		b.node.log.ErrorContext(ctx, "ending a sandbox", "sandbox", b.record.ID, "error", err)
 	}
 }
 
 // awaitEnd waits for the sentry to end and reports an end that was not intended.
-func (b *box) awaitEnd(ctx context.Context, pidfd *os.File) {
+func (b *instance) awaitEnd(ctx context.Context, pidfd *os.File) {
 	stop := context.AfterFunc(ctx, func() { pidfd.Close() })
 	defer func() {
 		if stop() {
@@ -147,20 +147,20 @@ func (b *box) awaitEnd(ctx context.Context, pidfd *os.File) {
 		return
 	}
 	if err != nil {
-		b.node.log.ErrorContext(ctx, "watching a sandbox", "sandbox", b.life.ID, "error", err)
+		b.node.log.ErrorContext(ctx, "watching a sandbox", "sandbox", b.record.ID, "error", err)
 		return
 	}
 	b.gone.Store(true)
 	// Without this calls to the agent would wait for ever: no process is left to answer or to close
 	// the connection.
 	b.stop()
-	b.node.agents.Drop(string(b.life.ID))
+	b.node.agents.Drop(string(b.record.ID))
 	if b.ending.Load() {
 		return
 	}
-	b.node.log.WarnContext(b.node.ctx, "a sandbox ended by itself", "sandbox", b.life.ID, "panic", b.container().Panic())
+	b.node.log.WarnContext(b.node.ctx, "a sandbox ended by itself", "sandbox", b.record.ID, "panic", b.container().Panic())
 	select {
-	case b.node.lost <- sandbox.Fact{ID: b.life.ID, Run: b.life.Run}:
+	case b.node.lost <- sandbox.Observed{ID: b.record.ID, Run: b.record.Run}:
 	case <-b.node.ctx.Done():
 	}
 }

@@ -14,37 +14,37 @@ import (
 
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := &Node{turns: newTurns(2)}
-		first, second := &box{}, &box{}
-		for _, b := range []*box{first, second} {
-			if err := n.turn(t.Context(), b, ""); err != nil {
+		n := &Node{startSlots: newStartSlots(2)}
+		first, second := &instance{}, &instance{}
+		for _, b := range []*instance{first, second} {
+			if err := n.awaitStartSlot(t.Context(), b, ""); err != nil {
 				t.Fatal(err)
 			}
 		}
 		var came []int
-		waiting := make([]*box, 3)
+		waiting := make([]*instance, 3)
 		for i := range waiting {
-			waiting[i] = &box{}
+			waiting[i] = &instance{}
 			go func() {
-				if err := n.turn(context.Background(), waiting[i], ""); err == nil {
+				if err := n.awaitStartSlot(context.Background(), waiting[i], ""); err == nil {
 					came = append(came, i)
 				}
 			}()
 			synctest.Wait() // so that they ask in this order
 		}
-		first.turnOver()
-		first.turnOver() // a failed step ends it too
+		first.releaseStartSlot()
+		first.releaseStartSlot() // a failed step ends it too
 		synctest.Wait()
 		if len(came) != 1 || came[0] != 0 {
 			t.Errorf("after one turn is over, %v start", came)
 		}
-		waiting[0].turnOver()
+		waiting[0].releaseStartSlot()
 		synctest.Wait()
 		if len(came) != 2 || came[1] != 1 {
 			t.Errorf("the order is %v", came)
 		}
 		// A start that is stuck does not delay the others.
-		time.Sleep(turnMost + time.Second)
+		time.Sleep(startSlotMost + time.Second)
 		synctest.Wait()
 		if len(came) != 3 {
 			t.Errorf("beside two that are stuck %v start", came)
@@ -54,43 +54,43 @@ func TestTurns(t *testing.T) {
 
 func TestTurnThatDoesNotCome(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := &Node{turns: newTurns(1)}
-		n.turns.take("") // a turn without a start, which never ends
+		n := &Node{startSlots: newStartSlots(1)}
+		n.startSlots.take("") // a slot without a start, which never ends
 		began := time.Now()
-		err := n.turn(t.Context(), &box{}, "")
+		err := n.awaitStartSlot(t.Context(), &instance{}, "")
 		if f := fault.As(err); f == nil || f.Kind != fault.Unavailable || f.Code != codeNoCapacity || f.RetryAfter <= 0 {
 			t.Errorf("late, it is %v", err)
 		}
-		if took := time.Since(began); took != turnPatience {
+		if took := time.Since(began); took != startSlotPatience {
 			t.Errorf("it was told after %s", took)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if err := n.turn(ctx, &box{}, ""); !errors.Is(err, context.DeadlineExceeded) {
+		if err := n.awaitStartSlot(ctx, &instance{}, ""); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("its time being over, it is %v", err)
 		}
-		(&box{}).turnOver() // a sandbox that never had a turn
+		(&instance{}).releaseStartSlot() // a sandbox that never had a slot
 	})
 }
 
 // TestTurnsAreFair lets one organization ask for many starts at once: the single start of another
-// does not wait for all of them, and starts that give up cost no turn.
+// does not wait for all of them, and starts that give up cost no slot.
 func TestTurnsAreFair(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := &Node{turns: newTurns(1)}
-		holder := &box{}
-		if err := n.turn(t.Context(), holder, "busy"); err != nil {
+		n := &Node{startSlots: newStartSlots(1)}
+		holder := &instance{}
+		if err := n.awaitStartSlot(t.Context(), holder, "busy"); err != nil {
 			t.Fatal(err)
 		}
 		type start struct {
-			org string
-			box *box
+			org      string
+			instance *instance
 		}
 		came := make(chan start, 100)
 		ask := func(ctx context.Context, org string) {
-			b := &box{}
+			b := &instance{}
 			go func() {
-				if n.turn(ctx, b, org) == nil {
+				if n.awaitStartSlot(ctx, b, org) == nil {
 					came <- start{org, b}
 				}
 			}()
@@ -109,32 +109,32 @@ func TestTurnsAreFair(t *testing.T) {
 		var order []string
 		next := holder
 		for range 22 {
-			next.turnOver()
+			next.releaseStartSlot()
 			synctest.Wait()
 			s := <-came
-			order, next = append(order, s.org), s.box
+			order, next = append(order, s.org), s.instance
 		}
-		// The busy organization has had a turn.
+		// The busy organization has had a slot.
 		if got := order[:4]; !slices.Equal(got, []string{"modest", "other", "busy", "busy"}) {
 			t.Errorf("they start as %v", order)
 		}
-		next.turnOver()
-		if len(n.turns.waiting) > 0 || n.turns.free != 1 {
-			t.Errorf("in the end there are %+v", n.turns)
+		next.releaseStartSlot()
+		if len(n.startSlots.waiting) > 0 || n.startSlots.free != 1 {
+			t.Errorf("in the end there are %+v", n.startSlots)
 		}
 	})
 }
 
 // TestSeldomStartsComeFirst lets three organizations ask for starts all the time: one that asks now
-// and then is next each time, and the three get equally many turns.
+// and then is next each time, and the three get equally many slots.
 func TestSeldomStartsComeFirst(t *testing.T) {
-	turns := newTurns(1)
+	startSlots := newStartSlots(1)
 	given := map[string][]chan struct{}{}
-	ask := func(org string) { given[org] = append(given[org], turns.take(org)) }
+	ask := func(org string) { given[org] = append(given[org], startSlots.take(org)) }
 	had := func(org string) (n int) {
-		for _, turn := range given[org] {
+		for _, awaitStartSlot := range given[org] {
 			select {
-			case <-turn:
+			case <-awaitStartSlot:
 				n++
 			default:
 			}
@@ -147,29 +147,29 @@ func TestSeldomStartsComeFirst(t *testing.T) {
 		ask("c")
 	}
 	for i := range 40 {
-		turns.over()
+		startSlots.over()
 		if i%5 != 4 {
 			continue
 		}
 		before := had("seldom")
 		ask("seldom")
-		turns.over()
+		startSlots.over()
 		if had("seldom") != before+1 {
-			t.Fatalf("after %d turns the seldom start is not next: %+v", i, turns)
+			t.Fatalf("after %d turns the seldom start is not next: %+v", i, startSlots)
 		}
 	}
 	if a, b, c := had("a"), had("b"), had("c"); max(a, b, c)-min(a, b, c) > 1 || a == 0 {
 		t.Errorf("the others had %d, %d and %d turns", a, b, c)
 	}
 	for i := range 2 * remembered {
-		turns.take(strconv.Itoa(i))
-		turns.over()
+		startSlots.take(strconv.Itoa(i))
+		startSlots.over()
 	}
 	for range 60 {
-		turns.over()
+		startSlots.over()
 	}
-	if turns.mu.Lock(); len(turns.last) > remembered+1 || len(turns.waiting) > 0 {
-		t.Errorf("%d organizations are remembered, %d wait", len(turns.last), len(turns.waiting))
+	if startSlots.mu.Lock(); len(startSlots.last) > remembered+1 || len(startSlots.waiting) > 0 {
+		t.Errorf("%d organizations are remembered, %d wait", len(startSlots.last), len(startSlots.waiting))
 	}
-	turns.mu.Unlock()
+	startSlots.mu.Unlock()
 }

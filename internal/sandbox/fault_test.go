@@ -150,7 +150,7 @@ func (s gatedStore) Forget(ctx context.Context, id sandbox.ID) error {
 }
 
 func (s gatedStore) Get(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, error) {
-	box, err := through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) { return s.Store.Get(ctx, id) })
+	sbx, err := through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) { return s.Store.Get(ctx, id) })
 	s.mu.Lock()
 	after := s.after
 	s.after = nil
@@ -158,7 +158,7 @@ func (s gatedStore) Get(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, er
 	if after != nil {
 		after()
 	}
-	return box, err
+	return sbx, err
 }
 
 func (s gatedStore) Transition(ctx context.Context, c sandbox.Change) (sandbox.Sandbox, error) {
@@ -265,12 +265,14 @@ func (n gatedNode) Claim(ctx context.Context, spec sandbox.Spec) error {
 	return err
 }
 
-func (n gatedNode) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
-	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Point, error) { return n.Node.Suspend(ctx, id) })
+func (n gatedNode) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Checkpoint, error) {
+	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Checkpoint, error) { return n.Node.Suspend(ctx, id) })
 }
 
-func (n gatedNode) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Point, error) {
-	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Point, error) { return n.Node.Checkpoint(ctx, id) })
+func (n gatedNode) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Checkpoint, error) {
+	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Checkpoint, error) {
+		return n.Node.Checkpoint(ctx, id)
+	})
 }
 
 func (n gatedNode) Wake(ctx context.Context, spec sandbox.Spec) error {
@@ -288,13 +290,16 @@ func (n gatedNode) Destroy(ctx context.Context, id sandbox.ID) error {
 	return err
 }
 
-func (n gatedNode) Snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Point, error) {
-	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Point, error) { return n.Node.Snapshot(ctx, id, to) })
+func (n gatedNode) Snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Checkpoint, error) {
+	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Checkpoint, error) {
+		return n.Node.Snapshot(ctx, id, to)
+	})
 }
 
-func (n gatedNode) SnapshotPoint(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Point, error) {
-	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Point, error) {
-		return n.Node.SnapshotPoint(ctx, id, to)
+func (n gatedNode) SnapshotCheckpoint(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID,
+) (sandbox.Checkpoint, error) {
+	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Checkpoint, error) {
+		return n.Node.SnapshotCheckpoint(ctx, id, to)
 	})
 }
 
@@ -312,6 +317,6 @@ func (n gatedNode) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egres
 	return err
 }
 
-func (n gatedNode) Inspect(ctx context.Context, id sandbox.ID) (*sandbox.Fact, error) {
-	return through(ctx, n.gate, func(ctx context.Context) (*sandbox.Fact, error) { return n.Node.Inspect(ctx, id) })
+func (n gatedNode) Inspect(ctx context.Context, id sandbox.ID) (*sandbox.Observed, error) {
+	return through(ctx, n.gate, func(ctx context.Context) (*sandbox.Observed, error) { return n.Node.Inspect(ctx, id) })
 }

@@ -14,12 +14,12 @@ const MaxPublicPorts = 100
 // Conflict with code "sandbox_not_running" for a destroyed sandbox, and with code
 // "too_many_public_ports" above [MaxPublicPorts].
 func (s *Service) SetPublicPort(ctx context.Context, orgID string, id ID, port int, public bool) error {
-	box, err := s.Get(ctx, orgID, id)
+	sbx, err := s.Get(ctx, orgID, id)
 	if err != nil {
 		return err
 	}
-	if box.State == Destroying || box.State.Over() {
-		return notRunning(box)
+	if sbx.State == Destroying || sbx.State.Over() {
+		return notRunning(sbx)
 	}
 	return s.store.SetPublicPort(ctx, id, port, public)
 }
@@ -39,10 +39,10 @@ func (s *Service) Visit(ctx context.Context, id ID, port int) (orgID string, pub
 	if !id.Valid() {
 		return "", false, notFound(id)
 	}
-	box, err := s.store.Get(ctx, id)
+	sbx, err := s.store.Get(ctx, id)
 	if err != nil {
 		return "", false, err
 	}
 	ports, err := s.store.PublicPorts(ctx, id)
-	return box.OrgID, slices.Contains(ports, port), err
+	return sbx.OrgID, slices.Contains(ports, port), err
 }
