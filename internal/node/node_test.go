@@ -141,7 +141,7 @@ func (m *machine) close() {
 func (m *machine) spec() sandbox.Spec {
 	return sandbox.Spec{ID: sandbox.NewID(), Run: "run1", Token: "secret", Shape: sandbox.Shape{Image: "busybox",
 		DiskMB: 64,
-		Size: sandbox.Size{Name: "small", VCPUs: 1, MemoryMB: 256}, Env: map[string]string{"PATH": "/bin"}}}
+		Size:   sandbox.Size{Name: "small", VCPUs: 1, MemoryMB: 256}, Env: map[string]string{"PATH": "/bin"}}}
 }
 
 func (m *machine) ctx() context.Context {
