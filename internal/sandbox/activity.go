@@ -204,8 +204,8 @@ func (s *Service) release(l *instance) {
 // errNotIdle reports that a sandbox was used after its idle timer fired.
 var errNotIdle = errors.New("not idle any more")
 
-// partIfIdle ends the use of a sandbox whose idle time is over.
-func (s *Service) partIfIdle(_ context.Context, id ID) (*instance, error) {
+// detachIfIdle ends the use of a sandbox whose idle time is over.
+func (s *Service) detachIfIdle(_ context.Context, id ID) (*instance, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	l := s.instances[id]
@@ -225,18 +225,15 @@ func (s *Service) idled(l *instance) {
 	if !idle {
 		return
 	}
-	op, mine := s.begin(l.id, opSuspend)
+	op, mine := s.ops.run(l.id, opSuspend, func(ctx context.Context) (Sandbox, error) {
+		return s.act(ctx, l.id, rules[opSuspend], func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+			return s.suspend(ctx, sbx, reasonIdle, s.detachIfIdle) // logs its errors
+		})
+	})
 	if op == nil {
 		return
 	}
-	var failed bool
-	if mine {
-		sbx, err := s.suspend(op.ctx, l.id, reasonIdle, s.partIfIdle)
-		failed = err != nil && !errors.Is(err, errNotIdle) // suspend has logged the error
-		s.finish(l.id, op, sbx, err)
-	} else {
-		<-op.done
-	}
+	failed := mine && op.err != nil && !errors.Is(op.err, errNotIdle)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if failed {

@@ -63,13 +63,13 @@ func (s *Service) destroy(ctx context.Context, id ID, run string, why Reason) er
 // row says that the sandbox is being destroyed, unless an error comes first.
 func (s *Service) end(id ID, run string, why Reason, claimed func()) error {
 	for {
-		op, mine := s.begin(id, opDestroy)
+		op, mine := s.ops.begin(id, opDestroy)
 		switch {
 		case op == nil:
 			return errClosing
 		case mine:
 			err := s.takeApart(op.ctx, id, run, why, func() { close(op.claimed); claimed() })
-			s.finish(id, op, Sandbox{}, err)
+			s.ops.finish(id, op, Sandbox{}, err)
 			return err
 		case op.kind == opDestroy:
 			select {

@@ -47,18 +47,16 @@ func (s *Service) Fork(ctx context.Context, c Caller, id ID, r ForkRequest) ([]C
 		return nil, invalid("count", "must be between 1 and %d", MaxFork)
 	}
 	f := &fork{caller: c, request: r, done: make(chan struct{})}
-	_, err := s.exclusive(ctx, c.OrgID, id, opFork, forkable, func(ctx context.Context) (Sandbox, error) {
-		sbx, err := s.saveFork(ctx, id, f)
-		if err != nil {
+	op, err := s.operate(ctx, c.OrgID, id, opFork, nil, func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+		if err := s.saveFork(ctx, sbx, f); err != nil {
 			return Sandbox{}, err
 		}
-		s.wg.Add(1) // wg is not zero: the present operation is counted
-		go func() {
-			defer s.wg.Done()
-			s.makeChildren(f)
-		}()
+		s.ops.wg.Go(func() { s.makeChildren(f) }) // wg is not zero: the present operation is counted
 		return sbx, nil
 	})
+	if err == nil {
+		err = op.err
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -68,14 +66,6 @@ func (s *Service) Fork(ctx context.Context, c Caller, id ID, r ForkRequest) ([]C
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-}
-
-// forkable returns an error for a sandbox that does not run and is not about to by itself.
-func forkable(sbx Sandbox) error {
-	if sbx.State != Running && sbx.State != Suspending {
-		return notRunning(sbx)
-	}
-	return nil
 }
 
 // fork holds the state of a fork under way.
@@ -91,32 +81,25 @@ type fork struct {
 
 // saveFork saves the sandbox to fork; the caller holds the operation. The saved state has no row: a
 // server that dies leaves a snapshot without an owner.
-func (s *Service) saveFork(ctx context.Context, id ID, f *fork) (Sandbox, error) {
-	sbx, err := s.present(ctx, id)
-	if err != nil {
-		return Sandbox{}, err
-	}
-	if sbx.State != Running {
-		return Sandbox{}, notRunning(sbx)
-	}
+func (s *Service) saveFork(ctx context.Context, sbx Sandbox, f *fork) error {
 	f.from = snapshotOf(sbx, "")
 	for range f.request.Count {
 		child, err := f.request.child(s.cfg, sbx, f.from)
 		if err != nil {
-			return Sandbox{}, err
+			return err
 		}
 		f.sandboxes = append(f.sandboxes, child)
 	}
 	// A pause is not worthwhile if not even one child is possible. Each child is admitted again when
 	// it is made.
 	if _, _, err := s.store.Admit(ctx, f.sandboxes[0], f.caller.Quota, Once{}); err != nil {
-		return Sandbox{}, err
+		return err
 	}
 	if err := s.room(ctx, sbx.Size); err != nil {
-		return Sandbox{}, err
+		return err
 	}
 	f.release = s.holdSnapshot(f.from.ID)
-	_, err = s.writeSnapshot(ctx, sbx, f.from.ID)
+	_, err := s.writeSnapshot(ctx, sbx, f.from.ID)
 	forked := Event{SandboxID: sbx.ID, At: time.Now().UTC(), Reason: reasonForked,
 		Detail: fmt.Sprintf("%d asked for", f.request.Count)}
 	if err == nil {
@@ -125,10 +108,10 @@ func (s *Service) saveFork(ctx context.Context, id ID, f *fork) (Sandbox, error)
 	if err != nil {
 		s.abandonSnapshot(ctx, f.from.ID, false)
 		f.release()
-		return Sandbox{}, s.snapshotFailed(ctx, sbx, err)
+		return s.snapshotFailed(ctx, sbx, err)
 	}
 	s.logNote(ctx, forked)
-	return sbx, nil
+	return nil
 }
 
 // child returns a child of the parent with the settings of the request.

@@ -3,6 +3,8 @@ package sandbox
 import (
 	"context"
 	"errors"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
@@ -25,6 +27,60 @@ const (
 	opSettle     opKind = "settle"  // makes row and host agree
 )
 
+// rule says in which states an operation may be asked for, in which it acts, and what states it
+// leads to. Operations that make a sandbox, end it or settle it have no rule: they begin with no row,
+// or in any state.
+type rule struct {
+	// asked has the states of the row in which a caller may ask for the operation; a sandbox in another
+	// state is refused. A caller waits for an operation under way, and asks again.
+	asked []State
+	// acts has the states in which the operation acts, once no other is under way and claims that a
+	// crash left are settled.
+	acts []State
+	// claim is written before the machine is touched; "" for an operation that keeps the state.
+	claim State
+	// done is the state after success; "" is the state of before.
+	done State
+	// failed has the states that an error of the machine may lead to.
+	failed []State
+	// shared reports whether a caller that finds the same operation under way takes its result.
+	shared bool
+}
+
+// rules has the rule of each operation that callers ask for.
+var rules = map[opKind]rule{
+	opSuspend: {asked: []State{Running, Suspending}, acts: []State{Running}, claim: Suspending, done: Suspended,
+		failed: []State{Running, Suspended, Destroyed}, shared: true},
+	opWake: {asked: []State{Creating, Running, Suspending, Suspended, Waking}, acts: []State{Running, Suspended},
+		claim: Waking, done: Running, failed: []State{Suspended}, shared: true},
+	opCheckpoint: {asked: []State{Running, Suspending}, acts: []State{Running},
+		failed: []State{Running, Suspended, Destroyed}, shared: true},
+	opEgress: {asked: []State{Creating, Running, Suspending, Suspended, Waking}, acts: []State{Running, Suspended},
+		failed: []State{Running}},
+	opSnapshot: {asked: []State{Running, Suspending, Suspended, Waking}, acts: []State{Running, Suspended},
+		failed: []State{Running, Suspended, Destroyed}},
+	opFork: {asked: []State{Running, Suspending}, acts: []State{Running},
+		failed: []State{Running, Suspended, Destroyed}},
+}
+
+// refuse returns an error for a sandbox in a state in which the operation may not be asked for.
+func (r rule) refuse(sbx Sandbox) error {
+	if !slices.Contains(r.asked, sbx.State) {
+		return notRunning(sbx)
+	}
+	return nil
+}
+
+// moves has the states that each state may lead to. Every transition is one of them.
+var moves = map[State][]State{
+	Creating:   {Running, Failed, Destroying},
+	Running:    {Suspending, Suspended, Destroying},
+	Suspending: {Suspended, Running, Destroying},
+	Suspended:  {Waking, Destroying},
+	Waking:     {Running, Suspended, Destroying},
+	Destroying: {Destroyed},
+}
+
 // operation holds the state of work on one sandbox in this process. Its context outlives the
 // request that began it; only destroy cancels it early.
 type operation struct {
@@ -32,11 +88,11 @@ type operation struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	// claimed is closed when a destroy is durable. No caller waits for the rest of the destroy.
-	claimed    chan struct{}
-	done       chan struct{} // closed by finish, after the fields below are set
-	result     Sandbox
-	checkpoint Checkpoint // of a checkpoint
-	err        error
+	claimed chan struct{}
+	done    chan struct{} // closed by finish, after the fields below are set
+	result  Sandbox
+	made    Checkpoint // of a checkpoint
+	err     error
 }
 
 // wait returns the operation's result, or ctx's error if that ends first.
@@ -62,24 +118,42 @@ var (
 	errClosing     = fault.New(fault.Unavailable, "shutting_down", "the server is shutting down").After(2 * time.Second)
 )
 
+// operations holds the operations under way in this process, at most one for each sandbox.
+type operations struct {
+	over func() // called after each operation
+
+	mu sync.Mutex
+	// +checklocks:mu
+	underWay map[ID]*operation
+	// +checklocks:mu
+	served time.Time // when a caller last waited for a sandbox
+	// +checklocks:mu
+	closed bool           // no more operations may begin
+	wg     sync.WaitGroup // operations under way
+}
+
+func newOperations(over func()) *operations {
+	return &operations{over: over, underWay: map[ID]*operation{}}
+}
+
 // begin registers an operation on a sandbox that has none (mine), or returns the operation under
 // way. It returns nil when there is none and the service is closing.
-func (s *Service) begin(id ID, kind opKind) (op *operation, mine bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if op := s.work[id]; op != nil || s.closed {
+func (o *operations) begin(id ID, kind opKind) (op *operation, mine bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if op := o.underWay[id]; op != nil || o.closed {
 		return op, false
 	}
 	op = &operation{kind: kind, claimed: make(chan struct{}), done: make(chan struct{})}
 	op.ctx, op.cancel = context.WithCancelCause(context.Background())
-	s.work[id] = op
-	s.wg.Add(1)
+	o.underWay[id] = op
+	o.wg.Add(1)
 	return op, true
 }
 
 // do starts work for the operation that the caller has begun, and finishes the operation after it.
 // It does not wait for work, and uses ctx only for measurements.
-func (s *Service) do(ctx context.Context, id ID, op *operation, work func(ctx context.Context) (Sandbox, error)) {
+func (o *operations) do(ctx context.Context, id ID, op *operation, work func(ctx context.Context) (Sandbox, error)) {
 	ctx = trace.Carry(op.ctx, ctx)
 	go func() {
 		result, err := work(ctx)
@@ -87,39 +161,138 @@ func (s *Service) do(ctx context.Context, id ID, op *operation, work func(ctx co
 			// The error follows from the destroy.
 			err = fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed meanwhile", id).Because(err)
 		}
-		s.finish(id, op, result, err)
+		o.finish(id, op, result, err)
 	}()
 }
 
 // finish stores the result and wakes all waiters.
-func (s *Service) finish(id ID, op *operation, result Sandbox, err error) {
-	s.mu.Lock()
-	delete(s.work, id)
+func (o *operations) finish(id ID, op *operation, result Sandbox, err error) {
+	o.mu.Lock()
+	delete(o.underWay, id)
 	if op.kind.foreground() {
-		s.served = time.Now()
+		o.served = time.Now()
 	}
-	s.mu.Unlock()
-	s.pool.nudge()
+	o.mu.Unlock()
+	o.over()
 	op.result, op.err = result, err
 	op.cancel(nil)
 	close(op.done)
-	s.wg.Done()
+	o.wg.Done()
 }
 
-// working returns the operation under way on the sandbox, or nil if there is none.
-func (s *Service) working(id ID) *operation {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.work[id]
+// run does work as an operation in the calling goroutine, and returns the operation with its result.
+// If another operation is under way, it waits for that one instead and returns it with mine false. It
+// returns nil when the service is closing.
+func (o *operations) run(id ID, kind opKind, work func(ctx context.Context) (Sandbox, error)) (op *operation, mine bool) {
+	op, mine = o.begin(id, kind)
+	switch {
+	case mine:
+		result, err := work(op.ctx)
+		o.finish(id, op, result, err)
+	case op != nil:
+		<-op.done
+	}
+	return op, mine
 }
 
-// current returns the operation of the given kind under way on the sandbox, or nil if there is
-// none.
-func (s *Service) current(id ID, kind opKind) *operation {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if op := s.work[id]; op != nil && op.kind == kind {
-		return op
+// on returns the operation under way on the sandbox, or nil if there is none.
+func (o *operations) on(id ID) *operation {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.underWay[id]
+}
+
+// of returns an operation of the kind under way on any sandbox, or nil if there is none.
+func (o *operations) of(kind opKind) *operation {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, op := range o.underWay {
+		if op.kind == kind {
+			return op
+		}
 	}
 	return nil
+}
+
+// sinceServed returns the time since a caller last waited for a sandbox; 0 while one waits.
+func (o *operations) sinceServed() time.Duration {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, op := range o.underWay {
+		if op.kind.foreground() {
+			return 0
+		}
+	}
+	return time.Since(o.served)
+}
+
+// close lets no more operations begin, and waits for those under way until ctx ends.
+func (o *operations) close(ctx context.Context) error {
+	o.mu.Lock()
+	o.closed = true
+	o.mu.Unlock()
+	done := make(chan struct{})
+	go func() { o.wg.Wait(); close(done) }() // ends with the last operation
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// operate runs work as an operation of the kind on a sandbox of the organization, and returns the
+// operation with its result. It waits for any other operation on the sandbox, and continues when ctx
+// ends. It refuses a sandbox in a state that the kind's rule does not have, or for which may, if not
+// nil, returns an error.
+func (s *Service) operate(ctx context.Context, orgID string, id ID, kind opKind, may func(Sandbox) error,
+	work func(context.Context, Sandbox) (Sandbox, error)) (*operation, error) {
+	for {
+		sbx, err := s.Get(ctx, orgID, id)
+		if err == nil {
+			err = rules[kind].refuse(sbx)
+		}
+		if err == nil && may != nil {
+			err = may(sbx)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if op, answers, err := s.attempt(ctx, id, kind, work); answers || err != nil {
+			return op, err
+		}
+	}
+}
+
+// attempt runs work as an operation on a sandbox that has none, or waits for the operation under way.
+// It reports whether the result of the operation answers a caller that asked for this kind; otherwise
+// the caller reads the row again.
+func (s *Service) attempt(ctx context.Context, id ID, kind opKind,
+	work func(context.Context, Sandbox) (Sandbox, error)) (_ *operation, answers bool, _ error) {
+	r := rules[kind]
+	op, mine := s.ops.begin(id, kind)
+	if op == nil {
+		return nil, false, errClosing
+	}
+	if mine {
+		s.ops.do(ctx, id, op, func(ctx context.Context) (Sandbox, error) { return s.act(ctx, id, r, work) })
+	}
+	if err := op.ended(ctx); err != nil {
+		return nil, false, err
+	}
+	return op, mine || r.shared && op.kind == kind && !errors.Is(op.err, errNotIdle), nil
+}
+
+// act runs work on the present row of the sandbox, if the row is in a state in which the operation
+// acts. The caller holds the operation.
+func (s *Service) act(ctx context.Context, id ID, r rule,
+	work func(context.Context, Sandbox) (Sandbox, error)) (Sandbox, error) {
+	sbx, err := s.present(ctx, id)
+	if err != nil {
+		return Sandbox{}, err
+	}
+	if !slices.Contains(r.acts, sbx.State) {
+		return Sandbox{}, notRunning(sbx)
+	}
+	return work(ctx, sbx)
 }

@@ -16,52 +16,31 @@ import (
 // an error the old policy is in force; the error is the machine's own, or Internal, code
 // "egress_failed".
 func (s *Service) SetEgress(ctx context.Context, orgID string, id ID, e Egress) (Sandbox, error) {
-	for {
-		sbx, err := s.Get(ctx, orgID, id)
-		if err != nil {
-			return Sandbox{}, err
-		}
-		if sbx.State == Destroying || sbx.State.Over() {
-			return Sandbox{}, notRunning(sbx)
-		}
-		op, mine := s.begin(id, opEgress)
-		if op == nil {
-			return Sandbox{}, errClosing
-		}
-		if mine {
-			s.do(ctx, id, op, func(ctx context.Context) (Sandbox, error) { return s.setEgress(ctx, id, e) })
-			sbx, err := op.wait(ctx)
-			return s.shown(sbx), err
-		}
-		if err := op.ended(ctx); err != nil {
-			return Sandbox{}, err
-		}
+	op, err := s.operate(ctx, orgID, id, opEgress, nil, func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+		return s.setEgress(ctx, sbx, e)
+	})
+	if err != nil {
+		return Sandbox{}, err
 	}
+	return s.shown(op.result), op.err
 }
 
 // setEgress writes the policy to the row, as the wanted one, and then to the kernel; the caller
 // holds the operation. If the server dies between the two writes, the next server applies the
 // policy of the row.
-func (s *Service) setEgress(ctx context.Context, id ID, e Egress) (Sandbox, error) {
+func (s *Service) setEgress(ctx context.Context, before Sandbox, e Egress) (Sandbox, error) {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
-	before, err := s.present(ctx, id)
-	if err != nil {
-		return Sandbox{}, err
-	}
-	if before.State != Running && before.State != Suspended {
-		return Sandbox{}, notRunning(before)
-	}
-	sbx, err := s.store.SetEgress(ctx, id, e, changed(e))
+	sbx, err := s.store.SetEgress(ctx, before.ID, e, changed(e))
 	if err != nil {
 		return Sandbox{}, err
 	}
 	if sbx.State == Running {
-		if err := s.node.SetEgress(ctx, id, e); err != nil {
+		if err := s.node.SetEgress(ctx, sbx.ID, e); err != nil {
 			return Sandbox{}, s.egressFailed(ctx, before, err)
 		}
 	}
-	s.log.InfoContext(ctx, "egress policy of a sandbox changed", "sandbox", id, "egress", e.summary())
+	s.log.InfoContext(ctx, "egress policy of a sandbox changed", "sandbox", sbx.ID, "egress", e.summary())
 	return sbx, nil
 }
 

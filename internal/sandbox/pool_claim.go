@@ -42,7 +42,7 @@ func (s *Service) createWarm(ctx context.Context, c Caller, sbx Sandbox, v Templ
 	}
 	var op *operation
 	m, ok := s.pool.take(func(r ready) bool { return r.kind == kind }, func(id ID) (mine bool) {
-		op, mine = s.begin(id, opClaim)
+		op, mine = s.ops.begin(id, opClaim)
 		return mine
 	})
 	if !ok {
@@ -54,11 +54,11 @@ func (s *Service) createWarm(ctx context.Context, c Caller, sbx Sandbox, v Templ
 	end()
 	if err != nil || found {
 		s.pool.add(m)
-		s.finish(m.ID, op, Sandbox{}, nil)
+		s.ops.finish(m.ID, op, Sandbox{}, nil)
 		return s.claimAnswered(ctx, prior, err, wait)
 	}
 	sbx.ID, sbx.Run, sbx.Token, sbx.Source = m.ID, m.Run, m.Token, Warm
-	s.do(ctx, m.ID, op, func(ctx context.Context) (Sandbox, error) {
+	s.ops.do(ctx, m.ID, op, func(ctx context.Context) (Sandbox, error) {
 		running, first, found, err := s.claim(ctx, sbx, c.Quota, once)
 		if found {
 			prior, err = first, errRepeated

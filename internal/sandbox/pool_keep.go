@@ -89,16 +89,7 @@ func (s *Service) keepPool(ctx context.Context) {
 // untilQuiet returns the time until no caller will have waited for a sandbox for the duration
 // quiet; 0 means now. While a caller waits it returns quiet, and the end of that wait nudges the
 // pool.
-func (s *Service) untilQuiet() time.Duration {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, op := range s.work {
-		if op.kind.foreground() {
-			return quiet
-		}
-	}
-	return max(0, quiet-time.Since(s.served))
-}
+func (s *Service) untilQuiet() time.Duration { return max(0, quiet-s.ops.sinceServed()) }
 
 // foreground reports whether a caller waits for a sandbox to run.
 func (k opKind) foreground() bool { return k == opCreate || k == opClaim || k == opWake }
@@ -188,11 +179,11 @@ func (s *Service) prepare(ctx context.Context, d demand) {
 	}
 	m := Pooled{ID: sbx.ID, Run: sbx.Run, Token: sbx.Token, OrgID: d.orgID, Template: d.version.Name,
 		TemplateID: sbx.TemplateID, TemplateVersion: sbx.TemplateVersion, Shape: sbx.Shape, CreatedAt: sbx.CreatedAt}
-	op, mine := s.begin(m.ID, opPrepare)
+	op, mine := s.ops.begin(m.ID, opPrepare)
 	if !mine {
 		return // the service is closing
 	}
-	defer s.finish(m.ID, op, Sandbox{}, nil)
+	defer s.ops.finish(m.ID, op, Sandbox{}, nil)
 	// A server that stops does not wait for the pooled sandbox.
 	defer context.AfterFunc(ctx, func() { op.cancel(errClosing) })()
 	work, cancel := context.WithTimeout(op.ctx, bootTimeout+sbx.Start.Patience())
@@ -254,14 +245,14 @@ func (s *Service) giveBack(ctx context.Context) {
 func (s *Service) evict(ctx context.Context, meant func(ready) bool) bool {
 	var op *operation
 	m, ok := s.pool.take(meant, func(id ID) (mine bool) {
-		op, mine = s.begin(id, opSettle)
+		op, mine = s.ops.begin(id, opSettle)
 		return mine
 	})
 	if !ok {
 		return false
 	}
 	err := s.discard(context.WithoutCancel(ctx), m.ID) // a removal that has begun is completed
-	s.finish(m.ID, op, Sandbox{}, err)
+	s.ops.finish(m.ID, op, Sandbox{}, err)
 	if err != nil { // Reconcile tries again
 		s.log.ErrorContext(ctx, "removing a member of the pool", "sandbox", m.ID, "error", err)
 	}
@@ -287,10 +278,10 @@ func (s *Service) room(ctx context.Context, size Size) error {
 		if s.evict(ctx, func(ready) bool { return true }) {
 			continue
 		}
-		op := s.doing(opPrepare)
+		op := s.ops.of(opPrepare)
 		if op != nil {
 			op.cancel(errInterrupted)
-		} else if op = s.doing(opDestroy); op == nil {
+		} else if op = s.ops.of(opDestroy); op == nil {
 			return err
 		}
 		if op.ended(patience) != nil {
@@ -299,19 +290,7 @@ func (s *Service) room(ctx context.Context, size Size) error {
 	}
 }
 
-// doing returns an operation of the given kind under way, or nil if there is none.
-func (s *Service) doing(kind opKind) *operation {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, op := range s.work {
-		if op.kind == kind {
-			return op
-		}
-	}
-	return nil
-}
-
-// checkMembers removes pooled sandboxes that do not answer, so that they are replaced.
+// checkPooled removes pooled sandboxes that do not answer, so that they are replaced.
 func (s *Service) checkPooled(ctx context.Context) {
 	for _, m := range s.pool.pooled() {
 		try, cancel := context.WithTimeout(ctx, checkTimeout)

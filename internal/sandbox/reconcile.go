@@ -131,12 +131,12 @@ func (s *Service) Reconcile(ctx context.Context) error {
 
 // lookAfter settles a sandbox, unless an operation on it is under way.
 func (s *Service) lookAfter(id ID) error {
-	op, mine := s.begin(id, opSettle)
+	op, mine := s.ops.begin(id, opSettle)
 	if !mine {
 		return nil
 	}
 	err := s.settle(op.ctx, id, note{reason: reasonInterrupted})
-	s.finish(id, op, Sandbox{}, err)
+	s.ops.finish(id, op, Sandbox{}, err)
 	return err
 }
 

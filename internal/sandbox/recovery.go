@@ -27,52 +27,29 @@ const (
 // machine's (NoSpace, code "disk_full", …) or Internal, code "checkpoint_failed"; the previous
 // point is then still there. A checkpoint is no transition and leaves no event.
 func (s *Service) Checkpoint(ctx context.Context, orgID string, id ID) (Checkpoint, error) {
-	for {
-		sbx, err := s.Get(ctx, orgID, id)
-		if err != nil {
-			return Checkpoint{}, err
-		}
-		if err := suspendable(sbx); err != nil {
-			return Checkpoint{}, err
-		}
-		op, mine := s.begin(id, opCheckpoint)
-		if op == nil {
-			return Checkpoint{}, errClosing
-		}
-		if mine {
-			go s.checkpoint(id, op)
-		}
-		if err := op.ended(ctx); err != nil {
-			return Checkpoint{}, err
-		}
-		if op.kind == opCheckpoint {
-			return op.checkpoint, op.err
-		}
+	op, err := s.operate(ctx, orgID, id, opCheckpoint, persistent, s.takeCheckpoint)
+	if err != nil {
+		return Checkpoint{}, err
 	}
+	return op.made, op.err
 }
 
-// checkpoint takes a recovery point and finishes the operation.
-func (s *Service) checkpoint(id ID, op *operation) {
-	sbx, err := s.present(op.ctx, id)
-	if err == nil {
-		err = suspendable(sbx)
+// takeCheckpoint takes a recovery point of a running sandbox. The caller holds the operation, in which
+// it leaves the point.
+func (s *Service) takeCheckpoint(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+	id := sbx.ID
+	if err := persistent(sbx); err != nil {
+		return Sandbox{}, err
 	}
-	if err == nil {
-		op.checkpoint, err = s.takePoint(op.ctx, id)
-	}
-	s.finish(id, op, sbx, err)
-}
-
-// takePoint takes a recovery point of a running sandbox.
-func (s *Service) takePoint(ctx context.Context, id ID) (Checkpoint, error) {
 	s.markChanged(id, false)
-	checkpoint, err := s.writeCheckpoint(ctx, id, s.node.Checkpoint)
+	made, err := s.writeCheckpoint(ctx, id, s.node.Checkpoint)
 	if err == nil {
-		return checkpoint, nil
+		s.ops.on(id).made = made
+		return sbx, nil
 	}
 	s.markChanged(id, true)
 	if context.Cause(ctx) == errInterrupted {
-		return Checkpoint{}, fault.New(fault.Conflict, codeNotRunning,
+		return Sandbox{}, fault.New(fault.Conflict, codeNotRunning,
 			"sandbox %s was destroyed while a recovery point was taken", id)
 	}
 	s.log.ErrorContext(ctx, "taking a recovery point", "sandbox", id, "error", err)
@@ -80,9 +57,9 @@ func (s *Service) takePoint(ctx context.Context, id ID) (Checkpoint, error) {
 		s.log.ErrorContext(ctx, "settling a sandbox after a failed recovery point", "sandbox", id, "error", err)
 	}
 	if fault.As(err) != nil {
-		return Checkpoint{}, err
+		return Sandbox{}, err
 	}
-	return Checkpoint{}, fault.New(fault.Internal, "checkpoint_failed",
+	return Sandbox{}, fault.New(fault.Internal, "checkpoint_failed",
 		"no recovery point of sandbox %s was taken", id).Because(err)
 }
 
@@ -103,16 +80,13 @@ func (s *Service) recoveryDue(l *instance) {
 	defer func() { <-s.recoveries }()
 	looked := true
 	if s.needsPoint(l) {
-		op, mine := s.begin(l.id, opCheckpoint)
+		op, mine := s.ops.run(l.id, opCheckpoint, func(ctx context.Context) (Sandbox, error) {
+			return s.act(ctx, l.id, rules[opCheckpoint], s.takeCheckpoint) // logs its errors; the next interval tries again
+		})
 		if op == nil {
 			return
 		}
-		if mine {
-			s.checkpoint(l.id, op) // logs its errors; the next interval tries again
-		} else {
-			<-op.done
-			looked = false // unless the operation was a checkpoint, which has set it
-		}
+		looked = mine // another operation has set it, if it was a checkpoint
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

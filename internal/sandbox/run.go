@@ -52,19 +52,15 @@ func (s *Service) Run(ctx context.Context) {
 // lost settles a sandbox whose processes ended, after any running operation on it has finished.
 func (s *Service) lost(ctx context.Context, observed Observed) {
 	for {
-		op, mine := s.begin(observed.ID, opSettle)
-		if op == nil {
-			return
-		}
-		if mine {
-			err := s.settle(op.ctx, observed.ID, note{reason: reasonInterrupted})
-			s.finish(observed.ID, op, Sandbox{}, err)
-			if err != nil { // the next Reconcile tries again
-				s.log.ErrorContext(ctx, "settling a lost sandbox", "sandbox", observed.ID, "error", err)
+		op, mine := s.ops.run(observed.ID, opSettle, func(ctx context.Context) (Sandbox, error) {
+			return Sandbox{}, s.settle(ctx, observed.ID, note{reason: reasonInterrupted})
+		})
+		if op == nil || mine {
+			if mine && op.err != nil { // the next Reconcile tries again
+				s.log.ErrorContext(ctx, "settling a lost sandbox", "sandbox", observed.ID, "error", op.err)
 			}
 			return
 		}
-		<-op.done
 	}
 }
 
@@ -78,14 +74,7 @@ func (s *Service) Close(ctx context.Context) error {
 		l.stop()
 	}
 	s.mu.Unlock()
-	done := make(chan struct{})
-	go func() { s.wg.Wait(); close(done) }()
-	var err error
-	select {
-	case <-done:
-	case <-ctx.Done():
-		err = ctx.Err()
-	}
+	err := s.ops.close(ctx)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushTimeout)
 	defer cancel()
 	return errors.Join(err, s.flush(ctx))

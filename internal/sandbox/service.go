@@ -2,7 +2,9 @@ package sandbox
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -34,13 +36,12 @@ type Service struct {
 	observe   func(Event)
 	leases    atomic.Int64
 	pool      *pool
+	ops       *operations
 
 	recoveries chan struct{} // holds a token for each recovery point that a timer takes
 	takedowns  chan struct{} // holds a token for each sandbox that is being removed
 
 	mu sync.Mutex
-	// +checklocks:mu
-	work map[ID]*operation // operations under way, at most one per sandbox; guarded by mu
 	// +checklocks:mu
 	instances map[ID]*instance // instances of running sandboxes, while they may be used; guarded by mu
 	// +checklocks:mu
@@ -48,10 +49,7 @@ type Service struct {
 	// +checklocks:mu
 	snapshots map[SnapshotID]*snapshotUse // snapshots that are in use; guarded by mu
 	// +checklocks:mu
-	served time.Time // when a caller last waited for a sandbox; guarded by mu
-	// +checklocks:mu
-	closed bool           // no more timers and operations may start; guarded by mu
-	wg     sync.WaitGroup // operations under way
+	closed bool // no more timers may start; guarded by mu
 }
 
 // New returns a Service. It calls observe, if not nil, after each durable transition; observe must
@@ -60,9 +58,10 @@ func New(cfg Config, store Store, node Node, templates Templates, log *slog.Logg
 	if observe == nil {
 		observe = func(Event) {}
 	}
+	pool := newPool(cfg.Pool)
 	return &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe,
-		pool: newPool(cfg.Pool), recoveries: make(chan struct{}, recoveriesAtOnce),
-		takedowns: make(chan struct{}, takedownsAtOnce), work: map[ID]*operation{}, instances: map[ID]*instance{},
+		pool: pool, ops: newOperations(pool.nudge), recoveries: make(chan struct{}, recoveriesAtOnce),
+		takedowns: make(chan struct{}, takedownsAtOnce), instances: map[ID]*instance{},
 		denials: map[ID]*denials{}, snapshots: map[SnapshotID]*snapshotUse{}}
 }
 
@@ -112,7 +111,7 @@ func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, spec Spec,
 		return Sandbox{}, err
 	}
 	// begin runs before the row exists, so that no other operation can start on a row that is found.
-	op, _ := s.begin(sbx.ID, opCreate)
+	op, _ := s.ops.begin(sbx.ID, opCreate)
 	if op == nil {
 		release()
 		return Sandbox{}, errClosing
@@ -122,14 +121,14 @@ func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, spec Spec,
 	end()
 	if err != nil || found {
 		release()
-		s.finish(sbx.ID, op, Sandbox{}, err)
+		s.ops.finish(sbx.ID, op, Sandbox{}, err)
 		if err != nil {
 			return Sandbox{}, err
 		}
 		return s.repeated(ctx, prior, wait)
 	}
 	s.observe(Event{SandboxID: sbx.ID, At: sbx.CreatedAt, To: Creating})
-	s.do(ctx, sbx.ID, op, func(ctx context.Context) (Sandbox, error) {
+	s.ops.do(ctx, sbx.ID, op, func(ctx context.Context) (Sandbox, error) {
 		defer release()
 		return s.boot(ctx, sbx, spec, patience)
 	})
@@ -141,7 +140,7 @@ func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, spec Spec,
 
 // repeated answers a create that repeats an earlier one with the same key.
 func (s *Service) repeated(ctx context.Context, prior Sandbox, wait bool) (Sandbox, error) {
-	if op := s.current(prior.ID, opCreate); wait && op != nil {
+	if op := s.ops.on(prior.ID); wait && op != nil && op.kind == opCreate {
 		return op.wait(ctx)
 	}
 	return s.store.Get(ctx, prior.ID)
@@ -270,17 +269,17 @@ func (s *Service) Keepalive(ctx context.Context, orgID string, id ID, timeout *t
 	if err != nil {
 		return Sandbox{}, err
 	}
-	instance := sbx.Timeout
+	lifetime := sbx.Timeout
 	if timeout != nil {
 		if *timeout < MinTimeout {
 			return Sandbox{}, invalid("timeout", "must be at least %s", MinTimeout)
 		}
-		instance = min(*timeout, MaxTimeout)
+		lifetime = min(*timeout, MaxTimeout)
 	}
 	if sbx.Mode != Ephemeral {
 		return Sandbox{}, notEphemeral(sbx)
 	}
-	if sbx, err = s.store.SetExpiry(ctx, id, time.Now().UTC().Add(instance), instance, false); err != nil {
+	if sbx, err = s.store.SetExpiry(ctx, id, time.Now().UTC().Add(lifetime), lifetime, false); err != nil {
 		return Sandbox{}, err
 	}
 	s.extend(sbx)
@@ -312,6 +311,11 @@ func (s *Service) Sizes() []Size { return s.cfg.Sizes }
 
 // transition makes every change of state: it writes the row, then logs it and calls observe.
 func (s *Service) transition(ctx context.Context, c Change) (Sandbox, error) {
+	for _, from := range c.From {
+		if !slices.Contains(moves[from], c.To) {
+			return Sandbox{}, fmt.Errorf("a sandbox never goes from %s to %s", from, c.To)
+		}
+	}
 	end := trace.Start(ctx, "commit")
 	before, err := s.store.Transition(ctx, c)
 	end()

@@ -99,63 +99,25 @@ func (s *Service) SaveSnapshot(ctx context.Context, orgID string, id ID, name st
 			snapshotPrefix)
 	}
 	var snap Snapshot
-	_, err := s.exclusive(ctx, orgID, id, opSnapshot, savable, func(ctx context.Context) (sbx Sandbox, err error) {
-		sbx, snap, err = s.saveSnapshot(ctx, id, name)
+	op, err := s.operate(ctx, orgID, id, opSnapshot, nil, func(ctx context.Context, sbx Sandbox) (_ Sandbox, err error) {
+		snap, err = s.saveSnapshot(ctx, sbx, name)
 		return sbx, err
 	})
+	if err == nil {
+		err = op.err
+	}
 	if err != nil {
 		return Snapshot{}, err
 	}
 	return snap, nil
 }
 
-// exclusive runs work as an operation on a sandbox, unless refuse returns an error for the
-// sandbox's row. It waits for any other operation on the sandbox, and continues when ctx ends.
-func (s *Service) exclusive(ctx context.Context, orgID string, id ID, kind opKind, refuse func(Sandbox) error,
-	work func(context.Context) (Sandbox, error)) (Sandbox, error) {
-	for {
-		sbx, err := s.Get(ctx, orgID, id)
-		if err != nil {
-			return Sandbox{}, err
-		}
-		if err := refuse(sbx); err != nil {
-			return Sandbox{}, err
-		}
-		op, mine := s.begin(id, kind)
-		if op == nil {
-			return Sandbox{}, errClosing
-		}
-		if mine {
-			s.do(ctx, id, op, work)
-			return op.wait(ctx)
-		}
-		if err := op.ended(ctx); err != nil {
-			return Sandbox{}, err
-		}
-	}
-}
-
-// savable returns an error for a sandbox of which no snapshot can be made now or soon.
-func savable(sbx Sandbox) error {
-	if sbx.State == Creating || sbx.State == Destroying || sbx.State.Over() {
-		return notRunning(sbx)
-	}
-	return nil
-}
-
 // saveSnapshot makes the snapshot; the caller holds the operation.
-func (s *Service) saveSnapshot(ctx context.Context, id ID, name string) (Sandbox, Snapshot, error) {
-	sbx, err := s.present(ctx, id)
-	if err != nil {
-		return Sandbox{}, Snapshot{}, err
-	}
-	if sbx.State != Running && sbx.State != Suspended {
-		return Sandbox{}, Snapshot{}, notRunning(sbx)
-	}
+func (s *Service) saveSnapshot(ctx context.Context, sbx Sandbox, name string) (Snapshot, error) {
 	snap := snapshotOf(sbx, name)
 	defer s.holdSnapshot(snap.ID)()
 	if err := s.store.AddSnapshot(ctx, snap, s.cfg.MaxSnapshots); err != nil {
-		return Sandbox{}, Snapshot{}, err
+		return Snapshot{}, err
 	}
 	checkpoint, err := s.writeSnapshot(ctx, sbx, snap.ID)
 	saved := Event{SandboxID: sbx.ID, At: time.Now().UTC(), Reason: reasonSnapshot,
@@ -165,10 +127,10 @@ func (s *Service) saveSnapshot(ctx context.Context, id ID, name string) (Sandbox
 	}
 	if err != nil {
 		s.abandonSnapshot(ctx, snap.ID, true)
-		return Sandbox{}, Snapshot{}, s.snapshotFailed(ctx, sbx, err)
+		return Snapshot{}, s.snapshotFailed(ctx, sbx, err)
 	}
 	s.logNote(ctx, saved)
-	return sbx, snap, nil
+	return snap, nil
 }
 
 // logNote logs an event that is no transition.

@@ -2,7 +2,6 @@ package sandbox
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -34,51 +33,31 @@ const leaseGrace = 5 * time.Second
 // "disk_full", …) or Internal, code "suspend_failed"; the sandbox then keeps running if it is still
 // alive.
 func (s *Service) Suspend(ctx context.Context, orgID string, id ID) (Sandbox, error) {
-	return s.suspendBy(ctx, orgID, id, suspendable, s.detachWhenFree)
+	return s.suspendBy(ctx, orgID, id, persistent, s.detachWhenFree)
 }
 
 // Pause takes a running sandbox of either mode to suspended, even while it is in use. It breaks
 // calls in flight after the row says that the sandbox does not run. Otherwise it behaves like
 // [Service.Suspend].
 func (s *Service) Pause(ctx context.Context, orgID string, id ID) (Sandbox, error) {
-	return s.suspendBy(ctx, orgID, id, up, s.detachNow)
+	return s.suspendBy(ctx, orgID, id, nil, s.detachNow)
 }
 
-// suspendBy suspends a sandbox if may returns nil for it. It ends the sandbox's use with part.
+// suspendBy suspends a sandbox if may, if not nil, returns nil for it. It ends the sandbox's use with
+// detach.
 func (s *Service) suspendBy(ctx context.Context, orgID string, id ID, may func(Sandbox) error,
-	part detachFunc) (Sandbox, error) {
-	for {
-		sbx, err := s.Get(ctx, orgID, id)
-		if err != nil {
-			return Sandbox{}, err
-		}
-		if err := may(sbx); err != nil {
-			return Sandbox{}, err
-		}
-		op, mine := s.begin(id, opSuspend)
-		if op == nil {
-			return Sandbox{}, errClosing
-		}
-		if mine {
-			s.do(ctx, id, op, func(ctx context.Context) (Sandbox, error) {
-				return s.suspend(ctx, id, string(Requested), part)
-			})
-		}
-		if err := op.ended(ctx); err != nil {
-			return Sandbox{}, err
-		}
-		if op.kind == opSuspend && !errors.Is(op.err, errNotIdle) {
-			return op.result, op.err
-		}
+	detach detachFunc) (Sandbox, error) {
+	op, err := s.operate(ctx, orgID, id, opSuspend, may, func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+		return s.suspend(ctx, sbx, string(Requested), detach)
+	})
+	if err != nil {
+		return Sandbox{}, err
 	}
+	return op.result, op.err
 }
 
-// suspendable returns an error for a sandbox that cannot be suspended or checkpointed. It accepts
-// one that is being suspended, whose callers wait for the result.
-func suspendable(sbx Sandbox) error {
-	if err := up(sbx); err != nil {
-		return err
-	}
+// persistent returns an error for a sandbox that is not persistent.
+func persistent(sbx Sandbox) error {
 	if sbx.Mode != Persistent {
 		return fault.New(fault.Conflict, "sandbox_not_persistent",
 			"sandbox %s is %s: only persistent ones are suspended", sbx.ID, sbx.Mode)
@@ -86,29 +65,14 @@ func suspendable(sbx Sandbox) error {
 	return nil
 }
 
-// up returns an error for a sandbox that does not run. It accepts one that is being suspended,
-// whose callers wait for the result.
-func up(sbx Sandbox) error {
-	if sbx.State != Running && sbx.State != Suspending {
-		return notRunning(sbx)
-	}
-	return nil
-}
-
 // detachFunc ends the use of a sandbox; its caller holds the operation.
 type detachFunc func(context.Context, ID) (*instance, error)
 
-// suspend takes a running sandbox to suspended; the caller holds the operation. part ends the
+// suspend takes a running sandbox to suspended; the caller holds the operation. detach ends the
 // sandbox's use: later calls wait for the result of the suspend.
-func (s *Service) suspend(ctx context.Context, id ID, reason string, part detachFunc) (Sandbox, error) {
-	sbx, err := s.present(ctx, id)
-	if err != nil {
-		return Sandbox{}, err
-	}
-	if err := up(sbx); err != nil {
-		return Sandbox{}, err
-	}
-	l, err := part(ctx, id)
+func (s *Service) suspend(ctx context.Context, sbx Sandbox, reason string, detach detachFunc) (Sandbox, error) {
+	id := sbx.ID
+	l, err := detach(ctx, id)
 	if err != nil {
 		return Sandbox{}, err
 	}

@@ -52,16 +52,13 @@ func (s *Service) SetSurface(ctx context.Context, orgID string, id ID, surface s
 // suspendExpired suspends a sandbox whose timeout is over, even while it is in use. If that fails,
 // the sandbox keeps running and suspendExpired is retried later.
 func (s *Service) suspendExpired(expired Sandbox) {
-	op, mine := s.begin(expired.ID, opSuspend)
+	op, _ := s.ops.run(expired.ID, opSuspend, func(ctx context.Context) (Sandbox, error) {
+		return s.act(ctx, expired.ID, rules[opSuspend], func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+			return s.suspend(ctx, sbx, string(Expired), s.detachExpired(expired.Run)) // logs its errors
+		})
+	})
 	if op == nil {
 		return
-	}
-	if mine {
-		// suspend logs its errors.
-		sbx, err := s.suspend(op.ctx, expired.ID, string(Expired), s.partExpired(expired.Run))
-		s.finish(expired.ID, op, sbx, err)
-	} else {
-		<-op.done
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -79,8 +76,8 @@ func (s *Service) suspendExpired(expired Sandbox) {
 // errNotExpired reports that a sandbox was given more time after its timeout was over.
 var errNotExpired = errors.New("not expired any more")
 
-// partExpired ends the use of a sandbox if its row still says that its timeout is over.
-func (s *Service) partExpired(run string) detachFunc {
+// detachExpired ends the use of a sandbox if its row still says that its timeout is over.
+func (s *Service) detachExpired(run string) detachFunc {
 	return func(ctx context.Context, id ID) (*instance, error) {
 		sbx, err := s.store.Get(ctx, id)
 		if err != nil {

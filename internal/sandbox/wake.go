@@ -56,7 +56,7 @@ func (s *Service) Attach(ctx context.Context, id ID) (*Lease, error) {
 			}
 		}
 		// A row may be briefly ahead of the operation on its sandbox: wait for the operation's result.
-		op := s.working(id)
+		op := s.ops.on(id)
 		if last || op == nil || sbx.State != Running {
 			return nil, notRunning(sbx)
 		}
@@ -86,44 +86,37 @@ func (s *Service) running(ctx context.Context, c Caller, id ID, u runOptions) (S
 			if l := s.use(sbx, u.pin); l != nil {
 				return sbx, l, nil
 			}
-		case sbx.State == Creating && !u.pin, sbx.State == Destroying, sbx.State.Over():
+		case sbx.State == Creating && !u.pin:
 			return Sandbox{}, nil, notRunning(sbx)
 		}
-		// The sandbox cannot be used as it was read: wait for the operation on it, or begin a wake, and
-		// read it again.
-		op, mine := s.begin(id, opWake)
-		if op == nil {
-			return Sandbox{}, nil, errClosing
-		}
-		if mine {
-			s.do(ctx, id, op, func(ctx context.Context) (Sandbox, error) { return s.wake(ctx, c, id, u.timeout) })
-		}
-		if err := op.ended(ctx); err != nil {
+		if err := rules[opWake].refuse(sbx); err != nil {
 			return Sandbox{}, nil, err
 		}
-		if op.kind == opWake && op.err != nil {
-			return Sandbox{}, nil, op.err
+		// The sandbox cannot be used as it was read: wait for the operation on it, or wake it, and read it
+		// again.
+		op, answers, err := s.attempt(ctx, id, opWake, func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+			return s.wake(ctx, c, sbx, u.timeout)
+		})
+		if err == nil && answers {
+			err = op.err
+		}
+		if err != nil {
+			return Sandbox{}, nil, err
 		}
 	}
 }
 
 // wake takes a suspended sandbox to running; the caller holds the operation.
-func (s *Service) wake(ctx context.Context, c Caller, id ID, timeout time.Duration) (Sandbox, error) {
-	sbx, err := s.present(ctx, id)
-	switch {
-	case err != nil:
-		return Sandbox{}, err
-	case sbx.State == Running:
+func (s *Service) wake(ctx context.Context, c Caller, sbx Sandbox, timeout time.Duration) (Sandbox, error) {
+	if sbx.State == Running {
 		return sbx, nil
-	case sbx.State != Suspended:
-		return Sandbox{}, notRunning(sbx)
 	}
 	// Errors that concern only this caller leave the row unchanged.
 	if err := s.room(ctx, sbx.Size); err != nil {
 		return Sandbox{}, err
 	}
 	run, token := newSecret(10), newSecret(32)
-	claim := Change{ID: id, From: []State{Suspended}, Run: sbx.Run, To: Waking, At: time.Now().UTC(),
+	claim := Change{ID: sbx.ID, From: []State{Suspended}, Run: sbx.Run, To: Waking, At: time.Now().UTC(),
 		Quota: &c.Quota, NewRun: &run, Token: &token}
 	if sbx.Mode == Ephemeral && timeout > 0 {
 		claim.Timeout = &timeout
