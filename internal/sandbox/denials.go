@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -39,17 +40,24 @@ type denials struct {
 	told   int            // events in the present minute
 }
 
-// denied counts a denial until [Service.noteDenials] records it.
-func (s *Service) denied(d Denial) {
+// denialLog gathers denials until [Service.noteDenials] records them as events.
+type denialLog struct {
+	mu sync.Mutex
+	// +checklocks:mu
+	of map[ID]*denials
+}
+
+// add counts a denial.
+func (l *denialLog) add(d Denial) {
 	n := max(d.Count, 1)
 	d.Name = plain(d.Name)
 	d.Count = 0
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	of := s.denials[d.ID]
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	of := l.of[d.ID]
 	if of == nil {
 		of = &denials{count: map[Denial]int{}}
-		s.denials[d.ID] = of
+		l.of[d.ID] = of
 	}
 	if _, known := of.count[d]; !known && len(of.count) >= denialsKept {
 		of.others += n
@@ -60,13 +68,21 @@ func (s *Service) denied(d Denial) {
 
 // noteDenials records events for the denials that are due, all in one transaction.
 func (s *Service) noteDenials(ctx context.Context) error {
-	now := time.Now().UTC()
-	var events []Event
-	s.mu.Lock()
-	for id, of := range s.denials {
+	events := s.denials.due(time.Now().UTC())
+	if len(events) == 0 {
+		return nil
+	}
+	return s.store.Note(ctx, events)
+}
+
+// due removes the denials that are due and returns events for them.
+func (l *denialLog) due(now time.Time) (events []Event) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for id, of := range l.of {
 		if now.Sub(of.since) >= time.Minute {
 			if len(of.count) == 0 {
-				delete(s.denials, id)
+				delete(l.of, id)
 				continue
 			}
 			of.since, of.told = now, 0
@@ -77,11 +93,7 @@ func (s *Service) noteDenials(ctx context.Context) error {
 			of.count, of.others, of.told = map[Denial]int{}, 0, of.told+len(more)
 		}
 	}
-	s.mu.Unlock()
-	if len(events) == 0 {
-		return nil
-	}
-	return s.store.Note(ctx, events)
+	return events
 }
 
 // events returns the denials in at most room events: the most frequent ones, and one for the rest.

@@ -104,7 +104,7 @@ func (s *Service) takeApart(ctx context.Context, id ID, run string, why Reason, 
 			return fmt.Errorf("claiming %s to destroy it: %w", id, err)
 		}
 	}
-	s.untrack(id)
+	s.live.untrack(id)
 	claimed()
 	select {
 	case s.takedowns <- struct{}{}:
@@ -126,11 +126,7 @@ func (s *Service) takeApart(ctx context.Context, id ID, run string, why Reason, 
 
 // extend moves the end of an ephemeral sandbox to the expiry in its row.
 func (s *Service) extend(sbx Sandbox) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if l := s.instances[sbx.ID]; l != nil && l.run == sbx.Run && l.end != nil && !s.closed {
-		l.end.Reset(time.Until(sbx.ExpiresAt))
-	}
+	s.live.resetEnd(sbx.ID, sbx.Run, func(*instance) time.Time { return sbx.ExpiresAt })
 }
 
 // expire ends a sandbox whose timeout is over, unless it was extended meanwhile.
@@ -154,10 +150,6 @@ func (s *Service) expire(id ID) {
 		return
 	}
 	s.log.ErrorContext(ctx, "destroying an expired sandbox", "sandbox", id, "error", err)
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	// Once the destroy is claimed Reconcile retries it; before that only this timer does.
-	if l := s.instances[id]; l != nil && !s.closed {
-		l.end.Reset(retryAfter)
-	}
+	s.live.resetEnd(id, "", func(*instance) time.Time { return time.Now().Add(retryAfter) })
 }

@@ -98,7 +98,7 @@ func (s *Service) saveFork(ctx context.Context, sbx Sandbox, f *fork) error {
 	if err := s.room(ctx, sbx.Size); err != nil {
 		return err
 	}
-	f.release = s.holdSnapshot(f.from.ID)
+	f.release = s.snapshots.hold(f.from.ID)
 	_, err := s.writeSnapshot(ctx, sbx, f.from.ID)
 	forked := Event{SandboxID: sbx.ID, At: time.Now().UTC(), Reason: reasonForked,
 		Detail: fmt.Sprintf("%d asked for", f.request.Count)}

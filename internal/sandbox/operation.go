@@ -183,7 +183,8 @@ func (o *operations) finish(id ID, op *operation, result Sandbox, err error) {
 // run does work as an operation in the calling goroutine, and returns the operation with its result.
 // If another operation is under way, it waits for that one instead and returns it with mine false. It
 // returns nil when the service is closing.
-func (o *operations) run(id ID, kind opKind, work func(ctx context.Context) (Sandbox, error)) (op *operation, mine bool) {
+func (o *operations) run(id ID, kind opKind,
+	work func(ctx context.Context) (Sandbox, error)) (op *operation, mine bool) {
 	op, mine = o.begin(id, kind)
 	switch {
 	case mine:

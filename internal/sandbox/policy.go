@@ -22,7 +22,7 @@ func (s *Service) SetEgress(ctx context.Context, orgID string, id ID, e Egress) 
 	if err != nil {
 		return Sandbox{}, err
 	}
-	return s.shown(op.result), op.err
+	return s.live.shown(op.result), op.err
 }
 
 // setEgress writes the policy to the row, as the wanted one, and then to the kernel; the caller

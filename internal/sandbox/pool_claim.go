@@ -121,7 +121,7 @@ func (s *Service) claim(ctx context.Context, sbx Sandbox, q Quota,
 	case err == nil:
 		s.announce(ctx, Event{SandboxID: sbx.ID, At: sbx.CreatedAt, To: Creating})
 		s.announce(ctx, Event{SandboxID: sbx.ID, At: sbx.StartedAt, From: Creating, To: Running})
-		s.track(newInstance(sbx))
+		s.live.track(newInstance(sbx))
 		s.pool.claimed(demandKey{sbx.TemplateID, sbx.Size.Name}, true)
 		return sbx, prior, false, nil
 	case fault.As(err) != nil && fault.As(err).Code != codeNoMember:

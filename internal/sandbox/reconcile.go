@@ -109,7 +109,7 @@ func (s *Service) Reconcile(ctx context.Context) error {
 		observed := byID[row.ID]
 		a := Decide(row, nil, observed)
 		delete(byID, row.ID)
-		if a == Leave || a == Adopt && s.tracked(*row) && observed.Egress.Equal(row.Egress) {
+		if a == Leave || a == Adopt && s.live.tracked(*row) && observed.Egress.Equal(row.Egress) {
 			continue
 		}
 		errs = append(errs, s.lookAfter(row.ID))
@@ -209,14 +209,14 @@ func (s *Service) adopt(ctx context.Context, row Sandbox, observed *Observed) er
 			return fmt.Errorf("giving %s the policy of its row: %w", row.ID, err)
 		}
 	}
-	if s.tracked(row) {
+	if s.live.tracked(row) {
 		return nil
 	}
 	l := newInstance(row)
 	if observed.Checkpoint != nil {
 		l.looked = observed.Checkpoint.At
 	}
-	s.track(l)
+	s.live.track(l)
 	return nil
 }
 
@@ -234,14 +234,14 @@ func (s *Service) resume(ctx context.Context, row Sandbox, observed *Observed, w
 	if observed.Checkpoint != nil {
 		l.looked = observed.Checkpoint.At
 	}
-	s.track(l)
+	s.live.track(l)
 	return nil
 }
 
 // rest removes everything of a sandbox from the host except its recovery point, and makes its row
 // suspended. If that removal fails, rest leaves the row unchanged.
 func (s *Service) rest(ctx context.Context, row Sandbox, observed *Observed, a Action, why note) error {
-	last := s.untrack(row.ID)
+	last := s.live.untrack(row.ID)
 	if err := s.node.Rest(ctx, row.ID); err != nil {
 		return fmt.Errorf("removing the remains of %s: %w", row.ID, err)
 	}
@@ -269,7 +269,7 @@ func (s *Service) rest(ctx context.Context, row Sandbox, observed *Observed, a A
 // operation, and a running sandbox that was not adopted.
 func (s *Service) present(ctx context.Context, id ID) (Sandbox, error) {
 	sbx, err := s.store.Get(ctx, id)
-	if err != nil || !sbx.State.Claim() && (sbx.State != Running || s.tracked(sbx)) {
+	if err != nil || !sbx.State.Claim() && (sbx.State != Running || s.live.tracked(sbx)) {
 		return sbx, err
 	}
 	if err := s.settle(ctx, id, note{reason: reasonInterrupted}); err != nil {

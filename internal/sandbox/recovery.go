@@ -41,13 +41,13 @@ func (s *Service) takeCheckpoint(ctx context.Context, sbx Sandbox) (Sandbox, err
 	if err := persistent(sbx); err != nil {
 		return Sandbox{}, err
 	}
-	s.markChanged(id, false)
+	s.live.markChanged(id, false)
 	made, err := s.writeCheckpoint(ctx, id, s.node.Checkpoint)
 	if err == nil {
 		s.ops.on(id).made = made
 		return sbx, nil
 	}
-	s.markChanged(id, true)
+	s.live.markChanged(id, true)
 	if context.Cause(ctx) == errInterrupted {
 		return Sandbox{}, fault.New(fault.Conflict, codeNotRunning,
 			"sandbox %s was destroyed while a recovery point was taken", id)
@@ -61,16 +61,6 @@ func (s *Service) takeCheckpoint(ctx context.Context, sbx Sandbox) (Sandbox, err
 	}
 	return Sandbox{}, fault.New(fault.Internal, "checkpoint_failed",
 		"no recovery point of sandbox %s was taken", id).Because(err)
-}
-
-// markChanged records whether a sandbox may differ from its latest point. A sandbox with leases
-// while the point is taken always may.
-func (s *Service) markChanged(id ID, changed bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if l := s.instances[id]; l != nil {
-		l.changed, l.looked = changed || l.leases > 0, time.Now()
-	}
 }
 
 // recoveryDue handles a sandbox's recovery timer. It takes a recovery point if the sandbox may have
@@ -88,24 +78,13 @@ func (s *Service) recoveryDue(l *instance) {
 		}
 		looked = mine // another operation has set it, if it was a checkpoint
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.instances[l.id] != l || s.closed {
-		return
-	}
-	if looked {
-		l.looked = time.Now()
-	}
-	l.recovery.Reset(time.Until(l.looked.Add(l.interval)))
+	s.live.nextRecovery(l, looked)
 }
 
 // needsPoint reports whether a running sandbox may differ from its latest point.
 func (s *Service) needsPoint(l *instance) bool {
-	s.mu.Lock()
-	gone, changed := s.instances[l.id] != l, l.changed
-	s.mu.Unlock()
-	if gone || changed {
-		return !gone
+	if there, changed := s.live.changed(l); !there || changed {
+		return there
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), busyTimeout)
 	defer cancel()

@@ -3,6 +3,7 @@ package sandbox
 import (
 	"context"
 	"errors"
+	"sync"
 	"time"
 )
 
@@ -20,8 +21,10 @@ const (
 // what policies denied, reconciles, saves last activities, maintains the pool and drops old rows.
 // Call [Service.Reconcile] once before Run, so that timers are set when the first request comes.
 func (s *Service) Run(ctx context.Context) {
-	go s.flushing(ctx)
-	go s.keepPool(ctx)
+	var background sync.WaitGroup
+	defer background.Wait()
+	background.Go(func() { s.flushing(ctx) })
+	background.Go(func() { s.keepPool(ctx) })
 	reconcile, purge := time.NewTicker(reconcileEvery), time.NewTicker(purgeEvery)
 	defer reconcile.Stop()
 	defer purge.Stop()
@@ -30,9 +33,9 @@ func (s *Service) Run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case observed := <-s.node.Lost():
-			go s.lost(ctx, observed)
+			background.Go(func() { s.lost(ctx, observed) })
 		case d := <-s.node.Denied():
-			s.denied(d)
+			s.denials.add(d)
 		case <-reconcile.C:
 			if err := s.Reconcile(ctx); err != nil && ctx.Err() == nil {
 				s.log.ErrorContext(ctx, "reconciling", "error", err)
@@ -68,12 +71,7 @@ func (s *Service) lost(ctx context.Context, observed Observed) {
 // activities. It abandons operations that have not finished by then: Reconcile finds their claims
 // at the next start. Sandboxes keep running.
 func (s *Service) Close(ctx context.Context) error {
-	s.mu.Lock()
-	s.closed = true
-	for _, l := range s.instances {
-		l.stop()
-	}
-	s.mu.Unlock()
+	s.live.close()
 	err := s.ops.close(ctx)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushTimeout)
 	defer cancel()

@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
@@ -34,22 +32,15 @@ type Service struct {
 	templates Templates
 	log       *slog.Logger
 	observe   func(Event)
-	leases    atomic.Int64
 	pool      *pool
 	ops       *operations
+	live      *instances
+	denials   *denialLog
+	snapshots *snapshotUses
 
 	recoveries chan struct{} // holds a token for each recovery point that a timer takes
 	takedowns  chan struct{} // holds a token for each sandbox that is being removed
 
-	mu sync.Mutex
-	// +checklocks:mu
-	instances map[ID]*instance // instances of running sandboxes, while they may be used; guarded by mu
-	// +checklocks:mu
-	denials map[ID]*denials // not yet recorded as events; guarded by mu
-	// +checklocks:mu
-	snapshots map[SnapshotID]*snapshotUse // snapshots that are in use; guarded by mu
-	// +checklocks:mu
-	closed bool // no more timers may start; guarded by mu
 }
 
 // New returns a Service. It calls observe, if not nil, after each durable transition; observe must
@@ -59,10 +50,14 @@ func New(cfg Config, store Store, node Node, templates Templates, log *slog.Logg
 		observe = func(Event) {}
 	}
 	pool := newPool(cfg.Pool)
-	return &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe,
-		pool: pool, ops: newOperations(pool.nudge), recoveries: make(chan struct{}, recoveriesAtOnce),
-		takedowns: make(chan struct{}, takedownsAtOnce), instances: map[ID]*instance{},
-		denials: map[ID]*denials{}, snapshots: map[SnapshotID]*snapshotUse{}}
+	s := &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe,
+		pool: pool, ops: newOperations(pool.nudge), denials: &denialLog{of: map[ID]*denials{}},
+		recoveries: make(chan struct{}, recoveriesAtOnce), takedowns: make(chan struct{}, takedownsAtOnce)}
+	s.live = &instances{of: map[ID]*instance{}, expired: s.expire, idled: s.idled, recoveryDue: s.recoveryDue}
+	s.snapshots = &snapshotUses{of: map[SnapshotID]*snapshotUse{}, remove: func(id SnapshotID) {
+		s.abandonSnapshot(context.Background(), id, true)
+	}}
+	return s
 }
 
 // Caller names the organization that asks for a running sandbox, with its quota.
@@ -167,7 +162,7 @@ func (s *Service) boot(ctx context.Context, sbx Sandbox, spec Spec, patience tim
 		}
 		running, err := s.transition(ctx, change)
 		if err == nil {
-			s.track(newInstance(running))
+			s.live.track(newInstance(running))
 			return running, nil
 		}
 		return Sandbox{}, s.bootFailed(ctx, sbx, err)
@@ -238,7 +233,7 @@ func (s *Service) Get(ctx context.Context, orgID string, id ID) (Sandbox, error)
 	if sbx.OrgID != orgID {
 		return Sandbox{}, fault.New(fault.Denied, "not_your_sandbox", "sandbox %s belongs to another organization", id)
 	}
-	return s.shown(sbx), nil
+	return s.live.shown(sbx), nil
 }
 
 func notFound(id ID) error {
@@ -256,7 +251,7 @@ func notRunning(sbx Sandbox) error {
 func (s *Service) List(ctx context.Context, f Filter) ([]Sandbox, string, error) {
 	sandboxes, next, err := s.store.List(ctx, f)
 	for i := range sandboxes {
-		sandboxes[i] = s.shown(sandboxes[i])
+		sandboxes[i] = s.live.shown(sandboxes[i])
 	}
 	return sandboxes, next, err
 }

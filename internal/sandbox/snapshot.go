@@ -115,7 +115,7 @@ func (s *Service) SaveSnapshot(ctx context.Context, orgID string, id ID, name st
 // saveSnapshot makes the snapshot; the caller holds the operation.
 func (s *Service) saveSnapshot(ctx context.Context, sbx Sandbox, name string) (Snapshot, error) {
 	snap := snapshotOf(sbx, name)
-	defer s.holdSnapshot(snap.ID)()
+	defer s.snapshots.hold(snap.ID)()
 	if err := s.store.AddSnapshot(ctx, snap, s.cfg.MaxSnapshots); err != nil {
 		return Snapshot{}, err
 	}
@@ -180,52 +180,6 @@ func (s *Service) snapshotFailed(ctx context.Context, sbx Sandbox, cause error) 
 	return fault.New(fault.Internal, "snapshot_failed", "no snapshot of sandbox %s was made", sbx.ID).Because(cause)
 }
 
-// snapshotUse counts the users of a snapshot's files, makers included.
-type snapshotUse struct {
-	count  int
-	doomed bool // deleted meanwhile: its last user removes it
-}
-
-// holdSnapshot prevents the removal of a snapshot until the returned function is called. Check
-// afterwards whether the snapshot still exists: a deletion changes the row before it looks for
-// users.
-func (s *Service) holdSnapshot(id SnapshotID) (release func()) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	u := s.snapshots[id]
-	if u == nil {
-		u = &snapshotUse{}
-		s.snapshots[id] = u
-	}
-	u.count++
-	return func() { s.releaseSnapshot(id) }
-}
-
-// holdAlone holds a snapshot like holdSnapshot if it has no other user, and otherwise returns nil.
-func (s *Service) holdAlone(id SnapshotID) (release func()) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.snapshots[id] != nil {
-		return nil
-	}
-	s.snapshots[id] = &snapshotUse{count: 1}
-	return func() { s.releaseSnapshot(id) }
-}
-
-func (s *Service) releaseSnapshot(id SnapshotID) {
-	s.mu.Lock()
-	u := s.snapshots[id]
-	u.count--
-	over := u.count == 0
-	if over {
-		delete(s.snapshots, id)
-	}
-	s.mu.Unlock()
-	if over && u.doomed {
-		s.abandonSnapshot(context.Background(), id, true)
-	}
-}
-
 // findSnapshot returns a ready snapshot of the organization by name or ID.
 func (s *Service) findSnapshot(ctx context.Context, orgID, nameOrID string) (Snapshot, error) {
 	if !strings.HasPrefix(nameOrID, snapshotPrefix) {
@@ -250,7 +204,7 @@ func (s *Service) useSnapshot(ctx context.Context, orgID, nameOrID string) (Snap
 	if err != nil {
 		return Snapshot{}, nil, err
 	}
-	release := s.holdSnapshot(snap.ID)
+	release := s.snapshots.hold(snap.ID)
 	if snap, err = s.findSnapshot(ctx, orgID, string(snap.ID)); err != nil { // deleted in between
 		release()
 		return Snapshot{}, nil, err
@@ -280,13 +234,7 @@ func (s *Service) DeleteSnapshot(ctx context.Context, orgID, nameOrID string) er
 		return err
 	}
 	s.log.InfoContext(ctx, "snapshot deleted", "snapshot", snap.ID, "name", snap.Name)
-	s.mu.Lock()
-	u := s.snapshots[snap.ID]
-	if u != nil {
-		u.doomed = true
-	}
-	s.mu.Unlock()
-	if u == nil {
+	if !s.snapshots.doom(snap.ID) {
 		s.abandonSnapshot(ctx, snap.ID, true)
 	}
 	return nil
@@ -324,7 +272,7 @@ func (s *Service) reconcileSnapshots(ctx context.Context) error {
 
 // settleSnapshot drops a snapshot if DropsSnapshot says so, unless it has users.
 func (s *Service) settleSnapshot(ctx context.Context, id SnapshotID) error {
-	release := s.holdAlone(id)
+	release := s.snapshots.holdAlone(id)
 	if release == nil {
 		return nil
 	}

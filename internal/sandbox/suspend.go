@@ -33,14 +33,14 @@ const leaseGrace = 5 * time.Second
 // "disk_full", …) or Internal, code "suspend_failed"; the sandbox then keeps running if it is still
 // alive.
 func (s *Service) Suspend(ctx context.Context, orgID string, id ID) (Sandbox, error) {
-	return s.suspendBy(ctx, orgID, id, persistent, s.detachWhenFree)
+	return s.suspendBy(ctx, orgID, id, persistent, s.live.detachWhenFree)
 }
 
 // Pause takes a running sandbox of either mode to suspended, even while it is in use. It breaks
 // calls in flight after the row says that the sandbox does not run. Otherwise it behaves like
 // [Service.Suspend].
 func (s *Service) Pause(ctx context.Context, orgID string, id ID) (Sandbox, error) {
-	return s.suspendBy(ctx, orgID, id, nil, s.detachNow)
+	return s.suspendBy(ctx, orgID, id, nil, s.live.detachNow)
 }
 
 // suspendBy suspends a sandbox if may, if not nil, returns nil for it. It ends the sandbox's use with
@@ -65,9 +65,6 @@ func persistent(sbx Sandbox) error {
 	return nil
 }
 
-// detachFunc ends the use of a sandbox; its caller holds the operation.
-type detachFunc func(context.Context, ID) (*instance, error)
-
 // suspend takes a running sandbox to suspended; the caller holds the operation. detach ends the
 // sandbox's use: later calls wait for the result of the suspend.
 func (s *Service) suspend(ctx context.Context, sbx Sandbox, reason string, detach detachFunc) (Sandbox, error) {
@@ -84,7 +81,7 @@ func (s *Service) suspend(ctx context.Context, sbx Sandbox, reason string, detac
 	if _, err = s.transition(ctx, claim); err != nil {
 		s.log.ErrorContext(ctx, "claiming a sandbox to suspend it", "sandbox", id, "error", err)
 		l.after = began.Add(retryAfter)
-		s.track(l) // the sandbox is unchanged
+		s.live.track(l) // the sandbox is unchanged
 		return Sandbox{}, err
 	}
 	checkpoint, err := s.writeCheckpoint(ctx, id, s.node.Suspend)
@@ -129,42 +126,4 @@ func (s *Service) suspendFailed(ctx context.Context, id ID, began time.Time, cau
 		return Sandbox{}, cause
 	}
 	return Sandbox{}, fault.New(fault.Internal, reasonSuspendFailed, "sandbox %s was not suspended", id).Because(cause)
-}
-
-// detachWhenFree ends the use of a sandbox as soon as no call is in flight.
-func (s *Service) detachWhenFree(ctx context.Context, id ID) (*instance, error) {
-	patience := time.NewTimer(leaseGrace)
-	defer patience.Stop()
-	for {
-		s.mu.Lock()
-		l := s.instances[id]
-		if l.leases == 0 {
-			s.remove(l)
-			s.mu.Unlock()
-			return l, nil
-		}
-		if l.free == nil {
-			l.free = make(chan struct{})
-		}
-		free, calls := l.free, l.leases
-		s.mu.Unlock()
-		select {
-		case <-free:
-		case <-patience.C:
-			return nil, fault.New(fault.Conflict, "sandbox_in_use",
-				"sandbox %s is in use, calls in flight: %d; suspend it when they have ended", id, calls)
-		case <-ctx.Done():
-			return nil, fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed before it was suspended", id)
-		}
-	}
-}
-
-// detachNow ends the use of a sandbox even while leases are held. The machine breaks their
-// connections when it suspends the sandbox.
-func (s *Service) detachNow(_ context.Context, id ID) (*instance, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	l := s.instances[id]
-	s.remove(l)
-	return l, nil
 }

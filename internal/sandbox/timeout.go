@@ -60,17 +60,15 @@ func (s *Service) suspendExpired(expired Sandbox) {
 	if op == nil {
 		return
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	// The sandbox may still be in use: it was given more time, another operation on it was under way,
 	// or its row could not be read.
-	if l := s.instances[expired.ID]; l != nil && l.run == expired.Run && !s.closed {
+	s.live.resetEnd(expired.ID, expired.Run, func(l *instance) time.Time {
 		again := time.Now().Add(time.Second) // no sooner, whatever the cause
 		if again.Before(l.after) {
-			again = l.after
+			return l.after
 		}
-		l.end.Reset(time.Until(again))
-	}
+		return again
+	})
 }
 
 // errNotExpired reports that a sandbox was given more time after its timeout was over.
@@ -86,6 +84,6 @@ func (s *Service) detachExpired(run string) detachFunc {
 		if sbx.Run != run || time.Now().Before(sbx.ExpiresAt) {
 			return nil, errNotExpired
 		}
-		return s.detachNow(ctx, id)
+		return s.live.detachNow(ctx, id)
 	}
 }

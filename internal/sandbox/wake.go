@@ -28,7 +28,7 @@ func (s *Service) Wake(ctx context.Context, c Caller, id ID) (Sandbox, error) {
 // timeout that it had last. It does not change the timeout of a running sandbox.
 func (s *Service) WakeFor(ctx context.Context, c Caller, id ID, timeout time.Duration) (Sandbox, error) {
 	sbx, _, err := s.running(ctx, c, id, runOptions{timeout: timeout})
-	return s.shown(sbx), err
+	return s.live.shown(sbx), err
 }
 
 // Connect leases a sandbox. It waits for one that is being created and wakes a suspended one.
@@ -39,7 +39,7 @@ func (s *Service) Connect(ctx context.Context, c Caller, id ID) (*Lease, error) 
 	if err != nil {
 		return nil, err
 	}
-	return &Lease{Sandbox: sbx, service: s, instance: l}, nil
+	return &Lease{Sandbox: sbx, of: s.live, instance: l}, nil
 }
 
 // Attach leases a running sandbox of any organization. It wakes no sandbox, and does not wait for
@@ -51,8 +51,8 @@ func (s *Service) Attach(ctx context.Context, id ID) (*Lease, error) {
 			return nil, err
 		}
 		if sbx.State == Running {
-			if l := s.use(sbx, true); l != nil {
-				return &Lease{Sandbox: sbx, service: s, instance: l}, nil
+			if l := s.live.use(sbx, true); l != nil {
+				return &Lease{Sandbox: sbx, of: s.live, instance: l}, nil
 			}
 		}
 		// A row may be briefly ahead of the operation on its sandbox: wait for the operation's result.
@@ -83,7 +83,7 @@ func (s *Service) running(ctx context.Context, c Caller, id ID, u runOptions) (S
 		}
 		switch {
 		case sbx.State == Running:
-			if l := s.use(sbx, u.pin); l != nil {
+			if l := s.live.use(sbx, u.pin); l != nil {
 				return sbx, l, nil
 			}
 		case sbx.State == Creating && !u.pin:
@@ -153,7 +153,7 @@ func (s *Service) restore(ctx context.Context, sbx Sandbox) (Sandbox, error) {
 	}
 	l := newInstance(woken)
 	l.looked, l.changed = now, false // it equals its point
-	s.track(l)
+	s.live.track(l)
 	return woken, nil
 }
 
