@@ -55,13 +55,19 @@ func (s *Service) Run(ctx context.Context) {
 // lost settles a sandbox whose processes ended, after any running operation on it has finished.
 func (s *Service) lost(ctx context.Context, observed Observed) {
 	for {
-		op, mine := s.ops.run(observed.ID, opSettle, func(ctx context.Context) (Sandbox, error) {
-			return Sandbox{}, s.settle(ctx, observed.ID, note{reason: reasonInterrupted})
-		})
-		if op == nil || mine {
-			if mine && op.err != nil { // the next Reconcile tries again
-				s.log.ErrorContext(ctx, "settling a lost sandbox", "sandbox", observed.ID, "error", op.err)
+		op, mine := s.ops.begin(observed.ID, opSettle)
+		if op == nil {
+			return
+		}
+		if mine {
+			err := s.settle(op.ctx, observed.ID, note{reason: reasonInterrupted})
+			s.ops.finish(observed.ID, op, Sandbox{}, err)
+			if err != nil { // the next Reconcile tries again
+				s.log.ErrorContext(ctx, "settling a lost sandbox", "sandbox", observed.ID, "error", err)
 			}
+			return
+		}
+		if op.ended(ctx) != nil {
 			return
 		}
 	}
