@@ -25,7 +25,7 @@ tool staticcheck ./...
 
 step locks
 # Only annotated fields: guesses about others are wrong too often.
-tool checklocks -inferred=false -test=false $(go list ./internal/... ./cmd/cay ./cmd/cay-agent ./client/...)
+tool checklocks -inferred=false -test=false $(go list ./internal/... ./cmd/cay-agent ./client/...)
 
 step the builder, which is a module of its own
 # With the flags of the build, so that nothing is compiled twice.

@@ -1,0 +1,204 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/BurntSushi/toml"
+
+	"github.com/cayhq/cay/client"
+	"github.com/cayhq/cay/internal/daemon"
+)
+
+// defaultURL is the address of a server with default settings.
+const defaultURL = "http://127.0.0.1:7070"
+
+// clientConfig is ~/.cay/config.toml.
+type clientConfig struct {
+	account
+	Org  string             `toml:"org"`
+	Orgs map[string]account `toml:"orgs"`
+}
+
+// account holds the address of a server and a key for it.
+type account struct {
+	APIURL string `toml:"api_url"`
+	APIKey string `toml:"api_key"`
+}
+
+func readClientConfig(home string) (clientConfig, error) {
+	var c clientConfig
+	if home == "" {
+		return c, nil
+	}
+	path := filepath.Join(home, ".cay", "config.toml")
+	meta, err := toml.DecodeFile(path, &c)
+	if errors.Is(err, fs.ErrNotExist) {
+		return clientConfig{}, nil
+	}
+	if err != nil {
+		return c, fmt.Errorf("reading %s: %w", path, err)
+	}
+	if unknown := meta.Undecoded(); len(unknown) > 0 {
+		return c, fmt.Errorf("reading %s: there is no setting %s; there are api_url, api_key, org, and orgs.NAME.api_url and .api_key", path, unknown[0])
+	}
+	return c, nil
+}
+
+func first(texts ...string) string {
+	for _, text := range texts {
+		if text != "" {
+			return text
+		}
+	}
+	return ""
+}
+
+// account finds out which server to use and with what key: flags before the
+// environment, before the config file, before a server on this machine.
+func (a *app) account() (acc account, org string, err error) {
+	file, err := readClientConfig(a.getenv("HOME"))
+	if err != nil {
+		return account{}, "", err
+	}
+	org = first(a.org, a.getenv("CAY_ORG"), file.Org)
+	own := file.Orgs[org]
+	acc = account{
+		APIURL: first(a.apiURL, a.getenv("CAY_API_URL"), own.APIURL, file.APIURL),
+		APIKey: first(a.apiKey, a.getenv("CAY_API_KEY"), own.APIKey, file.APIKey),
+	}
+	if acc.APIURL != "" && acc.APIKey != "" {
+		return acc, org, nil
+	}
+	acc, err = a.fromThisMachine(acc)
+	return acc, org, err
+}
+
+// fromThisMachine fills in what is missing from the servers of this machine.
+func (a *app) fromThisMachine(acc account) (account, error) {
+	servers, err := a.localServers()
+	if err != nil {
+		return account{}, err
+	}
+	if acc.APIURL != "" {
+		servers = slices.DeleteFunc(servers, func(s daemon.ServerRecord) bool { return !sameServer(s.URL, acc.APIURL) })
+	}
+	switch {
+	case len(servers) > 1:
+		var urls []string
+		for _, s := range servers {
+			urls = append(urls, s.URL)
+		}
+		return account{}, fmt.Errorf("several servers run on this machine: choose one with --api-url, of %s", strings.Join(urls, ", "))
+	case len(servers) == 0 && (acc.APIURL == "" || sameServer(acc.APIURL, defaultURL)):
+		// A server whose record is gone, or that runs in a container with its data here.
+		servers = []daemon.ServerRecord{{URL: defaultURL, KeyFile: filepath.Join(a.dataDir, "api-key")}}
+	case len(servers) == 0:
+		servers = []daemon.ServerRecord{{URL: acc.APIURL}}
+	}
+	acc.APIURL = first(acc.APIURL, servers[0].URL)
+	if acc.APIKey != "" {
+		return acc, nil
+	}
+	key, err := os.ReadFile(first(servers[0].KeyFile, os.DevNull))
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return account{}, fmt.Errorf("no API key: that of the server on this machine is in %s, which you may not read; give --api-key or CAY_API_KEY, or put api_key into ~/.cay/config.toml", servers[0].KeyFile)
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return account{}, fmt.Errorf("reading the server's API key: %w", err)
+	}
+	if acc.APIKey = strings.TrimSpace(string(key)); acc.APIKey == "" {
+		return account{}, fmt.Errorf("no API key for %s: give --api-key or CAY_API_KEY, or put api_key into ~/.cay/config.toml", acc.APIURL)
+	}
+	return acc, nil
+}
+
+// localServers lists the servers of this machine that run, with addresses that
+// can be called.
+func (a *app) localServers() ([]daemon.ServerRecord, error) {
+	all, err := daemon.Servers(a.runDir)
+	if err != nil {
+		return nil, err
+	}
+	var running []daemon.ServerRecord
+	for _, s := range all {
+		// No such process; any other answer, such as "not yours", means it is there.
+		if s.PID <= 0 || errors.Is(syscall.Kill(s.PID, 0), syscall.ESRCH) {
+			continue
+		}
+		if s.URL, err = callable(s.URL); err != nil {
+			return nil, fmt.Errorf("reading the record of server %s: %w", s.Instance, err)
+		}
+		running = append(running, s)
+	}
+	return running, nil
+}
+
+// callable turns the address a server listens on into one to call: "every
+// address" is reached by the loopback.
+func callable(text string) (string, error) {
+	u, err := url.Parse(text)
+	if err != nil {
+		return "", err
+	}
+	host := u.Hostname()
+	if addr, err := netip.ParseAddr(host); host == "" || err == nil && addr.IsUnspecified() {
+		host = "127.0.0.1"
+		if addr.Is6() {
+			host = "::1"
+		}
+		u.Host = net.JoinHostPort(host, u.Port())
+	}
+	return u.String(), nil
+}
+
+// sameServer reports whether two URLs are of one server, as far as their texts
+// tell.
+func sameServer(a, b string) bool {
+	norm := func(text string) string {
+		u, err := url.Parse(text)
+		if err != nil {
+			return text
+		}
+		host, port := u.Hostname(), u.Port()
+		if host == "localhost" || host == "::1" {
+			host = "127.0.0.1"
+		}
+		return u.Scheme + "://" + net.JoinHostPort(strings.ToLower(host), port) + strings.TrimSuffix(u.Path, "/")
+	}
+	return norm(a) == norm(b)
+}
+
+// client makes a client for the server, and makes sure that the key is of the
+// organization that was asked for.
+func (a *app) client(ctx context.Context) (*client.Client, error) {
+	acc, org, err := a.account()
+	if err != nil {
+		return nil, err
+	}
+	c, err := client.New(acc.APIURL, acc.APIKey, client.WithUserAgent("cay/"+a.version))
+	if err != nil {
+		return nil, fmt.Errorf("--api-url: %w", err)
+	}
+	if org == "" {
+		return c, nil
+	}
+	me, err := c.Me(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if org != me.Org.Name && org != me.Org.ID {
+		return nil, fmt.Errorf("--org: the key belongs to the organization %s, not %s; put the key of %s into ~/.cay/config.toml under [orgs.%s]", me.Org.Name, org, org, org)
+	}
+	return c, nil
+}

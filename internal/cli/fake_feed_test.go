@@ -1,0 +1,53 @@
+package cli
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"time"
+
+	"github.com/cayhq/cay/client"
+)
+
+// feedEvents are the events of the fake, whose names would steer a terminal.
+func feedEvents() []client.FeedEvent {
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	return []client.FeedEvent{
+		{ID: "evt_1", Time: at, Type: "org.created", Name: new("acme\x1b[2J")},
+		{ID: "evt_2", Time: at.Add(time.Second), Type: "sandbox.destroyed", SandboxID: new("sbx_1"),
+			From: new(client.SandboxState("destroying")),
+			To:   new(client.SandboxState("destroyed")), Reason: new("expired"), Detail: new("at last")},
+		{ID: "evt_3", Time: at.Add(time.Minute), Type: "sandbox.port_public", SandboxID: new("sbx_1"), Port: new(8080)},
+	}
+}
+
+// feed answers a page for each event, or a stream that breaks off after each, first with an
+// error as a server that stops has.
+func (f *fakeAPI) feed(w http.ResponseWriter, r *http.Request, _ []byte) {
+	after := max(r.URL.Query().Get("after"), r.URL.Query().Get("cursor"), r.Header.Get("Last-Event-ID"))
+	all := feedEvents()
+	for len(all) > 0 && all[0].ID <= after {
+		all = all[1:]
+	}
+	switch {
+	case after == "evt_0":
+		refuse(w, 410, "events_gone", "", "events after this one have been dropped")
+	case r.Header.Get("Accept") == "text/event-stream":
+		w.Header().Set("Content-Type", "text/event-stream")
+		fmt.Fprintf(w, ":\n\nid: %s\nevent: ready\ndata: {}\n\n", after)
+		if len(all) == 0 {
+			w.(http.Flusher).Flush()
+			<-r.Context().Done()
+			return
+		}
+		b, _ := json.Marshal(all[0]) // our own types
+		fmt.Fprintf(w, "id: %s\nevent: event\ndata: %s\n\n", all[0].ID, b)
+		if after == "" {
+			fmt.Fprint(w, "event: error\ndata: {\"status\":503,\"code\":\"stopping\",\"detail\":\"the server stops\"}\n\n")
+		}
+	case len(all) <= 1:
+		answer(w, 200, client.FeedPage{Events: all})
+	default:
+		answer(w, 200, client.FeedPage{Events: all[:1], NextCursor: &all[0].ID})
+	}
+}

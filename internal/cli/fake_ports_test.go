@@ -1,0 +1,119 @@
+package cli
+
+import (
+	"archive/tar"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"path"
+	"strings"
+	"time"
+
+	"github.com/cayhq/cay/client"
+)
+
+// addPorts plays ports and directories: /data is a directory, as is what something was
+// unpacked into; port 81 is closed, and every other one says hello.
+func (f *fakeAPI) addPorts(mux *http.ServeMux) {
+	for pattern, h := range map[string]func(http.ResponseWriter, *http.Request, []byte){
+		"PUT /v1/sandboxes/{id}/ports/{port}": func(w http.ResponseWriter, r *http.Request, body []byte) {
+			var in client.PortSettings
+			_ = json.Unmarshal(body, &in) // the client made it
+			answer(w, 200, client.Port{Port: 8080, Public: *in.Public, URL: "https://8080-x.boxes.test/"})
+		},
+		"POST /v1/sandboxes/{id}/ports/{port}/url": func(w http.ResponseWriter, r *http.Request, _ []byte) {
+			answer(w, 201, client.PortURL{URL: "https://" + r.PathValue("port") + "-x.boxes.test/?cay_token=t", ExpiresAt: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)})
+		},
+		"POST /v1/sandboxes/{id}/tunnel":     fakeTunnel,
+		"GET /v1/sandboxes/{id}/files/stat":  f.statFile,
+		"GET /v1/sandboxes/{id}/files/tar":   f.readTree,
+		"PUT /v1/sandboxes/{id}/files/tar":   f.writeTree,
+		"GET /v1/sandboxes/{id}/files/watch": fakeWatch,
+	} {
+		mux.HandleFunc(pattern, f.recorded(h))
+	}
+}
+
+func fakeTunnel(w http.ResponseWriter, r *http.Request, _ []byte) {
+	if r.URL.Query().Get("port") == "81" {
+		refuse(w, 502, "port_closed", "", "nothing listens on port 81")
+		return
+	}
+	conn, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		panic(err) // it is HTTP/1.1
+	}
+	defer conn.Close()
+	fmt.Fprint(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\nhello")
+}
+
+func fakeWatch(w http.ResponseWriter, r *http.Request, _ []byte) {
+	w.Header().Set("Content-Type", "text/event-stream")
+	fmt.Fprintf(w, "event: ready\ndata: {}\n\n:\n\nevent: change\ndata: {\"type\":\"create\",\"path\":%q}\n\n", r.URL.Query().Get("path")+"/a")
+}
+
+func (f *fakeAPI) statFile(w http.ResponseWriter, r *http.Request, _ []byte) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	p := r.URL.Query().Get("path")
+	e := client.FileEntry{Name: path.Base(p), Path: p, Type: "directory", Mode: "0755", Owner: "user", Group: "user", ModifiedAt: time.Now()}
+	if _, ok := f.files[p]; ok {
+		e.Type = "file"
+		answer(w, 200, e)
+		return
+	}
+	for name := range f.files {
+		if strings.HasPrefix(name, p+"/") {
+			answer(w, 200, e)
+			return
+		}
+	}
+	refuse(w, 404, "file_not_found", "", "there is no such file")
+}
+
+func (f *fakeAPI) writeTree(w http.ResponseWriter, r *http.Request, body []byte) {
+	in := tar.NewReader(bytes.NewReader(body))
+	for {
+		h, err := in.Next()
+		if err == io.EOF {
+			w.WriteHeader(204)
+			return
+		}
+		if err != nil {
+			refuse(w, 400, "invalid_tar", "", err.Error())
+			return
+		}
+		b, _ := io.ReadAll(in) // of memory
+		f.mu.Lock()
+		if h.Typeflag == tar.TypeReg {
+			f.files[path.Join(r.URL.Query().Get("path"), h.Name)] = b
+		}
+		f.mu.Unlock()
+	}
+}
+
+// readTree packs a directory; of /data/evil it makes what no sandbox of ours would.
+func (f *fakeAPI) readTree(w http.ResponseWriter, r *http.Request, _ []byte) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	dir := r.URL.Query().Get("path")
+	out := tar.NewWriter(w)
+	put := func(h tar.Header, b []byte) {
+		h.Size, h.Mode = int64(len(b)), 0o644
+		if err := out.WriteHeader(&h); err == nil {
+			_, _ = out.Write(b) // the client has gone, as in answer
+		}
+	}
+	if dir == "/data/evil" {
+		put(tar.Header{Name: strings.TrimSpace(string(f.files["/data/evil/name"]))}, []byte("evil"))
+	} else {
+		for name, b := range f.files {
+			if rel, ok := strings.CutPrefix(name, dir+"/"); ok {
+				put(tar.Header{Name: rel}, b)
+			}
+		}
+	}
+	_ = out.Close() // as above
+}

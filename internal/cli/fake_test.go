@@ -1,0 +1,646 @@
+package cli
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"io"
+	"mime"
+	"mime/multipart"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cayhq/cay/client"
+)
+
+// fakeKey is the key of the fake server's organization "default".
+const fakeKey = "cay_0123456789abcdef0123456789abcdef01234567"
+
+// fakeAPI answers like a server that needs no machine: enough of the API, with
+// the same texts on the wire, to see what the command line sends and what it makes
+// of the answers. Its commands are a handful of words, see fakeCommand.
+type fakeAPI struct {
+	*httptest.Server
+
+	mu        sync.Mutex
+	calls     []string // "METHOD /path body", in order
+	boxes     []client.Sandbox
+	files     map[string][]byte
+	modes     map[string]string
+	building  int // how many more times template "slow" is asked for until it is ready
+	executing int // commands in flight
+	processes []client.Process
+}
+
+func newFakeAPI() *fakeAPI {
+	f := &fakeAPI{files: map[string][]byte{"/data/hello.txt": []byte("hello\n")}, modes: map[string]string{}, building: 3}
+	mux := http.NewServeMux()
+	for pattern, h := range map[string]func(http.ResponseWriter, *http.Request, []byte){
+		"POST /v1/sandboxes": f.create,
+		"GET /v1/sandboxes":  f.list,
+		"GET /v1/sandboxes/{id}": f.withBox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
+			read := *s
+			read.Network = &client.NetworkUse{PacketsAllowed: 12, BytesAllowed: 1500, PacketsDenied: 3, BytesDenied: 180}
+			answer(w, 200, read)
+		}),
+		"PUT /v1/sandboxes/{id}/egress":     f.withBox(f.setEgress),
+		"DELETE /v1/sandboxes/{id}":         f.destroy,
+		"POST /v1/sandboxes/{id}/keepalive": f.withBox(f.keepalive),
+		"POST /v1/sandboxes/{id}/wake": f.withBox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
+			s.Status, s.State, s.SuspendedAt = "running", "running", nil
+			answer(w, 200, s)
+		}),
+		"POST /v1/sandboxes/{id}/suspend": f.withBox(persistentOnly(func(w http.ResponseWriter, s *client.Sandbox) {
+			s.Status, s.State, s.SuspendedAt = "suspended", "suspended", new(time.Now().UTC())
+			answer(w, 200, s)
+		})),
+		"POST /v1/sandboxes/{id}/checkpoint": f.withBox(persistentOnly(func(w http.ResponseWriter, _ *client.Sandbox) {
+			answer(w, 200, client.RecoveryPoint{CreatedAt: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), SizeBytes: 2_200_000})
+		})),
+		"POST /v1/sandboxes/{id}/snapshots": f.withBox(f.snapshot),
+		"POST /v1/sandboxes/{id}/fork":      f.withBox(f.fork),
+		"GET /v1/snapshots":                 f.snapshots,
+		"GET /v1/snapshots/{name}": func(w http.ResponseWriter, r *http.Request, _ []byte) {
+			if r.PathValue("name") != "after-setup" {
+				refuse(w, 404, "snapshot_not_found", "", fmt.Sprintf("there is no snapshot %q", r.PathValue("name")))
+				return
+			}
+			answer(w, 200, aSnapshot())
+		},
+		"DELETE /v1/snapshots/{name}": func(w http.ResponseWriter, r *http.Request, _ []byte) {
+			if r.PathValue("name") == "none" {
+				refuse(w, 404, "snapshot_not_found", "", `there is no snapshot "none"`)
+				return
+			}
+			w.WriteHeader(204)
+		},
+		"POST /v1/sandboxes/{id}/execute":   f.execute,
+		"PUT /v1/sandboxes/{id}/files":      f.writeFile,
+		"GET /v1/sandboxes/{id}/files":      f.readFile,
+		"DELETE /v1/sandboxes/{id}/files":   f.removeFile,
+		"GET /v1/sandboxes/{id}/files/list": f.listFiles,
+		"GET /v1/sandboxes/{id}/events":     f.events,
+		"GET /v1/events":                    f.feed,
+		"GET /v1/templates":                 f.templates,
+		"GET /v1/templates/{name}":          f.template,
+		"GET /v1/templates/{name}/logs":     f.logs,
+		"POST /v1/templates":                f.createTemplate,
+		"POST /v1/templates/{name}/rebuild": f.rebuildTemplate,
+		"POST /v1/templates/{name}/cancel": func(w http.ResponseWriter, r *http.Request, _ []byte) {
+			answer(w, 200, client.Template{ID: "tpl_1", Name: r.PathValue("name"), Status: "failed"})
+		},
+		"DELETE /v1/templates/{name}": func(w http.ResponseWriter, r *http.Request, _ []byte) {
+			if r.PathValue("name") == "used" && r.URL.Query().Get("force") != "true" {
+				refuse(w, 409, "template_in_use", "", "2 sandboxes of it are not destroyed")
+				return
+			}
+			w.WriteHeader(204)
+		},
+		"POST /v1/api-keys":        f.createKey,
+		"GET /v1/api-keys":         f.listKeys,
+		"DELETE /v1/api-keys/{id}": func(w http.ResponseWriter, _ *http.Request, _ []byte) { w.WriteHeader(204) },
+		"POST /v1/orgs":            f.createOrg,
+		"GET /v1/orgs":             f.listOrgs,
+		"GET /v1/me":               f.me,
+		"GET /v1/pool":             f.pool,
+	} {
+		mux.HandleFunc(pattern, f.recorded(h))
+	}
+	f.addPorts(mux)
+	for pattern, h := range f.liveRoutes() {
+		mux.HandleFunc(pattern, f.recorded(h))
+	}
+	f.Server = httptest.NewServer(mux)
+	return f
+}
+
+// recorded notes the call and lets only the right key in.
+func (f *fakeAPI) recorded(h func(http.ResponseWriter, *http.Request, []byte)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			return // the caller has gone
+		}
+		noted := string(body)
+		if r.Method == http.MethodPut {
+			noted = fmt.Sprintf("(%d bytes)", len(body))
+		}
+		if _, params, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err == nil && params["boundary"] != "" {
+			noted = fakeForm(body, params["boundary"])
+		}
+		f.mu.Lock()
+		f.calls = append(f.calls, strings.TrimSpace(r.Method+" "+r.URL.RequestURI()+" "+noted))
+		f.mu.Unlock()
+		if r.Header.Get("Authorization") != "Bearer "+fakeKey {
+			refuse(w, 401, "unauthenticated", "", "a valid API key is needed")
+			return
+		}
+		h(w, r, body)
+	}
+}
+
+func answer(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(v) // the client has gone, which some tests do
+}
+
+func refuse(w http.ResponseWriter, status int, code, field, detail string) {
+	w.Header().Set("Content-Type", "application/problem+json")
+	w.Header().Set("X-Request-Id", "req_1")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(client.Problem{Type: "urn:cay:problem:" + code, Title: http.StatusText(status), Status: status, // as in answer
+		Code: code, Detail: detail, Field: given(field), RequestID: "req_1"})
+}
+
+func (f *fakeAPI) create(w http.ResponseWriter, r *http.Request, body []byte) {
+	var in client.CreateSandboxRequest
+	dec := json.NewDecoder(strings.NewReader(string(body)))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&in); err != nil {
+		refuse(w, 400, "invalid_json", "", err.Error())
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case in.Template == "none":
+		refuse(w, 404, "template_not_found", "template", `there is no template "none"`)
+		return
+	case in.Template == "slow" && f.building > 0, in.Template == "broken":
+		refuse(w, 409, "template_not_ready", "", "template "+in.Template+" is being built")
+		return
+	case deref(in.Size) == "huge":
+		refuse(w, 400, "invalid_size", "size", `"huge" is not a size`)
+		return
+	case in.Egress != nil && len(in.Egress.AllowCIDRs) > 0 && in.Egress.AllowCIDRs[0] == "10.0.0.1/8":
+		refuse(w, 400, "invalid_egress", "egress.allow_cidrs[0]", `"10.0.0.1/8" has host bits set: write 10.0.0.0/8`)
+		return
+	}
+	if field, detail := wrongLife(in); field != "" {
+		refuse(w, 400, "invalid_"+field, field, detail)
+		return
+	}
+	s := client.Sandbox{ID: fmt.Sprintf("sbx_%020d", len(f.boxes)+1), Template: in.Template, TemplateID: "tpl_1", TemplateVersion: 3, Mode: "ephemeral",
+		Status: "running", State: "running", Size: "shared-cpu-1x", VCPUs: 1, MemoryMB: 512, DiskMB: 2048, Env: in.Env, Metadata: in.Metadata,
+		Egress: client.Egress{Mode: "allow_all"}, CreatedAt: time.Now().UTC(), ExpiresAt: new(time.Now().UTC().Add(5 * time.Minute)), TimeoutSeconds: new(int64(300))}
+	if deref(in.Mode) == "persistent" {
+		s.Mode, s.ExpiresAt, s.TimeoutSeconds, s.LastActivityAt = "persistent", nil, nil, &s.CreatedAt
+		s.IdleTimeoutSeconds, s.RecoveryIntervalSeconds = fakeSeconds(in.IdleTimeout), fakeSeconds(in.RecoveryInterval)
+	}
+	if in.Egress != nil {
+		s.Egress = *in.Egress
+	}
+	if r.URL.Query().Get("wait") == "false" {
+		s.Status, s.State = "creating", "creating"
+	}
+	f.boxes = append(f.boxes, s)
+	answer(w, 201, s)
+}
+
+// wrongLife finds a field that is for sandboxes of the other mode.
+func wrongLife(in client.CreateSandboxRequest) (field, detail string) {
+	switch persistent := deref(in.Mode) == "persistent"; {
+	case persistent && in.Timeout != nil:
+		return "timeout", "is for ephemeral sandboxes; a persistent one has an idle_timeout"
+	case !persistent && in.IdleTimeout != nil:
+		return "idle_timeout", "is for persistent sandboxes; an ephemeral one has a timeout"
+	case !persistent && in.RecoveryInterval != nil:
+		return "recovery_interval", "is for persistent sandboxes"
+	}
+	return "", ""
+}
+
+// fakeSeconds is a duration of a request on the wire of an answer, 10m if absent.
+func fakeSeconds(text *string) *int64 {
+	d, err := time.ParseDuration(first(deref(text), "10m"))
+	if err != nil {
+		panic(err) // the command line sends what a Duration prints
+	}
+	return new(int64(d.Seconds()))
+}
+
+func persistentOnly(h func(http.ResponseWriter, *client.Sandbox)) func(http.ResponseWriter, *client.Sandbox, []byte) {
+	return func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
+		switch {
+		case s.Mode != "persistent":
+			refuse(w, 409, "sandbox_not_persistent", "", "sandbox "+s.ID+" is ephemeral")
+		case s.Status != "running":
+			refuse(w, 409, "sandbox_not_running", "", "sandbox "+s.ID+" is "+string(s.Status))
+		default:
+			h(w, s)
+		}
+	}
+}
+
+func (f *fakeAPI) list(w http.ResponseWriter, r *http.Request, _ []byte) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	q := r.URL.Query()
+	from, _ := strconv.Atoi(q.Get("cursor"))
+	limit, _ := strconv.Atoi(q.Get("limit"))
+	out := client.SandboxList{Sandboxes: []client.Sandbox{}}
+	var all []client.Sandbox
+	for _, s := range slices.Backward(f.boxes) {
+		if wanted := q["status"]; len(wanted) == 0 && s.Status != "destroyed" || slices.Contains(wanted, string(s.Status)) {
+			all = append(all, s)
+		}
+	}
+	for i := from; i < len(all) && len(out.Sandboxes) < limit; i++ {
+		out.Sandboxes = append(out.Sandboxes, all[i])
+	}
+	if end := from + len(out.Sandboxes); end < len(all) {
+		out.NextCursor = new(strconv.Itoa(end))
+	}
+	answer(w, 200, out)
+}
+
+// withBox finds the sandbox of the path.
+func (f *fakeAPI) withBox(h func(http.ResponseWriter, *client.Sandbox, []byte)) func(http.ResponseWriter, *http.Request, []byte) {
+	return func(w http.ResponseWriter, r *http.Request, body []byte) {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		for i := range f.boxes {
+			if f.boxes[i].ID == r.PathValue("id") {
+				h(w, &f.boxes[i], body)
+				return
+			}
+		}
+		refuse(w, 404, "sandbox_not_found", "", "there is no sandbox "+r.PathValue("id"))
+	}
+}
+
+func (f *fakeAPI) destroy(w http.ResponseWriter, r *http.Request, body []byte) {
+	f.withBox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
+		s.Status, s.State, s.DestroyReason, s.DestroyedAt = "destroyed", "destroyed", new("requested"), new(time.Now().UTC())
+		w.WriteHeader(204)
+	})(w, r, body)
+}
+
+func (f *fakeAPI) setEgress(w http.ResponseWriter, s *client.Sandbox, body []byte) {
+	var in client.Egress
+	if err := json.Unmarshal(body, &in); err != nil {
+		refuse(w, 400, "invalid_json", "", err.Error())
+		return
+	}
+	if slices.Contains(in.AllowDomains, "1.1.1.1") {
+		refuse(w, 400, "invalid_egress", "allow_domains[0]", `"1.1.1.1" is an address: it belongs in allow_cidrs`)
+		return
+	}
+	s.Egress = in
+	answer(w, 200, s)
+}
+
+func (f *fakeAPI) keepalive(w http.ResponseWriter, s *client.Sandbox, body []byte) {
+	var in client.KeepaliveRequest
+	if err := json.Unmarshal(body, &in); err != nil {
+		refuse(w, 400, "invalid_json", "", err.Error())
+		return
+	}
+	if in.Timeout != nil {
+		d, err := time.ParseDuration(*in.Timeout)
+		if err != nil {
+			refuse(w, 400, "invalid_timeout", "timeout", err.Error())
+			return
+		}
+		s.ExpiresAt, s.TimeoutSeconds = new(time.Now().UTC().Add(d)), new(int64(d.Seconds()))
+	}
+	answer(w, 200, s)
+}
+
+func (f *fakeAPI) execute(w http.ResponseWriter, r *http.Request, body []byte) {
+	f.mu.Lock()
+	known := slices.ContainsFunc(f.boxes, func(s client.Sandbox) bool { return s.ID == r.PathValue("id") })
+	f.mu.Unlock()
+	if !known {
+		refuse(w, 404, "sandbox_not_found", "", "there is no sandbox "+r.PathValue("id"))
+		return
+	}
+	var in client.ExecuteRequest
+	if err := json.Unmarshal(body, &in); err != nil {
+		refuse(w, 400, "invalid_json", "", err.Error())
+		return
+	}
+	if deref(in.Workdir) == "/none" {
+		refuse(w, 400, "workdir_not_found", "workdir", "there is no directory /none")
+		return
+	}
+	if deref(in.User) == "nobody2" {
+		refuse(w, 400, "user_not_found", "user", "there is no user nobody2")
+		return
+	}
+	stdin := []byte(deref(in.Stdin))
+	args := in.Args
+	if len(args) > 4 && args[0] == "/bin/sh" && strings.HasPrefix(args[2], `exec <"$0"`) { // stdin that came as a file
+		f.mu.Lock()
+		stdin = f.files[args[3]]
+		delete(f.files, args[3])
+		f.mu.Unlock()
+		args = args[4:]
+	}
+	f.mu.Lock()
+	f.executing++
+	f.mu.Unlock()
+	result := fakeCommand(r.Context(), args, in.Env, stdin)
+	f.mu.Lock()
+	f.executing--
+	f.mu.Unlock()
+	if r.Header.Get("Accept") == "text/event-stream" {
+		streamResult(w, result)
+		return
+	}
+	answer(w, 200, result)
+}
+
+// streamResult is a result as events.
+func streamResult(w http.ResponseWriter, r client.ExecuteResult) {
+	w.Header().Set("Content-Type", "text/event-stream")
+	event := func(name string, v any) {
+		b, _ := json.Marshal(v) // our own types
+		fmt.Fprintf(w, "event: %s\ndata: %s\n\n", name, b)
+	}
+	event("started", client.ProcessStarted{PID: 7})
+	out := client.OutputPiece{Data: r.Stdout}
+	if r.StdoutEncoding != nil {
+		out.Encoding = new(client.OutputPieceEncodingBase64)
+	}
+	event("stdout", out)
+	event("stderr", client.OutputPiece{Data: r.Stderr})
+	event("exit", client.ProcessExit{ExitCode: r.ExitCode, Signal: r.Signal, TimedOut: r.TimedOut, OOMKilled: r.OOMKilled,
+		StdoutTruncated: &r.StdoutTruncated, StderrTruncated: &r.StderrTruncated})
+}
+
+// fakeCommand runs one of a few words.
+func fakeCommand(ctx context.Context, args []string, env map[string]string, stdin []byte) client.ExecuteResult {
+	var out, errs []byte
+	var r client.ExecuteResult
+	rest := strings.Join(args[1:], " ")
+	switch args[0] {
+	case "echo":
+		out = []byte(rest + "\n")
+	case "complain":
+		out, errs, r.ExitCode = []byte("out\n"), []byte("err"), 3
+	case "cat":
+		out = stdin
+	case "wc":
+		out = fmt.Append(nil, len(stdin), "\n")
+	case "getenv":
+		out = []byte(env[rest] + "\n")
+	case "exit":
+		r.ExitCode, _ = strconv.Atoi(rest)
+	case "timeout":
+		r.ExitCode, r.TimedOut, r.Signal = 124, true, new("SIGKILL")
+	case "oom":
+		r.ExitCode, r.OOMKilled, r.Signal = 137, true, new("SIGKILL")
+	case "much":
+		out, r.StdoutTruncated = []byte("the beginning"), true
+	case "hang":
+		<-ctx.Done()
+	}
+	encode := func(b []byte) string { return string(b) }
+	if args[0] == "cat" { // bytes that may not be text
+		r.StdoutEncoding = new(client.ExecuteResultStdoutEncodingBase64)
+		encode = base64.StdEncoding.EncodeToString
+	}
+	r.Stdout, r.Stderr = encode(out), string(errs)
+	return r
+}
+
+func (f *fakeAPI) writeFile(w http.ResponseWriter, r *http.Request, body []byte) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	path := r.URL.Query().Get("path")
+	if !strings.HasPrefix(path, "/") {
+		refuse(w, 400, "invalid_path", "path", "must be absolute")
+		return
+	}
+	f.files[path], f.modes[path] = body, r.URL.Query().Get("mode")
+	w.WriteHeader(204)
+}
+
+func (f *fakeAPI) readFile(w http.ResponseWriter, r *http.Request, _ []byte) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	b, ok := f.files[r.URL.Query().Get("path")]
+	if !ok {
+		refuse(w, 404, "file_not_found", "path", "there is no such file")
+		return
+	}
+	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
+	if r.URL.Query().Get("path") == "/data/cut" {
+		b = b[:len(b)/2] // the connection breaks in the middle
+	}
+	_, _ = w.Write(b) // the client has gone, which some tests do
+}
+
+func (f *fakeAPI) removeFile(w http.ResponseWriter, r *http.Request, _ []byte) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.files, r.URL.Query().Get("path"))
+	w.WriteHeader(204)
+}
+
+func (f *fakeAPI) listFiles(w http.ResponseWriter, r *http.Request, _ []byte) {
+	dir := strings.TrimSuffix(r.URL.Query().Get("path"), "/")
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	answer(w, 200, client.FileList{Entries: []client.FileEntry{
+		{Name: "sub", Path: dir + "/sub", Type: "directory", Mode: "0755", Owner: "root", Group: "root", Size: 4096, ModifiedAt: at},
+		{Name: "link", Path: dir + "/sub/link", Type: "symlink", Mode: "0777", Owner: "user", Group: "user", Size: 5, ModifiedAt: at, SymlinkTarget: new("/etc\x1b[2J")},
+	}})
+}
+
+func (f *fakeAPI) events(w http.ResponseWriter, _ *http.Request, _ []byte) {
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	from := client.SandboxState("creating")
+	lost := client.Event{ID: "evt_3", Time: at.Add(time.Minute), From: new(client.SandboxState("running")), To: "suspended", Reason: "lost",
+		Detail: new("fell back to the recovery point of 03:05")}
+	answer(w, 200, client.EventList{Events: []client.Event{lost, {ID: "evt_2", Time: at.Add(time.Second), From: &from, To: "running", Reason: "created"}, {ID: "evt_1", Time: at, To: "creating"}}})
+}
+
+func (f *fakeAPI) aTemplate(name string) (client.Template, bool) {
+	at := time.Now().UTC().Add(-3 * time.Hour)
+	t := client.Template{ID: "tpl_" + name, Name: name, Description: "with " + name, Builtin: true, Status: "ready", Version: 2, Env: client.Env{},
+		Egress: client.Egress{Mode: "allow_all"}, CreatedAt: at, UpdatedAt: at, BuiltAt: &at, ImageSizeBytes: new(int64(91_500_000)), Source: new("debian:bookworm")}
+	switch name {
+	case "python":
+	case "broken":
+		t.Status, t.Version, t.BuildError = "failed", 0, &client.BuildError{Step: new("step 2"), Message: "exit status 100", ExitCode: new(100), Tail: []string{"E: no\x1b[2J"}}
+	case "slow":
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if f.building--; f.building > 0 {
+			t.Status, t.Version, t.Progress = "building", 0, new(fmt.Sprintf("step %d of 3", 3-f.building))
+		}
+	default:
+		return t, false
+	}
+	return t, true
+}
+
+func (f *fakeAPI) templates(w http.ResponseWriter, _ *http.Request, _ []byte) {
+	python, _ := f.aTemplate("python")
+	broken, _ := f.aTemplate("broken")
+	answer(w, 200, client.TemplateList{Templates: []client.Template{python, broken}})
+}
+
+func (f *fakeAPI) template(w http.ResponseWriter, r *http.Request, _ []byte) {
+	t, ok := f.aTemplate(r.PathValue("name"))
+	if !ok {
+		refuse(w, 404, "template_not_found", "", "there is no template "+t.Name)
+		return
+	}
+	answer(w, 200, t)
+}
+
+// fakeForm is a multipart body as it is noted: the JSON, and what the tar has.
+func fakeForm(body []byte, boundary string) string {
+	parts := multipart.NewReader(bytes.NewReader(body), boundary)
+	var out []string
+	for {
+		part, err := parts.NextPart()
+		if err != nil {
+			return strings.Join(out, " ")
+		}
+		b, err := io.ReadAll(part)
+		if err != nil {
+			return err.Error()
+		}
+		if part.FormName() != "context" {
+			out = append(out, strings.TrimSpace(string(b)))
+			continue
+		}
+		for files := tar.NewReader(bytes.NewReader(b)); ; {
+			h, err := files.Next()
+			if err != nil {
+				break
+			}
+			text, err := io.ReadAll(files)
+			if err != nil {
+				return err.Error()
+			}
+			out = append(out, fmt.Sprintf("%s %o %d:%d %s%q", h.Name, h.Mode, h.Uid, h.Gid, h.Linkname, text))
+		}
+	}
+}
+
+func (f *fakeAPI) createTemplate(w http.ResponseWriter, r *http.Request, body []byte) {
+	if _, params, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err == nil && params["boundary"] != "" {
+		body = []byte(fakeForm(body, params["boundary"]))
+	}
+	var in client.CreateTemplateRequest
+	if err := json.NewDecoder(bytes.NewReader(body)).Decode(&in); err != nil {
+		refuse(w, 400, "invalid_json", "", err.Error())
+		return
+	}
+	switch {
+	case in.Name == "taken":
+		refuse(w, 409, "template_exists", "", `there is a template "taken" already`)
+	case in.Debian != nil && slices.Contains(in.Debian.Packages, "-x"):
+		refuse(w, 400, "invalid_debian", "debian.packages[0]", `"-x" is not the name of a package`)
+	case in.Ready != nil && in.Ready.Port != nil && *in.Ready.Port > 65535:
+		refuse(w, 400, "invalid_ready", "ready.port", "must be between 1 and 65535")
+	default:
+		answer(w, 202, client.Template{ID: "tpl_" + in.Name, Name: in.Name, Status: "pending", Env: client.Env{}})
+	}
+}
+
+func (f *fakeAPI) rebuildTemplate(w http.ResponseWriter, r *http.Request, _ []byte) {
+	answer(w, 202, client.Template{ID: "tpl_" + r.PathValue("name"), Name: r.PathValue("name"), Status: "pending", Env: client.Env{}})
+}
+
+// follow streams the log of a build. That of flaky breaks off after each line, that of
+// endless goes on for ever.
+func (f *fakeAPI) follow(w http.ResponseWriter, r *http.Request) {
+	name := strings.TrimPrefix(r.PathValue("name"), "tpl_")
+	w.Header().Set("Content-Type", "text/event-stream")
+	fmt.Fprint(w, ":\n\n")
+	event := func(id, event string, v any) {
+		b, _ := json.Marshal(v) // our own types
+		fmt.Fprintf(w, "id: %s\nevent: %s\ndata: %s\n\n", id, event, b)
+		w.(http.Flusher).Flush()
+	}
+	lines := []client.TemplateLogLine{{Text: "step 1 of 2: FROM python (cached)", Step: new(1), Heading: true}, {Text: "step 2 of 2: RUN make", Step: new(2), Heading: true},
+		{Text: "cc\x1b[2J main.c", Step: new(2)}}
+	for i, l := range lines {
+		id := fmt.Sprint("bld_1.", i)
+		if last := r.Header.Get("Last-Event-ID"); last != "" && id <= last {
+			continue
+		}
+		event(id, "line", l)
+		if name == "flaky" {
+			return
+		}
+	}
+	if name == "endless" {
+		<-r.Context().Done()
+		return
+	}
+	t := client.Template{ID: "tpl_" + name, Name: name, Status: "ready", Version: 2, Env: client.Env{}, Source: new("python"), ImageSizeBytes: new(int64(5_000_000))}
+	if name == "bad" {
+		t.Status, t.Version = "failed", 1
+		t.BuildError = &client.BuildError{Step: new("RUN make"), ExitCode: new(2), Message: "the command ended with exit code 2", Tail: []string{"cc: no\x1b[2J"}}
+	}
+	event("", "end", t)
+}
+
+func (f *fakeAPI) logs(w http.ResponseWriter, r *http.Request, _ []byte) {
+	if r.Header.Get("Accept") == "text/event-stream" {
+		f.follow(w, r)
+		return
+	}
+	answer(w, 200, client.TemplateLogs{Lines: []client.TemplateLogLine{{Time: time.Now(), Text: "Get:1 bookworm"}, {Time: time.Now(), Text: "done\x1b]0;evil\a"}}})
+}
+
+func (f *fakeAPI) createKey(w http.ResponseWriter, _ *http.Request, body []byte) {
+	var in client.CreateAPIKeyRequest
+	if err := json.Unmarshal(body, &in); err != nil {
+		refuse(w, 400, "invalid_json", "", err.Error())
+		return
+	}
+	var scopes []client.Scope
+	for _, s := range in.Scopes {
+		if s == "fly" {
+			refuse(w, 400, "invalid_scopes", "scopes", `"fly" is not a scope`)
+			return
+		}
+		scopes = append(scopes, client.Scope(s))
+	}
+	answer(w, 201, client.NewAPIKey{APIKey: "cay_secret", ID: "key_1", Name: in.Name, Prefix: "cay_secr", Scopes: scopes, CreatedAt: time.Now()})
+}
+
+func (f *fakeAPI) listKeys(w http.ResponseWriter, _ *http.Request, _ []byte) {
+	now := time.Now()
+	answer(w, 200, client.APIKeyList{APIKeys: []client.APIKey{
+		{ID: "key_2", Name: "ci", Prefix: "cay_abcd", Scopes: []client.Scope{"exec", "files"}, CreatedAt: now.Add(-25 * time.Hour), RevokedAt: new(now.Add(-5 * time.Minute))},
+		{ID: "key_1", Name: "first", Prefix: "cay_0123", Scopes: []client.Scope{"admin"}, CreatedAt: now.Add(-72 * time.Hour), LastUsedAt: new(now.Add(-30 * time.Second))},
+	}})
+}
+
+func (f *fakeAPI) createOrg(w http.ResponseWriter, _ *http.Request, body []byte) {
+	var in client.CreateOrgRequest
+	if err := json.Unmarshal(body, &in); err != nil || in.Name == "default" {
+		refuse(w, 409, "org_exists", "", `there is an organization "default" already`)
+		return
+	}
+	answer(w, 201, client.NewOrg{ID: "org_2", Name: in.Name, APIKey: "cay_orgsecret", APIKeyID: "key_9", CreatedAt: time.Now()})
+}
+
+func (f *fakeAPI) listOrgs(w http.ResponseWriter, _ *http.Request, _ []byte) {
+	answer(w, 200, client.OrgList{Orgs: []client.Org{{ID: "org_1", Name: "default", Quota: client.Quota{Sandboxes: 5}, CreatedAt: time.Now()}}})
+}
+
+func (f *fakeAPI) me(w http.ResponseWriter, _ *http.Request, _ []byte) {
+	answer(w, 200, client.Me{Org: client.Org{ID: "org_1", Name: "default"}, APIKey: client.APIKey{ID: "key_1", Name: "first", Scopes: []client.Scope{"admin"}}})
+}
+
+func (f *fakeAPI) pool(w http.ResponseWriter, _ *http.Request, _ []byte) {
+	answer(w, 200, client.Pool{Pool: []client.PoolEntry{{Template: "python", TemplateVersion: 2, Size: "shared-cpu-1x", Ready: 1, Claimed: 7, Target: 3}}})
+}

@@ -1,0 +1,278 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/cayhq/cay/client"
+)
+
+const (
+	// rejoinFor is how long a shell tries to come back when its connection breaks: as long
+	// as the terminal lives without it.
+	rejoinFor = time.Minute
+	// rejoinPause is the time between two tries.
+	rejoinPause = 500 * time.Millisecond
+)
+
+func (a *app) shellCommand() *cobra.Command {
+	var o client.TerminalOptions
+	cmd := &cobra.Command{
+		Use:   "shell [flags] ID [flags] [-- COMMAND [ARG...]]",
+		Short: "Open a shell in a sandbox",
+		Long: `Open a shell, or a command, in a sandbox with a terminal. Keys, sizes and colours pass
+through, and its exit status is cay's. If the connection breaks, cay reconnects to the
+same shell; a shell without a connection is ended after a minute.
+
+~. at the beginning of a line leaves the shell without ending it. Its number is printed,
+and --process reconnects to it within that minute. ~~ sends a ~.`,
+		Example:     "  cay sandbox shell sbx_…\n  cay sandbox shell sbx_… -u root -w /srv -- top\n  cay sandbox shell sbx_… --process 7",
+		Annotations: map[string]string{runsCommands: "yes"},
+		Args:        theArgs("ID", "[COMMAND]..."),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id := args[0]
+			if err := cmd.Flags().Parse(args[1:]); err != nil {
+				return cmd.FlagErrorFunc()(cmd, err)
+			}
+			if help, err := cmd.Flags().GetBool("help"); err == nil && help {
+				return cmd.Help()
+			}
+			o.Command = shellLine(cmd.Flags().Args())
+			if o.Process != "" && (o.Command != "" || o.User != "" || o.Workdir != "") {
+				return errors.New("--process: takes up what runs; not together with COMMAND, --user and --workdir")
+			}
+			if o.Process == "" {
+				o.Grace, o.Term = rejoinFor, a.getenv("TERM")
+			}
+			c, err := a.client(cmd.Context())
+			if err != nil {
+				return err
+			}
+			s := &shell{app: a, client: c, id: id, options: o, keys: escapes{lineStart: true}}
+			return s.run(cmd.Context())
+		},
+		ValidArgsFunction: a.completeSandboxes,
+	}
+	f := cmd.Flags()
+	f.SetInterspersed(false)
+	f.StringVarP(&o.User, "user", "u", "", "name or number of the user")
+	f.StringVarP(&o.Workdir, "workdir", "w", "", "working directory")
+	f.StringVar(&o.Process, "process", "", "reconnect to the terminal of this process, by number or tag")
+	return cmd
+}
+
+// shellLine is a line of a shell that runs a command as it is.
+func shellLine(args []string) string {
+	var quoted []string
+	for _, arg := range args {
+		quoted = append(quoted, "'"+strings.ReplaceAll(arg, "'", `'\''`)+"'")
+	}
+	if len(quoted) == 0 {
+		return ""
+	}
+	return "exec " + strings.Join(quoted, " ")
+}
+
+// shell is our terminal joined to one in a sandbox.
+type shell struct {
+	app     *app
+	client  *client.Client
+	id      string
+	options client.TerminalOptions
+	keys    escapes
+}
+
+func (s *shell) run(ctx context.Context) error {
+	s.options.Cols, s.options.Rows = s.size()
+	t, err := s.client.OpenTerminal(ctx, s.id, s.options)
+	if err != nil {
+		return err
+	}
+	restore := s.raw()
+	defer restore()
+	typed := make(chan []byte)
+	go s.read(ctx, typed)
+	for {
+		err := s.session(ctx, t, typed)
+		exit := t.Exit()
+		_ = t.Close() // it is broken, or over
+		switch {
+		case exit != nil:
+			restore()
+			return status(exit.ExitCode)
+		case errors.Is(err, errLeave):
+			restore()
+			fmt.Fprintf(s.app.err, "cay: left; cay sandbox shell %s --process %d takes it up again within %s\n", s.id, t.PID, rejoinFor)
+			return nil
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case !canRejoin(err):
+			restore()
+			return err
+		}
+		if t, err = s.rejoin(ctx, t, err); err != nil {
+			restore()
+			return err
+		}
+	}
+}
+
+// canRejoin reports whether the connection broke or the server stopped.
+func canRejoin(err error) bool {
+	return errors.Is(err, io.ErrUnexpectedEOF) || client.HasCode(err, "stopping")
+}
+
+// rejoin goes back to the terminal whose connection broke.
+func (s *shell) rejoin(ctx context.Context, t *client.Terminal, broken error) (*client.Terminal, error) {
+	o := client.TerminalOptions{Process: strconv.Itoa(t.PID), Offset: new(t.Offset())}
+	for deadline := time.Now().Add(rejoinFor); time.Now().Before(deadline); {
+		o.Cols, o.Rows = s.size()
+		again, err := s.client.OpenTerminal(ctx, s.id, o)
+		if err == nil {
+			return again, nil
+		}
+		var refused *client.Error
+		if errors.As(err, &refused) && refused.Status/100 == 4 {
+			return nil, fmt.Errorf("coming back to the terminal: %w", err)
+		}
+		select {
+		case <-time.After(rejoinPause):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+	return nil, brokeOff(broken)
+}
+
+// errLeave says that ~. was typed.
+var errLeave = errors.New("left")
+
+// session copies both ways until one of them ends.
+func (s *shell) session(ctx context.Context, t *client.Terminal, typed <-chan []byte) error {
+	sizes := make(chan os.Signal, 1)
+	signal.Notify(sizes, syscall.SIGWINCH)
+	defer signal.Stop(sizes)
+	shown := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(s.app.out, struct{ io.Reader }{t})
+		shown <- err
+	}()
+	for {
+		select {
+		case err := <-shown:
+			return err
+		case <-sizes:
+			if cols, rows := s.size(); cols > 0 {
+				// A connection that broke is told by reading.
+				_ = t.Resize(ctx, cols, rows)
+			}
+		case b, more := <-typed:
+			if !more {
+				typed, b = nil, []byte{endOfInput}
+			}
+			b, leave := s.keys.take(b)
+			if len(b) > 0 {
+				_, _ = t.Write(b) // as above
+			}
+			if leave {
+				return errLeave
+			}
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// endOfInput is the key Control-D.
+const endOfInput = 4
+
+// read reads what is typed, until its end or the process's.
+func (s *shell) read(ctx context.Context, typed chan<- []byte) {
+	defer close(typed)
+	for {
+		b := make([]byte, 4<<10)
+		n, err := s.app.in.Read(b)
+		if n > 0 {
+			select {
+			case typed <- b[:n]:
+			case <-ctx.Done():
+				return
+			}
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// size returns the size of the terminal, zeros if there is none.
+func (s *shell) size() (cols, rows int) {
+	for _, v := range []any{s.app.out, s.app.in} {
+		if f, ok := v.(*os.File); ok {
+			if cols, rows, err := term.GetSize(int(f.Fd())); err == nil && cols > 0 && rows > 0 {
+				return cols, rows
+			}
+		}
+	}
+	return 0, 0
+}
+
+// raw lets all keys through, until the returned function is called, which may be more
+// than once.
+func (s *shell) raw() (restore func()) {
+	if !isTerminal(s.app.in) {
+		return func() {}
+	}
+	fd := int(s.app.in.Fd())
+	before, err := term.MakeRaw(fd)
+	if err != nil {
+		return func() {}
+	}
+	// A terminal that has gone has no mode.
+	return func() { _ = term.Restore(fd, before) }
+}
+
+// escapes finds ~. at the beginning of a line, as ssh does.
+type escapes struct {
+	lineStart bool // the next key begins a line
+	tilde     bool // it did, and was ~
+}
+
+// take returns what is to be typed, and whether to leave.
+func (e *escapes) take(b []byte) (keys []byte, leave bool) {
+	var out bytes.Buffer
+	for _, key := range b {
+		if e.tilde {
+			e.tilde = false
+			switch key {
+			case '.':
+				return out.Bytes(), true
+			case '~':
+			default:
+				out.WriteByte('~')
+			}
+			out.WriteByte(key)
+			e.lineStart = key == '\r' || key == '\n'
+			continue
+		}
+		if e.lineStart && key == '~' {
+			e.tilde = true
+			continue
+		}
+		e.lineStart = key == '\r' || key == '\n'
+		out.WriteByte(key)
+	}
+	return out.Bytes(), false
+}

@@ -1,0 +1,246 @@
+// Package daemon is the server: it opens all rooms with the settings of an operator, joins the core with the rooms that
+// implement its interfaces, serves the API, and closes everything in reverse order. The adapters between rooms that do
+// not know each other are here too. It also removes a server from the machine, and checks whether a machine has what a
+// server needs.
+//
+// It decides nothing about sandboxes, and reads neither flags nor the environment. One process runs one server. A
+// server that ends leaves its sandboxes running, which the next server on the same data directory adopts, and a record
+// below [RunDir], which [Clean] removes together with them.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/budget"
+	"github.com/cayhq/cay/internal/buildkit"
+	"github.com/cayhq/cay/internal/config"
+	"github.com/cayhq/cay/internal/egressproxy"
+	"github.com/cayhq/cay/internal/embedded"
+	"github.com/cayhq/cay/internal/event"
+	"github.com/cayhq/cay/internal/image"
+	"github.com/cayhq/cay/internal/imagebuild"
+	"github.com/cayhq/cay/internal/network"
+	"github.com/cayhq/cay/internal/node"
+	"github.com/cayhq/cay/internal/portproxy"
+	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/store"
+	"github.com/cayhq/cay/internal/template"
+)
+
+// Names of files in a data directory, and of settings in its database.
+const (
+	databaseFile    = "cay.db"
+	keyFile         = "api-key"
+	settingInstance = "instance"
+	settingRange    = "network_range"
+	settingE2B      = "e2b_secret"
+	settingPorts    = "ports_secret" // signs URLs of ports
+)
+
+// dataFiles names everything that a server puts into its data directory, and the log that `make run` keeps there.
+var dataFiles = []string{databaseFile, databaseFile + "-wal", databaseFile + "-shm", keyFile, "lock", "programs",
+	"images", "sandboxes", "checkpoints", "contexts", buildDir, "scratch", "server.log"}
+
+// server holds all rooms of a running server.
+type server struct {
+	cfg      config.Config
+	version  string
+	log      *slog.Logger
+	instance string
+	// closers close the rooms, in reverse order.
+	closers []func(context.Context) error
+
+	db          *store.DB
+	slots       *network.Network
+	images      *image.Store
+	dockerfiles *buildkit.Builder
+	node        *node.Node
+	egress      *egressproxy.Proxy
+	egressOn    egressproxy.Listeners // opened before the network, whose rules name their ports
+	templates   *template.Service
+	auth        *auth.Service
+	sandboxes   *sandbox.Service
+	events      *event.Feed
+	ports       *portproxy.Proxy
+	registry    *prometheus.Registry
+	budget      *budget.Budget // the memory that calls hold
+}
+
+// Run runs the server until ctx ends, with settings that [config.Config.Check] accepts. It closes everything that it
+// opened before it returns. Sandboxes keep running.
+func Run(ctx context.Context, cfg config.Config, version string) (err error) {
+	log, err := newLogger(cfg)
+	if err != nil {
+		return err
+	}
+	catchLibraries(log)
+	if os.Geteuid() != 0 {
+		return errors.New("cay server needs root: it makes namespaces, control groups and packet filter rules")
+	}
+	if err := dropUnneeded(); err != nil {
+		return err
+	}
+	s := &server{cfg: cfg, version: version, log: log, registry: prometheus.NewRegistry()}
+	defer func() {
+		// ctx has ended; closing has a time limit of its own.
+		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Duration(cfg.ShutdownTimeout))
+		defer cancel()
+		for i := len(s.closers) - 1; i >= 0; i-- {
+			err = errors.Join(err, s.closers[i](closing))
+		}
+	}()
+	if err := s.open(ctx); err != nil {
+		return err
+	}
+	return s.listen(ctx)
+}
+
+// onClose adds a closer.
+func (s *server) onClose(f func(context.Context) error) { s.closers = append(s.closers, f) }
+
+// open opens the rooms, from the leaves to the core, and reconciles rows and machine before the first request.
+func (s *server) open(ctx context.Context) error {
+	cfg := s.cfg
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return fmt.Errorf("making the data directory: %w", err)
+	}
+	lock, err := lockDir(cfg.DataDir, lockPatience)
+	if err != nil {
+		return err
+	}
+	s.onClose(func(context.Context) error { return lock.Close() })
+	if s.db, err = store.Open(ctx, filepath.Join(cfg.DataDir, databaseFile)); err != nil {
+		return err
+	}
+	s.onClose(func(context.Context) error { return s.db.Close() })
+	s.events = event.New(event.Config{Keep: time.Duration(cfg.Events.Keep), MaxPerOrg: cfg.Events.MaxPerOrg,
+		MaxFollowers: cfg.Events.MaxFollowers}, s.db, s.log)
+	s.db.OnEvents(s.events.Wake)
+	if s.instance, err = s.setting(ctx, settingInstance, newInstance); err != nil {
+		return err
+	}
+	s.boundMemory(ctx)
+	record := ServerRecord{Instance: s.instance, URL: "http://" + cfg.Listen,
+		KeyFile: filepath.Join(cfg.DataDir, keyFile), DataDir: cfg.DataDir, PID: os.Getpid()}
+	if err := record.write(RunDir); err != nil {
+		return err
+	}
+	if err := s.openHost(ctx); err != nil {
+		return err
+	}
+	return s.openCore(ctx)
+}
+
+// setting returns a setting of this data directory, which first makes when the server starts for the first time.
+func (s *server) setting(ctx context.Context, name string, first func() string) (string, error) {
+	value, found, err := s.db.Setting(ctx, name)
+	if err != nil || found {
+		return value, err
+	}
+	value = first()
+	return value, s.db.SetSetting(ctx, name, value)
+}
+
+// openHost opens the rooms that work on the machine.
+func (s *server) openHost(ctx context.Context) error {
+	cfg := s.cfg
+	programsDir := filepath.Join(cfg.DataDir, "programs")
+	programs, err := embedded.Unpack(programsDir)
+	if err != nil {
+		return err
+	}
+	host, err := newEgressHost(s)
+	if err != nil {
+		return err
+	}
+	s.egress = egressproxy.New(host, s.cfg.Network.QuestionsPerSecond, s.log)
+	if s.egressOn, err = listenEgress(); err != nil {
+		return err
+	}
+	s.onClose(func(context.Context) error { closeListeners(s.egressOn); return nil })
+	if s.slots, err = s.openNetwork(ctx); err != nil {
+		return err
+	}
+	s.onClose(func(context.Context) error { return s.slots.Close() })
+	s.images, err = image.Open(image.Config{Dir: filepath.Join(cfg.DataDir, "images"), CacheDir: cfg.Images.CacheDir,
+		Budget: int64(cfg.Images.PulledMB) << 20, PlainHTTP: cfg.Images.Registries,
+		// Any user may name a registry, so that the server reaches only addresses that sandboxes may reach too.
+		Dial: func(to netip.AddrPort) error { return s.slots.Permitted(to.Addr()) }}, s.log)
+	if err != nil {
+		return err
+	}
+	if err := s.openBuilds(programsDir, programs); err != nil {
+		return err
+	}
+	rootFS := imagebuild.RootFS{Images: s.images, Recheck: func(image string) { s.templates.Recheck(image) }}
+	s.node, err = node.Open(node.Config{
+		Instance: s.instance, Dir: filepath.Join(cfg.DataDir, "sandboxes"), RunDir: stateDir(RunDir, s.instance),
+		Platform: cfg.Sandbox.Platform, Programs: programs, ProgramsDir: programsDir,
+		Checkpoints: filepath.Join(cfg.DataDir, "checkpoints"), Nameservers: nameservers(cfg.Network.Nameservers),
+		PolicyChanged: s.egress.Recheck,
+		MaxSandboxes:  cfg.Capacity.MaxSandboxes, MinHostMemory: int64(cfg.Capacity.MinFreeMemoryMB) << 20,
+		MinDisk: int64(cfg.Capacity.MinFreeDiskMB) << 20, MaxPIDs: cfg.Sandbox.MaxPIDs,
+		FirstUID: uint32(cfg.Sandbox.FirstUID), AnswerTimeout: time.Duration(cfg.Sandbox.AnswerTimeout),
+	}, s.slots, rootFS, s.log)
+	if err != nil {
+		return err
+	}
+	s.onClose(func(context.Context) error { s.node.Close(); return nil })
+	return nil
+}
+
+// openCore opens the core rooms, which decide, and reconciles them with the machine.
+func (s *server) openCore(ctx context.Context) error {
+	cfg := s.cfg
+	s.auth = auth.New(s.db, auth.Config{
+		Quota: auth.Quota{Sandboxes: cfg.Quota.Sandboxes, VCPUs: cfg.Quota.VCPUs, MemoryMB: cfg.Quota.MemoryMB},
+		Rate:  cfg.RateLimit.PerSecond, Burst: cfg.RateLimit.Burst,
+		FailedRate: cfg.RateLimit.FailedPerSecond, FailedBurst: cfg.RateLimit.FailedBurst, MaxKeys: cfg.Quota.APIKeys, Log: s.log,
+	})
+	s.onClose(s.auth.Close)
+	if _, err := s.auth.Bootstrap(ctx, func(secret string) error {
+		return os.WriteFile(filepath.Join(cfg.DataDir, keyFile), []byte(secret+"\n"), 0o600)
+	}); err != nil {
+		return err
+	}
+	var err error
+	if s.templates, err = s.openTemplates(ctx); err != nil {
+		return err
+	}
+	s.sandboxes = sandbox.New(sandbox.Config{
+		Sizes: cfg.Sandbox.Sizes, DefaultSize: cfg.Sandbox.DefaultSize, DefaultDisk: cfg.Sandbox.DefaultDiskMB,
+		MaxDisk: cfg.Sandbox.MaxDiskMB, KeepDestroyed: time.Duration(cfg.Sandbox.KeepDestroyed),
+		MaxDestroyed: cfg.Sandbox.MaxDestroyed, MaxSnapshots: cfg.Sandbox.MaxSnapshots, Pool: s.pool(),
+	}, s.db, s.node, s.templates, s.log, s.observe())
+	s.onClose(s.sandboxes.Close)
+	s.ports = portproxy.New(s.node.Agents(), s.log)
+	s.onClose(s.ports.Close)
+	s.serveEgress(s.egressOn)
+	return s.sandboxes.Reconcile(ctx)
+}
+
+// newLogger returns a logger to standard error with the level and format of the settings.
+func newLogger(cfg config.Config) (*slog.Logger, error) {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(cfg.LogLevel)); err != nil {
+		return nil, fmt.Errorf("log_level: must be debug, info, warn or error, not %q", cfg.LogLevel)
+	}
+	opts := &slog.HandlerOptions{Level: level}
+	switch cfg.LogFormat {
+	case "text":
+		return slog.New(slog.NewTextHandler(os.Stderr, opts)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(os.Stderr, opts)), nil
+	}
+	return nil, fmt.Errorf("log_format: must be text or json, not %q", cfg.LogFormat)
+}

@@ -1,0 +1,125 @@
+package daemon
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/cayhq/cay/internal/api"
+	"github.com/cayhq/cay/internal/e2b"
+	"github.com/cayhq/cay/internal/portproxy"
+)
+
+// listen serves until ctx ends. Then it refuses new requests, and waits for those in flight until the shutdown timeout.
+func (s *server) listen(ctx context.Context) error {
+	listener, err := net.Listen("tcp", s.cfg.Listen)
+	if err != nil {
+		return fmt.Errorf("listening for the API: %w", err)
+	}
+	metrics := promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{})
+	secret, err := s.setting(ctx, settingPorts, portproxy.NewSecret)
+	if err != nil {
+		return err
+	}
+	stopping, hangup := context.WithCancel(context.WithoutCancel(ctx))
+	defer hangup()
+	var hijacked sync.WaitGroup
+	handler := api.New(api.Config{
+		Stopping: stopping, Hijacked: &hijacked,
+		Ports: s.ports, Names: s.portNames(), Signer: portproxy.NewSigner(secret),
+		Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Events: s.events, Agent: s.node.Agents(),
+		Budget: s.budget, Ready: func() error { return s.db.Ping(ctx) }, Metrics: metrics, Registry: s.registry,
+		Log: s.log, Version: s.version,
+	})
+	surface, err := s.openE2B(ctx, handler)
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
+	if surface != nil {
+		handler = surface
+	}
+	work, stopWork := context.WithCancel(context.WithoutCancel(ctx))
+	var wg sync.WaitGroup
+	wg.Go(func() { s.sandboxes.Run(work) })
+	wg.Go(func() { _ = s.templates.Run(work) }) // returns nil
+	wg.Go(func() { s.events.Run(work) })
+	if surface != nil {
+		wg.Go(func() { surface.Run(work) })
+	}
+	defer wg.Wait()
+	defer stopWork()
+
+	servers := []*http.Server{api.Server(s.cfg.Listen, handler, s.log)}
+	servers[0].RegisterOnShutdown(s.templates.Hangup)
+	servers[0].RegisterOnShutdown(s.ports.Hangup)
+	servers[0].RegisterOnShutdown(hangup)
+	if surface != nil {
+		servers[0].RegisterOnShutdown(surface.Hangup)
+	}
+	failed := make(chan error, 2)
+	go func() { failed <- servers[0].Serve(listener) }()
+	if s.cfg.MetricsListen != "" {
+		l, err := net.Listen("tcp", s.cfg.MetricsListen)
+		if err != nil {
+			return errors.Join(fmt.Errorf("listening for metrics: %w", err), servers[0].Close())
+		}
+		mux := http.NewServeMux()
+		mux.Handle("GET /metrics", metrics)
+		servers = append(servers, api.Server(s.cfg.MetricsListen, mux, s.log))
+		go func() { failed <- servers[1].Serve(l) }()
+	}
+	s.log.InfoContext(ctx, "cay is ready", "url", "http://"+listener.Addr().String(), "data_dir", s.cfg.DataDir,
+		"instance", s.instance, "network", s.slots.Range(), "version", s.version)
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serving: %w", err)
+	case <-ctx.Done():
+	}
+	s.log.Info("shutting down; sandboxes go on running")
+	closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Duration(s.cfg.ShutdownTimeout))
+	defer cancel()
+	for _, srv := range servers {
+		if err := srv.Shutdown(closing); err != nil {
+			s.log.Warn("calls were cut off by the shutdown", "error", err)
+			_ = srv.Close() // what Shutdown could not wait for
+		}
+	}
+	waitFor(closing, &hijacked)
+	return nil
+}
+
+// waitFor waits for wg or until ctx ends.
+func waitFor(ctx context.Context, wg *sync.WaitGroup) {
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
+}
+
+// openE2B returns the surface for E2B's clients, which hands all other requests to next. It returns nil if the
+// surface is turned off.
+func (s *server) openE2B(ctx context.Context, next http.Handler) (*e2b.Surface, error) {
+	if !s.cfg.E2B.Enabled {
+		return nil, nil
+	}
+	secret, err := s.setting(ctx, settingE2B, rand.Text) // at least 128 bits
+	if err != nil {
+		return nil, err
+	}
+	return e2b.New(e2b.Config{Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
+		Ports: s.ports, Names: s.portNames(), Secret: []byte(secret), Budget: s.budget, Log: s.log, Registry: s.registry}, next), nil
+}
+
+// portNames returns the host names of ports.
+func (s *server) portNames() portproxy.Names {
+	return portproxy.Names{Domain: s.cfg.Proxy.Domain, Scheme: s.cfg.Proxy.Scheme}
+}

@@ -1,0 +1,27 @@
+package imagebuild
+
+import (
+	"context"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/image"
+)
+
+// RootFS finds the images of sandboxes. It implements node.Images.
+type RootFS struct {
+	Images *image.Store
+	// Recheck is called with an image that cannot be used, so that its template is built again.
+	Recheck func(image string)
+}
+
+// Path returns the verified file of the image with the digest. It refuses an image that cannot be used as unavailable.
+func (r RootFS) Path(ctx context.Context, digest string) (string, error) {
+	path, err := r.Images.Path(ctx, digest)
+	if unusable(err) {
+		r.Recheck(digest)
+		return "", fault.New(fault.Unavailable, "image_unavailable",
+			"the template's image cannot be used and is being built again").After(30 * time.Second).Because(err)
+	}
+	return path, err
+}
