@@ -1,6 +1,6 @@
-// Package cli is the command line of cay. Each verb is a file, which talks to a server through the public package client.
-// Three files do more: server.go runs, and purges, a server with package daemon, doctor.go checks this machine with it,
-// and connect.go finds the servers of this machine by their records.
+// Package cli runs the command line of cay. The verbs, a file for each or for a group of them, talk to a server
+// through the public package client. Three files do more: server.go runs or purges a server with package daemon,
+// doctor.go checks this machine with it, and connect.go finds the servers of this machine by their records.
 //
 // The package owns the texts, flags and exit statuses of the verbs, and makes what comes from sandboxes and other users
 // harmless for a terminal. It runs one command line for each process.
@@ -40,8 +40,8 @@ func (a *app) main() int {
 	return a.run(ctx, os.Args[1:])
 }
 
-// Exit statuses of cay itself. As with docker, commands in sandboxes may have any of them too; the text on standard error
-// tells them apart.
+// Exit statuses of cay itself. As with docker, commands in sandboxes may have any of them too; the text on standard
+// error tells them apart.
 const (
 	exitFailed    = 1   // a verb failed that runs no command
 	exitRunFailed = 125 // cay failed in a verb that runs a command, and not the command
@@ -70,11 +70,13 @@ type app struct {
 // exitError ends cay with a status and without a text, which has been printed already.
 type exitError struct{ status int }
 
+// Error implements error.
 func (e exitError) Error() string { return fmt.Sprintf("exit status %d", e.status) }
 
 // signalError reports, as the cause of a context, the signal that ended it.
 type signalError struct{ signal syscall.Signal }
 
+// Error implements error.
 func (e signalError) Error() string { return e.signal.String() }
 
 // withSignals returns a context that ends with the first SIGINT or SIGTERM. Further signals do nothing, since only the

@@ -15,10 +15,10 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// jsonTimeout is the longest that the API allows a command whose output comes at its end.
+// jsonTimeout is the default timeout of a command whose output comes at its end. The API refuses a longer one.
 const jsonTimeout = 5 * time.Minute
 
-// commandFlags are the flags of the verbs that run a command: exec and run.
+// commandFlags holds the flags of the verbs that run a command: exec and run.
 type commandFlags struct {
 	timeout time.Duration
 	workdir string
@@ -27,16 +27,19 @@ type commandFlags struct {
 	noStdin bool
 }
 
+// add adds the flags to those of a verb.
 func (c *commandFlags) add(f *pflag.FlagSet) {
-	f.DurationVar(&c.timeout, "timeout", 0, "kill the command after this time, at most 24h, 0 for never; with --json at most 5m, and 5m if not given")
+	f.DurationVar(&c.timeout, "timeout", 0,
+		"kill the command after this time, at most 24h, 0 for never; with --json at most 5m, and 5m if not given")
 	f.StringVarP(&c.workdir, "workdir", "w", "", "working directory of the command")
-	f.StringArrayVarP(&c.env, "env", "e", nil, "environment variable NAME=VALUE; NAME alone passes your own value (repeatable)")
+	f.StringArrayVarP(&c.env, "env", "e", nil,
+		"environment variable NAME=VALUE; NAME alone passes your own value (repeatable)")
 	f.StringVarP(&c.user, "user", "u", "", "name or number of the user to run the command as")
 	f.BoolVarP(&c.noStdin, "no-stdin", "n", false, "do not pass standard input, even if it is a pipe or a file")
 }
 
-// request is the call for the command in args.
-func (a *app) request(c commandFlags, env map[string]string, args []string) (client.ExecuteRequest, error) {
+// executeRequest returns the call that runs the command in args.
+func (a *app) executeRequest(c commandFlags, env map[string]string, args []string) (client.ExecuteRequest, error) {
 	if len(args) == 0 {
 		return client.ExecuteRequest{}, errors.New("COMMAND: there is none; write it after --")
 	}
@@ -52,10 +55,11 @@ func (a *app) request(c commandFlags, env map[string]string, args []string) (cli
 	if c.timeout > 0 {
 		timeout = new(c.timeout.String())
 	}
-	return client.ExecuteRequest{Args: args, Timeout: timeout, Workdir: given(c.workdir), User: given(c.user), Env: env}, nil
+	return client.ExecuteRequest{Args: args, Timeout: timeout, Workdir: given(c.workdir),
+		User: given(c.user), Env: env}, nil
 }
 
-// pairs reads NAME=VALUE flags. With lookup, NAME alone takes the value there.
+// pairs returns the values of NAME=VALUE flags. With lookup, NAME alone takes the value that lookup returns.
 func pairs(flag string, texts []string, lookup func(string) string) (map[string]string, error) {
 	if len(texts) == 0 {
 		return nil, nil
@@ -79,9 +83,10 @@ func pairs(flag string, texts []string, lookup func(string) string) (map[string]
 	return m, nil
 }
 
-// execute runs r in the sandbox. Its output goes to our own streams as it comes, and the
-// result has none of it; unless all is to be printed as JSON in the end.
-func (a *app) execute(ctx context.Context, c *client.Client, id string, r client.ExecuteRequest, stdin []byte) (result *client.ExecuteResult, err error) {
+// execute runs r in the sandbox. With --json the result has the output. Without, the output goes to cay's own streams
+// as it comes, and the result has none of it.
+func (a *app) execute(ctx context.Context, c *client.Client, id string, r client.ExecuteRequest,
+	stdin []byte) (result *client.ExecuteResult, err error) {
 	err = withStdin(ctx, c, id, r, stdin, func(r client.ExecuteRequest) error {
 		if a.json {
 			if r.Timeout == nil {
@@ -105,14 +110,15 @@ func (a *app) execute(ctx context.Context, c *client.Client, id string, r client
 		if err != nil {
 			return brokeOff(err)
 		}
-		result = &client.ExecuteResult{ExitCode: exit.ExitCode, Signal: exit.Signal, TimedOut: exit.TimedOut, OOMKilled: exit.OOMKilled,
-			StdoutTruncated: deref(exit.StdoutTruncated), StderrTruncated: deref(exit.StderrTruncated)}
+		result = &client.ExecuteResult{ExitCode: exit.ExitCode, Signal: exit.Signal, TimedOut: exit.TimedOut,
+			OOMKilled: exit.OOMKilled, StdoutTruncated: deref(exit.StdoutTruncated),
+			StderrTruncated: deref(exit.StderrTruncated)}
 		return nil
 	})
 	var lost *outputError
 	if errors.As(err, &lost) {
 		if errors.Is(err, syscall.EPIPE) {
-			// As for any program whose reader has what it wanted.
+			// Any program ends like this when its output is no longer read.
 			return nil, exitError{exitSignal + int(syscall.SIGPIPE)}
 		}
 		return nil, fmt.Errorf("writing the command's output: %w", lost.error)
@@ -120,12 +126,13 @@ func (a *app) execute(ctx context.Context, c *client.Client, id string, r client
 	return result, err
 }
 
-// outputError is an error of our own streams.
+// outputError reports that cay's own output could not be written.
 type outputError struct{ error }
 
+// Unwrap returns the cause.
 func (e *outputError) Unwrap() error { return e.error }
 
-// brokeOff says in words that a stream has ended before its end.
+// brokeOff returns an error in plain words for a stream that broke off, and other errors unchanged.
 func brokeOff(err error) error {
 	if errors.Is(err, io.ErrUnexpectedEOF) {
 		return errors.New("the connection to the server broke off")
@@ -133,8 +140,8 @@ func brokeOff(err error) error {
 	return err
 }
 
-// deliver prints what is left to say of how a command ended. The error it returns is the
-// command's exit status.
+// deliver prints the result of a command, except for the output that execute has printed. The error that it returns
+// makes cay exit with the command's status.
 func (a *app) deliver(r *client.ExecuteResult, timeout time.Duration) error {
 	if a.json {
 		if err := quiet(a.printJSON(r)); err != nil {
@@ -146,7 +153,7 @@ func (a *app) deliver(r *client.ExecuteResult, timeout time.Duration) error {
 	return status(r.ExitCode)
 }
 
-// note says what the streams and the status alone do not tell.
+// note prints the parts of a result that neither the output nor the status shows.
 func (a *app) note(r *client.ExecuteResult, timeout time.Duration) {
 	var notes []string
 	if r.StdoutTruncated {
@@ -169,8 +176,7 @@ func (a *app) note(r *client.ExecuteResult, timeout time.Duration) {
 	}
 }
 
-// quiet drops the error of a reader that has gone away, such as head: it has what
-// it wanted.
+// quiet drops the error of writing to a reader that has gone away, as head does when it has enough.
 func quiet(err error) error {
 	if errors.Is(err, syscall.EPIPE) {
 		return nil
@@ -178,7 +184,7 @@ func quiet(err error) error {
 	return err
 }
 
-// status is the error that makes cay exit with the status, nil for 0.
+// status returns the error that makes cay exit with the status, nil for 0.
 func status(code int) error {
 	if code == 0 {
 		return nil
@@ -219,9 +225,11 @@ func (a *app) completeTemplates(cmd *cobra.Command, _ []string, _ string) ([]str
 	})
 }
 
-// complete asks the server for what to offer. A server that does not answer
-// offers nothing: a shell waits for this with every key.
-func (a *app) complete(ctx context.Context, ask func(context.Context, *client.Client) ([]string, error)) ([]string, cobra.ShellCompDirective) {
+// complete returns the completions that ask gets from the server.
+func (a *app) complete(ctx context.Context,
+	ask func(context.Context, *client.Client) ([]string, error)) ([]string, cobra.ShellCompDirective) {
+	// patience limits the time for an answer, since the shell of the user hangs meanwhile. With less, a busy server
+	// offers nothing.
 	const patience = 2 * time.Second
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()

@@ -23,7 +23,7 @@ import (
 // defaultURL is the address of a server with default settings.
 const defaultURL = "http://127.0.0.1:7070"
 
-// clientConfig is ~/.cay/config.toml.
+// clientConfig holds the settings of ~/.cay/config.toml.
 type clientConfig struct {
 	account
 	Org  string             `toml:"org"`
@@ -36,6 +36,7 @@ type account struct {
 	APIKey string `toml:"api_key"`
 }
 
+// readClientConfig reads the settings of the user with the home directory, if there are any.
 func readClientConfig(home string) (clientConfig, error) {
 	var c clientConfig
 	if home == "" {
@@ -50,11 +51,13 @@ func readClientConfig(home string) (clientConfig, error) {
 		return c, fmt.Errorf("reading %s: %w", path, err)
 	}
 	if unknown := meta.Undecoded(); len(unknown) > 0 {
-		return c, fmt.Errorf("reading %s: there is no setting %s; there are api_url, api_key, org, and orgs.NAME.api_url and .api_key", path, unknown[0])
+		return c, fmt.Errorf("reading %s: there is no setting %s; there are api_url, api_key, org, and "+
+			"orgs.NAME.api_url and .api_key", path, unknown[0])
 	}
 	return c, nil
 }
 
+// first returns the first text that is not empty.
 func first(texts ...string) string {
 	for _, text := range texts {
 		if text != "" {
@@ -64,8 +67,8 @@ func first(texts ...string) string {
 	return ""
 }
 
-// account finds out which server to use and with what key: flags before the
-// environment, before the config file, before a server on this machine.
+// account returns the server to use, the key for it, and the organization that the key must belong to. Flags come
+// before the environment, the environment before the config file, and the file before a server on this machine.
 func (a *app) account() (acc account, org string, err error) {
 	file, err := readClientConfig(a.getenv("HOME"))
 	if err != nil {
@@ -84,7 +87,7 @@ func (a *app) account() (acc account, org string, err error) {
 	return acc, org, err
 }
 
-// fromThisMachine fills in what is missing from the servers of this machine.
+// fromThisMachine completes an account with the address and the key of a server on this machine.
 func (a *app) fromThisMachine(acc account) (account, error) {
 	servers, err := a.localServers()
 	if err != nil {
@@ -99,9 +102,10 @@ func (a *app) fromThisMachine(acc account) (account, error) {
 		for _, s := range servers {
 			urls = append(urls, s.URL)
 		}
-		return account{}, fmt.Errorf("several servers run on this machine: choose one with --api-url, of %s", strings.Join(urls, ", "))
+		return account{}, fmt.Errorf("several servers run on this machine: choose one with --api-url, of %s",
+			strings.Join(urls, ", "))
 	case len(servers) == 0 && (acc.APIURL == "" || sameServer(acc.APIURL, defaultURL)):
-		// A server whose record is gone, or that runs in a container with its data here.
+		// The record of a server may be gone, and one in a container may have its data here.
 		servers = []daemon.ServerRecord{{URL: defaultURL, KeyFile: filepath.Join(a.dataDir, "api-key")}}
 	case len(servers) == 0:
 		servers = []daemon.ServerRecord{{URL: acc.APIURL}}
@@ -113,18 +117,19 @@ func (a *app) fromThisMachine(acc account) (account, error) {
 	key, err := os.ReadFile(first(servers[0].KeyFile, os.DevNull))
 	switch {
 	case errors.Is(err, fs.ErrPermission):
-		return account{}, fmt.Errorf("no API key: that of the server on this machine is in %s, which you may not read; give --api-key or CAY_API_KEY, or put api_key into ~/.cay/config.toml", servers[0].KeyFile)
+		return account{}, fmt.Errorf("no API key: that of the server on this machine is in %s, which you may not read; "+
+			"give --api-key or CAY_API_KEY, or put api_key into ~/.cay/config.toml", servers[0].KeyFile)
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return account{}, fmt.Errorf("reading the server's API key: %w", err)
 	}
 	if acc.APIKey = strings.TrimSpace(string(key)); acc.APIKey == "" {
-		return account{}, fmt.Errorf("no API key for %s: give --api-key or CAY_API_KEY, or put api_key into ~/.cay/config.toml", acc.APIURL)
+		return account{}, fmt.Errorf(
+			"no API key for %s: give --api-key or CAY_API_KEY, or put api_key into ~/.cay/config.toml", acc.APIURL)
 	}
 	return acc, nil
 }
 
-// localServers lists the servers of this machine that run, with addresses that
-// can be called.
+// localServers returns the servers that run on this machine, with URLs that can be called.
 func (a *app) localServers() ([]daemon.ServerRecord, error) {
 	all, err := daemon.Servers(a.runDir)
 	if err != nil {
@@ -132,7 +137,7 @@ func (a *app) localServers() ([]daemon.ServerRecord, error) {
 	}
 	var running []daemon.ServerRecord
 	for _, s := range all {
-		// No such process; any other answer, such as "not yours", means it is there.
+		// ESRCH says that the process does not exist. Any other error, such as EPERM, says that it does.
 		if s.PID <= 0 || errors.Is(syscall.Kill(s.PID, 0), syscall.ESRCH) {
 			continue
 		}
@@ -144,8 +149,8 @@ func (a *app) localServers() ([]daemon.ServerRecord, error) {
 	return running, nil
 }
 
-// callable turns the address a server listens on into one to call: "every
-// address" is reached by the loopback.
+// callable turns the URL on which a server listens into one that can be called, with the loopback for a server that
+// listens on every address.
 func callable(text string) (string, error) {
 	u, err := url.Parse(text)
 	if err != nil {
@@ -162,8 +167,7 @@ func callable(text string) (string, error) {
 	return u.String(), nil
 }
 
-// sameServer reports whether two URLs are of one server, as far as their texts
-// tell.
+// sameServer reports whether the texts of two URLs name the same server.
 func sameServer(a, b string) bool {
 	norm := func(text string) string {
 		u, err := url.Parse(text)
@@ -179,8 +183,8 @@ func sameServer(a, b string) bool {
 	return norm(a) == norm(b)
 }
 
-// client makes a client for the server, and makes sure that the key is of the
-// organization that was asked for.
+// client returns a client for the server of the account. It fails if the key belongs to another organization than the
+// one that the user asked for.
 func (a *app) client(ctx context.Context) (*client.Client, error) {
 	acc, org, err := a.account()
 	if err != nil {
@@ -198,7 +202,8 @@ func (a *app) client(ctx context.Context) (*client.Client, error) {
 		return nil, err
 	}
 	if org != me.Org.Name && org != me.Org.ID {
-		return nil, fmt.Errorf("--org: the key belongs to the organization %s, not %s; put the key of %s into ~/.cay/config.toml under [orgs.%s]", me.Org.Name, org, org, org)
+		return nil, fmt.Errorf("--org: the key belongs to the organization %s, not %s; put the key of %s into "+
+			"~/.cay/config.toml under [orgs.%s]", me.Org.Name, org, org, org)
 	}
 	return c, nil
 }

@@ -14,19 +14,19 @@ import (
 	"github.com/moby/patternmatcher/ignorefile"
 )
 
-// buildContext is a directory to be sent as a tar.
+// buildContext packs a directory into a tar for a build.
 type buildContext struct {
 	dir    string
 	ignore *patternmatcher.PatternMatcher
-	keep   string // path in it that is sent whatever is ignored; "" is none
-	extra  string // file from elsewhere that is sent too, as extraName; "" is none
+	keep   string // path in dir that is sent even if it is ignored; "" is none
+	extra  string // file from outside of dir that is sent as extraName; "" is none
 }
 
-// extraName is the name of a Dockerfile that is not in the context.
+// extraName is the name in the tar of a Dockerfile from outside of the directory.
 const extraName = ".cay.Dockerfile"
 
-// openContext makes a context of a directory and a Dockerfile, which may lie elsewhere,
-// and returns the Dockerfile's path in it. Without a Dockerfile everything is sent.
+// openContext returns the context of a directory and a Dockerfile, and the Dockerfile's path in the context. The
+// Dockerfile may be outside of the directory. Without a Dockerfile the context is the whole directory.
 func openContext(dir, dockerfile string) (*buildContext, string, error) {
 	info, err := os.Stat(dir)
 	if err == nil && !info.IsDir() {
@@ -57,7 +57,7 @@ func openContext(dir, dockerfile string) (*buildContext, string, error) {
 	return b, name, err
 }
 
-// inside is a file's path in a directory, with slashes; "" if it is not in it.
+// inside returns the path of a file relative to a directory, with slashes, or "" if the file is not in it.
 func inside(dir, file string) (string, error) {
 	absDir, err := filepath.Abs(dir)
 	if err != nil {
@@ -69,12 +69,12 @@ func inside(dir, file string) (string, error) {
 	}
 	rel, err := filepath.Rel(absDir, absFile)
 	if err != nil || !filepath.IsLocal(rel) {
-		return "", nil // on another disk, or outside
+		return "", nil
 	}
 	return filepath.ToSlash(rel), nil
 }
 
-// readIgnore reads the first of the files that is there. None ignores nothing.
+// readIgnore reads the patterns of the first file that exists. Without such a file the matcher ignores nothing.
 func readIgnore(files ...string) (*patternmatcher.PatternMatcher, error) {
 	for _, file := range files {
 		f, err := os.Open(file)
@@ -98,16 +98,15 @@ func readIgnore(files ...string) (*patternmatcher.PatternMatcher, error) {
 	return patternmatcher.New(nil)
 }
 
-// stream is the tar, made while it is read. Close ends the making; it is safe to call
-// after the end.
+// stream returns the tar, which is packed while it is read. Close stops the packing, and may be called after the end.
 func (b *buildContext) stream() io.ReadCloser {
 	r, w := io.Pipe()
 	go func() { w.CloseWithError(b.write(w)) }()
 	return r
 }
 
-// write writes the tar: in the order of names and without owners, so that the same
-// files give the same bytes, whoever sends them.
+// write writes the tar in the order of names and without owners, so that the same files give the same bytes for every
+// user.
 func (b *buildContext) write(w io.Writer) error {
 	out := tar.NewWriter(w)
 	err := filepath.WalkDir(b.dir, func(path string, d fs.DirEntry, err error) error {
@@ -124,7 +123,7 @@ func (b *buildContext) write(w io.Writer) error {
 			return err
 		}
 		if ignored && name != b.keep {
-			// Below there may be an exception to what is ignored, or the Dockerfile.
+			// An exception to the patterns, or the Dockerfile, may be below.
 			if d.IsDir() && !b.ignore.Exclusions() && !strings.HasPrefix(b.keep, name+"/") {
 				return filepath.SkipDir
 			}
@@ -132,7 +131,7 @@ func (b *buildContext) write(w io.Writer) error {
 		}
 		info, err := d.Info()
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil // gone since it was listed
+			return nil // removed since the directory was read
 		}
 		if err != nil {
 			return err
@@ -151,8 +150,7 @@ func (b *buildContext) write(w io.Writer) error {
 	return out.Close()
 }
 
-// addToTar adds a file, a directory or a link; what else there is has no place in an
-// image.
+// addToTar adds a file, a directory or a link. It leaves out everything else, which no image can have.
 func addToTar(out *tar.Writer, path, name string, info fs.FileInfo) error {
 	var link string
 	var err error
@@ -183,7 +181,7 @@ func addToTar(out *tar.Writer, path, name string, info fs.FileInfo) error {
 	if err := out.WriteHeader(h); err != nil {
 		return err
 	}
-	// A file that grows meanwhile is cut off, one that shrinks is an error.
+	// A file that grows while it is read is cut off, and one that shrinks is an error.
 	if n, err := io.CopyN(out, f, h.Size); err != nil {
 		return fmt.Errorf("%s has %d bytes, and had %d: %w", path, n, h.Size, err)
 	}

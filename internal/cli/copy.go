@@ -17,6 +17,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
+// copyCommand returns the verb that copies files between this machine and a sandbox.
 func (a *app) copyCommand() *cobra.Command {
 	var recursive bool
 	var owner string
@@ -62,7 +63,7 @@ the folder. Links are copied as links; sockets, pipes and devices are left out.`
 	return cmd
 }
 
-// pathIs names the argument that the API knows as a path.
+// pathIs names the argument in an error of the API about the field path.
 func pathIs(name string, err error) error {
 	var refused *client.Error
 	if !errors.As(err, &refused) || refused.Field != "path" {
@@ -73,13 +74,13 @@ func pathIs(name string, err error) error {
 	return &told
 }
 
-// place is a path here, or in a sandbox.
+// place names a path in a sandbox, or on this machine if id is empty.
 type place struct{ id, path string }
 
-// sandboxPlace is ID:PATH. No other prefix makes a place remote, so that local names may
-// have colons.
+// sandboxPlace matches ID:PATH. A local path may have colons too, but not after the prefix of an id.
 var sandboxPlace = regexp.MustCompile(`^(sbx_[^:/]*):(.*)$`)
 
+// parsePlace parses the argument of the name.
 func parsePlace(name, text string) (place, error) {
 	if text == "" {
 		return place{}, fmt.Errorf("%s: is empty", name)
@@ -94,7 +95,7 @@ func parsePlace(name, text string) (place, error) {
 	return place{m[1], m[2]}, nil
 }
 
-// transfer copies between here and a sandbox.
+// transfer copies files between this machine and a sandbox.
 type transfer struct {
 	app       *app
 	client    *client.Client
@@ -102,9 +103,10 @@ type transfer struct {
 	owner     string
 }
 
-// contents reports whether a path means what is in the folder.
+// contents reports whether a path names the content of a folder and not the folder.
 func contents(p string) bool { return strings.HasSuffix(p, "/.") || p == "." }
 
+// errNeedsRecursive refuses to copy a folder without -r.
 var errNeedsRecursive = errors.New("is a folder: copy it with -r")
 
 // in copies into a sandbox.
@@ -123,7 +125,7 @@ func (t *transfer) in(ctx context.Context, local string, to place) error {
 			return err
 		}
 		if into {
-			abs, err := filepath.Abs(local) // a name for .. and such
+			abs, err := filepath.Abs(local) // gives .. a name
 			if err != nil {
 				return fmt.Errorf("SOURCE: %w", err)
 			}
@@ -139,7 +141,8 @@ func (t *transfer) in(ctx context.Context, local string, to place) error {
 		}
 		defer f.Close()
 		body := &counting{Reader: f, p: p, what: "copying " + filepath.Base(local) + ":", total: info.Size()}
-		return t.client.WriteFile(ctx, to.id, dest, body, client.WriteFileOptions{Mode: new(info.Mode().Perm()), Owner: t.owner, Size: info.Size()})
+		return t.client.WriteFile(ctx, to.id, dest, body,
+			client.WriteFileOptions{Mode: new(info.Mode().Perm()), Owner: t.owner, Size: info.Size()})
 	}
 	archive, w := io.Pipe()
 	packed := make(chan error, 1)
@@ -148,17 +151,19 @@ func (t *transfer) in(ctx context.Context, local string, to place) error {
 		w.CloseWithError(err)
 		packed <- err
 	}()
-	err = t.client.UploadTree(ctx, to.id, path.Clean(dest), &counting{Reader: archive, p: p, what: "copying " + local + ":"}, t.owner)
-	archive.CloseWithError(io.ErrClosedPipe) // what is not wanted any more is not packed
+	body := &counting{Reader: archive, p: p, what: "copying " + local + ":"}
+	err = t.client.UploadTree(ctx, to.id, path.Clean(dest), body, t.owner)
+	archive.CloseWithError(io.ErrClosedPipe) // ends the packing after an error
 	if broken := <-packed; broken != nil && !errors.Is(broken, io.ErrClosedPipe) {
 		return fmt.Errorf("SOURCE: %w", broken)
 	}
 	return err
 }
 
-// isFolder reports whether a place of a sandbox is a folder that is there, links followed.
+// isFolder reports whether a place in a sandbox is an existing folder, or a link to one. A place that does not exist
+// counts as a folder if its path ends in a slash.
 func (t *transfer) isFolder(ctx context.Context, at place) (bool, error) {
-	for range 8 { // links, more of which nobody means
+	for range 8 { // links; a longer chain is a loop
 		e, err := t.client.StatFile(ctx, at.id, path.Clean(at.path))
 		if client.HasCode(err, "file_not_found") {
 			return strings.HasSuffix(at.path, "/"), nil
@@ -210,7 +215,8 @@ func (t *transfer) out(ctx context.Context, from place, local string) error {
 			return err
 		}
 		defer f.Close()
-		return writeWhole(dest, &counting{Reader: f, p: p, what: "copying " + path.Base(from.path) + ":", total: max(f.Size, 0)})
+		what := "copying " + path.Base(from.path) + ":"
+		return writeWhole(dest, &counting{Reader: f, p: p, what: what, total: max(f.Size, 0)})
 	}
 	archive, err := t.client.DownloadTree(ctx, from.id, path.Clean(from.path))
 	if err != nil {
@@ -220,6 +226,7 @@ func (t *transfer) out(ctx context.Context, from place, local string) error {
 	return unpackFolder(dest, &counting{Reader: archive, p: p, what: "copying " + from.path + ":"})
 }
 
+// watchCommand returns the verb that prints the changes in a folder of a sandbox.
 func (a *app) watchCommand() *cobra.Command {
 	var recursive bool
 	cmd := &cobra.Command{

@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// packFolder writes what is in a local folder as tar: files, folders and links.
+// packFolder writes the files, folders and links in a local folder as a tar.
 func packFolder(w io.Writer, dir string) error {
 	out := tar.NewWriter(w)
 	root, err := filepath.EvalSymlinks(dir)
@@ -34,6 +34,7 @@ func packFolder(w io.Writer, dir string) error {
 	return errors.Join(err, out.Close())
 }
 
+// packEntry writes a file, a folder or a link to the tar, and leaves out everything else.
 func packEntry(out *tar.Writer, p, name string, d fs.DirEntry) error {
 	info, err := d.Info()
 	if err != nil {
@@ -78,8 +79,8 @@ func packEntry(out *tar.Writer, p, name string, d fs.DirEntry) error {
 	return err
 }
 
-// unpackFolder writes an archive of a sandbox below a local folder, and nowhere else: what is in
-// it is a stranger's. Files are replaced, and appear whole or not at all.
+// unpackFolder writes an archive of a sandbox, which may be hostile, below a local folder and nowhere else. It replaces
+// files, which appear whole or not at all.
 func unpackFolder(dir string, r io.Reader) error {
 	if err := os.MkdirAll(dir, 0o777); err != nil {
 		return fmt.Errorf("DESTINATION: %w", err)
@@ -93,7 +94,7 @@ func unpackFolder(dir string, r io.Reader) error {
 	for {
 		h, err := in.Next()
 		if errors.Is(err, io.EOF) {
-			_, err := io.Copy(io.Discard, r) // what pads it; an error says that it is not whole
+			_, err := io.Copy(io.Discard, r) // the padding; an error says that the archive is not whole
 			return err
 		}
 		if err != nil {
@@ -105,6 +106,7 @@ func unpackFolder(dir string, r io.Reader) error {
 	}
 }
 
+// unpackEntry writes an entry of the archive below root.
 func unpackEntry(root *os.Root, h *tar.Header, body io.Reader) error {
 	name := path.Clean(h.Name)
 	if name == "." || h.Typeflag == tar.TypeXGlobalHeader {
@@ -122,7 +124,7 @@ func unpackEntry(root *os.Root, h *tar.Header, body io.Reader) error {
 	case tar.TypeDir:
 		return unpackDir(root, name, h)
 	case tar.TypeSymlink:
-		// A link may lead anywhere; nothing here is written through one that leads out.
+		// A link may point anywhere, since root writes through no link that points out of it.
 		if st, err := root.Lstat(name); err == nil && !st.IsDir() {
 			if err := root.Remove(name); err != nil {
 				return err
@@ -135,6 +137,7 @@ func unpackEntry(root *os.Root, h *tar.Header, body io.Reader) error {
 	return errors.New("it is neither a file nor a folder nor a link")
 }
 
+// unpackDir makes a folder below root unless it exists.
 func unpackDir(root *os.Root, name string, h *tar.Header) error {
 	err := root.Mkdir(name, 0o700)
 	if errors.Is(err, fs.ErrExist) {
@@ -146,10 +149,11 @@ func unpackDir(root *os.Root, name string, h *tar.Header) error {
 	if err != nil {
 		return err
 	}
-	// Its owner here must be able to write what follows.
+	// The user of cay must be able to write into the folder.
 	return root.Chmod(name, h.FileInfo().Mode().Perm()&^umask()|0o700)
 }
 
+// unpackFile writes a file below root under a temporary name, and then renames it.
 func unpackFile(root *os.Root, name string, h *tar.Header, body io.Reader) (err error) {
 	temp := path.Join(path.Dir(name), fmt.Sprintf(".cay-%d-%d", os.Getpid(), time.Now().UnixNano()))
 	f, err := root.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
@@ -176,7 +180,7 @@ func unpackFile(root *os.Root, name string, h *tar.Header, body io.Reader) (err 
 	return f.Close()
 }
 
-// printJSONLine prints an object in one line, for streams of them.
+// printJSONLine prints an object as one line of a stream.
 func (a *app) printJSONLine(v any) error {
 	b, err := json.Marshal(v)
 	if err != nil {

@@ -11,7 +11,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// createFlags are the flags that say what sandbox to make.
+// createFlags holds the flags that describe a new sandbox.
 type createFlags struct {
 	template         string
 	snapshot         string
@@ -35,18 +35,22 @@ func (c *createFlags) addCommon(f *pflag.FlagSet) {
 	c.egress.add(f, " (default the template's)")
 }
 
-// addLife adds the flags of a sandbox that stays.
+// addLife adds the flags that only create has.
 func (c *createFlags) addLife(f *pflag.FlagSet) {
-	f.StringVar(&c.snapshot, "snapshot", "", "name or id of a snapshot to start from, instead of a template; size and disk are its own")
+	f.StringVar(&c.snapshot, "snapshot", "",
+		"name or id of a snapshot to start from, instead of a template; size and disk are its own")
 	f.BoolVar(&c.persistent, "persistent", false, "suspend it when idle instead of destroying it at its timeout")
 	f.DurationVar(&c.timeout, "timeout", 0, "destroy it after this time, 1s to 24h; not with --persistent (default 5m)")
-	f.DurationVar(&c.idleTimeout, "idle-timeout", 0, "suspend it after this time without use, 10s to 24h, 0 for never; with --persistent (default 10m)")
-	f.DurationVar(&c.recoveryInterval, "recovery-interval", 0, "interval between recovery points, 1m to 24h, 0 for never; with --persistent (default 10m)")
-	f.StringArrayVarP(&c.env, "env", "e", nil, "environment variable NAME=VALUE; NAME alone passes your own value (repeatable)")
+	f.DurationVar(&c.idleTimeout, "idle-timeout", 0,
+		"suspend it after this time without use, 10s to 24h, 0 for never; with --persistent (default 10m)")
+	f.DurationVar(&c.recoveryInterval, "recovery-interval", 0,
+		"interval between recovery points, 1m to 24h, 0 for never; with --persistent (default 10m)")
+	f.StringArrayVarP(&c.env, "env", "e", nil,
+		"environment variable NAME=VALUE; NAME alone passes your own value (repeatable)")
 }
 
-// request is the call that the flags ask for. Whatever the server checks is left
-// to it, so that there is one set of rules.
+// createRequest returns the call that the flags ask for. It leaves all checks to the server that the server can make,
+// so that the rules exist once.
 func (a *app) createRequest(c createFlags, f *pflag.FlagSet) (client.CreateSandboxRequest, error) {
 	r := client.CreateSandboxRequest{Template: c.template, Size: given(c.size)}
 	if c.snapshot != "" {
@@ -81,6 +85,7 @@ func (a *app) createRequest(c createFlags, f *pflag.FlagSet) (client.CreateSandb
 	return r, nil
 }
 
+// createCommand returns the verb that creates a sandbox.
 func (a *app) createCommand() *cobra.Command {
 	var flags createFlags
 	var noWait bool
@@ -132,11 +137,11 @@ stays until you destroy it.`,
 // completeFlag lets the shell complete a flag that names a template.
 func (a *app) completeFlag(cmd *cobra.Command, flag string) {
 	if err := cmd.RegisterFlagCompletionFunc(flag, a.completeTemplates); err != nil {
-		panic(err) // there is no such flag: found by every test
+		panic(err) // the verb has no such flag, which every test finds
 	}
 }
 
-// ends says when a sandbox stops by itself.
+// ends returns a text about the end of a sandbox.
 func ends(s *client.Sandbox) string {
 	switch {
 	case s.ExpiresAt != nil:
@@ -148,16 +153,17 @@ func ends(s *client.Sandbox) string {
 	}
 }
 
-// noArgs refuses arguments, saying what was meant by none.
+// noArgs refuses arguments of a verb that has none.
 func noArgs(cmd *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return fmt.Errorf("%q: %s takes no arguments, only flags; see %s --help", args[0], cmd.CommandPath(), cmd.CommandPath())
+		return fmt.Errorf("%q: %s takes no arguments, only flags; see %s --help", args[0], cmd.CommandPath(),
+			cmd.CommandPath())
 	}
 	return nil
 }
 
-// theArgs wants as many arguments as there are names; those in brackets may be
-// left out, and a last one with "..." may be repeated.
+// theArgs returns a check for as many arguments as there are names. Those with names in brackets may be left out, and a
+// last one with "..." may be repeated.
 func theArgs(names ...string) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		for i, name := range names {

@@ -78,7 +78,8 @@ func (a *app) serverFinding(ctx context.Context) daemon.Finding {
 		f.Detail = err.Error()
 		return f
 	}
-	f.OK, f.Detail, f.Fix = true, fmt.Sprintf("answers, with the key %s of the organization %s", me.APIKey.Name, me.Org.Name), ""
+	f.OK, f.Fix = true, ""
+	f.Detail = fmt.Sprintf("answers, with the key %s of the organization %s", me.APIKey.Name, me.Org.Name)
 	return f
 }
 

@@ -10,7 +10,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// egressFlags are the flags that say what a sandbox may reach.
+// egressFlags holds the flags of a policy.
 type egressFlags struct {
 	mode        string
 	allowCIDR   []string
@@ -19,13 +19,17 @@ type egressFlags struct {
 	allowDomain []string
 }
 
-// add adds the flags; otherwise is what holds without any.
+// add adds the flags to those of a verb. otherwise is a text about the policy without any of them.
 func (e *egressFlags) add(f *pflag.FlagSet, otherwise string) {
 	f.StringVar(&e.mode, "egress-mode", "", "allow_all or deny_all"+otherwise)
-	f.StringArrayVar(&e.allowCIDR, "egress-allow-cidr", nil, "range that may be reached; implies deny_all for the rest (repeatable)")
-	f.StringArrayVar(&e.denyCIDR, "egress-deny-cidr", nil, "range that may not be reached, even if it is allowed; implies deny_all (repeatable)")
-	f.IntSliceVar(&e.allowPort, "egress-allow-port", nil, "TCP port that the allowed ranges are restricted to (repeatable)")
-	f.StringArrayVar(&e.allowDomain, "egress-allow-domain", nil, "name that may be reached over TCP, or *.NAME for the names below it; implies deny_all for the rest (repeatable)")
+	f.StringArrayVar(&e.allowCIDR, "egress-allow-cidr", nil,
+		"range that may be reached; implies deny_all for the rest (repeatable)")
+	f.StringArrayVar(&e.denyCIDR, "egress-deny-cidr", nil,
+		"range that may not be reached, even if it is allowed; implies deny_all (repeatable)")
+	f.IntSliceVar(&e.allowPort, "egress-allow-port", nil,
+		"TCP port that the allowed ranges are restricted to (repeatable)")
+	f.StringArrayVar(&e.allowDomain, "egress-allow-domain", nil,
+		"name that may be reached over TCP, or *.NAME for the names below it; implies deny_all for the rest (repeatable)")
 }
 
 // policy returns the policy that the flags ask for, nil if no flag is given.
@@ -41,6 +45,7 @@ func (e egressFlags) policy() *client.Egress {
 		AllowPorts: e.allowPort, AllowDomains: e.allowDomain}
 }
 
+// egressCommand returns the verb that shows or replaces the policy of a sandbox.
 func (a *app) egressCommand() *cobra.Command {
 	var flags egressFlags
 	cmd := &cobra.Command{
@@ -76,17 +81,22 @@ lists implies deny_all.`,
 	return cmd
 }
 
+// showEgress prints the policy and the traffic of a sandbox.
 func (a *app) showEgress(s *client.Sandbox) error {
 	e := s.Egress
-	return a.details("mode", string(e.Mode), "allow", strings.Join(e.AllowCIDRs, " "), "TCP ports", portsText(e.AllowPorts),
-		"deny", strings.Join(e.DenyCIDRs, " "), "domains", strings.Join(e.AllowDomains, " "), "network", networkText(s.Network))
+	return a.details("mode", string(e.Mode),
+		"allow", strings.Join(e.AllowCIDRs, " "), "TCP ports", portsText(e.AllowPorts),
+		"deny", strings.Join(e.DenyCIDRs, " "), "domains", strings.Join(e.AllowDomains, " "),
+		"network", networkText(s.Network))
 }
 
+// portsText returns ports with spaces between them.
 func portsText(ports []int) string { return strings.Trim(fmt.Sprint(ports), "[]") }
 
-// shown limits the entries of a list that are printed where the policy is one line of many.
+// shown limits the entries of a list that egressText has. With more, the line of a long policy wraps.
 const shown = 5
 
+// egressText returns a policy as one line.
 func egressText(e client.Egress) string {
 	text := string(e.Mode)
 	list := func(before string, all []string) {
@@ -105,10 +115,11 @@ func egressText(e client.Egress) string {
 	return text
 }
 
-// networkText returns a text about the traffic of a sandbox, "" if that is not known.
+// networkText returns a text about the traffic of a sandbox, or "" if it is not known.
 func networkText(n *client.NetworkUse) string {
 	if n == nil {
 		return ""
 	}
-	return fmt.Sprintf("%d packets (%s) allowed, %d packets (%s) denied", n.PacketsAllowed, bytesText(n.BytesAllowed), n.PacketsDenied, bytesText(n.BytesDenied))
+	return fmt.Sprintf("%d packets (%s) allowed, %d packets (%s) denied", n.PacketsAllowed, bytesText(n.BytesAllowed),
+		n.PacketsDenied, bytesText(n.BytesDenied))
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
+// feedCommand returns the verb that prints the events of an organization.
 func (a *app) feedCommand() *cobra.Command {
 	var o client.FeedOptions
 	var types []string
@@ -72,7 +73,7 @@ With --follow, print what happens from now on, or after the event given with
 	return cmd
 }
 
-// errEnough ends following after as many events as were wanted.
+// errEnough ends the following after --limit events.
 var errEnough = errors.New("enough events")
 
 // followFeed prints events as they come.
@@ -99,7 +100,7 @@ func (a *app) followFeed(ctx context.Context, c *client.Client, o client.FeedOpt
 	return err
 }
 
-// printFeedEvent prints an event as a line; as a line of JSON if that is wanted.
+// printFeedEvent prints an event as a line, which is a JSON object with --json.
 func (a *app) printFeedEvent(e client.FeedEvent) error {
 	if a.json {
 		return json.NewEncoder(a.out).Encode(e)
@@ -121,15 +122,15 @@ func (a *app) printFeedEvent(e client.FeedEvent) error {
 }
 
 const (
-	// followPatience limits the time without a server while a stream of it is followed: a restart
-	// takes a few seconds. With less, a restart ends the command.
+	// followPatience limits the time for which followOn tries to reach a server again. A restart takes a few seconds, and
+	// with a patience as short as that it would end the verb. With more, the end of a server is noticed later.
 	followPatience = time.Minute
-	followRetry    = time.Second
+	// followRetry is the time between two tries. With less, all followers together burden a server that starts.
+	followRetry = time.Second
 )
 
-// followOn calls follow, and again each time that its stream breaks off, as it does when the
-// server is started anew. last is the id that follow has reached, which it tells; at first it is
-// the given one.
+// followOn calls follow, and calls it again each time that its stream breaks off, as with a restart of the server.
+// follow gets the id of the last entry that it has passed to reached, at first the given one.
 func followOn(ctx context.Context, last string, follow func(last string, reached func(id string)) error) error {
 	heard, begun := time.Now(), false
 	for {
@@ -140,7 +141,7 @@ func followOn(ctx context.Context, last string, follow func(last string, reached
 			return err
 		}
 		if conn == nil {
-			heard = time.Now() // it was there
+			heard = time.Now() // the server has answered
 		}
 		select {
 		case <-time.After(followRetry):

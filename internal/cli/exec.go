@@ -4,6 +4,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
+// execCommand returns the verb that runs a command in a sandbox.
 func (a *app) execCommand() *cobra.Command {
 	var flags commandFlags
 	var detach bool
@@ -27,8 +28,7 @@ give --timeout. Its number is printed: see cay sandbox ps, logs, wait and kill.`
 		Annotations: map[string]string{runsCommands: "yes"},
 		Args:        theArgs("ID", "COMMAND..."),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			// Flags may stand on either side of the id, but never after the command
-			// has begun: those are the command's own.
+			// Flags may stand before and after the id. Those after the beginning of the command belong to the command.
 			id := args[0]
 			if err := cmd.Flags().Parse(args[1:]); err != nil {
 				return cmd.FlagErrorFunc()(cmd, err)
@@ -41,7 +41,7 @@ give --timeout. Its number is printed: see cay sandbox ps, logs, wait and kill.`
 			if err != nil {
 				return err
 			}
-			r, err := a.request(flags, env, args)
+			r, err := a.executeRequest(flags, env, args)
 			if err != nil {
 				return err
 			}

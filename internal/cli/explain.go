@@ -11,7 +11,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// flagOf says what on the command line a field of the API's requests comes from.
+// flagOf maps the fields of the API's requests to the flags and arguments that set them.
 var flagOf = map[string]string{
 	"template": "--template", "timeout": "--timeout", "idle_timeout": "--idle-timeout", "recovery_interval": "--recovery-interval", "mode": "--mode", "size": "--size",
 	"env": "--env", "metadata": "--metadata", "disk_size_mb": "--disk-size-mb", "workdir": "--workdir", "user": "--user",
@@ -26,8 +26,8 @@ var flagOf = map[string]string{
 	"quota.sandboxes": "--quota-sandboxes", "quota.vcpus": "--quota-vcpus", "quota.memory_mb": "--quota-memory-mb",
 }
 
-// flagFor is the flag (or argument) for a field such as "egress.allow_cidrs[2]"
-// or "env.FOO", "" when there is none.
+// flagFor returns the flag or argument that sets a field, such as "egress.allow_cidrs[2]" or "env.FOO", or "" if
+// there is none.
 func flagFor(field string, cmd *cobra.Command) string {
 	if field == "mode" && cmd.Flags().Lookup("egress-mode") != nil && cmd.Flags().Lookup("template") == nil {
 		return "--egress-mode"
@@ -46,7 +46,7 @@ func flagFor(field string, cmd *cobra.Command) string {
 	return ""
 }
 
-// explain is the text of an error for the person at the command line.
+// explain returns the text of an error for the user of a verb.
 func explain(err error, cmd *cobra.Command) string {
 	var refused *client.Error
 	if errors.As(err, &refused) {
@@ -54,21 +54,24 @@ func explain(err error, cmd *cobra.Command) string {
 		if flag := flagFor(told.Field, cmd); flag != "" {
 			told.Field = flag
 		}
-		// What stands before the answer in the chain is what cay was doing.
+		// The text before that of the answer says what cay was doing.
 		doing := strings.TrimSuffix(err.Error(), refused.Error())
 		text := doing + told.Error()
 		if told.Status == 401 {
-			text += "; the key comes from --api-key, CAY_API_KEY, ~/.cay/config.toml or the server on this machine, in this order"
+			text += "; the key comes from --api-key, CAY_API_KEY, ~/.cay/config.toml or the server on this machine, in " +
+				"this order"
 		}
 		return text
 	}
 	var conn *url.Error
 	if errors.As(err, &conn) && !errors.Is(err, context.Canceled) {
-		return "cannot reach the server at " + serverOf(conn.URL) + ": " + conn.Err.Error() + "; start one with cay server, or name it with --api-url"
+		return "cannot reach the server at " + serverOf(conn.URL) + ": " + conn.Err.Error() +
+			"; start one with cay server, or name it with --api-url"
 	}
 	return err.Error()
 }
 
+// serverOf returns the scheme and host of a URL.
 func serverOf(text string) string {
 	u, err := url.Parse(text)
 	if err != nil {

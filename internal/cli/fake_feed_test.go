@@ -9,7 +9,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// feedEvents are the events of the fake, whose names would steer a terminal.
+// feedEvents returns the fake server's events. One has a name that would control a terminal.
 func feedEvents() []client.FeedEvent {
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	return []client.FeedEvent{
@@ -21,8 +21,8 @@ func feedEvents() []client.FeedEvent {
 	}
 }
 
-// feed answers a page for each event, or a stream that breaks off after each, first with an
-// error as a server that stops has.
+// feed answers with a page for each event, or with a stream that breaks off after each event, the first time with the
+// error of a server that stops.
 func (f *fakeAPI) feed(w http.ResponseWriter, r *http.Request, _ []byte) {
 	after := max(r.URL.Query().Get("after"), r.URL.Query().Get("cursor"), r.Header.Get("Last-Event-ID"))
 	all := feedEvents()
@@ -40,7 +40,7 @@ func (f *fakeAPI) feed(w http.ResponseWriter, r *http.Request, _ []byte) {
 			<-r.Context().Done()
 			return
 		}
-		b, _ := json.Marshal(all[0]) // our own types
+		b, _ := json.Marshal(all[0]) // a type of the client
 		fmt.Fprintf(w, "id: %s\nevent: event\ndata: %s\n\n", all[0].ID, b)
 		if after == "" {
 			fmt.Fprint(w, "event: error\ndata: {\"status\":503,\"code\":\"stopping\",\"detail\":\"the server stops\"}\n\n")

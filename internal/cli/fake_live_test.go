@@ -12,13 +12,12 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// liveRoutes are the fake server's processes: each has written a line to both streams, and
-// ends with 3 when it is waited for or followed. Its terminals show a prompt and what is
-// typed, and end with 7 after a line; that of the command "flaky" breaks off before it
-// shows the line.
-func (f *fakeAPI) liveRoutes() map[string]func(http.ResponseWriter, *http.Request, []byte) {
+// liveRoutes returns the fake server's processes and terminals. Each process has written a line to both streams, and
+// ends with 3 when a call waits for it or follows it. A terminal shows a prompt and the typed keys, and ends with 7
+// after a line. That of the command "flaky" breaks off before it shows the line.
+func (f *fakeAPI) liveRoutes() map[string]fakeHandler {
 	const p = "/v1/sandboxes/{id}/processes"
-	return map[string]func(http.ResponseWriter, *http.Request, []byte){
+	return map[string]fakeHandler{
 		"POST " + p:                       f.startProcess,
 		"GET " + p:                        f.listProcesses,
 		"GET " + p + "/{process}/wait":    f.withProcess(waitProcess),
@@ -45,7 +44,8 @@ func (f *fakeAPI) startProcess(w http.ResponseWriter, _ *http.Request, body []by
 			return
 		}
 	}
-	p := client.Process{PID: len(f.processes) + 1, Args: in.Args, Tag: in.Tag, User: given(first(deref(in.User), "root")), Status: "running", StartedAt: time.Now(), OutputKept: true,
+	p := client.Process{PID: len(f.processes) + 1, Args: in.Args, Tag: in.Tag,
+		User: given(first(deref(in.User), "root")), Status: "running", StartedAt: time.Now(), OutputKept: true,
 		OutputFrom: new(int64(0)), OutputTo: new(int64(8))}
 	f.processes = append([]client.Process{p}, f.processes...)
 	answer(w, 201, p)
@@ -57,7 +57,7 @@ func (f *fakeAPI) listProcesses(w http.ResponseWriter, _ *http.Request, _ []byte
 	answer(w, 200, client.ProcessList{Processes: f.processes})
 }
 
-func (f *fakeAPI) withProcess(do func(http.ResponseWriter, *http.Request, client.Process)) func(http.ResponseWriter, *http.Request, []byte) {
+func (f *fakeAPI) withProcess(do func(http.ResponseWriter, *http.Request, client.Process)) fakeHandler {
 	return func(w http.ResponseWriter, r *http.Request, _ []byte) {
 		f.mu.Lock()
 		defer f.mu.Unlock()
@@ -82,9 +82,11 @@ func processOutput(w http.ResponseWriter, r *http.Request, p client.Process) {
 		streamResult(w, client.ExecuteResult{ExitCode: 3, Stdout: "out\n", Stderr: "err\n"})
 		return
 	}
-	out := client.ProcessOutput{Process: p, NextOffset: 8, Output: []client.OutputPiece{{Data: "err\n", Stream: new(client.OutputPieceStreamStderr), Offset: new(int64(4))}}}
+	errs := client.OutputPiece{Data: "err\n", Stream: new(client.OutputPieceStreamStderr), Offset: new(int64(4))}
+	out := client.ProcessOutput{Process: p, NextOffset: 8, Output: []client.OutputPiece{errs}}
 	if r.URL.Query().Get("offset") == "0" {
-		out.Output = append([]client.OutputPiece{{Data: "out\n", Stream: new(client.OutputPieceStreamStdout), Offset: new(int64(0))}}, out.Output...)
+		outs := client.OutputPiece{Data: "out\n", Stream: new(client.OutputPieceStreamStdout), Offset: new(int64(0))}
+		out.Output = []client.OutputPiece{outs, errs}
 	}
 	answer(w, 200, out)
 }
@@ -107,7 +109,7 @@ func (f *fakeAPI) terminal(w http.ResponseWriter, r *http.Request, _ []byte) {
 		say(websocket.MessageBinary, "> ")
 	}
 	if query.Has("process") {
-		say(websocket.MessageBinary, "hello\n") // was typed before it broke
+		say(websocket.MessageBinary, "hello\n") // typed before the connection broke
 	}
 	for !query.Has("process") {
 		kind, b, err := conn.Read(r.Context())

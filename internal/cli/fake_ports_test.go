@@ -14,17 +14,18 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// addPorts plays ports and directories: /data is a directory, as is what something was
-// unpacked into; port 81 is closed, and every other one says hello.
+// addPorts adds the fake server's ports and directories. /data is a directory, and so is every place into which a test
+// unpacked files. Port 81 is closed, and every other port says hello.
 func (f *fakeAPI) addPorts(mux *http.ServeMux) {
-	for pattern, h := range map[string]func(http.ResponseWriter, *http.Request, []byte){
+	for pattern, h := range map[string]fakeHandler{
 		"PUT /v1/sandboxes/{id}/ports/{port}": func(w http.ResponseWriter, r *http.Request, body []byte) {
 			var in client.PortSettings
-			_ = json.Unmarshal(body, &in) // the client made it
+			_ = json.Unmarshal(body, &in) // made by the client
 			answer(w, 200, client.Port{Port: 8080, Public: *in.Public, URL: "https://8080-x.boxes.test/"})
 		},
 		"POST /v1/sandboxes/{id}/ports/{port}/url": func(w http.ResponseWriter, r *http.Request, _ []byte) {
-			answer(w, 201, client.PortURL{URL: "https://" + r.PathValue("port") + "-x.boxes.test/?cay_token=t", ExpiresAt: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)})
+			answer(w, 201, client.PortURL{URL: "https://" + r.PathValue("port") + "-x.boxes.test/?cay_token=t",
+				ExpiresAt: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)})
 		},
 		"POST /v1/sandboxes/{id}/tunnel":     fakeTunnel,
 		"GET /v1/sandboxes/{id}/files/stat":  f.statFile,
@@ -43,7 +44,7 @@ func fakeTunnel(w http.ResponseWriter, r *http.Request, _ []byte) {
 	}
 	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		panic(err) // it is HTTP/1.1
+		panic(err) // HTTP/1.1 connections can be hijacked
 	}
 	defer conn.Close()
 	fmt.Fprint(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\nhello")
@@ -51,14 +52,16 @@ func fakeTunnel(w http.ResponseWriter, r *http.Request, _ []byte) {
 
 func fakeWatch(w http.ResponseWriter, r *http.Request, _ []byte) {
 	w.Header().Set("Content-Type", "text/event-stream")
-	fmt.Fprintf(w, "event: ready\ndata: {}\n\n:\n\nevent: change\ndata: {\"type\":\"create\",\"path\":%q}\n\n", r.URL.Query().Get("path")+"/a")
+	fmt.Fprintf(w, "event: ready\ndata: {}\n\n:\n\nevent: change\ndata: {\"type\":\"create\",\"path\":%q}\n\n",
+		r.URL.Query().Get("path")+"/a")
 }
 
 func (f *fakeAPI) statFile(w http.ResponseWriter, r *http.Request, _ []byte) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	p := r.URL.Query().Get("path")
-	e := client.FileEntry{Name: path.Base(p), Path: p, Type: "directory", Mode: "0755", Owner: "user", Group: "user", ModifiedAt: time.Now()}
+	e := client.FileEntry{Name: path.Base(p), Path: p, Type: "directory", Mode: "0755", Owner: "user", Group: "user",
+		ModifiedAt: time.Now()}
 	if _, ok := f.files[p]; ok {
 		e.Type = "file"
 		answer(w, 200, e)
@@ -85,7 +88,7 @@ func (f *fakeAPI) writeTree(w http.ResponseWriter, r *http.Request, body []byte)
 			refuse(w, 400, "invalid_tar", "", err.Error())
 			return
 		}
-		b, _ := io.ReadAll(in) // of memory
+		b, _ := io.ReadAll(in) // from memory
 		f.mu.Lock()
 		if h.Typeflag == tar.TypeReg {
 			f.files[path.Join(r.URL.Query().Get("path"), h.Name)] = b
@@ -94,7 +97,7 @@ func (f *fakeAPI) writeTree(w http.ResponseWriter, r *http.Request, body []byte)
 	}
 }
 
-// readTree packs a directory; of /data/evil it makes what no sandbox of ours would.
+// readTree packs a directory. From /data/evil it makes an archive that only a hostile sandbox would send.
 func (f *fakeAPI) readTree(w http.ResponseWriter, r *http.Request, _ []byte) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -103,7 +106,7 @@ func (f *fakeAPI) readTree(w http.ResponseWriter, r *http.Request, _ []byte) {
 	put := func(h tar.Header, b []byte) {
 		h.Size, h.Mode = int64(len(b)), 0o644
 		if err := out.WriteHeader(&h); err == nil {
-			_, _ = out.Write(b) // the client has gone, as in answer
+			_, _ = out.Write(b) // fails after the client has gone
 		}
 	}
 	if dir == "/data/evil" {
@@ -115,5 +118,5 @@ func (f *fakeAPI) readTree(w http.ResponseWriter, r *http.Request, _ []byte) {
 			}
 		}
 	}
-	_ = out.Close() // as above
+	_ = out.Close() // fails after the client has gone
 }

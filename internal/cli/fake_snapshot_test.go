@@ -9,7 +9,8 @@ import (
 )
 
 func aSnapshot() client.Snapshot {
-	return client.Snapshot{ID: "snap_00000000000000000001", Name: new("after-setup"), SandboxID: "sbx_00000000000000000001", Template: "python", TemplateVersion: 2,
+	return client.Snapshot{ID: "snap_00000000000000000001", Name: new("after-setup"),
+		SandboxID: "sbx_00000000000000000001", Template: "python", TemplateVersion: 2,
 		Size: "shared-cpu-1x", VCPUs: 1, MemoryMB: 512, DiskMB: 2048, Env: client.Env{"A": "1"}, Egress: client.Egress{Mode: client.EgressModeAllowAll},
 		Memory: true, SizeBytes: 2_200_000, CreatedAt: time.Now().Add(-5 * time.Minute)}
 }
@@ -35,7 +36,7 @@ func (f *fakeAPI) snapshots(w http.ResponseWriter, r *http.Request, _ []byte) {
 	answer(w, 200, client.SnapshotList{Snapshots: []client.Snapshot{nameless, aSnapshot()}})
 }
 
-// fork makes two children at the most.
+// fork makes at most two children, and refuses the others.
 func (f *fakeAPI) fork(w http.ResponseWriter, s *client.Sandbox, body []byte) {
 	var in client.ForkRequest
 	if err := json.Unmarshal(body, &in); err != nil {
@@ -47,7 +48,8 @@ func (f *fakeAPI) fork(w http.ResponseWriter, s *client.Sandbox, body []byte) {
 		child := *s
 		child.ID = []string{"sbx_child0", "sbx_child1", ""}[min(i, 2)]
 		if child.ID == "" {
-			out.Children = append(out.Children, client.ForkChild{Error: &client.ForkError{Status: 429, Code: "quota_exceeded", Detail: "too many"}})
+			out.Children = append(out.Children, client.ForkChild{Error: &client.ForkError{Status: 429, Code: "quota_exceeded",
+				Detail: "too many"}})
 		} else {
 			out.Children = append(out.Children, client.ForkChild{Sandbox: &child})
 		}

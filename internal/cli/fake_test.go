@@ -1,15 +1,12 @@
 package cli
 
 import (
-	"archive/tar"
-	"bytes"
 	"context"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"io"
 	"mime"
-	"mime/multipart"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -21,52 +18,55 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// fakeKey is the key of the fake server's organization "default".
+// fakeKey is the only key of the fake server. It belongs to the organization "default".
 const fakeKey = "cay_0123456789abcdef0123456789abcdef01234567"
 
-// fakeAPI answers like a server that needs no machine: enough of the API, with
-// the same texts on the wire, to see what the command line sends and what it makes
-// of the answers. Its commands are a handful of words, see fakeCommand.
+// fakeAPI is a server without a machine. It has enough of the API, with the same texts on the wire, to test the calls
+// and the output of the command line. fakeCommand lists the commands that it can run.
 type fakeAPI struct {
 	*httptest.Server
 
 	mu        sync.Mutex
 	calls     []string // "METHOD /path body", in order
-	boxes     []client.Sandbox
+	sandboxes []client.Sandbox
 	files     map[string][]byte
 	modes     map[string]string
-	building  int // how many more times template "slow" is asked for until it is ready
+	building  int // number of further questions about the template "slow" until it is ready
 	executing int // commands in flight
 	processes []client.Process
 }
 
+// fakeHandler answers a request, whose body it gets.
+type fakeHandler func(w http.ResponseWriter, r *http.Request, body []byte)
+
+// newFakeAPI starts a fake server.
 func newFakeAPI() *fakeAPI {
 	f := &fakeAPI{files: map[string][]byte{"/data/hello.txt": []byte("hello\n")}, modes: map[string]string{}, building: 3}
 	mux := http.NewServeMux()
-	for pattern, h := range map[string]func(http.ResponseWriter, *http.Request, []byte){
+	for pattern, h := range map[string]fakeHandler{
 		"POST /v1/sandboxes": f.create,
 		"GET /v1/sandboxes":  f.list,
-		"GET /v1/sandboxes/{id}": f.withBox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
+		"GET /v1/sandboxes/{id}": f.withSandbox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
 			read := *s
 			read.Network = &client.NetworkUse{PacketsAllowed: 12, BytesAllowed: 1500, PacketsDenied: 3, BytesDenied: 180}
 			answer(w, 200, read)
 		}),
-		"PUT /v1/sandboxes/{id}/egress":     f.withBox(f.setEgress),
+		"PUT /v1/sandboxes/{id}/egress":     f.withSandbox(f.setEgress),
 		"DELETE /v1/sandboxes/{id}":         f.destroy,
-		"POST /v1/sandboxes/{id}/keepalive": f.withBox(f.keepalive),
-		"POST /v1/sandboxes/{id}/wake": f.withBox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
+		"POST /v1/sandboxes/{id}/keepalive": f.withSandbox(f.keepalive),
+		"POST /v1/sandboxes/{id}/wake": f.withSandbox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
 			s.Status, s.State, s.SuspendedAt = "running", "running", nil
 			answer(w, 200, s)
 		}),
-		"POST /v1/sandboxes/{id}/suspend": f.withBox(persistentOnly(func(w http.ResponseWriter, s *client.Sandbox) {
+		"POST /v1/sandboxes/{id}/suspend": f.withSandbox(persistentOnly(func(w http.ResponseWriter, s *client.Sandbox) {
 			s.Status, s.State, s.SuspendedAt = "suspended", "suspended", new(time.Now().UTC())
 			answer(w, 200, s)
 		})),
-		"POST /v1/sandboxes/{id}/checkpoint": f.withBox(persistentOnly(func(w http.ResponseWriter, _ *client.Sandbox) {
+		"POST /v1/sandboxes/{id}/checkpoint": f.withSandbox(persistentOnly(func(w http.ResponseWriter, _ *client.Sandbox) {
 			answer(w, 200, client.RecoveryPoint{CreatedAt: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), SizeBytes: 2_200_000})
 		})),
-		"POST /v1/sandboxes/{id}/snapshots": f.withBox(f.snapshot),
-		"POST /v1/sandboxes/{id}/fork":      f.withBox(f.fork),
+		"POST /v1/sandboxes/{id}/snapshots": f.withSandbox(f.snapshot),
+		"POST /v1/sandboxes/{id}/fork":      f.withSandbox(f.fork),
 		"GET /v1/snapshots":                 f.snapshots,
 		"GET /v1/snapshots/{name}": func(w http.ResponseWriter, r *http.Request, _ []byte) {
 			if r.PathValue("name") != "after-setup" {
@@ -122,8 +122,8 @@ func newFakeAPI() *fakeAPI {
 	return f
 }
 
-// recorded notes the call and lets only the right key in.
-func (f *fakeAPI) recorded(h func(http.ResponseWriter, *http.Request, []byte)) http.HandlerFunc {
+// recorded returns a handler that records the call and refuses all keys but fakeKey.
+func (f *fakeAPI) recorded(h fakeHandler) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		body, err := io.ReadAll(r.Body)
 		if err != nil {
@@ -150,15 +150,15 @@ func (f *fakeAPI) recorded(h func(http.ResponseWriter, *http.Request, []byte)) h
 func answer(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(v) // the client has gone, which some tests do
+	_ = json.NewEncoder(w).Encode(v) // fails in tests whose client goes away
 }
 
 func refuse(w http.ResponseWriter, status int, code, field, detail string) {
 	w.Header().Set("Content-Type", "application/problem+json")
 	w.Header().Set("X-Request-Id", "req_1")
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(client.Problem{Type: "urn:cay:problem:" + code, Title: http.StatusText(status), Status: status, // as in answer
-		Code: code, Detail: detail, Field: given(field), RequestID: "req_1"})
+	_ = json.NewEncoder(w).Encode(client.Problem{Type: "urn:cay:problem:" + code, Title: http.StatusText(status),
+		Status: status, Code: code, Detail: detail, Field: given(field), RequestID: "req_1"}) // fails as in answer
 }
 
 func (f *fakeAPI) create(w http.ResponseWriter, r *http.Request, body []byte) {
@@ -189,7 +189,8 @@ func (f *fakeAPI) create(w http.ResponseWriter, r *http.Request, body []byte) {
 		refuse(w, 400, "invalid_"+field, field, detail)
 		return
 	}
-	s := client.Sandbox{ID: fmt.Sprintf("sbx_%020d", len(f.boxes)+1), Template: in.Template, TemplateID: "tpl_1", TemplateVersion: 3, Mode: "ephemeral",
+	s := client.Sandbox{ID: fmt.Sprintf("sbx_%020d", len(f.sandboxes)+1), Template: in.Template, TemplateID: "tpl_1",
+		TemplateVersion: 3, Mode: "ephemeral",
 		Status: "running", State: "running", Size: "shared-cpu-1x", VCPUs: 1, MemoryMB: 512, DiskMB: 2048, Env: in.Env, Metadata: in.Metadata,
 		Egress: client.Egress{Mode: "allow_all"}, CreatedAt: time.Now().UTC(), ExpiresAt: new(time.Now().UTC().Add(5 * time.Minute)), TimeoutSeconds: new(int64(300))}
 	if deref(in.Mode) == "persistent" {
@@ -202,11 +203,11 @@ func (f *fakeAPI) create(w http.ResponseWriter, r *http.Request, body []byte) {
 	if r.URL.Query().Get("wait") == "false" {
 		s.Status, s.State = "creating", "creating"
 	}
-	f.boxes = append(f.boxes, s)
+	f.sandboxes = append(f.sandboxes, s)
 	answer(w, 201, s)
 }
 
-// wrongLife finds a field that is for sandboxes of the other mode.
+// wrongLife returns a field that only sandboxes of the other mode have, and the refusal of it.
 func wrongLife(in client.CreateSandboxRequest) (field, detail string) {
 	switch persistent := deref(in.Mode) == "persistent"; {
 	case persistent && in.Timeout != nil:
@@ -219,11 +220,11 @@ func wrongLife(in client.CreateSandboxRequest) (field, detail string) {
 	return "", ""
 }
 
-// fakeSeconds is a duration of a request on the wire of an answer, 10m if absent.
+// fakeSeconds returns the duration of a request as answers have it, 10m if it is absent.
 func fakeSeconds(text *string) *int64 {
 	d, err := time.ParseDuration(first(deref(text), "10m"))
 	if err != nil {
-		panic(err) // the command line sends what a Duration prints
+		panic(err) // the command line sends the text of a Duration
 	}
 	return new(int64(d.Seconds()))
 }
@@ -249,7 +250,7 @@ func (f *fakeAPI) list(w http.ResponseWriter, r *http.Request, _ []byte) {
 	limit, _ := strconv.Atoi(q.Get("limit"))
 	out := client.SandboxList{Sandboxes: []client.Sandbox{}}
 	var all []client.Sandbox
-	for _, s := range slices.Backward(f.boxes) {
+	for _, s := range slices.Backward(f.sandboxes) {
 		if wanted := q["status"]; len(wanted) == 0 && s.Status != "destroyed" || slices.Contains(wanted, string(s.Status)) {
 			all = append(all, s)
 		}
@@ -263,14 +264,14 @@ func (f *fakeAPI) list(w http.ResponseWriter, r *http.Request, _ []byte) {
 	answer(w, 200, out)
 }
 
-// withBox finds the sandbox of the path.
-func (f *fakeAPI) withBox(h func(http.ResponseWriter, *client.Sandbox, []byte)) func(http.ResponseWriter, *http.Request, []byte) {
+// withSandbox returns a handler that calls h with the sandbox of the path.
+func (f *fakeAPI) withSandbox(h func(http.ResponseWriter, *client.Sandbox, []byte)) fakeHandler {
 	return func(w http.ResponseWriter, r *http.Request, body []byte) {
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		for i := range f.boxes {
-			if f.boxes[i].ID == r.PathValue("id") {
-				h(w, &f.boxes[i], body)
+		for i := range f.sandboxes {
+			if f.sandboxes[i].ID == r.PathValue("id") {
+				h(w, &f.sandboxes[i], body)
 				return
 			}
 		}
@@ -279,7 +280,7 @@ func (f *fakeAPI) withBox(h func(http.ResponseWriter, *client.Sandbox, []byte)) 
 }
 
 func (f *fakeAPI) destroy(w http.ResponseWriter, r *http.Request, body []byte) {
-	f.withBox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
+	f.withSandbox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
 		s.Status, s.State, s.DestroyReason, s.DestroyedAt = "destroyed", "destroyed", new("requested"), new(time.Now().UTC())
 		w.WriteHeader(204)
 	})(w, r, body)
@@ -318,7 +319,7 @@ func (f *fakeAPI) keepalive(w http.ResponseWriter, s *client.Sandbox, body []byt
 
 func (f *fakeAPI) execute(w http.ResponseWriter, r *http.Request, body []byte) {
 	f.mu.Lock()
-	known := slices.ContainsFunc(f.boxes, func(s client.Sandbox) bool { return s.ID == r.PathValue("id") })
+	known := slices.ContainsFunc(f.sandboxes, func(s client.Sandbox) bool { return s.ID == r.PathValue("id") })
 	f.mu.Unlock()
 	if !known {
 		refuse(w, 404, "sandbox_not_found", "", "there is no sandbox "+r.PathValue("id"))
@@ -339,7 +340,8 @@ func (f *fakeAPI) execute(w http.ResponseWriter, r *http.Request, body []byte) {
 	}
 	stdin := []byte(deref(in.Stdin))
 	args := in.Args
-	if len(args) > 4 && args[0] == "/bin/sh" && strings.HasPrefix(args[2], `exec <"$0"`) { // stdin that came as a file
+	// The command line uploads long input as a file.
+	if len(args) > 4 && args[0] == "/bin/sh" && strings.HasPrefix(args[2], `exec <"$0"`) {
 		f.mu.Lock()
 		stdin = f.files[args[3]]
 		delete(f.files, args[3])
@@ -360,11 +362,11 @@ func (f *fakeAPI) execute(w http.ResponseWriter, r *http.Request, body []byte) {
 	answer(w, 200, result)
 }
 
-// streamResult is a result as events.
+// streamResult writes a result as a stream of events.
 func streamResult(w http.ResponseWriter, r client.ExecuteResult) {
 	w.Header().Set("Content-Type", "text/event-stream")
 	event := func(name string, v any) {
-		b, _ := json.Marshal(v) // our own types
+		b, _ := json.Marshal(v) // a type of the client
 		fmt.Fprintf(w, "event: %s\ndata: %s\n\n", name, b)
 	}
 	event("started", client.ProcessStarted{PID: 7})
@@ -378,7 +380,7 @@ func streamResult(w http.ResponseWriter, r client.ExecuteResult) {
 		StdoutTruncated: &r.StdoutTruncated, StderrTruncated: &r.StderrTruncated})
 }
 
-// fakeCommand runs one of a few words.
+// fakeCommand returns the result of a command.
 func fakeCommand(ctx context.Context, args []string, env map[string]string, stdin []byte) client.ExecuteResult {
 	var out, errs []byte
 	var r client.ExecuteResult
@@ -406,7 +408,7 @@ func fakeCommand(ctx context.Context, args []string, env map[string]string, stdi
 		<-ctx.Done()
 	}
 	encode := func(b []byte) string { return string(b) }
-	if args[0] == "cat" { // bytes that may not be text
+	if args[0] == "cat" { // its bytes may not be UTF-8
 		r.StdoutEncoding = new(client.ExecuteResultStdoutEncodingBase64)
 		encode = base64.StdEncoding.EncodeToString
 	}
@@ -438,7 +440,7 @@ func (f *fakeAPI) readFile(w http.ResponseWriter, r *http.Request, _ []byte) {
 	if r.URL.Query().Get("path") == "/data/cut" {
 		b = b[:len(b)/2] // the connection breaks in the middle
 	}
-	_, _ = w.Write(b) // the client has gone, which some tests do
+	_, _ = w.Write(b) // fails in tests whose client goes away
 }
 
 func (f *fakeAPI) removeFile(w http.ResponseWriter, r *http.Request, _ []byte) {
@@ -460,143 +462,12 @@ func (f *fakeAPI) listFiles(w http.ResponseWriter, r *http.Request, _ []byte) {
 func (f *fakeAPI) events(w http.ResponseWriter, _ *http.Request, _ []byte) {
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	from := client.SandboxState("creating")
-	lost := client.Event{ID: "evt_3", Time: at.Add(time.Minute), From: new(client.SandboxState("running")), To: "suspended", Reason: "lost",
+	lost := client.Event{ID: "evt_3", Time: at.Add(time.Minute), From: new(client.SandboxState("running")),
+		To: "suspended", Reason: "lost",
 		Detail: new("fell back to the recovery point of 03:05")}
-	answer(w, 200, client.EventList{Events: []client.Event{lost, {ID: "evt_2", Time: at.Add(time.Second), From: &from, To: "running", Reason: "created"}, {ID: "evt_1", Time: at, To: "creating"}}})
-}
-
-func (f *fakeAPI) aTemplate(name string) (client.Template, bool) {
-	at := time.Now().UTC().Add(-3 * time.Hour)
-	t := client.Template{ID: "tpl_" + name, Name: name, Description: "with " + name, Builtin: true, Status: "ready", Version: 2, Env: client.Env{},
-		Egress: client.Egress{Mode: "allow_all"}, CreatedAt: at, UpdatedAt: at, BuiltAt: &at, ImageSizeBytes: new(int64(91_500_000)), Source: new("debian:bookworm")}
-	switch name {
-	case "python":
-	case "broken":
-		t.Status, t.Version, t.BuildError = "failed", 0, &client.BuildError{Step: new("step 2"), Message: "exit status 100", ExitCode: new(100), Tail: []string{"E: no\x1b[2J"}}
-	case "slow":
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		if f.building--; f.building > 0 {
-			t.Status, t.Version, t.Progress = "building", 0, new(fmt.Sprintf("step %d of 3", 3-f.building))
-		}
-	default:
-		return t, false
-	}
-	return t, true
-}
-
-func (f *fakeAPI) templates(w http.ResponseWriter, _ *http.Request, _ []byte) {
-	python, _ := f.aTemplate("python")
-	broken, _ := f.aTemplate("broken")
-	answer(w, 200, client.TemplateList{Templates: []client.Template{python, broken}})
-}
-
-func (f *fakeAPI) template(w http.ResponseWriter, r *http.Request, _ []byte) {
-	t, ok := f.aTemplate(r.PathValue("name"))
-	if !ok {
-		refuse(w, 404, "template_not_found", "", "there is no template "+t.Name)
-		return
-	}
-	answer(w, 200, t)
-}
-
-// fakeForm is a multipart body as it is noted: the JSON, and what the tar has.
-func fakeForm(body []byte, boundary string) string {
-	parts := multipart.NewReader(bytes.NewReader(body), boundary)
-	var out []string
-	for {
-		part, err := parts.NextPart()
-		if err != nil {
-			return strings.Join(out, " ")
-		}
-		b, err := io.ReadAll(part)
-		if err != nil {
-			return err.Error()
-		}
-		if part.FormName() != "context" {
-			out = append(out, strings.TrimSpace(string(b)))
-			continue
-		}
-		for files := tar.NewReader(bytes.NewReader(b)); ; {
-			h, err := files.Next()
-			if err != nil {
-				break
-			}
-			text, err := io.ReadAll(files)
-			if err != nil {
-				return err.Error()
-			}
-			out = append(out, fmt.Sprintf("%s %o %d:%d %s%q", h.Name, h.Mode, h.Uid, h.Gid, h.Linkname, text))
-		}
-	}
-}
-
-func (f *fakeAPI) createTemplate(w http.ResponseWriter, r *http.Request, body []byte) {
-	if _, params, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err == nil && params["boundary"] != "" {
-		body = []byte(fakeForm(body, params["boundary"]))
-	}
-	var in client.CreateTemplateRequest
-	if err := json.NewDecoder(bytes.NewReader(body)).Decode(&in); err != nil {
-		refuse(w, 400, "invalid_json", "", err.Error())
-		return
-	}
-	switch {
-	case in.Name == "taken":
-		refuse(w, 409, "template_exists", "", `there is a template "taken" already`)
-	case in.Debian != nil && slices.Contains(in.Debian.Packages, "-x"):
-		refuse(w, 400, "invalid_debian", "debian.packages[0]", `"-x" is not the name of a package`)
-	case in.Ready != nil && in.Ready.Port != nil && *in.Ready.Port > 65535:
-		refuse(w, 400, "invalid_ready", "ready.port", "must be between 1 and 65535")
-	default:
-		answer(w, 202, client.Template{ID: "tpl_" + in.Name, Name: in.Name, Status: "pending", Env: client.Env{}})
-	}
-}
-
-func (f *fakeAPI) rebuildTemplate(w http.ResponseWriter, r *http.Request, _ []byte) {
-	answer(w, 202, client.Template{ID: "tpl_" + r.PathValue("name"), Name: r.PathValue("name"), Status: "pending", Env: client.Env{}})
-}
-
-// follow streams the log of a build. That of flaky breaks off after each line, that of
-// endless goes on for ever.
-func (f *fakeAPI) follow(w http.ResponseWriter, r *http.Request) {
-	name := strings.TrimPrefix(r.PathValue("name"), "tpl_")
-	w.Header().Set("Content-Type", "text/event-stream")
-	fmt.Fprint(w, ":\n\n")
-	event := func(id, event string, v any) {
-		b, _ := json.Marshal(v) // our own types
-		fmt.Fprintf(w, "id: %s\nevent: %s\ndata: %s\n\n", id, event, b)
-		w.(http.Flusher).Flush()
-	}
-	lines := []client.TemplateLogLine{{Text: "step 1 of 2: FROM python (cached)", Step: new(1), Heading: true}, {Text: "step 2 of 2: RUN make", Step: new(2), Heading: true},
-		{Text: "cc\x1b[2J main.c", Step: new(2)}}
-	for i, l := range lines {
-		id := fmt.Sprint("bld_1.", i)
-		if last := r.Header.Get("Last-Event-ID"); last != "" && id <= last {
-			continue
-		}
-		event(id, "line", l)
-		if name == "flaky" {
-			return
-		}
-	}
-	if name == "endless" {
-		<-r.Context().Done()
-		return
-	}
-	t := client.Template{ID: "tpl_" + name, Name: name, Status: "ready", Version: 2, Env: client.Env{}, Source: new("python"), ImageSizeBytes: new(int64(5_000_000))}
-	if name == "bad" {
-		t.Status, t.Version = "failed", 1
-		t.BuildError = &client.BuildError{Step: new("RUN make"), ExitCode: new(2), Message: "the command ended with exit code 2", Tail: []string{"cc: no\x1b[2J"}}
-	}
-	event("", "end", t)
-}
-
-func (f *fakeAPI) logs(w http.ResponseWriter, r *http.Request, _ []byte) {
-	if r.Header.Get("Accept") == "text/event-stream" {
-		f.follow(w, r)
-		return
-	}
-	answer(w, 200, client.TemplateLogs{Lines: []client.TemplateLogLine{{Time: time.Now(), Text: "Get:1 bookworm"}, {Time: time.Now(), Text: "done\x1b]0;evil\a"}}})
+	answer(w, 200, client.EventList{Events: []client.Event{lost,
+		{ID: "evt_2", Time: at.Add(time.Second), From: &from, To: "running", Reason: "created"},
+		{ID: "evt_1", Time: at, To: "creating"}}})
 }
 
 func (f *fakeAPI) createKey(w http.ResponseWriter, _ *http.Request, body []byte) {
@@ -613,7 +484,8 @@ func (f *fakeAPI) createKey(w http.ResponseWriter, _ *http.Request, body []byte)
 		}
 		scopes = append(scopes, client.Scope(s))
 	}
-	answer(w, 201, client.NewAPIKey{APIKey: "cay_secret", ID: "key_1", Name: in.Name, Prefix: "cay_secr", Scopes: scopes, CreatedAt: time.Now()})
+	answer(w, 201, client.NewAPIKey{APIKey: "cay_secret", ID: "key_1", Name: in.Name, Prefix: "cay_secr", Scopes: scopes,
+		CreatedAt: time.Now()})
 }
 
 func (f *fakeAPI) listKeys(w http.ResponseWriter, _ *http.Request, _ []byte) {
@@ -630,17 +502,21 @@ func (f *fakeAPI) createOrg(w http.ResponseWriter, _ *http.Request, body []byte)
 		refuse(w, 409, "org_exists", "", `there is an organization "default" already`)
 		return
 	}
-	answer(w, 201, client.NewOrg{ID: "org_2", Name: in.Name, APIKey: "cay_orgsecret", APIKeyID: "key_9", CreatedAt: time.Now()})
+	answer(w, 201, client.NewOrg{ID: "org_2", Name: in.Name, APIKey: "cay_orgsecret", APIKeyID: "key_9",
+		CreatedAt: time.Now()})
 }
 
 func (f *fakeAPI) listOrgs(w http.ResponseWriter, _ *http.Request, _ []byte) {
-	answer(w, 200, client.OrgList{Orgs: []client.Org{{ID: "org_1", Name: "default", Quota: client.Quota{Sandboxes: 5}, CreatedAt: time.Now()}}})
+	answer(w, 200, client.OrgList{Orgs: []client.Org{{ID: "org_1", Name: "default", Quota: client.Quota{Sandboxes: 5},
+		CreatedAt: time.Now()}}})
 }
 
 func (f *fakeAPI) me(w http.ResponseWriter, _ *http.Request, _ []byte) {
-	answer(w, 200, client.Me{Org: client.Org{ID: "org_1", Name: "default"}, APIKey: client.APIKey{ID: "key_1", Name: "first", Scopes: []client.Scope{"admin"}}})
+	answer(w, 200, client.Me{Org: client.Org{ID: "org_1", Name: "default"},
+		APIKey: client.APIKey{ID: "key_1", Name: "first", Scopes: []client.Scope{"admin"}}})
 }
 
 func (f *fakeAPI) pool(w http.ResponseWriter, _ *http.Request, _ []byte) {
-	answer(w, 200, client.Pool{Pool: []client.PoolEntry{{Template: "python", TemplateVersion: 2, Size: "shared-cpu-1x", Ready: 1, Claimed: 7, Target: 3}}})
+	answer(w, 200, client.Pool{Pool: []client.PoolEntry{{Template: "python", TemplateVersion: 2, Size: "shared-cpu-1x",
+		Ready: 1, Claimed: 7, Target: 3}}})
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
+// uploadCommand returns the verb that copies a file into a sandbox.
 func (a *app) uploadCommand() *cobra.Command {
 	var mode, owner string
 	cmd := &cobra.Command{
@@ -72,7 +73,7 @@ appears whole or not at all. It keeps its permissions unless you give --mode.`,
 	return cmd
 }
 
-// openFile opens a local file that can be sent.
+// openFile opens a local file to be sent. It refuses directories and files that are too large.
 func openFile(local string) (*os.File, fs.FileInfo, error) {
 	f, err := os.Open(local)
 	if err != nil {
@@ -91,6 +92,7 @@ func openFile(local string) (*os.File, fs.FileInfo, error) {
 	return f, info, nil
 }
 
+// downloadCommand returns the verb that copies a file out of a sandbox.
 func (a *app) downloadCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "download ID PATH [LOCAL]",
@@ -129,10 +131,10 @@ current one; - is standard output. The file appears whole or not at all.`,
 	}
 }
 
-// writeWhole writes a local file that appears whole or not at all.
+// writeWhole writes a local file, which appears whole or not at all.
 func writeWhole(local string, body io.Reader) error {
 	if info, err := os.Stat(local); err == nil && !info.Mode().IsRegular() {
-		// A device or a pipe cannot be replaced, and is not meant to be.
+		// A device or a pipe is written to and not replaced.
 		f, err := os.OpenFile(local, os.O_WRONLY, 0)
 		if err != nil {
 			return fmt.Errorf("LOCAL: %w", err)
@@ -144,11 +146,11 @@ func writeWhole(local string, body io.Reader) error {
 	if err != nil {
 		return fmt.Errorf("LOCAL: %w", err)
 	}
-	defer os.Remove(f.Name()) // nothing is there any more once it has its name
+	defer os.Remove(f.Name()) // fails once the file is renamed
 	if _, err := io.Copy(f, body); err != nil {
 		return errors.Join(fmt.Errorf("downloading: %w", err), f.Close())
 	}
-	// CreateTemp is for secrets; this is a file like any other.
+	// CreateTemp gives the file to its owner alone; a download has the permissions of any new file.
 	if err := errors.Join(f.Chmod(0o666&^umask()), f.Close()); err != nil {
 		return fmt.Errorf("LOCAL: %w", err)
 	}
@@ -158,6 +160,7 @@ func writeWhole(local string, body io.Reader) error {
 	return nil
 }
 
+// lsCommand returns the verb that lists a directory of a sandbox.
 func (a *app) lsCommand() *cobra.Command {
 	var depth int
 	cmd := &cobra.Command{
@@ -195,7 +198,8 @@ func (a *app) lsCommand() *cobra.Command {
 					if e.SymlinkTarget != nil {
 						name += " -> " + *e.SymlinkTarget
 					}
-					rows = append(rows, []string{e.Mode, e.Owner, e.Group, bytesText(e.Size), e.ModifiedAt.Local().Format("2006-01-02 15:04:05"), name})
+					rows = append(rows, []string{e.Mode, e.Owner, e.Group, bytesText(e.Size),
+						e.ModifiedAt.Local().Format("2006-01-02 15:04:05"), name})
 				}
 				return a.table([]string{"MODE", "OWNER", "GROUP", "SIZE", "MODIFIED", "NAME"}, rows)
 			})

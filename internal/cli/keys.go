@@ -11,16 +11,19 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
+// keysCommand returns the verbs for API keys.
 func (a *app) keysCommand() *cobra.Command {
-	cmd := group("keys", "Manage the organization's API keys", "  cay keys create ci --scope sandboxes:write --scope exec\n  cay keys list")
+	cmd := group("keys", "Manage the organization's API keys",
+		"  cay keys create ci --scope sandboxes:write --scope exec\n  cay keys list")
 	cmd.Aliases = []string{"key"}
 	cmd.AddCommand(a.keysCreateCommand(), a.keysListCommand(), a.keysRevokeCommand())
 	return cmd
 }
 
-// formatE2B is the format of the keys of E2B's clients.
+// formatE2B names the format of keys for E2B's clients.
 const formatE2B = "e2b"
 
+// keysCreateCommand returns the verb that creates a key.
 func (a *app) keysCreateCommand() *cobra.Command {
 	var scopes []string
 	var expiresIn time.Duration
@@ -35,8 +38,9 @@ the scopes that they need unless others are given.`,
 		Example: "  cay keys create ci --scope sandboxes:write --scope exec --scope files\n  CAY_API_KEY=$(cay keys create short --scope admin --expires-in 1h)\n  E2B_API_KEY=$(cay keys create sdk --format e2b)",
 		Args:    theArgs("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if len(scopes) == 0 && format != formatE2B { // with e2b the server knows what the clients need
-				return errors.New("--scope: at least one is needed, of sandboxes:read, sandboxes:write, exec, files, templates:read, templates:write, admin")
+			if len(scopes) == 0 && format != formatE2B { // the server knows the scopes that E2B's clients need
+				return errors.New("--scope: at least one is needed, of sandboxes:read, sandboxes:write, exec, files, " +
+					"templates:read, templates:write, admin")
 			}
 			r := client.CreateAPIKeyRequest{Name: args[0], Scopes: scopes}
 			if cmd.Flags().Changed("expires-in") {
@@ -56,14 +60,15 @@ the scopes that they need unless others are given.`,
 			return a.show(k, func() error { return a.showSecret(k.APIKey, "key "+k.ID) })
 		},
 	}
-	cmd.Flags().StringSliceVar(&scopes, "scope", nil, "scope of the key: sandboxes:read, sandboxes:write, exec, files, templates:read, templates:write or admin (repeatable)")
+	cmd.Flags().StringSliceVar(&scopes, "scope", nil, "scope of the key: sandboxes:read, sandboxes:write, exec, "+
+		"files, templates:read, templates:write or admin (repeatable)")
 	cmd.Flags().StringVar(&format, "format", "cay", "prefix of the secret: cay, or e2b for E2B's clients")
 	cmd.Flags().DurationVar(&expiresIn, "expires-in", 0, "time for which it is valid, at least 1s (default no limit)")
 	return cmd
 }
 
-// showSecret prints a secret so that a script can take it, and tells a person
-// that this is the only time.
+// showSecret prints a secret alone on standard output, for scripts, and tells a user at a terminal that it is not shown
+// again.
 func (a *app) showSecret(secret, what string) error {
 	if isTerminal(a.err) {
 		fmt.Fprintf(a.err, "%s; its secret is shown this once:\n", what)
@@ -72,6 +77,7 @@ func (a *app) showSecret(secret, what string) error {
 	return err
 }
 
+// keysListCommand returns the verb that lists keys.
 func (a *app) keysListCommand() *cobra.Command {
 	var limit int
 	cmd := &cobra.Command{
@@ -95,7 +101,8 @@ func (a *app) keysListCommand() *cobra.Command {
 					for _, s := range k.Scopes {
 						scopes = append(scopes, string(s))
 					}
-					rows = append(rows, []string{k.ID, k.Name, k.Prefix + "…", strings.Join(scopes, ","), keyState(k), age(k.CreatedAt), age(deref(k.LastUsedAt))})
+					rows = append(rows, []string{k.ID, k.Name, k.Prefix + "…", strings.Join(scopes, ","), keyState(k),
+						age(k.CreatedAt), age(deref(k.LastUsedAt))})
 				}
 				return a.table([]string{"ID", "NAME", "SECRET", "SCOPES", "STATE", "CREATED", "LAST USED"}, rows)
 			})
@@ -105,6 +112,7 @@ func (a *app) keysListCommand() *cobra.Command {
 	return cmd
 }
 
+// keyState returns a text about the validity of a key.
 func keyState(k client.APIKey) string {
 	switch {
 	case k.RevokedAt != nil:
@@ -118,6 +126,7 @@ func keyState(k client.APIKey) string {
 	}
 }
 
+// keysRevokeCommand returns the verb that revokes a key.
 func (a *app) keysRevokeCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:     "revoke ID",

@@ -8,6 +8,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
+// orgsCommand returns the verbs for organizations.
 func (a *app) orgsCommand() *cobra.Command {
 	cmd := group("orgs", "Manage the server's organizations", "  cay orgs create acme\n  cay orgs list")
 	cmd.Aliases = []string{"org"}
@@ -15,6 +16,7 @@ func (a *app) orgsCommand() *cobra.Command {
 	return cmd
 }
 
+// orgsCreateCommand returns the verb that creates an organization.
 func (a *app) orgsCreateCommand() *cobra.Command {
 	var quota struct{ sandboxes, vcpus, memoryMB int }
 	cmd := &cobra.Command{
@@ -30,7 +32,11 @@ func (a *app) orgsCreateCommand() *cobra.Command {
 				flag string
 				v    *int
 				into **int
-			}{{"quota-sandboxes", &quota.sandboxes, &q.Sandboxes}, {"quota-vcpus", &quota.vcpus, &q.VCPUs}, {"quota-memory-mb", &quota.memoryMB, &q.MemoryMB}} {
+			}{
+				{"quota-sandboxes", &quota.sandboxes, &q.Sandboxes},
+				{"quota-vcpus", &quota.vcpus, &q.VCPUs},
+				{"quota-memory-mb", &quota.memoryMB, &q.MemoryMB},
+			} {
 				if cmd.Flags().Changed(set.flag) {
 					*set.into = set.v
 					r.Quota = &q
@@ -47,12 +53,16 @@ func (a *app) orgsCreateCommand() *cobra.Command {
 			return a.show(o, func() error { return a.showSecret(o.APIKey, "organization "+o.ID+" with its first key") })
 		},
 	}
-	cmd.Flags().IntVar(&quota.sandboxes, "quota-sandboxes", 0, "number of sandboxes it may have at once, 0 for no limit (default the server's)")
-	cmd.Flags().IntVar(&quota.vcpus, "quota-vcpus", 0, "number of vCPUs its running sandboxes may have, 0 for no limit (default the server's)")
-	cmd.Flags().IntVar(&quota.memoryMB, "quota-memory-mb", 0, "memory its running sandboxes may have, in MiB, 0 for no limit (default the server's)")
+	cmd.Flags().IntVar(&quota.sandboxes, "quota-sandboxes", 0,
+		"number of sandboxes it may have at once, 0 for no limit (default the server's)")
+	cmd.Flags().IntVar(&quota.vcpus, "quota-vcpus", 0,
+		"number of vCPUs its running sandboxes may have, 0 for no limit (default the server's)")
+	cmd.Flags().IntVar(&quota.memoryMB, "quota-memory-mb", 0,
+		"memory its running sandboxes may have, in MiB, 0 for no limit (default the server's)")
 	return cmd
 }
 
+// orgsListCommand returns the verb that lists organizations.
 func (a *app) orgsListCommand() *cobra.Command {
 	var limit int
 	cmd := &cobra.Command{
@@ -72,7 +82,8 @@ func (a *app) orgsListCommand() *cobra.Command {
 			return a.show(client.OrgList{Orgs: all}, func() error {
 				var rows [][]string
 				for _, o := range all {
-					rows = append(rows, []string{o.ID, o.Name, limitText(o.Quota.Sandboxes), limitText(o.Quota.VCPUs), limitText(o.Quota.MemoryMB), age(o.CreatedAt)})
+					rows = append(rows, []string{o.ID, o.Name, limitText(o.Quota.Sandboxes), limitText(o.Quota.VCPUs),
+						limitText(o.Quota.MemoryMB), age(o.CreatedAt)})
 				}
 				return a.table([]string{"ID", "NAME", "SANDBOXES", "VCPUS", "MEMORY MiB", "CREATED"}, rows)
 			})
@@ -82,6 +93,7 @@ func (a *app) orgsListCommand() *cobra.Command {
 	return cmd
 }
 
+// limitText returns a limit as text.
 func limitText(n int) string {
 	if n == 0 {
 		return "no limit"

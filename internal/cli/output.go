@@ -11,7 +11,7 @@ import (
 	"unicode"
 )
 
-// printJSON prints an object of the API as it came.
+// printJSON prints an object of the API.
 func (a *app) printJSON(v any) error {
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)
@@ -24,7 +24,7 @@ func (a *app) printJSON(v any) error {
 	return err
 }
 
-// show prints v as JSON, or what f prints for people.
+// show prints v as JSON with --json, and else calls f, which prints it for people.
 func (a *app) show(v any, f func() error) error {
 	if a.json {
 		return a.printJSON(v)
@@ -32,8 +32,8 @@ func (a *app) show(v any, f func() error) error {
 	return f()
 }
 
-// table prints rows under a heading. Cells are what users wrote in part, so
-// what would break the table or steer the terminal is replaced.
+// table prints rows under a heading. It replaces the characters of cells that would break the table or control the
+// terminal, since other users wrote some of them.
 func (a *app) table(head []string, rows [][]string) error {
 	w := tabwriter.NewWriter(a.out, 0, 8, 3, ' ', 0)
 	fmt.Fprintln(w, strings.Join(head, "\t"))
@@ -46,8 +46,7 @@ func (a *app) table(head []string, rows [][]string) error {
 	return w.Flush()
 }
 
-// details prints one thing as a list of names and values; pairs without a value
-// are left out.
+// details prints names and values, one pair a line. It leaves out pairs without a value.
 func (a *app) details(pairs ...string) error {
 	w := tabwriter.NewWriter(a.out, 0, 8, 3, ' ', 0)
 	for i := 0; i+1 < len(pairs); i += 2 {
@@ -58,6 +57,7 @@ func (a *app) details(pairs ...string) error {
 	return w.Flush()
 }
 
+// printable replaces the characters of a text that cannot be printed.
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {
@@ -67,7 +67,7 @@ func printable(text string) string {
 	}, text)
 }
 
-// age returns the time since t, as people say it.
+// age returns the time since t as a text such as "5m ago".
 func age(t time.Time) string {
 	if t.IsZero() {
 		return "-"
@@ -75,7 +75,7 @@ func age(t time.Time) string {
 	return span(time.Since(t)) + " ago"
 }
 
-// until returns the time to t, as people say it.
+// until returns the time to t as a text such as "in 5m".
 func until(t *time.Time) string {
 	if t == nil {
 		return "-"
@@ -87,7 +87,7 @@ func until(t *time.Time) string {
 	return "in " + span(left)
 }
 
-// span is a duration in its largest unit that says enough.
+// span returns a duration in the largest unit of which it has at least two.
 func span(d time.Duration) string {
 	d = max(d.Round(time.Second), 0)
 	switch {
@@ -102,6 +102,7 @@ func span(d time.Duration) string {
 	}
 }
 
+// seconds returns a number of seconds as text, "never" for 0.
 func seconds(n *int64) string {
 	if n == nil {
 		return ""
@@ -112,6 +113,7 @@ func seconds(n *int64) string {
 	return span(time.Duration(*n) * time.Second)
 }
 
+// moment returns a time with its distance from now.
 func moment(t *time.Time) string {
 	if t == nil {
 		return ""
@@ -119,6 +121,7 @@ func moment(t *time.Time) string {
 	return t.Local().Format("2006-01-02 15:04:05") + ", " + relative(*t)
 }
 
+// relative returns the distance of a time from now.
 func relative(t time.Time) string {
 	if time.Until(t) > 0 {
 		return until(&t)
@@ -126,7 +129,7 @@ func relative(t time.Time) string {
 	return age(t)
 }
 
-// bytesText is a size in units of 1000, as disks and files are measured here.
+// bytesText returns a size in units of 1000 bytes, as everywhere in cay's output about disks and files.
 func bytesText(n int64) string {
 	switch {
 	case n < 1000:
@@ -140,6 +143,7 @@ func bytesText(n int64) string {
 	}
 }
 
+// deref returns the value of a pointer, the zero value for nil.
 func deref[T any](p *T) (v T) {
 	if p != nil {
 		v = *p
@@ -147,7 +151,7 @@ func deref[T any](p *T) (v T) {
 	return v
 }
 
-// given is nil for the zero value: a flag that was not given.
+// given returns a pointer to the value of a flag, nil for the zero value of a flag that is not given.
 func given[T comparable](v T) *T {
 	var zero T
 	if v == zero {
@@ -156,8 +160,7 @@ func given[T comparable](v T) *T {
 	return &v
 }
 
-// collect takes up to limit entries of a listing, 0 is all. The result is never
-// nil, so that JSON has a list.
+// collect returns up to limit entries of a listing, or all for 0. The result is never nil, so that JSON has a list.
 func collect[T any](entries iter.Seq2[T, error], limit int) ([]T, error) {
 	all := []T{}
 	for e, err := range entries {
@@ -171,7 +174,7 @@ func collect[T any](entries iter.Seq2[T, error], limit int) ([]T, error) {
 	return all, nil
 }
 
-// pageSize is the page to ask for when limit entries are wanted in all.
+// pageSize returns the size of the pages in which to ask for up to limit entries, or for all for 0.
 func pageSize(limit int) int {
 	const most = 200 // the API's limit
 	if limit <= 0 {

@@ -8,6 +8,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
+// poolCommand returns the verb that shows the warm pool.
 func (a *app) poolCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:     "pool",
@@ -30,7 +31,8 @@ func (a *app) poolCommand() *cobra.Command {
 			return a.show(client.Pool{Pool: all}, func() error {
 				var rows [][]string
 				for _, p := range all {
-					rows = append(rows, []string{p.Template, fmt.Sprint(p.TemplateVersion), p.Size, fmt.Sprint(p.Ready), fmt.Sprint(p.Target), fmt.Sprint(p.Claimed)})
+					rows = append(rows, []string{p.Template, fmt.Sprint(p.TemplateVersion), p.Size, fmt.Sprint(p.Ready),
+						fmt.Sprint(p.Target), fmt.Sprint(p.Claimed)})
 				}
 				return a.table([]string{"TEMPLATE", "VERSION", "SIZE", "READY", "TARGET", "CLAIMED"}, rows)
 			})

@@ -15,7 +15,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// portNumber reads a port as people write it.
+// portNumber parses a port from least to 65535. name is that of the argument.
 func portNumber(name, text string, least int) (int, error) {
 	n, err := strconv.Atoi(text)
 	if err != nil || n < least || n > 65535 {
@@ -24,6 +24,7 @@ func portNumber(name, text string, least int) (int, error) {
 	return n, nil
 }
 
+// portURLCommand returns the verb that makes a URL for a port.
 func (a *app) portURLCommand() *cobra.Command {
 	var expires time.Duration
 	var public, private bool
@@ -70,11 +71,13 @@ again with --private.`,
 	return cmd
 }
 
+// printLine prints a line.
 func (a *app) printLine(text string) error {
 	_, err := fmt.Fprintln(a.out, text)
 	return err
 }
 
+// portForwardCommand returns the verb that forwards local ports to those of a sandbox.
 func (a *app) portForwardCommand() *cobra.Command {
 	var address string
 	cmd := &cobra.Command{
@@ -99,20 +102,22 @@ each one keeps it awake while it is open.`,
 			if err != nil {
 				return err
 			}
-			// A sandbox that is not there is better said now than at each connection.
+			// A sandbox that does not exist is better reported now than with each connection.
 			if _, err := c.GetSandbox(cmd.Context(), args[0]); err != nil {
 				return err
 			}
 			return a.forwardAll(cmd, c, args[0], address, all)
 		},
 	}
-	cmd.Flags().StringVar(&address, "address", "127.0.0.1", "local address to listen on; with any other the port is open to the network")
+	cmd.Flags().StringVar(&address, "address", "127.0.0.1",
+		"local address to listen on; with any other the port is open to the network")
 	return cmd
 }
 
-// forward is a local port and the one of the sandbox it leads to.
+// forward maps a local port to a port of the sandbox.
 type forward struct{ local, remote int }
 
+// parseForward parses LOCAL[:PORT].
 func parseForward(text string) (forward, error) {
 	here, there, both := strings.Cut(text, ":")
 	local, err := portNumber("LOCAL", here, 0)
@@ -126,7 +131,7 @@ func parseForward(text string) (forward, error) {
 	return forward{local, remote}, err
 }
 
-// forwardAll listens and forwards until ctx ends, and waits for all it began.
+// forwardAll listens and forwards connections until ctx ends. Then it closes them, and waits for their end.
 func (a *app) forwardAll(cmd *cobra.Command, c *client.Client, id, address string, all []forward) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -157,7 +162,7 @@ func (a *app) forwardAll(cmd *cobra.Command, c *client.Client, id, address strin
 	}
 }
 
-// accept takes connections until the listener is closed.
+// accept calls take with each connection, in a goroutine of wg, until the listener is closed.
 func accept(wg *sync.WaitGroup, l net.Listener, take func(net.Conn)) error {
 	for {
 		conn, err := l.Accept()
@@ -168,7 +173,7 @@ func accept(wg *sync.WaitGroup, l net.Listener, take func(net.Conn)) error {
 	}
 }
 
-// carry joins a local connection with one to the port, until both halves have ended.
+// carry copies between a local connection and one to the port until both directions have ended.
 func carry(ctx context.Context, local net.Conn, c *client.Client, id string, port int) error {
 	defer local.Close()
 	remote, err := c.DialPort(ctx, id, port)
@@ -185,7 +190,7 @@ func carry(ctx context.Context, local net.Conn, c *client.Client, id string, por
 			if _, err := io.Copy(to, from); err == nil && ok && half.CloseWrite() == nil {
 				return
 			}
-			_, _ = from.Close(), to.Close() // half a connection is of no use
+			_, _ = from.Close(), to.Close() // one direction alone is of no use
 		})
 	}
 	wg.Wait()

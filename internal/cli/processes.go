@@ -12,8 +12,9 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// startDetached starts what exec --detach is given, and prints its number.
-func (a *app) startDetached(cmd *cobra.Command, c *client.Client, id string, r client.ExecuteRequest, detach bool, tag string) error {
+// startDetached starts the command of exec --detach and prints its number.
+func (a *app) startDetached(cmd *cobra.Command, c *client.Client, id string, r client.ExecuteRequest, detach bool,
+	tag string) error {
 	if !detach {
 		return errors.New("--tag: is for a command with --detach")
 	}
@@ -31,6 +32,7 @@ func (a *app) startDetached(cmd *cobra.Command, c *client.Client, id string, r c
 	})
 }
 
+// psCommand returns the verb that lists processes.
 func (a *app) psCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "ps ID",
@@ -57,7 +59,8 @@ last 32 detached commands that have ended are listed too, for 15 minutes.`,
 					if p.OutputTo != nil {
 						output = bytesText(*p.OutputTo)
 					}
-					rows = append(rows, []string{strconv.Itoa(p.PID), first(deref(p.Tag), "-"), first(deref(p.User), "-"), processState(&p), age(p.StartedAt), output, strings.Join(p.Args, " ")})
+					rows = append(rows, []string{strconv.Itoa(p.PID), first(deref(p.Tag), "-"), first(deref(p.User), "-"),
+						processState(&p), age(p.StartedAt), output, strings.Join(p.Args, " ")})
 				}
 				return a.table([]string{"PID", "TAG", "USER", "STATUS", "STARTED", "OUTPUT", "COMMAND"}, rows)
 			})
@@ -65,6 +68,7 @@ last 32 detached commands that have ended are listed too, for 15 minutes.`,
 	}
 }
 
+// processState returns the status of a process with its exit code.
 func processState(p *client.Process) string {
 	if p.Exit == nil {
 		return string(p.Status)
@@ -72,6 +76,7 @@ func processState(p *client.Process) string {
 	return "exited (" + strconv.Itoa(p.Exit.ExitCode) + ")"
 }
 
+// logsCommand returns the verb that prints the output of a process.
 func (a *app) logsCommand() *cobra.Command {
 	var follow bool
 	var offset int64
@@ -121,6 +126,7 @@ func (a *app) printOutput(o client.Output) error {
 	return err
 }
 
+// printKept prints the output that is kept of a process.
 func (a *app) printKept(out *client.ProcessOutput) error {
 	if out.Lost > 0 {
 		if err := a.printOutput(client.Output{Lost: out.Lost}); err != nil {
@@ -139,6 +145,7 @@ func (a *app) printKept(out *client.ProcessOutput) error {
 	return nil
 }
 
+// waitCommand returns the verb that waits for the end of a process.
 func (a *app) waitCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:               "wait ID PROCESS",
@@ -148,7 +155,7 @@ func (a *app) waitCommand() *cobra.Command {
 		Args:              theArgs("ID", "PROCESS"),
 		ValidArgsFunction: a.completeSandboxes,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			const each = 2 * time.Minute // below what proxies end
+			const each = 2 * time.Minute // for one call, since proxies end calls that take longer
 			c, err := a.client(cmd.Context())
 			if err != nil {
 				return err
@@ -169,6 +176,7 @@ func (a *app) waitCommand() *cobra.Command {
 	}
 }
 
+// killCommand returns the verb that kills or signals a process.
 func (a *app) killCommand() *cobra.Command {
 	var signal string
 	cmd := &cobra.Command{

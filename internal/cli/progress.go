@@ -7,13 +7,12 @@ import (
 	"time"
 )
 
-// progressEvery is how often a live line is drawn anew. People see no more than
-// about ten a second; each costs a write to the terminal.
+// progressEvery is the time between two changes of a live line. People see about ten changes a second. With less, cay
+// spends more on writes to the terminal; with much more, the line jumps.
 const progressEvery = 100 * time.Millisecond
 
-// progress tells of long work on stderr: on a terminal as one line that
-// changes, elsewhere as a line for every change of state. It is not safe for
-// concurrent use.
+// progress reports long work on standard error: on a terminal as one line that changes, elsewhere as a line for each
+// change of state. It is not safe for concurrent use.
 type progress struct {
 	w     io.Writer
 	live  bool
@@ -21,6 +20,7 @@ type progress struct {
 	drawn time.Time
 }
 
+// progress returns a progress on cay's standard error.
 func (a *app) progress() *progress { return &progress{w: a.err, live: isTerminal(a.err)} }
 
 // say shows a state of the work.
@@ -37,8 +37,7 @@ func (p *progress) say(format string, args ...any) {
 	p.shown = text
 }
 
-// tick shows a number that changes all the time: on a terminal only, and not too
-// often.
+// tick shows a number that changes all the time, only on a terminal and at most every progressEvery.
 func (p *progress) tick(format string, args ...any) {
 	if p.live && time.Since(p.drawn) >= progressEvery {
 		p.drawn = time.Now()
@@ -48,15 +47,16 @@ func (p *progress) tick(format string, args ...any) {
 	}
 }
 
+// draw replaces the live line.
 func (p *progress) draw(text string) {
-	const width = 78 // characters; a longer line would wrap and could not be drawn over
+	const width = 78 // characters; a line that the terminal wraps cannot be replaced
 	if r := []rune(text); len(r) > width {
 		text = string(r[:width-1]) + "…"
 	}
 	fmt.Fprintf(p.w, "\r\x1b[K%s", text)
 }
 
-// done takes the live line away.
+// done removes the live line.
 func (p *progress) done() {
 	if p.live && p.shown != "" {
 		fmt.Fprint(p.w, "\r\x1b[K")
@@ -64,15 +64,16 @@ func (p *progress) done() {
 	p.shown = ""
 }
 
-// counting counts what is read through it and shows it.
+// counting is a reader that shows the number of bytes read.
 type counting struct {
 	io.Reader
 	p     *progress
 	what  string
-	total int64 // 0 is unknown
+	total int64 // 0 if it is not known
 	n     int64
 }
 
+// Read implements [io.Reader].
 func (c *counting) Read(b []byte) (int, error) {
 	n, err := c.Reader.Read(b)
 	c.n += int64(n)

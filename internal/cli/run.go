@@ -13,21 +13,23 @@ import (
 )
 
 const (
-	// runLifetime ends the sandbox of a run when cay is killed and cannot destroy it. A shorter one could end
-	// it while the network is away for a moment, a longer one keeps memory.
+	// runLifetime ends the sandbox of a run when cay is killed and cannot destroy it. A shorter one could end the sandbox
+	// while the network fails for a moment; with a longer one the sandbox of a killed cay takes memory for longer.
 	runLifetime = 5 * time.Minute
-	// runExtend is the time between two extensions of the lifetime while the command runs.
+	// runExtend is the time between two extensions of the lifetime while the command runs. It leaves room for several
+	// tries within runLifetime; with less, a run makes more calls.
 	runExtend = time.Minute
-	// destroyTimeout bounds the destroying at the end, which goes on after Ctrl-C. A
-	// destroy takes well under a second; after this the server is gone.
+	// destroyTimeout limits the destroying at the end of a run, which Ctrl-C does not stop. A destroy takes well under a
+	// second. With less, a busy server keeps the sandbox until its lifetime ends; with more, cay hangs without a server.
 	destroyTimeout = 30 * time.Second
-	// buildPoll is how often to ask how far a template's build is: its progress
-	// changes every few seconds.
+	// buildPoll is the time between two questions about a template's build, whose progress changes every few seconds. With
+	// more, a run begins later than it could.
 	buildPoll = time.Second
 )
 
+// runCommand returns the verb that runs a command in a new sandbox.
 func (a *app) runCommand() *cobra.Command {
-	var create createFlags
+	var sandbox createFlags
 	var flags commandFlags
 	cmd := &cobra.Command{
 		Use:   "run [flags] -- COMMAND [ARG...]",
@@ -48,15 +50,15 @@ Ctrl-C.`,
 			if err != nil {
 				return err
 			}
-			r, err := a.request(flags, env, args)
+			r, err := a.executeRequest(flags, env, args)
 			if err != nil {
 				return err
 			}
-			box, err := a.createRequest(create, cmd.Flags())
+			create, err := a.createRequest(sandbox, cmd.Flags())
 			if err != nil {
 				return err
 			}
-			box.Timeout = new(runLifetime.String())
+			create.Timeout = new(runLifetime.String())
 			c, err := a.client(cmd.Context())
 			if err != nil {
 				return err
@@ -67,21 +69,22 @@ Ctrl-C.`,
 					return err
 				}
 			}
-			return a.runOnce(cmd.Context(), c, box, r, stdin, flags.timeout)
+			return a.runOnce(cmd.Context(), c, create, r, stdin, flags.timeout)
 		},
 	}
 	cmd.Flags().SetInterspersed(false)
-	create.addCommon(cmd.Flags())
+	sandbox.addCommon(cmd.Flags())
 	flags.add(cmd.Flags())
 	a.completeFlag(cmd, "template")
 	return cmd
 }
 
-// runOnce creates, executes, destroys.
-func (a *app) runOnce(ctx context.Context, c *client.Client, box client.CreateSandboxRequest, r client.ExecuteRequest, stdin []byte, timeout time.Duration) error {
-	// A reader of ours that goes away must not keep the sandbox from being destroyed.
+// runOnce creates a sandbox, runs the command in it and destroys it.
+func (a *app) runOnce(ctx context.Context, c *client.Client, create client.CreateSandboxRequest,
+	r client.ExecuteRequest, stdin []byte, timeout time.Duration) error {
+	// The sandbox must be destroyed also if cay's output is no longer read.
 	signal.Ignore(syscall.SIGPIPE)
-	s, err := a.createWhenReady(ctx, c, box)
+	s, err := a.createWhenReady(ctx, c, create)
 	if err != nil {
 		return err
 	}
@@ -99,11 +102,12 @@ func (a *app) runOnce(ctx context.Context, c *client.Client, box client.CreateSa
 	}
 	go destroy()
 	if err == nil {
-		err = a.deliver(result, timeout) // while the sandbox goes
+		err = a.deliver(result, timeout) // while the sandbox is destroyed
 	}
 	if gone := <-destroyed; gone != nil {
-		// Said here and not returned: the command's status is worth more.
-		fmt.Fprintf(a.err, "cay: sandbox %s could not be destroyed and ends by itself within %s: %s\n", s.ID, runLifetime, oneLine(gone.Error()))
+		// It is printed and not returned, since cay exits with the command's status.
+		fmt.Fprintf(a.err, "cay: sandbox %s could not be destroyed and ends by itself within %s: %s\n", s.ID, runLifetime,
+			oneLine(gone.Error()))
 	}
 	return err
 }
@@ -119,7 +123,7 @@ func keepalive(ctx context.Context, c *client.Client, id string) (stop func()) {
 		for {
 			select {
 			case <-tick.C:
-				// The next one comes before the lifetime ends; and when none gets through, the command fails too.
+				// There are more tries before the lifetime ends. If all fail, the command fails too.
 				_, _ = c.Keepalive(ctx, id, 0)
 			case <-ctx.Done():
 				return
@@ -129,24 +133,25 @@ func keepalive(ctx context.Context, c *client.Client, id string) (stop func()) {
 	return func() { cancel(); <-done }
 }
 
-// createWhenReady creates a sandbox, waiting for its template if that is being
-// built for the first time. A create that has begun is waited for even after
-// Ctrl-C: else nobody would know what to destroy.
-func (a *app) createWhenReady(ctx context.Context, c *client.Client, box client.CreateSandboxRequest) (*client.Sandbox, error) {
+// createWhenReady creates a sandbox. It waits for the first build of its template.
+func (a *app) createWhenReady(ctx context.Context, c *client.Client,
+	r client.CreateSandboxRequest) (*client.Sandbox, error) {
 	p := a.progress()
 	defer p.done()
 	for {
-		s, err := create(ctx, c, box)
+		s, err := createSandbox(ctx, c, r)
 		if !client.HasCode(err, "template_not_ready") {
 			return s, err
 		}
-		if err := waitForTemplate(ctx, c, box.Template, p, err); err != nil {
+		if err := waitForTemplate(ctx, c, r.Template, p, err); err != nil {
 			return nil, err
 		}
 	}
 }
 
-func create(ctx context.Context, c *client.Client, box client.CreateSandboxRequest) (*client.Sandbox, error) {
+// createSandbox creates a sandbox. It waits for the answer even after the end of ctx, since without it cay does not
+// know which sandbox to destroy.
+func createSandbox(ctx context.Context, c *client.Client, r client.CreateSandboxRequest) (*client.Sandbox, error) {
 	calling, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	type result struct {
@@ -155,7 +160,7 @@ func create(ctx context.Context, c *client.Client, box client.CreateSandboxReque
 	}
 	done := make(chan result, 1)
 	go func() {
-		s, err := c.CreateSandbox(calling, box, client.CreateOptions{})
+		s, err := c.CreateSandbox(calling, r, client.CreateOptions{})
 		done <- result{s, err}
 	}()
 	select {
@@ -167,11 +172,13 @@ func create(ctx context.Context, c *client.Client, box client.CreateSandboxReque
 	case r := <-done:
 		return r.s, r.err
 	case <-time.After(destroyTimeout):
-		return nil, fmt.Errorf("creating a sandbox: the server did not answer for %s; a sandbox may be left until its timeout", destroyTimeout)
+		return nil, fmt.Errorf(
+			"creating a sandbox: the server did not answer for %s; a sandbox may be left until its timeout", destroyTimeout)
 	}
 }
 
-// waitForTemplate waits until the template has a version that can be used.
+// waitForTemplate waits until the template has a version that can be used. It returns refused, the error of the
+// create, if the template is not being built.
 func waitForTemplate(ctx context.Context, c *client.Client, name string, p *progress, refused error) error {
 	for {
 		t, err := c.GetTemplate(ctx, name)
@@ -183,7 +190,8 @@ func waitForTemplate(ctx context.Context, c *client.Client, name string, p *prog
 			p.say("template %s is ready", t.Name)
 			return nil
 		case t.Status == "failed":
-			return fmt.Errorf("building template %s failed: %s; see cay templates logs %s", t.Name, first(buildErrorText(t.BuildError), "no reason is known"), t.Name)
+			return fmt.Errorf("building template %s failed: %s; see cay templates logs %s", t.Name,
+				first(buildErrorText(t.BuildError), "no reason is known"), t.Name)
 		case t.Status != "pending" && t.Status != "building":
 			return refused
 		}

@@ -13,17 +13,21 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
+// sandboxCommand returns the verbs for sandboxes.
 func (a *app) sandboxCommand() *cobra.Command {
-	cmd := group("sandbox", "Create and use sandboxes", "  id=$(cay sandbox create -t python)\n  cay sandbox exec $id -- python3 -V\n  cay sandbox destroy $id")
+	cmd := group("sandbox", "Create and use sandboxes",
+		"  id=$(cay sandbox create -t python)\n  cay sandbox exec $id -- python3 -V\n  cay sandbox destroy $id")
 	cmd.Aliases = []string{"sandboxes", "sbx"}
-	cmd.AddCommand(a.createCommand(), a.sandboxListCommand(), a.statusCommand(), a.execCommand(), a.shellCommand(), a.psCommand(), a.logsCommand(), a.waitCommand(), a.killCommand(),
+	cmd.AddCommand(a.createCommand(), a.sandboxListCommand(), a.statusCommand(), a.execCommand(), a.shellCommand(),
+		a.psCommand(), a.logsCommand(), a.waitCommand(), a.killCommand(),
 		a.uploadCommand(), a.downloadCommand(), a.lsCommand(), a.copyCommand(), a.watchCommand(),
-		a.keepaliveCommand(), a.suspendCommand(), a.wakeCommand(), a.checkpointCommand(), a.snapshotCommand(), a.forkCommand(), a.egressCommand(), a.destroyCommand(), a.eventsCommand(), a.poolCommand(),
+		a.keepaliveCommand(), a.suspendCommand(), a.wakeCommand(), a.checkpointCommand(), a.snapshotCommand(),
+		a.forkCommand(), a.egressCommand(), a.destroyCommand(), a.eventsCommand(), a.poolCommand(),
 		a.portForwardCommand(), a.portURLCommand())
 	return cmd
 }
 
-// group is a command that only holds others.
+// group returns a command that only holds others.
 func group(name, short, example string) *cobra.Command {
 	return &cobra.Command{
 		Use: name, Short: short, Example: example,
@@ -37,6 +41,7 @@ func group(name, short, example string) *cobra.Command {
 	}
 }
 
+// sandboxListCommand returns the verb that lists sandboxes.
 func (a *app) sandboxListCommand() *cobra.Command {
 	var status, metadata []string
 	var limit int
@@ -65,19 +70,21 @@ func (a *app) sandboxListCommand() *cobra.Command {
 			return a.show(client.SandboxList{Sandboxes: all}, func() error {
 				var rows [][]string
 				for _, s := range all {
-					rows = append(rows, []string{s.ID, s.Template, string(s.Status), s.Size, age(s.CreatedAt), until(expiry(&s)), labelsText(s.Metadata)})
+					rows = append(rows, []string{s.ID, s.Template, string(s.Status), s.Size, age(s.CreatedAt), until(expiry(&s)),
+						labelsText(s.Metadata)})
 				}
 				return a.table([]string{"ID", "TEMPLATE", "STATUS", "SIZE", "CREATED", "EXPIRES", "METADATA"}, rows)
 			})
 		},
 	}
-	cmd.Flags().StringArrayVar(&status, "status", nil, "creating, running, suspended or destroyed (repeatable; default all but destroyed)")
+	cmd.Flags().StringArrayVar(&status, "status", nil,
+		"creating, running, suspended or destroyed (repeatable; default all but destroyed)")
 	cmd.Flags().StringArrayVar(&metadata, "metadata", nil, "only those with the label NAME=VALUE (repeatable)")
 	cmd.Flags().IntVar(&limit, "limit", 0, "print at most this many (default all)")
 	return cmd
 }
 
-// expiry is when a sandbox will be destroyed; nil if it is already.
+// expiry returns the time at which a sandbox will be destroyed, nil if it is destroyed already.
 func expiry(s *client.Sandbox) *time.Time {
 	if s.Status == client.SandboxStatusDestroyed {
 		return nil
@@ -85,6 +92,7 @@ func expiry(s *client.Sandbox) *time.Time {
 	return s.ExpiresAt
 }
 
+// labelsText returns pairs as NAME=VALUE in the order of names.
 func labelsText(m map[string]string) string {
 	var all []string
 	for _, name := range slices.Sorted(maps.Keys(m)) {
@@ -93,6 +101,7 @@ func labelsText(m map[string]string) string {
 	return strings.Join(all, ",")
 }
 
+// statusCommand returns the verb that shows a sandbox.
 func (a *app) statusCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:               "status ID",
@@ -115,6 +124,7 @@ func (a *app) statusCommand() *cobra.Command {
 	}
 }
 
+// showSandbox prints a sandbox for people.
 func (a *app) showSandbox(s *client.Sandbox) error {
 	state := string(s.Status)
 	if string(s.State) != state {
@@ -122,13 +132,18 @@ func (a *app) showSandbox(s *client.Sandbox) error {
 	}
 	created := s.CreatedAt
 	return a.details("id", s.ID, "status", state, "error", deref(s.Error), "reason", deref(s.DestroyReason),
-		"template", fmt.Sprintf("%s version %d", s.Template, s.TemplateVersion), "made from", deref(s.Origin), "mode", string(s.Mode),
+		"template", fmt.Sprintf("%s version %d", s.Template, s.TemplateVersion),
+		"made from", deref(s.Origin), "mode", string(s.Mode),
 		"size", fmt.Sprintf("%s: %d vCPU, %d MiB memory, %d MiB disk", s.Size, s.VCPUs, s.MemoryMB, s.DiskMB),
-		"egress", egressText(s.Egress), "network", networkText(s.Network), "env", labelsText(s.Env), "metadata", labelsText(s.Metadata),
-		"created", moment(&created), "started", moment(s.StartedAt), "expires", moment(expiry(s)), "timeout", seconds(s.TimeoutSeconds),
-		"idle timeout", seconds(s.IdleTimeoutSeconds), "recovery every", seconds(s.RecoveryIntervalSeconds), "last used", moment(s.LastActivityAt), "suspended", moment(s.SuspendedAt), "destroyed", moment(s.DestroyedAt))
+		"egress", egressText(s.Egress), "network", networkText(s.Network),
+		"env", labelsText(s.Env), "metadata", labelsText(s.Metadata),
+		"created", moment(&created), "started", moment(s.StartedAt), "expires", moment(expiry(s)),
+		"timeout", seconds(s.TimeoutSeconds), "idle timeout", seconds(s.IdleTimeoutSeconds),
+		"recovery every", seconds(s.RecoveryIntervalSeconds), "last used", moment(s.LastActivityAt),
+		"suspended", moment(s.SuspendedAt), "destroyed", moment(s.DestroyedAt))
 }
 
+// suspendCommand returns the verb that suspends a sandbox.
 func (a *app) suspendCommand() *cobra.Command {
 	cmd := oneSandbox(a, "suspend", (*client.Client).Suspend, (*app).showStatus)
 	cmd.Short = "Suspend a persistent sandbox"
@@ -138,23 +153,29 @@ cut. It waits 5s for other calls that use the sandbox, and is refused after that
 	return cmd
 }
 
+// wakeCommand returns the verb that wakes a sandbox.
 func (a *app) wakeCommand() *cobra.Command {
 	cmd := oneSandbox(a, "wake", (*client.Client).Wake, (*app).showStatus)
 	cmd.Short = "Wake a suspended sandbox"
-	cmd.Long = "Wake a suspended sandbox where it was; one that runs stays as it is.\nexec, upload, download and ls do it by themselves."
+	cmd.Long = `Wake a suspended sandbox where it was; one that runs stays as it is.
+exec, upload, download and ls do it by themselves.`
 	return cmd
 }
 
+// showStatus prints the id and the status of a sandbox.
 func (a *app) showStatus(s *client.Sandbox, _ string) error {
 	_, err := fmt.Fprintln(a.out, s.ID, s.Status)
 	return err
 }
 
+// checkpointCommand returns the verb that takes a recovery point.
 func (a *app) checkpointCommand() *cobra.Command {
-	cmd := oneSandbox(a, "checkpoint", (*client.Client).Checkpoint, func(a *app, p *client.RecoveryPoint, id string) error {
-		_, err := fmt.Fprintln(a.out, id, "has a recovery point of", p.CreatedAt.Local().Format("2006-01-02 15:04:05")+",", bytesText(p.SizeBytes))
+	show := func(a *app, p *client.RecoveryPoint, id string) error {
+		at := p.CreatedAt.Local().Format("2006-01-02 15:04:05")
+		_, err := fmt.Fprintln(a.out, id, "has a recovery point of", at+",", bytesText(p.SizeBytes))
 		return err
-	})
+	}
+	cmd := oneSandbox(a, "checkpoint", (*client.Client).Checkpoint, show)
 	cmd.Short = "Take a recovery point of a persistent sandbox"
 	cmd.Long = `Take a recovery point of a running persistent sandbox: what it falls back to when
 the machine or the sandbox's kernel dies. It runs on after a pause that grows with
@@ -162,9 +183,9 @@ its memory. See --recovery-interval of cay sandbox create.`
 	return cmd
 }
 
-// oneSandbox is a command that does one thing to one sandbox and shows what came
-// of it.
-func oneSandbox[T any](a *app, verb string, do func(*client.Client, context.Context, string) (*T, error), show func(*app, *T, string) error) *cobra.Command {
+// oneSandbox returns a verb that makes one call for one sandbox and shows the answer.
+func oneSandbox[T any](a *app, verb string, do func(*client.Client, context.Context, string) (*T, error),
+	show func(*app, *T, string) error) *cobra.Command {
 	return &cobra.Command{
 		Use:               verb + " ID",
 		Example:           "  cay sandbox " + verb + " sbx_…\n  cay sandbox " + verb + " sbx_… --json",
@@ -184,6 +205,7 @@ func oneSandbox[T any](a *app, verb string, do func(*client.Client, context.Cont
 	}
 }
 
+// keepaliveCommand returns the verb that extends the lifetime of a sandbox.
 func (a *app) keepaliveCommand() *cobra.Command {
 	var timeout time.Duration
 	cmd := &cobra.Command{
@@ -214,6 +236,7 @@ func (a *app) keepaliveCommand() *cobra.Command {
 	return cmd
 }
 
+// destroyCommand returns the verb that destroys sandboxes.
 func (a *app) destroyCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:               "destroy ID...",
@@ -228,7 +251,7 @@ func (a *app) destroyCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			// One that fails does not keep the others.
+			// After an error the others are destroyed nevertheless.
 			var failed error
 			for _, id := range args {
 				if err := c.DestroySandbox(cmd.Context(), id); err != nil {
@@ -247,7 +270,7 @@ func (a *app) destroyCommand() *cobra.Command {
 	}
 }
 
-// why is the reason of an event with what more is known of it.
+// why returns the reason of an event with its detail.
 func why(e client.Event) string {
 	if e.Detail == nil {
 		return e.Reason
@@ -255,6 +278,7 @@ func why(e client.Event) string {
 	return strings.TrimPrefix(e.Reason+": "+*e.Detail, ": ")
 }
 
+// eventsCommand returns the verb that lists the events of a sandbox.
 func (a *app) eventsCommand() *cobra.Command {
 	var limit int
 	cmd := &cobra.Command{
@@ -275,7 +299,8 @@ func (a *app) eventsCommand() *cobra.Command {
 			return a.show(client.EventList{Events: all}, func() error {
 				var rows [][]string
 				for _, e := range all {
-					rows = append(rows, []string{e.Time.Local().Format("2006-01-02 15:04:05.000"), age(e.Time), first(string(deref(e.From)), "-"), string(e.To), why(e)})
+					rows = append(rows, []string{e.Time.Local().Format("2006-01-02 15:04:05.000"), age(e.Time),
+						first(string(deref(e.From)), "-"), string(e.To), why(e)})
 				}
 				return a.table([]string{"TIME", "AGE", "FROM", "TO", "REASON"}, rows)
 			})

@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 }
 
 // TestScripts runs testdata/script/*.txtar, each with a fake server of its own.
-// What the scripts can say beyond testscript's own words:
+// Scripts have these commands beyond testscript's:
 //
 //	status N cmd [args...]   run a program, which must exit with N
 //	calls                    print the calls the server got, and forget them
@@ -60,6 +60,7 @@ func TestScripts(t *testing.T) {
 	})
 }
 
+// scriptStatus runs a program that must exit with a status.
 func scriptStatus(ts *testscript.TestScript, neg bool, args []string) {
 	want, err := strconv.Atoi(args[0])
 	if err != nil || neg {
@@ -68,7 +69,7 @@ func scriptStatus(ts *testscript.TestScript, neg bool, args []string) {
 	err = ts.Exec(args[1], args[2:]...)
 	got := 0
 	if err != nil {
-		// testscript wraps the error of os/exec in words.
+		// testscript returns the text of the error of os/exec.
 		text, found := strings.CutPrefix(err.Error(), "exit status ")
 		if got, err = strconv.Atoi(text); err != nil || !found {
 			ts.Fatalf("running %v: %v", args[1:], err)
@@ -79,8 +80,10 @@ func scriptStatus(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
+// scriptAPI returns the fake server of a script.
 func scriptAPI(ts *testscript.TestScript) *fakeAPI { return ts.Value("api").(*fakeAPI) }
 
+// scriptCalls prints the calls that the fake server got, and forgets them.
 func scriptCalls(ts *testscript.TestScript, _ bool, _ []string) {
 	f := scriptAPI(ts)
 	f.mu.Lock()
@@ -89,7 +92,7 @@ func scriptCalls(ts *testscript.TestScript, _ bool, _ []string) {
 	f.calls = nil
 }
 
-// poll waits for something that a process in the background makes true.
+// poll waits until ok returns true, which a process in the background causes.
 func poll(ts *testscript.TestScript, what string, ok func() bool) {
 	deadline := time.Now().Add(30 * time.Second)
 	for !ok() {
@@ -100,6 +103,7 @@ func poll(ts *testscript.TestScript, what string, ok func() bool) {
 	}
 }
 
+// scriptUntil waits until a call contains words a number of times.
 func scriptUntil(ts *testscript.TestScript, _ bool, args []string) {
 	want, err := strconv.Atoi(args[0])
 	ts.Check(err)
@@ -118,6 +122,7 @@ func scriptUntil(ts *testscript.TestScript, _ bool, args []string) {
 	})
 }
 
+// scriptExecuting waits until a number of commands are in flight.
 func scriptExecuting(ts *testscript.TestScript, _ bool, args []string) {
 	f := scriptAPI(ts)
 	poll(ts, args[0]+" commands in flight", func() bool {
@@ -127,24 +132,28 @@ func scriptExecuting(ts *testscript.TestScript, _ bool, args []string) {
 	})
 }
 
+// scriptServers leaves the records of servers that run on this machine.
 func scriptServers(ts *testscript.TestScript, _ bool, urls []string) {
 	dir := ts.MkAbs("host/run/servers")
 	ts.Check(os.RemoveAll(dir))
 	ts.Check(os.MkdirAll(dir, 0o755))
 	for i, url := range urls {
 		name := fmt.Sprintf("inst%d", i)
-		record, err := json.Marshal(daemon.ServerRecord{Instance: name, URL: url, KeyFile: ts.MkAbs("host/key"), DataDir: "/nowhere", PID: os.Getpid()})
+		record, err := json.Marshal(daemon.ServerRecord{Instance: name, URL: url, KeyFile: ts.MkAbs("host/key"),
+			DataDir: "/nowhere", PID: os.Getpid()})
 		ts.Check(err)
 		ts.Check(os.WriteFile(filepath.Join(dir, name+".json"), record, 0o644))
 	}
 }
 
+// scriptBytes writes a file that is not UTF-8.
 func scriptBytes(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[0])
 	ts.Check(err)
 	ts.Check(os.WriteFile(ts.MkAbs(args[1]), bytes.Repeat([]byte{0xff}, n), 0o644))
 }
 
+// scriptJSON checks that a file is one JSON value.
 func scriptJSON(ts *testscript.TestScript, _ bool, args []string) {
 	var v any
 	if err := json.Unmarshal([]byte(ts.ReadFile(args[0])), &v); err != nil {
@@ -152,7 +161,7 @@ func scriptJSON(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// TestEveryCommand holds all commands to what the contract promises of each.
+// TestEveryCommand checks that each verb has a short text, an example with its name, and the flags of all verbs.
 func TestEveryCommand(t *testing.T) {
 	var visit func(cmd *cobra.Command)
 	visit = func(cmd *cobra.Command) {

@@ -20,13 +20,14 @@ import (
 )
 
 const (
-	// rejoinFor is how long a shell tries to come back when its connection breaks: as long
-	// as the terminal lives without it.
+	// rejoinFor limits the time for which a shell tries to reconnect. The terminal lives as long without a connection.
+	// With less, a restart of the server ends the shell; with more, terminals that were left use the sandbox for longer.
 	rejoinFor = time.Minute
-	// rejoinPause is the time between two tries.
+	// rejoinPause is the time between two tries. With less, shells burden a server that starts; with more, the user waits.
 	rejoinPause = 500 * time.Millisecond
 )
 
+// shellCommand returns the verb that opens a terminal in a sandbox.
 func (a *app) shellCommand() *cobra.Command {
 	var o client.TerminalOptions
 	cmd := &cobra.Command{
@@ -73,7 +74,7 @@ and --process reconnects to it within that minute. ~~ sends a ~.`,
 	return cmd
 }
 
-// shellLine is a line of a shell that runs a command as it is.
+// shellLine returns a line for a shell that becomes the command, with each argument quoted.
 func shellLine(args []string) string {
 	var quoted []string
 	for _, arg := range args {
@@ -85,7 +86,7 @@ func shellLine(args []string) string {
 	return "exec " + strings.Join(quoted, " ")
 }
 
-// shell is our terminal joined to one in a sandbox.
+// shell joins the user's terminal to one in a sandbox.
 type shell struct {
 	app     *app
 	client  *client.Client
@@ -94,6 +95,7 @@ type shell struct {
 	keys    escapes
 }
 
+// run opens the terminal, and copies between the two until the command ends or the user leaves.
 func (s *shell) run(ctx context.Context) error {
 	s.options.Cols, s.options.Rows = s.size()
 	t, err := s.client.OpenTerminal(ctx, s.id, s.options)
@@ -107,14 +109,15 @@ func (s *shell) run(ctx context.Context) error {
 	for {
 		err := s.session(ctx, t, typed)
 		exit := t.Exit()
-		_ = t.Close() // it is broken, or over
+		_ = t.Close() // the connection is broken, or the command has ended
 		switch {
 		case exit != nil:
 			restore()
 			return status(exit.ExitCode)
 		case errors.Is(err, errLeave):
 			restore()
-			fmt.Fprintf(s.app.err, "cay: left; cay sandbox shell %s --process %d takes it up again within %s\n", s.id, t.PID, rejoinFor)
+			fmt.Fprintf(s.app.err, "cay: left; cay sandbox shell %s --process %d takes it up again within %s\n", s.id, t.PID,
+				rejoinFor)
 			return nil
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
@@ -134,7 +137,7 @@ func canRejoin(err error) bool {
 	return errors.Is(err, io.ErrUnexpectedEOF) || client.HasCode(err, "stopping")
 }
 
-// rejoin goes back to the terminal whose connection broke.
+// rejoin connects again to the terminal whose connection broke.
 func (s *shell) rejoin(ctx context.Context, t *client.Terminal, broken error) (*client.Terminal, error) {
 	o := client.TerminalOptions{Process: strconv.Itoa(t.PID), Offset: new(t.Offset())}
 	for deadline := time.Now().Add(rejoinFor); time.Now().Before(deadline); {
@@ -156,10 +159,10 @@ func (s *shell) rejoin(ctx context.Context, t *client.Terminal, broken error) (*
 	return nil, brokeOff(broken)
 }
 
-// errLeave says that ~. was typed.
+// errLeave reports that the user typed ~. to leave.
 var errLeave = errors.New("left")
 
-// session copies both ways until one of them ends.
+// session copies in both directions until one of them ends.
 func (s *shell) session(ctx context.Context, t *client.Terminal, typed <-chan []byte) error {
 	sizes := make(chan os.Signal, 1)
 	signal.Notify(sizes, syscall.SIGWINCH)
@@ -175,7 +178,7 @@ func (s *shell) session(ctx context.Context, t *client.Terminal, typed <-chan []
 			return err
 		case <-sizes:
 			if cols, rows := s.size(); cols > 0 {
-				// A connection that broke is told by reading.
+				// The reading goroutine reports a broken connection.
 				_ = t.Resize(ctx, cols, rows)
 			}
 		case b, more := <-typed:
@@ -195,10 +198,10 @@ func (s *shell) session(ctx context.Context, t *client.Terminal, typed <-chan []
 	}
 }
 
-// endOfInput is the key Control-D.
+// endOfInput is the byte that the key Control-D sends.
 const endOfInput = 4
 
-// read reads what is typed, until its end or the process's.
+// read sends the user's keys to typed until their end or that of ctx.
 func (s *shell) read(ctx context.Context, typed chan<- []byte) {
 	defer close(typed)
 	for {
@@ -217,7 +220,7 @@ func (s *shell) read(ctx context.Context, typed chan<- []byte) {
 	}
 }
 
-// size returns the size of the terminal, zeros if there is none.
+// size returns the size of the user's terminal, zeros without one.
 func (s *shell) size() (cols, rows int) {
 	for _, v := range []any{s.app.out, s.app.in} {
 		if f, ok := v.(*os.File); ok {
@@ -229,8 +232,7 @@ func (s *shell) size() (cols, rows int) {
 	return 0, 0
 }
 
-// raw lets all keys through, until the returned function is called, which may be more
-// than once.
+// raw makes the user's terminal pass all keys on until restore is called, which may be more than once.
 func (s *shell) raw() (restore func()) {
 	if !isTerminal(s.app.in) {
 		return func() {}
@@ -240,17 +242,17 @@ func (s *shell) raw() (restore func()) {
 	if err != nil {
 		return func() {}
 	}
-	// A terminal that has gone has no mode.
+	// It fails only for a terminal that does not exist any more.
 	return func() { _ = term.Restore(fd, before) }
 }
 
 // escapes finds ~. at the beginning of a line, as ssh does.
 type escapes struct {
 	lineStart bool // the next key begins a line
-	tilde     bool // it did, and was ~
+	tilde     bool // the last key was a ~ at the beginning of a line
 }
 
-// take returns what is to be typed, and whether to leave.
+// take returns the keys to pass on, and whether to leave.
 func (e *escapes) take(b []byte) (keys []byte, leave bool) {
 	var out bytes.Buffer
 	for _, key := range b {

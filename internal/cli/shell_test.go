@@ -31,7 +31,8 @@ func TestEscapes(t *testing.T) {
 }
 
 func TestShellLine(t *testing.T) {
-	for want, args := range map[string][]string{"": nil, `exec 'top'`: {"top"}, `exec 'a b' 'it'\''s' ''`: {"a b", "it's", ""}} {
+	for want, args := range map[string][]string{"": nil, `exec 'top'`: {"top"},
+		`exec 'a b' 'it'\''s' ''`: {"a b", "it's", ""}} {
 		if got := shellLine(args); got != want {
 			t.Errorf("%q: %s, want %s", args, got, want)
 		}

@@ -10,13 +10,16 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
+// snapshotsCommand returns the verbs for snapshots.
 func (a *app) snapshotsCommand() *cobra.Command {
-	cmd := group("snapshots", "Manage sandboxes that were kept as they were", "  cay sandbox snapshot sbx_… --name after-setup\n  cay snapshots list\n  cay sandbox create --snapshot after-setup")
+	cmd := group("snapshots", "Manage sandboxes that were kept as they were",
+		"  cay sandbox snapshot sbx_… --name after-setup\n  cay snapshots list\n  cay sandbox create --snapshot after-setup")
 	cmd.Aliases = []string{"snapshot"}
 	cmd.AddCommand(a.snapshotsListCommand(), a.snapshotsShowCommand(), a.snapshotsDeleteCommand())
 	return cmd
 }
 
+// snapshotCommand returns the verb that takes a snapshot of a sandbox.
 func (a *app) snapshotCommand() *cobra.Command {
 	var name string
 	cmd := &cobra.Command{
@@ -46,6 +49,7 @@ snapshot's id. The sandbox keeps running. The snapshot stays until you delete it
 	return cmd
 }
 
+// snapshotsListCommand returns the verb that lists snapshots.
 func (a *app) snapshotsListCommand() *cobra.Command {
 	var o client.ListSnapshotsOptions
 	var limit int
@@ -67,7 +71,8 @@ func (a *app) snapshotsListCommand() *cobra.Command {
 			return a.show(client.SnapshotList{Snapshots: all}, func() error {
 				var rows [][]string
 				for _, s := range all {
-					rows = append(rows, []string{s.ID, first(deref(s.Name), "-"), s.SandboxID, s.Template, s.Size, bytesText(s.SizeBytes), age(s.CreatedAt)})
+					rows = append(rows, []string{s.ID, first(deref(s.Name), "-"), s.SandboxID, s.Template, s.Size,
+						bytesText(s.SizeBytes), age(s.CreatedAt)})
 				}
 				return a.table([]string{"ID", "NAME", "SANDBOX", "TEMPLATE", "SIZE", "ON DISK", "CREATED"}, rows)
 			})
@@ -79,6 +84,7 @@ func (a *app) snapshotsListCommand() *cobra.Command {
 	return cmd
 }
 
+// snapshotsShowCommand returns the verb that shows a snapshot.
 func (a *app) snapshotsShowCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:     "show NAME",
@@ -96,14 +102,17 @@ func (a *app) snapshotsShowCommand() *cobra.Command {
 				return err
 			}
 			return a.show(s, func() error {
-				return a.details("id", s.ID, "name", deref(s.Name), "sandbox", s.SandboxID, "template", fmt.Sprintf("%s version %d", s.Template, s.TemplateVersion),
-					"size", fmt.Sprintf("%s: %d vCPU, %d MiB", s.Size, s.VCPUs, s.MemoryMB), "disk", fmt.Sprintf("%d MiB", s.DiskMB), "env", labelsText(s.Env),
+				return a.details("id", s.ID, "name", deref(s.Name), "sandbox", s.SandboxID,
+					"template", fmt.Sprintf("%s version %d", s.Template, s.TemplateVersion),
+					"size", fmt.Sprintf("%s: %d vCPU, %d MiB", s.Size, s.VCPUs, s.MemoryMB),
+					"disk", fmt.Sprintf("%d MiB", s.DiskMB), "env", labelsText(s.Env),
 					"egress", egressText(s.Egress), "on disk", bytesText(s.SizeBytes), "created", moment(&s.CreatedAt))
 			})
 		},
 	}
 }
 
+// snapshotsDeleteCommand returns the verb that deletes snapshots.
 func (a *app) snapshotsDeleteCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:     "delete NAME...",
@@ -130,6 +139,7 @@ func (a *app) snapshotsDeleteCommand() *cobra.Command {
 	}
 }
 
+// forkCommand returns the verb that forks a sandbox.
 func (a *app) forkCommand() *cobra.Command {
 	var count int
 	var timeout time.Duration
@@ -189,8 +199,10 @@ running. Settings that you do not give are those of the first sandbox. The exit 
 	}
 	f := cmd.Flags()
 	f.IntVarP(&count, "count", "n", 1, "number of children, 1 to 100")
-	f.DurationVar(&timeout, "timeout", 0, "destroy them after this time, 1s to 24h; ephemeral ones only (default the sandbox's)")
-	f.StringArrayVarP(&env, "env", "e", nil, "environment variable NAME=VALUE, beside the sandbox's; NAME alone passes your own value (repeatable)")
+	f.DurationVar(&timeout, "timeout", 0,
+		"destroy them after this time, 1s to 24h; ephemeral ones only (default the sandbox's)")
+	f.StringArrayVarP(&env, "env", "e", nil,
+		"environment variable NAME=VALUE, beside the sandbox's; NAME alone passes your own value (repeatable)")
 	f.StringArrayVar(&metadata, "metadata", nil, "label NAME=VALUE, instead of the sandbox's (repeatable)")
 	return cmd
 }

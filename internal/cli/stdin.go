@@ -17,17 +17,16 @@ import (
 )
 
 const (
-	// maxInlineStdin is how much standard input goes along in the call itself, in
-	// bytes. JSON can make six bytes of one, and the API takes 8 MiB; more goes as
-	// a file first.
+	// maxInlineStdin limits the standard input that the call itself carries, in bytes. More is uploaded as a file first.
+	// JSON can make six bytes of one, and the API takes 8 MiB, so that with more than 1.3 MiB it refuses some calls.
 	maxInlineStdin = 1 << 20
-	// stdinPatience is how long to wait for standard input before saying so: a
-	// pipe that somebody forgot to close looks like a hang.
+	// stdinPatience is the time after which cay says that it waits for standard input, since a pipe that stays open looks
+	// like a hang. With less, it says so of programs that are merely slow.
 	stdinPatience = 5 * time.Second
 )
 
-// readStdin reads what is piped into cay, to its end. A terminal or a device is
-// nobody's input: nothing is read from it, and nobody waits.
+// readStdin returns standard input if it is a pipe or a file, read to its end. It reads nothing from a terminal or a
+// device.
 func (a *app) readStdin(ctx context.Context) ([]byte, error) {
 	info, err := a.in.Stat()
 	if err != nil || info.Mode()&fs.ModeCharDevice != 0 {
@@ -38,7 +37,7 @@ func (a *app) readStdin(ctx context.Context) ([]byte, error) {
 		err  error
 	}
 	done := make(chan result, 1)
-	go func() { // ends with the process when the pipe never does
+	go func() { // ends with the process if the pipe stays open
 		data, err := io.ReadAll(io.LimitReader(a.in, client.MaxFile+1))
 		done <- result{data, err}
 	}()
@@ -64,10 +63,10 @@ func (a *app) readStdin(ctx context.Context) ([]byte, error) {
 	}
 }
 
-// withStdin makes call with r and stdin, whatever its size and bytes. What does not fit
-// into the call is uploaded; a shell then opens and removes the file before it becomes the
-// command.
-func withStdin(ctx context.Context, c *client.Client, id string, r client.ExecuteRequest, stdin []byte, call func(client.ExecuteRequest) error) error {
+// withStdin calls call with a request that gives stdin to the command of r. It uploads input that does not fit into the
+// call, and makes the command a shell that opens and removes the file before it becomes the command of r.
+func withStdin(ctx context.Context, c *client.Client, id string, r client.ExecuteRequest, stdin []byte,
+	call func(client.ExecuteRequest) error) error {
 	if len(stdin) <= maxInlineStdin && utf8.Valid(stdin) {
 		if len(stdin) > 0 {
 			r.Stdin = new(string(stdin))
@@ -76,14 +75,15 @@ func withStdin(ctx context.Context, c *client.Client, id string, r client.Execut
 	}
 	path := "/tmp/.cay-stdin-" + strings.ToLower(rand.Text())
 	mode := fs.FileMode(0o600)
-	if err := c.WriteFile(ctx, id, path, bytes.NewReader(stdin), client.WriteFileOptions{Mode: &mode, Owner: deref(r.User), Size: int64(len(stdin))}); err != nil {
+	if err := c.WriteFile(ctx, id, path, bytes.NewReader(stdin),
+		client.WriteFileOptions{Mode: &mode, Owner: deref(r.User), Size: int64(len(stdin))}); err != nil {
 		return fmt.Errorf("uploading standard input: %w", err)
 	}
 	r.Args = append([]string{"/bin/sh", "-c", `exec <"$0" && rm -f -- "$0" && exec "$@"`, path}, r.Args...)
 	err := call(r)
 	if err != nil {
-		// The shell may not have come to it. If this fails too, the first error is
-		// the one to tell, and the file is only in the way of the sandbox's own user.
+		// The shell may not have removed the file. If this fails too, the first error says more, and the file takes only
+		// the sandbox's own disk.
 		_ = c.RemoveFile(context.WithoutCancel(ctx), id, path, false)
 	}
 	return err

@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// TestReadStdin: cay reads what somebody pipes in, and waits for nobody else.
+// TestReadStdin checks that cay reads nothing from standard input but pipes and files, and stops reading with ctx.
 func TestReadStdin(t *testing.T) {
 	read := func(ctx context.Context, in *os.File) (string, error) {
 		b, err := (&app{in: in, err: io.Discard}).readStdin(ctx)
@@ -44,7 +44,7 @@ func TestReadStdin(t *testing.T) {
 	}
 	defer r.Close()
 	defer w.Close()
-	// A pipe that nobody closes is given up when cay is told to stop.
+	// A pipe that stays open is not waited for once ctx ends.
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, err := read(ctx, r); !errors.Is(err, context.Canceled) {

@@ -10,15 +10,17 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
+// templatesCommand returns the verbs for templates.
 func (a *app) templatesCommand() *cobra.Command {
-	cmd := group("templates", "Make and manage what sandboxes are made from", "  cay templates list\n  cay templates create my-app --dockerfile Dockerfile\n  cay templates logs -f my-app")
+	cmd := group("templates", "Make and manage what sandboxes are made from",
+		"  cay templates list\n  cay templates create my-app --dockerfile Dockerfile\n  cay templates logs -f my-app")
 	cmd.Aliases = []string{"template"}
-	cmd.AddCommand(a.templatesListCommand(), a.templatesShowCommand(), a.templatesLogsCommand(), a.templatesCreateCommand(),
-		a.templatesRebuildCommand(), a.templatesCancelCommand(), a.templatesDeleteCommand())
+	cmd.AddCommand(a.templatesListCommand(), a.templatesShowCommand(), a.templatesLogsCommand(),
+		a.templatesCreateCommand(), a.templatesRebuildCommand(), a.templatesCancelCommand(), a.templatesDeleteCommand())
 	return cmd
 }
 
-// buildErrorText is why a build failed, in one line.
+// buildErrorText returns the error of a build in one line.
 func buildErrorText(e *client.BuildError) string {
 	if e == nil {
 		return ""
@@ -30,6 +32,7 @@ func buildErrorText(e *client.BuildError) string {
 	return text
 }
 
+// readyText returns a ready check as text.
 func readyText(r *client.ReadyCheck) string {
 	if r == nil {
 		return ""
@@ -44,6 +47,7 @@ func readyText(r *client.ReadyCheck) string {
 	return deref(r.Command) + within
 }
 
+// templatesListCommand returns the verb that lists templates.
 func (a *app) templatesListCommand() *cobra.Command {
 	var limit int
 	cmd := &cobra.Command{
@@ -71,7 +75,8 @@ func (a *app) templatesListCommand() *cobra.Command {
 					if t.ImageSizeBytes != nil {
 						size = bytesText(*t.ImageSizeBytes)
 					}
-					rows = append(rows, []string{t.Name, status, fmt.Sprint(t.Version), size, first(deref(t.Source), "-"), t.Description})
+					rows = append(rows, []string{t.Name, status, fmt.Sprint(t.Version), size, first(deref(t.Source), "-"),
+						t.Description})
 				}
 				return a.table([]string{"NAME", "STATUS", "VERSION", "IMAGE", "SOURCE", "DESCRIPTION"}, rows)
 			})
@@ -81,6 +86,7 @@ func (a *app) templatesListCommand() *cobra.Command {
 	return cmd
 }
 
+// templatesShowCommand returns the verb that shows a template.
 func (a *app) templatesShowCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:               "show NAME",
@@ -109,15 +115,19 @@ func (a *app) templatesShowCommand() *cobra.Command {
 					disk = fmt.Sprintf("%d MiB", *t.DiskSizeMB)
 				}
 				created, updated := t.CreatedAt, t.UpdatedAt
-				return a.details("name", t.Name, "id", t.ID, "description", t.Description, "built in", builtin, "status", string(t.Status),
-					"progress", deref(t.Progress), "build error", buildErrorText(t.BuildError), "version", fmt.Sprint(t.Version), "source", deref(t.Source), "image", image,
-					"user", deref(t.User), "workdir", deref(t.Workdir), "env", labelsText(t.Env), "start command", deref(t.StartCommand), "ready", readyText(t.Ready), "size", deref(t.Size),
-					"disk", disk, "egress", egressText(t.Egress), "created", moment(&created), "updated", moment(&updated), "built", moment(t.BuiltAt))
+				return a.details("name", t.Name, "id", t.ID, "description", t.Description, "built in", builtin,
+					"status", string(t.Status), "progress", deref(t.Progress), "build error", buildErrorText(t.BuildError),
+					"version", fmt.Sprint(t.Version), "source", deref(t.Source), "image", image,
+					"user", deref(t.User), "workdir", deref(t.Workdir), "env", labelsText(t.Env),
+					"start command", deref(t.StartCommand), "ready", readyText(t.Ready),
+					"size", deref(t.Size), "disk", disk, "egress", egressText(t.Egress),
+					"created", moment(&created), "updated", moment(&updated), "built", moment(t.BuiltAt))
 			})
 		},
 	}
 }
 
+// templatesLogsCommand returns the verb that prints the log of a build.
 func (a *app) templatesLogsCommand() *cobra.Command {
 	var follow bool
 	cmd := &cobra.Command{
@@ -152,11 +162,12 @@ func (a *app) templatesLogsCommand() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "print new lines until the build is over; with --json each line is a JSON object")
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false,
+		"print new lines until the build is over; with --json each line is a JSON object")
 	return cmd
 }
 
-// printLogLine prints a line of a log; as a line of JSON if that is wanted.
+// printLogLine prints a line of a log, as a JSON object with --json.
 func (a *app) printLogLine(l client.TemplateLogLine) error {
 	if a.json {
 		return json.NewEncoder(a.out).Encode(l)
@@ -165,6 +176,7 @@ func (a *app) printLogLine(l client.TemplateLogLine) error {
 	return err
 }
 
+// templatesCancelCommand returns the verb that cancels a build.
 func (a *app) templatesCancelCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "cancel NAME",
@@ -188,6 +200,7 @@ there is one, stays in use.`,
 	}
 }
 
+// templatesDeleteCommand returns the verb that deletes templates.
 func (a *app) templatesDeleteCommand() *cobra.Command {
 	var force bool
 	cmd := &cobra.Command{

@@ -17,8 +17,7 @@ import (
 	"github.com/cayhq/cay/client"
 )
 
-// templateFlags are the flags that say what a template is made from and what its
-// sandboxes get.
+// templateFlags holds the flags that name the source of a template and describe its sandboxes.
 type templateFlags struct {
 	description  string
 	dockerfile   string
@@ -45,38 +44,47 @@ type templateFlags struct {
 	noWait        bool
 }
 
+// add adds the flags to those of a verb.
 func (t *templateFlags) add(f *pflag.FlagSet) {
 	f.StringVar(&t.dockerfile, "dockerfile", "", "build this Dockerfile; - is standard input, without a context")
-	f.StringVar(&t.context, "context", "", "directory that the Dockerfile copies from; its .dockerignore applies (default the Dockerfile's)")
-	f.StringVar(&t.image, "image", "", "take this OCI image: a reference, or the path of an archive or a layout that begins with ./ or /")
+	f.StringVar(&t.context, "context", "",
+		"directory that the Dockerfile copies from; its .dockerignore applies (default the Dockerfile's)")
+	f.StringVar(&t.image, "image", "",
+		"take this OCI image: a reference, or the path of an archive or a layout that begins with ./ or /")
 	f.StringSliceVar(&t.debian, "debian", nil, "install these Debian packages, separated by commas (repeatable)")
 	f.StringVar(&t.suite, "suite", "", "Debian release; with --debian (default bookworm)")
-	f.StringArrayVar(&t.buildArgs, "build-arg", nil, "value NAME=VALUE of an ARG; NAME alone passes your own value; with --dockerfile (repeatable)")
+	f.StringArrayVar(&t.buildArgs, "build-arg", nil,
+		"value NAME=VALUE of an ARG; NAME alone passes your own value; with --dockerfile (repeatable)")
 	f.StringVar(&t.target, "target", "", "stage to build; with --dockerfile (default the last)")
 	f.StringVar(&t.description, "description", "", "description of the template")
-	f.StringArrayVarP(&t.env, "env", "e", nil, "environment variable NAME=VALUE of its sandboxes; NAME alone passes your own value (repeatable)")
+	f.StringArrayVarP(&t.env, "env", "e", nil,
+		"environment variable NAME=VALUE of its sandboxes; NAME alone passes your own value (repeatable)")
 	f.StringVarP(&t.workdir, "workdir", "w", "", "default working directory (default the image's)")
 	f.StringVarP(&t.user, "user", "u", "", "default user (default the image's, else root)")
-	f.StringVar(&t.startCommand, "start-command", "", "shell command line to start with every sandbox; '' is none (default the image's ENTRYPOINT and CMD)")
+	f.StringVar(&t.startCommand, "start-command", "",
+		"shell command line to start with every sandbox; '' is none (default the image's ENTRYPOINT and CMD)")
 	f.IntVar(&t.readyPort, "ready-port", 0, "a sandbox is ready when something listens on this TCP port")
 	f.StringVar(&t.readyCommand, "ready-command", "", "a sandbox is ready when this shell command line succeeds")
-	f.StringVar(&t.readyHTTP, "ready-http", "", "a sandbox is ready when PORT/PATH, such as 8000/healthz, answers with success")
+	f.StringVar(&t.readyHTTP, "ready-http", "",
+		"a sandbox is ready when PORT/PATH, such as 8000/healthz, answers with success")
 	f.DurationVar(&t.readyTimeout, "ready-timeout", 0, "time in which a sandbox must be ready, 1s to 10m (default 1m)")
 	f.StringVarP(&t.size, "size", "s", "", "default size, such as shared-cpu-2x")
 	f.IntVar(&t.diskSizeMB, "disk-size-mb", 0, "default space that a sandbox may write to, in MiB")
 	f.StringVar(&t.registry, "registry", "", "host of the registry that the credentials are for; needed with --dockerfile")
-	f.StringVar(&t.registryUser, "registry-username", "", "user name at the registry; the password is $CAY_REGISTRY_PASSWORD")
+	f.StringVar(&t.registryUser, "registry-username", "",
+		"user name at the registry; the password is $CAY_REGISTRY_PASSWORD")
 	f.BoolVar(&t.passwordStdin, "registry-password-stdin", false, "read the password from standard input instead")
 	f.BoolVar(&t.noWait, "no-wait", false, "return at once, without waiting for the build")
 }
 
-// source is the build context that a create or a rebuild sends beside its JSON.
+// source reads the build context that a create or a rebuild sends beside its JSON.
 type source struct {
 	io.ReadCloser
-	what string // for people
-	err  error  // why it cannot be read
+	what string // the text of its progress
+	err  error  // the error of reading it
 }
 
+// Read implements [io.Reader].
 func (s *source) Read(p []byte) (int, error) {
 	n, err := s.ReadCloser.Read(p)
 	if err != nil && err != io.EOF {
@@ -85,10 +93,11 @@ func (s *source) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// request is the call that the flags ask for, with the context to send, which the
-// caller closes, nil for none.
+// templateRequest returns the call that the flags ask for, and the context to send, nil for none. The caller closes the
+// context.
 func (a *app) templateRequest(t templateFlags, f *pflag.FlagSet) (client.RebuildTemplateRequest, *source, error) {
-	r := client.RebuildTemplateRequest{Description: given(t.description), Target: given(t.target), Workdir: given(t.workdir), User: given(t.user), Size: given(t.size)}
+	r := client.RebuildTemplateRequest{Description: given(t.description), Target: given(t.target),
+		Workdir: given(t.workdir), User: given(t.user), Size: given(t.size)}
 	var err error
 	if r.Env, err = pairs("--env", t.env, a.getenv); err != nil {
 		return r, nil, err
@@ -127,7 +136,7 @@ func (a *app) templateRequest(t templateFlags, f *pflag.FlagSet) (client.Rebuild
 	return r, s, err
 }
 
-// templateSource finds the files that a source needs, and says in r what they are.
+// templateSource opens the files of the source that the flags name, nil for none, and names the source in r.
 func (a *app) templateSource(t templateFlags, r *client.RebuildTemplateRequest) (*source, error) {
 	switch {
 	case t.dockerfile == "-":
@@ -151,7 +160,7 @@ func (a *app) templateSource(t templateFlags, r *client.RebuildTemplateRequest) 
 	case t.context != "":
 		return nil, errors.New("--context: is for --dockerfile")
 	case strings.HasPrefix(t.image, ".") || strings.HasPrefix(t.image, "/"):
-		r.Image = new(".") // what is sent is the image
+		r.Image = new(".") // the context is the image
 		info, err := os.Stat(t.image)
 		if err != nil {
 			return nil, fmt.Errorf("--image: %w", err)
@@ -174,6 +183,7 @@ func (a *app) templateSource(t templateFlags, r *client.RebuildTemplateRequest) 
 	return nil, nil
 }
 
+// ready returns the ready check that the flags ask for, nil for none.
 func (t templateFlags) ready(f *pflag.FlagSet) (*client.ReadyCheck, error) {
 	r := &client.ReadyCheck{Command: given(t.readyCommand)}
 	if f.Changed("ready-port") {
@@ -196,8 +206,8 @@ func (t templateFlags) ready(f *pflag.FlagSet) (*client.ReadyCheck, error) {
 	return r, nil
 }
 
-// credentials are those of a registry; the password is on no command line, where others
-// could see it.
+// credentials returns the credentials for a registry, nil for none. No flag has the password, since other users of this
+// machine can read command lines.
 func (a *app) credentials(t templateFlags) (*client.RegistryCredentials, error) {
 	if t.registryUser == "" {
 		if t.registry != "" || t.passwordStdin {
@@ -210,7 +220,7 @@ func (a *app) credentials(t templateFlags) (*client.RegistryCredentials, error) 
 		if t.dockerfile == "-" {
 			return nil, errors.New("--registry-password-stdin: standard input is the Dockerfile already")
 		}
-		const most = 64 << 10 // bytes; more than the server takes
+		const most = 64 << 10 // bytes; the server takes less
 		b, err := io.ReadAll(io.LimitReader(a.in, most))
 		if err != nil {
 			return nil, fmt.Errorf("reading the password: %w", err)
@@ -218,11 +228,13 @@ func (a *app) credentials(t templateFlags) (*client.RegistryCredentials, error) 
 		password = strings.TrimRight(string(b), "\r\n")
 	}
 	if password == "" {
-		return nil, errors.New("--registry-username: there is no password: set CAY_REGISTRY_PASSWORD or give --registry-password-stdin")
+		return nil, errors.New(
+			"--registry-username: there is no password: set CAY_REGISTRY_PASSWORD or give --registry-password-stdin")
 	}
 	return &client.RegistryCredentials{Registry: given(t.registry), Username: t.registryUser, Password: password}, nil
 }
 
+// templatesCreateCommand returns the verb that makes a template.
 func (a *app) templatesCreateCommand() *cobra.Command {
 	var flags templateFlags
 	var egress egressFlags
@@ -248,12 +260,14 @@ build fails, cay exits with status 1.`,
 			if err != nil {
 				return err
 			}
-			in := client.CreateTemplateRequest{Name: args[0], Description: r.Description, Image: r.Image, Dockerfile: r.Dockerfile, Debian: r.Debian,
+			in := client.CreateTemplateRequest{Name: args[0], Description: r.Description, Image: r.Image,
+				Dockerfile: r.Dockerfile, Debian: r.Debian,
 				BuildArgs: r.BuildArgs, Target: r.Target, Credentials: r.Credentials, Env: r.Env, Workdir: r.Workdir, User: r.User,
 				StartCommand: r.StartCommand, Ready: r.Ready, Size: r.Size, DiskSizeMB: r.DiskSizeMB, Egress: egress.policy()}
-			return a.buildTemplate(cmd.Context(), source, flags.noWait, func(c *client.Client, body io.Reader) (*client.Template, error) {
-				return c.CreateTemplate(cmd.Context(), in, body)
-			})
+			return a.buildTemplate(cmd.Context(), source, flags.noWait,
+				func(c *client.Client, body io.Reader) (*client.Template, error) {
+					return c.CreateTemplate(cmd.Context(), in, body)
+				})
 		},
 	}
 	flags.add(cmd.Flags())
@@ -261,6 +275,7 @@ build fails, cay exits with status 1.`,
 	return cmd
 }
 
+// templatesRebuildCommand returns the verb that builds a template again.
 func (a *app) templatesRebuildCommand() *cobra.Command {
 	var flags templateFlags
 	cmd := &cobra.Command{
@@ -290,17 +305,19 @@ sandboxes may reach does not change.`,
 			if !anything {
 				in = nil
 			}
-			return a.buildTemplate(cmd.Context(), source, flags.noWait, func(c *client.Client, body io.Reader) (*client.Template, error) {
-				return c.RebuildTemplate(cmd.Context(), args[0], in, body)
-			})
+			return a.buildTemplate(cmd.Context(), source, flags.noWait,
+				func(c *client.Client, body io.Reader) (*client.Template, error) {
+					return c.RebuildTemplate(cmd.Context(), args[0], in, body)
+				})
 		},
 	}
 	flags.add(cmd.Flags())
 	return cmd
 }
 
-// buildTemplate asks for a build and shows how it goes.
-func (a *app) buildTemplate(ctx context.Context, s *source, noWait bool, ask func(*client.Client, io.Reader) (*client.Template, error)) error {
+// buildTemplate asks for a build, shows its log until its end unless noWait is set, and prints the template.
+func (a *app) buildTemplate(ctx context.Context, s *source, noWait bool,
+	ask func(*client.Client, io.Reader) (*client.Template, error)) error {
 	p := a.progress()
 	defer p.done()
 	var body io.Reader
@@ -314,7 +331,7 @@ func (a *app) buildTemplate(ctx context.Context, s *source, noWait bool, ask fun
 	}
 	t, err := ask(c, body)
 	if err != nil && s != nil && s.err != nil && ctx.Err() == nil {
-		return s.err // the connection broke because of it
+		return s.err // it broke the connection
 	}
 	if err != nil {
 		return err
@@ -333,7 +350,8 @@ func (a *app) buildTemplate(ctx context.Context, s *source, noWait bool, ask fun
 	}
 	if err := a.show(t, func() error {
 		if t.Status == "ready" {
-			fmt.Fprintf(a.err, "%s version %d is ready: %s from %s\n", t.Name, t.Version, bytesText(deref(t.ImageSizeBytes)), printable(deref(t.Source)))
+			fmt.Fprintf(a.err, "%s version %d is ready: %s from %s\n", t.Name, t.Version, bytesText(deref(t.ImageSizeBytes)),
+				printable(deref(t.Source)))
 		}
 		_, err := fmt.Fprintln(a.out, t.ID)
 		return err
@@ -346,22 +364,23 @@ func (a *app) buildTemplate(ctx context.Context, s *source, noWait bool, ask fun
 	return nil
 }
 
-// buildFailed shows why a build failed, and is the error of cay.
+// buildFailed prints the last lines of a failed build and returns its error.
 func (a *app) buildFailed(t *client.Template) error {
 	if e := t.BuildError; e != nil {
 		for _, line := range e.Tail {
 			fmt.Fprintln(a.err, "  "+printable(line))
 		}
 	}
-	text := fmt.Sprintf("building template %s failed: %s", t.Name, first(printable(buildErrorText(t.BuildError)), "no reason is known"))
+	text := fmt.Sprintf("building template %s failed: %s", t.Name,
+		first(printable(buildErrorText(t.BuildError)), "no reason is known"))
 	if t.Version > 0 {
 		text += fmt.Sprintf("; version %d stays in use", t.Version)
 	}
 	return errors.New(text)
 }
 
-// logLine shows a line of a build: on a terminal the headings of steps stay and the last
-// other line is shown below them, elsewhere every line is one.
+// logLine shows a line of a build's log. On a terminal it keeps the headings of steps and replaces the last other line;
+// elsewhere it prints every line.
 func (p *progress) logLine(l client.TemplateLogLine) error {
 	switch {
 	case p.live && l.Heading:
@@ -375,8 +394,8 @@ func (p *progress) logLine(l client.TemplateLogLine) error {
 	return nil
 }
 
-// followTemplate hands on the lines of a build until it is over, also across a restart of
-// the server.
+// followTemplate calls emit with the lines of a build's log until the build ends, and goes on after a restart of the
+// server.
 func followTemplate(ctx context.Context, c *client.Client, name string,
 	emit func(client.TemplateLogLine) error) (t *client.Template, err error) {
 	err = followOn(ctx, "", func(last string, reached func(id string)) error {

@@ -6,8 +6,8 @@ import (
 	"syscall"
 )
 
-// umask is what new files of this process are not permitted. It can only be read
-// by setting it, so it is read once.
+// umask returns the permissions that new files of this process do not get. A process can read its umask only by setting
+// it, so that it is read once.
 var umask = sync.OnceValue(func() fs.FileMode {
 	mask := syscall.Umask(0)
 	syscall.Umask(mask)

@@ -12,7 +12,7 @@ import (
 type build struct {
 	Version string `json:"version"`
 	Commit  string `json:"commit,omitempty"`
-	Changed bool   `json:"changed,omitempty"` // since that commit
+	Changed bool   `json:"changed,omitempty"` // the sources differ from the commit
 	Go      string `json:"go"`
 	OS      string `json:"os"`
 	Arch    string `json:"arch"`
@@ -36,6 +36,7 @@ func (a *app) build() build {
 	return b
 }
 
+// versionCommand returns the verb that prints the version.
 func (a *app) versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:     "version",
