@@ -79,8 +79,9 @@ func (l *instance) stop() {
 type instances struct {
 	// The timers call these: expired at the end of an ephemeral sandbox, idled at the end of the idle
 	// time, and recoveryDue when a recovery point is due.
-	expired            func(ID)
-	idled, recoveryDue func(*instance)
+	expired     func(ID)
+	idled       func(*instance)
+	recoveryDue func(*instance)
 
 	leases atomic.Int64
 
