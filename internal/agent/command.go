@@ -40,12 +40,12 @@ const (
 // command is one process with all its descendants. All methods are safe for
 // concurrent use.
 type command struct {
-	pid     int
-	tag     *string
-	config  *process.ProcessConfig
-	started time.Time
-	limit   int64 // bytes of each stream that are sent; 0 means no limit
-	kept    *kept // nil unless the command outlives the call that started it
+	pid      int
+	tag      *string
+	config   *process.ProcessConfig
+	started  time.Time
+	limit    int64     // bytes of each stream that are sent; 0 means no limit
+	detached *detached // nil unless the command outlives the call that started it
 
 	ended  <-chan syscall.WaitStatus
 	exited chan struct{} // closed when the process has been reaped
@@ -61,7 +61,7 @@ type command struct {
 	stdin *os.File // nil without one
 	pty   *os.File // nil without a terminal
 
-	inputMu sync.Mutex // orders inputs; closing does not hold it and interrupts them
+	input chan struct{} // has a token while an input is written; closing does not wait and interrupts it
 
 	mu          sync.Mutex
 	subscribers []*subscriber // replaced, never changed
@@ -339,8 +339,8 @@ var (
 // write writes input to the command's terminal or standard input. It blocks
 // while the pipe is full and the command does not read.
 func (c *command) write(input *process.ProcessInput) error {
-	c.inputMu.Lock()
-	defer c.inputMu.Unlock()
+	c.input <- struct{}{}
+	defer func() { <-c.input }()
 	var to *os.File
 	var b []byte
 	switch in := input.GetInput().(type) {

@@ -186,12 +186,12 @@ func knownUser(users *users, spec string) (*user, error) {
 
 // launchSpec describes a checked command that can be started.
 type launchSpec struct {
-	argv []string
-	env  []string
-	dir  string
-	user *user
-	req  *process.StartRequest
-	kept *kept // nil for commands of one call and of E2B's clients
+	argv     []string
+	env      []string
+	dir      string
+	user     *user
+	req      *process.StartRequest
+	detached *detached // nil for commands of one call and of E2B's clients
 }
 
 // prepare checks a request and fills in defaults for its missing fields.
@@ -314,15 +314,16 @@ func (p *processes) launch(l *launchSpec) (*command, []*stream, error) {
 		return nil, nil, fmt.Errorf("making pipes: %w", err)
 	}
 	c := &command{
-		tag:     l.req.Tag,
-		config:  l.req.GetProcess(),
-		started: time.Now(),
-		limit:   l.req.GetExecute().GetMaxOutputBytes(),
-		exited:  make(chan struct{}),
-		done:    make(chan struct{}),
-		stdin:   ends.stdin,
-		pty:     ends.pty,
-		kept:    l.kept,
+		tag:      l.req.Tag,
+		config:   l.req.GetProcess(),
+		started:  time.Now(),
+		limit:    l.req.GetExecute().GetMaxOutputBytes(),
+		exited:   make(chan struct{}),
+		done:     make(chan struct{}),
+		stdin:    ends.stdin,
+		pty:      ends.pty,
+		input:    make(chan struct{}, 1),
+		detached: l.detached,
 	}
 	sp := &spawn{path: program, argv: l.argv, attr: &syscall.ProcAttr{
 		Dir:   l.dir,
@@ -401,7 +402,7 @@ func notStarted(req *process.StartRequest, err error, took time.Duration) []*pro
 // retire removes an ended command from the list, at once or, with keep, after endKept.
 // It shelves a command that outlives its call.
 func (p *processes) retire(c *command, keep bool) {
-	if c.kept != nil {
+	if c.detached != nil {
 		p.shelve(c)
 		return
 	}

@@ -361,8 +361,8 @@ func (s *filesystemService) CreateWatcher(
 	if err != nil {
 		return nil, err
 	}
-	kept := &watcher{watch: w}
-	id, err := s.watchers.keep(kept)
+	detached := &watcher{watch: w}
+	id, err := s.watchers.keep(detached)
 	if err != nil {
 		w.close()
 		return nil, err
@@ -370,12 +370,12 @@ func (s *filesystemService) CreateWatcher(
 	go func() {
 		// The run ends when the watcher is removed.
 		_ = w.run(func(ev *filesystem.FilesystemEvent) error {
-			kept.mu.Lock()
-			defer kept.mu.Unlock()
-			if len(kept.events) >= maxQueued {
-				kept.events = kept.events[1:]
+			detached.mu.Lock()
+			defer detached.mu.Unlock()
+			if len(detached.events) >= maxQueued {
+				detached.events = detached.events[1:]
 			}
-			kept.events = append(kept.events, ev)
+			detached.events = append(detached.events, ev)
 			return nil
 		})
 	}()

@@ -16,9 +16,9 @@ import (
 // shell writes its history in it; a shorter time may lose the history.
 const hangupTime = 2 * time.Second
 
-// kept is the additional state of a command that outlives its call: one call starts it, and
+// detached holds the additional state of a command that outlives its call: one call starts it, and
 // others list, follow, write to and end it.
-type kept struct {
+type detached struct {
 	history *history
 	workdir string
 	user    string
@@ -70,7 +70,7 @@ func (k *keeper) start(req agentapi.StartProcess) (*command, error) {
 	if err != nil {
 		return nil, err
 	}
-	l.kept = &kept{
+	l.detached = &detached{
 		history: &history{}, workdir: l.dir, user: cmp.Or(who.name, strconv.Itoa(int(who.uid))),
 		grace: time.Duration(req.GraceMs) * time.Millisecond,
 	}
@@ -84,9 +84,9 @@ func (k *keeper) start(req agentapi.StartProcess) (*command, error) {
 	if err != nil {
 		return nil, startProblem(l, err)
 	}
-	l.kept.group, l.kept.taken = c.group, c.group.taken
+	l.detached.group, l.detached.taken = c.group, c.group.taken
 	k.processes.shareHistory()
-	c.subscribe(l.kept.history.take)
+	c.subscribe(l.detached.history.take)
 	k.processes.run(c, streams, nil)
 	c.feed(req.Input, !req.OpenInput && req.Terminal == nil)
 	if req.TimeoutMs > 0 {
@@ -96,19 +96,17 @@ func (k *keeper) start(req agentapi.StartProcess) (*command, error) {
 	return c, nil
 }
 
-// feed writes a process's first input before any other. It locks inputMu and returns at once; a
-// goroutine writes the input and unlocks inputMu.
-//
-// +checklocksignore
+// feed writes a process's first input before any other. It returns at once; a goroutine writes the
+// input.
 func (c *command) feed(input []byte, end bool) {
 	to := cmp.Or(c.pty, c.stdin)
-	c.inputMu.Lock()
+	c.input <- struct{}{}
 	go func() {
 		if len(input) > 0 {
 			// A process need not read its input to the end.
 			_, _ = to.Write(input)
 		}
-		c.inputMu.Unlock()
+		<-c.input
 		if end && c.stdin != nil {
 			_ = c.closeStdin()
 		}
@@ -124,7 +122,7 @@ func (p *processes) room(tag string) error {
 		if !c.running() {
 			continue
 		}
-		if c.kept != nil {
+		if c.detached != nil {
 			running++
 		}
 		if tag != "" && c.tag != nil && *c.tag == tag {
@@ -137,12 +135,12 @@ func (p *processes) room(tag string) error {
 	return nil
 }
 
-// shareHistory divides the memory for output among the kept processes.
+// shareHistory divides the memory for output among the detached processes.
 func (p *processes) shareHistory() {
 	all := p.keptOnes()
 	limit := max(leastHistory, min(agentapi.HistorySize, agentapi.MaxHistory/max(1, len(all))))
 	for _, c := range all {
-		c.kept.history.setLimit(limit)
+		c.detached.history.setLimit(limit)
 	}
 }
 
@@ -151,7 +149,7 @@ func (p *processes) keptOnes() []*command {
 	defer p.mu.Unlock()
 	var all []*command
 	for _, c := range p.commands {
-		if c.kept != nil {
+		if c.detached != nil {
 			all = append(all, c)
 		}
 	}
@@ -161,18 +159,18 @@ func (p *processes) keptOnes() []*command {
 // shelve keeps an ended command for EndedKept. Of more than MaxEnded commands it forgets the
 // oldest.
 func (p *processes) shelve(c *command) {
-	c.kept.mu.Lock()
-	c.kept.endedAt = time.Now()
-	c.kept.stopLonelyLocked()
-	c.kept.expiry = time.AfterFunc(agentapi.EndedKept, func() { p.forget(c) })
-	c.kept.mu.Unlock()
+	c.detached.mu.Lock()
+	c.detached.endedAt = time.Now()
+	c.detached.stopLonelyLocked()
+	c.detached.expiry = time.AfterFunc(agentapi.EndedKept, func() { p.forget(c) })
+	c.detached.mu.Unlock()
 	var ended []*command
 	for _, other := range p.keptOnes() {
-		if !other.kept.ended().IsZero() {
+		if !other.detached.ended().IsZero() {
 			ended = append(ended, other)
 		}
 	}
-	slices.SortFunc(ended, func(a, b *command) int { return a.kept.ended().Compare(b.kept.ended()) })
+	slices.SortFunc(ended, func(a, b *command) int { return a.detached.ended().Compare(b.detached.ended()) })
 	for ; len(ended) > agentapi.MaxEnded; ended = ended[1:] {
 		p.forget(ended[0])
 	}
@@ -180,7 +178,7 @@ func (p *processes) shelve(c *command) {
 
 // forget removes a command from the list. After that only its followers hold its output.
 func (p *processes) forget(c *command) {
-	if k := c.kept; k != nil {
+	if k := c.detached; k != nil {
 		k.mu.Lock()
 		if k.expiry != nil {
 			k.expiry.Stop()
@@ -194,14 +192,14 @@ func (p *processes) forget(c *command) {
 	}
 }
 
-func (k *kept) ended() time.Time {
+func (k *detached) ended() time.Time {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.endedAt
 }
 
 // +checklocks:k.mu
-func (k *kept) stopLonelyLocked() {
+func (k *detached) stopLonelyLocked() {
 	if k.lonely != nil {
 		k.lonely.Stop()
 		k.lonely = nil
@@ -210,7 +208,7 @@ func (k *kept) stopLonelyLocked() {
 
 // attend adds a follower of the command, until leave(1).
 func (c *command) attend() {
-	k := c.kept
+	k := c.detached
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.followers++
@@ -220,7 +218,7 @@ func (c *command) attend() {
 // leave removes n followers of the command. A command without followers is ended after its
 // grace.
 func (c *command) leave(n int) {
-	k := c.kept
+	k := c.detached
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.followers -= n
@@ -233,9 +231,9 @@ func (c *command) leave(n int) {
 
 // hangUp ends a command unless it has a follower again.
 func (c *command) hangUp() {
-	c.kept.mu.Lock()
-	followed := c.kept.followers > 0
-	c.kept.mu.Unlock()
+	c.detached.mu.Lock()
+	followed := c.detached.followers > 0
+	c.detached.mu.Unlock()
 	if followed {
 		return // a client has come in the last moment
 	}
@@ -263,7 +261,7 @@ func (c *command) about() agentapi.Process {
 	if c.tag != nil {
 		out.Tag = *c.tag
 	}
-	if k := c.kept; k != nil {
+	if k := c.detached; k != nil {
 		out.Kept, out.Workdir, out.User = true, k.workdir, k.user
 		out.First, out.Next = k.history.bounds()
 	}

@@ -79,7 +79,7 @@ func (k *keeper) list(w http.ResponseWriter, _ *http.Request) {
 	k.processes.mu.Lock()
 	all := make([]*command, 0, len(k.processes.commands))
 	for _, c := range k.processes.commands {
-		if c.kept != nil || c.running() {
+		if c.detached != nil || c.running() {
 			all = append(all, c)
 		}
 	}
@@ -109,9 +109,10 @@ func (k *keeper) remove(w http.ResponseWriter, r *http.Request, c *command) erro
 	case <-r.Context().Done(): // a slow client may not yet have taken the last output
 		return r.Context().Err()
 	}
-	if kept, groups := c.kept, k.processes.spawner.groups; kept != nil && groups.takeAgain(kept.group, kept.taken) {
-		err := kept.group.kill(killPatience)
-		groups.give(kept.group)
+	groups := k.processes.spawner.groups
+	if d := c.detached; d != nil && groups.takeAgain(d.group, d.taken) {
+		err := d.group.kill(killPatience)
+		groups.give(d.group)
 		if err != nil {
 			return err
 		}
@@ -205,8 +206,8 @@ func (c *command) writeSoon(to *os.File, b []byte) (int, error) {
 	if len(b) == 0 {
 		return 0, nil
 	}
-	c.inputMu.Lock()
-	defer c.inputMu.Unlock()
+	c.input <- struct{}{}
+	defer func() { <-c.input }()
 	// A file that takes no deadline is closed, and the write fails.
 	_ = to.SetWriteDeadline(time.Now().Add(agentapi.InputPatience))
 	n, err := to.Write(b)
@@ -234,18 +235,18 @@ func (k *keeper) output(w http.ResponseWriter, r *http.Request, c *command) erro
 	if err != nil || offset < 0 {
 		return badRequest("output: offset is not the number of a byte")
 	}
-	if c.kept == nil {
+	if c.detached == nil {
 		return newProblem(agentapi.CodeOutputNotKept,
 			"the output of process %d goes to the call that started it and is not kept", c.pid)
 	}
-	if _, next := c.kept.history.bounds(); offset > next {
+	if _, next := c.detached.history.bounds(); offset > next {
 		return newProblem(agentapi.CodeInvalidOffset, "the process has written %d bytes so far", next)
 	}
 	c.attend()
 	defer c.leave(1)
 	w.Header().Set("Content-Type", "application/octet-stream")
 	f := follower{w: w, control: http.NewResponseController(w), command: c, next: offset}
-	_, f.until = c.kept.history.bounds()
+	_, f.until = c.detached.history.bounds()
 	if !r.URL.Query().Has("now") {
 		f.until = -1
 	}
@@ -273,7 +274,7 @@ func (f *follower) run(r *http.Request) error {
 		if f.until >= 0 && f.next >= f.until {
 			return f.end()
 		}
-		stream, data, lost, changed := f.command.kept.history.read(f.next)
+		stream, data, lost, changed := f.command.detached.history.read(f.next)
 		var err error
 		switch {
 		case lost > 0:
