@@ -156,7 +156,7 @@ func TestErrorsOfDialAndContext(t *testing.T) {
 		code string
 	}{
 		"of the node": {gone, fault.Conflict, "sandbox_not_running"},
-		"any other":   {errors.New("refused"), fault.Unavailable, CodeUnreachable},
+		"any other":   {errors.New("refused"), fault.Unavailable, fault.CodeSandboxUnreachable},
 	} {
 		client := NewClient(func(context.Context, string) (net.Conn, error) { return nil, c.dial })
 		_, execErr := client.Execute(t.Context(), Target{SandboxID: "sbx_a"}, ExecuteRequest{Command: "true"})
@@ -183,7 +183,7 @@ func TestHostileAnswers(t *testing.T) {
 			http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusFound)
 		},
 		"long error": func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set(CodeHeader, CodeInvalidPath)
+			w.Header().Set(CodeHeader, fault.CodeInvalidPath)
 			w.WriteHeader(400)
 			_, _ = io.WriteString(w, `{"message":"`+long+`"}`)
 		},
@@ -249,7 +249,7 @@ func TestCheckPath(t *testing.T) {
 				t.Errorf("%.20q, check %d: %v", p, i, err)
 			}
 			f := fault.As(err)
-			if err != nil && (f == nil || f.Kind != fault.Invalid || f.Field != "path" || f.Code != CodeInvalidPath) {
+			if err != nil && (f == nil || f.Kind != fault.Invalid || f.Field != "path" || f.Code != fault.CodeInvalidPath) {
 				t.Errorf("%.20q: %v is not Invalid in path", p, err)
 			}
 		}

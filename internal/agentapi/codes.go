@@ -22,38 +22,37 @@ const (
 // port of the sandbox: from the client to the server, and from the server to the agent.
 const TunnelProtocol = "tcp"
 
-// Codes of errors inside a sandbox, as users of the v1 API see them.
+// The names under which the agent, which knows no other room, has the codes of errors inside a sandbox.
 const (
-	CodeFileNotFound     = "file_not_found"
-	CodeIsDirectory      = "path_is_directory"
-	CodeNotDirectory     = "path_not_directory"
-	CodeNotEmpty         = "directory_not_empty"
-	CodeInvalidPath      = "invalid_path"
-	CodeFileDenied       = "file_denied"
-	CodeWorkdirNotFound  = "workdir_not_found"
-	CodeUnknownUser      = "unknown_user"
-	CodeUnknownOwner     = "unknown_owner"
-	CodeInvalidMode      = "invalid_mode"
-	CodeInvalidEnv       = "invalid_env"
-	CodeInvalidCommand   = "invalid_command"
-	CodeDiskFull         = "disk_full"
-	CodeTooManyProcesses = "too_many_processes"
-	CodeUnreachable      = "sandbox_unreachable"
-	CodeListingTooLarge  = "listing_too_large"
-	CodeStartFailed      = "start_failed"
-	CodePortClosed       = "port_closed"
-	CodeTooManyTunnels   = "too_many_connections"
-	CodeInvalidTar       = "invalid_tar"
-	CodePathExists       = "path_exists"
-	CodeProcessNotFound  = "process_not_found"
-	CodeProcessEnded     = "process_ended"
-	CodeTagInUse         = "tag_in_use"
-	CodeStdinClosed      = "stdin_closed"
-	CodeStdinBlocked     = "stdin_blocked"
-	CodeNoTerminal       = "no_terminal"
-	CodeOutputNotKept    = "output_not_kept"
-	CodeInvalidOffset    = "invalid_offset"
-	CodeOlderSandbox     = "sandbox_too_old" // the host finds it out; no agent sends it
+	CodeFileNotFound     = fault.CodeFileNotFound
+	CodeIsDirectory      = fault.CodePathIsDirectory
+	CodeNotDirectory     = fault.CodePathNotDirectory
+	CodeNotEmpty         = fault.CodeDirectoryNotEmpty
+	CodeInvalidPath      = fault.CodeInvalidPath
+	CodeFileDenied       = fault.CodeFileDenied
+	CodeWorkdirNotFound  = fault.CodeWorkdirNotFound
+	CodeUnknownUser      = fault.CodeUnknownUser
+	CodeUnknownOwner     = fault.CodeUnknownOwner
+	CodeInvalidMode      = fault.CodeInvalidMode
+	CodeInvalidEnv       = fault.CodeInvalidEnv
+	CodeInvalidCommand   = fault.CodeInvalidCommand
+	CodeDiskFull         = fault.CodeDiskFull
+	CodeTooManyProcesses = fault.CodeTooManyProcesses
+	CodeUnreachable      = fault.CodeSandboxUnreachable
+	CodeListingTooLarge  = fault.CodeListingTooLarge
+	CodeStartFailed      = fault.CodeStartFailed
+	CodePortClosed       = fault.CodePortClosed
+	CodeTooManyTunnels   = fault.CodeTooManyConnections
+	CodeInvalidTar       = fault.CodeInvalidTar
+	CodePathExists       = fault.CodePathExists
+	CodeProcessNotFound  = fault.CodeProcessNotFound
+	CodeProcessEnded     = fault.CodeProcessEnded
+	CodeTagInUse         = fault.CodeTagInUse
+	CodeStdinClosed      = fault.CodeStdinClosed
+	CodeStdinBlocked     = fault.CodeStdinBlocked
+	CodeNoTerminal       = fault.CodeNoTerminal
+	CodeOutputNotKept    = fault.CodeOutputNotKept
+	CodeInvalidOffset    = fault.CodeInvalidOffset
 )
 
 // kinds maps each code of an agent to the kind of its error and to the field of
@@ -62,32 +61,32 @@ var kinds = map[string]struct {
 	kind  fault.Kind
 	field string
 }{
-	CodeFileNotFound:     {fault.NotFound, ""},
-	CodeIsDirectory:      {fault.Invalid, "path"},
-	CodeNotDirectory:     {fault.Invalid, "path"},
-	CodeNotEmpty:         {fault.Invalid, "path"},
-	CodeInvalidPath:      {fault.Invalid, "path"},
-	CodeFileDenied:       {fault.Denied, ""},
-	CodeWorkdirNotFound:  {fault.Invalid, "workdir"},
-	CodeUnknownUser:      {fault.Invalid, "user"},
-	CodeUnknownOwner:     {fault.Invalid, "owner"},
-	CodeInvalidMode:      {fault.Invalid, "mode"},
-	CodeInvalidEnv:       {fault.Invalid, "env"},
-	CodeInvalidCommand:   {fault.Invalid, "command"},
-	CodeDiskFull:         {fault.NoSpace, ""},
-	CodeListingTooLarge:  {fault.TooLarge, ""},
-	CodeTooManyProcesses: {fault.Unavailable, ""},
-	CodeStartFailed:      {fault.Conflict, ""}, // the template does not allow the create
-	CodeInvalidTar:       {fault.Invalid, ""},
-	CodePathExists:       {fault.Conflict, ""},
-	CodePortClosed:       {fault.Upstream, ""},
-	CodeTooManyTunnels:   {fault.Exhausted, ""},
-	CodeProcessNotFound:  {fault.NotFound, ""},
-	CodeProcessEnded:     {fault.Conflict, ""},
-	CodeTagInUse:         {fault.Conflict, "tag"},
-	CodeStdinClosed:      {fault.Conflict, ""},
-	CodeStdinBlocked:     {fault.Conflict, ""},
-	CodeNoTerminal:       {fault.Conflict, ""},
-	CodeOutputNotKept:    {fault.Conflict, ""},
-	CodeInvalidOffset:    {fault.Invalid, "offset"},
+	fault.CodeFileNotFound:       {fault.NotFound, ""},
+	fault.CodePathIsDirectory:    {fault.Invalid, "path"},
+	fault.CodePathNotDirectory:   {fault.Invalid, "path"},
+	fault.CodeDirectoryNotEmpty:  {fault.Invalid, "path"},
+	fault.CodeInvalidPath:        {fault.Invalid, "path"},
+	fault.CodeFileDenied:         {fault.Denied, ""},
+	fault.CodeWorkdirNotFound:    {fault.Invalid, "workdir"},
+	fault.CodeUnknownUser:        {fault.Invalid, "user"},
+	fault.CodeUnknownOwner:       {fault.Invalid, "owner"},
+	fault.CodeInvalidMode:        {fault.Invalid, "mode"},
+	fault.CodeInvalidEnv:         {fault.Invalid, "env"},
+	fault.CodeInvalidCommand:     {fault.Invalid, "command"},
+	fault.CodeDiskFull:           {fault.NoSpace, ""},
+	fault.CodeListingTooLarge:    {fault.TooLarge, ""},
+	fault.CodeTooManyProcesses:   {fault.Unavailable, ""},
+	fault.CodeStartFailed:        {fault.Conflict, ""}, // the template does not allow the create
+	fault.CodeInvalidTar:         {fault.Invalid, ""},
+	fault.CodePathExists:         {fault.Conflict, ""},
+	fault.CodePortClosed:         {fault.Upstream, ""},
+	fault.CodeTooManyConnections: {fault.Exhausted, ""},
+	fault.CodeProcessNotFound:    {fault.NotFound, ""},
+	fault.CodeProcessEnded:       {fault.Conflict, ""},
+	fault.CodeTagInUse:           {fault.Conflict, "tag"},
+	fault.CodeStdinClosed:        {fault.Conflict, ""},
+	fault.CodeStdinBlocked:       {fault.Conflict, ""},
+	fault.CodeNoTerminal:         {fault.Conflict, ""},
+	fault.CodeOutputNotKept:      {fault.Conflict, ""},
+	fault.CodeInvalidOffset:      {fault.Invalid, "offset"},
 }

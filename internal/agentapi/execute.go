@@ -63,35 +63,34 @@ type ExecuteResult struct {
 func (r ExecuteRequest) Check() error {
 	switch {
 	case r.Command == "" && len(r.Args) == 0:
-		return fault.InField("missing_command", "command", "give command or args")
+		return fault.InField(fault.CodeMissingCommand, "command", "give command or args")
 	case r.Command != "" && len(r.Args) > 0:
-		return fault.InField("invalid_command", "command", "give command or args, not both")
+		return fault.InvalidField("command", "give command or args, not both")
 	case len(r.Args) > 0 && r.Args[0] == "":
-		return fault.InField("invalid_args", "args[0]", "is empty")
+		return fault.InvalidField("args[0]", "is empty")
 	case strings.Contains(r.Command, "\x00"):
-		return fault.InField("invalid_command", "command", "contains a NUL")
+		return fault.InvalidField("command", "contains a NUL")
 	case strings.Contains(r.Workdir, "\x00"):
-		return fault.InField("invalid_workdir", "workdir", "contains a NUL")
+		return fault.InvalidField("workdir", "contains a NUL")
 	case r.Timeout < 0:
-		return fault.InField("invalid_timeout", "timeout", "is negative")
+		return fault.InvalidField("timeout", "is negative")
 	}
 	if len(r.Command) > MaxArgument {
-		return fault.InField("invalid_command", "command", "has %d bytes, and may have %d: write it into a file",
+		return fault.InvalidField("command", "has %d bytes, and may have %d: write it into a file",
 			len(r.Command), MaxArgument)
 	}
 	for i, a := range r.Args {
 		switch {
 		case strings.Contains(a, "\x00"):
-			return fault.InField("invalid_args", fmt.Sprintf("args[%d]", i), "contains a NUL")
+			return fault.InvalidField(fmt.Sprintf("args[%d]", i), "contains a NUL")
 		case len(a) > MaxArgument:
-			return fault.InField("invalid_args", fmt.Sprintf("args[%d]", i), "has %d bytes, and may have %d",
+			return fault.InvalidField(fmt.Sprintf("args[%d]", i), "has %d bytes, and may have %d",
 				len(a), MaxArgument)
 		}
 	}
 	for name, value := range r.Env {
 		if name == "" || strings.ContainsAny(name, "=\x00") || strings.Contains(value, "\x00") {
-			return fault.InField(CodeInvalidEnv, "env",
-				"%q is no name of an environment variable, or its value contains a NUL", name)
+			return fault.InvalidField("env", "%q is no name of an environment variable, or its value contains a NUL", name)
 		}
 	}
 	return nil

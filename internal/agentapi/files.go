@@ -230,7 +230,7 @@ func (c *Client) List(ctx context.Context, t Target, path, user string, depth in
 	lines.Buffer(make([]byte, 4<<10), maxLine)
 	for n := 0; lines.Scan(); n++ {
 		if n == MaxEntries {
-			return fault.New(fault.TooLarge, CodeListingTooLarge,
+			return fault.New(fault.TooLarge, fault.CodeListingTooLarge,
 				"more than %d entries: list fewer levels", MaxEntries)
 		}
 		var e Entry

@@ -25,7 +25,7 @@ func TestImpossibleAnswers(t *testing.T) {
 			_, _ = io.WriteString(conn, "HTTP/1.1 "+status+"\r\nContent-Length: 0\r\n\r\n")
 		})
 		to := Target{SandboxID: "sbx_a"}
-		if err := client.Health(t.Context(), to); fault.As(err) == nil || fault.As(err).Code != CodeUnreachable {
+		if err := client.Health(t.Context(), to); fault.As(err) == nil || fault.As(err).Code != fault.CodeSandboxUnreachable {
 			t.Errorf("%s: %v", status, err)
 		}
 		r, err := http.NewRequestWithContext(t.Context(), "GET", "http://x/files", nil)
@@ -33,7 +33,7 @@ func TestImpossibleAnswers(t *testing.T) {
 			t.Fatal(err)
 		}
 		resp, err := client.Transport(to, false).RoundTrip(r)
-		if fault.As(err) == nil || fault.As(err).Code != CodeUnreachable {
+		if fault.As(err) == nil || fault.As(err).Code != fault.CodeSandboxUnreachable {
 			if err == nil {
 				resp.Body.Close()
 			}

@@ -48,5 +48,5 @@ func CheckFilePath(p string) error {
 }
 
 func badPath(detail string, args ...any) error {
-	return fault.InField(CodeInvalidPath, "path", detail, args...)
+	return fault.InvalidField("path", detail, args...)
 }

@@ -235,10 +235,11 @@ func brief(text string) string {
 
 // unreachable returns the error of a call whose sandbox does not answer.
 func unreachable(cause error) *fault.Error {
-	return fault.New(fault.Unavailable, CodeUnreachable, "the sandbox does not answer").Because(said{cause})
+	return fault.New(fault.Unavailable, fault.CodeSandboxUnreachable, "the sandbox does not answer").Because(said{cause})
 }
 
 // unusable returns the error of a call whose sandbox gave an answer that cannot be used.
 func unusable(cause error) *fault.Error {
-	return fault.New(fault.Unavailable, CodeUnreachable, "the sandbox does not answer as it should").Because(said{cause})
+	return fault.New(fault.Unavailable, fault.CodeSandboxUnreachable,
+		"the sandbox does not answer as it should").Because(said{cause})
 }

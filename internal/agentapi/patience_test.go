@@ -83,8 +83,8 @@ func TestSilentAgents(t *testing.T) {
 			} {
 				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 				err := do(ctx)
-				if f := fault.As(err); ctx.Err() != nil || f == nil || f.Code != CodeUnreachable {
-					t.Errorf("%s: %v, context %v; want %s", call, err, ctx.Err(), CodeUnreachable)
+				if f := fault.As(err); ctx.Err() != nil || f == nil || f.Code != fault.CodeSandboxUnreachable {
+					t.Errorf("%s: %v, context %v; want %s", call, err, ctx.Err(), fault.CodeSandboxUnreachable)
 				}
 				cancel()
 			}
@@ -138,10 +138,10 @@ func TestProcessThatDoesNotRead(t *testing.T) {
 			}
 			time.Sleep(InputPatience + time.Second) // and does not read the body
 			fmt.Fprintf(there, "HTTP/1.1 409 Conflict\r\n%s: %s\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}",
-				CodeHeader, CodeStdinBlocked)
+				CodeHeader, fault.CodeStdinBlocked)
 		}()
 		_, err := c.WriteInput(t.Context(), target, "1", strings.NewReader(strings.Repeat("x", 1<<20)), false)
-		if f := fault.As(err); f == nil || f.Code != CodeStdinBlocked {
+		if f := fault.As(err); f == nil || f.Code != fault.CodeStdinBlocked {
 			t.Errorf("got %v", err)
 		}
 		c.CloseIdle()

@@ -25,7 +25,7 @@ import (
 // an older cay started, Exhausted "too_many_connections"; and the errors of all calls.
 func (c *Client) DialPort(ctx context.Context, t Target, port int) (net.Conn, error) {
 	if port < 1 || port > 65535 {
-		return nil, fault.InField("invalid_port", "port", "must be from 1 to 65535")
+		return nil, fault.InvalidField("port", "must be from 1 to 65535")
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, c.Patience, errSilent)
 	defer cancel()

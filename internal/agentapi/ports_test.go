@@ -15,11 +15,11 @@ func TestDialPortAnswers(t *testing.T) {
 		answer http.HandlerFunc
 		code   string
 	}{
-		"an older agent": {http.NotFound, CodeOlderSandbox},
+		"an older agent": {http.NotFound, fault.CodeSandboxTooOld},
 		"a closed port": {func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set(CodeHeader, CodePortClosed)
+			w.Header().Set(CodeHeader, fault.CodePortClosed)
 			w.WriteHeader(502)
-		}, CodePortClosed},
+		}, fault.CodePortClosed},
 		"no HTTP": {func(w http.ResponseWriter, _ *http.Request) {
 			conn, _, err := http.NewResponseController(w).Hijack()
 			if err != nil {
@@ -28,8 +28,8 @@ func TestDialPortAnswers(t *testing.T) {
 			}
 			_, _ = io.WriteString(conn, "SSH-2.0\r\n")
 			conn.Close()
-		}, CodeUnreachable},
-		"an endless head": {func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("X", strings.Repeat("x", 1<<20)) }, CodeUnreachable},
+		}, fault.CodeSandboxUnreachable},
+		"an endless head": {func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("X", strings.Repeat("x", 1<<20)) }, fault.CodeSandboxUnreachable},
 	} {
 		client, _ := serve(t, c.answer)
 		conn, err := client.DialPort(t.Context(), Target{SandboxID: "sbx_a"}, 80)

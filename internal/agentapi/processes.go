@@ -273,7 +273,7 @@ func (c *Client) callProcesses(ctx context.Context, t Target, method, path strin
 func olderAgent(err error) error {
 	var unknown *unknownCall
 	if errors.As(err, &unknown) {
-		return fault.New(fault.Conflict, CodeOlderSandbox,
+		return fault.New(fault.Conflict, fault.CodeSandboxTooOld,
 			"the sandbox was started by an older version of cay that does not have this yet").Because(err)
 	}
 	return err

@@ -53,8 +53,8 @@ func TestFollowHostileAgents(t *testing.T) {
 		if got != c.want || (err != nil) != c.bad || !c.bad && (p.PID != 7 || p.End.Result().ExitCode != 3) {
 			t.Errorf("%s: %q, %+v, %v", name, got, p, err)
 		}
-		if f := fault.As(err); c.bad && (f == nil || f.Code != CodeUnreachable) {
-			t.Errorf("%s: %v, want %s", name, err, CodeUnreachable)
+		if f := fault.As(err); c.bad && (f == nil || f.Code != fault.CodeSandboxUnreachable) {
+			t.Errorf("%s: %v, want %s", name, err, fault.CodeSandboxUnreachable)
 		}
 	}
 }
@@ -118,7 +118,7 @@ func TestOlderAgents(t *testing.T) {
 	_, waitErr := client.WaitProcess(t.Context(), target, "7", time.Second)
 	_, followErr := client.Follow(t.Context(), target, FollowRequest{Ref: "7"}, func(ProcessOutput) error { return nil })
 	for name, err := range map[string]error{"start": startErr, "input": inputErr, "wait": waitErr, "follow": followErr} {
-		if f := fault.As(err); f == nil || f.Code != CodeOlderSandbox || f.Kind != fault.Conflict {
+		if f := fault.As(err); f == nil || f.Code != fault.CodeSandboxTooOld || f.Kind != fault.Conflict {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

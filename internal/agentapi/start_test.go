@@ -19,7 +19,7 @@ func TestStartFailureIsPrintable(t *testing.T) {
 			got.Command != "serve" || got.Ready.Port != 80 || got.Ready.TimeoutMs != 1000 {
 			t.Errorf("%s: %+v, %v", r.URL.Path, got, err)
 		}
-		w.Header().Set(CodeHeader, CodeStartFailed)
+		w.Header().Set(CodeHeader, fault.CodeStartFailed)
 		w.WriteHeader(http.StatusConflict)
 		_ = json.NewEncoder(w).Encode(map[string]any{"code": 409, "message": text})
 	})
@@ -33,7 +33,7 @@ func TestStartFailureIsPrintable(t *testing.T) {
 		text = give
 		err := c.Start(t.Context(), Target{SandboxID: "sbx_a"},
 			StartRequest{Command: "serve", Ready: &Ready{Port: 80, TimeoutMs: 1000}})
-		if f := fault.As(err); f == nil || f.Kind != fault.Conflict || f.Code != CodeStartFailed || f.Detail != want {
+		if f := fault.As(err); f == nil || f.Kind != fault.Conflict || f.Code != fault.CodeStartFailed || f.Detail != want {
 			t.Errorf("%.20q: got %.80q, want %.80q", give, err, want)
 		}
 	}

@@ -216,7 +216,7 @@ func (c *Client) Watch(ctx context.Context, t Target, path string, recursive boo
 		return connectError(ctx, err)
 	}
 	if gone {
-		return fault.New(fault.NotFound, CodeFileNotFound, "the watched directory %q is gone", path)
+		return fault.New(fault.NotFound, fault.CodeFileNotFound, "the watched directory %q is gone", path)
 	}
 	return unreachable(errors.New("the watch ended"))
 }

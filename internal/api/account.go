@@ -19,7 +19,7 @@ func (s *server) ListSizes(w http.ResponseWriter, r *http.Request) {
 // refuses admins of every organization but the operator's.
 func (s *server) GetPool(w http.ResponseWriter, r *http.Request) {
 	if callOf(r).who.Org.Name != auth.OperatorOrg {
-		s.fail(w, r, fault.New(fault.Denied, "not_the_operator",
+		s.fail(w, r, fault.New(fault.Denied, fault.CodeNotTheOperator,
 			"only keys of the organization %q may read the pool", auth.OperatorOrg))
 		return
 	}
@@ -55,8 +55,7 @@ func (s *server) CreateAPIKey(w http.ResponseWriter, r *http.Request) {
 	request := auth.KeyRequest{Name: in.Name, Scopes: in.Scopes, ExpiresIn: *expiresIn}
 	if in.Format != nil {
 		if *in.Format == "" {
-			s.fail(w, r, fault.InField("invalid_format", "format",
-				"must be %s or %s, not empty", auth.FormatCay, auth.FormatE2B))
+			s.fail(w, r, fault.InvalidField("format", "must be %s or %s, not empty", auth.FormatCay, auth.FormatE2B))
 			return
 		}
 		request.Format = auth.Format(*in.Format)
@@ -145,7 +144,7 @@ func (s *server) GetReady(w http.ResponseWriter, r *http.Request) {
 			if f := fault.As(err); f != nil {
 				detail = f.Detail
 			}
-			s.fail(w, r, fault.New(fault.Unavailable, "not_ready", "%s", detail).Because(err))
+			s.fail(w, r, fault.New(fault.Unavailable, fault.CodeNotReady, "%s", detail).Because(err))
 			return
 		}
 	}
@@ -156,7 +155,7 @@ func (s *server) GetReady(w http.ResponseWriter, r *http.Request) {
 // admins of every organization but the operator's.
 func (s *server) GetMetrics(w http.ResponseWriter, r *http.Request) {
 	if callOf(r).who.Org.Name != auth.OperatorOrg {
-		s.fail(w, r, fault.New(fault.Denied, "not_the_operator",
+		s.fail(w, r, fault.New(fault.Denied, fault.CodeNotTheOperator,
 			"only keys of the organization %q may read the metrics", auth.OperatorOrg))
 		return
 	}

@@ -146,7 +146,7 @@ func (s *server) admitKey(r *http.Request, key string, scope auth.Scope) error {
 		return err
 	}
 	if scope != "" && !who.May(scope) {
-		return fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s", scope)
+		return fault.New(fault.Denied, fault.CodeScopeMissing, "the key lacks the scope %s", scope)
 	}
 	return s.account(r, who.Org.ID, callCost)
 }
@@ -185,10 +185,10 @@ func (s *server) noRoute(w http.ResponseWriter, r *http.Request) {
 		allow := probe.header.Get("Allow")
 		w.Header().Set("Allow", allow)
 		s.problem(w, r, http.StatusMethodNotAllowed,
-			fault.New(fault.Invalid, "method_not_allowed", "this path has %s", allow))
+			fault.New(fault.Invalid, fault.CodeMethodNotAllowed, "this path has %s", allow))
 		return
 	}
-	s.fail(w, r, fault.New(fault.NotFound, "no_such_route", "this API has no such path; see /openapi.yaml"))
+	s.fail(w, r, fault.New(fault.NotFound, fault.CodeNoSuchRoute, "this API has no such path; see /openapi.yaml"))
 }
 
 // probe is a ResponseWriter that keeps the status and the header and discards the body.
@@ -206,14 +206,14 @@ func (p *probe) Write(b []byte) (int, error) { return len(b), nil }
 func checkQuery(r *http.Request, route access) error {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		return fault.New(fault.Invalid, "invalid_query", "the query cannot be parsed").Because(err)
+		return fault.New(fault.Invalid, fault.CodeInvalidQuery, "the query cannot be parsed").Because(err)
 	}
 	for name, values := range query {
 		switch {
 		case !route.takes(name):
-			return fault.InField("unknown_parameter", name, "is not a parameter of this operation")
+			return fault.InField(fault.CodeUnknownParameter, name, "is not a parameter of this operation")
 		case len(values) > 1 && name != route.many:
-			return fault.InField(codeOf(name), name, "is given more than once")
+			return fault.InvalidField(name, "is given more than once")
 		}
 	}
 	return nil

@@ -26,6 +26,7 @@ import (
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/client"
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
 )
 
 // requestChecker fails the test if a request does not match openapi.yaml. It records which
@@ -423,7 +424,7 @@ func clientTrees(t *testing.T, ctx context.Context, c *client.Client, h *house, 
 	}
 	changes := 0
 	err = c.WatchFiles(ctx, id, "/tree", false, func() {}, func(client.FileChange) error { changes++; return nil })
-	if changes != 2 || !client.HasCode(err, agentapi.CodeUnreachable) {
+	if changes != 2 || !client.HasCode(err, fault.CodeSandboxUnreachable) {
 		t.Errorf("%d changes, %v", changes, err)
 	}
 	if _, err := c.StatFile(ctx, id, "/tree/none"); !client.HasCode(err, "file_not_found") {

@@ -55,13 +55,11 @@ func body(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
 }
 
 func tooLarge(limit int64) error {
-	return fault.New(fault.TooLarge, "body_too_large", "the body is over %d bytes", limit)
+	return fault.New(fault.TooLarge, fault.CodeBodyTooLarge, "the body is over %d bytes", limit)
 }
 
-const codeIncomplete = "incomplete_body"
-
 func incomplete(cause error) error {
-	return fault.New(fault.Invalid, codeIncomplete, "the body ended early or came too slowly").Because(cause)
+	return fault.New(fault.Invalid, fault.CodeIncompleteBody, "the body ended early or came too slowly").Because(cause)
 }
 
 // errNotJSON reports a body that is not JSON. It is answered with 415, a status that no kind of
@@ -100,7 +98,7 @@ func read(w http.ResponseWriter, r *http.Request, limit int64, required bool, ds
 	case b != nil:
 		return b, decode(b, dst)
 	case required:
-		return nil, fault.New(fault.Invalid, "missing_body", "a JSON object is needed in the body")
+		return nil, fault.New(fault.Invalid, fault.CodeMissingBody, "a JSON object is needed in the body")
 	}
 	return nil, nil
 }
@@ -142,7 +140,7 @@ func refuseNull(d *jsontext.Decoder) error {
 // fields, and text after the object. Its errors are Invalid and name the field.
 func decode(b []byte, dst any) error {
 	if trimmed := bytes.TrimLeft(b, " \t\r\n"); len(trimmed) > 0 && trimmed[0] != '{' {
-		return fault.New(fault.Invalid, "invalid_json", "the body must be a JSON object")
+		return fault.New(fault.Invalid, fault.CodeInvalidJSON, "the body must be a JSON object")
 	}
 	err := json.Unmarshal(b, dst, json.RejectUnknownMembers(true), unmarshalers)
 	if err == nil {
@@ -152,17 +150,17 @@ func decode(b []byte, dst any) error {
 	var syntax *jsontext.SyntacticError
 	switch {
 	case errors.Is(err, jsontext.ErrDuplicateName) && errors.As(err, &syntax):
-		return fault.InField("duplicate_field", fieldPath(syntax.JSONPointer, dst), "is given more than once")
+		return fault.InField(fault.CodeDuplicateField, fieldPath(syntax.JSONPointer, dst), "is given more than once")
 	case errors.As(err, &syntax):
-		return fault.New(fault.Invalid, "invalid_json",
+		return fault.New(fault.Invalid, fault.CodeInvalidJSON,
 			"the body is not valid JSON at byte %d", syntax.ByteOffset).Because(err)
 	case errors.Is(err, json.ErrUnknownName) && errors.As(err, &semantic):
-		return fault.InField("unknown_field", fieldPath(semantic.JSONPointer, dst), "is not a field of this request")
+		return fault.InField(fault.CodeUnknownField, fieldPath(semantic.JSONPointer, dst), "is not a field of this request")
 	case errors.As(err, &semantic):
 		field := fieldPath(semantic.JSONPointer, dst)
-		return fault.InField(codeOf(field), field, "must be %s", wanted(semantic.GoType)).Because(err)
+		return fault.InvalidField(field, "must be %s", wanted(semantic.GoType)).Because(err)
 	}
-	return fault.New(fault.Invalid, "invalid_json", "the body cannot be read").Because(err)
+	return fault.New(fault.Invalid, fault.CodeInvalidJSON, "the body cannot be read").Because(err)
 }
 
 // wanted describes a type of api.gen.go in words that callers know.
@@ -236,7 +234,7 @@ func member(t reflect.Type, name string) reflect.Type {
 func fileMode(text string) (fs.FileMode, error) {
 	n, err := strconv.ParseUint(text, 8, 32)
 	if err != nil || n > 0o777 || len(text) > len("0777") {
-		return 0, fault.InField("invalid_mode", "mode", "must be permissions in octal, 0 to 0777, such as 0644")
+		return 0, fault.InvalidField("mode", "must be permissions in octal, 0 to 0777, such as 0644")
 	}
 	return fs.FileMode(n), nil
 }
@@ -254,7 +252,7 @@ func page(limit *int, cursor *string) (int, string, error) {
 		n = *limit
 	}
 	if n < 1 || n > maxLimit {
-		return 0, "", fault.InField("invalid_limit", "limit", "must be between 1 and %d", maxLimit)
+		return 0, "", fault.InvalidField("limit", "must be between 1 and %d", maxLimit)
 	}
 	if cursor != nil {
 		after = *cursor

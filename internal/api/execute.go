@@ -56,12 +56,12 @@ func (s *server) ExecuteCommand(w http.ResponseWriter, r *http.Request, id Sandb
 	switch {
 	case err != nil:
 	case detach && !wantsEvents(r):
-		err = fault.InField("invalid_detach", "detach",
+		err = fault.InvalidField("detach",
 			"needs Accept: text/event-stream; without following its output start a process instead")
 	case all && detach:
-		err = fault.InField("invalid_all_output", "all_output", "cannot be given together with detach")
+		err = fault.InvalidField("all_output", "cannot be given together with detach")
 	case all && !wantsEvents(r):
-		err = fault.InField("invalid_all_output", "all_output", "needs Accept: text/event-stream")
+		err = fault.InvalidField("all_output", "needs Accept: text/event-stream")
 	}
 	if err != nil {
 		s.fail(w, r, err)
@@ -96,7 +96,7 @@ func commandOf(in ExecuteRequest) (agentapi.ExecuteRequest, error) {
 	}
 	if in.Command != nil {
 		if in.Args != nil {
-			return out, fault.InField("invalid_command", "command", "give command or args, not both")
+			return out, fault.InvalidField("command", "give command or args, not both")
 		}
 		out.Command = *in.Command
 	}
@@ -109,7 +109,7 @@ func commandOf(in ExecuteRequest) (agentapi.ExecuteRequest, error) {
 	}
 	if timeout != nil {
 		if *timeout <= 0 || *timeout > longest {
-			return out, fault.InField("invalid_timeout", "timeout", "must be more than 0 and at most %s", longest)
+			return out, fault.InvalidField("timeout", "must be more than 0 and at most %s", longest)
 		}
 		out.Timeout = *timeout
 	}
@@ -118,13 +118,13 @@ func commandOf(in ExecuteRequest) (agentapi.ExecuteRequest, error) {
 	}
 	if in.Workdir != nil {
 		if len(*in.Workdir) == 0 || (*in.Workdir)[0] != '/' {
-			return out, fault.InField("invalid_workdir", "workdir", "must be an absolute path")
+			return out, fault.InvalidField("workdir", "must be an absolute path")
 		}
 		out.Workdir = *in.Workdir
 	}
 	if in.User != nil {
 		if *in.User == "" {
-			return out, fault.InField("invalid_user", "user", "must be the name or number of a user, not empty")
+			return out, fault.InvalidField("user", "must be the name or number of a user, not empty")
 		}
 		out.User = *in.User
 	}
@@ -140,14 +140,14 @@ func shellOf(in ExecuteRequest, out *agentapi.ExecuteRequest) error {
 		return nil
 	}
 	if in.Command == nil {
-		return fault.InField("invalid_shell", "shell", "applies to command only; args are run without a shell")
+		return fault.InvalidField("shell", "applies to command only; args are run without a shell")
 	}
 	switch *in.Shell {
 	case ExecuteRequestShellSh:
 	case ExecuteRequestShellBash:
 		out.Shell = "bash" // found on PATH, because images keep it in different places
 	default:
-		return fault.InField("invalid_shell", "shell", "must be sh or bash")
+		return fault.InvalidField("shell", "must be sh or bash")
 	}
 	return nil
 }

@@ -32,13 +32,13 @@ var eventScopes = map[string]auth.Scope{
 // of all types if none is asked for. A nil result stands for all types.
 func visibleTypes(p auth.Principal, asked []FeedEventType) ([]event.Type, error) {
 	missing := func(scope auth.Scope) error {
-		return fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s", scope)
+		return fault.New(fault.Denied, fault.CodeScopeMissing, "the key lacks the scope %s", scope)
 	}
 	var types []event.Type
 	for _, text := range asked {
 		t := event.Type(text)
 		if !t.Known() {
-			return nil, fault.InField("invalid_type", "type", "there is no type of events %.40q", string(text))
+			return nil, fault.InvalidField("type", "there is no type of events %.40q", string(text))
 		}
 		if scope := eventScopes[t.Subject()]; !p.May(scope) {
 			return nil, missing(scope)
@@ -64,7 +64,7 @@ func placeOf(field string, text *string) (*event.Seq, error) {
 	if text == nil || *text == "" {
 		return nil, nil
 	}
-	s, err := event.ParseID(field, codeOf(field), *text)
+	s, err := event.ParseID(field, fault.InvalidCode(field), *text)
 	return &s, err
 }
 
@@ -87,7 +87,7 @@ func (s *server) ReadFeed(w http.ResponseWriter, r *http.Request, params ReadFee
 	}
 	if id := params.Sandbox; err == nil && id != nil {
 		if q.SandboxID = *id; !sandbox.ID(*id).Valid() {
-			err = fault.InField("invalid_sandbox", "sandbox", "is not the id of a sandbox")
+			err = fault.InvalidField("sandbox", "is not the id of a sandbox")
 		}
 	}
 	switch {
@@ -151,7 +151,7 @@ func sizeOfEvents(events []event.Event) int64 {
 const followBatch = 100
 
 // errFeedStopping ends the streams of followers when the server stops.
-var errFeedStopping = fault.New(fault.Unavailable, "stopping",
+var errFeedStopping = fault.New(fault.Unavailable, fault.CodeStopping,
 	"the server stops; follow again with Last-Event-ID when it is back")
 
 // followFeed streams events until the caller leaves, the server stops, or the key is no longer

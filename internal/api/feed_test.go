@@ -18,6 +18,7 @@ import (
 
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/event"
+	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -433,7 +434,7 @@ func TestFeedOfDropped(t *testing.T) {
 	for name, edit := range map[string]func(*http.Request){"a page": func(*http.Request) {},
 		"a stream": header("Accept", eventStream)} {
 		r := h.send(t, "GET", "/v1/events?after="+before[0].ID, h.key, "", edit)
-		if r.status != 410 || r.problem.Code != event.CodeGone {
+		if r.status != 410 || r.problem.Code != fault.CodeEventsGone {
 			t.Errorf("%s: %d %s", name, r.status, r.body)
 		}
 	}

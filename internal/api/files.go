@@ -54,7 +54,7 @@ func uploadOf(w http.ResponseWriter, r *http.Request, params WriteFileParams) (a
 	}
 	if params.Owner != nil {
 		if *params.Owner == "" {
-			return out, fault.InField("invalid_owner", "owner", "must be the name or number of a user, not empty")
+			return out, fault.InvalidField("owner", "must be the name or number of a user, not empty")
 		}
 		// The file is written as its owner, so that the owner also owns new parent directories.
 		out.User = *params.Owner
@@ -85,7 +85,7 @@ func ownerError(err error) error {
 
 // errFileTooLarge refuses a file over maxFile. It is Invalid, not TooLarge, because the contract
 // has 400 here.
-var errFileTooLarge = fault.New(fault.Invalid, "file_too_large", "a file may have %d bytes", maxFile)
+var errFileTooLarge = fault.New(fault.Invalid, fault.CodeFileTooLarge, "a file may have %d bytes", maxFile)
 
 // upload reads a file from the caller. It refuses more than left bytes and a caller that stalls.
 type upload struct {
@@ -146,7 +146,7 @@ func checkNotRoot(p string) error {
 		return err
 	}
 	if path.Clean(p) == "/" {
-		return fault.InField(agentapi.CodeInvalidPath, "path", "is the root directory")
+		return fault.InvalidField("path", "is the root directory")
 	}
 	return nil
 }
@@ -172,7 +172,7 @@ func (s *server) sendFile(w http.ResponseWriter, r *http.Request, file *agentapi
 		if part != "" {
 			h.Set("Content-Range", part)
 		}
-		s.problem(w, r, file.Status, fault.InField("invalid_range", "Range", "lies outside the file"))
+		s.problem(w, r, file.Status, fault.InvalidField("Range", "lies outside the file"))
 		return
 	}
 	h.Set("Content-Type", "application/octet-stream")
@@ -226,7 +226,7 @@ func (s *server) ListFiles(w http.ResponseWriter, r *http.Request, id SandboxID,
 	}
 	err := agentapi.CheckPath(params.Path)
 	if err == nil && (depth < 1 || depth > maxDepth) {
-		err = fault.InField("invalid_depth", "depth", "must be between 1 and %d", maxDepth)
+		err = fault.InvalidField("depth", "must be between 1 and %d", maxDepth)
 	}
 	if err != nil {
 		s.fail(w, r, err)
@@ -258,7 +258,7 @@ func (s *server) ListFiles(w http.ResponseWriter, r *http.Request, id SandboxID,
 // depth, because 413 would blame the caller's body.
 func tooManyEntries(err error) error {
 	var f *fault.Error
-	if errors.As(err, &f) && f.Code == agentapi.CodeListingTooLarge {
+	if errors.As(err, &f) && f.Code == fault.CodeListingTooLarge {
 		return fault.InField(f.Code, "depth", "%s", f.Detail).Because(err)
 	}
 	return err

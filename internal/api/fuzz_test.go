@@ -10,7 +10,6 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -106,7 +105,7 @@ func FuzzFileParameters(f *testing.F) {
 // a success or a problem.
 func FuzzRequest(f *testing.F) {
 	h := newHouse(f)
-	h.agent.fail = fault.New(fault.NotFound, agentapi.CodeFileNotFound, "no such file")
+	h.agent.fail = fault.New(fault.NotFound, fault.CodeFileNotFound, "no such file")
 	handler := New(Config{Sandboxes: h.boxes, Templates: nil, Auth: h.auth, Agent: h.agent,
 		Log: slog.New(slog.DiscardHandler), Registry: prometheus.NewRegistry(), Version: "fuzz"})
 	box := as[Sandbox](f, http.StatusCreated,

@@ -475,7 +475,7 @@ func (a *fakeAgent) Upload(_ context.Context, _ agentapi.Target, r agentapi.Uplo
 	return nil
 }
 
-var errNoFile = fault.New(fault.NotFound, agentapi.CodeFileNotFound, "no such file")
+var errNoFile = fault.New(fault.NotFound, fault.CodeFileNotFound, "no such file")
 
 func (a *fakeAgent) Download(_ context.Context, _ agentapi.Target, path, _, rng string) (*agentapi.Download, error) {
 	if a.fail != nil {

@@ -32,7 +32,7 @@ type fakeProcess struct {
 	changed chan struct{}
 }
 
-var errNoProcess = fault.New(fault.NotFound, agentapi.CodeProcessNotFound, "no such process")
+var errNoProcess = fault.New(fault.NotFound, fault.CodeProcessNotFound, "no such process")
 
 func (f *fakeProcesses) ExecuteStream(ctx context.Context, _ agentapi.Target, _ agentapi.ExecuteRequest,
 	emit func(agentapi.ExecuteEvent) error) (agentapi.ExecuteResult, error) {
@@ -126,7 +126,7 @@ func (f *fakeProcesses) SignalProcess(_ context.Context, _ agentapi.Target, ref 
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if p.End != nil {
-		return fault.New(fault.Conflict, agentapi.CodeProcessEnded, "has ended")
+		return fault.New(fault.Conflict, fault.CodeProcessEnded, "has ended")
 	}
 	f.end(p, signal)
 	return nil
@@ -152,7 +152,7 @@ func (f *fakeProcesses) ResizeTerminal(_ context.Context, _ agentapi.Target, ref
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if !p.Terminal {
-		return fault.New(fault.Conflict, agentapi.CodeNoTerminal, "has no terminal")
+		return fault.New(fault.Conflict, fault.CodeNoTerminal, "has no terminal")
 	}
 	f.sizes = append(f.sizes, size)
 	return nil
@@ -170,7 +170,7 @@ func (f *fakeProcesses) WriteInput(_ context.Context, _ agentapi.Target, ref str
 		f.mu.Lock()
 		switch {
 		case p.End != nil:
-			err = fault.New(fault.Conflict, agentapi.CodeProcessEnded, "has ended")
+			err = fault.New(fault.Conflict, fault.CodeProcessEnded, "has ended")
 		case n > 0:
 			f.said(p, b[:n])
 			written += int64(n)

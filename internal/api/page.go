@@ -5,7 +5,6 @@ import (
 	"net/http"
 	"strings"
 
-	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
 )
 
@@ -35,11 +34,11 @@ func (s *server) writePage(w http.ResponseWriter, r *http.Request, status int, f
 	c := callOf(r)
 	title, hint := http.StatusText(status), ""
 	switch f.Code {
-	case agentapi.CodePortClosed:
+	case fault.CodePortClosed:
 		title, hint = "Nothing to see here yet", "Start a server in the sandbox, then reload this page."
-	case "unauthenticated":
+	case fault.CodeUnauthenticated:
 		title, hint = "This port is private", "Ask the owner of the sandbox for a link."
-	case "signature_expired":
+	case fault.CodeSignatureExpired:
 		title, hint = "This link has expired", "Ask the owner of the sandbox for another one."
 	}
 	h := w.Header()

@@ -121,7 +121,7 @@ func (s *server) mayReach(w *recorder, r *http.Request, p portRequest) (caller s
 	orgID, public, err := s.Sandboxes.Visit(r.Context(), p.id, p.port)
 	if !signed && (fault.Is(err, fault.NotFound) || err == nil && !public) {
 		// A caller without a right must not learn which sandboxes exist either.
-		return sandbox.Caller{}, false, fault.New(fault.Unauthenticated, "unauthenticated",
+		return sandbox.Caller{}, false, fault.New(fault.Unauthenticated, fault.CodeUnauthenticated,
 			"this port is private: it needs a signed URL, or an API key in Authorization: Bearer cay_… or in %s",
 			portproxy.KeyHeader)
 	}
@@ -189,9 +189,9 @@ func exchange(w *recorder, r *http.Request, ends time.Time) {
 func checkPort(port int) error {
 	switch {
 	case port < 1 || port > 65535:
-		return fault.InField("invalid_port", "port", "must be from 1 to 65535")
+		return fault.InvalidField("port", "must be from 1 to 65535")
 	case port == agentapi.Port:
-		return fault.InField("invalid_port", "port", "%d is the sandbox's own agent's", port)
+		return fault.InvalidField("port", "%d is the sandbox's own agent's", port)
 	}
 	return nil
 }
@@ -204,7 +204,7 @@ func (s *server) OpenTunnel(w http.ResponseWriter, r *http.Request, id SandboxID
 	}
 	if !portproxy.WantsTunnel(r) {
 		w.Header().Set("Upgrade", agentapi.TunnelProtocol)
-		s.problem(w, r, http.StatusUpgradeRequired, fault.InField("upgrade_required", "Upgrade",
+		s.problem(w, r, http.StatusUpgradeRequired, fault.InField(fault.CodeUpgradeRequired, "Upgrade",
 			"a tunnel needs HTTP/1.1 with Connection: Upgrade and Upgrade: %s", agentapi.TunnelProtocol))
 		return
 	}
@@ -224,7 +224,7 @@ func (s *server) SetPort(w http.ResponseWriter, r *http.Request, id SandboxID, p
 		err = checkPort(port)
 	}
 	if err == nil && in.Public == nil {
-		err = fault.InField("invalid_public", "public", "is required")
+		err = fault.InvalidField("public", "is required")
 	}
 	if err == nil {
 		err = s.Sandboxes.SetPublicPort(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id), port, *in.Public)
@@ -291,7 +291,7 @@ func (s *server) CreatePortURL(w http.ResponseWriter, r *http.Request, id Sandbo
 		}
 	}
 	if err == nil && (expiry < minURLExpiry || expiry > maxURLExpiry) {
-		err = fault.InField("invalid_expires_in", "expires_in", "must be between %s and %s", minURLExpiry, maxURLExpiry)
+		err = fault.InvalidField("expires_in", "must be between %s and %s", minURLExpiry, maxURLExpiry)
 	}
 	if err == nil {
 		err = s.notOver(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
@@ -311,7 +311,7 @@ func (s *server) CreatePortURL(w http.ResponseWriter, r *http.Request, id Sandbo
 func (s *server) notOver(ctx context.Context, orgID string, id sandbox.ID) error {
 	box, err := s.Sandboxes.Get(ctx, orgID, id)
 	if err == nil && box.State.Status() == sandbox.StatusDestroyed {
-		err = fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is destroyed", id)
+		err = fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s is destroyed", id)
 	}
 	return err
 }

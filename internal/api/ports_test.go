@@ -36,7 +36,7 @@ func (f *fakePorts) DialPort(ctx context.Context, t agentapi.Target, port int) (
 	f.dialled = append(f.dialled, t)
 	f.mu.Unlock()
 	if !ok {
-		return nil, fault.New(fault.Upstream, agentapi.CodePortClosed, "nothing listens on port %d", port)
+		return nil, fault.New(fault.Upstream, fault.CodePortClosed, "nothing listens on port %d", port)
 	}
 	var d net.Dialer
 	return d.DialContext(ctx, "tcp", addr)

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
 )
 
@@ -43,7 +42,7 @@ func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	var notJSON errNotJSON
 	if errors.As(err, &notJSON) {
 		s.problem(w, r, http.StatusUnsupportedMediaType,
-			fault.InField("unsupported_media_type", "Content-Type", "%s", notJSON.detail))
+			fault.InField(fault.CodeUnsupportedMediaType, "Content-Type", "%s", notJSON.detail))
 		return
 	}
 	if fault.Is(err, fault.Unauthenticated) {
@@ -66,7 +65,8 @@ func verdict(r *http.Request, err error) (int, *fault.Error) {
 			// The error is a consequence of the caller leaving or the server stopping. Answer the call all
 			// the same, so that an incomplete call does not look like a success.
 			c.gone = true
-			status, f = http.StatusServiceUnavailable, fault.New(fault.Unavailable, "interrupted", "the call was interrupted")
+			status, f = http.StatusServiceUnavailable, fault.New(fault.Unavailable, fault.CodeInterrupted,
+				"the call was interrupted")
 		}
 	}
 	return status, f
@@ -76,7 +76,7 @@ func verdict(r *http.Request, err error) (int, *fault.Error) {
 func statusOf(err error) (int, *fault.Error) {
 	f := fault.As(err)
 	if f == nil || f.Kind == fault.Internal && f.Code == "" {
-		f = fault.New(fault.Internal, "internal",
+		f = fault.New(fault.Internal, fault.CodeInternal,
 			"something broke on this server; its log has the cause under the request_id").Because(err)
 	}
 	status := statuses[f.Kind]
@@ -149,7 +149,7 @@ func drain(w http.ResponseWriter, r *http.Request, code string) {
 		return
 	case r.Header.Get("Expect") != "" && c.received.n == 0:
 		return // the caller waits for the server to ask for the body, which it does not
-	case code == codeIncomplete, code == auth.CodeTooManyAttempts:
+	case code == fault.CodeIncompleteBody, code == fault.CodeTooManyAttempts:
 		return // the rest will not come, or is not worth reading
 	}
 	control := http.NewResponseController(w)
@@ -205,7 +205,7 @@ func parameterError(err error) error {
 	case errors.As(err, &unmarshal):
 		name, detail = unmarshal.ParamName, "is not of the right type"
 	default:
-		return fault.New(fault.Invalid, "invalid_request", "a parameter is invalid").Because(err)
+		return fault.New(fault.Invalid, fault.CodeInvalidRequest, "a parameter is invalid").Because(err)
 	}
 	switch name {
 	case "limit", "depth", "port":
@@ -217,15 +217,7 @@ func parameterError(err error) error {
 			detail = "must be true or false"
 		}
 	}
-	return fault.InField(codeOf(name), name, "%s", detail).Because(err)
-}
-
-// codeOf returns the code of an Invalid in a field, made of the first element of the field.
-func codeOf(field string) string {
-	if i := strings.IndexAny(field, ".["); i >= 0 {
-		field = field[:i]
-	}
-	return "invalid_" + strings.ToLower(strings.ReplaceAll(field, "-", "_"))
+	return fault.InvalidField(name, "%s", detail).Because(err)
 }
 
 // duration parses a duration of a request's field in Go's syntax. It returns nil if the field was
@@ -236,7 +228,7 @@ func duration(field string, text *string) (*time.Duration, error) {
 	}
 	d, err := time.ParseDuration(*text)
 	if err != nil {
-		return nil, fault.InField(codeOf(field), field, "must be a duration such as 30s, 5m or 1h30m")
+		return nil, fault.InvalidField(field, "must be a duration such as 30s, 5m or 1h30m")
 	}
 	return &d, nil
 }

@@ -48,7 +48,7 @@ var processRef = regexp.MustCompile(`^([0-9]{1,9}|[A-Za-z][A-Za-z0-9_.-]{0,63})$
 
 func checkRef(field, ref string) error {
 	if !processRef.MatchString(ref) {
-		return fault.InField("invalid_process", field, "must be the pid of a process or its tag")
+		return fault.InField(fault.CodeInvalidProcess, field, "must be the pid of a process or its tag")
 	}
 	return nil
 }
@@ -85,7 +85,7 @@ func startOf(in StartProcessRequest) (agentapi.StartProcess, error) {
 		OpenInput: in.Stdin != nil && *in.Stdin}
 	if in.Tag != nil {
 		if checkRef("tag", *in.Tag) != nil || (*in.Tag)[0] <= '9' {
-			return out, fault.InField("invalid_tag", "tag",
+			return out, fault.InvalidField("tag",
 				"must be 1 to %d letters, digits, _, . and -, and begin with a letter", agentapi.MaxTag)
 		}
 		out.Tag = *in.Tag
@@ -96,7 +96,7 @@ func startOf(in StartProcessRequest) (agentapi.StartProcess, error) {
 	}
 	if timeout != nil {
 		if *timeout < time.Second || *timeout > maxProcessTimeout {
-			return out, fault.InField("invalid_timeout", "timeout", "must be between 1s and %s", maxProcessTimeout)
+			return out, fault.InvalidField("timeout", "must be between 1s and %s", maxProcessTimeout)
 		}
 		out.TimeoutMs = timeout.Milliseconds()
 	}
@@ -113,7 +113,7 @@ func startOf(in StartProcessRequest) (agentapi.StartProcess, error) {
 func sizeOfTerminal(prefix string, cols, rows int) (agentapi.TerminalSize, error) {
 	for name, n := range map[string]int{"cols": cols, "rows": rows} {
 		if n < 1 || n > maxTerminalSide {
-			return agentapi.TerminalSize{}, fault.InField(codeOf(prefix+name), prefix+name,
+			return agentapi.TerminalSize{}, fault.InvalidField(prefix+name,
 				"must be between 1 and %d", maxTerminalSide)
 		}
 	}
@@ -170,7 +170,7 @@ func (s *server) WaitProcess(w http.ResponseWriter, r *http.Request, id SandboxI
 	timeout, err := duration("timeout", params.Timeout)
 	if err == nil && timeout != nil {
 		if within = *timeout; within < 0 || within > maxWait {
-			err = fault.InField("invalid_timeout", "timeout", "must be between 0 and %s", maxWait)
+			err = fault.InvalidField("timeout", "must be between 0 and %s", maxWait)
 		}
 	}
 	if err != nil {
@@ -198,11 +198,11 @@ func (s *server) GetProcessOutput(w http.ResponseWriter, r *http.Request, id San
 	}
 	if params.LastEventID != nil {
 		if f.Offset, err = strconv.ParseInt(*params.LastEventID, 10, 64); err != nil || f.Offset < 0 {
-			err = fault.InField("invalid_last_event_id", "Last-Event-ID", "is not the id of an event of this stream")
+			err = fault.InvalidField("Last-Event-ID", "is not the id of an event of this stream")
 		}
 	}
 	if err == nil && f.Offset < 0 {
-		err = fault.InField(agentapi.CodeInvalidOffset, "offset", "must not be negative")
+		err = fault.InvalidField("offset", "must not be negative")
 	}
 	if err != nil {
 		s.fail(w, r, err)
@@ -233,7 +233,7 @@ func (s *server) outputNow(ctx context.Context, t agentapi.Target, f agentapi.Fo
 		out.NextOffset = o.Offset + max(o.Lost, int64(len(o.Data)))
 		// Accept no more than the agent keeps, with room for output that arrives meanwhile.
 		if size += len(o.Data) + waitingCost; size > 2*agentapi.HistorySize {
-			return fault.New(fault.Unavailable, agentapi.CodeUnreachable, "the sandbox sent more output than it can keep")
+			return fault.New(fault.Unavailable, fault.CodeSandboxUnreachable, "the sandbox sent more output than it can keep")
 		}
 		if len(o.Data) > 0 {
 			piece := pieceOf(o.Data)
@@ -324,8 +324,7 @@ func signalNumber(name string) (int, error) {
 			return n, nil
 		}
 	}
-	return 0, fault.InField("invalid_signal", "signal",
-		"must be the name of a signal, such as TERM, or its number, 1 to %d", highest)
+	return 0, fault.InvalidField("signal", "must be the name of a signal, such as TERM, or its number, 1 to %d", highest)
 }
 
 // ResizeProcessTerminal answers POST /v1/sandboxes/{id}/processes/{process}/resize.

@@ -218,7 +218,7 @@ func TestStreamedExecution(t *testing.T) {
 func TestStreamedExecutionFails(t *testing.T) {
 	h := newHouse(t)
 	path := "/v1/sandboxes/" + h.newBox(t).ID + "/execute"
-	gone := fault.New(fault.Unavailable, agentapi.CodeUnreachable, "the sandbox does not answer")
+	gone := fault.New(fault.Unavailable, fault.CodeSandboxUnreachable, "the sandbox does not answer")
 
 	say, _ := h.playing(gone)
 	close(say)

@@ -405,7 +405,7 @@ func TestAgentErrors(t *testing.T) {
 	if r := h.send(t, "PUT", box+"/files?path=/a&owner=x", h.key, "x"); r.status != 400 || *r.problem.Field != "owner" {
 		t.Errorf("unknown owner: %d %s", r.status, r.body)
 	}
-	h.agent.fail = fault.New(fault.TooLarge, agentapi.CodeListingTooLarge, "more than 100000 entries")
+	h.agent.fail = fault.New(fault.TooLarge, fault.CodeListingTooLarge, "more than 100000 entries")
 	if r := h.send(t, "GET", box+"/files/list?path=/", h.key, ""); r.status != 400 || *r.problem.Field != "depth" {
 		t.Errorf("listing too large: %d %s", r.status, r.body)
 	}

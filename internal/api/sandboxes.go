@@ -58,7 +58,7 @@ func onceOf(r *http.Request, body []byte) (sandbox.Once, error) {
 	key := values[0]
 	if len(values) > 1 || key == "" || len(key) > maxKey ||
 		strings.ContainsFunc(key, func(c rune) bool { return c < ' ' || c > '~' }) {
-		return sandbox.Once{}, fault.InField(codeOf(name), name,
+		return sandbox.Once{}, fault.InvalidField(name,
 			"must be one text of 1 to %d printable ASCII characters", maxKey)
 	}
 	canonical := jsontext.Value(body).Clone()
@@ -74,14 +74,13 @@ func requestOf(in CreateSandboxRequest) (sandbox.Request, error) {
 		Metadata: in.Metadata}
 	if in.Mode != nil {
 		if *in.Mode == "" {
-			return out, fault.InField("invalid_mode", "mode",
-				"must be %s or %s, not empty", sandbox.Ephemeral, sandbox.Persistent)
+			return out, fault.InvalidField("mode", "must be %s or %s, not empty", sandbox.Ephemeral, sandbox.Persistent)
 		}
 		out.Mode = *in.Mode
 	}
 	if in.Size != nil {
 		if *in.Size == "" {
-			return out, fault.InField("invalid_size", "size", "must be one of the sizes in GET /v1/sizes, not empty")
+			return out, fault.InvalidField("size", "must be one of the sizes in GET /v1/sizes, not empty")
 		}
 		out.Size = *in.Size
 	}
@@ -131,7 +130,7 @@ func (s *server) ListSandboxes(w http.ResponseWriter, r *http.Request, params Li
 			continue
 		}
 		if key == "" {
-			s.fail(w, r, fault.InField("invalid_metadata", name, "must be metadata.KEY=VALUE"))
+			s.fail(w, r, fault.InField(fault.CodeInvalidMetadata, name, "must be metadata.KEY=VALUE"))
 			return
 		}
 		f.Metadata[key] = values[0]
@@ -152,8 +151,7 @@ func statesOf(statuses []SandboxStatus) ([]sandbox.State, error) {
 	for _, status := range statuses {
 		of := sandbox.Status(status).Of()
 		if len(of) == 0 {
-			return nil, fault.InField("invalid_status", "status",
-				"must be creating, running, suspended or destroyed, not %.40q", status)
+			return nil, fault.InvalidField("status", "must be creating, running, suspended or destroyed, not %.40q", status)
 		}
 		states = append(states, of...)
 	}
@@ -275,7 +273,7 @@ func egressError(err error) error {
 	named := f.Because(err)
 	named.Field = strings.TrimPrefix(f.Field, "egress.")
 	if f.Kind == fault.Invalid && strings.HasPrefix(f.Code, "invalid_") {
-		named.Code = "invalid_egress"
+		named.Code = fault.CodeInvalidEgress
 	}
 	return named
 }

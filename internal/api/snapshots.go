@@ -17,7 +17,7 @@ func (s *server) CreateSnapshot(w http.ResponseWriter, r *http.Request, id Sandb
 	name := ""
 	if in.Name != nil {
 		if name = *in.Name; name == "" {
-			s.fail(w, r, fault.InField("invalid_name", "name", "must not be empty: leave it out for none"))
+			s.fail(w, r, fault.InvalidField("name", "must not be empty: leave it out for none"))
 			return
 		}
 	}
@@ -41,7 +41,7 @@ func (s *server) ListSnapshots(w http.ResponseWriter, r *http.Request, params Li
 	for name, value := range map[string]*string{"sandbox": params.Sandbox, "name": params.Name} {
 		// An empty filter would select everything, which its sender cannot mean.
 		if value != nil && *value == "" {
-			s.fail(w, r, fault.InField(codeOf(name), name, "must not be empty: leave it out for any"))
+			s.fail(w, r, fault.InvalidField(name, "must not be empty: leave it out for any"))
 			return
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -40,7 +41,7 @@ func TestStrangersAreLimited(t *testing.T) {
 			}
 		}
 		r := try(h, box)
-		if r.status != 429 || !strings.Contains(string(r.body), auth.CodeTooManyAttempts) ||
+		if r.status != 429 || !strings.Contains(string(r.body), fault.CodeTooManyAttempts) ||
 			r.header.Get("Retry-After") == "" {
 			t.Errorf("%s: beyond the burst %d %v %s", name, r.status, r.header, r.body)
 		}

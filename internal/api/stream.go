@@ -28,7 +28,7 @@ const (
 )
 
 // errStopping ends the calls that have no end of their own when the server stops.
-var errStopping = fault.New(fault.Unavailable, "stopping",
+var errStopping = fault.New(fault.Unavailable, fault.CodeStopping,
 	"the server stops; the process goes on, and can be followed again when the server is back")
 
 // untilStop returns a copy of ctx that is also canceled when the server stops, with the cause
@@ -197,7 +197,8 @@ func (s *server) followProcess(reply *eventReply, t agentapi.Target, f agentapi.
 	case p.End != nil:
 		s.sendExit(reply, exitOf(p.End.Result()))
 	default:
-		reply.fail(fault.New(fault.Unavailable, agentapi.CodeUnreachable, "the sandbox ended the stream before the process"))
+		reply.fail(fault.New(fault.Unavailable, fault.CodeSandboxUnreachable,
+			"the sandbox ended the stream before the process"))
 	}
 }
 

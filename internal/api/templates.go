@@ -141,7 +141,7 @@ func readParts(w http.ResponseWriter, r *http.Request, required bool,
 		return nil, false, err
 	}
 	if part == nil {
-		return nil, false, fault.InField("invalid_template", "template", "must be the first part")
+		return nil, false, fault.InvalidField("template", "must be the first part")
 	}
 	b, err := io.ReadAll(io.LimitReader(part, maxBody+1))
 	if err != nil {
@@ -169,7 +169,7 @@ func nextPart(parts *multipart.Reader, name string) (*multipart.Part, error) {
 	case err != nil:
 		return nil, partError(err)
 	case part.FormName() != name:
-		return nil, fault.InField("unknown_field", part.FormName(),
+		return nil, fault.InField(fault.CodeUnknownField, part.FormName(),
 			"is not expected here: the parts are template, then context")
 	}
 	return part, nil
@@ -183,7 +183,7 @@ func partError(err error) error {
 	if errors.Is(err, io.ErrUnexpectedEOF) {
 		return incomplete(err)
 	}
-	return fault.New(fault.Invalid, "invalid_multipart", "the body is not valid multipart/form-data").Because(err)
+	return fault.New(fault.Invalid, fault.CodeInvalidMultipart, "the body is not valid multipart/form-data").Because(err)
 }
 
 // contextPart reads the last part and refuses any part after it.
@@ -199,7 +199,7 @@ func (c *contextPart) Read(p []byte) (int, error) {
 		if next, after := nextPart(c.parts, ""); after != nil {
 			err = after
 		} else if next != nil {
-			err = fault.New(fault.Invalid, "invalid_multipart", "there is a part after the context")
+			err = fault.New(fault.Invalid, fault.CodeInvalidMultipart, "there is a part after the context")
 		}
 	case err != nil:
 		err = partError(err)
@@ -239,7 +239,7 @@ func templateRequestOf(in CreateTemplateRequest) (template.Request, error) {
 		Name: in.Name, Description: text(in.Description), Env: in.Env, Workdir: text(in.Workdir), User: text(in.User), StartCommand: in.StartCommand,
 		Size: text(in.Size), Image: text(in.Image), Dockerfile: text(in.Dockerfile), BuildArgs: in.BuildArgs, Target: text(in.Target)}}
 	if in.Size != nil && *in.Size == "" {
-		return out, fault.InField("invalid_size", "size", "must be one of the sizes in GET /v1/sizes, not empty")
+		return out, fault.InvalidField("size", "must be one of the sizes in GET /v1/sizes, not empty")
 	}
 	if in.DiskSizeMB != nil {
 		if out.DiskMB = *in.DiskSizeMB; out.DiskMB == 0 {
@@ -255,7 +255,7 @@ func templateRequestOf(in CreateTemplateRequest) (template.Request, error) {
 	if in.Ready != nil {
 		timeout, err := duration("timeout", in.Ready.Timeout)
 		if err != nil {
-			return out, fault.InField("invalid_ready", "ready.timeout", "%s", fault.As(err).Detail)
+			return out, fault.InvalidField("ready.timeout", "%s", fault.As(err).Detail)
 		}
 		out.Ready = &sandbox.Ready{Command: text(in.Ready.Command)}
 		if in.Ready.Port != nil {
@@ -392,7 +392,7 @@ func parseEventID(text *string) (build string, seq int64, err error) {
 	const field = "Last-Event-ID"
 	build, number, ok := strings.Cut(*text, ".")
 	if seq, err = strconv.ParseInt(number, 10, 64); err != nil || !ok || seq < 0 || len(build) > 64 {
-		return "", 0, fault.InField(codeOf(field), field, "is not the id of an event of this stream")
+		return "", 0, fault.InvalidField(field, "is not the id of an event of this stream")
 	}
 	return build, seq, nil
 }

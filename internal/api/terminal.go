@@ -121,7 +121,8 @@ func checkWebSocket(r *http.Request) error {
 	key, err := base64.StdEncoding.DecodeString(strings.TrimSpace(r.Header.Get("Sec-WebSocket-Key")))
 	if !r.ProtoAtLeast(1, 1) || !has("Connection", "upgrade") || !has("Upgrade", "websocket") ||
 		r.Header.Get("Sec-WebSocket-Version") != "13" || err != nil || len(key) != 16 {
-		return fault.New(fault.Invalid, "not_a_websocket", "this is the address of a WebSocket, version 13 over HTTP/1.1")
+		return fault.New(fault.Invalid, fault.CodeNotAWebsocket,
+			"this is the address of a WebSocket, version 13 over HTTP/1.1")
 	}
 	return nil
 }
@@ -145,21 +146,21 @@ func terminalOf(p OpenTerminalParams) (terminalSpec, error) {
 			"term": p.Term != nil, "grace": p.Grace != nil,
 		} {
 			if given {
-				return out, fault.InField(codeOf(name), name, "is for a new terminal, and cannot be given together with process")
+				return out, fault.InvalidField(name, "is for a new terminal, and cannot be given together with process")
 			}
 		}
 		if p.Offset != nil && *p.Offset < 0 {
-			return out, fault.InField(agentapi.CodeInvalidOffset, "offset", "must not be negative")
+			return out, fault.InvalidField("offset", "must not be negative")
 		}
 		return out, checkRef("process", *p.Process)
 	}
 	if p.Offset != nil {
-		return out, fault.InField(agentapi.CodeInvalidOffset, "offset", "is for joining a process")
+		return out, fault.InvalidField("offset", "is for joining a process")
 	}
 	line := loginShell
 	if p.Command != nil {
 		if line = *p.Command; line == "" {
-			return out, fault.InField("invalid_command", "command", "is empty")
+			return out, fault.InvalidField("command", "is empty")
 		}
 	}
 	term := defaultTerm
@@ -178,7 +179,7 @@ func terminalOf(p OpenTerminalParams) (terminalSpec, error) {
 	}
 	if given != nil {
 		if grace = *given; grace < minGrace || grace > maxGrace {
-			return out, fault.InField("invalid_grace", "grace", "must be between %s and %s", minGrace, maxGrace)
+			return out, fault.InvalidField("grace", "must be between %s and %s", minGrace, maxGrace)
 		}
 	}
 	out.start = agentapi.StartProcess{
@@ -201,9 +202,9 @@ func (s *server) terminalProcess(ctx context.Context, t agentapi.Target, spec te
 	case err != nil:
 		return p, err
 	case !p.Terminal:
-		return p, fault.New(fault.Conflict, agentapi.CodeNoTerminal, "process %d has no terminal", p.PID)
+		return p, fault.New(fault.Conflict, fault.CodeNoTerminal, "process %d has no terminal", p.PID)
 	case spec.offset != nil && *spec.offset > p.Next:
-		return p, fault.InField(agentapi.CodeInvalidOffset, "offset", "the process has written %d bytes so far", p.Next)
+		return p, fault.InvalidField("offset", "the process has written %d bytes so far", p.Next)
 	case p.End != nil:
 		return p, nil // its output can still be read
 	}
@@ -267,7 +268,7 @@ func (t *terminalSession) run(ctx context.Context) {
 // process tells the end too, with its reason.
 func ended(err error) bool {
 	f := fault.As(err)
-	return f != nil && f.Code == agentapi.CodeProcessEnded
+	return f != nil && f.Code == fault.CodeProcessEnded
 }
 
 // Messages that the server sends in text frames.
@@ -359,7 +360,7 @@ func resizeOf(b []byte) (agentapi.TerminalSize, error) {
 		return agentapi.TerminalSize{}, err
 	}
 	if in.Type != "resize" {
-		return agentapi.TerminalSize{}, fault.InField("invalid_type", "type", "must be resize")
+		return agentapi.TerminalSize{}, fault.InvalidField("type", "must be resize")
 	}
 	return sizeOfTerminal("", in.Cols, in.Rows)
 }
@@ -406,7 +407,7 @@ func (t *terminalSession) goodbye(ctx context.Context, p agentapi.Process, err e
 		}
 	default:
 		t.call.err = err
-		last = terminalError{"error", "internal",
+		last = terminalError{"error", fault.CodeInternal,
 			"something broke on this server; its log has the cause under the request_id " + t.call.id}
 	}
 	if err := t.say(ctx, last); err != nil {
@@ -459,7 +460,7 @@ func (t *typed) add(b []byte) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(t.waiting)+len(b) > maxTyped {
-		return fault.New(fault.Conflict, agentapi.CodeStdinBlocked,
+		return fault.New(fault.Conflict, fault.CodeStdinBlocked,
 			"the terminal does not read what is typed, and %d bytes wait", len(t.waiting))
 	}
 	if err := t.account.Take(2 * int64(len(b))); err != nil { // the buffer may have doubled

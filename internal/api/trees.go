@@ -64,7 +64,7 @@ func ownerOf(named *string) (string, error) {
 	case named == nil:
 		return "", nil
 	case *named == "":
-		return "", fault.InField("invalid_owner", "owner", "must be the name or number of a user, not empty")
+		return "", fault.InvalidField("owner", "must be the name or number of a user, not empty")
 	}
 	return *named, nil
 }
@@ -127,7 +127,7 @@ func (s *server) WatchFiles(w http.ResponseWriter, r *http.Request, id SandboxID
 			return reply.send(b.String())
 		})
 		if context.Cause(ctx) == errStopping {
-			err = fault.New(fault.Unavailable, "stopping", "the server stops; watch again when it is back")
+			err = fault.New(fault.Unavailable, fault.CodeStopping, "the server stops; watch again when it is back")
 		}
 		reply.fail(err)
 		return nil
@@ -166,7 +166,8 @@ func (s *server) DownloadTree(w http.ResponseWriter, r *http.Request, id Sandbox
 }
 
 // errTarTooLarge refuses an archive over agentapi.MaxTar. It is Invalid, as errFileTooLarge is.
-var errTarTooLarge = fault.New(fault.Invalid, "tar_too_large", "an archive may have %d bytes", int64(agentapi.MaxTar))
+var errTarTooLarge = fault.New(fault.Invalid, fault.CodeTarTooLarge,
+	"an archive may have %d bytes", int64(agentapi.MaxTar))
 
 // UploadTree answers PUT /v1/sandboxes/{id}/files/tar.
 func (s *server) UploadTree(w http.ResponseWriter, r *http.Request, id SandboxID, params UploadTreeParams) {

@@ -63,7 +63,7 @@ func (a *fakeAgent) Rename(ctx context.Context, t agentapi.Target, from, to, use
 		return agentapi.Entry{}, errNoFile
 	case taken && !overwrite:
 		a.mu.Unlock()
-		return agentapi.Entry{}, fault.New(fault.Conflict, agentapi.CodePathExists, "it is there")
+		return agentapi.Entry{}, fault.New(fault.Conflict, fault.CodePathExists, "it is there")
 	}
 	delete(a.files, from)
 	a.files[to] = b
@@ -109,7 +109,7 @@ func (a *fakeAgent) UploadTree(_ context.Context, _ agentapi.Target, dir, user s
 			return nil
 		}
 		if err != nil {
-			return fault.New(fault.Invalid, agentapi.CodeInvalidTar, "%s", err)
+			return fault.New(fault.Invalid, fault.CodeInvalidTar, "%s", err)
 		}
 		b, err := io.ReadAll(in)
 		if err != nil {
@@ -134,7 +134,7 @@ func (a *fakeAgent) Watch(ctx context.Context, _ agentapi.Target, p string, recu
 		}
 	}
 	if !recursive { // stands for a sandbox that ends
-		return fault.New(fault.Unavailable, agentapi.CodeUnreachable, "gone")
+		return fault.New(fault.Unavailable, fault.CodeSandboxUnreachable, "gone")
 	}
 	<-ctx.Done()
 	return context.Cause(ctx)
@@ -250,16 +250,16 @@ func TestTreesRefused(t *testing.T) {
 	})
 	// Errors of the agent about a path or a user name the field as the call does.
 	for field, want := range map[string]string{"path": "from", "to": "to"} {
-		h.agent.fail = fault.InField(agentapi.CodeNotDirectory, field, "no")
+		h.agent.fail = fault.InField(fault.CodePathNotDirectory, field, "no")
 		h.check(t, []refusal{{"rename, " + field, "POST", base + "/rename", `{"from":"/a","to":"/b"}`, nil, 400,
 			"path_not_directory", want}})
 	}
-	h.agent.fail = fault.InField(agentapi.CodeUnknownUser, "user", "no")
+	h.agent.fail = fault.InField(fault.CodeUnknownUser, "user", "no")
 	h.check(t, []refusal{
 		{"mkdir for a stranger", "POST", base + "/mkdir", `{"path":"/x","owner":"x"}`, nil, 400, "unknown_user", "owner"},
 		{"tar for a stranger", "PUT", base + "/tar?path=/d&owner=x", "x", archive, 400, "unknown_user", "owner"},
 	})
-	h.agent.fail = fault.InField(agentapi.CodeNotDirectory, "path", "no")
+	h.agent.fail = fault.InField(fault.CodePathNotDirectory, "path", "no")
 	h.check(t, []refusal{{"watch a file", "GET", base + "/watch?path=/a", "", nil, 400, "path_not_directory", "path"}})
 }
 
@@ -286,7 +286,7 @@ func TestWatch(t *testing.T) {
 	}
 	for _, recursive := range []bool{false, true} {
 		err := watch(recursive)
-		if want := map[bool]string{false: agentapi.CodeUnreachable, true: "stopping"}[recursive]; !client.HasCode(err,
+		if want := map[bool]string{false: fault.CodeSandboxUnreachable, true: "stopping"}[recursive]; !client.HasCode(err,
 			want) || ready != 1 || strings.Join(got, "|") != "create /d/a|create /d/ü\nb" {
 			t.Errorf("recursive %v: %v, ready %d times, got %q", recursive, err, ready, got)
 		}

@@ -82,12 +82,12 @@ func Scopes() []Scope {
 // "invalid_scopes".
 func ParseScopes(names []string) ([]Scope, error) {
 	if len(names) == 0 {
-		return nil, fault.InField("invalid_scopes", "scopes", "must name at least one of %s", scopeList())
+		return nil, fault.InvalidField("scopes", "must name at least one of %s", scopeList())
 	}
 	var scopes []Scope
 	for _, name := range names {
 		if !slices.Contains(Scopes(), Scope(name)) {
-			return nil, fault.InField("invalid_scopes", "scopes", "%.40q is not one of %s", name, scopeList())
+			return nil, fault.InvalidField("scopes", "%.40q is not one of %s", name, scopeList())
 		}
 	}
 	for _, s := range Scopes() {
@@ -110,7 +110,7 @@ func scopeList() string {
 func checkKeyName(name string) error {
 	if !utf8.ValidString(name) || name == "" || utf8.RuneCountInString(name) > maxKeyName ||
 		strings.ContainsFunc(name, func(r rune) bool { return !unicode.IsPrint(r) }) {
-		return fault.InField("invalid_name", "name", "must be 1 to %d printable characters", maxKeyName)
+		return fault.InvalidField("name", "must be 1 to %d printable characters", maxKeyName)
 	}
 	return nil
 }
@@ -122,7 +122,7 @@ func checkOrgName(name string) error {
 		ok = ok && (c == '-' || '0' <= c && c <= '9' || 'a' <= c && c <= 'z')
 	}
 	if !ok {
-		return fault.InField("invalid_name", "name",
+		return fault.InvalidField("name",
 			"must be 1 to %d lower-case letters, digits and '-', and not begin with '-'", maxOrgName)
 	}
 	return nil

@@ -94,7 +94,7 @@ func newKey(orgID, name string, scopes []Scope, expiresIn time.Duration, f Forma
 // Authenticate returns the owner of a secret. A missing, malformed, unknown, expired or revoked
 // secret gives Unauthenticated, always with the same text.
 func (s *Service) Authenticate(ctx context.Context, secret string) (Principal, error) {
-	refused := fault.New(fault.Unauthenticated, "unauthenticated",
+	refused := fault.New(fault.Unauthenticated, fault.CodeUnauthenticated,
 		"a valid API key is needed: Authorization: Bearer cay_…")
 	hash, ok := parseSecret(secret)
 	if !ok {
@@ -122,20 +122,18 @@ func (s *Service) Authenticate(ctx context.Context, secret string) (Principal, e
 // "rate_limited", with RetryAfter.
 func (s *Service) Allow(p Principal) error {
 	if wait := s.buckets.Take(p.Key.ID, time.Now()); wait > 0 {
-		return fault.New(fault.Exhausted, "rate_limited", "this key may make %g calls a second, %d at once", s.cfg.Rate,
+		return fault.New(fault.Exhausted, fault.CodeRateLimited,
+			"this key may make %g calls a second, %d at once", s.cfg.Rate,
 			s.buckets.burst).After(wait)
 	}
 	return nil
 }
 
-// CodeTooManyAttempts is the code of the error that [Service.Failed] returns.
-const CodeTooManyAttempts = "too_many_attempts"
-
 // Failed counts a call without a valid key, signature or token against its address. If the
-// address has too many it gives Exhausted, code [CodeTooManyAttempts], with RetryAfter.
+// address has too many it gives Exhausted, code [fault.CodeTooManyAttempts], with RetryAfter.
 func (s *Service) Failed(remote string) error {
 	if wait := s.failed.Take(Address(remote), time.Now()); wait > 0 {
-		return fault.New(fault.Exhausted, CodeTooManyAttempts,
+		return fault.New(fault.Exhausted, fault.CodeTooManyAttempts,
 			"calls without a valid key may come from one address %g times a second, %d at once",
 			s.cfg.FailedRate, s.failed.burst).After(wait)
 	}
@@ -145,7 +143,7 @@ func (s *Service) Failed(remote string) error {
 // needAdmin refuses a key without the scope admin.
 func needAdmin(p Principal) error {
 	if !p.May(Admin) {
-		return fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s", Admin)
+		return fault.New(fault.Denied, fault.CodeScopeMissing, "the key lacks the scope %s", Admin)
 	}
 	return nil
 }
@@ -156,7 +154,8 @@ func needOperator(p Principal) error {
 		return err
 	}
 	if p.Org.Name != OperatorOrg {
-		return fault.New(fault.Denied, "not_the_operator", "organizations are administered with keys of the organization %q",
+		return fault.New(fault.Denied, fault.CodeNotTheOperator,
+			"organizations are administered with keys of the organization %q",
 			OperatorOrg)
 	}
 	return nil
@@ -195,17 +194,17 @@ func (s *Service) CreateKey(ctx context.Context, p Principal, r KeyRequest) (Key
 	}
 	for _, scope := range parsed {
 		if !p.May(scope) {
-			return Key{}, "", fault.New(fault.Denied, "scope_missing",
+			return Key{}, "", fault.New(fault.Denied, fault.CodeScopeMissing,
 				"a key without the scope %s cannot give it to another key", scope)
 		}
 	}
 	format := cmp.Or(r.Format, FormatCay)
 	if format != FormatCay && format != FormatE2B {
-		return Key{}, "", fault.InField("invalid_format", "format", "must be %s or %s, not %.40q", FormatCay, FormatE2B,
+		return Key{}, "", fault.InvalidField("format", "must be %s or %s, not %.40q", FormatCay, FormatE2B,
 			r.Format)
 	}
 	if r.ExpiresIn != 0 && r.ExpiresIn < minExpiry {
-		return Key{}, "", fault.InField("invalid_expires_in", "expires_in", "must be 0 for never, or at least %s", minExpiry)
+		return Key{}, "", fault.InvalidField("expires_in", "must be 0 for never, or at least %s", minExpiry)
 	}
 	k, secret := newKey(p.Org.ID, r.Name, parsed, r.ExpiresIn, format)
 	if err := s.store.PutKey(ctx, k, s.cfg.MaxKeys); err != nil {
@@ -254,7 +253,7 @@ func (s *Service) quota(r QuotaRequest) (Quota, error) {
 			continue
 		}
 		if *of.ask < 0 {
-			return Quota{}, fault.InField("invalid_quota", "quota."+of.name, "must be 0 for no limit, or more")
+			return Quota{}, fault.InvalidField("quota."+of.name, "must be 0 for no limit, or more")
 		}
 		*of.set = *of.ask
 	}

@@ -490,7 +490,7 @@ func TestFailedAttempts(t *testing.T) {
 			}
 		}
 		err := s.Failed("[2001:db8::9]:1")
-		wantFault(t, err, fault.Exhausted, CodeTooManyAttempts)
+		wantFault(t, err, fault.Exhausted, fault.CodeTooManyAttempts)
 		if wait := fault.As(err).RetryAfter; wait != 500*time.Millisecond {
 			t.Errorf("retry after %s, want 500ms", wait)
 		}

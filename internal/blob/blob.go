@@ -101,7 +101,7 @@ func (s *Store) fill(ctx context.Context, w io.Writer, r io.Reader, limit int64)
 		size += n
 		switch {
 		case size > limit:
-			return 0, fault.New(fault.TooLarge, "blob_too_large", "it has more than %d bytes", limit)
+			return 0, fault.New(fault.TooLarge, fault.CodeBlobTooLarge, "it has more than %d bytes", limit)
 		case errors.Is(err, io.EOF):
 			return size, nil
 		case err != nil:
@@ -116,14 +116,14 @@ func (s *Store) room() error {
 		return fmt.Errorf("looking at the free space below %s: %w", s.dir, err)
 	}
 	if free := int64(st.Bavail) * st.Bsize; free < s.minFree+piece {
-		return fault.New(fault.NoSpace, "disk_full", "the server's disk has no room for it")
+		return fault.New(fault.NoSpace, fault.CodeDiskFull, "the server's disk has no room for it")
 	}
 	return nil
 }
 
 func noSpace(err error) error {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return fault.New(fault.NoSpace, "disk_full", "the server's disk has no room for it").Because(err)
+		return fault.New(fault.NoSpace, fault.CodeDiskFull, "the server's disk has no room for it").Because(err)
 	}
 	return err
 }

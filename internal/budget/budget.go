@@ -23,12 +23,6 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// Codes of the errors of [Account.Take].
-const (
-	CodeOrganization = "buffers_exceeded" // Exhausted: the organization holds what it may
-	CodeServer       = "server_busy"      // Unavailable: too little is left of the server's
-)
-
 // retryAfter is the time after which a caller that the server had no memory for should try again.
 // Answers are read within milliseconds; a shorter time would make clients try in a loop, a longer
 // one would leave memory idle.
@@ -93,10 +87,10 @@ func (b *Budget) take(o *org, n int64) error {
 	var err error
 	switch {
 	case mine > b.share:
-		err = fault.New(fault.Exhausted, CodeOrganization,
+		err = fault.New(fault.Exhausted, fault.CodeBuffersExceeded,
 			"the organization's calls hold all the memory they may, %d MiB; wait until some have ended", b.share>>20)
 	case mine > b.limit-before:
-		err = fault.New(fault.Unavailable, CodeServer,
+		err = fault.New(fault.Unavailable, fault.CodeServerBusy,
 			"the server has too little memory left for this call at the moment").After(retryAfter)
 	default:
 		return nil

@@ -28,7 +28,7 @@ func TestTaking(t *testing.T) {
 	if err := a.Take(300); err != nil {
 		t.Fatal(err)
 	}
-	if err := a.Take(1); !fault.Is(err, fault.Exhausted) || fault.As(err).Code != CodeOrganization {
+	if err := a.Take(1); !fault.Is(err, fault.Exhausted) || fault.As(err).Code != fault.CodeBuffersExceeded {
 		t.Errorf("over the organization's: %v", err)
 	}
 	open(t, b, "b", 290)

@@ -120,24 +120,23 @@ func (r *Request) check() error {
 	case strings.ContainsAny(r.Scope, "/\x00") || len(r.Scope) > maxScope:
 		return fmt.Errorf("a build request with the scope %q", r.Scope)
 	case r.Dockerfile != "" && r.DockerfilePath != "":
-		return fault.InField("invalid_dockerfile", "dockerfile_path",
+		return fault.InField(fault.CodeInvalidDockerfile, "dockerfile_path",
 			"only one of dockerfile and dockerfile_path may be given")
 	case len(r.Dockerfile) > maxDockerfile:
-		return fault.InField("invalid_dockerfile", "dockerfile", "must not be longer than %d bytes", maxDockerfile)
+		return fault.InvalidField("dockerfile", "must not be longer than %d bytes", maxDockerfile)
 	case r.Dockerfile == "" && r.Context == "":
-		return fault.InField("invalid_dockerfile", "dockerfile",
-			"neither a Dockerfile nor a context that could hold one is given")
+		return fault.InvalidField("dockerfile", "neither a Dockerfile nor a context that could hold one is given")
 	case r.DockerfilePath != "" && !filepath.IsLocal(r.DockerfilePath):
-		return fault.InField("invalid_dockerfile", "dockerfile_path", "must be a path in the context, not %q",
+		return fault.InField(fault.CodeInvalidDockerfile, "dockerfile_path", "must be a path in the context, not %q",
 			r.DockerfilePath)
 	}
 	size := len(r.Target) + len(r.Scope)
 	for name, value := range r.Args {
 		if size += len(name) + len(value); size > maxArgs {
-			return fault.InField("invalid_args", "args", "must not be longer than %d bytes in all", maxArgs)
+			return fault.InvalidField("args", "must not be longer than %d bytes in all", maxArgs)
 		}
 		if name == "" || strings.ContainsAny(name, "=\x00") || !utf8.ValidString(name+value) {
-			return fault.InField("invalid_args", "args", "%q is not the name of a build argument, or its value is not text",
+			return fault.InvalidField("args", "%q is not the name of a build argument, or its value is not text",
 				name)
 		}
 	}

@@ -40,7 +40,7 @@ func refused(entry, why string, args ...any) error {
 	if entry != "" {
 		text = fmt.Sprintf("entry %q: %s", entry, text)
 	}
-	return fault.InField("invalid_context", "context", "%s", text)
+	return fault.InvalidField("context", "%s", text)
 }
 
 func unpackFile(ctx context.Context, file, dir string, l Limits) error {

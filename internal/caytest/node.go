@@ -68,7 +68,7 @@ func (n *Node) Room(context.Context, sandbox.Size) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.full || n.most > 0 && len(n.sandboxes) >= n.most {
-		return fault.New(fault.Unavailable, "no_capacity", "full").After(5e9)
+		return fault.New(fault.Unavailable, fault.CodeNoCapacity, "full").After(5e9)
 	}
 	return nil
 }
@@ -113,7 +113,7 @@ func (n *Node) Claim(ctx context.Context, spec sandbox.Spec) error {
 	observed := n.sandboxes[spec.ID]
 	if !observed.Warm || observed.Run != spec.Run {
 		n.mu.Unlock()
-		return fault.New(fault.Conflict, "no_member", "there is no member %s", spec.ID)
+		return fault.New(fault.Conflict, fault.CodeNoMember, "there is no member %s", spec.ID)
 	}
 	observed.Warm = false
 	n.sandboxes[spec.ID] = observed
@@ -154,7 +154,7 @@ func (n *Node) Create(ctx context.Context, spec sandbox.Spec) error {
 		return errors.New("created twice")
 	}
 	if spec.From != "" && !n.snapshots[spec.From] {
-		return fault.New(fault.Internal, "restore_failed", "there is no snapshot %s", spec.From)
+		return fault.New(fault.Internal, fault.CodeRestoreFailed, "there is no snapshot %s", spec.From)
 	}
 	n.sandboxes[spec.ID] = sandbox.Observed{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true, Egress: spec.Egress}
 	return nil
@@ -209,7 +209,7 @@ func (n *Node) Wake(ctx context.Context, spec sandbox.Spec) error {
 	case observed.Remains:
 		return errors.New("woken over what remains of another life")
 	case observed.Checkpoint == nil:
-		return fault.New(fault.Internal, "wake_failed", "the sandbox has no recovery point")
+		return fault.New(fault.Internal, fault.CodeWakeFailed, "the sandbox has no recovery point")
 	}
 	n.sandboxes[spec.ID] = sandbox.Observed{ID: spec.ID, Run: spec.Run, Alive: true, Remains: true,
 		Egress: spec.Egress, Checkpoint: observed.Checkpoint}
@@ -248,7 +248,7 @@ func (n *Node) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) e
 	defer n.mu.Unlock()
 	observed := n.sandboxes[id]
 	if !observed.Alive {
-		return fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is not here", id)
+		return fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s is not here", id)
 	}
 	observed.Egress = e
 	n.sandboxes[id] = observed
@@ -260,7 +260,7 @@ func (n *Node) Traffic(_ context.Context, id sandbox.ID) (sandbox.Traffic, error
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if !n.sandboxes[id].Alive {
-		return sandbox.Traffic{}, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is not here", id)
+		return sandbox.Traffic{}, fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s is not here", id)
 	}
 	return sandbox.Traffic{PacketsAllowed: 4, BytesAllowed: 4096, PacketsDenied: 1, BytesDenied: 60}, nil
 }
@@ -303,7 +303,7 @@ func (n *Node) Dial(ctx context.Context, id sandbox.ID) (net.Conn, error) {
 	observed, there := n.sandboxes[id]
 	n.mu.Unlock()
 	if !there || !observed.Alive || n.OnDial == nil {
-		return nil, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is not here", id)
+		return nil, fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s is not here", id)
 	}
 	return n.OnDial(ctx, id)
 }

@@ -27,7 +27,7 @@ func (n *Node) snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotI
 	defer n.mu.Unlock()
 	observed := n.sandboxes[id]
 	if !can(observed) {
-		return sandbox.Checkpoint{}, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is not here", id)
+		return sandbox.Checkpoint{}, fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s is not here", id)
 	}
 	n.snapshots[to] = true // also when it fails: in part
 	if err != nil {

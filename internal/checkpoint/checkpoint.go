@@ -133,7 +133,7 @@ func (s *Store) Begin(name string, size int64) (*Draft, error) {
 	free := int64(st.Bavail)*st.Bsize - s.promised - s.minFree
 	if free < size {
 		s.mu.Unlock()
-		return nil, fault.New(fault.NoSpace, "disk_full",
+		return nil, fault.New(fault.NoSpace, fault.CodeDiskFull,
 			"a checkpoint needs about %d MiB of this machine's disk, and %d MiB are left for it",
 			mib(size), mib(max(0, free)))
 	}
@@ -411,7 +411,7 @@ func read(dir string) (*Checkpoint, error) {
 
 // damaged returns the error for a damaged checkpoint. Its text is for the user.
 func damaged(what string, args ...any) *fault.Error {
-	return fault.New(fault.Internal, "checkpoint_damaged", "the checkpoint is damaged: "+what, args...)
+	return fault.New(fault.Internal, fault.CodeCheckpointDamaged, "the checkpoint is damaged: "+what, args...)
 }
 
 // Understand decodes the description that Commit stored.

@@ -161,14 +161,16 @@ type problem struct {
 func problemOf(err error) problem {
 	var u unsupported
 	if errors.As(err, &u) {
-		return problem{http.StatusNotImplemented, string(u), "unsupported"}
+		return problem{http.StatusNotImplemented, string(u), fault.CodeUnsupported}
 	}
 	f := fault.As(err)
 	if f == nil && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)) {
-		return problem{http.StatusServiceUnavailable, "the call was interrupted before it was complete", "interrupted"}
+		return problem{http.StatusServiceUnavailable,
+			"the call was interrupted before it was complete", fault.CodeInterrupted}
 	}
 	if f == nil || statuses[f.Kind] == 0 {
-		return problem{http.StatusInternalServerError, "an internal error; the server's log has the cause", "internal"}
+		return problem{http.StatusInternalServerError,
+			"an internal error; the server's log has the cause", fault.CodeInternal}
 	}
 	p := problem{statuses[f.Kind], f.Detail, f.Code}
 	if f.Field != "" {
@@ -285,7 +287,7 @@ func (b *slowBody) incomplete() error {
 	if !b.broken.Load() {
 		return nil
 	}
-	return fault.New(fault.Invalid, "incomplete_body", "the body ended early or came too slowly")
+	return fault.New(fault.Invalid, fault.CodeIncompleteBody, "the body ended early or came too slowly")
 }
 
 // Read implements [io.Reader].

@@ -116,7 +116,7 @@ func (s *Surface) answerControl(w http.ResponseWriter, r *http.Request) error {
 		if err := s.authenticate(r); err != nil {
 			return err
 		}
-		return fault.New(fault.NotFound, "no_such_route", "there is no %s %s", r.Method, r.URL.Path)
+		return fault.New(fault.NotFound, fault.CodeNoSuchRoute, "there is no %s %s", r.Method, r.URL.Path)
 	}
 	callOf(r).route = pattern
 	s.control.ServeHTTP(w, r)
@@ -134,7 +134,7 @@ func (s *Surface) admitted(w http.ResponseWriter, r *http.Request, route route) 
 	}
 	for _, scope := range route.scopes {
 		if !principal.May(scope) {
-			return fault.New(fault.Denied, "scope_missing", "the key lacks the scope %s", scope)
+			return fault.New(fault.Denied, fault.CodeScopeMissing, "the key lacks the scope %s", scope)
 		}
 	}
 	if err := s.account(r, principal.Org.ID, controlCost); err != nil {
@@ -146,7 +146,8 @@ func (s *Surface) admitted(w http.ResponseWriter, r *http.Request, route route) 
 func (s *Surface) authenticate(r *http.Request) error {
 	principal, err := s.Auth.Authenticate(r.Context(), r.Header.Get("X-API-Key"))
 	if fault.Is(err, fault.Unauthenticated) {
-		return fault.New(fault.Unauthenticated, "unauthenticated", "a valid API key is needed in the header X-API-Key")
+		return fault.New(fault.Unauthenticated, fault.CodeUnauthenticated,
+			"a valid API key is needed in the header X-API-Key")
 	}
 	callOf(r).principal = principal
 	return err
@@ -198,13 +199,13 @@ func read(w http.ResponseWriter, r *http.Request, dst any) error {
 	case err == io.EOF:
 		return nil
 	case errors.As(err, &over):
-		return fault.New(fault.TooLarge, "body_too_large", "the body is over %d bytes", maxBody)
+		return fault.New(fault.TooLarge, fault.CodeBodyTooLarge, "the body is over %d bytes", maxBody)
 	case errors.As(err, &wrong):
-		return fault.InField("invalid_body", wrong.Field, "cannot be a JSON %s", wrong.Value)
+		return fault.InField(fault.CodeInvalidBody, wrong.Field, "cannot be a JSON %s", wrong.Value)
 	case strings.HasPrefix(err.Error(), "json: unknown field "):
 		return unsupported("this server does not know the field " + strings.TrimPrefix(err.Error(), "json: unknown field "))
 	}
-	return fault.New(fault.Invalid, "invalid_body", "the body is not a JSON object: %s", err)
+	return fault.New(fault.Invalid, fault.CodeInvalidBody, "the body is not a JSON object: %s", err)
 }
 
 // sandboxID returns the core's id of the sandbox in the path. A malformed one is the id of no
@@ -218,7 +219,7 @@ func sandboxID(r *http.Request) sandbox.ID {
 func shown(id sandbox.ID) string { return strings.TrimPrefix(string(id), idPrefix) }
 
 func noSandbox(id sandbox.ID) error {
-	return fault.New(fault.NotFound, "sandbox_not_found", "sandbox %q was not found", shown(id))
+	return fault.New(fault.NotFound, fault.CodeSandboxNotFound, "sandbox %q was not found", shown(id))
 }
 
 // present returns a sandbox of the caller's organization. One that has ended, or that belongs to
@@ -236,7 +237,7 @@ func (s *Surface) present(r *http.Request, id sandbox.ID) (sandbox.Sandbox, erro
 
 // hidden returns err, or a not-found error if it concerns another organization's sandbox.
 func hidden(err error, id sandbox.ID) error {
-	if f := fault.As(err); f != nil && (f.Kind == fault.NotFound || f.Code == "not_your_sandbox") {
+	if f := fault.As(err); f != nil && (f.Kind == fault.NotFound || f.Code == fault.CodeNotYourSandbox) {
 		return noSandbox(id)
 	}
 	return err
@@ -244,7 +245,7 @@ func hidden(err error, id sandbox.ID) error {
 
 // ended returns err, or a not-found error if the sandbox does not run, as E2B reports it.
 func ended(err error, id sandbox.ID) error {
-	if f := fault.As(err); f != nil && (f.Code == "sandbox_not_running" || f.Code == "sandbox_state") {
+	if f := fault.As(err); f != nil && (f.Code == fault.CodeSandboxNotRunning || f.Code == fault.CodeSandboxState) {
 		return noSandbox(id)
 	}
 	return hidden(err, id)
@@ -260,7 +261,7 @@ func seconds(n int64) time.Duration {
 // tooLong returns an error for a timeout above the longest that a sandbox may have.
 func tooLong(timeout time.Duration) error {
 	if timeout > sandbox.MaxTimeout {
-		return fault.InField("invalid_timeout", "timeout", "cannot be greater than %d hours", sandbox.MaxTimeout/time.Hour)
+		return fault.InvalidField("timeout", "cannot be greater than %d hours", sandbox.MaxTimeout/time.Hour)
 	}
 	return nil
 }

@@ -102,7 +102,7 @@ func (s *Surface) request(r *http.Request, in createBody, v version) (sandbox.Re
 		return out, err
 	}
 	if timeout < sandbox.MinTimeout {
-		return out, fault.InField("invalid_timeout", "timeout", "must be at least %d second", sandbox.MinTimeout/time.Second)
+		return out, fault.InvalidField("timeout", "must be at least %d second", sandbox.MinTimeout/time.Second)
 	}
 	out.Timeout = &timeout
 	if in.AutoPause != nil && *in.AutoPause {
@@ -163,7 +163,8 @@ func templateName(ref string) (string, error) {
 	}
 	name, tag, tagged := strings.Cut(ref, ":")
 	if tagged && tag != "default" && tag != "latest" {
-		return "", fault.New(fault.NotFound, "template_not_found", "template %q was not found: templates have no tags here",
+		return "", fault.New(fault.NotFound, fault.CodeTemplateNotFound,
+			"template %q was not found: templates have no tags here",
 			ref)
 	}
 	if alias, ok := aliases[name]; ok {
@@ -176,9 +177,9 @@ func templateName(ref string) (string, error) {
 func refuse(in createBody) error {
 	switch {
 	case len(in.IAM) > 0 && string(in.IAM) != "null":
-		return fault.InField("unsupported", "iam", "this server issues no identity tokens")
+		return fault.InField(fault.CodeUnsupported, "iam", "this server issues no identity tokens")
 	case len(in.VolumeMounts) > 0:
-		return fault.InField("unsupported", "volumeMounts", "this server has no volumes")
+		return fault.InField(fault.CodeUnsupported, "volumeMounts", "this server has no volumes")
 	case in.AutoPauseMemory != nil && !*in.AutoPauseMemory && in.AutoPause != nil && *in.AutoPause:
 		return unsupported(noMemorylessPause)
 	}

@@ -41,15 +41,15 @@ func destination(r *http.Request) (place, error) {
 		return hostDestination(r.Host), nil
 	}
 	if len(ids) != 1 || len(ports) != 1 {
-		return place{}, fault.InField("invalid_header", idHeader, "%s and %s are needed together, each once", idHeader,
+		return place{}, fault.InField(fault.CodeInvalidHeader, idHeader, "%s and %s are needed together, each once", idHeader,
 			portHeader)
 	}
 	port, err := strconv.Atoi(ports[0])
 	if err != nil || port < 1 || port > 65535 {
-		return place{}, fault.InField("invalid_header", portHeader, "must be a port from 1 to 65535")
+		return place{}, fault.InField(fault.CodeInvalidHeader, portHeader, "must be a port from 1 to 65535")
 	}
 	if !shownID.MatchString(ids[0]) {
-		return place{}, fault.InField("invalid_header", idHeader,
+		return place{}, fault.InField(fault.CodeInvalidHeader, idHeader,
 			"must be the id of a sandbox: lower-case letters and digits")
 	}
 	return place{ids[0], port, true}, nil

@@ -42,7 +42,7 @@ func (s *Surface) setTimeout(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if in.Timeout == nil {
-		return fault.InField("invalid_timeout", "timeout", "is required")
+		return fault.InvalidField("timeout", "is required")
 	}
 	return s.changeTimeout(w, r, seconds(*in.Timeout), false)
 }
@@ -91,7 +91,7 @@ func (s *Surface) pause(w http.ResponseWriter, r *http.Request) error {
 	}
 	if sb.State == sandbox.Running || sb.State == sandbox.Suspending {
 		_, err = s.Sandboxes.Pause(r.Context(), orgOf(r), id)
-		if f := fault.As(err); f == nil || f.Code != "sandbox_not_running" {
+		if f := fault.As(err); f == nil || f.Code != fault.CodeSandboxNotRunning {
 			if err != nil {
 				return hidden(err, id)
 			}
@@ -102,7 +102,7 @@ func (s *Surface) pause(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 	}
-	return fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s is already %s", shown(id), stateOf(sb))
+	return fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s is already %s", shown(id), stateOf(sb))
 }
 
 // connectTimeout is the timeout, in seconds, of a connect that names none.
@@ -150,7 +150,7 @@ func (s *Surface) resume(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if sb.State == sandbox.Running {
-		return fault.New(fault.Conflict, "sandbox_running", "sandbox %s is already running", shown(id))
+		return fault.New(fault.Conflict, fault.CodeSandboxRunning, "sandbox %s is already running", shown(id))
 	}
 	if sb, _, err = s.wake(r, seconds(in.Timeout)); err != nil {
 		return err
@@ -166,7 +166,7 @@ func (s *Surface) wake(r *http.Request, timeout time.Duration) (sb sandbox.Sandb
 		return sb, false, err
 	}
 	if timeout < sandbox.MinTimeout {
-		return sb, false, fault.InField("invalid_timeout", "timeout", "must be at least %d second",
+		return sb, false, fault.InvalidField("timeout", "must be at least %d second",
 			sandbox.MinTimeout/time.Second)
 	}
 	before, err := s.present(r, id)

@@ -85,7 +85,7 @@ func page(w http.ResponseWriter, list any, next string) {
 // pageError renames the field of a cursor error to this API's.
 func pageError(err error) error {
 	if f := fault.As(err); f != nil && f.Field == "cursor" {
-		return fault.InField("invalid_cursor", "nextToken", "is not a cursor of this listing").Because(err)
+		return fault.InField(fault.CodeInvalidCursor, "nextToken", "is not a cursor of this listing").Because(err)
 	}
 	return err
 }
@@ -95,7 +95,7 @@ func limits(q url.Values) (limit int, cursor string, err error) {
 	limit = maxPage
 	if text := q.Get("limit"); text != "" {
 		if limit, err = strconv.Atoi(text); err != nil || limit < 1 || limit > maxPage {
-			return 0, "", fault.InField("invalid_limit", "limit", "must be from 1 to %d", maxPage)
+			return 0, "", fault.InvalidField("limit", "must be from 1 to %d", maxPage)
 		}
 	}
 	return limit, q.Get("nextToken"), nil
@@ -123,7 +123,7 @@ func filter(r *http.Request) (f sandbox.Filter, err error) {
 	}
 	if text := q.Get("startedAfter"); text != "" {
 		if f.CreatedFrom, err = time.Parse(time.RFC3339Nano, text); err != nil {
-			return f, fault.InField("invalid_started_after", "startedAfter", "must be a time such as 2026-01-02T15:04:05Z")
+			return f, fault.InField(fault.CodeInvalidStartedAfter, "startedAfter", "must be a time such as 2026-01-02T15:04:05Z")
 		}
 	}
 	switch order := q.Get("order"); order {
@@ -131,7 +131,7 @@ func filter(r *http.Request) (f sandbox.Filter, err error) {
 	case "asc":
 		f.OldestFirst = true
 	default:
-		return f, fault.InField("invalid_order", "order", "must be asc or desc, not %.40q", order)
+		return f, fault.InvalidField("order", "must be asc or desc, not %.40q", order)
 	}
 	return f, nil
 }
@@ -147,7 +147,7 @@ func states(values []string) ([]sandbox.State, error) {
 		case statePaused:
 			out = append(out, paused...)
 		default:
-			return nil, fault.InField("invalid_state", "state", "must be running or paused, not %.40q", word)
+			return nil, fault.InvalidField("state", "must be running or paused, not %.40q", word)
 		}
 	}
 	if len(out) == 0 {
@@ -159,7 +159,7 @@ func states(values []string) ([]sandbox.State, error) {
 // metadata parses a filter that clients encode three times: each name and value, then all pairs
 // as a query, then that as a value of the URL's query, which is decoded already.
 func metadata(text string) (map[string]string, error) {
-	wrong := fault.InField("invalid_metadata", "metadata",
+	wrong := fault.InvalidField("metadata",
 		"must be NAME=VALUE pairs joined by &, each name and value percent-encoded before they are joined")
 	pairs, err := url.ParseQuery(text)
 	if err != nil {

@@ -60,7 +60,7 @@ func (s *Surface) logs(form func([]logEntry) any) func(http.ResponseWriter, *htt
 		if text := q.Get("limit"); text != "" {
 			n, err := strconv.Atoi(text)
 			if err != nil || n < 0 || n > maxLogs {
-				return fault.InField("invalid_limit", "limit", "must be from 0 to %d", maxLogs)
+				return fault.InvalidField("limit", "must be from 0 to %d", maxLogs)
 			}
 			limit = n
 		}
@@ -135,7 +135,7 @@ func unixMillis(text, field string) (time.Time, error) {
 	}
 	n, err := strconv.ParseInt(text, 10, 64)
 	if err != nil || n < 0 {
-		return time.Time{}, fault.InField("invalid_"+field, field, "must be a time in milliseconds since 1970")
+		return time.Time{}, fault.InvalidField(field, "must be a time in milliseconds since 1970")
 	}
 	return time.UnixMilli(n), nil
 }

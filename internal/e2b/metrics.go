@@ -191,7 +191,7 @@ func (s *Surface) metrics(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if from > to {
-		return fault.InField("invalid_start", "start", "must not be after end")
+		return fault.InvalidField("start", "must not be after end")
 	}
 	id := sandboxID(r)
 	sb, err := s.present(r, id)
@@ -208,7 +208,7 @@ func (s *Surface) metrics(w http.ResponseWriter, r *http.Request) error {
 func (s *Surface) latestMetrics(w http.ResponseWriter, r *http.Request) error {
 	names := strings.FieldsFunc(strings.Join(r.URL.Query()["sandbox_ids"], ","), func(c rune) bool { return c == ',' })
 	if len(names) == 0 || len(names) > maxMetricIDs {
-		return fault.InField("invalid_sandbox_ids", "sandbox_ids", "must name 1 to %d sandboxes", maxMetricIDs)
+		return fault.InvalidField("sandbox_ids", "must name 1 to %d sandboxes", maxMetricIDs)
 	}
 	out := map[string]metricBody{}
 	for _, name := range names {
@@ -235,7 +235,7 @@ func unixSeconds(text, field string, otherwise int64) (int64, error) {
 	}
 	n, err := strconv.ParseInt(text, 10, 64)
 	if err != nil || n < 0 {
-		return 0, fault.InField("invalid_"+field, field, "must be a time in seconds since 1970")
+		return 0, fault.InvalidField(field, "must be a time in seconds since 1970")
 	}
 	return n, nil
 }

@@ -53,7 +53,7 @@ func egress(internet *bool, n *networkBody) (*sandbox.Egress, error) {
 	for _, text := range n.DenyOut {
 		p, isName, err := parseRange(text)
 		if err != nil || isName {
-			return nil, fault.InField("invalid_network", "network.denyOut", "%.100q is not an address or a range", text)
+			return nil, fault.InvalidField("network.denyOut", "%.100q is not an address or a range", text)
 		}
 		if p.Addr().Is4() { // all IPv6 is denied
 			deny = append(deny, p)
@@ -65,7 +65,7 @@ func egress(internet *bool, n *networkBody) (*sandbox.Egress, error) {
 		r := sandbox.EgressRequest{Mode: string(sandbox.DenyAll), AllowCIDRs: texts(allow), AllowDomains: names}
 		return parsed(r)
 	case len(names) > 0:
-		return nil, fault.InField("invalid_network", "network.allowOut",
+		return nil, fault.InvalidField("network.allowOut",
 			"domains can be allowed when all else is denied: put 0.0.0.0/0 into denyOut")
 	case len(deny) == 0:
 		return nil, nil
@@ -74,7 +74,7 @@ func egress(internet *bool, n *networkBody) (*sandbox.Egress, error) {
 	for _, p := range deny {
 		left = subtract(left, p, allow)
 		if len(left) > sandbox.MaxEgressCIDRs {
-			return nil, fault.InField("invalid_network", "network.denyOut",
+			return nil, fault.InvalidField("network.denyOut",
 				"is more than %d ranges after allowOut is subtracted", sandbox.MaxEgressCIDRs)
 		}
 	}
@@ -101,7 +101,7 @@ func parsed(r sandbox.EgressRequest) (*sandbox.Egress, error) {
 	e, err := r.Parse()
 	if f := fault.As(err); f != nil {
 		named := f.Because(err)
-		named.Code = "invalid_network"
+		named.Code = fault.CodeInvalidNetwork
 		named.Field = strings.NewReplacer("egress.allow_cidrs", "network.allowOut", "egress.allow_domains",
 			"network.allowOut",
 			"egress.deny_cidrs", "network.denyOut").Replace(f.Field)
@@ -116,12 +116,11 @@ func parseAllowed(list []string) (ranges []netip.Prefix, names []string, err err
 		p, isName, err := parseRange(text)
 		switch {
 		case err != nil:
-			return nil, nil, fault.InField("invalid_network", "network.allowOut",
-				"%.100q is not an address, a range or a domain", text)
+			return nil, nil, fault.InvalidField("network.allowOut", "%.100q is not an address, a range or a domain", text)
 		case isName:
 			names = append(names, text)
 		case !p.Addr().Is4():
-			return nil, nil, fault.InField("invalid_network", "network.allowOut", "%q is not IPv4: sandboxes have no IPv6", text)
+			return nil, nil, fault.InvalidField("network.allowOut", "%q is not IPv4: sandboxes have no IPv6", text)
 		default:
 			ranges = append(ranges, p)
 		}

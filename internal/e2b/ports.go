@@ -15,7 +15,8 @@ import (
 const trafficHeader = "E2b-Traffic-Access-Token"
 
 // errPrivate is returned for a port that is not public.
-var errPrivate = fault.New(fault.Denied, "private", "the ports of this sandbox are not public: a valid %s is needed",
+var errPrivate = fault.New(fault.Denied, fault.CodePrivate,
+	"the ports of this sandbox are not public: a valid %s is needed",
 	trafficHeader)
 
 // leaves reports whether a request for a port belongs to the next handler: it uses a host name of
@@ -75,11 +76,11 @@ func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, sb sandbox.S
 	switch {
 	case f == nil:
 		return err
-	case f.Code == agentapi.CodePortClosed:
+	case f.Code == fault.CodePortClosed:
 		return gone{to, "The sandbox is running but port is not open", true}
 	case f.Kind == fault.Upstream:
 		return gone{to, "The sandbox is running but " + f.Detail, true}
-	case f.Code == agentapi.CodeUnreachable:
+	case f.Code == fault.CodeSandboxUnreachable:
 		return s.unanswered(r, lease.Sandbox, to)
 	}
 	return goneError(err, to)

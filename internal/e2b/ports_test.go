@@ -3,9 +3,7 @@ package e2b
 import (
 	"testing"
 
-	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
-	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -62,10 +60,10 @@ func TestPorts(t *testing.T) {
 	}
 
 	for err, want := range map[error]string{
-		fault.New(fault.Upstream, agentapi.CodePortClosed, "no"):        "The sandbox is running but port is not open",
-		fault.New(fault.Upstream, portproxy.CodeNoAnswer, "it is mute"): "The sandbox is running but it is mute",
-		fault.New(fault.Unavailable, agentapi.CodeUnreachable, "no"):    "The sandbox is running but does not answer",
-		fault.New(fault.Conflict, "sandbox_not_running", "it has gone"): notFoundText,
+		fault.New(fault.Upstream, fault.CodePortClosed, "no"):            "The sandbox is running but port is not open",
+		fault.New(fault.Upstream, fault.CodePortNoAnswer, "it is mute"):  "The sandbox is running but it is mute",
+		fault.New(fault.Unavailable, fault.CodeSandboxUnreachable, "no"): "The sandbox is running but does not answer",
+		fault.New(fault.Conflict, "sandbox_not_running", "it has gone"):  notFoundText,
 	} {
 		h.portErr = err
 		r := h.send("GET", "/", "", idHeader, open, portHeader, "8080")

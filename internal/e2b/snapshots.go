@@ -33,7 +33,7 @@ func (s *Surface) fork(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if in.Count < 1 || in.Count > sandbox.MaxFork {
-		return fault.InField("invalid_count", "count", "must be from 1 to %d", sandbox.MaxFork)
+		return fault.InvalidField("count", "must be from 1 to %d", sandbox.MaxFork)
 	}
 	id := sandboxID(r)
 	sb, err := s.present(r, id)

@@ -50,7 +50,7 @@ func (s *Surface) tokenSum(kind string, id sandbox.ID) string {
 func same(a, b string) bool { return subtle.ConstantTimeCompare([]byte(a), []byte(b)) == 1 }
 
 // errNoToken has E2B's text, which clients know.
-var errNoToken = fault.New(fault.Unauthenticated, "unauthorized",
+var errNoToken = fault.New(fault.Unauthenticated, fault.CodeUnauthorized,
 	"unauthorized access, please provide a valid access token or method signing if supported")
 
 // signatureError returns the answer for an error of a signature.
@@ -58,7 +58,7 @@ func signatureError(err error) error {
 	if err == nil {
 		return nil
 	}
-	return fault.New(fault.Unauthenticated, "unauthorized", "%s", err).Because(err)
+	return fault.New(fault.Unauthenticated, fault.CodeUnauthorized, "%s", err).Because(err)
 }
 
 // checkSignature checks the signature of a request for /files, which replaces a token.
@@ -90,7 +90,7 @@ func (s *Surface) signed(w http.ResponseWriter, r *http.Request) error {
 		return nil
 	}
 	if r.URL.Query().Get("signature") == "" {
-		return fault.New(fault.Invalid, "no_sandbox",
+		return fault.New(fault.Invalid, fault.CodeNoSandbox,
 			"the URL names no sandbox: it needs a signature, or the headers %s and %s", idHeader, portHeader)
 	}
 	if len(r.URL.Query().Get("signature")) != agentapi.SignatureLength {
@@ -102,7 +102,7 @@ func (s *Surface) signed(w http.ResponseWriter, r *http.Request) error {
 		wait = s.search.Take("", now)
 	}
 	if wait > 0 {
-		return fault.New(fault.Exhausted, "too_many_searches",
+		return fault.New(fault.Exhausted, fault.CodeTooManySearches,
 			"there are too many requests with URLs that name no sandbox; use the host name %d-ID, or the headers %s and %s",
 			envdPort, idHeader, portHeader).After(wait)
 	}

@@ -67,7 +67,7 @@ func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) erro
 		return nil
 	}
 	if !served(r) {
-		return fault.New(fault.NotFound, "no_such_route", "there is no %s %s", r.Method, r.URL.Path)
+		return fault.New(fault.NotFound, fault.CodeNoSuchRoute, "there is no %s %s", r.Method, r.URL.Path)
 	}
 	callOf(r).route = r.URL.Path
 	r.Header.Del("Upgrade") // the agent has no upgrades, and a program that poses as it must get none

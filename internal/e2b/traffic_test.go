@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
-	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -278,7 +277,7 @@ func TestStrangersAreLimited(t *testing.T) {
 	h.surface.Auth = exhausted{h.auth}
 	for name, heads := range map[string][]string{"the control API": nil, "the agent": toEnvd(id, "cayt_x")} {
 		if r := h.send("GET", "/sandboxes", "", heads...); len(heads) == 0 &&
-			(r.status != 429 || r.json["error_code"] != auth.CodeTooManyAttempts || r.header.Get("Retry-After") == "") {
+			(r.status != 429 || r.json["error_code"] != fault.CodeTooManyAttempts || r.header.Get("Retry-After") == "") {
 			t.Errorf("%s: %d %v %s", name, r.status, r.header, r.body)
 		}
 		if r := h.send("GET", "/envs", "", heads...); len(heads) > 0 && r.status != 429 {
@@ -298,7 +297,7 @@ func TestStrangersAreLimited(t *testing.T) {
 type exhausted struct{ Auth }
 
 func (exhausted) Failed(string) error {
-	return fault.New(fault.Exhausted, auth.CodeTooManyAttempts, "no").After(time.Second)
+	return fault.New(fault.Exhausted, fault.CodeTooManyAttempts, "no").After(time.Second)
 }
 
 // stream opens a stream to the agent, which answers one line and then waits.

@@ -50,12 +50,9 @@ type Store interface {
 	ReadAllEvents(ctx context.Context, after Seq, limit int) ([]Event, error)
 }
 
-// CodeGone is the code of the error for events that have been dropped.
-const CodeGone = "events_gone"
-
 // Gone returns the error of a store for events that have been dropped.
 func Gone() error {
-	return fault.New(fault.Gone, CodeGone,
+	return fault.New(fault.Gone, fault.CodeEventsGone,
 		"events after this one have been dropped: begin again without it, and read the present state of what you keep")
 }
 
@@ -167,7 +164,7 @@ func (f *Feed) join(org string) (leave func(), err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.followers[org] >= f.cfg.MaxFollowers {
-		return nil, fault.New(fault.Exhausted, "too_many_followers",
+		return nil, fault.New(fault.Exhausted, fault.CodeTooManyFollowers,
 			"the organization may follow its events %d times at once", f.cfg.MaxFollowers)
 	}
 	f.followers[org]++

@@ -20,7 +20,7 @@ func (r RootFS) Path(ctx context.Context, digest string) (string, error) {
 	path, err := r.Images.Path(ctx, digest)
 	if unusable(err) {
 		r.Recheck(digest)
-		return "", fault.New(fault.Unavailable, "image_unavailable",
+		return "", fault.New(fault.Unavailable, fault.CodeImageUnavailable,
 			"the template's image cannot be used and is being built again").After(30 * time.Second).Because(err)
 	}
 	return path, err

@@ -49,7 +49,7 @@ func (n *Network) rulesOf(s *Slot) (*slotRules, error) {
 	if r := n.ruled[s.Index]; r != nil && r.slot == s {
 		return r, nil
 	}
-	return nil, fault.New(fault.NotFound, "slot_not_found", "slot %d is no longer in use", s.Index)
+	return nil, fault.New(fault.NotFound, fault.CodeSlotNotFound, "slot %d is no longer in use", s.Index)
 }
 
 // current returns an error once the slot of r was released.
@@ -276,7 +276,7 @@ func (n *Network) reserve(r *slotRules, next *compiled) (release func(), err err
 		}
 	}
 	if total > n.maxRanges && next.ranges() > 0 {
-		return nil, fault.New(fault.Unavailable, "no_egress_capacity",
+		return nil, fault.New(fault.Unavailable, fault.CodeNoEgressCapacity,
 			"the policies of this machine would have %d ranges in all, and may have %d", total, n.maxRanges).After(capacityRetry)
 	}
 	n.making += next.ranges()

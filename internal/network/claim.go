@@ -109,7 +109,7 @@ func takeBlock(instance string, want netip.Prefix) (netip.Prefix, *os.File, erro
 	}
 	if want.IsValid() {
 		if reason := host.refuses(want, false); reason != "" {
-			return netip.Prefix{}, nil, fault.New(fault.Conflict, "range_in_use", "the range %s cannot be used: %s", want,
+			return netip.Prefix{}, nil, fault.New(fault.Conflict, fault.CodeRangeInUse, "the range %s cannot be used: %s", want,
 				reason)
 		}
 		return lockBlock(want)
@@ -129,14 +129,14 @@ func takeBlock(instance string, want netip.Prefix) (netip.Prefix, *os.File, erro
 			reasons = append(reasons, p.String()+": "+reason)
 		}
 	}
-	return netip.Prefix{}, nil, fault.New(fault.Conflict, "range_in_use",
+	return netip.Prefix{}, nil, fault.New(fault.Conflict, fault.CodeRangeInUse,
 		"no block for sandboxes' addresses is free; configure network.range (%s, and %d more)", reasons[0], len(reasons)-1)
 }
 
 func lockBlock(p netip.Prefix) (netip.Prefix, *os.File, error) {
 	f, err := tryLock(blockPart + blockName(p))
 	if err == nil && f == nil {
-		err = fault.New(fault.Conflict, "range_in_use", "another process has claimed %s", p)
+		err = fault.New(fault.Conflict, fault.CodeRangeInUse, "another process has claimed %s", p)
 	}
 	return p, f, err
 }

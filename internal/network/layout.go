@@ -35,7 +35,7 @@ var instanceForm = regexp.MustCompile(`^[a-z0-9]{6}$`)
 // checkInstance refuses names that could not be recognised again on the host.
 func checkInstance(instance string) error {
 	if !instanceForm.MatchString(instance) {
-		return fault.InField("invalid_instance", "instance", "%q is not 6 characters of a-z and 0-9", instance)
+		return fault.InvalidField("instance", "%q is not 6 characters of a-z and 0-9", instance)
 	}
 	return nil
 }
@@ -44,16 +44,17 @@ func checkInstance(instance string) error {
 func checkRange(p netip.Prefix) error {
 	switch {
 	case !p.IsValid() || !p.Addr().Is4():
-		return fault.InField("invalid_range", "network.range", "%v is not an IPv4 range", p)
+		return fault.InField(fault.CodeInvalidRange, "network.range", "%v is not an IPv4 range", p)
 	case p != p.Masked():
-		return fault.InField("invalid_range", "network.range", "%v has host bits set: write %v", p, p.Masked())
+		return fault.InField(fault.CodeInvalidRange, "network.range", "%v has host bits set: write %v", p, p.Masked())
 	case p.Bits() < shortestPrefix || p.Bits() > longestPrefix:
-		return fault.InField("invalid_range", "network.range", "%v must be between /%d and /%d", p, shortestPrefix,
+		return fault.InField(fault.CodeInvalidRange, "network.range", "%v must be between /%d and /%d", p, shortestPrefix,
 			longestPrefix)
 	}
 	for _, never := range neverRanges {
 		if p.Overlaps(never) {
-			return fault.InField("invalid_range", "network.range", "%v overlaps %v, which sandboxes may never use", p, never)
+			return fault.InField(fault.CodeInvalidRange, "network.range",
+				"%v overlaps %v, which sandboxes may never use", p, never)
 		}
 	}
 	return nil
@@ -63,7 +64,7 @@ func checkRange(p netip.Prefix) error {
 func checkDeny(prefixes []netip.Prefix) error {
 	for _, p := range prefixes {
 		if !p.IsValid() || p.Addr().Is4In6() {
-			return fault.InField("invalid_range", "network.always_deny", "%v is not a range of IPv4 or IPv6 addresses", p)
+			return fault.InField(fault.CodeInvalidRange, "network.always_deny", "%v is not a range of IPv4 or IPv6 addresses", p)
 		}
 	}
 	return nil

@@ -173,7 +173,7 @@ func Open(ctx context.Context, c Config, log *slog.Logger) (*Network, error) {
 		return nil, err
 	}
 	if c.AgentPort == 0 {
-		return nil, fault.InField("invalid_port", "agent_port", "the agent's port is not set")
+		return nil, fault.InField(fault.CodeInvalidPort, "agent_port", "the agent's port is not set")
 	}
 	c.MaxRanges = cmp.Or(c.MaxRanges, DefaultMaxRanges)
 	claim, block, err := take(ctx, c.Instance, c.Range)
@@ -308,7 +308,7 @@ func (n *Network) take() (s *Slot, made bool, err error) {
 	}
 	index, ok := n.reserveLocked()
 	if !ok {
-		return nil, false, fault.New(fault.Unavailable, "no_capacity",
+		return nil, false, fault.New(fault.Unavailable, fault.CodeNoCapacity,
 			"all %d addresses of this machine's range are in use", n.layout.capacity()).After(capacityRetry)
 	}
 	return n.layout.slot(index), false, nil
@@ -394,7 +394,7 @@ func (n *Network) Adopt(index int) (*Slot, error) {
 	s := n.left[index]
 	delete(n.left, index)
 	n.mu.Unlock()
-	missing := fault.New(fault.NotFound, "slot_not_found", "there is no slot %d to take over", index)
+	missing := fault.New(fault.NotFound, fault.CodeSlotNotFound, "there is no slot %d to take over", index)
 	if s == nil {
 		return nil, missing
 	}

@@ -137,5 +137,5 @@ func Purge(instance string) error {
 
 // instanceInUse returns the error for an instance that a process has open.
 func instanceInUse(instance string) error {
-	return fault.New(fault.Conflict, "instance_in_use", "another process runs the instance %s", instance)
+	return fault.New(fault.Conflict, fault.CodeInstanceInUse, "another process runs the instance %s", instance)
 }

@@ -61,7 +61,7 @@ func (n *Node) reach(ctx context.Context, id sandbox.ID) (net.Conn, error) {
 	b := n.instance(id)
 	if b == nil {
 		_ = conn.Close() // nothing was sent
-		return nil, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s has no agent on this machine", id)
+		return nil, fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s has no agent on this machine", id)
 	}
 	key := b.key()
 	if key == "" || !b.record.Handshake {

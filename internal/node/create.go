@@ -312,7 +312,7 @@ func (n *Node) startCommand(ctx context.Context, b *instance, s sandbox.Start) e
 	case err == nil:
 		return nil
 	case b.dead():
-		return fault.New(fault.Internal, "boot_failed",
+		return fault.New(fault.Internal, fault.CodeBootFailed,
 			"the sandbox's kernel ended before its start command was ready").Because(err)
 	}
 	return fmt.Errorf("starting its start command: %w", err)

@@ -180,8 +180,6 @@ func (n *Node) Close() {
 	}
 }
 
-const codeNoCapacity = "no_capacity"
-
 // retryRoom is the time after which a caller that found no room should try again. Sandboxes end all
 // the time, so it is short; a retry at once would find the machine as full.
 const retryRoom = 5 * time.Second
@@ -192,7 +190,7 @@ func (n *Node) Room(_ context.Context, size sandbox.Size) error {
 	count := len(n.instances)
 	n.mu.Unlock()
 	if count >= n.cfg.MaxSandboxes {
-		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has its %d sandboxes",
+		return fault.New(fault.Unavailable, fault.CodeNoCapacity, "this machine has its %d sandboxes",
 			n.cfg.MaxSandboxes).After(retryRoom)
 	}
 	free, err := availableMemory()
@@ -202,7 +200,7 @@ func (n *Node) Room(_ context.Context, size sandbox.Size) error {
 	// A new sandbox takes about 20 MB and grows to its size only if it uses that much. This checks
 	// that it can start without harm to the machine.
 	if free < n.cfg.MinHostMemory+bootMemory {
-		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has no memory for a sandbox of size %s",
+		return fault.New(fault.Unavailable, fault.CodeNoCapacity, "this machine has no memory for a sandbox of size %s",
 			size.Name).After(retryRoom)
 	}
 	var st unix.Statfs_t
@@ -210,7 +208,7 @@ func (n *Node) Room(_ context.Context, size sandbox.Size) error {
 		return fmt.Errorf("looking at the free space below %s: %w", n.cfg.Dir, err)
 	}
 	if int64(st.Bavail)*st.Bsize < n.cfg.MinDisk {
-		return fault.New(fault.Unavailable, codeNoCapacity, "this machine's disk is full").After(retryRoom)
+		return fault.New(fault.Unavailable, fault.CodeNoCapacity, "this machine's disk is full").After(retryRoom)
 	}
 	return nil
 }
@@ -219,7 +217,7 @@ func (n *Node) Room(_ context.Context, size sandbox.Size) error {
 func (n *Node) Dial(ctx context.Context, id sandbox.ID) (net.Conn, error) {
 	b := n.instance(id)
 	if b == nil || b.slot == nil || b.dead() {
-		return nil, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s has no agent on this machine", id)
+		return nil, fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s has no agent on this machine", id)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

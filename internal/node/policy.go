@@ -39,7 +39,7 @@ func (b *instance) applyPolicy(ctx context.Context) error {
 func (n *Node) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) error {
 	b := n.instance(id)
 	if b == nil || b.slot == nil || b.dead() {
-		return fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
+		return fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s does not run on this machine", id)
 	}
 	before := b.record.Shape.Egress
 	b.want(e)
@@ -83,7 +83,7 @@ func (b *instance) policy() sandbox.Egress {
 func (n *Node) Traffic(_ context.Context, id sandbox.ID) (sandbox.Traffic, error) {
 	b := n.instance(id)
 	if b == nil || b.slot == nil || b.dead() {
-		return sandbox.Traffic{}, fault.New(fault.Conflict, "sandbox_not_running",
+		return sandbox.Traffic{}, fault.New(fault.Conflict, fault.CodeSandboxNotRunning,
 			"sandbox %s does not run on this machine", id)
 	}
 	c, err := n.net.Counters(b.slot)

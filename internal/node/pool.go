@@ -47,7 +47,7 @@ func (n *Node) Prepare(ctx context.Context, spec sandbox.Spec) error {
 func (n *Node) Claim(ctx context.Context, spec sandbox.Spec) error {
 	b := n.instance(spec.ID)
 	if b == nil || !b.unwarm(spec) {
-		return fault.New(fault.Conflict, "no_member", "there is no pooled sandbox %s on this machine", spec.ID)
+		return fault.New(fault.Conflict, fault.CodeNoMember, "there is no pooled sandbox %s on this machine", spec.ID)
 	}
 	return n.walk(ctx, b, []step{
 		{"claimed", func(context.Context) error { return b.writeRecord() }},
@@ -92,7 +92,7 @@ func (b *instance) warm() bool {
 func (n *Node) Check(ctx context.Context, id sandbox.ID) error {
 	b := n.instance(id)
 	if b == nil || b.slot == nil || b.dead() {
-		return fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
+		return fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s does not run on this machine", id)
 	}
 	return n.agents.Health(ctx, b.target())
 }

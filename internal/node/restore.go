@@ -46,9 +46,9 @@ func (n *Node) Wake(ctx context.Context, spec sandbox.Spec) error {
 func (n *Node) restoration(ctx context.Context, spec sandbox.Spec, name string,
 	meet func(context.Context, *instance, sandbox.Spec, about) error) (*instance, []step, error) {
 	failed := func(cause error, why string, args ...any) error {
-		code := "wake_failed"
+		code := fault.CodeWakeFailed
 		if name != string(spec.ID) {
-			code = "restore_failed"
+			code = fault.CodeRestoreFailed
 		}
 		return fault.New(fault.Internal, code, why, args...).Because(cause)
 	}

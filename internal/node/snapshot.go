@@ -25,7 +25,7 @@ func (n *Node) SnapshotCheckpoint(_ context.Context, id sandbox.ID, to sandbox.S
 	case err != nil:
 		return sandbox.Checkpoint{}, err
 	case c == nil:
-		return sandbox.Checkpoint{}, fault.New(fault.Conflict, "sandbox_not_running",
+		return sandbox.Checkpoint{}, fault.New(fault.Conflict, fault.CodeSandboxNotRunning,
 			"sandbox %s has no recovery point on this machine", id)
 	}
 	return sandbox.Checkpoint{At: c.At, Size: c.Size, Run: was.Run}, n.passed("copy")

@@ -136,7 +136,8 @@ func (n *Node) awaitStartSlot(ctx context.Context, b *instance, org string) erro
 	case <-given:
 	case <-late.C:
 		n.startSlots.giveUp(org, given)
-		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has more sandboxes to start than it can within %s",
+		return fault.New(fault.Unavailable, fault.CodeNoCapacity,
+			"this machine has more sandboxes to start than it can within %s",
 			startSlotPatience).After(retryRoom)
 	case <-ctx.Done():
 		n.startSlots.giveUp(org, given)

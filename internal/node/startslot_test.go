@@ -58,7 +58,8 @@ func TestTurnThatDoesNotCome(t *testing.T) {
 		n.startSlots.take("") // a slot without a start, which never ends
 		began := time.Now()
 		err := n.awaitStartSlot(t.Context(), &instance{}, "")
-		if f := fault.As(err); f == nil || f.Kind != fault.Unavailable || f.Code != codeNoCapacity || f.RetryAfter <= 0 {
+		f := fault.As(err)
+		if f == nil || f.Kind != fault.Unavailable || f.Code != fault.CodeNoCapacity || f.RetryAfter <= 0 {
 			t.Errorf("late, it is %v", err)
 		}
 		if took := time.Since(began); took != startSlotPatience {

@@ -111,7 +111,7 @@ func (n *Node) save(ctx context.Context, id sandbox.ID, write func(b *instance, 
 // returns all errors. The former checkpoint is kept.
 func (n *Node) giveUp(b *instance, draft *checkpoint.Draft, cause error) error {
 	if errors.Is(cause, unix.ENOSPC) || draft.Full() {
-		cause = fault.New(fault.NoSpace, "disk_full",
+		cause = fault.New(fault.NoSpace, fault.CodeDiskFull,
 			"this machine's disk filled up while the checkpoint was written").Because(cause)
 	}
 	return errors.Join(cause, draft.Abandon(), n.revive(b))
@@ -121,7 +121,7 @@ func (n *Node) giveUp(b *instance, draft *checkpoint.Draft, cause error) error {
 func (n *Node) draft(ctx context.Context, id sandbox.ID) (*instance, *checkpoint.Draft, error) {
 	b := n.instance(id)
 	if b == nil || b.dead() {
-		return nil, nil, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
+		return nil, nil, fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s does not run on this machine", id)
 	}
 	if err := b.sound(ctx); err != nil {
 		return nil, nil, err
@@ -238,7 +238,7 @@ func (n *Node) point(id sandbox.ID) (*sandbox.Checkpoint, error) {
 func (n *Node) Busy(ctx context.Context, id sandbox.ID) (bool, error) {
 	b := n.instance(id)
 	if b == nil || b.dead() {
-		return false, fault.New(fault.Conflict, "sandbox_not_running", "sandbox %s does not run on this machine", id)
+		return false, fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s does not run on this machine", id)
 	}
 	return n.agents.Busy(ctx, b.target())
 }

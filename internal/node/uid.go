@@ -39,7 +39,8 @@ func (n *Node) takeUID(b *instance) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if other := n.uids[uid]; other != nil {
-		return fault.New(fault.Unavailable, codeNoCapacity, "this machine has no user id for a sandbox").After(retryRoom).
+		return fault.New(fault.Unavailable, fault.CodeNoCapacity,
+			"this machine has no user id for a sandbox").After(retryRoom).
 			Because(fmt.Errorf("user id %d is that of sandbox %s, which was started with other settings", uid, other.record.ID))
 	}
 	n.uids[uid] = b

@@ -108,10 +108,11 @@ func (s Signer) mac(what string, port int, at string) []byte {
 func (s Signer) Check(signature, sandboxID string, port int, now time.Time) (ends time.Time, err error) {
 	seconds, ok := s.end(signature, sandboxID, port)
 	if !ok {
-		return time.Time{}, fault.New(fault.Unauthenticated, "invalid_signature", "the signature is not valid for this port")
+		return time.Time{}, fault.New(fault.Unauthenticated, fault.CodeInvalidSignature,
+			"the signature is not valid for this port")
 	}
 	if ends = time.Unix(seconds, 0); !now.Before(ends) {
-		return time.Time{}, fault.New(fault.Unauthenticated, "signature_expired",
+		return time.Time{}, fault.New(fault.Unauthenticated, fault.CodeSignatureExpired,
 			"the signature of this URL has expired; ask for another one")
 	}
 	return ends, nil

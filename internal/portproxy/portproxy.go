@@ -67,15 +67,6 @@ const (
 	hangupGrace = 3 * time.Second
 )
 
-// Codes of errors on the way in, besides those of agentapi.
-const (
-	CodeNoAnswer    = "port_no_answer"
-	CodeWorker      = "service_worker_refused"
-	CodeSecret      = "secret_in_path"
-	codeTooMany     = agentapi.CodeTooManyTunnels
-	codeInterrupted = "interrupted"
-)
-
 // Dialer connects to ports. [*agentapi.Client] implements it.
 type Dialer interface {
 	DialPort(ctx context.Context, t agentapi.Target, port int) (net.Conn, error)
@@ -246,12 +237,13 @@ func (p *Proxy) Serve(w http.ResponseWriter, r *http.Request, to Destination) er
 // explain turns a failure before any answer into an error for the caller.
 func (p *Proxy) explain(err error, port int) error {
 	if p.hanging.Err() != nil {
-		return fault.New(fault.Unavailable, codeInterrupted, "the server stops").Because(err)
+		return fault.New(fault.Unavailable, fault.CodeInterrupted, "the server stops").Because(err)
 	}
 	if fault.As(err) != nil {
 		return err
 	}
-	return fault.New(fault.Upstream, CodeNoAnswer, "the server on port %d did not answer with HTTP", port).Because(err)
+	return fault.New(fault.Upstream, fault.CodePortNoAnswer,
+		"the server on port %d did not answer with HTTP", port).Because(err)
 }
 
 // begin counts a request to a sandbox; done ends it.
@@ -259,10 +251,10 @@ func (p *Proxy) begin(sandboxID string) (done func(), err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.hanging.Err() != nil {
-		return nil, fault.New(fault.Unavailable, codeInterrupted, "the server stops")
+		return nil, fault.New(fault.Unavailable, fault.CodeInterrupted, "the server stops")
 	}
 	if p.open[sandboxID] >= maxOpen {
-		return nil, fault.New(fault.Exhausted, codeTooMany,
+		return nil, fault.New(fault.Exhausted, fault.CodeTooManyConnections,
 			"this sandbox already has %d requests and connections to its ports", maxOpen)
 	}
 	p.open[sandboxID]++

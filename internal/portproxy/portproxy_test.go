@@ -417,13 +417,13 @@ func TestNoAnswer(t *testing.T) {
 	if resp, _ := d.get(t, "/", nil); resp.StatusCode != http.StatusTeapot {
 		t.Fatal(resp.Status)
 	}
-	if err := <-d.errs; !fault.Is(err, fault.Upstream) || fault.As(err).Code != CodeNoAnswer {
+	if err := <-d.errs; !fault.Is(err, fault.Upstream) || fault.As(err).Code != fault.CodePortNoAnswer {
 		t.Errorf("no HTTP: %v", err)
 	}
-	d.in.fail = fault.New(fault.Upstream, agentapi.CodePortClosed, "closed")
+	d.in.fail = fault.New(fault.Upstream, fault.CodePortClosed, "closed")
 	d.proxy.h1.CloseIdleConnections()
 	d.get(t, "/", nil)
-	if err := <-d.errs; fault.As(err) == nil || fault.As(err).Code != agentapi.CodePortClosed {
+	if err := <-d.errs; fault.As(err) == nil || fault.As(err).Code != fault.CodePortClosed {
 		t.Errorf("closed: %v", err)
 	}
 	d.proxy.open["sbx_a"] = maxOpen

@@ -91,7 +91,7 @@ func hostOnly(cookie string) string {
 // refuse returns an error for a request that must not reach the port.
 func refuse(r *http.Request, to Destination) error {
 	if to.Shared && (r.Header.Get("Service-Worker") != "" || r.Header.Get("Sec-Fetch-Dest") == "serviceworker") {
-		return fault.New(fault.Denied, CodeWorker,
+		return fault.New(fault.Denied, fault.CodeServiceWorkerRefused,
 			"a service worker would control the whole origin, which this port shares with others; use the port's host name")
 	}
 	path := to.Path
@@ -99,7 +99,7 @@ func refuse(r *http.Request, to Destination) error {
 		path = r.URL.EscapedPath()
 	}
 	if HasSecret(path) || HasSecret(r.Method) {
-		return fault.InField(CodeSecret, "path",
+		return fault.InField(fault.CodeSecretInPath, "path",
 			"holds an API key, a signature or a token of cay, which must not reach a sandbox")
 	}
 	return nil

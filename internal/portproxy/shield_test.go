@@ -103,7 +103,7 @@ func TestSharedOrigin(t *testing.T) {
 	} {
 		if resp, _ := d.get(t, "/out/sw.js", edit); resp.StatusCode != http.StatusTeapot {
 			t.Errorf("%s: %s", name, resp.Status)
-		} else if err := <-d.errs; !fault.Is(err, fault.Denied) || fault.As(err).Code != CodeWorker {
+		} else if err := <-d.errs; !fault.Is(err, fault.Denied) || fault.As(err).Code != fault.CodeServiceWorkerRefused {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

@@ -58,8 +58,6 @@ func (e Egress) Clone() Egress {
 // it.
 var metadataRange = netip.MustParsePrefix("169.254.0.0/16")
 
-const codeEgress = "invalid_egress"
-
 // EgressRequest holds a policy as a user wrote it.
 type EgressRequest struct {
 	Mode                  string
@@ -75,12 +73,12 @@ func (r EgressRequest) Parse() (Egress, error) {
 	switch e.Mode {
 	case AllowAll:
 		if len(r.AllowCIDRs)+len(r.DenyCIDRs)+len(r.AllowPorts)+len(r.AllowDomains) > 0 {
-			return Egress{}, fault.InField(codeEgress, "egress.mode",
+			return Egress{}, fault.InvalidField("egress.mode",
 				"allow_all takes no lists: use deny_all with allow_cidrs or allow_domains")
 		}
 	case DenyAll:
 	default:
-		return Egress{}, fault.InField(codeEgress, "egress.mode", "must be allow_all or deny_all, not %.40q", r.Mode)
+		return Egress{}, fault.InvalidField("egress.mode", "must be allow_all or deny_all, not %.40q", r.Mode)
 	}
 	var err error
 	if e.AllowCIDRs, err = parseCIDRs("egress.allow_cidrs", r.AllowCIDRs); err != nil {
@@ -91,12 +89,12 @@ func (r EgressRequest) Parse() (Egress, error) {
 	}
 	for i, p := range e.DenyCIDRs {
 		if p.Overlaps(metadataRange) {
-			return Egress{}, fault.InField(codeEgress, index("egress.deny_cidrs", i),
+			return Egress{}, fault.InField(fault.CodeInvalidEgress, index("egress.deny_cidrs", i),
 				"%s touches the metadata range %s, which is cay's own", p, metadataRange)
 		}
 	}
 	if len(r.AllowPorts) > 0 && len(r.AllowCIDRs) == 0 {
-		return Egress{}, fault.InField(codeEgress, "egress.allow_ports", "restricts allow_cidrs, which is empty")
+		return Egress{}, fault.InvalidField("egress.allow_ports", "restricts allow_cidrs, which is empty")
 	}
 	if e.AllowPorts, err = parsePorts("egress.allow_ports", r.AllowPorts); err != nil {
 		return Egress{}, err
@@ -110,7 +108,7 @@ func (r EgressRequest) Parse() (Egress, error) {
 // short returns an error for a list of more than limit entries.
 func short(field string, length, limit int) error {
 	if length > limit {
-		return fault.InField(codeEgress, field, "has %d entries; at most %d", length, limit)
+		return fault.InField(fault.CodeInvalidEgress, field, "has %d entries; at most %d", length, limit)
 	}
 	return nil
 }
@@ -124,11 +122,12 @@ func parseCIDRs(field string, texts []string) ([]netip.Prefix, error) {
 		p, err := netip.ParsePrefix(text)
 		switch {
 		case err != nil:
-			return nil, fault.InField(codeEgress, index(field, i), "%.100q is not a CIDR such as 10.0.0.0/8", text)
+			return nil, fault.InField(fault.CodeInvalidEgress, index(field, i), "%.100q is not a CIDR such as 10.0.0.0/8", text)
 		case !p.Addr().Is4():
-			return nil, fault.InField(codeEgress, index(field, i), "%q is not IPv4: sandboxes have no IPv6", text)
+			return nil, fault.InField(fault.CodeInvalidEgress, index(field, i), "%q is not IPv4: sandboxes have no IPv6", text)
 		case p != p.Masked():
-			return nil, fault.InField(codeEgress, index(field, i), "%q has host bits set: write %s", text, p.Masked())
+			return nil, fault.InField(fault.CodeInvalidEgress, index(field, i),
+				"%q has host bits set: write %s", text, p.Masked())
 		}
 		out = append(out, p)
 	}
@@ -142,7 +141,7 @@ func parsePorts(field string, ports []int) ([]uint16, error) {
 	var out []uint16
 	for i, port := range ports {
 		if port < 1 || port > 65535 {
-			return nil, fault.InField(codeEgress, index(field, i), "port %d is outside 1-65535", port)
+			return nil, fault.InField(fault.CodeInvalidEgress, index(field, i), "port %d is outside 1-65535", port)
 		}
 		out = append(out, uint16(port))
 	}
@@ -158,7 +157,8 @@ func parseDomains(field string, texts []string) ([]string, error) {
 		bare, isWild := strings.CutPrefix(text, "*.")
 		_, err := netip.ParseAddr(strings.TrimSuffix(bare, "."))
 		if err == nil {
-			return nil, fault.InField(codeEgress, index(field, i), "%q is an address: it belongs in allow_cidrs", text)
+			return nil, fault.InField(fault.CodeInvalidEgress, index(field, i),
+				"%q is an address: it belongs in allow_cidrs", text)
 		}
 		name, err := idna.Lookup.ToASCII(strings.TrimSuffix(bare, "."))
 		if err == nil {
@@ -167,7 +167,7 @@ func parseDomains(field string, texts []string) ([]string, error) {
 			_, err = idna.Lookup.ToASCII(name)
 		}
 		if err != nil || name == "" || len(name) > maxDomain || !domainName(name) {
-			return nil, fault.InField(codeEgress, index(field, i),
+			return nil, fault.InField(fault.CodeInvalidEgress, index(field, i),
 				"%.100q is not a name such as example.com, nor *.example.com for the names below it", text)
 		}
 		if isWild {

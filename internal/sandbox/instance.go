@@ -225,7 +225,7 @@ func (u *instances) detachIfIdle(_ context.Context, id ID) (*instance, error) {
 
 // errGone reports that an operation on a sandbox found no instance to end the use of.
 func errGone(id ID) error {
-	return fault.New(fault.Conflict, codeNotRunning, "sandbox %s does not run any more", id)
+	return fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s does not run any more", id)
 }
 
 // detachWhenFree ends the use of a sandbox as soon as no call is in flight.
@@ -243,10 +243,11 @@ func (u *instances) detachWhenFree(ctx context.Context, id ID) (*instance, error
 		select {
 		case <-free:
 		case <-patience.C:
-			return nil, fault.New(fault.Conflict, "sandbox_in_use",
+			return nil, fault.New(fault.Conflict, fault.CodeSandboxInUse,
 				"sandbox %s is in use, calls in flight: %d; suspend it when they have ended", id, calls)
 		case <-ctx.Done():
-			return nil, fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed before it was suspended", id)
+			return nil, fault.New(fault.Conflict, fault.CodeSandboxNotRunning,
+				"sandbox %s was destroyed before it was suspended", id)
 		}
 	}
 }

@@ -115,7 +115,8 @@ func (op *operation) ended(ctx context.Context) error {
 
 var (
 	errInterrupted = errors.New("interrupted by destroy")
-	errClosing     = fault.New(fault.Unavailable, "shutting_down", "the server is shutting down").After(2 * time.Second)
+	errClosing     = fault.New(fault.Unavailable, fault.CodeShuttingDown,
+		"the server is shutting down").After(2 * time.Second)
 )
 
 // operations holds the operations under way in this process, at most one for each sandbox.
@@ -159,7 +160,7 @@ func (o *operations) do(ctx context.Context, id ID, op *operation, work func(ctx
 		result, err := work(ctx)
 		if err != nil && fault.As(err) == nil && context.Cause(ctx) == errInterrupted {
 			// The error follows from the destroy.
-			err = fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed meanwhile", id).Because(err)
+			err = fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s was destroyed meanwhile", id).Because(err)
 		}
 		o.finish(id, op, result, err)
 	}()

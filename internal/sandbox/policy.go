@@ -54,7 +54,8 @@ func changed(e Egress) Event {
 // machine differ until Reconcile makes them agree.
 func (s *Service) egressFailed(ctx context.Context, before Sandbox, cause error) error {
 	if context.Cause(ctx) == errInterrupted {
-		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while its policy was changed", before.ID)
+		return fault.New(fault.Conflict, fault.CodeSandboxNotRunning,
+			"sandbox %s was destroyed while its policy was changed", before.ID)
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 	defer cancel()
@@ -65,7 +66,8 @@ func (s *Service) egressFailed(ctx context.Context, before Sandbox, cause error)
 	if fault.As(cause) != nil {
 		return cause
 	}
-	return fault.New(fault.Internal, "egress_failed", "the policy of sandbox %s was not changed", before.ID).Because(cause)
+	return fault.New(fault.Internal, fault.CodeEgressFailed,
+		"the policy of sandbox %s was not changed", before.ID).Because(cause)
 }
 
 // summary returns the policy in one line. It gives only the lengths of lists, since they may be

@@ -15,8 +15,6 @@ import (
 // would serve the caller.
 const claimTimeout = 5 * time.Second
 
-const codeNoMember = "no_member"
-
 // errNotWarm reports that the pool cannot serve a create, while a cold start can.
 var errNotWarm = errors.New("no pooled sandbox could be claimed")
 
@@ -124,7 +122,7 @@ func (s *Service) claim(ctx context.Context, sbx Sandbox, q Quota,
 		s.live.track(newInstance(sbx))
 		s.pool.claimed(demandKey{sbx.TemplateID, sbx.Size.Name}, true)
 		return sbx, prior, false, nil
-	case fault.As(err) != nil && fault.As(err).Code != codeNoMember:
+	case fault.As(err) != nil && fault.As(err).Code != fault.CodeNoMember:
 		return running, prior, false, err // a cold start would fail in the same way
 	}
 	return running, prior, false, fmt.Errorf("%w: %w", errNotWarm, err)

@@ -49,7 +49,7 @@ func (s *Service) takeCheckpoint(ctx context.Context, sbx Sandbox) (Sandbox, err
 	}
 	s.live.markChanged(id, true)
 	if context.Cause(ctx) == errInterrupted {
-		return Sandbox{}, fault.New(fault.Conflict, codeNotRunning,
+		return Sandbox{}, fault.New(fault.Conflict, fault.CodeSandboxNotRunning,
 			"sandbox %s was destroyed while a recovery point was taken", id)
 	}
 	s.log.ErrorContext(ctx, "taking a recovery point", "sandbox", id, "error", err)
@@ -59,7 +59,7 @@ func (s *Service) takeCheckpoint(ctx context.Context, sbx Sandbox) (Sandbox, err
 	if fault.As(err) != nil {
 		return Sandbox{}, err
 	}
-	return Sandbox{}, fault.New(fault.Internal, "checkpoint_failed",
+	return Sandbox{}, fault.New(fault.Internal, fault.CodeCheckpointFailed,
 		"no recovery point of sandbox %s was taken", id).Because(err)
 }
 

@@ -71,12 +71,7 @@ type Templates interface {
 }
 
 func invalid(field, detail string, args ...any) error {
-	return fault.InField("invalid_"+strings.Map(func(r rune) rune {
-		if r == '.' || r == '[' {
-			return -1
-		}
-		return r
-	}, field), field, detail, args...)
+	return fault.InvalidField(field, detail, args...)
 }
 
 func index(field string, i int) string { return fmt.Sprintf("%s[%d]", field, i) }
@@ -137,34 +132,36 @@ var envName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 // field "env" or "env.NAME".
 func CheckEnv(env map[string]string) error {
 	if len(env) > MaxEnv {
-		return fault.InField("invalid_env", "env", "has %d entries; at most %d", len(env), MaxEnv)
+		return fault.InvalidField("env", "has %d entries; at most %d", len(env), MaxEnv)
 	}
 	bytes := 0
 	for name, value := range env {
 		if !envName.MatchString(name) {
-			return fault.InField("invalid_env", "env."+name, "a name is letters, digits and _, and does not begin with a digit")
+			return fault.InvalidField("env."+name,
+				"a name is letters, digits and _, and does not begin with a digit")
 		}
 		if strings.ContainsRune(value, 0) {
-			return fault.InField("invalid_env", "env."+name, "a value cannot contain a NUL")
+			return fault.InvalidField("env."+name, "a value cannot contain a NUL")
 		}
 		bytes += len(name) + len(value)
 	}
 	if bytes > MaxEnvBytes {
-		return fault.InField("invalid_env", "env", "is %d bytes; at most %d", bytes, MaxEnvBytes)
+		return fault.InvalidField("env", "is %d bytes; at most %d", bytes, MaxEnvBytes)
 	}
 	return nil
 }
 
 func checkMetadata(metadata map[string]string) error {
 	if len(metadata) > MaxMetadata {
-		return fault.InField("invalid_metadata", "metadata", "has %d entries; at most %d", len(metadata), MaxMetadata)
+		return fault.InvalidField("metadata", "has %d entries; at most %d", len(metadata), MaxMetadata)
 	}
 	for key, value := range metadata {
 		if key == "" || len(key) > MaxMetadataKey {
-			return fault.InField("invalid_metadata", "metadata", "a key is 1 to %d bytes long", MaxMetadataKey)
+			return fault.InvalidField("metadata", "a key is 1 to %d bytes long", MaxMetadataKey)
 		}
 		if len(value) > MaxMetadataValue {
-			return fault.InField("invalid_metadata", "metadata."+key, "a value is at most %d bytes long", MaxMetadataValue)
+			return fault.InvalidField("metadata."+key,
+				"a value is at most %d bytes long", MaxMetadataValue)
 		}
 	}
 	return nil

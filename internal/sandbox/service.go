@@ -174,7 +174,8 @@ func (s *Service) boot(ctx context.Context, sbx Sandbox, spec Spec, patience tim
 // start.
 func (s *Service) bootFailed(ctx context.Context, sbx Sandbox, cause error) error {
 	if context.Cause(ctx) == errInterrupted {
-		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while it was being created", sbx.ID)
+		return fault.New(fault.Conflict, fault.CodeSandboxNotRunning,
+			"sandbox %s was destroyed while it was being created", sbx.ID)
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 	defer cancel()
@@ -197,7 +198,7 @@ func startError(id ID, cause error) error {
 	if e := fault.As(cause); e != nil {
 		return cause
 	}
-	return fault.New(fault.Internal, "boot_failed", "sandbox %s did not start", id).Because(cause)
+	return fault.New(fault.Internal, fault.CodeBootFailed, "sandbox %s did not start", id).Because(cause)
 }
 
 // publicText returns the detail of an error that a user may read, or otherwise if it has none.
@@ -231,20 +232,18 @@ func (s *Service) Get(ctx context.Context, orgID string, id ID) (Sandbox, error)
 		return Sandbox{}, err
 	}
 	if sbx.OrgID != orgID {
-		return Sandbox{}, fault.New(fault.Denied, "not_your_sandbox", "sandbox %s belongs to another organization", id)
+		return Sandbox{}, fault.New(fault.Denied, fault.CodeNotYourSandbox, "sandbox %s belongs to another organization", id)
 	}
 	return s.live.shown(sbx), nil
 }
 
 func notFound(id ID) error {
-	return fault.New(fault.NotFound, "sandbox_not_found", "there is no sandbox %q", string(id))
+	return fault.New(fault.NotFound, fault.CodeSandboxNotFound, "there is no sandbox %q", string(id))
 }
-
-const codeNotRunning = "sandbox_not_running"
 
 // notRunning returns the error for a call that needs a running sandbox.
 func notRunning(sbx Sandbox) error {
-	return fault.New(fault.Conflict, codeNotRunning, "sandbox %s is %s", sbx.ID, sbx.State)
+	return fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s is %s", sbx.ID, sbx.State)
 }
 
 // List returns a page of the organization's sandboxes.

@@ -79,10 +79,8 @@ func snapshotOf(sbx Sandbox, name string) Snapshot {
 		CreatedAt: time.Now().UTC().Truncate(time.Microsecond)}
 }
 
-const codeNoSnapshot = "snapshot_not_found"
-
 func noSnapshot(nameOrID string) error {
-	return fault.New(fault.NotFound, codeNoSnapshot, "there is no snapshot %.100q", nameOrID)
+	return fault.New(fault.NotFound, fault.CodeSnapshotNotFound, "there is no snapshot %.100q", nameOrID)
 }
 
 // SaveSnapshot makes a snapshot of a sandbox of either mode. A running sandbox is saved in its
@@ -166,7 +164,8 @@ func (s *Service) abandonSnapshot(ctx context.Context, id SnapshotID, row bool) 
 // returns the error for the callers.
 func (s *Service) snapshotFailed(ctx context.Context, sbx Sandbox, cause error) error {
 	if context.Cause(ctx) == errInterrupted {
-		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while a snapshot was made", sbx.ID)
+		return fault.New(fault.Conflict, fault.CodeSandboxNotRunning,
+			"sandbox %s was destroyed while a snapshot was made", sbx.ID)
 	}
 	s.log.ErrorContext(ctx, "making a snapshot", "sandbox", sbx.ID, "error", cause)
 	if sbx.State == Running {
@@ -177,7 +176,7 @@ func (s *Service) snapshotFailed(ctx context.Context, sbx Sandbox, cause error) 
 	if fault.As(cause) != nil {
 		return cause
 	}
-	return fault.New(fault.Internal, "snapshot_failed", "no snapshot of sandbox %s was made", sbx.ID).Because(cause)
+	return fault.New(fault.Internal, fault.CodeSnapshotFailed, "no snapshot of sandbox %s was made", sbx.ID).Because(cause)
 }
 
 // findSnapshot returns a ready snapshot of the organization by name or ID.

@@ -85,14 +85,14 @@ func (s Start) Check() error {
 		return nil
 	}
 	if s.None() {
-		return fault.InField("invalid_ready", "ready", "is for a template with a start_command")
+		return fault.InvalidField("ready", "is for a template with a start_command")
 	}
 	return s.Ready.check()
 }
 
 func (r *Ready) check() error {
 	wrong := func(field, detail string, args ...any) error {
-		return fault.InField("invalid_ready", field, detail, args...)
+		return fault.InField(fault.CodeInvalidReady, field, detail, args...)
 	}
 	given := 0
 	for _, is := range []bool{r.Port != 0, r.Command != "", r.HTTP != nil} {

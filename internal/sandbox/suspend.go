@@ -59,7 +59,7 @@ func (s *Service) suspendBy(ctx context.Context, orgID string, id ID, may func(S
 // persistent returns an error for a sandbox that is not persistent.
 func persistent(sbx Sandbox) error {
 	if sbx.Mode != Persistent {
-		return fault.New(fault.Conflict, "sandbox_not_persistent",
+		return fault.New(fault.Conflict, fault.CodeSandboxNotPersistent,
 			"sandbox %s is %s: only persistent ones are suspended", sbx.ID, sbx.Mode)
 	}
 	return nil
@@ -109,7 +109,7 @@ func (s *Service) writeCheckpoint(ctx context.Context, id ID,
 // result for the callers.
 func (s *Service) suspendFailed(ctx context.Context, id ID, began time.Time, cause error) (Sandbox, error) {
 	if context.Cause(ctx) == errInterrupted {
-		return Sandbox{}, fault.New(fault.Conflict, codeNotRunning,
+		return Sandbox{}, fault.New(fault.Conflict, fault.CodeSandboxNotRunning,
 			"sandbox %s was destroyed while it was being suspended", id)
 	}
 	s.log.ErrorContext(ctx, "sandbox was not suspended", "sandbox", id, "error", cause)
@@ -125,5 +125,5 @@ func (s *Service) suspendFailed(ctx context.Context, id ID, began time.Time, cau
 	if fault.As(cause) != nil {
 		return Sandbox{}, cause
 	}
-	return Sandbox{}, fault.New(fault.Internal, reasonSuspendFailed, "sandbox %s was not suspended", id).Because(cause)
+	return Sandbox{}, fault.New(fault.Internal, fault.CodeSuspendFailed, "sandbox %s was not suspended", id).Because(cause)
 }

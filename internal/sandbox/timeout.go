@@ -37,7 +37,7 @@ func (s *Service) SetTimeout(ctx context.Context, orgID string, id ID, timeout t
 }
 
 func notEphemeral(sbx Sandbox) error {
-	return fault.New(fault.Conflict, "sandbox_not_ephemeral",
+	return fault.New(fault.Conflict, fault.CodeSandboxNotEphemeral,
 		"sandbox %s is %s and has no timeout to extend", sbx.ID, sbx.Mode)
 }
 

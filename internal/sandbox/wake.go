@@ -161,7 +161,8 @@ func (s *Service) restore(ctx context.Context, sbx Sandbox) (Sandbox, error) {
 // error for the callers.
 func (s *Service) wakeFailed(ctx context.Context, sbx Sandbox, cause error) error {
 	if context.Cause(ctx) == errInterrupted {
-		return fault.New(fault.Conflict, codeNotRunning, "sandbox %s was destroyed while it was being woken", sbx.ID)
+		return fault.New(fault.Conflict, fault.CodeSandboxNotRunning,
+			"sandbox %s was destroyed while it was being woken", sbx.ID)
 	}
 	s.log.ErrorContext(ctx, "sandbox did not wake", "sandbox", sbx.ID, "error", cause)
 	why := note{reason: reasonWakeFailed, detail: publicText(cause,
@@ -176,5 +177,5 @@ func (s *Service) wakeFailed(ctx context.Context, sbx Sandbox, cause error) erro
 	if fault.As(cause) != nil {
 		return cause
 	}
-	return fault.New(fault.Internal, reasonWakeFailed, "sandbox %s did not wake", sbx.ID).Because(cause)
+	return fault.New(fault.Internal, fault.CodeWakeFailed, "sandbox %s did not wake", sbx.ID).Because(cause)
 }

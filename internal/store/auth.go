@@ -30,7 +30,7 @@ func keyFields(k *auth.Key, hash *string) []any {
 }
 
 func noOrg(id string) error {
-	return fault.New(fault.NotFound, "org_not_found", "there is no organization %q", id)
+	return fault.New(fault.NotFound, fault.CodeOrgNotFound, "there is no organization %q", id)
 }
 
 // PutOrg implements [auth.Store].
@@ -39,7 +39,7 @@ func (db *DB) PutOrg(ctx context.Context, o auth.Org, first auth.Key) error {
 		fields := orgFields(&o)
 		_, err := tx.ExecContext(ctx, "INSERT INTO orgs ("+orgColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
 		if violates(err, false) {
-			return fault.New(fault.Conflict, "org_exists", "there is an organization %q already", o.Name).Because(err)
+			return fault.New(fault.Conflict, fault.CodeOrgExists, "there is an organization %q already", o.Name).Because(err)
 		}
 		if err != nil {
 			return fmt.Errorf("writing row: %w", err)
@@ -146,7 +146,7 @@ func makeRoom(ctx context.Context, tx *sql.Tx, k auth.Key, limit int) error {
 		return fmt.Errorf("counting keys: %w", err)
 	}
 	if live >= limit {
-		return fault.New(fault.Exhausted, "quota_exceeded",
+		return fault.New(fault.Exhausted, fault.CodeQuotaExceeded,
 			"the organization may have %d API keys; revoke one that is not needed", limit)
 	}
 	if _, err := tx.ExecContext(ctx, dropKeys, k.OrgID, at(k.CreatedAt), limit); err != nil {
@@ -169,7 +169,7 @@ func (db *DB) KeyByHash(ctx context.Context, hash []byte) (auth.Key, auth.Org, e
 	err := db.reader.QueryRowContext(ctx, keyByHash, hex.EncodeToString(hash)).
 		Scan(append(keyFields(&k, &text), orgFields(&o)...)...)
 	if errors.Is(err, sql.ErrNoRows) {
-		return auth.Key{}, auth.Org{}, fault.New(fault.NotFound, "api_key_not_found", "there is no such API key")
+		return auth.Key{}, auth.Org{}, fault.New(fault.NotFound, fault.CodeAPIKeyNotFound, "there is no such API key")
 	}
 	if err == nil {
 		k.Hash, err = hex.DecodeString(text)
@@ -227,7 +227,7 @@ func (db *DB) RevokeKey(ctx context.Context, orgID, id string, when time.Time) e
 		}
 		err = tx.QueryRowContext(ctx, "SELECT name FROM api_keys WHERE org_id = $1 AND id = $2", orgID, id).Scan(&k.Name)
 		if errors.Is(err, sql.ErrNoRows) {
-			return fault.New(fault.NotFound, "api_key_not_found", "there is no API key %s", id)
+			return fault.New(fault.NotFound, fault.CodeAPIKeyNotFound, "there is no API key %s", id)
 		}
 		return err
 	})

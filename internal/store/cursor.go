@@ -45,7 +45,7 @@ func (c cursor) String() string {
 }
 
 func parseCursor(list byte, text string) (cursor, error) {
-	bad := fault.InField("invalid_cursor", "cursor", "is not a next_cursor of this listing")
+	bad := fault.InvalidField("cursor", "is not a next_cursor of this listing")
 	if len(text) > base64.RawURLEncoding.EncodedLen(2+8+maxCursorID) {
 		return cursor{}, bad
 	}

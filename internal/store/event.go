@@ -228,7 +228,7 @@ func listingQuery(id sandbox.ID, limit int, after string) (string, params, error
 			return "", nil, err
 		}
 		if c.id != string(id) {
-			return "", nil, fault.InField("invalid_cursor", "cursor", "is of another sandbox's events")
+			return "", nil, fault.InvalidField("cursor", "is of another sandbox's events")
 		}
 		q += " AND number < " + p.add(c.at)
 	}

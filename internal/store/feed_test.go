@@ -248,7 +248,7 @@ func TestTrimEvents(t *testing.T) {
 		t.Errorf("%d events are left, want those that the consumer has not read", len(left))
 	}
 	_, err := db.ReadEvents(t.Context(), q)
-	wantFault(t, err, fault.Gone, event.CodeGone)
+	wantFault(t, err, fault.Gone, fault.CodeEventsGone)
 	q.After = all[4].Seq // this reader misses no event
 	if page, err := db.ReadEvents(t.Context(), q); err != nil || page.Events[0].Seq != all[5].Seq {
 		t.Errorf("the page after the last dropped event is %+v, %v", page, err)

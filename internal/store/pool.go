@@ -99,7 +99,7 @@ func (db *DB) Claim(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 			if err != nil {
 				return fmt.Errorf("taking the pooled sandbox: %w", err)
 			}
-			return fault.New(fault.Conflict, "no_member", "the warm pool has no sandbox %s", s.ID)
+			return fault.New(fault.Conflict, fault.CodeNoMember, "the warm pool has no sandbox %s", s.ID)
 		}
 		if err := insertSandbox(ctx, tx, out, s, once); err != nil {
 			return err

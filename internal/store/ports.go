@@ -27,13 +27,13 @@ func (db *DB) SetPublicPort(ctx context.Context, id sandbox.ID, port int, public
 			return fmt.Errorf("counting public ports: %w", err)
 		}
 		if others >= sandbox.MaxPublicPorts {
-			return fault.New(fault.Conflict, "too_many_public_ports",
+			return fault.New(fault.Conflict, fault.CodeTooManyPublicPorts,
 				"a sandbox may have %d public ports", sandbox.MaxPublicPorts)
 		}
 		r, err := tx.ExecContext(ctx, `INSERT INTO public_ports (sandbox_id, port) VALUES ($1, $2)
 			ON CONFLICT DO NOTHING`, id, port)
 		if violates(err, true) {
-			return fault.New(fault.NotFound, "sandbox_not_found", "there is no sandbox %q", string(id))
+			return fault.New(fault.NotFound, fault.CodeSandboxNotFound, "there is no sandbox %q", string(id))
 		}
 		if err != nil {
 			return err

@@ -58,7 +58,7 @@ func scanSandboxes(rows *sql.Rows) ([]sandbox.Sandbox, error) {
 }
 
 func noSandbox(id sandbox.ID) error {
-	return fault.New(fault.NotFound, "sandbox_not_found", "there is no sandbox %s", id)
+	return fault.New(fault.NotFound, fault.CodeSandboxNotFound, "there is no sandbox %s", id)
 }
 
 // querier runs a query for one row. *sql.DB and *sql.Tx implement it.
@@ -120,7 +120,7 @@ func first(ctx context.Context, tx querier, s sandbox.Sandbox, once sandbox.Once
 	case err != nil:
 		return sandbox.Sandbox{}, false, fmt.Errorf("reading idempotency key: %w", err)
 	case hash != once.Hash:
-		return sandbox.Sandbox{}, false, fault.New(fault.Conflict, "idempotency_key_reused",
+		return sandbox.Sandbox{}, false, fault.New(fault.Conflict, fault.CodeIdempotencyKeyReused,
 			"this Idempotency-Key was used with another request within the last 24 hours")
 	}
 	prior, err := getSandbox(ctx, tx, id)
@@ -154,7 +154,7 @@ func checkQuota(ctx context.Context, tx querier, s sandbox.Sandbox, q sandbox.Qu
 		{q.MemoryMB, have.MemoryMB, s.Size.MemoryMB, "MiB of memory"},
 	} {
 		if of.limit > 0 && of.have+of.more > of.limit {
-			return fault.New(fault.Exhausted, "quota_exceeded",
+			return fault.New(fault.Exhausted, fault.CodeQuotaExceeded,
 				"the organization may have %d %s at once, has %d and asks for %d more",
 				of.limit, of.what, of.have, of.more)
 		}
@@ -276,10 +276,10 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 		}
 		after = before
 		if !slices.Contains(c.From, before.State) {
-			return fault.New(fault.Conflict, "sandbox_state", "the sandbox is %s", before.State)
+			return fault.New(fault.Conflict, fault.CodeSandboxState, "the sandbox is %s", before.State)
 		}
 		if c.Run != "" && c.Run != before.Run {
-			return fault.New(fault.Conflict, "sandbox_state", "the sandbox was started again in the meantime")
+			return fault.New(fault.Conflict, fault.CodeSandboxState, "the sandbox was started again in the meantime")
 		}
 		if c.Quota != nil {
 			if err := checkQuota(ctx, tx, before, *c.Quota); err != nil {
@@ -289,7 +289,7 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 		query, args := updateQuery(c, before)
 		moved, err := scanSandbox(tx.QueryRowContext(ctx, query, args...))
 		if errors.Is(err, sql.ErrNoRows) {
-			return fault.New(fault.Conflict, "sandbox_state", "the sandbox is no longer %s", before.State)
+			return fault.New(fault.Conflict, fault.CodeSandboxState, "the sandbox is no longer %s", before.State)
 		}
 		if err != nil {
 			return fmt.Errorf("writing row: %w", err)
@@ -374,7 +374,7 @@ func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time,
 		if s, err = getSandbox(ctx, tx, id); err != nil || later && s.State == sandbox.Running {
 			return err
 		}
-		return fault.New(fault.Conflict, "sandbox_not_running", "the sandbox is %s", s.State)
+		return fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "the sandbox is %s", s.State)
 	})
 	if err != nil {
 		return s, fmt.Errorf("setting the expiry of sandbox %s: %w", id, err)
@@ -425,7 +425,7 @@ func setLiving(ctx context.Context, tx *sql.Tx, id sandbox.ID, column string, va
 	if s, err = getSandbox(ctx, tx, id); err != nil {
 		return s, err
 	}
-	return s, fault.New(fault.Conflict, "sandbox_state", "the sandbox is %s", s.State)
+	return s, fault.New(fault.Conflict, fault.CodeSandboxState, "the sandbox is %s", s.State)
 }
 
 // SetActivity implements [sandbox.Store].

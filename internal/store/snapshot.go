@@ -27,7 +27,7 @@ func scanSnapshot(row scanner, id string) (sandbox.Snapshot, error) {
 	var s sandbox.Snapshot
 	err := row.Scan(snapshotFields(&s)...)
 	if errors.Is(err, sql.ErrNoRows) {
-		return sandbox.Snapshot{}, fault.New(fault.NotFound, "snapshot_not_found", "there is no snapshot %q", id)
+		return sandbox.Snapshot{}, fault.New(fault.NotFound, fault.CodeSnapshotNotFound, "there is no snapshot %q", id)
 	}
 	if err != nil {
 		return sandbox.Snapshot{}, fmt.Errorf("reading snapshot %s: %w", id, err)
@@ -64,13 +64,14 @@ func (db *DB) AddSnapshot(ctx context.Context, s sandbox.Snapshot, most int) err
 			return fmt.Errorf("counting the organization's snapshots: %w", err)
 		}
 		if most > 0 && have >= most {
-			return fault.New(fault.Exhausted, "quota_exceeded", "the organization may have %d snapshots and has %d", most, have)
+			return fault.New(fault.Exhausted, fault.CodeQuotaExceeded,
+				"the organization may have %d snapshots and has %d", most, have)
 		}
 		fields := snapshotFields(&s)
 		_, err := tx.ExecContext(ctx,
 			"INSERT INTO snapshots ("+snapshotColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
 		if violates(err, false) {
-			return fault.New(fault.Conflict, "snapshot_exists", "the organization already has a snapshot %q", s.Name)
+			return fault.New(fault.Conflict, fault.CodeSnapshotExists, "the organization already has a snapshot %q", s.Name)
 		}
 		return err
 	})
@@ -88,7 +89,7 @@ func (db *DB) ReadySnapshot(ctx context.Context, id sandbox.SnapshotID, made tim
 			WHERE id = $4 AND state = $5 RETURNING `+snapshotColumns,
 			sandbox.SnapshotReady, at(made), size, id, sandbox.SnapshotCreating), string(id))
 		if fault.Is(err, fault.NotFound) {
-			return fault.New(fault.Conflict, "snapshot_state", "snapshot %s is not being created", id)
+			return fault.New(fault.Conflict, fault.CodeSnapshotState, "snapshot %s is not being created", id)
 		}
 		if err != nil {
 			return err

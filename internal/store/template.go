@@ -26,7 +26,7 @@ func templateFields(t *template.Template) []any {
 }
 
 func noTemplate(nameOrID string) error {
-	return fault.New(fault.NotFound, "template_not_found", "there is no template %q", nameOrID)
+	return fault.New(fault.NotFound, fault.CodeTemplateNotFound, "there is no template %q", nameOrID)
 }
 
 // InsertTemplate implements [template.Store].
@@ -38,14 +38,15 @@ func (db *DB) InsertTemplate(ctx context.Context, t template.Template, b *templa
 				return fmt.Errorf("counting templates: %w", err)
 			}
 			if n >= limit {
-				return fault.New(fault.Exhausted, "quota_exceeded", "the organization has %d templates; it may have %d", n, limit)
+				return fault.New(fault.Exhausted, fault.CodeQuotaExceeded,
+					"the organization has %d templates; it may have %d", n, limit)
 			}
 		}
 		fields := templateFields(&t)
 		_, err := tx.ExecContext(ctx,
 			"INSERT INTO templates ("+templateColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
 		if violates(err, false) {
-			return fault.New(fault.Conflict, "template_exists", "there is a template %q already", t.Name).Because(err)
+			return fault.New(fault.Conflict, fault.CodeTemplateExists, "there is a template %q already", t.Name).Because(err)
 		}
 		if err != nil {
 			return err
@@ -153,7 +154,7 @@ func (db *DB) DeleteTemplate(ctx context.Context, id string, force bool) error {
 				return fmt.Errorf("counting its sandboxes: %w", err)
 			}
 			if n > 0 {
-				return fault.New(fault.Conflict, "template_in_use",
+				return fault.New(fault.Conflict, fault.CodeTemplateInUse,
 					"%d sandboxes of it are not destroyed; with force they go on without it", n)
 			}
 		}

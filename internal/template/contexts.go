@@ -96,7 +96,7 @@ func (s *Service) putContext(ctx context.Context, org string, source io.Reader) 
 	limit := s.budget.begin(org, has, s.cfg.ContextLimit, s.cfg.ContextTotal)
 	var size int64
 	defer func() { s.budget.end(org, limit, hash, size) }()
-	spent := fault.New(fault.Exhausted, "quota_exceeded",
+	spent := fault.New(fault.Exhausted, fault.CodeQuotaExceeded,
 		"the contexts of the organization's templates may take %d MiB in all (build.contexts_mb): delete templates, "+
 			"or wait an hour until unused contexts are removed", s.cfg.ContextTotal>>20)
 	if limit == 0 {
@@ -107,7 +107,7 @@ func (s *Service) putContext(ctx context.Context, org string, source io.Reader) 
 		if limit < s.cfg.ContextLimit {
 			return "", spent
 		}
-		return "", fault.New(fault.TooLarge, "context_too_large",
+		return "", fault.New(fault.TooLarge, fault.CodeContextTooLarge,
 			"the context has more than %d MiB; a .dockerignore leaves out what the build does not need", s.cfg.ContextLimit>>20)
 	}
 	return hash, err

@@ -67,7 +67,7 @@ func (s *Service) Follow(ctx context.Context, orgID, nameOrID, after string, seq
 		case <-ctx.Done():
 			return Template{}, context.Cause(ctx)
 		case <-s.hangup:
-			return Template{}, fault.New(fault.Unavailable, "stopping",
+			return Template{}, fault.New(fault.Unavailable, fault.CodeStopping,
 				"the server stops; follow the build again when the server is back")
 		}
 	}

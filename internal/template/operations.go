@@ -24,7 +24,7 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, source io.Rea
 	if err := r.check(s.cfg, source != nil); err != nil {
 		return Template{}, err
 	}
-	taken := fault.New(fault.Conflict, "template_exists", "there is a template %q already", r.Name)
+	taken := fault.New(fault.Conflict, fault.CodeTemplateExists, "there is a template %q already", r.Name)
 	if s.definition(r.Name) != nil {
 		return Template{}, taken
 	}
@@ -129,7 +129,7 @@ func (s *Service) Rebuild(ctx context.Context, c Caller, nameOrID string, r *Req
 	id := newID("bld_")
 	t, err = s.store.UpdateTemplate(ctx, t.ID, &b, func(t *Template) error {
 		if t.Queued() {
-			return fault.New(fault.Conflict, "build_in_progress", "a build of template %q is %s: wait for it or cancel it",
+			return fault.New(fault.Conflict, fault.CodeBuildInProgress, "a build of template %q is %s: wait for it or cancel it",
 				t.Name, t.Status)
 		}
 		t.begin(id)
@@ -143,7 +143,7 @@ func (s *Service) Rebuild(ctx context.Context, c Caller, nameOrID string, r *Req
 }
 
 func readOnly(t Template) error {
-	return fault.New(fault.Denied, "template_builtin",
+	return fault.New(fault.Denied, fault.CodeTemplateBuiltin,
 		"template %q is built in and read-only; copy its definition to make one of your own", t.Name)
 }
 
@@ -163,7 +163,7 @@ func (s *Service) newBuild(ctx context.Context, t Template, r *Request, source i
 		return b, r.Credentials, whole.checkCredentials()
 	}
 	if r.Egress != nil {
-		return Build{}, nil, fault.InField("invalid_egress", "egress", "is not changed by a rebuild: leave it out")
+		return Build{}, nil, fault.InvalidField("egress", "is not changed by a rebuild: leave it out")
 	}
 	r.Name = t.Name
 	if err := r.check(s.cfg, source != nil); err != nil {
@@ -209,7 +209,7 @@ func (s *Service) Cancel(ctx context.Context, c Caller, nameOrID string) (Templa
 	build := ""
 	t, err = s.store.UpdateTemplate(ctx, t.ID, nil, func(t *Template) error {
 		if !t.Queued() {
-			return fault.New(fault.Conflict, "no_build", "no build of template %q waits or runs", t.Name)
+			return fault.New(fault.Conflict, fault.CodeNoBuild, "no build of template %q waits or runs", t.Name)
 		}
 		build = t.BuildID
 		t.end(Failed, &BuildError{ExitCode: -1, Message: "it was cancelled"})

@@ -51,9 +51,7 @@ var (
 )
 
 func invalid(field, detail string, args ...any) error {
-	code, _, _ := strings.Cut(field, ".")
-	code, _, _ = strings.Cut(code, "[")
-	return fault.InField("invalid_"+code, field, detail, args...)
+	return fault.InvalidField(field, detail, args...)
 }
 
 // check refuses an invalid request, and fills in defaults. withContext reports whether the
@@ -97,7 +95,7 @@ func (r *Request) checkSource(withContext bool) error {
 		}
 	}
 	if given != 1 {
-		return fault.New(fault.Invalid, "invalid_source",
+		return fault.New(fault.Invalid, fault.CodeInvalidSource,
 			"one of image, dockerfile and debian is needed, and no more than one")
 	}
 	switch {

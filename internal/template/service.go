@@ -155,7 +155,7 @@ func notReady(t Template) error {
 	case t.Progress != "":
 		detail += ": " + t.Progress
 	}
-	return fault.New(fault.Conflict, "template_not_ready", "%s", detail)
+	return fault.New(fault.Conflict, fault.CodeTemplateNotReady, "%s", detail)
 }
 
 // prepare queues the build of a built-in template that has not been requested yet, and moves a
