@@ -81,7 +81,8 @@ func TestErrorCodes(t *testing.T) {
 	used := map[string][]string{} // rooms by constant
 	for _, file := range goFiles(t) {
 		if strings.HasSuffix(file, "_test.go") || file == codeRegistry || forTests(filepath.Dir(file)) ||
-			!strings.HasPrefix(file, "internal/") || strings.HasPrefix(file, "internal/cli/") { // it knows only the public client
+			!strings.HasPrefix(file, "internal/") || strings.HasPrefix(file, "internal/cli/") {
+			// The command line knows the public client alone.
 			continue
 		}
 		text, err := os.ReadFile(file)

@@ -25,15 +25,14 @@ var mayImport = map[string]struct {
 	rooms []string
 	why   string
 }{
-	"internal/fault":     {nil, "every room uses kinds of error"},
-	"internal/budget":    {[]string{"fault"}, "every room may count the memory of a call"},
-	"internal/gctune":    {nil, "it knows only Go's collector"},
-	"internal/trace":     {nil, "every room may measure its part of a call"},
-	"internal/sandbox":   {[]string{"fault", "trace"}, "the core does no I/O: rows and machines are given to it"},
-	"internal/auth":      {[]string{"fault"}, "the core does no I/O"},
-	"internal/accesslog": {[]string{"auth"}, "all fronts log requests with it; it takes the rates of callers from auth"},
-	"internal/event":     {[]string{"fault"}, "the core does no I/O; others write the events that it names"},
-	"internal/template":  {[]string{"event", "fault", "sandbox"}, "the core does no I/O; it uses the types of sandboxes, which are made from templates, and of events"},
+	"internal/fault":    {nil, "every room uses kinds of error"},
+	"internal/budget":   {[]string{"fault"}, "every room may count the memory of a call"},
+	"internal/gctune":   {nil, "it knows only Go's collector"},
+	"internal/trace":    {nil, "every room may measure its part of a call"},
+	"internal/sandbox":  {[]string{"fault", "trace"}, "the core does no I/O: rows and machines are given to it"},
+	"internal/auth":     {[]string{"fault"}, "the core does no I/O"},
+	"internal/event":    {[]string{"fault"}, "the core does no I/O; others write the events that it names"},
+	"internal/template": {[]string{"event", "fault", "sandbox"}, "the core does no I/O; it uses the types of sandboxes, which are made from templates, and of events"},
 
 	"internal/cgroup":      {nil, "a technology room: it knows the kernel and nothing of the product"},
 	"internal/runsc":       {nil, "a technology room: it knows gVisor and nothing of the product"},
@@ -54,10 +53,11 @@ var mayImport = map[string]struct {
 	"internal/agentapi/filesystem": {nil, "generated"},
 	"internal/agent":               {[]string{"agentapi", "agentapi/*", "fault"}, "code that runs in sandboxes must stay small and know nothing of the host"},
 
-	"internal/store":     {[]string{"auth", "event", "fault", "sandbox", "template"}, "it implements the core's interfaces; all SQL is here"},
-	"internal/api":       {[]string{"accesslog", "agentapi", "auth", "budget", "event", "fault", "portproxy", "sandbox", "template", "trace"}, "a front: it calls the core and the agent, and has portproxy carry traffic to ports"},
-	"internal/portproxy": {[]string{"agentapi", "fault"}, "a front that carries traffic and decides nothing about it: it knows ports and the agent, and not the core"},
-	"internal/e2b": {[]string{"accesslog", "agentapi", "auth", "budget", "fault", "portproxy", "sandbox", "template"},
+	"internal/store":      {[]string{"auth", "event", "fault", "sandbox", "template"}, "it implements the core's interfaces; all SQL is here"},
+	"internal/httpserver": {[]string{"auth", "budget", "fault"}, "all fronts answer with it; it knows callers and errors, and no operation"},
+	"internal/api":        {[]string{"agentapi", "auth", "budget", "event", "fault", "httpserver", "portproxy", "sandbox", "template", "trace"}, "a front: it calls the core and the agent, and has portproxy carry traffic to ports"},
+	"internal/portproxy":  {[]string{"agentapi", "fault"}, "a front that carries traffic and decides nothing about it: it knows ports and the agent, and not the core"},
+	"internal/e2b": {[]string{"agentapi", "auth", "budget", "fault", "httpserver", "portproxy", "sandbox", "template"},
 		"a front beside api, for E2B's clients: it calls the same core and the agent, and has portproxy carry traffic to ports"},
 
 	"internal/config": {[]string{"agentapi", "egressproxy", "network", "node", "sandbox"},
@@ -65,7 +65,7 @@ var mayImport = map[string]struct {
 	"internal/imagebuild": {[]string{"buildkit", "fault", "image", "template"},
 		"an adapter: it implements template's interface with the technology rooms that make images, which know neither it nor each other"},
 	"internal/daemon": {[]string{"api", "auth", "blob", "budget", "buildkit", "cgroup", "config", "e2b", "egressproxy",
-		"embedded", "event", "fault", "image", "imagebuild", "network", "node", "portproxy", "sandbox", "store", "template"},
+		"embedded", "event", "fault", "httpserver", "image", "imagebuild", "network", "node", "portproxy", "sandbox", "store", "template"},
 		"all wiring is here, and the adapters between rooms that do not know each other"},
 	"internal/cli": {[]string{"config", "daemon"}, "the verbs use client; those that run a server or look at this machine use daemon"},
 

@@ -18,7 +18,7 @@ func (s *server) ListSizes(w http.ResponseWriter, r *http.Request) {
 // GetPool answers GET /v1/pool. The pool serves the templates of all organizations, so GetPool
 // refuses admins of every organization but the operator's.
 func (s *server) GetPool(w http.ResponseWriter, r *http.Request) {
-	if callOf(r).who.Org.Name != auth.OperatorOrg {
+	if callOf(r).Who.Org.Name != auth.OperatorOrg {
 		s.fail(w, r, fault.New(fault.Denied, fault.CodeNotTheOperator,
 			"only keys of the organization %q may read the pool", auth.OperatorOrg))
 		return
@@ -33,7 +33,7 @@ func (s *server) GetPool(w http.ResponseWriter, r *http.Request) {
 
 // GetMe answers GET /v1/me.
 func (s *server) GetMe(w http.ResponseWriter, r *http.Request) {
-	who := callOf(r).who
+	who := callOf(r).Who
 	s.answer(w, r, http.StatusOK, Me{Org: orgOf(who.Org), APIKey: keyOf(who.Key)})
 }
 
@@ -60,7 +60,7 @@ func (s *server) CreateAPIKey(w http.ResponseWriter, r *http.Request) {
 		}
 		request.Format = auth.Format(*in.Format)
 	}
-	k, secret, err := s.Auth.CreateKey(r.Context(), callOf(r).who, request)
+	k, secret, err := s.Auth.CreateKey(r.Context(), callOf(r).Who, request)
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -78,7 +78,7 @@ func (s *server) ListAPIKeys(w http.ResponseWriter, r *http.Request, params List
 		s.fail(w, r, err)
 		return
 	}
-	keys, next, err := s.Auth.ListKeys(r.Context(), callOf(r).who, limit, cursor)
+	keys, next, err := s.Auth.ListKeys(r.Context(), callOf(r).Who, limit, cursor)
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -88,7 +88,7 @@ func (s *server) ListAPIKeys(w http.ResponseWriter, r *http.Request, params List
 
 // RevokeAPIKey answers DELETE /v1/api-keys/{key}.
 func (s *server) RevokeAPIKey(w http.ResponseWriter, r *http.Request, id string) {
-	if err := s.Auth.RevokeKey(r.Context(), callOf(r).who, id); err != nil {
+	if err := s.Auth.RevokeKey(r.Context(), callOf(r).Who, id); err != nil {
 		s.fail(w, r, err)
 		return
 	}
@@ -106,7 +106,7 @@ func (s *server) CreateOrg(w http.ResponseWriter, r *http.Request) {
 	if q := in.Quota; q != nil {
 		quota = auth.QuotaRequest{Sandboxes: q.Sandboxes, VCPUs: q.VCPUs, MemoryMB: q.MemoryMB}
 	}
-	o, k, secret, err := s.Auth.CreateOrg(r.Context(), callOf(r).who, in.Name, quota)
+	o, k, secret, err := s.Auth.CreateOrg(r.Context(), callOf(r).Who, in.Name, quota)
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -123,7 +123,7 @@ func (s *server) ListOrgs(w http.ResponseWriter, r *http.Request, params ListOrg
 		s.fail(w, r, err)
 		return
 	}
-	orgs, next, err := s.Auth.ListOrgs(r.Context(), callOf(r).who, limit, cursor)
+	orgs, next, err := s.Auth.ListOrgs(r.Context(), callOf(r).Who, limit, cursor)
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -154,7 +154,7 @@ func (s *server) GetReady(w http.ResponseWriter, r *http.Request) {
 // GetMetrics answers GET /metrics. The metrics cover all organizations, so GetMetrics refuses
 // admins of every organization but the operator's.
 func (s *server) GetMetrics(w http.ResponseWriter, r *http.Request) {
-	if callOf(r).who.Org.Name != auth.OperatorOrg {
+	if callOf(r).Who.Org.Name != auth.OperatorOrg {
 		s.fail(w, r, fault.New(fault.Denied, fault.CodeNotTheOperator,
 			"only keys of the organization %q may read the metrics", auth.OperatorOrg))
 		return
@@ -171,6 +171,6 @@ func (s *server) GetOpenAPI(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "application/yaml")
 	if _, err := w.Write(cay.OpenAPI); err != nil {
-		callOf(r).err = err
+		callOf(r).Err = err
 	}
 }

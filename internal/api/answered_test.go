@@ -22,6 +22,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/budget"
+	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -388,8 +389,8 @@ func TestCallerGoesAway(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		t.Fatal("the command was not canceled")
 	}
-	if line := h.log.line(t, "leaver"); line["status"] != float64(statusGone) {
-		t.Errorf("log line %v, want status %d", line, statusGone)
+	if line := h.log.line(t, "leaver"); line["status"] != float64(httpserver.StatusGone) {
+		t.Errorf("log line %v, want status %d", line, httpserver.StatusGone)
 	}
 	if n := h.boxes.InUse(); n != 0 {
 		t.Errorf("%d leases are still held", n)

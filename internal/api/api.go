@@ -1,7 +1,7 @@
 // Package api implements the HTTP API of cay. It decodes a request, authenticates the caller,
 // checks the scopes of the key, calls one method of the core, and encodes the answer. It owns the
-// wire format of openapi.yaml, the HTTP statuses, the access log, and the limits on bodies and slow
-// callers. It holds no state of its own and decides nothing about sandboxes: a core room refuses a
+// wire format of openapi.yaml and the body of errors; what all fronts do alike is in httpserver. It
+// holds no state of its own and decides nothing about sandboxes: a core room refuses a
 // request with a fault, and only this package turns a fault into a status.
 //
 // The handler is safe for concurrent use. Files stream in both directions and are never held in
@@ -24,10 +24,10 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/cayhq/cay/internal/accesslog"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/budget"
+	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
@@ -142,10 +142,9 @@ type Config struct {
 // server answers the operations of openapi.yaml.
 type server struct {
 	Config
-	mux      *http.ServeMux
-	metrics  *metrics
-	access   *accesslog.Log
-	patience patience
+	mux     *http.ServeMux
+	metrics *metrics
+	front   *httpserver.Front
 }
 
 var _ ServerInterface = (*server)(nil)
@@ -160,61 +159,12 @@ func New(cfg Config) http.Handler {
 		cfg.Hijacked = &sync.WaitGroup{}
 	}
 	s := &server{
-		Config: cfg, mux: http.NewServeMux(), metrics: newMetrics(cfg.Registry), access: accesslog.New(cfg.Log), patience: usual,
+		Config: cfg, mux: http.NewServeMux(), metrics: newMetrics(cfg.Registry),
 	}
+	s.front = s.newFront()
 	HandlerWithOptions(s, StdHTTPServerOptions{
 		BaseRouter:       s.mux,
 		ErrorHandlerFunc: func(w http.ResponseWriter, r *http.Request, err error) { s.fail(w, r, parameterError(err)) },
 	})
 	return s
-}
-
-// Limits on slow and absent callers. A caller on a slow line must be able to work; a caller that
-// only holds connections open must not.
-const (
-	headerTimeout  = 10 * time.Second // to send a request's headers
-	idleTimeout    = 2 * time.Minute  // between two requests on a connection
-	maxHeaderBytes = 32 << 10         // fits a key, an escaped path of 4 KiB and filters; read before the caller is known
-	// http2Window limits the bytes of unread bodies that an HTTP/2 connection can make the server
-	// hold. 64 KiB - 1 is the least that HTTP/2 allows, and the budget does not count it. At a round
-	// trip of 50 ms it lets an upload reach 1.3 MB a second; a larger window uploads faster and holds
-	// more uncounted memory.
-	http2Window = 64<<10 - 1
-	// http2Streams limits the concurrent calls on one HTTP/2 connection.
-	http2Streams = 100
-)
-
-// patience limits how long a caller may take.
-type patience struct {
-	body  time.Duration // to send a JSON body, 8 MiB at most
-	stall time.Duration // between two pieces of a file, and to take a piece of an answer
-	drain time.Duration // to send the rest of a body that is already refused
-	quiet time.Duration // without a sign of life in a stream of events; proxies give up after about a minute
-}
-
-var usual = patience{body: time.Minute, stall: time.Minute, drain: 30 * time.Second, quiet: 15 * time.Second}
-
-// Server returns an HTTP server that protects itself against slow callers. It sets no timeout for
-// whole requests, because commands and transfers may take long; the handler checks that they make
-// progress.
-//
-// The server also speaks HTTP/2 without TLS, but only to clients that begin with it: proxies that
-// terminate TLS in front of the server, and gRPC clients.
-func Server(addr string, h http.Handler, log *slog.Logger) *http.Server {
-	protocols := new(http.Protocols)
-	protocols.SetHTTP1(true)
-	protocols.SetUnencryptedHTTP2(true)
-	srv := &http.Server{
-		Protocols:         protocols,
-		Addr:              addr,
-		Handler:           h,
-		ReadHeaderTimeout: headerTimeout,
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    maxHeaderBytes,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		HTTP2: &http.HTTP2Config{MaxReceiveBufferPerConnection: http2Window, MaxReceiveBufferPerStream: http2Window,
-			MaxConcurrentStreams: http2Streams},
-	}
-	newConnections(files()).bound(srv)
-	return srv
 }

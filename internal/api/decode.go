@@ -9,12 +9,12 @@ import (
 	"reflect"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
 )
 
 // Limits of JSON bodies, in bytes.
@@ -25,41 +25,11 @@ const (
 
 // body reads a JSON body of at most limit bytes. It returns nil if there is no body.
 func body(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
-	if r.ContentLength == 0 || r.Body == nil || r.Body == http.NoBody {
-		return nil, nil
-	}
-	if r.ContentLength > limit {
-		return nil, tooLarge(limit)
-	}
-	control := http.NewResponseController(w)
-	// The writers of tests have no deadlines, so the error is ignored.
-	_ = control.SetReadDeadline(time.Now().Add(callOf(r).patience.body))
-	b, err := readAll(&callOf(r).account, http.MaxBytesReader(w, r.Body, limit), limit, r.ContentLength)
-	var over *http.MaxBytesError
-	switch {
-	case errors.As(err, &over):
-		return nil, tooLarge(limit)
-	case fault.As(err) != nil:
+	b, err := httpserver.ReadBody(w, r, limit)
+	if err != nil || b == nil {
 		return nil, err
-	case err != nil:
-		return nil, incomplete(err)
-	}
-	// Clear the deadline once the whole body is read: net/http watches the connection during the call
-	// and would take an expired deadline for a caller that leaves. While more of the body is to come
-	// the deadline must stay, because net/http waits for the rest in the end.
-	_ = control.SetReadDeadline(time.Time{})
-	if len(b) == 0 {
-		return nil, nil
 	}
 	return b, checkJSONType(r.Header)
-}
-
-func tooLarge(limit int64) error {
-	return fault.New(fault.TooLarge, fault.CodeBodyTooLarge, "the body is over %d bytes", limit)
-}
-
-func incomplete(cause error) error {
-	return fault.New(fault.Invalid, fault.CodeIncompleteBody, "the body ended early or came too slowly").Because(cause)
 }
 
 // errNotJSON reports a body that is not JSON. It is answered with 415, a status that no kind of

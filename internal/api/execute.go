@@ -14,6 +14,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/trace"
 )
@@ -28,7 +29,7 @@ const (
 // releases the lease when do returns. It answers an error of the lease or of do; if do returns nil,
 // do has answered.
 func (s *server) inside(w http.ResponseWriter, r *http.Request, id SandboxID, do func(agentapi.Target) error) {
-	if err := callOf(r).account.Take(insideCost); err != nil {
+	if err := callOf(r).Account.Take(httpserver.InsideCost); err != nil {
 		s.fail(w, r, err) // before the sandbox is woken
 		return
 	}
@@ -55,24 +56,24 @@ func (s *server) ExecuteCommand(w http.ResponseWriter, r *http.Request, id Sandb
 	request, err := commandOf(in)
 	switch {
 	case err != nil:
-	case detach && !wantsEvents(r):
+	case detach && !httpserver.WantsEvents(r):
 		err = fault.InvalidField("detach",
 			"needs Accept: text/event-stream; without following its output start a process instead")
 	case all && detach:
 		err = fault.InvalidField("all_output", "cannot be given together with detach")
-	case all && !wantsEvents(r):
+	case all && !httpserver.WantsEvents(r):
 		err = fault.InvalidField("all_output", "needs Accept: text/event-stream")
 	}
 	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
-	if wantsEvents(r) {
+	if httpserver.WantsEvents(r) {
 		s.streamCommand(w, r, id, request, detach)
 		return
 	}
 	s.inside(w, r, id, func(t agentapi.Target) error {
-		account := &callOf(r).account
+		account := &callOf(r).Account
 		stdout, stderr := budget.Bytes{Account: account}, budget.Bytes{Account: account}
 		end := trace.Start(r.Context(), "agent")
 		result, err := s.Agent.Collect(r.Context(), t, request, &stdout, &stderr)

@@ -11,6 +11,7 @@ import (
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -70,11 +71,11 @@ func placeOf(field string, text *string) (*event.Seq, error) {
 
 // ReadFeed answers GET /v1/events.
 func (s *server) ReadFeed(w http.ResponseWriter, r *http.Request, params ReadFeedParams) {
-	q := event.Query{OrgID: callOf(r).who.Org.ID}
+	q := event.Query{OrgID: callOf(r).Who.Org.ID}
 	var after, cursor, last *event.Seq
 	limit, _, err := page(params.Limit, params.Cursor)
 	if err == nil {
-		q.Types, err = visibleTypes(callOf(r).who, params.Type)
+		q.Types, err = visibleTypes(callOf(r).Who, params.Type)
 	}
 	if err == nil {
 		after, err = placeOf("after", params.After)
@@ -93,7 +94,7 @@ func (s *server) ReadFeed(w http.ResponseWriter, r *http.Request, params ReadFee
 	switch {
 	case err != nil:
 		s.fail(w, r, err)
-	case wantsEvents(r):
+	case httpserver.WantsEvents(r):
 		if last != nil {
 			after = last
 		}
@@ -114,7 +115,7 @@ func (s *server) ReadFeed(w http.ResponseWriter, r *http.Request, params ReadFee
 func (s *server) answerFeed(w http.ResponseWriter, r *http.Request, q event.Query) {
 	page, err := s.Events.Read(r.Context(), q)
 	if err == nil {
-		err = callOf(r).account.Take(sizeOfEvents(page.Events))
+		err = callOf(r).Account.Take(sizeOfEvents(page.Events))
 	}
 	reply := newListReply(w, "events")
 	for i := 0; err == nil && i < len(page.Events); i++ {
@@ -157,8 +158,8 @@ var errFeedStopping = fault.New(fault.Unavailable, fault.CodeStopping,
 // followFeed streams events until the caller leaves, the server stops, or the key is no longer
 // valid.
 func (s *server) followFeed(w http.ResponseWriter, r *http.Request, q event.Query, after *event.Seq) {
-	reply := &eventReply{s: s, w: w, r: r}
-	defer reply.end()
+	reply := s.newEventReply(w, r)
+	defer reply.Close()
 	ctx, cancel := s.untilStop(r.Context())
 	defer cancel()
 	if after == nil {
@@ -170,7 +171,7 @@ func (s *server) followFeed(w http.ResponseWriter, r *http.Request, q event.Quer
 		after = &last
 	}
 	q.After, q.Limit = *after, followBatch
-	quiet := callOf(r).patience.quiet
+	quiet := callOf(r).Patience.Quiet
 	checked, sent := time.Now(), event.Oldest
 	err := s.Events.Follow(ctx, q, quiet, func(page event.Page) error {
 		if time.Since(checked) >= quiet {
@@ -180,7 +181,7 @@ func (s *server) followFeed(w http.ResponseWriter, r *http.Request, q event.Quer
 			}
 			checked = time.Now()
 		}
-		account := &callOf(r).account
+		account := &callOf(r).Account
 		held := sizeOfEvents(page.Events)
 		if err := account.Take(held); err != nil {
 			return err
@@ -188,13 +189,13 @@ func (s *server) followFeed(w http.ResponseWriter, r *http.Request, q event.Quer
 		defer account.Give(held)
 		var b strings.Builder
 		if sent == event.Oldest {
-			if err := writeEvent(&b, q.After.ID(), "ready", struct{}{}); err != nil {
+			if err := httpserver.WriteEvent(&b, q.After.ID(), "ready", struct{}{}); err != nil {
 				return err
 			}
 			sent = q.After
 		}
 		for _, e := range page.Events {
-			if err := writeEvent(&b, e.Seq.ID(), "event", feedEventOf(e)); err != nil {
+			if err := httpserver.WriteEvent(&b, e.Seq.ID(), "event", feedEventOf(e)); err != nil {
 				return err
 			}
 			sent = e.Seq

@@ -411,7 +411,7 @@ func TestFeedEndsWithTheServer(t *testing.T) {
 
 func TestFeedEndsWithTheKey(t *testing.T) {
 	h := newHouse(t)
-	h.server.patience.quiet = 20 * time.Millisecond
+	h.server.front.Patience.Quiet = 20 * time.Millisecond
 	key, secret := h.newKey(t, 0, auth.SandboxesRead)
 	revoked := h.feedStream(t, secret, "", "")
 	_, short := h.newKey(t, time.Second, auth.SandboxesRead)

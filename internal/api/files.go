@@ -9,7 +9,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
@@ -63,10 +62,7 @@ func uploadOf(w http.ResponseWriter, r *http.Request, params WriteFileParams) (a
 		return out, errFileTooLarge
 	}
 	if r.Body != nil {
-		out.Body = &upload{
-			body: r.Body, control: http.NewResponseController(w), stall: callOf(r).patience.stall,
-			left: maxFile, over: errFileTooLarge,
-		}
+		out.Body = newUpload(r, maxFile, errFileTooLarge)
 	}
 	return out, nil
 }
@@ -87,28 +83,23 @@ func ownerError(err error) error {
 // has 400 here.
 var errFileTooLarge = fault.New(fault.Invalid, fault.CodeFileTooLarge, "a file may have %d bytes", maxFile)
 
-// upload reads a file from the caller. It refuses more than left bytes and a caller that stalls.
+// upload reads the body of a call. It refuses more than left bytes and a caller that stalls.
 type upload struct {
-	body    io.Reader
-	control *http.ResponseController
-	stall   time.Duration
-	left    int64
-	over    error // the error for a body of more than left bytes
+	body io.Reader
+	left int64
+	over error // the error for a body of more than left bytes
+}
+
+// newUpload returns the body of a call, which may have most bytes.
+func newUpload(r *http.Request, most int64, over error) *upload {
+	callOf(r).Body.Piecewise(callOf(r).Patience.Stall)
+	return &upload{body: r.Body, left: most, over: over}
 }
 
 func (u *upload) Read(p []byte) (int, error) {
-	// The writers of tests have no deadlines, so the error is ignored.
-	_ = u.control.SetReadDeadline(time.Now().Add(u.stall))
 	n, err := u.body.Read(p)
 	if u.left -= int64(n); u.left < 0 {
 		return 0, u.over
-	}
-	switch {
-	case err == io.EOF:
-		// Clear the deadline; the function body in decode.go says why.
-		_ = u.control.SetReadDeadline(time.Time{})
-	case err != nil:
-		err = incomplete(err)
 	}
 	return n, err
 }
@@ -127,7 +118,7 @@ func (s *server) ReadFile(w http.ResponseWriter, r *http.Request, id SandboxID, 
 		return
 	}
 	s.inside(w, r, id, func(t agentapi.Target) error {
-		if err := callOf(r).account.Take(passCost); err != nil {
+		if err := callOf(r).Account.Take(passCost); err != nil {
 			return err
 		}
 		file, err := s.Agent.Download(r.Context(), t, params.Path, "", rangeOf(r.Header))
@@ -193,9 +184,9 @@ func (s *server) sendFile(w http.ResponseWriter, r *http.Request, file *agentapi
 	}
 	if _, err := io.CopyBuffer(w, file.Body, make([]byte, copyPiece)); err != nil {
 		if r.Context().Err() != nil {
-			callOf(r).gone = true
+			callOf(r).Gone = true
 		}
-		callOf(r).err = fmt.Errorf("sending a file: %w", err)
+		callOf(r).Err = fmt.Errorf("sending a file: %w", err)
 		// The status is sent already; only a broken connection tells the client that the file is
 		// incomplete.
 		panic(http.ErrAbortHandler)
@@ -233,7 +224,7 @@ func (s *server) ListFiles(w http.ResponseWriter, r *http.Request, id SandboxID,
 		return
 	}
 	s.inside(w, r, id, func(t agentapi.Target) error {
-		if err := callOf(r).account.Take(passCost); err != nil {
+		if err := callOf(r).Account.Take(passCost); err != nil {
 			return err
 		}
 		reply := newListReply(w, "entries")

@@ -32,6 +32,7 @@ import (
 	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
@@ -61,6 +62,9 @@ type house struct {
 	other string // admin of another organization
 	feed  *event.Feed
 }
+
+// eventStream is the media type of server-sent events.
+const eventStream = "text/event-stream"
 
 type option func(*auth.Config, *sandbox.Config, *Config)
 
@@ -137,7 +141,7 @@ func newHouse(t testing.TB, options ...option) *house {
 
 	listener := httptest.NewUnstartedServer(nil)
 	h.server = New(cfg).(*server)
-	listener.Config = Server("", h.server, log)
+	listener.Config = httpserver.Server("", h.server, log)
 	listener.Start()
 	h.url = listener.URL
 	router, err := gorillamux.NewRouter(h.spec)

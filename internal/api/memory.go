@@ -5,69 +5,12 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
-
-	"github.com/cayhq/cay/internal/budget"
 )
 
-// The memory that calls hold while they are answered, in bytes, estimated from the buffers of each.
-// If these costs are too high, an organization that makes many calls gets 429 although there is
-// memory; if they are too low, a server with 1000 callers needs more than its memory.heap_mb.
-const (
-	// callCost covers a connection with its buffers and goroutines, and a request with a short head
-	// and body.
-	callCost = 32 << 10
-	// insideCost covers a call into a sandbox: another connection, and the piece that is being copied.
-	insideCost = 64 << 10
-	// passCost is added for copying a file or an archive, and for a listing.
-	passCost = copyPiece
-	// portCost covers a request to a port: a connection with larger buffers, and one to copy.
-	portCost = 128 << 10
-	// headLineCost is the cost of a line in the head of a request, in addition to its bytes.
-	headLineCost = 100
-	// smallBody is the largest body that callCost includes, in bytes.
-	smallBody = 8 << 10
-	// bodyCost is the number of bytes that one byte of a JSON body costs: it is held as received, as
-	// decoded, and as it is passed on.
-	bodyCost = 3
-)
-
-// account opens the account of a call once its organization is known. Until then the call holds
-// nothing that lasts.
-func (s *server) account(r *http.Request, orgID string, cost int64) error {
-	cost += int64(3 * len(r.RequestURI)) // the path and the parameters are copied from it
-	for name, values := range r.Header {
-		cost += int64(headLineCost + len(name))
-		for _, v := range values {
-			cost += int64(headLineCost/2 + len(v))
-		}
-	}
-	return callOf(r).account.Open(s.Budget, orgID, cost)
-}
-
-// readAll reads a body of at most limit bytes and charges the account for them as they arrive.
-func readAll(account *budget.Account, body io.Reader, limit, length int64) ([]byte, error) {
-	b := make([]byte, 0, min(max(length+1, 512), smallBody))
-	for {
-		n, err := body.Read(b[len(b):cap(b)])
-		b = b[:len(b)+n]
-		if err == io.EOF {
-			return b, nil
-		}
-		if err != nil {
-			return nil, err
-		}
-		if len(b) < cap(b) {
-			continue
-		}
-		larger := min(2*int64(cap(b)), limit+512) // a byte beyond the limit must be noticed
-		if err := account.Take(bodyCost * (larger - int64(cap(b)))); err != nil {
-			return nil, err
-		}
-		b = append(make([]byte, 0, larger), b...)
-	}
-}
+// passCost is added to the cost of a call for copying a file or an archive, and for a listing; see
+// [httpserver.CallCost].
+const passCost = copyPiece
 
 // piece is the number of bytes of an answer that are collected before they are written.
 const piece = 32 << 10
@@ -139,9 +82,9 @@ func (s *server) broken(l *listReply, w http.ResponseWriter, r *http.Request, er
 		return
 	}
 	if r.Context().Err() != nil {
-		callOf(r).gone = true
+		callOf(r).Gone = true
 	}
-	callOf(r).err = fmt.Errorf("sending a list: %w", err)
+	callOf(r).Err = fmt.Errorf("sending a list: %w", err)
 	panic(http.ErrAbortHandler)
 }
 
@@ -153,7 +96,7 @@ const listPage = 8
 // answerList answers with a page of rows, of which it holds listPage at once.
 func answerList[T, U any](s *server, w http.ResponseWriter, r *http.Request, name string, limit int, cursor string,
 	page func(limit int, cursor string) ([]T, string, error), shown func(T) U) {
-	account := &callOf(r).account
+	account := &callOf(r).Account
 	reply := newListReply(w, name)
 	for left := limit; ; {
 		rows, next, err := page(min(left, listPage), cursor)

@@ -1,11 +1,13 @@
 package api
 
 import (
+	"bytes"
 	"html/template"
 	"net/http"
 	"strings"
 
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
 )
 
 // wantsPage reports whether a browser asks for the answer in order to show it to a person.
@@ -45,12 +47,13 @@ func (s *server) writePage(w http.ResponseWriter, r *http.Request, status int, f
 	h.Set("Content-Type", "text/html; charset=utf-8")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
-	w.WriteHeader(status)
-	err := errorPage.Execute(w, struct {
+	var page bytes.Buffer
+	err := errorPage.Execute(&page, struct {
 		Title, Detail, Hint, Code, RequestID string
 		Status                               int
-	}{title, f.Detail, hint, f.Code, c.id, status})
-	if err != nil {
-		c.err = err // the caller has left
+	}{title, f.Detail, hint, f.Code, c.ID, status})
+	if err != nil { // cannot happen with texts and numbers
+		panic(err)
 	}
+	httpserver.Refuse(w, r, status, f.Code, page.Bytes())
 }

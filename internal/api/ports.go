@@ -12,6 +12,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -61,11 +62,11 @@ func (s *server) portOf(r *http.Request) (portRequest, bool) {
 }
 
 // servePort forwards a request to a port, if the caller may reach it.
-func (s *server) servePort(w *recorder, r *http.Request, p portRequest) {
+func (s *server) servePort(w http.ResponseWriter, r *http.Request, p portRequest) {
 	c := callOf(r)
-	c.route, c.page = portPathRoute, true
+	c.Route, c.page = portPathRoute, true
 	if p.byHost {
-		c.route = portHostRoute
+		c.Route = portHostRoute
 	}
 	caller, moved, err := s.mayReach(w, r, p)
 	if err != nil {
@@ -75,7 +76,7 @@ func (s *server) servePort(w *recorder, r *http.Request, p portRequest) {
 	if moved {
 		return
 	}
-	if err := s.account(r, caller.OrgID, portCost); err != nil {
+	if err := c.OpenAccount(s.Budget, r, caller.OrgID, httpserver.PortCost); err != nil {
 		s.fail(w, r, err)
 		return
 	}
@@ -92,7 +93,7 @@ func (s *server) servePort(w *recorder, r *http.Request, p portRequest) {
 	}
 	clear(w.Header()) // the application sets the header, which may include its own request id
 	if err := s.Ports.Serve(w, r, to); err != nil {
-		ownHead(w.Header(), c.id)
+		httpserver.OwnHead(w.Header(), c.ID)
 		s.fail(w, r, err)
 	}
 }
@@ -104,7 +105,8 @@ func targetOf(l *sandbox.Lease) agentapi.Target {
 // mayReach authorizes a request to a port. It returns the organization to charge: that of the key,
 // or that of the sandbox if the request is signed or the port is public. moved reports that the
 // caller was redirected to the same URL with its signature in a cookie.
-func (s *server) mayReach(w *recorder, r *http.Request, p portRequest) (caller sandbox.Caller, moved bool, err error) {
+func (s *server) mayReach(w http.ResponseWriter, r *http.Request, p portRequest) (caller sandbox.Caller, moved bool,
+	err error) {
 	if err := checkPort(p.port); err != nil {
 		return sandbox.Caller{}, false, err
 	}
@@ -171,7 +173,7 @@ func (s *server) signature(r *http.Request, p portRequest) (signed bool, ends ti
 
 // exchange redirects the caller to the same URL without the signature, and sets the signature as a
 // cookie of this host alone. A signature in a URL would get into histories and logs.
-func exchange(w *recorder, r *http.Request, ends time.Time) {
+func exchange(w http.ResponseWriter, r *http.Request, ends time.Time) {
 	http.SetCookie(w, &http.Cookie{Name: portproxy.TokenCookie, Value: r.URL.Query().Get(portproxy.TokenParam), Path: "/",
 		Expires: ends, HttpOnly: true, Secure: portproxy.Scheme(r) == "https", SameSite: http.SameSiteLaxMode})
 	// Two slashes at the beginning would name another host.
@@ -227,7 +229,7 @@ func (s *server) SetPort(w http.ResponseWriter, r *http.Request, id SandboxID, p
 		err = fault.InvalidField("public", "is required")
 	}
 	if err == nil {
-		err = s.Sandboxes.SetPublicPort(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id), port, *in.Public)
+		err = s.Sandboxes.SetPublicPort(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), port, *in.Public)
 	}
 	s.answerPort(w, r, id, port, err)
 }
@@ -235,7 +237,7 @@ func (s *server) SetPort(w http.ResponseWriter, r *http.Request, id SandboxID, p
 func (s *server) answerPort(w http.ResponseWriter, r *http.Request, id SandboxID, port int, err error) {
 	var public []int
 	if err == nil {
-		public, err = s.Sandboxes.PublicPorts(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+		public, err = s.Sandboxes.PublicPorts(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
 	}
 	if err != nil {
 		s.fail(w, r, err)
@@ -264,7 +266,7 @@ func (s *server) portURL(r *http.Request, id string, port int) string {
 
 // ListPorts answers GET /v1/sandboxes/{id}/ports.
 func (s *server) ListPorts(w http.ResponseWriter, r *http.Request, id SandboxID) {
-	public, err := s.Sandboxes.PublicPorts(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	public, err := s.Sandboxes.PublicPorts(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -294,7 +296,7 @@ func (s *server) CreatePortURL(w http.ResponseWriter, r *http.Request, id Sandbo
 		err = fault.InvalidField("expires_in", "must be between %s and %s", minURLExpiry, maxURLExpiry)
 	}
 	if err == nil {
-		err = s.notOver(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+		err = s.notOver(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
 	}
 	if err != nil {
 		s.fail(w, r, err)

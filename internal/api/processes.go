@@ -14,6 +14,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
 )
 
 // Limits of processes. They are part of the contract.
@@ -209,9 +210,9 @@ func (s *server) GetProcessOutput(w http.ResponseWriter, r *http.Request, id San
 		return
 	}
 	s.withProcess(w, r, id, ref, func(t agentapi.Target) error {
-		if wantsEvents(r) {
-			reply := &eventReply{s: s, w: w, r: r}
-			defer reply.end()
+		if httpserver.WantsEvents(r) {
+			reply := s.newEventReply(w, r)
+			defer reply.Close()
 			s.followProcess(reply, t, f)
 			return nil
 		}
@@ -268,14 +269,10 @@ func escapedLen(s string) int64 {
 func (s *server) WriteProcessStdin(w http.ResponseWriter, r *http.Request, id SandboxID, ref ProcessRef,
 	params WriteProcessStdinParams) {
 	if r.ContentLength > maxInput {
-		s.fail(w, r, tooLarge(maxInput))
+		s.fail(w, r, httpserver.TooLarge(maxInput))
 		return
 	}
-	body := &upload{body: http.NoBody, control: http.NewResponseController(w), stall: callOf(r).patience.stall,
-		left: maxInput, over: tooLarge(maxInput)}
-	if r.Body != nil {
-		body.body = r.Body
-	}
+	body := newUpload(r, maxInput, httpserver.TooLarge(maxInput))
 	s.withProcess(w, r, id, ref, func(t agentapi.Target) error {
 		n, err := s.Agent.WriteInput(r.Context(), t, ref, body, params.Close != nil && *params.Close)
 		if err == nil {

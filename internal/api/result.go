@@ -36,7 +36,7 @@ func (s *server) sendResult(w http.ResponseWriter, r *http.Request, result agent
 	}
 	if err != nil {
 		// The caller has left; the answer cannot be repaired.
-		callOf(r).err = err
+		callOf(r).Err = err
 	}
 }
 

@@ -43,7 +43,7 @@ func (s *server) CreateSandbox(w http.ResponseWriter, r *http.Request, params Cr
 
 // callerOf returns the caller of a request as the core represents it.
 func callerOf(r *http.Request) sandbox.Caller {
-	org := callOf(r).who.Org
+	org := callOf(r).Who.Org
 	return sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}
 }
 
@@ -119,7 +119,7 @@ func (s *server) ListSandboxes(w http.ResponseWriter, r *http.Request, params Li
 		s.fail(w, r, err)
 		return
 	}
-	f := sandbox.Filter{OrgID: callOf(r).who.Org.ID, Limit: limit, Cursor: cursor, Metadata: map[string]string{}}
+	f := sandbox.Filter{OrgID: callOf(r).Who.Org.ID, Limit: limit, Cursor: cursor, Metadata: map[string]string{}}
 	if f.States, err = statesOf(params.Status); err != nil {
 		s.fail(w, r, err)
 		return
@@ -160,7 +160,7 @@ func statesOf(statuses []SandboxStatus) ([]sandbox.State, error) {
 
 // GetSandbox answers GET /v1/sandboxes/{id}.
 func (s *server) GetSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
-	box, err := s.Sandboxes.Get(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	box, err := s.Sandboxes.Get(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -185,7 +185,7 @@ func (s *server) answerSandbox(w http.ResponseWriter, r *http.Request, box sandb
 
 // DestroySandbox answers DELETE /v1/sandboxes/{id}.
 func (s *server) DestroySandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
-	if err := s.Sandboxes.Destroy(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id)); err != nil {
+	if err := s.Sandboxes.Destroy(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id)); err != nil {
 		s.fail(w, r, err)
 		return
 	}
@@ -204,7 +204,7 @@ func (s *server) KeepaliveSandbox(w http.ResponseWriter, r *http.Request, id San
 		s.fail(w, r, err)
 		return
 	}
-	box, err := s.Sandboxes.Keepalive(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id), timeout)
+	box, err := s.Sandboxes.Keepalive(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), timeout)
 	s.answerSandbox(w, r, box, err)
 }
 
@@ -224,7 +224,7 @@ func (s *server) SuspendSandbox(w http.ResponseWriter, r *http.Request, id Sandb
 		s.fail(w, r, err)
 		return
 	}
-	box, err := s.Sandboxes.Suspend(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	box, err := s.Sandboxes.Suspend(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
 	s.answerSandbox(w, r, box, err)
 }
 
@@ -234,7 +234,7 @@ func (s *server) CheckpointSandbox(w http.ResponseWriter, r *http.Request, id Sa
 		s.fail(w, r, err)
 		return
 	}
-	point, err := s.Sandboxes.Checkpoint(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id))
+	point, err := s.Sandboxes.Checkpoint(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id))
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -255,7 +255,7 @@ func (s *server) SetEgress(w http.ResponseWriter, r *http.Request, id SandboxID)
 		s.fail(w, r, egressError(err))
 		return
 	}
-	box, err := s.Sandboxes.SetEgress(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id), policy)
+	box, err := s.Sandboxes.SetEgress(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), policy)
 	if err != nil {
 		s.fail(w, r, egressError(err))
 		return
@@ -285,7 +285,7 @@ func (s *server) ListEvents(w http.ResponseWriter, r *http.Request, id SandboxID
 		s.fail(w, r, err)
 		return
 	}
-	events, next, err := s.Sandboxes.Events(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id), limit, cursor)
+	events, next, err := s.Sandboxes.Events(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), limit, cursor)
 	if err != nil {
 		s.fail(w, r, err)
 		return

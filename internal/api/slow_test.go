@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/httpserver"
 )
 
 // dial sends the head of a request and the given body. The test does the rest.
@@ -49,7 +50,8 @@ func (endless) Upload(_ context.Context, _ agentapi.Target, r agentapi.UploadReq
 // they announced.
 func TestSlowSenders(t *testing.T) {
 	h := newHouse(t, withAgent(endless{newFakeAgent()}))
-	h.server.patience = patience{body: 50 * time.Millisecond, stall: 50 * time.Millisecond, drain: 50 * time.Millisecond}
+	const short = 50 * time.Millisecond
+	h.server.front.Patience = httpserver.Patience{Body: short, Stall: short, Drain: short}
 	box := "/v1/sandboxes/" + h.newBox(t).ID
 	for name, c := range map[string]struct {
 		method, path, headers, body string
@@ -86,11 +88,11 @@ func TestSlowSenders(t *testing.T) {
 // sandbox.
 func TestSlowTaker(t *testing.T) {
 	h := newHouse(t, withAgent(endless{newFakeAgent()}))
-	h.server.patience.stall = 100 * time.Millisecond
+	h.server.front.Patience.Stall = 100 * time.Millisecond
 	box := "/v1/sandboxes/" + h.newBox(t).ID
 	h.dial(t, "GET", box+"/files?path=/a", "taker", "", "")
 	if line := h.log.line(t, "taker"); line["error"] == nil || line["status"] != float64(200) &&
-		line["status"] != float64(statusGone) {
+		line["status"] != float64(httpserver.StatusGone) {
 		t.Errorf("log line %v", line)
 	}
 	if n := h.boxes.InUse(); n != 0 {
@@ -102,7 +104,8 @@ func TestSlowTaker(t *testing.T) {
 // the connection nor a command that takes longer than the deadline.
 func TestDeadlinesEndWithTheCall(t *testing.T) {
 	h := newHouse(t)
-	h.server.patience = patience{body: 60 * time.Millisecond, stall: 60 * time.Millisecond, drain: 60 * time.Millisecond}
+	const short = 60 * time.Millisecond
+	h.server.front.Patience = httpserver.Patience{Body: short, Stall: short, Drain: short}
 	box := "/v1/sandboxes/" + h.newBox(t).ID
 	h.agent.execute = func(ctx context.Context, _ agentapi.ExecuteRequest) (agentapi.ExecuteResult, error) {
 		select {

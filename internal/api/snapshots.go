@@ -21,7 +21,7 @@ func (s *server) CreateSnapshot(w http.ResponseWriter, r *http.Request, id Sandb
 			return
 		}
 	}
-	snap, err := s.Sandboxes.SaveSnapshot(r.Context(), callOf(r).who.Org.ID, sandbox.ID(id), name)
+	snap, err := s.Sandboxes.SaveSnapshot(r.Context(), callOf(r).Who.Org.ID, sandbox.ID(id), name)
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -37,7 +37,7 @@ func (s *server) ListSnapshots(w http.ResponseWriter, r *http.Request, params Li
 		s.fail(w, r, err)
 		return
 	}
-	f := sandbox.SnapshotFilter{OrgID: callOf(r).who.Org.ID, Limit: limit, Cursor: cursor}
+	f := sandbox.SnapshotFilter{OrgID: callOf(r).Who.Org.ID, Limit: limit, Cursor: cursor}
 	for name, value := range map[string]*string{"sandbox": params.Sandbox, "name": params.Name} {
 		// An empty filter would select everything, which its sender cannot mean.
 		if value != nil && *value == "" {
@@ -59,7 +59,7 @@ func (s *server) ListSnapshots(w http.ResponseWriter, r *http.Request, params Li
 
 // GetSnapshot answers GET /v1/snapshots/{snapshot}.
 func (s *server) GetSnapshot(w http.ResponseWriter, r *http.Request, ref SnapshotRef) {
-	snap, err := s.Sandboxes.GetSnapshot(r.Context(), callOf(r).who.Org.ID, ref)
+	snap, err := s.Sandboxes.GetSnapshot(r.Context(), callOf(r).Who.Org.ID, ref)
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -69,7 +69,7 @@ func (s *server) GetSnapshot(w http.ResponseWriter, r *http.Request, ref Snapsho
 
 // DeleteSnapshot answers DELETE /v1/snapshots/{snapshot}.
 func (s *server) DeleteSnapshot(w http.ResponseWriter, r *http.Request, ref SnapshotRef) {
-	if err := s.Sandboxes.DeleteSnapshot(r.Context(), callOf(r).who.Org.ID, ref); err != nil {
+	if err := s.Sandboxes.DeleteSnapshot(r.Context(), callOf(r).Who.Org.ID, ref); err != nil {
 		s.fail(w, r, err)
 		return
 	}

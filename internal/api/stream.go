@@ -10,6 +10,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
 )
 
 const (
@@ -42,61 +43,41 @@ func (s *server) untilStop(ctx context.Context) (context.Context, context.Cancel
 // eventReply sends an answer of server-sent events. The answer begins with the first event, so that
 // an earlier error is answered like that of any call. One goroutine at a time may use it.
 type eventReply struct {
-	s      *server
-	w      http.ResponseWriter
-	r      *http.Request
-	events *events
-	stop   func()
-	left   bool // the caller has left, or stopped reading
+	*httpserver.EventStream
+	s    *server
+	w    http.ResponseWriter
+	r    *http.Request
+	left bool // the caller has left, or stopped reading
 }
 
-// begin sends the head of the answer if it is not sent yet.
-func (e *eventReply) begin() {
-	if e.events != nil {
-		return
-	}
-	e.w.Header().Set("Content-Type", eventStream)
-	e.w.Header().Set("Cache-Control", "no-store")
-	e.w.Header().Set("X-Accel-Buffering", "no") // nginx would buffer the events
-	e.w.WriteHeader(http.StatusOK)
-	e.events = &events{w: e.w, control: http.NewResponseController(e.w)}
-	// The caller sees the head at once. If this fails, the first event fails too.
-	_ = e.events.send(":\n\n")
-	e.stop = e.events.keepalive(callOf(e.r).patience.quiet)
+func (s *server) newEventReply(w http.ResponseWriter, r *http.Request) *eventReply {
+	return &eventReply{EventStream: httpserver.NewEventStream(w, r), s: s, w: w, r: r}
 }
 
 // send sends events that are encoded already.
 func (e *eventReply) send(text string) error {
-	e.begin()
-	err := e.events.send(text)
+	err := e.Send(text)
 	if err != nil {
-		e.left, callOf(e.r).gone = true, true
+		e.left, callOf(e.r).Gone = true, true
 	}
 	return err
 }
 
 // fail ends a stream that has begun with an error event; otherwise it answers the error.
 func (e *eventReply) fail(err error) {
-	if e.events == nil {
+	if !e.Begun() {
 		e.s.fail(e.w, e.r, err)
 		return
 	}
 	if e.left || e.r.Context().Err() != nil {
-		callOf(e.r).gone = true
+		callOf(e.r).Gone = true
 		return
 	}
 	var b strings.Builder
 	status, f := verdict(e.r, err)
-	if err := writeEvent(&b, "", "error", problemOf(e.r, status, f)); err == nil {
+	if err := httpserver.WriteEvent(&b, "", "error", problemOf(e.r, status, f)); err == nil {
 		// If this fails, the caller has left.
 		_ = e.send(b.String())
-	}
-}
-
-// end stops the keepalive comments. It must be called.
-func (e *eventReply) end() {
-	if e.stop != nil {
-		e.stop()
 	}
 }
 
@@ -104,22 +85,22 @@ func (e *eventReply) end() {
 func (s *server) streamCommand(w http.ResponseWriter, r *http.Request, id SandboxID, request agentapi.ExecuteRequest,
 	detach bool) {
 	s.inside(w, r, id, func(t agentapi.Target) error {
-		reply := &eventReply{s: s, w: w, r: r}
-		defer reply.end()
+		reply := s.newEventReply(w, r)
+		defer reply.Close()
 		if detach {
 			s.streamDetached(reply, t, request)
 			return nil
 		}
 		ctx, cancel := context.WithCancel(r.Context())
 		defer cancel()
-		account := &callOf(r).account
+		account := &callOf(r).Account
 		if err := account.Take(2 * piece); err != nil { // for the text that is being sent
 			return err
 		}
 		most := maxWaiting
 		if request.MaxOutput > agentapi.DefaultMaxOutput {
 			most = pacedWaiting
-			callOf(r).patience.stall = maxProcessTimeout // a pager may take as long as the command
+			callOf(r).Patience.Stall = maxProcessTimeout // a pager may take as long as the command
 		}
 		box := newOutbox(account, most)
 		var wg sync.WaitGroup
@@ -144,7 +125,7 @@ func (s *server) streamCommand(w http.ResponseWriter, r *http.Request, id Sandbo
 
 func (s *server) sendExit(reply *eventReply, exit ProcessExit) {
 	var b strings.Builder
-	if err := writeEvent(&b, "", "exit", exit); err != nil {
+	if err := httpserver.WriteEvent(&b, "", "exit", exit); err != nil {
 		reply.fail(err)
 		return
 	}
@@ -163,7 +144,7 @@ func (s *server) streamDetached(reply *eventReply, t agentapi.Target, request ag
 		return
 	}
 	var b strings.Builder
-	if err = writeEvent(&b, "0", "started", ProcessStarted{PID: p.PID}); err == nil {
+	if err = httpserver.WriteEvent(&b, "0", "started", ProcessStarted{PID: p.PID}); err == nil {
 		err = reply.send(b.String())
 	}
 	if err != nil {
@@ -177,7 +158,7 @@ func (s *server) streamDetached(reply *eventReply, t agentapi.Target, request ag
 func (s *server) followProcess(reply *eventReply, t agentapi.Target, f agentapi.FollowRequest) {
 	ctx, cancel := s.untilStop(reply.r.Context())
 	defer cancel()
-	f.Begun = reply.begin
+	f.Begun = reply.Begin
 	var b strings.Builder
 	p, err := s.Agent.Follow(ctx, t, f, func(o agentapi.ProcessOutput) error {
 		for _, part := range parts(o) {
@@ -220,11 +201,12 @@ func parts(o agentapi.ProcessOutput) []agentapi.ProcessOutput {
 // writeOutput writes a piece of output of a process as an event.
 func writeOutput(b *strings.Builder, o agentapi.ProcessOutput) error {
 	if o.Lost > 0 {
-		return writeEvent(b, strconv.FormatInt(o.Offset+o.Lost, 10), "lost", OutputLost{Offset: o.Offset, Bytes: o.Lost})
+		return httpserver.WriteEvent(b, strconv.FormatInt(o.Offset+o.Lost, 10), "lost",
+			OutputLost{Offset: o.Offset, Bytes: o.Lost})
 	}
 	piece := pieceOf(o.Data)
 	piece.Offset = &o.Offset
-	return writeEvent(b, strconv.FormatInt(o.Offset+int64(len(o.Data)), 10), streamNames[o.Stream], piece)
+	return httpserver.WriteEvent(b, strconv.FormatInt(o.Offset+int64(len(o.Data)), 10), streamNames[o.Stream], piece)
 }
 
 // streamNames maps streams to the names of their events. Agents send no other streams.
@@ -367,7 +349,7 @@ func (o *outbox) drain(reply *eventReply) error {
 			if n > eventPiece {
 				n = eventPiece - agentapi.IncompleteTail(data[:eventPiece])
 			}
-			if err := writeEvent(&b, "", streamNames[s], pieceOf(data[:n])); err != nil {
+			if err := httpserver.WriteEvent(&b, "", streamNames[s], pieceOf(data[:n])); err != nil {
 				return err
 			}
 			data = data[n:]
@@ -386,7 +368,7 @@ func (o *outbox) drain(reply *eventReply) error {
 		b.Reset()
 		for _, e := range some {
 			if e.PID != 0 {
-				if err := writeEvent(&b, "", "started", ProcessStarted{PID: e.PID}); err != nil {
+				if err := httpserver.WriteEvent(&b, "", "started", ProcessStarted{PID: e.PID}); err != nil {
 					return err
 				}
 				continue

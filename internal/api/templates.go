@@ -1,7 +1,6 @@
 package api
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -10,11 +9,10 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
-	"sync"
-	"time"
 
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
 )
@@ -27,13 +25,13 @@ func (s *server) ListTemplates(w http.ResponseWriter, r *http.Request, params Li
 		return
 	}
 	answerList(s, w, r, "templates", limit, cursor, func(limit int, cursor string) ([]template.Template, string, error) {
-		return s.Templates.List(r.Context(), callOf(r).who.Org.ID, limit, cursor)
+		return s.Templates.List(r.Context(), callOf(r).Who.Org.ID, limit, cursor)
 	}, templateOf)
 }
 
 // GetTemplate answers GET /v1/templates/{template}.
 func (s *server) GetTemplate(w http.ResponseWriter, r *http.Request, ref TemplateRef) {
-	t, err := s.Templates.Get(r.Context(), callOf(r).who.Org.ID, ref)
+	t, err := s.Templates.Get(r.Context(), callOf(r).Who.Org.ID, ref)
 	s.answerTemplate(w, r, http.StatusOK, t, err)
 }
 
@@ -47,7 +45,7 @@ func (s *server) answerTemplate(w http.ResponseWriter, r *http.Request, status i
 
 // builderOf returns the caller of a request as the template room represents it.
 func builderOf(r *http.Request) template.Caller {
-	who := callOf(r).who
+	who := callOf(r).Who
 	return template.Caller{OrgID: who.Org.ID, Operator: who.Org.Name == auth.OperatorOrg && who.May(auth.Admin)}
 }
 
@@ -133,9 +131,8 @@ func readParts(w http.ResponseWriter, r *http.Request, required bool,
 	if params["boundary"] == "" {
 		return nil, false, errNotJSON{"multipart/form-data needs a boundary"}
 	}
-	control := http.NewResponseController(w)
-	stall := callOf(r).patience.stall
-	parts := multipart.NewReader(&slowBody{body: r.Body, control: control, stall: stall}, params["boundary"])
+	callOf(r).Body.Piecewise(callOf(r).Patience.Stall)
+	parts := multipart.NewReader(r.Body, params["boundary"])
 	part, err := nextPart(parts, "template")
 	if err != nil {
 		return nil, false, err
@@ -148,7 +145,7 @@ func readParts(w http.ResponseWriter, r *http.Request, required bool,
 		return nil, false, partError(err)
 	}
 	if len(b) > maxBody {
-		return nil, false, tooLarge(maxBody)
+		return nil, false, httpserver.TooLarge(maxBody)
 	}
 	if err := decode(b, dst); err != nil {
 		return nil, false, err
@@ -181,7 +178,7 @@ func partError(err error) error {
 		return err
 	}
 	if errors.Is(err, io.ErrUnexpectedEOF) {
-		return incomplete(err)
+		return httpserver.Incomplete(err)
 	}
 	return fault.New(fault.Invalid, fault.CodeInvalidMultipart, "the body is not valid multipart/form-data").Because(err)
 }
@@ -203,27 +200,6 @@ func (c *contextPart) Read(p []byte) (int, error) {
 		}
 	case err != nil:
 		err = partError(err)
-	}
-	return n, err
-}
-
-// slowBody reads a body and extends the read deadline before each piece.
-type slowBody struct {
-	body    io.Reader
-	control *http.ResponseController
-	stall   time.Duration
-}
-
-func (b *slowBody) Read(p []byte) (int, error) {
-	// The writers of tests have no deadlines, so the error is ignored.
-	_ = b.control.SetReadDeadline(time.Now().Add(b.stall))
-	n, err := b.body.Read(p)
-	switch {
-	case err == io.EOF:
-		// Clear the deadline; the function body in decode.go says why.
-		_ = b.control.SetReadDeadline(time.Time{})
-	case err != nil:
-		err = incomplete(err)
 	}
 	return n, err
 }
@@ -283,13 +259,13 @@ func templateRequestOf(in CreateTemplateRequest) (template.Request, error) {
 // GetTemplateLogs answers GET /v1/templates/{template}/logs.
 func (s *server) GetTemplateLogs(w http.ResponseWriter, r *http.Request, ref TemplateRef,
 	params GetTemplateLogsParams) {
-	if wantsEvents(r) {
+	if httpserver.WantsEvents(r) {
 		s.followTemplate(w, r, ref, params.LastEventID)
 		return
 	}
-	lines, err := s.Templates.Log(r.Context(), callOf(r).who.Org.ID, ref)
+	lines, err := s.Templates.Log(r.Context(), callOf(r).Who.Org.ID, ref)
 	if err == nil {
-		err = callOf(r).account.Take(sizeOfLines(lines))
+		err = callOf(r).Account.Take(sizeOfLines(lines))
 	}
 	reply := newListReply(w, "lines")
 	for i := 0; err == nil && i < len(lines); i++ {
@@ -316,19 +292,6 @@ func sizeOfLines(lines []template.LogLine) int64 {
 	return size
 }
 
-const eventStream = "text/event-stream"
-
-func wantsEvents(r *http.Request) bool {
-	for _, accepted := range r.Header.Values("Accept") {
-		for one := range strings.SplitSeq(accepted, ",") {
-			if media, _, err := mime.ParseMediaType(one); err == nil && media == eventStream {
-				return true
-			}
-		}
-	}
-	return false
-}
-
 // followTemplate streams the log of a build while it is written.
 func (s *server) followTemplate(w http.ResponseWriter, r *http.Request, ref TemplateRef, last *string) {
 	build, seq, err := parseEventID(last)
@@ -336,20 +299,15 @@ func (s *server) followTemplate(w http.ResponseWriter, r *http.Request, ref Temp
 		s.fail(w, r, err)
 		return
 	}
-	org := callOf(r).who.Org.ID
+	org := callOf(r).Who.Org.ID
 	if _, err := s.Templates.Get(r.Context(), org, ref); err != nil {
 		s.fail(w, r, err) // a status can still be sent
 		return
 	}
-	w.Header().Set("Content-Type", eventStream)
-	w.Header().Set("Cache-Control", "no-store")
-	w.Header().Set("X-Accel-Buffering", "no") // nginx would buffer the events
-	w.WriteHeader(http.StatusOK)
-	events := &events{w: w, control: http.NewResponseController(w)}
-	events.send(":\n\n")
-	stop := events.keepalive(callOf(r).patience.quiet)
-	defer stop()
-	account := &callOf(r).account
+	events := httpserver.NewEventStream(w, r)
+	events.Begin()
+	defer events.Close()
+	account := &callOf(r).Account
 	t, err := s.Templates.Follow(r.Context(), org, ref, build, seq, func(build string, lines []template.LogLine) error {
 		held := sizeOfLines(lines)
 		if err := account.Take(held); err != nil {
@@ -358,13 +316,13 @@ func (s *server) followTemplate(w http.ResponseWriter, r *http.Request, ref Temp
 		defer account.Give(held)
 		var b strings.Builder
 		for i, l := range lines {
-			if err := writeEvent(&b, fmt.Sprintf("%s.%d", build, l.Seq), "line", logLineOf(l)); err != nil {
+			if err := httpserver.WriteEvent(&b, fmt.Sprintf("%s.%d", build, l.Seq), "line", logLineOf(l)); err != nil {
 				return err
 			}
 			if b.Len() < piece && i < len(lines)-1 {
 				continue
 			}
-			if err := events.send(b.String()); err != nil {
+			if err := events.Send(b.String()); err != nil {
 				return err
 			}
 			b.Reset()
@@ -373,14 +331,14 @@ func (s *server) followTemplate(w http.ResponseWriter, r *http.Request, ref Temp
 	})
 	if err == nil {
 		var b strings.Builder
-		if err = writeEvent(&b, "", "end", templateOf(t)); err == nil {
-			err = events.send(b.String())
+		if err = httpserver.WriteEvent(&b, "", "end", templateOf(t)); err == nil {
+			err = events.Send(b.String())
 		}
 	}
 	if err != nil && r.Context().Err() != nil {
-		callOf(r).gone = true
+		callOf(r).Gone = true
 	} else if err != nil && fault.As(err) == nil {
-		callOf(r).err = fmt.Errorf("following a build: %w", err)
+		callOf(r).Err = fmt.Errorf("following a build: %w", err)
 	}
 }
 
@@ -395,58 +353,4 @@ func parseEventID(text *string) (build string, seq int64, err error) {
 		return "", 0, fault.InvalidField(field, "is not the id of an event of this stream")
 	}
 	return build, seq, nil
-}
-
-func writeEvent(b *strings.Builder, id, event string, v any) error {
-	data, err := json.Marshal(v)
-	if err != nil {
-		return fmt.Errorf("encoding an event: %w", err)
-	}
-	if id != "" {
-		fmt.Fprintf(b, "id: %s\n", id)
-	}
-	fmt.Fprintf(b, "event: %s\ndata: %s\n\n", event, data)
-	return nil
-}
-
-// events writes a stream of server-sent events. It is safe for concurrent use.
-type events struct {
-	w       io.Writer
-	control *http.ResponseController
-
-	mu sync.Mutex
-	// +checklocks:mu
-	err error // the first error
-}
-
-func (e *events) send(text string) error {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.err == nil {
-		_, e.err = io.WriteString(e.w, text)
-	}
-	if e.err == nil {
-		e.err = e.control.Flush()
-	}
-	return e.err
-}
-
-// keepalive sends a comment regularly until stop is called. The comments keep proxies from ending
-// the stream as idle, and detect a caller that has left.
-func (e *events) keepalive(every time.Duration) (stop func()) {
-	done := make(chan struct{})
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		tick := time.NewTicker(every)
-		defer tick.Stop()
-		for {
-			select {
-			case <-done:
-				return
-			case <-tick.C:
-				_ = e.send(":\n\n") // the next event meets the same error
-			}
-		}
-	})
-	return func() { close(done); wg.Wait() }
 }

@@ -18,7 +18,9 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/cayhq/cay/client"
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -490,6 +492,37 @@ func TestStartText(t *testing.T) {
 	} {
 		if got := startText(start); got != want {
 			t.Errorf("%+v is %q, want %q", start, got, want)
+		}
+	}
+}
+
+// zeroes reads as many zero bytes as are left, and counts those that were taken.
+type zeroes struct{ left, taken int64 }
+
+func (z *zeroes) Read(p []byte) (int, error) {
+	if z.left == 0 {
+		return 0, io.EOF
+	}
+	n := min(int64(len(p)), z.left)
+	clear(p[:n])
+	z.left, z.taken = z.left-n, z.taken+n
+	return int(n), nil
+}
+
+// TestHugeContextIsRefused sends a context that is larger than what the server reads of a refused
+// body. The client must get the answer and not only a broken connection.
+func TestHugeContextIsRefused(t *testing.T) {
+	h := newHouse(t)
+	c, err := client.New(h.url, h.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 10 {
+		body := &zeroes{left: 4 << 30}
+		_, err := c.CreateTemplate(t.Context(), client.CreateTemplateRequest{Name: "huge", Dockerfile: new("Dockerfile")},
+			body)
+		if !client.HasCode(err, fault.CodeContextTooLarge) {
+			t.Errorf("after %d bytes: %v", body.taken, err)
 		}
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
 )
 
 const terminalRoute = "/v1/sandboxes/{id}/terminal"
@@ -93,7 +94,7 @@ func (s *server) OpenTerminal(w http.ResponseWriter, r *http.Request, id Sandbox
 			InsecureSkipVerify: true,
 		})
 		if err != nil {
-			callOf(r).err = err // Accept has answered
+			callOf(r).Err = err // Accept has answered
 			return nil
 		}
 		session := &terminalSession{server: s, call: callOf(r), conn: conn, target: t, process: p, ref: strconv.Itoa(p.PID)}
@@ -233,7 +234,7 @@ func (t *terminalSession) run(ctx context.Context) {
 	ctx, stop := t.server.untilStop(ctx)
 	defer stop()
 	ctx, cancel := context.WithCancelCause(ctx)
-	typed := newTyped(ctx, &t.call.account)
+	typed := newTyped(ctx, &t.call.Account)
 	var wg sync.WaitGroup
 	t.conn.SetReadLimit(maxTerminalFrame)
 	// The connection uses a context that outlasts ctx, because a context that ends during a read or a
@@ -303,7 +304,7 @@ func (t *terminalSession) say(ctx context.Context, v any) error {
 
 // write sends a frame. It fails if the client does not take the frame in time.
 func (t *terminalSession) write(ctx context.Context, kind websocket.MessageType, b []byte) error {
-	ctx, cancel := context.WithTimeout(ctx, t.call.patience.stall)
+	ctx, cancel := context.WithTimeout(ctx, t.call.Patience.Stall)
 	defer cancel()
 	if err := t.conn.Write(ctx, kind, b); err != nil {
 		return errors.Join(errClientLeft, err)
@@ -336,7 +337,7 @@ func (t *terminalSession) receive(lasting, ctx context.Context, typed *typed) er
 			return errors.Join(errClientLeft, err)
 		}
 		if len(b) > maxTerminalText {
-			return tooLarge(maxTerminalText)
+			return httpserver.TooLarge(maxTerminalText)
 		}
 		size, err := resizeOf(b)
 		if err != nil {
@@ -393,12 +394,12 @@ func (t *terminalSession) goodbye(ctx context.Context, p agentapi.Process, err e
 	switch {
 	case err == nil && p.End != nil:
 		code, last = websocket.StatusNormalClosure, terminalExit{"exit", exitOf(p.End.Result())}
-	case errors.Is(err, errClientLeft), f == nil && t.call.gone:
-		t.call.gone = true
+	case errors.Is(err, errClientLeft), f == nil && t.call.Gone:
+		t.call.Gone = true
 		_ = t.conn.CloseNow() // the client has left, so no frame can be sent
 		return
 	case f != nil:
-		t.call.code = f.Code
+		t.call.Code = f.Code
 		last = terminalError{"error", f.Code, f.Detail}
 		if f == errStopping {
 			code = websocket.StatusGoingAway
@@ -406,9 +407,9 @@ func (t *terminalSession) goodbye(ctx context.Context, p agentapi.Process, err e
 			code = websocket.StatusPolicyViolation
 		}
 	default:
-		t.call.err = err
+		t.call.Err = err
 		last = terminalError{"error", fault.CodeInternal,
-			"something broke on this server; its log has the cause under the request_id " + t.call.id}
+			"an internal error; the server's log has the cause under the request_id " + t.call.ID}
 	}
 	if err := t.say(ctx, last); err != nil {
 		_ = t.conn.CloseNow()

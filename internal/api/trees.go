@@ -11,6 +11,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
 )
 
 // StatFile answers GET /v1/sandboxes/{id}/files/stat.
@@ -115,13 +116,13 @@ func (s *server) WatchFiles(w http.ResponseWriter, r *http.Request, id SandboxID
 	s.inside(w, r, id, func(t agentapi.Target) error {
 		ctx, cancel := s.untilStop(r.Context())
 		defer cancel()
-		reply := &eventReply{s: s, w: w, r: r}
-		defer reply.end()
+		reply := s.newEventReply(w, r)
+		defer reply.Close()
 		ready := func() { _ = reply.send("event: ready\ndata: {}\n\n") } // the next event meets the same error
 		err := s.Agent.Watch(ctx, t, params.Path, recursive, ready, func(c agentapi.Change) error {
 			var b strings.Builder
 			change := FileChange{Type: FileChangeType(c.Type), Path: path.Join(params.Path, c.Name)}
-			if err := writeEvent(&b, "", "change", change); err != nil {
+			if err := httpserver.WriteEvent(&b, "", "change", change); err != nil {
 				return err
 			}
 			return reply.send(b.String())
@@ -141,7 +142,7 @@ func (s *server) DownloadTree(w http.ResponseWriter, r *http.Request, id Sandbox
 		return
 	}
 	s.inside(w, r, id, func(t agentapi.Target) error {
-		if err := callOf(r).account.Take(passCost); err != nil {
+		if err := callOf(r).Account.Take(passCost); err != nil {
 			return err
 		}
 		tree, err := s.Agent.DownloadTree(r.Context(), t, params.Path, "")
@@ -157,8 +158,8 @@ func (s *server) DownloadTree(w http.ResponseWriter, r *http.Request, id Sandbox
 			return nil
 		}
 		if _, err := io.CopyBuffer(struct{ io.Writer }{w}, tree, make([]byte, copyPiece)); err != nil {
-			callOf(r).gone = r.Context().Err() != nil
-			callOf(r).err = fmt.Errorf("sending an archive: %w", err)
+			callOf(r).Gone = r.Context().Err() != nil
+			callOf(r).Err = fmt.Errorf("sending an archive: %w", err)
 			panic(http.ErrAbortHandler) // see sendFile
 		}
 		return nil
@@ -184,10 +185,7 @@ func (s *server) UploadTree(w http.ResponseWriter, r *http.Request, id SandboxID
 	}
 	var body io.Reader = http.NoBody
 	if r.Body != nil {
-		body = &upload{
-			body: r.Body, control: http.NewResponseController(w), stall: callOf(r).patience.stall,
-			left: agentapi.MaxTar, over: errTarTooLarge,
-		}
+		body = newUpload(r, agentapi.MaxTar, errTarTooLarge)
 	}
 	s.inside(w, r, id, func(t agentapi.Target) error {
 		err := s.Agent.UploadTree(r.Context(), t, params.Path, owner, body)

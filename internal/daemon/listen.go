@@ -14,6 +14,7 @@ import (
 
 	"github.com/cayhq/cay/internal/api"
 	"github.com/cayhq/cay/internal/e2b"
+	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/portproxy"
 )
 
@@ -56,7 +57,7 @@ func (s *server) listen(ctx context.Context) error {
 	defer wg.Wait()
 	defer stopWork()
 
-	servers := []*http.Server{api.Server(s.cfg.Listen, handler, s.log)}
+	servers := []*http.Server{httpserver.Server(s.cfg.Listen, handler, s.log)}
 	servers[0].RegisterOnShutdown(s.templates.Hangup)
 	servers[0].RegisterOnShutdown(s.ports.Hangup)
 	servers[0].RegisterOnShutdown(hangup)
@@ -72,7 +73,7 @@ func (s *server) listen(ctx context.Context) error {
 		}
 		mux := http.NewServeMux()
 		mux.Handle("GET /metrics", metrics)
-		servers = append(servers, api.Server(s.cfg.MetricsListen, mux, s.log))
+		servers = append(servers, httpserver.Server(s.cfg.MetricsListen, mux, s.log))
 		go func() { failed <- servers[1].Serve(l) }()
 	}
 	s.log.InfoContext(ctx, "cay is ready", "url", "http://"+listener.Addr().String(), "data_dir", s.cfg.DataDir,

@@ -1,6 +1,7 @@
 package e2b
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"io"
@@ -10,8 +11,8 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/auth"
-	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -95,7 +96,7 @@ func (s *Surface) routes() *http.ServeMux {
 	for pattern, route := range s.table() {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			if err := s.admitted(w, r, route); err != nil {
-				s.fail(w, r, err)
+				s.front.Fail(w, r, err)
 			}
 		})
 	}
@@ -118,7 +119,7 @@ func (s *Surface) answerControl(w http.ResponseWriter, r *http.Request) error {
 		}
 		return fault.New(fault.NotFound, fault.CodeNoSuchRoute, "there is no %s %s", r.Method, r.URL.Path)
 	}
-	callOf(r).route = pattern
+	callOf(r).Route = pattern
 	s.control.ServeHTTP(w, r)
 	return nil
 }
@@ -128,7 +129,7 @@ func (s *Surface) admitted(w http.ResponseWriter, r *http.Request, route route) 
 	if err := s.authenticate(r); err != nil {
 		return err
 	}
-	principal := callOf(r).principal
+	principal := callOf(r).Who
 	if err := s.Auth.Allow(principal); err != nil {
 		return err
 	}
@@ -137,7 +138,7 @@ func (s *Surface) admitted(w http.ResponseWriter, r *http.Request, route route) 
 			return fault.New(fault.Denied, fault.CodeScopeMissing, "the key lacks the scope %s", scope)
 		}
 	}
-	if err := s.account(r, principal.Org.ID, controlCost); err != nil {
+	if err := callOf(r).OpenAccount(s.Budget, r, principal.Org.ID, httpserver.CallCost); err != nil {
 		return err
 	}
 	return route.answer(w, r)
@@ -149,57 +150,35 @@ func (s *Surface) authenticate(r *http.Request) error {
 		return fault.New(fault.Unauthenticated, fault.CodeUnauthenticated,
 			"a valid API key is needed in the header X-API-Key")
 	}
-	callOf(r).principal = principal
+	callOf(r).Who = principal
 	return err
 }
 
 // caller returns the caller as the core knows it.
 func caller(r *http.Request) sandbox.Caller {
-	org := callOf(r).principal.Org
+	org := callOf(r).Who.Org
 	return sandbox.Caller{OrgID: org.ID, Quota: sandbox.Quota(org.Quota)}
 }
 
-func orgOf(r *http.Request) string { return callOf(r).principal.Org.ID }
-
-// takenBody takes the memory for a body from the call's account while it is read: for the bytes,
-// for a buffer that may have doubled, and for the decoded values.
-type takenBody struct {
-	io.Reader
-	account *budget.Account
-}
-
-func (b *takenBody) Read(p []byte) (int, error) {
-	n, err := b.Reader.Read(p)
-	if taken := b.account.Take(3 * int64(n)); taken != nil {
-		return 0, taken
-	}
-	return n, err
-}
+func orgOf(r *http.Request) string { return callOf(r).Who.Org.ID }
 
 // read decodes the JSON body into dst; an empty body is an empty object. It refuses fields that
 // dst does not have: a client of a newer API that sends one expects an effect.
 func read(w http.ResponseWriter, r *http.Request, dst any) error {
-	d := json.NewDecoder(&takenBody{http.MaxBytesReader(w, r.Body, maxBody), &callOf(r).account})
+	b, err := httpserver.ReadBody(w, r, maxBody)
+	if err != nil {
+		return err
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
-	err := d.Decode(dst)
+	err = d.Decode(dst)
 	if err == nil && d.More() {
 		err = errors.New("data after the object")
 	}
-	var over *http.MaxBytesError
 	var wrong *json.UnmarshalTypeError
 	switch {
-	case fault.As(err) != nil: // the account refused the memory
-		return err
-	case callOf(r).body.incomplete() != nil:
-		return callOf(r).body.incomplete()
-	case err == nil:
-		// Only white space is left. Read it to the end, so that the connection can be used again.
-		_, _ = io.Copy(io.Discard, d.Buffered())
+	case err == nil, err == io.EOF:
 		return nil
-	case err == io.EOF:
-		return nil
-	case errors.As(err, &over):
-		return fault.New(fault.TooLarge, fault.CodeBodyTooLarge, "the body is over %d bytes", maxBody)
 	case errors.As(err, &wrong):
 		return fault.InField(fault.CodeInvalidBody, wrong.Field, "cannot be a JSON %s", wrong.Value)
 	case strings.HasPrefix(err.Error(), "json: unknown field "):
@@ -212,7 +191,7 @@ func read(w http.ResponseWriter, r *http.Request, dst any) error {
 // sandbox.
 func sandboxID(r *http.Request) sandbox.ID {
 	id := sandbox.ID(idPrefix + r.PathValue("id"))
-	callOf(r).sandbox = string(id)
+	callOf(r).Sandbox = string(id)
 	return id
 }
 

@@ -70,7 +70,7 @@ func (s *Surface) create(v version) func(http.ResponseWriter, *http.Request) err
 			return createError(err)
 		}
 		s.samples.follow(sb.ID)
-		reply(w, http.StatusCreated, s.sandboxOf(sb))
+		reply(w, r, http.StatusCreated, s.sandboxOf(sb))
 		return nil
 	}
 }

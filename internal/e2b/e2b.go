@@ -24,10 +24,10 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/cayhq/cay/internal/accesslog"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/budget"
+	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/template"
@@ -107,7 +107,7 @@ type Surface struct {
 	control *http.ServeMux
 	samples *samples
 	counts  *counts
-	access  *accesslog.Log
+	front   *httpserver.Front
 	// search and searchOfOne limit the searches for the sandbox of a signature, in all and of one
 	// address.
 	search, searchOfOne *auth.Buckets
@@ -119,10 +119,10 @@ type Surface struct {
 // [Surface.Run] takes the samples.
 func New(cfg Config, next http.Handler) *Surface {
 	s := &Surface{Config: cfg, next: next, samples: newSamples(), counts: newCounts(cfg.Registry),
-		access: accesslog.New(cfg.Log),
 		search: auth.NewBuckets(searchesPerSecond, searchesBurst), searchOfOne: auth.NewBuckets(searchesOfOne, searchesOfOneAtOnce)}
 	s.stopped, s.stop = context.WithCancel(context.Background())
 	s.control = s.routes()
+	s.front = s.newFront()
 	return s
 }
 

@@ -14,8 +14,8 @@ func (s *Surface) get(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	principal := callOf(r).principal
-	reply(w, http.StatusOK, s.detail(sb, principal.May(tokenScopes[0]) && principal.May(tokenScopes[1])))
+	principal := callOf(r).Who
+	reply(w, r, http.StatusOK, s.detail(sb, principal.May(tokenScopes[0]) && principal.May(tokenScopes[1])))
 	return nil
 }
 
@@ -128,7 +128,7 @@ func (s *Surface) connect(w http.ResponseWriter, r *http.Request) error {
 	if paused {
 		status = http.StatusCreated
 	}
-	reply(w, status, s.sandboxOf(sb))
+	reply(w, r, status, s.sandboxOf(sb))
 	return nil
 }
 
@@ -155,7 +155,7 @@ func (s *Surface) resume(w http.ResponseWriter, r *http.Request) error {
 	if sb, _, err = s.wake(r, seconds(in.Timeout)); err != nil {
 		return err
 	}
-	reply(w, http.StatusCreated, s.sandboxOf(sb))
+	reply(w, r, http.StatusCreated, s.sandboxOf(sb))
 	return nil
 }
 

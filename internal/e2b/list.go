@@ -63,23 +63,23 @@ func answerPage[T, U any](w http.ResponseWriter, r *http.Request, limit int, cur
 				return err
 			}
 			// Twice, since the answer is assembled from all rows.
-			if err := callOf(r).account.Take(2 * int64(len(text))); err != nil {
+			if err := callOf(r).Account.Take(2 * int64(len(text))); err != nil {
 				return err
 			}
 			all = append(all, text)
 		}
 		if cursor = next; next == "" || len(all) >= limit {
-			page(w, all, next)
+			page(w, r, all, next)
 			return nil
 		}
 	}
 }
 
-func page(w http.ResponseWriter, list any, next string) {
+func page(w http.ResponseWriter, r *http.Request, list any, next string) {
 	if next != "" {
 		w.Header().Set(nextHeader, next)
 	}
-	reply(w, http.StatusOK, list)
+	reply(w, r, http.StatusOK, list)
 }
 
 // pageError renames the field of a cursor error to this API's.
@@ -231,6 +231,6 @@ func (s *Surface) templateAlias(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	reply(w, http.StatusOK, map[string]any{"templateID": t.ID, "public": t.Builtin()})
+	reply(w, r, http.StatusOK, map[string]any{"templateID": t.ID, "public": t.Builtin()})
 	return nil
 }

@@ -87,7 +87,7 @@ func (s *Surface) logs(form func([]logEntry) any) func(http.ResponseWriter, *htt
 		if q.Get("direction") == "backward" {
 			slices.Reverse(entries)
 		}
-		reply(w, http.StatusOK, form(entries))
+		reply(w, r, http.StatusOK, form(entries))
 		return nil
 	}
 }

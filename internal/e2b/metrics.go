@@ -199,7 +199,7 @@ func (s *Surface) metrics(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	s.samples.follow(id)
-	reply(w, http.StatusOK, s.samples.between(sb, from, to))
+	reply(w, r, http.StatusOK, s.samples.between(sb, from, to))
 	return nil
 }
 
@@ -225,7 +225,7 @@ func (s *Surface) latestMetrics(w http.ResponseWriter, r *http.Request) error {
 			out[name] = all[len(all)-1]
 		}
 	}
-	reply(w, http.StatusOK, map[string]any{"sandboxes": out})
+	reply(w, r, http.StatusOK, map[string]any{"sandboxes": out})
 	return nil
 }
 

@@ -7,6 +7,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -38,7 +39,7 @@ func (s *Surface) mayReach(r *http.Request, sb sandbox.Sandbox, o options) bool 
 
 // servePort passes a request to a port of a program inside.
 func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, sb sandbox.Sandbox, to place) error {
-	callOf(r).route = "port"
+	callOf(r).Route = "port"
 	opts := optionsOf(sb)
 	if !takesTraffic(sb, opts) {
 		return gone{to, notFoundText, false}
@@ -46,7 +47,7 @@ func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, sb sandbox.S
 	if !s.mayReach(r, sb, opts) {
 		return errPrivate
 	}
-	if err := s.account(r, sb.OrgID, portCost); err != nil {
+	if err := callOf(r).OpenAccount(s.Budget, r, sb.OrgID, httpserver.PortCost); err != nil {
 		return err
 	}
 	lease, err := s.lease(r.Context(), sb, opts)
@@ -68,8 +69,8 @@ func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, sb sandbox.S
 	if err == nil {
 		return nil
 	}
-	ownHead(w.Header(), callOf(r).id)
-	if err := callOf(r).body.incomplete(); err != nil {
+	httpserver.OwnHead(w.Header(), callOf(r).ID)
+	if err := callOf(r).Body.Broken(); err != nil {
 		return err
 	}
 	f := fault.As(err)

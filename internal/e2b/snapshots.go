@@ -51,14 +51,14 @@ func (s *Surface) fork(w http.ResponseWriter, r *http.Request) error {
 	out := make([]forkBody, len(children))
 	for i, child := range children {
 		if child.Err != nil {
-			p := problemOf(child.Err)
+			p := verdictOf(child.Err)
 			out[i].Error = &forkErrorBody{p.status, p.message}
 			continue
 		}
 		s.samples.follow(child.Sandbox.ID)
 		out[i].Sandbox = new(s.sandboxOf(child.Sandbox))
 	}
-	reply(w, http.StatusCreated, out)
+	reply(w, r, http.StatusCreated, out)
 	return nil
 }
 
@@ -93,7 +93,7 @@ func (s *Surface) snapshot(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return ended(err, id)
 	}
-	reply(w, http.StatusCreated, snapshotOf(snap))
+	reply(w, r, http.StatusCreated, snapshotOf(snap))
 	return nil
 }
 
@@ -116,7 +116,7 @@ func (s *Surface) listSnapshots(w http.ResponseWriter, r *http.Request) error {
 	for i, snap := range all {
 		out[i] = snapshotOf(snap)
 	}
-	page(w, out, next)
+	page(w, r, out, next)
 	return nil
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
 	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -51,7 +52,7 @@ func served(r *http.Request) bool {
 
 // traffic passes a request to a port of a sandbox.
 func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) error {
-	callOf(r).sandbox = string(to.sandbox())
+	callOf(r).Sandbox = string(to.sandbox())
 	sb, err := s.Sandboxes.Lookup(r.Context(), to.sandbox())
 	if fault.Is(err, fault.NotFound) {
 		return gone{to, notFoundText, false}
@@ -69,7 +70,7 @@ func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) erro
 	if !served(r) {
 		return fault.New(fault.NotFound, fault.CodeNoSuchRoute, "there is no %s %s", r.Method, r.URL.Path)
 	}
-	callOf(r).route = r.URL.Path
+	callOf(r).Route = r.URL.Path
 	r.Header.Del("Upgrade") // the agent has no upgrades, and a program that poses as it must get none
 	opts := optionsOf(sb)
 	if !takesTraffic(sb, opts) || r.URL.Path == "/health" && sb.State != sandbox.Running {
@@ -78,7 +79,7 @@ func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) erro
 	if err := s.admitEnvd(r, sb, opts); err != nil {
 		return err
 	}
-	if err := s.account(r, sb.OrgID, trafficCost); err != nil {
+	if err := callOf(r).OpenAccount(s.Budget, r, sb.OrgID, trafficCost); err != nil {
 		return err // before waking the sandbox
 	}
 	lease, err := s.lease(r.Context(), sb, opts)
@@ -168,7 +169,7 @@ func (s *Surface) forward(w http.ResponseWriter, r *http.Request, sb sandbox.San
 		},
 		ModifyResponse: func(resp *http.Response) error {
 			portproxy.CleanAnswer(resp.Header, true) // root inside may answer instead of the agent
-			ownHead(resp.Header, callOf(r).id)
+			httpserver.OwnHead(resp.Header, callOf(r).ID)
 			return nil
 		},
 		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err error) { failed = err },
@@ -184,9 +185,9 @@ func (s *Surface) forward(w http.ResponseWriter, r *http.Request, sb sandbox.San
 		portproxy.CleanTrailers(w.Header(), true)
 		return nil
 	}
-	ownHead(w.Header(), callOf(r).id)
-	callOf(r).err = failed
-	if err := callOf(r).body.incomplete(); err != nil {
+	httpserver.OwnHead(w.Header(), callOf(r).ID)
+	callOf(r).Err = failed
+	if err := callOf(r).Body.Broken(); err != nil {
 		return err
 	}
 	if r.Context().Err() != nil && s.stopped.Err() == nil {

@@ -1,4 +1,4 @@
-package api
+package httpserver
 
 import (
 	"container/list"
@@ -168,9 +168,9 @@ func (c *connections) serve(one *connection, n int) (kept bool) {
 	return kept
 }
 
-// withoutCall runs f, which waits for a caller whose call is practically answered. While f runs,
+// WithoutCall runs f, which waits for a caller whose call is practically answered. While f runs,
 // the connection may be closed as one without a call.
-func withoutCall(r *http.Request, f func()) {
+func WithoutCall(r *http.Request, f func()) {
 	one, ok := r.Context().Value(connectionKey{}).(*connection)
 	if ok { // requests of tests have none
 		one.of.serve(one, -1)

@@ -1,4 +1,4 @@
-package api
+package httpserver
 
 import (
 	"bufio"
@@ -172,7 +172,7 @@ func TestConnectionsAllInUse(t *testing.T) {
 func TestRefusedCallsAreNoCalls(t *testing.T) {
 	c, addr := connectionsServer(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.ContentLength > 0 {
-			withoutCall(r, func() { _, _ = io.Copy(io.Discard, r.Body) })
+			WithoutCall(r, func() { _, _ = io.Copy(io.Discard, r.Body) })
 		}
 		here(w, r)
 	})

@@ -1,4 +1,4 @@
-package accesslog
+package httpserver
 
 import (
 	"bytes"
@@ -13,17 +13,17 @@ import (
 )
 
 // write writes n lines of one caller.
-func write(l *Log, n int, remote, path string, e Entry) {
+func write(l *accessLog, n int, remote, path string, e entry) {
 	r := httptest.NewRequest("GET", "/", nil)
 	r.RemoteAddr, r.URL.Path = remote, path
 	for range n {
-		l.Write(r, e)
+		l.write(r, e)
 	}
 }
 
-func newLog() (*Log, *bytes.Buffer) {
+func newLog() (*accessLog, *bytes.Buffer) {
 	var b bytes.Buffer
-	return New(slog.New(slog.NewJSONHandler(&b, nil))), &b
+	return newAccessLog(slog.New(slog.NewJSONHandler(&b, nil))), &b
 }
 
 // TestLinesAreBounded sends texts of any length.
@@ -34,13 +34,13 @@ func TestLinesAreBounded(t *testing.T) {
 	r.Method, r.URL.Path, r.RemoteAddr = long, "/"+long, long
 	for _, key := range []string{"", "key_a"} {
 		b.Reset()
-		l.Write(r, Entry{ID: "req_1", Key: key, Sandbox: long, Err: errors.New("stack")})
+		l.write(r, entry{ID: "req_1", Key: key, Sandbox: long, Err: errors.New("stack")})
 		if b.Len() > 2000 || !strings.Contains(b.String(), "60001 bytes") || strings.Contains(b.String(), `\ufffd`) {
 			t.Errorf("with the key %q the line has %d bytes: %.3000s", key, b.Len(), b)
 		}
 	}
 	b.Reset()
-	l.Write(r, Entry{Err: errors.New(strings.Repeat("x", 1<<20))})
+	l.write(r, entry{Err: errors.New(strings.Repeat("x", 1<<20))})
 	if b.Len() > maxError+2000 {
 		t.Errorf("an error makes a line of %d bytes", b.Len())
 	}
@@ -51,12 +51,12 @@ func TestStrangersCannotFillTheLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l, b := newLog()
 		for range 100 { // 10 seconds of 10,000 a second, of which one has a key
-			write(l, 500, "192.0.2.1:1", "/", Entry{})
+			write(l, 500, "192.0.2.1:1", "/", entry{})
 			for i := range 500 {
-				write(l, 1, fmt.Sprintf("198.51.100.%d:1", i%256), "/many", Entry{})
+				write(l, 1, fmt.Sprintf("198.51.100.%d:1", i%256), "/many", entry{})
 			}
-			write(l, 1, "192.0.2.1:1", "/keyed", Entry{Key: "key_a", Org: "org_a"})
-			write(l, 500, "192.0.2.1:1", "/limited", Entry{Key: "key_a", Org: "org_a", Status: 429})
+			write(l, 1, "192.0.2.1:1", "/keyed", entry{Key: "key_a", Org: "org_a"})
+			write(l, 500, "192.0.2.1:1", "/limited", entry{Key: "key_a", Org: "org_a", Status: 429})
 			time.Sleep(100 * time.Millisecond)
 		}
 		out := b.String()
@@ -77,13 +77,13 @@ func TestStrangersCannotFillTheLog(t *testing.T) {
 		}
 		b.Reset()
 		time.Sleep(time.Minute)
-		write(l, 1, "192.0.2.1:1", "/", Entry{})
+		write(l, 1, "192.0.2.1:1", "/", entry{})
 		if !strings.Contains(b.String(), `"count":1`) || !strings.Contains(b.String(), `"path":"/"`) {
 			t.Errorf("afterwards the log has %s", b)
 		}
 		b.Reset()
 		time.Sleep(time.Minute)
-		write(l, 1, "192.0.2.1:1", "/", Entry{})
+		write(l, 1, "192.0.2.1:1", "/", entry{})
 		if strings.Contains(b.String(), "left out") {
 			t.Errorf("what is over is told again: %s", b)
 		}

@@ -1,11 +1,4 @@
-// Package accesslog writes the access log of all fronts, with bounds on the size and number of its
-// lines. It decides nothing about requests.
-//
-// A [Log] bounds each text that a caller chooses, and the rate of lines of callers without a key
-// or beyond their rate: it drops lines beyond that rate and writes how many. A Log is safe for
-// concurrent use. It keeps a token bucket for each recent address, up to a fixed number of
-// addresses.
-package accesslog
+package httpserver
 
 import (
 	"cmp"
@@ -39,8 +32,11 @@ const (
 	tellEvery = 10 * time.Second
 )
 
-// Log writes lines. Make it with [New].
-type Log struct {
+// accessLog writes the lines of requests, with bounds on their size and number. It bounds each text
+// that a caller chooses, and the rate of lines of callers without a key or beyond their rate: it
+// drops lines beyond that rate and writes how many. It is safe for concurrent use. It keeps a token
+// bucket for each recent address, up to a fixed number of addresses.
+type accessLog struct {
 	to    *slog.Logger
 	each  *auth.Buckets // by address, or by key
 	total *auth.Buckets
@@ -52,14 +48,14 @@ type Log struct {
 	since time.Time // of the first of them, or when they were last told of; zero is none
 }
 
-// New makes a Log that writes to a logger.
-func New(to *slog.Logger) *Log {
-	return &Log{to: to, each: auth.NewBuckets(eachPerSecond, eachBurst),
+// newAccessLog returns an accessLog that writes to a logger.
+func newAccessLog(to *slog.Logger) *accessLog {
+	return &accessLog{to: to, each: auth.NewBuckets(eachPerSecond, eachBurst),
 		total: auth.NewBuckets(totalPerSecond, totalBurst)}
 }
 
-// Entry describes a finished request.
-type Entry struct {
+// entry describes a finished request.
+type entry struct {
 	Level    slog.Level
 	ID       string // of the request: ours, or checked
 	Route    string // one of few
@@ -72,9 +68,9 @@ type Entry struct {
 	Err      error
 }
 
-// Write writes the line of a request. It leaves out the query, which may hold a signature, paths
+// write writes the line of a request. It leaves out the query, which may hold a signature, paths
 // and metadata.
-func (l *Log) Write(r *http.Request, e Entry) {
+func (l *accessLog) write(r *http.Request, e entry) {
 	ctx := context.WithoutCancel(r.Context())
 	if !l.to.Enabled(ctx, e.Level) {
 		return
@@ -112,7 +108,7 @@ func (l *Log) Write(r *http.Request, e Entry) {
 
 // admit reports whether the line of a caller, a key or an address, is written. It writes when lines
 // begin to be left out, and from time to time how many were.
-func (l *Log) admit(ctx context.Context, caller string, now time.Time) bool {
+func (l *accessLog) admit(ctx context.Context, caller string, now time.Time) bool {
 	ok := l.each.Take(caller, now) == 0 && l.total.Take("", now) == 0
 	l.mu.Lock()
 	first, told := !ok && l.since.IsZero(), 0
