@@ -55,7 +55,8 @@ var mayImport = map[string]struct {
 
 	"internal/store":      {[]string{"auth", "event", "fault", "sandbox", "template"}, "it implements the core's interfaces; all SQL is here"},
 	"internal/httpserver": {[]string{"auth", "budget", "fault"}, "all fronts answer with it; it knows callers and errors, and no operation"},
-	"internal/api":        {[]string{"agentapi", "auth", "budget", "event", "fault", "httpserver", "portproxy", "sandbox", "template", "trace"}, "a front: it calls the core and the agent, and has portproxy carry traffic to ports"},
+	"internal/api":        {[]string{"agentapi", "auth", "budget", "event", "fault", "httpserver", "portproxy", "sandbox", "template", "terminal", "trace"}, "a front: it calls the core and the agent, and has portproxy carry traffic to ports"},
+	"internal/terminal":   {[]string{"agentapi", "budget", "fault"}, "a session of a terminal: fronts drive it, with the protocols of their clients"},
 	"internal/portproxy":  {[]string{"agentapi", "fault"}, "a front that carries traffic and decides nothing about it: it knows ports and the agent, and not the core"},
 	"internal/e2b": {[]string{"agentapi", "auth", "budget", "fault", "httpserver", "portproxy", "sandbox", "template"},
 		"a front beside api, for E2B's clients: it calls the same core and the agent, and has portproxy carry traffic to ports"},

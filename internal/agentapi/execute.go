@@ -104,7 +104,14 @@ func (r ExecuteRequest) Argv() []string {
 	return []string{cmp.Or(r.Shell, "/bin/sh"), "-c", r.Command}
 }
 
-// Execute runs a command to its end in a single HTTP request. When its Timeout
+// Detached returns the process that runs the command without a call that owns it.
+func (r ExecuteRequest) Detached() StartProcess {
+	return StartProcess{Args: r.Argv(), Env: r.Env, Workdir: r.Workdir, User: r.User, Input: r.Stdin,
+		TimeoutMs: r.Timeout.Milliseconds()}
+}
+
+// Execute runs a command, which must have passed [ExecuteRequest.Check], to its end in a single HTTP
+// request. When its Timeout
 // is over, or ctx ends, the command is killed with all its descendants; in the
 // first case Execute returns its result with TimedOut set. Processes that a
 // finished command left in the background live on; the output that they write
@@ -123,9 +130,6 @@ func (c *Client) Execute(ctx context.Context, t Target, r ExecuteRequest) (Execu
 // an error stdout and stderr hold nothing.
 func (c *Client) Collect(ctx context.Context, t Target, r ExecuteRequest, stdout, stderr *budget.Bytes) (
 	ExecuteResult, error) {
-	if err := r.Check(); err != nil {
-		return ExecuteResult{}, err
-	}
 	if r.MaxOutput <= 0 {
 		r.MaxOutput = DefaultMaxOutput
 	}

@@ -18,9 +18,6 @@ type ExecuteEvent struct {
 // not be started has no event with a PID. An error of emit kills the command.
 func (c *Client) ExecuteStream(ctx context.Context, t Target, r ExecuteRequest, emit func(ExecuteEvent) error) (
 	ExecuteResult, error) {
-	if err := r.Check(); err != nil {
-		return ExecuteResult{}, err
-	}
 	if r.MaxOutput <= 0 {
 		r.MaxOutput = DefaultMaxOutput
 	}

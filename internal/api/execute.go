@@ -86,64 +86,85 @@ func (s *server) ExecuteCommand(w http.ResponseWriter, r *http.Request, id Sandb
 	})
 }
 
+// commandOf returns the command that a request describes, with its time limit.
 func commandOf(in ExecuteRequest) (agentapi.ExecuteRequest, error) {
-	out := agentapi.ExecuteRequest{Args: in.Args, Env: in.Env, Timeout: defaultCommandTimeout}
-	longest := maxCommandTimeout
+	p := program{command: in.Command, shell: (*string)(in.Shell), args: in.Args, env: in.Env, user: in.User,
+		workdir: in.Workdir, timeout: in.Timeout, usual: defaultCommandTimeout, longest: maxCommandTimeout}
 	if in.Detach != nil && *in.Detach {
-		out.Timeout, longest = 0, maxProcessTimeout
+		p.usual, p.longest = 0, maxProcessTimeout
 	}
+	maxOutput := int64(0)
 	if in.AllOutput != nil && *in.AllOutput {
-		out.Timeout, longest, out.MaxOutput = 0, maxProcessTimeout, math.MaxInt64
+		p.usual, p.longest, maxOutput = 0, maxProcessTimeout, math.MaxInt64
 	}
-	if in.Command != nil {
-		if in.Args != nil {
+	out, err := p.request()
+	out.MaxOutput = maxOutput
+	if in.Stdin != nil {
+		out.Stdin = []byte(*in.Stdin)
+	}
+	return out, err
+}
+
+// program holds the fields with which calls say what to run.
+type program struct {
+	command, shell *string
+	args           []string
+	env            map[string]string
+	user, workdir  *string
+
+	timeout        *string
+	usual, longest time.Duration // the timeout if none is given, and the longest
+}
+
+// request checks the fields and returns the command.
+func (p program) request() (agentapi.ExecuteRequest, error) {
+	out := agentapi.ExecuteRequest{Args: p.args, Env: p.env, Timeout: p.usual}
+	if p.command != nil {
+		if p.args != nil {
 			return out, fault.InvalidField("command", "give command or args, not both")
 		}
-		out.Command = *in.Command
+		out.Command = *p.command
 	}
-	if err := shellOf(in, &out); err != nil {
+	if err := p.readShell(&out); err != nil {
 		return out, err
 	}
-	timeout, err := duration("timeout", in.Timeout)
+	timeout, err := duration("timeout", p.timeout)
 	if err != nil {
 		return out, err
 	}
 	if timeout != nil {
-		if *timeout <= 0 || *timeout > longest {
-			return out, fault.InvalidField("timeout", "must be more than 0 and at most %s", longest)
+		if *timeout <= 0 || *timeout > p.longest {
+			return out, fault.InvalidField("timeout", "must be more than 0 and at most %s", p.longest)
 		}
 		out.Timeout = *timeout
 	}
-	if err := sandbox.CheckEnv(in.Env); err != nil {
+	if err := sandbox.CheckEnv(p.env); err != nil {
 		return out, err
 	}
-	if in.Workdir != nil {
-		if len(*in.Workdir) == 0 || (*in.Workdir)[0] != '/' {
+	if p.workdir != nil {
+		if len(*p.workdir) == 0 || (*p.workdir)[0] != '/' {
 			return out, fault.InvalidField("workdir", "must be an absolute path")
 		}
-		out.Workdir = *in.Workdir
+		out.Workdir = *p.workdir
 	}
-	if in.User != nil {
-		if *in.User == "" {
+	if p.user != nil {
+		if *p.user == "" {
 			return out, fault.InvalidField("user", "must be the name or number of a user, not empty")
 		}
-		out.User = *in.User
-	}
-	if in.Stdin != nil {
-		out.Stdin = []byte(*in.Stdin)
+		out.User = *p.user
 	}
 	return out, out.Check()
 }
 
-// shellOf reads the shell that runs the command line.
-func shellOf(in ExecuteRequest, out *agentapi.ExecuteRequest) error {
-	if in.Shell == nil {
+// readShell reads the shell that runs the command line.
+func (p program) readShell(out *agentapi.ExecuteRequest) error {
+	if p.shell == nil {
 		return nil
 	}
-	if in.Command == nil {
+	if p.command == nil {
 		return fault.InvalidField("shell", "applies to command only; args are run without a shell")
 	}
-	switch *in.Shell {
+	switch ExecuteRequestShell(*p.shell) {
 	case ExecuteRequestShellSh:
 	case ExecuteRequestShellBash:
 		out.Shell = "bash" // found on PATH, because images keep it in different places

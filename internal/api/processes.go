@@ -15,6 +15,7 @@ import (
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/httpserver"
+	"github.com/cayhq/cay/internal/terminal"
 )
 
 // Limits of processes. They are part of the contract.
@@ -22,7 +23,6 @@ const (
 	maxProcessTimeout = 24 * time.Hour
 	defaultWait       = 30 * time.Second
 	maxWait           = 5 * time.Minute
-	maxTerminalSide   = 10_000
 	// maxInput limits the bytes of input in one call. The process takes them as it reads.
 	maxInput = 8 << 20
 )
@@ -77,13 +77,13 @@ func (s *server) StartProcess(w http.ResponseWriter, r *http.Request, id Sandbox
 
 func startOf(in StartProcessRequest) (agentapi.StartProcess, error) {
 	var out agentapi.StartProcess
-	command, err := commandOf(ExecuteRequest{Command: in.Command, Shell: (*ExecuteRequestShell)(in.Shell), Args: in.Args,
-		Env: in.Env, User: in.User, Workdir: in.Workdir, Detach: new(true)})
+	command, err := program{command: in.Command, shell: (*string)(in.Shell), args: in.Args,
+		env: in.Env, user: in.User, workdir: in.Workdir}.request()
 	if err != nil {
 		return out, err
 	}
-	out = agentapi.StartProcess{Args: command.Argv(), Env: command.Env, User: command.User, Workdir: command.Workdir,
-		OpenInput: in.Stdin != nil && *in.Stdin}
+	out = command.Detached()
+	out.OpenInput = in.Stdin != nil && *in.Stdin
 	if in.Tag != nil {
 		if checkRef("tag", *in.Tag) != nil || (*in.Tag)[0] <= '9' {
 			return out, fault.InvalidField("tag",
@@ -102,23 +102,13 @@ func startOf(in StartProcessRequest) (agentapi.StartProcess, error) {
 		out.TimeoutMs = timeout.Milliseconds()
 	}
 	if in.Pty != nil {
-		size, err := sizeOfTerminal("pty.", in.Pty.Cols, in.Pty.Rows)
+		size, err := terminal.Size("pty.", in.Pty.Cols, in.Pty.Rows)
 		if err != nil {
 			return out, err
 		}
 		out.Terminal = &size
 	}
 	return out, nil
-}
-
-func sizeOfTerminal(prefix string, cols, rows int) (agentapi.TerminalSize, error) {
-	for name, n := range map[string]int{"cols": cols, "rows": rows} {
-		if n < 1 || n > maxTerminalSide {
-			return agentapi.TerminalSize{}, fault.InvalidField(prefix+name,
-				"must be between 1 and %d", maxTerminalSide)
-		}
-	}
-	return agentapi.TerminalSize{Cols: uint16(cols), Rows: uint16(rows)}, nil
 }
 
 // ListProcesses answers GET /v1/sandboxes/{id}/processes.
@@ -330,7 +320,7 @@ func (s *server) ResizeProcessTerminal(w http.ResponseWriter, r *http.Request, i
 	_, err := read(w, r, maxBody, true, &in)
 	var size agentapi.TerminalSize
 	if err == nil {
-		size, err = sizeOfTerminal("", in.Cols, in.Rows)
+		size, err = terminal.Size("", in.Cols, in.Rows)
 	}
 	if err != nil {
 		s.fail(w, r, err)

@@ -134,11 +134,7 @@ func (s *server) sendExit(reply *eventReply, exit ProcessExit) {
 
 // streamDetached starts a process and follows its output from the first byte.
 func (s *server) streamDetached(reply *eventReply, t agentapi.Target, request agentapi.ExecuteRequest) {
-	start := agentapi.StartProcess{
-		Args: request.Argv(), Env: request.Env, Workdir: request.Workdir, User: request.User,
-		Input: request.Stdin, TimeoutMs: request.Timeout.Milliseconds(),
-	}
-	p, err := s.Agent.StartProcess(reply.r.Context(), t, start)
+	p, err := s.Agent.StartProcess(reply.r.Context(), t, request.Detached())
 	if err != nil {
 		reply.fail(err)
 		return

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"io"
 	"net/http"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -15,25 +14,16 @@ import (
 	"github.com/coder/websocket"
 
 	"github.com/cayhq/cay/internal/agentapi"
-	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/httpserver"
+	"github.com/cayhq/cay/internal/terminal"
 )
 
 const terminalRoute = "/v1/sandboxes/{id}/terminal"
 
-// Limits of terminals. They are part of the contract, except maxTyped and those below it.
 const (
-	defaultCols, defaultRows = 80, 24
-	defaultTerm              = "xterm-256color"
-	defaultGrace             = time.Minute
-	minGrace, maxGrace       = time.Second, time.Hour
-
-	// maxTyped limits the typed bytes that wait for the terminal to take them. It suffices for a large
-	// paste. Beyond it the connection ends, but the terminal's process goes on.
-	maxTyped = 4 << 20
 	// maxTerminalFrame is the size in bytes of the largest frame that is accepted, and maxTerminalText
-	// that of the largest text frame.
+	// that of the largest text frame. Larger frames would hold more memory.
 	maxTerminalFrame = 1 << 20
 	maxTerminalText  = 4 << 10
 	// pingEvery is the interval at which the server pings a client, and the time that the client has
@@ -63,14 +53,6 @@ func offeredKey(h http.Header) string {
 	return ""
 }
 
-// terminalSpec describes a terminal to start or to join.
-type terminalSpec struct {
-	size   agentapi.TerminalSize
-	start  agentapi.StartProcess // if join is ""
-	join   string                // the process to join
-	offset *int64
-}
-
 // OpenTerminal answers GET /v1/sandboxes/{id}/terminal.
 func (s *server) OpenTerminal(w http.ResponseWriter, r *http.Request, id SandboxID, params OpenTerminalParams) {
 	spec, err := terminalOf(params)
@@ -84,7 +66,9 @@ func (s *server) OpenTerminal(w http.ResponseWriter, r *http.Request, id Sandbox
 	s.Hijacked.Add(1)
 	defer s.Hijacked.Done()
 	s.inside(w, r, id, func(t agentapi.Target) error {
-		p, err := s.terminalProcess(r.Context(), t, spec)
+		ctx, stop := s.untilStop(r.Context())
+		defer stop()
+		session, err := terminal.Open(ctx, s.Agent, t, spec, &callOf(r).Account)
 		if err != nil {
 			return err
 		}
@@ -94,15 +78,11 @@ func (s *server) OpenTerminal(w http.ResponseWriter, r *http.Request, id Sandbox
 			InsecureSkipVerify: true,
 		})
 		if err != nil {
+			session.Hangup(err)
 			callOf(r).Err = err // Accept has answered
 			return nil
 		}
-		session := &terminalSession{server: s, call: callOf(r), conn: conn, target: t, process: p, ref: strconv.Itoa(p.PID)}
-		session.offset = p.First
-		if spec.offset != nil {
-			session.offset = *spec.offset
-		}
-		session.run(r.Context())
+		(&terminalSocket{call: callOf(r), conn: conn, session: session}).serve()
 		return nil
 	})
 }
@@ -128,9 +108,10 @@ func checkWebSocket(r *http.Request) error {
 	return nil
 }
 
-func terminalOf(p OpenTerminalParams) (terminalSpec, error) {
-	out := terminalSpec{join: deref(p.Process), offset: p.Offset}
-	cols, rows := defaultCols, defaultRows
+// terminalOf returns the terminal that the parameters of a call describe.
+func terminalOf(p OpenTerminalParams) (terminal.Spec, error) {
+	out := terminal.Spec{Join: deref(p.Process), Offset: p.Offset}
+	cols, rows := terminal.DefaultCols, terminal.DefaultRows
 	if p.Cols != nil {
 		cols = *p.Cols
 	}
@@ -138,7 +119,7 @@ func terminalOf(p OpenTerminalParams) (terminalSpec, error) {
 		rows = *p.Rows
 	}
 	var err error
-	if out.size, err = sizeOfTerminal("", cols, rows); err != nil {
+	if out.Size, err = terminal.Size("", cols, rows); err != nil {
 		return out, err
 	}
 	if p.Process != nil {
@@ -158,118 +139,58 @@ func terminalOf(p OpenTerminalParams) (terminalSpec, error) {
 	if p.Offset != nil {
 		return out, fault.InvalidField("offset", "is for joining a process")
 	}
-	line := loginShell
+	line := terminal.LoginShell
 	if p.Command != nil {
 		if line = *p.Command; line == "" {
 			return out, fault.InvalidField("command", "is empty")
 		}
 	}
-	term := defaultTerm
+	term := terminal.DefaultTerm
 	if p.Term != nil {
 		term = *p.Term
 	}
-	command, err := commandOf(ExecuteRequest{Command: &line, User: p.User, Workdir: p.Workdir, Env: Env{"TERM": term},
-		Detach: new(true)})
+	command, err := program{command: &line, user: p.User, workdir: p.Workdir, env: Env{"TERM": term}}.request()
 	if err != nil {
 		return out, err
 	}
-	grace := defaultGrace
+	grace := terminal.DefaultGrace
 	given, err := duration("grace", p.Grace)
-	if err != nil {
-		return out, err
+	if err == nil && given != nil {
+		grace = *given
+		err = terminal.CheckGrace(grace)
 	}
-	if given != nil {
-		if grace = *given; grace < minGrace || grace > maxGrace {
-			return out, fault.InvalidField("grace", "must be between %s and %s", minGrace, maxGrace)
-		}
-	}
-	out.start = agentapi.StartProcess{
-		Args: command.Argv(), Env: command.Env, User: command.User, Workdir: command.Workdir,
-		Terminal: &out.size, GraceMs: grace.Milliseconds(),
-	}
-	return out, nil
+	out.Start = command.Detached()
+	out.Start.GraceMs = grace.Milliseconds()
+	return out, err
 }
 
-// loginShell starts bash if the image has it, else sh.
-const loginShell = `[ -x /bin/bash ] && exec /bin/bash -il; exec /bin/sh -il`
-
-// terminalProcess starts the process of a terminal, or finds the one to join.
-func (s *server) terminalProcess(ctx context.Context, t agentapi.Target, spec terminalSpec) (agentapi.Process, error) {
-	if spec.join == "" {
-		return s.Agent.StartProcess(ctx, t, spec.start)
-	}
-	p, err := s.Agent.Process(ctx, t, spec.join)
-	switch {
-	case err != nil:
-		return p, err
-	case !p.Terminal:
-		return p, fault.New(fault.Conflict, fault.CodeNoTerminal, "process %d has no terminal", p.PID)
-	case spec.offset != nil && *spec.offset > p.Next:
-		return p, fault.InvalidField("offset", "the process has written %d bytes so far", p.Next)
-	case p.End != nil:
-		return p, nil // its output can still be read
-	}
-	if err := s.Agent.ResizeTerminal(ctx, t, spec.join, spec.size); err != nil && !ended(err) {
-		return p, err
-	}
-	return p, nil
-}
-
-// terminalSession serves the connection of one client to a terminal.
-type terminalSession struct {
-	server  *server
+// terminalSocket serves a session of a terminal over a WebSocket.
+type terminalSocket struct {
 	call    *call
 	conn    *websocket.Conn
-	target  agentapi.Target
-	process agentapi.Process
-	ref     string
-	offset  int64
+	session *terminal.Session
+	// lasting outlasts the session, because a context that ends during a read or a write breaks the
+	// connection before the last frame.
+	lasting context.Context
 }
 
 // errClientLeft reports that the client has closed the connection or does not answer.
 var errClientLeft = errors.New("the client has left")
 
-// run serves the connection until the process or the client has ended, then closes it.
-func (t *terminalSession) run(ctx context.Context) {
-	ctx, stop := t.server.untilStop(ctx)
-	defer stop()
-	ctx, cancel := context.WithCancelCause(ctx)
-	typed := newTyped(ctx, &t.call.Account)
-	var wg sync.WaitGroup
-	t.conn.SetReadLimit(maxTerminalFrame)
-	// The connection uses a context that outlasts ctx, because a context that ends during a read or a
-	// write breaks the connection before the last frame.
+// serve serves the connection until the process or the client has ended, then closes it.
+func (t *terminalSocket) serve() {
+	ctx := t.session.Context()
 	lasting, breakOff := context.WithCancel(context.WithoutCancel(ctx))
 	defer breakOff()
+	t.lasting = lasting
+	t.conn.SetReadLimit(maxTerminalFrame)
 	context.AfterFunc(ctx, func() { time.AfterFunc(goodbyeTime, breakOff) })
-	err := t.say(lasting, terminalStarted{Type: "started", PID: t.process.PID, Offset: t.offset})
-	wg.Go(func() { cancel(t.receive(lasting, ctx, typed)) })
-	wg.Go(func() { t.ping(ctx, cancel) })
-	wg.Go(func() {
-		_, err := t.server.Agent.WriteInput(ctx, t.target, t.ref, typed, false)
-		if err != nil && ctx.Err() == nil && !ended(err) {
-			cancel(err)
-		}
-	})
-	var p agentapi.Process
-	if err == nil {
-		f := agentapi.FollowRequest{Ref: t.ref, Offset: t.offset}
-		p, err = t.server.Agent.Follow(ctx, t.target, f, func(o agentapi.ProcessOutput) error { return t.show(lasting, o) })
-	}
-	if cause := context.Cause(ctx); cause != nil {
-		err = cause
-	}
-	t.goodbye(lasting, p, err)
-	cancel(nil)
-	typed.close()
+	var wg sync.WaitGroup
+	wg.Go(func() { t.session.Hangup(t.receive()) })
+	wg.Go(func() { t.ping(ctx) })
+	p, err := t.session.Run(t)
+	t.goodbye(p, err)
 	wg.Wait()
-}
-
-// ended reports whether the agent refused input because the process has ended. The output of the
-// process tells the end too, with its reason.
-func ended(err error) bool {
-	f := fault.As(err)
-	return f != nil && f.Code == fault.CodeProcessEnded
 }
 
 // Messages that the server sends in text frames.
@@ -294,17 +215,30 @@ type (
 	}
 )
 
-func (t *terminalSession) say(ctx context.Context, v any) error {
+// Started implements [terminal.Client].
+func (t *terminalSocket) Started(pid int, offset int64) error {
+	return t.say(terminalStarted{Type: "started", PID: pid, Offset: offset})
+}
+
+// Output implements [terminal.Client].
+func (t *terminalSocket) Output(data []byte) error { return t.write(websocket.MessageBinary, data) }
+
+// Lost implements [terminal.Client].
+func (t *terminalSocket) Lost(offset, bytes int64) error {
+	return t.say(terminalLost{"lost", OutputLost{Offset: offset, Bytes: bytes}})
+}
+
+func (t *terminalSocket) say(v any) error {
 	b, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	return t.write(ctx, websocket.MessageText, b)
+	return t.write(websocket.MessageText, b)
 }
 
 // write sends a frame. It fails if the client does not take the frame in time.
-func (t *terminalSession) write(ctx context.Context, kind websocket.MessageType, b []byte) error {
-	ctx, cancel := context.WithTimeout(ctx, t.call.Patience.Stall)
+func (t *terminalSocket) write(kind websocket.MessageType, b []byte) error {
+	ctx, cancel := context.WithTimeout(t.lasting, t.call.Patience.Stall)
 	defer cancel()
 	if err := t.conn.Write(ctx, kind, b); err != nil {
 		return errors.Join(errClientLeft, err)
@@ -312,22 +246,15 @@ func (t *terminalSession) write(ctx context.Context, kind websocket.MessageType,
 	return nil
 }
 
-func (t *terminalSession) show(ctx context.Context, o agentapi.ProcessOutput) error {
-	if o.Lost > 0 {
-		return t.say(ctx, terminalLost{"lost", OutputLost{Offset: o.Offset, Bytes: o.Lost}})
-	}
-	return t.write(ctx, websocket.MessageBinary, o.Data)
-}
-
 // receive handles the client's frames until the client closes the connection.
-func (t *terminalSession) receive(lasting, ctx context.Context, typed *typed) error {
+func (t *terminalSocket) receive() error {
 	for {
-		kind, in, err := t.conn.Reader(lasting)
+		kind, in, err := t.conn.Reader(t.lasting)
 		if err != nil {
 			return errors.Join(errClientLeft, err)
 		}
 		if kind == websocket.MessageBinary {
-			if err := typed.take(in); err != nil {
+			if err := t.typed(in); err != nil {
 				return err
 			}
 			continue
@@ -340,12 +267,30 @@ func (t *terminalSession) receive(lasting, ctx context.Context, typed *typed) er
 			return httpserver.TooLarge(maxTerminalText)
 		}
 		size, err := resizeOf(b)
+		if err == nil {
+			err = t.session.Resize(size)
+		}
 		if err != nil {
 			return err
 		}
-		// Resizing a process that has just ended fails, which is no error.
-		if err := t.server.Agent.ResizeTerminal(ctx, t.target, t.ref, size); err != nil && !ended(err) {
-			return err
+	}
+}
+
+// typed passes the bytes of a frame on as they arrive.
+func (t *terminalSocket) typed(in io.Reader) error {
+	b := make([]byte, 4<<10)
+	for {
+		n, err := in.Read(b)
+		if n > 0 {
+			if err := t.session.Input(b[:n]); err != nil {
+				return err
+			}
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return errors.Join(errClientLeft, err)
 		}
 	}
 }
@@ -363,11 +308,11 @@ func resizeOf(b []byte) (agentapi.TerminalSize, error) {
 	if in.Type != "resize" {
 		return agentapi.TerminalSize{}, fault.InvalidField("type", "must be resize")
 	}
-	return sizeOfTerminal("", in.Cols, in.Rows)
+	return terminal.Size("", in.Cols, in.Rows)
 }
 
 // ping checks regularly whether the client still answers.
-func (t *terminalSession) ping(ctx context.Context, cancel context.CancelCauseFunc) {
+func (t *terminalSocket) ping(ctx context.Context) {
 	tick := time.NewTicker(pingEvery)
 	defer tick.Stop()
 	for {
@@ -380,14 +325,14 @@ func (t *terminalSession) ping(ctx context.Context, cancel context.CancelCauseFu
 		err := t.conn.Ping(pinging)
 		stop()
 		if err != nil {
-			cancel(errors.Join(errClientLeft, err))
+			t.session.Hangup(errors.Join(errClientLeft, err))
 			return
 		}
 	}
 }
 
 // goodbye sends the end of the session to the client and closes the connection.
-func (t *terminalSession) goodbye(ctx context.Context, p agentapi.Process, err error) {
+func (t *terminalSocket) goodbye(p agentapi.Process, err error) {
 	code := websocket.StatusInternalError
 	var last any
 	f := fault.As(err)
@@ -411,97 +356,12 @@ func (t *terminalSession) goodbye(ctx context.Context, p agentapi.Process, err e
 		last = terminalError{"error", fault.CodeInternal,
 			"an internal error; the server's log has the cause under the request_id " + t.call.ID}
 	}
-	if err := t.say(ctx, last); err != nil {
+	if err := t.say(last); err != nil {
 		_ = t.conn.CloseNow()
 		return
 	}
 	// An error means that the client left without a close frame.
 	_ = t.conn.Close(code, "")
-}
-
-// typed queues the input that was typed and the terminal has not taken yet. One goroutine reads it.
-type typed struct {
-	ctx     context.Context
-	account *budget.Account
-
-	mu sync.Mutex
-	// +checklocks:mu
-	waiting []byte
-	// +checklocks:mu
-	closed bool
-
-	more chan struct{} // capacity 1
-}
-
-func newTyped(ctx context.Context, account *budget.Account) *typed {
-	return &typed{ctx: ctx, account: account, more: make(chan struct{}, 1)}
-}
-
-// take adds the bytes of a frame as they arrive.
-func (t *typed) take(in io.Reader) error {
-	b := make([]byte, 4<<10)
-	for {
-		n, err := in.Read(b)
-		if n > 0 {
-			if err := t.add(b[:n]); err != nil {
-				return err
-			}
-		}
-		if err == io.EOF {
-			return nil
-		}
-		if err != nil {
-			return errors.Join(errClientLeft, err)
-		}
-	}
-}
-
-// add appends input without waiting. It fails if too much input waits.
-func (t *typed) add(b []byte) error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if len(t.waiting)+len(b) > maxTyped {
-		return fault.New(fault.Conflict, fault.CodeStdinBlocked,
-			"the terminal does not read what is typed, and %d bytes wait", len(t.waiting))
-	}
-	if err := t.account.Take(2 * int64(len(b))); err != nil { // the buffer may have doubled
-		return err
-	}
-	t.waiting = append(t.waiting, b...)
-	signal(t.more)
-	return nil
-}
-
-func (t *typed) close() {
-	t.mu.Lock()
-	t.closed = true
-	t.mu.Unlock()
-	signal(t.more)
-}
-
-// Read waits for input. It returns io.EOF when the session ends.
-func (t *typed) Read(p []byte) (int, error) {
-	for {
-		t.mu.Lock()
-		n := copy(p, t.waiting)
-		t.account.Give(2 * int64(n))
-		if t.waiting = t.waiting[n:]; len(t.waiting) == 0 {
-			t.waiting = nil // free the buffer of a large paste
-		}
-		closed := t.closed
-		t.mu.Unlock()
-		if n > 0 {
-			return n, nil
-		}
-		if closed {
-			return 0, io.EOF
-		}
-		select {
-		case <-t.more:
-		case <-t.ctx.Done():
-			return 0, io.EOF
-		}
-	}
 }
 
 func deref(p *string) string {
