@@ -56,6 +56,7 @@ var mayImport = map[string]struct {
 	"internal/store":      {[]string{"auth", "event", "fault", "sandbox", "template"}, "it implements the core's interfaces; all SQL is here"},
 	"internal/httpserver": {[]string{"auth", "budget", "fault"}, "all fronts answer with it; it knows callers and errors, and no operation"},
 	"internal/api":        {[]string{"agentapi", "auth", "budget", "event", "fault", "httpserver", "portproxy", "sandbox", "template", "terminal", "trace"}, "a front: it calls the core and the agent, and has portproxy carry traffic to ports"},
+	"internal/sampler":    {[]string{"agentapi", "fault", "sandbox"}, "it asks agents what sandboxes use; fronts show it"},
 	"internal/terminal":   {[]string{"agentapi", "budget", "fault"}, "a session of a terminal: fronts drive it, with the protocols of their clients"},
 	"internal/portproxy":  {[]string{"agentapi", "fault"}, "a front that carries traffic and decides nothing about it: it knows ports and the agent, and not the core"},
 	"internal/e2b": {[]string{"agentapi", "auth", "budget", "fault", "httpserver", "portproxy", "sandbox", "template"},
@@ -66,8 +67,8 @@ var mayImport = map[string]struct {
 	"internal/imagebuild": {[]string{"buildkit", "fault", "image", "template"},
 		"an adapter: it implements template's interface with the technology rooms that make images, which know neither it nor each other"},
 	"internal/daemon": {[]string{"api", "auth", "blob", "budget", "buildkit", "cgroup", "config", "e2b", "egressproxy",
-		"embedded", "event", "fault", "httpserver", "image", "imagebuild", "network", "node", "portproxy", "sandbox", "store", "template"},
-		"all wiring is here, and the adapters between rooms that do not know each other"},
+		"embedded", "event", "fault", "httpserver", "image", "imagebuild", "network", "node", "portproxy", "sampler", "sandbox", "store",
+		"template"}, "all wiring is here, and the adapters between rooms that do not know each other"},
 	"internal/cli": {[]string{"config", "daemon"}, "the verbs use client; those that run a server or look at this machine use daemon"},
 
 	".":                      {nil, "it only carries openapi.yaml"},

@@ -32,6 +32,7 @@ import (
 	"github.com/cayhq/cay/internal/network"
 	"github.com/cayhq/cay/internal/node"
 	"github.com/cayhq/cay/internal/portproxy"
+	"github.com/cayhq/cay/internal/sampler"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
 	"github.com/cayhq/cay/internal/template"
@@ -72,6 +73,7 @@ type server struct {
 	sandboxes   *sandbox.Service
 	events      *event.Feed
 	ports       *portproxy.Proxy
+	samples     *sampler.Sampler
 	registry    *prometheus.Registry
 	budget      *budget.Budget // the memory that calls hold
 }
@@ -224,6 +226,7 @@ func (s *server) openCore(ctx context.Context) error {
 	}, s.db, s.node, s.templates, s.log, s.observe())
 	s.onClose(s.sandboxes.Close)
 	s.ports = portproxy.New(s.node.Agents(), s.log)
+	s.samples = sampler.New(s.sandboxes, s.node.Agents(), s.log)
 	s.onClose(s.ports.Close)
 	s.serveEgress(s.egressOn)
 	return s.sandboxes.Reconcile(ctx)

@@ -52,7 +52,7 @@ func (s *server) listen(ctx context.Context) error {
 	wg.Go(func() { _ = s.templates.Run(work) }) // returns nil
 	wg.Go(func() { s.events.Run(work) })
 	if surface != nil {
-		wg.Go(func() { surface.Run(work) })
+		wg.Go(func() { s.samples.Run(work) })
 	}
 	defer wg.Wait()
 	defer stopWork()
@@ -117,7 +117,8 @@ func (s *server) openE2B(ctx context.Context, next http.Handler) (*e2b.Surface, 
 		return nil, err
 	}
 	return e2b.New(e2b.Config{Sandboxes: s.sandboxes, Templates: s.templates, Auth: s.auth, Agent: s.node.Agents(),
-		Ports: s.ports, Names: s.portNames(), Secret: []byte(secret), Budget: s.budget, Log: s.log, Registry: s.registry}, next), nil
+		Ports: s.ports, Samples: s.samples, Names: s.portNames(), Secret: []byte(secret), Budget: s.budget, Log: s.log,
+		Registry: s.registry}, next), nil
 }
 
 // portNames returns the host names of ports.

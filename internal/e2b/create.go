@@ -69,7 +69,7 @@ func (s *Surface) create(v version) func(http.ResponseWriter, *http.Request) err
 		if err != nil {
 			return createError(err)
 		}
-		s.samples.follow(sb.ID)
+		s.Samples.Follow(sb.ID)
 		reply(w, r, http.StatusCreated, s.sandboxOf(sb))
 		return nil
 	}

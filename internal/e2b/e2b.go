@@ -3,9 +3,8 @@
 // requests apart. The package owns E2B's wire, its errors and its words, and translates both
 // ways; the core rooms decide.
 //
-// Its only state are the samples of what sandboxes use, which are bounded and lost with the
-// process. What it must know of a sandbox beyond the core's fields is in the row, as the row's
-// Surface. Tokens are derived, not stored: see tokens.go.
+// It has no state. What it must know of a sandbox beyond the core's fields is in the row, as the
+// row's Surface. Tokens are derived, not stored: see tokens.go.
 //
 // The handler is safe for concurrent use. A call that carries traffic leases its sandbox until it
 // ends. If the sandbox goes away, the call's stream breaks and never ends in order, and the row
@@ -74,7 +73,6 @@ type Auth interface {
 // Agent has the methods of [*agentapi.Client] that this package calls.
 type Agent interface {
 	Transport(t agentapi.Target, stream bool) http.RoundTripper
-	Metrics(ctx context.Context, t agentapi.Target) (agentapi.Metrics, error)
 }
 
 // Ports has the methods of [*portproxy.Proxy] that this package calls.
@@ -89,6 +87,7 @@ type Config struct {
 	Auth      Auth
 	Agent     Agent
 	Ports     Ports
+	Samples   Samples
 	Names     portproxy.Names // host names of ports, if the operator has a domain for them
 	// Secret is the key that tokens are derived from, at least 16 random bytes. It must stay the
 	// same when the server restarts, or clients lose their sandboxes.
@@ -105,7 +104,6 @@ type Surface struct {
 	Config
 	next    http.Handler
 	control *http.ServeMux
-	samples *samples
 	counts  *counts
 	front   *httpserver.Front
 	// search and searchOfOne limit the searches for the sandbox of a signature, in all and of one
@@ -116,9 +114,8 @@ type Surface struct {
 }
 
 // New returns a Surface in front of next, which gets every request that is not for the Surface.
-// [Surface.Run] takes the samples.
 func New(cfg Config, next http.Handler) *Surface {
-	s := &Surface{Config: cfg, next: next, samples: newSamples(), counts: newCounts(cfg.Registry),
+	s := &Surface{Config: cfg, next: next, counts: newCounts(cfg.Registry),
 		search: auth.NewBuckets(searchesPerSecond, searchesBurst), searchOfOne: auth.NewBuckets(searchesOfOne, searchesOfOneAtOnce)}
 	s.stopped, s.stop = context.WithCancel(context.Background())
 	s.control = s.routes()

@@ -28,7 +28,7 @@ func (s *Surface) kill(w http.ResponseWriter, r *http.Request) error {
 	if err := s.Sandboxes.Destroy(r.Context(), orgOf(r), id); err != nil {
 		return err
 	}
-	s.samples.forget(id)
+	s.Samples.Forget(id)
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
@@ -183,6 +183,6 @@ func (s *Surface) wake(r *http.Request, timeout time.Duration) (sb sandbox.Sandb
 			return sb, false, ended(err, id)
 		}
 	}
-	s.samples.follow(id)
+	s.Samples.Follow(id)
 	return sb, stateOf(before) == statePaused, nil
 }

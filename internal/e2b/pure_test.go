@@ -9,11 +9,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
@@ -183,40 +181,6 @@ func TestServed(t *testing.T) {
 		if got := served(&http.Request{Method: method, URL: &url.URL{Path: path}}); got != want {
 			t.Errorf("%s: %v", call, got)
 		}
-	}
-}
-
-// TestSamplesAreBounded checks that a history is bounded, and that a sandbox that is not followed
-// has none.
-func TestSamplesAreBounded(t *testing.T) {
-	s := newSamples()
-	s.add("sbx_gone", agentapi.Metrics{Unix: 1})
-	s.follow("sbx_a")
-	for i := range keepSamples + 10 {
-		s.add("sbx_a", agentapi.Metrics{Unix: int64(i)})
-	}
-	a := sandbox.Sandbox{ID: "sbx_a"}
-	a.Size.VCPUs = 1
-	all := s.between(a, 0, never.Unix())
-	if len(all) != keepSamples || all[0].TimestampUnix != 10 || len(s.of) != 1 {
-		t.Errorf("%d samples from %d, %d histories", len(all), all[0].TimestampUnix, len(s.of))
-	}
-	if got := s.between(a, 20, 22); len(got) != 3 {
-		t.Errorf("between 20 and 22 are %d", len(got))
-	}
-	if got := s.between(sandbox.Sandbox{ID: "sbx_b"}, 0, 100); got == nil || len(got) != 0 {
-		t.Errorf("of nobody: %v", got)
-	}
-	now := time.Now()
-	if due := s.due(now); len(due) != 1 {
-		t.Errorf("due are %v", due)
-	}
-	if due := s.due(now.Add(sampleEvery - 1)); len(due) != 0 {
-		t.Errorf("due again are %v", due)
-	}
-	s.forget("sbx_a")
-	if len(s.of) != 0 {
-		t.Error("it is not forgotten")
 	}
 }
 
