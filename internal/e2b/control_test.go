@@ -1,14 +1,18 @@
 package e2b
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"strings"
 	"testing"
 
 	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/template"
 )
 
 // TestEveryRouteNeedsAKey calls every route without a key, with one of another organization, and
@@ -142,7 +146,7 @@ func TestSetNetwork(t *testing.T) {
 		`{"denyOut":["0.0.0.0/0"]}`:       sandbox.DenyAll,
 	} {
 		r := h.control("PUT", "/sandboxes/"+id+"/network", body)
-		if sb := h.row(id); r.status != http.StatusNoContent || sb.Egress.Mode != mode || !optionsOf(sb).Protected {
+		if sb := h.row(id); r.status != http.StatusNoContent || sb.Egress.Mode != mode || optionsOf(sb).public() {
 			t.Errorf("%s: %d %s, %+v, %s", body, r.status, r.body, sb.Egress, sb.Surface)
 		}
 	}
@@ -222,5 +226,42 @@ func TestConnectAndPause(t *testing.T) {
 		if r := h.control(method, path, ``); r.status != 404 || r.json["code"] != float64(404) {
 			t.Errorf("%s of a killed one: %d %s", call, r.status, r.body)
 		}
+	}
+}
+
+// noTemplates fails every call.
+type noTemplates struct{ Templates }
+
+func (noTemplates) Get(context.Context, string, string) (template.Template, error) {
+	return template.Template{}, errors.New("the template is read by the core")
+}
+
+// TestCreateReadsTheTemplateOnce creates sandboxes from a built-in template, from one of the
+// organization and from a snapshot, while this package cannot read templates itself.
+func TestCreateReadsTheTemplateOnce(t *testing.T) {
+	h := newHarness(t)
+	h.surface.Templates = noTemplates{}
+	user := func(body string) string {
+		t.Helper()
+		id, _ := h.create(body)
+		return h.row(id).User
+	}
+	if got := user(`{"templateID":"base"}`); got != defaultUser {
+		t.Errorf("a built-in template runs as %q", got)
+	}
+	if got := user(`{"templateID":"mine"}`); got != "root" {
+		t.Errorf("the organization's own template runs as %q", got)
+	}
+	id, _ := h.create(`{"templateID":"mine"}`)
+	r := h.control("POST", "/sandboxes/"+id+"/snapshots", `{"name":"saved"}`)
+	if r.status != http.StatusCreated {
+		t.Fatalf("snapshot: %d %s", r.status, r.body)
+	}
+	if got := user(`{"templateID":"saved"}`); got != "root" {
+		t.Errorf("the snapshot runs as %q", got)
+	}
+	if r := h.control("POST", "/v2/sandboxes", `{"templateID":"none"}`); r.status != 404 ||
+		r.json["error_code"] != fault.CodeTemplateNotFound {
+		t.Errorf("neither a template nor a snapshot: %d %s", r.status, r.body)
 	}
 }

@@ -59,13 +59,13 @@ func (s *Surface) create(v version) func(http.ResponseWriter, *http.Request) err
 		if err := read(w, r, &in); err != nil {
 			return err
 		}
-		request, err := s.request(r, in, v)
+		request, err := requestOf(in, v)
 		if err != nil {
 			return err
 		}
 		ctx, cancel := context.WithTimeout(r.Context(), createTimeout)
 		defer cancel()
-		sb, err := s.Sandboxes.Create(ctx, caller(r), request, sandbox.Once{}, true)
+		sb, err := s.make(ctx, caller(r), request)
 		if err != nil {
 			return createError(err)
 		}
@@ -88,8 +88,23 @@ func createError(err error) error {
 	return named
 }
 
-// request translates a create for the core.
-func (s *Surface) request(r *http.Request, in createBody, v version) (sandbox.Request, error) {
+// make makes a sandbox from a template, or else from the snapshot of the name: in this API snapshots
+// are templates too.
+func (s *Surface) make(ctx context.Context, c sandbox.Caller, request sandbox.Request) (sandbox.Sandbox, error) {
+	sb, err := s.Sandboxes.Create(ctx, c, request, sandbox.Once{}, true)
+	if f := fault.As(err); f == nil || f.Code != fault.CodeTemplateNotFound {
+		return sb, err
+	}
+	request.Snapshot, request.Template = request.Template, ""
+	sb, noSnapshot := s.Sandboxes.Create(ctx, c, request, sandbox.Once{}, true)
+	if f := fault.As(noSnapshot); f != nil && f.Code == fault.CodeSnapshotNotFound {
+		return sb, err
+	}
+	return sb, noSnapshot
+}
+
+// requestOf translates a create for the core.
+func requestOf(in createBody, v version) (sandbox.Request, error) {
 	out := sandbox.Request{Metadata: in.Metadata, Env: in.EnvVars}
 	if err := refuse(in); err != nil {
 		return out, err
@@ -113,47 +128,18 @@ func (s *Surface) request(r *http.Request, in createBody, v version) (sandbox.Re
 		opts.Secure = *in.Secure
 	}
 	opts.AutoWake = in.AutoResume != nil && in.AutoResume.Enabled
-	if in.Network != nil {
-		opts.Protected = in.Network.AllowPublicTraffic != nil && !*in.Network.AllowPublicTraffic
-		opts.HostMask = in.Network.MaskRequestHost
-	}
 	var err error
 	if out.Egress, err = egress(in.AllowInternetAccess, in.Network); err != nil {
 		return out, err
 	}
 	out.Surface = opts.String()
-	return out, s.source(r, in.TemplateID, &out)
+	out.Template, err = templateName(in.TemplateID)
+	out.BuiltinUser = defaultUser
+	return out, err
 }
 
-// source sets the template or snapshot that the sandbox is made from.
-func (s *Surface) source(r *http.Request, ref string, out *sandbox.Request) error {
-	name, err := templateName(ref)
-	if err != nil {
-		return err
-	}
-	t, err := s.Templates.Get(r.Context(), orgOf(r), name)
-	switch {
-	case fault.Is(err, fault.NotFound):
-		// In this API snapshots are templates too.
-		if snap, noSnapshot := s.Sandboxes.GetSnapshot(r.Context(), orgOf(r), name); noSnapshot == nil {
-			out.Snapshot = string(snap.ID)
-			return nil
-		}
-		return err
-	case err != nil:
-		return err
-	}
-	out.Template = name
-	// E2B's clients expect a user of that name. Templates that an organization brought may have
-	// none.
-	if t.Builtin() && (t.User == "" || t.User == "root") {
-		out.User = defaultUser
-	}
-	return nil
-}
-
-// defaultUser is the user that commands run as in E2B's templates. All built-in templates have
-// it.
+// defaultUser is the user that commands run as in E2B's templates, as its clients expect. All
+// built-in templates have it; those that an organization brought may have none of that name.
 const defaultUser = "user"
 
 // templateName returns the core's name or id for a reference of this API.

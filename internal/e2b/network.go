@@ -62,8 +62,7 @@ func egress(internet *bool, n *networkBody) (*sandbox.Egress, error) {
 	}
 	switch {
 	case closed:
-		r := sandbox.EgressRequest{Mode: string(sandbox.DenyAll), AllowCIDRs: texts(allow), AllowDomains: names}
-		return parsed(r)
+		return renamed(sandbox.NewEgress(allow, nil, names))
 	case len(names) > 0:
 		return nil, fault.InvalidField("network.allowOut",
 			"domains can be allowed when all else is denied: put 0.0.0.0/0 into denyOut")
@@ -79,10 +78,9 @@ func egress(internet *bool, n *networkBody) (*sandbox.Egress, error) {
 		}
 	}
 	if len(left) == 0 {
-		return parsed(sandbox.EgressRequest{Mode: string(sandbox.AllowAll)})
+		return &sandbox.Egress{Mode: sandbox.AllowAll}, nil
 	}
-	return parsed(sandbox.EgressRequest{Mode: string(sandbox.DenyAll), AllowCIDRs: []string{everything.String()},
-		DenyCIDRs: texts(left)})
+	return renamed(sandbox.NewEgress([]netip.Prefix{everything}, left, nil))
 }
 
 func refuseNetwork(n *networkBody) error {
@@ -97,8 +95,8 @@ func refuseNetwork(n *networkBody) error {
 	return nil
 }
 
-func parsed(r sandbox.EgressRequest) (*sandbox.Egress, error) {
-	e, err := r.Parse()
+// renamed returns a policy, or its error with this API's names of fields.
+func renamed(e sandbox.Egress, err error) (*sandbox.Egress, error) {
 	if f := fault.As(err); f != nil {
 		named := f.Because(err)
 		named.Code = fault.CodeInvalidNetwork
@@ -164,14 +162,6 @@ func halves(p netip.Prefix) (low, high netip.Prefix) {
 	b := p.Addr().As4()
 	b[(bits-1)/8] |= 1 << (7 - (bits-1)%8)
 	return netip.PrefixFrom(p.Addr(), bits), netip.PrefixFrom(netip.AddrFrom4(b), bits)
-}
-
-func texts(list []netip.Prefix) []string {
-	var out []string
-	for _, p := range list {
-		out = append(out, p.String())
-	}
-	return out
 }
 
 // setNetwork answers PUT /sandboxes/{id}/network.

@@ -9,13 +9,11 @@ import (
 // options are the settings of a sandbox that was made through this API. They are stored in its
 // row's Surface.
 type options struct {
-	Made      bool         `json:"e2b"`                 // made through this API
-	Secure    bool         `json:"secure"`              // traffic needs a token
-	AutoWake  bool         `json:"auto_resume"`         // traffic wakes the sandbox when it is paused
-	Internet  *bool        `json:"internet,omitempty"`  // as it was asked for
-	Network   *networkBody `json:"network,omitempty"`   // as it was asked for
-	HostMask  string       `json:"host_mask,omitempty"` // the Host that servers inside see
-	Protected bool         `json:"protected,omitempty"` // ports need a token
+	Made     bool         `json:"e2b"`                // made through this API
+	Secure   bool         `json:"secure"`             // traffic needs a token
+	AutoWake bool         `json:"auto_resume"`        // traffic wakes the sandbox when it is paused
+	Internet *bool        `json:"internet,omitempty"` // as it was asked for
+	Network  *networkBody `json:"network,omitempty"`  // as it was asked for
 }
 
 // optionsOf returns the options of a sandbox. A sandbox made through the v1 API has none.
@@ -46,4 +44,15 @@ func (o options) wakes(sb sandbox.Sandbox) bool {
 
 // public reports whether ports need no token. Ports of sandboxes made through the v1 API always
 // need one.
-func (o options) public() bool { return o.Made && !o.Protected }
+func (o options) public() bool {
+	protected := o.Network != nil && o.Network.AllowPublicTraffic != nil && !*o.Network.AllowPublicTraffic
+	return o.Made && !protected
+}
+
+// hostMask returns the Host that servers inside see, or "" for that of the request.
+func (o options) hostMask() string {
+	if o.Network == nil {
+		return ""
+	}
+	return o.Network.MaskRequestHost
+}

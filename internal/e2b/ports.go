@@ -63,7 +63,7 @@ func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, sb sandbox.S
 		r.Header.Del(agentapi.TokenHeader)
 	}
 	clear(w.Header()) // the application sets its own
-	host := strings.ReplaceAll(opts.HostMask, "${PORT}", strconv.Itoa(to.port))
+	host := strings.ReplaceAll(opts.hostMask(), "${PORT}", strconv.Itoa(to.port))
 	err = s.Ports.Serve(w, r, portproxy.Destination{Target: target(lease.Sandbox), Port: to.port, Host: host,
 		Shared: to.shared})
 	if err == nil {

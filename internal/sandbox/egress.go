@@ -81,25 +81,49 @@ func (r EgressRequest) Parse() (Egress, error) {
 		return Egress{}, fault.InvalidField("egress.mode", "must be allow_all or deny_all, not %.40q", r.Mode)
 	}
 	var err error
-	if e.AllowCIDRs, err = parseCIDRs("egress.allow_cidrs", r.AllowCIDRs); err != nil {
+	if e.AllowCIDRs, err = parseCIDRs(allowField, r.AllowCIDRs); err != nil {
 		return Egress{}, err
 	}
-	if e.DenyCIDRs, err = parseCIDRs("egress.deny_cidrs", r.DenyCIDRs); err != nil {
+	if e.DenyCIDRs, err = parseCIDRs(denyField, r.DenyCIDRs); err != nil {
 		return Egress{}, err
 	}
+	return e.with(r.AllowPorts, r.AllowDomains)
+}
+
+// NewEgress returns a policy that denies everything but the allowed ranges and domains. Its errors
+// are those of [EgressRequest.Parse].
+func NewEgress(allow, deny []netip.Prefix, domains []string) (Egress, error) {
+	err := checkCIDRs(allowField, allow)
+	if err == nil {
+		err = checkCIDRs(denyField, deny)
+	}
+	if err != nil {
+		return Egress{}, err
+	}
+	return Egress{Mode: DenyAll, AllowCIDRs: allow, DenyCIDRs: deny}.with(nil, domains)
+}
+
+const (
+	allowField = "egress.allow_cidrs"
+	denyField  = "egress.deny_cidrs"
+)
+
+// with returns the policy with ports and domains, if all of it is valid together.
+func (e Egress) with(ports []int, domains []string) (Egress, error) {
 	for i, p := range e.DenyCIDRs {
 		if p.Overlaps(metadataRange) {
-			return Egress{}, fault.InField(fault.CodeInvalidEgress, index("egress.deny_cidrs", i),
+			return Egress{}, fault.InvalidField(index(denyField, i),
 				"%s touches the metadata range %s, which is cay's own", p, metadataRange)
 		}
 	}
-	if len(r.AllowPorts) > 0 && len(r.AllowCIDRs) == 0 {
+	if len(ports) > 0 && len(e.AllowCIDRs) == 0 {
 		return Egress{}, fault.InvalidField("egress.allow_ports", "restricts allow_cidrs, which is empty")
 	}
-	if e.AllowPorts, err = parsePorts("egress.allow_ports", r.AllowPorts); err != nil {
+	var err error
+	if e.AllowPorts, err = parsePorts("egress.allow_ports", ports); err != nil {
 		return Egress{}, err
 	}
-	if e.AllowDomains, err = parseDomains("egress.allow_domains", r.AllowDomains); err != nil {
+	if e.AllowDomains, err = parseDomains("egress.allow_domains", domains); err != nil {
 		return Egress{}, err
 	}
 	return e, nil
@@ -108,7 +132,7 @@ func (r EgressRequest) Parse() (Egress, error) {
 // short returns an error for a list of more than limit entries.
 func short(field string, length, limit int) error {
 	if length > limit {
-		return fault.InField(fault.CodeInvalidEgress, field, "has %d entries; at most %d", length, limit)
+		return fault.InvalidField(field, "has %d entries; at most %d", length, limit)
 	}
 	return nil
 }
@@ -120,18 +144,38 @@ func parseCIDRs(field string, texts []string) ([]netip.Prefix, error) {
 	var out []netip.Prefix
 	for i, text := range texts {
 		p, err := netip.ParsePrefix(text)
-		switch {
-		case err != nil:
-			return nil, fault.InField(fault.CodeInvalidEgress, index(field, i), "%.100q is not a CIDR such as 10.0.0.0/8", text)
-		case !p.Addr().Is4():
-			return nil, fault.InField(fault.CodeInvalidEgress, index(field, i), "%q is not IPv4: sandboxes have no IPv6", text)
-		case p != p.Masked():
-			return nil, fault.InField(fault.CodeInvalidEgress, index(field, i),
-				"%q has host bits set: write %s", text, p.Masked())
+		if err != nil {
+			return nil, fault.InvalidField(index(field, i), "%.100q is not a CIDR such as 10.0.0.0/8", text)
+		}
+		if err := checkCIDR(index(field, i), p, text); err != nil {
+			return nil, err
 		}
 		out = append(out, p)
 	}
 	return out, nil
+}
+
+func checkCIDRs(field string, ranges []netip.Prefix) error {
+	if err := short(field, len(ranges), MaxEgressCIDRs); err != nil {
+		return err
+	}
+	for i, p := range ranges {
+		if err := checkCIDR(index(field, i), p, p.String()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkCIDR refuses a range that no policy may have; text is how the user wrote it.
+func checkCIDR(field string, p netip.Prefix, text string) error {
+	switch {
+	case !p.Addr().Is4():
+		return fault.InvalidField(field, "%q is not IPv4: sandboxes have no IPv6", text)
+	case p != p.Masked():
+		return fault.InvalidField(field, "%q has host bits set: write %s", text, p.Masked())
+	}
+	return nil
 }
 
 func parsePorts(field string, ports []int) ([]uint16, error) {
@@ -141,7 +185,7 @@ func parsePorts(field string, ports []int) ([]uint16, error) {
 	var out []uint16
 	for i, port := range ports {
 		if port < 1 || port > 65535 {
-			return nil, fault.InField(fault.CodeInvalidEgress, index(field, i), "port %d is outside 1-65535", port)
+			return nil, fault.InvalidField(index(field, i), "port %d is outside 1-65535", port)
 		}
 		out = append(out, uint16(port))
 	}
@@ -157,7 +201,7 @@ func parseDomains(field string, texts []string) ([]string, error) {
 		bare, isWild := strings.CutPrefix(text, "*.")
 		_, err := netip.ParseAddr(strings.TrimSuffix(bare, "."))
 		if err == nil {
-			return nil, fault.InField(fault.CodeInvalidEgress, index(field, i),
+			return nil, fault.InvalidField(index(field, i),
 				"%q is an address: it belongs in allow_cidrs", text)
 		}
 		name, err := idna.Lookup.ToASCII(strings.TrimSuffix(bare, "."))
@@ -167,7 +211,7 @@ func parseDomains(field string, texts []string) ([]string, error) {
 			_, err = idna.Lookup.ToASCII(name)
 		}
 		if err != nil || name == "" || len(name) > maxDomain || !domainName(name) {
-			return nil, fault.InField(fault.CodeInvalidEgress, index(field, i),
+			return nil, fault.InvalidField(index(field, i),
 				"%.100q is not a name such as example.com, nor *.example.com for the names below it", text)
 		}
 		if isWild {

@@ -50,13 +50,16 @@ type Request struct {
 	Metadata   map[string]string
 	Egress     *Egress // nil means the template's default
 	User       string  // "" means the template's
-	Surface    string  // see [Sandbox]
+	// BuiltinUser replaces root as the user of a built-in template, if User is "".
+	BuiltinUser string
+	Surface     string // see [Sandbox]
 }
 
 // TemplateVersion holds the settings of a ready template that a new sandbox needs.
 type TemplateVersion struct {
 	ID, Name string
 	Version  int
+	Builtin  bool // the template belongs to all organizations
 	// Shape holds the template's settings. Its Size has only a name. An empty name, and a disk of 0,
 	// mean the configured default.
 	Shape
@@ -174,8 +177,12 @@ func (r Request) resolve(cfg Config, orgID string, v TemplateVersion, now time.T
 		Template: v.Name, TemplateID: v.ID, TemplateVersion: v.Version, Shape: v.Shape.Clone(), Metadata: r.Metadata,
 		CreatedAt: now.UTC(), Source: Cold, Surface: r.Surface,
 	}
-	if r.User != "" && r.User != v.User {
-		sbx.User = r.User
+	user := r.User
+	if user == "" && v.Builtin && cmp.Or(v.User, rootUser) == rootUser {
+		user = r.BuiltinUser
+	}
+	if user != "" && user != v.User {
+		sbx.User = user
 		if !v.Start.None() {
 			sbx.Start.User = cmp.Or(v.User, rootUser) // the command runs as the template's user
 		}

@@ -142,9 +142,10 @@ func (s *Service) Ready(ctx context.Context, orgID, nameOrID string) (sandbox.Te
 		}
 		return sandbox.TemplateVersion{}, notReady(t)
 	}
-	return sandbox.TemplateVersion{ID: t.ID, Name: t.Name, Version: t.Version, Shape: sandbox.Shape{Image: t.Image,
-		Size: sandbox.Size{Name: t.Size}, DiskMB: t.DiskMB, Env: maps.Clone(t.Env), User: t.User, Workdir: t.Workdir,
-		Egress: t.Egress, Start: t.Start}}, nil
+	return sandbox.TemplateVersion{ID: t.ID, Name: t.Name, Version: t.Version, Builtin: t.Builtin(),
+		Shape: sandbox.Shape{Image: t.Image,
+			Size: sandbox.Size{Name: t.Size}, DiskMB: t.DiskMB, Env: maps.Clone(t.Env), User: t.User, Workdir: t.Workdir,
+			Egress: t.Egress, Start: t.Start}}, nil
 }
 
 func notReady(t Template) error {
