@@ -36,8 +36,9 @@ type requestChecker struct {
 	router routers.Router
 	base   http.RoundTripper
 
-	mu   sync.Mutex
-	seen map[string]bool // operation ids; guarded by mu
+	mu sync.Mutex
+	// +checklocks:mu
+	seen map[string]bool // operation ids
 }
 
 func (c *requestChecker) RoundTrip(r *http.Request) (*http.Response, error) {

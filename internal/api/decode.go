@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -79,13 +80,24 @@ type nothing struct{}
 // DurationOrZero holds a duration as text; JSON may also give the number 0.
 type DurationOrZero string
 
-// unmarshalers refuse null in lists, in maps and in required fields. The decoder handles an
-// optional field that is null without calling them.
-var unmarshalers = json.WithUnmarshalers(json.JoinUnmarshalers(
-	json.UnmarshalFromFunc(func(d *jsontext.Decoder, _ *string) error { return refuseNull(d) }),
-	json.UnmarshalFromFunc(func(d *jsontext.Decoder, _ *int) error { return refuseNull(d) }),
-	json.UnmarshalFromFunc(takeZero),
-))
+// unmarshalers caches the options of decode by the type of the request.
+var unmarshalers sync.Map // of reflect.Type to json.Options
+
+// unmarshalersOf returns options that refuse null in lists, in maps and in the required fields of a
+// request. A field that is null counts as absent if it is optional. The decoder handles optional
+// fields with pointers itself.
+func unmarshalersOf(request reflect.Type) json.Options {
+	if known, ok := unmarshalers.Load(request); ok {
+		return known.(json.Options)
+	}
+	options := json.WithUnmarshalers(json.JoinUnmarshalers(
+		json.UnmarshalFromFunc(func(d *jsontext.Decoder, _ *string) error { return readNull(d, request) }),
+		json.UnmarshalFromFunc(func(d *jsontext.Decoder, _ *int) error { return readNull(d, request) }),
+		json.UnmarshalFromFunc(takeZero),
+	))
+	unmarshalers.Store(request, options)
+	return options
+}
 
 func takeZero(d *jsontext.Decoder, dst *DurationOrZero) error {
 	if d.PeekKind() != '0' { // '0' is the kind of all numbers
@@ -99,11 +111,50 @@ func takeZero(d *jsontext.Decoder, dst *DurationOrZero) error {
 	return err
 }
 
-func refuseNull(d *jsontext.Decoder) error {
-	if d.PeekKind() == 'n' {
+// readNull skips a null that stands for an absent field of the request, and refuses any other.
+func readNull(d *jsontext.Decoder, request reflect.Type) error {
+	switch {
+	case d.PeekKind() != 'n':
+		return errors.ErrUnsupported // leave it to the decoder
+	case !isOptional(d, request):
 		return errors.New("null is not allowed here")
 	}
-	return errors.ErrUnsupported // leave it to the decoder
+	return d.SkipValue()
+}
+
+// isOptional reports whether the value that comes next is an optional field of a struct.
+func isOptional(d *jsontext.Decoder, request reflect.Type) bool {
+	if kind, _ := d.StackIndex(d.StackDepth()); kind != '{' {
+		return false
+	}
+	pointer := d.StackPointer() // ends with the name that was read last, which is the field's
+	in := request
+	for token := range pointer.Parent().Tokens() {
+		in = inner(in, token)
+	}
+	for in != nil && in.Kind() == reflect.Pointer {
+		in = in.Elem()
+	}
+	if in == nil || in.Kind() != reflect.Struct {
+		return false
+	}
+	for f := range in.Fields() {
+		if name, flags, _ := strings.Cut(f.Tag.Get("json"), ","); name == pointer.LastToken() {
+			return strings.Contains(flags, "omitempty")
+		}
+	}
+	return false
+}
+
+// inner returns the type of a member or an element of t, or nil if t has no such member.
+func inner(t reflect.Type, token string) reflect.Type {
+	for t != nil && t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	if t != nil && t.Kind() == reflect.Slice {
+		return t.Elem()
+	}
+	return member(t, token)
 }
 
 // decode reads exactly one JSON object into dst. It refuses invalid UTF-8, unknown and repeated
@@ -112,7 +163,7 @@ func decode(b []byte, dst any) error {
 	if trimmed := bytes.TrimLeft(b, " \t\r\n"); len(trimmed) > 0 && trimmed[0] != '{' {
 		return fault.New(fault.Invalid, fault.CodeInvalidJSON, "the body must be a JSON object")
 	}
-	err := json.Unmarshal(b, dst, json.RejectUnknownMembers(true), unmarshalers)
+	err := json.Unmarshal(b, dst, json.RejectUnknownMembers(true), unmarshalersOf(reflect.TypeOf(dst)))
 	if err == nil {
 		return nil
 	}
@@ -177,7 +228,7 @@ func fieldPath(pointer jsontext.Pointer, dst any) string {
 			b.WriteByte('.')
 		}
 		b.WriteString(token)
-		t = member(t, token)
+		t = inner(t, token)
 	}
 	return b.String()
 }

@@ -437,10 +437,13 @@ type fakeAgent struct {
 
 	cutTrees bool // archives end early
 
-	mu      sync.Mutex
-	files   map[string][]byte
-	uploads []agentapi.UploadRequest // without bodies; guarded by mu
-	targets []agentapi.Target        // guarded by mu
+	mu sync.Mutex
+	// +checklocks:mu
+	files map[string][]byte
+	// +checklocks:mu
+	uploads []agentapi.UploadRequest // without bodies
+	// +checklocks:mu
+	targets []agentapi.Target
 }
 
 func newFakeAgent() *fakeAgent {

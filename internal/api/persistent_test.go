@@ -127,7 +127,7 @@ func TestZeroIsNever(t *testing.T) {
 		}
 	}
 	for _, absent := range []string{`{"template":"python","mode":"persistent"}`,
-		`{"template":"python","mode":"persistent","idle_timeout":null,"recovery_interval":null}`} {
+		`{"template":"python","mode":"persistent","idle_timeout":null,"recovery_interval":null,"snapshot":null}`} {
 		box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, absent))
 		if *box.IdleTimeoutSeconds != 600 || *box.RecoveryIntervalSeconds != 600 {
 			t.Errorf("%s is %d s and %d s, want 10m for both", absent, *box.IdleTimeoutSeconds, *box.RecoveryIntervalSeconds)

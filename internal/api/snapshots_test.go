@@ -45,7 +45,8 @@ func TestSnapshots(t *testing.T) {
 	if len(rest.Snapshots) != 1 || rest.Snapshots[0].ID != snap.ID || rest.NextCursor != nil {
 		t.Errorf("the second page is %+v", rest)
 	}
-	made := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, `{"snapshot":"after-setup","env":{"B":"2"}}`))
+	made := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key,
+		`{"template":null,"snapshot":"after-setup","env":{"B":"2"}}`)) // null is as absent
 	if made.Size != "performance-1x" || made.Env["A"] != "1" || made.Env["B"] != "2" ||
 		made.Egress.Mode != EgressModeDenyAll || *made.Source != SandboxSourceSnapshot || *made.Origin != snap.ID {
 		t.Errorf("made %+v", made)

@@ -44,13 +44,15 @@ type harness struct {
 	org   auth.Principal
 	other string // key of another organization
 
-	mu   sync.Mutex
-	seen []*http.Request // requests that reached the agents or ports; guarded by mu
-	// answer is the agent's handler. Guarded by mu.
-	answer http.HandlerFunc
-	// carried are the destinations given to Serve, which fails with portErr. Guarded by mu.
-	carried []portproxy.Destination
-	portErr error
+	mu sync.Mutex
+	// +checklocks:mu
+	seen []*http.Request // requests that reached the agents or ports
+	// +checklocks:mu
+	answer http.HandlerFunc // the agent's handler
+	// +checklocks:mu
+	carried []portproxy.Destination // given to Serve
+	// +checklocks:mu
+	portErr error // of Serve
 }
 
 // Serve is the fake of the port proxy.
@@ -68,7 +70,8 @@ func (h *harness) Serve(w http.ResponseWriter, r *http.Request, to portproxy.Des
 // buffer is a log that is safe for concurrent use.
 type buffer struct {
 	mu sync.Mutex
-	b  bytes.Buffer
+	// +checklocks:mu
+	b bytes.Buffer
 }
 
 func (b *buffer) Write(p []byte) (int, error) {

@@ -102,8 +102,9 @@ type Proxy struct {
 
 	mu sync.Mutex
 	// +checklocks:mu
-	open map[string]int // requests and tunnels by sandbox ID
-	wg   sync.WaitGroup
+	open map[string]int // requests and tunnels by sandbox ID; none has 0
+	// +checklocks:mu
+	over chan struct{} // nil until Close; closed when open is empty after that
 }
 
 // New returns a Proxy. Close it.
@@ -258,14 +259,15 @@ func (p *Proxy) begin(sandboxID string) (done func(), err error) {
 			"this sandbox already has %d requests and connections to its ports", maxOpen)
 	}
 	p.open[sandboxID]++
-	p.wg.Add(1)
 	return func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		if p.open[sandboxID]--; p.open[sandboxID] == 0 {
 			delete(p.open, sandboxID)
 		}
-		p.wg.Done()
+		if len(p.open) == 0 && p.over != nil {
+			close(p.over) // once, since none begins any more
+		}
 	}, nil
 }
 
@@ -282,9 +284,14 @@ func (p *Proxy) Hangup() {
 func (p *Proxy) Close(ctx context.Context) error {
 	p.mu.Lock()
 	p.close()
+	if p.over == nil {
+		p.over = make(chan struct{})
+		if len(p.open) == 0 {
+			close(p.over)
+		}
+	}
+	over := p.over
 	p.mu.Unlock()
-	over := make(chan struct{})
-	go func() { p.wg.Wait(); close(over) }()
 	select {
 	case <-over:
 	case <-ctx.Done():

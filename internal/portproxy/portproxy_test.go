@@ -434,6 +434,7 @@ func TestNoAnswer(t *testing.T) {
 	if d.proxy.open["sbx_a"] != maxOpen {
 		t.Error("what was refused is counted")
 	}
+	delete(d.proxy.open, "sbx_a")
 }
 
 // TestBrokenAnswer checks that the caller does not take a broken answer for a whole one.
