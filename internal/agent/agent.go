@@ -29,6 +29,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/agentapi/filesystem"
 	"github.com/cayhq/cay/internal/agentapi/process"
+	"github.com/cayhq/cay/internal/fault"
 )
 
 // DefaultMaxProcesses limits the processes and threads that the commands of a
@@ -226,7 +227,7 @@ func (a *Agent) init(w http.ResponseWriter, r *http.Request) {
 func (s *settings) apply(req agentapi.InitRequest) error {
 	for name := range req.Env {
 		if name == "" || strings.ContainsAny(name, "=\x00") {
-			return newProblem(agentapi.CodeInvalidEnv, "%q is not a name of an environment variable", name)
+			return newProblem(fault.CodeInvalidEnv, "%q is not a name of an environment variable", name)
 		}
 	}
 	s.mu.Lock()

@@ -10,6 +10,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/agentapi/process"
+	"github.com/cayhq/cay/internal/fault"
 )
 
 // hangupTime is the time between the hangup of a process that no client follows and its kill. A
@@ -51,7 +52,7 @@ func (k *keeper) start(req agentapi.StartProcess) (*command, error) {
 		return nil, err
 	}
 	if len(req.Args) == 0 {
-		return nil, newProblem(agentapi.CodeInvalidCommand, "the command is empty")
+		return nil, newProblem(fault.CodeInvalidCommand, "the command is empty")
 	}
 	start := &process.StartRequest{
 		Process: &process.ProcessConfig{Cmd: req.Args[0], Args: req.Args[1:], Envs: req.Env},
@@ -126,11 +127,11 @@ func (p *processes) room(tag string) error {
 			running++
 		}
 		if tag != "" && c.tag != nil && *c.tag == tag {
-			return newProblem(agentapi.CodeTagInUse, "process %d has the tag %q and runs", c.pid, tag)
+			return newProblem(fault.CodeTagInUse, "process %d has the tag %q and runs", c.pid, tag)
 		}
 	}
 	if running >= agentapi.MaxKept {
-		return newProblem(agentapi.CodeTooManyProcesses, "%d processes run detached, which is the limit", running)
+		return newProblem(fault.CodeTooManyProcesses, "%d processes run detached, which is the limit", running)
 	}
 	return nil
 }

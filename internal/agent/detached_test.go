@@ -65,7 +65,7 @@ func TestKeptProcesses(t *testing.T) {
 		}
 		_, err := s.client.Follow(ctx, s.target, agentapi.FollowRequest{Ref: ref, Offset: 14},
 			func(agentapi.ProcessOutput) error { return nil })
-		s.wantCodeOf(err, agentapi.CodeInvalidOffset)
+		s.wantCodeOf(err, fault.CodeInvalidOffset)
 	})
 	t.Run("input", func(t *testing.T) {
 		var ref string
@@ -83,10 +83,10 @@ func TestKeptProcesses(t *testing.T) {
 			}
 		}
 		_, err := s.client.WriteInput(ctx, s.target, ref, strings.NewReader("x"), false)
-		s.wantCodeOf(err, agentapi.CodeProcessEnded)
+		s.wantCodeOf(err, fault.CodeProcessEnded)
 		ref = s.keep(agentapi.StartProcess{Args: sh("cat; sleep 60")})
 		_, err = s.client.WriteInput(ctx, s.target, ref, strings.NewReader("x"), false)
-		s.wantCodeOf(err, agentapi.CodeStdinClosed)
+		s.wantCodeOf(err, fault.CodeStdinClosed)
 		if err := s.client.KillProcess(ctx, s.target, ref); err != nil {
 			t.Error(err)
 		}
@@ -95,7 +95,7 @@ func TestKeptProcesses(t *testing.T) {
 		ref := s.keep(agentapi.StartProcess{Args: sh("trap 'echo got it; exit 5' USR1; while :; do sleep 0.05; done"),
 			Tag: "trap"})
 		_, err := s.client.StartProcess(ctx, s.target, agentapi.StartProcess{Args: []string{"true"}, Tag: "trap"})
-		s.wantCodeOf(err, agentapi.CodeTagInUse)
+		s.wantCodeOf(err, fault.CodeTagInUse)
 		p, err := s.client.WaitProcess(ctx, s.target, ref, 200*time.Millisecond)
 		if err != nil || p.End != nil {
 			t.Errorf("waiting: %+v, %v", p, err)
@@ -107,7 +107,7 @@ func TestKeptProcesses(t *testing.T) {
 		if err != nil || p.End == nil || p.End.ExitCode != 5 {
 			t.Errorf("waited for: %+v, %v", p, err)
 		}
-		s.wantCodeOf(s.client.SignalProcess(ctx, s.target, ref, 10), agentapi.CodeProcessEnded)
+		s.wantCodeOf(s.client.SignalProcess(ctx, s.target, ref, 10), fault.CodeProcessEnded)
 		s.keep(agentapi.StartProcess{Args: []string{"true"}, Tag: "trap"}) // the tag is free again
 	})
 	t.Run("kill reaches what it left", func(t *testing.T) {
@@ -165,8 +165,8 @@ func TestKeptProcesses(t *testing.T) {
 			r    agentapi.StartProcess
 			code string
 		}{
-			{agentapi.StartProcess{}, agentapi.CodeInvalidCommand}, {agentapi.StartProcess{Args: []string{"/nope"}}, agentapi.CodeInvalidCommand},
-			{agentapi.StartProcess{Args: []string{"true"}, User: "nobody-of-that-name"}, agentapi.CodeUnknownUser}, {agentapi.StartProcess{Args: []string{"true"}, Workdir: "/nope"}, agentapi.CodeWorkdirNotFound},
+			{agentapi.StartProcess{}, fault.CodeInvalidCommand}, {agentapi.StartProcess{Args: []string{"/nope"}}, fault.CodeInvalidCommand},
+			{agentapi.StartProcess{Args: []string{"true"}, User: "nobody-of-that-name"}, fault.CodeUnknownUser}, {agentapi.StartProcess{Args: []string{"true"}, Workdir: "/nope"}, fault.CodeWorkdirNotFound},
 		} {
 			_, err := s.client.StartProcess(ctx, s.target, c.r)
 			s.wantCodeOf(err, c.code)

@@ -14,6 +14,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/agentapi/process"
+	"github.com/cayhq/cay/internal/fault"
 )
 
 const (
@@ -51,7 +52,7 @@ func (k *keeper) named(do func(http.ResponseWriter, *http.Request, *command) err
 		}
 		c, err := k.processes.find(sel)
 		if err != nil {
-			httpError(w, newProblem(agentapi.CodeProcessNotFound, "there is no process %q, or it ended a while ago", ref))
+			httpError(w, newProblem(fault.CodeProcessNotFound, "there is no process %q, or it ended a while ago", ref))
 			return
 		}
 		if err := do(w, r, c); err != nil {
@@ -145,7 +146,7 @@ func (k *keeper) signal(w http.ResponseWriter, r *http.Request, c *command) erro
 		return badRequest("signal: not the number of a signal")
 	}
 	if err := c.signal(syscall.Signal(req.Signal)); errors.Is(err, os.ErrProcessDone) || errors.Is(err, syscall.ESRCH) {
-		return newProblem(agentapi.CodeProcessEnded, "process %d has ended", c.pid)
+		return newProblem(fault.CodeProcessEnded, "process %d has ended", c.pid)
 	} else if err != nil {
 		return err
 	}
@@ -159,10 +160,10 @@ func (k *keeper) resize(w http.ResponseWriter, r *http.Request, c *command) erro
 		return badRequest("resize: %s", err)
 	}
 	if c.pty == nil {
-		return newProblem(agentapi.CodeNoTerminal, "process %d has no terminal", c.pid)
+		return newProblem(fault.CodeNoTerminal, "process %d has no terminal", c.pid)
 	}
 	if err := c.resize(&process.PTY_Size{Cols: uint32(size.Cols), Rows: uint32(size.Rows)}); errors.Is(err, os.ErrClosed) {
-		return newProblem(agentapi.CodeProcessEnded, "process %d has ended", c.pid)
+		return newProblem(fault.CodeProcessEnded, "process %d has ended", c.pid)
 	} else if err != nil {
 		return err
 	}
@@ -175,7 +176,7 @@ func (k *keeper) resize(w http.ResponseWriter, r *http.Request, c *command) erro
 func (k *keeper) input(w http.ResponseWriter, r *http.Request, c *command) error {
 	to := cmp.Or(c.pty, c.stdin)
 	if to == nil {
-		return newProblem(agentapi.CodeStdinClosed, "process %d has no input: it was started without one", c.pid)
+		return newProblem(fault.CodeStdinClosed, "process %d has no input: it was started without one", c.pid)
 	}
 	buf := make([]byte, outputChunk)
 	written := int64(0)
@@ -190,7 +191,7 @@ func (k *keeper) input(w http.ResponseWriter, r *http.Request, c *command) error
 		case errors.Is(err, io.EOF):
 			if r.URL.Query().Has("end") && c.stdin != nil {
 				if err := c.closeStdin(); err != nil {
-					return newProblem(agentapi.CodeStdinClosed, "the input of process %d is closed", c.pid)
+					return newProblem(fault.CodeStdinClosed, "the input of process %d is closed", c.pid)
 				}
 			}
 			writeJSON(w, http.StatusOK, agentapi.InputReply{Written: written})
@@ -216,14 +217,14 @@ func (c *command) writeSoon(to *os.File, b []byte) (int, error) {
 	case err == nil:
 		return n, nil
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return n, newProblem(agentapi.CodeStdinBlocked,
+		return n, newProblem(fault.CodeStdinBlocked,
 			"process %d has not read its input for %s; %d bytes of the last %d were taken",
 			c.pid, agentapi.InputPatience, n, len(b))
 	case errors.Is(err, os.ErrClosed), errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.EIO):
 		if !c.running() {
-			return n, newProblem(agentapi.CodeProcessEnded, "process %d has ended", c.pid)
+			return n, newProblem(fault.CodeProcessEnded, "process %d has ended", c.pid)
 		}
-		return n, newProblem(agentapi.CodeStdinClosed, "the input of process %d is closed", c.pid)
+		return n, newProblem(fault.CodeStdinClosed, "the input of process %d is closed", c.pid)
 	}
 	return n, err
 }
@@ -236,11 +237,11 @@ func (k *keeper) output(w http.ResponseWriter, r *http.Request, c *command) erro
 		return badRequest("output: offset is not the number of a byte")
 	}
 	if c.detached == nil {
-		return newProblem(agentapi.CodeOutputNotKept,
+		return newProblem(fault.CodeOutputNotKept,
 			"the output of process %d goes to the call that started it and is not kept", c.pid)
 	}
 	if _, next := c.detached.history.bounds(); offset > next {
-		return newProblem(agentapi.CodeInvalidOffset, "the process has written %d bytes so far", next)
+		return newProblem(fault.CodeInvalidOffset, "the process has written %d bytes so far", next)
 	}
 	c.attend()
 	defer c.leave(1)

@@ -67,10 +67,10 @@ func TestExecuteRefused(t *testing.T) {
 		code  string
 		field string
 	}{
-		"missing workdir":   {agentapi.ExecuteRequest{Command: "true", Workdir: "/nosuch"}, agentapi.CodeWorkdirNotFound, "workdir"},
-		"workdir is a file": {agentapi.ExecuteRequest{Command: "true", Workdir: "/etc/passwd"}, agentapi.CodeWorkdirNotFound, "workdir"},
-		"unknown user":      {agentapi.ExecuteRequest{Command: "true", User: "nobody-we-know"}, agentapi.CodeUnknownUser, "user"},
-		"environment name":  {agentapi.ExecuteRequest{Command: "true", Env: map[string]string{"A=B": ""}}, agentapi.CodeInvalidEnv, "env"},
+		"missing workdir":   {agentapi.ExecuteRequest{Command: "true", Workdir: "/nosuch"}, fault.CodeWorkdirNotFound, "workdir"},
+		"workdir is a file": {agentapi.ExecuteRequest{Command: "true", Workdir: "/etc/passwd"}, fault.CodeWorkdirNotFound, "workdir"},
+		"unknown user":      {agentapi.ExecuteRequest{Command: "true", User: "nobody-we-know"}, fault.CodeUnknownUser, "user"},
+		"environment name":  {agentapi.ExecuteRequest{Command: "true", Env: map[string]string{"A=B": ""}}, fault.CodeInvalidEnv, "env"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := s.client.Execute(t.Context(), s.target, c.give)

@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
 )
 
 // stat answers GET /files/stat with the entry at a path. It does not follow a link.
@@ -60,7 +60,7 @@ func makeDirectory(p string, u *user, mode *fs.FileMode) error {
 	case err == nil && st.IsDir():
 		return nil
 	case err == nil:
-		return newProblem(agentapi.CodeNotDirectory, "path %q exists and is not a directory", p)
+		return newProblem(fault.CodePathNotDirectory, "path %q exists and is not a directory", p)
 	}
 	if err := makeDirs(p, u); err != nil {
 		return fileProblem(err, p)
@@ -94,7 +94,7 @@ func (f *files) rename(w http.ResponseWriter, r *http.Request) {
 
 func move(from, to string, u *user, overwrite bool) error {
 	if from == "/" || to == "/" {
-		return newProblem(agentapi.CodeInvalidPath, "the root directory cannot be renamed")
+		return newProblem(fault.CodeInvalidPath, "the root directory cannot be renamed")
 	}
 	switch _, err := os.Lstat(from); {
 	case errors.Is(err, syscall.ENOTDIR):
@@ -114,13 +114,13 @@ func move(from, to string, u *user, overwrite bool) error {
 		return nil
 	case unix.EEXIST:
 		if !overwrite {
-			return newProblem(agentapi.CodePathExists, "path %q exists already", to)
+			return newProblem(fault.CodePathExists, "path %q exists already", to)
 		}
-		return inTo(newProblem(agentapi.CodeNotEmpty, "directory %q is not empty", to))
+		return inTo(newProblem(fault.CodeDirectoryNotEmpty, "directory %q is not empty", to))
 	case unix.EXDEV:
-		return inTo(newProblem(agentapi.CodeInvalidPath, "path %q is on another file system", to))
+		return inTo(newProblem(fault.CodeInvalidPath, "path %q is on another file system", to))
 	case unix.EINVAL:
-		return inTo(newProblem(agentapi.CodeInvalidPath, "path %q is below %q", to, from))
+		return inTo(newProblem(fault.CodeInvalidPath, "path %q is below %q", to, from))
 	default:
 		return inTo(fileProblem(err, to))
 	}

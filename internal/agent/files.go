@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
 )
 
 // files reads and writes files over plain HTTP. It acts as root: the user that a call
@@ -54,7 +55,7 @@ func (f *files) named(name string) (*user, error) {
 func openRegular(p string, flag int, perm fs.FileMode) (*os.File, fs.FileInfo, error) {
 	file, err := os.OpenFile(p, flag|unix.O_NONBLOCK, perm)
 	if errors.Is(err, unix.ENXIO) {
-		return nil, nil, newProblem(agentapi.CodeInvalidPath, "path %q is no regular file", p)
+		return nil, nil, newProblem(fault.CodeInvalidPath, "path %q is no regular file", p)
 	}
 	if err != nil {
 		return nil, nil, fileProblem(err, p)
@@ -63,9 +64,9 @@ func openRegular(p string, flag int, perm fs.FileMode) (*os.File, fs.FileInfo, e
 	switch {
 	case err != nil:
 	case st.IsDir():
-		err = newProblem(agentapi.CodeIsDirectory, "path %q is a directory", p)
+		err = newProblem(fault.CodePathIsDirectory, "path %q is a directory", p)
 	case !st.Mode().IsRegular():
-		err = newProblem(agentapi.CodeInvalidPath, "path %q is no regular file", p)
+		err = newProblem(fault.CodeInvalidPath, "path %q is no regular file", p)
 	}
 	if err != nil {
 		closeAll(file)
@@ -83,8 +84,8 @@ func (f *files) get(w http.ResponseWriter, r *http.Request) {
 	}
 	file, st, err := openRegular(p, os.O_RDONLY, 0)
 	var known *problem
-	if errors.As(err, &known) && known.code == agentapi.CodeNotDirectory {
-		err = newProblem(agentapi.CodeFileNotFound, "path %q does not exist", p)
+	if errors.As(err, &known) && known.code == fault.CodePathNotDirectory {
+		err = newProblem(fault.CodeFileNotFound, "path %q does not exist", p)
 	}
 	if err != nil {
 		httpError(w, err)
@@ -192,12 +193,12 @@ func (f *files) replace(r *http.Request) error {
 		return err
 	}
 	if p == "/" {
-		return newProblem(agentapi.CodeIsDirectory, "path %q is a directory", p)
+		return newProblem(fault.CodePathIsDirectory, "path %q is a directory", p)
 	}
 	owner := u
 	if spec := r.URL.Query().Get("owner"); spec != "" {
 		if owner, err = f.users.lookup(spec); errors.Is(err, errUnknownUser) {
-			return newProblem(agentapi.CodeUnknownOwner, "%s", err)
+			return newProblem(fault.CodeUnknownOwner, "%s", err)
 		} else if err != nil {
 			return err
 		}
@@ -240,11 +241,11 @@ func writeTarget(p string) (string, error) {
 		case err != nil: // the file does not exist yet, or making it gives the error
 			return p, nil
 		case st.IsDir():
-			return "", newProblem(agentapi.CodeIsDirectory, "path %q is a directory", asked)
+			return "", newProblem(fault.CodePathIsDirectory, "path %q is a directory", asked)
 		case st.Mode().IsRegular():
 			return p, nil
 		case st.Mode()&fs.ModeSymlink == 0:
-			return "", newProblem(agentapi.CodeInvalidPath, "path %q is no regular file", asked)
+			return "", newProblem(fault.CodeInvalidPath, "path %q is no regular file", asked)
 		}
 		to, err := os.Readlink(p)
 		if err != nil {
@@ -260,7 +261,7 @@ func writeTarget(p string) (string, error) {
 			p = path.Join(real, name)
 		}
 	}
-	return "", newProblem(agentapi.CodeInvalidPath, "path %q: %s", asked, syscall.ELOOP)
+	return "", newProblem(fault.CodeInvalidPath, "path %q: %s", asked, syscall.ELOOP)
 }
 
 // parseMode parses octal permission bits. It returns nil for "".
@@ -270,7 +271,7 @@ func parseMode(s string) (*fs.FileMode, error) {
 	}
 	n, err := strconv.ParseUint(s, 8, 32)
 	if err != nil || n > 0o777 {
-		return nil, newProblem(agentapi.CodeInvalidMode, "mode %q is not an octal number up to 0777", s)
+		return nil, newProblem(fault.CodeInvalidMode, "mode %q is not an octal number up to 0777", s)
 	}
 	mode := fs.FileMode(n)
 	return &mode, nil
@@ -340,7 +341,7 @@ func (f *files) remove(w http.ResponseWriter, r *http.Request) {
 
 func removePath(p string, recursive bool) error {
 	if p == "/" {
-		return newProblem(agentapi.CodeInvalidPath, "the root directory cannot be removed")
+		return newProblem(fault.CodeInvalidPath, "the root directory cannot be removed")
 	}
 	st, err := os.Lstat(p)
 	switch {
@@ -384,7 +385,7 @@ func (f *files) list(w http.ResponseWriter, r *http.Request) {
 	}
 	defer dir.Close()
 	if len(names) > agentapi.MaxEntries { // without this check the host would fail within the answer
-		httpError(w, newProblem(agentapi.CodeListingTooLarge, "more than %d entries", agentapi.MaxEntries))
+		httpError(w, newProblem(fault.CodeListingTooLarge, "more than %d entries", agentapi.MaxEntries))
 		return
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
@@ -412,7 +413,7 @@ func openDir(dir string) (*os.File, []string, error) {
 		return nil, nil, err
 	}
 	if !st.IsDir() {
-		return nil, nil, newProblem(agentapi.CodeNotDirectory, "path %q is not a directory", dir)
+		return nil, nil, newProblem(fault.CodePathNotDirectory, "path %q is not a directory", dir)
 	}
 	d, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
 	if err != nil {

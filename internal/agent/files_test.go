@@ -91,21 +91,21 @@ func TestUploadAndDownload(t *testing.T) {
 		t.Errorf("through a link: %q", got)
 	}
 	_, _, err := s.download("/nosuch", "")
-	wantFault(t, err, fault.NotFound, agentapi.CodeFileNotFound)
+	wantFault(t, err, fault.NotFound, fault.CodeFileNotFound)
 	_, _, err = s.download("/etc/passwd/x", "")
-	wantFault(t, err, fault.NotFound, agentapi.CodeFileNotFound)
+	wantFault(t, err, fault.NotFound, fault.CodeFileNotFound)
 	_, _, err = s.download("/tmp", "")
-	wantFault(t, err, fault.Invalid, agentapi.CodeIsDirectory)
+	wantFault(t, err, fault.Invalid, fault.CodePathIsDirectory)
 	_, _, err = s.download("/tmp/fifo", "")
-	wantFault(t, err, fault.Invalid, agentapi.CodeInvalidPath)
-	wantFault(t, s.upload("/tmp", "x"), fault.Invalid, agentapi.CodeIsDirectory)
-	wantFault(t, s.upload("/etc/passwd/x", "x"), fault.Invalid, agentapi.CodeNotDirectory)
+	wantFault(t, err, fault.Invalid, fault.CodeInvalidPath)
+	wantFault(t, s.upload("/tmp", "x"), fault.Invalid, fault.CodePathIsDirectory)
+	wantFault(t, s.upload("/etc/passwd/x", "x"), fault.Invalid, fault.CodePathNotDirectory)
 	err = s.client.Upload(t.Context(), s.target,
 		agentapi.UploadRequest{Path: "/tmp/x", Owner: "nosuch", Body: strings.NewReader("x"), Size: 1})
-	wantFault(t, err, fault.Invalid, agentapi.CodeUnknownOwner)
+	wantFault(t, err, fault.Invalid, fault.CodeUnknownOwner)
 	err = s.client.Upload(t.Context(), s.target,
 		agentapi.UploadRequest{Path: "/tmp/x", User: "nosuch", Body: strings.NewReader("x"), Size: 1})
-	wantFault(t, err, fault.Invalid, agentapi.CodeUnknownUser)
+	wantFault(t, err, fault.Invalid, fault.CodeUnknownUser)
 }
 
 // failingReader returns some bytes and then an error.
@@ -143,7 +143,7 @@ func TestFullDisk(t *testing.T) {
 	for _, size := range []int64{-1, big} {
 		err := s.client.Upload(t.Context(), s.target,
 			agentapi.UploadRequest{Path: "/var/big", Body: &failingReader{int(big), io.EOF}, Size: size})
-		wantFault(t, err, fault.NoSpace, agentapi.CodeDiskFull)
+		wantFault(t, err, fault.NoSpace, fault.CodeDiskFull)
 	}
 	if got := s.sh("ls -A /var"); got != "" {
 		t.Errorf("left behind: %q", got)
@@ -157,7 +157,7 @@ func TestFullDisk(t *testing.T) {
 		Command: "while echo xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx >>/var/rest; do :; done 2>/dev/null",
 		Timeout: 5 * time.Second,
 	})
-	wantFault(t, s.upload("/var/more", strings.Repeat("x", 1<<20)), fault.NoSpace, agentapi.CodeDiskFull)
+	wantFault(t, s.upload("/var/more", strings.Repeat("x", 1<<20)), fault.NoSpace, fault.CodeDiskFull)
 	if got := s.sh("echo alive"); got != "alive" {
 		t.Error(got)
 	}
@@ -200,17 +200,17 @@ func TestRemoveAndList(t *testing.T) {
 		t.Errorf("one level: %d entries, %v", len(one), err)
 	}
 	_, err = s.list("/tmp/t/a", "", 1)
-	wantFault(t, err, fault.Invalid, agentapi.CodeNotDirectory)
+	wantFault(t, err, fault.Invalid, fault.CodePathNotDirectory)
 	_, err = s.list("/nosuch", "", 1)
-	wantFault(t, err, fault.NotFound, agentapi.CodeFileNotFound)
+	wantFault(t, err, fault.NotFound, fault.CodeFileNotFound)
 
 	remove := func(path string, recursive bool) error {
 		return s.client.Remove(t.Context(), s.target, path, "", recursive)
 	}
-	wantFault(t, remove("/tmp/t/b", false), fault.Invalid, agentapi.CodeNotEmpty)
-	wantFault(t, remove("/tmp/t/nosuch", false), fault.NotFound, agentapi.CodeFileNotFound)
-	wantFault(t, remove("/tmp/t/nosuch", true), fault.NotFound, agentapi.CodeFileNotFound)
-	wantFault(t, remove("/", true), fault.Invalid, agentapi.CodeInvalidPath)
+	wantFault(t, remove("/tmp/t/b", false), fault.Invalid, fault.CodeDirectoryNotEmpty)
+	wantFault(t, remove("/tmp/t/nosuch", false), fault.NotFound, fault.CodeFileNotFound)
+	wantFault(t, remove("/tmp/t/nosuch", true), fault.NotFound, fault.CodeFileNotFound)
+	wantFault(t, remove("/", true), fault.Invalid, fault.CodeInvalidPath)
 	for _, path := range []string{"/tmp/t/a", "/tmp/t/z", "/tmp/t/p", "/tmp/t/b/c/d", "/tmp/t/b/c"} {
 		if err := remove(path, false); err != nil {
 			t.Errorf("removing %s: %v", path, err)

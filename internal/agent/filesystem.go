@@ -14,8 +14,8 @@ import (
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/agentapi/filesystem"
+	"github.com/cayhq/cay/internal/fault"
 )
 
 // filesystemService implements the service filesystem.Filesystem. Its methods that
@@ -75,7 +75,7 @@ func (s *filesystemService) MakeDir(
 	case err == nil && st.IsDir():
 		return nil, connect.NewError(connect.CodeAlreadyExists, errors.New("directory "+p+" exists already"))
 	case err == nil:
-		return nil, connectErr(newProblem(agentapi.CodeNotDirectory, "path %q exists and is not a directory", p))
+		return nil, connectErr(newProblem(fault.CodePathNotDirectory, "path %q exists and is not a directory", p))
 	}
 	if err := makeDirs(p, u); err != nil {
 		return nil, connectErr(fileProblem(err, p))
@@ -169,7 +169,7 @@ func (s *filesystemService) Remove(
 		return nil, err
 	}
 	var known *problem
-	if err := removePath(p, true); errors.As(err, &known) && known.code == agentapi.CodeFileNotFound {
+	if err := removePath(p, true); errors.As(err, &known) && known.code == fault.CodeFileNotFound {
 		return connect.NewResponse(&filesystem.RemoveResponse{}), nil
 	} else if err != nil {
 		return nil, connectErr(err)

@@ -9,7 +9,6 @@ import (
 
 	"connectrpc.com/connect"
 
-	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/agentapi/filesystem"
 	"github.com/cayhq/cay/internal/fault"
 )
@@ -62,7 +61,7 @@ func TestFilesOfTheKernel(t *testing.T) {
 	if status, size, text := s.read(path, ""); status != 200 || size != -1 || strings.Count(text, "\n") < 6000 {
 		t.Errorf("%s: %d, %d bytes, %d lines", path, status, size, strings.Count(text, "\n"))
 	}
-	wantFault(t, s.upload("/proc/version", "x"), fault.Denied, agentapi.CodeFileDenied)
+	wantFault(t, s.upload("/proc/version", "x"), fault.Denied, fault.CodeFileDenied)
 }
 
 // TestWriteWhatALinkLeadsTo writes to links whose targets do not exist yet, and to targets that are not files.
@@ -81,9 +80,9 @@ func TestWriteWhatALinkLeadsTo(t *testing.T) {
 		}
 	}
 	for _, p := range []string{"fifo", "tofifo", "null", "tonull", "loop", "sock"} {
-		wantFault(t, s.upload("/tmp/d/"+p, "x"), fault.Invalid, agentapi.CodeInvalidPath)
+		wantFault(t, s.upload("/tmp/d/"+p, "x"), fault.Invalid, fault.CodeInvalidPath)
 	}
-	wantFault(t, s.upload("/tmp/d/todir", "x"), fault.Invalid, agentapi.CodeIsDirectory)
+	wantFault(t, s.upload("/tmp/d/todir", "x"), fault.Invalid, fault.CodePathIsDirectory)
 	got := s.sh("cd /tmp/d; stat -c %F fifo null sock; ls -A /tmp/d /tmp/e | grep -c cay-upload || true")
 	if got != "fifo\ncharacter special file\nsocket\n0" {
 		t.Errorf("afterwards: %q", got)

@@ -10,6 +10,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
 )
 
 // problem is an error with the codes by which clients decide: an HTTP status for
@@ -29,34 +30,34 @@ var problems = map[string]struct {
 	status  int
 	connect connect.Code
 }{
-	agentapi.CodeFileNotFound:     {http.StatusNotFound, connect.CodeNotFound},
-	agentapi.CodeIsDirectory:      {http.StatusBadRequest, connect.CodeInvalidArgument},
-	agentapi.CodeNotDirectory:     {http.StatusBadRequest, connect.CodeInvalidArgument},
-	agentapi.CodeNotEmpty:         {http.StatusBadRequest, connect.CodeInvalidArgument},
-	agentapi.CodeInvalidPath:      {http.StatusBadRequest, connect.CodeInvalidArgument},
-	agentapi.CodeInvalidMode:      {http.StatusBadRequest, connect.CodeInvalidArgument},
-	agentapi.CodeInvalidEnv:       {http.StatusBadRequest, connect.CodeInvalidArgument},
-	agentapi.CodeInvalidCommand:   {http.StatusBadRequest, connect.CodeInvalidArgument},
-	agentapi.CodeFileDenied:       {http.StatusForbidden, connect.CodePermissionDenied},
-	agentapi.CodeWorkdirNotFound:  {http.StatusBadRequest, connect.CodeInvalidArgument},
-	agentapi.CodeUnknownUser:      {http.StatusUnauthorized, connect.CodeUnauthenticated},
-	agentapi.CodeUnknownOwner:     {http.StatusBadRequest, connect.CodeInvalidArgument},
-	agentapi.CodeDiskFull:         {http.StatusInsufficientStorage, connect.CodeResourceExhausted},
-	agentapi.CodeListingTooLarge:  {http.StatusRequestEntityTooLarge, connect.CodeOutOfRange},
-	agentapi.CodeTooManyProcesses: {http.StatusTooManyRequests, connect.CodeResourceExhausted},
-	agentapi.CodeStartFailed:      {http.StatusConflict, connect.CodeFailedPrecondition},
-	agentapi.CodeInvalidTar:       {http.StatusBadRequest, connect.CodeInvalidArgument},
-	agentapi.CodePathExists:       {http.StatusConflict, connect.CodeAlreadyExists},
-	agentapi.CodePortClosed:       {http.StatusBadGateway, connect.CodeFailedPrecondition},
-	agentapi.CodeTooManyTunnels:   {http.StatusTooManyRequests, connect.CodeResourceExhausted},
-	agentapi.CodeProcessNotFound:  {http.StatusNotFound, connect.CodeNotFound},
-	agentapi.CodeProcessEnded:     {http.StatusConflict, connect.CodeFailedPrecondition},
-	agentapi.CodeTagInUse:         {http.StatusConflict, connect.CodeAlreadyExists},
-	agentapi.CodeStdinClosed:      {http.StatusConflict, connect.CodeFailedPrecondition},
-	agentapi.CodeStdinBlocked:     {http.StatusConflict, connect.CodeFailedPrecondition},
-	agentapi.CodeNoTerminal:       {http.StatusConflict, connect.CodeFailedPrecondition},
-	agentapi.CodeOutputNotKept:    {http.StatusConflict, connect.CodeFailedPrecondition},
-	agentapi.CodeInvalidOffset:    {http.StatusBadRequest, connect.CodeInvalidArgument},
+	fault.CodeFileNotFound:       {http.StatusNotFound, connect.CodeNotFound},
+	fault.CodePathIsDirectory:    {http.StatusBadRequest, connect.CodeInvalidArgument},
+	fault.CodePathNotDirectory:   {http.StatusBadRequest, connect.CodeInvalidArgument},
+	fault.CodeDirectoryNotEmpty:  {http.StatusBadRequest, connect.CodeInvalidArgument},
+	fault.CodeInvalidPath:        {http.StatusBadRequest, connect.CodeInvalidArgument},
+	fault.CodeInvalidMode:        {http.StatusBadRequest, connect.CodeInvalidArgument},
+	fault.CodeInvalidEnv:         {http.StatusBadRequest, connect.CodeInvalidArgument},
+	fault.CodeInvalidCommand:     {http.StatusBadRequest, connect.CodeInvalidArgument},
+	fault.CodeFileDenied:         {http.StatusForbidden, connect.CodePermissionDenied},
+	fault.CodeWorkdirNotFound:    {http.StatusBadRequest, connect.CodeInvalidArgument},
+	fault.CodeUnknownUser:        {http.StatusUnauthorized, connect.CodeUnauthenticated},
+	fault.CodeUnknownOwner:       {http.StatusBadRequest, connect.CodeInvalidArgument},
+	fault.CodeDiskFull:           {http.StatusInsufficientStorage, connect.CodeResourceExhausted},
+	fault.CodeListingTooLarge:    {http.StatusRequestEntityTooLarge, connect.CodeOutOfRange},
+	fault.CodeTooManyProcesses:   {http.StatusTooManyRequests, connect.CodeResourceExhausted},
+	fault.CodeStartFailed:        {http.StatusConflict, connect.CodeFailedPrecondition},
+	fault.CodeInvalidTar:         {http.StatusBadRequest, connect.CodeInvalidArgument},
+	fault.CodePathExists:         {http.StatusConflict, connect.CodeAlreadyExists},
+	fault.CodePortClosed:         {http.StatusBadGateway, connect.CodeFailedPrecondition},
+	fault.CodeTooManyConnections: {http.StatusTooManyRequests, connect.CodeResourceExhausted},
+	fault.CodeProcessNotFound:    {http.StatusNotFound, connect.CodeNotFound},
+	fault.CodeProcessEnded:       {http.StatusConflict, connect.CodeFailedPrecondition},
+	fault.CodeTagInUse:           {http.StatusConflict, connect.CodeAlreadyExists},
+	fault.CodeStdinClosed:        {http.StatusConflict, connect.CodeFailedPrecondition},
+	fault.CodeStdinBlocked:       {http.StatusConflict, connect.CodeFailedPrecondition},
+	fault.CodeNoTerminal:         {http.StatusConflict, connect.CodeFailedPrecondition},
+	fault.CodeOutputNotKept:      {http.StatusConflict, connect.CodeFailedPrecondition},
+	fault.CodeInvalidOffset:      {http.StatusBadRequest, connect.CodeInvalidArgument},
 }
 
 func newProblem(code, text string, args ...any) *problem {
@@ -78,25 +79,25 @@ func fileProblem(err error, path string) error {
 	case errors.As(err, &known):
 		return err
 	case errors.Is(err, errUnknownUser):
-		return newProblem(agentapi.CodeUnknownUser, "%s", err)
+		return newProblem(fault.CodeUnknownUser, "%s", err)
 	case !errors.As(err, &errno):
 		return err
 	}
 	switch errno {
 	case syscall.ENOENT:
-		return newProblem(agentapi.CodeFileNotFound, "path %q does not exist", path)
+		return newProblem(fault.CodeFileNotFound, "path %q does not exist", path)
 	case syscall.ENOTDIR:
-		return newProblem(agentapi.CodeNotDirectory, "path %q, or a part of it, is not a directory", path)
+		return newProblem(fault.CodePathNotDirectory, "path %q, or a part of it, is not a directory", path)
 	case syscall.EISDIR:
-		return newProblem(agentapi.CodeIsDirectory, "path %q is a directory", path)
+		return newProblem(fault.CodePathIsDirectory, "path %q is a directory", path)
 	case syscall.ENOTEMPTY:
-		return newProblem(agentapi.CodeNotEmpty, "directory %q is not empty", path)
+		return newProblem(fault.CodeDirectoryNotEmpty, "directory %q is not empty", path)
 	case syscall.ENOSPC, syscall.EDQUOT:
-		return newProblem(agentapi.CodeDiskFull, "not enough disk space for %q", path)
+		return newProblem(fault.CodeDiskFull, "not enough disk space for %q", path)
 	case syscall.EACCES, syscall.EPERM, syscall.EROFS, syscall.EBUSY, syscall.ETXTBSY:
-		return newProblem(agentapi.CodeFileDenied, "path %q: %s", path, errno)
+		return newProblem(fault.CodeFileDenied, "path %q: %s", path, errno)
 	case syscall.ENAMETOOLONG, syscall.ELOOP, syscall.EINVAL:
-		return newProblem(agentapi.CodeInvalidPath, "path %q: %s", path, errno)
+		return newProblem(fault.CodeInvalidPath, "path %q: %s", path, errno)
 	case syscall.EEXIST:
 		text := fmt.Sprintf("path %q exists already", path)
 		return &problem{status: http.StatusConflict, connect: connect.CodeAlreadyExists, text: text}

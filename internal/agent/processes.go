@@ -17,6 +17,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/agentapi/process"
+	"github.com/cayhq/cay/internal/fault"
 )
 
 const (
@@ -179,7 +180,7 @@ func callUser(users *users, settings *settings, h http.Header, fallback string) 
 func knownUser(users *users, spec string) (*user, error) {
 	u, err := users.lookup(spec)
 	if errors.Is(err, errUnknownUser) {
-		return nil, newProblem(agentapi.CodeUnknownUser, "%s", err)
+		return nil, newProblem(fault.CodeUnknownUser, "%s", err)
 	}
 	return u, err
 }
@@ -199,14 +200,14 @@ func (p *processes) prepare(req *process.StartRequest, who *user) (*launchSpec, 
 	cfg := req.GetProcess()
 	l := &launchSpec{user: who, req: req, argv: append([]string{cfg.GetCmd()}, cfg.GetArgs()...)}
 	if cfg.GetCmd() == "" {
-		return nil, newProblem(agentapi.CodeInvalidCommand, "the command is empty")
+		return nil, newProblem(fault.CodeInvalidCommand, "the command is empty")
 	}
 	for i, a := range l.argv {
 		switch {
 		case strings.IndexByte(a, 0) >= 0:
-			return nil, newProblem(agentapi.CodeInvalidCommand, "the command contains a NUL")
+			return nil, newProblem(fault.CodeInvalidCommand, "the command contains a NUL")
 		case len(a) > agentapi.MaxArgument:
-			return nil, newProblem(agentapi.CodeInvalidCommand,
+			return nil, newProblem(fault.CodeInvalidCommand,
 				"argument %d of the command has %d bytes, and may have %d", i, len(a), agentapi.MaxArgument)
 		}
 	}
@@ -237,12 +238,12 @@ func checkLength(argv, env []string) error {
 			total += len(s) + 1
 		}
 		if total > maxVector {
-			return newProblem(agentapi.CodeInvalidCommand, "%s have %d bytes in all, and may have %d", what, total, maxVector)
+			return newProblem(fault.CodeInvalidCommand, "%s have %d bytes in all, and may have %d", what, total, maxVector)
 		}
 	}
 	for _, kv := range env {
 		if name, _, _ := strings.Cut(kv, "="); len(kv) > agentapi.MaxArgument {
-			return newProblem(agentapi.CodeInvalidEnv,
+			return newProblem(fault.CodeInvalidEnv,
 				"the environment variable %q has %d bytes with its name, and may have %d",
 				name, len(kv), agentapi.MaxArgument)
 		}
@@ -267,7 +268,7 @@ func commandEnv(who *user, terminal bool, sandbox, call map[string]string) ([]st
 	for _, m := range []map[string]string{sandbox, call} {
 		for name, value := range m {
 			if name == "" || strings.ContainsAny(name, "=\x00") || strings.IndexByte(value, 0) >= 0 {
-				return nil, newProblem(agentapi.CodeInvalidEnv,
+				return nil, newProblem(fault.CodeInvalidEnv,
 					"%q is no name of an environment variable, or its value contains a NUL", name)
 			}
 			vars[name] = value
@@ -289,7 +290,7 @@ func (p *processes) workdir(call, sandbox string, who *user) (string, error) {
 	}
 	dir, err := resolvePath(asked, who.home)
 	if err != nil {
-		return "", newProblem(agentapi.CodeWorkdirNotFound, "working directory: %s", err)
+		return "", newProblem(fault.CodeWorkdirNotFound, "working directory: %s", err)
 	}
 	var st unix.Stat_t
 	switch err := unix.Stat(dir, &st); {
@@ -298,9 +299,9 @@ func (p *processes) workdir(call, sandbox string, who *user) (string, error) {
 	case asked == "":
 		return "/", nil
 	case err == nil:
-		return "", newProblem(agentapi.CodeWorkdirNotFound, "working directory %q is not a directory", dir)
+		return "", newProblem(fault.CodeWorkdirNotFound, "working directory %q is not a directory", dir)
 	}
-	return "", newProblem(agentapi.CodeWorkdirNotFound, "working directory %q does not exist", dir)
+	return "", newProblem(fault.CodeWorkdirNotFound, "working directory %q does not exist", dir)
 }
 
 // launch makes the process. The caller must call run, which reads its output.
@@ -360,10 +361,10 @@ func startProblem(l *launchSpec, err error) error {
 	}
 	switch errno {
 	case syscall.EAGAIN, syscall.ENOMEM, syscall.EMFILE, syscall.ENFILE:
-		return newProblem(agentapi.CodeTooManyProcesses, "no more processes can be started in the sandbox: %s", errno)
+		return newProblem(fault.CodeTooManyProcesses, "no more processes can be started in the sandbox: %s", errno)
 	case syscall.ENOENT, syscall.EACCES, syscall.ENOTDIR, syscall.ENOEXEC, syscall.E2BIG, syscall.EISDIR,
 		syscall.EPERM, syscall.ENAMETOOLONG, syscall.ELOOP, syscall.ETXTBSY:
-		return newProblem(agentapi.CodeInvalidCommand, "starting %q: %s", l.argv[0], errno)
+		return newProblem(fault.CodeInvalidCommand, "starting %q: %s", l.argv[0], errno)
 	}
 	return fmt.Errorf("starting %q: %w", l.argv[0], err)
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/agentapi/process"
+	"github.com/cayhq/cay/internal/fault"
 )
 
 const (
@@ -58,13 +59,13 @@ func (s *starter) start(w http.ResponseWriter, r *http.Request) {
 	}
 	c, log, err := s.launch(req)
 	if err != nil {
-		httpError(w, newProblem(agentapi.CodeStartFailed, "the start command could not be started: %s", err))
+		httpError(w, newProblem(fault.CodeStartFailed, "the start command could not be started: %s", err))
 		return
 	}
 	if req.Ready != nil {
 		own, _ := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
 		if err := s.await(r.Context(), c, req, own); err != nil {
-			httpError(w, newProblem(agentapi.CodeStartFailed, "the start command %s; %s", err, log.last()))
+			httpError(w, newProblem(fault.CodeStartFailed, "the start command %s; %s", err, log.last()))
 			return
 		}
 	}

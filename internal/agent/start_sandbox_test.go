@@ -138,7 +138,7 @@ func TestStartFails(t *testing.T) {
 			}
 			err := s.client.Start(t.Context(), s.target, c.give)
 			f := fault.As(err)
-			if f == nil || f.Kind != fault.Conflict || f.Code != agentapi.CodeStartFailed || f.Detail != c.want {
+			if f == nil || f.Kind != fault.Conflict || f.Code != fault.CodeStartFailed || f.Detail != c.want {
 				t.Errorf("got  %v\nwant %s", err, c.want)
 			}
 			if name == "check hangs" {

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
 )
 
 // Limits of an archive to unpack. agentapi.MaxTar limits the size of its files, since a sparse
@@ -179,7 +180,7 @@ func (f *files) unpack(dir string, u *user, body io.Reader) error {
 			return tarProblem(err)
 		}
 		if n == maxTarEntries {
-			return newProblem(agentapi.CodeInvalidTar, "the archive has more than %d entries", maxTarEntries)
+			return newProblem(fault.CodeInvalidTar, "the archive has more than %d entries", maxTarEntries)
 		}
 		if err := un.entry(h, in); err != nil {
 			return err
@@ -192,7 +193,7 @@ func tarProblem(err error) error {
 	if err == nil {
 		return nil
 	}
-	return newProblem(agentapi.CodeInvalidTar, "reading the archive: %s", err)
+	return newProblem(fault.CodeInvalidTar, "reading the archive: %s", err)
 }
 
 // unpacker writes the entries of an archive below a directory. os.Root keeps it inside the
@@ -218,14 +219,14 @@ func (un *unpacker) entry(h *tar.Header, body io.Reader) error {
 		return nil
 	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeDir, tar.TypeSymlink, tar.TypeLink:
 	default:
-		return newProblem(agentapi.CodeInvalidTar, "entry %q is neither a file nor a directory nor a link", h.Name)
+		return newProblem(fault.CodeInvalidTar, "entry %q is neither a file nor a directory nor a link", h.Name)
 	}
 	name, err := entryName(h.Name)
 	if err != nil {
 		return err
 	}
 	if h.Size < 0 || h.Size > agentapi.MaxTar-un.written {
-		return newProblem(agentapi.CodeInvalidTar,
+		return newProblem(fault.CodeInvalidTar,
 			"with entry %q the files have more than %d bytes", h.Name, int64(agentapi.MaxTar))
 	}
 	if err := un.write(h, name, body); err != nil {
@@ -237,17 +238,17 @@ func (un *unpacker) entry(h *tar.Header, body io.Reader) error {
 // entryName returns the cleaned name of an entry. It refuses a name that leads out of the directory.
 func entryName(given string) (string, error) {
 	if given == "" || strings.HasPrefix(given, "/") || strings.IndexByte(given, 0) >= 0 || len(given) >= unix.PathMax {
-		return "", newProblem(agentapi.CodeInvalidTar,
+		return "", newProblem(fault.CodeInvalidTar,
 			"entry %.200q: a name must be relative and have 1 to %d bytes", given, unix.PathMax-1)
 	}
 	for element := range strings.SplitSeq(given, "/") {
 		if element == ".." {
-			return "", newProblem(agentapi.CodeInvalidTar, "entry %.200q contains a .. element", given)
+			return "", newProblem(fault.CodeInvalidTar, "entry %.200q contains a .. element", given)
 		}
 	}
 	name := path.Clean(given)
 	if strings.Count(name, "/") >= maxTarDepth {
-		return "", newProblem(agentapi.CodeInvalidTar, "entry %.200q is more than %d directories deep", given, maxTarDepth)
+		return "", newProblem(fault.CodeInvalidTar, "entry %.200q is more than %d directories deep", given, maxTarDepth)
 	}
 	return name, nil
 }
@@ -262,11 +263,11 @@ func (un *unpacker) problem(err error, name string) error {
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return fileProblem(err, name)
 	case errors.As(err, &errno):
-		return newProblem(agentapi.CodeInvalidTar, "entry %q: %s", name, errno)
+		return newProblem(fault.CodeInvalidTar, "entry %q: %s", name, errno)
 	}
 	// The error of os.Root for a path that leads out has only a text. All other errors here come
 	// from the archive too.
-	return newProblem(agentapi.CodeInvalidTar, "entry %q: %s", name, err)
+	return newProblem(fault.CodeInvalidTar, "entry %q: %s", name, err)
 }
 
 func (un *unpacker) write(h *tar.Header, name string, body io.Reader) error {
@@ -330,9 +331,9 @@ func (un *unpacker) writeDir(in *os.Root, base string, h *tar.Header) error {
 			if st, err = in.Stat(base); err == nil && st.IsDir() {
 				return nil
 			}
-			return newProblem(agentapi.CodeInvalidTar, "entry %q: a link is in the place of the directory", h.Name)
+			return newProblem(fault.CodeInvalidTar, "entry %q: a link is in the place of the directory", h.Name)
 		case !st.IsDir():
-			return newProblem(agentapi.CodeNotDirectory, "entry %q: a file is in the place of the directory", h.Name)
+			return newProblem(fault.CodePathNotDirectory, "entry %q: a file is in the place of the directory", h.Name)
 		}
 		return in.Chmod(base, h.FileInfo().Mode().Perm())
 	}
@@ -363,7 +364,7 @@ func (un *unpacker) writeLink(in *os.Root, name, base string, h *tar.Header) err
 	if st, err := un.root.Lstat(target); err != nil {
 		return err
 	} else if !st.Mode().IsRegular() {
-		return newProblem(agentapi.CodeInvalidTar, "entry %q: links to %q, which is not a file", h.Name, h.Linkname)
+		return newProblem(fault.CodeInvalidTar, "entry %q: links to %q, which is not a file", h.Name, h.Linkname)
 	}
 	return un.root.Link(target, name)
 }
@@ -377,7 +378,7 @@ func makeWay(in *os.Root, base, name string) error {
 	case err != nil:
 		return err
 	case st.IsDir():
-		return newProblem(agentapi.CodeIsDirectory, "entry %q: a directory is in its place", name)
+		return newProblem(fault.CodePathIsDirectory, "entry %q: a directory is in its place", name)
 	}
 	return in.Remove(base)
 }
@@ -386,7 +387,7 @@ func makeWay(in *os.Root, base, name string) error {
 // link and does not write through it.
 func (un *unpacker) writeFile(in *os.Root, base string, h *tar.Header, body io.Reader) (err error) {
 	if st, err := in.Lstat(base); err == nil && st.IsDir() {
-		return newProblem(agentapi.CodeIsDirectory, "entry %q: a directory is in its place", h.Name)
+		return newProblem(fault.CodePathIsDirectory, "entry %q: a directory is in its place", h.Name)
 	}
 	temp := tempName()
 	file, err := in.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)

@@ -18,8 +18,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/fault"
 )
 
 // me returns the user of this process, to whom files can be given without being root.
@@ -170,7 +170,7 @@ func TestUnpackHostile(t *testing.T) {
 			}
 			err := (&files{}).unpack(dir, me(), bytes.NewReader(archive(t, entries...)))
 			var known *problem
-			codes := []string{agentapi.CodeInvalidTar, agentapi.CodeIsDirectory, agentapi.CodeNotDirectory}
+			codes := []string{fault.CodeInvalidTar, fault.CodePathIsDirectory, fault.CodePathNotDirectory}
 			if !errors.As(err, &known) || !slices.Contains(codes, known.code) {
 				t.Errorf("unpacked: %v", err)
 			}
@@ -212,7 +212,7 @@ func TestUnpackBroken(t *testing.T) {
 		dir := t.TempDir()
 		err := (&files{}).unpack(dir, me(), bytes.NewReader(body))
 		var known *problem
-		if !errors.As(err, &known) || known.code != agentapi.CodeInvalidTar {
+		if !errors.As(err, &known) || known.code != fault.CodeInvalidTar {
 			t.Errorf("%s: %v", name, err)
 		}
 		if left := tree(t, dir); len(left) != 0 {
@@ -313,13 +313,13 @@ func TestMove(t *testing.T) {
 		code      string
 		field     string
 	}{
-		"nothing there":           {"none", "x", false, agentapi.CodeFileNotFound, ""},
-		"below a file":            {"a/b", "x", false, agentapi.CodeFileNotFound, ""},
-		"taken":                   {"a", "b", false, agentapi.CodePathExists, ""},
-		"to below a file":         {"a", "b/c", false, agentapi.CodeNotDirectory, "to"},
-		"into itself":             {"full", "full/x/y", false, agentapi.CodeInvalidPath, "to"},
-		"a full directory":        {"void", "full", true, agentapi.CodeNotEmpty, "to"},
-		"a file over a directory": {"a", "void", true, agentapi.CodeIsDirectory, "to"},
+		"nothing there":           {"none", "x", false, fault.CodeFileNotFound, ""},
+		"below a file":            {"a/b", "x", false, fault.CodeFileNotFound, ""},
+		"taken":                   {"a", "b", false, fault.CodePathExists, ""},
+		"to below a file":         {"a", "b/c", false, fault.CodePathNotDirectory, "to"},
+		"into itself":             {"full", "full/x/y", false, fault.CodeInvalidPath, "to"},
+		"a full directory":        {"void", "full", true, fault.CodeDirectoryNotEmpty, "to"},
+		"a file over a directory": {"a", "void", true, fault.CodePathIsDirectory, "to"},
 	} {
 		err := move(p(c.from), p(c.to), me(), c.overwrite)
 		var known *problem

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
 )
 
 const (
@@ -50,7 +51,7 @@ func (t *tunnels) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	if t.open.Add(1) > maxTunnels {
 		t.open.Add(-1)
-		httpError(w, newProblem(agentapi.CodeTooManyTunnels,
+		httpError(w, newProblem(fault.CodeTooManyConnections,
 			"the sandbox has %d connections to its ports already", maxTunnels))
 		return
 	}
@@ -112,9 +113,9 @@ func dialInside(ctx context.Context, port int) (*net.TCPConn, error) {
 	}
 	switch {
 	case errors.Is(first, syscall.ECONNREFUSED):
-		return nil, newProblem(agentapi.CodePortClosed, "nothing listens on port %d", port)
+		return nil, newProblem(fault.CodePortClosed, "nothing listens on port %d", port)
 	case ctx.Err() != nil:
-		return nil, newProblem(agentapi.CodePortClosed, "the program that listens on port %d accepts no connection", port)
+		return nil, newProblem(fault.CodePortClosed, "the program that listens on port %d accepts no connection", port)
 	}
 	return nil, fmt.Errorf("connecting to port %d: %w", port, first)
 }

@@ -103,7 +103,7 @@ func TestTunnelRefused(t *testing.T) {
 	for name, try := range map[string]struct {
 		port int
 		code string
-	}{"closed": {closed, agentapi.CodePortClosed}, "none": {0, "invalid_port"}, "too high": {65536, "invalid_port"}} {
+	}{"closed": {closed, fault.CodePortClosed}, "none": {0, "invalid_port"}, "too high": {65536, "invalid_port"}} {
 		if _, err := c.DialPort(t.Context(), box, try.port); fault.As(err) == nil || fault.As(err).Code != try.code {
 			t.Errorf("%s: %v", name, err)
 		}

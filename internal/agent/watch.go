@@ -17,8 +17,8 @@ import (
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
-	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/agentapi/filesystem"
+	"github.com/cayhq/cay/internal/fault"
 )
 
 const (
@@ -75,7 +75,7 @@ func (s *filesystemService) newWatch(h http.Header, req watchRequest) (*watch, e
 		return nil, statErr(err, p)
 	}
 	if !st.IsDir() {
-		return nil, connectErr(newProblem(agentapi.CodeNotDirectory, "path %q is not a directory", p))
+		return nil, connectErr(newProblem(fault.CodePathNotDirectory, "path %q is not a directory", p))
 	}
 	if !req.GetAllowNetworkMounts() && onNetwork(p) {
 		return nil, connectErr(badRequest("path %q is on a network mount, where not all changes can be seen", p))

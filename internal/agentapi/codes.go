@@ -14,46 +14,13 @@ const EnvdVersion = "0.6.13"
 // bodies is fixed and has no field for them.
 const (
 	TokenHeader = "X-Access-Token"
-	CodeHeader  = "Cay-Error-Code"  // one of the Code constants
+	CodeHeader  = "Cay-Error-Code"  // a code of package fault
 	FieldHeader = "Cay-Error-Field" // "to", if that field is at fault and not the code's own
 )
 
 // TunnelProtocol names the protocol to which a connection is upgraded to carry bytes to a
 // port of the sandbox: from the client to the server, and from the server to the agent.
 const TunnelProtocol = "tcp"
-
-// The names under which the agent, which knows no other room, has the codes of errors inside a sandbox.
-const (
-	CodeFileNotFound     = fault.CodeFileNotFound
-	CodeIsDirectory      = fault.CodePathIsDirectory
-	CodeNotDirectory     = fault.CodePathNotDirectory
-	CodeNotEmpty         = fault.CodeDirectoryNotEmpty
-	CodeInvalidPath      = fault.CodeInvalidPath
-	CodeFileDenied       = fault.CodeFileDenied
-	CodeWorkdirNotFound  = fault.CodeWorkdirNotFound
-	CodeUnknownUser      = fault.CodeUnknownUser
-	CodeUnknownOwner     = fault.CodeUnknownOwner
-	CodeInvalidMode      = fault.CodeInvalidMode
-	CodeInvalidEnv       = fault.CodeInvalidEnv
-	CodeInvalidCommand   = fault.CodeInvalidCommand
-	CodeDiskFull         = fault.CodeDiskFull
-	CodeTooManyProcesses = fault.CodeTooManyProcesses
-	CodeUnreachable      = fault.CodeSandboxUnreachable
-	CodeListingTooLarge  = fault.CodeListingTooLarge
-	CodeStartFailed      = fault.CodeStartFailed
-	CodePortClosed       = fault.CodePortClosed
-	CodeTooManyTunnels   = fault.CodeTooManyConnections
-	CodeInvalidTar       = fault.CodeInvalidTar
-	CodePathExists       = fault.CodePathExists
-	CodeProcessNotFound  = fault.CodeProcessNotFound
-	CodeProcessEnded     = fault.CodeProcessEnded
-	CodeTagInUse         = fault.CodeTagInUse
-	CodeStdinClosed      = fault.CodeStdinClosed
-	CodeStdinBlocked     = fault.CodeStdinBlocked
-	CodeNoTerminal       = fault.CodeNoTerminal
-	CodeOutputNotKept    = fault.CodeOutputNotKept
-	CodeInvalidOffset    = fault.CodeInvalidOffset
-)
 
 // kinds maps each code of an agent to the kind of its error and to the field of
 // the request that is at fault.
