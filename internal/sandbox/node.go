@@ -1,0 +1,177 @@
+package sandbox
+
+import (
+	"context"
+	"net"
+	"time"
+)
+
+// Spec describes a sandbox to a Node.
+type Spec struct {
+	ID    ID
+	OrgID string // owner, whose start slots and limits the sandbox shares; "" for a pooled one
+	Run   string
+	Token string
+	Shape
+	// From names the snapshot from which a create or a pooled sandbox is restored instead of
+	// booted; "" means none. Image, Size and DiskMB must then be those of the snapshot's sandbox, and
+	// Start is ignored.
+	From SnapshotID
+}
+
+// Checkpoint describes a recovery point: a complete checkpoint on the machine's disk, from which a
+// sandbox can be woken in its state of that time.
+type Checkpoint struct {
+	At   time.Time
+	Size int64  // bytes on disk
+	Run  string // run in which it was taken
+}
+
+// Observed describes what a node has of one sandbox. A sandbox without anything on the node has no
+// Observed.
+type Observed struct {
+	ID    ID
+	Run   string // of the present instance, alive or dead; "" if unknown or without an instance
+	Alive bool   // its processes run and its agent should answer
+	// Remains reports whether an instance left something that Rest would remove: processes, a control
+	// group, a network slot or files. It is true when Alive is.
+	Remains bool
+	// Warm reports whether the sandbox was prepared for the pool in the way that this server would
+	// create it now, and no claim of it has begun.
+	Warm bool
+	// Egress holds the machine's policy for the sandbox, which is in force if Alive.
+	Egress Egress
+	// Checkpoint holds the latest recovery point, or nil if there is none. At most one exists beside the
+	// one being written.
+	Checkpoint *Checkpoint
+}
+
+// Node makes and removes sandboxes on a machine. The fake in caytest and the real node keep the
+// same contract.
+type Node interface {
+	NodeCapacity
+	NodeInstances
+	NodePool
+	NodeCheckpoints
+	NodeSnapshots
+	NodePolicies
+	NodeObserver
+}
+
+// NodeCapacity tells how many sandboxes a machine can take.
+type NodeCapacity interface {
+	// Room returns nil if a sandbox of the size could be made now, and otherwise Unavailable, code
+	// "no_capacity", with RetryAfter. It makes no reservation.
+	Room(ctx context.Context, size Size) error
+	// Spare returns how many more sandboxes the machine's limit on their number and its memory allow,
+	// at least 0.
+	Spare(ctx context.Context) (int, error)
+}
+
+// NodeInstances makes and ends the instances of sandboxes, and reaches their agents.
+type NodeInstances interface {
+	// Create makes the sandbox and returns when its agent answers and its start command is ready, for
+	// which it waits as long as the command's Patience. The policy is in force before any process of
+	// the sandbox runs, and the same holds for Wake. After an error nothing of the sandbox is left,
+	// except what the error reports as not undone. No room on the machine is Unavailable, code
+	// "no_capacity", with RetryAfter. A start command that fails is Conflict, code "start_failed",
+	// with a detail for the user.
+	//
+	// With spec.From the sandbox is not booted. It continues from that snapshot, with its processes,
+	// memory, files and listening sockets, as a sandbox of its own. Its environment (for later
+	// commands), user, working directory, host name, address, token and policy are those of the spec.
+	// Its kernel gives other random values than those of other sandboxes from the snapshot.
+	// Connections of the snapshot's sandbox are broken. The snapshot is not needed after Create
+	// returns. A snapshot that cannot be restored is Internal, code "restore_failed", with a detail
+	// for the user.
+	Create(ctx context.Context, spec Spec) error
+	// Wake starts an instance from the sandbox's latest recovery point, as spec.Run and with
+	// spec.Token, and returns when its agent answers. Only ID, Run, Token and Egress of the spec are
+	// new; the rest must be the same as for Create. After an error Wake has undone its work and the
+	// point is still there. No room on the machine is Unavailable, code "no_capacity", with
+	// RetryAfter. A point that cannot be restored is Internal, code "wake_failed", with a detail for
+	// the user.
+	Wake(ctx context.Context, spec Spec) error
+	// Rest ends the sandbox's processes and removes everything of it except its recovery point. It
+	// continues after errors and joins them. A missing sandbox is no error.
+	Rest(ctx context.Context, id ID) error
+	// Destroy removes everything of the sandbox, its recovery point too. It continues after errors and
+	// joins them. A missing sandbox is no error.
+	Destroy(ctx context.Context, id ID) error
+	// Check returns an error if a sandbox's agent does not answer.
+	Check(ctx context.Context, id ID) error
+	// Busy reports whether any process besides the agent runs inside. Such a process could have
+	// changed the sandbox since its latest point without a call.
+	Busy(ctx context.Context, id ID) (bool, error)
+	// Dial connects to the sandbox's agent. A missing sandbox is Conflict, code "sandbox_not_running".
+	Dial(ctx context.Context, id ID) (net.Conn, error)
+}
+
+// NodePool makes pooled sandboxes and gives them their owners.
+type NodePool interface {
+	// Prepare makes a pooled sandbox. A pooled sandbox is a sandbox as Create makes it, without what Claim
+	// gives it, and closed: no traffic leaves it. A pooled sandbox with a start command already has the spec's
+	// policy, environment, user and working directory, because the command must run as after a create.
+	// Errors are those of Create.
+	Prepare(ctx context.Context, spec Spec) error
+	// Claim gives a pooled sandbox the environment, user, working directory and policy of the spec. The rest
+	// of the spec must be the same as for Prepare. The policy is in force when Claim returns. After an
+	// error it is no longer a pooled sandbox, and nothing of it is left, except what the error reports as not
+	// undone.
+	Claim(ctx context.Context, spec Spec) error
+}
+
+// NodeCheckpoints saves sandboxes as recovery points.
+type NodeCheckpoints interface {
+	// Suspend writes a recovery point of the whole sandbox and then ends the instance. After success
+	// only the point is left. After an error the sandbox keeps running, or is dead with its previous
+	// or its new point whole; Inspect tells which. Too little space is NoSpace, code "disk_full", and
+	// is detected before the sandbox is touched.
+	Suspend(ctx context.Context, id ID) (Checkpoint, error)
+	// Checkpoint writes a recovery point while the sandbox keeps running, after a pause that grows
+	// with its memory. It removes the previous point once the new one is whole. Errors are those of
+	// Suspend.
+	Checkpoint(ctx context.Context, id ID) (Checkpoint, error)
+}
+
+// NodeSnapshots makes, lists and removes snapshots.
+type NodeSnapshots interface {
+	// Snapshot writes a snapshot of a running sandbox. The sandbox continues after a pause that grows
+	// with its memory, and keeps its connections. The snapshot outlives the sandbox, and so do the
+	// programs that the snapshot needs. Errors are those of Suspend. After an error nothing of the
+	// snapshot is left but what DropSnapshot removes.
+	Snapshot(ctx context.Context, id ID, to SnapshotID) (Checkpoint, error)
+	// SnapshotCheckpoint makes a snapshot from the sandbox's latest recovery point, which it does not
+	// change. A missing point is Conflict, code "sandbox_not_running".
+	SnapshotCheckpoint(ctx context.Context, id ID, to SnapshotID) (Checkpoint, error)
+	// DropSnapshot removes a complete or partial snapshot. Sandboxes that were made from it continue;
+	// one that is being made fails. A missing snapshot is no error.
+	DropSnapshot(ctx context.Context, id SnapshotID) error
+	// Snapshots returns the snapshots of which anything exists, except those being written.
+	Snapshots(ctx context.Context) ([]SnapshotID, error)
+}
+
+// NodePolicies keeps the policies of sandboxes in force and counts what they let through.
+type NodePolicies interface {
+	// SetEgress replaces the policy of a running sandbox, for established connections too. After an
+	// error the previous policy is in force. A sandbox that does not run is Conflict, code
+	// "sandbox_not_running".
+	SetEgress(ctx context.Context, id ID, e Egress) error
+	// Traffic returns the traffic that left the sandbox during its present run. Errors are those of
+	// SetEgress.
+	Traffic(ctx context.Context, id ID) (Traffic, error)
+	// Denied returns a channel of denials by policies. The node drops denials that are not received in
+	// time.
+	Denied() <-chan Denial
+}
+
+// NodeObserver tells what a machine has of sandboxes.
+type NodeObserver interface {
+	// Inspect returns what the machine has of one sandbox, or nil for nothing.
+	Inspect(ctx context.Context, id ID) (*Observed, error)
+	// List returns what the machine has of all sandboxes, alive, dead or partial.
+	List(ctx context.Context) ([]Observed, error)
+	// Lost returns a channel of the sandboxes whose processes ended unexpectedly. The node has only
+	// one such channel, and does not close it before the node itself is closed.
+	Lost() <-chan Observed
+}
