@@ -104,7 +104,9 @@ func (n *Node) creation(b *instance, spec sandbox.Spec) []step {
 }
 
 // take registers the instance of a sandbox that has none on this machine and makes it step by
-// step. It calls undo when a step fails.
+// step. It calls undo when a step fails. It asks again whether the machine may have another sandbox,
+// since several callers may have been told of the same room. A pooled sandbox that is being prepared
+// keeps no other from being made: the pool gives way.
 func (n *Node) take(ctx context.Context, b *instance, steps []step, undo func(context.Context, sandbox.ID) error,
 ) error {
 	id := b.record.ID
@@ -112,6 +114,10 @@ func (n *Node) take(ctx context.Context, b *instance, steps []step, undo func(co
 	if n.instances[id] != nil {
 		n.mu.Unlock()
 		return fmt.Errorf("sandbox %s is on this machine already", id)
+	}
+	if err := n.roomLocked(b.record.Warm != ""); err != nil {
+		n.mu.Unlock()
+		return err
 	}
 	n.instances[id] = b
 	n.mu.Unlock()

@@ -187,11 +187,10 @@ const retryRoom = 5 * time.Second
 // Room returns an error if the machine cannot take one more sandbox of the size now.
 func (n *Node) Room(_ context.Context, size sandbox.Size) error {
 	n.mu.Lock()
-	count := len(n.instances)
+	err := n.roomLocked(true)
 	n.mu.Unlock()
-	if count >= n.cfg.MaxSandboxes {
-		return fault.New(fault.Unavailable, fault.CodeNoCapacity, "this machine has its %d sandboxes",
-			n.cfg.MaxSandboxes).After(retryRoom)
+	if err != nil {
+		return err
 	}
 	free, err := availableMemory()
 	if err != nil {
@@ -211,6 +210,22 @@ func (n *Node) Room(_ context.Context, size sandbox.Size) error {
 		return fault.New(fault.Unavailable, fault.CodeNoCapacity, "this machine's disk is full").After(retryRoom)
 	}
 	return nil
+}
+
+// roomLocked returns an error if the machine has as many sandboxes as it may have. Pooled sandboxes
+// count only if pooled is set.
+func (n *Node) roomLocked(pooled bool) error {
+	count := 0
+	for _, b := range n.instances {
+		if pooled || b.record.Warm == "" {
+			count++
+		}
+	}
+	if count < n.cfg.MaxSandboxes {
+		return nil
+	}
+	return fault.New(fault.Unavailable, fault.CodeNoCapacity, "this machine has its %d sandboxes",
+		n.cfg.MaxSandboxes).After(retryRoom)
 }
 
 // Dial connects to the agent of a running sandbox.
