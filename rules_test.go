@@ -130,7 +130,7 @@ func parse(t *testing.T, path string, mode parser.Mode) *ast.File {
 
 // forTests reports whether only tests import a package. Such packages may import anything.
 func forTests(dir string) bool {
-	return dir == "internal/caytest" || dir == "e2e" || strings.HasPrefix(dir, "e2e/")
+	return dir == "internal/caytest" || dir == "internal/nodetest" || dir == "e2e" || strings.HasPrefix(dir, "e2e/")
 }
 
 func TestImports(t *testing.T) {

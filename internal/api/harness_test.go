@@ -29,10 +29,10 @@ import (
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/blob"
 	"github.com/cayhq/cay/internal/budget"
-	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/httpserver"
+	"github.com/cayhq/cay/internal/nodetest"
 	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
@@ -47,7 +47,7 @@ type house struct {
 	http   *http.Client // checks every answer against openapi.yaml
 	log    *logBuffer
 	db     *store.DB
-	node   *caytest.Node
+	node   *nodetest.Fake
 	agent  *fakeAgent
 	ports  *fakePorts
 	server *server // must not be changed after the first request
@@ -76,7 +76,7 @@ func withAgent(a Agent) option {
 func newHouse(t testing.TB, options ...option) *house {
 	t.Helper()
 	ctx := t.Context()
-	h := &house{log: &logBuffer{}, node: caytest.NewNode(), agent: newFakeAgent(),
+	h := &house{log: &logBuffer{}, node: nodetest.NewFake(), agent: newFakeAgent(),
 		ports: &fakePorts{addrs: map[int]string{}}, spec: loadSpec(t)}
 	log := slog.New(slog.NewJSONHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	db, err := store.Open(ctx, filepath.Join(t.TempDir(), "cay.db"))

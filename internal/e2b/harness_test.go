@@ -20,7 +20,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/blob"
-	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/nodetest"
 	"github.com/cayhq/cay/internal/portproxy"
 	"github.com/cayhq/cay/internal/sampler"
 	"github.com/cayhq/cay/internal/sandbox"
@@ -33,7 +33,7 @@ import (
 type harness struct {
 	t         *testing.T
 	url       string
-	node      *caytest.Node
+	node      *nodetest.Fake
 	sandboxes *sandbox.Service
 	auth      *auth.Service
 	agents    *agentapi.Client
@@ -89,7 +89,7 @@ func (b *buffer) String() string {
 func newHarness(t *testing.T) *harness {
 	t.Helper()
 	ctx := t.Context()
-	h := &harness{t: t, node: caytest.NewNode(), log: &buffer{}}
+	h := &harness{t: t, node: nodetest.NewFake(), log: &buffer{}}
 	log := slog.New(slog.NewTextHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	db, err := store.Open(ctx, filepath.Join(t.TempDir(), "cay.db"))
 	if err != nil {

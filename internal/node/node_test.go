@@ -256,26 +256,6 @@ func TestFiltersAreCompiled(t *testing.T) {
 	}
 }
 
-func TestDestroyTwiceAndOfNothing(t *testing.T) {
-	m := newMachine(t)
-	if err := m.node.Destroy(m.ctx(), sandbox.NewID()); err != nil {
-		t.Error(err)
-	}
-	spec := m.spec()
-	if err := m.node.Create(m.ctx(), spec); err != nil {
-		t.Fatal(err)
-	}
-	for range 2 {
-		if err := m.node.Destroy(m.ctx(), spec.ID); err != nil {
-			t.Error(err)
-		}
-	}
-	m.wantNothing()
-	if _, err := m.node.Dial(m.ctx(), spec.ID); !fault.Is(err, fault.Conflict) {
-		t.Errorf("dialling a destroyed sandbox: %v", err)
-	}
-}
-
 // TestAdoption opens another Node: sandboxes that run continue, one that died meanwhile is reported
 // as dead, and both can be destroyed.
 func TestAdoption(t *testing.T) {
@@ -324,35 +304,6 @@ func (m *machine) awaitExit(pid int) {
 	}
 }
 
-// TestLost checks that a sentry that is killed is reported once, and one that is destroyed is not.
-func TestLost(t *testing.T) {
-	m := newMachine(t)
-	asked, killed := m.spec(), m.spec()
-	for _, spec := range []sandbox.Spec{asked, killed} {
-		if err := m.node.Create(m.ctx(), spec); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := m.node.Destroy(m.ctx(), asked.ID); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Kill(m.node.instance(killed.ID).pid, unix.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	select {
-	case observed := <-m.node.Lost():
-		if observed.ID != killed.ID || observed.Run != killed.Run || observed.Alive {
-			t.Errorf("lost %+v", observed)
-		}
-	case <-time.After(30 * time.Second):
-		t.Fatal("the end of the sandbox was not reported")
-	}
-	if err := m.node.Destroy(m.ctx(), killed.ID); err != nil {
-		t.Error(err)
-	}
-	m.wantNothing()
-}
-
 // TestManyAtOnce makes and destroys sandboxes concurrently.
 func TestManyAtOnce(t *testing.T) {
 	m := newMachine(t)
@@ -377,11 +328,7 @@ func TestManyAtOnce(t *testing.T) {
 func TestRoom(t *testing.T) {
 	m := newMachine(t)
 	size := sandbox.Size{Name: "small", VCPUs: 1, MemoryMB: 256}
-	if err := m.node.Room(m.ctx(), size); err != nil {
-		t.Fatal(err)
-	}
 	for name, set := range map[string]func(*Config){
-		"count":  func(c *Config) { c.MaxSandboxes = 0 },
 		"memory": func(c *Config) { c.MinHostMemory = 1 << 60 },
 		"disk":   func(c *Config) { c.MinDisk = 1 << 60 },
 	} {

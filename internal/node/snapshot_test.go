@@ -230,26 +230,6 @@ func TestSnapshotFails(t *testing.T) {
 			t.Errorf("%s: its recovery point is %+v, %v", name, observed.Checkpoint, err)
 		}
 	}
-	if _, err := m.node.SnapshotCheckpoint(m.ctx(), m.created().ID,
-		sandbox.NewSnapshotID()); !fault.Is(err, fault.Conflict) {
-		t.Errorf("a snapshot of a missing recovery point: %v", err)
-	}
-	if err := m.node.Create(m.ctx(), child(spec, sandbox.NewSnapshotID())); fault.As(err) == nil ||
-		fault.As(err).Code != "restore_failed" {
-		t.Errorf("a child of a missing snapshot: %v", err)
-	}
-	m.wantNoRoomForASnapshot(spec)
-}
-
-func (m *machine) wantNoRoomForASnapshot(spec sandbox.Spec) {
-	m.t.Helper()
-	m.close()
-	m.minDisk = 1 << 60
-	m.open()
-	if _, err := m.node.Snapshot(m.ctx(), spec.ID, sandbox.NewSnapshotID()); !fault.Is(err, fault.NoSpace) {
-		m.t.Errorf("a snapshot without room for it: %v", err)
-	}
-	m.works(spec)
 }
 
 // TestDamagedSnapshot damages the pages of a snapshot whose children run: each child is ended, and

@@ -7,7 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/nodetest"
 	"github.com/cayhq/cay/internal/sandbox"
 )
 
@@ -246,77 +246,77 @@ func (s gatedStore) Unfinished(ctx context.Context) ([]sandbox.Sandbox, error) {
 }
 
 type gatedNode struct {
-	*caytest.Node
+	*nodetest.Fake
 	*gate
 }
 
 func (n gatedNode) Create(ctx context.Context, spec sandbox.Spec) error {
-	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.Create(ctx, spec) })
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Fake.Create(ctx, spec) })
 	return err
 }
 
 func (n gatedNode) Prepare(ctx context.Context, spec sandbox.Spec) error {
-	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.Prepare(ctx, spec) })
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Fake.Prepare(ctx, spec) })
 	return err
 }
 
 func (n gatedNode) Claim(ctx context.Context, spec sandbox.Spec) error {
-	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.Claim(ctx, spec) })
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Fake.Claim(ctx, spec) })
 	return err
 }
 
 func (n gatedNode) Suspend(ctx context.Context, id sandbox.ID) (sandbox.Checkpoint, error) {
-	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Checkpoint, error) { return n.Node.Suspend(ctx, id) })
+	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Checkpoint, error) { return n.Fake.Suspend(ctx, id) })
 }
 
 func (n gatedNode) Checkpoint(ctx context.Context, id sandbox.ID) (sandbox.Checkpoint, error) {
 	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Checkpoint, error) {
-		return n.Node.Checkpoint(ctx, id)
+		return n.Fake.Checkpoint(ctx, id)
 	})
 }
 
 func (n gatedNode) Wake(ctx context.Context, spec sandbox.Spec) error {
-	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.Wake(ctx, spec) })
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Fake.Wake(ctx, spec) })
 	return err
 }
 
 func (n gatedNode) Rest(ctx context.Context, id sandbox.ID) error {
-	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.Rest(ctx, id) })
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Fake.Rest(ctx, id) })
 	return err
 }
 
 func (n gatedNode) Destroy(ctx context.Context, id sandbox.ID) error {
-	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.Destroy(ctx, id) })
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Fake.Destroy(ctx, id) })
 	return err
 }
 
 func (n gatedNode) Snapshot(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID) (sandbox.Checkpoint, error) {
 	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Checkpoint, error) {
-		return n.Node.Snapshot(ctx, id, to)
+		return n.Fake.Snapshot(ctx, id, to)
 	})
 }
 
 func (n gatedNode) SnapshotCheckpoint(ctx context.Context, id sandbox.ID, to sandbox.SnapshotID,
 ) (sandbox.Checkpoint, error) {
 	return through(ctx, n.gate, func(ctx context.Context) (sandbox.Checkpoint, error) {
-		return n.Node.SnapshotCheckpoint(ctx, id, to)
+		return n.Fake.SnapshotCheckpoint(ctx, id, to)
 	})
 }
 
 func (n gatedNode) DropSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
-	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.DropSnapshot(ctx, id) })
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Fake.DropSnapshot(ctx, id) })
 	return err
 }
 
 func (n gatedNode) Busy(ctx context.Context, id sandbox.ID) (bool, error) {
-	return through(ctx, n.gate, func(ctx context.Context) (bool, error) { return n.Node.Busy(ctx, id) })
+	return through(ctx, n.gate, func(ctx context.Context) (bool, error) { return n.Fake.Busy(ctx, id) })
 }
 
 func (n gatedNode) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress) error {
-	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Node.SetEgress(ctx, id, e) })
+	_, err := through(ctx, n.gate, func(ctx context.Context) (any, error) { return nil, n.Fake.SetEgress(ctx, id, e) })
 	return err
 }
 
 func (n gatedNode) Inspect(ctx context.Context, id sandbox.ID) (*sandbox.Observed, error) {
-	return through(ctx, n.gate, func(ctx context.Context) (*sandbox.Observed, error) { return n.Node.Inspect(ctx, id) })
+	return through(ctx, n.gate, func(ctx context.Context) (*sandbox.Observed, error) { return n.Fake.Inspect(ctx, id) })
 }

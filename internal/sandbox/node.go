@@ -46,8 +46,9 @@ type Observed struct {
 	Checkpoint *Checkpoint
 }
 
-// Node makes and removes sandboxes on a machine. The fake in caytest and the real node keep the
-// same contract.
+// Node makes and removes sandboxes on a machine. nodetest.Contract runs what the comments of its
+// methods promise on every implementation. A call for a sandbox that does not run, and that needs one
+// which does, is Conflict, code "sandbox_not_running".
 type Node interface {
 	NodeCapacity
 	NodeInstances
@@ -73,9 +74,10 @@ type NodeInstances interface {
 	// Create makes the sandbox and returns when its agent answers and its start command is ready, for
 	// which it waits as long as the command's Patience. The policy is in force before any process of
 	// the sandbox runs, and the same holds for Wake. After an error nothing of the sandbox is left,
-	// except what the error reports as not undone. No room on the machine is Unavailable, code
-	// "no_capacity", with RetryAfter. A start command that fails is Conflict, code "start_failed",
-	// with a detail for the user.
+	// except what the error reports as not undone. A sandbox with that ID which has an instance is an
+	// error, and stays as it is. No room on the machine is Unavailable, code "no_capacity", with
+	// RetryAfter; pooled sandboxes do not count, since they give way. A start command that fails is
+	// Conflict, code "start_failed", with a detail for the user.
 	//
 	// With spec.From the sandbox is not booted. It continues from that snapshot, with its processes,
 	// memory, files and listening sockets, as a sandbox of its own. Its environment (for later
@@ -87,10 +89,10 @@ type NodeInstances interface {
 	Create(ctx context.Context, spec Spec) error
 	// Wake starts an instance from the sandbox's latest recovery point, as spec.Run and with
 	// spec.Token, and returns when its agent answers. Only ID, Run, Token and Egress of the spec are
-	// new; the rest must be the same as for Create. After an error Wake has undone its work and the
-	// point is still there. No room on the machine is Unavailable, code "no_capacity", with
-	// RetryAfter. A point that cannot be restored is Internal, code "wake_failed", with a detail for
-	// the user.
+	// new; the rest must be the same as for Create. The point stays. After an error Wake has undone its
+	// work and the point is still there. A sandbox with something for Rest to remove is an error, and
+	// stays as it is. No room on the machine is an error as for Create. A missing point, or one that
+	// cannot be restored, is Internal, code "wake_failed", with a detail for the user.
 	Wake(ctx context.Context, spec Spec) error
 	// Rest ends the sandbox's processes and removes everything of it except its recovery point. It
 	// continues after errors and joins them. A missing sandbox is no error.
@@ -103,7 +105,7 @@ type NodeInstances interface {
 	// Busy reports whether any process besides the agent runs inside. Such a process could have
 	// changed the sandbox since its latest point without a call.
 	Busy(ctx context.Context, id ID) (bool, error)
-	// Dial connects to the sandbox's agent. A missing sandbox is Conflict, code "sandbox_not_running".
+	// Dial connects to the sandbox's agent.
 	Dial(ctx context.Context, id ID) (net.Conn, error)
 }
 
@@ -112,12 +114,12 @@ type NodePool interface {
 	// Prepare makes a pooled sandbox. A pooled sandbox is a sandbox as Create makes it, without what Claim
 	// gives it, and closed: no traffic leaves it. A pooled sandbox with a start command already has the spec's
 	// policy, environment, user and working directory, because the command must run as after a create.
-	// Errors are those of Create.
+	// Errors are those of Create, but pooled sandboxes count.
 	Prepare(ctx context.Context, spec Spec) error
 	// Claim gives a pooled sandbox the environment, user, working directory and policy of the spec. The rest
 	// of the spec must be the same as for Prepare. The policy is in force when Claim returns. After an
 	// error it is no longer a pooled sandbox, and nothing of it is left, except what the error reports as not
-	// undone.
+	// undone. A spec that names no pooled sandbox is Conflict, code "no_member", and changes nothing.
 	Claim(ctx context.Context, spec Spec) error
 }
 
@@ -154,11 +156,10 @@ type NodeSnapshots interface {
 // NodePolicies keeps the policies of sandboxes in force and counts what they let through.
 type NodePolicies interface {
 	// SetEgress replaces the policy of a running sandbox, for established connections too. After an
-	// error the previous policy is in force. A sandbox that does not run is Conflict, code
-	// "sandbox_not_running".
+	// error the previous policy is in force.
 	SetEgress(ctx context.Context, id ID, e Egress) error
-	// Traffic returns the traffic that left the sandbox during its present run. Errors are those of
-	// SetEgress.
+	// Traffic returns the traffic that left the sandbox, or was kept from leaving it, during its present
+	// run.
 	Traffic(ctx context.Context, id ID) (Traffic, error)
 	// Denied returns a channel of denials by policies. The node drops denials that are not received in
 	// time.

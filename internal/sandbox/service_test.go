@@ -11,8 +11,8 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/nodetest"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
 )
@@ -46,7 +46,7 @@ type fixture struct {
 	*sandbox.Service
 	t     *testing.T
 	db    *store.DB
-	node  *caytest.Node
+	node  *nodetest.Fake
 	gate  *gate // of the running server
 	quota sandbox.Quota
 	pool  sandbox.PoolConfig // for the next start
@@ -65,7 +65,7 @@ func newPoolFixture(t *testing.T, pool sandbox.PoolConfig) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &fixture{t: t, db: db, node: caytest.NewNode(), pool: pool, what: oneTemplate{}}
+	h := &fixture{t: t, db: db, node: nodetest.NewFake(), pool: pool, what: oneTemplate{}}
 	h.start()
 	t.Cleanup(func() {
 		h.crash()

@@ -13,8 +13,8 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/nodetest"
 	"github.com/cayhq/cay/internal/sandbox"
 	"github.com/cayhq/cay/internal/store"
 )
@@ -254,7 +254,7 @@ func TestNobodyIsSuspendedInUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer db.Close()
-	node := caytest.NewNode()
+	node := nodetest.NewFake()
 	s := sandbox.New(sandbox.Config{Sizes: []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}},
 		DefaultSize: "small", DefaultDisk: 64, MaxDisk: 64},
 		db, node, oneTemplate{}, slog.New(slog.DiscardHandler), nil)
