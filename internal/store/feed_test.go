@@ -62,9 +62,27 @@ func feed(t *testing.T, db *DB, q event.Query) (all []event.Event, pages int) {
 	}
 }
 
-// TestFeedKeepsEveryField writes an event with all fields and reads it back.
-func TestFeedKeepsEveryField(t *testing.T) {
-	db := open(t)
+// testEventStore tests the contract of event.Store, which every implementation must keep. No interface
+// writes events by itself, so the tests take the whole database.
+func testEventStore(t *testing.T, open func(t *testing.T) *DB) {
+	for name, f := range map[string]func(*testing.T, *DB){
+		"every field":            feedFields,
+		"pages":                  feedPages,
+		"order":                  feedOrder,
+		"waking":                 feedWakes,
+		"trimming":               feedTrims,
+		"trimming and listings":  feedTrimsAndListings,
+		"a clock that goes back": feedClock,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f(t, open(t))
+		})
+	}
+}
+
+// feedFields writes an event with all fields and reads it back.
+func feedFields(t *testing.T, db *DB) {
 	want := event.Event{OrgID: "org_a", At: start, Type: event.SnapshotCreated, SandboxID: "sbx_a",
 		From: "running", To: "suspended", Reason: "why", Detail: "\"\\\x01\u2028",
 		About: event.About{SnapshotID: "snap_a", TemplateID: "tpl_a", KeyID: "key_a",
@@ -84,8 +102,7 @@ func TestFeedKeepsEveryField(t *testing.T) {
 	}
 }
 
-func TestFeedPages(t *testing.T) {
-	db := open(t)
+func feedPages(t *testing.T, db *DB) {
 	const many = 2*feedScan + 10
 	addEvents(t, db, many, event.Event{OrgID: "org_a", At: start, Type: event.SandboxRunning, SandboxID: "sbx_a"})
 	addEvents(t, db, 5, event.Event{OrgID: "org_b", At: start, Type: event.SandboxFailed, SandboxID: "sbx_b"})
@@ -125,10 +142,9 @@ func TestFeedPages(t *testing.T) {
 	}
 }
 
-// TestFeedInOrder runs writers and readers at once. It checks that no reader misses an event, reads
+// feedOrder runs writers and readers at once. It checks that no reader misses an event, reads
 // one twice, or reads one that precedes an event it has read before.
-func TestFeedInOrder(t *testing.T) {
-	db := open(t)
+func feedOrder(t *testing.T, db *DB) {
 	const writers, each = 6, 40
 	done := make(chan struct{})
 	var writing, reading sync.WaitGroup
@@ -193,9 +209,8 @@ func TestFeedInOrder(t *testing.T) {
 	reading.Wait()
 }
 
-// TestFeedIsWoken checks that followers are woken once an event can be read, and for nothing else.
-func TestFeedIsWoken(t *testing.T) {
-	db := open(t)
+// feedWakes checks that followers are woken once an event can be read, and for nothing else.
+func feedWakes(t *testing.T, db *DB) {
 	var woken []string
 	db.OnEvents(func(orgs []string) {
 		for _, org := range orgs {
@@ -228,8 +243,7 @@ func trimmed(t *testing.T, db *DB, before time.Time, most int) []event.Event {
 	return left
 }
 
-func TestTrimEvents(t *testing.T) {
-	db := open(t)
+func feedTrims(t *testing.T, db *DB) {
 	putOrg(t, db, "org_a")
 	putOrg(t, db, "org_b")
 	addEvents(t, db, trimBatch, event.Event{OrgID: "org_a", At: start, Type: event.SandboxRunning})
@@ -256,8 +270,10 @@ func TestTrimEvents(t *testing.T) {
 	if through, found, err := db.Consumed(t.Context(), "webhooks"); err != nil || !found || through != all[4].Seq {
 		t.Errorf("the consumer is at %d, %v, %v", through, found, err)
 	}
-	if err := db.EndConsumer(t.Context(), "webhooks"); err != nil {
-		t.Fatal(err)
+	for range 2 {
+		if err := db.EndConsumer(t.Context(), "webhooks"); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if _, found, err := db.Consumed(t.Context(), "webhooks"); err != nil || found {
 		t.Errorf("the consumer still exists: %v", err)
@@ -284,11 +300,10 @@ func TestTrimEvents(t *testing.T) {
 	}
 }
 
-// TestTrimEventsKeepsListings drops events from the feed and from the listing of a sandbox. It checks
+// feedTrimsAndListings drops events from the feed and from the listing of a sandbox. It checks
 // that each keeps the events that only the other has dropped, and that events that both have dropped
 // are deleted.
-func TestTrimEventsKeepsListings(t *testing.T) {
-	db := open(t)
+func feedTrimsAndListings(t *testing.T, db *DB) {
 	putOrg(t, db, "org_a")
 	rows := func() (n int) {
 		t.Helper()
@@ -344,10 +359,9 @@ func TestTrimEventsKeepsListings(t *testing.T) {
 	}
 }
 
-// TestClockSetBack checks that events get seqs above the existing ones when the clock was set back,
+// feedClock checks that events get seqs above the existing ones when the clock was set back,
 // and that no seq is used twice.
-func TestClockSetBack(t *testing.T) {
-	db := open(t)
+func feedClock(t *testing.T, db *DB) {
 	ahead := time.Now().Add(time.Hour).UnixMicro()
 	const insert = "INSERT INTO events SELECT $1, 'org_a', 1, 'org.created', '', NULL, '', '', '', '', '{}'"
 	if _, err := db.writer.Exec(insert, ahead); err != nil {
@@ -358,82 +372,6 @@ func TestClockSetBack(t *testing.T) {
 	for i, e := range all {
 		if e.Seq != event.Seq(ahead+int64(i)) {
 			t.Errorf("event %d is at %d, want %d", i, e.Seq, ahead+int64(i))
-		}
-	}
-}
-
-// TestMigrateEvents migrates events from version 8 of the schema. It checks that the ids and cursors
-// that clients hold stay valid, and that the feed has the events.
-func TestMigrateEvents(t *testing.T) {
-	path, old := openOld(t, 8)
-	a, b := small("org_a", 0), small("org_b", 0)
-	a.ID, b.ID = "sbx_aaaaaaaaaaaaaaaaaaaa", "sbx_bbbbbbbbbbbbbbbbbbbb"
-	snap := "snap_cccccccccccccccccccc"
-	for _, s := range []sandbox.Sandbox{a, b} {
-		if _, err := old.Exec(insertBeforeShapes, s.ID, s.OrgID, at(s.CreatedAt)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, row := range []struct {
-		id       sandbox.ID
-		seq, at  int64
-		from, to string
-		reason   string
-		detail   string
-	}{
-		{a.ID, 3, 100, "creating", "running", "", ""}, // its events 1 and 2 were dropped
-		{a.ID, 4, 400, "running", "running", "egress_denied", "tcp"},
-		{a.ID, 5, 200, "running", "running", "snapshot_made", snap + " mine"}, // the clock was set back
-		{a.ID, 6, 500, "running", "running", "snapshot_made", snap},
-		{a.ID, 7, 600, "running", "running", "forked", "2 asked for"},
-		{b.ID, 1, 50, "", "creating", "fork", string(a.ID)},
-		{b.ID, 2, 450, "creating", "failed", "boot_failed", ""},
-	} {
-		_, err := old.Exec(`INSERT INTO sandbox_events (sandbox_id, seq, at, from_state, to_state, reason, detail)
-			VALUES ($1, $2, $3, $4, $5, $6, $7)`,
-			row.id, row.seq, row.at, row.from, row.to, row.reason, row.detail)
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := old.Close(); err != nil {
-		t.Fatal(err)
-	}
-
-	db := openAt(t, path)
-	// The cursor of a page that ended with number 5, as the version before the migration made it.
-	page, next, err := db.Events(t.Context(), a.ID, 1, "AWUAAAAAAAAABXNieF9hYWFhYWFhYWFhYWFhYWFhYWFhYQ")
-	if err != nil || len(page) != 1 || page[0].ID != "evt_0000000004" || page[0].Detail != "tcp" ||
-		page[0].At.UnixMicro() != 400 || next == "" {
-		t.Errorf("the page after an old cursor is %+v, %q, %v", page, next, err)
-	}
-	mustMove(t, db, a.ID, sandbox.Creating, sandbox.Running, start)
-	var ids []string
-	listed, _, err := db.Events(t.Context(), a.ID, 10, "")
-	for _, e := range listed {
-		ids = append(ids, e.ID)
-	}
-	if want := []string{"evt_0000000008", "evt_0000000007", "evt_0000000006", "evt_0000000005", "evt_0000000004",
-		"evt_0000000003"}; err != nil || !slices.Equal(ids, want) {
-		t.Errorf("the listing has %q, want %q, %v", ids, want, err)
-	}
-	all, err := db.ReadAllEvents(t.Context(), event.Oldest, 100)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var got []string
-	for _, e := range all {
-		got = append(got, fmt.Sprintf("%s %s %s %s", e.OrgID, e.Type, e.SnapshotID, e.Name))
-	}
-	want := []string{"org_b sandbox.creating  ", "org_a sandbox.running  ", "org_a sandbox.egress_denied  ",
-		"org_a snapshot.created " + snap + " mine",
-		"org_b sandbox.failed  ", "org_a snapshot.created " + snap + " ", "org_a sandbox.forked  ", "org_a sandbox.running  "}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("the feed (-want +got):\n%s", diff)
-	}
-	for _, e := range all {
-		if !e.Type.Known() {
-			t.Errorf("type %s", e.Type)
 		}
 	}
 }

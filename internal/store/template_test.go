@@ -348,28 +348,3 @@ func templateLog(t *testing.T, st template.Store) {
 		t.Errorf("the other template's log: %v, %v", other, err)
 	}
 }
-
-// TestDeleteTemplateInUse checks that a template with living sandboxes can be deleted only with force.
-func TestDeleteTemplateInUse(t *testing.T) {
-	db := open(t)
-	tpl := aTemplate("org_a", "a", 0)
-	put(t, db, tpl)
-	box := small("org_a", 1)
-	box.TemplateID = tpl.ID
-	mustInsert(t, db, box)
-	wantFault(t, db.DeleteTemplate(t.Context(), tpl.ID, false), fault.Conflict, "template_in_use")
-	if _, err := db.GetTemplate(t.Context(), "org_a", "a"); err != nil {
-		t.Error(err)
-	}
-	if err := db.DeleteTemplate(t.Context(), tpl.ID, true); err != nil {
-		t.Error(err)
-	}
-	if _, err := db.Get(t.Context(), box.ID); err != nil {
-		t.Errorf("reading the sandbox of a deleted template: %v", err)
-	}
-	put(t, db, tpl)
-	mustMove(t, db, box.ID, sandbox.Creating, sandbox.Destroyed, start)
-	if err := db.DeleteTemplate(t.Context(), tpl.ID, false); err != nil {
-		t.Errorf("deleting a template with a destroyed sandbox: %v", err)
-	}
-}

@@ -1,0 +1,94 @@
+package store
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/cayhq/cay/internal/event"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// TestPlans checks that frequent queries use their indexes. Without it, a scan of a table full of
+// destroyed sandboxes would be noticed only on a machine that has run for a week.
+func TestPlans(t *testing.T) {
+	db := open(t)
+	live := []sandbox.State{sandbox.Creating, sandbox.Running}
+	list := func(f sandbox.Filter) (string, params) {
+		f.OrgID, f.Limit = "o", 50
+		q, p, err := listQuery(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return q, p
+	}
+	snapshots, ps, err := listSnapshotsQuery(sandbox.SnapshotFilter{OrgID: "o", Limit: 50})
+	if err != nil {
+		t.Fatal(err)
+	}
+	listing, pl, err := listingQuery("sbx_a", 50, cursor{listEvents, 5, "sbx_a"}.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, pp := feedQuery(event.Query{OrgID: "o", After: 5, Limit: 50}, 9)
+	filtered, pf := feedQuery(event.Query{OrgID: "o", After: 5, Limit: 50, SandboxID: "sbx_a",
+		Types: []event.Type{event.OrgCreated, event.KeyCreated}}, 9)
+	q1, p1 := list(sandbox.Filter{States: live})
+	q2, p2 := list(sandbox.Filter{States: []sandbox.State{sandbox.Destroyed},
+		Cursor: cursor{listSandboxes, 5, "sbx_a"}.String()})
+	for _, c := range []struct {
+		query string
+		args  []any
+		index string
+	}{
+		{q1, p1, "sandboxes_live_page"},
+		{q2, p2, "sandboxes_page"},
+		{snapshots, ps, "snapshots_page"},
+		{findSnapshot, []any{"o", "n", "ready"}, "snapshots_name"},
+		{"SELECT id FROM snapshots WHERE state <> 'ready' ORDER BY created_at, id", nil, "snapshots_unready"},
+		{keyByHash, []any{"x"}, "sqlite_autoindex_api_keys"},
+		{liveKeys, []any{"o", 5}, "api_keys_page"},
+		{crowded, []any{5}, "sandboxes_over"},
+		{purgeMany, []any{"o", 5, 5}, "sandboxes_over"},
+		{"SELECT COUNT(*) FROM sandboxes WHERE org_id = $1 AND ended_at IS NULL", []any{"o"}, "sandboxes_live_page"},
+		{"SELECT id FROM sandboxes WHERE ended_at IS NULL ORDER BY created_at, id", nil, "sandboxes_live"},
+		{"SELECT id FROM sandboxes WHERE ended_at IS NOT NULL AND ended_at < $1 ORDER BY ended_at LIMIT 5", []any{5}, "sandboxes_ended"},
+		{"SELECT COUNT(*) FROM sandboxes WHERE template_id = $1 AND ended_at IS NULL", []any{"t"}, "sandboxes_of_template"},
+		{"SELECT id FROM templates WHERE queued_at IS NOT NULL ORDER BY queued_at, id", nil, "templates_queued"},
+		{"SELECT port FROM public_ports WHERE sandbox_id = $1 ORDER BY port", []any{"s"}, "sqlite_autoindex_public_ports"},
+		{listing, pl, "events_listing"},
+		{page, pp, "events_feed"},
+		{filtered, pf, "events_feed"},
+		{lastEvent, []any{"o"}, "events_feed"},
+		{scanEnd, []any{"o", 5, 9, 50}, "events_feed"},
+		{surplus, []any{"o", 5, 50}, "events_feed"},
+		{oldest, []any{"o", 5, 9, 50}, "events_feed"},
+		{trim, []any{"o", 5, 9}, "events_feed"},
+		{trimmable, nil, "SCAN events"}, // reads the last row alone
+		{insertListed, []any{5, "o", 5, "t", "s", "", "", "", "", ""}, "events_listing"},
+		{insertEvent, []any{5, "o", 5, "t", "s", "", "", "", "", ""}, "SCAN events"},
+		{"DELETE FROM events WHERE number IS NOT NULL AND sandbox_id IN ($1, $2)" + isBeyond, []any{"a", "b"},
+			"events_listing"},
+		{"SELECT sandbox_id FROM sandbox_metadata WHERE org_id = $1 AND name = $2 AND value = $3", []any{"o", "n", "v"}, "sandbox_metadata_search"},
+	} {
+		rows, err := db.reader.QueryContext(t.Context(), "EXPLAIN QUERY PLAN "+c.query, c.args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var plan []string
+		for rows.Next() {
+			var a, b, d int
+			var step string
+			if err := rows.Scan(&a, &b, &d, &step); err != nil {
+				t.Fatal(err)
+			}
+			plan = append(plan, step)
+		}
+		if err := rows.Close(); err != nil {
+			t.Fatal(err)
+		}
+		text := strings.Join(plan, "; ")
+		if !strings.Contains(text, c.index) || strings.Contains(text, "TEMP B-TREE") {
+			t.Errorf("%s\n\tplan %q does not use %s alone", c.query, text, c.index)
+		}
+	}
+}
