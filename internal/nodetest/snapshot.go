@@ -27,7 +27,8 @@ func (n *Fake) SnapshotCheckpoint(ctx context.Context, id sandbox.ID, to sandbox
 	defer n.mu.Unlock()
 	h := n.sandboxes[id]
 	if h.Checkpoint == nil {
-		return sandbox.Checkpoint{}, fault.New(fault.Conflict, fault.CodeSandboxNotRunning, "sandbox %s has no recovery point", id)
+		return sandbox.Checkpoint{}, fault.New(fault.Conflict, fault.CodeSandboxNotRunning,
+			"sandbox %s has no recovery point", id)
 	}
 	return n.keep(to, h.point, *h.Checkpoint, failed)
 }

@@ -101,15 +101,17 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wa
 // or has failed.
 func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, spec Spec, patience time.Duration, once Once,
 	wait bool, release func()) (Sandbox, error) {
-	if err := s.room(ctx, sbx.Size); err != nil {
-		release()
-		return Sandbox{}, err
-	}
-	// begin runs before the row exists, so that no other operation can start on a row that is found.
+	// begin runs before the row exists, so that no other operation can start on a row that is found, and
+	// before room, so that the pool takes no room while the create waits for it.
 	op, _ := s.ops.begin(sbx.ID, opCreate)
 	if op == nil {
 		release()
 		return Sandbox{}, errClosing
+	}
+	if err := s.room(ctx, sbx.Size); err != nil {
+		release()
+		s.ops.finish(sbx.ID, op, Sandbox{}, err)
+		return Sandbox{}, err
 	}
 	end := trace.Start(ctx, "insert")
 	prior, found, err := s.store.Insert(ctx, sbx, c.Quota, once)
