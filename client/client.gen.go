@@ -674,7 +674,7 @@ type CreateTemplateRequest struct {
 	// Example: docker.io/library/alpine:3.22
 	Image *string `json:"image,omitempty"`
 
-	// Name The name: 1 to 63 of a-z, 0-9 and `-`, not beginning with `-`. It must be unique in the organization and not that of a built-in template.
+	// Name The name: 1 to 63 of a-z, 0-9, `-` and `_`, not beginning with `-`, `_` or `tpl_`. It must be unique in the organization and not that of a built-in template.
 	//
 	// Example: my-app
 	Name string `json:"name"`

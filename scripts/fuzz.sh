@@ -3,7 +3,7 @@
 set -euo pipefail
 grep -rlE '^func Fuzz' --include='*_test.go' . | xargs -r -n1 dirname | sort -u | while read -r dir; do
 	binary=$(mktemp)
-	go test -c -o "$binary" "$dir"
+	(cd "$dir" && go test -c -o "$binary" .) # some are in a module of their own
 	grep -hoE '^func Fuzz[A-Za-z0-9_]*' "$dir"/*_test.go | sed 's/func //' | while read -r name; do
 		echo "fuzzing $dir $name for ${FUZZTIME:=15000x}"
 		(cd "$dir" && "$binary" -test.run='^$' -test.fuzz="^$name\$" -test.fuzztime="$FUZZTIME" \

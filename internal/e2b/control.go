@@ -29,6 +29,9 @@ type route struct {
 // tokenScopes are the scopes that a key needs to be given the token of a sandbox.
 var tokenScopes = []auth.Scope{auth.Exec, auth.Files}
 
+// olderBuilds is the reason for refusing the calls by which older clients build templates.
+const olderBuilds = "templates are built with POST /v3/templates and what follows it, as newer clients do"
+
 // notSupported returns a route that answers 501 with the text.
 func notSupported(what string) route {
 	return route{answer: func(http.ResponseWriter, *http.Request) error { return unsupported(what) }}
@@ -38,55 +41,60 @@ func notSupported(what string) route {
 func (s *Surface) table() map[string]route {
 	write := append([]auth.Scope{auth.SandboxesWrite}, tokenScopes...)
 	read := []auth.Scope{auth.SandboxesRead}
-	builds := notSupported("templates are not built through this API: use POST /v1/templates or `cay templates create`")
-	tags := notSupported("templates have no tags here: each has one newest version")
+	builds := []auth.Scope{auth.TemplatesWrite}
+	older := notSupported(olderBuilds)
 	volumes, secrets := notSupported("this server has no volumes"), notSupported("this server keeps no secrets")
 	return map[string]route{
-		"POST /sandboxes":                 {write, s.create(createV1)},
-		"POST /v2/sandboxes":              {write, s.create(createV2)},
-		"GET /sandboxes":                  {read, s.list(running)},
-		"GET /v2/sandboxes":               {read, s.list(nil)},
-		"GET /sandboxes/metrics":          {read, s.latestMetrics},
-		"GET /sandboxes/{id}":             {read, s.get},
-		"DELETE /sandboxes/{id}":          {write[:1], s.kill},
-		"POST /sandboxes/{id}/timeout":    {write[:1], s.setTimeout},
-		"POST /sandboxes/{id}/refreshes":  {write[:1], s.refresh},
-		"POST /sandboxes/{id}/pause":      {write[:1], s.pause},
-		"POST /sandboxes/{id}/connect":    {write, s.connect},
-		"POST /v2/sandboxes/{id}/connect": {write, s.connect},
-		"POST /sandboxes/{id}/resume":     {write, s.resume},
-		"GET /sandboxes/{id}/metrics":     {read, s.metrics},
-		"PUT /sandboxes/{id}/network":     {write[:1], s.setNetwork},
-		"GET /sandboxes/{id}/logs":        {read, s.logs(logsV1)},
-		"GET /v2/sandboxes/{id}/logs":     {read, s.logs(logsV2)},
-		"POST /sandboxes/{id}/fork":       {write, s.fork},
-		"POST /sandboxes/{id}/snapshots":  {write[:1], s.snapshot},
-		"GET /snapshots":                  {read, s.listSnapshots},
-		"DELETE /templates/{ref}":         {write[:1], s.deleteSnapshot},
-		"GET /templates":                  {[]auth.Scope{auth.TemplatesRead}, s.listTemplates},
-		"GET /v2/templates":               {[]auth.Scope{auth.TemplatesRead}, s.listTemplates},
-		"GET /templates/aliases/{alias}":  {[]auth.Scope{auth.TemplatesRead}, s.templateAlias},
-		"GET /templates/{ref}":            builds,
-		"PATCH /templates/{ref}":          builds,
-		"POST /templates":                 builds,
-		"POST /v2/templates":              builds,
-		"POST /v3/templates":              builds,
-		"POST /templates/tags":            tags,
-		"DELETE /templates/tags":          tags,
-		"/templates/{ref}/{rest...}":      builds,
-		"/v2/templates/{rest...}":         builds,
-		"POST /templates/{ref}":           builds,
-		"/volumes":                        volumes,
-		"/volumes/":                       volumes,
-		"/secrets":                        secrets,
-		"/secrets/":                       secrets,
-		"/teams":                          notSupported("organizations are read with GET /v1/me"),
-		"/teams/":                         notSupported("organizations are read with GET /v1/me"),
-		"/api-keys":                       notSupported("keys are made with POST /v1/api-keys or `cay keys create --format e2b`"),
-		"/api-keys/":                      notSupported("keys are made with POST /v1/api-keys or `cay keys create --format e2b`"),
-		"/nodes":                          notSupported("the operator reads GET /v1/pool and the metrics"),
-		"/nodes/":                         notSupported("the operator reads GET /v1/pool and the metrics"),
-		"/events/":                        notSupported("events are read with GET /v1/sandboxes/{id}/events"),
+		"POST /sandboxes":                            {write, s.create(createV1)},
+		"POST /v2/sandboxes":                         {write, s.create(createV2)},
+		"GET /sandboxes":                             {read, s.list(running)},
+		"GET /v2/sandboxes":                          {read, s.list(nil)},
+		"GET /sandboxes/metrics":                     {read, s.latestMetrics},
+		"GET /sandboxes/{id}":                        {read, s.get},
+		"DELETE /sandboxes/{id}":                     {write[:1], s.kill},
+		"POST /sandboxes/{id}/timeout":               {write[:1], s.setTimeout},
+		"POST /sandboxes/{id}/refreshes":             {write[:1], s.refresh},
+		"POST /sandboxes/{id}/pause":                 {write[:1], s.pause},
+		"POST /sandboxes/{id}/connect":               {write, s.connect},
+		"POST /v2/sandboxes/{id}/connect":            {write, s.connect},
+		"POST /sandboxes/{id}/resume":                {write, s.resume},
+		"GET /sandboxes/{id}/metrics":                {read, s.metrics},
+		"PUT /sandboxes/{id}/network":                {write[:1], s.setNetwork},
+		"GET /sandboxes/{id}/logs":                   {read, s.logs(logsV1)},
+		"GET /v2/sandboxes/{id}/logs":                {read, s.logs(logsV2)},
+		"POST /sandboxes/{id}/fork":                  {write, s.fork},
+		"POST /sandboxes/{id}/snapshots":             {write[:1], s.snapshot},
+		"GET /snapshots":                             {read, s.listSnapshots},
+		"DELETE /templates/{ref}":                    {write[:1], s.deleteTemplate},
+		"GET /templates":                             {[]auth.Scope{auth.TemplatesRead}, s.listTemplates},
+		"GET /v2/templates":                          {[]auth.Scope{auth.TemplatesRead}, s.listTemplates},
+		"GET /templates/aliases/{alias}":             {[]auth.Scope{auth.TemplatesRead}, s.templateAlias},
+		"GET /templates/{ref}":                       older,
+		"PATCH /templates/{ref}":                     notSupported("a template belongs to its organization: it cannot be published"),
+		"PATCH /v2/templates/{ref}":                  notSupported("a template belongs to its organization: it cannot be published"),
+		"POST /templates":                            older,
+		"POST /v2/templates":                         older,
+		"POST /v3/templates":                         {builds, s.announce},
+		"GET /templates/{ref}/files/{hash}":          {builds, s.uploadLink},
+		"POST /v2/templates/{ref}/builds/{build}":    {builds, s.build},
+		"GET /templates/{ref}/builds/{build}/status": {[]auth.Scope{auth.TemplatesRead}, s.buildStatus},
+		"POST /templates/tags":                       {builds, s.assignTags},
+		"DELETE /templates/tags":                     {builds, s.removeTags},
+		"GET /templates/{ref}/{what}":                {[]auth.Scope{auth.TemplatesRead}, s.listTags},
+		"/templates/{ref}/{rest...}":                 older,
+		"/v2/templates/{rest...}":                    older,
+		"POST /templates/{ref}":                      older,
+		"/volumes":                                   volumes,
+		"/volumes/":                                  volumes,
+		"/secrets":                                   secrets,
+		"/secrets/":                                  secrets,
+		"/teams":                                     notSupported("organizations are read with GET /v1/me"),
+		"/teams/":                                    notSupported("organizations are read with GET /v1/me"),
+		"/api-keys":                                  notSupported("keys are made with POST /v1/api-keys or `cay keys create --format e2b`"),
+		"/api-keys/":                                 notSupported("keys are made with POST /v1/api-keys or `cay keys create --format e2b`"),
+		"/nodes":                                     notSupported("the operator reads GET /v1/pool and the metrics"),
+		"/nodes/":                                    notSupported("the operator reads GET /v1/pool and the metrics"),
+		"/events/":                                   notSupported("events are read with GET /v1/sandboxes/{id}/events"),
 	}
 }
 
@@ -100,6 +108,11 @@ func (s *Surface) routes() *http.ServeMux {
 			}
 		})
 	}
+	mux.HandleFunc("PUT /templates/{ref}/files/{hash}", func(w http.ResponseWriter, r *http.Request) {
+		if err := s.upload(w, r); err != nil { // its URL is signed, and it has no key
+			s.front.Fail(w, r, err)
+		}
+	})
 	return mux
 }
 
@@ -134,14 +147,22 @@ func (s *Surface) admitted(w http.ResponseWriter, r *http.Request, route route) 
 		return err
 	}
 	for _, scope := range route.scopes {
-		if !principal.May(scope) {
-			return fault.New(fault.Denied, fault.CodeScopeMissing, "the key lacks the scope %s", scope)
+		if err := may(r, scope); err != nil {
+			return err
 		}
 	}
 	if err := callOf(r).OpenAccount(s.Budget, r, principal.Org.ID, httpserver.CallCost); err != nil {
 		return err
 	}
 	return route.answer(w, r)
+}
+
+// may returns an error if the key lacks a scope.
+func may(r *http.Request, scope auth.Scope) error {
+	if !callOf(r).Who.May(scope) {
+		return fault.New(fault.Denied, fault.CodeScopeMissing, "the key lacks the scope %s", scope)
+	}
+	return nil
 }
 
 func (s *Surface) authenticate(r *http.Request) error {

@@ -21,14 +21,14 @@ func TestEveryRouteNeedsAKey(t *testing.T) {
 	h := newHarness(t)
 	id, _ := h.create(`{"templateID":"base"}`)
 	before := h.row(id)
-	weak := h.newKey(auth.TemplatesWrite)
+	weak, weaker := h.newKey(auth.TemplatesWrite), h.newKey(auth.SandboxesWrite)
 	for pattern, route := range h.surface.table() {
 		method, path, ok := strings.Cut(pattern, " ")
 		if !ok {
 			method, path = "GET", pattern
 		}
 		path = strings.NewReplacer("{id}", id, "{ref}", "base", "{alias}", "base", "{rest...}", "x", "{build}",
-			"y").Replace(path)
+			"y", "{hash}", strings.Repeat("0", 64)).Replace(path)
 		for name, key := range map[string]string{"none": "", "unknown": "e2b_" + strings.Repeat("0", 40),
 			"no key": "Bearer"} {
 			if r := h.send(method, path, `{}`, "X-API-Key", key); r.status != 401 || r.json["code"] != float64(401) ||
@@ -37,7 +37,11 @@ func TestEveryRouteNeedsAKey(t *testing.T) {
 			}
 		}
 		if len(route.scopes) > 0 && route.scopes[0] != auth.TemplatesRead {
-			if r := h.send(method, path, `{}`, "X-API-Key", weak); r.status != 403 {
+			lacks := weak
+			if route.scopes[0] == auth.TemplatesWrite {
+				lacks = weaker
+			}
+			if r := h.send(method, path, `{}`, "X-API-Key", lacks); r.status != 403 {
 				t.Errorf("%s with a weak key: %d %s", pattern, r.status, r.body)
 			}
 		}
@@ -159,7 +163,7 @@ func TestSetNetwork(t *testing.T) {
 func TestReferencesAreEscaped(t *testing.T) {
 	h := newHarness(t)
 	for path, status := range map[string]int{
-		"/templates/team%2Fname%3Adefault": 404, "/templates/base": 501, "/templates/snap_aaaaaaaaaaaaaaaaaaaa": 404,
+		"/templates/team%2Fname%3Adefault": 404, "/templates/base": 403, "/templates/snap_aaaaaaaaaaaaaaaaaaaa": 404,
 	} {
 		if r := h.control("DELETE", path, ""); r.status != status || r.json["code"] != float64(status) {
 			t.Errorf("%s: %d %s, want %d", path, r.status, r.body, status)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/template"
 )
 
 // createBody is E2B's NewSandbox.
@@ -91,11 +92,13 @@ func createError(err error) error {
 // make makes a sandbox from a template, or else from the snapshot of the name: in this API snapshots
 // are templates too.
 func (s *Surface) make(ctx context.Context, c sandbox.Caller, request sandbox.Request) (sandbox.Sandbox, error) {
+	name := request.Template
+	request.Template = strings.ToLower(name) // as in E2B; names of snapshots may have capitals
 	sb, err := s.Sandboxes.Create(ctx, c, request, sandbox.Once{}, true)
 	if f := fault.As(err); f == nil || f.Code != fault.CodeTemplateNotFound {
 		return sb, err
 	}
-	request.Snapshot, request.Template = request.Template, ""
+	request.Snapshot, request.Template = name, ""
 	sb, noSnapshot := s.Sandboxes.Create(ctx, c, request, sandbox.Once{}, true)
 	if f := fault.As(noSnapshot); f != nil && f.Code == fault.CodeSnapshotNotFound {
 		return sb, err
@@ -133,28 +136,52 @@ func requestOf(in createBody, v version) (sandbox.Request, error) {
 		return out, err
 	}
 	out.Surface = opts.String()
-	out.Template, err = templateName(in.TemplateID)
+	name, tag := templateRef(in.TemplateID)
+	if out.Template = name; tag != "" {
+		out.Template += ":" + tag
+	}
 	out.BuiltinUser = defaultUser
-	return out, err
+	return out, nil
 }
 
 // defaultUser is the user that commands run as in E2B's templates, as its clients expect. All
 // built-in templates have it; those that an organization brought may have none of that name.
 const defaultUser = "user"
 
-// templateName returns the core's name or id for a reference of this API.
-func templateName(ref string) (string, error) {
+// findTemplate returns a template by its name or id. Case does not matter, as in E2B.
+func (s *Surface) findTemplate(ctx context.Context, org, nameOrID string) (template.Template, error) {
+	return s.Templates.Get(ctx, org, strings.ToLower(nameOrID))
+}
+
+// defaultTag and latestTag mean the newest version of a template.
+const (
+	defaultTag = "default"
+	latestTag  = "latest"
+)
+
+// templateRef returns the core's name or id for a reference of this API, and its tag; "" is the newest
+// version.
+func templateRef(ref string) (name, tag string) {
 	if ref == "" {
 		ref = defaultTemplate
 	}
-	name, tag, tagged := strings.Cut(ref, ":")
-	if tagged && tag != "default" && tag != "latest" {
-		return "", fault.New(fault.NotFound, fault.CodeTemplateNotFound,
-			"template %q was not found: templates have no tags here",
-			ref)
+	name, tag, _ = strings.Cut(ref, ":")
+	if tag == defaultTag || tag == latestTag {
+		tag = ""
 	}
 	if alias, ok := aliases[name]; ok {
 		name = alias
+	}
+	return name, tag
+}
+
+// templateName returns the core's name or id for a reference where a tag means nothing.
+func templateName(ref string) (string, error) {
+	name, tag := templateRef(ref)
+	if tag != "" {
+		return "", fault.New(fault.NotFound, fault.CodeTemplateNotFound,
+			"template %q was not found: it cannot have a tag here",
+			ref)
 	}
 	return name, nil
 }

@@ -16,6 +16,8 @@ package e2b
 
 import (
 	"context"
+	"io"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"strings"
@@ -52,6 +54,8 @@ type Sandboxes interface {
 	SaveSnapshot(ctx context.Context, orgID string, id sandbox.ID, name string) (sandbox.Snapshot, error)
 	ListSnapshots(ctx context.Context, f sandbox.SnapshotFilter) ([]sandbox.Snapshot, string, error)
 	DeleteSnapshot(ctx context.Context, orgID, nameOrID string) error
+	Sizes() []sandbox.Size
+	SizeOf(name string, diskMB int) (sandbox.Size, int)
 	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
 }
 
@@ -59,6 +63,18 @@ type Sandboxes interface {
 type Templates interface {
 	Get(ctx context.Context, orgID, nameOrID string) (template.Template, error)
 	List(ctx context.Context, orgID string, limit int, cursor string) ([]template.Template, string, error)
+	Delete(ctx context.Context, c template.Caller, nameOrID string, force bool) error
+	Announce(ctx context.Context, c template.Caller, a template.Announcement) (template.Draft, error)
+	HasUpload(orgID, name string) bool
+	PutUpload(ctx context.Context, orgID, name string, r io.Reader, length int64) error
+	UploadKind(orgID, name, from string) (fs.FileMode, error)
+	BuildDraft(ctx context.Context, c template.Caller, templateID, buildID string, r template.Request, dockerfile string,
+		parts []template.Part) (template.Template, error)
+	BuildState(ctx context.Context, orgID, templateID, buildID string) (template.BuildState, error)
+	Tag(ctx context.Context, c template.Caller, nameOrID, from string, names []string) (buildID string, err error)
+	Untag(ctx context.Context, c template.Caller, nameOrID string, names []string) error
+	Tags(ctx context.Context, orgID, nameOrID string) (template.Template, []template.Tag, error)
+	LogRest(ctx context.Context, templateID string, skip, limit int) ([]template.LogLine, error)
 }
 
 // Auth has the methods of [*auth.Service] that this package calls.

@@ -35,6 +35,8 @@ type harness struct {
 	url       string
 	node      *nodetest.Fake
 	sandboxes *sandbox.Service
+	templates *template.Service
+	db        *store.DB
 	auth      *auth.Service
 	agents    *agentapi.Client
 	surface   *Surface
@@ -54,6 +56,9 @@ type harness struct {
 	// +checklocks:mu
 	portErr error // of Serve
 }
+
+// contextLimit bounds contexts and uploads of the harness, in bytes.
+const contextLimit = 1 << 20
 
 // Serve is the fake of the port proxy.
 func (h *harness) Serve(w http.ResponseWriter, r *http.Request, to portproxy.Destination) error {
@@ -99,7 +104,10 @@ func newHarness(t *testing.T) *harness {
 	if err != nil {
 		t.Fatal(err)
 	}
-	templates := template.New(template.Config{Sizes: []string{"small"}, MaxDiskMB: 8192}, db, nil, contexts, db, log)
+	templates := template.New(template.Config{Sizes: []string{"small"}, MaxDiskMB: 8192, ContextLimit: contextLimit},
+		db, nil,
+		contexts, db, log)
+	h.templates, h.db = templates, db
 	h.auth = auth.New(db, auth.Config{Quota: auth.Quota{Sandboxes: 10}, Log: log})
 	h.sandboxes = sandbox.New(sandbox.Config{Sizes: []sandbox.Size{{Name: "small", VCPUs: 1, MemoryMB: 512}},
 		DefaultSize: "small",

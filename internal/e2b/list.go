@@ -202,34 +202,43 @@ func (s *Surface) listTemplates(w http.ResponseWriter, r *http.Request) error {
 	}
 	return answerPage(w, r, limit, cursor, func(limit int, cursor string) ([]template.Template, string, error) {
 		return s.Templates.List(r.Context(), orgOf(r), limit, cursor)
-	}, templateOf)
+	}, s.templateOf)
 }
 
-func templateOf(t template.Template) templateBody {
-	status := map[template.Status]string{template.Ready: "ready", template.Failed: "error",
-		template.Building: "building"}[t.Status]
-	if status == "" {
-		status = "waiting"
-	}
+func (s *Surface) templateOf(t template.Template) templateBody {
 	updated := t.UpdatedAt
 	if updated.IsZero() {
 		updated = t.CreatedAt
 	}
+	size, disk := s.Sandboxes.SizeOf(t.Size, t.DiskMB)
 	return templateBody{TemplateID: t.ID, BuildID: t.BuildID, Public: t.Builtin(), Aliases: []string{t.Name},
-		Names:      []string{t.Name},
-		DiskSizeMB: t.DiskMB, BuildStatus: status, BuildCount: t.Version,
+		Names:    []string{t.Name},
+		CPUCount: size.VCPUs, MemoryMB: size.MemoryMB, DiskSizeMB: disk, BuildStatus: statusOf(t.Status), BuildCount: t.Version,
 		CreatedAt: t.CreatedAt.UTC(), UpdatedAt: updated.UTC(), EnvdVersion: envdVersion}
+}
+
+// statusError is the status of a build that failed.
+const statusError = "error"
+
+func statusOf(s template.Status) string {
+	switch s {
+	case template.Ready, template.Building:
+		return string(s)
+	case template.Failed:
+		return statusError
+	}
+	return "waiting"
 }
 
 // templateAlias answers GET /templates/aliases/{alias}.
 func (s *Surface) templateAlias(w http.ResponseWriter, r *http.Request) error {
-	name, err := templateName(r.PathValue("alias"))
+	name, tag := templateRef(r.PathValue("alias"))
+	t, tags, err := s.Templates.Tags(r.Context(), orgOf(r), strings.ToLower(name))
 	if err != nil {
 		return err
 	}
-	t, err := s.Templates.Get(r.Context(), orgOf(r), name)
-	if err != nil {
-		return err
+	if tag != "" && !slices.ContainsFunc(tags, func(t template.Tag) bool { return t.Name == tag }) {
+		return fault.New(fault.NotFound, fault.CodeTemplateNotFound, "template %q has no tag %q", name, tag)
 	}
 	reply(w, r, http.StatusOK, map[string]any{"templateID": t.ID, "public": t.Builtin()})
 	return nil

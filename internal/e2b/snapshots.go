@@ -119,25 +119,3 @@ func (s *Surface) listSnapshots(w http.ResponseWriter, r *http.Request) error {
 	page(w, r, out, next)
 	return nil
 }
-
-// deleteSnapshot answers DELETE /templates/{ref}, since a snapshot is a template in this API.
-// Templates are deleted through the v1 API.
-func (s *Surface) deleteSnapshot(w http.ResponseWriter, r *http.Request) error {
-	name, err := templateName(r.PathValue("ref"))
-	if err != nil {
-		return err
-	}
-	err = s.Sandboxes.DeleteSnapshot(r.Context(), orgOf(r), name)
-	if fault.Is(err, fault.NotFound) {
-		_, err = s.Templates.Get(r.Context(), orgOf(r), name)
-		if err == nil {
-			err = unsupported(
-				"templates are not deleted through this API: use DELETE /v1/templates/{template} or `cay templates delete`")
-		}
-	}
-	if err != nil {
-		return err
-	}
-	w.WriteHeader(http.StatusNoContent)
-	return nil
-}

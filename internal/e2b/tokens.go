@@ -40,9 +40,12 @@ func (s *Surface) isToken(text, kind string, id sandbox.ID) bool {
 	return same(strings.TrimPrefix(text, tokenMark), s.tokenSum(kind, id))
 }
 
-func (s *Surface) tokenSum(kind string, id sandbox.ID) string {
+func (s *Surface) tokenSum(kind string, id sandbox.ID) string { return s.sum(kind + ":" + string(id)) }
+
+// sum returns a hash of a text that only this server can make.
+func (s *Surface) sum(text string) string {
 	mac := hmac.New(sha256.New, s.Secret)
-	mac.Write([]byte(kind + ":" + string(id)))
+	mac.Write([]byte(text))
 	return hex.EncodeToString(mac.Sum(nil)[:20]) // 160 bits cannot be guessed
 }
 

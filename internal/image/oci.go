@@ -332,8 +332,8 @@ func (p *ociImage) verify(ctx context.Context) error {
 // short returns an error's text for the record of a source, which users see: one line, of bounded
 // length, without details of the machine's network.
 func short(err error) string {
-	if errors.Is(err, errUnreachable) {
-		return errUnreachable.Error()
+	if errors.Is(err, ErrUnreachable) {
+		return ErrUnreachable.Error()
 	}
 	var step *StepError
 	if errors.As(err, &step) {

@@ -34,8 +34,8 @@ const (
 	pullTimeout = 2 * time.Hour
 )
 
-// errUnreachable reports that a registry gave no answer.
-var errUnreachable = errors.New("its registry is not reachable")
+// ErrUnreachable reports that a registry gave no answer, in errors of [Store.Pull].
+var ErrUnreachable = errors.New("its registry is not reachable")
 
 // errDenied reports that an address must not be connected to.
 var errDenied = errors.New("the registry may not be used")
@@ -178,9 +178,9 @@ func (s *Store) find(ctx context.Context, ref name.Reference, auth *Auth,
 		_, reason, _ := strings.Cut(hidden.Error(), errDenied.Error())
 		hidden = fmt.Errorf("%w%s", errDenied, reason)
 	case cause != nil:
-		hidden = fmt.Errorf("%w: %w", errUnreachable, cause)
+		hidden = fmt.Errorf("%w: %w", ErrUnreachable, cause)
 	case errors.As(err, &network) || os.IsTimeout(err):
-		hidden = fmt.Errorf("%w: %w", errUnreachable, hidden)
+		hidden = fmt.Errorf("%w: %w", ErrUnreachable, hidden)
 	}
 	answered(err)
 	return nil, fmt.Errorf("asking the registry: %w", hidden)

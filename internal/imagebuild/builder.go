@@ -105,7 +105,7 @@ func (b *Builder) buildError(err error) error {
 		out = &template.BuildError{Step: step.Step, ExitCode: step.ExitCode, Tail: step.Tail, Message: step.Err.Error()}
 	} else if step := new(buildkit.StepError); errors.As(err, &step) {
 		out = &template.BuildError{Step: step.Step, ExitCode: step.ExitCode, Tail: step.Tail, Message: step.Err.Error()}
-		if step.Line > 0 {
+		if out.Line = step.Line; step.Line > 0 {
 			out.Message = fmt.Sprintf("line %d: %s", step.Line, out.Message)
 		}
 	} else {

@@ -91,10 +91,13 @@ func (b *bases) find(ctx context.Context, name string) (buildkit.Base, error) {
 		}
 	}
 	if !b.cfg.Registry {
-		return buildkit.Base{}, fmt.Errorf("there is no template %q: %w", name, errNoRegistry)
+		return b.instead(ctx, name, fmt.Errorf("there is no template %q: %w", name, errNoRegistry))
 	}
 	layout, err := b.cfg.Images.Pull(ctx, name, b.auth(b.job, name),
 		func(line string) { b.say(template.Progress{Text: line}) })
+	if errors.Is(err, image.ErrUnreachable) && ctx.Err() == nil {
+		return b.instead(ctx, name, err)
+	}
 	if err != nil {
 		return buildkit.Base{}, err
 	}
@@ -103,6 +106,25 @@ func (b *bases) find(ctx context.Context, name string) (buildkit.Base, error) {
 	b.release = append(b.release, b.cfg.Images.Hold(layout))
 	b.from = append(b.from, layout.Reference)
 	return buildkit.Base{Layout: layout.Dir, Manifest: layout.Manifest}, nil
+}
+
+// instead finds the template that the build names for an image without a registry, or returns why there is no image.
+func (b *bases) instead(ctx context.Context, name string, why error) (buildkit.Base, error) {
+	for image, other := range b.job.Definition.Instead {
+		if strings.TrimSuffix(image, ":latest") != strings.TrimSuffix(name, ":latest") {
+			continue
+		}
+		base, ok, err := b.job.Base(ctx, other)
+		if err != nil {
+			return buildkit.Base{}, err
+		}
+		if ok {
+			b.say(template.Progress{Text: fmt.Sprintf("warning: no registry answers for %s: the template %s is used instead",
+				name, other)})
+			return b.export(ctx, other, base)
+		}
+	}
+	return buildkit.Base{}, why
 }
 
 // export writes the image of a template as an OCI layout.

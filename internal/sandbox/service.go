@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -304,6 +305,17 @@ func (s *Service) Events(ctx context.Context, orgID string, id ID, limit int, cu
 
 // Sizes returns the presets.
 func (s *Service) Sizes() []Size { return s.cfg.Sizes }
+
+// SizeOf returns the size and the disk, in MiB, of a sandbox whose template names these; "" and 0 are the
+// configured defaults.
+func (s *Service) SizeOf(name string, diskMB int) (Size, int) {
+	for _, size := range s.cfg.Sizes {
+		if size.Name == cmp.Or(name, s.cfg.DefaultSize) {
+			return size, cmp.Or(diskMB, s.cfg.DefaultDisk)
+		}
+	}
+	return Size{}, cmp.Or(diskMB, s.cfg.DefaultDisk)
+}
 
 // transition makes every change of state: it writes the row, then logs it and calls observe.
 func (s *Service) transition(ctx context.Context, c Change) (Sandbox, error) {

@@ -118,6 +118,9 @@ func (db *DB) UpdateTemplate(ctx context.Context, id string, b *template.Build,
 		if err := out.template(ctx, before, t); err != nil {
 			return err
 		}
+		if err := putTags(ctx, tx, &t); err != nil {
+			return err
+		}
 		return putBuild(ctx, tx, id, b)
 	})
 	if refused != nil {
@@ -127,6 +130,59 @@ func (db *DB) UpdateTemplate(ctx context.Context, id string, b *template.Build,
 		return template.Template{}, fmt.Errorf("updating template %s: %w", id, err)
 	}
 	return t, nil
+}
+
+// putTags writes the tags that a template's row is written with.
+func putTags(ctx context.Context, tx *sql.Tx, t *template.Template) error {
+	for _, tag := range t.Tagging {
+		if _, err := tx.ExecContext(ctx, `INSERT INTO template_tags (template_id, tag, build_id, image, version, created_at)
+			VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (template_id, tag) DO UPDATE SET build_id = excluded.build_id,
+			image = excluded.image, version = excluded.version, created_at = excluded.created_at`,
+			t.ID, tag.Name, tag.BuildID, tag.Version.Image, jsonColumn{&tag.Version}, at(tag.CreatedAt)); err != nil {
+			return fmt.Errorf("writing tag %s: %w", tag.Name, err)
+		}
+	}
+	t.Tagging = nil
+	return nil
+}
+
+// Tags implements [template.Store].
+func (db *DB) Tags(ctx context.Context, id string) ([]template.Tag, error) {
+	rows, err := db.reader.QueryContext(ctx,
+		"SELECT tag, build_id, version, created_at FROM template_tags WHERE template_id = $1 ORDER BY tag", id)
+	if err != nil {
+		return nil, fmt.Errorf("listing tags of template %s: %w", id, err)
+	}
+	defer rows.Close()
+	var all []template.Tag
+	for rows.Next() {
+		var t template.Tag
+		if err := rows.Scan(&t.Name, &t.BuildID, jsonColumn{&t.Version}, timeColumn{&t.CreatedAt}); err != nil {
+			return nil, fmt.Errorf("listing tags of template %s: %w", id, err)
+		}
+		all = append(all, t)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("listing tags of template %s: %w", id, err)
+	}
+	return all, nil
+}
+
+// DeleteTags implements [template.Store].
+func (db *DB) DeleteTags(ctx context.Context, id string, names []string) error {
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		for _, name := range names {
+			if _, err := tx.ExecContext(ctx, "DELETE FROM template_tags WHERE template_id = $1 AND tag = $2", id,
+				name); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("deleting tags of template %s: %w", id, err)
+	}
+	return nil
 }
 
 // GetBuild implements [template.Store].
@@ -250,7 +306,7 @@ func (db *DB) TemplatesWithImage(ctx context.Context, image string) ([]template.
 // TemplateImages implements [template.Store].
 func (db *DB) TemplateImages(ctx context.Context) ([]string, error) {
 	return db.texts(ctx, "listing images of templates",
-		"SELECT DISTINCT image FROM templates WHERE version > 0 AND image <> '' ORDER BY image")
+		"SELECT image FROM templates WHERE version > 0 AND image <> '' UNION SELECT image FROM template_tags ORDER BY image")
 }
 
 // TemplateContexts implements [template.Store].
@@ -294,8 +350,18 @@ func (db *DB) ChangeTemplateLog(ctx context.Context, id string, c template.LogCh
 
 // TemplateLog implements [template.Store]. It returns no lines if the template does not exist.
 func (db *DB) TemplateLog(ctx context.Context, id string, after int64, limit int) ([]template.LogLine, error) {
-	rows, err := db.reader.QueryContext(ctx, "SELECT seq, at, step, heading, line FROM template_logs "+
-		"WHERE template_id = $1 AND seq > $2 ORDER BY seq LIMIT $3", id, after, limit)
+	return db.logLines(ctx, id, "AND seq > $2 ORDER BY seq LIMIT $3", after, limit)
+}
+
+// TemplateLogRest implements [template.Store]. It returns no lines if the template does not exist.
+func (db *DB) TemplateLogRest(ctx context.Context, id string, skip, limit int) ([]template.LogLine, error) {
+	return db.logLines(ctx, id, "ORDER BY seq LIMIT $3 OFFSET $2", int64(skip), limit)
+}
+
+// logLines reads lines of a template's log; rest is the end of the query with two parameters.
+func (db *DB) logLines(ctx context.Context, id, rest string, from int64, limit int) ([]template.LogLine, error) {
+	rows, err := db.reader.QueryContext(ctx,
+		"SELECT seq, at, step, heading, line FROM template_logs WHERE template_id = $1 "+rest, id, from, limit)
 	if err != nil {
 		return nil, fmt.Errorf("reading the log of template %s: %w", id, err)
 	}

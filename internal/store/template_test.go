@@ -30,6 +30,7 @@ func testTemplateStore(t *testing.T, open func(t *testing.T) template.Store) {
 		"listing":    templateList,
 		"images":     templateImages,
 		"log":        templateLog,
+		"tags":       templateTags,
 		"inserting":  templateInsert,
 		"updating":   templateUpdate,
 		"builds":     templateBuilds,
@@ -75,7 +76,7 @@ func templateRoundTrip(t *testing.T, st template.Store) {
 		Egress:    sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("1.2.3.0/24")}},
 		CreatedAt: start, UpdatedAt: start.Add(time.Second), BuiltAt: start.Add(2 * time.Second)}
 	for i, f := range reflect.VisibleFields(reflect.TypeFor[template.Template]()) {
-		if reflect.ValueOf(full).Field(i).IsZero() {
+		if reflect.ValueOf(full).Field(i).IsZero() && f.Name != "Tagging" { // see templateTags
 			t.Errorf("the test leaves field %s empty", f.Name)
 		}
 	}
@@ -342,9 +343,60 @@ func templateLog(t *testing.T, st template.Store) {
 	note.Text = "… 2 lines left out …"
 	change(a.ID, template.LogChange{Drop: []template.LogRange{{Step: 1, From: 2, To: 4}}, Add: []template.LogLine{note}})
 	check("dropped", 0, 9, line(1, 0), line(3, 2), note, line(5, 1))
+	for skip, want := range map[int][]template.LogLine{0: {line(1, 0), line(3, 2)}, 3: {line(5, 1)}, 4: nil, 99: nil} {
+		if got, err := st.TemplateLogRest(t.Context(), a.ID, skip, 2); err != nil || !cmp.Equal(want, got) {
+			t.Errorf("without the first %d: %v, %v", skip, got, err)
+		}
+	}
 	update(t, st, a.ID, func(tpl *template.Template) { tpl.BuildID = "bld_2" })
 	check("another build", 0, 9)
 	if other, err := st.TemplateLog(t.Context(), b.ID, 0, 9); err != nil || len(other) != 1 {
 		t.Errorf("the other template's log: %v, %v", other, err)
 	}
+}
+
+// templateTags checks that tags are written with the row, keep what they name, and go with the template.
+func templateTags(t *testing.T, st template.Store) {
+	ctx := t.Context()
+	a, b := aTemplate("org_a", "a", 0), aTemplate("org_a", "b", 0)
+	a.Version, a.Image = 2, "newest"
+	put(t, st, a, b)
+	tag := func(name, image string) template.Tag {
+		return template.Tag{Name: name, BuildID: "bld_" + image, CreatedAt: start,
+			Version: sandbox.TemplateVersion{ID: a.ID, Name: "a", Version: 1, Shape: sandbox.Shape{Image: image,
+				Env: map[string]string{"A": "b"}, User: "u", Workdir: "/w", Size: sandbox.Size{Name: "s"}, DiskMB: 5,
+				Egress: sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("1.2.3.0/24")}},
+				Start:  sandbox.Start{Command: "run", Ready: &sandbox.Ready{Port: 80, Timeout: time.Second}}}}}
+	}
+	one, two, again := tag("one", "i1"), tag("two", "i1"), tag("one", "i2")
+	if got := update(t, st, a.ID, func(tpl *template.Template) {
+		tpl.Tagging = []template.Tag{one, two}
+	}); got.Tagging != nil {
+		t.Errorf("tags are read back with the row: %v", got.Tagging)
+	}
+	check := func(id string, want ...template.Tag) {
+		t.Helper()
+		got, err := st.Tags(ctx, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, got, prefixes); diff != "" {
+			t.Errorf("tags (-want +got):\n%s", diff)
+		}
+	}
+	check(a.ID, one, two)
+	check(b.ID)
+	update(t, st, a.ID, func(tpl *template.Template) { tpl.Tagging = []template.Tag{again} })
+	check(a.ID, again, two)
+	if images, err := st.TemplateImages(ctx); err != nil || !cmp.Equal(images, []string{"i1", "i2", "newest"}) {
+		t.Errorf("the images are %v, %v", images, err)
+	}
+	if err := st.DeleteTags(ctx, a.ID, []string{"two", "none"}); err != nil {
+		t.Fatal(err)
+	}
+	check(a.ID, again)
+	if err := st.DeleteTemplate(ctx, a.ID, true); err != nil {
+		t.Fatal(err)
+	}
+	check(a.ID)
 }

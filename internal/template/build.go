@@ -432,6 +432,7 @@ func (s *Service) succeeded(ctx context.Context, m *member, b Build, built Built
 			t.Version++
 		}
 		t.end(Ready, nil)
+		t.tag(b.Definition.Tags)
 	})
 	s.forget(m)
 	if err == nil {

@@ -74,11 +74,16 @@ func (b *contextBudget) gone(hashes []string) {
 	}
 }
 
-// putContext stores a context; "" for none. If the organization's contexts would take too much
-// space it gives Exhausted, code "quota_exceeded".
-func (s *Service) putContext(ctx context.Context, org string, source io.Reader) (hash string, err error) {
+// putContext stores a context; "" for none. length is its size in bytes, if that is known, or
+// negative. If the organization's contexts would take too much space it gives Exhausted, code
+// "quota_exceeded".
+func (s *Service) putContext(ctx context.Context, org string, source io.Reader, length int64) (hash string, err error) {
 	if source == nil {
 		return "", nil
+	}
+	most := s.cfg.ContextLimit
+	if length >= 0 && length < most {
+		most = length // others may come at the same time
 	}
 	const block = 512 // bytes of a tar's first header
 	buffered := bufio.NewReaderSize(source, block)
@@ -93,18 +98,18 @@ func (s *Service) putContext(ctx context.Context, org string, source io.Reader) 
 	if err != nil {
 		return "", err
 	}
-	limit := s.budget.begin(org, has, s.cfg.ContextLimit, s.cfg.ContextTotal)
+	limit := s.budget.begin(org, has, most, s.cfg.ContextTotal)
 	var size int64
 	defer func() { s.budget.end(org, limit, hash, size) }()
 	spent := fault.New(fault.Exhausted, fault.CodeQuotaExceeded,
-		"the contexts of the organization's templates may take %d MiB in all (build.contexts_mb): delete templates, "+
-			"or wait an hour until unused contexts are removed", s.cfg.ContextTotal>>20)
+		"the contexts and uploads of the organization's templates may take %d MiB in all (build.contexts_mb): "+
+			"delete templates, or wait an hour until unused ones are removed", s.cfg.ContextTotal>>20)
 	if limit == 0 {
 		return "", spent
 	}
 	hash, size, err = s.contexts.Put(ctx, buffered, limit)
 	if fault.Is(err, fault.TooLarge) {
-		if limit < s.cfg.ContextLimit {
+		if limit < most {
 			return "", spent
 		}
 		return "", fault.New(fault.TooLarge, fault.CodeContextTooLarge,
@@ -113,13 +118,13 @@ func (s *Service) putContext(ctx context.Context, org string, source io.Reader) 
 	return hash, err
 }
 
-// keptContexts returns the contexts of an organization's templates.
+// keptContexts returns the contexts of an organization's templates, and its uploads.
 func (s *Service) keptContexts(ctx context.Context, org string) (contextSizes, error) {
 	hashes, err := s.store.TemplateContexts(ctx, org)
 	if err != nil {
 		return nil, fmt.Errorf("listing contexts: %w", err)
 	}
-	all := contextSizes{}
+	all := s.uploads.sizes(org)
 	for _, hash := range hashes {
 		size, err := s.contexts.Size(hash)
 		if err != nil {

@@ -38,6 +38,9 @@ type Definition struct {
 
 	BuildArgs map[string]string `toml:"-" json:"build_args,omitempty"` // arguments of the Dockerfile
 	Target    string            `toml:"-" json:"target,omitempty"`     // stage of the Dockerfile; "" is the last
+	// Instead names the template to use for an image of the Dockerfile whose registry does not answer.
+	Instead map[string]string `toml:"-" json:"instead,omitempty"`
+	Tags    []string          `toml:"-" json:"tags,omitempty"` // of the version that is built
 
 	Require []string  `toml:"require" json:"require,omitempty"` // programs that must be there
 	Users   []Account `toml:"users" json:"users,omitempty"`
@@ -76,7 +79,7 @@ type File struct {
 const MaxDefinition = 1 << 20
 
 var (
-	namePattern    = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
+	namePattern    = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}$`)
 	envPattern     = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 	accountPattern = regexp.MustCompile(`^[a-z_][a-z0-9_-]{0,31}$`)
 )
@@ -116,7 +119,7 @@ func ParseDefinition(text []byte) (Definition, error) {
 
 func (d Definition) check() error {
 	if !namePattern.MatchString(d.Name) {
-		return errors.New("name must be a-z, 0-9 and -, at most 63 long")
+		return errors.New("name must be a-z, 0-9, - and _, at most 63 long")
 	}
 	if d.Image == "" && (d.Debian == nil || d.Debian.Suite == "") {
 		return errors.New("needs an image, or a debian suite")
@@ -180,6 +183,7 @@ func (d Definition) inputs(context string) string { return digest(d, context) }
 func (d Definition) fileInputs(context string, refresh bool) string {
 	d.Name, d.Description, d.Env, d.Workdir, d.User, d.StartCommand, d.Ready, d.Size, d.DiskMB = "", "", nil, "", "", nil,
 		nil, "", 0
+	d.Tags = nil
 	return digest(d, context, refresh)
 }
 

@@ -21,6 +21,12 @@ type Caller struct {
 // "template_exists", for a name that is taken, also by a built-in template; Exhausted, code
 // "quota_exceeded"; TooLarge, code "context_too_large"; NoSpace, code "disk_full".
 func (s *Service) Create(ctx context.Context, c Caller, r Request, source io.Reader) (Template, error) {
+	return s.create(ctx, c, r, source, newID(idPrefix), newID("bld_"))
+}
+
+// create is Create with the IDs of the template and of its build.
+func (s *Service) create(ctx context.Context, c Caller, r Request, source io.Reader, id, build string) (Template,
+	error) {
 	if err := r.check(s.cfg, source != nil); err != nil {
 		return Template{}, err
 	}
@@ -36,16 +42,16 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, source io.Rea
 	}
 	b := Build{Definition: r.Definition, Private: r.Credentials != nil}
 	var err error
-	if b.Context, err = s.putContext(ctx, c.OrgID, source); err != nil {
+	if b.Context, err = s.putContext(ctx, c.OrgID, source, -1); err != nil {
 		return Template{}, err
 	}
-	t := Template{ID: newID("tpl_"), OrgID: c.OrgID, Name: r.Name, Egress: sandbox.Egress{Mode: sandbox.AllowAll},
+	t := Template{ID: id, OrgID: c.OrgID, Name: r.Name, Egress: sandbox.Egress{Mode: sandbox.AllowAll},
 		CreatedAt: now()}
 	if r.Egress != nil {
 		t.Egress = *r.Egress
 	}
 	b.Definition.describe(&t, Built{})
-	t.begin(newID("bld_"))
+	t.begin(build)
 	if err := s.store.InsertTemplate(ctx, t, &b, s.cfg.MaxTemplates); err != nil {
 		return Template{}, err
 	}
@@ -114,6 +120,12 @@ func (s *Service) Rebuild(ctx context.Context, c Caller, nameOrID string, r *Req
 	if err != nil {
 		return Template{}, err
 	}
+	return s.renew(ctx, t, b, secret, newID("bld_"))
+}
+
+// renew queues a build of a template under an ID, unless the ready version or the waiting build has
+// the same inputs.
+func (s *Service) renew(ctx context.Context, t Template, b Build, secret *Credentials, id string) (Template, error) {
 	inputs := b.Definition.inputs(b.Context)
 	if t.Queued() {
 		prior, err := s.store.GetBuild(ctx, t.ID)
@@ -124,14 +136,14 @@ func (s *Service) Rebuild(ctx context.Context, c Caller, nameOrID string, r *Req
 			return t, nil // the waiting build is enough
 		}
 	} else if !b.Refresh && t.Status == Ready && t.Inputs == inputs {
-		return t, nil
+		return s.tagReady(ctx, t, b.Definition.Tags)
 	}
-	id := newID("bld_")
-	t, err = s.store.UpdateTemplate(ctx, t.ID, &b, func(t *Template) error {
+	t, err := s.store.UpdateTemplate(ctx, t.ID, &b, func(t *Template) error {
 		if t.Queued() {
 			return fault.New(fault.Conflict, fault.CodeBuildInProgress, "a build of template %q is %s: wait for it or cancel it",
 				t.Name, t.Status)
 		}
+		s.drafts.replaced(*t)
 		t.begin(id)
 		return nil
 	})
@@ -156,6 +168,7 @@ func (s *Service) newBuild(ctx context.Context, t Template, r *Request, source i
 			return Build{}, nil, err
 		}
 		b.Refresh, b.Private = true, r != nil && r.Credentials != nil
+		b.Definition.Tags = nil // they may name another version since
 		if !b.Private {
 			return b, nil, nil
 		}
@@ -169,7 +182,7 @@ func (s *Service) newBuild(ctx context.Context, t Template, r *Request, source i
 	if err := r.check(s.cfg, source != nil); err != nil {
 		return Build{}, nil, err
 	}
-	hash, err := s.putContext(ctx, t.OrgID, source)
+	hash, err := s.putContext(ctx, t.OrgID, source, -1)
 	return Build{Definition: r.Definition, Context: hash, Private: r.Credentials != nil}, r.Credentials, err
 }
 
@@ -199,6 +212,11 @@ func (s *Service) rebuildBuiltin(ctx context.Context, t Template) (Template, err
 // is no build it gives Conflict, code "no_build"; for a built-in template Denied, code
 // "template_builtin".
 func (s *Service) Cancel(ctx context.Context, c Caller, nameOrID string) (Template, error) {
+	return s.cancel(ctx, c, nameOrID, "it was cancelled")
+}
+
+// cancel is Cancel with a reason.
+func (s *Service) cancel(ctx context.Context, c Caller, nameOrID, why string) (Template, error) {
 	t, err := s.store.GetTemplate(ctx, c.OrgID, nameOrID)
 	if err != nil {
 		return Template{}, err
@@ -212,7 +230,7 @@ func (s *Service) Cancel(ctx context.Context, c Caller, nameOrID string) (Templa
 			return fault.New(fault.Conflict, fault.CodeNoBuild, "no build of template %q waits or runs", t.Name)
 		}
 		build = t.BuildID
-		t.end(Failed, &BuildError{ExitCode: -1, Message: "it was cancelled"})
+		t.end(Failed, &BuildError{ExitCode: -1, Message: why})
 		return nil
 	})
 	if err != nil {

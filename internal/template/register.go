@@ -19,7 +19,7 @@ func (s *Service) Register(ctx context.Context) error {
 		asked := slices.Contains(s.cfg.Prepare, d.Name)
 		switch {
 		case fault.Is(err, fault.NotFound):
-			t = Template{ID: newID("tpl_"), Name: d.Name, Status: Pending, Egress: sandbox.Egress{Mode: sandbox.AllowAll},
+			t = Template{ID: newID(idPrefix), Name: d.Name, Status: Pending, Egress: sandbox.Egress{Mode: sandbox.AllowAll},
 				CreatedAt: now()}
 			t.UpdatedAt = t.CreatedAt
 			d.describe(&t, Built{})

@@ -50,6 +50,15 @@ var (
 		`(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
 )
 
+// CheckReference returns an error for a text that is no reference of an image.
+func CheckReference(ref string) error {
+	if len(ref) > MaxReference || !referencePattern.MatchString(ref) {
+		return invalid("image", "%.200q is not a reference such as docker.io/library/alpine:3.22 or ghcr.io/a/b@sha256:…",
+			ref)
+	}
+	return nil
+}
+
 func invalid(field, detail string, args ...any) error {
 	return fault.InvalidField(field, detail, args...)
 }
@@ -57,8 +66,8 @@ func invalid(field, detail string, args ...any) error {
 // check refuses an invalid request, and fills in defaults. withContext reports whether the
 // request has a context.
 func (r *Request) check(cfg Config, withContext bool) error {
-	if !namePattern.MatchString(r.Name) {
-		return invalid("name", "must be 1 to 63 of a-z, 0-9 and -, and not begin with -")
+	if err := checkName(r.Name); err != nil {
+		return err
 	}
 	if len(r.Description) > MaxDescription || !utf8.ValidString(r.Description) {
 		return invalid("description", "must be text of at most %d bytes", MaxDescription)
@@ -78,13 +87,34 @@ func (r *Request) check(cfg Config, withContext bool) error {
 	if r.User != "" && !runAsPattern.MatchString(r.User) {
 		return invalid("user", "must be the name or number of a user")
 	}
-	if r.Size != "" && !slices.Contains(cfg.Sizes, r.Size) {
-		return invalid("size", "%.100q is not one of the sizes in GET /v1/sizes", r.Size)
-	}
-	if r.DiskMB != 0 && (r.DiskMB < sandbox.MinDiskMB || r.DiskMB > cfg.MaxDiskMB) {
-		return invalid("disk_size_mb", "must be between %d and %d", sandbox.MinDiskMB, cfg.MaxDiskMB)
+	if err := checkSize(cfg, r.Size, r.DiskMB); err != nil {
+		return err
 	}
 	return r.checkStart()
+}
+
+// idPrefix begins the ID of each template.
+const idPrefix = "tpl_"
+
+// checkName refuses a name that no template may have. One like an ID would hide another template.
+func checkName(name string) error {
+	if !namePattern.MatchString(name) {
+		return invalid("name", "must be 1 to 63 of a-z, 0-9, - and _, and not begin with - or _")
+	}
+	if strings.HasPrefix(name, idPrefix) {
+		return invalid("name", "must not begin with %s, as the IDs of templates do", idPrefix)
+	}
+	return nil
+}
+
+func checkSize(cfg Config, size string, diskMB int) error {
+	if size != "" && !slices.Contains(cfg.Sizes, size) {
+		return invalid("size", "%.100q is not one of the sizes in GET /v1/sizes", size)
+	}
+	if diskMB != 0 && (diskMB < sandbox.MinDiskMB || diskMB > cfg.MaxDiskMB) {
+		return invalid("disk_size_mb", "must be between %d and %d", sandbox.MinDiskMB, cfg.MaxDiskMB)
+	}
+	return nil
 }
 
 func (r *Request) checkSource(withContext bool) error {
@@ -116,9 +146,8 @@ func (r *Request) checkSource(withContext bool) error {
 			return err
 		}
 	case r.Image != "":
-		if len(r.Image) > MaxReference || !referencePattern.MatchString(r.Image) {
-			return invalid("image", "%.200q is not a reference such as docker.io/library/alpine:3.22 or ghcr.io/a/b@sha256:…",
-				r.Image)
+		if err := CheckReference(r.Image); err != nil {
+			return err
 		}
 	default:
 		if err := r.checkDebian(withContext); err != nil {

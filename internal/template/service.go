@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -75,7 +74,11 @@ type Service struct {
 	users    Users
 	log      *slog.Logger
 
-	budget contextBudget
+	budget  contextBudget
+	uploads uploads
+	drafts  drafts
+	// assembling is held while a context is put together from uploads.
+	assembling turns
 
 	wake   chan struct{} // holds one token: the queue or the retries changed
 	hangup chan struct{} // closed by Hangup
@@ -122,19 +125,26 @@ func New(cfg Config, store Store, builder Builder, contexts Contexts, users User
 	}
 	cfg.Concurrent, cfg.PerOrg = max(cfg.Concurrent, 1), max(cfg.PerOrg, 1)
 	return &Service{cfg: cfg, store: store, builder: builder, contexts: contexts, users: users, log: log,
-		budget: contextBudget{lately: map[string]map[string]int64{}, putting: map[string]int64{}},
-		wake:   make(chan struct{}, 1), hangup: make(chan struct{}),
+		budget:  contextBudget{lately: map[string]map[string]int64{}, putting: map[string]int64{}},
+		uploads: uploads{byOrg: map[string]map[string]*upload{}}, drafts: drafts{byOrg: map[string][]*draft{}},
+		assembling: turns{taken: map[string]chan struct{}{}},
+		wake:       make(chan struct{}, 1), hangup: make(chan struct{}),
 		queue: queue{served: map[string]int{}}, runs: map[string]*run{}, running: map[string]int{}, parked: map[string]parking{},
 		retry:   retries{due: map[string]retry{}, delay: map[string]time.Duration{}},
 		secrets: map[string]Credentials{}, watched: map[string]chan struct{}{}, suspect: map[string]bool{}}
 }
 
-// Ready implements [sandbox.Templates]. It moves a template that is not ready to the front of the
-// queue.
-func (s *Service) Ready(ctx context.Context, orgID, nameOrID string) (sandbox.TemplateVersion, error) {
+// Ready implements [sandbox.Templates]; a name may have a tag, as in "app:v1". It moves a template that
+// is not ready to the front of the queue.
+func (s *Service) Ready(ctx context.Context, orgID, ref string) (sandbox.TemplateVersion, error) {
+	nameOrID, tag := cutTag(ref)
 	t, err := s.store.GetTemplate(ctx, orgID, nameOrID)
 	if err != nil {
 		return sandbox.TemplateVersion{}, err
+	}
+	if tag != "" {
+		tagged, err := s.tagged(ctx, t, tag)
+		return tagged.Version, err
 	}
 	if !t.usable() {
 		if t, err = s.prepare(ctx, t); err != nil {
@@ -142,10 +152,7 @@ func (s *Service) Ready(ctx context.Context, orgID, nameOrID string) (sandbox.Te
 		}
 		return sandbox.TemplateVersion{}, notReady(t)
 	}
-	return sandbox.TemplateVersion{ID: t.ID, Name: t.Name, Version: t.Version, Builtin: t.Builtin(),
-		Shape: sandbox.Shape{Image: t.Image,
-			Size: sandbox.Size{Name: t.Size}, DiskMB: t.DiskMB, Env: maps.Clone(t.Env), User: t.User, Workdir: t.Workdir,
-			Egress: t.Egress, Start: t.Start}}, nil
+	return t.version(), nil
 }
 
 func notReady(t Template) error {

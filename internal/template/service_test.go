@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -34,11 +35,13 @@ type memory struct {
 	fail error // error of the next calls
 	// +checklocks:mu
 	inUse map[string]bool // templates with sandboxes
+	// +checklocks:mu
+	tags map[string]map[string]Tag
 }
 
 func newMemory() *memory {
 	return &memory{rows: map[string]Template{}, builds: map[string]Build{}, logs: map[string][]LogLine{},
-		inUse: map[string]bool{}}
+		inUse: map[string]bool{}, tags: map[string]map[string]Tag{}}
 }
 
 var errNoTemplate = fault.New(fault.NotFound, "template_not_found", "there is no such template")
@@ -86,11 +89,33 @@ func (m *memory) UpdateTemplate(_ context.Context, id string, b *Build,
 	if t.BuildID != build {
 		m.logs[id] = nil
 	}
+	for _, tag := range t.Tagging {
+		if m.tags[id] == nil {
+			m.tags[id] = map[string]Tag{}
+		}
+		m.tags[id][tag.Name] = tag
+	}
+	t.Tagging = nil
 	m.rows[id] = t
 	if b != nil {
 		m.builds[id] = *b
 	}
 	return t, nil
+}
+
+func (m *memory) Tags(_ context.Context, id string) ([]Tag, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.SortedFunc(maps.Values(m.tags[id]), func(a, b Tag) int { return strings.Compare(a.Name, b.Name) }), nil
+}
+
+func (m *memory) DeleteTags(_ context.Context, id string, names []string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, name := range names {
+		delete(m.tags[id], name)
+	}
+	return nil
 }
 
 func (m *memory) GetTemplate(_ context.Context, orgID, nameOrID string) (Template, error) {
@@ -167,6 +192,13 @@ func (m *memory) TemplateImages(context.Context) ([]string, error) {
 	for _, t := range m.choose(func(t Template) bool { return t.Image != "" }) {
 		out = append(out, t.Image)
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, tags := range m.tags {
+		for _, tag := range tags {
+			out = append(out, tag.Version.Image)
+		}
+	}
 	return out, nil
 }
 
@@ -207,6 +239,13 @@ func (m *memory) TemplateLog(_ context.Context, id string, after int64, limit in
 		}
 	}
 	return out, nil
+}
+
+func (m *memory) TemplateLogRest(_ context.Context, id string, skip, limit int) ([]LogLine, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	rest := m.logs[id][min(skip, len(m.logs[id])):]
+	return slices.Clone(rest[:min(limit, len(rest))]), nil
 }
 
 // set changes a row, as a crash or an older cay might have left it.

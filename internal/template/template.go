@@ -34,7 +34,7 @@ const (
 type Template struct {
 	ID          string // "tpl_" and 20 lower-case base32 characters
 	OrgID       string // "" for built-in ones, which belong to all
-	Name        string // [a-z0-9][a-z0-9-]{0,62}
+	Name        string // [a-z0-9][a-z0-9_-]{0,62}, and not like an ID
 	Description string
 
 	Status     Status
@@ -65,6 +65,9 @@ type Template struct {
 	CreatedAt time.Time
 	UpdatedAt time.Time
 	BuiltAt   time.Time // of Version
+
+	// Tagging holds tags that are written with the row. It is empty in a row that was read.
+	Tagging []Tag
 }
 
 // Builtin reports whether the template belongs to all organizations.
@@ -98,6 +101,7 @@ type BuildError struct {
 	ExitCode int      `json:"exit_code"`      // of the program that did it; -1 if none, or killed
 	Tail     []string `json:"tail,omitempty"` // its last lines
 	Message  string   `json:"message"`
+	Line     int      `json:"line,omitempty"` // of the Dockerfile, from 1; 0 is none
 }
 
 // Error returns the step, the cause and the last lines.
@@ -168,17 +172,24 @@ type Store interface {
 	// TemplatesWithImage returns the templates whose version has the image.
 	TemplatesWithImage(ctx context.Context, image string) ([]Template, error)
 	// TemplateImages returns the image of every template version that new sandboxes may be
-	// created from.
+	// created from, those of tags included.
 	TemplateImages(ctx context.Context) ([]string, error)
 	// TemplateContexts returns the contexts of an organization's builds; "" means all
 	// organizations.
 	TemplateContexts(ctx context.Context, orgID string) ([]string, error)
+	// Tags returns the tags of a template, by name.
+	Tags(ctx context.Context, id string) ([]Tag, error)
+	// DeleteTags removes tags of a template.
+	DeleteTags(ctx context.Context, id string, names []string) error
 	// ChangeTemplateLog changes the log of a template's newest build. Without the template it
 	// gives NotFound, code "template_not_found".
 	ChangeTemplateLog(ctx context.Context, id string, c LogChange) error
 	// TemplateLog returns up to limit lines of the newest build's log with numbers above after,
 	// in order.
 	TemplateLog(ctx context.Context, id string, after int64, limit int) ([]LogLine, error)
+	// TemplateLogRest returns up to limit lines of the newest build's log without its first skip
+	// lines, in order.
+	TemplateLogRest(ctx context.Context, id string, skip, limit int) ([]LogLine, error)
 }
 
 // Contexts keeps build contexts by their content.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 )
 
 // lookAfter queues the built-in templates to be checked, except those that were never requested.
@@ -62,7 +63,7 @@ func (s *Service) rebuildGone(ctx context.Context, t Template, image string) err
 	if err != nil {
 		return fmt.Errorf("reading the build of template %s: %w", t.ID, err)
 	}
-	b.Refresh, b.Private = false, false
+	b.Refresh, b.Private, b.Definition.Tags = false, false, nil
 	id := newID("bld_")
 	t, err = s.store.UpdateTemplate(ctx, t.ID, &b, func(t *Template) error {
 		if t.Image != image || t.Queued() {
@@ -96,8 +97,9 @@ func (s *Service) Collect(ctx context.Context) (removed []string, freed int64, e
 	if err != nil {
 		return nil, 0, fmt.Errorf("listing contexts: %w", err)
 	}
+	s.drafts.expire(time.Now().Add(-draftKept))
 	removed, freed, err = s.builder.Collect(ctx, slices.Concat(templates, sandboxes))
-	gone, bytes, contextErr := s.contexts.Collect(contexts)
+	gone, bytes, contextErr := s.contexts.Collect(append(contexts, s.uploads.expire(time.Now().Add(-uploadKept))...))
 	s.budget.gone(gone)
 	return append(removed, gone...), freed + bytes, errors.Join(err, contextErr)
 }

@@ -1,0 +1,505 @@
+package e2b
+
+import (
+	"context"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cayhq/cay/internal/auth"
+	"github.com/cayhq/cay/internal/e2b/steps"
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/httpserver"
+	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/template"
+)
+
+// A client builds a template in four calls: it announces the build, asks for each copy whether its
+// files are there, uploads those that are not, and sends the steps. Then it polls the state.
+
+func builderOf(r *http.Request) template.Caller { return template.Caller{OrgID: orgOf(r)} }
+
+// announceBody is E2B's TemplateBuildRequest.
+type announceBody struct {
+	Name          string   `json:"name"`
+	Alias         string   `json:"alias"` // the name, of older clients
+	Tags          []string `json:"tags"`
+	TeamID        string   `json:"teamID"` // the key says whose it is
+	CPUCount      int      `json:"cpuCount"`
+	MemoryMB      int      `json:"memoryMB"`
+	MinFreeDiskMB int      `json:"minFreeDiskMb"`
+}
+
+// announce answers POST /v3/templates.
+func (s *Surface) announce(w http.ResponseWriter, r *http.Request) error {
+	var in announceBody
+	if err := read(w, r, &in); err != nil {
+		return err
+	}
+	if in.Name == "" {
+		in.Name = in.Alias
+	}
+	if in.Name == "" {
+		return fault.InvalidField("name", "is needed")
+	}
+	name, tag := templateRef(strings.ToLower(in.Name)) // as in E2B
+	if tag != "" {
+		in.Tags = append(in.Tags, tag)
+	}
+	tags := tagsOf(in.Tags)
+	size, err := sizeFor(s.Sandboxes.Sizes(), in.CPUCount, in.MemoryMB)
+	if err != nil {
+		return err
+	}
+	a := template.Announcement{Name: name, Size: size, Tags: tags}
+	if in.MinFreeDiskMB != 0 {
+		a.DiskMB = max(in.MinFreeDiskMB, sandbox.MinDiskMB)
+	}
+	d, err := s.Templates.Announce(r.Context(), builderOf(r), a)
+	if err != nil {
+		return inOwnWords(err, map[string]string{"disk_size_mb": "minFreeDiskMb"})
+	}
+	if len(tags) == 0 {
+		tags = []string{defaultTag}
+	}
+	reply(w, r, http.StatusAccepted, map[string]any{"templateID": d.TemplateID, "buildID": d.BuildID, "public": false,
+		"names": []string{d.Name}, "aliases": []string{d.Name}, "tags": tags})
+	return nil
+}
+
+// inOwnWords gives the field of an error the name that it has in this API.
+func inOwnWords(err error, names map[string]string) error {
+	f := fault.As(err)
+	if f == nil || names[f.Field] == "" {
+		return err
+	}
+	out := f.Because(err)
+	out.Field = names[f.Field]
+	return out
+}
+
+// sizeFor returns the smallest size with as many CPUs and as much memory; "" if nothing is asked for.
+func sizeFor(sizes []sandbox.Size, cpus, memoryMB int) (string, error) {
+	if cpus == 0 && memoryMB == 0 {
+		return "", nil
+	}
+	if cpus < 0 || memoryMB < 0 {
+		return "", fault.InvalidField("cpuCount", "and memoryMB must be positive")
+	}
+	var fits *sandbox.Size
+	var most sandbox.Size
+	for i, size := range sizes {
+		if size.VCPUs > most.VCPUs || size.VCPUs == most.VCPUs && size.MemoryMB > most.MemoryMB {
+			most = size
+		}
+		if size.VCPUs < cpus || size.MemoryMB < memoryMB {
+			continue
+		}
+		if fits == nil || size.MemoryMB < fits.MemoryMB || size.MemoryMB == fits.MemoryMB && size.VCPUs < fits.VCPUs {
+			fits = &sizes[i]
+		}
+	}
+	if fits == nil {
+		return "", fault.InvalidField("cpuCount",
+			"no size of this server has %d CPUs and %d MiB of memory; its largest, %s, has %d and %d", cpus, memoryMB, most.Name,
+			most.VCPUs, most.MemoryMB)
+	}
+	return fits.Name, nil
+}
+
+// hashPattern matches the names of uploads, which are hashes that clients compute.
+var hashPattern = regexp.MustCompile(`^[0-9a-f]{64}$`)
+
+func uploadName(r *http.Request) (string, error) {
+	hash := r.PathValue("hash")
+	if !hashPattern.MatchString(hash) {
+		return "", fault.InvalidField("hash", "must be 64 lower-case hexadecimal digits")
+	}
+	return hash, nil
+}
+
+// uploadTime is the time in which an upload must begin. Clients give an upload an hour.
+const uploadTime = time.Hour
+
+// uploadLink answers GET /templates/{ref}/files/{hash}: whether the files are there, and where to
+// upload them, which forced uploads do also when they are.
+func (s *Surface) uploadLink(w http.ResponseWriter, r *http.Request) error {
+	hash, err := uploadName(r)
+	if err != nil {
+		return err
+	}
+	scheme := "http"
+	if r.TLS != nil || r.Header.Get("X-Forwarded-Proto") == "https" {
+		scheme = "https"
+	}
+	org, until := orgOf(r), strconv.FormatInt(time.Now().Add(uploadTime).Unix(), 10)
+	url := fmt.Sprintf("%s://%s/templates/%s/files/%s?org=%s&expires=%s&signature=%s", scheme, r.Host, defaultTag, hash,
+		org, until, s.uploadSum(org, hash, until))
+	reply(w, r, http.StatusCreated, map[string]any{"present": s.Templates.HasUpload(org, hash), "url": url,
+		"headers": map[string]string{}})
+	return nil
+}
+
+// uploadSum signs the right to upload files for an organization.
+func (s *Surface) uploadSum(org, hash, until string) string {
+	return s.sum("upload:" + org + ":" + hash + ":" + until)
+}
+
+// upload answers PUT /templates/{ref}/files/{hash}, to which clients send no key: the signature in
+// the URL opens it.
+func (s *Surface) upload(w http.ResponseWriter, r *http.Request) error {
+	hash, err := uploadName(r)
+	if err != nil {
+		return err
+	}
+	q := r.URL.Query()
+	org, until := q.Get("org"), q.Get("expires")
+	if !same(q.Get("signature"), s.uploadSum(org, hash, until)) {
+		return fault.New(fault.Unauthenticated, fault.CodeUnauthenticated, "the URL has no valid signature")
+	}
+	if end, err := strconv.ParseInt(until, 10, 64); err != nil || time.Now().Unix() > end {
+		return fault.New(fault.Unauthenticated, fault.CodeUnauthenticated, "the URL is no longer valid: ask for another")
+	}
+	of, err := s.Auth.Org(r.Context(), org)
+	if err != nil {
+		return err
+	}
+	callOf(r).Who.Org = of
+	if err := callOf(r).OpenAccount(s.Budget, r, org, httpserver.CallCost); err != nil {
+		return err
+	}
+	if err := s.Templates.PutUpload(r.Context(), org, hash, r.Body, r.ContentLength); err != nil {
+		if broken := callOf(r).Body.Broken(); broken != nil {
+			return broken
+		}
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// buildBody is E2B's TemplateBuildStartV2.
+type buildBody struct {
+	FromImage         string        `json:"fromImage"`
+	FromTemplate      string        `json:"fromTemplate"`
+	FromImageRegistry *registryBody `json:"fromImageRegistry"`
+	Steps             []stepBody    `json:"steps"`
+	StartCmd          string        `json:"startCmd"`
+	ReadyCmd          string        `json:"readyCmd"`
+	Force             bool          `json:"force"`
+}
+
+// stepBody is a step, and what only the client acts on.
+type stepBody struct {
+	steps.Step
+	ForceUpload     *bool `json:"forceUpload"`
+	ResolveSymlinks *bool `json:"resolveSymlinks"`
+	Gzip            *bool `json:"gzip"`
+}
+
+type registryBody struct {
+	Type               string `json:"type"`
+	Username           string `json:"username"`
+	Password           string `json:"password"`
+	ServiceAccountJSON string `json:"serviceAccountJson"`
+	AWSAccessKeyID     string `json:"awsAccessKeyId"`
+	AWSSecretAccessKey string `json:"awsSecretAccessKey"`
+	AWSRegion          string `json:"awsRegion"`
+}
+
+// build answers POST /v2/templates/{ref}/builds/{build}.
+func (s *Surface) build(w http.ResponseWriter, r *http.Request) error {
+	var in buildBody
+	if err := read(w, r, &in); err != nil {
+		return err
+	}
+	base, request, err := s.base(r.Context(), orgOf(r), in)
+	if err != nil {
+		return err
+	}
+	all := make([]steps.Step, len(in.Steps))
+	for i, step := range in.Steps {
+		if all[i] = step.Step; strings.EqualFold(step.Type, "COPY") && !hashPattern.MatchString(step.FilesHash) {
+			return fault.InvalidField(fmt.Sprintf("steps[%d].filesHash", i),
+				"must be 64 lower-case hexadecimal digits")
+		}
+	}
+	id := r.PathValue("build")
+	recipe, err := steps.Translate(base, all, in.Force, id, func(upload, from string) (steps.Kind, error) {
+		mode, err := s.Templates.UploadKind(orgOf(r), upload, from)
+		return map[fs.FileMode]steps.Kind{0: steps.File, fs.ModeSymlink: steps.Link}[mode], err
+	})
+	if err != nil {
+		return err
+	}
+	request.BuildArgs = recipe.Args
+	parts := make([]template.Part, len(recipe.Parts))
+	for i, p := range recipe.Parts {
+		parts[i] = template.Part{Upload: p.Upload, From: p.From, Dir: p.Dir, As: p.As, Step: p.Step}
+	}
+	_, err = s.Templates.BuildDraft(r.Context(), builderOf(r), r.PathValue("ref"), id, request, recipe.Dockerfile, parts)
+	if err != nil {
+		return inOwnWords(err, map[string]string{"start_command": "startCmd", "ready.command": "readyCmd",
+			"ready": "readyCmd"})
+	}
+	w.WriteHeader(http.StatusAccepted)
+	return nil
+}
+
+// ownImage is the image that E2B's base template is made of, and the default of clients. It is made
+// for E2B's machines; the template of that name is what programs expect of it.
+const ownImage = "e2bdev/base"
+
+// instead names the built-in templates that have the tools of well-known images, for a machine that
+// reaches no registry.
+var instead = map[string]string{"debian": "base", "ubuntu": "base", "python": "python", "node": "node", "golang": "go",
+	"e2bdev/code-interpreter": "code-interpreter"}
+
+// base returns what a build begins from, and the request for its template without the steps.
+func (s *Surface) base(ctx context.Context, org string, in buildBody) (steps.Base, template.Request, error) {
+	if (in.FromImage == "") == (in.FromTemplate == "") {
+		return steps.Base{}, template.Request{}, fault.InvalidField("fromImage",
+			"one of fromImage and fromTemplate is needed")
+	}
+	start, ready := in.StartCmd, readyOf(in.ReadyCmd)
+	request := template.Request{Definition: template.Definition{StartCommand: &start, Ready: ready}}
+	if in.StartCmd == "" {
+		request.Ready = nil // nothing runs whose readiness could be awaited
+	}
+	if image := repository(in.FromImage); in.FromImage != "" && image != ownImage {
+		credentials, err := registryCredentials(in.FromImage, in.FromImageRegistry)
+		if err != nil {
+			return steps.Base{}, request, err
+		}
+		if err := template.CheckReference(in.FromImage); err != nil {
+			return steps.Base{}, request, inOwnWords(err, map[string]string{"image": "fromImage"})
+		}
+		request.Credentials = credentials
+		if other := instead[image]; other != "" {
+			request.Instead = map[string]string{shortest(in.FromImage): other}
+		}
+		return steps.Base{Ref: in.FromImage, Account: true, Foreign: true}, request, nil
+	}
+	if in.FromImage != "" {
+		in.FromTemplate = defaultTemplate
+	}
+	name, err := templateName(in.FromTemplate)
+	if err != nil {
+		return steps.Base{}, request, err
+	}
+	t, err := s.findTemplate(ctx, org, name)
+	if err != nil {
+		return steps.Base{}, request, inOwnWords(err, map[string]string{"": "fromTemplate"})
+	}
+	if in.StartCmd == "" && !t.Start.None() {
+		request.StartCommand, request.Ready = nil, t.Start.Ready // the image carries the command
+		if ready != nil {
+			request.Ready = ready
+		}
+	}
+	base := steps.Base{Ref: t.Name, User: t.User, Account: t.Builtin() && (t.User == "" || t.User == "root")}
+	if template.CheckReference(base.Ref) != nil {
+		base.Ref = t.ID // such as a__b_, which no FROM can name
+	}
+	return base, request, nil
+}
+
+// shortest returns a reference without the parts that are understood.
+func shortest(ref string) string {
+	for _, prefix := range []string{"docker.io/", "index.docker.io/", "library/"} {
+		ref = strings.TrimPrefix(ref, prefix)
+	}
+	return ref
+}
+
+// repository returns the repository of a reference in its shortest form.
+func repository(ref string) string {
+	ref, _, _ = strings.Cut(shortest(ref), "@")
+	if i := strings.LastIndexByte(ref, ':'); i > strings.LastIndexByte(ref, '/') {
+		ref = ref[:i]
+	}
+	return ref
+}
+
+// registryCredentials returns the credentials for the registry of an image; nil for none.
+func registryCredentials(ref string, in *registryBody) (*template.Credentials, error) {
+	if in == nil {
+		return nil, nil
+	}
+	out := &template.Credentials{Registry: "docker.io", Username: in.Username, Password: in.Password}
+	if host, _, ok := strings.Cut(ref, "/"); ok && (strings.ContainsAny(host, ".:") || host == "localhost") {
+		out.Registry = host
+	}
+	switch in.Type {
+	case "registry", "":
+		return out, nil
+	case "gcp": // how Google's registries take the key of a service account
+		out.Username, out.Password = "_json_key", in.ServiceAccountJSON
+		return out, nil
+	}
+	return nil, unsupported("this server does not exchange keys of AWS for those of its registry: give fromImage " +
+		"the username AWS and what `aws ecr get-login-password` prints")
+}
+
+// Forms of the ready commands that clients make.
+var (
+	sleeps      = regexp.MustCompile(`^sleep [0-9.]+$`)
+	waitsOfPort = regexp.MustCompile(`^(?:\[ -n "\$\(ss -Htuln sport = :([0-9]{1,5})\)" \]|` +
+		`ss -tuln \| grep :([0-9]{1,5}))$`)
+)
+
+// readyOf translates a ready command. A port is looked at without a program of the image. A fixed
+// time, which E2B lets pass once for all sandboxes, is not awaited in each.
+func readyOf(command string) *sandbox.Ready {
+	if command == "" || sleeps.MatchString(command) {
+		return nil
+	}
+	if m := waitsOfPort.FindStringSubmatch(command); m != nil {
+		if port, err := strconv.Atoi(m[1] + m[2]); err == nil && port > 0 && port < 1<<16 {
+			return &sandbox.Ready{Port: port}
+		}
+	}
+	return &sandbox.Ready{Command: command}
+}
+
+// statusBody is E2B's TemplateBuildInfo.
+type statusBody struct {
+	TemplateID string       `json:"templateID"`
+	BuildID    string       `json:"buildID"`
+	Status     string       `json:"status"`
+	Logs       []string     `json:"logs"`
+	LogEntries []buildEntry `json:"logEntries"`
+	Reason     *reasonBody  `json:"reason,omitempty"`
+}
+
+type buildEntry struct {
+	Timestamp time.Time `json:"timestamp"`
+	Level     string    `json:"level"`
+	Message   string    `json:"message"`
+}
+
+type reasonBody struct {
+	Message    string       `json:"message"`
+	Step       string       `json:"step,omitempty"`
+	LogEntries []buildEntry `json:"logEntries"`
+}
+
+// logPage is the most entries of one answer, as in E2B.
+const logPage = 100
+
+// buildStatus answers GET /templates/{ref}/builds/{build}/status. logsOffset counts entries.
+func (s *Surface) buildStatus(w http.ResponseWriter, r *http.Request) error {
+	offset, limit := 0, logPage
+	for name, to := range map[string]*int{"logsOffset": &offset, "limit": &limit} {
+		if text := r.URL.Query().Get(name); text != "" {
+			n, err := strconv.Atoi(text)
+			if err != nil || n < 0 {
+				return fault.InvalidField(name, "must be a number from 0")
+			}
+			*to = n
+		}
+	}
+	out := statusBody{TemplateID: r.PathValue("ref"), BuildID: r.PathValue("build"), Logs: []string{},
+		LogEntries: []buildEntry{}}
+	state, err := s.Templates.BuildState(r.Context(), orgOf(r), out.TemplateID, out.BuildID)
+	if err != nil {
+		return err
+	}
+	out.Status = statusOf(state.Status)
+	if state.Template != "" {
+		lines, err := s.Templates.LogRest(r.Context(), state.Template, offset, min(limit, logPage))
+		if err != nil {
+			return err
+		}
+		for _, l := range lines {
+			e := buildEntryOf(l, state.Error)
+			if err := callOf(r).Account.Take(4 * int64(len(e.Message))); err != nil {
+				return err
+			}
+			out.LogEntries, out.Logs = append(out.LogEntries, e), append(out.Logs, e.Message)
+		}
+	}
+	if state.Error != nil && out.Status == statusError {
+		out.Reason = reasonOf(*state.Error)
+	}
+	reply(w, r, http.StatusOK, out)
+	return nil
+}
+
+// loads matches the headings of steps that no client asked for.
+var loads = regexp.MustCompile(`^step [0-9]+: load `)
+
+// buildEntryOf returns a line of a log, whose level follows from what it says.
+func buildEntryOf(l template.LogLine, failure *template.BuildError) buildEntry {
+	e := buildEntry{Timestamp: l.At.UTC(), Level: "info", Message: l.Text}
+	if number, step, ok := strings.Cut(l.Text, ": "); ok && l.Heading {
+		e.Message = number + ": " + steps.Shown(step)
+	}
+	switch {
+	case failure != nil && l.Step == 0 && slices.Contains(strings.Split(failure.Error(), "\n"), l.Text):
+		e.Level, e.Message = "error", plainLine(l.Text, *failure)
+	case strings.HasPrefix(l.Text, "warning: "):
+		e.Level = "warn"
+	case l.Heading && loads.MatchString(l.Text):
+		e.Level = "debug"
+	}
+	return e
+}
+
+// plainLine returns a line of an error without what only the Dockerfile's reader understands.
+func plainLine(line string, e template.BuildError) string {
+	if e.Step != "" && strings.HasPrefix(line, e.Step+": ") {
+		line = steps.Shown(e.Step) + strings.TrimPrefix(line, e.Step)
+	}
+	if e.Line > 0 {
+		line = strings.Replace(line, fmt.Sprintf(": line %d: ", e.Line), ": ", 1)
+	}
+	return line
+}
+
+// reasonOf tells why a build failed, with the step as clients number them: by it they find the line
+// of the program that asked for it.
+func reasonOf(e template.BuildError) *reasonBody {
+	lines := strings.Split(e.Error(), "\n")
+	lines[0] = plainLine(lines[0], e)
+	out := &reasonBody{Message: strings.Join(lines, "\n"), LogEntries: []buildEntry{}}
+	switch n := steps.Of(e.Line); {
+	case n > 0:
+		out.Step = strconv.Itoa(n)
+		out.Message = "step " + out.Step + ": " + out.Message
+	case n == 0 || strings.HasPrefix(e.Step, "FROM ") || strings.HasPrefix(e.Step, "pulling "):
+		out.Step = "base"
+	default:
+		out.Step = "finalize"
+	}
+	return out
+}
+
+// deleteTemplate deletes a template, or the snapshot of that name. As in E2B, sandboxes of the template
+// continue.
+func (s *Surface) deleteTemplate(w http.ResponseWriter, r *http.Request) error {
+	name, err := templateName(r.PathValue("ref"))
+	if err != nil {
+		return err
+	}
+	err = s.Sandboxes.DeleteSnapshot(r.Context(), orgOf(r), name)
+	if fault.Is(err, fault.NotFound) {
+		var t template.Template
+		if t, err = s.findTemplate(r.Context(), orgOf(r), name); err == nil {
+			err = may(r, auth.TemplatesWrite)
+		}
+		if err == nil {
+			err = s.Templates.Delete(r.Context(), builderOf(r), t.ID, true)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}

@@ -1,0 +1,173 @@
+package template
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// Tag names a version of a template. Sandboxes can be made from that version as long as the tag is
+// there, also after newer versions were built.
+type Tag struct {
+	Name      string // [a-z0-9][a-z0-9._-]{0,127}
+	BuildID   string // ID of the build that gave the version
+	CreatedAt time.Time
+	Version   sandbox.TemplateVersion
+}
+
+// MaxTags bounds the tags of a template. Each may keep an image on the disk.
+const MaxTags = 50
+
+var tagPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,127}$`)
+
+// checkTags refuses names that no tag may have.
+func checkTags(names []string) error {
+	for i, name := range names {
+		if !tagPattern.MatchString(name) {
+			return invalid(fmt.Sprintf("tags[%d]", i),
+				"must be 1 to 128 of a-z, 0-9, -, _ and ., with a letter or a digit first")
+		}
+	}
+	return nil
+}
+
+// version returns what sandboxes of the newest version are made from.
+func (t Template) version() sandbox.TemplateVersion {
+	return sandbox.TemplateVersion{ID: t.ID, Name: t.Name, Version: t.Version, Builtin: t.Builtin(),
+		Shape: sandbox.Shape{Image: t.Image, Size: sandbox.Size{Name: t.Size}, DiskMB: t.DiskMB, Env: maps.Clone(t.Env),
+			User: t.User, Workdir: t.Workdir, Egress: t.Egress, Start: t.Start}}
+}
+
+// tag makes tags of the newest version, which are written with the row.
+func (t *Template) tag(names []string) {
+	for _, name := range names {
+		t.Tagging = append(t.Tagging, Tag{Name: name, BuildID: t.BuildID, CreatedAt: now(), Version: t.version()})
+	}
+}
+
+// tagged returns the version that a tag of a template names.
+func (s *Service) tagged(ctx context.Context, t Template, name string) (Tag, error) {
+	tags, err := s.store.Tags(ctx, t.ID)
+	if err != nil {
+		return Tag{}, fmt.Errorf("reading the tags of template %s: %w", t.Name, err)
+	}
+	for _, tag := range tags {
+		if tag.Name == name {
+			tag.Version.Egress = t.Egress // the policy is the template's, whatever the version
+			return tag, nil
+		}
+	}
+	return Tag{}, fault.New(fault.NotFound, fault.CodeTemplateNotFound, "template %q has no tag %q", t.Name, name)
+}
+
+// own returns a template of the organization, and not a built-in one.
+func (s *Service) own(ctx context.Context, c Caller, nameOrID string) (Template, error) {
+	t, err := s.store.GetTemplate(ctx, c.OrgID, nameOrID)
+	if err == nil && t.Builtin() {
+		err = readOnly(t)
+	}
+	return t, err
+}
+
+// Tag gives tags to a version of a template: the one of the tag from, or the newest if from is "". It
+// returns the ID of the build that gave the version. Errors: Invalid in field "tags"; NotFound, code
+// "template_not_found"; Conflict, code "template_not_ready"; Exhausted, code "quota_exceeded"; Denied
+// for a built-in template.
+func (s *Service) Tag(ctx context.Context, c Caller, nameOrID, from string, names []string) (buildID string,
+	err error) {
+	if err := checkTags(names); err != nil {
+		return "", err
+	}
+	t, err := s.own(ctx, c, nameOrID)
+	if err != nil {
+		return "", err
+	}
+	if err := s.roomForTags(ctx, t, names); err != nil {
+		return "", err
+	}
+	source := Tag{}
+	if from != "" {
+		if source, err = s.tagged(ctx, t, from); err != nil {
+			return "", err
+		}
+	}
+	_, err = s.store.UpdateTemplate(ctx, t.ID, nil, func(t *Template) error {
+		if from == "" && !t.usable() {
+			return notReady(*t)
+		}
+		t.tag(names)
+		for i := range t.Tagging {
+			if from != "" {
+				t.Tagging[i].BuildID, t.Tagging[i].Version = source.BuildID, source.Version
+			}
+			buildID = t.Tagging[i].BuildID
+		}
+		return nil
+	})
+	return buildID, err
+}
+
+// roomForTags refuses tags beyond those that a template may have.
+func (s *Service) roomForTags(ctx context.Context, t Template, names []string) error {
+	tags, err := s.store.Tags(ctx, t.ID)
+	if err != nil {
+		return fmt.Errorf("reading the tags of template %s: %w", t.Name, err)
+	}
+	all := map[string]bool{}
+	for _, tag := range tags {
+		all[tag.Name] = true
+	}
+	for _, name := range names {
+		all[name] = true
+	}
+	if len(all) > MaxTags {
+		return fault.New(fault.Exhausted, fault.CodeQuotaExceeded, "template %q may have %d tags", t.Name, MaxTags)
+	}
+	return nil
+}
+
+// Untag removes tags of a template; those that it does not have are no error.
+func (s *Service) Untag(ctx context.Context, c Caller, nameOrID string, names []string) error {
+	t, err := s.own(ctx, c, nameOrID)
+	if err != nil {
+		return err
+	}
+	return s.store.DeleteTags(ctx, t.ID, names)
+}
+
+// Tags returns the tags of a template that the organization may use, and the template.
+func (s *Service) Tags(ctx context.Context, orgID, nameOrID string) (Template, []Tag, error) {
+	t, err := s.store.GetTemplate(ctx, orgID, nameOrID)
+	if err != nil {
+		return Template{}, nil, err
+	}
+	tags, err := s.store.Tags(ctx, t.ID)
+	return t, tags, err
+}
+
+// cutTag splits a reference of a template with a tag; "" is the newest version.
+func cutTag(ref string) (nameOrID, tag string) {
+	nameOrID, tag, _ = strings.Cut(ref, ":")
+	return nameOrID, tag
+}
+
+// tagReady gives a version that is ready the tags of a build with the same inputs.
+func (s *Service) tagReady(ctx context.Context, t Template, names []string) (Template, error) {
+	if len(names) == 0 {
+		return t, nil
+	}
+	return s.store.UpdateTemplate(ctx, t.ID, nil, func(row *Template) error {
+		if row.BuildID != t.BuildID {
+			return errSettled
+		}
+		row.tag(slices.Clone(names))
+		return nil
+	})
+}

@@ -1,0 +1,313 @@
+package template
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+const (
+	// uploadKept is the time for which an upload is kept after its last use. With a shorter one a slow
+	// client would have to send files again between its upload and its build; a longer one keeps files
+	// that no build needs any more on the disk.
+	uploadKept = time.Hour
+	// maxUploads bounds the uploads of one organization, of which small ones cost memory only. Beyond,
+	// the one that was used the longest time ago is forgotten.
+	maxUploads = 5000
+)
+
+// uploads remembers archives of files that organizations sent for builds to come, by the names that
+// their clients give them. A name is the client's word; what counts for builds is the content. They
+// are lost with the process: clients then send them again.
+type uploads struct {
+	mu sync.Mutex
+	// +checklocks:mu
+	byOrg map[string]map[string]*upload
+}
+
+type upload struct {
+	blob string
+	size int64
+	used time.Time
+}
+
+// find returns the blob of an upload, and marks the upload as used; "" if there is none.
+func (u *uploads) find(org, name string) string {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	found := u.byOrg[org][name]
+	if found == nil {
+		return ""
+	}
+	found.used = time.Now()
+	return found.blob
+}
+
+func (u *uploads) put(org, name, blob string, size int64) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.byOrg[org] == nil {
+		u.byOrg[org] = map[string]*upload{}
+	}
+	all := u.byOrg[org]
+	all[name] = &upload{blob, size, time.Now()}
+	if len(all) <= maxUploads {
+		return
+	}
+	oldest := ""
+	for name, up := range all {
+		if oldest == "" || up.used.Before(all[oldest].used) {
+			oldest = name
+		}
+	}
+	delete(all, oldest)
+}
+
+// sizes returns the sizes of an organization's uploads by blob.
+func (u *uploads) sizes(org string) contextSizes {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	all := contextSizes{}
+	for _, up := range u.byOrg[org] {
+		all[up.blob] = up.size
+	}
+	return all
+}
+
+// expire forgets the uploads that were not used since a time, and returns the blobs of the others.
+func (u *uploads) expire(since time.Time) []string {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	var kept []string
+	for org, all := range u.byOrg {
+		for name, up := range all {
+			if up.used.Before(since) {
+				delete(all, name)
+			} else {
+				kept = append(kept, up.blob)
+			}
+		}
+		if len(all) == 0 {
+			delete(u.byOrg, org)
+		}
+	}
+	return kept
+}
+
+// HasUpload reports whether an organization's upload is there, and keeps it for an hour.
+func (s *Service) HasUpload(org, name string) bool { return s.uploads.find(org, name) != "" }
+
+// PutUpload stores an upload, a tar, plain or compressed with gzip, of length bytes; negative is
+// unknown. It has the limits and the errors of a build context.
+func (s *Service) PutUpload(ctx context.Context, org, name string, r io.Reader, length int64) error {
+	blob, err := s.putContext(ctx, org, r, length)
+	if err != nil {
+		return err
+	}
+	size, err := s.contexts.Size(blob)
+	if err != nil {
+		return fmt.Errorf("looking at an upload: %w", err)
+	}
+	s.uploads.put(org, name, blob, size)
+	return nil
+}
+
+// UploadKind returns the type of what an upload has at a path: a directory, a file (0) or a symbolic
+// link. A path that is none of its entries is a directory above them.
+func (s *Service) UploadKind(org, name, from string) (fs.FileMode, error) {
+	entries, closeAll, err := s.openUpload(org, name)
+	if err != nil {
+		return 0, err
+	}
+	defer closeAll()
+	// Clients write what they were asked for first.
+	h, err := entries.Next()
+	if err != nil {
+		return 0, brokenUpload(err)
+	}
+	if path.Clean(h.Name) != from {
+		return fs.ModeDir, nil
+	}
+	switch h.Typeflag {
+	case tar.TypeSymlink:
+		return fs.ModeSymlink, nil
+	case tar.TypeReg:
+		return 0, nil
+	}
+	return fs.ModeDir, nil
+}
+
+func (s *Service) openUpload(org, name string) (*tar.Reader, func(), error) {
+	blob := s.uploads.find(org, name)
+	if blob == "" {
+		return nil, nil, fault.InvalidField("files",
+			"its files were not uploaded, or so long ago that they were removed: build the template again")
+	}
+	file, err := s.contexts.Path(blob)
+	if err != nil {
+		return nil, nil, fmt.Errorf("finding an upload: %w", err)
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, nil, fmt.Errorf("opening an upload: %w", err)
+	}
+	closeFile := func() { _ = f.Close() } // it was only read
+	buffered := bufio.NewReaderSize(f, 64<<10)
+	if magic, _ := buffered.Peek(2); !bytes.Equal(magic, []byte("\x1f\x8b")) {
+		return tar.NewReader(buffered), closeFile, nil
+	}
+	plain, err := gzip.NewReader(buffered)
+	if err != nil {
+		closeFile()
+		return nil, nil, brokenUpload(err)
+	}
+	return tar.NewReader(plain), closeFile, nil
+}
+
+func brokenUpload(err error) error {
+	if fault.As(err) != nil {
+		return err
+	}
+	return fault.InvalidField("files", "its files are no tar archive that can be read: %v", err)
+}
+
+// Part places an upload in the context of a build.
+type Part struct {
+	Upload string // its name
+	From   string // what is taken of it: a path, or a directory whose content is taken
+	Dir    string // the directory in the context
+	As     string // the new name of what is taken, if that is no directory
+	Step   string // for errors
+}
+
+// assemble writes a context of a Dockerfile and parts, a tar that is the same for the same inputs.
+// Close ends it; it must be called.
+func (s *Service) assemble(org, dockerfile string, parts []Part) io.ReadCloser {
+	r, w := io.Pipe()
+	a := &assembled{PipeReader: r, done: make(chan struct{})}
+	go func() {
+		defer close(a.done)
+		w.CloseWithError(s.writeContext(w, org, dockerfile, parts))
+	}()
+	return a
+}
+
+// assembled is a context while it is written.
+type assembled struct {
+	*io.PipeReader
+	done chan struct{}
+}
+
+// Close ends the writing of the context and waits for its end.
+func (a *assembled) Close() error {
+	err := a.PipeReader.Close()
+	<-a.done
+	return err
+}
+
+func (s *Service) writeContext(to io.Writer, org, dockerfile string, parts []Part) error {
+	w := tar.NewWriter(to)
+	h := tar.Header{Typeflag: tar.TypeReg, Name: "Dockerfile", Mode: 0o644, Size: int64(len(dockerfile))}
+	if err := w.WriteHeader(&h); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(w, dockerfile); err != nil {
+		return err
+	}
+	for _, p := range parts {
+		if err := s.writePart(w, org, p); err != nil {
+			if f := fault.As(err); f != nil {
+				named := f.Because(err)
+				named.Detail = p.Step + ": " + f.Detail
+				return named
+			}
+			return fmt.Errorf("%s: %w", p.Step, err)
+		}
+	}
+	return w.Close()
+}
+
+func (s *Service) writePart(w *tar.Writer, org string, p Part) error {
+	entries, closeAll, err := s.openUpload(org, p.Upload)
+	if err != nil {
+		return err
+	}
+	defer closeAll()
+	if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: p.Dir + "/", Mode: 0o755}); err != nil {
+		return err
+	}
+	for {
+		h, err := entries.Next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return brokenUpload(err)
+		}
+		if h.Typeflag == tar.TypeXGlobalHeader {
+			continue
+		}
+		name, err := p.place(h.Name)
+		if err != nil {
+			return err
+		}
+		if name == p.Dir {
+			continue // the directory itself
+		}
+		out := &tar.Header{Typeflag: h.Typeflag, Name: name, Mode: h.Mode & 0o7777, ModTime: h.ModTime, Size: h.Size,
+			Linkname: h.Linkname}
+		switch h.Typeflag {
+		case tar.TypeReg, tar.TypeSymlink:
+		case tar.TypeDir:
+			out.Name += "/"
+		case tar.TypeLink:
+			if out.Linkname, err = p.place(h.Linkname); err != nil {
+				return err
+			}
+		default:
+			return fault.InvalidField("files", "entry %.200q is no file, directory or link", h.Name)
+		}
+		if err := w.WriteHeader(out); err != nil {
+			return brokenUpload(err)
+		}
+		if _, err := io.Copy(w, entries); err != nil {
+			return brokenUpload(err)
+		}
+	}
+}
+
+// place returns the path in the context of an entry of the upload.
+func (p Part) place(name string) (string, error) {
+	clean := path.Clean(name)
+	if strings.ContainsRune(name, 0) || !filepath.IsLocal(clean) {
+		return "", fault.InvalidField("files",
+			"the path of entry %.200q leads out of the directory of files", name)
+	}
+	rest, below := strings.CutPrefix(clean, p.From+"/")
+	if p.From == "." {
+		rest, below = clean, clean != "."
+	}
+	switch {
+	case p.As != "" && clean == p.From:
+		return path.Join(p.Dir, p.As), nil
+	case p.As == "" && clean == p.From:
+		return p.Dir, nil
+	case p.As == "" && below:
+		return path.Join(p.Dir, rest), nil
+	}
+	return "", fault.InvalidField("files", "entry %.200q does not belong to %.200q", name, p.From)
+}
