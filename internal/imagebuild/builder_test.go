@@ -3,10 +3,14 @@ package imagebuild
 import (
 	"context"
 	"errors"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 
 	"github.com/cayhq/cay/internal/buildkit"
+	"github.com/cayhq/cay/internal/image"
 	"github.com/cayhq/cay/internal/template"
 )
 
@@ -25,6 +29,37 @@ func TestNoRegistryIsAsked(t *testing.T) {
 		if _, err := (&bases{Builder: b, job: job}).find(t.Context(), name); !errors.Is(err, errNoRegistry) {
 			t.Errorf("FROM %s: %v", name, err)
 		}
+	}
+}
+
+// TestInstead checks that an image is replaced by the template that is named for it only if its registry does not
+// answer.
+func TestInstead(t *testing.T) {
+	store, err := image.Open(image.Config{Dir: t.TempDir()}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := errors.New("the template was asked for")
+	job := template.Job{Definition: template.Definition{Instead: map[string]string{"127.0.0.1:1/python:3": "python"}},
+		Base: func(_ context.Context, name string) (template.Base, bool, error) {
+			if name == "python" {
+				return template.Base{}, false, found
+			}
+			return template.Base{}, false, nil
+		}}
+	b := &bases{Builder: New(Config{Images: store, Registry: true}), job: job, progress: func(template.Progress) {}}
+	if _, err := b.find(t.Context(), "127.0.0.1:1/python:3"); !errors.Is(err, found) {
+		t.Errorf("an image without a registry: %v", err)
+	}
+	if _, err := b.find(t.Context(), "127.0.0.1:1/other:3"); !errors.Is(err, image.ErrUnreachable) {
+		t.Errorf("another image: %v", err)
+	}
+	answers := httptest.NewServer(http.NotFoundHandler())
+	defer answers.Close()
+	name := strings.TrimPrefix(answers.URL, "http://") + "/python:3"
+	job.Definition.Instead[name] = "python"
+	if _, err := b.find(t.Context(), name); err == nil || errors.Is(err, found) {
+		t.Errorf("an image that its registry does not have: %v", err)
 	}
 }
 
