@@ -225,14 +225,18 @@ func (s *Service) left(r *run) int {
 // begin claims a template's build for a run and opens its journal. A build that is no longer
 // needed leaves the run.
 func (s *Service) begin(ctx context.Context, r *run, m *member) {
-	t, err := s.store.UpdateTemplate(ctx, m.template, nil, func(t *Template) error {
-		if t.BuildID != m.build || !t.Queued() {
-			return errSettled
-		}
-		t.Status, t.Progress, t.UpdatedAt = Building, "starting", now()
-		t.Tries++
-		return nil
-	})
+	var t Template
+	before, err := s.readLog(ctx, m.template) // of an earlier try
+	if err == nil {
+		t, err = s.store.UpdateTemplate(ctx, m.template, nil, func(t *Template) error {
+			if t.BuildID != m.build || !t.Queued() {
+				return errSettled
+			}
+			t.Status, t.Progress, t.UpdatedAt = Building, "starting", now()
+			t.Tries++
+			return nil
+		})
+	}
 	if err != nil {
 		if !errors.Is(err, errSettled) && !fault.Is(err, fault.NotFound) && ctx.Err() == nil {
 			s.later(m, fmt.Errorf("beginning it: %w", err))
@@ -243,7 +247,7 @@ func (s *Service) begin(ctx context.Context, r *run, m *member) {
 	log := s.log.With("template", t.Name, "org", t.OrgID)
 	log.Info("building template")
 	// The last lines are written even if the server stops.
-	j := newJournal(context.WithoutCancel(ctx), func(ctx context.Context, c LogChange, progress string) error {
+	j := newJournal(context.WithoutCancel(ctx), before, func(ctx context.Context, c LogChange, progress string) error {
 		return s.write(ctx, m, c, progress)
 	}, func(err error) { log.Warn("cannot record the output of a build", "error", err) })
 	j.say(Progress{Text: "building template " + t.Name})

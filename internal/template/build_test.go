@@ -715,7 +715,7 @@ func TestJournalIsBounded(t *testing.T) {
 		if err := store.InsertTemplate(t.Context(), Template{ID: "t"}, nil, 0); err != nil {
 			t.Fatal(err)
 		}
-		j := newJournal(t.Context(), func(ctx context.Context, c LogChange,
+		j := newJournal(t.Context(), nil, func(ctx context.Context, c LogChange,
 			_ string) error {
 			return store.ChangeTemplateLog(ctx, "t", c)
 		}, func(err error) { t.Error(err) })

@@ -488,6 +488,39 @@ func TestTurns(t *testing.T) {
 	}
 }
 
+// TestLogOfASecondTry checks that a build which waited for a template goes on with its log.
+func TestLogOfASecondTry(t *testing.T) {
+	w := newWorkshop(t)
+	w.builder.mu.Lock()
+	w.builder.from["app"] = "base" // which is built first
+	w.builder.mu.Unlock()
+	d, err := w.begin("app", "FROM base")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := w.await(d)
+	if s.Status != Ready {
+		t.Fatalf("the build is %+v", s)
+	}
+	lines, err := w.LogRest(t.Context(), s.Template, 0, 100)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for i, l := range lines {
+		if l.Seq != int64(i+1) {
+			t.Errorf("line %d has the number %d", i+1, l.Seq)
+		}
+		text, _, _ := strings.Cut(l.Text, " after ")
+		got = append(got, text)
+	}
+	want := []string{"building template app", "working on app", "waiting for template base", "building template app",
+		"working on app", "done with app", "the image is ready"}
+	if diff := gocmp.Diff(want, got); diff != "" {
+		t.Errorf("the log (-want +got):\n%s", diff)
+	}
+}
+
 // TestTagsOfBuilds checks that a build gives its version the tags it was announced with, which keep
 // that version and its image.
 func TestTagsOfBuilds(t *testing.T) {

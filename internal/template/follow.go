@@ -16,11 +16,16 @@ func (s *Service) Log(ctx context.Context, orgID, nameOrID string) ([]LogLine, e
 	if err != nil {
 		return nil, err
 	}
+	return s.readLog(ctx, t.ID)
+}
+
+// readLog returns the log of a template's newest build.
+func (s *Service) readLog(ctx context.Context, id string) ([]LogLine, error) {
 	var all []LogLine
 	for after := int64(0); ; after = all[len(all)-1].Seq {
-		lines, err := s.store.TemplateLog(ctx, t.ID, after, logPage)
+		lines, err := s.store.TemplateLog(ctx, id, after, logPage)
 		if err != nil {
-			return nil, fmt.Errorf("reading the log of template %s: %w", t.Name, err)
+			return nil, fmt.Errorf("reading the log of template %s: %w", id, err)
 		}
 		if all = append(all, lines...); len(lines) < logPage {
 			return all, nil

@@ -62,12 +62,18 @@ type stepLog struct {
 
 type lineSize struct{ seq, size int64 }
 
-// newJournal starts a journal on an empty log. It calls write and failed from one goroutine.
-// close ends it.
-func newJournal(ctx context.Context, write func(context.Context, LogChange, string) error,
+// newJournal starts a journal that continues a log, which has lines if the build was begun before.
+// It calls write and failed from one goroutine. close ends it.
+func newJournal(ctx context.Context, before []LogLine, write func(context.Context, LogChange, string) error,
 	failed func(error)) *journal {
 	j := &journal{write: write, stop: make(chan struct{}), done: make(chan struct{}), more: make(chan struct{}, 1),
 		room: make(chan struct{}, 1), steps: map[int]*stepLog{}}
+	j.mu.Lock()
+	for _, l := range before {
+		j.seq = l.Seq
+		j.countLocked(l)
+	}
+	j.mu.Unlock()
 	go func() {
 		defer close(j.done)
 		for open := true; open; {
@@ -146,13 +152,7 @@ func (j *journal) addLocked(l LogLine) {
 	j.seq++
 	l.Seq, l.At = j.seq, now()
 	j.waiting.Add = append(j.waiting.Add, l)
-	step := j.steps[l.Step]
-	if step == nil {
-		step = &stepLog{}
-		j.steps[l.Step] = step
-	}
-	size := int64(len(l.Text)) + lineCost
-	step.lines, step.size, j.size = append(step.lines, lineSize{l.Seq, size}), step.size+size, j.size+size
+	j.countLocked(l)
 	if j.size > maxLog {
 		j.dropLocked()
 	}
@@ -160,6 +160,19 @@ func (j *journal) addLocked(l LogLine) {
 	case j.more <- struct{}{}:
 	default:
 	}
+}
+
+// countLocked counts a line of the log.
+//
+// +checklocks:j.mu
+func (j *journal) countLocked(l LogLine) {
+	step := j.steps[l.Step]
+	if step == nil {
+		step = &stepLog{}
+		j.steps[l.Step] = step
+	}
+	size := int64(len(l.Text)) + lineCost
+	step.lines, step.size, j.size = append(step.lines, lineSize{l.Seq, size}), step.size+size, j.size+size
 }
 
 // dropLocked drops the older half of the largest step, except its heading,

@@ -224,6 +224,12 @@ func (m *memory) ChangeTemplateLog(_ context.Context, id string, c LogChange) er
 		m.logs[id] = slices.DeleteFunc(m.logs[id],
 			func(l LogLine) bool { return l.Step == d.Step && l.Seq >= d.From && l.Seq <= d.To })
 	}
+	for _, l := range c.Add {
+		bySeq := func(l LogLine, n int64) int { return int(l.Seq - n) }
+		if _, there := slices.BinarySearchFunc(m.logs[id], l.Seq, bySeq); there {
+			return fmt.Errorf("line %d is there already", l.Seq)
+		}
+	}
 	m.logs[id] = append(m.logs[id], c.Add...)
 	slices.SortFunc(m.logs[id], func(a, b LogLine) int { return int(a.Seq - b.Seq) })
 	return nil
