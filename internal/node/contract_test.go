@@ -38,7 +38,7 @@ func (m machineInside) Work(t *testing.T, spec sandbox.Spec) {
 
 func (m machineInside) Send(t *testing.T, spec sandbox.Spec, to netip.AddrPort) {
 	t.Helper()
-	m.run(t, spec, fmt.Sprintf("nc -w 1 %s %d </dev/null || true", to.Addr(), to.Port()))
+	m.run(t, spec, fmt.Sprintf("nc -w 5 %s %d </dev/null >/dev/null 2>&1 &", to.Addr(), to.Port()))
 }
 
 // TestContract runs the contract of sandbox.Node with real sandboxes.
