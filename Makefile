@@ -44,6 +44,7 @@ test: build ## run every test, the real ones included
 	@scripts/needs.sh test
 	@FUZZTIME=$(FUZZTIME) scripts/fuzz.sh
 	@cd cmd/cay-buildkit && $(GO) test -trimpath ./... # a module of its own
+	@cd sdk/go && $(GO) test ./... # a module of its own
 	@$(GO) test -run '^$$' ./... >/dev/null # builds in parallel; the next line runs one by one
 	CAY_TEST_REQUIRE=1 $(GO) test -p 1 -timeout 40m ./...
 

@@ -6,6 +6,7 @@ require (
 	codeberg.org/miekg/dns v0.6.84
 	connectrpc.com/connect v1.21.1
 	github.com/BurntSushi/toml v1.6.0
+	github.com/cayhq/cay/sdk/go v0.0.0
 	github.com/coder/websocket v1.8.15
 	github.com/creack/pty v1.1.24
 	github.com/erofs/go-erofs v0.3.1
@@ -84,3 +85,6 @@ require (
 	modernc.org/mathutil v1.7.1 // indirect
 	modernc.org/memory v1.12.1 // indirect
 )
+
+// The client has the version of the server, also in a clone of which nothing is published.
+replace github.com/cayhq/cay/sdk/go => ./sdk/go

@@ -2,7 +2,7 @@
 // server can serve the very file its code is generated from.
 //
 // Nothing else belongs here: programs that talk to a server use the package
-// [github.com/cayhq/cay/client].
+// [github.com/cayhq/cay/sdk/go].
 package cay
 
 import _ "embed"

@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // TestCrowd lets more clients create, execute and destroy in a loop than the machine has room for.
@@ -19,7 +19,7 @@ func TestCrowd(t *testing.T) {
 	s := newServer(t, "CAY_POOL_ENABLED=true", "CAY_CAPACITY_MAX_SANDBOXES=6")
 	s.start()
 	s.needTemplate("python")
-	c, err := client.New(s.url, s.key)
+	c, err := cay.New(s.url, s.key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -44,7 +44,7 @@ func TestCrowd(t *testing.T) {
 	}
 	wg.Go(func() {
 		for ctx.Err() == nil {
-			if _, err := c.ListSandboxes(ctx, client.ListSandboxesOptions{}); err != nil && ctx.Err() == nil {
+			if _, err := c.ListSandboxes(ctx, cay.ListSandboxesOptions{}); err != nil && ctx.Err() == nil {
 				t.Errorf("list: %v", err)
 			}
 			looked.Add(1)
@@ -67,12 +67,12 @@ func TestCrowd(t *testing.T) {
 
 // visit creates a sandbox, uses it and destroys it. It returns the status of the create, or 0 after
 // an error, which it reports.
-func visit(t *testing.T, c *client.Client) int {
+func visit(t *testing.T, c *cay.Client) int {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	sandbox, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Template: "python", Timeout: new("2m")},
-		client.CreateOptions{})
-	var refused *client.Error
+	sandbox, err := c.CreateSandbox(ctx, cay.CreateSandboxRequest{Template: "python", Timeout: new("2m")},
+		cay.CreateOptions{})
+	var refused *cay.Error
 	switch {
 	case errors.As(err, &refused) && refused.Status == http.StatusServiceUnavailable && refused.Code == "no_capacity" &&
 		refused.RetryAfter > 0:
@@ -81,7 +81,7 @@ func visit(t *testing.T, c *client.Client) int {
 		t.Errorf("create: %v", err)
 		return 0
 	}
-	if res, err := c.Execute(ctx, sandbox.ID, client.ExecuteRequest{Args: []string{"true"}}); err != nil ||
+	if res, err := c.Execute(ctx, sandbox.ID, cay.ExecuteRequest{Args: []string{"true"}}); err != nil ||
 		res.ExitCode != 0 {
 		t.Errorf("execute: %+v, %v", res, err)
 	}

@@ -14,18 +14,18 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // allEvents reads the whole feed of a key's organization.
-func (s *server) allEvents() []client.FeedEvent {
+func (s *server) allEvents() []cay.FeedEvent {
 	s.t.Helper()
-	c, err := client.New(s.url, s.key)
+	c, err := cay.New(s.url, s.key)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	var all []client.FeedEvent
-	for e, err := range c.Feed(context.Background(), client.FeedOptions{ListOptions: client.ListOptions{Limit: 200}}) {
+	var all []cay.FeedEvent
+	for e, err := range c.Feed(context.Background(), cay.FeedOptions{ListOptions: cay.ListOptions{Limit: 200}}) {
 		if err != nil {
 			s.t.Fatal(err)
 		}
@@ -91,7 +91,7 @@ func TestEvents(t *testing.T) {
 		s.waitState(sandbox, "destroyed")
 	}
 
-	want := []client.FeedEventType{"org.created", "api_key.created",
+	want := []cay.FeedEventType{"org.created", "api_key.created",
 		"sandbox.creating", "sandbox.running", "sandbox.suspending", "sandbox.suspended", "sandbox.waking", "sandbox.running",
 		"sandbox.egress_changed", "sandbox.egress_denied", "snapshot.created", "sandbox.creating", "sandbox.running",
 		"sandbox.forked", "sandbox.creating", "sandbox.running", "sandbox.port_public", "sandbox.port_private",
@@ -100,7 +100,7 @@ func TestEvents(t *testing.T) {
 		want = append(want, "sandbox.destroying", "sandbox.destroyed")
 	}
 	all := s.allEvents()
-	var got []client.FeedEventType
+	var got []cay.FeedEventType
 	for _, e := range all {
 		// A repeated packet causes a repeated event.
 		if e.Type != "sandbox.egress_denied" || got[len(got)-1] != e.Type {
@@ -111,7 +111,7 @@ func TestEvents(t *testing.T) {
 		t.Errorf("the feed has\n%q, want\n%q", got, want)
 	}
 	for _, e := range all[2:] {
-		var f client.FeedEvent
+		var f cay.FeedEvent
 		if !lines.Scan() || json.Unmarshal(lines.Bytes(), &f) != nil || f.ID != e.ID || f.Type != e.Type {
 			t.Fatalf("the follower has %s, want %+v", lines.Bytes(), e)
 		}
@@ -135,7 +135,7 @@ func TestFollowerAcrossRestarts(t *testing.T) {
 	t.Parallel() // it has its own server
 	s := newServer(t)
 	s.start()
-	c, err := client.New(s.url, s.key)
+	c, err := cay.New(s.url, s.key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -147,7 +147,7 @@ func TestFollowerAcrossRestarts(t *testing.T) {
 	work.Go(func() {
 		for i := 0; working.Err() == nil; i++ {
 			name := fmt.Sprint("key ", i)
-			if _, err := c.CreateAPIKey(working, client.CreateAPIKeyRequest{Name: name, Scopes: []string{"exec"}}); err == nil {
+			if _, err := c.CreateAPIKey(working, cay.CreateAPIKeyRequest{Name: name, Scopes: []string{"exec"}}); err == nil {
 				answered[name] = true
 			}
 			time.Sleep(2 * time.Millisecond) // so that at most one page of events comes each second
@@ -160,7 +160,7 @@ func TestFollowerAcrossRestarts(t *testing.T) {
 	follow.Go(func() {
 		last := first
 		for ctx.Err() == nil {
-			err := c.FollowFeed(ctx, client.FeedOptions{After: last}, func(id string, e *client.FeedEvent) error {
+			err := c.FollowFeed(ctx, cay.FeedOptions{After: last}, func(id string, e *cay.FeedEvent) error {
 				last = id
 				if e != nil {
 					mu.Lock()
@@ -172,7 +172,7 @@ func TestFollowerAcrossRestarts(t *testing.T) {
 			var away *url.Error
 			switch {
 			case ctx.Err() != nil:
-			case errors.Is(err, io.ErrUnexpectedEOF), client.HasCode(err, "stopping"):
+			case errors.Is(err, io.ErrUnexpectedEOF), cay.HasCode(err, "stopping"):
 				broken++
 			case !errors.As(err, &away): // expected while there is no server
 				t.Errorf("following: %v", err)

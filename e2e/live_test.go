@@ -15,13 +15,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // api returns a client of the server.
-func (s *server) api() *client.Client {
+func (s *server) api() *cay.Client {
 	s.t.Helper()
-	c, err := client.New(s.url, s.key)
+	c, err := cay.New(s.url, s.key)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -67,9 +67,9 @@ func TestStreamedOutput(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	var got []string
-	exit, err := s.api().ExecuteStream(ctx, id, client.ExecuteRequest{Timeout: new("80s"),
+	exit, err := s.api().ExecuteStream(ctx, id, cay.ExecuteRequest{Timeout: new("80s"),
 		Command: new("printf 'one \\342\\202'; " + waitingFor("/tmp/a") + "; printf '\\254\\n'; echo two >&2; " + waitingFor("/tmp/b") + "; printf '\\377'; exit 7")},
-		func(o client.Output) error {
+		func(o cay.Output) error {
 			got = append(got, o.Stream+":"+string(o.Data))
 			switch string(o.Data) {
 			case "one ": // so the line came while the command ran
@@ -88,8 +88,8 @@ func TestStreamedOutput(t *testing.T) {
 		!strings.Contains(all, "stderr:two\n") || !strings.HasSuffix(all, "|stdout:\xff") {
 		t.Errorf("%q, exit %+v", got, exit)
 	}
-	exit, err = s.api().ExecuteStream(ctx, id, client.ExecuteRequest{Args: []string{"/no/such"}},
-		func(o client.Output) error {
+	exit, err = s.api().ExecuteStream(ctx, id, cay.ExecuteRequest{Args: []string{"/no/such"}},
+		func(o cay.Output) error {
 			if o.PID != 0 {
 				t.Error("a program that does not exist has started")
 			}
@@ -98,8 +98,8 @@ func TestStreamedOutput(t *testing.T) {
 	if err != nil || exit.ExitCode != 127 {
 		t.Errorf("%+v, %v", exit, err)
 	}
-	exit, err = s.api().ExecuteStream(ctx, id, client.ExecuteRequest{Command: new("echo on; sleep 60"),
-		Timeout: new("500ms")}, func(client.Output) error { return nil })
+	exit, err = s.api().ExecuteStream(ctx, id, cay.ExecuteRequest{Command: new("echo on; sleep 60"),
+		Timeout: new("500ms")}, func(cay.Output) error { return nil })
 	if err != nil || !exit.TimedOut || exit.ExitCode != 124 {
 		t.Errorf("%+v, %v", exit, err)
 	}
@@ -114,8 +114,8 @@ func TestStreamSlowReader(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 	defer cancel()
 	n := 0
-	exit, err := s.api().ExecuteStream(ctx, id, client.ExecuteRequest{Timeout: new("2m"),
-		Command: new("head -c 20000000 /dev/zero | tr '\\0' x; touch /tmp/done")}, func(o client.Output) error {
+	exit, err := s.api().ExecuteStream(ctx, id, cay.ExecuteRequest{Timeout: new("2m"),
+		Command: new("head -c 20000000 /dev/zero | tr '\\0' x; touch /tmp/done")}, func(o cay.Output) error {
 		if n == 0 && len(o.Data) > 0 {
 			s.want(id, waitingFor("/tmp/done"), object{"timeout": "80s"})
 		}
@@ -133,11 +133,11 @@ func TestStreamReaderLeaves(t *testing.T) {
 	id := s.create(nil)
 	defer s.destroy(id)
 	for _, detach := range []bool{false, true} {
-		r := client.ExecuteRequest{Command: new("echo begun; setsid sleep 8642 & sleep 9753; echo over"), Timeout: new("4m"),
+		r := cay.ExecuteRequest{Command: new("echo begun; setsid sleep 8642 & sleep 9753; echo over"), Timeout: new("4m"),
 			Detach: new(detach)}
 		ctx, leave := context.WithCancel(t.Context())
 		pid := 0
-		_, err := s.api().ExecuteStream(ctx, id, r, func(o client.Output) error {
+		_, err := s.api().ExecuteStream(ctx, id, r, func(o cay.Output) error {
 			if pid = max(pid, o.PID); len(o.Data) > 0 {
 				leave()
 			}
@@ -154,7 +154,7 @@ func TestStreamReaderLeaves(t *testing.T) {
 		s.runs(id, "sleep 9753", 1)
 		name := strconv.Itoa(pid)
 		p, err := s.api().GetProcess(t.Context(), id, name)
-		if err != nil || p.Status != client.ProcessStatusRunning || *p.OutputTo != 6 {
+		if err != nil || p.Status != cay.ProcessStatusRunning || *p.OutputTo != 6 {
 			t.Errorf("detached: %+v, %v", p, err)
 		}
 		if err := s.api().KillProcess(t.Context(), id, name); err != nil {
@@ -186,8 +186,8 @@ func TestManyStreams(t *testing.T) {
 			wg.Go(func() {
 				var out strings.Builder
 				exit, err := c.ExecuteStream(ctx, id,
-					client.ExecuteRequest{Command: new(fmt.Sprintf("echo begun; cat /tmp/gate; echo end %d", i)), Timeout: new("3m")},
-					func(o client.Output) error {
+					cay.ExecuteRequest{Command: new(fmt.Sprintf("echo begun; cat /tmp/gate; echo end %d", i)), Timeout: new("3m")},
+					func(o cay.Output) error {
 						if out.Len() == 0 && len(o.Data) > 0 {
 							begun.Add(1)
 						}
@@ -269,14 +269,14 @@ func TestStreamsAndCrashes(t *testing.T) {
 	s.start()
 	s.needTemplate("python")
 	id := s.create(nil)
-	p, err := s.api().StartProcess(t.Context(), id, client.StartProcessRequest{Command: new(counter), Tag: new("counter")})
+	p, err := s.api().StartProcess(t.Context(), id, cay.StartProcessRequest{Command: new(counter), Tag: new("counter")})
 	if err != nil {
 		t.Fatal(err)
 	}
 	var all []byte
 	enough := 20
 	follow := func(stop func()) error {
-		_, err := s.api().FollowProcess(t.Context(), id, "counter", int64(len(all)), func(o client.Output) error {
+		_, err := s.api().FollowProcess(t.Context(), id, "counter", int64(len(all)), func(o cay.Output) error {
 			if o.Offset != int64(len(all)) || o.Lost != 0 {
 				return fmt.Errorf("at offset %d the stream sent %d, %d lost", len(all), o.Offset, o.Lost)
 			}
@@ -291,8 +291,8 @@ func TestStreamsAndCrashes(t *testing.T) {
 	streamed := make(chan error, 1)
 	begun := make(chan struct{})
 	go func() {
-		_, err := s.api().ExecuteStream(t.Context(), id, client.ExecuteRequest{Command: new("echo begun; sleep 7531"),
-			Timeout: new("4m")}, func(o client.Output) error {
+		_, err := s.api().ExecuteStream(t.Context(), id, cay.ExecuteRequest{Command: new("echo begun; sleep 7531"),
+			Timeout: new("4m")}, func(o cay.Output) error {
 			if len(o.Data) > 0 {
 				close(begun)
 			}
@@ -312,18 +312,18 @@ func TestStreamsAndCrashes(t *testing.T) {
 	s.runs(id, "sleep 7531", 0)
 	// A server that is asked to stop ends streams with an error that says so.
 	err = follow(func() { go s.stop(syscall.SIGTERM) })
-	if !client.HasCode(err, "stopping") {
+	if !cay.HasCode(err, "stopping") {
 		t.Errorf("a stream of a server that stops ends with %v", err)
 	}
 	s.settles("the server", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return s.cmd == nil })
 	<-s.exited
 	s.start()
 	if again, err := s.api().GetProcess(t.Context(), id, "counter"); err != nil || again.PID != p.PID ||
-		again.Status != client.ProcessStatusRunning {
+		again.Status != cay.ProcessStatusRunning {
 		t.Errorf("afterwards it is %+v, %v", again, err)
 	}
 	err = follow(func() { s.destroy(id) })
-	var told *client.Error
+	var told *cay.Error
 	if !errors.As(err, &told) || told.Status != 503 {
 		t.Errorf("a stream of a sandbox that was destroyed ends with %v", err)
 	}
@@ -337,9 +337,9 @@ func TestProcesses(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 	defer cancel()
 	c := s.api()
-	p, err := c.StartProcess(ctx, id, client.StartProcessRequest{Args: []string{"sh", "-c",
+	p, err := c.StartProcess(ctx, id, cay.StartProcessRequest{Args: []string{"sh", "-c",
 		"echo $A $PWD $(id -un); cat; trap 'exit 9' INT; echo eof; sleep 3600 & wait"}, Tag: new("job"),
-		Env: client.Env{"A": "b"}, Workdir: new("/tmp"), User: new("user"), Stdin: new(true)})
+		Env: cay.Env{"A": "b"}, Workdir: new("/tmp"), User: new("user"), Stdin: new(true)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -353,11 +353,11 @@ func TestProcesses(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := c.WriteProcessStdin(ctx, id, "job", strings.NewReader("more"),
-		false); !client.HasCode(err, "stdin_closed") {
+		false); !cay.HasCode(err, "stdin_closed") {
 		t.Errorf("writing to a closed standard input: %v", err)
 	}
 	var out []byte
-	exit, err := c.FollowProcess(ctx, id, name, 0, func(o client.Output) error {
+	exit, err := c.FollowProcess(ctx, id, name, 0, func(o cay.Output) error {
 		if out = append(out, o.Data...); bytes.HasSuffix(out, []byte("eof\n")) {
 			return c.SignalProcess(ctx, id, name, "SIGINT")
 		}
@@ -378,21 +378,21 @@ func TestProcesses(t *testing.T) {
 		t.Error(err)
 	}
 	s.runs(id, "sleep 3600", 0)
-	if _, err := c.GetProcess(ctx, id, name); !client.HasCode(err, "process_not_found") {
+	if _, err := c.GetProcess(ctx, id, name); !cay.HasCode(err, "process_not_found") {
 		t.Errorf("the process is still known: %v", err)
 	}
-	if _, err := c.StartProcess(ctx, id, client.StartProcessRequest{Command: new("true"),
-		User: new("nobody-here")}); !client.HasCode(err, "unknown_user") {
+	if _, err := c.StartProcess(ctx, id, cay.StartProcessRequest{Command: new("true"),
+		User: new("nobody-here")}); !cay.HasCode(err, "unknown_user") {
 		t.Errorf("an unknown user: %v", err)
 	}
 	// The standard input of a program that does not read it.
-	p, err = c.StartProcess(ctx, id, client.StartProcessRequest{Command: new("sleep 600"), Stdin: new(true),
+	p, err = c.StartProcess(ctx, id, cay.StartProcessRequest{Command: new("sleep 600"), Stdin: new(true),
 		Timeout: new("10m")})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := c.WriteProcessStdin(ctx, id, strconv.Itoa(p.PID), strings.NewReader(strings.Repeat("x", 1<<20)),
-		false); !client.HasCode(err, "stdin_blocked") {
+		false); !cay.HasCode(err, "stdin_blocked") {
 		t.Errorf("writing to a full standard input: %v", err)
 	}
 }
@@ -407,14 +407,14 @@ func TestProcessesSleep(t *testing.T) {
 	defer cancel()
 	c := s.api()
 	if _, err := c.StartProcess(ctx, id,
-		client.StartProcessRequest{Command: new(counter), Tag: new("counter")}); err != nil {
+		cay.StartProcessRequest{Command: new(counter), Tag: new("counter")}); err != nil {
 		t.Fatal(err)
 	}
 	var all []byte
 	enough := errors.New("enough")
 	follow := func(until func() bool) {
 		t.Helper()
-		_, err := c.FollowProcess(ctx, id, "counter", int64(len(all)), func(o client.Output) error {
+		_, err := c.FollowProcess(ctx, id, "counter", int64(len(all)), func(o cay.Output) error {
 			if o.Offset != int64(len(all)) {
 				return fmt.Errorf("at offset %d the stream sent %d", len(all), o.Offset)
 			}
@@ -453,7 +453,7 @@ func TestTerminal(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 	defer cancel()
 	c := s.api()
-	open := func(o client.TerminalOptions) *client.Terminal {
+	open := func(o cay.TerminalOptions) *cay.Terminal {
 		t.Helper()
 		term, err := c.OpenTerminal(ctx, id, o)
 		if err != nil {
@@ -461,7 +461,7 @@ func TestTerminal(t *testing.T) {
 		}
 		return term
 	}
-	term := open(client.TerminalOptions{Cols: 97, Rows: 31, Workdir: "/tmp", User: "user"})
+	term := open(cay.TerminalOptions{Cols: 97, Rows: 31, Workdir: "/tmp", User: "user"})
 	typing(t, term, "stty size; pwd; id -un; echo $TERM $((6*7))\r", "31 97\r\n/tmp\r\nuser\r\nxterm-256color 42\r\n")
 	if err := term.Resize(ctx, 120, 40); err != nil {
 		t.Fatal(err)
@@ -477,28 +477,28 @@ func TestTerminal(t *testing.T) {
 	}
 	// Another client joins and sees the output that it missed. Two clients see the same.
 	name := strconv.Itoa(term.PID)
-	again := open(client.TerminalOptions{Process: name, Offset: &at, Cols: 50, Rows: 10})
-	whole := open(client.TerminalOptions{Process: name, Cols: 50, Rows: 10})
+	again := open(cay.TerminalOptions{Process: name, Offset: &at, Cols: 50, Rows: 10})
+	whole := open(cay.TerminalOptions{Process: name, Cols: 50, Rows: 10})
 	if again.PID != term.PID || again.Offset() != at || whole.Offset() != 0 {
 		t.Errorf("joined %d at %d and %d", again.PID, again.Offset(), whole.Offset())
 	}
 	typing(t, again, "echo $x; stty size\r", "kept\r\n10 50\r\n")
 	typing(t, whole, "", "31 97", "120\r\n", "kept\r\n10 50\r\n")
 	typing(t, again, "exit 5\r", "exit")
-	for _, end := range []*client.Terminal{again, whole} {
+	for _, end := range []*cay.Terminal{again, whole} {
 		if rest, err := io.ReadAll(end); err != nil || end.Exit() == nil || end.Exit().ExitCode != 5 {
 			t.Errorf("the terminal ends with %+v, %v after %q", end.Exit(), err, rest)
 		}
 		_ = end.Close() // the shell has exited
 	}
 	// The output can be read for a while after the end.
-	late := open(client.TerminalOptions{Process: name})
+	late := open(cay.TerminalOptions{Process: name})
 	if shown, err := io.ReadAll(late); err != nil || !bytes.Contains(shown, []byte("31 97\r\n")) ||
 		late.Exit().ExitCode != 5 {
 		t.Errorf("afterwards: %q, %v", shown, err)
 	}
 	// A shell to which no client comes back is ended, with the programs in it.
-	lonely := open(client.TerminalOptions{Grace: time.Second})
+	lonely := open(cay.TerminalOptions{Grace: time.Second})
 	typing(t, lonely, "sleep 4321\r", "sleep 4321")
 	s.runs(id, "sleep 4321", 1)
 	_ = lonely.Close()

@@ -7,12 +7,15 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/cayhq/cay/internal/caytest"
 )
 
 // groupsOnHost lists the sandboxes that have a control group.
@@ -96,6 +99,40 @@ func TestStory(t *testing.T) {
 		t.Errorf("exec in a destroyed sandbox: %q %d", errOut, code)
 	}
 	s.destroy(id) // this waits for the first destroy, because other tests count what is on the host
+}
+
+// TestStoryInGo builds and runs the first program of docs/go.md.
+func TestStoryInGo(t *testing.T) {
+	compiler := caytest.RequireProgram(t, "go")
+	s := shared(t)
+	document, err := os.ReadFile("../docs/go.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := bytes.Cut(document, []byte("```go\n"))
+	program, _, found := bytes.Cut(rest, []byte("```"))
+	if !found {
+		t.Fatal("docs/go.md has no program")
+	}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "main.go"), program, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	hello := filepath.Join(dir, "hello")
+	cmd := exec.CommandContext(t.Context(), compiler, "build", "-o", hello, filepath.Join(dir, "main.go"))
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("building the program: %v: %s", err, out)
+	}
+	before := len(s.sandboxes("running"))
+	cmd = exec.CommandContext(t.Context(), hello)
+	cmd.Env = append(os.Environ(), "CAY_API_URL="+s.url, "CAY_API_KEY="+s.key)
+	if out, err := cmd.CombinedOutput(); err != nil || string(out) != "42\n" {
+		t.Errorf("the program printed %q: %v", out, err)
+	}
+	if n := len(s.sandboxes("running")); n != before {
+		t.Errorf("the program left %d sandboxes", n-before)
+	}
 }
 
 // TestThirtyAtOnce creates and destroys thirty sandboxes concurrently.

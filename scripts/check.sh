@@ -25,19 +25,24 @@ tool staticcheck ./...
 
 step locks
 # Only annotated fields: guesses about others are wrong too often.
-tool checklocks -inferred=false -test=false $(go list ./internal/... ./cmd/cay-agent ./client/...)
+tool checklocks -inferred=false -test=false $(go list ./internal/... ./cmd/cay-agent)
 
-step the builder, which is a module of its own
-# With the flags of the build, so that nothing is compiled twice.
-(
+# check_module DIR checks a module of its own below DIR as the steps above check the main one.
+check_module() (
 	tools=$PWD/tools/go.mod
-	cd cmd/cay-buildkit
-	export GOFLAGS=-trimpath
+	cd "$1"
 	go mod tidy -diff
 	go vet ./...
 	go tool -modfile="$tools" staticcheck ./...
 	go tool -modfile="$tools" checklocks -inferred=false -test=false ./...
 )
+
+step the Go client, which is a module of its own
+check_module sdk/go
+
+step the builder, which is a module of its own
+# With the flags of the build, so that nothing is compiled twice.
+GOFLAGS=-trimpath check_module cmd/cay-buildkit
 
 step "imports, prose and links"
 go test -count=1 .

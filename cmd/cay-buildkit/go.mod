@@ -119,4 +119,7 @@ require (
 	tags.cncf.io/container-device-interface/specs-go v1.1.1 // indirect
 )
 
-replace github.com/cayhq/cay => ../..
+replace (
+	github.com/cayhq/cay => ../..
+	github.com/cayhq/cay/sdk/go => ../../sdk/go
+)

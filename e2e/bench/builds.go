@@ -10,7 +10,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // Names of the measurements of Dockerfile builds. Their base is the template python.
@@ -41,7 +41,7 @@ func measureBuilds(ctx context.Context, o options, s *server, _ *docker, r *resu
 			return err
 		}
 		began := time.Now()
-		if _, err := s.api.RebuildTemplate(ctx, first, &client.RebuildTemplateRequest{Dockerfile: &run}, nil); err != nil {
+		if _, err := s.api.RebuildTemplate(ctx, first, &cay.RebuildTemplateRequest{Dockerfile: &run}, nil); err != nil {
 			return fmt.Errorf("rebuilding: %w", err)
 		}
 		if err := s.awaitBuild(ctx, first); err != nil {
@@ -74,7 +74,7 @@ var wrote = regexp.MustCompile(`^wrote (\d+) MB in ([0-9.]+) s`)
 
 func (s *server) build(ctx context.Context, name, dockerfile, row string, r *results) error {
 	began := time.Now()
-	if _, err := s.api.CreateTemplate(ctx, client.CreateTemplateRequest{Name: name, Dockerfile: &dockerfile},
+	if _, err := s.api.CreateTemplate(ctx, cay.CreateTemplateRequest{Name: name, Dockerfile: &dockerfile},
 		nil); err != nil {
 		return fmt.Errorf("creating template %s: %w", name, err)
 	}
@@ -106,9 +106,9 @@ func (s *server) awaitBuild(ctx context.Context, name string) error {
 		if err != nil {
 			return false, err
 		}
-		if t.Status == client.TemplateStatusFailed {
+		if t.Status == cay.TemplateStatusFailed {
 			return false, fmt.Errorf("building template %s failed: %+v", name, t.BuildError)
 		}
-		return t.Status == client.TemplateStatusReady, nil
+		return t.Status == cay.TemplateStatusReady, nil
 	})
 }

@@ -12,9 +12,9 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cayhq/cay/client"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/node"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // Names of the measurements of commands.
@@ -94,7 +94,7 @@ func (s *server) commandsOnce(ctx context.Context, id string, direct *agent, r *
 			return err
 		}
 	}
-	spawned, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"python3", "-c", spawn, strconv.Itoa(row)}})
+	spawned, err := s.execute(ctx, id, cay.ExecuteRequest{Args: []string{"python3", "-c", spawn, strconv.Itoa(row)}})
 	if err != nil {
 		return err
 	}
@@ -106,12 +106,12 @@ func (s *server) commandsOnce(ctx context.Context, id string, direct *agent, r *
 		r.add(commandSpawn, unitMS, took)
 	}
 	began := time.Now()
-	if _, err := s.execute(ctx, id, client.ExecuteRequest{Command: new("true")}); err != nil {
+	if _, err := s.execute(ctx, id, cay.ExecuteRequest{Command: new("true")}); err != nil {
 		return err
 	}
 	r.took(commandShell, began)
 	began = time.Now()
-	if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: python}); err != nil {
+	if _, err := s.execute(ctx, id, cay.ExecuteRequest{Args: python}); err != nil {
 		return err
 	}
 	r.took(commandPython, began)
@@ -130,7 +130,7 @@ func (s *server) trueOnce(ctx context.Context, id string, direct *agent, directF
 	calls := []func() error{
 		func() error {
 			began := time.Now()
-			_, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"true"}})
+			_, err := s.execute(ctx, id, cay.ExecuteRequest{Args: []string{"true"}})
 			whole = time.Since(began)
 			return err
 		},
@@ -185,7 +185,7 @@ type agent struct {
 }
 
 func (s *server) agent(ctx context.Context, id string) (*agent, error) {
-	res, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"python3", "-c",
+	res, err := s.execute(ctx, id, cay.ExecuteRequest{Args: []string{"python3", "-c",
 		"import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect(('192.0.2.1', 9)); print(s.getsockname()[0])"}})
 	if err != nil {
 		return nil, fmt.Errorf("asking a sandbox for its address: %w", err)

@@ -11,7 +11,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // Names of the measurements with as many idle sandboxes as a small machine should hold.
@@ -52,7 +52,7 @@ func measureDense(ctx context.Context, o options, s *server, _ *docker, r *resul
 		if ids[i], err = dense.create(ctx); err != nil {
 			return fmt.Errorf("after %d sandboxes: %w", i, err)
 		}
-		if _, err := dense.execute(ctx, ids[i], client.ExecuteRequest{Args: []string{"true"}}); err != nil {
+		if _, err := dense.execute(ctx, ids[i], cay.ExecuteRequest{Args: []string{"true"}}); err != nil {
 			return fmt.Errorf("after %d sandboxes: %w", i, err)
 		}
 	}
@@ -87,7 +87,7 @@ func pause(ctx context.Context, d time.Duration) error {
 func (s *server) beside(ctx context.Context, o options, ids []string, r *results) error {
 	for i := range o.starts {
 		began := time.Now()
-		if _, err := s.execute(ctx, ids[i*len(ids)/o.starts], client.ExecuteRequest{Args: []string{"true"}}); err != nil {
+		if _, err := s.execute(ctx, ids[i*len(ids)/o.starts], cay.ExecuteRequest{Args: []string{"true"}}); err != nil {
 			return err
 		}
 		r.took(denseFirst, began)
@@ -99,7 +99,7 @@ func (s *server) beside(ctx context.Context, o options, ids []string, r *results
 		r.took(denseCreate, began)
 		for j := range 3 {
 			began = time.Now()
-			if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
+			if _, err := s.execute(ctx, id, cay.ExecuteRequest{Args: []string{"true"}}); err != nil {
 				return err
 			}
 			if j > 0 { // starts measures the first command of a sandbox
@@ -108,7 +108,7 @@ func (s *server) beside(ctx context.Context, o options, ids []string, r *results
 		}
 		began = time.Now()
 		_, err = s.create(ctx) // one more than the limit
-		var problem *client.Error
+		var problem *cay.Error
 		if !errors.As(err, &problem) || problem.Status != http.StatusServiceUnavailable || problem.RetryAfter <= 0 {
 			return fmt.Errorf("with no room, a create says %w", err)
 		}

@@ -11,7 +11,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // docker drives a Docker engine with its command line, as users do.
@@ -83,7 +83,7 @@ func (d *docker) takeImage(ctx context.Context, s *server) error {
 	defer func() { _ = s.api.DestroySandbox(context.WithoutCancel(ctx), id) }() // purged at the end in any case
 	const packed = "/var/tmp/root.tar"
 	// /proc, /sys, /dev and the agent are file systems of their own and are left out.
-	_, err = s.execute(ctx, id, client.ExecuteRequest{
+	_, err = s.execute(ctx, id, cay.ExecuteRequest{
 		Args:    []string{"tar", "--one-file-system", "--numeric-owner", "--exclude=./var/tmp/*", "-C", "/", "-cf", packed, "."},
 		User:    new("root"),
 		Timeout: new("5m"),
@@ -91,7 +91,7 @@ func (d *docker) takeImage(ctx context.Context, s *server) error {
 	if err != nil {
 		return fmt.Errorf("packing the root file system: %w", err)
 	}
-	file, err := s.api.ReadFile(ctx, id, packed, client.ReadFileOptions{})
+	file, err := s.api.ReadFile(ctx, id, packed, cay.ReadFileOptions{})
 	if err != nil {
 		return fmt.Errorf("reading the packed root file system: %w", err)
 	}

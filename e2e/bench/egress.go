@@ -7,7 +7,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // Names of the measurements of egress, for every policy and crowd.
@@ -23,7 +23,7 @@ const manyRanges = 10_000
 // policy is an egress policy under which the host outside can be reached.
 type policy struct {
 	name   string
-	egress client.Egress
+	egress cay.Egress
 	host   string // name or address under which it reaches the host
 }
 
@@ -36,10 +36,10 @@ func policies(o *outside) []policy {
 	}
 	const name = "bench.example.test"
 	return []policy{
-		{"no policy", client.Egress{Mode: client.EgressModeAllowAll}, o.address},
-		{"one range", client.Egress{Mode: client.EgressModeDenyAll, AllowCIDRs: ranges[:1]}, o.address},
-		{"10,000 ranges", client.Egress{Mode: client.EgressModeDenyAll, AllowCIDRs: ranges}, o.address},
-		{"a domain", client.Egress{Mode: client.EgressModeDenyAll, AllowDomains: []string{name}}, name},
+		{"no policy", cay.Egress{Mode: cay.EgressModeAllowAll}, o.address},
+		{"one range", cay.Egress{Mode: cay.EgressModeDenyAll, AllowCIDRs: ranges[:1]}, o.address},
+		{"10,000 ranges", cay.Egress{Mode: cay.EgressModeDenyAll, AllowCIDRs: ranges}, o.address},
+		{"a domain", cay.Egress{Mode: cay.EgressModeDenyAll, AllowDomains: []string{name}}, name},
 	}
 }
 
@@ -55,9 +55,9 @@ func measureEgress(ctx context.Context, o options, s *server, _ *docker, r *resu
 	}
 	var crowd []string
 	for i := range o.crowd - 1 {
-		sandbox, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(sandboxTimeout),
-			Egress: &client.Egress{Mode: client.EgressModeDenyAll, AllowCIDRs: []string{fmt.Sprintf("203.0.%d.0/24", i), fmt.Sprintf("203.1.%d.0/24", i)}}},
-			client.CreateOptions{})
+		sandbox, err := s.api.CreateSandbox(ctx, cay.CreateSandboxRequest{Template: template, Timeout: new(sandboxTimeout),
+			Egress: &cay.Egress{Mode: cay.EgressModeDenyAll, AllowCIDRs: []string{fmt.Sprintf("203.0.%d.0/24", i), fmt.Sprintf("203.1.%d.0/24", i)}}},
+			cay.CreateOptions{})
 		if err != nil {
 			return fmt.Errorf("creating sandbox %d of the crowd: %w", i+2, err)
 		}
@@ -108,7 +108,7 @@ print(json.dumps({"down": down, "connections": opened / (time.time() - began)}))
 
 func (s *server) egressOnce(ctx context.Context, id string, p policy, crowd string, r *results) error {
 	// The policy before may be large, and its removal must not count.
-	if _, err := s.api.SetEgress(ctx, id, client.Egress{Mode: client.EgressModeDenyAll}); err != nil {
+	if _, err := s.api.SetEgress(ctx, id, cay.Egress{Mode: cay.EgressModeDenyAll}); err != nil {
 		return fmt.Errorf("closing: %w", err)
 	}
 	began := time.Now()
@@ -116,7 +116,7 @@ func (s *server) egressOnce(ctx context.Context, id string, p policy, crowd stri
 		return fmt.Errorf("setting the policy: %w", err)
 	}
 	r.took(fmt.Sprintf(policyPut, p.name, crowd), began)
-	res, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"python3", "-c", traffic, p.host,
+	res, err := s.execute(ctx, id, cay.ExecuteRequest{Args: []string{"python3", "-c", traffic, p.host,
 		fmt.Sprint(portBlob), fmt.Sprint(portHang)}})
 	if err != nil {
 		return err

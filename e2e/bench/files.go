@@ -8,7 +8,7 @@ import (
 	"io"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // Names of the measurements of files.
@@ -29,14 +29,14 @@ func measureFiles(ctx context.Context, o options, s *server, _ *docker, r *resul
 	if err != nil {
 		return err
 	}
-	data := make([]byte, client.MaxFile)
+	data := make([]byte, cay.MaxFile)
 	if _, err := rand.Read(data); err != nil {
 		return err
 	}
 	const path = "/var/tmp/bench"
 	for range o.transfers() {
 		began := time.Now()
-		if err := s.api.WriteFile(ctx, id, path, bytes.NewReader(data), client.WriteFileOptions{}); err != nil {
+		if err := s.api.WriteFile(ctx, id, path, bytes.NewReader(data), cay.WriteFileOptions{}); err != nil {
 			return fmt.Errorf("uploading: %w", err)
 		}
 		r.add(fileUpload, unitMBps, float64(len(data))/1e6/time.Since(began).Seconds())
@@ -60,7 +60,7 @@ func measureFiles(ctx context.Context, o options, s *server, _ *docker, r *resul
 func (s *server) measureListing(ctx context.Context, id string, times int, r *results) error {
 	const dir, files = "/tmp/many", 20_000
 	fill := fmt.Sprintf("mkdir %s && cd %s && seq %d | xargs touch", dir, dir, files)
-	if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"sh", "-c", fill}}); err != nil {
+	if _, err := s.execute(ctx, id, cay.ExecuteRequest{Args: []string{"sh", "-c", fill}}); err != nil {
 		return err
 	}
 	for range times {
@@ -73,7 +73,7 @@ func (s *server) measureListing(ctx context.Context, id string, times int, r *re
 			return fmt.Errorf("listing: %w", err)
 		}
 		r.add(fileList, unitMS, milliseconds(time.Since(began)))
-		res, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"sh", "-c", "ls -l " + dir + " >/dev/null"}})
+		res, err := s.execute(ctx, id, cay.ExecuteRequest{Args: []string{"sh", "-c", "ls -l " + dir + " >/dev/null"}})
 		if err != nil {
 			return err
 		}
@@ -83,7 +83,7 @@ func (s *server) measureListing(ctx context.Context, id string, times int, r *re
 }
 
 func (s *server) download(ctx context.Context, id, path string) (int64, error) {
-	file, err := s.api.ReadFile(ctx, id, path, client.ReadFileOptions{})
+	file, err := s.api.ReadFile(ctx, id, path, cay.ReadFileOptions{})
 	if err != nil {
 		return 0, err
 	}

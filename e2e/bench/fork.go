@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // Names of the measurements of snapshots and forks of a sandbox with a process that has filled some
@@ -30,7 +30,7 @@ func measureFork(ctx context.Context, o options, s *server, _ *docker, r *result
 	}
 	program := fmt.Sprintf("import os, time\nb = os.urandom(%d << 20)\nopen('/dev/shm/filled', 'w').close(); "+
 		"time.sleep(1e6)", forkMemory)
-	if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"sh", "-c",
+	if _, err := s.execute(ctx, id, cay.ExecuteRequest{Args: []string{"sh", "-c",
 		`python3 -c "$0" >/dev/null 2>&1 & until [ -e /dev/shm/filled ]; do kill -0 $! && sleep 0.1 || exit 1; done`, program}}); err != nil {
 		return err
 	}
@@ -53,7 +53,7 @@ func measureFork(ctx context.Context, o options, s *server, _ *docker, r *result
 
 func (s *server) forkOnce(ctx context.Context, id string, count int, r *results) error {
 	began := time.Now()
-	children, err := s.api.Fork(ctx, id, client.ForkRequest{Count: &count})
+	children, err := s.api.Fork(ctx, id, cay.ForkRequest{Count: &count})
 	if err != nil {
 		return fmt.Errorf("forking: %w", err)
 	}
@@ -62,7 +62,7 @@ func (s *server) forkOnce(ctx context.Context, id string, count int, r *results)
 		if c.Error != nil {
 			return fmt.Errorf("forking: a child: %s", c.Error.Detail)
 		}
-		if _, err := s.execute(ctx, c.Sandbox.ID, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
+		if _, err := s.execute(ctx, c.Sandbox.ID, cay.ExecuteRequest{Args: []string{"true"}}); err != nil {
 			return err
 		}
 	}
@@ -83,12 +83,12 @@ func (s *server) snapshotOnce(ctx context.Context, id string, r *results) error 
 	}
 	r.took(snapshotMade, began)
 	began = time.Now()
-	sandbox, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Snapshot: snap.ID}, client.CreateOptions{})
+	sandbox, err := s.api.CreateSandbox(ctx, cay.CreateSandboxRequest{Snapshot: snap.ID}, cay.CreateOptions{})
 	if err != nil {
 		return fmt.Errorf("creating from a snapshot: %w", err)
 	}
 	r.took(fromSnapshot, began)
-	if _, err := s.execute(ctx, sandbox.ID, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
+	if _, err := s.execute(ctx, sandbox.ID, cay.ExecuteRequest{Args: []string{"true"}}); err != nil {
 		return err
 	}
 	r.took(fromFirst, began)

@@ -7,7 +7,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // Names of the measurements of idle sandboxes.
@@ -42,7 +42,7 @@ func measureIdle(ctx context.Context, o options, s *server, _ *docker, r *result
 		if ids[i], err = s.create(ctx); err != nil {
 			return err
 		}
-		if _, err := s.execute(ctx, ids[i], client.ExecuteRequest{Args: []string{"true"}}); err != nil {
+		if _, err := s.execute(ctx, ids[i], cay.ExecuteRequest{Args: []string{"true"}}); err != nil {
 			return err
 		}
 	}
@@ -85,7 +85,7 @@ func (s *server) rates(ctx context.Context, ids []string, r *results) error {
 		return err
 	}
 	list := func(int) error {
-		_, err := s.api.ListSandboxes(ctx, client.ListSandboxesOptions{})
+		_, err := s.api.ListSandboxes(ctx, cay.ListSandboxesOptions{})
 		return err
 	}
 	for _, c := range []struct {

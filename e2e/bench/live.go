@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // Names of the measurements of streams and terminals.
@@ -48,10 +48,10 @@ func measureLive(ctx context.Context, o options, s *server, _ *docker, r *result
 }
 
 func (s *server) firstByte(ctx context.Context, id string, r *results) error {
-	request := client.ExecuteRequest{Command: new("echo x")}
+	request := cay.ExecuteRequest{Command: new("echo x")}
 	began := time.Now()
 	first := time.Duration(0)
-	_, err := s.api.ExecuteStream(ctx, id, request, func(o client.Output) error {
+	_, err := s.api.ExecuteStream(ctx, id, request, func(o cay.Output) error {
 		if first == 0 && len(o.Data) > 0 {
 			first = time.Since(began)
 		}
@@ -71,7 +71,7 @@ func (s *server) firstByte(ctx context.Context, id string, r *results) error {
 
 // echoes types keys, one at a time, into a program that echoes each.
 func (s *server) echoes(ctx context.Context, id string, keys int, r *results) error {
-	t, err := s.api.OpenTerminal(ctx, id, client.TerminalOptions{Command: "stty raw -echo; echo ready; exec cat"})
+	t, err := s.api.OpenTerminal(ctx, id, cay.TerminalOptions{Command: "stty raw -echo; echo ready; exec cat"})
 	if err != nil {
 		return err
 	}
@@ -108,10 +108,10 @@ func (s *server) echoes(ctx context.Context, id string, keys int, r *results) er
 func (s *server) output(ctx context.Context, id string, r *results) error {
 	const streamed = 8 << 20
 	n := int64(0)
-	count := func(o client.Output) error { n += int64(len(o.Data)) + o.Lost; return nil }
+	count := func(o cay.Output) error { n += int64(len(o.Data)) + o.Lost; return nil }
 	began := time.Now()
 	if _, err := s.api.ExecuteStream(ctx, id,
-		client.ExecuteRequest{Command: new(fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x", streamed))}, count); err != nil {
+		cay.ExecuteRequest{Command: new(fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x", streamed))}, count); err != nil {
 		return err
 	}
 	if n != streamed {
@@ -121,7 +121,7 @@ func (s *server) output(ctx context.Context, id string, r *results) error {
 	n = 0
 	began = time.Now()
 	p, err := s.api.StartProcess(ctx, id,
-		client.StartProcessRequest{Command: new(fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x", followedSize))})
+		cay.StartProcessRequest{Command: new(fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x", followedSize))})
 	if err != nil {
 		return err
 	}

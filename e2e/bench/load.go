@@ -8,7 +8,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // Names of the measurements while many clients create, execute and destroy in a loop.
@@ -76,7 +76,7 @@ type loop struct {
 func (l *loop) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		err := l.once(ctx)
-		var problem *client.Error
+		var problem *cay.Error
 		switch {
 		case err == nil || ctx.Err() != nil:
 		case errors.As(err, &problem) && (problem.Status == http.StatusTooManyRequests ||
@@ -97,14 +97,14 @@ func (l *loop) run(ctx context.Context) {
 // once runs one cycle. A cycle that the end of the loop interrupts is not counted.
 func (l *loop) once(ctx context.Context) error {
 	began := time.Now()
-	sandbox, err := l.server.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template,
+	sandbox, err := l.server.api.CreateSandbox(ctx, cay.CreateSandboxRequest{Template: template,
 		Timeout: new(sandboxTimeout)},
-		client.CreateOptions{})
+		cay.CreateOptions{})
 	if err != nil {
 		return fmt.Errorf("creating: %w", err)
 	}
 	created := time.Now()
-	if _, err := l.server.execute(ctx, sandbox.ID, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
+	if _, err := l.server.execute(ctx, sandbox.ID, cay.ExecuteRequest{Args: []string{"true"}}); err != nil {
 		return err
 	}
 	executed := time.Now()
@@ -115,7 +115,7 @@ func (l *loop) once(ctx context.Context) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.cycles++
-	if sandbox.Source != nil && *sandbox.Source == client.SandboxSourceWarm {
+	if sandbox.Source != nil && *sandbox.Source == cay.SandboxSourceWarm {
 		l.warm++
 	}
 	l.results.add(loadCreate, unitMS, milliseconds(created.Sub(began)))

@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // Names of the measurements of the warm pool, on a server of its own that has one.
@@ -61,9 +61,9 @@ func measurePool(ctx context.Context, o options, s *server, d *docker, r *result
 }
 
 func (s *server) warmOnce(ctx context.Context, full bool, r *results) error {
-	want := client.SandboxSourceCold
+	want := cay.SandboxSourceCold
 	if full {
-		want = client.SandboxSourceWarm
+		want = cay.SandboxSourceWarm
 		if err := s.poll(ctx, patience, func() (bool, error) {
 			pool, err := s.api.Pool(ctx)
 			return len(pool) == 1 && pool[0].Ready >= pool[0].Target, err
@@ -72,13 +72,13 @@ func (s *server) warmOnce(ctx context.Context, full bool, r *results) error {
 		}
 	}
 	began := time.Now()
-	sandbox, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(sandboxTimeout)},
-		client.CreateOptions{})
+	sandbox, err := s.api.CreateSandbox(ctx, cay.CreateSandboxRequest{Template: template, Timeout: new(sandboxTimeout)},
+		cay.CreateOptions{})
 	if err != nil {
 		return fmt.Errorf("creating a sandbox: %w", err)
 	}
 	created := time.Now()
-	if _, err := s.execute(ctx, sandbox.ID, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
+	if _, err := s.execute(ctx, sandbox.ID, cay.ExecuteRequest{Args: []string{"true"}}); err != nil {
 		return err
 	}
 	r.took(warmAnswered, began)

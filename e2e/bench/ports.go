@@ -15,7 +15,7 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // Names of the measurements of ports and directories.
@@ -227,16 +227,16 @@ func (s *server) serveInside(ctx context.Context, id string) error {
 	}
 	defer f.Close()
 	mode := os.FileMode(0o755)
-	if err := s.api.WriteFile(ctx, id, "/opt/bench", f, client.WriteFileOptions{Mode: &mode}); err != nil {
+	if err := s.api.WriteFile(ctx, id, "/opt/bench", f, cay.WriteFileOptions{Mode: &mode}); err != nil {
 		return fmt.Errorf("uploading the server: %w", err)
 	}
 	line := fmt.Sprintf("nohup /opt/bench -serve 127.0.0.1:%d,127.0.0.1:%d >/tmp/bench.log 2>&1 &", servePort, rawPort)
-	if _, err := s.execute(ctx, id, client.ExecuteRequest{Command: &line}); err != nil {
+	if _, err := s.execute(ctx, id, cay.ExecuteRequest{Command: &line}); err != nil {
 		return err
 	}
 	return s.poll(ctx, patience, func() (bool, error) {
 		conn, err := s.api.DialPort(ctx, id, servePort)
-		if client.HasCode(err, "port_closed") {
+		if cay.HasCode(err, "port_closed") {
 			return false, nil
 		}
 		if err != nil {

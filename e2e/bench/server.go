@@ -12,7 +12,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 const (
@@ -30,7 +30,7 @@ const (
 type server struct {
 	program string
 	dir     string // all files of the server, removed at the end
-	api     *client.Client
+	api     *cay.Client
 	url     string
 	key     string
 	cmd     *exec.Cmd
@@ -68,7 +68,7 @@ func startServer(ctx context.Context, program string, out *outside, env ...strin
 	if err := s.run(address, env); err != nil {
 		return s, err
 	}
-	if s.api, err = client.New(s.url, ""); err != nil {
+	if s.api, err = cay.New(s.url, ""); err != nil {
 		return s, err
 	}
 	err = s.poll(ctx, patience, func() (bool, error) {
@@ -83,7 +83,7 @@ func startServer(ctx context.Context, program string, out *outside, env ...strin
 		return s, err
 	}
 	s.key = strings.TrimSpace(string(key))
-	s.api, err = client.New(s.url, s.key)
+	s.api, err = cay.New(s.url, s.key)
 	return s, err
 }
 
@@ -150,10 +150,10 @@ func (s *server) awaitTemplate(ctx context.Context) error {
 		if err != nil {
 			return false, err
 		}
-		if t.Status == client.TemplateStatusFailed {
+		if t.Status == cay.TemplateStatusFailed {
 			return false, fmt.Errorf("the template %s cannot be made; see cay templates show %s", template, template)
 		}
-		return t.Status == client.TemplateStatusReady, nil
+		return t.Status == cay.TemplateStatusReady, nil
 	})
 }
 
@@ -167,8 +167,8 @@ func (s *server) version(ctx context.Context) (string, error) {
 
 // create makes a sandbox that outlives the measurement.
 func (s *server) create(ctx context.Context) (string, error) {
-	sandbox, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template, Timeout: new(sandboxTimeout)},
-		client.CreateOptions{})
+	sandbox, err := s.api.CreateSandbox(ctx, cay.CreateSandboxRequest{Template: template, Timeout: new(sandboxTimeout)},
+		cay.CreateOptions{})
 	if err != nil {
 		return "", fmt.Errorf("creating a sandbox: %w", err)
 	}
@@ -176,7 +176,7 @@ func (s *server) create(ctx context.Context) (string, error) {
 }
 
 // execute runs a command that must succeed.
-func (s *server) execute(ctx context.Context, id string, r client.ExecuteRequest) (*client.ExecuteResult, error) {
+func (s *server) execute(ctx context.Context, id string, r cay.ExecuteRequest) (*cay.ExecuteResult, error) {
 	res, err := s.api.Execute(ctx, id, r)
 	if err != nil {
 		return nil, fmt.Errorf("executing: %w", err)

@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // Names of the measurements of suspend and wake, for sandboxes with more and more memory in use.
@@ -53,9 +53,9 @@ func measureSleep(ctx context.Context, o options, s *server, d *docker, r *resul
 }
 
 func (s *server) sleep(ctx context.Context, one sleeper, o options, d *docker, r *results) error {
-	sandbox, err := s.api.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template,
-		Mode: new(string(client.SandboxModePersistent)),
-		Size: new(one.size), IdleTimeout: new("0"), RecoveryInterval: new("0")}, client.CreateOptions{})
+	sandbox, err := s.api.CreateSandbox(ctx, cay.CreateSandboxRequest{Template: template,
+		Mode: new(string(cay.SandboxModePersistent)),
+		Size: new(one.size), IdleTimeout: new("0"), RecoveryInterval: new("0")}, cay.CreateOptions{})
 	if err != nil {
 		return fmt.Errorf("creating a sandbox: %w", err)
 	}
@@ -68,7 +68,7 @@ func (s *server) sleep(ctx context.Context, one sleeper, o options, d *docker, r
 				"for i in range(0, len(b), n): b[i:i+n] = bytes(n)\n", one.mib)
 		}
 		program := "import os, time\n" + fill + "\nopen('/dev/shm/filled', 'w').close(); time.sleep(1e6)"
-		if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"sh", "-c",
+		if _, err := s.execute(ctx, id, cay.ExecuteRequest{Args: []string{"sh", "-c",
 			`python3 -c "$0" >/dev/null 2>&1 & until [ -e /dev/shm/filled ]; do kill -0 $! && sleep 0.1 || exit 1; done`, program},
 			Timeout: new(patience.String())}); err != nil {
 			return err
@@ -106,7 +106,7 @@ func (s *server) sleepOnce(ctx context.Context, id, name string, r *results) err
 	}
 	r.add(fmt.Sprintf(sleepSize, name), unitMB, float64(size)/1e6)
 	began = time.Now()
-	if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
+	if _, err := s.execute(ctx, id, cay.ExecuteRequest{Args: []string{"true"}}); err != nil {
 		return err
 	}
 	r.took(fmt.Sprintf(wakeAnswered, name), began)
@@ -138,7 +138,7 @@ while True:
 
 // pauseOnce takes a recovery point while a program measures how long it stands still.
 func (s *server) pauseOnce(ctx context.Context, id, name string, r *results) error {
-	if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"sh", "-c",
+	if _, err := s.execute(ctx, id, cay.ExecuteRequest{Args: []string{"sh", "-c",
 		`python3 -c "$0" >/dev/null 2>&1 & echo $! >/dev/shm/pid; until [ -e /dev/shm/still ]; do sleep 0.02; done`, stillness}}); err != nil {
 		return err
 	}
@@ -147,7 +147,7 @@ func (s *server) pauseOnce(ctx context.Context, id, name string, r *results) err
 		return fmt.Errorf("taking a recovery point: %w", err)
 	}
 	r.took(fmt.Sprintf(pointOf, name), began)
-	res, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"sh", "-c",
+	res, err := s.execute(ctx, id, cay.ExecuteRequest{Args: []string{"sh", "-c",
 		"kill $(cat /dev/shm/pid); cat /dev/shm/still; rm /dev/shm/still"}})
 	if err != nil {
 		return err

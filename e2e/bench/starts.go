@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // Names of the measurements of starts and ends.
@@ -89,7 +89,7 @@ func (s *server) startOnce(ctx context.Context, r *results) error {
 		return err
 	}
 	created := time.Now()
-	if _, err := s.execute(ctx, id, client.ExecuteRequest{Args: []string{"true"}}); err != nil {
+	if _, err := s.execute(ctx, id, cay.ExecuteRequest{Args: []string{"true"}}); err != nil {
 		return err
 	}
 	r.took(startAnswered, began)

@@ -640,7 +640,7 @@ type CreateTemplateRequest struct {
 	// waits or runs, the build fails and says so.
 	Credentials *RegistryCredentials `json:"credentials,omitempty"`
 
-	// Debian Source: a minimal Debian system with packages and all their dependencies.
+	// Debian A source that is a minimal Debian system with packages and all their dependencies.
 	Debian *DebianSource `json:"debian,omitempty"`
 
 	// Description What the template is for, at most 1024 bytes.
@@ -698,7 +698,7 @@ type CreateTemplateRequest struct {
 	Workdir *string `json:"workdir,omitempty"`
 }
 
-// DebianSource Source: a minimal Debian system with packages and all their dependencies.
+// DebianSource A source that is a minimal Debian system with packages and all their dependencies.
 type DebianSource struct {
 	// Packages Names of packages, with `=VERSION` if you need a certain version.
 	Packages []string `json:"packages,omitempty"`
@@ -929,13 +929,13 @@ type FileChange struct {
 	// Path Path of the changed entry.
 	Path string `json:"path"`
 
-	// Type `create` (also if the entry was moved there), `write`, `remove`, `rename` (the entry was moved away) or
-	// `chmod`.
+	// Type The kind of the change: `create` (also if the entry was moved there), `write`, `remove`, `rename` (the entry
+	// was moved away) or `chmod`.
 	Type FileChangeType `json:"type"`
 }
 
-// FileChangeType `create` (also if the entry was moved there), `write`, `remove`, `rename` (the entry was moved away) or
-// `chmod`.
+// FileChangeType The kind of the change: `create` (also if the entry was moved there), `write`, `remove`, `rename` (the entry
+// was moved away) or `chmod`.
 type FileChangeType string
 
 // FileEntry A file, directory or link in a sandbox.
@@ -1490,7 +1490,7 @@ type RebuildTemplateRequest struct {
 	// waits or runs, the build fails and says so.
 	Credentials *RegistryCredentials `json:"credentials,omitempty"`
 
-	// Debian Source: a minimal Debian system with packages and all their dependencies.
+	// Debian A source that is a minimal Debian system with packages and all their dependencies.
 	Debian *DebianSource `json:"debian,omitempty"`
 
 	// Description What the template is for, at most 1024 bytes.
@@ -1626,8 +1626,8 @@ type Sandbox struct {
 	// Metadata Labels of your choice. At most 64, with keys of 1 to 128 bytes and values of up to 1024 bytes.
 	Metadata Metadata `json:"metadata"`
 
-	// Mode An `ephemeral` sandbox is destroyed at the end of its timeout. A `persistent` one is suspended when idle and
-	// woken by the next call.
+	// Mode The way a sandbox ends: an `ephemeral` one is destroyed at the end of its timeout, a `persistent` one is
+	// suspended when idle and woken by the next call.
 	Mode SandboxMode `json:"mode"`
 
 	// Network Traffic from the sandbox since it began to run, by the decision of its policy. Only in the answer for one
@@ -1689,8 +1689,8 @@ type SandboxList struct {
 	Sandboxes []Sandbox `json:"sandboxes"`
 }
 
-// SandboxMode An `ephemeral` sandbox is destroyed at the end of its timeout. A `persistent` one is suspended when idle and
-// woken by the next call.
+// SandboxMode The way a sandbox ends: an `ephemeral` one is destroyed at the end of its timeout, a `persistent` one is
+// suspended when idle and woken by the next call.
 type SandboxMode string
 
 // SandboxState The exact internal state. `suspending` has the status `running`, `waking` has `suspended`, `destroying` and

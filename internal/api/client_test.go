@@ -23,10 +23,10 @@ import (
 	"github.com/getkin/kin-openapi/routers/gorillamux"
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/cayhq/cay"
-	"github.com/cayhq/cay/client"
+	contract "github.com/cayhq/cay"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // requestChecker fails the test if a request does not match openapi.yaml. It records which
@@ -83,8 +83,8 @@ func TestClient(t *testing.T) {
 		t.Fatal(err)
 	}
 	checker := &requestChecker{t: t, router: router, base: h.http.Transport, seen: map[string]bool{}}
-	c, err := client.New(h.url+"/", h.key, client.WithHTTPClient(&http.Client{Transport: checker}),
-		client.WithUserAgent("test"))
+	c, err := cay.New(h.url+"/", h.key, cay.WithHTTPClient(&http.Client{Transport: checker}),
+		cay.WithUserAgent("test"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,7 +101,7 @@ func TestClient(t *testing.T) {
 	clientTrees(t, ctx, c, h, box, fatal)
 	clientProcesses(t, ctx, c, h, box, fatal)
 	fatal(c.DestroySandbox(ctx, box))
-	if b, err := c.GetSandbox(ctx, box); err != nil || b.Status != client.SandboxStatusDestroyed {
+	if b, err := c.GetSandbox(ctx, box); err != nil || b.Status != cay.SandboxStatusDestroyed {
 		t.Errorf("destroyed: %+v, %v", b, err)
 	}
 	clientAccount(t, ctx, c, fatal)
@@ -115,10 +115,10 @@ func TestClient(t *testing.T) {
 	})
 }
 
-func clientSleep(t *testing.T, ctx context.Context, c *client.Client, fatal func(error)) {
-	r := client.CreateSandboxRequest{Template: "python", Mode: new("persistent"), IdleTimeout: new("0"),
+func clientSleep(t *testing.T, ctx context.Context, c *cay.Client, fatal func(error)) {
+	r := cay.CreateSandboxRequest{Template: "python", Mode: new("persistent"), IdleTimeout: new("0"),
 		RecoveryInterval: new("30m")}
-	box, err := c.CreateSandbox(ctx, r, client.CreateOptions{})
+	box, err := c.CreateSandbox(ctx, r, cay.CreateOptions{})
 	fatal(err)
 	point, err := c.Checkpoint(ctx, box.ID)
 	fatal(err)
@@ -128,21 +128,21 @@ func clientSleep(t *testing.T, ctx context.Context, c *client.Client, fatal func
 	}
 	asleep, err := c.Suspend(ctx, box.ID)
 	fatal(err)
-	if asleep.Status != client.SandboxStatusSuspended || asleep.SuspendedAt == nil {
+	if asleep.Status != cay.SandboxStatusSuspended || asleep.SuspendedAt == nil {
 		t.Errorf("suspended: %+v", asleep)
 	}
-	if _, err := c.Suspend(ctx, box.ID); !client.HasCode(err, "sandbox_not_running") {
+	if _, err := c.Suspend(ctx, box.ID); !cay.HasCode(err, "sandbox_not_running") {
 		t.Errorf("suspend twice: %v", err)
 	}
 	awake, err := c.Wake(ctx, box.ID)
 	fatal(err)
-	if awake.Status != client.SandboxStatusRunning || awake.SuspendedAt != nil {
+	if awake.Status != cay.SandboxStatusRunning || awake.SuspendedAt != nil {
 		t.Errorf("woken: %+v", awake)
 	}
 	fatal(c.DestroySandbox(ctx, box.ID))
 }
 
-func clientSnapshots(t *testing.T, ctx context.Context, c *client.Client, fatal func(error), id string) {
+func clientSnapshots(t *testing.T, ctx context.Context, c *cay.Client, fatal func(error), id string) {
 	for _, name := range []string{"", "named"} {
 		s, err := c.CreateSnapshot(ctx, id, name)
 		fatal(err)
@@ -151,31 +151,31 @@ func clientSnapshots(t *testing.T, ctx context.Context, c *client.Client, fatal 
 		}
 	}
 	n := 0
-	for s, err := range c.Snapshots(ctx, client.ListSnapshotsOptions{SandboxID: id,
-		ListOptions: client.ListOptions{Limit: 1}}) {
+	for s, err := range c.Snapshots(ctx, cay.ListSnapshotsOptions{SandboxID: id,
+		ListOptions: cay.ListOptions{Limit: 1}}) {
 		fatal(err)
 		if n++; n == 1 && *s.Name != "named" {
 			t.Errorf("the newest is %+v", s)
 		}
 	}
-	l, err := c.ListSnapshots(ctx, client.ListSnapshotsOptions{Name: "none"})
+	l, err := c.ListSnapshots(ctx, cay.ListSnapshotsOptions{Name: "none"})
 	fatal(err)
 	if n != 2 || len(l.Snapshots) != 0 {
 		t.Errorf("%d snapshots, %d with an unknown name", n, len(l.Snapshots))
 	}
 	s, err := c.GetSnapshot(ctx, "named")
 	fatal(err)
-	box, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Snapshot: s.ID}, client.CreateOptions{})
+	box, err := c.CreateSandbox(ctx, cay.CreateSandboxRequest{Snapshot: s.ID}, cay.CreateOptions{})
 	fatal(err)
-	if *box.Origin != s.ID || *box.Source != client.SandboxSourceSnapshot {
+	if *box.Origin != s.ID || *box.Source != cay.SandboxSourceSnapshot {
 		t.Errorf("made %+v", box)
 	}
 	fatal(c.DeleteSnapshot(ctx, "named"))
-	if err := c.DeleteSnapshot(ctx, s.ID); !client.HasCode(err, "snapshot_not_found") {
+	if err := c.DeleteSnapshot(ctx, s.ID); !cay.HasCode(err, "snapshot_not_found") {
 		t.Errorf("deleted again: %v", err)
 	}
-	children, err := c.Fork(ctx, box.ID, client.ForkRequest{Count: new(2), Timeout: new("1h"),
-		Metadata: client.Metadata{"k": "child"}})
+	children, err := c.Fork(ctx, box.ID, cay.ForkRequest{Count: new(2), Timeout: new("1h"),
+		Metadata: cay.Metadata{"k": "child"}})
 	fatal(err)
 	for _, child := range children {
 		if child.Error != nil || *child.Sandbox.Origin != box.ID || *child.Sandbox.TimeoutSeconds != 3600 {
@@ -187,29 +187,29 @@ func clientSnapshots(t *testing.T, ctx context.Context, c *client.Client, fatal 
 	}
 }
 
-func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal func(error)) (id string) {
-	r := client.CreateSandboxRequest{Template: "python", Timeout: new("5m"), Env: client.Env{"A": "1"},
-		Metadata: client.Metadata{"k": "v w"}}
-	first, err := c.CreateSandbox(ctx, r, client.CreateOptions{IdempotencyKey: "a key"})
+func clientSandboxes(t *testing.T, ctx context.Context, c *cay.Client, fatal func(error)) (id string) {
+	r := cay.CreateSandboxRequest{Template: "python", Timeout: new("5m"), Env: cay.Env{"A": "1"},
+		Metadata: cay.Metadata{"k": "v w"}}
+	first, err := c.CreateSandbox(ctx, r, cay.CreateOptions{IdempotencyKey: "a key"})
 	fatal(err)
-	again, err := c.CreateSandbox(ctx, r, client.CreateOptions{IdempotencyKey: "a key", NoWait: true})
+	again, err := c.CreateSandbox(ctx, r, cay.CreateOptions{IdempotencyKey: "a key", NoWait: true})
 	fatal(err)
-	if again.ID != first.ID || first.Status != client.SandboxStatusRunning {
+	if again.ID != first.ID || first.Status != cay.SandboxStatusRunning {
 		t.Errorf("created %+v and %+v", first, again)
 	}
 	for range 3 {
-		_, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Template: "python"}, client.CreateOptions{})
+		_, err := c.CreateSandbox(ctx, cay.CreateSandboxRequest{Template: "python"}, cay.CreateOptions{})
 		fatal(err)
 	}
 	n := 0
-	for b, err := range c.Sandboxes(ctx, client.ListSandboxesOptions{Status: []client.SandboxStatus{"running",
-		"creating"}, ListOptions: client.ListOptions{Limit: 3}}) {
+	for b, err := range c.Sandboxes(ctx, cay.ListSandboxesOptions{Status: []cay.SandboxStatus{"running",
+		"creating"}, ListOptions: cay.ListOptions{Limit: 3}}) {
 		fatal(err)
 		if n++; n == 4 && b.ID != first.ID {
 			t.Errorf("the oldest is %s, want %s", b.ID, first.ID)
 		}
 	}
-	l, err := c.ListSandboxes(ctx, client.ListSandboxesOptions{Metadata: map[string]string{"k": "v w"}})
+	l, err := c.ListSandboxes(ctx, cay.ListSandboxesOptions{Metadata: map[string]string{"k": "v w"}})
 	fatal(err)
 	if n != 4 || len(l.Sandboxes) != 1 {
 		t.Errorf("%d sandboxes, %d with the metadata; want 4 and 1", n, len(l.Sandboxes))
@@ -223,36 +223,36 @@ func clientSandboxes(t *testing.T, ctx context.Context, c *client.Client, fatal 
 	fatal(err)
 	_, err = c.Wake(ctx, first.ID)
 	fatal(err)
-	_, err = c.SetEgress(ctx, first.ID, client.Egress{Mode: client.EgressModeDenyAll,
+	_, err = c.SetEgress(ctx, first.ID, cay.Egress{Mode: cay.EgressModeDenyAll,
 		AllowDomains: []string{"example.com"}})
 	fatal(err)
 	clientSleep(t, ctx, c, fatal)
 	clientSnapshots(t, ctx, c, fatal, first.ID)
 	n = 0
-	for _, err := range c.Events(ctx, first.ID, client.ListOptions{Limit: 1}) {
+	for _, err := range c.Events(ctx, first.ID, cay.ListOptions{Limit: 1}) {
 		fatal(err)
 		n++
 	}
 	if n != 5 { // includes the change of its policy and two snapshots
 		t.Errorf("%d events, want 5", n)
 	}
-	cursor := client.ListSandboxesOptions{ListOptions: client.ListOptions{Cursor: "nonsense"}}
+	cursor := cay.ListSandboxesOptions{ListOptions: cay.ListOptions{Cursor: "nonsense"}}
 	for b, err := range c.Sandboxes(ctx, cursor) {
-		if !client.HasCode(err, "invalid_cursor") {
+		if !cay.HasCode(err, "invalid_cursor") {
 			t.Errorf("%v, %v", b, err)
 		}
 	}
 	return first.ID
 }
 
-func clientFeed(t *testing.T, ctx context.Context, c *client.Client, fatal func(error), box string) {
-	var all, some []client.FeedEvent
-	for e, err := range c.Feed(ctx, client.FeedOptions{ListOptions: client.ListOptions{Limit: 7}}) {
+func clientFeed(t *testing.T, ctx context.Context, c *cay.Client, fatal func(error), box string) {
+	var all, some []cay.FeedEvent
+	for e, err := range c.Feed(ctx, cay.FeedOptions{ListOptions: cay.ListOptions{Limit: 7}}) {
 		fatal(err)
 		all = append(all, e)
 	}
-	for e, err := range c.Feed(ctx, client.FeedOptions{Sandbox: box,
-		Types: []client.FeedEventType{"sandbox.creating", "sandbox.running"}, After: all[0].ID}) {
+	for e, err := range c.Feed(ctx, cay.FeedOptions{Sandbox: box,
+		Types: []cay.FeedEventType{"sandbox.creating", "sandbox.running"}, After: all[0].ID}) {
 		fatal(err)
 		some = append(some, e)
 	}
@@ -262,9 +262,9 @@ func clientFeed(t *testing.T, ctx context.Context, c *client.Client, fatal func(
 	// A follower that begins in the middle gets the remaining events, then new ones.
 	errEnough := errors.New("enough")
 	middle := len(all) / 2
-	var followed []client.FeedEvent
+	var followed []cay.FeedEvent
 	ready := false
-	err := c.FollowFeed(ctx, client.FeedOptions{After: all[middle-1].ID}, func(id string, e *client.FeedEvent) error {
+	err := c.FollowFeed(ctx, cay.FeedOptions{After: all[middle-1].ID}, func(id string, e *cay.FeedEvent) error {
 		if e == nil {
 			ready = id == all[middle-1].ID
 			return nil
@@ -273,7 +273,7 @@ func clientFeed(t *testing.T, ctx context.Context, c *client.Client, fatal func(
 			t.Errorf("event %s came with id %s", e.ID, id)
 		}
 		if len(followed) == len(all)-middle {
-			_, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Template: "python"}, client.CreateOptions{})
+			_, err := c.CreateSandbox(ctx, cay.CreateSandboxRequest{Template: "python"}, cay.CreateOptions{})
 			return err
 		}
 		if len(followed) > len(all)-middle {
@@ -287,20 +287,20 @@ func clientFeed(t *testing.T, ctx context.Context, c *client.Client, fatal func(
 	if diff := cmp.Diff(all[middle:], followed[:len(all)-middle]); diff != "" {
 		t.Error(diff)
 	}
-	if e := followed[len(followed)-1]; e.Type != client.FeedEventTypeSandboxCreating {
+	if e := followed[len(followed)-1]; e.Type != cay.FeedEventTypeSandboxCreating {
 		t.Errorf("the new one is %+v", e)
 	}
-	err = c.FollowFeed(ctx, client.FeedOptions{After: "x"}, func(string, *client.FeedEvent) error { return nil })
-	if !client.HasCode(err, "invalid_after") {
+	err = c.FollowFeed(ctx, cay.FeedOptions{After: "x"}, func(string, *cay.FeedEvent) error { return nil })
+	if !cay.HasCode(err, "invalid_after") {
 		t.Errorf("following after an invalid id: %v", err)
 	}
 }
 
-func clientFiles(t *testing.T, ctx context.Context, c *client.Client, h *house, id string, fatal func(error)) {
+func clientFiles(t *testing.T, ctx context.Context, c *cay.Client, h *house, id string, fatal func(error)) {
 	h.agent.execute = func(_ context.Context, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error) {
 		return agentapi.ExecuteResult{Stdout: append([]byte{0xff}, r.Stdin...), Stderr: []byte("é")}, nil
 	}
-	res, err := c.Execute(ctx, id, client.ExecuteRequest{Args: []string{"cat"}, Stdin: new("in")})
+	res, err := c.Execute(ctx, id, cay.ExecuteRequest{Args: []string{"cat"}, Stdin: new("in")})
 	fatal(err)
 	stdout, err := res.StdoutBytes()
 	fatal(err)
@@ -318,23 +318,23 @@ func clientFiles(t *testing.T, ctx context.Context, c *client.Client, h *house, 
 	_, err = local.Seek(2, io.SeekStart)
 	fatal(err)
 	fatal(c.WriteFile(ctx, id, "/home/user/a?b&c", local,
-		client.WriteFileOptions{Mode: new(fs.FileMode(0o700)), Owner: "user"}))
+		cay.WriteFileOptions{Mode: new(fs.FileMode(0o700)), Owner: "user"}))
 	if up := h.agent.uploads[0]; up.Path != "/home/user/a?b&c" || up.Size != 8 || *up.Mode != 0o700 || up.User != "user" {
 		t.Errorf("uploaded %+v", up)
 	}
-	fatal(c.WriteFile(ctx, id, "/home/user/piped", io.MultiReader(strings.NewReader("piped")), client.WriteFileOptions{}))
-	fatal(c.WriteFile(ctx, id, "/home/user/empty", nil, client.WriteFileOptions{}))
+	fatal(c.WriteFile(ctx, id, "/home/user/piped", io.MultiReader(strings.NewReader("piped")), cay.WriteFileOptions{}))
+	fatal(c.WriteFile(ctx, id, "/home/user/empty", nil, cay.WriteFileOptions{}))
 	if up := h.agent.uploads[1:]; up[0].Size != -1 || up[1].Size != 0 {
 		t.Errorf("uploaded %+v", up)
 	}
 	for _, part := range []struct {
-		o          client.ReadFileOptions
+		o          cay.ReadFileOptions
 		want, part string
 	}{
-		{client.ReadFileOptions{}, "23456789", ""},
-		{client.ReadFileOptions{Offset: 6}, "89", "bytes 6-7/8"},
-		{client.ReadFileOptions{Length: 3}, "234", "bytes 0-2/8"},
-		{client.ReadFileOptions{Offset: 1, Length: 2}, "34", "bytes 1-2/8"},
+		{cay.ReadFileOptions{}, "23456789", ""},
+		{cay.ReadFileOptions{Offset: 6}, "89", "bytes 6-7/8"},
+		{cay.ReadFileOptions{Length: 3}, "234", "bytes 0-2/8"},
+		{cay.ReadFileOptions{Offset: 1, Length: 2}, "34", "bytes 1-2/8"},
 	} {
 		f, err := c.ReadFile(ctx, id, "/home/user/a?b&c", part.o)
 		fatal(err)
@@ -352,19 +352,19 @@ func clientFiles(t *testing.T, ctx context.Context, c *client.Client, h *house, 
 	}
 	fatal(c.RemoveFile(ctx, id, "/home/user/empty", false))
 	fatal(c.RemoveFile(ctx, id, "/home/user", true))
-	_, err = c.ReadFile(ctx, id, "/home/user/piped", client.ReadFileOptions{})
-	var e *client.Error
+	_, err = c.ReadFile(ctx, id, "/home/user/piped", cay.ReadFileOptions{})
+	var e *cay.Error
 	if !errors.As(err, &e) || e.Status != 404 || e.Code != "file_not_found" || e.Detail == "" || e.RequestID == "" ||
 		!strings.Contains(e.Error(), e.RequestID) {
 		t.Errorf("reading a file that was removed: %#v", err)
 	}
-	_, err = c.ReadFile(ctx, id, "relative", client.ReadFileOptions{})
+	_, err = c.ReadFile(ctx, id, "relative", cay.ReadFileOptions{})
 	if !errors.As(err, &e) || e.Field != "path" || !strings.HasPrefix(e.Error(), "path: ") {
 		t.Errorf("reading a relative path: %v", err)
 	}
 }
 
-func clientPorts(t *testing.T, ctx context.Context, c *client.Client, h *house, id string, fatal func(error)) {
+func clientPorts(t *testing.T, ctx context.Context, c *cay.Client, h *house, id string, fatal func(error)) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	fatal(err)
 	defer l.Close()
@@ -387,7 +387,7 @@ func clientPorts(t *testing.T, ctx context.Context, c *client.Client, h *house, 
 	if string(b) != "ping" || string(back) != "pong" {
 		t.Errorf("the tunnel carried %q and %q", b, back)
 	}
-	if _, err := c.DialPort(ctx, id, 7001); !client.HasCode(err, "port_closed") {
+	if _, err := c.DialPort(ctx, id, 7001); !cay.HasCode(err, "port_closed") {
 		t.Errorf("dialling a closed port: %v", err)
 	}
 	p, err := c.SetPortPublic(ctx, id, 7000, true)
@@ -406,7 +406,7 @@ func clientPorts(t *testing.T, ctx context.Context, c *client.Client, h *house, 
 	}
 }
 
-func clientTrees(t *testing.T, ctx context.Context, c *client.Client, h *house, id string, fatal func(error)) {
+func clientTrees(t *testing.T, ctx context.Context, c *cay.Client, h *house, id string, fatal func(error)) {
 	fatal(c.UploadTree(ctx, id, "/tree", bytes.NewReader(aTree(t, "a", "b/c")), "user"))
 	archive, err := c.DownloadTree(ctx, id, "/tree")
 	fatal(err)
@@ -414,7 +414,7 @@ func clientTrees(t *testing.T, ctx context.Context, c *client.Client, h *house, 
 	fatal(err)
 	fatal(archive.Close())
 	dir, err := c.MakeDirectory(ctx, id, "/tree/d",
-		client.MakeDirectoryOptions{Mode: new(fs.FileMode(0o700)), Owner: "user"})
+		cay.MakeDirectoryOptions{Mode: new(fs.FileMode(0o700)), Owner: "user"})
 	fatal(err)
 	moved, err := c.RenameFile(ctx, id, "/tree/a", "/tree/b/c", true)
 	fatal(err)
@@ -424,18 +424,18 @@ func clientTrees(t *testing.T, ctx context.Context, c *client.Client, h *house, 
 		t.Errorf("%+v, %+v, %+v, %+v", hd, dir, moved, same)
 	}
 	changes := 0
-	err = c.WatchFiles(ctx, id, "/tree", false, func() {}, func(client.FileChange) error { changes++; return nil })
-	if changes != 2 || !client.HasCode(err, fault.CodeSandboxUnreachable) {
+	err = c.WatchFiles(ctx, id, "/tree", false, func() {}, func(cay.FileChange) error { changes++; return nil })
+	if changes != 2 || !cay.HasCode(err, fault.CodeSandboxUnreachable) {
 		t.Errorf("%d changes, %v", changes, err)
 	}
-	if _, err := c.StatFile(ctx, id, "/tree/none"); !client.HasCode(err, "file_not_found") {
+	if _, err := c.StatFile(ctx, id, "/tree/none"); !cay.HasCode(err, "file_not_found") {
 		t.Errorf("stat: %v", err)
 	}
 }
 
-func clientAccount(t *testing.T, ctx context.Context, c *client.Client, fatal func(error)) {
+func clientAccount(t *testing.T, ctx context.Context, c *cay.Client, fatal func(error)) {
 	n := 0
-	for _, err := range c.Templates(ctx, client.ListOptions{Limit: 2}) {
+	for _, err := range c.Templates(ctx, cay.ListOptions{Limit: 2}) {
 		fatal(err)
 		n++
 	}
@@ -450,27 +450,27 @@ func clientAccount(t *testing.T, ctx context.Context, c *client.Client, fatal fu
 	if len(pool) != 0 { // the warm pool is off
 		t.Errorf("the pool is %+v", pool)
 	}
-	if n != 5 || python.Status != client.TemplateStatusReady || len(lines) != 2 || len(sizes) != 2 {
+	if n != 5 || python.Status != cay.TemplateStatusReady || len(lines) != 2 || len(sizes) != 2 {
 		t.Errorf("%d templates, %+v, %v, %v", n, python, lines, sizes)
 	}
-	key, err := c.CreateAPIKey(ctx, client.CreateAPIKeyRequest{Name: "k", Scopes: []string{string(client.ScopeExec)},
+	key, err := c.CreateAPIKey(ctx, cay.CreateAPIKeyRequest{Name: "k", Scopes: []string{string(cay.ScopeExec)},
 		ExpiresIn: new("1h")})
 	fatal(err)
 	me, err := c.Me(ctx)
 	fatal(err)
-	keys := map[string]client.APIKey{}
+	keys := map[string]cay.APIKey{}
 	fatal(c.RevokeAPIKey(ctx, key.ID))
-	for k, err := range c.APIKeys(ctx, client.ListOptions{Limit: 1}) {
+	for k, err := range c.APIKeys(ctx, cay.ListOptions{Limit: 1}) {
 		fatal(err)
 		keys[k.ID] = k
 	}
 	if len(keys) != 2 || keys[key.ID].RevokedAt == nil || keys[me.APIKey.ID].Prefix == "" {
 		t.Errorf("keys %+v", keys)
 	}
-	org, err := c.CreateOrg(ctx, client.CreateOrgRequest{Name: "acme", Quota: &client.QuotaRequest{VCPUs: new(2)}})
+	org, err := c.CreateOrg(ctx, cay.CreateOrgRequest{Name: "acme", Quota: &cay.QuotaRequest{VCPUs: new(2)}})
 	fatal(err)
 	n = 0
-	for o, err := range c.Orgs(ctx, client.ListOptions{}) {
+	for o, err := range c.Orgs(ctx, cay.ListOptions{}) {
 		fatal(err)
 		if n++; n == 1 && (o.ID != org.ID || o.Quota.VCPUs != 2) {
 			t.Errorf("newest organization %+v", o)
@@ -485,52 +485,52 @@ func clientAccount(t *testing.T, ctx context.Context, c *client.Client, fatal fu
 	fatal(metrics.Close())
 	doc, err := c.OpenAPI(ctx)
 	fatal(err)
-	if n != 3 || !bytes.Equal(doc, cay.OpenAPI) {
+	if n != 3 || !bytes.Equal(doc, contract.OpenAPI) {
 		t.Errorf("%d organizations, a document of %d bytes", n, len(doc))
 	}
 }
 
-func clientTemplates(t *testing.T, ctx context.Context, c *client.Client, fatal func(error)) {
-	tpl, err := c.CreateTemplate(ctx, client.CreateTemplateRequest{Name: "app", Dockerfile: new("Dockerfile"),
-		BuildArgs: client.BuildArgs{"A": "1"}}, bytes.NewReader(aTar(t)))
+func clientTemplates(t *testing.T, ctx context.Context, c *cay.Client, fatal func(error)) {
+	tpl, err := c.CreateTemplate(ctx, cay.CreateTemplateRequest{Name: "app", Dockerfile: new("Dockerfile"),
+		BuildArgs: cay.BuildArgs{"A": "1"}}, bytes.NewReader(aTar(t)))
 	fatal(err)
 	var lines []string
 	var ids []string
-	end, err := c.FollowTemplate(ctx, tpl.ID, "", func(id string, l client.TemplateLogLine) error {
+	end, err := c.FollowTemplate(ctx, tpl.ID, "", func(id string, l cay.TemplateLogLine) error {
 		lines, ids = append(lines, l.Text), append(ids, id)
 		return nil
 	})
 	fatal(err)
-	if end.Status != client.TemplateStatusReady || end.Version != 1 || !slices.Contains(lines, "step 2 of 2: RUN make") {
+	if end.Status != cay.TemplateStatusReady || end.Version != 1 || !slices.Contains(lines, "step 2 of 2: RUN make") {
 		t.Errorf("the log ends with %+v after %q", end, lines)
 	}
 	rest := 0
-	_, err = c.FollowTemplate(ctx, "app", ids[1], func(string, client.TemplateLogLine) error { rest++; return nil })
+	_, err = c.FollowTemplate(ctx, "app", ids[1], func(string, cay.TemplateLogLine) error { rest++; return nil })
 	fatal(err)
 	if rest != len(lines)-2 {
 		t.Errorf("%d lines after the second of %d", rest, len(lines))
 	}
 	no := errors.New("enough")
 	if _, err := c.FollowTemplate(ctx, "app", "",
-		func(string, client.TemplateLogLine) error { return no }); !errors.Is(err, no) {
+		func(string, cay.TemplateLogLine) error { return no }); !errors.Is(err, no) {
 		t.Errorf("error is %v", err)
 	}
 	_, err = c.RebuildTemplate(ctx, "app", nil, nil)
 	fatal(err)
-	_, err = c.FollowTemplate(ctx, "app", "", func(string, client.TemplateLogLine) error { return nil })
+	_, err = c.FollowTemplate(ctx, "app", "", func(string, cay.TemplateLogLine) error { return nil })
 	fatal(err)
-	_, err = c.RebuildTemplate(ctx, "app", &client.RebuildTemplateRequest{Image: new("alpine:3")}, nil)
+	_, err = c.RebuildTemplate(ctx, "app", &cay.RebuildTemplateRequest{Image: new("alpine:3")}, nil)
 	fatal(err)
-	if _, err := c.CancelTemplateBuild(ctx, "app"); err != nil && !client.HasCode(err, "no_build") {
+	if _, err := c.CancelTemplateBuild(ctx, "app"); err != nil && !cay.HasCode(err, "no_build") {
 		t.Errorf("cancel: %v", err)
 	}
-	_, err = c.FollowTemplate(ctx, "app", "", func(string, client.TemplateLogLine) error { return nil })
+	_, err = c.FollowTemplate(ctx, "app", "", func(string, cay.TemplateLogLine) error { return nil })
 	fatal(err)
-	_, err = c.RebuildTemplate(ctx, "app", &client.RebuildTemplateRequest{Dockerfile: new("Dockerfile")},
+	_, err = c.RebuildTemplate(ctx, "app", &cay.RebuildTemplateRequest{Dockerfile: new("Dockerfile")},
 		bytes.NewReader(aTar(t)))
 	fatal(err)
 	fatal(c.DeleteTemplate(ctx, "app", true))
-	if err := c.DeleteTemplate(ctx, "app", false); !client.HasCode(err, "template_not_found") {
+	if err := c.DeleteTemplate(ctx, "app", false); !cay.HasCode(err, "template_not_found") {
 		t.Errorf("deleted again: %v", err)
 	}
 }

@@ -13,27 +13,27 @@ import (
 	"github.com/coder/websocket"
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/cayhq/cay/client"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/budget"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
-func clientProcesses(t *testing.T, ctx context.Context, c *client.Client, h *house, id string, fatal func(error)) {
-	var out []client.Output
-	on := func(o client.Output) error { out = append(out, o); return nil }
-	exit, err := c.ExecuteStream(ctx, id, client.ExecuteRequest{Command: new("echo 42")}, on)
+func clientProcesses(t *testing.T, ctx context.Context, c *cay.Client, h *house, id string, fatal func(error)) {
+	var out []cay.Output
+	on := func(o cay.Output) error { out = append(out, o); return nil }
+	exit, err := c.ExecuteStream(ctx, id, cay.ExecuteRequest{Command: new("echo 42")}, on)
 	fatal(err)
-	want := []client.Output{{PID: 7}, {Stream: client.StreamStdout, Data: []byte("42\n")}}
+	want := []cay.Output{{PID: 7}, {Stream: cay.StreamStdout, Data: []byte("42\n")}}
 	if diff := cmp.Diff(want, out); diff != "" || exit.ExitCode != 0 || exit.StdoutTruncated == nil {
 		t.Errorf("streamed (- want):\n%s\nexit %+v", diff, exit)
 	}
-	p, err := c.StartProcess(ctx, id, client.StartProcessRequest{Args: []string{"cat"}, Tag: new("cat"), Stdin: new(true),
+	p, err := c.StartProcess(ctx, id, cay.StartProcessRequest{Args: []string{"cat"}, Tag: new("cat"), Stdin: new(true),
 		Timeout: new("1h")})
 	fatal(err)
-	if p.Status != client.ProcessStatusRunning || !p.StdinOpen || *p.Tag != "cat" {
+	if p.Status != cay.ProcessStatusRunning || !p.StdinOpen || *p.Tag != "cat" {
 		t.Errorf("started %+v", p)
 	}
 	n, err := c.WriteProcessStdin(ctx, id, "cat", strings.NewReader("typed"), false)
@@ -50,27 +50,27 @@ func clientProcesses(t *testing.T, ctx context.Context, c *client.Client, h *hou
 	out = nil
 	exit, err = c.FollowProcess(ctx, id, "cat", 1, on)
 	fatal(err)
-	output := []client.Output{{Stream: client.StreamStdout, Offset: 1, Data: []byte("yped")}}
+	output := []cay.Output{{Stream: cay.StreamStdout, Offset: 1, Data: []byte("yped")}}
 	if diff := cmp.Diff(output, out); diff != "" || p.Exit != nil || exit.DurationMs != 1 {
 		t.Errorf("followed (- want):\n%s\nexit %+v after %+v", diff, exit, p)
 	}
 	p, err = c.GetProcess(ctx, id, "cat")
 	fatal(err)
-	if err := c.SignalProcess(ctx, id, "cat", "TERM"); !client.HasCode(err, "process_ended") ||
-		p.Status != client.ProcessStatusExited {
+	if err := c.SignalProcess(ctx, id, "cat", "TERM"); !cay.HasCode(err, "process_ended") ||
+		p.Status != cay.ProcessStatusExited {
 		t.Errorf("signalling an ended process: %v, %+v", err, p)
 	}
 	all, err := c.ListProcesses(ctx, id)
 	fatal(err)
 	fatal(c.KillProcess(ctx, id, "cat"))
-	if _, err := c.GetProcess(ctx, id, "cat"); !client.HasCode(err, "process_not_found") || len(all) != 1 {
+	if _, err := c.GetProcess(ctx, id, "cat"); !cay.HasCode(err, "process_not_found") || len(all) != 1 {
 		t.Errorf("after the kill: %v; %d processes before it", err, len(all))
 	}
 	clientTerminal(t, ctx, c, h, id, fatal)
 }
 
-func clientTerminal(t *testing.T, ctx context.Context, c *client.Client, h *house, id string, fatal func(error)) {
-	term, err := c.OpenTerminal(ctx, id, client.TerminalOptions{Cols: 100, Rows: 30, Command: "cat", User: "user",
+func clientTerminal(t *testing.T, ctx context.Context, c *cay.Client, h *house, id string, fatal func(error)) {
+	term, err := c.OpenTerminal(ctx, id, cay.TerminalOptions{Cols: 100, Rows: 30, Command: "cat", User: "user",
 		Workdir: "/tmp", Term: "vt100", Grace: 5 * time.Second})
 	fatal(err)
 	p, err := h.agent.find(procName(term.PID))
@@ -90,12 +90,12 @@ func clientTerminal(t *testing.T, ctx context.Context, c *client.Client, h *hous
 	if string(b) != "hello" || term.Offset() != 5 {
 		t.Errorf("it shows %q to %d", b, term.Offset())
 	}
-	again, err := c.OpenTerminal(ctx, id, client.TerminalOptions{Process: procName(term.PID), Offset: new(int64(2))})
+	again, err := c.OpenTerminal(ctx, id, cay.TerminalOptions{Process: procName(term.PID), Offset: new(int64(2))})
 	fatal(err)
 	defer again.Close()
 	_, err = io.ReadFull(again, b[:3])
 	fatal(err)
-	fatal(c.ResizeProcessTerminal(ctx, id, procName(term.PID), client.TerminalSize{Cols: 7, Rows: 8}))
+	fatal(c.ResizeProcessTerminal(ctx, id, procName(term.PID), cay.TerminalSize{Cols: 7, Rows: 8}))
 	fatal(c.SignalProcess(ctx, id, procName(term.PID), "15"))
 	if _, err := again.Read(b); err != io.EOF || again.Exit() == nil || again.Exit().ExitCode != 143 ||
 		*again.Exit().Signal != "SIGTERM" || string(b[:3]) != "llo" {
@@ -105,8 +105,8 @@ func clientTerminal(t *testing.T, ctx context.Context, c *client.Client, h *hous
 		h.agent.sizes); diff != "" {
 		t.Errorf("sizes (- want):\n%s", diff)
 	}
-	_, err = c.OpenTerminal(ctx, id, client.TerminalOptions{Process: "nobody"})
-	if !client.HasCode(err, "process_not_found") {
+	_, err = c.OpenTerminal(ctx, id, cay.TerminalOptions{Process: "nobody"})
+	if !cay.HasCode(err, "process_not_found") {
 		t.Errorf("joining an unknown process: %v", err)
 	}
 }

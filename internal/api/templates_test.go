@@ -18,10 +18,10 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/cayhq/cay/client"
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // aTar returns a build context with a Dockerfile.
@@ -513,15 +513,15 @@ func (z *zeroes) Read(p []byte) (int, error) {
 // body. The client must get the answer and not only a broken connection.
 func TestHugeContextIsRefused(t *testing.T) {
 	h := newHouse(t)
-	c, err := client.New(h.url, h.key)
+	c, err := cay.New(h.url, h.key)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for range 10 {
 		body := &zeroes{left: 4 << 30}
-		_, err := c.CreateTemplate(t.Context(), client.CreateTemplateRequest{Name: "huge", Dockerfile: new("Dockerfile")},
+		_, err := c.CreateTemplate(t.Context(), cay.CreateTemplateRequest{Name: "huge", Dockerfile: new("Dockerfile")},
 			body)
-		if !client.HasCode(err, fault.CodeContextTooLarge) {
+		if !cay.HasCode(err, fault.CodeContextTooLarge) {
 			t.Errorf("after %d bytes: %v", body.taken, err)
 		}
 	}

@@ -13,10 +13,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cayhq/cay/client"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // The methods of fakeAgent for trees follow. They know the files in its map; directories do not
@@ -269,7 +269,7 @@ func TestWatch(t *testing.T) {
 	defer stop()
 	h.server.Stopping = stopping
 	box := h.newBox(t)
-	c, err := client.New(h.url, h.key)
+	c, err := cay.New(h.url, h.key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -277,7 +277,7 @@ func TestWatch(t *testing.T) {
 	ready := 0
 	watch := func(recursive bool) error {
 		got, ready = nil, 0
-		return c.WatchFiles(t.Context(), box.ID, "/d", recursive, func() { ready++ }, func(f client.FileChange) error {
+		return c.WatchFiles(t.Context(), box.ID, "/d", recursive, func() { ready++ }, func(f cay.FileChange) error {
 			if got = append(got, string(f.Type)+" "+f.Path); len(got) == 2 && recursive {
 				stop() // the server ends calls that have no end of their own
 			}
@@ -286,7 +286,7 @@ func TestWatch(t *testing.T) {
 	}
 	for _, recursive := range []bool{false, true} {
 		err := watch(recursive)
-		if want := map[bool]string{false: fault.CodeSandboxUnreachable, true: "stopping"}[recursive]; !client.HasCode(err,
+		if want := map[bool]string{false: fault.CodeSandboxUnreachable, true: "stopping"}[recursive]; !cay.HasCode(err,
 			want) || ready != 1 || strings.Join(got, "|") != "create /d/a|create /d/ü\nb" {
 			t.Errorf("recursive %v: %v, ready %d times, got %q", recursive, err, ready, got)
 		}

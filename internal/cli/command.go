@@ -12,7 +12,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // jsonTimeout is the default timeout of a command whose output comes at its end. The API refuses a longer one.
@@ -39,23 +39,23 @@ func (c *commandFlags) add(f *pflag.FlagSet) {
 }
 
 // executeRequest returns the call that runs the command in args.
-func (a *app) executeRequest(c commandFlags, env map[string]string, args []string) (client.ExecuteRequest, error) {
+func (a *app) executeRequest(c commandFlags, env map[string]string, args []string) (cay.ExecuteRequest, error) {
 	if len(args) == 0 {
-		return client.ExecuteRequest{}, errors.New("COMMAND: there is none; write it after --")
+		return cay.ExecuteRequest{}, errors.New("COMMAND: there is none; write it after --")
 	}
 	for i, arg := range args {
 		if strings.ToValidUTF8(arg, "") != arg {
-			return client.ExecuteRequest{}, fmt.Errorf("COMMAND: argument %d is not UTF-8", i+1)
+			return cay.ExecuteRequest{}, fmt.Errorf("COMMAND: argument %d is not UTF-8", i+1)
 		}
 	}
 	if c.timeout < 0 {
-		return client.ExecuteRequest{}, errors.New("--timeout: must be more than 0, or 0 for none")
+		return cay.ExecuteRequest{}, errors.New("--timeout: must be more than 0, or 0 for none")
 	}
 	var timeout *string
 	if c.timeout > 0 {
 		timeout = new(c.timeout.String())
 	}
-	return client.ExecuteRequest{Args: args, Timeout: timeout, Workdir: given(c.workdir),
+	return cay.ExecuteRequest{Args: args, Timeout: timeout, Workdir: given(c.workdir),
 		User: given(c.user), Env: env}, nil
 }
 
@@ -85,9 +85,9 @@ func pairs(flag string, texts []string, lookup func(string) string) (map[string]
 
 // execute runs r in the sandbox. With --json the result has the output. Without, the output goes to cay's own streams
 // as it comes, and the result has none of it.
-func (a *app) execute(ctx context.Context, c *client.Client, id string, r client.ExecuteRequest,
-	stdin []byte) (result *client.ExecuteResult, err error) {
-	err = withStdin(ctx, c, id, r, stdin, func(r client.ExecuteRequest) error {
+func (a *app) execute(ctx context.Context, c *cay.Client, id string, r cay.ExecuteRequest,
+	stdin []byte) (result *cay.ExecuteResult, err error) {
+	err = withStdin(ctx, c, id, r, stdin, func(r cay.ExecuteRequest) error {
 		if a.json {
 			if r.Timeout == nil {
 				r.Timeout = new(jsonTimeout.String())
@@ -96,9 +96,9 @@ func (a *app) execute(ctx context.Context, c *client.Client, id string, r client
 			return err
 		}
 		r.AllOutput = new(true)
-		exit, err := c.ExecuteStream(ctx, id, r, func(o client.Output) error {
+		exit, err := c.ExecuteStream(ctx, id, r, func(o cay.Output) error {
 			to := a.out
-			if o.Stream == client.StreamStderr {
+			if o.Stream == cay.StreamStderr {
 				to = a.err
 				a.midLine = len(o.Data) > 0 && o.Data[len(o.Data)-1] != '\n'
 			}
@@ -110,7 +110,7 @@ func (a *app) execute(ctx context.Context, c *client.Client, id string, r client
 		if err != nil {
 			return brokeOff(err)
 		}
-		result = &client.ExecuteResult{ExitCode: exit.ExitCode, Signal: exit.Signal, TimedOut: exit.TimedOut,
+		result = &cay.ExecuteResult{ExitCode: exit.ExitCode, Signal: exit.Signal, TimedOut: exit.TimedOut,
 			OOMKilled: exit.OOMKilled, StdoutTruncated: deref(exit.StdoutTruncated),
 			StderrTruncated: deref(exit.StderrTruncated)}
 		return nil
@@ -142,7 +142,7 @@ func brokeOff(err error) error {
 
 // deliver prints the result of a command, except for the output that execute has printed. The error that it returns
 // makes cay exit with the command's status.
-func (a *app) deliver(r *client.ExecuteResult, timeout time.Duration) error {
+func (a *app) deliver(r *cay.ExecuteResult, timeout time.Duration) error {
 	if a.json {
 		if err := quiet(a.printJSON(r)); err != nil {
 			return err
@@ -154,7 +154,7 @@ func (a *app) deliver(r *client.ExecuteResult, timeout time.Duration) error {
 }
 
 // note prints the parts of a result that neither the output nor the status shows.
-func (a *app) note(r *client.ExecuteResult, timeout time.Duration) {
+func (a *app) note(r *cay.ExecuteResult, timeout time.Duration) {
 	var notes []string
 	if r.StdoutTruncated {
 		notes = append(notes, "standard output was cut off at 8 MiB")
@@ -197,8 +197,8 @@ func (a *app) completeSandboxes(cmd *cobra.Command, args []string, _ string) ([]
 	if len(args) > 0 {
 		return nil, cobra.ShellCompDirectiveDefault
 	}
-	return a.complete(cmd.Context(), func(ctx context.Context, c *client.Client) ([]string, error) {
-		all, err := c.ListSandboxes(ctx, client.ListSandboxesOptions{})
+	return a.complete(cmd.Context(), func(ctx context.Context, c *cay.Client) ([]string, error) {
+		all, err := c.ListSandboxes(ctx, cay.ListSandboxesOptions{})
 		if err != nil {
 			return nil, err
 		}
@@ -212,8 +212,8 @@ func (a *app) completeSandboxes(cmd *cobra.Command, args []string, _ string) ([]
 
 // completeTemplates offers the names of templates.
 func (a *app) completeTemplates(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
-	return a.complete(cmd.Context(), func(ctx context.Context, c *client.Client) ([]string, error) {
-		all, err := c.ListTemplates(ctx, client.ListOptions{})
+	return a.complete(cmd.Context(), func(ctx context.Context, c *cay.Client) ([]string, error) {
+		all, err := c.ListTemplates(ctx, cay.ListOptions{})
 		if err != nil {
 			return nil, err
 		}
@@ -227,7 +227,7 @@ func (a *app) completeTemplates(cmd *cobra.Command, _ []string, _ string) ([]str
 
 // complete returns the completions that ask gets from the server.
 func (a *app) complete(ctx context.Context,
-	ask func(context.Context, *client.Client) ([]string, error)) ([]string, cobra.ShellCompDirective) {
+	ask func(context.Context, *cay.Client) ([]string, error)) ([]string, cobra.ShellCompDirective) {
 	// patience limits the time for an answer, since the shell of the user hangs meanwhile. With less, a busy server
 	// offers nothing.
 	const patience = 2 * time.Second

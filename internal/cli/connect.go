@@ -16,8 +16,8 @@ import (
 
 	"github.com/BurntSushi/toml"
 
-	"github.com/cayhq/cay/client"
 	"github.com/cayhq/cay/internal/daemon"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // defaultURL is the address of a server with default settings.
@@ -185,12 +185,12 @@ func sameServer(a, b string) bool {
 
 // client returns a client for the server of the account. It fails if the key belongs to another organization than the
 // one that the user asked for.
-func (a *app) client(ctx context.Context) (*client.Client, error) {
+func (a *app) client(ctx context.Context) (*cay.Client, error) {
 	acc, org, err := a.account()
 	if err != nil {
 		return nil, err
 	}
-	c, err := client.New(acc.APIURL, acc.APIKey, client.WithUserAgent("cay/"+a.version))
+	c, err := cay.New(acc.APIURL, acc.APIKey, cay.WithUserAgent("cay/"+a.version))
 	if err != nil {
 		return nil, fmt.Errorf("--api-url: %w", err)
 	}

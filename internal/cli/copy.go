@@ -14,7 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // copyCommand returns the verb that copies files between this machine and a sandbox.
@@ -65,7 +65,7 @@ the folder. Links are copied as links; sockets, pipes and devices are left out.`
 
 // pathIs names the argument in an error of the API about the field path.
 func pathIs(name string, err error) error {
-	var refused *client.Error
+	var refused *cay.Error
 	if !errors.As(err, &refused) || refused.Field != "path" {
 		return err
 	}
@@ -98,7 +98,7 @@ func parsePlace(name, text string) (place, error) {
 // transfer copies files between this machine and a sandbox.
 type transfer struct {
 	app       *app
-	client    *client.Client
+	client    *cay.Client
 	recursive bool
 	owner     string
 }
@@ -142,7 +142,7 @@ func (t *transfer) in(ctx context.Context, local string, to place) error {
 		defer f.Close()
 		body := &counting{Reader: f, p: p, what: "copying " + filepath.Base(local) + ":", total: info.Size()}
 		return t.client.WriteFile(ctx, to.id, dest, body,
-			client.WriteFileOptions{Mode: new(info.Mode().Perm()), Owner: t.owner, Size: info.Size()})
+			cay.WriteFileOptions{Mode: new(info.Mode().Perm()), Owner: t.owner, Size: info.Size()})
 	}
 	archive, w := io.Pipe()
 	packed := make(chan error, 1)
@@ -165,14 +165,14 @@ func (t *transfer) in(ctx context.Context, local string, to place) error {
 func (t *transfer) isFolder(ctx context.Context, at place) (bool, error) {
 	for range 8 { // links; a longer chain is a loop
 		e, err := t.client.StatFile(ctx, at.id, path.Clean(at.path))
-		if client.HasCode(err, "file_not_found") {
+		if cay.HasCode(err, "file_not_found") {
 			return strings.HasSuffix(at.path, "/"), nil
 		}
 		if err != nil {
 			return false, err
 		}
 		if e.SymlinkTarget == nil {
-			return e.Type == client.FileEntryTypeDirectory, nil
+			return e.Type == cay.FileEntryTypeDirectory, nil
 		}
 		if next := *e.SymlinkTarget; path.IsAbs(next) {
 			at.path = path.Clean(next)
@@ -210,7 +210,7 @@ func (t *transfer) out(ctx context.Context, from place, local string) error {
 	p := t.app.progress()
 	defer p.done()
 	if !folder {
-		f, err := t.client.ReadFile(ctx, from.id, from.path, client.ReadFileOptions{})
+		f, err := t.client.ReadFile(ctx, from.id, from.path, cay.ReadFileOptions{})
 		if err != nil {
 			return err
 		}
@@ -246,7 +246,7 @@ func (a *app) watchCommand() *cobra.Command {
 					fmt.Fprintf(a.err, "watching %s\n", printable(args[1]))
 				}
 			}
-			return c.WatchFiles(cmd.Context(), args[0], args[1], recursive, ready, func(f client.FileChange) error {
+			return c.WatchFiles(cmd.Context(), args[0], args[1], recursive, ready, func(f cay.FileChange) error {
 				if a.json {
 					return a.printJSONLine(f)
 				}

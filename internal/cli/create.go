@@ -8,7 +8,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // createFlags holds the flags that describe a new sandbox.
@@ -51,8 +51,8 @@ func (c *createFlags) addLife(f *pflag.FlagSet) {
 
 // createRequest returns the call that the flags ask for. It leaves all checks to the server that the server can make,
 // so that the rules exist once.
-func (a *app) createRequest(c createFlags, f *pflag.FlagSet) (client.CreateSandboxRequest, error) {
-	r := client.CreateSandboxRequest{Template: c.template, Size: given(c.size)}
+func (a *app) createRequest(c createFlags, f *pflag.FlagSet) (cay.CreateSandboxRequest, error) {
+	r := cay.CreateSandboxRequest{Template: c.template, Size: given(c.size)}
 	if c.snapshot != "" {
 		r.Snapshot = c.snapshot
 		if !f.Changed("template") { // which has a default
@@ -114,7 +114,7 @@ stays until you destroy it.`,
 			if err != nil {
 				return err
 			}
-			s, err := c.CreateSandbox(cmd.Context(), r, client.CreateOptions{NoWait: noWait})
+			s, err := c.CreateSandbox(cmd.Context(), r, cay.CreateOptions{NoWait: noWait})
 			if err != nil {
 				return err
 			}
@@ -142,7 +142,7 @@ func (a *app) completeFlag(cmd *cobra.Command, flag string) {
 }
 
 // ends returns a text about the end of a sandbox.
-func ends(s *client.Sandbox) string {
+func ends(s *cay.Sandbox) string {
 	switch {
 	case s.ExpiresAt != nil:
 		return "ends " + until(s.ExpiresAt)

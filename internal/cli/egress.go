@@ -7,7 +7,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // egressFlags holds the flags of a policy.
@@ -33,7 +33,7 @@ func (e *egressFlags) add(f *pflag.FlagSet, otherwise string) {
 }
 
 // policy returns the policy that the flags ask for, nil if no flag is given.
-func (e egressFlags) policy() *client.Egress {
+func (e egressFlags) policy() *cay.Egress {
 	lists := len(e.allowCIDR)+len(e.denyCIDR)+len(e.allowPort)+len(e.allowDomain) > 0
 	if !lists && e.mode == "" {
 		return nil
@@ -41,7 +41,7 @@ func (e egressFlags) policy() *client.Egress {
 	if e.mode == "" {
 		e.mode = "deny_all"
 	}
-	return &client.Egress{Mode: client.EgressMode(e.mode), AllowCIDRs: e.allowCIDR, DenyCIDRs: e.denyCIDR,
+	return &cay.Egress{Mode: cay.EgressMode(e.mode), AllowCIDRs: e.allowCIDR, DenyCIDRs: e.denyCIDR,
 		AllowPorts: e.allowPort, AllowDomains: e.allowDomain}
 }
 
@@ -65,7 +65,7 @@ lists implies deny_all.`,
 			if err != nil {
 				return err
 			}
-			var s *client.Sandbox
+			var s *cay.Sandbox
 			if p := flags.policy(); p != nil {
 				s, err = c.SetEgress(cmd.Context(), args[0], *p)
 			} else {
@@ -82,7 +82,7 @@ lists implies deny_all.`,
 }
 
 // showEgress prints the policy and the traffic of a sandbox.
-func (a *app) showEgress(s *client.Sandbox) error {
+func (a *app) showEgress(s *cay.Sandbox) error {
 	e := s.Egress
 	return a.details("mode", string(e.Mode),
 		"allow", strings.Join(e.AllowCIDRs, " "), "TCP ports", portsText(e.AllowPorts),
@@ -97,7 +97,7 @@ func portsText(ports []int) string { return strings.Trim(fmt.Sprint(ports), "[]"
 const shown = 5
 
 // egressText returns a policy as one line.
-func egressText(e client.Egress) string {
+func egressText(e cay.Egress) string {
 	text := string(e.Mode)
 	list := func(before string, all []string) {
 		if len(all) == 0 {
@@ -116,7 +116,7 @@ func egressText(e client.Egress) string {
 }
 
 // networkText returns a text about the traffic of a sandbox, or "" if it is not known.
-func networkText(n *client.NetworkUse) string {
+func networkText(n *cay.NetworkUse) string {
 	if n == nil {
 		return ""
 	}

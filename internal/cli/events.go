@@ -12,12 +12,12 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // feedCommand returns the verb that prints the events of an organization.
 func (a *app) feedCommand() *cobra.Command {
-	var o client.FeedOptions
+	var o cay.FeedOptions
 	var types []string
 	var limit int
 	var follow bool
@@ -35,7 +35,7 @@ With --follow, print what happens from now on, or after the event given with
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			for _, t := range types {
-				o.Types = append(o.Types, client.FeedEventType(t))
+				o.Types = append(o.Types, cay.FeedEventType(t))
 			}
 			c, err := a.client(cmd.Context())
 			if err != nil {
@@ -50,7 +50,7 @@ With --follow, print what happens from now on, or after the event given with
 				if err != nil {
 					return err
 				}
-				return a.printJSON(client.FeedPage{Events: all})
+				return a.printJSON(cay.FeedPage{Events: all})
 			}
 			n := 0
 			for e, err := range c.Feed(cmd.Context(), o) {
@@ -77,11 +77,11 @@ With --follow, print what happens from now on, or after the event given with
 var errEnough = errors.New("enough events")
 
 // followFeed prints events as they come.
-func (a *app) followFeed(ctx context.Context, c *client.Client, o client.FeedOptions, limit int) error {
+func (a *app) followFeed(ctx context.Context, c *cay.Client, o cay.FeedOptions, limit int) error {
 	n := 0
 	err := followOn(ctx, o.After, func(last string, reached func(id string)) error {
 		o.After = last
-		return c.FollowFeed(ctx, o, func(id string, e *client.FeedEvent) error {
+		return c.FollowFeed(ctx, o, func(id string, e *cay.FeedEvent) error {
 			if e != nil {
 				if err := a.printFeedEvent(*e); err != nil {
 					return err
@@ -101,7 +101,7 @@ func (a *app) followFeed(ctx context.Context, c *client.Client, o client.FeedOpt
 }
 
 // printFeedEvent prints an event as a line, which is a JSON object with --json.
-func (a *app) printFeedEvent(e client.FeedEvent) error {
+func (a *app) printFeedEvent(e cay.FeedEvent) error {
 	if a.json {
 		return json.NewEncoder(a.out).Encode(e)
 	}
@@ -136,7 +136,7 @@ func followOn(ctx context.Context, last string, follow func(last string, reached
 	for {
 		err := follow(last, func(id string) { last, heard, begun = id, time.Now(), true })
 		var conn *url.Error
-		broken := errors.Is(err, io.ErrUnexpectedEOF) || errors.As(err, &conn) || client.HasCode(err, "stopping")
+		broken := errors.Is(err, io.ErrUnexpectedEOF) || errors.As(err, &conn) || cay.HasCode(err, "stopping")
 		if ctx.Err() != nil || !broken || !begun && conn != nil || conn != nil && time.Since(heard) > followPatience {
 			return err
 		}

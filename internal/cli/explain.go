@@ -8,7 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // flagOf maps the fields of the API's requests to the flags and arguments that set them.
@@ -48,7 +48,7 @@ func flagFor(field string, cmd *cobra.Command) string {
 
 // explain returns the text of an error for the user of a verb.
 func explain(err error, cmd *cobra.Command) string {
-	var refused *client.Error
+	var refused *cay.Error
 	if errors.As(err, &refused) {
 		told := *refused
 		if flag := flagFor(told.Field, cmd); flag != "" {

@@ -6,17 +6,17 @@ import (
 	"net/http"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // feedEvents returns the fake server's events. One has a name that would control a terminal.
-func feedEvents() []client.FeedEvent {
+func feedEvents() []cay.FeedEvent {
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
-	return []client.FeedEvent{
+	return []cay.FeedEvent{
 		{ID: "evt_1", Time: at, Type: "org.created", Name: new("acme\x1b[2J")},
 		{ID: "evt_2", Time: at.Add(time.Second), Type: "sandbox.destroyed", SandboxID: new("sbx_1"),
-			From: new(client.SandboxState("destroying")),
-			To:   new(client.SandboxState("destroyed")), Reason: new("expired"), Detail: new("at last")},
+			From: new(cay.SandboxState("destroying")),
+			To:   new(cay.SandboxState("destroyed")), Reason: new("expired"), Detail: new("at last")},
 		{ID: "evt_3", Time: at.Add(time.Minute), Type: "sandbox.port_public", SandboxID: new("sbx_1"), Port: new(8080)},
 	}
 }
@@ -46,8 +46,8 @@ func (f *fakeAPI) feed(w http.ResponseWriter, r *http.Request, _ []byte) {
 			fmt.Fprint(w, "event: error\ndata: {\"status\":503,\"code\":\"stopping\",\"detail\":\"the server stops\"}\n\n")
 		}
 	case len(all) <= 1:
-		answer(w, 200, client.FeedPage{Events: all})
+		answer(w, 200, cay.FeedPage{Events: all})
 	default:
-		answer(w, 200, client.FeedPage{Events: all[:1], NextCursor: &all[0].ID})
+		answer(w, 200, cay.FeedPage{Events: all[:1], NextCursor: &all[0].ID})
 	}
 }

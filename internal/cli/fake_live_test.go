@@ -9,7 +9,7 @@ import (
 
 	"github.com/coder/websocket"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // liveRoutes returns the fake server's processes and terminals. Each process has written a line to both streams, and
@@ -28,10 +28,10 @@ func (f *fakeAPI) liveRoutes() map[string]fakeHandler {
 	}
 }
 
-func noContent(w http.ResponseWriter, _ *http.Request, _ client.Process) { w.WriteHeader(204) }
+func noContent(w http.ResponseWriter, _ *http.Request, _ cay.Process) { w.WriteHeader(204) }
 
 func (f *fakeAPI) startProcess(w http.ResponseWriter, _ *http.Request, body []byte) {
-	var in client.StartProcessRequest
+	var in cay.StartProcessRequest
 	if err := json.Unmarshal(body, &in); err != nil {
 		refuse(w, 400, "invalid_json", "", err.Error())
 		return
@@ -44,20 +44,20 @@ func (f *fakeAPI) startProcess(w http.ResponseWriter, _ *http.Request, body []by
 			return
 		}
 	}
-	p := client.Process{PID: len(f.processes) + 1, Args: in.Args, Tag: in.Tag,
+	p := cay.Process{PID: len(f.processes) + 1, Args: in.Args, Tag: in.Tag,
 		User: given(first(deref(in.User), "root")), Status: "running", StartedAt: time.Now(), OutputKept: true,
 		OutputFrom: new(int64(0)), OutputTo: new(int64(8))}
-	f.processes = append([]client.Process{p}, f.processes...)
+	f.processes = append([]cay.Process{p}, f.processes...)
 	answer(w, 201, p)
 }
 
 func (f *fakeAPI) listProcesses(w http.ResponseWriter, _ *http.Request, _ []byte) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	answer(w, 200, client.ProcessList{Processes: f.processes})
+	answer(w, 200, map[string]any{"processes": f.processes})
 }
 
-func (f *fakeAPI) withProcess(do func(http.ResponseWriter, *http.Request, client.Process)) fakeHandler {
+func (f *fakeAPI) withProcess(do func(http.ResponseWriter, *http.Request, cay.Process)) fakeHandler {
 	return func(w http.ResponseWriter, r *http.Request, _ []byte) {
 		f.mu.Lock()
 		defer f.mu.Unlock()
@@ -72,21 +72,21 @@ func (f *fakeAPI) withProcess(do func(http.ResponseWriter, *http.Request, client
 	}
 }
 
-func waitProcess(w http.ResponseWriter, _ *http.Request, p client.Process) {
-	p.Status, p.Exit = "exited", &client.ProcessExit{ExitCode: 3}
+func waitProcess(w http.ResponseWriter, _ *http.Request, p cay.Process) {
+	p.Status, p.Exit = "exited", &cay.ProcessExit{ExitCode: 3}
 	answer(w, 200, p)
 }
 
-func processOutput(w http.ResponseWriter, r *http.Request, p client.Process) {
+func processOutput(w http.ResponseWriter, r *http.Request, p cay.Process) {
 	if r.Header.Get("Accept") == "text/event-stream" {
-		streamResult(w, client.ExecuteResult{ExitCode: 3, Stdout: "out\n", Stderr: "err\n"})
+		streamResult(w, cay.ExecuteResult{ExitCode: 3, Stdout: "out\n", Stderr: "err\n"})
 		return
 	}
-	errs := client.OutputPiece{Data: "err\n", Stream: new(client.OutputPieceStreamStderr), Offset: new(int64(4))}
-	out := client.ProcessOutput{Process: p, NextOffset: 8, Output: []client.OutputPiece{errs}}
+	errs := cay.OutputPiece{Data: "err\n", Stream: new(cay.StreamStderr), Offset: new(int64(4))}
+	out := cay.ProcessOutput{Process: p, NextOffset: 8, Output: []cay.OutputPiece{errs}}
 	if r.URL.Query().Get("offset") == "0" {
-		outs := client.OutputPiece{Data: "out\n", Stream: new(client.OutputPieceStreamStdout), Offset: new(int64(0))}
-		out.Output = []client.OutputPiece{outs, errs}
+		outs := cay.OutputPiece{Data: "out\n", Stream: new(cay.StreamStdout), Offset: new(int64(0))}
+		out.Output = []cay.OutputPiece{outs, errs}
 	}
 	answer(w, 200, out)
 }

@@ -11,7 +11,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // addPorts adds the fake server's ports and directories. /data is a directory, and so is every place into which a test
@@ -19,12 +19,12 @@ import (
 func (f *fakeAPI) addPorts(mux *http.ServeMux) {
 	for pattern, h := range map[string]fakeHandler{
 		"PUT /v1/sandboxes/{id}/ports/{port}": func(w http.ResponseWriter, r *http.Request, body []byte) {
-			var in client.PortSettings
+			var in struct{ Public bool }
 			_ = json.Unmarshal(body, &in) // made by the client
-			answer(w, 200, client.Port{Port: 8080, Public: *in.Public, URL: "https://8080-x.boxes.test/"})
+			answer(w, 200, cay.Port{Port: 8080, Public: in.Public, URL: "https://8080-x.boxes.test/"})
 		},
 		"POST /v1/sandboxes/{id}/ports/{port}/url": func(w http.ResponseWriter, r *http.Request, _ []byte) {
-			answer(w, 201, client.PortURL{URL: "https://" + r.PathValue("port") + "-x.boxes.test/?cay_token=t",
+			answer(w, 201, cay.PortURL{URL: "https://" + r.PathValue("port") + "-x.boxes.test/?cay_token=t",
 				ExpiresAt: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)})
 		},
 		"POST /v1/sandboxes/{id}/tunnel":     fakeTunnel,
@@ -60,7 +60,7 @@ func (f *fakeAPI) statFile(w http.ResponseWriter, r *http.Request, _ []byte) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	p := r.URL.Query().Get("path")
-	e := client.FileEntry{Name: path.Base(p), Path: p, Type: "directory", Mode: "0755", Owner: "user", Group: "user",
+	e := cay.FileEntry{Name: path.Base(p), Path: p, Type: "directory", Mode: "0755", Owner: "user", Group: "user",
 		ModifiedAt: time.Now()}
 	if _, ok := f.files[p]; ok {
 		e.Type = "file"

@@ -13,19 +13,19 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // aTemplate returns the fake server's template of a name, if it has one.
-func (f *fakeAPI) aTemplate(name string) (client.Template, bool) {
+func (f *fakeAPI) aTemplate(name string) (cay.Template, bool) {
 	at := time.Now().UTC().Add(-3 * time.Hour)
-	t := client.Template{ID: "tpl_" + name, Name: name, Description: "with " + name, Builtin: true, Status: "ready",
-		Version: 2, Env: client.Env{},
-		Egress: client.Egress{Mode: "allow_all"}, CreatedAt: at, UpdatedAt: at, BuiltAt: &at, ImageSizeBytes: new(int64(91_500_000)), Source: new("debian:bookworm")}
+	t := cay.Template{ID: "tpl_" + name, Name: name, Description: "with " + name, Builtin: true, Status: "ready",
+		Version: 2, Env: cay.Env{},
+		Egress: cay.Egress{Mode: "allow_all"}, CreatedAt: at, UpdatedAt: at, BuiltAt: &at, ImageSizeBytes: new(int64(91_500_000)), Source: new("debian:bookworm")}
 	switch name {
 	case "python":
 	case "broken":
-		t.Status, t.Version, t.BuildError = "failed", 0, &client.BuildError{Step: new("step 2"), Message: "exit status 100",
+		t.Status, t.Version, t.BuildError = "failed", 0, &cay.BuildError{Step: new("step 2"), Message: "exit status 100",
 			ExitCode: new(100), Tail: []string{"E: no\x1b[2J"}}
 	case "slow":
 		f.mu.Lock()
@@ -42,7 +42,7 @@ func (f *fakeAPI) aTemplate(name string) (client.Template, bool) {
 func (f *fakeAPI) templates(w http.ResponseWriter, _ *http.Request, _ []byte) {
 	python, _ := f.aTemplate("python")
 	broken, _ := f.aTemplate("broken")
-	answer(w, 200, client.TemplateList{Templates: []client.Template{python, broken}})
+	answer(w, 200, cay.TemplateList{Templates: []cay.Template{python, broken}})
 }
 
 func (f *fakeAPI) template(w http.ResponseWriter, r *http.Request, _ []byte) {
@@ -89,7 +89,7 @@ func (f *fakeAPI) createTemplate(w http.ResponseWriter, r *http.Request, body []
 	if _, params, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err == nil && params["boundary"] != "" {
 		body = []byte(fakeForm(body, params["boundary"]))
 	}
-	var in client.CreateTemplateRequest
+	var in cay.CreateTemplateRequest
 	if err := json.NewDecoder(bytes.NewReader(body)).Decode(&in); err != nil {
 		refuse(w, 400, "invalid_json", "", err.Error())
 		return
@@ -102,13 +102,13 @@ func (f *fakeAPI) createTemplate(w http.ResponseWriter, r *http.Request, body []
 	case in.Ready != nil && in.Ready.Port != nil && *in.Ready.Port > 65535:
 		refuse(w, 400, "invalid_ready", "ready.port", "must be between 1 and 65535")
 	default:
-		answer(w, 202, client.Template{ID: "tpl_" + in.Name, Name: in.Name, Status: "pending", Env: client.Env{}})
+		answer(w, 202, cay.Template{ID: "tpl_" + in.Name, Name: in.Name, Status: "pending", Env: cay.Env{}})
 	}
 }
 
 func (f *fakeAPI) rebuildTemplate(w http.ResponseWriter, r *http.Request, _ []byte) {
-	answer(w, 202, client.Template{ID: "tpl_" + r.PathValue("name"), Name: r.PathValue("name"), Status: "pending",
-		Env: client.Env{}})
+	answer(w, 202, cay.Template{ID: "tpl_" + r.PathValue("name"), Name: r.PathValue("name"), Status: "pending",
+		Env: cay.Env{}})
 }
 
 // follow streams the log of a build. The log of the template flaky breaks off after each line, and that of endless does
@@ -122,7 +122,7 @@ func (f *fakeAPI) follow(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, "id: %s\nevent: %s\ndata: %s\n\n", id, event, b)
 		w.(http.Flusher).Flush()
 	}
-	lines := []client.TemplateLogLine{{Text: "step 1 of 2: FROM python (cached)", Step: new(1), Heading: true},
+	lines := []cay.TemplateLogLine{{Text: "step 1 of 2: FROM python (cached)", Step: new(1), Heading: true},
 		{Text: "step 2 of 2: RUN make", Step: new(2), Heading: true},
 		{Text: "cc\x1b[2J main.c", Step: new(2)}}
 	for i, l := range lines {
@@ -139,11 +139,11 @@ func (f *fakeAPI) follow(w http.ResponseWriter, r *http.Request) {
 		<-r.Context().Done()
 		return
 	}
-	t := client.Template{ID: "tpl_" + name, Name: name, Status: "ready", Version: 2, Env: client.Env{},
+	t := cay.Template{ID: "tpl_" + name, Name: name, Status: "ready", Version: 2, Env: cay.Env{},
 		Source: new("python"), ImageSizeBytes: new(int64(5_000_000))}
 	if name == "bad" {
 		t.Status, t.Version = "failed", 1
-		t.BuildError = &client.BuildError{Step: new("RUN make"), ExitCode: new(2),
+		t.BuildError = &cay.BuildError{Step: new("RUN make"), ExitCode: new(2),
 			Message: "the command ended with exit code 2", Tail: []string{"cc: no\x1b[2J"}}
 	}
 	event("", "end", t)
@@ -154,6 +154,6 @@ func (f *fakeAPI) logs(w http.ResponseWriter, r *http.Request, _ []byte) {
 		f.follow(w, r)
 		return
 	}
-	answer(w, 200, client.TemplateLogs{Lines: []client.TemplateLogLine{{Time: time.Now(), Text: "Get:1 bookworm"},
+	answer(w, 200, map[string]any{"lines": []cay.TemplateLogLine{{Time: time.Now(), Text: "Get:1 bookworm"},
 		{Time: time.Now(), Text: "done\x1b]0;evil\a"}}})
 }

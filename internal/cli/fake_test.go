@@ -15,7 +15,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // fakeKey is the only key of the fake server. It belongs to the organization "default".
@@ -28,12 +28,12 @@ type fakeAPI struct {
 
 	mu        sync.Mutex
 	calls     []string // "METHOD /path body", in order
-	sandboxes []client.Sandbox
+	sandboxes []cay.Sandbox
 	files     map[string][]byte
 	modes     map[string]string
 	building  int // number of further questions about the template "slow" until it is ready
 	executing int // commands in flight
-	processes []client.Process
+	processes []cay.Process
 }
 
 // fakeHandler answers a request, whose body it gets.
@@ -46,24 +46,24 @@ func newFakeAPI() *fakeAPI {
 	for pattern, h := range map[string]fakeHandler{
 		"POST /v1/sandboxes": f.create,
 		"GET /v1/sandboxes":  f.list,
-		"GET /v1/sandboxes/{id}": f.withSandbox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
+		"GET /v1/sandboxes/{id}": f.withSandbox(func(w http.ResponseWriter, s *cay.Sandbox, _ []byte) {
 			read := *s
-			read.Network = &client.NetworkUse{PacketsAllowed: 12, BytesAllowed: 1500, PacketsDenied: 3, BytesDenied: 180}
+			read.Network = &cay.NetworkUse{PacketsAllowed: 12, BytesAllowed: 1500, PacketsDenied: 3, BytesDenied: 180}
 			answer(w, 200, read)
 		}),
 		"PUT /v1/sandboxes/{id}/egress":     f.withSandbox(f.setEgress),
 		"DELETE /v1/sandboxes/{id}":         f.destroy,
 		"POST /v1/sandboxes/{id}/keepalive": f.withSandbox(f.keepalive),
-		"POST /v1/sandboxes/{id}/wake": f.withSandbox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
+		"POST /v1/sandboxes/{id}/wake": f.withSandbox(func(w http.ResponseWriter, s *cay.Sandbox, _ []byte) {
 			s.Status, s.State, s.SuspendedAt = "running", "running", nil
 			answer(w, 200, s)
 		}),
-		"POST /v1/sandboxes/{id}/suspend": f.withSandbox(persistentOnly(func(w http.ResponseWriter, s *client.Sandbox) {
+		"POST /v1/sandboxes/{id}/suspend": f.withSandbox(persistentOnly(func(w http.ResponseWriter, s *cay.Sandbox) {
 			s.Status, s.State, s.SuspendedAt = "suspended", "suspended", new(time.Now().UTC())
 			answer(w, 200, s)
 		})),
-		"POST /v1/sandboxes/{id}/checkpoint": f.withSandbox(persistentOnly(func(w http.ResponseWriter, _ *client.Sandbox) {
-			answer(w, 200, client.RecoveryPoint{CreatedAt: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), SizeBytes: 2_200_000})
+		"POST /v1/sandboxes/{id}/checkpoint": f.withSandbox(persistentOnly(func(w http.ResponseWriter, _ *cay.Sandbox) {
+			answer(w, 200, cay.RecoveryPoint{CreatedAt: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), SizeBytes: 2_200_000})
 		})),
 		"POST /v1/sandboxes/{id}/snapshots": f.withSandbox(f.snapshot),
 		"POST /v1/sandboxes/{id}/fork":      f.withSandbox(f.fork),
@@ -95,7 +95,7 @@ func newFakeAPI() *fakeAPI {
 		"POST /v1/templates":                f.createTemplate,
 		"POST /v1/templates/{name}/rebuild": f.rebuildTemplate,
 		"POST /v1/templates/{name}/cancel": func(w http.ResponseWriter, r *http.Request, _ []byte) {
-			answer(w, 200, client.Template{ID: "tpl_1", Name: r.PathValue("name"), Status: "failed"})
+			answer(w, 200, cay.Template{ID: "tpl_1", Name: r.PathValue("name"), Status: "failed"})
 		},
 		"DELETE /v1/templates/{name}": func(w http.ResponseWriter, r *http.Request, _ []byte) {
 			if r.PathValue("name") == "used" && r.URL.Query().Get("force") != "true" {
@@ -157,12 +157,16 @@ func refuse(w http.ResponseWriter, status int, code, field, detail string) {
 	w.Header().Set("Content-Type", "application/problem+json")
 	w.Header().Set("X-Request-Id", "req_1")
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(client.Problem{Type: "urn:cay:problem:" + code, Title: http.StatusText(status),
-		Status: status, Code: code, Detail: detail, Field: given(field), RequestID: "req_1"}) // fails as in answer
+	problem := map[string]any{"type": "urn:cay:problem:" + code, "title": http.StatusText(status), "status": status,
+		"code": code, "detail": detail, "request_id": "req_1"}
+	if field != "" {
+		problem["field"] = field
+	}
+	_ = json.NewEncoder(w).Encode(problem) // fails as in answer
 }
 
 func (f *fakeAPI) create(w http.ResponseWriter, r *http.Request, body []byte) {
-	var in client.CreateSandboxRequest
+	var in cay.CreateSandboxRequest
 	dec := json.NewDecoder(strings.NewReader(string(body)))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&in); err != nil {
@@ -189,10 +193,10 @@ func (f *fakeAPI) create(w http.ResponseWriter, r *http.Request, body []byte) {
 		refuse(w, 400, "invalid_"+field, field, detail)
 		return
 	}
-	s := client.Sandbox{ID: fmt.Sprintf("sbx_%020d", len(f.sandboxes)+1), Template: in.Template, TemplateID: "tpl_1",
+	s := cay.Sandbox{ID: fmt.Sprintf("sbx_%020d", len(f.sandboxes)+1), Template: in.Template, TemplateID: "tpl_1",
 		TemplateVersion: 3, Mode: "ephemeral",
 		Status: "running", State: "running", Size: "shared-cpu-1x", VCPUs: 1, MemoryMB: 512, DiskMB: 2048, Env: in.Env, Metadata: in.Metadata,
-		Egress: client.Egress{Mode: "allow_all"}, CreatedAt: time.Now().UTC(), ExpiresAt: new(time.Now().UTC().Add(5 * time.Minute)), TimeoutSeconds: new(int64(300))}
+		Egress: cay.Egress{Mode: "allow_all"}, CreatedAt: time.Now().UTC(), ExpiresAt: new(time.Now().UTC().Add(5 * time.Minute)), TimeoutSeconds: new(int64(300))}
 	if deref(in.Mode) == "persistent" {
 		s.Mode, s.ExpiresAt, s.TimeoutSeconds, s.LastActivityAt = "persistent", nil, nil, &s.CreatedAt
 		s.IdleTimeoutSeconds, s.RecoveryIntervalSeconds = fakeSeconds(in.IdleTimeout), fakeSeconds(in.RecoveryInterval)
@@ -208,7 +212,7 @@ func (f *fakeAPI) create(w http.ResponseWriter, r *http.Request, body []byte) {
 }
 
 // wrongLife returns a field that only sandboxes of the other mode have, and the refusal of it.
-func wrongLife(in client.CreateSandboxRequest) (field, detail string) {
+func wrongLife(in cay.CreateSandboxRequest) (field, detail string) {
 	switch persistent := deref(in.Mode) == "persistent"; {
 	case persistent && in.Timeout != nil:
 		return "timeout", "is for ephemeral sandboxes; a persistent one has an idle_timeout"
@@ -229,8 +233,8 @@ func fakeSeconds(text *string) *int64 {
 	return new(int64(d.Seconds()))
 }
 
-func persistentOnly(h func(http.ResponseWriter, *client.Sandbox)) func(http.ResponseWriter, *client.Sandbox, []byte) {
-	return func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
+func persistentOnly(h func(http.ResponseWriter, *cay.Sandbox)) func(http.ResponseWriter, *cay.Sandbox, []byte) {
+	return func(w http.ResponseWriter, s *cay.Sandbox, _ []byte) {
 		switch {
 		case s.Mode != "persistent":
 			refuse(w, 409, "sandbox_not_persistent", "", "sandbox "+s.ID+" is ephemeral")
@@ -248,8 +252,8 @@ func (f *fakeAPI) list(w http.ResponseWriter, r *http.Request, _ []byte) {
 	q := r.URL.Query()
 	from, _ := strconv.Atoi(q.Get("cursor"))
 	limit, _ := strconv.Atoi(q.Get("limit"))
-	out := client.SandboxList{Sandboxes: []client.Sandbox{}}
-	var all []client.Sandbox
+	out := cay.SandboxList{Sandboxes: []cay.Sandbox{}}
+	var all []cay.Sandbox
 	for _, s := range slices.Backward(f.sandboxes) {
 		if wanted := q["status"]; len(wanted) == 0 && s.Status != "destroyed" || slices.Contains(wanted, string(s.Status)) {
 			all = append(all, s)
@@ -265,7 +269,7 @@ func (f *fakeAPI) list(w http.ResponseWriter, r *http.Request, _ []byte) {
 }
 
 // withSandbox returns a handler that calls h with the sandbox of the path.
-func (f *fakeAPI) withSandbox(h func(http.ResponseWriter, *client.Sandbox, []byte)) fakeHandler {
+func (f *fakeAPI) withSandbox(h func(http.ResponseWriter, *cay.Sandbox, []byte)) fakeHandler {
 	return func(w http.ResponseWriter, r *http.Request, body []byte) {
 		f.mu.Lock()
 		defer f.mu.Unlock()
@@ -280,14 +284,14 @@ func (f *fakeAPI) withSandbox(h func(http.ResponseWriter, *client.Sandbox, []byt
 }
 
 func (f *fakeAPI) destroy(w http.ResponseWriter, r *http.Request, body []byte) {
-	f.withSandbox(func(w http.ResponseWriter, s *client.Sandbox, _ []byte) {
+	f.withSandbox(func(w http.ResponseWriter, s *cay.Sandbox, _ []byte) {
 		s.Status, s.State, s.DestroyReason, s.DestroyedAt = "destroyed", "destroyed", new("requested"), new(time.Now().UTC())
 		w.WriteHeader(204)
 	})(w, r, body)
 }
 
-func (f *fakeAPI) setEgress(w http.ResponseWriter, s *client.Sandbox, body []byte) {
-	var in client.Egress
+func (f *fakeAPI) setEgress(w http.ResponseWriter, s *cay.Sandbox, body []byte) {
+	var in cay.Egress
 	if err := json.Unmarshal(body, &in); err != nil {
 		refuse(w, 400, "invalid_json", "", err.Error())
 		return
@@ -300,8 +304,8 @@ func (f *fakeAPI) setEgress(w http.ResponseWriter, s *client.Sandbox, body []byt
 	answer(w, 200, s)
 }
 
-func (f *fakeAPI) keepalive(w http.ResponseWriter, s *client.Sandbox, body []byte) {
-	var in client.KeepaliveRequest
+func (f *fakeAPI) keepalive(w http.ResponseWriter, s *cay.Sandbox, body []byte) {
+	var in struct{ Timeout *string }
 	if err := json.Unmarshal(body, &in); err != nil {
 		refuse(w, 400, "invalid_json", "", err.Error())
 		return
@@ -319,13 +323,13 @@ func (f *fakeAPI) keepalive(w http.ResponseWriter, s *client.Sandbox, body []byt
 
 func (f *fakeAPI) execute(w http.ResponseWriter, r *http.Request, body []byte) {
 	f.mu.Lock()
-	known := slices.ContainsFunc(f.sandboxes, func(s client.Sandbox) bool { return s.ID == r.PathValue("id") })
+	known := slices.ContainsFunc(f.sandboxes, func(s cay.Sandbox) bool { return s.ID == r.PathValue("id") })
 	f.mu.Unlock()
 	if !known {
 		refuse(w, 404, "sandbox_not_found", "", "there is no sandbox "+r.PathValue("id"))
 		return
 	}
-	var in client.ExecuteRequest
+	var in cay.ExecuteRequest
 	if err := json.Unmarshal(body, &in); err != nil {
 		refuse(w, 400, "invalid_json", "", err.Error())
 		return
@@ -363,27 +367,27 @@ func (f *fakeAPI) execute(w http.ResponseWriter, r *http.Request, body []byte) {
 }
 
 // streamResult writes a result as a stream of events.
-func streamResult(w http.ResponseWriter, r client.ExecuteResult) {
+func streamResult(w http.ResponseWriter, r cay.ExecuteResult) {
 	w.Header().Set("Content-Type", "text/event-stream")
 	event := func(name string, v any) {
 		b, _ := json.Marshal(v) // a type of the client
 		fmt.Fprintf(w, "event: %s\ndata: %s\n\n", name, b)
 	}
-	event("started", client.ProcessStarted{PID: 7})
-	out := client.OutputPiece{Data: r.Stdout}
+	event("started", map[string]any{"pid": 7})
+	out := cay.OutputPiece{Data: r.Stdout}
 	if r.StdoutEncoding != nil {
-		out.Encoding = new(client.OutputPieceEncodingBase64)
+		out.Encoding = new("base64")
 	}
 	event("stdout", out)
-	event("stderr", client.OutputPiece{Data: r.Stderr})
-	event("exit", client.ProcessExit{ExitCode: r.ExitCode, Signal: r.Signal, TimedOut: r.TimedOut, OOMKilled: r.OOMKilled,
+	event("stderr", cay.OutputPiece{Data: r.Stderr})
+	event("exit", cay.ProcessExit{ExitCode: r.ExitCode, Signal: r.Signal, TimedOut: r.TimedOut, OOMKilled: r.OOMKilled,
 		StdoutTruncated: &r.StdoutTruncated, StderrTruncated: &r.StderrTruncated})
 }
 
 // fakeCommand returns the result of a command.
-func fakeCommand(ctx context.Context, args []string, env map[string]string, stdin []byte) client.ExecuteResult {
+func fakeCommand(ctx context.Context, args []string, env map[string]string, stdin []byte) cay.ExecuteResult {
 	var out, errs []byte
-	var r client.ExecuteResult
+	var r cay.ExecuteResult
 	rest := strings.Join(args[1:], " ")
 	switch args[0] {
 	case "echo":
@@ -409,7 +413,7 @@ func fakeCommand(ctx context.Context, args []string, env map[string]string, stdi
 	}
 	encode := func(b []byte) string { return string(b) }
 	if args[0] == "cat" { // its bytes may not be UTF-8
-		r.StdoutEncoding = new(client.ExecuteResultStdoutEncodingBase64)
+		r.StdoutEncoding = new("base64")
 		encode = base64.StdEncoding.EncodeToString
 	}
 	r.Stdout, r.Stderr = encode(out), string(errs)
@@ -453,7 +457,7 @@ func (f *fakeAPI) removeFile(w http.ResponseWriter, r *http.Request, _ []byte) {
 func (f *fakeAPI) listFiles(w http.ResponseWriter, r *http.Request, _ []byte) {
 	dir := strings.TrimSuffix(r.URL.Query().Get("path"), "/")
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
-	answer(w, 200, client.FileList{Entries: []client.FileEntry{
+	answer(w, 200, map[string]any{"entries": []cay.FileEntry{
 		{Name: "sub", Path: dir + "/sub", Type: "directory", Mode: "0755", Owner: "root", Group: "root", Size: 4096, ModifiedAt: at},
 		{Name: "link", Path: dir + "/sub/link", Type: "symlink", Mode: "0777", Owner: "user", Group: "user", Size: 5, ModifiedAt: at, SymlinkTarget: new("/etc\x1b[2J")},
 	}})
@@ -461,62 +465,62 @@ func (f *fakeAPI) listFiles(w http.ResponseWriter, r *http.Request, _ []byte) {
 
 func (f *fakeAPI) events(w http.ResponseWriter, _ *http.Request, _ []byte) {
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
-	from := client.SandboxState("creating")
-	lost := client.Event{ID: "evt_3", Time: at.Add(time.Minute), From: new(client.SandboxState("running")),
+	from := cay.SandboxState("creating")
+	lost := cay.Event{ID: "evt_3", Time: at.Add(time.Minute), From: new(cay.SandboxState("running")),
 		To: "suspended", Reason: "lost",
 		Detail: new("fell back to the recovery point of 03:05")}
-	answer(w, 200, client.EventList{Events: []client.Event{lost,
+	answer(w, 200, cay.EventList{Events: []cay.Event{lost,
 		{ID: "evt_2", Time: at.Add(time.Second), From: &from, To: "running", Reason: "created"},
 		{ID: "evt_1", Time: at, To: "creating"}}})
 }
 
 func (f *fakeAPI) createKey(w http.ResponseWriter, _ *http.Request, body []byte) {
-	var in client.CreateAPIKeyRequest
+	var in cay.CreateAPIKeyRequest
 	if err := json.Unmarshal(body, &in); err != nil {
 		refuse(w, 400, "invalid_json", "", err.Error())
 		return
 	}
-	var scopes []client.Scope
+	var scopes []cay.Scope
 	for _, s := range in.Scopes {
 		if s == "fly" {
 			refuse(w, 400, "invalid_scopes", "scopes", `"fly" is not a scope`)
 			return
 		}
-		scopes = append(scopes, client.Scope(s))
+		scopes = append(scopes, cay.Scope(s))
 	}
-	answer(w, 201, client.NewAPIKey{APIKey: "cay_secret", ID: "key_1", Name: in.Name, Prefix: "cay_secr", Scopes: scopes,
+	answer(w, 201, cay.NewAPIKey{APIKey: "cay_secret", ID: "key_1", Name: in.Name, Prefix: "cay_secr", Scopes: scopes,
 		CreatedAt: time.Now()})
 }
 
 func (f *fakeAPI) listKeys(w http.ResponseWriter, _ *http.Request, _ []byte) {
 	now := time.Now()
-	answer(w, 200, client.APIKeyList{APIKeys: []client.APIKey{
-		{ID: "key_2", Name: "ci", Prefix: "cay_abcd", Scopes: []client.Scope{"exec", "files"}, CreatedAt: now.Add(-25 * time.Hour), RevokedAt: new(now.Add(-5 * time.Minute))},
-		{ID: "key_1", Name: "first", Prefix: "cay_0123", Scopes: []client.Scope{"admin"}, CreatedAt: now.Add(-72 * time.Hour), LastUsedAt: new(now.Add(-30 * time.Second))},
+	answer(w, 200, cay.APIKeyList{APIKeys: []cay.APIKey{
+		{ID: "key_2", Name: "ci", Prefix: "cay_abcd", Scopes: []cay.Scope{"exec", "files"}, CreatedAt: now.Add(-25 * time.Hour), RevokedAt: new(now.Add(-5 * time.Minute))},
+		{ID: "key_1", Name: "first", Prefix: "cay_0123", Scopes: []cay.Scope{"admin"}, CreatedAt: now.Add(-72 * time.Hour), LastUsedAt: new(now.Add(-30 * time.Second))},
 	}})
 }
 
 func (f *fakeAPI) createOrg(w http.ResponseWriter, _ *http.Request, body []byte) {
-	var in client.CreateOrgRequest
+	var in cay.CreateOrgRequest
 	if err := json.Unmarshal(body, &in); err != nil || in.Name == "default" {
 		refuse(w, 409, "org_exists", "", `there is an organization "default" already`)
 		return
 	}
-	answer(w, 201, client.NewOrg{ID: "org_2", Name: in.Name, APIKey: "cay_orgsecret", APIKeyID: "key_9",
+	answer(w, 201, cay.NewOrg{ID: "org_2", Name: in.Name, APIKey: "cay_orgsecret", APIKeyID: "key_9",
 		CreatedAt: time.Now()})
 }
 
 func (f *fakeAPI) listOrgs(w http.ResponseWriter, _ *http.Request, _ []byte) {
-	answer(w, 200, client.OrgList{Orgs: []client.Org{{ID: "org_1", Name: "default", Quota: client.Quota{Sandboxes: 5},
+	answer(w, 200, cay.OrgList{Orgs: []cay.Org{{ID: "org_1", Name: "default", Quota: cay.Quota{Sandboxes: 5},
 		CreatedAt: time.Now()}}})
 }
 
 func (f *fakeAPI) me(w http.ResponseWriter, _ *http.Request, _ []byte) {
-	answer(w, 200, client.Me{Org: client.Org{ID: "org_1", Name: "default"},
-		APIKey: client.APIKey{ID: "key_1", Name: "first", Scopes: []client.Scope{"admin"}}})
+	answer(w, 200, cay.Me{Org: cay.Org{ID: "org_1", Name: "default"},
+		APIKey: cay.APIKey{ID: "key_1", Name: "first", Scopes: []cay.Scope{"admin"}}})
 }
 
 func (f *fakeAPI) pool(w http.ResponseWriter, _ *http.Request, _ []byte) {
-	answer(w, 200, client.Pool{Pool: []client.PoolEntry{{Template: "python", TemplateVersion: 2, Size: "shared-cpu-1x",
+	answer(w, 200, map[string]any{"pool": []cay.PoolEntry{{Template: "python", TemplateVersion: 2, Size: "shared-cpu-1x",
 		Ready: 1, Claimed: 7, Target: 3}}})
 }

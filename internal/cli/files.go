@@ -13,7 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // uploadCommand returns the verb that copies a file into a sandbox.
@@ -33,7 +33,7 @@ appears whole or not at all. It keeps its permissions unless you give --mode.`,
 			if strings.HasSuffix(remote, "/") && local != "-" {
 				remote += filepath.Base(local)
 			}
-			o := client.WriteFileOptions{Owner: owner}
+			o := cay.WriteFileOptions{Owner: owner}
 			var body io.Reader = a.in
 			p := a.progress()
 			defer p.done()
@@ -83,8 +83,8 @@ func openFile(local string) (*os.File, fs.FileInfo, error) {
 	if err == nil && info.IsDir() {
 		err = fmt.Errorf("%s is a directory; send a tar of it", local)
 	}
-	if err == nil && info.Mode().IsRegular() && info.Size() > client.MaxFile {
-		err = fmt.Errorf("%s has %s, a file may have %s", local, bytesText(info.Size()), bytesText(client.MaxFile))
+	if err == nil && info.Mode().IsRegular() && info.Size() > cay.MaxFile {
+		err = fmt.Errorf("%s has %s, a file may have %s", local, bytesText(info.Size()), bytesText(cay.MaxFile))
 	}
 	if err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("LOCAL: %w", err), f.Close())
@@ -114,7 +114,7 @@ current one; - is standard output. The file appears whole or not at all.`,
 			if err != nil {
 				return err
 			}
-			f, err := c.ReadFile(cmd.Context(), id, remote, client.ReadFileOptions{})
+			f, err := c.ReadFile(cmd.Context(), id, remote, cay.ReadFileOptions{})
 			if err != nil {
 				return err
 			}
@@ -183,9 +183,9 @@ func (a *app) lsCommand() *cobra.Command {
 				return err
 			}
 			if entries == nil {
-				entries = []client.FileEntry{}
+				entries = []cay.FileEntry{}
 			}
-			return a.show(client.FileList{Entries: entries}, func() error {
+			return a.show(map[string]any{"entries": entries}, func() error {
 				var rows [][]string
 				for _, e := range entries {
 					name := e.Name

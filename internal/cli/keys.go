@@ -8,7 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // keysCommand returns the verbs for API keys.
@@ -42,7 +42,7 @@ the scopes that they need unless others are given.`,
 				return errors.New("--scope: at least one is needed, of sandboxes:read, sandboxes:write, exec, files, " +
 					"templates:read, templates:write, admin")
 			}
-			r := client.CreateAPIKeyRequest{Name: args[0], Scopes: scopes}
+			r := cay.CreateAPIKeyRequest{Name: args[0], Scopes: scopes}
 			if cmd.Flags().Changed("expires-in") {
 				r.ExpiresIn = new(expiresIn.String())
 			}
@@ -90,11 +90,11 @@ func (a *app) keysListCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			all, err := collect(c.APIKeys(cmd.Context(), client.ListOptions{Limit: pageSize(limit)}), limit)
+			all, err := collect(c.APIKeys(cmd.Context(), cay.ListOptions{Limit: pageSize(limit)}), limit)
 			if err != nil {
 				return err
 			}
-			return a.show(client.APIKeyList{APIKeys: all}, func() error {
+			return a.show(cay.APIKeyList{APIKeys: all}, func() error {
 				var rows [][]string
 				for _, k := range all {
 					var scopes []string
@@ -113,7 +113,7 @@ func (a *app) keysListCommand() *cobra.Command {
 }
 
 // keyState returns a text about the validity of a key.
-func keyState(k client.APIKey) string {
+func keyState(k cay.APIKey) string {
 	switch {
 	case k.RevokedAt != nil:
 		return "revoked " + age(*k.RevokedAt)

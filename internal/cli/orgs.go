@@ -5,7 +5,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // orgsCommand returns the verbs for organizations.
@@ -26,8 +26,8 @@ func (a *app) orgsCreateCommand() *cobra.Command {
 		Example: "  cay orgs create acme --quota-sandboxes 50",
 		Args:    theArgs("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r := client.CreateOrgRequest{Name: args[0]}
-			q := client.QuotaRequest{}
+			r := cay.CreateOrgRequest{Name: args[0]}
+			q := cay.QuotaRequest{}
 			for _, set := range []struct {
 				flag string
 				v    *int
@@ -75,11 +75,11 @@ func (a *app) orgsListCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			all, err := collect(c.Orgs(cmd.Context(), client.ListOptions{Limit: pageSize(limit)}), limit)
+			all, err := collect(c.Orgs(cmd.Context(), cay.ListOptions{Limit: pageSize(limit)}), limit)
 			if err != nil {
 				return err
 			}
-			return a.show(client.OrgList{Orgs: all}, func() error {
+			return a.show(cay.OrgList{Orgs: all}, func() error {
 				var rows [][]string
 				for _, o := range all {
 					rows = append(rows, []string{o.ID, o.Name, limitText(o.Quota.Sandboxes), limitText(o.Quota.VCPUs),

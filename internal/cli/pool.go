@@ -5,7 +5,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // poolCommand returns the verb that shows the warm pool.
@@ -26,9 +26,9 @@ func (a *app) poolCommand() *cobra.Command {
 				return err
 			}
 			if all == nil {
-				all = []client.PoolEntry{}
+				all = []cay.PoolEntry{}
 			}
-			return a.show(client.Pool{Pool: all}, func() error {
+			return a.show(map[string]any{"pool": all}, func() error {
 				var rows [][]string
 				for _, p := range all {
 					rows = append(rows, []string{p.Template, fmt.Sprint(p.TemplateVersion), p.Size, fmt.Sprint(p.Ready),

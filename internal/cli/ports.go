@@ -12,7 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // portNumber parses a port from least to 65535. name is that of the argument.
@@ -132,7 +132,7 @@ func parseForward(text string) (forward, error) {
 }
 
 // forwardAll listens and forwards connections until ctx ends. Then it closes them, and waits for their end.
-func (a *app) forwardAll(cmd *cobra.Command, c *client.Client, id, address string, all []forward) error {
+func (a *app) forwardAll(cmd *cobra.Command, c *cay.Client, id, address string, all []forward) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	ctx, cancel := context.WithCancel(cmd.Context())
@@ -174,7 +174,7 @@ func accept(wg *sync.WaitGroup, l net.Listener, take func(net.Conn)) error {
 }
 
 // carry copies between a local connection and one to the port until both directions have ended.
-func carry(ctx context.Context, local net.Conn, c *client.Client, id string, port int) error {
+func carry(ctx context.Context, local net.Conn, c *cay.Client, id string, port int) error {
 	defer local.Close()
 	remote, err := c.DialPort(ctx, id, port)
 	if err != nil {

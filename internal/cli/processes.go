@@ -9,16 +9,16 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // startDetached starts the command of exec --detach and prints its number.
-func (a *app) startDetached(cmd *cobra.Command, c *client.Client, id string, r client.ExecuteRequest, detach bool,
+func (a *app) startDetached(cmd *cobra.Command, c *cay.Client, id string, r cay.ExecuteRequest, detach bool,
 	tag string) error {
 	if !detach {
 		return errors.New("--tag: is for a command with --detach")
 	}
-	start := client.StartProcessRequest{Args: r.Args, Env: r.Env, Workdir: r.Workdir, User: r.User, Tag: given(tag)}
+	start := cay.StartProcessRequest{Args: r.Args, Env: r.Env, Workdir: r.Workdir, User: r.User, Tag: given(tag)}
 	if cmd.Flags().Changed("timeout") {
 		start.Timeout = r.Timeout
 	}
@@ -52,7 +52,7 @@ last 32 detached commands that have ended are listed too, for 15 minutes.`,
 			if err != nil {
 				return err
 			}
-			return a.show(client.ProcessList{Processes: all}, func() error {
+			return a.show(map[string]any{"processes": all}, func() error {
 				var rows [][]string
 				for _, p := range all {
 					output := "-"
@@ -69,7 +69,7 @@ last 32 detached commands that have ended are listed too, for 15 minutes.`,
 }
 
 // processState returns the status of a process with its exit code.
-func processState(p *client.Process) string {
+func processState(p *cay.Process) string {
 	if p.Exit == nil {
 		return string(p.Status)
 	}
@@ -113,13 +113,13 @@ PROCESS is its number or its tag. With --follow, print new output too, until it 
 }
 
 // printOutput prints output as it comes.
-func (a *app) printOutput(o client.Output) error {
+func (a *app) printOutput(o cay.Output) error {
 	to := a.out
 	switch {
 	case o.Lost > 0:
 		_, err := fmt.Fprintf(a.err, "cay: %d bytes of output are not kept any more\n", o.Lost)
 		return err
-	case o.Stream == client.StreamStderr:
+	case o.Stream == cay.StreamStderr:
 		to = a.err
 	}
 	_, err := to.Write(o.Data)
@@ -127,9 +127,9 @@ func (a *app) printOutput(o client.Output) error {
 }
 
 // printKept prints the output that is kept of a process.
-func (a *app) printKept(out *client.ProcessOutput) error {
+func (a *app) printKept(out *cay.ProcessOutput) error {
 	if out.Lost > 0 {
-		if err := a.printOutput(client.Output{Lost: out.Lost}); err != nil {
+		if err := a.printOutput(cay.Output{Lost: out.Lost}); err != nil {
 			return err
 		}
 	}
@@ -138,7 +138,7 @@ func (a *app) printKept(out *client.ProcessOutput) error {
 		if err != nil {
 			return fmt.Errorf("decoding the output: %w", err)
 		}
-		if err := a.printOutput(client.Output{Stream: string(deref(piece.Stream)), Data: data}); err != nil {
+		if err := a.printOutput(cay.Output{Stream: string(deref(piece.Stream)), Data: data}); err != nil {
 			return err
 		}
 	}

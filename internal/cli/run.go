@@ -9,7 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 const (
@@ -80,8 +80,8 @@ Ctrl-C.`,
 }
 
 // runOnce creates a sandbox, runs the command in it and destroys it.
-func (a *app) runOnce(ctx context.Context, c *client.Client, create client.CreateSandboxRequest,
-	r client.ExecuteRequest, stdin []byte, timeout time.Duration) error {
+func (a *app) runOnce(ctx context.Context, c *cay.Client, create cay.CreateSandboxRequest,
+	r cay.ExecuteRequest, stdin []byte, timeout time.Duration) error {
 	// The sandbox must be destroyed also if cay's output is no longer read.
 	signal.Ignore(syscall.SIGPIPE)
 	s, err := a.createWhenReady(ctx, c, create)
@@ -94,7 +94,7 @@ func (a *app) runOnce(ctx context.Context, c *client.Client, create client.Creat
 		defer cancel()
 		destroyed <- c.DestroySandbox(ctx, s.ID)
 	}
-	var result *client.ExecuteResult
+	var result *cay.ExecuteResult
 	if err = ctx.Err(); err == nil {
 		stop := keepalive(ctx, c, s.ID)
 		result, err = a.execute(ctx, c, s.ID, r, stdin)
@@ -113,7 +113,7 @@ func (a *app) runOnce(ctx context.Context, c *client.Client, create client.Creat
 }
 
 // keepalive extends the sandbox's lifetime until stop is called.
-func keepalive(ctx context.Context, c *client.Client, id string) (stop func()) {
+func keepalive(ctx context.Context, c *cay.Client, id string) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	tick := time.NewTicker(runExtend)
 	done := make(chan struct{})
@@ -134,13 +134,13 @@ func keepalive(ctx context.Context, c *client.Client, id string) (stop func()) {
 }
 
 // createWhenReady creates a sandbox. It waits for the first build of its template.
-func (a *app) createWhenReady(ctx context.Context, c *client.Client,
-	r client.CreateSandboxRequest) (*client.Sandbox, error) {
+func (a *app) createWhenReady(ctx context.Context, c *cay.Client,
+	r cay.CreateSandboxRequest) (*cay.Sandbox, error) {
 	p := a.progress()
 	defer p.done()
 	for {
 		s, err := createSandbox(ctx, c, r)
-		if !client.HasCode(err, "template_not_ready") {
+		if !cay.HasCode(err, "template_not_ready") {
 			return s, err
 		}
 		if err := waitForTemplate(ctx, c, r.Template, p, err); err != nil {
@@ -151,16 +151,16 @@ func (a *app) createWhenReady(ctx context.Context, c *client.Client,
 
 // createSandbox creates a sandbox. It waits for the answer even after the end of ctx, since without it cay does not
 // know which sandbox to destroy.
-func createSandbox(ctx context.Context, c *client.Client, r client.CreateSandboxRequest) (*client.Sandbox, error) {
+func createSandbox(ctx context.Context, c *cay.Client, r cay.CreateSandboxRequest) (*cay.Sandbox, error) {
 	calling, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	type result struct {
-		s   *client.Sandbox
+		s   *cay.Sandbox
 		err error
 	}
 	done := make(chan result, 1)
 	go func() {
-		s, err := c.CreateSandbox(calling, r, client.CreateOptions{})
+		s, err := c.CreateSandbox(calling, r, cay.CreateOptions{})
 		done <- result{s, err}
 	}()
 	select {
@@ -179,7 +179,7 @@ func createSandbox(ctx context.Context, c *client.Client, r client.CreateSandbox
 
 // waitForTemplate waits until the template has a version that can be used. It returns refused, the error of the
 // create, if the template is not being built.
-func waitForTemplate(ctx context.Context, c *client.Client, name string, p *progress, refused error) error {
+func waitForTemplate(ctx context.Context, c *cay.Client, name string, p *progress, refused error) error {
 	for {
 		t, err := c.GetTemplate(ctx, name)
 		if err != nil {

@@ -10,7 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // sandboxCommand returns the verbs for sandboxes.
@@ -55,9 +55,9 @@ func (a *app) sandboxListCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			o := client.ListSandboxesOptions{Metadata: labels, ListOptions: client.ListOptions{Limit: pageSize(limit)}}
+			o := cay.ListSandboxesOptions{Metadata: labels, ListOptions: cay.ListOptions{Limit: pageSize(limit)}}
 			for _, s := range status {
-				o.Status = append(o.Status, client.SandboxStatus(s))
+				o.Status = append(o.Status, cay.SandboxStatus(s))
 			}
 			c, err := a.client(cmd.Context())
 			if err != nil {
@@ -67,7 +67,7 @@ func (a *app) sandboxListCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.show(client.SandboxList{Sandboxes: all}, func() error {
+			return a.show(cay.SandboxList{Sandboxes: all}, func() error {
 				var rows [][]string
 				for _, s := range all {
 					rows = append(rows, []string{s.ID, s.Template, string(s.Status), s.Size, age(s.CreatedAt), until(expiry(&s)),
@@ -85,8 +85,8 @@ func (a *app) sandboxListCommand() *cobra.Command {
 }
 
 // expiry returns the time at which a sandbox will be destroyed, nil if it is destroyed already.
-func expiry(s *client.Sandbox) *time.Time {
-	if s.Status == client.SandboxStatusDestroyed {
+func expiry(s *cay.Sandbox) *time.Time {
+	if s.Status == cay.SandboxStatusDestroyed {
 		return nil
 	}
 	return s.ExpiresAt
@@ -125,7 +125,7 @@ func (a *app) statusCommand() *cobra.Command {
 }
 
 // showSandbox prints a sandbox for people.
-func (a *app) showSandbox(s *client.Sandbox) error {
+func (a *app) showSandbox(s *cay.Sandbox) error {
 	state := string(s.Status)
 	if string(s.State) != state {
 		state += " (" + string(s.State) + ")"
@@ -145,7 +145,7 @@ func (a *app) showSandbox(s *client.Sandbox) error {
 
 // suspendCommand returns the verb that suspends a sandbox.
 func (a *app) suspendCommand() *cobra.Command {
-	cmd := oneSandbox(a, "suspend", (*client.Client).Suspend, (*app).showStatus)
+	cmd := oneSandbox(a, "suspend", (*cay.Client).Suspend, (*app).showStatus)
 	cmd.Short = "Suspend a persistent sandbox"
 	cmd.Long = `Write a persistent sandbox to disk, its memory and processes included, so that it
 takes nothing else of the machine. Using it wakes it. Connections to the outside are
@@ -155,7 +155,7 @@ cut. It waits 5s for other calls that use the sandbox, and is refused after that
 
 // wakeCommand returns the verb that wakes a sandbox.
 func (a *app) wakeCommand() *cobra.Command {
-	cmd := oneSandbox(a, "wake", (*client.Client).Wake, (*app).showStatus)
+	cmd := oneSandbox(a, "wake", (*cay.Client).Wake, (*app).showStatus)
 	cmd.Short = "Wake a suspended sandbox"
 	cmd.Long = `Wake a suspended sandbox where it was; one that runs stays as it is.
 exec, upload, download and ls do it by themselves.`
@@ -163,19 +163,19 @@ exec, upload, download and ls do it by themselves.`
 }
 
 // showStatus prints the id and the status of a sandbox.
-func (a *app) showStatus(s *client.Sandbox, _ string) error {
+func (a *app) showStatus(s *cay.Sandbox, _ string) error {
 	_, err := fmt.Fprintln(a.out, s.ID, s.Status)
 	return err
 }
 
 // checkpointCommand returns the verb that takes a recovery point.
 func (a *app) checkpointCommand() *cobra.Command {
-	show := func(a *app, p *client.RecoveryPoint, id string) error {
+	show := func(a *app, p *cay.RecoveryPoint, id string) error {
 		at := p.CreatedAt.Local().Format("2006-01-02 15:04:05")
 		_, err := fmt.Fprintln(a.out, id, "has a recovery point of", at+",", bytesText(p.SizeBytes))
 		return err
 	}
-	cmd := oneSandbox(a, "checkpoint", (*client.Client).Checkpoint, show)
+	cmd := oneSandbox(a, "checkpoint", (*cay.Client).Checkpoint, show)
 	cmd.Short = "Take a recovery point of a persistent sandbox"
 	cmd.Long = `Take a recovery point of a running persistent sandbox: what it falls back to when
 the machine or the sandbox's kernel dies. It runs on after a pause that grows with
@@ -184,7 +184,7 @@ its memory. See --recovery-interval of cay sandbox create.`
 }
 
 // oneSandbox returns a verb that makes one call for one sandbox and shows the answer.
-func oneSandbox[T any](a *app, verb string, do func(*client.Client, context.Context, string) (*T, error),
+func oneSandbox[T any](a *app, verb string, do func(*cay.Client, context.Context, string) (*T, error),
 	show func(*app, *T, string) error) *cobra.Command {
 	return &cobra.Command{
 		Use:               verb + " ID",
@@ -271,7 +271,7 @@ func (a *app) destroyCommand() *cobra.Command {
 }
 
 // why returns the reason of an event with its detail.
-func why(e client.Event) string {
+func why(e cay.Event) string {
 	if e.Detail == nil {
 		return e.Reason
 	}
@@ -292,11 +292,11 @@ func (a *app) eventsCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			all, err := collect(c.Events(cmd.Context(), args[0], client.ListOptions{Limit: pageSize(limit)}), limit)
+			all, err := collect(c.Events(cmd.Context(), args[0], cay.ListOptions{Limit: pageSize(limit)}), limit)
 			if err != nil {
 				return err
 			}
-			return a.show(client.EventList{Events: all}, func() error {
+			return a.show(cay.EventList{Events: all}, func() error {
 				var rows [][]string
 				for _, e := range all {
 					rows = append(rows, []string{e.Time.Local().Format("2006-01-02 15:04:05.000"), age(e.Time),

@@ -16,7 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 const (
@@ -29,7 +29,7 @@ const (
 
 // shellCommand returns the verb that opens a terminal in a sandbox.
 func (a *app) shellCommand() *cobra.Command {
-	var o client.TerminalOptions
+	var o cay.TerminalOptions
 	cmd := &cobra.Command{
 		Use:   "shell [flags] ID [flags] [-- COMMAND [ARG...]]",
 		Short: "Open a shell in a sandbox",
@@ -89,9 +89,9 @@ func shellLine(args []string) string {
 // shell joins the user's terminal to one in a sandbox.
 type shell struct {
 	app     *app
-	client  *client.Client
+	client  *cay.Client
 	id      string
-	options client.TerminalOptions
+	options cay.TerminalOptions
 	keys    escapes
 }
 
@@ -134,19 +134,19 @@ func (s *shell) run(ctx context.Context) error {
 
 // canRejoin reports whether the connection broke or the server stopped.
 func canRejoin(err error) bool {
-	return errors.Is(err, io.ErrUnexpectedEOF) || client.HasCode(err, "stopping")
+	return errors.Is(err, io.ErrUnexpectedEOF) || cay.HasCode(err, "stopping")
 }
 
 // rejoin connects again to the terminal whose connection broke.
-func (s *shell) rejoin(ctx context.Context, t *client.Terminal, broken error) (*client.Terminal, error) {
-	o := client.TerminalOptions{Process: strconv.Itoa(t.PID), Offset: new(t.Offset())}
+func (s *shell) rejoin(ctx context.Context, t *cay.Terminal, broken error) (*cay.Terminal, error) {
+	o := cay.TerminalOptions{Process: strconv.Itoa(t.PID), Offset: new(t.Offset())}
 	for deadline := time.Now().Add(rejoinFor); time.Now().Before(deadline); {
 		o.Cols, o.Rows = s.size()
 		again, err := s.client.OpenTerminal(ctx, s.id, o)
 		if err == nil {
 			return again, nil
 		}
-		var refused *client.Error
+		var refused *cay.Error
 		if errors.As(err, &refused) && refused.Status/100 == 4 {
 			return nil, fmt.Errorf("coming back to the terminal: %w", err)
 		}
@@ -163,7 +163,7 @@ func (s *shell) rejoin(ctx context.Context, t *client.Terminal, broken error) (*
 var errLeave = errors.New("left")
 
 // session copies in both directions until one of them ends.
-func (s *shell) session(ctx context.Context, t *client.Terminal, typed <-chan []byte) error {
+func (s *shell) session(ctx context.Context, t *cay.Terminal, typed <-chan []byte) error {
 	sizes := make(chan os.Signal, 1)
 	signal.Notify(sizes, syscall.SIGWINCH)
 	defer signal.Stop(sizes)

@@ -7,7 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // snapshotsCommand returns the verbs for snapshots.
@@ -51,7 +51,7 @@ snapshot's id. The sandbox keeps running. The snapshot stays until you delete it
 
 // snapshotsListCommand returns the verb that lists snapshots.
 func (a *app) snapshotsListCommand() *cobra.Command {
-	var o client.ListSnapshotsOptions
+	var o cay.ListSnapshotsOptions
 	var limit int
 	cmd := &cobra.Command{
 		Use:     "list",
@@ -68,7 +68,7 @@ func (a *app) snapshotsListCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.show(client.SnapshotList{Snapshots: all}, func() error {
+			return a.show(cay.SnapshotList{Snapshots: all}, func() error {
 				var rows [][]string
 				for _, s := range all {
 					rows = append(rows, []string{s.ID, first(deref(s.Name), "-"), s.SandboxID, s.Template, s.Size,
@@ -155,7 +155,7 @@ running. Settings that you do not give are those of the first sandbox. The exit 
 		Args:              theArgs("ID"),
 		ValidArgsFunction: a.completeSandboxes,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r := client.ForkRequest{Count: &count}
+			r := cay.ForkRequest{Count: &count}
 			var err error
 			if r.Env, err = pairs("--env", env, a.getenv); err != nil {
 				return err
@@ -181,7 +181,7 @@ running. Settings that you do not give are those of the first sandbox. The exit 
 					fmt.Fprintf(a.err, "cay: a child was not made: %s\n", oneLine(failed.Error()))
 				}
 			}
-			if err := a.show(client.ForkResult{Children: children}, func() error {
+			if err := a.show(map[string]any{"children": children}, func() error {
 				for _, child := range children {
 					if child.Sandbox != nil {
 						fmt.Fprintln(a.out, child.Sandbox.ID)

@@ -13,7 +13,7 @@ import (
 	"time"
 	"unicode/utf8"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 const (
@@ -38,7 +38,7 @@ func (a *app) readStdin(ctx context.Context) ([]byte, error) {
 	}
 	done := make(chan result, 1)
 	go func() { // ends with the process if the pipe stays open
-		data, err := io.ReadAll(io.LimitReader(a.in, client.MaxFile+1))
+		data, err := io.ReadAll(io.LimitReader(a.in, cay.MaxFile+1))
 		done <- result{data, err}
 	}()
 	patience := time.NewTimer(stdinPatience)
@@ -51,8 +51,8 @@ func (a *app) readStdin(ctx context.Context) ([]byte, error) {
 				return nil, nil
 			case r.err != nil:
 				return nil, fmt.Errorf("reading standard input: %w", r.err)
-			case len(r.data) > client.MaxFile:
-				return nil, fmt.Errorf("standard input: more than %d MB; upload it as a file", client.MaxFile/1_000_000)
+			case len(r.data) > cay.MaxFile:
+				return nil, fmt.Errorf("standard input: more than %d MB; upload it as a file", cay.MaxFile/1_000_000)
 			}
 			return r.data, nil
 		case <-patience.C:
@@ -65,8 +65,8 @@ func (a *app) readStdin(ctx context.Context) ([]byte, error) {
 
 // withStdin calls call with a request that gives stdin to the command of r. It uploads input that does not fit into the
 // call, and makes the command a shell that opens and removes the file before it becomes the command of r.
-func withStdin(ctx context.Context, c *client.Client, id string, r client.ExecuteRequest, stdin []byte,
-	call func(client.ExecuteRequest) error) error {
+func withStdin(ctx context.Context, c *cay.Client, id string, r cay.ExecuteRequest, stdin []byte,
+	call func(cay.ExecuteRequest) error) error {
 	if len(stdin) <= maxInlineStdin && utf8.Valid(stdin) {
 		if len(stdin) > 0 {
 			r.Stdin = new(string(stdin))
@@ -76,7 +76,7 @@ func withStdin(ctx context.Context, c *client.Client, id string, r client.Execut
 	path := "/tmp/.cay-stdin-" + strings.ToLower(rand.Text())
 	mode := fs.FileMode(0o600)
 	if err := c.WriteFile(ctx, id, path, bytes.NewReader(stdin),
-		client.WriteFileOptions{Mode: &mode, Owner: deref(r.User), Size: int64(len(stdin))}); err != nil {
+		cay.WriteFileOptions{Mode: &mode, Owner: deref(r.User), Size: int64(len(stdin))}); err != nil {
 		return fmt.Errorf("uploading standard input: %w", err)
 	}
 	r.Args = append([]string{"/bin/sh", "-c", `exec <"$0" && rm -f -- "$0" && exec "$@"`, path}, r.Args...)

@@ -7,7 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // templatesCommand returns the verbs for templates.
@@ -21,7 +21,7 @@ func (a *app) templatesCommand() *cobra.Command {
 }
 
 // buildErrorText returns the error of a build in one line.
-func buildErrorText(e *client.BuildError) string {
+func buildErrorText(e *cay.BuildError) string {
 	if e == nil {
 		return ""
 	}
@@ -33,7 +33,7 @@ func buildErrorText(e *client.BuildError) string {
 }
 
 // readyText returns a ready check as text.
-func readyText(r *client.ReadyCheck) string {
+func readyText(r *cay.ReadyCheck) string {
 	if r == nil {
 		return ""
 	}
@@ -60,11 +60,11 @@ func (a *app) templatesListCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			all, err := collect(c.Templates(cmd.Context(), client.ListOptions{Limit: pageSize(limit)}), limit)
+			all, err := collect(c.Templates(cmd.Context(), cay.ListOptions{Limit: pageSize(limit)}), limit)
 			if err != nil {
 				return err
 			}
-			return a.show(client.TemplateList{Templates: all}, func() error {
+			return a.show(cay.TemplateList{Templates: all}, func() error {
 				var rows [][]string
 				for _, t := range all {
 					status := string(t.Status)
@@ -150,9 +150,9 @@ func (a *app) templatesLogsCommand() *cobra.Command {
 				return err
 			}
 			if lines == nil {
-				lines = []client.TemplateLogLine{}
+				lines = []cay.TemplateLogLine{}
 			}
-			return a.show(client.TemplateLogs{Lines: lines}, func() error {
+			return a.show(map[string]any{"lines": lines}, func() error {
 				for _, l := range lines {
 					if err := a.printLogLine(l); err != nil {
 						return err
@@ -168,7 +168,7 @@ func (a *app) templatesLogsCommand() *cobra.Command {
 }
 
 // printLogLine prints a line of a log, as a JSON object with --json.
-func (a *app) printLogLine(l client.TemplateLogLine) error {
+func (a *app) printLogLine(l cay.TemplateLogLine) error {
 	if a.json {
 		return json.NewEncoder(a.out).Encode(l)
 	}

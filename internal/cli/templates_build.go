@@ -14,7 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"github.com/cayhq/cay/client"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // templateFlags holds the flags that name the source of a template and describe its sandboxes.
@@ -95,8 +95,8 @@ func (s *source) Read(p []byte) (int, error) {
 
 // templateRequest returns the call that the flags ask for, and the context to send, nil for none. The caller closes the
 // context.
-func (a *app) templateRequest(t templateFlags, f *pflag.FlagSet) (client.RebuildTemplateRequest, *source, error) {
-	r := client.RebuildTemplateRequest{Description: given(t.description), Target: given(t.target),
+func (a *app) templateRequest(t templateFlags, f *pflag.FlagSet) (cay.RebuildTemplateRequest, *source, error) {
+	r := cay.RebuildTemplateRequest{Description: given(t.description), Target: given(t.target),
 		Workdir: given(t.workdir), User: given(t.user), Size: given(t.size)}
 	var err error
 	if r.Env, err = pairs("--env", t.env, a.getenv); err != nil {
@@ -127,7 +127,7 @@ func (a *app) templateRequest(t templateFlags, f *pflag.FlagSet) (client.Rebuild
 		return r, nil, errors.New("--dockerfile, --image, --debian: only one of them")
 	}
 	if f.Changed("debian") || t.suite != "" {
-		r.Debian = &client.DebianSource{Packages: t.debian, Suite: nil}
+		r.Debian = &cay.DebianSource{Packages: t.debian, Suite: nil}
 		if t.suite != "" {
 			r.Debian.Suite = &t.suite
 		}
@@ -137,7 +137,7 @@ func (a *app) templateRequest(t templateFlags, f *pflag.FlagSet) (client.Rebuild
 }
 
 // templateSource opens the files of the source that the flags name, nil for none, and names the source in r.
-func (a *app) templateSource(t templateFlags, r *client.RebuildTemplateRequest) (*source, error) {
+func (a *app) templateSource(t templateFlags, r *cay.RebuildTemplateRequest) (*source, error) {
 	switch {
 	case t.dockerfile == "-":
 		if t.context != "" {
@@ -184,8 +184,8 @@ func (a *app) templateSource(t templateFlags, r *client.RebuildTemplateRequest) 
 }
 
 // ready returns the ready check that the flags ask for, nil for none.
-func (t templateFlags) ready(f *pflag.FlagSet) (*client.ReadyCheck, error) {
-	r := &client.ReadyCheck{Command: given(t.readyCommand)}
+func (t templateFlags) ready(f *pflag.FlagSet) (*cay.ReadyCheck, error) {
+	r := &cay.ReadyCheck{Command: given(t.readyCommand)}
 	if f.Changed("ready-port") {
 		r.Port = &t.readyPort
 	}
@@ -195,12 +195,12 @@ func (t templateFlags) ready(f *pflag.FlagSet) (*client.ReadyCheck, error) {
 		if err != nil {
 			return nil, fmt.Errorf("--ready-http: %q is not PORT/PATH such as 8000/healthz", t.readyHTTP)
 		}
-		r.HTTP = &client.ReadyHTTP{Port: n, Path: "/" + path}
+		r.HTTP = &cay.ReadyHTTP{Port: n, Path: "/" + path}
 	}
 	if f.Changed("ready-timeout") {
 		r.Timeout = new(t.readyTimeout.String())
 	}
-	if *r == (client.ReadyCheck{}) {
+	if *r == (cay.ReadyCheck{}) {
 		return nil, nil
 	}
 	return r, nil
@@ -208,7 +208,7 @@ func (t templateFlags) ready(f *pflag.FlagSet) (*client.ReadyCheck, error) {
 
 // credentials returns the credentials for a registry, nil for none. No flag has the password, since other users of this
 // machine can read command lines.
-func (a *app) credentials(t templateFlags) (*client.RegistryCredentials, error) {
+func (a *app) credentials(t templateFlags) (*cay.RegistryCredentials, error) {
 	if t.registryUser == "" {
 		if t.registry != "" || t.passwordStdin {
 			return nil, errors.New("--registry-username: is needed for credentials")
@@ -231,7 +231,7 @@ func (a *app) credentials(t templateFlags) (*client.RegistryCredentials, error) 
 		return nil, errors.New(
 			"--registry-username: there is no password: set CAY_REGISTRY_PASSWORD or give --registry-password-stdin")
 	}
-	return &client.RegistryCredentials{Registry: given(t.registry), Username: t.registryUser, Password: password}, nil
+	return &cay.RegistryCredentials{Registry: given(t.registry), Username: t.registryUser, Password: password}, nil
 }
 
 // templatesCreateCommand returns the verb that makes a template.
@@ -260,12 +260,12 @@ build fails, cay exits with status 1.`,
 			if err != nil {
 				return err
 			}
-			in := client.CreateTemplateRequest{Name: args[0], Description: r.Description, Image: r.Image,
+			in := cay.CreateTemplateRequest{Name: args[0], Description: r.Description, Image: r.Image,
 				Dockerfile: r.Dockerfile, Debian: r.Debian,
 				BuildArgs: r.BuildArgs, Target: r.Target, Credentials: r.Credentials, Env: r.Env, Workdir: r.Workdir, User: r.User,
 				StartCommand: r.StartCommand, Ready: r.Ready, Size: r.Size, DiskSizeMB: r.DiskSizeMB, Egress: egress.policy()}
 			return a.buildTemplate(cmd.Context(), source, flags.noWait,
-				func(c *client.Client, body io.Reader) (*client.Template, error) {
+				func(c *cay.Client, body io.Reader) (*cay.Template, error) {
 					return c.CreateTemplate(cmd.Context(), in, body)
 				})
 		},
@@ -306,7 +306,7 @@ sandboxes may reach does not change.`,
 				in = nil
 			}
 			return a.buildTemplate(cmd.Context(), source, flags.noWait,
-				func(c *client.Client, body io.Reader) (*client.Template, error) {
+				func(c *cay.Client, body io.Reader) (*cay.Template, error) {
 					return c.RebuildTemplate(cmd.Context(), args[0], in, body)
 				})
 		},
@@ -317,7 +317,7 @@ sandboxes may reach does not change.`,
 
 // buildTemplate asks for a build, shows its log until its end unless noWait is set, and prints the template.
 func (a *app) buildTemplate(ctx context.Context, s *source, noWait bool,
-	ask func(*client.Client, io.Reader) (*client.Template, error)) error {
+	ask func(*cay.Client, io.Reader) (*cay.Template, error)) error {
 	p := a.progress()
 	defer p.done()
 	var body io.Reader
@@ -365,7 +365,7 @@ func (a *app) buildTemplate(ctx context.Context, s *source, noWait bool,
 }
 
 // buildFailed prints the last lines of a failed build and returns its error.
-func (a *app) buildFailed(t *client.Template) error {
+func (a *app) buildFailed(t *cay.Template) error {
 	if e := t.BuildError; e != nil {
 		for _, line := range e.Tail {
 			fmt.Fprintln(a.err, "  "+printable(line))
@@ -381,7 +381,7 @@ func (a *app) buildFailed(t *client.Template) error {
 
 // logLine shows a line of a build's log. On a terminal it keeps the headings of steps and replaces the last other line;
 // elsewhere it prints every line.
-func (p *progress) logLine(l client.TemplateLogLine) error {
+func (p *progress) logLine(l cay.TemplateLogLine) error {
 	switch {
 	case p.live && l.Heading:
 		p.done()
@@ -396,10 +396,10 @@ func (p *progress) logLine(l client.TemplateLogLine) error {
 
 // followTemplate calls emit with the lines of a build's log until the build ends, and goes on after a restart of the
 // server.
-func followTemplate(ctx context.Context, c *client.Client, name string,
-	emit func(client.TemplateLogLine) error) (t *client.Template, err error) {
+func followTemplate(ctx context.Context, c *cay.Client, name string,
+	emit func(cay.TemplateLogLine) error) (t *cay.Template, err error) {
 	err = followOn(ctx, "", func(last string, reached func(id string)) error {
-		t, err = c.FollowTemplate(ctx, name, last, func(id string, l client.TemplateLogLine) error {
+		t, err = c.FollowTemplate(ctx, name, last, func(id string, l cay.TemplateLogLine) error {
 			reached(id)
 			return emit(l)
 		})

@@ -1,4 +1,4 @@
-package client
+package cay
 
 import (
 	"context"
@@ -31,7 +31,7 @@ type WriteFileOptions struct {
 // error, also one of body, a file that was there before is unchanged. WriteFile does
 // not close body.
 func (c *Client) WriteFile(ctx context.Context, id, path string, body io.Reader, o WriteFileOptions) error {
-	p := WriteFileParams{Path: path}
+	p := writeFileParams{Path: path}
 	if o.Mode != nil {
 		p.Mode = new("0" + strconv.FormatUint(uint64(o.Mode.Perm()), 8))
 	}
@@ -93,7 +93,7 @@ type File struct {
 
 // ReadFile opens a file of the sandbox for reading.
 func (c *Client) ReadFile(ctx context.Context, id, path string, o ReadFileOptions) (*File, error) {
-	p := ReadFileParams{Path: path}
+	p := readFileParams{Path: path}
 	switch {
 	case o.Offset < 0 || o.Length < 0:
 		return nil, fmt.Errorf("reading %d bytes at %d: a part of a file begins at 0 or later and has no negative length",
@@ -112,7 +112,7 @@ func (c *Client) ReadFile(ctx context.Context, id, path string, o ReadFileOption
 
 // RemoveFile removes a file or an empty directory; with recursive any directory.
 func (c *Client) RemoveFile(ctx context.Context, id, path string, recursive bool) error {
-	p := RemoveFileParams{Path: path}
+	p := removeFileParams{Path: path}
 	if recursive {
 		p.Recursive = &recursive
 	}
@@ -121,11 +121,11 @@ func (c *Client) RemoveFile(ctx context.Context, id, path string, recursive bool
 
 // ListFiles returns the entries of a directory, depth levels deep: 1 to 10; 0 means 1.
 func (c *Client) ListFiles(ctx context.Context, id, path string, depth int) ([]FileEntry, error) {
-	p := ListFilesParams{Path: path}
+	p := listFilesParams{Path: path}
 	if depth != 0 {
 		p.Depth = &depth
 	}
-	l, err := decode[FileList](c.wire.ListFiles(ctx, id, &p))
+	l, err := decode[fileList](c.wire.ListFiles(ctx, id, &p))
 	if err != nil {
 		return nil, err
 	}

@@ -1,4 +1,4 @@
-package client
+package cay
 
 import (
 	"context"
@@ -30,8 +30,8 @@ type TerminalOptions struct {
 }
 
 // params returns the options as parameters of a request.
-func (o TerminalOptions) params() *OpenTerminalParams {
-	p := &OpenTerminalParams{Command: orNil(o.Command), User: orNil(o.User), Workdir: orNil(o.Workdir),
+func (o TerminalOptions) params() *openTerminalParams {
+	p := &openTerminalParams{Command: orNil(o.Command), User: orNil(o.User), Workdir: orNil(o.Workdir),
 		Term: orNil(o.Term), Process: orNil(o.Process), Cols: orNil(o.Cols), Rows: orNil(o.Rows), Offset: o.Offset}
 	if o.Grace != 0 {
 		p.Grace = new(o.Grace.String())

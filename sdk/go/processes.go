@@ -1,4 +1,4 @@
-package client
+package cay
 
 import (
 	"context"
@@ -16,9 +16,18 @@ const maxOutputEvent = 64 << 20
 
 // Streams of output.
 const (
-	StreamStdout   = string(OutputPieceStreamStdout)
-	StreamStderr   = string(OutputPieceStreamStderr)
-	StreamTerminal = string(OutputPieceStreamTerminal)
+	StreamStdout   = "stdout"
+	StreamStderr   = "stderr"
+	StreamTerminal = "terminal"
+)
+
+// Shell names the shell that runs a command line.
+type Shell string
+
+// Values of Shell.
+const (
+	ShellBash Shell = "bash" // bash -c, with the bash in the PATH
+	ShellSh   Shell = "sh"   // /bin/sh -c
 )
 
 // Output reports a piece of a process's output, the process's start, or a gap in its output.
@@ -51,7 +60,7 @@ func (c *Client) StartProcess(ctx context.Context, id string, r StartProcessRequ
 // ListProcesses returns the processes that calls have started and that still run, and the ended
 // ones that are still known, newest first.
 func (c *Client) ListProcesses(ctx context.Context, id string) ([]Process, error) {
-	l, err := decode[ProcessList](c.wire.ListProcesses(ctx, id))
+	l, err := decode[processList](c.wire.ListProcesses(ctx, id))
 	if err != nil {
 		return nil, err
 	}
@@ -66,12 +75,12 @@ func (c *Client) GetProcess(ctx context.Context, id, process string) (*Process, 
 // WaitProcess returns a process when it has ended, or as it is after the time within, which is
 // up to 5 minutes.
 func (c *Client) WaitProcess(ctx context.Context, id, process string, within time.Duration) (*Process, error) {
-	return decode[Process](c.wire.WaitProcess(ctx, id, process, &WaitProcessParams{Timeout: new(within.String())}))
+	return decode[Process](c.wire.WaitProcess(ctx, id, process, &waitProcessParams{Timeout: new(within.String())}))
 }
 
 // SignalProcess sends a signal, by name or number, to a process and its process group.
 func (c *Client) SignalProcess(ctx context.Context, id, process, signal string) error {
-	return done(c.wire.SignalProcess(ctx, id, process, SignalRequest{Signal: signal}))
+	return done(c.wire.SignalProcess(ctx, id, process, signalRequest{Signal: signal}))
 }
 
 // KillProcess kills a process with all its descendants, and makes the sandbox forget it.
@@ -82,7 +91,7 @@ func (c *Client) KillProcess(ctx context.Context, id, process string) error {
 // WriteProcessStdin writes body, up to 8 MiB, to a process's input as it comes, and returns the
 // number of bytes that the input took; with end it then ends the input. It does not close body.
 func (c *Client) WriteProcessStdin(ctx context.Context, id, process string, body io.Reader, end bool) (int64, error) {
-	p := WriteProcessStdinParams{}
+	p := writeProcessStdinParams{}
 	if end {
 		p.Close = &end
 	}
@@ -99,7 +108,7 @@ func (c *Client) WriteProcessStdin(ctx context.Context, id, process string, body
 		r.ContentLength = size
 		return nil
 	}
-	taken, err := decode[InputTaken](c.wire.WriteProcessStdinWithBody(ctx, id, process, &p,
+	taken, err := decode[inputTaken](c.wire.WriteProcessStdinWithBody(ctx, id, process, &p,
 		"application/octet-stream", body, setLength))
 	if err != nil {
 		return 0, err
@@ -114,7 +123,7 @@ func (c *Client) ResizeProcessTerminal(ctx context.Context, id, process string, 
 
 // ProcessOutput returns the kept output of a process from an offset on.
 func (c *Client) ProcessOutput(ctx context.Context, id, process string, offset int64) (*ProcessOutput, error) {
-	return decode[ProcessOutput](c.wire.GetProcessOutput(ctx, id, process, &GetProcessOutputParams{Offset: &offset}))
+	return decode[ProcessOutput](c.wire.GetProcessOutput(ctx, id, process, &getProcessOutputParams{Offset: &offset}))
 }
 
 // Bytes returns the output as the process wrote it; it decodes Data if Encoding is set.
@@ -126,7 +135,7 @@ func (p *OutputPiece) Bytes() ([]byte, error) { return outputBytes(p.Data, p.Enc
 // ends FollowProcess.
 func (c *Client) FollowProcess(ctx context.Context, id, process string, offset int64, on func(Output) error) (
 	*ProcessExit, error) {
-	p := &GetProcessOutputParams{Offset: &offset}
+	p := &getProcessOutputParams{Offset: &offset}
 	resp, err := open(c.wire.GetProcessOutput(ctx, id, process, p, acceptEvents))
 	if err != nil {
 		return nil, err
@@ -167,11 +176,11 @@ func followed(resp *http.Response, on func(Output) error) (*ProcessExit, error) 
 func outputOf(event string, data []byte) (out Output, known bool, err error) {
 	switch event {
 	case "started":
-		var started ProcessStarted
+		var started processStarted
 		err = json.Unmarshal(data, &started)
 		return Output{PID: started.PID}, true, err
 	case "lost":
-		var lost OutputLost
+		var lost outputLost
 		err = json.Unmarshal(data, &lost)
 		return Output{Offset: lost.Offset, Lost: lost.Bytes}, true, err
 	case StreamStdout, StreamStderr, StreamTerminal:

@@ -1,4 +1,4 @@
-package client
+package cay
 
 import (
 	"bytes"
@@ -15,7 +15,7 @@ import (
 
 // ListTemplates returns a page of templates, newest first.
 func (c *Client) ListTemplates(ctx context.Context, o ListOptions) (*TemplateList, error) {
-	var p ListTemplatesParams
+	var p listTemplatesParams
 	p.Limit, p.Cursor = o.params()
 	return decode[TemplateList](c.wire.ListTemplates(ctx, &p))
 }
@@ -38,7 +38,7 @@ func (c *Client) GetTemplate(ctx context.Context, nameOrID string) (*Template, e
 
 // TemplateLogs returns the log of a template's newest build, oldest line first.
 func (c *Client) TemplateLogs(ctx context.Context, nameOrID string) ([]TemplateLogLine, error) {
-	l, err := decode[TemplateLogs](c.wire.GetTemplateLogs(ctx, nameOrID, nil))
+	l, err := decode[templateLogs](c.wire.GetTemplateLogs(ctx, nameOrID, nil))
 	if err != nil {
 		return nil, err
 	}
@@ -124,7 +124,7 @@ func (c *Client) CancelTemplateBuild(ctx context.Context, nameOrID string) (*Tem
 // DeleteTemplate deletes a template. With force it also deletes one that has sandboxes; they
 // go on.
 func (c *Client) DeleteTemplate(ctx context.Context, nameOrID string, force bool) error {
-	p := DeleteTemplateParams{}
+	p := deleteTemplateParams{}
 	if force {
 		p.Force = &force
 	}
@@ -142,7 +142,7 @@ const maxEvent = 4 << 20
 // error of emit ends FollowTemplate.
 func (c *Client) FollowTemplate(ctx context.Context, nameOrID, after string,
 	emit func(id string, line TemplateLogLine) error) (*Template, error) {
-	p := GetTemplateLogsParams{}
+	p := getTemplateLogsParams{}
 	if after != "" {
 		p.LastEventID = &after
 	}

@@ -1,4 +1,4 @@
-package client
+package cay
 
 import (
 	"context"
@@ -10,7 +10,7 @@ import (
 // Pool returns the state of the warm pool, by template and size. It needs a key of the server's
 // first organization with the scope admin.
 func (c *Client) Pool(ctx context.Context) ([]PoolEntry, error) {
-	p, err := decode[Pool](c.wire.GetPool(ctx))
+	p, err := decode[pool](c.wire.GetPool(ctx))
 	if err != nil {
 		return nil, err
 	}
@@ -19,7 +19,7 @@ func (c *Client) Pool(ctx context.Context) ([]PoolEntry, error) {
 
 // ListSizes returns the sizes that a sandbox may have.
 func (c *Client) ListSizes(ctx context.Context) ([]Size, error) {
-	l, err := decode[SizeList](c.wire.ListSizes(ctx))
+	l, err := decode[sizeList](c.wire.ListSizes(ctx))
 	if err != nil {
 		return nil, err
 	}
@@ -39,7 +39,7 @@ func (c *Client) CreateAPIKey(ctx context.Context, r CreateAPIKeyRequest) (*NewA
 
 // ListAPIKeys returns a page of the organization's keys, newest first.
 func (c *Client) ListAPIKeys(ctx context.Context, o ListOptions) (*APIKeyList, error) {
-	var p ListAPIKeysParams
+	var p listAPIKeysParams
 	p.Limit, p.Cursor = o.params()
 	return decode[APIKeyList](c.wire.ListAPIKeys(ctx, &p))
 }
@@ -68,7 +68,7 @@ func (c *Client) CreateOrg(ctx context.Context, r CreateOrgRequest) (*NewOrg, er
 
 // ListOrgs returns a page of organizations, newest first.
 func (c *Client) ListOrgs(ctx context.Context, o ListOptions) (*OrgList, error) {
-	var p ListOrgsParams
+	var p listOrgsParams
 	p.Limit, p.Cursor = o.params()
 	return decode[OrgList](c.wire.ListOrgs(ctx, &p))
 }

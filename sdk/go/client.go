@@ -1,17 +1,20 @@
-// Package client calls a cay server: it creates sandboxes, runs commands in them, and
-// moves files in and out.
+// Package cay calls a cay server: it creates sandboxes, runs commands in them, and moves files in and
+// out.
 //
-//	c, err := client.New("http://127.0.0.1:7070", os.Getenv("CAY_API_KEY"))
-//	sandbox, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Template: "python"}, client.CreateOptions{})
+//	c, err := cay.New("http://127.0.0.1:7070", os.Getenv("CAY_API_KEY"))
+//	sandbox, err := c.CreateSandbox(ctx, cay.CreateSandboxRequest{Template: "python"}, cay.CreateOptions{})
 //	defer c.DestroySandbox(context.WithoutCancel(ctx), sandbox.ID)
-//	res, err := c.Execute(ctx, sandbox.ID, client.ExecuteRequest{Args: []string{"python3", "-c", "print(6*7)"}})
+//	result, err := c.Execute(ctx, sandbox.ID, cay.ExecuteRequest{Args: []string{"python3", "-c", "print(6*7)"}})
 //
-// The types of requests and answers are generated from openapi.yaml, which
-// describes every field. If the server refuses a call, the error is an [*Error]; any
-// other error is one of the connection. A [Client] is safe for concurrent use and
-// keeps nothing but idle connections. It never retries a call; a caller can safely
-// retry a create with [CreateOptions].IdempotencyKey.
-package client
+// The example of the package is a whole program.
+//
+// If the server refuses a call, the error is an [*Error]; any other error is one of the connection. A
+// [Client] is safe for concurrent use and keeps nothing but idle connections. It never retries a call; a
+// caller can safely retry a create with [CreateOptions].IdempotencyKey.
+//
+// The types of requests and answers have the fields of the HTTP API. A pointer is nil if a field is
+// absent; new("value") makes one.
+package cay
 
 import (
 	"context"
@@ -87,7 +90,7 @@ func New(baseURL, apiKey string, opts ...Option) (*Client, error) {
 		r.Header.Set("User-Agent", o.userAgent)
 		return nil
 	}
-	w, err := newWire(u.String(), wireWithHTTPClient(o.http), wireWithRequestEditorFn(identify))
+	w, err := newClient(u.String(), withHTTPClient(o.http), withRequestEditorFn(identify))
 	if err != nil {
 		return nil, err
 	}
@@ -151,7 +154,7 @@ func errorOf(resp *http.Response) *Error {
 	}
 	const maxProblem = 64 << 10 // bytes; cay's are under 1 KiB
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxProblem))
-	var p Problem
+	var p problem
 	if err == nil && strings.HasPrefix(resp.Header.Get("Content-Type"), "application/problem+json") &&
 		json.Unmarshal(body, &p) == nil {
 		e.Code, e.Detail = p.Code, p.Detail

@@ -1,4 +1,4 @@
-package client
+package cay
 
 import (
 	"context"
@@ -17,7 +17,7 @@ func (c *Client) GetPort(ctx context.Context, id string, port int) (*Port, error
 
 // Ports returns the public ports of a sandbox.
 func (c *Client) Ports(ctx context.Context, id string) ([]Port, error) {
-	l, err := decode[PortList](c.wire.ListPorts(ctx, id))
+	l, err := decode[portList](c.wire.ListPorts(ctx, id))
 	if err != nil {
 		return nil, err
 	}
@@ -27,13 +27,13 @@ func (c *Client) Ports(ctx context.Context, id string) ([]Port, error) {
 // SetPortPublic makes a port public or private. Any client may reach a public port; a private
 // one, as each port is at first, needs a key or a signed URL.
 func (c *Client) SetPortPublic(ctx context.Context, id string, port int, public bool) (*Port, error) {
-	return decode[Port](c.wire.SetPort(ctx, id, port, PortSettings{Public: &public}))
+	return decode[Port](c.wire.SetPort(ctx, id, port, portSettings{Public: &public}))
 }
 
 // PortURL makes a signed URL that lets any holder reach a port, for a time of 1s to 24h; 0
 // is the server's default, 1h.
 func (c *Client) PortURL(ctx context.Context, id string, port int, expiresIn time.Duration) (*PortURL, error) {
-	var r CreatePortURLRequest
+	var r createPortURLRequest
 	if expiresIn != 0 {
 		r.ExpiresIn = new(expiresIn.String())
 	}
@@ -49,7 +49,7 @@ func (c *Client) DialPort(ctx context.Context, id string, port int) (net.Conn, e
 		r.Header.Set("Upgrade", "tcp")
 		return nil
 	}
-	resp, err := c.wire.OpenTunnel(ctx, id, &OpenTunnelParams{Port: port}, upgrade)
+	resp, err := c.wire.OpenTunnel(ctx, id, &openTunnelParams{Port: port}, upgrade)
 	if err != nil {
 		return nil, err
 	}

@@ -1,4 +1,4 @@
-package client
+package cay
 
 import (
 	"context"
@@ -8,7 +8,7 @@ import (
 // CreateSnapshot makes a snapshot of a sandbox in its present state, with a name unless that is
 // "". CreateSandboxRequest.Snapshot creates other sandboxes from it.
 func (c *Client) CreateSnapshot(ctx context.Context, id, name string) (*Snapshot, error) {
-	var r CreateSnapshotRequest
+	var r createSnapshotRequest
 	if name != "" {
 		r.Name = &name
 	}
@@ -24,7 +24,7 @@ type ListSnapshotsOptions struct {
 
 // ListSnapshots returns a page of snapshots, newest first.
 func (c *Client) ListSnapshots(ctx context.Context, o ListSnapshotsOptions) (*SnapshotList, error) {
-	var p ListSnapshotsParams
+	var p listSnapshotsParams
 	p.Limit, p.Cursor = o.params()
 	if o.SandboxID != "" {
 		p.Sandbox = &o.SandboxID
@@ -62,7 +62,7 @@ func (c *Client) DeleteSnapshot(ctx context.Context, nameOrID string) error {
 // that was requested: a sandbox, or the reason why that was not created. After an error there are
 // no children.
 func (c *Client) Fork(ctx context.Context, id string, r ForkRequest) ([]ForkChild, error) {
-	result, err := decode[ForkResult](c.wire.ForkSandbox(ctx, id, r))
+	result, err := decode[forkResult](c.wire.ForkSandbox(ctx, id, r))
 	if err != nil {
 		return nil, err
 	}

@@ -1,4 +1,4 @@
-package client
+package cay
 
 import (
 	"context"
@@ -38,8 +38,8 @@ func (c *Client) Feed(ctx context.Context, o FeedOptions) iter.Seq2[FeedEvent, e
 }
 
 // params returns the options as parameters of a request, without the page.
-func (o FeedOptions) params() ReadFeedParams {
-	p := ReadFeedParams{Type: o.Types}
+func (o FeedOptions) params() readFeedParams {
+	p := readFeedParams{Type: o.Types}
 	if o.After != "" {
 		p.After = &o.After
 	}

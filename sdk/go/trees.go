@@ -1,4 +1,4 @@
-package client
+package cay
 
 import (
 	"context"
@@ -12,7 +12,7 @@ import (
 
 // StatFile describes the file at a path. It describes a symbolic link itself and not its target.
 func (c *Client) StatFile(ctx context.Context, id, path string) (*FileEntry, error) {
-	return decode[FileEntry](c.wire.StatFile(ctx, id, &StatFileParams{Path: path}))
+	return decode[FileEntry](c.wire.StatFile(ctx, id, &statFileParams{Path: path}))
 }
 
 // MakeDirectoryOptions holds the options of [Client.MakeDirectory].
@@ -23,7 +23,7 @@ type MakeDirectoryOptions struct {
 
 // MakeDirectory makes a directory and its missing parents. A directory that exists is not changed.
 func (c *Client) MakeDirectory(ctx context.Context, id, path string, o MakeDirectoryOptions) (*FileEntry, error) {
-	r := MakeDirectoryRequest{Path: path}
+	r := makeDirectoryRequest{Path: path}
 	if o.Mode != nil {
 		r.Mode = new("0" + strconv.FormatUint(uint64(o.Mode.Perm()), 8))
 	}
@@ -36,7 +36,7 @@ func (c *Client) MakeDirectory(ctx context.Context, id, path string, o MakeDirec
 // RenameFile moves a file or directory to another path. It replaces a file at that path only if
 // overwrite is true.
 func (c *Client) RenameFile(ctx context.Context, id, from, to string, overwrite bool) (*FileEntry, error) {
-	r := RenameFileRequest{From: from, To: to}
+	r := renameFileRequest{From: from, To: to}
 	if overwrite {
 		r.Overwrite = &overwrite
 	}
@@ -46,7 +46,7 @@ func (c *Client) RenameFile(ctx context.Context, id, from, to string, overwrite 
 // DownloadTree opens a tar archive of everything below a directory, with names relative to the
 // directory. Reading an incomplete archive ends with an error. The caller closes the archive.
 func (c *Client) DownloadTree(ctx context.Context, id, path string) (io.ReadCloser, error) {
-	resp, err := open(c.wire.DownloadTree(ctx, id, &DownloadTreeParams{Path: path}))
+	resp, err := open(c.wire.DownloadTree(ctx, id, &downloadTreeParams{Path: path}))
 	if err != nil {
 		return nil, err
 	}
@@ -57,7 +57,7 @@ func (c *Client) DownloadTree(ctx context.Context, id, path string) (io.ReadClos
 // as in [WriteFileOptions]. After an error, the files before it have been written. UploadTree does
 // not close archive.
 func (c *Client) UploadTree(ctx context.Context, id, path string, archive io.Reader, owner string) error {
-	p := UploadTreeParams{Path: path}
+	p := uploadTreeParams{Path: path}
 	if owner != "" {
 		p.Owner = &owner
 	}
@@ -78,7 +78,7 @@ const maxChange = 64 << 10
 // when the sandbox ends or the server stops, or with [io.ErrUnexpectedEOF].
 func (c *Client) WatchFiles(ctx context.Context, id, path string, recursive bool, ready func(),
 	emit func(FileChange) error) error {
-	p := WatchFilesParams{Path: path}
+	p := watchFilesParams{Path: path}
 	if recursive {
 		p.Recursive = &recursive
 	}

@@ -1,4 +1,4 @@
-package client
+package cay
 
 import (
 	"context"
@@ -21,7 +21,7 @@ type CreateOptions struct {
 
 // CreateSandbox makes a sandbox and returns when it runs, or at once if o.NoWait is set.
 func (c *Client) CreateSandbox(ctx context.Context, r CreateSandboxRequest, o CreateOptions) (*Sandbox, error) {
-	var p CreateSandboxParams
+	var p createSandboxParams
 	if o.NoWait {
 		p.Wait = new(false)
 	}
@@ -41,7 +41,7 @@ type ListSandboxesOptions struct {
 
 // ListSandboxes returns a page of sandboxes, newest first.
 func (c *Client) ListSandboxes(ctx context.Context, o ListSandboxesOptions) (*SandboxList, error) {
-	var p ListSandboxesParams
+	var p listSandboxesParams
 	p.Limit, p.Cursor = o.params()
 	if len(o.Status) > 0 {
 		p.Status = o.Status
@@ -50,7 +50,7 @@ func (c *Client) ListSandboxes(ctx context.Context, o ListSandboxesOptions) (*Sa
 }
 
 // withMetadata adds filters by metadata to a request. OpenAPI cannot describe their names.
-func withMetadata(metadata map[string]string) requestEditor {
+func withMetadata(metadata map[string]string) requestEditorFn {
 	return func(_ context.Context, r *http.Request) error {
 		q := url.Values{}
 		for k, v := range metadata {
@@ -93,15 +93,12 @@ func (c *Client) DestroySandbox(ctx context.Context, id string) error {
 // Keepalive gives an ephemeral sandbox a new lifetime from now on; 0 is the sandbox's own
 // lifetime. The server clamps a timeout above 24 hours to 24 hours.
 func (c *Client) Keepalive(ctx context.Context, id string, timeout time.Duration) (*Sandbox, error) {
-	var r KeepaliveRequest
+	var r keepaliveRequest
 	if timeout != 0 {
 		r.Timeout = new(timeout.String())
 	}
 	return decode[Sandbox](c.wire.KeepaliveSandbox(ctx, id, r))
 }
-
-// DurationOrZero is a duration such as "10m"; "0" means never.
-type DurationOrZero = string
 
 // Wake wakes a suspended sandbox, which continues where it was, and returns when it runs.
 // Calls that use a sandbox wake it themselves.
@@ -131,7 +128,7 @@ func (c *Client) SetEgress(ctx context.Context, id string, e Egress) (*Sandbox, 
 
 // ListEvents returns a page of a sandbox's events, newest first.
 func (c *Client) ListEvents(ctx context.Context, id string, o ListOptions) (*EventList, error) {
-	var p ListEventsParams
+	var p listEventsParams
 	p.Limit, p.Cursor = o.params()
 	return decode[EventList](c.wire.ListEvents(ctx, id, &p))
 }

@@ -1,4 +1,4 @@
-package client
+package cay
 
 import (
 	"bufio"
@@ -46,7 +46,7 @@ func readEvents(r io.Reader, max int, on func(id, event string, data []byte) err
 
 // errorOfEvent returns the error of an event whose data is a problem.
 func errorOfEvent(data []byte) error {
-	var p Problem
+	var p problem
 	if err := json.Unmarshal(data, &p); err != nil {
 		return fmt.Errorf("decoding an error: %w", err)
 	}
