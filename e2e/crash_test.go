@@ -3,40 +3,30 @@ package e2e
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
 	"math/rand/v2"
-	"net/url"
 	"os"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // sandboxes lists the ids of the sandboxes that have a status.
 func (s *server) sandboxes(status string) []string {
 	s.t.Helper()
 	var ids []string
-	for cursor := ""; ; {
-		code, body := s.call("GET", "/v1/sandboxes?limit=200&status="+status+"&cursor="+url.QueryEscape(cursor), nil)
-		var page struct {
-			Sandboxes []struct {
-				ID string `json:"id"`
-			} `json:"sandboxes"`
-			NextCursor string `json:"next_cursor"`
+	for sandbox, err := range s.api().Sandboxes(context.Background(), cay.ListSandboxesOptions{
+		Status: []cay.SandboxStatus{cay.SandboxStatus(status)}, ListOptions: cay.ListOptions{Limit: 200}}) {
+		if err != nil {
+			s.t.Fatalf("list: %v", err)
 		}
-		if code != 200 || json.Unmarshal(body, &page) != nil {
-			s.t.Fatalf("list: %d %s", code, body)
-		}
-		for _, sandbox := range page.Sandboxes {
-			ids = append(ids, sandbox.ID)
-		}
-		if cursor = page.NextCursor; cursor == "" {
-			return ids
-		}
+		ids = append(ids, sandbox.ID)
 	}
+	return ids
 }
 
 // TestRestartAdopts ends the server with SIGTERM and with SIGKILL. Sandboxes go on with their

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -17,13 +18,15 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // setEgress replaces the policy of a sandbox.
 func (s *server) setEgress(id string, policy object) {
 	s.t.Helper()
-	if status, body := s.call("PUT", "/v1/sandboxes/"+id+"/egress", policy); status != 200 {
-		s.t.Fatalf("PUT egress: %d %s", status, body)
+	if _, err := s.api().SetEgress(context.Background(), id, requestOf[cay.Egress](s.t, policy)); err != nil {
+		s.t.Fatalf("PUT egress: %v", err)
 	}
 }
 

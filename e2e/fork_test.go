@@ -14,27 +14,20 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // fork makes children of a sandbox. All of them must succeed.
 func (s *server) fork(id string, more object) (ids []string) {
 	s.t.Helper()
-	if more == nil {
-		more = object{}
+	children, err := s.api().Fork(context.Background(), id, requestOf[cay.ForkRequest](s.t, more))
+	if err != nil {
+		s.t.Fatalf("fork: %v", err)
 	}
-	status, body := s.call("POST", "/v1/sandboxes/"+id+"/fork", more)
-	var answer struct {
-		Children []struct {
-			Sandbox struct{ ID, Status, Origin string }
-			Error   any
-		}
-	}
-	if err := json.Unmarshal(body, &answer); status != 201 || err != nil {
-		s.t.Fatalf("fork: %d %s", status, body)
-	}
-	for _, c := range answer.Children {
-		if c.Error != nil || c.Sandbox.Status != "running" || c.Sandbox.Origin != id {
-			s.t.Fatalf("fork: a child is %+v: %s", c, body)
+	for _, c := range children {
+		if c.Error != nil || c.Sandbox.Status != cay.SandboxStatusRunning || orZero(c.Sandbox.Origin) != id {
+			s.t.Fatalf("fork: a child is %s", jsonOf(c))
 		}
 		ids = append(ids, c.Sandbox.ID)
 	}
@@ -57,15 +50,8 @@ func (s *server) snapshot(id string, more object) string {
 // from makes a sandbox from a snapshot.
 func (s *server) from(snapshot string, more object) string {
 	s.t.Helper()
-	request := object{"snapshot": snapshot, "timeout": "10m"}
-	for k, v := range more {
-		request[k] = v
-	}
-	status, body := s.call("POST", "/v1/sandboxes", request)
-	if status != 201 || text(body, "status") != "running" {
-		s.t.Fatalf("create from a snapshot: %d %s", status, body)
-	}
-	return text(body, "id")
+	request := requestOf[cay.CreateSandboxRequest](s.t, object{"snapshot": snapshot, "timeout": "10m"}, more)
+	return s.createdAs(request).ID
 }
 
 // snapshotsOnDisk lists the ids of the snapshots that have files.
@@ -497,15 +483,11 @@ func (s *server) logs(words string) bool {
 // snapshots lists the ids of all snapshots.
 func (s *server) snapshots() (ids []string) {
 	s.t.Helper()
-	status, body := s.call("GET", "/v1/snapshots?limit=200", nil)
-	var page struct {
-		Snapshots []struct{ ID string }
-	}
-	if err := json.Unmarshal(body, &page); status != 200 || err != nil {
-		s.t.Fatalf("list: %d %s", status, body)
-	}
-	for _, snap := range page.Snapshots {
-		ids = append(ids, snap.ID)
+	for snapshot, err := range s.api().Snapshots(context.Background(), cay.ListSnapshotsOptions{}) {
+		if err != nil {
+			s.t.Fatalf("list: %v", err)
+		}
+		ids = append(ids, snapshot.ID)
 	}
 	return ids
 }

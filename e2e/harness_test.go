@@ -12,6 +12,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -25,6 +26,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/caytest"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // patience limits every wait for an event that normally takes milliseconds. Other tests may keep
@@ -237,18 +239,18 @@ func (s *server) needTemplate(name string) {
 	s.t.Helper()
 	deadline := time.Now().Add(templatePatience)
 	for {
-		status, body := s.call("GET", "/v1/templates/"+name, nil)
-		if status != 200 {
-			s.t.Fatalf("reading template %s: %d %s", name, status, body)
+		template, err := s.api().GetTemplate(context.Background(), name)
+		if err != nil {
+			s.t.Fatalf("reading template %s: %v", name, err)
 		}
-		switch text(body, "status") {
-		case "ready":
+		switch template.Status {
+		case cay.TemplateStatusReady:
 			return
-		case "failed":
-			s.t.Fatalf("template %s: %s", name, body)
+		case cay.TemplateStatusFailed:
+			s.t.Fatalf("template %s: %s", name, jsonOf(template))
 		}
 		if time.Now().After(deadline) {
-			s.t.Fatalf("template %s is not ready after %s: %s", name, templatePatience, body)
+			s.t.Fatalf("template %s is not ready after %s: %s", name, templatePatience, jsonOf(template))
 		}
 		time.Sleep(100 * time.Millisecond) // a poll with a deadline
 	}
@@ -309,6 +311,55 @@ func (s *server) request(ctx context.Context, method, path, contentType string, 
 
 type object = map[string]any
 
+// api returns a client with the server's first key. It shares its connections with [server.call].
+func (s *server) api() *cay.Client {
+	s.t.Helper()
+	c, err := cay.New(s.url, s.key, cay.WithHTTPClient(http.DefaultClient))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return c
+}
+
+// requestOf returns a request of the client with the fields of several objects; later objects override
+// earlier ones. A field that the client does not know fails the test.
+func requestOf[T any](t testing.TB, objects ...object) T {
+	t.Helper()
+	all := object{}
+	for _, o := range objects {
+		maps.Copy(all, o)
+	}
+	data, err := json.Marshal(all)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var request T
+	decoder := json.NewDecoder(bytes.NewReader(data))
+	decoder.DisallowUnknownFields()
+	if err := decoder.Decode(&request); err != nil {
+		t.Fatalf("%T from %s: %v", request, data, err)
+	}
+	return request
+}
+
+// jsonOf returns a value of the client for a message, without pointers.
+func jsonOf(v any) string {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return err.Error()
+	}
+	return string(data)
+}
+
+// orZero returns the value of a field of the client, the zero value if the field is absent.
+func orZero[T any](v *T) T {
+	if v == nil {
+		var zero T
+		return zero
+	}
+	return *v
+}
+
 // text returns a string field of a JSON object, "" if there is none.
 func text(body []byte, field string) string {
 	var o object
@@ -322,22 +373,28 @@ func text(body []byte, field string) string {
 // create makes a sandbox of the template python.
 func (s *server) create(more object) string {
 	s.t.Helper()
-	request := object{"template": "python", "timeout": "10m"}
-	for k, v := range more {
-		request[k] = v
+	request := requestOf[cay.CreateSandboxRequest](s.t, object{"template": "python", "timeout": "10m"}, more)
+	return s.createdAs(request).ID
+}
+
+// createdAs makes a sandbox, which must run.
+func (s *server) createdAs(request cay.CreateSandboxRequest) *cay.Sandbox {
+	s.t.Helper()
+	sandbox, err := s.api().CreateSandbox(context.Background(), request, cay.CreateOptions{})
+	if err != nil {
+		s.t.Fatalf("create: %v", err)
 	}
-	status, body := s.call("POST", "/v1/sandboxes", request)
-	if status != 201 || text(body, "status") != "running" {
-		s.t.Fatalf("create: %d %s", status, body)
+	if sandbox.Status != cay.SandboxStatusRunning {
+		s.t.Fatalf("create: the sandbox is %s: %s", sandbox.Status, jsonOf(sandbox))
 	}
-	return text(body, "id")
+	return sandbox
 }
 
 // destroy destroys a sandbox and returns when nothing of it is left.
 func (s *server) destroy(id string) {
 	s.t.Helper()
-	if status, body := s.call("DELETE", "/v1/sandboxes/"+id, nil); status != 204 {
-		s.t.Errorf("destroy: %d %s", status, body)
+	if err := s.api().DestroySandbox(context.Background(), id); err != nil {
+		s.t.Errorf("destroy: %v", err)
 	}
 	for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) { // a poll with a deadline
 		switch state, reason := s.state(id); {
@@ -350,7 +407,7 @@ func (s *server) destroy(id string) {
 	}
 }
 
-// result is the answer of execute.
+// result has the fields of cay.ExecuteResult without pointers, so that it can be printed.
 type result struct {
 	ExitCode        int    `json:"exit_code"`
 	Stdout          string `json:"stdout"`
@@ -364,24 +421,22 @@ type result struct {
 	Signal          string `json:"signal"`
 }
 
+// resultOf returns the result of a command.
+func resultOf(r *cay.ExecuteResult) result {
+	return result{ExitCode: r.ExitCode, Stdout: r.Stdout, Stderr: r.Stderr, StdoutTruncated: r.StdoutTruncated,
+		StderrTruncated: r.StderrTruncated, StdoutEncoding: orZero(r.StdoutEncoding), DurationMS: r.DurationMs,
+		TimedOut: r.TimedOut, OOMKilled: r.OOMKilled, Signal: orZero(r.Signal)}
+}
+
 // exec runs a command line that may fail.
 func (s *server) exec(id, command string, more ...object) result {
 	s.t.Helper()
-	request := object{"command": command}
-	for _, m := range more {
-		for k, v := range m {
-			request[k] = v
-		}
+	request := requestOf[cay.ExecuteRequest](s.t, append([]object{{"command": command}}, more...)...)
+	r, err := s.api().Execute(context.Background(), id, request)
+	if err != nil {
+		s.t.Fatalf("execute %q: %v", command, err)
 	}
-	status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", request)
-	if status != 200 {
-		s.t.Fatalf("execute %q: %d %s", command, status, body)
-	}
-	var r result
-	if err := json.Unmarshal(body, &r); err != nil {
-		s.t.Fatalf("execute %q: %v in %s", command, err, body)
-	}
-	return r
+	return resultOf(r)
 }
 
 // want runs a command line that must succeed and returns its output.
@@ -405,11 +460,18 @@ func (s *server) alive(id string) {
 // state returns the exact state of a sandbox and the reason why it was destroyed.
 func (s *server) state(id string) (state, reason string) {
 	s.t.Helper()
-	code, body := s.call("GET", "/v1/sandboxes/"+id, nil)
-	if code != 200 {
-		s.t.Fatalf("get: %d %s", code, body)
+	sandbox := s.get(id)
+	return string(sandbox.State), orZero(sandbox.DestroyReason)
+}
+
+// get returns a sandbox.
+func (s *server) get(id string) *cay.Sandbox {
+	s.t.Helper()
+	sandbox, err := s.api().GetSandbox(context.Background(), id)
+	if err != nil {
+		s.t.Fatalf("get: %v", err)
 	}
-	return text(body, "state"), text(body, "destroy_reason")
+	return sandbox
 }
 
 // waitState polls until the sandbox is in the state.

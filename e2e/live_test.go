@@ -18,21 +18,12 @@ import (
 	cay "github.com/cayhq/cay/sdk/go"
 )
 
-// api returns a client of the server.
-func (s *server) api() *cay.Client {
-	s.t.Helper()
-	c, err := cay.New(s.url, s.key)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	return c
-}
-
 // touch makes a file in the sandbox, for which a command waits.
 func (s *server) touch(id, path string) {
 	s.t.Helper()
-	if status, body := s.call("PUT", "/v1/sandboxes/"+id+"/files?path="+path, strings.NewReader("")); status != 204 {
-		s.t.Fatalf("writing %s: %d %s", path, status, body)
+	err := s.api().WriteFile(context.Background(), id, path, strings.NewReader(""), cay.WriteFileOptions{})
+	if err != nil {
+		s.t.Fatalf("writing %s: %v", path, err)
 	}
 }
 

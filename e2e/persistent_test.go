@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"net"
 	"os"
@@ -14,6 +13,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/internal/caytest"
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
 // persistent makes a persistent sandbox that never suspends by itself.
@@ -26,27 +26,25 @@ func (s *server) persistent(more object) string {
 	return s.create(request)
 }
 
-// ask makes a POST that must answer 200, and returns the sandbox's state in the answer.
-func (s *server) ask(id, verb string) string {
-	s.t.Helper()
-	status, body := s.call("POST", "/v1/sandboxes/"+id+"/"+verb, nil)
-	if status != 200 {
-		s.t.Fatalf("%s: %d %s", verb, status, body)
-	}
-	return text(body, "state")
-}
-
 func (s *server) suspend(id string) {
 	s.t.Helper()
-	if state := s.ask(id, "suspend"); state != "suspended" {
-		s.t.Errorf("after suspend the sandbox is %s", state)
+	sandbox, err := s.api().Suspend(context.Background(), id)
+	if err != nil {
+		s.t.Fatalf("suspend: %v", err)
+	}
+	if sandbox.State != cay.SandboxStateSuspended {
+		s.t.Errorf("after suspend the sandbox is %s", sandbox.State)
 	}
 }
 
 func (s *server) wake(id string) {
 	s.t.Helper()
-	if state := s.ask(id, "wake"); state != "running" {
-		s.t.Errorf("after wake the sandbox is %s", state)
+	sandbox, err := s.api().Wake(context.Background(), id)
+	if err != nil {
+		s.t.Fatalf("wake: %v", err)
+	}
+	if sandbox.State != cay.SandboxStateRunning {
+		s.t.Errorf("after wake the sandbox is %s", sandbox.State)
 	}
 }
 
@@ -374,12 +372,15 @@ type event struct{ From, To, Reason, Detail string }
 // events lists a sandbox's events, newest first.
 func (s *server) events(id string) []event {
 	s.t.Helper()
-	status, body := s.call("GET", "/v1/sandboxes/"+id+"/events?limit=200", nil)
-	var page struct{ Events []event }
-	if err := json.Unmarshal(body, &page); status != 200 || err != nil {
-		s.t.Fatalf("events: %d %s, %v", status, body, err)
+	page, err := s.api().ListEvents(context.Background(), id, cay.ListOptions{Limit: 200})
+	if err != nil {
+		s.t.Fatalf("events: %v", err)
 	}
-	return page.Events
+	var events []event
+	for _, e := range page.Events {
+		events = append(events, event{string(orZero(e.From)), string(e.To), e.Reason, orZero(e.Detail)})
+	}
+	return events
 }
 
 // TestIdle checks that sandboxes are suspended when no client uses them, and not before.

@@ -10,30 +10,21 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	cay "github.com/cayhq/cay/sdk/go"
 )
 
-type poolEntry struct {
-	Template string `json:"template"`
-	Size     string `json:"size"`
-	Ready    int    `json:"ready"`
-	Claimed  int    `json:"claimed"`
-	Target   int    `json:"target"`
-}
-
 // pool returns the server's report on its pool's only template, the zero value if there is none.
-func (s *server) pool() poolEntry {
+func (s *server) pool() cay.PoolEntry {
 	s.t.Helper()
-	status, body := s.call("GET", "/v1/pool", nil)
-	var answer struct {
-		Pool []poolEntry `json:"pool"`
+	pool, err := s.api().Pool(context.Background())
+	if err != nil || len(pool) > 1 {
+		s.t.Fatalf("the pool: %+v, %v", pool, err)
 	}
-	if err := json.Unmarshal(body, &answer); err != nil || status != 200 || len(answer.Pool) > 1 {
-		s.t.Fatalf("the pool: %d %s, %v", status, body, err)
+	if len(pool) == 0 {
+		return cay.PoolEntry{}
 	}
-	if len(answer.Pool) == 0 {
-		return poolEntry{}
-	}
-	return answer.Pool[0]
+	return pool[0]
 }
 
 // awaitPool waits until the pool is full and the host has only the pool and the sandboxes that run.
@@ -54,8 +45,8 @@ func (s *server) awaitPool(ready int) {
 func (s *server) createFrom(source string, request object) string {
 	s.t.Helper()
 	id := s.create(request)
-	if _, body := s.call("GET", "/v1/sandboxes/"+id, nil); text(body, "source") != source {
-		s.t.Fatalf("want it %s: %s", source, body)
+	if sandbox := s.get(id); string(orZero(sandbox.Source)) != source {
+		s.t.Fatalf("want it %s: %s", source, jsonOf(sandbox))
 	}
 	return id
 }
@@ -189,7 +180,7 @@ func TestPoolOutlivesTheServer(t *testing.T) {
 	s.start()
 	s.agree(time.Now())
 	s.createFrom("cold", nil)
-	if p := s.pool(); p != (poolEntry{}) {
+	if p := s.pool(); p != (cay.PoolEntry{}) {
 		t.Errorf("the pool that is off has %+v", p)
 	}
 }

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"sync"
@@ -111,17 +112,21 @@ func (w *worker) fellBack(least int) {
 // checkpoint takes a recovery point and returns its time.
 func (s *server) checkpoint(id string) time.Time {
 	s.t.Helper()
-	status, body := s.call("POST", "/v1/sandboxes/"+id+"/checkpoint", nil)
-	if status != 200 {
-		s.t.Fatalf("checkpoint: %d %s", status, body)
+	point, err := s.api().Checkpoint(context.Background(), id)
+	if err != nil {
+		s.t.Fatalf("checkpoint: %v", err)
 	}
-	return s.parse(text(body, "created_at"))
+	return point.CreatedAt
 }
 
 // suspendedAt returns the time of the checkpoint that a suspended sandbox wakes from.
 func (s *server) suspendedAt(id string) time.Time {
 	s.t.Helper()
-	return s.parse(s.field(id, "suspended_at"))
+	sandbox := s.get(id)
+	if sandbox.SuspendedAt == nil {
+		s.t.Fatalf("the sandbox was never suspended: %s", jsonOf(sandbox))
+	}
+	return *sandbox.SuspendedAt
 }
 
 // field returns a text field of the sandbox, "" if it is not there.
