@@ -155,7 +155,8 @@ func TestThirtyAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if after := len(s.groupsOnHost()); after != before {
+	// Sandboxes of the test before may have been on their way out.
+	if after := len(s.groupsOnHost()); after > before {
 		t.Errorf("%d sandboxes are left on the host", after-before)
 	}
 }

@@ -18,7 +18,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -159,9 +158,13 @@ func (s *Store) Collect(keep []string) (removed []string, freed int64, err error
 	if err != nil {
 		return nil, 0, fmt.Errorf("listing files: %w", err)
 	}
+	kept := make(map[string]bool, len(keep))
+	for _, name := range keep {
+		kept[name] = true
+	}
 	var errs []error
 	for _, e := range entries {
-		if !name.MatchString(e.Name()) || slices.Contains(keep, e.Name()) {
+		if !name.MatchString(e.Name()) || kept[e.Name()] {
 			continue
 		}
 		info, err := e.Info()

@@ -98,8 +98,20 @@ func (s *Store) Has(name string) bool {
 // gone is the directory name of a checkpoint while its files are removed.
 const gone = "gone"
 
+// checkName refuses names that do not name one directory below the store's. Without it an empty name
+// would stand for all checkpoints.
+func checkName(name string) error {
+	if name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") {
+		return fmt.Errorf("%q is no name of a checkpoint", name)
+	}
+	return nil
+}
+
 // Remove removes all that a name has. If there is nothing it succeeds.
 func (s *Store) Remove(name string) error {
+	if err := checkName(name); err != nil {
+		return err
+	}
 	home := filepath.Join(s.dir, name)
 	all, err := numbers(home)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -125,6 +137,9 @@ type Draft struct {
 // Begin starts the next checkpoint of a name, which will need about size bytes. Without enough
 // space it gives NoSpace, code "disk_full", and does nothing.
 func (s *Store) Begin(name string, size int64) (*Draft, error) {
+	if err := checkName(name); err != nil {
+		return nil, err
+	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(s.dir, &st); err != nil {
 		return nil, fmt.Errorf("looking at the free space below %s: %w", s.dir, err)

@@ -125,6 +125,26 @@ func TestLatestBesideRemove(t *testing.T) {
 	}
 }
 
+// TestNamesAreNames checks that no name stands for the checkpoints of others.
+func TestNamesAreNames(t *testing.T) {
+	dir := t.TempDir()
+	s, _ := open(t, dir)
+	if err := os.MkdirAll(filepath.Join(dir, "other", "1"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"", ".", "..", "../x", "other/1", "a\x00b"} {
+		if err := s.Remove(name); err == nil {
+			t.Errorf("removed %q", name)
+		}
+		if _, err := s.Begin(name, 0); err == nil {
+			t.Errorf("began %q", name)
+		}
+	}
+	if !s.Has("other") {
+		t.Error("another checkpoint is gone")
+	}
+}
+
 func TestAbandon(t *testing.T) {
 	s, _ := open(t, t.TempDir())
 	if err := write(t, s, "x").Abandon(); err != nil {

@@ -170,6 +170,10 @@ func (s *Surface) upload(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	callOf(r).Who.Org = of
+	// The uploads of an organization have the rate of one key.
+	if err := s.Auth.Allow(auth.Principal{Org: of, Key: auth.Key{ID: "uploads of " + org}}); err != nil {
+		return err
+	}
 	if err := callOf(r).OpenAccount(s.Budget, r, org, httpserver.CallCost); err != nil {
 		return err
 	}
@@ -218,6 +222,10 @@ func (s *Surface) build(w http.ResponseWriter, r *http.Request) error {
 	if err := read(w, r, &in); err != nil {
 		return err
 	}
+	id := r.PathValue("build")
+	if err := s.Templates.HasDraft(orgOf(r), r.PathValue("ref"), id); err != nil {
+		return err
+	}
 	base, request, err := s.base(r.Context(), orgOf(r), in)
 	if err != nil {
 		return err
@@ -229,9 +237,8 @@ func (s *Surface) build(w http.ResponseWriter, r *http.Request) error {
 				"must be 64 lower-case hexadecimal digits")
 		}
 	}
-	id := r.PathValue("build")
 	recipe, err := steps.Translate(base, all, in.Force, id, func(upload, from string) (steps.Kind, error) {
-		mode, err := s.Templates.UploadKind(orgOf(r), upload, from)
+		mode, err := s.Templates.UploadKind(r.Context(), orgOf(r), upload, from)
 		return map[fs.FileMode]steps.Kind{0: steps.File, fs.ModeSymlink: steps.Link}[mode], err
 	})
 	if err != nil {

@@ -94,6 +94,11 @@ func TestBuildTemplate(t *testing.T) {
 		"step 1 (COPY): its files were not uploaded") {
 		t.Errorf("a build without its files: %d %s", r.status, r.body)
 	}
+	for _, unknown := range []string{strings.Repeat("x", 30_000), build[:len(build)-1], "bld_aaaaaaaaaaaaaaaaaaaa"} {
+		if r := b.call("POST", fmt.Sprintf("/v2/templates/%s/builds/%s", tpl, unknown), steps); r.status != 404 {
+			t.Errorf("a build that was not announced: %d %s", r.status, r.body)
+		}
+	}
 	present, to := b.link(b.builder, hash)
 	if r := b.send("PUT", to, tarOf(t, "a.txt", "A")); present || r.status != http.StatusNoContent {
 		t.Errorf("there before: %v; the upload: %d %s", present, r.status, r.body)

@@ -67,7 +67,8 @@ type Templates interface {
 	Announce(ctx context.Context, c template.Caller, a template.Announcement) (template.Draft, error)
 	HasUpload(orgID, name string) bool
 	PutUpload(ctx context.Context, orgID, name string, r io.Reader, length int64) error
-	UploadKind(orgID, name, from string) (fs.FileMode, error)
+	HasDraft(orgID, templateID, buildID string) error
+	UploadKind(ctx context.Context, orgID, name, from string) (fs.FileMode, error)
 	BuildDraft(ctx context.Context, c template.Caller, templateID, buildID string, r template.Request, dockerfile string,
 		parts []template.Part) (template.Template, error)
 	BuildState(ctx context.Context, orgID, templateID, buildID string) (template.BuildState, error)

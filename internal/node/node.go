@@ -25,6 +25,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -340,6 +341,10 @@ func (n *Node) Destroy(ctx context.Context, id sandbox.ID) error {
 
 // Rest removes everything of the sandbox except its checkpoint, in the same way as Destroy.
 func (n *Node) Rest(ctx context.Context, id sandbox.ID) error {
+	// An empty ID would name the directory and the control group of all sandboxes.
+	if id == "" || filepath.Base(string(id)) != string(id) || strings.HasPrefix(string(id), ".") {
+		return fmt.Errorf("%q is no ID of a sandbox", id)
+	}
 	b := n.instance(id)
 	if b != nil {
 		b.end() // from here on its death is intended

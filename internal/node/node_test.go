@@ -341,3 +341,23 @@ func TestRoom(t *testing.T) {
 		m.node.cfg = before
 	}
 }
+
+// TestNoSandboxStandsForAll checks that an ID which is none removes nothing.
+func TestNoSandboxStandsForAll(t *testing.T) {
+	m := newMachine(t)
+	spec := m.created()
+	for _, id := range []sandbox.ID{"", ".", "..", "../" + spec.ID, spec.ID + "/x"} {
+		if err := m.node.Rest(m.ctx(), id); err == nil {
+			t.Errorf("Rest(%q) succeeded", id)
+		}
+		if err := m.node.Destroy(m.ctx(), id); err == nil {
+			t.Errorf("Destroy(%q) succeeded", id)
+		}
+		if err := m.node.DropSnapshot(m.ctx(), sandbox.SnapshotID(id)); err == nil {
+			t.Errorf("DropSnapshot(%q) succeeded", id)
+		}
+	}
+	if err := m.node.Check(m.ctx(), spec.ID); err != nil {
+		t.Errorf("the sandbox beside: %v", err)
+	}
+}

@@ -120,15 +120,16 @@ func (s *Service) saveSnapshot(ctx context.Context, sbx Sandbox, name string) (S
 	checkpoint, err := s.writeSnapshot(ctx, sbx, snap.ID)
 	saved := Event{SandboxID: sbx.ID, At: time.Now().UTC(), Reason: reasonSnapshot,
 		Detail: strings.TrimSpace(string(snap.ID) + " " + snap.Name)}
+	var made Snapshot
 	if err == nil {
-		snap, err = s.store.ReadySnapshot(ctx, snap.ID, checkpoint.At, checkpoint.Size, saved)
+		made, err = s.store.ReadySnapshot(ctx, snap.ID, checkpoint.At, checkpoint.Size, saved)
 	}
 	if err != nil {
-		s.abandonSnapshot(ctx, snap.ID, true)
+		s.abandonSnapshot(ctx, snap.ID, true) // made may be empty
 		return Snapshot{}, s.snapshotFailed(ctx, sbx, err)
 	}
 	s.logNote(ctx, saved)
-	return snap, nil
+	return made, nil
 }
 
 // logNote logs an event that is no transition.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -420,5 +422,40 @@ func TestForkGoesOnWhenTheCallerLeaves(t *testing.T) {
 			t.Errorf("%d sandboxes run, %v", len(sandboxes), err)
 		}
 		h.wantSnapshots()
+	})
+}
+
+// unrecorded is a store that cannot record that a snapshot is ready.
+type unrecorded struct{ sandbox.Store }
+
+func (unrecorded) ReadySnapshot(context.Context, sandbox.SnapshotID, time.Time, int64,
+	sandbox.Event) (sandbox.Snapshot, error) {
+	return sandbox.Snapshot{}, errors.New("the database is full")
+}
+
+// TestUnrecordedSnapshot checks that a snapshot that is written but not recorded is removed, by its own
+// ID, and nothing else.
+func TestUnrecordedSnapshot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newFixture(t)
+		id := h.mustCreate(sandbox.Request{}).ID
+		kept, err := h.SaveSnapshot(context.Background(), org, id, "kept")
+		if err != nil {
+			t.Fatal(err)
+		}
+		service := sandbox.New(sandbox.Config{Sizes: h.Sizes(), DefaultSize: "small"}, unrecorded{h.db}, h.node, h.what,
+			slog.New(slog.DiscardHandler), nil)
+		if _, err := service.SaveSnapshot(context.Background(), org, id, "lost"); err == nil {
+			t.Fatal("a snapshot without a row is ready")
+		}
+		if there, err := h.node.Snapshots(context.Background()); err != nil || !slices.Equal(there,
+			[]sandbox.SnapshotID{kept.ID}) {
+			t.Errorf("the machine has %v, %v", there, err)
+		}
+		for _, call := range h.node.Calls() {
+			if what, id, _ := strings.Cut(call, " "); strings.HasPrefix(what, "drop") && !sandbox.SnapshotID(id).Valid() {
+				t.Errorf("the machine was asked to %q", call)
+			}
+		}
 	})
 }

@@ -142,6 +142,16 @@ func putTags(ctx context.Context, tx *sql.Tx, t *template.Template) error {
 			return fmt.Errorf("writing tag %s: %w", tag.Name, err)
 		}
 	}
+	if len(t.Tagging) > 0 {
+		var has int
+		if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM template_tags WHERE template_id = $1", t.ID).
+			Scan(&has); err != nil {
+			return fmt.Errorf("counting the tags of template %s: %w", t.Name, err)
+		}
+		if has > template.MaxTags {
+			return template.TooManyTags(t.Name)
+		}
+	}
 	t.Tagging = nil
 	return nil
 }

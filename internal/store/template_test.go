@@ -391,6 +391,15 @@ func templateTags(t *testing.T, st template.Store) {
 	if images, err := st.TemplateImages(ctx); err != nil || !cmp.Equal(images, []string{"i1", "i2", "newest"}) {
 		t.Errorf("the images are %v, %v", images, err)
 	}
+	_, err := st.UpdateTemplate(ctx, a.ID, nil, func(t *template.Template) error {
+		for i := range template.MaxTags {
+			t.Tagging = append(t.Tagging, template.Tag{Name: fmt.Sprint("more", i), CreatedAt: start})
+		}
+		return nil
+	})
+	if !fault.Is(err, fault.Exhausted) {
+		t.Errorf("more than %d tags: %v", template.MaxTags, err)
+	}
 	if err := st.DeleteTags(ctx, a.ID, []string{"two", "none"}); err != nil {
 		t.Fatal(err)
 	}

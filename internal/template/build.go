@@ -418,6 +418,9 @@ func (s *Service) succeeded(ctx context.Context, m *member, b Build, built Built
 	if err == nil {
 		err = s.checkUser(ctx, b.Definition, built)
 	}
+	if err == nil && len(b.Definition.Tags) > 0 { // other builds may have taken the room since it was announced
+		err = s.roomForTags(ctx, Template{ID: m.template, Name: m.name}, b.Definition.Tags)
+	}
 	if err == nil {
 		built.Image, err = s.unchanged(ctx, m, built.Image)
 	}

@@ -22,6 +22,9 @@ type contextBudget struct {
 	putting map[string]int64 // most bytes that may come, by organization
 }
 
+// leastSize limits from below what a context counts, in bytes: it takes a block of the disk and an inode.
+const leastSize = 4096
+
 // contextSizes maps an organization's contexts to their sizes in bytes.
 type contextSizes map[string]int64
 
@@ -31,6 +34,9 @@ func (b *contextBudget) begin(org string, has contextSizes, most, total int64) i
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	left := total - b.putting[org]
+	if len(b.lately[org]) >= maxUploads {
+		return 0 // each takes memory, and a file
+	}
 	for hash, size := range b.lately[org] {
 		if _, counted := has[hash]; !counted {
 			left -= size
@@ -100,7 +106,7 @@ func (s *Service) putContext(ctx context.Context, org string, source io.Reader, 
 	}
 	limit := s.budget.begin(org, has, most, s.cfg.ContextTotal)
 	var size int64
-	defer func() { s.budget.end(org, limit, hash, size) }()
+	defer func() { s.budget.end(org, limit, hash, max(size, leastSize)) }()
 	spent := fault.New(fault.Exhausted, fault.CodeQuotaExceeded,
 		"the contexts and uploads of the organization's templates may take %d MiB in all (build.contexts_mb): "+
 			"delete templates, or wait an hour until unused ones are removed", s.cfg.ContextTotal>>20)

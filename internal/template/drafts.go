@@ -2,6 +2,7 @@ package template
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -12,8 +13,8 @@ const (
 	// draftKept is the time for which an announced build is remembered. With a shorter one a client
 	// that uploads for hours loses its build, and the state of a past build cannot be asked for.
 	draftKept = 24 * time.Hour
-	// maxDrafts bounds the announced builds of one organization, which are kept in memory. Beyond, the
-	// oldest is forgotten.
+	// maxDrafts bounds the announced builds of one organization and their tags together, which are kept
+	// in memory. Beyond, the oldest are forgotten.
 	maxDrafts = 1000
 )
 
@@ -79,22 +80,46 @@ func (d *drafts) add(org string, one *draft) {
 	if one.TemplateID == "" {
 		one.TemplateID = newID(idPrefix)
 	}
-	if len(all) >= maxDrafts {
-		all = all[1:]
+	all = append(all, one)
+	count := 0
+	for i, other := range slices.Backward(all) {
+		if count += 1 + len(other.Tags); count > maxDrafts {
+			all = slices.Delete(all, 0, i+1)
+			break
+		}
 	}
-	d.byOrg[org] = append(all, one)
+	d.byOrg[org] = all
+}
+
+// has returns an error if there is no such build, or if it was started.
+func (d *drafts) has(org, template, build string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	_, err := d.waitingLocked(org, template, build)
+	return err
+}
+
+// waitingLocked returns a build that can be queued.
+//
+// +checklocks:d.mu
+func (d *drafts) waitingLocked(org, template, build string) (*draft, error) {
+	one := d.findLocked(org, build)
+	switch {
+	case one == nil || one.TemplateID != template || one.BuildID != build:
+		return nil, noBuild(template, build)
+	case one.claimed:
+		return nil, fault.New(fault.Conflict, fault.CodeBuildInProgress, "build %s was started before", build)
+	}
+	return one, nil
 }
 
 // claim returns a build that can be queued, and keeps others from queueing it.
 func (d *drafts) claim(org, template, build string) (Draft, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	one := d.findLocked(org, build)
-	if one == nil || one.TemplateID != template {
-		return Draft{}, noBuild(template, build)
-	}
-	if one.claimed {
-		return Draft{}, fault.New(fault.Conflict, fault.CodeBuildInProgress, "build %s was started before", build)
+	one, err := d.waitingLocked(org, template, build)
+	if err != nil {
+		return Draft{}, err
 	}
 	one.claimed = true
 	return one.Draft, nil
@@ -204,6 +229,12 @@ func (s *Service) Announce(ctx context.Context, c Caller, a Announcement) (Draft
 	return one.Draft, nil
 }
 
+// HasDraft returns an error if the organization has no such announced build, or if it was started. Ask
+// before work for a build that may not be there. Errors are those of BuildDraft.
+func (s *Service) HasDraft(org, templateID, buildID string) error {
+	return s.drafts.has(org, templateID, buildID)
+}
+
 // BuildDraft queues an announced build, once, of a Dockerfile and parts of uploads. r gives the rest;
 // name, size, disk, tags and Dockerfile of r are not used. Another build of the template that waits or runs
 // is cancelled. Errors are those of Create, and NotFound, code "template_not_found".
@@ -221,7 +252,7 @@ func (s *Service) BuildDraft(ctx context.Context, c Caller, templateID, buildID 
 		return Template{}, err
 	}
 	defer s.assembling.leave(c.OrgID)
-	source := s.assemble(c.OrgID, dockerfile, parts)
+	source := s.assemble(ctx, c.OrgID, dockerfile, parts)
 	defer source.Close() // it returns no error
 	t, err := s.store.GetTemplate(ctx, c.OrgID, d.Name)
 	switch {

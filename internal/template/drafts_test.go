@@ -189,7 +189,7 @@ func TestContextOfUploads(t *testing.T) {
 		want         fs.FileMode
 	}{{"dir", "src/app", fs.ModeDir}, {"dir", "src", fs.ModeDir}, {"file", "a[1] $b.txt", 0}, {"file", ".", fs.ModeDir},
 		{"all", ".", fs.ModeDir}, {"link", "d/link", fs.ModeSymlink}} {
-		if got, err := w.UploadKind(me.OrgID, c.upload, c.from); err != nil || got != c.want {
+		if got, err := w.UploadKind(t.Context(), me.OrgID, c.upload, c.from); err != nil || got != c.want {
 			t.Errorf("%s of %s is %v, %v; want %v", c.from, c.upload, got, err, c.want)
 		}
 	}
@@ -264,6 +264,35 @@ func TestHostileUploads(t *testing.T) {
 	w.upload(me.OrgID, "bomb", archive(t, true, entry{name: "src/x", text: strings.Repeat("\x00", 50<<20)}))
 	_, err := w.begin("bomb", "FROM base", Part{Upload: "bomb", From: "src", Dir: "0"})
 	wantCode(t, err, "context_too_large")
+	// Headers without an entry, and an entry that is left out, cost no more than the limit allows.
+	var headers bytes.Buffer
+	zip := gzip.NewWriter(&headers)
+	long := tar.NewWriter(zip)
+	for range 200 {
+		err := long.WriteHeader(&tar.Header{Typeflag: tar.TypeXGlobalHeader, Name: "pax",
+			PAXRecords: map[string]string{"CAY.x": strings.Repeat("x", 60<<10)}})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(long.Close(), zip.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range map[string][]byte{"headers": headers.Bytes(),
+		"left out": archive(t, true, entry{name: "src", text: strings.Repeat("\x00", 50<<20)})} {
+		w.upload(me.OrgID, name, data)
+		_, err := w.begin("skipped", "FROM base", Part{Upload: name, From: "src", Dir: "0"})
+		wantCode(t, err, "invalid_files")
+	}
+	if _, err := w.UploadKind(t.Context(), me.OrgID, "headers", "src"); fault.As(err) != nil &&
+		fault.As(err).Kind != fault.Invalid {
+		t.Errorf("the kind of headers: %v", err)
+	}
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := w.UploadKind(over, me.OrgID, "headers", "src"); err == nil {
+		t.Error("the kind of an upload was found for a caller that has left")
+	}
 	for _, data := range [][]byte{nil, []byte("text"), bytes.Repeat([]byte("x"), 4096)} {
 		wantCode(t, w.PutUpload(t.Context(), me.OrgID, "u", bytes.NewReader(data), int64(len(data))), "invalid_context")
 	}
@@ -566,6 +595,29 @@ func TestTagsOfBuilds(t *testing.T) {
 	if diff := gocmp.Diff(map[string]int{"app": 2, "app:v1": 1, "app:v2": 2, "app:stable": 2}, versions()); diff != "" {
 		t.Errorf("the versions after the same build (-want +got):\n%s", diff)
 	}
+	// Tags that are announced one beside the other do not fit together.
+	var drafts []Draft
+	for i := range 2 {
+		var tags []string
+		for n := range 30 {
+			tags = append(tags, fmt.Sprintf("many-%d-%d", i, n))
+		}
+		d, err := w.Announce(ctx, me, Announcement{Name: "full", Tags: tags})
+		if err != nil {
+			t.Fatal(err)
+		}
+		drafts = append(drafts, d)
+	}
+	for i, want := range []Status{Ready, Failed} {
+		d := drafts[i]
+		if _, err := w.BuildDraft(ctx, me, d.TemplateID, d.BuildID, Request{}, fmt.Sprint("FROM base\nRUN full ", i),
+			nil); err != nil {
+			t.Fatal(err)
+		}
+		if s := w.await(d); s.Status != want {
+			t.Errorf("build %d of 30 tags is %+v, want %s", i, s, want)
+		}
+	}
 	// A rebuild moves no tag.
 	if _, err := w.Rebuild(ctx, me, "app", nil, nil); err != nil {
 		t.Fatal(err)
@@ -610,6 +662,21 @@ func TestDraftsAreBounded(t *testing.T) {
 	wantCode(t, err, "template_not_found")
 	if s, err := w.BuildState(t.Context(), me.OrgID, last.TemplateID, last.BuildID); err != nil || s.Status != Pending {
 		t.Errorf("the last is %+v, %v", s, err)
+	}
+	var many []string
+	for i := range MaxTags + 1 {
+		many = append(many, fmt.Sprint("t", i))
+	}
+	_, err = w.Announce(t.Context(), me, Announcement{Name: "tags", Tags: many})
+	wantCode(t, err, "invalid_tags")
+	wantCode(t, w.Untag(t.Context(), me, "tags", many), "invalid_tags")
+	for i := range 100 {
+		if _, err := w.Announce(t.Context(), me, Announcement{Name: fmt.Sprint("b", i), Tags: many[1:]}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := len(w.drafts.byOrg[me.OrgID]); n > maxDrafts/MaxTags {
+		t.Errorf("%d builds with %d tags are remembered", n, MaxTags)
 	}
 	for _, d := range w.drafts.byOrg[me.OrgID] {
 		d.at = time.Now().Add(-2 * draftKept)

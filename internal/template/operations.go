@@ -244,9 +244,11 @@ func (s *Service) cancel(ctx context.Context, c Caller, nameOrID, why string) (T
 // withdraw removes a build from the queue, the waiting ones or its run.
 func (s *Service) withdraw(template, build string) {
 	s.mu.Lock()
-	s.queue.remove(template)
-	s.retry.over(template)
-	delete(s.parked, template)
+	s.queue.remove(template, build)
+	s.retry.over(template) // only built-in templates are tried again
+	if s.parked[template].order.build == build {
+		delete(s.parked, template)
+	}
 	delete(s.secrets, build)
 	var in *run
 	var as *member

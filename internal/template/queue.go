@@ -26,11 +26,18 @@ type queue struct {
 	turns  int
 }
 
-// add appends an order, unless there is one for its template.
+// add appends an order, unless it is there already. It takes the place of one for another build of
+// the template, which has ended.
 func (q *queue) add(o order) {
-	if !q.has(o.template) {
-		q.orders = append(q.orders, o)
+	for i := range q.orders {
+		if q.orders[i].template == o.template {
+			if q.orders[i].build != o.build {
+				q.orders[i] = o
+			}
+			return
+		}
 	}
+	q.orders = append(q.orders, o)
 }
 
 func (q *queue) has(template string) bool {
@@ -47,9 +54,9 @@ func (q *queue) prefer(template string) {
 	}
 }
 
-// remove removes the order of a template.
-func (q *queue) remove(template string) {
-	q.orders = slices.DeleteFunc(q.orders, func(o order) bool { return o.template == template })
+// remove removes the order for a build of a template.
+func (q *queue) remove(template, build string) {
+	q.orders = slices.DeleteFunc(q.orders, func(o order) bool { return o.template == template && o.build == build })
 }
 
 // next removes and returns the next order of the organizations that may have one, together with

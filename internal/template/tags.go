@@ -27,8 +27,11 @@ const MaxTags = 50
 
 var tagPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,127}$`)
 
-// checkTags refuses names that no tag may have.
+// checkTags refuses names that no tag may have, and more of them than a template may have.
 func checkTags(names []string) error {
+	if len(names) > MaxTags {
+		return invalid("tags", "has %d names; a template may have %d tags", len(names), MaxTags)
+	}
 	for i, name := range names {
 		if !tagPattern.MatchString(name) {
 			return invalid(fmt.Sprintf("tags[%d]", i),
@@ -128,13 +131,21 @@ func (s *Service) roomForTags(ctx context.Context, t Template, names []string) e
 		all[name] = true
 	}
 	if len(all) > MaxTags {
-		return fault.New(fault.Exhausted, fault.CodeQuotaExceeded, "template %q may have %d tags", t.Name, MaxTags)
+		return TooManyTags(t.Name)
 	}
 	return nil
 }
 
+// TooManyTags returns the error for a template that would have more than MaxTags tags.
+func TooManyTags(name string) error {
+	return fault.New(fault.Exhausted, fault.CodeQuotaExceeded, "template %q may have %d tags", name, MaxTags)
+}
+
 // Untag removes tags of a template; those that it does not have are no error.
 func (s *Service) Untag(ctx context.Context, c Caller, nameOrID string, names []string) error {
+	if err := checkTags(names); err != nil {
+		return err
+	}
 	t, err := s.own(ctx, c, nameOrID)
 	if err != nil {
 		return err

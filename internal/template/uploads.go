@@ -83,7 +83,7 @@ func (u *uploads) sizes(org string) contextSizes {
 	defer u.mu.Unlock()
 	all := contextSizes{}
 	for _, up := range u.byOrg[org] {
-		all[up.blob] = up.size
+		all[up.blob] = max(up.size, leastSize)
 	}
 	return all
 }
@@ -128,8 +128,8 @@ func (s *Service) PutUpload(ctx context.Context, org, name string, r io.Reader, 
 
 // UploadKind returns the type of what an upload has at a path: a directory, a file (0) or a symbolic
 // link. A path that is none of its entries is a directory above them.
-func (s *Service) UploadKind(org, name, from string) (fs.FileMode, error) {
-	entries, closeAll, err := s.openUpload(org, name)
+func (s *Service) UploadKind(ctx context.Context, org, name, from string) (fs.FileMode, error) {
+	entries, closeAll, err := s.openUpload(org, name, &unpacking{ctx: ctx, left: maxFirstHeader})
 	if err != nil {
 		return 0, err
 	}
@@ -151,7 +151,38 @@ func (s *Service) UploadKind(org, name, from string) (fs.FileMode, error) {
 	return fs.ModeDir, nil
 }
 
-func (s *Service) openUpload(org, name string) (*tar.Reader, func(), error) {
+// maxFirstHeader bounds what is unpacked of an upload to find its first entry, in bytes: a header and
+// the long names before it.
+const maxFirstHeader = 64 << 10
+
+// unpacking bounds what is read of uploads after they are unpacked. A few bytes can unpack to a
+// thousand times as many, which take CPU even if nothing is made of them.
+type unpacking struct {
+	ctx  context.Context
+	left int64
+}
+
+// of returns a reader that fails when the context ends or too much was read.
+func (u *unpacking) of(r io.Reader) io.Reader { return unpacked{u, r} }
+
+type unpacked struct {
+	*unpacking
+	from io.Reader
+}
+
+func (u unpacked) Read(b []byte) (int, error) {
+	if err := context.Cause(u.ctx); err != nil {
+		return 0, err
+	}
+	if u.left <= 0 {
+		return 0, fault.InvalidField("files", "its files unpack to more than is allowed")
+	}
+	n, err := u.from.Read(b[:min(int64(len(b)), u.left)])
+	u.left -= int64(n)
+	return n, err
+}
+
+func (s *Service) openUpload(org, name string, bound *unpacking) (*tar.Reader, func(), error) {
 	blob := s.uploads.find(org, name)
 	if blob == "" {
 		return nil, nil, fault.InvalidField("files",
@@ -168,14 +199,14 @@ func (s *Service) openUpload(org, name string) (*tar.Reader, func(), error) {
 	closeFile := func() { _ = f.Close() } // it was only read
 	buffered := bufio.NewReaderSize(f, 64<<10)
 	if magic, _ := buffered.Peek(2); !bytes.Equal(magic, []byte("\x1f\x8b")) {
-		return tar.NewReader(buffered), closeFile, nil
+		return tar.NewReader(bound.of(buffered)), closeFile, nil
 	}
 	plain, err := gzip.NewReader(buffered)
 	if err != nil {
 		closeFile()
 		return nil, nil, brokenUpload(err)
 	}
-	return tar.NewReader(plain), closeFile, nil
+	return tar.NewReader(bound.of(plain)), closeFile, nil
 }
 
 func brokenUpload(err error) error {
@@ -196,12 +227,15 @@ type Part struct {
 
 // assemble writes a context of a Dockerfile and parts, a tar that is the same for the same inputs.
 // Close ends it; it must be called.
-func (s *Service) assemble(org, dockerfile string, parts []Part) io.ReadCloser {
+func (s *Service) assemble(ctx context.Context, org, dockerfile string, parts []Part) io.ReadCloser {
 	r, w := io.Pipe()
-	a := &assembled{PipeReader: r, done: make(chan struct{})}
+	ctx, cancel := context.WithCancel(ctx)
+	a := &assembled{PipeReader: r, cancel: cancel, done: make(chan struct{})}
 	go func() {
 		defer close(a.done)
-		w.CloseWithError(s.writeContext(w, org, dockerfile, parts))
+		// Headers and entries that are left out come on top of what the context may have.
+		bound := &unpacking{ctx: ctx, left: 2 * s.cfg.ContextLimit}
+		w.CloseWithError(s.writeContext(w, org, dockerfile, parts, bound))
 	}()
 	return a
 }
@@ -209,17 +243,19 @@ func (s *Service) assemble(org, dockerfile string, parts []Part) io.ReadCloser {
 // assembled is a context while it is written.
 type assembled struct {
 	*io.PipeReader
-	done chan struct{}
+	cancel context.CancelFunc
+	done   chan struct{}
 }
 
 // Close ends the writing of the context and waits for its end.
 func (a *assembled) Close() error {
+	a.cancel()
 	err := a.PipeReader.Close()
 	<-a.done
 	return err
 }
 
-func (s *Service) writeContext(to io.Writer, org, dockerfile string, parts []Part) error {
+func (s *Service) writeContext(to io.Writer, org, dockerfile string, parts []Part, bound *unpacking) error {
 	w := tar.NewWriter(to)
 	h := tar.Header{Typeflag: tar.TypeReg, Name: "Dockerfile", Mode: 0o644, Size: int64(len(dockerfile))}
 	if err := w.WriteHeader(&h); err != nil {
@@ -229,7 +265,7 @@ func (s *Service) writeContext(to io.Writer, org, dockerfile string, parts []Par
 		return err
 	}
 	for _, p := range parts {
-		if err := s.writePart(w, org, p); err != nil {
+		if err := s.writePart(w, org, p, bound); err != nil {
 			if f := fault.As(err); f != nil {
 				named := f.Because(err)
 				named.Detail = p.Step + ": " + f.Detail
@@ -241,8 +277,8 @@ func (s *Service) writeContext(to io.Writer, org, dockerfile string, parts []Par
 	return w.Close()
 }
 
-func (s *Service) writePart(w *tar.Writer, org string, p Part) error {
-	entries, closeAll, err := s.openUpload(org, p.Upload)
+func (s *Service) writePart(w *tar.Writer, org string, p Part, bound *unpacking) error {
+	entries, closeAll, err := s.openUpload(org, p.Upload, bound)
 	if err != nil {
 		return err
 	}

@@ -71,6 +71,9 @@ const (
 	// maxLine bounds a line of a Dockerfile, in bytes. BuildKit's parser refuses longer ones without
 	// naming a step.
 	maxLine = 65_000
+	// maxDockerfile bounds the Dockerfile, in bytes. A request has at most 1 MiB, which quoting makes
+	// longer.
+	maxDockerfile = 4 << 20
 	// linesPerStep is the number of lines that each step has in the Dockerfile, so that a line tells
 	// its step. The first lines are those of the base.
 	linesPerStep = 8
@@ -161,6 +164,9 @@ func Translate(from Base, steps []Step, force bool, once string,
 			return Recipe{}, inStep(i, s, err)
 		}
 		t.fill(i + 1)
+		if t.out.Len() > maxDockerfile {
+			return Recipe{}, inStep(i, s, refused("the steps up to this one are longer than %d MiB", maxDockerfile>>20))
+		}
 	}
 	t.recipe.Dockerfile = t.out.String()
 	return t.recipe, nil
@@ -282,17 +288,20 @@ func (t *translation) env(args []string) error {
 	if len(args) == 0 || len(args)%2 != 0 {
 		return refused("needs pairs of a name and a value")
 	}
-	line, feeds := "ENV", false
+	var text strings.Builder
+	text.WriteString("ENV")
+	feeds := false
 	for i := 0; i < len(args); i += 2 {
 		if !namePattern.MatchString(args[i]) {
 			return refused("%.100q is not the name of a variable: letters, digits and _", args[i])
 		}
 		feeds = feeds || strings.ContainsAny(args[i+1], "\n\r")
-		line += " " + args[i] + "=" + quoted(args[i+1])
+		text.WriteString(" " + args[i] + "=" + quoted(args[i+1]))
+		if text.Len() > maxLine {
+			return refused("the variables have more than %d bytes together", maxLine)
+		}
 	}
-	if len(line) > maxLine {
-		return refused("the variables have more than %d bytes together", maxLine)
-	}
+	line := text.String()
 	if !feeds {
 		t.line(line)
 		return nil

@@ -147,3 +147,22 @@ func TestRoot(t *testing.T) {
 		}
 	}
 }
+
+// TestTranslationIsBounded checks that a request of some KB makes no Dockerfile of many MB.
+func TestTranslationIsBounded(t *testing.T) {
+	var pairs []string
+	for range 100_000 {
+		pairs = append(pairs, "A", "")
+	}
+	var feeds []Step
+	for range MaxSteps {
+		feeds = append(feeds, Step{Type: "ENV", Args: []string{"A", "\n"}}, Step{Type: "RUN",
+			Args: []string{strings.Repeat("x", 10_000)}})
+	}
+	for name, steps := range map[string][]Step{"pairs": {{Type: "ENV", Args: pairs}}, "lines": feeds[:MaxSteps]} {
+		recipe, err := Translate(Base{Ref: "base"}, steps, true, "bld_1", nil)
+		if !fault.Is(err, fault.Invalid) || len(recipe.Dockerfile) > 0 {
+			t.Errorf("%s: %v, %d bytes", name, err, len(recipe.Dockerfile))
+		}
+	}
+}
