@@ -40,10 +40,6 @@ func (q *queue) add(o order) {
 	q.orders = append(q.orders, o)
 }
 
-func (q *queue) has(template string) bool {
-	return slices.ContainsFunc(q.orders, func(o order) bool { return o.template == template })
-}
-
 // prefer puts an order before the others of its organization; orders of built-in templates, which
 // all organizations use, before all.
 func (q *queue) prefer(template string) {
