@@ -3,13 +3,13 @@ package sandbox
 // Rule is the rule of an operation, for tests.
 type Rule struct {
 	Asked, Acts, Failed []State
-	Done                State
+	Claim, Done         State
 }
 
 // RuleOf returns the rule of an operation.
 func RuleOf(kind string) Rule {
 	r := rules[opKind(kind)]
-	return Rule{r.asked, r.acts, r.failed, r.done}
+	return Rule{r.asked, r.acts, r.failed, r.claim, r.done}
 }
 
 // Operations returns the names of all operations that have a rule.

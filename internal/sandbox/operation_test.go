@@ -1,6 +1,7 @@
 package sandbox_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
@@ -53,9 +54,11 @@ const (
 	destroys outcome = "destroyed" // a destroy interrupts the work
 )
 
-// onMachine makes the fake node do what the outcome says for the next calls about the sandbox.
-func (h *fixture) onMachine(what outcome, id sandbox.ID) {
+// onMachine makes the fake node do what the outcome says for the next calls about the sandbox. It
+// calls during first, with the state of the row.
+func (h *fixture) onMachine(what outcome, id sandbox.ID, during func(sandbox.State)) {
 	do := func(ctx context.Context) error {
+		during(h.get(id).State)
 		switch what {
 		case fails:
 			return errors.New("the machine is broken")
@@ -134,19 +137,20 @@ func TestOperations(t *testing.T) {
 func testOperation(t *testing.T, name string, ask func(*fixture, sandbox.ID) error, state sandbox.State, what outcome) {
 	h := newFixture(t)
 	id := h.left(state)
-	h.onMachine(what, id)
+	rule, from := sandbox.RuleOf(name), settled[state]
+	h.onMachine(what, id, func(now sandbox.State) {
+		if want := cmp.Or(rule.Claim, from); now != want {
+			t.Errorf("while the machine works the sandbox is %s, want %s", now, want)
+		}
+	})
 	err := ask(h, id)
 	synctest.Wait()
 	after := h.get(id)
-	rule, from := sandbox.RuleOf(name), settled[state]
 	refused := func() {
 		t.Helper()
 		wantCode(t, err, fault.Conflict, "sandbox_not_running")
 	}
-	done := rule.Done
-	if done == "" {
-		done = from
-	}
+	done := cmp.Or(rule.Done, from)
 	switch {
 	case !slices.Contains(rule.Asked, state):
 		refused()
@@ -171,7 +175,7 @@ func testOperation(t *testing.T, name string, ask func(*fixture, sandbox.ID) err
 	case after.State != from && !slices.Contains(rule.Failed, after.State):
 		t.Errorf("after %v the sandbox is %s, want %s or one of %s", err, after.State, from, rule.Failed)
 	}
-	h.onMachine(works, id)
+	h.onMachine(works, id, func(sandbox.State) {})
 	if err := h.Reconcile(context.Background()); err != nil {
 		t.Error(err)
 	}

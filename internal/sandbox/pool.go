@@ -183,7 +183,14 @@ func (p *pool) has(id ID) bool {
 func (p *pool) add(m Pooled) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.ready[m.ID] = ready{m, m.kind()}
+	p.addLocked(m)
+}
+
+// +checklocks:p.mu
+func (p *pool) addLocked(m Pooled) Kind {
+	kind := m.kind()
+	p.ready[m.ID] = ready{m, kind}
+	return kind
 }
 
 // remove takes a pooled sandbox out of the pool and reports whether it was there. After that no other

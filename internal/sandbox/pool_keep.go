@@ -325,13 +325,12 @@ func (s *Service) keep(ctx context.Context, m Pooled) error {
 	p := s.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	r := ready{m, m.kind()}
-	p.ready[m.ID] = r
+	kind := p.addLocked(m)
 	// The pooled sandbox was in demand before the last server stopped; refreshDemands fills in its demand.
 	key := demandKey{m.TemplateID, m.Size.Name}
 	if p.demands[key] == nil {
 		d := p.demandLocked(key, m.OrgID)
-		d.kind, d.used = r.kind, time.Now()
+		d.kind, d.used = kind, time.Now()
 	}
 	return nil
 }

@@ -38,9 +38,6 @@ func (s *Service) Checkpoint(ctx context.Context, orgID string, id ID) (Checkpoi
 // it leaves the point.
 func (s *Service) takeCheckpoint(ctx context.Context, sbx Sandbox) (Sandbox, error) {
 	id := sbx.ID
-	if err := persistent(sbx); err != nil {
-		return Sandbox{}, err
-	}
 	s.live.markChanged(id, false)
 	made, err := s.writeCheckpoint(ctx, id, s.node.Checkpoint)
 	if err == nil {

@@ -46,7 +46,7 @@ type Kind struct {
 	TemplateID string
 	Version    int
 	Size       string // name
-	Digest     string // of the rest of the shape
+	Digest     string // of the shape, without what a claim sets
 }
 
 // kindOf returns the kind of a pooled sandbox of a template's version. A claim gives a pooled

@@ -26,7 +26,8 @@ const purgeBatch = 200
 // queries use stand before it.
 const sandboxColumns = `id, org_id, mode, state, run, template, template_id, template_version,
 	image, vcpus, memory_mb, shape, metadata, timeout, idle_timeout, recovery_interval,
-	created_at, started_at, expires_at, last_activity_at, suspended_at, destroyed_at, destroy_reason, error, source, origin, token, at_end, surface`
+	created_at, started_at, expires_at, last_activity_at, suspended_at, destroyed_at, destroy_reason, error,
+	source, origin, token, at_end, surface`
 
 // sandboxFields returns s's columns, to scan into or to write.
 func sandboxFields(s *sandbox.Sandbox) []any {

@@ -54,7 +54,7 @@ type draft struct {
 	outcome *BuildState // of that build, once another has taken its place
 }
 
-// findLocked returns a build by its ID, or by the ID of the build that it became.
+// findLocked returns a build by its ID, or nil.
 //
 // +checklocks:d.mu
 func (d *drafts) findLocked(org, build string) *draft {
@@ -105,7 +105,7 @@ func (d *drafts) has(org, template, build string) error {
 func (d *drafts) waitingLocked(org, template, build string) (*draft, error) {
 	one := d.findLocked(org, build)
 	switch {
-	case one == nil || one.TemplateID != template || one.BuildID != build:
+	case one == nil || one.TemplateID != template:
 		return nil, noBuild(template, build)
 	case one.claimed:
 		return nil, fault.New(fault.Conflict, fault.CodeBuildInProgress, "build %s was started before", build)
