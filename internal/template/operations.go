@@ -1,6 +1,7 @@
 package template
 
 import (
+	"bytes"
 	"context"
 	"io"
 
@@ -72,9 +73,12 @@ func (s *Service) ask(ctx context.Context, t Template, b Build, secret *Credenti
 		order{template: t.ID, org: t.OrgID, name: t.Name, build: t.BuildID, key: s.key(t.OrgID, t.BuildID, b)})
 }
 
+// isGzip reports whether data that begins with head is compressed with gzip.
+func isGzip(head []byte) bool { return bytes.HasPrefix(head, []byte("\x1f\x8b")) }
+
 // isTar reports whether a file that begins with head can be a tar, plain or compressed.
 func isTar(head []byte) bool {
-	if len(head) >= 2 && head[0] == 0x1f && head[1] == 0x8b {
+	if isGzip(head) {
 		return true
 	}
 	if len(head) < 512 {

@@ -3,7 +3,6 @@ package template
 import (
 	"archive/tar"
 	"bufio"
-	"bytes"
 	"compress/gzip"
 	"context"
 	"errors"
@@ -198,7 +197,7 @@ func (s *Service) openUpload(org, name string, bound *unpacking) (*tar.Reader, f
 	}
 	closeFile := func() { _ = f.Close() } // it was only read
 	buffered := bufio.NewReaderSize(f, 64<<10)
-	if magic, _ := buffered.Peek(2); !bytes.Equal(magic, []byte("\x1f\x8b")) {
+	if magic, _ := buffered.Peek(2); !isGzip(magic) {
 		return tar.NewReader(bound.of(buffered)), closeFile, nil
 	}
 	plain, err := gzip.NewReader(buffered)
