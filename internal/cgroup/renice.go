@@ -17,10 +17,10 @@ import (
 // too seldom to end them.
 const reniceTo = -15
 
-// Renice lets the processes that are in a sandbox's group now run before those that the
-// sandbox starts later: its sentry, its gofer, and the host's side of the agent. Each process
-// inside is a process of the host too, so that without this an agent among hundreds of them
-// gets the CPU a few times a second, and cannot end the fork bomb that takes it.
+// Renice lets the processes that are in a sandbox's group now (its sentry, its gofer and the
+// agent) run before those that the sandbox starts later, and gives them a short time slice. Each
+// process inside is a process of the host too, so that without this an agent among hundreds of
+// them gets the CPU a few times a second, and cannot end the fork bomb that takes it.
 //
 // Call it when the agent runs and nothing else does. Processes started later begin with
 // nice 0 again.
@@ -42,7 +42,7 @@ func (g Group) Renice() error {
 				continue
 			}
 			err = unix.SchedSetAttr(tid, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL,
-				Flags: unix.SCHED_FLAG_RESET_ON_FORK, Nice: reniceTo}, 0)
+				Flags: unix.SCHED_FLAG_RESET_ON_FORK, Nice: reniceTo, Runtime: uint64(shortSlice)}, 0)
 			if err != nil && !errors.Is(err, unix.ESRCH) {
 				errs = append(errs, fmt.Errorf("renicing thread %d: %w", tid, err))
 			}

@@ -19,6 +19,11 @@ func (s *server) boundMemory(ctx context.Context) {
 	s.budget = budget.New(int64(m.CallsMB)<<20, int64(m.OrgCallsMB)<<20)
 	s.observeMemory()
 	debug.SetMemoryLimit(int64(m.HeapMB) << 20)
+	if err := cgroup.ShortenSlices(os.Getpid()); err != nil {
+		s.log.LogAttrs(ctx, slog.LevelWarn,
+			"the kernel refuses a short time slice; calls wait longer while the CPUs are busy",
+			slog.String("error", err.Error()))
+	}
 	if err := s.confine(int64(m.LimitMB) << 20); err != nil {
 		s.log.LogAttrs(ctx, slog.LevelWarn, "the kernel does not bound the server's memory or does not run the server "+
 			"before sandboxes; memory.calls_mb and memory.heap_mb alone bound the memory", slog.String("error", err.Error()))
