@@ -98,6 +98,7 @@ func (c *Config) checkNumbers() error {
 		{"build.memory_mb", c.Build.MemoryMB, 64},
 		{"build.disk_mb", c.Build.DiskMB, 64},
 		{"build.cache_mb", c.Build.CacheMB, 1},
+		{"images.cache_mb", c.Images.CacheMB, 1},
 		{"images.pulled_mb", c.Images.PulledMB, 1},
 		{"events.max_per_org", c.Events.MaxPerOrg, 0},
 		{"events.max_followers", c.Events.MaxFollowers, 0},

@@ -110,6 +110,7 @@ type RateLimit struct {
 // Images sets the sources of images and the disk that pulled ones may take.
 type Images struct {
 	CacheDir   string   `toml:"cache_dir"`
+	CacheMB    int      `toml:"cache_mb"`
 	Registry   bool     `toml:"registry"`
 	Registries []string `toml:"registries"`
 	PulledMB   int      `toml:"pulled_mb"`
@@ -180,7 +181,7 @@ func Default() Config {
 		Capacity:  Capacity{MaxSandboxes: 1000, MinFreeMemoryMB: 512, MinFreeDiskMB: 1024},
 		Quota:     Quota{Sandboxes: 500, VCPUs: 2000, MemoryMB: 1 << 20, APIKeys: 1000},
 		RateLimit: RateLimit{PerSecond: 500, Burst: 1000, FailedPerSecond: 10, FailedBurst: 200},
-		Images:    Images{Registry: true, PulledMB: 20 << 10},
+		Images:    Images{Registry: true, CacheMB: 10 << 10, PulledMB: 20 << 10},
 		Templates: Templates{Prepare: []string{"python", "base"}, MaxPerOrg: 100},
 		Build: Build{Concurrent: 1, PerOrg: 1, Timeout: Duration(30 * time.Minute),
 			ContextLimitMB: 1024, ContextsMB: 10 << 10, MemoryMB: 2048, CPUs: 2, DiskMB: 20 << 10, CacheMB: 10 << 10,

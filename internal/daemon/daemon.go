@@ -175,7 +175,7 @@ func (s *server) openHost(ctx context.Context) error {
 	}
 	s.onClose(func(context.Context) error { return s.slots.Close() })
 	s.images, err = image.Open(image.Config{Dir: filepath.Join(cfg.DataDir, "images"), CacheDir: cfg.Images.CacheDir,
-		Budget: int64(cfg.Images.PulledMB) << 20, PlainHTTP: cfg.Images.Registries,
+		CacheBudget: int64(cfg.Images.CacheMB) << 20, Budget: int64(cfg.Images.PulledMB) << 20, PlainHTTP: cfg.Images.Registries,
 		// Any user may name a registry, so that the server reaches only addresses that sandboxes may reach too.
 		Dial: func(to netip.AddrPort) error { return s.slots.Permitted(to.Addr()) }}, s.log)
 	if err != nil {

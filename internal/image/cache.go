@@ -25,6 +25,9 @@ const inputsDir = "inputs"
 // maxInput bounds such a file, in bytes. Most of it is the environment of an image.
 const maxInput = 1 << 20
 
+// maxInputs bounds the inputs in the shared cache, in bytes: tens of thousands of usual ones.
+const maxInputs = 64 << 20
+
 // input is the result for one set of inputs.
 type input struct {
 	Image  Image     `json:"image"`
@@ -68,7 +71,9 @@ func (s *Store) known(ctx context.Context, key string, progress func(string)) (I
 		return Image{}, false
 	}
 	if err := s.fetch(ctx, in.Image.Digest); err != nil {
-		s.log.Warn("cannot use cached image", "digest", in.Image.Digest, "error", err)
+		if !errors.Is(err, fs.ErrNotExist) { // trimCache may have removed it
+			s.log.Warn("cannot use cached image", "digest", in.Image.Digest, "error", err)
+		}
 		return Image{}, false
 	}
 	if err := writeInput(s.cfg.Dir, key, in); err != nil {
@@ -112,6 +117,53 @@ func (s *Store) remember(key string, in input) {
 	if err != nil {
 		s.log.Warn("cannot put image into the cache", "cache", s.cfg.CacheDir, "error", err)
 	}
+	if err := s.trimCache(); err != nil {
+		s.log.Warn("cannot remove unused images from the cache", "cache", s.cfg.CacheDir, "error", err)
+	}
+}
+
+// trimCache removes images from the shared cache, the longest unused first, until they fit its budget, and inputs
+// until they fit maxInputs. Other processes may do the same at the same time.
+func (s *Store) trimCache() error {
+	images, err := files(s.cfg.CacheDir)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	remove := func(dir string) func(string) bool {
+		return func(name string) bool {
+			err := os.Remove(filepath.Join(dir, name))
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, err)
+				return false
+			}
+			return true
+		}
+	}
+	trim(images, s.cfg.CacheBudget, remove(s.cfg.CacheDir))
+	dir := filepath.Join(s.cfg.CacheDir, inputsDir)
+	inputs, err := files(dir)
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	trim(inputs, maxInputs, remove(dir))
+	return errors.Join(errs...)
+}
+
+// files lists the regular files of a directory.
+func files(dir string) ([]stored, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	var all []stored
+	for _, e := range entries {
+		info, err := e.Info()
+		if err == nil && info.Mode().IsRegular() { // an error: it was removed meanwhile
+			all = append(all, stored{e.Name(), info.Size(), info.ModTime()})
+		}
+	}
+	return all, nil
 }
 
 func writeInput(dir, key string, in input) error {
@@ -159,6 +211,8 @@ func (s *Store) fetch(ctx context.Context, digest string) error {
 		// The next build puts a good one there.
 		return errors.Join(fmt.Errorf("%w: cached file has the digest %s", ErrCorrupt, got), os.Remove(in.Name()))
 	}
+	now := time.Now()
+	_ = os.Chtimes(in.Name(), now, now) // for trimCache; another user's file keeps its time
 	_, err = s.place(f, digest)
 	return err
 }

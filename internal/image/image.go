@@ -54,6 +54,10 @@ const (
 	// DefaultBudget bounds the space of pulled OCI images on the disk, in bytes. With a smaller
 	// one images are downloaded again sooner.
 	DefaultBudget = 20 << 30
+
+	// DefaultCacheBudget bounds the images in the shared cache, in bytes. With a smaller one images are built again
+	// sooner.
+	DefaultCacheBudget = 10 << 30
 )
 
 // Config configures a Store.
@@ -68,6 +72,7 @@ type Config struct {
 	MovingFor       time.Duration // 0: DefaultMovingFor
 	MaxSize         int64         // 0: DefaultMaxSize
 	Budget          int64         // of pulled OCI images, bytes; 0: DefaultBudget
+	CacheBudget     int64         // of images in CacheDir, bytes; 0: DefaultCacheBudget
 
 	// Dial decides about every connection to a registry, to its redirects and its token service,
 	// by the address that the name was resolved to. The user who named the registry sees its
@@ -216,6 +221,9 @@ func Open(cfg Config, log *slog.Logger) (*Store, error) {
 	}
 	if cfg.Budget == 0 {
 		cfg.Budget = DefaultBudget
+	}
+	if cfg.CacheBudget == 0 {
+		cfg.CacheBudget = DefaultCacheBudget
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now

@@ -65,33 +65,44 @@ func (s *Store) trimLayouts() {
 		s.log.Warn("cannot list pulled images", "error", err)
 		return
 	}
-	type layout struct {
-		id   string
-		size int64
-		used time.Time
-	}
-	var all []layout
-	var total int64
+	var all []stored
 	for _, e := range entries {
 		info, err := e.Info()
 		if err != nil {
 			continue // removed meanwhile
 		}
-		l := layout{e.Name(), treeSize(s.layoutPath(e.Name())), info.ModTime()}
-		total += l.size
-		all = append(all, l)
+		all = append(all, stored{e.Name(), treeSize(s.layoutPath(e.Name())), info.ModTime()})
 	}
-	slices.SortFunc(all, func(a, b layout) int { return a.used.Compare(b.used) })
-	for _, l := range all {
-		if total <= s.cfg.Budget {
+	trim(all, s.cfg.Budget, func(id string) bool {
+		gone, err := s.removeLayout(id)
+		if err != nil {
+			s.log.Warn("cannot remove pulled image", "layout", id, "error", err)
+		}
+		return gone
+	})
+}
+
+// stored is a file or directory that takes space.
+type stored struct {
+	name string
+	size int64 // bytes
+	used time.Time
+}
+
+// trim calls remove, which reports whether it removed a name, for the longest unused first, until the rest fits the
+// budget in bytes.
+func trim(all []stored, budget int64, remove func(name string) bool) {
+	var total int64
+	for _, f := range all {
+		total += f.size
+	}
+	slices.SortFunc(all, func(a, b stored) int { return a.used.Compare(b.used) })
+	for _, f := range all {
+		if total <= budget {
 			return
 		}
-		gone, err := s.removeLayout(l.id)
-		if err != nil {
-			s.log.Warn("cannot remove pulled image", "layout", l.id, "error", err)
-		}
-		if gone {
-			total -= l.size
+		if remove(f.name) {
+			total -= f.size
 		}
 	}
 }

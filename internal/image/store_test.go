@@ -673,3 +673,47 @@ func TestBuildsWaitForTheirTurn(t *testing.T) {
 		t.Errorf("error is %v, want that waiting was given up", err)
 	}
 }
+
+// TestCacheIsBounded checks that the shared cache keeps the images used last within its budget, and that an image which
+// it removed is built again.
+func TestCacheIsBounded(t *testing.T) {
+	h := newHub(t)
+	cache := filepath.Join(t.TempDir(), "cache")
+	var budget int64
+	store := func() *Store {
+		return openStore(t, func(c *Config) { c.CacheDir, c.CacheBudget = cache, budget })
+	}
+	build := func(s *Store, name string) Image {
+		t.Helper()
+		ref := h.push(t, name+":1", picture(t, runtime.GOARCH, v1.Config{}, archive(t, file(name, name))))
+		img, err := s.Build(t.Context(), Source{Image: ref}, quiet)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return img
+	}
+	age := func(img Image, by time.Duration) {
+		t.Helper()
+		then := time.Now().Add(-by)
+		if err := os.Chtimes(filepath.Join(cache, img.Digest+suffix), then, then); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cached := func(img Image) bool {
+		_, err := os.Stat(filepath.Join(cache, img.Digest+suffix))
+		return err == nil
+	}
+	a, b := build(store(), "a"), build(store(), "b")
+	age(a, 2*time.Hour)
+	age(b, time.Hour)
+	budget = 2 * a.Size // all have one size
+	build(store(), "a") // uses it
+	c := build(store(), "c")
+	if !cached(a) || cached(b) || !cached(c) {
+		t.Errorf("the cache has a %t, b %t, c %t; want a and c, which were used last", cached(a), cached(b), cached(c))
+	}
+	asked := h.asked.Load()
+	if again := build(store(), "b"); again.Digest != b.Digest || h.asked.Load() == asked {
+		t.Errorf("the removed image is %s now, was %s", again.Digest, b.Digest)
+	}
+}
