@@ -94,7 +94,7 @@ func (s *Surface) listTags(w http.ResponseWriter, r *http.Request) error {
 	}
 	out := []tagBody{}
 	if t.Version > 0 {
-		out = append(out, tagBody{defaultTag, t.BuildID, t.BuiltAt.UTC()})
+		out = append(out, tagBody{defaultTag, t.ReadyBuild, t.BuiltAt.UTC()})
 	}
 	for _, tag := range tags {
 		out = append(out, tagBody{tag.Name, tag.BuildID, tag.CreatedAt.UTC()})

@@ -17,7 +17,8 @@ func TestTags(t *testing.T) {
 	set := func(image string, version int) {
 		t.Helper()
 		if _, err := b.db.UpdateTemplate(t.Context(), "tpl_"+strings.Repeat("b", 20), nil, func(t *template.Template) error {
-			t.Image, t.Version, t.BuildID = image, version, fmt.Sprint("bld_", version)
+			t.Image, t.Version, t.ReadyBuild = image, version, fmt.Sprint("bld_", version)
+			t.BuildID = t.ReadyBuild + "_later" // a tag names a build that is ready
 			return nil
 		}); err != nil {
 			t.Fatal(err)

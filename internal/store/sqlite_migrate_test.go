@@ -223,3 +223,41 @@ func TestMigrateEvents(t *testing.T) {
 		}
 	}
 }
+
+// TestMigrateReadyBuilds migrates templates and tags from version 11 of the schema: the build of a version is
+// known if it is the newest one.
+func TestMigrateReadyBuilds(t *testing.T) {
+	path, old := openOld(t, 11)
+	for _, status := range []string{"ready", "failed"} {
+		if _, err := old.Exec(`INSERT INTO templates (id, org_id, name, description, status, progress, build_error, version,
+			image, image_size, source, inputs, env, workdir, run_as, size, disk_mb, egress, created_at, build_id)
+			VALUES ('tpl_' || $1, 'org_a', $1, '', $1, '', 'null', 2, 'abc', 5, 's', 'i', '{}', '', 'root', '', 0,
+			'{"mode":"allow_all"}', 1000000, 'bld_' || $1)`, status); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, query := range []string{
+		"INSERT INTO template_tags (template_id, tag, build_id, image, version, created_at) VALUES ('tpl_ready', 'v1', 'bld_1', 'abc', '{}', 5)",
+		"INSERT INTO template_builds (template_id, definition, context, refresh, private) VALUES ('tpl_ready', '{}', 'c', TRUE, FALSE)",
+	} {
+		if _, err := old.Exec(query); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := old.Close(); err != nil {
+		t.Fatal(err)
+	}
+	db := openAt(t, path)
+	for name, want := range map[string]string{"ready": "bld_ready", "failed": ""} {
+		if tpl, err := db.GetTemplate(t.Context(), "org_a", name); err != nil || tpl.ReadyBuild != want || tpl.Version != 2 {
+			t.Errorf("the template that is %s: %+v, %v", name, tpl, err)
+		}
+	}
+	if tags, err := db.Tags(t.Context(), "tpl_ready"); err != nil || len(tags) != 1 || tags[0].Gone ||
+		tags[0].BuildID != "bld_1" {
+		t.Errorf("the tags are %+v, %v", tags, err)
+	}
+	if b, err := db.GetBuild(t.Context(), "tpl_ready", "bld_ready"); err != nil || b.Context != "c" || b.Repairs != "" {
+		t.Errorf("the build is %+v, %v", b, err)
+	}
+}

@@ -54,6 +54,7 @@ func TestPlans(t *testing.T) {
 		{"SELECT id FROM sandboxes WHERE ended_at IS NOT NULL AND ended_at < $1 ORDER BY ended_at LIMIT 5", []any{5}, "sandboxes_ended"},
 		{"SELECT COUNT(*) FROM sandboxes WHERE template_id = $1 AND ended_at IS NULL", []any{"t"}, "sandboxes_of_template"},
 		{"SELECT id FROM templates WHERE queued_at IS NOT NULL ORDER BY queued_at, id", nil, "templates_queued"},
+		{"UPDATE template_tags SET gone = TRUE WHERE image = $1", []any{"x"}, "template_tags_image"},
 		{"SELECT port FROM public_ports WHERE sandbox_id = $1 ORDER BY port", []any{"s"}, "sqlite_autoindex_public_ports"},
 		{listing, pl, "events_listing"},
 		{page, pp, "events_feed"},

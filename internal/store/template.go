@@ -14,13 +14,13 @@ import (
 
 // templateColumns lists the columns of templateFields, in the same order.
 const templateColumns = `id, org_id, name, description, status, progress, build_error, build_id, tries, queued_at,
-	version, image, image_size, source, inputs, env, workdir, run_as, start, size, disk_mb, egress, created_at, updated_at, built_at`
+	version, image, image_size, source, inputs, ready_build, env, workdir, run_as, start, size, disk_mb, egress, created_at, updated_at, built_at`
 
 // templateFields returns t's columns, to scan into or to write.
 func templateFields(t *template.Template) []any {
 	return []any{&t.ID, &t.OrgID, &t.Name, &t.Description,
 		&t.Status, &t.Progress, jsonColumn{&t.BuildError}, &t.BuildID, &t.Tries, timeColumn{&t.QueuedAt},
-		&t.Version, &t.Image, &t.ImageSize, &t.Source, &t.Inputs,
+		&t.Version, &t.Image, &t.ImageSize, &t.Source, &t.Inputs, &t.ReadyBuild,
 		jsonColumn{&t.Env}, &t.Workdir, &t.User, jsonColumn{&t.Start}, &t.Size, &t.DiskMB, jsonColumn{&t.Egress},
 		timeColumn{&t.CreatedAt}, timeColumn{&t.UpdatedAt}, timeColumn{&t.BuiltAt}}
 }
@@ -78,9 +78,11 @@ func putBuild(ctx context.Context, tx *sql.Tx, id string, b *template.Build) err
 	if b == nil {
 		return nil
 	}
-	_, err := tx.ExecContext(ctx, `INSERT INTO template_builds (template_id, definition, context, refresh, private) VALUES ($1, $2, $3, $4, $5)
+	_, err := tx.ExecContext(ctx, `INSERT INTO template_builds (template_id, definition, context, refresh, private, repairs)
+		VALUES ($1, $2, $3, $4, $5, $6)
 		ON CONFLICT (template_id) DO UPDATE SET definition = excluded.definition, context = excluded.context,
-		refresh = excluded.refresh, private = excluded.private`, id, jsonColumn{&b.Definition}, b.Context, b.Refresh, b.Private)
+		refresh = excluded.refresh, private = excluded.private, repairs = excluded.repairs`,
+		id, jsonColumn{&b.Definition}, b.Context, b.Refresh, b.Private, b.Repairs)
 	if err != nil {
 		return fmt.Errorf("writing its build: %w", err)
 	}
@@ -134,32 +136,100 @@ func (db *DB) UpdateTemplate(ctx context.Context, id string, b *template.Build,
 
 // putTags writes the tags that a template's row is written with.
 func putTags(ctx context.Context, tx *sql.Tx, t *template.Template) error {
+	if t.Repairs != "" {
+		repaired := t.NewestTag("")
+		if _, err := tx.ExecContext(ctx, `UPDATE template_tags SET build_id = $1, image = $2, version = $3, gone = FALSE
+			WHERE template_id = $4 AND image = $5`, repaired.BuildID, repaired.Version.Image, jsonColumn{&repaired.Version},
+			t.ID, t.Repairs); err != nil {
+			return fmt.Errorf("repairing tags: %w", err)
+		}
+	}
 	for _, tag := range t.Tagging {
-		if _, err := tx.ExecContext(ctx, `INSERT INTO template_tags (template_id, tag, build_id, image, version, created_at)
-			VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (template_id, tag) DO UPDATE SET build_id = excluded.build_id,
-			image = excluded.image, version = excluded.version, created_at = excluded.created_at`,
-			t.ID, tag.Name, tag.BuildID, tag.Version.Image, jsonColumn{&tag.Version}, at(tag.CreatedAt)); err != nil {
-			return fmt.Errorf("writing tag %s: %w", tag.Name, err)
+		if err := putTag(ctx, tx, t.ID, tag); err != nil {
+			return err
 		}
 	}
 	if len(t.Tagging) > 0 {
-		var has int
-		if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM template_tags WHERE template_id = $1", t.ID).
-			Scan(&has); err != nil {
-			return fmt.Errorf("counting the tags of template %s: %w", t.Name, err)
-		}
-		if has > template.MaxTags {
-			return template.TooManyTags(t.Name)
+		if err := countTags(ctx, tx, t.ID, t.Name); err != nil {
+			return err
 		}
 	}
-	t.Tagging = nil
+	t.Tagging, t.Repairs = nil, ""
+	return nil
+}
+
+func putTag(ctx context.Context, tx *sql.Tx, id string, tag template.Tag) error {
+	_, err := tx.ExecContext(ctx, `INSERT INTO template_tags (template_id, tag, build_id, image, version, created_at, gone)
+		VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (template_id, tag) DO UPDATE SET build_id = excluded.build_id,
+		image = excluded.image, version = excluded.version, created_at = excluded.created_at, gone = excluded.gone`,
+		id, tag.Name, tag.BuildID, tag.Version.Image, jsonColumn{&tag.Version}, at(tag.CreatedAt), tag.Gone)
+	if err != nil {
+		return fmt.Errorf("writing tag %s: %w", tag.Name, err)
+	}
+	return nil
+}
+
+// countTags refuses more tags than a template may have.
+func countTags(ctx context.Context, tx *sql.Tx, id, name string) error {
+	var has int
+	if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM template_tags WHERE template_id = $1", id).
+		Scan(&has); err != nil {
+		return fmt.Errorf("counting the tags of template %s: %w", name, err)
+	}
+	if has > template.MaxTags {
+		return template.TooManyTags(name)
+	}
+	return nil
+}
+
+// CopyTag implements [template.Store].
+func (db *DB) CopyTag(ctx context.Context, id, from string, names []string, when time.Time) (string, error) {
+	var source template.Tag
+	err := db.write(ctx, func(tx *sql.Tx) error {
+		name := ""
+		err := tx.QueryRowContext(ctx, "SELECT name FROM templates WHERE id = $1", id).Scan(&name)
+		if errors.Is(err, sql.ErrNoRows) {
+			return noTemplate(id)
+		}
+		if err != nil {
+			return err
+		}
+		err = tx.QueryRowContext(ctx,
+			"SELECT build_id, version, gone FROM template_tags WHERE template_id = $1 AND tag = $2", id, from).
+			Scan(&source.BuildID, jsonColumn{&source.Version}, &source.Gone)
+		if errors.Is(err, sql.ErrNoRows) {
+			return template.NoTag(name, from)
+		}
+		if err != nil {
+			return err
+		}
+		for _, to := range names {
+			source.Name, source.CreatedAt = to, when
+			if err := putTag(ctx, tx, id, source); err != nil {
+				return err
+			}
+		}
+		return countTags(ctx, tx, id, name)
+	})
+	if err != nil {
+		return "", fmt.Errorf("copying tag %s of template %s: %w", from, id, err)
+	}
+	return source.BuildID, nil
+}
+
+// MarkTags implements [template.Store].
+func (db *DB) MarkTags(ctx context.Context, image string, gone bool) error {
+	_, err := db.writer.ExecContext(ctx, "UPDATE template_tags SET gone = $1 WHERE image = $2", gone, image)
+	if err != nil {
+		return fmt.Errorf("marking the tags of image %s: %w", image, err)
+	}
 	return nil
 }
 
 // Tags implements [template.Store].
 func (db *DB) Tags(ctx context.Context, id string) ([]template.Tag, error) {
 	rows, err := db.reader.QueryContext(ctx,
-		"SELECT tag, build_id, version, created_at FROM template_tags WHERE template_id = $1 ORDER BY tag", id)
+		"SELECT tag, build_id, version, created_at, gone FROM template_tags WHERE template_id = $1 ORDER BY tag", id)
 	if err != nil {
 		return nil, fmt.Errorf("listing tags of template %s: %w", id, err)
 	}
@@ -167,7 +237,7 @@ func (db *DB) Tags(ctx context.Context, id string) ([]template.Tag, error) {
 	var all []template.Tag
 	for rows.Next() {
 		var t template.Tag
-		if err := rows.Scan(&t.Name, &t.BuildID, jsonColumn{&t.Version}, timeColumn{&t.CreatedAt}); err != nil {
+		if err := rows.Scan(&t.Name, &t.BuildID, jsonColumn{&t.Version}, timeColumn{&t.CreatedAt}, &t.Gone); err != nil {
 			return nil, fmt.Errorf("listing tags of template %s: %w", id, err)
 		}
 		all = append(all, t)
@@ -196,11 +266,13 @@ func (db *DB) DeleteTags(ctx context.Context, id string, names []string) error {
 }
 
 // GetBuild implements [template.Store].
-func (db *DB) GetBuild(ctx context.Context, id string) (template.Build, error) {
+func (db *DB) GetBuild(ctx context.Context, id, buildID string) (template.Build, error) {
 	var b template.Build
-	err := db.reader.QueryRowContext(ctx,
-		"SELECT definition, context, refresh, private FROM template_builds WHERE template_id = $1", id).
-		Scan(jsonColumn{&b.Definition}, &b.Context, &b.Refresh, &b.Private)
+	// One statement sees the row of the template and the inputs as they were written together.
+	err := db.reader.QueryRowContext(ctx, `SELECT b.definition, b.context, b.refresh, b.private, b.repairs
+		FROM template_builds b JOIN templates t ON t.id = b.template_id
+		WHERE b.template_id = $1 AND ($2 = '' OR t.build_id = $2)`, id, buildID).
+		Scan(jsonColumn{&b.Definition}, &b.Context, &b.Refresh, &b.Private, &b.Repairs)
 	if errors.Is(err, sql.ErrNoRows) {
 		return template.Build{}, noTemplate(id)
 	}

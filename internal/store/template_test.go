@@ -68,7 +68,7 @@ func templateRoundTrip(t *testing.T, st template.Store) {
 		Status: template.Building, Progress: "step 3 of 7",
 		BuildError: &template.BuildError{Step: "RUN x", ExitCode: 3, Tail: []string{"a", "b"}, Message: "no"},
 		BuildID:    "bld_1", Tries: 2, QueuedAt: start.Add(3 * time.Second),
-		Version: 4, Image: "abc", ImageSize: 5 << 30, Source: "debian:bookworm", Inputs: "1234",
+		Version: 4, Image: "abc", ImageSize: 5 << 30, Source: "debian:bookworm", Inputs: "1234", ReadyBuild: "bld_0",
 		Env: map[string]string{"A": "b"}, Workdir: "/w", User: "u",
 		Start: sandbox.Start{Args: []string{"run", "me"},
 			Ready: &sandbox.Ready{HTTP: &sandbox.ReadyHTTP{Port: 80, Path: "/"}, Timeout: time.Second}},
@@ -76,7 +76,7 @@ func templateRoundTrip(t *testing.T, st template.Store) {
 		Egress:    sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("1.2.3.0/24")}},
 		CreatedAt: start, UpdatedAt: start.Add(time.Second), BuiltAt: start.Add(2 * time.Second)}
 	for i, f := range reflect.VisibleFields(reflect.TypeFor[template.Template]()) {
-		if reflect.ValueOf(full).Field(i).IsZero() && f.Name != "Tagging" { // see templateTags
+		if reflect.ValueOf(full).Field(i).IsZero() && f.Name != "Tagging" && f.Name != "Repairs" { // see templateTags
 			t.Errorf("the test leaves field %s empty", f.Name)
 		}
 	}
@@ -84,8 +84,8 @@ func templateRoundTrip(t *testing.T, st template.Store) {
 	later.OrgID, later.Name, later.Description, later.Status, later.Progress =
 		"org_b", "other", "else", template.Ready, "p"
 	later.BuildError, later.BuildID, later.Tries, later.QueuedAt = nil, "bld_2", 0, time.Time{}
-	later.Version, later.Image, later.ImageSize, later.Source, later.Inputs, later.Env =
-		5, "def", 7, "docker.io/x", "56", map[string]string{"C": "d"}
+	later.Version, later.Image, later.ImageSize, later.Source, later.Inputs, later.ReadyBuild, later.Env =
+		5, "def", 7, "docker.io/x", "56", "bld_2", map[string]string{"C": "d"}
 	later.Workdir, later.User, later.Start, later.Size, later.DiskMB = "/x", "v", sandbox.Start{Command: "r"}, "z", 1
 	later.Egress = sandbox.Egress{Mode: sandbox.AllowAll}
 	later.CreatedAt, later.UpdatedAt, later.BuiltAt = start.Add(time.Minute), start.Add(time.Hour), start.Add(2*time.Hour)
@@ -145,7 +145,7 @@ func templateUpdate(t *testing.T, st template.Store) {
 	if read, err := st.GetTemplate(t.Context(), "org_a", "a"); err != nil || read.Description != "" {
 		t.Errorf("a refused update wrote %+v, %v", read, err)
 	}
-	_, err = st.GetBuild(t.Context(), tpl.ID)
+	_, err = st.GetBuild(t.Context(), tpl.ID, "")
 	wantFault(t, err, fault.NotFound, "template_not_found")
 	_, err = st.UpdateTemplate(t.Context(), "tpl_none", nil,
 		func(*template.Template) error { t.Error("called"); return nil })
@@ -166,7 +166,7 @@ func templateBuilds(t *testing.T, st template.Store) {
 	first := template.Build{Definition: template.Definition{Name: "a", Dockerfile: "FROM base",
 		Env: map[string]string{"A": "b"}, StartCommand: new(""), BuildArgs: map[string]string{"C": "d"},
 		Debian: &template.Debian{Suite: "x", Packages: []string{"y"}}, Ready: &sandbox.Ready{Port: 5}},
-		Context: "c1", Refresh: true, Private: true}
+		Context: "c1", Refresh: true, Private: true, Repairs: "i"}
 	if err := st.InsertTemplate(t.Context(), tpl, &first, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -178,7 +178,7 @@ func templateBuilds(t *testing.T, st template.Store) {
 	}
 	check := func(want template.Build, contexts ...string) {
 		t.Helper()
-		got, err := st.GetBuild(t.Context(), tpl.ID)
+		got, err := st.GetBuild(t.Context(), tpl.ID, "")
 		if diff := cmp.Diff(want, got); err != nil || diff != "" {
 			t.Errorf("build (-want +got):\n%s%v", diff, err)
 		}
@@ -195,6 +195,13 @@ func templateBuilds(t *testing.T, st template.Store) {
 		t.Fatal(err)
 	}
 	check(second, "c2")
+	for build, want := range map[string]bool{"bld_2": true, "bld_1": false} { // another one has taken its place
+		update(t, st, tpl.ID, func(tpl *template.Template) { tpl.BuildID = "bld_2" })
+		got, err := st.GetBuild(t.Context(), tpl.ID, build)
+		if want != (err == nil) || want && got.Context != "c2" || !want && !fault.Is(err, fault.NotFound) {
+			t.Errorf("the inputs of %s are %+v, %v", build, got, err)
+		}
+	}
 	if err := st.DeleteTemplate(t.Context(), other.ID, false); err != nil {
 		t.Fatal(err)
 	}
@@ -202,7 +209,7 @@ func templateBuilds(t *testing.T, st template.Store) {
 	if err := st.DeleteTemplate(t.Context(), tpl.ID, false); err != nil {
 		t.Fatal(err)
 	}
-	_, err := st.GetBuild(t.Context(), tpl.ID)
+	_, err := st.GetBuild(t.Context(), tpl.ID, "")
 	wantFault(t, err, fault.NotFound, "template_not_found")
 	wantFault(t, st.DeleteTemplate(t.Context(), tpl.ID, true), fault.NotFound, "template_not_found")
 }
@@ -404,6 +411,49 @@ func templateTags(t *testing.T, st template.Store) {
 		t.Fatal(err)
 	}
 	check(a.ID, again)
+
+	// A tag is copied with what it names at that moment.
+	later := start.Add(time.Hour)
+	if build, err := st.CopyTag(ctx, a.ID, "one", []string{"copy", "one"}, later); err != nil || build != "bld_i2" {
+		t.Errorf("copied the tag of %q, %v", build, err)
+	}
+	copied := again
+	copied.Name, copied.CreatedAt, again.CreatedAt = "copy", later, later
+	check(a.ID, copied, again)
+	for _, from := range []string{"two", ""} {
+		_, err := st.CopyTag(ctx, a.ID, from, []string{"x"}, later)
+		wantFault(t, err, fault.NotFound, "template_not_found")
+	}
+	_, err = st.CopyTag(ctx, "tpl_none", "one", []string{"x"}, later)
+	wantFault(t, err, fault.NotFound, "template_not_found")
+	var many []string
+	for i := range template.MaxTags {
+		many = append(many, fmt.Sprint("more", i))
+	}
+	_, err = st.CopyTag(ctx, a.ID, "one", many, later)
+	wantFault(t, err, fault.Exhausted, "quota_exceeded")
+	check(a.ID, copied, again)
+
+	// Tags of an image are marked, and those of one template repaired.
+	other := tag("other", "i2")
+	update(t, st, b.ID, func(tpl *template.Template) { tpl.Tagging = []template.Tag{other} })
+	update(t, st, a.ID, func(tpl *template.Template) { tpl.Tagging = []template.Tag{one} })
+	copied.Gone, other.Gone = true, true
+	if err := st.MarkTags(ctx, "i2", true); err != nil {
+		t.Fatal(err)
+	}
+	check(a.ID, copied, one)
+	check(b.ID, other)
+	repaired := update(t, st, a.ID, func(tpl *template.Template) { tpl.ReadyBuild, tpl.Repairs = "bld_new", "i2" })
+	want := repaired.NewestTag("copy")
+	want.CreatedAt = later
+	check(a.ID, want, one)
+	check(b.ID, other)
+	other.Gone = false
+	if err := st.MarkTags(ctx, "i2", false); err != nil {
+		t.Fatal(err)
+	}
+	check(b.ID, other)
 	if err := st.DeleteTemplate(ctx, a.ID, true); err != nil {
 		t.Fatal(err)
 	}

@@ -49,6 +49,12 @@ var errCancelled = errors.New("the build was cancelled")
 // perform carries out a run.
 func (s *Service) perform(ctx context.Context, r *run) {
 	defer s.leave(r)
+	if r.org != "" {
+		if b, found := s.inputsOf(ctx, r); found {
+			_ = s.build(ctx, r, b) // the error is in the row and the log
+		}
+		return
+	}
 	s.mu.Lock()
 	members := r.members
 	s.mu.Unlock()
@@ -56,18 +62,6 @@ func (s *Service) perform(ctx context.Context, r *run) {
 		return // cancelled meanwhile
 	}
 	first := members[0].order
-	if first.org != "" {
-		b, err := s.store.GetBuild(ctx, first.template)
-		switch {
-		case err == nil:
-			_ = s.build(ctx, r, b) // the error is in the row and the log
-		case !fault.Is(err, fault.NotFound): // otherwise it was deleted meanwhile
-			for _, m := range members {
-				s.later(m, fmt.Errorf("reading a build: %w", err))
-			}
-		}
-		return
-	}
 	err := s.ensure(ctx, members[0], r, *s.definition(first.name))
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -77,6 +71,29 @@ func (s *Service) perform(ctx context.Context, r *run) {
 	}
 	delay := s.retry.failed(first, 0)
 	s.log.Error("template build failed", "template", first.name, "retry_in", delay, "error", err)
+}
+
+// inputsOf returns the inputs of a run's builds, which all of them share. A build that was replaced
+// or deleted since it was queued has none any more: it leaves the run, and the inputs are those of
+// another one. Without any the run is over.
+func (s *Service) inputsOf(ctx context.Context, r *run) (Build, bool) {
+	for {
+		s.mu.Lock()
+		members := r.members
+		s.mu.Unlock()
+		if len(members) == 0 {
+			return Build{}, false
+		}
+		m := members[0]
+		b, err := s.store.GetBuild(ctx, m.template, m.build)
+		if err == nil {
+			return b, true
+		}
+		if !fault.Is(err, fault.NotFound) {
+			s.later(m, fmt.Errorf("reading a build: %w", err))
+		}
+		s.drop(r, m, nil)
+	}
 }
 
 // later queues a build again that could not be begun or recorded.
@@ -410,7 +427,8 @@ func (s *Service) settle(ctx context.Context, m *member, change func(*Template))
 func (s *Service) succeeded(ctx context.Context, m *member, b Build, built Built, took time.Duration) error {
 	if m.org != "" { // templates of a run may differ in their settings
 		var err error
-		if b, err = s.store.GetBuild(ctx, m.template); err != nil {
+		if b, err = s.store.GetBuild(ctx, m.template, m.build); err != nil {
+			m.journal.close()
 			return err
 		}
 	}
@@ -435,6 +453,7 @@ func (s *Service) succeeded(ctx context.Context, m *member, b Build, built Built
 		b.Definition.describe(t, built)
 		t.Image, t.ImageSize, t.Source, t.Inputs, t.BuiltAt = built.Image, built.Size, built.Source,
 			b.Definition.inputs(b.Context), now()
+		t.ReadyBuild, t.Repairs = m.build, b.Repairs
 		if before.Version == 0 || !sameVersion(before, *t) {
 			t.Version++
 		}

@@ -145,7 +145,7 @@ func (w *workshop) content(name string) []string {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	b, err := w.store.GetBuild(w.t.Context(), t.ID)
+	b, err := w.store.GetBuild(w.t.Context(), t.ID, "")
 	if err != nil {
 		w.t.Fatal(err)
 	}

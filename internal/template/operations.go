@@ -3,6 +3,7 @@ package template
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 
 	"github.com/cayhq/cay/internal/fault"
@@ -130,9 +131,41 @@ func (s *Service) Rebuild(ctx context.Context, c Caller, nameOrID string, r *Req
 // renew queues a build of a template under an ID, unless the ready version or the waiting build has
 // the same inputs.
 func (s *Service) renew(ctx context.Context, t Template, b Build, secret *Credentials, id string) (Template, error) {
+	for range renewals {
+		out, err := s.renewOnce(ctx, t, b, secret, id)
+		if !errors.Is(err, errSettled) {
+			return out, err
+		}
+		// Another build was requested since t was read; which one decides what becomes of this.
+		if t, err = s.store.GetTemplate(ctx, t.OrgID, t.ID); err != nil {
+			return Template{}, err
+		}
+	}
+	return Template{}, fault.New(fault.Conflict, fault.CodeBuildInProgress,
+		"other builds of template %q are requested at the same moment: try again", t.Name)
+}
+
+// renewals is the number of times that a request for a build looks again at a template for which other
+// builds are requested at the same moment. With fewer, a request could be refused that has no other in
+// its way; more only serve clients that race against themselves.
+const renewals = 8
+
+// buildInProgress refuses a build because of another one that waits or runs.
+func buildInProgress(t Template) error {
+	return fault.New(fault.Conflict, fault.CodeBuildInProgress,
+		"a build of template %q is %s: wait for it or cancel it", t.Name, t.Status)
+}
+
+// renewOnce is renew for the row as it was read. It returns errSettled if it has changed in a way that
+// matters.
+func (s *Service) renewOnce(ctx context.Context, t Template, b Build, secret *Credentials, id string) (Template,
+	error) {
 	inputs := b.Definition.inputs(b.Context)
 	if t.Queued() {
-		prior, err := s.store.GetBuild(ctx, t.ID)
+		prior, err := s.store.GetBuild(ctx, t.ID, t.BuildID)
+		if fault.Is(err, fault.NotFound) {
+			return Template{}, errSettled // or deleted, which the next look finds
+		}
 		if err != nil {
 			return Template{}, err
 		}
@@ -144,8 +177,7 @@ func (s *Service) renew(ctx context.Context, t Template, b Build, secret *Creden
 	}
 	t, err := s.store.UpdateTemplate(ctx, t.ID, &b, func(t *Template) error {
 		if t.Queued() {
-			return fault.New(fault.Conflict, fault.CodeBuildInProgress, "a build of template %q is %s: wait for it or cancel it",
-				t.Name, t.Status)
+			return buildInProgress(*t)
 		}
 		s.drafts.replaced(*t)
 		t.begin(id)
@@ -167,12 +199,12 @@ func readOnly(t Template) error {
 func (s *Service) newBuild(ctx context.Context, t Template, r *Request, source io.Reader) (Build, *Credentials, error) {
 	again := r == nil || r.onlyCredentials() && source == nil
 	if again {
-		b, err := s.store.GetBuild(ctx, t.ID)
+		b, err := s.store.GetBuild(ctx, t.ID, "")
 		if err != nil {
 			return Build{}, nil, err
 		}
 		b.Refresh, b.Private = true, r != nil && r.Credentials != nil
-		b.Definition.Tags = nil // they may name another version since
+		b.Repairs, b.Definition.Tags = "", nil // the tags may name another version since
 		if !b.Private {
 			return b, nil, nil
 		}

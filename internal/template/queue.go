@@ -55,12 +55,12 @@ func (q *queue) remove(template, build string) {
 	q.orders = slices.DeleteFunc(q.orders, func(o order) bool { return o.template == template && o.build == build })
 }
 
-// next removes and returns the next order of the organizations that may have one, together with
-// those that share its run, or nil if there is none.
-func (q *queue) next(may func(org string) bool) []order {
+// next removes and returns the next of the orders that may run, together with those that share its run, or
+// nil if there is none.
+func (q *queue) next(may func(order) bool) []order {
 	best := -1
 	for i, o := range q.orders {
-		if may(o.org) && (best < 0 || q.before(o, q.orders[best])) {
+		if may(o) && (best < 0 || q.before(o, q.orders[best])) {
 			best = i
 		}
 	}

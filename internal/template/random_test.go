@@ -175,7 +175,7 @@ func (w *world) end() string {
 		if row.Queued() || row.Status == Building || row.Status == Pending && !row.Builtin() {
 			return fmt.Sprintf("in the end %s of %s is %s (queued %t)", row.Name, row.OrgID, row.Status, row.Queued())
 		}
-		if b, err := w.store.GetBuild(w.t.Context(), row.ID); row.Status == Ready && !row.Builtin() &&
+		if b, err := w.store.GetBuild(w.t.Context(), row.ID, ""); row.Status == Ready && !row.Builtin() &&
 			(err != nil || row.Inputs != b.Definition.inputs(b.Context)) {
 			return fmt.Sprintf("%s is ready, and not from what was asked for last: %v", row.Name, err)
 		}

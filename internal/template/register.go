@@ -70,7 +70,7 @@ func (s *Service) resume(ctx context.Context) error {
 		if t.Builtin() {
 			continue
 		}
-		b, err := s.store.GetBuild(ctx, t.ID)
+		b, err := s.store.GetBuild(ctx, t.ID, t.BuildID)
 		if err != nil {
 			return fmt.Errorf("reading the build of template %s: %w", t.ID, err)
 		}

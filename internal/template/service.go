@@ -143,8 +143,7 @@ func (s *Service) Ready(ctx context.Context, orgID, ref string) (sandbox.Templat
 		return sandbox.TemplateVersion{}, err
 	}
 	if tag != "" {
-		tagged, err := s.tagged(ctx, t, tag)
-		return tagged.Version, err
+		return s.tagged(ctx, t, tag)
 	}
 	if !t.usable() {
 		if t, err = s.prepare(ctx, t); err != nil {
@@ -207,8 +206,8 @@ func (s *Service) List(ctx context.Context, orgID string, limit int, cursor stri
 	return s.store.ListTemplates(ctx, orgID, limit, cursor)
 }
 
-// Recheck makes Run soon check an image that could not be used, and rebuild its templates if it
-// is gone.
+// Recheck makes Run soon check an image that could not be used. If it is gone, its tags are marked so,
+// and its templates are built again, which also repairs their tags.
 func (s *Service) Recheck(image string) {
 	s.mu.Lock()
 	s.suspect[image] = true
@@ -331,7 +330,10 @@ func (s *Service) next() (r *run, due time.Time) {
 	if total >= s.cfg.Concurrent {
 		return nil, due
 	}
-	orders := s.queue.next(func(org string) bool { return !full[org] })
+	// An order that was put back while a run with the same inputs is open waits for its end: two of them
+	// could not be told apart.
+	open := s.runs
+	orders := s.queue.next(func(o order) bool { return !full[o.org] && open[o.key] == nil })
 	if orders == nil {
 		return nil, due
 	}

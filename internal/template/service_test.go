@@ -37,6 +37,26 @@ type memory struct {
 	inUse map[string]bool // templates with sandboxes
 	// +checklocks:mu
 	tags map[string]map[string]Tag
+	// +checklocks:mu
+	between map[string]func() // run once, before the next call of the method of that name
+}
+
+// meanwhile makes something happen just before the next call of a method.
+func (m *memory) meanwhile(method string, f func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.between = map[string]func(){method: f}
+}
+
+// enter runs what happens before a call of a method.
+func (m *memory) enter(method string) {
+	m.mu.Lock()
+	f := m.between[method]
+	delete(m.between, method)
+	m.mu.Unlock()
+	if f != nil {
+		f()
+	}
 }
 
 func newMemory() *memory {
@@ -73,6 +93,7 @@ func (m *memory) InsertTemplate(_ context.Context, t Template, b *Build, limit i
 
 func (m *memory) UpdateTemplate(_ context.Context, id string, b *Build,
 	change func(*Template) error) (Template, error) {
+	m.enter("UpdateTemplate")
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.fail != nil {
@@ -89,13 +110,17 @@ func (m *memory) UpdateTemplate(_ context.Context, id string, b *Build,
 	if t.BuildID != build {
 		m.logs[id] = nil
 	}
-	for _, tag := range t.Tagging {
-		if m.tags[id] == nil {
-			m.tags[id] = map[string]Tag{}
+	for name, tag := range m.tags[id] {
+		if t.Repairs != "" && tag.Version.Image == t.Repairs {
+			repaired := t.NewestTag(name)
+			repaired.CreatedAt = tag.CreatedAt
+			m.tags[id][name] = repaired
 		}
-		m.tags[id][tag.Name] = tag
 	}
-	t.Tagging = nil
+	for _, tag := range t.Tagging {
+		m.putTagLocked(id, tag)
+	}
+	t.Tagging, t.Repairs = nil, ""
 	m.rows[id] = t
 	if b != nil {
 		m.builds[id] = *b
@@ -107,6 +132,45 @@ func (m *memory) Tags(_ context.Context, id string) ([]Tag, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return slices.SortedFunc(maps.Values(m.tags[id]), func(a, b Tag) int { return strings.Compare(a.Name, b.Name) }), nil
+}
+
+// putTagLocked sets a tag.
+//
+// +checklocks:m.mu
+func (m *memory) putTagLocked(id string, tag Tag) {
+	if m.tags[id] == nil {
+		m.tags[id] = map[string]Tag{}
+	}
+	m.tags[id][tag.Name] = tag
+}
+
+func (m *memory) CopyTag(_ context.Context, id, from string, names []string, at time.Time) (string, error) {
+	m.enter("CopyTag")
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	tag, ok := m.tags[id][from]
+	if !ok {
+		return "", NoTag(m.rows[id].Name, from)
+	}
+	for _, name := range names {
+		tag.Name, tag.CreatedAt = name, at
+		m.putTagLocked(id, tag)
+	}
+	return tag.BuildID, nil
+}
+
+func (m *memory) MarkTags(_ context.Context, image string, gone bool) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for id, tags := range m.tags {
+		for name, tag := range tags {
+			if tag.Version.Image == image {
+				tag.Gone = gone
+				m.tags[id][name] = tag
+			}
+		}
+	}
+	return nil
 }
 
 func (m *memory) DeleteTags(_ context.Context, id string, names []string) error {
@@ -131,11 +195,12 @@ func (m *memory) GetTemplate(_ context.Context, orgID, nameOrID string) (Templat
 	return Template{}, errNoTemplate
 }
 
-func (m *memory) GetBuild(_ context.Context, id string) (Build, error) {
+func (m *memory) GetBuild(_ context.Context, id, buildID string) (Build, error) {
+	m.enter("GetBuild")
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	b, ok := m.builds[id]
-	if !ok {
+	if !ok || buildID != "" && m.rows[id].BuildID != buildID {
 		return Build{}, errNoTemplate
 	}
 	return b, nil
@@ -550,7 +615,8 @@ func TestBuiltinsAreBuilt(t *testing.T) {
 		want := Template{ID: got.ID, Name: "python", Description: "about python", Status: Ready, Version: 1,
 			Image: "image of python python:1", ImageSize: 7, Source: "from python:1", Inputs: definition("python").inputs(""),
 			Env: map[string]string{"A": "definition", "B": "image"}, User: "app", Workdir: "/srv",
-			DiskMB: 100, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, CreatedAt: got.CreatedAt, UpdatedAt: time.Now().UTC(), BuiltAt: time.Now().UTC(), BuildID: got.BuildID}
+			DiskMB: 100, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, CreatedAt: got.CreatedAt, UpdatedAt: time.Now().UTC(),
+			BuiltAt: time.Now().UTC(), BuildID: got.BuildID, ReadyBuild: got.BuildID}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("template (-want +got):\n%s", diff)
 		}

@@ -19,6 +19,7 @@ type Tag struct {
 	Name      string // [a-z0-9][a-z0-9._-]{0,127}
 	BuildID   string // ID of the build that gave the version
 	CreatedAt time.Time
+	Gone      bool // the version's image is missing or damaged
 	Version   sandbox.TemplateVersion
 }
 
@@ -51,23 +52,42 @@ func (t Template) version() sandbox.TemplateVersion {
 // tag makes tags of the newest version, which are written with the row.
 func (t *Template) tag(names []string) {
 	for _, name := range names {
-		t.Tagging = append(t.Tagging, Tag{Name: name, BuildID: t.BuildID, CreatedAt: now(), Version: t.version()})
+		t.Tagging = append(t.Tagging, t.NewestTag(name))
 	}
 }
 
+// NewestTag returns a tag of the newest version, made now.
+func (t Template) NewestTag(name string) Tag {
+	return Tag{Name: name, BuildID: t.ReadyBuild, CreatedAt: now(), Version: t.version()}
+}
+
 // tagged returns the version that a tag of a template names.
-func (s *Service) tagged(ctx context.Context, t Template, name string) (Tag, error) {
+func (s *Service) tagged(ctx context.Context, t Template, name string) (sandbox.TemplateVersion, error) {
 	tags, err := s.store.Tags(ctx, t.ID)
 	if err != nil {
-		return Tag{}, fmt.Errorf("reading the tags of template %s: %w", t.Name, err)
+		return sandbox.TemplateVersion{}, fmt.Errorf("reading the tags of template %s: %w", t.Name, err)
 	}
-	for _, tag := range tags {
-		if tag.Name == name {
-			tag.Version.Egress = t.Egress // the policy is the template's, whatever the version
-			return tag, nil
-		}
+	i := slices.IndexFunc(tags, func(tag Tag) bool { return tag.Name == name })
+	if i < 0 {
+		return sandbox.TemplateVersion{}, NoTag(t.Name, name)
 	}
-	return Tag{}, fault.New(fault.NotFound, fault.CodeTemplateNotFound, "template %q has no tag %q", t.Name, name)
+	v := tags[i].Version
+	v.Egress = t.Egress // the policy is the template's, whatever the version
+	if !tags[i].Gone {
+		return v, nil
+	}
+	// Its image may have come back, as the result of another build.
+	if err := s.builder.Check(ctx, v.Image); err != nil {
+		return sandbox.TemplateVersion{}, fault.New(fault.Conflict, fault.CodeTemplateNotReady,
+			"the image of template \"%s:%s\" is gone: build that version again with the tag, or move the tag",
+			t.Name, name).Because(err)
+	}
+	return v, s.store.MarkTags(ctx, v.Image, false)
+}
+
+// NoTag returns the error for a tag that a template does not have.
+func NoTag(template, tag string) error {
+	return fault.New(fault.NotFound, fault.CodeTemplateNotFound, "template %q has no tag %q", template, tag)
 }
 
 // own returns a template of the organization, and not a built-in one.
@@ -95,26 +115,17 @@ func (s *Service) Tag(ctx context.Context, c Caller, nameOrID, from string, name
 	if err := s.roomForTags(ctx, t, names); err != nil {
 		return "", err
 	}
-	source := Tag{}
 	if from != "" {
-		if source, err = s.tagged(ctx, t, from); err != nil {
-			return "", err
-		}
+		return s.store.CopyTag(ctx, t.ID, from, names, now())
 	}
-	_, err = s.store.UpdateTemplate(ctx, t.ID, nil, func(t *Template) error {
-		if from == "" && !t.usable() {
+	t, err = s.store.UpdateTemplate(ctx, t.ID, nil, func(t *Template) error {
+		if !t.usable() {
 			return notReady(*t)
 		}
 		t.tag(names)
-		for i := range t.Tagging {
-			if from != "" {
-				t.Tagging[i].BuildID, t.Tagging[i].Version = source.BuildID, source.Version
-			}
-			buildID = t.Tagging[i].BuildID
-		}
 		return nil
 	})
-	return buildID, err
+	return t.ReadyBuild, err
 }
 
 // roomForTags refuses tags beyond those that a template may have.
@@ -169,7 +180,8 @@ func cutTag(ref string) (nameOrID, tag string) {
 	return nameOrID, tag
 }
 
-// tagReady gives a version that is ready the tags of a build with the same inputs.
+// tagReady gives a version that is ready the tags of a build with the same inputs. If another build
+// was requested since the row was read, it returns errSettled.
 func (s *Service) tagReady(ctx context.Context, t Template, names []string) (Template, error) {
 	if len(names) == 0 {
 		return t, nil

@@ -53,6 +53,8 @@ type Template struct {
 	// "docker.io/library/python:3.13-slim@sha256:…".
 	Source string
 	Inputs string // hash of the definition and context of Image; a different one is a reason to build
+	// ReadyBuild is the ID of the build that gave Version; "" if an older cay did not record it.
+	ReadyBuild string
 
 	Env     map[string]string
 	Workdir string
@@ -68,6 +70,9 @@ type Template struct {
 
 	// Tagging holds tags that are written with the row. It is empty in a row that was read.
 	Tagging []Tag
+	// Repairs is an image that was gone and that the version takes the place of: the template's tags
+	// that name it are given the version, with the row. It is empty in a row that was read.
+	Repairs string
 }
 
 // Builtin reports whether the template belongs to all organizations.
@@ -86,6 +91,7 @@ type Build struct {
 	Context    string // name of the context in [Contexts]; "" is none
 	Refresh    bool   // inputs that change by themselves (tags, suites) are looked up again
 	Private    bool   // it needs credentials, which are kept in memory only
+	Repairs    string // an image that is gone and was made of the same inputs; "" is none
 }
 
 // Credentials give access to a registry. They are never stored.
@@ -156,9 +162,10 @@ type Store interface {
 	// GetTemplate finds a template by ID or by name, the organization's own before built-in ones,
 	// or gives NotFound, code "template_not_found".
 	GetTemplate(ctx context.Context, orgID, nameOrID string) (Template, error)
-	// GetBuild returns the inputs of the template's newest build. Without a template or inputs it
-	// gives NotFound, code "template_not_found".
-	GetBuild(ctx context.Context, id string) (Build, error)
+	// GetBuild returns the inputs of a build of a template, which must be the newest one; "" is the
+	// newest one, whichever it is. Without a template or inputs, or after another build has taken
+	// the build's place, it gives NotFound, code "template_not_found".
+	GetBuild(ctx context.Context, id, buildID string) (Build, error)
 	// DeleteTemplate removes a template, its build and its log. While sandboxes of it exist that
 	// have not ended it gives Conflict, code "template_in_use", unless force is set. Without the
 	// template it gives NotFound, code "template_not_found".
@@ -179,6 +186,12 @@ type Store interface {
 	TemplateContexts(ctx context.Context, orgID string) ([]string, error)
 	// Tags returns the tags of a template, by name.
 	Tags(ctx context.Context, id string) ([]Tag, error)
+	// CopyTag gives tags to the version that the tag from names, made at a time, and returns the ID of
+	// that version's build. Without the tag from it gives NotFound, code "template_not_found"; for more
+	// than MaxTags tags [TooManyTags].
+	CopyTag(ctx context.Context, id, from string, names []string, at time.Time) (buildID string, err error)
+	// MarkTags records of the tags that name an image whether it is gone.
+	MarkTags(ctx context.Context, image string, gone bool) error
 	// DeleteTags removes tags of a template.
 	DeleteTags(ctx context.Context, id string, names []string) error
 	// ChangeTemplateLog changes the log of a template's newest build. Without the template it

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"github.com/cayhq/cay/internal/fault"
 )
 
 // lookAfter queues the built-in templates to be checked, except those that were never requested.
@@ -39,6 +41,9 @@ func (s *Service) checkImage(ctx context.Context, image string) error {
 	if err := s.builder.Check(ctx, image); !errors.Is(err, ErrImageGone) {
 		return err
 	}
+	if err := s.store.MarkTags(ctx, image, true); err != nil {
+		return fmt.Errorf("marking tags: %w", err)
+	}
 	templates, err := s.store.TemplatesWithImage(ctx, image)
 	if err != nil {
 		return fmt.Errorf("listing templates: %w", err)
@@ -59,14 +64,23 @@ func (s *Service) checkImage(ctx context.Context, image string) error {
 // the template find no image.
 func (s *Service) rebuildGone(ctx context.Context, t Template, image string) error {
 	s.log.Warn("image of template is gone: building it again", "template", t.Name, "org", t.OrgID, "image", image)
-	b, err := s.store.GetBuild(ctx, t.ID)
+	b, err := s.store.GetBuild(ctx, t.ID, t.BuildID)
+	if fault.Is(err, fault.NotFound) {
+		return nil // the template was deleted, or another build of it requested
+	}
 	if err != nil {
 		return fmt.Errorf("reading the build of template %s: %w", t.ID, err)
 	}
+	switch {
+	case b.Definition.inputs(b.Context) == t.Inputs:
+		b.Repairs = image
+	case b.Repairs != image: // the image was made of other inputs, which a later, failed build replaced
+		b.Repairs = ""
+	}
 	b.Refresh, b.Private, b.Definition.Tags = false, false, nil
-	id := newID("bld_")
+	id, newest := newID("bld_"), t.BuildID
 	t, err = s.store.UpdateTemplate(ctx, t.ID, &b, func(t *Template) error {
-		if t.Image != image || t.Queued() {
+		if t.Image != image || t.Queued() || t.BuildID != newest {
 			return errSettled
 		}
 		t.begin(id)
