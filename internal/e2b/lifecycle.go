@@ -183,6 +183,6 @@ func (s *Surface) wake(r *http.Request, timeout time.Duration) (sb sandbox.Sandb
 			return sb, false, ended(err, id)
 		}
 	}
-	s.Samples.Follow(id)
+	s.Samples.Follow(id, orgOf(r))
 	return sb, stateOf(before) == statePaused, nil
 }

@@ -16,7 +16,7 @@ const maxMetricIDs = 100
 
 // Samples has the methods of [*sampler.Sampler] that this package calls.
 type Samples interface {
-	Follow(id sandbox.ID)
+	Follow(id sandbox.ID, org string)
 	Forget(id sandbox.ID)
 	Between(id sandbox.ID, from, to int64) []agentapi.Metrics
 	Latest(id sandbox.ID) (agentapi.Metrics, bool)
@@ -62,7 +62,7 @@ func (s *Surface) metrics(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	s.Samples.Follow(id)
+	s.Samples.Follow(id, orgOf(r))
 	out := []metricBody{}
 	for _, m := range s.Samples.Between(id, from, to) {
 		out = append(out, metricOf(m, sb.Size.VCPUs))
@@ -88,7 +88,7 @@ func (s *Surface) latestMetrics(w http.ResponseWriter, r *http.Request) error {
 		if err != nil {
 			return err
 		}
-		s.Samples.Follow(id)
+		s.Samples.Follow(id, orgOf(r))
 		if m, ok := s.Samples.Latest(id); ok {
 			out[name] = metricOf(m, sb.Size.VCPUs)
 		}

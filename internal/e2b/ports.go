@@ -55,7 +55,7 @@ func (s *Surface) servePort(w http.ResponseWriter, r *http.Request, sb sandbox.S
 		return goneError(err, to)
 	}
 	defer lease.Release()
-	s.Samples.Follow(sb.ID)
+	s.Samples.Follow(sb.ID, sb.OrgID)
 	for _, own := range []string{idHeader, portHeader, trafficHeader} {
 		r.Header.Del(own)
 	}

@@ -55,7 +55,7 @@ func (s *Surface) fork(w http.ResponseWriter, r *http.Request) error {
 			out[i].Error = &forkErrorBody{p.status, p.message}
 			continue
 		}
-		s.Samples.Follow(child.Sandbox.ID)
+		s.Samples.Follow(child.Sandbox.ID, child.Sandbox.OrgID)
 		out[i].Sandbox = new(s.sandboxOf(child.Sandbox))
 	}
 	reply(w, r, http.StatusCreated, out)

@@ -87,7 +87,7 @@ func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) erro
 		return goneError(err, to)
 	}
 	defer lease.Release()
-	s.Samples.Follow(sb.ID)
+	s.Samples.Follow(sb.ID, sb.OrgID)
 	return s.forward(w, r, lease.Sandbox, to)
 }
 
