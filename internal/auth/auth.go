@@ -1,5 +1,5 @@
 // Package auth decides who may do what. It keeps organizations, their API keys and scopes, their
-// quotas, and the rate at which a key may call.
+// quotas, and the rate at which a key and an organization may call.
 //
 // In memory it keeps only the rate buckets and the last uses that are not written yet. It looks
 // keys up in the [Store] on every call, so that revoking takes effect at once. It stores the
@@ -61,6 +61,11 @@ type Key struct {
 	LastUsedAt time.Time // to the minute; zero: never used
 }
 
+// lives reports whether the key is neither revoked nor expired.
+func (k Key) lives(now time.Time) bool {
+	return k.RevokedAt.IsZero() && (k.ExpiresAt.IsZero() || now.Before(k.ExpiresAt))
+}
+
 // Principal identifies the caller of an authenticated call.
 type Principal struct {
 	Org Org
@@ -95,6 +100,8 @@ type Store interface {
 	// KeyByHash finds a key, even if revoked or expired, and its organization. Without one it
 	// gives NotFound.
 	KeyByHash(ctx context.Context, hash []byte) (Key, Org, error)
+	// GetKey finds a key by its ID, as KeyByHash does.
+	GetKey(ctx context.Context, id string) (Key, Org, error)
 	ListKeys(ctx context.Context, orgID string, limit int, cursor string) ([]Key, string, error)
 	// RevokeKey marks a key as revoked; revoking it again changes nothing. If the organization
 	// has no key of that ID it gives NotFound, code "api_key_not_found".

@@ -40,8 +40,14 @@ func NewBuckets(perSecond float64, burst int) *Buckets {
 
 // Take takes a token and returns 0, or the time until there is one.
 func (b *Buckets) Take(key string, now time.Time) time.Duration {
+	_, wait := b.take(key, now)
+	return wait
+}
+
+// take is Take. The returned function gives a taken token back, as if it had not been taken.
+func (b *Buckets) take(key string, now time.Time) (giveBack func(), wait time.Duration) {
 	if b.rate <= 0 {
-		return 0
+		return func() {}, 0
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -55,11 +61,11 @@ func (b *Buckets) Take(key string, now time.Time) time.Duration {
 		b.byKey[key] = l
 	}
 	r := l.ReserveN(now, 1)
-	wait := r.DelayFrom(now)
-	if wait > 0 {
-		r.CancelAt(now) // a refused call costs nothing, so a client that retries in a loop is not locked out
+	giveBack = func() { r.CancelAt(now) }
+	if wait = r.DelayFrom(now); wait > 0 {
+		giveBack() // a refused call costs nothing, so a client that retries in a loop is not locked out
 	}
-	return wait
+	return giveBack, wait
 }
 
 // sweepLocked drops full buckets, which are no different from new ones.

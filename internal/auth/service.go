@@ -27,6 +27,9 @@ type Config struct {
 	// number at once. A Rate of 0 is no limit.
 	Rate  float64
 	Burst int
+	// OrgFactor is the number of keys at their Rate and Burst that the calls of all keys of an
+	// organization together may come to; 0 is no limit.
+	OrgFactor int
 	// FailedRate limits the calls a second of one address without a valid key, signature or token
 	// in the long run, FailedBurst those at once; a FailedRate of 0 is no limit. Valid calls are not
 	// counted, so that others behind the same proxy are not locked out.
@@ -44,6 +47,7 @@ type Service struct {
 	cfg     Config
 	store   Store
 	buckets *Buckets // by key
+	orgs    *Buckets // by organization
 	failed  *Buckets // by address
 	uses    *uses
 }
@@ -51,7 +55,8 @@ type Service struct {
 // New returns a Service on store. It starts one goroutine, which Close ends.
 func New(store Store, cfg Config) *Service {
 	return &Service{cfg: cfg, store: store, uses: newUses(store, cfg.Log),
-		buckets: NewBuckets(cfg.Rate, cfg.Burst), failed: NewBuckets(cfg.FailedRate, cfg.FailedBurst)}
+		buckets: NewBuckets(cfg.Rate, cfg.Burst), failed: NewBuckets(cfg.FailedRate, cfg.FailedBurst),
+		orgs: NewBuckets(float64(cfg.OrgFactor)*cfg.Rate, cfg.OrgFactor*cfg.Burst)}
 }
 
 // Close writes the last uses that are not written yet, until ctx ends.
@@ -109,22 +114,42 @@ func (s *Service) Authenticate(ctx context.Context, secret string) (Principal, e
 	if err != nil {
 		return Principal{}, fmt.Errorf("looking up key: %w", err)
 	}
-	now := time.Now()
-	if subtle.ConstantTimeCompare(key.Hash, hash[:]) != 1 || !key.RevokedAt.IsZero() ||
-		!key.ExpiresAt.IsZero() && !now.Before(key.ExpiresAt) {
+	if subtle.ConstantTimeCompare(key.Hash, hash[:]) != 1 || !key.lives(time.Now()) {
 		return Principal{}, refused
 	}
-	s.uses.note(key, now)
+	s.uses.note(key, time.Now())
 	return Principal{Org: org, Key: key}, nil
 }
 
-// Allow takes one call from the key's bucket. If the bucket is empty it gives Exhausted, code
-// "rate_limited", with RetryAfter.
+// Holder returns the owner of a key, for work that the key allowed before: it gives Unauthenticated if
+// the key has been revoked or has expired since, or if there is no such key.
+func (s *Service) Holder(ctx context.Context, keyID string) (Principal, error) {
+	key, org, err := s.store.GetKey(ctx, keyID)
+	if fault.Is(err, fault.NotFound) || err == nil && !key.lives(time.Now()) {
+		return Principal{}, fault.New(fault.Unauthenticated, fault.CodeUnauthenticated,
+			"the API key that allowed this is no longer valid")
+	}
+	if err != nil {
+		return Principal{}, fmt.Errorf("looking up key: %w", err)
+	}
+	return Principal{Org: org, Key: key}, nil
+}
+
+// Allow takes one call from the key's bucket, and from that of its organization. If one is empty it gives
+// Exhausted, code "rate_limited", with RetryAfter, and takes from neither.
 func (s *Service) Allow(p Principal) error {
-	if wait := s.buckets.Take(p.Key.ID, time.Now()); wait > 0 {
+	now := time.Now()
+	giveBack, wait := s.buckets.take(p.Key.ID, now)
+	if wait > 0 {
 		return fault.New(fault.Exhausted, fault.CodeRateLimited,
 			"this key may make %g calls a second, %d at once", s.cfg.Rate,
 			s.buckets.burst).After(wait)
+	}
+	if wait := s.orgs.Take(p.Org.ID, now); wait > 0 {
+		giveBack()
+		return fault.New(fault.Exhausted, fault.CodeRateLimited,
+			"all keys of this organization together may make %g calls a second, %d at once", s.orgs.rate,
+			s.orgs.burst).After(wait)
 	}
 	return nil
 }

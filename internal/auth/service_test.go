@@ -367,6 +367,74 @@ func TestRateLimit(t *testing.T) {
 	})
 }
 
+// TestRateOfAnOrganization checks that many keys do not multiply an organization's rate, that a refused
+// call takes from neither bucket, and that no other organization feels it.
+func TestRateOfAnOrganization(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, _, p := begin(t, Config{Rate: 2, Burst: 3, OrgFactor: 2})
+		keys := []Principal{p}
+		for range 4 {
+			k, _ := principal(t, s, p, "exec")
+			keys = append(keys, k)
+		}
+		for range 10 { // the calls that its own bucket refuses are no calls of the organization
+			_ = s.Allow(keys[0])
+		}
+		for i := range 3 {
+			if err := s.Allow(keys[1]); err != nil {
+				t.Fatalf("call %d of the second key: %v", i, err)
+			}
+		}
+		for range 5 {
+			err := s.Allow(keys[2])
+			wantFault(t, err, fault.Exhausted, "rate_limited")
+			if wait := fault.As(err).RetryAfter; wait != 250*time.Millisecond {
+				t.Errorf("retry after %s, want 250ms", wait)
+			}
+		}
+		_, other, _, err := s.CreateOrg(t.Context(), p, "other", QuotaRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Allow(Principal{Org: Org{ID: other.OrgID}, Key: other}); err != nil {
+			t.Errorf("another organization: %v", err)
+		}
+		time.Sleep(750 * time.Millisecond)
+		for i := range 3 { // what the organization's bucket refused took nothing from the key's
+			if err := s.Allow(keys[2]); err != nil {
+				t.Errorf("call %d of the third key: %v", i, err)
+			}
+		}
+		if err := s.Allow(keys[3]); !fault.Is(err, fault.Exhausted) {
+			t.Errorf("a key that never called: %v", err)
+		}
+	})
+}
+
+// TestHolder checks that a key which is revoked, expired or unknown allows nothing any more.
+func TestHolder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, _, p := begin(t, Config{})
+		made, _ := principal(t, s, p, "exec")
+		if got, err := s.Holder(t.Context(), made.Key.ID); err != nil || got.Org.ID != p.Org.ID || !got.May(Exec) ||
+			got.May(Files) {
+			t.Errorf("the holder is %+v, %v", got, err)
+		}
+		short, _, err := s.CreateKey(t.Context(), p, KeyRequest{Name: "s", Scopes: []string{"exec"}, ExpiresIn: time.Minute})
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		if err := s.RevokeKey(t.Context(), p, made.Key.ID); err != nil {
+			t.Fatal(err)
+		}
+		for _, id := range []string{made.Key.ID, short.ID, "key_none", ""} {
+			_, err := s.Holder(t.Context(), id)
+			wantFault(t, err, fault.Unauthenticated, "unauthenticated")
+		}
+	})
+}
+
 func TestNoRateLimit(t *testing.T) {
 	s, _, p := begin(t, Config{})
 	for range 10_000 {

@@ -73,6 +73,18 @@ func (m *memory) KeyByHash(_ context.Context, hash []byte) (Key, Org, error) {
 	return Key{}, Org{}, fault.New(fault.NotFound, "api_key_not_found", "none")
 }
 
+func (m *memory) GetKey(_ context.Context, id string) (Key, Org, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, k := range m.keys {
+		if k.ID == id {
+			i := slices.IndexFunc(m.orgs, func(o Org) bool { return o.ID == k.OrgID })
+			return k, m.orgs[i], nil
+		}
+	}
+	return Key{}, Org{}, fault.New(fault.NotFound, "api_key_not_found", "none")
+}
+
 func (m *memory) ListKeys(_ context.Context, orgID string, limit int, after string) ([]Key, string, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -89,6 +89,7 @@ func (c *Config) checkNumbers() error {
 		{"quota.sandboxes", c.Quota.Sandboxes, 0},
 		{"quota.api_keys", c.Quota.APIKeys, 0},
 		{"rate_limit.burst", c.RateLimit.Burst, 1},
+		{"rate_limit.org_factor", c.RateLimit.OrgFactor, 0},
 		{"rate_limit.failed_burst", c.RateLimit.FailedBurst, 1},
 		{"templates.max_per_org", c.Templates.MaxPerOrg, 0},
 		{"build.concurrent", c.Build.Concurrent, 1},

@@ -99,10 +99,12 @@ type Quota struct {
 	APIKeys   int `toml:"api_keys"`
 }
 
-// RateLimit limits the calls of a key, and the calls of an address without a valid key.
+// RateLimit limits the calls of a key and of an organization, and the calls of an address without a valid
+// key.
 type RateLimit struct {
 	PerSecond       float64 `toml:"per_second"`
 	Burst           int     `toml:"burst"`
+	OrgFactor       int     `toml:"org_factor"`
 	FailedPerSecond float64 `toml:"failed_per_second"`
 	FailedBurst     int     `toml:"failed_burst"`
 }
@@ -180,7 +182,7 @@ func Default() Config {
 		},
 		Capacity:  Capacity{MaxSandboxes: 1000, MinFreeMemoryMB: 512, MinFreeDiskMB: 1024},
 		Quota:     Quota{Sandboxes: 500, VCPUs: 2000, MemoryMB: 1 << 20, APIKeys: 1000},
-		RateLimit: RateLimit{PerSecond: 500, Burst: 1000, FailedPerSecond: 10, FailedBurst: 200},
+		RateLimit: RateLimit{PerSecond: 500, Burst: 1000, OrgFactor: 4, FailedPerSecond: 10, FailedBurst: 200},
 		Images:    Images{Registry: true, CacheMB: 10 << 10, PulledMB: 20 << 10},
 		Templates: Templates{Prepare: []string{"python", "base"}, MaxPerOrg: 100},
 		Build: Build{Concurrent: 1, PerOrg: 1, Timeout: Duration(30 * time.Minute),

@@ -206,7 +206,7 @@ func (s *server) openCore(ctx context.Context) error {
 	cfg := s.cfg
 	s.auth = auth.New(s.db, auth.Config{
 		Quota: auth.Quota{Sandboxes: cfg.Quota.Sandboxes, VCPUs: cfg.Quota.VCPUs, MemoryMB: cfg.Quota.MemoryMB},
-		Rate:  cfg.RateLimit.PerSecond, Burst: cfg.RateLimit.Burst,
+		Rate:  cfg.RateLimit.PerSecond, Burst: cfg.RateLimit.Burst, OrgFactor: cfg.RateLimit.OrgFactor,
 		FailedRate: cfg.RateLimit.FailedPerSecond, FailedBurst: cfg.RateLimit.FailedBurst, MaxKeys: cfg.Quota.APIKeys, Log: s.log,
 	})
 	s.onClose(s.auth.Close)

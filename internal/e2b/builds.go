@@ -137,47 +137,57 @@ func (s *Surface) uploadLink(w http.ResponseWriter, r *http.Request) error {
 	if r.TLS != nil || r.Header.Get("X-Forwarded-Proto") == "https" {
 		scheme = "https"
 	}
-	org, until := orgOf(r), strconv.FormatInt(time.Now().Add(uploadTime).Unix(), 10)
-	url := fmt.Sprintf("%s://%s/templates/%s/files/%s?org=%s&expires=%s&signature=%s", scheme, r.Host, defaultTag, hash,
-		org, until, s.uploadSum(org, hash, until))
-	reply(w, r, http.StatusCreated, map[string]any{"present": s.Templates.HasUpload(org, hash), "url": url,
+	key, until := callOf(r).Who.Key.ID, strconv.FormatInt(time.Now().Add(uploadTime).Unix(), 10)
+	url := fmt.Sprintf("%s://%s/templates/%s/files/%s?key=%s&expires=%s&signature=%s", scheme, r.Host, defaultTag, hash,
+		key, until, s.uploadSum(key, hash, until))
+	reply(w, r, http.StatusCreated, map[string]any{"present": s.Templates.HasUpload(orgOf(r), hash), "url": url,
 		"headers": map[string]string{}})
 	return nil
 }
 
-// uploadSum signs the right to upload files for an organization.
-func (s *Surface) uploadSum(org, hash, until string) string {
-	return s.sum("upload:" + org + ":" + hash + ":" + until)
+// uploadSum signs the right of a key to upload files for its organization.
+func (s *Surface) uploadSum(key, hash, until string) string {
+	return s.sum("upload:" + key + ":" + hash + ":" + until)
+}
+
+// uploader returns the owner of a key that still may upload files.
+func (s *Surface) uploader(ctx context.Context, key string) (auth.Principal, error) {
+	who, err := s.Auth.Holder(ctx, key)
+	if err == nil && !who.May(auth.TemplatesWrite) {
+		err = fault.New(fault.Denied, fault.CodeScopeMissing, "the key lacks the scope %s", auth.TemplatesWrite)
+	}
+	return who, err
 }
 
 // upload answers PUT /templates/{ref}/files/{hash}, to which clients send no key: the signature in
-// the URL opens it.
+// the URL opens it, for as long as the key that it was made for lives.
 func (s *Surface) upload(w http.ResponseWriter, r *http.Request) error {
 	hash, err := uploadName(r)
 	if err != nil {
 		return err
 	}
 	q := r.URL.Query()
-	org, until := q.Get("org"), q.Get("expires")
-	if !same(q.Get("signature"), s.uploadSum(org, hash, until)) {
+	key, until := q.Get("key"), q.Get("expires")
+	if !same(q.Get("signature"), s.uploadSum(key, hash, until)) {
 		return fault.New(fault.Unauthenticated, fault.CodeUnauthenticated, "the URL has no valid signature")
 	}
 	if end, err := strconv.ParseInt(until, 10, 64); err != nil || time.Now().Unix() > end {
 		return fault.New(fault.Unauthenticated, fault.CodeUnauthenticated, "the URL is no longer valid: ask for another")
 	}
-	of, err := s.Auth.Org(r.Context(), org)
+	who, err := s.uploader(r.Context(), key)
 	if err != nil {
 		return err
 	}
-	callOf(r).Who.Org = of
-	// The uploads of an organization have the rate of one key.
-	if err := s.Auth.Allow(auth.Principal{Org: of, Key: auth.Key{ID: "uploads of " + org}}); err != nil {
+	callOf(r).Who = who
+	if err := s.Auth.Allow(who); err != nil {
 		return err
 	}
-	if err := callOf(r).OpenAccount(s.Budget, r, org, httpserver.CallCost); err != nil {
+	if err := callOf(r).OpenAccount(s.Budget, r, who.Org.ID, httpserver.CallCost); err != nil {
 		return err
 	}
-	if err := s.Templates.PutUpload(r.Context(), org, hash, r.Body, r.ContentLength); err != nil {
+	// An upload may take an hour, in which its key may be revoked.
+	still := func(ctx context.Context) error { _, err := s.uploader(ctx, key); return err }
+	if err := s.Templates.PutUpload(r.Context(), who.Org.ID, hash, r.Body, r.ContentLength, still); err != nil {
 		if broken := callOf(r).Body.Broken(); broken != nil {
 			return broken
 		}

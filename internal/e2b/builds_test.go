@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"net/url"
 	"strings"
@@ -214,7 +215,7 @@ func TestBuildStatus(t *testing.T) {
 }
 
 // TestUploadsAreSigned checks that only the URL that the server gave takes files, for its
-// organization and its hash alone.
+// key and its hash alone.
 func TestUploadsAreSigned(t *testing.T) {
 	b := newBuilds(t)
 	hash, other := strings.Repeat("1", 64), strings.Repeat("2", 64)
@@ -229,11 +230,13 @@ func TestUploadsAreSigned(t *testing.T) {
 		q.Set(name, value)
 		return u.Path + "?" + q.Encode()
 	}
-	org, until := u.Query().Get("org"), fmt.Sprint(time.Now().Add(-time.Second).Unix())
+	key, until := u.Query().Get("key"), fmt.Sprint(time.Now().Add(-time.Second).Unix())
+	later := fmt.Sprint(time.Now().Add(time.Minute).Unix())
 	for name, path := range map[string]string{
-		"no signature": u.Path, "another hash": strings.Replace(good, hash, other, 1), "another organization": with("org", "org_other"),
+		"no signature": u.Path, "another hash": strings.Replace(good, hash, other, 1), "another key": with("key", "key_other"),
 		"a later end": with("expires", "99999999999"), "no end": with("expires", ""), "a wrong signature": with("signature", strings.Repeat("0", 40)),
-		"expired": u.Path + "?" + url.Values{"org": {org}, "expires": {until}, "signature": {b.surface.uploadSum(org, hash, until)}}.Encode(),
+		"expired":   u.Path + "?" + url.Values{"key": {key}, "expires": {until}, "signature": {b.surface.uploadSum(key, hash, until)}}.Encode(),
+		"of no key": u.Path + "?" + url.Values{"key": {"key_none"}, "expires": {later}, "signature": {b.surface.uploadSum("key_none", hash, later)}}.Encode(),
 	} {
 		if r := b.send("PUT", path, data); r.status != 401 {
 			t.Errorf("%s: %d %s", name, r.status, r.body)
@@ -259,6 +262,53 @@ func TestUploadsAreSigned(t *testing.T) {
 	r := b.send("GET", "/templates/tpl_x/files/"+hash, "", "X-API-Key", b.builder, "X-Forwarded-Proto", "https")
 	if text, _ := r.json["url"].(string); !strings.HasPrefix(text, "https://") {
 		t.Errorf("behind TLS the URL is %s", text)
+	}
+}
+
+// TestUploadsEndWithTheirKey checks that a URL for an upload is worth nothing once the key that it was
+// made for is revoked, also for an upload that has begun.
+func TestUploadsEndWithTheirKey(t *testing.T) {
+	b := newBuilds(t)
+	hash, data := strings.Repeat("1", 64), tarOf(t, "x", "x")
+	revoke := func(secret string) {
+		t.Helper()
+		who, err := b.auth.Authenticate(t.Context(), secret)
+		if err == nil {
+			err = b.auth.RevokeKey(t.Context(), who, who.Key.ID)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	first, second := b.newKey(auth.TemplatesWrite), b.newKey(auth.TemplatesWrite)
+	_, before := b.link(first, hash)
+	revoke(first)
+	if r := b.send("PUT", before, data); r.status != 401 {
+		t.Errorf("begun after its key was revoked: %d %s", r.status, r.body)
+	}
+	_, during := b.link(second, hash)
+	body, rest := io.Pipe()
+	request, err := http.NewRequestWithContext(t.Context(), "PUT", b.url+during, body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		// These fail only if the server answers too early, which the status shows.
+		_, _ = io.WriteString(rest, data[:len(data)/2])
+		revoke(second)
+		_, _ = io.WriteString(rest, data[len(data)/2:])
+		_ = rest.Close()
+	}()
+	r, err := http.DefaultClient.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Body.Close()
+	if r.StatusCode != 401 {
+		t.Errorf("ended after its key was revoked: %d", r.StatusCode)
+	}
+	if present, _ := b.link(b.builder, hash); present {
+		t.Error("an upload of a revoked key is there")
 	}
 }
 

@@ -66,7 +66,8 @@ type Templates interface {
 	Delete(ctx context.Context, c template.Caller, nameOrID string, force bool) error
 	Announce(ctx context.Context, c template.Caller, a template.Announcement) (template.Draft, error)
 	HasUpload(orgID, name string) bool
-	PutUpload(ctx context.Context, orgID, name string, r io.Reader, length int64) error
+	PutUpload(ctx context.Context, orgID, name string, r io.Reader, length int64,
+		still func(context.Context) error) error
 	HasDraft(orgID, templateID, buildID string) error
 	UploadKind(ctx context.Context, orgID, name, from string) (fs.FileMode, error)
 	BuildDraft(ctx context.Context, c template.Caller, templateID, buildID string, r template.Request, dockerfile string,
@@ -83,6 +84,7 @@ type Auth interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 	Allow(p auth.Principal) error
 	Failed(remote string) error
+	Holder(ctx context.Context, keyID string) (auth.Principal, error)
 	Org(ctx context.Context, id string) (auth.Org, error)
 }
 

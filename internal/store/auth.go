@@ -155,19 +155,32 @@ func makeRoom(ctx context.Context, tx *sql.Tx, k auth.Key, limit int) error {
 	return nil
 }
 
-// keyByHash selects a key and its organization by the hash of the key. It is a constant, so that
-// this query, the most frequent one, always has the same text.
-const keyByHash = `SELECT k.id, k.org_id, k.name, k.hash, k.prefix, k.scopes, k.created_at, k.expires_at, k.revoked_at, k.last_used_at,
+// keyByHash and keyByID select a key and its organization. They are constants, so that the first of
+// them, the most frequent query, always has the same text.
+const (
+	keyAndOrg = `SELECT k.id, k.org_id, k.name, k.hash, k.prefix, k.scopes, k.created_at, k.expires_at, k.revoked_at, k.last_used_at,
 	o.id, o.name, o.quota_sandboxes, o.quota_vcpus, o.quota_memory_mb, o.created_at
-	FROM api_keys k JOIN orgs o ON o.id = k.org_id WHERE k.hash = $1`
+	FROM api_keys k JOIN orgs o ON o.id = k.org_id `
+	keyByHash = keyAndOrg + "WHERE k.hash = $1"
+	keyByID   = keyAndOrg + "WHERE k.id = $1"
+)
 
 // KeyByHash implements [auth.Store].
 func (db *DB) KeyByHash(ctx context.Context, hash []byte) (auth.Key, auth.Org, error) {
+	return db.key(ctx, keyByHash, hex.EncodeToString(hash))
+}
+
+// GetKey implements [auth.Store].
+func (db *DB) GetKey(ctx context.Context, id string) (auth.Key, auth.Org, error) {
+	return db.key(ctx, keyByID, id)
+}
+
+// key reads the key that a query selects by one parameter.
+func (db *DB) key(ctx context.Context, query, by string) (auth.Key, auth.Org, error) {
 	var k auth.Key
 	var o auth.Org
 	var text string
-	err := db.reader.QueryRowContext(ctx, keyByHash, hex.EncodeToString(hash)).
-		Scan(append(keyFields(&k, &text), orgFields(&o)...)...)
+	err := db.reader.QueryRowContext(ctx, query, by).Scan(append(keyFields(&k, &text), orgFields(&o)...)...)
 	if errors.Is(err, sql.ErrNoRows) {
 		return auth.Key{}, auth.Org{}, fault.New(fault.NotFound, fault.CodeAPIKeyNotFound, "there is no such API key")
 	}

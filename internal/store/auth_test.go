@@ -135,7 +135,13 @@ func authKeys(t *testing.T, st auth.Store) {
 		if diff := cmp.Diff(o, org); diff != "" {
 			t.Errorf("organization (-want +got):\n%s", diff)
 		}
+		byID, org, err := st.GetKey(t.Context(), want.ID)
+		if err != nil || !cmp.Equal(want, byID) || !cmp.Equal(o, org) {
+			t.Errorf("by its ID it is %+v of %+v, %v", byID, org, err)
+		}
 	}
+	_, _, err := st.GetKey(t.Context(), "key_none")
+	wantFault(t, err, fault.NotFound, "api_key_not_found")
 	for _, hash := range [][]byte{nil, {}, first.Hash[:31], append([]byte{0}, first.Hash...)} {
 		_, _, err := st.KeyByHash(t.Context(), hash)
 		wantFault(t, err, fault.NotFound, "api_key_not_found")

@@ -46,6 +46,7 @@ func TestPlans(t *testing.T) {
 		{findSnapshot, []any{"o", "n", "ready"}, "snapshots_name"},
 		{"SELECT id FROM snapshots WHERE state <> 'ready' ORDER BY created_at, id", nil, "snapshots_unready"},
 		{keyByHash, []any{"x"}, "sqlite_autoindex_api_keys"},
+		{keyByID, []any{"x"}, "sqlite_autoindex_api_keys"},
 		{liveKeys, []any{"o", 5}, "api_keys_page"},
 		{crowded, []any{5}, "sandboxes_over"},
 		{purgeMany, []any{"o", 5, 5}, "sandboxes_over"},

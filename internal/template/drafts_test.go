@@ -65,6 +65,9 @@ type entry struct {
 	mode       int64
 }
 
+// always lets an upload of any time be recorded.
+func always(context.Context) error { return nil }
+
 func archive(t *testing.T, zip bool, entries ...entry) []byte {
 	t.Helper()
 	var b bytes.Buffer
@@ -105,7 +108,7 @@ func (nopCloser) Close() error { return nil }
 
 func (w *workshop) upload(org, name string, data []byte) {
 	w.t.Helper()
-	if err := w.PutUpload(w.t.Context(), org, name, bytes.NewReader(data), int64(len(data))); err != nil {
+	if err := w.PutUpload(w.t.Context(), org, name, bytes.NewReader(data), int64(len(data)), always); err != nil {
 		w.t.Fatal(err)
 	}
 }
@@ -294,7 +297,8 @@ func TestHostileUploads(t *testing.T) {
 		t.Error("the kind of an upload was found for a caller that has left")
 	}
 	for _, data := range [][]byte{nil, []byte("text"), bytes.Repeat([]byte("x"), 4096)} {
-		wantCode(t, w.PutUpload(t.Context(), me.OrgID, "u", bytes.NewReader(data), int64(len(data))), "invalid_context")
+		wantCode(t, w.PutUpload(t.Context(), me.OrgID, "u", bytes.NewReader(data), int64(len(data)), always),
+			"invalid_context")
 	}
 }
 
@@ -325,7 +329,7 @@ func TestUploadsAreBounded(t *testing.T) {
 		one[len(one)-1] = byte(i) // in the padding
 		wg.Go(func() {
 			r := io.MultiReader(bytes.NewReader(one[:600]), waits{held}, bytes.NewReader(one[600:]))
-			if err := w.PutUpload(t.Context(), me.OrgID, fmt.Sprint(i), r, size); err != nil {
+			if err := w.PutUpload(t.Context(), me.OrgID, fmt.Sprint(i), r, size, always); err != nil {
 				t.Errorf("upload %d: %v", i, err)
 			}
 		})
@@ -333,8 +337,8 @@ func TestUploadsAreBounded(t *testing.T) {
 	for w.reserved(me.OrgID) < 3*size {
 		time.Sleep(time.Millisecond)
 	}
-	wantCode(t, w.PutUpload(t.Context(), me.OrgID, "more", bytes.NewReader(data), size), "quota_exceeded")
-	if err := w.PutUpload(t.Context(), "org_other", "0", bytes.NewReader(data), size); err != nil {
+	wantCode(t, w.PutUpload(t.Context(), me.OrgID, "more", bytes.NewReader(data), size, always), "quota_exceeded")
+	if err := w.PutUpload(t.Context(), "org_other", "0", bytes.NewReader(data), size, always); err != nil {
 		t.Errorf("another organization: %v", err)
 	}
 	close(held)

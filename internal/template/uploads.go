@@ -111,10 +111,15 @@ func (u *uploads) expire(since time.Time) []string {
 func (s *Service) HasUpload(org, name string) bool { return s.uploads.find(org, name) != "" }
 
 // PutUpload stores an upload, a tar, plain or compressed with gzip, of length bytes; negative is
-// unknown. It has the limits and the errors of a build context.
-func (s *Service) PutUpload(ctx context.Context, org, name string, r io.Reader, length int64) error {
+// unknown. It has the limits and the errors of a build context. It asks still whether the caller may
+// still upload when all bytes have come; an error of it refuses the upload.
+func (s *Service) PutUpload(ctx context.Context, org, name string, r io.Reader, length int64,
+	still func(context.Context) error) error {
 	blob, err := s.putContext(ctx, org, r, length)
 	if err != nil {
+		return err
+	}
+	if err := still(ctx); err != nil {
 		return err
 	}
 	size, err := s.contexts.Size(blob)
