@@ -11,6 +11,7 @@ import (
 	"net/http/httptrace"
 	"net/textproto"
 	"net/url"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +19,7 @@ import (
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/store"
 )
 
 // toEnvd returns the headers of a call to the agent.
@@ -509,5 +511,39 @@ func TestBrowsersMayCall(t *testing.T) {
 	if r := h.send("OPTIONS", "/v1/sandboxes", "", "Origin", "https://page.example", "Access-Control-Request-Method",
 		"POST"); r.status != http.StatusTeapot {
 		t.Errorf("v1 is the other handler's: %d", r.status)
+	}
+}
+
+// BenchmarkSearchOfASignature searches ten thousand living sandboxes for one whose token made a signature,
+// and finds none.
+func BenchmarkSearchOfASignature(b *testing.B) {
+	db, err := store.Open(b.Context(), filepath.Join(b.TempDir(), "cay.db"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer db.Close()
+	const living = 10_000
+	for i := range living {
+		sb := sandbox.Sandbox{ID: sandbox.ID(fmt.Sprintf("sbx_%020d", i)), OrgID: "org", State: sandbox.Creating,
+			Mode: sandbox.Ephemeral, CreatedAt: time.Now(), AtEnd: sandbox.EndDestroys}
+		if _, _, err := db.Insert(b.Context(), sb, sandbox.Quota{}, sandbox.Once{}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	s := &Surface{Config: Config{Secret: []byte("0123456789abcdef")}}
+	q := url.Values{"path": {"/home/user/x"}, "username": {"user"}}
+	q.Set("signature", agentapi.Signature("GET", q, strings.Repeat("0", 45)))
+	for b.Loop() {
+		signed, err := agentapi.ReadSigned("GET", q)
+		if err != nil {
+			b.Fatal(err)
+		}
+		ids, err := db.Living(b.Context())
+		if err != nil || len(ids) != living {
+			b.Fatal(len(ids), err)
+		}
+		if id, found := s.signer(signed, ids); found {
+			b.Fatal(id)
+		}
 	}
 }
