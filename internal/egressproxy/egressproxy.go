@@ -282,6 +282,17 @@ func (p *Proxy) Recheck(from netip.Addr) {
 	}
 }
 
+// turnAway reports a connection that is too much, and resets it.
+func (p *Proxy) turnAway(handle any, c *net.TCPConn) {
+	defer reset(c)
+	to, err := p.host.Original(c)
+	if err != nil {
+		p.log.Debug("looking up where a connection was to go", "from", source(c), "error", err)
+		return
+	}
+	p.host.Excess(handle, "tcp", "", netip.AddrPortFrom(to.Addr().Unmap(), to.Port()))
+}
+
 // source returns the address that a connection comes from.
 func source(c net.Conn) netip.Addr {
 	a, ok := c.RemoteAddr().(*net.TCPAddr)

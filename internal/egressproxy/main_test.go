@@ -30,7 +30,7 @@ type fakeHost struct {
 	banned  []netip.Addr
 	opened  map[netip.Addr]time.Duration
 	denied  []string // protocol and name
-	excess  []string // as denied
+	excess  []string // protocol, name and destination
 }
 
 func (h *fakeHost) Find(from netip.Addr) (Sandbox, any, bool) {
@@ -75,9 +75,12 @@ func (h *fakeHost) Denied(_ any, protocol, name string, _ netip.AddrPort) {
 	h.denied = append(h.denied, protocol+" "+name)
 }
 
-func (h *fakeHost) Excess(_ any, protocol, name string, _ netip.AddrPort) {
+func (h *fakeHost) Excess(_ any, protocol, name string, to netip.AddrPort) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if to.IsValid() {
+		name += to.String()
+	}
 	h.excess = append(h.excess, protocol+" "+name)
 }
 

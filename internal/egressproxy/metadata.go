@@ -32,8 +32,12 @@ func (p *Proxy) serveMetadata(_ context.Context, c *net.TCPConn) {
 	from := source(c)
 	sandbox, handle, ok := p.host.Find(from)
 	w := subject{handle, sandbox.Owner}
-	if !ok || !p.metadataConns.enter(w) {
+	if !ok {
 		reset(c)
+		return
+	}
+	if !p.metadataConns.enter(w) {
+		p.turnAway(handle, c)
 		return
 	}
 	defer p.metadataConns.leave(w)

@@ -71,8 +71,7 @@ func (p *Proxy) serveTCP(ctx context.Context, c *net.TCPConn) {
 	}
 	w := subject{handle, sandbox.Owner}
 	if !p.proxied.enter(w) {
-		p.host.Excess(handle, "tcp", "", to)
-		reset(c)
+		p.turnAway(handle, c)
 		return
 	}
 	defer p.proxied.leave(w)
@@ -242,7 +241,7 @@ func (s *session) kill() {
 // connect connects to the client's destination, after checking once more that it is permitted.
 func (s *session) connect(ctx context.Context) (*net.TCPConn, error) {
 	if err := s.proxy.host.Permitted(s.handle, s.to.Addr()); err != nil {
-		return nil, err
+		return nil, s.deny("", err)
 	}
 	c, err := (&net.Dialer{Timeout: dialTime}).DialContext(ctx, "tcp4", s.to.String())
 	if err != nil {

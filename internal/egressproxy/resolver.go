@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -103,14 +104,21 @@ func (p *Proxy) serveDNS(ctx context.Context, c *net.TCPConn) {
 	from := source(c)
 	sandbox, handle, ok := p.host.Find(from)
 	w := subject{handle, sandbox.Owner}
-	if !ok || !p.dnsConns.enter(w) {
+	if !ok {
 		reset(c)
+		return
+	}
+	if !p.dnsConns.enter(w) {
+		p.turnAway(handle, c)
 		return
 	}
 	defer p.dnsConns.leave(w)
 	for {
 		_ = c.SetDeadline(time.Now().Add(dnsIdle)) // fails only if c is closed; then the read fails too
 		question, err := readMessage(c, maxQuery)
+		if errors.Is(err, errLongMessage) {
+			p.turnAway(handle, c)
+		}
 		if err != nil {
 			return
 		}
@@ -132,6 +140,9 @@ func (p *Proxy) serveDNS(ctx context.Context, c *net.TCPConn) {
 	}
 }
 
+// errLongMessage reports a message that is longer than is read.
+var errLongMessage = errors.New("the message is too long")
+
 // readMessage reads a message with a length before it, as TCP has them.
 func readMessage(r io.Reader, most int) ([]byte, error) {
 	var length [2]byte
@@ -140,7 +151,7 @@ func readMessage(r io.Reader, most int) ([]byte, error) {
 	}
 	n := int(binary.BigEndian.Uint16(length[:]))
 	if n > most {
-		return nil, fmt.Errorf("a message of %d bytes is over %d", n, most)
+		return nil, fmt.Errorf("%w: %d bytes are over %d", errLongMessage, n, most)
 	}
 	m := make([]byte, n)
 	_, err := io.ReadFull(r, m)
@@ -190,8 +201,10 @@ func (p *Proxy) answer(ctx context.Context, sandbox Sandbox, handle any, message
 	switch {
 	case q.Opcode != dns.OpcodeQuery:
 		a.Rcode = dns.RcodeNotImplemented
-	case len(q.Question) != 1 || q.Question[0].Header().Class != dns.ClassINET:
+	case len(q.Question) != 1:
 		a.Rcode = dns.RcodeRefused
+	case q.Question[0].Header().Class != dns.ClassINET:
+		p.refuseKind(handle, a)
 	default:
 		ctx, cancel := context.WithTimeout(ctx, queryTime)
 		defer cancel()
@@ -201,6 +214,12 @@ func (p *Proxy) answer(ctx context.Context, sandbox Sandbox, handle any, message
 		return nil
 	}
 	return a.Data
+}
+
+// refuseKind makes of a the refusal of a question of a class or a type that is never asked for a sandbox.
+func (p *Proxy) refuseKind(handle any, a *dns.Msg) {
+	a.Rcode = dns.RcodeRefused
+	p.host.Denied(handle, "dns", a.Question[0].Header().Name, netip.AddrPort{})
 }
 
 // resolve fills the answer a to its question, in at most room bytes.
@@ -225,7 +244,7 @@ func (p *Proxy) resolve(ctx context.Context, sandbox Sandbox, handle any, a *dns
 	case kind == dns.TypeAAAA, kind == dns.TypeHTTPS, kind == dns.TypeSVCB:
 		return // there is no IPv6, and hints with addresses and keys would circumvent the checks
 	case kind == dns.TypeNone, kind == dns.TypeOPT, kind >= 128 && kind <= 255:
-		a.Rcode = dns.RcodeRefused // transfers, ANY and other types that no record has
+		p.refuseKind(handle, a) // transfers, ANY and other types that no record has
 		return
 	}
 	r, err := ask(ctx, sandbox.Nameservers, a.Question[0].Header().Name, kind)

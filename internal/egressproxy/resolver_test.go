@@ -155,7 +155,7 @@ func TestResolver(t *testing.T) {
 	if got := r.grants.names(1, a("198.51.100.2"), time.Now()); !slices.Equal(got, []string{"a.b.wild.example"}) {
 		t.Errorf("198.51.100.2 was given for %v", got)
 	}
-	for _, want := range []string{"dns other.example.", "dns rebound.wild.example"} {
+	for _, want := range []string{"dns other.example.", "dns rebound.wild.example", "dns allowed.example."} {
 		if !slices.Contains(r.denials(), want) {
 			t.Errorf("%q was not reported: %v", want, r.denials())
 		}
@@ -315,6 +315,47 @@ func TestTooManyQuestions(t *testing.T) {
 			t.Errorf("told (-want +got):\n%s", d)
 		}
 	})
+}
+
+// TestTooMuchIsReported checks that connections to the resolver and the metadata service beyond their
+// limits, and a question that is too long, are reset and reported.
+func TestTooMuchIsReported(t *testing.T) {
+	r := newRig(t, 0)
+	for _, tc := range []struct {
+		address string
+		meter   *meter
+		to      string
+	}{{r.dns, r.dnsConns, "198.51.100.53:53"}, {r.about, r.metadataConns, "169.254.169.254:80"}} {
+		r.set(func() { r.to, r.excess = netip.MustParseAddrPort(tc.to), nil })
+		count := func(change int) (n int) {
+			tc.meter.mu.Lock()
+			defer tc.meter.mu.Unlock()
+			tc.meter.sandboxes[1] += change
+			return tc.meter.sandboxes[1]
+		}
+		count(tc.meter.limit.perSandbox - 1)
+		last := dial(t, tc.address)
+		eventually(t, "the last connection is served", func() bool { return count(0) == tc.meter.limit.perSandbox })
+		if c, err := net.Dial("tcp4", tc.address); err == nil { // otherwise it was reset at once
+			_ = c.SetDeadline(time.Now().Add(deadline))
+			refused(t, c)
+			_ = c.Close()
+		}
+		eventually(t, "it is reported", func() (is bool) { r.set(func() { is = len(r.excess) > 0 }); return is })
+		want := []string{"tcp " + tc.to}
+		if tc.address == r.dns {
+			if _, err := last.Write([]byte{0xff, 0xff}); err != nil {
+				t.Fatal(err)
+			}
+			refused(t, last)
+			want = append(want, "tcp "+tc.to)
+		}
+		r.set(func() {
+			if d := cmp.Diff(want, r.excess); d != "" {
+				t.Errorf("%s (-want +got):\n%s", tc.to, d)
+			}
+		})
+	}
 }
 
 func TestGrantsAreBounded(t *testing.T) {
