@@ -31,6 +31,10 @@ const (
 	// bootMemory is the memory in bytes that a sandbox takes until its agent answers. With too little,
 	// Room admits sandboxes that leave less than Config.MinHostMemory.
 	bootMemory = 64 << 20
+	// madeMemory is the memory in bytes that is kept for a sandbox which is being made beside another: what
+	// it has when its agent answers, and some for its first command. With less, sandboxes that are made at
+	// once leave less than Config.MinHostMemory; with more, some are refused that have room.
+	madeMemory = 32 << 20
 	// hostPIDs is the number of host tasks that a sandbox may have for each task inside, and
 	// hostPIDsBase the number in addition: systrap runs every address space in two processes, keeps
 	// those of ended ones for a while, and the sentry has threads. The limit is only the last resort,
@@ -109,19 +113,37 @@ func (n *Node) creation(b *instance, spec sandbox.Spec) []step {
 // keeps no other from being made: the pool gives way.
 func (n *Node) take(ctx context.Context, b *instance, steps []step, undo func(context.Context, sandbox.ID) error,
 ) error {
+	if err := n.admit(b); err != nil {
+		return err
+	}
+	defer func() {
+		n.mu.Lock()
+		n.booting--
+		n.mu.Unlock()
+	}()
+	return n.walk(ctx, b, steps, undo)
+}
+
+// admit registers an instance as one that is being made, if the machine has room for it. No other is
+// admitted between the look at the memory and the registration.
+func (n *Node) admit(b *instance) error {
+	n.admitting.Lock()
+	defer n.admitting.Unlock()
+	if err := n.memoryRoom(b.record.Shape.Size); err != nil {
+		return err
+	}
 	id := b.record.ID
 	n.mu.Lock()
+	defer n.mu.Unlock()
 	if n.instances[id] != nil {
-		n.mu.Unlock()
 		return fmt.Errorf("sandbox %s is on this machine already", id)
 	}
 	if err := n.roomLocked(b.record.Warm != ""); err != nil {
-		n.mu.Unlock()
 		return err
 	}
 	n.instances[id] = b
-	n.mu.Unlock()
-	return n.walk(ctx, b, steps, undo)
+	n.booting++
+	return nil
 }
 
 // walk does the steps one after the other. It calls undo when one fails.

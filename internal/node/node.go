@@ -105,8 +105,15 @@ type Node struct {
 	// after, when set, is called after each step of an operation; its error fails the step. Tests use
 	// it to make operations fail after any step.
 	after func(step string) error
+	// freeMemory returns how many bytes of memory the machine can give. Tests set it.
+	freeMemory func() (int64, error)
 
-	mu            sync.Mutex
+	admitting sync.Mutex // held while the memory for another sandbox is looked at; taken before mu
+
+	mu sync.Mutex
+	// booting is the number of sandboxes whose steps are not done.
+	// +checklocks:mu
+	booting       int
 	instances     map[sandbox.ID]*instance    // of all sandboxes with a directory; guarded by mu
 	verifications map[string]*verification    // those not begun, by the checkpoint's directory; guarded by mu
 	guests        map[*network.Slot]*instance // sandboxes whose slot has their policy; guarded by mu
@@ -131,6 +138,7 @@ func Open(cfg Config, slots *network.Network, images Images, log *slog.Logger) (
 	n := &Node{cfg: cfg, log: log, net: slots, images: images, groups: groups,
 		state:      &runsc.Runtime{Root: cfg.RunDir},
 		startSlots: newStartSlots(max(2, startsPerCPU*runtime.NumCPU())),
+		freeMemory: availableMemory,
 		lost:       make(chan sandbox.Observed), denials: make(chan sandbox.Denial, denialsHeld),
 		instances: map[sandbox.ID]*instance{}, verifications: map[string]*verification{}, guests: map[*network.Slot]*instance{}, uids: map[uint32]*instance{}}
 	n.agents = agentapi.NewClient(func(ctx context.Context, id string) (net.Conn, error) {
@@ -193,15 +201,8 @@ func (n *Node) Room(_ context.Context, size sandbox.Size) error {
 	if err != nil {
 		return err
 	}
-	free, err := availableMemory()
-	if err != nil {
+	if err := n.memoryRoom(size); err != nil {
 		return err
-	}
-	// A new sandbox takes about 20 MB and grows to its size only if it uses that much. This checks
-	// that it can start without harm to the machine.
-	if free < n.cfg.MinHostMemory+bootMemory {
-		return fault.New(fault.Unavailable, fault.CodeNoCapacity, "this machine has no memory for a sandbox of size %s",
-			size.Name).After(retryRoom)
 	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(n.cfg.Dir, &st); err != nil {
@@ -209,6 +210,24 @@ func (n *Node) Room(_ context.Context, size sandbox.Size) error {
 	}
 	if int64(st.Bavail)*st.Bsize < n.cfg.MinDisk {
 		return fault.New(fault.Unavailable, fault.CodeNoCapacity, "this machine's disk is full").After(retryRoom)
+	}
+	return nil
+}
+
+// memoryRoom returns an error if the machine has no memory for another sandbox beside those that are being
+// made. A new sandbox takes about 20 MB and grows to its size only if it uses that much, so this checks that
+// it can start without harm to the machine.
+func (n *Node) memoryRoom(size sandbox.Size) error {
+	n.mu.Lock()
+	booting := n.booting // before the look at the memory: one that ends now has taken what it takes
+	n.mu.Unlock()
+	free, err := n.freeMemory()
+	if err != nil {
+		return err
+	}
+	if free < n.cfg.MinHostMemory+bootMemory+int64(booting)*madeMemory {
+		return fault.New(fault.Unavailable, fault.CodeNoCapacity, "this machine has no memory for a sandbox of size %s",
+			size.Name).After(retryRoom)
 	}
 	return nil
 }

@@ -342,6 +342,60 @@ func TestRoom(t *testing.T) {
 	}
 }
 
+// TestMemoryIsGivenOnce makes more sandboxes at once than the machine has memory for: each of them counts
+// those that are being made.
+func TestMemoryIsGivenOnce(t *testing.T) {
+	m := newMachine(t)
+	const fits, all = 3, 8
+	m.node.freeMemory = func() (int64, error) {
+		return m.node.cfg.MinHostMemory + bootMemory + (fits-1)*madeMemory, nil
+	}
+	release, ends := make(chan struct{}), make(chan error, all)
+	var made []sandbox.ID
+	for range all {
+		b := m.node.newInstance(m.spec())
+		made = append(made, b.record.ID)
+		go func() {
+			ends <- m.node.take(m.ctx(), b, []step{{"wait", func(context.Context) error { <-release; return nil }}},
+				m.node.Destroy)
+		}()
+	}
+	end := func() error {
+		t.Helper()
+		select {
+		case err := <-ends:
+			return err
+		case <-time.After(10 * time.Second):
+			close(release)
+			t.Fatal("more sandboxes are made than there is memory for")
+			return nil
+		}
+	}
+	for range all - fits {
+		if e := fault.As(end()); e == nil || e.Code != fault.CodeNoCapacity || e.RetryAfter <= 0 {
+			t.Errorf("one too many gets %v", e)
+		}
+	}
+	if err := m.node.Room(m.ctx(), sandbox.Size{Name: "small"}); !fault.Is(err, fault.Unavailable) {
+		t.Errorf("there is room beside them: %v", err)
+	}
+	close(release)
+	for range fits {
+		if err := end(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := m.node.Room(m.ctx(), sandbox.Size{Name: "small"}); err != nil {
+		t.Errorf("when they are made: %v", err)
+	}
+	for _, id := range made {
+		if err := m.node.Destroy(m.ctx(), id); err != nil {
+			t.Error(err)
+		}
+	}
+	m.wantNothing()
+}
+
 // TestNoSandboxStandsForAll checks that an ID which is none removes nothing.
 func TestNoSandboxStandsForAll(t *testing.T) {
 	m := newMachine(t)

@@ -99,7 +99,7 @@ func (n *Node) Check(ctx context.Context, id sandbox.ID) error {
 
 // Spare implements sandbox.Node.
 func (n *Node) Spare(context.Context) (int, error) {
-	free, err := availableMemory()
+	free, err := n.freeMemory()
 	if err != nil {
 		return 0, errors.Join(errors.New("looking how many sandboxes the machine could take"), err)
 	}
