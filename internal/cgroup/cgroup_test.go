@@ -2,6 +2,7 @@ package cgroup
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"io"
 	"log/slog"
@@ -246,6 +247,60 @@ func TestGuardSeesThroughCache(t *testing.T) {
 	}
 	if err := <-done; !errors.Is(err, ErrHopeless) {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestGuardReadsOnce checks that the guard reads a group's statistics once for each look while page cache
+// keeps it looking.
+func TestGuardReadsOnce(t *testing.T) {
+	g := newGroup(t)
+	if g.h.unified {
+		t.Skip("on v2 the guard looks only when the kernel reports, and has nothing else to read")
+	}
+	guard := &Guard{Group: g, Limit: 128 << 20, Reserve: 64 << 20, Log: slog.New(slog.DiscardHandler),
+		Relieve: func(context.Context, int64) (int64, error) { return 0, errors.New("nobody is ended") }}
+	if err := guard.Arm(); err != nil {
+		t.Fatal(err)
+	}
+	writer, begin := child(t, g, "cache")
+	begin()
+	if err := writer.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	opens := os.NewFile(uintptr(fd), "opens")
+	defer opens.Close()
+	names := map[int32]string{}
+	for _, name := range []string{"memory.stat", "memory.oom_control"} {
+		wd, err := unix.InotifyAddWatch(fd, filepath.Join(g.dir("memory"), name), unix.IN_OPEN)
+		if err != nil {
+			t.Fatal(err)
+		}
+		names[int32(wd)] = name
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- guard.Run(ctx) }()
+	count := map[string]int{}
+	for buf := make([]byte, 4096); count["memory.oom_control"] < 10; {
+		n, err := opens.Read(buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for at := 0; at < n; at += unix.SizeofInotifyEvent { // of watched files, events have no names
+			count[names[int32(binary.NativeEndian.Uint32(buf[at:]))]]++
+		}
+	}
+	stop()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	// Setting up the watch opens memory.oom_control once more; a look may have begun since the last count.
+	if stats, looks := count["memory.stat"], count["memory.oom_control"]; stats > looks+1 {
+		t.Errorf("%d reads of memory.stat in %d looks", stats, looks)
 	}
 }
 

@@ -117,13 +117,14 @@ func (g *Guard) Run(ctx context.Context) error {
 	allowed := credit{most: most, left: most, last: time.Now()}
 	for {
 		// Look first, then wait: the watch reports nothing from before it was set.
-		if err := g.check(ctx, &allowed); err != nil {
+		held, err := g.check(ctx, &allowed)
+		if err != nil {
 			if ctx.Err() != nil || errors.Is(err, fs.ErrNotExist) {
 				return nil
 			}
 			return err
 		}
-		next, err := g.next()
+		next, err := g.next(held)
 		if err == nil {
 			err = watch.SetReadDeadline(next)
 		}
@@ -142,8 +143,9 @@ func (g *Guard) Run(ctx context.Context) error {
 	}
 }
 
-// next returns the time to look again although the kernel reports nothing, zero for never.
-func (g *Guard) next() (time.Time, error) {
+// next returns the time to look again although the kernel reports nothing, zero for never. The group held
+// as many bytes when it was looked at last.
+func (g *Guard) next(held int64) (time.Time, error) {
 	if g.Group.h.unified { // v2 reports each reclaim
 		return time.Time{}, nil
 	}
@@ -151,9 +153,8 @@ func (g *Guard) next() (time.Time, error) {
 	if err != nil || used < g.near()-g.unreported() {
 		return time.Time{}, err
 	}
-	held, err := g.Group.MemoryHeld()
 	room := max(g.Limit-held, g.Reserve/2)
-	return time.Now().Add(time.Duration(float64(room) / growth * float64(time.Second))), err
+	return time.Now().Add(time.Duration(float64(room) / growth * float64(time.Second))), nil
 }
 
 // unreported returns by how many bytes usage may fall below v1's threshold and rise again without
@@ -183,47 +184,47 @@ func (c *credit) spend(d time.Duration) bool {
 }
 
 // check acts until the group is below its limit and the loan is paid back, both by the host's
-// numbers. It gives up when the credit is spent, or when relief says again and again that it
-// freed nothing.
-func (g *Guard) check(ctx context.Context, c *credit) error {
+// numbers, and returns the memory that the group holds. It gives up when the credit is spent, or when
+// relief says again and again that it freed nothing.
+func (g *Guard) check(ctx context.Context, c *credit) (held int64, err error) {
 	lent, idle := int64(0), 0
 	for ctx.Err() == nil {
 		began := time.Now()
-		over, waiting, err := g.over()
+		held, over, waiting, err := g.look()
 		switch {
 		case err != nil:
-			return err
+			return 0, err
 		case over > 0 || waiting:
 			freed, err := g.act(ctx, over, &lent)
 			if err != nil {
-				return err
+				return 0, err
 			}
 			if freed > 0 {
 				idle = 0
 				g.settle(ctx)
 			} else if idle++; idle == attempts {
-				return ErrHopeless
+				return 0, ErrHopeless
 			} else {
 				pause(ctx)
 			}
 			if !c.spend(time.Since(began)) && ctx.Err() == nil {
-				return ErrHopeless
+				return 0, ErrHopeless
 			}
 		case lent == 0:
-			return nil
+			return held, nil
 		default:
 			// The kernel refuses while it can reclaim too little. A process that needs memory
 			// meanwhile must not wait for that.
 			if err := g.lend(0); errors.Is(err, unix.EBUSY) {
 				pause(ctx)
 			} else if err != nil {
-				return err
+				return 0, err
 			} else {
 				lent = 0
 			}
 		}
 	}
-	return ctx.Err()
+	return 0, ctx.Err()
 }
 
 // act has the agent end a process. The agent and that process need memory for it while others take
@@ -248,7 +249,7 @@ func (g *Guard) act(ctx context.Context, over int64, lent *int64) (freed int64, 
 		case freed := <-done:
 			return freed, nil
 		case <-tick.C:
-			_, waiting, err := g.over()
+			_, _, waiting, err := g.look()
 			if err == nil {
 				err = grow(waiting)
 			}
@@ -273,7 +274,7 @@ func pause(ctx context.Context) {
 func (g *Guard) settle(ctx context.Context) {
 	for end := time.Now().Add(settleTime); time.Now().Before(end) && ctx.Err() == nil; {
 		time.Sleep(settlePoll)
-		if over, waiting, err := g.over(); err != nil || waiting || over <= 0 {
+		if _, over, waiting, err := g.look(); err != nil || waiting || over <= 0 {
 			return
 		}
 	}
@@ -289,23 +290,23 @@ func (g *Guard) relieve(ctx context.Context, over int64) int64 {
 	return freed
 }
 
-// over returns how many bytes must be freed, 0 for none, and whether a process waits for memory.
-func (g *Guard) over() (over int64, waiting bool, err error) {
-	used, err := g.Group.MemoryHeld()
-	if err != nil {
-		return 0, false, err
+// look returns how many bytes the group holds, how many of them must be freed, 0 for none, and whether a
+// process waits for memory.
+func (g *Guard) look() (held, over int64, waiting bool, err error) {
+	if held, err = g.Group.MemoryHeld(); err != nil {
+		return 0, 0, false, err
 	}
 	if !g.Group.h.unified {
 		control, err := g.Group.stat("memory", "memory.oom_control")
 		if err != nil {
-			return 0, false, err
+			return 0, 0, false, err
 		}
 		waiting = control["under_oom"] == 1
 	}
-	if waiting || used > g.near() {
-		over = max(0, used-(g.Limit-g.Limit/margin))
+	if waiting || held > g.near() {
+		over = max(0, held-(g.Limit-g.Limit/margin))
 	}
-	return over, waiting, nil
+	return held, over, waiting, nil
 }
 
 // MemoryHeld returns the number of bytes of the group that the kernel cannot reclaim: memory of
