@@ -1,10 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -247,11 +249,28 @@ func (s *steps) explain(err error, group cgroup.Group, limits cgroup.Limits, log
 	return fmt.Errorf("running gVisor: %w: %s", err, lastMessage(logFile))
 }
 
+// mostLog is the end of gVisor's log that is read for its last error, in bytes. The log of a step's sentry
+// can be as long as the disk allows; with less, an error with much after it would be lost.
+const mostLog = 1 << 20
+
 // lastMessage returns the last error that gVisor wrote, "" if there is none.
 func lastMessage(logFile string) string {
-	data, err := os.ReadFile(logFile)
+	f, err := os.Open(logFile)
 	if err != nil {
 		return ""
+	}
+	defer f.Close() // it was only read
+	st, err := f.Stat()
+	if err != nil {
+		return ""
+	}
+	from := max(0, st.Size()-mostLog)
+	data, err := io.ReadAll(io.NewSectionReader(f, from, mostLog))
+	if err != nil {
+		return ""
+	}
+	if from > 0 {
+		_, data, _ = bytes.Cut(data, []byte("\n")) // the rest of a line
 	}
 	last := ""
 	for line := range strings.Lines(string(data)) {

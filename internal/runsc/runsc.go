@@ -21,6 +21,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -193,6 +194,9 @@ func PID(bundle string) (int, error) {
 const (
 	mostQuoted = 2000 // of a log
 	mostOfLine = 600  // of one message
+	// mostRead is the end of a log that is read, in bytes. A sentry can make its log longer than the host's
+	// memory. With less, the reason of a failed save would often be lost before the state behind it.
+	mostRead = 4 << 20
 )
 
 // Panic returns the beginning of the message of a sentry that panicked, "" if there is none.
@@ -213,7 +217,7 @@ func (c Container) Panic() string {
 func lastMessages(bundle string) string {
 	var out []string
 	for _, name := range []string{logFile, panicLog} {
-		data, err := os.ReadFile(filepath.Join(bundle, name))
+		data, err := tail(filepath.Join(bundle, name), mostRead)
 		if err != nil {
 			continue
 		}
@@ -234,6 +238,32 @@ func lastMessages(bundle string) string {
 	}
 	return strings.Join(out, "; ")
 }
+
+// tail returns the end of a log of at most limit bytes. If that is not all of it, it begins with a whole
+// message or line, if one begins there.
+func tail(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close() // it was only read
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	from := max(0, st.Size()-limit)
+	data, err := io.ReadAll(io.NewSectionReader(f, from, limit)) // it may grow meanwhile
+	if err != nil || from == 0 {
+		return data, err
+	}
+	if i := wholeMessage.FindIndex(data); i != nil {
+		data = data[i[0]+1:]
+	}
+	return data, nil
+}
+
+// wholeMessage matches the end of a message or a line before another.
+var wholeMessage = regexp.MustCompile(`\}\{|\n`)
 
 // messages returns the texts of a log's JSON messages, which runsc writes without line breaks between them, and the
 // lines of everything else, such as a panic.

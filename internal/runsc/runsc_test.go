@@ -138,6 +138,24 @@ func TestErrorsNameTheReason(t *testing.T) {
 		!strings.HasSuffix(got, "xxx…\nsaving: no \"space\"\na panic") {
 		t.Errorf("got %s", got)
 	}
+	// A sentry may write what it likes before it ends.
+	f, err := os.Create(filepath.Join(dir, panicLog))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const long = 64 << 20
+	if _, err := f.WriteAt([]byte("}\n"+`{"msg":"the last but one"}{"msg":"the last"}`), long); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(dir, logFile)); err != nil {
+		t.Fatal(err)
+	}
+	if got := lastMessages(dir); got != "the last but one\nthe last" {
+		t.Errorf("of a log of %d bytes: %q", int64(long), got)
+	}
 	if got := lastMessages(t.TempDir()); got != "" {
 		t.Errorf("without logs: %q", got)
 	}
