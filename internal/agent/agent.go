@@ -83,7 +83,7 @@ func New(cfg Config) (*Agent, error) {
 	a.processes = &processes{settings: a.settings, users: a.users, spawner: s, null: null, commands: map[int]*command{}}
 	a.processes.guard = newGuard(a.processes, g)
 	go a.processes.guard.run()
-	a.files = &files{settings: a.settings, users: a.users}
+	a.files = &files{settings: a.settings, users: a.users, maxEntries: agentapi.MaxEntries}
 	a.watchers = &watchers{}
 	a.tunnels = &tunnels{}
 	a.memory = newMemory(a.processes)

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net/http"
@@ -13,6 +14,9 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agentapi"
+	"github.com/cayhq/cay/internal/fault"
 )
 
 func testUsers(t testing.TB, passwd, group string) *users {
@@ -240,6 +244,57 @@ func (c *changing) Write(b []byte) (int, error) {
 	return c.ResponseRecorder.Write(b)
 }
 
+// TestDeepListingIsRefusedWhole checks that a listing of too many entries, which are levels below its
+// directory, is refused before its first entry, and that one entry fewer is listed.
+func TestDeepListingIsRefusedWhole(t *testing.T) {
+	const most = 1000
+	f := &files{settings: &settings{}, users: testUsers(t, "root:x:0:0::/root:\n", ""), maxEntries: most}
+	dir := t.TempDir()
+	const dirs, levels = 4, 2
+	entries, last := 0, ""
+	for d := range dirs {
+		below := dir
+		for range levels {
+			below = filepath.Join(below, strconv.Itoa(d))
+			if err := os.Mkdir(below, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			entries++
+		}
+		for n := range (most + 1 - dirs*levels) / dirs {
+			last = filepath.Join(below, strconv.Itoa(n))
+			if err := unix.Mknod(last, unix.S_IFREG, 0); err != nil {
+				t.Fatal(err)
+			}
+			entries++
+		}
+	}
+	for ; entries <= most; entries++ {
+		last = filepath.Join(dir, fmt.Sprint("more", entries))
+		if err := unix.Mknod(last, unix.S_IFREG, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	list := func(depth int) *httptest.ResponseRecorder {
+		w := httptest.NewRecorder()
+		f.list(w, httptest.NewRequest("GET", fmt.Sprintf("/files/list?username=0&depth=%d&path=%s", depth, dir), nil))
+		return w
+	}
+	if w := list(levels); w.Code != http.StatusOK {
+		t.Errorf("the levels above: %d %.300s", w.Code, w.Body)
+	}
+	if w := list(levels + 1); w.Code != http.StatusRequestEntityTooLarge || w.Body.Len() > 1000 ||
+		w.Header().Get(agentapi.CodeHeader) != fault.CodeListingTooLarge {
+		t.Errorf("%d entries: %d, %d bytes: %.300s", entries, w.Code, w.Body.Len(), w.Body)
+	}
+	if err := os.Remove(last); err != nil {
+		t.Fatal(err)
+	}
+	if w := list(levels + 1); w.Code != http.StatusOK || bytes.Count(w.Body.Bytes(), []byte("\n")) != entries-1 {
+		t.Errorf("%d entries: %d, %d lines", entries-1, w.Code, bytes.Count(w.Body.Bytes(), []byte("\n")))
+	}
+}
+
 // TestListingAsksForNamesOnce renames the owner of files in the middle of a listing. All entries of the listing
 // have the old name: a check for a change at each entry would take longer than a stat of the entry.
 func TestListingAsksForNamesOnce(t *testing.T) {
@@ -248,7 +303,7 @@ func TestListingAsksForNamesOnce(t *testing.T) {
 	if me == 0 {
 		passwd = func(name string) string { return name + ":x:0:0::/root:\n" }
 	}
-	f := &files{settings: &settings{}, users: testUsers(t, passwd("before"), "")}
+	f := &files{settings: &settings{}, users: testUsers(t, passwd("before"), ""), maxEntries: agentapi.MaxEntries}
 	dir := t.TempDir()
 	const many = 1000 // more than the buffer of an answer holds
 	for n := range many {

@@ -33,6 +33,9 @@ import (
 type files struct {
 	settings *settings
 	users    *users
+	// maxEntries limits the entries of a listing: agentapi.MaxEntries, beyond which the host fails within
+	// the answer.
+	maxEntries int
 }
 
 // target returns the user and the absolute path of a request's query.
@@ -384,8 +387,9 @@ func (f *files) list(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer dir.Close()
-	if len(names) > agentapi.MaxEntries { // without this check the host would fail within the answer
-		httpError(w, newProblem(fault.CodeListingTooLarge, "more than %d entries", agentapi.MaxEntries))
+	if len(names) > f.maxEntries ||
+		depth > 1 && countEntries(p, depth, f.maxEntries, time.Now().Add(countTime)) > f.maxEntries {
+		httpError(w, newProblem(fault.CodeListingTooLarge, "more than %d entries", f.maxEntries))
 		return
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
@@ -395,6 +399,40 @@ func (f *files) list(w http.ResponseWriter, r *http.Request) {
 	if listInto(enc, f.users.owners(), dir, names, depth) == nil {
 		_ = out.Flush()
 	}
+}
+
+// countTime limits the count of a listing's entries before it is sent. The host waits for it, at most six
+// times as long. With less, the listing of a busy sandbox could break in the middle instead of being
+// refused; with more, the host could take the agent for silent.
+const countTime = 5 * time.Second
+
+// countEntries counts the entries of a listing, of which it only reads the names. It stops beyond limit, and
+// at the time until.
+func countEntries(dir string, depth, limit int, until time.Time) int {
+	d, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return 0 // a directory that cannot be listed is still an entry
+	}
+	count := 0
+	var below []string
+	for more := true; more && count <= limit && time.Now().Before(until); {
+		entries, err := d.ReadDir(1024)
+		more = err == nil
+		count += len(entries)
+		for _, e := range entries {
+			if depth > 1 && e.IsDir() {
+				below = append(below, e.Name())
+			}
+		}
+	}
+	_ = d.Close() // it was only read
+	for _, name := range below {
+		if count > limit {
+			break
+		}
+		count += countEntries(path.Join(dir, name), depth-1, limit-count, until)
+	}
+	return count
 }
 
 // readNames lists a directory in lexical order.

@@ -413,7 +413,8 @@ type clientInterface interface {
 	// List a directory
 	//
 	// Lists all entries of a directory down to `depth` levels, parents before their children, without pages. The
-	// answer is 404 if the directory does not exist, and 400 if the path is not a directory. The call counts as
+	// answer is 404 if the directory does not exist, and 400 if the path is not a directory, or with code
+	// `listing_too_large` if there are more than 100,000 entries: list fewer levels then. The call counts as
 	// activity. A suspended sandbox is woken first, see `wakeSandbox`.
 	//
 	// Corresponds with GET /v1/sandboxes/{id}/files/list (the `ListFiles` operationId).
@@ -1642,7 +1643,8 @@ func (c *wire) WriteFileWithBody(ctx context.Context, id sandboxID, params *writ
 // ListFiles describes list a directory
 //
 // Lists all entries of a directory down to `depth` levels, parents before their children, without pages. The
-// answer is 404 if the directory does not exist, and 400 if the path is not a directory. The call counts as
+// answer is 404 if the directory does not exist, and 400 if the path is not a directory, or with code
+// `listing_too_large` if there are more than 100,000 entries: list fewer levels then. The call counts as
 // activity. A suspended sandbox is woken first, see `wakeSandbox`.
 //
 // Corresponds with GET /v1/sandboxes/{id}/files/list (the `ListFiles` operationId).
