@@ -17,7 +17,8 @@ const (
 	// would let a slow point delay all others.
 	recoveriesAtOnce = 2
 	// busyTimeout bounds asking a sandbox whether processes run in it, which is one call to its agent.
-	// A lower value fails on a slow machine; a higher one delays other recovery points.
+	// A lower value fails on a slow machine; a higher one delays the recovery points of a sandbox whose agent
+	// does not answer.
 	busyTimeout = 10 * time.Second
 )
 
@@ -63,10 +64,10 @@ func (s *Service) takeCheckpoint(ctx context.Context, sbx Sandbox) (Sandbox, err
 // recoveryDue handles a sandbox's recovery timer. It takes a recovery point if the sandbox may have
 // changed, and sets the timer for the next one.
 func (s *Service) recoveryDue(l *instance) {
-	s.recoveries <- struct{}{}
-	defer func() { <-s.recoveries }()
 	looked := true
-	if s.needsPoint(l) {
+	if s.needsPoint(l) { // asked before there is a place: agents that do not answer must not fill the places
+		s.recoveries <- struct{}{}
+		defer func() { <-s.recoveries }()
 		op, mine := s.ops.run(l.id, opCheckpoint, func(ctx context.Context) (Sandbox, error) {
 			return s.act(ctx, l.id, rules[opCheckpoint], s.takeCheckpoint) // logs its errors; the next interval tries again
 		})

@@ -148,6 +148,37 @@ func TestRecoveryPoints(t *testing.T) {
 
 // TestRecoveryPointsAfterARestart checks that intervals continue, and that many points that are due
 // do not use the disk together.
+// TestSilentAgentsDelayNoRecoveryPoints checks that sandboxes whose agents do not say whether they are busy
+// delay the recovery points of no other sandbox.
+func TestSilentAgentsDelayNoRecoveryPoints(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newFixture(t)
+		made := func() sandbox.ID {
+			return h.mustCreate(sandbox.Request{Mode: "persistent", IdleTimeout: ptr(time.Duration(0)),
+				RecoveryInterval: ptr(time.Minute)}).ID
+		}
+		honest := made()
+		h.node.OnBusy = func(ctx context.Context, id sandbox.ID) (bool, error) {
+			if id == honest {
+				return false, nil
+			}
+			<-ctx.Done()
+			return false, ctx.Err()
+		}
+		for range 16 {
+			made()
+		}
+		const minutes = 10
+		for range minutes {
+			h.call(honest)
+			pass(time.Minute)
+		}
+		if n := h.calls("checkpoint", honest); n < minutes {
+			t.Errorf("%d recovery points in %d minutes, want one a minute", n, minutes)
+		}
+	})
+}
+
 func TestRecoveryPointsAfterARestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newFixture(t)
