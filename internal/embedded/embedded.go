@@ -23,6 +23,8 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // The directory holds a README, so that the package compiles before the programs are built.
@@ -64,8 +66,12 @@ func At(dir string, v Version) Programs {
 }
 
 // Unpack unpacks the programs of this build below dir, unless they are there already, and returns
-// their paths. It makes dir if it does not exist. The first time takes about 100 MB of disk.
+// their paths. It makes dir if it does not exist. The first time takes about 100 MB of disk. It fails
+// if the file system of dir does not let programs start.
 func Unpack(dir string) (Programs, error) {
+	if err := checkExec(dir); err != nil {
+		return Programs{}, err
+	}
 	agent, err := unpack(dir, agentName)
 	if err != nil {
 		return Programs{}, err
@@ -75,6 +81,23 @@ func Unpack(dir string) (Programs, error) {
 		return Programs{}, err
 	}
 	return At(dir, Version{Agent: agent, Runsc: runsc}), nil
+}
+
+// checkExec makes dir and returns an error if its file system is mounted with noexec. Without it a server would start
+// there and then fail each create.
+func checkExec(dir string) error {
+	if err := os.MkdirAll(dir, dirMode); err != nil {
+		return fmt.Errorf("making a directory for programs: %w", err)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return fmt.Errorf("looking at the file system of %s: %w", dir, err)
+	}
+	if st.Flags&unix.ST_NOEXEC != 0 {
+		return fmt.Errorf("the file system of %s is mounted with noexec, and cay starts programs there: "+
+			"mount it without, or set data_dir to a directory of another one", dir)
+	}
+	return nil
 }
 
 // UnpackBuildkit unpacks this build's cay-buildkit below dir, unless it is there already, and

@@ -6,12 +6,15 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/caytest"
 )
 
 // TestUnpack unpacks from several goroutines at once, and again. Each gets the same programs at
@@ -62,6 +65,30 @@ func TestUnpack(t *testing.T) {
 	out, err := exec.Command(results[0].Runsc, "--version").CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "runsc") {
 		t.Errorf("runsc --version printed %q, %v", out, err)
+	}
+}
+
+// TestUnpackWithoutExec checks that programs are not unpacked onto a file system from which none can be started, and
+// that the error says so.
+func TestUnpackWithoutExec(t *testing.T) {
+	caytest.RequireRoot(t)
+	mounted, tried := t.TempDir(), make(chan error, 1)
+	dir := filepath.Join(mounted, "programs")
+	go func() {
+		runtime.LockOSThread() // and no unlock, so that the namespace and its mount end with the thread
+		if err := errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+			unix.Mount("tmpfs", mounted, "tmpfs", unix.MS_NOEXEC, "")); err != nil {
+			t.Error(err)
+		}
+		_, err := Unpack(dir)
+		if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+			t.Errorf("the directory holds %v, %v", entries, err)
+		}
+		tried <- err
+	}()
+	const want = "mounted with noexec"
+	if err := <-tried; err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "data_dir") {
+		t.Errorf("got %v", err)
 	}
 }
 
