@@ -14,6 +14,7 @@ df /var
 is "$id" running || fail "the sandbox is $(state "$id")"
 [[ $(inside "$id" 'echo alive') == alive ]] || fail "the sandbox does not answer"
 systemctl restart cay || true
+sleep 15 # so that more starts may fail than systemd allows by default
 rm -f /var/tmp/fill
 eventually 300 ready
 is "$id" running || fail "after a restart on the full disk the sandbox is $(state "$id")"
