@@ -52,14 +52,16 @@ func TestMemory(t *testing.T) {
 		{"small pieces", []string{"python3", "-c", "l = []\nwhile True: l.append(str(len(l)) * 100)"}},
 		{"shared mapping", []string{"python3", "-c", "import mmap\nl = []\nwhile True:\n m = mmap.mmap(-1, 8 << 20); m.write(b'x' * (8 << 20)); l.append(m)"}},
 	} {
-		for round := range 3 {
-			status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"args": tt.args, "timeout": "60s"})
-			if status != 200 || !strings.Contains(string(body), `"oom_killed":true`) ||
-				!strings.Contains(string(body), `"exit_code":137`) {
-				t.Fatalf("%s, round %d: %d %s", tt.name, round, status, body)
+		t.Run(tt.name, func(t *testing.T) {
+			for round := range 3 {
+				status, body := s.call("POST", "/v1/sandboxes/"+id+"/execute", object{"args": tt.args, "timeout": "60s"})
+				if status != 200 || !strings.Contains(string(body), `"oom_killed":true`) ||
+					!strings.Contains(string(body), `"exit_code":137`) {
+					t.Fatalf("round %d: %d %s", round, status, body)
+				}
+				s.alive(id)
 			}
-			s.alive(id)
-		}
+		})
 	}
 
 	t.Run("the shell goes on", func(t *testing.T) {

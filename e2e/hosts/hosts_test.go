@@ -3,8 +3,10 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -102,6 +104,45 @@ func TestDoc(t *testing.T) {
 	}
 	if strings.Contains(note, "|") {
 		t.Errorf("a cell has %q", note)
+	}
+}
+
+// TestParts has parts for TestGoTests to choose from.
+func TestParts(t *testing.T) {
+	t.Run("a part", func(*testing.T) {})
+	t.Run("another", func(*testing.T) {})
+}
+
+// TestGoTests runs tests as a machine does. The note names the parts that a pattern chose, and a pattern that chooses
+// none has passed nothing.
+func TestGoTests(t *testing.T) {
+	common, err := scripts.ReadFile("checks/lib.sh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lab := t.TempDir()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(lab, "hosts"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(self, filepath.Join(lab, "hosts", "hosts.test")); err != nil {
+		t.Fatal(err)
+	}
+	for pattern, want := range map[string]string{
+		"^TestParts$":                    "note: 1 passed\n",
+		"^TestParts$/^another$":          "note: 1 passed: another\n",
+		"^TestParts$/^(a_part|another)$": "note: 1 passed: a_part another\n",
+		"^TestParts$/^(missing)$":        "note: 0 passed\n",
+		"^TestNothing$":                  "note: 0 passed\n",
+	} {
+		script := string(common) + fmt.Sprintf("lab=%s\nTMPDIR=%s go_tests hosts %q 1m\n", lab, lab, pattern)
+		out, err := exec.Command("bash", "-c", script).CombinedOutput()
+		if !strings.Contains(string(out), want) || (err == nil) != !strings.Contains(want, "0 passed") {
+			t.Errorf("%s: %v, and the output is\n%s", pattern, err, out)
+		}
 	}
 }
 

@@ -114,13 +114,13 @@ func run(ctx context.Context, o options) (err error) {
 		}
 		rows := tryMachine(ctx, o, m, l, dir)
 		all = append(all, rows...)
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		if o.doc != "" {
+		if o.doc != "" { // after an interruption too: hours of checks may have ended before it
 			if err := updateDoc(o.doc, rows); err != nil {
 				return err
 			}
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
 		}
 	}
 	fmt.Print("\n", table(all))
@@ -136,12 +136,15 @@ func run(ctx context.Context, o options) (err error) {
 	return nil
 }
 
-// tryMachine runs the chosen checks in one machine. Every error becomes a row.
+// tryMachine runs the chosen checks in one machine. Every error becomes a row, but for those of an interruption.
 func tryMachine(ctx context.Context, o options, m machine, l *luggage, dir string) []row {
 	start := time.Now()
 	lab := &lab{options: o, machine: m, luggage: l}
 	lab.dir, lab.logs = filepath.Join(dir, m.name), filepath.Join(o.cache, "logs", m.name)
 	root, err := makeRoot(ctx, o.cache, m.release)
+	if err != nil && ctx.Err() != nil {
+		return nil
+	}
 	if err != nil {
 		return []row{lab.row("boot", start, "", fmt.Errorf("making the root: %w", err))}
 	}

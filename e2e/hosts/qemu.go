@@ -17,9 +17,15 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
-// bootPatience limits a boot until ssh answers. An emulated boot takes about a minute, and several
-// times that on busy machines.
-const bootPatience = 10 * time.Minute
+// Limits of boots, by the machine's clock. A lower limit fails machines that others keep busy; a higher one finds a
+// machine that hangs later.
+const (
+	// bootLimit limits a boot until ssh answers, and a shutdown. An emulated boot takes half a minute of the host's
+	// time on idle processors and several times that on busy ones.
+	bootLimit = 2 * time.Minute
+	// dialLimit limits one try to open a connection; a boot tries again.
+	dialLimit = 4 * time.Second
+)
 
 // hasKVM reports whether QEMU can use the processor's virtualization. Some hosts have a /dev/kvm
 // without it, made for special kernels; ordinary kernels do not boot there.
@@ -61,6 +67,8 @@ type guest struct {
 	dir    string
 	port   string
 	how    *ssh.ClientConfig
+	// patience limits a boot and a shutdown, by the host's clock.
+	patience time.Duration
 }
 
 // boot starts a machine of the lab and waits until it answers. disks are more of QEMU's arguments.
@@ -84,7 +92,7 @@ func (l *lab) boot(ctx context.Context, fresh bool, disks ...string) (_ *guest, 
 		User: "root", Auth: []ssh.AuthMethod{ssh.PublicKeys(l.luggage.key)},
 		// The machine was just started by this process, at a port of the loopback interface.
 		HostKeyCallback: ssh.InsecureIgnoreHostKey(),
-		Timeout:         20 * time.Second, // of one dial; boot tries again
+		Timeout:         l.outside(dialLimit),
 	}}
 	how, env, err := l.options.accelerator()
 	if err != nil {
@@ -117,7 +125,8 @@ func (l *lab) boot(ctx context.Context, fresh bool, disks ...string) (_ *guest, 
 		return nil, err
 	}
 	go func() { _ = g.cmd.Wait(); close(g.exited) }() // its status does not matter
-	deadline := time.Now().Add(bootPatience)
+	g.patience = l.outside(bootLimit)
+	deadline := time.Now().Add(g.patience)
 	for {
 		if err = g.dial(); err == nil {
 			return g, nil
@@ -133,7 +142,7 @@ func (l *lab) boot(ctx context.Context, fresh bool, disks ...string) (_ *guest, 
 		}
 		if time.Now().After(deadline) {
 			g.cut()
-			return nil, fmt.Errorf("no answer after %s: %w", bootPatience, err)
+			return nil, fmt.Errorf("no answer after %s: %w", g.patience, err)
 		}
 	}
 }
@@ -160,14 +169,14 @@ func (g *guest) cut() {
 
 // reboot shuts the machine down in order. QEMU ends with it; the next boot uses the same root.
 func (g *guest) reboot(ctx context.Context) error {
-	_ = g.script(ctx, "systemctl reboot", io.Discard, time.Minute) // the connection may break first
+	_ = g.script(ctx, "systemctl reboot", io.Discard, g.patience) // the connection may break first
 	defer g.cut()
 	select {
 	case <-g.exited:
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-time.After(bootPatience):
+	case <-time.After(g.patience):
 		return errors.New("the machine does not shut down")
 	}
 }

@@ -1,5 +1,5 @@
 # Processes ask for more memory than there is, first one, then eight at once. They are ended, the sandbox lives,
-# and the kernel has killed no process. (The check memory runs all of e2e's TestMemory, which takes an hour in
+# and the kernel has killed no process. (The checks memory-… run all of e2e's TestMemory, which takes an hour in
 # emulation.)
 serve
 id=$(create)
