@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/crypto/ssh"
 )
 
 // TestReplay applies to a disk the flushed writes of a log, and the others with several chances.
@@ -143,6 +145,32 @@ func TestGoTests(t *testing.T) {
 		if !strings.Contains(string(out), want) || (err == nil) != !strings.Contains(want, "0 passed") {
 			t.Errorf("%s: %v, and the output is\n%s", pattern, err, out)
 		}
+	}
+}
+
+// TestDialEnds connects to a port that accepts connections and never answers, as QEMU's does before the machine has a
+// network.
+func TestDialEnds(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := &guest{port: port, how: &ssh.ClientConfig{Timeout: 50 * time.Millisecond,
+		HostKeyCallback: ssh.InsecureIgnoreHostKey()}} // there is no host
+	done := make(chan error, 1)
+	go func() { done <- g.dial() }()
+	select {
+	case err := <-done:
+		if err == nil {
+			t.Error("a connection was opened")
+		}
+	case <-time.After(time.Minute):
+		t.Error("the dial does not end")
 	}
 }
 

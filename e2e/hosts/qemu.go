@@ -23,7 +23,7 @@ const (
 	// bootLimit limits a boot until ssh answers, and a shutdown. An emulated boot takes half a minute of the host's
 	// time on idle processors and several times that on busy ones.
 	bootLimit = 2 * time.Minute
-	// dialLimit limits one try to open a connection; a boot tries again.
+	// dialLimit limits one try to open a connection, which a boot repeats.
 	dialLimit = 4 * time.Second
 )
 
@@ -152,10 +152,27 @@ func makeOverlay(ctx context.Context, base, overlay string) error {
 	return command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", overlay)
 }
 
-// dial opens the connection that carries commands.
-func (g *guest) dial() (err error) {
-	g.client, err = ssh.Dial("tcp", "127.0.0.1:"+g.port, g.how)
-	return err
+// dial opens the connection that carries commands. QEMU accepts a connection before the machine has a network, and
+// then tries its own so seldom, by the slow clock, that a new one is there sooner. So a dial has one limit for all of
+// its beginning; the client's own limit ends with TCP's.
+func (g *guest) dial() error {
+	address := "127.0.0.1:" + g.port
+	conn, err := net.DialTimeout("tcp", address, g.how.Timeout)
+	if err != nil {
+		return err
+	}
+	if err := conn.SetDeadline(time.Now().Add(g.how.Timeout)); err != nil {
+		return errors.Join(err, conn.Close())
+	}
+	client, channels, requests, err := ssh.NewClientConn(conn, address, g.how)
+	if err != nil {
+		return errors.Join(err, conn.Close())
+	}
+	if err := conn.SetDeadline(time.Time{}); err != nil {
+		return errors.Join(err, client.Close())
+	}
+	g.client = ssh.NewClient(client, channels, requests)
+	return nil
 }
 
 // cut cuts the power: what QEMU has not written yet is lost.
