@@ -5,7 +5,7 @@ serve
 id=$(create)
 sentry=$(pids "$id" | head -1)
 one='{"args": ["python3", "-c", "b = bytearray(2 << 30)"], "timeout": "5m"}'
-eight='{"command": "for i in 1 2 3 4 5 6 7 8; do python3 -c \"b = bytearray(2 << 30)\" & done; wait; echo all gone", "timeout": "10m"}'
+eight='{"command": "for i in 1 2 3 4 5 6 7 8; do python3 -c \"b = bytearray(2 << 30)\" & done; wait; echo all gone", "timeout": "5m"}'
 for what in "$one" "$eight"; do
 	answer=$(api POST "/sandboxes/$id/execute" "$what")
 	echo "$answer"
