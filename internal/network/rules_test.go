@@ -5,7 +5,9 @@ import (
 	"net/netip"
 	"os"
 	"regexp"
+	"strconv"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -38,6 +40,7 @@ func TestRulesGolden(t *testing.T) {
 	// These numbers depend on the size of the host's table of connections.
 	got = regexp.MustCompile(`ct id & \d+ ct count over \d+`).ReplaceAllString(got, "ct id & 4095 ct count over 32")
 	got = regexp.MustCompile(`(type mark\n\t\tsize )\d+`).ReplaceAllString(got, "${1}4096")
+	got = asOldNft(t, got)
 	const golden = "testdata/rules.nft"
 	if *update {
 		if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
@@ -50,5 +53,40 @@ func TestRulesGolden(t *testing.T) {
 	}
 	if d := cmp.Diff(string(want), got); d != "" {
 		t.Errorf("rules differ from %s (-want +got):\n%s", golden, d)
+	}
+}
+
+// asOldNft returns a listing of nft 1.1 as nft 1.0 prints it: timeouts of connections in seconds without a unit, and
+// masks in decimal.
+func asOldNft(t *testing.T, listing string) string {
+	t.Helper()
+	listing = regexp.MustCompile(`policy = \{[^}]*\}`).ReplaceAllStringFunc(listing, func(policy string) string {
+		return regexp.MustCompile(`\b\d+[hms]\w*`).ReplaceAllStringFunc(policy, func(text string) string {
+			d, err := time.ParseDuration(text)
+			if err != nil {
+				t.Error(err)
+			}
+			return strconv.Itoa(int(d / time.Second))
+		})
+	})
+	return regexp.MustCompile(`frag-off & 0x\w+ != 0x\w+`).ReplaceAllStringFunc(listing, func(match string) string {
+		return regexp.MustCompile(`0x\w+`).ReplaceAllStringFunc(match, func(text string) string {
+			n, err := strconv.ParseInt(text, 0, 64)
+			if err != nil {
+				t.Error(err)
+			}
+			return strconv.FormatInt(n, 10)
+		})
+	})
+}
+
+// TestAsOldNft has lines as nft 1.1 prints them, and as nft 1.0 does.
+func TestAsOldNft(t *testing.T) {
+	const old = "policy = { established : 43200, close : 5, retrans : 120 }\nip frag-off & 16383 != 0 drop\n"
+	for _, listing := range []string{old,
+		"policy = { established : 12h, close : 5s, retrans : 2m }\nip frag-off & 0x3fff != 0x0 drop\n"} {
+		if got := asOldNft(t, listing); got != old {
+			t.Errorf("%q became %q", listing, got)
+		}
 	}
 }
