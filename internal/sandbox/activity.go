@@ -39,8 +39,8 @@ func (s *Service) idled(l *instance) {
 	if !s.live.idle(l) {
 		return
 	}
-	op, mine := s.ops.run(l.id, opSuspend, func(ctx context.Context) (Sandbox, error) {
-		return s.act(ctx, l.id, rules[opSuspend], func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+	op, mine := s.ops.run(l.id, opSuspend, func(ctx context.Context) (any, error) {
+		return act(ctx, s, l.id, rules[opSuspend], func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
 			return s.suspend(ctx, sbx, reasonIdle, s.live.detachIfIdle) // logs its errors
 		})
 	})

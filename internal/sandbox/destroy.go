@@ -69,7 +69,7 @@ func (s *Service) end(id ID, run string, why Reason, claimed func()) error {
 			return errClosing
 		case mine:
 			err := s.takeApart(op.ctx, id, run, why, func() { close(op.claimed); claimed() })
-			s.ops.finish(id, op, Sandbox{}, err)
+			s.ops.finish(id, op, nil, err)
 			return err
 		case op.kind == opDestroy:
 			select {

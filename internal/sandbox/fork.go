@@ -47,16 +47,13 @@ func (s *Service) Fork(ctx context.Context, c Caller, id ID, r ForkRequest) ([]C
 		return nil, invalid("count", "must be between 1 and %d", MaxFork)
 	}
 	f := &fork{caller: c, request: r, done: make(chan struct{})}
-	op, err := s.operate(ctx, c.OrgID, id, opFork, nil, func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+	_, err := operate(ctx, s, c.OrgID, id, opFork, nil, func(ctx context.Context, sbx Sandbox) (*fork, error) {
 		if err := s.saveFork(ctx, sbx, f); err != nil {
-			return Sandbox{}, err
+			return nil, err
 		}
 		s.ops.wg.Go(func() { s.makeChildren(f) }) // wg is not zero: the present operation is counted
-		return sbx, nil
+		return f, nil
 	})
-	if err == nil {
-		err = op.err
-	}
 	if err != nil {
 		return nil, err
 	}

@@ -90,17 +90,18 @@ type operation struct {
 	// claimed is closed when a destroy is durable. No caller waits for the rest of the destroy.
 	claimed chan struct{}
 	done    chan struct{} // closed by finish, after the fields below are set
-	result  Sandbox
-	made    Checkpoint // of a checkpoint
+	result  any           // of one type for all operations of a kind; nil if the kind has no result
 	err     error
 }
 
-// wait returns the operation's result, or ctx's error if that ends first.
-func (op *operation) wait(ctx context.Context) (Sandbox, error) {
+// await returns the operation's result, or ctx's error if that ends first. T is the type of the
+// results of the operation's kind.
+func await[T any](ctx context.Context, op *operation) (result T, err error) {
 	if err := op.ended(ctx); err != nil {
-		return Sandbox{}, err
+		return result, err
 	}
-	return op.result, op.err
+	result, _ = op.result.(T) // an operation that failed may have none
+	return result, op.err
 }
 
 // ended waits until the operation is over, whether it failed or not, or until ctx ends.
@@ -154,7 +155,7 @@ func (o *operations) begin(id ID, kind opKind) (op *operation, mine bool) {
 
 // do starts work for the operation that the caller has begun, and finishes the operation after it.
 // It does not wait for work, and uses ctx only for measurements.
-func (o *operations) do(ctx context.Context, id ID, op *operation, work func(ctx context.Context) (Sandbox, error)) {
+func (o *operations) do(ctx context.Context, id ID, op *operation, work func(ctx context.Context) (any, error)) {
 	ctx = trace.Carry(op.ctx, ctx)
 	go func() {
 		result, err := work(ctx)
@@ -167,7 +168,7 @@ func (o *operations) do(ctx context.Context, id ID, op *operation, work func(ctx
 }
 
 // finish stores the result and wakes all waiters.
-func (o *operations) finish(id ID, op *operation, result Sandbox, err error) {
+func (o *operations) finish(id ID, op *operation, result any, err error) {
 	o.mu.Lock()
 	delete(o.underWay, id)
 	if op.kind.foreground() {
@@ -185,7 +186,7 @@ func (o *operations) finish(id ID, op *operation, result Sandbox, err error) {
 // If another operation is under way, it waits for that one instead and returns it with mine false. It
 // returns nil when the service is closing.
 func (o *operations) run(id ID, kind opKind,
-	work func(ctx context.Context) (Sandbox, error)) (op *operation, mine bool) {
+	work func(ctx context.Context) (any, error)) (op *operation, mine bool) {
 	op, mine = o.begin(id, kind)
 	switch {
 	case mine:
@@ -243,12 +244,12 @@ func (o *operations) close(ctx context.Context) error {
 	}
 }
 
-// operate runs work as an operation of the kind on a sandbox of the organization, and returns the
-// operation with its result. It waits for any other operation on the sandbox, and continues when ctx
-// ends. It refuses a sandbox in a state that the kind's rule does not have, or for which may, if not
-// nil, returns an error.
-func (s *Service) operate(ctx context.Context, orgID string, id ID, kind opKind, may func(Sandbox) error,
-	work func(context.Context, Sandbox) (Sandbox, error)) (*operation, error) {
+// operate runs work as an operation of the kind on a sandbox of the organization, and returns its
+// result. It waits for any other operation on the sandbox, and continues when ctx ends. It refuses a
+// sandbox in a state that the kind's rule does not have, or for which may, if not nil, returns an
+// error.
+func operate[T any](ctx context.Context, s *Service, orgID string, id ID, kind opKind, may func(Sandbox) error,
+	work func(context.Context, Sandbox) (T, error)) (result T, err error) {
 	for {
 		sbx, err := s.Get(ctx, orgID, id)
 		if err == nil {
@@ -258,10 +259,10 @@ func (s *Service) operate(ctx context.Context, orgID string, id ID, kind opKind,
 			err = may(sbx)
 		}
 		if err != nil {
-			return nil, err
+			return result, err
 		}
-		if op, answers, err := s.attempt(ctx, id, kind, work); answers || err != nil {
-			return op, err
+		if result, answers, err := attempt(ctx, s, id, kind, work); answers || err != nil {
+			return result, err
 		}
 	}
 }
@@ -269,32 +270,36 @@ func (s *Service) operate(ctx context.Context, orgID string, id ID, kind opKind,
 // attempt runs work as an operation on a sandbox that has none, or waits for the operation under way.
 // It reports whether the result of the operation answers a caller that asked for this kind; otherwise
 // the caller reads the row again.
-func (s *Service) attempt(ctx context.Context, id ID, kind opKind,
-	work func(context.Context, Sandbox) (Sandbox, error)) (_ *operation, answers bool, _ error) {
+func attempt[T any](ctx context.Context, s *Service, id ID, kind opKind,
+	work func(context.Context, Sandbox) (T, error)) (result T, answers bool, err error) {
 	r := rules[kind]
 	op, mine := s.ops.begin(id, kind)
 	if op == nil {
-		return nil, false, errClosing
+		return result, false, errClosing
 	}
 	if mine {
-		s.ops.do(ctx, id, op, func(ctx context.Context) (Sandbox, error) { return s.act(ctx, id, r, work) })
+		s.ops.do(ctx, id, op, func(ctx context.Context) (any, error) { return act(ctx, s, id, r, work) })
 	}
 	if err := op.ended(ctx); err != nil {
-		return nil, false, err
+		return result, false, err
 	}
-	return op, mine || r.shared && op.kind == kind && !errors.Is(op.err, errNotIdle), nil
+	if !mine && !(r.shared && op.kind == kind && !errors.Is(op.err, errNotIdle)) {
+		return result, false, nil
+	}
+	result, err = await[T](ctx, op)
+	return result, true, err
 }
 
 // act runs work on the present row of the sandbox, if the row is in a state in which the operation
 // acts. The caller holds the operation.
-func (s *Service) act(ctx context.Context, id ID, r rule,
-	work func(context.Context, Sandbox) (Sandbox, error)) (Sandbox, error) {
+func act[T any](ctx context.Context, s *Service, id ID, r rule,
+	work func(context.Context, Sandbox) (T, error)) (result T, err error) {
 	sbx, err := s.present(ctx, id)
 	if err != nil {
-		return Sandbox{}, err
+		return result, err
 	}
 	if !slices.Contains(r.acts, sbx.State) {
-		return Sandbox{}, notRunning(sbx)
+		return result, notRunning(sbx)
 	}
 	return work(ctx, sbx)
 }

@@ -16,13 +16,10 @@ import (
 // an error the old policy is in force; the error is the machine's own, or Internal, code
 // "egress_failed".
 func (s *Service) SetEgress(ctx context.Context, orgID string, id ID, e Egress) (Sandbox, error) {
-	op, err := s.operate(ctx, orgID, id, opEgress, nil, func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+	sbx, err := operate(ctx, s, orgID, id, opEgress, nil, func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
 		return s.setEgress(ctx, sbx, e)
 	})
-	if err != nil {
-		return Sandbox{}, err
-	}
-	return s.live.shown(op.result), op.err
+	return s.live.shown(sbx), err
 }
 
 // setEgress writes the policy to the row, as the wanted one, and then to the kernel; the caller

@@ -52,18 +52,18 @@ func (s *Service) createWarm(ctx context.Context, c Caller, sbx Sandbox, v Templ
 	end()
 	if err != nil || found {
 		s.pool.add(m)
-		s.ops.finish(m.ID, op, Sandbox{}, nil)
+		s.ops.finish(m.ID, op, nil, nil)
 		return s.claimAnswered(ctx, prior, err, wait)
 	}
 	sbx.ID, sbx.Run, sbx.Token, sbx.Source = m.ID, m.Run, m.Token, Warm
-	s.ops.do(ctx, m.ID, op, func(ctx context.Context) (Sandbox, error) {
+	s.ops.do(ctx, m.ID, op, func(ctx context.Context) (any, error) {
 		running, first, found, err := s.claim(ctx, sbx, c.Quota, once)
 		if found {
 			prior, err = first, errRepeated
 		}
 		return running, err
 	})
-	running, err := op.wait(ctx)
+	running, err := await[Sandbox](ctx, op)
 	switch {
 	case err == nil:
 		return running, true, nil

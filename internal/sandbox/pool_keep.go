@@ -183,7 +183,7 @@ func (s *Service) prepare(ctx context.Context, d demand) {
 	if !mine {
 		return // the service is closing
 	}
-	defer s.ops.finish(m.ID, op, Sandbox{}, nil)
+	defer s.ops.finish(m.ID, op, nil, nil)
 	// A server that stops does not wait for the pooled sandbox.
 	defer context.AfterFunc(ctx, func() { op.cancel(errClosing) })()
 	work, cancel := context.WithTimeout(op.ctx, bootTimeout+sbx.Start.Patience())
@@ -252,7 +252,7 @@ func (s *Service) evict(ctx context.Context, meant func(ready) bool) bool {
 		return false
 	}
 	err := s.discard(context.WithoutCancel(ctx), m.ID) // a removal that has begun is completed
-	s.ops.finish(m.ID, op, Sandbox{}, err)
+	s.ops.finish(m.ID, op, nil, err)
 	if err != nil { // Reconcile tries again
 		s.log.ErrorContext(ctx, "removing a member of the pool", "sandbox", m.ID, "error", err)
 	}

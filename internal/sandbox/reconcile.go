@@ -136,7 +136,7 @@ func (s *Service) lookAfter(id ID) error {
 		return nil
 	}
 	err := s.settle(op.ctx, id, note{reason: reasonInterrupted})
-	s.ops.finish(id, op, Sandbox{}, err)
+	s.ops.finish(id, op, nil, err)
 	return err
 }
 

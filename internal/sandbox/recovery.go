@@ -28,26 +28,20 @@ const (
 // machine's (NoSpace, code "disk_full", …) or Internal, code "checkpoint_failed"; the previous
 // point is then still there. A checkpoint is no transition and leaves no event.
 func (s *Service) Checkpoint(ctx context.Context, orgID string, id ID) (Checkpoint, error) {
-	op, err := s.operate(ctx, orgID, id, opCheckpoint, persistent, s.takeCheckpoint)
-	if err != nil {
-		return Checkpoint{}, err
-	}
-	return op.made, op.err
+	return operate(ctx, s, orgID, id, opCheckpoint, persistent, s.takeCheckpoint)
 }
 
-// takeCheckpoint takes a recovery point of a running sandbox. The caller holds the operation, in which
-// it leaves the point.
-func (s *Service) takeCheckpoint(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+// takeCheckpoint takes a recovery point of a running sandbox; the caller holds the operation.
+func (s *Service) takeCheckpoint(ctx context.Context, sbx Sandbox) (Checkpoint, error) {
 	id := sbx.ID
 	s.live.markChanged(id, false)
 	made, err := s.writeCheckpoint(ctx, id, s.node.Checkpoint)
 	if err == nil {
-		s.ops.on(id).made = made
-		return sbx, nil
+		return made, nil
 	}
 	s.live.markChanged(id, true)
 	if context.Cause(ctx) == errInterrupted {
-		return Sandbox{}, fault.New(fault.Conflict, fault.CodeSandboxNotRunning,
+		return Checkpoint{}, fault.New(fault.Conflict, fault.CodeSandboxNotRunning,
 			"sandbox %s was destroyed while a recovery point was taken", id)
 	}
 	s.log.ErrorContext(ctx, "taking a recovery point", "sandbox", id, "error", err)
@@ -55,9 +49,9 @@ func (s *Service) takeCheckpoint(ctx context.Context, sbx Sandbox) (Sandbox, err
 		s.log.ErrorContext(ctx, "settling a sandbox after a failed recovery point", "sandbox", id, "error", err)
 	}
 	if fault.As(err) != nil {
-		return Sandbox{}, err
+		return Checkpoint{}, err
 	}
-	return Sandbox{}, fault.New(fault.Internal, fault.CodeCheckpointFailed,
+	return Checkpoint{}, fault.New(fault.Internal, fault.CodeCheckpointFailed,
 		"no recovery point of sandbox %s was taken", id).Because(err)
 }
 
@@ -68,8 +62,8 @@ func (s *Service) recoveryDue(l *instance) {
 	if s.needsPoint(l) { // asked before there is a place: agents that do not answer must not fill the places
 		s.recoveries <- struct{}{}
 		defer func() { <-s.recoveries }()
-		op, mine := s.ops.run(l.id, opCheckpoint, func(ctx context.Context) (Sandbox, error) {
-			return s.act(ctx, l.id, rules[opCheckpoint], s.takeCheckpoint) // logs its errors; the next interval tries again
+		op, mine := s.ops.run(l.id, opCheckpoint, func(ctx context.Context) (any, error) {
+			return act(ctx, s, l.id, rules[opCheckpoint], s.takeCheckpoint) // logs its errors; the next interval tries again
 		})
 		if op == nil {
 			return

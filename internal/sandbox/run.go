@@ -61,7 +61,7 @@ func (s *Service) lost(ctx context.Context, observed Observed) {
 		}
 		if mine {
 			err := s.settle(op.ctx, observed.ID, note{reason: reasonInterrupted})
-			s.ops.finish(observed.ID, op, Sandbox{}, err)
+			s.ops.finish(observed.ID, op, nil, err)
 			if err != nil { // the next Reconcile tries again
 				s.log.ErrorContext(ctx, "settling a lost sandbox", "sandbox", observed.ID, "error", err)
 			}

@@ -111,7 +111,7 @@ func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, spec Spec,
 	}
 	if err := s.room(ctx, sbx.Size); err != nil {
 		release()
-		s.ops.finish(sbx.ID, op, Sandbox{}, err)
+		s.ops.finish(sbx.ID, op, nil, err)
 		return Sandbox{}, err
 	}
 	end := trace.Start(ctx, "insert")
@@ -119,27 +119,27 @@ func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, spec Spec,
 	end()
 	if err != nil || found {
 		release()
-		s.ops.finish(sbx.ID, op, Sandbox{}, err)
+		s.ops.finish(sbx.ID, op, nil, err)
 		if err != nil {
 			return Sandbox{}, err
 		}
 		return s.repeated(ctx, prior, wait)
 	}
 	s.observe(Event{SandboxID: sbx.ID, At: sbx.CreatedAt, To: Creating})
-	s.ops.do(ctx, sbx.ID, op, func(ctx context.Context) (Sandbox, error) {
+	s.ops.do(ctx, sbx.ID, op, func(ctx context.Context) (any, error) {
 		defer release()
 		return s.boot(ctx, sbx, spec, patience)
 	})
 	if !wait {
 		return sbx, nil
 	}
-	return op.wait(ctx)
+	return await[Sandbox](ctx, op)
 }
 
 // repeated answers a create that repeats an earlier one with the same key.
 func (s *Service) repeated(ctx context.Context, prior Sandbox, wait bool) (Sandbox, error) {
 	if op := s.ops.on(prior.ID); wait && op != nil && op.kind == opCreate {
-		return op.wait(ctx)
+		return await[Sandbox](ctx, op)
 	}
 	return s.store.Get(ctx, prior.ID)
 }

@@ -96,18 +96,9 @@ func (s *Service) SaveSnapshot(ctx context.Context, orgID string, id ID, name st
 			"must be 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit and not with %s",
 			snapshotPrefix)
 	}
-	var snap Snapshot
-	op, err := s.operate(ctx, orgID, id, opSnapshot, nil, func(ctx context.Context, sbx Sandbox) (_ Sandbox, err error) {
-		snap, err = s.saveSnapshot(ctx, sbx, name)
-		return sbx, err
+	return operate(ctx, s, orgID, id, opSnapshot, nil, func(ctx context.Context, sbx Sandbox) (Snapshot, error) {
+		return s.saveSnapshot(ctx, sbx, name)
 	})
-	if err == nil {
-		err = op.err
-	}
-	if err != nil {
-		return Snapshot{}, err
-	}
-	return snap, nil
 }
 
 // saveSnapshot makes the snapshot; the caller holds the operation.

@@ -47,13 +47,9 @@ func (s *Service) Pause(ctx context.Context, orgID string, id ID) (Sandbox, erro
 // detach.
 func (s *Service) suspendBy(ctx context.Context, orgID string, id ID, may func(Sandbox) error,
 	detach detachFunc) (Sandbox, error) {
-	op, err := s.operate(ctx, orgID, id, opSuspend, may, func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+	return operate(ctx, s, orgID, id, opSuspend, may, func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
 		return s.suspend(ctx, sbx, string(Requested), detach)
 	})
-	if err != nil {
-		return Sandbox{}, err
-	}
-	return op.result, op.err
 }
 
 // persistent returns an error for a sandbox that is not persistent.

@@ -52,8 +52,8 @@ func (s *Service) SetSurface(ctx context.Context, orgID string, id ID, surface s
 // suspendExpired suspends a sandbox whose timeout is over, even while it is in use. If that fails,
 // the sandbox keeps running and suspendExpired is retried later.
 func (s *Service) suspendExpired(expired Sandbox) {
-	op, _ := s.ops.run(expired.ID, opSuspend, func(ctx context.Context) (Sandbox, error) {
-		return s.act(ctx, expired.ID, rules[opSuspend], func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+	op, _ := s.ops.run(expired.ID, opSuspend, func(ctx context.Context) (any, error) {
+		return act(ctx, s, expired.ID, rules[opSuspend], func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
 			return s.suspend(ctx, sbx, string(Expired), s.detachExpired(expired.Run)) // logs its errors
 		})
 	})

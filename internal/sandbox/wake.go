@@ -8,7 +8,7 @@ import (
 	"github.com/cayhq/cay/internal/trace"
 )
 
-// pointTimeout bounds writing or reading one recovery point. The largest size has 16 GiB, which
+// checkpointTimeout bounds writing or reading one recovery point. The largest size has 16 GiB, which
 // takes a disk of 30 MB/s nine minutes. A lower value fails large sandboxes on slow disks; a higher
 // one delays the report of a broken machine.
 const checkpointTimeout = 10 * time.Minute
@@ -94,12 +94,9 @@ func (s *Service) running(ctx context.Context, c Caller, id ID, u runOptions) (S
 		}
 		// The sandbox cannot be used as it was read: wait for the operation on it, or wake it, and read it
 		// again.
-		op, answers, err := s.attempt(ctx, id, opWake, func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
+		_, _, err = attempt(ctx, s, id, opWake, func(ctx context.Context, sbx Sandbox) (Sandbox, error) {
 			return s.wake(ctx, c, sbx, u.timeout)
 		})
-		if err == nil && answers {
-			err = op.err
-		}
 		if err != nil {
 			return Sandbox{}, nil, err
 		}
