@@ -92,7 +92,7 @@ func (s *Service) saveFork(ctx context.Context, sbx Sandbox, f *fork) error {
 	if _, _, err := s.store.Admit(ctx, f.sandboxes[0], f.caller.Quota, Once{}); err != nil {
 		return err
 	}
-	if err := s.room(ctx, sbx.Size); err != nil {
+	if err := s.pool.room(ctx, sbx.Size); err != nil {
 		return err
 	}
 	f.release = s.snapshots.hold(f.from.ID)

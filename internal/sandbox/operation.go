@@ -27,6 +27,9 @@ const (
 	opSettle     opKind = "settle"  // makes row and host agree
 )
 
+// foreground reports whether a caller waits for a sandbox to run.
+func (k opKind) foreground() bool { return k == opCreate || k == opClaim || k == opWake }
+
 // rule says in which states an operation may be asked for, in which it acts, and what states it
 // leads to. Operations that make a sandbox, end it or settle it have no rule: they begin with no row,
 // or in any state.

@@ -2,6 +2,9 @@ package sandbox
 
 import (
 	"cmp"
+	"context"
+	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"sync"
@@ -43,115 +46,14 @@ type PoolTemplate struct {
 	Target   int
 }
 
-const (
-	// inUseFor sets how long a template counts as in use after its last create. A longer time keeps
-	// memory for unused templates; a shorter one makes the first create after a break a cold one.
-	inUseFor = 4 * time.Hour
-	// demandOver and demandAhead set how the target follows creates: it is the number of creates
-	// expected within demandAhead, at the average rate of the last demandOver. A longer demandOver
-	// reacts later; a longer demandAhead keeps more pooled sandboxes.
-	demandOver  = time.Minute
-	demandAhead = 10 * time.Second
-)
-
-// demand holds the requests for a template at one size, and the number of pooled sandboxes that they
-// justify.
-type demand struct {
-	orgID   string
-	version TemplateVersion // newest known version
-	kind    Kind
-	fixed   bool // the target is the operator's; it remains without use
-	target  int
-	used    time.Time
-	taken   [6]int    // creates in each sixth of demandOver, as a ring
-	slot    int64     // the sixth that was counted last
-	claimed int       // creates from the pool since the server's start
-	paused  time.Time // end of the pause after a failed preparation
-	share   int       // its part of the allowed pooled sandboxes; see share
-}
-
-const sixth = demandOver / 6
-
-// roll forgets creates older than demandOver.
-func (d *demand) roll(now time.Time) {
-	slot := now.UnixNano() / int64(sixth)
-	for i := max(d.slot+1, slot-int64(len(d.taken))+1); i <= slot; i++ {
-		d.taken[i%int64(len(d.taken))] = 0
-	}
-	d.slot = slot
-}
-
-func (d *demand) use(now time.Time) {
-	d.roll(now)
-	d.taken[d.slot%int64(len(d.taken))]++
-	d.used = now
-}
-
-// wants returns its target at the time.
-func (d *demand) wants(now time.Time) int {
-	d.roll(now)
-	if d.target == 0 || d.kind.TemplateID == "" || !d.fixed && now.Sub(d.used) > inUseFor {
-		return 0
-	}
-	sum := 0
-	for _, n := range d.taken {
-		sum += n
-	}
-	share := int(demandOver / demandAhead)
-	return max(d.target, (sum+share-1)/share)
-}
-
-// demandKey identifies a demand.
-type demandKey struct{ templateID, size string }
-
-// share divides the allowed number of pooled sandboxes, most, among the demands. In each round every demand
-// gets one until it has its target. Demands with a target of the operator come first, then those
-// used last.
-func share(demands map[demandKey]*demand, most int, now time.Time) []*demand {
-	order := slices.SortedFunc(maps.Values(demands), func(a, b *demand) int {
-		if a.fixed != b.fixed {
-			if a.fixed {
-				return -1
-			}
-			return 1
-		}
-		return cmp.Or(b.used.Compare(a.used), cmp.Compare(a.kind.TemplateID, b.kind.TemplateID),
-			cmp.Compare(a.kind.Size, b.kind.Size))
-	})
-	for _, d := range order {
-		d.share = 0
-	}
-	for given := true; given; {
-		given = false
-		for _, d := range order {
-			if most > 0 && d.share < d.wants(now) {
-				d.share++
-				most--
-				given = true
-			}
-		}
-	}
-	return order
-}
-
-// ready is a pooled sandbox that can be claimed, with its kind.
-type ready struct {
-	Pooled
-	kind Kind
-}
-
-// pool holds in memory the pooled sandboxes that can be claimed, and the demands for them.
-type pool struct {
-	cfg  PoolConfig
-	work chan struct{} // holds a token when there may be work
-
-	mu sync.Mutex
-	// +checklocks:mu
-	ready map[ID]ready // guarded by mu
-	// +checklocks:mu
-	demands map[demandKey]*demand // guarded by mu
-	// +checklocks:mu
-	counts PoolCounts // guarded by mu
+// PoolStatus reports the pool's sandboxes of one template at one size.
+type PoolStatus struct {
+	Template string
+	Version  int
+	Size     string
+	Ready    int // can be claimed now
+	Claimed  int // creates served since the server's start
+	Target   int
 }
 
 // PoolCounts counts creates while the pool was on.
@@ -161,11 +63,55 @@ type PoolCounts struct {
 	Cold  int64 // creates that the pool could not serve
 }
 
-func newPool(cfg PoolConfig) *pool {
-	return &pool{cfg: cfg, work: make(chan struct{}, 1), ready: map[ID]ready{}, demands: map[demandKey]*demand{}}
+// pool keeps the warm pool: it prepares and removes pooled sandboxes in the background, and gives
+// them to creates. Only the operation that works on a pooled sandbox puts it into ready, so that
+// taking it from there and beginning to work on it are one step.
+type pool struct {
+	cfg       Config
+	store     PooledStore
+	node      poolNode
+	templates Templates
+	log       *slog.Logger
+	ops       *operations
+	// handedOver is called for each sandbox that a create took from the pool, before another operation
+	// on it can begin.
+	handedOver func(context.Context, Sandbox)
+	work       chan struct{} // holds a token when there may be work
+
+	mu sync.Mutex
+	// +checklocks:mu
+	ready map[ID]ready // the pooled sandboxes that can be claimed
+	// +checklocks:mu
+	demands map[demandKey]*demand
+	// +checklocks:mu
+	counts PoolCounts
 }
 
-// nudge wakes keepPool, since there may be work.
+// poolNode has the calls that the pool makes to a machine.
+type poolNode interface {
+	NodeCapacity
+	NodePool
+	Check(ctx context.Context, id ID) error
+	Destroy(ctx context.Context, id ID) error
+}
+
+// ready is a pooled sandbox that can be claimed, with its kind.
+type ready struct {
+	Pooled
+	kind Kind
+}
+
+// newPool returns the pool of a Service, with the operations of the Service: the end of each of them
+// may leave work for the pool.
+func newPool(cfg Config, store PooledStore, node poolNode, templates Templates, log *slog.Logger,
+	handedOver func(context.Context, Sandbox)) *pool {
+	p := &pool{cfg: cfg, store: store, node: node, templates: templates, log: log,
+		handedOver: handedOver, work: make(chan struct{}, 1), ready: map[ID]ready{}, demands: map[demandKey]*demand{}}
+	p.ops = newOperations(p.nudge)
+	return p
+}
+
+// nudge wakes run, since there may be work.
 func (p *pool) nudge() {
 	select {
 	case p.work <- struct{}{}:
@@ -173,6 +119,7 @@ func (p *pool) nudge() {
 	}
 }
 
+// has reports whether a pooled sandbox can be claimed.
 func (p *pool) has(id ID) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -180,6 +127,7 @@ func (p *pool) has(id ID) bool {
 	return ready
 }
 
+// add puts a pooled sandbox into the pool; the caller holds the operation.
 func (p *pool) add(m Pooled) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -217,7 +165,7 @@ func (p *pool) take(of func(ready) bool, begin func(ID) bool) (Pooled, bool) {
 	return Pooled{}, false
 }
 
-// pooled sandboxes returns the pooled sandboxes that can be claimed, oldest first.
+// pooled returns the pooled sandboxes that can be claimed, oldest first.
 func (p *pool) pooled() []ready {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -237,7 +185,7 @@ func (p *pool) pooledLocked() []ready {
 func (p *pool) demandLocked(key demandKey, orgID string) *demand {
 	d := p.demands[key]
 	if d == nil {
-		d = &demand{orgID: orgID, target: p.cfg.Target}
+		d = &demand{orgID: orgID, target: p.cfg.Pool.Target}
 		p.demands[key] = d
 	}
 	return d
@@ -257,8 +205,8 @@ func (p *pool) forget(key demandKey) {
 	delete(p.demands, key)
 }
 
-// claimed counts a create as warm or cold.
-func (p *pool) claimed(key demandKey, warm bool) {
+// count counts a create as warm or cold.
+func (p *pool) count(key demandKey, warm bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !warm {
@@ -271,10 +219,78 @@ func (p *pool) claimed(key demandKey, warm bool) {
 	}
 }
 
-func (p *pool) count() PoolCounts {
+// totals returns the counts of creates.
+func (p *pool) totals() PoolCounts {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	c := p.counts
 	c.Ready = len(p.ready)
 	return c
+}
+
+// +checklocks:p.mu
+func (p *pool) kindsLocked() map[Kind]int {
+	have := map[Kind]int{}
+	for _, m := range p.ready {
+		have[m.kind]++
+	}
+	return have
+}
+
+// discard removes a pooled sandbox from the machine and then its row; the caller holds the operation.
+func (p *pool) discard(ctx context.Context, id ID) error {
+	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
+	defer cancel()
+	p.remove(id)
+	if err := p.node.Destroy(ctx, id); err != nil {
+		return fmt.Errorf("removing the remains of %s: %w", id, err)
+	}
+	return p.store.DropPooled(ctx, id)
+}
+
+// keep adds a claimable pooled sandbox to the pool; the caller holds the operation. If the pool is off,
+// keep discards the pooled sandbox.
+func (p *pool) keep(ctx context.Context, m Pooled) error {
+	if !p.cfg.Pool.Enabled {
+		return p.discard(ctx, m.ID)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	kind := p.addLocked(m)
+	// The pooled sandbox was in demand before the last server stopped; refreshDemands fills in its demand.
+	key := demandKey{m.TemplateID, m.Size.Name}
+	if p.demands[key] == nil {
+		d := p.demandLocked(key, m.OrgID)
+		d.kind, d.used = kind, time.Now()
+	}
+	return nil
+}
+
+// row returns the row of a pooled sandbox, or nil if there is none.
+func (p *pool) row(ctx context.Context, id ID) (*Pooled, error) {
+	all, err := p.store.ListPooled(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("listing the pool: %w", err)
+	}
+	if i := slices.IndexFunc(all, func(m Pooled) bool { return m.ID == id }); i >= 0 {
+		return &all[i], nil
+	}
+	return nil, nil
+}
+
+// status returns the status of the pool, by template and size.
+func (p *pool) status() []PoolStatus {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	have := p.kindsLocked()
+	all := []PoolStatus{}
+	for _, d := range share(p.demands, p.cfg.Pool.MaxMembers, time.Now()) {
+		if d.kind.TemplateID != "" {
+			all = append(all, PoolStatus{d.version.Name, d.version.Version, d.kind.Size, have[d.kind], d.claimed, d.share})
+		}
+	}
+	slices.SortFunc(all, func(a, b PoolStatus) int {
+		return cmp.Or(cmp.Compare(a.Template, b.Template), cmp.Compare(a.Size, b.Size))
+	})
+	return all
 }

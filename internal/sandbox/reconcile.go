@@ -161,7 +161,7 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 	}
 	var pooledRow *Pooled
 	if row == nil {
-		if pooledRow, err = s.pooledRow(ctx, id); err != nil {
+		if pooledRow, err = s.pool.row(ctx, id); err != nil {
 			return err
 		}
 	}
@@ -187,9 +187,9 @@ func (s *Service) settle(ctx context.Context, id ID, why note) error {
 	case Finish:
 		return s.takeApart(ctx, id, row.Run, row.DestroyReason, func() {})
 	case Keep:
-		return s.keep(ctx, *pooledRow)
+		return s.pool.keep(ctx, *pooledRow)
 	case Discard:
-		return s.discard(ctx, id)
+		return s.pool.discard(ctx, id)
 	}
 	if err := s.node.Destroy(ctx, id); err != nil {
 		return fmt.Errorf("removing the remains of %s: %w", id, err)

@@ -24,7 +24,7 @@ func (s *Service) Run(ctx context.Context) {
 	var background sync.WaitGroup
 	defer background.Wait()
 	background.Go(func() { s.flushing(ctx) })
-	background.Go(func() { s.keepPool(ctx) })
+	background.Go(func() { s.pool.run(ctx) })
 	reconcile, purge := time.NewTicker(reconcileEvery), time.NewTicker(purgeEvery)
 	defer reconcile.Stop()
 	defer purge.Stop()

@@ -3,6 +3,7 @@ package sandbox
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -50,10 +51,11 @@ func New(cfg Config, store Store, node Node, templates Templates, log *slog.Logg
 	if observe == nil {
 		observe = func(Event) {}
 	}
-	pool := newPool(cfg.Pool)
 	s := &Service{cfg: cfg, store: store, node: node, templates: templates, log: log, observe: observe,
-		pool: pool, ops: newOperations(pool.nudge), denials: &denialLog{of: map[ID]*denials{}},
+		denials:    &denialLog{of: map[ID]*denials{}},
 		recoveries: make(chan struct{}, recoveriesAtOnce), takedowns: make(chan struct{}, takedownsAtOnce)}
+	s.pool = newPool(cfg, store, node, templates, log, s.handedOver)
+	s.ops = s.pool.ops
 	s.live = &instances{of: map[ID]*instance{}, expired: s.expire, idled: s.idled, recoveryDue: s.recoveryDue}
 	s.snapshots = &snapshotUses{of: map[SnapshotID]*snapshotUse{}, remove: func(id SnapshotID) {
 		s.abandonSnapshot(context.Background(), id, true)
@@ -98,6 +100,36 @@ func (s *Service) Create(ctx context.Context, c Caller, r Request, once Once, wa
 	return s.makeNew(ctx, c, sbx, sbx.spec(), bootTimeout+sbx.Start.Patience(), once, wait, func() {})
 }
 
+// createWarm serves a create from the pool if the pool has a pooled sandbox of its kind. It returns
+// done when the create is answered.
+func (s *Service) createWarm(ctx context.Context, c Caller, sbx Sandbox, v TemplateVersion, once Once,
+	wait bool) (_ Sandbox, done bool, err error) {
+	if !s.cfg.Pool.Enabled {
+		return Sandbox{}, false, nil
+	}
+	warm, found, err := s.pool.claim(ctx, c, sbx, v, once)
+	switch {
+	case errors.Is(err, errNotWarm):
+		return Sandbox{}, false, nil
+	case err == nil && found:
+		warm, err = s.repeated(ctx, warm, wait)
+	}
+	return warm, true, err
+}
+
+// handedOver announces a sandbox that was taken from the pool, and makes it usable.
+func (s *Service) handedOver(ctx context.Context, sbx Sandbox) {
+	s.announce(ctx, Event{SandboxID: sbx.ID, At: sbx.CreatedAt, To: Creating})
+	s.announce(ctx, Event{SandboxID: sbx.ID, At: sbx.StartedAt, From: Creating, To: Running})
+	s.live.track(newInstance(sbx))
+}
+
+// Pool returns the status of the pool, by template and size.
+func (s *Service) Pool() []PoolStatus { return s.pool.status() }
+
+// PoolCounts returns the counts of creates.
+func (s *Service) PoolCounts() PoolCounts { return s.pool.totals() }
+
 // makeNew makes a new sandbox from spec within patience. It calls release after the sandbox is made
 // or has failed.
 func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, spec Spec, patience time.Duration, once Once,
@@ -109,7 +141,7 @@ func (s *Service) makeNew(ctx context.Context, c Caller, sbx Sandbox, spec Spec,
 		release()
 		return Sandbox{}, errClosing
 	}
-	if err := s.room(ctx, sbx.Size); err != nil {
+	if err := s.pool.room(ctx, sbx.Size); err != nil {
 		release()
 		s.ops.finish(sbx.ID, op, nil, err)
 		return Sandbox{}, err

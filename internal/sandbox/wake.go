@@ -109,7 +109,7 @@ func (s *Service) wake(ctx context.Context, c Caller, sbx Sandbox, timeout time.
 		return sbx, nil
 	}
 	// Errors that concern only this caller leave the row unchanged.
-	if err := s.room(ctx, sbx.Size); err != nil {
+	if err := s.pool.room(ctx, sbx.Size); err != nil {
 		return Sandbox{}, err
 	}
 	run, token := newSecret(10), newSecret(32)
