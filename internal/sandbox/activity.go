@@ -50,19 +50,6 @@ func (s *Service) idled(l *instance) {
 	s.live.rewind(l, mine && op.err != nil && !errors.Is(op.err, errNotIdle))
 }
 
-// flush saves the last activities that changed.
-func (s *Service) flush(ctx context.Context) error {
-	last := s.live.unsaved()
-	if len(last) == 0 {
-		return nil
-	}
-	if err := s.store.SetActivity(ctx, last); err != nil {
-		return err
-	}
-	s.live.saved(last)
-	return nil
-}
-
 // flushing saves last activities and records denials until ctx ends.
 func (s *Service) flushing(ctx context.Context) {
 	tick := time.NewTicker(flushEvery)
@@ -72,10 +59,10 @@ func (s *Service) flushing(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			if err := s.flush(ctx); err != nil && ctx.Err() == nil {
+			if err := s.live.flush(ctx, s.store); err != nil && ctx.Err() == nil {
 				s.log.ErrorContext(ctx, "writing last activities", "error", err)
 			}
-			if err := s.noteDenials(ctx); err != nil && ctx.Err() == nil {
+			if err := s.denials.flush(ctx, s.store); err != nil && ctx.Err() == nil {
 				s.log.ErrorContext(ctx, "recording denials of policies", "error", err)
 			}
 		}

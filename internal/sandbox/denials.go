@@ -40,7 +40,7 @@ type denials struct {
 	told   int            // events in the present minute
 }
 
-// denialLog gathers denials until [Service.noteDenials] records them as events.
+// denialLog gathers denials until flush records them as events.
 type denialLog struct {
 	mu sync.Mutex
 	// +checklocks:mu
@@ -66,13 +66,13 @@ func (l *denialLog) add(d Denial) {
 	of.count[d] += n
 }
 
-// noteDenials records events for the denials that are due, all in one transaction.
-func (s *Service) noteDenials(ctx context.Context) error {
-	events := s.denials.due(time.Now().UTC())
+// flush records events for the denials that are due, all in one transaction.
+func (l *denialLog) flush(ctx context.Context, store EventStore) error {
+	events := l.due(time.Now().UTC())
 	if len(events) == 0 {
 		return nil
 	}
-	return s.store.Note(ctx, events)
+	return store.Note(ctx, events)
 }
 
 // due removes the denials that are due and returns events for them.

@@ -123,33 +123,3 @@ func (s *Service) takeApart(ctx context.Context, id ID, run string, why Reason, 
 	}
 	return err
 }
-
-// extend moves the end of an ephemeral sandbox to the expiry in its row.
-func (s *Service) extend(sbx Sandbox) {
-	s.live.resetEnd(sbx.ID, sbx.Run, func(*instance) time.Time { return sbx.ExpiresAt })
-}
-
-// expire ends a sandbox whose timeout is over, unless it was extended meanwhile.
-func (s *Service) expire(id ID) {
-	ctx, cancel := context.WithTimeout(context.Background(), cleanupTimeout)
-	defer cancel()
-	sbx, err := s.store.Get(ctx, id)
-	if err == nil && time.Now().Before(sbx.ExpiresAt) {
-		s.extend(sbx)
-		return
-	}
-	switch {
-	case err != nil:
-	case sbx.AtEnd == EndSuspends:
-		s.suspendExpired(sbx)
-		return
-	default:
-		err = s.destroy(ctx, id, sbx.Run, Expired)
-	}
-	if err == nil {
-		return
-	}
-	s.log.ErrorContext(ctx, "destroying an expired sandbox", "sandbox", id, "error", err)
-	// Once the destroy is claimed Reconcile retries it; before that only this timer does.
-	s.live.resetEnd(id, "", func(*instance) time.Time { return time.Now().Add(retryAfter) })
-}

@@ -96,14 +96,14 @@ func (s *Service) saveFork(ctx context.Context, sbx Sandbox, f *fork) error {
 		return err
 	}
 	f.release = s.snapshots.hold(f.from.ID)
-	_, err := s.writeSnapshot(ctx, sbx, f.from.ID)
+	_, err := s.snapshots.write(ctx, sbx, f.from.ID)
 	forked := Event{SandboxID: sbx.ID, At: time.Now().UTC(), Reason: reasonForked,
 		Detail: fmt.Sprintf("%d asked for", f.request.Count)}
 	if err == nil {
 		err = s.store.Note(ctx, []Event{forked})
 	}
 	if err != nil {
-		s.abandonSnapshot(ctx, f.from.ID, false)
+		s.snapshots.abandon(ctx, f.from.ID, false)
 		f.release()
 		return s.snapshotFailed(ctx, sbx, err)
 	}
@@ -159,13 +159,13 @@ func (s *Service) makeChildren(f *fork) {
 		})
 	}
 	wg.Wait()
-	s.abandonSnapshot(context.Background(), f.from.ID, false)
+	s.snapshots.abandon(context.Background(), f.from.ID, false)
 	f.release()
 }
 
 // createFrom makes a sandbox from a snapshot.
 func (s *Service) createFrom(ctx context.Context, c Caller, r Request, once Once, wait bool) (Sandbox, error) {
-	snap, release, err := s.useSnapshot(ctx, c.OrgID, r.Snapshot)
+	snap, release, err := s.snapshots.use(ctx, c.OrgID, r.Snapshot)
 	if err != nil {
 		return Sandbox{}, err
 	}

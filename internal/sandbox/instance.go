@@ -346,6 +346,19 @@ func (u *instances) shown(sbx Sandbox) Sandbox {
 	return sbx
 }
 
+// flush saves the last activities that changed.
+func (u *instances) flush(ctx context.Context, store SandboxStore) error {
+	last := u.unsaved()
+	if len(last) == 0 {
+		return nil
+	}
+	if err := store.SetActivity(ctx, last); err != nil {
+		return err
+	}
+	u.saved(last)
+	return nil
+}
+
 // unsaved returns the last activities that the rows do not have.
 func (u *instances) unsaved() map[ID]time.Time {
 	u.mu.Lock()

@@ -125,7 +125,7 @@ func (s *Service) Reconcile(ctx context.Context) error {
 	for id := range byID {
 		errs = append(errs, s.lookAfter(id))
 	}
-	errs = append(errs, s.reconcileSnapshots(ctx))
+	errs = append(errs, s.snapshots.reconcile(ctx))
 	return errors.Join(errs...)
 }
 

@@ -81,5 +81,5 @@ func (s *Service) Close(ctx context.Context) error {
 	err := s.ops.close(ctx)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushTimeout)
 	defer cancel()
-	return errors.Join(err, s.flush(ctx))
+	return errors.Join(err, s.live.flush(ctx, s.store))
 }

@@ -3,8 +3,6 @@ package sandbox
 import (
 	"context"
 	"crypto/rand"
-	"errors"
-	"fmt"
 	"regexp"
 	"strings"
 	"time"
@@ -108,7 +106,7 @@ func (s *Service) saveSnapshot(ctx context.Context, sbx Sandbox, name string) (S
 	if err := s.store.AddSnapshot(ctx, snap, s.cfg.MaxSnapshots); err != nil {
 		return Snapshot{}, err
 	}
-	checkpoint, err := s.writeSnapshot(ctx, sbx, snap.ID)
+	checkpoint, err := s.snapshots.write(ctx, sbx, snap.ID)
 	saved := Event{SandboxID: sbx.ID, At: time.Now().UTC(), Reason: reasonSnapshot,
 		Detail: strings.TrimSpace(string(snap.ID) + " " + snap.Name)}
 	var made Snapshot
@@ -116,7 +114,7 @@ func (s *Service) saveSnapshot(ctx context.Context, sbx Sandbox, name string) (S
 		made, err = s.store.ReadySnapshot(ctx, snap.ID, checkpoint.At, checkpoint.Size, saved)
 	}
 	if err != nil {
-		s.abandonSnapshot(ctx, snap.ID, true) // made may be empty
+		s.snapshots.abandon(ctx, snap.ID, true) // made may be empty
 		return Snapshot{}, s.snapshotFailed(ctx, sbx, err)
 	}
 	s.logNote(ctx, saved)
@@ -126,30 +124,6 @@ func (s *Service) saveSnapshot(ctx context.Context, sbx Sandbox, name string) (S
 // logNote logs an event that is no transition.
 func (s *Service) logNote(ctx context.Context, e Event) {
 	s.log.InfoContext(ctx, "sandbox "+e.Reason, "sandbox", e.SandboxID, "detail", e.Detail)
-}
-
-// writeSnapshot makes the machine write the snapshot.
-func (s *Service) writeSnapshot(ctx context.Context, sbx Sandbox, to SnapshotID) (Checkpoint, error) {
-	ctx, cancel := context.WithTimeout(ctx, checkpointTimeout)
-	defer cancel()
-	if sbx.State == Suspended {
-		return s.node.SnapshotCheckpoint(ctx, sbx.ID, to)
-	}
-	return s.node.Snapshot(ctx, sbx.ID, to)
-}
-
-// abandonSnapshot removes a failed or unwanted snapshot from the machine and then, with row, its
-// row. Reconcile retries what fails.
-func (s *Service) abandonSnapshot(ctx context.Context, id SnapshotID, row bool) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
-	defer cancel()
-	err := s.node.DropSnapshot(ctx, id)
-	if err == nil && row {
-		err = s.store.DropSnapshot(ctx, id)
-	}
-	if err != nil {
-		s.log.ErrorContext(ctx, "removing a snapshot", "snapshot", id, "error", err)
-	}
 }
 
 // snapshotFailed settles the sandbox that could not be saved, unless a destroy interrupted, and
@@ -171,42 +145,10 @@ func (s *Service) snapshotFailed(ctx context.Context, sbx Sandbox, cause error) 
 	return fault.New(fault.Internal, fault.CodeSnapshotFailed, "no snapshot of sandbox %s was made", sbx.ID).Because(cause)
 }
 
-// findSnapshot returns a ready snapshot of the organization by name or ID.
-func (s *Service) findSnapshot(ctx context.Context, orgID, nameOrID string) (Snapshot, error) {
-	if !strings.HasPrefix(nameOrID, snapshotPrefix) {
-		if !snapshotName.MatchString(nameOrID) {
-			return Snapshot{}, noSnapshot(nameOrID)
-		}
-		return s.store.FindSnapshot(ctx, orgID, nameOrID)
-	}
-	if !SnapshotID(nameOrID).Valid() {
-		return Snapshot{}, noSnapshot(nameOrID)
-	}
-	snap, err := s.store.GetSnapshot(ctx, SnapshotID(nameOrID))
-	if err == nil && (snap.OrgID != orgID || snap.State != SnapshotReady) {
-		err = noSnapshot(nameOrID)
-	}
-	return snap, err
-}
-
-// useSnapshot finds a snapshot and holds it.
-func (s *Service) useSnapshot(ctx context.Context, orgID, nameOrID string) (Snapshot, func(), error) {
-	snap, err := s.findSnapshot(ctx, orgID, nameOrID)
-	if err != nil {
-		return Snapshot{}, nil, err
-	}
-	release := s.snapshots.hold(snap.ID)
-	if snap, err = s.findSnapshot(ctx, orgID, string(snap.ID)); err != nil { // deleted in between
-		release()
-		return Snapshot{}, nil, err
-	}
-	return snap, release, nil
-}
-
 // GetSnapshot returns a snapshot of the organization by name or ID. It returns NotFound, code
 // "snapshot_not_found", if there is none or it belongs to another organization.
 func (s *Service) GetSnapshot(ctx context.Context, orgID, nameOrID string) (Snapshot, error) {
-	return s.findSnapshot(ctx, orgID, nameOrID)
+	return s.snapshots.find(ctx, orgID, nameOrID)
 }
 
 // ListSnapshots returns a page of the organization's snapshots.
@@ -217,71 +159,5 @@ func (s *Service) ListSnapshots(ctx context.Context, f SnapshotFilter) ([]Snapsh
 // DeleteSnapshot deletes a snapshot by name or ID. Sandboxes made from it continue. Sandboxes being
 // made from it are completed before its files are removed. Errors are those of GetSnapshot.
 func (s *Service) DeleteSnapshot(ctx context.Context, orgID, nameOrID string) error {
-	snap, err := s.findSnapshot(ctx, orgID, nameOrID)
-	if err != nil {
-		return err
-	}
-	if err := s.store.EndSnapshot(ctx, snap.ID); err != nil {
-		return err
-	}
-	s.log.InfoContext(ctx, "snapshot deleted", "snapshot", snap.ID, "name", snap.Name)
-	if !s.snapshots.doom(snap.ID) {
-		s.abandonSnapshot(ctx, snap.ID, true)
-	}
-	return nil
-}
-
-// DropsSnapshot reports whether recovery from a crash drops a snapshot, from its row (nil if there
-// is none), when it has no users. A snapshot that was not reported to a caller is dropped. A ready
-// snapshot stays even without its files: its use reports that they are missing, and the user may
-// delete it.
-func DropsSnapshot(row *Snapshot) bool { return row == nil || row.State != SnapshotReady }
-
-// reconcileSnapshots drops the leftovers of snapshots and forks after a crash.
-func (s *Service) reconcileSnapshots(ctx context.Context) error {
-	there, err := s.node.Snapshots(ctx)
-	if err != nil {
-		return fmt.Errorf("listing the machine's snapshots: %w", err)
-	}
-	unready, err := s.store.UnreadySnapshots(ctx)
-	if err != nil {
-		return fmt.Errorf("listing snapshots that are not ready: %w", err)
-	}
-	ids := map[SnapshotID]bool{}
-	for _, id := range there {
-		ids[id] = true
-	}
-	for _, snap := range unready {
-		ids[snap.ID] = true
-	}
-	var errs []error
-	for id := range ids {
-		errs = append(errs, s.settleSnapshot(ctx, id))
-	}
-	return errors.Join(errs...)
-}
-
-// settleSnapshot drops a snapshot if DropsSnapshot says so, unless it has users.
-func (s *Service) settleSnapshot(ctx context.Context, id SnapshotID) error {
-	release := s.snapshots.holdAlone(id)
-	if release == nil {
-		return nil
-	}
-	defer release()
-	var row *Snapshot
-	snap, err := s.store.GetSnapshot(ctx, id)
-	switch {
-	case err == nil:
-		row = &snap
-	case !fault.Is(err, fault.NotFound):
-		return err
-	}
-	if !DropsSnapshot(row) {
-		return nil
-	}
-	s.log.WarnContext(ctx, "dropping what is left of a snapshot", "snapshot", id)
-	if err := s.node.DropSnapshot(ctx, id); err != nil {
-		return fmt.Errorf("dropping snapshot %s: %w", id, err)
-	}
-	return s.store.DropSnapshot(ctx, id)
+	return s.snapshots.remove(ctx, orgID, nameOrID)
 }

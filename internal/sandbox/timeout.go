@@ -8,6 +8,31 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
+// Keepalive gives an ephemeral sandbox a new lifetime from now. A nil lifetime means the sandbox's
+// own; one above [MaxTimeout] is cut to it. Keepalive returns Conflict if the sandbox is not
+// ephemeral or not running.
+func (s *Service) Keepalive(ctx context.Context, orgID string, id ID, timeout *time.Duration) (Sandbox, error) {
+	sbx, err := s.Get(ctx, orgID, id)
+	if err != nil {
+		return Sandbox{}, err
+	}
+	lifetime := sbx.Timeout
+	if timeout != nil {
+		if *timeout < MinTimeout {
+			return Sandbox{}, invalid("timeout", "must be at least %s", MinTimeout)
+		}
+		lifetime = min(*timeout, MaxTimeout)
+	}
+	if sbx.Mode != Ephemeral {
+		return Sandbox{}, notEphemeral(sbx)
+	}
+	if sbx, err = s.store.SetExpiry(ctx, id, time.Now().UTC().Add(lifetime), lifetime, false); err != nil {
+		return Sandbox{}, err
+	}
+	s.extend(sbx)
+	return sbx, nil
+}
+
 // SetTimeout moves the end of a running ephemeral sandbox to timeout from now, which may be later
 // or earlier than its present end. A timeout of 0 or less ends the sandbox at once, as [AtEnd]
 // says. With later set it moves the end only to a later time. A timeout above [MaxTimeout] is
@@ -86,4 +111,34 @@ func (s *Service) detachExpired(run string) detachFunc {
 		}
 		return s.live.detachNow(ctx, id)
 	}
+}
+
+// extend moves the end of an ephemeral sandbox to the expiry in its row.
+func (s *Service) extend(sbx Sandbox) {
+	s.live.resetEnd(sbx.ID, sbx.Run, func(*instance) time.Time { return sbx.ExpiresAt })
+}
+
+// expire ends a sandbox whose timeout is over, unless it was extended meanwhile.
+func (s *Service) expire(id ID) {
+	ctx, cancel := context.WithTimeout(context.Background(), cleanupTimeout)
+	defer cancel()
+	sbx, err := s.store.Get(ctx, id)
+	if err == nil && time.Now().Before(sbx.ExpiresAt) {
+		s.extend(sbx)
+		return
+	}
+	switch {
+	case err != nil:
+	case sbx.AtEnd == EndSuspends:
+		s.suspendExpired(sbx)
+		return
+	default:
+		err = s.destroy(ctx, id, sbx.Run, Expired)
+	}
+	if err == nil {
+		return
+	}
+	s.log.ErrorContext(ctx, "destroying an expired sandbox", "sandbox", id, "error", err)
+	// Once the destroy is claimed Reconcile retries it; before that only this timer does.
+	s.live.resetEnd(id, "", func(*instance) time.Time { return time.Now().Add(retryAfter) })
 }
