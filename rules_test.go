@@ -225,6 +225,32 @@ func TestHeavyDependencies(t *testing.T) {
 	}
 }
 
+// TestCoreDoesNoIO keeps packages that reach files, programs, networks or databases out of the core rooms, which get
+// all of that through interfaces.
+func TestCoreDoesNoIO(t *testing.T) {
+	reaches := []string{"os", "os/", "net/http", "database/", "syscall", "golang.org/x/sys/"}
+	core := 0
+	for dir, rule := range mayImport {
+		if !strings.HasPrefix(rule.why, "the core does no I/O") {
+			continue
+		}
+		core++
+		for _, file := range goPackages(t)[dir] {
+			for _, spec := range parse(t, file, parser.ImportsOnly).Imports {
+				path, _ := strconv.Unquote(spec.Path.Value)
+				for _, p := range reaches {
+					if path == p || strings.HasSuffix(p, "/") && strings.HasPrefix(path, p) {
+						t.Errorf("%s must not import %s: %s", file, path, rule.why)
+					}
+				}
+			}
+		}
+	}
+	if core != 4 {
+		t.Errorf("found %d core rooms, want 4", core)
+	}
+}
+
 // generated matches the mark of a generated file.
 var generated = regexp.MustCompile(`(?m)^// Code generated .* DO NOT EDIT\.$`)
 

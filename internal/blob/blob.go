@@ -139,6 +139,19 @@ func (s *Store) Path(hash string) (string, error) {
 	return s.path(hash), nil
 }
 
+// Open returns a reader of a file, which the caller closes, or fs.ErrNotExist.
+func (s *Store) Open(hash string) (io.ReadCloser, error) {
+	path, err := s.Path(hash)
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("opening file: %w", err)
+	}
+	return f, nil
+}
+
 // Size returns the size of a file in bytes, or fs.ErrNotExist.
 func (s *Store) Size(hash string) (int64, error) {
 	if !name.MatchString(hash) {

@@ -69,8 +69,15 @@ func TestPut(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if b, err := os.ReadFile(path); err != nil || string(b) != text {
+		f, err := s.Open(hex.EncodeToString(sum[:]))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if b, err := io.ReadAll(f); err != nil || string(b) != text {
 			t.Errorf("read back %d bytes, %v; want %d", len(b), err, len(text))
+		}
+		if err := f.Close(); err != nil {
+			t.Error(err)
 		}
 		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
 			t.Errorf("mode is %v, %v", info.Mode(), err)
@@ -125,6 +132,9 @@ func TestMissingPath(t *testing.T) {
 		strings.Repeat("A", 64)} {
 		if path, err := s.Path(hash); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%q is at %q, %v", hash, path, err)
+		}
+		if f, err := s.Open(hash); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%q is open as %v, %v", hash, f, err)
 		}
 		if size, err := s.Size(hash); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%q has %d bytes, %v", hash, size, err)

@@ -369,6 +369,16 @@ func (s *shelf) Path(name string) (string, error) {
 	return "/shelf/" + name, nil
 }
 
+func (s *shelf) Open(name string) (io.ReadCloser, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	text, ok := s.files[name]
+	if !ok {
+		return nil, errors.New("no such file")
+	}
+	return io.NopCloser(strings.NewReader(text)), nil
+}
+
 func (s *shelf) Size(name string) (int64, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

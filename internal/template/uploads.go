@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
 	"path"
 	"path/filepath"
 	"strings"
@@ -192,11 +191,7 @@ func (s *Service) openUpload(org, name string, bound *unpacking) (*tar.Reader, f
 		return nil, nil, fault.InvalidField("files",
 			"its files were not uploaded, or so long ago that they were removed: build the template again")
 	}
-	file, err := s.contexts.Path(blob)
-	if err != nil {
-		return nil, nil, fmt.Errorf("finding an upload: %w", err)
-	}
-	f, err := os.Open(file)
+	f, err := s.contexts.Open(blob)
 	if err != nil {
 		return nil, nil, fmt.Errorf("opening an upload: %w", err)
 	}
