@@ -153,7 +153,7 @@ func templateOf(t template.Template) Template {
 		User:           optional(t.User),
 		StartCommand:   optional(startText(t.Start)),
 		Ready:          readyOf(t.Start.Ready),
-		Size:           optional(t.Size),
+		Size:           optional(t.Size.Name),
 		DiskSizeMB:     optional(t.DiskMB),
 		Egress:         egressOf(t.Egress),
 		CreatedAt:      t.CreatedAt.UTC(),

@@ -171,9 +171,9 @@ func (h *house) putTemplates(t testing.TB) {
 	t.Helper()
 	at := time.Now().UTC().Add(-time.Hour)
 	for i, v := range []template.Template{
-		{Name: "python", Status: template.Ready, Version: 3, Image: strings.Repeat("ab", 32), ImageSize: 5,
-			Source: "debian:bookworm", BuiltAt: at,
-			Env: map[string]string{"LANG": "C.UTF-8"}, Workdir: "/home/user", User: "user", Size: "shared-cpu-1x", DiskMB: 512},
+		{Name: "python", Status: template.Ready, Version: 3, ImageSize: 5, Source: "debian:bookworm", BuiltAt: at,
+			Shape: sandbox.Shape{Image: strings.Repeat("ab", 32), Env: map[string]string{"LANG": "C.UTF-8"},
+				Workdir: "/home/user", User: "user", Size: sandbox.Size{Name: "shared-cpu-1x"}, DiskMB: 512}},
 		{Name: "slow", Status: template.Building, Progress: "installing packages, 3 of 9"},
 		{Name: "broken", Status: template.Failed, BuildError: &template.BuildError{Step: "step 2", ExitCode: 100, Message: "exit code 100", Tail: []string{"E: no"}}},
 		{Name: "mine", OrgID: h.org.Org.ID, Status: template.Pending},

@@ -120,7 +120,7 @@ func TestBuildTemplate(t *testing.T) {
 		t.Errorf("another organization's: %d %s", r.status, r.body)
 	}
 	got, err := b.templates.Get(t.Context(), b.org.Org.ID, "app_1")
-	if err != nil || got.ID != tpl || got.BuildID != build || got.Size != "small" || got.DiskMB != 4096 {
+	if err != nil || got.ID != tpl || got.BuildID != build || got.Size.Name != "small" || got.DiskMB != 4096 {
 		t.Fatalf("the template is %+v, %v", got, err)
 	}
 	for name, disk := range map[string]string{"app_1": "4096", "mine": "2048"} { // of the request, and the defaults
@@ -365,9 +365,9 @@ func TestBases(t *testing.T) {
 	b := newBuilds(t)
 	ctx, org := t.Context(), b.org.Org.ID
 	serving := template.Template{ID: "tpl_" + strings.Repeat("s", 20), OrgID: org, Name: "serving_",
-		Status: template.Ready, Version: 1,
-		Image: strings.Repeat("ab", 32), User: "www", CreatedAt: time.Now().UTC(), Egress: sandbox.Egress{Mode: sandbox.AllowAll},
-		Start: sandbox.Start{Args: []string{"serve"}, Ready: &sandbox.Ready{Port: 80}}}
+		Status: template.Ready, Version: 1, CreatedAt: time.Now().UTC(),
+		Shape: sandbox.Shape{Image: strings.Repeat("ab", 32), User: "www", Egress: sandbox.Egress{Mode: sandbox.AllowAll},
+			Start: sandbox.Start{Args: []string{"serve"}, Ready: &sandbox.Ready{Port: 80}}}}
 	if err := b.db.InsertTemplate(ctx, serving, nil, 0); err != nil {
 		t.Fatal(err)
 	}

@@ -126,7 +126,8 @@ func newHarness(t *testing.T) *harness {
 	for i, org := range []string{"", h.org.Org.ID} {
 		v := template.Template{ID: "tpl_" + strings.Repeat(string(rune('a'+i)), 20), OrgID: org,
 			Name: []string{"base", "mine"}[i], Status: template.Ready,
-			Version: 1, Image: strings.Repeat("ab", 32), User: "root", CreatedAt: time.Now().UTC(), Egress: sandbox.Egress{Mode: sandbox.AllowAll}}
+			Version: 1, CreatedAt: time.Now().UTC(),
+			Shape: sandbox.Shape{Image: strings.Repeat("ab", 32), User: "root", Egress: sandbox.Egress{Mode: sandbox.AllowAll}}}
 		if err := db.InsertTemplate(ctx, v, nil, 0); err != nil {
 			t.Fatal(err)
 		}

@@ -210,7 +210,7 @@ func (s *Surface) templateOf(t template.Template) templateBody {
 	if updated.IsZero() {
 		updated = t.CreatedAt
 	}
-	size, disk := s.Sandboxes.SizeOf(t.Size, t.DiskMB)
+	size, disk := s.Sandboxes.SizeOf(t.Size.Name, t.DiskMB)
 	return templateBody{TemplateID: t.ID, BuildID: t.BuildID, Public: t.Builtin(), Aliases: []string{t.Name},
 		Names:    []string{t.Name},
 		CPUCount: size.VCPUs, MemoryMB: size.MemoryMB, DiskSizeMB: disk, BuildStatus: statusOf(t.Status), BuildCount: t.Version,

@@ -21,7 +21,7 @@ func templateFields(t *template.Template) []any {
 	return []any{&t.ID, &t.OrgID, &t.Name, &t.Description,
 		&t.Status, &t.Progress, jsonColumn{&t.BuildError}, &t.BuildID, &t.Tries, timeColumn{&t.QueuedAt},
 		&t.Version, &t.Image, &t.ImageSize, &t.Source, &t.Inputs, &t.ReadyBuild,
-		jsonColumn{&t.Env}, &t.Workdir, &t.User, jsonColumn{&t.Start}, &t.Size, &t.DiskMB, jsonColumn{&t.Egress},
+		jsonColumn{&t.Env}, &t.Workdir, &t.User, jsonColumn{&t.Start}, &t.Size.Name, &t.DiskMB, jsonColumn{&t.Egress},
 		timeColumn{&t.CreatedAt}, timeColumn{&t.UpdatedAt}, timeColumn{&t.BuiltAt}}
 }
 

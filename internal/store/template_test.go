@@ -68,15 +68,15 @@ func templateRoundTrip(t *testing.T, st template.Store) {
 		Status: template.Building, Progress: "step 3 of 7",
 		BuildError: &template.BuildError{Step: "RUN x", ExitCode: 3, Tail: []string{"a", "b"}, Message: "no"},
 		BuildID:    "bld_1", Tries: 2, QueuedAt: start.Add(3 * time.Second),
-		Version: 4, Image: "abc", ImageSize: 5 << 30, Source: "debian:bookworm", Inputs: "1234", ReadyBuild: "bld_0",
-		Env: map[string]string{"A": "b"}, Workdir: "/w", User: "u",
-		Start: sandbox.Start{Args: []string{"run", "me"},
-			Ready: &sandbox.Ready{HTTP: &sandbox.ReadyHTTP{Port: 80, Path: "/"}, Timeout: time.Second}},
-		Size: "shared-cpu-1x", DiskMB: 99,
-		Egress:    sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("1.2.3.0/24")}},
+		Version: 4, ImageSize: 5 << 30, Source: "debian:bookworm", Inputs: "1234", ReadyBuild: "bld_0",
+		Shape: sandbox.Shape{Image: "abc", Env: map[string]string{"A": "b"}, Workdir: "/w", User: "u",
+			Start: sandbox.Start{Args: []string{"run", "me"},
+				Ready: &sandbox.Ready{HTTP: &sandbox.ReadyHTTP{Port: 80, Path: "/"}, Timeout: time.Second}},
+			Size: sandbox.Size{Name: "shared-cpu-1x"}, DiskMB: 99,
+			Egress: sandbox.Egress{Mode: sandbox.DenyAll, AllowCIDRs: []netip.Prefix{netip.MustParsePrefix("1.2.3.0/24")}}},
 		CreatedAt: start, UpdatedAt: start.Add(time.Second), BuiltAt: start.Add(2 * time.Second)}
-	for i, f := range reflect.VisibleFields(reflect.TypeFor[template.Template]()) {
-		if reflect.ValueOf(full).Field(i).IsZero() && f.Name != "Tagging" && f.Name != "Repairs" { // see templateTags
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[template.Template]()) {
+		if reflect.ValueOf(full).FieldByIndex(f.Index).IsZero() && f.Name != "Tagging" && f.Name != "Repairs" { // see templateTags
 			t.Errorf("the test leaves field %s empty", f.Name)
 		}
 	}
@@ -86,7 +86,7 @@ func templateRoundTrip(t *testing.T, st template.Store) {
 	later.BuildError, later.BuildID, later.Tries, later.QueuedAt = nil, "bld_2", 0, time.Time{}
 	later.Version, later.Image, later.ImageSize, later.Source, later.Inputs, later.ReadyBuild, later.Env =
 		5, "def", 7, "docker.io/x", "56", "bld_2", map[string]string{"C": "d"}
-	later.Workdir, later.User, later.Start, later.Size, later.DiskMB = "/x", "v", sandbox.Start{Command: "r"}, "z", 1
+	later.Workdir, later.User, later.Start, later.Size.Name, later.DiskMB = "/x", "v", sandbox.Start{Command: "r"}, "z", 1
 	later.Egress = sandbox.Egress{Mode: sandbox.AllowAll}
 	later.CreatedAt, later.UpdatedAt, later.BuiltAt = start.Add(time.Minute), start.Add(time.Hour), start.Add(2*time.Hour)
 	bare := template.Template{ID: "tpl_2", OrgID: "org_b", Name: "bare", CreatedAt: start}

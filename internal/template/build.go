@@ -532,7 +532,7 @@ func (s *Service) forget(m *member) {
 // describe copies a definition's settings for sandboxes into the row, except the egress policy,
 // which a rebuild does not change.
 func (d Definition) describe(t *Template, b Built) {
-	t.Description, t.Size, t.DiskMB = d.Description, d.Size, d.DiskMB
+	t.Description, t.Size.Name, t.DiskMB = d.Description, d.Size, d.DiskMB
 	t.User, _, _ = strings.Cut(b.User, ":") // the group is not used
 	t.Workdir = b.Workdir
 	if d.User != "" {

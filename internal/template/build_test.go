@@ -75,9 +75,9 @@ func TestTemplateOfAnOrganization(t *testing.T) {
 		h.wantBuilt(t, "app")
 		got := h.wantStatus(t, "app", Ready, 1)
 		want := Template{ID: first.ID, OrgID: "org", Name: "app", Status: Ready, BuildID: first.BuildID, Version: 1,
-			Image: "image of app a:1", ImageSize: 7, Source: "from a:1", Inputs: got.Inputs, ReadyBuild: first.BuildID, Env: map[string]string{"A": "mine",
-				"B": "image"}, User: "app", Workdir: "/srv", Start: sandbox.Start{Args: []string{"serve"}},
-			Egress: sandbox.Egress{Mode: sandbox.DenyAll}, CreatedAt: got.CreatedAt, UpdatedAt: got.UpdatedAt, BuiltAt: got.BuiltAt}
+			Shape: sandbox.Shape{Image: "image of app a:1", Env: map[string]string{"A": "mine", "B": "image"}, User: "app",
+				Workdir: "/srv", Start: sandbox.Start{Args: []string{"serve"}}, Egress: sandbox.Egress{Mode: sandbox.DenyAll}},
+			ImageSize: 7, Source: "from a:1", Inputs: got.Inputs, ReadyBuild: first.BuildID, CreatedAt: got.CreatedAt, UpdatedAt: got.UpdatedAt, BuiltAt: got.BuiltAt}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("ready (-want +got):\n%s", diff)
 		}

@@ -47,8 +47,8 @@ func (s *Service) create(ctx context.Context, c Caller, r Request, source io.Rea
 	if b.Context, err = s.putContext(ctx, c.OrgID, source, -1); err != nil {
 		return Template{}, err
 	}
-	t := Template{ID: id, OrgID: c.OrgID, Name: r.Name, Egress: sandbox.Egress{Mode: sandbox.AllowAll},
-		CreatedAt: now()}
+	t := Template{ID: id, OrgID: c.OrgID, Name: r.Name, CreatedAt: now()}
+	t.Egress.Mode = sandbox.AllowAll
 	if r.Egress != nil {
 		t.Egress = *r.Egress
 	}

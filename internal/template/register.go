@@ -19,9 +19,8 @@ func (s *Service) Register(ctx context.Context) error {
 		asked := slices.Contains(s.cfg.Prepare, d.Name)
 		switch {
 		case fault.Is(err, fault.NotFound):
-			t = Template{ID: newID(idPrefix), Name: d.Name, Status: Pending, Egress: sandbox.Egress{Mode: sandbox.AllowAll},
-				CreatedAt: now()}
-			t.UpdatedAt = t.CreatedAt
+			t = Template{ID: newID(idPrefix), Name: d.Name, Status: Pending, CreatedAt: now()}
+			t.UpdatedAt, t.Egress.Mode = t.CreatedAt, sandbox.AllowAll
 			d.describe(&t, Built{})
 			if !asked {
 				t.Progress = lazy

@@ -623,10 +623,10 @@ func TestBuiltinsAreBuilt(t *testing.T) {
 		h.wantBuilt(t, "base", "python")
 		got := h.wantStatus(t, "python", Ready, 1)
 		want := Template{ID: got.ID, Name: "python", Description: "about python", Status: Ready, Version: 1,
-			Image: "image of python python:1", ImageSize: 7, Source: "from python:1", Inputs: definition("python").inputs(""),
-			Env: map[string]string{"A": "definition", "B": "image"}, User: "app", Workdir: "/srv",
-			DiskMB: 100, Egress: sandbox.Egress{Mode: sandbox.AllowAll}, CreatedAt: got.CreatedAt, UpdatedAt: time.Now().UTC(),
-			BuiltAt: time.Now().UTC(), BuildID: got.BuildID, ReadyBuild: got.BuildID}
+			ImageSize: 7, Source: "from python:1", Inputs: definition("python").inputs(""),
+			Shape: sandbox.Shape{Image: "image of python python:1", Env: map[string]string{"A": "definition", "B": "image"},
+				User: "app", Workdir: "/srv", DiskMB: 100, Egress: sandbox.Egress{Mode: sandbox.AllowAll}},
+			CreatedAt: got.CreatedAt, UpdatedAt: time.Now().UTC(), BuiltAt: time.Now().UTC(), BuildID: got.BuildID, ReadyBuild: got.BuildID}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("template (-want +got):\n%s", diff)
 		}

@@ -3,7 +3,6 @@ package template
 import (
 	"context"
 	"fmt"
-	"maps"
 	"regexp"
 	"slices"
 	"strings"
@@ -45,8 +44,7 @@ func checkTags(names []string) error {
 // version returns what sandboxes of the newest version are made from.
 func (t Template) version() sandbox.TemplateVersion {
 	return sandbox.TemplateVersion{ID: t.ID, Name: t.Name, Version: t.Version, Builtin: t.Builtin(),
-		Shape: sandbox.Shape{Image: t.Image, Size: sandbox.Size{Name: t.Size}, DiskMB: t.DiskMB, Env: maps.Clone(t.Env),
-			User: t.User, Workdir: t.Workdir, Egress: t.Egress, Start: t.Start}}
+		Shape: t.Shape.Clone()}
 }
 
 // tag makes tags of the newest version, which are written with the row.

@@ -44,25 +44,19 @@ type Template struct {
 	Tries      int         // how often it was started; a crash may have interrupted it
 	QueuedAt   time.Time   // when it was requested; zero if it has ended, or there was none
 
-	// Version counts ready versions from 1; 0 is none yet. Image, Source and the settings of
-	// sandboxes belong to it, and stay when a later build fails.
-	Version   int
-	Image     string // content hash (hex SHA-256) of the EROFS file
-	ImageSize int64  // bytes
+	// Version counts ready versions from 1; 0 is none yet. Shape, ImageSize and Source belong to it, and
+	// stay when a later build fails.
+	Version int
+	// Shape holds the settings of sandboxes. Its Size has only a name. An empty name, and a disk of 0,
+	// mean the configured default.
+	sandbox.Shape
+	ImageSize int64 // bytes
 	// What the image was made from, e.g. "debian:bookworm" or
 	// "docker.io/library/python:3.13-slim@sha256:…".
 	Source string
 	Inputs string // hash of the definition and context of Image; a different one is a reason to build
 	// ReadyBuild is the ID of the build that gave Version; "" if an older cay did not record it.
 	ReadyBuild string
-
-	Env     map[string]string
-	Workdir string
-	User    string
-	Start   sandbox.Start
-	Size    string // "" is the configured default
-	DiskMB  int    // 0 is the configured default
-	Egress  sandbox.Egress
 
 	CreatedAt time.Time
 	UpdatedAt time.Time
