@@ -27,7 +27,7 @@ import (
 )
 
 func TestLifeOfASandbox(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","timeout":"1h30m","size":"performance-1x","disk_size_mb":1024,
 		"env":{"A":"1"},"metadata":{"team":"x"},"mode":"ephemeral","egress":{"mode":"allow_all"},"idle_timeout":null}`)
 	box := as[Sandbox](t, 201, r)
@@ -103,7 +103,7 @@ func TestLifeOfASandbox(t *testing.T) {
 }
 
 func TestCreateWithoutWaiting(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	started := make(chan struct{})
 	h.node.OnCreate = func(ctx context.Context, _ sandbox.Spec) error {
 		select {
@@ -130,7 +130,7 @@ func TestCreateWithoutWaiting(t *testing.T) {
 }
 
 func TestBootFailed(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	h.node.OnCreate = func(context.Context, sandbox.Spec) error { return errors.New("mounting /var/lib/secret: EIO") }
 	r := h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python"}`)
 	if r.status != 500 || r.problem.Code != "boot_failed" || bytes.Contains(r.body, []byte("secret")) {
@@ -144,7 +144,7 @@ func TestBootFailed(t *testing.T) {
 }
 
 func TestIdempotency(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	key := header("Idempotency-Key", "job-17")
 	first := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","timeout":"5m"}`, key))
 	again := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key,
@@ -163,7 +163,7 @@ func TestIdempotency(t *testing.T) {
 }
 
 func TestListFiltersAndPages(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	var ids []string
 	for i := range 5 {
 		body := fmt.Sprintf(`{"template":"python","metadata":{"n":"%d","odd":"%t","a b":"c&d"}}`, i, i%2 == 1)
@@ -216,14 +216,14 @@ func TestListFiltersAndPages(t *testing.T) {
 }
 
 func TestExecute(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := h.newBox(t)
 	var got agentapi.ExecuteRequest
 	var result agentapi.ExecuteResult
 	h.agent.execute = func(_ context.Context, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error) {
 		got = r
-		if h.boxes.InUse() != 1 {
-			t.Errorf("%d leases while a command runs, want 1", h.boxes.InUse())
+		if h.sandboxes.InUse() != 1 {
+			t.Errorf("%d leases while a command runs, want 1", h.sandboxes.InUse())
 		}
 		return result, nil
 	}
@@ -261,7 +261,7 @@ func TestExecute(t *testing.T) {
 	if target := h.agent.targets[0]; target.SandboxID != box.ID || target.Run == "" {
 		t.Errorf("target %+v", target)
 	}
-	if h.boxes.InUse() != 0 {
+	if h.sandboxes.InUse() != 0 {
 		t.Error("a lease is still held")
 	}
 }
@@ -363,7 +363,7 @@ func TestOutputAsText(t *testing.T) {
 // TestCallerGoesAway checks that a command is killed when its caller leaves, and that its sandbox
 // then no longer counts as in use.
 func TestCallerGoesAway(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := h.newBox(t)
 	running, killed := make(chan struct{}), make(chan error, 1)
 	h.agent.execute = func(ctx context.Context, _ agentapi.ExecuteRequest) (agentapi.ExecuteResult, error) {
@@ -392,13 +392,13 @@ func TestCallerGoesAway(t *testing.T) {
 	if line := h.log.line(t, "leaver"); line["status"] != float64(httpserver.StatusGone) {
 		t.Errorf("log line %v, want status %d", line, httpserver.StatusGone)
 	}
-	if n := h.boxes.InUse(); n != 0 {
+	if n := h.sandboxes.InUse(); n != 0 {
 		t.Errorf("%d leases are still held", n)
 	}
 }
 
 func TestFiles(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	base := "/v1/sandboxes/" + h.newBox(t).ID + "/files"
 	if r := h.send(t, "PUT", base+"?path=/home/user/a%20b&mode=0755&owner=user", h.key, "0123456789"); r.status != 204 {
 		t.Fatalf("write: %d %s", r.status, r.body)
@@ -447,7 +447,7 @@ func TestFiles(t *testing.T) {
 	if r := h.send(t, "GET", base+"/list?path=/home&depth=2", h.key, ""); !bytes.Contains(r.body, []byte(`"entries":[]`)) {
 		t.Errorf("an empty directory is %s", r.body)
 	}
-	if n := h.boxes.InUse(); n != 0 {
+	if n := h.sandboxes.InUse(); n != 0 {
 		t.Errorf("%d leases are still held", n)
 	}
 }
@@ -477,7 +477,7 @@ func TestUploadLimitIsCounted(t *testing.T) {
 		}
 		return err
 	}
-	h := newHouse(t, withAgent(&agent))
+	h := newTestServer(t, withAgent(&agent))
 	path := "/v1/sandboxes/" + h.newBox(t).ID + "/files?path=/a"
 	sent := func(size int64) func(*http.Request) {
 		return func(r *http.Request) {
@@ -495,7 +495,7 @@ func TestUploadLimitIsCounted(t *testing.T) {
 
 // TestDownloadBreaksOff checks that a client can tell a file that breaks off from a complete one.
 func TestDownloadBreaksOff(t *testing.T) {
-	h := newHouse(t, withAgent(&streamAgent{fakeAgent: newFakeAgent()}))
+	h := newTestServer(t, withAgent(&streamAgent{fakeAgent: newFakeAgent()}))
 	path := "/v1/sandboxes/" + h.newBox(t).ID + "/files?path=/a"
 	r, err := http.NewRequestWithContext(t.Context(), "GET", h.url+path, nil)
 	if err != nil {
@@ -513,13 +513,13 @@ func TestDownloadBreaksOff(t *testing.T) {
 	if line := h.log.line(t, "half"); !strings.Contains(fmt.Sprint(line["error"]), "the sandbox died") {
 		t.Errorf("the log does not say why: %v", line)
 	}
-	if n := h.boxes.InUse(); n != 0 {
+	if n := h.sandboxes.InUse(); n != 0 {
 		t.Errorf("%d leases are still held", n)
 	}
 }
 
 func TestTemplates(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	names := func(key string) (got []string) {
 		for _, v := range as[TemplateList](t, 200, h.send(t, "GET", "/v1/templates", key, "")).Templates {
 			got = append(got, v.Name)
@@ -556,7 +556,7 @@ func TestTemplates(t *testing.T) {
 }
 
 func TestLogAndMetrics(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := h.newBox(t)
 	r := h.send(t, "PUT", "/v1/sandboxes/"+box.ID+"/files?path=/private/name", h.key, "0123456789",
 		header("X-Request-Id", "bad id\t\"}"))
@@ -599,7 +599,7 @@ func TestLogAndMetrics(t *testing.T) {
 
 // TestServerTiming checks which answers have a Server-Timing header, and which parts it lists.
 func TestServerTiming(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	parts := func(r reply) (names []string) {
 		for part := range strings.SplitSeq(r.header.Get("Server-Timing"), ", ") {
 			name, dur, ok := strings.Cut(part, ";dur=")

@@ -109,7 +109,7 @@ var cover = map[auth.Scope][]auth.Scope{
 
 // TestAuthorizationMatrix sends every operation of openapi.yaml in every way that is not allowed.
 func TestAuthorizationMatrix(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := h.newBox(t)
 	h.agent.files["/tmp/a"] = []byte("private")
 	revoked, revokedSecret := h.newKey(t, 0, auth.Admin)
@@ -190,7 +190,7 @@ func TestAuthorizationMatrix(t *testing.T) {
 
 // checkScopes calls an operation with a key that has every scope but those that grant the needed
 // one, and with keys that have only one of those.
-func (h *house) checkScopes(t *testing.T, method, target string, s sample, needed auth.Scope) {
+func (h *testServer) checkScopes(t *testing.T, method, target string, s sample, needed auth.Scope) {
 	var without []auth.Scope
 	for _, scope := range auth.Scopes() {
 		if scope != auth.Admin && !slices.Contains(cover[needed], scope) {
@@ -224,7 +224,7 @@ func (h *house) checkScopes(t *testing.T, method, target string, s sample, neede
 }
 
 // expiredKey stores a key that has expired.
-func (h *house) expiredKey(t *testing.T) string {
+func (h *testServer) expiredKey(t *testing.T) string {
 	t.Helper()
 	secret := "cay_" + strings.Repeat("9876543210", 4)
 	hash := sha256.Sum256([]byte(secret))
@@ -240,7 +240,7 @@ func (h *house) expiredKey(t *testing.T) string {
 // TestUnknownPaths checks that requests for unknown paths need a key too, so that strangers cannot
 // find out which routes exist.
 func TestUnknownPaths(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	for _, path := range []string{"/", "/v1", "/v2/sandboxes", "/v1/sandboxes/", "/v1//sandboxes", "/v1/sandboxes/../me",
 		"/v1/sandboxes/x/nope", "/debug/pprof/"} {
 		if r := h.send(t, "GET", path, "", ""); r.status != 401 {
@@ -264,7 +264,7 @@ func TestUnknownPaths(t *testing.T) {
 }
 
 func TestKeysAndOrganizations(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	made := as[NewAPIKey](t, 201, h.send(t, "POST", "/v1/api-keys", h.key,
 		`{"name":"ci","scopes":["exec","files"],"expires_in":"1h"}`))
 	if d := time.Until(*made.ExpiresAt); d < 59*time.Minute || d > time.Hour {
@@ -324,10 +324,10 @@ func TestKeysAndOrganizations(t *testing.T) {
 // TestTokensStayInside checks that no answer and no log line shows the token of a sandbox, which
 // gives access to its inside.
 func TestTokensStayInside(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := h.newBox(t)
 	h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/execute", h.key, `{"command":"id"}`)
-	row, err := h.boxes.Get(t.Context(), h.org.Org.ID, sandbox.ID(box.ID))
+	row, err := h.sandboxes.Get(t.Context(), h.org.Org.ID, sandbox.ID(box.ID))
 	if err != nil || row.Token == "" {
 		t.Fatalf("the row has token %q, %v", row.Token, err)
 	}

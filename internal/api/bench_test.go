@@ -10,7 +10,7 @@ import (
 // BenchmarkCall measures what the API, the look-up of the key and the database rows cost a call,
 // with real HTTP and a real database, but without work inside the sandbox.
 func BenchmarkCall(b *testing.B) {
-	h := newHouse(b)
+	h := newTestServer(b)
 	box := "/v1/sandboxes/" + h.newBox(b).ID
 	h.agent.files["/f"] = make([]byte, 64<<10)
 	client := &http.Client{Transport: &http.Transport{}}

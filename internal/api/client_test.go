@@ -77,7 +77,7 @@ func (c *requestChecker) RoundTrip(r *http.Request) (*http.Response, error) {
 // TestClient calls every operation through the client and checks requests and answers against
 // openapi.yaml.
 func TestClient(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	router, err := gorillamux.NewRouter(h.spec)
 	if err != nil {
 		t.Fatal(err)
@@ -296,7 +296,7 @@ func clientFeed(t *testing.T, ctx context.Context, c *cay.Client, fatal func(err
 	}
 }
 
-func clientFiles(t *testing.T, ctx context.Context, c *cay.Client, h *house, id string, fatal func(error)) {
+func clientFiles(t *testing.T, ctx context.Context, c *cay.Client, h *testServer, id string, fatal func(error)) {
 	h.agent.execute = func(_ context.Context, r agentapi.ExecuteRequest) (agentapi.ExecuteResult, error) {
 		return agentapi.ExecuteResult{Stdout: append([]byte{0xff}, r.Stdin...), Stderr: []byte("é")}, nil
 	}
@@ -364,7 +364,7 @@ func clientFiles(t *testing.T, ctx context.Context, c *cay.Client, h *house, id 
 	}
 }
 
-func clientPorts(t *testing.T, ctx context.Context, c *cay.Client, h *house, id string, fatal func(error)) {
+func clientPorts(t *testing.T, ctx context.Context, c *cay.Client, h *testServer, id string, fatal func(error)) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	fatal(err)
 	defer l.Close()
@@ -406,7 +406,7 @@ func clientPorts(t *testing.T, ctx context.Context, c *cay.Client, h *house, id 
 	}
 }
 
-func clientTrees(t *testing.T, ctx context.Context, c *cay.Client, h *house, id string, fatal func(error)) {
+func clientTrees(t *testing.T, ctx context.Context, c *cay.Client, h *testServer, id string, fatal func(error)) {
 	fatal(c.UploadTree(ctx, id, "/tree", bytes.NewReader(aTree(t, "a", "b/c")), "user"))
 	archive, err := c.DownloadTree(ctx, id, "/tree")
 	fatal(err)

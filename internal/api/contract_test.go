@@ -144,7 +144,7 @@ func describe(t *testing.T, name string, ref *openapi3.SchemaRef) {
 }
 
 func TestServesTheDocument(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	r := h.send(t, "GET", "/openapi.yaml", "", "")
 	if r.status != 200 || string(r.body) != string(cay.OpenAPI) {
 		t.Errorf("status %d, %d bytes; want the file of %d bytes", r.status, len(r.body), len(cay.OpenAPI))

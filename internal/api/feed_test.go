@@ -23,7 +23,7 @@ import (
 )
 
 // feedOf reads all events after an id that a key may see, in several pages.
-func (h *house) feedOf(t *testing.T, key, query string) []FeedEvent {
+func (h *testServer) feedOf(t *testing.T, key, query string) []FeedEvent {
 	t.Helper()
 	var all []FeedEvent
 	for cursor := ""; ; {
@@ -40,14 +40,14 @@ func (h *house) feedOf(t *testing.T, key, query string) []FeedEvent {
 	}
 }
 
-func (h *house) lastOf(t *testing.T, key string) string {
+func (h *testServer) lastOf(t *testing.T, key string) string {
 	t.Helper()
 	all := h.feedOf(t, key, "")
 	return all[len(all)-1].ID
 }
 
 // awaitEvents waits until the events after an id have exactly the given types.
-func (h *house) awaitEvents(t *testing.T, after string, want ...event.Type) []FeedEvent {
+func (h *testServer) awaitEvents(t *testing.T, after string, want ...event.Type) []FeedEvent {
 	t.Helper()
 	var got []event.Type
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
@@ -65,10 +65,10 @@ func (h *house) awaitEvents(t *testing.T, after string, want ...event.Type) []Fe
 // TestFeedHasEveryFact causes one fact of each kind through the API and checks that the feed has
 // exactly its events, in order, and that other calls add none.
 func TestFeedHasEveryFact(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	running, stop := context.WithCancel(t.Context())
 	done := make(chan struct{})
-	go func() { defer close(done); h.boxes.Run(running) }()
+	go func() { defer close(done); h.sandboxes.Run(running) }()
 	defer func() { stop(); <-done }()
 	const secret = "a-secret-that-no-event-holds"
 	seen := map[event.Type]bool{}
@@ -94,7 +94,7 @@ func TestFeedHasEveryFact(t *testing.T) {
 		}
 		return r
 	}
-	// newHouse created the operator's organization.
+	// newTestServer created the operator's organization.
 	if e := expect(event.OrgCreated, event.KeyCreated, event.TemplateCreated); *e[0].Name != auth.OperatorOrg ||
 		*e[1].APIKeyID != h.org.Key.ID {
 		t.Errorf("the first events are %+v", e)
@@ -224,7 +224,7 @@ func TestFeedHasEveryFact(t *testing.T) {
 }
 
 // sameAsListing checks that the sandbox's own listing has the same events, except those of ports.
-func (h *house) sameAsListing(t *testing.T, box string, facts []FeedEvent) {
+func (h *testServer) sameAsListing(t *testing.T, box string, facts []FeedEvent) {
 	t.Helper()
 	var listed, fed []Event
 	for _, e := range as[EventList](t, 200, h.send(t, "GET", "/v1/sandboxes/"+box+"/events", h.key, "")).Events {
@@ -247,7 +247,7 @@ func (h *house) sameAsListing(t *testing.T, box string, facts []FeedEvent) {
 }
 
 func TestFeedFilters(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	first, second := h.newBox(t), h.newBox(t)
 	types := func(key, query string) []FeedEventType {
 		t.Helper()
@@ -300,7 +300,7 @@ func TestFeedFilters(t *testing.T) {
 }
 
 // feedStream follows the feed and returns the stream of its events, which begins with "ready".
-func (h *house) feedStream(t *testing.T, key, query, last string) *bufio.Reader {
+func (h *testServer) feedStream(t *testing.T, key, query, last string) *bufio.Reader {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), "GET", h.url+"/v1/events?"+query, nil)
 	if err != nil {
@@ -338,7 +338,7 @@ func nextFeedEvent(t *testing.T, r *bufio.Reader) FeedEvent {
 }
 
 func TestFeedIsFollowed(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := h.newBox(t)
 	live := h.feedStream(t, h.key, "", "")
 	other := h.feedStream(t, h.other, "", "")
@@ -368,7 +368,7 @@ func TestFeedIsFollowed(t *testing.T) {
 // TestFeedPassesWhatDoesNotMatch follows a rare type of event and checks that the stream reports
 // how far it has read.
 func TestFeedPassesWhatDoesNotMatch(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	stream := h.feedStream(t, h.key, "type=template.deleted", "")
 	h.newBox(t)
 	if e := readEvent(t, stream); len(e) != 1 || e["id"] == "" {
@@ -403,14 +403,14 @@ func awaitError(t *testing.T, r *bufio.Reader, status int, code string) {
 
 func TestFeedEndsWithTheServer(t *testing.T) {
 	stopping, stop := context.WithCancel(t.Context())
-	h := newHouse(t, func(_ *auth.Config, _ *sandbox.Config, c *Config) { c.Stopping = stopping })
+	h := newTestServer(t, func(_ *auth.Config, _ *sandbox.Config, c *Config) { c.Stopping = stopping })
 	stream := h.feedStream(t, h.key, "", "")
 	stop()
 	awaitError(t, stream, 503, "stopping")
 }
 
 func TestFeedEndsWithTheKey(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	h.server.front.Patience.Quiet = 20 * time.Millisecond
 	key, secret := h.newKey(t, 0, auth.SandboxesRead)
 	revoked := h.feedStream(t, secret, "", "")
@@ -425,7 +425,7 @@ func TestFeedEndsWithTheKey(t *testing.T) {
 // TestFeedOfDropped asks for events after dropped ones and checks that only a reader that misses
 // events is refused.
 func TestFeedOfDropped(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	before, others := h.feedOf(t, h.key, ""), h.lastOf(t, h.other)
 	h.newBox(t)
 	if n, err := h.db.TrimEvents(t.Context(), time.Now().Add(time.Hour), 0); err != nil || n == 0 {

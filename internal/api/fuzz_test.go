@@ -104,9 +104,9 @@ func FuzzFileParameters(f *testing.F) {
 // FuzzRequest checks that no query, path or body causes an internal error, and that every answer is
 // a success or a problem.
 func FuzzRequest(f *testing.F) {
-	h := newHouse(f)
+	h := newTestServer(f)
 	h.agent.fail = fault.New(fault.NotFound, fault.CodeFileNotFound, "no such file")
-	handler := New(Config{Sandboxes: h.boxes, Templates: nil, Auth: h.auth, Agent: h.agent,
+	handler := New(Config{Sandboxes: h.sandboxes, Templates: nil, Auth: h.auth, Agent: h.agent,
 		Log: slog.New(slog.DiscardHandler), Registry: prometheus.NewRegistry(), Version: "fuzz"})
 	box := as[Sandbox](f, http.StatusCreated,
 		h.send(f, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`)).ID
@@ -138,7 +138,7 @@ func FuzzRequest(f *testing.F) {
 			t.Fatalf("%s %s: the answer %d %s is not a problem", r.Method, u, w.Code, w.Body)
 		}
 		if w.Code == http.StatusCreated { // destroy it, so that the quota does not end the test
-			if err := h.boxes.Destroy(t.Context(), h.org.Org.ID,
+			if err := h.sandboxes.Destroy(t.Context(), h.org.Org.ID,
 				sandbox.ID(strings.TrimPrefix(w.Header().Get("Location"), "/v1/sandboxes/"))); err != nil {
 				t.Fatal(err)
 			}
@@ -147,7 +147,7 @@ func FuzzRequest(f *testing.F) {
 }
 
 func FuzzCursor(f *testing.F) {
-	h := newHouse(f)
+	h := newTestServer(f)
 	box := h.newBox(f).ID
 	f.Add("")
 	f.Add("x")

@@ -39,23 +39,23 @@ import (
 	"github.com/cayhq/cay/internal/template"
 )
 
-// house holds the real core on a real database behind the real HTTP stack. Only the machine and the
+// testServer holds the real core on a real database behind the real HTTP stack. Only the machine and the
 // inside of the sandboxes are fakes.
-type house struct {
-	url    string
-	spec   *openapi3.T
-	http   *http.Client // checks every answer against openapi.yaml
-	log    *logBuffer
-	db     *store.DB
-	node   *nodetest.Fake
-	agent  *fakeAgent
-	ports  *fakePorts
-	server *server // must not be changed after the first request
-	boxes  *sandbox.Service
-	auth   *auth.Service
-	ready  error
-	builds *fakeBuilder
-	tpls   *template.Service
+type testServer struct {
+	url       string
+	spec      *openapi3.T
+	http      *http.Client // checks every answer against openapi.yaml
+	log       *logBuffer
+	db        *store.DB
+	node      *nodetest.Fake
+	agent     *fakeAgent
+	ports     *fakePorts
+	server    *server // must not be changed after the first request
+	sandboxes *sandbox.Service
+	auth      *auth.Service
+	ready     error
+	builds    *fakeBuilder
+	templates *template.Service
 
 	key   string // admin of the operator's organization
 	org   auth.Principal
@@ -73,10 +73,10 @@ func withAgent(a Agent) option {
 	return func(_ *auth.Config, _ *sandbox.Config, c *Config) { c.Agent = a }
 }
 
-func newHouse(t testing.TB, options ...option) *house {
+func newTestServer(t testing.TB, options ...option) *testServer {
 	t.Helper()
 	ctx := t.Context()
-	h := &house{log: &logBuffer{}, node: nodetest.NewFake(), agent: newFakeAgent(),
+	h := &testServer{log: &logBuffer{}, node: nodetest.NewFake(), agent: newFakeAgent(),
 		ports: &fakePorts{addrs: map[int]string{}}, spec: loadSpec(t)}
 	log := slog.New(slog.NewJSONHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	db, err := store.Open(ctx, filepath.Join(t.TempDir(), "cay.db"))
@@ -110,9 +110,9 @@ func newHouse(t testing.TB, options ...option) *house {
 		o(&authConfig, &boxConfig, &cfg)
 	}
 	h.auth = auth.New(db, authConfig)
-	h.boxes = sandbox.New(boxConfig, db, h.node, templates, log, nil)
+	h.sandboxes = sandbox.New(boxConfig, db, h.node, templates, log, nil)
 	if cfg.Sandboxes == nil {
-		cfg.Sandboxes = h.boxes
+		cfg.Sandboxes = h.sandboxes
 	}
 	cfg.Auth = h.auth
 	h.feed = event.New(event.Config{Keep: time.Hour, MaxFollowers: 2}, db, log)
@@ -128,7 +128,7 @@ func newHouse(t testing.TB, options ...option) *house {
 		t.Fatal(err)
 	}
 	h.putTemplates(t)
-	h.tpls = templates
+	h.templates = templates
 	if err := templates.Register(ctx); err != nil {
 		t.Fatal(err)
 	}
@@ -157,7 +157,7 @@ func newHouse(t testing.TB, options ...option) *house {
 		<-done
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer cancel()
-		for _, err := range []error{ports.Close(ctx), h.boxes.Close(ctx), h.auth.Close(ctx), db.Close()} {
+		for _, err := range []error{ports.Close(ctx), h.sandboxes.Close(ctx), h.auth.Close(ctx), db.Close()} {
 			if err != nil {
 				t.Errorf("closing: %v", err)
 			}
@@ -167,7 +167,7 @@ func newHouse(t testing.TB, options ...option) *house {
 }
 
 // putTemplates stores one template in each status; only python is ready.
-func (h *house) putTemplates(t testing.TB) {
+func (h *testServer) putTemplates(t testing.TB) {
 	t.Helper()
 	at := time.Now().UTC().Add(-time.Hour)
 	for i, v := range []template.Template{
@@ -259,7 +259,7 @@ type reply struct {
 }
 
 // send sends a request unchanged. A body other than "" is sent as JSON.
-func (h *house) send(t testing.TB, method, path, key, body string, edit ...func(*http.Request)) reply {
+func (h *testServer) send(t testing.TB, method, path, key, body string, edit ...func(*http.Request)) reply {
 	t.Helper()
 	var in io.Reader
 	if body != "" {
@@ -316,13 +316,13 @@ func as[T any](t testing.TB, status int, r reply) T {
 }
 
 // newBox creates a running sandbox of the operator's organization.
-func (h *house) newBox(t testing.TB) Sandbox {
+func (h *testServer) newBox(t testing.TB) Sandbox {
 	t.Helper()
 	return as[Sandbox](t, http.StatusCreated, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python"}`))
 }
 
 // newAsleep creates a persistent sandbox of the operator's organization and suspends it.
-func (h *house) newAsleep(t testing.TB) Sandbox {
+func (h *testServer) newAsleep(t testing.TB) Sandbox {
 	t.Helper()
 	box := as[Sandbox](t, http.StatusCreated,
 		h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`))
@@ -330,7 +330,7 @@ func (h *house) newAsleep(t testing.TB) Sandbox {
 }
 
 // newKey creates a key of the operator's organization.
-func (h *house) newKey(t testing.TB, expiresIn time.Duration, scopes ...auth.Scope) (auth.Key, string) {
+func (h *testServer) newKey(t testing.TB, expiresIn time.Duration, scopes ...auth.Scope) (auth.Key, string) {
 	t.Helper()
 	var names []string
 	for _, s := range scopes {
@@ -345,7 +345,7 @@ func (h *house) newKey(t testing.TB, expiresIn time.Duration, scopes ...auth.Sco
 }
 
 // putBox stores a sandbox as a crash or a later version might leave it.
-func (h *house) putBox(t testing.TB, mode sandbox.Mode, state sandbox.State) sandbox.ID {
+func (h *testServer) putBox(t testing.TB, mode sandbox.Mode, state sandbox.State) sandbox.ID {
 	t.Helper()
 	now := time.Now().UTC()
 	b := sandbox.Sandbox{ID: sandbox.NewID(), OrgID: h.org.Org.ID, Mode: mode, State: sandbox.Creating, Run: "r",
@@ -365,7 +365,7 @@ func (h *house) putBox(t testing.TB, mode sandbox.Mode, state sandbox.State) san
 	return b.ID
 }
 
-// contextLimit is the limit of build contexts in a house, in bytes.
+// contextLimit limits the build contexts of a testServer, in bytes.
 const contextLimit = 2 << 20
 
 // fakeBuilder fakes all builds. Each build logs a few lines, then waits for hold if it is set. A

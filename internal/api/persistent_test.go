@@ -18,7 +18,7 @@ import (
 )
 
 func TestLifeOfAPersistentSandbox(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	r := h.send(t, "POST", "/v1/sandboxes", h.key,
 		`{"template":"python","mode":"persistent","idle_timeout":"30m","recovery_interval":"1h"}`)
 	box := as[Sandbox](t, 201, r)
@@ -92,7 +92,7 @@ var insideCalls = []struct {
 // TestUseWakes checks that every call into a suspended sandbox wakes it, does its work in the new
 // run, and leaves no lease.
 func TestUseWakes(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	for _, c := range insideCalls {
 		h.agent.files["/a"] = []byte("kept")
 		box := h.newAsleep(t)
@@ -107,18 +107,18 @@ func TestUseWakes(t *testing.T) {
 		if calls := h.node.Calls(); calls[len(calls)-1] != "wake "+box.ID {
 			t.Errorf("%s %s: the machine was asked %v", c.method, c.path, calls)
 		}
-		if n := h.boxes.InUse(); n != 0 {
+		if n := h.sandboxes.InUse(); n != 0 {
 			t.Errorf("%s %s: %d leases are still held", c.method, c.path, n)
 		}
 	}
-	row, err := h.boxes.Get(t.Context(), h.org.Org.ID, sandbox.ID(h.agent.targets[0].SandboxID))
+	row, err := h.sandboxes.Get(t.Context(), h.org.Org.ID, sandbox.ID(h.agent.targets[0].SandboxID))
 	if err != nil || h.agent.targets[0].Run != row.Run {
 		t.Errorf("the agent was called as %+v, the row is %+v, %v", h.agent.targets[0], row, err)
 	}
 }
 
 func TestZeroIsNever(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	for _, zero := range []string{`0`, `"0"`, `"0s"`, `"0h0m"`} {
 		body := fmt.Sprintf(`{"template":"python","mode":"persistent","idle_timeout":%s,"recovery_interval":%s}`, zero, zero)
 		box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, body))
@@ -143,13 +143,13 @@ func TestZeroIsNever(t *testing.T) {
 // TestFallsBack checks that a sandbox whose processes died is suspended at its latest checkpoint,
 // and that the event tells the time of the checkpoint.
 func TestFallsBack(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := h.newAsleep(t)
 	path := "/v1/sandboxes/" + box.ID
 	as[Sandbox](t, 200, h.send(t, "POST", path+"/wake", h.key, ""))
 	point := as[RecoveryPoint](t, 200, h.send(t, "POST", path+"/checkpoint", h.key, ""))
 	h.node.Kill(sandbox.ID(box.ID))
-	if err := h.boxes.Reconcile(t.Context()); err != nil {
+	if err := h.sandboxes.Reconcile(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	fallen := as[Sandbox](t, 200, h.send(t, "GET", path, h.key, ""))
@@ -172,7 +172,7 @@ func TestFallsBack(t *testing.T) {
 // TestWakeFailed checks that the error of a checkpoint that cannot be restored is reported, and
 // that the checkpoint is kept.
 func TestWakeFailed(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := h.newAsleep(t)
 	path := "/v1/sandboxes/" + box.ID
 	h.node.OnWake = func(context.Context, sandbox.Spec) error {
@@ -203,7 +203,7 @@ func TestWakeFailed(t *testing.T) {
 // TestNoRoomToWake checks that waking a sandbox needs the same capacity as creating one, and is
 // refused in the same words.
 func TestNoRoomToWake(t *testing.T) {
-	h := newHouse(t, func(a *auth.Config, _ *sandbox.Config, _ *Config) { a.Quota.VCPUs = 1 })
+	h := newTestServer(t, func(a *auth.Config, _ *sandbox.Config, _ *Config) { a.Quota.VCPUs = 1 })
 	path := "/v1/sandboxes/" + h.newAsleep(t).ID
 	refused := func(status int, code, after string) {
 		t.Helper()
@@ -234,7 +234,7 @@ func TestNoRoomToWake(t *testing.T) {
 // TestPointNotWritten checks which errors of the machine callers are told when a checkpoint could
 // not be written.
 func TestPointNotWritten(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key, `{"template":"python","mode":"persistent"}`))
 	path := "/v1/sandboxes/" + box.ID
 	for _, c := range []struct {
@@ -262,7 +262,7 @@ func TestPointNotWritten(t *testing.T) {
 // TestNobodyElseWakes checks that callers without the right to use a suspended sandbox do not wake
 // it, and that reading it does not either.
 func TestNobodyElseWakes(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := h.newAsleep(t)
 	_, reader := h.newKey(t, 0, auth.SandboxesRead, auth.TemplatesRead)
 	operations(h.spec, func(pattern, path string, op *openapi3.Operation, _ openapi3.Parameters) {

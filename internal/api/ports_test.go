@@ -50,11 +50,11 @@ func (f *fakePorts) open(port int, addr string) {
 
 const testDomain = "boxes.test"
 
-// portHouse returns a house with host names for ports. On port 8080 of every sandbox a server
+// newPortServer returns a testServer with host names for ports. On port 8080 of every sandbox a server
 // answers with the request that it got.
-func portHouse(t *testing.T) *house {
+func newPortServer(t *testing.T) *testServer {
 	t.Helper()
-	h := newHouse(t, func(_ *auth.Config, _ *sandbox.Config, c *Config) {
+	h := newTestServer(t, func(_ *auth.Config, _ *sandbox.Config, c *Config) {
 		c.Names = portproxy.Names{Domain: testDomain, Scheme: "http"}
 	})
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -68,7 +68,7 @@ func portHouse(t *testing.T) *house {
 }
 
 // visit sends a request to a port as a browser or curl would.
-func (h *house) visit(t *testing.T, method, target string, edits ...func(*http.Request)) reply {
+func (h *testServer) visit(t *testing.T, method, target string, edits ...func(*http.Request)) reply {
 	t.Helper()
 	u, err := url.Parse(target)
 	if err != nil {
@@ -101,7 +101,7 @@ func hostOf(id string, port int) string {
 }
 
 func TestPortByPathAndHost(t *testing.T) {
-	h := portHouse(t)
+	h := newPortServer(t)
 	box := h.newBox(t)
 	withKey := header("Authorization", "Bearer "+h.key)
 	for target, asked := range map[string]string{
@@ -132,17 +132,17 @@ func TestPortByPathAndHost(t *testing.T) {
 }
 
 // released waits until no lease is held, because a call may end shortly after its answer.
-func (h *house) released(t *testing.T) {
+func (h *testServer) released(t *testing.T) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); h.boxes.InUse() != 0; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(10 * time.Second); h.sandboxes.InUse() != 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("%d leases are left", h.boxes.InUse())
+			t.Fatalf("%d leases are left", h.sandboxes.InUse())
 		}
 	}
 }
 
 func TestPortRefused(t *testing.T) {
-	h := portHouse(t)
+	h := newPortServer(t)
 	box := h.newBox(t)
 	_, poor := h.newKey(t, 0, auth.SandboxesWrite, auth.Files)
 	key := func(k string) func(*http.Request) { return header("Authorization", "Bearer "+k) }
@@ -193,7 +193,7 @@ func TestPortRefused(t *testing.T) {
 }
 
 func TestPortPublic(t *testing.T) {
-	h := portHouse(t)
+	h := newPortServer(t)
 	box := h.newAsleep(t)
 	target := hostOf(box.ID, 8080) + "/x"
 	p := as[Port](t, 200, h.send(t, "PUT", "/v1/sandboxes/"+box.ID+"/ports/8080", h.key, `{"public":true}`))
@@ -231,7 +231,7 @@ func TestPortPublic(t *testing.T) {
 }
 
 func TestPortSigned(t *testing.T) {
-	h := portHouse(t)
+	h := newPortServer(t)
 	box := h.newBox(t)
 	u := as[PortURL](t, 201, h.send(t, "POST", "/v1/sandboxes/"+box.ID+"/ports/8080/url", h.key, `{"expires_in":"90s"}`))
 	if left := time.Until(u.ExpiresAt); left < 80*time.Second || left > 92*time.Second ||
@@ -281,7 +281,7 @@ func TestPortSigned(t *testing.T) {
 }
 
 func TestPortCallsRefused(t *testing.T) {
-	h := portHouse(t)
+	h := newPortServer(t)
 	box := h.newBox(t)
 	gone := h.putBox(t, sandbox.Ephemeral, sandbox.Destroyed)
 	base := "/v1/sandboxes/" + box.ID
@@ -313,7 +313,7 @@ func TestPortCallsRefused(t *testing.T) {
 // TestTunnel checks that a tunnel carries both directions, closes each separately, and holds a
 // lease meanwhile.
 func TestTunnel(t *testing.T) {
-	h := portHouse(t)
+	h := newPortServer(t)
 	box := h.newBox(t)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -339,7 +339,7 @@ func TestTunnel(t *testing.T) {
 		resp.Header.Get("X-Request-Id") == "" {
 		t.Fatalf("%+v, %v", resp, err)
 	}
-	if n := h.boxes.InUse(); n != 1 {
+	if n := h.sandboxes.InUse(); n != 1 {
 		t.Errorf("%d leases while the tunnel is open", n)
 	}
 	fmt.Fprint(conn, "ping")

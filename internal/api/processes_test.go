@@ -21,7 +21,7 @@ import (
 	cay "github.com/cayhq/cay/sdk/go"
 )
 
-func clientProcesses(t *testing.T, ctx context.Context, c *cay.Client, h *house, id string, fatal func(error)) {
+func clientProcesses(t *testing.T, ctx context.Context, c *cay.Client, h *testServer, id string, fatal func(error)) {
 	var out []cay.Output
 	on := func(o cay.Output) error { out = append(out, o); return nil }
 	exit, err := c.ExecuteStream(ctx, id, cay.ExecuteRequest{Command: new("echo 42")}, on)
@@ -69,7 +69,7 @@ func clientProcesses(t *testing.T, ctx context.Context, c *cay.Client, h *house,
 	clientTerminal(t, ctx, c, h, id, fatal)
 }
 
-func clientTerminal(t *testing.T, ctx context.Context, c *cay.Client, h *house, id string, fatal func(error)) {
+func clientTerminal(t *testing.T, ctx context.Context, c *cay.Client, h *testServer, id string, fatal func(error)) {
 	term, err := c.OpenTerminal(ctx, id, cay.TerminalOptions{Cols: 100, Rows: 30, Command: "cat", User: "user",
 		Workdir: "/tmp", Term: "vt100", Grace: 5 * time.Second})
 	fatal(err)
@@ -135,7 +135,7 @@ func eventsOf(t *testing.T, body io.Reader) func() string {
 	}
 }
 
-func (h *house) stream(t *testing.T, ctx context.Context, method, path, body string) *http.Response {
+func (h *testServer) stream(t *testing.T, ctx context.Context, method, path, body string) *http.Response {
 	t.Helper()
 	r, err := http.NewRequestWithContext(ctx, method, h.url+path, strings.NewReader(body))
 	if err != nil {
@@ -155,7 +155,7 @@ func (h *house) stream(t *testing.T, ctx context.Context, method, path, body str
 }
 
 // playing makes the agent emit the events that are sent to say, and return err after say is closed.
-func (h *house) playing(err error) (say chan agentapi.ExecuteEvent, ended chan error) {
+func (h *testServer) playing(err error) (say chan agentapi.ExecuteEvent, ended chan error) {
 	say, ended = make(chan agentapi.ExecuteEvent), make(chan error, 1)
 	h.agent.stream = func(ctx context.Context, emit func(agentapi.ExecuteEvent) error) (agentapi.ExecuteResult, error) {
 		result := agentapi.ExecuteResult{ExitCode: 137, Signal: 9, StderrTruncated: true, Duration: time.Second}
@@ -180,7 +180,7 @@ func (h *house) playing(err error) (say chan agentapi.ExecuteEvent, ended chan e
 }
 
 func TestStreamedExecution(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	path := "/v1/sandboxes/" + h.newBox(t).ID + "/execute"
 	say, _ := h.playing(nil)
 	go func() { say <- agentapi.ExecuteEvent{PID: 9} }()
@@ -216,7 +216,7 @@ func TestStreamedExecution(t *testing.T) {
 }
 
 func TestStreamedExecutionFails(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	path := "/v1/sandboxes/" + h.newBox(t).ID + "/execute"
 	gone := fault.New(fault.Unavailable, fault.CodeSandboxUnreachable, "the sandbox does not answer")
 
@@ -253,7 +253,7 @@ func TestStreamedExecutionFails(t *testing.T) {
 // TestStreamedExecutionReaders checks that a slow reader does not delay the command, and that the
 // command is killed when its reader leaves.
 func TestStreamedExecutionReaders(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	path := "/v1/sandboxes/" + h.newBox(t).ID + "/execute"
 	say, ended := h.playing(nil)
 	go func() { say <- agentapi.ExecuteEvent{PID: 9} }()
@@ -359,7 +359,7 @@ func TestOutboxWithoutMemory(t *testing.T) {
 }
 
 func TestDetachedExecution(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	path := "/v1/sandboxes/" + h.newBox(t).ID
 	ctx, cancel := context.WithCancel(t.Context())
 	resp := h.stream(t, ctx, "POST", path+"/execute", `{"command":"x","stdin":"in","detach":true,"timeout":"2h"}`)
@@ -380,7 +380,7 @@ func TestDetachedExecution(t *testing.T) {
 
 func TestFollowingEndsWithTheServer(t *testing.T) {
 	stopping, stop := context.WithCancel(t.Context())
-	h := newHouse(t, func(_ *auth.Config, _ *sandbox.Config, c *Config) { c.Stopping = stopping })
+	h := newTestServer(t, func(_ *auth.Config, _ *sandbox.Config, c *Config) { c.Stopping = stopping })
 	path := "/v1/sandboxes/" + h.newBox(t).ID
 	as[Process](t, 201, h.send(t, "POST", path+"/processes", h.key, `{"command":"x"}`))
 	next := eventsOf(t, h.stream(t, t.Context(), "GET", path+"/processes/1/output", "").Body)
@@ -408,7 +408,7 @@ func TestFollowingEndsWithTheServer(t *testing.T) {
 }
 
 // dialTerminal opens a WebSocket as a browser does, with the key in a subprotocol.
-func (h *house) dialTerminal(t *testing.T, path, key string) *websocket.Conn {
+func (h *testServer) dialTerminal(t *testing.T, path, key string) *websocket.Conn {
 	t.Helper()
 	conn, resp, err := websocket.Dial(t.Context(), h.url+path, &websocket.DialOptions{
 		Subprotocols: []string{terminalProtocol, keyProtocol + key}, HTTPHeader: http.Header{"Origin": {"https://elsewhere.example"}}})
@@ -423,7 +423,7 @@ func (h *house) dialTerminal(t *testing.T, path, key string) *websocket.Conn {
 }
 
 func TestTerminalOfABrowser(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	path := "/v1/sandboxes/" + h.newBox(t).ID + "/terminal"
 	conn := h.dialTerminal(t, path+"?cols=90", h.key)
 	if _, _, err := conn.Read(t.Context()); err != nil {
@@ -482,7 +482,7 @@ func TestTerminalOfABrowser(t *testing.T) {
 }
 
 func TestProcessesRefused(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := "/v1/sandboxes/" + h.newBox(t).ID
 	upgrade := func(r *http.Request) {
 		for name, value := range map[string]string{"Connection": "keep-alive, Upgrade", "Upgrade": "websocket",

@@ -24,7 +24,7 @@ type refusal struct {
 	code, field              string
 }
 
-func (h *house) check(t *testing.T, rows []refusal) {
+func (h *testServer) check(t *testing.T, rows []refusal) {
 	t.Helper()
 	for _, c := range rows {
 		t.Run(c.name, func(t *testing.T) {
@@ -52,7 +52,7 @@ func (h *house) check(t *testing.T, rows []refusal) {
 }
 
 func TestCreateRefused(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	create := func(name, body string, status int, code, field string) refusal {
 		return refusal{name, "POST", "/v1/sandboxes", body, nil, status, code, field}
 	}
@@ -176,7 +176,7 @@ func chunked(body string) func(*http.Request) {
 const noBox = "/v1/sandboxes/sbx_aaaaaaaaaaaaaaaaaaaa"
 
 func TestSandboxCallsRefused(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := "/v1/sandboxes/" + h.newBox(t).ID
 	creating := "/v1/sandboxes/" + string(h.putBox(t, sandbox.Ephemeral, sandbox.Creating))
 	gone := "/v1/sandboxes/" + string(h.putBox(t, sandbox.Ephemeral, sandbox.Destroyed))
@@ -262,7 +262,7 @@ func TestSandboxCallsRefused(t *testing.T) {
 }
 
 func TestExecuteRefused(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	path := "/v1/sandboxes/" + h.newBox(t).ID + "/execute"
 	execute := func(name, body string, code, field string) refusal {
 		return refusal{name, "POST", path, body, nil, 400, code, field}
@@ -301,7 +301,7 @@ func TestExecuteRefused(t *testing.T) {
 }
 
 func TestFilesRefused(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := "/v1/sandboxes/" + h.newBox(t).ID
 	var rows []refusal
 	paths := map[string]string{
@@ -366,7 +366,7 @@ func (zeros) Read(p []byte) (int, error) {
 // TestAgentErrors returns every kind of error from inside the sandbox to every call that goes
 // there.
 func TestAgentErrors(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := "/v1/sandboxes/" + h.newBox(t).ID
 	for _, c := range []struct {
 		err    error
@@ -409,13 +409,13 @@ func TestAgentErrors(t *testing.T) {
 	if r := h.send(t, "GET", box+"/files/list?path=/", h.key, ""); r.status != 400 || *r.problem.Field != "depth" {
 		t.Errorf("listing too large: %d %s", r.status, r.body)
 	}
-	if n := h.boxes.InUse(); n != 0 {
+	if n := h.sandboxes.InUse(); n != 0 {
 		t.Errorf("%d leases are still held", n)
 	}
 }
 
 func TestNoRoomAndLimits(t *testing.T) {
-	h := newHouse(t, func(a *auth.Config, _ *sandbox.Config, _ *Config) {
+	h := newTestServer(t, func(a *auth.Config, _ *sandbox.Config, _ *Config) {
 		a.Rate, a.Burst, a.Quota.Sandboxes = 0.25, 3, 1
 	})
 	h.node.SetFull(true)
@@ -448,7 +448,7 @@ func (b brokenCore) Get(context.Context, string, sandbox.ID) (sandbox.Sandbox, e
 
 func TestInternalErrorsStayInside(t *testing.T) {
 	var core brokenCore
-	h := newHouse(t, func(_ *auth.Config, _ *sandbox.Config, c *Config) { c.Sandboxes = &core })
+	h := newTestServer(t, func(_ *auth.Config, _ *sandbox.Config, c *Config) { c.Sandboxes = &core })
 	for name, get := range map[string]func() (sandbox.Sandbox, error){
 		"an error": func() (sandbox.Sandbox, error) {
 			return sandbox.Sandbox{}, errors.New("opening /var/lib/secret: no such file")
@@ -486,7 +486,7 @@ func TestInternalErrorsStayInside(t *testing.T) {
 }
 
 func TestReady(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	if r := h.send(t, "GET", "/readyz", "", ""); r.status != 200 {
 		t.Errorf("status %d", r.status)
 	}
@@ -508,7 +508,7 @@ func TestReady(t *testing.T) {
 }
 
 func TestRetryAfterRoundsUp(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := "/v1/sandboxes/" + h.newBox(t).ID
 	h.agent.fail = fault.New(fault.Unavailable, "later", "later").After(1001 * time.Millisecond)
 	if r := h.send(t, "GET", box+"/files?path=/a", h.key, ""); r.header.Get("Retry-After") != "2" {

@@ -16,7 +16,7 @@ import (
 )
 
 // dial sends the head of a request and the given body. The test does the rest.
-func (h *house) dial(t *testing.T, method, path, id string, headers string, body string) net.Conn {
+func (h *testServer) dial(t *testing.T, method, path, id string, headers string, body string) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(h.url, "http://"))
 	if err != nil {
@@ -49,7 +49,7 @@ func (endless) Upload(_ context.Context, _ agentapi.Target, r agentapi.UploadReq
 // TestSlowSenders checks that callers that stop sending are answered and disconnected, however much
 // they announced.
 func TestSlowSenders(t *testing.T) {
-	h := newHouse(t, withAgent(endless{newFakeAgent()}))
+	h := newTestServer(t, withAgent(endless{newFakeAgent()}))
 	const short = 50 * time.Millisecond
 	h.server.front.Patience = httpserver.Patience{Body: short, Stall: short, Drain: short}
 	box := "/v1/sandboxes/" + h.newBox(t).ID
@@ -79,7 +79,7 @@ func TestSlowSenders(t *testing.T) {
 			}
 		})
 	}
-	if n := h.boxes.InUse(); n != 0 {
+	if n := h.sandboxes.InUse(); n != 0 {
 		t.Errorf("%d leases are still held", n)
 	}
 }
@@ -87,7 +87,7 @@ func TestSlowSenders(t *testing.T) {
 // TestSlowTaker checks that a caller that does not read a file does not keep a lease of the
 // sandbox.
 func TestSlowTaker(t *testing.T) {
-	h := newHouse(t, withAgent(endless{newFakeAgent()}))
+	h := newTestServer(t, withAgent(endless{newFakeAgent()}))
 	h.server.front.Patience.Stall = 100 * time.Millisecond
 	box := "/v1/sandboxes/" + h.newBox(t).ID
 	h.dial(t, "GET", box+"/files?path=/a", "taker", "", "")
@@ -95,7 +95,7 @@ func TestSlowTaker(t *testing.T) {
 		line["status"] != float64(httpserver.StatusGone) {
 		t.Errorf("log line %v", line)
 	}
-	if n := h.boxes.InUse(); n != 0 {
+	if n := h.sandboxes.InUse(); n != 0 {
 		t.Errorf("%d leases are still held", n)
 	}
 }
@@ -103,7 +103,7 @@ func TestSlowTaker(t *testing.T) {
 // TestDeadlinesEndWithTheCall checks that a deadline of one call affects neither the next call on
 // the connection nor a command that takes longer than the deadline.
 func TestDeadlinesEndWithTheCall(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	const short = 60 * time.Millisecond
 	h.server.front.Patience = httpserver.Patience{Body: short, Stall: short, Drain: short}
 	box := "/v1/sandboxes/" + h.newBox(t).ID

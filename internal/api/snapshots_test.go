@@ -14,7 +14,7 @@ import (
 )
 
 func TestSnapshots(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := as[Sandbox](t, 201, h.send(t, "POST", "/v1/sandboxes", h.key,
 		`{"template":"python","timeout":"1h","env":{"A":"1"},"size":"performance-1x","egress":{"mode":"deny_all"}}`))
 	path := "/v1/sandboxes/" + box.ID
@@ -61,7 +61,7 @@ func TestSnapshots(t *testing.T) {
 }
 
 func TestSnapshotsRefused(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := h.newBox(t)
 	path := "/v1/sandboxes/" + box.ID
 	as[Snapshot](t, 201, h.send(t, "POST", path+"/snapshots", h.key, `{"name":"taken"}`))
@@ -123,7 +123,7 @@ func TestSnapshotsRefused(t *testing.T) {
 // TestForkFails checks which errors of the machine callers are told when a snapshot could not be
 // written or children could not be created.
 func TestForkFails(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := h.newBox(t)
 	path := "/v1/sandboxes/" + box.ID
 	for _, c := range []struct {

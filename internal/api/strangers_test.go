@@ -18,19 +18,19 @@ import (
 // valid key at the same address must not be limited.
 func TestStrangersAreLimited(t *testing.T) {
 	const burst = 8
-	for name, try := range map[string]func(h *house, box Sandbox) reply{
-		"no key":        func(h *house, _ Sandbox) reply { return h.send(t, "GET", "/v1/me", "", "") },
-		"a made-up key": func(h *house, _ Sandbox) reply { return h.send(t, "GET", "/v1/me", aKey, "") },
-		"no such route": func(h *house, _ Sandbox) reply { return h.send(t, "GET", "/v1/nothing", "", "") },
-		"a private port": func(h *house, box Sandbox) reply {
+	for name, try := range map[string]func(h *testServer, box Sandbox) reply{
+		"no key":        func(h *testServer, _ Sandbox) reply { return h.send(t, "GET", "/v1/me", "", "") },
+		"a made-up key": func(h *testServer, _ Sandbox) reply { return h.send(t, "GET", "/v1/me", aKey, "") },
+		"no such route": func(h *testServer, _ Sandbox) reply { return h.send(t, "GET", "/v1/nothing", "", "") },
+		"a private port": func(h *testServer, box Sandbox) reply {
 			return h.visit(t, "GET", hostOf(box.ID, 8080)+"/")
 		},
-		"a made-up signature": func(h *house, box Sandbox) reply {
+		"a made-up signature": func(h *testServer, box Sandbox) reply {
 			return h.visit(t, "GET", portproxy.Path(box.ID, 8080)+"/?cay_token=cays_x")
 		},
-		"the document": func(h *house, _ Sandbox) reply { return h.send(t, "GET", "/openapi.yaml", "", "") },
+		"the document": func(h *testServer, _ Sandbox) reply { return h.send(t, "GET", "/openapi.yaml", "", "") },
 	} {
-		h := newHouse(t, func(a *auth.Config, _ *sandbox.Config, c *Config) {
+		h := newTestServer(t, func(a *auth.Config, _ *sandbox.Config, c *Config) {
 			a.FailedRate, a.FailedBurst = 0.01, burst
 			c.Names = portproxy.Names{Domain: testDomain, Scheme: "http"}
 		})
@@ -63,7 +63,7 @@ const aKey = "cay_0123456789abcdef0123456789abcdef01234567"
 // TestStrangersBodies checks how much the server reads from callers without a key that send without
 // end.
 func TestStrangersBodies(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	conn, err := net.Dial("tcp", strings.TrimPrefix(h.url, "http://"))
 	if err != nil {
 		t.Fatal(err)
@@ -89,7 +89,7 @@ func TestStrangersBodies(t *testing.T) {
 
 // TestHeadersAreBounded sends a head that is larger than any call needs.
 func TestHeadersAreBounded(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	for path, want := range map[string]int{strings.Repeat("x", 57<<10): 431, strings.Repeat("x", 20<<10): 401} {
 		r := h.visit(t, "GET", "/v1/"+path)
 		if r.status != want {
@@ -104,7 +104,7 @@ func TestHeadersAreBounded(t *testing.T) {
 // TestOwnAnswersAreNoPages checks that answers on the API's origin with content that strangers
 // wrote have types and policies under which no browser runs them.
 func TestOwnAnswersAreNoPages(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := h.newBox(t)
 	if r := h.send(t, "PUT", "/v1/sandboxes/"+box.ID+"/files?path=/page.html", h.key,
 		"<script>1</script>"); r.status != 204 {
@@ -129,7 +129,7 @@ func TestOwnAnswersAreNoPages(t *testing.T) {
 // TestPortByPathIsConfined checks the answers of ports through the whole server. The tests of
 // portproxy check what the proxy removes from answers.
 func TestPortByPathIsConfined(t *testing.T) {
-	h := portHouse(t)
+	h := newPortServer(t)
 	box := h.newBox(t)
 	key := header("Authorization", "Bearer "+h.key)
 	if r := h.visit(t, "GET", portproxy.Path(box.ID, 8080)+"/",

@@ -76,7 +76,7 @@ func form(t testing.TB, parts ...string) func(*http.Request) {
 }
 
 // waitTemplate waits until no build of the template is waiting or running.
-func (h *house) waitTemplate(t *testing.T, name string) Template {
+func (h *testServer) waitTemplate(t *testing.T, name string) Template {
 	t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); ; {
 		tpl := as[Template](t, 200, h.send(t, "GET", "/v1/templates/"+name, h.key, ""))
@@ -91,7 +91,7 @@ func (h *house) waitTemplate(t *testing.T, name string) Template {
 }
 
 func TestLifeOfATemplate(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	r := h.send(t, "POST", "/v1/templates", h.key, `{"name":"app","description":"mine","image":"ghcr.io/a/b:1","env":{"A":"1"},"workdir":"/w","user":"me",
 		"start_command":"serve","ready":{"http":{"port":80,"path":"/ok"},"timeout":"30s"},"egress":{"mode":"deny_all","allow_domains":["pypi.org"]},
 		"disk_size_mb":100,"size":"shared-cpu-1x","credentials":{"username":"u","password":"hush-hush"},"target":null}`)
@@ -166,7 +166,7 @@ func TestLifeOfATemplate(t *testing.T) {
 }
 
 func TestTemplateWithContext(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	for name, source := range map[string][]byte{"plain": aTar(t), "gzip": gzipped(t, aTar(t)),
 		"empty": make([]byte, 1024)} {
 		r := h.send(t, "POST", "/v1/templates", h.key, "",
@@ -193,7 +193,7 @@ func TestTemplateWithContext(t *testing.T) {
 }
 
 func TestTemplatesRefused(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	create := func(name, fields, code, field string) refusal {
 		return refusal{name, "POST", "/v1/templates", `{"name":"x",` + fields + `}`, nil, 400, code, field}
 	}
@@ -285,7 +285,7 @@ func TestTemplatesRefused(t *testing.T) {
 }
 
 func TestTemplateQuota(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	for i := range 20 - 1 { // the template mine exists already
 		as[Template](t, 202, h.send(t, "POST", "/v1/templates", h.key, fmt.Sprintf(`{"name":"t%d","image":"alpine"}`, i)))
 	}
@@ -298,7 +298,7 @@ func TestTemplateQuota(t *testing.T) {
 // TestContextThatBreaksOff checks that a caller that leaves in the middle of a build context leaves
 // no template behind.
 func TestContextThatBreaksOff(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	broken := errors.New("gone")
 	request, err := http.NewRequestWithContext(t.Context(), "POST", h.url+"/v1/templates", nil)
 	if err != nil {
@@ -322,7 +322,7 @@ func TestContextThatBreaksOff(t *testing.T) {
 }
 
 func TestBuiltinWhenFirstAskedFor(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	if tpl := as[Template](t, 200,
 		h.send(t, "GET", "/v1/templates/lazy", h.key, "")); tpl.Status != TemplateStatusPending || tpl.Progress == nil {
 		t.Errorf("%+v", tpl)
@@ -368,7 +368,7 @@ func readEvent(t *testing.T, r *bufio.Reader) map[string]string {
 	}
 }
 
-func (h *house) follow(t *testing.T, name, last string) *bufio.Reader {
+func (h *testServer) follow(t *testing.T, name, last string) *bufio.Reader {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), "GET", h.url+"/v1/templates/"+name+"/logs", nil)
 	if err != nil {
@@ -391,7 +391,7 @@ func (h *house) follow(t *testing.T, name, last string) *bufio.Reader {
 }
 
 func TestFollowingABuild(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	release := h.builds.holding()
 	as[Template](t, 202, h.send(t, "POST", "/v1/templates", h.key, `{"name":"app","image":"alpine"}`))
 	stream := h.follow(t, "app", "")
@@ -447,7 +447,7 @@ func TestFollowingABuild(t *testing.T) {
 }
 
 func TestCancelABuild(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	release := h.builds.holding()
 	defer release()
 	as[Template](t, 202, h.send(t, "POST", "/v1/templates", h.key, `{"name":"app","image":"alpine"}`))
@@ -474,13 +474,13 @@ func TestCancelABuild(t *testing.T) {
 
 // TestFollowersAreSentAway checks that a server that stops does not wait for followers of a build.
 func TestFollowersAreSentAway(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	release := h.builds.holding()
 	defer release()
 	as[Template](t, 202, h.send(t, "POST", "/v1/templates", h.key, `{"name":"app","image":"alpine"}`))
 	stream := h.follow(t, "app", "")
 	readEvent(t, stream)
-	h.tpls.Hangup()
+	h.templates.Hangup()
 	if rest, err := io.ReadAll(stream); err != nil || strings.Contains(string(rest), "event: end") {
 		t.Errorf("the stream went on with %q, %v", rest, err)
 	}
@@ -512,7 +512,7 @@ func (z *zeroes) Read(p []byte) (int, error) {
 // TestHugeContextIsRefused sends a context that is larger than what the server reads of a refused
 // body. The client must get the answer and not only a broken connection.
 func TestHugeContextIsRefused(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	c, err := cay.New(h.url, h.key)
 	if err != nil {
 		t.Fatal(err)

@@ -159,7 +159,7 @@ func aTree(t *testing.T, names ...string) []byte {
 }
 
 func TestTreeCalls(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := h.newBox(t)
 	base := "/v1/sandboxes/" + box.ID + "/files"
 	archive := func(r *http.Request) { r.Header.Set("Content-Type", "application/x-tar") }
@@ -202,7 +202,7 @@ func TestTreeCalls(t *testing.T) {
 }
 
 // visitRaw sends a request without checking the answer against openapi.yaml.
-func (h *house) visitRaw(t *testing.T, path string) (*http.Response, error) {
+func (h *testServer) visitRaw(t *testing.T, path string) (*http.Response, error) {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), "GET", h.url+path, nil)
 	if err != nil {
@@ -213,7 +213,7 @@ func (h *house) visitRaw(t *testing.T, path string) (*http.Response, error) {
 }
 
 func TestTreesRefused(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	box := h.newBox(t)
 	gone := "/v1/sandboxes/" + string(h.putBox(t, sandbox.Ephemeral, sandbox.Destroyed)) + "/files"
 	base := "/v1/sandboxes/" + box.ID + "/files"
@@ -264,7 +264,7 @@ func TestTreesRefused(t *testing.T) {
 }
 
 func TestWatch(t *testing.T) {
-	h := newHouse(t)
+	h := newTestServer(t)
 	stopping, stop := context.WithCancel(context.Background())
 	defer stop()
 	h.server.Stopping = stopping

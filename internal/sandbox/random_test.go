@@ -22,7 +22,7 @@ func TestRandomLives(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		steps := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) step {
 			return step{
-				what:  rapid.SampledFrom(whats).Draw(t, "what"),
+				what:  rapid.SampledFrom(operations).Draw(t, "what"),
 				which: rapid.IntRange(0, 9).Draw(t, "which"),
 				fault: rapid.SampledFrom(faults).Draw(t, "fault"),
 				secs:  rapid.IntRange(1, 90).Draw(t, "secs"),
@@ -32,7 +32,7 @@ func TestRandomLives(t *testing.T) {
 		var failure string
 		synctest.Test(t, func(t *testing.T) {
 			l := &scenario{fixture: newPoolFixture(t, pool), had: map[sandbox.ID]bool{}, asked: map[sandbox.ID]bool{},
-				perhaps: map[sandbox.SnapshotID]bool{}}
+				undeleted: map[sandbox.SnapshotID]bool{}}
 			failure = l.play(steps)
 		})
 		if failure != "" {
@@ -49,7 +49,7 @@ type step struct {
 }
 
 var (
-	whats = []string{"create ephemeral", "create pausing", "create persistent", "create persistent", "pause", "pause",
+	operations = []string{"create ephemeral", "create pausing", "create persistent", "create persistent", "pause", "pause",
 		"set timeout", "attach", "destroy", "keepalive",
 		"call", "connect", "release", "suspend", "suspend", "wake", "checkpoint", "snapshot", "snapshot", "fork", "from snapshot", "delete snapshot", "egress", "egress", "die", "restart", "sleep", "sleep"}
 	// An operation that fails leaves the sandbox alive, dead in its previous state, or dead with the
@@ -66,12 +66,12 @@ var (
 // scenario models the state that must not be lost.
 type scenario struct {
 	*fixture
-	ids     []sandbox.ID
-	leases  []*sandbox.Lease
-	snaps   []sandbox.SnapshotID        // made and not deleted
-	perhaps map[sandbox.SnapshotID]bool // their deletion was requested and failed
-	had     map[sandbox.ID]bool         // had a recovery point
-	asked   map[sandbox.ID]bool         // their end was requested
+	ids       []sandbox.ID
+	leases    []*sandbox.Lease
+	snaps     []sandbox.SnapshotID        // made and not deleted
+	undeleted map[sandbox.SnapshotID]bool // their deletion was requested and failed
+	had       map[sandbox.ID]bool         // had a recovery point
+	asked     map[sandbox.ID]bool         // their end was requested
 }
 
 // play runs the steps and returns a description of the first error, or "".
@@ -287,7 +287,7 @@ func (l *scenario) take(s step) error {
 	case "delete snapshot":
 		if len(l.snaps) > 0 {
 			err := l.DeleteSnapshot(ctx, org, string(l.snaps[0]))
-			if l.perhaps[l.snaps[0]] = true; err == nil {
+			if l.undeleted[l.snaps[0]] = true; err == nil {
 				l.snaps = l.snaps[1:]
 			}
 			return expected(err)
@@ -406,7 +406,7 @@ func (l *scenario) snapshotsAgree() string {
 		return fmt.Sprintf("the host has snapshot %s without a row", id)
 	}
 	for _, id := range l.snaps {
-		if !told[id] && !l.perhaps[id] {
+		if !told[id] && !l.undeleted[id] {
 			return fmt.Sprintf("snapshot %s was lost", id)
 		}
 	}
