@@ -136,14 +136,14 @@ func (h egressHost) Find(from netip.Addr) (egressproxy.Sandbox, any, bool) {
 	return found, egressHandle{g.ID, g.Slot}, true
 }
 
-// Metadata implements [egressproxy.Host]. It reads the row each time, since a keepalive changes the expiry.
+// Metadata implements [egressproxy.Host].
 func (h egressHost) Metadata(ctx context.Context, handle any) (egressproxy.Metadata, error) {
-	sb, err := h.sandboxes.Look(ctx, handle.(egressHandle).id)
+	about, err := h.sandboxes.About(ctx, handle.(egressHandle).id)
 	if err != nil {
 		return egressproxy.Metadata{}, err
 	}
-	return egressproxy.Metadata{ID: string(sb.ID), Template: sb.Template, Mode: string(sb.Mode), Metadata: sb.Metadata,
-		ExpiresAt: sb.ExpiresAt}, nil
+	return egressproxy.Metadata{ID: string(about.ID), Template: about.Template, Mode: string(about.Mode),
+		Metadata: about.Metadata, ExpiresAt: about.ExpiresAt}, nil
 }
 
 // Resolved implements [egressproxy.Host].

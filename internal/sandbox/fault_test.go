@@ -36,8 +36,10 @@ type gate struct {
 	mu     sync.Mutex
 	broken func(to sandbox.State) bool // reports the transitions that fail; guarded by mu
 	locked bool                        // whether SetEgress of the store fails; guarded by mu
+	lost   bool                        // whether the answers of SetExpiry are lost; guarded by mu
 	before func()                      // called once before Unfinished; guarded by mu
 	after  func()                      // called once after Get; guarded by mu
+	wrote  func()                      // called once after SetExpiry or Transition; guarded by mu
 }
 
 func newGate() *gate {
@@ -73,6 +75,31 @@ func (g *gate) afterGet(f func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.after = f
+}
+
+// afterWrite sets a function to call once after an end or a state was written, before its caller goes on.
+func (g *gate) afterWrite(f func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.wrote = f
+}
+
+// loseAnswer makes SetExpiry fail after the end was written, or stops that.
+func (g *gate) loseAnswer(lost bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.lost = lost
+}
+
+// written calls the function of afterWrite.
+func (g *gate) written() {
+	g.mu.Lock()
+	wrote := g.wrote
+	g.wrote = nil
+	g.mu.Unlock()
+	if wrote != nil {
+		wrote()
+	}
 }
 
 // pass returns the context for a call that begins, or an error if the gate is shut.
@@ -169,15 +196,23 @@ func (s gatedStore) Transition(ctx context.Context, c sandbox.Change) (sandbox.S
 	if broken != nil && broken(c.To) {
 		return sandbox.Sandbox{}, errBroken
 	}
+	defer s.written()
 	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) { return s.Store.Transition(ctx, c) })
 }
 
 func (s gatedStore) SetExpiry(ctx context.Context, id sandbox.ID, at time.Time, timeout time.Duration,
 	later bool) (sandbox.Sandbox, error) {
 	s.writes.Add(1)
-	return through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) {
+	defer s.written()
+	sbx, err := through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) {
 		return s.Store.SetExpiry(ctx, id, at, timeout, later)
 	})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.lost {
+		return sandbox.Sandbox{}, errBroken
+	}
+	return sbx, err
 }
 
 func (s gatedStore) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress,

@@ -20,7 +20,6 @@ type instance struct {
 	id       ID
 	run      string
 	mode     Mode
-	expires  time.Time     // ephemeral: its end when its row was read; keepalive moves the timer
 	idle     time.Duration // persistent: 0 means never
 	interval time.Duration // persistent: between recovery points; 0 means off
 
@@ -32,6 +31,10 @@ type instance struct {
 	looked  time.Time     // when a recovery point was last taken, or found needless or impossible
 	changed bool          // whether it may have changed since its latest recovery point
 
+	about About // as in the row; ExpiresAt may be old unless known
+	known bool  // whether about is as in the row
+	moves int   // changes of about.ExpiresAt
+
 	end      *time.Timer // for its expiry or the end of its idle time; nil if there is none
 	recovery *time.Timer // nil if off
 }
@@ -39,9 +42,10 @@ type instance struct {
 // newInstance returns the instance of a sandbox as read from its row. The sandbox counts as changed: either
 // it has no recovery point yet and soon needs one, or its changes are unknown.
 func newInstance(sbx Sandbox) *instance {
-	return &instance{id: sbx.ID, run: sbx.Run, mode: sbx.Mode, expires: sbx.ExpiresAt, idle: sbx.IdleTimeout,
+	return &instance{id: sbx.ID, run: sbx.Run, mode: sbx.Mode, idle: sbx.IdleTimeout,
 		interval: sbx.RecoveryInterval, last: sbx.LastActivityAt, saved: sbx.LastActivityAt,
-		looked: sbx.StartedAt.Add(firstPoint - sbx.RecoveryInterval), changed: true}
+		looked: sbx.StartedAt.Add(firstPoint - sbx.RecoveryInterval), changed: true,
+		about: sbx.about(), known: true}
 }
 
 // activity returns the time of the last activity, which is now while a lease is held.
@@ -106,7 +110,7 @@ func (u *instances) track(l *instance) {
 	}
 	switch {
 	case l.mode == Ephemeral:
-		end := l.expires
+		end := l.about.ExpiresAt
 		if end.Before(l.after) {
 			end = l.after
 		}
@@ -167,6 +171,63 @@ func (u *instances) resetEnd(id ID, run string, when func(*instance) time.Time) 
 	if l := u.of[id]; l != nil && (run == "" || l.run == run) && l.end != nil && !u.closed {
 		l.end.Reset(time.Until(when(l)))
 	}
+}
+
+// The row of a sandbox is changed before its instance, and not under the lock of the instances. So a
+// row that was read or written may be old by the time it reaches the instance. moves tells: what was
+// read or written is kept only if the instance still has the number of moves of before.
+
+// about returns the description of a sandbox and the number of moves, and reports whether the row
+// has the same description. The number is -1 for a sandbox that cannot be used.
+func (u *instances) about(id ID) (about About, moves int, known bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	l := u.of[id]
+	if l == nil {
+		return About{}, -1, false
+	}
+	return l.about, l.moves, l.known
+}
+
+// learn takes the description of a sandbox from a row that was read after seen was the number of
+// moves.
+func (u *instances) learn(sbx Sandbox, seen int) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if l := u.of[sbx.ID]; l != nil && l.run == sbx.Run && l.moves == seen {
+		l.about, l.known = sbx.about(), true
+	}
+}
+
+// forget makes the description of a sandbox unknown, since its row may have changed.
+func (u *instances) forget(id ID) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if l := u.of[id]; l != nil {
+		l.known = false
+		l.moves++
+	}
+}
+
+// moveEnd takes the end of an ephemeral sandbox from a row that was read or written after seen was
+// the number of moves, and sets the timer. It returns false and changes nothing if the end was moved
+// in between.
+func (u *instances) moveEnd(sbx Sandbox, seen int) bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	l := u.of[sbx.ID]
+	if l == nil || l.run != sbx.Run {
+		return true
+	}
+	if l.moves != seen {
+		return false
+	}
+	l.about, l.known = sbx.about(), true
+	l.moves++
+	if l.end != nil && !u.closed {
+		l.end.Reset(time.Until(sbx.ExpiresAt))
+	}
+	return true
 }
 
 // use records an activity of a sandbox that can be used in the run of its row. With pin it also

@@ -105,7 +105,3 @@ func (s *Service) Traffic(ctx context.Context, sbx Sandbox) (*Traffic, error) {
 	}
 	return &t, nil
 }
-
-// Look returns the row of a sandbox for the machine itself, without a caller's rights. It counts as
-// no activity.
-func (s *Service) Look(ctx context.Context, id ID) (Sandbox, error) { return s.store.Get(ctx, id) }

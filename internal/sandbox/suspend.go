@@ -77,6 +77,7 @@ func (s *Service) suspend(ctx context.Context, sbx Sandbox, reason string, detac
 	if _, err = s.transition(ctx, claim); err != nil {
 		s.log.ErrorContext(ctx, "claiming a sandbox to suspend it", "sandbox", id, "error", err)
 		l.after = began.Add(retryAfter)
+		l.known = false // a keepalive found no instance
 		s.live.track(l) // the sandbox is unchanged
 		return Sandbox{}, err
 	}

@@ -26,11 +26,9 @@ func (s *Service) Keepalive(ctx context.Context, orgID string, id ID, timeout *t
 	if sbx.Mode != Ephemeral {
 		return Sandbox{}, notEphemeral(sbx)
 	}
-	if sbx, err = s.store.SetExpiry(ctx, id, time.Now().UTC().Add(lifetime), lifetime, false); err != nil {
-		return Sandbox{}, err
-	}
-	s.extend(sbx)
-	return sbx, nil
+	return s.moveEnd(ctx, id, func() (Sandbox, error) {
+		return s.store.SetExpiry(ctx, id, time.Now().UTC().Add(lifetime), lifetime, false)
+	})
 }
 
 // SetTimeout moves the end of a running ephemeral sandbox to timeout from now, which may be later
@@ -53,12 +51,9 @@ func (s *Service) SetTimeout(ctx context.Context, orgID string, id ID, timeout t
 	if timeout < MinTimeout {
 		own = sbx.Timeout // a wake needs a timeout of at least MinTimeout
 	}
-	sbx, err = s.store.SetExpiry(ctx, id, time.Now().UTC().Add(max(timeout, 0)), own, later)
-	if err != nil {
-		return Sandbox{}, err
-	}
-	s.extend(sbx)
-	return sbx, nil
+	return s.moveEnd(ctx, id, func() (Sandbox, error) {
+		return s.store.SetExpiry(ctx, id, time.Now().UTC().Add(max(timeout, 0)), own, later)
+	})
 }
 
 func notEphemeral(sbx Sandbox) error {
@@ -113,18 +108,41 @@ func (s *Service) detachExpired(run string) detachFunc {
 	}
 }
 
-// extend moves the end of an ephemeral sandbox to the expiry in its row.
-func (s *Service) extend(sbx Sandbox) {
-	s.live.resetEnd(sbx.ID, sbx.Run, func(*instance) time.Time { return sbx.ExpiresAt })
+// moveEnd moves the end of an ephemeral sandbox with write, which changes its row, and then moves its
+// timer and its description to the end that the row has.
+func (s *Service) moveEnd(ctx context.Context, id ID, write func() (Sandbox, error)) (Sandbox, error) {
+	_, seen, _ := s.live.about(id)
+	moved, err := write()
+	if err != nil {
+		s.live.forget(id) // the row may have changed
+		return Sandbox{}, err
+	}
+	// A row may be ahead of the operation that makes its sandbox usable, with the end that the row had
+	// before: wait for that operation.
+	if op := s.ops.on(id); op != nil && (op.kind.foreground() || op.kind == opSettle) && !s.live.tracked(moved) {
+		if err := op.ended(ctx); err != nil {
+			return Sandbox{}, err
+		}
+	}
+	for row := moved; !s.live.moveEnd(row, seen); {
+		_, seen, _ = s.live.about(id)
+		if row, err = s.store.Get(ctx, id); err != nil {
+			s.live.forget(id)
+			s.live.resetEnd(id, moved.Run, func(*instance) time.Time { return time.Now() }) // expire reads the row
+			return Sandbox{}, err
+		}
+	}
+	return moved, nil
 }
 
 // expire ends a sandbox whose timeout is over, unless it was extended meanwhile.
 func (s *Service) expire(id ID) {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanupTimeout)
 	defer cancel()
+	_, seen, _ := s.live.about(id)
 	sbx, err := s.store.Get(ctx, id)
 	if err == nil && time.Now().Before(sbx.ExpiresAt) {
-		s.extend(sbx)
+		s.live.moveEnd(sbx, seen) // if it returns false, the timer is set to another end
 		return
 	}
 	switch {
