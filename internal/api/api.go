@@ -55,7 +55,7 @@ type Sandboxes interface {
 	Events(ctx context.Context, orgID string, id sandbox.ID, limit int, cursor string) ([]sandbox.Event, string, error)
 	SetPublicPort(ctx context.Context, orgID string, id sandbox.ID, port int, public bool) error
 	PublicPorts(ctx context.Context, orgID string, id sandbox.ID) ([]int, error)
-	Visit(ctx context.Context, id sandbox.ID, port int) (orgID string, public bool, err error)
+	GetPort(ctx context.Context, id sandbox.ID, port int) (orgID string, public bool, err error)
 	Sizes() []sandbox.Size
 	Pool() []sandbox.PoolStatus
 }

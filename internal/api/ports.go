@@ -120,7 +120,7 @@ func (s *server) mayReach(w http.ResponseWriter, r *http.Request, p portRequest)
 	if err != nil {
 		return sandbox.Caller{}, false, err
 	}
-	orgID, public, err := s.Sandboxes.Visit(r.Context(), p.id, p.port)
+	orgID, public, err := s.Sandboxes.GetPort(r.Context(), p.id, p.port)
 	if !signed && (fault.Is(err, fault.NotFound) || err == nil && !public) {
 		// A caller without a right must not learn which sandboxes exist either.
 		return sandbox.Caller{}, false, fault.New(fault.Unauthenticated, fault.CodeUnauthenticated,

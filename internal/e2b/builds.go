@@ -309,7 +309,7 @@ func (s *Surface) base(ctx context.Context, org string, in buildBody) (steps.Bas
 	if err != nil {
 		return steps.Base{}, request, err
 	}
-	t, err := s.findTemplate(ctx, org, name)
+	t, err := s.getTemplate(ctx, org, name)
 	if err != nil {
 		return steps.Base{}, request, inOwnWords(err, map[string]string{"": "fromTemplate"})
 	}
@@ -507,7 +507,7 @@ func (s *Surface) deleteTemplate(w http.ResponseWriter, r *http.Request) error {
 	err = s.Sandboxes.DeleteSnapshot(r.Context(), orgOf(r), name)
 	if fault.Is(err, fault.NotFound) {
 		var t template.Template
-		if t, err = s.findTemplate(r.Context(), orgOf(r), name); err == nil {
+		if t, err = s.getTemplate(r.Context(), orgOf(r), name); err == nil {
 			err = may(r, auth.TemplatesWrite)
 		}
 		if err == nil {

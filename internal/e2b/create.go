@@ -148,8 +148,8 @@ func requestOf(in createBody, v version) (sandbox.Request, error) {
 // built-in templates have it; those that an organization brought may have none of that name.
 const defaultUser = "user"
 
-// findTemplate returns a template by its name or id. Case does not matter, as in E2B.
-func (s *Surface) findTemplate(ctx context.Context, org, nameOrID string) (template.Template, error) {
+// getTemplate returns a template by its name or id. Case does not matter, as in E2B.
+func (s *Surface) getTemplate(ctx context.Context, org, nameOrID string) (template.Template, error) {
 	return s.Templates.Get(ctx, org, strings.ToLower(nameOrID))
 }
 

@@ -38,7 +38,7 @@ import (
 type Sandboxes interface {
 	Create(ctx context.Context, c sandbox.Caller, r sandbox.Request, once sandbox.Once, wait bool) (sandbox.Sandbox, error)
 	Get(ctx context.Context, orgID string, id sandbox.ID) (sandbox.Sandbox, error)
-	Lookup(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, error)
+	GetAny(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, error)
 	Living(ctx context.Context) ([]sandbox.ID, error)
 	List(ctx context.Context, f sandbox.Filter) ([]sandbox.Sandbox, string, error)
 	Destroy(ctx context.Context, orgID string, id sandbox.ID) error

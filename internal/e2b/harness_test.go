@@ -262,7 +262,7 @@ func (h *harness) create(body string) (id, token string) {
 
 func (h *harness) row(id string) sandbox.Sandbox {
 	h.t.Helper()
-	sb, err := h.sandboxes.Lookup(h.t.Context(), sandbox.ID(idPrefix+id))
+	sb, err := h.sandboxes.GetAny(h.t.Context(), sandbox.ID(idPrefix+id))
 	if err != nil {
 		h.t.Fatal(err)
 	}

@@ -27,7 +27,7 @@ func (s *Surface) leaves(r *http.Request, to place) bool {
 	if _, _, ok := s.Names.Parse(r.Host); !ok || to.port == envdPort || len(r.Header.Values(idHeader)) > 0 {
 		return false
 	}
-	sb, err := s.Sandboxes.Lookup(r.Context(), to.sandbox())
+	sb, err := s.Sandboxes.GetAny(r.Context(), to.sandbox())
 	return err != nil || !s.mayReach(r, sb, optionsOf(sb))
 }
 

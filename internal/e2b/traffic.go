@@ -53,7 +53,7 @@ func served(r *http.Request) bool {
 // traffic passes a request to a port of a sandbox.
 func (s *Surface) traffic(w http.ResponseWriter, r *http.Request, to place) error {
 	callOf(r).Sandbox = string(to.sandbox())
-	sb, err := s.Sandboxes.Lookup(r.Context(), to.sandbox())
+	sb, err := s.Sandboxes.GetAny(r.Context(), to.sandbox())
 	if fault.Is(err, fault.NotFound) {
 		return gone{to, notFoundText, false}
 	}
@@ -202,7 +202,7 @@ func (s *Surface) forward(w http.ResponseWriter, r *http.Request, sb sandbox.San
 // unanswered returns the error for a request that the agent did not answer: the sandbox has gone,
 // or does not work as it should.
 func (s *Surface) unanswered(r *http.Request, sb sandbox.Sandbox, to place) error {
-	now, err := s.Sandboxes.Lookup(context.WithoutCancel(r.Context()), sb.ID)
+	now, err := s.Sandboxes.GetAny(context.WithoutCancel(r.Context()), sb.ID)
 	if err == nil && now.State == sandbox.Running && now.Run == sb.Run {
 		return gone{to, "The sandbox is running but does not answer", true}
 	}

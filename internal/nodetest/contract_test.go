@@ -18,12 +18,12 @@ type fakeInside struct{ *nodetest.Fake }
 func (f fakeInside) Write(_ *testing.T, spec sandbox.Spec, text string) { f.Fake.Write(spec.ID, text) }
 
 func (f fakeInside) Read(_ *testing.T, spec sandbox.Spec) string {
-	text, _, _ := f.Look(spec.ID)
+	text, _, _ := f.Contents(spec.ID)
 	return text
 }
 
 func (f fakeInside) Command(_ *testing.T, spec sandbox.Spec, variable string) (value, workdir string) {
-	_, env, workdir := f.Look(spec.ID)
+	_, env, workdir := f.Contents(spec.ID)
 	return env[variable], workdir
 }
 

@@ -155,9 +155,9 @@ func (n *Fake) Refuse(d sandbox.Denial) {
 	n.Deny(d)
 }
 
-// Look returns what a program inside a sandbox finds: the text of the last Write, and the environment
+// Contents returns what a program inside a sandbox finds: the text of the last Write, and the environment
 // and working directory of a command.
-func (n *Fake) Look(id sandbox.ID) (text string, env map[string]string, workdir string) {
+func (n *Fake) Contents(id sandbox.ID) (text string, env map[string]string, workdir string) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	now := n.sandboxes[id].now

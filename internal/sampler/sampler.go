@@ -47,7 +47,7 @@ const (
 
 // Sandboxes has the method of [*sandbox.Service] that this package calls.
 type Sandboxes interface {
-	Lookup(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, error)
+	GetAny(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, error)
 }
 
 // Agent has the method of [*agentapi.Client] that this package calls.
@@ -236,7 +236,7 @@ func (s *Sampler) sampleOne(ctx context.Context, id sandbox.ID) {
 	defer leave()
 	ctx, cancel := context.WithTimeout(ctx, sampleTimeout)
 	defer cancel()
-	sb, err := s.sandboxes.Lookup(ctx, id)
+	sb, err := s.sandboxes.GetAny(ctx, id)
 	switch {
 	case fault.Is(err, fault.NotFound) || err == nil && sb.State.Over():
 		s.Forget(id)

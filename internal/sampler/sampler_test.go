@@ -70,7 +70,7 @@ type machine struct {
 	calls map[string]int
 }
 
-func (m *machine) Lookup(_ context.Context, id sandbox.ID) (sandbox.Sandbox, error) {
+func (m *machine) GetAny(_ context.Context, id sandbox.ID) (sandbox.Sandbox, error) {
 	sb := sandbox.Sandbox{ID: id, State: sandbox.Running, Run: "run"}
 	switch id {
 	case "sbx_none":

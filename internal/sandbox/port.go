@@ -32,10 +32,10 @@ func (s *Service) PublicPorts(ctx context.Context, orgID string, id ID) ([]int, 
 	return s.store.PublicPorts(ctx, id)
 }
 
-// Visit returns the owner of a sandbox and reports whether the port is public, for a request
-// without a key. The caller decides what that allows. Visit returns NotFound if there is no such
+// GetPort returns the owner of a sandbox and reports whether the port is public, for a request
+// without a key. The caller decides what that allows. GetPort returns NotFound if there is no such
 // sandbox.
-func (s *Service) Visit(ctx context.Context, id ID, port int) (orgID string, public bool, err error) {
+func (s *Service) GetPort(ctx context.Context, id ID, port int) (orgID string, public bool, err error) {
 	if !id.Valid() {
 		return "", false, notFound(id)
 	}

@@ -94,9 +94,9 @@ func (s *Service) List(ctx context.Context, f Filter) ([]Sandbox, string, error)
 	return sandboxes, next, err
 }
 
-// Lookup returns a sandbox of any organization, for callers that are not identified by a key. It
+// GetAny returns a sandbox of any organization, for callers that are not identified by a key. It
 // returns NotFound if there is none.
-func (s *Service) Lookup(ctx context.Context, id ID) (Sandbox, error) {
+func (s *Service) GetAny(ctx context.Context, id ID) (Sandbox, error) {
 	if !id.Valid() {
 		return Sandbox{}, notFound(id)
 	}

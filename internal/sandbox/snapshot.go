@@ -148,7 +148,7 @@ func (s *Service) snapshotFailed(ctx context.Context, sbx Sandbox, cause error) 
 // GetSnapshot returns a snapshot of the organization by name or ID. It returns NotFound, code
 // "snapshot_not_found", if there is none or it belongs to another organization.
 func (s *Service) GetSnapshot(ctx context.Context, orgID, nameOrID string) (Snapshot, error) {
-	return s.snapshots.find(ctx, orgID, nameOrID)
+	return s.snapshots.get(ctx, orgID, nameOrID)
 }
 
 // ListSnapshots returns a page of the organization's snapshots.

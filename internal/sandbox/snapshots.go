@@ -11,7 +11,7 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// snapshots finds, keeps and removes snapshots, as rows and on the machine. It counts the users of
+// snapshots gets, keeps and removes snapshots, as rows and on the machine. It counts the users of
 // their files, makers included, so that none is removed while it is used.
 type snapshots struct {
 	store SnapshotStore
@@ -23,8 +23,8 @@ type snapshots struct {
 	uses map[SnapshotID]*snapshotUse
 }
 
-// find returns a ready snapshot of the organization by name or ID.
-func (s *snapshots) find(ctx context.Context, orgID, nameOrID string) (Snapshot, error) {
+// get returns a ready snapshot of the organization by name or ID.
+func (s *snapshots) get(ctx context.Context, orgID, nameOrID string) (Snapshot, error) {
 	if !strings.HasPrefix(nameOrID, snapshotPrefix) {
 		if !snapshotName.MatchString(nameOrID) {
 			return Snapshot{}, noSnapshot(nameOrID)
@@ -41,14 +41,14 @@ func (s *snapshots) find(ctx context.Context, orgID, nameOrID string) (Snapshot,
 	return snap, err
 }
 
-// use finds a snapshot and holds it.
+// use gets a snapshot and holds it.
 func (s *snapshots) use(ctx context.Context, orgID, nameOrID string) (Snapshot, func(), error) {
-	snap, err := s.find(ctx, orgID, nameOrID)
+	snap, err := s.get(ctx, orgID, nameOrID)
 	if err != nil {
 		return Snapshot{}, nil, err
 	}
 	release := s.hold(snap.ID)
-	if snap, err = s.find(ctx, orgID, string(snap.ID)); err != nil { // deleted in between
+	if snap, err = s.get(ctx, orgID, string(snap.ID)); err != nil { // deleted in between
 		release()
 		return Snapshot{}, nil, err
 	}
@@ -80,9 +80,9 @@ func (s *snapshots) abandon(ctx context.Context, id SnapshotID, row bool) {
 }
 
 // remove deletes a snapshot by name or ID. Sandboxes made from it continue. Sandboxes being
-// made from it are completed before its files are removed. Errors are those of find.
+// made from it are completed before its files are removed. Errors are those of get.
 func (s *snapshots) remove(ctx context.Context, orgID, nameOrID string) error {
-	snap, err := s.find(ctx, orgID, nameOrID)
+	snap, err := s.get(ctx, orgID, nameOrID)
 	if err != nil {
 		return err
 	}

@@ -46,7 +46,7 @@ func (s *Service) Connect(ctx context.Context, c Caller, id ID) (*Lease, error) 
 // one that is not in state running: it returns a Conflict, code "sandbox_not_running".
 func (s *Service) Attach(ctx context.Context, id ID) (*Lease, error) {
 	for last := false; ; last = true {
-		sbx, err := s.Lookup(ctx, id)
+		sbx, err := s.GetAny(ctx, id)
 		if err != nil {
 			return nil, err
 		}

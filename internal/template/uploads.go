@@ -43,8 +43,8 @@ type upload struct {
 	used time.Time
 }
 
-// find returns the blob of an upload, and marks the upload as used; "" if there is none.
-func (u *uploads) find(org, name string) string {
+// get returns the blob of an upload, and marks the upload as used; "" if there is none.
+func (u *uploads) get(org, name string) string {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	found := u.byOrg[org][name]
@@ -107,7 +107,7 @@ func (u *uploads) expire(since time.Time) []string {
 }
 
 // HasUpload reports whether an organization's upload is there, and keeps it for an hour.
-func (s *Service) HasUpload(org, name string) bool { return s.uploads.find(org, name) != "" }
+func (s *Service) HasUpload(org, name string) bool { return s.uploads.get(org, name) != "" }
 
 // PutUpload stores an upload, a tar, plain or compressed with gzip, of length bytes; negative is
 // unknown. It has the limits and the errors of a build context. It asks still whether the caller may
@@ -186,7 +186,7 @@ func (u unpacked) Read(b []byte) (int, error) {
 }
 
 func (s *Service) openUpload(org, name string, bound *unpacking) (*tar.Reader, func(), error) {
-	blob := s.uploads.find(org, name)
+	blob := s.uploads.get(org, name)
 	if blob == "" {
 		return nil, nil, fault.InvalidField("files",
 			"its files were not uploaded, or so long ago that they were removed: build the template again")
