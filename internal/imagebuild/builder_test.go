@@ -6,8 +6,14 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strings"
 	"testing"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
 
 	"github.com/cayhq/cay/internal/buildkit"
 	"github.com/cayhq/cay/internal/image"
@@ -63,11 +69,57 @@ func TestInstead(t *testing.T) {
 	}
 }
 
+// TestBasesOfOneTemplate exports one template twice: the Dockerfile names it, and an image without a registry that it
+// replaces.
+func TestBasesOfOneTemplate(t *testing.T) {
+	store, err := image.Open(image.Config{Dir: t.TempDir()}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	platform := v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
+	config := &v1.ConfigFile{OS: platform.OS, Architecture: platform.Architecture,
+		Config: v1.Config{Env: []string{"A=b"}}, RootFS: v1.RootFS{Type: "layers"}}
+	made, err := mutate.ConfigFile(empty.Image, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path, err := layout.Write(dir, empty.Index)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := path.AppendImage(made, layout.WithPlatform(platform)); err != nil {
+		t.Fatal(err)
+	}
+	img, err := store.Build(t.Context(), image.Source{Layout: &image.Layout{Dir: dir}}, func(string) {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const replaced = "127.0.0.1:1/python:3"
+	job := template.Job{Definition: template.Definition{Instead: map[string]string{replaced: "python"}},
+		Base: func(_ context.Context, name string) (template.Base, bool, error) {
+			return template.Base{Image: img.Digest}, name == "python", nil
+		}}
+	b := &bases{Builder: New(Config{Images: store, MaxDisk: 100 << 20}), job: job, dir: t.TempDir(),
+		progress: func(template.Progress) {}}
+	one, err := b.find(t.Context(), "python:latest")
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := b.find(t.Context(), replaced)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if one.Layout == other.Layout || one.Manifest != other.Manifest {
+		t.Errorf("the exports are %+v and %+v", one, other)
+	}
+}
+
 // TestBasesAreBounded exports templates until they take more disk than a build may write.
 func TestBasesAreBounded(t *testing.T) {
 	b := &bases{Builder: New(Config{MaxDisk: 100 << 20})}
 	for i, size := range []int64{60 << 20, 40 << 20, 1} {
-		err := b.reserve(size)
+		_, err := b.reserve(size)
 		const refusal = "100 MiB together that a build may write (build.disk_mb)"
 		if last := i == 2; (err != nil) != last || last && !strings.Contains(err.Error(), refusal) {
 			t.Errorf("template %d: %v", i, err)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -22,7 +23,7 @@ import (
 func (b *Builder) dockerfile(ctx context.Context, j template.Job,
 	progress func(template.Progress)) (_ template.Built, err error) {
 	bases := &bases{Builder: b, job: j, progress: progress}
-	if bases.dir, err = os.MkdirTemp(b.cfg.Scratch, "bases-"); err != nil {
+	if bases.dir, err = os.MkdirTemp(b.cfg.Scratch, "bases-"+j.ID+"-"); err != nil {
 		return template.Built{}, fmt.Errorf("making room for base images: %w", err)
 	}
 	defer func() { err = errors.Join(err, bases.close()) }()
@@ -68,7 +69,9 @@ type bases struct {
 	// +checklocks:mu
 	release []func()
 	// +checklocks:mu
-	exported int64 // disk that exported templates take, bytes
+	exports int // exported templates
+	// +checklocks:mu
+	exported int64 // disk that they take, bytes
 }
 
 // say reports progress of the build.
@@ -141,10 +144,11 @@ func (b *bases) export(ctx context.Context, name string, base template.Base) (bu
 	if err := unix.Stat(path, &st); err != nil {
 		return buildkit.Base{}, fmt.Errorf("looking at the image of template %s: %w", name, err)
 	}
-	if err := b.reserve(st.Blocks * 512); err != nil {
+	dir, err := b.reserve(st.Blocks * 512)
+	if err != nil {
 		return buildkit.Base{}, err
 	}
-	layout, err := b.cfg.Images.Export(ctx, base.Image, rt, filepath.Join(b.dir, name))
+	layout, err := b.cfg.Images.Export(ctx, base.Image, rt, dir)
 	if err != nil {
 		return buildkit.Base{}, fmt.Errorf("making an image of template %s: %w", name, err)
 	}
@@ -154,16 +158,18 @@ func (b *bases) export(ctx context.Context, name string, base template.Base) (bu
 	return buildkit.Base{Layout: layout.Dir, Manifest: layout.Manifest}, nil
 }
 
-// reserve counts the disk that exported templates take, in bytes, and refuses more than a build may write. Without it a
-// Dockerfile that names every template could fill the disk.
-func (b *bases) reserve(size int64) error {
+// reserve returns a directory for one more exported template. It counts the disk that exported templates take, in
+// bytes, and refuses more than a build may write. Without it a Dockerfile that names every template could fill the
+// disk.
+func (b *bases) reserve(size int64) (dir string, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.exported += size; b.exported > b.cfg.MaxDisk {
-		return fmt.Errorf("the templates that it is made from have more than the %d MiB together that a build may write "+
+		return "", fmt.Errorf("the templates that it is made from have more than the %d MiB together that a build may write "+
 			"(build.disk_mb)", b.cfg.MaxDisk>>20)
 	}
-	return nil
+	b.exports++
+	return filepath.Join(b.dir, strconv.Itoa(b.exports)), nil
 }
 
 // names returns the names of the bases that were found.
