@@ -27,6 +27,10 @@ var errUnknownUser = errors.New("unknown user")
 
 // users looks accounts up in /etc/passwd and /etc/group. It reads the files again
 // when they have changed. It is safe for concurrent use.
+//
+// It parses the files itself. github.com/moby/sys/user takes a number that it cannot
+// parse for 0, so that a broken line makes an account root; it refuses numbers above
+// 2³¹-1, and takes a user whose name is a number for that number.
 type users struct {
 	passwd, group string // paths
 

@@ -11,7 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The used part of linux/netfilter/nfnetlink_conntrack.h.
+// The used part of linux/netfilter/nfnetlink_conntrack.h. The kernel is asked for the connections of
+// one address. vishvananda/netlink reads the whole table for each deletion, which sandboxes can fill:
+// then every slot that is given back, and every change of a policy, would read all entries.
 const (
 	conntrackSubsystem = 1
 	conntrackGet       = 1
