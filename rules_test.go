@@ -51,7 +51,11 @@ var mayImport = map[string]struct {
 	"internal/agentapi":            {[]string{"agentapi/*", "budget", "fault"}, "the wire between host and agent"},
 	"internal/agentapi/process":    {nil, "generated"},
 	"internal/agentapi/filesystem": {nil, "generated"},
-	"internal/agent":               {[]string{"agentapi", "agentapi/*", "fault"}, "code that runs in sandboxes must stay small and know nothing of the host"},
+	"internal/agent":               {[]string{"agentapi", "fault"}, "code that runs in sandboxes must stay small and know nothing of the host; it joins the packages below it"},
+	"internal/agent/proc":          {[]string{"agent/account", "agent/answer", "agentapi", "agentapi/*", "fault"}, "processes inside: it knows no files"},
+	"internal/agent/file":          {[]string{"agent/account", "agent/answer", "agentapi", "agentapi/*", "fault"}, "files inside: it knows no processes"},
+	"internal/agent/account":       {[]string{"agent/answer", "agentapi", "fault"}, "users inside: processes and files act for them"},
+	"internal/agent/answer":        {[]string{"agentapi", "fault"}, "all calls of the agent answer with it"},
 
 	"internal/store":      {[]string{"auth", "event", "fault", "sandbox", "template"}, "it implements the core's interfaces; all SQL is here"},
 	"internal/httpserver": {[]string{"auth", "budget", "fault"}, "all fronts answer with it; it knows callers and errors, and no operation"},

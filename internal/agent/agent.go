@@ -16,20 +16,16 @@ import (
 	"cmp"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
-	"maps"
 	"net/http"
-	"os"
-	"strings"
-	"sync"
 
 	"connectrpc.com/connect"
 
+	"github.com/cayhq/cay/internal/agent/account"
+	"github.com/cayhq/cay/internal/agent/answer"
+	"github.com/cayhq/cay/internal/agent/file"
+	"github.com/cayhq/cay/internal/agent/proc"
 	"github.com/cayhq/cay/internal/agentapi"
-	"github.com/cayhq/cay/internal/agentapi/filesystem"
-	"github.com/cayhq/cay/internal/agentapi/process"
-	"github.com/cayhq/cay/internal/fault"
 )
 
 // DefaultMaxProcesses limits the processes and threads that the commands of a
@@ -48,15 +44,10 @@ type Config struct {
 type Agent struct {
 	connections *connections
 
-	settings  *settings
-	users     *users
-	processes *processes
-	files     *files
-	watchers  *watchers
-	memory    *memory
-	starter   *starter
+	settings  *account.Settings
+	processes *proc.Processes
+	files     *file.Files
 	tunnels   *tunnels
-	keeper    *keeper
 }
 
 // New returns the agent of this sandbox and starts to reap children. A process can
@@ -65,30 +56,13 @@ func New(cfg Config) (*Agent, error) {
 	if cfg.MaxProcesses == 0 {
 		cfg.MaxProcesses = DefaultMaxProcesses
 	}
-	null, err := os.Open(os.DevNull)
-	if err != nil {
-		return nil, fmt.Errorf("opening the input of commands that have none: %w", err)
-	}
-	g, err := openGroups(cmp.Or(cfg.MountPoint, "/sys"), cfg.MaxProcesses)
-	if err != nil {
+	a := &Agent{connections: &connections{patience: strangerTime}, settings: &account.Settings{}, tunnels: &tunnels{}}
+	accounts := account.NewUsers("/etc/passwd", "/etc/group")
+	var err error
+	if a.processes, err = proc.New(a.settings, accounts, cmp.Or(cfg.MountPoint, "/sys"), cfg.MaxProcesses); err != nil {
 		return nil, err
 	}
-	r := newReaper()
-	s := newSpawner(g, r)
-	go r.run()
-	a := &Agent{
-		connections: &connections{patience: strangerTime}, settings: &settings{},
-		users: &users{passwd: "/etc/passwd", group: "/etc/group"},
-	}
-	a.processes = &processes{settings: a.settings, users: a.users, spawner: s, null: null, commands: map[int]*command{}}
-	a.processes.guard = newGuard(a.processes, g)
-	go a.processes.guard.run()
-	a.files = &files{settings: a.settings, users: a.users, maxEntries: agentapi.MaxEntries}
-	a.watchers = &watchers{}
-	a.tunnels = &tunnels{}
-	a.memory = newMemory(a.processes)
-	a.starter = &starter{processes: a.processes, logPath: agentapi.StartLog}
-	a.keeper = &keeper{processes: a.processes}
+	a.files = file.New(a.settings, accounts)
 	return a, nil
 }
 
@@ -101,41 +75,21 @@ func (a *Agent) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	mux.HandleFunc("POST /init", a.init)
-	mux.HandleFunc("POST /start", a.starter.start)
-	a.keeper.routes(mux)
 	mux.HandleFunc("GET /envs", func(w http.ResponseWriter, _ *http.Request) {
-		env, _ := a.settings.commandDefaults()
-		writeJSON(w, http.StatusOK, env)
-	})
-	mux.HandleFunc("GET /metrics", a.memory.metrics)
-	mux.HandleFunc("POST /memory/relieve", a.memory.relieve)
-	mux.HandleFunc("GET /busy", func(w http.ResponseWriter, _ *http.Request) {
-		writeJSON(w, http.StatusOK, agentapi.BusyReply{Busy: a.processes.spawner.groups.busy()})
+		env, _ := a.settings.CommandDefaults()
+		answer.JSON(w, http.StatusOK, env)
 	})
 	mux.HandleFunc("GET /tunnel", a.tunnels.serve)
-	mux.HandleFunc("GET /files", a.files.get)
-	mux.HandleFunc("HEAD /files", a.files.get)
-	mux.HandleFunc("POST /files", a.files.post)
-	mux.HandleFunc("PUT /files", a.files.put)
-	mux.HandleFunc("DELETE /files", a.files.remove)
-	mux.HandleFunc("GET /files/list", a.files.list)
-	mux.HandleFunc("GET /files/stat", a.files.stat)
-	mux.HandleFunc("POST /files/mkdir", a.files.mkdir)
-	mux.HandleFunc("POST /files/rename", a.files.rename)
-	mux.HandleFunc("GET /files/tar", a.files.getTar)
-	mux.HandleFunc("PUT /files/tar", a.files.putTar)
-	mux.HandleFunc("POST /files/compose", a.files.compose)
 	opts := []connect.HandlerOption{connect.WithReadMaxBytes(maxMessage)}
-	path, calls := process.NewProcessHandler(a.processes, opts...)
-	mux.Handle(path, gathering(calls))
-	mux.Handle(filesystem.NewFilesystemHandler(&filesystemService{files: a.files, watchers: a.watchers}, opts...))
+	a.processes.Routes(mux, opts)
+	a.files.Routes(mux, opts)
 	return cors(a.authorise(a.guarded(mux)))
 }
 
 // guarded wakes the guard at every request, since any request may start processes.
 func (a *Agent) guarded(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		a.processes.guard.wake()
+		a.processes.Wake()
 		next.ServeHTTP(w, r)
 	})
 }
@@ -145,7 +99,7 @@ func (a *Agent) guarded(next http.Handler) http.Handler {
 func (a *Agent) authorise(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path != "/health" && !a.connections.allowed(connOf(r)) {
-			httpError(w, &problem{status: http.StatusUnauthorized, text: "the agent serves only its host"})
+			answer.Error(w, &answer.Problem{Status: http.StatusUnauthorized, Text: "the agent serves only its host"})
 			return
 		}
 		next.ServeHTTP(w, r)
@@ -179,67 +133,25 @@ func allowedHeaders(r *http.Request) string {
 	return "*"
 }
 
-// settings holds the host's settings for the sandbox.
-type settings struct {
-	mu      sync.RWMutex
-	env     map[string]string // replaced, never changed
-	user    string
-	workdir string
-}
-
-func (s *settings) defaultUser() string {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.user
-}
-
-// commandDefaults returns the sandbox's environment, which the caller must not change, and
-// its working directory.
-func (s *settings) commandDefaults() (env map[string]string, workdir string) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.env, s.workdir
-}
-
 // init answers POST /init: it applies the host's settings. Absent fields keep their values.
 func (a *Agent) init(w http.ResponseWriter, r *http.Request) {
 	const maxInit = 1 << 20 // bytes; an environment has at most 128 KiB
 	var req agentapi.InitRequest
 	body := http.MaxBytesReader(w, r.Body, maxInit)
 	if err := json.NewDecoder(body).Decode(&req); err != nil && !errors.Is(err, io.EOF) {
-		httpError(w, badRequest("init: %s", err))
+		answer.Error(w, answer.Bad("init: %s", err))
 		return
 	}
-	if err := a.settings.apply(req); err != nil {
-		httpError(w, err)
+	if err := a.settings.Apply(req); err != nil {
+		answer.Error(w, err)
 		return
 	}
 	if err := tellSystem(req); err != nil {
-		httpError(w, err)
+		answer.Error(w, err)
 		return
 	}
 	if req.AccessToken != "" {
 		a.connections.rekey(req.AccessToken, connOf(r))
 	}
 	w.WriteHeader(http.StatusNoContent)
-}
-
-func (s *settings) apply(req agentapi.InitRequest) error {
-	for name := range req.Env {
-		if name == "" || strings.ContainsAny(name, "=\x00") {
-			return newProblem(fault.CodeInvalidEnv, "%q is not a name of an environment variable", name)
-		}
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if req.Env != nil {
-		s.env = maps.Clone(req.Env)
-	}
-	if req.DefaultUser != "" {
-		s.user = req.DefaultUser
-	}
-	if req.DefaultWorkdir != "" {
-		s.workdir = req.DefaultWorkdir
-	}
-	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cayhq/cay/internal/agent/account"
 	"github.com/cayhq/cay/internal/agentapi"
 )
 
@@ -20,7 +21,7 @@ func door(t *testing.T, patience time.Duration) (*connections, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := &Agent{connections: &connections{patience: patience}, settings: &settings{}}
+	a := &Agent{connections: &connections{patience: patience}, settings: &account.Settings{}}
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /init", func(_ http.ResponseWriter, r *http.Request) {
 		a.connections.rekey(r.URL.Query().Get("key"), connOf(r))

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cayhq/cay/internal/agent/answer"
 	"github.com/cayhq/cay/internal/agentapi"
 )
 
@@ -51,7 +52,7 @@ func tellSystem(req agentapi.InitRequest) error {
 	for _, s := range req.Nameservers {
 		addr, err := netip.ParseAddr(s)
 		if err != nil {
-			return badRequest("nameserver %q is not an address", s)
+			return answer.Bad("nameserver %q is not an address", s)
 		}
 		fmt.Fprintf(&text, "nameserver %s\n", addr)
 	}

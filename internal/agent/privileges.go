@@ -50,7 +50,7 @@ func Harden(cgroupRoot string) error {
 	// gVisor mounts a tmpfs without a limit over an image's empty /tmp. Its files would take
 	// memory that belongs to no process; the image's own /tmp below it is on the disk. If /tmp
 	// is not empty gVisor mounted nothing, and /tmp may be a link to some other mount.
-	if names, err := readNames("/tmp"); err == nil && len(names) == 0 {
+	if names, err := os.ReadDir("/tmp"); err == nil && len(names) == 0 {
 		if err := unix.Unmount("/tmp", unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("detaching the tmpfs at /tmp: %w", err)
 		}

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/cayhq/cay/internal/agent/answer"
+	"github.com/cayhq/cay/internal/agent/file"
 	"github.com/cayhq/cay/internal/agentapi"
 	"github.com/cayhq/cay/internal/fault"
 )
@@ -31,7 +33,7 @@ const (
 	// read gets less than smallRelay: many tunnels are idle, few move much, and a system
 	// call costs tens of microseconds in gVisor.
 	smallRelay = 8 << 10
-	largeRelay = copyBuffer
+	largeRelay = file.CopyBuffer
 )
 
 // tunnels connects the host to ports of the sandbox.
@@ -42,29 +44,29 @@ type tunnels struct{ open atomic.Int64 }
 func (t *tunnels) serve(w http.ResponseWriter, r *http.Request) {
 	port, err := strconv.ParseUint(r.URL.Query().Get("port"), 10, 16)
 	if err != nil || port == 0 {
-		httpError(w, badRequest("port %q is not a port", r.URL.Query().Get("port")))
+		answer.Error(w, answer.Bad("port %q is not a port", r.URL.Query().Get("port")))
 		return
 	}
 	if r.Header.Get("Upgrade") != agentapi.TunnelProtocol {
-		httpError(w, badRequest("a tunnel needs Upgrade: %s", agentapi.TunnelProtocol))
+		answer.Error(w, answer.Bad("a tunnel needs Upgrade: %s", agentapi.TunnelProtocol))
 		return
 	}
 	if t.open.Add(1) > maxTunnels {
 		t.open.Add(-1)
-		httpError(w, newProblem(fault.CodeTooManyConnections,
+		answer.Error(w, answer.New(fault.CodeTooManyConnections,
 			"the sandbox has %d connections to its ports already", maxTunnels))
 		return
 	}
 	defer t.open.Add(-1)
 	inside, err := dialInside(r.Context(), int(port))
 	if err != nil {
-		httpError(w, err)
+		answer.Error(w, err)
 		return
 	}
 	defer inside.Close()
 	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		httpError(w, fmt.Errorf("taking the connection over: %w", err))
+		answer.Error(w, fmt.Errorf("taking the connection over: %w", err))
 		return
 	}
 	defer conn.Close()
@@ -113,9 +115,9 @@ func dialInside(ctx context.Context, port int) (*net.TCPConn, error) {
 	}
 	switch {
 	case errors.Is(first, syscall.ECONNREFUSED):
-		return nil, newProblem(fault.CodePortClosed, "nothing listens on port %d", port)
+		return nil, answer.New(fault.CodePortClosed, "nothing listens on port %d", port)
 	case ctx.Err() != nil:
-		return nil, newProblem(fault.CodePortClosed, "the program that listens on port %d accepts no connection", port)
+		return nil, answer.New(fault.CodePortClosed, "the program that listens on port %d accepts no connection", port)
 	}
 	return nil, fmt.Errorf("connecting to port %d: %w", port, first)
 }
@@ -178,8 +180,8 @@ func relay(to, from *net.TCPConn) error {
 
 // relayMuch copies with a large buffer. It returns nil when a read gets less than smallRelay.
 func relayMuch(to, from *net.TCPConn) error {
-	large := copyBuffers.Get().(*[largeRelay]byte)
-	defer copyBuffers.Put(large)
+	large := file.CopyBuffers.Get().(*[largeRelay]byte)
+	defer file.CopyBuffers.Put(large)
 	for {
 		n, err := from.Read(large[:])
 		if n > 0 {

@@ -1,0 +1,244 @@
+package proc
+
+import (
+	"encoding/json"
+	"net/http"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/agent/answer"
+	"github.com/cayhq/cay/internal/agentapi"
+)
+
+// relievePatience limits the time in which killed processes give their memory back.
+// The host asks when little memory is left: a longer wait delays its next step, a
+// shorter one reports less freed memory than there is.
+const relievePatience = 3 * time.Second
+
+// memory finds and kills the processes that hold the most memory. It allocates its
+// buffers beforehand, since it works when no memory is left.
+type memory struct {
+	processes *Processes
+	page      int64
+
+	mu      sync.Mutex
+	proc    *os.File // /proc
+	entries []byte   // directory entries
+	text    []byte   // content of one file
+	path    []byte
+	victims []victim
+}
+
+type victim struct {
+	pid int
+	rss int64 // bytes
+}
+
+// Sizes of the buffers, in bytes. 1024 processes have about 24 KiB of directory
+// entries; more are read in several pieces.
+const (
+	entriesBuffer = 32 << 10
+	textBuffer    = 4 << 10
+	maxVictims    = 64 // processes that one scan keeps, the largest
+)
+
+func newMemory(p *Processes) *memory {
+	return &memory{
+		processes: p,
+		page:      int64(os.Getpagesize()),
+		entries:   make([]byte, entriesBuffer),
+		text:      make([]byte, textBuffer),
+		path:      make([]byte, 0, 64),
+		victims:   make([]victim, 0, maxVictims),
+	}
+}
+
+// relieve answers POST /memory/relieve.
+func (m *memory) relieve(w http.ResponseWriter, r *http.Request) {
+	var req agentapi.RelieveRequest
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, textBuffer)).Decode(&req); err != nil {
+		answer.Error(w, answer.Bad("relieve: %s", err))
+		return
+	}
+	if req.Bytes <= 0 {
+		answer.Error(w, answer.Bad("relieve: bytes must be positive"))
+		return
+	}
+	freed, killed, err := m.free(req.Bytes)
+	if err != nil {
+		answer.Error(w, err)
+		return
+	}
+	answer.JSON(w, http.StatusOK, agentapi.RelieveReply{Freed: freed, Killed: killed})
+}
+
+// free kills the largest processes until they have given back so many bytes of
+// resident memory or no process is left to kill, and waits until they are gone.
+func (m *memory) free(bytes int64) (freed int64, killed int, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	deadline := time.Now().Add(relievePatience)
+	for freed < bytes && time.Now().Before(deadline) {
+		if err := m.scan(); err != nil {
+			return freed, killed, err
+		}
+		if len(m.victims) == 0 {
+			return freed, killed, nil
+		}
+		for _, v := range m.victims {
+			if freed >= bytes {
+				break
+			}
+			m.markKilled(v.pid)
+			if unix.Kill(v.pid, unix.SIGKILL) != nil {
+				continue // ended by itself
+			}
+			killed++
+			if m.waitGone(v, deadline) {
+				freed += v.rss
+			}
+		}
+	}
+	return freed, killed, nil
+}
+
+// scan fills victims with the largest processes, largest first.
+func (m *memory) scan() error {
+	m.victims = m.victims[:0]
+	if m.proc == nil {
+		proc, err := os.Open("/proc")
+		if err != nil {
+			return err
+		}
+		m.proc = proc
+	}
+	fd := int(m.proc.Fd())
+	if _, err := unix.Seek(fd, 0, unix.SEEK_SET); err != nil {
+		return os.NewSyscallError("seek /proc", err)
+	}
+	me := os.Getpid()
+	for {
+		n, err := unix.Getdents(fd, m.entries)
+		if err != nil {
+			return os.NewSyscallError("read /proc", err)
+		}
+		if n <= 0 {
+			return nil
+		}
+		eachPID(m.entries[:n], func(pid int) {
+			if pid != me {
+				m.consider(victim{pid: pid, rss: m.rss(pid)})
+			}
+		})
+	}
+}
+
+// eachPID calls f with the pid of each directory entry of /proc that is a process.
+func eachPID(entries []byte, f func(pid int)) {
+	const nameAt = 19 // in struct linux_dirent64
+	for len(entries) > nameAt {
+		length := int(entries[16]) | int(entries[17])<<8
+		if length <= nameAt || length > len(entries) {
+			return
+		}
+		pid := 0
+		for _, c := range entries[nameAt:length] {
+			if c == 0 {
+				break
+			}
+			if c < '0' || c > '9' {
+				pid = 0
+				break
+			}
+			pid = pid*10 + int(c-'0')
+		}
+		if pid > 0 {
+			f(pid)
+		}
+		entries = entries[length:]
+	}
+}
+
+// consider adds v to the victims if it is among the largest.
+func (m *memory) consider(v victim) {
+	if v.rss == 0 {
+		return // a zombie
+	}
+	at := len(m.victims)
+	for at > 0 && m.victims[at-1].rss < v.rss {
+		at--
+	}
+	if at == maxVictims {
+		return
+	}
+	if len(m.victims) < maxVictims {
+		m.victims = append(m.victims, victim{})
+	}
+	copy(m.victims[at+1:], m.victims[at:])
+	m.victims[at] = v
+}
+
+// read returns the start of /proc/PID/name, nil if the process is gone.
+func (m *memory) read(pid int, name string) []byte {
+	m.path = append(m.path[:0], "/proc/"...)
+	m.path = strconv.AppendInt(m.path, int64(pid), 10)
+	m.path = append(append(m.path, '/'), name...)
+	fd, err := unix.Open(string(m.path), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil
+	}
+	n, err := unix.Read(fd, m.text)
+	// Nothing was written through it.
+	_ = unix.Close(fd)
+	if err != nil {
+		return nil
+	}
+	return m.text[:n]
+}
+
+// rss returns a process's resident memory in bytes, 0 when it is gone.
+func (m *memory) rss(pid int) int64 {
+	return residentPages(m.read(pid, "statm")) * m.page
+}
+
+// residentPages returns the second number of a statm file.
+func residentPages(statm []byte) int64 {
+	field, pages := 0, int64(0)
+	for _, c := range statm {
+		switch {
+		case c == ' ':
+			if field++; field == 2 {
+				return pages
+			}
+		case field == 1 && c >= '0' && c <= '9':
+			pages = pages*10 + int64(c-'0')
+		}
+	}
+	return 0
+}
+
+// markKilled marks the command that the process belongs to as killed for lack of memory.
+func (m *memory) markKilled(pid int) {
+	name := nameOf(m.read(pid, "cgroup"))
+	if name == "" {
+		return
+	}
+	if c := m.processes.inGroup(name); c != nil {
+		c.oomKilled.Store(true)
+	}
+}
+
+// waitGone reports whether the process has given its memory back in time.
+func (m *memory) waitGone(v victim, deadline time.Time) bool {
+	for m.rss(v.pid) > 0 {
+		if time.Now().After(deadline) {
+			return false
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return true
+}
