@@ -1,17 +1,14 @@
 package e2e
 
 import (
-	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
-	"strconv"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -57,29 +54,14 @@ func (s *server) runE2B(t *testing.T, version, key string, chosen func(file stri
 	t.Helper()
 	node := nodeProgram(t)
 	dir := installed(t, version)
-	// Node.js looks for the packages in the directories above the tests.
-	run, err := os.MkdirTemp(dir, "run-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := os.RemoveAll(run); err != nil {
-			t.Error(err)
-		}
-	})
+	files := readAll(t, "e2b/*.mjs")
 	args := []string{"--test", "--test-concurrency=2", "--test-reporter=spec"}
-	for _, path := range mustGlob(t, "e2b/*.mjs") {
-		data, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(run, filepath.Base(path)), data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if strings.HasSuffix(path, ".test.mjs") && chosen(filepath.Base(path)) {
-			args = append(args, filepath.Base(path))
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		if strings.HasSuffix(name, ".test.mjs") && chosen(name) {
+			args = append(args, name)
 		}
 	}
+	run := runDir(t, dir, files)
 	ctx, cancel := context.WithTimeout(t.Context(), e2bPatience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, node, args...)
@@ -112,70 +94,61 @@ func mustGlob(t *testing.T, pattern string) []string {
 	return paths
 }
 
-// nodeProgram returns a Node.js that can run E2B's packages: the host's if it is new enough, else
-// one that is installed with npm like them.
+// nodeProgram returns a Node.js that can run the packages.
 func nodeProgram(t *testing.T) string {
 	t.Helper()
-	const oldest = 20
-	node := caytest.RequireProgram(t, "node")
-	out, err := exec.Command(node, "--version").Output()
+	caytest.RequireProgram(t, "node")
+	node, err := caytest.Node(t.Context(), "e2b/node")
 	if err != nil {
-		t.Fatalf("asking node for its version: %v", err)
+		t.Fatal(err)
 	}
-	major, err := strconv.Atoi(strings.Split(strings.TrimPrefix(string(out), "v"), ".")[0])
-	if err == nil && major >= oldest {
-		return node
-	}
-	arch := map[string]string{"amd64": "x64"}[runtime.GOARCH]
-	return filepath.Join(installed(t, "node"), "node_modules", "node-linux-"+cmp.Or(arch, runtime.GOARCH), "bin", "node")
+	return node
 }
 
-// installed returns a directory with the packages of a version, as its lock file names them. The
-// directory is kept outside the clone, under a hash of its content.
+// installed returns a directory with the packages that a directory below e2b names.
 func installed(t *testing.T, version string) string {
 	t.Helper()
-	npm := caytest.RequireProgram(t, "npm")
-	files := map[string][]byte{}
-	sum := sha256.New()
-	for _, name := range []string{"package.json", "package-lock.json"} {
-		data, err := os.ReadFile(filepath.Join("e2b", version, name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		files[name] = data
-		sum.Write(data)
-	}
-	cache, err := os.UserCacheDir()
+	caytest.RequireProgram(t, "npm")
+	dir, err := caytest.NPM(t.Context(), filepath.Join("e2b", version))
 	if err != nil {
-		t.Fatal(err)
-	}
-	dir := filepath.Join(cache, "cay", "npm", hex.EncodeToString(sum.Sum(nil)[:8]))
-	if _, err := os.Stat(filepath.Join(dir, "node_modules")); err == nil {
-		return dir
-	}
-	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	// The directory gets its name when it is complete.
-	draft, err := os.MkdirTemp(filepath.Dir(dir), "draft-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(draft) // it has another name if all went well
-	for name, data := range files {
-		if err := os.WriteFile(filepath.Join(draft, name), data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	cmd := exec.Command(npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund")
-	cmd.Dir = draft
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("installing E2B's packages: %v\n%s", err, out)
-	}
-	if err := os.Rename(draft, dir); err != nil && !os.IsExist(err) {
 		t.Fatal(err)
 	}
 	return dir
+}
+
+// runDir makes a directory with files below a directory of packages, where Node.js looks for them,
+// and removes it at the end of the test.
+func runDir(t *testing.T, packages string, files map[string][]byte) string {
+	t.Helper()
+	dir, err := os.MkdirTemp(packages, "run-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	for name, data := range files {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// readAll reads the files of a pattern, under their base names.
+func readAll(t *testing.T, pattern string) map[string][]byte {
+	t.Helper()
+	files := map[string][]byte{}
+	for _, path := range mustGlob(t, pattern) {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files[filepath.Base(path)] = data
+	}
+	return files
 }
 
 func packageVersion(t *testing.T, dir string) string {
