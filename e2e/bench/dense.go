@@ -40,7 +40,7 @@ func measureDense(ctx context.Context, o options, s *server, _ *docker, r *resul
 		return err
 	}
 	defer func() { err = errors.Join(err, dense.close()) }()
-	if err := dense.awaitTemplate(ctx); err != nil {
+	if err := dense.awaitTemplate(ctx, template); err != nil {
 		return err
 	}
 	before, err := availableMemory()

@@ -34,7 +34,7 @@ func measureLoad(ctx context.Context, o options, s *server, _ *docker, r *result
 		return err
 	}
 	defer func() { err = errors.Join(err, loaded.close()) }()
-	if err := loaded.awaitTemplate(ctx); err != nil {
+	if err := loaded.awaitTemplate(ctx, template); err != nil {
 		return err
 	}
 	watched, err := loaded.create(ctx)

@@ -53,8 +53,8 @@ func main() {
 	flag.StringVar(&o.doc, "doc", "",
 		"put the results into this Markdown `file`, between its lines <!-- run --> and <!-- /run -->")
 	flag.StringVar(&o.only, "only", "",
-		"measure this `part` alone: starts, commands, live, files, ports, rest, sleep, egress, builds, fork, pool, load "+
-			"or dense")
+		"measure this `part` alone: starts, commands, live, files, ports, rest, sleep, egress, builds, fork, pool, "+
+			"computesdk, load or dense")
 	flag.BoolVar(&quick, "quick", false, "few runs: shows that everything works, and little more")
 	serve := flag.String("serve", "", "be the server that ports are measured with, at `ADDRESS,ADDRESS`, and nothing else")
 	flag.Parse()
@@ -100,7 +100,7 @@ func bench(ctx context.Context, o options) (err error) {
 	}
 	defer func() { err = errors.Join(err, s.close()) }()
 	progress("waiting for the template")
-	if err := s.awaitTemplate(ctx); err != nil {
+	if err := s.awaitTemplate(ctx, template); err != nil {
 		return err
 	}
 	r.Host.Cay, err = s.version(ctx)
@@ -129,6 +129,7 @@ func bench(ctx context.Context, o options) (err error) {
 		{"builds", measureBuilds},
 		{"fork", measureFork},
 		{"pool", measurePool},
+		{"computesdk", measureComputeSDK},
 		{"load", measureLoad},
 		{"dense", measureDense},
 	} {

@@ -24,7 +24,7 @@ func measurePool(ctx context.Context, o options, s *server, d *docker, r *result
 		return err
 	}
 	defer func() { err = errors.Join(err, warm.close()) }()
-	if err := warm.awaitTemplate(ctx); err != nil {
+	if err := warm.awaitTemplate(ctx, template); err != nil {
 		return err
 	}
 	// The first create is cold, and makes the pool keep that kind of sandbox.

@@ -144,14 +144,14 @@ func (s *server) poll(ctx context.Context, within time.Duration, done func() (bo
 	}
 }
 
-func (s *server) awaitTemplate(ctx context.Context) error {
+func (s *server) awaitTemplate(ctx context.Context, name string) error {
 	return s.poll(ctx, templatePatience, func() (bool, error) {
-		t, err := s.api.GetTemplate(ctx, template)
+		t, err := s.api.GetTemplate(ctx, name)
 		if err != nil {
 			return false, err
 		}
 		if t.Status == cay.TemplateStatusFailed {
-			return false, fmt.Errorf("the template %s cannot be made; see cay templates show %s", template, template)
+			return false, fmt.Errorf("the template %s cannot be made; see cay templates show %s", name, name)
 		}
 		return t.Status == cay.TemplateStatusReady, nil
 	})
