@@ -185,10 +185,11 @@ func allowed(from, own string, rooms []string) bool {
 	return slices.Contains(rooms, room) || nested && slices.Contains(rooms, parent+"/*")
 }
 
-// TestVerbsUseTheClient lets only some files of the command line import rooms: those that run a server, or that look
-// for the servers of this machine. All other verbs work with the servers of other machines too.
+// TestVerbsUseTheClient lets only some files of the command line import rooms: those that run a server, that move
+// its records, or that look for the servers of this machine. All other verbs work with the servers of other machines
+// too.
 func TestVerbsUseTheClient(t *testing.T) {
-	mayUseRooms := []string{"cli.go", "connect.go", "doctor.go", "server.go"}
+	mayUseRooms := []string{"cli.go", "connect.go", "doctor.go", "migrate.go", "server.go"}
 	for _, file := range goPackages(t)["internal/cli"] {
 		for _, spec := range parse(t, file, parser.ImportsOnly).Imports {
 			path, _ := strconv.Unquote(spec.Path.Value)
@@ -208,6 +209,7 @@ func TestHeavyDependencies(t *testing.T) {
 		"gvisor.dev/gvisor/":                      {[]string{"cmd/cay-runsc", "scripts/gvisor/filters"}, "the server drives runsc as a program and must not carry it"},
 		"github.com/moby/buildkit/":               {[]string{"cmd/cay-buildkit"}, "the server talks to it as a program and must not carry it"},
 		"database/sql":                            {[]string{"internal/store"}, "all SQL is in one room"},
+		"github.com/jackc/pgx":                    {[]string{"internal/store"}, "all SQL is in one room"},
 		"github.com/google/nftables":              {[]string{"internal/network"}, "rules are made in one room"},
 		"github.com/vishvananda/netlink":          {[]string{"internal/network"}, "links are made in one room"},
 		"github.com/google/go-containerregistry/": {[]string{"internal/image"}, "registries are one room's business"},

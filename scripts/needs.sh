@@ -40,6 +40,14 @@ fi
 if [[ $1 == generate && ! -e /usr/include/google/protobuf/timestamp.proto ]]; then
 	missing+=(libprotobuf-dev)
 fi
+# Debian's package would also start a server of its own, which nothing of cay uses.
+if [[ $1 == test ]] && ! compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null; then
+	missing+=(postgresql)
+	if [[ $EUID -eq 0 && ! -e /etc/postgresql-common/createcluster.conf ]]; then
+		mkdir -p /etc/postgresql-common
+		echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.conf
+	fi
+fi
 # A program for test sandboxes that needs no library.
 if [[ $1 == test ]] && ! dpkg -s busybox-static >/dev/null 2>&1; then
 	missing+=(busybox-static)

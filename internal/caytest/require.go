@@ -15,7 +15,7 @@ import (
 func RequireRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		missing(t, "needs root")
+		Missing(t, "needs root")
 	}
 }
 
@@ -25,12 +25,13 @@ func RequireProgram(t testing.TB, name string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
 	if err != nil {
-		missing(t, "needs the program "+name)
+		Missing(t, "needs the program "+name)
 	}
 	return path
 }
 
-func missing(t testing.TB, reason string) {
+// Missing skips the test, or fails it with CAY_TEST_REQUIRE=1.
+func Missing(t testing.TB, reason string) {
 	t.Helper()
 	if os.Getenv("CAY_TEST_REQUIRE") == "1" {
 		t.Fatalf("%s, and CAY_TEST_REQUIRE=1 makes that a failure", reason)

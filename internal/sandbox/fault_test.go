@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/nodetest"
 	"github.com/cayhq/cay/internal/sandbox"
 )
@@ -32,6 +33,7 @@ type gate struct {
 	shut context.CancelFunc
 
 	writes atomic.Int64 // to the store
+	away   atomic.Bool  // whether reads and transitions fail as if the database were away
 
 	mu     sync.Mutex
 	broken func(to sandbox.State) bool // reports the transitions that fail; guarded by mu
@@ -125,6 +127,9 @@ func through[T any](ctx context.Context, g *gate, call func(ctx context.Context)
 	return call(ctx)
 }
 
+// errAway is the error of a store whose database is away.
+var errAway = fault.New(fault.Unavailable, "not_ready", "away").After(2 * time.Second)
+
 type gatedStore struct {
 	sandbox.Store
 	*gate
@@ -177,6 +182,9 @@ func (s gatedStore) Forget(ctx context.Context, id sandbox.ID) error {
 }
 
 func (s gatedStore) Get(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, error) {
+	if s.away.Load() {
+		return sandbox.Sandbox{}, errAway
+	}
 	sbx, err := through(ctx, s.gate, func(ctx context.Context) (sandbox.Sandbox, error) { return s.Store.Get(ctx, id) })
 	s.mu.Lock()
 	after := s.after
@@ -190,6 +198,9 @@ func (s gatedStore) Get(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, er
 
 func (s gatedStore) Transition(ctx context.Context, c sandbox.Change) (sandbox.Sandbox, error) {
 	s.writes.Add(1)
+	if s.away.Load() {
+		return sandbox.Sandbox{}, errAway
+	}
 	s.mu.Lock()
 	broken := s.broken
 	s.mu.Unlock()

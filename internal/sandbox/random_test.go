@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -11,15 +12,54 @@ import (
 
 	"pgregory.net/rapid"
 
+	"github.com/cayhq/cay/internal/caytest"
 	"github.com/cayhq/cay/internal/fault"
 	"github.com/cayhq/cay/internal/sandbox"
+	"github.com/cayhq/cay/internal/store"
 )
 
 // TestRandomLives runs random operations, faults, deaths and restarts. Afterwards it checks that
 // rows and host agree, that nothing is stuck, and that no persistent sandbox with a recovery point
 // was lost.
 func TestRandomLives(t *testing.T) {
+	randomLives(t, func() string { return "" }, math.MaxInt)
+}
+
+// livesOnPostgres limits the random lives with their records in PostgreSQL, each of which takes some tenths of a
+// second.
+const livesOnPostgres = 20
+
+// TestRandomLivesPostgres is TestRandomLives with the records in PostgreSQL.
+func TestRandomLivesPostgres(t *testing.T) {
+	server := caytest.StartPostgres(t)
+	lives := 0
+	create := func(template string) string {
+		lives++
+		address, err := server.Create(fmt.Sprint("lives", lives), template)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return address
+	}
+	// All lives have copies of the first database, so that one of them migrates.
+	db, err := store.OpenPostgres(t.Context(), store.PostgresConfig{URL: create("")})
+	if err == nil {
+		err = db.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { onPostgres = "" }()
+	randomLives(t, func() string { return create("lives1") }, livesOnPostgres)
+}
+
+// randomLives runs random steps, at most so many times, with records in the database that address returns.
+func randomLives(t *testing.T, address func() string, times int) {
 	rapid.Check(t, func(rt *rapid.T) {
+		if times--; times < 0 {
+			return
+		}
+		onPostgres = address()
 		steps := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) step {
 			return step{
 				what:  rapid.SampledFrom(operations).Draw(t, "what"),

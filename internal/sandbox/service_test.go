@@ -59,9 +59,19 @@ func newFixture(t *testing.T) *fixture {
 	return newPoolFixture(t, sandbox.PoolConfig{})
 }
 
+// onPostgres has the address of an empty database in PostgreSQL for the fixtures of a test, "" for SQLite.
+var onPostgres string
+
+func openStore(t *testing.T) (*store.DB, error) {
+	if onPostgres != "" {
+		return store.OpenPostgres(t.Context(), store.PostgresConfig{URL: onPostgres, MaxConns: 8})
+	}
+	return store.Open(t.Context(), filepath.Join(t.TempDir(), "cay.db"))
+}
+
 func newPoolFixture(t *testing.T, pool sandbox.PoolConfig) *fixture {
 	t.Helper()
-	db, err := store.Open(t.Context(), filepath.Join(t.TempDir(), "cay.db"))
+	db, err := openStore(t)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -428,6 +438,20 @@ func TestExpiredWhileTheServerWasAway(t *testing.T) {
 		time.Sleep(time.Hour)
 		h.start()
 		synctest.Wait()
+		h.wantState(sbx.ID, sandbox.Destroyed, sandbox.Expired)
+	})
+}
+
+// TestExpiredWhileTheStoreWasAway checks that a sandbox whose time is up ends soon after its row can be read again.
+func TestExpiredWhileTheStoreWasAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newFixture(t)
+		sbx := h.mustCreate(sandbox.Request{Timeout: ptr(time.Minute)})
+		h.gate.away.Store(true)
+		pass(61 * time.Second)
+		h.gate.away.Store(false)
+		h.wantState(sbx.ID, sandbox.Running, "")
+		pass(2 * time.Second)
 		h.wantState(sbx.ID, sandbox.Destroyed, sandbox.Expired)
 	})
 }

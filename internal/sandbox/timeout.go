@@ -157,6 +157,10 @@ func (s *Service) expire(id ID) {
 		return
 	}
 	s.log.ErrorContext(ctx, "destroying an expired sandbox", "sandbox", id, "error", err)
+	again := retryAfter
+	if f := fault.As(err); f != nil && f.RetryAfter > 0 {
+		again = f.RetryAfter // the store is away for a while
+	}
 	// Once the destroy is claimed Reconcile retries it; before that only this timer does.
-	s.live.resetEnd(id, "", func(*instance) time.Time { return time.Now().Add(retryAfter) })
+	s.live.resetEnd(id, "", func(*instance) time.Time { return time.Now().Add(again) })
 }

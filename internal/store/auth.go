@@ -38,7 +38,7 @@ func (db *DB) PutOrg(ctx context.Context, o auth.Org, first auth.Key) error {
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		fields := orgFields(&o)
 		_, err := tx.ExecContext(ctx, "INSERT INTO orgs ("+orgColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
-		if violates(err, false) {
+		if db.violates(err, false) {
 			return fault.New(fault.Conflict, fault.CodeOrgExists, "there is an organization %q already", o.Name).Because(err)
 		}
 		if err != nil {
@@ -61,7 +61,7 @@ func insertKey(ctx context.Context, tx *sql.Tx, out *outbox, k auth.Key) error {
 	fields := keyFields(&k, &hash)
 	_, err := tx.ExecContext(ctx,
 		"INSERT INTO api_keys ("+keyColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
-	if violates(err, true) {
+	if out.db.violates(err, true) {
 		return noOrg(k.OrgID)
 	}
 	if err != nil {
@@ -118,6 +118,9 @@ func (db *DB) ListOrgs(ctx context.Context, limit int, after string) ([]auth.Org
 func (db *DB) PutKey(ctx context.Context, k auth.Key, limit int) error {
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if limit > 0 {
+			if err := db.lockOrg(ctx, tx, k.OrgID); err != nil {
+				return err
+			}
 			if err := makeRoom(ctx, tx, k, limit); err != nil {
 				return err
 			}

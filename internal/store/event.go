@@ -5,7 +5,6 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
@@ -23,15 +22,22 @@ type outbox struct {
 // record runs f in a transaction, as write does, with an outbox for its events. If f wrote events,
 // record calls the function set by OnEvents after the transaction.
 func (db *DB) record(ctx context.Context, f func(tx *sql.Tx, out *outbox) error) error {
-	out := &outbox{db: db}
+	var out *outbox
 	err := db.write(ctx, func(tx *sql.Tx) error {
-		out.tx = tx
+		out = &outbox{db: db, tx: tx} // of this try alone
 		return f(tx, out)
 	})
-	if wake := db.wake.Load(); wake != nil && len(out.orgs) > 0 {
-		(*wake)(out.orgs)
+	if out != nil && len(out.orgs) > 0 {
+		db.written(out.orgs)
 	}
 	return err
+}
+
+// woken calls the function set by OnEvents.
+func (db *DB) woken(orgs []string) {
+	if wake := db.wake.Load(); wake != nil {
+		(*wake)(orgs)
+	}
 }
 
 // OnEvents sets the function that is called after each transaction that wrote events, with the
@@ -39,33 +45,28 @@ func (db *DB) record(ctx context.Context, f func(tx *sql.Tx, out *outbox) error)
 func (db *DB) OnEvents(wake func(orgs []string)) { db.wake.Store(&wake) }
 
 const (
-	// nextSeq selects the seq of the next event: the present time, given as $1, or one more than
-	// the last seq if the present time is not past it. The transaction has the write lock, so the
-	// order of these values is the order of commits.
-	nextSeq = `(SELECT CASE WHEN last.seq < $1 THEN $1 ELSE last.seq + 1 END
-		FROM (SELECT COALESCE((SELECT seq FROM events ORDER BY seq DESC LIMIT 1), 0) AS seq) AS last)`
-	// nextNumber selects the number of the next event in the listing of a sandbox, given as $5.
-	nextNumber = `(SELECT COALESCE(MAX(number), 0) + 1 FROM events WHERE sandbox_id = $5 AND number IS NOT NULL)`
+	// nextNumber selects the number of the next event in the listing of a sandbox, given as $4.
+	nextNumber = `(SELECT COALESCE(MAX(number), 0) + 1 FROM events WHERE sandbox_id = $4 AND number IS NOT NULL)`
 
-	insertEvent = `INSERT INTO events
-		(seq, org_id, at, type, sandbox_id, number, from_state, to_state, reason, detail, about)
-		VALUES (` + nextSeq + `, $2, $3, $4, $5, NULL, $6, $7, $8, $9, $10)`
+	// An insert of an event has the column seq and its value at the two places, or nothing there.
+	insertUnlisted = `INSERT INTO events
+		(%sorg_id, at, type, sandbox_id, number, from_state, to_state, reason, detail, about)
+		VALUES (%s$1, $2, $3, $4, NULL, $5, $6, $7, $8, $9)`
 	insertListed = `INSERT INTO events
-		(seq, org_id, at, type, sandbox_id, number, from_state, to_state, reason, detail, about)
-		VALUES (` + nextSeq + `, $2, $3, $4, $5, ` + nextNumber + `, $6, $7, $8, $9, $10) RETURNING number`
+		(%sorg_id, at, type, sandbox_id, number, from_state, to_state, reason, detail, about)
+		VALUES (%s$1, $2, $3, $4, ` + nextNumber + `, $5, $6, $7, $8, $9) RETURNING number`
 )
 
-// eventArgs returns the parameters of insertEvent and insertListed for e, and adds e's organization
-// to the outbox.
+// eventArgs returns the parameters of an insert of e, with room for one more, and adds e's organization to the outbox.
 func (o *outbox) eventArgs(e *event.Event) []any {
 	o.orgs = append(o.orgs, e.OrgID)
-	return []any{time.Now().UnixMicro(), e.OrgID, at(e.At), e.Type, e.SandboxID, e.From, e.To, e.Reason, e.Detail,
-		jsonColumn{&e.About}}
+	return append(make([]any, 0, 10), e.OrgID, at(e.At), e.Type, e.SandboxID, e.From, e.To, e.Reason, e.Detail,
+		jsonColumn{&e.About})
 }
 
 // add writes an event that appears in no sandbox's listing.
 func (o *outbox) add(ctx context.Context, e event.Event) error {
-	if _, err := o.tx.StmtContext(ctx, o.db.insertEvent).ExecContext(ctx, o.eventArgs(&e)...); err != nil {
+	if err := o.db.insertEvent(ctx, o.tx, o.eventArgs(&e)); err != nil {
 		return fmt.Errorf("writing event: %w", err)
 	}
 	return nil
@@ -75,7 +76,7 @@ func (o *outbox) add(ctx context.Context, e event.Event) error {
 // The transaction must have written the sandbox's row already, so that no other transaction numbers
 // events of the sandbox at the same time.
 func (o *outbox) list(ctx context.Context, e event.Event) (number int64, err error) {
-	if err := o.tx.StmtContext(ctx, o.db.insertListed).QueryRowContext(ctx, o.eventArgs(&e)...).Scan(&number); err != nil {
+	if err := o.db.insertListed(ctx, o.tx, o.eventArgs(&e)).Scan(&number); err != nil {
 		return 0, fmt.Errorf("writing event: %w", err)
 	}
 	if number > eventsKept {
@@ -127,7 +128,10 @@ const notesKept = 100
 
 // Note implements [sandbox.Store].
 func (db *DB) Note(ctx context.Context, events []sandbox.Event) error {
-	err := db.record(ctx, func(_ *sql.Tx, out *outbox) error {
+	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
+		if err := db.lockNoted(ctx, tx, events); err != nil {
+			return err
+		}
 		for _, e := range events {
 			if _, err := out.note(ctx, event.Transition(e.Reason), e, event.About{}); err != nil {
 				return err

@@ -61,7 +61,7 @@ func feedQuery(q event.Query, through event.Seq) (string, params) {
 }
 
 const (
-	lastEvent = "SELECT seq FROM events WHERE org_id = $1 ORDER BY seq DESC LIMIT 1"
+	lastEvent = "SELECT seq FROM events WHERE org_id = $1 AND seq > 0 ORDER BY seq DESC LIMIT 1"
 	// scanEnd selects the last event that one call searches.
 	scanEnd = "SELECT seq FROM events WHERE org_id = $1 AND seq > $2 AND seq < $3 ORDER BY seq LIMIT 1 OFFSET $4"
 )
@@ -196,7 +196,7 @@ const (
 	// trimmable selects the last seq that may be dropped: every consumer has read up to it, and it
 	// is below the seq of the last event, which must stay.
 	trimmable = `SELECT COALESCE(MIN(seq), 0) FROM (SELECT seq FROM event_consumers
-		UNION ALL SELECT seq - 1 FROM (SELECT seq FROM events ORDER BY seq DESC LIMIT 1) AS last) AS bounds`
+		UNION ALL SELECT seq - 1 FROM (SELECT seq FROM events WHERE seq > 0 ORDER BY seq DESC LIMIT 1) AS last) AS bounds`
 	// surplus selects the newest event beyond the number that an organization may have.
 	surplus = "SELECT seq FROM events WHERE org_id = $1 AND seq > $2 ORDER BY seq DESC LIMIT 1 OFFSET $3"
 	oldest  = "SELECT seq, at FROM events WHERE org_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq LIMIT $4"

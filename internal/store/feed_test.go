@@ -43,9 +43,20 @@ func addEvents(t *testing.T, db *DB, n int, e event.Event) {
 	}
 }
 
+// settle waits until the events that are committed can be read.
+func settle(t *testing.T, db *DB) {
+	t.Helper()
+	if d, ok := db.dialect.(*postgresDialect); ok {
+		if err := d.number(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // feed returns all events that a query selects, and the number of pages that they took.
 func feed(t *testing.T, db *DB, q event.Query) (all []event.Event, pages int) {
 	t.Helper()
+	settle(t, db)
 	for {
 		page, err := db.ReadEvents(t.Context(), q)
 		if err != nil {
@@ -91,6 +102,7 @@ func feedFields(t *testing.T, db *DB) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	settle(t, db)
 	before := time.Now().UnixMicro()
 	got, _ := feed(t, db, event.Query{OrgID: "org_a", After: event.Oldest, Limit: 5})
 	if len(got) != 1 || int64(got[0].Seq) > before || int64(got[0].Seq) < before-int64(time.Hour/time.Microsecond) {
@@ -205,12 +217,14 @@ func feedOrder(t *testing.T, db *DB) {
 		})
 	}
 	writing.Wait()
+	settle(t, db)
 	close(done)
 	reading.Wait()
 }
 
 // feedWakes checks that followers are woken once an event can be read, and for nothing else.
 func feedWakes(t *testing.T, db *DB) {
+	var mu sync.Mutex
 	var woken []string
 	db.OnEvents(func(orgs []string) {
 		for _, org := range orgs {
@@ -218,16 +232,23 @@ func feedWakes(t *testing.T, db *DB) {
 				t.Errorf("woken for %s before its events can be read, %v", org, err)
 			}
 		}
+		mu.Lock()
+		defer mu.Unlock()
 		woken = append(woken, orgs...)
 	})
 	s := mustInsert(t, db, small("org_a", 0))
+	settle(t, db)
 	mustMove(t, db, s.ID, sandbox.Creating, sandbox.Running, start)
+	settle(t, db)
 	if err := db.SetActivity(t.Context(), map[sandbox.ID]time.Time{s.ID: start}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := db.SetExpiry(t.Context(), s.ID, start, time.Minute, false); err != nil {
 		t.Fatal(err)
 	}
+	settle(t, db)
+	mu.Lock()
+	defer mu.Unlock()
 	if !slices.Equal(woken, []string{"org_a", "org_a"}) {
 		t.Errorf("woken for %q", woken)
 	}
@@ -236,6 +257,7 @@ func feedWakes(t *testing.T, db *DB) {
 // trimmed drops old events and returns the rest of the feed of org_a.
 func trimmed(t *testing.T, db *DB, before time.Time, most int) []event.Event {
 	t.Helper()
+	settle(t, db)
 	if _, err := db.TrimEvents(t.Context(), before, most); err != nil {
 		t.Fatal(err)
 	}
@@ -363,7 +385,8 @@ func feedTrimsAndListings(t *testing.T, db *DB) {
 // and that no seq is used twice.
 func feedClock(t *testing.T, db *DB) {
 	ahead := time.Now().Add(time.Hour).UnixMicro()
-	const insert = "INSERT INTO events SELECT $1, 'org_a', 1, 'org.created', '', NULL, '', '', '', '', '{}'"
+	const insert = `INSERT INTO events (seq, org_id, at, type, sandbox_id, number, from_state, to_state, reason, detail, about)
+		SELECT $1, 'org_a', 1, 'org.created', '', NULL, '', '', '', '', '{}'`
 	if _, err := db.writer.Exec(insert, ahead); err != nil {
 		t.Fatal(err)
 	}

@@ -88,7 +88,7 @@ func (db *DB) Claim(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 		return prior, false, fmt.Errorf("claiming sandbox %s in state %q", s.ID, s.State)
 	}
 	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
-		if prior, found, err = admit(ctx, tx, s, q, once); err != nil || found {
+		if prior, found, err = db.admitLocked(ctx, tx, s, q, once); err != nil || found {
 			return err
 		}
 		r, err := tx.ExecContext(ctx, "DELETE FROM pool WHERE id = $1", s.ID)

@@ -21,6 +21,10 @@ func (db *DB) SetPublicPort(ctx context.Context, id sandbox.ID, port int, public
 			}
 			return out.port(ctx, event.SandboxPortPrivate, id, port, r)
 		}
+		// The row's lock keeps other calls from counting the same ports.
+		if _, err := db.lockSandbox(ctx, tx, id); err != nil {
+			return err
+		}
 		var others int
 		if err := tx.QueryRowContext(ctx,
 			"SELECT COUNT(*) FROM public_ports WHERE sandbox_id = $1 AND port <> $2", id, port).Scan(&others); err != nil {
@@ -32,7 +36,7 @@ func (db *DB) SetPublicPort(ctx context.Context, id sandbox.ID, port int, public
 		}
 		r, err := tx.ExecContext(ctx, `INSERT INTO public_ports (sandbox_id, port) VALUES ($1, $2)
 			ON CONFLICT DO NOTHING`, id, port)
-		if violates(err, true) {
+		if db.violates(err, true) {
 			return fault.New(fault.NotFound, fault.CodeSandboxNotFound, "there is no sandbox %q", string(id))
 		}
 		if err != nil {

@@ -18,10 +18,6 @@ import (
 // shorter time a repeated request would create a second sandbox.
 const onceFor = 24 * time.Hour
 
-// purgeBatch limits the sandboxes that one transaction of [DB.Purge] drops: some milliseconds of
-// work. A higher limit would delay creates; a lower one would sync the database more often.
-const purgeBatch = 200
-
 // sandboxColumns lists the columns of sandboxFields, in the same order. The columns of the shape that
 // queries use stand before it.
 const sandboxColumns = `id, org_id, mode, state, run, template, template_id, template_version,
@@ -68,7 +64,17 @@ type querier interface {
 }
 
 func getSandbox(ctx context.Context, q querier, id sandbox.ID) (sandbox.Sandbox, error) {
-	s, err := scanSandbox(q.QueryRowContext(ctx, "SELECT "+sandboxColumns+" FROM sandboxes WHERE id = $1", id))
+	return readSandbox(ctx, q, id, "")
+}
+
+// lockSandbox reads a sandbox, whose row stays the same until the transaction changes it or ends.
+func (db *DB) lockSandbox(ctx context.Context, tx *sql.Tx, id sandbox.ID) (sandbox.Sandbox, error) {
+	return readSandbox(ctx, tx, id, db.forUpdate())
+}
+
+// readSandbox reads a sandbox; lock is the end of the query.
+func readSandbox(ctx context.Context, q querier, id sandbox.ID, lock string) (sandbox.Sandbox, error) {
+	s, err := scanSandbox(q.QueryRowContext(ctx, "SELECT "+sandboxColumns+" FROM sandboxes WHERE id = $1"+lock, id))
 	if errors.Is(err, sql.ErrNoRows) {
 		return sandbox.Sandbox{}, noSandbox(id)
 	}
@@ -85,7 +91,7 @@ func (db *DB) Insert(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 		return prior, false, fmt.Errorf("inserting sandbox %s in state %q", s.ID, s.State)
 	}
 	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
-		if prior, found, err = admit(ctx, tx, s, q, once); err != nil || found {
+		if prior, found, err = db.admitLocked(ctx, tx, s, q, once); err != nil || found {
 			return err
 		}
 		return insertSandbox(ctx, tx, out, s, once)
@@ -94,6 +100,18 @@ func (db *DB) Insert(ctx context.Context, s sandbox.Sandbox, q sandbox.Quota,
 		return sandbox.Sandbox{}, false, fmt.Errorf("inserting sandbox %s: %w", s.ID, err)
 	}
 	return prior, found, nil
+}
+
+// admitLocked admits s in a transaction. Other transactions that admit sandboxes of the organization wait until tx has
+// ended, so that what tx has counted stays true.
+func (db *DB) admitLocked(ctx context.Context, tx *sql.Tx, s sandbox.Sandbox, quota sandbox.Quota,
+	once sandbox.Once) (prior sandbox.Sandbox, found bool, err error) {
+	if once.Key != "" || quota != (sandbox.Quota{}) {
+		if err := db.lockOrg(ctx, tx, s.OrgID); err != nil {
+			return prior, false, err
+		}
+	}
+	return admit(ctx, tx, s, quota, once)
 }
 
 // admit returns an error if s may not be inserted. If the key of once created a sandbox before, admit
@@ -173,7 +191,8 @@ func insertSandbox(ctx context.Context, tx *sql.Tx, out *outbox, s sandbox.Sandb
 	}
 	for name, value := range s.Metadata {
 		if _, err := tx.ExecContext(ctx,
-			"INSERT INTO sandbox_metadata (sandbox_id, org_id, name, value) VALUES ($1, $2, $3, $4)",
+			`INSERT INTO sandbox_metadata (sandbox_id, org_id, name, value) VALUES ($1, $2, $3, $4)
+				ON CONFLICT DO NOTHING`, // names that PostgreSQL cannot tell apart, see clean
 			s.ID, s.OrgID, name, value); err != nil {
 			return fmt.Errorf("writing metadata: %w", err)
 		}
@@ -207,7 +226,19 @@ func (db *DB) Forget(ctx context.Context, id sandbox.ID) error {
 
 // Get implements [sandbox.Store].
 func (db *DB) Get(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, error) {
-	return getSandbox(ctx, db.reader, id)
+	s, err := getSandbox(ctx, db.reader, id)
+	return s, db.gone(ctx, err)
+}
+
+// gone returns err, the error of a read, unless err says that a row does not exist and an older state of the records
+// was restored. Callers remove what has no row.
+func (db *DB) gone(ctx context.Context, err error) error {
+	if fault.Is(err, fault.NotFound) {
+		if older := db.current(ctx); older != nil {
+			return older
+		}
+	}
+	return err
 }
 
 // List implements [sandbox.Store].
@@ -271,7 +302,7 @@ func states(p *params, all []sandbox.State) string {
 // Transition implements [sandbox.Store].
 func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.Sandbox, err error) {
 	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
-		before, err := getSandbox(ctx, tx, c.ID)
+		before, err := db.lockSandbox(ctx, tx, c.ID)
 		if err != nil {
 			return err
 		}
@@ -283,6 +314,9 @@ func (db *DB) Transition(ctx context.Context, c sandbox.Change) (after sandbox.S
 			return fault.New(fault.Conflict, fault.CodeSandboxState, "the sandbox was started again in the meantime")
 		}
 		if c.Quota != nil {
+			if err := db.lockOrg(ctx, tx, before.OrgID); err != nil {
+				return err
+			}
 			if err := checkQuota(ctx, tx, before, *c.Quota); err != nil {
 				return err
 			}
@@ -387,7 +421,7 @@ func (db *DB) SetExpiry(ctx context.Context, id sandbox.ID, expiresAt time.Time,
 func (db *DB) SetEgress(ctx context.Context, id sandbox.ID, e sandbox.Egress,
 	note sandbox.Event) (s sandbox.Sandbox, err error) {
 	err = db.record(ctx, func(tx *sql.Tx, out *outbox) error {
-		if s, err = getSandbox(ctx, tx, id); err != nil {
+		if s, err = db.lockSandbox(ctx, tx, id); err != nil {
 			return err
 		}
 		s.Egress = e
@@ -434,20 +468,7 @@ func (db *DB) SetActivity(ctx context.Context, last map[sandbox.ID]time.Time) er
 	if len(last) == 0 {
 		return nil
 	}
-	err := db.write(ctx, func(tx *sql.Tx) error {
-		set, err := tx.PrepareContext(ctx, `UPDATE sandboxes SET last_activity_at = $1
-			WHERE id = $2 AND ended_at IS NULL AND (last_activity_at IS NULL OR last_activity_at < $1)`)
-		if err != nil {
-			return err
-		}
-		defer set.Close()
-		for id, t := range last {
-			if _, err := set.ExecContext(ctx, at(t), id); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
+	err := db.write(ctx, func(tx *sql.Tx) error { return db.setActivity(ctx, tx, last) })
 	if err != nil {
 		return fmt.Errorf("writing the last activity of %d sandboxes: %w", len(last), err)
 	}
@@ -456,6 +477,10 @@ func (db *DB) SetActivity(ctx context.Context, last map[sandbox.ID]time.Time) er
 
 // Unfinished implements [sandbox.Store].
 func (db *DB) Unfinished(ctx context.Context) ([]sandbox.Sandbox, error) {
+	// The caller removes from the machine what has no row. An older state has no rows of the newest sandboxes.
+	if err := db.current(ctx); err != nil {
+		return nil, fmt.Errorf("listing unfinished sandboxes: %w", err)
+	}
 	rows, err := db.reader.QueryContext(ctx,
 		"SELECT "+sandboxColumns+" FROM sandboxes WHERE ended_at IS NULL ORDER BY created_at, id")
 	if err != nil {
@@ -486,9 +511,13 @@ func (db *DB) Images(ctx context.Context) ([]string, error) {
 }
 
 // texts returns the rows of a query for one column of text. It puts doing before the text of an
-// error.
+// error. Callers remove what is not among the rows, so texts fails if the records are an older state.
 func (db *DB) texts(ctx context.Context, doing, query string, args ...any) ([]string, error) {
-	all, err := texts(ctx, db.reader, query, args...)
+	err := db.current(ctx)
+	var all []string
+	if err == nil {
+		all, err = texts(ctx, db.reader, query, args...)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", doing, err)
 	}
@@ -513,61 +542,4 @@ func texts(ctx context.Context, q interface {
 		all = append(all, text)
 	}
 	return all, rows.Err()
-}
-
-const (
-	purgeOld = "SELECT id FROM sandboxes WHERE ended_at IS NOT NULL AND ended_at < $1 ORDER BY ended_at LIMIT $2"
-	// crowded selects the organizations whose sandboxes that are over weigh more than the limit.
-	crowded = "SELECT org_id FROM sandboxes WHERE ended_at IS NOT NULL GROUP BY org_id HAVING SUM(weight) > $1"
-	// purgeMany selects the sandboxes of one organization beyond the limit, counted from the newest.
-	purgeMany = `SELECT id FROM (SELECT id, SUM(weight) OVER (ORDER BY ended_at DESC, id DESC) AS upto
-		FROM sandboxes WHERE ended_at IS NOT NULL AND org_id = $1) AS all_over WHERE upto > $2 LIMIT $3`
-)
-
-// Purge implements [sandbox.Store]. It works in batches, so that creates run between them. After an
-// error it returns the number of sandboxes that it has dropped already.
-func (db *DB) Purge(ctx context.Context, over, now time.Time, most int) (int, error) {
-	if _, err := db.writer.ExecContext(ctx, "DELETE FROM idempotency WHERE created_at <= $1",
-		at(now.Add(-onceFor))); err != nil {
-		return 0, fmt.Errorf("dropping old idempotency keys: %w", err)
-	}
-	gone, err := db.purge(ctx, purgeOld, at(over))
-	if err != nil || most == 0 {
-		return gone, err
-	}
-	orgs, err := db.texts(ctx, "looking for organizations with many sandboxes that are over", crowded, most)
-	if err != nil {
-		return gone, err
-	}
-	for _, org := range orgs {
-		n, err := db.purge(ctx, purgeMany, org, most)
-		if gone += n; err != nil {
-			return gone, err
-		}
-	}
-	return gone, nil
-}
-
-// purge drops the sandboxes that a query selects, in batches. It adds the last parameter of the
-// query, which limits a batch.
-func (db *DB) purge(ctx context.Context, which string, args ...any) (int, error) {
-	var gone int
-	for {
-		var ids []string
-		err := db.write(ctx, func(tx *sql.Tx) (err error) {
-			ids, err = texts(ctx, tx, "DELETE FROM sandboxes WHERE id IN ("+which+") RETURNING id",
-				append(args[:len(args):len(args)], purgeBatch)...)
-			if err != nil || len(ids) == 0 {
-				return err
-			}
-			return dropListed(ctx, tx, ids)
-		})
-		if err != nil {
-			return gone, fmt.Errorf("dropping old sandboxes: %w", err)
-		}
-		gone += len(ids)
-		if len(ids) < purgeBatch {
-			return gone, nil
-		}
-	}
 }

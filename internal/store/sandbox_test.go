@@ -1026,7 +1026,11 @@ func sandboxPurgeMany(t *testing.T, st sandbox.Store) {
 	ctx := t.Context()
 	end := func(org string, i int, metadata string) sandbox.ID {
 		s := small(org, i)
-		s.Metadata = map[string]string{"a": metadata}
+		s.Metadata = map[string]string{}
+		for len(metadata) > 0 { // in values that an index can have
+			n := min(len(metadata), sandbox.MaxMetadataValue)
+			s.Metadata[fmt.Sprint("a", len(metadata))], metadata = metadata[:n], metadata[n:]
+		}
 		mustInsert(t, st, s)
 		mustMove(t, st, s.ID, sandbox.Creating, sandbox.Destroyed, start.Add(time.Duration(i)*time.Second))
 		return s.ID
@@ -1037,7 +1041,7 @@ func sandboxPurgeMany(t *testing.T, st sandbox.Store) {
 	}
 	few := end("org_few", 0, "")
 	living := mustInsert(t, st, small("org_many", 0))
-	heavy := end("org_heavy", 0, strings.Repeat("x", (most-5)*4096/2)) // weighs nearly as much as the limit
+	heavy := end("org_heavy", 0, strings.Repeat("x", (most-8)*4096/2)) // weighs nearly as much as the limit
 	var after []sandbox.ID
 	for i := range 10 {
 		after = append(after, end("org_heavy", 1+i, ""))

@@ -58,6 +58,9 @@ func (db *DB) snapshots(ctx context.Context, query string, args ...any) ([]sandb
 // AddSnapshot implements [sandbox.Store].
 func (db *DB) AddSnapshot(ctx context.Context, s sandbox.Snapshot, most int) error {
 	err := db.write(ctx, func(tx *sql.Tx) error {
+		if err := db.lockOrg(ctx, tx, s.OrgID); err != nil {
+			return err
+		}
 		var have int
 		if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM snapshots WHERE org_id = $1", s.OrgID).
 			Scan(&have); err != nil {
@@ -70,7 +73,7 @@ func (db *DB) AddSnapshot(ctx context.Context, s sandbox.Snapshot, most int) err
 		fields := snapshotFields(&s)
 		_, err := tx.ExecContext(ctx,
 			"INSERT INTO snapshots ("+snapshotColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
-		if violates(err, false) {
+		if db.violates(err, false) {
 			return fault.New(fault.Conflict, fault.CodeSnapshotExists, "the organization already has a snapshot %q", s.Name)
 		}
 		return err
@@ -109,7 +112,7 @@ func (db *DB) ReadySnapshot(ctx context.Context, id sandbox.SnapshotID, made tim
 // EndSnapshot implements [sandbox.Store].
 func (db *DB) EndSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
 	return db.record(ctx, func(tx *sql.Tx, out *outbox) error {
-		s, err := getSnapshot(ctx, tx, id)
+		s, err := getSnapshot(ctx, tx, id, db.forUpdate())
 		if err != nil {
 			return err
 		}
@@ -136,12 +139,14 @@ func (db *DB) DropSnapshot(ctx context.Context, id sandbox.SnapshotID) error {
 
 // GetSnapshot implements [sandbox.Store].
 func (db *DB) GetSnapshot(ctx context.Context, id sandbox.SnapshotID) (sandbox.Snapshot, error) {
-	return getSnapshot(ctx, db.reader, id)
+	s, err := getSnapshot(ctx, db.reader, id, "")
+	return s, db.gone(ctx, err)
 }
 
-func getSnapshot(ctx context.Context, q querier, id sandbox.SnapshotID) (sandbox.Snapshot, error) {
+// getSnapshot reads a snapshot; lock is the end of the query.
+func getSnapshot(ctx context.Context, q querier, id sandbox.SnapshotID, lock string) (sandbox.Snapshot, error) {
 	return scanSnapshot(
-		q.QueryRowContext(ctx, "SELECT "+snapshotColumns+" FROM snapshots WHERE id = $1", id), string(id))
+		q.QueryRowContext(ctx, "SELECT "+snapshotColumns+" FROM snapshots WHERE id = $1"+lock, id), string(id))
 }
 
 // findSnapshot selects a snapshot by name and state. Its last two conditions let SQLite use the index

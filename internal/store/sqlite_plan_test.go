@@ -65,9 +65,9 @@ func TestPlans(t *testing.T) {
 		{surplus, []any{"o", 5, 50}, "events_feed"},
 		{oldest, []any{"o", 5, 9, 50}, "events_feed"},
 		{trim, []any{"o", 5, 9}, "events_feed"},
-		{trimmable, nil, "SCAN events"}, // reads the last row alone
-		{insertListed, []any{5, "o", 5, "t", "s", "", "", "", "", ""}, "events_listing"},
-		{insertEvent, []any{5, "o", 5, "t", "s", "", "", "", "", ""}, "SCAN events"},
+		{trimmable, nil, "SEARCH events USING INTEGER PRIMARY KEY"}, // reads the last row alone
+		{sqliteInsertListed, []any{"o", 5, "t", "s", "", "", "", "", "", 5}, "events_listing"},
+		{sqliteInsertEvent, []any{"o", 5, "t", "s", "", "", "", "", "", 5}, "SCAN events"},
 		{"DELETE FROM events WHERE number IS NOT NULL AND sandbox_id IN ($1, $2)" + isBeyond, []any{"a", "b"},
 			"events_listing"},
 		{"SELECT sandbox_id FROM sandbox_metadata WHERE org_id = $1 AND name = $2 AND value = $3", []any{"o", "n", "v"}, "sandbox_metadata_search"},

@@ -8,25 +8,33 @@
 // reports conditions that callers act on as faults, and wraps all other errors of the
 // database as internal errors.
 //
+// The records are in SQLite, a file of this machine, or in PostgreSQL. Both keep the same
+// contract, which one suite of tests checks:
+//
 // Every method runs in one transaction; [DB.Purge] and [DB.TrimEvents] run in several.
 // After an error nothing of the transaction is written. After success it survives a
 // crash of the process and of the machine: the database has a write-ahead log that is
-// synced at every commit. A read that begins after a write has returned sees that write.
-// Times keep microseconds and are returned as UTC. A DB is safe for concurrent use:
-// writers run one at a time, and readers do not wait for writers.
+// synced at every commit. A read that begins after a write has returned sees that write;
+// the feed of events in PostgreSQL sees it some milliseconds later. Times keep
+// microseconds and are returned as UTC. A DB is safe for concurrent use, and readers do
+// not wait for writers. Writers to SQLite run one at a time.
 //
 // The SQL uses only what SQLite and PostgreSQL share (numbered parameters, RETURNING, ON
-// CONFLICT, row values, partial indexes), so that a second database needs its own Open
-// and little else: sqlite.go holds all that only SQLite has. The tests of the Store interfaces take a
-// function that opens a database, so that they run over each kind.
+// CONFLICT, row values, partial indexes). What differs is behind the interface dialect:
+// sqlite.go and postgres.go with its neighbours hold it.
 package store
 
 import (
 	"context"
 	"database/sql"
+	"embed"
 	"errors"
 	"fmt"
+	"io/fs"
 	"sync/atomic"
+	"time"
+
+	"github.com/pressly/goose/v3"
 
 	"github.com/cayhq/cay/internal/auth"
 	"github.com/cayhq/cay/internal/event"
@@ -36,15 +44,46 @@ import (
 
 // DB is an open database. It implements the Store interfaces of the core.
 type DB struct {
-	// writer has one connection, because SQLite has one writer. Calls therefore queue in sql.DB, where
-	// the queue is fair and waiting ends with the context.
+	// writer has one connection with SQLite, which has one writer. Calls therefore queue in sql.DB,
+	// where the queue is fair and waiting ends with the context. With PostgreSQL, writer and reader
+	// are the same pool.
 	writer *sql.DB
 	reader *sql.DB
 	wake   atomic.Pointer[func(orgs []string)] // set by OnEvents
 
-	// insertEvent and insertListed are prepared once, because every create and transition runs one of
-	// them and parsing one takes a twentieth of a millisecond.
-	insertEvent, insertListed *sql.Stmt
+	dialect
+}
+
+// dialect does what each kind of database does in its own way.
+type dialect interface {
+	// write runs f in a transaction. What f reads is still true when f writes, if f has locked it. After
+	// an error of the database that passes by itself, write may run f again in a new transaction.
+	write(ctx context.Context, f func(tx *sql.Tx) error) error
+	// violates reports whether err is the violation of a key: of a foreign key if foreign is true,
+	// else of a unique or primary key.
+	violates(err error, foreign bool) bool
+	// forUpdate returns the end of a SELECT that locks the rows that it reads until the transaction
+	// has ended.
+	forUpdate() string
+	// lockOrg waits until no other transaction has locked the organization, and locks it until tx has
+	// ended. A transaction that also locks the row of a sandbox locks that row first.
+	lockOrg(ctx context.Context, tx *sql.Tx, org string) error
+	// lockNoted locks the sandboxes of events in one order, so that transactions that note events of
+	// several sandboxes do not wait for each other.
+	lockNoted(ctx context.Context, tx *sql.Tx, events []sandbox.Event) error
+	// insertEvent and insertListed write an event with the parameters of [outbox.eventArgs].
+	// insertListed returns the event's number in the listing of its sandbox.
+	insertEvent(ctx context.Context, tx *sql.Tx, args []any) error
+	insertListed(ctx context.Context, tx *sql.Tx, args []any) *sql.Row
+	// written learns of the end of a transaction that wrote events of organizations, and calls woken
+	// when these can be read.
+	written(orgs []string)
+	// setActivity writes the last activity of sandboxes that are not over, unless a later one is stored.
+	setActivity(ctx context.Context, tx *sql.Tx, last map[sandbox.ID]time.Time) error
+	// current returns an error if the records are older than those that the server has seen, because the
+	// database was restored.
+	current(ctx context.Context) error
+	close() error
 }
 
 var (
@@ -54,49 +93,42 @@ var (
 	_ event.Store    = (*DB)(nil)
 )
 
-// prepare prepares the most frequent statements. Closing the writer closes them.
-func (db *DB) prepare(ctx context.Context) (err error) {
-	if db.insertEvent, err = db.writer.PrepareContext(ctx, insertEvent); err != nil {
-		return fmt.Errorf("preparing a statement: %w", err)
+//go:embed migrations
+var migrations embed.FS
+
+// migrate brings the schema of a database to the newest version. It refuses a newer one.
+func migrate(ctx context.Context, db *sql.DB, kind goose.Dialect, folder string) error {
+	dir, err := fs.Sub(migrations, folder)
+	if err != nil {
+		return fmt.Errorf("reading migrations: %w", err)
 	}
-	if db.insertListed, err = db.writer.PrepareContext(ctx, insertListed); err != nil {
-		return fmt.Errorf("preparing a statement: %w", err)
+	p, err := goose.NewProvider(kind, db, dir)
+	if err != nil {
+		return fmt.Errorf("reading migrations: %w", err)
+	}
+	have, want, err := p.GetVersions(ctx)
+	if err != nil {
+		return fmt.Errorf("reading schema version: %w", err)
+	}
+	if have > want {
+		return fmt.Errorf("its schema is version %d, this cay knows %d: it was last used by a newer cay", have, want)
+	}
+	if _, err := p.Up(ctx); err != nil {
+		return fmt.Errorf("migrating: %w", err)
 	}
 	return nil
 }
 
 // Close waits for calls in flight and closes the database.
-func (db *DB) Close() error {
-	// Close the writer last: the last connection writes the log back into the database file.
-	return errors.Join(db.reader.Close(), db.writer.Close())
-}
+func (db *DB) Close() error { return db.close() }
 
-// Ping reports whether the database answers reads.
+// Ping reports whether the database answers reads, and has not been restored to an older state.
 func (db *DB) Ping(ctx context.Context) error {
 	var one int
 	if err := db.reader.QueryRowContext(ctx, "SELECT 1 FROM goose_db_version LIMIT 1").Scan(&one); err != nil {
 		return fmt.Errorf("reading database: %w", err)
 	}
-	return nil
-}
-
-// write runs f in a transaction that holds the write lock from its beginning, so that what f reads
-// is still true when f writes.
-func (db *DB) write(ctx context.Context, f func(tx *sql.Tx) error) error {
-	tx, err := db.writer.BeginTx(ctx, nil)
-	if err != nil {
-		return fmt.Errorf("beginning transaction: %w", err)
-	}
-	// Rollback does nothing after a commit. After an error of f, that error is the one to report, and
-	// a rollback that fails closes the connection, which rolls back.
-	defer func() { _ = tx.Rollback() }()
-	if err := f(tx); err != nil {
-		return err
-	}
-	if err := tx.Commit(); err != nil {
-		return fmt.Errorf("committing: %w", err)
-	}
-	return nil
+	return db.current(ctx)
 }
 
 // Setting returns one of the server's own settings. It returns found false if the setting does not exist.
@@ -109,6 +141,21 @@ func (db *DB) Setting(ctx context.Context, name string) (value string, found boo
 		return "", false, fmt.Errorf("reading setting %s: %w", name, err)
 	}
 	return value, true, nil
+}
+
+// FirstSetting returns one of the server's own settings. If the setting does not exist, FirstSetting writes first. Of
+// several calls at once, one writes, and all return what it wrote.
+func (db *DB) FirstSetting(ctx context.Context, name, first string) (string, error) {
+	if value, found, err := db.Setting(ctx, name); err != nil || found {
+		return value, err
+	}
+	_, err := db.writer.ExecContext(ctx, "INSERT INTO settings (name, value) VALUES ($1, $2) ON CONFLICT DO NOTHING",
+		name, first)
+	if err != nil {
+		return "", fmt.Errorf("writing setting %s: %w", name, err)
+	}
+	value, _, err := db.Setting(ctx, name)
+	return value, err
 }
 
 // SetSetting writes one of the server's own settings.

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"fmt"
 	"os"
 	"reflect"
 	"testing"
@@ -21,7 +22,12 @@ func TestMain(m *testing.M) {
 	if path := os.Getenv("CAY_STORE_TEST_CRASH"); path != "" {
 		commitForever(path)
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	if err := stopPostgres(); err != nil {
+		fmt.Println("removing PostgreSQL:", err)
+		code = 1
+	}
+	os.Exit(code)
 }
 
 // testStores tests the contracts of all Store interfaces with the databases that open makes. A second
@@ -77,8 +83,15 @@ func templateInUse(t *testing.T, db *DB) {
 	}
 }
 
-func BenchmarkInsertTransition(b *testing.B) {
-	db := open(b)
+// onBoth runs a benchmark on both databases.
+func onBoth(b *testing.B, run func(b *testing.B, db *DB)) {
+	b.Run("sqlite", func(b *testing.B) { run(b, open(b)) })
+	b.Run("postgres", func(b *testing.B) { run(b, openPostgres(b)) })
+}
+
+func BenchmarkInsertTransition(b *testing.B) { onBoth(b, benchmarkInsertTransition) }
+
+func benchmarkInsertTransition(b *testing.B, db *DB) {
 	for i := 0; b.Loop(); i++ {
 		s := fullSandbox("org_bench", i)
 		if _, _, err := db.Insert(b.Context(), s, sandbox.Quota{Sandboxes: 1 << 30}, sandbox.Once{}); err != nil {
@@ -91,8 +104,9 @@ func BenchmarkInsertTransition(b *testing.B) {
 	}
 }
 
-func BenchmarkGet(b *testing.B) {
-	db := open(b)
+func BenchmarkGet(b *testing.B) { onBoth(b, benchmarkGet) }
+
+func benchmarkGet(b *testing.B, db *DB) {
 	s := fullSandbox("org_bench", 0)
 	if _, _, err := db.Insert(b.Context(), s, sandbox.Quota{}, sandbox.Once{}); err != nil {
 		b.Fatal(err)
@@ -107,8 +121,9 @@ func BenchmarkGet(b *testing.B) {
 	})
 }
 
-func BenchmarkKeyByHash(b *testing.B) {
-	db := open(b)
+func BenchmarkKeyByHash(b *testing.B) { onBoth(b, benchmarkKeyByHash) }
+
+func benchmarkKeyByHash(b *testing.B, db *DB) {
 	org, key := anOrg("bench", 0)
 	if err := db.PutOrg(b.Context(), org, key); err != nil {
 		b.Fatal(err)

@@ -33,6 +33,9 @@ func noTemplate(nameOrID string) error {
 func (db *DB) InsertTemplate(ctx context.Context, t template.Template, b *template.Build, limit int) error {
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
 		if limit > 0 {
+			if err := db.lockOrg(ctx, tx, t.OrgID); err != nil {
+				return err
+			}
 			var n int
 			if err := tx.QueryRowContext(ctx, "SELECT COUNT(*) FROM templates WHERE org_id = $1", t.OrgID).Scan(&n); err != nil {
 				return fmt.Errorf("counting templates: %w", err)
@@ -45,7 +48,7 @@ func (db *DB) InsertTemplate(ctx context.Context, t template.Template, b *templa
 		fields := templateFields(&t)
 		_, err := tx.ExecContext(ctx,
 			"INSERT INTO templates ("+templateColumns+") VALUES ("+placeholders(len(fields))+")", fields...)
-		if violates(err, false) {
+		if db.violates(err, false) {
 			return fault.New(fault.Conflict, fault.CodeTemplateExists, "there is a template %q already", t.Name).Because(err)
 		}
 		if err != nil {
@@ -95,7 +98,8 @@ func (db *DB) UpdateTemplate(ctx context.Context, id string, b *template.Build,
 	var t template.Template
 	var refused error
 	err := db.record(ctx, func(tx *sql.Tx, out *outbox) error {
-		err := tx.QueryRowContext(ctx, "SELECT "+templateColumns+" FROM templates WHERE id = $1", id).
+		t = template.Template{} // the transaction may run again
+		err := tx.QueryRowContext(ctx, "SELECT "+templateColumns+" FROM templates WHERE id = $1"+db.forUpdate(), id).
 			Scan(templateFields(&t)...)
 		if errors.Is(err, sql.ErrNoRows) {
 			return noTemplate(id)
@@ -415,7 +419,7 @@ func (db *DB) ChangeTemplateLog(ctx context.Context, id string, c template.LogCh
 			_, err := tx.ExecContext(ctx,
 				"INSERT INTO template_logs (template_id, seq, at, step, heading, line) VALUES ($1, $2, $3, $4, $5, $6)",
 				id, l.Seq, at(l.At), l.Step, l.Heading, l.Text)
-			if violates(err, true) {
+			if db.violates(err, true) {
 				return noTemplate(id)
 			}
 			if err != nil {

@@ -149,7 +149,8 @@ type Store interface {
 	// is no limit.
 	InsertTemplate(ctx context.Context, t Template, b *Build, limit int) error
 	// UpdateTemplate reads a template by ID, calls change with it, and writes it, together with b
-	// if that is not nil. It returns an error of change unchanged, and writes nothing then. A new
+	// if that is not nil. It returns an error of change unchanged, and writes nothing then.
+	// It may call change again, with the template as it is then, after a conflict with another call. A new
 	// BuildID starts a new log. Without the template it gives NotFound, code
 	// "template_not_found".
 	UpdateTemplate(ctx context.Context, id string, b *Build, change func(*Template) error) (Template, error)

@@ -1,0 +1,121 @@
+package store
+
+import (
+	"context"
+	"database/sql/driver"
+	"errors"
+	"io"
+	"net"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/stdlib"
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// awayRetry is the time after which callers are told to try again while the database is away. A database that restarts
+// or fails over needs seconds; with a shorter time more calls are refused in vain.
+const awayRetry = 2 * time.Second
+
+// away returns err as Unavailable if it means that the database cannot be reached, and else err itself.
+func away(ctx context.Context, err error) error {
+	if err == nil || ctx.Err() != nil || fault.As(err) != nil || !isAway(err) {
+		return err
+	}
+	return fault.New(fault.Unavailable, fault.CodeNotReady, "the server's database is away; try again soon").
+		After(awayRetry).Because(err)
+}
+
+func isAway(err error) bool {
+	var refused *pgconn.ConnectError
+	var broken net.Error
+	if errors.As(err, &refused) {
+		return true
+	}
+	if code := pgCode(err); code != "" {
+		// 08: the connection failed. 53300: it has no room for another one. 57P01 to 57P03: it stops or starts.
+		return strings.HasPrefix(code, "08") || code == "53300" || strings.HasPrefix(code, "57P0")
+	}
+	return errors.As(err, &broken) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.Is(err, net.ErrClosed) || errors.Is(err, driver.ErrBadConn)
+}
+
+// connector makes connections to PostgreSQL.
+type connector struct{ driver.Connector }
+
+// Connect implements [driver.Connector].
+func (c connector) Connect(ctx context.Context) (driver.Conn, error) {
+	pgx, err := c.Connector.Connect(ctx)
+	if err != nil {
+		return nil, away(ctx, err)
+	}
+	return conn{pgx.(*stdlib.Conn)}, nil
+}
+
+// conn is a connection that stores all texts, and whose errors say when the database is away. It does not change
+// [driver.ErrBadConn], at which database/sql takes another connection.
+type conn struct{ *stdlib.Conn }
+
+// ExecContext implements [driver.ExecerContext].
+func (c conn) ExecContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Result, error) {
+	args, err := cleanArgs(args)
+	if err != nil {
+		return nil, err
+	}
+	r, err := c.Conn.ExecContext(ctx, query, args)
+	if err != driver.ErrBadConn {
+		err = away(ctx, err)
+	}
+	return r, err
+}
+
+// QueryContext implements [driver.QueryerContext]. It reads the first row, so it has the errors of most queries.
+func (c conn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
+	args, err := cleanArgs(args)
+	if err != nil {
+		return nil, err
+	}
+	r, err := c.Conn.QueryContext(ctx, query, args)
+	if err != driver.ErrBadConn {
+		err = away(ctx, err)
+	}
+	return r, err
+}
+
+// BeginTx implements [driver.ConnBeginTx].
+func (c conn) BeginTx(ctx context.Context, opts driver.TxOptions) (driver.Tx, error) {
+	tx, err := c.Conn.BeginTx(ctx, opts)
+	if err != driver.ErrBadConn {
+		err = away(ctx, err)
+	}
+	return tx, err
+}
+
+const (
+	// unanswered limits the time for which the machine of the database does not confirm what cay sent. A lost
+	// packet is sent again after some 200 ms, so a shorter time would end connections on a network that loses
+	// packets; with a longer one, calls hang on a database that is cut off.
+	unanswered = 1500 * time.Millisecond
+	// keepAlive is the time between signs of life while cay waits for an answer. The kernel ends the connection
+	// when they are not confirmed for the time unanswered.
+	keepAlive = time.Second
+)
+
+// dial connects to PostgreSQL. A connection over TCP ends soon after its other end is cut off.
+func dial(ctx context.Context, network, address string) (net.Conn, error) {
+	d := net.Dialer{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: keepAlive, Interval: keepAlive, Count: 2}}
+	if strings.HasPrefix(network, "tcp") {
+		d.Control = func(_, _ string, c syscall.RawConn) error {
+			var set error
+			err := c.Control(func(fd uintptr) {
+				set = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(unanswered.Milliseconds()))
+			})
+			return errors.Join(err, set)
+		}
+	}
+	return d.DialContext(ctx, network, address)
+}

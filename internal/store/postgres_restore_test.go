@@ -1,0 +1,101 @@
+package store
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// orNone returns nil for an error that says that something does not exist.
+func orNone(err error) error {
+	if fault.Is(err, fault.NotFound) {
+		return nil
+	}
+	return err
+}
+
+// TestPostgresRestored restores a database to an older state, under a process that has seen the newer one and before
+// the next process starts. It checks that nothing is listed that could make the server remove something.
+func TestPostgresRestored(t *testing.T) {
+	server := sharedPostgres(t)
+	if _, err := server.Create("older", "migrated"); err != nil {
+		t.Fatal(err)
+	}
+	cfg := PostgresConfig{URL: server.URL("older"), MaxConns: 2, MarkFile: filepath.Join(t.TempDir(), "mark")}
+	ctx := t.Context()
+	run := func(accept bool, f func(db *DB)) {
+		t.Helper()
+		c := cfg
+		c.AcceptRestore = accept
+		db, err := OpenPostgres(ctx, c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f(db)
+		if err := db.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	check := func(db *DB, restored bool) {
+		t.Helper()
+		for what, call := range map[string]func() error{
+			"ping":       func() error { return db.Ping(ctx) },
+			"unfinished": func() error { _, err := db.Unfinished(ctx); return err },
+			"a row":      func() error { _, err := db.Get(ctx, "sbx_none"); return orNone(err) },
+			"a snapshot": func() error { _, err := db.GetSnapshot(ctx, "snap_none"); return orNone(err) },
+			"living":     func() error { _, err := db.Living(ctx); return err },
+			"images":     func() error { _, err := db.Images(ctx); return err },
+			"templates":  func() error { _, err := db.TemplateImages(ctx); return err },
+			"contexts":   func() error { _, err := db.TemplateContexts(ctx, ""); return err },
+		} {
+			if err := call(); fault.Is(err, fault.Unavailable) != restored || !restored && err != nil {
+				t.Errorf("%s: %v, restored: %v", what, err, restored)
+			}
+		}
+	}
+	run(false, func(db *DB) {
+		putOrg(t, db, "org_a")
+		settle(t, db)
+		check(db, false)
+	})
+	// A copy of the present state is the backup.
+	if _, err := server.Create("backup", "older"); err != nil {
+		t.Fatal(err)
+	}
+	restore := func() {
+		t.Helper()
+		if err := errors.Join(server.Exec("postgres", "DROP DATABASE older WITH (FORCE)"),
+			server.Exec("postgres", "CREATE DATABASE older TEMPLATE backup")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run(false, func(db *DB) {
+		check(db, false)
+		mustInsert(t, db, small("org_a", 0))
+		settle(t, db)
+		check(db, false)
+		restore()
+		for db.Ping(ctx) != nil && !fault.Is(db.Ping(ctx), fault.Unavailable) {
+			continue // each connection meets its end once
+		}
+		check(db, true)
+	})
+	run(false, func(db *DB) { check(db, true) })
+	run(true, func(db *DB) { check(db, false) })
+	run(false, func(db *DB) {
+		mustInsert(t, db, small("org_a", 0))
+		settle(t, db)
+		check(db, false)
+	})
+	restore()
+	run(false, func(db *DB) { check(db, true) })
+	if err := os.WriteFile(cfg.MarkFile, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if db, err := OpenPostgres(ctx, cfg); err == nil {
+		t.Error("opened with a damaged mark", db.Close())
+	}
+}

@@ -1,0 +1,210 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/cayhq/cay/internal/sandbox"
+)
+
+// postgresDialect does what only PostgreSQL does so. Many writers work at once; each locks the rows that it decides by.
+type postgresDialect struct {
+	db   *DB
+	pool *pgxpool.Pool
+
+	retries atomic.Int64
+	mark    mark
+
+	// numbering is held while events are numbered, so that a process numbers them once and wakes followers in order.
+	numbering sync.Mutex
+	fresh     chan struct{} // has room for one: events wait for their numbers
+	stop      context.CancelFunc
+	stopped   chan struct{}
+}
+
+const (
+	// maxTries limits how often a transaction is run that the database has ended to resolve a conflict with
+	// another one. Locks are taken in one order, so conflicts are rare, and a second one of the same call
+	// hardly occurs. A higher limit would hide an endless conflict for longer.
+	maxTries = 6
+	// retryDelay bounds the first wait before a transaction is run again; each further wait is up to twice
+	// as long. A shorter wait could meet the same conflict again; a longer one would delay the call.
+	retryDelay = 5 * time.Millisecond
+	// outcomePatience limits the time to learn whether a transaction was committed whose connection broke
+	// during the commit. A database that restarts after a crash needs some seconds; a call waits that long.
+	outcomePatience = 10 * time.Second
+)
+
+// write runs f in a transaction. Rows that f has locked stay the same until it ends. If the database ended the
+// transaction because of a conflict with another one, write runs f again.
+func (d *postgresDialect) write(ctx context.Context, f func(tx *sql.Tx) error) error {
+	for try := 1; ; try++ {
+		err := away(ctx, d.writeOnce(ctx, f))
+		if code := pgCode(err); try == maxTries || code != codeSerialization && code != codeDeadlock {
+			return err
+		}
+		d.retries.Add(1)
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(rand.N(retryDelay << try)):
+		}
+	}
+}
+
+// The codes of PostgreSQL's errors that decide.
+const (
+	codeSerialization = "40001"
+	codeDeadlock      = "40P01"
+	codeForeignKey    = "23503"
+	codeUnique        = "23505"
+)
+
+func (d *postgresDialect) writeOnce(ctx context.Context, f func(tx *sql.Tx) error) error {
+	// The operator's default could be another level, at which a statement does not see what the transaction
+	// waited for.
+	tx, err := d.db.writer.BeginTx(ctx, &sql.TxOptions{Isolation: sql.LevelReadCommitted})
+	if err != nil {
+		return fmt.Errorf("beginning transaction: %w", err)
+	}
+	// Rollback does nothing after a commit. After an error of f, that error is the one to report, and the
+	// database rolls back what a broken connection leaves.
+	defer func() { _ = tx.Rollback() }()
+	at, id := time.Now().UnixMicro(), rand.Int64()
+	if _, err := tx.ExecContext(ctx, insertCommit, at, id); err != nil {
+		return fmt.Errorf("beginning transaction: %w", err)
+	}
+	if err := f(tx); err != nil {
+		return err
+	}
+	if err := tx.Commit(); err != nil {
+		return d.outcome(ctx, at, id, err)
+	}
+	return nil
+}
+
+const (
+	// insertCommit writes the row of a transaction.
+	insertCommit = "INSERT INTO commits (at, id, aborted) VALUES ($1, $2, FALSE)"
+	// decideCommit waits for the end of a transaction that is in progress, and keeps one that was not committed
+	// from being committed. Repeated, it gives the same answer.
+	decideCommit = `INSERT INTO commits AS c (at, id, aborted) VALUES ($1, $2, TRUE)
+		ON CONFLICT (at, id) DO UPDATE SET at = c.at RETURNING aborted`
+	// commitsKept is the time for which rows of transactions are kept. It must be longer than outcomePatience and
+	// the differences between clocks of servers together; a longer time takes some 60 bytes for each transaction.
+	commitsKept = time.Hour
+)
+
+// outcome returns nil if a transaction was committed, although its commit returned the error cause.
+func (d *postgresDialect) outcome(ctx context.Context, at, id int64, cause error) error {
+	// The database said that it ended the transaction: a conflict or a violated key.
+	if code := pgCode(cause); strings.HasPrefix(code, "40") || strings.HasPrefix(code, "23") ||
+		errors.Is(cause, pgx.ErrTxCommitRollback) {
+		return fmt.Errorf("committing: %w", cause)
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), outcomePatience)
+	defer cancel()
+	for {
+		var aborted bool
+		err := d.db.writer.QueryRowContext(ctx, decideCommit, at, id).Scan(&aborted)
+		switch {
+		case err == nil && aborted:
+			return fmt.Errorf("committing: %w", cause)
+		case err == nil:
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("committing: %w; whether it was committed is not known: %w", cause, err)
+		case <-time.After(20 * time.Millisecond): // the database is away
+		}
+	}
+}
+
+// dropCommits drops the rows of transactions whose outcome no call asks for any more.
+func (d *postgresDialect) dropCommits(ctx context.Context) error {
+	_, err := d.db.writer.ExecContext(ctx, "DELETE FROM commits WHERE at < $1", time.Now().Add(-commitsKept).UnixMicro())
+	return err
+}
+
+func (d *postgresDialect) violates(err error, foreign bool) bool {
+	if foreign {
+		return pgCode(err) == codeForeignKey
+	}
+	return pgCode(err) == codeUnique
+}
+
+// forUpdate locks rows against changes. It leaves room for the checks of foreign keys that name them.
+func (d *postgresDialect) forUpdate() string { return " FOR NO KEY UPDATE" }
+
+// The classes of advisory locks that end with their transactions. Never change one.
+const (
+	lockClassOrg       = 1
+	lockClassNumbering = 2
+)
+
+// lockOrg takes an advisory lock. A lock of the organization's row would write the row each time, and would lock
+// nothing without a row.
+func (d *postgresDialect) lockOrg(ctx context.Context, tx *sql.Tx, org string) error {
+	_, err := tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock($1::int, hashtext($2::text))", lockClassOrg, org)
+	if err != nil {
+		return fmt.Errorf("locking the organization: %w", err)
+	}
+	return nil
+}
+
+func (d *postgresDialect) lockNoted(ctx context.Context, tx *sql.Tx, events []sandbox.Event) error {
+	if len(events) < 2 {
+		return nil // the note itself locks its sandbox
+	}
+	ids := make([]string, 0, len(events))
+	for _, e := range events {
+		ids = append(ids, string(e.SandboxID))
+	}
+	_, err := tx.ExecContext(ctx, "SELECT id FROM sandboxes WHERE id = ANY($1) ORDER BY id"+d.forUpdate(), ids)
+	if err != nil {
+		return fmt.Errorf("locking sandboxes: %w", err)
+	}
+	return nil
+}
+
+// setLast writes all activities with one statement, which locks the rows in the order of their ids.
+const setLast = `WITH late AS (
+		SELECT s.id, u.at FROM sandboxes s JOIN UNNEST($1::text[], $2::bigint[]) AS u (id, at) ON s.id = u.id COLLATE "C"
+		WHERE s.ended_at IS NULL AND (s.last_activity_at IS NULL OR s.last_activity_at < u.at)
+		ORDER BY s.id FOR NO KEY UPDATE OF s)
+	UPDATE sandboxes SET last_activity_at = late.at FROM late WHERE sandboxes.id = late.id`
+
+func (d *postgresDialect) setActivity(ctx context.Context, tx *sql.Tx, last map[sandbox.ID]time.Time) error {
+	ids := make([]string, 0, len(last))
+	times := make([]int64, 0, len(last))
+	for _, id := range slices.Sorted(maps.Keys(last)) {
+		ids, times = append(ids, string(id)), append(times, last[id].UnixMicro())
+	}
+	_, err := tx.ExecContext(ctx, setLast, ids, times)
+	return err
+}
+
+func (d *postgresDialect) close() error {
+	d.stop()
+	<-d.stopped
+	return errors.Join(d.mark.save(), d.closePool())
+}
+
+func (d *postgresDialect) closePool() error {
+	err := d.db.writer.Close()
+	d.pool.Close()
+	return err
+}
