@@ -39,6 +39,9 @@ programs: ## build the programs that cay embeds
 needs: ## install the Debian packages that the host lacks
 	@scripts/needs.sh run
 
+# The tests of the whole that make test runs a second time, with the records in PostgreSQL.
+ON_POSTGRES = ^(TestStory|TestKilledAtAnyMoment)$$
+
 .PHONY: test
 test: build ## run every test, the real ones included
 	@scripts/needs.sh test
@@ -47,6 +50,7 @@ test: build ## run every test, the real ones included
 	@cd sdk/go && $(GO) test ./... # a module of its own
 	@$(GO) test -run '^$$' ./... >/dev/null # builds in parallel; the next line runs one by one
 	CAY_TEST_REQUIRE=1 $(GO) test -p 1 -timeout 40m ./...
+	CAY_TEST_REQUIRE=1 CAY_TEST_STORE=postgres $(GO) test -timeout 10m ./e2e -run '$(ON_POSTGRES)'
 
 # Which machines make test-hosts runs, all by default, and more of its flags: go run ./e2e/hosts -h
 HOSTS      ?=

@@ -21,6 +21,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -78,7 +79,11 @@ func newServer(t testing.TB, env ...string) *server {
 	}
 	s := &server{t: t, binary: cayBinary(t), dataDir: filepath.Join(dir, "data"), process: &process{}}
 	// Pooled sandboxes would disturb most tests; the tests of the pool turn it on.
-	s.env = append(append(os.Environ(), "CAY_POOL_ENABLED=false"), env...)
+	s.env = append(os.Environ(), "CAY_POOL_ENABLED=false")
+	if os.Getenv("CAY_TEST_STORE") == "postgres" {
+		s.env = append(s.env, "CAY_STORE_URL="+newDatabase(t))
+	}
+	s.env = append(s.env, env...)
 	s.url = "http://" + freeAddress(t)
 	t.Cleanup(func() {
 		s.stop(syscall.SIGTERM)
@@ -88,6 +93,28 @@ func newServer(t testing.TB, env ...string) *server {
 		}
 	})
 	return s
+}
+
+// postgres is the PostgreSQL server of all tests. It is started for the first test that needs it.
+var postgres struct {
+	once      sync.Once
+	server    *caytest.Postgres
+	err       error
+	databases atomic.Int64
+}
+
+// newDatabase returns the address of an empty database in PostgreSQL.
+func newDatabase(t testing.TB) string {
+	t.Helper()
+	postgres.once.Do(func() { postgres.server, postgres.err = caytest.NewPostgres() })
+	if postgres.err != nil {
+		caytest.Missing(t, postgres.err.Error())
+	}
+	url, err := postgres.server.Create(fmt.Sprint("e2e", postgres.databases.Add(1)), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return url
 }
 
 func freeAddress(t testing.TB) string {
@@ -582,6 +609,12 @@ func TestMain(m *testing.M) {
 	}
 	if suite.Failed() && code == 0 {
 		code = 1
+	}
+	if postgres.server != nil {
+		if err := postgres.server.Remove(); err != nil {
+			fmt.Println("removing PostgreSQL:", err)
+			code = 1
+		}
 	}
 	os.Exit(code)
 }

@@ -140,11 +140,11 @@ func (s *server) GetHealth(w http.ResponseWriter, r *http.Request) {
 func (s *server) GetReady(w http.ResponseWriter, r *http.Request) {
 	if s.Ready != nil {
 		if err := s.Ready(); err != nil {
-			detail := "the server cannot create sandboxes now; its log says why"
+			detail, after := "the server cannot create sandboxes now; its log says why", time.Duration(0)
 			if f := fault.As(err); f != nil {
-				detail = f.Detail
+				detail, after = f.Detail, f.RetryAfter
 			}
-			s.fail(w, r, fault.New(fault.Unavailable, fault.CodeNotReady, "%s", detail).Because(err))
+			s.fail(w, r, fault.New(fault.Unavailable, fault.CodeNotReady, "%s", detail).After(after).Because(err))
 			return
 		}
 	}

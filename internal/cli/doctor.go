@@ -5,21 +5,25 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 
 	"github.com/spf13/cobra"
 
+	"github.com/cayhq/cay/internal/config"
 	"github.com/cayhq/cay/internal/daemon"
 )
 
 // doctorCommand returns the verb that checks this machine.
 func (a *app) doctorCommand() *cobra.Command {
 	var doClean bool
+	var file string
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Check this machine for what cay needs, and for leftovers of dead servers",
 		Long: `Check whether this machine has what cay server needs, whether a server answers, and
-whether dead servers left something behind, and print what to do about it.
+whether dead servers left something behind, and print what to do about it. With the
+server's settings (--config and the environment) it checks its PostgreSQL too.
 --clean skips these checks and removes what dead servers left: their sandboxes' processes,
 networks, control groups and files. The rest of a data directory stays; cay server --purge
 removes it. The exit status is 1 if something is wrong.`,
@@ -29,9 +33,18 @@ removes it. The exit status is 1 if something is wrong.`,
 			if doClean {
 				return a.cleanDead(cmd.Context())
 			}
-			return a.showFindings(append(daemon.CheckHost(), a.deadFinding(), a.serverFinding(cmd.Context())))
+			cfg, err := config.Read(file, os.Environ())
+			if err == nil {
+				err = cfg.Check()
+			}
+			if err != nil {
+				return err
+			}
+			return a.showFindings(append(daemon.CheckHost(), a.deadFinding(), daemon.CheckRecords(cmd.Context(), cfg.Store),
+				a.serverFinding(cmd.Context())))
 		},
 	}
+	cmd.Flags().StringVar(&file, "config", "", "TOML file with the settings of the server")
 	cmd.Flags().BoolVar(&doClean, "clean", false, "remove what dead servers left on this machine")
 	return cmd
 }

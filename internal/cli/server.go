@@ -13,7 +13,7 @@ import (
 // serverCommand returns the verb that runs a server.
 func (a *app) serverCommand() *cobra.Command {
 	var file string
-	var purge bool
+	var purge, acceptRestore bool
 	flags := config.Default()
 	cmd := &cobra.Command{
 		Use:   "server",
@@ -48,7 +48,7 @@ CAY_NETWORK_RANGE, …), then flags.`,
 				return err
 			}
 			if !purge {
-				return daemon.Run(cmd.Context(), cfg, a.version)
+				return daemon.Run(cmd.Context(), cfg, a.version, acceptRestore)
 			}
 			left, err := daemon.Purge(cmd.Context(), cfg.DataDir)
 			if left {
@@ -64,6 +64,9 @@ CAY_NETWORK_RANGE, …), then flags.`,
 	f.StringVar(&flags.MetricsListen, "metrics-listen", "", "host:port that serves /metrics without a key")
 	f.StringVar(&flags.LogLevel, "log-level", flags.LogLevel, "debug, info, warn or error")
 	f.StringVar(&flags.LogFormat, "log-format", flags.LogFormat, "text or json")
+	cmd.AddCommand(a.migrateCommand())
+	f.BoolVar(&acceptRestore, "accept-restore", false,
+		"take the records in PostgreSQL as they are, although older ones were restored: sandboxes without a row are removed")
 	f.BoolVar(&purge, "purge", false, "remove the server's sandboxes and data from this machine, and exit")
 	return cmd
 }

@@ -49,6 +49,9 @@ func (c *Config) Check() error {
 	if err := c.checkNumbers(); err != nil {
 		return err
 	}
+	if err := c.Store.check(); err != nil {
+		return err
+	}
 	if err := c.Memory.check(); err != nil {
 		return err
 	}
@@ -130,6 +133,23 @@ func (c *Config) checkNumbers() error {
 		if rule.got < rule.from {
 			return fmt.Errorf("%s: must be at least %s, not %s", rule.key, rule.least, time.Duration(rule.got))
 		}
+	}
+	return nil
+}
+
+// leastConns is the least number of connections to PostgreSQL: one for the work in the background and some for calls.
+// With fewer, one long listing would delay all calls.
+const leastConns = 4
+
+// check refuses settings of the records that contradict each other. The store itself checks the URL.
+func (s Store) check() error {
+	switch {
+	case s.URL == "" && (s.Password != "" || s.PasswordFile != ""):
+		return errors.New("store.password and store.password_file need store.url")
+	case s.Password != "" && s.PasswordFile != "":
+		return errors.New("store.password and store.password_file: only one of them can be set")
+	case s.MaxConns < leastConns:
+		return fmt.Errorf("store.max_conns: must be at least %d, not %d", leastConns, s.MaxConns)
 	}
 	return nil
 }

@@ -27,6 +27,7 @@ type Config struct {
 	LogFormat       string   `toml:"log_format"`
 	ShutdownTimeout Duration `toml:"shutdown_timeout"`
 
+	Store     Store     `toml:"store"`
 	Network   Network   `toml:"network"`
 	Sandbox   Sandbox   `toml:"sandbox"`
 	Capacity  Capacity  `toml:"capacity"`
@@ -40,6 +41,14 @@ type Config struct {
 	Proxy     Proxy     `toml:"proxy"`
 	E2B       E2B       `toml:"e2b"`
 	Events    Events    `toml:"events"`
+}
+
+// Store says where the records are: in DataDir, or in the PostgreSQL that URL names.
+type Store struct {
+	URL          string `toml:"url"`
+	Password     string `toml:"password"`
+	PasswordFile string `toml:"password_file"`
+	MaxConns     int    `toml:"max_conns"`
 }
 
 // Events limits the events that are kept and the streams that follow them.
@@ -173,6 +182,7 @@ func Default() Config {
 	return Config{
 		DataDir: "/var/lib/cay", Listen: "127.0.0.1:7070", LogLevel: "info", LogFormat: "text",
 		ShutdownTimeout: Duration(30 * time.Second),
+		Store:           Store{MaxConns: 16},
 		Network: Network{Ready: 8, MaxFlows: network.DefaultFlowsPerSlot, FlowsPerSecond: network.DefaultFlowsPerSecond,
 			FlowsPercent: network.DefaultFlowsPercent, MaxRanges: network.DefaultMaxRanges, QuestionsPerSecond: egressproxy.DefaultQuestionsPerSecond},
 		Sandbox: Sandbox{

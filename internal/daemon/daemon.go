@@ -49,15 +49,18 @@ const (
 )
 
 // dataFiles names everything that a server puts into its data directory, and the log that `make run` keeps there.
-var dataFiles = []string{databaseFile, databaseFile + "-wal", databaseFile + "-shm", keyFile, "lock", "programs",
+var dataFiles = []string{databaseFile, databaseFile + "-wal", databaseFile + "-shm", instanceFile, markFile,
+	keyFile, "lock", "programs",
 	"images", "sandboxes", "checkpoints", "contexts", buildDir, "scratch", "server.log"}
 
 // server holds all rooms of a running server.
 type server struct {
-	cfg      config.Config
-	version  string
-	log      *slog.Logger
-	instance string
+	cfg     config.Config
+	version string
+	// acceptRestore is the argument of Run.
+	acceptRestore bool
+	log           *slog.Logger
+	instance      string
 	// closers close the rooms, in reverse order.
 	closers []func(context.Context) error
 
@@ -79,8 +82,9 @@ type server struct {
 }
 
 // Run runs the server until ctx ends, with settings that [config.Config.Check] accepts. It closes everything that it
-// opened before it returns. Sandboxes keep running.
-func Run(ctx context.Context, cfg config.Config, version string) (err error) {
+// opened before it returns. Sandboxes keep running. With acceptRestore it takes the state of PostgreSQL as it is,
+// also if it is older than the machine's.
+func Run(ctx context.Context, cfg config.Config, version string, acceptRestore bool) (err error) {
 	log, err := newLogger(cfg)
 	if err != nil {
 		return err
@@ -92,7 +96,7 @@ func Run(ctx context.Context, cfg config.Config, version string) (err error) {
 	if err := dropUnneeded(); err != nil {
 		return err
 	}
-	s := &server{cfg: cfg, version: version, log: log, registry: prometheus.NewRegistry()}
+	s := &server{cfg: cfg, version: version, acceptRestore: acceptRestore, log: log, registry: prometheus.NewRegistry()}
 	defer func() {
 		// ctx has ended; closing has a time limit of its own.
 		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Duration(cfg.ShutdownTimeout))
@@ -121,16 +125,16 @@ func (s *server) open(ctx context.Context) error {
 		return err
 	}
 	s.onClose(func(context.Context) error { return lock.Close() })
-	if s.db, err = store.Open(ctx, filepath.Join(cfg.DataDir, databaseFile)); err != nil {
+	if s.db, s.instance, err = openRecords(ctx, cfg, s.acceptRestore); err != nil {
 		return err
 	}
 	s.onClose(func(context.Context) error { return s.db.Close() })
+	if _, remote := s.db.Load(); remote {
+		s.registry.MustRegister(recordsMetrics{s.db})
+	}
 	s.events = event.New(event.Config{Keep: time.Duration(cfg.Events.Keep), MaxPerOrg: cfg.Events.MaxPerOrg,
 		MaxFollowers: cfg.Events.MaxFollowers}, s.db, s.log)
 	s.db.OnEvents(s.events.Wake)
-	if s.instance, err = s.setting(ctx, settingInstance, newInstance); err != nil {
-		return err
-	}
 	s.boundMemory(ctx)
 	record := ServerRecord{Instance: s.instance, URL: "http://" + cfg.Listen,
 		KeyFile: filepath.Join(cfg.DataDir, keyFile), DataDir: cfg.DataDir, PID: os.Getpid()}
@@ -145,12 +149,7 @@ func (s *server) open(ctx context.Context) error {
 
 // setting returns a setting of this data directory, which first makes when the server starts for the first time.
 func (s *server) setting(ctx context.Context, name string, first func() string) (string, error) {
-	value, found, err := s.db.Setting(ctx, name)
-	if err != nil || found {
-		return value, err
-	}
-	value = first()
-	return value, s.db.SetSetting(ctx, name, value)
+	return s.db.FirstSetting(ctx, name, first())
 }
 
 // openHost opens the rooms that work on the machine.

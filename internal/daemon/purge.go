@@ -11,7 +11,6 @@ import (
 
 	"github.com/cayhq/cay/internal/buildkit"
 	"github.com/cayhq/cay/internal/node"
-	"github.com/cayhq/cay/internal/store"
 )
 
 // remains returns the places in which a server instance keeps its sandboxes. dataDir is empty if it is not known.
@@ -49,17 +48,9 @@ func Purge(ctx context.Context, dataDir string) (left bool, err error) {
 
 // purgeInstance removes the sandboxes of the server instance of a data directory from the machine.
 func purgeInstance(ctx context.Context, dataDir string) error {
-	path := filepath.Join(dataDir, databaseFile)
-	if _, err := os.Stat(path); err != nil {
-		return nil // no server was ever started there
-	}
-	db, err := store.Open(ctx, path)
-	if err != nil {
-		return err
-	}
-	instance, found, err := db.Setting(ctx, settingInstance)
-	if err = errors.Join(err, db.Close()); err != nil || !found {
-		return err
+	instance, err := instanceOf(ctx, dataDir)
+	if err != nil || instance == "" {
+		return err // no server was ever started there
 	}
 	return Clean(ctx, RunDir, instance, dataDir)
 }

@@ -27,7 +27,7 @@ func TestRandomLives(t *testing.T) {
 
 // livesOnPostgres limits the random lives with their records in PostgreSQL, each of which takes some tenths of a
 // second.
-const livesOnPostgres = 20
+const livesOnPostgres = 12
 
 // TestRandomLivesPostgres is TestRandomLives with the records in PostgreSQL.
 func TestRandomLivesPostgres(t *testing.T) {

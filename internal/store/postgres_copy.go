@@ -80,6 +80,7 @@ func CopyToPostgres(ctx context.Context, from, to *DB) ([]Copied, error) {
 	if err := tx.Commit(ctx); err != nil {
 		return nil, fmt.Errorf("committing the copy: %w", err)
 	}
+	d.mark.reset()
 	return all, nil
 }
 

@@ -119,6 +119,9 @@ func (d *postgresDialect) numberBatch(ctx context.Context) (orgs []string, err e
 		if _, err := tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock($1::int, 0)", lockClassNumbering); err != nil {
 			return err
 		}
+		if err := d.currentIn(ctx, tx); err != nil {
+			return err
+		}
 		orgs, last, err = numbered(tx.QueryContext(ctx, numberEvents, numberBatch))
 		return err
 	})

@@ -14,8 +14,9 @@ import (
 	"github.com/cayhq/cay/internal/fault"
 )
 
-// mark keeps the seq of the last event that this machine has seen, in memory and in a file. The last event is never
-// dropped from the records, so records without it were restored to an older state.
+// mark keeps the seq of the last event that this machine has seen, in memory and in a file. Records that do not have
+// this event, and have not dropped it, were restored to an older state. Events that are written after the restore are
+// not numbered, so that the mark stays.
 type mark struct {
 	path string
 
@@ -61,6 +62,13 @@ func (m *mark) raise(seq event.Seq) {
 	m.last = max(m.last, seq)
 }
 
+// reset forgets the mark, for records that were replaced.
+func (m *mark) reset() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.last = 0
+}
+
 func (m *mark) value() event.Seq {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -72,7 +80,7 @@ func (m *mark) value() event.Seq {
 func (m *mark) save() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.path == "" || m.last == m.saved {
+	if m.path == "" || m.last <= m.saved {
 		return nil
 	}
 	draft := m.path + ".new"
@@ -87,14 +95,23 @@ func (m *mark) save() error {
 	return nil
 }
 
+// isCurrent reports whether the records have the event with a seq, or had it: a horizon tells which were dropped.
+const isCurrent = `SELECT EXISTS (SELECT 1 FROM events WHERE seq = $1)
+	OR EXISTS (SELECT 1 FROM event_horizons WHERE seq >= $1)`
+
 // current implements dialect.
-func (d *postgresDialect) current(ctx context.Context) error {
+func (d *postgresDialect) current(ctx context.Context) error { return d.currentIn(ctx, d.db.reader) }
+
+func (d *postgresDialect) currentIn(ctx context.Context, q querier) error {
 	seen := d.mark.value() // before the query: the mark is of events that are committed
-	last, _, err := place(ctx, d.db.reader, "SELECT seq FROM events WHERE seq > 0 ORDER BY seq DESC LIMIT 1")
-	if err != nil {
-		return fmt.Errorf("finding the last event: %w", err)
+	if seen == 0 {
+		return nil
 	}
-	if last < seen {
+	var has bool
+	if err := q.QueryRowContext(ctx, isCurrent, seen).Scan(&has); err != nil {
+		return fmt.Errorf("looking for the last event: %w", err)
+	}
+	if !has {
 		return fault.New(fault.Unavailable, fault.CodeNotReady, "the records in PostgreSQL are older than those that this "+
 			"server has seen: the database was restored; nothing is removed from this machine until cay server is started "+
 			"with --accept-restore")

@@ -2,10 +2,13 @@ package store
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
+	"github.com/cayhq/cay/internal/event"
 	"github.com/cayhq/cay/internal/fault"
 )
 
@@ -82,6 +85,12 @@ func TestPostgresRestored(t *testing.T) {
 			continue // each connection meets its end once
 		}
 		check(db, true)
+		// What is written now does not make the records newer.
+		mustInsert(t, db, small("org_a", 0))
+		if err := db.dialect.(*postgresDialect).number(ctx); err == nil {
+			t.Error("numbered an event of restored records")
+		}
+		check(db, true)
 	})
 	run(false, func(db *DB) { check(db, true) })
 	run(true, func(db *DB) { check(db, false) })
@@ -92,6 +101,23 @@ func TestPostgresRestored(t *testing.T) {
 	})
 	restore()
 	run(false, func(db *DB) { check(db, true) })
+	// Events that were dropped in order do not look like a restore.
+	var seen event.Seq
+	run(true, func(db *DB) {
+		putOrg(t, db, "org_b")
+		settle(t, db)
+		seen = db.dialect.(*postgresDialect).mark.value()
+		putOrg(t, db, "org_c")
+		settle(t, db)
+		if _, err := db.TrimEvents(ctx, start.Add(time.Hour), 0); err != nil {
+			t.Fatal(err)
+		}
+		check(db, false)
+	})
+	if err := os.WriteFile(cfg.MarkFile, fmt.Append(nil, int64(seen)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	run(false, func(db *DB) { check(db, false) })
 	if err := os.WriteFile(cfg.MarkFile, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}

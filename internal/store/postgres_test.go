@@ -229,7 +229,7 @@ func TestPostgresTexts(t *testing.T) {
 // TestPostgresQuota makes 40 creates at once at a quota of 10, many times, half of them with a key of their own.
 func TestPostgresQuota(t *testing.T) {
 	db := openPostgres(t)
-	for round := range 60 {
+	for round := range 25 {
 		org := fmt.Sprint("org_", round)
 		var made, refused atomic.Int64
 		var wg sync.WaitGroup

@@ -191,7 +191,8 @@ func (db *DB) CopyTag(ctx context.Context, id, from string, names []string, when
 	var source template.Tag
 	err := db.write(ctx, func(tx *sql.Tx) error {
 		name := ""
-		err := tx.QueryRowContext(ctx, "SELECT name FROM templates WHERE id = $1", id).Scan(&name)
+		// Others that add tags wait, so that the count below is right.
+		err := tx.QueryRowContext(ctx, "SELECT name FROM templates WHERE id = $1"+db.forUpdate(), id).Scan(&name)
 		if errors.Is(err, sql.ErrNoRows) {
 			return noTemplate(id)
 		}

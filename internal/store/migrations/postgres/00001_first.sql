@@ -63,6 +63,7 @@ CREATE TABLE templates (
     tries       BIGINT NOT NULL,
     queued_at   BIGINT, -- NULL: no build waits or runs
     start       TEXT COLLATE "C" NOT NULL, -- JSON
+    ready_build TEXT COLLATE "C" NOT NULL, -- the build that gave the version, '' is not known
     UNIQUE (org_id, name)
 );
 
@@ -75,7 +76,8 @@ CREATE TABLE template_builds (
     definition  TEXT COLLATE "C" NOT NULL, -- JSON
     context     TEXT COLLATE "C" NOT NULL, -- hex SHA-256 of the file, '' is none
     refresh     BOOLEAN NOT NULL,
-    private     BOOLEAN NOT NULL
+    private     BOOLEAN NOT NULL,
+    repairs     TEXT COLLATE "C" NOT NULL -- hex SHA-256 of an image that is gone, '' is none
 );
 
 CREATE TABLE template_logs (
@@ -95,8 +97,11 @@ CREATE TABLE template_tags (
     image       TEXT COLLATE "C" NOT NULL, -- hex SHA-256 of the EROFS file
     version     TEXT COLLATE "C" NOT NULL, -- JSON: what sandboxes are made from
     created_at  BIGINT NOT NULL,
+    gone        BOOLEAN NOT NULL, -- the image was not found
     PRIMARY KEY (template_id, tag)
 );
+
+CREATE INDEX template_tags_image ON template_tags (image);
 
 CREATE TABLE sandboxes (
     id                TEXT COLLATE "C" NOT NULL PRIMARY KEY,

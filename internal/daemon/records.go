@@ -1,0 +1,223 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/cayhq/cay/internal/config"
+	"github.com/cayhq/cay/internal/store"
+)
+
+// instanceFile has the server instance of a data directory whose records are in PostgreSQL. Records in SQLite have it
+// as a setting.
+const instanceFile = "instance"
+
+// markFile has how far this machine has seen the records in PostgreSQL.
+const markFile = "records-seen"
+
+// openRecords opens the records of a server, and returns them with the server instance.
+func openRecords(ctx context.Context, cfg config.Config, acceptRestore bool) (*store.DB, string, error) {
+	if cfg.Store.URL == "" {
+		return openSQLite(ctx, cfg.DataDir)
+	}
+	own, made, err := ownInstance(cfg.DataDir)
+	if err != nil {
+		return nil, "", err
+	}
+	c := postgresConfig(cfg.Store)
+	c.MarkFile, c.AcceptRestore = filepath.Join(cfg.DataDir, markFile), acceptRestore
+	db, err := store.OpenPostgres(ctx, c)
+	if err == nil {
+		if err = belong(ctx, db, own); err != nil {
+			err = errors.Join(err, db.Close())
+		}
+	}
+	if err != nil {
+		if made { // the directory has no records anywhere yet
+			err = errors.Join(err, os.Remove(filepath.Join(cfg.DataDir, instanceFile)))
+		}
+		return nil, "", err
+	}
+	return db, own, nil
+}
+
+// belong makes the records in PostgreSQL those of a server instance, and refuses those of another one. The rows say
+// nothing about the machine, so a second server would take them for its own, and its sandboxes for lost.
+func belong(ctx context.Context, db *store.DB, instance string) error {
+	owner, err := db.FirstSetting(ctx, settingInstance, instance)
+	if err != nil {
+		return err
+	}
+	if owner != instance {
+		return fmt.Errorf("the records in store.url belong to the server instance %s, and this data directory to %s: "+
+			"give each server a database of its own", owner, instance)
+	}
+	return db.Serve(ctx)
+}
+
+func openSQLite(ctx context.Context, dataDir string) (*store.DB, string, error) {
+	if _, err := os.Stat(filepath.Join(dataDir, instanceFile)); err == nil {
+		return nil, "", fmt.Errorf("the records of %s are in PostgreSQL: set store.url", dataDir)
+	}
+	db, err := store.Open(ctx, filepath.Join(dataDir, databaseFile))
+	if err != nil {
+		return nil, "", err
+	}
+	instance, err := db.FirstSetting(ctx, settingInstance, newInstance())
+	if err != nil {
+		return nil, "", errors.Join(err, db.Close())
+	}
+	return db, instance, nil
+}
+
+func postgresConfig(s config.Store) store.PostgresConfig {
+	return store.PostgresConfig{URL: s.URL, Password: s.Password, PasswordFile: s.PasswordFile, MaxConns: s.MaxConns}
+}
+
+// ownInstance returns the server instance of a data directory whose records are in PostgreSQL. It makes one for a new
+// directory, and returns made true then.
+func ownInstance(dataDir string) (instance string, made bool, err error) {
+	path := filepath.Join(dataDir, instanceFile)
+	text, err := os.ReadFile(path)
+	if err == nil {
+		return strings.TrimSpace(string(text)), false, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return "", false, fmt.Errorf("reading the server instance: %w", err)
+	}
+	if _, err := os.Stat(filepath.Join(dataDir, databaseFile)); err == nil {
+		return "", false, fmt.Errorf("the records of %s are in its %s: unset store.url, or use a new data directory", dataDir,
+			databaseFile)
+	}
+	instance = newInstance()
+	return instance, true, writeInstance(path, instance)
+}
+
+// writeInstance writes the file of a server instance, whole or not at all. Without the file the next start would not
+// find the sandboxes of this one.
+func writeInstance(path, instance string) error {
+	draft := path + ".new"
+	f, err := os.OpenFile(draft, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("writing the server instance: %w", err)
+	}
+	_, err = f.WriteString(instance + "\n")
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		err = os.Rename(draft, path)
+	}
+	if err != nil {
+		return fmt.Errorf("writing the server instance: %w", errors.Join(err, os.Remove(draft)))
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return fmt.Errorf("writing the server instance: %w", err)
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
+
+// instanceOf returns the server instance of a data directory, "" if no server was ever started there. It needs no
+// PostgreSQL.
+func instanceOf(ctx context.Context, dataDir string) (string, error) {
+	if text, err := os.ReadFile(filepath.Join(dataDir, instanceFile)); err == nil {
+		return strings.TrimSpace(string(text)), nil
+	}
+	path := filepath.Join(dataDir, databaseFile)
+	if _, err := os.Stat(path); err != nil {
+		return "", nil
+	}
+	db, err := store.Open(ctx, path)
+	if err != nil {
+		return "", err
+	}
+	instance, _, err := db.Setting(ctx, settingInstance)
+	return instance, errors.Join(err, db.Close())
+}
+
+// MoveRecords copies the records of a stopped server from SQLite, in its data directory, to PostgreSQL, and notes in
+// the directory that they are there. It leaves the file of SQLite as it is. It can be repeated until a server has
+// started with the copy.
+func MoveRecords(ctx context.Context, dataDir string, to config.Store) ([]store.Copied, error) {
+	path := filepath.Join(dataDir, databaseFile)
+	if _, err := os.Stat(path); err != nil {
+		return nil, fmt.Errorf("there are no records in %s: %w", dataDir, err)
+	}
+	lock, err := lockDir(dataDir, lockPatience)
+	if err != nil {
+		return nil, err
+	}
+	defer lock.Close()
+	from, err := store.Open(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	defer from.Close()
+	instance, found, err := from.Setting(ctx, settingInstance)
+	if err != nil || !found {
+		return nil, errors.Join(err, errors.New("no server was ever started there"))
+	}
+	db, err := store.OpenPostgres(ctx, postgresConfig(to))
+	if err != nil {
+		return nil, err
+	}
+	defer db.Close()
+	copied, err := store.CopyToPostgres(ctx, from, db)
+	if err != nil {
+		return nil, err
+	}
+	// A mark of other records says nothing about these.
+	if err := os.Remove(filepath.Join(dataDir, markFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	return copied, writeInstance(filepath.Join(dataDir, instanceFile), instance)
+}
+
+// recordsMetrics collects the load of the connections to PostgreSQL.
+type recordsMetrics struct{ db *store.DB }
+
+var (
+	recordsConns = prometheus.NewDesc("cay_store_connections",
+		"Connections to PostgreSQL: used by calls now, open now, and the limit.", []string{"state"}, nil)
+	recordsWaits = prometheus.NewDesc("cay_store_waits_total",
+		"Calls that waited for a connection to PostgreSQL.", nil, nil)
+	recordsWaited = prometheus.NewDesc("cay_store_waited_seconds_total",
+		"Time that calls waited for a connection to PostgreSQL.", nil, nil)
+	recordsRetries = prometheus.NewDesc("cay_store_retries_total",
+		"Transactions in PostgreSQL that were run again after a conflict with another one.", nil, nil)
+)
+
+// Describe implements [prometheus.Collector].
+func (m recordsMetrics) Describe(c chan<- *prometheus.Desc) { prometheus.DescribeByCollect(m, c) }
+
+// Collect implements [prometheus.Collector].
+func (m recordsMetrics) Collect(c chan<- prometheus.Metric) {
+	load, _ := m.db.Load()
+	for state, n := range map[string]int{"used": load.Used, "open": load.Open, "limit": load.Most} {
+		c <- prometheus.MustNewConstMetric(recordsConns, prometheus.GaugeValue, float64(n), state)
+	}
+	c <- prometheus.MustNewConstMetric(recordsWaits, prometheus.CounterValue, float64(load.Waits))
+	c <- prometheus.MustNewConstMetric(recordsWaited, prometheus.CounterValue, load.Waited.Seconds())
+	c <- prometheus.MustNewConstMetric(recordsRetries, prometheus.CounterValue, float64(load.Retries))
+}
+
+// CheckRecords checks whether the records can be where the settings say.
+func CheckRecords(ctx context.Context, s config.Store) Finding {
+	f := Finding{Check: "records", Fix: "see docs/postgresql.md"}
+	if s.URL == "" {
+		f.OK, f.Detail = true, "SQLite, in the data directory"
+		return f
+	}
+	what, err := store.CheckPostgres(ctx, postgresConfig(s))
+	if err != nil {
+		f.Detail = err.Error()
+		return f
+	}
+	f.OK, f.Detail = true, what
+	return f
+}
