@@ -45,6 +45,7 @@ var mayImport = map[string]struct {
 	"internal/buildkit/wire": {nil, "the protocol between the server and cay-buildkit: both link it"},
 	"internal/checkpoint":    {[]string{"fault"}, "a technology room: it keeps files whole and does not look into them"},
 	"internal/blob":          {[]string{"fault"}, "a technology room: it keeps files by their hash and does not look into them"},
+	"internal/objects":       {nil, "a technology room: it knows S3 and files named by their hash, and nothing of the product"},
 	"internal/node": {[]string{"agentapi", "cgroup", "checkpoint", "embedded", "fault", "network", "runsc", "sandbox",
 		"trace"}, "it builds sandboxes with the technology rooms, and implements the core's interface"},
 
@@ -67,12 +68,12 @@ var mayImport = map[string]struct {
 	"internal/e2b": {[]string{"agentapi", "auth", "budget", "fault", "httpserver", "portproxy", "sandbox", "template"},
 		"a front beside api, for E2B's clients: it calls the same core and the agent, and has portproxy carry traffic to ports"},
 
-	"internal/config": {[]string{"agentapi", "egressproxy", "network", "node", "sandbox"},
+	"internal/config": {[]string{"agentapi", "egressproxy", "network", "node", "objects", "sandbox"},
 		"it knows the settings of a server, whose defaults are the rooms' own, and opens no room"},
 	"internal/imagebuild": {[]string{"buildkit", "fault", "image", "template"},
 		"an adapter: it implements template's interface with the technology rooms that make images, which know neither it nor each other"},
 	"internal/daemon": {[]string{"api", "auth", "blob", "budget", "buildkit", "cgroup", "config", "e2b", "egressproxy",
-		"embedded", "event", "fault", "httpserver", "image", "imagebuild", "network", "node", "portproxy", "sampler", "sandbox", "store",
+		"embedded", "event", "fault", "httpserver", "image", "imagebuild", "network", "node", "objects", "portproxy", "sampler", "sandbox", "store",
 		"template"}, "all wiring is here, and the adapters between rooms that do not know each other"},
 	"internal/cli": {[]string{"config", "daemon"}, "the verbs use sdk/go; those that run a server or look at this machine use daemon"},
 
@@ -214,6 +215,7 @@ func TestHeavyDependencies(t *testing.T) {
 		"github.com/vishvananda/netlink":          {[]string{"internal/network"}, "links are made in one room"},
 		"github.com/google/go-containerregistry/": {[]string{"internal/image"}, "registries are one room's business"},
 		"codeberg.org/miekg/dns":                  {[]string{"internal/egressproxy"}, "names are decided in one room"},
+		"github.com/aws/":                         {[]string{"internal/objects"}, "S3 is one room's business"},
 		"github.com/coder/websocket":              {[]string{"internal/api", "sdk/go"}, "the two ends of a terminal"},
 		"github.com/spf13/cobra":                  {[]string{"internal/cli"}, "the command line is in one place"},
 	}

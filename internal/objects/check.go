@@ -1,0 +1,133 @@
+package objects
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+	"time"
+)
+
+// Finding holds the result of one check of a bucket.
+type Finding struct {
+	Name   string
+	OK     bool
+	Detail string
+	Fix    string
+}
+
+// maxSkew is the difference of clocks from which on Check complains. S3 servers refuse requests from 15 minutes on;
+// a clock that is minutes wrong soon is more.
+const maxSkew = time.Minute
+
+// checkPrefix begins the keys of the objects of checks, which Check removes.
+const checkPrefix = "check/"
+
+// Check tries everything that cay needs of a bucket, with small objects that it removes again.
+func Check(ctx context.Context, b Bucket) []Finding {
+	key := checkPrefix + strings.ToLower(rand.Text())
+	rights := Finding{Name: "bucket", OK: true, Detail: "objects can be written, read, listed and removed",
+		Fix: "check files.url and the credentials, and allow GetObject, PutObject, DeleteObject, ListBucket, " +
+			"ListBucketMultipartUploads, ListMultipartUploadParts and AbortMultipartUpload"}
+	if err := checkRights(ctx, b, key); err != nil {
+		rights.OK, rights.Detail = false, err.Error()
+	}
+	conditions := Finding{Name: "conditional writes", OK: true,
+		Detail: "the server refuses to overwrite where it is told to",
+		Fix:    "use an S3 server that obeys If-None-Match and If-Match of PutObject and CompleteMultipartUpload"}
+	if !rights.OK {
+		conditions.OK, conditions.Detail = false, "not checked, since the bucket cannot be used"
+	} else if err := checkConditions(ctx, b, key); err != nil {
+		conditions.OK, conditions.Detail = false, err.Error()
+	}
+	return []Finding{rights, conditions, checkClock(ctx, b)}
+}
+
+func checkRights(ctx context.Context, b Bucket, key string) (err error) {
+	defer func() { err = errors.Join(err, b.Delete(ctx, key)) }()
+	if _, err := Write(ctx, b, key, []byte(key), Condition{}); err != nil {
+		return err
+	}
+	if data, _, err := Read(ctx, b, key, maxKey); err != nil || string(data) != key {
+		return errors.Join(fmt.Errorf("what was written was read back as %.80q", data), err)
+	}
+	found, err := b.List(ctx, key, "", 2)
+	if err != nil {
+		return err
+	}
+	if len(found) != 1 || found[0].Key != key {
+		return fmt.Errorf("the list of objects has %d of the one that was written", len(found))
+	}
+	return nil
+}
+
+func checkConditions(ctx context.Context, b Bucket, key string) (err error) {
+	defer func() { err = errors.Join(err, b.Delete(ctx, key)) }()
+	etag, err := Write(ctx, b, key, []byte("1"), Condition{Absent: true})
+	if err != nil {
+		return err
+	}
+	for _, c := range []struct {
+		name string
+		when Condition
+		ok   bool
+	}{
+		{"If-None-Match over an object", Condition{Absent: true}, false},
+		{"If-Match of another ETag", Condition{ETag: strings.Repeat("0", 32)}, false},
+		{"If-Match of the object's ETag", Condition{ETag: etag}, true},
+	} {
+		_, err := Write(ctx, b, key, []byte("2"), c.when)
+		if err != nil && !errors.Is(err, ErrCondition) {
+			return fmt.Errorf("%s: %w", c.name, err)
+		}
+		if ok := err == nil; ok != c.ok {
+			return fmt.Errorf("%s: the write was done: %t, and must be %t", c.name, ok, c.ok)
+		}
+	}
+	return checkParts(ctx, b, key)
+}
+
+// checkParts completes an upload over an object, which must be refused.
+func checkParts(ctx context.Context, b Bucket, key string) (err error) {
+	id, err := b.Begin(ctx, key)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.Abort(ctx, key, id)) }()
+	data := []byte("3")
+	p, err := b.PutPart(ctx, key, id, 1, section(data), sha256.Sum256(data))
+	if err != nil {
+		return err
+	}
+	if _, err := b.Uploads(ctx, key); err != nil {
+		return err
+	}
+	if parts, err := b.Parts(ctx, key, id); err != nil || len(parts) != 1 {
+		return errors.Join(fmt.Errorf("the list of parts has %d of one", len(parts)), err)
+	}
+	_, err = b.Complete(ctx, key, id, []Part{p}, Condition{Absent: true})
+	if errors.Is(err, ErrCondition) {
+		return nil
+	}
+	if err == nil {
+		err = errors.New("the object was overwritten")
+	}
+	return fmt.Errorf("If-None-Match of a completed upload over an object: %w", err)
+}
+
+func checkClock(ctx context.Context, b Bucket) Finding {
+	f := Finding{Name: "bucket's clock", Fix: "set both clocks by NTP"}
+	skew, err := b.Skew(ctx)
+	switch {
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		f.Detail = err.Error()
+	case skew.Abs() > maxSkew:
+		f.Detail = fmt.Sprintf("it is %s ahead of this machine's", skew)
+	default:
+		f.OK, f.Detail = true, fmt.Sprintf("it differs from this machine's by %s", skew.Abs())
+	}
+	return f
+}

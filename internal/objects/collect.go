@@ -1,0 +1,201 @@
+package objects
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// collect removes objects that are not needed, ends old uploads, and evicts local files.
+func (m *Mirror) collect(ctx context.Context) {
+	for _, step := range []func(context.Context) error{m.removeUnneeded, m.abortOld, m.evict} {
+		if err := step(ctx); err != nil && ctx.Err() == nil {
+			m.cfg.Log.Warn("cannot collect files of the bucket, and will try again", "prefix", m.cfg.Prefix, "error", err)
+		}
+	}
+}
+
+// unneeded describes an object that is not needed.
+type unneeded struct {
+	name  string
+	size  int64         // bytes
+	since time.Time     // when that was first seen
+	age   time.Duration // since it was written
+}
+
+// removeUnneeded removes the objects that no call of Keep has named for Grace, and sooner, those first that were not
+// needed the longest time, what is more than MaxUnneeded.
+func (m *Mirror) removeUnneeded(ctx context.Context) error {
+	all, err := m.listUnneeded(ctx)
+	if err != nil {
+		return err
+	}
+	slices.SortFunc(all, func(a, b unneeded) int { return b.since.Compare(a.since) })
+	var kept int64
+	for _, o := range all {
+		grace := Grace
+		if kept += o.size; m.cfg.MaxUnneeded > 0 && kept > m.cfg.MaxUnneeded {
+			grace = leastGrace
+		}
+		if o.age < grace || m.cfg.Now().Sub(o.since) < grace || !m.claimRemoval(o.name) {
+			continue
+		}
+		err := m.cfg.Transfer.bucket.Delete(ctx, m.key(o.name))
+		m.removed(o.name, err == nil)
+		if err != nil {
+			return err
+		}
+		kept -= o.size
+		m.cfg.Log.Info("removed an object that nothing needs", "object", m.key(o.name), "bytes", o.size)
+	}
+	return nil
+}
+
+// listUnneeded returns the objects that are not needed, and remembers since when.
+func (m *Mirror) listUnneeded(ctx context.Context) (all []unneeded, err error) {
+	skew, err := m.cfg.Transfer.bucket.Skew(ctx)
+	if err != nil {
+		return nil, err
+	}
+	found := map[string]time.Time{}
+	for after, seen := "", 0; seen < maxObjects; {
+		page, err := m.cfg.Transfer.bucket.List(ctx, m.cfg.Prefix, after, 1000)
+		if err != nil {
+			return nil, err
+		}
+		for _, o := range page {
+			name := o.Key[len(m.cfg.Prefix):]
+			if _, err := ParseSum(name); err != nil {
+				continue // not of this mirror
+			}
+			if since, is := m.unneededSince(name); is {
+				found[name] = since
+				all = append(all, unneeded{name, o.Size, since, m.cfg.Now().Add(skew).Sub(o.Modified)})
+			}
+		}
+		if len(page) < 1000 {
+			break
+		}
+		after, seen = page[len(page)-1].Key, seen+len(page)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.unneeded = found
+	return all, nil
+}
+
+// unneededSince reports whether an object is not needed, and since when that is known. Then it is not taken for stored
+// any more, so that a later Offer asks the bucket.
+func (m *Mirror) unneededSince(name string) (time.Time, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.needed[name] || m.waiting[name] != nil {
+		return time.Time{}, false
+	}
+	delete(m.stored, name)
+	since, known := m.unneeded[name]
+	if !known {
+		since = m.cfg.Now()
+	}
+	return since, true
+}
+
+// claimRemoval reports whether an object is still not needed. If so, its file is not uploaded until [Mirror.removed].
+func (m *Mirror) claimRemoval(name string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.needed[name] || m.waiting[name] != nil {
+		return false
+	}
+	delete(m.stored, name)
+	m.removing = name
+	return true
+}
+
+// removed ends the removal of an object.
+func (m *Mirror) removed(name string, done bool) {
+	m.mu.Lock()
+	m.removing = ""
+	if done {
+		delete(m.unneeded, name)
+	}
+	m.mu.Unlock()
+	m.stir()
+}
+
+// abortOld removes uploads that were not continued.
+func (m *Mirror) abortOld(ctx context.Context) error {
+	skew, err := m.cfg.Transfer.bucket.Skew(ctx)
+	if err != nil {
+		return err
+	}
+	uploads, err := m.cfg.Transfer.bucket.Uploads(ctx, m.cfg.Prefix)
+	if err != nil {
+		return err
+	}
+	for _, u := range uploads {
+		if m.cfg.Now().Add(skew).Sub(u.Begun) < UploadKept {
+			continue
+		}
+		if err := m.cfg.Transfer.bucket.Abort(ctx, u.Key, u.ID); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// evict removes local files that the bucket has too, the least recently used first, until the rest fits.
+func (m *Mirror) evict(ctx context.Context) error {
+	if m.cfg.MaxLocal == 0 {
+		return nil
+	}
+	type file struct {
+		name string
+		size int64
+		used time.Time
+	}
+	var all []file
+	var total int64
+	err := m.cfg.Local.EachFile(func(name string, size int64, used time.Time) {
+		all, total = append(all, file{name, size, used}), total+size
+	})
+	if err != nil {
+		return fmt.Errorf("listing local files: %w", err)
+	}
+	slices.SortFunc(all, func(a, b file) int { return a.used.Compare(b.used) })
+	for _, f := range all {
+		if total <= m.cfg.MaxLocal {
+			return nil
+		}
+		there, err := m.cfg.Transfer.has(ctx, m.key(f.name), f.size)
+		if err != nil && !errors.Is(err, ErrDamaged) {
+			return err
+		}
+		if !there {
+			m.missing(f.name)
+			continue
+		}
+		gone, err := m.cfg.Local.Evict(f.name)
+		if err != nil {
+			return fmt.Errorf("evicting a local file: %w", err)
+		}
+		if gone {
+			total -= f.size
+			m.cfg.Log.Info("evicted a local file that the bucket has", "file", m.key(f.name), "bytes", f.size)
+		}
+	}
+	return nil
+}
+
+// missing has a needed file uploaded again that the bucket has lost.
+func (m *Mirror) missing(name string) {
+	m.mu.Lock()
+	delete(m.stored, name)
+	if m.needed[name] {
+		m.offerLocked(name)
+	}
+	m.mu.Unlock()
+	m.stir()
+}

@@ -1,0 +1,97 @@
+package objects
+
+import (
+	"errors"
+	"io/fs"
+	"net/http"
+	"net/http/httptest"
+	"runtime"
+	"strings"
+	"testing"
+)
+
+// hostile opens a bucket whose server answers with a handler.
+func hostile(t *testing.T, answer http.HandlerFunc) Bucket {
+	t.Helper()
+	s := httptest.NewServer(answer)
+	t.Cleanup(s.Close)
+	b, err := OpenS3(Location{Bucket: "cay", Endpoint: s.URL, Region: "r", PathStyle: true},
+		Credentials{AccessKey: "a", SecretKey: "b"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// TestEndlessAnswers lets the server answer without end. Every call must end, without the memory for it.
+func TestEndlessAnswers(t *testing.T) {
+	piece := []byte(strings.Repeat("<Contents><Key>a</Key></Contents><Part><PartNumber>1</PartNumber></Part>"+
+		"<Upload><Key>a</Key></Upload>", 1000))
+	for _, status := range []int{http.StatusOK, http.StatusForbidden} {
+		b := hostile(t, func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(status)
+			w.Write([]byte(`<?xml version="1.0"?><Result>`))
+			for r.Context().Err() == nil {
+				if _, err := w.Write(piece); err != nil {
+					return
+				}
+			}
+		})
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		calls := map[string]func() error{
+			"list":     func() error { _, err := b.List(t.Context(), "", "", 10); return err },
+			"parts":    func() error { _, err := b.Parts(t.Context(), "a", "id"); return err },
+			"uploads":  func() error { _, err := b.Uploads(t.Context(), ""); return err },
+			"begin":    func() error { _, err := b.Begin(t.Context(), "a"); return err },
+			"complete": func() error { _, err := b.Complete(t.Context(), "a", "id", nil, Condition{}); return err },
+		}
+		for name, call := range calls {
+			if err := call(); err == nil {
+				t.Errorf("%s with status %d: no error", name, status)
+			}
+		}
+		runtime.ReadMemStats(&after)
+		// Decoding takes several times the bytes of an answer, and failed calls are tried again.
+		if most := uint64(len(calls)) * tries * 40 * maxAnswer; after.TotalAlloc-before.TotalAlloc > most {
+			t.Errorf("%d MiB were allocated, more than %d", (after.TotalAlloc-before.TotalAlloc)>>20, most>>20)
+		}
+	}
+}
+
+// TestLyingAnswers lets the server tell things that are not so.
+func TestLyingAnswers(t *testing.T) {
+	b := hostile(t, func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.Method == http.MethodHead:
+			w.Header().Set("Content-Length", "1000000000000")
+		case r.URL.Query().Get("prefix") == "none":
+			w.Write([]byte(`<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>x</NextContinuationToken>` +
+				`</ListBucketResult>`))
+		case r.URL.Query().Has("list-type"):
+			w.Write([]byte(`<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>x</NextContinuationToken>` +
+				`<Contents><Key>../../etc/passwd</Key></Contents><Contents><Key>ok</Key><Size>-5</Size></Contents>` +
+				`</ListBucketResult>`))
+		case r.URL.Query().Has("uploadId"):
+			w.Write([]byte(`<ListPartsResult><IsTruncated>true</IsTruncated><NextPartNumberMarker>-1</NextPartNumberMarker>` +
+				`<Part><PartNumber>-7</PartNumber><Size>-1</Size><ChecksumSHA256>!</ChecksumSHA256></Part></ListPartsResult>`))
+		default:
+			http.Redirect(w, r, "http://192.0.2.1/stolen", http.StatusTemporaryRedirect)
+		}
+	})
+	if all, err := b.List(t.Context(), "", "", 3); err != nil || len(all) != 3 || all[0].Key != "ok" {
+		t.Errorf("the list is %v, %v", all, err)
+	}
+	if _, err := b.List(t.Context(), "none", "", 3); err == nil {
+		t.Error("a list without end that has nothing of ours ended without an error")
+	}
+	if parts, err := b.Parts(t.Context(), "a", "id"); err != nil || len(parts) != 1 || parts[0].Sum != (Sum{}) {
+		t.Errorf("the parts are %v, %v", parts, err)
+	}
+	if _, err := b.Get(t.Context(), "a", 0, 10); err == nil || errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("an answer from elsewhere: %v", err)
+	}
+	if _, err := NewTransfer(b).Download(t.Context(), "a", emptyFile(t), Sum{1}, 1<<30); !errors.Is(err, ErrDamaged) {
+		t.Errorf("an object of a terabyte: %v", err)
+	}
+}

@@ -1,0 +1,437 @@
+package objects
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cayhq/cay/internal/caytest"
+)
+
+// shelf is a Local in a directory.
+type shelf struct {
+	dir string
+
+	mu    sync.Mutex
+	inUse map[string]bool
+}
+
+func (s *shelf) OpenFile(name string) (*os.File, error) { return os.Open(filepath.Join(s.dir, name)) }
+
+func (s *shelf) EachFile(f func(string, int64, time.Time)) error {
+	entries, err := os.ReadDir(s.dir)
+	for _, e := range entries {
+		if info, err := e.Info(); err == nil {
+			f(e.Name(), info.Size(), info.ModTime())
+		}
+	}
+	return err
+}
+
+func (s *shelf) Evict(name string) (bool, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.inUse[name] {
+		return false, nil
+	}
+	return true, os.Remove(filepath.Join(s.dir, name))
+}
+
+// put makes a file on the shelf and returns its name.
+func (s *shelf) put(t *testing.T, text string, used time.Time) string {
+	t.Helper()
+	name := Sum(sha256.Sum256([]byte(text))).String()
+	path := filepath.Join(s.dir, name)
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chtimes(path, used, used); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+func (s *shelf) has(name string) bool {
+	_, err := os.Stat(filepath.Join(s.dir, name))
+	return err == nil
+}
+
+// world is a mirror of a shelf that runs until the test ends.
+type world struct {
+	*Mirror
+	shelf *shelf
+	stop  func()
+
+	mu  sync.Mutex
+	now time.Time
+}
+
+func newWorld(t *testing.T, b Bucket, dir string, maxLocal int64) *world {
+	t.Helper()
+	w := &world{shelf: &shelf{dir: dir, inUse: map[string]bool{}}, now: time.Now()}
+	w.Mirror = NewMirror(MirrorConfig{Transfer: NewTransfer(b), Prefix: "files/", Local: w.shelf, MaxLocal: maxLocal,
+		MaxFile: 1 << 30, Log: slog.New(slog.DiscardHandler), Now: w.clock})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		w.Run(ctx)
+	}()
+	w.stop = sync.OnceFunc(func() {
+		cancel()
+		<-done
+	})
+	t.Cleanup(w.stop)
+	return w
+}
+
+func (w *world) clock() time.Time {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.now
+}
+
+// pass lets time pass.
+func (w *world) pass(d time.Duration) {
+	w.mu.Lock()
+	w.now = w.now.Add(d)
+	w.mu.Unlock()
+	w.stir()
+}
+
+// keep calls Keep and waits for the end of its collection.
+func (w *world) keep(t *testing.T, names ...string) {
+	t.Helper()
+	w.Keep(names)
+	eventually(t, "the collection is over", func() bool {
+		w.Mirror.mu.Lock()
+		defer w.Mirror.mu.Unlock()
+		return !w.due && len(w.turn) == 0
+	})
+}
+
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("it never was so that %s", what)
+		}
+	}
+}
+
+func there(t *testing.T, b Bucket, name string) bool {
+	t.Helper()
+	_, err := b.Stat(t.Context(), "files/"+name)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return err == nil
+}
+
+// fetch fetches a file and returns its text.
+func (w *world) fetch(t *testing.T, name string) (string, error) {
+	t.Helper()
+	f := emptyFile(t)
+	if err := w.Fetch(t.Context(), name, f); err != nil {
+		return "", err
+	}
+	text, err := os.ReadFile(f.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text), nil
+}
+
+func TestMirrorCopies(t *testing.T) {
+	eachBucket(t, func(t *testing.T, b Bucket) {
+		w := newWorld(t, b, t.TempDir(), 0)
+		name := w.shelf.put(t, "hello", time.Now())
+		w.Offer(name)
+		w.Offer(name)
+		w.Offer(strings.Repeat("0", 64)) // of which there is no file
+		w.Offer("no sum")
+		eventually(t, "all is uploaded", func() bool { return w.Counts().Waiting == 0 })
+		if c := w.Counts(); c.Uploaded != 5 || !w.Stored(name) || !there(t, b, name) {
+			t.Errorf("the counts are %+v, and it is stored: %t", c, w.Stored(name))
+		}
+		other := newWorld(t, b, t.TempDir(), 0)
+		if text, err := other.fetch(t, name); err != nil || text != "hello" {
+			t.Errorf("fetched %q, %v", text, err)
+		}
+		if _, err := other.fetch(t, strings.Repeat("0", 64)); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("what was never there: %v", err)
+		}
+		if c := other.Counts(); c.Fetches != 2 || c.Fetched != 5 {
+			t.Errorf("the counts are %+v", c)
+		}
+	})
+}
+
+// TestMirrorOutlivesOutage takes the server away, offers files, and starts the process and the server again.
+func TestMirrorOutlivesOutage(t *testing.T) {
+	s3 := caytest.StartS3(t)
+	b, dir := openS3(t, s3, "p"), t.TempDir()
+	w := newWorld(t, b, dir, 0)
+	first := w.shelf.put(t, "first", time.Now())
+	w.Offer(first)
+	eventually(t, "the first is uploaded", func() bool { return w.Stored(first) })
+	s3.Stop()
+	second := w.shelf.put(t, "second", time.Now())
+	w.Offer(second)
+	if c := w.Counts(); c.Waiting != 1 || c.WaitingBytes != int64(len("second")) {
+		t.Errorf("the counts are %+v", c)
+	}
+	eventually(t, "a try failed", func() bool {
+		w.Mirror.mu.Lock()
+		defer w.Mirror.mu.Unlock()
+		return w.waiting[second].tries > 0
+	})
+	if _, err := w.fetch(t, first); !errors.Is(err, ErrUnreachable) || errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a fetch without the server: %v", err)
+	}
+	w.stop()
+	s3.Start(t)
+	w = newWorld(t, b, dir, 0)
+	w.keep(t, first, second)
+	eventually(t, "the second is uploaded", func() bool { return w.Stored(second) && w.Stored(first) })
+	if c := w.Counts(); c.Uploaded != int64(len("second")) {
+		t.Errorf("%d bytes were uploaded, and the bucket had the first", c.Uploaded)
+	}
+	if text, err := w.fetch(t, second); err != nil || text != "second" {
+		t.Errorf("fetched %q, %v", text, err)
+	}
+}
+
+// TestMirrorRetries lets the server come back while the process lives.
+func TestMirrorRetries(t *testing.T) {
+	s3 := caytest.StartS3(t)
+	s3.Stop()
+	w := newWorld(t, openS3(t, s3, ""), t.TempDir(), 0)
+	name := w.shelf.put(t, "text", time.Now())
+	w.Offer(name)
+	eventually(t, "a try failed", func() bool {
+		w.Mirror.mu.Lock()
+		defer w.Mirror.mu.Unlock()
+		return w.waiting[name].tries > 0
+	})
+	w.pass(time.Hour)
+	if c := w.Counts(); c.Lag < time.Hour {
+		t.Errorf("it waits for %s, want an hour", c.Lag)
+	}
+	s3.Start(t)
+	eventually(t, "it is uploaded", func() bool {
+		w.pass(lastRetry)
+		return w.Stored(name)
+	})
+}
+
+// TestMirrorReplacesDamage changes objects in the server's own files.
+func TestMirrorReplacesDamage(t *testing.T) {
+	for change, content := range map[string]string{"other bytes": "hallo", "another size": "hello!", "nothing": ""} {
+		t.Run(change, func(t *testing.T) {
+			s3 := caytest.StartS3(t)
+			b := openS3(t, s3, "")
+			w := newWorld(t, b, t.TempDir(), 0)
+			name := w.shelf.put(t, "hello", time.Now())
+			w.Offer(name)
+			eventually(t, "it is uploaded", func() bool { return w.Stored(name) })
+			if err := os.WriteFile(filepath.Join(s3.Dir, "files", name), []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if text, err := w.fetch(t, name); !errors.Is(err, fs.ErrNotExist) || !errors.Is(err, ErrDamaged) {
+				t.Errorf("fetched %q, %v", text, err)
+			}
+			w.Offer(name)
+			eventually(t, "it is uploaded again", func() bool { return w.Stored(name) })
+			if text, err := w.fetch(t, name); err != nil || text != "hello" {
+				t.Errorf("fetched %q, %v", text, err)
+			}
+		})
+	}
+}
+
+// TestMirrorCollects lets time pass over objects that are needed and that are not.
+func TestMirrorCollects(t *testing.T) {
+	eachBucket(t, func(t *testing.T, b Bucket) {
+		w := newWorld(t, b, t.TempDir(), 0)
+		kept, gone := w.shelf.put(t, "kept", time.Now()), w.shelf.put(t, "gone", time.Now())
+		w.Offer(kept)
+		w.Offer(gone)
+		eventually(t, "both are uploaded", func() bool { return w.Stored(kept) && w.Stored(gone) })
+		write(t, b, "files/notes", "of the operator", Condition{})
+		write(t, b, "other/"+gone, "of another mirror", Condition{})
+		id, err := b.Begin(t.Context(), "files/"+gone)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// Objects have the times of the server, whose clock is real. So they are old for a process that starts later,
+		// which must still keep what it has only just learnt to be unneeded.
+		w.pass(10 * Grace)
+		w.keep(t, kept)
+		if !there(t, b, gone) {
+			t.Error("it went before its grace")
+		}
+		w.pass(Grace - time.Second)
+		w.keep(t, kept)
+		if !there(t, b, gone) {
+			t.Error("it went before its grace")
+		}
+		w.Offer(gone) // which needs nothing uploaded
+		w.keep(t, kept, gone)
+		w.pass(2 * time.Second)
+		w.keep(t, kept, gone)
+		w.keep(t, kept)
+		w.pass(Grace - time.Second)
+		w.keep(t, kept)
+		if !there(t, b, gone) {
+			t.Error("it was needed again, and went")
+		}
+		w.pass(2 * time.Second)
+		w.keep(t, kept)
+		if there(t, b, gone) || !there(t, b, kept) {
+			t.Errorf("after the grace there is the unneeded: %t, and the needed: %t", there(t, b, gone), there(t, b, kept))
+		}
+		if read(t, b, "files/notes") == "" || read(t, b, "other/"+gone) == "" {
+			t.Error("what is not the mirror's was removed")
+		}
+		if _, err := b.Parts(t.Context(), "files/"+gone, id); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("an old upload stays: %v", err)
+		}
+		// Made again, it is uploaded again.
+		w.Offer(gone)
+		eventually(t, "it is uploaded again", func() bool { return w.Stored(gone) && there(t, b, gone) })
+	})
+}
+
+// TestMirrorBoundsUnneeded makes unneeded objects beyond the bound, which go sooner, the oldest first.
+func TestMirrorBoundsUnneeded(t *testing.T) {
+	eachBucket(t, func(t *testing.T, b Bucket) {
+		w := newWorld(t, b, t.TempDir(), 0)
+		w.cfg.MaxUnneeded = 20
+		needed := w.shelf.put(t, "needed, and longer than the bound", time.Now())
+		var names []string
+		w.Offer(needed)
+		for i := range 3 {
+			names = append(names, w.shelf.put(t, fmt.Sprintf("ten bytes%d", i), time.Now()))
+			w.Offer(names[i])
+			eventually(t, "it is uploaded", func() bool { return w.Stored(names[i]) })
+			w.keep(t, needed)
+			w.pass(time.Minute)
+		}
+		are := func(want ...bool) {
+			t.Helper()
+			for i, name := range names {
+				if there(t, b, name) != want[i] {
+					t.Errorf("object %d is there: %t, want %t", i, !want[i], want[i])
+				}
+			}
+		}
+		w.keep(t, needed)
+		are(true, true, true)
+		w.pass(leastGrace)
+		w.keep(t, needed)
+		are(false, true, true)
+		w.pass(Grace)
+		w.keep(t, needed)
+		are(false, false, false)
+		if !there(t, b, needed) {
+			t.Error("the needed one is gone")
+		}
+	})
+}
+
+func TestMirrorEvicts(t *testing.T) {
+	eachBucket(t, func(t *testing.T, b Bucket) {
+		w := newWorld(t, b, t.TempDir(), 20)
+		var names []string
+		for i := range 5 { // the first was not used the longest time
+			names = append(names, w.shelf.put(t, fmt.Sprintf("ten bytes%d", i), time.Now().Add(time.Duration(i-10)*time.Hour)))
+		}
+		w.shelf.inUse[names[0]] = true
+		for _, name := range names {
+			w.Offer(name)
+		}
+		eventually(t, "all are uploaded", func() bool { return w.Counts().Waiting == 0 })
+		// One that the bucket lost must stay.
+		if err := b.Delete(t.Context(), "files/"+names[1]); err != nil {
+			t.Fatal(err)
+		}
+		w.keep(t, names...)
+		eventually(t, "what the bucket lost is uploaded again", func() bool { return there(t, b, names[1]) })
+		var got []bool
+		for _, name := range names {
+			got = append(got, w.shelf.has(name))
+		}
+		if want := []bool{true, true, false, false, false}; fmt.Sprint(got) != fmt.Sprint(want) {
+			t.Errorf("on the shelf are %v, want %v", got, want)
+		}
+		for i, name := range names {
+			if text, err := w.fetch(t, name); err != nil || text != fmt.Sprintf("ten bytes%d", i) {
+				t.Errorf("fetched %q, %v", text, err)
+			}
+		}
+	})
+}
+
+func TestClaim(t *testing.T) {
+	eachBucket(t, func(t *testing.T, b Bucket) {
+		var wg sync.WaitGroup
+		var mu sync.Mutex
+		owners := map[string]bool{}
+		for i := range 8 {
+			wg.Go(func() {
+				name := fmt.Sprintf("owner-%d", i%2)
+				err := Claim(t.Context(), b, name)
+				if err != nil && !errors.Is(err, ErrForeign) {
+					t.Error(err)
+				}
+				if err == nil {
+					mu.Lock()
+					owners[name] = true
+					mu.Unlock()
+				}
+			})
+		}
+		wg.Wait()
+		if len(owners) != 1 {
+			t.Errorf("the owners are %v", owners)
+		}
+	})
+}
+
+// TestStore runs a store whose bucket is away at first, and one of another owner.
+func TestStore(t *testing.T) {
+	s3 := caytest.StartS3(t)
+	s3.Stop()
+	log := slog.New(slog.DiscardHandler)
+	local := &shelf{dir: t.TempDir()}
+	s := NewStore(openS3(t, s3, ""), "me", log)
+	m := s.Mirror(MirrorConfig{Prefix: "files/", Local: local, MaxFile: 1 << 30})
+	name := local.put(t, "text", time.Now())
+	m.Offer(name)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Run(ctx) }()
+	if s.Claimed() {
+		t.Error("it is claimed without its server")
+	}
+	s3.Start(t)
+	eventually(t, "the file is uploaded", func() bool { return s.Claimed() && m.Stored(name) })
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	foreign := NewStore(openS3(t, s3, ""), "other", log)
+	if err := foreign.Run(t.Context()); !errors.Is(err, ErrForeign) {
+		t.Errorf("the store of another owner: %v", err)
+	}
+}

@@ -1,0 +1,277 @@
+package objects
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/cayhq/cay/internal/caytest"
+)
+
+// testFile makes a file with content that differs from piece to piece, and zeros in its middle.
+func testFile(t *testing.T, size int64) (*os.File, Sum) {
+	t.Helper()
+	f, err := os.Create(filepath.Join(t.TempDir(), "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	source := rand.NewChaCha8([32]byte{byte(size)})
+	hash := sha256.New()
+	buf := make([]byte, 1<<20)
+	for off := int64(0); off < size; off += int64(len(buf)) {
+		buf = buf[:min(1<<20, size-off)]
+		if clear(buf); off/(4<<20)%3 != 1 {
+			source.Read(buf)
+		}
+		hash.Write(buf)
+		if _, err := f.Write(buf); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return f, Sum(hash.Sum(nil))
+}
+
+func emptyFile(t *testing.T) *os.File {
+	t.Helper()
+	f, err := os.Create(filepath.Join(t.TempDir(), "empty"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+// counted counts the requests with content to a bucket, and fails parts on demand.
+type counted struct {
+	Bucket
+	puts, parts atomic.Int32
+	failFrom    atomic.Int32 // number of the first part that fails; 0 is none
+}
+
+var errBroken = errors.New("the connection broke")
+
+func (c *counted) Put(ctx context.Context, key string, body *io.SectionReader, sum Sum, when Condition) (string,
+	error) {
+	c.puts.Add(1)
+	return c.Bucket.Put(ctx, key, body, sum, when)
+}
+
+func (c *counted) PutPart(ctx context.Context, key, id string, n int, body *io.SectionReader, sum Sum) (Part, error) {
+	if from := c.failFrom.Load(); from > 0 && n >= int(from) {
+		for c.parts.Load() == 0 && ctx.Err() == nil { // so that there is something to continue
+			time.Sleep(time.Millisecond)
+		}
+		return Part{}, errBroken
+	}
+	p, err := c.Bucket.PutPart(ctx, key, id, n, body, sum)
+	if err == nil {
+		c.parts.Add(1)
+	}
+	return p, err
+}
+
+func TestTransfer(t *testing.T) {
+	eachBucket(t, func(t *testing.T, b Bucket) {
+		for _, size := range []int64{0, 1, minPart, minPart + 1, 3*minPart + 12345} {
+			c := &counted{Bucket: b}
+			transfer := NewTransfer(c)
+			f, sum := testFile(t, size)
+			for range 2 {
+				if err := transfer.Upload(t.Context(), "transfer/"+sum.String(), f, size, sum); err != nil {
+					t.Fatalf("uploading %d bytes: %v", size, err)
+				}
+			}
+			if puts, parts := c.puts.Load(), c.parts.Load(); size <= minPart && (puts != 1 || parts != 0) ||
+				size > minPart && (puts != 0 || parts != int32(size/minPart)+1) {
+				t.Errorf("%d bytes took %d puts and %d parts; the second upload has nothing to do", size, puts, parts)
+			}
+			got := emptyFile(t)
+			n, err := transfer.Download(t.Context(), "transfer/"+sum.String(), got, sum, size)
+			if err != nil || n != size {
+				t.Fatalf("downloading %d bytes: %d, %v", size, n, err)
+			}
+			back, err := sumOf(t.Context(), io.NewSectionReader(got, 0, size+1), make([]byte, 1<<20))
+			if err != nil || back != sum {
+				t.Errorf("%d bytes came back with the sum %s, %v; want %s", size, back, err, sum)
+			}
+			if left, err := b.Uploads(t.Context(), ""); err != nil || len(left) != 0 {
+				t.Errorf("left are the uploads %v, %v", left, err)
+			}
+		}
+	})
+}
+
+// TestTransferResumes breaks an upload and continues it, as another process would.
+func TestTransferResumes(t *testing.T) {
+	eachBucket(t, func(t *testing.T, b Bucket) {
+		const size = 5*minPart - 1
+		f, sum := testFile(t, size)
+		c := &counted{Bucket: b}
+		c.failFrom.Store(4)
+		if err := NewTransfer(c).Upload(t.Context(), "resumes/a", f, size, sum); !errors.Is(err, errBroken) {
+			t.Fatalf("the upload was broken, and returned %v", err)
+		}
+		uploads, err := b.Uploads(t.Context(), "resumes/")
+		if err != nil || len(uploads) != 1 {
+			t.Fatalf("the uploads are %v, %v", uploads, err)
+		}
+		arrived, err := b.Parts(t.Context(), "resumes/a", uploads[0].ID)
+		if err != nil || len(arrived) == 0 {
+			t.Fatalf("the parts are %v, %v", arrived, err)
+		}
+		c.failFrom.Store(0)
+		c.parts.Store(0)
+		if err := NewTransfer(c).Upload(t.Context(), "resumes/a", f, size, sum); err != nil {
+			t.Fatal(err)
+		}
+		if again := int(c.parts.Load()); again != 5-len(arrived) {
+			t.Errorf("%d parts had arrived, and %d were uploaded after that; want 5 in all", len(arrived), again)
+		}
+		if _, err := NewTransfer(b).Download(t.Context(), "resumes/a", emptyFile(t), sum, size); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestTransferRefusesDamage changes the file before it is uploaded, and the object after that.
+func TestTransferRefusesDamage(t *testing.T) {
+	eachBucket(t, func(t *testing.T, b Bucket) {
+		transfer := NewTransfer(b)
+		for _, size := range []int64{100, minPart + 100} {
+			f, sum := testFile(t, size)
+			wrong := sum
+			wrong[0]++
+			if err := transfer.Upload(t.Context(), "damage/a", f, size, wrong); !errors.Is(err, ErrDamaged) {
+				t.Errorf("a damaged file of %d bytes was uploaded: %v", size, err)
+			}
+			if _, err := b.Stat(t.Context(), "damage/a"); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("there is an object of it: %v", err)
+			}
+			if left, err := b.Uploads(t.Context(), "damage/"); err != nil || len(left) != 0 {
+				t.Errorf("left are the uploads %v, %v", left, err)
+			}
+			if err := transfer.Upload(t.Context(), "damage/a", f, size, sum); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := transfer.Download(t.Context(), "damage/a", emptyFile(t), wrong, size); !errors.Is(err, ErrDamaged) {
+				t.Errorf("another content than the wanted one: %v", err)
+			}
+			if _, err := transfer.Download(t.Context(), "damage/a", emptyFile(t), sum, size-1); !errors.Is(err, ErrDamaged) {
+				t.Errorf("a longer object than allowed: %v", err)
+			}
+			other, otherSum := testFile(t, size+1)
+			if err := transfer.Upload(t.Context(), "damage/a", other, size+1, otherSum); !errors.Is(err, ErrDamaged) {
+				t.Errorf("an object with another size was taken for the same: %v", err)
+			}
+			if err := b.Delete(t.Context(), "damage/a"); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
+
+// TestTransferTwice uploads the same file from several processes at once.
+func TestTransferTwice(t *testing.T) {
+	eachBucket(t, func(t *testing.T, b Bucket) {
+		const size = 3 * minPart
+		f, sum := testFile(t, size)
+		var wg sync.WaitGroup
+		var done atomic.Int32
+		for range 4 {
+			wg.Go(func() {
+				// An upload that another one ended may fail; the caller tries again, and finds the object.
+				for try := range 5 {
+					err := NewTransfer(b).Upload(t.Context(), "twice/a", f, size, sum)
+					if err == nil {
+						done.Add(1)
+						return
+					}
+					t.Logf("try %d: %v", try, err)
+				}
+			})
+		}
+		wg.Wait()
+		if done.Load() != 4 {
+			t.Errorf("%d of 4 uploads succeeded", done.Load())
+		}
+		if _, err := NewTransfer(b).Download(t.Context(), "twice/a", emptyFile(t), sum, size); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestTransferMemory bounds the heap while many large files go up and down at once.
+func TestTransferMemory(t *testing.T) {
+	b := openS3(t, caytest.StartS3(t), "")
+	transfer := NewTransfer(b)
+	const files, size = 6, 3*minPart + 1
+	f, sum := testFile(t, size)
+	runtime.GC()
+	var before, now runtime.MemStats
+	runtime.ReadMemStats(&before)
+	defer debug.SetGCPercent(debug.SetGCPercent(50))
+	most, stop := uint64(0), make(chan struct{})
+	var watch, wg sync.WaitGroup
+	watch.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(2 * time.Millisecond):
+				runtime.ReadMemStats(&now)
+				most = max(most, now.HeapInuse)
+			}
+		}
+	})
+	for i := range files {
+		key := "memory/" + strings.Repeat("x", i+1)
+		wg.Go(func() {
+			if err := transfer.Upload(t.Context(), key, f, size, sum); err != nil {
+				t.Error(err)
+			}
+			if _, err := transfer.Download(t.Context(), key, emptyFile(t), sum, size); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	close(stop)
+	watch.Wait()
+	if used := int64(most) - int64(before.HeapInuse); used > 64<<20 {
+		t.Errorf("%d files took %d MiB of memory", files, used>>20)
+	} else {
+		t.Logf("%d files took at most %d KiB of memory", files, used>>10)
+	}
+}
+
+func TestAllZero(t *testing.T) {
+	for n := range 3 * len(zeros) {
+		p := make([]byte, n)
+		if !allZero(p) {
+			t.Fatalf("%d zeros are not", n)
+		}
+		if n > 0 {
+			p[rand.IntN(n)] = 1
+			if allZero(p) {
+				t.Fatalf("%d bytes with a one are all zeros", n)
+			}
+		}
+	}
+	if !bytes.Equal(zeros[:], make([]byte, len(zeros))) {
+		t.Error("the zeros changed")
+	}
+}
