@@ -19,6 +19,14 @@ import (
 // [Store.Collect] keeps the image for a while (see collectGrace), so that the caller can record
 // that it needs the image.
 func (s *Store) Build(ctx context.Context, src Source, progress func(string)) (Image, error) {
+	img, err := s.build(ctx, src, progress)
+	if err == nil && s.remote != nil {
+		s.remote.Offer(img.Digest)
+	}
+	return img, err
+}
+
+func (s *Store) build(ctx context.Context, src Source, progress func(string)) (Image, error) {
 	if err := src.check(); err != nil {
 		return Image{}, err
 	}

@@ -26,6 +26,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -196,6 +197,10 @@ type Store struct {
 	// turn holds one token, so that builds run one at a time, since each uses all of the disk and
 	// processor.
 	turn chan struct{}
+
+	remote Remote                   // nil: none; constant after [Store.UseRemote]
+	inUse  func(digest string) bool // nil: none
+	hits   atomic.Uint64
 
 	mu sync.Mutex
 	// +checklocks:mu

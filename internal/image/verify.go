@@ -30,9 +30,10 @@ func isDigest(text string) bool {
 }
 
 // Path returns the file of an image, for reading only. The first call in this process reads the
-// whole file and checks its SHA-256; later ones are free. A missing file gives [ErrMissing]. A
-// file that does not match its name gives [ErrCorrupt], and is renamed to NAME.corrupt, so that
-// the next build makes a good one.
+// whole file and checks its SHA-256; later ones are free. A missing file is fetched from the
+// [Remote]; without one, or if it has none, it gives [ErrMissing]. A file that does not match its
+// name gives [ErrCorrupt], and is renamed to NAME.corrupt, so that the next call fetches, or the
+// next build makes, a good one.
 func (s *Store) Path(ctx context.Context, digest string) (string, error) {
 	if !isDigest(digest) {
 		return "", fmt.Errorf("%w: %.80q is not the name of one", ErrMissing, digest)
@@ -51,13 +52,18 @@ func (s *Store) Path(ctx context.Context, digest string) (string, error) {
 	path := s.file(digest)
 	if v.ok {
 		if _, err := os.Stat(path); err == nil {
+			s.hits.Add(1)
 			return path, nil
 		}
 		v.ok = false // the file was removed
 	}
 	got, err := hashFile(ctx, path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("%w: %s", ErrMissing, digest)
+		if err := s.fetchRemote(ctx, digest); err != nil {
+			return "", err
+		}
+		v.ok = true
+		return path, nil
 	}
 	if err != nil {
 		return "", fmt.Errorf("verifying image %s: %w", digest, err)
@@ -93,10 +99,14 @@ const collectGrace = 15 * time.Minute
 // Collect removes the images that are not in keep, and pulled OCI images that exceed the budget.
 // It never removes one that was built or used in the last 15 minutes. Sandboxes that have a
 // removed file open are not disturbed. After an error it goes on, and returns all errors joined.
+// The [Remote] learns what to keep.
 func (s *Store) Collect(keep []string) (removed []string, freed int64, err error) {
 	kept := map[string]bool{}
 	for _, digest := range keep {
 		kept[digest] = true
+	}
+	if s.remote != nil {
+		s.remote.Keep(keep)
 	}
 	s.trimLayouts()
 	entries, err := os.ReadDir(s.cfg.Dir)
@@ -130,11 +140,11 @@ func (s *Store) Collect(keep []string) (removed []string, freed int64, err error
 			}
 		}
 	}
-	return removed, freed, errors.Join(append(errs, s.forget())...)
+	return removed, freed, errors.Join(append(errs, s.forget(kept))...)
 }
 
-// forget removes the records of images that are gone.
-func (s *Store) forget() error {
+// forget removes the records of images that are gone and not in kept: those may be in the [Remote].
+func (s *Store) forget(kept map[string]bool) error {
 	notes, err := filepath.Glob(filepath.Join(s.cfg.Dir, inputsDir, "*.json"))
 	if err != nil {
 		return err
@@ -147,6 +157,9 @@ func (s *Store) forget() error {
 		}
 		var in input
 		if json.Unmarshal(b, &in) == nil && isDigest(in.Image.Digest) {
+			if s.remote != nil && kept[in.Image.Digest] {
+				continue
+			}
 			if _, err := os.Stat(s.file(in.Image.Digest)); !errors.Is(err, fs.ErrNotExist) {
 				continue
 			}

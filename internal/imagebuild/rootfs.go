@@ -2,6 +2,7 @@ package imagebuild
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/cayhq/cay/internal/fault"
@@ -22,6 +23,11 @@ func (r RootFS) Path(ctx context.Context, digest string) (string, error) {
 		r.Recheck(digest)
 		return "", fault.New(fault.Unavailable, fault.CodeImageUnavailable,
 			"the template's image cannot be used and is being built again").After(30 * time.Second).Because(err)
+	}
+	if errors.Is(err, image.ErrRemoteUnreachable) {
+		return "", fault.New(fault.Unavailable, fault.CodeImageUnavailable,
+			"the template's image is not on this machine, and the bucket of images cannot be reached").
+			After(30 * time.Second).Because(err)
 	}
 	return path, err
 }

@@ -1,0 +1,117 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/fault"
+)
+
+// ErrRemoteUnreachable reports that an image is not here, and that the [Remote], which may have it, could not be asked.
+// It need not be built again.
+var ErrRemoteUnreachable = errors.New("image is not in the store, and its copy cannot be reached")
+
+// Remote keeps copies of images elsewhere.
+type Remote interface {
+	// Offer has an image copied in the background.
+	Offer(digest string)
+	// Fetch writes the copy of an image to an empty file and verifies it. It returns fs.ErrNotExist if there is none.
+	Fetch(ctx context.Context, digest string, f *os.File) error
+	// Keep tells all images that are needed. Copies of others may be removed, and needed ones that have none are made.
+	Keep(digests []string)
+}
+
+// retryRoom is the time after which a caller for whose image the disk has no room should try again. Images are evicted
+// when sandboxes end, so a shorter time finds the disk as full.
+const retryRoom = 30 * time.Second
+
+// UseRemote lets the store copy images to a Remote and fetch them from there when they are missing. inUse reports
+// whether a running sandbox has an image open, which is then not evicted. It is called once, before all other methods.
+func (s *Store) UseRemote(r Remote, inUse func(digest string) bool) { s.remote, s.inUse = r, inUse }
+
+// fetchRemote fetches an image that is missing. Without a copy it returns [ErrMissing].
+func (s *Store) fetchRemote(ctx context.Context, digest string) error {
+	missing := fmt.Errorf("%w: %s", ErrMissing, digest)
+	if s.remote == nil {
+		return missing
+	}
+	f, err := os.CreateTemp(s.tmpDir(), "image-")
+	if err != nil {
+		return fmt.Errorf("making file: %w", err)
+	}
+	defer f.Close()
+	defer os.Remove(f.Name()) // fails if the file was renamed
+	err = s.remote.Fetch(ctx, digest, f)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return errors.Join(missing, err)
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case errors.Is(err, unix.ENOSPC):
+		return fault.New(fault.Unavailable, fault.CodeNoCapacity, "this machine's disk has no room for the template's image").
+			After(retryRoom).Because(err)
+	case err != nil:
+		return fmt.Errorf("%w: %s: %w", ErrRemoteUnreachable, digest, err)
+	}
+	_, err = s.place(f, digest)
+	return err
+}
+
+// Hits returns how often an image was used that was here already.
+func (s *Store) Hits() uint64 { return s.hits.Load() }
+
+// OpenFile opens the file of an image, which is not verified.
+func (s *Store) OpenFile(digest string) (*os.File, error) {
+	if !isDigest(digest) {
+		return nil, fmt.Errorf("%.80q is not an image: %w", digest, fs.ErrNotExist)
+	}
+	return os.Open(s.file(digest))
+}
+
+// EachFile calls f with every image, its size in bytes and the time of its last use. What a former
+// process used counts as used when it was made.
+func (s *Store) EachFile(f func(digest string, size int64, used time.Time)) error {
+	entries, err := os.ReadDir(s.cfg.Dir)
+	if err != nil {
+		return fmt.Errorf("listing images: %w", err)
+	}
+	for _, e := range entries {
+		digest, isImage := strings.CutSuffix(e.Name(), suffix)
+		info, err := e.Info()
+		if !isImage || !isDigest(digest) || err != nil {
+			continue // no image, or removed meanwhile
+		}
+		s.mu.Lock()
+		used, ok := s.used[digest]
+		s.mu.Unlock()
+		if !ok {
+			used = info.ModTime()
+		}
+		f(digest, info.Size(), used)
+	}
+	return nil
+}
+
+// Evict removes an image of which there is a copy, and reports whether it did. It keeps one that was used in the last
+// 15 minutes or that a running sandbox has open.
+func (s *Store) Evict(digest string) (bool, error) {
+	if s.inUse != nil && s.inUse(digest) {
+		return false, nil
+	}
+	info, err := os.Stat(s.file(digest))
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("looking at an image: %w", err)
+	}
+	return s.removeUnused(digest, filepath.Base(s.file(digest)), info)
+}

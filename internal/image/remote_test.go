@@ -1,0 +1,184 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"runtime"
+	"testing"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/cayhq/cay/internal/caytest"
+	"github.com/cayhq/cay/internal/objects"
+)
+
+// mirrored opens a store with a mirror in a bucket, which runs until the test ends. No image of inUse is evicted.
+func mirrored(t *testing.T, b objects.Bucket, maxLocal int64, inUse func(string) bool, change ...func(*Config)) (*Store,
+	*objects.Mirror) {
+	t.Helper()
+	s := openStore(t, change...)
+	m := objects.NewMirror(objects.MirrorConfig{Transfer: objects.NewTransfer(b), Prefix: "images/", Local: s,
+		MaxLocal: maxLocal, MaxFile: 1 << 30, Log: slog.New(slog.DiscardHandler)})
+	s.UseRemote(m, inUse)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		m.Run(ctx)
+	}()
+	t.Cleanup(func() { cancel(); <-done })
+	return s, m
+}
+
+func directory(t *testing.T) objects.Bucket {
+	t.Helper()
+	b, err := objects.OpenDir(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("it never was so that %s", what)
+		}
+	}
+}
+
+// someImage builds an image and returns it with its source.
+func someImage(t *testing.T, h *hub, s *Store, content string) (Image, Source) {
+	t.Helper()
+	src := Source{Image: h.push(t, "x:"+content, picture(t, runtime.GOARCH, v1.Config{}, archive(t, file("a", content))))}
+	img, err := s.Build(t.Context(), src, quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return img, src
+}
+
+func TestRemote(t *testing.T) {
+	b := directory(t)
+	s, m := mirrored(t, b, 0, nil)
+	img, _ := someImage(t, newHub(t), s, "1")
+	eventually(t, "it is uploaded", func() bool { return m.Stored(img.Digest) })
+
+	other, fetched := mirrored(t, b, 0, nil)
+	for range 2 {
+		path, err := other.Path(t.Context(), img.Digest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := hashFile(t.Context(), path); err != nil || got != img.Digest {
+			t.Errorf("its digest is %s, %v; want %s", got, err, img.Digest)
+		}
+		if info, err := os.Stat(path); err != nil || info.Size() != img.Size || info.Mode().Perm() != 0o444 {
+			t.Errorf("it is %v, %v", info, err)
+		}
+	}
+	if c := fetched.Counts(); c.Fetches != 1 || other.Hits() != 1 {
+		t.Errorf("it was fetched %d times and found %d times", c.Fetches, other.Hits())
+	}
+	missing := hashOf([]byte("never built")).Hex
+	if _, err := other.Path(t.Context(), missing); !errors.Is(err, ErrMissing) {
+		t.Errorf("an image that was never built: %v", err)
+	}
+	leftovers(t, other)
+
+	// A damaged local file is replaced by the copy.
+	if err := os.Chmod(other.file(img.Digest), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(other.file(img.Digest), []byte("damaged"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	third, err := Open(other.cfg, other.log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	third.UseRemote(fetched, nil)
+	if _, err := third.Path(t.Context(), img.Digest); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("a damaged image: %v", err)
+	}
+	if _, err := third.Path(t.Context(), img.Digest); err != nil {
+		t.Errorf("after that its copy: %v", err)
+	}
+}
+
+// TestRemoteAway builds and asks for images while the bucket cannot be reached.
+func TestRemoteAway(t *testing.T) {
+	s3 := caytest.StartS3(t)
+	l, err := objects.ParseURL(s3.URL(""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := objects.Open(l, objects.Credentials{AccessKey: s3.AccessKey, SecretKey: s3.SecretKey})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s3.Stop()
+	s, m := mirrored(t, b, 0, nil)
+	img, _ := someImage(t, newHub(t), s, "1")
+	if c := m.Counts(); c.Waiting != 1 || c.WaitingBytes != img.Size {
+		t.Errorf("what waits is %+v, want one of %d bytes", c, img.Size)
+	}
+	missing := hashOf([]byte("never built")).Hex
+	_, err = s.Path(t.Context(), missing)
+	if !errors.Is(err, ErrRemoteUnreachable) || errors.Is(err, ErrMissing) || errors.Is(err, ErrCorrupt) {
+		t.Errorf("an image that may be in the bucket: %v", err)
+	}
+	leftovers(t, s)
+}
+
+// TestRemoteEviction evicts all images but those that are in use or were used lately.
+func TestRemoteEviction(t *testing.T) {
+	clock := time.Now()
+	used := ""
+	s, m := mirrored(t, directory(t), 1, func(digest string) bool { return digest == used },
+		func(c *Config) { c.Now = func() time.Time { return clock } })
+	h := newHub(t)
+	var all []string
+	var sources []Source
+	for _, content := range []string{"1", "2", "3"} {
+		img, src := someImage(t, h, s, content)
+		all, sources = append(all, img.Digest), append(sources, src)
+	}
+	has := func(n int) bool {
+		_, err := os.Stat(s.file(all[n]))
+		return err == nil
+	}
+	for _, digest := range all {
+		eventually(t, "it is uploaded", func() bool { return m.Stored(digest) })
+		if gone, err := s.Evict(digest); gone || err != nil {
+			t.Errorf("an image that was just built was evicted: %v", err)
+		}
+	}
+	clock = clock.Add(collectGrace)
+	used = all[0]
+	if _, err := s.Path(t.Context(), all[1]); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.Collect(all); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the unused one is evicted", func() bool { return !has(2) })
+	if !has(0) || !has(1) {
+		t.Errorf("the one in use is there: %t, and the one used just now: %t", has(0), has(1))
+	}
+	// The result of its inputs is still known, without another build.
+	if _, _, err := s.Collect(all); err != nil {
+		t.Fatal(err)
+	}
+	found := false
+	img, err := s.Build(t.Context(), sources[2], func(line string) {
+		found = found || line == "using the result of an earlier build with the same inputs"
+	})
+	if err != nil || !found || img.Digest != all[2] || !has(2) {
+		t.Errorf("the evicted image: %+v, %v; found: %t, here: %t", img, err, found, has(2))
+	}
+}
